@@ -1,0 +1,1 @@
+"""Alembic migrations, shipped with the program and run by `qmqp-relay migrate`."""

@@ -1,0 +1,47 @@
+"""How Alembic meets the database: one connection, one lock, one transaction a migration.
+
+Two that migrate at once take turns: an advisory lock on PostgreSQL, the writers' `flock` on SQLite. A migration that
+cannot get its table lock in a few seconds gives up rather than queue in front of everybody else.
+"""
+
+from alembic import context
+from sqlalchemy import Connection, create_engine, pool
+
+from relay.database import connect, writing
+from relay.schema import metadata
+
+LOCK = 0x716D7170  # "qmqp"
+
+
+def run(connection: Connection) -> None:
+    """Run the migrations that are due."""
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        render_as_batch=True,
+        compare_type=True,
+        compare_server_default=True,
+        include_name=lambda name, kind, _parents: kind != "table" or name in metadata.tables,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def online() -> None:
+    """Connect as the program does and migrate under a lock."""
+    url = context.config.attributes["url"]
+    if url.get_backend_name() == "sqlite":
+        engine = connect(url)
+        with writing(engine) as connection:
+            run(connection)
+        engine.dispose()
+        return
+    engine = create_engine(url, poolclass=pool.NullPool, connect_args={"connect_timeout": 5})
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL lock_timeout = '10s'")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+        run(connection)
+    engine.dispose()
+
+
+online()

@@ -1,0 +1,226 @@
+"""Message bodies: one file a message, in LF form, exactly the bytes that QMQP will carry.
+
+Files are named by the queue id and stand in directories named by its first eight hex digits, about a minute of arrivals
+each: fresh files share a directory that is in memory, and a directory that has emptied is removed. A body is written
+once, synced (file, then directory) before its message may be committed, read by workers, and removed when no delivery
+needs it.
+
+What must stay true: a body that returned from `store` or `finish` survives a power cut; one that failed leaves nothing
+behind; a file is never changed once it was synced. The spool knows its identity (`spool-id`) and so does the database
+(table `spool`): on another directory nobody runs, because there every body would look lost.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Buffer, Iterator, Sequence
+from pathlib import Path
+
+from sqlalchemy import Engine, text
+
+from relay.database import dialect_of, writing
+from relay.ids import dashed, new_id
+
+SYNC_EVERY = 8 << 20
+_DIRECTORY_DIGITS = 8
+_TMPFS_MAGIC = {"tmpfs", "ramfs"}
+
+
+class SpoolError(Exception):
+    """The spool directory cannot be used; the text says why and what to do."""
+
+
+class BodyUnsendable(Exception):
+    """The body can never be sent as it is."""
+
+
+class BodyMissing(BodyUnsendable):
+    """There is no file."""
+
+
+class BodyWrongSize(BodyUnsendable):
+    """The file is not as long as the database says."""
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_all(handle: int, parts: Sequence[Buffer]) -> int:
+    """Write every byte; the count."""
+    whole = parts[0] if len(parts) == 1 else b"".join(parts)
+    rest, total = memoryview(whole), len(memoryview(whole))
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+    return total
+
+
+class Body:
+    """A body being written: blocking calls, one caller at a time."""
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self._path, self._handle, self._unsynced = path, handle, 0
+        self.size = 0
+
+    def append(self, data: Buffer) -> None:
+        """Write more; raises OSError, and then the file is gone."""
+        try:
+            written = _write_all(self._handle, (data,))
+            self.size += written
+            self._unsynced += written
+            if self._unsynced >= SYNC_EVERY:
+                os.fdatasync(self._handle)
+                # Nobody reads it before the worker does: give the memory back while the rest arrives.
+                os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                self._unsynced = 0
+        except OSError:
+            self.discard()
+            raise
+
+    def finish(self) -> int:
+        """Sync file and directory; the size in bytes. Raises OSError, and then the file is gone."""
+        try:
+            os.fdatasync(self._handle)
+            _sync_directory(self._path.parent)
+        except OSError:
+            self.discard()
+            raise
+        handle, self._handle = self._handle, -1
+        os.close(handle)
+        return self.size
+
+    def discard(self) -> None:
+        """Close and remove what was written; never raises."""
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            os.close(handle)
+            try:
+                self._path.unlink(missing_ok=True)
+            except OSError:
+                return  # housekeeping finds it
+
+
+class Spool:
+    """The directory of bodies."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, message_id: str) -> Path:
+        """Where the body of a message stands."""
+        return self.directory / message_id[:_DIRECTORY_DIGITS] / message_id
+
+    def store(self, message_id: str, parts: Sequence[Buffer]) -> int:
+        """Create, write and sync a small body; its size in bytes. Raises OSError, and then nothing is left."""
+        body = self.create(message_id)
+        try:
+            body.size = _write_all(body._handle, parts)
+        except OSError:
+            body.discard()
+            raise
+        return body.finish()
+
+    def create(self, message_id: str) -> Body:
+        """Start a body; raises OSError (FileExistsError for an id that has one)."""
+        path = self.path(message_id)
+        for _ in range(3):
+            try:
+                return Body(path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            except FileNotFoundError:  # housekeeping may remove the directory as soon as it is made
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                _sync_directory(self.directory)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    def open(self, message_id: str, size: int) -> int:
+        """A read-only file descriptor; raises BodyUnsendable, or OSError for a fault that is not the body's."""
+        try:
+            handle = os.open(self.path(message_id), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # A spool that is not there at all is this host's fault and no reason to give the message up.
+            os.stat(self.directory / "spool-id")
+            raise BodyMissing(f"no body file {self.path(message_id).name}") from None
+        found = os.fstat(handle).st_size
+        if found == size:
+            return handle
+        os.close(handle)
+        raise BodyWrongSize(f"the body file has {found} bytes, not {size}")
+
+    def remove(self, message_id: str) -> bool:
+        """Remove a body that nobody needs; False if it was gone. Never raises: what stays, housekeeping finds."""
+        try:
+            os.unlink(self.path(message_id))
+        except OSError:
+            return False
+        return True
+
+    def ids(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Every body file there is, oldest directory first."""
+        for directory in sorted(p for p in self.directory.iterdir() if len(p.name) == _DIRECTORY_DIGITS):
+            with os.scandir(directory) as entries:
+                yield from ((entry.name, entry) for entry in entries if len(entry.name) == 32)
+
+    def free_bytes(self) -> int:
+        """Room that is left for us on the spool's file system."""
+        found = os.statvfs(self.directory)
+        return found.f_bavail * found.f_frsize
+
+    def prepare(self, engine: Engine, *, unsafe: bool = False) -> None:
+        """Make or check the directory, and that it is the one this database knows; raises SpoolError."""
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = os.stat(self.directory)
+        except OSError as error:
+            raise SpoolError(f"RELAY_SPOOL_DIR: {self.directory}: {error.strerror}") from None
+        if found.st_mode & stat.S_IWOTH:
+            raise SpoolError(f"RELAY_SPOOL_DIR: {self.directory} is writable by everybody: chmod o-w it")
+        if not os.access(self.directory, os.W_OK | os.X_OK):
+            raise SpoolError(f"RELAY_SPOOL_DIR: {self.directory} is not writable by this user")
+        if not unsafe and (kind := file_system(self.directory)) in _TMPFS_MAGIC:
+            raise SpoolError(
+                f"RELAY_SPOOL_DIR: {self.directory} is on {kind}, which forgets mail at a power cut;"
+                " choose a disk, or set RELAY_UNSAFE_DURABILITY=1 for a test"
+            )
+        self._identify(engine)
+
+    def _identify(self, engine: Engine) -> None:
+        """Marry the database to this directory the first time, and insist on it ever after."""
+        spell, marker = dialect_of(engine), self.directory / "spool-id"
+        with writing(engine) as connection:
+            known = connection.execute(text(spell("SELECT @hex(id) FROM spool"))).scalar()
+            written = marker.read_text().strip() if marker.exists() else None
+            if known is None and written is None:
+                written = new_id()
+                self._mark(marker, written)
+            if known is None and written is not None:
+                connection.execute(
+                    text(spell("INSERT INTO spool (id, created_at) VALUES (:id, @now)")), {"id": dashed(written)}
+                )
+            elif known != written:
+                raise SpoolError(
+                    f"RELAY_SPOOL_DIR: {self.directory} is not the spool of this database: it says"
+                    f" {written or 'nothing'}, the database knows {known}. Mount the right one; nothing was touched"
+                )
+
+    def _mark(self, marker: Path, identity: str) -> None:
+        handle = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            _write_all(handle, (identity.encode() + b"\n",))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        _sync_directory(self.directory)
+
+
+def file_system(directory: Path) -> str:
+    """The type of the file system that a directory is on, as the kernel names it; empty where that cannot be told."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return ""
+    real = os.path.realpath(directory)
+    below = [(m[1], m[2]) for m in mounts if real == m[1] or real.startswith(m[1].rstrip("/") + "/")]
+    return max(below, key=lambda m: len(m[0]))[1] if below else ""

@@ -1,0 +1,156 @@
+"""The broker: a Celery application, and hints.
+
+A hint is one task `deliver(ids)` that names messages which may be ready to send. It carries no truth: workers find the
+same in SQL a few seconds later, so a hint may be lost, doubled or stale, and whoever publishes one gives up at once
+when the broker is away. Nothing is ever scheduled with a countdown, an eta or a retry: Redis' visibility timeout
+would make duplicates of them.
+
+What must stay true: `Hints.offer` never blocks; no broker holds up the reply to an SMTP client or the end of a process.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from celery import Celery
+from kombu.entity import Queue
+from kombu.exceptions import OperationalError
+
+from relay.log import get_logger
+from relay.settings import Settings
+
+log = get_logger(__name__)
+TASK = "deliver"
+FRESH, RETRY = "fresh", "retry"
+QUEUES = (FRESH, RETRY)
+# Longer lists than this are left to SQL (Celery messages).
+WINDOW = 200
+# Between two hints of one publisher, so that a busy one fills them (seconds).
+PACE = 0.01
+_LOOK_EVERY = 1.0
+_GIVE_UP = (OperationalError, OSError, ConnectionError, TimeoutError)
+
+
+def celery_app(settings: Settings) -> Celery:
+    """The application that both halves use; connects to nothing yet. Sources of the values: docs/design.md."""
+    app = Celery("qmqp-relay", set_as_current=True)
+    app.conf.update(
+        broker_url=settings.broker_url,
+        result_backend=None,
+        task_ignore_result=True,
+        task_serializer="json",
+        accept_content=["json"],
+        task_queues=[Queue(name) for name in QUEUES],
+        task_default_queue=FRESH,
+        task_create_missing_queues=False,
+        task_acks_late=False,
+        worker_pool="threads",
+        worker_concurrency=4,
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_disable_rate_limits=True,
+        worker_send_task_events=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "global_keyprefix": "qmqp-relay:",
+            "socket_timeout": 5,
+            "socket_connect_timeout": 2,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "unacked_restore_throttle": 1,
+        },
+        timezone="UTC",
+    )
+    return app
+
+
+class Hints:
+    """Publishes hints to one queue from a thread of its own."""
+
+    def __init__(self, app: Celery, queue: str, batch_size: int) -> None:
+        self._app, self._queue, self._batch = app, queue, batch_size
+        self._waiting: deque[str] = deque(maxlen=WINDOW * batch_size)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._away = self._full = False
+        self._looked = 0.0
+        self.published = 0
+        self._thread = threading.Thread(target=self._run, name=f"hints-{queue}", daemon=True)
+
+    def start(self) -> None:
+        """Start publishing."""
+        self._thread.start()
+
+    def offer(self, ids: Iterable[str]) -> None:
+        """Hint at these messages if that can be done; never blocks, any thread."""
+        if self._away or self._full:
+            return
+        with self._changed:
+            self._waiting.extend(ids)
+            self._changed.notify()
+
+    @property
+    def full(self) -> bool:
+        """Whether the list is longer than the window, so that hinting has stopped for now."""
+        return self._full
+
+    def close(self) -> None:
+        """Publish nothing more."""
+        with self._changed:
+            self._closing = True
+            self._waiting.clear()
+            self._changed.notify()
+        self._thread.join(0.5)
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                with self._app.connection_for_write() as connection:
+                    self._serve(connection)
+            except _GIVE_UP as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if not self._away:
+            log.warning("broker away", queue=self._queue, reason=str(error)[:200])
+        self._away = True
+        with self._changed:
+            self._waiting.clear()
+            self._changed.wait_for(lambda: self._closing, _LOOK_EVERY)
+
+    def _serve(self, connection: Any) -> None:
+        """Publish over one connection until it breaks or we close."""
+        options = self._app.conf.broker_transport_options
+        connection.transport_options.update(options | {"socket_timeout": 2})
+        producer = self._app.amqp.Producer(connection)
+        self._look(connection)
+        if self._away:
+            log.info("broker back", queue=self._queue)
+            self._away = False
+        while not self._closing:
+            ids = self._take()
+            self._look(connection)
+            if not ids or self._full:
+                continue
+            self._app.send_task(TASK, args=[ids], queue=self._queue, producer=producer, retry=False)
+            self.published += 1
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or len(self._waiting) >= self._batch, PACE)
+
+    def _take(self) -> list[str]:
+        """Up to a batch of ids; none after a while, so that somebody looks whether the list is still too long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing, _LOOK_EVERY)
+            return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch))]
+
+    def _look(self, connection: Any) -> None:
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_EVERY:
+            self._looked = now
+            self._full = connection.default_channel.client.llen(self._queue) > WINDOW

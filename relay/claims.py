@@ -1,0 +1,313 @@
+"""What a worker does to the queue: claim, record, renew.
+
+How it works: everything is done to many rows by one statement (`Ledger.commit` is what a `rounds.Writer` runs). A claim
+turns `queued` into `sending`, numbers itself in `claims`, and brings the envelope along. A record says what became of
+that claim: its tries go into `attempts`, its delivery into the next state. On SQLite, which knows no CTE that changes
+rows, a claim and a record are several statements in one transaction.
+
+What must stay true:
+- a record is fenced by (worker, claim number): whoever lost its claim changes nothing, except that a K makes the
+  delivery `delivered` from any state, and nothing that comes later undoes that;
+- every statement may run again: a record that is there already answers the state it made, and claims whose COMMIT was
+  in doubt are handed back before new ones are made (`_return_strays`);
+- rows are locked in key order or skipped.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+
+from relay.database import Statements, writing
+from relay.ids import dashed
+from relay.schema import NEEDS_BODY, TRANSITIONS, Outcome, State
+from relay.settings import WorkerSettings
+
+type Key = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A delivery that is ours to send, with its envelope. `claim` numbers the try; `received_ago` is in seconds."""
+
+    message_id: str
+    number: int
+    claim: int
+    route: str
+    sender: str
+    size: int
+    recipients: tuple[str, ...]
+    backoff_step: int
+    vanished: int
+    received_ago: float
+
+
+@dataclass(slots=True)
+class Try:
+    """One try at one server; `hop` counts from 1 within the claim, times are seconds before now."""
+
+    hop: int
+    server: str
+    outcome: Outcome
+    reply: str
+    bytes_sent: int
+    started_ago: float
+    finished_ago: float
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of a claim: the state it should have next, due after `delay` seconds."""
+
+    worker: str
+    message_id: str
+    number: int
+    claim: int
+    state: State
+    outcome: Outcome | None
+    reply: str
+    server: str | None = None
+    delay: float = 0.0
+    backoff_step: int = 0
+    tries: list[Try] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Wish:
+    """Please claim, of these messages or (ids None) of what is overdue, at most `room` deliveries of each route."""
+
+    worker: str
+    ids: Sequence[str] | None
+    room: Mapping[str, int]
+
+
+@dataclass(slots=True)
+class Renewal:
+    """Please renew the lease of a worker."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The state that a delivery has now (None: a later claim has it), and whether nobody needs the body any more."""
+
+    state: State | None
+    body_free: bool
+
+
+type Item = Record | Wish | Renewal
+type Result = Recorded | list[Claim] | bool
+
+KEYS = "d.message_id = p.message_id AND d.number = p.number"
+WANTED = """CASE d.wanted WHEN 'hold' THEN 'held' WHEN 'drop' THEN 'dropped' WHEN 'bounce' THEN 'bounced'
+    ELSE 'queued' END"""
+DUE = """CASE WHEN p.final = 'deferred' THEN @later(p.delay) WHEN p.final = 'queued' THEN @later(:grace)
+    WHEN p.final IN ('bounced', 'expired') AND :notices AND p.sender NOT IN ('', '#@[]') THEN @now END"""
+FINISHED = "CASE WHEN p.final IN ('delivered', 'bounced', 'expired', 'dropped') THEN @now END"
+
+# What a wish may take: of these messages, or whatever is overdue, longest due first.
+_NAMED = "d.message_id IN (SELECT message_id FROM @rows(:ids; message_id uuid)) AND d.state = 'queued'"
+_OVERDUE = "d.state = 'queued' AND d.due_at <= @now"
+_CLAIM_SET = "SET state = 'sending', worker = :worker, claims = claims + 1, wanted = NULL, due_at = @later(:far)"
+_ENVELOPE = "@hex(c.message_id), c.number, c.claims, c.route, m.sender, m.size, c.backoff_step, c.vanished"
+
+_RECORD_ROWS = """@rows(:records; message_id uuid, number int, claim int, state text, delay float8, backoff_step int,
+    outcome text, reply text, server text)"""
+_FINALS = f"""SELECT d.message_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server, m.sender,
+    CASE WHEN x.outcome = 'accepted' THEN 'delivered' WHEN d.wanted IS NOT NULL THEN {WANTED}
+         WHEN x.state = 'deferred' AND d.expires_at <= @now THEN 'expired' ELSE x.state END AS final
+    FROM {_RECORD_ROWS} JOIN deliveries d ON d.message_id = x.message_id AND d.number = x.number
+    JOIN messages m ON m.id = d.message_id
+    WHERE (d.state = 'sending' AND d.worker = :worker AND d.claims = x.claim)
+       OR (x.outcome = 'accepted' AND d.state <> 'delivered')
+    ORDER BY d.message_id, d.number"""
+_RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
+    vanished = 0, backoff_step = p.backoff_step, last_outcome = coalesce(p.outcome, d.last_outcome),
+    last_reply = CASE WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END,
+    last_server = coalesce(p.server, d.last_server)"""
+_ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at, outcome,
+        reply, bytes_sent)
+    SELECT message_id, delivery, claim, hop, @id(:worker), server, @ago(started_ago), @ago(finished_ago), outcome,
+        reply, bytes_sent
+    FROM @rows(:tries; message_id uuid, delivery int, claim int, hop int, server text, started_ago float8,
+        finished_ago float8, outcome text, reply text, bytes_sent bigint) WHERE true
+    ON CONFLICT DO NOTHING"""
+_AFTER = f"""SELECT @hex(d.message_id), d.number, d.claims, d.state, NOT EXISTS (
+        SELECT 1 FROM deliveries o WHERE o.message_id = d.message_id AND {NEEDS_BODY.replace("state", "o.state")})
+    FROM deliveries d JOIN {_RECORD_ROWS} ON d.message_id = x.message_id AND d.number = x.number"""
+
+
+class Ledger:
+    """The queue as one worker process uses it. `commit` is called by one thread."""
+
+    def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
+        self._engine = engine
+        far = 2 * settings.session_timeout + 2 * settings.lease
+        self._sql = Statements(
+            engine, grace=settings.grace, lease=settings.lease, notices=settings.bounces == "dsn", far=far
+        )
+        self._held: dict[Key, str] = {}  # what we claimed and have not recorded: key -> worker
+        self._in_doubt = False
+
+    def register(self, worker: str, host: str, pid: int) -> None:
+        """Add a worker with a fresh lease."""
+        with writing(self._engine) as connection:
+            self._sql.run(
+                connection,
+                "INSERT INTO workers (id, host, pid, started_at, until)"
+                " VALUES (:worker, :host, :pid, @now, @later(:lease)) ON CONFLICT DO NOTHING",
+                worker=dashed(worker), host=host, pid=pid,
+            )  # fmt: skip
+
+    def retire(self, worker: str) -> None:
+        """End a worker that stops of its own accord; what it still holds is a sweeper's."""
+        with writing(self._engine) as connection:
+            self._sql.run(
+                connection,
+                "UPDATE workers SET ended_at = @now, ending = 'stopped' WHERE id = :worker AND ended_at IS NULL"
+                " AND NOT EXISTS (SELECT 1 FROM deliveries WHERE state = 'sending' AND worker = :worker"
+                " AND due_at IS NOT NULL)",
+                worker=dashed(worker),
+            )
+
+    def commit(self, items: Sequence[Item]) -> list[Result]:
+        """Record, renew and claim in one transaction; results in the order of the items, `Result` by kind.
+
+        Raises the database's errors; then nothing happened, or it is in doubt and the same call settles it.
+        """
+        results: list[Result] = [False] * len(items)
+        claimed: dict[Key, str] = {}
+        in_doubt, self._in_doubt = self._in_doubt, True
+        with writing(self._engine) as connection:
+            records = [(n, item) for n, item in enumerate(items) if isinstance(item, Record)]
+            if in_doubt:
+                self._return_strays(connection, {i.worker for i in items})
+            for worker in dict.fromkeys(record.worker for _, record in records):
+                self._record(connection, worker, [(n, r) for n, r in records if r.worker == worker], results)
+            for n, item in enumerate(items):
+                if isinstance(item, Renewal):
+                    results[n] = self._renew(connection, item.worker)
+                elif isinstance(item, Wish):
+                    results[n] = claims = self._claim(connection, item)
+                    claimed.update({(c.message_id, c.number): item.worker for c in claims})
+        self._in_doubt = False
+        for _, record in records:
+            self._held.pop((record.message_id, record.number), None)
+        self._held.update(claimed)
+        return results
+
+    def _renew(self, connection: Connection, worker: str) -> bool:
+        return bool(
+            self._sql.run(
+                connection,
+                "UPDATE workers SET until = @later(:lease) WHERE id = :worker AND ended_at IS NULL",
+                worker=dashed(worker),
+            ).rowcount
+        )
+
+    def _return_strays(self, connection: Connection, workers: Iterable[str]) -> None:
+        """Hand back what a COMMIT in doubt may have claimed for us without our knowing."""
+        for worker in workers:
+            held = [{"message_id": dashed(m), "number": n} for (m, n), w in self._held.items() if w == worker]
+            self._sql.run(
+                connection,
+                """UPDATE deliveries SET state = 'queued', worker = NULL, due_at = @now
+                WHERE state = 'sending' AND worker = :worker AND due_at IS NOT NULL AND NOT EXISTS (
+                    SELECT 1 FROM @rows(:held; message_id uuid, number int)
+                    WHERE x.message_id = deliveries.message_id AND x.number = deliveries.number)""",
+                worker=dashed(worker), held=json.dumps(held),
+            )  # fmt: skip
+
+    def _claim(self, connection: Connection, wish: Wish) -> list[Claim]:
+        claims: list[Claim] = []
+        for route, free in wish.room.items():
+            if free > 0:
+                claims += self._claim_route(connection, wish, route, free)
+        return claims
+
+    def _claim_route(self, connection: Connection, wish: Wish, route: str, free: int) -> list[Claim]:
+        which, order = (_OVERDUE, "due_at") if wish.ids is None else (_NAMED, "message_id, number")
+        picked = f"""SELECT message_id, number FROM deliveries d WHERE {which} AND route = :route
+            ORDER BY {order} LIMIT :free"""
+        given = {
+            "worker": dashed(wish.worker), "route": route, "free": free,
+            "ids": json.dumps([{"message_id": dashed(i)} for i in wish.ids or ()]),
+        }  # fmt: skip
+        if self._sql.postgresql:
+            found = self._sql.run(
+                connection,
+                f"""WITH p AS MATERIALIZED ({picked} @skip_locked),
+                c AS (UPDATE deliveries d {_CLAIM_SET} FROM p WHERE {KEYS} RETURNING d.*)
+                SELECT {_ENVELOPE}, @since(m.received_at), (SELECT array_agg(r.address ORDER BY r.position)
+                    FROM recipients r WHERE r.message_id = c.message_id AND r.delivery = c.number)
+                FROM c JOIN messages m ON m.id = c.message_id ORDER BY m.id""",
+                **given,
+            )
+            return [_claim(row, row[9]) for row in found]
+        keys = self._sql.run(
+            connection,
+            f"UPDATE deliveries {_CLAIM_SET} WHERE (message_id, number) IN ({picked}) RETURNING message_id, number",
+            **given,
+        ).all()
+        found = self._sql.run(
+            connection,
+            f"""SELECT {_ENVELOPE}, @since(m.received_at), (SELECT json_group_array(address) FROM (SELECT r.address
+                FROM recipients r WHERE r.message_id = c.message_id AND r.delivery = c.number ORDER BY r.position))
+            FROM @rows(:keys; message_id uuid, number int)
+            JOIN deliveries c ON c.message_id = x.message_id AND c.number = x.number
+            JOIN messages m ON m.id = c.message_id ORDER BY m.id""",
+            keys=json.dumps([{"message_id": m, "number": n} for m, n in keys]),
+        )
+        return [_claim(row, json.loads(row[9])) for row in found]
+
+    def _record(
+        self, connection: Connection, worker: str, records: list[tuple[int, Record]], results: list[Result]
+    ) -> None:
+        given = {
+            "worker": dashed(worker),
+            "records": json.dumps([_record_row(record) for _, record in records]),
+            "tries": json.dumps([_try_row(record, one) for _, record in records for one in record.tries]),
+        }
+        if self._sql.postgresql:
+            self._sql.run(
+                connection,
+                f"""WITH p AS MATERIALIZED ({_FINALS} @locked(d)), a AS ({_ATTEMPTS})
+                UPDATE deliveries d {_RECORD_SET} FROM p WHERE {KEYS}""",
+                **given,
+            )
+        else:
+            self._sql.run(connection, _ATTEMPTS, **given)
+            sql = f"UPDATE deliveries AS d {_RECORD_SET} FROM ({_FINALS}) AS p WHERE {KEYS}"
+            self._sql.run(connection, sql, **given)
+        rows = self._sql.run(connection, _AFTER, **given)
+        after = {(m, n): (claims, State(state), free) for m, n, claims, state, free in rows}
+        for n, record in records:
+            claims, state, free = after.get((record.message_id, record.number), (0, None, False))
+            mine = claims == record.claim or state is State.DELIVERED
+            results[n] = Recorded(state if mine else None, bool(free) and mine)
+
+
+def _claim(row: Any, recipients: Sequence[str]) -> Claim:
+    message_id, number, claims, route, sender, size, step, vanished, ago = row[:9]
+    return Claim(message_id, number, claims, route, sender, size, tuple(recipients), step, vanished, float(ago))
+
+
+def _record_row(record: Record) -> dict[str, Any]:
+    if record.state not in TRANSITIONS[State.SENDING]:
+        raise ValueError(f"no way from sending to {record.state}")
+    return {
+        "message_id": dashed(record.message_id), "number": record.number, "claim": record.claim,
+        "state": record.state, "delay": record.delay, "backoff_step": record.backoff_step,
+        "outcome": record.outcome, "reply": record.reply, "server": record.server,
+    }  # fmt: skip
+
+
+def _try_row(record: Record, one: Try) -> dict[str, Any]:
+    return {
+        "message_id": dashed(record.message_id), "delivery": record.number, "claim": record.claim, "hop": one.hop,
+        "server": one.server, "started_ago": one.started_ago, "finished_ago": one.finished_ago,
+        "outcome": one.outcome, "reply": one.reply, "bytes_sent": one.bytes_sent,
+    }  # fmt: skip

@@ -1,0 +1,62 @@
+"""Logs: structlog, one event a line, JSON when nobody watches a terminal.
+
+An event is a short fixed phrase and keyword fields; `id` is the queue id and joins everything about one message, from
+the SMTP session to the QMQP reply (docs/events.md lists the events). Other libraries' records pass through the same
+lines. What must stay true: bytes from peers never reach a terminal raw, and no secret is a field.
+"""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+from relay.settings import Settings
+
+_ADDRESSES = ("sender", "recipient", "recipients")
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """A logger named after its module."""
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    return logger
+
+
+def escaped(data: bytes | str, longest: int = 500) -> str:
+    """Bytes from a peer as one bounded line of printable ASCII: everything else as `\\xNN`, cut at `longest`."""
+    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data[: longest * 4])
+    if raw.isascii() and (text := raw.decode("ascii")).isprintable() and len(text) <= longest:
+        return text
+    text = "".join(chr(b) if 32 <= b < 127 else "\\n" if b == 10 else f"\\x{b:02x}" for b in raw)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for name in _ADDRESSES:
+        if isinstance(event.get(name), str) and event[name]:
+            event[name] = "...@" + event[name].rpartition("@")[2]
+    return event
+
+
+def configure(settings: Settings) -> None:
+    """Set up this process' logs as LOG_LEVEL, LOG_FORMAT and LOG_ADDRESSES say."""
+    people = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
+    stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if people else "iso", utc=not people)
+    before: list[Any] = [structlog.stdlib.add_log_level, stamp, structlog.processors.format_exc_info]
+    if settings.log_addresses == "redacted":
+        before.insert(0, _redact)
+    last: Any = structlog.dev.ConsoleRenderer(pad_event_to=12) if people else structlog.processors.JSONRenderer()
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    structlog.configure(
+        processors=[*before, last],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    strip = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[strip, last]))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(level, logging.WARNING))

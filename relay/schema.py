@@ -1,0 +1,257 @@
+"""The tables: what is true about every message, and the states that a delivery may be in.
+
+`messages` and `recipients` are written once. `deliveries` is the queue: a row is one QMQP request to get across, hot
+and narrow, and the only thing that changes. `attempts` is what happened, kept until the message is. `due_at` says when
+somebody must look at a delivery again; who moves it on changes the state with it, and whoever is final and owes nothing
+has none. One partial index on it finds all work.
+
+What must stay true: only `queued` can be claimed; TRANSITIONS are the only ways between states; a K beats all of them.
+There are no foreign keys on the hot tables: they cost half as much again as the writes themselves, and every row is
+written in the transaction that makes its message (`fsck` looks for what should not be).
+
+Ids are UUIDv7: the type `uuid` on PostgreSQL, dashed text on SQLite. Times are `timestamptz` there and whole
+microseconds since 1970 here.
+"""
+
+from enum import StrEnum
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import UUID
+
+
+class State(StrEnum):
+    """Where a delivery is."""
+
+    QUEUED = "queued"
+    SENDING = "sending"
+    DEFERRED = "deferred"
+    HELD = "held"
+    SPLIT = "split"
+    DELIVERED = "delivered"
+    BOUNCED = "bounced"
+    EXPIRED = "expired"
+    DROPPED = "dropped"
+
+
+class Outcome(StrEnum):
+    """What became of a try."""
+
+    ACCEPTED = "accepted"
+    DEFERRED = "deferred"
+    REJECTED = "rejected"
+    UNREACHABLE = "unreachable"
+    INTERRUPTED = "interrupted"
+    UNCERTAIN = "uncertain"
+    MALFORMED = "malformed"
+    UNSENDABLE = "unsendable"
+
+
+UNFINISHED = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD)
+FINAL = (State.DELIVERED, State.BOUNCED, State.EXPIRED, State.DROPPED)
+
+# A recorded K goes to DELIVERED from anywhere and stands outside this table.
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.QUEUED: frozenset({State.SENDING, State.HELD, State.BOUNCED, State.DROPPED}),
+    State.SENDING: frozenset(State) - {State.SENDING},
+    State.DEFERRED: frozenset({State.QUEUED, State.HELD, State.BOUNCED, State.DROPPED}),
+    State.HELD: frozenset({State.QUEUED, State.BOUNCED, State.DROPPED}),
+    State.BOUNCED: frozenset({State.DEFERRED}),
+    State.SPLIT: frozenset(),
+    State.DELIVERED: frozenset(),
+    State.EXPIRED: frozenset(),
+    State.DROPPED: frozenset(),
+}
+
+
+def words(values: tuple[str, ...] | type[StrEnum]) -> str:
+    """The values as an SQL list of literals."""
+    return ", ".join(f"'{value}'" for value in values)
+
+
+NEEDS_BODY = f"(state IN ({words(UNFINISHED)}) OR due_at IS NOT NULL)"
+REVISION = "0001"  # the newest migration
+LONGEST_INDEXED = 1000
+LONGEST_TEXT = 4000
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "%(table_name)s_%(column_0_N_name)s",
+        "ck": "%(table_name)s_%(constraint_name)s",
+        "pk": "%(table_name)s_key",
+    }
+)
+Id = Text().with_variant(UUID(as_uuid=False), "postgresql")
+Instant = DateTime(timezone=True).with_variant(BigInteger, "sqlite")
+
+messages = Table(
+    "messages",
+    metadata,
+    Column("id", Id, primary_key=True, comment="the queue id, UUIDv7"),
+    Column("sender", Text, nullable=False, comment="envelope sender; empty = the null sender"),
+    Column("size", BigInteger, nullable=False, comment="bytes of the stored body, LF form, trace header included"),
+    Column("received_at", Instant, nullable=False, comment="when the 250 was earned"),
+    Column("client_address", Text, nullable=False, comment="address of the SMTP client"),
+    Column("helo", Text, nullable=False, comment="what the client called itself"),
+    Column("protocol", Text, nullable=False, comment="RFC 3848 keyword"),
+    Column("auth_user", Text, comment="authenticated user"),
+    Column("header_message_id", Text, comment="Message-ID of the header"),
+    Column("body_type", Text, comment="BODY= of MAIL (RFC 6152)"),
+    Column("ret", Text, comment="RET= of MAIL (RFC 3461)"),
+    Column("envid", Text, comment="ENVID= of MAIL (RFC 3461), xtext"),
+    Column("notice_of", Id, comment="the message that this notice is about"),
+    Index(None, "sender"),
+    Index(None, "header_message_id"),
+    comment="accepted messages; rows are never changed",
+)
+
+recipients = Table(
+    "recipients",
+    metadata,
+    Column("message_id", Id, nullable=False),
+    Column("position", Integer, nullable=False, comment="order of RCPT, from 1"),
+    Column("address", Text, nullable=False, comment="envelope recipient, local part without SMTP quoting"),
+    Column("delivery", Integer, nullable=False, comment="number of the delivery that carries it"),
+    Column("notify", Text, comment="NOTIFY= of RCPT (RFC 3461)"),
+    Column("orcpt", Text, comment="ORCPT= of RCPT (RFC 3461), xtext"),
+    PrimaryKeyConstraint("message_id", "position"),
+    Index(None, "address"),
+    comment="envelope recipients",
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("message_id", Id, nullable=False),
+    Column("number", Integer, nullable=False, comment="from 1 within the message"),
+    Column("parent", Integer, comment="the delivery that was split into this one"),
+    Column("route", Text, nullable=False, comment="name of the route; its servers are looked up at each attempt"),
+    Column("state", Text, nullable=False),
+    Column("due_at", Instant, comment="when somebody must look again; empty when nobody need"),
+    Column("expires_at", Instant, nullable=False, comment="a try that fails after this is the last"),
+    Column("worker", Id, comment="who is sending it"),
+    Column("claims", Integer, nullable=False, server_default="0", comment="times it was claimed; numbers the tries"),
+    Column("backoff_step", Integer, nullable=False, server_default="0", comment="deferrals in a row"),
+    Column("vanished", Integer, nullable=False, server_default="0", comment="workers lost over it in a row"),
+    Column("wanted", Text, comment="what an operator asked for while it was being sent"),
+    Column("last_outcome", Text, comment="outcome of the last try"),
+    Column("last_reply", Text, comment="the server's words, or ours, at the last try"),
+    Column("last_server", Text, comment="server of the last try"),
+    Column("finished_at", Instant, comment="when it became final"),
+    PrimaryKeyConstraint("message_id", "number"),
+    CheckConstraint(f"state IN ({words(State)})", name="state"),
+    CheckConstraint(
+        "due_at IS NOT NULL OR state NOT IN ('queued', 'sending', 'deferred')", name="due_where_the_state_needs_it"
+    ),
+    CheckConstraint("(worker IS NOT NULL) = (state = 'sending')", name="worker_while_sending"),
+    Index(
+        "deliveries_due_at",
+        "due_at",
+        postgresql_where=text("due_at IS NOT NULL"),
+        sqlite_where=text("due_at IS NOT NULL"),
+    ),
+    comment="QMQP requests to get across: the queue",
+    postgresql_with={"fillfactor": 80, "autovacuum_vacuum_scale_factor": 0.02, "autovacuum_analyze_scale_factor": 0.02},
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("message_id", Id, nullable=False),
+    Column("delivery", Integer, nullable=False),
+    Column("claim", Integer, nullable=False, comment="which claim of the delivery, from 1"),
+    Column("hop", Integer, nullable=False, comment="which server within the claim, from 1; 0: the worker was lost"),
+    Column("worker", Id, nullable=False),
+    Column("server", Text),
+    Column("started_at", Instant, nullable=False),
+    Column("finished_at", Instant, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("reply", Text, nullable=False, comment="the server's words, or ours; bytes outside ASCII as \\xNN"),
+    Column("bytes_sent", BigInteger, nullable=False),
+    PrimaryKeyConstraint("message_id", "delivery", "claim", "hop"),
+    CheckConstraint(f"outcome IN ({words(Outcome)})", name="outcome"),
+    Index("attempts_finished_at", "finished_at", postgresql_using="brin"),
+    comment="tries, each at one server",
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("started_at", Instant, nullable=False),
+    Column("until", Instant, nullable=False, comment="the lease: renewed while the worker lives"),
+    Column("ended_at", Instant, comment="when it stopped or was declared dead"),
+    Column("ending", Text, comment="stopped or vanished"),
+    comment="worker processes and their leases",
+)
+
+actions = Table(
+    "actions",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("at", Instant, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("verb", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("filter", Text, nullable=False),
+    Column("matched", Integer, nullable=False),
+    comment="what operators did",
+)
+
+spool = Table(
+    "spool",
+    metadata,
+    Column("id", Id, primary_key=True, comment="also written in the spool directory, as spool-id"),
+    Column("created_at", Instant, nullable=False),
+    comment="the one spool directory that this database knows",
+)
+
+_RECIPIENT_VIEW = """
+SELECT @hex(m.id) AS queue_id, m.id AS message_id, r.position, d.number AS delivery, d.state, m.sender,
+       r.address AS recipient, m.size, d.route, d.claims AS attempts, d.last_outcome, d.last_reply AS reason,
+       d.last_server AS server, @when(m.received_at) AS received_at,
+       @when(CASE WHEN d.state IN ('queued', 'deferred') THEN d.due_at END) AS next_at,
+       @when(d.expires_at) AS expires_at, @when(d.finished_at) AS finished_at, d.worker, d.wanted,
+       m.client_address, m.helo, m.protocol, m.header_message_id, @hex(m.notice_of) AS notice_of
+FROM messages m
+JOIN recipients r ON r.message_id = m.id
+JOIN deliveries d ON d.message_id = r.message_id AND d.number = r.delivery
+"""
+
+# Views are the public face for people with an SQL prompt: names and columns are stable (docs/inspect.md).
+VIEWS = {
+    "mail_queue": f"{_RECIPIENT_VIEW}WHERE d.state IN ({words(UNFINISHED)})",
+    "mail_history": _RECIPIENT_VIEW,
+    "queue_summary": """
+SELECT d.state, d.route, count(*) AS deliveries, CAST(coalesce(sum(m.size), 0) AS bigint) AS bytes,
+       @when(min(m.received_at)) AS oldest_at, @since(min(m.received_at)) AS oldest_seconds,
+       sum(CASE WHEN d.state IN ('queued', 'sending', 'deferred') AND d.due_at < @now THEN 1 ELSE 0 END) AS overdue
+FROM deliveries d JOIN messages m ON m.id = d.message_id
+GROUP BY d.state, d.route
+""",
+    "server_health": """
+SELECT server, count(*) AS attempts, sum(CASE WHEN outcome = 'accepted' THEN 1 ELSE 0 END) AS accepted,
+       sum(CASE WHEN outcome = 'deferred' THEN 1 ELSE 0 END) AS deferred,
+       sum(CASE WHEN outcome = 'rejected' THEN 1 ELSE 0 END) AS rejected,
+       sum(CASE WHEN outcome = 'unreachable' THEN 1 ELSE 0 END) AS unreachable,
+       sum(CASE WHEN outcome IN ('uncertain', 'malformed') THEN 1 ELSE 0 END) AS uncertain,
+       sum(CASE WHEN outcome = 'interrupted' THEN 1 ELSE 0 END) AS interrupted,
+       sum(bytes_sent) AS bytes_sent, @when(max(finished_at)) AS last_at
+FROM attempts
+WHERE finished_at > @ago(3600) AND server IS NOT NULL
+GROUP BY server
+""",
+}

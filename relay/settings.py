@@ -1,0 +1,237 @@
+"""Settings: RELAY_* environment variables, one class a role.
+
+How it works: a field of a class below is a setting; its variable is the field's name in capitals after `RELAY_`.
+`RELAY_X_FILE` names a file that X is read from, for secrets. Durations are written `30s 5m 2h 5d` and become seconds,
+sizes `64K 25M` and become bytes. What is not given is derived: database, spool and worker files stand below STATE_DIR.
+
+What must stay true: a bad value stops the process before it touches anything, and the error names the variable, the
+value and what would do; an unknown RELAY_ name is never silently ignored (`unknown_names`); no password is ever shown
+(`redacted`).
+"""
+
+import difflib
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "RELAY_"
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_SECONDS = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"(\d+)\s*([KMG]?)i?B?", re.IGNORECASE)
+_FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class SettingsError(ValueError):
+    """What is wrong with the settings, a line for each variable."""
+
+
+def seconds(value: object) -> object:
+    """`30s 5m 2h 5d` (or a bare number of seconds) as seconds."""
+    if not isinstance(value, str):
+        return value
+    found = _DURATION.fullmatch(value.strip())
+    if not found:
+        raise ValueError("is not a duration: write 30s, 5m, 2h or 5d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def size(value: object) -> object:
+    """`64K 25M 1G` (or a bare number) as bytes."""
+    if not isinstance(value, str):
+        return value
+    found = _SIZE.fullmatch(value.strip())
+    if not found:
+        raise ValueError("is not a size: write 64K, 25M or a number of bytes")
+    return int(found[1]) * _FACTOR[found[2].upper()]
+
+
+def _words(value: object) -> object:
+    return (
+        tuple(re.split(r"[,\s]+", value.strip(", \t\n")))
+        if isinstance(value, str) and value.strip(", \n")
+        else (() if isinstance(value, str) else value)
+    )
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """`host:port`, `[v6]:port` or `:port` (all addresses) as a pair; raises ValueError."""
+    found = re.fullmatch(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:\[\]\s]*)):(?P<port>\d{1,5})", text)
+    if not found or int(found["port"]) > 65535:
+        raise ValueError(f"{text!r} is not an address to listen on: write 127.0.0.1:2525 or [::1]:2525")
+    return found["v6"] or found["host"], int(found["port"])
+
+
+def _listens(value: object) -> object:
+    words = _words(value)
+    return (
+        tuple(parse_listen(word) if isinstance(word, str) else word for word in words)
+        if isinstance(words, tuple)
+        else words
+    )
+
+
+def _positive(value: float) -> float:
+    if value <= 0:
+        raise ValueError("must be more than 0")
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(seconds), AfterValidator(_positive)]
+Span = Annotated[float, BeforeValidator(seconds), Field(ge=0)]
+Size = Annotated[int, BeforeValidator(size), Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+Listens = Annotated[tuple[tuple[str, int], ...], NoDecode, BeforeValidator(_listens)]
+
+
+def _switch(value: object) -> object:
+    return None if isinstance(value, str) and value.strip().lower() in {"", "off", "no", "0"} else seconds(value)
+
+
+class Settings(BaseSettings):
+    """What every role needs."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True)
+    role: ClassVar[str] = "relay"
+
+    state_dir: Path = Path("var")
+    database_url: str = ""
+    broker_url: str = ""
+    spool_dir: Path = Path()
+    qmqp_servers: Words = ()
+    routes: Path | None = None
+    hostname: str = ""
+
+    batch_size: Count = 64
+    grace: Duration = 5.0
+    queue_lifetime: Duration = 5 * 86400.0
+    retention: Duration = 30 * 86400.0
+    bounces: Literal["dsn", "off"] = "dsn"
+    delay_warning: Annotated[float | None, BeforeValidator(_switch)] = None
+    unsafe_durability: bool = False
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+    log_addresses: Literal["full", "redacted"] = "full"
+    metrics_listen: Listens = ()
+    health_file: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = {**_from_files(), **values}
+        state = Path(values.get("state_dir") or "var").absolute()
+        values["state_dir"] = state
+        values["database_url"] = values.get("database_url") or f"sqlite:///{state / 'relay.db'}"
+        values["broker_url"] = values.get("broker_url") or f"redis+socket://{state / 'broker.sock'}"
+        values["spool_dir"] = Path(values.get("spool_dir") or state / "spool").absolute()
+        values["hostname"] = values.get("hostname") or socket.gethostname()
+        if str(values.get("metrics_listen", "")).strip().lower() == "off":
+            values["metrics_listen"] = ()
+        return values
+
+
+class SmtpdSettings(Settings):
+    """The SMTP front end."""
+
+    role: ClassVar[str] = "smtpd"
+
+    smtp_listen: Listens = (("127.0.0.1", 2525),)
+    publish: str = ""
+    client_networks: Words = ("127.0.0.0/8", "::1")
+    recipient_domains: Words = ()
+    max_message_size: Size = 25 << 20
+    max_recipients: Annotated[int, Field(ge=100)] = 1000
+    max_connections: Count = 1000
+    max_connections_per_client: Count = 50
+    smtp_timeout: Duration = 300.0
+    accept_deadline: Duration = 60.0
+    drain_timeout: Duration = 30.0
+
+
+class WorkerSettings(Settings):
+    """Delivery."""
+
+    role: ClassVar[str] = "worker"
+
+    connect_timeout: Duration = 10.0
+    io_timeout: Duration = 60.0
+    reply_timeout: Duration = 600.0
+    session_timeout: Duration = 3600.0
+    block_size: Annotated[int, BeforeValidator(size), Field(ge=512, le=16 << 20)] = 64 << 10
+    worker_connections: Count = 128
+    server_connections: Count = 50
+    lease: Duration = 60.0
+    drain_timeout: Duration = 30.0
+    retry_min: Duration = 30.0
+    retry_max: Duration = 3600.0
+    uncertain: Literal["retry", "hold"] = "retry"
+    uncertain_delay: Span = 900.0
+    poison_limit: Annotated[int, Field(ge=2)] = 5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.retry_max < self.retry_min:
+            raise ValueError("RELAY_RETRY_MAX must not be less than RELAY_RETRY_MIN")
+        return self
+
+
+ROLES: tuple[type[Settings], ...] = (Settings, SmtpdSettings, WorkerSettings)
+
+
+def names() -> set[str]:
+    """Every variable that some role reads."""
+    return {PREFIX + field.upper() for role in ROLES for field in role.model_fields}
+
+
+def _from_files() -> dict[str, str]:
+    """What RELAY_X_FILE variables name, by field; a file that cannot be read is an error that names both."""
+    found = {}
+    for name, path in os.environ.items():
+        target = name.removesuffix("_FILE")
+        if name.endswith("_FILE") and target in names() and name not in names():
+            try:
+                found[target.removeprefix(PREFIX).lower()] = Path(path).read_text().strip()
+            except OSError as error:
+                raise SettingsError(f"{name}: cannot read {path}: {error.strerror}") from None
+    return found
+
+
+def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
+    """Read the settings of a role from the environment; raises SettingsError, a line for each bad variable."""
+    try:
+        return role(**overrides)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_line(detail) for detail in error.errors())) from None
+
+
+def _line(detail: Mapping[str, Any]) -> str:
+    words = str(detail["msg"]).removeprefix("Value error, ")
+    if not detail["loc"]:
+        return words
+    field = str(detail["loc"][0])
+    given = detail["input"] if len(detail["loc"]) == 1 else os.environ.get(PREFIX + field.upper(), detail["input"])
+    shown = f" = {given!r}" if "url" not in field else ""
+    return f"{PREFIX}{field.upper()}{shown}: {words}"
+
+
+def unknown_names(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """A warning for each RELAY_ variable that nobody reads, with the nearest one that somebody does."""
+    known = names() | {name + "_FILE" for name in names()}
+    unknown = sorted(n for n in environ if n.startswith(PREFIX) and n not in known and not n.startswith("RELAY_TEST"))
+    return [_advice(name, difflib.get_close_matches(name, known, 1)) for name in unknown]
+
+
+def _advice(name: str, near: list[str]) -> str:
+    return f"ignoring {name}, which is no setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def redacted(url: str) -> str:
+    """A URL without its password, fit to be printed."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", url)

@@ -1,0 +1,42 @@
+"""What smtpd and worker do before they touch mail: database reachable and durable, schema ours, spool the right one.
+
+Nothing here gives up because something is away: services start in any order, also after a host reboot.
+"""
+
+import threading
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+
+from relay import database
+from relay.bodies import Spool
+from relay.log import get_logger
+from relay.settings import Settings, redacted, unknown_names
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The durable state, checked."""
+
+    engine: Engine
+    spool: Spool
+
+
+def ready(settings: Settings, stopping: threading.Event | None = None) -> Ready:
+    """Wait for the database, then check it and the spool; raises DatabaseError or SpoolError."""
+    for warning in unknown_names():
+        log.warning(warning)
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    engine = database.connect(settings.database_url, hot=True)
+    database.wait_until_ready(engine, stopping)
+    faults = [] if settings.unsafe_durability else database.check_durable(engine)
+    if faults:
+        raise database.DatabaseError(
+            f"{redacted(settings.database_url)} would forget mail at a power cut: {', '.join(faults)};"
+            " turn it on, or set RELAY_UNSAFE_DURABILITY=1 for a test"
+        )
+    spool = Spool(settings.spool_dir)
+    spool.prepare(engine, unsafe=settings.unsafe_durability)
+    return Ready(engine, spool)

@@ -1,0 +1,102 @@
+"""What a sweeper does to the queue: wake what is due, and find out who is gone.
+
+Any number of workers sweep at once: each takes what nobody else has locked, in bounded batches, longest due first. A
+worker is dead when its lease has run out, and a sweeper has seen that same lease run out for long enough by its own
+clock (`bury`); then whatever it was sending becomes `uncertain`, in one transaction that fails if the worker renewed.
+
+What must stay true: nobody is declared dead because the database was away; what was in flight when a worker was lost is
+never quietly sent again: it gets an attempt of outcome `uncertain` first (hop 0).
+"""
+
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+
+from relay.claims import DUE, FINISHED, KEYS, WANTED
+from relay.database import Statements, writing
+from relay.ids import dashed
+from relay.settings import WorkerSettings
+
+_LOST = f"""SELECT d.message_id, d.number, d.claims, d.worker, :delay AS delay, m.sender,
+    CASE WHEN d.wanted IS NOT NULL THEN {WANTED} WHEN d.vanished + 1 >= :poison OR :hold THEN 'held'
+         WHEN d.expires_at <= @now THEN 'expired' ELSE 'deferred' END AS final
+    FROM deliveries d JOIN messages m ON m.id = d.message_id
+    WHERE d.state = 'sending' AND"""
+_LOST_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
+    vanished = d.vanished + 1, last_outcome = 'uncertain', last_reply = :why"""
+_LOST_ATTEMPT = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at,
+        outcome, reply, bytes_sent)
+    SELECT message_id, number, claims, 0, worker, NULL, @now, @now, 'uncertain', :why, 0 FROM"""
+
+
+class Sweeps:
+    """The queue as one sweeper uses it."""
+
+    def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
+        self._engine = engine
+        self._sql = Statements(
+            engine,
+            grace=settings.grace,
+            notices=settings.bounces == "dsn",
+            delay=settings.uncertain_delay,
+            hold=settings.uncertain == "hold",
+            poison=settings.poison_limit,
+        )
+
+    def _lose(self, connection: Connection, where: str, why: str, **given: Any) -> int:
+        """Turn what somebody was sending into `uncertain`; how many there were."""
+        lost = f"{_LOST} {where} ORDER BY d.message_id, d.number"
+        if self._sql.postgresql:
+            sql = f"""WITH p AS MATERIALIZED ({lost} @locked(d)), a AS ({_LOST_ATTEMPT} p ON CONFLICT DO NOTHING)
+                UPDATE deliveries d {_LOST_SET} FROM p WHERE {KEYS}"""
+            return int(self._sql.run(connection, sql, why=why, **given).rowcount)
+        self._sql.run(connection, f"{_LOST_ATTEMPT} ({lost}) WHERE true ON CONFLICT DO NOTHING", why=why, **given)
+        sql = f"UPDATE deliveries AS d {_LOST_SET} FROM ({lost}) AS p WHERE {KEYS}"
+        return int(self._sql.run(connection, sql, why=why, **given).rowcount)
+
+    def ran_out(self) -> list[tuple[str, str]]:
+        """Workers whose lease has run out: (id, the lease's end, as an opaque text)."""
+        with writing(self._engine) as connection:
+            found = self._sql.run(
+                connection, "SELECT @hex(id), CAST(until AS text) FROM workers WHERE ended_at IS NULL AND until < @now"
+            )
+            return [(worker, until) for worker, until in found]
+
+    def bury(self, worker: str, until: str) -> int | None:
+        """Declare a worker dead and make what it was sending `uncertain`; None if it renewed its lease after all."""
+        with writing(self._engine) as connection:
+            dead = self._sql.run(
+                connection,
+                "UPDATE workers SET ended_at = @now, ending = 'vanished'"
+                " WHERE id = :worker AND ended_at IS NULL AND CAST(until AS text) = :until",
+                worker=dashed(worker), until=until,
+            ).rowcount  # fmt: skip
+            if not dead:
+                return None
+            why = "the worker vanished while it was sending"
+            return self._lose(connection, "d.worker = :worker AND d.due_at IS NOT NULL", why, worker=dashed(worker))
+
+    def lose_stuck(self) -> int:
+        """Make transfers `uncertain` that have taken longer than any session may; how many there were."""
+        with writing(self._engine) as connection:
+            return self._lose(connection, "d.due_at <= @now", "the transfer took longer than any session may")
+
+    def lose_strays(self) -> int:
+        """Make `uncertain` what a worker that has ended was still sending; how many there were."""
+        with writing(self._engine) as connection:
+            gone = """d.due_at IS NOT NULL
+                AND EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)"""
+            return self._lose(connection, gone, "the worker stopped while it was sending")
+
+    def requeue_due(self, limit: int) -> list[str]:
+        """Make deferred deliveries whose time has come `queued`, longest due first; the ids of their messages."""
+        picked = """SELECT message_id, number FROM deliveries WHERE state = 'deferred' AND due_at <= @now
+            ORDER BY due_at LIMIT :most"""
+        with writing(self._engine) as connection:
+            if self._sql.postgresql:
+                sql = f"""WITH p AS MATERIALIZED ({picked} @skip_locked) UPDATE deliveries d
+                    SET state = 'queued', due_at = @later(:grace) FROM p WHERE {KEYS} RETURNING @hex(d.message_id)"""
+            else:
+                sql = f"""UPDATE deliveries SET state = 'queued', due_at = @later(:grace)
+                    WHERE (message_id, number) IN ({picked}) RETURNING @hex(message_id)"""
+            return list(dict.fromkeys(row[0] for row in self._sql.run(connection, sql, most=limit)))
