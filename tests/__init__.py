@@ -1,0 +1,1 @@
+"""Tests: `unit` needs nothing but Python, `integration` real databases and brokers, `acceptance` whole processes."""

@@ -1,0 +1,210 @@
+"""Fixtures that every test may use: real databases, a real broker, a spool, and children that end with their test.
+
+    database_url    a freshly migrated database of its own, once on SQLite and once on PostgreSQL
+    sqlite_url, postgres_url    the same on that one alone
+    postgres        the PostgreSQL server, for faults: stop, kill, pause; it is put right again after the test
+    broker          a Valkey of its own, for faults as well; `broker_url` is its URL
+    spool           an empty `relay.bodies.Spool` with an identity; `spool.prepare(engine)` marries it to a database
+    spawn           start a command; what still runs when the test ends is killed
+
+RELAY_TEST_POSTGRES_URL names a PostgreSQL to use in place of our own (a superuser's URL; databases named
+relay_test_* are made and dropped in it). RELAY_TESTS_NO_SKIP=1 makes a skipped test a failed one.
+"""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import settings as hypothesis_settings
+from psycopg import sql
+from sqlalchemy.engine import make_url
+
+from relay.bodies import Spool
+from relay.ids import new_id
+from tests import services
+from tests.services import Broker, Postgres
+
+# A slow moment of a shared machine is no failure of the code; the time of a whole test is bounded by pytest.
+hypothesis_settings.register_profile("relay", deadline=None, print_blob=True)
+hypothesis_settings.load_profile("relay")
+
+# What the developer's shell says to their own relay is nothing to the tests', nor to what they spawn.
+for _name in [name for name in os.environ if name.startswith("RELAY_") and not name.startswith("RELAY_TEST")]:
+    del os.environ[_name]
+
+
+def _migrate(url: str) -> None:
+    from relay.database import migrate  # slow to import, and most unit tests need none of it
+
+    migrate(url)
+
+
+# --- databases --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with one migrated SQLite database, to copy."""
+    directory = tmp_path_factory.mktemp("sqlite-template")
+    _migrate(f"sqlite:///{directory}/relay.db")
+    return directory
+
+
+@pytest.fixture
+def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
+    for file in sqlite_template.iterdir():  # the write-ahead log too, if one is left
+        shutil.copy(file, tmp_path)
+    return f"sqlite:///{tmp_path}/relay.db"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """Our own PostgreSQL, one for the session, started at first use."""
+    server = Postgres()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def postgres(postgres_server: Postgres) -> Iterator[Postgres]:
+    yield postgres_server
+    postgres_server.resume()
+    postgres_server.start()
+
+
+@pytest.fixture(scope="session")
+def postgres_maintenance_url(request: pytest.FixtureRequest) -> str:
+    """Where databases are made: the server that RELAY_TEST_POSTGRES_URL names, else our own."""
+    if given := os.environ.get("RELAY_TEST_POSTGRES_URL"):
+        return make_url(given).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    server: Postgres = request.getfixturevalue("postgres_server")
+    return server.url()
+
+
+@pytest.fixture(scope="session")
+def postgres_databases(postgres_maintenance_url: str) -> Iterator["Databases"]:
+    databases = Databases(postgres_maintenance_url)
+    yield databases
+    databases.drop(databases.template)
+
+
+@pytest.fixture
+def postgres_url(postgres_databases: "Databases") -> Iterator[str]:
+    name = postgres_databases.create()
+    yield postgres_databases.url(name)
+    postgres_databases.drop(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """A migrated database of its own, as RELAY_DATABASE_URL takes it."""
+    url: str = request.getfixturevalue("sqlite_url" if request.param == "sqlite" else "postgres_url")
+    return url
+
+
+class Databases:
+    """Makes databases on a PostgreSQL server as copies of a migrated one, in some 40 ms each."""
+
+    def __init__(self, maintenance_url: str) -> None:
+        self._maintenance = make_url(maintenance_url)
+        self._prefix = f"relay_test_{os.getpid()}"
+        self._numbers = itertools.count(1)
+        self.template = f"{self._prefix}_template"
+        self._execute("CREATE DATABASE {}", self.template)
+        _migrate(self.url(self.template))
+
+    def url(self, name: str) -> str:
+        return self._maintenance.set(database=name).render_as_string(hide_password=False)
+
+    def create(self) -> str:
+        name = f"{self._prefix}_{next(self._numbers)}"
+        self._execute("CREATE DATABASE {} TEMPLATE {}", name, self.template)
+        return name
+
+    def drop(self, name: str) -> None:
+        self._execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+
+    def _execute(self, statement: str, *names: str) -> None:
+        plain = self._maintenance.set(drivername="postgresql").render_as_string(hide_password=False)
+        with psycopg.connect(plain, autocommit=True) as connection:
+            connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+# --- broker, spool, children ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    directory = services.temporary_directory()
+    server = Broker(directory)
+    server.start()
+    yield server
+    server.stop()
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def broker_url(broker: Broker) -> str:
+    return broker.url
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    directory = tmp_path / "spool"
+    directory.mkdir(mode=0o700)
+    (directory / "spool-id").write_text(f"{new_id()}\n")
+    return Spool(directory)
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    return services.free_port
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., subprocess.Popen[Any]]]:
+    """`services.spawn` for one test: `spawn(["qmqp-relay", "smtpd"], env=..., stderr=...)`."""
+    children: list[subprocess.Popen[Any]] = []
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[Any]:
+        child = services.spawn(*arguments, **options)
+        children.append(child)
+        return child
+
+    yield start
+    for child in reversed(children):
+        services.end(child, signal.SIGKILL)
+
+
+# --- no test is skipped unseen ----------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _fail_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped:
+        _fail_skipped(report)
+    return report
+
+
+def _fail_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if os.environ.get("RELAY_TESTS_NO_SKIP", "0") not in ("", "0"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and RELAY_TESTS_NO_SKIP is set: {reason}"

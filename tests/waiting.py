@@ -1,0 +1,27 @@
+"""Waiting for something to become true, the one way that tests do it.
+
+A test never sleeps for a guessed time: it names the condition and the longest time that it may take.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+
+def until[T](condition: Callable[[], T], timeout: float = 10.0, *, what: str | Callable[[], str] = "") -> T:
+    """Look at `condition()` until it is true, and give back what it was.
+
+    `timeout` is in seconds; AssertionError after it, with `what` (text, or a function making it then) and the last
+    value seen. The condition is looked at once more after the deadline, so that a slow machine gets a fair last look.
+    """
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while True:
+        late = time.monotonic() >= deadline
+        seen = condition()
+        if seen:
+            return seen
+        if late:
+            words = what() if callable(what) else what or getattr(condition, "__name__", "condition")
+            raise AssertionError(f"not so after {timeout:g} s: {words} (last seen: {seen!r})")
+        pause.wait(0.02)
