@@ -159,7 +159,7 @@ class Spool:
 
     def ids(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
         """Every body file there is, oldest directory first."""
-        for directory in sorted(p for p in self.directory.iterdir() if len(p.name) == _DIRECTORY_DIGITS):
+        for directory in sorted(self.directory.glob("[0-9a-f]" * _DIRECTORY_DIGITS)):
             with os.scandir(directory) as entries:
                 yield from ((entry.name, entry) for entry in entries if len(entry.name) == 32)
 

@@ -22,8 +22,9 @@ from sqlalchemy import Connection, Engine
 
 from relay.database import Statements, writing
 from relay.ids import dashed
-from relay.schema import NEEDS_BODY, TRANSITIONS, Outcome, State
+from relay.schema import NEEDS_BODY, OWED, TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings
+from relay.splits import Splitter
 
 type Key = tuple[str, int]
 
@@ -149,7 +150,8 @@ class Ledger:
         self._sql = Statements(
             engine, grace=settings.grace, lease=settings.lease, notices=settings.bounces == "dsn", far=far
         )
-        self._held: dict[Key, str] = {}  # what we claimed and have not recorded: key -> worker
+        self._splitter = Splitter(self._sql)
+        self._held: dict[Key, tuple[str, int]] = {}  # what we claimed and have not recorded: key -> (worker, claim)
         self._in_doubt = False
 
     def register(self, worker: str, host: str, pid: int) -> None:
@@ -179,20 +181,22 @@ class Ledger:
         Raises the database's errors; then nothing happened, or it is in doubt and the same call settles it.
         """
         results: list[Result] = [False] * len(items)
-        claimed: dict[Key, str] = {}
+        claimed: dict[Key, tuple[str, int]] = {}
+        records = [(n, item) for n, item in enumerate(items) if isinstance(item, Record)]
         in_doubt, self._in_doubt = self._in_doubt, True
         with writing(self._engine) as connection:
-            records = [(n, item) for n, item in enumerate(items) if isinstance(item, Record)]
+            # A burial locks the worker and then its deliveries; so do we.
+            for n, item in enumerate(items):
+                if isinstance(item, Renewal):
+                    results[n] = self._renew(connection, item.worker)
             if in_doubt:
                 self._return_strays(connection, {i.worker for i in items})
             for worker in dict.fromkeys(record.worker for _, record in records):
                 self._record(connection, worker, [(n, r) for n, r in records if r.worker == worker], results)
             for n, item in enumerate(items):
-                if isinstance(item, Renewal):
-                    results[n] = self._renew(connection, item.worker)
-                elif isinstance(item, Wish):
+                if isinstance(item, Wish):
                     results[n] = claims = self._claim(connection, item)
-                    claimed.update({(c.message_id, c.number): item.worker for c in claims})
+                    claimed.update({(c.message_id, c.number): (item.worker, c.claim) for c in claims})
         self._in_doubt = False
         for _, record in records:
             self._held.pop((record.message_id, record.number), None)
@@ -211,13 +215,17 @@ class Ledger:
     def _return_strays(self, connection: Connection, workers: Iterable[str]) -> None:
         """Hand back what a COMMIT in doubt may have claimed for us without our knowing."""
         for worker in workers:
-            held = [{"message_id": dashed(m), "number": n} for (m, n), w in self._held.items() if w == worker]
+            held = [
+                {"message_id": dashed(m), "number": n, "claim": claim}
+                for (m, n), (who, claim) in self._held.items()
+                if who == worker
+            ]
             self._sql.run(
                 connection,
                 """UPDATE deliveries SET state = 'queued', worker = NULL, due_at = @now
                 WHERE state = 'sending' AND worker = :worker AND due_at IS NOT NULL AND NOT EXISTS (
-                    SELECT 1 FROM @rows(:held; message_id uuid, number int)
-                    WHERE x.message_id = deliveries.message_id AND x.number = deliveries.number)""",
+                    SELECT 1 FROM @rows(:held; message_id uuid, number int, claim int) WHERE x.claim = deliveries.claims
+                    AND x.message_id = deliveries.message_id AND x.number = deliveries.number)""",
                 worker=dashed(worker), held=json.dumps(held),
             )  # fmt: skip
 
@@ -282,12 +290,28 @@ class Ledger:
             self._sql.run(connection, _ATTEMPTS, **given)
             sql = f"UPDATE deliveries AS d {_RECORD_SET} FROM ({_FINALS}) AS p WHERE {KEYS}"
             self._sql.run(connection, sql, **given)
+        self._cut(connection, [record for _, record in records if record.state is State.SPLIT])
         rows = self._sql.run(connection, _AFTER, **given)
         after = {(m, n): (claims, State(state), free) for m, n, claims, state, free in rows}
         for n, record in records:
             claims, state, free = after.get((record.message_id, record.number), (0, None, False))
             mine = claims == record.claim or state is State.DELIVERED
             results[n] = Recorded(state if mine else None, bool(free) and mine)
+
+    def _cut(self, connection: Connection, records: list[Record]) -> None:
+        """Cut in two what was just recorded as `split`; what cannot be cut bounces."""
+        for record in records:
+            key, number = dashed(record.message_id), record.number
+            state = "SELECT state FROM deliveries WHERE message_id = @id(:id) AND number = :number AND claims = :claim"
+            found = self._sql.run(connection, state, id=key, number=number, claim=record.claim).scalar()
+            if found == State.SPLIT and not self._splitter.cut(connection, key, number, record.reply):
+                self._sql.run(
+                    connection,
+                    f"""UPDATE deliveries SET state = 'bounced', finished_at = @now, due_at = {OWED}
+                    WHERE message_id = @id(:id) AND number = :number""",
+                    id=key,
+                    number=number,
+                )
 
 
 def _claim(row: Any, recipients: Sequence[str]) -> Claim:
@@ -298,6 +322,8 @@ def _claim(row: Any, recipients: Sequence[str]) -> Claim:
 def _record_row(record: Record) -> dict[str, Any]:
     if record.state not in TRANSITIONS[State.SENDING]:
         raise ValueError(f"no way from sending to {record.state}")
+    if record.state is State.DELIVERED and record.outcome is not Outcome.ACCEPTED:
+        raise ValueError(f"{record.outcome} is no reason for delivered")
     return {
         "message_id": dashed(record.message_id), "number": record.number, "claim": record.claim,
         "state": record.state, "delay": record.delay, "backoff_step": record.backoff_step,

@@ -45,8 +45,9 @@ class Dialect:
     """Spells the macros of our SQL for one database.
 
     `@now`: the time; `@later(s)`, `@ago(s)`: s seconds after or before it; `@since(t)`: seconds since t; `@when(t)`: t
-    as people read it; `@hex(id)`: an id as 32 digits; `@id(:name)`: an id parameter; `@skip_locked`, `@locked(table)`;
-    `@rows(:name; column type, ...)`: the rows of a JSON array parameter, as x.
+    as people read it; `@micros(t)`: t as microseconds since 1970; `@hex(id)`: an id as 32 digits; `@id(:name)`: an id
+    parameter; `@skip_locked`, `@locked(table)`; `@rows(:name; column type, ...)`: the rows of a JSON
+    array parameter, as x.
     """
 
     _MACRO = re.compile(r"@(\w+)(?:\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?")
@@ -56,7 +57,7 @@ class Dialect:
         self.macros: dict[str, Callable[[str], str]] = self._postgresql() if self.postgresql else self._sqlite()
 
     def __call__(self, sql: str) -> str:
-        return self._MACRO.sub(lambda found: self.macros[found[1]](found[2] or ""), sql)
+        return self._MACRO.sub(lambda found: self.macros[found[1]](self(found[2] or "")), sql)
 
     def _postgresql(self) -> dict[str, Callable[[str], str]]:
         def rows(given: str) -> str:
@@ -69,6 +70,7 @@ class Dialect:
             "ago": lambda s: f"(now() - ({s}) * interval '1 second')",
             "since": lambda t: f"CAST(extract(epoch FROM now() - {t}) AS float8)",
             "when": lambda t: t,
+            "micros": lambda t: f"CAST(extract(epoch FROM {t}) * 1000000 AS bigint)",
             "hex": lambda i: f"replace(CAST({i} AS text), '-', '')",
             "id": lambda i: f"CAST({i} AS uuid)",
             "skip_locked": lambda _: "FOR UPDATE SKIP LOCKED",
@@ -91,6 +93,7 @@ class Dialect:
             "ago": lambda s: f"({now} - CAST(({s}) * 1000000 AS INTEGER))",
             "since": lambda t: f"(({now} - ({t})) / 1000000.0)",
             "when": lambda t: f"strftime('%Y-%m-%d %H:%M:%f', ({t}) / 1000000.0, 'unixepoch')",
+            "micros": lambda t: t,
             "hex": lambda i: f"replace({i}, '-', '')",
             "id": lambda i: i,
             "skip_locked": lambda _: "",

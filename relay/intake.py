@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from relay.database import dialect_of, writing
 from relay.ids import dashed
@@ -83,11 +83,15 @@ class Intake:
 
     def commit(self, messages: Sequence[NewMessage]) -> list[None]:
         """Insert a round of messages in one transaction; raises the database's errors."""
-        parameters = self._parameters(messages)
         with writing(self._engine) as connection:
-            for statement in self._statements:
-                connection.execute(statement, parameters)
+            self.insert(connection, messages)
         return [None] * len(messages)
+
+    def insert(self, connection: Connection, messages: Sequence[NewMessage]) -> None:
+        """Insert messages in a transaction of the caller's."""
+        parameters = self._parameters(messages)
+        for statement in self._statements:
+            connection.execute(statement, parameters)
 
     def _parameters(self, messages: Sequence[NewMessage]) -> dict[str, object]:
         rows: list[dict[str, object]] = []

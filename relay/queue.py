@@ -182,6 +182,10 @@ class Queue:
         """Rows of `server_health`: outcomes by server in the last hour."""
         return self._all("SELECT * FROM server_health ORDER BY server")
 
+    def pauses(self) -> list[Row]:
+        """Routes and servers that nothing is sent to for now."""
+        return self._all("SELECT subject, @when(since) AS since_at, actor, reason FROM pauses ORDER BY subject")
+
     def workers(self) -> list[Row]:
         """Workers, the living first: id, host, pid, started_at, until, ended_at, ending, and what they are sending."""
         return self._all(

@@ -1,17 +1,39 @@
 """Routes: which servers a recipient's mail goes to. What, not how healthy: that the worker knows.
 
-A message gets the name of its route when it is accepted; the servers behind the name are looked up at each attempt, so
-that a change of the settings reaches mail that is queued already. QMQP_SERVERS is the route `default`.
+A delivery gets the name of its route when it is accepted; the servers behind the name are looked up at each attempt, so
+that a change of the settings reaches mail that is queued already. QMQP_SERVERS are the servers of the route `default`,
+which takes what no other route asks for. ROUTES names a TOML file with the others:
+
+    [bulk]                                    # the name that is stored
+    recipients = ["lists.example.org", "*@*.example.net", "news@example.com"]
+    servers = ["10.0.0.5", "[::1]:628", "unix:/run/qmqpd"]
+    connections = 20                          # to each of its servers, from each worker
+    retry_min = "10s"
+    retry_max = "30m"
+    max_size = "10M"
+    bisect = "off"
+
+The first route whose pattern matches has the recipient. The file is read again when it changes; one that cannot be
+used is refused in the log, and what was read before stays.
 """
 
+import fnmatch
 import re
+import time
+import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from relay.settings import Settings
+from relay.log import get_logger
+from relay.settings import Settings, seconds, size
 
+log = get_logger(__name__)
 DEFAULT_PORT = 628  # IANA's, /etc/services
 DEFAULT = "default"
 NO_SERVER = "no QMQP server configured (RELAY_QMQP_SERVERS)"
+_LOOK_EVERY = 1.0
 _HOST = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?"
 _SERVER = re.compile(rf"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>{_HOST}))(?::(?P<port>\d+))?")
 
@@ -44,32 +66,146 @@ def parse_server(text: str) -> Server:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Servers in the order of preference."""
+    """Servers in the order of preference, and what is special about sending to them (None: as the settings say)."""
 
     name: str
     servers: tuple[Server, ...]
+    recipients: tuple[str, ...] = ()
+    connections: int | None = None
+    retry_min: float | None = None
+    retry_max: float | None = None
+    max_size: int | None = None
+    bisect: bool = True
+
+    def takes(self, address: str) -> bool:
+        """Whether one of its patterns is this address, its domain, or a shell pattern of either."""
+        address = address.lower()
+        domain = address.rpartition("@")[2]
+        return any(fnmatch.fnmatchcase(address if "@" in p else domain, p.lower()) for p in self.recipients)
+
+
+def _seconds(value: object) -> float:
+    return float(str(seconds(value)))
+
+
+def _size(value: object) -> int:
+    return int(str(size(value)))
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} is not a number above 0")
+    return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError("must be a list of texts")
+    return tuple(value)
+
+
+def _bisect(value: object) -> bool:
+    if value not in ("off", "address"):
+        raise ValueError(f"{value!r} is neither off nor address")
+    return value == "address"
+
+
+_KEYS: dict[str, Callable[[object], Any]] = {
+    "servers": lambda value: tuple(dict.fromkeys(parse_server(text) for text in _texts(value))),
+    "recipients": _texts,
+    "connections": _count,
+    "retry_min": _seconds,
+    "retry_max": _seconds,
+    "max_size": _size,
+    "bisect": _bisect,
+}
+
+
+def parse_routes(text: str) -> list[Route]:
+    """The routes of a TOML file, in its order; raises ValueError that names route and key."""
+    found = []
+    for name, table in tomllib.loads(text).items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{name}: a route is a table: [{name}]")
+        made: dict[str, Any] = {}
+        for key, value in table.items():
+            if key not in _KEYS:
+                raise ValueError(f"[{name}] {key}: no such key; there are {', '.join(_KEYS)}")
+            try:
+                made[key] = _KEYS[key](value)
+            except ValueError as error:
+                raise ValueError(f"[{name}] {key}: {error}") from None
+        if name != DEFAULT and not made.get("recipients"):
+            raise ValueError(f"[{name}] recipients: at least one pattern is needed, or nothing comes this way")
+        if name != DEFAULT and not made.get("servers"):
+            raise ValueError(f"[{name}] servers: at least one is needed")
+        if made.get("retry_min", 0) > made.get("retry_max", float("inf")):
+            raise ValueError(f"[{name}] retry_max: must not be less than retry_min")
+        found.append(Route(name, **({"servers": ()} | made)))
+    return found
 
 
 class Routes:
-    """Every route there is."""
+    """Every route there is; any thread."""
 
-    def __init__(self, routes: dict[str, Route]) -> None:
-        self._routes = routes
+    def __init__(self, routes: list[Route], path: Path | None = None, default: Route | None = None) -> None:
+        self._path, self._default = path, default or Route(DEFAULT, ())
+        self._read, self._looked = self._stamp(), time.monotonic()
+        self._use(routes)
 
     @classmethod
     def load(cls, settings: Settings) -> "Routes":
-        """The routes of the settings; raises ValueError for a server that cannot be parsed."""
+        """The routes of the settings; raises ValueError for what cannot be parsed, OSError for a missing file."""
         servers = tuple(dict.fromkeys(parse_server(text) for text in settings.qmqp_servers))
-        return cls({DEFAULT: Route(DEFAULT, servers)})
+        try:
+            routes = parse_routes(settings.routes.read_text()) if settings.routes else []
+        except ValueError as error:
+            raise ValueError(f"RELAY_ROUTES: {settings.routes}: {error}") from None
+        return cls(routes, settings.routes, Route(DEFAULT, servers))
 
     def route_for(self, address: str) -> str:
         """The name of a recipient's route."""
-        return DEFAULT
+        return next((route.name for route in self._now().values() if route.takes(address)), DEFAULT)
 
     def get(self, name: str) -> Route | None:
         """The route of that name now."""
-        return self._routes.get(name)
+        return self._now().get(name)
 
     def names(self) -> tuple[str, ...]:
         """The names of all routes."""
-        return tuple(self._routes)
+        return tuple(self._now())
+
+    def max_size(self) -> int | None:
+        """The least that a route takes, in bytes; None if none says."""
+        return min((route.max_size for route in self._now().values() if route.max_size), default=None)
+
+    def _use(self, routes: list[Route]) -> None:
+        named = {route.name: route for route in routes}
+        default = named.pop(DEFAULT, self._default)
+        if not default.servers:
+            default = Route(DEFAULT, self._default.servers, **{
+                key: getattr(default, key) for key in _KEYS if key not in ("servers", "recipients")
+            })  # fmt: skip
+        self._routes = named | {DEFAULT: default}
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat() if self._path else None
+        except OSError:
+            return None
+        return (found.st_mtime_ns, found.st_size) if found else None
+
+    def _now(self) -> dict[str, Route]:
+        """The routes, read again if the file has changed; looked at once a second at most."""
+        now = time.monotonic()
+        if self._path is not None and now - self._looked >= _LOOK_EVERY:
+            self._looked = now
+            stamp = self._stamp()
+            if stamp is not None and stamp != self._read:
+                self._read = stamp
+                try:
+                    self._use(parse_routes(self._path.read_text()))
+                    log.info("routes read", routes=list(self._routes))
+                except (ValueError, OSError) as error:
+                    log.error("routes not changed", file=str(self._path), reason=str(error))
+        return self._routes

@@ -82,6 +82,9 @@ def words(values: tuple[str, ...] | type[StrEnum]) -> str:
 
 NEEDS_BODY = f"(state IN ({words(UNFINISHED)}) OR due_at IS NOT NULL)"
 REVISION = "0001"  # the newest migration
+# When a row of `deliveries` that fails now is due: at once if a notice is owed. `:notices`: BOUNCES is not off.
+OWED = """CASE WHEN :notices AND (SELECT m.sender FROM messages m WHERE m.id = deliveries.message_id)
+    NOT IN ('', '#@[]') THEN @now END"""
 LONGEST_INDEXED = 1000
 LONGEST_TEXT = 4000
 
@@ -209,6 +212,16 @@ actions = Table(
     Column("filter", Text, nullable=False),
     Column("matched", Integer, nullable=False),
     comment="what operators did",
+)
+
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("subject", Text, primary_key=True, comment="route:NAME or server:NAME"),
+    Column("since", Instant, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    comment="routes and servers that nothing is sent to for now",
 )
 
 spool = Table(

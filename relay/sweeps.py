@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.claims import DUE, FINISHED, KEYS, WANTED
-from relay.database import Statements, writing
+from relay.database import Statements, reading, writing
 from relay.ids import dashed
 from relay.settings import WorkerSettings
 
@@ -87,6 +87,11 @@ class Sweeps:
             gone = """d.due_at IS NOT NULL
                 AND EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)"""
             return self._lose(connection, gone, "the worker stopped while it was sending")
+
+    def paused(self) -> frozenset[str]:
+        """What nothing is to be sent to: `route:NAME` and `server:NAME`."""
+        with reading(self._engine) as connection:
+            return frozenset(row[0] for row in self._sql.run(connection, "SELECT subject FROM pauses"))
 
     def requeue_due(self, limit: int) -> list[str]:
         """Make deferred deliveries whose time has come `queued`, longest due first; the ids of their messages."""

@@ -114,6 +114,15 @@ POSTGRESQL = [
     "COMMENT ON COLUMN messages.ret IS 'RET= of MAIL (RFC 3461)'",
     "COMMENT ON COLUMN messages.envid IS 'ENVID= of MAIL (RFC 3461), xtext'",
     "COMMENT ON COLUMN messages.notice_of IS 'the message that this notice is about'",
+    """CREATE TABLE pauses (
+    subject TEXT NOT NULL,
+    since TIMESTAMP WITH TIME ZONE NOT NULL,
+    actor TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    CONSTRAINT pauses_key PRIMARY KEY (subject)
+)""",
+    "COMMENT ON TABLE pauses IS 'routes and servers that nothing is sent to for now'",
+    "COMMENT ON COLUMN pauses.subject IS 'route:NAME or server:NAME'",
     """CREATE TABLE recipients (
     message_id UUID NOT NULL,
     position INTEGER NOT NULL,
@@ -254,6 +263,13 @@ SQLITE = [
 )""",
     "CREATE INDEX messages_header_message_id ON messages (header_message_id)",
     "CREATE INDEX messages_sender ON messages (sender)",
+    """CREATE TABLE pauses (
+    subject TEXT NOT NULL,
+    since BIGINT NOT NULL,
+    actor TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    CONSTRAINT pauses_key PRIMARY KEY (subject)
+)""",
     """CREATE TABLE recipients (
     message_id TEXT NOT NULL,
     position INTEGER NOT NULL,
@@ -315,7 +331,7 @@ WHERE finished_at > ((CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS
 GROUP BY server""",
 ]
 VIEWS = ("mail_queue", "mail_history", "queue_summary", "server_health")
-TABLES = ("actions", "attempts", "deliveries", "messages", "recipients", "spool", "workers")
+TABLES = ("actions", "attempts", "deliveries", "messages", "pauses", "recipients", "spool", "workers")
 
 
 def upgrade() -> None:

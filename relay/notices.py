@@ -1,0 +1,177 @@
+"""Notices: what a sender is told about mail that could not be delivered, or not yet (RFC 3461, 3464, 6522, 3834).
+
+A notice is a message from the null sender: words for people, a `message/delivery-status` for programs, and the original
+or its header. This module only writes the text; when one is owed, and that it is made exactly once, is `relay.debts`.
+
+What must stay true: the server's words are quoted as printable ASCII in bounded lines and can add neither a line nor a
+header of their own; nothing is ever said about a notice (the null sender, and qmail's `#@[]`).
+"""
+
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import format_datetime
+from enum import StrEnum
+
+from relay.log import escaped
+
+_STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?![\d.])")
+_HEX = re.compile(r"\+([0-9A-F]{2})")
+_LINE = 900  # of a header, well below RFC 5322's 998
+
+
+class Kind(StrEnum):
+    """What a notice is about."""
+
+    BOUNCED = "bounced"
+    EXPIRED = "expired"
+    DELAYED = "delayed"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One recipient that a notice is about, and the last that is known of its delivery."""
+
+    address: str
+    orcpt: str | None
+    kind: Kind
+    reply: str
+    server: str | None
+    attempted_at: datetime | None
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The message that a notice is about."""
+
+    id: str
+    sender: str
+    received_at: datetime
+    header_message_id: str | None
+    envid: str | None
+
+
+def unxtext(text: str) -> str:
+    """Decode xtext (RFC 3461 4), as one line of printable ASCII."""
+    return escaped(_HEX.sub(lambda found: chr(int(found[1], 16)), text).encode("latin-1", "replace"), _LINE)
+
+
+def status_of(kind: Kind, reply: str) -> str:
+    """The enhanced status code (RFC 3463): the server's own if its class fits, else the plainest."""
+    if kind is Kind.EXPIRED:
+        return "5.4.7"
+    wanted = "5" if kind is Kind.BOUNCED else "4"
+    found = next((f for f in _STATUS.finditer(reply) if f[1] == wanted), None)
+    return f"{found[1]}.{int(found[2])}.{int(found[3])}" if found else f"{wanted}.0.0"
+
+
+def quoted(address: str) -> str:
+    """A stored address as a mail path spells it: QMQP's local parts are bare, RFC 5321's may need quotes."""
+    local, at, domain = address.rpartition("@")
+    if not at or re.fullmatch(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*", local, re.ASCII):
+        return address
+    return '"' + re.sub(r'(["\\])', r"\\\1", local) + '"@' + domain
+
+
+def compose(
+    notice_id: str,
+    hostname: str,
+    now: datetime,
+    original: Original,
+    failures: Sequence[Failure],
+    content: bytes | None,
+    *,
+    full: bool,
+) -> bytes:
+    """The whole notice in LF form. `content`: the original (or, unless `full`, its header); None if it is not there."""
+    delayed = all(failure.kind is Kind.DELAYED for failure in failures)
+    boundary = f"=_{notice_id}"
+    parts = [
+        ("text/plain; charset=us-ascii", _words(hostname, original, failures, delayed=delayed).encode("ascii")),
+        ("message/delivery-status", _report(hostname, original, failures).encode("ascii")),
+    ]
+    if content is not None:
+        parts.append(("message/rfc822" if full else "text/rfc822-headers", content))
+    eight = content is not None and not content.isascii()
+    made = [_header(notice_id, hostname, now, original, boundary, delayed=delayed, eight=eight).encode("ascii")]
+    for kind, body in parts:
+        encoding = "\nContent-Transfer-Encoding: 8bit" if eight and body is content else ""
+        made.append(f"\n--{boundary}\nContent-Type: {kind}{encoding}\n\n".encode() + body)
+    return b"".join(made) + f"\n--{boundary}--\n".encode()
+
+
+def _header(
+    notice_id: str, hostname: str, now: datetime, original: Original, boundary: str, *, delayed: bool, eight: bool
+) -> str:
+    date = format_datetime(now)
+    subject = "Delayed mail (still being retried)" if delayed else "Undelivered mail returned to sender"
+    lines = [
+        f"Received: by {hostname} (qmqp-relay) id {notice_id};\n\t{date}",
+        f"Date: {date}",
+        f"From: Mail Delivery System <MAILER-DAEMON@{hostname}>",
+        f"To: {quoted(original.sender)}",
+        f"Subject: {subject}",
+        f"Message-ID: <{notice_id}@{hostname}>",
+        "Auto-Submitted: auto-replied",
+        "MIME-Version: 1.0",
+        f'Content-Type: multipart/report; report-type=delivery-status;\n\tboundary="{boundary}"',
+    ]
+    if original.header_message_id:
+        lines.insert(6, f"References: {escaped(original.header_message_id, _LINE)}")
+    if eight:
+        lines.append("Content-Transfer-Encoding: 8bit")
+    return "\n".join([*lines, "", "This is a MIME-encapsulated message.", ""])
+
+
+def _words(hostname: str, original: Original, failures: Sequence[Failure], *, delayed: bool) -> str:
+    opening = (
+        "Your message could not be delivered yet. It is still being retried; you need not send it again."
+        if delayed
+        else "Your message could not be delivered to the recipients below. It will not be tried again for them."
+    )
+    lines = [f"This is the mail relay at {hostname}.", "", *textwrap.wrap(opening, 76), ""]
+    for failure in failures:
+        said = escaped(failure.reply, 1000) or "no answer"
+        match failure.kind:
+            case Kind.BOUNCED:
+                why = f"The mail server refused it: {said}"
+            case Kind.EXPIRED:
+                why = f"It could not be delivered in time. The last thing heard was: {said}"
+            case _:
+                until = format_datetime(failure.expires_at)
+                why = f"Retried until {until}. The last thing heard was: {said}"
+        lines += [
+            f"<{quoted(failure.address)}>",
+            *textwrap.wrap(why, 72, initial_indent="    ", subsequent_indent="    "),
+            "",
+        ]
+    lines += [f"Received here: {format_datetime(original.received_at)}", f"Queue id:      {original.id}", ""]
+    return "\n".join(lines)
+
+
+def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> str:
+    """The machine-readable part (RFC 3464 2): a group about the message, one about each recipient."""
+    about = [f"Reporting-MTA: dns; {hostname}", f"Arrival-Date: {format_datetime(original.received_at)}"]
+    if original.envid:
+        about.insert(0, f"Original-Envelope-Id: {unxtext(original.envid)}")
+    groups = ["\n".join(about)]
+    for failure in failures:
+        lines = [f"Final-Recipient: rfc822; {quoted(failure.address)}"]
+        if failure.orcpt and ";" in failure.orcpt:
+            kind, _, address = failure.orcpt.partition(";")
+            lines.insert(0, f"Original-Recipient: {kind}; {unxtext(address)}")
+        lines.append(f"Action: {'delayed' if failure.kind is Kind.DELAYED else 'failed'}")
+        lines.append(f"Status: {status_of(failure.kind, failure.reply)}")
+        if failure.server and not failure.server.startswith("unix:"):
+            lines.append(f"Remote-MTA: dns; {failure.server.rpartition(':')[0]}")
+        if failure.reply:
+            lines.append(f"Diagnostic-Code: x-qmqp; {escaped(failure.reply, _LINE - 50)}")
+        if failure.attempted_at:
+            lines.append(f"Last-Attempt-Date: {format_datetime(failure.attempted_at)}")
+        if failure.kind is Kind.DELAYED:
+            lines.append(f"Will-Retry-Until: {format_datetime(failure.expires_at)}")
+        groups.append("\n".join(lines))
+    return "\n\n".join(groups) + "\n"

@@ -1,0 +1,83 @@
+"""Bisection: finding the recipient that a server refused a whole message for.
+
+QMQP has one answer for all recipients, so one bad address in a list has it refused as a whole. A D accepted nothing,
+so sending the halves again is safe: the delivery becomes `split`, and two new deliveries on the same body carry half of
+its recipients each. This goes on until the bad one stands alone; it alone bounces.
+
+That is only worth trying while the refusal is about an address (RFC 3463 x.1.y). If both first halves were refused in
+the same words it was not, and everything bounces; so it does once a message has been cut into LARGEST pieces.
+
+What must stay true: parent, children and recipients change in the transaction that records the D, fenced as every
+record is; the children together have the recipients of the parent, each once.
+"""
+
+from sqlalchemy import Connection
+
+from relay.database import Statements
+from relay.schema import OWED
+
+LARGEST = 64
+
+_FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.message_id = d.message_id) AS pieces,
+        (SELECT max(o.number) FROM deliveries o WHERE o.message_id = d.message_id) AS last,
+        (SELECT p.parent FROM deliveries p WHERE p.message_id = d.message_id AND p.number = d.parent) AS grandparent
+    FROM deliveries d WHERE d.message_id = @id(:id) AND d.number = :number"""
+_TWIN = """SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :parent AND number <> :number
+    AND state IN ('split', 'bounced') AND last_outcome = 'rejected' AND last_reply = :reply"""
+_OFFSPRING = """WITH RECURSIVE line(number) AS (
+        SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :twin
+        UNION SELECT d.number FROM deliveries d JOIN line ON d.parent = line.number WHERE d.message_id = @id(:id))
+    SELECT number FROM line"""
+_CHILDREN = """INSERT INTO deliveries (message_id, number, parent, route, state, due_at, expires_at)
+    SELECT message_id, :child, number, route, 'queued', @now, expires_at FROM deliveries
+    WHERE message_id = @id(:id) AND number = :number"""
+_GIVE = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id) AND delivery = :number
+    AND position <= :until"""
+
+
+class Splitter:
+    """Cuts refused deliveries in two, in the transaction of whoever records the refusal."""
+
+    def __init__(self, sql: Statements) -> None:
+        self._sql = sql
+
+    def cut(self, connection: Connection, key: str, number: int, reply: str) -> bool:
+        """Give the recipients of a delivery to two children (or see that it was done); False if it must bounce whole.
+
+        `key` is the message's id as the database spells it. The caller has locked the delivery and sets its state.
+        """
+        positions = self._positions(connection, key, number)
+        if not positions:
+            return True
+        parent, pieces, last, grandparent = self._sql.run(connection, _FAMILY, id=key, number=number).one()
+        if pieces + 2 > LARGEST or len(positions) == 1:
+            return False
+        if parent is not None and grandparent is None and self._both_refused(connection, key, number, parent, reply):
+            return False
+        middle = positions[(len(positions) - 1) // 2]
+        for child, until in ((last + 1, middle), (last + 2, positions[-1])):
+            self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
+            self._sql.run(connection, _GIVE, id=key, number=number, child=child, until=until)
+        return True
+
+    def _positions(self, connection: Connection, key: str, number: int) -> list[int]:
+        sql = "SELECT position FROM recipients WHERE message_id = @id(:id) AND delivery = :number ORDER BY position"
+        return [row[0] for row in self._sql.run(connection, sql, id=key, number=number)]
+
+    def _both_refused(self, connection: Connection, key: str, number: int, parent: int, reply: str) -> bool:
+        """Whether the other first half was refused in the same words; then what is left of it bounces as well."""
+        twin = self._sql.run(connection, _TWIN, id=key, parent=parent, number=number, reply=reply).scalar()
+        if twin is None:
+            return False
+        line = [row[0] for row in self._sql.run(connection, _OFFSPRING, id=key, twin=twin)]
+        if line:
+            listed = ", ".join(str(int(one)) for one in line)
+            self._sql.run(
+                connection,
+                f"""UPDATE deliveries SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
+                    last_reply = :reply, due_at = {OWED}
+                WHERE message_id = @id(:id) AND number IN ({listed}) AND state IN ('queued', 'deferred')""",
+                id=key,
+                reply=reply,
+            )
+        return True
