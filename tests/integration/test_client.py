@@ -1,0 +1,665 @@
+"""The client against a server that does as it is told: every way a transfer can end, and that it ends."""
+
+import asyncio
+import errno
+import itertools
+import os
+import socket
+import threading
+import tracemalloc
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from qmqp import client
+from qmqp.client import BodyChanged, BodyFault, Outcome, Result, Timeouts, Transfer, send
+from qmqp.request import Request
+from qmqp.sink import Answer, Rule, Sink, running_sink
+from relay.schema import Outcome as RecordedOutcome
+
+QUICK = Timeouts(connect=0.3, io=0.3, reply=0.3, session=5)
+SILENCE = Answer(raw=b"", end="stay")
+LARGE = 12_000_000  # more than two kernels keep between them
+
+type Run = Callable[[Coroutine[Any, Any, Any]], Any]
+type Body = Callable[[bytes | int], int]
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Run a coroutine on an event loop."""
+    with asyncio.Runner(loop_factory=request.param) as runner:
+        yield runner.run
+
+
+@pytest.fixture
+def body(tmp_path: Path) -> Iterator[Body]:
+    """Make an open file that holds some bytes, or as many zeros as a number says."""
+    opened: list[int] = []
+    names = itertools.count()
+
+    def make(data: bytes | int) -> int:
+        path = tmp_path / f"body-{next(names)}"
+        path.write_bytes(data if isinstance(data, bytes) else b"")
+        if isinstance(data, int):
+            os.truncate(path, data)
+        opened.append(os.open(path, os.O_RDONLY))
+        return opened[-1]
+
+    yield make
+    for fd in opened:
+        os.close(fd)
+
+
+@pytest.fixture
+def deliver(run: Run, body: Body) -> Callable[..., Result]:
+    """Send a message to a sink; return the result."""
+
+    def deliver(sink: Sink, data: bytes | int = b"hello\n", **options: Any) -> Result:
+        size = data if isinstance(data, int) else len(data)
+        request = options.pop("request", None) or Request(size, b"s@x.test", [b"r@y.test"])
+        options.setdefault("timeouts", QUICK)
+        result: Result = run(send(host="127.0.0.1", port=sink.port, request=request, fd=body(data), **options))
+        return result
+
+    return deliver
+
+
+def test_the_outcomes_are_those_that_are_recorded():
+    assert {outcome.value for outcome in Outcome} == {outcome.value for outcome in RecordedOutcome}
+
+
+# Replies
+
+
+def test_B1_accepted(deliver):
+    with running_sink(Rule(Answer(b"K", b"Ok"))) as sink:
+        result = deliver(sink)
+        assert sink.wait_for(1, 5)
+    assert (result.outcome, result.text, result.committed, result.connected) == (Outcome.ACCEPTED, b"Ok", True, True)
+    assert not result.flags
+    assert min(result.connect_seconds, result.transfer_seconds, result.reply_seconds) >= 0
+    assert (sink.received[0].sender, sink.received[0].recipients) == (b"s@x.test", (b"r@y.test",))
+
+
+def test_B2_a_K_without_words(deliver):
+    with running_sink(Rule(Answer(raw=b"1:K,"))) as sink:
+        assert deliver(sink)[:2] == (Outcome.ACCEPTED, b"")
+
+
+@pytest.mark.parametrize("extra", [b"\n", b"26:KOk: queued as 0BB2C21E081,"])
+def test_B3_bytes_after_the_reply_are_ignored_and_flagged(deliver, extra):
+    with running_sink(Rule(Answer(raw=b"3:KOk," + extra))) as sink:
+        result = deliver(sink)
+    assert (result.outcome, result.text, result.flags) == (Outcome.ACCEPTED, b"Ok", {"extra-bytes"})
+
+
+def test_B4_a_reply_byte_by_byte(deliver):
+    with running_sink(Rule(Answer(b"K", b"Ok", drip=0.01))) as sink:
+        assert deliver(sink, timeouts=Timeouts(reply=5))[:2] == (Outcome.ACCEPTED, b"Ok")
+
+
+def test_B5_a_server_that_keeps_the_connection_open(deliver):
+    with running_sink(Rule(Answer(b"K", b"Ok", end="stay"))) as sink:
+        assert deliver(sink, timeouts=Timeouts(reply=60)).reply_seconds < 5
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(b"Z", Outcome.DEFERRED), (b"D", Outcome.REJECTED)])
+def test_B6_deferred_and_rejected(deliver, status, outcome):
+    with running_sink(Rule(Answer(status, b"not now (#4.3.0)"))) as sink:
+        result = deliver(sink)
+    assert (result.outcome, result.text, result.committed) == (outcome, b"not now (#4.3.0)", True)
+
+
+@pytest.mark.parametrize("raw", [b"0:,", b"3:Xab,", b"3:kok,", b"2:\0K,", b"3:KOk;", b"03:KOk,"])
+def test_B7_B8_malformed_replies(deliver, raw):
+    with running_sink(Rule(Answer(raw=raw))) as sink:
+        result = deliver(sink)
+    assert (result.outcome, result.committed) == (Outcome.MALFORMED, True)
+
+
+@pytest.mark.parametrize("banner", [b"220 mx.example.com ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n"])
+def test_B9_another_protocol_is_no_verdict(deliver, banner):
+    with running_sink(Rule(Answer(raw=banner))) as sink:
+        result = deliver(sink)
+    assert result.outcome is Outcome.MALFORMED
+    assert result.text.endswith(banner)
+
+
+def test_B10_a_long_text_is_kept_in_part(deliver):
+    with running_sink(Rule(Answer(b"K", b"x" * 100_000))) as sink:
+        result = deliver(sink)
+    assert (result.outcome, len(result.text)) == (Outcome.ACCEPTED, 4096)
+
+
+def test_B11_any_bytes_come_as_they_are(deliver):
+    text = b"\r\n\0\x1b[31m\xff\xc3\xa9,5:K"
+    with running_sink(Rule(Answer(b"D", text))) as sink:
+        assert deliver(sink)[:2] == (Outcome.REJECTED, text)
+
+
+def test_B12_a_reply_that_announces_a_gigabyte(deliver):
+    with running_sink(Rule(Answer(raw=b"999999999:", end="stay"))) as sink:
+        assert deliver(sink).outcome is Outcome.UNCERTAIN
+
+
+def test_B13_B41_no_reply(deliver):
+    with running_sink(Rule(Answer(raw=b""))) as sink:
+        result = deliver(sink)
+    assert (result.outcome, result.committed) == (Outcome.UNCERTAIN, True)
+    assert result.text == b"connection closed by the server after the commit point"
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "stay"])
+def test_B14_a_truncated_K_is_a_K(deliver, end):
+    with running_sink(Rule(Answer(raw=b"5:KO", end=end))) as sink:
+        result = deliver(sink)
+    assert (result.outcome, result.text, result.flags) == (Outcome.ACCEPTED, b"O", {"truncated-reply"})
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "stay"])
+@pytest.mark.parametrize("raw", [b"5:D", b"5:Zno", b"5:", b"5"])
+def test_B14_any_other_truncated_reply_is_uncertain(deliver, raw, end):
+    with running_sink(Rule(Answer(raw=raw, end=end))) as sink:
+        result = deliver(sink)
+    assert (result.outcome, result.committed) == (Outcome.UNCERTAIN, True)
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(b"K", Outcome.ACCEPTED), (b"D", Outcome.REJECTED)])
+def test_B15_a_reset_after_the_reply(deliver, status, outcome):
+    with running_sink(Rule(Answer(status, b"whole", end="reset"))) as sink:
+        assert deliver(sink)[:2] == (outcome, b"whole")
+
+
+# Early replies
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_B16_a_D_before_the_reset_that_breaks_the_writing(deliver, attempt):
+    rule = Rule(Answer(b"D", b"Error: message too large", at=1000))
+    with running_sink(rule, receive_buffer=4096) as sink:
+        result = deliver(sink, LARGE, timeouts=Timeouts())
+    assert result[:3] == (Outcome.REJECTED, b"Error: message too large", False)
+    assert result.flags == {"early-reply"}
+    assert result.bytes_sent < LARGE
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_B16_the_reply_is_found_when_the_write_is_what_fails(run, body, attempt):
+    """The server has spoken and gone before the client looks: the first thing it meets is a failing write."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    refused = threading.Event()
+
+    def refuse() -> None:
+        peer, _ = listener.accept()
+        with peer:
+            peer.recv(10, socket.MSG_WAITALL)
+            peer.sendall(b"10:Dtoo large,")
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, client._RESET_ON_CLOSE)
+        refused.set()
+
+    class Deaf(Transfer):
+        def _on_readable(self) -> None:
+            if self.bytes_sent > 1000 and (self._final or refused.is_set()):
+                super()._on_readable()
+
+        def _read_block(self) -> None:
+            if self.bytes_sent:
+                assert refused.wait(10)
+                self._loop.remove_reader(self._sock.fileno())  # type: ignore[union-attr]
+            super()._read_block()
+
+    thread = threading.Thread(target=refuse)
+    thread.start()
+    with listener:
+        fd, request = body(200_000), Request(200_000, b"s@x", [b"r@y"])
+        address = listener.getsockname()
+        result = run(Deaf(host=address[0], port=address[1], request=request, fd=fd).run())
+        thread.join(10)
+    assert result[:3] == (Outcome.REJECTED, b"too large", False)
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(b"Z", Outcome.DEFERRED), (b"D", Outcome.REJECTED)])
+def test_B17_an_early_reply_stops_the_writing(deliver, status, outcome):
+    with running_sink(Rule(Answer(status, b"enough", at=1000, end="stay")), receive_buffer=4096) as sink:
+        result = deliver(sink, LARGE)
+    assert (result.outcome, result.text, result.committed, result.flags) == (outcome, b"enough", False, {"early-reply"})
+    assert result.bytes_sent < LARGE
+
+
+def test_B17_an_early_reply_byte_by_byte(deliver):
+    with running_sink(Rule(Answer(b"D", b"enough", at=1000, drip=0.01)), receive_buffer=4096) as sink:
+        assert deliver(sink, LARGE, timeouts=Timeouts())[:2] == (Outcome.REJECTED, b"enough")
+
+
+def test_B18_an_early_K_is_no_K(deliver):
+    with running_sink(Rule(Answer(b"K", b"sure", at=1000, end="stay")), receive_buffer=4096) as sink:
+        result = deliver(sink, LARGE)
+    assert (result.outcome, result.committed, result.flags) == (Outcome.MALFORMED, False, {"early-reply"})
+
+
+def test_an_early_reply_that_never_ends(deliver):
+    with running_sink(Rule(Answer(raw=b"5:K", at=1000, end="stay")), receive_buffer=4096) as sink:
+        result = deliver(sink, LARGE)
+    assert (result.outcome, result.committed) == (Outcome.INTERRUPTED, False)
+
+
+def test_early_nonsense(deliver):
+    with running_sink(Rule(Answer(raw=b"220 hello\r\n", at=1000, end="stay")), receive_buffer=4096) as sink:
+        result = deliver(sink, LARGE)
+    assert (result.outcome, result.committed) == (Outcome.MALFORMED, False)
+
+
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_B19_an_early_end(deliver, end):
+    with running_sink(Rule(Answer(raw=b"", at=1000, end=end)), receive_buffer=4096) as sink:
+        result = deliver(sink, LARGE)
+    assert (result.outcome, result.committed, result.ours) == (Outcome.INTERRUPTED, False, False)
+    assert b"before the commit point" in result.text
+
+
+# Time
+
+
+def test_B20_a_server_that_never_reads(deliver):
+    with running_sink(Rule(Answer(raw=b"", at=1000, end="stay")), receive_buffer=4096) as sink:
+        result = deliver(sink, LARGE)
+    assert (result.outcome, result.text) == (Outcome.INTERRUPTED, b"no progress in 0.3 s before the commit point")
+
+
+def test_B21_a_server_that_reads_too_slowly_for_the_session(deliver):
+    with running_sink(Rule(Answer(read_size=1000, read_pause=0.01)), receive_buffer=4096) as sink:
+        result = deliver(sink, LARGE, timeouts=Timeouts(io=30, session=0.4))
+    assert (result.outcome, result.text) == (Outcome.INTERRUPTED, b"session not over in 0.4 s before the commit point")
+
+
+def test_B22_a_server_that_never_replies(deliver):
+    with running_sink(Rule(SILENCE)) as sink:
+        result = deliver(sink)
+    assert (result.outcome, result.text) == (Outcome.UNCERTAIN, b"no whole reply in 0.3 s after the commit point")
+    assert 0.2 < result.reply_seconds < 5
+
+
+def test_B22_the_session_ends_the_wait_for_a_reply(deliver):
+    with running_sink(Rule(SILENCE)) as sink:
+        result = deliver(sink, timeouts=Timeouts(session=0.2))
+    assert (result.outcome, result.text) == (Outcome.UNCERTAIN, b"session not over in 0.2 s after the commit point")
+
+
+def test_a_phase_may_be_longer_than_the_one_before(deliver):
+    with running_sink(Rule(Answer(delay=0.4))) as sink:
+        assert deliver(sink, timeouts=Timeouts(connect=0.1, io=0.1, reply=20)).outcome is Outcome.ACCEPTED
+
+
+# Connecting
+
+
+@pytest.fixture
+def hello(body: Body) -> dict[str, Any]:
+    return {"request": Request(6, b"s@x.test", [b"r@y.test"]), "fd": body(b"hello\n"), "timeouts": QUICK}
+
+
+@pytest.fixture
+def deaf_port() -> Iterator[int]:
+    """A port whose backlog is full, so that nobody gets an answer."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for waiting in (first, second):
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+async def send_by_name(found: list[tuple[Any, Any]] | Exception, options: dict[str, Any]) -> Result:
+    """Send to a name that resolves to `found`."""
+
+    async def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:
+        if isinstance(found, Exception):
+            raise found
+        return [(family, socket.SOCK_STREAM, 6, "", address) for family, address in found]
+
+    asyncio.get_running_loop().getaddrinfo = getaddrinfo  # type: ignore[method-assign]
+    return await send(host="mx.example.com", **options)
+
+
+def test_B23_connection_refused(run, hello):
+    port = free_port()
+    result = run(send(host="127.0.0.1", port=port, **hello))
+    assert (result.outcome, result.connected, result.committed) == (Outcome.UNREACHABLE, False, False)
+    assert result.text == f"no connection: 127.0.0.1:{port} ECONNREFUSED (Connection refused)".encode()
+
+
+def test_B23_no_answer(run, hello, deaf_port):
+    result = run(send(host="127.0.0.1", port=deaf_port, **hello))
+    assert result.text == f"no connection: 127.0.0.1:{deaf_port} ETIMEDOUT (Connection timed out)".encode()
+    assert 0.2 < result.connect_seconds < 5
+
+
+def test_B23_no_way_there(run, hello):
+    result = run(send(host="255.255.255.255", port=628, **hello))
+    assert result.outcome is Outcome.UNREACHABLE
+    assert result.text.startswith(b"no connection: 255.255.255.255:628 E")
+
+
+@pytest.mark.parametrize("code", [socket.EAI_NONAME, socket.EAI_AGAIN])
+def test_B23_a_name_that_is_not_found(run, hello, code):
+    result = run(send_by_name(socket.gaierror(code, "no such name"), hello))
+    assert (result.outcome, result.text) == (Outcome.UNREACHABLE, b"no connection: mx.example.com:628 gaierror (no such name)")
+
+
+def test_B23_a_name_server_that_does_not_answer(run, hello):
+    async def scenario() -> Result:
+        loop = asyncio.get_running_loop()
+        loop.getaddrinfo = lambda *_, **__: loop.create_future()  # type: ignore[method-assign, assignment, misc]
+        return await send(host="mx.example.com", **hello)
+
+    result = run(scenario())
+    assert result.text == b"no connection: mx.example.com:628 ETIMEDOUT (Connection timed out)"
+
+
+def test_B23_a_name_that_is_none(run, hello):
+    result = run(send(host="a" * 64 + ".example.com", **hello))
+    assert result.outcome is Outcome.UNREACHABLE
+
+
+def test_B25_every_address_of_a_name_is_tried_in_time(run, hello, deaf_port):
+    dead = free_port()
+    with running_sink() as sink:
+        found = [
+            (socket.AF_INET6, ("::1", dead, 0, 0)),
+            (socket.AF_INET, ("127.0.0.1", deaf_port)),
+            (socket.AF_INET, ("127.0.0.1", sink.port)),
+        ]
+        result = run(send_by_name(found, hello))
+    assert result.outcome is Outcome.ACCEPTED
+
+
+def test_B25_the_failure_of_every_address_is_told(run, hello):
+    dead = free_port()
+    found = [(socket.AF_INET, ("127.0.0.1", dead)), (socket.AF_INET, ("127.0.0.2", dead))]
+    result = run(send_by_name(found, hello | {"port": dead}))
+    assert result.text == (
+        f"no connection: mx.example.com[127.0.0.1]:{dead} ECONNREFUSED (Connection refused); "
+        f"mx.example.com[127.0.0.2]:{dead} ECONNREFUSED (Connection refused)"
+    ).encode()
+
+
+def test_B26_a_real_name(run, hello):
+    with running_sink() as sink:
+        assert run(send(host="localhost", port=sink.port, **hello)).outcome is Outcome.ACCEPTED
+
+
+def test_B26_ipv6(run, hello):
+    with running_sink(host="::1") as sink:
+        assert run(send(host="::1", port=sink.port, **hello)).outcome is Outcome.ACCEPTED
+        port = sink.port
+    assert run(send(host="::1", port=port, **hello)).text.startswith(f"no connection: [::1]:{port} ECONNREFUSED".encode())
+
+
+def test_B26_a_unix_socket(run, hello, tmp_path):
+    path = str(tmp_path / "qmqp")
+    assert b"ENOENT" in run(send(path=path, **hello)).text
+    with running_sink(path=path):
+        assert run(send(path=path, **hello)).outcome is Outcome.ACCEPTED
+
+
+def test_B26_a_unix_socket_that_nobody_listens_to(run, hello, tmp_path):
+    path = str(tmp_path / "qmqp")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(path)
+    result = run(send(path=path, **hello))
+    assert result.text == f"no connection: unix:{path} ECONNREFUSED (Connection refused)".encode()
+
+
+def test_B26_a_path_too_long_for_a_unix_socket(run, hello):
+    assert run(send(path="/x" * 100, **hello)).outcome is Outcome.UNREACHABLE
+
+
+def test_a_unix_socket_whose_backlog_is_full_is_waited_for(run, hello, tmp_path):
+    path = str(tmp_path / "qmqp")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        assert b"ETIMEDOUT" in run(send(path=path, **hello)).text
+
+        async def scenario() -> Result:
+            loop = asyncio.get_running_loop()
+            answered = loop.run_in_executor(None, answer)
+            result = await send(path=path, **hello | {"timeouts": Timeouts()})
+            await answered
+            return result
+
+        def answer() -> None:
+            threading.Event().wait(0.1)
+            listener.accept()[0].close()
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(b"3:KOk,")
+
+        assert run(scenario()).outcome is Outcome.ACCEPTED
+
+
+class Sockets:
+    """The module `socket`, with another class of sockets in it."""
+
+    def __init__(self, make: Callable[..., socket.socket]) -> None:
+        self.socket = make
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(socket, name)
+
+
+def test_no_sockets_to_spare_is_a_fault_of_ours(run, hello, monkeypatch):
+    def full(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(client, "socket", Sockets(full))
+    with pytest.raises(OSError, match="Too many open files"):
+        run(send(path="/nowhere", **hello))
+
+
+# The request on the wire
+
+
+BLOCK = 1000
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 7 * BLOCK, 7 * BLOCK + 1])
+def test_B32_any_size_is_framed_exactly(deliver, size):
+    data = os.urandom(size)
+    with running_sink() as sink:
+        result = deliver(sink, data, block_size=BLOCK)
+        assert sink.wait_for(1, 5)
+    assert result.outcome is Outcome.ACCEPTED
+    assert result.bytes_sent == Request(size, b"s@x.test", [b"r@y.test"]).length
+    assert (sink.received[0].size, sink.faults) == (size, type(sink.faults)())
+
+
+@pytest.mark.parametrize("count", [1, 1000, 100_000])
+def test_B30_recipients_of_any_number(deliver, count):
+    recipients = tuple(b"%d@y.test" % number for number in range(count))
+    with running_sink() as sink:
+        result = deliver(sink, request=Request(6, b"", recipients), timeouts=Timeouts())
+    assert result.outcome is Outcome.ACCEPTED
+    assert (sink.received[0].sender, sink.received[0].recipients) == (b"", recipients)
+
+
+def test_B33_memory_stays_flat(deliver):
+    tracemalloc.start()
+    try:
+        with running_sink() as sink:
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            assert deliver(sink, 40_000_000, timeouts=Timeouts()).outcome is Outcome.ACCEPTED
+            assert tracemalloc.get_traced_memory()[1] - before < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [0, 1, 10 * BLOCK, 10 * BLOCK + 1, BLOCK])
+def test_B40_header_and_tail_never_travel_alone(deliver, monkeypatch, size):
+    writes: list[int] = []
+
+    class Recording(socket.socket):
+        def sendmsg(self, buffers: Any, *rest: Any) -> int:
+            writes.append(super().sendmsg(buffers, *rest))
+            return writes[-1]
+
+    monkeypatch.setattr(client, "socket", Sockets(Recording))
+    with running_sink() as sink:
+        assert deliver(sink, size, block_size=BLOCK).outcome is Outcome.ACCEPTED
+    request = Request(size, b"s@x.test", [b"r@y.test"])
+    assert writes[0] > len(request.head)
+    assert writes[-1] > len(request.tail) - 1 >= 2
+    assert len(writes) == max(1, -(-size // BLOCK))
+
+
+def test_B42_a_connection_for_each_request(run, hello):
+    async def scenario(port: int) -> list[Result]:
+        return await asyncio.gather(*[send(host="127.0.0.1", port=port, **hello) for _ in range(100)])
+
+    with running_sink() as sink:
+        results = run(scenario(sink.port))
+    assert {result.outcome for result in results} == {Outcome.ACCEPTED}
+    assert (sink.connections, sink.count) == (100, 100)
+
+
+# The body
+
+
+@pytest.mark.parametrize("blocks", [1, 5])
+@pytest.mark.parametrize("difference", [-1, 1, BLOCK, -BLOCK])
+def test_B34_B35_a_body_of_another_size_closes_before_the_commit_point(run, body, blocks, difference):
+    size = blocks * BLOCK
+    asked: list[bool] = []
+    request = Request(size, b"s@x", [b"r@y"])
+    with running_sink() as sink:
+        transfer = Transfer(
+            host="127.0.0.1", port=sink.port, request=request, fd=body(size + difference), block_size=BLOCK,
+            may_commit=lambda: asked.append(True) is None,
+        )  # fmt: skip
+        with pytest.raises(BodyChanged, match=f"{size + difference} bytes where {size}"):
+            run(transfer.run())
+        assert sink.wait_for_fault(5)
+    assert (transfer.committed, asked, sink.count) == (False, [], 0)
+
+
+def test_B36_a_body_that_cannot_be_read(run, tmp_path):
+    fd = os.open(tmp_path / "body", os.O_CREAT | os.O_WRONLY)
+    try:
+        with running_sink() as sink, pytest.raises(BodyFault, match="EBADF") as caught:
+            run(send(host="127.0.0.1", port=sink.port, request=Request(5, b"", [b"r@y"]), fd=fd))
+    finally:
+        os.close(fd)
+    assert caught.value.errno == errno.EBADF
+    assert not isinstance(caught.value, BodyChanged)
+
+
+def test_a_body_is_read_by_a_thread_where_it_cannot_be_had_at_once(deliver, monkeypatch):
+    monkeypatch.setattr(client, "_NOWAIT", 0)
+    data = os.urandom(5 * BLOCK + 7)
+    with running_sink() as sink:
+        assert deliver(sink, data, block_size=BLOCK).outcome is Outcome.ACCEPTED
+        assert sink.received[0].size == len(data)
+
+
+def test_a_body_of_which_only_a_part_is_in_the_page_cache(deliver, monkeypatch):
+    preadv = os.preadv
+
+    def half_cached(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        return preadv(fd, [buffers[0][: len(buffers[0]) // 2]] if flags else buffers, offset, flags)
+
+    monkeypatch.setattr(client.os, "preadv", half_cached)
+    data = os.urandom(5 * BLOCK + 7)
+    with running_sink() as sink:
+        assert deliver(sink, data, block_size=BLOCK).outcome is Outcome.ACCEPTED
+        assert sink.received[0].size == len(data)
+
+
+# Stopping
+
+
+def test_B38_not_allowed_to_commit(deliver):
+    for size in (6, 1_000_000):
+        with running_sink() as sink:
+            result = deliver(sink, size, may_commit=lambda: False)
+            assert sink.wait_for_fault(5)
+        assert (result.outcome, result.ours, result.committed, sink.count) == (Outcome.INTERRUPTED, True, False, 0)
+
+
+def test_B38_commit_is_asked_once_and_last(run, hello):
+    seen: list[tuple[bool, int]] = []
+
+    def may_commit() -> bool:
+        seen.append((transfer.committed, transfer.bytes_sent))
+        return True
+
+    with running_sink() as sink:
+        transfer = Transfer(host="127.0.0.1", port=sink.port, may_commit=may_commit, **hello)
+        assert run(transfer.run()).outcome is Outcome.ACCEPTED
+    assert seen == [(False, 0)]
+    assert transfer.committed
+
+
+def test_a_fault_in_may_commit_is_not_swallowed(deliver):
+    def broken() -> bool:
+        raise LookupError("no lease")
+
+    with running_sink() as sink, pytest.raises(LookupError):
+        deliver(sink, may_commit=broken)
+
+
+def test_B38_stopped_in_the_body(run, body):
+    async def scenario(port: int) -> tuple[Result, bool]:
+        transfer = Transfer(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
+        asyncio.get_running_loop().call_later(0.1, transfer.abort)
+        result = await transfer.run()
+        transfer.abort()
+        return result, transfer.committed
+
+    with running_sink(Rule(Answer(read_size=1000, read_pause=0.01)), receive_buffer=4096) as sink:
+        result, committed = run(scenario(sink.port))
+        assert sink.wait_for_fault(5)
+    assert (result.outcome, result.ours, committed) == (Outcome.INTERRUPTED, True, False)
+    assert 0 < result.bytes_sent < LARGE
+
+
+def test_B38_after_the_commit_point_nothing_is_stopped(run, hello):
+    async def scenario(port: int) -> Result:
+        transfer = Transfer(host="127.0.0.1", port=port, **hello | {"timeouts": Timeouts()})
+        asyncio.get_running_loop().call_later(0.1, transfer.abort)
+        return await transfer.run()
+
+    with running_sink(Rule(Answer(delay=0.3))) as sink:
+        assert run(scenario(sink.port)).outcome is Outcome.ACCEPTED
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_B38_cancelled_in_the_body(run, body, monkeypatch, in_thread):
+    if in_thread:
+        monkeypatch.setattr(client, "_NOWAIT", 0)
+
+    async def scenario(port: int) -> bool:
+        transfer = Transfer(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await transfer.run()
+        return transfer.committed
+
+    with running_sink(Rule(Answer(read_size=1000, read_pause=0.01)), receive_buffer=4096) as sink:
+        assert not run(scenario(sink.port))
+        assert sink.wait_for_fault(5)
+        assert sink.count == 0
