@@ -1,0 +1,275 @@
+"""A transaction becomes a stored message, a row, and only then a 250.
+
+A small message is gathered and stored by one call in a thread; a larger one streams: as soon as a block has gathered it
+is written, block after block in order, by whichever thread is free, and the connection is told to stop reading while
+too much is outstanding. So no message is ever whole in memory unless it is smaller than a block. When the body is
+safe on disk, the thread that synced it puts the message before the writer, whose round answers many at once.
+
+What must stay true:
+- 250 is said only for a message whose body is synced and whose row is committed.
+- A body is removed only when no row can come to name it: the writer never took it (`withdraw` said so), or the database
+  refused its data. When the writer has it and does not say, the client hears 451 and the body stays.
+- Our own faults are temporary for the client (452 without room, else 451), and say nothing about their nature.
+- A reception lives on the event loop. Threads only touch the body, and what they report comes back through the loop;
+  at most one thread works for a reception at a time.
+"""
+
+import asyncio
+import errno
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import formatdate
+from functools import lru_cache
+from queue import SimpleQueue
+
+from relay.bodies import Body, Spool
+from relay.ids import new_id
+from relay.intake import NewMessage, NewRecipient
+from relay.log import get_logger
+from relay.rounds import Entry, Unsettled, Writer
+from smtpd.session import Envelope
+
+BLOCK = 64 * 1024
+"""Octets from which on a message streams to its file."""
+AHEAD = 8 * BLOCK
+"""Octets of one message in memory above which its connection stops reading."""
+THREADS = 16
+
+_NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
+_LOCAL_FAULT = b"451 4.3.0 Cannot take the message now, try again later\r\n"
+_UNPRINTABLE = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
+
+log = get_logger(__name__)
+
+
+class Threads:
+    """A few daemon threads for calls that block on the disk; calls answer for themselves and never raise."""
+
+    def __init__(self, count: int) -> None:
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"bodies-{number}", daemon=True) for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[[], None]) -> None:
+        self._calls.put(call)
+
+    def close(self, timeout: float) -> None:
+        """Lets what was submitted finish, but no longer than `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+
+type Answer = Callable[[bytes], None]
+type Flow = Callable[[], None]
+
+
+@dataclass(slots=True)
+class Receiver:
+    """Makes receptions, and holds what they share. `deadline`: seconds from the end of a message to its answer."""
+
+    loop: asyncio.AbstractEventLoop
+    spool: Spool
+    writer: Writer[NewMessage, None]
+    hint: Callable[[list[str]], None]
+    route_for: Callable[[str], str]
+    hostname: str
+    deadline: float
+    threads: Threads
+
+
+class Reception:
+    """One message on its way in from `client`, an address. Everything but what a thread runs is called on the loop.
+
+    `answer` will get one whole reply after `complete`, unless that was abandoned; `flow` is called when `congested` may
+    have changed.
+    """
+
+    def __init__(self, receiver: Receiver, envelope: Envelope, client: str, answer: Answer, flow: Flow) -> None:
+        self.id = new_id()
+        self.deadline: float | None = None
+        self._receiver, self._envelope, self._client, self._flow = receiver, envelope, client, flow
+        self._answer: Answer | None = answer
+        self._started = time.monotonic()
+        trace = received_field(envelope, client, receiver.hostname, self.id, date(int(time.time())))
+        self._held, self._held_size = [trace], len(trace)
+        self._moving = 0  # octets with a thread
+        self._busy = False  # a thread works for us
+        self._body: Body | None = None
+        self._size = 0
+        self._message_id: str | None = None
+        self._complete = self._gone = False
+        self._error: Exception | None = None
+        self._entry: Entry | None = None
+
+    @property
+    def congested(self) -> bool:
+        """More content should wait until the disk has caught up."""
+        return self._held_size + self._moving > AHEAD
+
+    def append(self, text: bytes) -> None:
+        """Takes decoded content."""
+        if self._gone or self._error is not None:
+            return
+        self._held.append(text)
+        self._held_size += len(text)
+        if self._held_size >= BLOCK and not self._busy:
+            self._work(self._write)
+
+    def complete(self, message_id: str | None) -> None:
+        """The end was read: from now on an answer is due. `message_id`: the header's."""
+        self.deadline = time.monotonic() + self._receiver.deadline
+        self._message_id, self._complete = message_id, True
+        if self._error is not None:
+            self._fail(self._error)
+        elif not self._busy:
+            self._work(self._finish)
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        log.error("not accepted", id=self.id, client=self._client, reason="ACCEPT_DEADLINE passed")
+        self._say(_LOCAL_FAULT)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Nobody waits for an answer any more: the message is taken back if that can still be done."""
+        self._gone = True
+        self._answer = None
+        if self._entry is not None:
+            if self._receiver.writer.withdraw(self._entry):
+                self._receiver.threads.submit(self._remove)
+        elif not self._busy:
+            self._receiver.threads.submit(self._remove)
+
+    # -- on the loop, told by threads and the writer ------------------------------------------------------------
+
+    def _work(self, call: Callable[[list[bytes]], None]) -> None:
+        held, self._held = self._held, []
+        self._moving, self._held_size = self._held_size, 0
+        self._busy = True
+        self._receiver.threads.submit(lambda: self._guard(call, held))
+
+    def _written(self) -> None:
+        self._busy = False
+        self._moving = 0
+        if self._gone:
+            self._receiver.threads.submit(self._remove)
+        elif self._complete:
+            self._work(self._finish)
+        elif self._held_size >= BLOCK:
+            self._work(self._write)
+        self._flow()
+
+    def _fail(self, error: Exception) -> None:
+        """A body could not be written; what there was of it has gone."""
+        self._busy, self._error, self._body, self._held = False, error, None, []
+        self._held_size = self._moving = 0
+        if self._complete or self._gone:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            log.error("not accepted", id=self.id, client=self._client, reason=str(error))
+            self._say(_NO_ROOM if full else _LOCAL_FAULT)
+        else:
+            self._flow()
+
+    def _settled(self, result: object) -> None:
+        if result is None:
+            self._receiver.hint([self.id])
+            who = {"id": self.id, "client": self._client, "sender": self._envelope.sender}
+            ms = round((time.monotonic() - self._started) * 1000, 1)
+            log.info("accepted", **who, recipients=len(self._envelope.recipients), size=self._size, ms=ms)
+            self._say(b"250 2.0.0 Ok: queued as %b\r\n" % self.id.encode("ascii"))
+            return
+        log.error("not accepted", id=self.id, client=self._client, reason=type(result).__name__)
+        if not isinstance(result, Unsettled):
+            self._receiver.threads.submit(self._remove)
+        self._say(_LOCAL_FAULT)
+
+    def _say(self, reply: bytes) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer(reply)
+
+    # -- in a thread --------------------------------------------------------------------------------------------
+
+    def _guard(self, call: Callable[[list[bytes]], None], held: list[bytes]) -> None:
+        try:
+            call(held)
+        except Exception as error:
+            # The name lives no longer than this block, and the loop runs the call later.
+            fault = error
+            self._receiver.loop.call_soon_threadsafe(lambda: self._fail(fault))
+
+    def _write(self, held: list[bytes]) -> None:
+        if self._body is None:
+            self._body = self._receiver.spool.create(self.id)
+        self._body.append(b"".join(held))
+        self._receiver.loop.call_soon_threadsafe(self._written)
+
+    def _finish(self, held: list[bytes]) -> None:
+        if self._body is None:
+            self._size = self._receiver.spool.store(self.id, held)
+        else:
+            if held:
+                self._body.append(b"".join(held))
+            self._size = self._body.finish()
+        if self._is_gone():
+            self._remove()
+            return
+        self._entry = self._receiver.writer.put(self._message(), self._settled, self.deadline)
+        # It may have been abandoned while it was being put, by somebody who saw no entry yet.
+        if self._is_gone() and self._receiver.writer.withdraw(self._entry):
+            self._remove()
+
+    def _is_gone(self) -> bool:
+        return self._gone
+
+    def _remove(self) -> None:
+        body, self._body = self._body, None
+        if body is not None:
+            body.discard()
+        self._receiver.spool.remove(self.id)
+
+    def _message(self) -> NewMessage:
+        envelope, parameters, route_for = self._envelope, self._envelope.parameters, self._receiver.route_for
+        message = NewMessage(
+            self.id,
+            envelope.sender,
+            self._size,
+            [NewRecipient(one.address, one.notify, one.orcpt, route_for(one.address)) for one in envelope.recipients],
+            self._client,
+            envelope.helo,
+            envelope.protocol,
+            header_message_id=self._message_id,
+        )
+        message.body_type, message.ret = parameters.get(b"BODY"), parameters.get(b"RET")
+        message.envid = parameters.get(b"ENVID")
+        return message
+
+
+@lru_cache(maxsize=1)
+def date(second: int) -> str:
+    """A moment as RFC 5322 writes it, in this machine's zone."""
+    return formatdate(second, localtime=True)
+
+
+def received_field(envelope: Envelope, client: str, hostname: str, message_id: str, when: str) -> bytes:
+    """The trace field (RFC 5321, 4.4), in LF form. It names the recipient only where there is no other to betray."""
+    literal = f"IPv6:{client}" if ":" in client else client
+    recipients = envelope.recipients
+    path = f"\n\tfor <{recipients[0].path}>; " if len(recipients) == 1 else ";\n\t"
+    return (
+        f"Received: from {_UNPRINTABLE.sub('?', envelope.helo)} ([{literal}])\n"
+        f"\tby {hostname} with {envelope.protocol} id {message_id}{path}{when}\n"
+    ).encode("ascii")

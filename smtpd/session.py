@@ -1,0 +1,384 @@
+"""SMTP (RFC 5321) as a state machine: bytes in, replies and events out, no I/O and no clock.
+
+`receive` takes whatever the network gave and returns what happened, in order; the replies that it caused gather in
+one piece for `replies`, so that a pipelined group (RFC 2920) is answered in one write. One table of commands by
+states says what each command does where it is allowed and what it is answered where it is not; a new command is a row.
+
+A message passes as `Begin`, then `Text` as often as there is some, then `Complete`; or `Abandon` as soon as its
+content is found at fault (the session reads on to the real end and answers by itself). After `Complete` the session
+stands still: what the client sent behind its message waits until `answer` brings the verdict, so that no command
+overtakes it. Whoever drives a session cancels a begun message when the connection goes before its `Complete`.
+
+A client out of step is dangerous, because what it means as content could run as commands. Bytes before the banner,
+or behind a DATA that was refused, close the connection, and so do HTTP and TLS on this port and too many errors.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+from smtpd.addresses import Recipient, Refused, parse_recipient, parse_sender
+from smtpd.content import Content
+
+LINE_LIMIT = 512
+"""Octets of a command line with its CRLF (RFC 5321, 4.5.3.1.4)."""
+EXTENDED_LINE_LIMIT = 2048
+"""The same after EHLO: 512 + 26 (SIZE) + 107 and 506 (DSN), with room."""
+ERROR_LIMIT = 20
+"""Refused commands without an accepted message between them."""
+
+
+class State(IntEnum):
+    """The first four are the columns of the command table."""
+
+    START = 0  # no HELO yet
+    READY = 1
+    SENDER = 2  # a sender, no recipient yet
+    RECIPIENTS = 3
+    CONTENT = 4
+    VERDICT = 5  # the message is whole, its answer is awaited
+    SILENT = 6  # the banner was not sent yet
+    CLOSED = 7
+
+
+@dataclass(slots=True)
+class Envelope:
+    """A transaction: `sender` is '' if null, `parameters` are those of MAIL, `protocol` is RFC 3848's keyword."""
+
+    sender: str
+    parameters: Mapping[bytes, str]
+    helo: str
+    protocol: str
+    recipients: list[Recipient] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The client was told to send its message."""
+
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Decoded content."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """The content is at fault: what was stored of it is not wanted. Its Refusal comes when its end was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """The end of the message was read; `answer` is due."""
+
+    message_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A command was answered with an error; of the temporary ones only the first in a transaction is told."""
+
+    reply: bytes
+
+
+type Event = Begin | Text | Abandon | Complete | Refusal
+
+
+class Rules(Protocol):
+    """What a session asks before it takes a sender or a recipient; both raise Refused."""
+
+    def check_sender(self, size: int) -> None: ...
+
+    def check_recipient(self, recipient: Recipient, accepted: int) -> None: ...
+
+
+class Greeting:
+    """The replies that name this host and its extensions, made once."""
+
+    def __init__(self, hostname: str, max_message_size: int) -> None:
+        name = hostname.encode("ascii")
+        size = b"SIZE %d" % max_message_size
+        extensions = (name, b"PIPELINING", size, b"8BITMIME", b"ENHANCEDSTATUSCODES", b"DSN")
+        self.hostname = hostname
+        self.max_message_size = max_message_size
+        self.banner = b"220 %b ESMTP qmqp-relay\r\n" % name
+        self.helo = b"250 %b\r\n" % name
+        self.ehlo = b"".join(b"250-%b\r\n" % line for line in extensions[:-1]) + b"250 %b\r\n" % extensions[-1]
+
+
+_OK = b"250 2.0.0 Ok\r\n"
+_SENDER_OK = b"250 2.1.0 Ok\r\n"
+_RECIPIENT_OK = b"250 2.1.5 Ok\r\n"
+_SEND = b"354 End data with <CR><LF>.<CR><LF>\r\n"
+_BYE = b"221 2.0.0 Bye\r\n"
+_VRFY = b"252 2.1.5 Cannot verify; send some mail and see\r\n"
+_HELP = b"214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT\r\n"
+_HELO_FIRST = b"503 5.5.1 Send HELO or EHLO first\r\n"
+_SENDER_FIRST = b"503 5.5.1 Send MAIL first\r\n"
+_NESTED = b"503 5.5.1 A sender was given already\r\n"
+_NO_RECIPIENT = b"554 5.5.1 No valid recipients\r\n"
+_NO_ARGUMENT = b"501 5.5.4 This command takes no argument\r\n"
+_BAD_NAME = b"501 5.5.4 A host name or address literal is needed\r\n"
+_UNKNOWN = b"500 5.5.2 Command not recognized\r\n"
+_TOO_LONG = b"500 5.5.2 Line too long\r\n"
+_BARE_LF = b"500 5.5.2 A line ends with CR LF\r\n"
+_NOT_SMTP = b"500 5.5.1 This is an SMTP server\r\n"
+_TOO_EARLY = b"554 5.5.0 The client must wait for the banner\r\n"
+_OUT_OF_STEP = b"421 4.5.0 Input behind a refused DATA, closing connection\r\n"
+_TOO_MANY_ERRORS = b"421 4.7.0 Too many errors, closing connection\r\n"
+_HTTP = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"DELETE", b"PATCH", b"PRI")
+_NAME = re.compile(rb"[!-~]{1,255}")
+_TLS_HANDSHAKE = b"\x16\x03"
+
+
+class Session:
+    """One connection's conversation: `start`, then `receive` and `answer`; after each `replies`, then `closed`."""
+
+    def __init__(self, greeting: Greeting, rules: Rules) -> None:
+        self._greeting, self._rules = greeting, rules
+        self._state = State.SILENT
+        self._input = b""
+        self._replies: list[bytes] = []
+        self._events: list[Event] = []
+        self._limit = LINE_LIMIT
+        self._errors = 0
+        self._deferred = False  # this transaction was told of a temporary refusal
+        self._skipping = False  # the rest of a line that was too long
+        self._more = False  # there is input behind this command
+        self._helo, self._protocol = "", "SMTP"
+        self._envelope: Envelope | None = None
+        self._content: Content | None = None
+        self._faulty = False  # Abandon was told
+
+    @property
+    def closed(self) -> bool:
+        """Nothing more is read; send what `replies` still gives and close."""
+        return self._state is State.CLOSED
+
+    @property
+    def idle(self) -> bool:
+        """No transaction is open: closing now costs the client nothing."""
+        return self._state in (State.START, State.READY, State.SILENT)
+
+    @property
+    def backlog(self) -> int:
+        """Octets that were received and not yet looked at."""
+        return len(self._input)
+
+    def start(self) -> None:
+        """The connection stands and the client has kept quiet: the banner."""
+        self._state = State.START
+        self._replies.append(self._greeting.banner)
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Takes bytes from the client, any number; returns what they led to, in order."""
+        self._events = []
+        self._input = self._input + data if self._input else data
+        self._advance()
+        return self._events
+
+    def answer(self, reply: bytes) -> list[Event]:
+        """The verdict on the `Complete` message, a whole reply. Goes on with what the client sent behind it."""
+        if self._state is not State.VERDICT:
+            raise RuntimeError("no answer is due")
+        self._events = []
+        self._state = State.READY
+        self._replies.append(reply)
+        if reply.startswith(b"2"):
+            self._errors = 0
+        self._advance()
+        return self._events
+
+    def close(self, reply: bytes) -> None:
+        """Ends the session with `reply` (a 421), whatever it was doing."""
+        self._replies.append(reply)
+        self._state = State.CLOSED
+
+    def replies(self) -> bytes:
+        """Everything to be sent since the last call, in one piece."""
+        said = b"".join(self._replies)
+        self._replies.clear()
+        return said
+
+    def says_goodbye(self) -> bool:
+        """Whether QUIT waits behind a message that is not answered yet: its client did not leave, it has finished."""
+        return self._state is State.VERDICT and b"QUIT\r\n" in self._input.upper()
+
+    def _advance(self) -> None:
+        while self._input:
+            if self._state <= State.RECIPIENTS:
+                if self._state is State.START and self._input.startswith(_TLS_HANDSHAKE):
+                    self._refuse_and_close(_NOT_SMTP)
+                elif not self._read_commands():
+                    return
+            elif self._state is State.CONTENT:
+                self._read_content()
+            elif self._state is State.VERDICT:
+                return
+            else:
+                if self._state is State.SILENT:
+                    self._refuse_and_close(_TOO_EARLY)
+                self._input = b""
+
+    def _read_commands(self) -> bool:
+        """Obeys every whole line there is; False if more input is needed."""
+        data, start, end = self._input, 0, 0
+        while self._state <= State.RECIPIENTS:
+            end = data.find(b"\n", start)
+            if end < 0:
+                break
+            line = data[start : end + 1]
+            start = end + 1
+            self._more = start < len(data)
+            if self._skipping:
+                self._skipping = False
+            elif len(line) > self._limit:
+                self._refuse(_TOO_LONG)
+            elif line[-2:] != b"\r\n":
+                self._refuse(_BARE_LF)
+            else:
+                self._obey(line[:-2])
+        self._input = data[start:]
+        if end < 0 and len(self._input) > self._limit:
+            self._input = b""
+            if not self._skipping:
+                self._skipping = True
+                self._refuse(_TOO_LONG)
+        return end >= 0
+
+    def _obey(self, line: bytes) -> None:
+        word, _, argument = line.partition(b" ")
+        word = word.upper()
+        try:
+            cell = COMMANDS[word][self._state] if word in COMMANDS else _UNKNOWN
+            if isinstance(cell, bytes):
+                raise Refused(cell)
+            # Trailing space is tolerated (RFC 5321, 4.1.1).
+            cell(self, argument.strip(b" "))
+        except Refused as refused:
+            self._refuse(refused.reply)
+            if word == b"DATA" and self._more and not self.closed:
+                self.close(_OUT_OF_STEP)
+
+    def _refuse(self, reply: bytes) -> None:
+        self._replies.append(reply)
+        # No mistake of the client's: a list of 5,000 gets its 4,000 refusals and comes again (4.5.3.1.10).
+        temporary = reply.startswith(b"4")
+        if not (temporary and self._deferred):
+            self._events.append(Refusal(reply))
+        self._deferred = self._deferred or temporary
+        self._errors += not temporary
+        if self._errors >= ERROR_LIMIT and self._state is not State.CLOSED:
+            self.close(_TOO_MANY_ERRORS)
+
+    def _refuse_and_close(self, reply: bytes) -> None:
+        self._state = State.CLOSED
+        self._refuse(reply)
+
+    def _reset(self) -> None:
+        self._envelope, self._deferred, self._state = None, False, State.READY
+
+    def _greet(self, name: bytes, protocol: str, limit: int, reply: bytes) -> None:
+        if not _NAME.fullmatch(name):
+            raise Refused(_BAD_NAME)
+        self._reset()
+        self._helo, self._protocol, self._limit = name.decode("ascii"), protocol, limit
+        self._replies.append(reply)
+
+    def helo(self, argument: bytes) -> None:
+        self._greet(argument, "SMTP", LINE_LIMIT, self._greeting.helo)
+
+    def ehlo(self, argument: bytes) -> None:
+        self._greet(argument, "ESMTP", EXTENDED_LINE_LIMIT, self._greeting.ehlo)
+
+    def mail(self, argument: bytes) -> None:
+        sender, parameters = parse_sender(argument)
+        self._rules.check_sender(int(parameters.get(b"SIZE", "0")))
+        self._envelope = Envelope(sender, parameters, self._helo, self._protocol)
+        self._state = State.SENDER
+        self._replies.append(_SENDER_OK)
+
+    def rcpt(self, argument: bytes) -> None:
+        assert self._envelope is not None
+        recipient = parse_recipient(argument, self._greeting.hostname)
+        self._rules.check_recipient(recipient, len(self._envelope.recipients))
+        self._envelope.recipients.append(recipient)
+        self._state = State.RECIPIENTS
+        self._replies.append(_RECIPIENT_OK)
+
+    def data(self, argument: bytes) -> None:
+        assert self._envelope is not None
+        _refuse_any(argument)
+        self._content, self._faulty = Content(self._greeting.max_message_size), False
+        self._state = State.CONTENT
+        self._replies.append(_SEND)
+        self._events.append(Begin(self._envelope))
+
+    def _read_content(self) -> None:
+        content = self._content
+        assert content is not None
+        text, rest = content.feed(self._input)
+        self._input = rest or b""
+        if content.fault is not None and not self._faulty:
+            self._faulty = True
+            self._events.append(Abandon())
+        if text:
+            self._events.append(Text(text))
+        if rest is None:
+            return
+        self._content = None
+        self._reset()
+        if content.fault is not None:
+            self._refuse(content.fault.value)
+        else:
+            self._state = State.VERDICT
+            self._events.append(Complete(content.message_id))
+
+    def rset(self, argument: bytes) -> None:
+        _refuse_any(argument)
+        if self._state is not State.START:
+            self._reset()
+        self._replies.append(_OK)
+
+    def quit(self, argument: bytes) -> None:
+        _refuse_any(argument)
+        self.close(_BYE)
+
+    def leave(self, argument: bytes) -> None:
+        self._refuse_and_close(_NOT_SMTP)
+
+    def say(self, reply: bytes) -> None:
+        self._replies.append(reply)
+
+
+def _refuse_any(argument: bytes) -> None:
+    if argument:
+        raise Refused(_NO_ARGUMENT)
+
+
+def _answer(reply: bytes) -> Callable[[Session, bytes], None]:
+    return lambda session, argument: session.say(reply)
+
+
+_ANYWHERE = 4
+COMMANDS: Mapping[bytes, tuple[bytes | Callable[[Session, bytes], None], ...]] = {
+    #         START         READY          SENDER         RECIPIENTS
+    b"HELO": (Session.helo,) * _ANYWHERE,
+    b"EHLO": (Session.ehlo,) * _ANYWHERE,
+    b"MAIL": (_HELO_FIRST, Session.mail, _NESTED, _NESTED),
+    b"RCPT": (_HELO_FIRST, _SENDER_FIRST, Session.rcpt, Session.rcpt),
+    b"DATA": (_HELO_FIRST, _SENDER_FIRST, _NO_RECIPIENT, Session.data),
+    b"RSET": (Session.rset,) * _ANYWHERE,
+    b"NOOP": (_answer(_OK),) * _ANYWHERE,
+    b"VRFY": (_answer(_VRFY),) * _ANYWHERE,
+    b"HELP": (_answer(_HELP),) * _ANYWHERE,
+    b"QUIT": (Session.quit,) * _ANYWHERE,
+    **dict.fromkeys(_HTTP, (Session.leave,) * _ANYWHERE),
+}
+"""What each command does in each state, or the reply that refuses it there."""

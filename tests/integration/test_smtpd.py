@@ -1,0 +1,561 @@
+"""The front end over real TCP: what a client hears, what is on disk, what was committed.
+
+Most tests run the server in a thread, with a real spool, a real writer and a database that is a list; the last ones run
+the whole program on a real database.
+"""
+
+import asyncio
+import errno
+import json
+import re
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from sqlalchemy import create_engine, text
+
+from relay.bodies import Body, Spool
+from relay.intake import NewMessage
+from relay.rounds import Writer
+from relay.settings import SmtpdSettings, load
+from smtpd.policy import Policy
+from smtpd.receiver import AHEAD, BLOCK, Receiver, Threads
+from smtpd.server import ListenError, Server
+from smtpd.session import Greeting
+from tests.waiting import until
+
+
+class Database:
+    """Commits to a list. `gate` closed: does not answer. `error`: refuses."""
+
+    def __init__(self) -> None:
+        self.messages: list[NewMessage] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.taken = threading.Event()
+        self.error: Exception | None = None
+
+    def commit(self, messages: Sequence[NewMessage]) -> list[None]:
+        self.taken.set()
+        self.gate.wait(20)
+        if self.error is not None:
+            raise self.error
+        self.messages.extend(messages)
+        return [None] * len(messages)
+
+
+class Running:
+    """A server in a thread of its own."""
+
+    def __init__(self, spool: Spool, settings: SmtpdSettings) -> None:
+        self.spool, self.settings = spool, settings
+        self.database = Database()
+        self.hints: list[str] = []
+        self.loop = uvloop.new_event_loop()
+        self._ready, self._stop = threading.Event(), asyncio.Event()
+        self.drain = 0.0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self._serve())
+        self.loop.close()
+
+    async def _serve(self) -> None:
+        writer = Writer[NewMessage, None]("test", self.database.commit, post=self.loop.call_soon_threadsafe)
+        writer.start()
+        self.receiver = Receiver(
+            self.loop,
+            self.spool,
+            writer,
+            self.hints.extend,
+            lambda _address: "default",
+            "relay.example",
+            self.settings.accept_deadline,
+            Threads(4),
+        )
+        greeting = Greeting("relay.example", self.settings.max_message_size)
+        self.server = Server(self.loop, self.settings, self.receiver, Policy(self.settings), greeting)
+        [(self.host, self.port)] = await self.server.listen([("127.0.0.1", 0)])
+        self._ready.set()
+        await self._stop.wait()
+        await self.server.stop(self.drain)
+        self.database.gate.set()
+        await self.loop.run_in_executor(None, writer.close, 10.0)
+        await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
+        await self.server.stop(0.0)
+
+    def ask_to_stop(self, drain: float) -> None:
+        self.drain = drain
+        self.loop.call_soon_threadsafe(self._stop.set)
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def bodies(self) -> list[str]:
+        return [path.name for path in self.spool.directory.glob("*/*")]
+
+    def client(self) -> "Client":
+        return Client(self.host, self.port)
+
+
+class Client:
+    """A socket that speaks bytes."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.socket = socket.create_connection((host, port), timeout=10)
+        self._received = b""
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def hears(self, *replies: bytes) -> None:
+        """The next replies begin so; one each, their continuation lines taken as one."""
+        for expected in replies:
+            found = self.reply()
+            assert found.startswith(expected), found
+
+    def reply(self) -> bytes:
+        while not (match := re.match(rb"(?:\d{3}-.*\r\n)*\d{3} .*\r\n", self._received)):
+            data = self.socket.recv(65536)
+            assert data, f"closed after {self._received!r}"
+            self._received += data
+        self._received = self._received[match.end() :]
+        return match[0]
+
+    def closed(self) -> bool:
+        try:
+            return self.socket.recv(65536) == b""
+        except ConnectionResetError:
+            return True
+
+    def say(self, line: bytes, *replies: bytes) -> None:
+        self.send(line + b"\r\n")
+        self.hears(*replies)
+
+    def begin(self, *recipients: bytes) -> None:
+        """Up to the 354."""
+        lines = [b"EHLO client.example", b"MAIL FROM:<a@example.com>"]
+        lines += [b"RCPT TO:<" + one + b">" for one in recipients or [b"b@example.org"]] + [b"DATA"]
+        self.hears(b"220")
+        self.send(b"\r\n".join(lines) + b"\r\n")
+        self.hears(*([b"250"] * (len(lines) - 1)), b"354")
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.fixture
+def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    running: list[Running] = []
+
+    def start(**settings: Any) -> Running:
+        made = load(SmtpdSettings, state_dir=tmp_path, spool_dir=spool.directory, hostname="relay.example", **settings)
+        running.append(Running(spool, made))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.close()
+
+
+@contextmanager
+def talking(running: Running) -> Iterator[Client]:
+    client = running.client()
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+TRACE = re.compile(
+    rb"Received: from client\.example \(\[127\.0\.0\.1\]\)\n"
+    rb"\tby relay\.example with ESMTP id ([0-9a-f]{32})(\n\tfor <[^>]+>; |;\n\t)"
+    rb"[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n"
+)
+
+
+def stored(running: Running, message: NewMessage) -> bytes:
+    """The body without its one trace field, which must be right."""
+    body = running.spool.path(message.id).read_bytes()
+    assert message.size == len(body)
+    trace = TRACE.match(body)
+    assert trace is not None, body[:300]
+    assert trace[1].decode() == message.id
+    assert (b"for <" in trace[2]) is (len(message.recipients) == 1)
+    return body[trace.end() :]
+
+
+SIZES = [0, 1, 100, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3_000_000]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_C1_C6_bytes_are_stored_as_they_were_sent(run: Callable[..., Running], size: int) -> None:
+    running = run()
+    line = b".text that needs stuffing \xff\0"
+    body = (line + b"\n") * (size // (len(line) + 1)) + b"x" * (size % (len(line) + 1))
+    body = body + b"\n" if body else body
+    with talking(running) as client:
+        client.begin()
+        wire = re.sub(rb"(?m)^\.", b"..", body).replace(b"\n", b"\r\n") + b".\r\n"
+        client.send(wire[:1000])
+        client.send(wire[1000:])
+        reply = client.reply()
+        client.say(b"QUIT", b"221 2.0.0")
+    [message] = running.database.messages
+    assert reply == b"250 2.0.0 Ok: queued as %b\r\n" % message.id.encode()
+    assert stored(running, message) == body
+    assert running.hints == [message.id]
+
+
+def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., Running]) -> None:
+    running = run()
+    with smtplib.SMTP(running.host, running.port, local_hostname="client.example") as client:
+        client.ehlo()
+        assert client.has_extn("pipelining")
+        client.sendmail(
+            "a@example.com",
+            ['"b c"@example.org', "d@example.org"],
+            b"Message-ID: <m@i>\r\n\r\n..\r\n",
+            mail_options=["BODY=8BITMIME", "RET=FULL", "ENVID=x+2B"],
+            rcpt_options=["NOTIFY=SUCCESS"],
+        )
+    [message] = running.database.messages
+    assert [one.address for one in message.recipients] == ["b c@example.org", "d@example.org"]
+    assert {one.notify for one in message.recipients} == {"SUCCESS"}
+    assert (message.sender, message.helo, message.protocol) == ("a@example.com", "client.example", "ESMTP")
+    assert (message.body_type, message.ret, message.envid) == ("8BITMIME", "FULL", "x+2B")
+    assert (message.header_message_id, message.client_address) == ("<m@i>", "127.0.0.1")
+    assert stored(running, message) == b"Message-ID: <m@i>\n\n..\n"
+
+
+def test_the_trace_names_no_one_of_several_and_escapes_the_client(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.hears(b"220")
+        client.say(b"HELO evil(host)", b"250")
+        client.send(b'MAIL FROM:<>\r\nRCPT TO:<"b c"@d>\r\nDATA\r\n')
+        client.hears(b"250", b"250", b"354")
+        client.say(b".", b"250")
+    [message] = running.database.messages
+    body = running.spool.path(message.id).read_bytes()
+    assert body.startswith(b"Received: from evil?host? ([127.0.0.1])\n\tby relay.example with SMTP id ")
+    assert b'\n\tfor <"b c"@d>; ' in body
+    assert (message.sender, message.helo) == ("", "evil(host)")
+
+
+def test_C19_two_messages_in_one_packet(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.begin()
+        again = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.org>\r\nDATA\r\n"
+        client.send(b"one\r\n.\r\n" + again)
+        client.hears(b"250 2.0.0", b"250 2.1.0", b"250 2.1.5", b"354")
+        client.send(b"two\r\n.\r\nQUIT\r\n")
+        client.socket.shutdown(socket.SHUT_WR)
+        client.hears(b"250 2.0.0", b"221 2.0.0")
+        assert client.closed()
+    assert [stored(running, message) for message in running.database.messages] == [b"one\n", b"two\n"]
+
+
+def test_C2_smuggled_content_leaves_nothing_behind(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.begin()
+        client.send(b"x" * 3 * BLOCK + b"\n.\r\nMAIL FROM:<evil@example.com>\r\n.\r\nNOOP\r\n")
+        client.hears(b"550 5.6.11", b"250 2.0.0")
+    until(lambda: not running.bodies())
+    assert running.database.messages == []
+
+
+def test_C12_content_over_the_limit_is_removed(run: Callable[..., Running]) -> None:
+    running = run(max_message_size=4 * BLOCK)
+    with talking(running) as client:
+        client.begin()
+        client.send(b"x" * 5 * BLOCK)
+        client.send(b"x" * 5 * BLOCK + b"\r\n.\r\n")
+        client.hears(b"552 5.3.4")
+        client.say(b"MAIL FROM:<a@b> SIZE=%d" % (4 * BLOCK + 1), b"552 5.3.4")
+        client.say(b"MAIL FROM:<a@b>", b"250 2.1.0")
+    until(lambda: not running.bodies())
+
+
+def test_C20_a_client_that_goes_in_the_middle_leaves_nothing(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.begin()
+        client.send(b"x" * 3 * BLOCK)
+        until(running.bodies)
+    until(lambda: not running.bodies() and not running.server.connections)
+    assert running.database.messages == []
+
+
+def test_C21_a_client_that_goes_before_the_writer_took_its_message(run: Callable[..., Running]) -> None:
+    running = run()
+    running.database.gate.clear()
+    with talking(running) as first, talking(running) as second:
+        first.begin()
+        first.send(b"first\r\n.\r\n")
+        assert running.database.taken.wait(10)
+        second.begin()
+        second.send(b"second\r\n.\r\n")
+        until(lambda: len(running.bodies()) == 2)
+        second.close()
+        until(lambda: len(running.bodies()) == 1)
+        running.database.gate.set()
+        first.hears(b"250 2.0.0")
+    assert [stored(running, message) for message in running.database.messages] == [b"first\n"]
+
+
+def test_C23_past_the_deadline_451_and_only_what_was_not_taken_is_removed(run: Callable[..., Running]) -> None:
+    running = run(accept_deadline=0.5)
+    running.database.gate.clear()
+    with talking(running) as first, talking(running) as second:
+        first.begin()
+        first.send(b"first\r\n.\r\n")
+        assert running.database.taken.wait(10)
+        second.begin()
+        second.send(b"second\r\n.\r\nNOOP\r\n")
+        second.hears(b"451 4.3.0", b"250 2.0.0")
+        first.hears(b"451 4.3.0")
+        until(lambda: len(running.bodies()) == 1)
+        running.database.gate.set()
+        until(lambda: running.database.messages)
+    [message] = running.database.messages
+    assert stored(running, message) == b"first\n"
+
+
+def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(run: Callable[..., Running]) -> None:
+    running = run()
+    running.database.error = ValueError("secret reason")
+    with talking(running) as client:
+        client.begin()
+        client.say(b"x\r\n.", b"451 4.3.0 Cannot take the message now")
+        client.say(b"NOOP", b"250")
+    until(lambda: not running.bodies())
+
+
+@pytest.mark.parametrize(
+    ("number", "reply"),
+    [
+        (errno.ENOSPC, b"452 4.3.1"),
+        (errno.EDQUOT, b"452 4.3.1"),
+        (errno.EIO, b"451 4.3.0"),
+        (errno.EROFS, b"451 4.3.0"),
+    ],
+)
+@pytest.mark.parametrize("where", ["create", "append", "finish"])
+def test_C22_disk_faults_are_temporary_and_leave_nothing(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, number: int, reply: bytes, where: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, "of the disk /secret/path")
+
+    running = run()
+    real_discard = Body.discard
+    if where == "create":
+        monkeypatch.setattr(Spool, "create", fail)
+    else:
+
+        def broken(body: Body, *_: object) -> None:
+            real_discard(body)
+            fail()
+
+        monkeypatch.setattr(Body, where, broken)
+    with talking(running) as client:
+        client.begin()
+        client.send(b"x" * (100 if where == "finish" else 3 * BLOCK) + b"\r\n.\r\n")
+        found = client.reply()
+        assert found.startswith(reply)
+        assert b"secret" not in found
+        client.say(b"NOOP", b"250")
+    until(lambda: not running.bodies())
+    assert running.database.messages == []
+
+
+def test_a_slow_disk_stops_the_client_not_the_memory(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    append = Body.append
+
+    def slow(body: Body, data: bytes) -> None:
+        gate.wait(20)
+        append(body, data)
+
+    monkeypatch.setattr(Body, "append", slow)
+    running = run()
+    size = 64 * BLOCK
+    with talking(running) as client:
+        client.begin()
+        sender = threading.Thread(target=client.send, args=((b"x" * 998 + b"\r\n") * (size // 1000) + b".\r\n",))
+        sender.start()
+        [connection] = running.server.connections
+        until(lambda: connection._paused)
+        reception = connection._reception
+        assert reception is not None
+        assert reception._held_size + reception._moving < AHEAD + 5 * BLOCK
+        gate.set()
+        client.hears(b"250 2.0.0")
+        sender.join()
+    [message] = running.database.messages
+    assert len(stored(running, message)) == size // 1000 * 999
+
+
+def test_C26_limits_on_connections(run: Callable[..., Running]) -> None:
+    running = run(max_connections=3, max_connections_per_client=2)
+    with talking(running) as one, talking(running) as two:
+        one.hears(b"220")
+        two.hears(b"220")
+        with talking(running) as three:
+            three.hears(b"421 4.7.0")
+            assert three.closed()
+        until(lambda: len(running.server.connections) == 2)
+    until(lambda: not running.server.connections and not running.server.clients)
+
+
+def test_C26_over_all_connections(run: Callable[..., Running]) -> None:
+    running = run(max_connections=1)
+    with talking(running) as one, talking(running) as two:
+        one.hears(b"220")
+        two.hears(b"421 4.3.2")
+        assert two.closed()
+
+
+def test_C26_a_silent_client_is_sent_away(run: Callable[..., Running]) -> None:
+    running = run(smtp_timeout=0.3)
+    with talking(running) as silent, talking(running) as halfway:
+        halfway.begin()
+        halfway.send(b"x" * 3 * BLOCK)
+        silent.hears(b"220", b"421 4.4.2")
+        assert silent.closed()
+        halfway.hears(b"421 4.4.2")
+    until(lambda: not running.server.connections and not running.bodies())
+
+
+def test_C26_a_client_that_never_reads_is_stopped_and_aborted(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smtpd.server.LINGER", 0.1)
+    running = run(smtp_timeout=0.4)
+    with talking(running) as client:
+        client.hears(b"220")
+        client.socket.settimeout(0.2)
+        with pytest.raises(OSError):
+            client.send(b"HELP\r\n" * 20_000_000)
+        until(lambda: not running.server.connections)
+
+
+def test_C19_an_early_talker_is_refused(run: Callable[..., Running]) -> None:
+    running = run()
+    held = threading.Event()
+    running.loop.call_soon_threadsafe(held.wait, 10)
+    with talking(running) as client:
+        client.send(b"EHLO early\r\n")
+        held.set()
+        client.hears(b"554 5.5.0")
+        assert client.closed()
+
+
+def test_C28_a_stranger_cannot_relay(run: Callable[..., Running]) -> None:
+    running = run(client_networks=("192.0.2.0/24",), recipient_domains=("ours.example",))
+    with smtplib.SMTP(running.host, running.port) as client:
+        with pytest.raises(smtplib.SMTPRecipientsRefused) as caught:
+            client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
+        assert caught.value.recipients["b@example.org"][0] == 554
+        client.sendmail("a@example.com", ["b@OURS.example"], b"x\r\n")
+    assert len(running.database.messages) == 1
+
+
+def test_stopping_lets_a_transaction_finish_and_sends_idle_clients_away(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as idle, talking(running) as busy:
+        idle.hears(b"220")
+        busy.begin()
+        running.ask_to_stop(drain=20.0)
+        idle.hears(b"421 4.3.2")
+        assert idle.closed()
+        busy.send(b"last\r\n.\r\n")
+        busy.hears(b"250 2.0.0", b"421 4.3.2")
+        assert busy.closed()
+    running.close()
+    assert len(running.database.messages) == 1
+
+
+def test_stopping_does_not_wait_for_ever(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.begin()
+        client.send(b"x" * 3 * BLOCK)
+        until(running.bodies)
+        running.ask_to_stop(drain=0.1)
+        client.hears(b"421 4.3.2")
+        running.close()
+    until(lambda: not running.bodies())
+
+
+def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., Running]) -> None:
+    running = run()
+    listening = asyncio.run_coroutine_threadsafe(running.server.listen([(running.host, running.port)]), running.loop)
+    with pytest.raises(ListenError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
+        listening.result(10)
+
+
+# --- the whole program ------------------------------------------------------------------------------------
+
+PROGRAM = """
+from relay.log import configure
+from relay.settings import SmtpdSettings, load
+from smtpd.server import run
+settings = load(SmtpdSettings)
+configure(settings)
+raise SystemExit(run(settings))
+"""
+
+
+def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "RELAY_STATE_DIR": str(tmp_path / "state"),
+        "RELAY_DATABASE_URL": database_url,
+        "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
+        "RELAY_LOG_FORMAT": "json",
+        "RELAY_UNSAFE_DURABILITY": "1",
+    }
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        child = spawn([sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
+
+    def events(name: str) -> list[dict[str, Any]]:
+        return [e for e in map(json.loads, log.read_text().splitlines()) if e["event"] == name]
+
+    until(lambda: events("listening") or child.poll() is not None, 30, what=log.read_text)
+    with smtplib.SMTP("127.0.0.1", port) as client:
+        client.sendmail("a@example.com", ["b@example.org", "c@example.org"], b"Subject: x\r\n\r\nbody\r\n")
+    engine = create_engine(database_url)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM recipients")).scalar() == 2
+        assert connection.execute(text("SELECT state FROM deliveries")).scalar() == "queued"
+    engine.dispose()
+    [accepted] = events("accepted")
+    assert (accepted["sender"], accepted["recipients"], accepted["client"]) == ("a@example.com", 2, "127.0.0.1")
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 0

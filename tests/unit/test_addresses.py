@@ -1,0 +1,192 @@
+"""Paths and parameters by the grammar of RFC 5321, and what may not pass."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smtpd.addresses import Refused, parse_recipient, parse_sender
+
+HOST = "relay.example"
+
+
+def sender(path: str) -> str:
+    return parse_sender(f"FROM:{path}".encode("latin-1"))[0]
+
+
+def recipient(path: str) -> str:
+    return parse_recipient(f"TO:{path}".encode("latin-1"), HOST).address
+
+
+def refusal(argument: bytes) -> bytes:
+    try:
+        found: object = parse_sender(argument) if argument.startswith(b"FROM") else parse_recipient(argument, HOST)
+    except Refused as refused:
+        return refused.reply
+    raise AssertionError(f"accepted as {found}")
+
+
+@pytest.mark.parametrize(
+    ("path", "address"),
+    [
+        ("<a@b>", "a@b"),
+        (" <a@b>", "a@b"),
+        ("<Mixed.Case+tag=x/y@Example.ORG>", "Mixed.Case+tag=x/y@Example.ORG"),
+        ('<"a b"@c.example>', "a b@c.example"),
+        ('<"a\\"\\\\b"@c.example>', 'a"\\b@c.example'),
+        ('<"plain"@c.example>', "plain@c.example"),
+        ('<"a@b"@c.example>', "a@b@c.example"),
+        ("<@x.example:a@b.example>", "a@b.example"),
+        ("<@x.example,@y.example:a@b.example>", "a@b.example"),
+        ("<a@[192.0.2.1]>", "a@[192.0.2.1]"),
+        ("<a@[IPv6:2001:db8::1]>", "a@[IPv6:2001:db8::1]"),
+        ("<a@[ipv6:::ffff:192.0.2.1]>", "a@[ipv6:::ffff:192.0.2.1]"),
+        ("<" + "l" * 64 + "@b.example>", "l" * 64 + "@b.example"),
+        ("<a@" + "d" * 252 + ">", "a@" + "d" * 252),
+    ],
+)
+def test_C14_what_is_an_address(path: str, address: str) -> None:
+    assert sender(path) == address
+    assert recipient(path) == address
+
+
+def test_C14_the_null_sender_is_empty_and_no_recipient() -> None:
+    assert parse_sender(b"FROM:<>") == ("", {})
+    assert refusal(b"TO:<>").startswith(b"501 5.1.3")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a@b",
+        "",
+        "<a@b",
+        "a@b>",
+        "<a>",
+        "<@b>",
+        "<a@>",
+        "<a@b>x",
+        "<a@b><c@d>",
+        "<a b@c>",
+        "<a..b@c>",
+        "<.a@b>",
+        "<a.@b>",
+        "<a@b..c>",
+        "<a@.b>",
+        "<a@b.>",
+        "<a@-b>",
+        "<a@b->",
+        "<a@b_c>",
+        "<a@b@c>",
+        '<"a@b>',
+        '<"a"b@c>',
+        '<""@c>',
+        "<a@[]>",
+        "<a@[1.2.3]>",
+        "<a@[1.2.3.256]>",
+        "<a@[IPv6:1.2.3.4]>",
+        "<a@[IPv6:zz::]>",
+        "<a@[tag:x]>",
+        "<@a>",
+        "<@a:>",
+        "<a@b:c@d>",
+        "< a@b>",
+        "<a@b >",
+        "<" + "l" * 65 + "@b.example>",
+        "<a@" + "d" * 253 + ">",
+        "<" + "l" * 64 + "@" + "d" * 200 + ">",
+    ],
+)
+def test_C14_what_is_no_address(path: str) -> None:
+    assert refusal(f"FROM:{path}".encode()).startswith(b"501 5.1.7")
+    assert refusal(f"TO:{path}".encode()).startswith(b"501 5.1.3")
+
+
+@pytest.mark.parametrize("byte", [*range(32), 127])
+def test_C15_no_control_byte_passes(byte: int) -> None:
+    for place in (b"TO:<a%cb@c.example>", b"TO:<a@c%c.example>", b'TO:<"a%cb"@c>', b'TO:<"a\\%cb"@c>', b"TO:<a@b>%c"):
+        assert refusal(place % byte).startswith(b"501")
+        assert refusal(b"FROM" + (place % byte)[2:]).startswith(b"501")
+
+
+@pytest.mark.parametrize("word", ["Postmaster", "postmaster", "POSTMASTER"])
+def test_C15_postmaster_needs_no_domain(word: str) -> None:
+    assert recipient(f"<{word}>") == f"postmaster@{HOST}"
+    assert refusal(f"FROM:<{word}>".encode()).startswith(b"501 5.1.7")
+
+
+@pytest.mark.parametrize("path", ["<\xfcser@b.example>", "<a@\xfc.example>", '<"\xff"@b>'])
+def test_C11_addresses_beyond_ascii_are_refused(path: str) -> None:
+    assert refusal(f"FROM:{path}".encode()).startswith(b"553 5.6.7")
+    assert refusal(f"TO:{path}".encode("latin-1")).startswith(b"553 5.6.7")
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=30))
+def test_a_quoted_local_part_comes_out_as_it_went_in(local: str) -> None:
+    quoted = re.sub(r'([\\"])', r"\\\1", local)
+    if len(quoted) <= 62:
+        found = parse_recipient(f'TO:<"{quoted}"@b.example>'.encode(), HOST)
+        assert found.address == f"{local}@b.example"
+        assert found.path == f'"{quoted}"@b.example'
+
+
+@given(st.binary(max_size=40))
+def test_nothing_gets_through_that_a_server_could_misread(path: bytes) -> None:
+    try:
+        address = parse_recipient(b"TO:<" + path + b">", HOST).address
+    except Refused:
+        return
+    assert re.fullmatch(r"[ -~]+@[A-Za-z0-9.:\[\]-]+", address)
+    assert not address.endswith("@[]")
+
+
+@pytest.mark.parametrize("magic", ["#@[]", "list-@host-@[]", '"list-@host-"@[]', "-@[]"])
+def test_qmails_magic_senders_cannot_be_said(magic: str) -> None:
+    assert refusal(f"FROM:<{magic}>".encode()).startswith(b"501")
+
+
+def test_a_path_that_would_take_a_bad_pattern_for_ever_is_refused_at_once() -> None:
+    for evil in (b"a." * 1000, b"a-" * 1000, b"@a," * 600, b'"' + b"\\" * 1500):
+        assert refusal(b"TO:<" + evil + b">").startswith(b"501")
+
+
+def test_parameters_of_mail_are_kept() -> None:
+    _, values = parse_sender(b"FROM:<a@b> size=1000 BODY=8bitmime RET=hdrs  ENVID=Qq+2B314 AUTH=<>")
+    assert values == {b"SIZE": "1000", b"BODY": "8BITMIME", b"RET": "HDRS", b"ENVID": "Qq+2B314", b"AUTH": "<>"}
+
+
+def test_parameters_of_rcpt_are_kept() -> None:
+    found = parse_recipient(b"TO:<a@b> NOTIFY=success,Failure ORCPT=rfc822;Bob+40Example.ORG", HOST)
+    assert (found.notify, found.orcpt) == ("SUCCESS,FAILURE", "rfc822;Bob+40Example.ORG")
+    assert parse_recipient(b"TO:<a@b> NOTIFY=never", HOST).notify == "NEVER"
+
+
+@pytest.mark.parametrize(
+    ("argument", "code"),
+    [
+        (b"FROM:<a@b> SMTPUTF8", b"555 5.5.4"),
+        (b"FROM:<a@b> NOTIFY=NEVER", b"555 5.5.4"),
+        (b"FROM:<a@b> X-OTHER=1", b"555 5.5.4"),
+        (b"FROM:<a@b> SIZE", b"501 5.5.4"),
+        (b"FROM:<a@b> SIZE=", b"501 5.5.4"),
+        (b"FROM:<a@b> SIZE=-1", b"501 5.5.4"),
+        (b"FROM:<a@b> SIZE=" + b"9" * 21, b"501 5.5.4"),
+        (b"FROM:<a@b> SIZE=1 SIZE=1", b"501 5.5.4"),
+        (b"FROM:<a@b> BODY=BINARYMIME", b"501 5.5.4"),
+        (b"FROM:<a@b> RET=SOME", b"501 5.5.4"),
+        (b"FROM:<a@b> ENVID=a+2b", b"501 5.5.4"),
+        (b"FROM:<a@b> ENVID=a=b", b"501 5.5.4"),
+        (b"FROM:<a@b> ENVID=" + b"a" * 101, b"501 5.5.4"),
+        (b"FROM:<a@b> =1", b"501 5.5.4"),
+        (b"FROM:<a@b> SIZE=1\tRET=FULL", b"501 5.5.4"),
+        (b"TO:<a@b> SIZE=1", b"555 5.5.4"),
+        (b"TO:<a@b> NOTIFY=NEVER,DELAY", b"501 5.5.4"),
+        (b"TO:<a@b> NOTIFY=", b"501 5.5.4"),
+        (b"TO:<a@b> ORCPT=rfc822", b"501 5.5.4"),
+        (b"TO:<a@b> ORCPT=rfc822;", b"501 5.5.4"),
+        (b"TO:<a@b> ORCPT=rfc822;a+zz", b"501 5.5.4"),
+    ],
+)
+def test_parameters_that_are_refused(argument: bytes, code: bytes) -> None:
+    assert refusal(argument).startswith(code)

@@ -1,0 +1,325 @@
+"""Dialogues with the SMTP state machine: what is said, what is answered, and what is told to the server."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smtpd.addresses import Recipient, Refused
+from smtpd.session import (
+    ERROR_LIMIT,
+    EXTENDED_LINE_LIMIT,
+    LINE_LIMIT,
+    Abandon,
+    Begin,
+    Complete,
+    Event,
+    Greeting,
+    Refusal,
+    Session,
+    State,
+    Text,
+)
+
+GREETING = Greeting("relay.example", 1000)
+
+
+class OpenRules:
+    """Takes everything, but for a few words."""
+
+    def check_sender(self, size: int) -> None:
+        if size > 1000:
+            raise Refused(b"552 5.3.4 Too big\r\n")
+
+    def check_recipient(self, recipient: Recipient, accepted: int) -> None:
+        if recipient.domain == "denied":
+            raise Refused(b"554 5.7.1 Relay access denied\r\n")
+        if accepted >= 3:
+            raise Refused(b"452 4.5.3 Too many recipients\r\n")
+
+
+class Talk:
+    """A session, what it has answered, and what it has told."""
+
+    def __init__(self, *, start: bool = True) -> None:
+        self.session = Session(GREETING, OpenRules())
+        self.events: list[Event] = []
+        if start:
+            self.session.start()
+            assert self.session.replies() == b"220 relay.example ESMTP qmqp-relay\r\n"
+
+    def say(self, *pieces: bytes) -> bytes:
+        said = b""
+        for piece in pieces:
+            self.events += self.session.receive(piece)
+            said += self.session.replies()
+        return said
+
+    def answer(self, reply: bytes = b"250 2.0.0 Ok\r\n") -> bytes:
+        self.events += self.session.answer(reply)
+        return self.session.replies()
+
+    @property
+    def waiting(self) -> bool:
+        return self.session._state is State.VERDICT
+
+    def told[Kind](self, kind: type[Kind]) -> list[Kind]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def text(self) -> bytes:
+        return b"".join(event.data for event in self.told(Text))
+
+
+def codes(replies: bytes) -> list[bytes]:
+    """The first nine characters hold the code and, where there is one, the enhanced code."""
+    lines = replies.split(b"\r\n")
+    assert lines.pop() == b""
+    return [b" ".join(line.split(b" ")[:2]) for line in lines if line[3:4] == b" "]
+
+
+EHLO = b"EHLO client.example\r\n"
+MAIL = b"MAIL FROM:<a@b>\r\n"
+RCPT = b"RCPT TO:<c@d>\r\n"
+DATA = b"DATA\r\n"
+
+
+@pytest.mark.parametrize(
+    "dialogue",
+    [
+        # C17: order
+        [(RCPT, b"503 5.5.1")],
+        [(MAIL, b"503 5.5.1"), (DATA, b"503 5.5.1"), (b"HELO x\r\n", b"250 relay.example"), (MAIL, b"250 2.1.0")],
+        [(EHLO, b"250 DSN"), (RCPT, b"503 5.5.1"), (DATA, b"503 5.5.1")],
+        [(EHLO, b"250 DSN"), (MAIL, b"250 2.1.0"), (MAIL, b"503 5.5.1"), (RCPT, b"250 2.1.5"), (MAIL, b"503 5.5.1")],
+        [(EHLO, b"250 DSN"), (MAIL, b"250 2.1.0"), (b"RSET\r\n", b"250 2.0.0"), (RCPT, b"503 5.5.1")],
+        [(EHLO, b"250 DSN"), (MAIL, b"250 2.1.0"), (RCPT, b"250 2.1.5"), (EHLO, b"250 DSN"), (DATA, b"503 5.5.1")],
+        # C18: no recipient left
+        [(EHLO, b"250 DSN"), (MAIL, b"250 2.1.0"), (b"RCPT TO:<a@denied>\r\n", b"554 5.7.1"), (DATA, b"554 5.5.1")],
+        # what may come at any time
+        [
+            (b"NOOP\r\n", b"250 2.0.0"),
+            (b"noop with words\r\n", b"250 2.0.0"),
+            (b"RSET\r\n", b"250 2.0.0"),
+            (b"VRFY a\r\n", b"252 2.1.5"),
+            (b"HELP\r\n", b"214 2.0.0"),
+            (b"QUIT\r\n", b"221 2.0.0"),
+        ],
+        # arguments
+        [(b"HELO\r\n", b"501 5.5.4"), (b"EHLO \r\n", b"501 5.5.4"), (b"EHLO a b\r\n", b"501 5.5.4")],
+        [
+            (b"HELO \xff\r\n", b"501 5.5.4"),
+            (b"EHLO a\tb\r\n", b"501 5.5.4"),
+            (b"HELO " + b"x" * 256 + b"\r\n", b"501 5.5.4"),
+        ],
+        [(b"RSET now\r\n", b"501 5.5.4"), (b"QUIT now\r\n", b"501 5.5.4"), (b"QUIT \r\n", b"221 2.0.0")],
+        [
+            (b"EHLO [IPv6:::1]\r\n", b"250 DSN"),
+            (b"mail from:<>\r\n", b"250 2.1.0"),
+            (b"rcpt to:<C@d>\r\n", b"250 2.1.5"),
+        ],
+        # C12: SIZE at MAIL
+        [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> SIZE=1001\r\n", b"552 5.3.4"), (MAIL, b"250 2.1.0")],
+        # C11, C14
+        [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> SMTPUTF8\r\n", b"555 5.5.4"), (b"MAIL FROM:a@b\r\n", b"501 5.1.7")],
+        # C27: lines
+        [(b"\r\n", b"500 5.5.2"), (b"FOO\r\n", b"500 5.5.2"), (b"MAILFROM:<a@b>\r\n", b"500 5.5.2")],
+        [(b"NOOP\n", b"500 5.5.2"), (b"\x00\xff\x01\r\n", b"500 5.5.2"), (b"NO\rOP\r\n", b"500 5.5.2")],
+    ],
+)
+def test_C17_dialogues(dialogue: list[tuple[bytes, bytes]]) -> None:
+    talk = Talk()
+    for said, expected in dialogue:
+        assert codes(talk.say(said)) == [expected]
+
+
+def test_the_extensions() -> None:
+    assert Talk().say(EHLO) == (
+        b"250-relay.example\r\n250-PIPELINING\r\n250-SIZE 1000\r\n250-8BITMIME\r\n"
+        b"250-ENHANCEDSTATUSCODES\r\n250 DSN\r\n"
+    )
+
+
+def test_a_message_with_its_envelope() -> None:
+    talk = Talk()
+    talk.say(EHLO, b"MAIL FROM:<> BODY=8BITMIME RET=HDRS ENVID=aB\r\n", b"RCPT TO:<c@d> NOTIFY=NEVER\r\n")
+    assert talk.say(b"RCPT TO:<@x:e@f> ORCPT=rfc822;E@f\r\n", DATA).endswith(b"354 End data with <CR><LF>.<CR><LF>\r\n")
+    assert not talk.session.idle
+    assert talk.say(b"Message-ID: <m@i>\r\n\r\n..dot\r\n.\r\n") == b""
+    assert talk.waiting
+    [begin] = talk.told(Begin)
+    envelope = begin.envelope
+    assert (envelope.sender, envelope.helo, envelope.protocol) == ("", "client.example", "ESMTP")
+    assert envelope.parameters == {b"BODY": "8BITMIME", b"RET": "HDRS", b"ENVID": "aB"}
+    assert envelope.recipients == [
+        Recipient("c@d", "c@d", "d", notify="NEVER"),
+        Recipient("e@f", "e@f", "f", orcpt="rfc822;E@f"),
+    ]
+    assert talk.text() == b"Message-ID: <m@i>\n\n.dot\n"
+    assert talk.events[-1] == Complete("<m@i>")
+    assert talk.answer(b"250 2.0.0 Ok: queued as 1\r\n") == b"250 2.0.0 Ok: queued as 1\r\n"
+    assert talk.session.idle
+
+
+def test_helo_is_plain_smtp() -> None:
+    talk = Talk()
+    talk.say(b"HELO client\r\n", MAIL, RCPT, DATA)
+    assert talk.told(Begin)[0].envelope.protocol == "SMTP"
+
+
+def test_C19_a_pipelined_group_is_answered_in_one_piece() -> None:
+    talk = Talk()
+    talk.say(EHLO)
+    replies = talk.say(MAIL + RCPT + b"RCPT TO:<a@denied>\r\n" + b"RCPT TO:<e@f>\r\n" + DATA)
+    assert codes(replies) == [b"250 2.1.0", b"250 2.1.5", b"554 5.7.1", b"250 2.1.5", b"354 End"]
+
+
+def test_C19_commands_behind_a_message_wait_for_its_answer() -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL + RCPT + DATA)
+    assert talk.say(b"x\r\n.\r\n" + MAIL + RCPT) == b""
+    assert talk.say(DATA) == b""
+    assert talk.session.backlog == len(MAIL + RCPT + DATA)
+    assert codes(talk.answer(b"451 4.3.0 Later\r\n")) == [b"451 4.3.0", b"250 2.1.0", b"250 2.1.5", b"354 End"]
+    assert talk.say(b"y\r\n.\r\nQUIT\r\n") == b""
+    assert talk.session.says_goodbye()
+    assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
+    assert talk.session.closed
+    assert [type(event) for event in talk.events] == [Begin, Text, Complete, Begin, Text, Complete]
+
+
+def test_C19_talking_before_the_banner_is_refused() -> None:
+    talk = Talk(start=False)
+    assert codes(talk.say(EHLO + MAIL)) == [b"554 5.5.0"]
+    assert talk.session.closed
+    assert talk.say(b"NOOP\r\n") == b""
+
+
+def test_C19_input_behind_a_refused_data_is_not_obeyed() -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL)
+    replies = talk.say(DATA + b"RCPT TO:<c@d>\r\n.\r\n")
+    assert codes(replies) == [b"554 5.5.1", b"421 4.5.0"]
+    assert talk.session.closed
+
+
+def test_an_answer_that_is_not_due_is_a_mistake_of_ours() -> None:
+    with pytest.raises(RuntimeError):
+        Talk().answer()
+
+
+@given(st.lists(st.integers(1, 200), max_size=8))
+def test_C19_the_cuts_of_tcp_change_nothing(places: list[int]) -> None:
+    wire = EHLO + MAIL + b"RCPT TO:<bad>\r\n" + RCPT + DATA + b"S: x\r\n\r\n..\r\n.\r\n"
+    edges = [0, *sorted({min(place, len(wire)) for place in places}), len(wire)]
+    talk = Talk()
+    replies = talk.say(*(wire[a:b] for a, b in itertools.pairwise(edges)))
+    assert codes(replies) == [b"250 DSN", b"250 2.1.0", b"501 5.1.3", b"250 2.1.5", b"354 End"]
+    assert talk.text() == b"S: x\n\n.\n"
+    assert talk.waiting
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"a\nb\r\n", b"550 5.6.11"),
+        (b"a\rb\r\n", b"550 5.6.11"),
+        (b"x" * 999 + b"\r\n", b"552 5.3.4"),
+    ],
+)
+def test_C2_C12_content_at_fault_is_read_to_its_end(content: bytes, code: bytes) -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL + RCPT + DATA)
+    replies = talk.say(*(bytes([byte]) for byte in content + b".\r\nNOOP\r\n"))
+    assert codes(replies) == [code, b"250 2.0.0"]
+    assert talk.told(Abandon) == [Abandon()]
+    assert not talk.told(Complete)
+    assert codes(talk.say(MAIL)) == [b"250 2.1.0"]
+
+
+def test_C29_a_loop_is_refused() -> None:
+    talk = Talk()
+    talk.session._greeting = Greeting("relay.example", 1 << 20)
+    talk.say(EHLO, MAIL + RCPT + DATA)
+    assert codes(talk.say(b"Received: x\r\n" * 101 + b"\r\n.\r\n")) == [b"554 5.4.6"]
+
+
+def test_C16_past_the_recipient_limit_452_without_being_an_error() -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL, RCPT * 3)
+    assert codes(talk.say(RCPT * 50)) == [b"452 4.5.3"] * 50
+    assert len(talk.told(Refusal)) == 1
+    assert codes(talk.say(DATA)) == [b"354 End"]
+    assert len(talk.told(Begin)[0].envelope.recipients) == 3
+
+
+@pytest.mark.parametrize(("hello", "limit"), [(b"HELO x\r\n", LINE_LIMIT), (EHLO, EXTENDED_LINE_LIMIT)])
+def test_C27_the_length_of_a_line(hello: bytes, limit: int) -> None:
+    talk = Talk()
+    talk.say(hello)
+    fits = b"NOOP " + b"x" * (limit - 7) + b"\r\n"
+    assert codes(talk.say(fits)) == [b"250 2.0.0"]
+    assert codes(talk.say(b"x" + fits)) == [b"500 5.5.2"]
+    # Without an end it is refused as soon as it is too long, once, and none of it is kept.
+    assert codes(talk.say(b"NOOP " + b"x" * limit)) == [b"500 5.5.2"]
+    assert talk.say(*([b"x" * limit] * 50)) == b""
+    assert talk.session.backlog <= limit
+    assert codes(talk.say(b"end\r\nNOOP\r\n")) == [b"250 2.0.0"]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST / HTTP/1.0\r\n\r\nMAIL",
+    ],
+)
+def test_C27_tls_and_http_are_sent_away(garbage: bytes) -> None:
+    talk = Talk()
+    assert codes(talk.say(garbage)) == [b"500 5.5.1"]
+    assert talk.session.closed
+
+
+def test_C27_too_many_errors() -> None:
+    talk = Talk()
+    replies = talk.say(b"\x00\x01\r\n" * 1000)
+    assert codes(replies) == [b"500 5.5.2"] * ERROR_LIMIT + [b"421 4.7.0"]
+    assert talk.session.closed
+
+
+def test_an_accepted_message_forgives_errors() -> None:
+    talk = Talk()
+    talk.say(EHLO)
+    for _ in range(3):
+        talk.say(b"FOO\r\n" * (ERROR_LIMIT - 1), MAIL + RCPT + DATA, b".\r\n")
+        talk.answer()
+    assert not talk.session.closed
+    talk.say(b"FOO\r\n" * (ERROR_LIMIT - 1), MAIL + RCPT + DATA, b".\r\n")
+    talk.answer(b"451 4.3.0 Later\r\n")
+    assert codes(talk.say(b"FOO\r\n")) == [b"500 5.5.2", b"421 4.7.0"]
+
+
+def test_a_health_probe_is_no_abuse() -> None:
+    talk = Talk()
+    assert codes(talk.say(b"QUIT\r\n")) == [b"221 2.0.0"]
+    assert talk.session.closed
+    assert talk.events == []
+
+
+def test_what_comes_behind_quit_is_not_read() -> None:
+    talk = Talk()
+    assert codes(talk.say(b"QUIT\r\nNOOP\r\n", b"NOOP\r\n")) == [b"221 2.0.0"]
+
+
+@given(
+    st.lists(st.sampled_from([EHLO, MAIL, RCPT, DATA, b"RSET\r\n", b"x\r\n", b".\r\n", b"\n", b"\xff", b"RCPT TO:<"]))
+)
+def test_every_reply_but_hello_and_354_has_an_enhanced_code(pieces: list[bytes]) -> None:
+    talk = Talk()
+    for piece in pieces:
+        for line in talk.say(piece).split(b"\r\n")[:-1]:
+            plain = line[:3] == b"354" or (piece == EHLO and line[:3] == b"250")
+            assert plain or line[4:6] == line[:1] + b"."
+        if talk.waiting:
+            talk.answer()
