@@ -1,0 +1,75 @@
+"""One migrated database a test module, emptied for each test: making one takes longer than most of these tests."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from relay.database import connect, writing
+from relay.schema import metadata
+from tests.conftest import Databases
+from tests.integration.office import Office, opened
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator["Made"]:
+    with ExitStack() as stack:
+        yield Made({}, stack)
+
+
+@pytest.fixture
+def clean_sqlite_url(made: "Made", sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    if "sqlite" not in made.urls:
+        directory = tmp_path_factory.mktemp("sqlite")
+        for file in sqlite_template.iterdir():
+            (directory / file.name).write_bytes(file.read_bytes())
+        made.urls["sqlite"] = f"sqlite:///{directory}/relay.db"
+    return _emptied(made.urls["sqlite"])
+
+
+@pytest.fixture
+def clean_postgres_url(made: "Made", postgres_databases: Databases) -> str:
+    if "postgresql" not in made.urls:
+        name = postgres_databases.create()
+        made.stack.callback(postgres_databases.drop, name)
+        made.urls["postgresql"] = postgres_databases.url(name)
+    return _emptied(made.urls["postgresql"])
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def clean_url(request: pytest.FixtureRequest) -> str:
+    """A migrated database without rows, which other tests of the module have used."""
+    url: str = request.getfixturevalue("clean_sqlite_url" if request.param == "sqlite" else "clean_postgres_url")
+    return url
+
+
+@pytest.fixture
+def office(clean_url: str) -> Iterator[Office]:
+    with opened(clean_url) as office:
+        yield office
+
+
+@pytest.fixture
+def postgres_office(clean_postgres_url: str) -> Iterator[Office]:
+    with opened(clean_postgres_url) as office:
+        yield office
+
+
+@dataclass
+class Made:
+    """The module's databases, made when the first test asks, and what drops them."""
+
+    urls: dict[str, str]
+    stack: ExitStack
+
+
+def _emptied(url: str) -> str:
+    engine = connect(url)
+    with writing(engine) as connection:
+        for table in metadata.sorted_tables:
+            connection.execute(text(f"DELETE FROM {table.name}"))
+    engine.dispose()
+    return url

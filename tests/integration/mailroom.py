@@ -1,0 +1,97 @@
+"""A database with a spool and mail in it, for tests of the worker: no SMTP, no Celery, no processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+from relay.bodies import Spool
+from relay.claims import Ledger
+from relay.database import connect, dialect_of, reading, writing
+from relay.ids import dashed, new_id
+from relay.intake import Intake, NewMessage, NewRecipient
+from relay.routes import Routes
+from relay.settings import WorkerSettings, load
+from relay.sweeps import Sweeps
+from worker.engine import Engine
+from worker.servers import Servers
+
+BODY = b"Subject: test\n\nhello\n"
+
+
+class Mailroom:
+    """What was accepted, and engines to send it. Settings are quick ones, so that no test waits for a default."""
+
+    def __init__(self, database_url: str, spool: Spool, directory: Path, **given: Any) -> None:
+        quick: dict[str, Any] = {
+            "lease": 20.0, "grace": 0.2, "retry_min": 0.05, "retry_max": 0.2, "uncertain_delay": 0.1,
+            "connect_timeout": 5.0, "reply_timeout": 5.0, "drain_timeout": 5.0,
+        }  # fmt: skip
+        places = {"state_dir": directory, "database_url": database_url, "spool_dir": spool.directory}
+        self.settings = load(WorkerSettings, **{**quick, **places, **given})
+        self.database, self.spool = connect(database_url, hot=True), spool
+        self.spell = dialect_of(self.database)
+        self.spool.prepare(self.database, unsafe=True)
+        self.ledger = Ledger(self.database, self.settings)
+        self.sweeps = Sweeps(self.database, self.settings)
+
+    def accept(
+        self, *recipients: str, body: bytes = BODY, sender: str = "a@example.com", stored: bool = True
+    ) -> str:
+        """One message, as smtpd leaves it; its id."""
+        message_id = new_id()
+        if stored:
+            self.spool.store(message_id, [body])
+        new = NewMessage(
+            message_id, sender, len(body), [NewRecipient(r) for r in recipients or ("b@example.org",)],
+            "127.0.0.1", "client.example.com", "ESMTP",
+        )  # fmt: skip
+        Intake(self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace).commit([new])
+        return message_id
+
+    def rows(self, sql: str, **given: Any) -> list[dict[str, Any]]:
+        """What a SELECT finds; `@` macros and `:id` (32 digits) work."""
+        if "id" in given:
+            given["id"] = dashed(given["id"])
+        with reading(self.database) as connection:
+            return [dict(row._mapping) for row in connection.execute(text(self.spell(sql)), given)]
+
+    def change(self, sql: str, **given: Any) -> int:
+        """Run an UPDATE; how many rows it changed."""
+        if "id" in given:
+            given["id"] = dashed(given["id"])
+        with writing(self.database) as connection:
+            return connection.execute(text(self.spell(sql)), given).rowcount
+
+    def delivery(self, message_id: str) -> dict[str, Any]:
+        return self.rows("SELECT d.* FROM deliveries d WHERE message_id = :id", id=message_id)[0]
+
+    def state(self, message_id: str) -> str:
+        return str(self.delivery(message_id)["state"])
+
+    def states(self) -> set[str]:
+        return {row["state"] for row in self.rows("SELECT DISTINCT state FROM deliveries")}
+
+    def attempts(self, message_id: str) -> list[tuple[str, str]]:
+        """Server and outcome of each try, in order."""
+        sql = "SELECT server, outcome FROM attempts WHERE message_id = :id ORDER BY claim, hop"
+        return [(row["server"], row["outcome"]) for row in self.rows(sql, id=message_id)]
+
+    def engine(self, *, servers: Servers | None = None) -> Engine:
+        return Engine(self.settings, self.ledger, self.spool, Routes.load(self.settings), servers=servers)
+
+    @contextmanager
+    def working(self, **options: Any) -> Iterator[Engine]:
+        """An engine that has its row; drained at the end."""
+        engine = self.engine(**options)
+        engine.start()
+        try:
+            assert engine.ready.wait(10)
+            yield engine
+        finally:
+            assert engine.drain(5)
+
+    def close(self) -> None:
+        self.database.dispose()

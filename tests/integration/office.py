@@ -1,0 +1,152 @@
+"""The queue without its processes: what smtpd, workers, sweepers and operators do to the database, called by hand.
+
+Time does not pass here by waiting: `Office.pass_time` moves every time that the database holds back.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import text
+
+from relay.claims import Claim, Ledger, Record, Recorded, Renewal, Try, Wish
+from relay.database import connect, dialect_of, reading, writing
+from relay.ids import dashed, new_id
+from relay.intake import Intake, NewMessage, NewRecipient
+from relay.schema import Outcome, State
+from relay.settings import WorkerSettings, load
+from relay.sweeps import Sweeps
+
+NEXT = {
+    Outcome.ACCEPTED: State.DELIVERED, Outcome.DEFERRED: State.DEFERRED, Outcome.REJECTED: State.BOUNCED,
+    Outcome.UNREACHABLE: State.DEFERRED, Outcome.INTERRUPTED: State.DEFERRED, Outcome.UNCERTAIN: State.DEFERRED,
+    Outcome.MALFORMED: State.DEFERRED, Outcome.UNSENDABLE: State.HELD,
+}  # fmt: skip
+PLENTY = {"default": 1000}
+
+
+def new_message(
+    *addresses: str, message_id: str | None = None, sender: str = "a@example.com", **more: Any
+) -> NewMessage:
+    """A message to `b@example.org`, or to these addresses; `route:address` says which way."""
+    ways = [address.rpartition(":") for address in addresses or ("b@example.org",)]
+    recipients = [NewRecipient(address, route=route or "default") for route, _, address in ways]
+    given = {"client_address": "192.0.2.1", "helo": "client.example.com", "protocol": "ESMTP"} | more
+    return NewMessage(message_id or new_id(), sender, 100, recipients, **given)
+
+
+class Office:
+    """One database, and everybody who works on it."""
+
+    def __init__(self, database_url: str, **given: Any) -> None:
+        quick: dict[str, Any] = {"grace": 5.0, "lease": 60.0, "queue_lifetime": 1000.0, "uncertain_delay": 15.0}
+        self.settings = load(WorkerSettings, **(quick | given))
+        self.engine = connect(database_url, hot=True, pool=8)
+        self.spell = dialect_of(self.engine)
+        self.intake = Intake(self.engine, lifetime=self.settings.queue_lifetime, grace=self.settings.grace)
+        self.ledger = self.another_ledger()
+        self.sweeps = Sweeps(self.engine, self.settings)
+        self.worker = self.hire()
+
+    def another_ledger(self) -> Ledger:
+        """The ledger of another process."""
+        return Ledger(self.engine, self.settings)
+
+    def hire(self) -> str:
+        """Another worker."""
+        worker = new_id()
+        self.ledger.register(worker, "host", 1)
+        return worker
+
+    def accept(self, *addresses: str, **more: Any) -> str:
+        message = new_message(*addresses, **more)
+        self.intake.commit([message])
+        return message.id
+
+    def claim(
+        self, *ids: str, worker: str = "", room: Mapping[str, int] = PLENTY, ledger: Ledger | None = None
+    ) -> list[Claim]:
+        """Claim deliveries of these messages, or without any what is overdue."""
+        (claims,) = (ledger or self.ledger).commit([Wish(worker or self.worker, list(ids) or None, room)])
+        assert isinstance(claims, list)
+        return claims
+
+    def note(self, claim: Claim, outcome: Outcome, *, worker: str = "", **more: Any) -> Record:
+        """What a worker says became of a claim: one try, and the state that follows."""
+        tried = Try(1, "qmqp.example.net:628", outcome, "its words", 90, 0.5, 0.1)
+        given: dict[str, Any] = {
+            "state": NEXT[outcome], "reply": "its words", "server": tried.server, "delay": 30.0, "tries": [tried],
+        }  # fmt: skip
+        who = (worker or self.worker, claim.message_id, claim.number, claim.claim)
+        return Record(*who, outcome=outcome, **(given | more))
+
+    def record(
+        self, claim: Claim, outcome: Outcome, *, worker: str = "", ledger: Ledger | None = None, **more: Any
+    ) -> Recorded:
+        (recorded,) = (ledger or self.ledger).commit([self.note(claim, outcome, worker=worker, **more)])
+        assert isinstance(recorded, Recorded)
+        return recorded
+
+    def renew(self, worker: str = "") -> bool:
+        (renewed,) = self.ledger.commit([Renewal(worker or self.worker)])
+        return renewed is True
+
+    def bury(self, worker: str) -> int | None:
+        """Declare a worker dead whose lease has run out."""
+        return self.sweeps.bury(worker, dict(self.sweeps.ran_out())[worker])
+
+    def rows(self, sql: str, **given: Any) -> list[Mapping[str, Any]]:
+        """What a SELECT with macros finds; `id` is given as 32 digits."""
+        if "id" in given:
+            given["id"] = dashed(given["id"])
+        with reading(self.engine) as connection:
+            return [row._mapping for row in connection.execute(text(self.spell(sql)), given)]
+
+    def change(self, sql: str, **given: Any) -> int:
+        """Run what an operator or a fault would do; how many rows that changed."""
+        if "id" in given:
+            given["id"] = dashed(given["id"])
+        with writing(self.engine) as connection:
+            return connection.execute(text(self.spell(sql)), given).rowcount
+
+    def ask(self, message_id: str, verb: str) -> None:
+        """What an operator's verb does to a delivery that is being sent."""
+        self.change("UPDATE deliveries SET wanted = :verb WHERE message_id = @id(:id)", verb=verb, id=message_id)
+
+    def delivery(self, message_id: str, number: int = 1) -> Mapping[str, Any]:
+        """A delivery's row, with `due_in` and `expires_in` in seconds from now."""
+        sql = """SELECT d.*, -@since(d.due_at) AS due_in, -@since(d.expires_at) AS expires_in FROM deliveries d
+            WHERE d.message_id = @id(:id) AND d.number = :number"""
+        (row,) = self.rows(sql, id=message_id, number=number)
+        return row
+
+    def state(self, message_id: str, number: int = 1) -> str:
+        return str(self.delivery(message_id, number)["state"])
+
+    def states(self, ids: Iterable[str]) -> list[str]:
+        return [self.state(message_id) for message_id in ids]
+
+    def attempts(self, message_id: str) -> list[tuple[int, int, str]]:
+        """Claim, hop and outcome of each try, in order."""
+        sql = "SELECT claim, hop, outcome FROM attempts WHERE message_id = @id(:id) ORDER BY delivery, claim, hop"
+        return [(row["claim"], row["hop"], row["outcome"]) for row in self.rows(sql, id=message_id)]
+
+    def pass_time(self, seconds: float, *, only: Sequence[str] = ()) -> None:
+        """Move what the database knows of time back by so much; of these messages alone, or of everything."""
+        these = "WHERE message_id IN (SELECT message_id FROM @rows(:ids; message_id uuid))" if only else ""
+        ids = json.dumps([{"message_id": dashed(i)} for i in only])
+        ago = "- :s * interval '1 second'" if self.spell.postgresql else "- CAST(:s * 1000000 AS INTEGER)"
+        with writing(self.engine) as connection:
+            sql = f"UPDATE deliveries SET due_at = due_at {ago}, expires_at = expires_at {ago} {these}"
+            connection.execute(text(self.spell(sql)), {"s": seconds, "ids": ids})
+            if not only:
+                connection.execute(text(f"UPDATE workers SET until = until {ago}"), {"s": seconds})
+
+
+@contextmanager
+def opened(database_url: str, **given: Any) -> Iterator[Office]:
+    """An office that is closed at the end."""
+    office = Office(database_url, **given)
+    yield office
+    office.engine.dispose()

@@ -1,0 +1,334 @@
+"""The engine on real databases, against a scriptable QMQP server."""
+
+import hashlib
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qmqp.sink import Answer, Rule, Sink, running_sink
+from relay.bodies import Spool
+from relay.routes import NO_SERVER
+from tests.integration.mailroom import BODY, Mailroom
+from tests.services import Postgres
+from tests.waiting import until
+
+type Open = Callable[..., Mailroom]
+
+
+@pytest.fixture
+def room(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+    opened: list[Mailroom] = []
+
+    def open_(*sinks: Sink | int, **settings: object) -> Mailroom:
+        servers = tuple(f"127.0.0.1:{one if isinstance(one, int) else one.port}" for one in sinks)
+        opened.append(Mailroom(database_url, spool, tmp_path, qmqp_servers=servers, **settings))
+        return opened[-1]
+
+    yield open_
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture
+def sink() -> Iterator[Sink]:
+    with running_sink() as running:
+        yield running
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """A port that refuses: bound, and nobody listens."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that a sink may take it over
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+@contextmanager
+def answering(*answers: Answer | Rule) -> Iterator[Sink]:
+    with running_sink(*(one if isinstance(one, Rule) else Rule(one) for one in answers)) as running:
+        yield running
+
+
+def test_a_hint_is_enough_to_deliver(room: Open, sink: Sink) -> None:
+    mail = room(sink, grace=60.0)
+    with mail.working() as engine:
+        message_id = mail.accept("b@example.org", "c@example.org")
+        assert engine.offer([message_id]).wait(10)
+        until(lambda: mail.state(message_id) == "delivered")
+    got = sink.received[0]
+    assert (got.sender, got.recipients) == (b"a@example.com", (b"b@example.org", b"c@example.org"))
+    assert (got.size, got.sha256) == (len(BODY), hashlib.sha256(BODY).hexdigest())
+    assert mail.attempts(message_id) == [(f"127.0.0.1:{sink.port}", "accepted")]
+    assert not mail.spool.path(message_id).exists()
+
+
+def test_without_any_hint_overdue_mail_is_found(room: Open, sink: Sink) -> None:
+    mail = room(sink)
+    ids = [mail.accept() for _ in range(100)]
+    with mail.working():
+        until(lambda: mail.states() == {"delivered"}, 20)
+    assert sink.count == len(ids)
+
+
+def test_hints_that_are_stale_doubled_or_unknown_do_no_harm(room: Open, sink: Sink) -> None:
+    mail = room(sink, grace=60.0)
+    ids = [mail.accept() for _ in range(20)]
+    with mail.working() as engine:
+        tickets = [engine.offer([*ids, "0" * 32], lane) for lane in ("fresh", "retry", "fresh")]
+        assert all(ticket.wait(10) for ticket in tickets)
+        until(lambda: mail.states() == {"delivered"})
+        assert engine.offer(ids).wait(10)
+    assert sink.count == len(ids)
+
+
+def test_two_workers_share_without_doubles(room: Open, sink: Sink) -> None:
+    mail = room(sink)
+    ids = [mail.accept() for _ in range(60)]
+    other = room(sink)
+    with mail.working() as one, other.working() as two:
+        one.offer(ids)
+        two.offer(ids)
+        until(lambda: mail.states() == {"delivered"}, 20)
+    assert sink.count == len(ids)
+
+
+def test_deferred_then_delivered_each_try_a_row(room: Open) -> None:
+    with answering(Rule(Answer(b"Z", b"later"), times=1)) as sink:
+        mail = room(sink)
+        message_id = mail.accept()
+        with mail.working():
+            until(lambda: mail.state(message_id) == "deferred")
+            assert mail.delivery(message_id)["last_reply"] == "later"
+            until(lambda: mail.sweeps.requeue_due(10) == [message_id])
+            until(lambda: mail.state(message_id) == "delivered")
+    assert [outcome for _, outcome in mail.attempts(message_id)] == ["deferred", "accepted"]
+
+
+def test_a_refusal_bounces_with_the_servers_words(room: Open) -> None:
+    with answering(Answer(b"D", b"no \xff such mailbox")) as sink:
+        mail = room(sink)
+        message_id = mail.accept()
+        with mail.working():
+            until(lambda: mail.state(message_id) == "bounced")
+    found = mail.delivery(message_id)
+    assert (found["last_outcome"], found["last_reply"]) == ("rejected", "no \\xff such mailbox")
+    assert found["due_at"] is not None  # a notice is owed
+
+
+def test_a_refusal_of_us_defers_and_rests_the_server(room: Open) -> None:
+    words = b"Error: relay.example[192.0.2.1] is not authorized to use this service"
+    with answering(Answer(b"D", words)) as sink:
+        mail = room(sink)
+        message_id = mail.accept()
+        with mail.working():
+            until(lambda: mail.state(message_id) == "deferred")
+    assert mail.attempts(message_id) == [(f"127.0.0.1:{sink.port}", "rejected")]
+
+
+def test_a_dead_server_is_passed_over_and_both_tries_are_kept(room: Open, sink: Sink, dead_port: int) -> None:
+    mail = room(dead_port, sink, grace=60.0)
+    message_id = mail.accept()
+    with mail.working() as engine:
+        engine.offer([message_id])
+        until(lambda: mail.state(message_id) == "delivered")
+    assert [outcome for _, outcome in mail.attempts(message_id)] == ["unreachable", "accepted"]
+
+
+def test_a_connection_that_breaks_early_fails_over(room: Open, sink: Sink) -> None:
+    with answering(Answer(raw=b"", at=1)) as rude:
+        mail = room(rude, sink)
+        message_id = mail.accept(body=b"x" * 30_000_000)
+        with mail.working():
+            until(lambda: mail.state(message_id) == "delivered")
+    assert [outcome for _, outcome in mail.attempts(message_id)] == ["interrupted", "accepted"]
+
+
+def test_a_lost_reply_is_uncertain_and_never_fails_over(room: Open, sink: Sink) -> None:
+    with answering(Answer(raw=b"")) as silent:
+        mail = room(silent, sink)
+        message_id = mail.accept()
+        with mail.working():
+            until(lambda: mail.state(message_id) == "deferred")
+    assert mail.attempts(message_id) == [(f"127.0.0.1:{silent.port}", "uncertain")]
+    assert sink.count == 0
+
+
+def test_uncertain_mail_is_held_if_told_so(room: Open) -> None:
+    with answering(Answer(raw=b"7:garbage,")) as sink:
+        mail = room(sink, uncertain="hold")
+        message_id = mail.accept()
+        with mail.working():
+            until(lambda: mail.state(message_id) == "held")
+    assert mail.delivery(message_id)["last_outcome"] == "malformed"
+
+
+def test_without_a_server_mail_waits_with_its_reason(room: Open, sink: Sink) -> None:
+    mail = room()
+    message_id = mail.accept()
+    with mail.working():
+        until(lambda: mail.state(message_id) == "deferred")
+    assert mail.delivery(message_id)["last_reply"] == NO_SERVER
+    assert mail.attempts(message_id) == []
+    later = room(sink)
+    with later.working():
+        until(lambda: later.sweeps.requeue_due(10) == [message_id])
+        until(lambda: later.state(message_id) == "delivered")
+
+
+def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port: int) -> None:
+    mail = room(dead_port)
+    ids = [mail.accept() for _ in range(10)]
+    with mail.working():
+        until(lambda: mail.states() == {"deferred"})
+        assert "ECONNREFUSED" in mail.delivery(ids[-1])["last_reply"]
+        with running_sink(port=dead_port) as sink:
+
+            def delivered() -> bool:
+                mail.sweeps.requeue_due(10)
+                return mail.states() == {"delivered"}
+
+            until(delivered, 20)
+            assert sink.count == len(ids)
+
+
+def test_a_tarpit_holds_no_more_than_its_share(room: Open, sink: Sink) -> None:
+    with answering(Answer(raw=b"", end="stay")) as tarpit:
+        mail = room(tarpit, sink, server_connections=3, worker_connections=8, drain_timeout=0.1)
+        for _ in range(40):
+            mail.accept()
+        engine = mail.engine()
+        engine.start()
+        until(lambda: sink.count == 37)
+        assert mail.states() == {"sending", "delivered"}
+        assert engine.drain(0.1)
+    held = mail.rows("SELECT state, last_outcome FROM deliveries WHERE state <> 'delivered'")
+    assert [tuple(row.values()) for row in held] == [("deferred", "uncertain")] * 3
+
+
+def test_draining_hands_back_what_is_not_committed(room: Open) -> None:
+    with answering(Answer(read_size=1024, read_pause=5.0)) as slow:
+        mail = room(slow)
+        message_id = mail.accept(body=b"x" * 20_000_000)
+        engine = mail.engine()
+        engine.start()
+        until(lambda: slow.connections == 1)
+        assert engine.drain(5)
+    assert (mail.state(message_id), mail.delivery(message_id)["last_outcome"]) == ("queued", None)
+    assert mail.rows("SELECT ending FROM workers") == [{"ending": "stopped"}]
+    assert engine.offer([message_id]).wait(0)
+
+
+def test_a_missing_body_is_held_and_never_bounced(room: Open, sink: Sink) -> None:
+    mail = room(sink)
+    missing, cut, good = mail.accept(stored=False), mail.accept(), mail.accept()
+    mail.spool.path(cut).write_bytes(BODY[:-1])
+    with mail.working():
+        until(lambda: mail.state(good) == "delivered")
+        until(lambda: mail.states() == {"held", "delivered"})
+    assert {mail.delivery(i)["last_outcome"] for i in (missing, cut)} == {"unsendable"}
+
+
+def test_a_fault_of_this_machine_costs_the_mail_nothing(room: Open, sink: Sink) -> None:
+    mail = room(sink)
+    message_id = mail.accept()
+    body = mail.spool.path(message_id)
+    aside = body.rename(body.with_suffix(".aside"))
+    body.symlink_to(body)  # ELOOP: no message is missing, this machine cannot read
+    with mail.working():
+        until(lambda: mail.delivery(message_id)["claims"] == 1 and mail.state(message_id) == "queued")
+        body.unlink()
+        aside.rename(body)
+        until(lambda: mail.state(message_id) == "delivered", 20)
+    assert mail.attempts(message_id) == [(f"127.0.0.1:{sink.port}", "accepted")]
+
+
+def test_no_commit_point_is_passed_without_a_fresh_lease(
+    room: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mail = room(sink)
+    engine = mail.engine()
+    look_up = mail.spool.open
+
+    def stall(message_id: str, size: int) -> int:
+        engine._renewed, engine._renewing = float("-inf"), True  # as if no renewal had come back for a LEASE
+        return look_up(message_id, size)
+
+    monkeypatch.setattr(mail.spool, "open", stall)
+    engine.start()
+    message_id = mail.accept()
+    until(lambda: mail.attempts(message_id) == [(f"127.0.0.1:{sink.port}", "interrupted")])
+    assert (mail.state(message_id), sink.count) == ("queued", 0)
+    monkeypatch.undo()
+    engine._renewing = False
+    until(lambda: mail.state(message_id) == "delivered")
+    assert engine.drain(5)
+
+
+def test_outcomes_wait_for_a_database_that_is_away(
+    postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path
+) -> None:
+    with answering(Answer(delay=1.0)) as slow:
+        mail = Mailroom(postgres_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{slow.port}",), lease=60.0)
+        message_id = mail.accept()
+        with mail.working():
+            until(lambda: slow.connections == 1)
+            postgres.kill()
+            assert slow.wait_for(1, 10)
+            postgres.start()
+            until(lambda: mail.state(message_id) == "delivered", 20)
+        assert mail.attempts(message_id) == [(f"127.0.0.1:{slow.port}", "accepted")]
+        mail.close()
+
+
+def test_one_bad_recipient_is_found_and_the_others_get_their_mail(room: Open) -> None:
+    with answering(Rule(Answer(b"D", b"no such mailbox (#5.1.1)"), b"bad@")) as sink:
+        mail = room(sink)
+        message_id = mail.accept("b@example.org", "bad@example.org", "c@example.org")
+        with mail.working():
+            until(lambda: mail.states() == {"split", "bounced", "delivered"}, 20)
+    sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d
+        ON d.message_id = r.message_id AND d.number = r.delivery WHERE r.message_id = :id"""
+    states = {row["address"]: row["state"] for row in mail.rows(sql, id=message_id)}
+    assert states == {
+        "b@example.org": "delivered",
+        "bad@example.org": "bounced",
+        "c@example.org": "delivered",
+    }
+
+
+def test_nothing_is_sent_to_what_is_paused(room: Open, sink: Sink) -> None:
+    mail = room(sink)
+    message_id = mail.accept()
+    engine = mail.engine()
+    engine.pause(frozenset({"route:default"}))
+    engine.start()
+    assert engine.offer([message_id]).wait(10)  # left to the database, where it waits
+    assert (mail.state(message_id), sink.connections) == ("queued", 0)
+    engine.pause(frozenset())
+    until(lambda: mail.state(message_id) == "delivered")
+    assert engine.drain(5)
+
+
+def test_a_worker_that_was_declared_dead_goes_on_under_another_name(room: Open, sink: Sink) -> None:
+    mail = room(sink, lease=0.4)
+    with mail.working() as engine:
+        first = engine.worker
+        mail.change("UPDATE workers SET ended_at = @now, ending = 'vanished'")
+        until(lambda: engine.worker not in ("", first))
+        message_id = mail.accept()
+        until(lambda: mail.state(message_id) == "delivered")
+    assert mail.rows("SELECT count(*) AS n FROM workers") == [{"n": 2}]
+
+
+def test_mail_that_workers_vanished_over_is_sent_alone(room: Open, sink: Sink) -> None:
+    mail = room(sink)
+    ids = [mail.accept() for _ in range(5)]
+    mail.change("UPDATE deliveries SET vanished = 2 WHERE message_id = :id", id=ids[2])
+    mail.change("UPDATE deliveries SET vanished = 2 WHERE message_id = :id", id=ids[3])
+    with mail.working():
+        until(lambda: mail.states() == {"delivered"}, 20)
+    assert sink.count == 5

@@ -1,0 +1,299 @@
+"""What a sweeper does: due rows, dead workers, its tick; and housekeeping."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from relay.bodies import Spool
+from relay.broker import Hints
+from relay.claims import Wish
+from relay.debts import Debts
+from relay.ids import dashed, new_id
+from relay.settings import WorkerSettings, load
+from tests.integration.mailroom import Mailroom
+from tests.waiting import until
+from worker.housekeeping import YOUNG, Housekeeper
+from worker.sweeper import Sweeper, Watch, tick_file
+
+HOUR = 3600.0
+DAY = 24 * HOUR
+
+
+class Clock:
+    """A clock that we turn."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeHints(Hints):
+    """Keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.offered: list[str] = []
+
+    def offer(self, ids: object) -> None:
+        assert isinstance(ids, list)
+        self.offered += ids
+
+
+class FakeEngine:
+    """As much of an engine as a sweeper looks at."""
+
+    def __init__(self, worker: str) -> None:
+        self.worker, self.renewed, self.beat = worker, float("inf"), time.monotonic()
+
+    def pause(self, subjects: frozenset[str]) -> None:
+        self.paused = subjects
+
+    def renewed_since(self, moment: float) -> bool:
+        return self.renewed >= moment
+
+
+class Scene:
+    def __init__(self, mail: Mailroom) -> None:
+        self.mail, self.clock, self.hints = mail, Clock(), FakeHints()
+        self.engine = FakeEngine(self.worker())
+        debts = Debts(mail.database, mail.spool, mail.settings, lambda address: "default")
+        self.sweeper = Sweeper(mail.settings, mail.sweeps, debts, self.engine, self.hints, clock=self.clock)  # type: ignore[arg-type]
+
+    def worker(self) -> str:
+        worker = new_id()
+        self.mail.ledger.register(worker, "host", 1)
+        return worker
+
+    def sending(self, worker: str) -> str:
+        message_id = self.mail.accept()
+        self.mail.ledger.commit([Wish(worker, [message_id], {"default": 1})])
+        assert self.mail.state(message_id) == "sending"
+        return message_id
+
+    def run_out(self, worker: str) -> None:
+        assert self.mail.change("UPDATE workers SET until = @ago(1) WHERE id = :id", id=worker) == 1
+
+
+@pytest.fixture
+def mail(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[Mailroom]:
+    made = Mailroom(database_url, spool, tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def scene(mail: Mailroom) -> Scene:
+    return Scene(mail)
+
+
+def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
+    due, later = scene.mail.accept(), scene.mail.accept()
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due
+    )
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'deferred', due_at = @later(60) WHERE message_id = :id", id=later
+    )
+    scene.sweeper.sweep()
+    assert scene.hints.offered == [due]
+    assert (scene.mail.state(due), scene.mail.state(later)) == ("queued", "deferred")
+
+
+def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> None:
+    dead = scene.worker()
+    message_id = scene.sending(dead)
+    scene.run_out(dead)
+    scene.sweeper.sweep()
+    scene.clock.now += scene.mail.settings.lease - 0.1
+    scene.sweeper.sweep()
+    assert scene.mail.state(message_id) == "sending"
+    scene.clock.now += 0.2
+    scene.sweeper.sweep()
+    found = scene.mail.delivery(message_id)
+    assert (found["state"], found["last_outcome"], found["vanished"]) == ("deferred", "uncertain", 1)
+    assert scene.mail.attempts(message_id) == [(None, "uncertain")]
+
+
+def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
+    slow = scene.worker()
+    message_id = scene.sending(slow)
+    scene.run_out(slow)
+    scene.sweeper.sweep()
+    scene.clock.now += scene.mail.settings.lease + 1
+    scene.mail.change(
+        "UPDATE workers SET until = @ago(0.5) WHERE id = :id", id=slow
+    )  # another lease, run out as well
+    scene.sweeper.sweep()
+    assert scene.mail.state(message_id) == "sending"
+
+
+def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = scene.worker()
+    scene.run_out(slow)
+    scene.sweeper.sweep()
+    with monkeypatch.context() as away:
+        away.setattr(scene.mail.sweeps, "requeue_due", lambda limit: 1 / 0)
+        scene.sweeper.sweep()
+    scene.engine.renewed = scene.clock.now - 1
+    scene.clock.now += scene.mail.settings.lease + 1
+    due = scene.mail.accept()
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due
+    )
+    scene.sweeper.sweep()
+    assert scene.mail.state(due) == "deferred"  # our own engine has not renewed yet
+    scene.engine.renewed = scene.clock.now
+    scene.sweeper.sweep()
+    assert scene.mail.state(due) == "queued"
+    assert scene.mail.rows("SELECT ended_at FROM workers WHERE id = :id", id=slow) == [{"ended_at": None}]
+
+
+def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
+    message_id = scene.mail.accept()
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
+    )
+    scene.sweeper.sweep()
+    (notice,) = scene.hints.offered
+    assert scene.mail.state(notice) == "queued"
+    assert scene.mail.delivery(message_id)["due_at"] is None
+
+
+def test_a_full_spool_keeps_only_notices_waiting(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    owing = scene.mail.accept()
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
+    )
+    due = scene.mail.accept()
+    monkeypatch.setattr(scene.mail.spool, "create", lambda message_id: 1 / 0)
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due
+    )
+    scene.sweeper.sweep()
+    assert (scene.mail.state(due), scene.hints.offered) == ("queued", [due])
+    assert scene.mail.delivery(owing)["due_at"] is not None
+
+
+def test_no_worker_buries_itself() -> None:
+    clock = Clock()
+    watch = Watch(10.0, clock)
+    leases = [("own", "1"), ("other", "1")]
+    assert watch.look(leases, "own") == []
+    clock.now += 11
+    assert watch.look(leases, "own") == [("other", "1")]
+    watch.forget()
+    assert watch.look(leases, "own") == []
+
+
+def test_a_stuck_transfer_becomes_uncertain(scene: Scene) -> None:
+    message_id = scene.sending(scene.engine.worker)
+    scene.mail.change("UPDATE deliveries SET due_at = @ago(1) WHERE message_id = :id", id=message_id)
+    scene.sweeper.sweep()
+    assert scene.mail.delivery(message_id)["last_outcome"] == "uncertain"
+
+
+def test_the_tick_file_tells_that_both_threads_turn(scene: Scene) -> None:
+    tick = tick_file(scene.mail.settings)
+    assert tick == scene.mail.settings.state_dir / f"worker-{os.getpid()}.tick"
+    scene.engine.beat = time.monotonic() + HOUR
+    scene.sweeper.start()
+    until(tick.exists)
+    scene.sweeper.close()
+    assert not tick.exists()
+    scene.engine.beat -= 2 * HOUR
+    scene.sweeper._tick()
+    assert not tick.exists()
+
+
+def test_the_tick_file_may_be_elsewhere(tmp_path: Path) -> None:
+    assert tick_file(load(WorkerSettings, health_file=tmp_path / "health")) == tmp_path / "health"
+
+
+# Housekeeping
+
+
+@pytest.fixture
+def keeper(mail: Mailroom) -> Housekeeper:
+    return Housekeeper(mail.settings, mail.database, mail.spool)
+
+
+@pytest.fixture
+def finished(mail: Mailroom) -> Callable[..., str]:
+    def make(*, age: float) -> str:
+        message_id = mail.accept()
+        old = (
+            f"{int((time.time() - age) * 1000):012x}" + message_id[12:]
+        )  # ids sort by the time they were made
+        for table, key in (("messages", "id"), ("recipients", "message_id"), ("deliveries", "message_id")):
+            mail.change(f"UPDATE {table} SET {key} = :new WHERE {key} = :id", id=message_id, new=dashed(old))
+        mail.spool.path(old).parent.mkdir(exist_ok=True)
+        mail.spool.path(message_id).rename(mail.spool.path(old))
+        mail.change(
+            "UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @ago(:age) WHERE message_id = :id",
+            id=old, age=age,
+        )  # fmt: skip
+        mail.change("UPDATE messages SET received_at = @ago(:age) WHERE id = :id", id=old, age=age)
+        return old
+
+    return make
+
+
+def test_finished_messages_go_after_their_retention(
+    mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str]
+) -> None:
+    old, young, waiting = finished(age=31 * DAY), finished(age=29 * DAY), mail.accept()
+    assert keeper.clean() == 1
+    assert {row["id"] for row in mail.rows("SELECT @hex(id) AS id FROM messages")} == {young, waiting}
+    for table in ("recipients", "deliveries"):
+        assert mail.rows(f"SELECT 1 FROM {table} WHERE message_id = :id", id=old) == []
+    assert not mail.spool.path(old).exists()
+
+
+def test_old_mail_that_is_not_finished_stays(
+    mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str]
+) -> None:
+    old = finished(age=31 * DAY)
+    mail.change("UPDATE deliveries SET state = 'held' WHERE message_id = :id", id=old)
+    assert keeper.clean() == 0
+
+
+def _aged(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_bodies_that_nobody_needs_are_removed(
+    mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str]
+) -> None:
+    done, fresh, waiting = finished(age=2 * DAY), finished(age=2 * DAY), mail.accept()
+    _aged(mail.spool.path(done), 2 * HOUR)
+    _aged(mail.spool.path(waiting), 40 * DAY)
+    assert keeper.clean_spool() == (1, 0)
+    assert [mail.spool.path(i).exists() for i in (done, fresh, waiting)] == [False, True, True]
+
+
+def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(
+    mail: Mailroom, keeper: Housekeeper
+) -> None:
+    orphan, young = new_id(), new_id()
+    for one, age in ((orphan, YOUNG + 60), (young, YOUNG - 60)):
+        mail.spool.store(one, [b"x"])
+        _aged(mail.spool.path(one), age)
+    assert keeper.clean_spool() == (0, 0)  # no row at all: a database that was restored, perhaps
+    restored = mail.accept()
+    mail.change("UPDATE messages SET received_at = @ago(:age) WHERE id = :id", id=restored, age=YOUNG + 120)
+    assert keeper.clean_spool() == (0, 0)
+    mail.accept()
+    assert keeper.clean_spool() == (0, 1)
+    assert (mail.spool.directory / "orphans" / orphan).read_bytes() == b"x"
+    assert mail.spool.path(young).exists()
+
+
+def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Housekeeper) -> None:
+    other = Housekeeper(mail.settings, mail.database, mail.spool)
+    with keeper._alone() as first, other._alone() as second:
+        assert (first, second) == (True, False)
+    with other._alone() as second:
+        assert second

@@ -1,0 +1,188 @@
+"""The worker as a process under Celery: `celery -A worker.app worker` and `qmqp-relay worker`, signals and faults."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmqp.sink import Answer, Rule, running_sink
+from relay.bodies import Spool
+from relay.broker import FRESH, Hints, celery_app
+from tests import services
+from tests.integration.mailroom import Mailroom
+from tests.services import Broker
+from tests.waiting import until
+
+type Spawn = Callable[..., subprocess.Popen[Any]]
+CELERY = (sys.executable, "-m", "celery", "-A", "worker.app")
+WORKER = (*CELERY, "worker", "--without-gossip", "--without-mingle")
+RUN = (sys.executable, "-c", "from worker.app import *; sys.exit(run(load(WorkerSettings)))")
+
+
+class House:
+    """A mailroom, and worker processes that see it."""
+
+    def __init__(self, mail: Mailroom, spawn: Spawn, log: Path) -> None:
+        self.mail, self._spawn, self._log = mail, spawn, log
+
+    def environment(self, **given: Any) -> dict[str, str]:
+        settings = self.mail.settings
+        relay = {
+            "STATE_DIR": settings.state_dir, "DATABASE_URL": settings.database_url, "SPOOL_DIR": settings.spool_dir,
+            "QMQP_SERVERS": ",".join(settings.qmqp_servers), "BROKER_URL": settings.broker_url, "GRACE": "300ms",
+            "LEASE": "2s", "DRAIN_TIMEOUT": "2s", "UNSAFE_DURABILITY": "1", "LOG_FORMAT": "json",
+        }  # fmt: skip
+        ours = {f"RELAY_{name}": str(value) for name, value in {**relay, **given}.items()}
+        return {**{n: v for n, v in os.environ.items() if not n.startswith("RELAY_")}, **ours}
+
+    def start(self, *command: str, **given: Any) -> subprocess.Popen[Any]:
+        with self._log.open("ab") as log:
+            return self._spawn(command or WORKER, env=self.environment(**given), stdout=log, stderr=log)
+
+    def said(self) -> str:
+        return self._log.read_text()[-3000:]
+
+
+@pytest.fixture
+def house(sqlite_url: str, spool: Spool, tmp_path: Path, spawn: Spawn) -> Iterator[Callable[..., House]]:
+    opened: list[Mailroom] = []
+
+    def open_(port: int, broker_url: str, **given: Any) -> House:
+        opened.append(
+            Mailroom(
+                sqlite_url,
+                spool,
+                tmp_path,
+                qmqp_servers=(f"127.0.0.1:{port}",),
+                broker_url=broker_url,
+                **given,
+            )
+        )
+        return House(opened[-1], spawn, tmp_path / "worker.log")
+
+    yield open_
+    for one in opened:
+        one.close()
+
+
+def test_importing_the_application_needs_nothing(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "RELAY_STATE_DIR": str(tmp_path / "none"),
+        "RELAY_BROKER_URL": "redis://127.0.0.1:1/0",
+    }
+    program = "import threading, worker.app as a; print(sorted(a.app.tasks)[-1], threading.active_count())"
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["deliver", "1"]
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("command", [WORKER, RUN], ids=["celery", "run"])
+def test_hints_are_delivered_and_sigterm_ends_it(
+    house: Any, broker: Broker, command: tuple[str, ...]
+) -> None:
+    with running_sink() as sink:
+        home = house(sink.port, broker.url, grace=600.0)  # so that only a hint can be the reason
+        ids = [home.mail.accept() for _ in range(30)]
+        worker = home.start(*command, GRACE="10m")
+        hints = Hints(celery_app(home.mail.settings), FRESH, 10)
+        hints.start()
+        hints.offer(ids)
+        until(lambda: home.mail.states() == {"delivered"}, 30, what=home.said)
+        hints.close()
+        assert services.end(worker) == 0
+    assert sink.count == len(ids)
+    assert home.mail.rows("SELECT ending FROM workers") == [{"ending": "stopped"}]
+    assert list(home.mail.settings.state_dir.glob("*.tick")) == []
+
+
+def test_without_a_broker_mail_is_delivered_all_the_same(house: Any) -> None:
+    with running_sink() as sink:
+        home = house(sink.port, f"redis://127.0.0.1:{services.free_port()}/0")
+        ids = [home.mail.accept() for _ in range(10)]
+        worker = home.start()
+        until(lambda: home.mail.states() == {"delivered"}, 30, what=home.said)
+        assert services.end(worker) == 0, home.said()
+    assert sink.count == len(ids)
+
+
+def test_a_silent_broker_does_not_hold_up_the_end(house: Any, broker: Broker) -> None:
+    with running_sink() as sink:
+        home = house(sink.port, broker.url)
+        worker = home.start()
+        home.mail.accept()
+        until(lambda: home.mail.states() == {"delivered"}, 30, what=home.said)
+        broker.pause()
+        try:
+            services.end(worker, timeout=15)
+        finally:
+            broker.resume()
+    assert home.mail.rows("SELECT ending FROM workers") == [{"ending": "stopped"}]
+
+
+def test_sigterm_records_what_it_cannot_wait_for(house: Any, broker: Broker) -> None:
+    with running_sink(Rule(Answer(raw=b"", end="stay"))) as silent:
+        home = house(silent.port, broker.url)
+        message_id = home.mail.accept()
+        worker = home.start()
+        until(lambda: silent.count == 1, 30, what=home.said)
+        assert services.end(worker, timeout=15) == 0, home.said()
+    found = home.mail.delivery(message_id)
+    assert (found["state"], found["last_outcome"]) == ("deferred", "uncertain")
+
+
+def test_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(house: Any, broker: Broker) -> None:
+    with running_sink(Rule(Answer(raw=b"", end="stay"), times=1)) as sink:
+        home = house(sink.port, broker.url)
+        message_id = home.mail.accept()
+        first = home.start(UNCERTAIN_DELAY="0s", RETRY_MIN="100ms")
+        until(lambda: sink.count == 1, 30, what=home.said)
+        services.end(first, signal.SIGKILL)
+        home.start(UNCERTAIN_DELAY="0s", RETRY_MIN="100ms")
+        until(lambda: home.mail.state(message_id) == "delivered", 40, what=home.said)
+    assert [outcome for _, outcome in home.mail.attempts(message_id)] == ["uncertain", "accepted"]
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "words"),
+    [
+        (("--pool", "solo"), {}, "only the threads pool"),
+        ((), {"QMQP_SERVERS": "no:such:port"}, "bad QMQP server"),
+        ((), {"LEASE": "soon"}, "RELAY_LEASE"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    house: Any, options: tuple[str, ...], given: dict[str, str], words: str
+) -> None:
+    home = house(1, "redis://127.0.0.1:1/0")
+    worker = home.start(*WORKER, *options, **given)
+    assert worker.wait(30) != 0
+    assert words in home.said().strip().splitlines()[-1]
+
+
+def test_on_a_spool_of_another_database_it_refuses_to_start(house: Any) -> None:
+    home = house(1, "redis://127.0.0.1:1/0")
+    (home.mail.settings.spool_dir / "spool-id").write_text("0" * 32 + "\n")
+    worker = home.start()
+    assert worker.wait(30) != 0
+    assert "is not the spool of this database" in home.said()
+
+
+def test_inspect_answers(house: Any, broker: Broker) -> None:
+    home = house(1, broker.url)
+    home.start()
+
+    def ping() -> bool:
+        answer = subprocess.run(
+            [*CELERY, "inspect", "ping"], env=home.environment(), capture_output=True, text=True, check=False
+        )
+        return "pong" in answer.stdout
+
+    until(ping, 40, what=home.said)

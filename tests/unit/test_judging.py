@@ -1,0 +1,65 @@
+"""What an outcome leads to: the table of section 6 of the design, row by row."""
+
+import pytest
+
+from relay.schema import TRANSITIONS, Outcome, State
+from relay.settings import WorkerSettings, load
+from worker.transfers import NEXT, NOT_WANTED, judge
+
+SETTINGS = load(WorkerSettings, retry_min=30, retry_max=3600, uncertain_delay=900, uncertain="retry")
+HOLD = load(WorkerSettings, uncertain="hold")
+
+
+def test_every_outcome_leads_somewhere_that_the_schema_allows() -> None:
+    assert set(NEXT) == set(Outcome)
+    assert {state for state, _ in NEXT.values()} <= TRANSITIONS[State.SENDING]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "step", "shortest", "longest"),
+    [
+        (Outcome.ACCEPTED, State.DELIVERED, 2, 0, 0),
+        (Outcome.DEFERRED, State.DEFERRED, 3, 120, 240),
+        (Outcome.REJECTED, State.BOUNCED, 2, 0, 0),
+        (Outcome.UNREACHABLE, State.DEFERRED, 2, 30, 45),
+        (Outcome.INTERRUPTED, State.DEFERRED, 3, 120, 240),
+        (Outcome.UNCERTAIN, State.DEFERRED, 3, 900, 900),
+        (Outcome.MALFORMED, State.DEFERRED, 3, 900, 900),
+        (Outcome.UNSENDABLE, State.HELD, 2, 0, 0),
+    ],
+)
+def test_outcome(outcome: Outcome, state: State, step: int, shortest: float, longest: float) -> None:
+    found = judge(outcome, SETTINGS, 2)
+    assert (found[0], found[2]) == (state, step)
+    assert shortest <= found[1] <= longest
+
+
+def test_a_malformed_reply_before_the_commit_point_is_an_interruption() -> None:
+    assert judge(Outcome.MALFORMED, SETTINGS, 0, committed=False)[1] <= 60
+
+
+def test_doubt_grows_too_so_that_doubles_become_rare() -> None:
+    assert judge(Outcome.UNCERTAIN, SETTINGS, 30)[1] >= 1800
+
+
+@pytest.mark.parametrize("outcome", [Outcome.UNCERTAIN, Outcome.MALFORMED])
+def test_doubt_may_be_held_for_a_person(outcome: Outcome) -> None:
+    assert judge(outcome, HOLD, 0)[0] is State.HELD
+
+
+def test_a_refusal_of_us_defers_the_mail() -> None:
+    assert judge(Outcome.REJECTED, SETTINGS, 0, unwanted=True)[0] is State.DEFERRED
+
+
+@pytest.mark.parametrize(
+    ("words", "about_us"),
+    [
+        (b"Error: host.example[192.0.2.1] is not authorized to use this service", True),
+        (b"client not allowed", True),
+        (b"sorry, no mailbox here by that name (#5.1.1)", False),
+        (b"Error: message too large", False),
+        (b"sender not authorized to post to this list", False),
+    ],
+)
+def test_which_refusals_are_about_us(words: bytes, about_us: bool) -> None:
+    assert bool(NOT_WANTED.search(words)) is about_us

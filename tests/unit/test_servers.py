@@ -1,0 +1,140 @@
+"""Order, places and breakers of servers, on a clock that we turn."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from relay.routes import Route, parse_server
+from worker.servers import REST_MOST, TRIPPED_BY, Place, Servers
+
+A, B = parse_server("a.example"), parse_server("b.example:2628")
+ONE, BOTH, NONE = Route("one", (A,)), Route("both", (A, B)), Route("none", ())
+
+
+@dataclass
+class Clock:
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def servers(clock: Clock) -> Servers:
+    return Servers(2, clock=clock, draw=lambda: 1.0)
+
+
+def trip(servers: Servers, times: int = TRIPPED_BY) -> float | None:
+    rest = None
+    for _ in range(times):
+        rest = servers.failed(A, "refused")
+    return rest
+
+
+def name(place: Place | None) -> str | None:
+    return place and place.server.name
+
+
+def test_servers_are_taken_in_order_and_full_ones_passed_over(servers: Servers) -> None:
+    assert servers.room(BOTH) == 4
+    taken = [name(servers.take(BOTH)) for _ in range(5)]
+    assert taken == [A.name, A.name, B.name, B.name, None]
+    assert servers.room(BOTH) == 0
+    assert not servers.down(BOTH)  # full is not down
+
+
+def test_a_place_is_given_back_once(servers: Servers) -> None:
+    place = servers.take(ONE)
+    assert place is not None
+    place.release()
+    place.release()
+    assert servers.free(A) == 2
+
+
+def test_what_was_tried_is_not_tried_again(servers: Servers) -> None:
+    assert name(servers.take(BOTH, {A.name})) == B.name
+    assert servers.take(BOTH, {A.name, B.name}) is None
+
+
+def test_failures_in_a_row_open_the_breaker(servers: Servers) -> None:
+    assert trip(servers, TRIPPED_BY - 1) is None
+    servers.succeeded(A)
+    assert trip(servers, TRIPPED_BY - 1) is None
+    assert servers.failed(A, "refused") == 1.0
+    assert name(servers.take(BOTH)) == B.name
+    assert (servers.free(A), servers.down(ONE), servers.down(BOTH)) == (0, True, False)
+    assert "refused" in servers.why(BOTH)
+    assert A.name in servers.why(BOTH)
+
+
+def test_one_probe_at_a_time_and_its_success_ends_the_rest(servers: Servers, clock: Clock) -> None:
+    trip(servers)
+    clock.now += 1.0
+    assert (servers.room(ONE), servers.down(ONE)) == (1, False)
+    probe = servers.take(ONE)
+    assert name(probe) == A.name
+    assert (servers.take(ONE), servers.down(ONE)) == (None, True)
+    assert servers.succeeded(A)
+    assert probe is not None
+    probe.release()
+    assert servers.free(A) == 2
+    assert not servers.succeeded(A)
+
+
+def test_a_probe_that_fails_rests_the_server_for_longer_and_never_too_long(
+    servers: Servers, clock: Clock
+) -> None:
+    rests = [trip(servers)]
+    for _ in range(10):
+        clock.now += rests[-1] or 0
+        probe = servers.take(ONE)
+        assert probe is not None
+        rests.append(servers.failed(A, "refused"))
+        probe.release()
+    assert rests[:4] == [1.0, 2.0, 4.0, 8.0]
+    assert rests[-1] == REST_MOST
+
+
+def test_a_probe_of_our_own_that_said_nothing_makes_way_for_another(servers: Servers, clock: Clock) -> None:
+    trip(servers)
+    clock.now += 1.0
+    probe = servers.take(ONE)
+    assert probe is not None
+    probe.release()
+    assert name(servers.take(ONE)) == A.name
+
+
+def test_failures_that_began_before_the_rest_do_not_lengthen_it(servers: Servers) -> None:
+    assert trip(servers) == 1.0
+    assert servers.failed(A, "refused") is None
+
+
+def test_a_server_that_does_not_want_us_rests_at_once(servers: Servers) -> None:
+    assert servers.failed(A, "not authorized", at_once=True) == 1.0
+
+
+def test_no_servers_at_all_are_down(servers: Servers) -> None:
+    assert servers.down(NONE)
+    assert (servers.room(NONE), servers.why(NONE), servers.take(NONE)) == (0, "", None)
+
+
+def test_a_route_may_have_fewer_places_at_its_servers(servers: Servers) -> None:
+    narrow = Route("narrow", (A, B), connections=1)
+    assert (servers.room(narrow), servers.room(BOTH)) == (2, 4)
+    assert [name(servers.take(narrow)) for _ in range(3)] == [A.name, B.name, None]
+    assert servers.room(BOTH) == 2
+
+
+def test_what_is_paused_is_passed_over_and_is_not_down(servers: Servers) -> None:
+    servers.pauses = frozenset({f"server:{A.name}", "route:one"})
+    assert name(servers.take(BOTH)) == B.name
+    assert (servers.room(ONE), servers.paused(ONE), servers.paused(BOTH)) == (0, True, False)
+    trip(servers)
+    assert not servers.down(ONE)
+    servers.pauses = frozenset()
+    assert servers.down(ONE)

@@ -1,0 +1,457 @@
+"""The engine of a worker process: one event loop that owns every connection, and the lease that entitles it to them.
+
+How it works. Hints (`offer`, from the Celery task) and a look at the database every second ask for deliveries: a `Wish`
+says how many each route has room for, so that nothing is ever claimed that must wait for a connection. What was claimed
+gets its body opened off the loop and becomes a `Transfer`, one asyncio task each. Its outcome is a `Record`. Wishes,
+records and the renewals of the lease go through one `rounds.Writer`: a thread that commits what has gathered and posts
+the answers back here in one call. Rounds pace everything: one wish for hints and one look are on their way at most, and
+what comes meanwhile goes into the next.
+
+What must stay true:
+- all state below belongs to the loop; other threads come in through `offer`, `drain` and `renewed_since` only;
+- room that was promised in a wish is returned when its claims come back, whatever they are;
+- outcomes are put before the renewal that follows them, so that a worker which is alive again has told what it did;
+- nothing passes its commit point unless the request for the last renewal that succeeded is younger than LEASE less a
+  quarter, and was made for the worker id that the claim belongs to;
+- a fault of this machine (a body that cannot be opened, no sockets) stops the claiming for a while, never the mail.
+"""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+
+from relay import metrics
+from relay.bodies import BodyUnsendable, Spool
+from relay.claims import Claim, Item, Ledger, Record, Recorded, Renewal, Result, Wish
+from relay.ids import new_id
+from relay.log import get_logger
+from relay.rounds import Writer
+from relay.routes import NO_SERVER, Routes
+from relay.schema import Outcome, State
+from relay.settings import WorkerSettings
+from worker.lanes import Hint, Lanes, Ticket
+from worker.room import Room
+from worker.servers import Servers
+from worker.transfers import Terms, Transfer
+
+log = get_logger(__name__)
+LOOK_EVERY = 1.0
+LONGEST_FAULT_PAUSE = 30.0
+ALONE_FROM = 2  # workers lost over a delivery, from which on it is sent alone
+ALONE_PATIENCE = 30.0
+RECORDING_TIME = 5.0  # at the end of a drain, for the last outcomes to be recorded (seconds)
+
+
+class Engine:
+    """Sends what a ledger lets it claim. `start`, then `offer` from any thread, at the end `drain`."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        ledger: Ledger,
+        spool: Spool,
+        routes: Routes,
+        *,
+        servers: Servers | None = None,
+    ) -> None:
+        self._settings, self._ledger, self._spool, self._routes = settings, ledger, spool, routes
+        self._servers = servers or Servers(settings.server_connections)
+        self._terms = Terms.of(settings, self._servers, self._may_commit)
+        self._loop = _new_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._disk = ThreadPoolExecutor(4, thread_name_prefix="bodies")
+        self._writer: Writer[Item, Result] = Writer(
+            "outcomes", ledger.commit, post=self._loop.call_soon_threadsafe, largest=512,
+            rounds_of=metrics.rounds("outcomes"),
+        )  # fmt: skip
+        self.worker = ""  # our row in `workers`; empty until there is one
+        self.ready = threading.Event()
+        self._renewed = float("-inf")  # when the last renewal that succeeded was asked for
+        self._renewing = False
+        self._lanes = Lanes()
+        self._moved = 0.0  # when a hint last found room
+        self._wishing = self._looking = False
+        self._hints_first = True
+        self._look_at = 0.0
+        self._room = Room(routes, self._servers, settings.worker_connections, settings.batch_size)
+        self._active: dict[Transfer, asyncio.Task[None]] = {}
+        metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
+        self._opening = 0
+        self._unrecorded = 0
+        self._faults = 0
+        self._paused_until = 0.0
+        self._alone: Transfer | None = None
+        self._alone_deadline = 0.0
+        self._unneeded: list[str] = []
+        self._removing = False
+        self._stopping = False
+        self._idle = asyncio.Event()
+        self.beat = time.monotonic()  # when the loop last turned
+
+    # From other threads
+
+    def start(self) -> None:
+        """Start the loop and the writer; `ready` is set once the worker has its row."""
+        for name in self._routes.names():
+            route = self._routes.get(name)
+            if route is not None and not route.servers:
+                log.warning(NO_SERVER, route=name)
+        self._writer.start()
+        self._thread.start()
+
+    def offer(self, ids: Sequence[str], lane: str = "fresh") -> Ticket:
+        """Deliver these messages as connections come free. Thread-safe; never blocks."""
+        ticket = Ticket(0 if self._stopping else len(ids))
+        if not ticket.wait(0):
+            self._loop.call_soon_threadsafe(self._offered, ticket, ids, lane)
+        return ticket
+
+    def pause(self, subjects: frozenset[str]) -> None:
+        """Send nothing to these: `route:NAME`, `server:NAME`. Thread-safe."""
+        self._servers.pauses = subjects
+
+    def renewed_since(self, moment: float) -> bool:
+        """Whether a renewal that was asked for after `moment` (monotonic) has succeeded."""
+        return self._renewed >= moment
+
+    def drain(self, timeout: float) -> bool:
+        """Stop: close what may be closed, wait `timeout` seconds for the rest, record everything, end the loop.
+
+        Blocks; True if every outcome was recorded.
+        """
+        if self._stopping or not self._thread.is_alive():
+            return True
+        ended = asyncio.run_coroutine_threadsafe(self._drain(timeout), self._loop).result()
+        ended = self._writer.close(RECORDING_TIME) and ended
+        if ended and self.worker:
+            try:
+                self._ledger.retire(self.worker)
+            except Exception as error:
+                log.warning("worker not signed off", worker=self.worker, reason=_first_line(error))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._disk.shutdown()
+        return ended
+
+    # The loop
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.create_task(self._register())
+        self._loop.call_soon(self._tick)
+        self._loop.run_forever()
+        self._loop.close()
+
+    def _tick(self) -> None:
+        self.beat = now = time.monotonic()
+        if self.worker and not self._renewing and now - self._renewed >= self._settings.lease / 4:
+            self._renew(now)
+        if self._lanes.tickets and now - self._moved >= self._settings.grace:
+            self._lanes.clear()  # nothing moved: whoever has a free connection finds these rows overdue
+        if self._alone and now >= self._alone_deadline:
+            self._give_up_being_alone()
+        self._pump()
+        self._loop.call_later(min(0.25, self._settings.lease / 8), self._tick)
+
+    # The lease
+
+    def _may_commit(self, worker: str) -> bool:
+        fresh = time.monotonic() - self._renewed < self._settings.lease * 0.75
+        return fresh and worker == self.worker
+
+    async def _register(self) -> None:
+        """Get a row in `workers`, however long that takes."""
+        worker, pause = new_id(), 0.1
+        while not self._stopping:
+            asked = time.monotonic()
+            try:
+                await self._loop.run_in_executor(
+                    self._disk, self._ledger.register, worker, socket.gethostname(), os.getpid()
+                )
+            except Exception as error:
+                log.warning("worker not signed on", reason=_first_line(error))
+                await asyncio.sleep(pause)
+                pause = min(2.0, pause * 2)
+                continue
+            self.worker, self._renewed = worker, asked
+            self.ready.set()
+            log.info("worker signed on", worker=worker)
+            self._pump()
+            return
+
+    def _renew(self, asked: float) -> None:
+        self._renewing = True
+        self._writer.put(Renewal(self.worker), partial(self._was_renewed, asked, self.worker))
+
+    def _was_renewed(self, asked: float, worker: str, result: Result | Exception) -> None:
+        self._renewing = False
+        if worker != self.worker:
+            return
+        if result is True:
+            self._renewed = asked
+            return
+        if result is False:
+            log.critical("this worker was declared dead; it starts again under another id", worker=worker)
+            self.worker, self._renewed = "", float("-inf")
+            self.ready.clear()
+            for transfer in [*self._active]:
+                transfer.abort()
+            self._loop.create_task(self._register())
+
+    # Claiming
+
+    def _offered(self, ticket: Ticket, ids: Sequence[str], lane: str) -> None:
+        if not self._lanes:
+            self._moved = time.monotonic()
+        self._lanes.add(ticket, ids, lane)
+        if self._stopping:
+            self._lanes.clear()
+        self._pump()
+
+    def _may_claim(self, now: float) -> bool:
+        if self._stopping or not self.worker or self._alone is not None or now < self._paused_until:
+            return False
+        return self._may_commit(self.worker)
+
+    def _pump(self) -> None:
+        """Ask for as many deliveries as there is room for: hints and the database by turns."""
+        now = time.monotonic()
+        if self._alone is not None:
+            self._start_alone()
+        if not self._may_claim(now):
+            return
+        asks = (self._ask_hints, self._look) if self._hints_first else (self._look, self._ask_hints)
+        for ask in asks:
+            if ask(now):
+                self._hints_first = ask != self._ask_hints
+
+    def _ask_hints(self, now: float) -> bool:
+        if self._wishing or not self._lanes:
+            return False
+        room = self._room.offer(min(len(self._lanes), self._settings.batch_size))
+        if not room:
+            return False
+        hints = self._lanes.take(sum(room.values()))
+        self._wishing, self._moved = True, now
+        self._wish([message_id for message_id, _ in hints], room, partial(self._hints_claimed, hints))
+        return True
+
+    def _look(self, now: float) -> bool:
+        """Claim what is overdue, straight from the database."""
+        if self._looking or now < self._look_at:
+            return False
+        room = self._room.offer(self._settings.worker_connections, hopeless=True)
+        if not room:
+            return False
+        self._looking = True
+        self._wish(None, room, partial(self._look_claimed, room))
+        return True
+
+    def _wish(
+        self, ids: list[str] | None, room: Mapping[str, int], done: Callable[[Sequence[Claim]], None]
+    ) -> None:
+        self._opening += 1
+        wish = Wish(self.worker, ids, room)
+        self._writer.put(wish, partial(self._claimed, wish, done))
+
+    def _hints_claimed(self, hints: Sequence[Hint], _: Sequence[Claim]) -> None:
+        self._wishing = False
+        self._lanes.settle(hints)
+
+    def _look_claimed(self, room: Mapping[str, int], claims: Sequence[Claim]) -> None:
+        self._looking = False
+        got = Counter(claim.route for claim in claims)
+        full = any(got[name] >= n and not self._room.hopeless(name) for name, n in room.items())
+        self._look_at = 0.0 if full else time.monotonic() + min(LOOK_EVERY, self._settings.grace)
+
+    def _claimed(
+        self, wish: Wish, done: Callable[[Sequence[Claim]], None], result: Result | Exception
+    ) -> None:
+        """A wish came back: return the room that was not used, open the bodies of what was claimed."""
+        claims = result if isinstance(result, list) else []
+        self._room.settle(wish.room, claims)
+        self._opening -= 1
+        done(claims)
+        if claims:
+            self._opening += 1
+            opened = self._loop.run_in_executor(self._disk, self._open, claims)
+            opened.add_done_callback(partial(self._opened, wish.worker, claims))
+        self._check_idle()
+        self._pump()
+
+    def _open(self, claims: Sequence[Claim]) -> list[int | Exception]:
+        """The bodies of these claims, as file descriptors or errors; runs in an executor."""
+        handles: list[int | Exception] = []
+        for claim in claims:
+            try:
+                handles.append(self._spool.open(claim.message_id, claim.size))
+            except (BodyUnsendable, OSError) as error:
+                handles.append(error)
+        return handles
+
+    def _opened(
+        self, worker: str, claims: Sequence[Claim], opened: "asyncio.Future[list[int | Exception]]"
+    ) -> None:
+        self._opening -= 1
+        for claim, handle in zip(claims, opened.result(), strict=True):
+            transfer = Transfer(
+                claim, worker, handle if isinstance(handle, int) else -1, self._routes.get(claim.route), self._terms,
+                partial(self._room.placed, claim.route),
+            )  # fmt: skip
+            if isinstance(handle, BodyUnsendable):
+                log.critical("body unsendable", id=claim.message_id, reason=str(handle))
+                self._ended(transfer, transfer.unsendable(str(handle)))
+            elif isinstance(handle, Exception):
+                self._fault(claim, handle)
+                self._ended(transfer, transfer.handed_back())
+            elif self._stopping or worker != self.worker:
+                self._ended(transfer, transfer.handed_back())
+            elif claim.vanished >= ALONE_FROM:
+                self._wait_to_be_alone(transfer)
+            else:
+                self._faults = 0
+                self._send(transfer)
+        self._pump()
+
+    def _fault(self, claim: Claim, error: Exception) -> None:
+        """This machine is at fault: stop claiming, for longer each time in a row."""
+        self._faults += 1
+        pause = min(LONGEST_FAULT_PAUSE, 0.5 * 2.0 ** min(self._faults, 10))
+        self._paused_until = max(self._paused_until, time.monotonic() + pause)
+        log.critical(
+            "no claims for a while, this machine fails", id=claim.message_id, seconds=pause, reason=str(error)
+        )
+
+    # Transfers
+
+    def _send(self, transfer: Transfer) -> None:
+        self._active[transfer] = self._loop.create_task(self._carry(transfer))
+
+    async def _carry(self, transfer: Transfer) -> None:
+        try:
+            record = await transfer.run()
+        except OSError as error:
+            self._fault(transfer.claim, error)
+            record = transfer.handed_back()
+        except Exception:
+            log.exception("transfer failed for a reason of its own", id=transfer.claim.message_id)
+            record = transfer.broken()
+        del self._active[transfer]
+        self._ended(transfer, record)
+        self._pump()
+
+    def _ended(self, transfer: Transfer, record: Record) -> None:
+        """Give the connection back and have the outcome recorded."""
+        transfer.close()
+        self._room.ended()
+        if transfer is self._alone:
+            self._alone = None
+        self._unrecorded += 1
+        self._writer.put(record, partial(self._recorded, record))
+        _tell(transfer, record)
+
+    def _recorded(self, record: Record, result: Result | Exception) -> None:
+        self._unrecorded -= 1
+        self._check_idle()
+        if isinstance(result, Exception):
+            log.critical("outcome not recorded", id=record.message_id, reason=_first_line(result))
+        elif isinstance(result, Recorded):
+            if result.state is None:
+                log.warning("outcome came too late", id=record.message_id, outcome=record.outcome)
+            elif result.state is not record.state:
+                log.info(str(result.state), id=record.message_id, delivery=record.number, reply=record.reply)
+            if result.body_free:
+                self._unneeded.append(record.message_id)
+                self._remove_bodies()
+
+    def _remove_bodies(self) -> None:
+        if self._unneeded and not self._removing:
+            ids, self._unneeded, self._removing = self._unneeded, [], True
+            removed = self._loop.run_in_executor(self._disk, lambda: [self._spool.remove(i) for i in ids])
+            removed.add_done_callback(self._removed)
+
+    def _removed(self, _: "asyncio.Future[list[bool]]") -> None:
+        self._removing = False
+        self._remove_bodies()
+
+    # A delivery over which workers vanished is sent alone: if it takes this one too, it takes nothing else with it
+
+    def _wait_to_be_alone(self, transfer: Transfer) -> None:
+        if self._alone is not None:
+            self._ended(transfer, transfer.handed_back())
+            return
+        self._alone, self._alone_deadline = transfer, time.monotonic() + ALONE_PATIENCE
+        self._start_alone()
+
+    def _start_alone(self) -> None:
+        transfer = self._alone
+        if transfer is None or transfer in self._active or self._room.busy > 1:
+            return
+        log.warning("sent alone", id=transfer.claim.message_id, vanished=transfer.claim.vanished)
+        self._send(transfer)
+
+    def _give_up_being_alone(self) -> None:
+        """Others would not end; the wait grows each time, so that this costs the rest of the mail less and less."""
+        transfer = self._alone
+        if transfer is not None and transfer not in self._active:
+            self._ended(transfer, transfer.postponed())
+
+    # The end
+
+    async def _drain(self, seconds: float) -> bool:
+        self._stopping = True
+        self._lanes.clear()
+        if self._alone is not None and self._alone not in self._active:
+            self._ended(self._alone, self._alone.handed_back())
+        await asyncio.sleep(0)  # what was started just now begins, so that it can be stopped
+        for transfer in [*self._active]:
+            transfer.abort()
+        log.info("draining", waiting=len(self._active), seconds=seconds)
+        if self._active:
+            _, late = await asyncio.wait(self._active.values(), timeout=seconds)
+            for task in late:
+                task.cancel()
+        self._check_idle()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RECORDING_TIME):
+                await self._idle.wait()
+        return self._idle.is_set()
+
+    def _check_idle(self) -> None:
+        if self._stopping and not (self._active or self._opening or self._unrecorded):
+            self._idle.set()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # no wheel for this machine: slower, not different
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _tell(transfer: Transfer, record: Record) -> None:
+    """One line for what became of a claim."""
+    took = time.monotonic() - transfer.started
+    if record.state is State.DELIVERED:
+        metrics.DELIVERY_SECONDS.observe(transfer.claim.received_ago + took)
+    event = "handed back" if record.state is State.QUEUED else str(record.state)
+    if record.outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
+        event = str(record.outcome)
+    say = log.info if record.state is not State.HELD and event != "uncertain" else log.warning
+    say(
+        event, id=record.message_id, delivery=record.number, server=record.server, reply=record.reply,
+        ms=round(took * 1000), bytes=sum(one.bytes_sent for one in record.tries),
+        tries=len(record.tries), again_in=round(record.delay, 1) if record.delay else None,
+    )  # fmt: skip

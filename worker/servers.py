@@ -1,0 +1,155 @@
+"""The QMQP servers of a route, as one worker sees them: order, health, connection limits.
+
+The servers of a route are tried in the order of its list. Each has as many places as a worker may hold connections to
+it (SERVER_CONNECTIONS, or fewer if the route says so); a server without a free place, or that an operator paused, is
+passed over for the next. Failures in a row open its breaker:
+nothing is sent to it for a time that doubles up to a minute, then one transfer may probe it, and its end closes the
+breaker or opens it for longer. Any whole reply, also Z or D, is a sign of health: it is the server that is judged
+here, not what it thinks of the mail.
+
+What must stay true: a place that was taken is given back exactly once (`Place.release`), whatever became of the
+transfer; no I/O, no threads, and no clock but the one handed in.
+"""
+
+import random
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from relay.routes import Route, Server
+
+TRIPPED_BY = 3
+REST_LEAST = 1.0
+REST_MOST = 60.0
+
+
+@dataclass(slots=True)
+class Health:
+    """What is known of one server. `rests_until` is None while the breaker is closed."""
+
+    used: int = 0
+    failures: int = 0
+    trips: int = 0
+    rests_until: float | None = None
+    probing: bool = False
+    why: str = ""
+
+
+@dataclass(slots=True)
+class Place:
+    """The right to hold one connection to `server`, until it is released."""
+
+    server: Server
+    health: Health
+    probe: bool
+    _held: bool = field(default=True)
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            self.health.used -= 1
+            if self.probe:
+                self.health.probing = False
+
+
+class Servers:
+    """The health of every server that this worker has met, by name: routes that share a server share its places."""
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._draw = draw
+        self._known: dict[str, Health] = {}
+        self.pauses: frozenset[str] = frozenset()  # `route:NAME` and `server:NAME`, as operators set them
+
+    def health(self, server: Server) -> Health:
+        known = self._known.get(server.name)
+        if known is None:
+            known = self._known[server.name] = Health()
+        return known
+
+    def free(self, server: Server, limit: int | None = None) -> int:
+        """How many more connections may be opened to `server` now: one while it is to be probed, none at rest."""
+        known = self.health(server)
+        places = max(0, min(self._limit, limit or self._limit) - known.used)
+        if self._is_paused(server):
+            return 0
+        if known.rests_until is None:
+            return places
+        return min(1, places) if self._may_probe(known) else 0
+
+    def room(self, route: Route) -> int:
+        """How many transfers the servers of a route have places for."""
+        return (
+            0 if self.paused(route) else sum(self.free(server, route.connections) for server in route.servers)
+        )
+
+    def paused(self, route: Route) -> bool:
+        """Whether an operator wants nothing sent this way."""
+        return f"route:{route.name}" in self.pauses
+
+    def down(self, route: Route, tried: Collection[str] = ()) -> bool:
+        """True when all its servers rest (but those `tried`): none is merely full or paused, and waiting is all."""
+        return all(self._rests(server) for server in route.servers if server.name not in tried)
+
+    def take(self, route: Route, tried: Collection[str] = ()) -> Place | None:
+        """A place on the first server that is not among the names `tried` and has one free; None when none has."""
+        for server in route.servers:
+            if server.name not in tried and self.free(server, route.connections):
+                known = self.health(server)
+                known.used += 1
+                probe = known.rests_until is not None
+                known.probing = known.probing or probe
+                return Place(server, known, probe)
+        return None
+
+    def succeeded(self, server: Server) -> bool:
+        """A whole reply came. True when that ended a rest."""
+        known = self.health(server)
+        recovered = known.rests_until is not None
+        known.failures = known.trips = 0
+        known.rests_until = None
+        known.why = ""
+        return recovered
+
+    def failed(self, server: Server, why: str, *, at_once: bool = False) -> float | None:
+        """No connection, or no whole reply (or, `at_once`, one that says we are not wanted).
+
+        Gives the seconds that the server is left alone when this opened its breaker, else None: a failure during a
+        rest comes from a transfer that began before it and says nothing new.
+        """
+        known = self.health(server)
+        known.failures += 1
+        known.why = why
+        now = self._clock()
+        if known.rests_until is not None and now < known.rests_until:
+            return None
+        if known.rests_until is None and known.failures < TRIPPED_BY and not at_once:
+            return None
+        rest: float = min(REST_MOST, REST_LEAST * 2.0 ** min(known.trips, 16)) * (0.5 + self._draw() / 2)
+        known.trips += 1
+        known.rests_until = now + rest
+        return rest
+
+    def why(self, route: Route) -> str:
+        """Why the first server that rests does so, in words for an operator."""
+        for server in route.servers:
+            if self.health(server).rests_until is not None:
+                return f"{server.name} is left alone for a while: {self.health(server).why}"
+        return ""
+
+    def _is_paused(self, server: Server) -> bool:
+        return bool(self.pauses) and f"server:{server.name}" in self.pauses
+
+    def _rests(self, server: Server) -> bool:
+        known = self.health(server)
+        return known.rests_until is not None and not self._may_probe(known) and not self._is_paused(server)
+
+    def _may_probe(self, known: Health) -> bool:
+        return not known.probing and known.rests_until is not None and self._clock() >= known.rests_until

@@ -1,0 +1,153 @@
+"""The sweeper: a thread in every worker that does what is due in the database.
+
+About once a second it makes deferred deliveries whose time has come `queued` and hints at them, in due order and in
+bounded batches, gives up transfers that take longer than any session may, and watches the other workers. Any number of
+workers sweep at once: rows that one has locked the others skip, and none is in charge.
+
+What must stay true: a worker is declared dead only after its lease was seen to have run out, unchanged, twice, LEASE
+apart by this machine's monotonic clock, with the database reachable at every look between: so that neither a clock that
+jumped, nor an outage that kept everybody from renewing, buries the living. After an outage nothing is swept before this
+worker's own engine has renewed its lease, and thereby recorded what it knows. The tick file is touched only while both
+this thread and the engine's loop go round: its age is the worker's health.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from relay.broker import Hints
+from relay.debts import Debts
+from relay.log import get_logger
+from relay.settings import WorkerSettings
+from relay.sweeps import Sweeps
+from worker.engine import Engine
+
+log = get_logger(__name__)
+BATCH = 256
+BATCHES = 8  # a sweep, so that the watch over workers is kept however much is due
+OLDEST_BEAT = 10.0  # of an engine that is alive (seconds)
+
+
+def tick_file(settings: WorkerSettings, pid: int | None = None) -> Path:
+    """The file whose age tells whether this worker is alive."""
+    return settings.health_file or settings.state_dir / f"worker-{pid or os.getpid()}.tick"
+
+
+class Watch:
+    """Who is dead: leases that ran out, and since when they have been seen so."""
+
+    def __init__(self, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease, self._clock = lease, clock
+        self._seen: dict[tuple[str, str], float] = {}
+
+    def forget(self) -> None:
+        """The database was away: begin again."""
+        self._seen.clear()
+
+    def look(self, ran_out: list[tuple[str, str]], own: str) -> list[tuple[str, str]]:
+        """Those of the leases (worker, end) that were seen like this a LEASE ago; never our own."""
+        now = self._clock()
+        self._seen = {lease: self._seen.get(lease, now) for lease in ran_out if lease[0] != own}
+        return [lease for lease, since in self._seen.items() if now - since >= self._lease]
+
+
+class Sweeper:
+    """`start`, then `close`; `sweep` is one turn."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        sweeps: Sweeps,
+        debts: Debts,
+        engine: Engine,
+        hints: Hints,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings, self._sweeps, self._debts, self._engine, self._hints = (
+            settings,
+            sweeps,
+            debts,
+            engine,
+            hints,
+        )
+        self._clock = clock
+        self._watch = Watch(settings.lease, clock)
+        self._away_until: float | None = None  # when the database was last found away
+        self._tick_file = tick_file(settings)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+
+    def start(self) -> None:
+        """Start sweeping."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Sweep no more."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(1.0)
+        self._tick_file.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        while not self._closing.wait(min(1.0, self._settings.lease / 8)):
+            self.sweep()
+            self._tick()
+
+    def sweep(self) -> None:
+        """Do what is due, unless the database is away or this worker has not told yet what it did before it was."""
+        if not self._engine.worker:
+            self._watch.forget()
+            return
+        if self._away_until is not None and not self._engine.renewed_since(self._away_until):
+            return
+        try:
+            self._engine.pause(self._sweeps.paused())
+            due = self._requeue()
+            self._sweeps.lose_stuck()
+            self._bury()
+        except Exception as error:
+            if self._away_until is None:
+                log.warning("not swept", reason=(str(error).splitlines() or [type(error).__name__])[0][:300])
+            self._away()
+        else:
+            self._away_until = None
+            self._tell_senders(due)
+
+    def _away(self) -> None:
+        self._away_until = self._clock()
+        self._watch.forget()
+
+    def _requeue(self) -> list[str]:
+        """Make queued what is due; the ids of its messages."""
+        due: list[str] = []
+        for _ in range(BATCHES):
+            ids = self._sweeps.requeue_due(BATCH)
+            self._hints.offer(ids)
+            due += ids
+            if not ids or self._closing.is_set():
+                break
+        return due
+
+    def _tell_senders(self, due: list[str]) -> None:
+        """Make the notices that are owed; what hinders them (a full spool) hinders nothing else."""
+        try:
+            self._hints.offer(self._debts.settle(BATCH) + self._debts.warn(due))
+        except Exception as error:
+            log.error("notices put off", reason=(str(error).splitlines() or [type(error).__name__])[0][:300])
+
+    def _bury(self) -> None:
+        for worker, until in self._watch.look(self._sweeps.ran_out(), self._engine.worker):
+            lost = self._sweeps.bury(worker, until)
+            if lost is not None:
+                log.error("worker vanished", worker=worker, uncertain=lost)
+        self._sweeps.lose_strays()
+
+    def _tick(self) -> None:
+        if time.monotonic() - self._engine.beat < OLDEST_BEAT:
+            try:
+                self._tick_file.touch()
+            except OSError as error:
+                log.error("health file not touched", path=str(self._tick_file), reason=error.strerror)

@@ -1,0 +1,320 @@
+"""One claim on its way: which servers it is tried at, and what its outcome means.
+
+A transfer goes through the servers of its route in order. What fails before the commit point goes on to the next one at
+once; what fails after it ends here, because only its server can tell what became of the message. Whatever happens, a
+transfer ends with a `Record`: the state that the delivery should have next, and a row for each try.
+
+What an outcome leads to stands in one table (`NEXT`), and `judge` is the only place that reads it. What must stay true:
+a try after its commit point is never followed by another one in the same claim; only a D that came whole bounces; no
+fault of ours (a body, a local error, our own stop) is ever held against the mail.
+"""
+
+import enum
+import os
+import re
+import time
+from asyncio import CancelledError
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qmqp import client
+from qmqp.request import Request
+from relay import metrics
+from relay.claims import Claim, Record, Try
+from relay.log import escaped, get_logger
+from relay.routes import NO_SERVER, Route, Server
+from relay.schema import LONGEST_TEXT, Outcome, State
+from relay.settings import WorkerSettings
+from worker.backoff import delay, spread
+from worker.servers import Place, Servers
+
+log = get_logger(__name__)
+
+# A server that does not want *us* says so with the D that was meant for the mail: Postfix "host[ip] is not authorized
+# to use this service", others in the same spirit.
+NOT_WANTED = re.compile(
+    rb"not authori[sz]ed to use|client (?:host )?(?:is )?not (?:allowed|authori[sz]ed)", re.I
+)
+
+# RFC 3463: x.1.y is about an address.
+ABOUT_AN_ADDRESS = re.compile(rb"\b5\.1\.\d{1,3}\b")
+
+
+class Wait(enum.Enum):
+    """How long a deferred delivery waits."""
+
+    NONE = enum.auto()
+    BACKOFF = enum.auto()  # longer every time
+    HEALTH = enum.auto()  # for the server, not for the mail: never longer
+    UNCERTAIN = enum.auto()  # long enough for a twin to show up downstream
+
+
+NEXT: dict[Outcome, tuple[State, Wait]] = {
+    Outcome.ACCEPTED: (State.DELIVERED, Wait.NONE),
+    Outcome.DEFERRED: (State.DEFERRED, Wait.BACKOFF),
+    Outcome.REJECTED: (State.BOUNCED, Wait.NONE),
+    Outcome.UNREACHABLE: (State.DEFERRED, Wait.HEALTH),
+    Outcome.INTERRUPTED: (State.DEFERRED, Wait.BACKOFF),
+    Outcome.UNCERTAIN: (State.DEFERRED, Wait.UNCERTAIN),
+    Outcome.MALFORMED: (State.DEFERRED, Wait.UNCERTAIN),
+    Outcome.UNSENDABLE: (State.HELD, Wait.NONE),
+}
+_MOVES_ON = {Outcome.UNREACHABLE, Outcome.INTERRUPTED, Outcome.MALFORMED}
+_WHOLE_REPLY = {Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED}
+
+
+def judge(
+    outcome: Outcome,
+    settings: WorkerSettings,
+    step: int,
+    *,
+    route: Route | None = None,
+    committed: bool = True,
+    unwanted: bool = False,
+) -> tuple[State, float, int]:
+    """The next state of a delivery after `step` deferrals in a row, the seconds until it is due, the next step.
+
+    `route` may have delays of its own; `committed`: the try was past its commit point; `unwanted`: a D that was about
+    us and not about the mail.
+    """
+    least = (route and route.retry_min) or settings.retry_min
+    most = max(least, (route and route.retry_max) or settings.retry_max)
+    if unwanted:
+        outcome = Outcome.DEFERRED
+    if outcome is Outcome.MALFORMED and not committed:
+        outcome = Outcome.INTERRUPTED
+    state, wait = NEXT[outcome]
+    growing = delay(step, least=least, most=most)
+    match wait:
+        case Wait.BACKOFF:
+            return state, growing, step + 1
+        case Wait.HEALTH:
+            return state, spread(least), step
+        case Wait.UNCERTAIN if settings.uncertain == "hold":
+            return State.HELD, 0.0, step
+        case Wait.UNCERTAIN:
+            return state, max(settings.uncertain_delay, growing), step + 1
+        case _:
+            return state, 0.0, step
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all transfers of a worker share. `may_commit` is asked, with the id of the worker that holds the claim, just
+    before the last bytes of a request leave."""
+
+    settings: WorkerSettings
+    timeouts: client.Timeouts
+    servers: Servers
+    may_commit: Callable[[str], bool]
+
+    @classmethod
+    def of(cls, settings: WorkerSettings, servers: Servers, may_commit: Callable[[str], bool]) -> "Terms":
+        timeouts = client.Timeouts(
+            connect=settings.connect_timeout,
+            io=settings.io_timeout,
+            reply=settings.reply_timeout,
+            session=settings.session_timeout,
+        )
+        return cls(settings, timeouts, servers, may_commit)
+
+
+class Transfer:
+    """One claim and the open body `handle` (-1: none), which it closes when it ends.
+
+    `placed` is called once, as soon as the transfer holds a place at a server or will never hold one.
+    """
+
+    __slots__ = ("_aborted", "_current", "_handle", "_placed", "_route", "_terms", "_tried", "_tries", "claim",
+                 "started", "worker")  # fmt: skip
+
+    def __init__(
+        self,
+        claim: Claim,
+        worker: str,
+        handle: int,
+        route: Route | None,
+        terms: Terms,
+        placed: Callable[[], object] | None = None,
+    ) -> None:
+        self.claim, self.worker = claim, worker
+        self._handle, self._terms = handle, terms
+        self._route = route or Route(claim.route, ())  # one that vanished has no servers
+        self._placed = placed
+        self._current: client.Transfer | None = None
+        self._aborted = False
+        self._tried: set[str] = set()
+        self._tries: list[tuple[Server, Outcome, str, int, float, float]] = []
+        self.started = time.monotonic()
+
+    @property
+    def committed(self) -> bool:
+        """Whether the last bytes of the request may have left."""
+        return self._current is not None and self._current.committed
+
+    def abort(self) -> None:
+        """Close now if that is before the commit point; after it nothing happens."""
+        self._aborted = True
+        if self._current is not None:
+            self._current.abort()
+
+    def close(self) -> None:
+        """Let go of the body and of the room that was kept for it."""
+        self._tell_placed()
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            os.close(handle)
+
+    def _tell_placed(self) -> None:
+        if self._placed is not None:
+            placed, self._placed = self._placed, None
+            placed()
+
+    async def run(self) -> Record:
+        """Send, at one server after the other; what became of it. Raises OSError for a fault of this machine."""
+        try:
+            return await self._send()
+        except client.BodyChanged as error:
+            return self.unsendable(f"the body changed while it was read: {error}")
+        finally:
+            self.close()
+
+    async def _send(self) -> Record:
+        claim = self.claim
+        try:
+            recipients = [address.encode("latin-1") for address in claim.recipients]
+            request = Request(claim.size, claim.sender.encode("latin-1"), recipients)
+        except ValueError as error:
+            return self.unsendable(f"no request can be made of it: {error}")
+        while not self._aborted:
+            place = self._terms.servers.take(self._route, self._tried)
+            self._tell_placed()
+            if place is None:
+                return self._nowhere()
+            try:
+                record = await self._at(place, request)
+            finally:
+                place.release()
+            if record is not None:
+                return record
+        return self.handed_back()
+
+    async def _at(self, place: Place, request: Request) -> Record | None:
+        """One try; None when the next server is to be tried."""
+        server, started = place.server, time.monotonic()
+        self._tried.add(server.name)
+        log.info("sending", id=self.claim.message_id, delivery=self.claim.number, server=server.name)
+        self._current = client.Transfer(
+            host=server.host, port=server.port, path=server.path, request=request, fd=self._handle,
+            block_size=self._terms.settings.block_size, timeouts=self._terms.timeouts, may_commit=self._may_commit,
+        )  # fmt: skip
+        try:
+            result = await self._current.run()
+        except CancelledError:
+            # Only the end of a drain cancels: nobody will hear the reply any more.
+            outcome = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
+            self._note(server, outcome, "stopped before the reply came", self._current.bytes_sent, started)
+            return self._record(outcome, server) if self.committed else self.handed_back()
+        outcome, reply = Outcome(result.outcome), escaped(result.text, LONGEST_TEXT)
+        self._note(server, outcome, reply, result.bytes_sent, started)
+        if result.ours:
+            return self.handed_back()
+        unwanted = outcome is Outcome.REJECTED and bool(NOT_WANTED.search(result.text))
+        self._health(server, outcome, reply, unwanted)
+        if outcome in _MOVES_ON and not result.committed:
+            return None
+        record = self._record(outcome, server, committed=result.committed, unwanted=unwanted)
+        if record.state is State.BOUNCED and self._may_split(result):
+            record.state = State.SPLIT
+        return record
+
+    def _may_split(self, result: client.Result) -> bool:
+        """Whether a D may be about some of the recipients only (relay/splits.py); an early one has not seen them."""
+        several = self._route.bisect and len(self.claim.recipients) > 1
+        return several and result.committed and ABOUT_AN_ADDRESS.search(result.text) is not None
+
+    def _may_commit(self) -> bool:
+        return not self._aborted and self._terms.may_commit(self.worker)
+
+    def _health(self, server: Server, outcome: Outcome, reply: str, unwanted: bool) -> None:
+        if outcome in _WHOLE_REPLY and not unwanted:
+            if self._terms.servers.succeeded(server):
+                log.info("server is back", server=server.name)
+            return
+        if outcome is Outcome.UNREACHABLE:
+            log.warning("connect failed", host=server.host or server.path, port=server.port, reason=reply)
+        if unwanted:
+            log.critical("server does not want us", server=server.name, reply=reply)
+        rest = self._terms.servers.failed(server, reply, at_once=unwanted)
+        if rest is not None:
+            metrics.rests(server.name, "refuses us" if unwanted else "failing").inc()
+            log.warning("server left alone", server=server.name, seconds=round(rest, 1), reason=reply)
+
+    def _note(self, server: Server, outcome: Outcome, reply: str, sent: int, started: float) -> None:
+        self._tries.append((server, outcome, reply, sent, started, time.monotonic()))
+        metrics.attempts(server.name, outcome).inc()
+        metrics.SENT_BYTES.inc(sent)
+
+    def _nowhere(self) -> Record:
+        """No server is left to be tried."""
+        if not self._route.servers:
+            return self._record(Outcome.UNREACHABLE, None, NO_SERVER)
+        if not self._terms.servers.down(self._route, self._tried):
+            return self.handed_back()  # one is merely full, or paused
+        if not self._tries:
+            return self._record(Outcome.UNREACHABLE, None, self._terms.servers.why(self._route))
+        worst = next(
+            (one for one in reversed(self._tries) if one[1] is not Outcome.UNREACHABLE), self._tries[-1]
+        )
+        return self._record(worst[1], worst[0], worst[2], committed=False)
+
+    def _record(self, outcome: Outcome, server: Server | None, reply: str = "", **how: bool) -> Record:
+        state, wait, step = self._judged(outcome, **how)
+        reply = reply or (self._tries[-1][2] if self._tries else "")
+        return self._made(state, outcome, reply, server.name if server else None, wait, step)
+
+    def _judged(
+        self, outcome: Outcome, *, committed: bool = True, unwanted: bool = False
+    ) -> tuple[State, float, int]:
+        step, settings = self.claim.backoff_step, self._terms.settings
+        return judge(outcome, settings, step, route=self._route, committed=committed, unwanted=unwanted)
+
+    def handed_back(self) -> Record:
+        """Nothing was decided, and not for the mail's sake: `queued` again at once."""
+        return self._made(State.QUEUED, None, "", None, 0.0, self.claim.backoff_step)
+
+    def postponed(self) -> Record:
+        """Not for the mail's sake, and not at once: deferred for longer each time."""
+        state, wait, step = self._judged(Outcome.DEFERRED)
+        return self._made(state, None, "", None, wait, step)
+
+    def broken(self) -> Record:
+        """Our own program failed."""
+        outcome = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
+        return self._record(outcome, None, "internal error, see the log", committed=self.committed)
+
+    def unsendable(self, why: str) -> Record:
+        """It can never be sent as it is: held, for a person to look at."""
+        return self._made(State.HELD, Outcome.UNSENDABLE, why, None, 0.0, self.claim.backoff_step)
+
+    def _made(
+        self, state: State, outcome: Outcome | None, reply: str, server: str | None, wait: float, step: int
+    ) -> Record:
+        claim, now = self.claim, time.monotonic()
+        tries = [
+            Try(hop, one.name, outcome_, words, sent, now - began, now - ended)
+            for hop, (one, outcome_, words, sent, began, ended) in enumerate(self._tries, 1)
+        ]
+        return Record(
+            self.worker,
+            claim.message_id,
+            claim.number,
+            claim.claim,
+            state,
+            outcome,
+            reply,
+            server,
+            wait,
+            step,
+            tries,
+        )
