@@ -32,16 +32,17 @@ def online() -> None:
     url = context.config.attributes["url"]
     if url.get_backend_name() == "sqlite":
         engine = connect(url)
-        with writing(engine) as connection:
-            run(connection)
-        engine.dispose()
+        try:
+            with writing(engine) as connection:
+                run(connection)
+        finally:
+            engine.dispose()
         return
     engine = create_engine(url, poolclass=pool.NullPool, connect_args={"connect_timeout": 5})
     with engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL lock_timeout = '10s'")
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
         run(connection)
-    engine.dispose()
 
 
 online()

@@ -14,6 +14,7 @@ import errno
 import os
 import stat
 from collections.abc import Buffer, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy import Engine, text
@@ -89,19 +90,20 @@ class Body:
         except OSError:
             self.discard()
             raise
-        handle, self._handle = self._handle, -1
-        os.close(handle)
+        self._close()
         return self.size
 
     def discard(self) -> None:
         """Close and remove what was written; never raises."""
         if self._handle >= 0:
-            handle, self._handle = self._handle, -1
+            self._close()
+            with suppress(OSError):  # housekeeping finds it
+                self._path.unlink()
+
+    def _close(self) -> None:
+        handle, self._handle = self._handle, -1
+        with suppress(OSError):  # it has nothing to say that the sync before it, or giving up, did not settle
             os.close(handle)
-            try:
-                self._path.unlink(missing_ok=True)
-            except OSError:
-                return  # housekeeping finds it
 
 
 class Spool:
@@ -109,6 +111,8 @@ class Spool:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._identity = ""
+        self._synced = ""  # the directory of bodies whose own name we synced last
 
     def path(self, message_id: str) -> Path:
         """Where the body of a message stands."""
@@ -127,27 +131,35 @@ class Spool:
     def create(self, message_id: str) -> Body:
         """Start a body; raises OSError (FileExistsError for an id that has one)."""
         path = self.path(message_id)
-        for _ in range(3):
-            try:
-                return Body(path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            except FileNotFoundError:  # housekeeping may remove the directory as soon as it is made
+        while True:
+            if self._synced != path.parent.name:  # whoever made it may not have synced it yet
                 path.parent.mkdir(mode=0o700, exist_ok=True)
                 _sync_directory(self.directory)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+                self._synced = path.parent.name
+            try:
+                return Body(path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            except FileNotFoundError:
+                if not self._synced:
+                    raise
+                self._synced = ""  # housekeeping has removed it since
 
     def open(self, message_id: str, size: int) -> int:
         """A read-only file descriptor; raises BodyUnsendable, or OSError for a fault that is not the body's."""
         try:
             handle = os.open(self.path(message_id), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            # A spool that is not there at all is this host's fault and no reason to give the message up.
-            os.stat(self.directory / "spool-id")
+            self._insist()
             raise BodyMissing(f"no body file {self.path(message_id).name}") from None
         found = os.fstat(handle).st_size
         if found == size:
             return handle
         os.close(handle)
         raise BodyWrongSize(f"the body file has {found} bytes, not {size}")
+
+    def _insist(self) -> None:
+        """Raise OSError unless this is still our spool: a lost mount is no reason to give up every message."""
+        if (self.directory / "spool-id").read_text().strip() != self._identity and self._identity:
+            raise OSError(errno.ESTALE, "another spool has been put in place of ours", str(self.directory))
 
     def remove(self, message_id: str) -> bool:
         """Remove a body that nobody needs; False if it was gone. Never raises: what stays, housekeeping finds."""
@@ -184,18 +196,21 @@ class Spool:
                 f"RELAY_SPOOL_DIR: {self.directory} is on {kind}, which forgets mail at a power cut;"
                 " choose a disk, or set RELAY_UNSAFE_DURABILITY=1 for a test"
             )
-        self._identify(engine)
+        try:
+            self._identity = self._identify(engine)
+        except OSError as error:
+            raise SpoolError(f"RELAY_SPOOL_DIR: {error.filename or self.directory}: {error.strerror}") from None
 
-    def _identify(self, engine: Engine) -> None:
-        """Marry the database to this directory the first time, and insist on it ever after."""
+    def _identify(self, engine: Engine) -> str:
+        """Marry the database to this directory the first time, and insist on it ever after; the spool's identity."""
         spell, marker = dialect_of(engine), self.directory / "spool-id"
         with writing(engine) as connection:
+            if spell.postgresql:  # services start together; SQLite's writers take turns anyway
+                connection.execute(text("LOCK TABLE spool IN EXCLUSIVE MODE"))
             known = connection.execute(text(spell("SELECT @hex(id) FROM spool"))).scalar()
-            written = marker.read_text().strip() if marker.exists() else None
-            if known is None and written is None:
-                written = new_id()
-                self._mark(marker, written)
-            if known is None and written is not None:
+            written = marker.read_text().strip() if marker.exists() else ""
+            if known is None:
+                written = written or self._mark(marker)
                 connection.execute(
                     text(spell("INSERT INTO spool (id, created_at) VALUES (:id, @now)")), {"id": dashed(written)}
                 )
@@ -204,15 +219,20 @@ class Spool:
                     f"RELAY_SPOOL_DIR: {self.directory} is not the spool of this database: it says"
                     f" {written or 'nothing'}, the database knows {known}. Mount the right one; nothing was touched"
                 )
+        return written
 
-    def _mark(self, marker: Path, identity: str) -> None:
-        handle = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    def _mark(self, marker: Path) -> str:
+        """Give the directory an identity, whole or not at all."""
+        identity, half = new_id(), marker.with_suffix(".new")
+        handle = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             _write_all(handle, (identity.encode() + b"\n",))
             os.fsync(handle)
         finally:
             os.close(handle)
+        os.replace(half, marker)
         _sync_directory(self.directory)
+        return identity
 
 
 def file_system(directory: Path) -> str:

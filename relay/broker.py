@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery
-from kombu.entity import Queue
+from kombu.entity import Exchange, Queue
 from kombu.exceptions import OperationalError
 
+from relay import metrics
 from relay.log import get_logger
 from relay.settings import Settings
 
@@ -42,7 +43,7 @@ def celery_app(settings: Settings) -> Celery:
         task_ignore_result=True,
         task_serializer="json",
         accept_content=["json"],
-        task_queues=[Queue(name) for name in QUEUES],
+        task_queues=[Queue(name, exchange=Exchange("mail"), routing_key=name) for name in QUEUES],
         task_default_queue=FRESH,
         task_create_missing_queues=False,
         task_acks_late=False,
@@ -80,6 +81,7 @@ class Hints:
         self._closing = False
         self._away = self._full = False
         self._looked = 0.0
+        self._length: int | None = None
         self.published = 0
         self._thread = threading.Thread(target=self._run, name=f"hints-{queue}", daemon=True)
 
@@ -100,6 +102,10 @@ class Hints:
         """Whether the list is longer than the window, so that hinting has stopped for now."""
         return self._full
 
+    def lists(self) -> dict[str, float]:
+        """How long the list is, if that is known, by the queue's name."""
+        return {} if self._length is None else {self._queue: float(self._length)}
+
     def close(self) -> None:
         """Publish nothing more."""
         with self._changed:
@@ -119,7 +125,7 @@ class Hints:
     def _give_up(self, error: Exception) -> None:
         if not self._away:
             log.warning("broker away", queue=self._queue, reason=str(error)[:200])
-        self._away = True
+        self._away, self._length = True, None
         with self._changed:
             self._waiting.clear()
             self._changed.wait_for(lambda: self._closing, _LOOK_EVERY)
@@ -128,7 +134,7 @@ class Hints:
         """Publish over one connection until it breaks or we close."""
         options = self._app.conf.broker_transport_options
         connection.transport_options.update(options | {"socket_timeout": 2})
-        producer = self._app.amqp.Producer(connection)
+        producer, published = self._app.amqp.Producer(connection), metrics.hints(self._queue)
         self._look(connection)
         if self._away:
             log.info("broker back", queue=self._queue)
@@ -140,6 +146,7 @@ class Hints:
                 continue
             self._app.send_task(TASK, args=[ids], queue=self._queue, producer=producer, retry=False)
             self.published += 1
+            published.inc()
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or len(self._waiting) >= self._batch, PACE)
 
@@ -153,4 +160,5 @@ class Hints:
         now = time.monotonic()
         if now - self._looked >= _LOOK_EVERY:
             self._looked = now
-            self._full = connection.default_channel.client.llen(self._queue) > WINDOW
+            self._length = connection.default_channel.client.llen(self._queue)
+            self._full = self._length > WINDOW

@@ -25,7 +25,7 @@ from sqlalchemy import Connection, Engine, TextClause, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 from relay.schema import REVISION
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def normalized(url: str) -> URL:
         raise DatabaseError(f"RELAY_DATABASE_URL is not a database URL: {hint}") from None
     if made.get_backend_name() == "postgresql":
         return made.set(drivername="postgresql+psycopg")
-    if made.get_backend_name() == "sqlite" and made.database:
+    if made.get_backend_name() == "sqlite" and made.database not in (None, "", ":memory:"):
         return made
     kind = made.get_backend_name()
     raise DatabaseError(f"RELAY_DATABASE_URL: {kind} is not supported; use PostgreSQL or an SQLite file")
@@ -190,24 +190,18 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
 
-_threads = threading.local()
-
-
 @contextmanager
 def _turn(engine: Engine) -> Iterator[None]:
-    """Wait for this process' and this thread's turn to write (SQLite only)."""
+    """Wait for this thread's turn to write (SQLite only)."""
     if engine.dialect.name != "sqlite":
         yield
         return
-    path = f"{engine.url.database}.lock"
-    locks: dict[str, int] = _threads.__dict__.setdefault("locks", {})
-    if path not in locks:
-        locks[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(locks[path], fcntl.LOCK_EX)
+    lock = os.open(f"{engine.url.database}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
-        fcntl.flock(locks[path], fcntl.LOCK_UN)
+        os.close(lock)
 
 
 @contextmanager
@@ -219,20 +213,21 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """One read transaction, at one moment of the database."""
+    """One read transaction."""
     with engine.connect() as connection, connection.begin():
         yield connection
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the database was away, and not the data at fault: the same statement may do later."""
+    """Whether the database was away or not fit, and not the data at fault: the same statement may do later."""
     if not isinstance(error, DBAPIError):
         return isinstance(error, sqlalchemy.exc.TimeoutError | OSError)
-    if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
-        return True
-    # 57xxx: cancelled or shutting down, 53xxx: out of resources, 40xxx: serialization, 08xxx: connection,
-    # 25006: a standby that was just promoted away, 55P03: lock not available
-    return str(getattr(error.orig, "sqlstate", None) or "")[:2] in {"57", "53", "40", "08", "25", "55"}
+    if state := getattr(error.orig, "sqlstate", None):
+        # 08: connection, 25: read-only, as a standby is, 40: deadlock, 42: not our schema, 53: out of resources, 55: a
+        # lock, 57: cancelled or shutting down, 58: its disk. psycopg's classes say less: a value too long for its index
+        # is an OperationalError too.
+        return state[:2] in {"08", "25", "40", "42", "53", "55", "57", "58"}
+    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
 
 
 def wait_until_ready(engine: Engine, stopping: threading.Event | None = None) -> None:
@@ -247,7 +242,7 @@ def wait_until_ready(engine: Engine, stopping: threading.Event | None = None) ->
             reason = f"schema revision is {found}, this program needs {REVISION}: run `qmqp-relay migrate`"
         except DBAPIError as error:
             missing = "alembic_version" in str(error.orig)
-            reason = "no schema yet: run `qmqp-relay migrate`" if missing else str(error.orig).strip().splitlines()[0]
+            reason = "no schema yet: run `qmqp-relay migrate`" if missing else first_line(error.orig)
         if reason != said:
             log.warning("waiting for the database", reason=reason)
             said = reason

@@ -32,6 +32,11 @@ def escaped(data: bytes | str, longest: int = 500) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def first_line(error: BaseException | None) -> str:
+    """What an error says, as one bounded line; SQLAlchemy's put statement and parameters below theirs."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for name in _ADDRESSES:
         if isinstance(event.get(name), str) and event[name]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from relay.database import is_outage
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 
 log = get_logger(__name__)
 _PAUSE = 0.1
@@ -138,13 +138,13 @@ class Writer[Item, Result]:
 
     def _one_by_one(self, round_: list[Entry], error: Exception) -> list[tuple[Entry, Any]]:
         if len(round_) == 1:
-            log.error("row refused by the database", reason=str(error).splitlines()[0][:300])
+            log.error("row refused by the database", reason=first_line(error))
             return [(round_[0], error)]
         return [answer for entry in round_ for answer in self._settle([entry])]
 
     def _say(self, error: Exception) -> None:
         if not self.stuck:
-            log.error("database away", reason=(str(error).splitlines() or [type(error).__name__])[0][:300])
+            log.error("database away", reason=first_line(error))
         self.stuck = True
 
     def _answer(self, answers: list[tuple[Entry, Any]]) -> None:

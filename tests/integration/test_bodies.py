@@ -1,0 +1,392 @@
+"""The spool: what returned is on disk, what failed left nothing, and no other directory is taken for it."""
+
+import errno
+import os
+import resource
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from relay import bodies
+from relay.bodies import BodyMissing, BodyWrongSize, Spool, SpoolError, file_system
+from relay.database import connect, reading
+from relay.ids import new_id
+
+LIMIT = 1 << 20
+
+
+@pytest.fixture
+def engine(clean_url: str) -> Iterator[Engine]:
+    engine = connect(clean_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced, in order: the paths."""
+    paths: list[str] = []
+
+    def watched(real: Callable[[int], None]) -> Callable[[int], None]:
+        def sync(handle: int) -> None:
+            paths.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+            real(handle)
+
+        return sync
+
+    monkeypatch.setattr(os, "fsync", watched(os.fsync))
+    monkeypatch.setattr(os, "fdatasync", watched(os.fdatasync))
+    return paths
+
+
+@contextmanager
+def no_room(limit: int = LIMIT) -> Iterator[None]:
+    """No file may grow past the limit: writing answers EFBIG, as a full disk answers ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def files(spool: Spool) -> list[str]:
+    return sorted(path.name for path in spool.directory.rglob("*") if path.is_file() and path.name != "spool-id")
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def test_a_stored_body_is_there_and_synced(spool: Spool, synced: list[str]) -> None:
+    message_id = new_id()
+    assert spool.store(message_id, [b"Received: x\n", memoryview(b"Subject: y\n"), bytearray(b"\nbody\n")]) == 29
+    path = spool.path(message_id)
+    assert path.read_bytes() == b"Received: x\nSubject: y\n\nbody\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert synced.index(str(path)) < synced.index(str(path.parent)), "the file, then its name"
+    assert str(spool.directory) in synced, "and the directory that was made for it"
+    synced.clear()
+    other = message_id[:8] + new_id()[8:]
+    spool.store(other, [b"x"])
+    assert synced == [str(spool.path(other)), str(path.parent)]
+
+
+def test_a_directory_that_another_process_made_is_synced_too(spool: Spool, synced: list[str]) -> None:
+    """It may have been made a moment ago by somebody who has not synced it yet."""
+    message_id = new_id()
+    spool.path(message_id).parent.mkdir()
+    spool.store(message_id, [b"x"])
+    assert str(spool.directory) in synced
+
+
+def test_a_large_body_is_synced_as_it_comes(spool: Spool, synced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "SYNC_EVERY", 1000)
+    message_id = new_id()
+    body = spool.create(message_id)
+    path = str(spool.path(message_id))
+    sizes = []
+    for _ in range(5):
+        body.append(b"x" * 400)
+        sizes.append(synced.count(path))
+    assert sizes == [0, 0, 1, 1, 1]
+    assert body.size == 2000 == body.finish()
+    assert synced[-2:] == [path, str(spool.path(message_id).parent)]
+    assert spool.path(message_id).stat().st_size == 2000
+
+
+def test_a_discarded_body_is_gone(spool: Spool) -> None:
+    body = spool.create(new_id())
+    body.append(b"half")
+    body.discard()
+    body.discard()
+    assert files(spool) == []
+
+
+def test_an_empty_body(spool: Spool) -> None:
+    message_id = new_id()
+    assert spool.store(message_id, [b""]) == 0
+    os.close(spool.open(message_id, 0))
+
+
+def test_an_id_has_one_body(spool: Spool) -> None:
+    message_id = new_id()
+    spool.store(message_id, [b"first"])
+    with pytest.raises(FileExistsError):
+        spool.store(message_id, [b"second"])
+    assert spool.path(message_id).read_bytes() == b"first"
+
+
+def test_many_threads_store_at_once(spool: Spool) -> None:
+    ids = [new_id() for _ in range(200)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: spool.store(i, [i.encode()]), ids))
+    assert [spool.path(i).read_text() for i in ids] == ids
+    assert {name for name, _ in spool.ids()} == set(ids)
+
+
+def test_a_directory_that_housekeeping_removed_is_made_again(spool: Spool) -> None:
+    first = new_id()
+    spool.store(first, [b"x"])
+    spool.remove(first)
+    spool.path(first).parent.rmdir()
+    second = first[:8] + new_id()[8:]
+    assert spool.store(second, [b"y"]) == 1
+
+
+# --- failures leave nothing -------------------------------------------------------------------------------
+
+
+def test_no_room_for_a_small_body(spool: Spool) -> None:
+    with no_room(), pytest.raises(OSError) as caught:
+        spool.store(new_id(), [b"x" * LIMIT, b"y"])
+    assert caught.value.errno == errno.EFBIG
+    assert files(spool) == []
+
+
+def test_no_room_for_the_rest_of_a_large_body(spool: Spool) -> None:
+    body = spool.create(new_id())
+    body.append(b"x" * (LIMIT - 10))
+    with no_room(), pytest.raises(OSError):
+        body.append(b"x" * 20)
+    assert files(spool) == []
+    body.discard()
+
+
+def test_no_permission(spool: Spool) -> None:
+    """As root, another user tries; else the directory is made read-only."""
+    message_id = new_id()
+    with nobody(spool.directory), pytest.raises(PermissionError):
+        spool.store(message_id, [b"x"])
+    assert files(spool) == []
+
+
+@contextmanager
+def nobody(directory: Path) -> Iterator[None]:
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+        return
+    directory.chmod(0o500)
+    try:
+        yield
+    finally:
+        directory.chmod(0o700)
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "fsync"])
+def test_what_cannot_be_synced_is_removed(spool: Spool, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """After an fsync error the kernel may have dropped the pages: nothing but starting anew is right."""
+    spool.store(new_id(), [b"the directory exists"])
+    before = files(spool)
+    monkeypatch.setattr(os, call, failing(errno.EIO))
+    with pytest.raises(OSError) as caught:
+        spool.store(new_id(), [b"x"])
+    assert caught.value.errno == errno.EIO
+    body = spool.create(new_id())
+    body.append(b"x")
+    with pytest.raises(OSError):
+        body.finish()
+    assert files(spool) == before
+
+
+def test_a_large_body_whose_sync_fails_halfway_is_removed(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "SYNC_EVERY", 10)
+    body = spool.create(new_id())
+    monkeypatch.setattr(os, "fdatasync", failing(errno.ENOSPC))
+    with pytest.raises(OSError):
+        body.append(b"x" * 20)
+    assert files(spool) == []
+
+
+def test_what_cannot_be_closed_is_removed_all_the_same(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing may be what tells of a full disk on NFS."""
+    body = spool.create(new_id())
+    close = os.close
+
+    def failing_close(handle: int) -> None:
+        close(handle)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", failing_close)
+        body.discard()
+    assert files(spool) == []
+
+
+def test_no_descriptor_leaks(spool: Spool) -> None:
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = open_files()
+    with no_room():
+        for _ in range(5):
+            with pytest.raises(OSError):
+                spool.store(new_id(), [b"x" * LIMIT, b"y"])
+    for _ in range(5):
+        message_id = new_id()
+        spool.store(message_id, [b"x"])
+        with pytest.raises(BodyWrongSize):
+            spool.open(message_id, 2)
+        with pytest.raises(BodyMissing):
+            spool.open(new_id(), 2)
+    assert open_files() == before
+
+
+# --- reading and removing ---------------------------------------------------------------------------------
+
+
+def test_reading(spool: Spool) -> None:
+    message_id = new_id()
+    spool.store(message_id, [b"hello"])
+    handle = spool.open(message_id, 5)
+    assert os.read(handle, 10) == b"hello"
+    assert spool.remove(message_id), "also while somebody reads it"
+    os.close(handle)
+    assert not spool.remove(message_id)
+
+
+def test_a_body_that_is_not_there_or_not_right(spool: Spool) -> None:
+    message_id = new_id()
+    with pytest.raises(BodyMissing, match=message_id):
+        spool.open(message_id, 5)
+    spool.store(message_id, [b"hello"])
+    for size in (4, 6, 0):
+        with pytest.raises(BodyWrongSize, match="5 bytes"):
+            spool.open(message_id, size)
+
+
+def test_a_spool_that_is_not_there_is_no_fault_of_the_body(spool: Spool) -> None:
+    """An unmounted volume must not condemn every message in the queue."""
+    message_id = new_id()
+    spool.store(message_id, [b"hello"])
+    spool.directory.rename(spool.directory.with_name("elsewhere"))
+    for absent in (True, False):
+        with pytest.raises(OSError) as caught:
+            spool.open(message_id, 5)
+        assert caught.value.errno == errno.ENOENT
+        if absent:
+            spool.directory.mkdir()  # the empty mount point
+
+
+def test_a_spool_that_was_changed_behind_our_back_is_no_fault_of_the_body(
+    spool: Spool, engine: Engine, tmp_path: Path
+) -> None:
+    spool.prepare(engine, unsafe=True)
+    message_id = new_id()
+    spool.store(message_id, [b"hello"])
+    spool.directory.rename(tmp_path / "right")
+    spool.directory.mkdir()
+    (spool.directory / "spool-id").write_text(f"{new_id()}\n")
+    with pytest.raises(OSError) as caught:
+        spool.open(message_id, 5)
+    assert not isinstance(caught.value, FileNotFoundError)
+
+
+# --- the right directory ----------------------------------------------------------------------------------
+
+
+def known(engine: Engine) -> list[str]:
+    with reading(engine) as connection:
+        return [str(row[0]).replace("-", "") for row in connection.execute(text("SELECT id FROM spool"))]
+
+
+def test_a_new_spool_gets_an_identity(engine: Engine, tmp_path: Path, synced: list[str]) -> None:
+    spool = Spool(tmp_path / "deep" / "spool")
+    spool.prepare(engine, unsafe=True)
+    identity = (spool.directory / "spool-id").read_text().strip()
+    assert known(engine) == [identity]
+    assert stat.S_IMODE(spool.directory.stat().st_mode) == 0o700
+    assert str(spool.directory) in synced
+    spool.prepare(engine, unsafe=True)
+    assert known(engine) == [identity]
+    assert sorted(path.name for path in spool.directory.iterdir()) == ["spool-id"]
+
+
+def test_another_spool_is_refused_and_not_touched(engine: Engine, tmp_path: Path) -> None:
+    Spool(tmp_path / "right").prepare(engine, unsafe=True)
+    for marker in (None, f"{new_id()}\n", ""):
+        wrong = tmp_path / f"wrong-{marker!s:.4}".strip()
+        wrong.mkdir()
+        (wrong / "mail").write_text("somebody's")
+        if marker is not None:
+            (wrong / "spool-id").write_text(marker)
+        before = sorted((p.name, p.read_text()) for p in wrong.iterdir())
+        with pytest.raises(SpoolError, match="nothing was touched"):
+            Spool(wrong).prepare(engine, unsafe=True)
+        assert sorted((p.name, p.read_text()) for p in wrong.iterdir()) == before
+    assert len(known(engine)) == 1
+
+
+def test_a_spool_that_was_marked_when_the_database_went_away(engine: Engine, spool: Spool) -> None:
+    identity = (spool.directory / "spool-id").read_text().strip()
+    spool.prepare(engine, unsafe=True)
+    assert known(engine) == [identity]
+
+
+def test_a_mark_that_was_cut_short_is_made_again(engine: Engine, spool: Spool) -> None:
+    (spool.directory / "spool-id").write_text("")
+    spool.prepare(engine, unsafe=True)
+    assert known(engine) == [(spool.directory / "spool-id").read_text().strip()]
+
+
+def test_all_services_may_start_at_once_on_a_new_spool(engine: Engine, tmp_path: Path) -> None:
+    barrier = threading.Barrier(4)
+
+    def start(_: int) -> None:
+        barrier.wait(10)
+        Spool(tmp_path / "new").prepare(engine, unsafe=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(start, range(4)))
+    assert known(engine) == [(tmp_path / "new" / "spool-id").read_text().strip()]
+
+
+def test_directories_that_cannot_be_used(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    public = tmp_path / "public"
+    public.mkdir()
+    public.chmod(0o777)
+    with pytest.raises(SpoolError, match="writable by everybody"):
+        Spool(public).prepare(engine, unsafe=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpoolError, match="RELAY_SPOOL_DIR"):
+        Spool(tmp_path / "file" / "spool").prepare(engine, unsafe=True)
+    monkeypatch.setattr(bodies, "file_system", lambda _: "tmpfs")
+    with pytest.raises(SpoolError, match="forgets mail"):
+        Spool(tmp_path / "memory").prepare(engine)
+    Spool(tmp_path / "memory").prepare(engine, unsafe=True)
+
+
+def test_an_unreadable_mark_is_explained(engine: Engine, spool: Spool) -> None:
+    (spool.directory / "spool-id").unlink()
+    (spool.directory / "spool-id").mkdir()
+    with pytest.raises(SpoolError, match="RELAY_SPOOL_DIR"):
+        spool.prepare(engine, unsafe=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux'")
+def test_file_systems_are_known_by_name(tmp_path: Path) -> None:
+    assert file_system(Path("/proc")) == "proc"
+    assert file_system(tmp_path / "not" / "there" / "yet") == file_system(tmp_path)
+
+
+def test_free_room(spool: Spool) -> None:
+    assert spool.free_bytes() > 0

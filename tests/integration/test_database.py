@@ -1,0 +1,320 @@
+"""Where PostgreSQL and SQLite differ: every macro on both, outages told from bad data, durability, writers in turn."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from relay import database
+from relay.database import DatabaseError, Dialect, Statements, check_durable, connect, is_outage, reading, writing
+from relay.ids import dashed, new_id
+from relay.schema import REVISION
+from tests.services import Postgres
+from tests.waiting import until
+
+
+@pytest.fixture
+def engine(clean_url: str) -> Iterator[Engine]:
+    engine = connect(clean_url)
+    yield engine
+    engine.dispose()
+
+
+def ask(engine: Engine, sql: str, **given: Any) -> Any:
+    """The one row that a SELECT with macros finds."""
+    with reading(engine) as connection:
+        return Statements(engine).run(connection, sql, **given).one()
+
+
+def micros(engine: Engine, moment: Any) -> float:
+    """A time as the database gives it, in seconds since 1970."""
+    return moment / 1e6 if engine.dialect.name == "sqlite" else moment.timestamp()
+
+
+# --- macros -----------------------------------------------------------------------------------------------
+
+
+def test_now_is_the_time(engine: Engine) -> None:
+    for _ in range(50):
+        before = time.time()
+        (now,) = ask(engine, "SELECT @now")
+        assert before - 0.002 <= micros(engine, now) <= time.time() + 0.002
+
+
+def test_the_sqlite_clock_is_exact_to_the_millisecond_at_any_time(sqlite_url: str) -> None:
+    engine = connect(sqlite_url)
+    now = Dialect("sqlite").macros["now"]("")
+    with reading(engine) as connection:
+        for moment in (0, 1, 999, 946684799999, 1763800000123, 1763800000001, 2147483647999, 4102444800000):
+            spelt = datetime.fromtimestamp(moment // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.") + f"{moment % 1000:03d}"
+            found = connection.execute(text(f"SELECT {now.replace("'now'", ':at')}"), {"at": spelt}).scalar()
+            assert found == moment * 1000
+    engine.dispose()
+
+
+def test_moments_from_now(engine: Engine) -> None:
+    row = ask(
+        engine,
+        "SELECT @now AS now, @later(:s) AS later, @ago(:s) AS ago, @later(0.25) AS soon, @since(@ago(90)) AS since,"
+        " @micros(@now) AS micros",
+        s=90.5,
+    )
+    now = micros(engine, row.now)
+    assert micros(engine, row.later) - now == pytest.approx(90.5, abs=1e-6)
+    assert now - micros(engine, row.ago) == pytest.approx(90.5, abs=1e-6)
+    assert micros(engine, row.soon) - now == pytest.approx(0.25, abs=1e-6)
+    assert float(row.since) == pytest.approx(90, abs=0.01)
+    assert int(row.micros) / 1e6 == pytest.approx(now, abs=1e-6)
+
+
+def test_when_is_for_people(engine: Engine) -> None:
+    shown, now = ask(engine, "SELECT @when(@now), @now")
+    if isinstance(shown, str):
+        shown = datetime.fromisoformat(shown).replace(tzinfo=UTC)
+    assert shown.timestamp() == pytest.approx(micros(engine, now), abs=0.001)
+
+
+def test_ids_go_in_and_come_out(engine: Engine) -> None:
+    worker = new_id()
+    with writing(engine) as connection:
+        Statements(engine).run(
+            connection, "INSERT INTO spool (id, created_at) VALUES (@id(:id), @now)", id=dashed(worker)
+        )
+    assert ask(engine, "SELECT @hex(id) FROM spool WHERE id = @id(:id)", id=dashed(worker)) == (worker,)
+
+
+def test_rows_bring_every_kind_of_value(engine: Engine) -> None:
+    sent = [
+        {"id": dashed(new_id()), "n": 7, "big": 1 << 40, "x": 0.125, "t": "a 'quote' \\ and é \u2028"},
+        {"id": dashed(new_id()), "n": -1, "big": 0, "x": 1e-6, "t": None},
+    ]
+    with reading(engine) as connection:
+        columns = "id uuid, n int, big bigint, x float8, t text"
+        sql = f"SELECT CAST(id AS text) AS id, n, big, x, t FROM @rows(:sent; {columns})"
+        found = Statements(engine).run(connection, sql, sent=json.dumps(sent)).mappings().all()
+        assert [dict(row) for row in found] == sent
+        assert Statements(engine).run(connection, sql, sent="[]").all() == []
+
+
+def test_locks(engine: Engine) -> None:
+    with writing(engine) as connection:
+        statements = Statements(engine)
+        statements.run(connection, "INSERT INTO spool (id, created_at) VALUES (@id(:id), @now)", id=dashed(new_id()))
+    with writing(engine) as connection:
+        assert len(statements.run(connection, "SELECT id FROM spool d ORDER BY id @locked(d)").all()) == 1
+        if engine.dialect.name == "postgresql":
+            with writing(engine) as other:
+                assert statements.run(other, "SELECT id FROM spool @skip_locked").all() == []
+        else:
+            assert len(statements.run(connection, "SELECT id FROM spool @skip_locked").all()) == 1
+
+
+def test_every_macro_is_spelt_for_both_and_nested_ones_too() -> None:
+    assert Dialect("sqlite").macros.keys() == Dialect("postgresql").macros.keys()
+    assert "now()" in Dialect("postgresql")("SELECT @since(@ago((1 + (2))))")
+    assert Dialect("postgresql")("sender IN ('', '#@[]')") == "sender IN ('', '#@[]')"
+    with pytest.raises(KeyError):
+        Dialect("sqlite")("SELECT @nonsense")
+
+
+def test_common_parameters(engine: Engine) -> None:
+    with reading(engine) as connection:
+        sql = "SELECT CAST(:a AS int) + CAST(:b AS int)"
+        assert Statements(engine, a=1, b=2).run(connection, sql, b=5).scalar() == 6
+
+
+# --- outages ----------------------------------------------------------------------------------------------
+
+
+def failure(engine: Engine, sql: str, **given: Any) -> DBAPIError:
+    with pytest.raises(DBAPIError) as caught, writing(engine) as connection:
+        connection.execute(text(sql), given)
+    return caught.value
+
+
+def test_bad_data_is_no_outage(engine: Engine) -> None:
+    insert = "INSERT INTO spool (id, created_at) VALUES (:id, :at)"
+    assert not is_outage(failure(engine, insert, id=dashed(new_id()), at=None))
+    twice = insert + ", (:id, :at)"
+    assert not is_outage(failure(engine, twice, id=dashed(new_id()), at=None))
+    assert not is_outage(ValueError("ours"))
+    assert is_outage(failure(engine, "SELECT * FROM no_such_table")), "nor is a schema that is not ours the row's fault"
+
+
+def test_values_that_postgresql_refuses_are_no_outage(clean_postgres_url: str) -> None:
+    engine = connect(clean_postgres_url)
+    sender = "INSERT INTO messages SELECT CAST(:id AS uuid), :sender, 1, now(), '', '', ''"
+    long = "".join(new_id() for _ in range(1000))  # nothing that compresses
+    assert not is_outage(failure(engine, sender, id=dashed(new_id()), sender=long)), "longer than an index takes"
+    assert not is_outage(failure(engine, sender, id="no uuid", sender=""))
+    assert not is_outage(failure(engine, """SELECT CAST(:j AS json) ->> 'a'""", j=json.dumps({"a": "\0"})))
+    engine.dispose()
+
+
+def test_what_postgresql_says_when_it_is_away(postgres: Postgres) -> None:
+    engine = connect(postgres.url())
+    assert is_outage(failure(engine, "SELECT pg_terminate_backend(pg_backend_pid())"))
+    assert is_outage(failure(engine, "SET LOCAL statement_timeout = 1; SELECT pg_sleep(5)"))
+    assert is_outage(failure(engine, "SET TRANSACTION READ ONLY; CREATE TABLE t ()"))
+    postgres.stop()
+    assert is_outage(failure(engine, "SELECT 1"))
+    postgres.start()
+    with reading(engine) as connection:
+        assert connection.execute(text("SELECT 1")).scalar() == 1, "the same engine goes on"
+    engine.dispose()
+
+
+def test_what_sqlite_says_when_it_is_away(tmp_path: Path) -> None:
+    engine = connect(f"sqlite:///{tmp_path}/missing/relay.db")
+    with pytest.raises(OSError) as lock, writing(engine):
+        pass
+    assert is_outage(lock.value)
+    with pytest.raises(DBAPIError) as open_, reading(engine):
+        pass
+    assert is_outage(open_.value)
+    full = connect(f"sqlite:///{tmp_path}/full.db")
+    with writing(full) as connection:
+        connection.exec_driver_sql("CREATE TABLE t (x)")
+        connection.exec_driver_sql("PRAGMA max_page_count=3")
+        with pytest.raises(DBAPIError) as no_room:
+            connection.execute(text("INSERT INTO t VALUES (zeroblob(100000))"))
+        assert is_outage(no_room.value)
+    full.dispose()
+
+
+def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: Path) -> None:
+    """Nobody gives up because the database comes later, or is migrated later."""
+    url = f"sqlite:///{tmp_path}/late.db"
+    engine = connect(url)
+    waiting = threading.Thread(target=database.wait_until_ready, args=(engine,))
+    waiting.start()
+    assert waiting.is_alive()
+    assert database.migrate(url) == REVISION
+    waiting.join(10)
+    assert not waiting.is_alive()
+    with writing(engine) as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'older'")
+    stopping = threading.Event()
+    waiting = threading.Thread(target=database.wait_until_ready, args=(engine, stopping))
+    waiting.start()
+    stopping.set()
+    waiting.join(10)
+    assert not waiting.is_alive(), "who is told to stop waits no longer"
+    engine.dispose()
+
+
+# --- durability and settings ------------------------------------------------------------------------------
+
+
+def test_our_databases_keep_their_word(engine: Engine) -> None:
+    assert check_durable(engine) == []
+
+
+def test_a_database_that_would_forget_is_found_out(postgres: Postgres, sqlite_url: str) -> None:
+    engine = connect(postgres.url())
+    sqlalchemy.event.listen(engine, "connect", lambda c, _: (c.execute("SET synchronous_commit = off"), c.commit()))
+    assert check_durable(engine) == ["PostgreSQL synchronous_commit is off"]
+    engine.dispose()
+    engine = connect(sqlite_url)
+    sqlalchemy.event.listen(engine, "connect", lambda c, _: c.execute("PRAGMA synchronous=NORMAL").close())
+    assert check_durable(engine) == ["SQLite synchronous is 1"]
+    engine.dispose()
+
+
+def test_urls() -> None:
+    assert database.normalized("postgresql://u:p@h/d").drivername == "postgresql+psycopg"
+    assert database.normalized("postgresql+psycopg2://h/d").drivername == "postgresql+psycopg"
+    assert database.normalized("sqlite:////var/lib/relay.db").database == "/var/lib/relay.db"
+    for bad in ("mysql://h/d", "sqlite://", "sqlite:///:memory:", "nonsense", "host/name"):
+        with pytest.raises(DatabaseError, match="RELAY_DATABASE_URL"):
+            database.normalized(bad)
+
+
+# --- writers in turn --------------------------------------------------------------------------------------
+
+WRITER = """
+import sys, time
+from sqlalchemy import text
+from relay.database import connect, writing
+from relay.ids import dashed, new_id
+engine = connect(sys.argv[1])
+with writing(engine):
+    pass
+print("ready", flush=True)
+sys.stdin.readline()
+longest = 0.0
+for _ in range(60):
+    began = time.monotonic()
+    with writing(engine) as connection:
+        connection.execute(text("INSERT INTO spool VALUES (:id, 0)"), {"id": dashed(new_id())})
+    longest = max(longest, time.monotonic() - began)
+print(longest, flush=True)
+engine.dispose()
+"""
+
+
+def test_sqlite_writers_of_several_processes_do_not_stall(sqlite_url: str) -> None:
+    """Under SQLite's own busy handler one of four would wait for seconds; in turns nobody waits for long."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, sqlite_url], cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    said = []
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        out, _ = writer.communicate(timeout=60)
+        said.append(float(out))
+    assert max(said) < 2.0, said
+    with sqlite3.connect(sqlite_url.removeprefix("sqlite:///")) as connection:
+        assert connection.execute("SELECT count(*) FROM spool").fetchone() == (240,)
+    connection.close()
+
+
+def test_a_thread_waits_for_its_turn_to_write(sqlite_url: str) -> None:
+    engine = connect(sqlite_url)
+    order: list[str] = []
+
+    def second() -> None:
+        order.append("asks")
+        with writing(engine):
+            order.append("writes")
+
+    with writing(engine) as connection:
+        thread = threading.Thread(target=second)
+        thread.start()
+        until(lambda: order == ["asks"])
+        with reading(engine) as reader:
+            assert reader.exec_driver_sql("SELECT count(*) FROM spool").scalar() == 0, "readers do not wait"
+        connection.exec_driver_sql("INSERT INTO spool VALUES ('x', 0)")
+        assert order == ["asks"]
+    thread.join(10)
+    assert order == ["asks", "writes"]
+    engine.dispose()
+
+
+def test_a_transaction_that_fails_is_rolled_back_and_lets_the_next_one_in(engine: Engine) -> None:
+    insert = text(Dialect(engine.dialect.name)("INSERT INTO spool VALUES (@id(:id), @now)"))
+    with pytest.raises(DBAPIError), writing(engine) as connection:
+        connection.execute(insert, [{"id": "11111111-1111-7111-8111-111111111111"}] * 2)
+    with writing(engine) as connection:
+        assert connection.execute(text("SELECT count(*) FROM spool")).scalar() == 0

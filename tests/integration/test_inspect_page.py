@@ -1,0 +1,45 @@
+"""docs/inspect.md names the views' columns as they are, and its queries run."""
+
+import re
+from pathlib import Path
+
+from sqlalchemy import inspect
+
+from relay import database
+from relay.schema import VIEWS, Outcome, State
+
+PAGE = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+
+
+def section(title: str) -> str:
+    return PAGE.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def first_column(title: str) -> list[str]:
+    rows = re.findall(r"^\| (`.*?) \|", section(title), re.MULTILINE)
+    return re.findall(r"`(\w+)`", " ".join(rows))
+
+
+def test_columns(database_url: str):
+    engine = database.connect(database_url)
+    for view in VIEWS:
+        given = [column["name"] for column in inspect(engine).get_columns(view)]
+        told = first_column("`mail_queue`" if view == "mail_history" else f"`{view}`")
+        assert sorted(told) == sorted(given), view
+    engine.dispose()
+
+
+def test_states_and_outcomes():
+    assert set(first_column("States")) == set(State)
+    assert set(first_column("Outcomes")) == set(Outcome)
+
+
+def test_queries_run(database_url: str):
+    engine = database.connect(database_url)
+    other = "SQLite" if "postgresql" in database_url else "PostgreSQL"
+    queries = [query for block in re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL) for query in block.split(";")]
+    with database.reading(engine) as connection:
+        for query in queries:
+            if query.strip() and f"-- {other}" not in query:
+                connection.exec_driver_sql(query.replace("%", "%%"))
+    engine.dispose()

@@ -1,0 +1,198 @@
+"""Acceptance, on both databases: all of a message or nothing, once however often it is told, and one bad row alone."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
+
+from relay.ids import new_id
+from relay.intake import NewMessage
+from relay.rounds import Unsettled, Writer
+from relay.schema import Outcome
+from tests.integration.office import Office, new_message, opened
+from tests.services import Postgres
+from tests.waiting import until
+
+
+class Front:
+    """A writer of messages, and what it answered: the first answer to each id; a second one is an error."""
+
+    def __init__(self, office: Office) -> None:
+        self.answers: dict[str, Any] = {}
+        self.rounds: list[int] = []
+        self.writer: Writer[NewMessage, None] = Writer(
+            "test", office.intake.commit, post=lambda call: call(), rounds_of=lambda n, _: self.rounds.append(n)
+        )
+
+    def put(self, message: NewMessage, deadline: float | None = None) -> None:
+        def done(answer: None | Exception) -> None:
+            assert message.id not in self.answers
+            self.answers[message.id] = answer
+
+        self.writer.put(message, done, deadline)
+
+    def take(self, *messages: NewMessage) -> dict[str, Any]:
+        """Put these in one round and wait for the answers."""
+        for message in messages:
+            self.put(message)
+        self.writer.start()
+        assert self.writer.close(30)
+        return self.answers
+
+
+def counts(office: Office) -> list[int]:
+    """Rows of messages, recipients and deliveries."""
+    return [office.rows(f"SELECT count(*) AS n FROM {t}")[0]["n"] for t in ("messages", "recipients", "deliveries")]
+
+
+def test_everything_that_was_said_is_kept(office: Office) -> None:
+    about = office.accept()
+    message = new_message(
+        "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
+        header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", notice_of=about,
+    )  # fmt: skip
+    message.recipients[0].notify, message.recipients[0].orcpt = "FAILURE,DELAY", "rfc822;zoe@example.org"
+    office.intake.commit([message])
+    (row,) = office.rows("SELECT m.*, @since(received_at) AS ago, @hex(notice_of) AS about FROM messages m"
+                         " WHERE id = @id(:id)", id=message.id)  # fmt: skip
+    assert (row["sender"], row["size"], row["client_address"], row["helo"]) == ("", 100, "192.0.2.1", message.helo)
+    assert (row["protocol"], row["auth_user"], row["header_message_id"]) == ("ESMTP", "user", "<1@x>")
+    assert (row["body_type"], row["ret"], row["envid"], row["about"]) == ("8BITMIME", "HDRS", "QQ+3D", about)
+    assert 0 <= row["ago"] < 60
+    sql = "SELECT * FROM recipients WHERE message_id = @id(:id) ORDER BY position"
+    fields = ("position", "address", "delivery", "notify", "orcpt")
+    assert [tuple(row[f] for f in fields) for row in office.rows(sql, id=message.id)] == [
+        (1, "Zoe@example.org", 1, "FAILURE,DELAY", "rfc822;zoe@example.org"),
+        (2, "adam@example.org", 2, None, None),
+        (3, "mia@example.org", 1, None, None),
+    ]
+    first, second = office.delivery(message.id, 1), office.delivery(message.id, 2)
+    assert (first["route"], second["route"], first["state"], first["claims"]) == ("default", "bulk", "queued", 0)
+    assert first["due_in"] == pytest.approx(office.settings.grace, abs=4)
+    assert first["expires_in"] == pytest.approx(office.settings.queue_lifetime, abs=30)
+
+
+def test_told_twice_is_accepted_once(office: Office) -> None:
+    messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
+    office.intake.commit(messages)
+    office.record(*office.claim(messages[0].id), Outcome.ACCEPTED)
+    before = office.rows("SELECT * FROM deliveries ORDER BY message_id, number")
+    office.intake.commit(messages + [new_message()])
+    after = office.rows("SELECT * FROM deliveries ORDER BY message_id, number")
+    assert after[:-1] == before, "also what is finished stays so"
+    assert counts(office) == [4, 7, 7]
+
+
+def test_bytes_from_peers_cannot_break_the_round(office: Office) -> None:
+    long = "<" + "x" * 5000 + "@x>"
+    office.intake.commit([new_message(helo="nul\0 and \udcff and é", header_message_id=long)])
+    (row,) = office.rows("SELECT helo, header_message_id FROM messages")
+    assert row["helo"] == r"nul\x00 and \xff and \xc3\xa9"
+    assert len(row["header_message_id"]) == 1000
+
+
+def test_one_bad_row_fails_alone(office: Office) -> None:
+    good = [new_message() for _ in range(4)]
+    bad = new_message()
+    bad.sender = None  # type: ignore[assignment]
+    front = Front(office)
+    answers = front.take(*good[:2], bad, *good[2:])
+    assert [answers[m.id] for m in good] == [None] * 4
+    assert isinstance(answers[bad.id], DBAPIError)
+    assert front.rounds == [5]
+    assert counts(office) == [4, 4, 4]
+
+
+def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(postgres_office: Office) -> None:
+    good, nul, long = (
+        new_message(),
+        new_message(sender="nul\0"),
+        new_message(sender="".join(new_id() for _ in range(1000))),
+    )
+    answers = Front(postgres_office).take(nul, good, long)
+    assert answers[good.id] is None
+    assert isinstance(answers[nul.id], DBAPIError)
+    assert isinstance(answers[long.id], DBAPIError), "longer than an index takes"
+    assert counts(postgres_office) == [1, 1, 1]
+
+
+def test_all_of_a_message_or_nothing(office: Office) -> None:
+    message = new_message("x@example.org", "y@example.org")
+    message.recipients[1].route = None  # type: ignore[assignment]
+    with pytest.raises(DBAPIError):
+        office.intake.commit([message])
+    assert counts(office) == [0, 0, 0]
+
+
+# --- COMMIT in doubt --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def killed(office: Office, postgres: Postgres, *, after: bool) -> Iterator[list[int]]:
+    """The server process of the next COMMIT is killed just before it, or when it has done it but not said so."""
+    done: list[int] = []
+
+    def kill(connection: Any) -> None:
+        if done:
+            return
+        pid = connection.connection.info.backend_pid
+        done.append(pid)
+        if after:
+            connection.connection.driver_connection.execute("COMMIT")
+        with office.engine.connect() as other:
+            other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+    event.listen(office.engine, "commit", kill)
+    yield done
+    event.remove(office.engine, "commit", kill)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_commit_in_doubt_is_settled_by_asking_again(postgres: Postgres, clean_postgres_url: str, after: bool) -> None:
+    with opened(clean_postgres_url) as office:
+        messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
+        with killed(office, postgres, after=after) as done:
+            answers = Front(office).take(*messages)
+        assert done
+        assert answers == dict.fromkeys((m.id for m in messages), None)
+        assert counts(office) == [3, 6, 6]
+
+
+def test_a_commit_in_doubt_whose_transaction_still_runs(postgres_office: Office) -> None:
+    """The repeat waits for the first transaction to end, and then does what is right either way."""
+    office = postgres_office
+    kept, undone = new_message(), new_message()
+    for message, keep in ((kept, True), (undone, False)):
+        first = office.engine.connect()
+        first.begin()
+        office.intake.insert(first, [message])
+        again = threading.Thread(target=office.intake.commit, args=([message],))
+        again.start()
+        until(lambda: office.rows("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        first.commit() if keep else first.rollback()
+        first.close()
+        again.join(20)
+    assert counts(office) == [2, 2, 2]
+
+
+def test_a_database_that_is_away_answers_nobody_until_it_is_back(postgres: Postgres, clean_postgres_url: str) -> None:
+    with opened(clean_postgres_url) as office:
+        front = Front(office)
+        postgres.stop()
+        front.writer.start()
+        patient, hurried = new_message(), new_message()
+        front.put(patient)
+        front.put(hurried, deadline=0.0)
+        until(lambda: front.answers)
+        assert isinstance(front.answers[hurried.id], Unsettled)
+        assert front.writer.stuck
+        assert list(front.answers) == [hurried.id]
+        postgres.start()
+        until(lambda: patient.id in front.answers)
+        assert front.answers[patient.id] is None
+        assert not front.writer.stuck
+        assert front.writer.close(10)

@@ -1,0 +1,96 @@
+"""What the collector says is what the tables hold, on either database, and it says when there is none."""
+
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from sqlalchemy import text
+
+from relay import database, metrics
+from relay.bodies import Spool
+from relay.claims import Ledger, Record, Try, Wish
+from relay.ids import dashed, new_id
+from relay.intake import Intake, NewMessage, NewRecipient
+from relay.metrics import Queue
+from relay.schema import Outcome, State
+from relay.settings import WorkerSettings
+from tests.services import Postgres
+from tests.waiting import until
+
+
+def scrape(queue: Queue) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(queue)
+    return registry
+
+
+def message(message_id: str) -> NewMessage:
+    return NewMessage(message_id, "a@example.com", 4, [NewRecipient("b@example.org")], "::1", "c.example", "ESMTP")
+
+
+def test_queue(database_url: str, tmp_path: Path):
+    settings = WorkerSettings(database_url=database_url, grace=0.001)
+    engine = database.connect(database_url, hot=True)
+    ids = sorted(new_id() for _ in range(6))
+    Intake(engine, lifetime=1e6, grace=1000).commit([message(i) for i in ids])
+    worker = new_id()
+    ledger = Ledger(engine, settings)
+    ledger.register(worker, "host", 1)
+    (claims,) = ledger.commit([Wish(worker, ids[:5], {"default": 5})])
+    assert isinstance(claims, list)
+    wanted = [
+        (State.DEFERRED, Outcome.UNCERTAIN, -60.0),
+        (State.DEFERRED, Outcome.DEFERRED, 600.0),
+        (State.HELD, Outcome.UNSENDABLE, 0.0),
+        (State.BOUNCED, Outcome.REJECTED, 0.0),
+    ]
+    ledger.commit([
+        Record(worker, claim.message_id, claim.number, claim.claim, state, outcome, "words", delay=delay,
+               tries=[Try(1, "mx:628", outcome, "words", 9, 2.0, 1.0)])
+        for claim, (state, outcome, delay) in zip(claims[:4], wanted, strict=True)
+    ])  # fmt: skip
+    with database.writing(engine) as connection:
+        earlier = "received_at - interval '1 hour'" if "postgresql" in database_url else "received_at - 3600000000"
+        connection.execute(text(f"UPDATE messages SET received_at = {earlier} WHERE id = :id"), {"id": dashed(ids[0])})
+    seen = scrape(Queue(engine, Spool(tmp_path))).get_sample_value
+
+    def by_state(name: str) -> dict[str, float | None]:
+        return {s: seen(f"relay_{name}", {"state": s}) for s in ("queued", "sending", "deferred", "held")}
+
+    assert seen("relay_database_up") == 1
+    assert by_state("deliveries") == {"queued": 1, "sending": 1, "deferred": 2, "held": 1}
+    assert by_state("overdue") == {"queued": 0, "sending": 0, "deferred": 1, "held": 0}
+    assert by_state("oldest_age_seconds")["deferred"] == pytest.approx(3600, abs=120)
+    assert by_state("oldest_age_seconds")["queued"] == pytest.approx(0, abs=120)
+    assert seen("relay_deliveries", {"state": "bounced"}) is None
+    assert seen("relay_notices_owed") == 1
+    assert seen("relay_workers_alive") == 1
+    assert seen("relay_uncertain_attempts") == 1
+    engine.dispose()
+
+
+def test_an_empty_queue_has_zeros(database_url: str, tmp_path: Path):
+    engine = database.connect(database_url)
+    seen = scrape(Queue(engine, Spool(tmp_path))).get_sample_value
+    assert [seen("relay_deliveries", {"state": "held"}), seen("relay_workers_alive")] == [0, 0]
+    assert seen("relay_broker_list_length", {"queue": "fresh"}) is None
+    engine.dispose()
+
+
+def test_database_down_and_back(postgres_url: str, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "FRESH", 0.0)
+    engine = database.connect(postgres_url)
+    queue = Queue(engine, Spool(tmp_path), lambda: {"fresh": 3})
+
+    def says(up: int) -> bool:
+        seen = scrape(queue).get_sample_value
+        assert seen("relay_broker_list_length", {"queue": "fresh"}) == 3
+        return seen("relay_database_up") == up
+
+    until(lambda: says(1))
+    postgres.stop()
+    until(lambda: says(0))
+    assert scrape(queue).get_sample_value("relay_workers_alive") is None
+    postgres.start()
+    until(lambda: says(1))
+    engine.dispose()

@@ -1,0 +1,178 @@
+"""Migrations make what `relay.schema` describes, on both databases, and any number may migrate at once."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psycopg
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from psycopg import sql
+from sqlalchemy import Connection, Engine, create_engine, inspect, text
+from sqlalchemy.engine import make_url
+
+from relay.database import alembic_config, connect, dialect_of, migrate, reading, wait_until_ready, writing
+from relay.schema import REVISION, VIEWS, metadata
+
+NUMBERS = itertools.count(1)
+# Everything about a PostgreSQL schema that a statement can make, a line each.
+CATALOG = """
+SELECT format('%s.%s %s %s default %s: %s', c.relname, a.attname, format_type(a.atttypid, a.atttypmod),
+              CASE WHEN a.attnotnull THEN 'not null' END, pg_get_expr(d.adbin, d.adrelid),
+              col_description(c.oid, a.attnum))
+FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v')
+UNION ALL SELECT format('%s: %s %s', relname, reloptions, obj_description(oid))
+FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'
+UNION ALL SELECT format('%s %s %s', conrelid::regclass, conname, pg_get_constraintdef(oid))
+FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+UNION ALL SELECT format('%s: %s', viewname, definition) FROM pg_views WHERE schemaname = 'public'
+"""
+
+
+@pytest.fixture
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Makes URLs of empty databases."""
+    dropped = ExitStack()
+
+    def new(kind: str) -> str:
+        number = next(NUMBERS)
+        if kind == "sqlite":
+            return f"sqlite:///{tmp_path}/empty-{number}.db"
+        url = make_url(request.getfixturevalue("postgres_maintenance_url"))
+        name = f"relay_test_{os.getpid()}_empty_{number}"
+        plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        connection = psycopg.connect(plain, autocommit=True)
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        dropped.callback(connection.close)
+        drop = sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name))
+        dropped.callback(connection.execute, drop)
+        return url.set(database=name).render_as_string(hide_password=False)
+
+    with dropped:
+        yield new
+
+
+def dump(url: str) -> list[str]:
+    """The schema in lines that can be compared, without Alembic's own table."""
+    engine = connect(url)
+    with reading(engine) as connection:
+        listed = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"
+        rows = connection.execute(text(CATALOG.replace(":", r"\:") if engine.dialect.name == "postgresql" else listed))
+        lines = [re.sub(r"\s+", " ", row[0]) for row in rows]
+    engine.dispose()
+    tight = [re.sub(r" ?([(),]) ?", r"\1", line).strip() for line in lines]
+    return sorted(line for line in tight if "alembic_version" not in line)
+
+
+def described(url: str) -> None:
+    """Make everything as `relay.schema` has it, without migrations."""
+    engine = connect(url)
+    spell = dialect_of(engine)
+    with writing(engine) as connection:
+        metadata.create_all(connection)
+        for name, select in VIEWS.items():
+            connection.exec_driver_sql(f"CREATE VIEW {name} AS {spell(select)}")
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_migrations_make_what_the_schema_describes(kind: str, new_url: Callable[[str], str]) -> None:
+    migrated, made = new_url(kind), new_url(kind)
+    assert migrate(migrated) == REVISION
+    described(made)
+    assert dump(migrated) == dump(made)
+    assert len(dump(migrated)) > 15
+
+
+def test_alembic_finds_nothing_to_do(database_url: str) -> None:
+    engine = connect(database_url)
+    with reading(engine) as connection:
+        options = {
+            "compare_type": True, "compare_server_default": True,
+            "include_name": lambda name, kind, _: kind != "table" or name != "alembic_version",
+        }  # fmt: skip
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
+    engine.dispose()
+
+
+def test_there_and_back_again(kind: str, new_url: Callable[[str], str]) -> None:
+    url = new_url(kind)
+    empty = dump(url) if kind == "postgresql" else []
+    migrate(url)
+    there = dump(url)
+    migrate(url)
+    assert dump(url) == there, "a second time changes nothing"
+    command.downgrade(alembic_config(url), "base")
+    assert dump(url) == empty
+    migrate(url)
+    assert dump(url) == there
+
+
+def test_the_program_knows_the_newest_revision() -> None:
+    assert ScriptDirectory.from_config(alembic_config("sqlite:///x")).get_heads() == [REVISION]
+
+
+def test_the_database_says_which_revision_it_has(database_url: str) -> None:
+    engine = connect(database_url)
+    wait_until_ready(engine)
+    engine.dispose()
+
+
+def test_several_that_migrate_at_once_take_turns(kind: str, new_url: Callable[[str], str]) -> None:
+    """Two replicas that start together: one migrates, the other finds it done."""
+    url, other = new_url(kind), new_url(kind)
+    migrate(other)
+    command = [sys.executable, "-c", "import sys; from relay.database import migrate; print(migrate(sys.argv[1]))", url]
+    replicas = [
+        subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [replica.communicate(timeout=60)[0] for replica in replicas] == [f"{REVISION}\n"] * 2
+    assert dump(url) == dump(other)
+
+
+def test_a_migration_that_fails_leaves_nothing(kind: str, new_url: Callable[[str], str]) -> None:
+    url = new_url(kind)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE workers (mine int)"))
+    before = dump(url)
+    with pytest.raises(Exception, match="workers"):
+        migrate(url)
+    assert dump(url) == before
+    engine.dispose()
+
+
+def test_tables_and_columns_are_explained(postgres_url: str) -> None:
+    engine = connect(postgres_url)
+    with reading(engine) as connection:
+        for table in metadata.tables.values():
+            assert table.comment
+            assert comments(connection, table.name) == {column.name: column.comment for column in table.columns}
+    engine.dispose()
+
+
+def comments(connection: Connection, table: str) -> dict[str, str | None]:
+    return {column["name"]: column["comment"] for column in inspect(connection).get_columns(table)}
+
+
+def test_views_can_be_read(database_url: str) -> None:
+    engine: Engine = connect(database_url)
+    with reading(engine) as connection:
+        for view in VIEWS:
+            assert connection.execute(text(f"SELECT * FROM {view}")).all() == []
+    engine.dispose()

@@ -1,0 +1,155 @@
+"""Looking at the queue, on both databases: every filter, ids by their end, and a long queue without holding it."""
+
+import itertools
+from datetime import UTC, datetime
+
+import pytest
+
+from relay.ids import dashed
+from relay.queue import Filter, NoSuchMessage, Queue
+from relay.schema import Outcome, State
+from tests.integration.office import Office, new_message
+
+
+@pytest.fixture
+def queue(office: Office) -> Queue:
+    return Queue(office.engine)
+
+
+def found(queue: Queue, **wanted: object) -> list[str]:
+    return [row["queue_id"] for row in queue.rows(Filter(**wanted))]  # type: ignore[arg-type]
+
+
+def test_every_filter(office: Office, queue: Queue) -> None:
+    one = office.accept("ann@example.org", sender="news@example.com", header_message_id="<1@x>")
+    two = office.accept("bulk:bob_1@example.net", sender="")
+    three = office.accept("bobX1@EXAMPLE.net", sender="it's 100%@example.com")
+    (claim,) = office.claim(one)
+    office.record(claim, Outcome.DEFERRED, reply="451 4.2.0 mailbox_full (#1)", server="a:628")
+    assert found(queue) == [one, two, three], "oldest first"
+    assert found(queue, states=("deferred",)) == [one]
+    assert found(queue, states=("deferred", "queued")) == [one, two, three]
+    assert found(queue, sender="") == [two]
+    assert found(queue, sender="*@example.com") == [one, three]
+    assert found(queue, sender="it's 100%*") == [three]
+    assert found(queue, sender="100%") == []
+    assert found(queue, recipient="ann@example.org") == [one]
+    assert found(queue, recipient="bob_1@*") == [two], "only * stands for something"
+    assert found(queue, recipient="*@example.net") == [two, three], "domains are the same in capitals"
+    assert found(queue, route="bulk") == [two]
+    assert found(queue, server="a:628") == [one]
+    assert found(queue, reply="mailbox_full") == [one]
+    assert found(queue, reply="mailbox%full") == []
+    assert found(queue, header_message_id="<1@x>") == [one]
+    assert found(queue, id=three) == [three]
+    assert found(queue, sender="*@example.com", states=("queued",)) == [three], "everything must hold"
+    assert found(queue, sender="*\\*") == []
+
+
+def test_older_than(office: Office, queue: Queue) -> None:
+    old = f"{int((datetime.now(UTC).timestamp() - 7200) * 1000):012x}7" + "0" * 19
+    office.intake.commit([new_message(message_id=old)])
+    young = office.accept()
+    assert found(queue, older_than=3600.0) == [old]
+    assert found(queue, older_than=0.0) in ([old], [old, young])
+    assert found(queue, older_than=1e12) == []
+
+
+def test_finished_rows_are_history(office: Office, queue: Queue) -> None:
+    message_id = office.accept()
+    office.record(*office.claim(message_id), Outcome.ACCEPTED)
+    assert found(queue) == []
+    assert found(queue, states=("delivered",)) == [message_id]
+    (row,) = queue.rows(Filter(), finished=True)
+    assert row["state"] == State.DELIVERED
+    assert row["finished_at"] <= datetime.now(UTC)
+
+
+def test_a_row_has_what_people_ask_for(office: Office, queue: Queue) -> None:
+    message_id = office.accept("x@example.org", sender="s@example.com", notice_of=office.accept("other@example.org"))
+    office.record(*office.claim(message_id), Outcome.DEFERRED)
+    (row,) = queue.rows(Filter(id=message_id))
+    assert (row["queue_id"], row["message_id"]) == (message_id, dashed(message_id))
+    assert (row["sender"], row["recipient"], row["size"], row["attempts"]) == ("s@example.com", "x@example.org", 100, 1)
+    assert (row["last_outcome"], row["reason"], row["server"]) == ("deferred", "its words", "qmqp.example.net:628")
+    assert all(row[name].tzinfo is UTC for name in ("received_at", "next_at", "expires_at"))
+    assert row["received_at"] < row["next_at"] < row["expires_at"]
+    assert row["finished_at"] is None
+    assert len(row["notice_of"]) == 32
+
+
+def test_a_long_queue_is_streamed(office: Office, queue: Queue) -> None:
+    office.intake.commit([new_message(*(f"r{n}@example.org" for n in range(10))) for _ in range(300)])
+    rows = queue.rows(Filter())
+    first = list(itertools.islice(rows, 5))
+    assert [row["position"] for row in first] == [1, 2, 3, 4, 5]
+    office.claim(first[0]["queue_id"])  # nobody is locked out meanwhile
+    assert len(list(rows)) == 2995
+    assert len(list(queue.rows(Filter(), limit=7))) == 7
+    half_read = queue.rows(Filter())
+    next(half_read)
+    half_read.close()
+
+
+def test_ids_by_any_unique_end(office: Office, queue: Queue) -> None:
+    message_id = office.accept()
+    twin = message_id[:10] + "0000" + message_id[14:]
+    office.intake.commit([new_message(message_id=twin)])
+    for text in (message_id, message_id.upper(), dashed(message_id), message_id[-20:], dashed(message_id)[-24:]):
+        assert queue.resolve(text) == message_id
+    with pytest.raises(NoSuchMessage, match="more than one") as caught:
+        queue.resolve(message_id[-4:])
+    assert message_id in str(caught.value)
+    assert twin in str(caught.value)
+    for text, words in (("f" * 32, "no message"), ("ffff", "no message"), ("abc", "no queue id"), ("%", "no queue id")):
+        with pytest.raises(NoSuchMessage, match=words):
+            queue.resolve(text)
+
+
+def test_everything_about_a_message(office: Office, queue: Queue) -> None:
+    message_id = office.accept("x@example.org", "bulk:y@example.org", "z@example.org")
+    office.record(*office.claim(message_id), Outcome.DEFERRED)
+    office.pass_time(60)
+    office.sweeps.requeue_due(10)
+    office.record(*office.claim(message_id), Outcome.REJECTED)
+    message = queue.message(message_id)
+    assert message is not None
+    assert [row["address"] for row in message["recipients"]] == ["x@example.org", "y@example.org", "z@example.org"]
+    assert [(row["number"], row["state"], row["claims"]) for row in message["deliveries"]] == [
+        (1, "bounced", 2), (2, "queued", 0)
+    ]  # fmt: skip
+    assert [(row["claim"], row["outcome"], row["worker"]) for row in message["attempts"]] == [
+        (1, "deferred", office.worker), (2, "rejected", office.worker)
+    ]  # fmt: skip
+    assert message["attempts"][0]["started_at"].tzinfo is UTC
+    assert queue.message("f" * 32) is None
+
+
+def test_what_the_whole_looks_like(office: Office, queue: Queue) -> None:
+    assert (queue.summary(), queue.servers()) == ([], [])
+    office.accept("x@example.org", "bulk:y@example.org")
+    (late,) = office.claim(office.accept())
+    office.record(late, Outcome.UNCERTAIN)
+    office.pass_time(60, only=[late.message_id])
+    summary = {(row["state"], row["route"]): row for row in queue.summary()}
+    assert {key: (row["deliveries"], row["bytes"], row["overdue"]) for key, row in summary.items()} == {
+        ("deferred", "default"): (1, 100, 1), ("queued", "bulk"): (1, 100, 0), ("queued", "default"): (1, 100, 0),
+    }  # fmt: skip
+    assert all(0 <= row["oldest_seconds"] < 60 and row["oldest_at"].tzinfo is UTC for row in summary.values())
+    (server,) = queue.servers()
+    assert (server["attempts"], server["uncertain"], server["accepted"], server["bytes_sent"]) == (1, 1, 0, 90)
+
+
+def test_workers(office: Office, queue: Queue) -> None:
+    office.claim(office.accept(), office.accept())
+    gone = office.hire()
+    office.ledger.retire(gone)
+    (alive, ended) = queue.workers()
+    assert (alive["id"], bool(alive["alive"]), alive["sending"], alive["ended_at"]) == (office.worker, True, 2, None)
+    assert (ended["id"], bool(ended["alive"]), ended["ending"]) == (gone, False, "stopped")
+
+
+def test_a_filter_as_it_would_be_typed() -> None:
+    assert Filter().shown() == ""
+    wanted = Filter(states=("held", "queued"), sender="", older_than=60.0)
+    assert wanted.shown() == "--state held --state queued --sender '' --older-than 60s"

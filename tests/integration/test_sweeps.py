@@ -1,0 +1,201 @@
+"""Sweeping, on both databases: what is due wakes up, who is gone is found out, and what was in flight is told of."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from relay.claims import Claim
+from relay.schema import Outcome, State
+from tests.integration.office import Office, opened
+
+
+def deferred(office: Office, count: int) -> list[str]:
+    """So many deferred deliveries, each due a minute after the one before it, the last in half a minute."""
+    ids = [office.accept() for _ in range(count)]
+    for claim in office.claim(*ids):
+        office.record(claim, Outcome.DEFERRED, backoff_step=2)
+    for n, message_id in enumerate(ids):
+        office.pass_time(60 * (count - n - 1), only=[message_id])
+    return ids
+
+
+def vanish(office: Office, worker: str = "") -> int | None:
+    """Let a worker's lease run out, and bury it."""
+    office.pass_time(office.settings.lease + 1)
+    return office.bury(worker or office.worker)
+
+
+def test_what_is_due_wakes_up_the_longest_due_first(office: Office) -> None:
+    ids = deferred(office, 5)
+    assert set(office.sweeps.requeue_due(2)) == set(ids[:2])
+    assert office.states(ids) == ["queued"] * 2 + ["deferred"] * 3
+    assert set(office.sweeps.requeue_due(10)) == set(ids[2:4]), "the last is not due yet"
+    assert office.sweeps.requeue_due(10) == []
+    row = office.delivery(ids[0])
+    assert row["due_in"] == pytest.approx(office.settings.grace, abs=4), "its hint has GRACE to arrive"
+    assert row["backoff_step"] == 2
+
+
+def test_deliveries_of_one_message_are_hinted_once(office: Office) -> None:
+    message_id = office.accept("x@example.org", "bulk:y@example.org")
+    for claim in office.claim(message_id, room={"default": 1, "bulk": 1}):
+        office.record(claim, Outcome.DEFERRED)
+    office.pass_time(60)
+    assert office.sweeps.requeue_due(10) == [message_id]
+    assert {office.state(message_id, 1), office.state(message_id, 2)} == {"queued"}
+
+
+def test_two_sweepers_share_what_is_due(office: Office) -> None:
+    ids = deferred(office, 40)
+    barrier = threading.Barrier(2)
+
+    def sweep() -> list[str]:
+        barrier.wait(10)
+        woken: list[str] = []
+        while office.rows("SELECT 1 FROM deliveries WHERE state = 'deferred' AND due_at <= @now"):
+            woken += office.sweeps.requeue_due(3)
+        return woken
+
+    with ThreadPoolExecutor(2) as pool:
+        sweepers = [pool.submit(sweep) for _ in range(2)]
+        woken = [message_id for sweeper in sweepers for message_id in sweeper.result(30)]
+    assert sorted(woken) == sorted(ids[:-1]), "each by one of them"
+
+
+def test_a_worker_that_is_alive_is_not_buried(office: Office) -> None:
+    (claim,) = office.claim(office.accept())
+    assert office.sweeps.ran_out() == []
+    office.pass_time(61)
+    ((worker, lease),) = office.sweeps.ran_out()
+    assert worker == office.worker
+    office.renew()
+    assert office.sweeps.bury(worker, lease) is None, "it renewed since it was seen"
+    assert office.sweeps.bury(worker, "never") is None
+    assert office.state(claim.message_id) == "sending"
+
+
+def test_what_a_lost_worker_was_sending_is_uncertain(office: Office) -> None:
+    kept = office.hire()
+    (theirs,) = office.claim(office.accept(), worker=kept)
+    (claim,) = office.claim(office.accept())
+    waiting = office.accept()
+    office.pass_time(61)
+    lease = dict(office.sweeps.ran_out())[office.worker]
+    office.renew(kept)
+    assert office.sweeps.bury(office.worker, lease) == 1
+    assert office.sweeps.bury(office.worker, lease) is None, "once"
+    row = office.delivery(claim.message_id)
+    assert (row["state"], row["worker"], row["vanished"], row["last_outcome"]) == ("deferred", None, 1, "uncertain")
+    assert row["due_in"] == pytest.approx(office.settings.uncertain_delay, abs=10)
+    assert "vanished" in row["last_reply"]
+    assert office.attempts(claim.message_id) == [(1, 0, "uncertain")]
+    assert office.state(theirs.message_id) == "sending"
+    assert office.state(waiting) == "queued"
+    endings = {str(row["id"]).replace("-", ""): row["ending"] for row in office.rows("SELECT id, ending FROM workers")}
+    assert endings == {office.worker: "vanished", kept: None}
+
+
+def test_a_poison_message_is_held(clean_url: str) -> None:
+    with opened(clean_url, poison_limit=3) as office:
+        message_id = office.accept()
+        for lost in (1, 2, 3):
+            worker = office.hire()
+            (claim,) = office.claim(message_id, worker=worker)
+            assert (claim.vanished, claim.claim) == (lost - 1, lost)
+            vanish(office, worker)
+            row = office.delivery(message_id)
+            assert (row["vanished"], row["state"]) == (lost, "held" if lost == 3 else "deferred")
+            office.pass_time(100)
+            office.sweeps.requeue_due(10)
+        assert office.delivery(message_id)["due_at"] is None
+
+
+def test_an_outcome_ends_the_count_of_lost_workers(office: Office) -> None:
+    message_id = office.accept()
+    office.claim(message_id)
+    vanish(office)
+    office.pass_time(100)
+    office.sweeps.requeue_due(10)
+    worker = office.hire()
+    office.record(*office.claim(message_id, worker=worker), Outcome.DEFERRED, worker=worker)
+    assert office.delivery(message_id)["vanished"] == 0
+
+
+def test_uncertain_is_held_where_the_operator_wants_to_look(clean_url: str) -> None:
+    with opened(clean_url, uncertain="hold") as office:
+        message_id = office.accept()
+        office.claim(message_id)
+        assert vanish(office) == 1
+        row = office.delivery(message_id)
+        assert (row["state"], row["due_at"], row["last_outcome"]) == ("held", None, "uncertain")
+
+
+def test_what_an_operator_wanted_comes_first_and_lateness_counts(office: Office) -> None:
+    dropped, bounced, null, late = office.accept(), office.accept(), office.accept(sender=""), office.accept()
+    office.claim(dropped, bounced, null, late)
+    for message_id, verb in ((dropped, "drop"), (bounced, "bounce"), (null, "bounce")):
+        office.ask(message_id, verb)
+    office.pass_time(2000, only=[late])
+    office.change("UPDATE deliveries SET due_at = @later(100) WHERE message_id = @id(:id)", id=late)
+    assert vanish(office) == 4
+    assert office.states([dropped, bounced, null, late]) == ["dropped", "bounced", "bounced", "expired"]
+    assert [office.delivery(i)["due_at"] is None for i in (dropped, bounced, null, late)] == [True, False, True, False]
+    assert all(office.delivery(i)["finished_at"] is not None for i in (dropped, bounced, null, late))
+
+
+@pytest.mark.parametrize("outcome", [Outcome.ACCEPTED, Outcome.DEFERRED])
+def test_a_worker_that_wakes_up_late(office: Office, outcome: Outcome) -> None:
+    (claim,) = office.claim(office.accept())
+    vanish(office)
+    state = State.DELIVERED if outcome is Outcome.ACCEPTED else State.DEFERRED
+    assert office.record(claim, outcome).state is state
+    row = office.delivery(claim.message_id)
+    assert (row["state"], row["last_outcome"]) == (state, "accepted" if state == "delivered" else "uncertain")
+    assert office.attempts(claim.message_id) == [(1, 0, "uncertain"), (1, 1, outcome)]
+    assert not office.renew()
+
+
+def test_stuck_transfers_are_given_up(office: Office) -> None:
+    (claim,) = office.claim(office.accept())
+    fresh = office.accept()
+    assert office.sweeps.lose_stuck() == 0
+    office.pass_time(3 * office.settings.session_timeout)
+    office.claim(fresh)
+    assert office.sweeps.lose_stuck() == 1
+    row = office.delivery(claim.message_id)
+    assert (row["state"], row["last_outcome"]) == ("expired", "uncertain")
+    assert office.state(fresh) == "sending"
+
+
+def test_what_a_worker_that_ended_still_held_is_found(office: Office) -> None:
+    (claim,) = office.claim(office.accept())
+    assert office.sweeps.lose_strays() == 0
+    office.change("UPDATE workers SET ended_at = @now, ending = 'stopped'")
+    assert office.sweeps.lose_strays() == 1
+    assert office.state(claim.message_id) == "deferred"
+    assert office.attempts(claim.message_id) == [(1, 0, "uncertain")]
+    assert office.sweeps.lose_strays() == 0
+
+
+def test_a_burial_and_a_late_k_at_the_same_time(office: Office) -> None:
+    """In either order there is one truth: delivered."""
+    claims: list[Claim] = office.claim(*(office.accept() for _ in range(20)))
+    office.pass_time(61)
+    lease = dict(office.sweeps.ran_out())[office.worker]
+    barrier = threading.Barrier(2)
+
+    def bury() -> int | None:
+        barrier.wait(10)
+        return office.sweeps.bury(office.worker, lease)
+
+    def finish() -> None:
+        barrier.wait(10)
+        for claim in reversed(claims):
+            office.record(claim, Outcome.ACCEPTED)
+
+    with ThreadPoolExecutor(2) as pool:
+        buried, finished = pool.submit(bury), pool.submit(finish)
+        assert buried.result(30) is not None
+        finished.result(30)
+    assert set(office.states(claim.message_id for claim in claims)) == {"delivered"}

@@ -1,0 +1,108 @@
+"""How the command line prints: what people read, what pipes read, and what may never happen to either."""
+
+import io
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from commands import tables
+from commands.tables import Columns, Row, ago, cut, size, span, write
+
+COLUMNS: Columns = {"NAME": lambda row: str(row["name"])[:3], "AGE": lambda row: ago(row["at"])}
+ROWS: list[Row] = [{"name": "one\ttwo", "at": datetime(2026, 11, 22, 12, 0, tzinfo=UTC)}, {"name": "three", "at": None}]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("<>", "<>"),
+        ("exactly-24@long.example.", "exactly-24@long.example."),
+        ("somebody.with.a.name@example.com", "somebody.wi…@example.com"),
+        ("a@" + "sub." * 20 + "example.com", "a@sub.s….sub.example.com"),
+        ("no-domain-at-all-but-very-long-indeed", "no-doma…very-long-indeed"),
+    ],
+)
+def test_an_address_fits_and_keeps_its_domain(address: str, shown: str) -> None:
+    assert cut(address, 24) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0s"), (-3, "0s"), (0.6, "1s"), (59, "59s"), (60, "1m"), (200, "3m 20s"), (3600, "1h"), (187200, "2d 4h")],
+)
+def test_a_span_has_its_two_largest_units(seconds: float, shown: str) -> None:
+    assert span(seconds) == shown
+
+
+def test_a_span_leaves_out_what_is_none() -> None:
+    assert span(86400 + 60) == "1d"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0"), (1023, "1023"), (1024, "1.0K"), (25 << 20, "25.0M"), (3 << 40, "3.0T")]
+)
+def test_sizes(count: int, shown: str) -> None:
+    assert size(count) == shown
+
+
+def test_times_are_told_from_now() -> None:
+    now = datetime.now(UTC)
+    assert ago(None) == ""
+    assert ago(now - timedelta(seconds=200)) == "3m 20s"
+    assert ago(now + timedelta(seconds=30.4)) == "in 30s"
+
+
+def test_a_pipe_gets_whole_values_between_tabs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert write(ROWS, COLUMNS) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t") for line in lines] == [
+        ["name", "at"],
+        ["one two", "2026-11-22T12:00:00.000+00:00"],
+        ["three", ""],
+    ]
+
+
+def test_a_program_gets_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert write(ROWS, COLUMNS, json_lines=True) == 2
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found == [{"name": "one\ttwo", "at": "2026-11-22T12:00:00.000+00:00"}, {"name": "three", "at": None}]
+
+
+def test_people_get_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert write(ROWS, COLUMNS) == 2
+    shown = terminal.getvalue()
+    assert shown.split()[:3] == ["NAME", "AGE", "one"]
+    assert "three" not in shown
+
+
+def test_markup_in_a_reply_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    tables.write([{"name": "[red]x[/]"}], {"REPLY": lambda row: str(row["name"])})
+    assert "[red]x[/]" in terminal.getvalue()
+
+
+def test_nothing_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert write([], COLUMNS) == 0
+    assert write([], COLUMNS, json_lines=True) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_go_out_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    def rows() -> Iterator[Row]:
+        yield {"n": 1}
+        assert capsys.readouterr().out == '{"n": 1}\n'
+        yield {"n": 2}
+
+    assert write(rows(), {}, json_lines=True) == 2

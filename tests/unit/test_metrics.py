@@ -1,0 +1,114 @@
+"""Counting is bounded and cheap; a scrape is answered whatever is away; the address is a matter of what is free."""
+
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+
+from relay import database, metrics
+from relay.bodies import Spool
+from relay.metrics import Queue, serve
+from relay.settings import Settings
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def scraped(collector: Queue) -> str:
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry).decode()
+
+
+@pytest.mark.parametrize(
+    ("reply", "label"),
+    [
+        (b"554 5.7.1 Relay access denied\r\n", "554 5.7.1"),
+        (b"550 5.6.11 Message contains a bare CR or LF\r\n", "550 5.6.11"),
+        (b"502 What the client said: \xff\r\n", "502"),
+        (b"421\r\n", "421"),
+    ],
+)
+def test_refusal_is_counted_by_its_codes(reply: bytes, label: str):
+    before = sample("relay_smtp_refusals_total", reply=label)
+    metrics.refused(reply)
+    assert sample("relay_smtp_refusals_total", reply=label) == before + 1
+
+
+def test_children_are_bound_once():
+    assert metrics.attempts("mx:628", "accepted") is metrics.attempts("mx:628", "accepted")
+    assert metrics.rounds("intake") is metrics.rounds("intake")
+
+
+def test_round_is_observed_by_size_and_seconds():
+    metrics.rounds("test")(7, 0.25)
+    assert sample("relay_round_size_sum", writer="test") == 7
+    assert sample("relay_round_seconds_sum", writer="test") == 0.25
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[Queue]:
+    """On a database that has no tables."""
+    engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
+    yield Queue(engine, Spool(tmp_path))
+    engine.dispose()
+
+
+def test_a_database_that_fails_leaves_the_rest(queue: Queue):
+    text = scraped(queue)
+    assert "relay_database_up 0.0" in text
+    assert "relay_spool_free_bytes" in text
+    assert "relay_deliveries" not in text
+
+
+def test_a_spool_that_is_gone_leaves_the_rest(tmp_path: Path):
+    engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
+    text = scraped(Queue(engine, Spool(tmp_path / "gone")))
+    engine.dispose()
+    assert "relay_spool_free_bytes" not in text
+    assert "relay_database_up" in text
+
+
+def test_a_database_that_is_silent_delays_no_scrape(queue: Queue, monkeypatch: pytest.MonkeyPatch):
+    looks, go_on = [], threading.Event()
+
+    def silent() -> list[Metric]:
+        looks.append(1)
+        go_on.wait(30)
+        return [metrics._gauge("database_up", "", 1)]
+
+    monkeypatch.setattr(metrics, "PATIENCE", 0.05)
+    monkeypatch.setattr(queue, "_database", silent)
+    assert "relay_database_up 0.0" in scraped(queue)
+    assert "relay_database_up 0.0" in scraped(queue)
+    assert len(looks) == 1, "one look at a time"
+    go_on.set()
+    monkeypatch.setattr(metrics, "PATIENCE", 10.0)
+    assert "relay_database_up 1.0" in scraped(queue), "what came late is there for the next"
+    assert len(looks) == 1, "and good for a while"
+
+
+def test_not_served_unless_asked():
+    before = threading.active_count()
+    serve(Settings())()
+    assert threading.active_count() == before
+
+
+def test_serves_on_the_first_free_address(queue: Queue, free_port):
+    first, second = free_port(), free_port()
+    settings = Settings(metrics_listen=(("127.0.0.1", first), ("127.0.0.1", second)))
+    stop_first, stop_second = serve(settings, queue), serve(settings)
+    try:
+        for port in (first, second):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                assert b"relay_accept_seconds_count" in answer.read()
+        serve(settings)()  # none left: a warning, and mail goes on
+    finally:
+        stop_first()
+        stop_second()
+    serve(settings, queue)()  # both can be had again
