@@ -1,0 +1,144 @@
+"""`qmqp-relay check`: whether the relay can work here, and what to do where it cannot.
+
+Each check is a function that answers with findings and never raises for what it looks at; nothing is changed, and a
+QMQP server is only connected to. What must stay true: a finding that is not `ok` names its remedy.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from commands import inspect, tables, valkey
+from relay import database, schema
+from relay.bodies import file_system
+from relay.routes import Routes, Server
+from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
+
+DONE, WRONG_USE, OUT_OF_REACH = 0, 2, 3
+PATIENCE = 5.0  # seconds for a connection
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was looked at, how it is, and what mends it. `away`: out of reach, so `fail` with another exit status."""
+
+    what: str
+    verdict: Literal["ok", "warn", "fail", "away"]
+    words: str
+    remedy: str = ""
+
+
+_COLUMNS = {
+    "CHECK": lambda row: row["what"],
+    "": lambda row: "fail" if row["verdict"] == "away" else row["verdict"],
+    "FOUND": lambda row: row["words"] + (f"; {row['remedy']}" if row["remedy"] else ""),
+}
+
+
+def run(*, json_lines: bool) -> int:
+    """Look at everything and print it; the exit status."""
+    findings = list(look())
+    tables.write(map(asdict, findings), _COLUMNS, json_lines=json_lines)
+    verdicts = {finding.verdict for finding in findings}
+    return OUT_OF_REACH if "away" in verdicts else WRONG_USE if "fail" in verdicts else DONE
+
+
+def look() -> Iterator[Finding]:
+    """Every finding, in the order in which they matter."""
+    try:
+        load(SmtpdSettings)
+        settings = load(WorkerSettings)
+        routes = Routes.load(settings)
+    except (SettingsError, ValueError) as error:
+        yield Finding("settings", "fail", "; ".join(str(error).splitlines()), "mend the variables named")
+        return
+    yield Finding("settings", "ok", f"RELAY_STATE_DIR = {settings.state_dir}")
+    yield from _database(settings)
+    yield _broker(settings)
+    servers = [server for name in routes.names() if (route := routes.get(name)) for server in route.servers]
+    yield from map(_server, servers)
+    if not servers:
+        yield Finding("QMQP server", "warn", "none: mail is kept and waits", "set RELAY_QMQP_SERVERS")
+
+
+def _database(settings: Settings) -> Iterator[Finding]:
+    what, url = "database", redacted(settings.database_url)
+    try:
+        engine = inspect.opened(settings)
+        with database.reading(engine) as connection:
+            revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        faults = database.check_durable(engine)
+    except database.DatabaseError as error:
+        yield Finding(what, "away", str(error), "")
+        return
+    except SQLAlchemyError as error:
+        words = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        missing = "alembic_version" in words
+        remedy = "run `qmqp-relay migrate`" if missing else "start it, or correct RELAY_DATABASE_URL"
+        yield Finding(what, "fail" if missing else "away", f"{url}: {words}", remedy)
+        return
+    if revision != schema.REVISION:
+        words = f"schema is at {revision}, this program needs {schema.REVISION}"
+        yield Finding(what, "fail", words, "run `qmqp-relay migrate`")
+    elif faults:
+        verdict: Literal["warn", "fail"] = "warn" if settings.unsafe_durability else "fail"
+        yield Finding(what, verdict, f"would forget mail at a power cut: {', '.join(faults)}", "turn that on")
+    else:
+        yield Finding(what, "ok", f"{url} at revision {revision}, durable")
+    yield _spool(settings, engine)
+
+
+def _spool(settings: Settings, engine: Engine) -> Finding:
+    what, directory = "spool", settings.spool_dir
+    with database.reading(engine) as connection:
+        known = connection.execute(text(database.dialect_of(engine)("SELECT @hex(id) FROM spool"))).scalar()
+    marker = directory / "spool-id"
+    found = marker.read_text().strip() if os.access(marker, os.R_OK) else None
+    if found != known:
+        words = f"{directory} says {found or 'nothing'}, the database knows {known or 'none'}"
+        return Finding(what, "fail", words, "it is not the spool of this database: set RELAY_SPOOL_DIR")
+    if not known:
+        return Finding(what, "ok", f"{directory}: smtpd or worker will make it")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return Finding(what, "fail", f"{directory} is not writable", "chown it to the relay's user")
+    if (kind := file_system(directory)) in {"tmpfs", "ramfs"}:
+        return Finding(what, "warn", f"{directory} is on {kind}, which forgets mail", "choose a disk")
+    room = os.statvfs(directory)
+    return Finding(what, "ok", f"{directory}, {tables.size(room.f_bavail * room.f_frsize)} free")
+
+
+def _broker(settings: Settings) -> Finding:
+    from redis import Redis, RedisError
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    url = valkey.url(settings) or settings.broker_url
+    try:
+        client = Redis.from_url(
+            url.replace("redis+socket://", "unix://"), socket_timeout=PATIENCE, retry=Retry(NoBackoff(), 0)
+        )
+        client.ping()
+    except (RedisError, OSError, ValueError) as error:
+        remedy = "start it, or correct RELAY_BROKER_URL; mail is delivered without it, some seconds later"
+        return Finding("broker", "away", f"{redacted(url)}: {error}", remedy)
+    return Finding("broker", "ok", redacted(url))
+
+
+def _server(server: Server) -> Finding:
+    what = f"QMQP server {server.name}"
+    try:
+        if server.path:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(PATIENCE)
+                client.connect(str(Path(server.path)))
+        else:
+            socket.create_connection((server.host or "", server.port), PATIENCE).close()
+    except OSError as error:
+        return Finding(what, "away", error.strerror or str(error), "mail for it waits; start it or name another")
+    return Finding(what, "ok", "takes connections")

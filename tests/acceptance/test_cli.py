@@ -1,0 +1,115 @@
+"""The commands that look: on a relay that runs, on one that was never started, and on wrong use."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from commands.cli import main
+from tests.acceptance.stack import StartUp, command
+from tests.services import free_port
+
+
+def test_looking_at_a_relay(start_up: StartUp, tmp_path: Path) -> None:
+    up = start_up("--demo")
+    var = str(up.state_dir)
+    address = f"{'long' * 12}@{'sub.' * 8}example.com"
+    delivered = up.send("you@example.org", sender=address)
+    deferred = up.send("defer-99@example.org", "second@example.org", sender="")
+    up.until_state("you@example.org", "delivered")
+    up.until_state("defer-99@example.org", "deferred")
+
+    waiting = [json.loads(line) for line in command("list", "--json", STATE_DIR=var).stdout.splitlines()]
+    assert [row["recipient"] for row in waiting] == ["defer-99@example.org", "second@example.org"]
+    assert {row["queue_id"] for row in waiting} == {deferred}
+    assert "busy" in waiting[0]["reason"]
+
+    everything = command("list", "--all", STATE_DIR=var).stdout
+    assert len(everything.splitlines()) == 4  # a heading
+    assert address in everything
+
+    options = ("--all", "--sender", "", "--recipient", "*@example.org", "--limit", "1", "--json")
+    one = command("list", *options, STATE_DIR=var)
+    assert json.loads(one.stdout)["sender"] == ""
+    assert command("list", "--state", "held", STATE_DIR=var).returncode == 1
+    assert command("list", "--older-than", "1h", STATE_DIR=var).returncode == 1
+
+    for spelled in (delivered, delivered[-10:], delivered.upper(), f"{delivered[:8]}-{delivered[8:]}"):
+        shown = command("show", spelled, STATE_DIR=var)
+        assert shown.returncode == 0, shown.stderr
+        for word in (delivered, address, "you@example.org", "delivered", "accepted", "Ok: queued as", "gone"):
+            assert word in shown.stdout
+    whole = json.loads(command("show", deferred, "--json", STATE_DIR=var).stdout)
+    assert whole["file_size"] == whole["size"]
+    assert {row["outcome"] for row in whole["attempts"]} == {"deferred"}
+    assert command("show", "0123456789abcdef", STATE_DIR=var).returncode == 1
+
+    stats = [json.loads(line) for line in command("stats", "--json", STATE_DIR=var).stdout.splitlines()]
+    assert {(row["kind"], row.get("state")) for row in stats if row["kind"] == "queue"} >= {("queue", "delivered")}
+    assert [row["alive"] for row in stats if row["kind"] == "worker"]
+    assert any(row["kind"] == "server" and row["accepted"] for row in stats)
+    assert "workers:" in command("stats", STATE_DIR=var).stdout
+
+    checked = command("check", STATE_DIR=var, QMQP_SERVERS=f"127.0.0.1:{free_port()}")
+    assert checked.returncode == 3  # that server is out of reach, and all else is well
+    assert {line.split("\t")[1] for line in checked.stdout.splitlines()[1:]} <= {"ok", "warn", "away"}
+    assert up.end(signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize("words", [("list",), ("show", "abcdef"), ("stats",), ("check",)])
+def test_where_nothing_was_started_nothing_is_made(tmp_path: Path, words: tuple[str, ...]) -> None:
+    looked = command(*words, STATE_DIR=str(tmp_path / "var"))
+    assert looked.returncode in {2, 3}
+    assert "there is no database" in looked.stdout + looked.stderr
+    assert "Traceback" not in looked.stderr
+    assert not (tmp_path / "var").exists()
+
+
+def test_a_database_out_of_reach(tmp_path: Path) -> None:
+    url = f"postgresql://relay:secret@127.0.0.1:{free_port()}/relay"
+    looked = command("list", STATE_DIR=str(tmp_path), DATABASE_URL=url)
+    assert looked.returncode == 3
+    checked = command("check", "--json", STATE_DIR=str(tmp_path), DATABASE_URL=url)
+    assert checked.returncode == 3
+    for said in (looked.stderr, checked.stdout, checked.stderr):
+        assert "secret" not in said
+        assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "said"),
+    [
+        (("up",), {"SMTP_LISTEN": "nonsense"}, "RELAY_SMTP_LISTEN"),
+        (("up",), {"RETRY_MIN": "soon"}, "RELAY_RETRY_MIN"),
+        (("smtpd",), {"MAX_MESSAGE_SIZE": "huge"}, "RELAY_MAX_MESSAGE_SIZE"),
+        (("worker",), {"BLOCK_SIZE": "1"}, "RELAY_BLOCK_SIZE"),
+        (("migrate",), {"DATABASE_URL": "mysql://x/y"}, "RELAY_DATABASE_URL"),
+        (("check",), {"QMQP_SERVERS": "mail.example.com:port"}, "mail.example.com:port"),
+        (("list", "--state", "lost"), {}, "no state lost"),
+        (("list", "--older-than", "ages"), {}, "ages"),
+        (("sink", "--listen", "unix:here"), {}, "unix:here"),
+        (("sink", "--preset", "sendmail"), {}, "sendmail"),
+        (("sing",), {}, "sing"),
+    ],
+)
+def test_wrong_use_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    settings: dict[str, str],
+    said: str,
+) -> None:
+    for name, value in {"STATE_DIR": str(tmp_path / "var"), **settings}.items():
+        monkeypatch.setenv(f"RELAY_{name}", value)
+    refused = CliRunner().invoke(main, words)  # in this process: a dozen starts of Python would take a while
+    assert refused.exit_code == 2, refused.output
+    assert said in refused.output
+
+
+def test_migrate_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        migrated = command("migrate", STATE_DIR=str(tmp_path / "var"))
+        assert migrated.returncode == 0, migrated.stderr
+        assert "is at revision" in migrated.stdout

@@ -1,0 +1,163 @@
+"""`qmqp-relay up`, as people start, stop, break and start it again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qmqp.sink import running_sink
+from tests.acceptance.stack import ROOT, STARTING, StartUp, Up, command, processes_of
+from tests.services import free_port
+from tests.waiting import until
+
+
+def test_mail_goes_in_and_out_and_ctrl_c_ends_it(start_up: StartUp) -> None:
+    up = start_up("--demo")
+    said = up.said()
+    assert "DEMO" in said
+    for word in (f"smtp://127.0.0.1:{up.port}", "curl", "sqlite3", "defer-2@", "reject@", "slow@", "drop-reply@"):
+        assert word in said
+    up.send("you@example.org", "reject@example.org", sender="")
+    up.until_state("reject@example.org", "bounced")
+    up.send("you@example.org")
+    up.until_state("you@example.org", "delivered")
+    assert list((up.state_dir / "sink").glob("*.eml"))
+    assert up.end(signal.SIGINT) == 0
+    assert processes_of(up.state_dir) == []
+
+
+def test_the_lines_of_the_banner_can_be_pasted(start_up: StartUp, tmp_path: Path) -> None:
+    up = start_up("--demo", QMQP_SERVER="mail.example.com")
+    assert up.said().count("ignoring RELAY_QMQP_SERVER,") == 1
+    assert "did you mean RELAY_QMQP_SERVERS?" in up.said()
+    (tmp_path / "README.md").write_text("# Heading\n\n.dots\n")
+    paste("curl", up, tmp_path)
+    up.until_state("you@example.org", "delivered")
+    body = next((up.state_dir / "sink").glob("*.eml")).read_bytes()
+    assert body.endswith(b"\n# Heading\n\n.dots\n")
+    paste("sqlite3", up, ROOT)
+    assert up.end(signal.SIGTERM) == 0
+    assert processes_of(up.state_dir) == []
+
+
+def paste(word: str, up: Up, directory: Path) -> None:
+    """Run the line of the banner that has this word, as a person would."""
+    line = next(line for line in up.said().splitlines() if line.startswith("  ") and f"{word} " in line)
+    done = subprocess.run(line, shell=True, cwd=directory, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+
+
+def test_the_next_start_delivers_what_a_killed_one_had(start_up: StartUp) -> None:
+    first = start_up()  # no server: mail waits
+    assert len(processes_of(first.state_dir)) == 4  # up, valkey, smtpd, worker
+    first.send("you@example.org")
+    os.kill(first.pid, signal.SIGKILL)
+    until(lambda: not processes_of(first.state_dir), 5, what="the children died with it")
+    assert (first.state_dir / "broker.sock").exists()
+    with running_sink() as sink:
+        second = start_up(QMQP_SERVERS=f"127.0.0.1:{sink.port}")
+        second.until_state("you@example.org", "delivered")
+        assert len(sink.received) == 1
+    assert second.end(signal.SIGINT) == 0
+
+
+def test_a_child_that_dies_is_started_again(start_up: StartUp) -> None:
+    up = start_up("--demo")
+    for name in ("smtpd", "worker", "valkey"):
+        pid = up.child(name) or up.child(f"{name}-server") or up.child("redis-server")
+        assert pid, name
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: up.said().count("starting it again") >= 3, 10, what=up.said)
+    until(lambda: _listens(up.port), STARTING, what=up.said)
+    up.send("you@example.org")
+    up.until_state("you@example.org", "delivered")
+    assert up.end(signal.SIGINT) == 0
+
+
+def test_two_cannot_run_on_one_directory(tmp_path: Path) -> None:
+    up = Up(tmp_path / "var")
+    up.begin()
+    lock = up.state_dir / "up.lock"
+    until(lambda: lock.exists() and lock.read_text(), STARTING, what=up.said)
+    second = command("up", STATE_DIR=str(up.state_dir), SMTP_LISTEN=f"127.0.0.1:{free_port()}")
+    assert second.returncode == 2
+    assert f"pid {up.pid}" in second.stderr
+    assert "RELAY_STATE_DIR" in second.stderr
+    assert up.running
+    assert up.end(signal.SIGINT) == 0  # also in the middle of starting
+    assert processes_of(up.state_dir) == []
+
+
+def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused = command("up", "--demo", STATE_DIR=str(tmp_path / "var"), SMTP_LISTEN=address)
+    assert refused.returncode == 2
+    assert f"{address} is taken" in refused.stderr
+    assert "RELAY_SMTP_LISTEN" in refused.stderr
+    assert {path.name for path in (tmp_path / "var").iterdir()} == {"up.lock"}
+
+
+def test_a_long_path_is_no_trouble(start_up: StartUp, tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100) / "var"
+    deep.parent.mkdir()
+    up = start_up("--demo", STATE_DIR=str(deep))
+    up.send("you@example.org")
+    up.until_state("you@example.org", "delivered")
+    checked = command("check", STATE_DIR=str(deep))
+    assert "broker\tok" in checked.stdout
+    assert up.end(signal.SIGINT) == 0
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = command("up", STATE_DIR=str(tmp_path / "file" / "var"))
+    assert refused.returncode == 2
+    assert "RELAY_STATE_DIR" in refused.stderr
+
+
+def test_a_broker_that_is_given_is_used(start_up: StartUp, broker_url: str) -> None:
+    up = start_up("--demo", BROKER_URL=broker_url)
+    assert up.child("valkey-server") is up.child("redis-server") is None
+    up.send("you@example.org")
+    up.until_state("you@example.org", "delivered")
+
+
+def test_a_second_ctrl_c_kills(start_up: StartUp) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as tarpit:  # takes the connection and never replies
+        up = start_up(QMQP_SERVERS=f"127.0.0.1:{tarpit.getsockname()[1]}", DRAIN_TIMEOUT="60s")
+        up.send("you@example.org")
+        connection, _ = tarpit.accept()
+        with connection:
+            until(lambda: connection.recv(65536).endswith(b","), what="the whole request")
+            os.kill(up.pid, signal.SIGINT)
+            until(lambda: "stopping" in up.said() and up.child("smtpd") is None, 10, what=up.said)
+            assert up.running
+            # Within half a second a signal counts as the same one, so ask until it is another.
+            until(lambda: _interrupted(up.pid) or not up.running, 10, what=up.said)
+    assert up.end(signal.SIGCONT) == 0
+    assert processes_of(up.state_dir) == []
+
+
+def _interrupted(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGINT)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+if sys.platform != "linux":
+    pytest.skip("looks for processes in /proc", allow_module_level=True)
