@@ -6,9 +6,10 @@ QMQP hands one message with its whole envelope to a mail server over one connect
     reply    = netstring( ("K" / "Z" / "D") *OCTET )
     netstring(s) = decimal-length(s) ":" s ","
 
-K means accepted for every recipient, Z try again later, D refused for ever. Until the last byte of the request has left,
-the server must throw everything away; afterwards only its reply can tell what became of the message. That byte is the
-*commit point*, and most of what this package does is about being exact on which side of it a failure fell.
+K means accepted for every recipient, Z try again later, D refused for ever. Until the last byte of the
+request has left, the server must throw everything away; afterwards only its reply can tell what became of the
+message. That byte is the *commit point*, and most of what this package does is about being exact on which
+side of it a failure fell.
 
     netstring   the codec: exact lengths, strict and bounded decoding
     request     a request as bytes of known length, and the parsers of both directions; no I/O

@@ -2,27 +2,31 @@
 
     result = await send(host="192.0.2.1", request=Request(size, sender, recipients), fd=body)
 
-How it works. One `Transfer` is one connection, driven by the callbacks of the event loop on a socket of its own; the one
-thing awaited is its result. It owns the socket, rather than a transport, because three things must be known that a
-transport hides: how many bytes the kernel has taken (the commit point, and when the block may be used again), that it is
-just now that the last ones go, and what still lies in the receive buffer when a write fails. The body is read block by
-block into one buffer, so memory stays flat whatever the size; from the page cache on the loop, else in an executor.
-The header goes with the first block in one write, the end of the body with the whole envelope in another (a request that
-fits into a block goes in a single one), because there are servers that misread a header or a last comma of its own.
+How it works. One `Transfer` is one connection, driven by the callbacks of the event loop on a socket of its
+own; the one thing awaited is its result. It owns the socket, rather than a transport, because three things
+must be known that a transport hides: how many bytes the kernel has taken (the commit point, and when the
+block may be used again), that it is just now that the last ones go, and what still lies in the receive buffer
+when a write fails. The body is read block by block into one buffer, so memory stays flat whatever the size;
+from the page cache on the loop, else in an executor. The header goes with the first block in one write, the
+end of the body with the whole envelope in another (a request that fits into a block goes in a single one),
+because there are servers that misread a header or a last comma of its own.
 
 What must stay true.
 
-- *The commit point is the last byte.* `committed` turns true when the kernel has taken it and not before; `may_commit` is
-  asked immediately before every write that holds it. Until then closing the connection is always safe: the server must
-  throw the message away, and another may be tried at once. The connection is closed with a reset, so that nothing that
-  still lies in the send buffer follows.
-- *The server is heard at any time*, and what it said whole wins over whatever the connection did afterwards: a server that
-  refuses a message early (Postfix: too large, not authorised) closes with unread bytes, and the reset destroys the write
-  but not the reply. An early Z or D is honoured; an early K cannot be meant, as the server did not have the envelope.
-- *Nothing is guessed.* After the commit point silence, a reset or half a reply is `uncertain`; only a K that followed a
-  valid length counts although its words were cut off, since sending again what was accepted makes a double.
-- *Every phase ends*: connect (all addresses of a name together), progress of the writing, the reply, and the session as a
-  whole, which the protocol limits to an hour. One timer serves all four and is set anew only when it fires early.
+- *The commit point is the last byte.* `committed` turns true when the kernel has taken it and not before;
+  `may_commit` is asked immediately before every write that holds it. Until then closing the connection is
+  always safe: the server must throw the message away, and another may be tried at once. The connection is
+  closed with a reset, so that nothing that still lies in the send buffer follows.
+- *The server is heard at any time*, and what it said whole wins over whatever the connection did afterwards:
+  a server that refuses a message early (Postfix: too large, not authorised) closes with unread bytes, and the
+  reset destroys the write but not the reply. An early Z or D is honoured; an early K cannot be meant, as the
+  server did not have the envelope.
+- *Nothing is guessed.* After the commit point silence, a reset or half a reply is `uncertain`; only a K that
+  followed a valid length counts although its words were cut off, since sending again what was accepted makes
+  a double.
+- *Every phase ends*: connect (all addresses of a name together), progress of the writing, the reply, and the
+  session as a whole, which the protocol limits to an hour. One timer serves all four and is set anew only
+  when it fires early.
 """
 
 import asyncio
@@ -77,13 +81,14 @@ class BodyFault(OSError):
 
 
 class BodyChanged(BodyFault):
-    """The body is shorter or longer than the request announces. The connection was closed before the commit point."""
+    """The body is shorter or longer than the request announces. The connection was closed before the commit
+    point."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds: to connect, with all addresses of a name; without any progress in writing; from the commit point to the
-    end of the reply; for everything together."""
+    """Seconds: to connect, with all addresses of a name; without any progress in writing; from the commit
+    point to the end of the reply; for everything together."""
 
     connect: float = 10.0
     io: float = 60.0
@@ -97,11 +102,10 @@ DEFAULT_TIMEOUTS = Timeouts()
 class Result(NamedTuple):
     """What happened.
 
-    `text` is the server's words without the status byte (bounded, any bytes) if it gave a valid reply, else our own.
-    `committed`: the last byte of the request has left. `ours`: interrupted by `may_commit` or `abort`, not by the server.
-    `flags`: "early-reply" (before the commit point), "truncated-reply" (a K whose words were cut off), "extra-bytes"
-    (something came after the reply).
-    """
+    `text` is the server's words without the status byte (bounded, any bytes) if it gave a valid reply, else
+    our own. `committed`: the last byte of the request has left. `ours`: interrupted by `may_commit` or
+    `abort`, not by the server. `flags`: "early-reply" (before the commit point), "truncated-reply" (a K whose
+    words were cut off), "extra-bytes" (something came after the reply)."""
 
     outcome: Outcome
     text: bytes
@@ -117,8 +121,9 @@ class Result(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)  # without slots most of the state need not be set but stays the class's
 class Transfer:
-    """One request on its way: `request`, its body from the start of the file `fd`, to `host` and `port` or to the Unix
-    socket `path`, in blocks of `block_size` bytes. For a caller that wants to look at it or stop it; else see `send`.
+    """One request on its way: `request`, its body from the start of the file `fd`, to `host` and `port` or to
+    the Unix socket `path`, in blocks of `block_size` bytes. For a caller that wants to look at it or stop it;
+    else see `send`.
 
     `may_commit` is asked immediately before a write that holds the last byte; False ends the transfer.
     """
@@ -161,9 +166,8 @@ class Transfer:
     async def run(self) -> Result:
         """Connect, send, and return what happened, whatever the network or the server does. Once.
 
-        Raises BodyFault for what the body does, and OSError when this process has no socket to spare (EMFILE and the like).
-        Cancelling before the commit point closes the connection.
-        """
+        Raises BodyFault for what the body does, and OSError when this process has no socket to spare (EMFILE
+        and the like). Cancelling before the commit point closes the connection."""
         self._loop = asyncio.get_running_loop()
         self._done = self._loop.create_future()
         self._start_time = monotonic()
@@ -175,7 +179,8 @@ class Transfer:
             raise
 
     def abort(self) -> None:
-        """Close the connection now if the commit point has not been reached: interrupted, and ours. Else do nothing."""
+        """Close the connection now if the commit point has not been reached: interrupted, and ours. Else do
+        nothing."""
         if self._done is not None and not self.committed:
             self._finish(Outcome.INTERRUPTED, b"stopped before the commit point", ours=True)
 
@@ -204,7 +209,8 @@ class Transfer:
         self._connect_next()
 
     def _connect_next(self) -> None:
-        """Try the addresses that are left, in their order, each with an equal part of the time that is left."""
+        """Try the addresses that are left, in their order, each with an equal part of the time that is
+        left."""
         while self._addresses:
             now = monotonic()
             left = self._start_time + min(self.timeouts.connect, self.timeouts.session) - now
@@ -492,7 +498,8 @@ class Transfer:
         self._block = None
 
     def _name(self) -> str:
-        """The address that is being tried, as people write it: of a name, as Postfix does, `name[address]:port`."""
+        """The address that is being tried, as people write it: of a name, as Postfix does,
+        `name[address]:port`."""
         if self.path is not None:
             return f"unix:{self.path}"
         host = self.host or ""
@@ -523,7 +530,8 @@ def _literal(host: str, port: int) -> tuple[Address, ...]:
 
 
 def _read_fully(fd: int, view: memoryview, offset: int, done: int) -> memoryview:
-    """Fill `view`, which has `done` bytes, from `offset` of the file; return what the file had. Blocks: for a thread."""
+    """Fill `view`, which has `done` bytes, from `offset` of the file; return what the file had. Blocks: for a
+    thread."""
     while done < len(view) and (got := os.preadv(fd, (view[done:],), offset + done)):
         done += got
     return view[:done]
@@ -540,4 +548,5 @@ def _advance(parts: list[bytes | memoryview], count: int) -> None:
 def _describe(error: BaseException) -> str:
     """An error by its symbolic name and its words."""
     code = error.errno if isinstance(error, OSError) else None
-    return f"{errno.errorcode.get(code or 0, type(error).__name__)} ({getattr(error, 'strerror', None) or error})"
+    name = errno.errorcode.get(code or 0, type(error).__name__)
+    return f"{name} ({getattr(error, 'strerror', None) or error})"

@@ -1,14 +1,15 @@
 """A QMQP request and its reply as bytes, without any I/O.
 
-`Request` knows the length of everything before the first byte is sent, which is what lets a client stream a body of any
-size from a file: a head, `size` bytes that somebody else supplies, a tail. The last byte of the tail is the commit point
-of the protocol: a server must throw away a request of which it has not read that byte.
+`Request` knows the length of everything before the first byte is sent, which is what lets a client stream a
+body of any size from a file: a head, `size` bytes that somebody else supplies, a tail. The last byte of the
+tail is the commit point of the protocol: a server must throw away a request of which it has not read that
+byte.
 
-`ReplyParser` reads what a server answers. A reply is as long as the server likes, so what is kept of its text is bounded
-while what is accepted is not: a long K is still a K, and refusing it would send the message twice.
+`ReplyParser` reads what a server answers. A reply is as long as the server likes, so what is kept of its text
+is bounded while what is accepted is not: a long K is still a K, and refusing it would send the message twice.
 
-`RequestParser` is the other side: it reads a request as a strict server does, hands the body on in pieces as it comes,
-and never holds more than an address of it.
+`RequestParser` is the other side: it reads a request as a strict server does, hands the body on in pieces as
+it comes, and never holds more than an address of it.
 
 Addresses are bare octets: no angle brackets, no quoting; the null sender is the empty string.
 """
@@ -20,7 +21,8 @@ from typing import NamedTuple
 from qmqp.netstring import MAX_LENGTH, FormatError, NetstringError, read_length
 
 MAX_ADDRESS = 999
-"""The longest address that every server takes: qmail-qmqpd refuses a thousand bytes, Postfix more than 2048."""
+"""The longest address that every server takes: qmail-qmqpd refuses a thousand bytes, Postfix more than
+2048."""
 
 KEPT_TEXT = 4096
 """How much of a reply's text is kept, in bytes."""
@@ -29,8 +31,8 @@ _GOOD_ADDRESS = re.compile(rb"[^\0\r\n<][^\0\r\n]{0,%d}" % (MAX_ADDRESS - 1)).fu
 
 
 class BadAddress(ValueError):
-    """An address that some server would misread: NUL, CR or LF (Postfix delivers what stands before a NUL), a leading
-    angle bracket, more than MAX_ADDRESS bytes, or a recipient that is empty."""
+    """An address that some server would misread: NUL, CR or LF (Postfix delivers what stands before a NUL), a
+    leading angle bracket, more than MAX_ADDRESS bytes, or a recipient that is empty."""
 
 
 class NoRecipients(ValueError):
@@ -74,8 +76,8 @@ class Request:
 
 
 class Reply(NamedTuple):
-    """What a server said: `status` is b"K", b"Z" or b"D"; `text` its words, of which KEPT_TEXT bytes are kept;
-    `truncated` if the connection ended before the reply did."""
+    """What a server said: `status` is b"K", b"Z" or b"D"; `text` its words, of which KEPT_TEXT bytes are
+    kept; `truncated` if the connection ended before the reply did."""
 
     status: bytes
     text: bytes
@@ -83,7 +85,8 @@ class Reply(NamedTuple):
 
 
 class ReplyParser:
-    """Reads one reply, however it is cut up. `extra` counts the bytes that came after it, which mean nothing."""
+    """Reads one reply, however it is cut up. `extra` counts the bytes that came after it, which mean
+    nothing."""
 
     __slots__ = ("_kept", "_left", "_reply", "extra")
 
@@ -99,7 +102,8 @@ class ReplyParser:
         return self._kept
 
     def feed(self, data: bytes) -> Reply | None:
-        """Take the next bytes; return the reply once it is whole. Raises MalformedReply at the first byte that is wrong."""
+        """Take the next bytes; return the reply once it is whole. Raises MalformedReply at the first byte
+        that is wrong."""
         if self._reply is not None:
             self.extra += len(data)
             return self._reply
@@ -132,21 +136,21 @@ class ReplyParser:
         return self._reply
 
     def eof(self) -> Reply | None:
-        """The stream has ended: the part of a reply that came, marked truncated, if its status byte stood after a valid
-        length; else None."""
+        """The stream has ended: the part of a reply that came, marked truncated, if its status byte stood
+        after a valid length; else None."""
         if self._left < 0 or not self._kept:
             return None
         return Reply(self._kept[:1], self._kept[1:], truncated=True)
 
 
 class RequestParser:
-    """Reads one request as a strict server does: every length exact, no slack between the inner and the outer string.
+    """Reads one request as a strict server does: every length exact, no slack between the inner and the outer
+    string.
 
-    `body` is called with each piece of the message: a view that is valid only during the call. `size` is known, and not
-    negative, when the message begins. When `feed` has returned True, `sender` and `recipients` (which may be empty: that
-    is for the server to judge) are whole, and `extra` counts the bytes that came after the request. `where` says what is
-    being read, in Postfix' words.
-    """
+    `body` is called with each piece of the message: a view that is valid only during the call. `size` is
+    known, and not negative, when the message begins. When `feed` has returned True, `sender` and `recipients`
+    (which may be empty: that is for the server to judge) are whole, and `extra` counts the bytes that came
+    after the request. `where` says what is being read, in Postfix' words."""
 
     __slots__ = ("_body", "_left", "_rest", "complete", "extra", "max_address", "max_size", "missing",
                  "recipients", "sender", "size", "where")  # fmt: skip

@@ -1,17 +1,20 @@
-"""A strict QMQP server that answers, or misbehaves, by rule: for demonstrations, benchmarks, and for testing clients.
+"""A strict QMQP server that answers, or misbehaves, by rule: for demonstrations, benchmarks, and for testing
+clients.
 
-It reads every request exactly as the protocol has it (each length exact, nothing between inner and outer netstring, no
-leading zeros), streams the message past a digest and into a file if asked, and keeps no body in memory. What it answers
-is an `Answer`; which answer a connection gets is decided by rules, read from the first to the last:
+It reads every request exactly as the protocol has it (each length exact, nothing between inner and outer
+netstring, no leading zeros), streams the message past a digest and into a file if asked, and keeps no body in
+memory. What it answers is an `Answer`; which answer a connection gets is decided by rules, read from the
+first to the last:
 
     with running_sink(Rule(Answer(b"Z", b"busy"), times=2)) as sink:   # Z twice, K from then on
         ...
         sink.wait_for(1, timeout=5)
 
-A rule without `recipient` holds for a connection from its first byte, so its answer may also come early (`at`) or say how
-to read (`read_size`, `read_pause`); one with `recipient`, and `MagicRecipients`, look at the envelope when it is whole.
-A preset says what happens to a request that is no good: `strict` says D and why, `qmail` closes without a word, as
-qmail-qmqpd does, `postfix` says D after a second and closes while the client is still writing, so that a reset follows.
+A rule without `recipient` holds for a connection from its first byte, so its answer may also come early
+(`at`) or say how to read (`read_size`, `read_pause`); one with `recipient`, and `MagicRecipients`, look at
+the envelope when it is whole. A preset says what happens to a request that is no good: `strict` says D and
+why, `qmail` closes without a word, as qmail-qmqpd does, `postfix` says D after a second and closes while the
+client is still writing, so that a reset follows.
 """
 
 import asyncio
@@ -37,13 +40,13 @@ _BUFFER_SIZE = 262144
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a connection is answered: `status` and `text` (a K without text gets `Ok: queued as N`) as a netstring, or the
-    bytes `raw` as they are (b"": nothing is said); `delay` seconds late, with `drip` seconds between single bytes.
+    """How a connection is answered: `status` and `text` (a K without text gets `Ok: queued as N`) as a
+    netstring, or the bytes `raw` as they are (b"": nothing is said); `delay` seconds late, with `drip`
+    seconds between single bytes.
 
-    `at`: as soon as so many bytes of the request have been read, and no more are; None: when the request is whole.
-    `read_size`, `read_pause`: read at most so many bytes at a time, and wait so many seconds in between.
-    `end`: what then becomes of the connection.
-    """
+    `at`: as soon as so many bytes of the request have been read, and no more are; None: when the request is
+    whole. `read_size`, `read_pause`: read at most so many bytes at a time, and wait so many seconds in
+    between. `end`: what then becomes of the connection."""
 
     status: bytes = b"K"
     text: bytes = b""
@@ -58,8 +61,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What is done about a request that is no good. `silent`: close without a word. Sizes in bytes, `error_delay` in
-    seconds before a D."""
+    """What is done about a request that is no good. `silent`: close without a word. Sizes in bytes,
+    `error_delay` in seconds before a D."""
 
     silent: bool = False
     max_size: int = MAX_LENGTH
@@ -95,8 +98,8 @@ class Chooser(Protocol):
 
 @dataclass(slots=True)
 class Rule:
-    """Give `answer` to requests that have a recipient beginning with `recipient` (empty: to every connection), `times`
-    times if that is given."""
+    """Give `answer` to requests that have a recipient beginning with `recipient` (empty: to every
+    connection), `times` times if that is given."""
 
     what: Answer
     recipient: bytes = b""
@@ -119,8 +122,8 @@ class Rule:
 
 @dataclass(slots=True)
 class MagicRecipients:
-    """The recipient says what happens: `defer-3@` is Z the first three times for each message, `reject@` D, `slow@` K after
-    `slow` seconds, `drop-reply@` taken and never answered."""
+    """The recipient says what happens: `defer-3@` is Z the first three times for each message, `reject@` D,
+    `slow@` K after `slow` seconds, `drop-reply@` taken and never answered."""
 
     slow: float = 5.0
     seen: Counter[tuple[str, bytes]] = field(default_factory=Counter)
@@ -146,8 +149,8 @@ class MagicRecipients:
 
 
 class Sink:
-    """The server. `received` holds the last `keep` requests that were read whole, `faults` why the last of the others
-    were not; `count` and `connections` count the former and everybody.
+    """The server. `received` holds the last `keep` requests that were read whole, `faults` why the last of
+    the others were not; `count` and `connections` count the former and everybody.
 
     `dump`: write each message to a numbered file in that directory, and its envelope beside it as JSON.
     `receive_buffer`: bytes that the kernel may hold of what has not been read.
@@ -172,6 +175,7 @@ class Sink:
             bytearray(_BUFFER_SIZE)
         )  # one for all: read and parsed in the same turn of the loop
         self.open: set[Connection] = set()
+        self.closing = False
         self.changed = Condition()
         if dump is not None:
             dump.mkdir(parents=True, exist_ok=True)
@@ -182,7 +186,7 @@ class Sink:
         loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         family = socket.AF_UNIX if path is not None else socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener = listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self.receive_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
@@ -200,14 +204,21 @@ class Sink:
 
     async def close(self) -> None:
         """Stop listening and reset what is open."""
+        self.closing = True
+        asyncio.get_running_loop().remove_reader(self._listener.fileno())
+        await asyncio.sleep(
+            0
+        )  # asyncio fails at a server that is closed in the turn in which it has accepted
         self._server.close()
         for connection in tuple(self.open):
             connection.reset()
+        await self._server.wait_closed()
         if self.open:
             await self._idle.wait()
 
     def wait_for(self, count: int, timeout: float) -> bool:
-        """Wait, in another thread, until `count` requests have been read whole; False if that takes too long."""
+        """Wait, in another thread, until `count` requests have been read whole; False if that takes too
+        long."""
         with self.changed:
             return self.changed.wait_for(lambda: self.count >= count, timeout)
 
@@ -239,6 +250,8 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         self._sink.open.add(self)
         self._sink.connections += 1
+        if self._sink.closing:
+            self.reset()
         self._later, self._answer = len(self._sink.rules), Answer()
         for index, rule in enumerate(self._sink.rules):
             if (answer := rule.opening()) is not None:
@@ -320,30 +333,33 @@ class Connection(asyncio.BufferedProtocol):
             answer = next((choice for choice in choices if choice is not None), self._answer)
         with sink.changed:
             sink.count += 1
-            reply = self._respond(answer)
+            reply = self._words(answer)
             received = Received(sink.count, sender, recipients, self._parser.size, digest, reply)
             if self._part is not None and sink.dump is not None:
                 self._part.touch()
                 _store(received, self._part, sink.dump / f"{sink.count:08d}.eml")
             sink.received.append(received)
             sink.changed.notify_all()
+        self._respond(answer)
 
-    def _respond(self, answer: Answer) -> bytes:
-        """Give the answer and read no more; return the reply without its frame."""
-        self._answered = True
-        reply = answer.status + answer.text
-        if reply == b"K":
-            reply = b"KOk: queued as %d" % self._sink.count
-        wire = encode(reply)
+    def _words(self, answer: Answer) -> bytes:
+        """The reply without its frame."""
         if answer.raw is not None:
-            wire = reply = answer.raw
+            return answer.raw
+        words = answer.status + answer.text
+        return b"KOk: queued as %d" % self._sink.count if words == b"K" else words
+
+    def _respond(self, answer: Answer) -> None:
+        """Give the answer and read no more."""
+        self._answered = True
+        words = self._words(answer)
+        wire = encode(words) if answer.raw is None else words
         if not self._parser.complete:
             self._transport.pause_reading()
         if answer.delay:
             self._after(answer.delay, self._say, wire, answer)
         else:
             self._say(wire, answer)
-        return reply
 
     def _say(self, wire: bytes, answer: Answer) -> None:
         if answer.drip and len(wire) > 1:
@@ -385,8 +401,10 @@ def running_sink(
     thread.start()
     try:
         asyncio.run_coroutine_threadsafe(sink.start(host, port, path=path), loop).result(10)
-        yield sink
-        asyncio.run_coroutine_threadsafe(sink.close(), loop).result(10)
+        try:
+            yield sink
+        finally:
+            asyncio.run_coroutine_threadsafe(sink.close(), loop).result(10)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)

@@ -16,10 +16,9 @@ from typing import Any
 
 from celery import Celery
 from kombu.entity import Exchange, Queue
-from kombu.exceptions import OperationalError
 
 from relay import metrics
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 from relay.settings import Settings
 
 log = get_logger(__name__)
@@ -29,9 +28,8 @@ QUEUES = (FRESH, RETRY)
 # Longer lists than this are left to SQL (Celery messages).
 WINDOW = 200
 # Between two hints of one publisher, so that a busy one fills them (seconds).
-PACE = 0.01
+PACE = 0.05
 _LOOK_EVERY = 1.0
-_GIVE_UP = (OperationalError, OSError, ConnectionError, TimeoutError)
 
 
 def celery_app(settings: Settings) -> Celery:
@@ -79,7 +77,8 @@ class Hints:
         self._waiting: deque[str] = deque(maxlen=WINDOW * batch_size)
         self._changed = threading.Condition()
         self._closing = False
-        self._away = self._full = False
+        self.away = False  # the broker does not answer
+        self.full = False  # the list is longer than the window: hinting has stopped for now
         self._looked = 0.0
         self._length: int | None = None
         self.published = 0
@@ -91,16 +90,11 @@ class Hints:
 
     def offer(self, ids: Iterable[str]) -> None:
         """Hint at these messages if that can be done; never blocks, any thread."""
-        if self._away or self._full:
+        if self.away or self.full:
             return
         with self._changed:
             self._waiting.extend(ids)
             self._changed.notify()
-
-    @property
-    def full(self) -> bool:
-        """Whether the list is longer than the window, so that hinting has stopped for now."""
-        return self._full
 
     def lists(self) -> dict[str, float]:
         """How long the list is, if that is known, by the queue's name."""
@@ -119,13 +113,13 @@ class Hints:
             try:
                 with self._app.connection_for_write() as connection:
                     self._serve(connection)
-            except _GIVE_UP as error:
+            except Exception as error:  # whatever it says: hints are worth nothing but a new try
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        if not self._away:
-            log.warning("broker away", queue=self._queue, reason=str(error)[:200])
-        self._away, self._length = True, None
+        if not self.away:
+            log.warning("broker away", queue=self._queue, reason=first_line(error))
+        self.away, self._length = True, None
         with self._changed:
             self._waiting.clear()
             self._changed.wait_for(lambda: self._closing, _LOOK_EVERY)
@@ -133,16 +127,16 @@ class Hints:
     def _serve(self, connection: Any) -> None:
         """Publish over one connection until it breaks or we close."""
         options = self._app.conf.broker_transport_options
-        connection.transport_options.update(options | {"socket_timeout": 2})
+        connection.transport_options.update(options | {"socket_timeout": 2, "max_retries": 0})
         producer, published = self._app.amqp.Producer(connection), metrics.hints(self._queue)
         self._look(connection)
-        if self._away:
+        if self.away:
             log.info("broker back", queue=self._queue)
-            self._away = False
+            self.away = False
         while not self._closing:
             ids = self._take()
             self._look(connection)
-            if not ids or self._full:
+            if not ids or self.full:
                 continue
             self._app.send_task(TASK, args=[ids], queue=self._queue, producer=producer, retry=False)
             self.published += 1
@@ -161,4 +155,4 @@ class Hints:
         if now - self._looked >= _LOOK_EVERY:
             self._looked = now
             self._length = connection.default_channel.client.llen(self._queue)
-            self._full = self._length > WINDOW
+            self.full = self._length > WINDOW

@@ -46,8 +46,8 @@ class Dialect:
 
     `@now`: the time; `@later(s)`, `@ago(s)`: s seconds after or before it; `@since(t)`: seconds since t; `@when(t)`: t
     as people read it; `@micros(t)`: t as microseconds since 1970; `@hex(id)`: an id as 32 digits; `@id(:name)`: an id
-    parameter; `@skip_locked`, `@locked(table)`; `@rows(:name; column type, ...)`: the rows of a JSON
-    array parameter, as x.
+    parameter; `@like`: LIKE to which capitals are the same; `@skip_locked`, `@locked(table)`; `@rows(:name; column
+    type, ...)`: the rows of a JSON array parameter, as x.
     """
 
     _MACRO = re.compile(r"@(\w+)(?:\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?")
@@ -73,6 +73,7 @@ class Dialect:
             "micros": lambda t: f"CAST(extract(epoch FROM {t}) * 1000000 AS bigint)",
             "hex": lambda i: f"replace(CAST({i} AS text), '-', '')",
             "id": lambda i: f"CAST({i} AS uuid)",
+            "like": lambda _: "ILIKE",
             "skip_locked": lambda _: "FOR UPDATE SKIP LOCKED",
             "locked": lambda table: f"FOR UPDATE OF {table}",
             "rows": rows,
@@ -96,6 +97,7 @@ class Dialect:
             "micros": lambda t: t,
             "hex": lambda i: f"replace({i}, '-', '')",
             "id": lambda i: i,
+            "like": lambda _: "LIKE",
             "skip_locked": lambda _: "",
             "locked": lambda _: "",
             "rows": rows,

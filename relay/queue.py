@@ -6,14 +6,15 @@ come out as aware datetimes on both databases; an id may be given with or withou
 """
 
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, CursorResult, Engine
 
 from relay.database import Statements, reading
 from relay.ids import dashed
@@ -21,6 +22,9 @@ from relay.schema import UNFINISHED
 
 type Row = dict[str, Any]
 _TIMES = ("_at", "until")
+AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
+# What stands behind the last @: one expression that both databases understand.
+DOMAIN = "lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))"
 
 
 class NoSuchMessage(LookupError):
@@ -51,10 +55,10 @@ class Filter:
         for column in ("sender", "recipient", "route", "server", "header_message_id"):
             value: str | None = getattr(self, column)
             if value is not None:
-                parts.append(f"{column} LIKE :{column} ESCAPE '\\'" if "*" in value else f"{column} = :{column}")
+                parts.append(f"{column} @like :{column} ESCAPE '\\'" if "*" in value else f"{column} = :{column}")
                 given[column] = _like(value) if "*" in value else value
         if self.reply is not None:
-            parts.append("reason LIKE :reply ESCAPE '\\'")
+            parts.append("reason @like :reply ESCAPE '\\'")
             given["reply"] = _like(f"*{self.reply}*")
         if self.older_than is not None:
             parts.append("message_id < @id(:oldest)")
@@ -66,12 +70,13 @@ class Filter:
 
     def shown(self) -> str:
         """The filter as an operator would type it; empty for everything."""
-        fields = {f: getattr(self, f) for f in self.__dataclass_fields__}
-        return " ".join(
-            f"--{name.replace('_', '-')} {','.join(value) if isinstance(value, tuple) else value}"
-            for name, value in fields.items()
-            if value not in (None, ())
-        )
+        words = [f"--state {state}" for state in self.states]
+        for name in (field for field in self.__dataclass_fields__ if field != "states"):
+            value = getattr(self, name)
+            if value is not None:
+                option = name.removeprefix("header_").replace("_", "-")
+                words.append(f"--{option} {shlex.quote(f'{value:g}s' if name == 'older_than' else value)}")
+        return " ".join(words)
 
 
 def _like(pattern: str) -> str:
@@ -84,19 +89,23 @@ def _id_at(seconds_ago: float) -> str:
     return dashed(f"{max(stamp, 0):012x}" + "0" * 20)
 
 
-def _plain(row: Any) -> Row:
-    """A row with its times as aware datetimes and its numbers as numbers, whatever the database made of them."""
-    made: Row = dict(row._mapping)
-    for name, value in made.items():
-        if isinstance(value, str) and name.endswith(_TIMES):
-            made[name] = datetime.fromisoformat(value).replace(tzinfo=UTC)
-        elif isinstance(value, datetime):
-            made[name] = value.astimezone(UTC)
-        elif isinstance(value, Decimal):
-            made[name] = int(value)
-        elif isinstance(value, UUID):
-            made[name] = str(value)
-    return made
+def _plain(found: CursorResult[Any]) -> Iterator[Row]:
+    """Rows with their times as aware datetimes and their numbers as numbers, whatever the database made of them."""
+    names = tuple(found.keys())
+    times = tuple(name for name in names if name.endswith(_TIMES))
+    for values in found:
+        row = {name: _MADE.get(type(value), _same)(value) for name, value in zip(names, values, strict=True)}
+        for name in times:
+            if type(row[name]) is str:
+                row[name] = datetime.fromisoformat(row[name]).replace(tzinfo=UTC)
+        yield row
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_MADE: dict[type, Callable[[Any], Any]] = {Decimal: int, UUID: str, datetime: lambda when: when.astimezone(UTC)}
 
 
 class Queue:
@@ -107,19 +116,34 @@ class Queue:
 
     def _all(self, sql: str, **given: Any) -> list[Row]:
         with reading(self._engine) as connection:
-            return [_plain(row) for row in self._sql.run(connection, sql, **given)]
+            return list(_plain(self._sql.run(connection, sql, **given)))
 
-    def rows(self, wanted: Filter, *, limit: int | None = None, finished: bool = False) -> Iterator[Row]:
-        """Rows of `mail_queue` (or of `mail_history`), a recipient each, oldest first, streamed."""
+    def rows(
+        self, wanted: Filter, *, limit: int | None = None, finished: bool = False, newest: bool = False,
+        after: tuple[str, int] | None = None,
+    ) -> Iterator[Row]:  # fmt: skip
+        """Rows of `mail_queue` (or of `mail_history`), a recipient each, oldest first or `newest`, streamed.
+
+        `after`: go on behind the row with this queue id and position.
+        """
         where, given = wanted.where()
         finished = finished or bool(set(wanted.states) - set(UNFINISHED))
         view = "mail_history" if finished else "mail_queue"
-        sql = f"SELECT * FROM {view} WHERE {where} ORDER BY message_id, position"
+        behind, order = ("<", "DESC") if newest else (">", "ASC")
+        if after is not None:
+            where += f" AND (message_id, position) {behind} (@id(:after), :position)"
+            given |= {"after": dashed(after[0]), "position": after[1]}
+        sql = f"SELECT * FROM {view} WHERE {where} ORDER BY message_id {order}, position {order}"
         if limit is not None:
             sql, given = sql + " LIMIT :most", given | {"most": limit}
+        return self.select(sql, given)
+
+    def select(self, sql: str, given: dict[str, Any]) -> Iterator[Row]:
+        """Rows of a query with our macros, streamed."""
         with reading(self._engine) as connection:
             streaming = connection.execution_options(stream_results=True, max_row_buffer=1000)
-            yield from (_plain(row) for row in self._sql.run(streaming, sql, **given))
+            with self._sql.run(streaming, sql, **given) as found:
+                yield from _plain(found)
 
     def resolve(self, text: str) -> str:
         """The id that is meant by all of it or any unique end of it, dashes or not; raises NoSuchMessage."""
@@ -181,6 +205,71 @@ class Queue:
     def servers(self) -> list[Row]:
         """Rows of `server_health`: outcomes by server in the last hour."""
         return self._all("SELECT * FROM server_health ORDER BY server")
+
+    def rates(self) -> list[Row]:
+        """Tries of the last hour by outcome: how many, how many of them in the last minute, bytes, mean seconds."""
+        return self._all(
+            """SELECT outcome, count(*) AS last_hour, sum(CASE WHEN finished_at > @ago(60) THEN 1 ELSE 0 END) AS
+                last_minute, sum(bytes_sent) AS bytes_sent, CAST(avg(@micros(finished_at) - @micros(started_at)) AS
+                float8) / 1e6 AS seconds
+            FROM attempts WHERE finished_at > @ago(3600) AND hop > 0 GROUP BY outcome ORDER BY outcome"""
+        )
+
+    def slowest(self, most: int = 5) -> list[Row]:
+        """The tries of the last hour that took longest."""
+        return self._all(
+            """SELECT @hex(message_id) AS queue_id, server, outcome, bytes_sent, reply,
+                (@micros(finished_at) - @micros(started_at)) / CAST(1e6 AS float8) AS seconds
+            FROM attempts WHERE finished_at > @ago(3600) AND hop > 0 ORDER BY seconds DESC LIMIT :most""",
+            most=most,
+        )
+
+    def ages(self, most: int = 20) -> list[Row]:
+        """How long unfinished mail has waited, by the recipients' domain, the longest queues first.
+
+        A row has `domain`, `waiting`, and how many of those are younger than each of AGES and than all of them:
+        `under_5m` ... `older`; the name of a column is its upper end.
+        """
+        ids = [dashed(_id_at(seconds)) for seconds in AGES.values()]
+        bounds = {f"bound{n}": bound for n, bound in enumerate(ids)}
+        columns, above = list[str](), "1 = 1"
+        for n, name in enumerate(AGES):
+            columns.append(f"sum(CASE WHEN {above} AND message_id >= @id(:bound{n}) THEN 1 ELSE 0 END) AS {name}")
+            above = f"message_id < @id(:bound{n})"
+        columns.append(f"sum(CASE WHEN {above} THEN 1 ELSE 0 END) AS older")
+        return self._all(
+            f"""SELECT {DOMAIN} AS domain, count(*) AS waiting, {", ".join(columns)}
+            FROM mail_queue GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT :most""",
+            most=most, **bounds,
+        )  # fmt: skip
+
+    def history(self, seconds: int, step: int) -> tuple[int, list[Row]]:
+        """Tries by outcome in steps of so many seconds: (the number of the step now, rows).
+
+        A row has `step` (counted since 1970), `outcome`, `tries`, and `seconds`, their mean length.
+        """
+        rows = self._all(
+            """SELECT @micros(finished_at) / CAST(:step AS bigint) AS step, outcome, count(*) AS tries,
+                CAST(avg(@micros(finished_at) - @micros(started_at)) AS float8) / 1e6 AS seconds
+            FROM attempts WHERE finished_at > @ago(:seconds) AND hop > 0 GROUP BY 1, 2 ORDER BY 1, 2""",
+            step=step * 1_000_000, seconds=seconds,
+        )  # fmt: skip
+        (now,) = self._all("SELECT @micros(@now) / CAST(:step AS bigint) AS step", step=step * 1_000_000)
+        return int(now["step"]), rows
+
+    def notices(self, message_id: str) -> list[Row]:
+        """Notices about a message: `queue_id` and `received_at`. Found by their recipient, which has an index."""
+        return self._all(
+            """SELECT DISTINCT @hex(n.id) AS queue_id, @when(n.received_at) AS received_at
+            FROM messages m JOIN recipients r ON r.address = m.sender JOIN messages n ON n.id = r.message_id
+            WHERE m.id = @id(:id) AND n.notice_of = m.id ORDER BY 1""",
+            id=dashed(message_id),
+        )
+
+    def spool_id(self) -> str | None:
+        """The identity of the spool that this database knows; None before smtpd or a worker has run."""
+        found = self._all("SELECT @hex(id) AS id FROM spool")
+        return str(found[0]["id"]) if found else None
 
     def pauses(self) -> list[Row]:
         """Routes and servers that nothing is sent to for now."""

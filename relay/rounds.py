@@ -60,6 +60,7 @@ class Writer[Item, Result]:
         self._waiting: deque[Entry] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._give_up_at = float("inf")
         self.stuck = False  # the database is away
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -88,9 +89,12 @@ class Writer[Item, Result]:
             return True
 
     def close(self, timeout: float) -> bool:
-        """Commit what is there and stop; False when that took longer than `timeout` seconds."""
+        """Commit what is there and stop; False when that took longer than `timeout` seconds.
+
+        A database that is away is asked again for half of the time.
+        """
         with self._changed:
-            self._closing = True
+            self._closing, self._give_up_at = True, time.monotonic() + timeout / 2
             self._changed.notify()
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -114,27 +118,31 @@ class Writer[Item, Result]:
 
     def _settle(self, round_: list[Entry]) -> list[tuple[Entry, Any]]:
         """Commit a round whatever it takes; the answers, one an entry."""
-        answers: list[tuple[Entry, Any]] = []
         pause = _PAUSE
         while round_:
             try:
                 results = self._commit([entry.item for entry in round_])
-                self.stuck = False
-                return answers + list(zip(round_, results, strict=True))
             except Exception as error:
                 if not is_outage(error):
-                    return answers + self._one_by_one(round_, error)
+                    return self._one_by_one(round_, error)
                 self._say(error)
+            else:
+                self.stuck = False
+                return list(zip(round_, results, strict=True))
             late = [entry for entry in round_ if entry.deadline is not None and entry.deadline <= time.monotonic()]
-            if late:
-                self._answer([(entry, Unsettled()) for entry in late])
-                round_ = [entry for entry in round_ if entry not in late]
-            with self._changed:
-                if self._closing and pause >= _LONGEST_PAUSE:
-                    return answers + [(entry, Unsettled()) for entry in round_]
-                self._changed.wait_for(lambda: self._closing, pause)
-            pause = min(pause * 2, _LONGEST_PAUSE)
-        return answers
+            self._answer([(entry, Unsettled()) for entry in late])
+            round_ = [entry for entry in round_ if entry not in late]
+            if not self._rest(pause):
+                return [(entry, Unsettled()) for entry in round_]
+            pause = _PAUSE if self._closing else min(pause * 2, _LONGEST_PAUSE)
+        return []
+
+    def _rest(self, pause: float) -> bool:
+        """Wait before the next try; False when it is time to give up."""
+        with self._changed:
+            closing = self._closing
+            self._changed.wait_for(lambda: self._closing is not closing, pause)
+            return time.monotonic() < self._give_up_at
 
     def _one_by_one(self, round_: list[Entry], error: Exception) -> list[tuple[Entry, Any]]:
         if len(round_) == 1:
@@ -150,7 +158,10 @@ class Writer[Item, Result]:
     def _answer(self, answers: list[tuple[Entry, Any]]) -> None:
         def hand_over() -> None:
             for entry, result in answers:
-                entry.done(result)
+                try:
+                    entry.done(result)
+                except Exception:  # the others of this round still wait for theirs
+                    log.exception("answer not taken")
 
         if answers:
             self._post(hand_over)

@@ -17,7 +17,8 @@ from sqlalchemy import Connection, Engine
 
 from relay.database import Statements, reading, writing
 from relay.ids import dashed, new_id
-from relay.queue import Filter
+from relay.log import escaped
+from relay.queue import Filter, Queue
 from relay.schema import NEEDS_BODY, OWED, State
 
 CHUNK = 500
@@ -40,7 +41,7 @@ VERBS = {
     verb.name: verb
     for verb in (
         Verb("retry", (State.DEFERRED,), State.QUEUED, {"due_at": "@now", "backoff_step": "0"}, "retry"),
-        Verb("hold", _WAITING, State.HELD, {"due_at": "NULL"}, "hold"),
+        Verb("hold", _WAITING, State.HELD, {"due_at": "NULL", "last_reply": ":why"}, "hold"),
         Verb("release", (State.HELD,), State.QUEUED, {"due_at": "@now", "backoff_step": "0", "vanished": "0"}),
         Verb(
             "bounce",
@@ -54,16 +55,33 @@ VERBS = {
             },
             "bounce",
         ),
-        Verb("drop", (*_WAITING, State.HELD), State.DROPPED, {"due_at": "NULL", "finished_at": "@now"}, "drop"),
+        Verb(
+            "drop",
+            (*_WAITING, State.HELD),
+            State.DROPPED,
+            {"due_at": "NULL", "finished_at": "@now", "last_reply": ":why"},
+            "drop",
+        ),
     )
 }
+# Routes are given when a message is accepted; who has corrected them since has this. What is held stays held.
+REROUTE = Verb(
+    "reroute",
+    (*_WAITING, State.HELD),
+    State.QUEUED,
+    {
+        "state": "CASE WHEN d.state = 'held' THEN d.state ELSE 'queued' END",
+        "due_at": "CASE WHEN d.state <> 'held' THEN @now END",
+        "backoff_step": "0",
+    },
+)
 
 
 class Verbs:
     """The queue as an operator changes it."""
 
     def __init__(self, engine: Engine, *, notices: bool) -> None:
-        self._engine = engine
+        self._engine, self._queue = engine, Queue(engine)
         self._sql = Statements(engine, notices=notices, most=CHUNK)
 
     def matching(self, verb: Verb, wanted: Filter) -> Counter[str]:
@@ -73,11 +91,25 @@ class Verbs:
         with reading(self._engine) as connection:
             return Counter(dict(self._sql.run(connection, sql, **given).all()))
 
-    def apply(self, verb: Verb, wanted: Filter, *, actor: str, reason: str) -> tuple[Counter[str], list[str]]:
-        """Do it; the deliveries touched by the state they were in, and the ids of messages that need no body now."""
+    def touched(self, verb: Verb, wanted: Filter) -> Iterator[dict[str, Any]]:
+        """Rows of `mail_history` that the verb would touch, all recipients of a delivery among them; streamed."""
+        where, given = _meant(verb, wanted)
+        return self._queue.select(
+            f"""SELECT v.* FROM mail_history v WHERE EXISTS (SELECT 1 FROM deliveries d WHERE
+                d.message_id = v.message_id AND d.number = v.delivery AND {where}) ORDER BY v.message_id, v.position""",
+            given,
+        )
+
+    def apply(
+        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None
+    ) -> tuple[Counter[str], list[str]]:
+        """Do it; the deliveries touched by the state they were in, and the ids of messages that need no body now.
+
+        `route_for` gives each delivery the route that its first recipient has today.
+        """
         touched: Counter[str] = Counter()
         ids: set[str] = set()
-        for rows in self._chunks(verb, wanted, reason):
+        for rows in self._chunks(verb, wanted, _why(verb, actor, reason), route_for):
             touched.update(state for _, state in rows)
             ids.update(message_id for message_id, state in rows if state != State.SENDING)
         with writing(self._engine) as connection:
@@ -86,7 +118,9 @@ class Verbs:
             free = self._unneeded(connection, ids) if verb.state in (State.DROPPED, State.BOUNCED) else []
         return touched, free
 
-    def _chunks(self, verb: Verb, wanted: Filter, reason: str) -> Iterator[list[tuple[str, str]]]:
+    def _chunks(
+        self, verb: Verb, wanted: Filter, why: str, route_for: Callable[[str], str] | None
+    ) -> Iterator[list[tuple[str, str]]]:
         """Change a chunk at a time; (message id, state it had) of each delivery."""
         where, given = _meant(verb, wanted)
         picked = f"""SELECT d.message_id, d.number, d.state AS was FROM deliveries d
@@ -95,7 +129,6 @@ class Verbs:
         keys = "SELECT message_id, number, was FROM p"
         change = f"""UPDATE deliveries AS d SET {_sets(verb)} FROM p
             WHERE d.message_id = p.message_id AND d.number = p.number"""
-        why = f"bounced by an operator: {reason}" if reason else "bounced by an operator"
         given |= {"after": _FIRST, "number": 0, "why": why}
         while True:
             with writing(self._engine) as connection:
@@ -106,6 +139,8 @@ class Verbs:
                 else:
                     rows = self._sql.run(connection, picked, **given).all()
                     self._sql.run(connection, f"WITH p AS ({picked}) {change}", **given)
+                if route_for:
+                    self._move(connection, [(str(message_id), number) for message_id, number, _ in rows], route_for)
             if rows:
                 yield [(str(message_id).replace("-", ""), was) for message_id, _, was in rows]
                 given |= {"after": str(rows[-1][0]), "number": rows[-1][1]}
@@ -123,30 +158,6 @@ class Verbs:
     def _unneeded(self, connection: Connection, ids: set[str]) -> list[str]:
         sql = f"SELECT 1 FROM deliveries WHERE message_id = @id(:id) AND {NEEDS_BODY} LIMIT 1"
         return [i for i in sorted(ids) if self._sql.run(connection, sql, id=dashed(i)).first() is None]
-
-    def reroute(self, wanted: Filter, route_for: Callable[[str], str], *, actor: str, reason: str) -> int:
-        """Give waiting deliveries the route that their first recipient has today; how many changed."""
-        where, given = _meant(Verb("reroute", (*_WAITING, State.HELD), State.QUEUED, {}), wanted)
-        picked = f"""SELECT d.message_id, d.number, d.route, (SELECT r.address FROM recipients r
-                WHERE r.message_id = d.message_id AND r.delivery = d.number ORDER BY r.position LIMIT 1) AS address
-            FROM deliveries d WHERE {where} AND (d.message_id, d.number) > (@id(:after), :number)
-            ORDER BY d.message_id, d.number LIMIT :most"""
-        given |= {"after": _FIRST, "number": 0}
-        changed = 0
-        while True:
-            with writing(self._engine) as connection:
-                rows = self._sql.run(connection, f"{picked} @locked(d)", **given).all()
-                for message_id, number, route, address in rows:
-                    if address is not None and (today := route_for(address)) != route:
-                        self._move(connection, message_id, number, today)
-                        changed += 1
-            if len(rows) < CHUNK:
-                break
-            given |= {"after": str(rows[-1][0]), "number": rows[-1][1]}
-        if changed:
-            with writing(self._engine) as connection:
-                self._record(connection, "reroute", wanted, actor, reason, changed)
-        return changed
 
     def pause(self, subject: str, *, actor: str, reason: str) -> bool:
         """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if that is so already."""
@@ -167,9 +178,15 @@ class Verbs:
                 self._record(connection, f"resume {subject}", Filter(), actor, reason, 1)
         return done
 
-    def _move(self, connection: Connection, message_id: Any, number: int, route: str) -> None:
-        sql = "UPDATE deliveries SET route = :route WHERE message_id = @id(:id) AND number = :one"
-        self._sql.run(connection, sql, id=str(message_id), one=number, route=route)
+    def _move(self, connection: Connection, keys: list[tuple[str, int]], route_for: Callable[[str], str]) -> None:
+        """Give these deliveries, which the caller has locked, the route that their first recipient has today."""
+        address = """SELECT address FROM recipients WHERE message_id = @id(:id) AND delivery = :one
+            ORDER BY position LIMIT 1"""
+        move = "UPDATE deliveries SET route = :route WHERE message_id = @id(:id) AND number = :one"
+        for message_id, number in keys:
+            found = self._sql.run(connection, address, id=message_id, one=number).scalar()
+            if found is not None:
+                self._sql.run(connection, move, id=message_id, one=number, route=route_for(found))
 
 
 def _meant(verb: Verb, wanted: Filter) -> tuple[str, dict[str, Any]]:
@@ -177,9 +194,16 @@ def _meant(verb: Verb, wanted: Filter) -> tuple[str, dict[str, Any]]:
     where, given = wanted.where()
     takes = (*verb.takes, State.SENDING) if verb.wanted else verb.takes
     states = ", ".join(f"'{state}'" for state in takes)
+    one = " AND d.message_id = @id(:id)" if wanted.id is not None else ""  # else SQLite looks at every delivery
     meant = f"""d.state IN ({states}) AND EXISTS (
-        SELECT 1 FROM mail_history h WHERE h.message_id = d.message_id AND h.delivery = d.number AND {where})"""
+        SELECT 1 FROM mail_history h WHERE h.message_id = d.message_id AND h.delivery = d.number AND {where}){one}"""
     return meant, given
+
+
+def _why(verb: Verb, actor: str, reason: str) -> str:
+    """What stands in `last_reply` of a delivery that an operator has stopped; the sender of a bounce reads it too."""
+    who = "an operator" if verb.state is State.BOUNCED else actor
+    return escaped(f"{verb.state} by {who}" + (f": {reason}" if reason else ""))
 
 
 def _sets(verb: Verb) -> str:

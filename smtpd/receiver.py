@@ -1,9 +1,10 @@
 """A transaction becomes a stored message, a row, and only then a 250.
 
-A small message is gathered and stored by one call in a thread; a larger one streams: as soon as a block has gathered it
-is written, block after block in order, by whichever thread is free, and the connection is told to stop reading while
-too much is outstanding. So no message is ever whole in memory unless it is smaller than a block. When the body is
-safe on disk, the thread that synced it puts the message before the writer, whose round answers many at once.
+Small messages are stored whole by a thread, those that end at about the same time together; a larger one streams: as
+soon as a block has gathered it is written, block after block in order, by whichever thread is free, and the connection
+is told to stop reading while too much is outstanding. So no message is ever whole in memory unless it is smaller than a
+block. When the body is safe on disk, the thread that synced it puts the message before the writer, whose round answers
+many at once.
 
 What must stay true:
 - 250 is said only for a message whose body is synced and whose row is committed.
@@ -19,12 +20,15 @@ import errno
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
 from queue import SimpleQueue
 
+from relay import metrics
 from relay.bodies import Body, Spool
 from relay.ids import new_id
 from relay.intake import NewMessage, NewRecipient
@@ -36,7 +40,10 @@ BLOCK = 64 * 1024
 """Octets from which on a message streams to its file."""
 AHEAD = 8 * BLOCK
 """Octets of one message in memory above which its connection stops reading."""
-THREADS = 16
+THREADS = 8
+"""For large messages and for removing."""
+STORERS, TOGETHER = 4, 8
+"""Threads for small messages, and how many of them one stores together."""
 
 _NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
 _LOCAL_FAULT = b"451 4.3.0 Cannot take the message now, try again later\r\n"
@@ -72,6 +79,33 @@ class Threads:
             call()
 
 
+class Stores:
+    """A few threads that store small messages, whatever has gathered together: one journal commit does for many."""
+
+    def __init__(self, spool: Spool, count: int) -> None:
+        self._spool = spool
+        self._waiting: deque[tuple[Reception, list[bytes]]] = deque()
+        self._threads = Threads(count)
+
+    def submit(self, reception: "Reception", parts: list[bytes]) -> None:
+        """Store the whole of a message and tell its reception, in a thread."""
+        self._waiting.append((reception, parts))
+        self._threads.submit(self._store)
+
+    def close(self, timeout: float) -> None:
+        """Lets what was submitted finish, but no longer than `timeout` seconds."""
+        self._threads.close(timeout)
+
+    def _store(self) -> None:
+        taken: list[tuple[Reception, list[bytes]]] = []
+        with suppress(IndexError):  # another thread has taken them along
+            while len(taken) < TOGETHER:
+                taken.append(self._waiting.popleft())
+        found = self._spool.store_all([(reception.id, parts) for reception, parts in taken])
+        for (reception, _), size in zip(taken, found, strict=True):
+            reception.stored(size)
+
+
 type Answer = Callable[[bytes], None]
 type Flow = Callable[[], None]
 
@@ -88,6 +122,7 @@ class Receiver:
     hostname: str
     deadline: float
     threads: Threads
+    stores: Stores
 
 
 class Reception:
@@ -102,7 +137,7 @@ class Reception:
         self.deadline: float | None = None
         self._receiver, self._envelope, self._client, self._flow = receiver, envelope, client, flow
         self._answer: Answer | None = answer
-        self._started = time.monotonic()
+        self._started = self._ended = time.monotonic()
         trace = received_field(envelope, client, receiver.hostname, self.id, date(int(time.time())))
         self._held, self._held_size = [trace], len(trace)
         self._moving = 0  # octets with a thread
@@ -130,10 +165,13 @@ class Reception:
 
     def complete(self, message_id: str | None) -> None:
         """The end was read: from now on an answer is due. `message_id`: the header's."""
-        self.deadline = time.monotonic() + self._receiver.deadline
+        self._ended = time.monotonic()
+        self.deadline = self._ended + self._receiver.deadline
         self._message_id, self._complete = message_id, True
         if self._error is not None:
             self._fail(self._error)
+        elif not self._busy and self._body is None:
+            self._store()
         elif not self._busy:
             self._work(self._finish)
 
@@ -161,6 +199,12 @@ class Reception:
         self._busy = True
         self._receiver.threads.submit(lambda: self._guard(call, held))
 
+    def _store(self) -> None:
+        held, self._held = self._held, []
+        self._moving, self._held_size = self._held_size, 0
+        self._busy = True
+        self._receiver.stores.submit(self, held)
+
     def _written(self) -> None:
         self._busy = False
         self._moving = 0
@@ -185,6 +229,8 @@ class Reception:
 
     def _settled(self, result: object) -> None:
         if result is None:
+            metrics.RECEIVED_BYTES.inc(self._size)
+            metrics.ACCEPT_SECONDS.observe(time.monotonic() - self._ended)
             self._receiver.hint([self.id])
             who = {"id": self.id, "client": self._client, "sender": self._envelope.sender}
             ms = round((time.monotonic() - self._started) * 1000, 1)
@@ -217,13 +263,23 @@ class Reception:
         self._body.append(b"".join(held))
         self._receiver.loop.call_soon_threadsafe(self._written)
 
-    def _finish(self, held: list[bytes]) -> None:
-        if self._body is None:
-            self._size = self._receiver.spool.store(self.id, held)
+    def stored(self, found: int | OSError) -> None:
+        """The whole message was stored, or nothing of it."""
+        if isinstance(found, OSError):
+            self._receiver.loop.call_soon_threadsafe(lambda: self._fail(found))
         else:
-            if held:
-                self._body.append(b"".join(held))
-            self._size = self._body.finish()
+            self._size = found
+            self._commit()
+
+    def _finish(self, held: list[bytes]) -> None:
+        body = self._body
+        assert body is not None
+        if held:
+            body.append(b"".join(held))
+        self._size = body.finish()
+        self._commit()
+
+    def _commit(self) -> None:
         if self._is_gone():
             self._remove()
             return

@@ -24,16 +24,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from relay.bodies import Spool
+from relay import metrics
 from relay.broker import FRESH, Hints, celery_app
 from relay.intake import Intake, NewMessage
 from relay.log import get_logger
 from relay.rounds import Writer
 from relay.routes import Routes
 from relay.settings import SmtpdSettings
-from relay.start import ready
+from relay.start import Ready, ready
 from smtpd.policy import Policy
-from smtpd.receiver import THREADS, Receiver, Reception, Threads
+from smtpd.receiver import STORERS, THREADS, Receiver, Reception, Stores, Threads
 from smtpd.session import Abandon, Begin, Complete, Event, Greeting, Refusal, Session, Text
 
 BACKLOG_LIMIT = 64 * 1024
@@ -139,6 +139,7 @@ class Connection(asyncio.Protocol):
         self._client = client.address
         crowded = len(server.connections) >= server.settings.max_connections
         server.connections.add(self)
+        metrics.SESSIONS.inc()
         server.clients[self._client] += 1
         self._until = time.monotonic() + server.settings.smtp_timeout
         self._session = Session(server.greeting, client)
@@ -229,6 +230,8 @@ class Connection(asyncio.Protocol):
             self._throttle()
 
     def _answer(self, reply: bytes) -> None:
+        if not reply.startswith(b"2"):
+            metrics.refused(reply)
         self._reception = None
         self._until = time.monotonic() + self._server.settings.smtp_timeout
         self._follow(self._session.answer(reply))
@@ -247,6 +250,7 @@ class Connection(asyncio.Protocol):
             reception.abandon()
 
     def _log(self, reply: bytes) -> None:
+        metrics.refused(reply)
         words = reply[4:].rstrip().decode("ascii")
         log.info("refused", client=self._client, code=int(reply[:3]), reason=words)
 
@@ -284,9 +288,8 @@ def run(settings: SmtpdSettings) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ListenError, PolicyError, what `relay.start` raises."""
     policy = Policy(settings)
     state = ready(settings)
-    intake = Intake(state.engine, lifetime=settings.queue_lifetime, grace=settings.grace)
     with asyncio.Runner(loop_factory=_new_loop) as runner:
-        runner.run(_serve(settings, policy, state.spool, intake))
+        runner.run(_serve(settings, policy, state))
     state.engine.dispose()
     return 0
 
@@ -299,25 +302,37 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-async def _serve(settings: SmtpdSettings, policy: Policy, spool: Spool, intake: Intake) -> None:
+async def _serve(settings: SmtpdSettings, policy: Policy, state: Ready) -> None:
+    spool, intake = state.spool, Intake(state.engine, lifetime=settings.queue_lifetime, grace=settings.grace)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    writer = Writer[NewMessage, None]("intake", intake.commit, post=loop.call_soon_threadsafe)
+    writer = Writer[NewMessage, None](
+        "intake", intake.commit, post=loop.call_soon_threadsafe, rounds_of=metrics.rounds("intake")
+    )
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
     route_for = Routes.load(settings).route_for
     name, deadline = settings.hostname, settings.accept_deadline
-    receiver = Receiver(loop, spool, writer, hints.offer, route_for, name, deadline, Threads(THREADS))
+    threads, stores = Threads(THREADS), Stores(spool, STORERS)
+    receiver = Receiver(loop, spool, writer, hints.offer, route_for, name, deadline, threads, stores)
     greeting = Greeting(settings.hostname, settings.max_message_size)
     server = Server(loop, settings, receiver, policy, greeting)
     addresses = await server.listen(settings.smtp_listen)
     writer.start()
     hints.start()
     log.info("listening", addresses=[shown(*address) for address in addresses])
+    metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))
+    stop_metrics = metrics.serve(settings, metrics.Queue(state.engine, spool, hints.lists))
     await stop.wait()
+    stop_metrics()
     log.info("stopping", sessions=len(server.connections))
     await server.stop(settings.drain_timeout)
-    for close in (lambda: receiver.threads.close(5.0), lambda: writer.close(5.0), hints.close):
+    for close in (
+        lambda: receiver.stores.close(5.0),
+        lambda: receiver.threads.close(5.0),
+        lambda: writer.close(5.0),
+        hints.close,
+    ):
         await loop.run_in_executor(None, close)
     await server.stop(0.0)

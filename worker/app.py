@@ -71,7 +71,9 @@ class Process:
         self.engine = Engine(settings, ledger, state.spool, routes)
         self._hints = Hints(self.app, RETRY, settings.batch_size)
         debts = Debts(state.engine, state.spool, settings, routes.route_for)
-        self._sweeper = Sweeper(settings, Sweeps(state.engine, settings), debts, self.engine, self._hints)
+        sweeps = Sweeps(state.engine, settings)
+        self.engine.pause(sweeps.paused())
+        self._sweeper = Sweeper(settings, sweeps, debts, self.engine, self._hints)
         self._housekeeper = Housekeeper(settings, state.engine, state.spool)
         # Celery's own handler comes later; a SIGTERM before that would leave what the engine sends by then in doubt.
         signal.signal(signal.SIGTERM, self._on_shutting_down)

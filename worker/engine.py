@@ -254,9 +254,7 @@ class Engine:
         self._wish(None, room, partial(self._look_claimed, room))
         return True
 
-    def _wish(
-        self, ids: list[str] | None, room: Mapping[str, int], done: Callable[[Sequence[Claim]], None]
-    ) -> None:
+    def _wish(self, ids: list[str] | None, room: Mapping[str, int], done: Callable[[Sequence[Claim]], None]) -> None:
         self._opening += 1
         wish = Wish(self.worker, ids, room)
         self._writer.put(wish, partial(self._claimed, wish, done))
@@ -271,9 +269,7 @@ class Engine:
         full = any(got[name] >= n and not self._room.hopeless(name) for name, n in room.items())
         self._look_at = 0.0 if full else time.monotonic() + min(LOOK_EVERY, self._settings.grace)
 
-    def _claimed(
-        self, wish: Wish, done: Callable[[Sequence[Claim]], None], result: Result | Exception
-    ) -> None:
+    def _claimed(self, wish: Wish, done: Callable[[Sequence[Claim]], None], result: Result | Exception) -> None:
         """A wish came back: return the room that was not used, open the bodies of what was claimed."""
         claims = result if isinstance(result, list) else []
         self._room.settle(wish.room, claims)
@@ -296,9 +292,7 @@ class Engine:
                 handles.append(error)
         return handles
 
-    def _opened(
-        self, worker: str, claims: Sequence[Claim], opened: "asyncio.Future[list[int | Exception]]"
-    ) -> None:
+    def _opened(self, worker: str, claims: Sequence[Claim], opened: "asyncio.Future[list[int | Exception]]") -> None:
         self._opening -= 1
         for claim, handle in zip(claims, opened.result(), strict=True):
             transfer = Transfer(
@@ -325,9 +319,7 @@ class Engine:
         self._faults += 1
         pause = min(LONGEST_FAULT_PAUSE, 0.5 * 2.0 ** min(self._faults, 10))
         self._paused_until = max(self._paused_until, time.monotonic() + pause)
-        log.critical(
-            "no claims for a while, this machine fails", id=claim.message_id, seconds=pause, reason=str(error)
-        )
+        log.critical("no claims for a while, this machine fails", id=claim.message_id, seconds=pause, reason=str(error))
 
     # Transfers
 

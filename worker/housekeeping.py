@@ -108,9 +108,7 @@ class Housekeeper:
 
     def clean(self) -> int:
         """Remove what has been finished for RETENTION; how many messages that were."""
-        bound = dashed(
-            f"{int((time.time() - self._retention) * 1000) << 80:032x}"
-        )  # ids sort by time: an index scan
+        bound = dashed(f"{int((time.time() - self._retention) * 1000) << 80:032x}")  # ids sort by time: an index scan
         given = {"bound": bound, "retention": self._retention, "most": BATCH}
         count = 0
         while not self._closing.is_set():

@@ -86,9 +86,7 @@ class Servers:
 
     def room(self, route: Route) -> int:
         """How many transfers the servers of a route have places for."""
-        return (
-            0 if self.paused(route) else sum(self.free(server, route.connections) for server in route.servers)
-        )
+        return 0 if self.paused(route) else sum(self.free(server, route.connections) for server in route.servers)
 
     def paused(self, route: Route) -> bool:
         """Whether an operator wants nothing sent this way."""

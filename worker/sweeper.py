@@ -94,7 +94,8 @@ class Sweeper:
     def _run(self) -> None:
         while not self._closing.wait(min(1.0, self._settings.lease / 8)):
             self.sweep()
-            self._tick()
+            if not self._closing.is_set():
+                self._tick()
 
     def sweep(self) -> None:
         """Do what is due, unless the database is away or this worker has not told yet what it did before it was."""

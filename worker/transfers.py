@@ -32,9 +32,7 @@ log = get_logger(__name__)
 
 # A server that does not want *us* says so with the D that was meant for the mail: Postfix "host[ip] is not authorized
 # to use this service", others in the same spirit.
-NOT_WANTED = re.compile(
-    rb"not authori[sz]ed to use|client (?:host )?(?:is )?not (?:allowed|authori[sz]ed)", re.I
-)
+NOT_WANTED = re.compile(rb"not authori[sz]ed to use|client (?:host )?(?:is )?not (?:allowed|authori[sz]ed)", re.I)
 
 # RFC 3463: x.1.y is about an address.
 ABOUT_AN_ADDRESS = re.compile(rb"\b5\.1\.\d{1,3}\b")
@@ -263,9 +261,7 @@ class Transfer:
             return self.handed_back()  # one is merely full, or paused
         if not self._tries:
             return self._record(Outcome.UNREACHABLE, None, self._terms.servers.why(self._route))
-        worst = next(
-            (one for one in reversed(self._tries) if one[1] is not Outcome.UNREACHABLE), self._tries[-1]
-        )
+        worst = next((one for one in reversed(self._tries) if one[1] is not Outcome.UNREACHABLE), self._tries[-1])
         return self._record(worst[1], worst[0], worst[2], committed=False)
 
     def _record(self, outcome: Outcome, server: Server | None, reply: str = "", **how: bool) -> Record:
@@ -273,9 +269,7 @@ class Transfer:
         reply = reply or (self._tries[-1][2] if self._tries else "")
         return self._made(state, outcome, reply, server.name if server else None, wait, step)
 
-    def _judged(
-        self, outcome: Outcome, *, committed: bool = True, unwanted: bool = False
-    ) -> tuple[State, float, int]:
+    def _judged(self, outcome: Outcome, *, committed: bool = True, unwanted: bool = False) -> tuple[State, float, int]:
         step, settings = self.claim.backoff_step, self._terms.settings
         return judge(outcome, settings, step, route=self._route, committed=committed, unwanted=unwanted)
 

@@ -1,12 +1,19 @@
-"""The fixture `start_up`: `qmqp-relay up` as people start it; what still runs when the test ends is killed."""
+"""The relay as people start it; what still runs when the test, or its module, ends is killed.
+
+    start_up    `qmqp-relay up` in the directory of the test
+    install     smtpd and workers on "sqlite" or "postgresql", for the tests of a module to share
+"""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.acceptance.installation import Install, Installation
 from tests.acceptance.stack import StartUp, Up, processes_of
 from tests.waiting import until
 
@@ -29,3 +36,27 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
         for pid in processes_of(up.state_dir):
             os.kill(pid, signal.SIGKILL)
         until(lambda up=up: not processes_of(up.state_dir), what="nothing is left running")  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def install(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path
+) -> Iterator[Install]:
+    """`install("postgresql", QMQP_SERVERS=...)`: an installation in which nothing but the broker runs yet."""
+    with ExitStack() as stack:
+
+        def make(database: str, **settings: str) -> Installation:
+            directory = tmp_path_factory.mktemp(f"{database}-installation")
+            if database == "sqlite":
+                shutil.copytree(sqlite_template, directory, dirs_exist_ok=True)
+                url = f"sqlite:///{directory}/relay.db"
+            else:
+                databases = request.getfixturevalue("postgres_databases")
+                name = databases.create()
+                url = databases.url(name)
+                stack.callback(databases.drop, name)
+            made = Installation(directory, url, **settings)
+            stack.callback(made.close)
+            return made
+
+        yield make

@@ -37,9 +37,7 @@ class Mailroom:
         self.ledger = Ledger(self.database, self.settings)
         self.sweeps = Sweeps(self.database, self.settings)
 
-    def accept(
-        self, *recipients: str, body: bytes = BODY, sender: str = "a@example.com", stored: bool = True
-    ) -> str:
+    def accept(self, *recipients: str, body: bytes = BODY, sender: str = "a@example.com", stored: bool = True) -> str:
         """One message, as smtpd leaves it; its id."""
         message_id = new_id()
         if stored:
@@ -74,7 +72,7 @@ class Mailroom:
     def states(self) -> set[str]:
         return {row["state"] for row in self.rows("SELECT DISTINCT state FROM deliveries")}
 
-    def attempts(self, message_id: str) -> list[tuple[str, str]]:
+    def attempts(self, message_id: str) -> list[tuple[str | None, str]]:
         """Server and outcome of each try, in order."""
         sql = "SELECT server, outcome FROM attempts WHERE message_id = :id ORDER BY claim, hop"
         return [(row["server"], row["outcome"]) for row in self.rows(sql, id=message_id)]

@@ -148,5 +148,7 @@ class Office:
 def opened(database_url: str, **given: Any) -> Iterator[Office]:
     """An office that is closed at the end."""
     office = Office(database_url, **given)
-    yield office
-    office.engine.dispose()
+    try:
+        yield office
+    finally:
+        office.engine.dispose()

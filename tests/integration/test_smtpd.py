@@ -28,7 +28,7 @@ from relay.intake import NewMessage
 from relay.rounds import Writer
 from relay.settings import SmtpdSettings, load
 from smtpd.policy import Policy
-from smtpd.receiver import AHEAD, BLOCK, Receiver, Threads
+from smtpd.receiver import AHEAD, BLOCK, Receiver, Stores, Threads
 from smtpd.server import ListenError, Server
 from smtpd.session import Greeting
 from tests.waiting import until
@@ -84,6 +84,7 @@ class Running:
             "relay.example",
             self.settings.accept_deadline,
             Threads(4),
+            Stores(self.spool, 2),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = Server(self.loop, self.settings, self.receiver, Policy(self.settings), greeting)
@@ -93,6 +94,7 @@ class Running:
         await self.server.stop(self.drain)
         self.database.gate.set()
         await self.loop.run_in_executor(None, writer.close, 10.0)
+        await self.loop.run_in_executor(None, self.receiver.stores.close, 10.0)
         await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
         await self.server.stop(0.0)
 
@@ -358,27 +360,22 @@ def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(run: Call
         (errno.EROFS, b"451 4.3.0"),
     ],
 )
-@pytest.mark.parametrize("where", ["create", "append", "finish"])
+@pytest.mark.parametrize("size", [100, 3 * BLOCK])
+@pytest.mark.parametrize("call", ["write", "fdatasync", "create"])
 def test_C22_disk_faults_are_temporary_and_leave_nothing(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, number: int, reply: bytes, where: str
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, number: int, reply: bytes, call: str, size: int
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(number, "of the disk /secret/path")
 
     running = run()
-    real_discard = Body.discard
-    if where == "create":
+    if call == "create":
         monkeypatch.setattr(Spool, "create", fail)
     else:
-
-        def broken(body: Body, *_: object) -> None:
-            real_discard(body)
-            fail()
-
-        monkeypatch.setattr(Body, where, broken)
+        monkeypatch.setattr(f"relay.bodies.os.{call}", fail)
     with talking(running) as client:
         client.begin()
-        client.send(b"x" * (100 if where == "finish" else 3 * BLOCK) + b"\r\n.\r\n")
+        client.send(b"x" * size + b"\r\n.\r\n")
         found = client.reply()
         assert found.startswith(reply)
         assert b"secret" not in found

@@ -91,12 +91,8 @@ def scene(mail: Mailroom) -> Scene:
 
 def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
     due, later = scene.mail.accept(), scene.mail.accept()
-    scene.mail.change(
-        "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due
-    )
-    scene.mail.change(
-        "UPDATE deliveries SET state = 'deferred', due_at = @later(60) WHERE message_id = :id", id=later
-    )
+    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due)
+    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @later(60) WHERE message_id = :id", id=later)
     scene.sweeper.sweep()
     assert scene.hints.offered == [due]
     assert (scene.mail.state(due), scene.mail.state(later)) == ("queued", "deferred")
@@ -123,9 +119,7 @@ def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
     scene.run_out(slow)
     scene.sweeper.sweep()
     scene.clock.now += scene.mail.settings.lease + 1
-    scene.mail.change(
-        "UPDATE workers SET until = @ago(0.5) WHERE id = :id", id=slow
-    )  # another lease, run out as well
+    scene.mail.change("UPDATE workers SET until = @ago(0.5) WHERE id = :id", id=slow)  # another lease, run out as well
     scene.sweeper.sweep()
     assert scene.mail.state(message_id) == "sending"
 
@@ -140,9 +134,7 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
     scene.engine.renewed = scene.clock.now - 1
     scene.clock.now += scene.mail.settings.lease + 1
     due = scene.mail.accept()
-    scene.mail.change(
-        "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due
-    )
+    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due)
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "deferred"  # our own engine has not renewed yet
     scene.engine.renewed = scene.clock.now
@@ -153,9 +145,7 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
 
 def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
     message_id = scene.mail.accept()
-    scene.mail.change(
-        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
-    )
+    scene.mail.change("UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true")
     scene.sweeper.sweep()
     (notice,) = scene.hints.offered
     assert scene.mail.state(notice) == "queued"
@@ -164,14 +154,10 @@ def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
 
 def test_a_full_spool_keeps_only_notices_waiting(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     owing = scene.mail.accept()
-    scene.mail.change(
-        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
-    )
+    scene.mail.change("UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true")
     due = scene.mail.accept()
     monkeypatch.setattr(scene.mail.spool, "create", lambda message_id: 1 / 0)
-    scene.mail.change(
-        "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due
-    )
+    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due)
     scene.sweeper.sweep()
     assert (scene.mail.state(due), scene.hints.offered) == ("queued", [due])
     assert scene.mail.delivery(owing)["due_at"] is not None
@@ -224,9 +210,7 @@ def keeper(mail: Mailroom) -> Housekeeper:
 def finished(mail: Mailroom) -> Callable[..., str]:
     def make(*, age: float) -> str:
         message_id = mail.accept()
-        old = (
-            f"{int((time.time() - age) * 1000):012x}" + message_id[12:]
-        )  # ids sort by the time they were made
+        old = f"{int((time.time() - age) * 1000):012x}" + message_id[12:]  # ids sort by the time they were made
         for table, key in (("messages", "id"), ("recipients", "message_id"), ("deliveries", "message_id")):
             mail.change(f"UPDATE {table} SET {key} = :new WHERE {key} = :id", id=message_id, new=dashed(old))
         mail.spool.path(old).parent.mkdir(exist_ok=True)
@@ -252,9 +236,7 @@ def test_finished_messages_go_after_their_retention(
     assert not mail.spool.path(old).exists()
 
 
-def test_old_mail_that_is_not_finished_stays(
-    mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str]
-) -> None:
+def test_old_mail_that_is_not_finished_stays(mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str]) -> None:
     old = finished(age=31 * DAY)
     mail.change("UPDATE deliveries SET state = 'held' WHERE message_id = :id", id=old)
     assert keeper.clean() == 0
@@ -274,9 +256,7 @@ def test_bodies_that_nobody_needs_are_removed(
     assert [mail.spool.path(i).exists() for i in (done, fresh, waiting)] == [False, True, True]
 
 
-def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(
-    mail: Mailroom, keeper: Housekeeper
-) -> None:
+def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(mail: Mailroom, keeper: Housekeeper) -> None:
     orphan, young = new_id(), new_id()
     for one, age in ((orphan, YOUNG + 60), (young, YOUNG - 60)):
         mail.spool.store(one, [b"x"])

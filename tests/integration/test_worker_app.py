@@ -77,17 +77,13 @@ def test_importing_the_application_needs_nothing(tmp_path: Path) -> None:
         "RELAY_BROKER_URL": "redis://127.0.0.1:1/0",
     }
     program = "import threading, worker.app as a; print(sorted(a.app.tasks)[-1], threading.active_count())"
-    found = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["deliver", "1"]
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("command", [WORKER, RUN], ids=["celery", "run"])
-def test_hints_are_delivered_and_sigterm_ends_it(
-    house: Any, broker: Broker, command: tuple[str, ...]
-) -> None:
+def test_hints_are_delivered_and_sigterm_ends_it(house: Any, broker: Broker, command: tuple[str, ...]) -> None:
     with running_sink() as sink:
         home = house(sink.port, broker.url, grace=600.0)  # so that only a hint can be the reason
         ids = [home.mail.accept() for _ in range(30)]

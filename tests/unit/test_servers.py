@@ -37,7 +37,7 @@ def trip(servers: Servers, times: int = TRIPPED_BY) -> float | None:
 
 
 def name(place: Place | None) -> str | None:
-    return place and place.server.name
+    return place.server.name if place else None
 
 
 def test_servers_are_taken_in_order_and_full_ones_passed_over(servers: Servers) -> None:
@@ -86,9 +86,7 @@ def test_one_probe_at_a_time_and_its_success_ends_the_rest(servers: Servers, clo
     assert not servers.succeeded(A)
 
 
-def test_a_probe_that_fails_rests_the_server_for_longer_and_never_too_long(
-    servers: Servers, clock: Clock
-) -> None:
+def test_a_probe_that_fails_rests_the_server_for_longer_and_never_too_long(servers: Servers, clock: Clock) -> None:
     rests = [trip(servers)]
     for _ in range(10):
         clock.now += rests[-1] or 0

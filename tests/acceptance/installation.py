@@ -1,0 +1,240 @@
+"""smtpd and workers as they run on a server: processes of their own on one database, one broker and one spool.
+
+What a test learns of them it learns as an operator does: from the database, from the replies to SMTP clients, and from
+what QMQP servers received. `Feeder` is a crowd of such clients.
+"""
+
+import re
+import shutil
+import signal
+import smtplib
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+from qmqp.sink import Sink
+from relay.database import connect, dialect_of, reading
+from tests.acceptance.stack import ROOT, STARTING, relay_environ
+from tests.services import Broker, end, free_port, spawn, temporary_directory
+from tests.waiting import until
+
+QUEUED_AS = re.compile(rb"queued as ([0-9a-f]{32})")
+
+
+class Installation:
+    """smtpd on `port`, workers, and their broker. Settings are given without RELAY_."""
+
+    def __init__(self, directory: Path, database_url: str, **settings: str) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.broker = Broker(temporary_directory())
+        self.broker.start()
+        self.database = connect(database_url)
+        self.spell = dialect_of(self.database)
+        self.spool = directory / "var" / "spool"
+        self.settings = {
+            "STATE_DIR": str(directory / "var"), "DATABASE_URL": database_url, "BROKER_URL": self.broker.url,
+            "SMTP_LISTEN": f"127.0.0.1:{self.port}", "HOSTNAME": "relay.example.com", **settings,
+        }  # fmt: skip
+        self.log = directory / "log"
+        self._children: list[subprocess.Popen[Any]] = []
+
+    def close(self) -> None:
+        for child in reversed(self._children):
+            end(child, signal.SIGKILL)
+        self.database.dispose()
+        self.broker.resume()
+        self.broker.stop()
+        shutil.rmtree(self.broker.directory)
+
+    # Processes
+
+    def begin(self, *words: str, **settings: str) -> subprocess.Popen[Any]:
+        """Start `python -m WORDS`."""
+        with self.log.open("ab") as log:
+            child = spawn(
+                [sys.executable, "-m", *words], env=relay_environ(**{**self.settings, **settings}),
+                stdout=log, stderr=log, cwd=ROOT,
+            )  # fmt: skip
+        self._children.append(child)
+        return child
+
+    def smtpd(self, *, wait: bool = True, **settings: str) -> subprocess.Popen[Any]:
+        child = self.begin("commands.cli", "smtpd", **settings)
+        if wait:
+            self.until_accepting(child)
+        return child
+
+    def worker(self, *, wait: bool = True, **settings: str) -> subprocess.Popen[Any]:
+        child = self.begin("commands.cli", "worker", **settings)
+        if wait:
+            self.until_signed_on(child)
+        return child
+
+    def until_accepting(self, smtpd: subprocess.Popen[Any]) -> None:
+        until(lambda: self._accepts() or smtpd.poll() is not None, STARTING, what=self.said)
+        assert smtpd.poll() is None, self.said()
+
+    def _accepts(self) -> bool:
+        try:
+            smtplib.SMTP("127.0.0.1", self.port, timeout=10).close()
+        except OSError:
+            return False
+        return True
+
+    def until_signed_on(self, worker: subprocess.Popen[Any]) -> None:
+        signed_on = "SELECT id FROM workers WHERE pid = :pid AND ended_at IS NULL"
+        until(lambda: self.rows(signed_on, pid=worker.pid) or worker.poll() is not None, STARTING, what=self.said)
+        assert worker.poll() is None, self.said()
+
+    def end(self, child: subprocess.Popen[Any], number: int = signal.SIGTERM) -> int:
+        """Signal a child and wait for its end; its exit status."""
+        self._children.remove(child)
+        return end(child, number)
+
+    def said(self) -> str:
+        """The last words of all of them."""
+        return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
+
+    # Mail
+
+    def smtp_source(self, count: int, recipient: str, *options: str, sender: str = "a@example.com") -> None:
+        """Have Postfix' smtp-source send so many messages; all of them must be accepted."""
+        smtp_source(self.port, count, recipient, *options, sender=sender)
+
+    def send(self, *recipients: str, sender: str = "me@example.com", body: bytes = b"Subject: x\n\nHello.\n") -> str:
+        """Hand a message over by SMTP; its queue id."""
+        with smtplib.SMTP("127.0.0.1", self.port, local_hostname="client.example.com", timeout=30) as client:
+            return submit(client, *recipients, sender=sender, body=body)
+
+    # Looking
+
+    def rows(self, sql: str, **given: Any) -> list[Any]:
+        """What a SELECT finds (macros of `relay.database.Dialect` work)."""
+        with reading(self.database) as connection:
+            return list(connection.execute(text(self.spell(sql)), given).all())
+
+    def count(self, where: str = "1 = 1") -> int:
+        """How many deliveries there are of which that is so."""
+        return int(self.rows(f"SELECT count(*) FROM deliveries d WHERE {where}")[0][0])
+
+    def to(self, recipient: str) -> Any:
+        """The row of `mail_history` of a recipient (`%` stands for anything), the last if there are several."""
+        return self.rows("SELECT * FROM mail_history WHERE recipient LIKE :r ORDER BY queue_id", r=recipient)[-1]
+
+    def attempts(self, recipient: str) -> list[tuple[str | None, str, str]]:
+        """Server, outcome and reply of each try for a recipient, in order."""
+        sql = """SELECT a.server, a.outcome, a.reply FROM attempts a JOIN recipients r ON r.message_id = a.message_id
+            AND r.delivery = a.delivery WHERE r.address = :r ORDER BY a.message_id, a.claim, a.hop"""
+        return [tuple(row) for row in self.rows(sql, r=recipient)]
+
+    def until_state(self, recipient: str, state: str, timeout: float = 30.0) -> Any:
+        """Wait until the delivery to a recipient is in that state; its row of `mail_history`."""
+        until(lambda: self.to(recipient).state == state, timeout, what=lambda: f"{self.to(recipient)} {self.said()}")
+        return self.to(recipient)
+
+    def until_all_delivered(self, timeout: float = 60.0) -> None:
+        """Wait until nothing else is left in the tables, and no body in the spool."""
+        until(lambda: not self.count("d.state <> 'delivered'"), timeout, what=self.unfinished)
+        until(lambda: not self.bodies(), timeout, what=lambda: f"{self.bodies()} are left in the spool")
+
+    def unfinished(self) -> str:
+        rows = self.rows("SELECT queue_id, recipient, state, attempts, reason, next_at FROM mail_queue LIMIT 5")
+        states = self.rows("SELECT state, count(*) FROM deliveries GROUP BY state")
+        return f"{states}, such as {rows}\n{self.said()}"
+
+    def bodies(self) -> list[Path]:
+        """The bodies in the spool."""
+        return [path for path in self.spool.rglob("*") if re.fullmatch("[0-9a-f]{32}", path.name)]
+
+
+type Install = Callable[..., Installation]
+
+
+def smtp_source(port: int, count: int, recipient: str, *options: str, sender: str = "a@example.com") -> None:
+    """Postfix' smtp-source; what it says is an error."""
+    command = ["smtp-source", *options, "-m", str(count), "-f", sender, "-t", recipient, f"127.0.0.1:{port}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def submit(client: smtplib.SMTP, *recipients: str, sender: str, body: bytes) -> str:
+    """One transaction; the queue id. AssertionError for anything but 250."""
+    client.ehlo_or_helo_if_needed()
+    for code, words in (client.mail(sender), *map(client.rcpt, recipients), client.data(body)):
+        assert code == 250, words
+    found = QUEUED_AS.search(words)
+    assert found, words
+    return found[1].decode()
+
+
+class Feeder:
+    """SMTP clients that send without a pause worth mentioning, each message to a recipient of its own, and note whose
+    message was accepted. What breaks off in between is not sent again: it may arrive or not, but never twice."""
+
+    def __init__(self, port: int, clients: int = 4, *, name: str = "") -> None:
+        self.accepted: set[str] = set()
+        self._port, self._name = port, name
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=partial(self._run, number), daemon=True) for number in range(clients)]
+
+    def __enter__(self) -> "Feeder":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Send no more; returns when what is under way is answered."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    def until_accepted(self, more: int, timeout: float = 30.0) -> None:
+        """Wait until so many more messages are accepted than there are now."""
+        goal = len(self.accepted) + more
+        until(lambda: len(self.accepted) >= goal, timeout, what=f"{goal} messages are accepted")
+
+    def _run(self, client: int) -> None:
+        number = 0
+        while not self._stopping.is_set():
+            try:
+                with smtplib.SMTP("127.0.0.1", self._port, "client.example.com", timeout=20) as connection:
+                    while not self._stopping.wait(0.02):
+                        number += 1
+                        recipient = f"{self._name}{client}-{number}@example.org"
+                        submit(connection, recipient, sender="a@example.com", body=b"Subject: x\n\n" + b"y" * 2000)
+                        self.accepted.add(recipient)
+            except (OSError, smtplib.SMTPException, AssertionError):
+                self._stopping.wait(0.1)  # it was away or had a fault: begin again
+
+
+def taken(*sinks: Sink) -> Counter[str]:
+    """How often these sinks took a message, by recipient: an answer of K, whether or not anybody was left to read it."""
+    received = (one for sink in sinks for one in list(sink.received))
+    return Counter(r.decode() for one in received if one.reply.startswith(b"K") for r in one.recipients)
+
+
+def reckon(installation: Installation, accepted: Iterable[str], *sinks: Sink) -> None:
+    """Nothing that was accepted is lost, and only what an uncertain try explains was taken more than once."""
+    got = taken(*sinks)
+    lost = set(accepted) - got.keys()
+    assert not lost, f"accepted with 250 and never at a server: {sorted(lost)[:10]}"
+    doubtful = Counter(
+        row[0]
+        for row in installation.rows(
+            "SELECT r.address FROM attempts a JOIN recipients r ON r.message_id = a.message_id"
+            " WHERE a.outcome = 'uncertain'"
+        )
+    )
+    twice = {recipient: n for recipient, n in got.items() if n > 1 + doubtful[recipient]}
+    assert not twice, f"taken more often than uncertain outcomes explain: {twice}"

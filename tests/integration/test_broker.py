@@ -1,0 +1,150 @@
+"""Hints against a real broker: in batches, within a window, and never in anybody's way when the broker is not well."""
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from relay.broker import FRESH, RETRY, TASK, WINDOW, Hints, celery_app
+from relay.ids import new_id
+from relay.settings import Settings, load
+from tests.services import Broker
+from tests.waiting import until
+
+BATCH = 8
+KEY = "qmqp-relay:{}".format
+
+
+@pytest.fixture
+def hints(broker: Broker) -> Iterator[Callable[..., Hints]]:
+    """Starts publishers to the broker; they are closed at the end."""
+    started: list[Hints] = []
+
+    def start(queue: str = FRESH) -> Hints:
+        made = Hints(celery_app(load(Settings, broker_url=broker.url)), queue, BATCH)
+        made.start()
+        started.append(made)
+        return made
+
+    yield start
+    broker.resume()
+    for one in started:
+        one.close()
+
+
+def length(broker: Broker, queue: str = FRESH) -> int:
+    return int(broker.ask("LLEN", KEY(queue))[1:])
+
+
+def hinted(broker: Broker, queue: str = FRESH) -> list[list[str]]:
+    """The ids of each hint in the list, the oldest first."""
+    found = []
+    for n in reversed(range(length(broker, queue))):
+        raw = broker.ask("LINDEX", KEY(queue), str(n)).partition(b"\r\n")[2]
+        message: dict[str, Any] = json.loads(raw)
+        assert message["headers"]["task"] == TASK
+        assert message["headers"].get("eta") is None, "nothing is scheduled in the broker"
+        args, _, _ = json.loads(base64.b64decode(message["body"]))
+        found.append(args[0])
+    return found
+
+
+def test_what_was_offered_together_is_one_hint(broker: Broker, hints: Callable[..., Hints]) -> None:
+    ids = [new_id() for _ in range(20)]
+    publisher = hints()
+    publisher.offer(ids)
+    until(lambda: length(broker) == 3)
+    assert hinted(broker) == [ids[:8], ids[8:16], ids[16:]]
+    assert publisher.published == 3
+
+
+def test_queues_are_apart(broker: Broker, hints: Callable[..., Hints]) -> None:
+    one, two = new_id(), new_id()
+    hints(FRESH).offer([one])
+    hints(RETRY).offer([two])
+    until(lambda: length(broker, FRESH) == length(broker, RETRY) == 1)
+    assert (hinted(broker, FRESH), hinted(broker, RETRY)) == ([[one]], [[two]])
+
+
+def test_a_long_list_stops_the_hints_until_it_is_shorter(broker: Broker, hints: Callable[..., Hints]) -> None:
+    broker.ask("RPUSH", KEY(FRESH), *("x" for _ in range(WINDOW + 1)))
+    publisher = hints()
+    until(lambda: publisher.full)
+    publisher.offer([new_id()])
+    broker.ask("DEL", KEY(FRESH))
+    until(lambda: not publisher.full)
+    assert length(broker) == 0, "what was offered meanwhile is left to SQL"
+    publisher.offer([new_id()])
+    until(lambda: length(broker) == 1)
+
+
+def test_a_broker_that_refuses_is_given_up_and_found_again(broker: Broker, hints: Callable[..., Hints]) -> None:
+    publisher = hints()
+    publisher.offer([new_id()])
+    until(lambda: publisher.published == 1)
+    broker.kill()
+    until(lambda: publisher.offer([new_id()]) or publisher.away)
+    began = time.monotonic()
+    publisher.offer(new_id() for _ in range(100_000))
+    assert time.monotonic() - began < 1.0
+    broker.start()
+    until(lambda: not publisher.away)
+    last = new_id()
+    until(lambda: publisher.offer([last]) or publisher.published > 1)
+    until(lambda: any(last in batch for batch in hinted(broker)))
+
+
+def test_a_broker_that_says_nothing_is_given_up_in_seconds(broker: Broker, hints: Callable[..., Hints]) -> None:
+    publisher = hints()
+    publisher.offer([new_id()])
+    until(lambda: publisher.published == 1)
+    broker.pause()
+    began = time.monotonic()
+    publisher.offer([new_id()])
+    assert time.monotonic() - began < 0.5, "whoever offers does not wait"
+    until(lambda: publisher.away)
+    assert time.monotonic() - began < 6
+    broker.resume()
+    until(lambda: not publisher.away)
+    until(lambda: publisher.offer([new_id()]) or publisher.published > 1)
+
+
+def test_a_broker_that_comes_late(broker: Broker, hints: Callable[..., Hints]) -> None:
+    broker.stop()
+    publisher = hints()
+    until(lambda: publisher.away)
+    broker.start()
+    until(lambda: not publisher.away)
+    until(lambda: publisher.offer([new_id()]) or publisher.published)
+
+
+def test_closing_does_not_wait_for_a_silent_broker(broker: Broker, hints: Callable[..., Hints]) -> None:
+    publisher = hints()
+    publisher.offer([new_id()])
+    until(lambda: publisher.published == 1)
+    broker.pause()
+    publisher.offer([new_id()])
+    began = time.monotonic()
+    publisher.close()
+    assert time.monotonic() - began < 2
+
+
+def test_an_error_of_the_broker_does_not_end_the_hints(broker: Broker, hints: Callable[..., Hints]) -> None:
+    """A list of the wrong type, a broker out of memory: it answers, but with an error."""
+    broker.ask("SET", KEY(FRESH), "not a list")
+    publisher = hints()
+    until(lambda: publisher.away)
+    broker.ask("DEL", KEY(FRESH))
+    until(lambda: not publisher.away)
+    until(lambda: publisher.offer([new_id()]) or publisher.published)
+    assert length(broker) >= 1
+
+
+def test_nothing_connects_before_it_is_asked_to(broker: Broker) -> None:
+    app = celery_app(load(Settings, broker_url="redis+socket:///nowhere/broker.sock"))
+    assert app.conf.task_default_queue == FRESH
+    assert not app.conf.task_acks_late
+    assert app.conf.accept_content == ["json"]

@@ -1,0 +1,201 @@
+"""What a message costs, counted and not timed: statements, commits, syncs and hints, at rounds of 1 and of 64.
+
+Speed is the machine's mood; these counts are ours. A round costs the same number of statements whatever its size, and
+that is what makes rounds worth while: a change that turns one statement a round into one a message fails here.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, event
+
+from qmqp.sink import running_sink
+from relay.bodies import Spool
+from relay.broker import FRESH, Hints, celery_app
+from relay.claims import Record, Try, Wish
+from relay.ids import new_id
+from relay.intake import Intake, NewMessage
+from relay.rounds import Writer
+from relay.schema import Outcome, State
+from relay.settings import Settings, load
+from tests.integration.mailroom import Mailroom
+from tests.integration.office import Office, new_message
+from tests.services import Broker
+from tests.waiting import until
+
+ROUNDS = (1, 64)
+INTAKE = {"postgresql": 1, "sqlite": 3}
+CLAIM = {"postgresql": 1, "sqlite": 2}
+RECORD = {"postgresql": 2, "sqlite": 3}
+"""Statements a round on each database, BEGIN and COMMIT not counted."""
+
+
+@contextmanager
+def counted(engine: Engine) -> Iterator[Counter[str]]:
+    """Statements and commits on an engine meanwhile."""
+    counts = Counter[str]()
+
+    def statement(_connection: object, _cursor: object, words: str, *_: object) -> None:
+        counts["statements"] += not words.startswith("BEGIN")
+
+    def commit(_connection: object) -> None:
+        counts["commits"] += 1
+
+    event.listen(engine, "before_cursor_execute", statement)
+    event.listen(engine, "commit", commit)
+    yield counts
+    event.remove(engine, "before_cursor_execute", statement)
+    event.remove(engine, "commit", commit)
+
+
+@pytest.fixture
+def syncs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Calls of fsync and fdatasync that this process makes itself (SQLite's own are not seen)."""
+    counts = Counter[str]()
+    for name in ("fsync", "fdatasync"):
+        real = getattr(os, name)
+
+        def counting(handle: int, *, name: str = name, real: object = real) -> None:
+            counts[name] += 1
+            assert callable(real)
+            real(handle)
+
+        monkeypatch.setattr(os, name, counting)
+    return counts
+
+
+def kind(office: Office) -> str:
+    return office.engine.dialect.name
+
+
+def accepted(office: Office, count: int) -> list[str]:
+    messages = [new_message() for _ in range(count)]
+    office.intake.commit(messages)
+    return [message.id for message in messages]
+
+
+@pytest.mark.parametrize("size", ROUNDS)
+def test_intake(office: Office, size: int) -> None:
+    messages = [new_message("b@example.org", "c@example.org") for _ in range(size)]
+    with counted(office.engine) as counts:
+        office.intake.commit(messages)
+    assert counts == {"statements": INTAKE[kind(office)], "commits": 1}
+
+
+@pytest.mark.parametrize("size", ROUNDS)
+def test_claim(office: Office, size: int) -> None:
+    ids = accepted(office, size)
+    with counted(office.engine) as counts:
+        assert len(office.claim(*ids)) == size
+    assert counts == {"statements": CLAIM[kind(office)], "commits": 1}
+
+
+@pytest.mark.parametrize("size", ROUNDS)
+def test_record(office: Office, size: int) -> None:
+    claims = office.claim(*accepted(office, size))
+    records = [office.note(claim, Outcome.ACCEPTED) for claim in claims]
+    with counted(office.engine) as counts:
+        office.ledger.commit(records)
+    assert counts == {"statements": RECORD[kind(office)], "commits": 1}
+
+
+@pytest.mark.parametrize("size", ROUNDS)
+def test_outcomes_and_the_next_claims_share_a_commit(office: Office, size: int) -> None:
+    claims, ids = office.claim(*accepted(office, size)), accepted(office, size)
+    items: list[Record | Wish] = [office.note(claim, Outcome.ACCEPTED) for claim in claims]
+    items.append(Wish(office.worker, ids, {"default": size}))
+    with counted(office.engine) as counts:
+        claimed = office.ledger.commit(items)[-1]
+    assert isinstance(claimed, list)
+    assert len(claimed) == size
+    assert counts == {"statements": CLAIM[kind(office)] + RECORD[kind(office)], "commits": 1}
+
+
+def test_failures_cost_no_more_statements_than_successes(office: Office) -> None:
+    claims = office.claim(*accepted(office, 64))
+    outcomes = (Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN)
+    tries = [Try(hop, f"mx{hop}.example:628", Outcome.UNREACHABLE, "no", 0, 1.0, 0.5) for hop in (1, 2, 3)]
+    records = [office.note(claim, outcomes[n % 4], tries=tries) for n, claim in enumerate(claims)]
+    with counted(office.engine) as counts:
+        office.ledger.commit(records)
+    assert counts == {"statements": RECORD[kind(office)], "commits": 1}
+    assert set(office.states(claim.message_id for claim in claims)) == {
+        State.DELIVERED, State.DEFERRED, State.BOUNCED
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ROUNDS)
+def test_what_gathers_shares_a_commit(office: Office, size: int) -> None:
+    rounds, answered = list[int](), list[object]()
+
+    def commit(messages: Sequence[NewMessage]) -> list[None]:
+        rounds.append(len(messages))
+        return office.intake.commit(messages)
+
+    writer = Writer[NewMessage, None]("intake", commit, post=lambda call: call())
+    for _ in range(size):
+        writer.put(new_message(), answered.append)
+    with counted(office.engine) as counts:
+        writer.start()
+        until(lambda: len(answered) == size)
+    assert writer.close(10)
+    assert rounds == [size]
+    assert counts["commits"] == 1
+
+
+@pytest.mark.parametrize("size", ROUNDS)
+def test_a_body_is_synced_once_and_its_name_once(spool: Spool, syncs: Counter[str], size: int) -> None:
+    ids = [new_id() for _ in range(size)]
+    spool.store(ids[0], [b"the directory is made by the first\n"])
+    syncs.clear()
+    for message_id in ids[1:] or [_neighbour(ids[0])]:
+        spool.store(message_id, [b"Subject: test\n", b"\nhello\n"])
+    bodies = max(1, size - 1)
+    # A directory a minute or so is made, and its own name synced.
+    assert syncs["fdatasync"] == bodies
+    assert bodies <= syncs["fsync"] <= bodies + 1
+
+
+def _neighbour(message_id: str) -> str:
+    """Another id whose body lies in the same directory."""
+    return message_id[:-1] + ("0" if message_id[-1] != "0" else "1")
+
+
+def test_a_streamed_body_is_synced_every_8_mib(spool: Spool, syncs: Counter[str]) -> None:
+    spool.store(first := new_id(), [b"x"])
+    syncs.clear()
+    body = spool.create(_neighbour(first))
+    for _ in range(20 * 16):
+        body.append(bytes(1 << 16))
+    body.finish()
+    assert syncs == {"fdatasync": 20 // 8 + 1, "fsync": 1}
+
+
+def test_delivering_syncs_nothing(database_url: str, spool: Spool, tmp_path: Path, syncs: Counter[str]) -> None:
+    with running_sink() as sink:
+        mail = Mailroom(database_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{sink.port}",), grace=60.0)
+        ids = [mail.accept() for _ in range(64)]
+        syncs.clear()
+        with mail.working() as engine, counted(mail.database) as counts:
+            assert engine.offer(ids).wait(20)
+            until(lambda: mail.states() == {"delivered"})
+            until(lambda: not any(mail.spool.path(message_id).exists() for message_id in ids))
+        mail.close()
+    assert not syncs
+    # Rounds form as replies come in, so their number is the machine's; a commit a message would be 65 and more.
+    assert counts["commits"] > 0
+
+
+@pytest.mark.parametrize(("count", "published"), [(1, 1), (64, 1), (65, 2)])
+def test_one_hint_for_all_that_waits(broker: Broker, count: int, published: int) -> None:
+    settings = load(Settings, broker_url=broker.url)
+    hints = Hints(celery_app(settings), FRESH, settings.batch_size)
+    hints.offer(new_id() for _ in range(count))
+    hints.start()
+    until(lambda: hints.published == published)
+    hints.close()
+    assert broker.ask("LLEN", f"qmqp-relay:{FRESH}") == b":%d" % published

@@ -1,0 +1,137 @@
+"""Postfix' own QMQP programs for tests and benchmarks: `qmqp-sink`, and a qmqpd under a private master.
+
+Both are real servers that somebody else wrote, which is what they are for. The private Postfix has its
+configuration, its queue and its data in a temporary directory; it runs nothing but qmqpd, cleanup and the
+address rewriter, so that what it accepts stays in its `incoming` queue, where `queued` reads it. It needs
+root, as Postfix does.
+"""
+
+import grp
+import os
+import pwd
+import shutil
+import subprocess
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tests.services import Server, ServiceError, free_port, temporary_directory
+
+_MAIN = """\
+compatibility_level = 3.6
+queue_directory = {directory}/queue
+data_directory = {directory}/data
+daemon_directory = {daemons}
+mail_owner = postfix
+setgid_group = postdrop
+myhostname = postfix.test
+mydestination =
+alias_maps =
+local_recipient_maps =
+inet_interfaces = loopback-only
+inet_protocols = ipv4
+smtputf8_enable = no
+message_size_limit = 200000
+qmqpd_authorized_clients = 127.0.0.1
+qmqpd_error_delay = 0
+in_flow_delay = 0
+header_checks = regexp:{{ {{/^Subject: refuse/ REJECT go away}} {{/^Subject: later/ REJECT 4.7.1 not now}} }}
+"""
+
+# service type private unprivileged chroot wakeup limit command
+_MASTER = """\
+127.0.0.1:{port} inet n - n - - qmqpd
+127.0.0.1:{closed_port} inet n - n - - qmqpd -o qmqpd_authorized_clients=
+cleanup unix n - n - 0 cleanup
+rewrite unix - - n - - trivial-rewrite
+"""
+
+
+def _program(name: str) -> str:
+    """A Postfix program; ServiceError if this machine has none."""
+    places = os.pathsep.join(
+        [os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"]
+    )
+    found = shutil.which(name, path=places)
+    if found is None:
+        raise ServiceError(f"no {name}: install Postfix")
+    return found
+
+
+class QmqpSink(Server):
+    """`qmqp-sink`: takes everything and says `3:KOk,`. What load is measured against; `port` on the
+    loopback."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.port = free_port()
+
+    def _command(self) -> list[str]:
+        return [_program("qmqp-sink"), f"127.0.0.1:{self.port}", "1024"]
+
+    def _answers(self) -> bool:
+        return _listens(self.port)
+
+
+class Postfix(Server):
+    """A qmqpd on `port`, and one on `closed_port` that nobody may use."""
+
+    def __init__(self) -> None:
+        try:
+            self._owner = pwd.getpwnam("postfix")
+            self._group = grp.getgrnam("postdrop").gr_gid
+        except KeyError as error:
+            raise ServiceError(f"Postfix is not installed: {error}") from None
+        if os.geteuid() != 0:
+            raise ServiceError("Postfix runs as root only")
+        self.port, self.closed_port = free_port(), free_port()
+        super().__init__(temporary_directory(self._owner))
+
+    @cached_property
+    def _configuration(self) -> Path:
+        """Make the directories and the configuration; where it is."""
+        daemons = Path(_program("master")).parent
+        queue = self.directory / "queue"
+        self.directory.chmod(0o755)
+        for name in ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "maildrop", "pid",
+                     "private", "public", "saved", "trace"):  # fmt: skip
+            self._make(queue / name, 0o700)
+        os.chown(queue, 0, 0)
+        os.chown(queue / "pid", 0, 0)
+        os.chown(queue / "public", self._owner.pw_uid, self._group)
+        (queue / "public").chmod(0o710)
+        self._make(self.directory / "data", 0o700)
+        configuration = self.directory / "etc"
+        configuration.mkdir()
+        values: dict[str, Any] = vars(self) | {"directory": self.directory, "daemons": daemons}
+        (configuration / "main.cf").write_text(_MAIN.format_map(values))
+        (configuration / "master.cf").write_text(_MASTER.format_map(values))
+        return configuration
+
+    def _make(self, directory: Path, mode: int) -> None:
+        directory.mkdir(parents=True)
+        directory.chmod(mode)
+        os.chown(directory, self._owner.pw_uid, self._owner.pw_gid)
+
+    def _command(self) -> list[str]:
+        return [_program("master"), "-c", str(self._configuration), "-d"]
+
+    def _answers(self) -> bool:
+        return _listens(self.port) and _listens(self.closed_port)
+
+    def queued(self, queue_id: str) -> bytes:
+        """A message in the queue as `postcat` shows it: its envelope and its content."""
+        command = [
+            _program("postcat"),
+            "-c",
+            str(self._configuration),
+            str(self.directory / "queue/incoming" / queue_id),
+        ]
+        return subprocess.run(command, check=True, capture_output=True, timeout=20).stdout
+
+
+def _listens(port: int) -> bool:
+    """Whether somebody listens on `port`, without connecting: qmqp-sink and qmqpd would take that for a
+    client."""
+    listening = f"0100007F:{port:04X} 00000000:0000 0A"
+    return listening in Path("/proc/net/tcp").read_text()

@@ -1,0 +1,40 @@
+"""Ids: UUIDv7 by the letter of RFC 9562, in the order of time, and never the same twice."""
+
+import re
+import time
+import uuid
+
+from relay.ids import dashed, new_id
+
+
+def test_an_id_is_a_uuid_of_version_7() -> None:
+    before = time.time_ns() // 1_000_000
+    made = new_id()
+    after = time.time_ns() // 1_000_000
+    assert re.fullmatch(r"[0-9a-f]{32}", made)
+    read = uuid.UUID(made)
+    assert (read.version, read.variant) == (7, uuid.RFC_4122)
+    assert before <= int(made[:12], 16) <= after
+
+
+def test_ids_differ_and_sort_by_time() -> None:
+    made = [new_id() for _ in range(20_000)]
+    assert len(set(made)) == len(made)
+    stamps = [int(message_id[:12], 16) for message_id in made]
+    assert stamps == sorted(stamps)
+    assert [i[:12] for i in sorted(made)] == [i[:12] for i in made]
+
+
+def test_every_bit_of_chance_is_used() -> None:
+    ones, zeros = 0, 0
+    for _ in range(500):
+        value = int(new_id(), 16)
+        ones |= value
+        zeros |= ~value
+    chance = (1 << 80) - 1 & ~(0xF << 76) & ~(0b11 << 62)
+    assert ones & chance == chance == zeros & chance
+
+
+def test_dashes_are_where_the_database_puts_them() -> None:
+    made = new_id()
+    assert dashed(made) == str(uuid.UUID(made))

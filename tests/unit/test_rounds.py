@@ -1,0 +1,274 @@
+"""Group commit: nothing lost, nothing answered twice, one bad row alone, and who cannot wait is told so."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from relay.rounds import Unsettled, Writer
+from tests.waiting import until
+
+
+def outage() -> OperationalError:
+    return OperationalError("COMMIT", {}, ConnectionError("away"))
+
+
+class Database:
+    """Commits what it is told, or does whatever `fault` does; remembers each round."""
+
+    def __init__(self) -> None:
+        self.rounds: list[list[Any]] = []
+        self.fault: Callable[[list[Any]], None] = lambda items: None
+        self.entered = threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def commit(self, items: Sequence[Any]) -> list[str]:
+        self.entered.set()
+        assert self.go_on.wait(20)
+        self.fault(list(items))
+        self.rounds.append(list(items))
+        return [f"{item} done" for item in items]
+
+
+class Desk:
+    """A writer whose answers come in through `posts`, as they do on an event loop."""
+
+    def __init__(self, database: Database, **options: Any) -> None:
+        self.posts: queue.Queue[Callable[[], None]] = queue.Queue()
+        self.answers: dict[Any, Any] = {}
+        self.writer: Writer[Any, str] = Writer("test", database.commit, post=self.posts.put, **options)
+
+    def put(self, item: Any, **options: Any) -> Any:
+        return self.writer.put(item, lambda answer: self._answer(item, answer), **options)
+
+    def _answer(self, item: Any, answer: Any) -> None:
+        assert item not in self.answers, "answered twice"
+        self.answers[item] = answer
+
+    def wait(self) -> dict[Any, Any]:
+        """Run one call that was posted; all answers so far."""
+        self.posts.get(timeout=20)()
+        return self.answers
+
+    def finish(self) -> dict[Any, Any]:
+        """Close, and run all that was posted."""
+        assert self.writer.close(20)
+        while not self.posts.empty():
+            self.wait()
+        return self.answers
+
+
+@pytest.fixture
+def database() -> Database:
+    return Database()
+
+
+@pytest.fixture
+def desk(database: Database) -> Iterator[Desk]:
+    desk = Desk(database)
+    yield desk
+    database.go_on.set()
+    database.fault = lambda items: None
+    desk.writer.close(20)
+
+
+def test_what_gathers_while_a_round_is_committed_is_the_next_round(desk: Desk, database: Database) -> None:
+    database.go_on.clear()
+    desk.writer.start()
+    desk.put("first")
+    assert database.entered.wait(20)
+    for n in range(5):
+        desk.put(n)
+    database.go_on.set()
+    assert desk.wait() == {"first": "first done"}
+    assert desk.wait() == {"first": "first done"} | {n: f"{n} done" for n in range(5)}
+    assert database.rounds == [["first"], [0, 1, 2, 3, 4]]
+
+
+def test_all_answers_of_a_round_are_one_post(desk: Desk) -> None:
+    for n in range(100):
+        desk.put(n)
+    desk.writer.start()
+    assert len(desk.wait()) == 100
+    assert desk.posts.empty()
+
+
+def test_rounds_are_bounded_and_told_of(database: Database) -> None:
+    told: list[int] = []
+    desk = Desk(database, largest=4, rounds_of=lambda size, seconds: told.append(size))
+    for n in range(10):
+        desk.put(n)
+    desk.writer.start()
+    assert list(desk.finish()) == list(range(10))
+    assert [len(round_) for round_ in database.rounds] == told == [4, 4, 2]
+
+
+def test_what_is_withdrawn_in_time_is_never_committed(desk: Desk, database: Database) -> None:
+    database.go_on.clear()
+    taken = desk.put("taken")
+    desk.writer.start()
+    assert database.entered.wait(20)
+    waiting, other = desk.put("waiting"), desk.put("other")
+    assert not desk.writer.withdraw(taken), "the writer has it"
+    assert desk.writer.withdraw(waiting)
+    assert not desk.writer.withdraw(waiting)
+    database.go_on.set()
+    assert desk.finish() == {"taken": "taken done", "other": "other done"}
+    assert not desk.writer.withdraw(other)
+
+
+def test_one_bad_row_fails_alone(desk: Desk, database: Database) -> None:
+    def fault(items: list[Any]) -> None:
+        if "bad" in items:
+            raise IntegrityError("INSERT", {}, ValueError("bad"))
+
+    database.fault = fault
+    for item in (1, "bad", 2):
+        desk.put(item)
+    desk.writer.start()
+    answers = desk.finish()
+    assert isinstance(answers.pop("bad"), IntegrityError)
+    assert answers == {1: "1 done", 2: "2 done"}
+
+
+def test_an_error_without_words_does_not_end_the_writer(desk: Desk, database: Database) -> None:
+    def fault(items: list[Any]) -> None:
+        if items == ["wordless"]:
+            raise AssertionError
+
+    database.fault = fault
+    desk.put("wordless")
+    desk.writer.start()
+    assert isinstance(desk.wait()["wordless"], AssertionError)
+    desk.put("next")
+    assert desk.wait()["next"] == "next done"
+
+
+def test_a_round_is_run_again_whole_until_the_database_is_back(desk: Desk, database: Database) -> None:
+    tries: list[list[Any]] = []
+
+    def fault(items: list[Any]) -> None:
+        tries.append(items)
+        if len(tries) < 3:
+            raise outage()
+
+    database.fault = fault
+    for n in range(3):
+        desk.put(n)
+    desk.writer.start()
+    assert desk.wait() == {n: f"{n} done" for n in range(3)}
+    assert tries == [[0, 1, 2]] * 3
+    assert not desk.writer.stuck
+
+
+def test_who_cannot_wait_is_told_and_the_others_wait_on(desk: Desk, database: Database) -> None:
+    database.fault = away
+    desk.put("patient")
+    desk.put("hurried", deadline=time.monotonic())
+    desk.put("less", deadline=time.monotonic() + 600)
+    desk.writer.start()
+    answers = desk.wait()
+    assert list(answers) == ["hurried"]
+    assert isinstance(answers["hurried"], Unsettled)
+    assert desk.writer.stuck
+    database.fault = lambda items: None
+    assert desk.wait()["patient"] == "patient done"
+    assert desk.answers["less"] == "less done"
+    assert database.rounds == [["patient", "less"]]
+
+
+def test_a_deadline_does_not_cancel_what_can_be_committed(desk: Desk) -> None:
+    desk.put("late", deadline=time.monotonic() - 1)
+    desk.writer.start()
+    assert desk.wait() == {"late": "late done"}
+
+
+def test_closing_commits_what_is_there(desk: Desk) -> None:
+    for n in range(600):
+        desk.put(n)
+    desk.writer.start()
+    assert len(desk.finish()) == 600
+
+
+def away(items: list[Any]) -> None:
+    raise outage()
+
+
+def test_closing_while_the_database_is_away_gives_up_in_the_end(desk: Desk, database: Database) -> None:
+    database.fault = away
+    desk.put("never")
+    desk.writer.start()
+    until(lambda: desk.writer.stuck)
+    assert desk.writer.close(0.5)
+    assert isinstance(desk.wait()["never"], Unsettled)
+
+
+def test_a_database_that_comes_back_while_we_close_gets_everything(desk: Desk, database: Database) -> None:
+    """The last outcomes of a worker are worth waiting for."""
+    database.fault = away
+    desk.put("outcome")
+    desk.writer.start()
+    until(lambda: desk.writer.stuck)
+    closing = threading.Thread(target=desk.writer.close, args=(20,))
+    closing.start()
+    seen, failures = threading.Event(), iter((True, True))
+
+    def back_at_the_third(items: list[Any]) -> None:
+        if next(failures, False):
+            raise outage()
+        seen.set()
+
+    database.fault = back_at_the_third
+    assert seen.wait(10)
+    closing.join(10)
+    assert desk.wait() == {"outcome": "outcome done"}
+
+
+def test_an_answer_that_fails_takes_no_other_with_it(desk: Desk) -> None:
+    """A caller that is gone must not leave the rest of the round without its 250."""
+
+    def gone(_: Any) -> None:
+        raise RuntimeError("gone")
+
+    desk.put("before")
+    desk.writer.put("gone", gone)
+    desk.put("after")
+    desk.writer.start()
+    assert desk.wait() == {"before": "before done", "after": "after done"}
+
+
+def test_every_item_is_answered_once_under_load(database: Database) -> None:
+    desk = Desk(database, largest=16)
+    broken = iter(range(1000))
+
+    def fault(items: list[Any]) -> None:
+        if next(broken) % 7 == 3:
+            raise IntegrityError("INSERT", {}, ValueError("bad"))
+
+    database.fault = fault
+    desk.writer.start()
+    withdrawn = []
+
+    def work(worker: int) -> None:
+        for n in range(100):
+            entry = desk.put((worker, n))
+            if n % 10 == 0 and desk.writer.withdraw(entry):
+                withdrawn.append((worker, n))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answers = desk.finish()
+    assert set(answers) | set(withdrawn) == {(worker, n) for worker in range(4) for n in range(100)}
+    assert not set(answers) & set(withdrawn)
+    until(lambda: not desk.writer._thread.is_alive())
+    for worker in range(4):
+        committed = [n for round_ in database.rounds for w, n in round_ if w == worker]
+        assert committed == sorted(committed), "in the order they came"

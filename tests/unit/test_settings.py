@@ -1,0 +1,207 @@
+"""Settings: every spelling that operators use, and an error that names what is wrong before anything is touched."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay import settings as module
+from relay.settings import (
+    ROLES,
+    Settings,
+    SettingsError,
+    SmtpdSettings,
+    WorkerSettings,
+    load,
+    names,
+    parse_listen,
+    redacted,
+    seconds,
+    size,
+    unknown_names,
+)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """No RELAY_ variable of whoever runs the tests."""
+    import os
+
+    for name in [name for name in os.environ if name.startswith("RELAY_")]:
+        monkeypatch.delenv(name)
+    yield monkeypatch
+
+
+def test_every_setting_has_a_default_that_is_allowed() -> None:
+    for role in ROLES:
+        found = load(role)
+        assert found.state_dir == Path("var").absolute()
+        assert found.database_url == f"sqlite:///{Path('var').absolute()}/relay.db"
+        assert found.spool_dir == Path("var").absolute() / "spool"
+        assert found.broker_url.startswith("redis+socket://")
+        assert found.hostname
+        assert found.qmqp_servers == ()
+
+
+def test_the_defaults_of_the_design() -> None:
+    smtpd, worker = load(SmtpdSettings), load(WorkerSettings)
+    assert smtpd.smtp_listen == (("127.0.0.1", 2525),)
+    assert smtpd.client_networks == ("127.0.0.0/8", "::1")
+    assert (smtpd.max_message_size, smtpd.max_recipients, smtpd.max_connections) == (25 << 20, 1000, 1000)
+    assert (smtpd.smtp_timeout, smtpd.accept_deadline, smtpd.grace, smtpd.batch_size) == (300, 60, 5, 64)
+    assert (worker.connect_timeout, worker.io_timeout, worker.reply_timeout) == (10, 60, 600)
+    assert (worker.session_timeout, worker.block_size, worker.lease) == (3600, 64 << 10, 60)
+    assert (worker.worker_connections, worker.server_connections, worker.drain_timeout) == (128, 50, 30)
+    assert (worker.retry_min, worker.retry_max, worker.queue_lifetime) == (30, 3600, 5 * 86400)
+    assert (worker.uncertain, worker.uncertain_delay, worker.poison_limit) == ("retry", 900, 5)
+    assert (worker.bounces, worker.delay_warning, worker.retention, worker.metrics_listen) == ("dsn", None, 2592000, ())
+
+
+def test_everything_is_read_from_the_environment(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RELAY_STATE_DIR", "/var/lib/relay")
+    environment.setenv("RELAY_QMQP_SERVERS", "a, b:629,[::1]:628\n unix:/run/q")
+    environment.setenv("RELAY_SMTP_LISTEN", "0.0.0.0:25,[::]:25")
+    environment.setenv("RELAY_MAX_MESSAGE_SIZE", "10M")
+    environment.setenv("RELAY_QUEUE_LIFETIME", "2d")
+    environment.setenv("RELAY_CLIENT_NETWORKS", "10.0.0.0/8 192.168.0.0/16")
+    environment.setenv("RELAY_METRICS_LISTEN", "off")
+    environment.setenv("RELAY_GRACE", "")
+    found = load(SmtpdSettings)
+    assert found.database_url == "sqlite:////var/lib/relay/relay.db"
+    assert found.qmqp_servers == ("a", "b:629", "[::1]:628", "unix:/run/q")
+    assert found.smtp_listen == (("0.0.0.0", 25), ("::", 25))
+    assert (found.max_message_size, found.queue_lifetime, found.metrics_listen) == (10 << 20, 172800.0, ())
+    assert found.client_networks == ("10.0.0.0/8", "192.168.0.0/16")
+    assert found.grace == 5.0, "empty is not given"
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("30s", 30), ("5m", 300), ("2h", 7200), ("5d", 432000), ("45", 45), ("1.5h", 5400), ("250ms", 0.25), (" 7 s ", 7),
+])  # fmt: skip
+def test_durations(text: str, value: float) -> None:
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("64K", 65536), ("25M", 26214400), ("1G", 1 << 30), ("512", 512), ("10m", 10 << 20), ("3KiB", 3072), ("2MB", 2 << 20),
+])  # fmt: skip
+def test_sizes(text: str, value: int) -> None:
+    assert size(text) == value
+
+
+@given(st.text())
+def test_no_text_does_worse_than_a_value_error(text: str) -> None:
+    for read in (seconds, size, parse_listen):
+        try:
+            read(text)
+        except ValueError as error:
+            assert str(error)
+
+
+@pytest.mark.parametrize(("name", "value", "role", "words"), [
+    ("RELAY_LEASE", "soon", WorkerSettings, "is not a duration"),
+    ("RELAY_LEASE", "0", WorkerSettings, "more than 0"),
+    ("RELAY_LEASE", "-5s", WorkerSettings, "is not a duration"),
+    ("RELAY_MAX_MESSAGE_SIZE", "25X", SmtpdSettings, "is not a size"),
+    ("RELAY_MAX_MESSAGE_SIZE", "0", SmtpdSettings, "greater than 0"),
+    ("RELAY_MAX_RECIPIENTS", "99", SmtpdSettings, "100"),
+    ("RELAY_BLOCK_SIZE", "16", WorkerSettings, "512"),
+    ("RELAY_SMTP_LISTEN", "25", SmtpdSettings, "address to listen on"),
+    ("RELAY_SMTP_LISTEN", "::1:25", SmtpdSettings, "address to listen on"),
+    ("RELAY_UNCERTAIN", "maybe", WorkerSettings, "'retry' or 'hold'"),
+    ("RELAY_POISON_LIMIT", "1", WorkerSettings, "2"),
+    ("RELAY_BATCH_SIZE", "many", Settings, "integer"),
+    ("RELAY_LOG_LEVEL", "loud", Settings, "debug"),
+    ("RELAY_UNSAFE_DURABILITY", "perhaps", Settings, "boolean"),
+])  # fmt: skip
+def test_a_bad_value_names_itself(
+    environment: pytest.MonkeyPatch, name: str, value: str, role: type[Settings], words: str
+) -> None:
+    environment.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load(role)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{name} = {value!r}: ")
+    assert words in line
+
+
+def test_every_bad_value_has_a_line(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RELAY_LEASE", "soon")
+    environment.setenv("RELAY_GRACE", "later")
+    with pytest.raises(SettingsError) as caught:
+        load(WorkerSettings)
+    assert sorted(line.partition(" ")[0] for line in str(caught.value).splitlines()) == ["RELAY_GRACE", "RELAY_LEASE"]
+    load(SmtpdSettings, grace=1.0)
+
+
+def test_values_that_do_not_go_together(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RELAY_RETRY_MIN", "2h")
+    with pytest.raises(SettingsError, match="^RELAY_RETRY_MAX must not be less than RELAY_RETRY_MIN$"):
+        load(WorkerSettings)
+
+
+def test_a_role_reads_only_its_own(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RELAY_LEASE", "soon")
+    load(SmtpdSettings)
+
+
+def test_secrets_come_from_files(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    secret = tmp_path / "url"
+    secret.write_text("postgresql://relay:secret@db/relay\n")
+    environment.setenv("RELAY_DATABASE_URL_FILE", str(secret))
+    assert load(Settings).database_url == "postgresql://relay:secret@db/relay"
+    environment.setenv("RELAY_DATABASE_URL", "sqlite:////x.db")
+    assert load(Settings).database_url == "sqlite:////x.db", "what is given itself counts more"
+
+
+def test_files_that_cannot_be_read_are_named(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for path, words in ((tmp_path / "missing", "No such file"), (tmp_path, "directory"), (tmp_path / "binary", "text")):
+        environment.setenv("RELAY_DATABASE_URL_FILE", str(path))
+        with pytest.raises(SettingsError) as caught:
+            load(Settings)
+        assert str(caught.value).startswith(f"RELAY_DATABASE_URL_FILE: cannot read {path}: ")
+        assert words in str(caught.value)
+
+
+def test_a_name_that_ends_in_file_is_a_setting_of_its_own(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RELAY_HEALTH_FILE", "/run/relay/tick")
+    assert load(WorkerSettings).health_file == Path("/run/relay/tick")
+    assert unknown_names() == []
+
+
+def test_unknown_names_are_told_with_the_nearest_known() -> None:
+    given = {
+        "RELAY_QMQP_SERVER": "x", "RELAY_LEASE": "1m", "RELAY_DATABASE_URL_FILE": "/f", "RELAY_XYZZY": "1",
+        "RELAY_TEST_POSTGRES_URL": "x", "HOME": "/",
+    }  # fmt: skip
+    assert unknown_names(given) == [
+        "ignoring RELAY_QMQP_SERVER, which is no setting; did you mean RELAY_QMQP_SERVERS?",
+        "ignoring RELAY_XYZZY, which is no setting",
+    ]
+
+
+def test_passwords_are_never_shown(environment: pytest.MonkeyPatch) -> None:
+    assert redacted("postgresql://relay:s3cret@db/relay?x=1") == "postgresql://relay:***@db/relay?x=1"
+    assert redacted("redis://:s3cret@host:6379/0") == "redis://:***@host:6379/0"
+    assert redacted("postgresql://relay:p@ss/w:rd@db/relay") == "postgresql://relay:***@db/relay"
+    assert redacted("sqlite:////var/relay.db") == "sqlite:////var/relay.db"
+    environment.setenv("RELAY_SPOOL_DIR", "\0")
+    environment.setenv("RELAY_LEASE", "soon")
+    environment.setenv("RELAY_DATABASE_URL", "postgresql://relay:s3cret@db/relay")
+    with pytest.raises(SettingsError) as caught:
+        load(WorkerSettings)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(Settings).grace = 1.0  # type: ignore[misc]
+
+
+def test_every_setting_can_be_named() -> None:
+    assert {"RELAY_STATE_DIR", "RELAY_SMTP_LISTEN", "RELAY_LEASE"} <= names()
+    assert all(role in ROLES for _, role in inspect.getmembers(module, inspect.isclass) if issubclass(role, Settings))

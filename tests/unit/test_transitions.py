@@ -1,0 +1,54 @@
+"""The table of transitions: what it says of itself, and that the code's own lists agree with it."""
+
+from relay.schema import FINAL, NEEDS_BODY, TRANSITIONS, UNFINISHED, Outcome, State, deliveries, words
+from relay.verbs import VERBS
+
+
+def test_every_state_is_in_the_table() -> None:
+    assert set(TRANSITIONS) == set(State)
+    assert set().union(*TRANSITIONS.values()) <= set(State)
+    assert all(state not in TRANSITIONS[state] for state in State)
+    assert set(UNFINISHED) | set(FINAL) | {State.SPLIT} == set(State)
+
+
+def test_only_queued_becomes_sending() -> None:
+    assert [state for state in State if State.SENDING in TRANSITIONS[state]] == [State.QUEUED]
+
+
+def test_only_sending_is_delivered() -> None:
+    assert [state for state in State if State.DELIVERED in TRANSITIONS[state]] == [State.SENDING]
+
+
+def test_what_is_final_stays_but_for_a_bounce_that_an_operator_takes_back() -> None:
+    assert {state: TRANSITIONS[state] for state in (*FINAL, State.SPLIT) if TRANSITIONS[state]} == {
+        State.BOUNCED: frozenset({State.DEFERRED})
+    }
+
+
+def test_everything_unfinished_leads_to_an_end() -> None:
+    reached = set(FINAL)
+    while more := {state for state in State if TRANSITIONS[state] & reached} - reached:
+        reached |= more
+    assert set(UNFINISHED) <= reached
+
+
+def test_operators_verbs_are_transitions() -> None:
+    for verb in VERBS.values():
+        for state in verb.takes:
+            assert verb.state in TRANSITIONS[state], f"{verb.name} from {state}"
+        if verb.wanted:
+            assert verb.state in TRANSITIONS[State.SENDING]
+
+
+def test_what_the_words_of_the_design_are() -> None:
+    assert [str(outcome) for outcome in Outcome] == [outcome.name.lower() for outcome in Outcome]
+    assert [str(state) for state in State] == [state.name.lower() for state in State]
+    assert words(("a", "b")) == "'a', 'b'"
+    for state in State:
+        assert (f"'{state}'" in NEEDS_BODY) == (state in UNFINISHED)
+
+
+def test_the_queue_has_one_index_on_what_is_due() -> None:
+    (index,) = deliveries.indexes
+    assert [column.name for column in index.columns] == ["due_at"]
+    assert str(index.dialect_options["postgresql"]["where"]) == "due_at IS NOT NULL"
