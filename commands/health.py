@@ -6,8 +6,9 @@
 It runs in every container again and again, so it is one file of the standard library that imports no other of ours: it
 starts in milliseconds, where asking Celery costs most of a second of CPU and the broker's good health.
 
-What must stay true: the whole check ends within TIMEOUT, whatever the peer does; once begun, a broker, database or server
-that is away makes nobody unhealthy, because restarting us would not mend it. Docker reserves the exit status 2.
+What must stay true: the whole check ends within TIMEOUT, whatever the peer does; once we have begun, a broker, database
+or QMQP server that is away makes nobody unhealthy, because restarting us would not mend it.
+Docker reserves the status 2.
 """
 
 import os
