@@ -21,7 +21,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -101,7 +101,11 @@ class Stores:
         with suppress(IndexError):  # another thread has taken them along
             while len(taken) < TOGETHER:
                 taken.append(self._waiting.popleft())
-        found = self._spool.store_all([(reception.id, parts) for reception, parts in taken])
+        found: Sequence[int | Exception]
+        try:
+            found = self._spool.store_all([(reception.id, parts) for reception, parts in taken])
+        except Exception as error:  # of ours: nobody of this lot may be left without an answer
+            found = [error] * len(taken)
         for (reception, _), size in zip(taken, found, strict=True):
             reception.stored(size)
 
@@ -249,9 +253,9 @@ class Reception:
 
     # -- in a thread --------------------------------------------------------------------------------------------
 
-    def _guard(self, call: Callable[[list[bytes]], None], held: list[bytes]) -> None:
+    def _guard[Argument](self, call: Callable[[Argument], None], argument: Argument) -> None:
         try:
-            call(held)
+            call(argument)
         except Exception as error:
             # The name lives no longer than this block, and the loop runs the call later.
             fault = error
@@ -263,13 +267,15 @@ class Reception:
         self._body.append(b"".join(held))
         self._receiver.loop.call_soon_threadsafe(self._written)
 
-    def stored(self, found: int | OSError) -> None:
+    def stored(self, found: int | Exception) -> None:
         """The whole message was stored, or nothing of it."""
-        if isinstance(found, OSError):
-            self._receiver.loop.call_soon_threadsafe(lambda: self._fail(found))
-        else:
-            self._size = found
-            self._commit()
+        self._guard(self._take_up, found)
+
+    def _take_up(self, found: int | Exception) -> None:
+        if isinstance(found, Exception):
+            raise found
+        self._size = found
+        self._commit()
 
     def _finish(self, held: list[bytes]) -> None:
         body = self._body

@@ -44,10 +44,10 @@ class Installation:
             "SMTP_LISTEN": f"127.0.0.1:{self.port}", "HOSTNAME": "relay.example.com", **settings,
         }  # fmt: skip
         self.log = directory / "log"
-        self._children: list[subprocess.Popen[Any]] = []
+        self.children: list[subprocess.Popen[Any]] = []
 
     def close(self) -> None:
-        for child in reversed(self._children):
+        for child in reversed(self.children):
             end(child, signal.SIGKILL)
         self.database.dispose()
         self.broker.resume()
@@ -63,7 +63,7 @@ class Installation:
                 [sys.executable, "-m", *words], env=relay_environ(**{**self.settings, **settings}),
                 stdout=log, stderr=log, cwd=ROOT,
             )  # fmt: skip
-        self._children.append(child)
+        self.children.append(child)
         return child
 
     def smtpd(self, *, wait: bool = True, **settings: str) -> subprocess.Popen[Any]:
@@ -96,7 +96,7 @@ class Installation:
 
     def end(self, child: subprocess.Popen[Any], number: int = signal.SIGTERM) -> int:
         """Signal a child and wait for its end; its exit status."""
-        self._children.remove(child)
+        self.children.remove(child)
         return end(child, number)
 
     def said(self) -> str:

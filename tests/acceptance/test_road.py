@@ -108,7 +108,7 @@ def test_two_thousand_on_postgresql(relay: Installation, qmqp_sink: CountingSink
 def test_a_real_qmqpd(relay: Installation, postfix: Postfix) -> None:
     relay.smtp_source(200, "b@postfix.test", "-s", "20", "-l", "4096")
     relay.until_all_delivered()
-    ours = {row[0] for row in relay.rows("SELECT queue_id FROM mail_history WHERE recipient = 'b@postfix.test'")}
+    ours = {row[0] for row in relay.rows("SELECT queue_id FROM mail_history WHERE route = 'qmqpd'")}
     theirs = [path.read_bytes() for path in (postfix.directory / "queue/incoming").iterdir()]
     found = [i.decode() for content in theirs for i in re.findall(rb"with E?SMTP id ([0-9a-f]{32})", content)]
     assert len(ours) == 200
@@ -140,13 +140,13 @@ def test_clients_talk_to_it_without_complaint(relay: Installation, sink: Sink, t
     relay.until_state(recipient, "delivered")
     number = next(one.number for one in list(sink.received) if recipient.encode() in one.recipients)
     assert sink.dump is not None
-    assert (sink.dump / f"{number:08d}.eml").read_bytes().endswith(b"..two dots\n.\nThe end.\n")
+    assert b"..two dots\n.\nThe end.\n" in (sink.dump / f"{number:08d}.eml").read_bytes()
 
 
 def test_many_messages_over_one_connection(relay: Installation) -> None:
     relay.smtp_source(50, "d@sink.test", "-d", "-s", "2")
     relay.until_all_delivered()
-    assert len(relay.rows("SELECT 1 FROM mail_history WHERE recipient = 'd@sink.test'")) == 50
+    assert len(relay.rows("SELECT 1 FROM mail_history WHERE recipient = :r", r="d@sink.test")) == 50
 
 
 def run(command: list[str]) -> str:

@@ -18,7 +18,7 @@ from relay.bodies import Spool
 from relay.broker import FRESH, Hints, celery_app
 from relay.claims import Record, Try, Wish
 from relay.ids import new_id
-from relay.intake import Intake, NewMessage
+from relay.intake import NewMessage
 from relay.rounds import Writer
 from relay.schema import Outcome, State
 from relay.settings import Settings, load
@@ -180,14 +180,12 @@ def test_delivering_syncs_nothing(database_url: str, spool: Spool, tmp_path: Pat
         mail = Mailroom(database_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{sink.port}",), grace=60.0)
         ids = [mail.accept() for _ in range(64)]
         syncs.clear()
-        with mail.working() as engine, counted(mail.database) as counts:
+        with mail.working() as engine:
             assert engine.offer(ids).wait(20)
             until(lambda: mail.states() == {"delivered"})
             until(lambda: not any(mail.spool.path(message_id).exists() for message_id in ids))
         mail.close()
     assert not syncs
-    # Rounds form as replies come in, so their number is the machine's; a commit a message would be 65 and more.
-    assert counts["commits"] > 0
 
 
 @pytest.mark.parametrize(("count", "published"), [(1, 1), (64, 1), (65, 2)])
