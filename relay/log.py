@@ -5,6 +5,7 @@ the SMTP session to the QMQP reply (docs/events.md lists the events). Other libr
 lines. What must stay true: bytes from peers never reach a terminal raw, and no secret is a field.
 """
 
+import json
 import logging
 import sys
 from collections.abc import MutableMapping
@@ -14,7 +15,7 @@ import structlog
 
 from relay.settings import Settings
 
-_ADDRESSES = ("sender", "recipient", "recipients")
+_ADDRESSES = ("sender", "recipient")
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -44,6 +45,14 @@ def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Muta
     return event
 
 
+# json.dumps would make an encoder for every event.
+_ENCODER = json.JSONEncoder(default=repr)
+
+
+def _encode(event: Any, **_: Any) -> str:
+    return _ENCODER.encode(event)
+
+
 def configure(settings: Settings) -> None:
     """Set up this process' logs as LOG_LEVEL, LOG_FORMAT and LOG_ADDRESSES say."""
     people = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
@@ -51,7 +60,7 @@ def configure(settings: Settings) -> None:
     before: list[Any] = [structlog.stdlib.add_log_level, stamp, structlog.processors.format_exc_info]
     if settings.log_addresses == "redacted":
         before.insert(0, _redact)
-    last: Any = structlog.dev.ConsoleRenderer(pad_event_to=12) if people else structlog.processors.JSONRenderer()
+    last: Any = structlog.dev.ConsoleRenderer(pad_event_to=12) if people else structlog.processors.JSONRenderer(_encode)
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     structlog.configure(
         processors=[*before, last],

@@ -198,8 +198,9 @@ def _from_files() -> dict[str, str]:
         if name.endswith("_FILE") and target in names() and name not in names():
             try:
                 found[target.removeprefix(PREFIX).lower()] = Path(path).read_text().strip()
-            except OSError as error:
-                raise SettingsError(f"{name}: cannot read {path}: {error.strerror}") from None
+            except (OSError, UnicodeDecodeError) as error:
+                why = error.strerror if isinstance(error, OSError) else "it is not text"
+                raise SettingsError(f"{name}: cannot read {path}: {why}") from None
     return found
 
 
@@ -234,4 +235,4 @@ def _advice(name: str, near: list[str]) -> str:
 
 def redacted(url: str) -> str:
     """A URL without its password, fit to be printed."""
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", url)
+    return re.sub(r"(?<=password=)[^&\s]+", "***", re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", url))
