@@ -214,6 +214,17 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 
 @contextmanager
+def writing_once(engine: Engine) -> Iterator[Connection]:
+    """As `writing`, for what is one statement on PostgreSQL: the statement is its own transaction and round trip."""
+    if engine.dialect.name == "sqlite":
+        with writing(engine) as connection:
+            yield connection
+    else:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            yield connection
+
+
+@contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """One read transaction."""
     with engine.connect() as connection, connection.begin():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, text
 
-from relay.database import dialect_of, writing
+from relay.database import dialect_of, writing_once
 from relay.ids import dashed
 from relay.log import escaped
 from relay.schema import LONGEST_INDEXED
@@ -83,7 +83,7 @@ class Intake:
 
     def commit(self, messages: Sequence[NewMessage]) -> list[None]:
         """Insert a round of messages in one transaction; raises the database's errors."""
-        with writing(self._engine) as connection:
+        with writing_once(self._engine) as connection:
             self.insert(connection, messages)
         return [None] * len(messages)
 

@@ -230,7 +230,7 @@ class Queue:
         A row has `domain`, `waiting`, and how many of those are younger than each of AGES and than all of them:
         `under_5m` ... `older`; the name of a column is its upper end.
         """
-        ids = [dashed(_id_at(seconds)) for seconds in AGES.values()]
+        ids = [_id_at(seconds) for seconds in AGES.values()]
         bounds = {f"bound{n}": bound for n, bound in enumerate(ids)}
         columns, above = list[str](), "1 = 1"
         for n, name in enumerate(AGES):

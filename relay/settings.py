@@ -120,6 +120,7 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = "auto"
     log_addresses: Literal["full", "redacted"] = "full"
     metrics_listen: Listens = ()
+    web_listen: Listens = (("127.0.0.1", 8025),)
     health_file: Path | None = None
 
     @model_validator(mode="before")

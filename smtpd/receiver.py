@@ -22,7 +22,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
@@ -42,8 +41,8 @@ AHEAD = 8 * BLOCK
 """Octets of one message in memory above which its connection stops reading."""
 THREADS = 8
 """For large messages and for removing."""
-STORERS, TOGETHER = 4, 8
-"""Threads for small messages, and how many of them one stores together."""
+TOGETHER, GATHER = 32, 0.003
+"""How many small messages are stored together at most; seconds that they are let gather while they come in numbers."""
 
 _NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
 _LOCAL_FAULT = b"451 4.3.0 Cannot take the message now, try again later\r\n"
@@ -80,27 +79,47 @@ class Threads:
 
 
 class Stores:
-    """A few threads that store small messages, whatever has gathered together: one journal commit does for many."""
+    """A thread that stores small messages, whatever has gathered together: one journal commit does for many.
 
-    def __init__(self, spool: Spool, count: int) -> None:
+    Every wake of a thread costs the event loop its turn, so while messages come in numbers it lets a few gather.
+    """
+
+    def __init__(self, spool: Spool) -> None:
         self._spool = spool
         self._waiting: deque[tuple[Reception, list[bytes]]] = deque()
-        self._threads = Threads(count)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="stores", daemon=True)
+        self._thread.start()
 
     def submit(self, reception: "Reception", parts: list[bytes]) -> None:
-        """Store the whole of a message and tell its reception, in a thread."""
-        self._waiting.append((reception, parts))
-        self._threads.submit(self._store)
+        """Store the whole of a message and tell its reception, in the thread."""
+        with self._changed:
+            self._waiting.append((reception, parts))
+            if len(self._waiting) == 1:
+                self._changed.notify()
 
     def close(self, timeout: float) -> None:
         """Lets what was submitted finish, but no longer than `timeout` seconds."""
-        self._threads.close(timeout)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
 
-    def _store(self) -> None:
-        taken: list[tuple[Reception, list[bytes]]] = []
-        with suppress(IndexError):  # another thread has taken them along
-            while len(taken) < TOGETHER:
-                taken.append(self._waiting.popleft())
+    def _run(self) -> None:
+        busy = False
+        while taken := self._take(busy):
+            busy = len(taken) > 1
+            self._store(taken)
+
+    def _take(self, busy: bool) -> "list[tuple[Reception, list[bytes]]]":
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            if busy and not self._closing:
+                self._changed.wait_for(lambda: self._closing, GATHER)
+            return [self._waiting.popleft() for _ in range(min(len(self._waiting), TOGETHER))]
+
+    def _store(self, taken: "list[tuple[Reception, list[bytes]]]") -> None:
         found: Sequence[int | Exception]
         try:
             found = self._spool.store_all([(reception.id, parts) for reception, parts in taken])

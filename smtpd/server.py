@@ -33,7 +33,7 @@ from relay.routes import Routes
 from relay.settings import SmtpdSettings
 from relay.start import Ready, ready
 from smtpd.policy import Policy
-from smtpd.receiver import STORERS, THREADS, Receiver, Reception, Stores, Threads
+from smtpd.receiver import THREADS, Receiver, Reception, Stores, Threads
 from smtpd.session import Abandon, Begin, Complete, Event, Greeting, Refusal, Session, Text
 
 BACKLOG_LIMIT = 64 * 1024
@@ -314,7 +314,7 @@ async def _serve(settings: SmtpdSettings, policy: Policy, state: Ready) -> None:
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
     route_for = Routes.load(settings).route_for
     name, deadline = settings.hostname, settings.accept_deadline
-    threads, stores = Threads(THREADS), Stores(spool, STORERS)
+    threads, stores = Threads(THREADS), Stores(spool)
     receiver = Receiver(loop, spool, writer, hints.offer, route_for, name, deadline, threads, stores)
     greeting = Greeting(settings.hostname, settings.max_message_size)
     server = Server(loop, settings, receiver, policy, greeting)

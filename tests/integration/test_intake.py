@@ -79,7 +79,7 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
 def test_told_twice_is_accepted_once(office: Office) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
     office.intake.commit(messages)
-    office.record(*office.claim(messages[0].id), Outcome.ACCEPTED)
+    office.record(office.claim(messages[0].id)[0], Outcome.ACCEPTED)
     before = office.rows("SELECT * FROM deliveries ORDER BY message_id, number")
     office.intake.commit([*messages, new_message()])
     after = office.rows("SELECT * FROM deliveries ORDER BY message_id, number")
@@ -130,26 +130,27 @@ def test_all_of_a_message_or_nothing(office: Office) -> None:
 
 @contextmanager
 def killed(office: Office, *, after: bool) -> Iterator[None]:
-    """The server process of the next COMMIT is killed just before it, or when it has done it but not said so."""
+    """The server process is killed just before the next statement that inserts, or when it has committed unheard.
+
+    The statement is a transaction of its own, so its end is the COMMIT.
+    """
     done: list[int] = []
 
-    def kill(connection: Any) -> None:
-        if done:
+    def kill(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if done or "INSERT INTO messages" not in statement:
             return
-        theirs = connection.connection.driver_connection
-        done.append(theirs.info.backend_pid)
-        if after:
-            theirs.execute("COMMIT")
+        done.append(connection.connection.driver_connection.info.backend_pid)
         with office.engine.connect() as other:
             other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": done[0]})
-        if after:  # psycopg sees no transaction any more and would not ask the server
+        if after:
             connection.invalidate()
             raise OperationalError("COMMIT", {}, ConnectionResetError())
 
-    event.listen(office.engine, "commit", kill)
+    moment = "after_cursor_execute" if after else "before_cursor_execute"
+    event.listen(office.engine, moment, kill)
     yield
     assert done
-    event.remove(office.engine, "commit", kill)
+    event.remove(office.engine, moment, kill)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -193,5 +194,5 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(postgres: Postg
         postgres.start()
         until(lambda: patient.id in front.answers)
         assert front.answers[patient.id] is None
-        assert not front.writer.stuck
+        until(lambda: not front.writer.stuck)
         assert front.writer.close(10)

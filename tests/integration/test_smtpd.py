@@ -84,7 +84,7 @@ class Running:
             "relay.example",
             self.settings.accept_deadline,
             Threads(4),
-            Stores(self.spool, 2),
+            Stores(self.spool),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = Server(self.loop, self.settings, self.receiver, Policy(self.settings), greeting)
