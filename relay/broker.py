@@ -28,7 +28,7 @@ QUEUES = (FRESH, RETRY)
 # Longer lists than this are left to SQL (Celery messages).
 WINDOW = 200
 # Between two hints of one publisher, so that a busy one fills them (seconds).
-PACE = 0.05
+PACE = 0.1
 _LOOK_EVERY = 1.0
 
 

@@ -126,7 +126,8 @@ _FINALS = f"""SELECT d.message_id, d.number, x.delay, x.backoff_step, x.outcome,
        OR (x.outcome = 'accepted' AND d.state <> 'delivered')
     ORDER BY d.message_id, d.number"""
 _RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
-    vanished = 0, backoff_step = p.backoff_step, last_outcome = coalesce(p.outcome, d.last_outcome),
+    vanished = CASE WHEN p.outcome IS NULL THEN d.vanished ELSE 0 END, backoff_step = p.backoff_step,
+    last_outcome = coalesce(p.outcome, d.last_outcome),
     last_reply = CASE WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END,
     last_server = coalesce(p.server, d.last_server)"""
 _ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at, outcome,
@@ -199,7 +200,9 @@ class Ledger:
                     claimed.update({(c.message_id, c.number): (item.worker, c.claim) for c in claims})
         self._in_doubt = False
         for _, record in records:
-            self._held.pop((record.message_id, record.number), None)
+            key = (record.message_id, record.number)
+            if self._held.get(key) == (record.worker, record.claim):
+                del self._held[key]
         self._held.update(claimed)
         return results
 

@@ -28,7 +28,7 @@ from relay.intake import Intake, NewMessage, NewRecipient
 from relay.log import get_logger
 from relay.notices import Failure, Kind, Original, compose
 from relay.schema import NEEDS_BODY
-from relay.settings import Settings
+from relay.settings import Settings, unwanted
 
 log = get_logger(__name__)
 # How long a debt waits for the other deliveries of its message to be decided (seconds).
@@ -60,6 +60,7 @@ class Debts:
     def __init__(self, engine: Engine, spool: Spool, settings: Settings, route_for: Callable[[str], str]) -> None:
         self._engine, self._spool, self._settings, self._route_for = engine, spool, settings, route_for
         self._sql = Statements(engine, gather=GATHER)
+        self._not_wanted = unwanted(settings)
         self._intake = Intake(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
 
     def settle(self, most: int) -> list[str]:
@@ -89,6 +90,8 @@ class Debts:
             ]
             if not rows:
                 return None
+            if not delayed and self._forgive(connection, message_id, rows):
+                return None
             told = [row for row in rows if _wants(row["notify"], delayed=delayed)]
             notice = _derived(message_id, "delay" if delayed else sorted(numbers), rows)
             nobody = rows[0]["sender"] in ("", "#@[]") or self._settings.bounces == "off"
@@ -101,6 +104,21 @@ class Debts:
         if making:
             log.info("notice made", id=notice, about=message_id, recipients=len(told), kind=str(kind))
         return notice if making else None
+
+    def _forgive(self, connection: Connection, message_id: str, rows: Sequence[Any]) -> bool:
+        """Defer again what a server refused for our sake and not the mail's; True if there was any."""
+        about_us = {row["number"] for row in rows if self._not_wanted.search(row["last_reply"] or "")}
+        for number in sorted(about_us):
+            self._sql.run(
+                connection,
+                """UPDATE deliveries SET state = 'deferred', due_at = @later(:gather), finished_at = NULL
+                WHERE message_id = @id(:id) AND number = :number AND state = 'bounced'""",
+                id=dashed(message_id),
+                number=number,
+            )
+        if about_us:
+            log.critical("refused for our sake, deferred again", id=message_id, reply=rows[0]["last_reply"])
+        return bool(about_us)
 
     def _exists(self, connection: Connection, message_id: str) -> bool:
         sql = "SELECT 1 FROM messages WHERE id = @id(:id)"

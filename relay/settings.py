@@ -87,6 +87,21 @@ Span = Annotated[float, BeforeValidator(seconds), Field(ge=0)]
 Size = Annotated[int, BeforeValidator(size), Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+
+
+def _patterns(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = tuple(text.strip() for text in value.split(";") if text.strip())
+    for text in found:
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return found
+
+
+Patterns = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_patterns)]
 Listens = Annotated[tuple[tuple[str, int], ...], NoDecode, BeforeValidator(_listens)]
 
 
@@ -115,6 +130,10 @@ class Settings(BaseSettings):
     bounces: Literal["dsn", "off"] = "dsn"
     delay_warning: Annotated[float | None, BeforeValidator(_switch)] = None
     unsafe_durability: bool = False
+    unauthorized_replies: Patterns = (
+        "not authori[sz]ed to use",
+        "client (host )?(is )?not (allowed|authori[sz]ed)",
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
@@ -221,6 +240,15 @@ def _line(detail: Mapping[str, Any]) -> str:
     given = detail["input"] if len(detail["loc"]) == 1 else os.environ.get(PREFIX + field.upper(), detail["input"])
     shown = f" = {given!r}" if "url" not in field else ""
     return f"{PREFIX}{field.upper()}{shown}: {words}"
+
+
+def unwanted(settings: Settings) -> re.Pattern[str]:
+    """What a D says that is about us and not about the mail; matches nothing if there are no patterns.
+
+    A server that does not want *us* says so with the D that was meant for the mail: Postfix "host[ip] is not authorized
+    to use this service", others in the same spirit.
+    """
+    return re.compile("|".join(settings.unauthorized_replies) or r"(?!)", re.IGNORECASE)
 
 
 def unknown_names(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -8,6 +8,7 @@ What must stay true: nobody is declared dead because the database was away; what
 never quietly sent again: it gets an attempt of outcome `uncertain` first (hop 0).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine
@@ -92,6 +93,12 @@ class Sweeps:
         """What nothing is to be sent to: `route:NAME` and `server:NAME`."""
         with reading(self._engine) as connection:
             return frozenset(row[0] for row in self._sql.run(connection, "SELECT subject FROM pauses"))
+
+    def strange_routes(self, known: Sequence[str]) -> list[str]:
+        """Routes that waiting mail is for and that are none of the `known`."""
+        sql = "SELECT DISTINCT route FROM deliveries WHERE state IN ('queued', 'deferred') AND due_at IS NOT NULL"
+        with reading(self._engine) as connection:
+            return sorted({row[0] for row in self._sql.run(connection, sql)} - set(known))
 
     def requeue_due(self, limit: int) -> list[str]:
         """Make deferred deliveries whose time has come `queued`, longest due first; the ids of their messages."""

@@ -64,7 +64,9 @@ VERBS = {
         ),
     )
 }
-# Routes are given when a message is accepted; who has corrected them since has this. What is held stays held.
+# Routes are given when a message is accepted; who has corrected them since has these. The one leaves all else as it is,
+# the other tries at once what is not held.
+_MOVE = Verb("reroute", (*_WAITING, State.HELD), State.QUEUED, {"state": "d.state"})
 REROUTE = Verb(
     "reroute",
     (*_WAITING, State.HELD),
@@ -75,6 +77,9 @@ REROUTE = Verb(
         "backoff_step": "0",
     },
 )
+
+# For mail whose route is gone; a worker does it (worker/rerouting.py).
+REROUTE = Verb("reroute", _WAITING, State.QUEUED, {"due_at": "@now"})
 
 
 class Verbs:
@@ -158,6 +163,10 @@ class Verbs:
     def _unneeded(self, connection: Connection, ids: set[str]) -> list[str]:
         sql = f"SELECT 1 FROM deliveries WHERE message_id = @id(:id) AND {NEEDS_BODY} LIMIT 1"
         return [i for i in sorted(ids) if self._sql.run(connection, sql, id=dashed(i)).first() is None]
+
+    def reroute(self, wanted: Filter, route_for: Callable[[str], str], *, actor: str, reason: str) -> int:
+        """Give waiting deliveries the route that their first recipient has today; how many there were."""
+        return self.apply(_MOVE, wanted, actor=actor, reason=reason, route_for=route_for)[0].total()
 
     def pause(self, subject: str, *, actor: str, reason: str) -> bool:
         """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if that is so already."""

@@ -32,8 +32,10 @@ from relay.routes import Routes
 from relay.settings import SettingsError, WorkerSettings, load
 from relay.start import ready
 from relay.sweeps import Sweeps
+from relay.verbs import Verbs
 from worker.engine import RECORDING_TIME, Engine
 from worker.housekeeping import Housekeeper
+from worker.rerouting import Rerouter
 from worker.sweeper import Sweeper
 
 log = get_logger(__name__)
@@ -75,9 +77,11 @@ class Process:
         self.engine.pause(sweeps.paused())
         self._sweeper = Sweeper(settings, sweeps, debts, self.engine, self._hints)
         self._housekeeper = Housekeeper(settings, state.engine, state.spool)
+        verbs = Verbs(state.engine, notices=settings.bounces == "dsn")
+        self._rerouter = Rerouter(sweeps, verbs, routes)
         # Celery's own handler comes later; a SIGTERM before that would leave what the engine sends by then in doubt.
         signal.signal(signal.SIGTERM, self._on_shutting_down)
-        for part in (self.engine, self._hints, self._sweeper, self._housekeeper):
+        for part in (self.engine, self._hints, self._sweeper, self._housekeeper, self._rerouter):
             part.start()
         metrics.serve(settings, metrics.Queue(state.engine, state.spool, self._hints.lists))
         threading.Thread(target=self._wait_for_the_end, name="end", daemon=True).start()
@@ -90,6 +94,7 @@ class Process:
         last.start()
         self._sweeper.close()
         self._housekeeper.close()
+        self._rerouter.close()
         self._hints.close()
         recorded = self.engine is None or self.engine.drain(self.settings.drain_timeout)
         log.info("drained", recorded=recorded)

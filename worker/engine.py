@@ -138,6 +138,8 @@ class Engine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._disk.shutdown()
+        for message_id in self._unneeded:  # while others were being removed
+            self._spool.remove(message_id)
         return ended
 
     # The loop

@@ -24,15 +24,11 @@ from relay.claims import Claim, Record, Try
 from relay.log import escaped, get_logger
 from relay.routes import NO_SERVER, Route, Server
 from relay.schema import LONGEST_TEXT, Outcome, State
-from relay.settings import WorkerSettings
+from relay.settings import WorkerSettings, unwanted
 from worker.backoff import delay, spread
 from worker.servers import Place, Servers
 
 log = get_logger(__name__)
-
-# A server that does not want *us* says so with the D that was meant for the mail: Postfix "host[ip] is not authorized
-# to use this service", others in the same spirit.
-NOT_WANTED = re.compile(rb"not authori[sz]ed to use|client (?:host )?(?:is )?not (?:allowed|authori[sz]ed)", re.I)
 
 # RFC 3463: x.1.y is about an address.
 ABOUT_AN_ADDRESS = re.compile(rb"\b5\.1\.\d{1,3}\b")
@@ -105,6 +101,7 @@ class Terms:
     timeouts: client.Timeouts
     servers: Servers
     may_commit: Callable[[str], bool]
+    not_wanted: re.Pattern[str]
 
     @classmethod
     def of(cls, settings: WorkerSettings, servers: Servers, may_commit: Callable[[str], bool]) -> "Terms":
@@ -114,7 +111,7 @@ class Terms:
             reply=settings.reply_timeout,
             session=settings.session_timeout,
         )
-        return cls(settings, timeouts, servers, may_commit)
+        return cls(settings, timeouts, servers, may_commit, unwanted(settings))
 
 
 class Transfer:
@@ -217,7 +214,7 @@ class Transfer:
         self._note(server, outcome, reply, result.bytes_sent, started)
         if result.ours:
             return self.handed_back()
-        unwanted = outcome is Outcome.REJECTED and bool(NOT_WANTED.search(result.text))
+        unwanted = outcome is Outcome.REJECTED and self._terms.not_wanted.search(reply) is not None
         self._health(server, outcome, reply, unwanted)
         if outcome in _MOVES_ON and not result.committed:
             return None

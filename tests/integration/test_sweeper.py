@@ -6,16 +6,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from relay.bodies import Spool
 from relay.broker import Hints
 from relay.claims import Wish
+from relay.database import writing
 from relay.debts import Debts
 from relay.ids import dashed, new_id
+from relay.routes import Route, Routes
 from relay.settings import WorkerSettings, load
+from relay.verbs import Verbs
 from tests.integration.mailroom import Mailroom
 from tests.waiting import until
 from worker.housekeeping import YOUNG, Housekeeper
+from worker.rerouting import Rerouter
 from worker.sweeper import Sweeper, Watch, tick_file
 
 HOUR = 3600.0
@@ -277,3 +282,19 @@ def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Housekeeper) -> 
         assert (first, second) == (True, False)
     with other._alone() as second:
         assert second
+
+
+# --- rerouting
+
+
+def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> None:
+    message_id = mail.accept()
+    with writing(mail.database) as connection:
+        connection.execute(text("UPDATE deliveries SET route = 'gone'"))
+    rerouter = Rerouter(mail.sweeps, Verbs(mail.database, notices=True), Routes([Route("default", ())]))
+    assert rerouter.turn() == 1
+    assert mail.rows("SELECT route FROM deliveries WHERE message_id = @id(:id)", id=message_id) == [
+        {"route": "default"}
+    ]
+    assert [row["verb"] for row in mail.rows("SELECT verb FROM actions")] == ["reroute"]
+    assert rerouter.turn() == 0

@@ -3,8 +3,8 @@
 import pytest
 
 from relay.schema import TRANSITIONS, Outcome, State
-from relay.settings import WorkerSettings, load
-from worker.transfers import NEXT, NOT_WANTED, judge
+from relay.settings import WorkerSettings, load, unwanted
+from worker.transfers import NEXT, judge
 
 SETTINGS = load(WorkerSettings, retry_min=30, retry_max=3600, uncertain_delay=900, uncertain="retry")
 HOLD = load(WorkerSettings, uncertain="hold")
@@ -54,12 +54,17 @@ def test_a_refusal_of_us_defers_the_mail() -> None:
 @pytest.mark.parametrize(
     ("words", "about_us"),
     [
-        (b"Error: host.example[192.0.2.1] is not authorized to use this service", True),
-        (b"client not allowed", True),
-        (b"sorry, no mailbox here by that name (#5.1.1)", False),
-        (b"Error: message too large", False),
-        (b"sender not authorized to post to this list", False),
+        ("Error: host.example[192.0.2.1] is not authorized to use this service", True),
+        ("client not allowed", True),
+        ("sorry, no mailbox here by that name (#5.1.1)", False),
+        ("Error: message too large", False),
+        ("sender not authorized to post to this list", False),
     ],
 )
-def test_which_refusals_are_about_us(words: bytes, about_us: bool) -> None:
-    assert bool(NOT_WANTED.search(words)) is about_us
+def test_which_refusals_are_about_us(words: str, about_us: bool) -> None:
+    assert bool(unwanted(load(WorkerSettings)).search(words)) is about_us
+
+
+def test_no_patterns_no_refusal_is_about_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAY_UNAUTHORIZED_REPLIES", ";")
+    assert not unwanted(load(WorkerSettings)).search("client not allowed")

@@ -1,0 +1,62 @@
+"""Rerouting: mail that waits for a route which has gone gets the one that its recipients have today.
+
+Nobody claims for a route that no settings name, so such mail would wait until it expires. At its start, whenever the
+names of the routes change, and every ten minutes for what others have accepted under the old names, each worker looks
+for such mail. What must stay true: only waiting deliveries move, by the same chunked verb that operators use, and it is
+recorded among their actions.
+"""
+
+import threading
+import time
+
+from relay.log import get_logger
+from relay.queue import Filter
+from relay.routes import Routes
+from relay.sweeps import Sweeps
+from relay.verbs import REROUTE, Verbs
+
+log = get_logger(__name__)
+LOOK_EVERY = 2.0
+EVERY = 600.0
+
+
+class Rerouter:
+    """`start`, then `close`; `turn` is one look."""
+
+    def __init__(self, sweeps: Sweeps, verbs: Verbs, routes: Routes) -> None:
+        self._sweeps, self._verbs, self._routes = sweeps, verbs, routes
+        self._names: tuple[str, ...] = ()
+        self._at = 0.0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rerouting", daemon=True)
+
+    def start(self) -> None:
+        """Start looking."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closing.set()
+
+    def _run(self) -> None:
+        while not self._closing.wait(LOOK_EVERY):
+            try:
+                self.turn()
+            except Exception as error:
+                log.warning("rerouting put off", reason=(str(error).splitlines() or [type(error).__name__])[0][:300])
+
+    def turn(self) -> int:
+        """Move what waits for a route that is gone, if it is time to look; how many deliveries that were."""
+        names, now = self._routes.names(), time.monotonic()
+        if names == self._names and now < self._at:
+            return 0
+        moved = 0
+        for gone in self._sweeps.strange_routes(names):
+            reason = f"the route {gone} is gone"
+            touched, _ = self._verbs.apply(
+                REROUTE, Filter(route=gone), actor="worker", reason=reason, route_for=self._routes.route_for
+            )
+            log.warning("rerouted", route=gone, deliveries=touched.total())
+            moved += touched.total()
+        self._names, self._at = names, now + EVERY
+        return moved
