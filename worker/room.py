@@ -30,10 +30,11 @@ class Room:
     def offer(self, most: int, *, hopeless: bool = False) -> dict[str, int]:
         """How many deliveries each route may claim, `most` in all; promised until `settle`."""
         left = min(most, self._connections - self.busy)
-        names = self._routes.names()
+        places = {name: self._places(name, hopeless) for name in self._routes.names()}
+        names = [name for name, count in places.items() if count > 0]
         room: dict[str, int] = {}
         for n, name in enumerate(random.sample(names, len(names)) if len(names) > 1 else names):
-            share = min(-(-left // (len(names) - n)), self._places(name, hopeless))
+            share = min(-(-left // (len(names) - n)), places[name])
             if share > 0:
                 room[name] = share
                 left -= share
