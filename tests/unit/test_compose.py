@@ -32,8 +32,11 @@ def test_compose_1_29_can_read_it_and_services_can_be_scaled(newer: str):
     assert newer not in CODE
 
 
-def test_only_smtp_is_published():
-    assert re.findall(r"ports:\n((?: +- .*\n)+)", CODE) == ['      - "${RELAY_PUBLISH:-127.0.0.1:2525}:2525"\n']
+def test_only_smtp_is_published_and_the_page_to_this_host():
+    assert re.findall(r"ports:\n((?: +- .*\n)+)", CODE) == [
+        '      - "${RELAY_PUBLISH:-127.0.0.1:2525}:2525"\n',
+        '      - "127.0.0.1:8025:8025"\n',
+    ]
 
 
 def test_the_default_password_is_the_same_in_both_files():
