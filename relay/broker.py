@@ -128,6 +128,7 @@ class Hints:
         """Publish over one connection until it breaks or we close."""
         options = self._app.conf.broker_transport_options
         connection.transport_options.update(options | {"socket_timeout": 2, "max_retries": 0})
+        _ = self._app.backend  # there is none, but finding that out takes the first message 0.1 s of imports
         producer, published = self._app.amqp.Producer(connection), metrics.hints(self._queue)
         self._look(connection)
         if self.away:

@@ -15,11 +15,13 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from typing import Any
 
 from celery import Celery, Task, signals
 from celery.concurrency import get_implementation
 from celery.concurrency.thread import TaskPool
+from celery.exceptions import SecurityWarning
 
 from relay import metrics
 from relay.bodies import SpoolError
@@ -149,6 +151,8 @@ def build(settings: WorkerSettings) -> Celery:
 
 def run(settings: WorkerSettings, *options: str) -> int:
     """A worker in the foreground until SIGTERM or SIGINT; `options` are more of Celery's. The exit code."""
+    # It is about pickle, which we do not accept; who runs the relay as root has been told by other means.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     argv = [
         "--quiet",
         "worker",
