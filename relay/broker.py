@@ -27,8 +27,8 @@ FRESH, RETRY = "fresh", "retry"
 QUEUES = (FRESH, RETRY)
 # Longer lists than this are left to SQL (Celery messages).
 WINDOW = 200
-# Between two hints of one publisher, so that a busy one fills them (seconds).
-PACE = 0.1
+# What a busy publisher lets gather before its next hint (seconds).
+PACE = 0.05
 _LOOK_EVERY = 1.0
 
 
@@ -47,7 +47,7 @@ def celery_app(settings: Settings) -> Celery:
         task_acks_late=False,
         worker_pool="threads",
         worker_concurrency=4,
-        worker_disable_prefetch=True,
+        # Not worker_disable_prefetch: with early ack nothing wakes the consumer when a task ends.
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
@@ -142,8 +142,9 @@ class Hints:
             self._app.send_task(TASK, args=[ids], queue=self._queue, producer=producer, retry=False)
             self.published += 1
             published.inc()
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing or len(self._waiting) >= self._batch, PACE)
+            if len(ids) > 1:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing or len(self._waiting) >= self._batch, PACE)
 
     def _take(self) -> list[str]:
         """Up to a batch of ids; none after a while, so that somebody looks whether the list is still too long."""

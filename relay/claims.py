@@ -298,6 +298,8 @@ class Ledger:
         after = {(m, n): (claims, State(state), free) for m, n, claims, state, free in rows}
         for n, record in records:
             claims, state, free = after.get((record.message_id, record.number), (0, None, False))
+            if claims > record.claim and record.outcome is Outcome.ACCEPTED:
+                self._splitter.taken(connection, dashed(record.message_id), record.number)
             mine = claims == record.claim or state is State.DELIVERED
             results[n] = Recorded(state if mine else None, bool(free) and mine)
 

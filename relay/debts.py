@@ -83,7 +83,7 @@ class Debts:
         """Make the notice about one message, if nobody else is at it; its id, or None if there is nothing to say."""
         delayed = kind is Kind.DELAYED
         with writing(self._engine) as connection:
-            which = "state IN ('queued', 'deferred')" if delayed else _OWED
+            which = "state IN ('queued', 'sending', 'deferred')" if delayed else _OWED
             numbers = {row[0] for row in self._sql.run(connection, _LOCK.format(which), id=dashed(message_id))}
             rows = [
                 r for r in self._sql.run(connection, _ABOUT, id=dashed(message_id)).mappings() if r["number"] in numbers
@@ -107,7 +107,10 @@ class Debts:
 
     def _forgive(self, connection: Connection, message_id: str, rows: Sequence[Any]) -> bool:
         """Defer again what a server refused for our sake and not the mail's; True if there was any."""
-        about_us = {row["number"] for row in rows if self._not_wanted.search(row["last_reply"] or "")}
+        about_us = {
+            row["number"] for row in rows
+            if row["state"] == "bounced" and self._not_wanted.search(row["last_reply"] or "")
+        }  # fmt: skip
         for number in sorted(about_us):
             self._sql.run(
                 connection,

@@ -70,6 +70,7 @@ def status_of(kind: Kind, reply: str) -> str:
 
 def quoted(address: str) -> str:
     """A stored address as a mail path spells it: QMQP's local parts are bare, RFC 5321's may need quotes."""
+    address = escaped(address, _LINE)
     local, at, domain = address.rpartition("@")
     if not at or re.fullmatch(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*", local, re.ASCII):
         return address
@@ -162,7 +163,7 @@ def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> s
         lines = [f"Final-Recipient: rfc822; {quoted(failure.address)}"]
         if failure.orcpt and ";" in failure.orcpt:
             kind, _, address = failure.orcpt.partition(";")
-            lines.insert(0, f"Original-Recipient: {kind}; {unxtext(address)}")
+            lines.insert(0, f"Original-Recipient: {escaped(kind, 64)}; {unxtext(address)}")
         lines.append(f"Action: {'delayed' if failure.kind is Kind.DELAYED else 'failed'}")
         lines.append(f"Status: {status_of(failure.kind, failure.reply)}")
         if failure.server and not failure.server.startswith("unix:"):

@@ -7,7 +7,7 @@ come out as aware datetimes on both databases; an id may be given with or withou
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -18,10 +18,11 @@ from sqlalchemy import Connection, CursorResult, Engine
 
 from relay.database import Statements, reading
 from relay.ids import dashed
-from relay.schema import UNFINISHED
+from relay.schema import UNFINISHED, VIEWS
 
 type Row = dict[str, Any]
 _TIMES = ("_at", "until")
+_IDS = ("message_id", "worker")
 AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
 # What stands behind the last @: one expression that both databases understand.
 DOMAIN = "lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))"
@@ -68,6 +69,11 @@ class Filter:
             given["id"] = dashed(self.id)
         return " AND ".join(parts) or "1 = 1", given
 
+    def selective(self) -> bool:
+        """Whether an index finds the few rows that are meant."""
+        exact = [value for value in (self.sender, self.recipient) if value is not None and "*" not in value]
+        return bool(exact or self.id or self.header_message_id)
+
     def shown(self) -> str:
         """The filter as an operator would type it; empty for everything."""
         words = [f"--state {state}" for state in self.states]
@@ -90,22 +96,20 @@ def _id_at(seconds_ago: float) -> str:
 
 
 def _plain(found: CursorResult[Any]) -> Iterator[Row]:
-    """Rows with their times as aware datetimes and their numbers as numbers, whatever the database made of them."""
+    """Rows with their times as aware datetimes and their ids as text, whatever the database made of them."""
     names = tuple(found.keys())
-    times = tuple(name for name in names if name.endswith(_TIMES))
+    times = [name for name in names if name.endswith(_TIMES)]
+    ids = [name for name in names if name in _IDS]
     for values in found:
-        row = {name: _MADE.get(type(value), _same)(value) for name, value in zip(names, values, strict=True)}
+        row = dict(zip(names, values, strict=True))
         for name in times:
-            if type(row[name]) is str:
-                row[name] = datetime.fromisoformat(row[name]).replace(tzinfo=UTC)
+            if (value := row[name]) is not None:
+                when = datetime.fromisoformat(value) if type(value) is str else value.astimezone(UTC)
+                row[name] = when.replace(tzinfo=UTC)
+        for name in ids:
+            if type(row[name]) is UUID:
+                row[name] = str(row[name])
         yield row
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-_MADE: dict[type, Callable[[Any], Any]] = {Decimal: int, UUID: str, datetime: lambda when: when.astimezone(UTC)}
 
 
 class Queue:
@@ -116,7 +120,10 @@ class Queue:
 
     def _all(self, sql: str, **given: Any) -> list[Row]:
         with reading(self._engine) as connection:
-            return list(_plain(self._sql.run(connection, sql, **given)))
+            rows = list(_plain(self._sql.run(connection, sql, **given)))
+        for row in rows:  # PostgreSQL's sum of integers
+            row |= {name: int(value) for name, value in row.items() if type(value) is Decimal}
+        return rows
 
     def rows(
         self, wanted: Filter, *, limit: int | None = None, finished: bool = False, newest: bool = False,
@@ -131,12 +138,27 @@ class Queue:
         view = "mail_history" if finished else "mail_queue"
         behind, order = ("<", "DESC") if newest else (">", "ASC")
         if after is not None:
-            where += f" AND (message_id, position) {behind} (@id(:after), :position)"
+            where += (
+                f" AND message_id {behind}= @id(:after) AND (message_id, position) {behind} (@id(:after), :position)"
+            )
             given |= {"after": dashed(after[0]), "position": after[1]}
+        if limit is not None and self._in_order(wanted):
+            view = f"({VIEWS[view].replace('JOIN', 'CROSS JOIN')})"
         sql = f"SELECT * FROM {view} WHERE {where} ORDER BY message_id {order}, position {order}"
         if limit is not None:
             sql, given = sql + " LIMIT :most", given | {"most": limit}
         return self.select(sql, given)
+
+    def _in_order(self, wanted: Filter) -> bool:
+        """Whether to tell SQLite to go through all messages in order until enough are found.
+
+        Left alone it finds all that match, joins and sorts them, which is better only where those are few.
+        """
+        if self._sql.postgresql or wanted.selective():
+            return False
+        where, given = Filter(states=wanted.states).where()
+        many = f"SELECT count(*) AS n FROM (SELECT 1 FROM deliveries WHERE {where} LIMIT 1000)"
+        return bool(self._all(many, **given)[0]["n"] == 1000)
 
     def select(self, sql: str, given: dict[str, Any]) -> Iterator[Row]:
         """Rows of a query with our macros, streamed."""

@@ -25,7 +25,7 @@ _FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.message
 _TWIN = """SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :parent AND number <> :number
     AND state IN ('split', 'bounced') AND last_outcome = 'rejected' AND last_reply = :reply"""
 _OFFSPRING = """WITH RECURSIVE line(number) AS (
-        SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :twin
+        SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :root
         UNION SELECT d.number FROM deliveries d JOIN line ON d.parent = line.number WHERE d.message_id = @id(:id))
     SELECT number FROM line"""
 _CHILDREN = """INSERT INTO deliveries (message_id, number, parent, route, state, due_at, expires_at)
@@ -33,6 +33,8 @@ _CHILDREN = """INSERT INTO deliveries (message_id, number, parent, route, state,
     WHERE message_id = @id(:id) AND number = :number"""
 _GIVE = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id) AND delivery = :number
     AND position <= :until"""
+_TAKEN = f"""UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, wanted = NULL
+    WHERE message_id = @id(:id) AND state NOT IN ('delivered', 'split') AND number IN ({_OFFSPRING})"""
 
 
 class Splitter:
@@ -60,6 +62,10 @@ class Splitter:
             self._sql.run(connection, _GIVE, id=key, number=number, child=child, until=until)
         return True
 
+    def taken(self, connection: Connection, key: str, number: int) -> None:
+        """An earlier claim of a delivery was accepted after all: what it was cut into is delivered with it."""
+        self._sql.run(connection, _TAKEN, id=key, root=number)
+
     def _positions(self, connection: Connection, key: str, number: int) -> list[int]:
         sql = "SELECT position FROM recipients WHERE message_id = @id(:id) AND delivery = :number ORDER BY position"
         return [row[0] for row in self._sql.run(connection, sql, id=key, number=number)]
@@ -69,7 +75,7 @@ class Splitter:
         twin = self._sql.run(connection, _TWIN, id=key, parent=parent, number=number, reply=reply).scalar()
         if twin is None:
             return False
-        line = [row[0] for row in self._sql.run(connection, _OFFSPRING, id=key, twin=twin)]
+        line = [row[0] for row in self._sql.run(connection, _OFFSPRING, id=key, root=twin)]
         if line:
             listed = ", ".join(str(int(one)) for one in line)
             self._sql.run(

@@ -78,9 +78,6 @@ REROUTE = Verb(
     },
 )
 
-# For mail whose route is gone; a worker does it (worker/rerouting.py).
-REROUTE = Verb("reroute", _WAITING, State.QUEUED, {"due_at": "@now"})
-
 
 class Verbs:
     """The queue as an operator changes it."""

@@ -39,13 +39,11 @@ class Mailroom:
 
     def accept(self, *recipients: str, body: bytes = BODY, sender: str = "a@example.com", stored: bool = True) -> str:
         """One message, as smtpd leaves it; its id."""
-        message_id = new_id()
+        message_id, route_for = new_id(), Routes.load(self.settings).route_for
         if stored:
             self.spool.store(message_id, [body])
-        new = NewMessage(
-            message_id, sender, len(body), [NewRecipient(r) for r in recipients or ("b@example.org",)],
-            "127.0.0.1", "client.example.com", "ESMTP",
-        )  # fmt: skip
+        to = [NewRecipient(r, route=route_for(r)) for r in recipients or ("b@example.org",)]
+        new = NewMessage(message_id, sender, len(body), to, "127.0.0.1", "client.example.com", "ESMTP")
         Intake(self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace).commit([new])
         return message_id
 

@@ -101,7 +101,7 @@ class Office:
         if "id" in given:
             given["id"] = dashed(given["id"])
         with reading(self.engine) as connection:
-            return [row._mapping for row in connection.execute(text(self.spell(sql)), given)]
+            return [dict(row._mapping) for row in connection.execute(text(self.spell(sql)), given)]
 
     def change(self, sql: str, **given: Any) -> int:
         """Run what an operator or a fault would do; how many rows that changed."""

@@ -74,7 +74,7 @@ def failing(number: int) -> Callable[..., Any]:
 
 def test_a_stored_body_is_there_and_synced(spool: Spool, synced: list[str]) -> None:
     message_id = new_id()
-    assert spool.store(message_id, [b"Received: x\n", memoryview(b"Subject: y\n"), bytearray(b"\nbody\n")]) == 29
+    assert spool.store(message_id, [b"Received: x\n", b"Subject: y\n", b"\nbody\n"]) == 29
     path = spool.path(message_id)
     assert path.read_bytes() == b"Received: x\nSubject: y\n\nbody\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -111,7 +111,7 @@ def test_everything_is_claimed_once_by_workers_in_a_hurry(office: Office) -> Non
 def test_every_outcome_is_recorded(office: Office) -> None:
     for outcome in Outcome:
         message_id, state = office.accept(), NEXT[outcome]
-        recorded = office.record(*office.claim(message_id), outcome, backoff_step=3)
+        recorded = office.record(office.claim(message_id)[0], outcome, backoff_step=3)
         assert recorded == Recorded(state, body_free=state is State.DELIVERED)
         row = office.delivery(message_id)
         assert (row["state"], row["worker"], row["wanted"], row["backoff_step"]) == (state, None, None, 3)
@@ -133,7 +133,7 @@ def test_a_notice_is_owed_to_a_real_sender_only(clean_url: str) -> None:
     ):  # fmt: skip
         with opened(clean_url, bounces=bounces) as office:
             message_id = office.accept(sender=sender)
-            recorded = office.record(*office.claim(message_id), Outcome.REJECTED)
+            recorded = office.record(office.claim(message_id)[0], Outcome.REJECTED)
             assert recorded == Recorded(State.BOUNCED, body_free=not owed), "a notice returns the header"
             assert (office.delivery(message_id)["due_in"] is not None) == owed
 
@@ -167,7 +167,7 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(office: Office) -> 
 def test_what_was_wanted_of_an_earlier_claim_is_forgotten(office: Office) -> None:
     message_id = office.accept()
     office.ask(message_id, "drop")
-    assert office.record(*office.claim(message_id), Outcome.DEFERRED).state is State.DEFERRED
+    assert office.record(office.claim(message_id)[0], Outcome.DEFERRED).state is State.DEFERRED
 
 
 def test_a_late_k_beats_every_state(office: Office) -> None:
@@ -206,6 +206,21 @@ def test_a_k_is_never_undone(office: Office) -> None:
     assert office.attempts(message_id)[0] == (1, 0, "uncertain")
 
 
+def test_a_late_k_for_what_was_split_since_holds_for_all_its_recipients(office: Office) -> None:
+    message_id, other = office.accept("x@example.org", "y@example.org", "z@example.org"), office.hire()
+    (first,) = office.claim(message_id)
+    office.change("UPDATE deliveries SET state = 'queued', worker = NULL")
+    (second,) = office.claim(message_id, worker=other)
+    assert office.record(second, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
+    (half,) = (claim for claim in office.claim(message_id, worker=other) if len(claim.recipients) == 2)
+    assert office.record(half, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
+    (kept,) = office.claim(message_id, room={"default": 1})
+    assert office.record(first, Outcome.ACCEPTED).state is State.DELIVERED
+    assert sorted(row["state"] for row in office.rows("SELECT state FROM deliveries")) == ["delivered"] * 4 + ["split"]
+    assert office.claim(message_id) == [], "never after a K"
+    assert office.record(kept, Outcome.REJECTED).state is State.DELIVERED
+
+
 def test_who_lost_the_claim_changes_nothing(office: Office) -> None:
     other = office.hire()
     for outcome in NOT_K:
@@ -222,7 +237,7 @@ def test_who_lost_the_claim_changes_nothing(office: Office) -> None:
 
 def test_one_record_says_it_all_and_twice_is_once(office: Office) -> None:
     message_id = office.accept()
-    note = office.note(*office.claim(message_id), Outcome.DEFERRED)
+    note = office.note(office.claim(message_id)[0], Outcome.DEFERRED)
     (first,) = office.ledger.commit([note])
     row = dict(office.delivery(message_id))
     (again,) = office.ledger.commit([note])

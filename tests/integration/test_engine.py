@@ -66,6 +66,31 @@ def test_a_hint_is_enough_to_deliver(room: Open, sink: Sink) -> None:
     assert not mail.spool.path(message_id).exists()
 
 
+def test_hints_find_room_whatever_their_routes(room: Open, sink: Sink, tmp_path: Path) -> None:
+    mail = room(sink, grace=60.0, routes=two_more_routes(tmp_path, sink))  # nothing is overdue within the test
+    with mail.working() as engine:
+        for recipient in ("a@one.test", "b@two.test", "c@example.org"):  # one at a time, which is room for one
+            engine.offer([mail.accept(recipient)])
+            until(lambda: mail.states() == {"delivered"}, what=recipient)
+
+
+def test_a_route_with_little_room_is_emptied_without_a_pause(room: Open, sink: Sink, tmp_path: Path) -> None:
+    mail = room(sink, grace=1.0, server_connections=2, routes=two_more_routes(tmp_path, sink))
+    for _ in range(60):
+        mail.accept("a@one.test")
+    with mail.working():  # other routes have room and nothing to send all the while
+        until(lambda: mail.states() == {"delivered"}, what="all is delivered")
+    (took,) = mail.rows("SELECT @micros(max(started_at)) - @micros(min(started_at)) AS micros FROM attempts")
+    assert took["micros"] < 5_000_000  # two a second would take half a minute
+
+
+def two_more_routes(directory: Path, sink: Sink) -> Path:
+    path = directory / "routes.toml"
+    table = '[{0}]\nrecipients = ["{0}.test"]\nservers = ["127.0.0.1:{1}"]\n'
+    path.write_text(table.format("one", sink.port) + table.format("two", sink.port))
+    return path
+
+
 def test_without_any_hint_overdue_mail_is_found(room: Open, sink: Sink) -> None:
     mail = room(sink)
     ids = [mail.accept() for _ in range(100)]

@@ -9,12 +9,13 @@ delays, that the seconds which a run takes cannot matter.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from sqlalchemy import text
 
 from relay.claims import Claim, Item, Record, Recorded, Renewal, Wish
@@ -23,18 +24,33 @@ from relay.ids import new_id
 from relay.queue import Filter
 from relay.schema import FINAL, UNFINISHED, Outcome, State, metadata
 from relay.verbs import VERBS, Verb, Verbs
-from tests.integration.office import NEXT, Office
+from tests.integration.office import NEXT, Office, new_message
 
 type Key = tuple[str, int]
 
 STEP = 13_700.0
-GRACE, DELAY, UNCERTAIN_DELAY, LEASE, SESSION, LIFETIME = 10_000.0, 20_000.0, 30_000.0, 20_000.0, 40_000.0, 200_000.0
+GRACE, DELAY, UNCERTAIN_DELAY, LEASE, SESSION, LIFETIME = 10_000.0, 20_000.0, 30_000.0, 20_000.0, 10_000.0, 200_000.0
 NEAR = 50.0  # no two times of the model that differ come nearer than this, nor does a run take so long
 POISON = 3
 TOOK = (Outcome.ACCEPTED, Outcome.UNCERTAIN, Outcome.MALFORMED)
 NOT_TOOK = tuple(outcome for outcome in Outcome if outcome is not Outcome.ACCEPTED)
 WANTED = {"hold": State.HELD, "drop": State.DROPPED, "bounce": State.BOUNCED, "retry": State.QUEUED}
 ROUTES = ("default", "bulk")
+# What happens, and how often for each time that the others do.
+HAPPENINGS = [
+    what
+    for what, often in {
+        "work": 10, "accept": 6, "wait": 3, "wake": 3, "vanish": 2, "wake_up_late": 3, "meddle": 3, "settle": 1,
+        "hire": 1, "bury": 1, "bury_one_that_renewed": 1, "lose_stuck": 1, "lose_strays": 1,
+    }.items()
+    for _ in range(often)
+]  # fmt: skip
+# What a history consists of is Hypothesis' to choose and to shrink; the details are mere chance.
+CHANCE = st.randoms(use_true_random=True)
+
+
+def some[T](chance: Random, these: Sequence[T], share: float) -> list[T]:
+    return [one for one in these if chance.random() < share]
 
 
 @dataclass
@@ -46,6 +62,7 @@ class Delivery:
     recipients: tuple[str, ...]
     due: float | None
     expires: float
+    parent: int | None = None
     state: State = State.QUEUED
     worker: str | None = None
     claims: int = 0
@@ -70,7 +87,7 @@ class Transfer:
 
 
 class History(RuleBasedStateMachine):
-    """Rules are what may happen; `agrees` is looked at after each."""
+    """`happens` is one thing after the other; the invariants are looked at after each."""
 
     office: Office
 
@@ -86,7 +103,7 @@ class History(RuleBasedStateMachine):
         self.finished: set[Key] = set()
         self.said = itertools.count()
         for _ in range(2):
-            self.hire()
+            self.hire(Random())
 
     def _empty(self) -> None:
         with writing(self.office.engine) as connection:
@@ -105,41 +122,56 @@ class History(RuleBasedStateMachine):
         }  # fmt: skip
         delivery.state, delivery.due, delivery.worker, delivery.wanted = state, due.get(state), None, None
 
+    @rule(what=st.sampled_from(HAPPENINGS), chance=CHANCE)
+    def happens(self, what: str, chance: Random) -> None:
+        getattr(self, what)(chance)
+
     # --- mail -------------------------------------------------------------------------------------------------
 
-    @rule(
-        routes=st.lists(st.sampled_from(ROUTES), min_size=1, max_size=4),
-        sender=st.sampled_from(["a@example.com", ""]), again=st.booleans(),
-    )  # fmt: skip
-    def accept(self, routes: list[str], sender: str, again: bool) -> None:
+    def accept(self, chance: Random) -> None:
+        """A message comes in, perhaps told twice for a COMMIT in doubt."""
+        routes, sender = chance.choices(ROUTES, k=chance.randint(1, 6)), chance.choice(["a@example.com", ""])
         addresses = [f"{n}@{route}.example.org" for n, route in enumerate(routes)]
-        message_id = self.office.accept(*map(":".join, zip(routes, addresses, strict=True)), sender=sender)
-        if again:  # a COMMIT in doubt
-            self.office.accept(
-                *map(":".join, zip(routes, addresses, strict=True)), sender=sender, message_id=message_id
-            )
+        message = new_message(*map(":".join, zip(routes, addresses, strict=True)), sender=sender)
+        message_id = message.id
+        for _ in range(chance.randint(1, 2)):
+            self.office.intake.commit([message])
         for number, route in enumerate(dict.fromkeys(routes), 1):
             mine = tuple(address for address, way in zip(addresses, routes, strict=True) if way == route)
             self.queue[message_id, number] = Delivery(sender, route, mine, self.clock + GRACE, self.clock + LIFETIME)
 
     # --- workers ----------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.leases) < 6)
-    @rule()
-    def hire(self) -> None:
+    def hire(self, _: Random) -> None:
+        """Another worker process starts."""
+        if len(self._alive()) >= 4:
+            return
         worker = new_id()
         self.ledger.register(worker, "host", 1)
         self.leases[worker] = self.clock + LEASE
 
-    @rule(data=st.data(), twice=st.booleans())
-    def work(self, data: st.DataObject, twice: bool) -> None:
+    def work(self, chance: Random) -> None:
         """One round of a worker, dead or alive: outcomes, a renewal, wishes; perhaps told twice."""
-        worker = data.draw(st.sampled_from(sorted(self.leases)), label="worker")
+        worker = chance.choice(list(self.leases))
         mine = [transfer for transfer in self.transfers if transfer.worker == worker]
-        ends = data.draw(st.lists(st.sampled_from(mine), max_size=3, unique_by=id), label="ends") if mine else []
-        records = [self._report(transfer, data) for transfer in ends]
-        wishes = self._wishes(worker, data) if self.leases[worker] is not None else []
-        renew = data.draw(st.booleans(), label="renew")
+        ends = some(chance, mine, 0.4)
+        wishes = self._wishes(worker, chance) if self.leases[worker] is not None else []
+        self._round(worker, ends, wishes, chance)
+
+    def wake_up_late(self, chance: Random) -> None:
+        """A worker reports on a transfer that was taken from it."""
+        stale = [transfer for transfer in self.transfers if self._stale(transfer)]
+        if stale:
+            transfer = chance.choice(stale)
+            self._round(transfer.worker, [transfer], [], chance)
+
+    def _stale(self, transfer: Transfer) -> bool:
+        delivery = self.queue[transfer.key]
+        return (delivery.worker, delivery.claims) != (transfer.worker, transfer.claim.claim)
+
+    def _round(self, worker: str, ends: list[Transfer], wishes: list[Wish], chance: Random) -> None:
+        records = [self._report(transfer, chance) for transfer in ends]
+        renew = chance.random() < 0.5
         renewals = [Renewal(worker)] if renew else []
         items: list[Item] = [*wishes, *records, *renewals]
         results = self.ledger.commit(items)
@@ -150,23 +182,30 @@ class History(RuleBasedStateMachine):
                 self.leases[worker] = self.clock + LEASE
         for transfer, record, result in zip(ends, records, results[len(wishes) :], strict=False):
             self._recorded(transfer, record, result)
+        for record, result in zip(records, results[len(wishes) :], strict=False):
+            assert not (isinstance(result, Recorded) and result.body_free and self._needed(record.message_id))
         for wish, result in zip(wishes, results, strict=False):
-            self._claimed(wish, result, data)
-        if twice and records:
+            self._claimed(wish, result, chance)
+        if records and chance.random() < 0.3:
             for record, result in zip(records, self.ledger.commit(records), strict=True):
                 delivery = self.queue[record.message_id, record.number]
                 assert isinstance(result, Recorded)
                 assert result.state in (None, delivery.state)
 
-    def _report(self, transfer: Transfer, data: st.DataObject) -> Record:
+    def _needed(self, message_id: str) -> bool:
+        """Whether a delivery still needs the body."""
+        mine = [delivery for key, delivery in self.queue.items() if key[0] == message_id]
+        return any(delivery.state in UNFINISHED or delivery.due is not None for delivery in mine)
+
+    def _report(self, transfer: Transfer, chance: Random) -> Record:
         """What a worker says of a transfer, which must fit what really happened."""
         self.transfers.remove(transfer)
         delivery = self.queue[transfer.key]
-        outcome = data.draw(st.sampled_from(TOOK if transfer.took else NOT_TOOK), label="outcome")
+        outcome = chance.choice(TOOK if transfer.took else NOT_TOOK)
         state = NEXT[outcome]
-        if outcome is Outcome.INTERRUPTED and data.draw(st.booleans(), label="handed back"):
+        if outcome is Outcome.INTERRUPTED and chance.random() < 0.5:
             state = State.QUEUED
-        if outcome is Outcome.REJECTED and data.draw(st.booleans(), label="split"):
+        if outcome is Outcome.REJECTED and chance.random() < 0.5:
             state = State.SPLIT
         if outcome is Outcome.MALFORMED:
             outcome = Outcome.UNCERTAIN
@@ -185,6 +224,8 @@ class History(RuleBasedStateMachine):
         if accepted and not delivery.k:
             self._end(delivery, State.DELIVERED)
             delivery.k, delivery.vanished = True, 0
+            if delivery.claims > record.claim:
+                self._taken(transfer.key)
         elif mine:
             state = WANTED[delivery.wanted] if delivery.wanted else record.state
             if state is State.DEFERRED and delivery.expires <= self.clock:
@@ -197,10 +238,15 @@ class History(RuleBasedStateMachine):
                 self._cut(transfer.key, delivery)
         expected = delivery.state if delivery.claims == record.claim or delivery.k else None
         assert result.state == expected
-        if result.body_free:
-            assert not any(
-                d.state in UNFINISHED or d.due is not None for key, d in self.queue.items() if key[0] == transfer.key[0]
-            )
+
+    def _taken(self, key: Key) -> None:
+        """A late K holds for what the delivery was cut into since."""
+        for other, delivery in self.queue.items():
+            if other[0] == key[0] and delivery.parent == key[1]:
+                if delivery.state not in (State.DELIVERED, State.SPLIT):
+                    self._end(delivery, State.DELIVERED)
+                    delivery.k = True
+                self._taken(other)
 
     def _cut(self, key: Key, delivery: Delivery) -> None:
         if len(delivery.recipients) == 1:
@@ -210,20 +256,21 @@ class History(RuleBasedStateMachine):
         middle = (len(delivery.recipients) + 1) // 2
         halves = delivery.recipients[:middle], delivery.recipients[middle:]
         for number, half in enumerate(halves, last + 1):
-            self.queue[key[0], number] = Delivery(delivery.sender, delivery.route, half, self.clock, delivery.expires)
+            child = Delivery(delivery.sender, delivery.route, half, self.clock, delivery.expires, key[1])
+            self.queue[key[0], number] = child
         delivery.recipients = ()
 
-    def _wishes(self, worker: str, data: st.DataObject) -> list[Wish]:
+    def _wishes(self, worker: str, chance: Random) -> list[Wish]:
         """A hint, a look at what is overdue, both or none."""
         wishes = []
-        for hinted in data.draw(st.sampled_from([(), (True,), (False,), (True, False)]), label="wishes"):
-            room = data.draw(st.fixed_dictionaries({route: st.integers(0, 3) for route in ROUTES}), label="room")
-            known = sorted({message_id for message_id, _ in self.queue}) or ["0" * 32]
-            ids = data.draw(st.lists(st.sampled_from(known), max_size=4), label="ids") if hinted else None
+        for hinted in chance.choice([(), (True,), (False,), (True, False)]):
+            room = {route: chance.randint(0, 6) for route in ROUTES}
+            known = dict.fromkeys(message_id for message_id, _ in self.queue)
+            ids = ["0" * 32, *some(chance, list(known), 0.7)] if hinted else None
             wishes.append(Wish(worker, ids, room))
         return wishes
 
-    def _claimed(self, wish: Wish, claims: Any, data: st.DataObject) -> None:
+    def _claimed(self, wish: Wish, claims: Any, chance: Random) -> None:
         assert isinstance(claims, list)
         got = {(claim.message_id, claim.number): claim for claim in claims}
         assert len(got) == len(claims)
@@ -250,14 +297,15 @@ class History(RuleBasedStateMachine):
             )  # fmt: skip
             delivery.state, delivery.worker, delivery.wanted = State.SENDING, wish.worker, None
             delivery.due = self.clock + 2 * (SESSION + LEASE)
-            took = data.draw(st.booleans(), label="the server takes it")
+            took = chance.random() < 0.5
             delivery.taken += took
             self.transfers.append(Transfer(wish.worker, claim, took))
 
     # --- sweepers ---------------------------------------------------------------------------------------------
 
-    @rule(limit=st.sampled_from([1, 2, 100]))
-    def wake(self, limit: int) -> None:
+    def wake(self, chance: Random) -> None:
+        """A sweeper wakes what is due."""
+        limit = chance.choice([1, 2, 100])
         due = {
             key: delivery.due for key, delivery in self.queue.items()
             if delivery.state is State.DEFERRED and delivery.due is not None and delivery.due <= self.clock
@@ -270,8 +318,8 @@ class History(RuleBasedStateMachine):
             assert all(due[key] <= other + NEAR for left, other in due.items() if left not in woken)
             self.queue[key].state, self.queue[key].due = State.QUEUED, self.clock + GRACE
 
-    @rule()
-    def bury(self) -> None:
+    def bury(self, _: Random) -> None:
+        """A sweeper buries every worker whose lease has run out."""
         ran_out = {worker for worker in self._alive() if (self.leases[worker] or 0) < self.clock}
         found = dict(self.office.sweeps.ran_out())
         assert set(found) == ran_out
@@ -280,19 +328,19 @@ class History(RuleBasedStateMachine):
             self.leases[worker] = None
             assert lost == self._lost(lambda d, worker=worker: d.worker == worker)
 
-    @rule()
-    def bury_one_that_renewed(self) -> None:
+    def bury_one_that_renewed(self, _: Random) -> None:
+        """A sweeper looks, the worker renews, the sweeper comes too late."""
         for worker, until in self.office.sweeps.ran_out()[:1]:
             assert self.ledger.commit([Renewal(worker)]) == [True]
             self.leases[worker] = self.clock + LEASE
             assert self.office.sweeps.bury(worker, until) is None
 
-    @rule()
-    def lose_stuck(self) -> None:
+    def lose_stuck(self, chance: Random) -> None:
+        """Transfers take longer than any session may, though their workers are alive."""
+        self._pass(chance.choice([0, 5]) * STEP, alive=self._alive())
         assert self.office.sweeps.lose_stuck() == self._lost(lambda d: d.due is not None and d.due <= self.clock)
 
-    @rule()
-    def lose_strays(self) -> None:
+    def lose_strays(self, _: Random) -> None:
         assert self.office.sweeps.lose_strays() == self._lost(lambda d: self.leases[str(d.worker)] is None)
 
     def _lost(self, which: Any) -> int:
@@ -313,11 +361,13 @@ class History(RuleBasedStateMachine):
 
     # --- operators, notices and time --------------------------------------------------------------------------
 
-    @precondition(lambda self: self.queue)
-    @rule(data=st.data(), verb=st.sampled_from(sorted(VERBS)))
-    def meddle(self, data: st.DataObject, verb: str) -> None:
-        message_id = data.draw(st.sampled_from(sorted({key[0] for key in self.queue})), label="message")
-        told: Verb = VERBS[verb]
+    def meddle(self, chance: Random) -> None:
+        """An operator's verb on a message."""
+        if not self.queue:
+            return
+        busy = [key for key, delivery in self.queue.items() if delivery.state is State.SENDING]
+        message_id = chance.choice(busy or list(self.queue))[0]
+        told: Verb = chance.choice(list(VERBS.values()))
         touched, free = self.verbs.apply(told, Filter(id=message_id), actor="tester", reason="")
         mine = [delivery for key, delivery in self.queue.items() if key[0] == message_id]
         met = [d for d in mine if d.state in told.takes or (told.wanted and d.state is State.SENDING)]
@@ -330,23 +380,34 @@ class History(RuleBasedStateMachine):
             self._end(delivery, told.state)
             if told.state is State.QUEUED:
                 delivery.due = self.clock
-            if verb == "release":
+            if told.name == "release":
                 delivery.vanished = 0
-        if free:
-            assert not any(d.state in UNFINISHED or d.due is not None for d in mine)
+        assert not (free and self._needed(message_id))
 
-    @rule()
-    def settle(self) -> None:
+    def settle(self, _: Random) -> None:
         """Every notice that is owed is made."""
         self.office.change("UPDATE deliveries SET due_at = NULL WHERE state IN ('bounced', 'expired')")
         for delivery in self.queue.values():
             if delivery.state in (State.BOUNCED, State.EXPIRED):
                 delivery.due = None
 
-    @rule(steps=st.integers(1, 3))
-    def wait(self, steps: int) -> None:
-        self.office.pass_time(steps * STEP)
-        self.clock += steps * STEP
+    def wait(self, chance: Random) -> None:
+        """Time passes; now and then so much that the workers would be taken for dead if they did not renew."""
+        self._pass(chance.choice([1, 1, 2, 3, 6]) * STEP, alive=some(chance, self._alive(), 0.9))
+
+    def _pass(self, seconds: float, *, alive: list[str]) -> None:
+        self.office.pass_time(seconds)
+        self.clock += seconds
+        assert self.ledger.commit([Renewal(worker) for worker in alive]) == [True] * len(alive)
+        self.leases |= dict.fromkeys(alive, self.clock + LEASE)
+
+    def vanish(self, chance: Random) -> None:
+        """A worker with something under way is not heard of for so long that it is buried; the others are well."""
+        busy = [t.worker for t in self.transfers if self.leases[t.worker] is not None]
+        if busy:
+            worker = chance.choice(busy)
+            self._pass(2 * STEP, alive=[other for other in self._alive() if other != worker])
+            self.bury(chance)
 
     # --- what is always so ------------------------------------------------------------------------------------
 
@@ -406,8 +467,15 @@ def office(clean_url: str) -> Iterator[Office]:
 
 def test_the_queue_does_what_its_model_does(office: Office) -> None:
     machine: type[History] = type("History", (History,), {"office": office})
+    # To have a failing history made shorter, which takes minutes, take `phases` away.
     checks: Sequence[HealthCheck] = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine,
-        settings=settings(max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=checks),
+        settings=settings(
+            max_examples=20,
+            stateful_step_count=50,
+            deadline=None,
+            phases=[Phase.reuse, Phase.generate],
+            suppress_health_check=checks,
+        ),
     )

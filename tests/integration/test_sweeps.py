@@ -118,7 +118,7 @@ def test_an_outcome_ends_the_count_of_lost_workers(office: Office) -> None:
     office.pass_time(100)
     office.sweeps.requeue_due(10)
     worker = office.hire()
-    office.record(*office.claim(message_id, worker=worker), Outcome.DEFERRED, worker=worker)
+    office.record(office.claim(message_id, worker=worker)[0], Outcome.DEFERRED, worker=worker)
     assert office.delivery(message_id)["vanished"] == 0
 
 

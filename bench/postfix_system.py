@@ -1,0 +1,165 @@
+"""Postfix as a system: a private instance, smtpd -> queue -> smtp -> smtp-sink, on loopback ports.
+
+It gets what it wants: its defaults for durability (each queue file is synced before the 250), no DNS, no rewriting by
+tables, no counting of clients (anvil), no brake on what comes in faster than it leaves (in_flow_delay), enough
+processes. It logs to a file by its own postlogd, as the relay logs to a file.
+
+Needs root: Postfix runs its parts as the user `postfix` itself. Nothing of an installed Postfix is touched or used but
+its programs.
+"""
+
+import os
+import pwd
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.processes import trees, wait
+from bench.systems import CONCURRENCY, Sink, program
+from tests.services import end, free_port, spawn
+
+_MAIN = """
+compatibility_level = 3.6
+queue_directory = {top}/queue
+data_directory = {top}/data
+maillog_file = {maillog}
+maillog_file_prefixes = {top}
+myhostname = postfix.example.net
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+mynetworks = 127.0.0.0/8
+mydestination =
+local_recipient_maps =
+alias_maps =
+alias_database =
+relayhost = [127.0.0.1]:{sink}
+smtp_dns_support_level = disabled
+smtpd_peername_lookup = no
+smtpd_tls_security_level = none
+smtp_tls_security_level = none
+smtpd_client_connection_count_limit = 0
+smtpd_client_connection_rate_limit = 0
+in_flow_delay = 0
+message_size_limit = 100000000
+default_process_limit = 250
+smtp_destination_concurrency_limit = {concurrency}
+initial_destination_concurrency = {concurrency}
+"""
+_MASTER = """
+127.0.0.1:{port} inet n - n - - smtpd
+pickup unix n - n 60 1 pickup
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+verify unix - - n - 1 verify
+flush unix n - n 1000? 0 flush
+proxymap unix - - n - - proxymap
+proxywrite unix - - n - 1 proxymap
+smtp unix - - n - - smtp
+relay unix - - n - - smtp
+showq unix n - n - - showq
+error unix - - n - - error
+retry unix - - n - - error
+discard unix - - n - - discard
+local unix - n n - - local
+virtual unix - n n - - virtual
+anvil unix - - n - 1 anvil
+scache unix - - n - 1 scache
+postlog unix-dgram n - n - 1 postlogd
+"""
+_QUEUES = ("incoming", "active", "deferred", "maildrop")
+
+
+def missing() -> str:
+    """Why Postfix cannot be measured here; empty if it can."""
+    needed = ("postfix", "postconf", "smtp-source", "smtp-sink")
+    if absent := [name for name in needed if program(name) is None]:
+        return f"not installed: {', '.join(absent)}"
+    return "" if os.geteuid() == 0 else "Postfix must be started by root"
+
+
+class Postfix:
+    """One instance in a directory of its own."""
+
+    name = "Postfix"
+
+    def __init__(self, directory: Path, *, log: bool = True) -> None:
+        self.directory = directory / "postfix"
+        self.smtp_port = free_port()
+        self._log = log
+        self._master: subprocess.Popen[Any]
+
+    def start(self) -> None:
+        config = self.directory / "config"
+        self.directory.mkdir(mode=0o755)
+        for place in ("config", "queue", "data"):
+            (self.directory / place).mkdir(mode=0o755)
+        os.chown(self.directory / "data", pwd.getpwnam("postfix").pw_uid, -1)
+        self._sink = Sink("smtp-sink", self.directory)
+        maillog = self.directory / "mail.log" if self._log else ""
+        given = {"top": self.directory, "sink": self._sink.port, "concurrency": CONCURRENCY, "maillog": maillog}
+        (config / "main.cf").write_text(_MAIN.format(**given))
+        (config / "master.cf").write_text(_MASTER.format(port=self.smtp_port))
+        command = [program("postfix") or "", "-c", str(config), "check"]
+        check = subprocess.run(command, capture_output=True, text=True, check=False)
+        if check.returncode:
+            raise RuntimeError(f"postfix check: {check.stdout}{check.stderr}")
+        master = Path(_setting("daemon_directory")) / "master"
+        said = self.directory / "master.out"
+        with said.open("wb") as lines:
+            self._master = spawn([master, "-d", "-c", config], stdout=lines, stderr=lines)
+        wait(lambda: self._listens() or self._master.poll() is not None, "Postfix listens")
+        if self._master.poll() is not None:
+            raise RuntimeError(f"master ended: {said.read_text()}")
+
+    def _listens(self) -> bool:
+        wanted = f":{self.smtp_port:04X} 00000000:0000 0A"
+        return wanted in Path("/proc/net/tcp").read_text()
+
+    def stop(self) -> None:
+        self.release()
+        end(self._master)
+        self._sink.stop()
+
+    def arrange(self, workers: int = 1, *, slow: bool = False) -> bool:
+        return workers == 1 and not slow
+
+    def processes(self) -> Mapping[str, list[int]]:
+        return {"Postfix": [self._master.pid], "sink": [self._sink.pid]}
+
+    def delivered(self) -> int:
+        return self._sink.count()
+
+    def empty(self) -> bool:
+        queue = self.directory / "queue"
+        return not any(files for name in _QUEUES for _, _, files in os.walk(queue / name))
+
+    def hold(self) -> None:
+        self._tell_qmgr(signal.SIGSTOP)
+
+    def release(self) -> None:
+        self._tell_qmgr(signal.SIGCONT)
+
+    def _tell_qmgr(self, number: int) -> None:
+        for pid in trees([self._master.pid]):
+            try:
+                if Path(f"/proc/{pid}/comm").read_text().strip() == "qmgr":
+                    os.kill(pid, number)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+
+    def rest(self) -> None:
+        """Nothing: what it has written is synced, or in the page cache as anybody's."""
+
+    def facts(self) -> dict[str, str]:
+        return {"Postfix": f"{_setting('mail_version')}, fsync of each queue file before the 250"}
+
+
+def _setting(name: str) -> str:
+    found = subprocess.run([program("postconf") or "", "-dh", name], capture_output=True, text=True, check=True)
+    return found.stdout.strip()

@@ -1,0 +1,235 @@
+"""fsck on both databases: it finds what is wrong, mends it only when told to, and finds nothing in a healthy relay."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from commands import fsck
+from commands.fsck import Finding, Fsck
+from relay.bodies import Spool
+from relay.database import writing
+from relay.ids import dashed, new_id
+from relay.schema import Outcome
+from tests.integration.office import Office
+from tests.integration.typed import Typed, lines, typed_at
+
+BODY = b"b" * 100
+OLD = 7200.0
+
+
+@pytest.fixture
+def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
+    monkeypatch.setattr(fsck, "wait", lambda _seconds: None)
+    return typed_at(office, spool, monkeypatch)
+
+
+def stored(office: Office, spool: Spool, *addresses: str, **more: object) -> str:
+    message_id = office.accept(*addresses, **more)
+    spool.store(message_id, [BODY])
+    return message_id
+
+
+def aged(path: Path, seconds: float = OLD) -> Path:
+    os.utime(path, (time.time() - seconds,) * 2)
+    return path
+
+
+def orphan(spool: Spool, seconds: float = OLD) -> Path:
+    name = new_id()
+    spool.store(name, [b"lost"])
+    return aged(spool.path(name), seconds)
+
+
+def found(typed: Typed, *words: str) -> list[tuple[str, str]]:
+    """What is found, and whether it was repaired."""
+    done = typed("fsck", "--json", *words, status=None)
+    rows = [(row["found"], row["repaired"]) for row in lines(done)]
+    assert done.exit_code == any(repaired != "yes" for _, repaired in rows)
+    return rows
+
+
+def mended(typed: Typed, what: str) -> None:
+    """It is found, changes nothing by being found, is repaired, and is gone then."""
+    assert found(typed) == found(typed) == [(what, "no")]
+    assert found(typed, "--repair") == [(what, "yes")]
+    assert found(typed) == []
+
+
+def test_a_busy_relay_is_healthy(office: Office, spool: Spool, typed: Typed) -> None:
+    for outcome in (Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN, Outcome.UNREACHABLE):
+        message_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
+        office.record(office.claim(message_id, room={"default": 1})[0], outcome)
+        aged(spool.path(message_id))
+    stored(office, spool)
+    office.claim(stored(office, spool))
+    finished = stored(office, spool)  # its worker is about to remove the body
+    office.record(office.claim(finished)[0], Outcome.ACCEPTED)
+    aged(spool.path(finished))
+    orphan(spool, 60)  # its message is about to be committed
+    office.ledger.retire(office.hire())
+    assert found(typed, "--repair") == []
+    assert "everything is as it should be" in typed("fsck").stderr
+
+
+def test_a_file_without_a_row_is_put_aside(office: Office, spool: Spool, typed: Typed) -> None:
+    stored(office, spool)
+    path = orphan(spool)
+    mended(typed, "file without row")
+    assert (spool.directory / "orphans" / path.name).read_bytes() == b"lost"
+
+
+def test_a_restored_database_has_no_orphans(office: Office, spool: Spool, typed: Typed) -> None:
+    path = orphan(spool)
+    assert found(typed, "--repair") == [("file without row", "-")], "there is no row at all"
+    stored(office, spool)
+    earlier = "received_at - interval '1 day'" if office.spell.postgresql else "received_at - 86400000000"
+    office.change(f"UPDATE messages SET received_at = {earlier}")
+    assert found(typed, "--repair") == [("file without row", "-")]
+    assert path.exists()
+
+
+def test_a_file_that_nobody_needs_is_removed(office: Office, spool: Spool, typed: Typed) -> None:
+    message_id = stored(office, spool)
+    office.record(office.claim(message_id)[0], Outcome.ACCEPTED)
+    earlier = "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
+    office.change(f"UPDATE deliveries SET finished_at = {earlier}")
+    aged(spool.path(message_id))
+    mended(typed, "file that nobody needs")
+    assert not spool.path(message_id).exists()
+
+
+@pytest.mark.parametrize("body", [None, b"too short"])
+def test_what_cannot_be_sent_is_held(office: Office, spool: Spool, typed: Typed, body: bytes | None) -> None:
+    whole, broken = stored(office, spool), office.accept()
+    if body:
+        spool.store(broken, [body])
+    assert found(typed) == [("body missing", "no")]
+    assert found(typed, "--repair") == [("body missing", "yes")]
+    assert office.states([whole, broken]) == ["queued", "held"]
+    assert office.delivery(broken)["last_outcome"] == "unsendable"
+    assert found(typed, "--repair") == [("body missing", "-")], "it stays a finding until somebody decides"
+    assert "put the file back and release it" in typed("why", broken).stdout
+
+
+def test_a_body_that_is_gone_for_a_reason_is_no_finding(
+    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message_id = stored(office, spool)
+    look = Fsck._fault
+
+    def delivered_meanwhile(self: Fsck, name: str, size: int) -> str:
+        if office.state(message_id) == "queued":
+            office.record(office.claim(message_id)[0], Outcome.ACCEPTED)
+            spool.remove(message_id)
+        return look(self, name, size)
+
+    monkeypatch.setattr(Fsck, "_fault", delivered_meanwhile)
+    assert found(typed, "--repair") == []
+
+
+def test_a_spool_that_vanishes_meanwhile_is_no_reason_to_hold(
+    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message_id = office.accept()
+
+    def unmounted(_self: Fsck) -> list[Finding]:
+        (spool.directory / "spool-id").write_text("another")
+        return []
+
+    monkeypatch.setattr(Fsck, "_files", unmounted)
+    assert "another spool" in typed("fsck", "--repair", status=2).stderr
+    assert office.state(message_id) == "queued"
+
+
+def test_a_dead_worker_is_buried_only_if_its_lease_stays(
+    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message_id, other = stored(office, spool), stored(office, spool)
+    dead = office.hire()
+    office.claim(message_id, worker=dead)
+    office.claim(other)
+    office.pass_time(400)
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        office.renew()
+
+    monkeypatch.setattr(fsck, "wait", wait)
+    mended(typed, "dead worker")
+    assert set(waits) == {60.0}
+    assert office.states([message_id, other]) == ["deferred", "sending"]
+    assert office.attempts(message_id) == [(1, 0, "uncertain")]
+
+
+def test_a_worker_that_nobody_knows(office: Office, spool: Spool, typed: Typed) -> None:
+    message_id = stored(office, spool)
+    office.claim(message_id)
+    office.change("DELETE FROM workers")
+    mended(typed, "sent by nobody")
+    assert office.state(message_id) == "deferred"
+
+
+def test_what_is_late(office: Office, spool: Spool, typed: Typed) -> None:
+    (one,), (two,), _ = (office.claim(stored(office, spool)) for _ in range(3))
+    office.record(one, Outcome.DEFERRED)
+    office.record(two, Outcome.REJECTED)
+    stored(office, spool, "slow:x@example.org")
+    office.pass_time(1200)
+    office.renew()
+    assert found(typed) == [("notice owed", "-"), ("overdue", "-")], "others are sent: it may wait for a connection"
+    office.pass_time(20000)
+    office.renew()
+    late = lines(typed("fsck", "--json", status=1))
+    assert [row["words"].split(",")[0] for row in late] == ["1 bounced", "1 deferred", "1 queued", "1 sending"]
+    typed("pause", "--route", "slow")
+    assert len(found(typed)) == 3
+
+
+def test_recipients_that_nobody_carries(office: Office, spool: Spool, typed: Typed) -> None:
+    message_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
+    office.change("DELETE FROM deliveries WHERE number = 2")
+    mended(typed, "recipient without delivery")
+    assert office.state(message_id, 2) == "held"
+    office.change("DELETE FROM recipients WHERE delivery = 1")
+    mended(typed, "delivery without recipient")
+    assert office.state(message_id) == "dropped"
+    office.change("DELETE FROM messages")
+    assert ("delivery without message", "-") in found(typed, "--repair")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("due_at = NULL", "not due"),
+        ("state = 'held'", "due for nothing"),
+        ("state = 'bounced', due_at = NULL", "end without time"),
+    ],
+)
+def test_impossible_rows(office: Office, spool: Spool, typed: Typed, change: str, what: str) -> None:
+    stored(office, spool)
+    with writing(office.engine) as connection:  # no statement of ours gets past the constraints
+        loosen = (
+            "ALTER TABLE deliveries DROP CONSTRAINT IF EXISTS deliveries_due_where_the_state_needs_it"
+            if office.spell.postgresql
+            else "PRAGMA ignore_check_constraints = ON"
+        )
+        connection.execute(text(loosen))
+        connection.execute(text(f"UPDATE deliveries SET {change}"))
+        if not office.spell.postgresql:
+            connection.execute(text("PRAGMA ignore_check_constraints = OFF"))
+    mended(typed, what)
+
+
+def test_a_stuffed_broker(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsck, "broker_lists", lambda _settings: {"fresh": 5000, "retry": 3})
+    assert [row["words"] for row in lines(typed("fsck", "--json", status=1))] == ["5000 hints in fresh"]
+
+
+def test_ids_are_told(office: Office, spool: Spool, typed: Typed) -> None:
+    message_id = office.accept()
+    assert message_id in typed("fsck", status=1).stdout
+    assert dashed(message_id) not in typed("fsck", status=1).stdout

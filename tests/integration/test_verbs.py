@@ -1,0 +1,187 @@
+"""What operators do to the queue, as they type it, on both databases: every verb from every state, and no accidents."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from relay import verbs
+from relay.bodies import Spool
+from relay.queue import Filter
+from relay.schema import Outcome, State
+from tests.integration.office import Office, new_message
+from tests.integration.typed import Typed, lines, typed_at
+
+BODY = b"Subject: x\n\n" + b"b" * 88
+
+
+@pytest.fixture
+def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
+    return typed_at(office, spool, monkeypatch)
+
+
+def one_in(office: Office, state: State, *addresses: str, **more: object) -> str:
+    """A message whose delivery is in that state."""
+    message_id = office.accept(*addresses, **more)
+    if state is State.HELD:
+        office.change("UPDATE deliveries SET state = 'held', due_at = NULL WHERE message_id = @id(:id)", id=message_id)
+    elif state is not State.QUEUED:
+        (claim,) = office.claim(message_id)
+        if state is not State.SENDING:
+            outcomes = {State.DEFERRED: Outcome.DEFERRED, State.DELIVERED: Outcome.ACCEPTED}
+            office.record(claim, outcomes[state])
+    return message_id
+
+
+AFTER = {
+    "retry": {"deferred": "queued"},
+    "hold": {"queued": "held", "deferred": "held"},
+    "release": {"held": "queued"},
+    "bounce": {"queued": "bounced", "deferred": "bounced", "held": "bounced"},
+    "drop": {"queued": "dropped", "deferred": "dropped", "held": "dropped"},
+}
+
+
+@pytest.mark.parametrize("verb", AFTER)
+def test_every_verb_from_every_state(office: Office, typed: Typed, verb: str) -> None:
+    states = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD, State.DELIVERED)
+    ids = {str(state): one_in(office, state) for state in states}
+    typed(verb, "--all", "--yes")
+    for was, message_id in ids.items():
+        delivery = office.delivery(message_id)
+        assert delivery["state"] == AFTER[verb].get(was, was), was
+        if was in AFTER[verb]:
+            assert (delivery["due_in"] is None) == (delivery["state"] in ("held", "dropped"))
+            assert (delivery["finished_at"] is not None) == (delivery["state"] in ("bounced", "dropped"))
+    assert office.delivery(ids["sending"])["wanted"] == (None if verb == "release" else verb)
+
+
+@pytest.mark.parametrize(("verb", "then"), [("hold", "held"), ("drop", "dropped"), ("bounce", "bounced")])
+def test_what_is_being_sent_is_told(office: Office, typed: Typed, verb: str, then: str) -> None:
+    (one,), (two,) = office.claim(office.accept()), office.claim(office.accept())
+    assert "2 being sent" in typed(verb, "--all", "--yes").stderr
+    office.record(one, Outcome.DEFERRED)
+    office.record(two, Outcome.ACCEPTED)
+    assert office.states([one.message_id, two.message_id]) == [then, "delivered"], "a K beats every wish"
+
+
+def test_it_goes_in_chunks_and_misses_nobody(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "CHUNK", 4)
+    office.intake.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
+    other = office.accept("other@example.com")
+    touched, free = verbs.Verbs(office.engine, notices=True).apply(
+        verbs.VERBS["hold"], Filter(recipient="*@example.org"), actor="me@here", reason="because"
+    )
+    assert (dict(touched), free) == ({"queued": 18}, [])
+    assert office.state(other) == "queued"
+    (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM actions")
+    assert tuple(action.values()) == ("me@here", "hold", "because", "--recipient '*@example.org'", 18)
+
+
+def test_more_than_one_needs_a_yes(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [office.accept("a@example.org"), office.accept("a@example.org")]
+    refused = typed("drop", "--recipient", "a@example.org", status=2)
+    assert "drop 2 deliveries (2 queued)? Say --yes" in refused.stderr
+    monkeypatch.setattr("commands.operate.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    typed("drop", "--recipient", "a@example.org", answer="n\n", status=1)
+    assert office.states(ids) == ["queued", "queued"]
+    assert office.rows("SELECT * FROM actions") == []
+    typed("drop", "--recipient", "a@example.org", answer="y\n")
+    assert office.states(ids) == ["dropped", "dropped"]
+
+
+def test_nothing_is_done_to_everything_by_mistake(office: Office, typed: Typed) -> None:
+    message_id = office.accept()
+    assert "--all" in typed("drop", "--yes", status=2).stderr
+    assert office.state(message_id) == "queued"
+    assert "it takes what is held" in typed("release", "--all", status=1).stderr
+    assert "no message" in typed("drop", "--id", "ffffffff", status=1).stderr
+    typed("drop", "--id", message_id[-12:])
+    assert office.state(message_id) == "dropped"
+
+
+def test_a_dry_run_shows_whom_it_would_touch(office: Office, typed: Typed) -> None:
+    message_id = office.accept("a@example.org", "b@example.org", "bulk:c@example.org")
+    done = typed("hold", "--recipient", "b@example.org", "--dry-run", "--json")
+    assert [row["recipient"] for row in lines(done)] == ["a@example.org", "b@example.org"], "one request carries both"
+    assert "would hold 1 delivery (1 queued)" in done.stderr
+    assert {office.state(message_id), office.state(message_id, 2)} == {"queued"}
+    assert office.rows("SELECT * FROM actions") == []
+
+
+def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
+    message_id = office.accept()
+    done = typed("hold", "--id", message_id, "--reason", "it's\nspam", "--json")
+    assert json.loads(done.stdout) == {"verb": "hold", "deliveries": 1, "were": {"queued": 1}, "bodies_removed": 0}
+    (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM actions")
+    assert "@" in action["actor"]
+    assert (action["verb"], action["reason"], action["matched"]) == ("hold", "it's\nspam", 1)
+    assert action["filter"] == f"--id {message_id}"
+    held_by = office.delivery(message_id)["last_reply"]
+    assert held_by == f"held by {action['actor']}: it's\\nspam"
+    assert typed("why", message_id).stdout.startswith(f"b@example.org: {held_by}. It stays")
+    typed("bounce", "--id", message_id, "--reason", "not here")
+    assert office.delivery(message_id)["last_reply"] == "bounced by an operator: not here", "the sender reads it"
+
+
+def test_bodies_go_when_nobody_needs_them(office: Office, spool: Spool, typed: Typed) -> None:
+    kept, told, null, split = (
+        office.accept("a@example.org", "bulk:b@example.org"),
+        office.accept("a@example.org"),
+        office.accept("a@example.org", sender=""),
+        office.accept("c@example.org", "bulk:c@example.org"),
+    )
+    for message_id in (kept, told, null, split):
+        spool.store(message_id, [BODY])
+    typed("drop", "--id", kept, "--recipient", "a@example.org")
+    typed("bounce", "--id", told)
+    typed("bounce", "--id", null)
+    assert "2 bodies" not in typed("drop", "--id", split, "--yes").stdout
+    there = {name for name, _ in spool.ids()}
+    assert there == {kept, told}, "another delivery needs the one, a notice that is owed the other"
+
+
+def test_where_the_spool_is_not_mounted_bodies_stay(office: Office, spool: Spool, typed: Typed) -> None:
+    message_id = office.accept()
+    spool.store(message_id, [BODY])
+    (spool.directory / "spool-id").write_text("f" * 32)
+    assert "removed" not in typed("drop", "--id", message_id).stdout
+    assert spool.path(message_id).exists()
+    assert "not at hand" in typed("body", message_id, status=3).stderr
+    assert "not at hand" in typed("show", message_id).stdout
+    assert "not at hand" in typed("fsck", status=3).stderr
+
+
+def test_rerouting(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch, spool: Spool) -> None:
+    queued, delivered = office.accept("old:a@example.org"), one_in(office, State.DELIVERED)
+    deferred, held = office.accept("old:b@example.com", "old:c@example.org"), one_in(office, State.HELD, "old:d@x.org")
+    (claim,) = office.claim(deferred, room={"old": 1})
+    office.record(claim, Outcome.DEFERRED)
+    routes = spool.directory / "routes.toml"
+    routes.write_text('[com]\nrecipients = ["*@example.com"]\nservers = ["a"]\n')
+    monkeypatch.setenv("RELAY_ROUTES", str(routes))
+    typed("retry", "--reroute", "--route", "old", "--yes")
+    found = {i: (office.delivery(i)["route"], office.state(i)) for i in (queued, deferred, held, delivered)}
+    assert found == {
+        queued: ("default", "queued"), deferred: ("com", "queued"), held: ("default", "held"),
+        delivered: ("default", "delivered"),
+    }  # fmt: skip
+    assert office.rows("SELECT verb FROM actions")[0]["verb"] == "reroute"
+
+
+def test_pauses(office: Office, typed: Typed) -> None:
+    message_id = office.accept()
+    typed("pause", "--server", "192.0.2.7", "--reason", "disk swap")
+    typed("pause", "--server", "192.0.2.7:628", status=1)
+    typed("pause", "--route", "default", "--reason", "disk swap")
+    assert {row["subject"] for row in lines(typed("stats", "--json")) if row["kind"] == "pause"} == {
+        "route:default", "server:192.0.2.7:628"
+    }  # fmt: skip
+    assert "paused route default 0s ago (disk swap)" in typed("why", message_id).stdout
+    typed("resume", "--route", "default")
+    typed("resume", "--route", "default", status=1)
+    for wrong in ((), ("--route", "x", "--server", "y"), ("--server", "host:port")):
+        typed("pause", *wrong, status=2)
+    assert [row["verb"] for row in office.rows("SELECT verb FROM actions ORDER BY id")] == [
+        "pause server:192.0.2.7:628", "pause route:default", "resume route:default"
+    ]  # fmt: skip

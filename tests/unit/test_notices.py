@@ -1,0 +1,228 @@
+"""Notices, read back with the standard library's parser: what RFC 3461, 3464, 6522 and 3834 ask for, and nobody's tricks."""
+
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email import message_from_bytes, policy
+from email.message import EmailMessage
+from email.utils import parsedate_to_datetime
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.notices import Failure, Kind, Original, compose, quoted, status_of, unxtext
+
+NOW = datetime(2026, 11, 22, 17, 0, 0, tzinfo=UTC)
+ID, ABOUT = "01a20439a5b371daae4d9cd848026382", "01a20439a5b371daae4d9cd848026111"
+ORIGINAL = Original(ABOUT, "a@example.com", NOW - timedelta(hours=1), "<1@client.example>", None)
+FAILED = Failure(
+    "b@example.org", None, Kind.BOUNCED, "no mailbox here by that name (#5.1.1)", "mx.example.net:628",
+    NOW - timedelta(minutes=1), NOW + timedelta(days=4),
+)  # fmt: skip
+CONTENT = b"Received: by here\nSubject: hello\nFrom: a@example.com\n\nbody\n.\n--=_not-a-boundary\n"
+
+
+def written(*failures: Failure, original: Original = ORIGINAL, content: bytes | None = CONTENT, full: bool = True) -> bytes:
+    return compose(ID, "relay.example", NOW, original, failures or (FAILED,), content, full=full)
+
+
+def parsed(wire: bytes) -> EmailMessage:
+    assert b"\r" not in wire
+    assert wire.endswith(b"\n")
+    found = cast(EmailMessage, message_from_bytes(wire, policy=policy.default))
+    assert not found.defects
+    return found
+
+
+def parts(wire: bytes) -> list[EmailMessage]:
+    return cast(list[EmailMessage], parsed(wire).get_payload())
+
+
+def groups(wire: bytes) -> list[dict[str, str]]:
+    """The delivery-status part: the message's fields, then those of each recipient."""
+    status = parts(wire)[1]
+    assert status.get_content_type() == "message/delivery-status"
+    found = cast(list[Any], status.get_payload())
+    return [dict(group.items()) for group in found if group.items()]
+
+
+def words(wire: bytes) -> str:
+    return str(parts(wire)[0].get_content())
+
+
+def test_a_report_has_three_parts_and_says_that_a_machine_wrote_it() -> None:
+    wire = written()
+    report = parsed(wire)
+    assert report.get_content_type() == "multipart/report"
+    assert report.get_param("report-type") == "delivery-status"
+    kinds = [part.get_content_type() for part in report.iter_parts()]
+    assert kinds == ["text/plain", "message/delivery-status", "message/rfc822"]
+    assert report["Auto-Submitted"] == "auto-replied"  # RFC 3834
+    assert (report["From"], report["To"]) == ("Mail Delivery System <MAILER-DAEMON@relay.example>", "a@example.com")
+    assert (report["Message-ID"], report["References"]) == (f"<{ID}@relay.example>", "<1@client.example>")
+    assert parsedate_to_datetime(report["Date"]) == NOW
+    assert report["MIME-Version"] == "1.0"
+    assert wire.startswith(b"Received: ")
+
+
+def test_a_person_understands_it() -> None:
+    text = words(written())
+    assert "could not be delivered" in text
+    assert "<b@example.org>" in text
+    assert "no mailbox here by that name (#5.1.1)" in text
+    assert ABOUT in text
+    assert all(len(line) <= 78 for line in text.splitlines())
+
+
+def test_the_status_part_of_a_bounce() -> None:
+    about, recipient = groups(written())
+    assert about == {"Reporting-MTA": "dns; relay.example", "Arrival-Date": "Sun, 22 Nov 2026 16:00:00 +0000"}
+    assert recipient == {
+        "Final-Recipient": "rfc822; b@example.org",
+        "Action": "failed",
+        "Status": "5.1.1",
+        "Remote-MTA": "dns; mx.example.net",
+        "Diagnostic-Code": "x-qmqp; no mailbox here by that name (#5.1.1)",
+        "Last-Attempt-Date": "Sun, 22 Nov 2026 16:59:00 +0000",
+    }
+
+
+def test_a_delay_is_no_failure() -> None:
+    wire = written(replace(FAILED, kind=Kind.DELAYED, reply="busy (#4.3.2)"), full=False)
+    recipient = groups(wire)[1]
+    assert (recipient["Action"], recipient["Status"]) == ("delayed", "4.3.2")
+    assert recipient["Will-Retry-Until"] == "Thu, 26 Nov 2026 17:00:00 +0000"
+    assert parsed(wire)["Subject"].startswith("Delayed")
+    assert "need not send it again" in " ".join(words(wire).split())
+
+
+def test_an_expired_message_says_what_was_heard_last() -> None:
+    wire = written(replace(FAILED, kind=Kind.EXPIRED, reply="busy (#4.3.2)"))
+    assert groups(wire)[1]["Status"] == "5.4.7"
+    said = " ".join(words(wire).split())
+    assert "not be delivered in time" in said
+    assert "busy (#4.3.2)" in said
+
+
+def test_several_recipients_stand_in_one_notice() -> None:
+    wire = written(*(replace(FAILED, address=f"{n}@example.org", reply=f"why {n}") for n in range(50)))
+    assert [group["Final-Recipient"] for group in groups(wire)[1:]] == [f"rfc822; {n}@example.org" for n in range(50)]
+    assert all(f"why {n}" in words(wire) for n in range(50))
+
+
+def test_ENVID_and_ORCPT_come_back_decoded() -> None:
+    wire = written(
+        replace(FAILED, orcpt="rfc822;B+40first+2Bdomain@example.org"), original=replace(ORIGINAL, envid="QQ+2B314+3D159")
+    )
+    about, recipient = groups(wire)
+    assert next(iter(about)) == "Original-Envelope-Id"
+    assert about["Original-Envelope-Id"] == "QQ+314=159"
+    assert next(iter(recipient)) == "Original-Recipient"
+    assert recipient["Original-Recipient"] == "rfc822; B@first+domain@example.org"
+
+
+def test_RET_HDRS_returns_the_header_alone() -> None:
+    header = CONTENT.partition(b"\n\n")[0] + b"\n"
+    last = parts(written(content=header, full=False))[-1]
+    assert last.get_content_type() == "text/rfc822-headers"
+    assert b"Subject: hello" in cast(bytes, last.get_payload(decode=True))
+
+
+def test_RET_FULL_returns_the_original_as_it_was() -> None:
+    wire = written()
+    assert b"\n\n" + CONTENT + b"\n--" in wire
+    (inner,) = cast(list[EmailMessage], parts(wire)[2].get_payload())
+    assert inner["Subject"] == "hello"
+
+
+def test_an_original_that_is_gone_takes_only_its_part_along() -> None:
+    assert len(parts(written(content=None))) == 2
+
+
+def test_an_8_bit_original_is_told_as_such_and_not_touched() -> None:
+    content = b"Subject: caf\xc3\xa9\n\n\xff\xfe \x80 latin-1 \xe9\n"
+    wire = written(content=content)
+    assert content in wire
+    assert parsed(wire)["Content-Transfer-Encoding"] == "8bit"
+    assert parts(wire)[2]["Content-Transfer-Encoding"] == "8bit"
+    assert wire.replace(content, b"").isascii()
+    assert parsed(written())["Content-Transfer-Encoding"] is None
+
+
+@pytest.mark.parametrize(("kind", "reply", "status"), [
+    (Kind.BOUNCED, "5.1.1 unknown", "5.1.1"), (Kind.BOUNCED, "sorry (#5.7.1)", "5.7.1"),
+    (Kind.BOUNCED, "Error: 5.007.010 padded", "5.7.10"), (Kind.BOUNCED, "go away", "5.0.0"),
+    (Kind.BOUNCED, "4.2.2 in a D", "5.0.0"), (Kind.BOUNCED, "by 10.5.1.1 and 1.5.1.1", "5.0.0"),
+    (Kind.BOUNCED, "4.2.2 first, then 5.2.2", "5.2.2"), (Kind.DELAYED, "5.1.1 in a Z", "4.0.0"),
+    (Kind.DELAYED, "busy # 4.3.2", "4.3.2"), (Kind.EXPIRED, "5.1.1", "5.4.7"), (Kind.BOUNCED, "", "5.0.0"),
+    (Kind.BOUNCED, "5.1.1234", "5.0.0"),
+])  # fmt: skip
+def test_the_servers_status_code_is_kept_if_its_class_fits(kind: Kind, reply: str, status: str) -> None:
+    assert status_of(kind, reply) == status
+
+
+@pytest.mark.parametrize(("address", "path"), [
+    ("b@example.org", "b@example.org"), ("a b@example.org", '"a b"@example.org'), ("a@b@c", '"a@b"@c'),
+    ('q"u\\o@c', '"q\\"u\\\\o"@c'), (".dot@c", '".dot"@c'), ("x+y=z@c", "x+y=z@c"), ("postmaster", "postmaster"),
+    ("b\n@c", '"b\\\\n"@c'),
+])  # fmt: skip
+def test_addresses_are_quoted_again(address: str, path: str) -> None:
+    assert quoted(address) == path
+
+
+def test_unxtext_decodes_and_stays_in_its_line() -> None:
+    assert unxtext("a+2Bb+3Dc") == "a+b=c"
+    assert unxtext("a+0D+0AX-Evil:+20yes") == "a\\x0d\\nX-Evil: yes"
+    assert unxtext("+E9+00") == "\\xe9\\x00"
+    assert unxtext("a+2bc+4") == "a+2bc+4", "what is no xtext stays"
+
+
+HOSTILE = st.text(st.characters(max_codepoint=0x2FF), max_size=200).map(
+    lambda text: text.replace("x", "\n\nAction: delivered\n\n--=_" + ID + "--\nSubject: evil\r\n")
+)
+
+
+@given(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
+def test_no_words_of_others_add_a_line_or_a_field(
+    reply: str, address: str, orcpt: str, envid: str, message_id: str
+) -> None:
+    failure = replace(FAILED, reply=reply, address=address, orcpt=f"{orcpt};{orcpt}")
+    original = replace(ORIGINAL, envid=envid, header_message_id=message_id)
+    wire = written(failure, original=original)
+    calm = written(
+        replace(FAILED, orcpt="rfc822;b", reply=reply and "x"),
+        original=replace(ORIGINAL, envid=envid and "e", header_message_id=message_id and "m"),
+    )
+    assert wire.isascii()
+    names = [list(group) for group in groups(wire)]
+    assert names == [list(group) for group in groups(calm)]
+    assert groups(wire)[1]["Action"] == "failed"
+    assert parsed(wire).keys() == parsed(calm).keys()
+    assert len(parts(wire)) == 3
+    assert max(map(len, wire.splitlines())) < 998
+    assert re.findall(rb"(?m)^--=_.*$", wire.replace(CONTENT, b"")) == [b"--=_" + ID.encode()] * 3 + [
+        b"--=_" + ID.encode() + b"--"
+    ]
+    assert all(len(line) <= 998 for line in words(wire).splitlines())
+
+
+def test_long_words_are_bounded() -> None:
+    wire = written(replace(FAILED, reply="x" * 100_000, address="y" * 5000 + "@example.org"))
+    assert len(wire) < 10_000
+    assert max(map(len, wire.splitlines())) < 998
+
+
+@pytest.mark.parametrize(("server", "remote"), [
+    ("[::1]:628", "dns; [::1]"), ("unix:/run/qmqpd", None), (None, None), ("10.0.0.1:629", "dns; 10.0.0.1"),
+])  # fmt: skip
+def test_the_server_is_named_if_it_has_a_name(server: str | None, remote: str | None) -> None:
+    assert groups(written(replace(FAILED, server=server)))[1].get("Remote-MTA") == remote
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    wire = written(replace(FAILED, attempted_at=None, reply=""), original=replace(ORIGINAL, header_message_id=None))
+    assert not {"Last-Attempt-Date", "Diagnostic-Code"} & set(groups(wire)[1])
+    assert parsed(wire)["References"] is None
+    assert "no answer" in words(wire)
