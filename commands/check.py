@@ -9,18 +9,22 @@ import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from commands import inspect, tables, valkey
+from commands.explain import DONE, OUT_OF_REACH, WRONG_USE
 from relay import database, schema
 from relay.bodies import file_system
+from relay.queue import Queue
 from relay.routes import Routes, Server
 from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
 
-DONE, WRONG_USE, OUT_OF_REACH = 0, 2, 3
+if TYPE_CHECKING:
+    from redis import Redis
+
 PATIENCE = 5.0  # seconds for a connection
 
 
@@ -61,8 +65,9 @@ def look() -> Iterator[Finding]:
     yield Finding("settings", "ok", f"RELAY_STATE_DIR = {settings.state_dir}")
     yield from _database(settings)
     yield _broker(settings)
+    yield from _routes(routes)
     servers = [server for name in routes.names() if (route := routes.get(name)) for server in route.servers]
-    yield from map(_server, servers)
+    yield from map(_server, dict.fromkeys(servers))
     if not servers:
         yield Finding("QMQP server", "warn", "none: mail is kept and waits", "set RELAY_QMQP_SERVERS")
 
@@ -70,10 +75,10 @@ def look() -> Iterator[Finding]:
 def _database(settings: Settings) -> Iterator[Finding]:
     what, url = "database", redacted(settings.database_url)
     try:
-        engine = inspect.opened(settings)
-        with database.reading(engine) as connection:
-            revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-        faults = database.check_durable(engine)
+        with inspect.opened(settings) as engine:
+            with database.reading(engine) as connection:
+                revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            faults, spool_id = database.check_durable(engine), Queue(engine).spool_id()
     except database.DatabaseError as error:
         yield Finding(what, "away", str(error), "")
         return
@@ -91,13 +96,11 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding(what, verdict, f"would forget mail at a power cut: {', '.join(faults)}", "turn that on")
     else:
         yield Finding(what, "ok", f"{url} at revision {revision}, durable")
-    yield _spool(settings, engine)
+    yield _spool(settings, spool_id)
 
 
-def _spool(settings: Settings, engine: Engine) -> Finding:
+def _spool(settings: Settings, known: str | None) -> Finding:
     what, directory = "spool", settings.spool_dir
-    with database.reading(engine) as connection:
-        known = connection.execute(text(database.dialect_of(engine)("SELECT @hex(id) FROM spool"))).scalar()
     marker = directory / "spool-id"
     found = marker.read_text().strip() if os.access(marker, os.R_OK) else None
     if found != known:
@@ -114,20 +117,50 @@ def _spool(settings: Settings, engine: Engine) -> Finding:
 
 
 def _broker(settings: Settings) -> Finding:
-    from redis import Redis, RedisError
+    from redis import RedisError
+
+    url = redacted(_broker_url(settings))
+    try:
+        _redis(settings).ping()
+    except (RedisError, OSError, ValueError) as error:
+        remedy = "start it, or correct RELAY_BROKER_URL; mail is delivered without it, some seconds later"
+        return Finding("broker", "away", f"{url}: {error}", remedy)
+    return Finding("broker", "ok", url)
+
+
+def broker_lists(settings: Settings) -> dict[str, int]:
+    """How many hints wait at the broker, by list; empty when it is away, which stops no mail."""
+    from redis import RedisError
+
+    from relay.broker import QUEUES
+
+    try:
+        client = _redis(settings)
+        return {name: int(client.llen(f"qmqp-relay:{name}")) for name in QUEUES}
+    except (RedisError, OSError, ValueError):
+        return {}
+
+
+def _broker_url(settings: Settings) -> str:
+    return valkey.url(settings) or settings.broker_url
+
+
+def _redis(settings: Settings) -> "Redis":
+    from redis import Redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    url = valkey.url(settings) or settings.broker_url
-    try:
-        client = Redis.from_url(
-            url.replace("redis+socket://", "unix://"), socket_timeout=PATIENCE, retry=Retry(NoBackoff(), 0)
-        )
-        client.ping()
-    except (RedisError, OSError, ValueError) as error:
-        remedy = "start it, or correct RELAY_BROKER_URL; mail is delivered without it, some seconds later"
-        return Finding("broker", "away", f"{redacted(url)}: {error}", remedy)
-    return Finding("broker", "ok", redacted(url))
+    url = _broker_url(settings).replace("redis+socket://", "unix://")
+    return Redis.from_url(url, socket_timeout=PATIENCE, retry=Retry(NoBackoff(), 0))
+
+
+def _routes(routes: Routes) -> Iterator[Finding]:
+    """What goes where, in the order in which routes are asked; the last one takes the rest."""
+    for name in routes.names():
+        if route := routes.get(name):
+            servers = ", ".join(server.name for server in route.servers) or "no server"
+            taken = ", ".join(route.recipients) or "everything else"
+            yield Finding(f"route {name}", "ok", f"{taken} -> {servers}")
 
 
 def _server(server: Server) -> Finding:

@@ -1,21 +1,19 @@
-"""The command line: `qmqp-relay COMMAND`.
+"""The command line: `qmqp-relay COMMAND`; the commands for the queue are in `commands.console`.
 
 Each command is a thin function: it reads its settings, calls the module that does the work, and turns what can go wrong
-into a sentence and an exit status: 0 done, 1 nothing matched, 2 wrong use (a bad setting too), 3 a service is out of
-reach. Heavy modules are imported inside the commands, so that `--help` and completion answer at once.
-
-What must stay true: no traceback for what an operator can mend, and never a password on the screen.
+into a sentence and an exit status (`commands.explain`). Heavy modules are imported inside the commands, so that
+`--help` and completion answer at once.
 """
 
 import asyncio
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-WRONG_USE, OUT_OF_REACH = 2, 3
+from commands.console import Json, queue
+from commands.explain import explained
+
 main = typer.Typer(
     name="qmqp-relay",
     help="Take mail over SMTP, keep it safe, hand it to QMQP servers. Settings are RELAY_* environment variables.",
@@ -23,44 +21,6 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
-
-
-@contextlib.contextmanager
-def explained(*, warn: bool = True) -> Iterator[None]:
-    """Warn about unknown settings, and turn errors that an operator can mend into a sentence and an exit status."""
-    from relay.settings import SettingsError, unknown_names
-
-    for warning in unknown_names() if warn else ():
-        typer.echo(f"qmqp-relay: {warning}", err=True)
-    try:
-        yield
-    except SettingsError as error:
-        typer.echo(f"qmqp-relay: {error}", err=True)
-        raise typer.Exit(WRONG_USE) from None
-    except (typer.Exit, typer.BadParameter):
-        raise
-    except Exception as error:
-        status, words = _explanation(error)
-        if status is None:
-            raise
-        typer.echo(f"qmqp-relay: {words}", err=True)
-        raise typer.Exit(status) from None
-
-
-def _explanation(error: Exception) -> tuple[int | None, str]:
-    from sqlalchemy.exc import DBAPIError
-
-    from commands.up import UpError
-    from relay.bodies import SpoolError
-    from relay.database import DatabaseError, is_outage
-
-    if isinstance(error, UpError | DatabaseError | SpoolError):
-        return WRONG_USE, str(error)
-    if not isinstance(error, DBAPIError) or not is_outage(error):
-        return None, ""
-    words = str(error.orig).strip().partition("\n")[0]
-    return OUT_OF_REACH, f"database: {words} (`qmqp-relay check` looks closer)"
 
 
 @main.command()
@@ -158,51 +118,44 @@ def check(json_lines: Json = False) -> None:
         raise typer.Exit(run(json_lines=json_lines))
 
 
-@main.command("list")
-def list_(
-    state: Annotated[list[str] | None, typer.Option(help="queued, sending, deferred, held, delivered ...")] = None,
-    sender: Annotated[str | None, typer.Option(help="* stands for anything, '' is the null sender.")] = None,
-    recipient: Annotated[str | None, typer.Option(help="* stands for anything.")] = None,
-    route: str | None = None,
-    server: Annotated[str | None, typer.Option(help="Server of the last try.")] = None,
-    older_than: Annotated[str | None, typer.Option(help="Received longer ago than 30s, 5m, 2h, 5d.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="What is finished as well.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1)] = None,
+@main.command()
+def probe(
+    server: Annotated[str, typer.Argument(help="host, host:port, [v6]:port or unix:/path.")],
     json_lines: Json = False,
+    timeout: Annotated[float, typer.Option(help="Seconds for the connection, and for an answer.")] = 5.0,
 ) -> None:
-    """List the queue, a line a recipient, oldest first."""
+    """Ask a QMQP server whether it lets us in and which family it behaves like, without giving it a message."""
     with explained():
-        from commands.inspect import list_queue
-        from relay.queue import Filter
-        from relay.settings import seconds
+        from commands.probe import run
 
-        try:
-            age = float(str(seconds(older_than))) if older_than else None
-        except ValueError as error:
-            raise typer.BadParameter(f"--older-than {older_than} {error}") from None
-        wanted = Filter(tuple(state or ()), sender, recipient, route, server, age)
-        raise typer.Exit(list_queue(wanted, everything=everything, limit=limit, json_lines=json_lines))
+        raise typer.Exit(run(server, json_lines=json_lines, timeout=timeout))
 
 
 @main.command()
-def show(
-    queue_id: Annotated[str, typer.Argument(metavar="ID", help="A queue id, or as much of its end as is unique.")],
-    json_lines: Json = False,
+def fsck(
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False, json_lines: Json = False
 ) -> None:
-    """Show all that is known about a message: envelope, deliveries, and every try with the server's words."""
+    """Compare files, rows and broker while mail flows, and say what is wrong; status 1 if something stays so."""
     with explained():
-        from commands.inspect import show_message
+        from commands.fsck import run
 
-        raise typer.Exit(show_message(queue_id, json_lines=json_lines))
+        raise typer.Exit(run(repair=repair, json_lines=json_lines))
 
 
 @main.command()
-def stats(json_lines: Json = False) -> None:
-    """Count the queue by state, and show workers and servers."""
-    with explained():
-        from commands.inspect import show_stats
+def web() -> None:
+    """Serve a page to look at the queue with, on RELAY_WEB_LISTEN; read only."""
+    with explained(warn=False):
+        from commands.web import run
+        from relay.log import configure
+        from relay.settings import Settings, load
 
-        raise typer.Exit(show_stats(json_lines=json_lines))
+        settings = load(Settings)
+        configure(settings)
+        raise typer.Exit(run(settings))
+
+
+main.add_typer(queue)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,34 @@
-"""Looking at the queue: `list`, `show` and `stats`.
+"""Looking at the queue: `list`, `show`, `why`, `headers`, `body` and `stats`.
 
 Everything is read through `relay.queue`, from the views that people also query by SQL. What must stay true: looking
 takes no lock, changes nothing, and makes no database where there is none.
 """
 
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import typer
 from sqlalchemy import Engine
 
-from commands.tables import Columns, Row, ago, as_json, cut, size, span, stamp, write
+from commands import why
+from commands.explain import DONE, NOTHING_MATCHED, OUT_OF_REACH, say
+from commands.tables import Columns, Row, ago, as_json, cut, plain, size, span, stamp, write
 from relay import database
-from relay.bodies import Spool
-from relay.queue import Filter, NoSuchMessage, Queue
-from relay.schema import State
+from relay.bodies import BodyUnsendable, Spool
+from relay.queue import AGES, Filter, NoSuchMessage, Queue
+from relay.schema import Outcome
 from relay.settings import Settings, load
 
-DONE, NOTHING_MATCHED, WRONG_USE = range(3)
 SHORT = 12  # digits of an id's end that a table shows: they are chance, and find it again
+TWINS = (Outcome.UNCERTAIN, Outcome.MALFORMED)
 
-_LIST: Columns = {
+COLUMNS: Columns = {
     "ID": lambda row: row["queue_id"][-SHORT:],
     "STATE": lambda row: row["state"],
     "AGE": lambda row: ago(row["received_at"]),
@@ -59,80 +67,209 @@ _OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "
 _SERVERS: Columns = {
     "SERVER": lambda row: row["server"],
     "TRIES": lambda row: str(row["attempts"]),
-    "OUTCOMES": lambda row: ", ".join(f"{row[outcome]} {outcome}" for outcome in _OUTCOMES if row[outcome]),
     "LAST": lambda row: ago(row["last_at"]),
+    "OUTCOMES": lambda row: ", ".join(f"{row[outcome]} {outcome}" for outcome in _OUTCOMES if row[outcome]),
 }
+_PAUSES: Columns = {
+    "PAUSED": lambda row: row["subject"],
+    "SINCE": lambda row: ago(row["since_at"]),
+    "BY": lambda row: row["actor"],
+    "REASON": lambda row: row["reason"],
+}
+_RATES: Columns = {
+    "OUTCOME": lambda row: row["outcome"],
+    "LAST MINUTE": lambda row: str(row["last_minute"]),
+    "LAST HOUR": lambda row: str(row["last_hour"]),
+    "BYTES": lambda row: size(row["bytes_sent"]),
+    "MEAN": lambda row: f"{row['seconds']:.3f}s",
+}
+_SLOWEST: Columns = {
+    "ID": lambda row: row["queue_id"][-SHORT:],
+    "TOOK": lambda row: f"{row['seconds']:.3f}s",
+    "SERVER": lambda row: row["server"] or "",
+    "BYTES": lambda row: size(row["bytes_sent"]),
+    "OUTCOME": lambda row: row["outcome"],
+    "REPLY": lambda row: row["reply"],
+}
+_AGES: Columns = {"WAITING": lambda row: str(row["waiting"])} | {
+    name.replace("_", " ").replace("under", "<"): lambda row, name=name: str(row[name] or "") for name in AGES
+} | {"older": lambda row: str(row["older"] or ""), "DOMAIN": lambda row: row["domain"]}  # fmt: skip
 
 
-def opened(settings: Settings) -> Engine:
-    """The database, for looking; raises DatabaseError where there is none yet."""
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[Engine]:
+    """The database, as long as it is needed; raises DatabaseError where there is none yet."""
     url = database.normalized(settings.database_url)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
         raise database.DatabaseError(f"there is no database {url.database} yet: `qmqp-relay up` or `migrate` makes it")
-    return database.connect(settings.database_url)
+    engine = database.connect(settings.database_url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def at_hand(settings: Settings, queue: Queue) -> Spool | None:
+    """The spool of this database, if it is mounted here."""
+    with contextlib.suppress(OSError):
+        if (settings.spool_dir / "spool-id").read_text().strip() == queue.spool_id():
+            return Spool(settings.spool_dir)
+    return None
+
+
+def resolved(queue: Queue, wanted: Filter) -> Filter:
+    """The filter with its id in full; raises NoSuchMessage."""
+    return replace(wanted, id=queue.resolve(wanted.id)) if wanted.id is not None else wanted
+
+
+def watched(every: float | None, look: Callable[[], int], pause: Callable[[float], None] = time.sleep) -> int:
+    """Look once, or every so many seconds until Ctrl-C, on a screen that is cleared; the exit status."""
+    status = DONE
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            if every and sys.stdout.isatty():
+                typer.echo("\x1b[H\x1b[2J", nl=False)
+            status = look()
+            if not every:
+                return status
+            sys.stdout.flush()
+            pause(every)
+    return status
 
 
 def list_queue(wanted: Filter, *, everything: bool, limit: int | None, json_lines: bool) -> int:
     """Print what matches, a row a recipient; the exit status."""
-    if unknown := set(wanted.states) - set(State):
-        typer.echo(f"qmqp-relay: no state {', '.join(sorted(unknown))}: there are {', '.join(State)}", err=True)
-        return WRONG_USE
-    rows = Queue(opened(load(Settings))).rows(wanted, limit=limit, finished=everything)
-    return DONE if write(rows, _LIST, json_lines=json_lines) else NOTHING_MATCHED
+    with opened(load(Settings)) as engine:
+        queue = Queue(engine)
+        rows = queue.rows(resolved(queue, wanted), limit=limit, finished=everything)
+        return DONE if write(rows, COLUMNS, json_lines=json_lines) else NOTHING_MATCHED
+
+
+def looked_up(text: str) -> dict[str, Any]:
+    """`everything_about` a message of the database that the settings name."""
+    settings = load(Settings)
+    with opened(settings) as engine:
+        return everything_about(Queue(engine), settings, text)
+
+
+def everything_about(queue: Queue, settings: Settings, text: str) -> dict[str, Any]:
+    """A message with its rows, its file and why it is where it is; raises NoSuchMessage."""
+    message = queue.message(queue.resolve(text))
+    if message is None:
+        raise NoSuchMessage("it was removed this moment")
+    spool, file_size = at_hand(settings, queue), None
+    with contextlib.suppress(OSError):
+        file_size = spool.path(message["queue_id"]).stat().st_size if spool else None
+    reasons = list(why.sentences(message, why.gather(queue, message["queue_id"])))
+    return message | {
+        "file": str(Spool(settings.spool_dir).path(message["queue_id"])),
+        "file_size": file_size,
+        "spool_at_hand": spool is not None,
+        "why": [{"delivery": row["number"], "state": row["state"], "why": words} for row, words in reasons],
+    }
 
 
 def show_message(text: str, *, json_lines: bool) -> int:
     """Print all that is known about one message; the exit status."""
-    settings = load(Settings)
-    queue = Queue(opened(settings))
-    try:
-        message = queue.message(queue.resolve(text))
-    except NoSuchMessage as error:
-        typer.echo(f"qmqp-relay: {error}", err=True)
-        return NOTHING_MATCHED
-    if message is None:  # removed since
-        return NOTHING_MATCHED
-    path = Spool(settings.spool_dir).path(message["queue_id"])
-    message |= {"file": str(path), "file_size": path.stat().st_size if path.exists() else None}
+    message = looked_up(text)
     if json_lines:
         typer.echo(as_json(message))
     else:
-        _print_message(message)
+        for name, value in facts(message):
+            typer.echo(f"{name:>12}: {plain(value)}")
+        typer.echo()
+        write(message["attempts"], _TRIES)
     return DONE
 
 
-def _print_message(message: dict[str, Any]) -> None:
-    known = "gone" if message["file_size"] is None else f"{message['file_size']} bytes"
-    client = f"{message['client_address']} ({message['helo']}) by {message['protocol']}"
-    facts = {
+def facts(message: dict[str, Any]) -> list[tuple[str, str]]:
+    """What there is to say about a message, in order: (name, words)."""
+    held = "gone" if message["spool_at_hand"] else "the spool is not at hand"
+    user = f" as {message['auth_user']}" if message["auth_user"] else ""
+    client = f"{message['client_address'] or 'here'} ({message['helo']}) by {message['protocol']}{user}"
+    told = {
         "id": message["queue_id"],
         "sender": message["sender"] or "<>",
-        "received": f"{stamp(message['received_at'])} from {client}",
+        "received": f"{stamp(message['received_at'])} ({ago(message['received_at'])} ago) from {client}",
         "size": f"{message['size']} bytes",
         "Message-ID": message["header_message_id"],
+        "BODY": message["body_type"],
+        "RET": message["ret"],
+        "ENVID": message["envid"],
         "notice of": message["notice_of"],
-        "file": f"{message['file']}, {known}",
+        "file": f"{message['file']}, " + (held if message["file_size"] is None else f"{message['file_size']} bytes"),
     }
-    deliveries: dict[int, Row] = {row["number"]: row for row in message["deliveries"]}
-    lines = [(name, value) for name, value in facts.items() if value]
-    lines += [("recipient", f"{row['address']}, delivery {row['delivery']}") for row in message["recipients"]]
-    for number, row in deliveries.items():
-        due = f", due {ago(row['due_at'])}" if row["state"] in ("queued", "deferred") else ""
-        lines.append((f"delivery {number}", f"{row['state']}{due}  {row['last_reply'] or ''}".rstrip()))
-    for name, value in lines:
-        typer.echo(f"{name:>12}: {value}")
-    if message["attempts"]:
-        typer.echo()
-        write(message["attempts"], _TRIES)
+    lines = [(name, value) for name, value in told.items() if value]
+    for row in message["recipients"]:
+        asked = "".join(f", {name.upper()}={row[name]}" for name in ("notify", "orcpt") if row[name])
+        lines.append(("recipient", f"{row['address']}, delivery {row['delivery']}{asked}"))
+    for row in message["deliveries"]:
+        origin = f", from delivery {row['parent']}" if row["parent"] else ""
+        ended = f" {stamp(row['finished_at'])}" if row["finished_at"] else ""
+        worker = f" by worker {row['worker'][-SHORT:]}" if row["worker"] else ""
+        words = f"{row['state']}{ended}{worker}, route {row['route']}{origin}, expires {stamp(row['expires_at'])}"
+        lines.append((f"delivery {row['number']}", words))
+    lines += [("why", row["why"]) for row in message["why"]]
+    doubtful = {row["server"] or "any server" for row in message["attempts"] if row["outcome"] in TWINS}
+    if doubtful:
+        keys = " or ".join(filter(None, (message["queue_id"], message["header_message_id"])))
+        lines.append(("twin", f"perhaps on {', '.join(sorted(doubtful))}: look there for {keys}"))
+    return lines
+
+
+def show_why(text: str, *, json_lines: bool) -> int:
+    """Print why a message is where it is, a sentence for each delivery; the exit status."""
+    message = looked_up(text)
+    for row in message["why"]:
+        typer.echo(as_json({"queue_id": message["queue_id"], **row}) if json_lines else plain(row["why"]))
+    return DONE
+
+
+def show_body(text: str, *, header_only: bool) -> int:
+    """Print the stored message or its header: as it is, but on a terminal harmless; the exit status."""
+    settings = load(Settings)
+    with opened(settings) as engine:
+        queue = Queue(engine)
+        message, spool = queue.message(queue.resolve(text)), at_hand(settings, queue)
+    if message is None or spool is None:
+        say(f"the spool of this database is not at hand in {settings.spool_dir}")
+        return OUT_OF_REACH
+    try:
+        handle = spool.open(message["queue_id"], message["size"])
+    except BodyUnsendable as error:
+        say(f"{error}; its deliveries are {', '.join(sorted({row['state'] for row in message['deliveries']}))}")
+        return NOTHING_MATCHED
+    with os.fdopen(handle, "rb") as body:
+        for line in body:
+            if header_only and line == b"\n":
+                break
+            if sys.stdout.isatty():
+                typer.echo(plain(line.rstrip(b"\n").decode("utf-8", "backslashreplace").expandtabs()))
+            else:
+                sys.stdout.buffer.write(line)
+    return DONE
+
+
+_HEADINGS = {"queue": "queue", "age": "waiting for", "rate": "tries of the last hour", "slowest": "the slowest of them"}
 
 
 def show_stats(*, json_lines: bool) -> int:
-    """Print the queue by state, the workers, and the servers of the last hour; the exit status."""
-    queue = Queue(opened(load(Settings)))
-    workers = [row for row in queue.workers() if row["ended_at"] is None]
-    parts = (("queue", queue.summary(), _SUMMARY), ("worker", workers, _WORKERS), ("server", queue.servers(), _SERVERS))
+    """Print the queue by state and age, workers, servers, pauses, and how quick it goes; the exit status."""
+    with opened(load(Settings)) as engine:
+        queue = Queue(engine)
+        workers = [row for row in queue.workers() if row["ended_at"] is None]
+        parts: tuple[tuple[str, Sequence[Row], Columns], ...] = (
+            ("queue", queue.summary(), _SUMMARY),
+            ("age", queue.ages(), _AGES),
+            ("worker", workers, _WORKERS),
+            ("server", queue.servers(), _SERVERS),
+            ("pause", queue.pauses(), _PAUSES),
+            ("rate", queue.rates(), _RATES),
+            ("slowest", queue.slowest(), _SLOWEST),
+        )
     for kind, rows, columns in parts:
         if not json_lines:
-            typer.echo(f"{kind}s:" if rows else f"{kind}s: none")
+            heading = _HEADINGS.get(kind, f"{kind}s")
+            typer.echo(f"{heading}:" if rows else f"{heading}: none")
         write([{"kind": kind, **row} for row in rows], columns, json_lines=json_lines)
     return DONE

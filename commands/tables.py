@@ -1,16 +1,21 @@
 """How rows are printed: a table for people at a terminal, tab-separated text for pipes, NDJSON for programs.
 
-Only the table shortens anything, and only it waits for the last row: a long queue can be piped as it is read.
+Nothing waits for the last row: a table takes its widths from the first SAMPLE rows and goes on with them. Only the
+table shortens anything. What must stay true: no byte of a peer reaches a terminal as anything but itself.
 """
 
 import json
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import chain, islice
 from typing import Any
 
 type Row = Mapping[str, Any]
 type Columns = Mapping[str, Callable[[Row], str]]
+SAMPLE = 200
 
 
 def cut(address: str, width: int) -> str:
@@ -53,15 +58,25 @@ def stamp(when: datetime | None) -> str:
     return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""
 
 
+def plain(text: str) -> str:
+    """Text that moves no cursor: what cannot be printed is shown as `\\xNN`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode("utf-8", "replace")) for c in text)
+
+
 def as_json(row: Row) -> str:
     """A row on one line; times in UTC."""
-    return json.dumps(dict(row), default=_plain)
+    return _encode({name: _plain(value) if type(value) is datetime else value for name, value in row.items()})
+
+
+_encode = json.JSONEncoder(default=lambda value: _plain(value)).encode
 
 
 def write(rows: Iterable[Row], columns: Columns, *, json_lines: bool = False) -> int:
     """Print rows, and count them. `columns` are the table's: a heading, and what stands below it."""
     if sys.stdout.isatty() and not json_lines:
-        return _table(rows, columns)
+        return _table(iter(rows), columns)
     count = 0
     for count, row in enumerate(rows, 1):
         if json_lines:
@@ -69,7 +84,7 @@ def write(rows: Iterable[Row], columns: Columns, *, json_lines: bool = False) ->
             continue
         if count == 1:
             sys.stdout.write("\t".join(row) + "\n")
-        sys.stdout.write("\t".join(str(_plain(value)).replace("\t", " ") for value in row.values()) + "\n")
+        sys.stdout.write("\t".join(plain(str(_plain(value)).replace("\t", " ")) for value in row.values()) + "\n")
     return count
 
 
@@ -79,16 +94,19 @@ def _plain(value: object) -> object:
     return "" if value is None else value
 
 
-def _table(rows: Iterable[Row], columns: Columns) -> int:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for heading in columns:
-        table.add_column(heading, no_wrap=heading not in list(columns)[-1:], overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(shown(row)) for shown in columns.values()))
-    if table.row_count:
-        Console(highlight=False).print(table)
-    return table.row_count
+def _table(rows: Iterator[Row], columns: Columns) -> int:
+    """Columns as wide as the first rows want them; the last one is folded into what is left of the line."""
+    shown = ([plain(of(row)) for of in columns.values()] for row in rows)
+    sample = list(islice(shown, SAMPLE))
+    if not sample:
+        return 0
+    widths = [max(map(len, column)) for column in zip(columns, *sample, strict=True)][:-1]
+    indent = sum(widths) + 2 * len(widths)
+    room = max(shutil.get_terminal_size().columns - indent, 20)
+    count = -1
+    for cells in chain([list(columns)], sample, shown):
+        count += 1
+        line = "".join(f"{cell:{width}}  " for cell, width in zip(cells, widths, strict=False))
+        folded = textwrap.wrap(cells[-1], room) or [""]
+        sys.stdout.write(line.rstrip() + "\n" if not cells[-1] else line + f"\n{' ' * indent}".join(folded) + "\n")
+    return count

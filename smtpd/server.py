@@ -20,8 +20,9 @@ import struct
 import termios
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 from relay import metrics
@@ -62,6 +63,7 @@ class Server:
     receiver: Receiver
     policy: Policy
     greeting: Greeting
+    largest: Callable[[], int] | None = None  # the size limit of now, where routes may change it
     connections: "set[Connection]" = field(default_factory=set)
     clients: Counter[str] = field(default_factory=Counter)
     stopping: bool = False
@@ -112,6 +114,9 @@ class Server:
 
     def _tick(self) -> None:
         now = time.monotonic()
+        if self.largest is not None and (size := self.largest()) != self.greeting.max_message_size:
+            # Sessions that were offered another limit keep it for what they send.
+            self.greeting, self.policy.max_message_size = Greeting(self.settings.hostname, size), size
         for connection in tuple(self.connections):
             connection.look_at_clock(now)
         pause = min(1.0, self.settings.smtp_timeout / 4, self.receiver.deadline / 4)
@@ -284,6 +289,16 @@ def shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def size_offered(most: int, routes: Routes) -> int:
+    """What SIZE offers: the least of `most` and what the routes take, with head-room below the latter.
+
+    A server's limit is on what it stores: our trace field, the envelope and the fields that it adds count as well
+    (Postfix refuses below its limit). A 64th and 4 KiB are kept for them.
+    """
+    least = routes.max_size()
+    return most if least is None else max(1, min(most, least - least // 64 - 4096))
+
+
 def run(settings: SmtpdSettings) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ListenError, PolicyError, what `relay.start` raises."""
     policy = Policy(settings)
@@ -312,12 +327,13 @@ async def _serve(settings: SmtpdSettings, policy: Policy, state: Ready) -> None:
         "intake", intake.commit, post=loop.call_soon_threadsafe, rounds_of=metrics.rounds("intake")
     )
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
-    route_for = Routes.load(settings).route_for
+    routes = Routes.load(settings)
+    largest = partial(size_offered, settings.max_message_size, routes)
     name, deadline = settings.hostname, settings.accept_deadline
     threads, stores = Threads(THREADS), Stores(spool)
-    receiver = Receiver(loop, spool, writer, hints.offer, route_for, name, deadline, threads, stores)
-    greeting = Greeting(settings.hostname, settings.max_message_size)
-    server = Server(loop, settings, receiver, policy, greeting)
+    receiver = Receiver(loop, spool, writer, hints.offer, routes.route_for, name, deadline, threads, stores)
+    policy.max_message_size = largest()
+    server = Server(loop, settings, receiver, policy, Greeting(settings.hostname, largest()), largest)
     addresses = await server.listen(settings.smtp_listen)
     writer.start()
     hints.start()

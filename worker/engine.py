@@ -79,7 +79,7 @@ class Engine:
         self._moved = 0.0  # when a hint last found room
         self._wishing = self._looking = False
         self._hints_first = True
-        self._look_at = 0.0
+        self._look_at: dict[str, float] = {}  # by route: after a look that found less than there was room for
         self._room = Room(routes, self._servers, settings.worker_connections, settings.batch_size)
         self._active: dict[Transfer, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
@@ -237,19 +237,23 @@ class Engine:
     def _ask_hints(self, now: float) -> bool:
         if self._wishing or not self._lanes:
             return False
-        room = self._room.offer(min(len(self._lanes), self._settings.batch_size))
+        # Whose route each hint is for nobody knows yet: every route needs room for all of them, or some would be lost.
+        most = min(len(self._lanes), self._settings.batch_size)
+        room = self._room.offer(most * len(self._routes.names()))
         if not room:
             return False
-        hints = self._lanes.take(sum(room.values()))
+        hints = self._lanes.take(min(most, max(room.values())))
         self._wishing, self._moved = True, now
         self._wish([message_id for message_id, _ in hints], room, partial(self._hints_claimed, hints))
         return True
 
     def _look(self, now: float) -> bool:
-        """Claim what is overdue, straight from the database."""
-        if self._looking or now < self._look_at:
+        """Claim what is overdue, straight from the database: of each route at once again while it has more."""
+        if self._looking or all(now < self._look_at.get(name, 0.0) for name in self._routes.names()):
             return False
         room = self._room.offer(self._settings.worker_connections, hopeless=True)
+        early = {name: room.pop(name) for name in [*room] if now < self._look_at.get(name, 0.0)}
+        self._room.settle(early, ())
         if not room:
             return False
         self._looking = True
@@ -268,8 +272,10 @@ class Engine:
     def _look_claimed(self, room: Mapping[str, int], claims: Sequence[Claim]) -> None:
         self._looking = False
         got = Counter(claim.route for claim in claims)
-        full = any(got[name] >= n and not self._room.hopeless(name) for name, n in room.items())
-        self._look_at = 0.0 if full else time.monotonic() + min(LOOK_EVERY, self._settings.grace)
+        later = time.monotonic() + min(LOOK_EVERY, self._settings.grace)
+        for name, places in room.items():
+            full = got[name] >= places and not self._room.hopeless(name)
+            self._look_at[name] = 0.0 if full else later
 
     def _claimed(self, wish: Wish, done: Callable[[Sequence[Claim]], None], result: Result | Exception) -> None:
         """A wish came back: return the room that was not used, open the bodies of what was claimed."""

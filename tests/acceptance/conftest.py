@@ -1,7 +1,7 @@
 """The relay as people start it; what still runs when the test, or its module, ends is killed.
 
-    start_up    `qmqp-relay up` in the directory of the test
-    install     smtpd and workers on "sqlite" or "postgresql", for the tests of a module to share
+start_up    `qmqp-relay up` in the directory of the test
+install     smtpd and workers on "sqlite" or "postgresql", for the tests of a module to share
 """
 
 import os

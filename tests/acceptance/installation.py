@@ -166,9 +166,10 @@ def smtp_source(port: int, count: int, recipient: str, *options: str, sender: st
 
 
 def submit(client: smtplib.SMTP, *recipients: str, sender: str, body: bytes) -> str:
-    """One transaction; the queue id. AssertionError for anything but 250."""
+    """One transaction with a body in LF form; the queue id. AssertionError for anything but 250."""
     client.ehlo_or_helo_if_needed()
-    for code, words in (client.mail(sender), *map(client.rcpt, recipients), client.data(body)):
+    text = body.replace(b"\n", b"\r\n")
+    for code, words in (client.mail(sender), *map(client.rcpt, recipients), client.data(text)):
         assert code == 250, words
     found = QUEUED_AS.search(words)
     assert found, words
@@ -219,7 +220,7 @@ class Feeder:
 
 
 def taken(*sinks: Sink) -> Counter[str]:
-    """How often these sinks took a message, by recipient: an answer of K, whether or not anybody was left to read it."""
+    """How often these sinks took a message, by recipient: said K, whether or not somebody was there to hear it."""
     received = (one for sink in sinks for one in list(sink.received))
     return Counter(r.decode() for one in received if one.reply.startswith(b"K") for r in one.recipients)
 

@@ -293,7 +293,7 @@ def test_NOTIFY_says_who_wants_to_know(post: Post, notify: str | None, told: boo
 
 def test_NOTIFY_is_for_each_recipient(post: Post) -> None:
     message_id = post.accept("x@example.org", "y@example.org", "z@example.org")
-    post.office.change("UPDATE recipients SET notify = 'NEVER' WHERE address = 'y@example.org'")
+    post.office.change("UPDATE recipients SET notify = 'NEVER' WHERE position = 2")
     post.fail(message_id)
     (notice,) = post.debts.settle(10)
     assert post.told(notice) == [("x@example.org", "failed"), ("z@example.org", "failed")]

@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.notices import Failure, Kind, Original, compose, quoted, status_of, unxtext
@@ -184,6 +184,7 @@ HOSTILE = st.text(st.characters(max_codepoint=0x2FF), max_size=200).map(
 )
 
 
+@settings(max_examples=30)
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
 def test_no_words_of_others_add_a_line_or_a_field(
     reply: str, address: str, orcpt: str, envid: str, message_id: str
