@@ -8,7 +8,7 @@ stand no message begins with `x`, so nothing can come of it, whoever listens. Wh
     qmail       closes without a word, and so do qrelay and whatever follows the letter of the protocol
     others      an SMTP or SSH banner, a reply that is no netstring, a K (which nobody may give here), or silence
 
-Sources: qmail-qmqpd.c (exits on a bad length), Postfix qmqpd(8), mailfront protocol-qmqp.c. What must stay true: not one
+Sources: qmail-qmqpd.c (exits on a bad length), Postfix qmqpd(8), mailfront protocol-qmqp.c. What must stay true: no
 byte is sent that could be the start of a request.
 """
 

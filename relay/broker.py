@@ -27,8 +27,8 @@ FRESH, RETRY = "fresh", "retry"
 QUEUES = (FRESH, RETRY)
 # Longer lists than this are left to SQL (Celery messages).
 WINDOW = 200
-# A hint costs the broker's machinery milliseconds, whatever is in it. So a busy publisher lets more gather the more there
-# was: nothing below some 200 messages a second, up to PACE above (seconds; seconds a message of the last hint).
+# A hint costs the broker's machinery milliseconds, whatever is in it. So a busy publisher lets more gather the more
+# there was: nothing below some 200 messages a second, up to PACE above (seconds; seconds a message of the last hint).
 PACE, PACE_EACH = 0.1, 0.005
 _LOOK_EVERY = 1.0
 

@@ -85,6 +85,12 @@ class Filter:
         return " ".join(words)
 
 
+def bracketed(message_id: str) -> str:
+    """A Message-ID as headers spell it, whether or not it was given with its <>; `*` stands for them too."""
+    head = "" if message_id.startswith(("<", "*")) else "<"
+    return head + message_id + ("" if message_id.endswith((">", "*")) else ">")
+
+
 def _like(pattern: str) -> str:
     return re.sub(r"([\\%_])", r"\\\1", pattern).replace("*", "%")
 

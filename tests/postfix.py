@@ -47,14 +47,12 @@ rewrite unix - - n - - trivial-rewrite
 """
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """A Postfix program; ServiceError if this machine has none."""
-    places = os.pathsep.join(
-        [os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"]
-    )
+    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"])
     found = shutil.which(name, path=places)
     if found is None:
-        raise ServiceError(f"no {name}: install Postfix")
+        raise ServiceError(f"no {name} on this machine")
     return found
 
 
@@ -67,7 +65,7 @@ class QmqpSink(Server):
         self.port = free_port()
 
     def _command(self) -> list[str]:
-        return [_program("qmqp-sink"), f"127.0.0.1:{self.port}", "1024"]
+        return [program("qmqp-sink"), f"127.0.0.1:{self.port}", "1024"]
 
     def _answers(self) -> bool:
         return _listens(self.port)
@@ -90,7 +88,7 @@ class Postfix(Server):
     @cached_property
     def _configuration(self) -> Path:
         """Make the directories and the configuration; where it is."""
-        daemons = Path(_program("master")).parent
+        daemons = Path(program("master")).parent
         queue = self.directory / "queue"
         self.directory.chmod(0o755)
         for name in ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "maildrop", "pid",
@@ -114,7 +112,7 @@ class Postfix(Server):
         os.chown(directory, self._owner.pw_uid, self._owner.pw_gid)
 
     def _command(self) -> list[str]:
-        return [_program("master"), "-c", str(self._configuration), "-d"]
+        return [program("master"), "-c", str(self._configuration), "-d"]
 
     def _answers(self) -> bool:
         return _listens(self.port) and _listens(self.closed_port)
@@ -122,7 +120,7 @@ class Postfix(Server):
     def queued(self, queue_id: str) -> bytes:
         """A message in the queue as `postcat` shows it: its envelope and its content."""
         command = [
-            _program("postcat"),
+            program("postcat"),
             "-c",
             str(self._configuration),
             str(self.directory / "queue/incoming" / queue_id),

@@ -168,6 +168,7 @@ def test_a_hundred_megabytes(relay: Installation, sink: Sink, header: bool) -> N
     assert got == text
 
 
+@pytest.mark.timeout(300)  # 1.6 GB have to be synced, on whatever disk there is
 def test_memory_stays_flat_while_sixteen_of_a_hundred_megabytes_pass(relay: Installation, vast: Sink) -> None:
     """All sixteen at once, first through smtpd, then, as it stood still until then, through the worker."""
     worker, smtpd = relay.children

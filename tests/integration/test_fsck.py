@@ -8,11 +8,14 @@ import pytest
 from sqlalchemy import text
 
 from commands import fsck
+from commands.check import broker_lists
 from commands.fsck import Finding, Fsck
 from relay.bodies import Spool
+from relay.broker import QUEUES, celery_app
 from relay.database import writing
 from relay.ids import dashed, new_id
 from relay.schema import Outcome
+from relay.settings import Settings, load
 from tests.integration.office import Office
 from tests.integration.typed import Typed, lines, typed_at
 
@@ -227,6 +230,13 @@ def test_impossible_rows(office: Office, spool: Spool, typed: Typed, change: str
 def test_a_stuffed_broker(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsck, "broker_lists", lambda _settings: {"fresh": 5000, "retry": 3})
     assert [row["words"] for row in lines(typed("fsck", "--json", status=1))] == ["5000 hints in fresh"]
+
+
+def test_what_waits_at_the_broker(broker_url: str) -> None:
+    settings = load(Settings, broker_url=broker_url)
+    celery_app(settings).send_task("deliver", args=[[new_id()]], queue=QUEUES[0], retry=False)
+    assert broker_lists(settings) == {"fresh": 1, "retry": 0}
+    assert broker_lists(load(Settings, broker_url="redis://127.0.0.1:1/0")) == {}, "away, which stops no mail"
 
 
 def test_ids_are_told(office: Office, spool: Spool, typed: Typed) -> None:

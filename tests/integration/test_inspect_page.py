@@ -34,6 +34,11 @@ def test_states_and_outcomes():
     assert set(first_column("Outcomes")) == set(Outcome)
 
 
+def test_there_are_twenty_questions_and_each_is_answered():
+    questions = re.findall(r"(?m)^(\d+)\\\. [^\n]*\?.*\n\n```sql$", section("Questions"))
+    assert questions == [str(number) for number in range(1, 21)]
+
+
 def test_queries_run(database_url: str):
     engine = database.connect(database_url)
     other = "SQLite" if "postgresql" in database_url else "PostgreSQL"

@@ -1,0 +1,59 @@
+"""What can go wrong for an operator, as a sentence and an exit status.
+
+0 done, 1 nothing matched, 2 wrong use (a bad setting too), 3 a service is out of reach. What must stay true: no
+traceback for what an operator can mend, and never a password on the screen.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import typer
+
+DONE, NOTHING_MATCHED, WRONG_USE, OUT_OF_REACH = range(4)
+
+
+def say(words: str) -> None:
+    """A sentence on standard error."""
+    typer.echo(f"qmqp-relay: {words}", err=True)
+
+
+@contextlib.contextmanager
+def explained(*, warn: bool = True) -> Iterator[None]:
+    """Warn about unknown settings, and turn errors that an operator can mend into a sentence and an exit status."""
+    from relay.settings import SettingsError, unknown_names
+
+    for warning in unknown_names() if warn else ():
+        say(warning)
+    try:
+        yield
+    except SettingsError as error:
+        say(str(error))
+        raise typer.Exit(WRONG_USE) from None
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except Exception as error:
+        status, words = _explanation(error)
+        if status is None:
+            raise
+        say(words)
+        raise typer.Exit(status) from None
+
+
+def _explanation(error: Exception) -> tuple[int | None, str]:
+    from sqlalchemy.exc import DBAPIError
+
+    from commands.up import UpError
+    from relay.bodies import SpoolError
+    from relay.database import DatabaseError, is_outage
+    from relay.queue import NoSuchMessage
+
+    if isinstance(error, NoSuchMessage):
+        return NOTHING_MATCHED, str(error)
+    if isinstance(error, UpError | DatabaseError | SpoolError):
+        return WRONG_USE, str(error)
+    if isinstance(error, OSError) and error.filename:  # a spool of another user
+        return OUT_OF_REACH, f"{error.filename}: {error.strerror}"
+    if not isinstance(error, DBAPIError) or not is_outage(error):
+        return None, ""
+    words = str(error.orig).strip().partition("\n")[0]
+    return OUT_OF_REACH, f"database: {words} (`qmqp-relay check` looks closer)"

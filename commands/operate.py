@@ -1,0 +1,121 @@
+"""Changing the queue: what `retry`, `hold`, `release`, `bounce`, `drop`, `pause` and `resume` do around `relay.verbs`.
+
+What must stay true: nothing is touched by an empty filter unless --all says so, nor more than one delivery unless
+somebody said yes; every change is recorded with who asked for it and why.
+"""
+
+import getpass
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import typer
+from sqlalchemy import Engine
+
+from commands.explain import DONE, NOTHING_MATCHED, WRONG_USE, say
+from commands.inspect import COLUMNS, at_hand, opened, resolved
+from commands.tables import as_json, write
+from relay.queue import Filter, Queue
+from relay.routes import Routes, parse_server
+from relay.schema import State
+from relay.settings import Settings, load
+from relay.verbs import REROUTE, VERBS, Verbs
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the operator said beside the verb and the filter."""
+
+    everything: bool = False
+    dry_run: bool = False
+    yes: bool = False
+    reason: str = ""
+    json_lines: bool = False
+
+
+def actor() -> str:
+    """Who is asking, as `actions` keeps it."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's uid has no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def change(name: str, wanted: Filter, order: Order) -> int:
+    """Do what a verb does to all that a filter means; the exit status."""
+    settings = load(Settings)
+    if not wanted.shown() and not order.everything:
+        say(f"{name} everything? Give a filter, or --all")
+        return WRONG_USE
+    with opened(settings) as engine:
+        return _change(name, settings, engine, wanted, order)
+
+
+def _change(name: str, settings: Settings, engine: Engine, wanted: Filter, order: Order) -> int:
+    queue, verb = Queue(engine), VERBS.get(name, REROUTE)
+    verbs = Verbs(engine, notices=settings.bounces == "dsn")
+    wanted = resolved(queue, wanted)
+    matched = verbs.matching(verb, wanted)
+    if not matched:
+        say(f"nothing there to {name}: it takes what is {' or '.join(verb.takes)}")
+        return NOTHING_MATCHED
+    if order.dry_run:
+        write(verbs.touched(verb, wanted), COLUMNS, json_lines=order.json_lines)
+        say(f"would {name} {_told(matched)}")
+        return DONE
+    if matched.total() > 1 and not order.yes and (refusal := _refusal(f"{name} {_told(matched)}")) is not None:
+        return refusal
+    try:
+        route_for = Routes.load(settings).route_for if verb is REROUTE else None
+    except (ValueError, OSError) as error:
+        say(str(error))
+        return WRONG_USE
+    touched, free = verbs.apply(verb, wanted, actor=actor(), reason=order.reason, route_for=route_for)
+    spool = at_hand(settings, queue)
+    removed = sum(map(spool.remove, free)) if spool else 0
+    if order.json_lines:
+        typer.echo(as_json({"verb": name, "deliveries": touched.total(), "were": touched, "bodies_removed": removed}))
+    else:
+        typer.echo(f"{name}: {_told(touched)}" + (f", bodies removed: {removed}" if removed else ""))
+    if touched[State.SENDING]:
+        say(f"{touched[State.SENDING]} being sent: {name} comes after this try, unless the server accepts")
+    return DONE if touched else NOTHING_MATCHED
+
+
+def _refusal(question: str) -> int | None:
+    """Ask on a terminal; the exit status if it is not to be done."""
+    if not sys.stdin.isatty():
+        say(f"{question}? Say --yes for more than one")
+        return WRONG_USE
+    return None if typer.confirm(f"{question}?") else NOTHING_MATCHED
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    parts = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    return f"{total} {'delivery' if total == 1 else 'deliveries'} ({parts})" if total else "nothing"
+
+
+def pause(route: str | None, server: str | None, *, reason: str, resume: bool) -> int:
+    """Pause or resume a route or a server; the exit status."""
+    if (route is None) == (server is None):
+        say("name one: --route NAME or --server HOST")
+        return WRONG_USE
+    settings = load(Settings)
+    try:
+        subject = f"route:{route}" if server is None else f"server:{parse_server(server).name}"
+    except ValueError as error:
+        say(str(error))
+        return WRONG_USE
+    with opened(settings) as engine:
+        verbs = Verbs(engine, notices=False)
+        done = (verbs.resume if resume else verbs.pause)(subject, actor=actor(), reason=reason)
+    words = "resumed" if resume else "paused"
+    if done:
+        typer.echo(f"{subject} {words}")
+        return DONE
+    say(f"{subject} is {'not paused' if resume else 'paused already'}")
+    return NOTHING_MATCHED

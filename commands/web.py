@@ -1,0 +1,245 @@
+"""`qmqp-relay web`: the queue on a page, read only, for a browser on this machine.
+
+How it works: every page is one request, answered from `relay.queue` by a template; graphs are SVG that is drawn here.
+There is no script, no cookie, no password and nothing from elsewhere. What costs a scan (the overview) is kept for some
+seconds, and for longer where it took long.
+
+What must stay true: nothing is changed, whoever asks; whatever peers wrote is text (templates escape everything, and
+the policy that is sent along allows a style sheet of ours and nothing else); a page of another site can neither frame
+nor read this one, nor reach it by a name that it has pointed here.
+"""
+
+import ipaddress
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import uvicorn
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from commands import charts
+from commands.explain import DONE, OUT_OF_REACH, say
+from commands.inspect import everything_about, facts, opened
+from commands.tables import ago, cut, size, span, stamp
+from relay.log import first_line, get_logger
+from relay.queue import Filter, NoSuchMessage, Queue, Row, bracketed
+from relay.schema import UNFINISHED, State
+from relay.settings import Settings
+
+log = get_logger(__name__)
+PAGES = Path(__file__).with_name("pages")
+A_PAGE = 50  # rows
+FRESH = 5.0  # seconds that an overview is shown again
+STEP, STEPS = 300, 72  # seconds of a bar, and bars: six hours
+HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none';"
+    " frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+FIELDS = ("id", "sender", "recipient", "message_id", "state", "reply")
+
+
+class Guard:
+    """Adds HEADERS to every answer, and answers nobody who came by a name that is not ours (DNS rebinding)."""
+
+    def __init__(self, app: ASGIApp, hostname: str) -> None:
+        self._app, self._names = app, {"localhost", hostname.lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *given]}
+            await send(message)
+
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        app = self._app if self._ours(host) else Response("Not a name of this relay.\n", 421)
+        await app(scope, receive, sent)
+
+    def _ours(self, host: str) -> bool:
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name.lower() in self._names
+        return True
+
+
+class Pages:
+    """What is served; one for each process."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._queue, self._settings = Queue(engine), settings
+        self._templates = Environment(
+            loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+            lstrip_blocks=True,
+        )  # fmt: skip
+        self._templates.globals |= {
+            "ago": ago,
+            "cut": cut,
+            "size": size,
+            "span": span,
+            "stamp": stamp,
+            "states": list(State),
+        }
+        self._kept: dict[str, Any] = {}
+        self._until, self._lock = 0.0, threading.Lock()
+
+    def overview(self, _request: Request) -> Response:
+        """The whole queue at a glance."""
+        with self._lock:  # who comes meanwhile gets the same
+            began = time.monotonic()
+            if began >= self._until:
+                self._kept = self._look()
+                took = time.monotonic() - began
+                self._until = began + took + max(FRESH, 20 * took)
+        return self._page("overview.html", **self._kept)
+
+    def _look(self) -> dict[str, Any]:
+        summary = self._queue.summary()
+        order = {str(state): n for n, state in enumerate(State)}
+        counts = {state: sum(row["deliveries"] for row in summary if row["state"] == state) for state in State}
+        waiting = [row for row in summary if row["state"] in UNFINISHED]
+        now, steps = self._queue.history(STEP * STEPS, STEP)
+        return {
+            "summary": sorted(summary, key=lambda row: (order[row["state"]], row["route"])),
+            "counts": {str(state): count for state, count in counts.items() if count or state in UNFINISHED},
+            "oldest": max((row["oldest_seconds"] for row in waiting), default=None),
+            "overdue": sum(row["overdue"] for row in waiting),
+            "servers": self._queue.servers(),
+            "workers": [row for row in self._queue.workers() if row["ended_at"] is None],
+            "pauses": self._queue.pauses(),
+            "rate": charts.rate(now, steps, STEP, STEPS),
+            "latency": charts.latency(now, steps, STEP, STEPS),
+            "at": time.strftime("%H:%M:%S"),
+        }
+
+    def search(self, request: Request) -> Response:
+        """Mail that is looked for, newest first, a page at a time."""
+        given = {name: request.query_params.get(name, "").strip() for name in FIELDS}
+        after = request.query_params.get("after", "").split(".")
+        trouble, rows = "", list[Row]()
+        try:
+            wanted = self._filter(given)
+            behind = (self._queue.resolve(after[0]), int(after[1])) if len(after) == 2 else None
+            rows = list(self._queue.rows(wanted, finished=True, newest=True, after=behind, limit=A_PAGE + 1))
+        except (NoSuchMessage, ValueError) as error:
+            trouble = str(error)
+        more = ""
+        if len(rows) > A_PAGE:
+            last = rows[A_PAGE - 1]
+            asked = {name: value for name, value in given.items() if value}
+            more = urlencode(asked | {"after": f"{last['queue_id']}.{last['position']}"})
+        return self._page("search.html", given=given, rows=rows[:A_PAGE], more=more, trouble=trouble, later=after[0])
+
+    def _filter(self, given: dict[str, str]) -> Filter:
+        if given["state"] and given["state"] not in list(State):
+            raise ValueError(f"there is no state {given['state']}")
+        sender = "" if given["sender"] == "<>" else given["sender"] or None
+        return Filter(
+            states=(given["state"],) if given["state"] else (), sender=sender, recipient=given["recipient"] or None,
+            id=self._queue.resolve(given["id"]) if given["id"] else None, reply=given["reply"] or None,
+            header_message_id=bracketed(given["message_id"]) if given["message_id"] else None,
+        )  # fmt: skip
+
+    def message(self, request: Request) -> Response:
+        """Everything about one message."""
+        try:
+            found = everything_about(self._queue, self._settings, request.path_params["queue_id"])
+        except NoSuchMessage as error:
+            raise HTTPException(404, str(error)) from None
+        known = [line for line in facts(found) if line[0] not in ("id", "why") and not line[0].startswith("delivery")]
+        notices = self._queue.notices(found["queue_id"])
+        return self._page("message.html", message=found, facts=known, timeline=timeline(found, notices))
+
+    def style(self, _request: Request) -> Response:
+        """The one style sheet."""
+        return Response((PAGES / "style.css").read_text(), media_type="text/css")
+
+    def failed(self, _request: Request, error: Exception) -> Response:
+        """What could not be answered, and why."""
+        if isinstance(error, HTTPException):
+            return self._page("failed.html", status=error.status_code, words=error.detail)
+        log.warning("page not answered", reason=first_line(getattr(error, "orig", None) or error))
+        words = "The database does not answer, or not in time. `qmqp-relay check` looks closer."
+        return self._page("failed.html", status=503, words=words)
+
+    def _page(self, name: str, *, status: int = 200, **values: Any) -> Response:
+        text = self._templates.get_template(name).render(page=name.removesuffix(".html"), status=status, **values)
+        return HTMLResponse(text, status)
+
+
+def timeline(message: dict[str, Any], notices: list[Row]) -> list[tuple[Any, str, str]]:
+    """What happened to a message, in order: (when, a word that the style knows, words)."""
+    first = (message["received_at"], "received", f"accepted from {message['client_address'] or 'this relay'}")
+    events = []
+    for row in message["attempts"]:
+        took = f"{(row['finished_at'] - row['started_at']).total_seconds():.3f}s"
+        where = f"to {row['server']}, {size(row['bytes_sent'])}B in {took}" if row["server"] else "worker lost"
+        number = f"delivery {row['delivery']}, try {row['claim']}" + (f".{row['hop']}" if row["hop"] > 1 else "")
+        events.append((row["started_at"], row["outcome"], f"{number} {where}: {row['reply']}"))
+    ended = [row for row in message["deliveries"] if row["finished_at"]]
+    events += [(row["finished_at"], row["state"], f"delivery {row['number']} is {row['state']}") for row in ended]
+    events += [(row["received_at"], "notice", f"the sender is told by {row['queue_id']}") for row in notices]
+    return [first, *sorted(events, key=lambda event: event[0])]
+
+
+def application(engine: Engine, settings: Settings) -> Starlette:
+    """The ASGI application."""
+    pages = Pages(engine, settings)
+    routes: list[tuple[str, Callable[[Request], Response]]] = [
+        ("/", pages.overview), ("/search", pages.search), ("/message/{queue_id}", pages.message),
+        ("/style.css", pages.style),
+    ]  # fmt: skip
+    return Starlette(
+        routes=[Route(path, endpoint) for path, endpoint in routes],
+        middleware=[Middleware(Guard, hostname=settings.hostname)],
+        exception_handlers={HTTPException: pages.failed, SQLAlchemyError: pages.failed, OSError: pages.failed},
+    )
+
+
+def server(engine: Engine, settings: Settings) -> uvicorn.Server:
+    """The server, which serves on sockets that it is given."""
+    config = uvicorn.Config(
+        application(engine, settings), http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
+        server_header=False, limit_concurrency=100, timeout_graceful_shutdown=3,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop; the exit status."""
+    sockets = []
+    for host, port in settings.web_listen:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            sockets.append(socket.create_server((host, port), family=family))
+        except OSError as error:
+            say(f"RELAY_WEB_LISTEN: cannot listen on {host}:{port}: {error.strerror}")
+            return OUT_OF_REACH
+    with opened(settings) as engine:
+        for host, port in settings.web_listen:
+            log.info("web", host=host, port=port)
+        try:
+            server(engine, settings).run(sockets)
+        except KeyboardInterrupt:
+            return DONE
+    return DONE

@@ -1,0 +1,140 @@
+"""Some fifty messages in every state there is, with words from people who mean harm, and a page to look at them."""
+
+import re
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import unescape
+from typing import Any
+
+from commands import web
+from relay.bodies import Spool
+from relay.debts import Debts
+from relay.queue import Filter
+from relay.schema import Outcome, State
+from relay.settings import Settings, load
+from relay.verbs import VERBS, Verbs
+from tests.integration.office import Office
+from tests.waiting import until
+
+HOSTILE = "<script>alert('x')</script>\"'&amp;{{7*7}}"
+LONG = f"{'long.' * 12}name@{'sub.' * 30}example.com"
+SERVER = "qmqp.example.net:628"
+
+
+@dataclass(slots=True)
+class Scenario:
+    """What was made: recipients by the state of their delivery, ids by state, and what else is counted."""
+
+    recipients: Counter[str] = field(default_factory=Counter)
+    ids: dict[str, list[str]] = field(default_factory=dict)
+    owed: int = 0
+    uncertain: int = 0
+
+    def made(self, state: str, *ids: str, recipients: int = 1) -> None:
+        self.recipients[state] += recipients * len(ids)
+        self.ids.setdefault(state, []).extend(ids)
+
+
+def scenario(office: Office, spool: Spool) -> Scenario:
+    """Make it in an empty office."""
+    made, verbs = Scenario(), Verbs(office.engine, notices=True)
+    numbers = iter(range(1, 100))
+
+    def accept(*addresses: str, **more: object) -> str:
+        number = next(numbers)
+        given = {"sender": f"sender{number}@example.com", "header_message_id": f"<{number}@example.com>"} | more
+        message_id = office.accept(*(addresses or (f"r{number}@d{number % 3}.example.org",)), **given)
+        spool.store(message_id, [b"Subject: x\n\n" + b"x" * 88])
+        return message_id
+
+    def tried(outcome: Outcome, **more: Any) -> str:
+        message_id = accept()
+        office.record(office.claim(message_id)[0], outcome, **more)
+        return message_id
+
+    made.made("delivered", *(tried(Outcome.ACCEPTED) for _ in range(12)))
+    late = [tried(Outcome.DEFERRED) for _ in range(3)]
+    office.pass_time(2000, only=late)  # older than the lifetime: the next failure is the last
+    office.sweeps.requeue_due(10)
+    for claim in office.claim(*late):
+        office.record(claim, Outcome.DEFERRED, reply="451 still busy")
+    made.made("expired", *late)
+    made.made("bounced", *(tried(Outcome.REJECTED, reply=f"550 5.1.1 {HOSTILE}") for _ in range(4)))
+    debts = Debts(office.engine, spool, office.settings, lambda _address: "notices")
+    notices = debts.settle(5)  # of seven: two are owed
+    made.owed = 2
+    made.made("queued", *notices)
+    made.made("deferred", *(tried(Outcome.DEFERRED, reply="451 4.7.1 greylisted") for _ in range(4)))
+    made.made("deferred", *(tried(Outcome.UNCERTAIN, reply="connection closed") for _ in range(2)))
+    made.made("deferred", tried(Outcome.UNREACHABLE, reply="connection refused"))
+    made.uncertain = 2
+    made.made("held", tried(Outcome.UNSENDABLE, reply="no body file"))
+    for verb, state in (("hold", "held"), ("drop", "dropped")):
+        ids = [accept() for _ in range(3)]
+        for message_id in ids:
+            verbs.apply(VERBS[verb], Filter(id=message_id), actor=f"{HOSTILE}@here", reason=HOSTILE)
+        made.made(state, *ids)
+    cut = accept("good@example.org", "bad@example.org", "fine@example.org")
+    office.record(office.claim(cut)[0], Outcome.REJECTED, state=State.SPLIT, reply="550 5.1.1 no such user")
+    for claim in office.claim(cut):
+        office.record(claim, Outcome.ACCEPTED)
+    made.made("delivered", cut, recipients=3)
+    made.made(
+        "queued", accept(f"{HOSTILE}@example.org", sender=HOSTILE, header_message_id=f"<{HOSTILE}>", helo=HOSTILE)
+    )
+    made.made("queued", accept(LONG, sender=LONG), *(accept(sender="") for _ in range(2)))
+    made.made("queued", accept("many1@example.org", "many2@example.org"), recipients=2)
+    sending = [accept() for _ in range(4)]
+    office.claim(*sending)
+    made.made("sending", *sending)
+    return made
+
+
+@dataclass(slots=True)
+class Page:
+    """An answer: its status, its headers, its text, and the words that a person would see."""
+
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def words(self) -> str:
+        return unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", self.text)))
+
+
+class Browser:
+    """Somebody who looks at the pages."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def get(self, path: str, method: str = "GET", **headers: str) -> Page:
+        request = urllib.request.Request(self.root + path, method=method, headers=headers)
+        try:
+            answer = urllib.request.urlopen(request, timeout=30)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            return Page(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read().decode())
+
+
+@contextmanager
+def browsing(office: Office) -> Iterator[Browser]:
+    """The pages of an office's database, served by a real server."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = web.server(office.engine, load(Settings))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            until(lambda: server.started, what="the page is served")
+            yield Browser(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        finally:
+            server.should_exit = True
+            thread.join(10)

@@ -1,0 +1,102 @@
+"""The broker is a disposable hint: whatever becomes of it, all that is queued is delivered, and soon.
+
+Half of a thousand messages are accepted before the fault and half after it; only then a worker starts, so that every
+one of them is known to SQL alone. Soon is 2 x GRACE after there was both the message and a worker with free
+connections, by the times that the database has recorded.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.acceptance.installation import Install, Installation
+from tests.postfix import QmqpSink
+from tests.services import ServiceError, temporary_directory
+from tests.waiting import until
+
+GRACE = 3.0
+HALF = 500
+LIST = "qmqp-relay:fresh"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[QmqpSink]:
+    sink = QmqpSink(temporary_directory())
+    try:
+        sink.start()
+    except ServiceError as error:
+        pytest.skip(str(error))
+    yield sink
+    sink.stop()
+
+
+@pytest.fixture(scope="module")
+def accepting(request: pytest.FixtureRequest, install: Install, server: QmqpSink) -> Installation:
+    """smtpd alone."""
+    relay = install(request.param, QMQP_SERVERS=f"127.0.0.1:{server.port}", GRACE=f"{GRACE:g}s")
+    relay.smtpd()
+    return relay
+
+
+@pytest.fixture
+def relay(accepting: Installation) -> Iterator[Installation]:
+    """With a broker that is well and has nothing in its lists, and no worker."""
+    accepting.broker.resume()
+    accepting.broker.start()
+    assert accepting.broker.ask("FLUSHALL") == b"+OK"
+    yield accepting
+    for worker in accepting.children[1:]:
+        accepting.end(worker, signal.SIGKILL)
+
+
+def flush(relay: Installation) -> None:
+    until(lambda: hints(relay) > 0, what="hints are in the list")
+    assert relay.broker.ask("FLUSHALL") == b"+OK"
+
+
+def hints(relay: Installation) -> int:
+    return int(relay.broker.ask("LLEN", LIST)[1:])
+
+
+def nothing(relay: Installation) -> None:
+    """What is at fault here comes with the worker."""
+
+
+WORKER = ["commands.cli", "worker"]
+RETRIES_ALONE = ["celery", "-A", "worker.app", "worker", "--pool", "threads", "-Q", "retry"]
+
+
+@pytest.mark.parametrize(
+    ("accepting", "fault", "consumer"),
+    [
+        pytest.param("sqlite", flush, WORKER, id="flushed"),
+        pytest.param("sqlite", lambda relay: relay.broker.pause(), WORKER, id="silent"),
+        pytest.param("postgresql", lambda relay: relay.broker.stop(), WORKER, id="stopped for good"),
+        pytest.param("postgresql", nothing, RETRIES_ALONE, id="unconsumed"),
+    ],
+    indirect=["accepting"],
+)
+def test_all_is_delivered_without_hints(
+    relay: Installation, fault: Callable[[Installation], object], consumer: list[str]
+) -> None:
+    before = relay.count()
+    relay.smtp_source(HALF, "b@example.org", "-s", "10")
+    fault(relay)
+    relay.smtp_source(HALF, "b@example.org", "-s", "10")
+    assert relay.count("d.state = 'queued'") == relay.count() - before == 2 * HALF
+    if fault is flush:  # and what was hinted at since is gone as well
+        flush(relay)
+    worker = relay.begin(*consumer)
+    relay.until_all_delivered()
+    waits = relay.rows(
+        """SELECT @micros(a.started_at) - CASE WHEN w.started_at > m.received_at THEN @micros(w.started_at)
+            ELSE @micros(m.received_at) END
+        FROM attempts a JOIN workers w ON w.id = a.worker JOIN messages m ON m.id = a.message_id
+        WHERE w.pid = :pid AND a.claim = 1 AND a.hop = 1 AND a.outcome = 'accepted'""",
+        pid=worker.pid,
+    )  # fmt: skip
+    assert len(waits) == 2 * HALF
+    assert max(wait for (wait,) in waits) < 2 * GRACE * 1_000_000
+    if consumer[0] == "celery":
+        assert hints(relay) > 0  # nobody wanted them

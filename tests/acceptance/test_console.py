@@ -1,0 +1,231 @@
+"""One scenario of some fifty messages in all states: SQL, command line, page and metrics tell the same numbers."""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from relay.bodies import Spool
+from relay.ids import dashed
+from relay.metrics import Queue as Collected
+from relay.schema import UNFINISHED, State
+from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
+from tests.integration.office import Office, opened
+from tests.integration.typed import Typed, lines, typed_at
+
+
+@dataclass(slots=True)
+class Console:
+    """The scenario, and every way to look at it."""
+
+    office: Office
+    spool: Spool
+    typed: Typed
+    browser: Browser
+    made: Scenario
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def console(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
+    """One for the module: nothing in it changes what another test looks at."""
+    directory = tmp_path_factory.mktemp("console")
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            for file in request.getfixturevalue("sqlite_template").iterdir():
+                shutil.copy(file, directory)
+            url = f"sqlite:///{directory}/relay.db"
+        else:
+            databases = request.getfixturevalue("postgres_databases")
+            name = databases.create()
+            stack.callback(databases.drop, name)
+            url = databases.url(name)
+        office, spool = stack.enter_context(opened(url)), Spool(directory / "spool")
+        typed = typed_at(office, spool, stack.enter_context(pytest.MonkeyPatch.context()))
+        made = scenario(office, spool)
+        yield Console(office, spool, typed, stack.enter_context(browsing(office)), made)
+
+
+def test_everybody_tells_the_same(console: Console) -> None:
+    made, wanted = console.made, console.made.recipients
+    assert set(wanted) == set(State) - {"split"}
+    assert 45 <= sum(map(len, made.ids.values())) <= 60
+
+    by_sql = console.office.rows("SELECT state, count(*) AS n FROM mail_history GROUP BY state")
+    assert {row["state"]: row["n"] for row in by_sql} == wanted
+    unfinished = {state: count for state, count in wanted.items() if state in UNFINISHED}
+    by_sql = console.office.rows("SELECT state, count(*) AS n FROM mail_queue GROUP BY state")
+    assert {row["state"]: row["n"] for row in by_sql} == unfinished
+
+    assert Counter(row["state"] for row in lines(console.typed("list", "--all", "--json"))) == wanted
+    assert Counter(row["state"] for row in lines(console.typed("list", "--json"))) == unfinished
+    for state, ids in made.ids.items():
+        assert {row["queue_id"] for row in lines(console.typed("list", "--state", state, "--json"))} == set(ids)
+
+    deliveries = Counter({row["state"]: row["n"] for row in console.office.rows(
+        "SELECT state, count(*) AS n FROM deliveries GROUP BY state")})  # fmt: skip
+    stats = lines(console.typed("stats", "--json"))
+    told: Counter[str] = Counter()
+    for row in stats:
+        told[row.get("state", "")] += row["deliveries"] if row["kind"] == "queue" else 0
+    assert +told == deliveries
+    assert sum(row["waiting"] for row in stats if row["kind"] == "age") == sum(unfinished.values())
+    assert sum(row["under_5m"] for row in stats if row["kind"] == "age") == sum(unfinished.values())
+    (tries,) = console.office.rows("SELECT count(*) AS n FROM attempts")
+    assert sum(row["last_minute"] for row in stats if row["kind"] == "rate") == tries["n"]
+    assert [row["sending"] for row in stats if row["kind"] == "worker"] == [wanted["sending"]]
+
+    overview = console.browser.get("/").text
+    tiles = re.findall(r"<b>(\d+)</b> <span class=\"state (\w+)\">", overview)
+    assert {state: int(count) for count, state in tiles} == deliveries
+    for state, count in wanted.items():
+        assert len(found(console.browser, f"/search?state={state}")) == count
+
+    registry = CollectorRegistry()
+    registry.register(Collected(console.office.engine, console.spool))
+    by_state = {s: registry.get_sample_value("relay_deliveries", {"state": s}) for s in UNFINISHED}
+    assert by_state == {state: deliveries[state] for state in UNFINISHED}
+    assert registry.get_sample_value("relay_notices_owed") == made.owed
+    assert registry.get_sample_value("relay_workers_alive") == 1
+    assert registry.get_sample_value("relay_uncertain_attempts") == made.uncertain
+
+
+def found(browser: Browser, path: str) -> list[str]:
+    """The ids on a page and on those behind it."""
+    page = browser.get(path)
+    assert page.status == 200
+    ids = re.findall(r'href="/message/([0-9a-f]{32})"', page.text)
+    older = re.search(r'href="(/search\?[^"]*)" rel="next"', page.text)
+    return ids + (found(browser, older[1].replace("&amp;", "&")) if older else [])
+
+
+def test_why(console: Console) -> None:
+    told = {state: [console.typed("why", i).stdout.strip() for i in ids] for state, ids in console.made.ids.items()}
+    words = {
+        "queued": "no QMQP server is configured for route default", "sending": "being sent by worker",
+        "held": "It stays until it is released, bounced or dropped", "delivered": "delivered", "dropped": "dropped by",
+        "deferred": "a failure after", "expired": "deferred it: 451 still busy", "bounced": "refused it: 550 5.1.1",
+    }  # fmt: skip
+    for state, sentences in told.items():
+        for sentence in sentences:
+            assert words[state] in sentence or "route notices" not in sentence, sentence
+            assert sentence.endswith("."), sentence
+    assert sum("is owed since" in sentence for sentence in told["bounced"] + told["expired"]) == console.made.owed
+    assert sum("nobody knows whether" in sentence for sentence in told["deferred"]) == console.made.uncertain
+    assert sum("the sender was told by" in sentence for sentence in told["bounced"] + told["expired"]) == 5
+
+
+def test_show(console: Console) -> None:
+    doubtful = next(i for i in console.made.ids["deferred"] if "nobody knows" in console.typed("why", i).stdout)
+    shown = console.typed("show", doubtful[-12:]).stdout
+    for words in (doubtful, "look there for", "@example.com>", "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
+        assert words in shown
+    (whole,) = lines(console.typed("show", doubtful, "--json"))
+    assert (whole["file_size"], whole["spool_at_hand"]) == (100, True)
+    assert [(row["outcome"], row["bytes_sent"]) for row in whole["attempts"]] == [("uncertain", 90)]
+    sending = console.made.ids["sending"][0]
+    assert f"by worker {console.office.worker[-12:]}" in console.typed("show", sending).stdout
+    for state, ids in console.made.ids.items():
+        assert state in console.typed("show", ids[0]).stdout
+
+
+def test_the_stored_message(console: Console) -> None:
+    message_id = console.made.ids["queued"][-1]
+    assert console.typed("headers", message_id).stdout == "Subject: x\n"
+    assert console.typed("body", message_id).stdout_bytes == b"Subject: x\n\n" + b"x" * 88
+    console.spool.remove(message_id)
+    assert "its deliveries are queued" in console.typed("headers", message_id, status=1).stderr
+
+
+def test_pages(console: Console) -> None:
+    browser, made = console.browser, console.made
+    for state, ids in made.ids.items():
+        page = browser.get(f"/message/{ids[0]}")
+        assert page.status == 200
+        assert ids[0] in page.words
+        assert state in page.words
+        assert "accepted from" in page.words
+    doubtful = made.ids["queued"][0]
+    assert "notice of" in browser.get(f"/message/{doubtful}").words
+    for path, words in {
+        f"/search?id={made.ids['held'][0][-12:]}": "1", "/search?sender=nobody@example.com": "Nothing is like that",
+        "/search?id=zz": "is no queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
+        f"/search?id={dashed(made.ids['sending'][0])}": "sending",
+        "/search?sender=%3C%3E": "queued", "/search?reply=greylisted": "451 4.7.1", "/search?message_id=7@example.com":
+        "sender7@example.com", "/search?recipient=many2@*": "many2@example.org",
+    }.items():  # fmt: skip
+        page = browser.get(path)
+        assert page.status == 200, path
+        assert words in page.words, path
+    assert browser.get(f"/message/{'f' * 32}").status == 404
+    assert "no message has an id" in browser.get(f"/message/{'f' * 32}").words
+    assert browser.get("/message/..%2F..%2Fetc").status == 404
+    assert browser.get("/nothing").status == 404
+
+
+def test_older_pages_are_found_by_key(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("commands.web.A_PAGE", 7)
+    ids = found(console.browser, "/search")
+    assert len(ids) == sum(console.made.recipients.values())
+    assert ids == sorted(ids, reverse=True)
+    twice = {i for i, count in Counter(ids).items() if count > 1}
+    assert len(twice) == 2, "two messages have more than one recipient"
+
+
+def test_what_peers_wrote_is_text(console: Console) -> None:
+    paths = [
+        "/",
+        "/search",
+        f"/search?reply={quote(HOSTILE)}",
+        f"/search?sender={quote(HOSTILE)}",
+        f"/{quote(HOSTILE)}",
+    ]
+    paths += [f"/search?id={quote(HOSTILE)}", f"/search?state={quote(HOSTILE)}", f"/message/{quote(HOSTILE, safe='')}"]
+    paths += [f"/message/{ids[n]}" for ids in console.made.ids.values() for n in (0, -1)]
+    seen = 0
+    for path in paths:
+        text = console.browser.get(path).text
+        assert "<script" not in text, path
+        assert "{{" not in text.replace(HOSTILE[-7:], ""), path
+        assert not re.search(r"<[^>]*\b(on\w+|style)=", text), path
+        seen += "alert(" in text
+    assert seen >= 8
+    assert f'title="{LONG}"' in console.browser.get(f"/search?recipient={LONG}").text
+
+
+def test_a_page_is_for_this_machine(console: Console) -> None:
+    browser = console.browser
+    page = browser.get("/")
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; style-src 'self';")
+    assert "unsafe" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert "server" not in page.headers
+    assert not re.search(r"(src|href)=\"(https?:)?//", page.text), "nothing comes from elsewhere"
+    assert browser.get("/style.css").headers["content-type"].startswith("text/css")
+    assert browser.get("/", Host="evil.example").status == 421
+    assert browser.get("/", Host="localhost:8025").status == browser.get("/", Host="[::1]").status == 200
+    for method in ("POST", "PUT", "DELETE"):
+        assert browser.get("/search", method).status == 405
+
+
+def test_an_empty_relay_and_one_without_database(
+    database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(database_url) as office:
+        typed_at(office, spool, monkeypatch)
+        office.ledger.retire(office.worker)
+        with browsing(office) as browser:
+            overview = browser.get("/").words
+            for words in ("Nothing waits", "No mail has come yet", "No worker is alive", "Nothing was tried"):
+                assert words in overview
+            assert "Nothing is like that" in browser.get("/search").words
+            office.change("DROP VIEW mail_history")
+            page = browser.get("/search")
+            assert (page.status, "does not answer" in page.words) == (503, True)
+            assert "mail_history" not in page.text

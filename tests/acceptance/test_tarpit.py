@@ -1,0 +1,64 @@
+"""A server that takes every connection and never replies costs the connections that it may have, and nothing else."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qmqp.sink import Answer, Rule, Sink, running_sink
+from tests.acceptance.installation import Install, reckon
+from tests.services import free_port
+from tests.waiting import until
+
+CONNECTIONS = 3
+EACH = 40
+
+
+@pytest.fixture
+def good() -> Iterator[Sink]:
+    with running_sink() as sink:
+        yield sink
+
+
+def test_a_tarpit(install: Install, good: Sink, tmp_path: Path) -> None:
+    port = free_port()
+    routes = tmp_path / "routes.toml"
+    routes.write_text(f"""
+        [pair]
+        recipients = ["pair.test"]
+        servers = ["127.0.0.1:{port}", "127.0.0.1:{good.port}"]
+        [well]
+        recipients = ["well.test"]
+        servers = ["127.0.0.1:{good.port}"]
+    """)
+    relay = install(
+        "sqlite", QMQP_SERVERS=f"127.0.0.1:{port}", ROUTES=str(routes), SERVER_CONNECTIONS=str(CONNECTIONS),
+        WORKER_CONNECTIONS="10", UNCERTAIN_DELAY="500ms", RETRY_MIN="200ms", RETRY_MAX="400ms", BATCH_SIZE="8",
+        LEASE="4s",
+    )  # fmt: skip
+    worker = relay.worker(wait=False)
+    relay.smtpd()
+    relay.until_signed_on(worker)
+    recipients = [f"{n}@{domain}" for n in range(EACH) for domain in ("only.test", "pair.test", "well.test")]
+
+    with running_sink(Rule(Answer(raw=b"", end="stay")), port=port) as tarpit:
+        for recipient in recipients:  # all mixed: before what need not wait stands what must
+            relay.send(recipient)
+
+        def stuck(domain: bytes) -> int:
+            return sum(one.recipients[0].endswith(domain) for one in list(tarpit.received))
+
+        def moving() -> int:
+            return relay.count("d.route <> 'default' AND d.state <> 'delivered'") - stuck(b"@pair.test")
+
+        until(lambda: moving() == 0, 30, what=relay.unfinished)
+        until(lambda: tarpit.count == CONNECTIONS, what=relay.unfinished)
+        assert tarpit.connections == CONNECTIONS  # ever
+        assert relay.count("d.state = 'sending'") == CONNECTIONS
+        waiting = "d.route = 'default' AND d.state IN ('queued', 'deferred') AND d.last_outcome IS NULL"
+        assert relay.count(waiting) == EACH - stuck(b"@only.test")
+    with running_sink(port=port) as better:
+        relay.until_all_delivered()
+        reckon(relay, recipients, good, better)
+    uncertain = relay.rows("SELECT count(*) FROM attempts WHERE outcome = 'uncertain'")[0][0]
+    assert uncertain == CONNECTIONS  # those that the tarpit had and did not answer for

@@ -1,0 +1,244 @@
+"""The matrix of faults and phases: what a worker makes of each, as `docs/delivery.md` tells it.
+
+Every case is a real transfer to a server that misbehaves in one way in one phase, once with no other server and once
+with a good one behind it. The table in the document is what comes out; RELAY_TESTS_WRITE=1 writes it anew.
+"""
+
+import asyncio
+import os
+import re
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmqp.sink import Answer, MagicRecipients, Rule, Sink
+from relay.claims import Claim, Record
+from relay.routes import Route, Server
+from relay.schema import Outcome, State
+from relay.settings import WorkerSettings, load
+from worker.servers import Servers
+from worker.transfers import Terms, Transfer
+
+PAGE = Path(__file__).parents[2] / "docs" / "delivery.md"
+BEGIN, END = "<!-- made by tests/integration/test_delivery_matrix.py: begin -->", "<!-- end -->"
+SETTINGS = load(
+    WorkerSettings, retry_min=10.0, retry_max=20.0, uncertain_delay=1000.0, connect_timeout=0.5, io_timeout=1.0,
+    reply_timeout=1.5, session_timeout=30.0, block_size=65536,
+)  # fmt: skip
+SMALL, BIG = 100, 12_000_000  # the kernel's buffers hold the one and not the other
+US = b"Error: relay.example[192.0.2.1] is not authorized to use this service"
+NOBODY = b"sorry, no mailbox here by that name (#5.1.1)"
+CONNECTING, WAITING, BODY, LAST, REPLY = (
+    "connecting", "connected, before the first byte is read", "in the body",
+    "at the commit point", "after the commit point",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A fault in a phase: how the server answers, or what else goes wrong."""
+
+    phase: str
+    fault: str
+    answer: Answer | str = ""  # or the kind of a server that is none
+    size: int = SMALL
+    recipients: int = 1
+    cut: int = 0  # so many bytes of the body file are missing
+    may_commit: bool = True
+    stop_when: str = ""  # our own stop
+
+
+def early(status: bytes, text: bytes, at: int) -> Answer:
+    return Answer(status, text, at=at)
+
+
+def _early_cases(phase: str, at: int) -> list[Case]:
+    return [
+        Case(phase, "the server closes", Answer(raw=b"", at=at), BIG),
+        Case(phase, "the server resets", Answer(raw=b"", at=at, end="reset"), BIG),
+        Case(phase, "D about the mail", early(b"D", b"message too large", at), BIG),
+        Case(phase, "D about an address, several recipients", early(b"D", NOBODY, at), BIG, recipients=4),
+        Case(phase, "D that we are not authorized", early(b"D", US, at), BIG),
+        Case(phase, "Z", early(b"Z", b"busy", at), BIG),
+        Case(phase, "K", early(b"K", b"Ok", at), BIG),
+        Case(phase, "no QMQP reply (`220 ...`)", Answer(raw=b"220 mx ESMTP\r\n", at=at, end="stay"), BIG),
+        Case(phase, "the server stops reading", Answer(raw=b"", at=at, end="stay"), BIG),
+    ]
+
+
+CASES = [
+    Case(CONNECTING, "nothing listens", "refused"),
+    Case(CONNECTING, "no answer in CONNECT_TIMEOUT", "deaf"),
+    Case(CONNECTING, "the Unix socket is not there", "no socket"),
+    *_early_cases(WAITING, 0),
+    *_early_cases(BODY, 20_000),
+    Case(BODY, "the server reads too slowly for IO_TIMEOUT", Answer(read_size=1, read_pause=5.0), BIG),
+    Case(BODY, "we are stopped", Answer(read_size=512, read_pause=0.05), BIG, stop_when="sending"),
+    Case(BODY, "the body file is shorter than it was", Answer(), cut=10, size=50_000),
+    Case(LAST, "our lease is not fresh enough", Answer(), may_commit=False),
+    Case(REPLY, "K", Answer()),
+    Case(REPLY, "K, and then a reset", Answer(end="reset")),
+    Case(REPLY, "K, cut off in its words", Answer(raw=b"20:KOk: qu")),
+    Case(REPLY, "Z", Answer(b"Z", b"busy")),
+    Case(REPLY, "D about the mail", Answer(b"D", b"go away (#5.7.1)"), recipients=4),
+    Case(REPLY, "D about an address, one recipient", Answer(b"D", NOBODY)),
+    Case(REPLY, "D about an address, several recipients", Answer(b"D", NOBODY), recipients=4),
+    Case(REPLY, "D that we are not authorized", Answer(b"D", US)),
+    Case(REPLY, "D or Z, cut off in its words", Answer(raw=b"20:Dgo a")),
+    Case(REPLY, "the server closes", Answer(raw=b"")),
+    Case(REPLY, "the server resets", Answer(raw=b"", end="reset")),
+    Case(REPLY, "no reply in REPLY_TIMEOUT", Answer(raw=b"", end="stay")),
+    Case(REPLY, "an empty reply (`0:,`)", Answer(raw=b"0:,")),
+    Case(REPLY, "no QMQP reply (`250 ok`)", Answer(raw=b"250 ok\r\n")),
+    Case(REPLY, "a reply that is none of K, Z, D", Answer(raw=b"3:Xab,")),
+    Case(REPLY, "we are stopped, the reply never comes", Answer(raw=b"", end="stay"), stop_when="committed"),
+]
+
+
+async def _listening(stack: AsyncExitStack, case: Case, directory: Path) -> Server:
+    """The server of a case."""
+    if isinstance(case.answer, Answer):
+        sink = Sink([Rule(case.answer)], receive_buffer=4096)
+        await sink.start()
+        stack.push_async_callback(sink.close)
+        return _server(sink.port)
+    if case.answer == "no socket":
+        return Server("unix:/none", None, 0, str(directory / "none"))
+    taken = stack.enter_context(socket.socket())
+    taken.bind(("127.0.0.1", 0))
+    if case.answer == "deaf":
+        taken.listen(0)
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(taken.getsockname())
+    return _server(taken.getsockname()[1])
+
+
+def _server(port: int) -> Server:
+    return Server(f"127.0.0.1:{port}", "127.0.0.1", port)
+
+
+async def _carried(case: Case, servers: tuple[Server, ...], health: Servers, path: Path) -> Record:
+    """What becomes of one message."""
+    path.touch()
+    os.truncate(path, case.size)
+    recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
+    claim = Claim("01" * 16, 1, 1, "r", "a@example.com", case.size, recipients, 0, 0, 0.0)
+    terms = Terms.of(SETTINGS, health, lambda worker: case.may_commit)
+    transfer = Transfer(claim, "02" * 16, os.open(path, os.O_RDONLY), Route("r", servers), terms)
+    os.truncate(path, case.size - case.cut)
+    run = asyncio.create_task(transfer.run())
+    if case.stop_when:
+        await _until(lambda: transfer.committed if case.stop_when == "committed" else _sending(transfer))
+        if transfer.committed:
+            run.cancel()  # the end of a drain
+        else:
+            transfer.abort()
+    return await run
+
+
+def _sending(transfer: Transfer) -> bool:
+    return transfer._current is not None and transfer._current.bytes_sent > 0
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until it is so; no time passes but what the other tasks take."""
+    async with asyncio.timeout(10):
+        while not condition():
+            turned = asyncio.Event()
+            asyncio.get_running_loop().call_later(0.005, turned.set)
+            await turned.wait()
+
+
+def _next(alone: Record, spare: Record, health: Servers, server: Server) -> str:
+    """What happens then, in words."""
+    words = []
+    if len(spare.tries) > 1:
+        assert (spare.state, [one.outcome for one in spare.tries][1]) == (State.DELIVERED, Outcome.ACCEPTED)
+        words.append("the next server at once; none left:")
+    else:
+        assert spare.state is alone.state
+    match alone.state:
+        case State.DELIVERED:
+            words.append("the body is removed")
+        case State.BOUNCED:
+            words.append("a notice to the sender")
+        case State.SPLIT:
+            words.append("each half is sent again at once")
+        case State.HELD:
+            words.append("a person looks at it")
+        case State.QUEUED:
+            words.append("anybody may send it at once")
+        case _ if alone.delay >= SETTINGS.uncertain_delay:
+            words.append("again after UNCERTAIN_DELAY, never another server at once")
+        case _:
+            words.append("again after a backoff" if alone.backoff_step else "again after RETRY_MIN, as often as it takes")
+            assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max
+    if health.health(server).rests_until is not None:
+        words.append("(the server's breaker opens)")
+    return " ".join(words)
+
+
+async def _row(case: Case, number: int, directory: Path) -> str:
+    async with AsyncExitStack() as stack:
+        server = await _listening(stack, case, directory)
+        good = Sink([MagicRecipients()])
+        await good.start()
+        stack.push_async_callback(good.close)
+        health, other = Servers(50), Servers(50)
+        alone, spare = await asyncio.gather(
+            _carried(case, (server,), health, directory / f"{number}-alone"),
+            _carried(case, (server, _server(good.port)), other, directory / f"{number}-spare"),
+        )
+        failed = health.health(server).failures
+        assert good.count == (1 if len(spare.tries) > 1 else 0)
+        with suppress(IndexError):
+            assert alone.tries[0].server == server.name
+        blamed = "yes" if failed else "no"
+        tried = alone.tries[-1].outcome if alone.tries else alone.outcome
+        return f"| {case.phase} | {case.fault} | `{tried}` | `{alone.state}` | {_next(alone, spare, health, server)} | {blamed} |"
+
+
+async def _table(directory: Path) -> str:
+    some = asyncio.Semaphore(6)  # so that no good server is late only because this process is busy
+
+    async def row(case: Case, number: int) -> str:
+        async with some:
+            return await _row(case, number, directory)
+
+    rows = await asyncio.gather(*(row(case, number) for number, case in enumerate(CASES)))
+    head = "| phase | fault | outcome | state | next | a failure of the server |\n|---|---|---|---|---|---|"
+    return "\n".join([head, *rows])
+
+
+def test_the_matrix_of_faults_and_phases_is_what_the_page_says(tmp_path: Path) -> None:
+    found = asyncio.run(_table(tmp_path))
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    table, after = rest.split(END)
+    if os.environ.get("RELAY_TESTS_WRITE"):
+        PAGE.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{after}")
+        table = found
+    assert table.strip().splitlines() == found.splitlines()
+
+
+def test_no_fault_before_the_commit_point_is_uncertain_and_no_other_is_tried_again_at_once() -> None:
+    """What the table must say, whoever wrote it."""
+    rows = [re.split(r" *\| *", line)[1:-1] for line in PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()
+            if line.startswith(("| connect", "| in the", "| at the", "| after"))]  # fmt: skip
+    assert len(rows) == len(CASES)
+    for phase, fault, outcome, state, following, _ in rows:
+        after = phase == REPLY
+        if not after:
+            assert outcome not in ("`uncertain`", "`accepted`"), fault
+            assert state != "`delivered`", fault
+            assert "UNCERTAIN_DELAY" not in following, fault
+        else:
+            assert "next server at once" not in following, fault
+        if state in ("`bounced`", "`split`"):
+            assert outcome == "`rejected`", fault
+        if outcome == "`uncertain`":
+            assert "UNCERTAIN_DELAY" in following, fault

@@ -1,0 +1,139 @@
+"""A long queue on the command line: read by one statement, held by nobody; and what a terminal and a shell get."""
+
+import io
+import itertools
+import tracemalloc
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from sqlalchemy import event
+
+from commands import inspect
+from commands.tables import write
+from relay.bodies import Spool
+from relay.queue import Filter, Queue
+from tests.integration.office import Office, new_message
+from tests.integration.typed import Typed, lines, typed_at
+
+
+@pytest.fixture
+def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
+    return typed_at(office, spool, monkeypatch)
+
+
+@pytest.fixture
+def statements(office: Office) -> Iterator[list[str]]:
+    """What the office's engine is asked from here on."""
+    asked: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        asked.append(statement)
+
+    event.listen(office.engine, "before_cursor_execute", note)
+    yield asked
+    event.remove(office.engine, "before_cursor_execute", note)
+
+
+def test_a_long_queue_is_one_statement_and_a_little_memory(
+    office: Office, statements: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses = [f"recipient{n}@example.org" for n in range(100)]
+    office.intake.commit([new_message(*addresses) for _ in range(50)])
+    statements.clear()
+
+    class Nowhere(io.StringIO):
+        def write(self, text: str) -> int:
+            return len(text)
+
+    monkeypatch.setattr("sys.stdout", Nowhere())
+    tracemalloc.start()
+    try:
+        assert write(Queue(office.engine).rows(Filter()), inspect.COLUMNS, json_lines=True) == 5_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len([one for one in statements if "SELECT" in one]) == 1
+    assert peak < 5 << 20, "all the rows are fifteen megabytes"
+
+
+def test_pages_are_the_same_however_they_are_found(office: Office) -> None:
+    queue = Queue(office.engine)
+    office.intake.commit([new_message("a@example.org", "b@example.org") for _ in range(1001)])  # many: another plan
+    everything = [(row["queue_id"], row["position"]) for row in queue.rows(Filter())]
+    paged: list[tuple[str, int]] = []
+    while page := list(queue.rows(Filter(), newest=True, limit=701, after=paged[-1] if paged else None)):
+        paged += [(row["queue_id"], row["position"]) for row in page]
+    assert paged == everything[::-1]
+    assert len(everything) == 2002
+
+
+def test_limits_and_filters_mean_the_same_everywhere(office: Office, typed: Typed) -> None:
+    office.accept("a@example.org", header_message_id="<1@example.com>")
+    office.accept("b@example.org", header_message_id="<2@example.com>", sender="")
+    for words, expected in {
+        ("--message-id", "2@example.com"): ["b@example.org"], ("--message-id", "<1@example.com>"): ["a@example.org"],
+        ("--message-id", "*@example.com"): ["a@example.org", "b@example.org"], ("--sender", ""): ["b@example.org"],
+        ("--limit", "1"): ["a@example.org"],
+    }.items():  # fmt: skip
+        assert [row["recipient"] for row in lines(typed("list", "--json", *words))] == expected
+    dry = typed("hold", "--message-id", "2@example.com", "--dry-run", "--json")
+    assert [row["recipient"] for row in lines(dry)] == ["b@example.org"]
+
+
+def test_a_long_table_begins_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", screen)
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ({"name": f"n{n}", "words": "word " * n} for n in range(250))
+        assert "n249" in screen.getvalue()
+        yield {"name": "last", "words": "\x1b[2J"}
+
+    assert write(rows(), {"NAME": lambda row: row["name"], "WORDS": lambda row: row["words"]}) == 251
+    shown = screen.getvalue()
+    assert "\x1b" not in shown
+    assert "\\x1b[2J" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert {line[:6].strip() for line in itertools.islice(shown.splitlines(), 3)} == {"NAME", "n0", "n1"}
+
+
+def test_watching_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+
+    def pause(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    assert inspect.watched(2.0, lambda: 1, pause) == 1
+    assert looks == [2.0, 2.0, 2.0]
+    assert inspect.watched(None, lambda: 0, pause) == 0
+    assert len(looks) == 3
+
+
+def test_the_shell_completes_commands_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from commands.cli import main
+
+    def completed(line: str) -> set[str]:
+        words = line.split(" ")
+        environ = {"_QMQP_RELAY_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+        return set(CliRunner().invoke(main, [], env=environ, prog_name="qmqp-relay").output.split())
+
+    assert {"retry", "release", "resume"} <= completed("qmqp-relay re")
+    assert completed("qmqp-relay list --state d") == {"deferred", "delivered", "dropped"}
+    assert "--older-than" in completed("qmqp-relay drop --o")
+
+
+def test_on_a_terminal_a_stored_message_moves_no_cursor(
+    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message_id = office.accept()
+    spool.store(message_id, [b"Subject: \x1b]0;x\x07\n\n\xff\x1b[2J\n".ljust(100, b"x")])
+    assert b"\x1b" in typed("body", message_id).stdout_bytes
+    monkeypatch.setattr(inspect, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    assert "\x1b" not in typed("body", message_id).stdout
+    assert "\\x1b]0;x\\x07" in typed("headers", message_id).stdout

@@ -1,0 +1,194 @@
+"""What a probe finds out about a server: our sink in its characters, a real Postfix, and whatever else may listen."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from commands.cli import main
+from qmqp import probe as module
+from qmqp.probe import Finding, probe
+from qmqp.sink import Answer, Preset, Rule, running_sink
+from tests.postfix import Postfix
+from tests.services import ServiceError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody here takes a second to say that it does not want us."""
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+
+
+@pytest.fixture(scope="module")
+def postfix() -> Iterator[Postfix]:
+    try:
+        server = Postfix()
+        server.start()
+    except ServiceError as error:
+        pytest.skip(str(error))
+    yield server
+    server.stop()
+
+
+def ask(port: int = 0, path: str | None = None, reply: float = 5.0) -> Finding:
+    return asyncio.run(probe(host="127.0.0.1", port=port, path=path, connect=5.0, reply=reply))
+
+
+def typed(*words: str) -> Result:
+    done = CliRunner().invoke(main, ["probe", *words])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+@contextmanager
+def speaking(first: bytes, *, then: bytes | None = None, close: bool = False) -> Iterator[tuple[int, list[bytes]]]:
+    """A server that says `first` to everybody, `then` to whoever says something; its port, and what it heard."""
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(10)
+                connection.sendall(first)
+                try:
+                    while not close and (data := connection.recv(100)):
+                        heard.append(data)
+                        if then is not None:
+                            connection.sendall(then)
+                except OSError:
+                    heard.append(b"reset")
+
+        server = threading.Thread(target=serve)
+        server.start()
+        try:
+            yield listener.getsockname()[1], heard
+        finally:
+            server.join(10)
+
+
+@pytest.mark.parametrize(("preset", "family"), [("strict", "postfix"), ("postfix", "postfix"), ("qmail", "qmail")])
+def test_the_characters_of_our_sink(preset: str, family: str) -> None:
+    with running_sink(preset=preset) as sink:
+        found = ask(sink.port)
+        assert (found.reachable, found.allowed, found.family) == (True, True, family), found
+        assert sink.wait_for_fault(5)
+        assert (sink.count, sink.connections) == (0, 1), "nothing was delivered"
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = str(tmp_path / "qmqp")
+    with running_sink(path=path):
+        assert ask(path=path).family == "postfix"
+
+
+def test_a_z_is_mailfront() -> None:
+    with speaking(b"", then=b"14:Zbad netstring,") as (port, _):
+        found = ask(port)
+    assert (found.allowed, found.family) == (True, "mailfront")
+
+
+def test_a_real_qmqpd_that_lets_us_in(postfix: Postfix) -> None:
+    found = ask(postfix.port)
+    assert (found.reachable, found.allowed, found.family) == (True, True, "postfix"), found
+    assert b"netstring format error" in found.said
+
+
+def test_a_real_qmqpd_that_does_not(postfix: Postfix) -> None:
+    found = ask(postfix.closed_port)
+    assert (found.reachable, found.allowed, found.family) == (True, False, "postfix"), found
+    assert b"is not authorized to use this service" in found.said
+
+
+def test_a_server_that_is_silent() -> None:
+    with speaking(b"") as (port, heard):
+        found = ask(port, reply=0.2)
+    assert (found.reachable, found.allowed, found.family) == (True, None, "other")
+    assert "said nothing" in found.words
+    assert b"".join(heard).removesuffix(b"reset") == b"x", "not one byte that could begin a request"
+
+
+@pytest.mark.parametrize("banner", [
+    b"220 mx.example.org ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"2:hi,", b"0:,",
+])  # fmt: skip
+def test_a_server_of_another_protocol(banner: bytes) -> None:
+    with speaking(banner) as (port, _):
+        found = ask(port, reply=0.5)
+    assert (found.reachable, found.allowed, found.family, found.said) == (True, None, "other", banner)
+    assert "no QMQP reply" in found.words
+
+
+def test_an_acceptance_of_nothing_is_no_good_sign() -> None:
+    with speaking(b"", then=b"3:KOk,") as (port, _):
+        found = ask(port)
+    assert (found.allowed, found.family) == (None, "other")
+    assert "accepted what was no message" in found.words
+
+
+def test_a_server_that_closes_at_once() -> None:
+    with speaking(b"", close=True) as (port, _):
+        found = ask(port)
+    assert (found.reachable, found.family) == (True, "qmail")
+
+
+def test_a_chatterbox_is_cut_short() -> None:
+    with speaking(b"y" * 100_000) as (port, _):
+        assert len(ask(port, reply=0.5).said) <= 8192
+
+
+def test_nothing_listens() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        found = ask(taken.getsockname()[1])
+    assert (found.reachable, found.allowed, found.family) == (False, None, "none")
+    assert "Connection refused" in found.words
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_it_in_words_and_by_its_status(postfix: Postfix) -> None:
+    done = typed(f"127.0.0.1:{postfix.port}")
+    assert done.exit_code == 0
+    assert "postfix" in done.stdout
+    refused = typed(f"127.0.0.1:{postfix.closed_port}", "--json")
+    assert refused.exit_code == 1
+    row = json.loads(refused.stdout)
+    assert (row["server"], row["allowed"]) == (f"127.0.0.1:{postfix.closed_port}", False)
+    assert "not authorized" in row["said"]
+
+
+def test_the_command_and_a_server_that_is_not_there(tmp_path: Path) -> None:
+    done = typed(f"unix:{tmp_path}/none", "--json")
+    assert done.exit_code == 3
+    assert json.loads(done.stdout)["reachable"] is False
+
+
+def test_the_command_names_what_is_no_server() -> None:
+    done = typed("host:port")
+    assert done.exit_code == 2
+    assert "host:port" in done.output
+
+
+def test_no_byte_of_a_server_reaches_the_terminal() -> None:
+    with speaking(b"\x1b[31m\xffred\r\n") as (port, _):
+        done = typed(f"127.0.0.1:{port}", "--timeout", "0.3")
+    assert done.stdout.isascii()
+    assert "\x1b" not in done.stdout
+    assert done.exit_code == 1
+
+
+def test_a_postfix_that_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """qmqpd_error_delay: a second passes before it says no."""
+    monkeypatch.setattr(module, "_PATIENCE", 1.5)
+    with running_sink(Rule(Answer(b"D", b"Error: x is not authorized to use this service", at=0, delay=0.5)),
+                      preset=Preset()) as sink:  # fmt: skip
+        assert ask(sink.port).allowed is False

@@ -1,0 +1,70 @@
+"""The size limit that the front end offers follows the routes, also while it runs."""
+
+import asyncio
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from relay import routes as module
+from relay.routes import Routes
+from relay.settings import SmtpdSettings, load
+from smtpd.policy import Policy
+from smtpd.server import Server, size_offered
+from smtpd.session import Greeting
+
+ROUTE = '[small]\nrecipients = ["small.example"]\nservers = ["a"]\nmax_size = "%s"\n'
+
+
+async def say(port: int, *lines: str) -> list[str]:
+    """What the server answers to each line, after the banner."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    replies = []
+    for line in ("", *lines):
+        writer.write(f"{line}\r\n".encode() if line else b"")
+        reply = ""
+        while not reply or reply.splitlines()[-1][3] == "-":
+            reply += (await asyncio.wait_for(reader.readline(), 10)).decode()
+        replies.append(reply)
+    writer.close()
+    return replies[1:]
+
+
+def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
+    file = tmp_path / "routes.toml"
+    file.write_text(ROUTE % "1M")
+    settings = load(
+        SmtpdSettings, routes=file, spool_dir=tmp_path, max_message_size=1 << 30, hostname="relay.example",
+        smtp_timeout=60.0,
+    )  # fmt: skip
+    routes = Routes.load(settings)
+    offered = size_offered(settings.max_message_size, routes)
+    assert offered == (1 << 20) - (1 << 14) - 4096
+
+    async def scenario() -> None:
+        policy = Policy(settings)
+        server = Server(
+            asyncio.get_running_loop(), settings, cast(Any, SimpleNamespace(deadline=60.0)), policy,
+            Greeting(settings.hostname, 1), lambda: size_offered(settings.max_message_size, routes),
+        )  # fmt: skip
+        [(_, port)] = await server.listen([("127.0.0.1", 0)])
+        hello, big, fits = await say(
+            port, "EHLO client", f"MAIL FROM:<a@b.example> SIZE={offered + 1}", f"MAIL FROM:<a@b.example> SIZE={offered}"
+        )
+        assert f"SIZE {offered}\r\n" in hello
+        assert (big[:3], fits[:3]) == ("552", "250")
+        file.write_text(ROUTE % "2M")
+        os.utime(file, ns=(1, 1))
+        server._tick()
+        (hello,) = await say(port, "EHLO client")
+        assert f"SIZE {(2 << 20) - (2 << 14) - 4096}\r\n" in hello
+        file.write_text("[broken")
+        server._tick()
+        (again,) = await say(port, "EHLO client")
+        assert again == hello
+        await server.stop(0.0)
+
+    asyncio.run(scenario())

@@ -1,0 +1,220 @@
+"""Bisection, on both databases: the bad recipient is found by halves, and everybody else gets the mail once.
+
+`Server` answers a whole request as a QMQP server does: D if any recipient is bad, K for the rest. What the queue makes
+of it is real, fenced and recorded as a worker would do it.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from relay.claims import Claim, Recorded
+from relay.schema import Outcome, State
+from relay.splits import LARGEST
+from tests.integration.office import Office
+
+PLENTY = {"default": 1000}
+
+
+def addresses(count: int) -> list[str]:
+    return [f"{n}@example.org" for n in range(count)]
+
+
+class Server:
+    """Refuses whatever has a bad recipient, in the words that `words` gives for it."""
+
+    def __init__(self, bad: set[str], words: Callable[[str], str] = lambda address: f"no {address} here (#5.1.1)") -> None:
+        self.bad, self.words = bad, words
+        self.sends = 0
+        self.accepted: Counter[str] = Counter()
+
+    def answer(self, claim: Claim) -> str | None:
+        self.sends += 1
+        for address in claim.recipients:
+            if address in self.bad:
+                return self.words(address)
+        self.accepted.update(claim.recipients)
+        return None
+
+
+def deliver(office: Office, message_id: str, server: Server, *, one_by_one: bool = False) -> None:
+    """Send until nothing is left to be sent; what a worker does with D's that are about an address."""
+    room = {"default": 1} if one_by_one else PLENTY
+    while claims := office.claim(message_id, room=room):
+        for claim in claims:
+            reply = server.answer(claim)
+            if reply is None:
+                assert office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
+            else:
+                state = State.SPLIT if len(claim.recipients) > 1 else State.BOUNCED
+                assert office.record(claim, Outcome.REJECTED, reply=reply, state=state).state in (state, State.BOUNCED)
+
+
+def became(office: Office, message_id: str) -> dict[str, str]:
+    """The state of each recipient; asserts that each has one."""
+    rows = office.rows("""SELECT r.address, d.state FROM recipients r LEFT JOIN deliveries d
+        ON d.message_id = r.message_id AND d.number = r.delivery WHERE r.message_id = @id(:id)""", id=message_id)  # fmt: skip
+    found = {row["address"]: row["state"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def family(office: Office, message_id: str) -> list[dict[str, Any]]:
+    sql = "SELECT number, parent, state, due_at FROM deliveries WHERE message_id = @id(:id) ORDER BY number"
+    return [dict(row) for row in office.rows(sql, id=message_id)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 8, 30])
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_the_one_bad_recipient_alone_bounces(office: Office, count: int, where: str) -> None:
+    names = addresses(count)
+    bad = names[0] if where == "first" else names[-1]
+    message_id, server = office.accept(*names), Server({bad})
+    deliver(office, message_id, server)
+    assert became(office, message_id) == {name: "bounced" if name == bad else "delivered" for name in names}
+    assert server.accepted == Counter(set(names) - {bad}), "each once"
+    owed = [row for row in family(office, message_id) if row["due_at"] is not None]
+    assert [row["state"] for row in owed] == ["bounced"], "one notice, for one"
+
+
+def test_a_split_is_a_parent_and_two_children_that_are_due_now(office: Office) -> None:
+    message_id = office.accept(*addresses(5))
+    (claim,) = office.claim(message_id)
+    recorded = office.record(claim, Outcome.REJECTED, state=State.SPLIT)
+    assert recorded == Recorded(State.SPLIT, body_free=False)
+    assert [(row["number"], row["parent"], row["state"]) for row in family(office, message_id)] == [
+        (1, None, "split"), (2, 1, "queued"), (3, 1, "queued"),
+    ]  # fmt: skip
+    parent, child = office.delivery(message_id, 1), office.delivery(message_id, 2)
+    assert (parent["due_at"], parent["finished_at"]) == (None, None)
+    assert child["due_in"] <= 0
+    assert (child["route"], child["expires_at"], child["backoff_step"]) == ("default", parent["expires_at"], 0)
+    halves = [claim.recipients for claim in office.claim(message_id)]
+    assert halves == [tuple(addresses(5)[:3]), tuple(addresses(5)[3:])]
+
+
+def test_a_record_that_is_repeated_cuts_once(office: Office) -> None:
+    message_id = office.accept(*addresses(6))
+    (claim,) = office.claim(message_id)
+    note = office.note(claim, Outcome.REJECTED, state=State.SPLIT)
+    first, again = office.ledger.commit([note]), office.ledger.commit([note])
+    assert first == again == [Recorded(State.SPLIT, body_free=False)]
+    assert [row["state"] for row in family(office, message_id)] == ["split", "queued", "queued"]
+    claims = office.claim(message_id)
+    third = office.ledger.commit([note])
+    assert third == first
+    assert sorted(address for claim in claims for address in claim.recipients) == addresses(6)
+
+
+def test_who_lost_its_claim_cuts_nothing(office: Office) -> None:
+    message_id = office.accept(*addresses(4))
+    (old,) = office.claim(message_id)
+    office.record(old, Outcome.INTERRUPTED, state=State.QUEUED)
+    (new,) = office.claim(message_id, worker=office.hire())
+    assert office.record(old, Outcome.REJECTED, state=State.SPLIT).state is None
+    assert len(family(office, message_id)) == 1
+    assert new.recipients == tuple(addresses(4))
+
+
+def test_both_first_halves_refused_in_the_same_words_bounce_all(office: Office) -> None:
+    names = addresses(32)
+    message_id, server = office.accept(*names), Server(set(names), lambda _: "your list is not welcome (#5.1.8)")
+    deliver(office, message_id, server)
+    assert set(became(office, message_id).values()) == {"bounced"}
+    assert server.sends == 3, "the whole, and its halves"
+    assert server.accepted == Counter()
+    states = Counter(row["state"] for row in family(office, message_id))
+    assert states == {"split": 2, "bounced": 3}, "the first half was cut before the second was heard of"
+    assert all((row["due_at"] is not None) == (row["state"] == "bounced") for row in family(office, message_id))
+
+
+def test_what_was_cut_already_bounces_with_the_other_half(office: Office) -> None:
+    names = addresses(8)
+    message_id, server = office.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
+    deliver(office, message_id, server, one_by_one=True)
+    assert set(became(office, message_id).values()) == {"bounced"}
+    assert server.accepted == Counter()
+
+
+def test_halves_refused_in_other_words_are_cut_further(office: Office) -> None:
+    names = addresses(8)
+    message_id, server = office.accept(*names), Server({names[0], names[7]})
+    deliver(office, message_id, server)
+    states = became(office, message_id)
+    assert [name for name, state in states.items() if state == "bounced"] == [names[0], names[7]]
+
+
+def test_two_recipients_who_are_both_bad_bounce_both(office: Office) -> None:
+    names = addresses(2)
+    for words in (lambda address: f"no {address} (#5.1.1)", lambda _: "same (#5.1.1)"):
+        message_id, server = office.accept(*names), Server(set(names), words)
+        deliver(office, message_id, server)
+        assert became(office, message_id) == dict.fromkeys(names, "bounced")
+        assert server.sends == 3
+
+
+def test_no_more_than_so_many_pieces(office: Office) -> None:
+    names = addresses(300)
+    message_id, server = office.accept(*names), Server(set(names[::2]))
+    deliver(office, message_id, server)
+    pieces = family(office, message_id)
+    assert len(pieces) <= LARGEST
+    assert server.sends <= LARGEST
+    assert set(became(office, message_id).values()) <= {"bounced", "delivered"}
+    assert set(server.accepted.values()) <= {1}
+    assert not server.accepted.keys() & server.bad
+
+
+def test_other_routes_keep_their_recipients(office: Office) -> None:
+    message_id = office.accept("bulk:x@example.org", *addresses(4), "bulk:y@example.org")
+    claims = {claim.route: claim for claim in office.claim(message_id, room={"default": 9, "bulk": 9})}
+    office.record(claims["default"], Outcome.REJECTED, state=State.SPLIT)
+    assert office.record(claims["bulk"], Outcome.ACCEPTED).state is State.DELIVERED
+    deliver(office, message_id, Server({"0@example.org"}))
+    states = became(office, message_id)
+    assert [name for name, state in states.items() if state != "delivered"] == ["0@example.org"]
+
+
+def test_a_bounce_of_a_piece_owes_a_real_sender_only(office: Office) -> None:
+    message_id = office.accept(*addresses(4), sender="")
+    deliver(office, message_id, Server({"1@example.org"}))
+    assert all(row["due_at"] is None for row in family(office, message_id))
+
+
+def test_what_an_operator_wanted_comes_before_a_cut(office: Office) -> None:
+    message_id = office.accept(*addresses(4))
+    (claim,) = office.claim(message_id)
+    office.ask(message_id, "hold")
+    assert office.record(claim, Outcome.REJECTED, state=State.SPLIT).state is State.HELD
+    assert len(family(office, message_id)) == 1
+
+
+def test_pieces_expire_with_the_message(office: Office) -> None:
+    message_id = office.accept(*addresses(4))
+    (claim,) = office.claim(message_id)
+    office.record(claim, Outcome.REJECTED, state=State.SPLIT)
+    office.pass_time(2000)
+    first, second = office.claim(message_id)
+    assert office.record(first, Outcome.DEFERRED).state is State.EXPIRED
+    assert office.record(second, Outcome.ACCEPTED).state is State.DELIVERED
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)  # fmt: skip
+@given(data=st.data())
+def test_every_recipient_ends_once_whoever_is_bad(office: Office, data: st.DataObject) -> None:
+    names = addresses(data.draw(st.integers(2, 24)))
+    bad = set(data.draw(st.lists(st.sampled_from(names), max_size=4, unique=True)))
+    message_id, server = office.accept(*names), Server(bad)
+    deliver(office, message_id, server, one_by_one=data.draw(st.booleans()))
+    states = became(office, message_id)
+    assert states == {name: "bounced" if name in bad else "delivered" for name in names}, "few pieces, distinct words"
+    assert server.accepted == Counter(set(names) - bad)
+    assert server.sends <= LARGEST
+    assert Counter(row["state"] for row in family(office, message_id))["split"] == (server.sends - 1) / 2

@@ -1,0 +1,168 @@
+"""The file of routes while we run: what a change reaches, and what a mistake does not."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commands import check
+from relay import routes as module
+from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
+from relay.settings import Settings, load
+from smtpd.server import size_offered
+from worker.room import Room
+from worker.servers import Servers
+
+A, B = parse_server("a.example"), parse_server("b.example")
+ONE = '[one]\nrecipients = ["one.example"]\nservers = ["a.example"]\n'
+
+type Write = Callable[[str], None]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "routes.toml"
+
+
+@pytest.fixture
+def write(file: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Write the file with a time of its own, and let everybody look at once."""
+    monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
+    stamps = iter(range(10**9, 10**9 + 100))
+
+    def write(text: str) -> None:
+        file.write_text(text)
+        stamp = next(stamps) * 10**9
+        os.utime(file, ns=(stamp, stamp))
+
+    write(ONE)
+    return write
+
+
+def loaded(file: Path) -> Routes:
+    return Routes.load(load(Settings, routes=file, qmqp_servers=("z.example",)))
+
+
+def test_servers_are_looked_up_at_each_attempt(file: Path, write: Write) -> None:
+    routes = loaded(file)
+    write(ONE.replace("a.example", "b.example"))
+    route = routes.get("one")
+    assert route is not None
+    assert route.servers == (B,)
+
+
+def test_a_change_reaches_a_worker_that_runs(file: Path, write: Write) -> None:
+    routes, servers = loaded(file), Servers(10)
+    room = Room(routes, servers, 20, 5)
+    assert set(room.offer(20)) == {"one", DEFAULT}
+    write(ONE + '[two]\nrecipients = ["two.example"]\nservers = ["b.example"]\nconnections = 2\n')
+    later = Room(routes, servers, 20, 5).offer(20)
+    assert set(later) == {"one", "two", DEFAULT}
+    assert later["two"] == 2
+
+
+def test_a_mistake_changes_nothing_and_is_said_once(
+    file: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    routes = loaded(file)
+    write(ONE + "[two]\nservers = 5\n")
+    for _ in range(3):
+        assert routes.names() == ("one", DEFAULT)
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("routes not changed") == 1
+    assert "[two] servers: must be a list of texts" in said.out + said.err
+    write(ONE)
+    assert routes.names() == ("one", DEFAULT)
+    write(ONE.replace("one", "uno"))
+    assert routes.names() == ("uno", DEFAULT)
+
+
+def test_a_file_that_is_no_text_changes_nothing(file: Path, write: Write) -> None:
+    routes = loaded(file)
+    file.write_bytes(b"\xff\xfe\0")
+    os.utime(file, ns=(1, 1))
+    assert routes.names() == ("one", DEFAULT)
+
+
+def test_a_file_that_is_not_there_stops_the_start(file: Path) -> None:
+    with pytest.raises(OSError, match=r"routes\.toml"):
+        loaded(file)
+
+
+def test_it_is_looked_at_once_a_second_at_most(file: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    routes = loaded(file)
+    monkeypatch.setattr(module, "_LOOK_EVERY", 1000.0)
+    write(ONE.replace("one", "uno"))
+    assert routes.names() == ("one", DEFAULT)
+
+
+def test_the_default_route_may_have_servers_in_the_file(file: Path, write: Write) -> None:
+    write('[default]\nservers = ["b.example"]\n')
+    route = loaded(file).get(DEFAULT)
+    assert route is not None
+    assert route.servers == (B,)
+
+
+def test_a_pattern_is_an_address_or_a_domain() -> None:
+    route = Route("r", (A,), ("example.org", "*.example.net", "news-*@example.com", "*@lists.example.com"))
+    takes = ["x@example.org", "x@a.b.example.net", "News-1@EXAMPLE.com", "any@lists.example.com"]
+    leaves = ["x@sub.example.org", "x@example.net", "old@example.com", "x@example.org.evil", "example.org@other"]
+    assert [address for address in takes + leaves if route.takes(address)] == takes
+
+
+@given(st.emails(), st.text(max_size=20))
+def test_no_address_and_no_pattern_is_too_odd(address: str, pattern: str) -> None:
+    routes = Routes([Route("r", (A,), (pattern,)), Route("all", (B,), ("*",))])
+    assert routes.route_for(address) in {"r", "all"}
+    assert Routes([Route("r", (A,), (address.lower(),))]).route_for(address) in {"r", DEFAULT}
+
+
+# --- sizes --------------------------------------------------------------------------------------------------
+
+
+def sized(*sizes: str) -> Routes:
+    return Routes(parse_routes("\n".join(
+        f'[r{n}]\nrecipients = ["{n}.example"]\nservers = ["a"]\n' + (f'max_size = "{size}"' if size else "")
+        for n, size in enumerate(sizes)
+    )))  # fmt: skip
+
+
+@pytest.mark.parametrize(("sizes", "offered"), [
+    ((), 25 << 20), (("", ""), 25 << 20), (("100M",), 25 << 20), (("10M", "20M", ""), (10 << 20) - (10 << 14) - 4096),
+    (("25M",), (25 << 20) - (25 << 14) - 4096), (("1K",), 1),
+])  # fmt: skip
+def test_size_is_the_least_with_head_room(sizes: tuple[str, ...], offered: int) -> None:
+    assert size_offered(25 << 20, sized(*sizes)) == offered
+
+
+def test_the_head_room_holds_our_trace_field_and_a_long_envelope() -> None:
+    for limit in ("200000", "10M", "1G"):
+        routes = sized(limit)
+        least = routes.max_size()
+        assert least is not None
+        assert least - size_offered(1 << 40, routes) >= 4096 + least / 64 - 1
+
+
+# --- `qmqp-relay check` -------------------------------------------------------------------------------------
+
+
+def test_check_shows_routes_and_servers_in_order(file: Path, write: Write) -> None:
+    write(ONE + '[two]\nrecipients = ["*.two.example", "x@y"]\nservers = ["b.example:629", "unix:/run/q"]\n')
+    said = {finding.what: finding.words for finding in check._routes(loaded(file))}
+    assert said == {
+        "route one": "one.example -> a.example:628",
+        "route two": "*.two.example, x@y -> b.example:629, unix:/run/q",
+        "route default": "everything else -> z.example:628",
+    }
+    assert list(said) == ["route one", "route two", "route default"]
+
+
+def test_check_says_what_is_wrong_with_the_file(file: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("[one]\nrecipients = ['one.example']\nservers = ['a:0']\n")
+    monkeypatch.setenv("RELAY_ROUTES", str(file))
+    (finding,) = check.look()
+    assert (finding.what, finding.verdict) == ("settings", "fail")
+    assert "[one] servers: bad port in QMQP server 'a:0'" in finding.words
