@@ -158,9 +158,7 @@ class Transfer:
     _offset: int = field(default=0, init=False)
     _parts: list[bytes | memoryview] = field(default_factory=list, init=False)  # what is written next
     _final: bool = field(default=False, init=False)  # the parts hold the last byte of the request
-    _heard_early: bool = field(
-        default=False, init=False
-    )  # a reply began before the commit point: write no more
+    _heard_early: bool = field(default=False, init=False)  # a reply began before the commit point: write no more
     _parser: ReplyParser = field(default_factory=ReplyParser, init=False)
 
     async def run(self) -> Result:
@@ -302,9 +300,7 @@ class Transfer:
         if self._offset == size or len(view) < self.block_size:
             found = os.lseek(self.fd, 0, os.SEEK_END)
             if self._offset != size or found != size:
-                return self._fail(
-                    BodyChanged(errno.EIO, f"the body has {found} bytes where {size} were announced")
-                )
+                return self._fail(BodyChanged(errno.EIO, f"the body has {found} bytes where {size} were announced"))
             self._parts.append(self.request.tail)
             self._final = True
             if self.bytes_sent:
@@ -388,9 +384,7 @@ class Transfer:
         if not self.committed:
             flags |= {"early-reply"}
             if reply.status == b"K":
-                return self._finish(
-                    Outcome.MALFORMED, b"accepted before the request was sent: " + reply.text, flags
-                )
+                return self._finish(Outcome.MALFORMED, b"accepted before the request was sent: " + reply.text, flags)
         return self._finish(_BY_STATUS[reply.status], reply.text, flags)
 
     def _broken(self, error: OSError) -> None:
@@ -445,9 +439,7 @@ class Transfer:
 
     # The end
 
-    def _finish(
-        self, outcome: Outcome, text: bytes, flags: frozenset[str] = _NO_FLAGS, ours: bool = False
-    ) -> None:
+    def _finish(self, outcome: Outcome, text: bytes, flags: frozenset[str] = _NO_FLAGS, ours: bool = False) -> None:
         if self._done is None or self._done.done():
             return
         now = monotonic()

@@ -50,11 +50,7 @@ async def probe(
         opening = asyncio.open_unix_connection(path) if path else asyncio.open_connection(host, port)
         reader, writer = await asyncio.wait_for(opening, connect)
     except (OSError, TimeoutError) as error:
-        reason = (
-            os.strerror(error.errno)
-            if isinstance(error, OSError) and error.errno
-            else str(error) or "timed out"
-        )
+        reason = os.strerror(error.errno) if error.errno else str(error) or "timed out"
         return Finding(False, None, "none", f"no connection: {reason}")
     took = monotonic() - started
     try:
@@ -99,13 +95,9 @@ def _judge(said: bytes, closed: bool, took: float) -> Finding:
         return Finding(True, False, "postfix", "it does not let us in", said, took)
     match rest[:1]:
         case b"D" if b"netstring" in text:
-            return Finding(
-                True, True, "postfix", "it refuses bad framing with a D, as Postfix qmqpd does", said, took
-            )
+            return Finding(True, True, "postfix", "it refuses bad framing with a D, as Postfix qmqpd does", said, took)
         case b"Z":
-            return Finding(
-                True, True, "mailfront", "it refuses bad framing with a Z, as mailfront does", said, took
-            )
+            return Finding(True, True, "mailfront", "it refuses bad framing with a Z, as mailfront does", said, took)
         case b"K":
             return Finding(True, None, "other", "it accepted what was no message", said, took)
     return Finding(True, True, "other", "it refuses bad framing with a D", said, took)

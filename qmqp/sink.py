@@ -171,9 +171,7 @@ class Sink:
         self.received: deque[Received] = deque(maxlen=keep)
         self.faults: deque[str] = deque(maxlen=keep)
         self.count = self.connections = self.port = 0
-        self.buffer = memoryview(
-            bytearray(_BUFFER_SIZE)
-        )  # one for all: read and parsed in the same turn of the loop
+        self.buffer = memoryview(bytearray(_BUFFER_SIZE))  # one for all: read and parsed in the same turn of the loop
         self.open: set[Connection] = set()
         self.closing = False
         self.changed = Condition()
@@ -198,17 +196,13 @@ class Sink:
         if path is None:
             self.port = listener.getsockname()[1]
         serve = loop.create_server if path is None else loop.create_unix_server
-        self._server: asyncio.Server = await serve(
-            lambda: Connection(self, loop), sock=listener, backlog=1024
-        )
+        self._server: asyncio.Server = await serve(lambda: Connection(self, loop), sock=listener, backlog=1024)
 
     async def close(self) -> None:
         """Stop listening and reset what is open."""
         self.closing = True
         asyncio.get_running_loop().remove_reader(self._listener.fileno())
-        await asyncio.sleep(
-            0
-        )  # asyncio fails at a server that is closed in the turn in which it has accepted
+        await asyncio.sleep(0)  # asyncio fails at a server that is closed in the turn in which it has accepted
         self._server.close()
         for connection in tuple(self.open):
             connection.reset()
@@ -262,9 +256,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         answer = self._answer
-        size = (
-            answer.read_size if answer.at is None else min(answer.read_size, max(1, answer.at - self._read))
-        )
+        size = answer.read_size if answer.at is None else min(answer.read_size, max(1, answer.at - self._read))
         return self._sink.buffer[:size]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -295,9 +287,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def reset(self) -> None:
         """Close at once, so that the client sees a reset."""
-        self._transport.get_extra_info("socket").setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, pack("ii", 1, 0)
-        )
+        self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, pack("ii", 1, 0))
         self._transport.abort()
 
     def _keep_piece(self, piece: memoryview) -> None:
@@ -322,9 +312,7 @@ class Connection(asyncio.BufferedProtocol):
         """The request is whole: decide what it gets."""
         sink, recipients = self._sink, tuple(self._parser.recipients)
         sender, digest = self._parser.sender or b"", self._digest.hexdigest()
-        if any(
-            len(address) > sink.preset.max_address or b"\0" in address for address in (sender, *recipients)
-        ):
+        if any(len(address) > sink.preset.max_address or b"\0" in address for address in (sender, *recipients)):
             answer = Answer(b"D", b"sorry, I can't accept addresses like that (#5.1.3)")
         elif not recipients and not sink.preset.silent:
             answer = Answer(b"D", b"Error: no recipients specified", delay=sink.preset.error_delay)

@@ -109,7 +109,7 @@ class Debts:
         """Defer again what a server refused for our sake and not the mail's; True if there was any."""
         about_us = {
             row["number"] for row in rows
-            if row["state"] == "bounced" and self._not_wanted.search(row["last_reply"] or "")
+            if row["state"] == "bounced" and self._about_us(row["last_reply"] or "")
         }  # fmt: skip
         for number in sorted(about_us):
             self._sql.run(
@@ -122,6 +122,9 @@ class Debts:
         if about_us:
             log.critical("refused for our sake, deferred again", id=message_id, reply=rows[0]["last_reply"])
         return bool(about_us)
+
+    def _about_us(self, reply: str) -> bool:
+        return not reply.startswith("bounced by an operator") and self._not_wanted.search(reply) is not None
 
     def _exists(self, connection: Connection, message_id: str) -> bool:
         sql = "SELECT 1 FROM messages WHERE id = @id(:id)"

@@ -42,6 +42,7 @@ header_checks = regexp:{{ {{/^Subject: refuse/ REJECT go away}} {{/^Subject: lat
 _MASTER = """\
 127.0.0.1:{port} inet n - n - - qmqpd
 127.0.0.1:{closed_port} inet n - n - - qmqpd -o qmqpd_authorized_clients=
+127.0.0.1:{soft_port} inet n - n - - qmqpd -o soft_bounce=yes
 cleanup unix n - n - 0 cleanup
 rewrite unix - - n - - trivial-rewrite
 """
@@ -72,7 +73,7 @@ class QmqpSink(Server):
 
 
 class Postfix(Server):
-    """A qmqpd on `port`, and one on `closed_port` that nobody may use."""
+    """A qmqpd on `port`, one on `closed_port` that nobody may use, one on `soft_port` that never says D."""
 
     def __init__(self) -> None:
         try:
@@ -82,7 +83,7 @@ class Postfix(Server):
             raise ServiceError(f"Postfix is not installed: {error}") from None
         if os.geteuid() != 0:
             raise ServiceError("Postfix runs as root only")
-        self.port, self.closed_port = free_port(), free_port()
+        self.port, self.closed_port, self.soft_port = free_port(), free_port(), free_port()
         super().__init__(temporary_directory(self._owner))
 
     @cached_property
@@ -115,7 +116,7 @@ class Postfix(Server):
         return [program("master"), "-c", str(self._configuration), "-d"]
 
     def _answers(self) -> bool:
-        return _listens(self.port) and _listens(self.closed_port)
+        return all(map(_listens, (self.port, self.closed_port, self.soft_port)))
 
     def queued(self, queue_id: str) -> bytes:
         """A message in the queue as `postcat` shows it: its envelope and its content."""

@@ -62,9 +62,7 @@ def deliver(run: Run, body: Body) -> Callable[..., Result]:
         size = data if isinstance(data, int) else len(data)
         request = options.pop("request", None) or Request(size, b"s@x.test", [b"r@y.test"])
         options.setdefault("timeouts", QUICK)
-        result: Result = run(
-            send(host="127.0.0.1", port=sink.port, request=request, fd=body(data), **options)
-        )
+        result: Result = run(send(host="127.0.0.1", port=sink.port, request=request, fd=body(data), **options))
         return result
 
     return deliver
@@ -668,9 +666,7 @@ def test_a_fault_in_may_commit_is_not_swallowed(deliver):
 
 def test_B38_stopped_in_the_body(run, body):
     async def scenario(port: int) -> tuple[Result, bool]:
-        transfer = Transfer(
-            host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE)
-        )
+        transfer = Transfer(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
         asyncio.get_running_loop().call_later(0.1, transfer.abort)
         result = await transfer.run()
         transfer.abort()
@@ -699,9 +695,7 @@ def test_B38_cancelled_in_the_body(run, body, monkeypatch, in_thread):
         monkeypatch.setattr(client, "_NOWAIT", 0)
 
     async def scenario(port: int) -> bool:
-        transfer = Transfer(
-            host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE)
-        )
+        transfer = Transfer(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await transfer.run()

@@ -133,9 +133,7 @@ def test_B17_qmqpd_refuses_a_client_that_is_not_authorized(deliver, postfix):
     assert b"is not authorized to use this service" in result.text
 
 
-@pytest.mark.parametrize(
-    ("subject", "outcome"), [(b"refuse", Outcome.REJECTED), (b"later", Outcome.DEFERRED)]
-)
+@pytest.mark.parametrize(("subject", "outcome"), [(b"refuse", Outcome.REJECTED), (b"later", Outcome.DEFERRED)])
 def test_B6_qmqpd_refuses_by_content(deliver, postfix, subject, outcome):
     result = deliver(postfix.port, HEADER + b"Subject: " + subject + b"\n\nhello\n")
     assert (result.outcome, result.committed) == (outcome, True)

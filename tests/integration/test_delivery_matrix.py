@@ -175,7 +175,9 @@ def _next(alone: Record, spare: Record, health: Servers, server: Server) -> str:
         case _ if alone.delay >= SETTINGS.uncertain_delay:
             words.append("again after UNCERTAIN_DELAY, never another server at once")
         case _:
-            words.append("again after a backoff" if alone.backoff_step else "again after RETRY_MIN, as often as it takes")
+            words.append(
+                "again after a backoff" if alone.backoff_step else "again after RETRY_MIN, as often as it takes"
+            )
             assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max
     if health.health(server).rests_until is not None:
         words.append("(the server's breaker opens)")

@@ -52,7 +52,10 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         )  # fmt: skip
         [(_, port)] = await server.listen([("127.0.0.1", 0)])
         hello, big, fits = await say(
-            port, "EHLO client", f"MAIL FROM:<a@b.example> SIZE={offered + 1}", f"MAIL FROM:<a@b.example> SIZE={offered}"
+            port,
+            "EHLO client",
+            f"MAIL FROM:<a@b.example> SIZE={offered + 1}",
+            f"MAIL FROM:<a@b.example> SIZE={offered}",
         )
         assert f"SIZE {offered}\r\n" in hello
         assert (big[:3], fits[:3]) == ("552", "250")

@@ -27,7 +27,9 @@ def addresses(count: int) -> list[str]:
 class Server:
     """Refuses whatever has a bad recipient, in the words that `words` gives for it."""
 
-    def __init__(self, bad: set[str], words: Callable[[str], str] = lambda address: f"no {address} here (#5.1.1)") -> None:
+    def __init__(
+        self, bad: set[str], words: Callable[[str], str] = lambda address: f"no {address} here (#5.1.1)"
+    ) -> None:
         self.bad, self.words = bad, words
         self.sends = 0
         self.accepted: Counter[str] = Counter()

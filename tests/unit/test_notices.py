@@ -24,7 +24,9 @@ FAILED = Failure(
 CONTENT = b"Received: by here\nSubject: hello\nFrom: a@example.com\n\nbody\n.\n--=_not-a-boundary\n"
 
 
-def written(*failures: Failure, original: Original = ORIGINAL, content: bytes | None = CONTENT, full: bool = True) -> bytes:
+def written(
+    *failures: Failure, original: Original = ORIGINAL, content: bytes | None = CONTENT, full: bool = True
+) -> bytes:
     return compose(ID, "relay.example", NOW, original, failures or (FAILED,), content, full=full)
 
 
@@ -114,7 +116,8 @@ def test_several_recipients_stand_in_one_notice() -> None:
 
 def test_ENVID_and_ORCPT_come_back_decoded() -> None:
     wire = written(
-        replace(FAILED, orcpt="rfc822;B+40first+2Bdomain@example.org"), original=replace(ORIGINAL, envid="QQ+2B314+3D159")
+        replace(FAILED, orcpt="rfc822;B+40first+2Bdomain@example.org"),
+        original=replace(ORIGINAL, envid="QQ+2B314+3D159"),
     )
     about, recipient = groups(wire)
     assert next(iter(about)) == "Original-Envelope-Id"

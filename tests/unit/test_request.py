@@ -85,9 +85,7 @@ def test_B28_the_null_sender():
     assert Request(0, b"", [b"r@y"]).tail == b",0:,3:r@y,,"
 
 
-@pytest.mark.parametrize(
-    "address", [b"a\0b@c", b"a\nb@c", b"a\rb@c", b"<a@b>", b"a" * (MAX_ADDRESS + 1), b"a@b\n"]
-)
+@pytest.mark.parametrize("address", [b"a\0b@c", b"a\nb@c", b"a\rb@c", b"<a@b>", b"a" * (MAX_ADDRESS + 1), b"a@b\n"])
 def test_B29_addresses_that_a_server_would_misread(address):
     with pytest.raises(BadAddress):
         Request(1, address, [b"r@y"])
@@ -261,8 +259,7 @@ def test_B4_B11_whatever_way_a_reply_is_cut_it_says_the_same(status, text, extra
     wire = encode(status + text) + extra
     parser = ReplyParser()
     replies = [
-        parser.feed(piece)
-        for piece in pieces(wire, data.draw(st.lists(st.integers(0, len(wire)), max_size=20)))
+        parser.feed(piece) for piece in pieces(wire, data.draw(st.lists(st.integers(0, len(wire)), max_size=20)))
     ]
     assert replies[-1] == Reply(status, text)
     assert parser.extra == len(extra)

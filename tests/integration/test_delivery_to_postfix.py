@@ -1,0 +1,154 @@
+"""The engine against a real Postfix qmqpd: what its words lead to, from the database's row to the notice."""
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qmqp.netstring import encode
+from qmqp.request import ReplyParser
+from relay.bodies import Spool
+from relay.debts import Debts
+from tests.integration.mailroom import Mailroom
+from tests.postfix import Postfix
+from tests.services import ServiceError
+from tests.waiting import until
+
+HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
+
+type Open = Callable[..., Mailroom]
+
+
+@pytest.fixture(scope="module")
+def postfix() -> Iterator[Postfix]:
+    try:
+        server = Postfix()
+        server.start()
+    except ServiceError as error:
+        pytest.skip(str(error))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def room(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+    opened: list[Mailroom] = []
+
+    def open_(*ports: int, **settings: object) -> Mailroom:
+        servers = tuple(f"127.0.0.1:{port}" for port in ports)
+        given = {"retry_min": 60.0, "retry_max": 60.0} | settings
+        opened.append(Mailroom(clean_sqlite_url, spool, tmp_path, qmqp_servers=servers, **given))
+        return opened[-1]
+
+    yield open_
+    for one in opened:
+        one.close()
+
+
+def become(mail: Mailroom, message_id: str, state: str) -> str:
+    """Send it and wait for the state; the words of the last reply."""
+    with mail.working() as engine:
+        engine.offer([message_id])
+        until(lambda: mail.state(message_id) == state, 20, what=lambda: str(mail.delivery(message_id)))
+    return str(mail.delivery(message_id)["last_reply"])
+
+
+def notice_about(mail: Mailroom, message_id: str) -> str:
+    """The notice that a sweeper makes then."""
+    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(10)
+    return mail.spool.path(notice).read_text()
+
+
+def test_a_delivery_is_queued_there_under_the_id_that_it_names(room: Open, postfix: Postfix) -> None:
+    mail = room(postfix.port)
+    message_id = mail.accept("r@y.test", body=HEADER + b"Subject: hello\n\nhello\n")
+    words = become(mail, message_id, "delivered")
+    assert words.startswith("Ok: queued as ")
+    assert b"Subject: hello" in postfix.queued(words.split()[-1])
+
+
+@pytest.mark.parametrize("size", [250_000, 20_000_000])
+def test_an_oversize_message_bounces_with_its_words(room: Open, postfix: Postfix, size: int) -> None:
+    mail = room(postfix.port)
+    message_id = mail.accept("r@y.test", "q@y.test", body=HEADER + b"\n" + b"x" * 70 + b"\n" + bytes(size))
+    words = become(mail, message_id, "bounced")
+    assert "length exceeds storage limit" in words
+    assert [outcome for _, outcome in mail.attempts(message_id)] == ["rejected"]
+    text = notice_about(mail, message_id)
+    assert "length exceeds storage limit" in " ".join(text.split())
+    assert text.count("Final-Recipient: ") == 2, "an early D was said about all of them"
+
+
+def test_who_is_not_authorized_waits_and_rings_the_alarm(
+    room: Open, postfix: Postfix, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mail = room(postfix.closed_port)
+    first, second = mail.accept("r@y.test", body=HEADER + b"\nhello\n"), mail.accept("r@y.test")
+    with mail.working() as engine:
+        engine.offer([first])
+        until(lambda: mail.state(first) == "deferred", 20)
+        assert mail.delivery(first)["last_outcome"] == "rejected"
+        assert "is not authorized to use this service" in mail.delivery(first)["last_reply"]
+        mail.change("UPDATE deliveries SET due_at = @ago(10) WHERE message_id = @id(:id)", id=second)
+        until(lambda: mail.state(second) == "deferred", 20)
+    tried = mail.rows("SELECT count(*) AS n FROM attempts")[0]["n"]
+    said = capsys.readouterr().out
+    assert said.count("server does not want us") == tried
+    assert "server left alone" in said, "its breaker is open"
+    assert mail.rows("SELECT due_at FROM deliveries WHERE state = 'bounced'") == []
+
+
+def test_the_next_server_is_not_tried_when_one_does_not_want_us_and_then_it_is(room: Open, postfix: Postfix) -> None:
+    mail = room(postfix.closed_port, postfix.port)
+    first = mail.accept("r@y.test", body=HEADER + b"\nhello\n")
+    with mail.working() as engine:
+        engine.offer([first])
+        until(lambda: mail.state(first) == "deferred", 20)
+        mail.change("UPDATE deliveries SET state = 'queued', due_at = @now")
+        engine.offer([first])
+        until(lambda: mail.state(first) == "delivered", 20)
+    servers = [server for server, _ in mail.attempts(first)]
+    assert servers == [f"127.0.0.1:{postfix.closed_port}", f"127.0.0.1:{postfix.port}"]
+
+
+@pytest.mark.parametrize(("subject", "state", "words"), [
+    (b"refuse", "bounced", "go away"), (b"later", "deferred", "not now"),
+])  # fmt: skip
+def test_header_checks_bounce_or_defer(room: Open, postfix: Postfix, subject: bytes, state: str, words: str) -> None:
+    mail = room(postfix.port)
+    message_id = mail.accept("r@y.test", "q@y.test", body=HEADER + b"Subject: " + subject + b"\n\nhello\n")
+    assert words in become(mail, message_id, state)
+    assert mail.delivery(message_id)["last_outcome"] == ("rejected" if state == "bounced" else "deferred")
+    assert len(mail.attempts(message_id)) == 1, "content is not cut into halves"
+    if state == "bounced":
+        assert "go away" in notice_about(mail, message_id)
+
+
+def test_soft_bounce_makes_every_d_a_z(room: Open, postfix: Postfix) -> None:
+    mail = room(postfix.soft_port)
+    message_id = mail.accept("r@y.test", body=HEADER + b"\n" + bytes(300_000))
+    assert "length exceeds storage limit" in become(mail, message_id, "deferred")
+    assert mail.attempts(message_id) == [(f"127.0.0.1:{postfix.soft_port}", "deferred")]
+
+
+@pytest.mark.parametrize(("request_", "words"), [
+    (b"GET / HTTP/1.0\r\n\r\n", b"netstring format error while receiving QMQP packet header"),
+    (encode(b"x:hello"), b"netstring format error while receiving message"),
+    (encode(b"5:hello;"), b"netstring format error while receiving message"),
+    (encode(encode(b"hello\n") + encode(b"s@x.test")), b"no recipients specified"),
+])  # fmt: skip
+def test_its_words_for_what_is_no_request_would_bounce_and_name_the_framing(
+    postfix: Postfix, request_: bytes, words: bytes
+) -> None:
+    """We never send such; should framing ever break, its words say so and the notice quotes them."""
+    parser = ReplyParser()
+    with socket.create_connection(("127.0.0.1", postfix.port), 10) as server:
+        server.sendall(request_)
+        reply = None
+        while reply is None:
+            data = server.recv(4096)
+            assert data, "it closed without a word"
+            reply = parser.feed(data)
+    assert reply.status == b"D"
+    assert words in reply.text

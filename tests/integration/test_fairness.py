@@ -1,0 +1,317 @@
+"""Who waits for whom: fresh mail and retries, a hundred thousand due at once, tarpits, poison, and what is paused."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from qmqp.sink import Answer, Rule, Sink, running_sink
+from relay.bodies import Spool
+from relay.database import writing
+from relay.schema import Outcome, State
+from relay.verbs import Verbs
+from tests.integration.mailroom import Mailroom
+from tests.integration.office import Office
+from tests.waiting import until
+from worker.sweeper import BATCH, BATCHES
+
+type Open = Callable[..., Mailroom]
+
+
+@pytest.fixture
+def room(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+    opened: list[Mailroom] = []
+
+    def open_(*sinks: Sink, **settings: object) -> Mailroom:
+        servers = tuple(f"127.0.0.1:{sink.port}" for sink in sinks)
+        opened.append(Mailroom(clean_sqlite_url, spool, tmp_path, qmqp_servers=servers, **settings))
+        return opened[-1]
+
+    yield open_
+    for one in opened:
+        one.close()
+
+
+def arrived(sink: Sink) -> list[str]:
+    """The first letters of the recipients, in the order in which they came."""
+    return [received.recipients[0][:1].decode() for received in sink.received]
+
+
+def test_free_connections_alternate_between_fresh_mail_and_retries(room: Open) -> None:
+    with running_sink() as sink:
+        mail = room(sink, grace=60.0, worker_connections=1, batch_size=1)
+        fresh = [mail.accept(f"f{n}@example.org") for n in range(8)]
+        retries = [mail.accept(f"r{n}@example.org") for n in range(8)]
+        engine = mail.engine()
+        engine.offer(fresh, "fresh")
+        engine.offer(retries, "retry")
+        engine.start()
+        until(lambda: mail.states() == {"delivered"}, 20)
+        assert engine.drain(5)
+    assert arrived(sink) in (["f", "r"] * 8, ["r", "f"] * 8)
+
+
+def test_hints_and_what_is_overdue_alternate(room: Open) -> None:
+    with running_sink() as sink:
+        mail = room(sink, grace=60.0, worker_connections=1, batch_size=1)
+        overdue = [mail.accept(f"o{n}@example.org") for n in range(8)]
+        mail.change("UPDATE deliveries SET due_at = @ago(100)")
+        hinted = [mail.accept(f"h{n}@example.org") for n in range(8)]
+        engine = mail.engine()
+        engine.offer(hinted)
+        engine.start()
+        until(lambda: mail.states() == {"delivered"}, 20)
+        assert engine.drain(5)
+    order = arrived(sink)
+    assert len(order) == len(overdue) + len(hinted)
+    assert all("o" in order[n : n + 4] and "h" in order[n : n + 4] for n in range(10)), order
+
+
+# --- D11: a hundred thousand due at once --------------------------------------------------------------------
+
+MANY = 100_000
+_KEY = {
+    "postgresql": "('00000000-0000-7000-8000-' || lpad(to_hex({n}), 12, '0'))::uuid",
+    "sqlite": "printf('00000000-0000-7000-8000-%012x', {n})",
+}
+_NUMBERS = {
+    "postgresql": "generate_series(1, :many) AS s(n)",
+    "sqlite": "(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < :many) SELECT n FROM s) AS s",
+}
+
+
+def fill(office: Office) -> None:
+    """MANY deferred deliveries, due in another order than that of their ids: the higher n * 7919 % MANY, the longer."""
+    name = office.engine.dialect.name
+    key, numbers = _KEY[name].format(n="s.n"), _NUMBERS[name]
+    messages = """INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol)
+        SELECT {key}, 'a', 1, @now, '', '', '' FROM {numbers}"""
+    recipients = """INSERT INTO recipients (message_id, position, address, delivery)
+        SELECT {key}, 1, 'b', 1 FROM {numbers}"""
+    deliveries = """INSERT INTO deliveries (message_id, number, route, state, due_at, expires_at)
+        SELECT {key}, 1, 'default', 'deferred', @ago(1 + s.n * 7919 % :many * 0.1), @later(100000) FROM {numbers}"""
+    with writing(office.engine) as connection:
+        for sql in (messages, recipients, deliveries):
+            given = {"many": MANY}
+            connection.execute(text(office.spell(sql.format(key=key, numbers=numbers))), given)
+    if name == "postgresql":
+        office.change("ANALYZE")
+
+
+def rank(message_id: str) -> int:
+    return int(message_id, 16) % (1 << 48) * 7919 % MANY
+
+
+def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(office: Office) -> None:
+    fill(office)
+    fresh = office.accept()
+    began = time.monotonic()
+    woken: list[str] = []
+    for _ in range(BATCHES):
+        batch = office.sweeps.requeue_due(BATCH)
+        assert len(batch) == BATCH
+        woken += batch
+    ranks = [rank(message_id) for message_id in woken]
+    assert sorted(ranks, reverse=True) == list(range(MANY - 1, MANY - 1 - BATCH * BATCHES, -1)), "the longest due"
+    for start in range(0, len(ranks), BATCH):
+        assert min(ranks[start : start + BATCH]) > max(ranks[start + BATCH : start + 2 * BATCH], default=-1)
+    (claim,) = office.claim(fresh)
+    assert claim.message_id == fresh, "fresh mail waits for none of them"
+    office.pass_time(office.settings.grace + 1)
+    taken = office.claim(room={"default": 50})
+    assert len(taken) == 50, "as many as there are connections"
+    for one in taken:
+        assert office.record(one, Outcome.ACCEPTED).state is State.DELIVERED
+    left = office.rows("SELECT state, count(*) AS n FROM deliveries GROUP BY state")
+    assert {row["state"]: row["n"] for row in left} == {
+        "deferred": MANY - BATCH * BATCHES, "queued": BATCH * BATCHES - 50, "delivered": 50, "sending": 1,
+    }  # fmt: skip
+    assert time.monotonic() - began < 10
+
+
+# --- tarpits ------------------------------------------------------------------------------------------------
+
+TARPITS = {
+    "accepts and never reads": Answer(raw=b"", at=0, end="stay"),
+    "reads a byte a second": Answer(read_size=1, read_pause=1.0),
+    "never replies": Answer(raw=b"", end="stay"),
+}
+
+
+@pytest.mark.parametrize("kind", TARPITS)
+def test_a_tarpit_stops_nobody_else(room: Open, kind: str) -> None:
+    with running_sink(Rule(TARPITS[kind]), receive_buffer=4096) as tarpit, running_sink() as good:
+        mail = room(
+            tarpit, good, server_connections=2, worker_connections=6, reply_timeout=1.5, io_timeout=1.5,
+            session_timeout=3.0, uncertain_delay=0.1, drain_timeout=0.1,
+        )  # fmt: skip
+        ids = [mail.accept(f"m{n}@example.org", body=b"x" * 12_000_000) for n in range(2)]
+        with mail.working() as engine:
+            until(lambda: tarpit.connections == 2)
+            assert mail.states() == {"sending"}
+            small = [mail.accept(f"s{n}@example.org") for n in range(30)]
+            engine.offer(small)
+            assert good.wait_for(30, 10)
+            until(lambda: all(mail.state(message_id) == "delivered" for message_id in small))
+            stuck = [mail.state(message_id) for message_id in ids]
+            assert tarpit.connections <= 3 * 2, "its share of the connections, and then it rests"
+
+            def through() -> bool:
+                """Its timeouts end, and the mail that it had goes elsewhere; nothing else is left."""
+                mail.sweeps.requeue_due(10)
+                return mail.states() == {"delivered"}
+
+            until(through, 25, what=lambda: f"{kind}: {stuck} {mail.states()}")
+    sizes = Counter(received.size for received in good.received)
+    assert sizes[12_000_000] == 2, "each once"
+
+
+# --- poison -------------------------------------------------------------------------------------------------
+
+
+class Witness:
+    """Sees who was there together with `alone`: a rule for a sink that answers it late and everybody a little late."""
+
+    def __init__(self, alone: bytes) -> None:
+        self.alone, self.sink = alone, Sink()
+        self.company: list[int] = []
+        self.busy_until = 0.0
+        self.intruders = 0
+
+    def opening(self) -> Answer | None:
+        self.intruders += time.monotonic() < self.busy_until
+        return None
+
+    def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
+        if recipients[0] != self.alone:
+            return Answer(delay=0.05)
+        self.company.append(len(self.sink.open))
+        self.busy_until = time.monotonic() + 0.3
+        return Answer(delay=0.35)
+
+
+def test_D14_what_workers_vanished_over_twice_is_sent_alone(room: Open) -> None:
+    witness = Witness(b"poison@example.org")
+    with running_sink(witness) as sink:
+        witness.sink = sink
+        mail = room(sink)
+        ids = [mail.accept() for _ in range(20)]
+        poison = mail.accept("poison@example.org")
+        ids += [mail.accept() for _ in range(20)]
+        mail.change("UPDATE deliveries SET vanished = 2 WHERE message_id = @id(:id)", id=poison)
+        with mail.working() as engine:
+            engine.offer([*ids[:20], poison, *ids[20:]])
+            until(lambda: mail.states() == {"delivered"}, 20)
+    assert witness.company == [1], "nobody was there with it"
+    assert witness.intruders == 0, "and nobody came until it was over"
+    assert mail.delivery(poison)["vanished"] == 0
+
+
+def test_D14_once_is_no_reason_to_be_alone(room: Open) -> None:
+    with running_sink(Rule(Answer(delay=1.0))) as sink:
+        mail = room(sink)
+        for _ in range(3):
+            mail.accept()
+        mail.change("UPDATE deliveries SET vanished = 1")
+        with mail.working():
+            until(lambda: len(sink.open) == 3)
+
+
+def test_D14_alone_and_deadly_until_the_limit_then_held(clean_sqlite_url: str) -> None:
+    office = Office(clean_sqlite_url, poison_limit=4)
+    message_id = office.accept()
+    states = []
+    for _ in range(4):
+        worker = office.hire()
+        (claim,) = office.claim(message_id, worker=worker)
+        office.pass_time(100)
+        office.renew()
+        office.bury(worker)
+        states.append((claim.vanished, office.state(message_id)))
+        office.pass_time(100)
+        office.sweeps.requeue_due(10)
+    assert states == [(0, "deferred"), (1, "deferred"), (2, "deferred"), (3, "held")]
+    assert "vanished" in office.delivery(message_id)["last_reply"]
+    assert office.claim(message_id, worker=office.hire()) == []
+    office.engine.dispose()
+
+
+# --- what is paused -----------------------------------------------------------------------------------------
+
+
+def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) -> None:
+    with running_sink() as first, running_sink() as second:
+        mail = room(first, second)
+        verbs = Verbs(mail.database, notices=True)
+
+        def obeyed(engine: Any) -> None:
+            engine.pause(mail.sweeps.paused())  # as a sweeper does at each turn
+
+        with mail.working() as engine:
+            assert verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="maintenance")
+            assert not verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="again")
+            obeyed(engine)
+            ids = [mail.accept() for _ in range(5)]
+            engine.offer(ids)
+            assert second.wait_for(5, 10)
+            assert first.connections == 0
+            verbs.pause("route:default", actor="me", reason="all of it")
+            obeyed(engine)
+            waiting = mail.accept()
+            mail.change("UPDATE deliveries SET due_at = @ago(10) WHERE message_id = @id(:id)", id=waiting)
+            assert engine.offer([waiting]).wait(10)
+            assert mail.state(waiting) == "queued", "it is not claimed, so that nothing is held against it"
+            assert verbs.resume("route:default", actor="me", reason="")
+            obeyed(engine)
+            until(lambda: mail.state(waiting) == "delivered")
+            assert first.connections == 0
+            assert verbs.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
+            assert not verbs.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
+            obeyed(engine)
+            engine.offer([mail.accept()])
+            assert first.wait_for(1, 10)
+    said = [row["verb"].split()[0] for row in mail.rows("SELECT verb FROM actions ORDER BY at, id")]
+    assert said == ["pause", "pause", "resume", "resume"], "what changed nothing is not recorded"
+
+
+def test_what_is_under_way_to_a_server_ends_though_it_is_paused(room: Open) -> None:
+    gate = threading.Event()
+
+    class Slow:
+        def opening(self) -> Answer | None:
+            gate.set()
+            return Answer(delay=0.3)
+
+        def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
+            return None
+
+    with running_sink(Slow()) as sink:
+        mail = room(sink)
+        message_id = mail.accept()
+        with mail.working() as engine:
+            engine.offer([message_id])
+            assert gate.wait(10)
+            engine.pause(frozenset({f"server:127.0.0.1:{sink.port}"}))
+            until(lambda: mail.state(message_id) == "delivered")
+
+
+# --- uncertain ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "state"), [("retry", "deferred"), ("hold", "held")])
+def test_the_policy_for_doubt(room: Open, policy: str, state: str) -> None:
+    with running_sink(Rule(Answer(raw=b""))) as sink, running_sink() as other:
+        mail = room(sink, other, uncertain=policy, uncertain_delay=500.0)
+        message_id = mail.accept()
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.state(message_id) == state)
+        assert other.connections == 0
+    row = mail.rows("SELECT last_outcome, -@since(due_at) AS due_in FROM deliveries")[0]
+    assert row["last_outcome"] == "uncertain"
+    assert (row["due_in"] is None) if policy == "hold" else (row["due_in"] == pytest.approx(500, abs=60))
