@@ -1,0 +1,367 @@
+"""The cases of the queue by their numbers (D1 to D14, and those of B that need a queue), on both databases.
+
+Many of them have whole modules of their own; here each is told once, as short as it can be.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from qmqp.sink import Answer, Rule, Sink, running_sink
+from relay.bodies import Spool
+from relay.broker import celery_app
+from relay.claims import Claim, Item, Result
+from relay.database import writing
+from relay.debts import Debts
+from relay.ids import dashed
+from relay.queue import Filter
+from relay.rounds import Writer
+from relay.schema import TRANSITIONS, UNFINISHED, Outcome, State
+from relay.verbs import VERBS, Verbs
+from tests.integration.mailroom import Mailroom
+from tests.integration.office import Office
+from tests.waiting import until
+from worker.sweeper import BATCH
+
+type Open = Callable[..., Mailroom]
+
+
+@pytest.fixture
+def room(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+    opened: list[Mailroom] = []
+
+    def open_(*sinks: Sink | int, **settings: object) -> Mailroom:
+        servers = tuple(f"127.0.0.1:{one if isinstance(one, int) else one.port}" for one in sinks)
+        opened.append(Mailroom(clean_url, spool, tmp_path, qmqp_servers=servers, **settings))
+        return opened[-1]
+
+    yield open_
+    for one in opened:
+        one.close()
+
+
+def vanish(office: Office, worker: str) -> None:
+    """A worker's lease runs out, and a sweeper has seen it for long enough."""
+    office.pass_time(office.settings.lease + 1)
+    office.bury(worker)
+
+
+def wake(office: Office, seconds: float = 100.0) -> None:
+    """The time of what is deferred comes."""
+    office.pass_time(seconds)
+    office.sweeps.requeue_due(100)
+
+
+# --- B: cases of the client that only a queue can tell ------------------------------------------------------
+
+
+def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> None:
+    with running_sink() as gone:
+        dead = gone.port
+    with running_sink() as sink:
+        mail = room(dead, sink)
+        message_id = mail.accept()
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.state(message_id) == "delivered")
+    assert mail.attempts(message_id) == [(f"127.0.0.1:{dead}", "unreachable"), (f"127.0.0.1:{sink.port}", "accepted")]
+
+
+def test_B37_a_body_that_is_not_what_was_stored_is_put_aside_and_not_sent(room: Open) -> None:
+    """Its size is what we know of it; a file system that changes bytes must be asked by its own checksums."""
+    with running_sink() as sink:
+        mail = room(sink)
+        message_id = mail.accept()
+        with mail.spool.path(message_id).open("ab") as body:
+            body.write(b"more")
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.state(message_id) == "held")
+        assert sink.connections == 0
+    assert mail.delivery(message_id)["last_outcome"] == "unsendable"
+    assert mail.spool.path(message_id).exists()
+
+
+def test_B39_a_worker_killed_between_the_last_byte_and_the_record(office: Office) -> None:
+    (claim,) = office.claim(office.accept())
+    vanish(office, office.worker)
+    row = office.delivery(claim.message_id)
+    assert (row["state"], row["last_outcome"], row["vanished"]) == ("deferred", "uncertain", 1)
+    assert 0 < row["due_in"] <= office.settings.uncertain_delay, "not before its delay"
+    assert office.claim(claim.message_id) == []
+    wake(office)
+    (again,) = office.claim(claim.message_id, worker=office.hire())
+    assert again.vanished == 1
+
+
+def test_B43_D10_no_clock_of_a_worker_matters(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    message_id = office.accept()
+    for years in (-5, 5):
+        with monkeypatch.context() as skewed:
+            now = time.time() + years * 365 * 86400
+            skewed.setattr(time, "time", lambda now=now: now)
+            (claim,) = office.claim(message_id)
+            assert office.renew()
+            assert office.sweeps.ran_out() == []
+            assert office.record(claim, Outcome.DEFERRED, delay=30.0).state is State.DEFERRED
+        row = office.delivery(message_id)
+        assert row["due_in"] == pytest.approx(30, abs=20)
+        assert row["expires_in"] == pytest.approx(1000, abs=300)
+        wake(office)
+
+
+def test_B44_busy_for_ever(room: Open) -> None:
+    with running_sink(Rule(Answer(b"Z", b"busy for ever"))) as sink:
+        mail = room(sink, retry_min=100.0, retry_max=1000.0)
+        message_id = mail.accept()
+        waits = []
+        with mail.working() as engine:
+            for turn in range(1, 7):
+                engine.offer([message_id])
+                until(lambda turn=turn: mail.delivery(message_id)["claims"] == turn and mail.state(message_id) != "sending")
+                row = mail.rows("SELECT -@since(due_at) AS due_in, state FROM deliveries")[0]
+                waits.append(row["due_in"])
+                due = ", expires_at = @ago(1)" if turn == 5 else ""
+                mail.change(f"UPDATE deliveries SET state = 'queued', due_at = @later(60) {due} WHERE state = 'deferred'")
+    for step, wait in enumerate(waits[:5]):
+        most = min(1000, 200 * 2**step)
+        assert most / 2 - 30 <= wait <= most, "it doubles, with jitter, to the cap"
+    row = mail.delivery(message_id)
+    assert (row["state"], row["last_reply"]) == ("expired", "busy for ever")
+    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    assert "busy for ever" in mail.spool.path(notice).read_text()
+
+
+# --- D: queue, worker, SQL ----------------------------------------------------------------------------------
+
+
+def test_D1_one_task_delivered_twice_at_once(office: Office) -> None:
+    ids = [office.accept() for _ in range(30)]
+    barrier = threading.Barrier(2)
+
+    def task(worker: str) -> list[Claim]:
+        ledger = office.another_ledger()
+        barrier.wait(10)
+        return office.claim(*ids, worker=worker, ledger=ledger)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [claim for claims in pool.map(task, (office.hire(), office.hire())) for claim in claims]
+    both += office.claim(*ids)  # what each left to the other
+    assert sorted(claim.message_id for claim in both) == sorted(ids)
+    assert {claim.claim for claim in both} == {1}
+
+
+def test_D2_a_task_for_what_is_unknown_or_finished(room: Open) -> None:
+    with running_sink() as sink:
+        mail = room(sink)
+        done = mail.accept()
+        with mail.working() as engine:
+            engine.offer([done])
+            until(lambda: mail.state(done) == "delivered")
+            assert engine.offer([done, "f" * 32]).wait(10)
+        assert sink.connections == 1
+    assert mail.attempts(done) == [(f"127.0.0.1:{sink.port}", "accepted")]
+
+
+def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(office: Office) -> None:
+    message_id = office.accept()
+    (claim,) = office.claim(message_id)
+    for _ in range(3):  # whatever its visibility timeout makes of a session that takes an hour
+        office.pass_time(1200)
+        assert office.renew()
+        assert office.claim(message_id, worker=office.hire()) == []
+    assert office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
+
+
+def test_D3_no_task_waits_for_its_session() -> None:
+    """Tasks are acknowledged when they come, so that no visibility timeout applies to a session."""
+    from relay.settings import WorkerSettings, load
+
+    conf = celery_app(load(WorkerSettings, broker_url="redis://127.0.0.1:1/0")).conf
+    assert not conf.task_acks_late
+
+
+@pytest.mark.parametrize("ending", ["vanished", "stopped"])
+def test_D4_what_a_worker_held_that_is_gone(office: Office, ending: str) -> None:
+    (claim,) = office.claim(office.accept())
+    if ending == "vanished":
+        vanish(office, office.worker)
+    else:
+        office.change("UPDATE workers SET ended_at = @now, ending = 'stopped'")
+        assert office.sweeps.lose_strays() == 1
+    row = office.delivery(claim.message_id)
+    assert (row["state"], row["last_outcome"]) == ("deferred", "uncertain"), "nobody can say how far it was"
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_D5_who_lost_its_lease_reports_late(office: Office, outcome: Outcome) -> None:
+    (old,) = office.claim(office.accept())
+    stale = office.worker
+    vanish(office, stale)
+    wake(office)
+    fresh = office.hire()
+    (new,) = office.claim(old.message_id, worker=fresh)
+    recorded = office.record(old, outcome, worker=stale)
+    assert (old.claim, 1, outcome) in office.attempts(old.message_id), "what happened is kept"
+    if outcome is Outcome.ACCEPTED:
+        assert recorded.state is State.DELIVERED
+        assert office.record(new, Outcome.DEFERRED, worker=fresh).state is State.DELIVERED
+        wake(office)
+        assert office.claim(old.message_id, worker=fresh) == [], "never again after a K"
+    else:
+        assert recorded.state is None
+        assert office.state(old.message_id) == "sending"
+        assert office.record(new, Outcome.ACCEPTED, worker=fresh).state is State.DELIVERED
+
+
+def test_D6_a_k_waits_for_a_database_that_is_locked(office: Office) -> None:
+    (claim,) = office.claim(office.accept())
+    held, go_on = threading.Event(), threading.Event()
+
+    def lock() -> None:
+        with writing(office.engine) as connection:
+            connection.execute(text(office.spell("UPDATE deliveries SET wanted = wanted WHERE number = 1")))
+            held.set()
+            assert go_on.wait(20)
+
+    with ThreadPoolExecutor(2) as pool:
+        locking = pool.submit(lock)
+        assert held.wait(10)
+        recording = pool.submit(office.record, claim, Outcome.ACCEPTED)
+        assert not recording.done()
+        go_on.set()
+        assert recording.result(20).state is State.DELIVERED
+        locking.result(20)
+
+
+def test_D6_a_k_is_told_until_the_database_has_taken_it(office: Office) -> None:
+    (claim,) = office.claim(office.accept())
+    faults = iter([OperationalError("", {}, Exception("deadlock detected"), connection_invalidated=True)] * 2)
+
+    def commit(items: Any) -> list[Result]:
+        if fault := next(faults, None):
+            raise fault
+        return office.ledger.commit(items)
+
+    answers: list[Any] = []
+    answered = threading.Event()
+
+    def post(call: Callable[[], None]) -> None:
+        call()
+        answered.set()
+
+    writer: Writer[Item, Result] = Writer("test", commit, post=post)
+    writer.start()
+    writer.put(office.note(claim, Outcome.ACCEPTED), answers.append)
+    assert answered.wait(20)
+    assert writer.close(10)
+    assert answers[0].state is State.DELIVERED
+    assert office.state(claim.message_id) == "delivered"
+
+
+@pytest.mark.parametrize("sender", ["", "#@[]"])
+def test_D7_nothing_is_said_about_mail_of_nobody(office: Office, sender: str) -> None:
+    (claim,) = office.claim(office.accept(sender=sender))
+    assert office.record(claim, Outcome.REJECTED).state is State.BOUNCED
+    row = office.delivery(claim.message_id)
+    assert row["due_at"] is None
+    assert row["last_reply"] == "its words", "a dead letter that `list --state bounced` shows"
+
+
+@pytest.mark.parametrize(("words", "states"), [
+    (b"go away (#5.7.1)", {"bounced"}), (b"no such mailbox (#5.1.1)", {"split", "bounced"}),
+])  # fmt: skip
+def test_D8_a_d_for_many(room: Open, words: bytes, states: set[str]) -> None:
+    with running_sink(Rule(Answer(b"D", words))) as sink:
+        mail = room(sink)
+        mail.accept("x@example.org", "y@example.org", "z@example.org")
+        with mail.working():
+            until(lambda: mail.states() == states)
+        sql = """SELECT d.state FROM recipients r
+            JOIN deliveries d ON d.message_id = r.message_id AND d.number = r.delivery"""
+        until(lambda: [row["state"] for row in mail.rows(sql)] == ["bounced"] * 3)
+        assert sink.count == 1 if states == {"bounced"} else 3 <= sink.count <= 5, "at once, or by halves"
+
+
+def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office) -> None:
+    verbs = Verbs(office.engine, notices=True)
+    for verb in VERBS.values():
+        for state in State:
+            message_id = office.accept()
+            worker = "(SELECT min(CAST(id AS text)) FROM workers)"
+            worker = f"CAST({worker} AS uuid)" if office.spell.postgresql else worker
+            office.change(
+                f"""UPDATE deliveries SET state = :state, worker = {worker if state is State.SENDING else "NULL"}
+                WHERE message_id = @id(:id)""",
+                state=state, id=message_id,
+            )  # fmt: skip
+            touched, _ = verbs.apply(verb, Filter(id=message_id), actor="me", reason="test")
+            after = State(office.state(message_id))
+            if state is State.SENDING:
+                assert after is State.SENDING, "only told what is wanted"
+                assert office.delivery(message_id)["wanted"] == (verb.wanted if touched else None)
+            elif touched:
+                assert after in TRANSITIONS[state] | {state}
+            else:
+                assert after is state
+            assert not touched or state in UNFINISHED, "what is final stays so"
+
+
+def test_D12_a_body_that_cannot_be_removed_is_not_sent_again(room: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_sink() as sink:
+        mail = room(sink)
+        message_id = mail.accept()
+        monkeypatch.setattr(mail.spool, "remove", lambda message_id: False)
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.state(message_id) == "delivered")
+            assert engine.offer([message_id]).wait(10)
+        assert sink.count == 1
+    assert mail.spool.path(message_id).exists()  # housekeeping finds it (test_sweeper.py)
+
+
+def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(office: Office) -> None:
+    office.accept()
+    copies = 2000
+    dead = dashed(office.worker)
+    key = ("printf('00000000-0000-7000-8000-%012x', s.n)", "('00000000-0000-7000-8000-' || lpad(to_hex(s.n), 12, '0'))::uuid")
+    numbers = (
+        f"(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {copies}) SELECT n FROM s) AS s",
+        f"generate_series(1, {copies}) AS s(n)",
+    )
+    one = office.spell.postgresql
+    office.change(
+        f"""INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol)
+        SELECT {key[one]}, 'a', 1, @now, '', '', '' FROM {numbers[one]}"""
+    )
+    office.change(
+        f"""INSERT INTO deliveries (message_id, number, route, state, worker, claims, due_at, expires_at)
+        SELECT {key[one]}, 1, 'default', 'sending', @id(:dead), 1, @later(9000), @later(100000) FROM {numbers[one]}""",
+        dead=dead,
+    )
+    vanish(office, office.worker)
+    counts = office.rows("SELECT state, last_outcome, count(*) AS n FROM deliveries GROUP BY state, last_outcome")
+    found = {(row["state"], row["last_outcome"]): row["n"] for row in counts}
+    assert found[("deferred", "uncertain")] == copies
+    assert office.sweeps.requeue_due(BATCH) == [], "not before UNCERTAIN_DELAY"
+    office.pass_time(100)
+    assert len(office.sweeps.requeue_due(BATCH)) == BATCH, "a batch at a time"
+    assert len(office.claim(room={"default": 50}, worker=office.hire())) <= 50
+
+
+def test_D14_tries_are_counted_before_they_begin(office: Office) -> None:
+    message_id = office.accept()
+    for n in range(1, 6):
+        worker = office.hire()
+        (claim,) = office.claim(message_id, worker=worker)
+        assert office.delivery(message_id)["claims"] == claim.claim == n, "in the database before a byte is sent"
+        vanish(office, worker)
+        assert office.state(message_id) == ("held" if n == office.settings.poison_limit else "deferred")
+        wake(office)
