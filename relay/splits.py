@@ -52,9 +52,9 @@ class Splitter:
         if not positions:
             return True
         parent, pieces, last, grandparent = self._sql.run(connection, _FAMILY, id=key, number=number).one()
-        if parent is not None and grandparent is None and self._both_refused(connection, key, number, parent, reply):
-            return False
         if pieces + 2 > LARGEST or len(positions) == 1:
+            return False
+        if parent is not None and grandparent is None and self._both_refused(connection, key, number, parent, reply):
             return False
         middle = positions[(len(positions) - 1) // 2]
         for child, until in ((last + 1, middle), (last + 2, positions[-1])):

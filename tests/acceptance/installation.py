@@ -102,8 +102,11 @@ class Installation:
         return end(child, number)
 
     def said(self) -> str:
-        """The last words of all of them."""
-        return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
+        """Who has ended and how, and their last words, but for what is said about each message when all is well."""
+        ended = [f"{child!r} (pid {child.pid})" for child in self.children if child.poll() is not None]
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        routine = ('"event": "accepted"', '"event": "sending"', '"event": "delivered"')
+        return "\n".join(ended + [line for line in lines if not any(word in line for word in routine)][-40:])
 
     # Mail
 

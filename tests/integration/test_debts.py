@@ -59,8 +59,7 @@ class Post:
         return [row["id"] for row in rows if row["about"] is not None and message_id in (None, row["about"])]
 
     def text(self, notice: str) -> EmailMessage:
-        found = message_from_bytes(self.spool.path(notice).read_bytes(), policy=policy.default)
-        return cast(EmailMessage, found)
+        return message_from_bytes(self.spool.path(notice).read_bytes(), policy=policy.default)
 
     def told(self, notice: str) -> list[tuple[str, str]]:
         """Recipient and action of each group of a notice."""
@@ -204,20 +203,27 @@ def test_two_sweepers_make_each_notice_once(post: Post) -> None:
         assert sorted(told) == ["x@example.org", "y@example.org"], "each recipient in exactly one notice"
 
 
-def test_a_second_sweeper_skips_what_the_first_is_at(clean_postgres_url: str, spool: Spool) -> None:
+def test_a_second_sweeper_skips_what_the_first_is_at(
+    clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with opened(clean_postgres_url) as office:
         post = Post(office, spool)
         message_id = post.accept()
         post.fail(message_id)
         meanwhile: list[list[str]] = []
 
-        def other(*_: Any) -> None:
+        def other() -> None:
             if not meanwhile:
                 meanwhile.append([])
                 meanwhile[0] = post.another().settle(10)
 
         store = spool.store
-        spool.store = lambda *given: (other(), store(*given))[1]  # type: ignore[method-assign]
+
+        def store_with_company(notice: str, parts: Any) -> int:
+            other()
+            return store(notice, parts)
+
+        monkeypatch.setattr(spool, "store", store_with_company)
         (notice,) = post.debts.settle(10)
         assert meanwhile == [[]], "it did not wait, and had nothing to do"
         assert post.notices() == [notice]

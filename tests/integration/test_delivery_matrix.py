@@ -123,13 +123,13 @@ def _server(port: int) -> Server:
 
 async def _carried(case: Case, servers: tuple[Server, ...], health: Servers, path: Path) -> Record:
     """What becomes of one message."""
-    path.touch()
-    os.truncate(path, case.size)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.ftruncate(handle, case.size)
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
     claim = Claim("01" * 16, 1, 1, "r", "a@example.com", case.size, recipients, 0, 0, 0.0)
     terms = Terms.of(SETTINGS, health, lambda worker: case.may_commit)
-    transfer = Transfer(claim, "02" * 16, os.open(path, os.O_RDONLY), Route("r", servers), terms)
-    os.truncate(path, case.size - case.cut)
+    transfer = Transfer(claim, "02" * 16, handle, Route("r", servers), terms)
+    os.ftruncate(handle, case.size - case.cut)
     run = asyncio.create_task(transfer.run())
     if case.stop_when:
         await _until(lambda: transfer.committed if case.stop_when == "committed" else _sending(transfer))
@@ -201,7 +201,8 @@ async def _row(case: Case, number: int, directory: Path) -> str:
             assert alone.tries[0].server == server.name
         blamed = "yes" if failed else "no"
         tried = alone.tries[-1].outcome if alone.tries else alone.outcome
-        return f"| {case.phase} | {case.fault} | `{tried}` | `{alone.state}` | {_next(alone, spare, health, server)} | {blamed} |"
+        then = _next(alone, spare, health, server)
+        return f"| {case.phase} | {case.fault} | `{tried}` | `{alone.state}` | {then} | {blamed} |"
 
 
 async def _table(directory: Path) -> str:

@@ -117,7 +117,8 @@ def test_a_server_that_is_silent() -> None:
 
 
 @pytest.mark.parametrize("banner", [
-    b"220 mx.example.org ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"2:hi,", b"0:,",
+    b"220 mx.example.org ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"2:hi,",
+    b"0:,",
 ])  # fmt: skip
 def test_a_server_of_another_protocol(banner: bytes) -> None:
     with speaking(banner) as (port, _):

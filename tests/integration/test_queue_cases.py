@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +123,20 @@ def test_B44_busy_for_ever(room: Open) -> None:
         mail = room(sink, retry_min=100.0, retry_max=1000.0)
         message_id = mail.accept()
         waits = []
+
+        def decided(message_id: str, turn: int) -> bool:
+            row = mail.delivery(message_id)
+            return (row["claims"], row["state"] == "sending") == (turn, False)
+
         with mail.working() as engine:
             for turn in range(1, 7):
                 engine.offer([message_id])
-                until(lambda turn=turn: mail.delivery(message_id)["claims"] == turn and mail.state(message_id) != "sending")
+                until(partial(decided, message_id, turn))
                 row = mail.rows("SELECT -@since(due_at) AS due_in, state FROM deliveries")[0]
                 waits.append(row["due_in"])
-                due = ", expires_at = @ago(1)" if turn == 5 else ""
-                mail.change(f"UPDATE deliveries SET state = 'queued', due_at = @later(60) {due} WHERE state = 'deferred'")
+                late = ", expires_at = @ago(1)" if turn == 5 else ""
+                due = f"due_at = @later(60){late}"
+                mail.change(f"UPDATE deliveries SET state = 'queued', {due} WHERE state = 'deferred'")
     for step, wait in enumerate(waits[:5]):
         most = min(1000, 200 * 2**step)
         assert most / 2 - 30 <= wait <= most, "it doubles, with jitter, to the cap"
@@ -290,6 +297,17 @@ def test_D8_a_d_for_many(room: Open, words: bytes, states: set[str]) -> None:
         assert sink.count == 1 if states == {"bounced"} else 3 <= sink.count <= 5, "at once, or by halves"
 
 
+def test_D8_a_route_that_is_not_to_be_cut(room: Open, tmp_path: Path) -> None:
+    file = tmp_path / "routes.toml"
+    file.write_text('[default]\nbisect = "off"\n')
+    with running_sink(Rule(Answer(b"D", b"no such mailbox (#5.1.1)"), b"bad@")) as sink:
+        mail = room(sink, routes=file)
+        mail.accept("x@example.org", "bad@example.org")
+        with mail.working():
+            until(lambda: mail.states() == {"bounced"})
+        assert sink.count == 1
+
+
 def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office) -> None:
     verbs = Verbs(office.engine, notices=True)
     for verb in VERBS.values():
@@ -331,7 +349,10 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(office:
     office.accept()
     copies = 2000
     dead = dashed(office.worker)
-    key = ("printf('00000000-0000-7000-8000-%012x', s.n)", "('00000000-0000-7000-8000-' || lpad(to_hex(s.n), 12, '0'))::uuid")
+    key = (
+        "printf('00000000-0000-7000-8000-%012x', s.n)",
+        "('00000000-0000-7000-8000-' || lpad(to_hex(s.n), 12, '0'))::uuid",
+    )
     numbers = (
         f"(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {copies}) SELECT n FROM s) AS s",
         f"generate_series(1, {copies}) AS s(n)",

@@ -58,8 +58,9 @@ def deliver(office: Office, message_id: str, server: Server, *, one_by_one: bool
 
 def became(office: Office, message_id: str) -> dict[str, str]:
     """The state of each recipient; asserts that each has one."""
-    rows = office.rows("""SELECT r.address, d.state FROM recipients r LEFT JOIN deliveries d
-        ON d.message_id = r.message_id AND d.number = r.delivery WHERE r.message_id = @id(:id)""", id=message_id)  # fmt: skip
+    sql = """SELECT r.address, d.state FROM recipients r LEFT JOIN deliveries d
+        ON d.message_id = r.message_id AND d.number = r.delivery WHERE r.message_id = @id(:id)"""
+    rows = office.rows(sql, id=message_id)
     found = {row["address"]: row["state"] for row in rows}
     assert len(found) == len(rows)
     return found
@@ -122,7 +123,7 @@ def test_who_lost_its_claim_cuts_nothing(office: Office) -> None:
     assert new.recipients == tuple(addresses(4))
 
 
-@pytest.mark.parametrize("count", [3, 4, 32])
+@pytest.mark.parametrize("count", [4, 32])
 def test_both_first_halves_refused_in_the_same_words_bounce_all(office: Office, count: int) -> None:
     names = addresses(count)
     message_id, server = office.accept(*names), Server(set(names), lambda _: "your list is not welcome (#5.1.8)")
@@ -207,7 +208,7 @@ def test_pieces_expire_with_the_message(office: Office) -> None:
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )  # fmt: skip
 @given(data=st.data())

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from commands import check
 from relay import routes as module
 from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
-from relay.settings import Settings, load
+from relay.schema import Outcome
+from relay.settings import Settings, WorkerSettings, load
 from smtpd.server import size_offered
 from worker.room import Room
 from worker.servers import Servers
+from worker.transfers import judge
 
 A, B = parse_server("a.example"), parse_server("b.example")
 ONE = '[one]\nrecipients = ["one.example"]\nservers = ["a.example"]\n'
@@ -118,6 +120,16 @@ def test_no_address_and_no_pattern_is_too_odd(address: str, pattern: str) -> Non
     routes = Routes([Route("r", (A,), (pattern,)), Route("all", (B,), ("*",))])
     assert routes.route_for(address) in {"r", "all"}
     assert Routes([Route("r", (A,), (address.lower(),))]).route_for(address) in {"r", DEFAULT}
+
+
+def test_a_route_has_its_own_schedule() -> None:
+    settings = load(WorkerSettings, retry_min=30.0, retry_max=3600.0)
+    quick, slow = Route("q", (A,), retry_min=1.0, retry_max=4.0), Route("s", (A,), retry_min=7200.0)
+    waits = [judge(Outcome.DEFERRED, settings, step, route=quick)[1] for step in range(20)]
+    assert 1.0 <= waits[0] <= 2.0
+    assert all(2.0 <= wait <= 4.0 for wait in waits[3:])
+    assert judge(Outcome.DEFERRED, settings, 5, route=slow)[1] == 7200.0, "a longest below the least is the least"
+    assert 1.0 <= judge(Outcome.UNREACHABLE, settings, 9, route=quick)[1] <= 1.5
 
 
 # --- sizes --------------------------------------------------------------------------------------------------
