@@ -107,7 +107,7 @@ def found(browser: Browser, path: str) -> list[str]:
 def test_why(console: Console) -> None:
     told = {state: [console.typed("why", i).stdout.strip() for i in ids] for state, ids in console.made.ids.items()}
     words = {
-        "queued": "no QMQP server is configured for route default", "sending": "being sent by worker",
+        "queued": ": queued", "sending": "being sent by worker",
         "held": "It stays until it is released, bounced or dropped", "delivered": "delivered", "dropped": "dropped by",
         "deferred": "a failure after", "expired": "deferred it: 451 still busy", "bounced": "refused it: 550 5.1.1",
     }  # fmt: skip
