@@ -1,22 +1,74 @@
 """The Quick Mail Queueing Protocol: codec, client and server, and nothing of the relay.
 
-QMQP hands one message with its whole envelope to a mail server over one connection and gets one reply:
+QMQP hands one message with its whole envelope to a mail server over one connection and gets one reply. Every unit of
+it is a netstring: a length in decimal digits, a colon, that many bytes, a comma.
 
-    request  = netstring( netstring(message) netstring(sender) 1*netstring(recipient) )
-    reply    = netstring( ("K" / "Z" / "D") *OCTET )
-    netstring(s) = decimal-length(s) ":" s ","
+    request      = netstring( message sender 1*recipient )   each of them a netstring too
+    reply        = netstring( ("K" / "Z" / "D") *OCTET )
 
-K means accepted for every recipient, Z try again later, D refused for ever. Until the last byte of the
-request has left, the server must throw everything away; afterwards only its reply can tell what became of the
-message. That byte is the *commit point*, and most of what this package does is about being exact on which
-side of it a failure fell.
+    -> 42:5:test\\n,13:a@example.com,13:b@example.com,,
+    <- 18:KReceived 5 bytes.,
 
-    netstring   the codec: exact lengths, strict and bounded decoding
-    request     a request as bytes of known length, and the parsers of both directions; no I/O
-    client      sends one request and tells exactly what happened
-    sink        a strict server that answers, or misbehaves, by rule
+How it goes. The client connects to port 628 (TCP) or to a Unix socket, sends the request, reads the reply; the server
+closes [Q]. One request for a connection: Postfix ignores a second one [seen]. There is no greeting, no negotiation, no
+authentication and no TLS: who may connect may relay anywhere [qmail-qmqpd(8)].
 
-The protocol: https://cr.yp.to/proto/qmqp.html, https://cr.yp.to/proto/netstrings.txt. Port 628/tcp.
+The request. The outer length is exact: the sum of all that is inside, so the size of the message must be known before
+its first byte is sent [Q]; qmail-qmqpd closes without a word if it is wrong, Postfix does not look at it [seen]. The
+message is lines that end with LF, not CR LF [Q]: a CR is a byte like any other, and Postfix makes a space of it, so
+that the empty line after the header is none any more [seen]. Bytes are not changed, 8-bit and NUL included [T 5].
+Addresses are bare octets, no brackets, no quoting [T 8]; an empty sender is the null sender, `0:,`. There is at least
+one recipient [Q].
+
+The reply is one for all recipients [Q]. K: the server answers for every one of them. Z: not now; the same may be sent
+again. D: never; nobody got it. The rest is words for people, of any length, and any bytes (qmqp/reply.py).
+
+The commit point is the last byte of the request, the comma that ends it. Until it has been sent the client may close,
+and the server must throw the message away; from then on only its reply can tell what became of it, and no reply means
+try again later, and perhaps a double [Q]. Most of what this package does is about being exact on which side of that
+byte a failure fell (qmqp/result.py). A server must not reply before it, but may close at any time, and "high-quality
+servers will try to send a response first" [Q]: so an early Z or D is to be heard and honoured.
+
+What a client must not do.
+
+    guess a length, or send another size than announced    it is read as another message [Q]
+    send no recipient                                      Postfix says D [seen]; qmail-qmqpd takes a message for nobody
+    send a NUL, CR or LF in an address                     Postfix delivers to what stands before the NUL [seen]
+    send an address of more than 999 bytes                 qmail-qmqpd says D about the whole message
+    go on writing without listening                        Postfix says D early and closes: the write breaks [seen]
+    take a missing, broken or unknown reply for a verdict  it is a temporary failure [Q]
+    take the first K, Z or D of any bytes for a reply      a banner of SSH has one
+    try another server after the commit point              the first may have taken it; before, it must not [Q]
+    send the first length or last comma on its own         Postfix' qmqp-sink misreads it [seen]
+    stay for more than an hour                             both sides close then [Q]
+
+What servers do.
+
+                    qmail-qmqpd              Postfix qmqpd                    mailfront      qmqp-sink
+    outer length    exact                    ignored [seen]                   ignored        counts bytes only
+    bad request     closes, no reply         D after 1 s, early               Z              closes, no reply
+    not allowed     no connection            D after 1 s, before the request  by plugin      -
+    too large       2,000,000,009 bytes      D, early (message_size_limit)    by plugin      no limit
+    address         999 bytes, else D        2048 bytes, else D               by plugin      unread
+    no recipient    K                        D                                by plugin      K
+    empty message   K                        K                                Z              K
+    silence         closes after an hour     closes after 300 s               after an hour  waits
+
+[Q] https://cr.yp.to/proto/qmqp.html; netstrings: https://cr.yp.to/proto/netstrings.txt; [T] the text of QMTP and its
+section, by the same author with the same definitions: https://cr.yp.to/proto/qmtp.txt. Servers, by their source:
+qmail-qmqpd.c (notqmail), qmqpd(8) and qmqp-sink(1) of Postfix, protocol-qmqp.c of mailfront. [seen]: with Postfix
+3.7.11; the tests ask one too.
+
+    netstring    the codec: exact lengths, strict and bounded decoding
+    request      a request as bytes of known length, and a strict reader of requests; no I/O
+    reply        a reader of replies; no I/O
+    client       sends one request; with `body` (a file, in blocks), `connection`, `waiting` and `result`
+    probe        asks a server what it is, without giving it a message
+    sink         a strict server that answers, or misbehaves, by `rules`
 """
 
 PORT = 628
+"""TCP, as IANA has it."""
+
+LONGEST_SESSION = 3600.0
+"""Seconds after which both sides close."""

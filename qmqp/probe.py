@@ -3,10 +3,14 @@
 How it works: the protocol has no command that only asks, so the probe breaks it at the first byte: where a length must
 stand no message begins with `x`, so nothing can come of it, whoever listens. What comes back tells the families apart:
 
-    Postfix     a D "netstring format error", a second later; or, before anything is sent, a D that we may not come in
+    Postfix     a D "netstring format error", a second later (a Z with soft_bounce); or, before anything is sent, a D
+                that we may not come in
     mailfront   a Z
-    qmail       closes without a word, and so do qrelay and whatever follows the letter of the protocol
+    qmail       closes without a word, and so do qmqp-sink and whatever follows the letter of the protocol; its
+                tcpserver closes before anything is sent, if we may not come in
     others      an SMTP or SSH banner, a reply that is no netstring, a K (which nobody may give here), or silence
+
+What a probe cannot tell: how large a message may be. For that one would have to begin a message.
 
 Sources: qmail-qmqpd.c (exits on a bad length), Postfix qmqpd(8), mailfront protocol-qmqp.c. What must stay true: no
 byte is sent that could be the start of a request.
@@ -14,9 +18,11 @@ byte is sent that could be the start of a request.
 
 import asyncio
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
+
+from qmqp import PORT
+from qmqp.reply import MalformedReply, ReplyParser
 
 _NO_LENGTH = b"x"
 _LONGEST = 4096
@@ -26,7 +32,8 @@ _PATIENCE = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a probe found. `family`: postfix, qmail, mailfront, other or none; `said`: the server's bytes, bounded."""
+    """What a probe found. `allowed`: None if nobody knows. `family`: postfix, qmail, mailfront, other or none; `said`:
+    the server's bytes, bounded."""
 
     reachable: bool
     allowed: bool | None
@@ -37,67 +44,70 @@ class Finding:
 
 
 async def probe(
-    *,
-    host: str | None = None,
-    port: int = 628,
-    path: str | None = None,
-    connect: float = 10.0,
-    reply: float = 5.0,
+    *, host: str | None = None, port: int = PORT, path: str | None = None, connect: float = 10.0, reply: float = 5.0
 ) -> Finding:
     """Ask the server at host and port, or at the Unix socket `path`; never raises for what the network does."""
     started = monotonic()
     try:
         opening = asyncio.open_unix_connection(path) if path else asyncio.open_connection(host, port)
         reader, writer = await asyncio.wait_for(opening, connect)
-    except (OSError, TimeoutError) as error:
-        reason = os.strerror(error.errno) if error.errno else str(error) or "timed out"
+    except OSError as error:
+        known = error.errno is not None and error.errno > 0
+        reason = os.strerror(error.errno or 0) if known else error.strerror or str(error) or "timed out"
         return Finding(False, None, "none", f"no connection: {reason}")
-    took = monotonic() - started
+    took = round(monotonic() - started, 6)
+    asked = False
     try:
         said, closed = await _hear(reader, min(_PATIENCE, reply))
         if not said and not closed:
+            asked = True
             writer.write(_NO_LENGTH)
             said, closed = await _hear(reader, reply)
     finally:
         writer.transport.abort()
-    return _judge(said, closed, took)
+    return Finding(True, *_judge(said, asked=asked, closed=closed), said, took)
 
 
 async def _hear(reader: asyncio.StreamReader, seconds: float) -> tuple[bytes, bool]:
     """What the server says in that time, and whether it has closed."""
     said = b""
-    with suppress(TimeoutError):
+    try:
         async with asyncio.timeout(seconds):
-            while len(said) < _LONGEST:
-                try:
-                    more = await reader.read(_LONGEST)
-                except OSError:
-                    return said, True
-                if not more:
+            while len(said) < _LONGEST and not said.endswith(b","):
+                if not (more := await reader.read(_LONGEST)):
                     return said, True
                 said += more
-                if said.endswith(b","):
-                    break
+    except TimeoutError:
+        pass
+    except OSError:
+        return said, True
     return said, False
 
 
-def _judge(said: bytes, closed: bool, took: float) -> Finding:
-    length, _, rest = said.partition(b":")
-    whole = length.isdigit() and rest[:1] in (b"K", b"Z", b"D")
-    text = rest[1:].removesuffix(b",")
+def _judge(said: bytes, *, asked: bool, closed: bool) -> tuple[bool | None, str, str]:
+    """Whether we are let in, the family, and that in words."""
+    if not said and not asked:
+        return None, "other", "it closed before anything was sent, as tcpserver does to whom it does not let in"
+    if not said and closed:
+        return True, "qmail", "it closed without a word on what is no request, as qmail-qmqpd does"
     if not said:
-        if closed:
-            return Finding(True, True, "qmail", "it closed without a word, as qmail-qmqpd does", b"", took)
-        return Finding(True, None, "other", "it said nothing and kept the connection open", b"", took)
-    if not whole:
-        return Finding(True, None, "other", "what it said is no QMQP reply", said, took)
-    if b"not authorized" in text or b"not authorised" in text:
-        return Finding(True, False, "postfix", "it does not let us in", said, took)
-    match rest[:1]:
-        case b"D" if b"netstring" in text:
-            return Finding(True, True, "postfix", "it refuses bad framing with a D, as Postfix qmqpd does", said, took)
-        case b"Z":
-            return Finding(True, True, "mailfront", "it refuses bad framing with a Z, as mailfront does", said, took)
+        return None, "other", "it said nothing and kept the connection open, which no known QMQP server does"
+    try:
+        reply = ReplyParser().feed(said)
+    except MalformedReply:
+        reply = None
+    if reply is None:
+        first = "" if asked else ": it spoke first, as SMTP and SSH servers do"
+        return None, "other", f"what it said is no QMQP reply{first}"
+    if b"not authorized" in reply.text or b"not authorised" in reply.text:
+        return False, "postfix", "it does not let us in (in Postfix: qmqpd_authorized_clients)"
+    match reply.status:
         case b"K":
-            return Finding(True, None, "other", "it accepted what was no message", said, took)
-    return Finding(True, True, "other", "it refuses bad framing with a D", said, took)
+            return None, "other", "it accepted what was no message: do not send mail there"
+        case b"D" if b"netstring" in reply.text:
+            return True, "postfix", "it answers what is no request with a D, as Postfix does"
+        case b"Z" if reply.text.startswith(b"netstring format error"):
+            return True, "postfix", "it answers what is no request with a Z, as Postfix does with soft_bounce"
+        case b"Z":
+            return True, "mailfront", "it answers what is no request with a Z, as mailfront does"
+    return True, "other", "it answers what is no request with a D"

@@ -30,6 +30,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import UUID
 
+from qmqp.result import Outcome as Outcome  # what stands in `attempts.outcome`
+
 
 class State(StrEnum):
     """Where a delivery is."""
@@ -43,19 +45,6 @@ class State(StrEnum):
     BOUNCED = "bounced"
     EXPIRED = "expired"
     DROPPED = "dropped"
-
-
-class Outcome(StrEnum):
-    """What became of a try."""
-
-    ACCEPTED = "accepted"
-    DEFERRED = "deferred"
-    REJECTED = "rejected"
-    UNREACHABLE = "unreachable"
-    INTERRUPTED = "interrupted"
-    UNCERTAIN = "uncertain"
-    MALFORMED = "malformed"
-    UNSENDABLE = "unsendable"
 
 
 UNFINISHED = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD)

@@ -210,7 +210,7 @@ class Transfer:
             outcome = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
             self._note(server, outcome, "stopped before the reply came", self._current.bytes_sent, started)
             return self._record(outcome, server) if self.committed else self.handed_back()
-        outcome, reply = Outcome(result.outcome), escaped(result.text, LONGEST_TEXT)
+        outcome, reply = result.outcome, escaped(result.text, LONGEST_TEXT)
         self._note(server, outcome, reply, result.bytes_sent, started)
         if result.ours:
             return self.handed_back()

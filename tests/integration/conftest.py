@@ -1,4 +1,5 @@
-"""One migrated database a test module, emptied for each test: making one takes longer than most of these tests."""
+"""One migrated database a test module, emptied for each test, and one Postfix for all of them: making one takes longer
+than most of these tests."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +13,20 @@ from relay.database import connect, writing
 from relay.schema import metadata
 from tests.conftest import Databases
 from tests.integration.office import Office, opened
+from tests.postfix import Postfix
+from tests.services import ServiceError
+
+
+@pytest.fixture(scope="session")
+def postfix() -> Iterator[Postfix]:
+    """Real qmqpds: one that takes mail, one that lets nobody in, one that never says D."""
+    try:
+        server = Postfix()
+        server.start()
+    except ServiceError as error:
+        pytest.skip(str(error))
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,19 @@
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import uvloop
 
 from qmqp.client import Outcome, Result, Timeouts, send
+from qmqp.netstring import encode
 from qmqp.request import Request
 from qmqp.sink import running_sink
-from tests.postfix import Postfix, QmqpSink
+from tests.postfix import QmqpSink
 from tests.services import ServiceError, end, spawn
 
 HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
@@ -28,17 +31,6 @@ def qmqp_sink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QmqpSink]:
         pytest.skip(str(error))
     yield sink
     sink.stop()
-
-
-@pytest.fixture(scope="module")
-def postfix() -> Iterator[Postfix]:
-    try:
-        server = Postfix()
-        server.start()
-    except ServiceError as error:
-        pytest.skip(str(error))
-    yield server
-    server.stop()
 
 
 @pytest.fixture
@@ -137,6 +129,40 @@ def test_B17_qmqpd_refuses_a_client_that_is_not_authorized(deliver, postfix):
 def test_B6_qmqpd_refuses_by_content(deliver, postfix, subject, outcome):
     result = deliver(postfix.port, HEADER + b"Subject: " + subject + b"\n\nhello\n")
     assert (result.outcome, result.committed) == (outcome, True)
+
+
+def exchange(port: int, data: bytes) -> bytes:
+    """What a server says until it closes."""
+    with socket.create_connection(("127.0.0.1", port), 20) as server:
+        server.sendall(data)
+        server.shutdown(socket.SHUT_WR)
+        heard = b""
+        with suppress(ConnectionResetError):
+            while more := server.recv(4096):
+                heard += more
+        return heard
+
+
+ENVELOPE = b"8:s@x.test,8:r@y.test,"
+
+
+@pytest.mark.parametrize(("wire", "times"), [
+    (b"99:" + encode(HEADER) + ENVELOPE + b",", 1),
+    (encode(encode(HEADER) + ENVELOPE) * 2, 1),
+    (encode(encode(HEADER) + b"8:s@x.test,"), 0),
+    (encode(encode(HEADER) + ENVELOPE)[:-1], 0),
+], ids=["ignores the outer length", "ignores a second request", "wants a recipient", "wants its end"])  # fmt: skip
+def test_what_the_reference_says_about_the_framing_of_postfix(postfix, wire, times):
+    assert exchange(postfix.port, wire).count(b"KOk: queued as ") == times
+
+
+def test_B29_what_the_reference_says_about_addresses_and_line_ends_in_postfix(postfix):
+    body, recipient = HEADER.replace(b"\n", b"\r\n") + b"\r\nNo: header\r\n", b"r@y.test\0q@z.test"
+    heard = exchange(postfix.port, encode(encode(body) + encode(b"s@x.test") + encode(recipient)))
+    queued = postfix.queued(heard.split()[-1].removesuffix(b",").decode())
+    assert b"\nrecipient: r@y.test\n" in queued, "whom we did not mean"
+    assert b"z.test" not in queued
+    assert b" \n \nNo: header \n" in queued, "the line between header and body is none any more"
 
 
 def test_our_sink_takes_what_qmqp_source_sends():

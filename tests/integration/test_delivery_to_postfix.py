@@ -7,29 +7,17 @@ from pathlib import Path
 import pytest
 
 from qmqp.netstring import encode
-from qmqp.request import ReplyParser
+from qmqp.reply import ReplyParser
 from relay.bodies import Spool
 from relay.debts import Debts
 from tests.integration.mailroom import Mailroom
 from tests.postfix import Postfix
-from tests.services import ServiceError
 from tests.waiting import until
 from worker.servers import Servers
 
 HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
 
 type Open = Callable[..., Mailroom]
-
-
-@pytest.fixture(scope="module")
-def postfix() -> Iterator[Postfix]:
-    try:
-        server = Postfix()
-        server.start()
-    except ServiceError as error:
-        pytest.skip(str(error))
-    yield server
-    server.stop()
 
 
 @pytest.fixture

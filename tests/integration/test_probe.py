@@ -16,24 +16,13 @@ from qmqp import probe as module
 from qmqp.probe import Finding, probe
 from qmqp.sink import Answer, Preset, Rule, running_sink
 from tests.postfix import Postfix
-from tests.services import ServiceError
+from tests.waiting import until
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody here takes a second to say that it does not want us."""
     monkeypatch.setattr(module, "_PATIENCE", 0.1)
-
-
-@pytest.fixture(scope="module")
-def postfix() -> Iterator[Postfix]:
-    try:
-        server = Postfix()
-        server.start()
-    except ServiceError as error:
-        pytest.skip(str(error))
-    yield server
-    server.stop()
 
 
 def ask(port: int = 0, path: str | None = None, reply: float = 5.0) -> Finding:
@@ -108,6 +97,20 @@ def test_a_real_qmqpd_that_does_not(postfix: Postfix) -> None:
     assert b"is not authorized to use this service" in found.said
 
 
+def test_a_real_qmqpd_that_never_says_d(postfix: Postfix) -> None:
+    found = ask(postfix.soft_port)
+    assert (found.allowed, found.family) == (True, "postfix"), found
+    assert "soft_bounce" in found.words
+
+
+def test_nothing_is_in_the_queue_of_any_of_them(postfix: Postfix) -> None:
+    queue = postfix.directory / "queue/incoming"
+    before = set(queue.iterdir())
+    for port in (postfix.port, postfix.closed_port, postfix.soft_port):
+        ask(port)
+    until(lambda: set(queue.iterdir()) <= before)  # what it begins and throws away may be there for a moment
+
+
 def test_a_server_that_is_silent() -> None:
     with speaking(b"") as (port, heard):
         found = ask(port, reply=0.2)
@@ -137,12 +140,19 @@ def test_an_acceptance_of_nothing_is_no_good_sign() -> None:
 def test_a_server_that_closes_at_once() -> None:
     with speaking(b"", close=True) as (port, _):
         found = ask(port)
-    assert (found.reachable, found.family) == (True, "qmail")
+    assert (found.reachable, found.allowed, found.family) == (True, None, "other")
+    assert "before anything was sent" in found.words, "as a tcpserver does that does not let us in"
 
 
 def test_a_chatterbox_is_cut_short() -> None:
     with speaking(b"y" * 100_000) as (port, _):
         assert len(ask(port, reply=0.5).said) <= 8192
+
+
+def test_a_name_that_nobody_has() -> None:
+    found = asyncio.run(probe(host="nonesuch.invalid", connect=5.0))
+    assert (found.reachable, found.family) == (False, "none")
+    assert "Unknown error" not in found.words
 
 
 def test_nothing_listens() -> None:

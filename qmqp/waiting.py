@@ -1,0 +1,50 @@
+"""What a transfer waits for: one piece of news at a time, and never for ever."""
+
+import asyncio
+from time import monotonic
+
+
+class Stopped(Exception):
+    """Somebody here wants no more of it."""
+
+
+class Waiting:
+    """A place to wait. Whoever has news calls `wake`, which says nothing but that it is worth looking again: whoever
+    waits looks at its own conditions before and after."""
+
+    __slots__ = ("_news", "stopped")
+
+    def __init__(self) -> None:
+        self._news: asyncio.Future[bool] | None = None
+        self.stopped = False
+
+    def wake(self, *_: object) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(True)
+
+    def stop(self) -> None:
+        """Let the present wait and all later ones raise Stopped."""
+        self.stopped = True
+        self.wake()
+
+    async def until(self, deadline: float) -> None:
+        """Wait for news. Raises TimeoutError when `monotonic()` comes to `deadline`, Stopped."""
+        if not self.stopped:
+            seconds = deadline - monotonic()
+            if seconds <= 0:  # news may come as quickly as we wait: only the clock ends that
+                raise TimeoutError
+            loop = asyncio.get_running_loop()
+            self._news = news = loop.create_future()
+            alarm = loop.call_later(seconds, _expire, news)
+            try:
+                if not await news:
+                    raise TimeoutError
+            finally:
+                alarm.cancel()
+        if self.stopped:
+            raise Stopped("stopped before the commit point")
+
+
+def _expire(news: asyncio.Future[bool]) -> None:
+    if not news.done():
+        news.set_result(False)
