@@ -46,10 +46,13 @@ def _explanation(error: Exception) -> tuple[int | None, str]:
     from relay.bodies import SpoolError
     from relay.database import DatabaseError, is_outage
     from relay.queue import NoSuchMessage
+    from smtpd.policy import PolicyError
+    from smtpd.server import ListenError
+    from smtpd.store import KeeperError
 
     if isinstance(error, NoSuchMessage):
         return NOTHING_MATCHED, str(error)
-    if isinstance(error, UpError | DatabaseError | SpoolError):
+    if isinstance(error, UpError | DatabaseError | SpoolError | PolicyError | ListenError | KeeperError):
         return WRONG_USE, str(error)
     if isinstance(error, OSError) and error.filename:  # a spool of another user
         return OUT_OF_REACH, f"{error.filename}: {error.strerror}"

@@ -154,7 +154,7 @@ def connect(url: str, *, pool: int = 4, hot: bool = False) -> Engine:
         )
         event.listen(engine, "connect", _prepare_postgresql)
         if hot:
-            event.listen(engine, "connect", _forbid_scans)
+            event.listen(engine, "connect", _prepare_hot)
         return engine
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: 3.38 or newer is needed")
@@ -172,11 +172,12 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
     connection.commit()
 
 
-def _forbid_scans(connection: Any, _record: Any) -> None:
-    # Plans that psycopg prepares while a table is empty would go on scanning it when it has filled up.
+def _prepare_hot(connection: Any, _record: Any) -> None:
+    # Plans that psycopg prepares while a table is empty would go on scanning it when it has filled up. And a process
+    # that is stopped in the middle of a transaction must not hold its rows for as long as a lease.
     connection.execute(
         "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_hashjoin', 'off', false),"
-        " set_config('enable_mergejoin', 'off', false)"
+        " set_config('enable_mergejoin', 'off', false), set_config('idle_in_transaction_session_timeout', '15s', false)"
     )
     connection.commit()
 

@@ -9,7 +9,7 @@ again is how a COMMIT in doubt is settled: the repeat waits for the first transa
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine, text
 
@@ -19,8 +19,7 @@ from relay.log import escaped
 from relay.schema import LONGEST_INDEXED
 
 
-@dataclass(slots=True)
-class NewRecipient:
+class NewRecipient(NamedTuple):
     """One RCPT: the address as QMQP wants it, and what DSN said of it."""
 
     address: str
@@ -29,8 +28,7 @@ class NewRecipient:
     route: str = "default"
 
 
-@dataclass(slots=True)
-class NewMessage:
+class NewMessage(NamedTuple):
     """A message whose body is safe on disk. `size` is that body's, in bytes."""
 
     id: str
@@ -70,7 +68,7 @@ PARTS = (
 
 
 class Intake:
-    """Accepts messages; `commit` is what a `rounds.Writer` runs."""
+    """Accepts messages; `commit` is what `rounds.Rounds` runs."""
 
     def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
         spell = dialect_of(engine)

@@ -39,6 +39,7 @@ RECEIVED_BYTES = Counter("relay_received_bytes", "bytes of the bodies of accepte
 ACCEPT_SECONDS = Histogram("relay_accept_seconds", "from the end of a message to its 250", buckets=_QUICK)
 ROUND_SIZE = Histogram("relay_round_size", "rows committed at once", ["writer"], buckets=[2**n for n in range(10)])
 ROUND_SECONDS = Histogram("relay_round_seconds", "what committing them took", ["writer"], buckets=_QUICK)
+KEEPERS = Counter("relay_keeper_deaths", "keepers that died and were started again")
 HINTS = Counter("relay_hints", "hints published", ["queue"])
 ATTEMPTS = Counter("relay_attempts", "tries at a server", ["server", "outcome"])
 SENT_BYTES = Counter("relay_sent_bytes", "bytes of QMQP requests sent")

@@ -3,6 +3,7 @@
 Nothing here gives up because something is away: services start in any order, also after a host reboot.
 """
 
+import asyncio
 import threading
 from dataclasses import dataclass
 
@@ -40,3 +41,12 @@ def ready(settings: Settings, stopping: threading.Event | None = None) -> Ready:
     spool = Spool(settings.spool_dir)
     spool.prepare(engine, unsafe=settings.unsafe_durability)
     return Ready(engine, spool)
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """An event loop: uvloop's, where there is a wheel of it; else slower, not different."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

@@ -1,18 +1,16 @@
 """A transaction becomes a stored message, a row, and only then a 250.
 
-Small messages are stored whole by a thread, those that end at about the same time together; a larger one streams: as
-soon as a block has gathered it is written, block after block in order, by whichever thread is free, and the connection
-is told to stop reading while too much is outstanding. So no message is ever whole in memory unless it is smaller than a
-block. When the body is safe on disk, the thread that synced it puts the message before the writer, whose round answers
-many at once.
+A small message is handed to the store whole: a process of its own syncs and commits what comes in at about the same
+time together. A larger one streams: as soon as a block has gathered it is written, block after block in order, by
+whichever thread is free, and the connection is told to stop reading while too much is outstanding; when its file is
+synced, the store commits it. So no message is ever whole in memory unless it is smaller than a block.
 
 What must stay true:
 - 250 is said only for a message whose body is synced and whose row is committed.
-- A body is removed only when no row can come to name it: the writer never took it (`withdraw` said so), or the database
-  refused its data. When the writer has it and does not say, the client hears 451 and the body stays.
+- A body is removed only when no row can come to name it: the store took the order back, or the database refused its
+  data. When the store does not know, the client hears 451 and the body stays.
 - Our own faults are temporary for the client (452 without room, else 451), and say nothing about their nature.
-- A reception lives on the event loop. Threads only touch the body, and what they report comes back through the loop;
-  at most one thread works for a reception at a time.
+- A reception lives on the event loop. Threads only touch the body of a large message, one at a time.
 """
 
 import asyncio
@@ -20,8 +18,7 @@ import errno
 import re
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
@@ -32,8 +29,10 @@ from relay.bodies import Body, Spool
 from relay.ids import new_id
 from relay.intake import NewMessage, NewRecipient
 from relay.log import get_logger
-from relay.rounds import Entry, Unsettled, Writer
-from smtpd.session import Envelope
+from relay.rounds import Unsettled
+from smtpd.events import Envelope
+from smtpd.orders import Withdrawn
+from smtpd.store import Store
 
 BLOCK = 64 * 1024
 """Octets from which on a message streams to its file."""
@@ -41,8 +40,6 @@ AHEAD = 8 * BLOCK
 """Octets of one message in memory above which its connection stops reading."""
 THREADS = 8
 """For large messages and for removing."""
-TOGETHER, GATHER = 32, 0.003
-"""How many small messages are stored together at most; seconds that they are let gather while they come in numbers."""
 
 _NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
 _LOCAL_FAULT = b"451 4.3.0 Cannot take the message now, try again later\r\n"
@@ -78,57 +75,6 @@ class Threads:
             call()
 
 
-class Stores:
-    """A thread that stores small messages, whatever has gathered together: one journal commit does for many.
-
-    Every wake of a thread costs the event loop its turn, so while messages come in numbers it lets a few gather.
-    """
-
-    def __init__(self, spool: Spool) -> None:
-        self._spool = spool
-        self._waiting: deque[tuple[Reception, list[bytes]]] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="stores", daemon=True)
-        self._thread.start()
-
-    def submit(self, reception: "Reception", parts: list[bytes]) -> None:
-        """Store the whole of a message and tell its reception, in the thread."""
-        with self._changed:
-            self._waiting.append((reception, parts))
-            if len(self._waiting) == 1:
-                self._changed.notify()
-
-    def close(self, timeout: float) -> None:
-        """Lets what was submitted finish, but no longer than `timeout` seconds."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        busy = False
-        while taken := self._take(busy):
-            busy = len(taken) > 1
-            self._store(taken)
-
-    def _take(self, busy: bool) -> "list[tuple[Reception, list[bytes]]]":
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            if busy and not self._closing:
-                self._changed.wait_for(lambda: self._closing, GATHER)
-            return [self._waiting.popleft() for _ in range(min(len(self._waiting), TOGETHER))]
-
-    def _store(self, taken: "list[tuple[Reception, list[bytes]]]") -> None:
-        found: Sequence[int | Exception]
-        try:
-            found = self._spool.store_all([(reception.id, parts) for reception, parts in taken])
-        except Exception as error:  # of ours: nobody of this lot may be left without an answer
-            found = [error] * len(taken)
-        for (reception, _), size in zip(taken, found, strict=True):
-            reception.stored(size)
-
-
 type Answer = Callable[[bytes], None]
 type Flow = Callable[[], None]
 
@@ -139,13 +85,11 @@ class Receiver:
 
     loop: asyncio.AbstractEventLoop
     spool: Spool
-    writer: Writer[NewMessage, None]
-    hint: Callable[[list[str]], None]
+    store: Store
     route_for: Callable[[str], str]
     hostname: str
     deadline: float
     threads: Threads
-    stores: Stores
 
 
 class Reception:
@@ -165,12 +109,12 @@ class Reception:
         self._held, self._held_size = [trace], len(trace)
         self._moving = 0  # octets with a thread
         self._busy = False  # a thread works for us
-        self._body: Body | None = None
+        self._body: Body | None = None  # of a large message
         self._size = 0
         self._message_id: str | None = None
         self._complete = self._gone = False
         self._error: Exception | None = None
-        self._entry: Entry | None = None
+        self._order = 0  # the number that the store knows us by
 
     @property
     def congested(self) -> bool:
@@ -194,7 +138,8 @@ class Reception:
         if self._error is not None:
             self._fail(self._error)
         elif not self._busy and self._body is None:
-            self._store()
+            self._size = self._held_size
+            self._put(self._held)
         elif not self._busy:
             self._work(self._finish)
 
@@ -208,13 +153,10 @@ class Reception:
         """Nobody waits for an answer any more: the message is taken back if that can still be done."""
         self._gone = True
         self._answer = None
-        if self._entry is not None:
-            if self._receiver.writer.withdraw(self._entry):
-                self._receiver.threads.submit(self._remove)
+        if self._order:
+            self._receiver.store.withdraw(self._order)
         elif not self._busy:
-            self._receiver.threads.submit(self._remove)
-
-    # -- on the loop, told by threads and the writer ------------------------------------------------------------
+            self._remove()
 
     def _work(self, call: Callable[[list[bytes]], None]) -> None:
         held, self._held = self._held, []
@@ -222,53 +164,69 @@ class Reception:
         self._busy = True
         self._receiver.threads.submit(lambda: self._guard(call, held))
 
-    def _store(self) -> None:
-        held, self._held = self._held, []
-        self._moving, self._held_size = self._held_size, 0
-        self._busy = True
-        self._receiver.stores.submit(self, held)
-
     def _written(self) -> None:
         self._busy = False
         self._moving = 0
         if self._gone:
-            self._receiver.threads.submit(self._remove)
+            self._remove()
         elif self._complete:
             self._work(self._finish)
         elif self._held_size >= BLOCK:
             self._work(self._write)
         self._flow()
 
+    def _finished(self) -> None:
+        self._busy = False
+        if self._gone:
+            self._remove()
+        else:
+            self._put(None)
+
+    def _put(self, body: list[bytes] | None) -> None:
+        """Have the message kept; its body comes along unless it is stored already."""
+        assert self.deadline is not None
+        self._held = []
+        self._order = self._receiver.store.put(self._message(), body, self.deadline, self._settled)
+
     def _fail(self, error: Exception) -> None:
         """A body could not be written; what there was of it has gone."""
         self._busy, self._error, self._body, self._held = False, error, None, []
         self._held_size = self._moving = 0
         if self._complete or self._gone:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            log.error("not accepted", id=self.id, client=self._client, reason=str(error))
-            self._say(_NO_ROOM if full else _LOCAL_FAULT)
+            self._refuse(error)
         else:
             self._flow()
 
-    def _settled(self, result: object) -> None:
+    def _settled(self, result: Exception | None) -> None:
         if result is None:
             metrics.RECEIVED_BYTES.inc(self._size)
             metrics.ACCEPT_SECONDS.observe(time.monotonic() - self._ended)
-            self._receiver.hint([self.id])
+            told = {} if self._answer else {"told": False}
+            self._say(b"250 2.0.0 Ok: queued as %b\r\n" % self.id.encode("ascii"))
             who = {"id": self.id, "client": self._client, "sender": self._envelope.sender}
             ms = round((time.monotonic() - self._started) * 1000, 1)
-            log.info("accepted", **who, recipients=len(self._envelope.recipients), size=self._size, ms=ms)
-            self._say(b"250 2.0.0 Ok: queued as %b\r\n" % self.id.encode("ascii"))
+            log.info("accepted", **who, recipients=len(self._envelope.recipients), size=self._size, ms=ms, **told)
             return
-        log.error("not accepted", id=self.id, client=self._client, reason=type(result).__name__)
         if not isinstance(result, Unsettled):
-            self._receiver.threads.submit(self._remove)
-        self._say(_LOCAL_FAULT)
+            self._remove()
+        if not isinstance(result, Withdrawn):
+            self._refuse(result)
+
+    def _refuse(self, error: Exception) -> None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if self._answer:  # else it has gone, or was told before
+            log.error("not accepted", id=self.id, client=self._client, reason=str(error) or type(error).__name__)
+        self._say(_NO_ROOM if full else _LOCAL_FAULT)
 
     def _say(self, reply: bytes) -> None:
         answer, self._answer = self._answer, None
         if answer is not None:
             answer(reply)
+
+    def _remove(self) -> None:
+        """Remove what was streamed."""
+        if self._body is not None:
+            self._receiver.threads.submit(self._discard)
 
     # -- in a thread --------------------------------------------------------------------------------------------
 
@@ -286,45 +244,22 @@ class Reception:
         self._body.append(b"".join(held))
         self._receiver.loop.call_soon_threadsafe(self._written)
 
-    def stored(self, found: int | Exception) -> None:
-        """The whole message was stored, or nothing of it."""
-        self._guard(self._take_up, found)
-
-    def _take_up(self, found: int | Exception) -> None:
-        if isinstance(found, Exception):
-            raise found
-        self._size = found
-        self._commit()
-
     def _finish(self, held: list[bytes]) -> None:
         body = self._body
         assert body is not None
         if held:
             body.append(b"".join(held))
         self._size = body.finish()
-        self._commit()
+        self._receiver.loop.call_soon_threadsafe(self._finished)
 
-    def _commit(self) -> None:
-        if self._is_gone():
-            self._remove()
-            return
-        self._entry = self._receiver.writer.put(self._message(), self._settled, self.deadline)
-        # It may have been abandoned while it was being put, by somebody who saw no entry yet.
-        if self._is_gone() and self._receiver.writer.withdraw(self._entry):
-            self._remove()
-
-    def _is_gone(self) -> bool:
-        return self._gone
-
-    def _remove(self) -> None:
-        body, self._body = self._body, None
-        if body is not None:
-            body.discard()
+    def _discard(self) -> None:
+        if self._body is not None:
+            self._body.discard()
         self._receiver.spool.remove(self.id)
 
     def _message(self) -> NewMessage:
         envelope, parameters, route_for = self._envelope, self._envelope.parameters, self._receiver.route_for
-        message = NewMessage(
+        return NewMessage(
             self.id,
             envelope.sender,
             self._size,
@@ -333,10 +268,10 @@ class Reception:
             envelope.helo,
             envelope.protocol,
             header_message_id=self._message_id,
+            body_type=parameters.get(b"BODY"),
+            ret=parameters.get(b"RET"),
+            envid=parameters.get(b"ENVID"),
         )
-        message.body_type, message.ret = parameters.get(b"BODY"), parameters.get(b"RET")
-        message.envid = parameters.get(b"ENVID")
-        return message
 
 
 @lru_cache(maxsize=1)

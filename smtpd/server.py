@@ -8,7 +8,7 @@ Reading stops while the client does not read our replies, while the disk is behi
 sent too much behind a message that is not answered yet.
 
 Stopping: no new connections; idle sessions hear 421; transactions in progress are finished, for DRAIN_TIMEOUT at most;
-then the writer commits what it has and the process ends.
+then the keeper finishes what it has and the process ends.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ from typing import cast
 
 from relay import metrics
 from relay.broker import FRESH, Hints, celery_app
-from relay.intake import Intake, NewMessage
 from relay.log import get_logger
-from relay.rounds import Writer
 from relay.routes import Routes
 from relay.settings import SmtpdSettings
-from relay.start import Ready, ready
+from relay.start import Ready, new_loop, ready
+from smtpd.events import Abandon, Begin, Complete, Event, Refusal, Text
 from smtpd.policy import Policy
-from smtpd.receiver import THREADS, Receiver, Reception, Stores, Threads
-from smtpd.session import Abandon, Begin, Complete, Event, Greeting, Refusal, Session, Text
+from smtpd.receiver import THREADS, Receiver, Reception, Threads
+from smtpd.session import Greeting, Session
+from smtpd.store import Store, launching
 
 BACKLOG_LIMIT = 64 * 1024
 """Octets a client may send behind a message that is not answered yet."""
@@ -119,6 +119,7 @@ class Server:
             self.greeting, self.policy.max_message_size = Greeting(self.settings.hostname, size), size
         for connection in tuple(self.connections):
             connection.look_at_clock(now)
+        self.receiver.store.look_at_clock(now)
         pause = min(1.0, self.settings.smtp_timeout / 4, self.receiver.deadline / 4)
         self._clock = self.loop.call_later(pause, self._tick)
 
@@ -303,39 +304,27 @@ def run(settings: SmtpdSettings) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ListenError, PolicyError, what `relay.start` raises."""
     policy = Policy(settings)
     state = ready(settings)
-    with asyncio.Runner(loop_factory=_new_loop) as runner:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(_serve(settings, policy, state))
     state.engine.dispose()
     return 0
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
 async def _serve(settings: SmtpdSettings, policy: Policy, state: Ready) -> None:
-    spool, intake = state.spool, Intake(state.engine, lifetime=settings.queue_lifetime, grace=settings.grace)
-    loop = asyncio.get_running_loop()
+    spool, loop = state.spool, asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    writer = Writer[NewMessage, None](
-        "intake", intake.commit, post=loop.call_soon_threadsafe, rounds_of=metrics.rounds("intake")
-    )
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
     routes = Routes.load(settings)
     largest = partial(size_offered, settings.max_message_size, routes)
     name, deadline = settings.hostname, settings.accept_deadline
-    threads, stores = Threads(THREADS), Stores(spool)
-    receiver = Receiver(loop, spool, writer, hints.offer, routes.route_for, name, deadline, threads, stores)
+    threads, store = Threads(THREADS), Store(launching(settings), hints.offer)
+    receiver = Receiver(loop, spool, store, routes.route_for, name, deadline, threads)
     policy.max_message_size = largest()
     server = Server(loop, settings, receiver, policy, Greeting(settings.hostname, largest()), largest)
+    await store.start()
     addresses = await server.listen(settings.smtp_listen)
-    writer.start()
     hints.start()
     log.info("listening", addresses=[shown(*address) for address in addresses])
     metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))
@@ -344,11 +333,7 @@ async def _serve(settings: SmtpdSettings, policy: Policy, state: Ready) -> None:
     stop_metrics()
     log.info("stopping", sessions=len(server.connections))
     await server.stop(settings.drain_timeout)
-    for close in (
-        lambda: receiver.stores.close(5.0),
-        lambda: receiver.threads.close(5.0),
-        lambda: writer.close(5.0),
-        hints.close,
-    ):
-        await loop.run_in_executor(None, close)
+    await store.close(5.0)
+    await loop.run_in_executor(None, threads.close, 5.0)
+    await loop.run_in_executor(None, hints.close)
     await server.stop(0.0)

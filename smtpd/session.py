@@ -4,10 +4,10 @@
 one piece for `replies`, so that a pipelined group (RFC 2920) is answered in one write. One table of commands by
 states says what each command does where it is allowed and what it is answered where it is not; a new command is a row.
 
-A message passes as `Begin`, then `Text` as often as there is some, then `Complete`; or `Abandon` as soon as its
-content is found at fault (the session reads on to the real end and answers by itself). After `Complete` the session
-stands still: what the client sent behind its message waits until `answer` brings the verdict, so that no command
-overtakes it. Whoever drives a session cancels a begun message when the connection goes before its `Complete`.
+A message passes as `Begin`, then `Text` as often as there is some, then `Complete` (smtpd/events.py); or `Abandon` as
+soon as its content is found at fault (the session reads on to the real end and answers by itself). After `Complete` the
+session stands still: what the client sent behind its message waits until `answer` brings the verdict, so that no
+command overtakes it. Whoever drives a session cancels a begun message when the connection goes before its `Complete`.
 
 A client out of step is dangerous, because what it means as content could run as commands. Bytes before the banner,
 or behind a DATA that was refused, close the connection, and so do HTTP and TLS on this port and too many errors.
@@ -15,12 +15,12 @@ or behind a DATA that was refused, close the connection, and so do HTTP and TLS 
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
 from smtpd.addresses import Recipient, Refused, parse_recipient, parse_sender
 from smtpd.content import Content
+from smtpd.events import Abandon, Begin, Complete, Envelope, Event, Refusal, Text
 
 LINE_LIMIT = 512
 """Octets of a command line with its CRLF (RFC 5321, 4.5.3.1.4)."""
@@ -41,53 +41,6 @@ class State(IntEnum):
     VERDICT = 5  # the message is whole, its answer is awaited
     SILENT = 6  # the banner was not sent yet
     CLOSED = 7
-
-
-@dataclass(slots=True)
-class Envelope:
-    """A transaction: `sender` is '' if null, `parameters` are those of MAIL, `protocol` is RFC 3848's keyword."""
-
-    sender: str
-    parameters: Mapping[bytes, str]
-    helo: str
-    protocol: str
-    recipients: list[Recipient] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """The client was told to send its message."""
-
-    envelope: Envelope
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Decoded content."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Abandon:
-    """The content is at fault: what was stored of it is not wanted. Its Refusal comes when its end was read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Complete:
-    """The end of the message was read; `answer` is due."""
-
-    message_id: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A command was answered with an error; of the temporary ones only the first in a transaction is told."""
-
-    reply: bytes
-
-
-type Event = Begin | Text | Abandon | Complete | Refusal
 
 
 class Rules(Protocol):

@@ -84,6 +84,7 @@ def test_a_database_out_of_reach(tmp_path: Path) -> None:
         (("up",), {"SMTP_LISTEN": "nonsense"}, "RELAY_SMTP_LISTEN"),
         (("up",), {"RETRY_MIN": "soon"}, "RELAY_RETRY_MIN"),
         (("smtpd",), {"MAX_MESSAGE_SIZE": "huge"}, "RELAY_MAX_MESSAGE_SIZE"),
+        (("smtpd",), {"CLIENT_NETWORKS": "connected", "PUBLISH": "0.0.0.0:25"}, "qmqp-relay: RELAY_CLIENT_NETWORKS"),
         (("worker",), {"BLOCK_SIZE": "1"}, "RELAY_BLOCK_SIZE"),
         (("migrate",), {"DATABASE_URL": "mysql://x/y"}, "RELAY_DATABASE_URL"),
         (("check",), {"QMQP_SERVERS": "mail.example.com:port"}, "mail.example.com:port"),

@@ -7,6 +7,7 @@ how a test finds a worker that has something to lose. The oracle is what the ser
 """
 
 import fcntl
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -199,6 +200,17 @@ def test_smtpd_is_killed(scene: Scene) -> None:
         feeder.until_accepted(50)
         scene.relay.end(scene.smtpd, signal.SIGKILL)
         scene.smtpd = scene.relay.smtpd()
+        feeder.until_accepted(50)
+        scene.settle(feeder, orphans=True)
+
+
+def test_the_keeper_is_killed(scene: Scene) -> None:
+    children = Path(f"/proc/{scene.smtpd.pid}/task/{scene.smtpd.pid}/children")
+    with Feeder(scene.relay.port, name="keeper-") as feeder:
+        for _ in range(3):
+            feeder.until_accepted(50)
+            (keeper,) = map(int, children.read_text().split())
+            os.kill(keeper, signal.SIGKILL)
         feeder.until_accepted(50)
         scene.settle(feeder, orphans=True)
 

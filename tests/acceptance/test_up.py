@@ -53,7 +53,7 @@ def paste(word: str, up: Up, directory: Path) -> None:
 
 def test_the_next_start_delivers_what_a_killed_one_had(start_up: StartUp) -> None:
     first = start_up()  # no server: mail waits
-    assert len(processes_of(first.state_dir)) == 4  # up, valkey, smtpd, worker
+    assert len(processes_of(first.state_dir)) == 5  # up, valkey, smtpd and its keeper, worker
     first.send("you@example.org")
     os.kill(first.pid, signal.SIGKILL)
     until(lambda: not processes_of(first.state_dir), 5, what="the children died with it")

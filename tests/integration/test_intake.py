@@ -55,7 +55,7 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
         "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
         header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", notice_of=about,
     )  # fmt: skip
-    message.recipients[0].notify, message.recipients[0].orcpt = "FAILURE,DELAY", "rfc822;zoe@example.org"
+    message.recipients[0] = message.recipients[0]._replace(notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org")
     office.intake.commit([message])
     (row,) = office.rows("SELECT m.*, @since(received_at) AS ago, @hex(notice_of) AS about FROM messages m"
                          " WHERE id = @id(:id)", id=message.id)  # fmt: skip
@@ -97,8 +97,7 @@ def test_bytes_from_peers_cannot_break_the_round(office: Office) -> None:
 
 def test_one_bad_row_fails_alone(office: Office) -> None:
     good = [new_message() for _ in range(4)]
-    bad = new_message()
-    bad.sender = None  # type: ignore[assignment]
+    bad = new_message()._replace(sender=None)  # type: ignore[arg-type]
     front = Front(office)
     answers = front.take(*good[:2], bad, *good[2:])
     assert [answers[m.id] for m in good] == [None] * 4
@@ -119,7 +118,7 @@ def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(postgres_off
 
 def test_all_of_a_message_or_nothing(office: Office) -> None:
     message = new_message("x@example.org", "y@example.org")
-    message.recipients[1].route = None  # type: ignore[assignment]
+    message.recipients[1] = message.recipients[1]._replace(route=None)  # type: ignore[arg-type]
     with pytest.raises(DBAPIError):
         office.intake.commit([message])
     assert counts(office) == [0, 0, 0]
@@ -189,10 +188,10 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(postgres: Postg
         front.put(hurried, deadline=0.0)
         until(lambda: front.answers)
         assert isinstance(front.answers[hurried.id], Unsettled)
-        assert front.writer.stuck
+        assert front.writer.rounds.stuck
         assert list(front.answers) == [hurried.id]
         postgres.start()
         until(lambda: patient.id in front.answers)
         assert front.answers[patient.id] is None
-        until(lambda: not front.writer.stuck)
+        until(lambda: not front.writer.rounds.stuck)
         assert front.writer.close(10)

@@ -14,8 +14,13 @@ from relay.settings import SmtpdSettings, load
 from smtpd.policy import Policy
 from smtpd.server import Server, size_offered
 from smtpd.session import Greeting
+from smtpd.store import Store
 
 ROUTE = '[small]\nrecipients = ["small.example"]\nservers = ["a"]\nmax_size = "%s"\n'
+
+
+async def never(_: object) -> None:
+    """No keeper is launched here: no message comes."""
 
 
 async def say(port: int, *lines: str) -> list[str]:
@@ -46,8 +51,9 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     async def scenario() -> None:
         policy = Policy(settings)
+        receiver = SimpleNamespace(deadline=60.0, store=Store(never, list[str]().extend))
         server = Server(
-            asyncio.get_running_loop(), settings, cast(Any, SimpleNamespace(deadline=60.0)), policy,
+            asyncio.get_running_loop(), settings, cast(Any, receiver), policy,
             Greeting(settings.hostname, 1), lambda: size_offered(settings.max_message_size, routes),
         )  # fmt: skip
         [(_, port)] = await server.listen([("127.0.0.1", 0)])

@@ -7,7 +7,9 @@ the whole program on a real database.
 import asyncio
 import errno
 import json
+import os
 import re
+import select
 import signal
 import smtplib
 import socket
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from sqlalchemy import create_engine, text
 
 from relay.bodies import Body, Spool
 from relay.intake import NewMessage
-from relay.rounds import Writer
 from relay.settings import SmtpdSettings, load
+from smtpd.keeper import Keeper
 from smtpd.policy import Policy
-from smtpd.receiver import AHEAD, BLOCK, Receiver, Stores, Threads
+from smtpd.receiver import AHEAD, BLOCK, Receiver, Threads
 from smtpd.server import ListenError, Server
 from smtpd.session import Greeting
+from smtpd.store import Store
 from tests.waiting import until
 
 
@@ -73,18 +76,16 @@ class Running:
         self.loop.close()
 
     async def _serve(self) -> None:
-        writer = Writer[NewMessage, None]("test", self.database.commit, post=self.loop.call_soon_threadsafe)
-        writer.start()
+        self.store = Store(self._keep, self.hints.extend)
+        await self.store.start()
         self.receiver = Receiver(
             self.loop,
             self.spool,
-            writer,
-            self.hints.extend,
+            self.store,
             lambda _address: "default",
             "relay.example",
             self.settings.accept_deadline,
             Threads(4),
-            Stores(self.spool),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = Server(self.loop, self.settings, self.receiver, Policy(self.settings), greeting)
@@ -93,10 +94,13 @@ class Running:
         await self._stop.wait()
         await self.server.stop(self.drain)
         self.database.gate.set()
-        await self.loop.run_in_executor(None, writer.close, 10.0)
-        await self.loop.run_in_executor(None, self.receiver.stores.close, 10.0)
         await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
+        await self.store.close(10.0)
         await self.server.stop(0.0)
+
+    async def _keep(self, channel: socket.socket) -> None:
+        with channel:
+            await self.loop.run_in_executor(None, Keeper(channel, self.spool, self.database.commit).run)
 
     def ask_to_stop(self, drain: float) -> None:
         self.drain = drain
@@ -306,24 +310,28 @@ def test_C20_a_client_that_goes_in_the_middle_leaves_nothing(run: Callable[..., 
     assert running.database.messages == []
 
 
-def test_C21_a_client_that_goes_before_the_writer_took_its_message(run: Callable[..., Running]) -> None:
+def test_C21_a_client_that_goes_before_its_message_was_taken(run: Callable[..., Running]) -> None:
     running = run()
     running.database.gate.clear()
-    with talking(running) as first, talking(running) as second:
+    with talking(running) as first, talking(running) as second, talking(running) as third:
         first.begin()
         first.send(b"first\r\n.\r\n")
         assert running.database.taken.wait(10)
         second.begin()
         second.send(b"second\r\n.\r\n")
-        until(lambda: len(running.bodies()) == 2)
-        second.close()
-        until(lambda: len(running.bodies()) == 1)
+        until(lambda: len(running.bodies()) == 2)  # one is being committed, one is stored: no more is taken
+        third.begin()
+        third.send(b"third\r\n.\r\n")
+        third.close()
+        until(lambda: len(running.server.connections) == 2)
         running.database.gate.set()
         first.hears(b"250 2.0.0")
-    assert [stored(running, message) for message in running.database.messages] == [b"first\n"]
+        second.hears(b"250 2.0.0")
+    assert [stored(running, message) for message in running.database.messages] == [b"first\n", b"second\n"]
+    assert len(running.bodies()) == 2
 
 
-def test_C23_past_the_deadline_451_and_only_what_was_not_taken_is_removed(run: Callable[..., Running]) -> None:
+def test_C23_past_the_deadline_451_and_only_what_is_in_doubt_is_kept(run: Callable[..., Running]) -> None:
     running = run(accept_deadline=0.5)
     running.database.gate.clear()
     with talking(running) as first, talking(running) as second:
@@ -334,9 +342,8 @@ def test_C23_past_the_deadline_451_and_only_what_was_not_taken_is_removed(run: C
         second.send(b"second\r\n.\r\nNOOP\r\n")
         second.hears(b"451 4.3.0", b"250 2.0.0")
         first.hears(b"451 4.3.0")
-        until(lambda: len(running.bodies()) == 1)
         running.database.gate.set()
-        until(lambda: running.database.messages)
+        until(lambda: len(running.bodies()) == 1)
     [message] = running.database.messages
     assert stored(running, message) == b"first\n"
 
@@ -524,35 +531,83 @@ raise SystemExit(run(settings))
 """
 
 
-def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
+class Program:
+    """smtpd as a process, on a real database."""
+
+    def __init__(self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int):
+        self.port, self.log = port, directory / "log"
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "RELAY_STATE_DIR": str(directory / "state"),
+            "RELAY_DATABASE_URL": database_url,
+            "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
+            "RELAY_LOG_FORMAT": "json",
+            "RELAY_UNSAFE_DURABILITY": "1",
+        }
+        with self.log.open("wb") as stderr:
+            self.process = spawn([sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
+        until(lambda: self.events("listening") or self.process.poll() is not None, 30, what=self.log.read_text)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [e for e in map(json.loads, self.log.read_text().splitlines()) if e["event"] == name]
+
+    def keepers(self) -> list[int]:
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
+
+    def send(self, *recipients: str) -> None:
+        with smtplib.SMTP("127.0.0.1", self.port) as client:
+            client.sendmail("a@example.com", recipients, b"Subject: x\r\n\r\nbody\r\n")
+
+
+@pytest.fixture
+def program(
     database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> Program:
+    return Program(tmp_path, database_url, spawn, free_port())
+
+
+def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
+    database_url: str, program: Program
 ) -> None:
-    port = free_port()
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "RELAY_STATE_DIR": str(tmp_path / "state"),
-        "RELAY_DATABASE_URL": database_url,
-        "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
-        "RELAY_LOG_FORMAT": "json",
-        "RELAY_UNSAFE_DURABILITY": "1",
-    }
-    log = tmp_path / "log"
-    with log.open("wb") as stderr:
-        child = spawn([sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
-
-    def events(name: str) -> list[dict[str, Any]]:
-        return [e for e in map(json.loads, log.read_text().splitlines()) if e["event"] == name]
-
-    until(lambda: events("listening") or child.poll() is not None, 30, what=log.read_text)
-    with smtplib.SMTP("127.0.0.1", port) as client:
-        client.sendmail("a@example.com", ["b@example.org", "c@example.org"], b"Subject: x\r\n\r\nbody\r\n")
+    program.send("b@example.org", "c@example.org")
     engine = create_engine(database_url)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM recipients")).scalar() == 2
         assert connection.execute(text("SELECT state FROM deliveries")).scalar() == "queued"
     engine.dispose()
-    [accepted] = events("accepted")
+    [accepted] = program.events("accepted")
     assert (accepted["sender"], accepted["recipients"], accepted["client"]) == ("a@example.com", 2, "127.0.0.1")
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(20) == 0
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(20) == 0
+
+
+def test_a_keeper_that_is_killed_leaves_nobody_without_an_answer_and_is_replaced(program: Program) -> None:
+    [keeper] = until(program.keepers)
+    os.kill(keeper, signal.SIGSTOP)
+    with closing(Client("127.0.0.1", program.port)) as client:
+        client.begin()
+        client.send(b"x\r\n.\r\n")
+        client.send(b"NOOP\r\n")  # the message is with the keeper when this was read
+        os.kill(keeper, signal.SIGKILL)
+        client.hears(b"451 4.3.0", b"250 2.0.0")
+    until(lambda: program.keepers() not in ([], [keeper]))
+    program.send("b@example.org")
+    assert len(program.events("keeper died, starting it again")) == len(program.events("accepted")) == 1
+
+
+def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Program) -> None:
+    program.send("b@example.org")
+    [keeper] = program.keepers()
+    os.kill(keeper, signal.SIGINT)
+    os.kill(keeper, signal.SIGTERM)
+    program.send("b@example.org")
+    assert program.keepers() == [keeper], "only the end of its orders ends it"
+    handle = os.pidfd_open(keeper)
+    try:
+        program.process.kill()
+        assert select.select([handle], [], [], 10)[0], "it is still there"
+    finally:
+        os.close(handle)

@@ -43,8 +43,8 @@ class Desk:
         self.answers: dict[Any, Any] = {}
         self.writer: Writer[Any, str] = Writer("test", database.commit, post=self.posts.put, **options)
 
-    def put(self, item: Any, **options: Any) -> Any:
-        return self.writer.put(item, lambda answer: self._answer(item, answer), **options)
+    def put(self, item: Any, **options: Any) -> None:
+        self.writer.put(item, lambda answer: self._answer(item, answer), **options)
 
     def _answer(self, item: Any, answer: Any) -> None:
         assert item not in self.answers, "answered twice"
@@ -108,20 +108,6 @@ def test_rounds_are_bounded_and_told_of(database: Database) -> None:
     assert [len(round_) for round_ in database.rounds] == told == [4, 4, 2]
 
 
-def test_what_is_withdrawn_in_time_is_never_committed(desk: Desk, database: Database) -> None:
-    database.go_on.clear()
-    taken = desk.put("taken")
-    desk.writer.start()
-    assert database.entered.wait(20)
-    waiting, other = desk.put("waiting"), desk.put("other")
-    assert not desk.writer.withdraw(taken), "the writer has it"
-    assert desk.writer.withdraw(waiting)
-    assert not desk.writer.withdraw(waiting)
-    database.go_on.set()
-    assert desk.finish() == {"taken": "taken done", "other": "other done"}
-    assert not desk.writer.withdraw(other)
-
-
 def test_one_bad_row_fails_alone(desk: Desk, database: Database) -> None:
     def fault(items: list[Any]) -> None:
         if "bad" in items:
@@ -163,7 +149,7 @@ def test_a_round_is_run_again_whole_until_the_database_is_back(desk: Desk, datab
     desk.writer.start()
     assert desk.wait() == {n: f"{n} done" for n in range(3)}
     assert tries == [[0, 1, 2]] * 3
-    assert not desk.writer.stuck
+    assert not desk.writer.rounds.stuck
 
 
 def test_who_cannot_wait_is_told_and_the_others_wait_on(desk: Desk, database: Database) -> None:
@@ -175,7 +161,7 @@ def test_who_cannot_wait_is_told_and_the_others_wait_on(desk: Desk, database: Da
     answers = desk.wait()
     assert list(answers) == ["hurried"]
     assert isinstance(answers["hurried"], Unsettled)
-    assert desk.writer.stuck
+    assert desk.writer.rounds.stuck
     database.fault = lambda items: None
     assert desk.wait()["patient"] == "patient done"
     assert desk.answers["less"] == "less done"
@@ -203,7 +189,7 @@ def test_closing_while_the_database_is_away_gives_up_in_the_end(desk: Desk, data
     database.fault = away
     desk.put("never")
     desk.writer.start()
-    until(lambda: desk.writer.stuck)
+    until(lambda: desk.writer.rounds.stuck)
     assert desk.writer.close(0.5)
     assert isinstance(desk.wait()["never"], Unsettled)
 
@@ -213,7 +199,7 @@ def test_a_database_that_comes_back_while_we_close_gets_everything(desk: Desk, d
     database.fault = away
     desk.put("outcome")
     desk.writer.start()
-    until(lambda: desk.writer.stuck)
+    until(lambda: desk.writer.rounds.stuck)
     closing = threading.Thread(target=desk.writer.close, args=(20,))
     closing.start()
     seen, failures = threading.Event(), iter((True, True))
@@ -252,13 +238,10 @@ def test_every_item_is_answered_once_under_load(database: Database) -> None:
 
     database.fault = fault
     desk.writer.start()
-    withdrawn = []
 
     def work(worker: int) -> None:
         for n in range(100):
-            entry = desk.put((worker, n))
-            if n % 10 == 0 and desk.writer.withdraw(entry):
-                withdrawn.append((worker, n))
+            desk.put((worker, n))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -266,8 +249,7 @@ def test_every_item_is_answered_once_under_load(database: Database) -> None:
     for thread in threads:
         thread.join()
     answers = desk.finish()
-    assert set(answers) | set(withdrawn) == {(worker, n) for worker in range(4) for n in range(100)}
-    assert not set(answers) & set(withdrawn)
+    assert set(answers) == {(worker, n) for worker in range(4) for n in range(100)}
     until(lambda: not desk.writer._thread.is_alive())
     for worker in range(4):
         committed = [n for round_ in database.rounds for w, n in round_ if w == worker]

@@ -7,20 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smtpd.addresses import Recipient, Refused
-from smtpd.session import (
-    ERROR_LIMIT,
-    EXTENDED_LINE_LIMIT,
-    LINE_LIMIT,
-    Abandon,
-    Begin,
-    Complete,
-    Event,
-    Greeting,
-    Refusal,
-    Session,
-    State,
-    Text,
-)
+from smtpd.events import Abandon, Begin, Complete, Event, Refusal, Text
+from smtpd.session import ERROR_LIMIT, EXTENDED_LINE_LIMIT, LINE_LIMIT, Greeting, Session, State
 
 GREETING = Greeting("relay.example", 1000)
 

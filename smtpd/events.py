@@ -1,0 +1,53 @@
+"""What a session tells whoever drives it: a transaction, and what happens to it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from smtpd.addresses import Recipient
+
+
+@dataclass(slots=True)
+class Envelope:
+    """A transaction: `sender` is '' if null, `parameters` are those of MAIL, `protocol` is RFC 3848's keyword."""
+
+    sender: str
+    parameters: Mapping[bytes, str]
+    helo: str
+    protocol: str
+    recipients: list[Recipient] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The client was told to send its message."""
+
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Decoded content."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """The content is at fault: what was stored of it is not wanted. Its Refusal comes when its end was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """The end of the message was read; `answer` is due."""
+
+    message_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A command was answered with an error; of the temporary ones only the first in a transaction is told."""
+
+    reply: bytes
+
+
+type Event = Begin | Text | Abandon | Complete | Refusal
