@@ -1,15 +1,12 @@
 """The engine of a worker process: one event loop that owns every connection, and the lease that entitles it to them.
 
-How it works. Hints (`offer`, from the Celery task) and a look at the database every second ask for deliveries: a `Wish`
-says how many each route has room for, so that nothing is ever claimed that must wait for a connection. What was claimed
-gets its body opened off the loop and becomes a `Transfer`, one asyncio task each. Its outcome is a `Record`. Wishes,
-records and the renewals of the lease go through one `rounds.Writer`: a thread that commits what has gathered and posts
-the answers back here in one call. Rounds pace everything: one wish for hints and one look are on their way at most, and
-what comes meanwhile goes into the next.
+How it works. Hints (`offer`, from the Celery task) and looks at the database ask for deliveries
+(worker/demand.py). What was claimed gets its body opened (worker/files.py) and becomes a `Transfer`, an asyncio task.
+Its outcome is a `Record`. Wishes, records and the renewals of the lease go through one `rounds.Writer`: a thread that
+commits what has gathered and posts the answers back here in one call.
 
 What must stay true:
 - all state below belongs to the loop; other threads come in through `offer`, `drain` and `renewed_since` only;
-- room that was promised in a wish is returned when its claims come back, whatever they are;
 - outcomes are put before the renewal that follows them, so that a worker which is alive again has told what it did;
 - nothing passes its commit point unless the request for the last renewal that succeeded is younger than LEASE less a
   quarter, and was made for the worker id that the claim belongs to;
@@ -21,9 +18,7 @@ import os
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -31,21 +26,24 @@ from relay import metrics
 from relay.bodies import BodyUnsendable, Spool
 from relay.claims import Claim, Item, Ledger, Record, Recorded, Renewal, Result, Wish
 from relay.ids import new_id
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 from relay.rounds import Writer
 from relay.routes import NO_SERVER, Routes
 from relay.schema import Outcome, State
 from relay.settings import WorkerSettings
-from worker.lanes import Hint, Lanes, Ticket
+from relay.start import new_loop
+from worker.demand import Demand
+from worker.files import Files, Opened
+from worker.lanes import Ticket
 from worker.room import Room
 from worker.servers import Servers
 from worker.transfers import Terms, Transfer
 
 log = get_logger(__name__)
-LOOK_EVERY = 1.0
 LONGEST_FAULT_PAUSE = 30.0
 ALONE_FROM = 2  # workers lost over a delivery, from which on it is sent alone
 ALONE_PATIENCE = 30.0
+GATHER = 0.005  # seconds that outcomes and wishes are let gather while they come in numbers
 RECORDING_TIME = 5.0  # at the end of a drain, for the last outcomes to be recorded (seconds)
 
 
@@ -61,26 +59,22 @@ class Engine:
         *,
         servers: Servers | None = None,
     ) -> None:
-        self._settings, self._ledger, self._spool, self._routes = settings, ledger, spool, routes
+        self._settings, self._ledger, self._routes = settings, ledger, routes
         self._servers = servers or Servers(settings.server_connections)
         self._terms = Terms.of(settings, self._servers, self._may_commit)
-        self._loop = _new_loop()
+        self._loop = new_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._disk = ThreadPoolExecutor(4, thread_name_prefix="bodies")
+        self._files = Files(self._loop, spool)
         self._writer: Writer[Item, Result] = Writer(
-            "outcomes", ledger.commit, post=self._loop.call_soon_threadsafe, largest=512,
+            "outcomes", ledger.commit, post=self._loop.call_soon_threadsafe, largest=512, gather=GATHER,
             rounds_of=metrics.rounds("outcomes"),
         )  # fmt: skip
         self.worker = ""  # our row in `workers`; empty until there is one
         self.ready = threading.Event()
         self._renewed = float("-inf")  # when the last renewal that succeeded was asked for
         self._renewing = False
-        self._lanes = Lanes()
-        self._moved = 0.0  # when a hint last found room
-        self._wishing = self._looking = False
-        self._hints_first = True
-        self._look_at: dict[str, float] = {}  # by route: after a look that found less than there was room for
         self._room = Room(routes, self._servers, settings.worker_connections, settings.batch_size)
+        self._demand = Demand(settings, routes, self._room, self._wish)
         self._active: dict[Transfer, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
         self._opening = 0
@@ -89,8 +83,6 @@ class Engine:
         self._paused_until = 0.0
         self._alone: Transfer | None = None
         self._alone_deadline = 0.0
-        self._unneeded: list[str] = []
-        self._removing = False
         self._stopping = False
         self._idle = asyncio.Event()
         self.beat = time.monotonic()  # when the loop last turned
@@ -134,12 +126,10 @@ class Engine:
             try:
                 self._ledger.retire(self.worker)
             except Exception as error:
-                log.warning("worker not signed off", worker=self.worker, reason=_first_line(error))
+                log.warning("worker not signed off", worker=self.worker, reason=first_line(error))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._disk.shutdown()
-        for message_id in self._unneeded:  # while others were being removed
-            self._spool.remove(message_id)
+        self._files.close()
         return ended
 
     # The loop
@@ -149,14 +139,14 @@ class Engine:
         self._loop.create_task(self._register())
         self._loop.call_soon(self._tick)
         self._loop.run_forever()
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())  # who signs on has a connection
         self._loop.close()
 
     def _tick(self) -> None:
         self.beat = now = time.monotonic()
         if self.worker and not self._renewing and now - self._renewed >= self._settings.lease / 4:
             self._renew(now)
-        if self._lanes.tickets and now - self._moved >= self._settings.grace:
-            self._lanes.clear()  # nothing moved: whoever has a free connection finds these rows overdue
+        self._demand.drop_hints(unless_moved_since=now - self._settings.grace)
         if self._alone and now >= self._alone_deadline:
             self._give_up_being_alone()
         self._pump()
@@ -174,11 +164,9 @@ class Engine:
         while not self._stopping:
             asked = time.monotonic()
             try:
-                await self._loop.run_in_executor(
-                    self._disk, self._ledger.register, worker, socket.gethostname(), os.getpid()
-                )
+                await asyncio.to_thread(self._ledger.register, worker, socket.gethostname(), os.getpid())
             except Exception as error:
-                log.warning("worker not signed on", reason=_first_line(error))
+                log.warning("worker not signed on", reason=first_line(error))
                 await asyncio.sleep(pause)
                 pause = min(2.0, pause * 2)
                 continue
@@ -210,11 +198,9 @@ class Engine:
     # Claiming
 
     def _offered(self, ticket: Ticket, ids: Sequence[str], lane: str) -> None:
-        if not self._lanes:
-            self._moved = time.monotonic()
-        self._lanes.add(ticket, ids, lane)
+        self._demand.hint(ticket, ids, lane)
         if self._stopping:
-            self._lanes.clear()
+            self._demand.drop_hints()
         self._pump()
 
     def _may_claim(self, now: float) -> bool:
@@ -223,84 +209,28 @@ class Engine:
         return self._may_commit(self.worker)
 
     def _pump(self) -> None:
-        """Ask for as many deliveries as there is room for: hints and the database by turns."""
         now = time.monotonic()
         if self._alone is not None:
             self._start_alone()
-        if not self._may_claim(now):
-            return
-        asks = (self._ask_hints, self._look) if self._hints_first else (self._look, self._ask_hints)
-        for ask in asks:
-            if ask(now):
-                self._hints_first = ask != self._ask_hints
+        if self._may_claim(now):
+            self._demand.ask(self.worker, now)
 
-    def _ask_hints(self, now: float) -> bool:
-        if self._wishing or not self._lanes:
-            return False
-        # Whose route each hint is for nobody knows yet: every route needs room for all of them, or some would be lost.
-        most = min(len(self._lanes), self._settings.batch_size)
-        room = self._room.offer(most * len(self._routes.names()))
-        if not room:
-            return False
-        hints = self._lanes.take(min(most, max(room.values())))
-        self._wishing, self._moved = True, now
-        self._wish([message_id for message_id, _ in hints], room, partial(self._hints_claimed, hints))
-        return True
-
-    def _look(self, now: float) -> bool:
-        """Claim what is overdue, straight from the database: of each route at once again while it has more."""
-        if self._looking or all(now < self._look_at.get(name, 0.0) for name in self._routes.names()):
-            return False
-        room = self._room.offer(self._settings.worker_connections, hopeless=True)
-        early = {name: room.pop(name) for name in [*room] if now < self._look_at.get(name, 0.0)}
-        self._room.settle(early, ())
-        if not room:
-            return False
-        self._looking = True
-        self._wish(None, room, partial(self._look_claimed, room))
-        return True
-
-    def _wish(self, ids: list[str] | None, room: Mapping[str, int], done: Callable[[Sequence[Claim]], None]) -> None:
+    def _wish(self, wish: Wish, done: Callable[[Sequence[Claim]], None]) -> None:
         self._opening += 1
-        wish = Wish(self.worker, ids, room)
         self._writer.put(wish, partial(self._claimed, wish, done))
 
-    def _hints_claimed(self, hints: Sequence[Hint], _: Sequence[Claim]) -> None:
-        self._wishing = False
-        self._lanes.settle(hints)
-
-    def _look_claimed(self, room: Mapping[str, int], claims: Sequence[Claim]) -> None:
-        self._looking = False
-        got = Counter(claim.route for claim in claims)
-        later = time.monotonic() + min(LOOK_EVERY, self._settings.grace)
-        for name, places in room.items():
-            full = got[name] >= places and not self._room.hopeless(name)
-            self._look_at[name] = 0.0 if full else later
-
     def _claimed(self, wish: Wish, done: Callable[[Sequence[Claim]], None], result: Result | Exception) -> None:
-        """A wish came back: return the room that was not used, open the bodies of what was claimed."""
+        """A wish came back: open the bodies of what was claimed."""
         claims = result if isinstance(result, list) else []
-        self._room.settle(wish.room, claims)
         self._opening -= 1
         done(claims)
         if claims:
             self._opening += 1
-            opened = self._loop.run_in_executor(self._disk, self._open, claims)
-            opened.add_done_callback(partial(self._opened, wish.worker, claims))
+            self._files.open(claims).add_done_callback(partial(self._opened, wish.worker, claims))
         self._check_idle()
         self._pump()
 
-    def _open(self, claims: Sequence[Claim]) -> list[int | Exception]:
-        """The bodies of these claims, as file descriptors or errors; runs in an executor."""
-        handles: list[int | Exception] = []
-        for claim in claims:
-            try:
-                handles.append(self._spool.open(claim.message_id, claim.size))
-            except (BodyUnsendable, OSError) as error:
-                handles.append(error)
-        return handles
-
-    def _opened(self, worker: str, claims: Sequence[Claim], opened: "asyncio.Future[list[int | Exception]]") -> None:
+    def _opened(self, worker: str, claims: Sequence[Claim], opened: asyncio.Future[Opened]) -> None:
         self._opening -= 1
         for claim, handle in zip(claims, opened.result(), strict=True):
             transfer = Transfer(
@@ -361,25 +291,14 @@ class Engine:
         self._unrecorded -= 1
         self._check_idle()
         if isinstance(result, Exception):
-            log.critical("outcome not recorded", id=record.message_id, reason=_first_line(result))
+            log.critical("outcome not recorded", id=record.message_id, reason=first_line(result))
         elif isinstance(result, Recorded):
             if result.state is None:
                 log.warning("outcome came too late", id=record.message_id, outcome=record.outcome)
             elif result.state is not record.state:
                 log.info(str(result.state), id=record.message_id, delivery=record.number, reply=record.reply)
             if result.body_free:
-                self._unneeded.append(record.message_id)
-                self._remove_bodies()
-
-    def _remove_bodies(self) -> None:
-        if self._unneeded and not self._removing:
-            ids, self._unneeded, self._removing = self._unneeded, [], True
-            removed = self._loop.run_in_executor(self._disk, lambda: [self._spool.remove(i) for i in ids])
-            removed.add_done_callback(self._removed)
-
-    def _removed(self, _: "asyncio.Future[list[bool]]") -> None:
-        self._removing = False
-        self._remove_bodies()
+                self._files.remove(record.message_id)
 
     # A delivery over which workers vanished is sent alone: if it takes this one too, it takes nothing else with it
 
@@ -407,7 +326,7 @@ class Engine:
 
     async def _drain(self, seconds: float) -> bool:
         self._stopping = True
-        self._lanes.clear()
+        self._demand.drop_hints()
         if self._alone is not None and self._alone not in self._active:
             self._ended(self._alone, self._alone.handed_back())
         await asyncio.sleep(0)  # what was started just now begins, so that it can be stopped
@@ -429,18 +348,6 @@ class Engine:
             self._idle.set()
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:  # no wheel for this machine: slower, not different
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
 def _tell(transfer: Transfer, record: Record) -> None:
     """One line for what became of a claim."""
     took = time.monotonic() - transfer.started
@@ -450,8 +357,8 @@ def _tell(transfer: Transfer, record: Record) -> None:
     if record.outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
         event = str(record.outcome)
     say = log.info if record.state is not State.HELD and event != "uncertain" else log.warning
+    again = {"again_in": round(record.delay, 1)} if record.delay else {}
     say(
         event, id=record.message_id, delivery=record.number, server=record.server, reply=record.reply,
-        ms=round(took * 1000), bytes=sum(one.bytes_sent for one in record.tries),
-        tries=len(record.tries), again_in=round(record.delay, 1) if record.delay else None,
+        ms=round(took * 1000), bytes=sum(one.bytes_sent for one in record.tries), tries=len(record.tries), **again,
     )  # fmt: skip

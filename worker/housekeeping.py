@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Engine, text
 from relay.bodies import Spool
 from relay.database import dialect_of, reading, writing
 from relay.ids import dashed
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 from relay.schema import NEEDS_BODY
 from relay.settings import Settings
 
@@ -78,7 +78,7 @@ class Housekeeper:
             except Exception as error:
                 log.warning(
                     "housekeeping put off",
-                    reason=(str(error).splitlines() or [type(error).__name__])[0][:300],
+                    reason=first_line(error),
                 )
 
     @contextmanager

@@ -9,7 +9,7 @@ recorded among their actions.
 import threading
 import time
 
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 from relay.queue import Filter
 from relay.routes import Routes
 from relay.sweeps import Sweeps
@@ -43,7 +43,7 @@ class Rerouter:
             try:
                 self.turn()
             except Exception as error:
-                log.warning("rerouting put off", reason=(str(error).splitlines() or [type(error).__name__])[0][:300])
+                log.warning("rerouting put off", reason=first_line(error))
 
     def turn(self) -> int:
         """Move what waits for a route that is gone, if it is time to look; how many deliveries that were."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from relay.broker import Hints
 from relay.debts import Debts
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 from relay.settings import WorkerSettings
 from relay.sweeps import Sweeps
 from worker.engine import Engine
@@ -111,7 +111,7 @@ class Sweeper:
             self._bury()
         except Exception as error:
             if self._away_until is None:
-                log.warning("not swept", reason=(str(error).splitlines() or [type(error).__name__])[0][:300])
+                log.warning("not swept", reason=first_line(error))
             self._away()
         else:
             self._away_until = None
@@ -137,7 +137,7 @@ class Sweeper:
         try:
             self._hints.offer(self._debts.settle(BATCH) + self._debts.warn(due))
         except Exception as error:
-            log.error("notices put off", reason=(str(error).splitlines() or [type(error).__name__])[0][:300])
+            log.error("notices put off", reason=first_line(error))
 
     def _bury(self) -> None:
         for worker, until in self._watch.look(self._sweeps.ran_out(), self._engine.worker):

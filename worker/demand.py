@@ -1,0 +1,97 @@
+"""Demand: what a worker asks the database for, and when.
+
+Hints wait here for room; and once a second, or at once again while there is more, the database is asked for what is
+overdue, hint or no hint. Either becomes a `Wish` that says how many deliveries each route has room for, so that nothing
+is ever claimed that must wait for a connection. One wish for hints and one look are on their way at most: what comes
+meanwhile goes into the next.
+
+What must stay true: room that was promised in a wish is returned when its claims come back, whatever they are; hints
+and looks take turns, so that neither starves the other. Belongs to the engine's loop.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from relay.claims import Claim, Wish
+from relay.routes import Routes
+from relay.settings import WorkerSettings
+from worker.lanes import Hint, Lanes, Ticket
+from worker.room import Room
+
+LOOK_EVERY = 1.0
+
+type Done = Callable[[Sequence[Claim]], None]
+
+
+class Demand:
+    """`ask` calls `put` with each wish and what to do with its claims."""
+
+    def __init__(self, settings: WorkerSettings, routes: Routes, room: Room, put: Callable[[Wish, Done], None]) -> None:
+        self._settings, self._routes, self._room, self._put = settings, routes, room, put
+        self._lanes = Lanes()
+        self._moved = 0.0  # when a hint last found room
+        self._wishing = self._looking = False
+        self._hints_first = True
+        self._look_at: dict[str, float] = {}  # by route: after a look that found less than there was room for
+
+    def hint(self, ticket: Ticket, ids: Sequence[str], lane: str) -> None:
+        """Let these messages wait for room."""
+        if not self._lanes:
+            self._moved = time.monotonic()
+        self._lanes.add(ticket, ids, lane)
+
+    def drop_hints(self, unless_moved_since: float = float("inf")) -> None:
+        """Leave them to the database, where whoever has a free connection finds them overdue."""
+        if self._lanes.tickets and self._moved <= unless_moved_since:
+            self._lanes.clear()
+
+    def ask(self, worker: str, now: float) -> None:
+        """Ask for as many deliveries as there is room for: hints and the database by turns."""
+        asks = (self._ask_hints, self._look) if self._hints_first else (self._look, self._ask_hints)
+        for ask in asks:
+            if ask(worker, now):
+                self._hints_first = ask != self._ask_hints
+
+    def _ask_hints(self, worker: str, now: float) -> bool:
+        if self._wishing or not self._lanes:
+            return False
+        # Whose route each hint is for nobody knows yet: every route needs room for all of them, or some would be lost.
+        most = min(len(self._lanes), self._settings.batch_size)
+        room = self._room.offer(most * len(self._routes.names()))
+        if not room:
+            return False
+        hints = self._lanes.take(min(most, max(room.values())))
+        self._wishing, self._moved = True, now
+        self._put(
+            Wish(worker, [message_id for message_id, _ in hints], room), partial(self._hints_claimed, room, hints)
+        )
+        return True
+
+    def _look(self, worker: str, now: float) -> bool:
+        """Claim what is overdue, straight from the database: of each route at once again while it has more."""
+        if self._looking or all(now < self._look_at.get(name, 0.0) for name in self._routes.names()):
+            return False
+        room = self._room.offer(self._settings.worker_connections, hopeless=True)
+        early = {name: room.pop(name) for name in [*room] if now < self._look_at.get(name, 0.0)}
+        self._room.settle(early, ())
+        if not room:
+            return False
+        self._looking = True
+        self._put(Wish(worker, None, room), partial(self._look_claimed, room))
+        return True
+
+    def _hints_claimed(self, room: Mapping[str, int], hints: Sequence[Hint], claims: Sequence[Claim]) -> None:
+        self._room.settle(room, claims)
+        self._wishing = False
+        self._lanes.settle(hints)
+
+    def _look_claimed(self, room: Mapping[str, int], claims: Sequence[Claim]) -> None:
+        self._room.settle(room, claims)
+        self._looking = False
+        got = Counter(claim.route for claim in claims)
+        later = time.monotonic() + min(LOOK_EVERY, self._settings.grace)
+        for name, places in room.items():
+            full = got[name] >= places and not self._room.hopeless(name)
+            self._look_at[name] = 0.0 if full else later
