@@ -141,9 +141,11 @@ _REASONS = {
 def _last(row: Row) -> str:
     """What the last try came to."""
     server, reply = row["last_server"] or "a server", row["last_reply"] or "no words"
+    if reply.startswith("bounced by "):
+        return reply
     told = {
         Outcome.DEFERRED: f"{server} deferred it: {reply}",
-        Outcome.REJECTED: reply if reply.startswith("bounced by ") else f"{server} refused it: {reply}",
+        Outcome.REJECTED: f"{server} refused it: {reply}",
         Outcome.UNREACHABLE: f"no server took a connection: {reply}",
         Outcome.INTERRUPTED: f"the transfer to {server} broke off: {reply}",
         Outcome.UNCERTAIN: f"nobody knows whether {server} has it: {reply}",

@@ -20,8 +20,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
-from relay.database import Statements, writing
+from relay.database import Statements, reading, writing
 from relay.ids import dashed
+from relay.notices import BY_OPERATOR
 from relay.schema import NEEDS_BODY, OWED, TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings
 from relay.splits import Splitter
@@ -128,7 +129,8 @@ _FINALS = f"""SELECT d.message_id, d.number, x.delay, x.backoff_step, x.outcome,
 _RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
     vanished = CASE WHEN p.outcome IS NULL THEN d.vanished ELSE 0 END, backoff_step = p.backoff_step,
     last_outcome = coalesce(p.outcome, d.last_outcome),
-    last_reply = CASE WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END,
+    last_reply = CASE WHEN d.wanted = 'bounce' AND p.final = 'bounced' THEN '{BY_OPERATOR}'
+                      WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END,
     last_server = coalesce(p.server, d.last_server)"""
 _ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at, outcome,
         reply, bytes_sent)
@@ -140,6 +142,9 @@ _ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, s
 _AFTER = f"""SELECT @hex(d.message_id), d.number, d.claims, d.state, NOT EXISTS (
         SELECT 1 FROM deliveries o WHERE o.message_id = d.message_id AND {NEEDS_BODY.replace("state", "o.state")})
     FROM deliveries d JOIN {_RECORD_ROWS} ON d.message_id = x.message_id AND d.number = x.number"""
+_DONE = (State.DELIVERED, State.DROPPED)  # after anything else that is final a sweeper looks, if a notice is owed
+_FREE = f"""SELECT x.message_id FROM @rows(:ids; message_id uuid) WHERE NOT EXISTS (
+    SELECT 1 FROM deliveries o WHERE o.message_id = x.message_id AND {NEEDS_BODY.replace("state", "o.state")})"""
 
 
 class Ledger:
@@ -198,6 +203,7 @@ class Ledger:
                 if isinstance(item, Wish):
                     results[n] = claims = self._claim(connection, item)
                     claimed.update({(c.message_id, c.number): (item.worker, c.claim) for c in claims})
+        self._look_again(records, results)
         self._in_doubt = False
         for _, record in records:
             key = (record.message_id, record.number)
@@ -205,6 +211,18 @@ class Ledger:
                 del self._held[key]
         self._held.update(claimed)
         return results
+
+    def _look_again(self, records: list[tuple[int, Record]], results: list[Result]) -> None:
+        """Whether a body is needed still, after the COMMIT: who ended another delivery of it meanwhile saw not ours."""
+        ended: dict[str, tuple[int, State]] = {}
+        for n, record in records:
+            if isinstance(found := results[n], Recorded) and found.state in _DONE and not found.body_free:
+                ended[dashed(record.message_id)] = n, found.state
+        if ended:
+            with reading(self._engine) as connection:
+                rows = self._sql.run(connection, _FREE, ids=json.dumps([{"message_id": key} for key in ended])).all()
+            for n, state in (ended[str(key)] for (key,) in rows):
+                results[n] = Recorded(state, body_free=True)
 
     def _renew(self, connection: Connection, worker: str) -> bool:
         return bool(

@@ -22,11 +22,11 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.bodies import BodyUnsendable, Spool
-from relay.database import Statements, writing
+from relay.database import Statements, reading, writing
 from relay.ids import dashed
 from relay.intake import Intake, NewMessage, NewRecipient
 from relay.log import get_logger
-from relay.notices import Failure, Kind, Original, compose
+from relay.notices import BY_OPERATOR, Failure, Kind, Original, compose
 from relay.schema import NEEDS_BODY
 from relay.settings import Settings, unwanted
 
@@ -41,7 +41,9 @@ _DEBTORS = """SELECT message_id FROM deliveries d
       AND (d.due_at <= @ago(:gather) OR NOT EXISTS (SELECT 1 FROM deliveries o
            WHERE o.message_id = d.message_id AND o.state IN ('queued', 'sending')))
     ORDER BY d.due_at LIMIT :most"""
-_LOCK = """SELECT number FROM deliveries WHERE message_id = @id(:id) AND {} ORDER BY number @skip_locked"""
+# The message is locked too: its deliveries may wait for different sweepers, and a warning has one id for all of them.
+_LOCK = """SELECT d.number FROM deliveries d JOIN messages m ON m.id = d.message_id
+    WHERE d.message_id = @id(:id) AND {} ORDER BY d.number @skip_locked"""
 _OWED = "state IN ('bounced', 'expired') AND due_at IS NOT NULL"
 _ABOUT = """SELECT @hex(m.id) AS id, m.sender, m.size, m.header_message_id, m.envid, m.ret,
         @micros(m.received_at) AS received_at, r.address, r.orcpt, r.notify, d.number, d.state, d.last_reply,
@@ -55,10 +57,21 @@ _ABOUT = """SELECT @hex(m.id) AS id, m.sender, m.size, m.header_message_id, m.en
 
 
 class Debts:
-    """Settles what is owed to senders. Used by one thread."""
+    """Settles what is owed to senders. Used by one thread.
 
-    def __init__(self, engine: Engine, spool: Spool, settings: Settings, route_for: Callable[[str], str]) -> None:
+    `refused` is told of each D that was about us and not about the mail: the server's name and its words.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        spool: Spool,
+        settings: Settings,
+        route_for: Callable[[str], str],
+        refused: Callable[[str, str], None] = lambda server, reply: None,
+    ) -> None:
         self._engine, self._spool, self._settings, self._route_for = engine, spool, settings, route_for
+        self._refused = refused
         self._sql = Statements(engine, gather=GATHER)
         self._not_wanted = unwanted(settings)
         self._intake = Intake(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
@@ -98,8 +111,10 @@ class Debts:
             making = told and not nobody and not (delayed and self._exists(connection, notice))
             if making:
                 self._make(connection, notice, told, delayed=delayed)
-            free = not delayed and self._clear(connection, message_id, numbers)
-        if free:
+            if not delayed:
+                self._clear(connection, message_id, numbers)
+        # Not in the same transaction: whoever ends another delivery of it right now would not be seen, nor see us.
+        if not delayed and not self._needed(message_id):
             self._spool.remove(message_id)
         if making:
             log.info("notice made", id=notice, about=message_id, recipients=len(told), kind=str(kind))
@@ -108,10 +123,10 @@ class Debts:
     def _forgive(self, connection: Connection, message_id: str, rows: Sequence[Any]) -> bool:
         """Defer again what a server refused for our sake and not the mail's; True if there was any."""
         about_us = {
-            row["number"] for row in rows
+            row["number"]: row for row in rows
             if row["state"] == "bounced" and self._about_us(row["last_reply"] or "")
         }  # fmt: skip
-        for number in sorted(about_us):
+        for number, row in sorted(about_us.items()):
             self._sql.run(
                 connection,
                 """UPDATE deliveries SET state = 'deferred', due_at = @later(:gather), finished_at = NULL
@@ -119,12 +134,13 @@ class Debts:
                 id=dashed(message_id),
                 number=number,
             )
-        if about_us:
-            log.critical("refused for our sake, deferred again", id=message_id, reply=rows[0]["last_reply"])
+            log.critical("refused for our sake, deferred again", id=message_id, reply=row["last_reply"])
+            if row["last_server"]:
+                self._refused(row["last_server"], row["last_reply"])
         return bool(about_us)
 
     def _about_us(self, reply: str) -> bool:
-        return not reply.startswith("bounced by an operator") and self._not_wanted.search(reply) is not None
+        return not reply.startswith(BY_OPERATOR) and self._not_wanted.search(reply) is not None
 
     def _exists(self, connection: Connection, message_id: str) -> bool:
         sql = "SELECT 1 FROM messages WHERE id = @id(:id)"
@@ -171,17 +187,20 @@ class Debts:
         header = text.partition(b"\n\n")[0]
         return header[: header.rfind(b"\n") + 1] if len(header) == LONGEST_RETURNED else header + b"\n"
 
-    def _clear(self, connection: Connection, message_id: str, numbers: set[int]) -> bool:
-        """Clear the debt; whether nobody needs the original's body any more."""
-        key = dashed(message_id)
+    def _clear(self, connection: Connection, message_id: str, numbers: set[int]) -> None:
+        """Clear the debt."""
         listed = ", ".join(str(int(number)) for number in sorted(numbers))
         self._sql.run(
             connection,
             f"UPDATE deliveries SET due_at = NULL WHERE message_id = @id(:id) AND number IN ({listed})",
-            id=key,
+            id=dashed(message_id),
         )
+
+    def _needed(self, message_id: str) -> bool:
+        """Whether a delivery needs the original's body."""
         needed = f"SELECT 1 FROM deliveries WHERE message_id = @id(:id) AND {NEEDS_BODY} LIMIT 1"
-        return self._sql.run(connection, needed, id=key).first() is None
+        with reading(self._engine) as connection:
+            return self._sql.run(connection, needed, id=dashed(message_id)).first() is not None
 
 
 def _wants(notify: str | None, *, delayed: bool) -> bool:

@@ -17,8 +17,9 @@ from enum import StrEnum
 
 from relay.log import escaped
 
-_STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?![\d.])")
+_STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 _HEX = re.compile(r"\+([0-9A-F]{2})")
+BY_OPERATOR = "bounced by an operator"  # what stands for the server's words when nobody asked a server
 _LINE = 900  # of a header, well below RFC 5322's 998
 
 
@@ -137,6 +138,8 @@ def _words(hostname: str, original: Original, failures: Sequence[Failure], *, de
     for failure in failures:
         said = escaped(failure.reply, 1000) or "no answer"
         match failure.kind:
+            case Kind.BOUNCED if said.startswith(BY_OPERATOR):
+                why = f"It was sent back by an operator of this relay{said.removeprefix(BY_OPERATOR)}"
             case Kind.BOUNCED:
                 why = f"The mail server refused it: {said}"
             case Kind.EXPIRED:
@@ -168,7 +171,7 @@ def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> s
         lines.append(f"Status: {status_of(failure.kind, failure.reply)}")
         if failure.server and not failure.server.startswith("unix:"):
             lines.append(f"Remote-MTA: dns; {failure.server.rpartition(':')[0]}")
-        if failure.reply:
+        if failure.reply and not failure.reply.startswith(BY_OPERATOR):
             lines.append(f"Diagnostic-Code: x-qmqp; {escaped(failure.reply, _LINE - 50)}")
         if failure.attempted_at:
             lines.append(f"Last-Attempt-Date: {format_datetime(failure.attempted_at)}")

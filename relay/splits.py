@@ -9,6 +9,10 @@ the same words it was not, and everything bounces; so it does once a message has
 
 What must stay true: parent, children and recipients change in the transaction that records the D, fenced as every
 record is; the children together have the recipients of the parent, each once.
+
+That transaction has locked what it records in key order, so from then on it must not wait for anybody. Nor does it:
+children have numbers that only their parent can give, however many of its message are cut at the same time; relatives
+that somebody else has locked are skipped, or, where that would not do, the whole round is run again.
 """
 
 from sqlalchemy import Connection
@@ -19,7 +23,7 @@ from relay.schema import OWED
 LARGEST = 64
 
 _FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.message_id = d.message_id) AS pieces,
-        (SELECT max(o.number) FROM deliveries o WHERE o.message_id = d.message_id) AS last,
+        (SELECT count(*) FROM deliveries o WHERE o.message_id = d.message_id AND o.parent IS NULL) AS roots,
         (SELECT p.parent FROM deliveries p WHERE p.message_id = d.message_id AND p.number = d.parent) AS grandparent
     FROM deliveries d WHERE d.message_id = @id(:id) AND d.number = :number"""
 _TWIN = """SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :parent AND number <> :number
@@ -33,8 +37,10 @@ _CHILDREN = """INSERT INTO deliveries (message_id, number, parent, route, state,
     WHERE message_id = @id(:id) AND number = :number"""
 _GIVE = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id) AND delivery = :number
     AND position <= :until"""
-_TAKEN = f"""UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, wanted = NULL
-    WHERE message_id = @id(:id) AND state NOT IN ('delivered', 'split') AND number IN ({_OFFSPRING})"""
+_TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, wanted = NULL
+    WHERE message_id = @id(:id)"""
+_REFUSED = f"""UPDATE deliveries SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
+    last_reply = :reply, due_at = {OWED} WHERE message_id = @id(:id)"""
 
 
 class Splitter:
@@ -51,20 +57,22 @@ class Splitter:
         positions = self._positions(connection, key, number)
         if not positions:
             return True
-        parent, pieces, last, grandparent = self._sql.run(connection, _FAMILY, id=key, number=number).one()
-        if pieces + 2 > LARGEST or len(positions) == 1:
-            return False
+        parent, pieces, roots, grandparent = self._sql.run(connection, _FAMILY, id=key, number=number).one()
         if parent is not None and grandparent is None and self._both_refused(connection, key, number, parent, reply):
             return False
+        if pieces + 2 > LARGEST or len(positions) == 1:
+            return False
         middle = positions[(len(positions) - 1) // 2]
-        for child, until in ((last + 1, middle), (last + 2, positions[-1])):
+        first = roots + 2 * number - 1  # as in a heap: no two parents have a child of the same number
+        for child, until in ((first, middle), (first + 1, positions[-1])):
             self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
             self._sql.run(connection, _GIVE, id=key, number=number, child=child, until=until)
         return True
 
     def taken(self, connection: Connection, key: str, number: int) -> None:
         """An earlier claim of a delivery was accepted after all: what it was cut into is delivered with it."""
-        self._sql.run(connection, _TAKEN, id=key, root=number)
+        line = self._offspring(connection, key, number, "state NOT IN ('delivered', 'split')", "NOWAIT")
+        self._change(connection, _TAKEN, line, id=key)
 
     def _positions(self, connection: Connection, key: str, number: int) -> list[int]:
         sql = "SELECT position FROM recipients WHERE message_id = @id(:id) AND delivery = :number ORDER BY position"
@@ -75,15 +83,19 @@ class Splitter:
         twin = self._sql.run(connection, _TWIN, id=key, parent=parent, number=number, reply=reply).scalar()
         if twin is None:
             return False
-        line = [row[0] for row in self._sql.run(connection, _OFFSPRING, id=key, root=twin)]
-        if line:
-            listed = ", ".join(str(int(one)) for one in line)
-            self._sql.run(
-                connection,
-                f"""UPDATE deliveries SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
-                    last_reply = :reply, due_at = {OWED}
-                WHERE message_id = @id(:id) AND number IN ({listed}) AND state IN ('queued', 'deferred')""",
-                id=key,
-                reply=reply,
-            )
+        # Whoever has locked one of them is about to send it, or has: that costs a send, and no more.
+        line = self._offspring(connection, key, twin, "state IN ('queued', 'deferred')", "SKIP LOCKED")
+        self._change(connection, _REFUSED, line, id=key, reply=reply)
         return True
+
+    def _offspring(self, connection: Connection, key: str, root: int, which: str, unless: str) -> list[int]:
+        """Lock what a delivery was cut into; its numbers. `unless` somebody else has one: what PostgreSQL does then."""
+        lock = f"FOR UPDATE {unless}" if self._sql.postgresql else ""
+        sql = f"""SELECT number FROM deliveries WHERE message_id = @id(:id) AND {which} AND number IN ({_OFFSPRING})
+            ORDER BY number {lock}"""
+        return [row[0] for row in self._sql.run(connection, sql, id=key, root=root)]
+
+    def _change(self, connection: Connection, sql: str, numbers: list[int], **given: str) -> None:
+        if numbers:
+            listed = ", ".join(str(int(number)) for number in numbers)
+            self._sql.run(connection, f"{sql} AND number IN ({listed})", **given)

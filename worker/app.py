@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import warnings
+from functools import partial
 from typing import Any
 
 from celery import Celery, Task, signals
@@ -30,7 +31,7 @@ from relay.claims import Ledger
 from relay.database import DatabaseError
 from relay.debts import Debts
 from relay.log import configure, get_logger
-from relay.routes import Routes
+from relay.routes import Routes, parse_server
 from relay.settings import SettingsError, WorkerSettings, load
 from relay.start import ready
 from relay.sweeps import Sweeps
@@ -38,7 +39,9 @@ from relay.verbs import Verbs
 from worker.engine import RECORDING_TIME, Engine
 from worker.housekeeping import Housekeeper
 from worker.rerouting import Rerouter
+from worker.servers import Servers
 from worker.sweeper import Sweeper
+from worker.transfers import blame
 
 log = get_logger(__name__)
 CONCURRENCY = 4  # tasks only wait; what limits sending is WORKER_CONNECTIONS
@@ -72,9 +75,10 @@ class Process:
         except (DatabaseError, SpoolError, ValueError) as error:
             sys.exit(f"qmqp-relay worker: {error}")
         ledger = Ledger(state.engine, settings)
-        self.engine = Engine(settings, ledger, state.spool, routes)
+        servers = Servers(settings.server_connections)
+        self.engine = Engine(settings, ledger, state.spool, routes, servers=servers)
         self._hints = Hints(self.app, RETRY, settings.batch_size)
-        debts = Debts(state.engine, state.spool, settings, routes.route_for)
+        debts = Debts(state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers))
         sweeps = Sweeps(state.engine, settings)
         self.engine.pause(sweeps.paused())
         self._sweeper = Sweeper(settings, sweeps, debts, self.engine, self._hints)
@@ -127,6 +131,10 @@ class Process:
         if self.engine is not None:
             self._asked.set()
             self._ended.wait()
+
+
+def _forgiven(servers: Servers, name: str, reply: str) -> None:
+    blame(servers, parse_server(name), reply, unwanted=True)
 
 
 def _leave(why: str, code: int = 1) -> None:

@@ -8,7 +8,8 @@ breaker or opens it for longer. Any whole reply, also Z or D, is a sign of healt
 here, not what it thinks of the mail.
 
 What must stay true: a place that was taken is given back exactly once (`Place.release`), whatever became of the
-transfer; no I/O, no threads, and no clock but the one handed in.
+transfer; no I/O, and no clock but the one handed in. All of it belongs to the engine's loop, but the sweeper sets
+`pauses` and reports what it finds refused (`failed`): neither may find anything half done.
 """
 
 import random
@@ -69,10 +70,7 @@ class Servers:
         self.pauses: frozenset[str] = frozenset()  # `route:NAME` and `server:NAME`, as operators set them
 
     def health(self, server: Server) -> Health:
-        known = self._known.get(server.name)
-        if known is None:
-            known = self._known[server.name] = Health()
-        return known
+        return self._known.get(server.name) or self._known.setdefault(server.name, Health())
 
     def free(self, server: Server, limit: int | None = None) -> int:
         """How many more connections may be opened to `server` now: one while it is to be probed, none at rest."""

@@ -30,8 +30,8 @@ from worker.servers import Place, Servers
 
 log = get_logger(__name__)
 
-# RFC 3463: x.1.y is about an address.
-ABOUT_AN_ADDRESS = re.compile(rb"\b5\.1\.\d{1,3}\b")
+# RFC 3463: x.1.y is about an address. What is part of a longer number is an IP address or a version.
+ABOUT_AN_ADDRESS = re.compile(rb"(?<![\w.])[45]\.1\.\d{1,3}(?!\.?\w)")
 
 
 class Wait(enum.Enum):
@@ -90,6 +90,16 @@ def judge(
             return state, max(settings.uncertain_delay, growing), step + 1
         case _:
             return state, 0.0, step
+
+
+def blame(servers: Servers, server: Server, reply: str, *, unwanted: bool) -> None:
+    """A server failed, or (`unwanted`) said that it is not for us: tell its breaker, the metrics and the log."""
+    if unwanted:
+        log.critical("server does not want us", server=server.name, reply=reply)
+    rest = servers.failed(server, reply, at_once=unwanted)
+    if rest is not None:
+        metrics.rests(server.name, "refuses us" if unwanted else "failing").inc()
+        log.warning("server left alone", server=server.name, seconds=round(rest, 1), reason=reply)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +234,13 @@ class Transfer:
         return record
 
     def _may_split(self, result: client.Result) -> bool:
-        """Whether a D may be about some of the recipients only (relay/splits.py); an early one has not seen them."""
-        several = self._route.bisect and len(self.claim.recipients) > 1
-        return several and result.committed and ABOUT_AN_ADDRESS.search(result.text) is not None
+        """Whether a D may be about some of the recipients only (relay/splits.py); an early one has not seen them.
+
+        One recipient cannot be cut, but a piece of a message (never its first delivery) may decide what becomes of the
+        other pieces.
+        """
+        cut = self._route.bisect and (len(self.claim.recipients) > 1 or self.claim.number > 1)
+        return cut and result.committed and ABOUT_AN_ADDRESS.search(result.text) is not None
 
     def _may_commit(self) -> bool:
         return not self._aborted and self._terms.may_commit(self.worker)
@@ -238,12 +252,7 @@ class Transfer:
             return
         if outcome is Outcome.UNREACHABLE:
             log.warning("connect failed", host=server.host or server.path, port=server.port, reason=reply)
-        if unwanted:
-            log.critical("server does not want us", server=server.name, reply=reply)
-        rest = self._terms.servers.failed(server, reply, at_once=unwanted)
-        if rest is not None:
-            metrics.rests(server.name, "refuses us" if unwanted else "failing").inc()
-            log.warning("server left alone", server=server.name, seconds=round(rest, 1), reason=reply)
+        blame(self._terms.servers, server, reply, unwanted=unwanted)
 
     def _note(self, server: Server, outcome: Outcome, reply: str, sent: int, started: float) -> None:
         self._tries.append((server, outcome, reply, sent, started, time.monotonic()))

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import OperationalError
 
 from relay.claims import Claim, Item, Ledger, Record, Recorded, Renewal, Result, Wish
 from relay.ids import dashed
+from relay.notices import BY_OPERATOR
 from relay.schema import TRANSITIONS, Outcome, State
 from tests.integration.office import NEXT, PLENTY, Office, opened
 from tests.waiting import until
@@ -161,6 +162,8 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(office: Office) -> 
         assert office.record(claim, outcome).state is expected
         row = office.delivery(message_id)
         assert (row["state"], row["wanted"]) == (expected, None)
+        if expected is State.BOUNCED:
+            assert row["last_reply"] == BY_OPERATOR, "not in the server's mouth"
         assert (row["finished_at"] is not None) == (expected in FINISHED)
 
 
@@ -457,3 +460,21 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(postgres_office: 
     at_once(work)
     (found,) = office.rows("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
     assert found["deadlocks"] == 0
+
+
+def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_needs_the_body(
+    postgres_office: Office,
+) -> None:
+    office, other = postgres_office, postgres_office.another_ledger()
+    message_id = office.accept("x@example.org", "bulk:y@example.org")
+    first, second = sorted(office.claim(message_id, room={"default": 1, "bulk": 1}), key=lambda claim: claim.number)
+    met: list[Recorded] = []
+
+    def meanwhile(_: Connection) -> None:
+        if not met:
+            met.append(Recorded(None, body_free=False))
+            met[0] = office.record(second, Outcome.ACCEPTED, ledger=other)
+
+    event.listen(office.engine, "commit", meanwhile)  # just before the COMMIT of the first
+    assert office.record(first, Outcome.ACCEPTED) == Recorded(State.DELIVERED, body_free=True)
+    assert met == [Recorded(State.DELIVERED, body_free=False)]

@@ -325,6 +325,15 @@ def test_one_bad_recipient_is_found_and_the_others_get_their_mail(room: Open) ->
     }
 
 
+def test_a_list_that_is_refused_as_such_costs_three_sends(room: Open) -> None:
+    with answering(Answer(b"D", b"your list is not welcome (#5.1.8)")) as sink:
+        mail = room(sink, worker_connections=1)
+        mail.accept("b@example.org", "c@example.org", "d@example.org")  # one half has a single recipient
+        with mail.working():
+            until(lambda: mail.states() == {"split", "bounced"}, 20)
+        assert sink.count == 3
+
+
 def test_nothing_is_sent_to_what_is_paused(room: Open, sink: Sink) -> None:
     mail = room(sink)
     message_id = mail.accept()

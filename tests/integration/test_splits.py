@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import OperationalError
 
 from relay.claims import Claim, Recorded
+from relay.database import Statements, is_outage, writing
+from relay.ids import dashed
 from relay.schema import Outcome, State
-from relay.splits import LARGEST
+from relay.splits import LARGEST, Splitter
 from tests.integration.office import Office
 
 PLENTY = {"default": 1000}
@@ -44,16 +48,22 @@ class Server:
 
 
 def deliver(office: Office, message_id: str, server: Server, *, one_by_one: bool = False) -> None:
-    """Send until nothing is left to be sent; what a worker does with D's that are about an address."""
+    """Send until nothing is left to be sent."""
     room = {"default": 1} if one_by_one else PLENTY
     while claims := office.claim(message_id, room=room):
         for claim in claims:
-            reply = server.answer(claim)
-            if reply is None:
+            if refuse(office, claim, server) is None:
                 assert office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
-            else:
-                state = State.SPLIT if len(claim.recipients) > 1 else State.BOUNCED  # as worker/transfers.py does
-                assert office.record(claim, Outcome.REJECTED, reply=reply, state=state).state in (state, State.BOUNCED)
+
+
+def refuse(office: Office, claim: Claim, server: Server) -> str | None:
+    """Send, and record a D that is about an address as a worker does; None for a K, which is not recorded."""
+    reply = server.answer(claim)
+    if reply is not None:
+        whole = len(claim.recipients) == 1 and claim.number == 1  # as in worker/transfers.py
+        state = State.BOUNCED if whole else State.SPLIT
+        assert office.record(claim, Outcome.REJECTED, reply=reply, state=state).state in (state, State.BOUNCED)
+    return reply
 
 
 def became(office: Office, message_id: str) -> dict[str, str]:
@@ -142,6 +152,76 @@ def test_what_was_cut_already_bounces_with_the_other_half(office: Office) -> Non
     deliver(office, message_id, server, one_by_one=True)
     assert set(became(office, message_id).values()) == {"bounced"}
     assert server.accepted == Counter()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_three_sends_do_whichever_half_is_refused_last(office: Office, count: int) -> None:
+    """Also if that half has a single recipient, while the other has been cut already."""
+    names = addresses(count)
+    for last in (0, 1):
+        message_id, server = office.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
+        (whole,) = office.claim(message_id)
+        refuse(office, whole, server)
+        halves = office.claim(message_id)
+        refuse(office, halves[1 - last], server)
+        refuse(office, halves[last], server)
+        assert office.claim(message_id) == []
+        assert server.sends == 3
+        assert became(office, message_id) == dict.fromkeys(names, "bounced")
+
+
+def test_halves_may_be_cut_at_the_same_time(postgres_office: Office) -> None:
+    office, names = postgres_office, addresses(8)
+    message_id, server = office.accept(*names), Server({names[0], names[7]})
+    (whole,) = office.claim(message_id)
+    refuse(office, whole, server)
+    first, second = office.claim(message_id)
+    elsewhere = Splitter(Statements(office.engine, notices=True))
+    with writing(office.engine) as connection:  # another worker is in the middle of its round
+        assert elsewhere.cut(connection, dashed(message_id), first.number, "no")
+        refuse(office, second, server)
+    assert [row["number"] for row in family(office, message_id)] == [1, 2, 3, 4, 5, 6, 7]
+    office.record(first, Outcome.REJECTED, state=State.SPLIT)
+    deliver(office, message_id, server)
+    assert server.accepted == Counter(names[1:7])
+
+
+def test_a_round_waits_for_no_relatives(postgres_office: Office) -> None:
+    """It has locked its own in key order: if it waited for more, two rounds could wait for each other."""
+    office, names = postgres_office, addresses(3)
+    message_id, server = office.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
+    (whole,) = office.claim(message_id)
+    refuse(office, whole, server)
+    two, one = office.claim(message_id)
+    refuse(office, two, server)
+    with writing(office.engine) as connection:
+        lock(connection, message_id, 4)
+        refuse(office, one, server)
+    assert [row["state"] for row in family(office, message_id)] == ["split", "split", "bounced", "queued", "bounced"]
+    assert [claim.number for claim in office.claim(message_id)] == [4]
+
+
+def test_a_late_K_waits_for_no_relatives_either_and_loses_none(postgres_office: Office) -> None:
+    office = postgres_office
+    message_id = office.accept(*addresses(3))
+    (old,) = office.claim(message_id)
+    office.record(old, Outcome.UNCERTAIN, delay=0.0)
+    office.sweeps.requeue_due(10)
+    (new,) = office.claim(message_id)
+    office.record(new, Outcome.REJECTED, state=State.SPLIT)
+    late = office.note(old, Outcome.ACCEPTED)
+    with writing(office.engine) as connection:
+        lock(connection, message_id, 2)
+        with pytest.raises(OperationalError) as refused:
+            office.ledger.commit([late])
+    assert is_outage(refused.value), "the writer runs the round again"
+    office.ledger.commit([late])
+    assert [row["state"] for row in family(office, message_id)] == ["delivered"] * 3
+
+
+def lock(connection: Connection, message_id: str, number: int) -> None:
+    sql = "SELECT 1 FROM deliveries WHERE message_id = CAST(:id AS uuid) AND number = :number FOR UPDATE"
+    assert connection.execute(text(sql), {"id": dashed(message_id), "number": number}).first()
 
 
 def test_halves_refused_in_other_words_are_cut_further(office: Office) -> None:

@@ -1,14 +1,18 @@
 """The queue against a model of it: whatever happens in whatever order, both say the same, on both databases.
 
 Hypothesis makes up histories: mail is accepted, workers claim, report, vanish and wake up, leases run out, times come,
-operators meddle. A small Python model says what must be so after each step. It also knows what no database can know:
-whether the server really took a message. Time passes by `Office.pass_time` alone, in steps so large, and so unlike the
-delays, that the seconds which a run takes cannot matter.
+senders are told and whoever tells them is killed, operators meddle. A small Python model says what must be so after
+each step, and at last everything is brought to its end. The model also knows what no database can know: whether the
+server really took a message, and whom the bytes of a notice name. Time passes by `Office.pass_time` alone, in steps so
+large, and so unlike the delays, that the seconds which a run takes cannot matter.
 """
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,8 +22,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from sqlalchemy import text
 
+from relay.bodies import Spool
 from relay.claims import Claim, Item, Record, Recorded, Renewal, Wish
 from relay.database import writing
+from relay.debts import Debts
 from relay.ids import new_id
 from relay.queue import Filter
 from relay.schema import FINAL, UNFINISHED, Outcome, State, metadata
@@ -30,17 +36,20 @@ type Key = tuple[str, int]
 
 STEP = 13_700.0
 GRACE, DELAY, UNCERTAIN_DELAY, LEASE, SESSION, LIFETIME = 10_000.0, 20_000.0, 30_000.0, 20_000.0, 10_000.0, 200_000.0
+GATHER = 5_000.0
 NEAR = 50.0  # no two times of the model that differ come nearer than this, nor does a run take so long
 POISON = 3
 TOOK = (Outcome.ACCEPTED, Outcome.UNCERTAIN, Outcome.MALFORMED)
 NOT_TOOK = tuple(outcome for outcome in Outcome if outcome is not Outcome.ACCEPTED)
 WANTED = {"hold": State.HELD, "drop": State.DROPPED, "bounce": State.BOUNCED, "retry": State.QUEUED}
 ROUTES = ("default", "bulk")
+FAILED = (State.BOUNCED, State.EXPIRED)
+NOTIFY = {None: True, "FAILURE": True, "DELAY": False, "NEVER": False}  # whether that asks to hear of a failure
 # What happens, and how often for each time that the others do.
 HAPPENINGS = [
     what
     for what, often in {
-        "work": 10, "accept": 6, "wait": 3, "wake": 3, "vanish": 2, "wake_up_late": 3, "meddle": 3, "settle": 1,
+        "work": 10, "accept": 6, "wait": 3, "wake": 3, "vanish": 2, "wake_up_late": 3, "meddle": 3, "settle": 4,
         "hire": 1, "bury": 1, "bury_one_that_renewed": 1, "lose_stuck": 1, "lose_strays": 1,
     }.items()
     for _ in range(often)
@@ -51,6 +60,29 @@ CHANCE = st.randoms(use_true_random=True)
 
 def some[T](chance: Random, these: Sequence[T], share: float) -> list[T]:
     return [one for one in these if chance.random() < share]
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing is caught, nothing is cleaned up, the database rolls back what was not committed."""
+
+
+class Deadly(Spool):
+    """The spool of a process that is killed when half a body is written, or when one is to be removed."""
+
+    def __init__(self, directory: Path, last: str) -> None:
+        super().__init__(directory)
+        self._last = last
+
+    def store(self, message_id: str, parts: Sequence[bytes]) -> int:
+        if self._last == "store":
+            super().store(message_id, [b"half"])
+            raise Killed
+        return super().store(message_id, parts)
+
+    def remove(self, message_id: str) -> bool:
+        if self._last == "remove" and self.path(message_id).exists():
+            raise Killed
+        return super().remove(message_id)
 
 
 @dataclass
@@ -71,6 +103,7 @@ class Delivery:
     k: bool = False
     taken: int = 0  # how often the server really took it
     doubts: set[int] = field(default_factory=set)  # claims of which nobody knows
+    about_us: bool = False  # its last words: a D that is not about the mail
 
 
 @dataclass
@@ -90,6 +123,7 @@ class History(RuleBasedStateMachine):
     """`happens` is one thing after the other; the invariants are looked at after each."""
 
     office: Office
+    spool: Spool
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,6 +136,8 @@ class History(RuleBasedStateMachine):
         self.ledger = self.office.another_ledger()
         self.finished: set[Key] = set()
         self.said = itertools.count()
+        self.notify: dict[tuple[str, str], bool] = {}  # by message and address: whether its sender wants to know
+        self.told: Counter[tuple[str, str]] = Counter()  # by message and address: notices that name it
         for _ in range(2):
             self.hire(Random())
 
@@ -134,6 +170,10 @@ class History(RuleBasedStateMachine):
         addresses = [f"{n}@{route}.example.org" for n, route in enumerate(routes)]
         message = new_message(*map(":".join, zip(routes, addresses, strict=True)), sender=sender)
         message_id = message.id
+        self.spool.store(message_id, [bytes(message.size)])
+        for n, recipient in enumerate(message.recipients):
+            message.recipients[n] = asked = recipient._replace(notify=chance.choice([None, *NOTIFY]))
+            self.notify[message_id, asked.address] = NOTIFY[asked.notify] and sender != ""
         for _ in range(chance.randint(1, 2)):
             self.office.intake.commit([message])
         for number, route in enumerate(dict.fromkeys(routes), 1):
@@ -169,8 +209,10 @@ class History(RuleBasedStateMachine):
         delivery = self.queue[transfer.key]
         return (delivery.worker, delivery.claims) != (transfer.worker, transfer.claim.claim)
 
-    def _round(self, worker: str, ends: list[Transfer], wishes: list[Wish], chance: Random) -> None:
-        records = [self._report(transfer, chance) for transfer in ends]
+    def _round(
+        self, worker: str, ends: list[Transfer], wishes: list[Wish], chance: Random, *, last: bool = False
+    ) -> None:
+        records = [self._report(transfer, chance, last=last) for transfer in ends]
         renew = chance.random() < 0.5
         renewals = [Renewal(worker)] if renew else []
         items: list[Item] = [*wishes, *records, *renewals]
@@ -183,7 +225,8 @@ class History(RuleBasedStateMachine):
         for transfer, record, result in zip(ends, records, results[len(wishes) :], strict=False):
             self._recorded(transfer, record, result)
         for record, result in zip(records, results[len(wishes) :], strict=False):
-            assert not (isinstance(result, Recorded) and result.body_free and self._needed(record.message_id))
+            if isinstance(result, Recorded) and result.body_free:
+                self.spool.remove(record.message_id)
         for wish, result in zip(wishes, results, strict=False):
             self._claimed(wish, result, chance)
         if records and chance.random() < 0.3:
@@ -197,11 +240,13 @@ class History(RuleBasedStateMachine):
         mine = [delivery for key, delivery in self.queue.items() if key[0] == message_id]
         return any(delivery.state in UNFINISHED or delivery.due is not None for delivery in mine)
 
-    def _report(self, transfer: Transfer, chance: Random) -> Record:
-        """What a worker says of a transfer, which must fit what really happened."""
+    def _report(self, transfer: Transfer, chance: Random, *, last: bool) -> Record:
+        """What a worker says of a transfer, which must fit what really happened; `last`: and ends it."""
         self.transfers.remove(transfer)
         delivery = self.queue[transfer.key]
         outcome = chance.choice(TOOK if transfer.took else NOT_TOOK)
+        if last:
+            outcome = Outcome.ACCEPTED if transfer.took else Outcome.REJECTED
         state = NEXT[outcome]
         if outcome is Outcome.INTERRUPTED and chance.random() < 0.5:
             state = State.QUEUED
@@ -212,6 +257,8 @@ class History(RuleBasedStateMachine):
         if outcome is Outcome.UNCERTAIN:
             delivery.doubts.add(transfer.claim.claim)
         words = f"reply {next(self.said)}"
+        if outcome is Outcome.REJECTED and chance.random() < 0.2:
+            words = f"client not allowed, {words}"
         return self.office.note(
             transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=words
         )  # fmt: skip
@@ -223,15 +270,16 @@ class History(RuleBasedStateMachine):
         assert isinstance(result, Recorded)
         if accepted and not delivery.k:
             self._end(delivery, State.DELIVERED)
-            delivery.k, delivery.vanished = True, 0
+            delivery.k, delivery.vanished, delivery.about_us = True, 0, False
             if delivery.claims > record.claim:
                 self._taken(transfer.key)
         elif mine:
+            sent_back = delivery.wanted == "bounce"
             state = WANTED[delivery.wanted] if delivery.wanted else record.state
             if state is State.DEFERRED and delivery.expires <= self.clock:
                 state = State.EXPIRED
             self._end(delivery, state)
-            delivery.vanished = 0
+            delivery.vanished, delivery.about_us = 0, "not allowed" in record.reply and not sent_back
             if state is State.DEFERRED:
                 delivery.due = self.clock + DELAY
             if state is State.SPLIT:
@@ -252,10 +300,10 @@ class History(RuleBasedStateMachine):
         if len(delivery.recipients) == 1:
             self._end(delivery, State.BOUNCED)
             return
-        last = max(number for message_id, number in self.queue if message_id == key[0])
+        roots = sum(other[0] == key[0] and one.parent is None for other, one in self.queue.items())
         middle = (len(delivery.recipients) + 1) // 2
         halves = delivery.recipients[:middle], delivery.recipients[middle:]
-        for number, half in enumerate(halves, last + 1):
+        for number, half in enumerate(halves, roots + 2 * key[1] - 1):
             child = Delivery(delivery.sender, delivery.route, half, self.clock, delivery.expires, key[1])
             self.queue[key[0], number] = child
         delivery.recipients = ()
@@ -303,9 +351,9 @@ class History(RuleBasedStateMachine):
 
     # --- sweepers ---------------------------------------------------------------------------------------------
 
-    def wake(self, chance: Random) -> None:
+    def wake(self, chance: Random, limit: int = 0) -> None:
         """A sweeper wakes what is due."""
-        limit = chance.choice([1, 2, 100])
+        limit = limit or chance.choice([1, 2, 100])
         due = {
             key: delivery.due for key, delivery in self.queue.items()
             if delivery.state is State.DEFERRED and delivery.due is not None and delivery.due <= self.clock
@@ -348,6 +396,7 @@ class History(RuleBasedStateMachine):
         for delivery in lost:
             delivery.doubts.add(delivery.claims)
             delivery.vanished += 1
+            delivery.about_us = False
             if delivery.wanted:
                 state = WANTED[delivery.wanted]
             elif delivery.vanished >= POISON:
@@ -380,16 +429,68 @@ class History(RuleBasedStateMachine):
             self._end(delivery, told.state)
             if told.state is State.QUEUED:
                 delivery.due = self.clock
+            else:
+                delivery.about_us = False
             if told.name == "release":
                 delivery.vanished = 0
-        assert not (free and self._needed(message_id))
+        for unneeded in free:
+            self.spool.remove(unneeded)
 
-    def settle(self, _: Random) -> None:
-        """Every notice that is owed is made."""
-        self.office.change("UPDATE deliveries SET due_at = NULL WHERE state IN ('bounced', 'expired')")
-        for delivery in self.queue.values():
-            if delivery.state in (State.BOUNCED, State.EXPIRED):
-                delivery.due = None
+    def settle(self, chance: Random, last: str | None = None) -> None:
+        """A sweeper tells senders; it may be killed between body and COMMIT, or after that."""
+        last = chance.choice(["", "", "store", "remove"]) if last is None else last
+        most, owing = chance.choice([1, 2, 100]), self._owing()
+        debts = Debts(self.office.engine, Deadly(self.spool.directory, last), self.office.settings, lambda _: "default")
+        made: list[str] | None = None
+        try:
+            made = debts.settle(most)
+        except Killed:
+            assert last
+        settled = [message_id for message_id, mine in owing.items() if not all(map(self._owes, mine))]
+        assert made is None or len(settled) == len(owing) or most < sum(map(len, owing.values()))
+        notices = [notice for message_id in settled for notice in self._settled(message_id, owing[message_id])]
+        assert made is None or sorted(made) == sorted(notices)
+
+    def _owing(self) -> dict[str, dict[Key, Delivery]]:
+        """What is owed, by message, of which there is no more to come for now."""
+        owing: dict[str, dict[Key, Delivery]] = {}
+        for key, delivery in self.queue.items():
+            if delivery.state in FAILED and delivery.due is not None:
+                owing.setdefault(key[0], {})[key] = delivery
+        about_to_be_decided = {key[0] for key, d in self.queue.items() if d.state in (State.QUEUED, State.SENDING)}
+        late = self.clock - GATHER
+        return {
+            message_id: mine for message_id, mine in owing.items()
+            if message_id not in about_to_be_decided or any((d.due or 0.0) <= late for d in mine.values())
+        }  # fmt: skip
+
+    def _owes(self, key: Key) -> bool:
+        row = self._row(key)
+        return row["state"] in FAILED and row["due_at"] is not None
+
+    def _settled(self, message_id: str, mine: dict[Key, Delivery]) -> list[str]:
+        """The model's side of it; the notice, if there is to be one."""
+        if forgiven := {key: d for key, d in mine.items() if d.about_us and d.state is State.BOUNCED}:
+            for key, delivery in mine.items():
+                if key in forgiven:
+                    self._end(delivery, State.DEFERRED)
+                    delivery.due = self.clock + GATHER
+                    self.finished.discard(key)
+            return []
+        for delivery in mine.values():
+            delivery.due = None
+        failed = sorted(a for d in mine.values() for a in d.recipients if self.notify.get((message_id, a)))
+        sql = "SELECT @hex(id) AS id, size FROM messages WHERE notice_of = @id(:id)"
+        made = [row for row in self.office.rows(sql, id=message_id) if (row["id"], 1) not in self.queue]
+        assert len(made) == bool(failed)
+        for row in made:
+            text = self.spool.path(row["id"]).read_text()
+            named = re.findall("^Final-Recipient: rfc822; (.*)$", text, re.MULTILINE)
+            assert (sorted(named), row["size"]) == (failed, len(text))
+            self.told.update((message_id, address) for address in named)
+            sender = next(iter(mine.values())).sender
+            self.queue[row["id"], 1] = Delivery("", "default", (sender,), self.clock + GRACE, self.clock + LIFETIME)
+        return [row["id"] for row in made]
 
     def wait(self, chance: Random) -> None:
         """Time passes; now and then so much that the workers would be taken for dead if they did not renew."""
@@ -408,6 +509,37 @@ class History(RuleBasedStateMachine):
             worker = chance.choice(busy)
             self._pass(2 * STEP, alive=[other for other in self._alive() if other != worker])
             self.bury(chance)
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """Give it time, and everybody who matters: everything comes to its end."""
+        chance = Random(0)
+        self.leases[new := new_id()] = self.clock + LEASE
+        self.ledger.register(new, "host", 1)
+        for _ in range(20):
+            for worker in self.leases:
+                self._round(worker, [one for one in self.transfers if one.worker == worker], [], chance, last=True)
+            self._pass(6 * STEP, alive=self._alive())
+            self.lose_strays(chance)
+            self._release()
+            self.wake(chance, 1000)
+            self._round(new, [], [Wish(new, None, dict.fromkeys(ROUTES, 1000))], chance)
+            self.settle(chance, "")
+            if all(d.state in (*FINAL, State.SPLIT) and d.due is None for d in self.queue.values()):
+                break
+        self.agrees()
+        self.every_recipient_is_somewhere_once()
+        self.no_send_is_hidden()
+        self.every_sender_is_told_once()
+        assert not [key for key, d in self.queue.items() if d.state not in FINAL and d.recipients], "all has an end"
+
+    def _release(self) -> None:
+        self.verbs.apply(VERBS["release"], Filter(), actor="tester", reason="")
+        for delivery in self.queue.values():
+            if delivery.state is State.HELD:
+                self._end(delivery, State.QUEUED)
+                delivery.due, delivery.vanished = self.clock, 0
 
     # --- what is always so ------------------------------------------------------------------------------------
 
@@ -445,6 +577,18 @@ class History(RuleBasedStateMachine):
         assert found == {key: list(delivery.recipients) for key, delivery in self.queue.items()}
 
     @invariant()
+    def every_sender_is_told_once(self) -> None:
+        """Of each recipient that failed, in one notice, unless nobody wants to know; of a notice never."""
+        for (message_id, _), delivery in self.queue.items():
+            for address in delivery.recipients:
+                settled = delivery.state in FAILED and delivery.due is None
+                wanted = self.notify.get((message_id, address), False)  # never for a notice
+                told = self.told[message_id, address]
+                assert told == (wanted and settled) or (delivery.k and told == 1), "K came after the notice"
+        for message_id in {key[0] for key in self.queue if self._needed(key[0])}:
+            assert self.spool.path(message_id).exists()
+
+    @invariant()
     def no_send_is_hidden(self) -> None:
         """Whatever was sent twice was uncertain in between, and says so."""
         sql = """SELECT @hex(message_id) AS id, delivery, count(DISTINCT claim) AS n FROM attempts
@@ -456,7 +600,8 @@ class History(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def office(clean_url: str) -> Iterator[Office]:
+def office(clean_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
+    monkeypatch.setattr("relay.debts.GATHER", GATHER)
     made = Office(
         clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,
         uncertain_delay=UNCERTAIN_DELAY, poison_limit=POISON,
@@ -465,8 +610,8 @@ def office(clean_url: str) -> Iterator[Office]:
     made.engine.dispose()
 
 
-def test_the_queue_does_what_its_model_does(office: Office) -> None:
-    machine: type[History] = type("History", (History,), {"office": office})
+def test_the_queue_does_what_its_model_does(office: Office, spool: Spool) -> None:
+    machine: type[History] = type("History", (History,), {"office": office, "spool": spool})
     # To have a failing history made shorter, which takes minutes, take `phases` away.
     checks: Sequence[HealthCheck] = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(

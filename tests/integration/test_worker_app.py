@@ -70,6 +70,22 @@ def house(sqlite_url: str, spool: Spool, tmp_path: Path, spawn: Spawn) -> Iterat
         one.close()
 
 
+def test_a_server_that_refused_us_before_the_pattern_was_known_is_left_alone(house: Callable[..., House]) -> None:
+    with running_sink() as sink:
+        at = house(sink.port, "redis://127.0.0.1:1/0")
+        message_id = at.mail.accept()
+        at.mail.change(
+            """UPDATE deliveries SET state = 'bounced', due_at = @ago(60), finished_at = @now, last_outcome =
+                'rejected', last_reply = 'you shall not pass', last_server = :server WHERE message_id = :id""",
+            id=message_id, server=f"127.0.0.1:{sink.port}",
+        )  # fmt: skip
+        worker = at.start(UNAUTHORIZED_REPLIES="shall not pass")
+        until(lambda: at.mail.state(message_id) == "deferred", 30, what=at.said)
+        until(lambda: "server left alone" in at.said(), what=at.said)
+        assert "server does not want us" in at.said()
+        assert services.end(worker, signal.SIGTERM) == 0
+
+
 def test_importing_the_application_needs_nothing(tmp_path: Path) -> None:
     environment = {
         **os.environ,

@@ -4,7 +4,7 @@ import pytest
 
 from relay.schema import TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings, load, unwanted
-from worker.transfers import NEXT, judge
+from worker.transfers import ABOUT_AN_ADDRESS, NEXT, judge
 
 SETTINGS = load(WorkerSettings, retry_min=30, retry_max=3600, uncertain_delay=900, uncertain="retry")
 HOLD = load(WorkerSettings, uncertain="hold")
@@ -63,6 +63,22 @@ def test_a_refusal_of_us_defers_the_mail() -> None:
 )
 def test_which_refusals_are_about_us(words: str, about_us: bool) -> None:
     assert bool(unwanted(load(WorkerSettings)).search(words)) is about_us
+
+
+@pytest.mark.parametrize(
+    ("words", "so"),
+    [
+        ("sorry, no mailbox here by that name (#5.1.1)", True),
+        ("550 5.1.10 Null MX", True),
+        ("5.1.1. No such user", True),
+        ("go away (#5.7.1)", False),
+        ("no mail from [192.5.1.10]", False),
+        ("no mail from [5.1.2.3]", False),
+        ("refused by filter-5.1.2b", False),
+    ],
+)
+def test_which_refusals_may_be_about_one_recipient(words: str, so: bool) -> None:
+    assert bool(ABOUT_AN_ADDRESS.search(words.encode())) is so
 
 
 def test_no_patterns_no_refusal_is_about_us(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,7 @@ def test_an_8_bit_original_is_told_as_such_and_not_touched() -> None:
     (Kind.BOUNCED, "4.2.2 first, then 5.2.2", "5.2.2"), (Kind.DELAYED, "5.1.1 in a Z", "4.0.0"),
     (Kind.DELAYED, "busy # 4.3.2", "4.3.2"), (Kind.EXPIRED, "5.1.1", "5.4.7"), (Kind.BOUNCED, "", "5.0.0"),
     (Kind.BOUNCED, "5.1.1234", "5.0.0"),
+    (Kind.BOUNCED, "550 5.1.1. No such user", "5.1.1"), (Kind.BOUNCED, "no mail from 192.5.1.10", "5.0.0"),
 ])  # fmt: skip
 def test_the_servers_status_code_is_kept_if_its_class_fits(kind: Kind, reply: str, status: str) -> None:
     assert status_of(kind, reply) == status
