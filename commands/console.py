@@ -15,7 +15,7 @@ import typer
 from commands.explain import explained
 
 if TYPE_CHECKING:
-    from relay.queue import Filter
+    from relay.filters import Filter
 
 queue = typer.Typer(rich_markup_mode=None)
 
@@ -42,7 +42,7 @@ def _filter(
     reply: Annotated[str | None, typer.Option(help="A part of the server's words at the last try.")] = None,
 ) -> "Filter":
     """What the options mean; raises BadParameter."""
-    from relay.queue import Filter, bracketed
+    from relay.filters import Filter, bracketed
     from relay.schema import State
     from relay.settings import seconds
 

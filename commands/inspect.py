@@ -21,7 +21,8 @@ from commands.explain import DONE, NOTHING_MATCHED, OUT_OF_REACH, say
 from commands.tables import Columns, Row, ago, as_json, cut, plain, size, span, stamp, write
 from relay import database
 from relay.bodies import BodyUnsendable, Spool
-from relay.queue import AGES, Filter, NoSuchMessage, Queue
+from relay.filters import Filter
+from relay.queue import AGES, NoSuchMessage, Queue
 from relay.schema import Outcome
 from relay.settings import Settings, load
 
@@ -68,6 +69,7 @@ _SERVERS: Columns = {
     "SERVER": lambda row: row["server"],
     "TRIES": lambda row: str(row["attempts"]),
     "LAST": lambda row: ago(row["last_at"]),
+    "NOW": lambda row: "paused" if row["paused_at"] else "left alone" if row["left_alone_by"] else "",
     "OUTCOMES": lambda row: ", ".join(f"{row[outcome]} {outcome}" for outcome in _OUTCOMES if row[outcome]),
 }
 _PAUSES: Columns = {

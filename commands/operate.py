@@ -17,7 +17,8 @@ from sqlalchemy import Engine
 from commands.explain import DONE, NOTHING_MATCHED, WRONG_USE, say
 from commands.inspect import COLUMNS, at_hand, opened, resolved
 from commands.tables import as_json, write
-from relay.queue import Filter, Queue
+from relay.filters import Filter
+from relay.queue import Queue
 from relay.routes import Routes, parse_server
 from relay.schema import State
 from relay.settings import Settings, load

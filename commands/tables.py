@@ -26,8 +26,10 @@ def cut(address: str, width: int) -> str:
     return f"{address[: width - tail - 1]}…{address[len(address) - tail :]}"
 
 
-def span(seconds: float) -> str:
-    """A length of time in its two largest units: `45s`, `3m 20s`, `2d 4h`."""
+def span(seconds: float | None) -> str:
+    """A length of time in its two largest units: `45s`, `3m 20s`, `2d 4h`; empty for none."""
+    if seconds is None:
+        return ""
     rest, words = max(0, round(seconds)), list[str]()
     for unit, letter in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
         count, rest = divmod(rest, unit)
@@ -36,8 +38,10 @@ def span(seconds: float) -> str:
     return " ".join(filter(None, words[:2])) or "0s"
 
 
-def size(count: float) -> str:
-    """Bytes as `812`, `4.1K`, `25.0M`."""
+def size(count: float | None) -> str:
+    """Bytes as `812`, `4.1K`, `25.0M`; empty for none."""
+    if count is None:
+        return ""
     for unit in ("", "K", "M", "G"):
         if count < 1024:
             return f"{count:.1f}{unit}" if unit else str(count)

@@ -34,8 +34,9 @@ from commands import charts
 from commands.explain import DONE, OUT_OF_REACH, say
 from commands.inspect import everything_about, facts, opened
 from commands.tables import ago, cut, size, span, stamp
+from relay.filters import Filter, bracketed
 from relay.log import first_line, get_logger
-from relay.queue import Filter, NoSuchMessage, Queue, Row, bracketed
+from relay.queue import NoSuchMessage, Queue, Row
 from relay.schema import UNFINISHED, State
 from relay.settings import Settings
 

@@ -39,7 +39,14 @@ def gather(queue: Queue, message_id: str) -> Facts:
         servers = {}  # `check` tells of it
     far = 2 * settings.session_timeout + 2 * settings.lease
     pauses = {row["subject"]: row for row in queue.pauses()}
-    return Facts(queue.workers(), pauses, servers, bool(queue.servers()), queue.notices(message_id), far)
+    return Facts(
+        queue.workers(),
+        pauses,
+        servers,
+        any(row["attempts"] for row in queue.servers()),
+        queue.notices(message_id),
+        far,
+    )
 
 
 def sentences(message: dict[str, Any], facts: Facts) -> Iterator[tuple[Row, str]]:

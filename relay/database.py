@@ -45,9 +45,9 @@ class Dialect:
     """Spells the macros of our SQL for one database.
 
     `@now`: the time; `@later(s)`, `@ago(s)`: s seconds after or before it; `@since(t)`: seconds since t; `@when(t)`: t
-    as people read it; `@micros(t)`: t as microseconds since 1970; `@hex(id)`: an id as 32 digits; `@id(:name)`: an id
-    parameter; `@like`: LIKE to which capitals are the same; `@skip_locked`, `@locked(table)`; `@rows(:name; column
-    type, ...)`: the rows of a JSON array parameter, as x.
+    as people read it; `@iso(w)`: what `@when` made, as RFC 3339 has it; `@micros(t)`: t as microseconds since 1970;
+    `@hex(id)`: an id as 32 digits; `@id(:name)`: an id parameter; `@like`: LIKE to which capitals are the same;
+    `@skip_locked`, `@locked(table)`; `@rows(:name; column type, ...)`: the rows of a JSON array parameter, as x.
     """
 
     _MACRO = re.compile(r"@(\w+)(?:\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?")
@@ -70,6 +70,7 @@ class Dialect:
             "ago": lambda s: f"(now() - ({s}) * interval '1 second')",
             "since": lambda t: f"CAST(extract(epoch FROM now() - {t}) AS float8)",
             "when": lambda t: t,
+            "iso": lambda t: rf"""to_char({t} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24\:MI\:SS.MS"+00\:00"')""",
             "micros": lambda t: f"CAST(extract(epoch FROM {t}) * 1000000 AS bigint)",
             "hex": lambda i: f"replace(CAST({i} AS text), '-', '')",
             "id": lambda i: f"CAST({i} AS uuid)",
@@ -93,7 +94,8 @@ class Dialect:
             "later": lambda s: f"({now} + CAST(({s}) * 1000000 AS INTEGER))",
             "ago": lambda s: f"({now} - CAST(({s}) * 1000000 AS INTEGER))",
             "since": lambda t: f"(({now} - ({t})) / 1000000.0)",
-            "when": lambda t: f"strftime('%Y-%m-%d %H:%M:%f', ({t}) / 1000000.0, 'unixepoch')",
+            "when": lambda t: f"datetime(({t}) / 1000000, 'unixepoch') || '.' || substr(({t}) / 1000, -3)",
+            "iso": lambda t: f"replace({t}, ' ', 'T') || '+00\\:00'",
             "micros": lambda t: t,
             "hex": lambda i: f"replace({i}, '-', '')",
             "id": lambda i: i,

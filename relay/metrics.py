@@ -46,6 +46,9 @@ SENT_BYTES = Counter("relay_sent_bytes", "bytes of QMQP requests sent")
 DELIVERY_SECONDS = Histogram("relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG)
 TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers under way in this worker")
 RESTS = Counter("relay_server_rests", "times that a server was left alone for a while", ["server", "why"])
+RESTING = Gauge(
+    "relay_server_resting", "1 from the time that this worker left a server alone until it is well", ["server"]
+)
 
 attempts, hints, rests = cache(ATTEMPTS.labels), cache(HINTS.labels), cache(RESTS.labels)
 
@@ -126,6 +129,7 @@ class Queue(Collector):
         with reading(self._engine) as connection:
             found = {state: values for state, *values in self._sql.run(connection, _QUEUE)}
             workers, uncertain = self._sql.run(connection, _OTHERS).one()
+            pauses = {subject: 1.0 for (subject,) in self._sql.run(connection, "SELECT subject FROM pauses")}
         counts, overdue, oldest = ({str(s): found.get(s, (0, 0, 0))[n] for s in UNFINISHED} for n in range(3))
         owed = sum(values[0] for state, values in found.items() if state not in counts)
         return [
@@ -135,6 +139,7 @@ class Queue(Collector):
             _gauge("oldest_age_seconds", "age of the oldest message with such a delivery", oldest, "state"),
             _gauge("notices_owed", "failed deliveries whose sender was not told yet", owed),
             _gauge("workers_alive", "workers whose lease has not run out", workers),
+            _gauge("paused", "routes and servers that nothing is sent to for now", pauses, "subject"),
             _gauge("uncertain_attempts", "tries of the last hour whose end nobody knows", uncertain),
         ]
 

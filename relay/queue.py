@@ -1,14 +1,15 @@
 """Looking at the queue: what operators ask of it, from the views that everybody else reads too.
 
 How it works: a `Filter` becomes a WHERE over `mail_queue` or `mail_history`, and rows are streamed, so that a hundred
-thousand of them are listed without being held. What must stay true: looking changes nothing and locks nothing; times
-come out as aware datetimes on both databases; an id may be given with or without dashes, or as any unique end of it.
+thousand of them are listed without being held. Where text is wanted the database makes it (`lines`): what Python does
+for each of many columns costs more than finding the row. What must stay true: looking changes nothing and locks
+nothing; times come out as aware datetimes on both databases; an id may be given with or without dashes, or as any
+unique end of it.
 """
 
 import re
-import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -17,12 +18,15 @@ from uuid import UUID
 from sqlalchemy import Connection, CursorResult, Engine
 
 from relay.database import Statements, reading
+from relay.filters import Filter, id_at
 from relay.ids import dashed
 from relay.schema import UNFINISHED, VIEWS
 
 type Row = dict[str, Any]
 _TIMES = ("_at", "until")
 _IDS = ("message_id", "worker")
+_FEW = 1000  # rows that an index may find and that are then sorted
+LOOKED_AT = 100_000  # messages that a page looks at for what no index finds
 AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
 # What stands behind the last @: one expression that both databases understand.
 DOMAIN = "lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))"
@@ -30,75 +34,6 @@ DOMAIN = "lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@'
 
 class NoSuchMessage(LookupError):
     """No message, or more than one, has an id like that."""
-
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Which deliveries are meant; everything that is given must hold. `sender` and `recipient` take `*`."""
-
-    states: tuple[str, ...] = ()
-    sender: str | None = None
-    recipient: str | None = None
-    route: str | None = None
-    server: str | None = None
-    older_than: float | None = None  # seconds since it was received
-    id: str | None = None  # 32 digits
-    reply: str | None = None  # a part of the server's words
-    header_message_id: str | None = None
-
-    def where(self) -> tuple[str, dict[str, Any]]:
-        """The condition over the columns of `mail_history`, and its parameters."""
-        parts: list[str] = []
-        given: dict[str, Any] = {}
-        if self.states:
-            given |= {f"state{n}": state for n, state in enumerate(self.states)}
-            parts.append(f"state IN ({', '.join(f':state{n}' for n in range(len(self.states)))})")
-        for column in ("sender", "recipient", "route", "server", "header_message_id"):
-            value: str | None = getattr(self, column)
-            if value is not None:
-                parts.append(f"{column} @like :{column} ESCAPE '\\'" if "*" in value else f"{column} = :{column}")
-                given[column] = _like(value) if "*" in value else value
-        if self.reply is not None:
-            parts.append("reason @like :reply ESCAPE '\\'")
-            given["reply"] = _like(f"*{self.reply}*")
-        if self.older_than is not None:
-            parts.append("message_id < @id(:oldest)")
-            given["oldest"] = _id_at(self.older_than)
-        if self.id is not None:
-            parts.append("message_id = @id(:id)")
-            given["id"] = dashed(self.id)
-        return " AND ".join(parts) or "1 = 1", given
-
-    def selective(self) -> bool:
-        """Whether an index finds the few rows that are meant."""
-        exact = [value for value in (self.sender, self.recipient) if value is not None and "*" not in value]
-        return bool(exact or self.id or self.header_message_id)
-
-    def shown(self) -> str:
-        """The filter as an operator would type it; empty for everything."""
-        words = [f"--state {state}" for state in self.states]
-        for name in (field for field in self.__dataclass_fields__ if field != "states"):
-            value = getattr(self, name)
-            if value is not None:
-                option = name.removeprefix("header_").replace("_", "-")
-                words.append(f"--{option} {shlex.quote(f'{value:g}s' if name == 'older_than' else value)}")
-        return " ".join(words)
-
-
-def bracketed(message_id: str) -> str:
-    """A Message-ID as headers spell it, whether or not it was given with its <>; `*` stands for them too."""
-    head = "" if message_id.startswith(("<", "*")) else "<"
-    return head + message_id + ("" if message_id.endswith((">", "*")) else ">")
-
-
-def _like(pattern: str) -> str:
-    return re.sub(r"([\\%_])", r"\\\1", pattern).replace("*", "%")
-
-
-def _id_at(seconds_ago: float) -> str:
-    """The smallest id that a message received then could have: ids begin with milliseconds."""
-    stamp = int((datetime.now(UTC).timestamp() - seconds_ago) * 1000)
-    return dashed(f"{max(stamp, 0):012x}" + "0" * 20)
 
 
 def _plain(found: CursorResult[Any]) -> Iterator[Row]:
@@ -133,45 +68,86 @@ class Queue:
 
     def rows(
         self, wanted: Filter, *, limit: int | None = None, finished: bool = False, newest: bool = False,
-        after: tuple[str, int] | None = None,
+        after: tuple[str, int] | None = None, down_to: str | None = None,
     ) -> Iterator[Row]:  # fmt: skip
         """Rows of `mail_queue` (or of `mail_history`), a recipient each, oldest first or `newest`, streamed.
 
-        `after`: go on behind the row with this queue id and position.
+        `after`: go on behind the row with this queue id and position. `down_to`: look at no message older than this.
         """
+        return self.select(*self._listing("*", wanted, limit, finished, newest, after, down_to))
+
+    def _listing(
+        self, columns: str, wanted: Filter, limit: int | None, finished: bool, newest: bool = False,
+        after: tuple[str, int] | None = None, down_to: str | None = None,
+    ) -> tuple[str, dict[str, Any]]:  # fmt: skip
         where, given = wanted.where()
-        finished = finished or bool(set(wanted.states) - set(UNFINISHED))
-        view = "mail_history" if finished else "mail_queue"
+        view = "mail_history" if finished or wanted.states else "mail_queue"
         behind, order = ("<", "DESC") if newest else (">", "ASC")
         if after is not None:
-            where += (
-                f" AND message_id {behind}= @id(:after) AND (message_id, position) {behind} (@id(:after), :position)"
-            )
+            where += f" AND (message_id, position) {behind} (@id(:after), :position)"
             given |= {"after": dashed(after[0]), "position": after[1]}
-        if limit is not None and self._in_order(wanted):
+        if down_to is not None:
+            where, given = where + " AND message_id >= @id(:down_to)", given | {"down_to": dashed(down_to)}
+        if not self._sql.postgresql and not self.few(wanted):  # SQLite knows no better: go through all in order
             view = f"({VIEWS[view].replace('JOIN', 'CROSS JOIN')})"
-        sql = f"SELECT * FROM {view} WHERE {where} ORDER BY message_id {order}, position {order}"
-        if limit is not None:
-            sql, given = sql + " LIMIT :most", given | {"most": limit}
-        return self.select(sql, given)
+        sql = f"SELECT {columns} FROM {view} WHERE {where} ORDER BY message_id {order}, position {order}"
+        return (sql, given) if limit is None else (f"{sql} LIMIT :most", given | {"most": limit})
 
-    def _in_order(self, wanted: Filter) -> bool:
-        """Whether to tell SQLite to go through all messages in order until enough are found.
+    def lines(
+        self, wanted: Filter, *, limit: int | None = None, finished: bool = False, objects: bool = False
+    ) -> Iterator[Sequence[str]]:
+        """The same rows as lines that the database makes, many at once: names of columns, then values, between tabs.
 
-        Left alone it finds all that match, joins and sorts them, which is better only where those are few.
+        `objects`: no names, and each line is a JSON object.
         """
-        if self._sql.postgresql or wanted.selective():
-            return False
-        where, given = Filter(states=wanted.states).where()
-        many = f"SELECT count(*) AS n FROM (SELECT 1 FROM deliveries WHERE {where} LIMIT 1000)"
-        return bool(self._all(many, **given)[0]["n"] == 1000)
+        with self._streamed("SELECT * FROM mail_queue LIMIT 0", {}) as found:
+            names = tuple(found.keys())
+        values = [f"@iso({name})" if name.endswith(_TIMES) else name for name in names]
+        if objects and self._sql.postgresql:  # json_build_object takes half as long again
+            named = ", ".join(f"{value} AS {name}" for name, value in zip(names, values, strict=True))
+            line = f"CAST((SELECT row_to_json(o) FROM (SELECT {named}) AS o) AS text)"
+        elif objects:
+            line = f"json_object({', '.join(f"'{name}', {value}" for name, value in zip(names, values, strict=True))})"
+        else:
+            yield ["\t".join(names)]
+            line = " || '\t' || ".join(f"coalesce(CAST({value} AS text), '')" for value in values)
+        with self._streamed(*self._listing(line, wanted, limit, finished)) as found:
+            yield from found.scalars().partitions(1000)
+
+    def few(self, wanted: Filter) -> bool:
+        """Whether an index finds what is meant, and that is not much."""
+        if wanted.id is not None or "*" not in (wanted.header_message_id or "*"):
+            return True
+        for table, column, value in (
+            ("messages", "sender", wanted.sender),
+            ("recipients", "address", wanted.recipient),
+        ):
+            if value is not None and "*" not in value:
+                some = f"SELECT count(*) AS n FROM (SELECT 1 FROM {table} WHERE {column} = :value LIMIT {_FEW}) AS x"
+                if self._all(some, value=value)[0]["n"] < _FEW:
+                    return True
+        return False
+
+    def horizon(self, wanted: Filter, after: tuple[str, int] | None = None) -> str | None:
+        """The queue id down to which to look at LOOKED_AT messages; None where an index finds what is meant."""
+        if self.few(wanted) or (wanted.states and set(wanted.states) <= set(UNFINISHED)):
+            return None
+        where, given = ("WHERE id <= @id(:after)", {"after": dashed(after[0])}) if after else ("", {})
+        nth = f"SELECT id FROM messages {where} ORDER BY id DESC LIMIT 1 OFFSET {LOOKED_AT}"
+        found = self._all(f"SELECT @hex(id) AS id FROM ({nth}) AS x", **given)
+        return str(found[0]["id"]) if found else None
 
     def select(self, sql: str, given: dict[str, Any]) -> Iterator[Row]:
         """Rows of a query with our macros, streamed."""
+        with self._streamed(sql, given) as found:
+            yield from _plain(found)
+
+    @contextmanager
+    def _streamed(self, sql: str, given: dict[str, Any]) -> Iterator[CursorResult[Any]]:
         with reading(self._engine) as connection:
             streaming = connection.execution_options(stream_results=True, max_row_buffer=1000)
             with self._sql.run(streaming, sql, **given) as found:
-                yield from _plain(found)
+                yield found
 
     def resolve(self, text: str) -> str:
         """The id that is meant by all of it or any unique end of it, dashes or not; raises NoSuchMessage."""
@@ -189,12 +165,12 @@ class Queue:
     def _like_id(self, connection: Connection, digits: str) -> list[str]:
         if len(digits) == 32:
             sql, given = "SELECT @hex(id) FROM messages WHERE id = @id(:id)", {"id": dashed(digits)}
-        else:
-            sql, given = (
-                "SELECT @hex(id) FROM messages WHERE @hex(id) LIKE :end ORDER BY id LIMIT 5",
-                {"end": f"%{digits}"},
-            )
-        return [row[0] for row in self._sql.run(connection, sql, **given)]
+            return [row[0] for row in self._sql.run(connection, sql, **given)]
+        end = dashed(digits.rjust(32)).lstrip(" -")
+        sql = (
+            f"SELECT @hex(id) FROM messages WHERE substr(CAST(id AS text), {37 - len(end)}) = :end ORDER BY id LIMIT 5"
+        )
+        return [row[0] for row in self._sql.run(connection, sql, end=end)]
 
     def message(self, message_id: str) -> Row | None:
         """Everything about one message: its row with `recipients`, `deliveries` and `attempts`, oldest first."""
@@ -258,7 +234,7 @@ class Queue:
         A row has `domain`, `waiting`, and how many of those are younger than each of AGES and than all of them:
         `under_5m` ... `older`; the name of a column is its upper end.
         """
-        ids = [_id_at(seconds) for seconds in AGES.values()]
+        ids = [id_at(seconds) for seconds in AGES.values()]
         bounds = {f"bound{n}": bound for n, bound in enumerate(ids)}
         columns, above = list[str](), "1 = 1"
         for n, name in enumerate(AGES):
@@ -308,7 +284,7 @@ class Queue:
         return self._all(
             "SELECT @hex(w.id) AS id, w.host, w.pid, @when(w.started_at) AS started_at, @when(w.until) AS until,"
             " @when(w.ended_at) AS ended_at, w.ending, (w.ended_at IS NULL AND w.until > @now) AS alive,"
-            " (SELECT count(*) FROM deliveries d WHERE d.state = 'sending' AND d.worker = w.id"
-            " AND d.due_at IS NOT NULL) AS sending"
-            " FROM workers w ORDER BY w.ended_at IS NOT NULL, w.started_at DESC LIMIT 50"
+            " coalesce(d.sending, 0) AS sending FROM workers w LEFT JOIN (SELECT worker, count(*) AS sending"
+            " FROM deliveries WHERE state = 'sending' AND due_at IS NOT NULL GROUP BY worker) AS d ON d.worker = w.id"
+            " ORDER BY w.ended_at IS NOT NULL, w.started_at DESC LIMIT 50"
         )

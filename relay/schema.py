@@ -3,7 +3,7 @@
 `messages` and `recipients` are written once. `deliveries` is the queue: a row is one QMQP request to get across, hot
 and narrow, and the only thing that changes. `attempts` is what happened, kept until the message is. `due_at` says when
 somebody must look at a delivery again; who moves it on changes the state with it, and whoever is final and owes nothing
-has none. One partial index on it finds all work.
+has none. One partial index on it finds all work, and a second one what is held and due for nobody.
 
 What must stay true: only `queued` can be claimed; TRANSITIONS are the only ways between states; a K beats all of them.
 There are no foreign keys on the hot tables: they cost half as much again as the writes themselves, and every row is
@@ -70,7 +70,7 @@ def words(values: tuple[str, ...] | type[StrEnum]) -> str:
 
 
 NEEDS_BODY = f"(state IN ({words(UNFINISHED)}) OR due_at IS NOT NULL)"
-REVISION = "0001"  # the newest migration
+REVISION = "0002"  # the newest migration
 # When a row of `deliveries` that fails now is due: at once if a notice is owed. `:notices`: BOUNCES is not off.
 OWED = """CASE WHEN :notices AND (SELECT m.sender FROM messages m WHERE m.id = deliveries.message_id)
     NOT IN ('', '#@[]') THEN @now END"""
@@ -111,7 +111,7 @@ messages = Table(
 recipients = Table(
     "recipients",
     metadata,
-    Column("message_id", Id, nullable=False),
+    Column("message_id", Id, nullable=False, comment="the message that goes to it"),
     Column("position", Integer, nullable=False, comment="order of RCPT, from 1"),
     Column("address", Text, nullable=False, comment="envelope recipient, local part without SMTP quoting"),
     Column("delivery", Integer, nullable=False, comment="number of the delivery that carries it"),
@@ -125,11 +125,11 @@ recipients = Table(
 deliveries = Table(
     "deliveries",
     metadata,
-    Column("message_id", Id, nullable=False),
+    Column("message_id", Id, nullable=False, comment="the message that it carries"),
     Column("number", Integer, nullable=False, comment="from 1 within the message"),
     Column("parent", Integer, comment="the delivery that was split into this one"),
     Column("route", Text, nullable=False, comment="name of the route; its servers are looked up at each attempt"),
-    Column("state", Text, nullable=False),
+    Column("state", Text, nullable=False, comment="where it is; docs/inspect.md lists the states"),
     Column("due_at", Instant, comment="when somebody must look again; empty when nobody need"),
     Column("expires_at", Instant, nullable=False, comment="a try that fails after this is the last"),
     Column("worker", Id, comment="who is sending it"),
@@ -153,6 +153,9 @@ deliveries = Table(
         postgresql_where=text("due_at IS NOT NULL"),
         sqlite_where=text("due_at IS NOT NULL"),
     ),
+    Index(
+        "deliveries_held", "message_id", postgresql_where=text("state = 'held'"), sqlite_where=text("state = 'held'")
+    ),
     comment="QMQP requests to get across: the queue",
     postgresql_with={"fillfactor": 80, "autovacuum_vacuum_scale_factor": 0.02, "autovacuum_analyze_scale_factor": 0.02},
 )
@@ -160,17 +163,17 @@ deliveries = Table(
 attempts = Table(
     "attempts",
     metadata,
-    Column("message_id", Id, nullable=False),
-    Column("delivery", Integer, nullable=False),
+    Column("message_id", Id, nullable=False, comment="the message that was tried"),
+    Column("delivery", Integer, nullable=False, comment="number of the delivery"),
     Column("claim", Integer, nullable=False, comment="which claim of the delivery, from 1"),
     Column("hop", Integer, nullable=False, comment="which server within the claim, from 1; 0: the worker was lost"),
-    Column("worker", Id, nullable=False),
-    Column("server", Text),
-    Column("started_at", Instant, nullable=False),
-    Column("finished_at", Instant, nullable=False),
-    Column("outcome", Text, nullable=False),
+    Column("worker", Id, nullable=False, comment="who tried"),
+    Column("server", Text, comment="where; empty when the worker was lost"),
+    Column("started_at", Instant, nullable=False, comment="when it began to connect"),
+    Column("finished_at", Instant, nullable=False, comment="when the reply was read, or the try given up"),
+    Column("outcome", Text, nullable=False, comment="what became of it; docs/inspect.md lists the outcomes"),
     Column("reply", Text, nullable=False, comment="the server's words, or ours; bytes outside ASCII as \\xNN"),
-    Column("bytes_sent", BigInteger, nullable=False),
+    Column("bytes_sent", BigInteger, nullable=False, comment="bytes of the request that left"),
     PrimaryKeyConstraint("message_id", "delivery", "claim", "hop"),
     CheckConstraint(f"outcome IN ({words(Outcome)})", name="outcome"),
     Index("attempts_finished_at", "finished_at", postgresql_using="brin"),
@@ -181,9 +184,9 @@ workers = Table(
     "workers",
     metadata,
     Column("id", Id, primary_key=True),
-    Column("host", Text, nullable=False),
-    Column("pid", Integer, nullable=False),
-    Column("started_at", Instant, nullable=False),
+    Column("host", Text, nullable=False, comment="machine that it runs on"),
+    Column("pid", Integer, nullable=False, comment="its process there"),
+    Column("started_at", Instant, nullable=False, comment="when it began"),
     Column("until", Instant, nullable=False, comment="the lease: renewed while the worker lives"),
     Column("ended_at", Instant, comment="when it stopped or was declared dead"),
     Column("ending", Text, comment="stopped or vanished"),
@@ -194,12 +197,12 @@ actions = Table(
     "actions",
     metadata,
     Column("id", Id, primary_key=True),
-    Column("at", Instant, nullable=False),
-    Column("actor", Text, nullable=False),
-    Column("verb", Text, nullable=False),
-    Column("reason", Text, nullable=False),
-    Column("filter", Text, nullable=False),
-    Column("matched", Integer, nullable=False),
+    Column("at", Instant, nullable=False, comment="when"),
+    Column("actor", Text, nullable=False, comment="user@host who asked"),
+    Column("verb", Text, nullable=False, comment="what was done"),
+    Column("reason", Text, nullable=False, comment="why, as the operator gave it"),
+    Column("filter", Text, nullable=False, comment="to which deliveries, as options of the command"),
+    Column("matched", Integer, nullable=False, comment="how many deliveries it touched"),
     comment="what operators did",
 )
 
@@ -207,53 +210,73 @@ pauses = Table(
     "pauses",
     metadata,
     Column("subject", Text, primary_key=True, comment="route:NAME or server:NAME"),
-    Column("since", Instant, nullable=False),
-    Column("actor", Text, nullable=False),
-    Column("reason", Text, nullable=False),
+    Column("since", Instant, nullable=False, comment="since when"),
+    Column("actor", Text, nullable=False, comment="user@host who asked"),
+    Column("reason", Text, nullable=False, comment="why"),
     comment="routes and servers that nothing is sent to for now",
+)
+
+rests = Table(
+    "rests",
+    metadata,
+    Column("worker", Id, nullable=False, comment="who leaves it alone"),
+    Column("server", Text, nullable=False, comment="which, as the settings name it"),
+    Column("why", Text, nullable=False, comment="the server's words, or ours, when it failed last"),
+    PrimaryKeyConstraint("worker", "server"),
+    comment="servers that workers leave alone for now; who has ended does not count",
 )
 
 spool = Table(
     "spool",
     metadata,
     Column("id", Id, primary_key=True, comment="also written in the spool directory, as spool-id"),
-    Column("created_at", Instant, nullable=False),
+    Column("created_at", Instant, nullable=False, comment="when it was made"),
     comment="the one spool directory that this database knows",
 )
 
 _RECIPIENT_VIEW = """
-SELECT @hex(m.id) AS queue_id, m.id AS message_id, r.position, d.number AS delivery, d.state, m.sender,
+SELECT @hex(d.message_id) AS queue_id, d.message_id, r.position, d.number AS delivery, d.state, m.sender,
        r.address AS recipient, m.size, d.route, d.claims AS attempts, d.last_outcome, d.last_reply AS reason,
        d.last_server AS server, @when(m.received_at) AS received_at,
        @when(CASE WHEN d.state IN ('queued', 'deferred') THEN d.due_at END) AS next_at,
        @when(d.expires_at) AS expires_at, @when(d.finished_at) AS finished_at, d.worker, d.wanted,
        m.client_address, m.helo, m.protocol, m.header_message_id, @hex(m.notice_of) AS notice_of
-FROM messages m
-JOIN recipients r ON r.message_id = m.id
-JOIN deliveries d ON d.message_id = r.message_id AND d.number = r.delivery
+FROM deliveries d
+JOIN recipients r ON r.message_id = d.message_id AND r.delivery = d.number
+JOIN messages m ON m.id = d.message_id
 """
 
 # Views are the public face for people with an SQL prompt: names and columns are stable (docs/inspect.md).
 VIEWS = {
     "mail_queue": f"{_RECIPIENT_VIEW}WHERE d.state IN ({words(UNFINISHED)})",
     "mail_history": _RECIPIENT_VIEW,
-    "queue_summary": """
-SELECT d.state, d.route, count(*) AS deliveries, CAST(coalesce(sum(m.size), 0) AS bigint) AS bytes,
+    # Two halves: what is finished is only counted, or a long history would be looked up message by message.
+    "queue_summary": f"""
+SELECT d.state, d.route, count(*) AS deliveries, CAST(sum(m.size) AS bigint) AS bytes,
        @when(min(m.received_at)) AS oldest_at, @since(min(m.received_at)) AS oldest_seconds,
-       sum(CASE WHEN d.state IN ('queued', 'sending', 'deferred') AND d.due_at < @now THEN 1 ELSE 0 END) AS overdue
+       sum(CASE WHEN d.state <> 'held' AND d.due_at < @now THEN 1 ELSE 0 END) AS overdue
 FROM deliveries d JOIN messages m ON m.id = d.message_id
-GROUP BY d.state, d.route
+WHERE d.state IN ({words(UNFINISHED)}) GROUP BY d.state, d.route
+UNION ALL
+SELECT state, route, count(*), NULL, NULL, NULL, 0 FROM deliveries
+WHERE state NOT IN ({words(UNFINISHED)}) GROUP BY state, route
 """,
     "server_health": """
-SELECT server, count(*) AS attempts, sum(CASE WHEN outcome = 'accepted' THEN 1 ELSE 0 END) AS accepted,
+SELECT server, count(outcome) AS attempts, sum(CASE WHEN outcome = 'accepted' THEN 1 ELSE 0 END) AS accepted,
        sum(CASE WHEN outcome = 'deferred' THEN 1 ELSE 0 END) AS deferred,
        sum(CASE WHEN outcome = 'rejected' THEN 1 ELSE 0 END) AS rejected,
        sum(CASE WHEN outcome = 'unreachable' THEN 1 ELSE 0 END) AS unreachable,
        sum(CASE WHEN outcome IN ('uncertain', 'malformed') THEN 1 ELSE 0 END) AS uncertain,
        sum(CASE WHEN outcome = 'interrupted' THEN 1 ELSE 0 END) AS interrupted,
-       sum(bytes_sent) AS bytes_sent, @when(max(finished_at)) AS last_at
-FROM attempts
-WHERE finished_at > @ago(3600) AND server IS NOT NULL
+       coalesce(sum(bytes_sent), 0) AS bytes_sent, @when(max(finished_at)) AS last_at,
+       count(why) AS left_alone_by, max(why) AS left_alone_why, @when(max(since)) AS paused_at
+FROM (SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN reply END AS why,
+             CASE WHEN 1 = 0 THEN finished_at END AS since
+      FROM attempts WHERE finished_at > @ago(3600) AND server IS NOT NULL
+      UNION ALL SELECT r.server, NULL, NULL, NULL, r.why, NULL
+      FROM rests r JOIN workers w ON w.id = r.worker WHERE w.ended_at IS NULL
+      UNION ALL SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since
+      FROM pauses WHERE substr(subject, 1, 7) = 'server:') s
 GROUP BY server
 """,
 }

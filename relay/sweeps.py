@@ -8,7 +8,7 @@ What must stay true: nobody is declared dead because the database was away; what
 never quietly sent again: it gets an attempt of outcome `uncertain` first (hop 0).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine
@@ -88,6 +88,14 @@ class Sweeps:
             gone = """d.due_at IS NOT NULL
                 AND EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)"""
             return self._lose(connection, gone, "the worker stopped while it was sending")
+
+    def note_rests(self, worker: str, rests: Mapping[str, str]) -> None:
+        """Say which servers a worker leaves alone for now, and why: for those who look at `server_health`."""
+        with writing(self._engine) as connection:
+            self._sql.run(connection, "DELETE FROM rests WHERE worker = :worker", worker=dashed(worker))
+            add = "INSERT INTO rests (worker, server, why) VALUES (:worker, :server, :why)"
+            for server, why in rests.items():
+                self._sql.run(connection, add, worker=dashed(worker), server=server, why=why)
 
     def paused(self) -> frozenset[str]:
         """What nothing is to be sent to: `route:NAME` and `server:NAME`."""

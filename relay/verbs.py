@@ -16,9 +16,10 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.database import Statements, reading, writing
+from relay.filters import Filter
 from relay.ids import dashed, new_id
 from relay.log import escaped
-from relay.queue import Filter, Queue
+from relay.queue import Queue
 from relay.schema import NEEDS_BODY, OWED, State
 
 CHUNK = 500

@@ -118,7 +118,7 @@ class Databases:
         self._prefix = f"relay_test_{os.getpid()}"
         self._numbers = itertools.count(1)
         self.template = f"{self._prefix}_template"
-        self._execute("CREATE DATABASE {}", self.template)
+        self.execute("CREATE DATABASE {}", self.template)
         _migrate(self.url(self.template))
 
     def url(self, name: str) -> str:
@@ -126,13 +126,13 @@ class Databases:
 
     def create(self) -> str:
         name = f"{self._prefix}_{next(self._numbers)}"
-        self._execute("CREATE DATABASE {} TEMPLATE {}", name, self.template)
+        self.execute("CREATE DATABASE {} TEMPLATE {}", name, self.template)
         return name
 
     def drop(self, name: str) -> None:
-        self._execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+        self.execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
 
-    def _execute(self, statement: str, *names: str) -> None:
+    def execute(self, statement: str, *names: str) -> None:
         plain = self._maintenance.set(drivername="postgresql").render_as_string(hide_password=False)
         with psycopg.connect(plain, autocommit=True) as connection:
             connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))

@@ -81,7 +81,7 @@ class Process:
         debts = Debts(state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers))
         sweeps = Sweeps(state.engine, settings)
         self.engine.pause(sweeps.paused())
-        self._sweeper = Sweeper(settings, sweeps, debts, self.engine, self._hints)
+        self._sweeper = Sweeper(settings, sweeps, debts, self.engine, self._hints, resting=servers.resting)
         self._housekeeper = Housekeeper(settings, state.engine, state.spool)
         verbs = Verbs(state.engine, notices=settings.bounces == "dsn")
         self._rerouter = Rerouter(sweeps, verbs, routes)

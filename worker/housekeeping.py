@@ -122,6 +122,8 @@ class Housekeeper:
                                    ("deliveries", "message_id"), ("messages", "id")):  # fmt: skip
                     these = "SELECT message_id FROM @rows(:ids; message_id uuid)"
                     self._rows(connection, f"DELETE FROM {table} WHERE {key} IN ({these})", ids=rows)
+                gone = "SELECT id FROM workers WHERE ended_at IS NOT NULL"
+                self._rows(connection, f"DELETE FROM rests WHERE worker IN ({gone})")
                 self._rows(connection, "DELETE FROM workers WHERE ended_at < @ago(:age)", age=self._retention)
             count += len(ids)
             if len(ids) < BATCH:

@@ -9,8 +9,8 @@ recorded among their actions.
 import threading
 import time
 
+from relay.filters import Filter
 from relay.log import first_line, get_logger
-from relay.queue import Filter
 from relay.routes import Routes
 from relay.sweeps import Sweeps
 from relay.verbs import REROUTE, Verbs

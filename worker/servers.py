@@ -133,6 +133,10 @@ class Servers:
         known.rests_until = now + rest
         return rest
 
+    def resting(self) -> dict[str, str]:
+        """The servers that are left alone for now, and why. Thread-safe."""
+        return {name: known.why for name, known in list(self._known.items()) if known.rests_until is not None}
+
     def why(self, route: Route) -> str:
         """Why the first server that rests does so, in words for an operator."""
         for server in route.servers:

@@ -14,7 +14,7 @@ this thread and the engine's loop go round: its age is the worker's health.
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from relay.broker import Hints
@@ -64,16 +64,12 @@ class Sweeper:
         engine: Engine,
         hints: Hints,
         *,
+        resting: Callable[[], Mapping[str, str]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._sweeps, self._debts, self._engine, self._hints = (
-            settings,
-            sweeps,
-            debts,
-            engine,
-            hints,
-        )
-        self._clock = clock
+        self._settings, self._sweeps, self._debts = settings, sweeps, debts
+        self._engine, self._hints, self._clock, self._resting = engine, hints, clock, resting
+        self._said: tuple[str, Mapping[str, str]] = ("", {})  # as who, which servers rest
         self._watch = Watch(settings.lease, clock)
         self._away_until: float | None = None  # when the database was last found away
         self._tick_file = tick_file(settings)
@@ -106,6 +102,7 @@ class Sweeper:
             return
         try:
             self._engine.pause(self._sweeps.paused())
+            self._say_what_rests()
             due = self._requeue()
             self._sweeps.lose_stuck()
             self._bury()
@@ -116,6 +113,12 @@ class Sweeper:
         else:
             self._away_until = None
             self._tell_senders(due)
+
+    def _say_what_rests(self) -> None:
+        found = self._engine.worker, self._resting()
+        if found != self._said and (found[1] or self._said[1]):
+            self._sweeps.note_rests(*found)
+            self._said = found
 
     def _away(self) -> None:
         self._away_until = self._clock()

@@ -99,6 +99,7 @@ def blame(servers: Servers, server: Server, reply: str, *, unwanted: bool) -> No
     rest = servers.failed(server, reply, at_once=unwanted)
     if rest is not None:
         metrics.rests(server.name, "refuses us" if unwanted else "failing").inc()
+        metrics.RESTING.labels(server.name).set(1)
         log.warning("server left alone", server=server.name, seconds=round(rest, 1), reason=reply)
 
 
@@ -248,6 +249,7 @@ class Transfer:
     def _health(self, server: Server, outcome: Outcome, reply: str, unwanted: bool) -> None:
         if outcome in _WHOLE_REPLY and not unwanted:
             if self._terms.servers.succeeded(server):
+                metrics.RESTING.labels(server.name).set(0)
                 log.info("server is back", server=server.name)
             return
         if outcome is Outcome.UNREACHABLE:

@@ -15,7 +15,7 @@ from typing import Any
 from commands import web
 from relay.bodies import Spool
 from relay.debts import Debts
-from relay.queue import Filter
+from relay.filters import Filter
 from relay.schema import Outcome, State
 from relay.settings import Settings, load
 from relay.verbs import VERBS, Verbs

@@ -14,9 +14,9 @@ from sqlalchemy import Connection, event, text
 from relay.bodies import Spool
 from relay.claims import Claim, Recorded
 from relay.debts import GATHER, LONGEST_RETURNED, Debts
+from relay.filters import Filter
 from relay.ids import new_id
 from relay.intake import NewMessage, NewRecipient
-from relay.queue import Filter
 from relay.schema import NEEDS_BODY, Outcome, State
 from relay.verbs import VERBS, Verbs
 from tests.integration.office import Office, opened

@@ -4,9 +4,11 @@ import hashlib
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.bodies import Spool
@@ -210,6 +212,8 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
     with mail.working():
         until(lambda: mail.states() == {"deferred"})
         assert "ECONNREFUSED" in mail.delivery(ids[-1])["last_reply"]
+        resting = partial(REGISTRY.get_sample_value, "relay_server_resting", {"server": f"127.0.0.1:{dead_port}"})
+        assert resting() == 1
         with running_sink(port=dead_port) as sink:
 
             def delivered() -> bool:
@@ -218,6 +222,7 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
 
             until(delivered, 20)
             assert sink.count == len(ids)
+            assert resting() == 0
 
 
 def test_a_tarpit_holds_no_more_than_its_share(room: Open, sink: Sink) -> None:

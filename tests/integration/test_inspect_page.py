@@ -42,7 +42,11 @@ def test_there_are_twenty_questions_and_each_is_answered():
 def test_queries_run(database_url: str):
     engine = database.connect(database_url)
     other = "SQLite" if "postgresql" in database_url else "PostgreSQL"
-    queries = [query for block in re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL) for query in block.split(";")]
+    queries = [
+        query
+        for block in re.findall(r"```sql\n(.*?)```", section("Questions"), re.DOTALL)
+        for query in block.split(";")
+    ]
     with database.reading(engine) as connection:
         for query in queries:
             if query.strip() and f"-- {other}" not in query:

@@ -12,7 +12,8 @@ from sqlalchemy import event
 from commands import inspect
 from commands.tables import write
 from relay.bodies import Spool
-from relay.queue import Filter, Queue
+from relay.filters import Filter
+from relay.queue import Queue
 from tests.integration.office import Office, new_message
 from tests.integration.typed import Typed, lines, typed_at
 

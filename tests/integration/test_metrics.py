@@ -14,6 +14,7 @@ from relay.intake import Intake, NewMessage, NewRecipient
 from relay.metrics import Queue
 from relay.schema import Outcome, State
 from relay.settings import WorkerSettings
+from relay.verbs import Verbs
 from tests.services import Postgres
 from tests.waiting import until
 
@@ -52,6 +53,10 @@ def test_queue(database_url: str, tmp_path: Path):
     with database.writing(engine) as connection:
         earlier = "received_at - interval '1 hour'" if "postgresql" in database_url else "received_at - 3600000000"
         connection.execute(text(f"UPDATE messages SET received_at = {earlier} WHERE id = :id"), {"id": dashed(ids[0])})
+    verbs = Verbs(engine, notices=True)
+    for subject in ("server:mx:628", "route:gone", "route:default"):
+        verbs.pause(subject, actor="me", reason="")
+    verbs.resume("route:gone", actor="me", reason="")
     seen = scrape(Queue(engine, Spool(tmp_path))).get_sample_value
 
     def by_state(name: str) -> dict[str, float | None]:
@@ -66,6 +71,8 @@ def test_queue(database_url: str, tmp_path: Path):
     assert seen("relay_notices_owed") == 1
     assert seen("relay_workers_alive") == 1
     assert seen("relay_uncertain_attempts") == 1
+    paused = [seen("relay_paused", {"subject": one}) for one in ("server:mx:628", "route:default", "route:gone")]
+    assert paused == [1, 1, None]
     engine.dispose()
 
 

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 
 import pytest
 
+from relay.filters import Filter
 from relay.ids import dashed
-from relay.queue import Filter, NoSuchMessage, Queue
+from relay.queue import NoSuchMessage, Queue
 from relay.schema import Outcome, State
 from tests.integration.office import Office, new_message
 

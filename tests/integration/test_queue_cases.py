@@ -21,8 +21,8 @@ from relay.broker import celery_app
 from relay.claims import Claim, Item, Result
 from relay.database import writing
 from relay.debts import Debts
+from relay.filters import Filter
 from relay.ids import dashed
-from relay.queue import Filter
 from relay.rounds import Writer
 from relay.schema import TRANSITIONS, UNFINISHED, Outcome, State
 from relay.verbs import VERBS, Verbs

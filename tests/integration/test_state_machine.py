@@ -26,8 +26,8 @@ from relay.bodies import Spool
 from relay.claims import Claim, Item, Record, Recorded, Renewal, Wish
 from relay.database import writing
 from relay.debts import Debts
+from relay.filters import Filter
 from relay.ids import new_id
-from relay.queue import Filter
 from relay.schema import FINAL, UNFINISHED, Outcome, State, metadata
 from relay.verbs import VERBS, Verb, Verbs
 from tests.integration.office import NEXT, Office, new_message

@@ -14,13 +14,14 @@ from relay.claims import Wish
 from relay.database import writing
 from relay.debts import Debts
 from relay.ids import dashed, new_id
-from relay.routes import Route, Routes
+from relay.routes import Route, Routes, parse_server
 from relay.settings import WorkerSettings, load
 from relay.verbs import Verbs
 from tests.integration.mailroom import Mailroom
 from tests.waiting import until
 from worker.housekeeping import YOUNG, Housekeeper
 from worker.rerouting import Rerouter
+from worker.servers import Servers
 from worker.sweeper import Sweeper, Watch, tick_file
 
 HOUR = 3600.0
@@ -146,6 +147,30 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "queued"
     assert scene.mail.rows("SELECT ended_at FROM workers WHERE id = :id", id=slow) == [{"ended_at": None}]
+
+
+def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene) -> None:
+    servers, mx = Servers(5), parse_server("mx.example.net")
+    scene.sweeper._resting = servers.resting
+    Verbs(scene.mail.database, notices=True).pause("server:other:628", actor="me", reason="")
+    shown = "SELECT server, attempts, left_alone_by AS by, left_alone_why AS why, paused_at FROM server_health"
+
+    def health() -> dict[str, tuple[object, ...]]:
+        scene.sweeper.sweep()
+        rows = scene.mail.rows(f"{shown} ORDER BY server")
+        return {row["server"]: (row["attempts"], row["by"], row["why"], row["paused_at"] is not None) for row in rows}
+
+    paused = {"other:628": (0, 0, None, True)}
+    assert health() == paused
+    servers.failed(mx, "not authorized to use this service", at_once=True)
+    assert health() == {"mx.example.net:628": (0, 1, "not authorized to use this service", False)} | paused
+    assert health() == health(), "nothing is said twice"
+    servers.succeeded(mx)
+    assert health() == paused
+    servers.failed(mx, "again", at_once=True)
+    assert len(health()) == 2
+    scene.mail.change("UPDATE workers SET ended_at = @now, ending = 'stopped'")
+    assert health() == paused, "whoever has ended leaves nothing alone"
 
 
 def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:

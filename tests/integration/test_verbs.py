@@ -7,7 +7,7 @@ import pytest
 
 from relay import verbs
 from relay.bodies import Spool
-from relay.queue import Filter
+from relay.filters import Filter
 from relay.schema import Outcome, State
 from tests.integration.office import Office, new_message
 from tests.integration.typed import Typed, lines, typed_at

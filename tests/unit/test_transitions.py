@@ -49,6 +49,6 @@ def test_what_the_words_of_the_design_are() -> None:
 
 
 def test_the_queue_has_one_index_on_what_is_due() -> None:
-    (index,) = deliveries.indexes
+    (index,) = [index for index in deliveries.indexes if index.name != "deliveries_held"]
     assert [column.name for column in index.columns] == ["due_at"]
     assert str(index.dialect_options["postgresql"]["where"]) == "due_at IS NOT NULL"

@@ -1,0 +1,94 @@
+"""The role that may look and change nothing: who gets it, what it may do, and what happens where it cannot be made."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psycopg
+import pytest
+from alembic import command
+from psycopg.errors import InsufficientPrivilege
+from sqlalchemy.engine import URL, make_url
+from structlog.testing import capture_logs
+from typer.testing import CliRunner
+
+from commands.cli import main
+from relay.database import alembic_config, migrate
+from relay.schema import VIEWS, metadata
+from tests.conftest import Databases
+from tests.integration.test_inspect_page import PAGE
+
+ROLE = "qmqp_relay_reader"
+FOR_A_PERSON, BY_HAND = re.findall(r"```sql\n(CREATE ROLE.*?)```", PAGE, re.DOTALL)
+
+
+@dataclass
+class Cluster:
+    """An empty database in a cluster that does not know the role, and its administrator."""
+
+    url: URL
+    administrator: "psycopg.Connection[tuple[object, ...]]"
+
+    def do(self, statements: str) -> None:
+        for statement in filter(None, map(str.strip, statements.split(";"))):
+            self.administrator.execute(statement.encode())
+
+    def login(self, role: str) -> str:
+        return self.url.set(username=role).render_as_string(hide_password=False)
+
+    def may_look(self, role: str) -> bool:
+        asked = "SELECT has_table_privilege(%s, 'mail_queue', 'SELECT')"
+        return bool(self.administrator.execute(asked, (role,)).fetchone() == (True,))
+
+
+@pytest.fixture
+def cluster(postgres_databases: Databases) -> Iterator[Cluster]:
+    name = f"{postgres_databases.template}_roles"
+    postgres_databases.execute("CREATE DATABASE {}", name)
+    url = make_url(postgres_databases.url(name))
+    plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(plain, autocommit=True) as administrator:
+        found = Cluster(url, administrator)
+        found.do(f"ALTER ROLE {ROLE} RENAME TO {ROLE}_away; CREATE ROLE bob LOGIN; CREATE ROLE keeper LOGIN")
+        found.do("GRANT CREATE ON SCHEMA public TO keeper")
+        yield found
+    postgres_databases.drop(name)
+    for role in (ROLE, "ann", "bob", "keeper"):
+        postgres_databases.execute("DROP ROLE IF EXISTS {}", role)
+    postgres_databases.execute("ALTER ROLE {} RENAME TO {}", f"{ROLE}_away", ROLE)
+
+
+def test_who_may_make_roles_makes_one_that_only_reads(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.do("ALTER ROLE keeper CREATEROLE")
+    with capture_logs() as logs:
+        migrate(cluster.login("keeper"))
+    assert logs == []
+    cluster.do(FOR_A_PERSON)
+    with psycopg.connect(cluster.login("ann").replace("+psycopg", ""), autocommit=True) as ann:
+        for name in (*VIEWS, *metadata.tables):
+            assert ann.execute(f"SELECT count(*) FROM {name}".encode()).fetchone() is not None
+        for change in ("DELETE FROM pauses", "UPDATE deliveries SET wanted = 'drop'", "CREATE TABLE mine (x int)",
+                       "INSERT INTO spool VALUES (gen_random_uuid(), now())"):  # fmt: skip
+            with pytest.raises(InsufficientPrivilege):
+                ann.execute(change.encode())
+    monkeypatch.setenv("RELAY_DATABASE_URL", cluster.login("bob"))
+    for words, status in {("list",): 1, ("stats",): 0, ("show", "f" * 32): 1}.items():
+        assert CliRunner().invoke(main, words).exit_code == status
+    assert CliRunner().invoke(main, ["pause", "--route", "default"]).exit_code != 0
+
+
+def test_who_may_not_make_roles_goes_without_until_somebody_makes_it(cluster: Cluster) -> None:
+    with capture_logs() as logs:
+        migrate(cluster.login("keeper"))
+    assert [(one["event"], one["role"]) for one in logs] == [("no read-only role", ROLE)]
+    cluster.do(BY_HAND)
+    assert cluster.may_look(ROLE)
+
+
+def test_a_role_that_is_there_is_used_and_outlives_a_schema(cluster: Cluster) -> None:
+    cluster.do(f"CREATE ROLE {ROLE} NOLOGIN")
+    migrate(cluster.login("keeper"))
+    assert cluster.may_look(ROLE)
+    command.downgrade(alembic_config(cluster.login("keeper")), "0001")
+    assert not cluster.may_look(ROLE)
+    cluster.do(f"DROP ROLE {ROLE}")  # nothing here knows it any more
