@@ -96,9 +96,9 @@ def _y(part: float) -> float:
 
 
 def _hours(now: int, step: int, steps: int) -> list[tuple[float, str]]:
-    """Where the hours begin, but for one too near to the other axis."""
+    """Where the hours begin, but for those too near to an edge."""
     hours = ((_x(at, now, steps), at * step) for at in range(now - steps + 1, now + 1) if at * step % 3600 == 0)
-    return [(x, _clock(at)) for x, at in hours if x > LEFT + 16]
+    return [(x, _clock(at)) for x, at in hours if LEFT + 16 < x < WIDTH - 16]
 
 
 def _clock(seconds: int) -> str:

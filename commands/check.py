@@ -69,7 +69,8 @@ def look() -> Iterator[Finding]:
     servers = [server for name in routes.names() if (route := routes.get(name)) for server in route.servers]
     yield from map(_server, dict.fromkeys(servers))
     if not servers:
-        yield Finding("QMQP server", "warn", "none: mail is kept and waits", "set RELAY_QMQP_SERVERS")
+        words = "none is named: mail is kept and waits (but a demo brings its own)"
+        yield Finding("QMQP server", "warn", words, "set RELAY_QMQP_SERVERS")
 
 
 def _database(settings: Settings) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ main = typer.Typer(
     name="qmqp-relay",
     help="Take mail over SMTP, keep it safe, hand it to QMQP servers. Settings are RELAY_* environment variables.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -25,7 +26,7 @@ main = typer.Typer(
 
 @main.command()
 def up(demo: Annotated[bool, typer.Option("--demo", help="Deliver to a sink on this machine.")] = False) -> None:
-    """Run everything on this machine, in the foreground, below RELAY_STATE_DIR."""
+    """Run everything on this machine, in the foreground. Its state stands below RELAY_STATE_DIR."""
     with explained():
         from commands.up import run
 
@@ -77,7 +78,7 @@ def sink(
     preset: Annotated[str, typer.Option(help="Meet a bad request as strict, qmail or postfix would.")] = "strict",
     delay: Annotated[float, typer.Option(help="Accept everything, so many seconds late.")] = 0.0,
 ) -> None:
-    """Run a QMQP server for trials: the recipient says whether it accepts, defers, refuses or breaks off."""
+    """Run a QMQP server for trials. The recipient says whether it accepts, defers, refuses or breaks off."""
     with explained():
         from qmqp.sink import PRESETS, Answer, MagicRecipients, Rule, Sink
         from relay.routes import parse_server
@@ -103,7 +104,7 @@ def sink(
 
 @main.command()
 def demo() -> None:
-    """Send real messages through a relay of its own, show what becomes of each, and say whether that is right."""
+    """Send real messages through a relay of its own. Shows what becomes of each, and whether that is right."""
     from commands.demo import run
 
     raise typer.Exit(run())
@@ -111,7 +112,7 @@ def demo() -> None:
 
 @main.command()
 def check(json_lines: Json = False) -> None:
-    """See whether the relay can work here: settings, database, spool, broker, QMQP servers."""
+    """See whether the relay can work here. Looks at settings, database, spool, broker and QMQP servers."""
     with explained():
         from commands.check import run
 
@@ -124,7 +125,7 @@ def probe(
     json_lines: Json = False,
     timeout: Annotated[float, typer.Option(help="Seconds for the connection, and for an answer.")] = 5.0,
 ) -> None:
-    """Ask a QMQP server whether it lets us in and which family it behaves like, without giving it a message."""
+    """Ask a QMQP server whether it lets us in. Also which family it is of, without giving it a message."""
     with explained():
         from commands.probe import run
 
@@ -135,7 +136,7 @@ def probe(
 def fsck(
     repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False, json_lines: Json = False
 ) -> None:
-    """Compare files, rows and broker while mail flows, and say what is wrong; status 1 if something stays so."""
+    """Compare files, rows and broker, and say what is wrong. Mail may flow; status 1 if something stays so."""
     with explained():
         from commands.fsck import run
 
@@ -144,7 +145,7 @@ def fsck(
 
 @main.command()
 def web() -> None:
-    """Serve a page to look at the queue with, on RELAY_WEB_LISTEN; read only."""
+    """Serve a page to look at the queue with. Read only, on RELAY_WEB_LISTEN."""
     with explained(warn=False):
         from commands.web import run
         from relay.log import configure

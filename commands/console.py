@@ -31,7 +31,8 @@ def _filter(
         str | None, typer.Option("--id", help="A queue id, or as much of its end as is unique.")
     ] = None,
     state: Annotated[
-        list[str] | None, typer.Option(help="queued, sending, deferred, held, delivered ...", autocompletion=_states)
+        list[str] | None,
+        typer.Option(help="queued, sending, deferred ...; may be repeated.", autocompletion=_states),
     ] = None,
     sender: Annotated[str | None, typer.Option(help="* stands for anything, '' is the null sender.")] = None,
     recipient: Annotated[str | None, typer.Option(help="* stands for anything.")] = None,
@@ -40,6 +41,7 @@ def _filter(
     older_than: Annotated[str | None, typer.Option(help="Received longer ago than 30s, 5m, 2h, 5d.")] = None,
     message_id: Annotated[str | None, typer.Option(help="Message-ID of the header, with or without <>.")] = None,
     reply: Annotated[str | None, typer.Option(help="A part of the server's words at the last try.")] = None,
+    one: Annotated[str | None, typer.Argument(metavar="ID", help="The same as --id.")] = None,
 ) -> "Filter":
     """What the options mean; raises BadParameter."""
     from relay.filters import Filter, bracketed
@@ -59,7 +61,7 @@ def _filter(
         route,
         server,
         age,
-        queue_id,
+        queue_id or one,
         reply,
         bracketed(message_id) if message_id else None,
     )
@@ -111,7 +113,7 @@ def list_(
 
 @queue.command()
 def show(queue_id: Id, json_lines: Json = False) -> None:
-    """Show all that is known about a message: envelope, deliveries, and every try with the server's words."""
+    """Show all that is known about a message. Envelope, deliveries, and every try with the server's words."""
     with explained():
         from commands import inspect
 
@@ -120,7 +122,7 @@ def show(queue_id: Id, json_lines: Json = False) -> None:
 
 @queue.command()
 def why(queue_id: Id, json_lines: Json = False) -> None:
-    """Say in a sentence why a message is not being sent now, and when it will be."""
+    """Say why a message is not being sent now, and when it will be."""
     with explained():
         from commands import inspect
 
@@ -147,42 +149,41 @@ def body(queue_id: Id) -> None:
 
 @queue.command()
 def stats(watch: Watch = None, json_lines: Json = False) -> None:
-    """Count the queue by state and by age, and show workers, servers, rates and the slowest tries."""
+    """Count the queue by state and by age. Shows workers, servers, rates and the slowest tries, too."""
     with explained():
         from commands import inspect
 
         raise typer.Exit(inspect.watched(watch, lambda: inspect.show_stats(json_lines=json_lines)))
 
 
-def _verb(name: str, words: str, *, rerouted: bool = False) -> None:
-    """Add the command for one of `relay.verbs.VERBS`."""
+@queue.command()
+@filtered
+def retry(
+    wanted: "Filter", everything: Everything = False, dry_run: DryRun = False, yes: Yes = False, reason: Reason = "",
+    reroute: Reroute = False, json_lines: Json = False,
+) -> int:  # fmt: skip
+    """Try what is deferred at once, whatever its time."""
+    from commands.operate import Order, change
+
+    return change("reroute" if reroute else "retry", wanted, Order(everything, dry_run, yes, reason, json_lines))
+
+
+def _verb(name: str, words: str) -> None:
+    """Add the command for another one of `relay.verbs.VERBS`."""
 
     def command(
-        wanted: "Filter",
-        everything: Everything = False,
-        dry_run: DryRun = False,
-        yes: Yes = False,
-        reason: Reason = "",
-        reroute: Annotated[
-            bool, typer.Option(help="By the routes of today; takes what is queued and held too.")
-        ] = False,
-        json_lines: Json = False,
-    ) -> int:
+        wanted: "Filter", everything: Everything = False, dry_run: DryRun = False, yes: Yes = False,
+        reason: Reason = "", json_lines: Json = False,
+    ) -> int:  # fmt: skip
         from commands.operate import Order, change
 
-        order = Order(everything=everything, dry_run=dry_run, yes=yes, reason=reason, json_lines=json_lines)
-        return change("reroute" if reroute else name, wanted, order)
+        return change(name, wanted, Order(everything, dry_run, yes, reason, json_lines))
 
     command.__doc__ = words
-    if not rerouted:
-        whole = inspect.signature(command)
-        kept = [parameter for parameter in whole.parameters.values() if parameter.name != "reroute"]
-        vars(command)["__signature__"] = whole.replace(parameters=kept)
     queue.command(name)(filtered(command))
 
 
-_verb("retry", "Try what is deferred at once, whatever its time.", rerouted=True)
-_verb("hold", "Keep what is queued or deferred until it is released; what is being sent after this try.")
+_verb("hold", "Keep what is queued or deferred until it is released. What is being sent follows after its try.")
 _verb("release", "Queue what is held.")
 _verb("bounce", "Give up, and tell the sender; --reason is told too.")
 _verb("drop", "Give up, and tell nobody.")
@@ -193,7 +194,7 @@ Server = Annotated[str | None, typer.Option(help="A server, as RELAY_QMQP_SERVER
 
 @queue.command()
 def pause(route: Route = None, server: Server = None, reason: Reason = "") -> None:
-    """Send nothing by a route or to a server until `resume`; mail is taken all the same, and waits."""
+    """Send nothing by a route or to a server until `resume`. Mail is taken all the same, and waits."""
     with explained():
         from commands.operate import pause
 

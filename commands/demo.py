@@ -5,7 +5,6 @@ and compares what the sink got with what was sent. The exit status is 0 only if 
 should, after as many tries as it should, once, and byte by byte. Nothing is left behind.
 """
 
-import json
 import os
 import re
 import smtplib
@@ -15,16 +14,16 @@ import tempfile
 import time
 from base64 import encodebytes
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import typer
-from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from commands.children import die_with_parent
 from commands.up import ROOT, free_port, smtp_answers
 from relay import database
+from relay.filters import Filter
+from relay.queue import Queue
 
 PATIENCE = 100.0  # seconds for the whole of it
 LARGE = (25 << 20) - 4096  # bytes: just below MAX_MESSAGE_SIZE with the trace header
@@ -35,115 +34,82 @@ SETTINGS = {
     "RELAY_GRACE": "1s",
     "RELAY_UNSAFE_DURABILITY": "1",  # the temporary directory may be in memory
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A message, and what must become of it."""
-
-    name: str
-    recipients: tuple[str, ...]
-    body: bytes
-    sender: str = "me@example.com"
-    state: str = "delivered"
-    tries: int = 1
-
-
-def trials() -> Iterator[Trial]:
-    """One of each kind."""
-    head = b"From: me@example.com\r\nSubject: qmqp-relay demo\r\n\r\n"
-    yield Trial("ordinary", ("you@example.org",), head + b"Hello.\r\n")
-    yield Trial("8-bit, dots", ("dots@example.org",), head + b".\r\n..\r\n.dot\r\n" + bytes(range(128, 256)) + b"\r\n")
-    lines = encodebytes(os.urandom(LARGE * 57 // 78)).replace(b"\n", b"\r\n")
-    yield Trial("25 MB", ("large@example.org",), head + lines[: (LARGE - len(head)) // 78 * 78])
-    yield Trial("several", tuple(f"{name}@example.org" for name in ("ann", "bob", "cid")), head + b"To all three.\r\n")
-    yield Trial("null sender", ("bounces@example.org",), head + b"A notice.\r\n", sender="")
-    yield Trial("deferred", ("defer-2@example.org",), head + b"Not now.\r\n", tries=3)
-    yield Trial("refused", ("reject@example.org",), head + b"Never.\r\n", state="bounced")
+# What it is, sender, recipients, and the state and the number of tries that it must come to.
+TRIALS = (
+    ("ordinary", "me@example.com", ("you@example.org",), ("delivered", 1)),
+    ("8-bit, dots", "me@example.com", ("dots@example.org",), ("delivered", 1)),
+    ("25 MB", "me@example.com", ("large@example.org",), ("delivered", 1)),
+    ("several", "me@example.com", ("ann@example.org", "bob@example.org", "cid@example.org"), ("delivered", 1)),
+    ("null sender", "", ("bounces@example.org",), ("delivered", 1)),
+    ("deferred", "me@example.com", ("defer-2@example.org",), ("delivered", 3)),
+    ("refused", "me@example.com", ("reject@example.org",), ("bounced", 1)),
+)
 
 
 def run() -> int:
     """Play it; the exit status."""
     with tempfile.TemporaryDirectory(prefix="qmqp-relay-demo-", ignore_cleanup_errors=True) as scratch:
-        state_dir, log = Path(scratch), Path(scratch, "log")
-        address = (host, port) = "127.0.0.1", free_port()
+        log, port = Path(scratch, "log"), free_port()
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")} | SETTINGS
-        environ |= {"RELAY_STATE_DIR": scratch, "RELAY_SMTP_LISTEN": f"{host}:{port}", "PYTHONPATH": str(ROOT)}
+        environ |= {"RELAY_STATE_DIR": scratch, "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-P", "-m", "commands.cli", "up", "--demo"]
         with log.open("wb") as output:
             up = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True,
                                   preexec_fn=die_with_parent())  # fmt: skip
         try:
-            wrong = _play(up, address, state_dir)
+            wrong = list(_play(port, Path(scratch)))
         except (OSError, smtplib.SMTPException, DBAPIError) as error:
             wrong = [f"{type(error).__name__}: {error}"]
         finally:
             up.terminate()
             status = up.wait()
         wrong += [f"up ended with status {status}"] if status else []
-        for fault in wrong:
-            typer.echo(f"WRONG  {fault}")
-        if wrong:
-            typer.echo("\n".join(["The relay's last words:", *log.read_text(errors="replace").splitlines()[-40:]]))
-        typer.echo("FAILED" if wrong else "Every message reached the state that it should, byte by byte.")
+        last = ["The relay's last words:", *log.read_text(errors="replace").splitlines()[-40:], "FAILED"]
+        good = ["Every message reached the state that it should, byte by byte."]
+        typer.echo("\n".join([*(f"WRONG  {fault}" for fault in wrong), *(last if wrong else good)]))
         return 1 if wrong else 0
 
 
-def _play(up: "subprocess.Popen[bytes]", address: tuple[str, int], state_dir: Path) -> list[str]:
+def _play(port: int, state_dir: Path) -> Iterator[str]:
     """Send everything and watch it; what is wrong, a line each."""
-    started, everything = time.monotonic(), list(trials())
-    while not (state_dir / "relay.db").exists() or not smtp_answers(*address):
-        if up.poll() is not None or time.monotonic() > started + PATIENCE:
-            return ["the relay did not start"]
+    began = time.monotonic()
+    while not (state_dir / "relay.db").exists() or not smtp_answers("127.0.0.1", port):
+        if time.monotonic() > began + PATIENCE:
+            yield "the relay did not start"
+            return
         time.sleep(0.1)
-    typer.echo(f"{time.monotonic() - started:5.1f}s  the relay is up in {state_dir}")
-    ids = {_send(address, trial): trial for trial in everything}
-    wanted = {(i, recipient): (t.state, t.tries) for i, t in ids.items() for recipient in t.recipients}
+    typer.echo(f"{time.monotonic() - began:5.1f}s  the relay is up in {state_dir}")
+    bodies = {name: _body(name) for name, *_ in TRIALS}
+    for name, sender, recipients, _ in TRIALS:
+        with smtplib.SMTP("127.0.0.1", port, "demo.example.com", timeout=60) as client:
+            client.sendmail(sender, recipients, bodies[name], ["BODY=8BITMIME"])
+    names = {recipient: name for name, _, recipients, _ in TRIALS for recipient in recipients}
+    wanted = {recipient: end for _, _, recipients, end in TRIALS for recipient in recipients}
     engine = database.connect(f"sqlite:///{state_dir}/relay.db")
-    seen: dict[tuple[str, str], tuple[str, int]] = {}
-    while seen != wanted and time.monotonic() < started + PATIENCE:
-        for key, now, reason in _states(engine):
-            if key in wanted and seen.get(key) != now:
-                seen[key] = now
-                line = f"{ids[key[0]].name:12} {key[1]:20} {now[0]:10} try {now[1]}  {reason or ''}"
-                typer.echo(f"{time.monotonic() - started:5.1f}s  {line.rstrip()}")
+    seen: dict[str, tuple[str, int]] = {}
+    while seen != wanted and time.monotonic() < began + PATIENCE:
+        for row in Queue(engine).rows(Filter(recipient="*@example.org"), finished=True):
+            whom, now = row["recipient"], (row["state"], row["attempts"])
+            if seen.get(whom) != now:
+                seen[whom] = now
+                line = f"{names[whom]:12} {whom:20} {now[0]:10} try {now[1]}  {row['reason'] or ''}"
+                typer.echo(f"{time.monotonic() - began:5.1f}s  {line.rstrip()}")
         time.sleep(0.05)
     engine.dispose()
-    wrong = [f"{key[1]} is {seen.get(key)}, not {state}" for key, state in wanted.items() if seen.get(key) != state]
-    return [*wrong, *_wrong_bytes(everything, state_dir / "sink")]
+    yield from (f"{whom} is {seen.get(whom)}, not {end}" for whom, end in wanted.items() if seen.get(whom) != end)
+    got = [RECEIVED.sub(b"", file.read_bytes(), count=1) for file in (state_dir / "sink").glob("*.eml")]
+    for name, _, _, (state, tries) in TRIALS:
+        times, due = got.count(bodies[name].replace(b"\r\n", b"\n")), tries if state == "delivered" else 1
+        if times != due:
+            yield f"{name}: the sink got these bytes {times} times, not {due}"
 
 
-def _send(address: tuple[str, int], trial: Trial) -> str:
-    """Hand a message over; its queue id."""
-    with smtplib.SMTP(*address, timeout=60) as client:
-        client.ehlo("demo.example.com")
-        replies = [client.mail(trial.sender, ["BODY=8BITMIME", f"SIZE={len(trial.body)}"])]
-        replies += [client.rcpt(recipient) for recipient in trial.recipients]
-        if bad := [reply for reply in replies if reply[0] != 250]:
-            raise smtplib.SMTPResponseException(*bad[0])
-        code, words = client.data(trial.body)
-    if not (found := re.search(rb"queued as ([0-9a-f]{32})", words)):
-        raise smtplib.SMTPDataError(code, words)
-    return found[1].decode()
-
-
-def _states(engine: Engine) -> Iterator[tuple[tuple[str, str], tuple[str, int], str]]:
-    with database.reading(engine) as connection:
-        rows = connection.execute(text("SELECT queue_id, recipient, state, attempts, reason FROM mail_history"))
-        for row in rows:
-            yield (row.queue_id, row.recipient), (row.state, row.attempts), row.reason
-
-
-def _wrong_bytes(everything: list[Trial], dump: Path) -> Iterator[str]:
-    """Compare with what the sink accepted: LF line ends, and one Received header before it."""
-    envelopes = [(path, json.loads(path.read_text())) for path in sorted(dump.glob("*.json"))]
-    for trial in everything:
-        got = [path.with_suffix(".eml").read_bytes() for path, envelope in envelopes
-               if (envelope["sender"], *envelope["recipients"]) == (trial.sender, *trial.recipients)
-               and envelope["reply"].startswith("K")]  # fmt: skip
-        if len(got) != (trial.state == "delivered"):
-            yield f"{trial.name}: the sink accepted it {len(got)} times"
-        for body in got:
-            header = RECEIVED.match(body)
-            if not header or body[header.end() :] != trial.body.replace(b"\r\n", b"\n"):
-                yield f"{trial.name}: the sink got other bytes than were sent"
+def _body(name: str) -> bytes:
+    """A message, which says what it is."""
+    head = f"From: me@example.com\r\nSubject: {name}\r\n\r\n".encode()
+    if name == "8-bit, dots":
+        return head + b".\r\n..\r\n.dot\r\n" + bytes(range(128, 256)) + b"\r\n"
+    if name != "25 MB":
+        return head + b"Hello.\r\n"
+    lines = encodebytes(os.urandom(LARGE * 57 // 78)).replace(b"\n", b"\r\n")
+    return head + lines[: (LARGE - len(head)) // 78 * 78]

@@ -25,7 +25,7 @@ from sqlalchemy import Engine
 from commands.check import broker_lists
 from commands.explain import DONE, NOTHING_MATCHED, OUT_OF_REACH, say
 from commands.inspect import at_hand, opened
-from commands.tables import span, write
+from commands.tables import counted, span, write
 from relay.bodies import Spool, SpoolError
 from relay.broker import WINDOW
 from relay.database import Statements, reading, writing
@@ -55,7 +55,7 @@ class Finding:
 _COLUMNS = {
     "FOUND": lambda row: row["found"],
     "REPAIRED": lambda row: row["repaired"],
-    "WORDS": lambda row: f"{row['words']}; {row['remedy']}",
+    "DETAILS": lambda row: f"{row['words']}; {row['remedy']}",
 }
 _WORKER = "EXISTS (SELECT 1 FROM workers w WHERE w.id = deliveries.worker{})"
 _RECIPIENT = "SELECT 1 FROM recipients r WHERE r.message_id = deliveries.message_id AND r.delivery = deliveries.number"
@@ -182,7 +182,8 @@ class Fsck:
                     held = states == ["held", "held"]
                     remedy = "it is held: put the file back and release it, or drop it" if held else "hold it"
                     repair = None if held else partial(self._hold, name, size)
-                    yield Finding("body missing", f"{name}: {fault}", remedy, repair)
+                    what = "body missing" if name in fault else "body of another size"
+                    yield Finding(what, fault if name in fault else f"{name}: {fault}", remedy, repair)
             after = str(rows[-1][0])
 
     def _fault(self, name: str, size: int) -> str:
@@ -212,7 +213,7 @@ class Fsck:
         still = set(self._sweeps.ran_out())
         for worker, host, pid, until, age, count in found:
             if (worker, until) in still:
-                about = f"{worker} ({host} {pid}), lease run out {span(age)} ago, {count} deliveries"
+                about = f"{worker} ({host} {pid}), lease run out {span(age)} ago, {counted(count)}"
                 yield Finding("dead worker", about, "declare it dead", partial(self._bury, worker, until))
 
     def _bury(self, worker: str, until: str) -> bool:
@@ -239,7 +240,10 @@ class Fsck:
 
     def _broker(self) -> Iterator[Finding]:
         """Lists that are longer than whoever fills them lets them get."""
-        for name, length in broker_lists(self._settings).items():
+        lists = broker_lists(self._settings)
+        if not lists:
+            say("the broker does not answer: mail moves without it, some seconds later")
+        for name, length in lists.items():
             if length > 2 * WINDOW:
                 remedy = "nobody takes them; mail moves without, and the list may be deleted"
                 yield Finding("broker", f"{length} hints in {name}", remedy)
@@ -260,7 +264,7 @@ def _written(file: os.DirEntry[str] | Path) -> float:
 
 def _these(rows: list[Any]) -> str:
     keys = [f"{str(key).replace('-', '')}.{number}" for key, number in rows]
-    return f"{len(keys)}: {', '.join(keys[:SHOWN])}" + (" ..." if len(keys) > SHOWN else "")
+    return f"{counted(len(keys))}: {', '.join(keys[:SHOWN])}" + (" ..." if len(keys) > SHOWN else "")
 
 
 def run(*, repair: bool, json_lines: bool) -> int:
@@ -271,22 +275,24 @@ def run(*, repair: bool, json_lines: bool) -> int:
         if spool is None:
             say(f"the spool of this database is not at hand in {settings.spool_dir}; run this where it is mounted")
             return OUT_OF_REACH
-        found, left = _told(Fsck(settings, engine, spool).findings(), repair=repair, json_lines=json_lines)
+        found, left, mendable = _told(Fsck(settings, engine, spool).findings(), repair=repair, json_lines=json_lines)
     if not json_lines:
-        say(f"{found} found, {found - left} repaired" if found else "everything is as it should be")
+        more = f"; --repair would mend {mendable}" if mendable and not repair else ""
+        say(f"{found} found, {found - left} repaired{more}" if found else "everything is as it should be")
     return NOTHING_MATCHED if left else DONE
 
 
-def _told(findings: Iterable[Finding], *, repair: bool, json_lines: bool) -> tuple[int, int]:
-    """Print what is found, as it is found and mended; how many there were, and how many are left."""
-    left = 0
+def _told(findings: Iterable[Finding], *, repair: bool, json_lines: bool) -> tuple[int, int, int]:
+    """Print what is found, as it is found and mended; how many there were, are left, and can be mended."""
+    left = mendable = 0
 
     def rows() -> Iterator[dict[str, Any]]:
-        nonlocal left
+        nonlocal left, mendable
         for finding in findings:
             done = repair and finding.repair is not None and finding.repair()
             left += not done
+            mendable += finding.repair is not None
             repaired = "yes" if done else "no" if finding.repair else "-"
             yield {"found": finding.what, "repaired": repaired, "words": finding.words, "remedy": finding.remedy}
 
-    return write(rows(), _COLUMNS, json_lines=json_lines), left
+    return write(rows(), _COLUMNS, json_lines=json_lines), left, mendable

@@ -6,10 +6,12 @@ takes no lock, changes nothing, and makes no database where there is none.
 
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,84 +20,72 @@ from sqlalchemy import Engine
 
 from commands import why
 from commands.explain import DONE, NOTHING_MATCHED, OUT_OF_REACH, say
-from commands.tables import Columns, Row, ago, as_json, cut, plain, size, span, stamp, write
+from commands.tables import Columns, Row, ago, as_json, cut, folded, plain, size, span, stamp, write, write_lines
 from relay import database
 from relay.bodies import BodyUnsendable, Spool
 from relay.filters import Filter
 from relay.queue import AGES, NoSuchMessage, Queue
-from relay.schema import Outcome
+from relay.schema import UNFINISHED, Outcome
 from relay.settings import Settings, load
 
 SHORT = 12  # digits of an id's end that a table shows: they are chance, and find it again
 TWINS = (Outcome.UNCERTAIN, Outcome.MALFORMED)
 
-COLUMNS: Columns = {
-    "ID": lambda row: row["queue_id"][-SHORT:],
-    "STATE": lambda row: row["state"],
-    "AGE": lambda row: ago(row["received_at"]),
-    "SIZE": lambda row: size(row["size"]),
-    "SENDER": lambda row: cut(row["sender"] or "<>", 28),
-    "RECIPIENT": lambda row: cut(row["recipient"], 28),
-    "TRIES": lambda row: str(row["attempts"]),
-    "NEXT": lambda row: ago(row["next_at"]),
-    "REASON": lambda row: row["reason"] or "",
-}
+
+def _shown(name: str, value: Any) -> str:
+    """A value as tables show it, by the name of its column."""
+    if value is None or value == "":
+        return "<>" if name == "sender" else ""
+    if name in ("sender", "recipient"):
+        return cut(value, 28)
+    if name in ("id", "queue_id"):
+        return str(value[-SHORT:])
+    if name in ("size", "bytes", "bytes_sent"):
+        return size(value)
+    if name == "next_at" and value < datetime.now(UTC):
+        return f"{ago(value)} late"
+    if name.endswith("_at"):
+        return stamp(value) if name == "started_at" else ago(value)
+    if name in AGES or name == "older":
+        return str(value or "")
+    return {"oldest_seconds": span, "seconds": "{:.3f}s".format}.get(name, str)(value)
+
+
+def _columns(headings: str) -> Columns:
+    """Columns from `HEADING=name` words; the name is left out where it is the heading in small letters."""
+
+    def column(name: str) -> Callable[[Row], str]:
+        return lambda row: _shown(name, row[name])
+
+    pairs = (word.partition("=")[::2] for word in headings.split())
+    return {heading.replace("_", " "): column(name or heading.lower()) for heading, name in pairs}
+
+
+COLUMNS = _columns("ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT TRIES=attempts NEXT=next_at REASON")
 _TRIES: Columns = {
     "TRY": lambda row: f"{row['delivery']}.{row['claim']}.{row['hop']}",
-    "AT": lambda row: stamp(row["started_at"]),
+    **_columns("AT=started_at"),
     "TOOK": lambda row: f"{(row['finished_at'] - row['started_at']).total_seconds():.3f}s",
-    "SERVER": lambda row: row["server"] or "",
-    "BYTES": lambda row: size(row["bytes_sent"]),
-    "OUTCOME": lambda row: row["outcome"],
-    "REPLY": lambda row: row["reply"],
+    **_columns("SERVER BYTES=bytes_sent OUTCOME REPLY"),
 }
-_SUMMARY: Columns = {
-    "STATE": lambda row: row["state"],
-    "ROUTE": lambda row: row["route"],
-    "DELIVERIES": lambda row: str(row["deliveries"]),
-    "BYTES": lambda row: size(row["bytes"]),
-    "OLDEST": lambda row: span(row["oldest_seconds"]),
-    "OVERDUE": lambda row: str(row["overdue"]),
-}
+_SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")
 _WORKERS: Columns = {
-    "WORKER": lambda row: row["id"][-SHORT:],
+    **_columns("WORKER=id"),
     "HOST": lambda row: f"{row['host']} {row['pid']}",
-    "STARTED": lambda row: stamp(row["started_at"]),
+    **_columns("STARTED=started_at"),
     "LEASE": lambda row: ago(row["until"]) if row["alive"] else "run out",
-    "SENDING": lambda row: str(row["sending"]),
+    **_columns("SENDING"),
 }
 _OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
-    "SERVER": lambda row: row["server"],
-    "TRIES": lambda row: str(row["attempts"]),
-    "LAST": lambda row: ago(row["last_at"]),
+    **_columns("SERVER TRIES=attempts LAST=last_at"),
     "NOW": lambda row: "paused" if row["paused_at"] else "left alone" if row["left_alone_by"] else "",
     "OUTCOMES": lambda row: ", ".join(f"{row[outcome]} {outcome}" for outcome in _OUTCOMES if row[outcome]),
 }
-_PAUSES: Columns = {
-    "PAUSED": lambda row: row["subject"],
-    "SINCE": lambda row: ago(row["since_at"]),
-    "BY": lambda row: row["actor"],
-    "REASON": lambda row: row["reason"],
-}
-_RATES: Columns = {
-    "OUTCOME": lambda row: row["outcome"],
-    "LAST MINUTE": lambda row: str(row["last_minute"]),
-    "LAST HOUR": lambda row: str(row["last_hour"]),
-    "BYTES": lambda row: size(row["bytes_sent"]),
-    "MEAN": lambda row: f"{row['seconds']:.3f}s",
-}
-_SLOWEST: Columns = {
-    "ID": lambda row: row["queue_id"][-SHORT:],
-    "TOOK": lambda row: f"{row['seconds']:.3f}s",
-    "SERVER": lambda row: row["server"] or "",
-    "BYTES": lambda row: size(row["bytes_sent"]),
-    "OUTCOME": lambda row: row["outcome"],
-    "REPLY": lambda row: row["reply"],
-}
-_AGES: Columns = {"WAITING": lambda row: str(row["waiting"])} | {
-    name.replace("_", " ").replace("under", "<"): lambda row, name=name: str(row[name] or "") for name in AGES
-} | {"older": lambda row: str(row["older"] or ""), "DOMAIN": lambda row: row["domain"]}  # fmt: skip
+_PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
+_RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
+_SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
+_AGES = _columns(f"RECIPIENTS=waiting {' '.join(f'{age.replace("under", "<")}={age}' for age in AGES)} older DOMAIN")
 
 
 @contextlib.contextmanager
@@ -143,8 +133,15 @@ def list_queue(wanted: Filter, *, everything: bool, limit: int | None, json_line
     """Print what matches, a row a recipient; the exit status."""
     with opened(load(Settings)) as engine:
         queue = Queue(engine)
-        rows = queue.rows(resolved(queue, wanted), limit=limit, finished=everything)
-        return DONE if write(rows, COLUMNS, json_lines=json_lines) else NOTHING_MATCHED
+        wanted = resolved(queue, wanted)
+        if sys.stdout.isatty() and not json_lines:
+            count = write(queue.rows(wanted, limit=limit, finished=everything), COLUMNS)
+        else:
+            lines = queue.lines(wanted, limit=limit, finished=everything, objects=json_lines)
+            count = write_lines(lines, json_lines=json_lines)
+        if not count and sys.stdout.isatty():
+            say("nothing like that" + ("" if everything or wanted.states else " is unfinished; --all looks further"))
+        return DONE if count else NOTHING_MATCHED
 
 
 def looked_up(text: str) -> dict[str, Any]:
@@ -178,7 +175,7 @@ def show_message(text: str, *, json_lines: bool) -> int:
         typer.echo(as_json(message))
     else:
         for name, value in facts(message):
-            typer.echo(f"{name:>12}: {plain(value)}")
+            typer.echo(f"{name:>12}: {_readable(plain(value), 14).lstrip()}")
         typer.echo()
         write(message["attempts"], _TRIES)
     return DONE
@@ -186,7 +183,8 @@ def show_message(text: str, *, json_lines: bool) -> int:
 
 def facts(message: dict[str, Any]) -> list[tuple[str, str]]:
     """What there is to say about a message, in order: (name, words)."""
-    held = "gone" if message["spool_at_hand"] else "the spool is not at hand"
+    needed = any(row["state"] in UNFINISHED for row in message["deliveries"])
+    held = ("missing" if needed else "gone") if message["spool_at_hand"] else "the spool is not at hand"
     user = f" as {message['auth_user']}" if message["auth_user"] else ""
     client = f"{message['client_address'] or 'here'} ({message['helo']}) by {message['protocol']}{user}"
     told = {
@@ -223,8 +221,13 @@ def show_why(text: str, *, json_lines: bool) -> int:
     """Print why a message is where it is, a sentence for each delivery; the exit status."""
     message = looked_up(text)
     for row in message["why"]:
-        typer.echo(as_json({"queue_id": message["queue_id"], **row}) if json_lines else plain(row["why"]))
+        typer.echo(as_json({"queue_id": message["queue_id"], **row}) if json_lines else _readable(plain(row["why"])))
     return DONE
+
+
+def _readable(words: str, indent: int = 0) -> str:
+    """Words in lines that fit a terminal; as they are for anybody else."""
+    return folded(words, indent, shutil.get_terminal_size().columns) if sys.stdout.isatty() else words
 
 
 def show_body(text: str, *, header_only: bool) -> int:
@@ -252,7 +255,12 @@ def show_body(text: str, *, header_only: bool) -> int:
     return DONE
 
 
-_HEADINGS = {"queue": "queue", "age": "waiting for", "rate": "tries of the last hour", "slowest": "the slowest of them"}
+_HEADINGS = {
+    "queue": "queue",
+    "age": "waiting, by age and domain",
+    "rate": "tries of the last hour",
+    "slowest": "the slowest of them",
+}
 
 
 def show_stats(*, json_lines: bool) -> int:
@@ -272,6 +280,6 @@ def show_stats(*, json_lines: bool) -> int:
     for kind, rows, columns in parts:
         if not json_lines:
             heading = _HEADINGS.get(kind, f"{kind}s")
-            typer.echo(f"{heading}:" if rows else f"{heading}: none")
+            typer.echo(f"{'' if kind == 'queue' else chr(10)}{heading}:" + ("" if rows else " none"))
         write([{"kind": kind, **row} for row in rows], columns, json_lines=json_lines)
     return DONE

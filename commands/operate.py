@@ -4,6 +4,7 @@ What must stay true: nothing is touched by an empty filter unless --all says so,
 somebody said yes; every change is recorded with who asked for it and why.
 """
 
+import contextlib
 import getpass
 import os
 import socket
@@ -16,12 +17,12 @@ from sqlalchemy import Engine
 
 from commands.explain import DONE, NOTHING_MATCHED, WRONG_USE, say
 from commands.inspect import COLUMNS, at_hand, opened, resolved
-from commands.tables import as_json, write
+from commands.tables import as_json, counted, write
 from relay.filters import Filter
 from relay.queue import Queue
 from relay.routes import Routes, parse_server
 from relay.schema import State
-from relay.settings import Settings, load
+from relay.settings import Settings, SettingsError, load
 from relay.verbs import REROUTE, VERBS, Verbs
 
 
@@ -97,7 +98,7 @@ def _refusal(question: str) -> int | None:
 def _told(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     parts = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    return f"{total} {'delivery' if total == 1 else 'deliveries'} ({parts})" if total else "nothing"
+    return f"{counted(total)} ({parts})" if total else "nothing"
 
 
 def pause(route: str | None, server: str | None, *, reason: str, resume: bool) -> int:
@@ -112,11 +113,27 @@ def pause(route: str | None, server: str | None, *, reason: str, resume: bool) -
         say(str(error))
         return WRONG_USE
     with opened(settings) as engine:
-        verbs = Verbs(engine, notices=False)
+        verbs, known = Verbs(engine, notices=False), _subjects(settings, Queue(engine))
         done = (verbs.resume if resume else verbs.pause)(subject, actor=actor(), reason=reason)
     words = "resumed" if resume else "paused"
     if done:
         typer.echo(f"{subject} {words}")
+        if not resume and subject not in known:
+            say(f"not in these settings, nor tried in the last hour; known are {', '.join(sorted(known))}")
         return DONE
-    say(f"{subject} is {'not paused' if resume else 'paused already'}")
+    if resume:
+        say(f"{subject} is not paused; `qmqp-relay stats` shows what is")
+    else:
+        say(f"{subject} is paused already")
     return NOTHING_MATCHED
+
+
+def _subjects(settings: Settings, queue: Queue) -> set[str]:
+    """What can be paused, as far as our settings and the last hour tell."""
+    known = {f"server:{row['server']}" for row in queue.servers() if row["attempts"]}
+    with contextlib.suppress(SettingsError, ValueError, OSError):  # `check` tells of it
+        routes = Routes.load(settings)
+        for name in routes.names():
+            route = routes.get(name)
+            known |= {f"route:{name}", *(f"server:{server.name}" for server in (route.servers if route else ()))}
+    return known

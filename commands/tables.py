@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 type Row = Mapping[str, Any]
 type Columns = Mapping[str, Callable[[Row], str]]
 SAMPLE = 200
+SPARED = ("SIZE", "SENDER")  # columns that a narrow terminal does without, in this order
+LEAST = 20  # columns of a terminal that the last one wants beside the others
 
 
 def cut(address: str, width: int) -> str:
@@ -24,6 +26,11 @@ def cut(address: str, width: int) -> str:
         return address
     tail = min(len(address) - max(address.rfind("@"), 0), width * 2 // 3)
     return f"{address[: width - tail - 1]}…{address[len(address) - tail :]}"
+
+
+def counted(count: int) -> str:
+    """So many deliveries, in words."""
+    return f"{count} {'delivery' if count == 1 else 'deliveries'}"
 
 
 def span(seconds: float | None) -> str:
@@ -92,6 +99,26 @@ def write(rows: Iterable[Row], columns: Columns, *, json_lines: bool = False) ->
     return count
 
 
+def write_lines(batches: Iterable[Sequence[str]], *, json_lines: bool) -> int:
+    """Print rows that are text already, and count them; the first line names columns if they are no JSON."""
+    count = 0 if json_lines else -1
+    for lines in batches:
+        count += len(lines)
+        text = "\n".join(lines)
+        if not text.isascii() or not text.translate(_SEPARATORS).isprintable():
+            harmless = (lambda line: json.dumps(json.loads(line))) if json_lines else _plain_cells
+            text = "\n".join(map(harmless, lines))
+        sys.stdout.write(text + "\n")
+    return max(count, 0)
+
+
+_SEPARATORS = {ord("\t"): None, ord("\n"): None}
+
+
+def _plain_cells(line: str) -> str:
+    return "\t".join(map(plain, line.split("\t")))
+
+
 def _plain(value: object) -> object:
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat(timespec="milliseconds")
@@ -99,18 +126,35 @@ def _plain(value: object) -> object:
 
 
 def _table(rows: Iterator[Row], columns: Columns) -> int:
-    """Columns as wide as the first rows want them; the last one is folded into what is left of the line."""
-    shown = ([plain(of(row)) for of in columns.values()] for row in rows)
-    sample = list(islice(shown, SAMPLE))
-    if not sample:
+    """Columns as wide as the first rows want them; the last one is folded into what is left of the line, or below it.
+
+    Where that is not enough, a terminal does without the columns in SPARED.
+    """
+    first = list(islice(rows, SAMPLE))
+    if not first:
         return 0
-    widths = [max(map(len, column)) for column in zip(columns, *sample, strict=True)][:-1]
-    indent = sum(widths) + 2 * len(widths)
-    room = max(shutil.get_terminal_size().columns - indent, 20)
+    width, spared = shutil.get_terminal_size().columns, list(SPARED)
+    widest = {name: max(len(name), *(len(plain(of(row))) for row in first)) + 2 for name, of in columns.items()}
+    *fixed, last = columns
+    while spared and sum(widest[name] for name in fixed) > width:
+        fixed = [name for name in fixed if name != spared[0]]
+        del spared[0]
+    indent = sum(widest[name] for name in fixed)
+    below = indent + LEAST > width
+    shown = ({name: plain(of(row)) for name, of in columns.items()} for row in chain(first, rows))
     count = -1
-    for cells in chain([list(columns)], sample, shown):
+    for cells in chain([{name: name for name in columns}], shown):
         count += 1
-        line = "".join(f"{cell:{width}}  " for cell, width in zip(cells, widths, strict=False))
-        folded = textwrap.wrap(cells[-1], room) or [""]
-        sys.stdout.write(line.rstrip() + "\n" if not cells[-1] else line + f"\n{' ' * indent}".join(folded) + "\n")
+        line, words = "".join(f"{cells[name]:{widest[name]}}" for name in fixed), cells[last]
+        if below and words:
+            line = f"{line.rstrip()}\n{folded(words, 4, width)}"
+        else:
+            line += folded(words, indent, width).lstrip()
+        sys.stdout.write(line.rstrip() + "\n")
     return count
+
+
+def folded(words: str, indent: int, width: int) -> str:
+    """Words in lines of at most `width`, each indented, whose addresses and ids stay whole where they can."""
+    space = " " * indent
+    return textwrap.fill(words, width, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)

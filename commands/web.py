@@ -4,9 +4,10 @@ How it works: every page is one request, answered from `relay.queue` by a templa
 There is no script, no cookie, no password and nothing from elsewhere. What costs a scan (the overview) is kept for some
 seconds, and for longer where it took long.
 
-What must stay true: nothing is changed, whoever asks; whatever peers wrote is text (templates escape everything, and
-the policy that is sent along allows a style sheet of ours and nothing else); a page of another site can neither frame
-nor read this one, nor reach it by a name that it has pointed here.
+What must stay true: nothing is changed, whoever asks; whatever peers wrote is text (templates escape everything,
+characters that turn the direction of ours too, and the policy that is sent along allows a style sheet of ours and
+nothing else); a page of another site can neither frame nor read this one, nor reach it by a name that it has pointed
+here.
 """
 
 import ipaddress
@@ -14,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -33,7 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from commands import charts
 from commands.explain import DONE, OUT_OF_REACH, say
 from commands.inspect import everything_about, facts, opened
-from commands.tables import ago, cut, size, span, stamp
+from commands.tables import ago, cut, plain, size, span, stamp
 from relay.filters import Filter, bracketed
 from relay.log import first_line, get_logger
 from relay.queue import NoSuchMessage, Queue, Row
@@ -91,7 +93,7 @@ class Pages:
         self._queue, self._settings = Queue(engine), settings
         self._templates = Environment(
             loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-            lstrip_blocks=True,
+            lstrip_blocks=True, finalize=lambda value: plain(value) if type(value) is str else value,
         )  # fmt: skip
         self._templates.globals |= {
             "ago": ago,
@@ -134,22 +136,29 @@ class Pages:
         }
 
     def search(self, request: Request) -> Response:
-        """Mail that is looked for, newest first, a page at a time."""
+        """Mail that is looked for, newest first, a page at a time, and what no index finds in so many messages."""
         given = {name: request.query_params.get(name, "").strip() for name in FIELDS}
         after = request.query_params.get("after", "").split(".")
-        trouble, rows = "", list[Row]()
+        trouble, rows, more, horizon = "", list[Row](), "", None
         try:
             wanted = self._filter(given)
             behind = (self._queue.resolve(after[0]), int(after[1])) if len(after) == 2 else None
-            rows = list(self._queue.rows(wanted, finished=True, newest=True, after=behind, limit=A_PAGE + 1))
+            horizon = self._queue.horizon(wanted, behind)
+            found = self._queue.rows(
+                wanted, finished=True, newest=True, after=behind, down_to=horizon, limit=A_PAGE + 1
+            )
+            rows = list(found)
         except (NoSuchMessage, ValueError) as error:
             trouble = str(error)
-        more = ""
         if len(rows) > A_PAGE:
-            last = rows[A_PAGE - 1]
-            asked = {name: value for name, value in given.items() if value}
-            more = urlencode(asked | {"after": f"{last['queue_id']}.{last['position']}"})
-        return self._page("search.html", given=given, rows=rows[:A_PAGE], more=more, trouble=trouble, later=after[0])
+            more, horizon = f"{rows[A_PAGE - 1]['queue_id']}.{rows[A_PAGE - 1]['position']}", None
+        elif horizon:
+            more = f"{horizon}.0"
+        query = urlencode({name: value for name, value in given.items() if value} | {"after": more}) if more else ""
+        return self._page(
+            "search.html", given=given, rows=rows[:A_PAGE], more=query, trouble=trouble, later=after[0],
+            until=stamp(datetime.fromtimestamp(int(horizon[:12], 16) / 1000, UTC)) if horizon else "",
+        )  # fmt: skip
 
     def _filter(self, given: dict[str, str]) -> Filter:
         if given["state"] and given["state"] not in list(State):

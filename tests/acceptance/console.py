@@ -23,6 +23,7 @@ from tests.integration.office import Office
 from tests.waiting import until
 
 HOSTILE = "<script>alert('x')</script>\"'&amp;{{7*7}}"
+TURNED = "\u202egpj.exe"  # shows what follows from right to left
 LONG = f"{'long.' * 12}name@{'sub.' * 30}example.com"
 SERVER = "qmqp.example.net:628"
 
@@ -74,7 +75,7 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     made.made("deferred", *(tried(Outcome.UNCERTAIN, reply="connection closed") for _ in range(2)))
     made.made("deferred", tried(Outcome.UNREACHABLE, reply="connection refused"))
     made.uncertain = 2
-    made.made("held", tried(Outcome.UNSENDABLE, reply="no body file"))
+    made.made("held", tried(Outcome.UNSENDABLE, reply=f"no body file {TURNED}"))
     for verb, state in (("hold", "held"), ("drop", "dropped")):
         ids = [accept() for _ in range(3)]
         for message_id in ids:

@@ -109,11 +109,13 @@ def test_what_cannot_be_sent_is_held(office: Office, spool: Spool, typed: Typed,
     whole, broken = stored(office, spool), office.accept()
     if body:
         spool.store(broken, [body])
-    assert found(typed) == [("body missing", "no")]
-    assert found(typed, "--repair") == [("body missing", "yes")]
+    what = "body of another size" if body else "body missing"
+    assert found(typed) == [(what, "no")]
+    assert "--repair would mend 1" in typed("fsck", status=1).stderr
+    assert found(typed, "--repair") == [(what, "yes")]
     assert office.states([whole, broken]) == ["queued", "held"]
     assert office.delivery(broken)["last_outcome"] == "unsendable"
-    assert found(typed, "--repair") == [("body missing", "-")], "it stays a finding until somebody decides"
+    assert found(typed, "--repair") == [(what, "-")], "it stays a finding until somebody decides"
     assert "put the file back and release it" in typed("why", broken).stdout
 
 
@@ -230,6 +232,8 @@ def test_impossible_rows(office: Office, spool: Spool, typed: Typed, change: str
 def test_a_stuffed_broker(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsck, "broker_lists", lambda _settings: {"fresh": 5000, "retry": 3})
     assert [row["words"] for row in lines(typed("fsck", "--json", status=1))] == ["5000 hints in fresh"]
+    monkeypatch.setattr(fsck, "broker_lists", lambda _settings: {})
+    assert "the broker does not answer: mail moves without it" in typed("fsck").stderr, "which is no fault of the queue"
 
 
 def test_what_waits_at_the_broker(broker_url: str) -> None:

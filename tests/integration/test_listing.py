@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from commands import inspect
-from commands.tables import write
+from commands.tables import write, write_lines
 from relay.bodies import Spool
+from relay.database import connect, dialect_of, reading
 from relay.filters import Filter
 from relay.queue import Queue
+from relay.schema import Outcome
 from tests.integration.office import Office, new_message
 from tests.integration.typed import Typed, lines, typed_at
 
@@ -50,11 +52,11 @@ def test_a_long_queue_is_one_statement_and_a_little_memory(
     monkeypatch.setattr("sys.stdout", Nowhere())
     tracemalloc.start()
     try:
-        assert write(Queue(office.engine).rows(Filter()), inspect.COLUMNS, json_lines=True) == 5_000
+        assert write_lines(Queue(office.engine).lines(Filter(), objects=True), json_lines=True) == 5_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len([one for one in statements if "SELECT" in one]) == 1
+    assert len([one for one in statements if "LIMIT 0" not in one and "FROM" in one]) == 1
     assert peak < 5 << 20, "all the rows are fifteen megabytes"
 
 
@@ -67,6 +69,41 @@ def test_pages_are_the_same_however_they_are_found(office: Office) -> None:
         paged += [(row["queue_id"], row["position"]) for row in page]
     assert paged == everything[::-1]
     assert len(everything) == 2002
+
+
+def test_sqlite_finds_a_page_in_order_without_sorting(clean_sqlite_url: str) -> None:
+    engine = connect(clean_sqlite_url)
+    wanted = Filter(states=("bounced",))
+    sql, given = Queue(engine)._listing("*", wanted, limit=50, finished=True, newest=True, after=("f" * 32, 1))
+    with reading(engine) as connection:
+        plan = connection.execute(text("EXPLAIN QUERY PLAN " + dialect_of(engine)(sql)), given).all()
+    engine.dispose()
+    assert [row[-1].partition(" USING")[0] for row in plan][:3] == ["SEARCH d", "SEARCH r", "SEARCH m"]
+    assert {row[-1] for row in plan[3:]} <= {"USE TEMP B-TREE FOR RIGHT PART OF ORDER BY"}
+
+
+def test_what_no_index_finds_is_looked_for_so_far_and_then_further(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.queue.LOOKED_AT", 3)
+    monkeypatch.setattr("relay.queue._FEW", 2)
+    queue = Queue(office.engine)
+    senders = ["one@example.com" if n == 2 else "many@example.com" for n in range(8)]
+    ids = sorted(office.accept(sender=sender) for sender in senders)  # within a millisecond ids have no order
+    for found in (Filter(sender="one@example.com"), Filter(id=ids[0]), Filter(states=("queued",))):
+        assert queue.horizon(found) is None
+    for everything in (Filter(), Filter(sender="many@example.com"), Filter(sender="*"), Filter(states=("delivered",))):
+        assert queue.horizon(everything) == ids[4]
+    seen, after = list[str](), None
+    while True:
+        horizon = queue.horizon(Filter(), after)
+        rows = list(queue.rows(Filter(), newest=True, finished=True, after=after, down_to=horizon))
+        assert len(rows) <= 4
+        seen += [row["queue_id"] for row in rows]
+        if horizon is None:
+            break
+        after = (horizon, 0)
+    assert seen == ids[::-1]
 
 
 def test_limits_and_filters_mean_the_same_everywhere(office: Office, typed: Typed) -> None:
@@ -98,6 +135,23 @@ def test_a_long_table_begins_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> 
     assert "\\x1b[2J" in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert {line[:6].strip() for line in itertools.islice(shown.splitlines(), 3)} == {"NAME", "n0", "n1"}
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_a_queue_fits_the_terminal(
+    office: Office, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    message_id = office.accept("somebody.whose.name.is.long@a.sub.domain.example.org", sender=f"{'s' * 30}@example.com")
+    reply = "451 4.7.1 somebody-else@example.net is greylisted"
+    office.record(office.claim(message_id)[0], Outcome.DEFERRED, reply=reply)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert write(Queue(office.engine).rows(Filter()), inspect.COLUMNS) == 1
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    assert message_id[-12:] in shown
+    assert "somebody-else@example.net" in shown, "an address can be copied"
+    assert ("SENDER" in shown) == (width > 100)
 
 
 def test_watching_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

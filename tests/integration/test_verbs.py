@@ -1,6 +1,7 @@
 """What operators do to the queue, as they type it, on both databases: every verb from every state, and no accidents."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,7 @@ def test_nothing_is_done_to_everything_by_mistake(office: Office, typed: Typed) 
     assert office.state(message_id) == "queued"
     assert "it takes what is held" in typed("release", "--all", status=1).stderr
     assert "no message" in typed("drop", "--id", "ffffffff", status=1).stderr
+    typed("hold", message_id[-12:])
     typed("drop", "--id", message_id[-12:])
     assert office.state(message_id) == "dropped"
 
@@ -122,6 +124,9 @@ def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
     assert typed("why", message_id).stdout.startswith(f"b@example.org: {held_by}. It stays")
     typed("bounce", "--id", message_id, "--reason", "not here")
     assert office.delivery(message_id)["last_reply"] == "bounced by an operator: not here", "the sender reads it"
+    deferred = one_in(office, State.DEFERRED)
+    typed("bounce", deferred, "--reason", "they moved")
+    assert "ago, because bounced by an operator: they moved; a notice" in typed("why", deferred).stdout
 
 
 def test_bodies_go_when_nobody_needs_them(office: Office, spool: Spool, typed: Typed) -> None:
@@ -171,13 +176,13 @@ def test_rerouting(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
 
 def test_pauses(office: Office, typed: Typed) -> None:
     message_id = office.accept()
-    typed("pause", "--server", "192.0.2.7", "--reason", "disk swap")
+    assert "known are route:default" in typed("pause", "--server", "192.0.2.7", "--reason", "disk swap").stderr
     typed("pause", "--server", "192.0.2.7:628", status=1)
-    typed("pause", "--route", "default", "--reason", "disk swap")
+    assert not typed("pause", "--route", "default", "--reason", "disk swap").stderr
     assert {row["subject"] for row in lines(typed("stats", "--json")) if row["kind"] == "pause"} == {
         "route:default", "server:192.0.2.7:628"
     }  # fmt: skip
-    assert "paused route default 0s ago (disk swap)" in typed("why", message_id).stdout
+    assert re.search(r"paused route default \d+s ago \(disk swap\)", typed("why", message_id).stdout)
     typed("resume", "--route", "default")
     typed("resume", "--route", "default", status=1)
     for wrong in ((), ("--route", "x", "--server", "y"), ("--server", "host:port")):

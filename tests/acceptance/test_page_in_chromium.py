@@ -1,0 +1,138 @@
+"""The page as a person sees it: in a real browser, wide and narrow, light and dark, with hostile text everywhere."""
+
+import json
+import os
+import select
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from relay.bodies import Spool
+from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
+from tests.integration.office import opened
+from tests.integration.typed import typed_at
+from tests.services import end, spawn
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+# Words whose colour stands out from what is behind them by less than WCAG 2.1 asks for (section 1.4.3): their text.
+FAINT = """(() => {
+    const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255)
+        .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126*r + 0.7152*g + 0.0722*b }
+    const behind = e => { const c = getComputedStyle(e).backgroundColor;
+        return c == 'rgba(0, 0, 0, 0)' ? behind(e.parentElement) : c }
+    return [...document.querySelectorAll('main *, nav *')].filter(e => e.innerText?.trim() && !e.closest('svg'))
+        .filter(e => { const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
+            return (a + 0.05) / (b + 0.05) < 4.5 }).map(e => e.className + ': ' + e.innerText.slice(0, 40)) })()"""
+
+
+class Chromium:
+    """A browser that is spoken to in its own protocol, over pipes."""
+
+    def __init__(self, program: str, directory: str) -> None:
+        (theirs, self._to), (self._from, answers) = os.pipe(), os.pipe()
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
+        options.append(f"--user-data-dir={directory}")
+        self.child = spawn(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{answers}', program, *options],
+            pass_fds=(theirs, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(theirs)
+        os.close(answers)
+        self._read, self._number, self._session = b"", 0, {}
+        self.loads = 0  # pages that were loaded
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.call("Page.enable")
+
+    def call(self, method: str, **params: Any) -> Any:
+        self._number += 1
+        command = {"id": self._number, "method": method, "params": params} | self._session
+        os.write(self._to, json.dumps(command).encode() + b"\0")
+        while (said := self._heard()).get("id") != self._number:
+            pass
+        return said["result"]
+
+    def until_loaded(self, before: int) -> None:
+        """Wait until more pages were loaded than `before`: that may have been told between other answers."""
+        while self.loads == before:
+            self._heard()
+
+    def _heard(self) -> Any:
+        while b"\0" not in self._read:
+            assert select.select([self._from], [], [], 30)[0], "the browser says nothing"
+            more = os.read(self._from, 1 << 16)
+            assert more, "the browser has gone"
+            self._read += more
+        one, _, self._read = self._read.partition(b"\0")
+        said = json.loads(one)
+        assert said.get("method") != "Page.javascriptDialogOpening", "a script of a peer runs"
+        self.loads += said.get("method") == "Page.loadEventFired"
+        return said
+
+    def look(self, url: str, width: int, scheme: str) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        before = self.loads
+        self.call("Page.navigate", url=url)
+        self.until_loaded(before)
+
+    def tells(self, expression: str) -> Any:
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if program is None:
+        pytest.skip("no chromium on this machine")
+    browser = Chromium(program, str(tmp_path_factory.mktemp("chromium")))
+    yield browser
+    end(browser.child)
+
+
+@pytest.fixture
+def seen(sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scenario, Browser]]:
+    with opened(sqlite_url) as office:
+        typed_at(office, spool, monkeypatch)
+        made = scenario(office, spool)
+        with browsing(office) as browser:
+            yield made, browser
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_what_a_person_sees(chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str) -> None:
+    made, browser = seen
+    shown = {
+        "/": "The oldest unfinished message", "/search": HOSTILE[-9:], f"/search?sender={LONG}": "sub.example.com",
+        "/search?sender=nobody": "Nothing is like that", "/nothing": "Not here", "/search?id=zz": "is no queue id",
+    } | {f"/message/{ids[-1]}": state for state, ids in made.ids.items()}  # fmt: skip
+    for path, words in shown.items():
+        chromium.look(browser.root + path, width, scheme)
+        assert words in chromium.tells("document.body.innerText"), path
+        assert chromium.tells("document.documentElement.scrollWidth") <= width, f"{path} runs out of the screen"
+        assert chromium.tells(FAINT) == [], path
+        assert chromium.tells("document.scripts.length + document.images.length") == 0, path
+
+
+def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browser]) -> None:
+    made, browser = seen
+    chromium.look(f"{browser.root}/", 1280, "light")
+
+    def pressed(key: str) -> str:
+        text = {"text": "\r"} if key == "Enter" else {}
+        code = {"Tab": 9, "Enter": 13}[key]
+        chromium.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
+        chromium.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+        return str(chromium.tells("document.activeElement.innerText"))
+
+    assert [pressed("Tab") for _ in range(3)] == ["Skip to the content", "Queue", "Search"]
+    assert "queued" in pressed("Tab")
+    assert chromium.tells("getComputedStyle(document.activeElement).outlineStyle") == "solid", "one sees where one is"
+    before = chromium.loads
+    pressed("Enter")
+    chromium.until_loaded(before)
+    assert made.ids["queued"][0][-12:] in chromium.tells("document.body.innerText")
