@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Engine
@@ -32,6 +32,7 @@ PATIENCE = 2.0  # seconds that a scrape waits for the database
 _QUICK = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _LONG = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 7200, 43200, 172800)
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
 SESSIONS = Counter("relay_smtp_sessions", "SMTP connections taken")
 SESSIONS_OPEN = Gauge("relay_smtp_sessions_open", "SMTP connections open now")
 REFUSALS = Counter("relay_smtp_refusals", "commands and messages refused, by code and enhanced code", ["reply"])
@@ -155,16 +156,19 @@ def serve(settings: Settings, *collectors: Collector) -> Callable[[], None]:
 
     Processes on one machine share a list of addresses that way. When none is free there is a warning, and no metrics.
     """
+    taken = []
     for host, port in settings.metrics_listen:
         try:
             server, _ = start_http_server(port, host or "0")  # 0 is every IPv4 address
         except OSError as error:
-            log.warning("metrics not served there", host=host, port=port, reason=error.strerror)
+            taken.append(f"{host}:{port}: {error.strerror}")
             continue
         for collector in collectors:
             REGISTRY.register(collector)
         log.info("metrics", host=host, port=server.server_port)
         return partial(_stop, server, collectors)
+    if taken:
+        log.warning("metrics not served", reason="; ".join(taken))
     return lambda: None
 
 

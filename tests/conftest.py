@@ -12,6 +12,7 @@ relay_test_* are made and dropped in it). RELAY_TESTS_NO_SKIP=1 makes a skipped 
 """
 
 import itertools
+import logging
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import structlog
 from hypothesis import settings as hypothesis_settings
 from psycopg import sql
 from sqlalchemy.engine import make_url
@@ -47,6 +49,17 @@ def _migrate(url: str) -> None:
 
 
 # --- databases --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Iterator[None]:
+    """A command that runs in this process sets up its logs; they would go to a file that the test has closed."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    if structlog.is_configured():
+        structlog.reset_defaults()
+        root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture(scope="session")

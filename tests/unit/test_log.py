@@ -2,10 +2,11 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
-import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,13 +15,9 @@ from relay.settings import Settings, load
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
-    """Gives what was written to standard error since; logging is put right again at the end."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield lambda: capsys.readouterr().err
-    root.handlers[:], root.level = handlers, level
-    structlog.reset_defaults()
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Gives what was written to standard error since."""
+    return lambda: capsys.readouterr().err
 
 
 def lines(said: Callable[[], str]) -> list[dict[str, object]]:
@@ -41,6 +38,16 @@ def test_other_libraries_speak_in_the_same_lines(said: Callable[[], str]) -> Non
     logging.getLogger("celery.worker").info("chatter")
     (line,) = lines(said)
     assert (line["event"], line["level"]) == ("connection lost", "warning")
+
+
+def test_a_line_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    went_on = False
+    with suppress(OSError), Path("/dev/full").open("w") as full:  # closing it writes once more, and fails
+        monkeypatch.setattr("sys.stderr", full)
+        configure(load(Settings))
+        get_logger("x").error("database away")
+        went_on = True
+    assert went_on
 
 
 def test_levels(said: Callable[[], str]) -> None:
