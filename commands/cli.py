@@ -59,15 +59,19 @@ def worker() -> None:
 
 
 @main.command()
-def migrate() -> None:
-    """Bring the schema of the database up to date; waits for another that does the same."""
+def migrate(
+    wait: Annotated[float, typer.Option(help="Wait so many seconds for a database that is away.")] = 0.0,
+) -> None:
+    """Bring the schema of the database up to date. Waits for another that does the same."""
     with explained():
         from relay.database import migrate
+        from relay.log import configure
         from relay.settings import Settings, load, redacted
 
         settings = load(Settings)
+        configure(settings)
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        revision = migrate(settings.database_url)
+        revision = migrate(settings.database_url, wait)
         typer.echo(f"{redacted(settings.database_url)} is at revision {revision}")
 
 

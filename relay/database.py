@@ -15,6 +15,7 @@ import os
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,13 +266,37 @@ def wait_until_ready(engine: Engine, stopping: threading.Event | None = None) ->
         stopping.wait(1.0)
 
 
-def migrate(url: str) -> str:
-    """Bring the schema up to date, under a lock that makes a second caller wait; the revision that it has then."""
+def migrate(url: str, patience: float = 0.0) -> str:
+    """Bring the schema up to date, under a lock that makes a second caller wait; the revision that it has then.
+
+    A database that is away is waited for, `patience` seconds at most; then its error is raised.
+    """
+    engine = connect(url, pool=1)
+    try:
+        if engine.dialect.name != "sqlite":
+            _wait_until_there(engine, time.monotonic() + patience)
+    finally:
+        engine.dispose()
     config = alembic_config(url)
     from alembic import command  # a third of a second of imports that only this needs
 
     command.upgrade(config, "head")
     return REVISION
+
+
+def _wait_until_there(engine: Engine, deadline: float) -> None:
+    said = False
+    while True:
+        try:
+            with reading(engine):
+                return
+        except DBAPIError as error:
+            if not is_outage(error) or time.monotonic() >= deadline:
+                raise
+            if not said:
+                log.warning("waiting for the database", reason=first_line(error.orig))
+            said = True
+        time.sleep(0.5)
 
 
 def alembic_config(url: str) -> "Config":

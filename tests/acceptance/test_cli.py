@@ -101,6 +101,7 @@ def test_wrong_use_is_named(
 ) -> None:
     for name, value in {"STATE_DIR": str(tmp_path / "var"), **settings}.items():
         monkeypatch.setenv(f"RELAY_{name}", value)
+    monkeypatch.setattr("relay.log.configure", lambda _settings: None)  # to a stream that ends with this test
     refused = CliRunner().invoke(main, words)  # in this process: a dozen starts of Python would take a while
     assert refused.exit_code == 2, refused.output
     assert said in refused.output

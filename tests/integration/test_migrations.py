@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from alembic.script import ScriptDirectory
 from psycopg import sql
 from sqlalchemy import Connection, Engine, create_engine, inspect, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 from relay.database import alembic_config, connect, dialect_of, migrate, reading, wait_until_ready, writing
 from relay.schema import REVISION, VIEWS, metadata
+from tests.services import Postgres
 
 NUMBERS = itertools.count(1)
 # Everything about a PostgreSQL schema that a statement can make, a line each.
@@ -143,6 +146,16 @@ def test_several_that_migrate_at_once_take_turns(kind: str, new_url: Callable[[s
     ]
     assert [replica.communicate(timeout=60)[0] for replica in replicas] == [f"{REVISION}\n"] * 2
     assert dump(url) == dump(other)
+
+
+def test_a_database_that_is_away_is_waited_for_if_that_is_wanted(postgres: Postgres, postgres_url: str) -> None:
+    postgres.kill()
+    with pytest.raises(OperationalError):
+        migrate(postgres_url)
+    with ThreadPoolExecutor(1) as pool:
+        migrating = pool.submit(migrate, postgres_url, 60.0)
+        postgres.start()
+        assert migrating.result(60) == REVISION
 
 
 def test_a_migration_that_fails_leaves_nothing(kind: str, new_url: Callable[[str], str]) -> None:
