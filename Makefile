@@ -8,9 +8,9 @@ SHELL := /bin/sh
 PYTHON ?=
 export PYTHON
 BIN := .venv/bin
-# A test waits more than it computes, so two at once are right for two cores too. `make test TESTS="tests/unit -x"`.
+# A test waits more than it computes, so three at once are right for two cores. `make test TESTS="tests/unit -x"`.
 TESTS ?= tests
-PYTEST_WORKERS ?= 2
+PYTEST_WORKERS ?= 3
 
 .PHONY: help setup run demo status test lint fmt bench lock clean
 

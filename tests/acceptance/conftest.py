@@ -7,15 +7,27 @@ install     smtpd and workers on "sqlite" or "postgresql", for the tests of a mo
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+from commands.up import SINK_PORT
 from tests.acceptance.installation import Install, Installation
 from tests.acceptance.stack import StartUp, Up, processes_of
 from tests.waiting import until
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_sink_of_a_demo_has_a_port_of_its_own() -> Iterator[None]:
+    """Two that start at the same moment would both find the usual one free, and one would get the other's mail."""
+    with socket.socket() as holder, suppress(OSError):
+        holder.bind(("127.0.0.1", SINK_PORT))
+        yield
+        return
+    yield
 
 
 @pytest.fixture

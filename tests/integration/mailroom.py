@@ -37,14 +37,22 @@ class Mailroom:
         self.ledger = Ledger(self.database, self.settings)
         self.sweeps = Sweeps(self.database, self.settings)
 
-    def accept(self, *recipients: str, body: bytes = BODY, sender: str = "a@example.com", stored: bool = True) -> str:
-        """One message, as smtpd leaves it; its id."""
+    def accept(
+        self, *recipients: str, body: bytes = BODY, sender: str = "a@example.com", stored: bool = True,
+        has_turn: bool = False,
+    ) -> str:  # fmt: skip
+        """One message, as smtpd leaves it; its id. `has_turn`: the caller has the turn to write (SQLite)."""
         message_id, route_for = new_id(), Routes.load(self.settings).route_for
         if stored:
             self.spool.store(message_id, [body])
         to = [NewRecipient(r, route=route_for(r)) for r in recipients or ("b@example.org",)]
         new = NewMessage(message_id, sender, len(body), to, "127.0.0.1", "client.example.com", "ESMTP")
-        Intake(self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace).commit([new])
+        intake = Intake(self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace)
+        if has_turn:
+            with self.database.begin() as connection:
+                intake.insert(connection, [new])
+        else:
+            intake.commit([new])
         return message_id
 
     def rows(self, sql: str, **given: Any) -> list[dict[str, Any]]:

@@ -165,7 +165,7 @@ def test_a_dead_server_is_passed_over_and_both_tries_are_kept(room: Open, sink: 
     assert [outcome for _, outcome in mail.attempts(message_id)] == ["unreachable", "accepted"]
 
 
-def test_a_connection_that_breaks_early_fails_over(room: Open, sink: Sink) -> None:
+def test_B19_a_connection_that_breaks_early_fails_over(room: Open, sink: Sink) -> None:
     with answering(Answer(raw=b"", at=1)) as rude:
         mail = room(rude, sink)
         message_id = mail.accept(body=b"x" * 30_000_000)
@@ -174,7 +174,7 @@ def test_a_connection_that_breaks_early_fails_over(room: Open, sink: Sink) -> No
     assert [outcome for _, outcome in mail.attempts(message_id)] == ["interrupted", "accepted"]
 
 
-def test_a_lost_reply_is_uncertain_and_never_fails_over(room: Open, sink: Sink) -> None:
+def test_B13_a_lost_reply_is_uncertain_and_never_fails_over(room: Open, sink: Sink) -> None:
     with answering(Answer(raw=b"")) as silent:
         mail = room(silent, sink)
         message_id = mail.accept()
@@ -239,7 +239,7 @@ def test_a_tarpit_holds_no_more_than_its_share(room: Open, sink: Sink) -> None:
     assert [tuple(row.values()) for row in held] == [("deferred", "uncertain")] * 3
 
 
-def test_draining_hands_back_what_is_not_committed(room: Open) -> None:
+def test_B38_draining_hands_back_what_is_not_committed(room: Open) -> None:
     with answering(Answer(read_size=1024, read_pause=5.0)) as slow:
         mail = room(slow)
         message_id = mail.accept(body=b"x" * 20_000_000)
@@ -252,7 +252,7 @@ def test_draining_hands_back_what_is_not_committed(room: Open) -> None:
     assert engine.offer([message_id]).wait(0)
 
 
-def test_a_missing_body_is_held_and_never_bounced(room: Open, sink: Sink) -> None:
+def test_B36_a_missing_body_is_held_and_never_bounced(room: Open, sink: Sink) -> None:
     mail = room(sink)
     missing, cut, good = mail.accept(stored=False), mail.accept(), mail.accept()
     mail.spool.path(cut).write_bytes(BODY[:-1])
@@ -262,7 +262,7 @@ def test_a_missing_body_is_held_and_never_bounced(room: Open, sink: Sink) -> Non
     assert {mail.delivery(i)["last_outcome"] for i in (missing, cut)} == {"unsendable"}
 
 
-def test_a_fault_of_this_machine_costs_the_mail_nothing(room: Open, sink: Sink) -> None:
+def test_B36_a_fault_of_this_machine_costs_the_mail_nothing(room: Open, sink: Sink) -> None:
     mail = room(sink)
     message_id = mail.accept()
     body = mail.spool.path(message_id)

@@ -75,13 +75,41 @@ def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> Non
     assert mail.attempts(message_id) == [(f"127.0.0.1:{dead}", "unreachable"), (f"127.0.0.1:{sink.port}", "accepted")]
 
 
-def test_B37_a_body_that_is_not_what_was_stored_is_put_aside_and_not_sent(room: Open) -> None:
+def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> None:
+    with running_sink(Rule(Answer(b"D", b"no\r\nFrom: forged@x\r\n\r\n\0\x1b[31m\xff\xc3\xa9"))) as sink:
+        mail = room(sink)
+        message_id = mail.accept()
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.state(message_id) == "bounced")
+    reply = mail.delivery(message_id)["last_reply"]
+    assert reply == r"no\x0d\nFrom: forged@x\x0d\n\x0d\n\x00\x1b[31m\xff\xc3\xa9"
+    assert mail.rows("SELECT reply FROM attempts") == [{"reply": reply}]
+    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    lines = mail.spool.path(notice).read_bytes().split(b"\n")
+    assert not any(line.startswith(b"From: forged") for line in lines)
+    assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
+
+
+@pytest.mark.parametrize("recipient", ["<b@example.org", "b" * 1000, "b\n@example.org"])
+def test_B29_what_a_server_would_misread_is_put_aside_before_any_connection(room: Open, recipient: str) -> None:
+    with running_sink() as sink:
+        mail = room(sink)
+        message_id = mail.accept("good@example.org", recipient)
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.state(message_id) == "held")
+        assert sink.connections == 0
+    assert "no server can be trusted with the recipient" in mail.delivery(message_id)["last_reply"]
+
+
+@pytest.mark.parametrize("body", [b"", b"Subject", b"Subject: test\n\nhello\nmore"])
+def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(room: Open, body: bytes) -> None:
     """Its size is what we know of it; a file system that changes bytes must be asked by its own checksums."""
     with running_sink() as sink:
         mail = room(sink)
         message_id = mail.accept()
-        with mail.spool.path(message_id).open("ab") as body:
-            body.write(b"more")
+        mail.spool.path(message_id).write_bytes(body)
         with mail.working() as engine:
             engine.offer([message_id])
             until(lambda: mail.state(message_id) == "held")
@@ -100,6 +128,24 @@ def test_B39_a_worker_killed_between_the_last_byte_and_the_record(office: Office
     wake(office)
     (again,) = office.claim(claim.message_id, worker=office.hire())
     assert again.vanished == 1
+
+
+def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
+    """As qmail-qmqpd does about whatever it does not like: only age ends it, and the notice says how it was."""
+    with running_sink(Rule(Answer(raw=b""))) as sink:
+        mail = room(sink, uncertain_delay=100.0)
+        message_id = mail.accept()
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.state(message_id) == "deferred")
+            mail.change("UPDATE deliveries SET state = 'queued', due_at = @later(60), expires_at = @ago(1)")
+            engine.offer([message_id])
+            until(lambda: mail.state(message_id) == "expired")
+    assert {outcome for _, outcome in mail.attempts(message_id)} == {"uncertain"}
+    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    assert "connection closed by the server after the commit point" in " ".join(
+        mail.spool.path(notice).read_text().split()
+    )
 
 
 def test_B43_D10_no_clock_of_a_worker_matters(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:

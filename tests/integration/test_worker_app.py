@@ -150,7 +150,7 @@ def test_sigterm_records_what_it_cannot_wait_for(house: Any, broker: Broker) -> 
     assert (found["state"], found["last_outcome"]) == ("deferred", "uncertain")
 
 
-def test_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(house: Any, broker: Broker) -> None:
+def test_B39_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(house: Any, broker: Broker) -> None:
     with running_sink(Rule(Answer(raw=b"", end="stay"), times=1)) as sink:
         home = house(sink.port, broker.url)
         message_id = home.mail.accept()

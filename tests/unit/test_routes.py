@@ -23,7 +23,7 @@ from relay.settings import Settings, load
     ("host.", Server("host.:628", "host.", 628)),
     ("unix:/run/qmqpd", Server("unix:/run/qmqpd", None, 0, "/run/qmqpd")),
 ])  # fmt: skip
-def test_servers(text: str, server: Server) -> None:
+def test_B26_servers(text: str, server: Server) -> None:
     assert parse_server(text) == server
     assert parse_server(server.name) == server, "what is shown can be written"
 
@@ -32,7 +32,7 @@ def test_servers(text: str, server: Server) -> None:
     "", "host:", "host:0", "host:65536", "host:x", "::1", "[::1", "[::1]:", "host name", "-host", "unix:run", "unix:",
     "host:25:26", "http://host", "[host]:628", "ho/st",
 ])  # fmt: skip
-def test_what_is_no_server_is_named(text: str) -> None:
+def test_B26_what_is_no_server_is_named(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_server(text)
     assert repr(text) in str(caught.value)

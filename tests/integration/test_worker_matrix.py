@@ -1,0 +1,345 @@
+"""What becomes of mail when its worker or its machine fails, phase by phase, as `docs/delivery.md` tells it.
+
+A real worker process has five messages under way, one in each phase: connecting; in the middle of the body; after the
+last byte and before the reply; after the reply and before its record is committed; and one whose claim waits to be
+committed. Servers that do not move until they are told hold it there, and so does whoever has the turn to write to the
+database. Then the worker is killed, stopped, or loses its lease. Another worker delivers what is left, to a server that
+takes everything, and then it is counted who has what twice. RELAY_TESTS_WRITE=1 writes the table anew.
+"""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmqp.sink import Answer, Rule, Sink, running_sink
+from relay.bodies import Spool
+from relay.database import _turn
+from tests import services
+from tests.integration.mailroom import BODY, Mailroom
+from tests.integration.test_delivery_matrix import in_page
+from tests.integration.test_worker_app import House
+from tests.services import Postgres
+from tests.waiting import until
+
+BEGIN = "<!-- made by tests/integration/test_worker_matrix.py: begin -->"
+HEAD = "| fault | phase | tries recorded | state | next | taken twice |\n|---|---|---|---|---|---|"
+UNCLAIMED, CONNECTING, MIDDLE, WAITING, ANSWERED, LATE = (
+    "before its claim is committed", "connecting", "in the body", "after the last byte, before the reply",
+    "after the reply (K), before its record", "after the last byte; K comes within DRAIN_TIMEOUT",
+)  # fmt: skip
+PHASES = (UNCLAIMED, CONNECTING, MIDDLE, WAITING, LATE, ANSWERED)
+LEASE = 4  # seconds
+LONG = b"Subject: long\n\n" + bytes(12_000_000)  # more than the kernel keeps for a peer that does not read
+
+
+class Gate:
+    """A QMQP server that reads `most` bytes of one request and answers K when it is told to."""
+
+    def __init__(self, most: int = 1 << 40) -> None:
+        self._listener, self._most = socket.socket(), most
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen()
+        self.port = self._listener.getsockname()[1]
+        self.reached, self.open = threading.Event(), threading.Event()
+        self.taken = 0  # whole requests
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with suppress(OSError), self._listener.accept()[0] as connection:
+            data = connection.recv(4096)
+            length = int(data.partition(b":")[0]) + len(data.partition(b":")[0]) + 2
+            got = len(data)
+            while got < min(length, self._most):
+                got += len(connection.recv(65536))
+            self.taken += got == length
+            self.reached.set()
+            self.open.wait()
+            connection.sendall(b"3:KOk,")
+            connection.recv(1)
+
+    def close(self) -> None:
+        self.open.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+
+@contextmanager
+def deaf() -> Iterator[int]:
+    """The port of a server that answers no SYN."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        sockets[0].bind(("127.0.0.1", 0))
+        sockets[0].listen(0)
+        for waiting in sockets[1:]:
+            waiting.setblocking(False)
+            waiting.connect_ex(sockets[0].getsockname())
+        yield sockets[0].getsockname()[1]
+
+
+@dataclass
+class Scene:
+    """A worker with a message in every phase."""
+
+    house: House
+    worker: subprocess.Popen[Any]
+    gates: dict[str, Gate]
+    ids: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mail(self) -> Mailroom:
+        return self.house.mail
+
+    def said(self, event: str) -> bool:
+        return f'"event": "{event}"' in self.house._log.read_text()
+
+    def begin(self, phase: str) -> None:
+        self.ids[phase] = self.mail.accept(f"b@{place(phase)}.test", body=LONG if phase == MIDDLE else BODY)
+
+    def tried(self, phase: str, times: int) -> bool:
+        return len(self.mail.attempts(self.ids[phase])) == times
+
+    @contextmanager
+    def in_every_phase(self) -> Iterator[None]:
+        """While this lasts nothing is committed but what the test does."""
+        gates = {phase: gate for phase, gate in self.gates.items() if phase != UNCLAIMED}
+        for phase in (CONNECTING, *gates):
+            self.begin(phase)
+        for phase, gate in gates.items():
+            assert gate.reached.wait(30), (phase, self.house.said())
+        until(lambda: self.mail.state(self.ids[CONNECTING]) == "sending")
+        with _turn(self.mail.database):
+            self.gates[ANSWERED].open.set()
+            until(lambda: self.said("delivered"), what=self.house.said)  # told, and not recorded
+            self.ids[UNCLAIMED] = self.mail.accept(f"b@{place(UNCLAIMED)}.test", has_turn=True)
+            until(lambda: waits_for_its_turn(self.worker.pid))
+            yield
+
+    def rows(self, fault: str) -> list[str]:
+        """A line for each phase: what the database says now, and who has what in the end."""
+        found = {phase: (self.mail.attempts(i), self.mail.delivery(i)) for phase, i in self.ids.items()}
+        again = delivered_by_another(self.mail)
+        until(lambda: not any(self.mail.spool.path(i).exists() for i in self.ids.values()), what="no body is left")
+        lines = []
+        for phase in filter(self.ids.__contains__, PHASES):
+            message_id = self.ids[phase]
+            tries, delivery = found[phase]
+            times = again[message_id] + (self.gates[phase].taken if phase in self.gates else 0)
+            lines.append(line(fault, phase, tries, delivery, times))
+        return lines
+
+
+def place(phase: str) -> str:
+    """The route of a phase."""
+    return "".join(letter for letter in phase.lower() if letter.isalpha())[:40]
+
+
+def waits_for_its_turn(pid: int) -> bool:
+    found = [words.split() for words in Path("/proc/locks").read_text().splitlines()]
+    return any(words[1] == "->" and words[5] == str(pid) for words in found)
+
+
+def stands_still(pid: int) -> bool:
+    """Whether all its threads are stopped: one that is not would take the turn yet."""
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+    return set(states) == {"T"}
+
+
+def line(fault: str, phase: str, tries: list[tuple[str | None, str]], delivery: dict[str, Any], times: int) -> str:
+    recorded = ", ".join(f"`{outcome}`" for _, outcome in tries) or "none"
+    assert delivery["state"] != "deferred" or delivery["last_outcome"] == "uncertain"
+    following = {
+        "queued": "any worker sends it", "delivered": "the body is removed", "held": "a person looks at it",
+        "deferred": "again after UNCERTAIN_DELAY",
+    }[delivery["state"]]  # fmt: skip
+    assert times < 2 or "`uncertain`" in recorded, "no double is hidden"
+    twice = {1: "no", 2: "yes", 0: "-"}[times]
+    return f"| {fault} | {phase} | {recorded} | `{delivery['state']}` | {following} | {twice} |"
+
+
+def delivered_by_another(mail: Mailroom) -> Counter[str]:
+    """Let another worker send what is left, to a server that takes everything; what that got, by message."""
+    with running_sink() as good:
+        routes = write_routes(mail.settings.state_dir / "good.toml", {})
+        other = Mailroom(
+            str(mail.settings.database_url), mail.spool, mail.settings.state_dir,
+            qmqp_servers=(f"127.0.0.1:{good.port}",), routes=routes,
+        )  # fmt: skip
+        with other.working():
+            other.change("UPDATE deliveries SET due_at = @now, state = 'queued' WHERE state = 'deferred'")
+            other.change("UPDATE deliveries SET route = 'default' WHERE state = 'queued'")
+            until(lambda: other.states() <= {"delivered", "held"}, 30)
+        other.close()
+    names = {row["address"]: row["id"] for row in mail.rows("SELECT address, @hex(message_id) AS id FROM recipients")}
+    return Counter(names[got.recipients[0].decode()] for got in good.received)
+
+
+def until_it_is(mail: Mailroom, message_id: str, state: str, *, claims: int = 0) -> dict[str, Any]:
+    def so() -> dict[str, Any]:
+        found = mail.delivery(message_id)
+        return found if found["state"] == state and found["claims"] >= claims else {}
+
+    return until(so, 20, what=state)
+
+
+def write_routes(path: Path, ports: dict[str, int]) -> Path:
+    route = '[{0}]\nrecipients = ["{0}.test"]\nservers = ["127.0.0.1:{1}"]\n'
+    path.write_text("".join(route.format(place(phase), port) for phase, port in ports.items()))
+    return path
+
+
+@contextmanager
+def scene(database_url: str, directory: Path, spawn: Callable[..., Any], *more: str) -> Iterator[Scene]:
+    directory.mkdir()
+    (directory / "spool").mkdir(mode=0o700)
+    gates = {MIDDLE: Gate(20_000), **{phase: Gate() for phase in (WAITING, *more, ANSWERED, UNCLAIMED)}}
+    gates[UNCLAIMED].open.set()
+    with deaf() as port, ExitStack() as stack:
+        for gate in gates.values():
+            stack.callback(gate.close)
+        ports = {phase: gate.port for phase, gate in gates.items()} | {CONNECTING: port}
+        routes = write_routes(directory / "routes.toml", ports)
+        mail = Mailroom(
+            database_url, Spool(directory / "spool"), directory, routes=routes, broker_url="redis://127.0.0.1:1/0",
+            uncertain_delay=900.0,
+        )  # fmt: skip
+        stack.callback(mail.close)
+        house = House(mail, spawn, directory / "worker.log")
+        patience = {"CONNECT_TIMEOUT": "5m", "IO_TIMEOUT": "5m", "DRAIN_TIMEOUT": "3s", "LEASE": f"{LEASE}s"}
+        yield Scene(house, house.start(**patience, ROUTES=str(routes)), gates)
+
+
+def bury(mail: Mailroom) -> None:
+    """What a sweeper does when the lease has run out."""
+    mail.change("UPDATE workers SET until = @ago(1) WHERE ended_at IS NULL")
+    for worker, until_ in mail.sweeps.ran_out():
+        assert mail.sweeps.bury(worker, until_)
+
+
+def killed(scene: Scene) -> list[str]:
+    with scene.in_every_phase():
+        services.end(scene.worker, signal.SIGKILL)
+    bury(scene.mail)
+    return scene.rows("the worker is killed")
+
+
+def stopped(scene: Scene) -> list[str]:
+    with scene.in_every_phase():
+        scene.worker.send_signal(signal.SIGTERM)
+        until(lambda: scene.said("draining"), what=scene.house.said)
+        scene.gates[LATE].open.set()
+    assert services.end(scene.worker) == 0, scene.house.said()
+    return scene.rows("the worker is told to stop (SIGTERM)")
+
+
+def bereft(scene: Scene) -> list[str]:
+    """It stands still until it is buried, and wakes up; the reply that it waits for is there by then."""
+    with scene.in_every_phase():
+        scene.worker.send_signal(signal.SIGSTOP)
+        until(lambda: stands_still(scene.worker.pid))
+    bury(scene.mail)
+    scene.gates[WAITING].open.set()
+    threading.Event().wait(0.8 * LEASE)  # its own clock has to see that it is late
+    scene.worker.send_signal(signal.SIGCONT)
+    for phase in (WAITING, ANSWERED, UNCLAIMED):
+        until_it_is(scene.mail, scene.ids[phase], "delivered")
+    until(lambda: scene.said("this worker was declared dead; it starts again under another id"))
+    for phase in (CONNECTING, MIDDLE):
+        until(partial(scene.tried, phase, 2), what=scene.house.said)
+    services.end(scene.worker)
+    return scene.rows("the worker loses its lease, and comes back")
+
+
+# What is at fault is the machine
+
+
+def with_files(mail: Mailroom, sink: Sink) -> list[str]:
+    """Bodies that cannot be sent, and bodies that cannot be read for now."""
+    lines = []
+    missing, short = mail.accept(), mail.accept()
+    mail.spool.path(missing).unlink()
+    os.truncate(mail.spool.path(short), 5)
+    with mail.working():
+        until(lambda: mail.states() == {"held"})
+    for message_id, fault in ((missing, "the body file is missing"), (short, "the body file has another size")):
+        lines.append(line(fault, "opening", mail.attempts(message_id), mail.delivery(message_id), 0))
+
+    def unopened(message_id: str, size: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    def unreadable(message_id: str, size: int) -> int:
+        return os.open("/proc/self/mem", os.O_RDONLY)  # nothing is mapped at its beginning: EIO
+
+    faults: list[tuple[int, str, Callable[[str, int], int]]] = [
+        (errno.EIO, "opening", unopened), (errno.EMFILE, "opening", unopened), (errno.EIO, "in the body", unreadable),
+    ]  # fmt: skip
+    for code, where, failing in faults:
+        message_id, before = mail.accept(), sink.count
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mail.spool, "open", failing)
+            with mail.working():
+                delivery = until_it_is(mail, message_id, "queued", claims=1)
+                tries = mail.attempts(message_id)
+                patch.undo()
+                until_it_is(mail, message_id, "delivered")
+        what = f"the disk fails ({errno.errorcode[code]}); this worker claims nothing for a while"
+        lines.append(line(what, where, tries, delivery, sink.count - before))
+    return lines
+
+
+def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path) -> list[str]:
+    gate = Gate()
+    mail = Mailroom(url, spool, directory, qmqp_servers=(f"127.0.0.1:{gate.port}",), lease=60.0)
+    message_id = mail.accept()
+    with mail.working():
+        assert gate.reached.wait(10)
+        postgres.kill()
+        gate.open.set()
+        postgres.start()
+        until(lambda: mail.state(message_id) == "delivered", 20)
+    mail.close()
+    gate.close()
+    return [line("the database is away and comes back", ANSWERED, mail.attempts(message_id),
+                 mail.delivery(message_id), gate.taken)]  # fmt: skip
+
+
+def test_the_matrix_of_workers_and_machines_that_fail_is_what_the_page_says(
+    sqlite_url: str, sqlite_template: Path, postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path,
+    spawn: Callable[..., Any],
+) -> None:  # fmt: skip
+    def played(faulty: Callable[[Scene], list[str]], *more: str) -> list[str]:
+        url = copied(sqlite_template, tmp_path / f"{faulty.__name__}-database")
+        with scene(url, tmp_path / faulty.__name__, spawn, *more) as one:
+            return faulty(one)
+
+    with ThreadPoolExecutor(3) as pool:
+        parts = [pool.submit(played, killed), pool.submit(played, stopped, LATE), pool.submit(played, bereft)]
+        lines = [one for part in parts for one in part.result()]
+    with running_sink(Rule(Answer())) as sink:
+        mail = Mailroom(sqlite_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{sink.port}",))
+        lines += with_files(mail, sink)
+        mail.close()
+    lines += without_database(postgres, postgres_url, spool, tmp_path)
+    in_page(BEGIN, "\n".join([HEAD, *lines]))
+
+
+def copied(template: Path, directory: Path) -> str:
+    directory.mkdir()
+    for file in template.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    return f"sqlite:///{directory}/relay.db"
