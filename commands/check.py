@@ -59,14 +59,14 @@ def look() -> Iterator[Finding]:
         load(SmtpdSettings)
         settings = load(WorkerSettings)
         routes = Routes.load(settings)
-    except (SettingsError, ValueError) as error:
+    except SettingsError as error:
         yield Finding("settings", "fail", "; ".join(str(error).splitlines()), "mend the variables named")
         return
     yield Finding("settings", "ok", f"RELAY_STATE_DIR = {settings.state_dir}")
     yield from _database(settings)
     yield _broker(settings)
     yield from _routes(routes)
-    servers = [server for name in routes.names() if (route := routes.get(name)) for server in route.servers]
+    servers = [server for route in routes.all() for server in route.servers]
     yield from map(_server, dict.fromkeys(servers))
     if not servers:
         words = "none is named: mail is kept and waits (but a demo brings its own)"
@@ -157,11 +157,10 @@ def _redis(settings: Settings) -> "Redis":
 
 def _routes(routes: Routes) -> Iterator[Finding]:
     """What goes where, in the order in which routes are asked; the last one takes the rest."""
-    for name in routes.names():
-        if route := routes.get(name):
-            servers = ", ".join(server.name for server in route.servers) or "no server"
-            taken = ", ".join(route.recipients) or "everything else"
-            yield Finding(f"route {name}", "ok", f"{taken} -> {servers}")
+    for route in routes.all():
+        servers = ", ".join(server.name for server in route.servers) or "no server"
+        taken = ", ".join(route.recipients) or "everything else"
+        yield Finding(f"route {route.name}", "ok", f"{taken} -> {servers}")
 
 
 def _server(server: Server) -> Finding:

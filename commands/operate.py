@@ -70,11 +70,7 @@ def _change(name: str, settings: Settings, engine: Engine, wanted: Filter, order
         return DONE
     if matched.total() > 1 and not order.yes and (refusal := _refusal(f"{name} {_told(matched)}")) is not None:
         return refusal
-    try:
-        route_for = Routes.load(settings).route_for if verb is REROUTE else None
-    except (ValueError, OSError) as error:
-        say(str(error))
-        return WRONG_USE
+    route_for = Routes.load(settings).route_for if verb is REROUTE else None
     touched, free = verbs.apply(verb, wanted, actor=actor(), reason=order.reason, route_for=route_for)
     spool = at_hand(settings, queue)
     removed = sum(map(spool.remove, free)) if spool else 0
@@ -131,9 +127,7 @@ def pause(route: str | None, server: str | None, *, reason: str, resume: bool) -
 def _subjects(settings: Settings, queue: Queue) -> set[str]:
     """What can be paused, as far as our settings and the last hour tell."""
     known = {f"server:{row['server']}" for row in queue.servers() if row["attempts"]}
-    with contextlib.suppress(SettingsError, ValueError, OSError):  # `check` tells of it
-        routes = Routes.load(settings)
-        for name in routes.names():
-            route = routes.get(name)
-            known |= {f"route:{name}", *(f"server:{server.name}" for server in (route.servers if route else ()))}
+    with contextlib.suppress(SettingsError):  # `check` tells of it
+        for route in Routes.load(settings).all():
+            known |= {f"route:{route.name}", *(f"server:{server.name}" for server in route.servers)}
     return known

@@ -31,11 +31,10 @@ class Facts:
 def gather(queue: Queue, message_id: str) -> Facts:
     """Look at everything that a reason may be found in."""
     settings = load(WorkerSettings)
-    servers: dict[str, tuple[str, ...]] = {}
+    servers: dict[str, tuple[str, ...]]
     try:
-        routes = Routes.load(settings)
-        servers = {n: tuple(s.name for s in r.servers) for n in routes.names() if (r := routes.get(n)) is not None}
-    except (SettingsError, ValueError, OSError):
+        servers = {route.name: tuple(server.name for server in route.servers) for route in Routes.load(settings).all()}
+    except SettingsError:
         servers = {}  # `check` tells of it
     far = 2 * settings.session_timeout + 2 * settings.lease
     pauses = {row["subject"]: row for row in queue.pauses()}

@@ -22,12 +22,12 @@ import re
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from relay.log import get_logger
-from relay.settings import Settings, seconds, size
+from relay.settings import Settings, SettingsError, seconds, size
 
 log = get_logger(__name__)
 DEFAULT_PORT = 628  # IANA's, /etc/services
@@ -155,12 +155,16 @@ class Routes:
 
     @classmethod
     def load(cls, settings: Settings) -> "Routes":
-        """The routes of the settings; raises ValueError for what cannot be parsed, OSError for a missing file."""
-        servers = tuple(dict.fromkeys(parse_server(text) for text in settings.qmqp_servers))
+        """The routes of the settings; raises SettingsError for what cannot be read."""
+        try:
+            servers = tuple(dict.fromkeys(parse_server(text) for text in settings.qmqp_servers))
+        except ValueError as error:
+            raise SettingsError(f"RELAY_QMQP_SERVERS: {error}") from None
         try:
             routes = parse_routes(settings.routes.read_text()) if settings.routes else []
-        except ValueError as error:
-            raise ValueError(f"RELAY_ROUTES: {settings.routes}: {error}") from None
+        except (ValueError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise SettingsError(f"RELAY_ROUTES: {settings.routes}: {why}") from None
         return cls(routes, settings.routes, Route(DEFAULT, servers))
 
     def route_for(self, address: str) -> str:
@@ -175,6 +179,10 @@ class Routes:
         """The names of all routes."""
         return tuple(self._now())
 
+    def all(self) -> tuple[Route, ...]:
+        """All routes, in the order in which they are asked; the last one takes the rest."""
+        return tuple(self._now().values())
+
     def max_size(self) -> int | None:
         """The least that a route takes, in bytes; None if none says."""
         return min((route.max_size for route in self._now().values() if route.max_size), default=None)
@@ -183,9 +191,7 @@ class Routes:
         named = {route.name: route for route in routes}
         default = named.pop(DEFAULT, self._default)
         if not default.servers:
-            default = Route(DEFAULT, self._default.servers, **{
-                key: getattr(default, key) for key in _KEYS if key not in ("servers", "recipients")
-            })  # fmt: skip
+            default = replace(default, servers=self._default.servers, recipients=())
         self._routes = named | {DEFAULT: default}
 
     def _stamp(self) -> tuple[int, int] | None:

@@ -301,22 +301,21 @@ def size_offered(most: int, routes: Routes) -> int:
 
 
 def run(settings: SmtpdSettings) -> int:
-    """Serves until SIGTERM or SIGINT; the exit status. Raises ListenError, PolicyError, what `relay.start` raises."""
-    policy = Policy(settings)
+    """Serves until SIGTERM or SIGINT; the exit status. Raises SettingsError, PolicyError, ListenError, as `ready`."""
+    policy, routes = Policy(settings), Routes.load(settings)
     state = ready(settings)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_serve(settings, policy, state))
+        runner.run(_serve(settings, policy, routes, state))
     state.engine.dispose()
     return 0
 
 
-async def _serve(settings: SmtpdSettings, policy: Policy, state: Ready) -> None:
+async def _serve(settings: SmtpdSettings, policy: Policy, routes: Routes, state: Ready) -> None:
     spool, loop = state.spool, asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
-    routes = Routes.load(settings)
     largest = partial(size_offered, settings.max_message_size, routes)
     name, deadline = settings.hostname, settings.accept_deadline
     threads, store = Threads(THREADS), Store(launching(settings), hints.offer)

@@ -72,7 +72,7 @@ class Process:
         try:
             routes = Routes.load(settings)
             state = ready(settings)
-        except (DatabaseError, SpoolError, ValueError) as error:
+        except (SettingsError, DatabaseError, SpoolError) as error:
             sys.exit(f"qmqp-relay worker: {error}")
         ledger = Ledger(state.engine, settings)
         servers = Servers(settings.server_connections)
@@ -122,7 +122,11 @@ class Process:
         if os.environ.get("REMAP_SIGTERM"):
             sys.exit("qmqp-relay worker: unset REMAP_SIGTERM: the threads pool cannot be stopped that way")
         configure(self.settings)
-        self.start()
+        try:
+            self.start()
+        except Exception:  # Celery would log it and go on, a worker that takes hints and sends nothing
+            log.exception("worker not started")
+            sys.exit(1)
 
     def _on_shutting_down(self, *_: Any, **__: Any) -> None:
         self._asked.set()  # in a signal handler: nothing more than that

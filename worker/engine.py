@@ -91,10 +91,9 @@ class Engine:
 
     def start(self) -> None:
         """Start the loop and the writer; `ready` is set once the worker has its row."""
-        for name in self._routes.names():
-            route = self._routes.get(name)
-            if route is not None and not route.servers:
-                log.warning(NO_SERVER, route=name)
+        for route in self._routes.all():
+            if not route.servers:
+                log.warning(NO_SERVER, route=route.name)
         self._writer.start()
         self._thread.start()
 

@@ -82,6 +82,7 @@ def test_a_database_out_of_reach(tmp_path: Path) -> None:
         (("up",), {"RETRY_MIN": "soon"}, "RELAY_RETRY_MIN"),
         (("smtpd",), {"MAX_MESSAGE_SIZE": "huge"}, "RELAY_MAX_MESSAGE_SIZE"),
         (("smtpd",), {"CLIENT_NETWORKS": "connected", "PUBLISH": "0.0.0.0:25"}, "qmqp-relay: RELAY_CLIENT_NETWORKS"),
+        (("smtpd",), {"ROUTES": "/nowhere/routes.toml"}, "RELAY_ROUTES: /nowhere/routes.toml: No such file"),
         (("worker",), {"BLOCK_SIZE": "1"}, "RELAY_BLOCK_SIZE"),
         (("migrate",), {"DATABASE_URL": "mysql://x/y"}, "RELAY_DATABASE_URL"),
         (("check",), {"QMQP_SERVERS": "mail.example.com:port"}, "mail.example.com:port"),

@@ -6,17 +6,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery import Celery
 
 from qmqp.sink import Answer, Rule, running_sink
 from relay.bodies import Spool
 from relay.broker import FRESH, Hints, celery_app
+from relay.settings import WorkerSettings, load
 from tests import services
 from tests.integration.mailroom import Mailroom
 from tests.services import Broker
 from tests.waiting import until
+from worker.app import Process
 
 type Spawn = Callable[..., subprocess.Popen[Any]]
 CELERY = (sys.executable, "-m", "celery", "-A", "worker.app")
@@ -168,6 +172,7 @@ def test_B39_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(house
         (("--pool", "solo"), {}, "only the threads pool"),
         ((), {"QMQP_SERVERS": "no:such:port"}, "bad QMQP server"),
         ((), {"LEASE": "soon"}, "RELAY_LEASE"),
+        ((), {"ROUTES": "/nowhere/routes.toml"}, "RELAY_ROUTES: /nowhere/routes.toml: No such file"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
@@ -177,6 +182,15 @@ def test_what_cannot_work_is_refused_in_one_line(
     worker = home.start(*WORKER, *options, **given)
     assert worker.wait(30) != 0
     assert words in home.said().strip().splitlines()[-1]
+
+
+def test_a_defect_at_the_start_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery only logs what a signal's receiver raises: such a worker would take hints and send nothing."""
+    process = object.__new__(Process)
+    process.settings, process.app = load(WorkerSettings), Celery(set_as_current=False)
+    monkeypatch.setattr(Process, "start", lambda _: 1 / 0)
+    with pytest.raises(SystemExit):
+        process._on_init(SimpleNamespace(app=process.app, pool_cls="threads"))
 
 
 def test_on_a_spool_of_another_database_it_refuses_to_start(house: Any) -> None:

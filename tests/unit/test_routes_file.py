@@ -12,7 +12,7 @@ from commands import check
 from relay import routes as module
 from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
 from relay.schema import Outcome
-from relay.settings import Settings, WorkerSettings, load
+from relay.settings import Settings, SettingsError, WorkerSettings, load
 from smtpd.server import size_offered
 from worker.room import Room
 from worker.servers import Servers
@@ -90,7 +90,7 @@ def test_a_file_that_is_no_text_changes_nothing(file: Path, write: Write) -> Non
 
 
 def test_a_file_that_is_not_there_stops_the_start(file: Path) -> None:
-    with pytest.raises(OSError, match=r"routes\.toml"):
+    with pytest.raises(SettingsError, match=r"RELAY_ROUTES: .*routes\.toml: No such file"):
         loaded(file)
 
 
