@@ -141,6 +141,7 @@ deliveries = Table(
     Column("last_reply", Text, comment="the server's words, or ours, at the last try"),
     Column("last_server", Text, comment="server of the last try"),
     Column("finished_at", Instant, comment="when it became final"),
+    Column("wanted_why", Text, comment="who asked for what is wanted, and why"),
     PrimaryKeyConstraint("message_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
     CheckConstraint(
@@ -190,6 +191,8 @@ workers = Table(
     Column("until", Instant, nullable=False, comment="the lease: renewed while the worker lives"),
     Column("ended_at", Instant, comment="when it stopped or was declared dead"),
     Column("ending", Text, comment="stopped or vanished"),
+    Column("claim_seconds", Integer, comment="from a claim of its to the due_at of the delivery"),
+    Column("routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"),
     comment="worker processes and their leases",
 )
 
@@ -204,6 +207,16 @@ actions = Table(
     Column("filter", Text, nullable=False, comment="to which deliveries, as options of the command"),
     Column("matched", Integer, nullable=False, comment="how many deliveries it touched"),
     comment="what operators did",
+)
+
+touched = Table(
+    "touched",
+    metadata,
+    Column("message_id", Id, nullable=False, comment="the message of the delivery"),
+    Column("delivery", Integer, nullable=False, comment="its number"),
+    Column("action", Id, nullable=False, comment="the row of actions that tells who did what and why"),
+    PrimaryKeyConstraint("message_id", "delivery", "action"),
+    comment="which deliveries an action touched",
 )
 
 pauses = Table(

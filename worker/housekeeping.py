@@ -118,7 +118,7 @@ class Housekeeper:
                 self._spool.remove(message_id)
             with writing(self._engine) as connection:
                 rows = json.dumps([{"message_id": dashed(i)} for i in ids])
-                for table, key in (("attempts", "message_id"), ("recipients", "message_id"),
+                for table, key in (("attempts", "message_id"), ("touched", "message_id"), ("recipients", "message_id"),
                                    ("deliveries", "message_id"), ("messages", "id")):  # fmt: skip
                     these = "SELECT message_id FROM @rows(:ids; message_id uuid)"
                     self._rows(connection, f"DELETE FROM {table} WHERE {key} IN ({these})", ids=rows)

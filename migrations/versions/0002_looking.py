@@ -1,4 +1,5 @@
-"""What people look at: quicker views, which servers rest (`rests`), on PostgreSQL comments and a role that only reads.
+"""What people look at: quicker views, which servers rest (`rests`), which deliveries an operator's action touched
+(`touched`), what workers know; on PostgreSQL comments and a role that only reads.
 
 The views begin with `deliveries`, the table that most questions are about, so that SQLite too finds a page of them in
 order without sorting; `queue_summary` only counts what is finished.
@@ -23,13 +24,21 @@ depends_on = None
 log = get_logger(__name__)
 ROLE = "qmqp_relay_reader"
 READABLE = """mail_queue, mail_history, queue_summary, server_health, actions, attempts, deliveries, messages, pauses,
-    recipients, rests, spool, workers, alembic_version"""
+    recipients, rests, spool, touched, workers, alembic_version"""
 RESTS = """CREATE TABLE rests (
     worker {id} NOT NULL,
     server TEXT NOT NULL,
     why TEXT NOT NULL,
     CONSTRAINT rests_key PRIMARY KEY (worker, server)
 )"""
+TOUCHED = """CREATE TABLE touched (
+    message_id {id} NOT NULL,
+    delivery INTEGER NOT NULL,
+    action {id} NOT NULL,
+    CONSTRAINT touched_key PRIMARY KEY (message_id, delivery, action)
+)"""
+ADDED = ("deliveries ADD COLUMN wanted_why TEXT", "workers ADD COLUMN claim_seconds INTEGER",
+         "workers ADD COLUMN routes TEXT")  # fmt: skip
 POSTGRESQL = {
     "mail_queue": """SELECT replace(CAST(d.message_id AS text), '-', '') AS queue_id, d.message_id, r.position, d.number AS delivery, d.state, m.sender,
        r.address AS recipient, m.size, d.route, d.claims AS attempts, d.last_outcome, d.last_reply AS reason,
@@ -150,6 +159,12 @@ COLUMNS = {
     "rests.worker": "who leaves it alone",
     "rests.server": "which, as the settings name it",
     "rests.why": "the server''s words, or ours, when it failed last",
+    "deliveries.wanted_why": "who asked for what is wanted, and why",
+    "workers.claim_seconds": "from a claim of its to the due_at of the delivery",
+    "workers.routes": "the routes that it knows, JSON: a list of servers for each name",
+    "touched.message_id": "the message of the delivery",
+    "touched.delivery": "its number",
+    "touched.action": "the row of actions that tells who did what and why",
     "pauses.since": "since when",
     "pauses.actor": "user@host who asked",
     "pauses.reason": "why",
@@ -161,12 +176,16 @@ def upgrade() -> None:
     """Make them."""
     connection = op.get_bind()
     postgresql = connection.dialect.name == "postgresql"
-    connection.exec_driver_sql(RESTS.format(id="UUID" if postgresql else "TEXT"))
+    for table in (RESTS, TOUCHED):
+        connection.exec_driver_sql(table.format(id="UUID" if postgresql else "TEXT"))
+    for change in ADDED:
+        connection.exec_driver_sql(f"ALTER TABLE {change}")
     _replace_views(connection, POSTGRESQL if postgresql else SQLITE)
     connection.exec_driver_sql("CREATE INDEX deliveries_held ON deliveries (message_id) WHERE state = 'held'")
     if postgresql:
         about = "servers that workers leave alone for now; who has ended does not count"
         connection.exec_driver_sql(f"COMMENT ON TABLE rests IS '{about}'")
+        connection.exec_driver_sql("COMMENT ON TABLE touched IS 'which deliveries an action touched'")
     for view, words in ABOUT.items() if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON VIEW {view} IS '{words}; docs/inspect.md explains its columns'")
     for column, words in COLUMNS.items() if postgresql else ():
@@ -187,7 +206,10 @@ def downgrade() -> None:
     first = importlib.import_module("migrations.versions.0001_first")
     made = [statement.split(maxsplit=4) for statement in (first.POSTGRESQL if postgresql else first.SQLITE)]
     _replace_views(connection, {words[2]: words[4] for words in made if words[1] == "VIEW"})
-    connection.exec_driver_sql("DROP TABLE rests")
+    for change in reversed(ADDED):
+        connection.exec_driver_sql("ALTER TABLE " + change.replace("ADD", "DROP").rpartition(" ")[0])
+    for table in ("touched", "rests"):
+        connection.exec_driver_sql(f"DROP TABLE {table}")
 
 
 def _replace_views(connection: sqlalchemy.Connection, views: dict[str, str]) -> None:
