@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,7 +131,7 @@ def normalized(url: str) -> URL:
     """The URL with our drivers named; raises DatabaseError for a database that we do not speak."""
     try:
         made = make_url(url)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # a port that is no number, for one
         hint = "write postgresql://user@host/name or sqlite:///path"
         raise DatabaseError(f"RELAY_DATABASE_URL is not a database URL: {hint}") from None
     if made.get_backend_name() == "postgresql":
@@ -247,10 +246,10 @@ def is_outage(error: BaseException) -> bool:
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
 
 
-def wait_until_ready(engine: Engine, stopping: threading.Event | None = None) -> None:
+def wait_until_ready(engine: Engine) -> None:
     """Wait for the database to answer and to have our schema: nothing depends on the order that services start in."""
-    stopping, said = stopping or threading.Event(), ""
-    while not stopping.is_set():
+    said = ""
+    while True:
         try:
             with reading(engine) as connection:
                 found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
@@ -263,7 +262,7 @@ def wait_until_ready(engine: Engine, stopping: threading.Event | None = None) ->
         if reason != said:
             log.warning("waiting for the database", reason=reason)
             said = reason
-        stopping.wait(1.0)
+        time.sleep(1.0)
 
 
 def migrate(url: str, patience: float = 0.0) -> str:

@@ -8,6 +8,7 @@ that cannot be written (a full disk, a pipe that nobody reads) stops no mail.
 
 import json
 import logging
+import re
 import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
@@ -16,9 +17,10 @@ from typing import Any, TextIO
 
 import structlog
 
-from relay.settings import Settings
+from relay.settings import Settings, redacted
 
 _ADDRESSES = ("sender", "recipient")
+_LOCAL_PART = re.compile(r'(?:"[^"]*"|[^\s<>()\[\],;:"]+)@')
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -38,13 +40,15 @@ def escaped(data: bytes | str, longest: int = 500) -> str:
 
 def first_line(error: BaseException | None) -> str:
     """What an error says, as one bounded line; SQLAlchemy's put statement and parameters below theirs."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
 
 
 def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    for name in _ADDRESSES:
-        if isinstance(event.get(name), str) and event[name]:
-            event[name] = "...@" + event[name].rpartition("@")[2]
+    for name, value in event.items():
+        if isinstance(value, str) and value and name in _ADDRESSES:
+            event[name] = "...@" + value.rpartition("@")[2]
+        elif isinstance(value, str) and "@" in value:  # words of a server or of a library
+            event[name] = _LOCAL_PART.sub("...@", value)
     return event
 
 

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -105,6 +106,22 @@ Patterns = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_patterns)]
 Listens = Annotated[tuple[tuple[str, int], ...], NoDecode, BeforeValidator(_listens)]
 
 
+def _broker(value: str) -> str:
+    """A URL that the broker's client reads as it was meant; the error must not show it, for it may hold a password."""
+    try:
+        url = urlsplit(value)
+        known = url.path if url.scheme == "redis+socket" else url.scheme in ("redis", "rediss") and url.hostname
+        _ = url.port  # raises for one that is no number
+    except ValueError:
+        known = None
+    if not known:
+        raise ValueError(
+            "is not a broker URL: write redis://:password@host:6379/0, rediss://... or redis+socket:///path;"
+            " in a password / # ? @ : % are spelt %2F %23 %3F %40 %3A %25"
+        )
+    return value
+
+
 def _switch(value: object) -> object:
     return None if isinstance(value, str) and value.strip().lower() in {"", "off", "no", "0"} else seconds(value)
 
@@ -117,7 +134,7 @@ class Settings(BaseSettings):
 
     state_dir: Path = Path("var")
     database_url: str = ""
-    broker_url: str = ""
+    broker_url: Annotated[str, AfterValidator(_broker)] = ""
     spool_dir: Path = Path()
     qmqp_servers: Words = ()
     routes: Path | None = None

@@ -4,14 +4,15 @@ Nothing here gives up because something is away: services start in any order, al
 """
 
 import asyncio
-import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
 from relay import database
 from relay.bodies import Spool
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 from relay.settings import Settings, redacted, unknown_names
 
 log = get_logger(__name__)
@@ -25,13 +26,17 @@ class Ready:
     spool: Spool
 
 
-def ready(settings: Settings, stopping: threading.Event | None = None) -> Ready:
+def ready(settings: Settings) -> Ready:
     """Wait for the database, then check it and the spool; raises DatabaseError or SpoolError."""
     for warning in unknown_names():
         log.warning(warning)
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = database.connect(settings.database_url, hot=True)
-    database.wait_until_ready(engine, stopping)
+    return insistent(lambda: _checked(settings, engine))
+
+
+def _checked(settings: Settings, engine: Engine) -> Ready:
+    database.wait_until_ready(engine)
     faults = [] if settings.unsafe_durability else database.check_durable(engine)
     if faults:
         raise database.DatabaseError(
@@ -41,6 +46,18 @@ def ready(settings: Settings, stopping: threading.Event | None = None) -> Ready:
     spool = Spool(settings.spool_dir)
     spool.prepare(engine, unsafe=settings.unsafe_durability)
     return Ready(engine, spool)
+
+
+def insistent[Answer](ask: Callable[[], Answer]) -> Answer:
+    """Ask the database until it answers: who starts in the middle of an outage waits for its end."""
+    while True:
+        try:
+            return ask()
+        except Exception as error:
+            if not database.is_outage(error):
+                raise
+            log.warning("waiting for the database", reason=first_line(getattr(error, "orig", error)))
+        time.sleep(1.0)
 
 
 def new_loop() -> asyncio.AbstractEventLoop:

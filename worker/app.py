@@ -33,7 +33,7 @@ from relay.debts import Debts
 from relay.log import configure, get_logger
 from relay.routes import Routes, parse_server
 from relay.settings import SettingsError, WorkerSettings, load
-from relay.start import ready
+from relay.start import insistent, ready
 from relay.sweeps import Sweeps
 from relay.verbs import Verbs
 from worker.engine import RECORDING_TIME, Engine
@@ -80,7 +80,7 @@ class Process:
         self._hints = Hints(self.app, RETRY, settings.batch_size)
         debts = Debts(state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers))
         sweeps = Sweeps(state.engine, settings)
-        self.engine.pause(sweeps.paused())
+        self.engine.pause(insistent(sweeps.paused))
         self._sweeper = Sweeper(settings, sweeps, debts, self.engine, self._hints, resting=servers.resting)
         self._housekeeper = Housekeeper(settings, state.engine, state.spool)
         verbs = Verbs(state.engine, notices=settings.bounces == "dsn")

@@ -20,6 +20,7 @@ from relay import database
 from relay.database import DatabaseError, Dialect, Statements, check_durable, connect, is_outage, reading, writing
 from relay.ids import dashed, new_id
 from relay.schema import REVISION
+from relay.start import insistent
 from tests.services import Postgres
 from tests.waiting import until
 
@@ -205,12 +206,34 @@ def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: P
     assert not waiting.is_alive()
     with writing(engine) as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'older'")
-    stopping = threading.Event()
-    waiting = threading.Thread(target=database.wait_until_ready, args=(engine, stopping))
+    waiting = threading.Thread(target=database.wait_until_ready, args=(engine,))
     waiting.start()
-    stopping.set()
+    with writing(engine) as connection:
+        connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{REVISION}'")
     waiting.join(10)
-    assert not waiting.is_alive(), "who is told to stop waits no longer"
+    assert not waiting.is_alive()
+    engine.dispose()
+
+
+def test_who_starts_in_the_middle_of_an_outage_waits_for_its_end(postgres: Postgres, postgres_url: str) -> None:
+    """The database answered a moment ago; it is asked again until it does so once more."""
+    engine = connect(postgres_url)
+    asked = 0
+
+    def ask() -> int:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            postgres.stop()
+        elif asked == 3:
+            postgres.start()
+        with reading(engine) as connection:
+            return int(connection.exec_driver_sql("SELECT 1").scalar_one())
+
+    assert insistent(ask) == 1
+    assert asked == 3
+    with pytest.raises(ZeroDivisionError):
+        insistent(lambda: 1 // 0)
     engine.dispose()
 
 

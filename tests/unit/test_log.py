@@ -71,9 +71,13 @@ def test_addresses_can_be_left_out(said: Callable[[], str]) -> None:
     configure(load(Settings, log_addresses="redacted"))
     get_logger("x").info("accepted", sender="ann@example.com", recipient="bob@example.org", size=1)
     get_logger("x").info("accepted", sender="")
-    first, second = lines(said)
+    get_logger("x").info("bounced", reply='no such mailbox: <bob@example.org>, "b o b"@example.net (#5.1.1)')
+    logging.getLogger("celery").warning("lost ann@example.com")
+    first, second, third, fourth = lines(said)
     assert (first["sender"], first["recipient"]) == ("...@example.com", "...@example.org")
     assert second["sender"] == ""
+    assert third["reply"] == "no such mailbox: <...@example.org>, ...@example.net (#5.1.1)"
+    assert fourth["event"] == "lost ...@example.com"
 
 
 def test_people_get_plain_lines(said: Callable[[], str]) -> None:
@@ -103,4 +107,5 @@ def test_whatever_a_peer_says_becomes_a_short_printable_line(raw: bytes | str, l
 def test_first_line_of_an_error() -> None:
     assert first_line(ValueError("\nwhy\nSQL: secret")) == "why"
     assert first_line(ValueError()) == "ValueError"
+    assert first_line(OSError("redis://:s3cret@host:6379/0 refused")) == "redis://:***@host:6379/0 refused"
     assert len(first_line(ValueError("x" * 1000))) == 300

@@ -203,3 +203,18 @@ def test_settings_cannot_be_changed() -> None:
 def test_every_setting_can_be_named() -> None:
     assert {"RELAY_STATE_DIR", "RELAY_SMTP_LISTEN", "RELAY_LEASE"} <= names()
     assert all(role in ROLES for _, role in inspect.getmembers(module, inspect.isclass) if issubclass(role, Settings))
+
+
+@pytest.mark.parametrize("url", [
+    "redis://:s3cret/x@host:6379/0", "redis://:s3cret#x@host/0", "s3cret@host", "redis://host:s3cret/0",
+    "amqp://u:s3cret@host", "redis://", "redis+socket://",
+])  # fmt: skip
+def test_a_broker_that_is_none_is_not_shown(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"^RELAY_BROKER_URL: is not a broker URL") as caught:
+        load(Settings, broker_url=url)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["redis://localhost", "rediss://u:a%2Fb@[::1]:6380/1", "redis+socket:///run/b.sock"])
+def test_brokers(url: str) -> None:
+    assert load(Settings, broker_url=url).broker_url == url
