@@ -5,8 +5,10 @@ that is what makes rounds worth while: a change that turns one statement a round
 """
 
 import os
+import socket
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,11 +19,12 @@ from qmqp.sink import running_sink
 from relay.bodies import Spool
 from relay.broker import FRESH, Hints, celery_app
 from relay.claims import Record, Try, Wish
+from relay.database import reading
 from relay.ids import new_id
-from relay.intake import NewMessage
-from relay.rounds import Writer
 from relay.schema import Outcome, State
 from relay.settings import Settings, load
+from smtpd.keeper import Keeper
+from smtpd.orders import Frames, Order, Report, frame
 from tests.integration.mailroom import Mailroom
 from tests.integration.office import Office, new_message
 from tests.services import Broker
@@ -130,22 +133,53 @@ def test_failures_cost_no_more_statements_than_successes(office: Office) -> None
 
 
 @pytest.mark.parametrize("size", ROUNDS)
-def test_what_gathers_shares_a_commit(office: Office, size: int) -> None:
-    rounds, answered = list[int](), list[object]()
+def test_what_a_keeper_finds_is_synced_and_committed_as_one(
+    office: Office, spool: Spool, syncs: Counter[str], size: int
+) -> None:
+    """As in production: orders come over a socket, bodies and rows are made safe, one report goes back."""
+    spool.store(first := new_id(), [b"the directory is made by the first\n"])
+    syncs.clear()
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    for number in range(size):
+        message = new_message(message_id=f"{first[:16]}{number:016x}")
+        ours.sendall(frame(Order(number, message, [b"Subject: test\n", b"\nhello\n"]).plain()))
+    with counted(office.engine) as counts, theirs:
+        keeper = threading.Thread(target=Keeper(theirs, spool, office.intake.commit).run)
+        keeper.start()
+        reports, frames = list[Report](), Frames()
+        while sum(len(report.results) for report in reports) < size:
+            reports += frames.feed(ours.recv(1 << 16))
+        ours.close()
+        keeper.join(10)
+    assert [len(report.results) for report in reports] == [0, size]
+    assert counts == {"statements": INTAKE[kind(office)], "commits": 1}
+    assert syncs == {"fdatasync": size, "fsync": 1}
 
-    def commit(messages: Sequence[NewMessage]) -> list[None]:
-        rounds.append(len(messages))
-        return office.intake.commit(messages)
 
-    writer = Writer[NewMessage, None]("intake", commit, post=lambda call: call())
-    for _ in range(size):
-        writer.put(new_message(), answered.append)
-    with counted(office.engine) as counts:
-        writer.start()
-        until(lambda: len(answered) == size)
-    assert writer.close(10)
-    assert rounds == [size]
-    assert counts["commits"] == 1
+def test_hot_statements_scan_no_table_however_it_grows(postgres_url: str) -> None:
+    """psycopg prepares them after a few executions, when the tables are empty: a plan that scans would stay."""
+    office = Office(postgres_url)
+    for _ in range(12):  # prepared, and planned once for all
+        for claim in office.claim(*accepted(office, 1)):
+            office.record(claim, Outcome.ACCEPTED)
+    before = scans(office)
+    for _ in range(12):
+        for claim in office.claim(*accepted(office, 1)):
+            office.record(claim, Outcome.ACCEPTED)
+        office.sweeps.requeue_due(64)
+        office.claim()
+    assert scans(office) == before
+    office.engine.dispose()
+
+
+def scans(office: Office) -> dict[str, int]:
+    """How often each table was read from end to end."""
+    with reading(office.engine) as connection:
+        connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
+    sql = "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname IN ('messages', 'recipients', 'deliveries')"
+    with reading(office.engine) as connection:
+        return {row.relname: row.seq_scan for row in connection.exec_driver_sql(sql)}
 
 
 @pytest.mark.parametrize("size", ROUNDS)
