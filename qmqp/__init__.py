@@ -62,7 +62,7 @@ qmail-qmqpd.c (notqmail), qmqpd(8) and qmqp-sink(1) of Postfix, protocol-qmqp.c 
     netstring    the codec: exact lengths, strict and bounded decoding
     request      a request as bytes of known length, and a strict reader of requests; no I/O
     reply        a reader of replies; no I/O
-    client       sends one request; with `body` (a file, in blocks), `connection`, `waiting` and `result`
+    client       sends one request; with `body` (a file, in blocks), `names`, `connection`, `waiting` and `result`
     probe        asks a server what it is, without giving it a message
     sink         a strict server that answers, or misbehaves, by `rules`
 """

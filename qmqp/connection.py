@@ -17,6 +17,7 @@ from struct import pack
 from time import monotonic
 from typing import Any
 
+from qmqp.names import Address, addresses
 from qmqp.result import words_of
 from qmqp.waiting import Waiting
 
@@ -24,8 +25,6 @@ _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 _RESET_ON_CLOSE = pack("ii", 1, 0)
 _OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _BACKLOG_POLL = 0.02  # seconds; nobody tells when the full backlog of a Unix socket has room again
-
-type Address = tuple[int, Any]  # family, and what connect() wants
 
 
 class Unreachable(Exception):
@@ -37,11 +36,11 @@ async def connect(host: str, port: int, path: str | None, deadline: float, waiti
 
     Raises Unreachable, Stopped, and OSError when this process has no socket to spare (EMFILE and the like)."""
     try:
-        addresses = [(socket.AF_UNIX, path)] if path is not None else await _addresses(host, port, deadline, waiting)
+        found = [(int(socket.AF_UNIX), path)] if path is not None else await _found(host, port, deadline, waiting)
     except (OSError, UnicodeError) as error:
         raise Unreachable(f"no connection: {_name(host, port)} {_why(error)}") from None
     tried = []
-    for left, (family, where) in zip(range(len(addresses), 0, -1), addresses, strict=True):
+    for left, (family, where) in zip(range(len(found), 0, -1), found, strict=True):
         now = monotonic()
         try:
             return await _try(family, where, now + (deadline - now) / left, waiting)
@@ -53,17 +52,20 @@ async def connect(host: str, port: int, path: str | None, deadline: float, waiti
     raise Unreachable(f"no connection: {'; '.join(tried)}")
 
 
-async def _addresses(host: str, port: int, deadline: float, waiting: Waiting) -> list[Address]:
+async def _found(host: str, port: int, deadline: float, waiting: Waiting) -> list[Address]:
     if literal := _literal(host, port):
         return [literal]
-    lookup = asyncio.ensure_future(asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    lookup = addresses(host, port)
     lookup.add_done_callback(waiting.wake)
     try:
         while not lookup.done():
             await waiting.until(deadline)
     finally:
-        lookup.cancel()
-    return list(dict.fromkeys((found[0], found[4]) for found in lookup.result()))
+        lookup.remove_done_callback(waiting.wake)
+    found = lookup.result()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 async def _try(family: int, where: Any, deadline: float, waiting: Waiting) -> socket.socket:

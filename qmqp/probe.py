@@ -7,7 +7,8 @@ stand no message begins with `x`, so nothing can come of it, whoever listens. Wh
                 that we may not come in
     mailfront   a Z
     qmail       closes without a word, and so do qmqp-sink and whatever follows the letter of the protocol; its
-                tcpserver closes before anything is sent, if we may not come in
+                tcpserver closes before anything is sent, if we may not come in. Before 2022 it took any byte for a
+                digit, as indimail's still does: it closes when it has seen too many of them
     others      an SMTP or SSH banner, a reply that is no netstring, a K (which nobody may give here), or silence
 
 What a probe cannot tell: how large a message may be. For that one would have to begin a message.
@@ -25,6 +26,7 @@ from qmqp import PORT
 from qmqp.reply import MalformedReply, ReplyParser
 
 _NO_LENGTH = b"x"
+_TOO_LONG = b"x" * 9  # ten are a length beyond what qmail takes, whatever it makes of an `x`
 _LONGEST = 4096
 # A server that refuses us does so before it has heard anything: Postfix after a second (qmqpd_error_delay).
 _PATIENCE = 1.5
@@ -51,6 +53,8 @@ async def probe(
     try:
         opening = asyncio.open_unix_connection(path) if path else asyncio.open_connection(host, port)
         reader, writer = await asyncio.wait_for(opening, connect)
+    except UnicodeError:
+        return Finding(False, None, "none", "no connection: that is no host name")
     except OSError as error:
         known = error.errno is not None and error.errno > 0
         reason = os.strerror(error.errno or 0) if known else error.strerror or str(error) or "timed out"
@@ -62,6 +66,9 @@ async def probe(
         if not said and not closed:
             asked = True
             writer.write(_NO_LENGTH)
+            said, closed = await _hear(reader, reply)
+        if asked and not said and not closed:
+            writer.write(_TOO_LONG)
             said, closed = await _hear(reader, reply)
     finally:
         writer.transport.abort()

@@ -18,6 +18,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -42,7 +43,8 @@ from worker.transfers import Terms, Transfer
 log = get_logger(__name__)
 LONGEST_FAULT_PAUSE = 30.0
 ALONE_FROM = 2  # workers lost over a delivery, from which on it is sent alone
-ALONE_PATIENCE = 30.0
+ALONE_PATIENCE = 30.0  # that suspects may keep everything else from being claimed, all together (seconds)
+ALONE_AGAIN = 300.0  # until they may do so again, if that was not enough (seconds)
 GATHER = 0.005  # seconds that outcomes and wishes are let gather while they come in numbers
 RECORDING_TIME = 5.0  # at the end of a drain, for the last outcomes to be recorded (seconds)
 
@@ -81,8 +83,10 @@ class Engine:
         self._unrecorded = 0
         self._faults = 0
         self._paused_until = 0.0
-        self._alone: Transfer | None = None
-        self._alone_deadline = 0.0
+        self._suspects: deque[Transfer] = deque()  # wait to be sent alone
+        self._alone: Transfer | None = None  # is being sent so
+        self._alone_until = 0.0
+        self._alone_again = 0.0
         self._stopping = False
         self._idle = asyncio.Event()
         self.beat = time.monotonic()  # when the loop last turned
@@ -146,8 +150,8 @@ class Engine:
         if self.worker and not self._renewing and now - self._renewed >= self._settings.lease / 4:
             self._renew(now)
         self._demand.drop_hints(unless_moved_since=now - self._settings.grace)
-        if self._alone and now >= self._alone_deadline:
-            self._give_up_being_alone()
+        if self._suspects and now >= self._alone_until:
+            self._end_of_patience(now)
         self._pump()
         self._loop.call_later(min(0.25, self._settings.lease / 8), self._tick)
 
@@ -203,13 +207,15 @@ class Engine:
         self._pump()
 
     def _may_claim(self, now: float) -> bool:
-        if self._stopping or not self.worker or self._alone is not None or now < self._paused_until:
+        if self._stopping or not self.worker or now < self._paused_until:
+            return False
+        if self._suspects or (self._alone is not None and now < self._alone_until):
             return False
         return self._may_commit(self.worker)
 
     def _pump(self) -> None:
         now = time.monotonic()
-        if self._alone is not None:
+        if self._suspects:
             self._start_alone()
         if self._may_claim(now):
             self._demand.ask(self.worker, now)
@@ -299,35 +305,49 @@ class Engine:
             if result.body_free:
                 self._files.remove(record.message_id)
 
-    # A delivery over which workers vanished is sent alone: if it takes this one too, it takes nothing else with it
+    # Deliveries over which workers vanished are sent alone, one after the other: if one takes this worker too, it takes
+    # nothing else with it. They do not hold up the mail for longer than ALONE_PATIENCE.
 
     def _wait_to_be_alone(self, transfer: Transfer) -> None:
-        if self._alone is not None:
-            self._ended(transfer, transfer.handed_back())
+        now = time.monotonic()
+        if now < self._alone_again:
+            self._ended(transfer, transfer.postponed())
             return
-        self._alone, self._alone_deadline = transfer, time.monotonic() + ALONE_PATIENCE
-        self._start_alone()
+        if not self._suspects and self._alone is None:
+            self._alone_until = now + ALONE_PATIENCE
+        self._suspects.append(transfer)
 
     def _start_alone(self) -> None:
-        transfer = self._alone
-        if transfer is None or transfer in self._active or self._room.busy > 1:
+        if self._active or self._opening:
             return
+        transfer = self._alone = self._suspects.popleft()
         log.warning("sent alone", id=transfer.claim.message_id, vanished=transfer.claim.vanished)
         self._send(transfer)
 
-    def _give_up_being_alone(self) -> None:
-        """Others would not end; the wait grows each time, so that this costs the rest of the mail less and less."""
-        transfer = self._alone
-        if transfer is not None and transfer not in self._active:
-            self._ended(transfer, transfer.postponed())
+    def _end_of_patience(self, now: float) -> None:
+        """Others would not end, or a suspect did not. What can be closed makes way for the next suspect, so that its
+        time comes at all; what only waits for its reply goes on; the other suspects come again later."""
+        self._alone_again = now + ALONE_AGAIN
+        if self._alone is None:
+            for transfer in self._active:
+                transfer.abort()
+            transfer = self._alone = self._suspects.popleft()
+            self._alone_until = now + ALONE_PATIENCE
+            log.warning("sent alone", id=transfer.claim.message_id, vanished=transfer.claim.vanished)
+            self._send(transfer)
+        self._release_suspects(Transfer.postponed)
+
+    def _release_suspects(self, record: Callable[[Transfer], Record]) -> None:
+        while self._suspects:
+            transfer = self._suspects.popleft()
+            self._ended(transfer, record(transfer))
 
     # The end
 
     async def _drain(self, seconds: float) -> bool:
         self._stopping = True
         self._demand.drop_hints()
-        if self._alone is not None and self._alone not in self._active:
-            self._ended(self._alone, self._alone.handed_back())
+        self._release_suspects(Transfer.handed_back)
         await asyncio.sleep(0)  # what was started just now begins, so that it can be stopped
         for transfer in [*self._active]:
             transfer.abort()

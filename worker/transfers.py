@@ -21,7 +21,7 @@ from qmqp import client
 from qmqp.request import Request
 from relay import metrics
 from relay.claims import Claim, Record, Try
-from relay.log import escaped, get_logger
+from relay.log import escaped, first_line, get_logger
 from relay.routes import NO_SERVER, Route, Server
 from relay.schema import LONGEST_TEXT, Outcome, State
 from relay.settings import WorkerSettings, unwanted
@@ -87,7 +87,7 @@ def judge(
         case Wait.UNCERTAIN if settings.uncertain == "hold":
             return State.HELD, 0.0, step
         case Wait.UNCERTAIN:
-            return state, max(settings.uncertain_delay, growing), step + 1
+            return state, max(spread(settings.uncertain_delay), growing), step + 1
         case _:
             return state, 0.0, step
 
@@ -221,6 +221,11 @@ class Transfer:
             outcome = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
             self._note(server, outcome, "stopped before the reply came", self._current.bytes_sent, started)
             return self._record(outcome, server) if self.committed else self.handed_back()
+        except Exception as error:
+            if sent := self._current.bytes_sent:  # our fault, but a try all the same
+                doubt = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
+                self._note(server, doubt, first_line(error), sent, started)
+            raise
         outcome, reply = result.outcome, escaped(result.text, LONGEST_TEXT)
         self._note(server, outcome, reply, result.bytes_sent, started)
         if result.ours:

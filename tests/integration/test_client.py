@@ -8,15 +8,17 @@ import socket
 import threading
 import tracemalloc
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from struct import pack
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import uvloop
 
 from qmqp import body as body_module
-from qmqp import connection
+from qmqp import connection, names
 from qmqp.client import BodyChanged, BodyFault, Outcome, Result, Timeouts, Transfer, send
 from qmqp.request import Request
 from qmqp.sink import Answer, Rule, Sink, running_sink
@@ -337,13 +339,27 @@ def free_port() -> int:
 async def send_by_name(found: list[tuple[Any, Any]] | Exception, options: dict[str, Any]) -> Result:
     """Send to a name that resolves to `found`."""
 
-    async def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:
+    def getaddrinfo(*_: object) -> list[tuple[Any, ...]]:
         if isinstance(found, Exception):
             raise found
         return [(family, socket.SOCK_STREAM, 6, "", address) for family, address in found]
 
-    asyncio.get_running_loop().getaddrinfo = getaddrinfo  # type: ignore[method-assign]
-    return await send(host="mx.example.com", **options)
+    with resolver(getaddrinfo):
+        return await send(host="mx.example.com", **options)
+
+
+@contextmanager
+def resolver(answer: Callable[..., Any]) -> Iterator[None]:
+    """A resolver that answers so, or raises, for everything that is a name; nothing is known beforehand."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, port: int, **options: Any) -> Any:
+        return real(host, port, **options) if host[:1].isdigit() or options.get("flags") else answer(host, port)
+
+    names._known.clear()
+    with patch.object(socket, "getaddrinfo", getaddrinfo):
+        yield
+    names._known.clear()
 
 
 def test_B23_connection_refused(run, hello):
@@ -374,14 +390,49 @@ def test_B23_a_name_that_is_not_found(run, hello, code):
     )
 
 
-def test_B23_a_name_server_that_does_not_answer(run, hello):
-    async def scenario() -> Result:
-        loop = asyncio.get_running_loop()
-        loop.getaddrinfo = lambda *_, **__: loop.create_future()  # type: ignore[method-assign, assignment]
-        return await send(host="mx.example.com", **hello)
+def test_B23_a_name_server_that_does_not_answer_holds_up_no_other_name(run, hello):
+    """Fifty wait for it, with one look-up; another name is found meanwhile."""
+    asked, gate = list[str](), threading.Event()
 
-    result = run(scenario())
-    assert result.text == b"no connection: mx.example.com:628 ETIMEDOUT (Connection timed out)"
+    def getaddrinfo(host: str, port: int) -> list[tuple[Any, ...]]:
+        asked.append(host)
+        if host != "good.example.com":
+            gate.wait(20)
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    async def scenario() -> tuple[Result, list[Result]]:
+        lost = [asyncio.create_task(send(host="mx.example.com", **hello)) for _ in range(50)]
+        await asyncio.sleep(0)
+        found = await send(host="good.example.com", port=sink.port, **hello)
+        return found, await asyncio.gather(*lost)
+
+    with running_sink() as sink, resolver(getaddrinfo):
+        found, lost = run(scenario())
+        gate.set()
+    assert found.outcome is Outcome.ACCEPTED
+    assert {one.text for one in lost} == {b"no connection: mx.example.com:628 ETIMEDOUT (Connection timed out)"}
+    assert asked == ["mx.example.com", "good.example.com"]
+
+
+def test_a_name_is_asked_for_again_after_a_while_and_at_once_after_a_failure(run, hello, monkeypatch):
+    asked = list[str]()
+
+    def getaddrinfo(host: str, port: int) -> list[tuple[Any, ...]]:
+        asked.append(host)
+        if len(asked) == 1:
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    async def outcomes(count: int) -> list[Outcome]:
+        return [(await send(host="mx.example.com", port=sink.port, **hello)).outcome for _ in range(count)]
+
+    with running_sink() as sink, resolver(getaddrinfo):
+        assert run(outcomes(4)) == [Outcome.UNREACHABLE, *[Outcome.ACCEPTED] * 3]
+        assert len(asked) == 2
+        monkeypatch.setattr(names, "FRESH", 0.0)
+        run(outcomes(2))
+        assert len(asked) == 4
 
 
 def test_B23_a_name_that_is_none(run, hello):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
+from qmqp.reply import ReplyParser
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.bodies import Spool
 from relay.routes import NO_SERVER
@@ -237,6 +238,18 @@ def test_a_tarpit_holds_no_more_than_its_share(room: Open, sink: Sink) -> None:
         assert engine.drain(0.1)
     held = mail.rows("SELECT state, last_outcome FROM deliveries WHERE state <> 'delivered'")
     assert [tuple(row.values()) for row in held] == [("deferred", "uncertain")] * 3
+
+
+def test_a_defect_of_ours_after_the_last_byte_is_a_doubtful_try_all_the_same(
+    room: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReplyParser, "feed", lambda *_: 1 // 0)
+    mail = room(sink, uncertain_delay=60.0)
+    message_id = mail.accept()
+    with mail.working():
+        until(lambda: mail.state(message_id) == "deferred")
+    assert mail.delivery(message_id)["last_outcome"] == "uncertain"
+    assert [outcome for _, outcome in mail.attempts(message_id)] == ["uncertain"]
 
 
 def test_B38_draining_hands_back_what_is_not_committed(room: Open) -> None:

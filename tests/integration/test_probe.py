@@ -116,7 +116,7 @@ def test_a_server_that_is_silent() -> None:
         found = ask(port, reply=0.2)
     assert (found.reachable, found.allowed, found.family) == (True, None, "other")
     assert "said nothing" in found.words
-    assert b"".join(heard).removesuffix(b"reset") == b"x", "not one byte that could begin a request"
+    assert b"".join(heard).removesuffix(b"reset") == b"x" * 10, "not one byte that could begin a request"
 
 
 @pytest.mark.parametrize("banner", [
@@ -153,6 +153,31 @@ def test_a_name_that_nobody_has() -> None:
     found = asyncio.run(probe(host="nonesuch.invalid", connect=5.0))
     assert (found.reachable, found.family) == (False, "none")
     assert "Unknown error" not in found.words
+
+
+def test_a_name_that_can_be_none() -> None:
+    found = asyncio.run(probe(host="a" * 64 + ".example.com", connect=5.0))
+    assert (found.reachable, found.family) == (False, "none")
+
+
+def test_a_qmail_of_before_2022_takes_any_byte_for_a_digit() -> None:
+    """It closes at the tenth, when the length that it makes of them is too long."""
+    heard = b""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            nonlocal heard
+            connection, _ = listener.accept()
+            with connection:
+                while len(heard) < 10 and (data := connection.recv(100)):
+                    heard += data
+
+        server = threading.Thread(target=serve)
+        server.start()
+        found = ask(listener.getsockname()[1], reply=0.3)
+        server.join(10)
+    assert (found.allowed, found.family) == (True, "qmail")
+    assert heard == b"x" * 10
 
 
 def test_nothing_listens() -> None:

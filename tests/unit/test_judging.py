@@ -23,8 +23,8 @@ def test_every_outcome_leads_somewhere_that_the_schema_allows() -> None:
         (Outcome.REJECTED, State.BOUNCED, 2, 0, 0),
         (Outcome.UNREACHABLE, State.DEFERRED, 2, 30, 45),
         (Outcome.INTERRUPTED, State.DEFERRED, 3, 120, 240),
-        (Outcome.UNCERTAIN, State.DEFERRED, 3, 900, 900),
-        (Outcome.MALFORMED, State.DEFERRED, 3, 900, 900),
+        (Outcome.UNCERTAIN, State.DEFERRED, 3, 900, 1350),
+        (Outcome.MALFORMED, State.DEFERRED, 3, 900, 1350),
         (Outcome.UNSENDABLE, State.HELD, 2, 0, 0),
     ],
 )
@@ -36,6 +36,10 @@ def test_outcome(outcome: Outcome, state: State, step: int, shortest: float, lon
 
 def test_a_malformed_reply_before_the_commit_point_is_an_interruption() -> None:
     assert judge(Outcome.MALFORMED, SETTINGS, 0, committed=False)[1] <= 60
+
+
+def test_what_came_into_doubt_together_does_not_come_back_together() -> None:
+    assert len({judge(Outcome.UNCERTAIN, SETTINGS, 0)[1] for _ in range(20)}) > 10
 
 
 def test_doubt_grows_too_so_that_doubles_become_rare() -> None:
