@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ from tests.services import Broker, Postgres
 # A slow moment of a shared machine is no failure of the code; the time of a whole test is bounded by pytest.
 hypothesis_settings.register_profile("relay", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("relay")
+
+# Hundreds of processes are started: compiling our code anew in each would be a fifth of the time that tests take.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # What the developer's shell says to their own relay is nothing to the tests', nor to what they spawn.
 for _name in [name for name in os.environ if name.startswith("RELAY_") and not name.startswith("RELAY_TEST")]:

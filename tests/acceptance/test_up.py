@@ -15,7 +15,7 @@ from tests.services import free_port
 from tests.waiting import until
 
 
-def test_mail_goes_in_and_out_and_ctrl_c_ends_it(start_up: StartUp) -> None:
+def test_mail_goes_in_and_out_whatever_dies_and_ctrl_c_ends_it(start_up: StartUp) -> None:
     up = start_up("--demo")
     said = up.said()
     assert "DEMO" in said
@@ -26,12 +26,22 @@ def test_mail_goes_in_and_out_and_ctrl_c_ends_it(start_up: StartUp) -> None:
     up.send("you@example.org")
     up.until_state("you@example.org", "delivered")
     assert list((up.state_dir / "sink").glob("*.eml"))
+    for name in ("smtpd", "worker", "valkey"):
+        pid = up.child(name) or up.child(f"{name}-server") or up.child("redis-server")
+        assert pid, name
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: up.said().count("starting it again") >= 3, 10, what=up.said)
+    until(lambda: _listens(up.port), STARTING, what=up.said)
+    up.send("me@example.org")
+    up.until_state("me@example.org", "delivered")
     assert up.end(signal.SIGINT) == 0
     assert processes_of(up.state_dir) == []
 
 
-def test_the_lines_of_the_banner_can_be_pasted(start_up: StartUp, tmp_path: Path) -> None:
-    up = start_up("--demo", QMQP_SERVER="mail.example.com")
+def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(start_up: StartUp, tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100) / "var"  # longer than the path of a socket may be
+    deep.parent.mkdir()
+    up = start_up("--demo", QMQP_SERVER="mail.example.com", STATE_DIR=str(deep))
     assert up.said().count("ignoring RELAY_QMQP_SERVER,") == 1
     assert "did you mean RELAY_QMQP_SERVERS?" in up.said()
     (tmp_path / "README.md").write_text("# Heading\n\n.dots\n")
@@ -40,6 +50,7 @@ def test_the_lines_of_the_banner_can_be_pasted(start_up: StartUp, tmp_path: Path
     body = next((up.state_dir / "sink").glob("*.eml")).read_bytes()
     assert body.endswith(b"\n# Heading\n\n.dots\n")
     paste("sqlite3", up, ROOT)
+    assert "broker\tok" in command("check", STATE_DIR=str(deep)).stdout
     assert up.end(signal.SIGTERM) == 0
     assert processes_of(up.state_dir) == []
 
@@ -65,19 +76,6 @@ def test_the_next_start_delivers_what_a_killed_one_had(start_up: StartUp) -> Non
     assert second.end(signal.SIGINT) == 0
 
 
-def test_a_child_that_dies_is_started_again(start_up: StartUp) -> None:
-    up = start_up("--demo")
-    for name in ("smtpd", "worker", "valkey"):
-        pid = up.child(name) or up.child(f"{name}-server") or up.child("redis-server")
-        assert pid, name
-        os.kill(pid, signal.SIGKILL)
-    until(lambda: up.said().count("starting it again") >= 3, 10, what=up.said)
-    until(lambda: _listens(up.port), STARTING, what=up.said)
-    up.send("you@example.org")
-    up.until_state("you@example.org", "delivered")
-    assert up.end(signal.SIGINT) == 0
-
-
 def test_two_cannot_run_on_one_directory(tmp_path: Path) -> None:
     up = Up(tmp_path / "var")
     up.begin()
@@ -100,17 +98,6 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert f"{address} is taken" in refused.stderr
     assert "RELAY_SMTP_LISTEN" in refused.stderr
     assert {path.name for path in (tmp_path / "var").iterdir()} == {"up.lock"}
-
-
-def test_a_long_path_is_no_trouble(start_up: StartUp, tmp_path: Path) -> None:
-    deep = tmp_path / ("d" * 100) / "var"
-    deep.parent.mkdir()
-    up = start_up("--demo", STATE_DIR=str(deep))
-    up.send("you@example.org")
-    up.until_state("you@example.org", "delivered")
-    checked = command("check", STATE_DIR=str(deep))
-    assert "broker\tok" in checked.stdout
-    assert up.end(signal.SIGINT) == 0
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
