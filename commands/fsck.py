@@ -10,14 +10,10 @@ newer than it, because in a restored database every file of today looks lost; a 
 do it, after its lease was seen run out, unchanged, twice, LEASE apart.
 """
 
-import itertools
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine
@@ -34,10 +30,9 @@ from relay.queue import Queue
 from relay.schema import FINAL, NEEDS_BODY, UNFINISHED, words
 from relay.settings import WorkerSettings, load
 from relay.sweeps import Sweeps
+from worker.strays import LATE, Strays
 
-YOUNG = 3600.0  # a file this young may be about to get its row, or about to be removed (seconds)
-LATE = 900.0  # what a sweeper or a worker should have done by then (seconds)
-VERY_LATE = 4 * 3600.0  # and what waits for a free connection, while others are sent
+VERY_LATE = 4 * 3600.0  # what waits for a free connection, while others are sent
 BATCH = 500
 SHOWN = 5  # ids in a finding about many rows
 
@@ -97,9 +92,6 @@ _LATE = """SELECT state, count(*), @since(min(due_at)) FROM deliveries WHERE due
     AND (state <> 'queued' OR due_at < @ago(:very_late)
         OR NOT EXISTS (SELECT 1 FROM attempts WHERE finished_at > @ago(:late)))
     GROUP BY state ORDER BY state"""
-_FILES = f"""SELECT @hex(x.message_id), m.id IS NOT NULL, EXISTS (SELECT 1 FROM deliveries d
-        WHERE d.message_id = x.message_id AND ({NEEDS_BODY} OR d.finished_at > @ago(:late)))
-    FROM @rows(:ids; message_id uuid) LEFT JOIN messages m ON m.id = x.message_id"""
 
 
 class Fsck:
@@ -107,17 +99,18 @@ class Fsck:
 
     def __init__(self, settings: WorkerSettings, engine: Engine, spool: Spool) -> None:
         self._settings, self._engine, self._spool = settings, engine, spool
-        self._sweeps, self._spool_id = Sweeps(engine, settings), Queue(engine).spool_id()
+        self._sweeps, self._strays = Sweeps(engine, settings), Strays(engine, spool)
+        self._spool_id = Queue(engine).spool_id()
         self._sql = Statements(
             engine, late=LATE, very_late=VERY_LATE, lifetime=settings.queue_lifetime, delay=settings.uncertain_delay
         )
 
     def findings(self) -> Iterator[Finding]:
         """Everything that is wrong, as it is found."""
+        yield from self._rows()  # before files: what a row was missing for is in them
         yield from self._files()
         yield from self._bodies()
         yield from self._workers()
-        yield from self._rows()
         yield from self._late()
         yield from self._broker()
 
@@ -131,38 +124,15 @@ class Fsck:
 
     def _files(self) -> Iterator[Finding]:
         """Files without a row, and bodies that no row needs any more."""
-        now = time.time()
-        old = (name for name, entry in self._spool.ids() if now - _written(entry) >= YOUNG)
-        for batch in itertools.batched(old, BATCH):
-            known = self._known(batch)
-            newest = self._all("SELECT @micros(received_at) FROM messages ORDER BY id DESC LIMIT 1")
-            for name in batch:
-                path, (row, needed) = self._spool.path(name), known.get(name, (False, False))
-                if needed or not path.exists():
-                    continue
-                if row:
-                    yield Finding("file that nobody needs", str(path), "remove it", partial(self._remove, name))
-                elif newest and newest[0][0] / 1e6 > _written(path):
-                    yield Finding("file without row", str(path), "move it to orphans/", partial(self._put_aside, name))
-                else:
-                    remedy = "left alone: no row is newer, so the database may be an old copy"
-                    yield Finding("file without row", str(path), remedy)
-
-    def _known(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
-        """For each id: is there a message, does a delivery need its body (or did until a moment ago)."""
-        rows = self._all(_FILES, ids=json.dumps([{"message_id": dashed(name)} for name in names]))
-        return {row[0]: (bool(row[1]), bool(row[2])) for row in rows}
-
-    def _remove(self, name: str) -> bool:
-        return not self._known([name])[name][1] and self._spool.remove(name)
-
-    def _put_aside(self, name: str) -> bool:
-        if self._known([name])[name][0]:
-            return False
-        orphans = self._spool.directory / "orphans"
-        orphans.mkdir(mode=0o700, exist_ok=True)
-        self._spool.path(name).rename(orphans / name)
-        return True
+        for stray in self._strays.found():
+            path = str(stray.path)
+            if stray.row:
+                yield Finding("file that nobody needs", path, "remove it", partial(self._strays.remove, stray))
+            elif stray.proven:
+                yield Finding("file without row", path, "move it to orphans/", partial(self._strays.put_aside, stray))
+            else:
+                remedy = "left alone: no row is newer, so the database may be an old copy"
+                yield Finding("file without row", path, remedy)
 
     def _bodies(self) -> Iterator[Finding]:
         """Unfinished deliveries whose body is missing or of another size: looked at again, after their row."""
@@ -252,14 +222,6 @@ class Fsck:
 def wait(seconds: float) -> None:
     """Give whoever lives the time to renew a lease."""
     time.sleep(seconds)
-
-
-def _written(file: os.DirEntry[str] | Path) -> float:
-    """When a file was written; the far future for one that is gone."""
-    try:
-        return file.stat().st_mtime
-    except FileNotFoundError:
-        return float("inf")
 
 
 def _these(rows: list[Any]) -> str:

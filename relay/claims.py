@@ -20,10 +20,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
-from relay.database import Statements, reading, writing
+from relay.database import Statements, writing
 from relay.ids import dashed
+from relay.needs import body_free, unneeded
 from relay.notices import BY_OPERATOR
-from relay.schema import NEEDS_BODY, OWED, TRANSITIONS, Outcome, State
+from relay.schema import OWED, TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings
 from relay.splits import Splitter
 
@@ -139,12 +140,9 @@ _ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, s
     FROM @rows(:tries; message_id uuid, delivery int, claim int, hop int, server text, started_ago float8,
         finished_ago float8, outcome text, reply text, bytes_sent bigint) WHERE true
     ON CONFLICT DO NOTHING"""
-_AFTER = f"""SELECT @hex(d.message_id), d.number, d.claims, d.state, NOT EXISTS (
-        SELECT 1 FROM deliveries o WHERE o.message_id = d.message_id AND {NEEDS_BODY.replace("state", "o.state")})
+_AFTER = f"""SELECT @hex(d.message_id), d.number, d.claims, d.state, {body_free("d.message_id")}
     FROM deliveries d JOIN {_RECORD_ROWS} ON d.message_id = x.message_id AND d.number = x.number"""
 _DONE = (State.DELIVERED, State.DROPPED)  # after anything else that is final a sweeper looks, if a notice is owed
-_FREE = f"""SELECT x.message_id FROM @rows(:ids; message_id uuid) WHERE NOT EXISTS (
-    SELECT 1 FROM deliveries o WHERE o.message_id = x.message_id AND {NEEDS_BODY.replace("state", "o.state")})"""
 
 
 class Ledger:
@@ -217,12 +215,9 @@ class Ledger:
         ended: dict[str, tuple[int, State]] = {}
         for n, record in records:
             if isinstance(found := results[n], Recorded) and found.state in _DONE and not found.body_free:
-                ended[dashed(record.message_id)] = n, found.state
-        if ended:
-            with reading(self._engine) as connection:
-                rows = self._sql.run(connection, _FREE, ids=json.dumps([{"message_id": key} for key in ended])).all()
-            for n, state in (ended[str(key)] for (key,) in rows):
-                results[n] = Recorded(state, body_free=True)
+                ended[record.message_id] = n, found.state
+        for n, state in (ended[message_id] for message_id in unneeded(self._engine, self._sql, ended)):
+            results[n] = Recorded(state, body_free=True)
 
     def _renew(self, connection: Connection, worker: str) -> bool:
         return bool(

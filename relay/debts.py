@@ -22,12 +22,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.bodies import BodyUnsendable, Spool
-from relay.database import Statements, reading, writing
+from relay.database import Statements, writing
 from relay.ids import dashed
 from relay.intake import Intake, NewMessage, NewRecipient
 from relay.log import get_logger
+from relay.needs import unneeded
 from relay.notices import BY_OPERATOR, Failure, Kind, Original, compose
-from relay.schema import NEEDS_BODY
 from relay.settings import Settings, unwanted
 
 log = get_logger(__name__)
@@ -114,7 +114,7 @@ class Debts:
             if not delayed:
                 self._clear(connection, message_id, numbers)
         # Not in the same transaction: whoever ends another delivery of it right now would not be seen, nor see us.
-        if not delayed and not self._needed(message_id):
+        if not delayed and unneeded(self._engine, self._sql, [message_id]):
             self._spool.remove(message_id)
         if making:
             log.info("notice made", id=notice, about=message_id, recipients=len(told), kind=str(kind))
@@ -195,12 +195,6 @@ class Debts:
             f"UPDATE deliveries SET due_at = NULL WHERE message_id = @id(:id) AND number IN ({listed})",
             id=dashed(message_id),
         )
-
-    def _needed(self, message_id: str) -> bool:
-        """Whether a delivery needs the original's body."""
-        needed = f"SELECT 1 FROM deliveries WHERE message_id = @id(:id) AND {NEEDS_BODY} LIMIT 1"
-        with reading(self._engine) as connection:
-            return self._sql.run(connection, needed, id=dashed(message_id)).first() is not None
 
 
 def _wants(notify: str | None, *, delayed: bool) -> bool:

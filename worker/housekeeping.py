@@ -2,17 +2,15 @@
 
 Every ten minutes whoever gets the lock (an advisory one on PostgreSQL, a file's on SQLite) removes, in bounded batches,
 the rows of messages that have been finished for longer than RETENTION and of workers that ended as long ago. Every few
-hours it goes through the spool as well: a body that no delivery needs is what a crash left between an outcome and its
-removal; a file without a row is what a crash left before its COMMIT, or all that is left of a message whose rows were
-lost, and therefore only moved to `orphans/`, for RETENTION.
+hours it goes through the spool as well (`worker.strays`): a body that nobody needs is removed; a file without a row may
+be all that is left of a message whose rows were lost, and is therefore only moved to `orphans/`, for RETENTION.
 
 What must stay true: a file is young until it has been there for 36 h, and nothing without a row is touched unless some
-row is newer than it: in a database restored from last week every file of this week looks like an orphan. The body goes
-before the rows, so that a crash between the two leaves something to be found again.
+row is newer than it. The body goes before the rows, so that a crash between the two leaves something to be found again.
+A message with a row missing (`relay.needs`) is never finished: it waits for `fsck` and a person.
 """
 
 import fcntl
-import itertools
 import json
 import threading
 import time
@@ -27,23 +25,20 @@ from relay.bodies import Spool
 from relay.database import dialect_of, reading, writing
 from relay.ids import dashed
 from relay.log import first_line, get_logger
-from relay.schema import NEEDS_BODY
+from relay.needs import body_free
 from relay.settings import Settings
+from worker.strays import SETTLED, Strays
 
 log = get_logger(__name__)
 EVERY = 600.0
 SPOOL_EVERY = 6 * 3600.0
 YOUNG = 36 * 3600.0
-SETTLED = 3600.0  # a body this old is not just being accepted or removed (seconds)
 BATCH = 500
 _LOCK = 7_126_280_001
 
-_NEEDED = f"EXISTS (SELECT 1 FROM deliveries d WHERE d.message_id = x.message_id AND {NEEDS_BODY})"
-_FILES = f"""SELECT @hex(x.message_id), m.id IS NOT NULL, {_NEEDED}
-    FROM @rows(:ids; message_id uuid) LEFT JOIN messages m ON m.id = x.message_id"""
 _FINISHED = f"""SELECT @hex(m.id) FROM messages m WHERE m.id < :bound AND m.received_at < @ago(:retention)
-    AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.message_id = m.id
-        AND ({NEEDS_BODY} OR d.finished_at >= @ago(:retention)))
+    AND {body_free("m.id")}
+    AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.message_id = m.id AND d.finished_at >= @ago(:retention))
     ORDER BY m.id LIMIT :most"""
 
 
@@ -52,7 +47,7 @@ class Housekeeper:
 
     def __init__(self, settings: Settings, engine: Engine, spool: Spool) -> None:
         self._engine, self._spool, self._retention = engine, spool, settings.retention
-        self._spell = dialect_of(engine)
+        self._spell, self._strays = dialect_of(engine), Strays(engine, spool)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
 
@@ -134,48 +129,17 @@ class Housekeeper:
 
     def clean_spool(self) -> tuple[int, int]:
         """Remove bodies that nobody needs, put orphans aside; how many of each."""
-        now = time.time()
         unneeded = orphans = 0
-        settled = (
-            (name, Path(entry.path), age)
-            for name, entry in self._spool.ids()
-            if (age := now - entry.stat().st_mtime) >= SETTLED
-        )
-        for batch in itertools.batched(settled, BATCH):
-            if self._closing.is_set():
-                break
-            found = self._look_up([name for name, _, _ in batch])
-            newest = self._newest_age()
-            for name, path, age in batch:
-                known, needed = found.get(name, (False, False))
-                if known and not needed:
-                    unneeded += self._spool.remove(name)
-                elif not known and age >= YOUNG and newest < age:
-                    orphans += self._put_aside(path)
-        self._purge(now)
+        for stray in self._strays.found(self._closing):
+            if stray.row:
+                unneeded += self._strays.remove(stray)
+            elif stray.age >= YOUNG and stray.proven and self._strays.put_aside(stray):
+                log.error("a body without a message was put aside", id=stray.name)
+                orphans += 1
+        self._purge(time.time())
         if unneeded or orphans:
             log.warning("spool cleaned", unneeded=unneeded, orphans=orphans)
         return unneeded, orphans
-
-    def _look_up(self, ids: list[str]) -> dict[str, tuple[bool, bool]]:
-        """For each id: is there a message, does a delivery need its body."""
-        rows = json.dumps([{"message_id": dashed(i)} for i in ids])
-        with reading(self._engine) as connection:
-            return {row[0]: (bool(row[1]), bool(row[2])) for row in self._rows(connection, _FILES, ids=rows)}
-
-    def _newest_age(self) -> float:
-        """Seconds since the newest message came."""
-        with reading(self._engine) as connection:
-            newest = "SELECT @since(received_at) FROM messages ORDER BY id DESC LIMIT 1"
-            age = self._rows(connection, newest).scalar()
-        return float("inf") if age is None else float(age)
-
-    def _put_aside(self, path: Path) -> bool:
-        aside = self._spool.directory / "orphans"
-        aside.mkdir(mode=0o700, exist_ok=True)
-        path.rename(aside / path.name)
-        log.error("a body without a message was put aside", id=path.name)
-        return True
 
     def _purge(self, now: float) -> None:
         """Remove orphans that nobody asked for, and directories that have emptied."""

@@ -104,6 +104,19 @@ def test_a_file_that_nobody_needs_is_removed(office: Office, spool: Spool, typed
     assert not spool.path(message_id).exists()
 
 
+def test_a_body_whose_delivery_is_missing_stays(office: Office, spool: Spool, typed: Typed) -> None:
+    alone, beside = stored(office, spool), stored(office, spool, "a@example.org", "bulk:b@example.org")
+    office.record(office.claim(beside, room={"default": 1})[0], Outcome.ACCEPTED)
+    office.change("DELETE FROM deliveries WHERE state = 'queued'")
+    earlier = "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
+    office.change(f"UPDATE deliveries SET finished_at = {earlier}")
+    for message_id in (alone, beside):
+        aged(spool.path(message_id))
+    assert found(typed, "--repair") == [("recipient without delivery", "yes")]
+    assert [office.state(alone), office.state(beside, 2)] == ["held", "held"]
+    assert found(typed, "--repair") == [], "the bodies are there"
+
+
 @pytest.mark.parametrize("body", [None, b"too short"])
 def test_what_cannot_be_sent_is_held(office: Office, spool: Spool, typed: Typed, body: bytes | None) -> None:
     whole, broken = stored(office, spool), office.accept()

@@ -286,6 +286,21 @@ def test_bodies_that_nobody_needs_are_removed(
     assert [mail.spool.path(i).exists() for i in (done, fresh, waiting)] == [False, True, True]
 
 
+@pytest.mark.parametrize("lost", ["deliveries", "deliveries and recipients", "one delivery of two"])
+def test_a_message_with_a_row_missing_keeps_its_body(
+    mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str], lost: str
+) -> None:
+    old = finished(age=31 * DAY)
+    if lost == "one delivery of two":
+        mail.change("UPDATE recipients SET delivery = 2 WHERE message_id = :id", id=old)
+    for table in ("deliveries", "recipients"):
+        if table in lost:
+            mail.change(f"DELETE FROM {table} WHERE message_id = :id", id=old)
+    _aged(mail.spool.path(old), 31 * DAY)
+    assert (keeper.clean(), keeper.clean_spool()) == (0, (0, 0))
+    assert mail.spool.path(old).exists()
+
+
 def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(mail: Mailroom, keeper: Housekeeper) -> None:
     orphan, young = new_id(), new_id()
     for one, age in ((orphan, YOUNG + 60), (young, YOUNG - 60)):
