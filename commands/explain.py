@@ -1,6 +1,7 @@
 """What can go wrong for an operator, as a sentence and an exit status.
 
-0 done, 1 nothing matched, 2 wrong use (a bad setting too), 3 a service is out of reach. What must stay true: no
+0 done, 1 nothing matched, 2 wrong use (a bad setting too), 3 a service is out of reach, 130 interrupted
+(Ctrl-C). What must stay true: no
 traceback for what an operator can mend, and never a password on the screen.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import typer
 
 DONE, NOTHING_MATCHED, WRONG_USE, OUT_OF_REACH = range(4)
+INTERRUPTED = 130
 
 
 def say(words: str) -> None:

@@ -1,7 +1,8 @@
 """Changing the queue: what `retry`, `hold`, `release`, `bounce`, `drop`, `pause` and `resume` do around `relay.verbs`.
 
 What must stay true: nothing is touched by an empty filter unless --all says so, nor more than one delivery unless
-somebody said yes; every change is recorded with who asked for it and why.
+somebody said yes; every change is recorded with who asked for it and why; who stops a verb in its middle is told how
+far it came.
 """
 
 import contextlib
@@ -9,15 +10,17 @@ import getpass
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import typer
 from sqlalchemy import Engine
 
-from commands.explain import DONE, NOTHING_MATCHED, WRONG_USE, say
+from commands.explain import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, say
 from commands.inspect import COLUMNS, at_hand, opened, resolved
 from commands.tables import as_json, counted, write
+from relay.bodies import Spool
 from relay.filters import Filter
 from relay.queue import Queue
 from relay.routes import Routes, parse_server
@@ -71,16 +74,31 @@ def _change(name: str, settings: Settings, engine: Engine, wanted: Filter, order
     if matched.total() > 1 and not order.yes and (refusal := _refusal(f"{name} {_told(matched)}")) is not None:
         return refusal
     route_for = Routes.load(settings).route_for if verb is REROUTE else None
-    touched, free = verbs.apply(verb, wanted, actor=actor(), reason=order.reason, route_for=route_for)
-    spool = at_hand(settings, queue)
-    removed = sum(map(spool.remove, free)) if spool else 0
+    chunks = verbs.in_chunks(verb, wanted, actor=actor(), reason=order.reason, route_for=route_for)
+    touched, removed, interrupted = _done(chunks, at_hand(settings, queue))
     if order.json_lines:
         typer.echo(as_json({"verb": name, "deliveries": touched.total(), "were": touched, "bodies_removed": removed}))
     else:
         typer.echo(f"{name}: {_told(touched)}" + (f", bodies removed: {removed}" if removed else ""))
-    if touched[State.SENDING]:
-        say(f"{touched[State.SENDING]} being sent: {name} comes after this try, unless the server accepts")
+    if sending := touched[State.SENDING]:
+        wished = f"{name} comes after this try, unless the server accepts"
+        say(f"{sending} being sent: {wished if verb.wanted else 'not held after this try any more'}")
+    if interrupted:
+        say(f"interrupted after {touched.total()} of {counted(matched.total())}; the rest is as it was")
+        return INTERRUPTED
     return DONE if touched else NOTHING_MATCHED
+
+
+def _done(chunks: Iterator[tuple[Counter[str], list[str]]], spool: Spool | None) -> tuple[Counter[str], int, bool]:
+    """Do it, removing bodies meanwhile; the deliveries touched by state, bodies removed, whether it was interrupted."""
+    touched, removed = Counter[str](), 0
+    try:
+        for counts, free in chunks:
+            touched.update(counts)
+            removed += sum(map(spool.remove, free)) if spool else 0
+    except KeyboardInterrupt:
+        return touched, removed, True
+    return touched, removed, False
 
 
 def _refusal(question: str) -> int | None:

@@ -23,7 +23,6 @@ from sqlalchemy import Connection, Engine
 from relay.database import Statements, writing
 from relay.ids import dashed
 from relay.needs import body_free, unneeded
-from relay.notices import BY_OPERATOR
 from relay.schema import OWED, TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings
 from relay.splits import Splitter
@@ -107,31 +106,33 @@ type Result = Recorded | list[Claim] | bool
 KEYS = "d.message_id = p.message_id AND d.number = p.number"
 WANTED = """CASE d.wanted WHEN 'hold' THEN 'held' WHEN 'drop' THEN 'dropped' WHEN 'bounce' THEN 'bounced'
     ELSE 'queued' END"""
-DUE = """CASE WHEN p.final = 'deferred' THEN @later(p.delay) WHEN p.final = 'queued' THEN @later(:grace)
-    WHEN p.final IN ('bounced', 'expired') AND :notices AND p.sender NOT IN ('', '#@[]') THEN @now END"""
+DUE = f"""CASE WHEN p.final = 'deferred' THEN @later(p.delay) WHEN p.final = 'queued' THEN @later(:grace)
+    WHEN p.final IN ('bounced', 'expired') THEN {OWED} END"""
+# What stands as the last words when a wish is honoured: not the server's, who said them to something else.
+SAID = """CASE WHEN d.wanted IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'
+    THEN coalesce(d.wanted_why, p.final || ' by an operator') ELSE {} END"""
 FINISHED = "CASE WHEN p.final IN ('delivered', 'bounced', 'expired', 'dropped') THEN @now END"
 
 # What a wish may take: of these messages, or whatever is overdue, longest due first.
 _NAMED = "d.message_id IN (SELECT message_id FROM @rows(:ids; message_id uuid)) AND d.state = 'queued'"
 _OVERDUE = "d.state = 'queued' AND d.due_at <= @now"
-_CLAIM_SET = "SET state = 'sending', worker = :worker, claims = claims + 1, wanted = NULL, due_at = @later(:far)"
+_CLAIM_SET = """SET state = 'sending', worker = :worker, claims = claims + 1, wanted = NULL,
+    wanted_why = NULL, due_at = @later(:far)"""
 _ENVELOPE = "@hex(c.message_id), c.number, c.claims, c.route, m.sender, m.size, c.backoff_step, c.vanished"
 
 _RECORD_ROWS = """@rows(:records; message_id uuid, number int, claim int, state text, delay float8, backoff_step int,
     outcome text, reply text, server text)"""
-_FINALS = f"""SELECT d.message_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server, m.sender,
+_FINALS = f"""SELECT d.message_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server,
     CASE WHEN x.outcome = 'accepted' THEN 'delivered' WHEN d.wanted IS NOT NULL THEN {WANTED}
          WHEN x.state = 'deferred' AND d.expires_at <= @now THEN 'expired' ELSE x.state END AS final
     FROM {_RECORD_ROWS} JOIN deliveries d ON d.message_id = x.message_id AND d.number = x.number
-    JOIN messages m ON m.id = d.message_id
     WHERE (d.state = 'sending' AND d.worker = :worker AND d.claims = x.claim)
        OR (x.outcome = 'accepted' AND d.state <> 'delivered')
     ORDER BY d.message_id, d.number"""
 _RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
-    vanished = CASE WHEN p.outcome IS NULL THEN d.vanished ELSE 0 END, backoff_step = p.backoff_step,
-    last_outcome = coalesce(p.outcome, d.last_outcome),
-    last_reply = CASE WHEN d.wanted = 'bounce' AND p.final = 'bounced' THEN '{BY_OPERATOR}'
-                      WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END,
+    wanted_why = NULL, vanished = CASE WHEN p.outcome IS NULL THEN d.vanished ELSE 0 END,
+    backoff_step = p.backoff_step, last_outcome = coalesce(p.outcome, d.last_outcome),
+    last_reply = {SAID.format("CASE WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END")},
     last_server = coalesce(p.server, d.last_server)"""
 _ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at, outcome,
         reply, bytes_sent)
@@ -325,7 +326,7 @@ class Ledger:
             if found == State.SPLIT and not self._splitter.cut(connection, key, number, record.reply):
                 self._sql.run(
                     connection,
-                    f"""UPDATE deliveries SET state = 'bounced', finished_at = @now, due_at = {OWED}
+                    f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, due_at = {OWED}
                     WHERE message_id = @id(:id) AND number = :number""",
                     id=key,
                     number=number,

@@ -37,9 +37,9 @@ _CHILDREN = """INSERT INTO deliveries (message_id, number, parent, route, state,
     WHERE message_id = @id(:id) AND number = :number"""
 _GIVE = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id) AND delivery = :number
     AND position <= :until"""
-_TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, wanted = NULL
-    WHERE message_id = @id(:id)"""
-_REFUSED = f"""UPDATE deliveries SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
+_TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, wanted = NULL,
+    wanted_why = NULL WHERE message_id = @id(:id)"""
+_REFUSED = f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
     last_reply = :reply, due_at = {OWED} WHERE message_id = @id(:id)"""
 
 

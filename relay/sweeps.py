@@ -13,18 +13,17 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
-from relay.claims import DUE, FINISHED, KEYS, WANTED
+from relay.claims import DUE, FINISHED, KEYS, SAID, WANTED
 from relay.database import Statements, reading, writing
 from relay.ids import dashed
 from relay.settings import WorkerSettings
 
-_LOST = f"""SELECT d.message_id, d.number, d.claims, d.worker, :delay AS delay, m.sender,
+_LOST = f"""SELECT d.message_id, d.number, d.claims, d.worker, :delay AS delay,
     CASE WHEN d.wanted IS NOT NULL THEN {WANTED} WHEN d.vanished + 1 >= :poison OR :hold THEN 'held'
          WHEN d.expires_at <= @now THEN 'expired' ELSE 'deferred' END AS final
-    FROM deliveries d JOIN messages m ON m.id = d.message_id
-    WHERE d.state = 'sending' AND"""
+    FROM deliveries d WHERE d.state = 'sending' AND"""
 _LOST_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
-    vanished = d.vanished + 1, last_outcome = 'uncertain', last_reply = :why"""
+    wanted_why = NULL, vanished = d.vanished + 1, last_outcome = 'uncertain', last_reply = {SAID.format(":why")}"""
 _LOST_ATTEMPT = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at,
         outcome, reply, bytes_sent)
     SELECT message_id, number, claims, 0, worker, NULL, @now, @now, 'uncertain', :why, 0 FROM"""

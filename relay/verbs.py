@@ -1,8 +1,8 @@
 """What operators do to the queue: retry, hold, release, bounce, drop, reroute, and pause what it is sent to.
 
-How it works: a verb goes through the deliveries that a filter means in key order, a chunk a transaction, so that it
-never holds up the workers for long and never meets them in another order. What is being sent cannot be changed under
-its worker: the row is told what is `wanted`, and whatever becomes of the transfer but a K honours it.
+How it works: a verb goes through the deliveries that a filter means in chunks, each with its record (`relay.actions`).
+What is being sent cannot be changed under its worker: the row is told what is `wanted`, by whom and why, and whatever
+becomes of the transfer but a K honours it. `release` takes such a wish back.
 
 What must stay true: only transitions of `schema.TRANSITIONS` happen; every verb that changed something leaves a row in
 `actions`; a filter on recipients acts on the whole delivery that carries them.
@@ -15,15 +15,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
+from relay.actions import PICKED, THESE, Action
 from relay.database import Statements, reading, writing
 from relay.filters import Filter
-from relay.ids import dashed, new_id
 from relay.log import escaped
+from relay.needs import unneeded
 from relay.queue import Queue
-from relay.schema import NEEDS_BODY, OWED, State
-
-CHUNK = 500
-_FIRST = "00000000-0000-0000-0000-000000000000"
+from relay.schema import OWED, State, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,7 @@ class Verb:
     state: State
     sets: dict[str, str]
     wanted: str | None = None  # what a delivery is told that is being sent
+    withdraws: str | None = None  # what it is told no longer
 
 
 _WAITING = (State.QUEUED, State.DEFERRED)
@@ -43,13 +42,19 @@ VERBS = {
     for verb in (
         Verb("retry", (State.DEFERRED,), State.QUEUED, {"due_at": "@now", "backoff_step": "0"}, "retry"),
         Verb("hold", _WAITING, State.HELD, {"due_at": "NULL", "last_reply": ":why"}, "hold"),
-        Verb("release", (State.HELD,), State.QUEUED, {"due_at": "@now", "backoff_step": "0", "vanished": "0"}),
+        Verb(
+            "release",
+            (State.HELD,),
+            State.QUEUED,
+            {"due_at": "@now", "backoff_step": "0", "vanished": "0"},
+            withdraws="hold",
+        ),
         Verb(
             "bounce",
             (*_WAITING, State.HELD),
             State.BOUNCED,
             {
-                "due_at": OWED.replace("deliveries.", "d."),
+                "due_at": OWED,
                 "finished_at": "@now",
                 "last_reply": ":why",
                 "last_outcome": "coalesce(d.last_outcome, 'rejected')",
@@ -65,9 +70,7 @@ VERBS = {
         ),
     )
 }
-# Routes are given when a message is accepted; who has corrected them since has these. The one leaves all else as it is,
-# the other tries at once what is not held.
-_MOVE = Verb("reroute", (*_WAITING, State.HELD), State.QUEUED, {"state": "d.state"})
+# Routes are given when a message is accepted; who has corrected them since has this. What is not held is tried at once.
 REROUTE = Verb(
     "reroute",
     (*_WAITING, State.HELD),
@@ -85,7 +88,7 @@ class Verbs:
 
     def __init__(self, engine: Engine, *, notices: bool) -> None:
         self._engine, self._queue = engine, Queue(engine)
-        self._sql = Statements(engine, notices=notices, most=CHUNK)
+        self._sql = Statements(engine, notices=notices)
 
     def matching(self, verb: Verb, wanted: Filter) -> Counter[str]:
         """How many deliveries the verb would touch, by state; nothing is changed."""
@@ -110,61 +113,32 @@ class Verbs:
 
         `route_for` gives each delivery the route that its first recipient has today.
         """
-        touched: Counter[str] = Counter()
-        ids: set[str] = set()
-        for rows in self._chunks(verb, wanted, _why(verb, actor, reason), route_for):
-            touched.update(state for _, state in rows)
-            ids.update(message_id for message_id, state in rows if state != State.SENDING)
-        with writing(self._engine) as connection:
-            if touched:
-                self._record(connection, verb.name, wanted, actor, reason, touched.total())
-            free = self._unneeded(connection, ids) if verb.state in (State.DROPPED, State.BOUNCED) else []
-        return touched, free
+        all_touched: Counter[str] = Counter()
+        free: list[str] = []
+        for touched, ids in self.in_chunks(verb, wanted, actor=actor, reason=reason, route_for=route_for):
+            all_touched.update(touched)
+            free += ids
+        return all_touched, free
 
-    def _chunks(
-        self, verb: Verb, wanted: Filter, why: str, route_for: Callable[[str], str] | None
-    ) -> Iterator[list[tuple[str, str]]]:
-        """Change a chunk at a time; (message id, state it had) of each delivery."""
+    def in_chunks(
+        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None
+    ) -> Iterator[tuple[Counter[str], list[str]]]:
+        """Do it as `apply` does, while it is iterated: what each chunk came to, when that is committed."""
         where, given = _meant(verb, wanted)
-        picked = f"""SELECT d.message_id, d.number, d.state AS was FROM deliveries d
-            WHERE {where} AND (d.message_id, d.number) > (@id(:after), :number)
-            ORDER BY d.message_id, d.number LIMIT :most"""
-        keys = "SELECT message_id, number, was FROM p"
-        change = f"""UPDATE deliveries AS d SET {_sets(verb)} FROM p
-            WHERE d.message_id = p.message_id AND d.number = p.number"""
-        given |= {"after": _FIRST, "number": 0, "why": why}
-        while True:
-            with writing(self._engine) as connection:
-                if self._sql.postgresql:
-                    sql = f"""WITH p AS MATERIALIZED ({picked} FOR UPDATE OF d), c AS ({change}) {keys}
-                        ORDER BY message_id, number"""
-                    rows = self._sql.run(connection, sql, **given).all()
-                else:
-                    rows = self._sql.run(connection, picked, **given).all()
-                    self._sql.run(connection, f"WITH p AS ({picked}) {change}", **given)
-                if route_for:
-                    self._move(connection, [(str(message_id), number) for message_id, number, _ in rows], route_for)
-            if rows:
-                yield [(str(message_id).replace("-", ""), was) for message_id, _, was in rows]
-                given |= {"after": str(rows[-1][0]), "number": rows[-1][1]}
-            if len(rows) < CHUNK:
-                return
+        change, why = f"UPDATE deliveries AS d SET {_sets(verb)} {THESE}", _why(verb, actor, reason)
 
-    def _record(self, connection: Connection, verb: str, wanted: Filter, actor: str, reason: str, matched: int) -> None:
-        self._sql.run(
-            connection,
-            "INSERT INTO actions (id, at, actor, verb, reason, filter, matched)"
-            " VALUES (@id(:id), @now, :actor, :verb, :reason, :filter, :matched)",
-            id=dashed(new_id()), actor=actor, verb=verb, reason=reason, filter=wanted.shown(), matched=matched,
-        )  # fmt: skip
+        def do(connection: Connection, keys: str) -> None:
+            self._sql.run(connection, change, keys=keys, why=why)
+            if route_for:
+                self._move(connection, keys, route_for)
 
-    def _unneeded(self, connection: Connection, ids: set[str]) -> list[str]:
-        sql = f"SELECT 1 FROM deliveries WHERE message_id = @id(:id) AND {NEEDS_BODY} LIMIT 1"
-        return [i for i in sorted(ids) if self._sql.run(connection, sql, id=dashed(i)).first() is None]
-
-    def reroute(self, wanted: Filter, route_for: Callable[[str], str], *, actor: str, reason: str) -> int:
-        """Give waiting deliveries the route that their first recipient has today; how many there were."""
-        return self.apply(_MOVE, wanted, actor=actor, reason=reason, route_for=route_for)[0].total()
+        action = Action(
+            self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=wanted.shown()
+        )
+        for rows in action.through(where, do, **given):
+            ended = {message_id for message_id, _, was in rows if was != State.SENDING}
+            free = unneeded(self._engine, self._sql, ended) if verb.state in (State.DROPPED, State.BOUNCED) else []
+            yield Counter(was for _, _, was in rows), free
 
     def pause(self, subject: str, *, actor: str, reason: str) -> bool:
         """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if that is so already."""
@@ -173,7 +147,8 @@ class Verbs:
                 ON CONFLICT DO NOTHING"""
             done = bool(self._sql.run(connection, sql, subject=subject, actor=actor, reason=reason).rowcount)
             if done:
-                self._record(connection, f"pause {subject}", Filter(), actor, reason, 1)
+                action = Action(self._engine, self._sql, actor=actor, verb=f"pause {subject}", reason=reason)
+                action.note(connection, 1)
         return done
 
     def resume(self, subject: str, *, actor: str, reason: str) -> bool:
@@ -182,27 +157,30 @@ class Verbs:
             sql = "DELETE FROM pauses WHERE subject = :subject"
             done = bool(self._sql.run(connection, sql, subject=subject).rowcount)
             if done:
-                self._record(connection, f"resume {subject}", Filter(), actor, reason, 1)
+                action = Action(self._engine, self._sql, actor=actor, verb=f"resume {subject}", reason=reason)
+                action.note(connection, 1)
         return done
 
-    def _move(self, connection: Connection, keys: list[tuple[str, int]], route_for: Callable[[str], str]) -> None:
+    def _move(self, connection: Connection, keys: str, route_for: Callable[[str], str]) -> None:
         """Give these deliveries, which the caller has locked, the route that their first recipient has today."""
         address = """SELECT address FROM recipients WHERE message_id = @id(:id) AND delivery = :one
             ORDER BY position LIMIT 1"""
         move = "UPDATE deliveries SET route = :route WHERE message_id = @id(:id) AND number = :one"
-        for message_id, number in keys:
-            found = self._sql.run(connection, address, id=message_id, one=number).scalar()
+        for message_id, number in self._sql.run(connection, PICKED, keys=keys).all():
+            found = self._sql.run(connection, address, id=str(message_id), one=number).scalar()
             if found is not None:
-                self._sql.run(connection, move, id=message_id, one=number, route=route_for(found))
+                self._sql.run(connection, move, id=str(message_id), one=number, route=route_for(found))
 
 
 def _meant(verb: Verb, wanted: Filter) -> tuple[str, dict[str, Any]]:
     """The deliveries (as d) that a filter means and the verb may touch."""
     where, given = wanted.where()
-    takes = (*verb.takes, State.SENDING) if verb.wanted else verb.takes
-    states = ", ".join(f"'{state}'" for state in takes)
+    takes = f"d.state IN ({words(verb.takes)})"
+    if verb.wanted or verb.withdraws:
+        wish = f" AND d.wanted = '{verb.withdraws}'" if verb.withdraws else ""
+        takes = f"({takes} OR d.state = 'sending'{wish})"
     one = " AND d.message_id = @id(:id)" if wanted.id is not None else ""  # else SQLite looks at every delivery
-    meant = f"""d.state IN ({states}) AND EXISTS (
+    meant = f"""{takes} AND EXISTS (
         SELECT 1 FROM mail_history h WHERE h.message_id = d.message_id AND h.delivery = d.number AND {where}){one}"""
     return meant, given
 
@@ -210,15 +188,18 @@ def _meant(verb: Verb, wanted: Filter) -> tuple[str, dict[str, Any]]:
 def _why(verb: Verb, actor: str, reason: str) -> str:
     """What stands in `last_reply` of a delivery that an operator has stopped; the sender of a bounce reads it too."""
     who = "an operator" if verb.state is State.BOUNCED else actor
-    return escaped(f"{verb.state} by {who}" + (f": {reason}" if reason else ""))
+    done = "retried" if verb.state is State.QUEUED else verb.state
+    return escaped(f"{done} by {who}" + (f": {reason}" if reason else ""))
 
 
 def _sets(verb: Verb) -> str:
-    """The SET list: what is being sent is only told what is wanted of it."""
+    """The SET list: what is being sent is only told what is wanted of it, or no longer wanted."""
     values = {"state": f"'{verb.state}'"} | verb.sets
-    if verb.wanted is None:
+    if not (verb.wanted or verb.withdraws):
         return ", ".join(f"{column} = {value}" for column, value in values.items())
-    kept = [
-        f"{column} = CASE WHEN d.state = 'sending' THEN d.{column} ELSE {value} END" for column, value in values.items()
-    ]
-    return ", ".join([*kept, f"wanted = CASE WHEN d.state = 'sending' THEN '{verb.wanted}' END"])
+    wish = {"wanted": f"'{verb.wanted}'", "wanted_why": ":why"} if verb.wanted else {}
+    kept = {column: f"d.{column}" for column in values} | {c: wish.get(c, "NULL") for c in ("wanted", "wanted_why")}
+    return ", ".join(
+        f"{column} = CASE WHEN d.state = 'sending' THEN {while_sending} ELSE {values.get(column, 'NULL')} END"
+        for column, while_sending in kept.items()
+    )

@@ -162,9 +162,21 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(office: Office) -> 
         assert office.record(claim, outcome).state is expected
         row = office.delivery(message_id)
         assert (row["state"], row["wanted"]) == (expected, None)
+        if wanted != "retry" and expected is not State.DELIVERED:
+            assert row["last_reply"] == f"{state} by an operator", "not in the server's mouth"
         if expected is State.BOUNCED:
-            assert row["last_reply"] == BY_OPERATOR, "not in the server's mouth"
+            assert row["last_reply"] == BY_OPERATOR
         assert (row["finished_at"] is not None) == (expected in FINISHED)
+
+
+def test_no_message_is_looked_up_for_what_owes_no_notice(office: Office) -> None:
+    """Its row says to whom a notice would go, and nothing else that a record needs."""
+    (one,), (two,) = office.claim(office.accept()), office.claim(office.accept(), worker=(lost := office.hire()))
+    office.change("DELETE FROM messages")
+    assert office.record(one, Outcome.ACCEPTED).state is State.DELIVERED
+    office.pass_time(400)
+    assert office.bury(lost) == 1
+    assert office.state(two.message_id) == "deferred"
 
 
 def test_what_was_wanted_of_an_earlier_claim_is_forgotten(office: Office) -> None:

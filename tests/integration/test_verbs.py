@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from relay import verbs
+from relay import actions, verbs
 from relay.bodies import Spool
 from relay.filters import Filter
 from relay.schema import Outcome, State
 from tests.integration.office import Office, new_message
+from tests.integration.test_cost_of_a_message import counted
 from tests.integration.typed import Typed, lines, typed_at
 
 BODY = b"Subject: x\n\n" + b"b" * 88
@@ -64,10 +65,54 @@ def test_what_is_being_sent_is_told(office: Office, typed: Typed, verb: str, the
     office.record(one, Outcome.DEFERRED)
     office.record(two, Outcome.ACCEPTED)
     assert office.states([one.message_id, two.message_id]) == [then, "delivered"], "a K beats every wish"
+    assert office.delivery(two.message_id)["last_reply"] == "its words"
+
+
+@pytest.mark.parametrize("verb", ["hold", "drop", "bounce"])
+@pytest.mark.parametrize("end", ["recorded", "vanished"])
+def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(office: Office, typed: Typed, verb: str, end: str) -> None:
+    """The words are those that a waiting delivery gets."""
+    waiting, (claim,) = office.accept(), office.claim(office.accept())
+    typed(verb, "--all", "--yes", "--reason", "they moved")
+    words = office.delivery(waiting)["last_reply"]
+    row = office.delivery(claim.message_id)
+    assert (row["last_reply"], row["wanted_why"]) == (None, words)
+    if end == "recorded":
+        office.record(claim, Outcome.DEFERRED)
+    else:
+        office.pass_time(400)
+        office.bury(office.worker)
+    row = office.delivery(claim.message_id)
+    assert (row["last_reply"], row["wanted_why"]) == (words, None)
+    assert words.endswith(": they moved")
+    assert words in typed("why", claim.message_id).stdout
+
+
+def test_a_wish_of_retry_leaves_the_servers_words(office: Office, typed: Typed) -> None:
+    (claim,) = office.claim(office.accept())
+    typed("retry", claim.message_id, "--reason", "now")
+    office.record(claim, Outcome.DEFERRED)
+    row = office.delivery(claim.message_id)
+    assert (row["state"], row["last_reply"], row["wanted_why"]) == ("queued", "its words", None)
+
+
+def test_release_takes_back_a_hold_that_was_only_wanted(office: Office, typed: Typed) -> None:
+    (held,), (dropped,) = office.claim(office.accept()), office.claim(office.accept())
+    typed("hold", held.message_id)
+    typed("drop", dropped.message_id)
+    done = typed("release", "--all")
+    assert "release: 1 delivery (1 sending)" in done.stdout
+    assert "1 being sent: not held after this try any more" in done.stderr
+    rows = [office.delivery(claim.message_id) for claim in (held, dropped)]
+    assert [(row["state"], row["wanted"]) for row in rows] == [("sending", None), ("sending", "drop")]
+    assert [row["wanted_why"] is None for row in rows] == [True, False]
+    office.record(held, Outcome.DEFERRED)
+    assert office.state(held.message_id) == "deferred"
+    assert len(office.rows("SELECT * FROM touched")) == 3
 
 
 def test_it_goes_in_chunks_and_misses_nobody(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verbs, "CHUNK", 4)
+    monkeypatch.setattr(actions, "CHUNK", 4)
     office.intake.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
     other = office.accept("other@example.com")
     touched, free = verbs.Verbs(office.engine, notices=True).apply(
@@ -77,6 +122,52 @@ def test_it_goes_in_chunks_and_misses_nobody(office: Office, monkeypatch: pytest
     assert office.state(other) == "queued"
     (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM actions")
     assert tuple(action.values()) == ("me@here", "hold", "because", "--recipient '*@example.org'", 18)
+    noted = """SELECT t.message_id, t.delivery FROM touched t JOIN actions a ON a.id = t.action
+        JOIN deliveries d ON d.message_id = t.message_id AND d.number = t.delivery AND d.state = 'held'"""
+    assert len(office.rows(noted)) == len(office.rows("SELECT * FROM touched")) == 18
+
+
+@pytest.mark.parametrize("name", ["hold", "drop", "retry --reroute"])
+def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
+    office: Office, typed: Typed, spool: Spool, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(actions, "CHUNK", 2)
+    ids = sorted(office.accept() for _ in range(5))
+    for message_id in ids:
+        spool.store(message_id, [BODY])
+    note, calls = actions.Action.note, list[int]()
+
+    def interrupting(self: actions.Action, *given: object) -> None:
+        calls.append(1)
+        note(self, *given)  # type: ignore[arg-type]
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(actions.Action, "note", interrupting)
+    done = typed(*name.split(), "--all", "--yes", status=130)
+    assert "4 deliveries (4 queued)" in done.stdout
+    assert "interrupted after 4 of 5 deliveries" in done.stderr
+    ((matched,),) = (row.values() for row in office.rows("SELECT matched FROM actions"))
+    touched = [row["id"] for row in office.rows("SELECT @hex(message_id) AS id FROM touched ORDER BY 1")]
+    assert (matched, touched) == (4, ids[:4])
+    if name == "hold":
+        assert office.states(ids) == [*["held"] * 4, "queued"]
+    assert {i for i, _ in spool.ids()} == set(ids[4:] if name == "drop" else ids)
+
+
+def test_a_chunk_costs_the_same_statements_whatever_its_size(office: Office) -> None:
+    """Whose body is free is one more question, asked when the chunk is committed."""
+    counts = list[int]()
+    for size in (1, 20):
+        for _ in range(size):
+            office.accept(sender="")
+        with counted(office.engine) as count:
+            _, free = verbs.Verbs(office.engine, notices=True).apply(
+                verbs.VERBS["drop"], Filter(), actor="me@here", reason=""
+            )
+        assert len(free) == size
+        counts.append(count["statements"])
+    assert counts[0] == counts[1] == 5
 
 
 def test_more_than_one_needs_a_yes(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:

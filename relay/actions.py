@@ -1,0 +1,81 @@
+"""What is done by hand, and its record: who, what, why, how many, and which deliveries.
+
+How it works: an `Action` goes through the deliveries that are meant in key order, a chunk a transaction, so that it
+never holds up the workers for long and never meets them in another order. The transaction that changes a chunk also
+notes it: the first one inserts the row of `actions`, later ones raise its `matched`, and each delivery gets a row in
+`touched`. So whatever stops an action in its middle, what it has done until then is on record.
+
+What must stay true: nothing is changed by hand without its record, and nothing is on record that was not done.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+
+from relay.database import Statements, writing
+from relay.ids import dashed, new_id
+
+CHUNK = 500
+FIRST = "00000000-0000-0000-0000-000000000000"  # before every id
+PICKED = "SELECT message_id, number FROM @rows(:keys; message_id uuid, number int)"
+# What ends an UPDATE of the deliveries (as d) that were picked.
+THESE = "FROM @rows(:keys; message_id uuid, number int) WHERE d.message_id = x.message_id AND d.number = x.number"
+
+_ACTION = """INSERT INTO actions (id, at, actor, verb, reason, filter, matched)
+    VALUES (@id(:action), @now, :actor, :verb, :reason, :filter, :matched)
+    ON CONFLICT (id) DO UPDATE SET matched = actions.matched + excluded.matched"""
+_TOUCHED = f"""INSERT INTO touched (message_id, delivery, action)
+    SELECT message_id, number, @id(:action) FROM ({PICKED}) p WHERE true ON CONFLICT DO NOTHING"""
+
+
+class Action:
+    """One row of `actions`, which is there as soon as something was done."""
+
+    def __init__(
+        self, engine: Engine, sql: Statements, *, actor: str, verb: str, reason: str, filter_shown: str = ""
+    ) -> None:
+        self._engine, self._sql = engine, sql
+        self._row = {
+            "action": dashed(new_id()), "actor": actor, "verb": verb, "reason": reason, "filter": filter_shown
+        }  # fmt: skip
+
+    def through(
+        self, which: str, change: Callable[[Connection, str], object], **given: Any
+    ) -> Iterator[list[tuple[str, int, str]]]:
+        """Change the deliveries (as d) for which that is so; after each chunk (id of 32 digits, number, state it had).
+
+        `change` gets the keys of a chunk, which is locked, as `keys` is in `THESE` and `PICKED`.
+        """
+        picked = f"""SELECT d.message_id, d.number, d.state FROM deliveries d
+            WHERE {which} AND (d.message_id, d.number) > (@id(:after), :number)
+            ORDER BY d.message_id, d.number LIMIT :most @locked(d)"""
+        given |= {"after": FIRST, "number": 0, "most": CHUNK}
+        while True:
+            with writing(self._engine) as connection:
+                rows = self._sql.run(connection, picked, **given).all()
+                if rows:
+                    keys = _keys(rows)
+                    change(connection, keys)
+                    self.note(connection, len(rows), keys)
+            if rows:
+                yield [(str(message_id).replace("-", ""), number, state) for message_id, number, state in rows]
+                given |= {"after": str(rows[-1][0]), "number": rows[-1][1]}
+            if len(rows) < CHUNK:
+                return
+
+    def note(self, connection: Connection, matched: int, keys: str = "") -> None:
+        """Record that so much was done, and to which deliveries."""
+        self._sql.run(connection, _ACTION, matched=matched, **self._row)
+        if keys:
+            self._sql.run(connection, _TOUCHED, keys=keys, action=self._row["action"])
+
+    def note_rows(self, connection: Connection, rows: Sequence[Any]) -> None:
+        """The same for rows that begin with the key of a delivery; for none of them nothing is recorded."""
+        if rows:
+            self.note(connection, len(rows), _keys(rows))
+
+
+def _keys(rows: Sequence[Any]) -> str:
+    return json.dumps([{"message_id": str(row[0]), "number": row[1]} for row in rows])
