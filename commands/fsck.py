@@ -4,10 +4,11 @@ Each check gives findings; what can be mended knows how. What was found is looke
 somebody else does every second (sweeping, accepting, removing) has an age before it counts: so a healthy relay under
 load has no findings.
 
-What must stay true: nothing changes without --repair; a body that a row needs is never removed, nor is a file touched
-in a directory that is not this database's spool; a file without a row is moved, not removed, and only when some row is
-newer than it, because in a restored database every file of today looks lost; a worker is declared dead only as sweepers
-do it, after its lease was seen run out, unchanged, twice, LEASE apart.
+What must stay true: nothing changes without --repair, nor without a record in `actions`; no mail ends here: what cannot
+be sent as it is, is held; a body that a row needs, or may need when others are restored, is never removed, nor is a
+file touched in a directory that is not this database's spool; a file without a row is moved, not removed, and only when
+some row is newer than it, because in a restored database every file of today looks lost; a worker is declared dead only
+as sweepers do it, after its lease was seen run out, unchanged, twice, LEASE apart.
 """
 
 import time
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from commands.check import broker_lists
 from commands.explain import DONE, NOTHING_MATCHED, OUT_OF_REACH, say
 from commands.inspect import at_hand, opened
+from commands.operate import actor
 from commands.tables import counted, span, write
+from relay.actions import CHUNK, FIRST, PICKED, THESE, Action
 from relay.bodies import Spool, SpoolError
 from relay.broker import WINDOW
 from relay.database import Statements, reading, writing
@@ -30,11 +33,12 @@ from relay.queue import Queue
 from relay.schema import FINAL, NEEDS_BODY, UNFINISHED, words
 from relay.settings import WorkerSettings, load
 from relay.sweeps import Sweeps
-from worker.strays import LATE, Strays
+from worker.strays import LATE, Stray, Strays
 
 VERY_LATE = 4 * 3600.0  # what waits for a free connection, while others are sent
 BATCH = 500
 SHOWN = 5  # ids in a finding about many rows
+BY_FSCK = "held by fsck: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,10 @@ _COLUMNS = {
     "REPAIRED": lambda row: row["repaired"],
     "DETAILS": lambda row: f"{row['words']}; {row['remedy']}",
 }
-_WORKER = "EXISTS (SELECT 1 FROM workers w WHERE w.id = deliveries.worker{})"
-_RECIPIENT = "SELECT 1 FROM recipients r WHERE r.message_id = deliveries.message_id AND r.delivery = deliveries.number"
-_LOST = """state = 'deferred', worker = NULL, wanted = NULL, due_at = @later(:delay), last_outcome = 'uncertain',
-    last_reply = 'the worker that was sending it is not known'"""
-# Deliveries that no statement of ours makes: what, which, what mends them, and the SET that does.
+_WORKER = "EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker{})"
+_NO_RECIPIENT = """NOT EXISTS (SELECT 1 FROM recipients r WHERE r.message_id = d.message_id
+    AND r.delivery = d.number)"""
+# Deliveries (as d) that no statement of ours makes: what, which, what mends them, and the SET that does.
 _IMPOSSIBLE = (
     ("not due", "due_at IS NULL AND state IN ('queued', 'deferred')", "make it due now", "due_at = @now"),
     (
@@ -68,24 +71,39 @@ _IMPOSSIBLE = (
         "call it finished now, so that it is kept no longer than others", "finished_at = @now",
     ),
     (
-        "sent by an ended worker", f"state = 'sending' AND {_WORKER.format(' AND w.ended_at < @ago(:late)')}",
-        "call it uncertain", _LOST,
+        "delivery without recipient", f"state = 'held' AND {_NO_RECIPIENT}",
+        "it is held: restore the rows of its recipients from a backup, and release it", "",
     ),
-    ("sent by nobody", f"state = 'sending' AND NOT {_WORKER.format('')}", "call it uncertain", _LOST),
     (
-        "delivery without recipient", f"state IN ('queued', 'deferred', 'held') AND NOT EXISTS ({_RECIPIENT})",
-        "drop it", "state = 'dropped', due_at = NULL, finished_at = @now",
+        "delivery without recipient", f"state IN ('queued', 'deferred') AND {_NO_RECIPIENT}",
+        "hold it", f"state = 'held', due_at = NULL, last_reply = '{BY_FSCK}it has no recipient'",
     ),
     (
         "delivery without message",
-        f"{NEEDS_BODY} AND NOT EXISTS (SELECT 1 FROM messages m WHERE m.id = deliveries.message_id)",
+        f"{NEEDS_BODY} AND NOT EXISTS (SELECT 1 FROM messages m WHERE m.id = d.message_id)",
         "restore the row of its message from a backup", "",
+    ),
+)  # fmt: skip
+# What is being sent, and by whom it cannot be: what, which, and the words of an attempt whose end nobody knows.
+_LOST = (
+    (
+        "sent by an ended worker", f"d.state = 'sending' AND {_WORKER.format(' AND w.ended_at < @ago(:late)')}",
+        "the worker stopped while it was sending",
+    ),
+    (
+        "sent by nobody", f"d.state = 'sending' AND NOT {_WORKER.format('')}",
+        "the worker that was sending it is not known",
     ),
 )  # fmt: skip
 _STRAY = """SELECT r.message_id, r.delivery FROM recipients r LEFT JOIN deliveries d ON d.message_id = r.message_id
     AND d.number = r.delivery WHERE d.number IS NULL"""
-_ADOPT = f"""INSERT INTO deliveries (message_id, number, route, state, expires_at)
-    SELECT DISTINCT s.message_id, s.delivery, 'default', 'held', @later(:lifetime) FROM ({_STRAY}) s"""
+_ADOPT = f"""INSERT INTO deliveries (message_id, number, route, state, expires_at, last_reply)
+    SELECT DISTINCT s.message_id, s.delivery, 'default', 'held', @later(:lifetime), '{BY_FSCK}it had no delivery'
+    FROM ({_STRAY}) s WHERE true ORDER BY s.message_id, s.delivery LIMIT :most
+    ON CONFLICT DO NOTHING RETURNING message_id, number"""
+_BARE = """SELECT @hex(m.id) FROM messages m
+    WHERE NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.message_id = m.id)
+    AND NOT EXISTS (SELECT 1 FROM recipients r WHERE r.message_id = m.id) ORDER BY m.id LIMIT 10000"""
 # Waiting for a free connection is no fault while others are sent; nor is what an operator paused.
 _LATE = """SELECT state, count(*), @since(min(due_at)) FROM deliveries WHERE due_at < @ago(:late)
     AND NOT EXISTS (SELECT 1 FROM pauses p WHERE p.subject = 'route:' || route)
@@ -101,9 +119,7 @@ class Fsck:
         self._settings, self._engine, self._spool = settings, engine, spool
         self._sweeps, self._strays = Sweeps(engine, settings), Strays(engine, spool)
         self._spool_id = Queue(engine).spool_id()
-        self._sql = Statements(
-            engine, late=LATE, very_late=VERY_LATE, lifetime=settings.queue_lifetime, delay=settings.uncertain_delay
-        )
+        self._sql = Statements(engine, late=LATE, very_late=VERY_LATE, lifetime=settings.queue_lifetime)
 
     def findings(self) -> Iterator[Finding]:
         """Everything that is wrong, as it is found."""
@@ -118,25 +134,38 @@ class Fsck:
         with reading(self._engine) as connection:
             return list(self._sql.run(connection, sql, **given))
 
-    def _change(self, sql: str, **given: Any) -> bool:
-        with writing(self._engine) as connection:
-            return bool(self._sql.run(connection, sql, **given).rowcount)
+    def _action(self, reason: str, filter_shown: str = "") -> Action:
+        return Action(
+            self._engine, self._sql, actor=actor(), verb="fsck", reason=reason, filter_shown=filter_shown
+        )  # fmt: skip
+
+    def _through(self, action: Action, which: str, change: Callable[[Connection, str], object], **given: Any) -> bool:
+        """Mend deliveries (as d), a chunk a transaction, with a record; whether there were any."""
+        return sum(len(rows) for rows in action.through(which, change, **given)) > 0
 
     def _files(self) -> Iterator[Finding]:
         """Files without a row, and bodies that no row needs any more."""
         for stray in self._strays.found():
-            path = str(stray.path)
             if stray.row:
-                yield Finding("file that nobody needs", path, "remove it", partial(self._strays.remove, stray))
-            elif stray.proven:
-                yield Finding("file without row", path, "move it to orphans/", partial(self._strays.put_aside, stray))
+                what, remedy, mend = "file that nobody needs", "remove it", self._strays.remove
             else:
-                remedy = "left alone: no row is newer, so the database may be an old copy"
-                yield Finding("file without row", path, remedy)
+                what, remedy, mend = "file without row", "move it to orphans/", self._strays.put_aside
+            repair: Callable[[], bool] | None = partial(self._noted, what, stray, mend)
+            if not stray.row and not stray.proven:
+                remedy, repair = "left alone: no row is newer, so the database may be an old copy", None
+            yield Finding(what, str(stray.path), remedy, repair)
+
+    def _noted(self, what: str, stray: Stray, mend: Callable[[Stray], bool]) -> bool:
+        """Mend what is about a file, and record that."""
+        if not mend(stray):
+            return False
+        with writing(self._engine) as connection:
+            self._action(what, f"--id {stray.name}").note(connection, 0)
+        return True
 
     def _bodies(self) -> Iterator[Finding]:
         """Unfinished deliveries whose body is missing or of another size: looked at again, after their row."""
-        after = "00000000-0000-0000-0000-000000000000"
+        after = FIRST
         sql = f"""SELECT m.id, m.size, min(d.state), max(d.state) FROM deliveries d JOIN messages m
             ON m.id = d.message_id WHERE d.state IN ({words(UNFINISHED)}) AND m.id > @id(:after)
             GROUP BY m.id, m.size ORDER BY m.id LIMIT {BATCH}"""
@@ -166,10 +195,17 @@ class Fsck:
         return "" if found == size else f"the body file has {found} bytes, not {size}"
 
     def _hold(self, name: str, size: int) -> bool:
-        hold = """UPDATE deliveries SET state = 'held', due_at = NULL, last_outcome = 'unsendable', last_reply = :fault
-            WHERE message_id = @id(:id) AND state IN ('queued', 'deferred')"""
-        fault = self._fault(name, size)
-        return bool(fault) and self._change(hold, id=dashed(name), fault=fault)
+        hold = f"""UPDATE deliveries AS d SET state = 'held', due_at = NULL, last_outcome = 'unsendable',
+            last_reply = :words {THESE}"""
+        if not (fault := self._fault(name, size)):
+            return False
+
+        def change(connection: Connection, keys: str) -> None:
+            said = f"{BY_FSCK}{fault}; put the file back and release it, or drop it"
+            self._sql.run(connection, hold, keys=keys, words=said)
+
+        which = "d.message_id = @id(:id) AND d.state IN ('queued', 'deferred')"
+        return self._through(self._action(fault, f"--id {name}"), which, change, id=dashed(name))
 
     def _workers(self) -> Iterator[Finding]:
         """Workers whose lease ran out long ago, and stays so for another LEASE."""
@@ -187,17 +223,45 @@ class Fsck:
                 yield Finding("dead worker", about, "declare it dead", partial(self._bury, worker, until))
 
     def _bury(self, worker: str, until: str) -> bool:
-        return self._sweeps.bury(worker, until) is not None
+        action = self._action(f"dead worker {worker}")
+        return self._sweeps.bury(worker, until, action.note_rows) is not None
 
     def _rows(self) -> Iterator[Finding]:
         """Rows that no statement of ours makes."""
         for what, which, remedy, mend in _IMPOSSIBLE:
-            if rows := self._all(f"SELECT message_id, number FROM deliveries WHERE {which} LIMIT 10000"):
-                repair = partial(self._change, f"UPDATE deliveries SET {mend} WHERE {which}") if mend else None
-                yield Finding(what, _these(rows), remedy, repair)
+            yield from self._deliveries(what, which, remedy, partial(self._set, mend) if mend else None)
+        for what, which, why in _LOST:
+            yield from self._deliveries(what, which, "call it uncertain", partial(self._lose, why))
         if rows := self._all(f"{_STRAY} LIMIT 10000"):
-            remedy = "give it a delivery, which is held"
-            yield Finding("recipient without delivery", _these(rows), remedy, partial(self._change, _ADOPT))
+            yield Finding("recipient without delivery", _these(rows), "give it a delivery, which is held", self._adopt)
+        if bare := self._all(_BARE):
+            ids = ", ".join(row[0] for row in bare[:SHOWN]) + (" ..." if len(bare) > SHOWN else "")
+            remedy = "its body stays: restore the rows of its recipients and deliveries from a backup"
+            yield Finding("message without recipients", f"{len(bare)} messages: {ids}", remedy)
+
+    def _deliveries(
+        self, what: str, which: str, remedy: str, change: Callable[[Connection, str], object] | None
+    ) -> Iterator[Finding]:
+        if rows := self._all(f"SELECT d.message_id, d.number FROM deliveries d WHERE {which} LIMIT 10000"):
+            repair = partial(self._through, self._action(what), which, change) if change else None
+            yield Finding(what, _these(rows), remedy, repair)
+
+    def _set(self, values: str, connection: Connection, keys: str) -> None:
+        self._sql.run(connection, f"UPDATE deliveries AS d SET {values} {THESE}", keys=keys)
+
+    def _lose(self, why: str, connection: Connection, keys: str) -> None:
+        self._sweeps.lose(connection, f"(d.message_id, d.number) IN ({PICKED})", why, keys=keys)
+
+    def _adopt(self) -> bool:
+        """Give recipients that nobody carries a delivery, which is held."""
+        action, adopted = self._action("recipient without delivery"), 0
+        while True:
+            with writing(self._engine) as connection:
+                rows = self._sql.run(connection, _ADOPT, most=CHUNK).all()
+                action.note_rows(connection, rows)
+            adopted += len(rows)
+            if len(rows) < CHUNK:
+                return adopted > 0
 
     def _late(self) -> Iterator[Finding]:
         """What somebody should have looked at long ago."""

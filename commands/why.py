@@ -106,7 +106,7 @@ def _held(row: Row, _message: Row, _facts: Facts) -> str:
     elif outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
         cause = f"held because {_last(row)}"
     else:
-        cause = "held by an operator while it was being sent" + (f"; then {_last(row)}" if outcome else "")
+        cause = "held, and nothing says by whom" + (f"; before that {_last(row)}" if outcome else "")
     return f"{cause}. It stays until it is released, bounced or dropped"
 
 

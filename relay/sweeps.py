@@ -8,7 +8,7 @@ What must stay true: nobody is declared dead because the database was away; what
 never quietly sent again: it gets an attempt of outcome `uncertain` first (hop 0).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine
@@ -43,16 +43,16 @@ class Sweeps:
             poison=settings.poison_limit,
         )
 
-    def _lose(self, connection: Connection, where: str, why: str, **given: Any) -> int:
-        """Turn what somebody was sending into `uncertain`; how many there were."""
+    def lose(self, connection: Connection, where: str, why: str, **given: Any) -> Sequence[Any]:
+        """Turn what somebody was sending into `uncertain`; rows of message id and number, as the database has them."""
         lost = f"{_LOST} {where} ORDER BY d.message_id, d.number"
         if self._sql.postgresql:
             sql = f"""WITH p AS MATERIALIZED ({lost} @locked(d)), a AS ({_LOST_ATTEMPT} p ON CONFLICT DO NOTHING)
-                UPDATE deliveries d {_LOST_SET} FROM p WHERE {KEYS}"""
-            return int(self._sql.run(connection, sql, why=why, **given).rowcount)
+                UPDATE deliveries d {_LOST_SET} FROM p WHERE {KEYS} RETURNING d.message_id, d.number"""
+            return list(self._sql.run(connection, sql, why=why, **given))
         self._sql.run(connection, f"{_LOST_ATTEMPT} ({lost}) WHERE true ON CONFLICT DO NOTHING", why=why, **given)
-        sql = f"UPDATE deliveries AS d {_LOST_SET} FROM ({lost}) AS p WHERE {KEYS}"
-        return int(self._sql.run(connection, sql, why=why, **given).rowcount)
+        sql = f"UPDATE deliveries AS d {_LOST_SET} FROM ({lost}) AS p WHERE {KEYS} RETURNING message_id, number"
+        return list(self._sql.run(connection, sql, why=why, **given))
 
     def ran_out(self) -> list[tuple[str, str]]:
         """Workers whose lease has run out: (id, the lease's end, as an opaque text)."""
@@ -62,8 +62,13 @@ class Sweeps:
             )
             return [(worker, until) for worker, until in found]
 
-    def bury(self, worker: str, until: str) -> int | None:
-        """Declare a worker dead and make what it was sending `uncertain`; None if it renewed its lease after all."""
+    def bury(
+        self, worker: str, until: str, note: Callable[[Connection, Sequence[Any]], object] | None = None
+    ) -> int | None:
+        """Declare a worker dead and make what it was sending `uncertain`; None if it renewed its lease after all.
+
+        `note` is called in the same transaction, with what `lose` answered.
+        """
         with writing(self._engine) as connection:
             dead = self._sql.run(
                 connection,
@@ -74,19 +79,22 @@ class Sweeps:
             if not dead:
                 return None
             why = "the worker vanished while it was sending"
-            return self._lose(connection, "d.worker = :worker AND d.due_at IS NOT NULL", why, worker=dashed(worker))
+            lost = self.lose(connection, "d.worker = :worker AND d.due_at IS NOT NULL", why, worker=dashed(worker))
+            if note:
+                note(connection, lost)
+            return len(lost)
 
     def lose_stuck(self) -> int:
         """Make transfers `uncertain` that have taken longer than any session may; how many there were."""
         with writing(self._engine) as connection:
-            return self._lose(connection, "d.due_at <= @now", "the transfer took longer than any session may")
+            return len(self.lose(connection, "d.due_at <= @now", "the transfer took longer than any session may"))
 
     def lose_strays(self) -> int:
         """Make `uncertain` what a worker that has ended was still sending; how many there were."""
         with writing(self._engine) as connection:
             gone = """d.due_at IS NOT NULL
                 AND EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)"""
-            return self._lose(connection, gone, "the worker stopped while it was sending")
+            return len(self.lose(connection, gone, "the worker stopped while it was sending"))
 
     def note_rests(self, worker: str, rests: Mapping[str, str]) -> None:
         """Say which servers a worker leaves alone for now, and why: for those who look at `server_health`."""

@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from commands import fsck
 from commands.check import broker_lists
 from commands.fsck import Finding, Fsck
+from relay import actions
 from relay.bodies import Spool
 from relay.broker import QUEUES, celery_app
 from relay.database import writing
@@ -213,10 +214,86 @@ def test_recipients_that_nobody_carries(office: Office, spool: Spool, typed: Typ
     mended(typed, "recipient without delivery")
     assert office.state(message_id, 2) == "held"
     office.change("DELETE FROM recipients WHERE delivery = 1")
-    mended(typed, "delivery without recipient")
-    assert office.state(message_id) == "dropped"
+    assert found(typed, "--repair") == [("delivery without recipient", "yes")]
+    assert office.state(message_id) == "held", "nobody is told of what ends unseen"
+    assert found(typed, "--repair") == [("delivery without recipient", "-")], "until somebody decides"
+    said = [office.delivery(message_id, number)["last_reply"] for number in (2, 1)]
+    assert said == ["held by fsck: it had no delivery", "held by fsck: it has no recipient"]
+    assert "b@example.org: held by fsck: it had no delivery. It stays until" in typed("why", message_id).stdout
     office.change("DELETE FROM messages")
-    assert ("delivery without message", "-") in found(typed, "--repair")
+    stored(office, spool)
+    aged(spool.path(message_id))
+    assert ("delivery without message", "-") in (rows := found(typed, "--repair"))
+    assert ("file without row", "yes") not in rows, "what is left of it says that the body may be needed"
+
+
+def test_a_message_that_lost_all_its_rows_keeps_its_body(office: Office, spool: Spool, typed: Typed) -> None:
+    message_id = stored(office, spool)
+    for table in ("recipients", "deliveries"):
+        office.change(f"DELETE FROM {table}")
+    aged(spool.path(message_id))
+    assert found(typed, "--repair") == [("message without recipients", "-")]
+    assert message_id in typed("fsck", status=1).stdout
+    assert spool.path(message_id).exists()
+
+
+def test_repairs_are_on_record(office: Office, spool: Spool, typed: Typed) -> None:
+    lost, broken, nobody = stored(office, spool), office.accept(), stored(office, spool)
+    office.claim(nobody)
+    office.change("DELETE FROM workers")
+    office.change("DELETE FROM deliveries WHERE message_id = @id(:id)", id=lost)
+    path = orphan(spool)
+    stored(office, spool)
+    assert len(found(typed)) == 4
+    assert office.rows("SELECT * FROM actions") == []
+    assert {repaired for _, repaired in found(typed, "--repair")} == {"yes"}
+    sql = """SELECT a.reason, a.filter, a.matched, @hex(t.message_id) AS id FROM actions a
+        LEFT JOIN touched t ON t.action = a.id WHERE a.verb = 'fsck' AND a.actor LIKE '%@%' ORDER BY a.id"""
+    assert [tuple(row.values()) for row in office.rows(sql)] == [
+        ("sent by nobody", "", 1, nobody),
+        ("recipient without delivery", "", 1, lost),
+        ("file without row", f"--id {path.name}", 0, None),
+        (f"no body file {broken}", f"--id {broken}", 1, broken),
+    ]
+    assert office.attempts(nobody) == [(1, 0, "uncertain")], "it may have been sent"
+
+
+def test_who_was_buried_is_on_record(office: Office, spool: Spool, typed: Typed) -> None:
+    message_id = stored(office, spool)
+    office.claim(message_id, worker=(dead := office.hire()))
+    office.ask(message_id, "hold")
+    office.change("UPDATE workers SET until = @ago(1000) WHERE id = @id(:id)", id=dead)
+    assert found(typed, "--repair") == [("dead worker", "yes")]
+    assert [row["reason"] for row in office.rows("SELECT reason FROM actions")] == [f"dead worker {dead}"]
+    assert len(office.rows("SELECT 1 FROM touched WHERE message_id = @id(:id)", id=message_id)) == 1
+
+
+@pytest.mark.parametrize("what", ["sent by nobody", "delivery without recipient", "recipient without delivery"])
+def test_many_are_mended_in_chunks(
+    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    for module in (actions, fsck):
+        monkeypatch.setattr(module, "CHUNK", 2)
+    chunks, note = list[int](), actions.Action.note
+
+    def noting(self: actions.Action, connection: Connection, matched: int, *keys: str) -> None:
+        chunks.append(matched)
+        note(self, connection, matched, *keys)
+
+    monkeypatch.setattr(actions.Action, "note", noting)
+    ids = [stored(office, spool) for _ in range(5)]
+    if what == "sent by nobody":
+        office.claim(*ids)
+        office.ask(ids[0], "bounce")
+    gone = {"sent by nobody": "workers", "delivery without recipient": "recipients"}.get(what, "deliveries")
+    office.change(f"DELETE FROM {gone}")
+    assert found(typed, "--repair") == [(what, "yes")]
+    assert chunks == [2, 2, 1]
+    assert [tuple(row.values()) for row in office.rows("SELECT reason, matched FROM actions")] == [(what, 5)]
+    if what == "sent by nobody":
+        assert office.states(ids) == ["bounced", *["deferred"] * 4], "what an operator wanted comes first"
+    else:
+        assert set(office.states(ids)) == {"held"}
 
 
 @pytest.mark.parametrize(
