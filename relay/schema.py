@@ -52,10 +52,10 @@ FINAL = (State.DELIVERED, State.BOUNCED, State.EXPIRED, State.DROPPED)
 
 # A recorded K goes to DELIVERED from anywhere and stands outside this table.
 TRANSITIONS: dict[State, frozenset[State]] = {
-    State.QUEUED: frozenset({State.SENDING, State.HELD, State.BOUNCED, State.DROPPED}),
+    State.QUEUED: frozenset({State.SENDING, State.HELD, State.SPLIT, State.BOUNCED, State.DROPPED}),
     State.SENDING: frozenset(State) - {State.SENDING},
-    State.DEFERRED: frozenset({State.QUEUED, State.HELD, State.BOUNCED, State.DROPPED}),
-    State.HELD: frozenset({State.QUEUED, State.BOUNCED, State.DROPPED}),
+    State.DEFERRED: frozenset({State.QUEUED, State.HELD, State.SPLIT, State.BOUNCED, State.DROPPED}),
+    State.HELD: frozenset({State.QUEUED, State.SPLIT, State.BOUNCED, State.DROPPED}),
     State.BOUNCED: frozenset({State.DEFERRED}),
     State.SPLIT: frozenset(),
     State.DELIVERED: frozenset(),

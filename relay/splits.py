@@ -5,15 +5,24 @@ so sending the halves again is safe: the delivery becomes `split`, and two new d
 its recipients each. This goes on until the bad one stands alone; it alone bounces.
 
 That is only worth trying while the refusal is about an address (RFC 3463 x.1.y). If both first halves were refused in
-the same words it was not, and everything bounces; so it does once a message has been cut into LARGEST pieces.
+the same words by servers of one route it was not, and everything bounces; so it does once a message has been cut into
+LARGEST pieces.
+
+Who gives waiting mail the routes of today (relay/verbs.py) divides it in the same way where they differ: two by two,
+until each piece has one. No new delivery is without a parent, so that numbers of children stay the parent's alone to
+give, and a K that comes late for the whole holds for its pieces. Dividing counts as a claim: whoever has an older one
+comes too late.
 
 What must stay true: parent, children and recipients change in the transaction that records the D, fenced as every
-record is; the children together have the recipients of the parent, each once.
+record is, or that has locked what it divides; the children together have the recipients of the parent, each once.
 
 That transaction has locked what it records in key order, so from then on it must not wait for anybody. Nor does it:
 children have numbers that only their parent can give, however many of its message are cut at the same time; relatives
 that somebody else has locked are skipped, or, where that would not do, the whole round is run again.
 """
+
+import json
+from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
@@ -27,6 +36,7 @@ _FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.message
         (SELECT p.parent FROM deliveries p WHERE p.message_id = d.message_id AND p.number = d.parent) AS grandparent
     FROM deliveries d WHERE d.message_id = @id(:id) AND d.number = :number"""
 _TWIN = """SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :parent AND number <> :number
+    AND route = (SELECT o.route FROM deliveries o WHERE o.message_id = @id(:id) AND o.number = :number)
     AND state IN ('split', 'bounced') AND last_outcome = 'rejected' AND last_reply = :reply"""
 _OFFSPRING = """WITH RECURSIVE line(number) AS (
         SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :root
@@ -37,6 +47,17 @@ _CHILDREN = """INSERT INTO deliveries (message_id, number, parent, route, state,
     WHERE message_id = @id(:id) AND number = :number"""
 _GIVE = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id) AND delivery = :number
     AND position <= :until"""
+_PIECE = """INSERT INTO deliveries (message_id, number, parent, route, state, due_at, expires_at, vanished,
+        last_outcome, last_reply, last_server)
+    SELECT message_id, :child, number, :route, state, due_at, expires_at, vanished,
+        last_outcome, last_reply, last_server
+    FROM deliveries WHERE message_id = @id(:id) AND number = :number"""
+_REMEMBERED = """INSERT INTO touched (message_id, delivery, action) SELECT message_id, :child, action FROM touched
+    WHERE message_id = @id(:id) AND delivery = :number ON CONFLICT DO NOTHING"""
+_HAND_OVER = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id)
+    AND position IN (SELECT position FROM @rows(:positions; position int))"""
+_DIVIDED = """UPDATE deliveries SET state = 'split', due_at = NULL, claims = claims + 1
+    WHERE message_id = @id(:id) AND number = :number"""
 _TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, wanted = NULL,
     wanted_why = NULL WHERE message_id = @id(:id)"""
 _REFUSED = f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
@@ -63,11 +84,32 @@ class Splitter:
         if pieces + 2 > LARGEST or len(positions) == 1:
             return False
         middle = positions[(len(positions) - 1) // 2]
-        first = roots + 2 * number - 1  # as in a heap: no two parents have a child of the same number
+        first = _first_child(roots, number)
         for child, until in ((first, middle), (first + 1, positions[-1])):
             self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
             self._sql.run(connection, _GIVE, id=key, number=number, child=child, until=until)
         return True
+
+    def divide(self, connection: Connection, key: str, number: int, ways: Mapping[str, list[int]]) -> None:
+        """Give the recipients of a delivery that waits, by position, the routes that they have in `ways`.
+
+        The caller has locked the delivery. What becomes of it is due when it was.
+        """
+        if len(ways) == 1:
+            sql = "UPDATE deliveries SET route = :route WHERE message_id = @id(:id) AND number = :number"
+            self._sql.run(connection, sql, id=key, number=number, route=next(iter(ways)))
+            return
+        roots = self._sql.run(connection, _FAMILY, id=key, number=number).one()[2]
+        names, middle, first = list(ways), (len(ways) + 1) // 2, _first_child(roots, number)
+        for child, part in ((first, names[:middle]), (first + 1, names[middle:])):
+            self._sql.run(connection, _PIECE, id=key, number=number, child=child, route=part[0])
+            self._sql.run(connection, _REMEMBERED, id=key, number=number, child=child)
+            if len(part) > 1:
+                self.divide(connection, key, child, {name: ways[name] for name in part})
+            else:
+                positions = json.dumps([{"position": position} for position in ways[part[0]]])
+                self._sql.run(connection, _HAND_OVER, id=key, child=child, positions=positions)
+        self._sql.run(connection, _DIVIDED, id=key, number=number)
 
     def taken(self, connection: Connection, key: str, number: int) -> None:
         """An earlier claim of a delivery was accepted after all: what it was cut into is delivered with it."""
@@ -99,3 +141,8 @@ class Splitter:
         if numbers:
             listed = ", ".join(str(int(number)) for number in numbers)
             self._sql.run(connection, f"{sql} AND number IN ({listed})", **given)
+
+
+def _first_child(roots: int, number: int) -> int:
+    """As in a heap: no two deliveries of a message have a child of the same number."""
+    return roots + 2 * number - 1

@@ -22,6 +22,7 @@ from relay.log import escaped
 from relay.needs import unneeded
 from relay.queue import Queue
 from relay.schema import OWED, State, words
+from relay.splits import Splitter
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class Verbs:
     def __init__(self, engine: Engine, *, notices: bool) -> None:
         self._engine, self._queue = engine, Queue(engine)
         self._sql = Statements(engine, notices=notices)
+        self._splitter = Splitter(self._sql)
 
     def matching(self, verb: Verb, wanted: Filter) -> Counter[str]:
         """How many deliveries the verb would touch, by state; nothing is changed."""
@@ -111,7 +113,7 @@ class Verbs:
     ) -> tuple[Counter[str], list[str]]:
         """Do it; the deliveries touched by the state they were in, and the ids of messages that need no body now.
 
-        `route_for` gives each delivery the route that its first recipient has today.
+        `route_for` gives each delivery the route that its recipients have today, or divides it if they have several.
         """
         all_touched: Counter[str] = Counter()
         free: list[str] = []
@@ -162,14 +164,15 @@ class Verbs:
         return done
 
     def _move(self, connection: Connection, keys: str, route_for: Callable[[str], str]) -> None:
-        """Give these deliveries, which the caller has locked, the route that their first recipient has today."""
-        address = """SELECT address FROM recipients WHERE message_id = @id(:id) AND delivery = :one
-            ORDER BY position LIMIT 1"""
-        move = "UPDATE deliveries SET route = :route WHERE message_id = @id(:id) AND number = :one"
+        """Give these deliveries, which the caller has locked, the routes that their recipients have today."""
+        addressed = """SELECT position, address FROM recipients WHERE message_id = @id(:id) AND delivery = :number
+            ORDER BY position"""
         for message_id, number in self._sql.run(connection, PICKED, keys=keys).all():
-            found = self._sql.run(connection, address, id=str(message_id), one=number).scalar()
-            if found is not None:
-                self._sql.run(connection, move, id=str(message_id), one=number, route=route_for(found))
+            ways: dict[str, list[int]] = {}
+            for position, address in self._sql.run(connection, addressed, id=str(message_id), number=number):
+                ways.setdefault(route_for(address), []).append(position)
+            if ways:
+                self._splitter.divide(connection, str(message_id), number, ways)
 
 
 def _meant(verb: Verb, wanted: Filter) -> tuple[str, dict[str, Any]]:

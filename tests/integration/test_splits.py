@@ -16,9 +16,11 @@ from sqlalchemy.exc import OperationalError
 
 from relay.claims import Claim, Recorded
 from relay.database import Statements, is_outage, writing
+from relay.filters import Filter
 from relay.ids import dashed
 from relay.schema import Outcome, State
 from relay.splits import LARGEST, Splitter
+from relay.verbs import REROUTE, VERBS, Verbs
 from tests.integration.office import Office
 
 PLENTY = {"default": 1000}
@@ -222,6 +224,109 @@ def test_a_late_K_waits_for_no_relatives_either_and_loses_none(postgres_office: 
 def lock(connection: Connection, message_id: str, number: int) -> None:
     sql = "SELECT 1 FROM deliveries WHERE message_id = CAST(:id AS uuid) AND number = :number FOR UPDATE"
     assert connection.execute(text(sql), {"id": dashed(message_id), "number": number}).first()
+
+
+# --- by route -----------------------------------------------------------------------------------------------
+
+
+def way(address: str) -> str:
+    """The routes of today: `x@a.test` goes by `a`."""
+    return address.rpartition("@")[2].removesuffix(".test")
+
+
+def reroute(office: Office, route: str = "bulk") -> int:
+    verbs = Verbs(office.engine, notices=True)
+    return verbs.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[0].total()
+
+
+def ways(office: Office, message_id: str) -> dict[str, tuple[int, str, str]]:
+    """Number, state and route of each recipient's delivery."""
+    sql = """SELECT r.address, d.number, d.state, d.route FROM recipients r JOIN deliveries d
+        ON d.message_id = r.message_id AND d.number = r.delivery WHERE r.message_id = @id(:id) ORDER BY r.position"""
+    return {row["address"]: (row["number"], row["state"], row["route"]) for row in office.rows(sql, id=message_id)}
+
+
+def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(office: Office) -> None:
+    """All would follow the first to servers that know nothing of the others, and bounce them."""
+    message_id = office.accept(*(f"bulk:{n}@{'abac'[n]}.test" for n in range(4)), "default:z@d.test")
+    (claim,) = office.claim(message_id, room={"bulk": 1})
+    office.record(claim, Outcome.DEFERRED, backoff_step=3)
+    office.change("UPDATE deliveries SET vanished = 2 WHERE message_id = @id(:id) AND route = 'bulk'", id=message_id)
+    whole = office.delivery(message_id)
+    assert reroute(office) == 1
+    found = ways(office, message_id)
+    assert {address: (state, route) for address, (_, state, route) in found.items()} == {
+        "0@a.test": ("queued", "a"), "1@b.test": ("queued", "b"), "2@a.test": ("queued", "a"),
+        "3@c.test": ("queued", "c"), "z@d.test": ("queued", "default"),
+    }  # fmt: skip
+    assert found["0@a.test"][0] == found["2@a.test"][0], "one request for one route"
+    assert len({number for number, _, _ in found.values()}) == 4
+    piece = office.delivery(message_id, found["1@b.test"][0])
+    kept = ("expires_at", "vanished", "last_outcome", "last_reply", "last_server")
+    assert [piece[column] for column in kept] == [whole[column] for column in kept]
+    assert (piece["claims"], piece["backoff_step"], piece["due_in"] <= 0) == (0, 0, True)
+    assert (office.state(message_id), office.delivery(message_id)["due_at"]) == ("split", None)
+    assert reroute(office) == reroute(office, "a") - 1 == 0, "there is nothing left to divide"
+    assert ways(office, message_id) == found
+    claims = office.claim(message_id, room=dict.fromkeys(["a", "b", "c", "default"], 9))
+    assert sorted(claim.recipients for claim in claims) == [
+        ("0@a.test", "2@a.test"), ("1@b.test",), ("3@c.test",), ("z@d.test",)
+    ]  # fmt: skip
+
+
+def test_what_is_held_is_divided_and_stays_held(office: Office) -> None:
+    message_id = office.accept("bulk:x@a.test", "bulk:y@b.test")
+    verbs = Verbs(office.engine, notices=True)
+    verbs.apply(VERBS["hold"], Filter(id=message_id), actor="me", reason="a look")
+    assert reroute(office) == 1
+    assert [(state, route) for _, state, route in ways(office, message_id).values()] == [("held", "a"), ("held", "b")]
+    assert "a look" in office.delivery(message_id, 2)["last_reply"]
+    verbs.apply(VERBS["release"], Filter(id=message_id), actor="me", reason="")
+    assert len(office.claim(message_id, room={"a": 1, "b": 1})) == 2
+
+
+def test_pieces_by_route_are_cut_like_any_other(office: Office) -> None:
+    """Also when both are refused in the same words: two routes are no two witnesses."""
+    message_id = office.accept(*(f"bulk:{n}@{'ab'[n % 2]}.test" for n in range(12)))
+    reroute(office)
+    server = Server({"0@a.test", "1@b.test"}, lambda _: "no such mailbox (#5.1.1)")
+    while claims := office.claim(message_id, room={"a": 1, "b": 1}):
+        for claim in claims:
+            if refuse(office, claim, server) is None:
+                office.record(claim, Outcome.ACCEPTED)
+    states = became(office, message_id)
+    assert {name for name, state in states.items() if state != "delivered"} == server.bad
+    assert set(server.accepted.values()) == {1}
+
+
+def test_a_late_K_holds_for_what_was_divided_since(office: Office) -> None:
+    message_id = office.accept("bulk:x@a.test", "bulk:y@b.test")
+    (old,) = office.claim(message_id, room={"bulk": 1})
+    office.record(old, Outcome.UNCERTAIN)
+    reroute(office)
+    assert office.record(old, Outcome.DEFERRED).state is None, "the whole is nobody's any more"
+    assert office.record(old, Outcome.ACCEPTED).state is State.DELIVERED
+    assert [row["state"] for row in family(office, message_id)] == ["delivered"] * 3
+    assert office.claim(message_id, room={"a": 1, "b": 1}) == [], "never again after a K"
+
+
+def test_numbers_of_pieces_are_nobody_elses(postgres_office: Office) -> None:
+    """While one delivery is divided by route another of the same message is cut, and neither waits for the other."""
+    office = postgres_office
+    message_id = office.accept(*addresses(4), *(f"bulk:{n}@{n}.test" for n in range(5)))
+    (claim,) = office.claim(message_id)
+    elsewhere = Splitter(Statements(office.engine, notices=True))
+    with writing(office.engine) as connection:
+        lock(connection, message_id, 2)
+        elsewhere.divide(connection, dashed(message_id), 2, {str(n): [5 + n] for n in range(5)})
+        assert office.record(claim, Outcome.REJECTED, state=State.SPLIT).state is State.SPLIT
+        assert len(office.claim(message_id)) == 2
+    assert [address for address, (_, _, route) in ways(office, message_id).items() if route == "default"] == addresses(
+        4
+    )
+    assert [route for _, _, route in ways(office, message_id).values()][4:] == list("01234")
+    numbers = [row["number"] for row in family(office, message_id)]
+    assert len(set(numbers)) == len(numbers) == 2 + 2 + 8
 
 
 def test_halves_refused_in_other_words_are_cut_further(office: Office) -> None:

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,7 +29,7 @@ from relay.debts import Debts
 from relay.filters import Filter
 from relay.ids import new_id
 from relay.schema import FINAL, UNFINISHED, Outcome, State, metadata
-from relay.verbs import VERBS, Verb, Verbs
+from relay.verbs import REROUTE, VERBS, Verb, Verbs
 from tests.integration.office import NEXT, Office, new_message
 
 type Key = tuple[str, int]
@@ -50,6 +50,7 @@ HAPPENINGS = [
     what
     for what, often in {
         "work": 10, "accept": 6, "wait": 3, "wake": 3, "vanish": 2, "wake_up_late": 3, "meddle": 3, "settle": 4,
+        "reroute": 1,
         "hire": 1, "bury": 1, "bury_one_that_renewed": 1, "lose_stuck": 1, "lose_strays": 1,
     }.items()
     for _ in range(often)
@@ -435,6 +436,35 @@ class History(RuleBasedStateMachine):
                 delivery.vanished = 0
         for unneeded in free:
             self.spool.remove(unneeded)
+
+    def reroute(self, chance: Random) -> None:
+        """The recipients of a message get other routes, each by itself."""
+        if not self.queue:
+            return
+        message_id, today = chance.choice(list(self.queue))[0], dict[str, str]()
+        touched, _ = self.verbs.apply(
+            REROUTE, Filter(id=message_id), actor="tester", reason="",
+            route_for=lambda address: today.setdefault(address, chance.choice(ROUTES)),
+        )  # fmt: skip
+        met = {key: d for key, d in self.queue.items() if key[0] == message_id and d.state in REROUTE.takes}
+        assert touched.total() == len(met)
+        for key, delivery in met.items():
+            if delivery.state is not State.HELD:
+                self._end(delivery, State.QUEUED)
+                delivery.due = self.clock
+            self._divide(key, delivery, today)
+
+    def _divide(self, key: Key, delivery: Delivery, today: dict[str, str]) -> None:
+        names = list(dict.fromkeys(today[address] for address in delivery.recipients))
+        delivery.route = names[0] if len(names) == 1 else delivery.route
+        if len(names) > 1:
+            roots = sum(other[0] == key[0] and one.parent is None for other, one in self.queue.items())
+            for number, name in enumerate(names, roots + 2 * key[1] - 1):
+                mine = tuple(address for address in delivery.recipients if today[address] == name)
+                piece = replace(delivery, route=name, recipients=mine, parent=key[1], claims=0, taken=0, doubts=set())
+                self.queue[key[0], number] = piece
+            self._end(delivery, State.SPLIT)
+            delivery.recipients, delivery.claims = (), delivery.claims + 1
 
     def settle(self, chance: Random, last: str | None = None) -> None:
         """A sweeper tells senders; it may be killed between body and COMMIT, or after that."""

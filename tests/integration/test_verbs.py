@@ -259,9 +259,11 @@ def test_rerouting(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
     typed("retry", "--reroute", "--route", "old", "--yes")
     found = {i: (office.delivery(i)["route"], office.state(i)) for i in (queued, deferred, held, delivered)}
     assert found == {
-        queued: ("default", "queued"), deferred: ("com", "queued"), held: ("default", "held"),
+        queued: ("default", "queued"), deferred: ("old", "split"), held: ("default", "held"),
         delivered: ("default", "delivered"),
     }  # fmt: skip
+    pieces = [office.delivery(deferred, number) for number in (2, 3)]
+    assert [(piece["route"], piece["state"]) for piece in pieces] == [("com", "queued"), ("default", "queued")]
     assert office.rows("SELECT verb FROM actions")[0]["verb"] == "reroute"
 
 
