@@ -15,6 +15,9 @@ which takes what no other route asks for. ROUTES names a TOML file with the othe
 
 The first route whose pattern matches has the recipient. The file is read again when it changes; one that cannot be
 used is refused in the log, and what was read before stays.
+
+Half a TOML file is often a whole one, with fewer routes. So a change is taken only when the file has looked the same
+for SETTLED, by our own clock (its times may be another machine's), and still does when it has been read.
 """
 
 import fnmatch
@@ -34,6 +37,7 @@ DEFAULT_PORT = 628  # IANA's, /etc/services
 DEFAULT = "default"
 NO_SERVER = "no QMQP server configured (RELAY_QMQP_SERVERS)"
 _LOOK_EVERY = 1.0
+SETTLED = 1.0
 _HOST = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?"
 _SERVER = re.compile(rf"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>{_HOST}))(?::(?P<port>\d+))?")
 
@@ -145,27 +149,50 @@ def parse_routes(text: str) -> list[Route]:
     return found
 
 
+type Stamp = tuple[int, int, int]
+
+
+def _stamp(path: Path | None) -> Stamp | None:
+    """What tells one state of a file from another; None for one that is not there."""
+    try:
+        found = path.stat() if path else None
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns, found.st_size) if found else None
+
+
 class Routes:
     """Every route there is; any thread."""
 
-    def __init__(self, routes: list[Route], path: Path | None = None, default: Route | None = None) -> None:
-        self._path, self._default = path, default or Route(DEFAULT, ())
-        self._read, self._looked = self._stamp(), time.monotonic()
+    def __init__(
+        self,
+        routes: list[Route],
+        path: Path | None = None,
+        default: Route | None = None,
+        *,
+        read: Stamp | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path, self._default, self._clock = path, default or Route(DEFAULT, ()), clock
+        self._read = read  # how the file looked before it was read
+        self._seen, self._since = read, clock()  # how it looks, and since when
+        self._looked = clock()
         self._use(routes)
 
     @classmethod
-    def load(cls, settings: Settings) -> "Routes":
+    def load(cls, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> "Routes":
         """The routes of the settings; raises SettingsError for what cannot be read."""
         try:
             servers = tuple(dict.fromkeys(parse_server(text) for text in settings.qmqp_servers))
         except ValueError as error:
             raise SettingsError(f"RELAY_QMQP_SERVERS: {error}") from None
+        read = _stamp(settings.routes)
         try:
             routes = parse_routes(settings.routes.read_text()) if settings.routes else []
         except (ValueError, OSError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise SettingsError(f"RELAY_ROUTES: {settings.routes}: {why}") from None
-        return cls(routes, settings.routes, Route(DEFAULT, servers))
+        return cls(routes, settings.routes, Route(DEFAULT, servers), read=read, clock=clock)
 
     def route_for(self, address: str) -> str:
         """The name of a recipient's route."""
@@ -194,24 +221,26 @@ class Routes:
             default = replace(default, servers=self._default.servers, recipients=())
         self._routes = named | {DEFAULT: default}
 
-    def _stamp(self) -> tuple[int, int] | None:
-        try:
-            found = self._path.stat() if self._path else None
-        except OSError:
-            return None
-        return (found.st_mtime_ns, found.st_size) if found else None
-
     def _now(self) -> dict[str, Route]:
-        """The routes, read again if the file has changed; looked at once a second at most."""
-        now = time.monotonic()
+        """The routes, read again if the file has changed and settled; looked at once a second at most."""
+        now = self._clock()
         if self._path is not None and now - self._looked >= _LOOK_EVERY:
             self._looked = now
-            stamp = self._stamp()
-            if stamp is not None and stamp != self._read:
-                self._read = stamp
-                try:
-                    self._use(parse_routes(self._path.read_text()))
-                    log.info("routes read", routes=list(self._routes))
-                except (ValueError, OSError) as error:
-                    log.error("routes not changed", file=str(self._path), reason=str(error))
+            stamp = _stamp(self._path)
+            if stamp != self._seen:
+                self._seen, self._since = stamp, now
+            if stamp is not None and stamp != self._read and now - self._since >= SETTLED:
+                self._read_again(self._path, stamp)
         return self._routes
+
+    def _read_again(self, path: Path, stamp: Stamp) -> None:
+        try:
+            routes = parse_routes(path.read_text())
+        except (ValueError, OSError) as error:
+            log.error("routes not changed", file=str(path), reason=str(error))
+        else:
+            if _stamp(path) != stamp:
+                return  # somebody has begun to write it
+            self._use(routes)
+            log.info("routes read", routes=list(self._routes))
+        self._read = stamp

@@ -8,6 +8,7 @@ What must stay true: nobody is declared dead because the database was away; what
 never quietly sent again: it gets an attempt of outcome `uncertain` first (hop 0).
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -110,10 +111,12 @@ class Sweeps:
             return frozenset(row[0] for row in self._sql.run(connection, "SELECT subject FROM pauses"))
 
     def strange_routes(self, known: Sequence[str]) -> list[str]:
-        """Routes that waiting mail is for and that are none of the `known`."""
+        """Routes that waiting mail is for, and that are neither `known` nor any other living worker's."""
         sql = "SELECT DISTINCT route FROM deliveries WHERE state IN ('queued', 'deferred') AND due_at IS NOT NULL"
+        others = "SELECT routes FROM workers WHERE ended_at IS NULL AND routes IS NOT NULL"
         with reading(self._engine) as connection:
-            return sorted({row[0] for row in self._sql.run(connection, sql)} - set(known))
+            found = {row[0] for row in self._sql.run(connection, sql)} - set(known)
+            return sorted(found.difference(*(json.loads(row[0]) for row in self._sql.run(connection, others))))
 
     def requeue_due(self, limit: int) -> list[str]:
         """Make deferred deliveries whose time has come `queued`, longest due first; the ids of their messages."""

@@ -1,5 +1,6 @@
 """What a sweeper does: due rows, dead workers, its tick; and housekeeping."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +16,12 @@ from relay.database import writing
 from relay.debts import Debts
 from relay.ids import dashed, new_id
 from relay.routes import Route, Routes, parse_server
-from relay.settings import WorkerSettings, load
+from relay.settings import Settings, WorkerSettings, load
 from relay.verbs import Verbs
 from tests.integration.mailroom import Mailroom
 from tests.waiting import until
 from worker.housekeeping import YOUNG, Housekeeper
-from worker.rerouting import Rerouter
+from worker.rerouting import EVERY, LOOK_EVERY, PATIENCE, Rerouter
 from worker.servers import Servers
 from worker.sweeper import Sweeper, Watch, tick_file
 
@@ -327,14 +328,68 @@ def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Housekeeper) -> 
 # --- rerouting
 
 
+def rerouting(mail: Mailroom, routes: Routes, clock: Callable[[], float]) -> Rerouter:
+    return Rerouter(mail.sweeps, Verbs(mail.database, notices=True), routes, clock=clock)
+
+
 def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> None:
     message_id = mail.accept()
     with writing(mail.database) as connection:
         connection.execute(text("UPDATE deliveries SET route = 'gone'"))
-    rerouter = Rerouter(mail.sweeps, Verbs(mail.database, notices=True), Routes([Route("default", ())]))
+    now = [0.0]
+    rerouter = rerouting(mail, Routes([Route("default", ())]), lambda: now[0])
+    assert rerouter.turn() == 0, "it may come back"
+    now[0] += PATIENCE
     assert rerouter.turn() == 1
     assert mail.rows("SELECT route FROM deliveries WHERE message_id = @id(:id)", id=message_id) == [
         {"route": "default"}
     ]
     assert [row["verb"] for row in mail.rows("SELECT verb FROM actions")] == ["reroute"]
     assert rerouter.turn() == 0
+
+
+def test_a_route_that_comes_back_keeps_its_mail(mail: Mailroom, tmp_path: Path) -> None:
+    """A file that is cut off for a moment is a file without routes."""
+    file, now = tmp_path / "routes.toml", [100.0]
+    whole = '[bulk]\nrecipients = ["lists.test"]\nservers = ["a"]\n'
+    file.write_text(whole)
+    routes = Routes.load(load(Settings, routes=file), clock=lambda: now[0])
+    mail.accept()
+    mail.change("UPDATE deliveries SET route = 'bulk'")
+    rerouter = rerouting(mail, routes, lambda: now[0])
+
+    def turns(seconds: float) -> int:
+        moved = 0
+        for _ in range(round(seconds / LOOK_EVERY)):
+            now[0] += LOOK_EVERY
+            moved += rerouter.turn()
+        return moved
+
+    for _ in range(3):
+        file.write_text("")
+        assert turns(PATIENCE - 10) == 0
+        assert routes.names() == ("default",)
+        file.write_text(whole)
+        assert turns(20) == 0
+    file.write_text("")
+    assert turns(PATIENCE + 10) == 1
+    assert mail.rows("SELECT route FROM deliveries") == [{"route": "default"}]
+
+
+def test_a_route_that_another_worker_knows_is_not_gone(mail: Mailroom) -> None:
+    mail.accept()
+    mail.change("UPDATE deliveries SET route = 'bulk'")
+    worker, known = new_id(), json.dumps({"bulk": ["a:628"], "default": []})
+    for one in (worker, new_id()):
+        mail.ledger.register(one, "elsewhere", 1)
+    mail.change("UPDATE workers SET routes = :known WHERE id = @id(:id)", id=worker, known=known)
+    now = [0.0]
+    rerouter = rerouting(mail, Routes([Route("default", ())]), lambda: now[0])
+
+    def turn_later() -> int:
+        now[0] += EVERY
+        return rerouter.turn()
+
+    assert [turn_later() for _ in range(3)] == [0, 0, 0]
+    mail.change("UPDATE workers SET ended_at = @now WHERE id = @id(:id)", id=worker)
+    assert [turn_later() for _ in range(2)] == [0, 1]

@@ -133,6 +133,7 @@ def test_what_is_wrong_with_a_file_is_said(text: str, words: str, file: Path) ->
 
 def test_a_file_that_changes_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(module, "SETTLED", 0.0)
     routes = Routes.load(load(Settings, routes=file, qmqp_servers=("z",)))
 
     def change(text: str, *, stamp: int) -> Callable[[], object]:

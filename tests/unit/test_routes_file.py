@@ -31,8 +31,9 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write(file: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write the file with a time of its own, and let everybody look at once."""
+    """Write the file with a time of its own, and let everybody look at once and take it as it is."""
     monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(module, "SETTLED", 0.0)
     stamps = iter(range(10**9, 10**9 + 100))
 
     def write(text: str) -> None:
@@ -99,6 +100,64 @@ def test_it_is_looked_at_once_a_second_at_most(file: Path, write: Write, monkeyp
     monkeypatch.setattr(module, "_LOOK_EVERY", 1000.0)
     write(ONE.replace("one", "uno"))
     assert routes.names() == ("one", DEFAULT)
+
+
+def test_a_change_is_taken_when_it_has_settled(file: Path) -> None:
+    """Half a file is often a whole one with fewer routes, and an empty one always is."""
+    file.write_text(ONE)
+    now, stamps = [100.0], iter(range(10**9, 10**10, 10**9))
+    routes = Routes.load(load(Settings, routes=file), clock=lambda: now[0])
+
+    def written(text: str) -> None:
+        file.write_text(text)
+        os.utime(file, ns=(stamp := next(stamps), stamp))
+
+    def after(seconds: float) -> tuple[str, ...]:
+        now[0] += seconds
+        return routes.names()
+
+    written("")
+    assert after(1.0) == ("one", DEFAULT)
+    written("# the routes of th")
+    assert after(1.0) == ("one", DEFAULT), "it changes while we look"
+    written(ONE + ONE.replace("one", "two"))
+    assert [after(0.5) for _ in range(3)] == [("one", DEFAULT)] * 3
+    assert after(0.5) == ("one", "two", DEFAULT), "a second after it was first seen like this"
+    file.unlink()
+    assert after(5.0) == after(5.0) == ("one", "two", DEFAULT)
+    written(ONE)
+    assert [after(1.0), after(1.0)] == [("one", "two", DEFAULT), ("one", DEFAULT)]
+    other = file.with_name("new")
+    other.write_text(ONE.replace("one", "uno"))
+    os.utime(other, ns=(file.stat().st_mtime_ns, file.stat().st_mtime_ns))
+    other.rename(file)
+    assert [after(1.0), after(1.0)] == [("one", DEFAULT), ("uno", DEFAULT)], "same time, same size, another file"
+
+
+def test_what_is_written_while_it_is_read_is_not_taken(
+    file: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routes, parse = loaded(file), parse_routes
+
+    def cut_off(text: str) -> list[Route]:
+        monkeypatch.undo()
+        monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
+        monkeypatch.setattr(module, "SETTLED", 0.0)
+        file.write_text(ONE.replace("one", "uno"))
+        return parse(text)
+
+    write("")
+    monkeypatch.setattr(module, "parse_routes", cut_off)
+    assert routes.names() == ("one", DEFAULT)
+    assert routes.names() == ("uno", DEFAULT)
+
+
+def test_what_changed_between_the_start_and_the_first_look_is_seen(file: Path, write: Write) -> None:
+    settings = load(Settings, routes=file)
+    read = module._stamp(file)
+    write(ONE.replace("one", "uno"))
+    routes = Routes(parse_routes(ONE), settings.routes, read=read)
+    assert routes.names() == ("uno", DEFAULT)
 
 
 def test_the_default_route_may_have_servers_in_the_file(file: Path, write: Write) -> None:
