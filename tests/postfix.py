@@ -31,7 +31,7 @@ local_recipient_maps =
 inet_interfaces = loopback-only
 inet_protocols = ipv4
 smtputf8_enable = no
-message_size_limit = 200000
+message_size_limit = {size_limit}
 qmqpd_authorized_clients = 127.0.0.1
 qmqpd_error_delay = 0
 in_flow_delay = 0
@@ -75,7 +75,8 @@ class QmqpSink(Server):
 class Postfix(Server):
     """A qmqpd on `port`, one on `closed_port` that nobody may use, one on `soft_port` that never says D."""
 
-    def __init__(self) -> None:
+    def __init__(self, size_limit: int = 200_000) -> None:
+        self.size_limit = size_limit
         try:
             self._owner = pwd.getpwnam("postfix")
             self._group = grp.getgrnam("postdrop").gr_gid

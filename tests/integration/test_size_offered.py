@@ -1,21 +1,27 @@
-"""The size limit that the front end offers follows the routes, also while it runs."""
+"""The size limit that the front end offers follows the routes, also while it runs, and a real Postfix takes it."""
 
 import asyncio
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from qmqp.client import Outcome
 from relay import routes as module
-from relay.routes import Routes
+from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
 from smtpd.policy import Policy
 from smtpd.server import Server, size_offered
 from smtpd.session import Greeting
 from smtpd.store import Store
+from tests.integration.test_client_against_postfix import HEADER, Deliver, deliver
+from tests.postfix import Postfix
+from tests.services import ServiceError
 
+__all__ = ["deliver"]  # a fixture
 ROUTE = '[small]\nrecipients = ["small.example"]\nservers = ["a"]\nmax_size = "%s"\n'
 
 
@@ -48,7 +54,7 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )  # fmt: skip
     routes = Routes.load(settings)
     offered = size_offered(settings.max_message_size, routes)
-    assert offered == (1 << 20) - (1 << 14) - 4096
+    assert offered == (1 << 20) - (1 << 20) // 20 - 4096
 
     async def scenario() -> None:
         policy = Policy(settings)
@@ -70,7 +76,7 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         os.utime(file, ns=(1, 1))
         server._tick()
         (hello,) = await say(port, "EHLO client")
-        assert f"SIZE {(2 << 20) - (2 << 14) - 4096}\r\n" in hello
+        assert f"SIZE {(2 << 20) - (2 << 20) // 20 - 4096}\r\n" in hello
         file.write_text("[broken")
         server._tick()
         (again,) = await say(port, "EHLO client")
@@ -78,3 +84,28 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         await server.stop(0.0)
 
     asyncio.run(scenario())
+
+
+# Postfix' own default, and one so small that what each message costs counts as well.
+@pytest.fixture(scope="module", params=[10_240_000, 200_000])
+def postfix(request: pytest.FixtureRequest) -> Iterator[Postfix]:
+    try:
+        made = Postfix(size_limit=request.param)
+        made.start()
+    except ServiceError as error:
+        pytest.skip(str(error))
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 76, 998])
+def test_Postfix_takes_what_is_offered(postfix: Postfix, deliver: Deliver, width: int) -> None:
+    """It counts more than we do, by the line and by the recipient; what it calls too large bounces."""
+    offered = size_offered(1 << 40, Routes([Route("r", (), max_size=postfix.size_limit)]))
+    line = b"x" * width + b"\n"
+    body = HEADER + b"\n" + line * ((offered - len(HEADER) - 1) // len(line))
+    recipients = [b"recipient%d@example.org" % n for n in range(10)]
+    result = deliver(postfix.port, body, *recipients)
+    assert result.outcome is Outcome.ACCEPTED, result.text
+    over = deliver(postfix.port, body + line * ((postfix.size_limit - offered) // len(line)), *recipients)
+    assert over.outcome is Outcome.REJECTED, "as it does with any larger one"
