@@ -11,6 +11,7 @@ here.
 """
 
 import ipaddress
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from urllib.parse import urlencode
 
 import uvicorn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
@@ -56,6 +58,7 @@ HEADERS = {
     "cache-control": "no-store",
 }
 FIELDS = ("id", "sender", "recipient", "message_id", "state", "reply")
+OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 
 
 class Guard:
@@ -98,11 +101,14 @@ class Pages:
         self._templates.globals |= {
             "ago": ago,
             "cut": cut,
+            "due": due,
             "size": size,
             "span": span,
             "stamp": stamp,
             "states": list(State),
+            "outcomes": OUTCOMES,
         }
+        self._templates.filters |= {"unbroken": unbroken, "address": address}
         self._kept: dict[str, Any] = {}
         self._until, self._lock = 0.0, threading.Lock()
 
@@ -132,6 +138,7 @@ class Pages:
             "pauses": self._queue.pauses(),
             "rate": charts.rate(now, steps, STEP, STEPS),
             "latency": charts.latency(now, steps, STEP, STEPS),
+            "hours": charts.hourly(now, steps, STEP, STEPS),
             "at": time.strftime("%H:%M:%S"),
         }
 
@@ -195,6 +202,22 @@ class Pages:
     def _page(self, name: str, *, status: int = 200, **values: Any) -> Response:
         text = self._templates.get_template(name).render(page=name.removesuffix(".html"), status=status, **values)
         return HTMLResponse(text, status)
+
+
+def due(when: datetime | None) -> str:
+    """How long until then, or how late it is."""
+    return ago(when) + (" late" if when is not None and when < datetime.now(UTC) else "")
+
+
+def unbroken(text: str) -> Markup:
+    """Text in which no line ends at a hyphen or colon: an address that does looks like another one."""
+    joined = re.sub(r"[-:]+(&[#\w]+;|[^\s&:-])", r'<span class="joined">\g<0></span>', escape(plain(text)))
+    return Markup(joined)  # noqa: S704 - it was escaped
+
+
+def address(text: str) -> Markup:
+    """The same, which is broken before its @ or a dot if it must be."""
+    return Markup(re.sub(r"[@.]", r"<wbr>\g<0>", unbroken(text)))  # noqa: S704 - it was escaped
 
 
 def timeline(message: dict[str, Any], notices: list[Row]) -> list[tuple[Any, str, str]]:

@@ -247,19 +247,20 @@ class Queue:
             most=most, **bounds,
         )  # fmt: skip
 
-    def history(self, seconds: int, step: int) -> tuple[int, list[Row]]:
-        """Tries by outcome in steps of so many seconds: (the number of the step now, rows).
+    def history(self, seconds: int, step: int) -> tuple[datetime, list[Row]]:
+        """Tries by outcome in steps of so many seconds: (the time now, rows).
 
-        A row has `step` (counted since 1970), `outcome`, `tries`, and `seconds`, their mean length.
+        A row has `step` (how many whole ones ago: 0 is the newest, and has ended now), `outcome`, `tries`, and
+        `seconds`, their mean length.
         """
         rows = self._all(
-            """SELECT @micros(finished_at) / CAST(:step AS bigint) AS step, outcome, count(*) AS tries,
-                CAST(avg(@micros(finished_at) - @micros(started_at)) AS float8) / 1e6 AS seconds
+            """SELECT (@micros(@now) - @micros(finished_at)) / CAST(:step AS bigint) AS step, outcome,
+                count(*) AS tries, CAST(avg(@micros(finished_at) - @micros(started_at)) AS float8) / 1e6 AS seconds
             FROM attempts WHERE finished_at > @ago(:seconds) AND hop > 0 GROUP BY 1, 2 ORDER BY 1, 2""",
             step=step * 1_000_000, seconds=seconds,
         )  # fmt: skip
-        (now,) = self._all("SELECT @micros(@now) / CAST(:step AS bigint) AS step", step=step * 1_000_000)
-        return int(now["step"]), rows
+        (now,) = self._all("SELECT @when(@now) AS now_at")
+        return now["now_at"], rows
 
     def notices(self, message_id: str) -> list[Row]:
         """Notices about a message: `queue_id` and `received_at`. Found by their recipient, which has an index."""

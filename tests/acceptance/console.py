@@ -107,7 +107,8 @@ class Page:
 
     @property
     def words(self) -> str:
-        return unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", self.text)))
+        text = re.sub(r"<wbr>|</?span[^>]*>", "", self.text)  # they part no words
+        return unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)))
 
 
 class Browser:

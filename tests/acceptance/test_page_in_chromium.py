@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 
 from relay.bodies import Spool
+from relay.schema import Outcome
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
 from tests.integration.office import opened
 from tests.integration.typed import typed_at
 from tests.services import end, spawn
 
+REPLY = (
+    "451 4.7.1 <somebody-else@mail-cluster-west.example.net>: greylisted by policy-daemon-2, see http://x.example/a-b"
+)
+PEOPLE = ("firstname.lastname-billing@mail-cluster-west.example.com", "some-body@a-sub-domain.of-a.example.org")
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # Words whose colour stands out from what is behind them by less than WCAG 2.1 asks for (section 1.4.3): their text.
 FAINT = """(() => {
@@ -26,6 +31,23 @@ FAINT = """(() => {
     return [...document.querySelectorAll('main *, nav *')].filter(e => e.innerText?.trim() && !e.closest('svg'))
         .filter(e => { const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
             return (a + 0.05) / (b + 0.05) < 4.5 }).map(e => e.className + ': ' + e.innerText.slice(0, 40)) })()"""
+
+
+# What does not fit: boxes with more in them than they show, and what stands beyond the right edge of the screen.
+HIDDEN = """[...document.querySelectorAll('main *')].filter(e => e.clientWidth && !e.closest('input, select'))
+    .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline'
+        || e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < 0)
+    .map(e => e.tagName + '.' + e.className.toString() + ': ' + e.textContent.slice(0, 40))"""
+# Lines that end at a hyphen within a word.
+TORN = """(() => { const found = [], range = document.createRange()
+    const at = (n, i) => { range.setStart(n, i); range.setEnd(n, i + 1); return range.getBoundingClientRect().top }
+    for (const e of document.querySelectorAll('main th, main td, main p, main dd, main .words')) {
+        const all = [], walk = document.createTreeWalker(e, NodeFilter.SHOW_TEXT)
+        while (walk.nextNode()) for (let i = 0; i < walk.currentNode.data.length; i++) all.push([walk.currentNode, i])
+        all.forEach(([n, i], k) => { const [m, j] = all[k + 1] ?? [null, 0]
+            if (n.data[i] == '-' && m && /\\S/.test(m.data[j]) && at(m, j) > at(n, i) + 5)
+                found.push(e.textContent.slice(0, 60)) }) }
+    return found })()"""
 
 
 class Chromium:
@@ -98,12 +120,18 @@ def seen(sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iter
     with opened(sqlite_url) as office:
         typed_at(office, spool, monkeypatch)
         made = scenario(office, spool)
+        usual = office.accept(PEOPLE[1], sender=PEOPLE[0])
+        office.record(office.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
+        made.made("deferred", usual)
+        office.change("INSERT INTO rests VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
+            id=office.worker)  # fmt: skip
         with browsing(office) as browser:
             yield made, browser
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(360, "light"), (375, "dark"), (800, "light"), (1280, "light"), (1280, "dark")]
+)
 def test_what_a_person_sees(chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str) -> None:
     made, browser = seen
     shown = {
@@ -114,6 +142,8 @@ def test_what_a_person_sees(chromium: Chromium, seen: tuple[Scenario, Browser], 
         chromium.look(browser.root + path, width, scheme)
         assert words in chromium.tells("document.body.innerText"), path
         assert chromium.tells("document.documentElement.scrollWidth") <= width, f"{path} runs out of the screen"
+        assert chromium.tells(HIDDEN) == [], path
+        assert chromium.tells(TORN) == [], path
         assert chromium.tells(FAINT) == [], path
         assert chromium.tells("document.scripts.length + document.images.length") == 0, path
 
@@ -136,3 +166,61 @@ def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browse
     pressed("Enter")
     chromium.until_loaded(before)
     assert made.ids["queued"][0][-12:] in chromium.tells("document.body.innerText")
+
+
+def test_what_was_found_is_near_and_its_reason_is_seen(chromium: Chromium, seen: tuple[Scenario, Browser]) -> None:
+    _, browser = seen
+    for width, furthest in ((360, 300), (375, 300), (1280, 300)):
+        chromium.look(f"{browser.root}/search?reply=greylisted", width, "light")
+        left, right, wide, high = chromium.tells("""(({left, right, width, height}) => [left, right, width, height])
+            (document.querySelector('.found td.reason').getBoundingClientRect())""")
+        assert 0 <= left < right <= width, "the reason is on the screen"
+        assert wide > 250, "and not in a gutter"
+        assert high < 200
+        assert chromium.tells("document.querySelector('.found tbody').getBoundingClientRect().top") < furthest
+    chromium.look(f"{browser.root}/search?reply=greylisted", 360, "light")
+    assert chromium.tells("document.querySelector('form').checkVisibility()") is False
+    chromium.tells("document.querySelector('summary').click()")
+    assert chromium.tells("document.querySelector('form').checkVisibility()") is True
+    chromium.look(f"{browser.root}/search?reply=nobody-said-that", 360, "light")
+    assert chromium.tells("document.querySelector('form').checkVisibility()") is True
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_graphs_can_be_read(chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str) -> None:
+    _, browser = seen
+    chromium.look(f"{browser.root}/", width, scheme)
+    texts = chromium.tells("""[...document.querySelectorAll('svg text')].map(e => [e.getBoundingClientRect(), e])
+        .map(([box, e]) => [box.left, box.right, box.height, parseFloat(getComputedStyle(e).fontSize)
+            * e.ownerSVGElement.getScreenCTM().a])""")
+    assert len(texts) >= 7 + 2 * 4, "both axes of both graphs"
+    for left, right, _, pixels in texts:
+        assert 0 <= left < right <= width
+        assert pixels >= 11
+    for kind in ("accepted", "deferred", "failed", "uncertain"):
+        assert f" {kind}" in chromium.tells("document.querySelector('figcaption').innerText")
+    fills = chromium.tells("[...document.querySelectorAll('.plot rect')].map(e => getComputedStyle(e).fill)")
+    assert len(set(fills)) == 4, "each kind has a colour or a pattern of its own"
+    assert sum("url(" in fill for fill in fills) > 0
+    shades = """(() => { const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+            .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+            return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2] }
+        const paper = light(getComputedStyle(document.body).backgroundColor)
+        return [...document.querySelectorAll('svg text, svg rect[class], circle')].map(e => getComputedStyle(e).fill)
+            .map(light).map(c => (Math.max(c, paper) + 0.05) / (Math.min(c, paper) + 0.05)) })()"""
+    assert min(chromium.tells(shades)) >= 4.5
+
+
+def test_tiles_stand_in_columns(chromium: Chromium, seen: tuple[Scenario, Browser]) -> None:
+    _, browser = seen
+    for width in (360, 1280):
+        chromium.look(f"{browser.root}/", width, "light")
+        boxes = chromium.tells("[...document.querySelectorAll('.tile')].map(e => e.getBoundingClientRect())"
+                               ".map(({left, width, height}) => [left, width, height])")  # fmt: skip
+        assert len(boxes) == 9
+        assert len({round(wide) for _, wide, _ in boxes}) == len({round(high) for *_, high in boxes}) == 1
+        assert len({round(left) for left, *_ in boxes}) == (3 if width == 360 else 9)
+    assert chromium.tells("document.querySelector('.tile:has(.split)').href") is None, (
+        "it has no recipients to look for"
+    )

@@ -1,0 +1,61 @@
+"""The numbers of the page's graphs."""
+
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+from commands import charts
+
+NOW = datetime(2026, 3, 1, 12, 34, 56, tzinfo=UTC)
+
+
+def row(step: int, outcome: str, tries: int, seconds: float = 0.5) -> dict[str, Any]:
+    return {"step": step, "outcome": outcome, "tries": tries, "seconds": seconds}
+
+
+def test_a_steady_rate_is_level_up_to_now() -> None:
+    graph = charts.rate(NOW, [row(step, "accepted", 50) for step in range(72)], 300, 72)
+    bars = [bar for _, bars in graph.steps for bar in bars]
+    assert len(bars) == 72
+    assert len({(y, high) for _, _, y, _, high in bars}) == 1
+    assert 98 < bars[-1][1] + bars[-1][3] <= 100, "the newest ends at the right edge"
+    assert [words for _, words in graph.marks] == ["0", "5", "10"]
+    assert graph.keys == [("accepted", "3600 accepted")]
+
+
+def test_a_bar_is_told_in_words_and_stands_on_the_axis() -> None:
+    rows = [row(0, "unreachable", 1), row(0, "accepted", 2), row(0, "rejected", 3), row(0, "malformed", 4)]
+    ((words, bars),) = charts.rate(NOW, rows, 300, 72).steps
+    clock = NOW.astimezone()
+    assert words == f"{clock:%H}:29 to {clock:%H}:34: 2 accepted, 1 deferred, 3 failed, 4 uncertain"
+    assert [kind for kind, *_ in bars] == list(charts.KINDS)
+    floor = float(charts.HEIGHT - charts.BOTTOM)
+    for _, _, y, _, high in bars:
+        assert abs(y + high - floor) <= 0.2
+        floor = y
+
+
+def test_hours_stand_where_they_began() -> None:
+    hours = charts.rate(NOW, [], 300, 72).hours
+    assert [words[3:] for _, words in hours] == ["00"] * len(hours)
+    assert 5 <= len(hours) <= 6
+    gaps = {round(a - b, 1) for (a, _), (b, _) in pairwise(hours)}
+    assert gaps == {16.7}
+
+
+def test_latency_is_joined_where_nothing_is_missing() -> None:
+    rows = [row(0, "accepted", 1, 0.01), row(1, "accepted", 1, 0.1), row(3, "accepted", 1), row(2, "deferred", 9)]
+    graph = charts.latency(NOW, rows, 300, 72)
+    assert len(graph.dots) == 3
+    assert len(graph.lines) == 1
+    assert graph.keys == [("accepted", "lately 0.010 s")]
+    assert charts.latency(NOW, [], 300, 72).keys == []
+
+
+def test_hour_by_hour() -> None:
+    rows = [row(0, "accepted", 1, 1.0), row(11, "accepted", 3, 2.0), row(12, "deferred", 5), row(71, "rejected", 7)]
+    hours = charts.hourly(NOW, rows, 300, 72)
+    assert [(sum(hour.tries.values()), hour.seconds) for hour in hours] == [
+        (4, 1.75), (5, None), (0, None), (0, None), (0, None), (7, None)
+    ]  # fmt: skip
+    assert hours[0].begin[3:] == hours[0].end[3:] == "34"
