@@ -15,7 +15,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,8 @@ import uvicorn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -38,6 +36,7 @@ from commands import charts
 from commands.explain import DONE, OUT_OF_REACH, say
 from commands.inspect import everything_about, facts, opened
 from commands.tables import ago, cut, plain, size, span, stamp
+from relay.database import is_outage
 from relay.filters import Filter, bracketed
 from relay.log import first_line, get_logger
 from relay.queue import NoSuchMessage, Queue, Row
@@ -62,7 +61,11 @@ OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "u
 
 
 class Guard:
-    """Adds HEADERS to every answer, and answers nobody who came by a name that is not ours (DNS rebinding)."""
+    """Adds HEADERS to every answer, and answers nobody who came by a name that is not ours (DNS rebinding).
+
+    It stands around all else: what could not be answered comes through here as an exception, after `Pages.failed` has
+    told the visitor, and is logged.
+    """
 
     def __init__(self, app: ASGIApp, hostname: str) -> None:
         self._app, self._names = app, {"localhost", hostname.lower()}
@@ -78,7 +81,13 @@ class Guard:
 
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         app = self._app if self._ours(host) else Response("Not a name of this relay.\n", 421)
-        await app(scope, receive, sent)
+        try:
+            await app(scope, receive, sent)
+        except Exception as error:
+            if is_outage(error):
+                log.warning("page not answered", reason=first_line(getattr(error, "orig", None) or error))
+            else:
+                log.exception("page failed")
 
     def _ours(self, host: str) -> bool:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
@@ -145,11 +154,11 @@ class Pages:
     def search(self, request: Request) -> Response:
         """Mail that is looked for, newest first, a page at a time, and what no index finds in so many messages."""
         given = {name: request.query_params.get(name, "").strip() for name in FIELDS}
-        after = request.query_params.get("after", "").split(".")
+        after = request.query_params.get("after", "")
         trouble, rows, more, horizon = "", list[Row](), "", None
         try:
             wanted = self._filter(given)
-            behind = (self._queue.resolve(after[0]), int(after[1])) if len(after) == 2 else None
+            behind = self._behind(after)
             horizon = self._queue.horizon(wanted, behind)
             found = self._queue.rows(
                 wanted, finished=True, newest=True, after=behind, down_to=horizon, limit=A_PAGE + 1
@@ -163,11 +172,22 @@ class Pages:
             more = f"{horizon}.0"
         query = urlencode({name: value for name, value in given.items() if value} | {"after": more}) if more else ""
         return self._page(
-            "search.html", given=given, rows=rows[:A_PAGE], more=query, trouble=trouble, later=after[0],
+            "search.html", given=given, rows=rows[:A_PAGE], more=query, trouble=trouble, later=after,
             until=stamp(datetime.fromtimestamp(int(horizon[:12], 16) / 1000, UTC)) if horizon else "",
         )  # fmt: skip
 
+    def _behind(self, after: str) -> tuple[str, int] | None:
+        """The row behind which to go on; raises NoSuchMessage, and ValueError for what no link of ours says."""
+        if not after:
+            return None
+        named = re.fullmatch(r"([0-9a-f]{32})\.([0-9]{1,9})", after)  # a position is an integer of 32 bits
+        if named is None:
+            raise ValueError("the link to older ones is not whole")
+        return self._queue.resolve(named[1]), int(named[2])
+
     def _filter(self, given: dict[str, str]) -> Filter:
+        if any("\0" in value for value in given.values()):
+            raise ValueError("no mail has a zero byte there")  # PostgreSQL takes none in a text
         if given["state"] and given["state"] not in list(State):
             raise ValueError(f"there is no state {given['state']}")
         sender = "" if given["sender"] == "<>" else given["sender"] or None
@@ -184,20 +204,22 @@ class Pages:
         except NoSuchMessage as error:
             raise HTTPException(404, str(error)) from None
         known = [line for line in facts(found) if line[0] not in ("id", "why") and not line[0].startswith("delivery")]
-        notices = self._queue.notices(found["queue_id"])
-        return self._page("message.html", message=found, facts=known, timeline=timeline(found, notices))
+        notices, actions = self._queue.notices(found["queue_id"]), self._queue.actions_on(found["queue_id"])
+        return self._page("message.html", message=found, facts=known, timeline=timeline(found, notices, actions))
 
     def style(self, _request: Request) -> Response:
         """The one style sheet."""
         return Response((PAGES / "style.css").read_text(), media_type="text/css")
 
     def failed(self, _request: Request, error: Exception) -> Response:
-        """What could not be answered, and why."""
+        """What could not be answered, and why; a fault of ours in no more than a sentence."""
         if isinstance(error, HTTPException):
             return self._page("failed.html", status=error.status_code, words=error.detail)
-        log.warning("page not answered", reason=first_line(getattr(error, "orig", None) or error))
-        words = "The database does not answer, or not in time. `qmqp-relay check` looks closer."
-        return self._page("failed.html", status=503, words=words)
+        if is_outage(error):
+            words = "The database does not answer, or not in time. `qmqp-relay check` looks closer."
+            return self._page("failed.html", status=503, words=words)
+        words = "This page has a fault, which the log of `qmqp-relay web` tells of. No mail is touched by it."
+        return self._page("failed.html", status=500, words=words)
 
     def _page(self, name: str, *, status: int = 200, **values: Any) -> Response:
         text = self._templates.get_template(name).render(page=name.removesuffix(".html"), status=status, **values)
@@ -220,7 +242,9 @@ def address(text: str) -> Markup:
     return Markup(re.sub(r"[@.]", r"<wbr>\g<0>", unbroken(text)))  # noqa: S704 - it was escaped
 
 
-def timeline(message: dict[str, Any], notices: list[Row]) -> list[tuple[Any, str, str]]:
+def timeline(
+    message: dict[str, Any], notices: Sequence[Row], actions: Sequence[Row]
+) -> list[tuple[datetime, str, str]]:
     """What happened to a message, in order: (when, a word that the style knows, words)."""
     first = (message["received_at"], "received", f"accepted from {message['client_address'] or 'this relay'}")
     events = []
@@ -232,21 +256,25 @@ def timeline(message: dict[str, Any], notices: list[Row]) -> list[tuple[Any, str
     ended = [row for row in message["deliveries"] if row["finished_at"]]
     events += [(row["finished_at"], row["state"], f"delivery {row['number']} is {row['state']}") for row in ended]
     events += [(row["received_at"], "notice", f"the sender is told by {row['queue_id']}") for row in notices]
+    for row in actions:
+        verb, _, subject = row["verb"].partition(" ")
+        words = f"{subject or f'delivery {row["delivery"]}'} by {row['actor']}" + (": " if row["reason"] else "")
+        events.append((row["acted_at"], verb, words + row["reason"]))
     return [first, *sorted(events, key=lambda event: event[0])]
 
 
-def application(engine: Engine, settings: Settings) -> Starlette:
+def application(engine: Engine, settings: Settings) -> ASGIApp:
     """The ASGI application."""
     pages = Pages(engine, settings)
     routes: list[tuple[str, Callable[[Request], Response]]] = [
         ("/", pages.overview), ("/search", pages.search), ("/message/{queue_id}", pages.message),
         ("/style.css", pages.style),
     ]  # fmt: skip
-    return Starlette(
+    served = Starlette(
         routes=[Route(path, endpoint) for path, endpoint in routes],
-        middleware=[Middleware(Guard, hostname=settings.hostname)],
-        exception_handlers={HTTPException: pages.failed, SQLAlchemyError: pages.failed, OSError: pages.failed},
+        exception_handlers={HTTPException: pages.failed, Exception: pages.failed},
     )
+    return Guard(served, settings.hostname)
 
 
 def server(engine: Engine, settings: Settings) -> uvicorn.Server:

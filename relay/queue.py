@@ -20,7 +20,7 @@ from sqlalchemy import Connection, CursorResult, Engine
 from relay.database import Statements, reading
 from relay.filters import Filter, id_at
 from relay.ids import dashed
-from relay.schema import UNFINISHED, VIEWS
+from relay.schema import UNFINISHED, VIEWS, words
 
 type Row = dict[str, Any]
 _TIMES = ("_at", "until")
@@ -268,6 +268,26 @@ class Queue:
             """SELECT DISTINCT @hex(n.id) AS queue_id, @when(n.received_at) AS received_at
             FROM messages m JOIN recipients r ON r.address = m.sender JOIN messages n ON n.id = r.message_id
             WHERE m.id = @id(:id) AND n.notice_of = m.id ORDER BY 1""",
+            id=dashed(message_id),
+        )
+
+    def actions_on(self, message_id: str) -> list[Row]:
+        """What operators did to a message, oldest first: `delivery`, `acted_at`, `actor`, `verb`, `reason`, `filter`.
+
+        What they did while it was under way to its routes, and to servers that it was tried at, has no `delivery`.
+        """
+        return self._all(
+            f"""WITH d AS (SELECT * FROM deliveries WHERE message_id = @id(:id)),
+                s AS (SELECT 'route:' || route AS subject FROM d UNION SELECT 'server:' || server FROM attempts
+                    WHERE message_id = @id(:id) AND server IS NOT NULL),
+                found AS (SELECT t.delivery, a.* FROM touched t JOIN actions a ON a.id = t.action
+                    WHERE t.message_id = @id(:id)
+                    UNION ALL SELECT NULL, a.* FROM actions a
+                    WHERE a.verb IN (SELECT 'pause ' || subject FROM s UNION SELECT 'resume ' || subject FROM s)
+                        AND a.at > (SELECT received_at FROM messages WHERE id = @id(:id))
+                        AND a.at < (SELECT max(CASE WHEN state IN ({words(UNFINISHED)}) THEN @now ELSE finished_at END)
+                            FROM d))
+            SELECT delivery, @when(at) AS acted_at, actor, verb, reason, filter FROM found ORDER BY at, id, delivery""",
             id=dashed(message_id),
         )
 

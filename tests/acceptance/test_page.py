@@ -1,0 +1,141 @@
+"""The page when it is asked for what no link of it says, or is at fault itself; and what it tells of operators.
+
+What a person sees is in `test_page_in_chromium.py`, that its numbers are everybody's in `test_console.py`.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from relay.bodies import Spool
+from relay.ids import dashed, new_id
+from relay.queue import Queue
+from relay.schema import Outcome
+from tests.acceptance.console import Browser, browsing
+from tests.integration.office import Office, opened
+from tests.integration.typed import typed_at
+
+
+@pytest.fixture
+def at_the_page(database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Office, Browser]]:
+    with opened(database_url) as office:
+        typed_at(office, spool, monkeypatch)
+        with browsing(office) as browser:
+            yield office, browser
+
+
+def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[Office, Browser]) -> None:
+    office, browser = at_the_page
+    message_id = office.accept()
+    behind = [f"{message_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
+    for after in (*behind, message_id, f"{message_id[-8:]}.1", ".", "x.y", "%00"):
+        page = browser.get(f"/search?after={after}")
+        assert (page.status, "the link to older ones is not whole" in page.words) == (200, True), after
+    assert "no message has an id" in browser.get(f"/search?after={new_id()}.1").words
+    assert "There are no older ones" in browser.get(f"/search?after={message_id}.1").words
+    assert browser.get(f"/search?after={message_id}.999999999").status == 200
+
+
+@pytest.mark.parametrize("name", ["id", "sender", "recipient", "message_id", "state", "reply"])
+def test_a_zero_byte_is_no_outage(at_the_page: tuple[Office, Browser], name: str) -> None:
+    _, browser = at_the_page
+    for value in ("%00", "a%00b@example.com", "*%00"):
+        page = browser.get(f"/search?{name}={value}")
+        assert (page.status, "no mail has a zero byte there" in page.words) == (200, True), value
+    assert browser.get("/message/%00").status == 404
+
+
+def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
+    at_the_page: tuple[Office, Browser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, browser = at_the_page
+
+    def broken(_queue: Queue) -> Any:
+        raise RuntimeError("something inside")
+
+    monkeypatch.setattr(Queue, "summary", broken)
+    with capture_logs() as logged:
+        page = browser.get("/")
+    assert page.status == 500
+    assert "This page has a fault" in page.words
+    assert "inside" not in page.text
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert [(line["event"], line["log_level"]) for line in logged] == [("page failed", "error")]
+    assert browser.get("/search").status == 200, "and the next is served"
+
+
+def did(office: Office, verb: str, reason: str, seconds_ago: float, *touched: tuple[str, int]) -> None:
+    """A row of `actions`, and what it touched."""
+    action = new_id()
+    office.change(
+        "INSERT INTO actions VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x', :matched)",
+        id=action, ago=seconds_ago, actor="ops@mx-1", verb=verb, reason=reason, matched=len(touched),
+    )  # fmt: skip
+    for message_id, number in touched:
+        sql = "INSERT INTO touched VALUES (@id(:id), :number, @id(:action))"
+        office.change(sql, id=message_id, number=number, action=dashed(action))
+
+
+def test_what_operators_did_stands_in_the_timeline(at_the_page: tuple[Office, Browser]) -> None:
+    office, browser = at_the_page
+    mine, other = office.accept("b@example.org", "other:c@example.org"), office.accept()
+    moved = "UPDATE messages SET received_at = @ago(1000) WHERE id = @id(:id)"
+    assert office.change(moved, id=mine) == 1
+    office.record(office.claim(mine)[0], Outcome.DEFERRED)
+    did(office, "pause route:other", "before it came", 2000)
+    did(office, "hold", "the customer <b>asked</b>", 900, (mine, 1), (mine, 2), (other, 1))
+    did(office, "pause route:other", "maintenance", 800)
+    did(office, "pause route:nowhere", "not its way", 800)
+    did(office, "resume route:other", "", 700)
+    did(office, "release", "", 600, (mine, 2))
+    did(office, "drop", "not ours", 500, (other, 1))
+    did(office, "pause server:qmqp.example.net:628", "it was tried there", 400)
+    found = Queue(office.engine).actions_on(mine)
+    assert [(row["verb"], row["delivery"]) for row in found] == [
+        ("hold", 1), ("hold", 2), ("pause route:other", None), ("resume route:other", None), ("release", 2),
+        ("pause server:qmqp.example.net:628", None),
+    ]  # fmt: skip
+    assert found[0] | {"acted_at": None} == {
+        "delivery": 1, "acted_at": None, "actor": "ops@mx-1", "verb": "hold", "reason": "the customer <b>asked</b>",
+        "filter": "--sender x",
+    }  # fmt: skip
+    shown = browser.get(f"/message/{mine}").words
+    places = [shown.index(words) for words in (
+        "accepted from", "hold delivery 1 by ops@mx-1: the customer <b>asked</b>", "hold delivery 2",
+        "pause route:other by ops@mx-1: maintenance", "resume route:other by ops@mx-1", "release delivery 2",
+        "pause server:qmqp.example.net:628", "deferred delivery 1, try 1",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    for words in ("before it came", "not its way", "not ours"):
+        assert words not in shown
+    office.change("UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
+                  " message_id = @id(:id)", id=mine)  # fmt: skip
+    assert [row["verb"] for row in Queue(office.engine).actions_on(mine)][-2:] == ["resume route:other", "release"]
+
+
+def test_what_is_counted_is_said(at_the_page: tuple[Office, Browser]) -> None:
+    office, browser = at_the_page
+    office.accept("a@example.org", "b@example.org", "c@example.org")
+    overview = browser.get("/")
+    assert "Deliveries by state" in overview.words
+    assert re.search(r"<b>1</b> <span class=\"state queued\">", overview.text)
+    assert "3 recipients, newest first" in browser.get("/search?state=queued").words
+    assert "1 recipient, newest first" in browser.get("/search?recipient=a@example.org").words
+
+
+def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[Office, Browser]) -> None:
+    """Tries of a moment ago and of nearly five minutes ago are in one step, whatever the clock says."""
+    office, _ = at_the_page
+    message_id = office.accept()
+    for hop, ago in enumerate((1, 150, 298, 302, 21_000), 1):
+        office.change(
+            "INSERT INTO attempts VALUES (@id(:id), 1, 1, :hop, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'accepted',"
+            " '', 1)", id=message_id, hop=hop, ago=ago, w=dashed(office.worker),
+        )  # fmt: skip
+    now, rows = Queue(office.engine).history(21_600, 300)
+    assert now.tzinfo is not None
+    assert [(row["step"], row["tries"]) for row in rows] == [(0, 3), (1, 1), (70, 1)]
+    assert {round(row["seconds"], 2) for row in rows} == {0.5}
