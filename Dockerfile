@@ -5,6 +5,8 @@
 
 FROM python:3.13-slim AS build
 
+# On this stage too: without BuildKit it stays behind as an image, which is then found, and removed, by its label.
+LABEL org.opencontainers.image.title="qmqp-relay"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 
