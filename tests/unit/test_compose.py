@@ -5,19 +5,58 @@ from pathlib import Path
 
 import pytest
 
-from relay.settings import names
+from relay.settings import SmtpdSettings, load, names, seconds
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
-CODE = "\n".join(line for line in TEXT.splitlines() if not line.lstrip().startswith("#"))
+CODE = "\n".join(line for line in TEXT.splitlines() if line.strip() and not line.lstrip().startswith("#"))
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-# What the image settles for all its containers.
+EXAMPLE = (ROOT / ".env.example").read_text()
+# What the image settles for all its containers; the spool is below STATE_DIR.
 IN_THE_IMAGE = {"RELAY_STATE_DIR", "RELAY_SPOOL_DIR", "RELAY_SMTP_LISTEN"}
 
 
-def test_every_setting_reaches_the_containers():
-    passed = set(re.findall(r"^ +(RELAY_[A-Z_]+):", CODE, re.MULTILINE))
-    assert {name for name in names() if not {name, name + "_FILE"} & passed} == IN_THE_IMAGE
+def fields(block: str) -> dict[str, str]:
+    """The keys of a YAML mapping as this file writes them, each with the text of its value."""
+    lines = block.strip("\n").splitlines()
+    width, found, key = len(lines[0]) - len(lines[0].lstrip()), dict[str, str](), ""
+    for line in lines:
+        if line[width] == " ":
+            found[key] += "\n" + line
+        else:
+            key, _, value = line.strip().partition(":")
+            found[key] = re.sub(r"^&\S+", "", value.strip())
+    return found
+
+
+TOP = fields(CODE)
+RELAY = fields(TOP["x-relay"])
+OWN = {name: fields(block) for name, block in fields(TOP["services"]).items()}
+SERVICES = {name: (RELAY if own.get("<<") == "*relay" else {}) | own for name, own in OWN.items()}
+OURS = [name for name, service in SERVICES.items() if "build" in service]
+
+
+def test_every_setting_reaches_the_containers_or_is_said_to_be_settled_there():
+    passed, settled = set[str](), dict.fromkeys(IN_THE_IMAGE, "fixed")
+    for given, value in re.findall(r"^ +(RELAY_[A-Z_]+):(?: (.*))?$", CODE, re.MULTILINE):
+        name = given if given in names() else given.removesuffix("_FILE")
+        if not value:
+            passed.add(name)
+        else:
+            default = re.fullmatch(rf"\$\{{{name}:-(.*)\}}", value)
+            settled[name] = default[1] if default else "fixed"
+    assert passed | set(settled) == names()
+    told = re.findall(r"^# .* Twin: .*\. Compose: (.*)\n#(RELAY_[A-Z_]+)=", EXAMPLE, re.MULTILINE)
+    assert {name: mark for mark, name in told} == settled
+
+
+def test_what_compose_alone_reads_is_in_the_example_with_its_default():
+    read = re.findall(r"\$\{(?!RELAY_)([A-Z_]+):-([^}]*)\}", CODE)
+    assert set(read) == set(re.findall(r"^#((?!RELAY_)[A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE))
+
+
+def test_the_image_settles_what_it_is_said_to():
+    assert set(re.findall(r"\bRELAY_[A-Z_]+", DOCKERFILE)) == IN_THE_IMAGE - {"RELAY_SPOOL_DIR"}
 
 
 def test_nothing_is_passed_that_is_no_setting():
@@ -26,17 +65,64 @@ def test_nothing_is_passed_that_is_no_setting():
 
 
 @pytest.mark.parametrize(
-    "newer", ["container_name:", "start_interval:", "required:", "restart: true", "include:", "develop:", "!reset"]
-)
+    "newer", ["container_name:", "start_interval:", "required:", "restart: true", "include:", "develop:", "!reset",
+              "env_file:", "pull_policy:", "version:"],
+)  # fmt: skip
 def test_compose_1_29_can_read_it_and_services_can_be_scaled(newer: str):
     assert newer not in CODE
 
 
+def test_nothing_newer_stands_at_the_top_and_secrets_are_files():
+    assert [name for name in TOP if not name.startswith("x-")] == ["services", "secrets", "volumes"]
+    assert [list(fields(secret)) for secret in fields(TOP["secrets"]).values()] == [["file"], ["file"]]
+
+
 def test_only_smtp_is_published_and_the_page_to_this_host():
-    assert re.findall(r"ports:\n((?: +- .*\n)+)", CODE) == [
-        '      - "${RELAY_PUBLISH:-127.0.0.1:2525}:2525"\n',
-        '      - "127.0.0.1:8025:8025"\n',
-    ]
+    assert {name: service["ports"].split() for name, service in SERVICES.items() if "ports" in service} == {
+        "smtpd": ["-", '"${RELAY_PUBLISH:-127.0.0.1:2525}:2525"'],
+        "web": ["-", '"127.0.0.1:8025:8025"'],
+    }
+    profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
+    assert profiles == {"web": "[web]", "sink": "[demo]"}
+
+
+def test_every_service_is_started_again_and_its_log_bounded():
+    again = {name: service["restart"] for name, service in SERVICES.items()}
+    assert again == dict.fromkeys(SERVICES, "unless-stopped") | {"migrate": "on-failure"}
+    assert {service["logging"] for service in SERVICES.values()} == {"*logging"}
+    assert re.search(r"max-size: 20m\n +max-file: \"5\"", TOP["x-logging"])
+
+
+def test_our_services_may_write_nothing_but_volumes_and_may_do_nothing_else():
+    confined = {"read_only": "true", "tmpfs": "/tmp", "cap_drop": "[ALL]", "init": "true"}
+    assert set(OURS) == {"migrate", "smtpd", "worker", "sink", "web"}
+    assert {name: {key: SERVICES[name].get(key) for key in confined} for name in OURS} == dict.fromkeys(OURS, confined)
+    assert {service["security_opt"] for service in SERVICES.values()} == {'["no-new-privileges:true"]'}
+
+
+def test_who_drains_has_the_time_for_it():
+    grace = {SERVICES[name]["stop_grace_period"] for name in OURS}
+    assert grace == {"${STOP_GRACE:-45s}"}
+    assert seconds("45s") == load(SmtpdSettings).drain_timeout + 15
+    assert "stop_grace_period" in SERVICES["postgres"]
+
+
+def test_the_broker_keeps_nothing_and_forgets_nothing_that_it_has_taken():
+    assert SERVICES["redis"]["command"] == (
+        '[redis-server, --save, "", --appendonly, "no", --maxmemory, 128mb, --maxmemory-policy, noeviction]'
+    )
+
+
+def test_health_is_looked_at_every_half_minute():
+    checks = {name: service["healthcheck"] for name, service in SERVICES.items() if "healthcheck" in service}
+    assert set(checks) == {"postgres", "redis", "smtpd", "worker"}
+    assert all("interval: 30s" in check for name, check in checks.items() if name != "worker")
+    assert "<<: *health" in checks["worker"]
+    assert "interval" not in checks["worker"]
+
+
+def test_nobody_gives_up_because_another_is_late():
+    assert set(re.findall(r"condition: (\w+)", CODE)) == {"service_started"}
 
 
 def test_the_default_password_is_the_same_in_both_files():
