@@ -1,5 +1,6 @@
 """The alert rules: promtool accepts them, they speak of metrics that there are, and docs/operate.md lists both."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,22 +15,41 @@ from relay.metrics import Queue
 
 RULES = Path(__file__).parents[2] / "docs" / "alerts.yml"
 TEXT, GUIDE = RULES.read_text(), RULES.with_name("operate.md").read_text()
-# The first refusal that a worker meets is the birth of its series.
-FIRST_REFUSAL = f"""
-rule_files: [{RULES}]
-tests:
-  - interval: 1m
-    input_series:
-      - series: relay_server_rests_total{{server="mx:628", why="refuses us"}}
-        values: _x30 1x60
-    promql_expr_test:
-      - expr: count(ALERTS{{alertname="RelayServerDoesNotWantUs"}})
-        eval_time: 31m
-        exp_samples: [{{value: 1}}]
-      - expr: count(ALERTS{{alertname="RelayServerDoesNotWantUs"}})
-        eval_time: 60m
-        exp_samples: []
-"""
+CONFIGURATION = re.findall(r"```yaml\n(rule_files:.*?)```", GUIDE, re.DOTALL)
+# By alert: series as promtool writes them, a sample a minute; the minutes when it fires, and when it does not (yet).
+type Case = tuple[str, dict[str, str], list[int], list[int]]
+OVERDUE, SENDING, PAUSED = (
+    'relay_overdue{state="queued"}',
+    'relay_deliveries{state="sending"}',
+    'relay_paused{subject="a"}',
+)
+ROOM, UP = "relay_spool_free_bytes", "relay_database_up"
+RESTS, ACCEPT = 'relay_server_rests_total{server="mx:628", why="%s"}', 'relay_accept_seconds_bucket{le="%s"}'
+CASES: list[Case] = [
+    ("RelayMailIsLate", {'relay_oldest_age_seconds{state="deferred"}': "3500+60x60"}, [10], [5]),
+    ("RelayMailIsLate", {'relay_oldest_age_seconds{state="bounced"}': "90000x60"}, [], [30]),
+    ("RelayMailIsVeryLate", {'relay_oldest_age_seconds{state="queued"}': "43000+60x60"}, [5], [3]),
+    ("RelayOverdue", {'relay_overdue{state="deferred"}': "0x5 3x20"}, [12], [8]),
+    ("RelayOverdue", {OVERDUE: "3x20"}, [], [12]),
+    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20"}, [6], [4]),
+    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20", PAUSED: "1x20"}, [], [6]),
+    # smtpd alone is scraped, and has no transfers of its own.
+    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "2x20", "relay_transfers_open": "0x20"}, [], [6]),
+    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20", "relay_transfers_open": "0x20"}, [6], []),
+    ("RelayHasNoWorkers", {"relay_workers_alive": "2x5 0x20"}, [9], [7]),
+    ("RelayUncertain", {"relay_uncertain_attempts": "0x5 1x20"}, [8], [6]),
+    ("RelayHeld", {'relay_deliveries{state="held"}': "0x5 1x30"}, [22], [20]),
+    ("RelaySpoolIsFull", {ROOM + '{job="a"}': "5e9x20", ROOM + '{job="b"}': "9e8x20"}, [2], [0]),
+    ("RelayDatabaseIsAway", {UP + '{job="a"}': "1x20", UP + '{job="b"}': "1x5 0x15"}, [8], [6]),
+    ("RelayIsSilent", {UP: "1x5 stale"}, [9], [7]),
+    ("RelayKeeperDied", {"relay_keeper_deaths_total": "0x5 1x40"}, [7, 19], [5, 25]),
+    ("RelayBrokerListGrows", {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"}, [12], [10]),
+    ("RelayServerIsLeftAlone", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
+    # The first refusal that a worker meets is the birth of its series.
+    ("RelayServerDoesNotWantUs", {RESTS % "refuses us": "_x30 1x60"}, [31], [29, 60]),
+    ("RelaySlowToAccept", {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"}, [12], [5]),
+    ("RelaySlowToAccept", {ACCEPT % "0.1": "0+9x60", ACCEPT % "+Inf": "0+9x60"}, [], [30]),
+]  # fmt: skip
 
 
 def promtool(*words: str | Path) -> str:
@@ -45,9 +65,36 @@ def test_promtool_accepts_the_rules():
     assert "SUCCESS" in promtool("check", "rules", RULES)
 
 
-def test_the_first_refusal_of_us_alerts(tmp_path: Path):
-    (tmp_path / "test.yml").write_text(FIRST_REFUSAL)
+@pytest.mark.parametrize("case", CASES, ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
+def test_it_fires_when_it_should_and_only_then(case: Case, tmp_path: Path):
+    alert, series, fires, silent = case
+    firing = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
+    expected = [(minute, [{"value": 1}]) for minute in fires] + [(minute, []) for minute in silent]
+    told = {
+        "rule_files": [str(RULES)],
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "promql_expr_test": [
+                    {"expr": firing, "eval_time": f"{minute}m", "exp_samples": samples} for minute, samples in expected
+                ],
+            }
+        ],
+    }
+    (tmp_path / "test.yml").write_text(json.dumps(told))  # YAML, too
     promtool("test", "rules", tmp_path / "test.yml")
+
+
+def test_every_alert_has_a_case_in_which_it_fires():
+    assert sorted({alert for alert, _, fires, _ in CASES if fires}) == sorted(re.findall(r"alert: (\w+)", TEXT))
+
+
+def test_promtool_accepts_the_scrape_configuration_of_the_guide(tmp_path: Path):
+    (configuration,) = CONFIGURATION
+    (tmp_path / "alerts.yml").write_text(TEXT)
+    (tmp_path / "prometheus.yml").write_text(configuration)
+    assert "SUCCESS" in promtool("check", "config", tmp_path / "prometheus.yml")
 
 
 def test_the_guide_says_what_to_do_for_every_alert():
