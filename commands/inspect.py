@@ -159,7 +159,7 @@ def everything_about(queue: Queue, settings: Settings, text: str) -> dict[str, A
     spool, file_size = at_hand(settings, queue), None
     with contextlib.suppress(OSError):
         file_size = spool.path(message["queue_id"]).stat().st_size if spool else None
-    reasons = list(why.sentences(message, why.gather(queue, message["queue_id"])))
+    reasons = list(why.sentences(message, why.gather(queue, message["queue_id"], settings)))
     return message | {
         "file": str(Spool(settings.spool_dir).path(message["queue_id"])),
         "file_size": file_size,

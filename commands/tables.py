@@ -122,6 +122,8 @@ def _plain_cells(line: str) -> str:
 def _plain(value: object) -> object:
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat(timespec="milliseconds")
+    if isinstance(value, Mapping):
+        return _encode(value)
     return "" if value is None else value
 
 

@@ -1,7 +1,9 @@
-"""Why a delivery is where it is: one sentence, from what the tables, the settings and the clock say.
+"""Why a delivery is where it is: one sentence, from what the tables and the clock say.
 
 It answers what people ask before anything else: is it being sent, if not why not, and when will it be. The broker is
-never the reason: it carries hints, and workers find the mail without them.
+never the reason: it carries hints, and workers find the mail without them. Which servers a route has, which of them
+rest, and how long a claim is for, workers have written down; the settings of who asks may be others, and count only
+while no worker is alive. What must stay true: one cause is told, and it is one that a table holds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,42 +12,61 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from commands.tables import Row, ago, span, stamp
+from qmqp.request import NO_REQUEST
 from relay.queue import Queue
-from relay.routes import Routes
+from relay.routes import NO_SERVER, Routes
 from relay.schema import Outcome, State
-from relay.settings import SettingsError, WorkerSettings, load
+from relay.settings import Settings, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What else there is to know: living workers, pauses by subject, servers by route, notices."""
+    """What else there is to know.
+
+    `routes` are the servers of each route, as all living workers together know them; `rests` says of a server by which
+    workers it is left alone, and why.
+    """
 
     workers: Sequence[Row]
     pauses: Mapping[str, Row]
-    servers: Mapping[str, Sequence[str]]
-    tried: bool  # whether any server was, in the last hour
+    routes: Mapping[str, Sequence[str]]
+    rests: Mapping[str, Mapping[str, str]]
     notices: Sequence[Row]
-    far: float  # seconds between a claim and the time when it is given up
+
+    @property
+    def living(self) -> list[Row]:
+        return [worker for worker in self.workers if worker["alive"]]
 
 
-def gather(queue: Queue, message_id: str) -> Facts:
+def gather(queue: Queue, message_id: str, settings: Settings) -> Facts:
     """Look at everything that a reason may be found in."""
-    settings = load(WorkerSettings)
-    servers: dict[str, tuple[str, ...]]
-    try:
-        servers = {route.name: tuple(server.name for server in route.servers) for route in Routes.load(settings).all()}
-    except SettingsError:
-        servers = {}  # `check` tells of it
-    far = 2 * settings.session_timeout + 2 * settings.lease
-    pauses = {row["subject"]: row for row in queue.pauses()}
+    workers = queue.workers()
+    rests: dict[str, dict[str, str]] = {}
+    for row in queue.rests():
+        rests.setdefault(row["server"], {})[row["worker"]] = row["why"]
     return Facts(
-        queue.workers(),
-        pauses,
-        servers,
-        any(row["attempts"] for row in queue.servers()),
+        workers,
+        {row["subject"]: row for row in queue.pauses()},
+        _routes(workers, settings),
+        rests,
         queue.notices(message_id),
-        far,
     )
+
+
+def _routes(workers: Sequence[Row], settings: Settings) -> Mapping[str, Sequence[str]]:
+    """The servers of each route as the living workers know them, in order; as our settings do where none is alive."""
+    living = [worker for worker in workers if worker["alive"]]
+    routes: dict[str, list[str]] = {}
+    for worker in living:
+        for name, servers in (worker["routes"] or {}).items():
+            known = routes.setdefault(name, [])
+            known += [server for server in servers if server not in known]
+    if living:
+        return routes
+    try:
+        return Routes.load(settings).servers()
+    except SettingsError:
+        return {}  # `check` tells of it
 
 
 def sentences(message: dict[str, Any], facts: Facts) -> Iterator[tuple[Row, str]]:
@@ -60,24 +81,27 @@ def sentences(message: dict[str, Any], facts: Facts) -> Iterator[tuple[Row, str]
 
 
 def _queued(row: Row, _message: Row, facts: Facts) -> str:
-    if reasons := _hindrances(row, facts):
-        return f"queued, and not sent because {reasons}"
+    if cause := _hindrance(row["route"], facts):
+        return f"queued, and not sent because {cause}"
     late = (datetime.now(UTC) - row["due_at"]).total_seconds()
     if late <= 0:
         return f"queued: a worker takes it when it is hinted at, and without a hint in {span(-late)}"
-    paused = [subject for subject in facts.pauses if subject.startswith("server:")]
-    rest = f"rest or are paused ({', '.join(paused)})" if paused else "rest"
-    busy = f"no worker has a free connection for route {row['route']}, or its servers {rest}"
-    return f"queued, and overdue for {span(late)}: {busy}"
+    sending, count = sum(worker["sending"] for worker in facts.living), len(facts.living)
+    workers = "1 worker is" if count == 1 else f"{count} workers are"
+    if sending:
+        cause = f"its turn has not come: {workers} busy with {sending} others, and what is due longest comes first"
+    else:
+        cause = f"{workers} alive and nothing hinders them that they have told of: look at their logs"
+    return f"queued, and overdue for {span(late)}: {cause}"
 
 
 def _sending(row: Row, _message: Row, facts: Facts) -> str:
     worker = next((w for w in facts.workers if w["id"] == row["worker"]), None)
     who = f"{row['worker'][-12:]} ({worker['host']} {worker['pid']})" if worker else row["worker"][-12:]
-    since = row["due_at"] - timedelta(seconds=facts.far)
     words = f"being sent by worker {who}"
-    if since <= datetime.now(UTC):
-        words += f" since {stamp(since)} ({ago(since)})"
+    if worker and worker["claim_seconds"]:
+        since = row["due_at"] - timedelta(seconds=worker["claim_seconds"])
+        words += f" since {stamp(since)} ({ago(min(since, datetime.now(UTC)))})"
     if worker is None or not worker["alive"]:
         words += ", which does not renew its lease: another one will declare it dead and call this try uncertain"
     if row["wanted"]:
@@ -91,8 +115,8 @@ def _deferred(row: Row, _message: Row, facts: Facts) -> str:
     if when <= datetime.now(UTC):
         words = f"deferred, and due for {ago(when)}"
     words += f", because {_last(row)} (try {row['claims']}); a failure after {stamp(row['expires_at'])} is the last"
-    reasons = _hindrances(row, facts)
-    return words + (f"; and now {reasons}" if reasons else "")
+    cause = _hindrance(row["route"], facts)
+    return words + (f"; and now {cause}" if cause else "")
 
 
 def _held(row: Row, _message: Row, _facts: Facts) -> str:
@@ -100,7 +124,10 @@ def _held(row: Row, _message: Row, _facts: Facts) -> str:
     if reply.startswith("held by "):
         cause = reply
     elif outcome == Outcome.UNSENDABLE:
-        cause = f"held because it cannot be sent: {reply}; put the file back and release it, or drop it"
+        advice = (
+            "bounce it or drop it" if reply.startswith(NO_REQUEST) else "put the file back and release it, or drop it"
+        )
+        cause = f"held because it cannot be sent: {reply}; {advice}"
     elif row["vanished"] > 1:
         cause = f"held because {row['vanished']} workers in a row were lost over it"
     elif outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
@@ -118,7 +145,7 @@ def _delivered(row: Row, _message: Row, _facts: Facts) -> str:
 def _failed(row: Row, message: Row, facts: Facts) -> str:
     words = f"{row['state']} {ago(row['finished_at'])} ago, because {_last(row)}"
     if row["due_at"] is not None:
-        makes = "a worker makes it" if _living(facts) else "no worker is alive to make it"
+        makes = "a worker makes it" if facts.living else "no worker is alive to make it"
         return f"{words}; a notice to the sender is owed since {ago(row['due_at'])}, and {makes}"
     told = [notice["queue_id"] for notice in facts.notices]
     if told:
@@ -152,7 +179,7 @@ def _last(row: Row) -> str:
     told = {
         Outcome.DEFERRED: f"{server} deferred it: {reply}",
         Outcome.REJECTED: f"{server} refused it: {reply}",
-        Outcome.UNREACHABLE: f"no server took a connection: {reply}",
+        Outcome.UNREACHABLE: _unreachable(reply),
         Outcome.INTERRUPTED: f"the transfer to {server} broke off: {reply}",
         Outcome.UNCERTAIN: f"nobody knows whether {server} has it: {reply}",
         Outcome.MALFORMED: f"nobody knows whether {server} has it, its reply is none: {reply}",
@@ -160,21 +187,49 @@ def _last(row: Row) -> str:
     return told.get(row["last_outcome"], reply)
 
 
-def _living(facts: Facts) -> bool:
-    return any(worker["alive"] for worker in facts.workers)
+def _unreachable(reply: str) -> str:
+    """Why there was no connection; some replies say what they are about."""
+    if reply == NO_SERVER or "is left alone" in reply:
+        return reply
+    return f"no server took a connection: {reply.removeprefix('no connection: ')}"
 
 
-def _hindrances(row: Row, facts: Facts) -> str:
+def _hindrance(route: str, facts: Facts) -> str:
     """What keeps mail of that route from being sent, whatever its time; empty when nothing does."""
-    route, found = row["route"], list[str]()
     if pause := facts.pauses.get(f"route:{route}"):
-        reason = f" ({pause['reason']})" if pause["reason"] else ""
-        found.append(f"{pause['actor']} paused route {route} {ago(pause['since_at'])} ago{reason}")
-    servers = facts.servers.get(route, ())
-    if route in facts.servers and not servers and not facts.tried:  # the workers' settings may say more than ours
-        found.append(f"no QMQP server is configured for route {route} (RELAY_QMQP_SERVERS)")
-    if servers and all(f"server:{server}" in facts.pauses for server in servers):
-        found.append(f"every server of route {route} is paused")
-    if not _living(facts):
-        found.append("no worker is alive")
-    return " and ".join(found)
+        return f"route {route} is paused until `resume` {_by(pause)}"
+    if not facts.living:
+        besides = _way(route, facts)
+        return "no worker is alive" + (f", and {besides}" if besides else "")
+    if not any(worker["routes"] for worker in facts.living):
+        return ""  # they have just begun, and not said yet
+    return _way(route, facts)
+
+
+def _way(route: str, facts: Facts) -> str:
+    """What is wrong with a route and its servers; empty when one of them takes mail."""
+    if route not in facts.routes:
+        return f"no worker knows a route {route}: `retry --reroute` gives it another"
+    if not facts.routes[route]:
+        return f"no QMQP server is configured for route {route} (RELAY_QMQP_SERVERS)"
+    causes = [_without(server, facts) for server in facts.routes[route]]
+    return " and ".join(causes) if all(causes) else ""
+
+
+def _without(server: str, facts: Facts) -> str:
+    """Why nothing is sent to a server; empty when some worker would."""
+    if pause := facts.pauses.get(f"server:{server}"):
+        return f"server {server} is paused until `resume` {_by(pause)}"
+    wary = facts.rests.get(server, {})
+    if not wary or any(worker["id"] not in wary for worker in facts.living if _knows(worker, server)):
+        return ""
+    return f"server {server} is left alone until it is tried again, within a minute ({max(wary.values())})"
+
+
+def _knows(worker: Row, server: str) -> bool:
+    return any(server in servers for servers in (worker["routes"] or {}).values())
+
+
+def _by(pause: Row) -> str:
+    """Who paused it, when and why."""
+    return f"(by {pause['actor']} {ago(pause['since_at'])} ago" + (f": {pause['reason']})" if pause["reason"] else ")")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 from qmqp.netstring import MAX_LENGTH, FormatError, length_of, read_length
 
+NO_REQUEST = "no request can be made of it"  # how the reason begins when an envelope cannot be sent
 MAX_ADDRESS = 999
 """The longest address that every server takes: qmail-qmqpd refuses a thousand bytes, Postfix more than
 2048."""
@@ -44,15 +45,20 @@ class Request:
         if not recipients:
             raise NoRecipients("a request needs a recipient")
         if sender and not _GOOD_ADDRESS(sender):
-            raise BadAddress(f"no server can be trusted with the sender {sender[:80]!r}")
+            raise BadAddress(f"no server can be trusted with the sender {_shown(sender)}")
         for recipient in recipients:
             if not _GOOD_ADDRESS(recipient):
-                raise BadAddress(f"no server can be trusted with the recipient {recipient[:80]!r}")
+                raise BadAddress(f"no server can be trusted with the recipient {_shown(recipient)}")
         envelope = b"".join([b"%d:%b," % (len(address), address) for address in (sender, *recipients)])
         self.size = size
         self.head = b"%d:%d:" % (length_of(size) + len(envelope), size)
         self.tail = b",%b," % envelope
         self.length = len(self.head) + size + len(self.tail)
+
+
+def _shown(address: bytes) -> str:
+    """The beginning of an address, in which what cannot be printed is `\\xNN`."""
+    return repr(address[:80])[2:-1] or "<>"
 
 
 class RequestParser:

@@ -152,6 +152,7 @@ class Ledger:
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
         self._engine = engine
         far = 2 * settings.session_timeout + 2 * settings.lease
+        self._far = round(far)
         self._sql = Statements(
             engine, grace=settings.grace, lease=settings.lease, notices=settings.bounces == "dsn", far=far
         )
@@ -160,13 +161,13 @@ class Ledger:
         self._in_doubt = False
 
     def register(self, worker: str, host: str, pid: int) -> None:
-        """Add a worker with a fresh lease."""
+        """Add a worker with a fresh lease, and how long it gives itself for a claim."""
         with writing(self._engine) as connection:
             self._sql.run(
                 connection,
-                "INSERT INTO workers (id, host, pid, started_at, until)"
-                " VALUES (:worker, :host, :pid, @now, @later(:lease)) ON CONFLICT DO NOTHING",
-                worker=dashed(worker), host=host, pid=pid,
+                "INSERT INTO workers (id, host, pid, started_at, until, claim_seconds)"
+                " VALUES (:worker, :host, :pid, @now, @later(:lease), :claim_seconds) ON CONFLICT DO NOTHING",
+                worker=dashed(worker), host=host, pid=pid, claim_seconds=self._far,
             )  # fmt: skip
 
     def retire(self, worker: str) -> None:

@@ -7,6 +7,7 @@ nothing; times come out as aware datetimes on both databases; an id may be given
 unique end of it.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ type Row = dict[str, Any]
 _TIMES = ("_at", "until")
 _IDS = ("message_id", "worker")
 _FEW = 1000  # rows that an index may find and that are then sorted
+ENDED = 50  # workers that have ended and are looked up still
 LOOKED_AT = 100_000  # messages that a page looks at for what no index finds
 AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
 # What stands behind the last @: one expression that both databases understand.
@@ -301,11 +303,27 @@ class Queue:
         return self._all("SELECT subject, @when(since) AS since_at, actor, reason FROM pauses ORDER BY subject")
 
     def workers(self) -> list[Row]:
-        """Workers, the living first: id, host, pid, started_at, until, ended_at, ending, and what they are sending."""
-        return self._all(
+        """Workers, first all that have not ended, then the last that have.
+
+        A row has id, host, pid, started_at, until, ended_at, ending, alive, how many deliveries it is `sending`,
+        claim_seconds, and `routes`: the servers of each route that it knows (None: it has not said).
+        """
+        rows = self._all(
             "SELECT @hex(w.id) AS id, w.host, w.pid, @when(w.started_at) AS started_at, @when(w.until) AS until,"
             " @when(w.ended_at) AS ended_at, w.ending, (w.ended_at IS NULL AND w.until > @now) AS alive,"
-            " coalesce(d.sending, 0) AS sending FROM workers w LEFT JOIN (SELECT worker, count(*) AS sending"
+            " coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes"
+            " FROM workers w LEFT JOIN (SELECT worker, count(*) AS sending"
             " FROM deliveries WHERE state = 'sending' AND due_at IS NOT NULL GROUP BY worker) AS d ON d.worker = w.id"
-            " ORDER BY w.ended_at IS NOT NULL, w.started_at DESC LIMIT 50"
+            " WHERE w.ended_at IS NULL OR w.id IN"
+            " (SELECT id FROM workers WHERE ended_at IS NOT NULL ORDER BY started_at DESC LIMIT :most)"
+            " ORDER BY w.ended_at IS NOT NULL, w.started_at DESC, w.id DESC",
+            most=ENDED,
+        )
+        return [row | {"routes": json.loads(row["routes"]) if row["routes"] else None} for row in rows]
+
+    def rests(self) -> list[Row]:
+        """Which servers living workers leave alone for now: worker, server, why."""
+        return self._all(
+            "SELECT @hex(r.worker) AS worker, r.server, r.why FROM rests r JOIN workers w ON w.id = r.worker"
+            " WHERE w.ended_at IS NULL AND w.until > @now ORDER BY r.server, r.worker"
         )

@@ -210,6 +210,10 @@ class Routes:
         """All routes, in the order in which they are asked; the last one takes the rest."""
         return tuple(self._now().values())
 
+    def servers(self) -> dict[str, tuple[str, ...]]:
+        """The names of the servers of each route."""
+        return {name: tuple(server.name for server in route.servers) for name, route in self._now().items()}
+
     def max_size(self) -> int | None:
         """The least that a route takes, in bytes; None if none says."""
         return min((route.max_size for route in self._now().values() if route.max_size), default=None)

@@ -105,6 +105,12 @@ class Sweeps:
             for server, why in rests.items():
                 self._sql.run(connection, add, worker=dashed(worker), server=server, why=why)
 
+    def note_routes(self, worker: str, routes: Mapping[str, Sequence[str]]) -> None:
+        """Say which routes a worker knows, with their servers: `why` has the settings of who looks, and not these."""
+        with writing(self._engine) as connection:
+            sql = "UPDATE workers SET routes = :routes WHERE id = :worker"
+            self._sql.run(connection, sql, worker=dashed(worker), routes=json.dumps(routes))
+
     def paused(self) -> frozenset[str]:
         """What nothing is to be sent to: `route:NAME` and `server:NAME`."""
         with reading(self._engine) as connection:

@@ -81,7 +81,9 @@ class Process:
         debts = Debts(state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers))
         sweeps = Sweeps(state.engine, settings)
         self.engine.pause(insistent(sweeps.paused))
-        self._sweeper = Sweeper(settings, sweeps, debts, self.engine, self._hints, resting=servers.resting)
+        self._sweeper = Sweeper(
+            settings, sweeps, debts, self.engine, self._hints, resting=servers.resting, known=routes.servers
+        )
         self._housekeeper = Housekeeper(settings, state.engine, state.spool)
         verbs = Verbs(state.engine, notices=settings.bounces == "dsn")
         self._rerouter = Rerouter(sweeps, verbs, routes)

@@ -14,7 +14,7 @@ this thread and the engine's loop go round: its age is the worker's health.
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from relay.broker import Hints
@@ -65,11 +65,14 @@ class Sweeper:
         hints: Hints,
         *,
         resting: Callable[[], Mapping[str, str]] = dict,
+        known: Callable[[], Mapping[str, Sequence[str]]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._sweeps, self._debts = settings, sweeps, debts
-        self._engine, self._hints, self._clock, self._resting = engine, hints, clock, resting
+        self._engine, self._hints, self._clock = engine, hints, clock
+        self._resting, self._known = resting, known
         self._said: tuple[str, Mapping[str, str]] = ("", {})  # as who, which servers rest
+        self._told: tuple[str, Mapping[str, Sequence[str]]] = ("", {})  # as who, which routes there are
         self._watch = Watch(settings.lease, clock)
         self._away_until: float | None = None  # when the database was last found away
         self._tick_file = tick_file(settings)
@@ -102,7 +105,7 @@ class Sweeper:
             return
         try:
             self._engine.pause(self._sweeps.paused())
-            self._say_what_rests()
+            self._say_what_it_knows()
             due = self._requeue()
             self._sweeps.lose_stuck()
             self._bury()
@@ -114,7 +117,11 @@ class Sweeper:
             self._away_until = None
             self._tell_senders(due)
 
-    def _say_what_rests(self) -> None:
+    def _say_what_it_knows(self) -> None:
+        known = self._engine.worker, self._known()
+        if known != self._told and (known[1] or self._told[1]):
+            self._sweeps.note_routes(*known)
+            self._told = known
         found = self._engine.worker, self._resting()
         if found != self._said and (found[1] or self._said[1]):
             self._sweeps.note_rests(*found)

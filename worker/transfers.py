@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qmqp import client
-from qmqp.request import Request
+from qmqp.request import NO_REQUEST, Request
 from relay import metrics
 from relay.claims import Claim, Record, Try
 from relay.log import escaped, first_line, get_logger
@@ -191,7 +191,7 @@ class Transfer:
             recipients = [address.encode("latin-1") for address in claim.recipients]
             request = Request(claim.size, claim.sender.encode("latin-1"), recipients)
         except ValueError as error:
-            return self.unsendable(f"no request can be made of it: {error}")
+            return self.unsendable(f"{NO_REQUEST}: {error}")
         while not self._aborted:
             place = self._terms.servers.take(self._route, self._tried)
             self._tell_placed()

@@ -114,7 +114,7 @@ def test_why(console: Console) -> None:
         for state, ids in console.made.ids.items()
     }
     words = {
-        "queued": r"queued(: a worker takes it when it is hinted at|, and overdue for \w+: no worker has a free)",
+        "queued": r"queued(: a worker takes it when it is hinted at|, and overdue for \w+: its turn has not)",
         "sending": r"being sent by worker \w{12} \(host 1\)",
         "held": r"held (by .*here|because it cannot be sent: no body).* It stays until it is released, bounced or drop",
         "delivered": r"delivered \w+ ago to qmqp\.example\.net:628 \(try 1\): its words",

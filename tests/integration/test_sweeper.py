@@ -174,6 +174,23 @@ def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene)
     assert health() == paused, "whoever has ended leaves nothing alone"
 
 
+def test_a_worker_says_which_routes_it_knows_and_how_long_a_claim_is_for(scene: Scene) -> None:
+    routes: dict[str, tuple[str, ...]] = {"default": ("mx.example.net:628",)}
+    scene.sweeper._known = routes.copy
+    shown = "SELECT routes, claim_seconds AS far FROM workers"
+    settings = scene.mail.settings
+    (row,) = scene.mail.rows(shown)
+    assert row == {"routes": None, "far": 2 * settings.session_timeout + 2 * settings.lease}
+    scene.sweeper.sweep()
+    routes["bulk"] = ()
+    assert json.loads(scene.mail.rows(shown)[0]["routes"]) == {"default": ["mx.example.net:628"]}
+    scene.sweeper.sweep()
+    assert json.loads(scene.mail.rows(shown)[0]["routes"]) == {"default": ["mx.example.net:628"], "bulk": []}
+    scene.engine.worker = scene.worker()  # declared dead, and there again under another id
+    scene.sweeper.sweep()
+    assert all("bulk" in row["routes"] for row in scene.mail.rows(shown))
+
+
 def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
     message_id = scene.mail.accept()
     scene.mail.change("UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true")

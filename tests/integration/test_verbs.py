@@ -275,7 +275,8 @@ def test_pauses(office: Office, typed: Typed) -> None:
     assert {row["subject"] for row in lines(typed("stats", "--json")) if row["kind"] == "pause"} == {
         "route:default", "server:192.0.2.7:628"
     }  # fmt: skip
-    assert re.search(r"paused route default \d+s ago \(disk swap\)", typed("why", message_id).stdout)
+    paused = r"because route default is paused until `resume` \(by \S+@\S+ \d+s ago: disk swap\)\.$"
+    assert re.search(paused, typed("why", message_id).stdout)
     typed("resume", "--route", "default")
     typed("resume", "--route", "default", status=1)
     for wrong in ((), ("--route", "x", "--server", "y"), ("--server", "host:port")):

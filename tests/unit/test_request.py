@@ -317,3 +317,9 @@ def test_B14_before_its_status_byte_a_reply_says_nothing(wire):
 def test_a_reply_that_does_not_end_where_it_says():
     with pytest.raises(MalformedReply, match="comma"):
         ReplyParser().feed(b"3:KOk;")
+
+
+@pytest.mark.parametrize(("address", "shown"), [(b"a\r\xffb@x", r"a\\r\\xffb@x"), (b"<a@x", "<a@x"), (b"", "<>")])
+def test_the_reason_is_words_and_not_a_literal_of_python(address: bytes, shown: str) -> None:
+    with pytest.raises(BadAddress, match=rf"^no server can be trusted with the recipient {shown}$"):
+        Request(1, b"a@example.com", [address])

@@ -1,0 +1,89 @@
+"""`why` says one cause, which holds: what workers have written down, whatever the settings of who asks."""
+
+import re
+
+import pytest
+
+from relay.bodies import Spool
+from relay.schema import Outcome
+from tests.integration.office import Office
+from tests.integration.typed import Typed, typed_at
+
+ONE, TWO = "127.0.0.1:6280", "[::1]:628"
+
+
+@pytest.fixture
+def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
+    monkeypatch.setenv("RELAY_QMQP_SERVERS", "192.0.2.99")  # not what the workers have
+    return typed_at(office, spool, monkeypatch)
+
+
+def overdue(office: Office) -> str:
+    message_id = office.accept()
+    office.pass_time(60, only=[message_id])
+    return message_id
+
+
+def told(typed: Typed, message_id: str) -> str:
+    return str(typed("why", message_id).stdout).strip()
+
+
+def test_a_paused_server_is_named_with_who_and_why(office: Office, typed: Typed) -> None:
+    message_id = overdue(office)
+    office.sweeps.note_routes(office.worker, {"default": [ONE]})
+    typed("pause", "--server", ONE, "--reason", "new disk")
+    words = rf"b@example\.org: queued, and not sent because server {ONE} is paused until `resume` "
+    assert re.fullmatch(words + r"\(by \S+@\S+ \d+s ago: new disk\)\.", told(typed, message_id))
+    other = office.hire()
+    office.sweeps.note_routes(other, {"default": [ONE, TWO]})
+    assert "paused" not in told(typed, message_id), "another worker has another server"
+    office.sweeps.note_rests(other, {TWO: "no connection: Connection refused"})
+    both = told(typed, message_id)
+    assert f"server {ONE} is paused" in both
+    assert f" and server {TWO} is left alone until it is tried again, within a minute (no connection: Conn" in both
+    third = office.hire()
+    office.sweeps.note_routes(third, {"default": [TWO]})
+    assert "left alone" not in told(typed, message_id), "one of those who know it would send there"
+
+
+def test_what_is_wrong_with_a_route(office: Office, typed: Typed) -> None:
+    message_id = overdue(office)
+    office.claim(office.accept())
+    assert "overdue for 55s: its turn has not come: 1 worker is busy with 1 others" in told(typed, message_id)
+    office.sweeps.note_routes(office.worker, {"default": []})
+    assert told(typed, message_id).endswith("no QMQP server is configured for route default (RELAY_QMQP_SERVERS).")
+    office.sweeps.note_routes(office.worker, {"bulk": [ONE]})
+    assert "no worker knows a route default: `retry --reroute` gives it another" in told(typed, message_id)
+    typed("pause", "--server", "192.0.2.99")
+    office.change("UPDATE workers SET until = @ago(1)")
+    assert "because no worker is alive, and server 192.0.2.99:628 is paused until" in told(typed, message_id)
+
+
+def test_since_when_it_is_being_sent_comes_from_its_worker(office: Office, typed: Typed) -> None:
+    message_id = office.accept()
+    office.claim(message_id)
+    office.pass_time(120, only=[message_id])
+    assert re.search(r"\(host 1\) since [-:0-9 ]+ \(2m( \ds)?\)\.$", told(typed, message_id))
+    office.change("UPDATE workers SET claim_seconds = claim_seconds - 60")
+    assert re.search(r"since [-:0-9 ]+ \(1m( \ds)?\)\.$", told(typed, message_id))
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        ("no connection: 127.0.0.1:6280 Connection refused", "no server took a connection: 127.0.0.1:6280 Connection"),
+        ("mx:628 is left alone for a while: 450 go away", "because mx:628 is left alone for a while: 450 go"),
+        ("no QMQP server configured (RELAY_QMQP_SERVERS)", "because no QMQP server configured (RELAY"),
+    ],
+)
+def test_no_connection_is_said_once(office: Office, typed: Typed, reply: str, words: str) -> None:
+    message_id = office.accept()
+    office.record(office.claim(message_id)[0], Outcome.UNREACHABLE, reply=reply, server=None)
+    assert f"{words}" in told(typed, message_id)
+
+
+def test_what_to_do_about_an_envelope_that_nobody_takes(office: Office, typed: Typed) -> None:
+    message_id = office.accept()
+    reply = "no request can be made of it: no server can be trusted with the recipient <x"
+    office.record(office.claim(message_id)[0], Outcome.UNSENDABLE, reply=reply)
+    assert f"it cannot be sent: {reply}; bounce it or drop it. It stays" in told(typed, message_id)
