@@ -34,10 +34,14 @@ def _filter(
         list[str] | None,
         typer.Option(help="queued, sending, deferred ...; may be repeated.", autocompletion=_states),
     ] = None,
-    sender: Annotated[str | None, typer.Option(help="* stands for anything, '' is the null sender.")] = None,
-    recipient: Annotated[str | None, typer.Option(help="* stands for anything.")] = None,
+    sender: Annotated[str | None, typer.Option(help="<> is the null sender. * stands for anything.")] = None,
+    recipient: Annotated[
+        str | None, typer.Option(help="Capitals count only before the @. * stands for anything.")
+    ] = None,
     route: Annotated[str | None, typer.Option(help="Name of the route.")] = None,
-    server: Annotated[str | None, typer.Option(help="Server of the last try.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Server of the last try: host, host:port, [v6]:port, unix:/path.")
+    ] = None,
     older_than: Annotated[str | None, typer.Option(help="Received longer ago than 30s, 5m, 2h, 5d.")] = None,
     message_id: Annotated[str | None, typer.Option(help="Message-ID of the header, with or without <>.")] = None,
     reply: Annotated[str | None, typer.Option(help="A part of the server's words at the last try.")] = None,
@@ -45,6 +49,7 @@ def _filter(
 ) -> "Filter":
     """What the options mean; raises BadParameter."""
     from relay.filters import Filter, bracketed
+    from relay.routes import parse_server
     from relay.schema import State
     from relay.settings import seconds
 
@@ -54,6 +59,10 @@ def _filter(
         age = float(str(seconds(older_than))) if older_than else None
     except ValueError as error:
         raise typer.BadParameter(f"--older-than {older_than} {error}") from None
+    try:
+        server = parse_server(server).name if server and "*" not in server else server
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     return Filter(
         tuple(state or ()),
         sender,

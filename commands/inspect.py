@@ -139,9 +139,15 @@ def list_queue(wanted: Filter, *, everything: bool, limit: int | None, json_line
         else:
             lines = queue.lines(wanted, limit=limit, finished=everything, objects=json_lines)
             count = write_lines(lines, json_lines=json_lines)
-        if not count and sys.stdout.isatty():
-            say("nothing like that" + ("" if everything or wanted.states else " is unfinished; --all looks further"))
+        if not count:
+            say(_nothing(wanted, everything=everything or wanted.is_history()))
         return DONE if count else NOTHING_MATCHED
+
+
+def _nothing(wanted: Filter, *, everything: bool) -> str:
+    if not wanted.shown():
+        return "no mail is kept" if everything else "the queue is empty"
+    return "nothing like that" + ("" if everything else " is unfinished; --all looks further")
 
 
 def looked_up(text: str) -> dict[str, Any]:

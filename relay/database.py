@@ -47,7 +47,8 @@ class Dialect:
     `@now`: the time; `@later(s)`, `@ago(s)`: s seconds after or before it; `@since(t)`: seconds since t; `@when(t)`: t
     as people read it; `@iso(w)`: what `@when` made, as RFC 3339 has it; `@micros(t)`: t as microseconds since 1970;
     `@hex(id)`: an id as 32 digits; `@id(:name)`: an id parameter; `@like`: LIKE to which capitals are the same;
-    `@skip_locked`, `@locked(table)`; `@rows(:name; column type, ...)`: the rows of a JSON array parameter, as x.
+    `@at_least`, `@below`: >= and < by bytes; `@skip_locked`, `@locked(table)`; `@rows(:name; column type, ...)`: the
+    rows of a JSON array parameter, as x.
     """
 
     _MACRO = re.compile(r"@(\w+)(?:\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?")
@@ -75,6 +76,8 @@ class Dialect:
             "hex": lambda i: f"replace(CAST({i} AS text), '-', '')",
             "id": lambda i: f"CAST({i} AS uuid)",
             "like": lambda _: "ILIKE",
+            "at_least": lambda _: "~>=~",
+            "below": lambda _: "~<~",
             "skip_locked": lambda _: "FOR UPDATE SKIP LOCKED",
             "locked": lambda table: f"FOR UPDATE OF {table}",
             "rows": rows,
@@ -100,6 +103,8 @@ class Dialect:
             "hex": lambda i: f"replace({i}, '-', '')",
             "id": lambda i: i,
             "like": lambda _: "LIKE",
+            "at_least": lambda _: ">=",
+            "below": lambda _: "<",
             "skip_locked": lambda _: "",
             "locked": lambda _: "",
             "rows": rows,
@@ -244,6 +249,19 @@ def is_outage(error: BaseException) -> bool:
         # is an OperationalError too.
         return state[:2] in {"08", "25", "40", "42", "53", "55", "57", "58"}
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+
+
+def is_no_database(error: DBAPIError) -> bool:
+    """Whether the file is none of SQLite's, or broken."""
+    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
+
+def lacks_schema(error: DBAPIError) -> bool:
+    """Whether a table or a column is not there that this version has."""
+    if state := getattr(error.orig, "sqlstate", None):
+        return state in ("42P01", "42703")  # undefined_table, undefined_column
+    return str(error.orig).startswith(("no such table", "no such column"))
 
 
 def wait_until_ready(engine: Engine) -> None:

@@ -15,7 +15,11 @@ from relay.schema import State, words
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which deliveries are meant; everything that is given must hold. `sender` and `recipient` take `*`."""
+    """Which deliveries are meant; everything that is given must hold.
+
+    `sender` ('' or <>: the null sender) and `recipient` are whole addresses, whose domains are the same in capitals, or
+    patterns with `*`, to which all is.
+    """
 
     states: tuple[str, ...] = ()
     sender: str | None = None
@@ -35,9 +39,18 @@ class Filter:
             parts.append(f"state IN ({words(tuple(map(State, self.states)))})")  # literals: a plan may depend on them
         for column in ("sender", "recipient", "route", "server", "header_message_id"):
             value: str | None = getattr(self, column)
-            if value is not None:
-                parts.append(f"{column} @like :{column} ESCAPE '\\'" if "*" in value else f"{column} = :{column}")
-                given[column] = _like(value) if "*" in value else value
+            if value is None:
+                continue
+            if "*" in value:
+                parts.append(f"{column} @like :{column} ESCAPE '\\'")
+                given[column] = _like(value)
+            elif column in ("sender", "recipient"):
+                where, more = address_is(column, value)
+                parts.append(where)
+                given |= more
+            else:
+                parts.append(f"{column} = :{column}")
+                given[column] = value
         if self.reply is not None:
             parts.append("reason @like :reply ESCAPE '\\'")
             given["reply"] = _like(f"*{self.reply}*")
@@ -49,6 +62,10 @@ class Filter:
             given["id"] = dashed(self.id)
         return " AND ".join(parts) or "1 = 1", given
 
+    def is_history(self) -> bool:
+        """Whether it is looked for among finished mail, too: who names a message or a state means it, ended or not."""
+        return bool(self.states or self.id or self.header_message_id)
+
     def shown(self) -> str:
         """The filter as an operator would type it; empty for everything."""
         words = [f"--state {state}" for state in self.states]
@@ -58,6 +75,19 @@ class Filter:
                 option = name.removeprefix("header_").replace("_", "-")
                 words.append(f"--{option} {shlex.quote(f'{value:g}s' if name == 'older_than' else value)}")
         return " ".join(words)
+
+
+def address_is(column: str, address: str) -> tuple[str, dict[str, str]]:
+    """The condition that a column holds this address, and its parameters; the domain's capitals are no matter.
+
+    All spellings of a domain stand together in an index on the column's bytes, behind the local part and its @.
+    """
+    if "@" not in address:
+        return f"{column} = :{column}", {column: "" if address == "<>" else address}
+    local = address[: address.rfind("@")]
+    given = {column: address, f"{column}_from": f"{local}@", f"{column}_to": f"{local}A"}  # A comes next to @
+    among = f"{column} @at_least :{column}_from AND {column} @below :{column}_to"
+    return f"{among} AND lower({column}) = lower(:{column})", given
 
 
 def bracketed(message_id: str) -> str:

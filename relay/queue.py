@@ -19,7 +19,7 @@ from uuid import UUID
 from sqlalchemy import Connection, CursorResult, Engine
 
 from relay.database import Statements, reading
-from relay.filters import Filter, id_at
+from relay.filters import Filter, address_is, id_at
 from relay.ids import dashed
 from relay.schema import UNFINISHED, VIEWS, words
 
@@ -83,7 +83,7 @@ class Queue:
         after: tuple[str, int] | None = None, down_to: str | None = None,
     ) -> tuple[str, dict[str, Any]]:  # fmt: skip
         where, given = wanted.where()
-        view = "mail_history" if finished or wanted.states else "mail_queue"
+        view = "mail_history" if finished or wanted.is_history() else "mail_queue"
         behind, order = ("<", "DESC") if newest else (">", "ASC")
         if after is not None:
             where += f" AND (message_id, position) {behind} (@id(:after), :position)"
@@ -125,8 +125,9 @@ class Queue:
             ("recipients", "address", wanted.recipient),
         ):
             if value is not None and "*" not in value:
-                some = f"SELECT count(*) AS n FROM (SELECT 1 FROM {table} WHERE {column} = :value LIMIT {_FEW}) AS x"
-                if self._all(some, value=value)[0]["n"] < _FEW:
+                where, given = address_is(column, value)
+                some = f"SELECT count(*) AS n FROM (SELECT 1 FROM {table} WHERE {where} LIMIT {_FEW}) AS x"
+                if self._all(some, **given)[0]["n"] < _FEW:
                     return True
         return False
 

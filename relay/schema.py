@@ -103,7 +103,7 @@ messages = Table(
     Column("ret", Text, comment="RET= of MAIL (RFC 3461)"),
     Column("envid", Text, comment="ENVID= of MAIL (RFC 3461), xtext"),
     Column("notice_of", Id, comment="the message that this notice is about"),
-    Index(None, "sender"),
+    Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
     comment="accepted messages; rows are never changed",
 )
@@ -118,7 +118,7 @@ recipients = Table(
     Column("notify", Text, comment="NOTIFY= of RCPT (RFC 3461)"),
     Column("orcpt", Text, comment="ORCPT= of RCPT (RFC 3461), xtext"),
     PrimaryKeyConstraint("message_id", "position"),
-    Index(None, "address"),
+    Index("recipients_address", "address", postgresql_ops={"address": "text_pattern_ops"}),
     comment="envelope recipients",
 )
 

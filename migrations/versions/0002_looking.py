@@ -183,6 +183,7 @@ def upgrade() -> None:
     _replace_views(connection, POSTGRESQL if postgresql else SQLITE)
     connection.exec_driver_sql("CREATE INDEX deliveries_held ON deliveries (message_id) WHERE state = 'held'")
     if postgresql:
+        _replace_indexes(connection, " text_pattern_ops")
         about = "servers that workers leave alone for now; who has ended does not count"
         connection.exec_driver_sql(f"COMMENT ON TABLE rests IS '{about}'")
         connection.exec_driver_sql("COMMENT ON TABLE touched IS 'which deliveries an action touched'")
@@ -203,6 +204,8 @@ def downgrade() -> None:
     for column in COLUMNS if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS NULL")
     connection.exec_driver_sql("DROP INDEX deliveries_held")
+    if postgresql:
+        _replace_indexes(connection, "")
     first = importlib.import_module("migrations.versions.0001_first")
     made = [statement.split(maxsplit=4) for statement in (first.POSTGRESQL if postgresql else first.SQLITE)]
     _replace_views(connection, {words[2]: words[4] for words in made if words[1] == "VIEW"})
@@ -216,6 +219,13 @@ def _replace_views(connection: sqlalchemy.Connection, views: dict[str, str]) -> 
     for name, select in views.items():
         connection.exec_driver_sql(f"DROP VIEW {name}")
         connection.exec_driver_sql(f"CREATE VIEW {name} AS {select}")
+
+
+def _replace_indexes(connection: sqlalchemy.Connection, order: str) -> None:
+    """By bytes, whatever the database's language: spellings of an address stand together, and equality needs no more."""
+    for table, column in (("messages", "sender"), ("recipients", "address")):
+        connection.exec_driver_sql(f"DROP INDEX {table}_{column}")
+        connection.exec_driver_sql(f"CREATE INDEX {table}_{column} ON {table} ({column}{order})")
 
 
 def _role_exists(connection: sqlalchemy.Connection) -> bool:

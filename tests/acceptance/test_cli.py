@@ -76,6 +76,17 @@ def test_a_database_out_of_reach(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "words", [("migrate",), ("list",), ("why", "abcdef"), ("retry", "--all"), ("pause", "--route", "x")]
+)
+def test_a_file_that_is_no_database_is_a_sentence(tmp_path: Path, words: tuple[str, ...]) -> None:
+    file = tmp_path / "m.txt"
+    file.write_text("this is text " * 100)
+    looked = command(*words, STATE_DIR=str(tmp_path), DATABASE_URL=f"sqlite:///{file}")
+    assert looked.returncode == 3
+    assert looked.stderr == "qmqp-relay: database: file is not a database (`qmqp-relay check` looks closer)\n"
+
+
+@pytest.mark.parametrize(
     ("words", "settings", "said"),
     [
         (("up",), {"SMTP_LISTEN": "nonsense"}, "RELAY_SMTP_LISTEN"),

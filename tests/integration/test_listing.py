@@ -2,18 +2,22 @@
 
 import io
 import itertools
+import re
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import event, text
+from typer.testing import CliRunner
 
 from commands import inspect
+from commands.cli import main
 from commands.tables import write, write_lines
 from relay.bodies import Spool
 from relay.database import connect, dialect_of, reading
-from relay.filters import Filter
+from relay.filters import Filter, address_is
 from relay.queue import Queue
 from relay.schema import Outcome
 from tests.integration.office import Office, new_message
@@ -112,11 +116,74 @@ def test_limits_and_filters_mean_the_same_everywhere(office: Office, typed: Type
     for words, expected in {
         ("--message-id", "2@example.com"): ["b@example.org"], ("--message-id", "<1@example.com>"): ["a@example.org"],
         ("--message-id", "*@example.com"): ["a@example.org", "b@example.org"], ("--sender", ""): ["b@example.org"],
-        ("--limit", "1"): ["a@example.org"],
+        ("--limit", "1"): ["a@example.org"], ("--sender", "<>"): ["b@example.org"],
     }.items():  # fmt: skip
         assert [row["recipient"] for row in lines(typed("list", "--json", *words))] == expected
     dry = typed("hold", "--message-id", "2@example.com", "--dry-run", "--json")
     assert [row["recipient"] for row in lines(dry)] == ["b@example.org"]
+
+
+def test_the_domain_of_an_address_has_no_capitals(office: Office, typed: Typed) -> None:
+    for address in ("You@Example.ORG", "You@example.org", "you@example.org", "You@example.org.uk", "a@b@Example.org"):
+        office.accept(address, sender=address)
+    twice = ["You@Example.ORG", "You@example.org"]
+    for spelt, expected in {
+        "You@EXAMPLE.org": twice, "You@example.org": twice, "you@Example.org": ["you@example.org"],
+        "YOU@example.org": [], "a@b@example.ORG": ["a@b@Example.org"], "@example.org": [], "You": [],
+    }.items():  # fmt: skip
+        for option in ("--recipient", "--sender"):
+            rows = lines(typed("list", "--json", option, spelt, status=0 if expected else 1))
+            assert [row["recipient"] for row in rows] == expected, spelt
+    typed("hold", "--recipient", "You@EXAMPLE.ORG", "--yes")
+    assert {row["recipient"] for row in lines(typed("list", "--json", "--state", "held"))} == set(twice)
+
+
+def test_an_address_is_found_by_its_index(office: Office) -> None:
+    for column, table in (("sender", "messages"), ("address", "recipients")):
+        where, given = address_is(column, "You@Example.org")
+        explain = "EXPLAIN" if office.spell.postgresql else "EXPLAIN QUERY PLAN"
+        with reading(office.engine) as connection:
+            sql = office.spell(f"{explain} SELECT 1 FROM {table} WHERE {where}")
+            plan = " ".join(str(row) for row in connection.execute(text(sql), given))
+        assert re.search(rf"{table}_{column}\b.*(~>=~|>\?)", plan), plan
+
+
+def test_a_server_is_spelt_as_pause_spells_it(office: Office, typed: Typed) -> None:
+    message_id = office.accept()
+    office.record(office.claim(message_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
+    for spelt in ("127.0.0.1", "127.0.0.1:628", "127.*"):
+        assert [row["queue_id"] for row in lines(typed("list", "--json", "--server", spelt))] == [message_id]
+    typed("list", "--server", "127.0.0.1:629", status=1)
+    assert "bad QMQP server" in typed("list", "--server", "host:port", status=2).output
+
+
+def test_who_names_a_message_finds_it_finished_too(office: Office, typed: Typed) -> None:
+    assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
+    assert typed("list", "--all", status=1).stderr == "qmqp-relay: no mail is kept\n"
+    message_id = office.accept(header_message_id="<1@example.com>")
+    office.record(office.claim(message_id)[0], Outcome.ACCEPTED)
+    for words in ((message_id,), ("--id", message_id[-12:]), ("--message-id", "1@example.com")):
+        assert [row["state"] for row in lines(typed("list", "--json", *words))] == ["delivered"]
+    assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
+    hint = typed("list", "--recipient", "b@example.org", status=1).stderr
+    assert hint == "qmqp-relay: nothing like that is unfinished; --all looks further\n"
+    assert typed("list", "--all", "--recipient", "x", status=1).stderr == "qmqp-relay: nothing like that\n"
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_without_our_tables_says_what_to_do(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (tmp_path / "empty.db").touch()
+    url = f"sqlite:///{tmp_path}/empty.db"
+    if kind == "postgresql":
+        url = request.getfixturevalue("postgres_maintenance_url")  # where databases are made; it has no tables itself
+    monkeypatch.setenv("RELAY_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("RELAY_DATABASE_URL", url)
+    for words in (["list"], ["stats"], ["show", "abcdef"], ["hold", "--all"], ["pause", "--route", "x"]):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 3, words
+        assert done.stderr == "qmqp-relay: the database has no tables of this version: run `qmqp-relay migrate`\n"
 
 
 def test_a_long_table_begins_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,10 +236,6 @@ def test_watching_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_shell_completes_commands_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
-    from commands.cli import main
-
     def completed(line: str) -> set[str]:
         words = line.split(" ")
         environ = {"_QMQP_RELAY_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
