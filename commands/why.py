@@ -89,7 +89,8 @@ def _queued(row: Row, _message: Row, facts: Facts) -> str:
     sending, count = sum(worker["sending"] for worker in facts.living), len(facts.living)
     workers = "1 worker is" if count == 1 else f"{count} workers are"
     if sending:
-        cause = f"its turn has not come: {workers} busy with {sending} others, and what is due longest comes first"
+        others = f"{sending} other{'s' * (sending > 1)}"
+        cause = f"its turn has not come: {workers} busy with {others}, and what is due longest comes first"
     else:
         cause = f"{workers} alive and nothing hinders them that they have told of: look at their logs"
     return f"queued, and overdue for {span(late)}: {cause}"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 from commands import web
@@ -35,7 +36,10 @@ class Scenario:
     recipients: Counter[str] = field(default_factory=Counter)
     ids: dict[str, list[str]] = field(default_factory=dict)
     owed: int = 0
-    uncertain: int = 0
+    doubtful: list[str] = field(default_factory=list)  # ids of what nobody knows the end of
+    told: int = 0  # notices that were made
+    actions: Counter[str] = field(default_factory=Counter)  # by verb
+    overdue: Counter[str] = field(default_factory=Counter)
 
     def made(self, state: str, *ids: str, recipients: int = 1) -> None:
         self.recipients[state] += recipients * len(ids)
@@ -69,17 +73,18 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     made.made("bounced", *(tried(Outcome.REJECTED, reply=f"550 5.1.1 {HOSTILE}") for _ in range(4)))
     debts = Debts(office.engine, spool, office.settings, lambda _address: "notices")
     notices = debts.settle(5)  # of seven: two are owed
-    made.owed = 2
+    made.owed, made.told = 2, len(notices)
     made.made("queued", *notices)
     made.made("deferred", *(tried(Outcome.DEFERRED, reply="451 4.7.1 greylisted") for _ in range(4)))
-    made.made("deferred", *(tried(Outcome.UNCERTAIN, reply="connection closed") for _ in range(2)))
+    made.doubtful = [tried(Outcome.UNCERTAIN, reply="connection closed") for _ in range(2)]
+    made.made("deferred", *made.doubtful)
     made.made("deferred", tried(Outcome.UNREACHABLE, reply="connection refused"))
-    made.uncertain = 2
     made.made("held", tried(Outcome.UNSENDABLE, reply=f"no body file {TURNED}"))
     for verb, state in (("hold", "held"), ("drop", "dropped")):
         ids = [accept() for _ in range(3)]
         for message_id in ids:
             verbs.apply(VERBS[verb], Filter(id=message_id), actor=f"{HOSTILE}@here", reason=HOSTILE)
+            made.actions[verb] += 1
         made.made(state, *ids)
     cut = accept("good@example.org", "bad@example.org", "fine@example.org")
     office.record(office.claim(cut)[0], Outcome.REJECTED, state=State.SPLIT, reply="550 5.1.1 no such user")
@@ -94,7 +99,19 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     sending = [accept() for _ in range(4)]
     office.claim(*sending)
     made.made("sending", *sending)
+    for state, overdue in (("deferred", made.ids["deferred"][:2]), ("queued", made.ids["queued"])):
+        office.pass_time(100, only=overdue)  # nobody has looked at them since they were due
+        made.overdue[state] = len(overdue)
+    office.pass_time(-10_000, only=made.ids["deferred"][2:])  # however long the tests take, these are not
     return made
+
+
+def questions(database: str) -> list[list[str]]:
+    """The statements in which docs/inspect.md puts each of its questions to that database."""
+    text = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text().split("\n## Questions\n")[1]
+    other = {"sqlite": "-- PostgreSQL", "postgresql": "-- SQLite"}[database]
+    blocks = [block.split(";") for block in re.findall(r"```sql\n(.*?)```", text, re.DOTALL)]
+    return [[query for query in block if query.strip() and other not in query] for block in blocks]
 
 
 @dataclass(slots=True)

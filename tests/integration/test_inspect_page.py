@@ -1,4 +1,4 @@
-"""docs/inspect.md names the views' columns as they are, and its queries run."""
+"""docs/inspect.md names the views' columns as they are; test_console.py asks its questions."""
 
 import re
 from pathlib import Path
@@ -37,18 +37,3 @@ def test_states_and_outcomes():
 def test_there_are_twenty_questions_and_each_is_answered():
     questions = re.findall(r"(?m)^(\d+)\\\. [^\n]*\?.*\n\n```sql$", section("Questions"))
     assert questions == [str(number) for number in range(1, 21)]
-
-
-def test_queries_run(database_url: str):
-    engine = database.connect(database_url)
-    other = "SQLite" if "postgresql" in database_url else "PostgreSQL"
-    queries = [
-        query
-        for block in re.findall(r"```sql\n(.*?)```", section("Questions"), re.DOTALL)
-        for query in block.split(";")
-    ]
-    with database.reading(engine) as connection:
-        for query in queries:
-            if query.strip() and f"-- {other}" not in query:
-                connection.exec_driver_sql(query.replace("%", "%%"))
-    engine.dispose()
