@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Engine
 
 from relay.database import Statements, writing
 from relay.ids import dashed
-from relay.needs import body_free, unneeded
+from relay.needs import body_needed, unneeded
 from relay.schema import OWED, TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings
 from relay.splits import Splitter
@@ -141,7 +141,7 @@ _ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, s
     FROM @rows(:tries; message_id uuid, delivery int, claim int, hop int, server text, started_ago float8,
         finished_ago float8, outcome text, reply text, bytes_sent bigint) WHERE true
     ON CONFLICT DO NOTHING"""
-_AFTER = f"""SELECT @hex(d.message_id), d.number, d.claims, d.state, {body_free("d.message_id")}
+_AFTER = f"""SELECT @hex(d.message_id), d.number, d.claims, d.state, NOT {body_needed("d.message_id")}
     FROM deliveries d JOIN {_RECORD_ROWS} ON d.message_id = x.message_id AND d.number = x.number"""
 _DONE = (State.DELIVERED, State.DROPPED)  # after anything else that is final a sweeper looks, if a notice is owed
 

@@ -1,8 +1,10 @@
 """Whether anybody still needs a body: one rule, for all who remove one.
 
 A body goes when its message has deliveries, each of them is done and owes nothing, and no recipient lacks one. The
-first and the last are always so in what our statements make. But who removes bodies does so beside a database that may
-have been restored, cut or mended by hand, and there a missing row must not cost the mail.
+first and the last are always so in what our statements make. But who goes through the spool, or does what an operator
+asks, does so beside a database that may have been restored, cut or mended by hand, and there a missing row must not
+cost the mail. A worker that has just recorded an outcome asks `body_needed` alone: looking at the recipients as well
+took tens of microseconds a message.
 
 What must stay true: it is asked again after the COMMIT that ended a delivery, because two who end the last two
 deliveries of a message at once do not see each other before.
@@ -18,10 +20,15 @@ from relay.ids import dashed
 from relay.schema import NEEDS_BODY
 
 
+def body_needed(message: str) -> str:
+    """That a delivery needs it, as a condition; `message` is the id as the statement around it has it."""
+    return f"EXISTS (SELECT 1 FROM deliveries o WHERE o.message_id = {message} AND {NEEDS_BODY})"
+
+
 def body_free(message: str) -> str:
-    """The rule as a condition; `message` is the id as the statement around it has it."""
+    """The whole rule."""
     return f"""(EXISTS (SELECT 1 FROM deliveries o WHERE o.message_id = {message})
-        AND NOT EXISTS (SELECT 1 FROM deliveries o WHERE o.message_id = {message} AND {NEEDS_BODY})
+        AND NOT {body_needed(message)}
         AND NOT EXISTS (SELECT 1 FROM recipients r LEFT JOIN deliveries o
             ON o.message_id = r.message_id AND o.number = r.delivery
             WHERE r.message_id = {message} AND o.number IS NULL))"""
