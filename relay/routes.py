@@ -7,7 +7,7 @@ which takes what no other route asks for. ROUTES names a TOML file with the othe
     [bulk]                                    # the name that is stored
     recipients = ["lists.example.org", "*@*.example.net", "news@example.com"]
     servers = ["10.0.0.5", "[::1]:628", "unix:/run/qmqpd"]
-    connections = 20                          # to each of its servers, from each worker
+    connections = 20                          # of this route to each of its servers, from each worker
     retry_min = "10s"
     retry_max = "30m"
     max_size = "10M"

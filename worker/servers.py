@@ -1,11 +1,13 @@
 """The QMQP servers of a route, as one worker sees them: order, health, connection limits.
 
 The servers of a route are tried in the order of its list. Each has as many places as a worker may hold connections to
-it (SERVER_CONNECTIONS, or fewer if the route says so); a server without a free place, or that an operator paused, is
-passed over for the next. Failures in a row open its breaker:
-nothing is sent to it for a time that doubles up to a minute, then one transfer may probe it, and its end closes the
-breaker or opens it for longer. Any whole reply, also Z or D, is a sign of health: it is the server that is judged
-here, not what it thinks of the mail.
+it, whatever for (SERVER_CONNECTIONS), and a route may have a limit of its own, which counts what is sent its way alone
+(`connections`): what others do there must not use it up. A server without a free place, or that an operator paused, is
+passed over for the next.
+
+Failures in a row open a server's breaker: nothing is sent to it for a time that doubles up to a minute, then one
+transfer may probe it, and its end closes the breaker or opens it for longer. Any whole reply, also Z or D, is a sign of
+health: it is the server that is judged here, not what it thinks of the mail.
 
 What must stay true: a place that was taken is given back exactly once (`Place.release`), whatever became of the
 transfer; no I/O, and no clock but the one handed in. All of it belongs to the engine's loop, but the sweeper sets
@@ -14,6 +16,7 @@ transfer; no I/O, and no clock but the one handed in. All of it belongs to the e
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -28,7 +31,7 @@ REST_MOST = 60.0
 class Health:
     """What is known of one server. `rests_until` is None while the breaker is closed."""
 
-    used: int = 0
+    used: Counter[str] = field(default_factory=Counter)  # by route
     failures: int = 0
     trips: int = 0
     rests_until: float | None = None
@@ -41,6 +44,7 @@ class Place:
     """The right to hold one connection to `server`, until it is released."""
 
     server: Server
+    route: str
     health: Health
     probe: bool
     _held: bool = field(default=True)
@@ -48,7 +52,7 @@ class Place:
     def release(self) -> None:
         if self._held:
             self._held = False
-            self.health.used -= 1
+            self.health.used[self.route] -= 1
             if self.probe:
                 self.health.probing = False
 
@@ -72,10 +76,14 @@ class Servers:
     def health(self, server: Server) -> Health:
         return self._known.get(server.name) or self._known.setdefault(server.name, Health())
 
-    def free(self, server: Server, limit: int | None = None) -> int:
-        """How many more connections may be opened to `server` now: one while it is to be probed, none at rest."""
+    def free(self, server: Server, route: Route | None = None) -> int:
+        """How many more connections may be opened to `server` now, by a route or by any that has no limit of its own:
+        one while it is to be probed, none at rest."""
         known = self.health(server)
-        places = max(0, min(self._limit, limit or self._limit) - known.used)
+        places = self._limit - known.used.total()
+        if route is not None and route.connections is not None:
+            places = min(places, route.connections - known.used[route.name])
+        places = max(0, places)
         if self._is_paused(server):
             return 0
         if known.rests_until is None:
@@ -84,7 +92,7 @@ class Servers:
 
     def room(self, route: Route) -> int:
         """How many transfers the servers of a route have places for."""
-        return 0 if self.paused(route) else sum(self.free(server, route.connections) for server in route.servers)
+        return 0 if self.paused(route) else sum(self.free(server, route) for server in route.servers)
 
     def paused(self, route: Route) -> bool:
         """Whether an operator wants nothing sent this way."""
@@ -97,12 +105,12 @@ class Servers:
     def take(self, route: Route, tried: Collection[str] = ()) -> Place | None:
         """A place on the first server that is not among the names `tried` and has one free; None when none has."""
         for server in route.servers:
-            if server.name not in tried and self.free(server, route.connections):
+            if server.name not in tried and self.free(server, route):
                 known = self.health(server)
-                known.used += 1
+                known.used[route.name] += 1
                 probe = known.rests_until is not None
                 known.probing = known.probing or probe
-                return Place(server, known, probe)
+                return Place(server, route.name, known, probe)
         return None
 
     def succeeded(self, server: Server) -> bool:

@@ -126,6 +126,22 @@ def test_a_route_may_have_fewer_places_at_its_servers(servers: Servers) -> None:
     assert (servers.room(narrow), servers.room(BOTH)) == (2, 4)
     assert [name(servers.take(narrow)) for _ in range(3)] == [A.name, B.name, None]
     assert servers.room(BOTH) == 2
+    assert servers.room(narrow) == 0
+
+
+def test_what_others_send_there_does_not_count_for_a_routes_own_limit() -> None:
+    servers, narrow = Servers(4), Route("narrow", (A, B), connections=1)
+    for _ in range(3):
+        servers.take(BOTH)
+    assert servers.room(narrow) == 2
+    place = servers.take(narrow)
+    assert place is not None
+    assert place.server == A, "the last place that it had for anybody"
+    assert (servers.free(A), servers.free(A, narrow), servers.room(narrow)) == (0, 0, 1)
+    place.release()
+    for _ in range(5):
+        servers.take(BOTH)
+    assert (servers.room(narrow), servers.take(narrow)) == (0, None), "there is no place for anybody"
 
 
 def test_what_is_paused_is_passed_over_and_is_not_down(servers: Servers) -> None:
