@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +32,40 @@ SHORT = 12  # digits of an id's end that a table shows: they are chance, and fin
 TWINS = (Outcome.UNCERTAIN, Outcome.MALFORMED)
 
 
-def _shown(name: str, value: Any) -> str:
-    """A value as tables show it, by the name of its column."""
-    if value is None or value == "":
-        return "<>" if name == "sender" else ""
-    if name in ("sender", "recipient"):
-        return cut(value, 28)
-    if name in ("id", "queue_id"):
-        return str(value[-SHORT:])
-    if name in ("size", "bytes", "bytes_sent"):
-        return size(value)
-    if name == "next_at" and value < datetime.now(UTC):
-        return f"{ago(value)} late"
-    if name.endswith("_at"):
-        return stamp(value) if name == "started_at" else ago(value)
-    if name in AGES or name == "older":
-        return str(value or "")
-    return {"oldest_seconds": span, "seconds": "{:.3f}s".format}.get(name, str)(value)
+def _due(when: datetime) -> str:
+    words = ago(when)
+    return words if words.startswith("in ") else f"{words} late"
+
+
+_SHOWN: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("sender", "recipient"), lambda address: cut(address, 28)),
+    **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-SHORT:])),
+    **dict.fromkeys(("size", "bytes", "bytes_sent"), size),
+    **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
+    "next_at": _due, "started_at": stamp, "oldest_seconds": span, "seconds": "{:.3f}s".format,
+}  # fmt: skip
+
+
+def _shown(name: str) -> Callable[[Row], str]:
+    """What tables show of a row in the column of that name."""
+    none = "<>" if name == "sender" else ""
+    shown = _SHOWN.get(name, ago if name.endswith("_at") else str)
+
+    def cell(row: Row) -> str:
+        value = row[name]
+        return none if value is None or value == "" else shown(value)
+
+    return cell
 
 
 def _columns(headings: str) -> Columns:
     """Columns from `HEADING=name` words; the name is left out where it is the heading in small letters."""
-
-    def column(name: str) -> Callable[[Row], str]:
-        return lambda row: _shown(name, row[name])
-
     pairs = (word.partition("=")[::2] for word in headings.split())
-    return {heading.replace("_", " "): column(name or heading.lower()) for heading, name in pairs}
+    return {heading.replace("_", " "): _shown(name or heading.lower()) for heading, name in pairs}
 
 
 COLUMNS = _columns("ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT TRIES=attempts NEXT=next_at REASON")
+LISTED = "queue_id, state, received_at, size, sender, recipient, attempts, next_at, reason"  # which these are made of
 _TRIES: Columns = {
     "TRY": lambda row: f"{row['delivery']}.{row['claim']}.{row['hop']}",
     **_columns("AT=started_at"),
@@ -135,7 +139,7 @@ def list_queue(wanted: Filter, *, everything: bool, limit: int | None, json_line
         queue = Queue(engine)
         wanted = resolved(queue, wanted)
         if sys.stdout.isatty() and not json_lines:
-            count = write(queue.rows(wanted, limit=limit, finished=everything), COLUMNS)
+            count = write(queue.rows(wanted, limit=limit, finished=everything, columns=LISTED), COLUMNS)
         else:
             lines = queue.lines(wanted, limit=limit, finished=everything, objects=json_lines)
             count = write_lines(lines, json_lines=json_lines)

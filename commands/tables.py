@@ -4,10 +4,10 @@ Nothing waits for the last row: a table takes its widths from the first SAMPLE r
 table shortens anything. What must stay true: no byte of a peer reaches a terminal as anything but itself.
 """
 
+import functools
 import json
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -17,7 +17,8 @@ type Row = Mapping[str, Any]
 type Columns = Mapping[str, Callable[[Row], str]]
 SAMPLE = 200
 SPARED = ("SIZE", "SENDER")  # columns that a narrow terminal does without, in this order
-LEAST = 20  # columns of a terminal that the last one wants beside the others
+LEAST = 20  # columns of a terminal that the last one wants beside the others, if it is as wide as that
+AT_ONCE = 50  # rows of a table that go to a terminal together: each write of its own costs more than its row
 
 
 def cut(address: str, width: int) -> str:
@@ -35,9 +36,12 @@ def counted(count: int) -> str:
 
 def span(seconds: float | None) -> str:
     """A length of time in its two largest units: `45s`, `3m 20s`, `2d 4h`; empty for none."""
-    if seconds is None:
-        return ""
-    rest, words = max(0, round(seconds)), list[str]()
+    return "" if seconds is None else _span(max(0, round(seconds)))
+
+
+@functools.lru_cache(4096)  # in a long table most ages are the same
+def _span(rest: int) -> str:
+    words = list[str]()
     for unit, letter in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
         count, rest = divmod(rest, unit)
         if count or words:
@@ -142,21 +146,29 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
         fixed = [name for name in fixed if name != spared[0]]
         del spared[0]
     indent = sum(widest[name] for name in fixed)
-    below = indent + LEAST > width
-    shown = ({name: plain(of(row)) for name, of in columns.items()} for row in chain(first, rows))
-    count = -1
-    for cells in chain([{name: name for name in columns}], shown):
-        count += 1
-        line, words = "".join(f"{cells[name]:{widest[name]}}" for name in fixed), cells[last]
-        if below and words:
-            line = f"{line.rstrip()}\n{folded(words, 4, width)}"
-        else:
-            line += folded(words, indent, width).lstrip()
-        sys.stdout.write(line.rstrip() + "\n")
+    below = indent + min(LEAST, widest[last] - 2) > width
+    cells = "".join(f"%-{widest[name]}s" for name in fixed)
+    count, lines = 0, [(cells % tuple(fixed) + last).rstrip()]
+    for count, row in enumerate(chain(first, rows), 1):
+        line = cells % tuple([plain(columns[name](row)) for name in fixed])
+        if words := plain(columns[last](row)):
+            line = (
+                f"{line.rstrip()}\n{folded(words, 4, width)}" if below else line + folded(words, indent, width)[indent:]
+            )
+        lines.append(line.rstrip())
+        if not count % AT_ONCE:
+            sys.stdout.write("\n".join(lines) + "\n")
+            lines.clear()
+    if lines:
+        sys.stdout.write("\n".join(lines) + "\n")
     return count
 
 
 def folded(words: str, indent: int, width: int) -> str:
     """Words in lines of at most `width`, each indented, whose addresses and ids stay whole where they can."""
-    space = " " * indent
-    return textwrap.fill(words, width, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
+    space, room, lines = " " * indent, max(1, width - indent), list[str]()
+    while len(words) > room:
+        end = words.rfind(" ", 1, room + 1)
+        lines.append(words[: end if end > 0 else room].rstrip())
+        words = words[end if end > 0 else room :].lstrip()
+    return "\n".join([space + line for line in (*lines, words)])

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 from uuid import UUID
 
@@ -43,7 +44,7 @@ def _plain(found: CursorResult[Any]) -> Iterator[Row]:
     names = tuple(found.keys())
     times = [name for name in names if name.endswith(_TIMES)]
     ids = [name for name in names if name in _IDS]
-    for values in found:
+    for values in chain.from_iterable(found.partitions(1000)):
         row = dict(zip(names, values, strict=True))
         for name in times:
             if (value := row[name]) is not None:
@@ -70,13 +71,14 @@ class Queue:
 
     def rows(
         self, wanted: Filter, *, limit: int | None = None, finished: bool = False, newest: bool = False,
-        after: tuple[str, int] | None = None, down_to: str | None = None,
+        after: tuple[str, int] | None = None, down_to: str | None = None, columns: str = "*",
     ) -> Iterator[Row]:  # fmt: skip
         """Rows of `mail_queue` (or of `mail_history`), a recipient each, oldest first or `newest`, streamed.
 
         `after`: go on behind the row with this queue id and position. `down_to`: look at no message older than this.
+        `columns`: these alone; what is not asked for need not be made.
         """
-        return self.select(*self._listing("*", wanted, limit, finished, newest, after, down_to))
+        return self.select(*self._listing(columns, wanted, limit, finished, newest, after, down_to))
 
     def _listing(
         self, columns: str, wanted: Filter, limit: int | None, finished: bool, newest: bool = False,

@@ -106,3 +106,29 @@ def test_rows_go_out_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
         yield {"n": 2}
 
     assert write(rows(), {}, json_lines=True) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("short", ["    short"]),
+        ("sixteen columns!", ["    sixteen columns!"]),
+        ("addresses like somebody-else@a.org stay", ["    addresses like", "    somebody-else@a.", "    org stay"]),
+        ("", ["    "]),
+    ],
+)
+def test_words_are_folded_between_words_where_that_can_be(words: str, shown: list[str]) -> None:
+    assert tables.folded(words, 4, 20).split("\n") == shown
+
+
+def test_a_lone_value_stands_beside_the_others_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stdout", terminal)
+    rows = [{"many": "m" * 44, "left": "0"}, {"many": "m", "left": "word " * 20}]
+    columns: Columns = {"MANY": lambda row: str(row["many"]), "LEFT": lambda row: str(row["left"])}
+    write(rows[:1], columns)
+    assert terminal.getvalue().splitlines()[1] == "m" * 44 + "  0"
+    write(rows, columns)
+    assert terminal.getvalue().splitlines()[3:5] == ["m" * 44, "    0"], "long words want more room than is there"
+    assert max(map(len, terminal.getvalue().splitlines())) <= 60
