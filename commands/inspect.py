@@ -83,13 +83,27 @@ _WORKERS: Columns = {
 _OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
     **_columns("SERVER TRIES=attempts LAST=last_at"),
-    "NOW": lambda row: "paused" if row["paused_at"] else "left alone" if row["left_alone_by"] else "",
     "OUTCOMES": lambda row: ", ".join(f"{row[outcome]} {outcome}" for outcome in _OUTCOMES if row[outcome]),
+    "NOW": lambda row: _now(row),
 }
+
+
+def _now(row: Row) -> str:
+    """Why nothing is sent to a server for now, if so."""
+    if row["paused_at"]:
+        return f"paused for {ago(row['paused_at'])}"
+    return f"left alone: {row['left_alone_why']}" if row["left_alone_by"] else ""
+
+
 _PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
 _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
 _SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
-_AGES = _columns(f"RECIPIENTS=waiting {' '.join(f'{age.replace("under", "<")}={age}' for age in AGES)} older DOMAIN")
+_RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
+_AGES: Columns = {
+    **_columns(f"RECIPIENTS=waiting {' '.join(f'{age.replace("under", "<")}={age}' for age in AGES)} older"),
+    "DOMAIN": lambda row: row["domain"] or f"({row['domains']} more)",
+}
+MANY = 50  # workers that a table shows
 
 
 @contextlib.contextmanager
@@ -268,6 +282,7 @@ def show_body(text: str, *, header_only: bool) -> int:
 _HEADINGS = {
     "queue": "queue",
     "age": "waiting, by age and domain",
+    "received": "came in",
     "rate": "tries of the last hour",
     "slowest": "the slowest of them",
 }
@@ -284,6 +299,7 @@ def show_stats(*, json_lines: bool) -> int:
             ("worker", workers, _WORKERS),
             ("server", queue.servers(), _SERVERS),
             ("pause", queue.pauses(), _PAUSES),
+            ("received", [queue.received()], _RECEIVED),
             ("rate", queue.rates(), _RATES),
             ("slowest", queue.slowest(), _SLOWEST),
         )
@@ -291,5 +307,8 @@ def show_stats(*, json_lines: bool) -> int:
         if not json_lines:
             heading = _HEADINGS.get(kind, f"{kind}s")
             typer.echo(f"{'' if kind == 'queue' else chr(10)}{heading}:" + ("" if rows else " none"))
-        write([{"kind": kind, **row} for row in rows], columns, json_lines=json_lines)
+        shown = rows[:MANY] if kind == "worker" and not json_lines else rows
+        write([{"kind": kind, **row} for row in shown], columns, json_lines=json_lines)
+        if others := rows[len(shown) :]:
+            typer.echo(f"and {len(others)} more, which are sending {sum(row['sending'] for row in others)}")
     return DONE

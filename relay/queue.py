@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 from uuid import UUID
 
@@ -236,8 +236,9 @@ class Queue:
     def ages(self, most: int = 20) -> list[Row]:
         """How long unfinished mail has waited, by the recipients' domain, the longest queues first.
 
-        A row has `domain`, `waiting`, and how many of those are younger than each of AGES and than all of them:
-        `under_5m` ... `older`; the name of a column is its upper end.
+        A row has `domain`, `domains` (1), `waiting`, and how many of those are younger than each of AGES and than all
+        of them: `under_5m` ... `older`; the name of a column is its upper end. Behind the first `most` one more row has
+        the sum of all others: no `domain`, and how many `domains` there are.
         """
         ids = [id_at(seconds) for seconds in AGES.values()]
         bounds = {f"bound{n}": bound for n, bound in enumerate(ids)}
@@ -246,11 +247,25 @@ class Queue:
             columns.append(f"sum(CASE WHEN {above} AND message_id >= @id(:bound{n}) THEN 1 ELSE 0 END) AS {name}")
             above = f"message_id < @id(:bound{n})"
         columns.append(f"sum(CASE WHEN {above} THEN 1 ELSE 0 END) AS older")
-        return self._all(
-            f"""SELECT {DOMAIN} AS domain, count(*) AS waiting, {", ".join(columns)}
-            FROM mail_queue GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT :most""",
-            most=most, **bounds,
-        )  # fmt: skip
+        sql = f"""SELECT {DOMAIN} AS domain, 1 AS domains, count(*) AS waiting, {", ".join(columns)}
+            FROM mail_queue GROUP BY 1 ORDER BY 3 DESC, 1"""
+        found = self.select(sql, bounds)
+        rows, others = list(islice(found, most)), dict[str, Any]()
+        for row in found:
+            row["domain"] = None
+            others = {name: value and value + others.get(name, 0) for name, value in row.items()}
+        return [*rows, others] if others else rows
+
+    def received(self) -> Row:
+        """What was accepted (notices are not): messages of the last minute and hour, bytes of the last hour."""
+        # Ids begin with smtpd's time, and are indexed; ten minutes for clocks that disagree.
+        (row,) = self._all(
+            """SELECT coalesce(sum(CASE WHEN received_at > @ago(60) THEN 1 ELSE 0 END), 0) AS last_minute,
+                count(*) AS last_hour, coalesce(sum(size), 0) AS bytes FROM messages
+            WHERE id >= @id(:since) AND received_at > @ago(3600) AND notice_of IS NULL""",
+            since=id_at(4200),
+        )
+        return row
 
     def history(self, seconds: int, step: int) -> tuple[datetime, list[Row]]:
         """Tries by outcome in steps of so many seconds: (the time now, rows).

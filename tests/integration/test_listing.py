@@ -255,3 +255,45 @@ def test_on_a_terminal_a_stored_message_moves_no_cursor(
     monkeypatch.setattr(inspect, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
     assert "\x1b" not in typed("body", message_id).stdout
     assert "\\x1b]0;x\\x07" in typed("headers", message_id).stdout
+
+
+def test_what_stats_cuts_it_counts(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    office.intake.commit([new_message(f"a@d{n}.example.org", f"b@d{n}.example.org") for n in range(23)])
+    office.accept("c@d7.example.org")
+    stats = lines(typed("stats", "--json"))
+    ages = [row for row in stats if row["kind"] == "age"]
+    assert [row["domain"] for row in ages[:2]] == ["d7.example.org", "d0.example.org"]
+    assert (len(ages), ages[-1]["domain"], ages[-1]["domains"], ages[-1]["waiting"]) == (21, None, 3, 6)
+    assert (ages[-1]["under_5m"], ages[-1]["older"]) == (6, 0)
+    for _ in range(3):
+        office.hire()
+    monkeypatch.setattr(inspect, "MANY", 2)
+    shown = typed("stats").stdout
+    assert "\nand 2 more, which are sending 0\n" in shown
+    assert len([row for row in lines(typed("stats", "--json")) if row["kind"] == "worker"]) == 4
+
+
+def test_stats_tells_what_came_in(office: Office, typed: Typed) -> None:
+    for _ in range(3):
+        office.accept()
+    notice = office.accept(sender="", notice_of=office.accept())
+    assert notice
+
+    def received() -> tuple[int, ...]:
+        (row,) = [row for row in lines(typed("stats", "--json")) if row["kind"] == "received"]
+        return row["last_minute"], row["last_hour"], row["bytes"]
+
+    assert received() == (4, 4, 400)
+    ago = "- :s * interval '1 second'" if office.spell.postgresql else "- :s * 1000000"
+    office.change(f"UPDATE messages SET received_at = received_at {ago} WHERE notice_of IS NULL", s=120)
+    assert received() == (0, 4, 400)
+    office.change(f"UPDATE messages SET received_at = received_at {ago} WHERE notice_of IS NULL", s=3600)
+    assert received() == (0, 0, 0)
+
+
+def test_a_server_that_is_left_alone_says_why(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    office.sweeps.note_rests(office.worker, {"192.0.2.7:628": "450 too busy"})
+    typed("pause", "--server", "192.0.2.8")
+    now = {row["server"]: inspect._now(row) for row in Queue(office.engine).servers()}
+    assert now.pop("192.0.2.8:628").startswith("paused for ")
+    assert now == {"192.0.2.7:628": "left alone: 450 too busy"}
