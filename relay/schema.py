@@ -184,7 +184,7 @@ attempts = Table(
 workers = Table(
     "workers",
     metadata,
-    Column("id", Id, primary_key=True),
+    Column("id", Id, primary_key=True, comment="what deliveries and attempts call it, UUIDv7"),
     Column("host", Text, nullable=False, comment="machine that it runs on"),
     Column("pid", Integer, nullable=False, comment="its process there"),
     Column("started_at", Instant, nullable=False, comment="when it began"),
@@ -199,7 +199,7 @@ workers = Table(
 actions = Table(
     "actions",
     metadata,
-    Column("id", Id, primary_key=True),
+    Column("id", Id, primary_key=True, comment="what touched calls it, UUIDv7"),
     Column("at", Instant, nullable=False, comment="when"),
     Column("actor", Text, nullable=False, comment="user@host who asked"),
     Column("verb", Text, nullable=False, comment="what was done"),
@@ -292,4 +292,60 @@ FROM (SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN repl
       FROM pauses WHERE substr(subject, 1, 7) = 'server:') s
 GROUP BY server
 """,
+}
+
+# What the views' columns are, for docs/inspect.md and for the comments on PostgreSQL.
+_RECIPIENT_COLUMNS: dict[str, str] = {
+    "queue_id": "32 hex digits, as in the 250 reply, in logs and file names",
+    "message_id": "the same as the database keeps it, with dashes; sorts by arrival",
+    "position": "order of the RCPT command, from 1",
+    "delivery": "number of the QMQP request that carries this recipient; those of one message and route share it",
+    "state": "where it is; docs/inspect.md lists the states",
+    "sender": "envelope sender; empty is the null sender",
+    "recipient": "envelope recipient, without SMTP quoting",
+    "size": "bytes of the stored body, lines ending in LF, our Received field included",
+    "route": "name of the route; its servers are looked up at each attempt",
+    "attempts": "times that a worker took it",
+    "last_outcome": "outcome of the last attempt; docs/inspect.md lists the outcomes",
+    "reason": "the server's words at the last attempt, or ours; bytes outside printable ASCII as \\xNN",
+    "server": "server of the last attempt",
+    "received_at": "when it was accepted",
+    "next_at": "deferred: the next attempt; queued: when any worker takes it without a hint",
+    "expires_at": "an attempt that fails after this is the last",
+    "finished_at": "when it became final; empty while it is not",
+    "worker": "the worker that is sending it",
+    "wanted": "what an operator asked for while it is being sent",
+    "client_address": "the SMTP client",
+    "helo": "what it called itself",
+    "protocol": "how it spoke (RFC 3848 keyword)",
+    "header_message_id": "Message-ID of the header",
+    "notice_of": "the queue id that this notice is about; empty for other mail",
+}
+VIEW_COLUMNS = {
+    "mail_queue": _RECIPIENT_COLUMNS,
+    "mail_history": _RECIPIENT_COLUMNS,
+    "queue_summary": {
+        "state": "what is counted: where the deliveries are",
+        "route": "and which way they go",
+        "deliveries": "how many",
+        "bytes": "sum of the sizes of their messages; empty for finished ones, whose files are gone",
+        "oldest_at": "when the oldest was received; empty for finished ones",
+        "oldest_seconds": "how long ago that is",
+        "overdue": "how many are past the time when somebody was to look at them",
+    },
+    "server_health": {
+        "server": "host:port, [v6]:port or unix:/path",
+        "attempts": "tries",
+        "accepted": "those with that outcome",
+        "deferred": "those with that outcome",
+        "rejected": "those with that outcome",
+        "unreachable": "those with that outcome",
+        "uncertain": "those that ended uncertain or malformed",
+        "interrupted": "those with that outcome",
+        "bytes_sent": "bytes of requests",
+        "last_at": "the end of the last one",
+        "left_alone_by": "how many workers send nothing there for now, because it fails or does not want us",
+        "left_alone_why": "what it said, or did, to one of them",
+        "paused_at": "since when an operator wants nothing sent there",
+    },
 }

@@ -147,9 +147,11 @@ COLUMNS = {
     "attempts.outcome": "what became of it; docs/inspect.md lists the outcomes",
     "attempts.bytes_sent": "bytes of the request that left",
     "recipients.message_id": "the message that goes to it",
+    "workers.id": "what deliveries and attempts call it, UUIDv7",
     "workers.host": "machine that it runs on",
     "workers.pid": "its process there",
     "workers.started_at": "when it began",
+    "actions.id": "what touched calls it, UUIDv7",
     "actions.at": "when",
     "actions.actor": "user@host who asked",
     "actions.verb": "what was done",
@@ -170,6 +172,60 @@ COLUMNS = {
     "pauses.reason": "why",
     "spool.created_at": "when it was made",
 }
+RECIPIENT = {
+    "queue_id": "32 hex digits, as in the 250 reply, in logs and file names",
+    "message_id": "the same as the database keeps it, with dashes; sorts by arrival",
+    "position": "order of the RCPT command, from 1",
+    "delivery": "number of the QMQP request that carries this recipient; those of one message and route share it",
+    "state": "where it is; docs/inspect.md lists the states",
+    "sender": "envelope sender; empty is the null sender",
+    "recipient": "envelope recipient, without SMTP quoting",
+    "size": "bytes of the stored body, lines ending in LF, our Received field included",
+    "route": "name of the route; its servers are looked up at each attempt",
+    "attempts": "times that a worker took it",
+    "last_outcome": "outcome of the last attempt; docs/inspect.md lists the outcomes",
+    "reason": "the server''s words at the last attempt, or ours; bytes outside printable ASCII as \\xNN",
+    "server": "server of the last attempt",
+    "received_at": "when it was accepted",
+    "next_at": "deferred: the next attempt; queued: when any worker takes it without a hint",
+    "expires_at": "an attempt that fails after this is the last",
+    "finished_at": "when it became final; empty while it is not",
+    "worker": "the worker that is sending it",
+    "wanted": "what an operator asked for while it is being sent",
+    "client_address": "the SMTP client",
+    "helo": "what it called itself",
+    "protocol": "how it spoke (RFC 3848 keyword)",
+    "header_message_id": "Message-ID of the header",
+    "notice_of": "the queue id that this notice is about; empty for other mail",
+}
+VIEW_COLUMNS = {
+    "mail_queue": RECIPIENT,
+    "mail_history": RECIPIENT,
+    "queue_summary": {
+        "state": "what is counted: where the deliveries are",
+        "route": "and which way they go",
+        "deliveries": "how many",
+        "bytes": "sum of the sizes of their messages; empty for finished ones, whose files are gone",
+        "oldest_at": "when the oldest was received; empty for finished ones",
+        "oldest_seconds": "how long ago that is",
+        "overdue": "how many are past the time when somebody was to look at them",
+    },
+    "server_health": {
+        "server": "host:port, [v6]:port or unix:/path",
+        "attempts": "tries",
+        "accepted": "those with that outcome",
+        "deferred": "those with that outcome",
+        "rejected": "those with that outcome",
+        "unreachable": "those with that outcome",
+        "uncertain": "those that ended uncertain or malformed",
+        "interrupted": "those with that outcome",
+        "bytes_sent": "bytes of requests",
+        "last_at": "the end of the last one",
+        "left_alone_by": "how many workers send nothing there for now, because it fails or does not want us",
+        "left_alone_why": "what it said, or did, to one of them",
+        "paused_at": "since when an operator wants nothing sent there",
+    },
+}
 
 
 def upgrade() -> None:
@@ -189,6 +245,9 @@ def upgrade() -> None:
         connection.exec_driver_sql("COMMENT ON TABLE touched IS 'which deliveries an action touched'")
     for view, words in ABOUT.items() if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON VIEW {view} IS '{words}; docs/inspect.md explains its columns'")
+    for view, columns in VIEW_COLUMNS.items() if postgresql else ():
+        for column, words in columns.items():
+            connection.exec_driver_sql(f"COMMENT ON COLUMN {view}.{column} IS '{words}'")
     for column, words in COLUMNS.items() if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{words}'")
     if postgresql and _role_is_there(connection):

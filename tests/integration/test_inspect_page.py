@@ -6,7 +6,7 @@ from pathlib import Path
 from sqlalchemy import inspect
 
 from relay import database
-from relay.schema import VIEWS, Outcome, State
+from relay.schema import VIEW_COLUMNS, VIEWS, Outcome, State
 
 PAGE = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
 
@@ -27,6 +27,13 @@ def test_columns(database_url: str):
         told = first_column("`mail_queue`" if view == "mail_history" else f"`{view}`")
         assert sorted(told) == sorted(given), view
     engine.dispose()
+
+
+def test_the_page_and_the_schema_say_the_same_of_each_column():
+    for view, columns in VIEW_COLUMNS.items():
+        title = "`mail_queue`" if view == "mail_history" else f"`{view}`"
+        told = re.findall(r"^\| `(\w+)` \| (.*) \|$", section(title), re.MULTILINE)
+        assert told == list(columns.items()), view
 
 
 def test_states_and_outcomes():
