@@ -145,6 +145,7 @@ def test_what_a_person_sees(chromium: Chromium, seen: tuple[Scenario, Browser], 
         assert chromium.tells(HIDDEN) == [], path
         assert chromium.tells(TORN) == [], path
         assert chromium.tells(FAINT) == [], path
+        assert chromium.tells("document.querySelectorAll('th:not([scope])').length") == 0, path
         assert chromium.tells("document.scripts.length + document.images.length") == 0, path
 
 
@@ -166,6 +167,9 @@ def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browse
     pressed("Enter")
     chromium.until_loaded(before)
     assert made.ids["queued"][0][-12:] in chromium.tells("document.body.innerText")
+    pressed("Tab")
+    pressed("Enter")
+    assert chromium.tells("document.activeElement.id") == "main", "one is where one skipped to"
 
 
 def test_what_was_found_is_near_and_its_reason_is_seen(chromium: Chromium, seen: tuple[Scenario, Browser]) -> None:
