@@ -2,19 +2,36 @@
 
 A debt is made by the transaction that makes a delivery `bounced` or `expired`: its `due_at` stays until the notice
 exists. Whoever settles one locks the deliveries, writes the notice's body, and in the same transaction inserts the
-notice as a message like any other and clears the debt. The notice's id is derived from what it is about: after a kill
--9 anywhere the next one to come finds the debt, makes the same id again, and replaces the file that was left.
+notice as a message like any other and clears the debt.
+
+Once is what the debt says, not the file. Every attempt at a notice has an id of its own, and so a file of its own that
+nobody else ever opens, replaces or removes: not another sweeper, not one that stood still for so long that its session
+and its locks are gone and somebody else has made the notice meanwhile. Wherever an attempt ends, that is enough:
+
+- before the COMMIT, by an error: nothing is committed, and the attempt removes its own file;
+- before the COMMIT, killed, or without a session when it wakes up: nothing is committed, the debt is there for the
+  next one. What a kill leaves is a file without a row; housekeeping puts it aside, as it does after smtpd;
+- in the COMMIT, and nobody knows: the file stays. If it came through, it is a message's body. If not, it is as above;
+- after the COMMIT: the debt is gone, and the original's body, if nobody needs it, is housekeeping's to remove.
+
+The size in the row is that of the attempt's own file, whatever another one was able to read of the original.
 
 Recipients of one message that failed together stand in one notice: while another delivery of it is about to be
-decided, its debt waits a little. A warning about delayed mail is no debt and is made once a message, when it is retried
-after DELAY_WARNING.
+decided, its debt waits a little.
 
-What must stay true: the debt and the notice change in one transaction; the original's body stays until then; nothing is
-owed to the null sender.
+A warning about late mail is owed by whatever is unfinished, not held, and older than DELAY_WARNING by the database's
+clock, and was not warned of (`warned_at`, set in the transaction that inserts the warning): no occasion for it can be
+missed. To find it, every sweep looks at the next LOOKED_AT deliveries of the queue, in due order and round and round:
+a long queue makes warnings later, not sweeps.
+
+What must stay true: the debt (or the mark) and the notice change in one transaction; nobody removes a file but the
+attempt that made it, and only while its transaction cannot have been committed; the original's body stays until then;
+nothing is owed to the null sender; a message that fails here (a defect of ours, say) is put off and holds up no other.
 """
 
-import hashlib
+import json
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -22,10 +39,10 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.bodies import BodyUnsendable, Spool
-from relay.database import Statements, writing
-from relay.ids import dashed
+from relay.database import Statements, is_outage, reading, writing
+from relay.ids import dashed, new_id
 from relay.intake import Intake, NewMessage, NewRecipient
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 from relay.needs import unneeded
 from relay.notices import BY_OPERATOR, Failure, Kind, Original, compose
 from relay.settings import Settings, unwanted
@@ -35,25 +52,52 @@ log = get_logger(__name__)
 GATHER = 30
 # Longer originals are returned as their header alone, unless RET=HDRS asked for that anyway (bytes).
 LONGEST_RETURNED = 50_000
+# How long this process leaves a message alone that it could not make a notice about (seconds).
+PUT_OFF = 60.0
+# How many deliveries of the queue a sweep looks at for mail that is late.
+LOOKED_AT = 1000
 
 _DEBTORS = """SELECT message_id FROM deliveries d
     WHERE d.state IN ('bounced', 'expired') AND d.due_at <= @now
       AND (d.due_at <= @ago(:gather) OR NOT EXISTS (SELECT 1 FROM deliveries o
            WHERE o.message_id = d.message_id AND o.state IN ('queued', 'sending')))
+      AND d.message_id NOT IN (SELECT message_id FROM @rows(:put_off; message_id uuid))
     ORDER BY d.due_at LIMIT :most"""
-# The message is locked too: its deliveries may wait for different sweepers, and a warning has one id for all of them.
+# The message is locked too: its deliveries may wait for different sweepers.
 _LOCK = """SELECT d.number FROM deliveries d JOIN messages m ON m.id = d.message_id
     WHERE d.message_id = @id(:id) AND {} ORDER BY d.number @skip_locked"""
 _OWED = "state IN ('bounced', 'expired') AND due_at IS NOT NULL"
+_WAITING = "state IN ('queued', 'sending', 'deferred')"
+_WARNED = "(SELECT max(o.warned_at) FROM deliveries o WHERE o.message_id = {}) IS NOT NULL"
+# The next of the queue, in due order, and whether it is late and its sender wants to know and does not yet. A mark is
+# on one delivery and speaks for the message: also for those that it is cut into later. These are scalar subqueries
+# because PostgreSQL would answer EXISTS with a hash of whole tables.
+_LOOK = f"""SELECT d.message_id, d.number, d.due_at, d.{_WAITING}
+        AND (SELECT m.received_at <= @ago(:late) AND m.sender NOT IN ('', '#@[]')
+             FROM messages m WHERE m.id = d.message_id)
+        AND NOT {_WARNED.format("d.message_id")}
+        AND (SELECT count(*) FROM recipients r WHERE r.message_id = d.message_id AND r.delivery = d.number
+             AND (r.notify IS NULL OR r.notify @like '%DELAY%')) > 0 AS late
+    FROM (SELECT message_id, number, due_at, state FROM deliveries WHERE due_at IS NOT NULL {{}}
+        ORDER BY due_at, message_id, number LIMIT :most) d
+    ORDER BY d.due_at, d.message_id, d.number"""
+_BEHIND = "AND (due_at, message_id, number) > (:due, @id(:id), :number)"
 _ABOUT = """SELECT @hex(m.id) AS id, m.sender, m.size, m.header_message_id, m.envid, m.ret,
         @micros(m.received_at) AS received_at, r.address, r.orcpt, r.notify, d.number, d.state, d.last_reply,
-        d.last_server,
-        @micros(d.expires_at) AS expires_at, @micros(coalesce(d.finished_at, @now)) AS finished_at,
+        d.last_server, d.last_outcome,
+        @micros(d.expires_at) AS expires_at,
         (SELECT @micros(max(a.finished_at)) FROM attempts a
          WHERE a.message_id = d.message_id AND a.delivery = d.number AND a.server IS NOT NULL) AS attempted_at
     FROM deliveries d JOIN messages m ON m.id = d.message_id
     JOIN recipients r ON r.message_id = d.message_id AND r.delivery = d.number
     WHERE d.message_id = @id(:id) ORDER BY r.position"""
+
+# Which deliveries a server may have in spite of what else is said. Of a malformed reply it is known by what was sent
+# whether it came after all of the request.
+_DOUBTS = """SELECT d.number, d.parent, d.last_outcome = 'uncertain' OR EXISTS (SELECT 1 FROM attempts a
+        WHERE a.message_id = d.message_id AND a.delivery = d.number
+        AND (a.outcome = 'uncertain' OR (a.outcome = 'malformed' AND a.bytes_sent >= m.size)))
+    FROM deliveries d JOIN messages m ON m.id = d.message_id WHERE d.message_id = @id(:id) ORDER BY d.number"""
 
 
 class Debts:
@@ -75,50 +119,113 @@ class Debts:
         self._sql = Statements(engine, gather=GATHER)
         self._not_wanted = unwanted(settings)
         self._intake = Intake(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
+        self._looked_at: dict[str, Any] | None = None  # the key of the last delivery that `warn` has seen
+        self._put_off: dict[str, float] = {}  # messages that failed here, until when by `time.monotonic`
 
     def settle(self, most: int) -> list[str]:
-        """Make notices for at most `most` messages; the ids of the notices."""
-        with writing(self._engine) as connection:
-            owing = list(dict.fromkeys(row[0] for row in self._sql.run(connection, _DEBTORS, most=most)))
-        made = [self._about(str(message_id).replace("-", ""), Kind.BOUNCED) for message_id in owing]
-        return [notice for notice in made if notice]
+        """Make notices for at most `most` deliveries that owe one; the ids of the notices.
 
-    def warn(self, ids: Iterable[str]) -> list[str]:
-        """Make warnings for those of these messages that are old enough and have none yet; the ids of the warnings."""
+        Raises what hinders all of them: an outage of the database, a spool that takes nothing.
+        """
+        put_off = json.dumps([{"message_id": dashed(message_id)} for message_id in self._left_alone()])
+        with writing(self._engine) as connection:
+            owing = self._sql.run(connection, _DEBTORS, most=most, put_off=put_off).scalars().all()
+        return self._each(owing, Kind.BOUNCED)
+
+    def warn(self, most: int) -> list[str]:
+        """Warn the senders of at most `most` messages that are late; the ids of the warnings. Raises as `settle`."""
         if self._settings.delay_warning is None or self._settings.bounces == "off":
             return []
-        oldest = (datetime.now(UTC).timestamp() - self._settings.delay_warning) * 1000
-        late = [message_id for message_id in ids if int(message_id[:12], 16) <= oldest]
-        made = [self._about(message_id, Kind.DELAYED) for message_id in late]
-        return [notice for notice in made if notice]
+        with reading(self._engine) as connection:
+            sql, where = _LOOK.format(_BEHIND if self._looked_at else ""), self._looked_at or {}
+            rows = self._sql.run(connection, sql, late=self._settings.delay_warning, most=LOOKED_AT, **where).all()
+        late: dict[Any, None] = {}
+        for message_id, number, due, is_late in rows:
+            if is_late:
+                if len(late) == most and message_id not in late:
+                    break
+                late[message_id] = None
+            self._looked_at = {"id": str(message_id), "number": number, "due": due}
+        else:
+            if len(rows) < LOOKED_AT:
+                self._looked_at = None
+        left_alone = self._left_alone()
+        return self._each([key for key in late if _plain(key) not in left_alone], Kind.DELAYED)
+
+    def _left_alone(self) -> set[str]:
+        """Messages that failed here a moment ago: they would fail again, and others have not had their turn."""
+        now = time.monotonic()
+        self._put_off = {message_id: until for message_id, until in self._put_off.items() if until > now}
+        return set(self._put_off)
+
+    def _each(self, keys: Iterable[Any], kind: Kind) -> list[str]:
+        """Make the notices about these messages, as the database spells their ids, each for itself; their ids."""
+        made: list[str] = []
+        for message_id in dict.fromkeys(map(_plain, keys)):
+            try:
+                notice = self._about(message_id, kind)
+            except Exception as error:
+                self._put_off[message_id] = time.monotonic() + PUT_OFF
+                if is_outage(error):
+                    raise
+                log.error("notice not made", id=message_id, reason=first_line(error))
+            else:
+                made += [notice] if notice else []
+        return made
 
     def _about(self, message_id: str, kind: Kind) -> str | None:
         """Make the notice about one message, if nobody else is at it; its id, or None if there is nothing to say."""
-        delayed = kind is Kind.DELAYED
-        with writing(self._engine) as connection:
-            which = "state IN ('queued', 'sending', 'deferred')" if delayed else _OWED
-            numbers = {row[0] for row in self._sql.run(connection, _LOCK.format(which), id=dashed(message_id))}
-            rows = [
-                r for r in self._sql.run(connection, _ABOUT, id=dashed(message_id)).mappings() if r["number"] in numbers
-            ]
-            if not rows:
-                return None
-            if not delayed and self._forgive(connection, message_id, rows):
-                return None
-            told = [row for row in rows if _wants(row["notify"], delayed=delayed)]
-            notice = _derived(message_id, "delay" if delayed else sorted(numbers), rows)
-            nobody = rows[0]["sender"] in ("", "#@[]") or self._settings.bounces == "off"
-            making = told and not nobody and not (delayed and self._exists(connection, notice))
-            if making:
-                self._make(connection, notice, told, delayed=delayed)
-            if not delayed:
-                self._clear(connection, message_id, numbers)
+        notice, committing = new_id(), False
+        try:
+            with writing(self._engine) as connection:
+                tell = self._warn if kind is Kind.DELAYED else self._settle
+                told = tell(connection, message_id, notice)
+                committing = True
+        except Exception:
+            if not committing:
+                self._spool.remove(notice)
+            raise
         # Not in the same transaction: whoever ends another delivery of it right now would not be seen, nor see us.
-        if not delayed and unneeded(self._engine, self._sql, [message_id]):
+        if kind is not Kind.DELAYED and unneeded(self._engine, self._sql, [message_id]):
             self._spool.remove(message_id)
-        if making:
-            log.info("notice made", id=notice, about=message_id, recipients=len(told), kind=str(kind))
-        return notice if making else None
+        if told:
+            log.info("notice made", id=notice, about=message_id, recipients=told, kind=str(kind))
+        return notice if told else None
+
+    def _settle(self, connection: Connection, message_id: str, notice: str) -> int:
+        """Clear what is owed about a message, with a notice if somebody wants one; how many recipients it names."""
+        numbers = self._lock(connection, message_id, _OWED)
+        rows = [row for row in self._rows(connection, message_id) if row["number"] in numbers]
+        if not numbers or self._forgive(connection, message_id, rows):
+            return 0
+        told = [row for row in rows if _wants(row, "FAILURE")] if self._settings.bounces != "off" else []
+        if told:
+            self._make(connection, notice, told, delayed=False)
+        self._set(connection, message_id, numbers, "due_at = NULL")
+        return len(told)
+
+    def _warn(self, connection: Connection, message_id: str, notice: str) -> int:
+        """Warn of what is unfinished of a message; how many recipients that names."""
+        numbers = self._lock(connection, message_id, _WAITING)
+        warned = f"SELECT {_WARNED.format('@id(:id)')}"
+        if not numbers or self._sql.run(connection, warned, id=dashed(message_id)).scalar():
+            return 0
+        # Also what a worker has locked at this moment: there will be no second warning.
+        rows = [row for row in self._rows(connection, message_id) if row["state"] in ("queued", "sending", "deferred")]
+        told = [row for row in rows if _wants(row, "DELAY")]
+        if told:
+            self._make(connection, notice, told, delayed=True)
+            self._set(connection, message_id, numbers, "warned_at = @now")
+        return len(told)
+
+    def _lock(self, connection: Connection, message_id: str, which: str) -> set[int]:
+        """Lock such deliveries of a message, and the message; the numbers of what nobody else has locked."""
+        return set(self._sql.run(connection, _LOCK.format(which), id=dashed(message_id)).scalars())
+
+    def _rows(self, connection: Connection, message_id: str) -> Sequence[Any]:
+        """What can be told of each recipient of a message."""
+        found: Sequence[Any] = self._sql.run(connection, _ABOUT, id=dashed(message_id)).mappings().all()
+        return found
 
     def _forgive(self, connection: Connection, message_id: str, rows: Sequence[Any]) -> bool:
         """Defer again what a server refused for our sake and not the mail's; True if there was any."""
@@ -142,28 +249,38 @@ class Debts:
     def _about_us(self, reply: str) -> bool:
         return not reply.startswith(BY_OPERATOR) and self._not_wanted.search(reply) is not None
 
-    def _exists(self, connection: Connection, message_id: str) -> bool:
-        sql = "SELECT 1 FROM messages WHERE id = @id(:id)"
-        return self._sql.run(connection, sql, id=dashed(message_id)).first() is not None
-
     def _make(self, connection: Connection, notice: str, rows: Sequence[Any], *, delayed: bool) -> None:
         """Write the body, then insert the message; the caller's transaction makes both true or neither."""
         first = rows[0]
         original = Original(
             first["id"], first["sender"], _moment(first["received_at"]), first["header_message_id"], first["envid"]
         )
+        doubtful = self._doubtful(connection, first["id"])
         failures = [
             Failure(
                 row["address"], row["orcpt"], Kind.DELAYED if delayed else Kind(row["state"]), row["last_reply"] or "",
                 row["last_server"], _moment(row["attempted_at"]) if row["attempted_at"] else None,
-                _moment(row["expires_at"]),
+                _moment(row["expires_at"]), row["last_outcome"], row["number"] in doubtful,
             )
             for row in rows
         ]  # fmt: skip
         full = not delayed and first["ret"] != "HDRS" and first["size"] <= LONGEST_RETURNED
         content = self._content(first["id"], first["size"], full=full)
-        text = compose(notice, self._settings.hostname, datetime.now(UTC), original, failures, content, full=full)
-        self._spool.remove(notice)  # left by somebody who was killed here: nobody else has the debt
+        left_out = ""
+        if content is None:
+            left_out = "Your message could not be read again, and is not returned."
+        elif not full and not delayed and first["ret"] != "HDRS":
+            left_out = f"Only its header is returned: the message is longer than {LONGEST_RETURNED:,} bytes."
+        text = compose(
+            notice,
+            self._settings.hostname,
+            datetime.now(UTC),
+            original,
+            failures,
+            content,
+            full=full,
+            left_out=left_out,
+        )
         size = self._spool.store(notice, [text])
         recipient = NewRecipient(first["sender"], notify="NEVER", route=self._route_for(first["sender"]))
         message = NewMessage(
@@ -173,42 +290,43 @@ class Debts:
         )  # fmt: skip
         self._intake.insert(connection, [message])
 
+    def _doubtful(self, connection: Connection, message_id: str) -> set[int]:
+        """Deliveries of a message that may have arrived, themselves or as a part of what they were cut from."""
+        found: set[int] = set()
+        for number, parent, doubt in self._sql.run(connection, _DOUBTS, id=dashed(message_id)):
+            if doubt or parent in found:  # a parent has the smaller number
+                found.add(number)
+        return found
+
     def _content(self, message_id: str, size: int, *, full: bool) -> bytes | None:
         """The original or its header, bounded; None if the body is not there."""
         try:
-            handle = self._spool.open(message_id, size)
+            with os.fdopen(self._spool.open(message_id, size), "rb") as body:
+                text = body.read(LONGEST_RETURNED)
         except (BodyUnsendable, OSError) as error:
             log.warning("original not returned", id=message_id, reason=str(error))
             return None
-        with os.fdopen(handle, "rb") as body:
-            text = body.read(LONGEST_RETURNED)
         if full:
             return text
         header = text.partition(b"\n\n")[0]
         return header[: header.rfind(b"\n") + 1] if len(header) == LONGEST_RETURNED else header + b"\n"
 
-    def _clear(self, connection: Connection, message_id: str, numbers: set[int]) -> None:
-        """Clear the debt."""
+    def _set(self, connection: Connection, message_id: str, numbers: set[int], what: str) -> None:
+        """Clear the debt of deliveries that we have locked, or mark them as warned of."""
         listed = ", ".join(str(int(number)) for number in sorted(numbers))
-        self._sql.run(
-            connection,
-            f"UPDATE deliveries SET due_at = NULL WHERE message_id = @id(:id) AND number IN ({listed})",
-            id=dashed(message_id),
-        )
+        sql = f"UPDATE deliveries SET {what} WHERE message_id = @id(:id) AND number IN ({listed})"
+        self._sql.run(connection, sql, id=dashed(message_id))
 
 
-def _wants(notify: str | None, *, delayed: bool) -> bool:
-    """Whether the sender asked to hear of this recipient's failure or delay (RFC 3461 4.1)."""
-    return notify is None or ("DELAY" if delayed else "FAILURE") in notify.upper().split(",")
+def _wants(row: Any, what: str) -> bool:
+    """Whether the sender asked to hear of this recipient's FAILURE or DELAY (RFC 3461 4.1), and can be told."""
+    asked = row["notify"] is None or what in row["notify"].upper().split(",")
+    return asked and row["sender"] not in ("", "#@[]")
 
 
-def _derived(message_id: str, about: object, rows: Sequence[Any]) -> str:
-    """The only id that this notice can have: a UUIDv7 of when it came about and a hash of what it is about."""
-    when = rows[0]["received_at"] if about == "delay" else max(row["finished_at"] for row in rows)
-    chance = int.from_bytes(hashlib.sha256(f"{message_id} {about}".encode()).digest()[:10])
-    stamp = int(when) // 1000
-    value = stamp << 80 | 0x7 << 76 | (chance >> 68) << 64 | 0b10 << 62 | chance & (1 << 62) - 1
-    return f"{value:032x}"
+def _plain(key: object) -> str:
+    """An id as the database spells it, in 32 digits."""
+    return str(key).replace("-", "")
 
 
 def _moment(micros: Any) -> datetime:

@@ -3,6 +3,10 @@
 A notice is a message from the null sender: words for people, a `message/delivery-status` for programs, and the original
 or its header. This module only writes the text; when one is owed, and that it is made exactly once, is `relay.debts`.
 
+Two things it is careful about. When a try ended without an answer nobody knows whether the message arrived: it says so,
+and not that it could not be delivered. And what we say of a server is not what the server said: only its own words
+become a `Diagnostic-Code`, ours are for people, and an operator's name is for nobody.
+
 What must stay true: the server's words are quoted as printable ASCII in bounded lines and can add neither a line nor a
 header of their own; nothing is ever said about a notice (the null sender, and qmail's `#@[]`).
 """
@@ -15,11 +19,14 @@ from datetime import datetime
 from email.utils import format_datetime
 from enum import StrEnum
 
+from qmqp.result import Outcome
 from relay.log import escaped
 
 _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 _HEX = re.compile(r"\+([0-9A-F]{2})")
 BY_OPERATOR = "bounced by an operator"  # what stands for the server's words when nobody asked a server
+HELD_BY = "held by "  # and who did that, until the next try
+DOUBT = "It may have arrived all the same: all of it was sent to a server once, and no valid answer came."
 _LINE = 900  # of a header, well below RFC 5322's 998
 
 
@@ -33,7 +40,11 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One recipient that a notice is about, and the last that is known of its delivery."""
+    """One recipient that a notice is about, and the last that is known of its delivery.
+
+    `outcome`: of the last try, None if there was none; `reply`: the server's words about it, or ours, or an operator's;
+    `doubt`: some try of it ended so that it may have arrived.
+    """
 
     address: str
     orcpt: str | None
@@ -42,6 +53,19 @@ class Failure:
     server: str | None
     attempted_at: datetime | None
     expires_at: datetime
+    outcome: str | None
+    doubt: bool = False
+
+    @property
+    def heard(self) -> str:
+        """The server's words; empty if there are none."""
+        said = self.outcome in (Outcome.DEFERRED, Outcome.REJECTED) and not self.sent_back
+        return self.reply if said and not self.reply.startswith(HELD_BY) else ""
+
+    @property
+    def sent_back(self) -> bool:
+        """Whether an operator bounced it, and no server."""
+        return self.kind is Kind.BOUNCED and (self.outcome != Outcome.REJECTED or self.reply.startswith(BY_OPERATOR))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +111,29 @@ def compose(
     content: bytes | None,
     *,
     full: bool,
+    left_out: str = "",
 ) -> bytes:
-    """The whole notice in LF form. `content`: the original (or, unless `full`, its header); None if it is not there."""
+    """The whole notice in LF form.
+
+    `content`: the original (or, unless `full`, its header); None if it is not there. `left_out`: what is said of what
+    is not returned.
+    """
     delayed = all(failure.kind is Kind.DELAYED for failure in failures)
     boundary = f"=_{notice_id}"
+    words = _words(hostname, original, failures, left_out, delayed=delayed)
     parts = [
-        ("text/plain; charset=us-ascii", _words(hostname, original, failures, delayed=delayed).encode("ascii")),
+        ("text/plain; charset=us-ascii", words.encode("ascii")),
         ("message/delivery-status", _report(hostname, original, failures).encode("ascii")),
     ]
     if content is not None:
         parts.append(("message/rfc822" if full else "text/rfc822-headers", content))
     eight = content is not None and not content.isascii()
-    made = [_header(notice_id, hostname, now, original, boundary, delayed=delayed, eight=eight).encode("ascii")]
+    subject = "Undelivered mail returned to sender"
+    if delayed:
+        subject = "Delayed mail (still being retried)"
+    elif all(failure.doubt for failure in failures):
+        subject = "Mail that may not have been delivered"
+    made = [_header(notice_id, hostname, now, original, boundary, subject, eight=eight).encode("ascii")]
     for kind, body in parts:
         encoding = "\nContent-Transfer-Encoding: 8bit" if eight and body is content else ""
         made.append(f"\n--{boundary}\nContent-Type: {kind}{encoding}\n\n".encode() + body)
@@ -106,10 +141,9 @@ def compose(
 
 
 def _header(
-    notice_id: str, hostname: str, now: datetime, original: Original, boundary: str, *, delayed: bool, eight: bool
+    notice_id: str, hostname: str, now: datetime, original: Original, boundary: str, subject: str, *, eight: bool
 ) -> str:
     date = format_datetime(now)
-    subject = "Delayed mail (still being retried)" if delayed else "Undelivered mail returned to sender"
     lines = [
         f"Received: by {hostname} (qmqp-relay) id {notice_id};\n\t{date}",
         f"Date: {date}",
@@ -128,32 +162,46 @@ def _header(
     return "\n".join([*lines, "", "This is a MIME-encapsulated message.", ""])
 
 
-def _words(hostname: str, original: Original, failures: Sequence[Failure], *, delayed: bool) -> str:
-    opening = (
-        "Your message could not be delivered yet. It is still being retried; you need not send it again."
-        if delayed
-        else "Your message could not be delivered to the recipients below. It will not be tried again for them."
-    )
+def _words(hostname: str, original: Original, failures: Sequence[Failure], left_out: str, *, delayed: bool) -> str:
+    if delayed:
+        opening = "Your message could not be delivered yet. It is still being retried; you need not send it again."
+    elif any(failure.doubt for failure in failures):
+        opening = (
+            "Your message could not be delivered to the recipients below, or nobody knows whether it was. It will not"
+            " be tried again for them."
+        )
+    else:
+        opening = "Your message could not be delivered to the recipients below. It will not be tried again for them."
     lines = [f"This is the mail relay at {hostname}.", "", *textwrap.wrap(opening, 76), ""]
     for failure in failures:
-        said = escaped(failure.reply, 1000) or "no answer"
-        match failure.kind:
-            case Kind.BOUNCED if said.startswith(BY_OPERATOR):
-                why = f"It was sent back by an operator of this relay{said.removeprefix(BY_OPERATOR)}"
-            case Kind.BOUNCED:
-                why = f"The mail server refused it: {said}"
-            case Kind.EXPIRED:
-                why = f"It could not be delivered in time. The last thing heard was: {said}"
-            case _:
-                until = format_datetime(failure.expires_at)
-                why = f"Retried until {until}. The last thing heard was: {said}"
+        why = f"{_why(failure)} {DOUBT}" if failure.doubt else _why(failure)
         lines += [
             f"<{quoted(failure.address)}>",
             *textwrap.wrap(why, 72, initial_indent="    ", subsequent_indent="    "),
             "",
         ]
+    lines += [*textwrap.wrap(left_out, 76), ""] if left_out else []
     lines += [f"Received here: {format_datetime(original.received_at)}", f"Queue id:      {original.id}", ""]
     return "\n".join(lines)
+
+
+def _why(failure: Failure) -> str:
+    """What happened to one recipient, in a sentence or two."""
+    heard, ours = escaped(failure.heard, 1000), escaped(failure.reply, 1000)
+    if failure.sent_back:
+        reason = ours.removeprefix(BY_OPERATOR) if ours.startswith(BY_OPERATOR) else "."
+        return f"It was sent back by an operator of this relay{reason}"
+    if failure.kind is Kind.BOUNCED:
+        return f"The mail server refused it: {heard}" if heard else "The mail server refused it and gave no reason."
+    if heard:
+        last = f"The last thing heard was: {heard}"
+    elif failure.outcome is None:
+        last = "It was not tried yet."
+    else:
+        last = "The last try failed" + (f": {ours}" if ours and not ours.startswith(HELD_BY) else ".")
+    if failure.kind is Kind.DELAYED:
+        return f"Retried until {format_datetime(failure.expires_at)}. {last}"
+    return f"{'Nobody confirmed it' if failure.doubt else 'It could not be delivered'} in time. {last}"
 
 
 def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> str:
@@ -171,8 +219,8 @@ def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> s
         lines.append(f"Status: {status_of(failure.kind, failure.reply)}")
         if failure.server and not failure.server.startswith("unix:"):
             lines.append(f"Remote-MTA: dns; {failure.server.rpartition(':')[0]}")
-        if failure.reply and not failure.reply.startswith(BY_OPERATOR):
-            lines.append(f"Diagnostic-Code: x-qmqp; {escaped(failure.reply, _LINE - 50)}")
+        if failure.heard:
+            lines.append(f"Diagnostic-Code: x-qmqp; {escaped(failure.heard, _LINE - 50)}")
         if failure.attempted_at:
             lines.append(f"Last-Attempt-Date: {format_datetime(failure.attempted_at)}")
         if failure.kind is Kind.DELAYED:

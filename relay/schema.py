@@ -142,6 +142,7 @@ deliveries = Table(
     Column("last_server", Text, comment="server of the last try"),
     Column("finished_at", Instant, comment="when it became final"),
     Column("wanted_why", Text, comment="who asked for what is wanted, and why"),
+    Column("warned_at", Instant, comment="when the sender was told that it is late"),
     PrimaryKeyConstraint("message_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
     CheckConstraint(

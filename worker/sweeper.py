@@ -106,7 +106,7 @@ class Sweeper:
         try:
             self._engine.pause(self._sweeps.paused())
             self._say_what_it_knows()
-            due = self._requeue()
+            self._requeue()
             self._sweeps.lose_stuck()
             self._bury()
         except Exception as error:
@@ -115,7 +115,7 @@ class Sweeper:
             self._away()
         else:
             self._away_until = None
-            self._tell_senders(due)
+            self._tell_senders()
 
     def _say_what_it_knows(self) -> None:
         known = self._engine.worker, self._known()
@@ -131,23 +131,21 @@ class Sweeper:
         self._away_until = self._clock()
         self._watch.forget()
 
-    def _requeue(self) -> list[str]:
-        """Make queued what is due; the ids of its messages."""
-        due: list[str] = []
+    def _requeue(self) -> None:
+        """Make queued what is due."""
         for _ in range(BATCHES):
             ids = self._sweeps.requeue_due(BATCH)
             self._hints.offer(ids)
-            due += ids
             if not ids or self._closing.is_set():
                 break
-        return due
 
-    def _tell_senders(self, due: list[str]) -> None:
+    def _tell_senders(self) -> None:
         """Make the notices that are owed; what hinders them (a full spool) hinders nothing else."""
-        try:
-            self._hints.offer(self._debts.settle(BATCH) + self._debts.warn(due))
-        except Exception as error:
-            log.error("notices put off", reason=first_line(error))
+        for tell in (self._debts.settle, self._debts.warn):
+            try:
+                self._hints.offer(tell(BATCH))
+            except Exception as error:
+                log.error("notices put off", reason=first_line(error))
 
     def _bury(self) -> None:
         for worker, until in self._watch.look(self._sweeps.ran_out(), self._engine.worker):

@@ -38,7 +38,7 @@ TOUCHED = """CREATE TABLE touched (
     CONSTRAINT touched_key PRIMARY KEY (message_id, delivery, action)
 )"""
 ADDED = ("deliveries ADD COLUMN wanted_why TEXT", "workers ADD COLUMN claim_seconds INTEGER",
-         "workers ADD COLUMN routes TEXT")  # fmt: skip
+         "workers ADD COLUMN routes TEXT", "deliveries ADD COLUMN warned_at {instant}")  # fmt: skip
 POSTGRESQL = {
     "mail_queue": """SELECT replace(CAST(d.message_id AS text), '-', '') AS queue_id, d.message_id, r.position, d.number AS delivery, d.state, m.sender,
        r.address AS recipient, m.size, d.route, d.claims AS attempts, d.last_outcome, d.last_reply AS reason,
@@ -162,6 +162,7 @@ COLUMNS = {
     "rests.server": "which, as the settings name it",
     "rests.why": "the server''s words, or ours, when it failed last",
     "deliveries.wanted_why": "who asked for what is wanted, and why",
+    "deliveries.warned_at": "when the sender was told that it is late",
     "workers.claim_seconds": "from a claim of its to the due_at of the delivery",
     "workers.routes": "the routes that it knows, JSON: a list of servers for each name",
     "touched.message_id": "the message of the delivery",
@@ -235,7 +236,7 @@ def upgrade() -> None:
     for table in (RESTS, TOUCHED):
         connection.exec_driver_sql(table.format(id="UUID" if postgresql else "TEXT"))
     for change in ADDED:
-        connection.exec_driver_sql(f"ALTER TABLE {change}")
+        connection.exec_driver_sql(f"ALTER TABLE {change.format(instant='TIMESTAMPTZ' if postgresql else 'BIGINT')}")
     _replace_views(connection, POSTGRESQL if postgresql else SQLITE)
     connection.exec_driver_sql("CREATE INDEX deliveries_held ON deliveries (message_id) WHERE state = 'held'")
     if postgresql:

@@ -1,27 +1,34 @@
 """Debts, on both databases: every notice that is owed is made once, whoever is killed where, and nothing else is."""
 
 import os
+import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from typing import Any, cast
 
 import pytest
 from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import OperationalError
 
 from relay.bodies import Spool
-from relay.claims import Claim, Recorded
-from relay.debts import GATHER, LONGEST_RETURNED, Debts
+from relay.claims import Claim, Recorded, Try
+from relay.debts import GATHER, LONGEST_RETURNED, PUT_OFF, Debts
 from relay.filters import Filter
-from relay.ids import new_id
+from relay.ids import dashed, new_id
 from relay.intake import NewMessage, NewRecipient
 from relay.schema import NEEDS_BODY, Outcome, State
 from relay.verbs import VERBS, Verbs
 from tests.integration.office import Office, opened
+from tests.waiting import until
+from worker.housekeeping import Housekeeper
 
 BODY = b"Received: by relay\nSubject: original\n\n" + b"x" * 61 + b"\n"
+HOUR = 3600.0
 ROOM = {"default": 100, "bulk": 100, "other": 100}
 
 
@@ -73,6 +80,19 @@ class Post:
         sql = "SELECT due_at FROM deliveries WHERE message_id = @id(:id) AND state IN ('bounced', 'expired')"
         return any(row["due_at"] is not None for row in self.office.rows(sql, id=message_id))
 
+    def grow_old(self, message_id: str, seconds: float = 5 * HOUR) -> None:
+        """It was received so long ago."""
+        aged = "UPDATE messages SET received_at = @ago(:s) WHERE id = @id(:id)"
+        self.office.change(aged, s=seconds, id=message_id)
+
+    def whole(self, notice: str) -> bool:
+        """Whether a notice's file stands there and is what its row says."""
+        (row,) = self.office.rows("SELECT size FROM messages WHERE id = @id(:id)", id=notice)
+        return self.spool.path(notice).stat().st_size == int(row["size"])
+
+    def files(self) -> set[str]:
+        return {name for name, _ in self.spool.ids()}
+
     def kept(self, message_id: str) -> bool:
         return self.spool.path(message_id).exists()
 
@@ -120,6 +140,41 @@ def test_an_expired_message_is_told_of_too(post: Post) -> None:
     assert post.office.state(message_id) == "expired"
     (notice,) = post.debts.settle(10)
     assert "5.4.7" in post.spool.path(notice).read_text()
+
+
+@pytest.mark.parametrize(("outcome", "sent", "doubt"), [
+    (Outcome.UNCERTAIN, 0, True), (Outcome.MALFORMED, 2 * len(BODY), True), (Outcome.MALFORMED, 3, False),
+    (Outcome.DEFERRED, 2 * len(BODY), False),
+])  # fmt: skip
+def test_what_expires_after_doubt_may_have_arrived(post: Post, outcome: Outcome, sent: int, doubt: bool) -> None:
+    message_id = post.accept()
+    (claim,) = post.office.claim(message_id)
+    post.office.pass_time(2000)
+    tried = Try(1, "mx.example.net:628", outcome, "words", sent, 0.5, 0.1)
+    post.office.record(claim, outcome, reply="words", tries=[tried])
+    assert post.office.state(message_id) == "expired"
+    (notice,) = post.debts.settle(10)
+    words = " ".join(post.spool.path(notice).read_text().split())
+    assert ("It may have arrived all the same" in words) == doubt
+    assert ("It could not be delivered in time" in words) == (not doubt)
+    assert ("Diagnostic-Code: x-qmqp; words" in words) == (outcome is Outcome.DEFERRED)
+
+
+def test_doubt_about_a_whole_is_doubt_about_its_halves(post: Post) -> None:
+    message_id = post.accept("x@example.org", "y@example.org", "bulk:z@example.org")
+    for outcome, state in ((Outcome.UNCERTAIN, State.DEFERRED), (Outcome.REJECTED, State.SPLIT)):
+        for claim in post.office.claim(message_id, room=ROOM):
+            mine = claim.route == "default"
+            post.office.record(claim, outcome if mine else Outcome.DEFERRED, state=state if mine else State.DEFERRED)
+        post.office.pass_time(500)
+        post.office.sweeps.requeue_due(10)
+    post.office.pass_time(2000)
+    for _ in range(2):  # the halves, and what waits for another route
+        post.fail(message_id, Outcome.DEFERRED)
+    (notice,) = post.debts.settle(10)
+    assert len(post.told(notice)) == 3
+    words = " ".join(post.spool.path(notice).read_text().split())
+    assert words.count("It may have arrived all the same") == 2
 
 
 def test_the_original_stays_until_its_notice_is_made(post: Post) -> None:
@@ -172,21 +227,20 @@ def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
         assert not post.kept(message_id)
 
 
-def test_killed_between_body_and_commit_the_next_makes_the_same_notice_and_replaces_the_file(
-    post: Post, monkeypatch: pytest.MonkeyPatch
+class Killed(BaseException):
+    """Stands for kill -9: nothing is caught, nothing is cleaned up, the database rolls back."""
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_killed_before_the_commit_the_next_makes_the_notice_and_the_file_that_is_left_is_an_orphan(
+    post: Post, monkeypatch: pytest.MonkeyPatch, half: bool
 ) -> None:
     message_id = post.accept()
     post.fail(message_id)
-
-    class Killed(BaseException):
-        """Stands for kill -9: nothing is caught, nothing is cleaned up, the database rolls back."""
-
-    left: list[str] = []
     store = post.spool.store
 
     def killed(notice: str, parts: Any) -> int:
-        left.append(notice)
-        store(notice, [b"half"])
+        store(notice, [b"half"] if half else parts)
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -196,11 +250,76 @@ def test_killed_between_body_and_commit_the_next_makes_the_same_notice_and_repla
     assert post.owing(message_id)
     assert post.kept(message_id)
     assert post.notices() == []
-    assert post.spool.path(left[0]).read_bytes() == b"half"
-    assert post.another().settle(10) == left
-    assert post.told(left[0]) == [("b@example.org", "failed")]
-    sizes = post.office.rows("SELECT size FROM messages WHERE id = @id(:id)", id=left[0])
-    assert sizes == [{"size": post.spool.path(left[0]).stat().st_size}]
+    (left,) = post.files() - {message_id}
+    (notice,) = post.another().settle(10)
+    assert post.told(notice) == [("b@example.org", "failed")]
+    assert post.whole(notice)
+    os.utime(post.spool.path(left), (time.time() - 40 * HOUR,) * 2)
+    assert Housekeeper(post.office.settings, post.office.engine, post.spool).clean_spool() == (0, 1)
+    assert post.files() == {notice}
+
+
+# Where a sweeper may stand still for so long that PostgreSQL ends its session.
+STALLS = ("open", "before store", "store", "commit")
+
+
+@pytest.mark.parametrize("at", STALLS)
+def test_a_sweeper_that_stalls_takes_nothing_from_the_one_that_came_after_it(
+    clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    with opened(clean_postgres_url) as office, opened(clean_postgres_url) as theirs:
+        post, other = Post(office, spool), Post(theirs, Spool(spool.directory))
+        message_id = post.accept()
+        post.fail(message_id)
+        made: list[str] = []
+
+        def stall(*_: Any) -> None:
+            if not made and len(post.files()) > (at in ("commit", "store")):
+                ended = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()
+                    AND datname = current_database() AND state = 'idle in transaction'"""
+                assert theirs.rows(ended), "its session ends, and its locks"
+                made.extend(until(lambda: other.debts.settle(10)))
+                assert not other.kept(message_id)
+
+        def stalling(call: Any, *, first: bool) -> Any:
+            def stalls(*given: Any) -> Any:
+                if first:
+                    stall()
+                found = call(*given)
+                stall()
+                return found
+
+            return stalls
+
+        if at == "commit":
+            event.listen(office.engine, "commit", stall)
+        else:
+            name = at.rpartition(" ")[2]
+            monkeypatch.setattr(spool, name, stalling(getattr(spool, name), first=at != "store"))
+        with pytest.raises(OperationalError):
+            post.debts.settle(10)
+        assert post.notices() == made
+        assert post.whole(made[0])
+        assert not post.owing(message_id)
+        left = post.files() - set(made)
+        assert len(left) == (at == "commit"), "only where it cannot know whether it has committed"
+
+
+def test_a_commit_in_doubt_leaves_the_file(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    message_id = post.accept()
+    post.fail(message_id)
+
+    def breaks(_: Connection) -> None:
+        if len(post.files()) > 1:
+            raise RuntimeError("stands for a connection that breaks in the COMMIT")
+
+    event.listen(post.office.engine, "commit", breaks)
+    assert post.debts.settle(10) == []
+    event.remove(post.office.engine, "commit", breaks)
+    assert len(post.files() - {message_id}) == 1
+    (notice,) = post.another().settle(10)
+    assert post.whole(notice)
+    assert post.notices() == [notice]
 
 
 def test_killed_after_the_commit_there_is_one_and_the_body_is_for_housekeeping(
@@ -260,12 +379,13 @@ def test_a_second_sweeper_skips_what_the_first_is_at(
         assert post.notices() == [notice]
 
 
-def test_two_sweepers_warn_once_though_each_found_another_delivery_due(
+def test_two_sweepers_warn_once_and_of_what_a_worker_has_locked_as_well(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(clean_postgres_url, delay_warning=1e-6) as office:
+    with opened(clean_postgres_url, delay_warning=4 * HOUR) as office:
         post = Post(office, spool)
         message_id = post.accept("x@example.org", "bulk:y@example.org")
+        post.grow_old(message_id)
         busy = office.engine.connect()  # a worker that records something of the first
         busy.execute(text("SELECT 1 FROM deliveries WHERE number = 1 FOR UPDATE"))
         meanwhile: list[list[str]] = []
@@ -275,14 +395,26 @@ def test_two_sweepers_warn_once_though_each_found_another_delivery_due(
             busy.close()
             if not meanwhile:
                 meanwhile.append([])
-                meanwhile[0] = post.another().warn([message_id])
+                meanwhile[0] = post.another().warn(10)
             return store(notice, parts)
 
         monkeypatch.setattr(spool, "store", store_with_company)
-        (warning,) = post.debts.warn([message_id])
+        (warning,) = post.debts.warn(10)
         assert meanwhile == [[]]
-        assert post.told(warning) == [("y@example.org", "delayed")]
+        assert post.told(warning) == [("x@example.org", "delayed"), ("y@example.org", "delayed")]
+        assert post.another().warn(10) == []
         assert post.notices(message_id) == [warning]
+
+
+def test_what_is_locked_as_a_whole_is_warned_of_the_next_time(clean_postgres_url: str, spool: Spool) -> None:
+    with opened(clean_postgres_url, delay_warning=4 * HOUR) as office:
+        post = Post(office, spool)
+        message_id = post.accept()
+        post.grow_old(message_id)
+        with office.engine.connect() as busy:
+            busy.execute(text("SELECT 1 FROM deliveries FOR UPDATE"))
+            assert post.debts.warn(10) == []
+        assert len(post.debts.warn(10)) == 1
 
 
 def test_deliveries_of_one_message_stand_in_one_notice(post: Post) -> None:
@@ -472,52 +604,204 @@ def test_a_notice_that_was_made_is_not_taken_back(post: Post) -> None:
 # --- warnings ---------------------------------------------------------------------------------------------
 
 
-def test_a_delay_is_told_once(with_settings: Any) -> None:
-    post = with_settings(delay_warning=1e-6)
-    message_id = post.accept()
-    post.fail(message_id, Outcome.DEFERRED, reply="busy (#4.3.2)")
-    (warning,) = post.debts.warn([message_id])
-    assert post.debts.warn([message_id]) == [] == post.another().warn([message_id])
-    assert post.told(warning) == [("b@example.org", "delayed")]
-    assert [part.get_content_type() for part in post.text(warning).iter_parts()][2] == "text/rfc822-headers"
-    assert post.office.state(message_id) == "deferred"
-    assert post.office.delivery(message_id)["due_in"] > 0
-    assert post.kept(message_id)
+@pytest.fixture
+def late(with_settings: Any) -> Post:
+    """Where mail is late after four hours."""
+    post: Post = with_settings(delay_warning=4 * HOUR)
+    return post
 
 
-def test_a_warning_and_then_a_bounce(with_settings: Any) -> None:
-    post = with_settings(delay_warning=1e-6)
-    message_id = post.accept()
-    post.fail(message_id, Outcome.DEFERRED)
-    (warning,) = post.debts.warn([message_id])
-    post.office.pass_time(100)
-    post.office.sweeps.requeue_due(10)
-    post.fail(message_id)
-    (bounce,) = post.debts.settle(10)
-    assert [post.told(notice)[0][1] for notice in (warning, bounce)] == ["delayed", "failed"]
+def test_a_delay_is_told_once(late: Post) -> None:
+    message_id = late.accept()
+    late.fail(message_id, Outcome.DEFERRED, reply="busy (#4.3.2)")
+    late.grow_old(message_id, 3 * HOUR)
+    assert late.debts.warn(10) == []
+    late.grow_old(message_id)
+    (warning,) = late.debts.warn(10)
+    assert late.debts.warn(10) == [] == late.another().warn(10)
+    assert late.told(warning) == [("b@example.org", "delayed")]
+    assert [part.get_content_type() for part in late.text(warning).iter_parts()][2] == "text/rfc822-headers"
+    assert late.office.state(message_id) == "deferred"
+    assert late.office.delivery(message_id)["due_in"] > 0
+    assert late.kept(message_id)
 
 
-def test_what_is_being_sent_again_is_late_too(with_settings: Any) -> None:
-    """Its hint may be faster than whoever warns."""
-    post = with_settings(delay_warning=1e-6)
-    message_id = post.accept()
-    (claim,) = post.office.claim(message_id)
-    assert len(post.debts.warn([message_id])) == 1
-    assert post.office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
-    assert post.debts.warn([message_id]) == []
+def test_a_warning_and_then_a_bounce(late: Post) -> None:
+    message_id = late.accept()
+    late.fail(message_id, Outcome.DEFERRED)
+    late.grow_old(message_id)
+    (warning,) = late.debts.warn(10)
+    late.office.pass_time(100)
+    late.office.sweeps.requeue_due(10)
+    late.fail(message_id)
+    (bounce,) = late.debts.settle(10)
+    assert [late.told(notice)[0][1] for notice in (warning, bounce)] == ["delayed", "failed"]
+
+
+def test_what_is_being_sent_again_is_late_too(late: Post) -> None:
+    message_id = late.accept()
+    late.grow_old(message_id)
+    (claim,) = late.office.claim(message_id)
+    assert len(late.debts.warn(10)) == 1
+    assert late.office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
+    assert late.debts.warn(10) == []
+
+
+def test_what_was_never_tried_is_late_too(late: Post) -> None:
+    late.grow_old(late.accept())
+    (warning,) = late.debts.warn(10)
+    assert "was not tried yet" in " ".join(late.spool.path(warning).read_text().split())
+
+
+def test_a_kill_between_retry_and_warning_loses_nothing(late: Post) -> None:
+    message_id = late.accept()
+    late.fail(message_id, Outcome.DEFERRED)
+    late.grow_old(message_id)
+    late.office.pass_time(100)
+    late.office.sweeps.requeue_due(10)  # and killed
+    late.fail(message_id, Outcome.DEFERRED)
+    assert len(late.another().warn(10)) == 1
+
+
+def test_the_clock_of_a_worker_makes_no_mail_late(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    late.accept()
+
+    class Fast(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(hours=5)
+
+    monkeypatch.setattr("relay.debts.datetime", Fast)
+    assert late.debts.warn(10) == []
+
+
+def test_what_is_held_is_warned_of_when_it_is_released(late: Post) -> None:
+    message_id = late.accept()
+    late.grow_old(message_id)
+    verbs = Verbs(late.office.engine, notices=True)
+    verbs.apply(VERBS["hold"], Filter(id=message_id), actor="ann@host", reason="looks odd")
+    assert late.debts.warn(10) == []
+    verbs.apply(VERBS["release"], Filter(id=message_id), actor="ann@host", reason="")
+    (warning,) = late.debts.warn(10)
+    assert "ann@host" not in late.spool.path(warning).read_text()
+
+
+def test_a_warning_names_who_waits_and_wants_to_know_and_halves_are_not_told_again(late: Post) -> None:
+    message_id = late.accept(*(f"{n}@example.org" for n in "pqrs"), "bulk:done@example.org")
+    late.office.change("UPDATE recipients SET notify = 'FAILURE' WHERE position = 2")
+    claims = {claim.route: claim for claim in late.office.claim(message_id, room=ROOM)}
+    late.office.record(claims["bulk"], Outcome.ACCEPTED)
+    late.grow_old(message_id)
+    (warning,) = late.debts.warn(10)
+    assert late.told(warning) == [(f"{n}@example.org", "delayed") for n in "prs"]
+    late.office.record(claims["default"], Outcome.REJECTED, state=State.SPLIT, reply="unknown (#5.1.1)")
+    assert late.office.state(message_id, 1) == "split"
+    assert late.debts.warn(10) == [] == late.another().warn(10)
+
+
+def test_a_long_queue_is_gone_through_a_part_at_a_time(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.debts.LOOKED_AT", 3)
+    ids = [late.accept() for _ in range(10)]
+    same = "UPDATE deliveries SET due_at = @later(600) WHERE message_id IN (SELECT message_id FROM deliveries LIMIT 5)"
+    late.office.change(same)  # as one statement makes them
+    for message_id in ids[1:]:
+        late.grow_old(message_id)
+    made = [late.debts.warn(2) for _ in range(8)]
+    assert max(map(len, made)) <= 2
+    assert sum(map(len, made)) == 9
+    late.grow_old(ids[0])
+    assert sum(len(late.debts.warn(2)) for _ in range(5)) == 1
+    assert [len(late.notices(message_id)) for message_id in ids] == [1] * 10
+
+
+def test_looking_for_late_mail_scans_no_table(late: Post) -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def see(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        seen.append((statement, parameters))
+
+    late.accept()
+    event.listen(late.office.engine, "before_cursor_execute", see)
+    for _ in range(2):
+        late.debts._looked_at = late.debts._looked_at or {"due": "2001-01-01", "id": dashed("0" * 32), "number": 1}
+        late.debts.warn(10)
+    event.remove(late.office.engine, "before_cursor_execute", see)
+    looks = [(sql, parameters) for sql, parameters in seen if "ORDER BY due_at, message_id, number" in sql]
+    explain = "EXPLAIN" if late.office.spell.postgresql else "EXPLAIN QUERY PLAN"
+    with late.office.engine.connect() as connection:
+        plans = [connection.exec_driver_sql(f"{explain} {sql}", parameters).all() for sql, parameters in looks]
+    assert len(plans) == 2
+    assert all("deliveries_due_at" in str(plan) for plan in plans)
+    assert not re.search("Seq Scan|SCAN (deliveries|[mor]) ?'", str(plans))
 
 
 @pytest.mark.parametrize(("settings", "given"), [
-    ({}, {}), ({"delay_warning": 3600.0}, {}), ({"delay_warning": 1e-6, "bounces": "off"}, {}),
-    ({"delay_warning": 1e-6}, {"notify": "NEVER"}), ({"delay_warning": 1e-6}, {"notify": "FAILURE"}),
-    ({"delay_warning": 1e-6}, {"sender": ""}),
+    ({"delay_warning": None}, {}), ({"delay_warning": 6 * HOUR}, {}), ({"bounces": "off"}, {}),
+    ({}, {"notify": "NEVER"}), ({}, {"notify": "FAILURE"}), ({}, {"sender": ""}), ({}, {"sender": "#@[]"}),
 ])  # fmt: skip
 def test_who_hears_of_no_delay(with_settings: Any, settings: dict[str, Any], given: dict[str, Any]) -> None:
-    post = with_settings(**settings)
+    post = with_settings(**({"delay_warning": 4 * HOUR} | settings))
     message_id = post.accept(**given)
     post.fail(message_id, Outcome.DEFERRED)
-    assert post.debts.warn([message_id]) == []
+    post.grow_old(message_id)
+    assert post.debts.warn(10) == []
     assert post.notices() == []
+
+
+# --- what fails here --------------------------------------------------------------------------------------
+
+
+def test_an_original_that_cannot_be_read_is_not_returned(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, good = post.accept(), post.accept()
+    for message_id in (bad, good):
+        post.fail(message_id)
+    opens = post.spool.open
+
+    def fails(message_id: str, size: int) -> int:
+        handle = opens(message_id, size)
+        if message_id == bad:
+            os.dup2(unreadable := os.open("/proc/self/mem", os.O_RDONLY), handle)  # EIO
+            os.close(unreadable)
+        return handle
+
+    monkeypatch.setattr(post.spool, "open", fails)
+    first, second = post.debts.settle(10)
+    assert [len(list(post.text(notice).iter_parts())) for notice in (first, second)] == [2, 3]
+    assert "could not be read" in " ".join(post.spool.path(first).read_text().split())
+
+
+def test_a_message_that_fails_holds_up_no_other(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often, and though it is the oldest and there is a bound on how many are looked at."""
+    ids = [late.accept() for _ in range(5)]
+    for message_id in ids[:4]:
+        late.fail(message_id)
+        late.office.pass_time(1)
+    bad, makes = {ids[0], ids[1], ids[4]}, late.debts._make
+
+    def fails(connection: Any, notice: str, rows: Any, **given: Any) -> None:
+        if rows[0]["id"] in bad:
+            raise ValueError("stands for a defect of ours")
+        makes(connection, notice, rows, **given)
+
+    monkeypatch.setattr(late.debts, "_make", fails)
+    late.grow_old(ids[4])
+    assert [len(late.debts.settle(2)) for _ in range(3)] == [0, 2, 0]
+    assert late.debts.warn(10) == []
+    assert [late.owing(message_id) for message_id in ids] == [True, True, False, False, False]
+    bad.clear()
+    assert late.debts.settle(2) == [] == late.debts.warn(2), "they had their turn a moment ago"
+    now = time.monotonic()
+    monkeypatch.setattr("relay.debts.time.monotonic", lambda: now + PUT_OFF)
+    assert len(late.debts.settle(2)) == 2
+    assert len(late.debts.warn(2)) == 1
+
+
+def test_a_debt_about_nobody_is_cleared(post: Post) -> None:
+    message_id = post.accept()
+    post.fail(message_id)
+    post.office.change("DELETE FROM recipients")
+    assert post.debts.settle(10) == []
+    assert not post.owing(message_id)
 
 
 def test_a_full_spool_leaves_the_debt_as_it_was(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,7 +817,7 @@ def test_a_full_spool_leaves_the_debt_as_it_was(post: Post, monkeypatch: pytest.
             post.debts.settle(10)
     assert post.owing(message_id)
     assert post.kept(message_id)
-    assert len(post.debts.settle(10)) == 1
+    assert len(post.another().settle(10)) == 1
 
 
 def test_a_debt_and_its_notice_change_in_one_transaction(post: Post) -> None:
@@ -550,7 +834,7 @@ def test_a_debt_and_its_notice_change_in_one_transaction(post: Post) -> None:
 
         event.listen(post.office.engine, "before_cursor_execute", fault)
         try:
-            finished = len(post.debts.settle(10)) == 1
+            finished = len(post.another().settle(10)) == 1
         except RuntimeError:
             finished = False
         finally:
@@ -561,5 +845,6 @@ def test_a_debt_and_its_notice_change_in_one_transaction(post: Post) -> None:
         assert post.kept(message_id)
         if post.notices(message_id):  # after the COMMIT: the body stays for housekeeping
             continue
-        assert len(post.debts.settle(10)) == 1
+        assert post.files() <= {message_id, *post.notices()}
+        assert len(post.another().settle(10)) == 1
     raise AssertionError("it never came through")

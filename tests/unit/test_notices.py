@@ -22,7 +22,7 @@ ID, ABOUT = "01a20439a5b371daae4d9cd848026382", "01a20439a5b371daae4d9cd84802611
 ORIGINAL = Original(ABOUT, "a@example.com", NOW - timedelta(hours=1), "<1@client.example>", None)
 FAILED = Failure(
     "b@example.org", None, Kind.BOUNCED, "no mailbox here by that name (#5.1.1)", "mx.example.net:628",
-    NOW - timedelta(minutes=1), NOW + timedelta(days=4),
+    NOW - timedelta(minutes=1), NOW + timedelta(days=4), "rejected",
 )  # fmt: skip
 CONTENT = b"Received: by here\nSubject: hello\nFrom: a@example.com\n\nbody\n.\n--=_not-a-boundary\n"
 
@@ -95,7 +95,7 @@ def test_the_status_part_of_a_bounce() -> None:
 
 
 def test_a_delay_is_no_failure() -> None:
-    wire = written(replace(FAILED, kind=Kind.DELAYED, reply="busy (#4.3.2)"), full=False)
+    wire = written(replace(FAILED, kind=Kind.DELAYED, reply="busy (#4.3.2)", outcome="deferred"), full=False)
     recipient = groups(wire)[1]
     assert (recipient["Action"], recipient["Status"]) == ("delayed", "4.3.2")
     assert recipient["Will-Retry-Until"] == "Thu, 26 Nov 2026 17:00:00 +0000"
@@ -104,11 +104,64 @@ def test_a_delay_is_no_failure() -> None:
 
 
 def test_an_expired_message_says_what_was_heard_last() -> None:
-    wire = written(replace(FAILED, kind=Kind.EXPIRED, reply="busy (#4.3.2)"))
+    wire = written(replace(FAILED, kind=Kind.EXPIRED, reply="busy (#4.3.2)", outcome="deferred"))
     assert groups(wire)[1]["Status"] == "5.4.7"
+    assert groups(wire)[1]["Diagnostic-Code"] == "x-qmqp; busy (#4.3.2)"
     said = " ".join(words(wire).split())
-    assert "not be delivered in time" in said
-    assert "busy (#4.3.2)" in said
+    assert "It could not be delivered in time. The last thing heard was: busy (#4.3.2)" in said
+    assert "may have arrived" not in said
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_what_may_have_arrived_is_not_called_undelivered(kind: Kind) -> None:
+    """Three recipients: one whose last try got no answer, one of which that is so of an earlier try, one without."""
+    ours = "connection closed by the server after the commit point"
+    doubtful = replace(FAILED, kind=kind, outcome="uncertain", reply=ours, doubt=True)
+    earlier = replace(doubtful, outcome="deferred", reply="busy")
+    wire = written(doubtful, earlier)
+    said = " ".join(words(wire).split())
+    assert said.count("It may have arrived all the same") == 2
+    assert ["Diagnostic-Code" in group for group in groups(wire)[1:]] == [False, kind is not Kind.BOUNCED]
+    assert (ours in said) == (kind is not Kind.BOUNCED)
+    if kind is not Kind.DELAYED:
+        assert "or nobody knows whether it was" in said
+        assert parsed(wire)["Subject"] == "Mail that may not have been delivered"
+        both = written(doubtful, replace(FAILED, reply="no"))
+        assert parsed(both)["Subject"] == "Undelivered mail returned to sender"
+
+
+@pytest.mark.parametrize(("outcome", "reply", "diagnostic", "said"), [
+    ("deferred", "busy", True, "The last thing heard was: busy"),
+    ("rejected", "not you", True, "The last thing heard was: not you"),
+    ("unreachable", "ECONNREFUSED (refused)", False, "The last try failed: ECONNREFUSED (refused)"),
+    ("malformed", "no QMQP reply: 220 mx", False, "The last try failed: no QMQP reply: 220 mx"),
+    ("interrupted", "", False, "The last try failed."),
+    ("deferred", "held by ann@host: looks odd", False, "The last try failed."),
+    (None, "held by ann@host: looks odd", False, "It was not tried yet."), (None, "", False, "It was not tried yet."),
+])  # fmt: skip
+def test_only_the_words_of_a_server_are_a_diagnostic_code(
+    outcome: str | None, reply: str, diagnostic: bool, said: str
+) -> None:
+    wire = written(replace(FAILED, kind=Kind.DELAYED, outcome=outcome, reply=reply))
+    assert groups(wire)[1].get("Diagnostic-Code") == (f"x-qmqp; {reply}" if diagnostic else None)
+    assert said in " ".join(words(wire).split())
+    assert "ann" not in words(wire)
+
+
+@pytest.mark.parametrize(("outcome", "reply", "said"), [
+    ("rejected", "bounced by an operator: spam run", "It was sent back by an operator of this relay: spam run"),
+    ("uncertain", "the worker vanished while it was sending", "It was sent back by an operator of this relay."),
+    ("rejected", "", "The mail server refused it and gave no reason."),
+])  # fmt: skip
+def test_an_operator_is_not_a_server(outcome: str, reply: str, said: str) -> None:
+    wire = written(replace(FAILED, outcome=outcome, reply=reply))
+    assert said in " ".join(words(wire).split())
+    assert "Diagnostic-Code" not in groups(wire)[1]
+
+
+def test_what_is_not_returned_is_said() -> None:
+    wire = compose(ID, "relay.example", NOW, ORIGINAL, [FAILED], None, full=True, left_out="It is too long.")
+    assert "\nIt is too long.\n" in words(wire)
 
 
 def test_several_recipients_stand_in_one_notice() -> None:
@@ -233,4 +286,4 @@ def test_what_is_not_known_is_left_out() -> None:
     wire = written(replace(FAILED, attempted_at=None, reply=""), original=replace(ORIGINAL, header_message_id=None))
     assert not {"Last-Attempt-Date", "Diagnostic-Code"} & set(groups(wire)[1])
     assert parsed(wire)["References"] is None
-    assert "no answer" in words(wire)
+    assert "gave no reason" in words(wire)
