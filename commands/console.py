@@ -26,6 +26,18 @@ def _states(incomplete: str) -> list[str]:
     return [state for state in State if state.startswith(incomplete)]
 
 
+def _routes(incomplete: str) -> list[str]:
+    from commands.completion import offered
+
+    return offered("route", incomplete)
+
+
+def _servers(incomplete: str) -> list[str]:
+    from commands.completion import offered
+
+    return offered("server", incomplete)
+
+
 def _filter(
     queue_id: Annotated[
         str | None, typer.Option("--id", help="A queue id, or as much of its end as is unique.")
@@ -38,9 +50,10 @@ def _filter(
     recipient: Annotated[
         str | None, typer.Option(help="Capitals count only before the @. * stands for anything.")
     ] = None,
-    route: Annotated[str | None, typer.Option(help="Name of the route.")] = None,
+    route: Annotated[str | None, typer.Option(help="Name of the route.", autocompletion=_routes)] = None,
     server: Annotated[
-        str | None, typer.Option(help="Server of the last try: host, host:port, [v6]:port, unix:/path.")
+        str | None,
+        typer.Option(help="Server of the last try: host, host:port, [v6]:port, unix:/path.", autocompletion=_servers),
     ] = None,
     older_than: Annotated[str | None, typer.Option(help="Received longer ago than 30s, 5m, 2h, 5d.")] = None,
     message_id: Annotated[str | None, typer.Option(help="Message-ID of the header, with or without <>.")] = None,
@@ -121,21 +134,21 @@ def list_(
 
 
 @queue.command()
-def show(queue_id: Id, json_lines: Json = False) -> None:
+def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
     """Show all that is known about a message. Envelope, deliveries, and every try with the server's words."""
     with explained():
         from commands import inspect
 
-        raise typer.Exit(inspect.show_message(queue_id, json_lines=json_lines))
+        raise typer.Exit(inspect.watched(watch, lambda: inspect.show_message(queue_id, json_lines=json_lines)))
 
 
 @queue.command()
-def why(queue_id: Id, json_lines: Json = False) -> None:
+def why(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
     """Say why a message is not being sent now, and when it will be."""
     with explained():
         from commands import inspect
 
-        raise typer.Exit(inspect.show_why(queue_id, json_lines=json_lines))
+        raise typer.Exit(inspect.watched(watch, lambda: inspect.show_why(queue_id, json_lines=json_lines)))
 
 
 @queue.command()
@@ -197,23 +210,23 @@ _verb("release", "Queue what is held.")
 _verb("bounce", "Give up, and tell the sender; --reason is told too.")
 _verb("drop", "Give up, and tell nobody.")
 
-Route = Annotated[str | None, typer.Option(help="Name of the route.")]
-Server = Annotated[str | None, typer.Option(help="A server, as RELAY_QMQP_SERVERS spells it.")]
+Route = Annotated[str | None, typer.Option(help="Name of the route.", autocompletion=_routes)]
+Server = Annotated[str | None, typer.Option(help="A server, as RELAY_QMQP_SERVERS spells it.", autocompletion=_servers)]
 
 
 @queue.command()
-def pause(route: Route = None, server: Server = None, reason: Reason = "") -> None:
+def pause(route: Route = None, server: Server = None, reason: Reason = "", json_lines: Json = False) -> None:
     """Send nothing by a route or to a server until `resume`. Mail is taken all the same, and waits."""
     with explained():
         from commands.operate import pause
 
-        raise typer.Exit(pause(route, server, reason=reason, resume=False))
+        raise typer.Exit(pause(route, server, reason=reason, resume=False, json_lines=json_lines))
 
 
 @queue.command()
-def resume(route: Route = None, server: Server = None, reason: Reason = "") -> None:
+def resume(route: Route = None, server: Server = None, reason: Reason = "", json_lines: Json = False) -> None:
     """Send there again."""
     with explained():
         from commands.operate import pause
 
-        raise typer.Exit(pause(route, server, reason=reason, resume=True))
+        raise typer.Exit(pause(route, server, reason=reason, resume=True, json_lines=json_lines))

@@ -34,14 +34,15 @@ def explained(*, warn: bool = True) -> Iterator[None]:
     except (typer.Exit, typer.BadParameter):
         raise
     except Exception as error:
-        status, words = _explanation(error)
+        status, words = explanation(error)
         if status is None:
             raise
         say(words)
         raise typer.Exit(status) from None
 
 
-def _explanation(error: Exception) -> tuple[int | None, str]:
+def explanation(error: Exception) -> tuple[int | None, str]:
+    """The exit status and the sentence for an error; no status: it is a fault of ours."""
     from sqlalchemy.exc import DBAPIError
 
     from commands.up import UpError

@@ -19,7 +19,7 @@ import typer
 from sqlalchemy import Engine
 
 from commands import why
-from commands.explain import DONE, NOTHING_MATCHED, OUT_OF_REACH, say
+from commands.explain import DONE, NOTHING_MATCHED, OUT_OF_REACH, explanation, say
 from commands.tables import Columns, Row, ago, as_json, cut, folded, plain, size, span, stamp, write, write_lines
 from relay import database
 from relay.bodies import BodyUnsendable, Spool
@@ -133,13 +133,23 @@ def resolved(queue: Queue, wanted: Filter) -> Filter:
 
 
 def watched(every: float | None, look: Callable[[], int], pause: Callable[[float], None] = time.sleep) -> int:
-    """Look once, or every so many seconds until Ctrl-C, on a screen that is cleared; the exit status."""
+    """Look once, or every so many seconds until Ctrl-C, on a screen that is cleared; the exit status.
+
+    A database that is away while somebody watches is said, and looked at again.
+    """
     status = DONE
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             if every and sys.stdout.isatty():
                 typer.echo("\x1b[H\x1b[2J", nl=False)
-            status = look()
+            try:
+                status = look()
+            except Exception as error:
+                known, words = explanation(error)
+                if not every or known != OUT_OF_REACH:
+                    raise
+                status = known
+                say(words)
             if not every:
                 return status
             sys.stdout.flush()

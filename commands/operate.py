@@ -115,7 +115,7 @@ def _told(counts: Mapping[str, int]) -> str:
     return f"{counted(total)} ({parts})" if total else "nothing"
 
 
-def pause(route: str | None, server: str | None, *, reason: str, resume: bool) -> int:
+def pause(route: str | None, server: str | None, *, reason: str, resume: bool, json_lines: bool = False) -> int:
     """Pause or resume a route or a server; the exit status."""
     if (route is None) == (server is None):
         say("name one: --route NAME or --server HOST")
@@ -130,8 +130,11 @@ def pause(route: str | None, server: str | None, *, reason: str, resume: bool) -
         verbs, known = Verbs(engine, notices=False), _subjects(settings, Queue(engine))
         done = (verbs.resume if resume else verbs.pause)(subject, actor=actor(), reason=reason)
     words = "resumed" if resume else "paused"
+    if json_lines:
+        typer.echo(as_json({"verb": "resume" if resume else "pause", "subject": subject, "done": done}))
     if done:
-        typer.echo(f"{subject} {words}")
+        if not json_lines:
+            typer.echo(f"{subject} {words}")
         if not resume and subject not in known:
             say(f"not in these settings, nor tried in the last hour; known are {', '.join(sorted(known))}")
         return DONE

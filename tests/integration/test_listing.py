@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import os
 import re
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +14,13 @@ import pytest
 from sqlalchemy import event, text
 from typer.testing import CliRunner
 
-from commands import inspect
+from commands import completion, inspect
 from commands.cli import main
 from commands.tables import write, write_lines
 from relay.bodies import Spool
 from relay.database import connect, dialect_of, reading
 from relay.filters import Filter, address_is
-from relay.queue import Queue
+from relay.queue import NoSuchMessage, Queue
 from relay.schema import Outcome
 from tests.integration.office import Office, new_message
 from tests.integration.typed import Typed, lines, typed_at
@@ -235,12 +237,47 @@ def test_watching_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -
     assert len(looks) == 3
 
 
-def test_the_shell_completes_commands_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    def completed(line: str) -> set[str]:
-        words = line.split(" ")
-        environ = {"_QMQP_RELAY_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-        return set(CliRunner().invoke(main, [], env=environ, prog_name="qmqp-relay").output.split())
+def test_an_outage_does_not_end_a_watch(
+    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message_id, looks = office.accept(), list[float]()
 
+    def pause(seconds: float) -> None:
+        looks.append(seconds)
+        monkeypatch.setenv("RELAY_DATABASE_URL", "postgresql://127.0.0.1:1/x" if len(looks) == 1 else url)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    url = os.environ["RELAY_DATABASE_URL"]
+    assert inspect.watched(0.5, lambda: inspect.show_why(message_id, json_lines=False), pause) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("b@example.org: queued") == 2
+    assert shown.err.startswith("qmqp-relay: database: connection")
+    with pytest.raises(NoSuchMessage):
+        inspect.watched(0.5, lambda: inspect.show_message("f" * 32, json_lines=False), pause)
+
+
+def completed(line: str) -> set[str]:
+    """What the shell is offered at the end of the line."""
+    words = line.split(" ")
+    environ = {"_QMQP_RELAY_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    return set(CliRunner().invoke(main, [], env=environ, prog_name="qmqp-relay").output.split())
+
+
+def test_the_shell_completes_routes_and_servers(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    office.sweeps.note_routes(office.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]})
+    typed("pause", "--route", "gone")
+    monkeypatch.setattr(completion, "PATIENCE", 30.0)
+    assert completed("qmqp-relay list --route ") == {"default", "bulk", "gone"}
+    assert completed("qmqp-relay pause --server mx") == {"mx1:628", "mx2:628"}
+    monkeypatch.setenv("RELAY_DATABASE_URL", "postgresql://127.0.0.1:1/x")
+    assert completed("qmqp-relay list --route ") == set()
+    monkeypatch.setattr(completion, "PATIENCE", 0.0)
+    monkeypatch.setattr(completion, "_known", lambda kind: threading.Event().wait(60))
+    assert completed("qmqp-relay list --route ") == set()
+
+
+def test_the_shell_completes_commands_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"retry", "release", "resume"} <= completed("qmqp-relay re")
     assert completed("qmqp-relay list --state d") == {"deferred", "delivered", "dropped"}
     assert "--older-than" in completed("qmqp-relay drop --o")

@@ -278,7 +278,8 @@ def test_pauses(office: Office, typed: Typed) -> None:
     paused = r"because route default is paused until `resume` \(by \S+@\S+ \d+s ago: disk swap\)\.$"
     assert re.search(paused, typed("why", message_id).stdout)
     typed("resume", "--route", "default")
-    typed("resume", "--route", "default", status=1)
+    again = lines(typed("resume", "--route", "default", "--json", status=1))
+    assert again == [{"verb": "resume", "subject": "route:default", "done": False}]
     for wrong in ((), ("--route", "x", "--server", "y"), ("--server", "host:port")):
         typed("pause", *wrong, status=2)
     assert [row["verb"] for row in office.rows("SELECT verb FROM actions ORDER BY id")] == [
