@@ -15,15 +15,15 @@ What must stay true:
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from sqlalchemy import Connection, Engine
 
 from relay.database import Statements, writing
 from relay.ids import dashed
 from relay.needs import body_needed, unneeded
-from relay.schema import OWED, TRANSITIONS, Outcome, State
+from relay.schema import NEEDS_BODY, OWED, TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings
 from relay.splits import Splitter
 
@@ -130,7 +130,8 @@ _FINALS = f"""SELECT d.message_id, d.number, x.delay, x.backoff_step, x.outcome,
        OR (x.outcome = 'accepted' AND d.state <> 'delivered')
     ORDER BY d.message_id, d.number"""
 _RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
-    wanted_why = NULL, vanished = CASE WHEN p.outcome IS NULL THEN d.vanished ELSE 0 END,
+    wanted_why = NULL,
+    vanished = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable' THEN d.vanished ELSE 0 END,
     backoff_step = p.backoff_step, last_outcome = coalesce(p.outcome, d.last_outcome),
     last_reply = {SAID.format("CASE WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END")},
     last_server = coalesce(p.server, d.last_server)"""
@@ -141,6 +142,9 @@ _ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, s
     FROM @rows(:tries; message_id uuid, delivery int, claim int, hop int, server text, started_ago float8,
         finished_ago float8, outcome text, reply text, bytes_sent bigint) WHERE true
     ON CONFLICT DO NOTHING"""
+# What a record came to, told by the UPDATE itself: this row as it is now, the others of its message as they were.
+_CAME_TO = f"""RETURNING @hex(d.message_id), d.number, d.claims, d.state, NOT {NEEDS_BODY} AND NOT EXISTS (
+    SELECT 1 FROM deliveries o WHERE o.message_id = d.message_id AND o.number <> d.number AND {NEEDS_BODY})"""
 _AFTER = f"""SELECT @hex(d.message_id), d.number, d.claims, d.state, NOT {body_needed("d.message_id")}
     FROM deliveries d JOIN {_RECORD_ROWS} ON d.message_id = x.message_id AND d.number = x.number"""
 _DONE = (State.DELIVERED, State.DROPPED)  # after anything else that is final a sweeper looks, if a notice is owed
@@ -214,12 +218,13 @@ class Ledger:
 
     def _look_again(self, records: list[tuple[int, Record]], results: list[Result]) -> None:
         """Whether a body is needed still, after the COMMIT: who ended another delivery of it meanwhile saw not ours."""
-        ended: dict[str, tuple[int, State]] = {}
+        ended: dict[str, list[int]] = {}
         for n, record in records:
             if isinstance(found := results[n], Recorded) and found.state in _DONE and not found.body_free:
-                ended[record.message_id] = n, found.state
-        for n, state in (ended[message_id] for message_id in unneeded(self._engine, self._sql, ended)):
-            results[n] = Recorded(state, body_free=True)
+                ended.setdefault(record.message_id, []).append(n)
+        for message_id in unneeded(self._engine, self._sql, ended):
+            for n in ended[message_id]:
+                results[n] = replace(cast(Recorded, results[n]), body_free=True)
 
     def _renew(self, connection: Connection, worker: str) -> bool:
         return bool(
@@ -272,7 +277,7 @@ class Ledger:
                 FROM c JOIN messages m ON m.id = c.message_id ORDER BY m.id""",
                 **given,
             )
-            return [_claim(row, row[9]) for row in found]
+            return [_claim(row, row[9] or ()) for row in found]
         keys = self._sql.run(
             connection,
             f"UPDATE deliveries {_CLAIM_SET} WHERE (message_id, number) IN ({picked}) RETURNING message_id, number",
@@ -297,26 +302,30 @@ class Ledger:
             "records": json.dumps([_record_row(record) for _, record in records]),
             "tries": json.dumps([_try_row(record, one) for _, record in records for one in record.tries]),
         }
+        after: dict[Key, tuple[int, State, bool]] = {}
         if self._sql.postgresql:
-            self._sql.run(
+            found = self._sql.run(
                 connection,
                 f"""WITH p AS MATERIALIZED ({_FINALS} @locked(d)), a AS ({_ATTEMPTS})
-                UPDATE deliveries d {_RECORD_SET} FROM p WHERE {KEYS}""",
+                UPDATE deliveries d {_RECORD_SET} FROM p WHERE {KEYS} {_CAME_TO}""",
                 **given,
             )
+            # What is about to be cut has a body that nobody needs, until it has been.
+            after = {(m, n): (c, State(state), free) for m, n, c, state, free in found if state != State.SPLIT}
         else:
             self._sql.run(connection, _ATTEMPTS, **given)
             sql = f"UPDATE deliveries AS d {_RECORD_SET} FROM ({_FINALS}) AS p WHERE {KEYS}"
             self._sql.run(connection, sql, **given)
         self._cut(connection, [record for _, record in records if record.state is State.SPLIT])
-        rows = self._sql.run(connection, _AFTER, **given)
-        after = {(m, n): (claims, State(state), free) for m, n, claims, state, free in rows}
+        if rest := [record for _, record in records if (record.message_id, record.number) not in after]:
+            found = self._sql.run(connection, _AFTER, records=json.dumps([_record_row(record) for record in rest]))
+            after |= {(m, n): (c, State(state), bool(free)) for m, n, c, state, free in found}
         for n, record in records:
             claims, state, free = after.get((record.message_id, record.number), (0, None, False))
             if claims > record.claim and record.outcome is Outcome.ACCEPTED:
                 self._splitter.taken(connection, dashed(record.message_id), record.number)
             mine = claims == record.claim or state is State.DELIVERED
-            results[n] = Recorded(state if mine else None, bool(free) and mine)
+            results[n] = Recorded(state if mine else None, free and mine)
 
     def _cut(self, connection: Connection, records: list[Record]) -> None:
         """Cut in two what was just recorded as `split`; what cannot be cut bounces."""

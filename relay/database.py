@@ -47,8 +47,8 @@ class Dialect:
     `@now`: the time; `@later(s)`, `@ago(s)`: s seconds after or before it; `@since(t)`: seconds since t; `@when(t)`: t
     as people read it; `@iso(w)`: what `@when` made, as RFC 3339 has it; `@micros(t)`: t as microseconds since 1970;
     `@hex(id)`: an id as 32 digits; `@id(:name)`: an id parameter; `@like`: LIKE to which capitals are the same;
-    `@at_least`, `@below`: >= and < by bytes; `@skip_locked`, `@locked(table)`; `@rows(:name; column type, ...)`: the
-    rows of a JSON array parameter, as x.
+    `@at_least`, `@below`: >= and < by bytes; `@chance`: a number in [0, 1); `@skip_locked`, `@locked(table)`;
+    `@rows(:name; column type, ...)`: the rows of a JSON array parameter, as x.
     """
 
     _MACRO = re.compile(r"@(\w+)(?:\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?")
@@ -76,6 +76,7 @@ class Dialect:
             "hex": lambda i: f"replace(CAST({i} AS text), '-', '')",
             "id": lambda i: f"CAST({i} AS uuid)",
             "like": lambda _: "ILIKE",
+            "chance": lambda _: "random()",
             "at_least": lambda _: "~>=~",
             "below": lambda _: "~<~",
             "skip_locked": lambda _: "FOR UPDATE SKIP LOCKED",
@@ -103,6 +104,7 @@ class Dialect:
             "hex": lambda i: f"replace({i}, '-', '')",
             "id": lambda i: i,
             "like": lambda _: "LIKE",
+            "chance": lambda _: "(abs(random() % 1000000) / 1000000.0)",
             "at_least": lambda _: ">=",
             "below": lambda _: "<",
             "skip_locked": lambda _: "",

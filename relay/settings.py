@@ -210,7 +210,7 @@ class WorkerSettings(Settings):
     retry_max: Duration = 3600.0
     uncertain: Literal["retry", "hold"] = "retry"
     uncertain_delay: Span = 900.0
-    poison_limit: Annotated[int, Field(ge=2)] = 5
+    poison_limit: Annotated[int, Field(ge=3)] = 5  # the third is the first that was sent alone
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

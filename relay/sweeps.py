@@ -19,7 +19,7 @@ from relay.database import Statements, reading, writing
 from relay.ids import dashed
 from relay.settings import WorkerSettings
 
-_LOST = f"""SELECT d.message_id, d.number, d.claims, d.worker, :delay AS delay,
+_LOST = f"""SELECT d.message_id, d.number, d.claims, d.worker, :delay * (1 + @chance / 2) AS delay,
     CASE WHEN d.wanted IS NOT NULL THEN {WANTED} WHEN d.vanished + 1 >= :poison OR :hold THEN 'held'
          WHEN d.expires_at <= @now THEN 'expired' ELSE 'deferred' END AS final
     FROM deliveries d WHERE d.state = 'sending' AND"""

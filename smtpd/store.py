@@ -5,8 +5,8 @@ long as it takes them in; the others wait here, where they can be taken back. Th
 round at once. One that dies, or that owes an answer for far too long, is replaced; what it had been told is in doubt.
 
 What must stay true: everything that was put is answered exactly once: None when it is safe, `Withdrawn` when nothing of
-it was kept, `Unsettled` when nobody knows, else the reason. A hint goes out for what is safe before anybody is told.
-While the keeper reads nothing, no more is held than clients wait for.
+it was kept, `Unsettled` when nobody knows, else the reason. Only then comes the hint: it wakes a thread, and clients
+need not wait for that. While the keeper reads nothing, no more is held than clients wait for.
 """
 
 import asyncio
@@ -114,11 +114,12 @@ class Store(asyncio.Protocol):
                 self.resume_writing()
                 if self._first is not None and not self._first.done():
                     self._first.set_result(None)
-            if kept := [self._pending[number].id for number, result in report.results if result is None]:
-                self._observe(len(kept), report.seconds)
-                self._kept(kept)
+            kept = [self._pending[number].id for number, result in report.results if result is None]
             for number, result in report.results:
                 self._settle(number, result)
+            if kept:
+                self._observe(len(kept), report.seconds)
+                self._kept(kept)
 
     def pause_writing(self) -> None:
         self._open = False

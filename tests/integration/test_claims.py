@@ -490,3 +490,10 @@ def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_ne
     event.listen(office.engine, "commit", meanwhile)  # just before the COMMIT of the first
     assert office.record(first, Outcome.ACCEPTED) == Recorded(State.DELIVERED, body_free=True)
     assert met == [Recorded(State.DELIVERED, body_free=False)]
+
+
+def test_a_delivery_whose_recipients_are_gone_harms_no_other(office: Office) -> None:
+    broken, sound = office.accept(), office.accept()
+    office.change("DELETE FROM recipients WHERE message_id = @id(:id)", id=dashed(broken))
+    found = {claim.message_id: claim.recipients for claim in office.claim(broken, sound)}
+    assert found == {broken: (), sound: ("b@example.org",)}

@@ -33,7 +33,7 @@ from tests.waiting import until
 ROUNDS = (1, 64)
 INTAKE = {"postgresql": 1, "sqlite": 3}
 CLAIM = {"postgresql": 1, "sqlite": 2}
-RECORD = {"postgresql": 2, "sqlite": 3}
+RECORD = {"postgresql": 1, "sqlite": 3}
 """Statements a round on each database, BEGIN and COMMIT not counted."""
 
 

@@ -110,7 +110,7 @@ def test_no_text_does_worse_than_a_value_error(text: str) -> None:
     ("RELAY_SMTP_LISTEN", "25", SmtpdSettings, "address to listen on"),
     ("RELAY_SMTP_LISTEN", "::1:25", SmtpdSettings, "address to listen on"),
     ("RELAY_UNCERTAIN", "maybe", WorkerSettings, "'retry' or 'hold'"),
-    ("RELAY_POISON_LIMIT", "1", WorkerSettings, "2"),
+    ("RELAY_POISON_LIMIT", "2", WorkerSettings, "3"),
     ("RELAY_BATCH_SIZE", "many", Settings, "integer"),
     ("RELAY_LOG_LEVEL", "loud", Settings, "debug"),
     ("RELAY_UNSAFE_DURABILITY", "perhaps", Settings, "boolean"),
