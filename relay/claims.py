@@ -14,7 +14,7 @@ What must stay true:
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -78,11 +78,13 @@ class Record:
 
 @dataclass(slots=True)
 class Wish:
-    """Please claim, of these messages or (ids None) of what is overdue, at most `room` deliveries of each route."""
+    """Please claim, of these messages or (ids None) of what is overdue, at most `room` deliveries of each route, and of
+    some routes `together` at most so many."""
 
     worker: str
     ids: Sequence[str] | None
     room: Mapping[str, int]
+    together: Sequence[tuple[Collection[str], int]] = ()
 
 
 @dataclass(slots=True)
@@ -254,8 +256,9 @@ class Ledger:
 
     def _claim(self, connection: Connection, wish: Wish) -> list[Claim]:
         claims: list[Claim] = []
-        for route, free in wish.room.items():
-            if free > 0:
+        for route, most in wish.room.items():
+            shared = [left - sum(c.route in them for c in claims) for them, left in wish.together if route in them]
+            if (free := min([most, *shared])) > 0:
                 claims += self._claim_route(connection, wish, route, free)
         return claims
 
