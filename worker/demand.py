@@ -59,24 +59,21 @@ class Demand:
             return False
         # Whose route each hint is for nobody knows yet: every route needs room for all of them, or some would be lost.
         most = min(len(self._lanes), self._settings.batch_size)
-        room = self._room.offer(most * len(self._routes.names()))
+        room, together = self._room.offer(most)
         if not room:
             return False
         hints = self._lanes.take(min(most, max(room.values())))
         self._wishing, self._moved = True, now
         self._put(
-            Wish(worker, [message_id for message_id, _ in hints], room), partial(self._hints_claimed, room, hints)
+            Wish(worker, [message_id for message_id, _ in hints], room, together),
+            partial(self._hints_claimed, room, hints),
         )
         return True
 
     def _look(self, worker: str, now: float) -> bool:
         """Claim what is overdue, straight from the database: of each route at once again while it has more."""
-        if self._looking or all(now < self._look_at.get(name, 0.0) for name in self._routes.names()):
-            return False
-        room = self._room.offer(self._settings.worker_connections, hopeless=True)
-        early = {name: room.pop(name) for name in [*room] if now < self._look_at.get(name, 0.0)}
-        self._room.settle(early, ())
-        if not room:
+        due = [name for name in self._routes.names() if now >= self._look_at.get(name, 0.0)]
+        if self._looking or not due or not (room := self._room.look(self._settings.worker_connections, due)):
             return False
         self._looking = True
         self._put(Wish(worker, None, room), partial(self._look_claimed, room))

@@ -4,6 +4,12 @@ Nothing is claimed that would have to wait for a connection, so every wish promi
 comes back unused is given back. A route has as much room as its servers have places, less what is promised and has no
 place yet; together the routes have WORKER_CONNECTIONS.
 
+Routes may share servers. The places of a route's servers also have to do for all routes whose servers are among them,
+its *company*: whoever is promised a place counts against every company that it is in. That is exact where routes share
+all of their servers or none; where lists merely overlap, or a route with a limit of its own has several servers, a
+claim may find its place taken, and is handed back. Nobody knows which route a hint is for, so a wish for hints promises
+each route all that its company has, and says what the company may have together.
+
 A route of which every server rests is hopeless: hints are no use there, but a look at the database takes a batch a
 second of its mail all the same, so that each message is told why it waits and expires in the end, whatever the length
 of the queue. What must stay true: `busy` is what was promised or claimed and has not ended, no more and no less.
@@ -11,11 +17,13 @@ of the queue. What must stay true: `busy` is what was promised or claimed and ha
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from relay.claims import Claim
-from relay.routes import Routes
+from relay.routes import Route, Routes
 from worker.servers import Servers
+
+type Together = list[tuple[frozenset[str], int]]
 
 
 class Room:
@@ -25,27 +33,71 @@ class Room:
         self._routes, self._servers = routes, servers
         self._connections, self._batch_size = connections, batch_size
         self.busy = 0  # promised or in use
+        self._known: tuple[Route, ...] = ()
+        self._companies: dict[str, frozenset[str]] = {}  # by route: whose servers are all among its own
+        self._hosts: dict[str, list[str]] = {}  # by route: in whose company it is
         self._unplaced: Counter[str] = Counter()  # by route: those of them that hold no place at a server yet
 
-    def offer(self, most: int, *, hopeless: bool = False) -> dict[str, int]:
-        """How many deliveries each route may claim, `most` in all; promised until `settle`."""
-        left = min(most, self._connections - self.busy)
-        places = {name: self._places(name, hopeless) for name in self._routes.names()}
-        names = [name for name, count in places.items() if count > 0]
+    def look(self, most: int, names: Collection[str]) -> dict[str, int]:
+        """How many deliveries each of these routes may claim of what is overdue; promised until `settle`.
+
+        `most` in all. The first takes what there is: their order is chance.
+        """
         room: dict[str, int] = {}
-        for n, name in enumerate(random.sample(names, len(names)) if len(names) > 1 else names):
-            share = min(-(-left // (len(names) - n)), places[name])
+        found = [name for name in self._with_places(look=True) if name in names]
+        left = min(most, self._connections - self.busy)
+        for n, name in enumerate(found):
+            share = min(-(-left // (len(found) - n)), self._places(name, look=True))
             if share > 0:
                 room[name] = share
                 left -= share
-        self._promise(room, 1)
+                self._promise({name: share}, 1)
         return room
 
-    def _places(self, name: str, hopeless: bool) -> int:
+    def offer(self, most: int) -> tuple[dict[str, int], Together]:
+        """How many deliveries of `most` hinted messages each route may claim, and some of them together; promised until
+        `settle`."""
+        found = self._with_places(look=False)
+        left = min(most * len(found), self._connections - self.busy)
+        room: dict[str, int] = {}
+        for n, name in enumerate(found):
+            if (share := min(-(-left // (len(found) - n)), self._places(name, look=False))) > 0:
+                room[name] = share
+                left -= share
+        companies = [(company.intersection(room), self._left(name)) for name, company in self._companies.items()]
+        self._promise(room, 1)
+        return room, [(company, places) for company, places in dict.fromkeys(companies) if len(company) > 1]
+
+    def _with_places(self, *, look: bool) -> list[str]:
+        """The names of routes with room, shuffled."""
+        if (routes := self._routes.all()) != self._known:
+            self._known = routes
+            self._meet({route.name: {server.name for server in route.servers} for route in routes})
+        names = [name for name in self._companies if self._places(name, look=look) > 0]
+        return random.sample(names, len(names))
+
+    def _meet(self, servers: Mapping[str, set[str]]) -> None:
+        """Who is in whose company, now that the routes have changed."""
+        self._companies = {
+            name: frozenset(other for other, some in servers.items() if some and some <= mine)
+            for name, mine in servers.items()
+        }
+        self._hosts = {
+            name: [other for other, company in self._companies.items() if name in company] for name in servers
+        }
+
+    def _places(self, name: str, *, look: bool) -> int:
         if self.hopeless(name):
-            return self._batch_size if hopeless else 0
+            return self._batch_size if look else 0
+        if (route := self._routes.get(name)) is None:
+            return 0
+        return min([self._servers.room(route) - self._unplaced[name], *map(self._left, self._hosts[name])])
+
+    def _left(self, name: str) -> int:
+        """The places of a route's servers that nobody in its company is promised."""
         route = self._routes.get(name)
-        return self._servers.room(route) - self._unplaced[name] if route else 0
+        places = sum(map(self._servers.free, route.servers)) if route else 0
+        return places - sum(self._unplaced[other] for other in self._companies[name] if not self.hopeless(other))
 
     def hopeless(self, name: str) -> bool:
         """Whether no server of the route can be tried now, and not because somebody paused it."""

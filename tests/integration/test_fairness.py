@@ -267,6 +267,46 @@ def test_D14_alone_and_deadly_until_the_limit_then_held(clean_sqlite_url: str) -
     office.engine.dispose()
 
 
+# --- routes that share a server -----------------------------------------------------------------------------
+
+
+def routes_to(sink: Sink, directory: Path, count: int, more: str = "") -> Path:
+    """A file of routes r0, r1, ... that all go to one server."""
+    file = directory / "routes.toml"
+    file.write_text("".join(
+        f'[r{n}]\nrecipients = ["r{n}.test"]\nservers = ["127.0.0.1:{sink.port}"]\n{more}' for n in range(count)
+    ))  # fmt: skip
+    return file
+
+
+@pytest.mark.parametrize("hinted", [False, True])
+def test_nothing_is_claimed_for_places_that_another_route_has(room: Open, tmp_path: Path, hinted: bool) -> None:
+    """Eight routes, one server, four places: each message is claimed once, whoever of them had a place to promise."""
+    with running_sink(Rule(Answer(delay=0.02))) as sink:
+        mail = room(sink, routes=routes_to(sink, tmp_path, 8), server_connections=4, grace=60.0 if hinted else 0.2)
+        ids = [mail.accept(f"a@r{n % 8}.test") for n in range(120)]
+        with mail.working() as engine:
+            if hinted:
+                engine.offer(ids)
+            until(lambda: mail.states() == {"delivered"}, 30)
+    (claims,) = mail.rows("SELECT sum(claims) AS all_of_them, max(claims) AS most FROM deliveries")
+    assert claims == {"all_of_them": 120, "most": 1}
+
+
+def test_a_narrow_route_to_a_busy_server_has_its_share(room: Open, tmp_path: Path) -> None:
+    """It waited until the other had nothing left to send."""
+    with running_sink(Rule(Answer(delay=0.05))) as sink:
+        routes = routes_to(sink, tmp_path, 1, "connections = 2\n")
+        mail = room(sink, routes=routes, server_connections=8, grace=0.2)
+        for _ in range(200):
+            mail.accept("o@example.org")
+        small = [mail.accept("s@r0.test") for _ in range(4)]
+        mail.change("UPDATE deliveries SET due_at = @ago(50)")
+        with mail.working():
+            until(lambda: mail.states() == {"delivered"}, 60)
+    assert max(n for n, one in enumerate(arrived(sink)) if one == "s") < 100, len(small)
+
+
 # --- what is paused -----------------------------------------------------------------------------------------
 
 
