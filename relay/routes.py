@@ -21,6 +21,7 @@ for SETTLED, by our own clock (its times may be another machine's), and still do
 """
 
 import fnmatch
+import math
 import re
 import time
 import tomllib
@@ -89,16 +90,26 @@ class Route:
 
 
 def _seconds(value: object) -> float:
-    return float(str(seconds(value)))
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not a duration: write 30s, 5m, 2h or 5d")
+    found = float(str(seconds(value)))
+    if not 0 < found < math.inf:
+        raise ValueError(f"{value!r} is not a duration above 0")
+    return found
 
 
 def _size(value: object) -> int:
-    return int(str(size(value)))
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{value!r} is not a size: write 64K, 25M or a number of bytes")
+    found = int(str(size(value)))
+    if found < 1:
+        raise ValueError(f"{value!r} is not a size above 0")
+    return found
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} is not a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} is not a whole number above 0")
     return value
 
 

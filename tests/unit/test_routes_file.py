@@ -232,6 +232,14 @@ def test_check_shows_routes_and_servers_in_order(file: Path, write: Write) -> No
     assert list(said) == ["route one", "route two", "route default"]
 
 
+def test_check_refuses_a_bad_number(file: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(ONE + "retry_min = -5\n")
+    monkeypatch.setenv("RELAY_ROUTES", str(file))
+    (finding,) = check.look()
+    assert (finding.what, finding.verdict) == ("settings", "fail")
+    assert "[one] retry_min: -5 is not a duration above 0" in finding.words
+
+
 def test_check_says_what_is_wrong_with_the_file(file: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write("[one]\nrecipients = ['one.example']\nservers = ['a:0']\n")
     monkeypatch.setenv("RELAY_ROUTES", str(file))
