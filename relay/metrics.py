@@ -47,9 +47,7 @@ SENT_BYTES = Counter("relay_sent_bytes", "bytes of QMQP requests sent")
 DELIVERY_SECONDS = Histogram("relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG)
 TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers under way in this worker")
 RESTS = Counter("relay_server_rests", "times that a server was left alone for a while", ["server", "why"])
-RESTING = Gauge(
-    "relay_server_resting", "1 from the time that this worker left a server alone until it is well", ["server"]
-)
+RESTING = Gauge("relay_server_resting", "1 while this worker leaves a server alone", ["server"])
 
 attempts, hints, rests = cache(ATTEMPTS.labels), cache(HINTS.labels), cache(RESTS.labels)
 

@@ -75,7 +75,9 @@ class Process:
         except (SettingsError, DatabaseError, SpoolError) as error:
             sys.exit(f"qmqp-relay worker: {error}")
         ledger = Ledger(state.engine, settings)
-        servers = Servers(settings.server_connections)
+        servers = Servers(
+            settings.server_connections, routed=lambda: {one.name for route in routes.all() for one in route.servers}
+        )
         self.engine = Engine(settings, ledger, state.spool, routes, servers=servers)
         self._hints = Hints(self.app, RETRY, settings.batch_size)
         debts = Debts(state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers))

@@ -66,10 +66,12 @@ class Servers:
         *,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
+        routed: Callable[[], Collection[str]] | None = None,
     ) -> None:
         self._limit = limit
         self._clock = clock
         self._draw = draw
+        self._routed = routed  # the names of all servers that are in a route
         self._known: dict[str, Health] = {}
         self.pauses: frozenset[str] = frozenset()  # `route:NAME` and `server:NAME`, as operators set them
 
@@ -142,8 +144,21 @@ class Servers:
         return rest
 
     def resting(self) -> dict[str, str]:
-        """The servers that are left alone for now, and why. Thread-safe."""
-        return {name: known.why for name, known in list(self._known.items()) if known.rests_until is not None}
+        """The servers that are left alone for now, and why; forgets those that are in no route. Thread-safe."""
+        if self._routed is not None:
+            routed = self._routed()
+            for name, known in list(self._known.items()):
+                if name not in routed and not known.used.total():
+                    self._known.pop(name, None)
+        return {name: known.why for name, known in list(self._known.items()) if self.rests(name)}
+
+    def rests(self, name: str) -> bool:
+        """Whether the server of that name is left alone: until its rest has run out, and while somebody tries. Who has
+        nothing for it does not try, and so does not leave it alone. Thread-safe."""
+        known = self._known.get(name)
+        if known is None or (until := known.rests_until) is None:
+            return False
+        return known.probing or self._clock() < until
 
     def why(self, route: Route) -> str:
         """Why the first server that rests does so, in words for an operator."""

@@ -16,6 +16,7 @@ import time
 from asyncio import CancelledError
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from qmqp import client
 from qmqp.request import NO_REQUEST, Request
@@ -99,7 +100,7 @@ def blame(servers: Servers, server: Server, reply: str, *, unwanted: bool) -> No
     rest = servers.failed(server, reply, at_once=unwanted)
     if rest is not None:
         metrics.rests(server.name, "refuses us" if unwanted else "failing").inc()
-        metrics.RESTING.labels(server.name).set(1)
+        metrics.RESTING.labels(server.name).set_function(partial(servers.rests, server.name))
         log.warning("server left alone", server=server.name, seconds=round(rest, 1), reason=reply)
 
 
@@ -254,7 +255,6 @@ class Transfer:
     def _health(self, server: Server, outcome: Outcome, reply: str, unwanted: bool) -> None:
         if outcome in _WHOLE_REPLY and not unwanted:
             if self._terms.servers.succeeded(server):
-                metrics.RESTING.labels(server.name).set(0)
                 log.info("server is back", server=server.name)
             return
         if outcome is Outcome.UNREACHABLE:

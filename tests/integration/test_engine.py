@@ -211,10 +211,10 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
     mail = room(dead_port)
     ids = [mail.accept() for _ in range(10)]
     with mail.working():
+        resting = partial(REGISTRY.get_sample_value, "relay_server_resting", {"server": f"127.0.0.1:{dead_port}"})
+        until(lambda: resting() == 1)
         until(lambda: mail.states() == {"deferred"})
         assert "ECONNREFUSED" in mail.delivery(ids[-1])["last_reply"]
-        resting = partial(REGISTRY.get_sample_value, "relay_server_resting", {"server": f"127.0.0.1:{dead_port}"})
-        assert resting() == 1
         with running_sink(port=dead_port) as sink:
 
             def delivered() -> bool:

@@ -152,3 +152,34 @@ def test_what_is_paused_is_passed_over_and_is_not_down(servers: Servers) -> None
     assert not servers.down(ONE)
     servers.pauses = frozenset()
     assert servers.down(ONE)
+
+
+def test_a_rest_that_has_run_out_is_none(clock: Clock) -> None:
+    """Also if nobody has mail for the server; and one that was taken out of the routes is nobody's."""
+    routed = {A.name, B.name}
+    servers = Servers(2, clock=clock, draw=lambda: 1.0, routed=lambda: routed)
+    trip(servers)
+    servers.failed(B, "not authorized", at_once=True)
+    assert servers.resting() == {A.name: "refused", B.name: "not authorized"}
+    routed.remove(B.name)
+    assert servers.resting() == {A.name: "refused"}
+    assert not servers.rests(B.name)
+    clock.now += 1.0
+    assert servers.resting() == {}
+    probe = servers.take(ONE)
+    assert probe is not None
+    assert servers.resting() == {A.name: "refused"}, "while it is tried it has no other mail"
+    servers.failed(A, "refused again")
+    probe.release()
+    assert servers.resting() == {A.name: "refused again"}
+    clock.now += 100.0
+    assert servers.resting() == {}
+
+
+def test_a_server_that_is_in_use_is_not_forgotten(clock: Clock) -> None:
+    servers = Servers(2, clock=clock, routed=set)
+    place = servers.take(ONE)
+    assert place is not None
+    servers.resting()
+    assert servers.free(A) == 1
+    place.release()
