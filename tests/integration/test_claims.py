@@ -494,6 +494,6 @@ def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_ne
 
 def test_a_delivery_whose_recipients_are_gone_harms_no_other(office: Office) -> None:
     broken, sound = office.accept(), office.accept()
-    office.change("DELETE FROM recipients WHERE message_id = @id(:id)", id=dashed(broken))
+    office.change("DELETE FROM recipients WHERE message_id = @id(:id)", id=broken)
     found = {claim.message_id: claim.recipients for claim in office.claim(broken, sound)}
     assert found == {broken: (), sound: ("b@example.org",)}
