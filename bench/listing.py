@@ -120,7 +120,7 @@ def main() -> None:
             server.stop()
 
     print(f"{given.rows} rows, load {os.getloadavg()[0]:.1f}\n{'':34}{'least':>9}{'median':>11}{'CPU':>11}")
-    systems: list[Callable[[], None]] = [on_sqlite, on_postgresql]
+    systems: list[Callable[[], None]] = [on_postgresql, on_sqlite]
     for system in systems:
         system()
 

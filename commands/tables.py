@@ -147,10 +147,12 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
         del spared[0]
     indent = sum(widest[name] for name in fixed)
     below = indent + min(LEAST, widest[last] - 2) > width
-    cells = "".join(f"%-{widest[name]}s" for name in fixed)
+    cells, forms = "".join(f"%-{widest[name]}s" for name in fixed), [columns[name] for name in fixed]
     count, lines = 0, [(cells % tuple(fixed) + last).rstrip()]
     for count, row in enumerate(chain(first, rows), 1):
-        line = cells % tuple([plain(columns[name](row)) for name in fixed])
+        line = cells % tuple([of(row) for of in forms])
+        if not line.isprintable():
+            line = cells % tuple([plain(of(row)) for of in forms])
         if words := plain(columns[last](row)):
             line = (
                 f"{line.rstrip()}\n{folded(words, 4, width)}" if below else line + folded(words, indent, width)[indent:]
