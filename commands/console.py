@@ -112,6 +112,7 @@ Watch = Annotated[float | None, typer.Option(min=0.2, metavar="SECONDS", help="A
 Reason = Annotated[str, typer.Option(help="Why; kept in the table `actions`.")]
 Everything = Annotated[bool, typer.Option("--all", help="Every delivery: needed when no filter is given.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be touched, and change nothing.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many deliveries, oldest first.")]
 Reroute = Annotated[bool, typer.Option("--reroute", help="By today's routes; takes what is queued and held too.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before more than one is touched.")]
 
@@ -182,12 +183,12 @@ def stats(watch: Watch = None, json_lines: Json = False) -> None:
 @filtered
 def retry(
     wanted: "Filter", everything: Everything = False, dry_run: DryRun = False, yes: Yes = False, reason: Reason = "",
-    reroute: Reroute = False, json_lines: Json = False,
+    reroute: Reroute = False, limit: Limit = None, json_lines: Json = False,
 ) -> int:  # fmt: skip
     """Try what is deferred at once, whatever its time."""
     from commands.operate import Order, change
 
-    return change("reroute" if reroute else "retry", wanted, Order(everything, dry_run, yes, reason, json_lines))
+    return change("reroute" if reroute else "retry", wanted, Order(everything, dry_run, yes, reason, json_lines, limit))
 
 
 def _verb(name: str, words: str) -> None:
@@ -195,11 +196,11 @@ def _verb(name: str, words: str) -> None:
 
     def command(
         wanted: "Filter", everything: Everything = False, dry_run: DryRun = False, yes: Yes = False,
-        reason: Reason = "", json_lines: Json = False,
+        reason: Reason = "", limit: Limit = None, json_lines: Json = False,
     ) -> int:  # fmt: skip
         from commands.operate import Order, change
 
-        return change(name, wanted, Order(everything, dry_run, yes, reason, json_lines))
+        return change(name, wanted, Order(everything, dry_run, yes, reason, json_lines, limit))
 
     command.__doc__ = words
     queue.command(name)(filtered(command))

@@ -38,6 +38,7 @@ class Order:
     yes: bool = False
     reason: str = ""
     json_lines: bool = False
+    limit: int | None = None  # deliveries, oldest first
 
 
 def actor() -> str:
@@ -68,13 +69,14 @@ def _change(name: str, settings: Settings, engine: Engine, wanted: Filter, order
         say(f"nothing there to {name}: it takes what is {' or '.join(verb.takes)}")
         return NOTHING_MATCHED
     if order.dry_run:
-        write(verbs.touched(verb, wanted), COLUMNS, json_lines=order.json_lines)
-        say(f"would {name} {_told(matched)}")
+        write(verbs.touched(verb, wanted, limit=order.limit), COLUMNS, json_lines=order.json_lines)
+        say(f"would {name} {_limited(matched, order.limit)}")
         return DONE
-    if matched.total() > 1 and not order.yes and (refusal := _refusal(f"{name} {_told(matched)}")) is not None:
+    meant = f"{name} {_limited(matched, order.limit)}"
+    if min(matched.total(), order.limit or 2) > 1 and not order.yes and (refusal := _refusal(meant)) is not None:
         return refusal
     route_for = Routes.load(settings).route_for if verb is REROUTE else None
-    chunks = verbs.in_chunks(verb, wanted, actor=actor(), reason=order.reason, route_for=route_for)
+    chunks = verbs.in_chunks(verb, wanted, actor=actor(), reason=order.reason, route_for=route_for, limit=order.limit)
     touched, removed, interrupted = _done(chunks, at_hand(settings, queue))
     if order.json_lines:
         typer.echo(as_json({"verb": name, "deliveries": touched.total(), "were": touched, "bodies_removed": removed}))
@@ -107,6 +109,11 @@ def _refusal(question: str) -> int | None:
         say(f"{question}? Say --yes for more than one")
         return WRONG_USE
     return None if typer.confirm(f"{question}?") else NOTHING_MATCHED
+
+
+def _limited(counts: Mapping[str, int], limit: int | None) -> str:
+    """What would be touched, if that is not all of it."""
+    return _told(counts) if limit is None or limit >= sum(counts.values()) else f"the oldest {limit} of {_told(counts)}"
 
 
 def _told(counts: Mapping[str, int]) -> str:

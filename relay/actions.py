@@ -9,6 +9,7 @@ What must stay true: nothing is changed by hand without its record, and nothing 
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,17 +43,20 @@ class Action:
         }  # fmt: skip
 
     def through(
-        self, which: str, change: Callable[[Connection, str], object], **given: Any
+        self, which: str, change: Callable[[Connection, str], object], *, limit: int | None = None, **given: Any
     ) -> Iterator[list[tuple[str, int, str]]]:
-        """Change the deliveries (as d) for which that is so; after each chunk (id of 32 digits, number, state it had).
+        """Change the deliveries (as d) for which that is so, `limit` of them at most, the oldest first; after each
+        chunk (id of 32 digits, number, state it had).
 
         `change` gets the keys of a chunk, which is locked, as `keys` is in `THESE` and `PICKED`.
         """
         picked = f"""SELECT d.message_id, d.number, d.state FROM deliveries d
             WHERE {which} AND (d.message_id, d.number) > (@id(:after), :number)
             ORDER BY d.message_id, d.number LIMIT :most @locked(d)"""
-        given |= {"after": FIRST, "number": 0, "most": CHUNK}
-        while True:
+        given |= {"after": FIRST, "number": 0}
+        left = sys.maxsize if limit is None else limit
+        while left > 0:
+            given["most"] = min(CHUNK, left)
             with writing(self._engine) as connection:
                 rows = self._sql.run(connection, picked, **given).all()
                 if rows:
@@ -62,7 +66,8 @@ class Action:
             if rows:
                 yield [(str(message_id).replace("-", ""), number, state) for message_id, number, state in rows]
                 given |= {"after": str(rows[-1][0]), "number": rows[-1][1]}
-            if len(rows) < CHUNK:
+            left -= len(rows)
+            if len(rows) < given["most"]:
                 return
 
     def note(self, connection: Connection, matched: int, keys: str = "") -> None:

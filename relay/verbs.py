@@ -99,9 +99,15 @@ class Verbs:
         with reading(self._engine) as connection:
             return Counter(dict(self._sql.run(connection, sql, **given).all()))
 
-    def touched(self, verb: Verb, wanted: Filter) -> Iterator[dict[str, Any]]:
-        """Rows of `mail_history` that the verb would touch, all recipients of a delivery among them; streamed."""
+    def touched(self, verb: Verb, wanted: Filter, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Rows of `mail_history` that the verb would touch, all recipients of a delivery among them; streamed.
+
+        `limit`: those of the oldest so many deliveries.
+        """
         where, given = _meant(verb, wanted)
+        if limit is not None:
+            oldest = f"SELECT d.message_id, d.number FROM deliveries d WHERE {where} ORDER BY 1, 2 LIMIT :limit"
+            where, given = f"(d.message_id, d.number) IN ({oldest})", given | {"limit": limit}
         return self._queue.select(
             f"""SELECT v.* FROM mail_history v WHERE EXISTS (SELECT 1 FROM deliveries d WHERE
                 d.message_id = v.message_id AND d.number = v.delivery AND {where}) ORDER BY v.message_id, v.position""",
@@ -109,22 +115,26 @@ class Verbs:
         )
 
     def apply(
-        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None
-    ) -> tuple[Counter[str], list[str]]:
+        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None,
+        limit: int | None = None,
+    ) -> tuple[Counter[str], list[str]]:  # fmt: skip
         """Do it; the deliveries touched by the state they were in, and the ids of messages that need no body now.
 
         `route_for` gives each delivery the route that its recipients have today, or divides it if they have several.
+        `limit`: so many deliveries, the oldest first.
         """
         all_touched: Counter[str] = Counter()
         free: list[str] = []
-        for touched, ids in self.in_chunks(verb, wanted, actor=actor, reason=reason, route_for=route_for):
+        chunks = self.in_chunks(verb, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit)
+        for touched, ids in chunks:
             all_touched.update(touched)
             free += ids
         return all_touched, free
 
     def in_chunks(
-        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None
-    ) -> Iterator[tuple[Counter[str], list[str]]]:
+        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[tuple[Counter[str], list[str]]]:  # fmt: skip
         """Do it as `apply` does, while it is iterated: what each chunk came to, when that is committed."""
         where, given = _meant(verb, wanted)
         change, why = f"UPDATE deliveries AS d SET {_sets(verb)} {THESE}", _why(verb, actor, reason)
@@ -137,7 +147,7 @@ class Verbs:
         action = Action(
             self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=wanted.shown()
         )
-        for rows in action.through(where, do, **given):
+        for rows in action.through(where, do, limit=limit, **given):
             ended = {message_id for message_id, _, was in rows if was != State.SENDING}
             free = unneeded(self._engine, self._sql, ended) if verb.state in (State.DROPPED, State.BOUNCED) else []
             yield Counter(was for _, _, was in rows), free

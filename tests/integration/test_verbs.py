@@ -267,6 +267,19 @@ def test_rerouting(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
     assert office.rows("SELECT verb FROM actions")[0]["verb"] == "reroute"
 
 
+def test_a_limit_takes_the_oldest(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "CHUNK", 2)
+    office.intake.commit([new_message("x@example.org", "y@example.org") for _ in range(6)])
+    ids = sorted({row["queue_id"] for row in lines(typed("list", "--json"))})
+    dry = typed("hold", "--all", "--limit", "3", "--dry-run", "--json")
+    assert [row["queue_id"] for row in lines(dry)] == [i for i in ids[:3] for _ in range(2)]
+    assert dry.stderr == "qmqp-relay: would hold the oldest 3 of 6 deliveries (6 queued)\n"
+    assert "the oldest 3 of 6" in typed("hold", "--all", "--limit", "3", status=2).stderr
+    for limit, held in (("3", 3), ("1", 4), ("9", 6)):
+        typed("hold", "--all", "--yes", "--limit", limit)
+        assert office.states(ids) == ["held"] * held + ["queued"] * (6 - held)
+
+
 def test_pauses(office: Office, typed: Typed) -> None:
     message_id = office.accept()
     assert "known are route:default" in typed("pause", "--server", "192.0.2.7", "--reason", "disk swap").stderr
