@@ -13,8 +13,12 @@ SPOKEN = {
 }  # fmt: skip
 
 
-def logged() -> set[str]:
-    found = set()
+ROWS = re.findall(r"^\| `([^`]+)` \| (\w+) \|", (ROOT / "docs" / "events.md").read_text(), re.MULTILINE)
+
+
+def logged() -> dict[str, set[str]]:
+    """Events with the levels that they are logged at."""
+    found: dict[str, set[str]] = {}
     for package in ("relay", "smtpd", "worker", "commands", "migrations/versions"):
         for file in (ROOT / package).glob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
@@ -23,12 +27,17 @@ def logged() -> set[str]:
                         func=ast.Attribute(value=ast.Name(id="log"), attr=level),
                         args=[ast.Constant(value=str(event)), *_],
                     ) if level in LEVELS:
-                        found.add(event)
+                        found.setdefault(event, set()).add("error" if level == "exception" else level)
     return found
 
 
 def test_the_list_is_the_code():
-    listed = set(re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "events.md").read_text(), re.MULTILINE))
-    code = logged() | SPOKEN
+    listed = {event for event, _ in ROWS}
+    code = set(logged()) | SPOKEN
     assert listed - code == set(), "listed, but never logged"
     assert code - listed == set(), "logged, but not listed"
+
+
+def test_the_levels_are_those_of_the_code():
+    listed, code = dict(ROWS), logged()
+    assert {event: {listed[event]} for event in code if event in listed} == {e: code[e] for e in code if e in listed}
