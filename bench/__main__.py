@@ -1,4 +1,4 @@
-"""`python -m bench`: choose, start the systems, measure, print, write the results. Exit status 1: some did not end."""
+"""`python -m bench`: choose, start the systems, measure, print, write the results. Exit status 1: some runs failed."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench import machine, plot, report
-from bench.parts import PARTS, QUICK, Part, Scale
+from bench.parts import PARTS, QUICK, SMOKE, Part, Scale
 from bench.postfix_system import Postfix, missing
 from bench.relay_system import Relay
 from bench.runs import measure
@@ -24,13 +24,16 @@ SYSTEMS = ("postgresql", "sqlite", "postfix")
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the relay, beside Postfix.")
-    parser.add_argument("--quick", action="store_true", help="about a minute: one run of each part, small loads")
+    parser.add_argument("--quick", action="store_true", help="a few minutes: one run of each part, small loads")
+    parser.add_argument("--smoke", action="store_true", help="a minute: every part runs; its figures mean nothing")
     parser.add_argument("--parts", default="", help=f"some of {','.join(part.name for part in PARTS)}")
     parser.add_argument("--systems", default="", help=f"some of {','.join(SYSTEMS)}")
     parser.add_argument("--runs", type=int, help="how often each part is run on each system")
     parser.add_argument("--messages", type=int, help="messages of a load")
     parser.add_argument("--sessions", type=int, help="SMTP sessions at once")
     parser.add_argument("--size", type=int, help="bytes of a message")
+    parser.add_argument("--singles", type=int, help="messages one at a time, for latency")
+    parser.add_argument("--large", type=int, help="messages of 20 MB")
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp"), help="where everything is written (a disk)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON file and the plot go")
     parser.add_argument("--no-postfix-log", action="store_true", help="let Postfix log to nowhere")
@@ -44,8 +47,13 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def scale_of(given: argparse.Namespace) -> Scale:
-    changes = {name: value for name in ("runs", "messages", "sessions", "size") if (value := getattr(given, name))}
-    return dataclasses.replace(QUICK if given.quick else Scale(), **changes)
+    names = ("runs", "messages", "sessions", "size", "singles", "large")
+    changes = {name: value for name in names if (value := getattr(given, name))}
+    scale = dataclasses.replace(SMOKE if given.smoke else QUICK if given.quick else Scale(), **changes)
+    files = machine.open_files(max(scale.connections) + 200)
+    if fewer := tuple(count for count in scale.connections if count + 200 > files):
+        print(f"without {', '.join(map(str, fewer))} connections: at most {files} files may be open")
+    return dataclasses.replace(scale, connections=tuple(n for n in scale.connections if n not in fewer))
 
 
 @contextmanager
@@ -81,14 +89,14 @@ def main() -> int:
         about["command"] = "python -m bench " + " ".join(sys.argv[1:])
         about["scale"] = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(scale).items())
         print(report.facts(about), flush=True)
-        results = []
+        file, results = given.results / f"{about['when'].replace(':', '')}.json", []
         for part in parts:
             results.append(measure(part, systems, scale))
             print(report.table(results[-1], [system.name for system in systems]), flush=True)
-    about |= {"load after": " ".join(f"{value:.1f}" for value in os.getloadavg())}
-    file = given.results / f"{about['when'].replace(':', '')}.json"
-    report.write(file, results, about)
-    file.with_suffix(".svg").write_text(plot.draw(report.as_json(results, about)))
+            # After each part: what comes later may fail, or take somebody's patience.
+            about |= {"load after": " ".join(f"{value:.1f}" for value in os.getloadavg())}
+            report.write(file, results, about)
+            file.with_suffix(".svg").write_text(plot.draw(report.as_json(results, about)))
     print(f"\n{file}\n{file.with_suffix('.svg')}\n{time.monotonic() - began:.0f} s")
     return 1 if any(result.failures for result in results) else 0
 

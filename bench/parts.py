@@ -8,36 +8,51 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
-from bench import machine
 from bench.load import Client, connected, send, text_of
+from bench.machine import Disk
 from bench.processes import cpu_seconds, machine_cpu_seconds, resident_bytes, wait
 from bench.systems import System
 
 PAUSE = 0.1  # seconds between two messages when nothing else is to go on
 
-OVERDUE = 5.5  # seconds; what has waited for GRACE is found without hints, so it does not matter what became of them
+ENOUGH = 240.0  # MB; what is sent in less than a second or so says little about a rate
+
+NO_RATIO = " (too little for a ratio)"
 
 type Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is done: messages of a load, large ones, single ones for latency, seconds that the disk may take."""
+    """How much is done: messages of a load, large ones, single ones, deliveries to the slow server.
+
+    `connections` goes up to RELAY_MAX_CONNECTIONS' default. `volume` is how many bytes pass while memory is looked at;
+    `patience`, seconds that the disk may take to be still. What has waited for GRACE is found without hints, so after
+    `overdue` seconds it does not matter what became of them.
+    """
 
     messages: int = 5000
     size: int = 4096
     sessions: int = 20
-    large: int = 12
+    large: int = 40
     large_size: int = 20_000_000
-    singles: int = 100
-    connections: tuple[int, ...] = (1, 50, 200)
+    singles: int = 300
+    connections: tuple[int, ...] = (1, 50, 200, 1000)
+    slow: int = 1500
+    volume: int = 80_000_000
     runs: int = 5
     patience: float = 20.0
+    overdue: float = 5.5
 
 
-QUICK = Scale(messages=1000, large=3, singles=40, connections=(1, 100), runs=1, patience=3.0)
+QUICK = Scale(messages=1000, large=3, singles=40, connections=(1, 100), slow=500, runs=1, patience=3.0)
+SMOKE = Scale(
+    messages=100, large=1, large_size=2_000_000, singles=10, connections=(1, 10), slow=100, volume=2_000_000,
+    runs=1, patience=0.1, overdue=0.1,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +62,15 @@ class Part:
     name: str
     words: str
     unit: str
-    run: Callable[[System, Scale], Figures]
+    run: Callable[[System, Scale, Disk], Figures]
     more_is_better: bool = True
 
 
-def _prepare(system: System, scale: Scale) -> int:
+def _prepare(system: System, disk: Disk) -> int:
     """Wait until nothing is going on; what the sink has by then."""
     wait(system.empty, f"{system.name}: the queue is empty", patience=120.0, pause=0.05)
     system.rest()
-    machine.settle(system.directory, scale.patience)
+    disk.settle()
     return system.delivered()
 
 
@@ -64,12 +79,12 @@ def _wait_for(system: System, count: int, *, pause: float = 0.004) -> float:
     return wait(lambda: system.delivered() >= count, f"{system.name}: {count} delivered", patience=300.0, pause=pause)
 
 
-def _load(system: System, scale: Scale, *, reuse: bool, workers: int = 1) -> Figures:
+def _load(system: System, scale: Scale, disk: Disk, *, reuse: bool, workers: int = 1) -> Figures:
     if not system.arrange(workers):
         return {}
     count = scale.messages
     send(system.smtp_port, 100, scale.size, sessions=scale.sessions, reuse=reuse)  # plans, caches, processes
-    before = _prepare(system, scale)
+    before = _prepare(system, disk)
     roles = system.processes()
     used, busy = cpu_seconds(roles), machine_cpu_seconds()
     sent = send(system.smtp_port, count, scale.size, sessions=scale.sessions, reuse=reuse)
@@ -85,32 +100,33 @@ def _load(system: System, scale: Scale, *, reuse: bool, workers: int = 1) -> Fig
     }
 
 
-def _large(system: System, scale: Scale) -> Figures:
+def _large(system: System, scale: Scale, disk: Disk) -> Figures:
     if not system.arrange():
         return {}
-    before, megabytes = _prepare(system, scale), scale.large * scale.large_size / 1e6
+    before, megabytes = _prepare(system, disk), scale.large * scale.large_size / 1e6
     system.hold()
     sent = send(system.smtp_port, scale.large, scale.large_size, sessions=2, reuse=True)
-    time.sleep(OVERDUE)
-    machine.settle(system.directory, scale.patience)
+    time.sleep(scale.overdue)
+    disk.settle()
     system.release()
     released = time.perf_counter()
     delivered = _wait_for(system, before + scale.large)
-    return {"in": megabytes / sent.seconds, "out": megabytes / (delivered - released)}
+    out = "out" if megabytes > ENOUGH else "out" + NO_RATIO
+    return {"in": megabytes / sent.seconds, out: megabytes / (delivered - released)}
 
 
-def _latency(system: System, scale: Scale) -> Figures:
+def _latency(system: System, scale: Scale, disk: Disk) -> Figures:
     if not system.arrange():
         return {}
     accepting, delivering, text = [], [], text_of(scale.size)
-    client, before = Client(system.smtp_port), _prepare(system, scale)
-    for number in range(1, scale.singles + 1):
-        sent, accepted = client.message(text)
-        delivered = _wait_for(system, before + number, pause=0.0002)
-        accepting.append(1000 * (accepted - sent))
-        delivering.append(1000 * (delivered - accepted))
-        time.sleep(PAUSE)
-    client.close()
+    before = _prepare(system, disk)
+    with closing(Client(system.smtp_port)) as client:
+        for number in range(1, scale.singles + 1):
+            sent, accepted = client.message(text)
+            delivered = _wait_for(system, before + number, pause=0.0002)
+            accepting.append(1000 * (accepted - sent))
+            delivering.append(1000 * (delivered - accepted))
+            time.sleep(PAUSE)
     return {
         f"{name}, p{percent}": statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
         for name, values in (("from the dot to 250", accepting), ("from 250 to the sink's yes", delivering))
@@ -118,14 +134,13 @@ def _latency(system: System, scale: Scale) -> Figures:
     }
 
 
-def _slow(system: System, scale: Scale, workers: int) -> Figures:
+def _slow(system: System, scale: Scale, disk: Disk, workers: int) -> Figures:
     if not system.arrange(workers, slow=True):
         return {}
-    count = max(500, min(scale.messages, 1500))
-    before = _prepare(system, scale)
+    count, before = scale.slow, _prepare(system, disk)
     system.hold()
     send(system.smtp_port, count, scale.size, sessions=scale.sessions)
-    time.sleep(OVERDUE)
+    time.sleep(scale.overdue)
     system.release()
     # From a tenth to nine tenths: not the way up, and not the last that straggle in.
     low = _wait_for(system, before + count // 10)
@@ -134,23 +149,27 @@ def _slow(system: System, scale: Scale, workers: int) -> Figures:
     return {f"workers: {workers}": (system.delivered() - first) / (high - low)}
 
 
-def _memory(system: System, scale: Scale) -> Figures:
+def _slow_twice(system: System, scale: Scale, disk: Disk) -> Figures:
+    return _slow(system, scale, disk, 1) | _slow(system, scale, disk, 2)
+
+
+def _memory(system: System, scale: Scale, disk: Disk) -> Figures:
     if not system.arrange():
         return {}
     figures: Figures = {}
     for count in scale.connections:
-        _prepare(system, scale)
+        _prepare(system, disk)
         with connected(system.smtp_port, count):
             figures[f"{count} idle connections"] = _resident(system)
     for size in (scale.size, 1_000_000, scale.large_size):
-        _prepare(system, scale)
+        _prepare(system, disk)
         figures[f"messages of {size:,} bytes"] = _highest(system, scale, size)
     return figures
 
 
 def _highest(system: System, scale: Scale, size: int) -> float:
     """The most that is resident while four messages at once pass."""
-    count, before, highest = max(4, min(400, 80_000_000 // size)), system.delivered(), 0.0
+    count, before, highest = max(4, min(400, scale.volume // size)), system.delivered(), 0.0
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send, system.smtp_port, count, size, sessions=4, reuse=True)
         while not sending.done():
@@ -161,16 +180,17 @@ def _highest(system: System, scale: Scale, size: int) -> float:
 
 
 def _resident(system: System) -> float:
+    """MiB: the proportional sets (PSS) of these processes and their children, the keeper among them, added up."""
     ours = [pid for role, pids in system.processes().items() if role in ("smtpd", "worker", "Postfix") for pid in pids]
     return resident_bytes(ours) / 2**20
 
 
 PARTS = (
-    Part("load", "a connection a message", "messages a second", lambda s, n: _load(s, n, reuse=False)),
-    Part("reuse", "connections kept", "messages a second", lambda s, n: _load(s, n, reuse=True)),
-    Part("two", "two workers, as load", "messages a second", lambda s, n: _load(s, n, reuse=False, workers=2)),
+    Part("load", "a connection a message", "messages a second", lambda s, n, d: _load(s, n, d, reuse=False)),
+    Part("reuse", "connections kept", "messages a second", lambda s, n, d: _load(s, n, d, reuse=True)),
+    Part("two", "two workers, as load", "messages a second", lambda s, n, d: _load(s, n, d, reuse=False, workers=2)),
     Part("large", "messages of 20 MB", "MB a second", _large),
     Part("latency", "one message at a time, nothing else going on", "ms", _latency, more_is_better=False),
-    Part("slow", "to a server that takes 100 ms", "messages a second", lambda s, n: _slow(s, n, 1) | _slow(s, n, 2)),
-    Part("memory", "resident: smtpd and worker, or all of Postfix", "MiB", _memory, more_is_better=False),
+    Part("slow", "to a server that takes 100 ms", "messages a second", _slow_twice),
+    Part("memory", "resident, sum of PSS: smtpd, keeper, worker; all of Postfix", "MiB", _memory, more_is_better=False),
 )  # fmt: skip

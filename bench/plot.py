@@ -1,4 +1,5 @@
-"""A plot of a result file, drawn as SVG by hand: bars of medians with their spread, and what a message costs in CPU.
+"""A plot of a result file, drawn as SVG by hand: bars of medians with their spread, a panel for each unit, and what a
+message costs in CPU.
 
 `python -m bench.plot RESULT.json PLOT.svg` draws one again.
 """
@@ -14,8 +15,14 @@ from typing import Any
 _COLOURS = ("#2f6f9f", "#7fb2d6", "#c9772f", "#6b8f3c", "#8a5fa8", "#b0a38c", "#555555")
 _WIDTH, _LEFT, _BAR, _GAP = 900, 250, 16, 14
 _ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source")
-_WORDS = {"load": "a connection a message", "reuse": "kept connections"}
-_RATES = (("load", "accepted"), ("load", "delivered"), ("reuse", "accepted"), ("reuse", "delivered"))
+# Title, parts, what stands before the names of their figures.
+_PANELS = (
+    ("messages a second", {"load": "a connection a message: ", "reuse": "kept connections: ", "two": "two workers: "}),
+    ("messages a second to a server that takes 100 ms", {"slow": ""}),
+    ("MB a second, messages of 20 MB", {"large": ""}),
+    ("ms, one message at a time (less is better)", {"latency": ""}),
+    ("MiB resident, sum of PSS (less is better)", {"memory": ""}),
+)
 
 type Runs = Mapping[str, Sequence[float]]  # by system
 type Values = Mapping[str, Runs]
@@ -23,17 +30,33 @@ type Values = Mapping[str, Runs]
 
 def draw(document: Mapping[str, Any]) -> str:
     """The plot of what `report.as_json` made."""
-    parts: dict[str, Values] = {part["name"]: part["figures"] for part in document["parts"]}
-    known = [(part, name) for part, name in _RATES if name in parts.get(part, {})]
-    rates = [(f"{_WORDS[part]}: {name}", parts[part][name]) for part, name in known]
+    parts: dict[str, Values] = {part["name"]: _without_gaps(part["figures"]) for part in document["parts"]}
     lines: list[str] = []
-    y = _panel_of_bars(lines, 30, "messages a second (line: lowest to highest run)", rates)
+    y = 10
+    for title, of in _PANELS:
+        rows = [
+            (f"{words}{name}", runs)
+            for part, words in of.items()
+            for name, runs in parts.get(part, {}).items()
+            if not name.startswith("CPU ")
+        ]
+        if rows:
+            y = _panel_of_bars(lines, y + 20, f"{title} (line: lowest to highest run)", rows)
     y = _panel_of_costs(lines, y + 20, parts.get("load", {}))
     about = document["about"]
     words = f"{about.get('when', '')}  {about.get('processor', '')}  {about.get('disk', '')}"
     lines.append(_text(10, y + 24, words[:150], size=10))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{y + 40}" font-family="sans-serif">'
     return "\n".join([head, f'<rect width="{_WIDTH}" height="{y + 40}" fill="white"/>', *lines, "</svg>", ""])
+
+
+def _without_gaps(figures: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Values:
+    """The runs that did not fail."""
+    kept = {
+        name: {system: [run for run in runs if run is not None] for system, runs in of.items()}
+        for name, of in figures.items()
+    }
+    return {name: {system: runs for system, runs in of.items() if runs} for name, of in kept.items()}
 
 
 def _panel_of_bars(lines: list[str], y: int, title: str, rows: Sequence[tuple[str, Runs]]) -> int:
@@ -48,7 +71,7 @@ def _panel_of_bars(lines: list[str], y: int, title: str, rows: Sequence[tuple[st
             lines.append(_rect(_LEFT, y, middle * scale, _COLOURS[systems.index(system)]))
             low, high, mid = _LEFT + min(runs) * scale, _LEFT + max(runs) * scale, y + _BAR / 2
             lines.append(f'<path d="M{low:.1f} {mid}H{high:.1f}" stroke="black"/>')
-            lines.append(_text(high + 6, y + _BAR - 4, f"{middle:.0f}"))
+            lines.append(_text(high + 6, y + _BAR - 4, f"{middle:.0f}" if middle >= 20 else f"{middle:.1f}"))
             y += _BAR + 2
         y += _GAP
     return y

@@ -2,7 +2,7 @@
 
 It gets what it wants: its defaults for durability (each queue file is synced before the 250), no DNS, no rewriting by
 tables, no counting of clients (anvil), no brake on what comes in faster than it leaves (in_flow_delay), enough
-processes. It logs to a file by its own postlogd, as the relay logs to a file.
+processes (250, and an smtpd for each connection). It logs to a file by its own postlogd, as the relay logs to a file.
 
 Needs root: Postfix runs its parts as the user `postfix` itself. Nothing of an installed Postfix is touched or used but
 its programs.
@@ -48,7 +48,7 @@ smtp_destination_concurrency_limit = {concurrency}
 initial_destination_concurrency = {concurrency}
 """
 _MASTER = """
-127.0.0.1:{port} inet n - n - - smtpd
+127.0.0.1:{port} inet n - n - 1100 smtpd
 pickup unix n - n 60 1 pickup
 cleanup unix n - n - 0 cleanup
 qmgr unix n - n 300 1 qmgr

@@ -156,5 +156,5 @@ def _plain(url: str) -> str:
 def _broker_version(info: str) -> str:
     for name in ("valkey", "redis"):
         if found := info.partition(f"{name}_version:")[2]:
-            return f"{name} {found.split()[0]}, nothing on disk"
+            return f"{name.capitalize()} {found.split()[0]}, nothing on disk"
     return "unknown version, nothing on disk"

@@ -21,6 +21,7 @@ def table(result: Result, systems: Sequence[str]) -> str:
     if costs:
         lines.append(_line("CPU, us a message:", ["" for _ in systems]))
         lines += [_line(f"  {name.removeprefix(COST)}", [_cost(result, name, s) for s in systems]) for name in costs]
+    lines += [f"  the disk was not still before it: {run}" for run in result.restless]
     return "\n".join(lines + [f"  FAILED {failure}" for failure in result.failures])
 
 
@@ -29,8 +30,8 @@ def _line(head: str, cells: Sequence[str]) -> str:
 
 
 def _cell(result: Result, name: str, system: str) -> str:
-    values, median, ratio = result.figures[name].get(system), result.median(name, system), result.ratio(name, system)
-    if not values or median is None:
+    values, median, ratio = result.values(name, system), result.median(name, system), result.ratio(name, system)
+    if median is None:
         return "-"
     spread = f" ({_number(min(values))}-{_number(max(values))})" if len(values) > 1 else ""
     return f"{_number(median)}{spread}" + (f"  {ratio:.2f}x" if ratio is not None else "")
@@ -51,11 +52,15 @@ def facts(about: Mapping[str, str]) -> str:
 
 
 def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, every run: `{"about": {...}, "parts": [{"name", "unit", "figures": {name: {system: [...]}}}]}`."""
+    """Everything, every run: `{"about": {...}, "parts": [{"name", "unit", "figures": {name: {system: [...]}}}]}`.
+
+    Of each system there is a figure a turn, null where that run failed.
+    """
     parts = [
         {
             "name": result.part.name, "words": result.part.words, "unit": result.part.unit,
             "more_is_better": result.part.more_is_better, "figures": result.figures, "failures": result.failures,
+            "disk_not_still": result.restless,
             "times_better_than_postfix": {
                 name: {s: round(ratio, 3) for s in systems if (ratio := result.ratio(name, s)) is not None}
                 for name, systems in result.figures.items()
