@@ -22,12 +22,12 @@ from sqlalchemy import Connection, CursorResult, Engine
 from relay.database import Statements, reading
 from relay.filters import Filter, address_is, id_at
 from relay.ids import dashed
-from relay.schema import UNFINISHED, VIEWS, words
+from relay.schema import UNFINISHED, VIEWS, State, words
 
 type Row = dict[str, Any]
 _TIMES = ("_at", "until")
 _IDS = ("message_id", "worker")
-_FEW = 1000  # rows that an index may find and that are then sorted
+_FEW = 1000  # rows that an index may find and that are then sorted, or that are held at once
 ENDED = 50  # workers that have ended and are looked up still
 LOOKED_AT = 100_000  # messages that a page looks at for what no index finds
 AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
@@ -56,6 +56,16 @@ def _plain(found: CursorResult[Any]) -> Iterator[Row]:
         yield row
 
 
+def _in_order(view: str, wanted: Filter) -> str:
+    """A view of which SQLite, which knows no better, goes through the deliveries first, all or those of an index."""
+    view = view.replace("JOIN", "CROSS JOIN")
+    if wanted.states == (State.HELD,):
+        return f"{view} WHERE d.state = 'held'"  # it does not see that IN means the same
+    if wanted.states == (State.SENDING,):  # few; of the others many may be
+        return view.replace("deliveries d", "deliveries d INDEXED BY deliveries_due_at") + " WHERE d.due_at IS NOT NULL"
+    return view
+
+
 class Queue:
     """The queue as an operator looks at it."""
 
@@ -73,12 +83,16 @@ class Queue:
         self, wanted: Filter, *, limit: int | None = None, finished: bool = False, newest: bool = False,
         after: tuple[str, int] | None = None, down_to: str | None = None, columns: str = "*",
     ) -> Iterator[Row]:  # fmt: skip
-        """Rows of `mail_queue` (or of `mail_history`), a recipient each, oldest first or `newest`, streamed.
+        """Rows of `mail_queue` (or of `mail_history`), a recipient each, oldest first or `newest`; streamed, if many.
 
         `after`: go on behind the row with this queue id and position. `down_to`: look at no message older than this.
         `columns`: these alone; what is not asked for need not be made.
         """
-        return self.select(*self._listing(columns, wanted, limit, finished, newest, after, down_to))
+        sql, given = self._listing(columns, wanted, limit, finished, newest, after, down_to)
+        # PostgreSQL plans a cursor as if a tenth of its rows were wanted. Where few are like that, and nothing ends the
+        # search before the last message, it goes through all of them.
+        at_once = limit is not None and limit <= _FEW and down_to is None
+        return iter(self._all(sql, **given)) if at_once else self.select(sql, given)
 
     def _listing(
         self, columns: str, wanted: Filter, limit: int | None, finished: bool, newest: bool = False,
@@ -88,12 +102,17 @@ class Queue:
         view = "mail_history" if finished or wanted.is_history() else "mail_queue"
         behind, order = ("<", "DESC") if newest else (">", "ASC")
         if after is not None:
-            where += f" AND (message_id, position) {behind} (@id(:after), :position)"
+            where += (
+                f" AND message_id {behind}= @id(:after) AND (message_id, position) {behind} (@id(:after), :position)"
+            )
             given |= {"after": dashed(after[0]), "position": after[1]}
         if down_to is not None:
             where, given = where + " AND message_id >= @id(:down_to)", given | {"down_to": dashed(down_to)}
-        if not self._sql.postgresql and not self.few(wanted):  # SQLite knows no better: go through all in order
-            view = f"({VIEWS[view].replace('JOIN', 'CROSS JOIN')})"
+        if self._sql.postgresql and after is not None:  # it begins there only in tables of which it is told so
+            more = "AND" if "WHERE" in VIEWS[view] else "WHERE"
+            view = f"({VIEWS[view]} {more} r.message_id {behind}= @id(:after) AND m.id {behind}= @id(:after)) AS v"
+        elif not self._sql.postgresql and not self.few(wanted):
+            view = f"({_in_order(VIEWS[view], wanted)})"
         sql = f"SELECT {columns} FROM {view} WHERE {where} ORDER BY message_id {order}, position {order}"
         return (sql, given) if limit is None else (f"{sql} LIMIT :most", given | {"most": limit})
 

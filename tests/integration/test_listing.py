@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sqlalchemy import event, text
@@ -22,7 +23,7 @@ from relay.database import connect, dialect_of, reading
 from relay.filters import Filter, address_is
 from relay.queue import NoSuchMessage, Queue
 from relay.schema import Outcome
-from tests.integration.office import Office, new_message
+from tests.integration.office import Office, new_message, opened
 from tests.integration.typed import Typed, lines, typed_at
 
 
@@ -86,6 +87,47 @@ def test_sqlite_finds_a_page_in_order_without_sorting(clean_sqlite_url: str) -> 
     engine.dispose()
     assert [row[-1].partition(" USING")[0] for row in plan][:3] == ["SEARCH d", "SEARCH r", "SEARCH m"]
     assert {row[-1] for row in plan[3:]} <= {"USE TEMP B-TREE FOR RIGHT PART OF ORDER BY"}
+
+
+def test_sqlite_looks_at_what_is_held_or_being_sent_and_at_nothing_else(clean_sqlite_url: str) -> None:
+    engine = connect(clean_sqlite_url)
+    for state, index in (("held", "deliveries_held"), ("sending", "deliveries_due_at")):
+        sql, given = Queue(engine)._listing(
+            "*", Filter(states=(state,), reply="x"), limit=50, finished=True, newest=True
+        )
+        with reading(engine) as connection:
+            plan = connection.execute(text("EXPLAIN QUERY PLAN " + dialect_of(engine)(sql)), given).all()
+        assert index in plan[0][-1]
+    engine.dispose()
+
+
+def test_postgresql_goes_on_where_a_page_ended(clean_postgres_url: str) -> None:
+    with opened(clean_postgres_url) as office:
+        message_id = [office.accept() for _ in range(9)][4]
+        office.change("ANALYZE")
+        listed = Queue(office.engine)._listing(
+            "*", Filter(), limit=50, finished=True, newest=True, after=(message_id, 1)
+        )
+        with reading(office.engine) as connection:
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+            plan = connection.execute(text("EXPLAIN " + office.spell(listed[0])), listed[1]).scalars().all()
+    begins = [line for line in plan if "Index Cond" in line and "<=" in line]
+    assert len(begins) == 3, "in each of the three tables"
+
+
+def test_a_page_of_what_an_index_finds_is_no_cursor(office: Office) -> None:
+    """PostgreSQL would plan it as if a tenth of its rows were wanted."""
+    message_id, streamed = office.accept(), list[bool]()
+
+    def note(_connection: object, _cursor: object, statement: str, _given: object, context: Any, _many: bool) -> None:
+        if "ORDER BY" in statement:
+            streamed.append(bool(context.execution_options.get("stream_results")))
+
+    event.listen(office.engine, "before_cursor_execute", note)
+    for given in ({"limit": 50}, {"limit": 50, "down_to": message_id}, {}):
+        assert len(list(Queue(office.engine).rows(Filter(), **given))) == 1
+    event.remove(office.engine, "before_cursor_execute", note)
+    assert streamed == [False, True, True]
 
 
 def test_what_no_index_finds_is_looked_for_so_far_and_then_further(
