@@ -16,12 +16,14 @@ What must stay true:
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Connection, Engine
 
 from relay.database import Statements, writing
 from relay.ids import dashed
+from relay.looks import Looks
 from relay.needs import body_needed, unneeded
 from relay.schema import NEEDS_BODY, OWED, TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings
@@ -115,9 +117,7 @@ SAID = """CASE WHEN d.wanted IN ('hold', 'drop', 'bounce') AND p.final <> 'deliv
     THEN coalesce(d.wanted_why, p.final || ' by an operator') ELSE {} END"""
 FINISHED = "CASE WHEN p.final IN ('delivered', 'bounced', 'expired', 'dropped') THEN @now END"
 
-# What a wish may take: of these messages, or whatever is overdue, longest due first.
 _NAMED = "d.message_id IN (SELECT message_id FROM @rows(:ids; message_id uuid)) AND d.state = 'queued'"
-_OVERDUE = "d.state = 'queued' AND d.due_at <= @now"
 _CLAIM_SET = """SET state = 'sending', worker = :worker, claims = claims + 1, wanted = NULL,
     wanted_why = NULL, due_at = @later(:far)"""
 _ENVELOPE = "@hex(c.message_id), c.number, c.claims, c.route, m.sender, m.size, c.backoff_step, c.vanished"
@@ -162,7 +162,7 @@ class Ledger:
         self._sql = Statements(
             engine, grace=settings.grace, lease=settings.lease, notices=settings.bounces == "dsn", far=far
         )
-        self._splitter = Splitter(self._sql)
+        self._splitter, self._looks = Splitter(self._sql), Looks(self._sql)
         self._held: dict[Key, tuple[str, int]] = {}  # what we claimed and have not recorded: key -> (worker, claim)
         self._in_doubt = False
 
@@ -263,13 +263,18 @@ class Ledger:
         return claims
 
     def _claim_route(self, connection: Connection, wish: Wish, route: str, free: int) -> list[Claim]:
-        which, order = (_OVERDUE, "due_at") if wish.ids is None else (_NAMED, "message_id, number")
+        given = {"worker": dashed(wish.worker), "route": route}
+        if wish.ids is None:
+            return self._looks.claim(connection, route, free, partial(self._picked, connection, "due_at", given))
+        given["ids"] = json.dumps([{"message_id": dashed(i)} for i in wish.ids])
+        return self._picked(connection, "message_id, number", given, _NAMED, free)
+
+    def _picked(
+        self, connection: Connection, order: str, given: dict[str, Any], which: str, free: int, **more: Any
+    ) -> list[Claim]:
         picked = f"""SELECT message_id, number FROM deliveries d WHERE {which} AND route = :route
             ORDER BY {order} LIMIT :free"""
-        given = {
-            "worker": dashed(wish.worker), "route": route, "free": free,
-            "ids": json.dumps([{"message_id": dashed(i)} for i in wish.ids or ()]),
-        }  # fmt: skip
+        given = given | more | {"free": free}
         if self._sql.postgresql:
             found = self._sql.run(
                 connection,

@@ -14,6 +14,7 @@ from sqlalchemy import text
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.bodies import Spool
 from relay.database import writing
+from relay.looks import WINDOW
 from relay.schema import Outcome, State
 from relay.verbs import Verbs
 from tests.integration.mailroom import Mailroom
@@ -137,6 +138,54 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(o
         "deferred": MANY - BATCH * BATCHES, "queued": BATCH * BATCHES - 50, "delivered": 50, "sending": 1,
     }  # fmt: skip
     assert time.monotonic() - began < 10
+
+
+def overdue(office: Office, claims: int) -> None:
+    """All of them are queued, overdue, and were claimed so often."""
+    sql = "UPDATE deliveries SET state = 'queued', claims = :claims WHERE state = 'deferred'"
+    assert office.change(sql, claims=claims) == MANY
+    if office.spell.postgresql:
+        office.change("ANALYZE")
+
+
+def looks_until(office: Office, message_id: str, most: int) -> int:
+    """How many looks with room for four it takes until a message is claimed."""
+    for n in range(1, most + 1):
+        claims = office.claim(room={"default": 4})
+        assert len(claims) == 4, "the backlog has what the other kind leaves"
+        if message_id in [claim.message_id for claim in claims]:
+            return n
+    raise AssertionError(f"not in {most} looks")
+
+
+@pytest.mark.parametrize("backlog", ["retries", "fresh mail"])
+def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(office: Office, backlog: str) -> None:
+    """The broker is away, or its list is long: that is when so much is due at once."""
+    fill(office)
+    overdue(office, 3 if backlog == "retries" else 0)
+    other = {"claims": 0 if backlog == "retries" else 3}
+
+    def one_more() -> str:
+        message_id = office.accept()
+        office.change("UPDATE deliveries SET due_at = @now, claims = :claims WHERE message_id = @id(:id)",
+                      id=message_id, **other)  # fmt: skip
+        return message_id
+
+    assert looks_until(office, one_more(), MANY // WINDOW + 1) > 1, "the backlog is walked through once, by the window"
+    assert looks_until(office, one_more(), 1) == 1
+
+
+def test_without_hints_a_single_connection_is_shared_by_fresh_mail_and_retries(room: Open) -> None:
+    with running_sink() as sink:
+        mail = room(sink, grace=0.2, worker_connections=1, batch_size=1)
+        for _ in range(60):
+            mail.accept("r@example.org")
+        mail.change("UPDATE deliveries SET claims = 3, backoff_step = 3, due_at = @ago(5)")
+        fresh = [mail.accept("f@example.org") for _ in range(5)]
+        mail.change("UPDATE deliveries SET due_at = @now WHERE claims = 0")
+        with mail.working():
+            until(lambda: mail.states() == {"delivered"}, 60)
+    assert max(n for n, one in enumerate(arrived(sink), 1) if one == "f") <= 2 * len(fresh) + 1
 
 
 # --- tarpits ------------------------------------------------------------------------------------------------
