@@ -268,7 +268,7 @@ def test_rerouting(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_limit_takes_the_oldest(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verbs, "CHUNK", 2)
+    monkeypatch.setattr(actions, "CHUNK", 2)
     office.intake.commit([new_message("x@example.org", "y@example.org") for _ in range(6)])
     ids = sorted({row["queue_id"] for row in lines(typed("list", "--json"))})
     dry = typed("hold", "--all", "--limit", "3", "--dry-run", "--json")
