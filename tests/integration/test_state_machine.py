@@ -343,12 +343,12 @@ class History(RuleBasedStateMachine):
         delivery.recipients = ()
 
     def _both_refused(self, key: Key, delivery: Delivery) -> bool:
-        """Whether the other first half was refused in the same words; then what is left of it bounces."""
+        """Whether the other first half was refused in the same words, the same way; then what is left bounces."""
         if delivery.parent is None or self.queue[key[0], delivery.parent].parent is not None:
             return False
         for twin, other in list(self.queue.items()):
             if (
-                twin[0] == key[0] and twin != key and other.parent == delivery.parent
+                twin[0] == key[0] and twin != key and other.parent == delivery.parent and other.route == delivery.route
                 and other.state in (State.SPLIT, State.BOUNCED)
                 and (other.outcome, other.reply) == ("rejected", delivery.reply)
             ):  # fmt: skip
