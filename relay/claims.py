@@ -305,9 +305,14 @@ class Ledger:
     def _record(
         self, connection: Connection, worker: str, records: list[tuple[int, Record]], results: list[Result]
     ) -> None:
+        # A K beats what another claim of the same delivery came to, also in one round: one row may match once only.
+        taken = {(r.message_id, r.number) for _, r in records if r.outcome is Outcome.ACCEPTED}
+        rows = [
+            _record_row(r) for _, r in records if r.outcome is Outcome.ACCEPTED or (r.message_id, r.number) not in taken
+        ]
         given = {
             "worker": dashed(worker),
-            "records": json.dumps([_record_row(record) for _, record in records]),
+            "records": json.dumps(rows),
             "tries": json.dumps([_try_row(record, one) for _, record in records for one in record.tries]),
         }
         after: dict[Key, tuple[int, State, bool]] = {}

@@ -497,3 +497,21 @@ def test_a_delivery_whose_recipients_are_gone_harms_no_other(office: Office) -> 
     office.change("DELETE FROM recipients WHERE message_id = @id(:id)", id=broken)
     found = {claim.message_id: claim.recipients for claim in office.claim(broken, sound)}
     assert found == {broken: (), sound: ("b@example.org",)}
+
+
+@pytest.mark.parametrize("late_first", [True, False])
+def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(office: Office, late_first: bool) -> None:
+    message_id = office.accept()
+    (lost,) = office.claim(message_id)
+    office.change("UPDATE deliveries SET due_at = @ago(1)")
+    assert office.sweeps.lose_stuck() == 1
+    office.pass_time(100)
+    office.sweeps.requeue_due(10)
+    (again,) = office.claim(message_id)
+    records = [office.note(lost, Outcome.ACCEPTED), office.note(again, Outcome.REJECTED)]
+    results = office.ledger.commit(records if late_first else records[::-1])
+    assert office.state(message_id) == "delivered"
+    assert {(result.state, result.body_free) for result in results if isinstance(result, Recorded)} == {
+        (State.DELIVERED, True)
+    }
+    assert [row[0] for row in office.attempts(message_id)] == [1, 1, 2]
