@@ -134,7 +134,7 @@ class Queue:
         else:
             yield ["\t".join(names)]
             line = " || '\t' || ".join(f"coalesce(CAST({value} AS text), '')" for value in values)
-        with self._streamed(*self._listing(line, wanted, limit, finished)) as found:
+        with self._streamed(*self._listing(line, wanted, limit, finished), whole=True) as found:
             yield from found.scalars().partitions(1000)
 
     def few(self, wanted: Filter) -> bool:
@@ -167,8 +167,10 @@ class Queue:
             yield from _plain(found)
 
     @contextmanager
-    def _streamed(self, sql: str, given: dict[str, Any]) -> Iterator[CursorResult[Any]]:
+    def _streamed(self, sql: str, given: dict[str, Any], *, whole: bool = False) -> Iterator[CursorResult[Any]]:
         with reading(self._engine) as connection:
+            if whole and self._sql.postgresql:  # else a cursor is planned as if a tenth of its rows were wanted
+                self._sql.run(connection, "SET LOCAL cursor_tuple_fraction = 1")
             streaming = connection.execution_options(stream_results=True, max_row_buffer=1000)
             with self._sql.run(streaming, sql, **given) as found:
                 yield found
