@@ -6,6 +6,7 @@ A test never sleeps for a guessed time: it names the condition and the longest t
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def until[T](condition: Callable[[], T], timeout: float = 10.0, *, what: str | Callable[[], str] = "") -> T:
@@ -25,3 +26,9 @@ def until[T](condition: Callable[[], T], timeout: float = 10.0, *, what: str | C
             words = what() if callable(what) else what or getattr(condition, "__name__", "condition")
             raise AssertionError(f"not so after {timeout:g} s: {words} (last seen: {seen!r})")
         pause.wait(0.02)
+
+
+def stands_still(pid: int) -> bool:
+    """Whether all threads of a process that was sent SIGSTOP are stopped: one that is not may take a lock yet."""
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+    return set(states) == {"T"}

@@ -21,7 +21,7 @@ from qmqp.sink import Answer, Rule, Sink, running_sink
 from tests.acceptance.installation import Feeder, Install, Installation, reckon, taken
 from tests.acceptance.stack import command
 from tests.services import Postgres
-from tests.waiting import until
+from tests.waiting import stands_still, until
 
 LEASE = 2.0
 SETTINGS = {
@@ -126,6 +126,7 @@ def stop_between_rounds(relay: Installation, worker: subprocess.Popen[Any]) -> N
 
     def stopped() -> bool:
         worker.send_signal(signal.SIGSTOP)
+        until(lambda: stands_still(worker.pid))
         try:
             until(lambda: not writing(relay), 0.5)
         except AssertionError:

@@ -32,7 +32,7 @@ from tests.integration.mailroom import BODY, Mailroom
 from tests.integration.test_delivery_matrix import in_page
 from tests.integration.test_worker_app import House
 from tests.services import Postgres
-from tests.waiting import until
+from tests.waiting import stands_still, until
 
 BEGIN = "<!-- made by tests/integration/test_worker_matrix.py: begin -->"
 HEAD = "| fault | phase | tries recorded | state | next | taken twice |\n|---|---|---|---|---|---|"
@@ -152,12 +152,6 @@ def place(phase: str) -> str:
 def waits_for_its_turn(pid: int) -> bool:
     found = [words.split() for words in Path("/proc/locks").read_text().splitlines()]
     return any(words[1] == "->" and words[5] == str(pid) for words in found)
-
-
-def stands_still(pid: int) -> bool:
-    """Whether all its threads are stopped: one that is not would take the turn yet."""
-    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
-    return set(states) == {"T"}
 
 
 def line(fault: str, phase: str, tries: list[tuple[str | None, str]], delivery: dict[str, Any], times: int) -> str:
