@@ -109,14 +109,14 @@ def write_lines(batches: Iterable[Sequence[str]], *, json_lines: bool) -> int:
     for lines in batches:
         count += len(lines)
         text = "\n".join(lines)
-        if not text.isascii() or not text.translate(_SEPARATORS).isprintable():
+        if not text.isascii() or text.encode().translate(None, _HARMLESS):
             harmless = (lambda line: json.dumps(json.loads(line))) if json_lines else _plain_cells
             text = "\n".join(map(harmless, lines))
         sys.stdout.write(text + "\n")
     return max(count, 0)
 
 
-_SEPARATORS = {ord("\t"): None, ord("\n"): None}
+_HARMLESS = bytes((*b"\t\n", *range(32, 127)))
 
 
 def _plain_cells(line: str) -> str:

@@ -7,8 +7,8 @@ cannot get its table lock in a few seconds gives up rather than queue in front o
 from alembic import context
 from sqlalchemy import Connection, create_engine, pool
 
+from migrations.tables import metadata
 from relay.database import connect, writing
-from relay.schema import metadata
 
 LOCK = 0x716D7170  # "qmqp"
 

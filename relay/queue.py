@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
-from itertools import chain, islice
+from itertools import batched, chain, islice
 from typing import Any
 from uuid import UUID
 
@@ -28,6 +28,7 @@ type Row = dict[str, Any]
 _TIMES = ("_at", "until")
 _IDS = ("message_id", "worker")
 _FEW = 1000  # rows that an index may find and that are then sorted, or that are held at once
+PATIENCE = 3600  # seconds that whoever reads a list may take: no snapshot must stay open for good
 ENDED = 50  # workers that have ended and are looked up still
 LOOKED_AT = 100_000  # messages that a page looks at for what no index finds
 AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
@@ -133,9 +134,15 @@ class Queue:
             line = f"json_object({', '.join(f"'{name}', {value}" for name, value in zip(names, values, strict=True))})"
         else:
             yield ["\t".join(names)]
-            line = " || '\t' || ".join(f"coalesce(CAST({value} AS text), '')" for value in values)
-        with self._streamed(*self._listing(line, wanted, limit, finished), whole=True) as found:
-            yield from found.scalars().partitions(1000)
+            line = f"format('{'\t'.join(['%s'] * len(values))}', {', '.join(values)})"
+        sql, given = self._listing(line, wanted, limit, finished)
+        if self._sql.postgresql:
+            with reading(self._engine) as connection:
+                self._sql.run(connection, f"SET LOCAL statement_timeout = '{PATIENCE}s'")  # COPY is one statement
+                yield from batched(self._sql.copied(connection, sql, **given), 1000)
+        else:
+            with self._streamed(sql, given) as found:
+                yield from found.scalars().partitions(1000)
 
     def few(self, wanted: Filter) -> bool:
         """Whether an index finds what is meant, and that is not much."""
@@ -167,10 +174,8 @@ class Queue:
             yield from _plain(found)
 
     @contextmanager
-    def _streamed(self, sql: str, given: dict[str, Any], *, whole: bool = False) -> Iterator[CursorResult[Any]]:
+    def _streamed(self, sql: str, given: dict[str, Any]) -> Iterator[CursorResult[Any]]:
         with reading(self._engine) as connection:
-            if whole and self._sql.postgresql:  # else a cursor is planned as if a tenth of its rows were wanted
-                self._sql.run(connection, "SET LOCAL cursor_tuple_fraction = 1")
             streaming = connection.execution_options(stream_results=True, max_row_buffer=1000)
             with self._sql.run(streaming, sql, **given) as found:
                 yield found

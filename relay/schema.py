@@ -3,7 +3,8 @@
 `messages` and `recipients` are written once. `deliveries` is the queue: a row is one QMQP request to get across, hot
 and narrow, and the only thing that changes. `attempts` is what happened, kept until the message is. `due_at` says when
 somebody must look at a delivery again; who moves it on changes the state with it, and whoever is final and owes nothing
-has none. One partial index on it finds all work, and a second one what is held and due for nobody.
+has none. One partial index on it finds all work, a second one what is held and due for nobody; a third one counts what
+is finished. `migrations/tables.py` has them column by column.
 
 What must stay true: only `queued` can be claimed; TRANSITIONS are the only ways between states; a K beats all of them.
 There are no foreign keys on the hot tables: they cost half as much again as the writes themselves, and every row is
@@ -14,21 +15,6 @@ microseconds since 1970 here.
 """
 
 from enum import StrEnum
-
-from sqlalchemy import (
-    BigInteger,
-    CheckConstraint,
-    Column,
-    DateTime,
-    Index,
-    Integer,
-    MetaData,
-    PrimaryKeyConstraint,
-    Table,
-    Text,
-    text,
-)
-from sqlalchemy.dialects.postgresql import UUID
 
 from qmqp.result import Outcome as Outcome  # what stands in `attempts.outcome`
 
@@ -77,177 +63,6 @@ OWED = """CASE WHEN :notices AND (SELECT m.sender FROM messages m WHERE m.id = d
 LONGEST_INDEXED = 1000
 LONGEST_TEXT = 4000
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "%(table_name)s_%(column_0_N_name)s",
-        "ck": "%(table_name)s_%(constraint_name)s",
-        "pk": "%(table_name)s_key",
-    }
-)
-Id = Text().with_variant(UUID(as_uuid=False), "postgresql")
-Instant = DateTime(timezone=True).with_variant(BigInteger, "sqlite")
-
-messages = Table(
-    "messages",
-    metadata,
-    Column("id", Id, primary_key=True, comment="the queue id, UUIDv7"),
-    Column("sender", Text, nullable=False, comment="envelope sender; empty = the null sender"),
-    Column("size", BigInteger, nullable=False, comment="bytes of the stored body, LF form, trace header included"),
-    Column("received_at", Instant, nullable=False, comment="when the 250 was earned"),
-    Column("client_address", Text, nullable=False, comment="address of the SMTP client"),
-    Column("helo", Text, nullable=False, comment="what the client called itself"),
-    Column("protocol", Text, nullable=False, comment="RFC 3848 keyword"),
-    Column("auth_user", Text, comment="authenticated user"),
-    Column("header_message_id", Text, comment="Message-ID of the header"),
-    Column("body_type", Text, comment="BODY= of MAIL (RFC 6152)"),
-    Column("ret", Text, comment="RET= of MAIL (RFC 3461)"),
-    Column("envid", Text, comment="ENVID= of MAIL (RFC 3461), xtext"),
-    Column("notice_of", Id, comment="the message that this notice is about"),
-    Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
-    Index(None, "header_message_id"),
-    comment="accepted messages; rows are never changed",
-)
-
-recipients = Table(
-    "recipients",
-    metadata,
-    Column("message_id", Id, nullable=False, comment="the message that goes to it"),
-    Column("position", Integer, nullable=False, comment="order of RCPT, from 1"),
-    Column("address", Text, nullable=False, comment="envelope recipient, local part without SMTP quoting"),
-    Column("delivery", Integer, nullable=False, comment="number of the delivery that carries it"),
-    Column("notify", Text, comment="NOTIFY= of RCPT (RFC 3461)"),
-    Column("orcpt", Text, comment="ORCPT= of RCPT (RFC 3461), xtext"),
-    PrimaryKeyConstraint("message_id", "position"),
-    Index("recipients_address", "address", postgresql_ops={"address": "text_pattern_ops"}),
-    comment="envelope recipients",
-)
-
-deliveries = Table(
-    "deliveries",
-    metadata,
-    Column("message_id", Id, nullable=False, comment="the message that it carries"),
-    Column("number", Integer, nullable=False, comment="from 1 within the message"),
-    Column("parent", Integer, comment="the delivery that was split into this one"),
-    Column("route", Text, nullable=False, comment="name of the route; its servers are looked up at each attempt"),
-    Column("state", Text, nullable=False, comment="where it is; docs/inspect.md lists the states"),
-    Column("due_at", Instant, comment="when somebody must look again; empty when nobody need"),
-    Column("expires_at", Instant, nullable=False, comment="a try that fails after this is the last"),
-    Column("worker", Id, comment="who is sending it"),
-    Column("claims", Integer, nullable=False, server_default="0", comment="times it was claimed; numbers the tries"),
-    Column("backoff_step", Integer, nullable=False, server_default="0", comment="deferrals in a row"),
-    Column("vanished", Integer, nullable=False, server_default="0", comment="workers lost over it in a row"),
-    Column("wanted", Text, comment="what an operator asked for while it was being sent"),
-    Column("last_outcome", Text, comment="outcome of the last try"),
-    Column("last_reply", Text, comment="the server's words, or ours, at the last try"),
-    Column("last_server", Text, comment="server of the last try"),
-    Column("finished_at", Instant, comment="when it became final"),
-    Column("wanted_why", Text, comment="who asked for what is wanted, and why"),
-    Column("warned_at", Instant, comment="when the sender was told that it is late"),
-    PrimaryKeyConstraint("message_id", "number"),
-    CheckConstraint(f"state IN ({words(State)})", name="state"),
-    CheckConstraint(
-        "due_at IS NOT NULL OR state NOT IN ('queued', 'sending', 'deferred')", name="due_where_the_state_needs_it"
-    ),
-    CheckConstraint("(worker IS NOT NULL) = (state = 'sending')", name="worker_while_sending"),
-    Index(
-        "deliveries_due_at",
-        "due_at",
-        postgresql_where=text("due_at IS NOT NULL"),
-        sqlite_where=text("due_at IS NOT NULL"),
-    ),
-    Index(
-        "deliveries_held", "message_id", postgresql_where=text("state = 'held'"), sqlite_where=text("state = 'held'")
-    ),
-    comment="QMQP requests to get across: the queue",
-    postgresql_with={"fillfactor": 80, "autovacuum_vacuum_scale_factor": 0.02, "autovacuum_analyze_scale_factor": 0.02},
-)
-
-attempts = Table(
-    "attempts",
-    metadata,
-    Column("message_id", Id, nullable=False, comment="the message that was tried"),
-    Column("delivery", Integer, nullable=False, comment="number of the delivery"),
-    Column("claim", Integer, nullable=False, comment="which claim of the delivery, from 1"),
-    Column("hop", Integer, nullable=False, comment="which server within the claim, from 1; 0: the worker was lost"),
-    Column("worker", Id, nullable=False, comment="who tried"),
-    Column("server", Text, comment="where; empty when the worker was lost"),
-    Column("started_at", Instant, nullable=False, comment="when it began to connect"),
-    Column("finished_at", Instant, nullable=False, comment="when the reply was read, or the try given up"),
-    Column("outcome", Text, nullable=False, comment="what became of it; docs/inspect.md lists the outcomes"),
-    Column("reply", Text, nullable=False, comment="the server's words, or ours; bytes outside ASCII as \\xNN"),
-    Column("bytes_sent", BigInteger, nullable=False, comment="bytes of the request that left"),
-    PrimaryKeyConstraint("message_id", "delivery", "claim", "hop"),
-    CheckConstraint(f"outcome IN ({words(Outcome)})", name="outcome"),
-    Index("attempts_finished_at", "finished_at", postgresql_using="brin"),
-    comment="tries, each at one server",
-)
-
-workers = Table(
-    "workers",
-    metadata,
-    Column("id", Id, primary_key=True, comment="what deliveries and attempts call it, UUIDv7"),
-    Column("host", Text, nullable=False, comment="machine that it runs on"),
-    Column("pid", Integer, nullable=False, comment="its process there"),
-    Column("started_at", Instant, nullable=False, comment="when it began"),
-    Column("until", Instant, nullable=False, comment="the lease: renewed while the worker lives"),
-    Column("ended_at", Instant, comment="when it stopped or was declared dead"),
-    Column("ending", Text, comment="stopped or vanished"),
-    Column("claim_seconds", Integer, comment="from a claim of its to the due_at of the delivery"),
-    Column("routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"),
-    comment="worker processes and their leases",
-)
-
-actions = Table(
-    "actions",
-    metadata,
-    Column("id", Id, primary_key=True, comment="what touched calls it, UUIDv7"),
-    Column("at", Instant, nullable=False, comment="when"),
-    Column("actor", Text, nullable=False, comment="user@host who asked"),
-    Column("verb", Text, nullable=False, comment="what was done"),
-    Column("reason", Text, nullable=False, comment="why, as the operator gave it"),
-    Column("filter", Text, nullable=False, comment="to which deliveries, as options of the command"),
-    Column("matched", Integer, nullable=False, comment="how many deliveries it touched"),
-    comment="what operators did",
-)
-
-touched = Table(
-    "touched",
-    metadata,
-    Column("message_id", Id, nullable=False, comment="the message of the delivery"),
-    Column("delivery", Integer, nullable=False, comment="its number"),
-    Column("action", Id, nullable=False, comment="the row of actions that tells who did what and why"),
-    PrimaryKeyConstraint("message_id", "delivery", "action"),
-    comment="which deliveries an action touched",
-)
-
-pauses = Table(
-    "pauses",
-    metadata,
-    Column("subject", Text, primary_key=True, comment="route:NAME or server:NAME"),
-    Column("since", Instant, nullable=False, comment="since when"),
-    Column("actor", Text, nullable=False, comment="user@host who asked"),
-    Column("reason", Text, nullable=False, comment="why"),
-    comment="routes and servers that nothing is sent to for now",
-)
-
-rests = Table(
-    "rests",
-    metadata,
-    Column("worker", Id, nullable=False, comment="who leaves it alone"),
-    Column("server", Text, nullable=False, comment="which, as the settings name it"),
-    Column("why", Text, nullable=False, comment="the server's words, or ours, when it failed last"),
-    PrimaryKeyConstraint("worker", "server"),
-    comment="servers that workers leave alone for now; who has ended does not count",
-)
-
-spool = Table(
-    "spool",
-    metadata,
-    Column("id", Id, primary_key=True, comment="also written in the spool directory, as spool-id"),
-    Column("created_at", Instant, nullable=False, comment="when it was made"),
-    comment="the one spool directory that this database knows",
-)
-
 _RECIPIENT_VIEW = """
 SELECT @hex(d.message_id) AS queue_id, d.message_id, r.position, d.number AS delivery, d.state, m.sender,
        r.address AS recipient, m.size, d.route, d.claims AS attempts, d.last_outcome, d.last_reply AS reason,
@@ -293,60 +108,4 @@ FROM (SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN repl
       FROM pauses WHERE substr(subject, 1, 7) = 'server:') s
 GROUP BY server
 """,
-}
-
-# What the views' columns are, for docs/inspect.md and for the comments on PostgreSQL.
-_RECIPIENT_COLUMNS: dict[str, str] = {
-    "queue_id": "32 hex digits, as in the 250 reply, in logs and file names",
-    "message_id": "the same as the database keeps it, with dashes; sorts by arrival",
-    "position": "order of the RCPT command, from 1",
-    "delivery": "number of the QMQP request that carries this recipient; those of one message and route share it",
-    "state": "where it is; docs/inspect.md lists the states",
-    "sender": "envelope sender; empty is the null sender",
-    "recipient": "envelope recipient, without SMTP quoting",
-    "size": "bytes of the stored body, lines ending in LF, our Received field included",
-    "route": "name of the route; its servers are looked up at each attempt",
-    "attempts": "times that a worker took it",
-    "last_outcome": "outcome of the last attempt; docs/inspect.md lists the outcomes",
-    "reason": "the server's words at the last attempt, or ours; bytes outside printable ASCII as \\xNN",
-    "server": "server of the last attempt",
-    "received_at": "when it was accepted",
-    "next_at": "deferred: the next attempt; queued: when any worker takes it without a hint",
-    "expires_at": "an attempt that fails after this is the last",
-    "finished_at": "when it became final; empty while it is not",
-    "worker": "the worker that is sending it",
-    "wanted": "what an operator asked for while it is being sent",
-    "client_address": "the SMTP client",
-    "helo": "what it called itself",
-    "protocol": "how it spoke (RFC 3848 keyword)",
-    "header_message_id": "Message-ID of the header",
-    "notice_of": "the queue id that this notice is about; empty for other mail",
-}
-VIEW_COLUMNS = {
-    "mail_queue": _RECIPIENT_COLUMNS,
-    "mail_history": _RECIPIENT_COLUMNS,
-    "queue_summary": {
-        "state": "what is counted: where the deliveries are",
-        "route": "and which way they go",
-        "deliveries": "how many",
-        "bytes": "sum of the sizes of their messages; empty for finished ones, whose files are gone",
-        "oldest_at": "when the oldest was received; empty for finished ones",
-        "oldest_seconds": "how long ago that is",
-        "overdue": "how many are past the time when somebody was to look at them",
-    },
-    "server_health": {
-        "server": "host:port, [v6]:port or unix:/path",
-        "attempts": "tries",
-        "accepted": "those with that outcome",
-        "deferred": "those with that outcome",
-        "rejected": "those with that outcome",
-        "unreachable": "those with that outcome",
-        "uncertain": "those that ended uncertain or malformed",
-        "interrupted": "those with that outcome",
-        "bytes_sent": "bytes of requests",
-        "last_at": "the end of the last one",
-        "left_alone_by": "how many workers send nothing there for now, because it fails or does not want us",
-        "left_alone_why": "what it said, or did, to one of them",
-        "paused_at": "since when an operator wants nothing sent there",
-    },
 }

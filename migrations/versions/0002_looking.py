@@ -2,7 +2,7 @@
 (`touched`), what workers know; on PostgreSQL comments and a role that only reads.
 
 The views begin with `deliveries`, the table that most questions are about, so that SQLite too finds a page of them in
-order without sorting; `queue_summary` only counts what is finished.
+order without sorting; `queue_summary` only counts what is finished, in an index of its own.
 
 Roles belong to the cluster and not to the database: another relay's migration, or an administrator, may have made ours
 already, and it stays when this schema goes. Who migrates may not be allowed to make roles. Then nothing fails: the role
@@ -239,6 +239,8 @@ def upgrade() -> None:
         connection.exec_driver_sql(f"ALTER TABLE {change.format(instant='TIMESTAMPTZ' if postgresql else 'BIGINT')}")
     _replace_views(connection, POSTGRESQL if postgresql else SQLITE)
     connection.exec_driver_sql("CREATE INDEX deliveries_held ON deliveries (message_id) WHERE state = 'held'")
+    finished = "state NOT IN ('queued', 'sending', 'deferred', 'held')"
+    connection.exec_driver_sql(f"CREATE INDEX deliveries_finished ON deliveries (state, route) WHERE {finished}")
     if postgresql:
         _replace_indexes(connection, " text_pattern_ops")
         about = "servers that workers leave alone for now; who has ended does not count"
@@ -263,7 +265,8 @@ def downgrade() -> None:
         connection.exec_driver_sql(f"REVOKE ALL ON {READABLE} FROM {ROLE}")
     for column in COLUMNS if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS NULL")
-    connection.exec_driver_sql("DROP INDEX deliveries_held")
+    for index in ("deliveries_finished", "deliveries_held"):
+        connection.exec_driver_sql(f"DROP INDEX {index}")
     if postgresql:
         _replace_indexes(connection, "")
     first = importlib.import_module("migrations.versions.0001_first")

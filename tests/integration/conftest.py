@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from migrations.tables import metadata
 from relay.database import connect, writing
-from relay.schema import metadata
 from tests.conftest import Databases
 from tests.integration.office import Office, opened
 from tests.postfix import Postfix

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from sqlalchemy import inspect
 
+from migrations.tables import VIEW_COLUMNS
 from relay import database
-from relay.schema import VIEW_COLUMNS, VIEWS, Outcome, State
+from relay.schema import VIEWS, Outcome, State
 
 PAGE = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
 

@@ -63,7 +63,8 @@ def test_a_long_queue_is_one_statement_and_a_little_memory(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len([one for one in statements if "LIMIT 0" not in one and "FROM" in one]) == 1
+    copied = office.engine.dialect.name == "postgresql"  # COPY passes the driver alone
+    assert len([one for one in statements if "LIMIT 0" not in one and "FROM" in one]) == (0 if copied else 1)
     assert peak < 5 << 20, "all the rows are fifteen megabytes"
 
 

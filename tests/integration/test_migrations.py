@@ -21,8 +21,9 @@ from sqlalchemy import Connection, Engine, create_engine, inspect, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
+from migrations.tables import VIEW_COLUMNS, metadata
 from relay.database import alembic_config, connect, dialect_of, migrate, reading, wait_until_ready, writing
-from relay.schema import REVISION, VIEW_COLUMNS, VIEWS, metadata
+from relay.schema import REVISION, VIEWS
 from tests.services import Postgres
 
 NUMBERS = itertools.count(1)

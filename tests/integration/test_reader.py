@@ -13,8 +13,9 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from commands.cli import main
+from migrations.tables import metadata
 from relay.database import alembic_config, migrate
-from relay.schema import VIEWS, metadata
+from relay.schema import VIEWS
 from tests.conftest import Databases
 from tests.integration.test_inspect_page import PAGE
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from sqlalchemy import text
 
+from migrations.tables import metadata
 from relay import sweeps
 from relay.bodies import Spool
 from relay.claims import Claim, Item, Record, Recorded, Renewal, Wish
@@ -30,7 +31,7 @@ from relay.debts import Debts
 from relay.filters import Filter
 from relay.ids import new_id
 from relay.notices import DOUBT
-from relay.schema import FINAL, UNFINISHED, Outcome, State, metadata
+from relay.schema import FINAL, UNFINISHED, Outcome, State
 from relay.verbs import REROUTE, VERBS, Verb, Verbs
 from tests.integration.office import NEXT, Office, new_message
 

@@ -1,6 +1,7 @@
 """The table of transitions: what it says of itself, and that the code's own lists agree with it."""
 
-from relay.schema import FINAL, NEEDS_BODY, TRANSITIONS, UNFINISHED, Outcome, State, deliveries, words
+from migrations.tables import deliveries
+from relay.schema import FINAL, NEEDS_BODY, TRANSITIONS, UNFINISHED, Outcome, State, words
 from relay.verbs import VERBS
 
 
@@ -49,6 +50,6 @@ def test_what_the_words_of_the_design_are() -> None:
 
 
 def test_the_queue_has_one_index_on_what_is_due() -> None:
-    (index,) = [index for index in deliveries.indexes if index.name != "deliveries_held"]
+    (index,) = [index for index in deliveries.indexes if "due_at" in index.columns]
     assert [column.name for column in index.columns] == ["due_at"]
     assert str(index.dialect_options["postgresql"]["where"]) == "due_at IS NOT NULL"
