@@ -15,7 +15,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from commands import charts
 from commands.explain import DONE, OUT_OF_REACH, say
 from commands.inspect import everything_about, facts, opened
 from commands.tables import ago, cut, plain, size, span, stamp
+from commands.timeline import timeline
 from relay.database import is_outage
 from relay.filters import Filter, bracketed
 from relay.log import first_line, get_logger
@@ -240,27 +241,6 @@ def unbroken(text: str) -> Markup:
 def address(text: str) -> Markup:
     """The same, which is broken before its @ or a dot if it must be."""
     return Markup(re.sub(r"[@.]", r"<wbr>\g<0>", unbroken(text)))  # noqa: S704 - it was escaped
-
-
-def timeline(
-    message: dict[str, Any], notices: Sequence[Row], actions: Sequence[Row]
-) -> list[tuple[datetime, str, str]]:
-    """What happened to a message, in order: (when, a word that the style knows, words)."""
-    first = (message["received_at"], "received", f"accepted from {message['client_address'] or 'this relay'}")
-    events = []
-    for row in message["attempts"]:
-        took = f"{(row['finished_at'] - row['started_at']).total_seconds():.3f}s"
-        where = f"to {row['server']}, {size(row['bytes_sent'])}B in {took}" if row["server"] else "worker lost"
-        number = f"delivery {row['delivery']}, try {row['claim']}" + (f".{row['hop']}" if row["hop"] > 1 else "")
-        events.append((row["started_at"], row["outcome"], f"{number} {where}: {row['reply']}"))
-    ended = [row for row in message["deliveries"] if row["finished_at"]]
-    events += [(row["finished_at"], row["state"], f"delivery {row['number']} is {row['state']}") for row in ended]
-    events += [(row["received_at"], "notice", f"the sender is told by {row['queue_id']}") for row in notices]
-    for row in actions:
-        verb, _, subject = row["verb"].partition(" ")
-        words = f"{subject or f'delivery {row["delivery"]}'} by {row['actor']}" + (": " if row["reason"] else "")
-        events.append((row["acted_at"], verb, words + row["reason"]))
-    return [first, *sorted(events, key=lambda event: event[0])]
 
 
 def application(engine: Engine, settings: Settings) -> ASGIApp:

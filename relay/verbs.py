@@ -144,9 +144,8 @@ class Verbs:
             if route_for:
                 self._move(connection, keys, route_for)
 
-        action = Action(
-            self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=wanted.shown()
-        )
+        shown = wanted.shown() if limit is None else f"{wanted.shown()} --limit {limit}".lstrip()
+        action = Action(self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=shown)
         for rows in action.through(where, do, limit=limit, **given):
             ended = {message_id for message_id, _, was in rows if was != State.SENDING}
             free = unneeded(self._engine, self._sql, ended) if verb.state in (State.DROPPED, State.BOUNCED) else []

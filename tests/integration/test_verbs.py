@@ -278,6 +278,8 @@ def test_a_limit_takes_the_oldest(office: Office, typed: Typed, monkeypatch: pyt
     for limit, held in (("3", 3), ("1", 4), ("9", 6)):
         typed("hold", "--all", "--yes", "--limit", limit)
         assert office.states(ids) == ["held"] * held + ["queued"] * (6 - held)
+    shown = [row["filter"] for row in office.rows("SELECT filter FROM actions ORDER BY id")]
+    assert shown == ["--limit 3", "--limit 1", "--limit 9"]
 
 
 def test_pauses(office: Office, typed: Typed) -> None:
