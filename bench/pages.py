@@ -16,7 +16,8 @@ import urllib.request
 from pathlib import Path
 
 from bench.history import fill, on_each
-from relay.database import connect, dialect_of, reading
+from relay.database import connect, reading
+from relay.dialect import dialect_of
 
 SEARCHES = (
     "sender=sender77@example.com", "sender=*77@example.com", "recipient=recipient5000@d53.example.org",

@@ -39,7 +39,7 @@ def smtpd() -> None:
     with explained(warn=False):  # it warns in its log
         from relay.log import configure
         from relay.settings import SmtpdSettings, load
-        from smtpd.server import run
+        from smtpd.program import run
 
         settings = load(SmtpdSettings)
         configure(settings)

@@ -27,7 +27,8 @@ from commands.tables import counted, span, write
 from relay.actions import CHUNK, FIRST, PICKED, THESE, Action
 from relay.bodies import Spool, SpoolError
 from relay.broker import WINDOW
-from relay.database import Statements, reading, writing
+from relay.database import reading, writing
+from relay.dialect import Statements
 from relay.ids import dashed
 from relay.queue import Queue
 from relay.schema import FINAL, NEEDS_BODY, UNFINISHED, words

@@ -23,8 +23,9 @@ from commands.explain import DONE, NOTHING_MATCHED, OUT_OF_REACH, explanation, s
 from commands.tables import Columns, Row, ago, as_json, cut, folded, plain, size, span, stamp, write, write_lines
 from relay import database
 from relay.bodies import BodyUnsendable, Spool
+from relay.figures import AGES, Figures
 from relay.filters import Filter
-from relay.queue import AGES, NoSuchMessage, Queue
+from relay.queue import NoSuchMessage, Queue
 from relay.schema import UNFINISHED, Outcome
 from relay.settings import Settings, load
 
@@ -302,16 +303,17 @@ def show_stats(*, json_lines: bool) -> int:
     """Print the queue by state and age, workers, servers, pauses, and how quick it goes; the exit status."""
     with opened(load(Settings)) as engine:
         queue = Queue(engine)
+        figures = Figures(queue)
         workers = [row for row in queue.workers() if row["ended_at"] is None]
         parts: tuple[tuple[str, Sequence[Row], Columns], ...] = (
             ("queue", queue.summary(), _SUMMARY),
-            ("age", queue.ages(), _AGES),
+            ("age", figures.ages(), _AGES),
             ("worker", workers, _WORKERS),
             ("server", queue.servers(), _SERVERS),
             ("pause", queue.pauses(), _PAUSES),
-            ("received", [queue.received()], _RECEIVED),
-            ("rate", queue.rates(), _RATES),
-            ("slowest", queue.slowest(), _SLOWEST),
+            ("received", [figures.received()], _RECEIVED),
+            ("rate", figures.rates(), _RATES),
+            ("slowest", figures.slowest(), _SLOWEST),
         )
     for kind, rows, columns in parts:
         if not json_lines:

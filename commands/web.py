@@ -38,6 +38,7 @@ from commands.inspect import everything_about, facts, opened
 from commands.tables import ago, cut, plain, size, span, stamp
 from commands.timeline import timeline
 from relay.database import is_outage
+from relay.figures import Figures
 from relay.filters import Filter, bracketed
 from relay.log import first_line, get_logger
 from relay.queue import NoSuchMessage, Queue, Row
@@ -137,7 +138,7 @@ class Pages:
         order = {str(state): n for n, state in enumerate(State)}
         counts = {state: sum(row["deliveries"] for row in summary if row["state"] == state) for state in State}
         waiting = [row for row in summary if row["state"] in UNFINISHED]
-        now, steps = self._queue.history(STEP * STEPS, STEP)
+        now, steps = Figures(self._queue).history(STEP * STEPS, STEP)
         return {
             "summary": sorted(summary, key=lambda row: (order[row["state"]], row["route"])),
             "counts": {str(state): count for state, count in counts.items() if count or state in UNFINISHED},

@@ -15,7 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
-from relay.database import Statements, writing
+from relay.database import writing
+from relay.dialect import Statements
 from relay.ids import dashed, new_id
 
 CHUNK = 500

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from sqlalchemy import Engine, text
 
-from relay.database import dialect_of, writing
+from relay.database import writing
+from relay.dialect import dialect_of
 from relay.ids import dashed, new_id
 
 SYNC_EVERY = 8 << 20

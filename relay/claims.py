@@ -14,15 +14,17 @@ What must stay true:
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Connection, Engine
 
-from relay.database import Statements, writing
+from relay.database import writing
+from relay.dialect import Statements
 from relay.ids import dashed
+from relay.items import Claim, Item, Record, Recorded, Renewal, Result, Try, Wish
 from relay.looks import Looks
 from relay.needs import body_needed, unneeded
 from relay.schema import NEEDS_BODY, OWED, TRANSITIONS, Outcome, State
@@ -30,83 +32,6 @@ from relay.settings import WorkerSettings
 from relay.splits import Splitter
 
 type Key = tuple[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A delivery that is ours to send, with its envelope. `claim` numbers the try; `received_ago` is in seconds."""
-
-    message_id: str
-    number: int
-    claim: int
-    route: str
-    sender: str
-    size: int
-    recipients: tuple[str, ...]
-    backoff_step: int
-    vanished: int
-    received_ago: float
-
-
-@dataclass(slots=True)
-class Try:
-    """One try at one server; `hop` counts from 1 within the claim, times are seconds before now."""
-
-    hop: int
-    server: str
-    outcome: Outcome
-    reply: str
-    bytes_sent: int
-    started_ago: float
-    finished_ago: float
-
-
-@dataclass(slots=True)
-class Record:
-    """What became of a claim: the state it should have next, due after `delay` seconds."""
-
-    worker: str
-    message_id: str
-    number: int
-    claim: int
-    state: State
-    outcome: Outcome | None
-    reply: str
-    server: str | None = None
-    delay: float = 0.0
-    backoff_step: int = 0
-    tries: list[Try] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Wish:
-    """Please claim, of these messages or (ids None) of what is overdue, at most `room` deliveries of each route, and of
-    some routes `together` at most so many."""
-
-    worker: str
-    ids: Sequence[str] | None
-    room: Mapping[str, int]
-    together: Sequence[tuple[Collection[str], int]] = ()
-
-
-@dataclass(slots=True)
-class Renewal:
-    """Please renew the lease of a worker."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """The state that a delivery has now (None: a later claim has it), and whether nobody needs the body any more."""
-
-    state: State | None
-    body_free: bool
-
-
-type Item = Record | Wish | Renewal
-type Result = Recorded | list[Claim] | bool
-
 KEYS = "d.message_id = p.message_id AND d.number = p.number"
 WANTED = """CASE d.wanted WHEN 'hold' THEN 'held' WHEN 'drop' THEN 'dropped' WHEN 'bounce' THEN 'bounced'
     ELSE 'queued' END"""

@@ -39,7 +39,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.bodies import BodyUnsendable, Spool
-from relay.database import Statements, is_outage, reading, writing
+from relay.database import is_outage, reading, writing
+from relay.dialect import Statements
 from relay.ids import dashed, new_id
 from relay.intake import Intake, NewMessage, NewRecipient
 from relay.log import first_line, get_logger

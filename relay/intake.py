@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine, text
 
-from relay.database import dialect_of, writing_once
+from relay.database import writing_once
+from relay.dialect import dialect_of
 from relay.ids import dashed
 from relay.log import escaped
 from relay.schema import LONGEST_INDEXED

@@ -14,14 +14,12 @@ What must stay true: all the room is used if there is that much mail; a mark is 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Connection
 
-from relay.database import Statements
-
-if TYPE_CHECKING:
-    from relay.claims import Claim
+from relay.dialect import Statements
+from relay.items import Claim
 
 WINDOW = 1000  # rows; some 20 ms on SQLite, which lets nobody else write meanwhile
 OVERDUE = "d.state = 'queued' AND d.due_at <= @now"

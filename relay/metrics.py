@@ -21,7 +21,8 @@ from prometheus_client.registry import Collector
 from sqlalchemy import Engine
 
 from relay.bodies import Spool
-from relay.database import Statements, reading
+from relay.database import reading
+from relay.dialect import Statements
 from relay.log import get_logger
 from relay.schema import UNFINISHED
 from relay.settings import Settings

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 
 from sqlalchemy import Engine
 
-from relay.database import Statements, reading
+from relay.database import reading
+from relay.dialect import Statements
 from relay.ids import dashed
 from relay.schema import NEEDS_BODY
 

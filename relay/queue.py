@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
-from itertools import batched, chain, islice
+from itertools import batched, chain
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, CursorResult, Engine
 
-from relay.database import Statements, reading
-from relay.filters import Filter, address_is, id_at
+from relay.database import reading
+from relay.dialect import Statements
+from relay.filters import Filter, address_is
 from relay.ids import dashed
 from relay.schema import UNFINISHED, VIEWS, State, words
 
@@ -31,9 +32,6 @@ _FEW = 1000  # rows that an index may find and that are then sorted, or that are
 PATIENCE = 3600  # seconds that whoever reads a list may take: no snapshot must stay open for good
 ENDED = 50  # workers that have ended and are looked up still
 LOOKED_AT = 100_000  # messages that a page looks at for what no index finds
-AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
-# What stands behind the last @: one expression that both databases understand.
-DOMAIN = "lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))"
 
 
 class NoSuchMessage(LookupError):
@@ -73,7 +71,8 @@ class Queue:
     def __init__(self, engine: Engine) -> None:
         self._engine, self._sql = engine, Statements(engine)
 
-    def _all(self, sql: str, **given: Any) -> list[Row]:
+    def all(self, sql: str, **given: Any) -> list[Row]:
+        """All rows of a query with our macros."""
         with reading(self._engine) as connection:
             rows = list(_plain(self._sql.run(connection, sql, **given)))
         for row in rows:  # PostgreSQL's sum of integers
@@ -93,7 +92,7 @@ class Queue:
         # PostgreSQL plans a cursor as if a tenth of its rows were wanted. Where few are like that, and nothing ends the
         # search before the last message, it goes through all of them.
         at_once = limit is not None and limit <= _FEW and down_to is None
-        return iter(self._all(sql, **given)) if at_once else self.select(sql, given)
+        return iter(self.all(sql, **given)) if at_once else self.select(sql, given)
 
     def _listing(
         self, columns: str, wanted: Filter, limit: int | None, finished: bool, newest: bool = False,
@@ -155,7 +154,7 @@ class Queue:
             if value is not None and "*" not in value:
                 where, given = address_is(column, value)
                 some = f"SELECT count(*) AS n FROM (SELECT 1 FROM {table} WHERE {where} LIMIT {_FEW}) AS x"
-                if self._all(some, **given)[0]["n"] < _FEW:
+                if self.all(some, **given)[0]["n"] < _FEW:
                     return True
         return False
 
@@ -165,7 +164,7 @@ class Queue:
             return None
         where, given = ("WHERE id <= @id(:after)", {"after": dashed(after[0])}) if after else ("", {})
         nth = f"SELECT id FROM messages {where} ORDER BY id DESC LIMIT 1 OFFSET {LOOKED_AT}"
-        found = self._all(f"SELECT @hex(id) AS id FROM ({nth}) AS x", **given)
+        found = self.all(f"SELECT @hex(id) AS id FROM ({nth}) AS x", **given)
         return str(found[0]["id"]) if found else None
 
     def select(self, sql: str, given: dict[str, Any]) -> Iterator[Row]:
@@ -206,7 +205,7 @@ class Queue:
     def message(self, message_id: str) -> Row | None:
         """Everything about one message: its row with `recipients`, `deliveries` and `attempts`, oldest first."""
         key = {"id": dashed(message_id)}
-        found = self._all(
+        found = self.all(
             "SELECT @hex(id) AS queue_id, sender, size, @when(received_at) AS received_at, client_address, helo,"
             " protocol, auth_user, header_message_id, body_type, ret, envid, @hex(notice_of) AS notice_of"
             " FROM messages WHERE id = @id(:id)",
@@ -216,16 +215,16 @@ class Queue:
             return None
         of = "FROM {} WHERE message_id = @id(:id) ORDER BY"
         return found[0] | {
-            "recipients": self._all(
+            "recipients": self.all(
                 f"SELECT position, address, delivery, notify, orcpt {of.format('recipients')} position", **key
             ),
-            "deliveries": self._all(
+            "deliveries": self.all(
                 "SELECT number, parent, route, state, @when(due_at) AS due_at, @when(expires_at) AS expires_at, claims,"
                 " @hex(worker) AS worker, backoff_step, vanished, wanted, last_outcome, last_reply, last_server,"
                 f" @when(finished_at) AS finished_at {of.format('deliveries')} number",
                 **key,
             ),
-            "attempts": self._all(
+            "attempts": self.all(
                 "SELECT delivery, claim, hop, @hex(worker) AS worker, server, @when(started_at) AS started_at,"
                 " @when(finished_at) AS finished_at, outcome, reply, bytes_sent"
                 f" {of.format('attempts')} delivery, claim, hop",
@@ -235,82 +234,15 @@ class Queue:
 
     def summary(self) -> list[Row]:
         """Rows of `queue_summary`: counts, bytes and oldest by state and route."""
-        return self._all("SELECT * FROM queue_summary ORDER BY state, route")
+        return self.all("SELECT * FROM queue_summary ORDER BY state, route")
 
     def servers(self) -> list[Row]:
         """Rows of `server_health`: outcomes by server in the last hour."""
-        return self._all("SELECT * FROM server_health ORDER BY server")
-
-    def rates(self) -> list[Row]:
-        """Tries of the last hour by outcome: how many, how many of them in the last minute, bytes, mean seconds."""
-        return self._all(
-            """SELECT outcome, count(*) AS last_hour, sum(CASE WHEN finished_at > @ago(60) THEN 1 ELSE 0 END) AS
-                last_minute, sum(bytes_sent) AS bytes_sent, CAST(avg(@micros(finished_at) - @micros(started_at)) AS
-                float8) / 1e6 AS seconds
-            FROM attempts WHERE finished_at > @ago(3600) AND hop > 0 GROUP BY outcome ORDER BY outcome"""
-        )
-
-    def slowest(self, most: int = 5) -> list[Row]:
-        """The tries of the last hour that took longest."""
-        return self._all(
-            """SELECT @hex(message_id) AS queue_id, server, outcome, bytes_sent, reply,
-                (@micros(finished_at) - @micros(started_at)) / CAST(1e6 AS float8) AS seconds
-            FROM attempts WHERE finished_at > @ago(3600) AND hop > 0 ORDER BY seconds DESC LIMIT :most""",
-            most=most,
-        )
-
-    def ages(self, most: int = 20) -> list[Row]:
-        """How long unfinished mail has waited, by the recipients' domain, the longest queues first.
-
-        A row has `domain`, `domains` (1), `waiting`, and how many of those are younger than each of AGES and than all
-        of them: `under_5m` ... `older`; the name of a column is its upper end. Behind the first `most` one more row has
-        the sum of all others: no `domain`, and how many `domains` there are.
-        """
-        ids = [id_at(seconds) for seconds in AGES.values()]
-        bounds = {f"bound{n}": bound for n, bound in enumerate(ids)}
-        columns, above = list[str](), "1 = 1"
-        for n, name in enumerate(AGES):
-            columns.append(f"sum(CASE WHEN {above} AND message_id >= @id(:bound{n}) THEN 1 ELSE 0 END) AS {name}")
-            above = f"message_id < @id(:bound{n})"
-        columns.append(f"sum(CASE WHEN {above} THEN 1 ELSE 0 END) AS older")
-        sql = f"""SELECT {DOMAIN} AS domain, 1 AS domains, count(*) AS waiting, {", ".join(columns)}
-            FROM mail_queue GROUP BY 1 ORDER BY 3 DESC, 1"""
-        found = self.select(sql, bounds)
-        rows, others = list(islice(found, most)), dict[str, Any]()
-        for row in found:
-            row["domain"] = None
-            others = {name: value and value + others.get(name, 0) for name, value in row.items()}
-        return [*rows, others] if others else rows
-
-    def received(self) -> Row:
-        """What was accepted (notices are not): messages of the last minute and hour, bytes of the last hour."""
-        # Ids begin with smtpd's time, and are indexed; ten minutes for clocks that disagree.
-        (row,) = self._all(
-            """SELECT coalesce(sum(CASE WHEN received_at > @ago(60) THEN 1 ELSE 0 END), 0) AS last_minute,
-                count(*) AS last_hour, coalesce(sum(size), 0) AS bytes FROM messages
-            WHERE id >= @id(:since) AND received_at > @ago(3600) AND notice_of IS NULL""",
-            since=id_at(4200),
-        )
-        return row
-
-    def history(self, seconds: int, step: int) -> tuple[datetime, list[Row]]:
-        """Tries by outcome in steps of so many seconds: (the time now, rows).
-
-        A row has `step` (how many whole ones ago: 0 is the newest, and has ended now), `outcome`, `tries`, and
-        `seconds`, their mean length.
-        """
-        rows = self._all(
-            """SELECT (@micros(@now) - @micros(finished_at)) / CAST(:step AS bigint) AS step, outcome,
-                count(*) AS tries, CAST(avg(@micros(finished_at) - @micros(started_at)) AS float8) / 1e6 AS seconds
-            FROM attempts WHERE finished_at > @ago(:seconds) AND hop > 0 GROUP BY 1, 2 ORDER BY 1, 2""",
-            step=step * 1_000_000, seconds=seconds,
-        )  # fmt: skip
-        (now,) = self._all("SELECT @when(@now) AS now_at")
-        return now["now_at"], rows
+        return self.all("SELECT * FROM server_health ORDER BY server")
 
     def notices(self, message_id: str) -> list[Row]:
         """Notices about a message: `queue_id` and `received_at`. Found by their recipient, which has an index."""
-        return self._all(
+        return self.all(
             """SELECT DISTINCT @hex(n.id) AS queue_id, @when(n.received_at) AS received_at
             FROM messages m JOIN recipients r ON r.address = m.sender JOIN messages n ON n.id = r.message_id
             WHERE m.id = @id(:id) AND n.notice_of = m.id ORDER BY 1""",
@@ -322,7 +254,7 @@ class Queue:
 
         What they did while it was under way to its routes, and to servers that it was tried at, has no `delivery`.
         """
-        return self._all(
+        return self.all(
             f"""WITH d AS (SELECT * FROM deliveries WHERE message_id = @id(:id)),
                 s AS (SELECT 'route:' || route AS subject FROM d UNION SELECT 'server:' || server FROM attempts
                     WHERE message_id = @id(:id) AND server IS NOT NULL),
@@ -339,12 +271,12 @@ class Queue:
 
     def spool_id(self) -> str | None:
         """The identity of the spool that this database knows; None before smtpd or a worker has run."""
-        found = self._all("SELECT @hex(id) AS id FROM spool")
+        found = self.all("SELECT @hex(id) AS id FROM spool")
         return str(found[0]["id"]) if found else None
 
     def pauses(self) -> list[Row]:
         """Routes and servers that nothing is sent to for now."""
-        return self._all("SELECT subject, @when(since) AS since_at, actor, reason FROM pauses ORDER BY subject")
+        return self.all("SELECT subject, @when(since) AS since_at, actor, reason FROM pauses ORDER BY subject")
 
     def workers(self) -> list[Row]:
         """Workers, first all that have not ended, then the last that have.
@@ -352,7 +284,7 @@ class Queue:
         A row has id, host, pid, started_at, until, ended_at, ending, alive, how many deliveries it is `sending`,
         claim_seconds, and `routes`: the servers of each route that it knows (None: it has not said).
         """
-        rows = self._all(
+        rows = self.all(
             "SELECT @hex(w.id) AS id, w.host, w.pid, @when(w.started_at) AS started_at, @when(w.until) AS until,"
             " @when(w.ended_at) AS ended_at, w.ending, (w.ended_at IS NULL AND w.until > @now) AS alive,"
             " coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes"
@@ -367,7 +299,7 @@ class Queue:
 
     def rests(self) -> list[Row]:
         """Which servers living workers leave alone for now: worker, server, why."""
-        return self._all(
+        return self.all(
             "SELECT @hex(r.worker) AS worker, r.server, r.why FROM rests r JOIN workers w ON w.id = r.worker"
             " WHERE w.ended_at IS NULL AND w.until > @now ORDER BY r.server, r.worker"
         )

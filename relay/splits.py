@@ -26,7 +26,7 @@ from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
-from relay.database import Statements
+from relay.dialect import Statements
 from relay.schema import OWED
 
 LARGEST = 64

@@ -15,7 +15,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.claims import DUE, FINISHED, KEYS, SAID, WANTED
-from relay.database import Statements, reading, writing
+from relay.database import reading, writing
+from relay.dialect import Statements
 from relay.ids import dashed
 from relay.settings import WorkerSettings
 

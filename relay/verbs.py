@@ -16,7 +16,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.actions import PICKED, THESE, Action
-from relay.database import Statements, reading, writing
+from relay.database import reading, writing
+from relay.dialect import Statements
 from relay.filters import Filter
 from relay.log import escaped
 from relay.needs import unneeded

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from relay.claims import Claim, Wish
+from relay.items import Claim, Wish
 from relay.routes import Routes
 from relay.settings import WorkerSettings
 from worker.lanes import Hint, Lanes, Ticket

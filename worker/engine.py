@@ -25,8 +25,9 @@ from functools import partial
 
 from relay import metrics
 from relay.bodies import BodyUnsendable, Spool
-from relay.claims import Claim, Item, Ledger, Record, Recorded, Renewal, Result, Wish
+from relay.claims import Ledger
 from relay.ids import new_id
+from relay.items import Claim, Item, Record, Recorded, Renewal, Result, Wish
 from relay.log import first_line, get_logger
 from relay.rounds import Writer
 from relay.routes import NO_SERVER, Routes

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from relay.bodies import BodyUnsendable, Spool
-from relay.claims import Claim
+from relay.items import Claim
 
 type Opened = list[int | Exception]
 

@@ -22,7 +22,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 
 from relay.bodies import Spool
-from relay.database import dialect_of, reading, writing
+from relay.database import reading, writing
+from relay.dialect import dialect_of
 from relay.ids import dashed
 from relay.log import first_line, get_logger
 from relay.needs import body_free

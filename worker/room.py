@@ -19,7 +19,7 @@ import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from relay.claims import Claim
+from relay.items import Claim
 from relay.routes import Route, Routes
 from worker.servers import Servers
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from sqlalchemy import Engine
 
 from relay.bodies import Spool
-from relay.database import Statements, reading
+from relay.database import reading
+from relay.dialect import Statements
 from relay.ids import dashed
 from relay.needs import body_free
 

@@ -21,7 +21,7 @@ from functools import partial
 from qmqp import client
 from qmqp.request import NO_REQUEST, Request
 from relay import metrics
-from relay.claims import Claim, Record, Try
+from relay.items import Claim, Record, Try
 from relay.log import escaped, first_line, get_logger
 from relay.routes import NO_SERVER, Route, Server
 from relay.schema import LONGEST_TEXT, Outcome, State

@@ -21,7 +21,8 @@ import pytest
 from sqlalchemy import text
 
 from qmqp.sink import Sink
-from relay.database import connect, dialect_of, reading
+from relay.database import connect, reading
+from relay.dialect import dialect_of
 from tests.acceptance.stack import ROOT, STARTING, relay_environ
 from tests.postfix import program
 from tests.services import Broker, ServiceError, end, free_port, spawn, temporary_directory
@@ -122,7 +123,7 @@ class Installation:
     # Looking
 
     def rows(self, sql: str, **given: Any) -> list[Any]:
-        """What a SELECT finds (macros of `relay.database.Dialect` work)."""
+        """What a SELECT finds (macros of `relay.dialect.Dialect` work)."""
         with reading(self.database) as connection:
             return list(connection.execute(text(self.spell(sql)), given).all())
 

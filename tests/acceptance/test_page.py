@@ -11,6 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from relay.bodies import Spool
+from relay.figures import Figures
 from relay.ids import dashed, new_id
 from relay.queue import Queue
 from relay.schema import Outcome
@@ -135,7 +136,7 @@ def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[Office, Brow
             "INSERT INTO attempts VALUES (@id(:id), 1, 1, :hop, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'accepted',"
             " '', 1)", id=message_id, hop=hop, ago=ago, w=dashed(office.worker),
         )  # fmt: skip
-    now, rows = Queue(office.engine).history(21_600, 300)
+    now, rows = Figures(Queue(office.engine)).history(21_600, 300)
     assert now.tzinfo is not None
     assert [(row["step"], row["tries"]) for row in rows] == [(0, 3), (1, 1), (70, 1)]
     assert {round(row["seconds"], 2) for row in rows} == {0.5}

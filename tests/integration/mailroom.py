@@ -9,7 +9,8 @@ from sqlalchemy import text
 
 from relay.bodies import Spool
 from relay.claims import Ledger
-from relay.database import connect, dialect_of, reading, writing
+from relay.database import connect, reading, writing
+from relay.dialect import dialect_of
 from relay.ids import dashed, new_id
 from relay.intake import Intake, NewMessage, NewRecipient
 from relay.routes import Routes

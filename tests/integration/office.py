@@ -10,10 +10,12 @@ from typing import Any
 
 from sqlalchemy import text
 
-from relay.claims import Claim, Ledger, Record, Recorded, Renewal, Try, Wish
-from relay.database import connect, dialect_of, reading, writing
+from relay.claims import Ledger
+from relay.database import connect, reading, writing
+from relay.dialect import dialect_of
 from relay.ids import dashed, new_id
 from relay.intake import Intake, NewMessage, NewRecipient
+from relay.items import Claim, Record, Recorded, Renewal, Try, Wish
 from relay.schema import Outcome, State
 from relay.settings import WorkerSettings, load
 from relay.sweeps import Sweeps

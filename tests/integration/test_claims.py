@@ -12,8 +12,9 @@ import pytest
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import OperationalError
 
-from relay.claims import Claim, Item, Ledger, Record, Recorded, Renewal, Result, Wish
+from relay.claims import Ledger
 from relay.ids import dashed
+from relay.items import Claim, Item, Record, Recorded, Renewal, Result, Wish
 from relay.notices import BY_OPERATOR
 from relay.schema import TRANSITIONS, Outcome, State
 from tests.integration.office import NEXT, PLENTY, Office, opened

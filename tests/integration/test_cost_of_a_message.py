@@ -18,9 +18,9 @@ from sqlalchemy import Connection, Engine, event
 from qmqp.sink import running_sink
 from relay.bodies import Spool
 from relay.broker import FRESH, Hints, celery_app
-from relay.claims import Record, Try, Wish
 from relay.database import reading
 from relay.ids import new_id
+from relay.items import Record, Try, Wish
 from relay.schema import Outcome, State
 from relay.settings import Settings, load
 from smtpd.keeper import Keeper

@@ -17,7 +17,8 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from relay import database
-from relay.database import DatabaseError, Dialect, Statements, check_durable, connect, is_outage, reading, writing
+from relay.database import DatabaseError, check_durable, connect, is_outage, reading, writing
+from relay.dialect import Dialect, Statements
 from relay.ids import dashed, new_id
 from relay.schema import REVISION
 from relay.start import insistent

@@ -16,11 +16,11 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import OperationalError
 
 from relay.bodies import Spool
-from relay.claims import Claim, Recorded, Try
 from relay.debts import GATHER, LONGEST_RETURNED, PUT_OFF, Debts
 from relay.filters import Filter
 from relay.ids import dashed, new_id
 from relay.intake import NewMessage, NewRecipient
+from relay.items import Claim, Recorded, Try
 from relay.schema import NEEDS_BODY, Outcome, State
 from relay.verbs import VERBS, Verbs
 from tests.integration.office import Office, opened

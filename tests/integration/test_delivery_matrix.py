@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmqp.sink import Answer, MagicRecipients, Rule, Sink
-from relay.claims import Claim, Record
+from relay.items import Claim, Record
 from relay.routes import Route, Server
 from relay.schema import Outcome, State
 from relay.settings import WorkerSettings, load

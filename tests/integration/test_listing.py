@@ -2,11 +2,13 @@
 
 import io
 import itertools
+import json
 import os
 import re
 import threading
 import tracemalloc
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,8 @@ from commands import completion, inspect
 from commands.cli import main
 from commands.tables import write, write_lines
 from relay.bodies import Spool
-from relay.database import connect, dialect_of, reading
+from relay.database import connect, reading
+from relay.dialect import dialect_of
 from relay.filters import Filter, address_is
 from relay.queue import NoSuchMessage, Queue
 from relay.schema import Outcome
@@ -377,3 +380,25 @@ def test_a_server_that_is_left_alone_says_why(office: Office, typed: Typed, monk
     now = {row["server"]: inspect._now(row) for row in Queue(office.engine).servers()}
     assert now.pop("192.0.2.8:628").startswith("paused for ")
     assert now == {"192.0.2.7:628": "left alone: 450 too busy"}
+
+
+@pytest.mark.parametrize("wanted", [Filter(), Filter(route="default")], ids=["everything", "a route"])
+def test_lines_say_what_rows_say(office: Office, wanted: Filter) -> None:
+    """Whoever makes the text: the database for pipes and programs, or Python from the same rows."""
+    queue = Queue(office.engine)
+    office.accept('"100%s \\t\\n"@example.org', "b@example.org")
+    office.accept("c@example.org")
+    rows = list(queue.rows(wanted))
+    head, *listed = [line for lines in queue.lines(wanted) for line in lines]
+    assert [line.split("\t")[: len(rows[0])] for line in listed] == [
+        ["" if value is None else told(value) for value in row.values()] for row in rows
+    ]
+    assert head.split("\t") == list(rows[0])
+    objects = [json.loads(line) for lines in queue.lines(wanted, objects=True) for line in lines]
+    assert [[told(value) for value in one.values()] for one in objects] == [
+        [told(v) for v in row.values()] for row in rows
+    ]
+
+
+def told(value: object) -> str:
+    return value.isoformat(timespec="milliseconds") if isinstance(value, datetime) else str(value)

@@ -8,9 +8,10 @@ from sqlalchemy import text
 
 from relay import database, metrics
 from relay.bodies import Spool
-from relay.claims import Ledger, Record, Try, Wish
+from relay.claims import Ledger
 from relay.ids import dashed, new_id
 from relay.intake import Intake, NewMessage, NewRecipient
+from relay.items import Record, Try, Wish
 from relay.metrics import Queue
 from relay.schema import Outcome, State
 from relay.settings import WorkerSettings

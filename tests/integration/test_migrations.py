@@ -22,7 +22,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from migrations.tables import VIEW_COLUMNS, metadata
-from relay.database import alembic_config, connect, dialect_of, migrate, reading, wait_until_ready, writing
+from relay.database import alembic_config, connect, migrate, reading, wait_until_ready, writing
+from relay.dialect import dialect_of
 from relay.schema import REVISION, VIEWS
 from tests.services import Postgres
 

@@ -18,11 +18,11 @@ from sqlalchemy.exc import OperationalError
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.bodies import Spool
 from relay.broker import celery_app
-from relay.claims import Claim, Item, Result
 from relay.database import writing
 from relay.debts import Debts
 from relay.filters import Filter
 from relay.ids import dashed
+from relay.items import Claim, Item, Result
 from relay.rounds import Writer
 from relay.schema import TRANSITIONS, UNFINISHED, Outcome, State
 from relay.verbs import VERBS, Verbs

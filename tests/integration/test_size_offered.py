@@ -14,7 +14,8 @@ from relay import routes as module
 from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
 from smtpd.policy import Policy
-from smtpd.server import Server, size_offered
+from smtpd.program import size_offered
+from smtpd.server import Server
 from smtpd.session import Greeting
 from smtpd.store import Store
 from tests.integration.test_client_against_postfix import HEADER, Deliver, deliver

@@ -524,7 +524,7 @@ def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., Runni
 PROGRAM = """
 from relay.log import configure
 from relay.settings import SmtpdSettings, load
-from smtpd.server import run
+from smtpd.program import run
 settings = load(SmtpdSettings)
 configure(settings)
 raise SystemExit(run(settings))

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
-from relay.claims import Claim, Recorded
-from relay.database import Statements, is_outage, writing
+from relay.database import is_outage, writing
+from relay.dialect import Statements
 from relay.filters import Filter
 from relay.ids import dashed
+from relay.items import Claim, Recorded
 from relay.schema import Outcome, State
 from relay.splits import LARGEST, Splitter
 from relay.verbs import REROUTE, VERBS, Verbs

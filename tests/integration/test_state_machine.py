@@ -25,11 +25,11 @@ from sqlalchemy import text
 from migrations.tables import metadata
 from relay import sweeps
 from relay.bodies import Spool
-from relay.claims import Claim, Item, Record, Recorded, Renewal, Wish
 from relay.database import writing
 from relay.debts import Debts
 from relay.filters import Filter
 from relay.ids import new_id
+from relay.items import Claim, Item, Record, Recorded, Renewal, Wish
 from relay.notices import DOUBT
 from relay.schema import FINAL, UNFINISHED, Outcome, State
 from relay.verbs import REROUTE, VERBS, Verb, Verbs

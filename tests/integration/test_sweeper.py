@@ -11,10 +11,10 @@ from sqlalchemy import text
 
 from relay.bodies import Spool
 from relay.broker import Hints
-from relay.claims import Wish
 from relay.database import writing
 from relay.debts import Debts
 from relay.ids import dashed, new_id
+from relay.items import Wish
 from relay.routes import Route, Routes, parse_server
 from relay.settings import Settings, WorkerSettings, load
 from relay.verbs import Verbs

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from relay.claims import Claim
+from relay.items import Claim
 from relay.schema import Outcome, State
 from tests.integration.office import Office, opened
 

@@ -6,7 +6,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.claims import Claim
+from relay.items import Claim
 from relay.routes import Route, Routes, parse_server
 from worker.room import Room
 from worker.servers import Place, Servers

@@ -13,7 +13,7 @@ from relay import routes as module
 from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
 from relay.schema import Outcome
 from relay.settings import Settings, SettingsError, WorkerSettings, load
-from smtpd.server import size_offered
+from smtpd.program import size_offered
 from worker.room import Room
 from worker.servers import Servers
 from worker.transfers import judge
