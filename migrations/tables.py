@@ -7,6 +7,7 @@ here has a migration, which does not look here, for it stays as it was when it w
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -49,6 +50,10 @@ messages = Table(
     Column("ret", Text, comment="RET= of MAIL (RFC 3461)"),
     Column("envid", Text, comment="ENVID= of MAIL (RFC 3461), xtext"),
     Column("notice_of", Id, comment="the message that this notice is about"),
+    Column(
+        "client_trusted", Boolean, comment="whether the client is in CLIENT_NETWORKS; empty: one of our own, or older"
+    ),
+    Column("dsn_content", Text, comment="what a DSN encloses of the original: full, header or none"),
     Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
     comment="accepted messages; rows are never changed",
@@ -89,6 +94,7 @@ deliveries = Table(
     Column("finished_at", Instant, comment="when it became final"),
     Column("wanted_why", Text, comment="who asked for what is wanted, and why"),
     Column("warned_at", Instant, comment="when the sender was told that it is late"),
+    Column("waiting_for", Text, comment="server:NAME, route:NAME: the delivery becomes due when that is back"),
     PrimaryKeyConstraint("message_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
     CheckConstraint(

@@ -56,7 +56,7 @@ def words(values: tuple[str, ...] | type[StrEnum]) -> str:
 
 
 NEEDS_BODY = f"(state IN ({words(UNFINISHED)}) OR due_at IS NOT NULL)"
-REVISION = "0002"  # the newest migration
+REVISION = "0003"  # the newest migration
 # When a delivery (as d) that fails now is due: at once if a notice is owed. `:notices`: BOUNCES is not off.
 OWED = """CASE WHEN :notices AND (SELECT m.sender FROM messages m WHERE m.id = d.message_id)
     NOT IN ('', '#@[]') THEN @now END"""
