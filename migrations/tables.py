@@ -31,8 +31,13 @@ metadata = MetaData(
     }
 )
 Id = Text().with_variant(UUID(as_uuid=False), "postgresql")
-_FINISHED = f"state NOT IN ({words(UNFINISHED)})"
 Instant = DateTime(timezone=True).with_variant(BigInteger, "sqlite")
+
+
+def _some(name: str, where: str, *columns: str) -> Index:
+    """An index of those deliveries of which `where` is true."""
+    return Index(f"deliveries_{name}", *columns, postgresql_where=text(where), sqlite_where=text(where))
+
 
 messages = Table(
     "messages",
@@ -101,16 +106,12 @@ deliveries = Table(
         "due_at IS NOT NULL OR state NOT IN ('queued', 'sending', 'deferred')", name="due_where_the_state_needs_it"
     ),
     CheckConstraint("(worker IS NOT NULL) = (state = 'sending')", name="worker_while_sending"),
-    Index(
-        "deliveries_due_at",
-        "due_at",
-        postgresql_where=text("due_at IS NOT NULL"),
-        sqlite_where=text("due_at IS NOT NULL"),
-    ),
-    Index(
-        "deliveries_held", "message_id", postgresql_where=text("state = 'held'"), sqlite_where=text("state = 'held'")
-    ),
-    Index("deliveries_finished", "state", "route", postgresql_where=text(_FINISHED), sqlite_where=text(_FINISHED)),
+    _some("queued", "state = 'queued'", "route", "due_at"),
+    _some("sending", "state = 'sending'", "worker", "due_at"),
+    _some("deferred", "state = 'deferred'", "due_at"),
+    _some("owing", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
+    _some("held", "state = 'held'", "message_id"),
+    _some("finished", f"state NOT IN ({words(UNFINISHED)})", "state", "route"),
     comment="QMQP requests to get across: the queue",
     postgresql_with={"fillfactor": 80, "autovacuum_vacuum_scale_factor": 0.02, "autovacuum_analyze_scale_factor": 0.02},
 )

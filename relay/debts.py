@@ -21,8 +21,9 @@ decided, its debt waits a little.
 
 A warning about late mail is owed by whatever is unfinished, not held, and older than DELAY_WARNING by the database's
 clock, and was not warned of (`warned_at`, set in the transaction that inserts the warning): no occasion for it can be
-missed. To find it, every sweep looks at the next LOOKED_AT deliveries of the queue, in due order and round and round:
-a long queue makes warnings later, not sweeps.
+missed. To find it, every sweep looks at the next LOOKED_AT deliveries of the queue, state by state in the order of its
+index: a long queue makes warnings later, not sweeps. A round that found nothing late also found out when the next
+delivery becomes late. The next round begins then, or after a quarter of DELAY_WARNING, for what operators release.
 
 What must stay true: the debt (or the mark) and the notice change in one transaction; nobody removes a file but the
 attempt that made it, and only while its transaction cannot have been committed; the original's body stays until then;
@@ -30,6 +31,7 @@ nothing is owed to the null sender; a message that fails here (a defect of ours,
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -46,6 +48,7 @@ from relay.intake import Intake, NewMessage, NewRecipient
 from relay.log import first_line, get_logger
 from relay.needs import unneeded
 from relay.notices import BY_OPERATOR, Failure, Kind, Original, compose
+from relay.schema import State
 from relay.settings import Settings, unwanted
 
 log = get_logger(__name__)
@@ -58,8 +61,10 @@ PUT_OFF = 60.0
 # How many deliveries of the queue a sweep looks at for mail that is late.
 LOOKED_AT = 1000
 
+# One that is due far ahead was made before the database's clock was set back.
 _DEBTORS = """SELECT message_id FROM deliveries d
-    WHERE d.state IN ('bounced', 'expired') AND d.due_at <= @now
+    WHERE d.state IN ('bounced', 'expired') AND d.due_at IS NOT NULL
+      AND (d.due_at <= @now OR d.due_at > @later(:gather))
       AND (d.due_at <= @ago(:gather) OR NOT EXISTS (SELECT 1 FROM deliveries o
            WHERE o.message_id = d.message_id AND o.state IN ('queued', 'sending')))
       AND d.message_id NOT IN (SELECT message_id FROM @rows(:put_off; message_id uuid))
@@ -70,19 +75,18 @@ _LOCK = """SELECT d.number FROM deliveries d JOIN messages m ON m.id = d.message
 _OWED = "state IN ('bounced', 'expired') AND due_at IS NOT NULL"
 _WAITING = "state IN ('queued', 'sending', 'deferred')"
 _WARNED = "(SELECT max(o.warned_at) FROM deliveries o WHERE o.message_id = {}) IS NOT NULL"
-# The next of the queue, in due order, and whether it is late and its sender wants to know and does not yet. A mark is
+# The next of the queue, how old each is, and whether it is late and its sender wants to know and does not yet. A mark is
 # on one delivery and speaks for the message: also for those that it is cut into later. These are scalar subqueries
 # because PostgreSQL would answer EXISTS with a hash of whole tables.
-_LOOK = f"""SELECT d.message_id, d.number, d.due_at, d.{_WAITING}
-        AND (SELECT m.received_at <= @ago(:late) AND m.sender NOT IN ('', '#@[]')
-             FROM messages m WHERE m.id = d.message_id)
-        AND NOT {_WARNED.format("d.message_id")}
+_LOOK = f"""SELECT {{keys}}, d.age, d.age >= :late AND NOT {_WARNED.format("d.message_id")}
+        AND (SELECT m.sender NOT IN ('', '#@[]') FROM messages m WHERE m.id = d.message_id)
         AND (SELECT count(*) FROM recipients r WHERE r.message_id = d.message_id AND r.delivery = d.number
              AND (r.notify IS NULL OR r.notify @like '%DELAY%')) > 0 AS late
-    FROM (SELECT message_id, number, due_at, state FROM deliveries WHERE due_at IS NOT NULL {{}}
-        ORDER BY due_at, message_id, number LIMIT :most) d
-    ORDER BY d.due_at, d.message_id, d.number"""
-_BEHIND = "AND (due_at, message_id, number) > (:due, @id(:id), :number)"
+    FROM (SELECT {{keys}}, (SELECT @since(m.received_at) FROM messages m WHERE m.id = message_id) AS age
+        FROM deliveries WHERE state = '{{state}}' {{behind}} ORDER BY {{keys}} LIMIT :most) d
+    ORDER BY {{keys}}"""
+# The states in which a delivery may be late, and the columns of the index of each.
+_WALK = {State.DEFERRED: "due_at", State.QUEUED: "route, due_at", State.SENDING: "worker, due_at"}
 _ABOUT = """SELECT @hex(m.id) AS id, m.sender, m.size, m.header_message_id, m.envid, m.ret,
         @micros(m.received_at) AS received_at, r.address, r.orcpt, r.notify, d.number, d.state, d.last_reply,
         d.last_server, d.last_outcome,
@@ -120,7 +124,10 @@ class Debts:
         self._sql = Statements(engine, gather=GATHER)
         self._not_wanted = unwanted(settings)
         self._intake = Intake(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
-        self._looked_at: dict[str, Any] | None = None  # the key of the last delivery that `warn` has seen
+        # Where the round of `warn` is: the states that it has still to go through, the key of the last delivery seen.
+        self._states, self._behind = list(_WALK), tuple[Any, ...]()
+        self._next_late = math.inf  # when the first delivery of this round becomes late, by `time.monotonic`
+        self._next_round = 0.0
         self._put_off: dict[str, float] = {}  # messages that failed here, until when by `time.monotonic`
 
     def settle(self, most: int) -> list[str]:
@@ -135,23 +142,50 @@ class Debts:
 
     def warn(self, most: int) -> list[str]:
         """Warn the senders of at most `most` messages that are late; the ids of the warnings. Raises as `settle`."""
-        if self._settings.delay_warning is None or self._settings.bounces == "off":
+        limit = self._settings.delay_warning
+        if limit is None or self._settings.bounces == "off" or time.monotonic() < self._next_round:
             return []
-        with reading(self._engine) as connection:
-            sql, where = _LOOK.format(_BEHIND if self._looked_at else ""), self._looked_at or {}
-            rows = self._sql.run(connection, sql, late=self._settings.delay_warning, most=LOOKED_AT, **where).all()
-        late: dict[Any, None] = {}
-        for message_id, number, due, is_late in rows:
-            if is_late:
-                if len(late) == most and message_id not in late:
-                    break
-                late[message_id] = None
-            self._looked_at = {"id": str(message_id), "number": number, "due": due}
-        else:
-            if len(rows) < LOOKED_AT:
-                self._looked_at = None
-        left_alone = self._left_alone()
+        late, left_alone = self._late(limit, most), self._left_alone()
         return self._each([key for key in late if _plain(key) not in left_alone], Kind.DELAYED)
+
+    def _late(self, limit: float, most: int) -> dict[Any, None]:
+        """Go on with the round; at most so many messages that are late, as the database spells their ids."""
+        late: dict[Any, None] = {}
+        left = LOOKED_AT
+        while left:
+            rows = self._next_rows(limit, left)
+            for *key, age, is_late in rows:
+                message_id = key[-2]
+                if is_late and len(late) == most and message_id not in late:
+                    return late
+                if is_late:
+                    late[message_id] = None
+                if is_late or age < limit:
+                    self._next_late = min(self._next_late, time.monotonic() + max(0.0, limit - age))
+                self._behind = tuple(key)
+            left -= len(rows)
+            if left and self._state_done(limit):
+                break
+        return late
+
+    def _next_rows(self, limit: float, most: int) -> Sequence[Any]:
+        """The next deliveries of the round: a row is the columns of its key, its age, and whether it is late."""
+        keys = f"{_WALK[self._states[0]]}, message_id, number"
+        given = {f"key{n}": value for n, value in enumerate(self._behind)}
+        behind = f"AND ({keys}) > ({', '.join(f':{name}' for name in given)})" if given else ""
+        sql = _LOOK.format(keys=keys, state=self._states[0], behind=behind)
+        with reading(self._engine) as connection:
+            rows: Sequence[Any] = self._sql.run(connection, sql, late=limit, most=most, **given).all()
+        return rows
+
+    def _state_done(self, limit: float) -> bool:
+        """Go on with the next state. True after the last one: then rest until something is late."""
+        self._states, self._behind = self._states[1:], ()
+        if self._states:
+            return False
+        self._next_round = min(self._next_late, time.monotonic() + limit / 4)
+        self._states, self._next_late = list(_WALK), math.inf
+        return True
 
     def _left_alone(self) -> set[str]:
         """Messages that failed here a moment ago: they would fail again, and others have not had their turn."""

@@ -5,7 +5,7 @@ all the room before fresh mail has any, nor a backlog of fresh mail before a ret
 `due_at`, and the other half to the kind (never claimed before, or claimed) that the first half had less of. What that
 kind leaves goes by `due_at` again.
 
-The rarer kind stands somewhere behind the other in the one index on `due_at`. It is searched for WINDOW rows at a
+The rarer kind stands somewhere behind the other in the route's part of the index. It is searched for WINDOW rows at a
 time, and where it was not the next look goes on: nothing is walked through twice, and the present is reached in so many
 looks as the backlog has windows. What comes to stand before that mark, because its COMMIT was slow or an operator
 released it, has its turn by `due_at`.
@@ -24,7 +24,8 @@ from relay.items import Claim
 WINDOW = 1000  # rows; some 20 ms on SQLite, which lets nobody else write meanwhile
 OVERDUE = "d.state = 'queued' AND d.due_at <= @now"
 _KINDS = {True: "AND d.claims = 0", False: "AND d.claims > 0"}  # by whether it is fresh
-_BOUND = "SELECT due_at FROM deliveries d WHERE due_at <= @now {} ORDER BY due_at LIMIT 1 OFFSET :window"
+_BOUND = f"""SELECT due_at FROM deliveries d WHERE {OVERDUE} AND route = :route {{}}
+    ORDER BY due_at LIMIT 1 OFFSET :window"""
 
 
 class Looks:
@@ -59,10 +60,11 @@ class Looks:
         kind = self._rarer.get(route, True)
         given = {"mark": mark} if (mark := self._marks.get((route, kind))) is not None else {}
         behind = "AND d.due_at > :mark" if given else ""
-        bound = self._sql.run(connection, _BOUND.format(behind), window=WINDOW, **given).scalar()
-        if bound is not None:
-            behind, given = f"{behind} AND d.due_at <= :bound", given | {"bound": bound}
-        found = claim(f"{OVERDUE} {behind} {_KINDS[kind]}", most, **given)
+        bound = self._sql.run(connection, _BOUND.format(behind), route=route, window=WINDOW, **given).scalar()
+        window = OVERDUE
+        if bound is not None:  # it takes the place of the time now: SQLite searches an index for one end only
+            window, given = "d.state = 'queued' AND d.due_at <= :bound", given | {"bound": bound}
+        found = claim(f"{window} {behind} {_KINDS[kind]}", most, **given)
         if bound is not None and len(found) < most:
             self._marks[route, kind] = bound
         return found

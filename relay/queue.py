@@ -61,7 +61,7 @@ def _in_order(view: str, wanted: Filter) -> str:
     if wanted.states == (State.HELD,):
         return f"{view} WHERE d.state = 'held'"  # it does not see that IN means the same
     if wanted.states == (State.SENDING,):  # few; of the others many may be
-        return view.replace("deliveries d", "deliveries d INDEXED BY deliveries_due_at") + " WHERE d.due_at IS NOT NULL"
+        return view.replace("deliveries d", "deliveries d INDEXED BY deliveries_sending") + " WHERE d.state = 'sending'"
     return view
 
 
@@ -289,7 +289,7 @@ class Queue:
             " @when(w.ended_at) AS ended_at, w.ending, (w.ended_at IS NULL AND w.until > @now) AS alive,"
             " coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes"
             " FROM workers w LEFT JOIN (SELECT worker, count(*) AS sending"
-            " FROM deliveries WHERE state = 'sending' AND due_at IS NOT NULL GROUP BY worker) AS d ON d.worker = w.id"
+            " FROM deliveries WHERE state = 'sending' GROUP BY worker) AS d ON d.worker = w.id"
             " WHERE w.ended_at IS NULL OR w.id IN"
             " (SELECT id FROM workers WHERE ended_at IS NOT NULL ORDER BY started_at DESC LIMIT :most)"
             " ORDER BY w.ended_at IS NOT NULL, w.started_at DESC, w.id DESC",

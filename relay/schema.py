@@ -3,8 +3,9 @@
 `messages` and `recipients` are written once. `deliveries` is the queue: a row is one QMQP request to get across, hot
 and narrow, and the only thing that changes. `attempts` is what happened, kept until the message is. `due_at` says when
 somebody must look at a delivery again; who moves it on changes the state with it, and whoever is final and owes nothing
-has none. One partial index on it finds all work, a second one what is held and due for nobody; a third one counts what
-is finished. `migrations/tables.py` has them column by column.
+has none. Each state that is searched has a partial index of its own, so that no search walks through another state's
+rows: `queued` by route and `due_at`, `sending` by worker, `deferred` and notices that are owed by `due_at`, `held` by
+id; what is finished is only counted, by state and route. `migrations/tables.py` has them column by column.
 
 What must stay true: only `queued` can be claimed; TRANSITIONS are the only ways between states; a K beats all of them.
 There are no foreign keys on the hot tables: they cost half as much again as the writes themselves, and every row is

@@ -23,7 +23,7 @@ from relay.settings import WorkerSettings
 _LOST = f"""SELECT d.message_id, d.number, d.claims, d.worker, :delay * (1 + @chance / 2) AS delay,
     CASE WHEN d.wanted IS NOT NULL THEN {WANTED} WHEN d.vanished + 1 >= :poison OR :hold THEN 'held'
          WHEN d.expires_at <= @now THEN 'expired' ELSE 'deferred' END AS final
-    FROM deliveries d WHERE d.state = 'sending' AND"""
+    FROM deliveries d @by(deliveries_sending) WHERE d.state = 'sending' AND"""
 _LOST_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
     wanted_why = NULL, vanished = d.vanished + 1, last_outcome = 'uncertain', last_reply = {SAID.format(":why")}"""
 _LOST_ATTEMPT = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at,
@@ -81,7 +81,7 @@ class Sweeps:
             if not dead:
                 return None
             why = "the worker vanished while it was sending"
-            lost = self.lose(connection, "d.worker = :worker AND d.due_at IS NOT NULL", why, worker=dashed(worker))
+            lost = self.lose(connection, "d.worker = :worker", why, worker=dashed(worker))
             if note:
                 note(connection, lost)
             return len(lost)
@@ -94,8 +94,7 @@ class Sweeps:
     def lose_strays(self) -> int:
         """Make `uncertain` what a worker that has ended was still sending; how many there were."""
         with writing(self._engine) as connection:
-            gone = """d.due_at IS NOT NULL
-                AND EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)"""
+            gone = "EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)"
             return len(self.lose(connection, gone, "the worker stopped while it was sending"))
 
     def note_rests(self, worker: str, rests: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from typing import Any, cast
@@ -615,7 +615,7 @@ def test_a_delay_is_told_once(late: Post) -> None:
     message_id = late.accept()
     late.fail(message_id, Outcome.DEFERRED, reply="busy (#4.3.2)")
     late.grow_old(message_id, 3 * HOUR)
-    assert late.debts.warn(10) == []
+    assert late.another().warn(10) == []
     late.grow_old(message_id)
     (warning,) = late.debts.warn(10)
     assert late.debts.warn(10) == [] == late.another().warn(10)
@@ -680,7 +680,7 @@ def test_what_is_held_is_warned_of_when_it_is_released(late: Post) -> None:
     late.grow_old(message_id)
     verbs = Verbs(late.office.engine, notices=True)
     verbs.apply(VERBS["hold"], Filter(id=message_id), actor="ann@host", reason="looks odd")
-    assert late.debts.warn(10) == []
+    assert late.another().warn(10) == []
     verbs.apply(VERBS["release"], Filter(id=message_id), actor="ann@host", reason="")
     (warning,) = late.debts.warn(10)
     assert "ann@host" not in late.spool.path(warning).read_text()
@@ -710,7 +710,7 @@ def test_a_long_queue_is_gone_through_a_part_at_a_time(late: Post, monkeypatch: 
     assert max(map(len, made)) <= 2
     assert sum(map(len, made)) == 9
     late.grow_old(ids[0])
-    assert sum(len(late.debts.warn(2)) for _ in range(5)) == 1
+    assert sum(len(debts.warn(2)) for debts in [late.another()] for _ in range(5)) == 1
     assert [len(late.notices(message_id)) for message_id in ids] == [1] * 10
 
 
@@ -722,17 +722,39 @@ def test_looking_for_late_mail_scans_no_table(late: Post) -> None:
 
     late.accept()
     event.listen(late.office.engine, "before_cursor_execute", see)
-    for _ in range(2):
-        late.debts._looked_at = late.debts._looked_at or {"due": "2001-01-01", "id": dashed("0" * 32), "number": 1}
-        late.debts.warn(10)
+    due = datetime(2001, 1, 1, tzinfo=UTC) if late.office.spell.postgresql else 0
+    for key in ((), (due, dashed("0" * 32), 1)):
+        debts = late.another()
+        debts._behind = key
+        debts.warn(10)
     event.remove(late.office.engine, "before_cursor_execute", see)
-    looks = [(sql, parameters) for sql, parameters in seen if "ORDER BY due_at, message_id, number" in sql]
+    looks = [(sql, parameters) for sql, parameters in seen if "due_at, message_id, number LIMIT" in sql]
     explain = "EXPLAIN" if late.office.spell.postgresql else "EXPLAIN QUERY PLAN"
     with late.office.engine.connect() as connection:
         plans = [connection.exec_driver_sql(f"{explain} {sql}", parameters).all() for sql, parameters in looks]
-    assert len(plans) == 2
-    assert all("deliveries_due_at" in str(plan) for plan in plans)
+    found = [re.findall("deliveries_(?!key)[a-z]+", str(plan)) for plan in plans]
+    assert found == [["deliveries_deferred"], ["deliveries_queued"], ["deliveries_sending"]] * 2
     assert not re.search("Seq Scan|SCAN (deliveries|[mor]) ?'", str(plans))
+
+
+def test_nothing_is_looked_at_before_something_can_be_late(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [late.accept() for _ in range(2)]
+    late.fail(ids[0], Outcome.DEFERRED)
+    late.grow_old(ids[0], 3.5 * HOUR)
+    looked: list[str] = []
+
+    def see(_: Any, __: Any, statement: str, *___: Any) -> None:
+        looked.extend(["look"] * statement.startswith("SELECT"))
+
+    event.listen(late.office.engine, "before_cursor_execute", see)
+    assert late.debts.warn(10) == []
+    assert len(looked) == 3, "one look at each state"
+    assert late.debts.warn(10) == []
+    assert len(looked) == 3
+    late.grow_old(ids[0])
+    now = time.monotonic()
+    monkeypatch.setattr("relay.debts.time.monotonic", lambda: now + 0.5 * HOUR)
+    assert len(late.debts.warn(10)) == 1
 
 
 @pytest.mark.parametrize(("settings", "given"), [

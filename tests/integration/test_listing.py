@@ -95,7 +95,7 @@ def test_sqlite_finds_a_page_in_order_without_sorting(clean_sqlite_url: str) -> 
 
 def test_sqlite_looks_at_what_is_held_or_being_sent_and_at_nothing_else(clean_sqlite_url: str) -> None:
     engine = connect(clean_sqlite_url)
-    for state, index in (("held", "deliveries_held"), ("sending", "deliveries_due_at")):
+    for state, index in (("held", "deliveries_held"), ("sending", "deliveries_sending")):
         sql, given = Queue(engine)._listing(
             "*", Filter(states=(state,), reply="x"), limit=50, finished=True, newest=True
         )
