@@ -79,12 +79,17 @@ _AFTER = f"""SELECT @hex(d.message_id), d.number, d.claims, d.state, NOT {body_n
 _DONE = (State.DELIVERED, State.DROPPED)  # after anything else that is final a sweeper looks, if a notice is owed
 
 
+def longest_claim(settings: WorkerSettings) -> float:
+    """From a claim to the `due_at` of its delivery: seconds, more than any session takes."""
+    return 2 * settings.session_timeout + 2 * settings.lease
+
+
 class Ledger:
     """The queue as one worker process uses it. `commit` is called by one thread."""
 
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
         self._engine = engine
-        far = 2 * settings.session_timeout + 2 * settings.lease
+        far = longest_claim(settings)
         self._far = round(far)
         self._sql = Statements(
             engine, grace=settings.grace, lease=settings.lease, notices=settings.bounces == "dsn", far=far

@@ -4,6 +4,9 @@ Any number of workers sweep at once: each takes what nobody else has locked, in 
 worker is dead when its lease has run out, and a sweeper has seen that same lease run out for long enough by its own
 clock (`bury`); then whatever it was sending becomes `uncertain`, in one transaction that fails if the worker renewed.
 
+Every `due_at` is the database's time when it was written and a wait. If the clock of the database is set back, what
+was written before is further ahead than any wait: then it is no answer to when, and counts as due (`bring_near`).
+
 What must stay true: nobody is declared dead because the database was away; what was in flight when a worker was lost is
 never quietly sent again: it gets an attempt of outcome `uncertain` first (hop 0).
 """
@@ -14,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
-from relay.claims import DUE, FINISHED, KEYS, SAID, WANTED
+from relay.claims import DUE, FINISHED, KEYS, SAID, WANTED, longest_claim
 from relay.database import reading, writing
 from relay.dialect import Statements
 from relay.ids import dashed
@@ -31,6 +34,14 @@ _LOST_ATTEMPT = """INSERT INTO attempts (message_id, delivery, claim, hop, worke
     SELECT message_id, number, claims, 0, worker, NULL, @now, @now, 'uncertain', :why, 0 FROM"""
 
 
+SLACK = 60.0  # seconds by which a wait may be longer than it was meant to be: statements, slow commits
+_TURNED_BACK = {
+    "queued": "route IN (SELECT route FROM @rows(:routes; route text)) AND due_at > @later(:grace + :slack)",
+    "deferred": "due_at > @later(:longest + :slack)",
+    "sending": "due_at > @later(:far + :slack)",
+}
+
+
 class Sweeps:
     """The queue as one sweeper uses it."""
 
@@ -43,6 +54,8 @@ class Sweeps:
             delay=settings.uncertain_delay,
             hold=settings.uncertain == "hold",
             poison=settings.poison_limit,
+            far=longest_claim(settings),
+            slack=SLACK,
         )
 
     def lose(self, connection: Connection, where: str, why: str, **given: Any) -> Sequence[Any]:
@@ -57,10 +70,16 @@ class Sweeps:
         return list(self._sql.run(connection, sql, why=why, **given))
 
     def ran_out(self) -> list[tuple[str, str]]:
-        """Workers whose lease has run out: (id, the lease's end, as an opaque text)."""
+        """Workers whose lease has run out: (id, the lease's end, as an opaque text).
+
+        No lease is longer than half of what its worker gives itself for a claim. One that ends later than that was
+        written before the clock was set back: a living worker renews it before it is seen twice.
+        """
         with writing(self._engine) as connection:
             found = self._sql.run(
-                connection, "SELECT @hex(id), CAST(until AS text) FROM workers WHERE ended_at IS NULL AND until < @now"
+                connection,
+                "SELECT @hex(id), CAST(until AS text) FROM workers"
+                " WHERE ended_at IS NULL AND (until < @now OR until > @later(claim_seconds / 2))",
             )
             return [(worker, until) for worker, until in found]
 
@@ -123,6 +142,26 @@ class Sweeps:
         with reading(self._engine) as connection:
             found = {row[0] for row in self._sql.run(connection, sql)} - set(known)
             return sorted(found.difference(*(json.loads(row[0]) for row in self._sql.run(connection, others))))
+
+    def bring_near(self, limit: int, longest: float, routes: Sequence[str]) -> int:
+        """Make due what the clock, set back, has put off; how many there were.
+
+        `longest`: the most seconds that a deferred delivery waits. `routes`: those whose queued mail is looked at, by
+        name, because their index leads with it. What is being sent gets the time of a new claim: its worker may live.
+        """
+        names, moved = json.dumps([{"route": route} for route in routes]), 0
+        given = {"most": limit, "longest": longest, "routes": names}
+        with writing(self._engine) as connection:
+            for state, ahead in _TURNED_BACK.items():
+                due = "@later(:far)" if state == "sending" else "@now"
+                picked = f"SELECT message_id, number FROM deliveries WHERE state = '{state}' AND {ahead} LIMIT :most"
+                if self._sql.postgresql:
+                    sql = f"""WITH p AS MATERIALIZED ({picked} @skip_locked) UPDATE deliveries d SET due_at = {due}
+                        FROM p WHERE {KEYS}"""
+                else:
+                    sql = f"UPDATE deliveries SET due_at = {due} WHERE (message_id, number) IN ({picked})"
+                moved += self._sql.run(connection, sql, **given).rowcount
+        return moved
 
     def requeue_due(self, limit: int) -> list[str]:
         """Make deferred deliveries whose time has come `queued`, longest due first; the ids of their messages."""

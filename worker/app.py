@@ -84,8 +84,9 @@ class Process:
         sweeps = Sweeps(state.engine, settings)
         self.engine.pause(insistent(sweeps.paused))
         self._sweeper = Sweeper(
-            settings, sweeps, debts, self.engine, self._hints, resting=servers.resting, known=routes.servers
-        )
+            settings, sweeps, debts, self.engine, self._hints,
+            resting=servers.resting, known=routes.servers, routes=routes.all,
+        )  # fmt: skip
         self._housekeeper = Housekeeper(settings, state.engine, state.spool)
         verbs = Verbs(state.engine, notices=settings.bounces == "dsn")
         self._rerouter = Rerouter(sweeps, verbs, routes)

@@ -20,9 +20,11 @@ from pathlib import Path
 from relay.broker import Hints
 from relay.debts import Debts
 from relay.log import first_line, get_logger
+from relay.routes import Route
 from relay.settings import WorkerSettings
 from relay.sweeps import Sweeps
 from worker.engine import Engine
+from worker.transfers import longest_wait
 
 log = get_logger(__name__)
 BATCH = 256
@@ -66,11 +68,12 @@ class Sweeper:
         *,
         resting: Callable[[], Mapping[str, str]] = dict,
         known: Callable[[], Mapping[str, Sequence[str]]] = dict,
+        routes: Callable[[], Sequence[Route]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._sweeps, self._debts = settings, sweeps, debts
         self._engine, self._hints, self._clock = engine, hints, clock
-        self._resting, self._known = resting, known
+        self._resting, self._known, self._routes = resting, known, routes
         self._said: tuple[str, Mapping[str, str]] = ("", {})  # as who, which servers rest
         self._told: tuple[str, Mapping[str, Sequence[str]]] = ("", {})  # as who, which routes there are
         self._watch = Watch(settings.lease, clock)
@@ -106,6 +109,7 @@ class Sweeper:
         try:
             self._engine.pause(self._sweeps.paused())
             self._say_what_it_knows()
+            self._bring_near()
             self._requeue()
             self._sweeps.lose_stuck()
             self._bury()
@@ -130,6 +134,13 @@ class Sweeper:
     def _away(self) -> None:
         self._away_until = self._clock()
         self._watch.forget()
+
+    def _bring_near(self) -> None:
+        """Make due what a clock that was set back has put off."""
+        routes = self._routes()
+        names = [route.name for route in routes]
+        if moved := self._sweeps.bring_near(BATCH * BATCHES, longest_wait(self._settings, routes), names):
+            log.warning("due times too far ahead", deliveries=moved)
 
     def _requeue(self) -> None:
         """Make queued what is due."""

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from asyncio import CancelledError
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -91,6 +91,14 @@ def judge(
             return state, max(spread(settings.uncertain_delay), growing), step + 1
         case _:
             return state, 0.0, step
+
+
+def longest_wait(settings: WorkerSettings, routes: Iterable[Route]) -> float:
+    """Seconds: `judge` defers nothing for longer."""
+    waits = [settings.retry_max, settings.uncertain_delay]
+    for route in routes:
+        waits += [route.retry_min or 0.0, route.retry_max or 0.0]
+    return spread(max(waits), draw=lambda: 1.0)
 
 
 def blame(servers: Servers, server: Server, reply: str, *, unwanted: bool) -> None:

@@ -105,6 +105,19 @@ def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
     assert (scene.mail.state(due), scene.mail.state(later)) == ("queued", "deferred")
 
 
+def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
+    ids = [scene.mail.accept() for _ in range(3)]
+    for message_id, state in zip(ids, ("deferred", "deferred", "queued"), strict=True):
+        change = f"UPDATE deliveries SET state = '{state}', due_at = @later(7200) WHERE message_id = :id"
+        scene.mail.change(change, id=message_id)
+    scene.mail.change("UPDATE deliveries SET due_at = @later(3600) WHERE message_id = :id", id=ids[1])
+    slow = Route("slow", (), retry_max=3000.0)
+    scene.sweeper._routes = lambda: (slow, Route("default", ()))
+    scene.sweeper.sweep()
+    assert scene.hints.offered == [ids[0]], "an hour is what the slow route may wait, with its spread"
+    assert len(scene.mail.ledger.commit([Wish(scene.engine.worker, None, {"default": 5})])[0]) == 1  # type: ignore[arg-type]
+
+
 def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> None:
     dead = scene.worker()
     message_id = scene.sending(dead)

@@ -2,9 +2,12 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from relay.bodies import Spool
+from relay.debts import Debts
 from relay.items import Claim
 from relay.schema import Outcome, State
 from tests.integration.office import Office, opened
@@ -216,3 +219,67 @@ def test_a_burial_and_a_late_k_at_the_same_time(office: Office) -> None:
         assert buried.result(30) is not None
         finished.result(30)
     assert set(office.states(claim.message_id for claim in claims)) == {"delivered"}
+
+
+# --- the database's clock is set back ---------------------------------------------------------------------
+
+LONGEST = 3600.0
+BACK = 7200.0
+
+
+def test_what_is_deferred_beyond_the_longest_wait_is_due(office: Office) -> None:
+    ids = deferred(office, 3)
+    office.pass_time(-BACK, only=ids[1:])
+    assert office.sweeps.bring_near(10, LONGEST, ["default"]) == 2
+    assert set(office.sweeps.requeue_due(10)) == set(ids)
+
+
+def test_a_wait_that_may_be_is_kept(office: Office) -> None:
+    (message_id,) = deferred(office, 1)
+    office.pass_time(60 - LONGEST, only=[message_id])
+    queued, (sending,) = office.accept(), office.claim(office.accept())
+    before = [office.delivery(i)["due_at"] for i in (message_id, queued, sending.message_id)]
+    assert office.sweeps.bring_near(10, LONGEST, ["default"]) == 0
+    assert [office.delivery(i)["due_at"] for i in (message_id, queued, sending.message_id)] == before
+
+
+def test_queued_mail_whose_hint_was_lost_is_found_again(office: Office) -> None:
+    near, far = office.accept("x@example.org"), office.accept("bulk:y@example.org")
+    office.pass_time(-BACK, only=[near, far])
+    room = {"default": 5, "bulk": 5}
+    assert office.claim(room=room) == []
+    assert office.sweeps.bring_near(10, LONGEST, ["default", "bulk"]) == 2
+    assert {claim.message_id for claim in office.claim(room=room)} == {near, far}
+
+
+def test_a_transfer_under_way_keeps_its_claim_and_gets_the_time_of_a_new_one(office: Office) -> None:
+    (claim,) = office.claim(office.accept())
+    far = office.delivery(claim.message_id)["due_in"]
+    office.pass_time(-BACK, only=[claim.message_id])
+    assert office.sweeps.bring_near(10, LONGEST, ["default"]) == 1
+    assert office.delivery(claim.message_id)["due_in"] == pytest.approx(far, abs=4)
+    assert office.sweeps.lose_stuck() == 0
+    assert office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
+
+
+def test_it_is_done_a_batch_at_a_time(office: Office) -> None:
+    ids = [office.accept() for _ in range(5)]
+    office.pass_time(-BACK, only=ids)
+    assert [office.sweeps.bring_near(2, LONGEST, ["default"]) for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_a_lease_that_ends_later_than_any_has_run_out(office: Office) -> None:
+    office.pass_time(-BACK)
+    assert [worker for worker, _ in office.sweeps.ran_out()] == [office.worker]
+    assert office.renew()
+    assert office.sweeps.ran_out() == [], "a living worker renews it"
+
+
+def test_a_notice_is_owed_at_once_all_the_same(office: Office, tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.prepare(office.engine, unsafe=True)
+    (claim,) = office.claim(office.accept())
+    office.record(claim, Outcome.REJECTED)
+    office.pass_time(-BACK, only=[claim.message_id])
+    debts = Debts(office.engine, spool, office.settings, lambda _: "default")
+    assert len(debts.settle(10)) == 1
