@@ -1,0 +1,147 @@
+"""What the statements of the hot road and of an idle sweep walk through, beside a queue in which others wait.
+
+The database plans them as it would for a worker. A statement that scans a table, or all of an index that grows with
+what waits, is found here: on PostgreSQL by the rows and pages that it touches, on SQLite by the steps of its program.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, event
+
+from relay.bodies import Spool
+from relay.debts import Debts
+from relay.schema import Outcome
+from relay.sweeps import Sweeps
+from tests.integration.office import Office, new_message
+
+WAITING = 1500  # rows of each kind
+FEW = 40  # rows that a statement about one message may look at in vain
+PAGES = 200
+STEPS = 6000
+IDLE = {"idle": 10}
+
+
+@pytest.fixture
+def crowded(office: Office) -> Office:
+    """Beside `idle`, a route without mail: overdue mail of a dead server, retries far ahead, a long history."""
+    overdue, ahead, done = ([new_message(f"dead:{n}@example.org") for n in range(WAITING)] for _ in range(3))
+    for messages in (overdue, ahead, done):
+        office.intake.commit(messages)
+    office.change("UPDATE deliveries SET due_at = @ago(3600 * (1 + @chance))")
+    for messages, state, due in ((ahead, "deferred", "@later(3000)"), (done, "delivered", "NULL")):
+        first, last = messages[0].id, messages[-1].id
+        office.change(
+            f"""UPDATE deliveries SET state = '{state}', due_at = {due}, claims = 1
+            WHERE message_id >= @id(:id) AND message_id <= @id(:last)""",
+            id=first, last=f"{last[:8]}-{last[8:12]}-{last[12:16]}-{last[16:20]}-{last[20:]}",
+        )  # fmt: skip
+    office.change("ANALYZE")
+    return office
+
+
+@contextmanager
+def heard(office: Office) -> Iterator[list[tuple[str, Any]]]:
+    """The statements that run meanwhile, with their parameters."""
+    statements: list[tuple[str, Any]] = []
+
+    def hear(_connection: Connection, _cursor: object, words: str, parameters: Any, *_: object) -> None:
+        if not words.startswith("BEGIN"):
+            statements.append((words, parameters))
+
+    event.listen(office.engine, "before_cursor_execute", hear)
+    yield statements
+    event.remove(office.engine, "before_cursor_execute", hear)
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for below in plan.get("Plans", ()):
+        yield from nodes(below)
+
+
+def scans(office: Office, statements: list[tuple[str, Any]]) -> list[str]:
+    """What those statements do that grows with the rows that wait."""
+    found: list[str] = []
+    with office.engine.connect() as connection:
+        for words, parameters in statements:
+            scans_of = _scans_of_postgresql if office.spell.postgresql else _scans_of_sqlite
+            found += scans_of(connection, words, parameters)
+            connection.rollback()
+    return found
+
+
+def _scans_of_postgresql(connection: Connection, words: str, parameters: Any) -> Iterator[str]:
+    explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {words}"
+    (made,) = connection.exec_driver_sql(explain, parameters).scalar_one()
+    made = made if isinstance(made, dict) else json.loads(made)
+    for node in nodes(made["Plan"]):
+        in_vain = node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
+        if in_vain * node.get("Actual Loops", 1) > FEW:
+            yield f"{in_vain} rows in vain, {node['Node Type']} {node.get('Index Name', '')}: {words}"
+    if (pages := made["Plan"]["Shared Hit Blocks"] + made["Plan"]["Shared Read Blocks"]) > PAGES:
+        yield f"{pages} pages: {words}"
+
+
+def _scans_of_sqlite(connection: Connection, words: str, parameters: Any) -> Iterator[str]:
+    database: Any = connection.connection.driver_connection
+    steps: list[int] = []
+    database.set_progress_handler(lambda: steps.append(100), 100)
+    connection.exec_driver_sql(words, parameters).close()
+    database.set_progress_handler(None, 0)
+    if sum(steps) > STEPS:
+        yield f"{sum(steps)} steps: {words}"
+
+
+def test_the_road_of_a_message_walks_through_nothing(crowded: Office) -> None:
+    with heard(crowded) as statements:
+        message_id = crowded.accept("idle:b@example.org")
+        (claim,) = crowded.claim(message_id, room=IDLE)
+        crowded.record(claim, Outcome.DEFERRED)
+        crowded.pass_time(60, only=[message_id])
+        assert crowded.sweeps.requeue_due(10) == [message_id]
+        (claim,) = crowded.claim(message_id, room=IDLE)
+        crowded.record(claim, Outcome.ACCEPTED)
+        crowded.renew()
+    assert len(statements) > 5
+    assert not (found := scans(crowded, statements)), "\n".join(found)
+
+
+def test_a_look_at_a_route_without_mail_walks_through_nothing(crowded: Office) -> None:
+    with heard(crowded) as statements:
+        for _ in range(2):
+            assert crowded.claim(room=IDLE) == []
+    assert not (found := scans(crowded, statements)), "\n".join(found)
+
+
+def test_a_look_at_a_route_with_much_mail_walks_through_a_window(
+    crowded: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.looks.WINDOW", FEW)
+    with heard(crowded) as statements:
+        assert len(crowded.claim(room={"dead": 10})) == 10
+    assert not (found := scans(crowded, statements)), "\n".join(found)
+
+
+def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.prepare(crowded.engine, unsafe=True)
+    settings = crowded.settings.model_copy(update={"delay_warning": 4 * 3600.0})
+    sweeps, debts = Sweeps(crowded.engine, settings), Debts(crowded.engine, spool, settings, lambda _: "idle")
+    (claim,) = crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)
+    debts._next_round = float("inf")  # nothing is late: test_debts has what a round looks at
+    with heard(crowded) as statements:
+        sweeps.paused()
+        assert sweeps.bring_near(10, 3600.0, ["dead", "idle"]) == 0
+        assert sweeps.requeue_due(10) == []
+        assert sweeps.lose_stuck() == sweeps.lose_strays() == 0
+        assert sweeps.ran_out() == []
+        assert debts.settle(10) == debts.warn(10) == []
+        lease = str(crowded.rows("SELECT CAST(until AS text) AS until FROM workers")[0]["until"])
+        assert sweeps.bury(crowded.worker, lease) == 1
+    assert len(statements) > 7
+    assert not (found := scans(crowded, statements)), "\n".join(found)
