@@ -43,6 +43,7 @@ ROUND_SIZE = Histogram("relay_round_size", "rows committed at once", ["writer"],
 ROUND_SECONDS = Histogram("relay_round_seconds", "what committing them took", ["writer"], buckets=_QUICK)
 KEEPERS = Counter("relay_keeper_deaths", "keepers that died and were started again")
 HINTS = Counter("relay_hints", "hints published", ["queue"])
+HINTS_REFUSED = Counter("relay_hints_refused", "entries of the broker's lists that are no hints", ["queue"])
 ATTEMPTS = Counter("relay_attempts", "tries at a server", ["server", "outcome"])
 SENT_BYTES = Counter("relay_sent_bytes", "bytes of QMQP requests sent")
 DELIVERY_SECONDS = Histogram("relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG)

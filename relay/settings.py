@@ -211,6 +211,7 @@ class WorkerSettings(Settings):
     uncertain: Literal["retry", "hold"] = "retry"
     uncertain_delay: Span = 900.0
     poison_limit: Annotated[int, Field(ge=3)] = 5  # the third is the first that was sent alone
+    remote_control: bool = False
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -36,6 +36,7 @@ from relay.settings import SettingsError, WorkerSettings, load
 from relay.start import insistent, ready
 from relay.sweeps import Sweeps
 from relay.verbs import Verbs
+from worker.consumer import LARGEST
 from worker.engine import RECORDING_TIME, Engine
 from worker.housekeeping import Housekeeper
 from worker.rerouting import Rerouter
@@ -157,6 +158,11 @@ def _leave(why: str, code: int = 1) -> None:
 def build(settings: WorkerSettings) -> Celery:
     """The Celery application of a worker with these settings."""
     made = celery_app(settings)
+    made.conf.update(
+        broker_transport_options=made.conf.broker_transport_options | {LARGEST: settings.batch_size},
+        worker_consumer="worker.consumer:Consumer",
+        worker_enable_remote_control=settings.remote_control,
+    )
     process = Process(settings, made)
 
     def deliver(task: Task, ids: list[str]) -> None:

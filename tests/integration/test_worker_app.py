@@ -203,7 +203,7 @@ def test_on_a_spool_of_another_database_it_refuses_to_start(house: Any) -> None:
 
 def test_inspect_answers(house: Any, broker: Broker) -> None:
     home = house(1, broker.url)
-    home.start()
+    home.start(REMOTE_CONTROL="true")
 
     def ping() -> bool:
         answer = subprocess.run(

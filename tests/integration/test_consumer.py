@@ -1,0 +1,126 @@
+"""A broker that anybody can write to: a real Valkey, a real worker, and what is put in its lists."""
+
+import base64
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from qmqp.sink import running_sink
+from relay.broker import FRESH, Hints, celery_app
+from relay.ids import new_id
+from tests import services
+from tests.integration.test_worker_app import House, house
+from tests.services import Broker
+from tests.waiting import until
+from worker.consumer import entry_of
+
+__all__ = ["house"]
+LIST = "qmqp-relay:fresh"
+PLENTY = {"GRACE": "10m", "LEASE": "1m"}  # so that only a hint can be the reason
+
+
+def hint(home: House, ids: list[str]) -> None:
+    hints = Hints(celery_app(home.mail.settings), FRESH, 64)
+    hints.start()
+    hints.offer(ids)
+    until(lambda: hints.published == 1, 10)
+    hints.close()
+
+
+def peak(pid: int) -> int:
+    """The most memory that a process has had (KiB)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def bomb() -> str:
+    """A hint whose body would be 300 MB."""
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(300)) + packer.flush()
+    made = json.loads(entry_of([new_id()], FRESH))
+    made["headers"]["compression"] = "application/x-gzip"
+    return json.dumps(made | {"body": base64.b64encode(packed).decode()})
+
+
+def started(home: House, **given: str) -> Any:
+    """A worker that consumes."""
+    worker = home.start(**PLENTY, **given)
+    first = home.mail.accept()
+    hint(home, [first])
+    until(lambda: home.mail.state(first) == "delivered", 30, what=home.said)
+    return worker
+
+
+def test_garbage_neither_ends_a_worker_nor_delays_a_hint(house: Callable[..., House], broker: Broker) -> None:
+    with running_sink() as sink:
+        home = house(sink.port, broker.url, grace=600.0)
+        worker = started(home)
+        wrong = entry_of(["x" * 32] * 3, FRESH).decode()
+        many = entry_of([new_id() for _ in range(65)], FRESH).decode()
+        kinds = ["garbage", '{"properties": {}}', "[]", "[" * 5000, wrong, many, '{"headers": {"task": "x"}}']
+        for start in range(0, 1300, 100):
+            broker.ask("LPUSH", LIST, *(kinds[n % len(kinds)] for n in range(start, start + 100)))
+        message_id = home.mail.accept()
+        broker.ask("LPUSH", LIST, entry_of([message_id], FRESH).decode())
+        until(lambda: home.mail.state(message_id) == "delivered", 5, what=home.said)
+        assert worker.poll() is None
+        assert "hints refused" in home.said()
+        assert home.mail.rows("SELECT count(*) AS n FROM workers") == [{"n": 1}]
+        assert services.end(worker) == 0
+
+
+def test_a_compressed_bomb_takes_no_memory(house: Callable[..., House], broker: Broker) -> None:
+    with running_sink() as sink:
+        home = house(sink.port, broker.url, grace=600.0)
+        worker = started(home)
+        before = peak(worker.pid)
+        broker.ask("LPUSH", LIST, bomb())
+        message_id = home.mail.accept()
+        hint(home, [message_id])
+        until(lambda: home.mail.state(message_id) == "delivered", 10, what=home.said)
+        assert peak(worker.pid) - before < 20_000
+        assert services.end(worker) == 0
+
+
+def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
+    house: Callable[..., House], broker: Broker
+) -> None:
+    """A key of another kind in the place of the list is an error that Celery does not recover from by itself."""
+    with running_sink() as sink:
+        home = house(sink.port, broker.url)
+        worker = started(home)
+        broker.ask("SET", LIST, "no list")
+        until(lambda: "consumer failed" in home.said(), 20, what=home.said)
+        overdue = home.mail.accept()
+        home.mail.change("UPDATE deliveries SET due_at = @ago(1) WHERE message_id = :id", id=overdue)
+        until(lambda: home.mail.state(overdue) == "delivered", 10, what=home.said)
+        broker.ask("DEL", LIST)
+        message_id = home.mail.accept()
+        home.mail.change("UPDATE deliveries SET due_at = @later(600) WHERE message_id = :id", id=message_id)
+        hint(home, [message_id])
+        until(lambda: home.mail.state(message_id) == "delivered", 20, what=home.said)
+        assert worker.poll() is None
+        assert services.end(worker) == 0
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_no_command_from_outside_stops_the_consuming(
+    house: Callable[..., House], broker: Broker, allowed: bool
+) -> None:
+    with running_sink() as sink:
+        home = house(sink.port, broker.url, grace=600.0)
+        worker = started(home, REMOTE_CONTROL=str(allowed).lower())
+        with Celery(broker=broker.url, set_as_current=False) as app:
+            app.conf.broker_transport_options = celery_app(home.mail.settings).conf.broker_transport_options
+            answers = app.control.cancel_consumer(FRESH, reply=True, timeout=10 if allowed else 0.5)
+        assert len(answers) == allowed
+        message_id = home.mail.accept()
+        hint(home, [message_id])
+        until(lambda: home.mail.state(message_id) == "delivered", 10, what=home.said)
+        assert ("consumer not cancelled" in home.said()) == allowed
+        assert services.end(worker) == 0
