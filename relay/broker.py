@@ -1,9 +1,10 @@
 """The broker: a Celery application, and hints.
 
-A hint is one task `deliver(ids)` that names messages which may be ready to send. It carries no truth: workers find the
-same in SQL a few seconds later, so a hint may be lost, doubled or stale, and whoever publishes one gives up at once
-when the broker is away. Nothing is ever scheduled with a countdown, an eta or a retry: Redis' visibility timeout
-would make duplicates of them.
+A hint is one task `deliver(ids)` that names messages which may be ready to send, by route: `{"default": [id, ...]}`. So
+a worker takes as many of each route as that route has room for; the ids of a route without a name may be of any. It
+carries no truth: workers find the same in SQL a few seconds later, so a hint may be lost, doubled or stale, and whoever
+publishes one gives up at once when the broker is away. Nothing is ever scheduled with a countdown, an eta or a retry:
+Redis' visibility timeout would make duplicates of them.
 
 What must stay true: `Hints.offer` never blocks; no broker holds up the reply to an SMTP client or the end of a process.
 """
@@ -75,7 +76,7 @@ class Hints:
 
     def __init__(self, app: Celery, queue: str, batch_size: int) -> None:
         self._app, self._queue, self._batch = app, queue, batch_size
-        self._waiting: deque[str] = deque(maxlen=WINDOW * batch_size)
+        self._waiting: deque[tuple[str, str]] = deque(maxlen=WINDOW * batch_size)
         self._changed = threading.Condition()
         self._closing = False
         self.away = False  # the broker does not answer
@@ -89,12 +90,12 @@ class Hints:
         """Start publishing."""
         self._thread.start()
 
-    def offer(self, ids: Iterable[str]) -> None:
-        """Hint at these messages if that can be done; never blocks, any thread."""
+    def offer(self, ids: Iterable[str], route: str = "") -> None:
+        """Hint at these messages of a route (empty: not known) if that can be done; never blocks, any thread."""
         if self.away or self.full:
             return
         with self._changed:
-            self._waiting.extend(ids)
+            self._waiting.extend((route, message_id) for message_id in ids)
             self._changed.notify()
 
     def lists(self) -> dict[str, float]:
@@ -136,20 +137,23 @@ class Hints:
             log.info("broker back", queue=self._queue)
             self.away = False
         while not self._closing:
-            ids = self._take()
+            taken = self._take()
             self._look(connection)
-            if not ids or self.full:
+            if not taken or self.full:
                 continue
+            ids: dict[str, list[str]] = {}
+            for route, message_id in taken:
+                ids.setdefault(route, []).append(message_id)
             self._app.send_task(TASK, args=[ids], queue=self._queue, producer=producer, retry=False)
             self.published += 1
             published.inc()
-            if len(ids) > 1:
+            if len(taken) > 1:
                 with self._changed:
-                    pace = min(PACE, PACE_EACH * len(ids))
+                    pace = min(PACE, PACE_EACH * len(taken))
                     self._changed.wait_for(lambda: self._closing or len(self._waiting) >= self._batch, pace)
 
-    def _take(self) -> list[str]:
-        """Up to a batch of ids; none after a while, so that somebody looks whether the list is still too long."""
+    def _take(self) -> list[tuple[str, str]]:
+        """Up to a batch of routes and ids; none after a while, to look whether the list is still too long."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing, _LOOK_EVERY)
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch))]

@@ -75,7 +75,7 @@ _LOCK = """SELECT d.number FROM deliveries d JOIN messages m ON m.id = d.message
 _OWED = "state IN ('bounced', 'expired') AND due_at IS NOT NULL"
 _WAITING = "state IN ('queued', 'sending', 'deferred')"
 _WARNED = "(SELECT max(o.warned_at) FROM deliveries o WHERE o.message_id = {}) IS NOT NULL"
-# The next of the queue, how old each is, and whether it is late and its sender wants to know and does not yet. A mark is
+# The next of the queue, how old each is, whether it is late and its sender wants to know and does not yet. A mark is
 # on one delivery and speaks for the message: also for those that it is cut into later. These are scalar subqueries
 # because PostgreSQL would answer EXISTS with a hash of whole tables.
 _LOOK = f"""SELECT {{keys}}, d.age, d.age >= :late AND NOT {_WARNED.format("d.message_id")}

@@ -19,8 +19,8 @@ class Dialect:
     as people read it; `@iso(w)`: what `@when` made, as RFC 3339 has it; `@micros(t)`: t as microseconds since 1970;
     `@hex(id)`: an id as 32 digits; `@id(:name)`: an id parameter; `@like`: LIKE to which capitals are the same;
     `@at_least`, `@below`: >= and < by bytes; `@chance`: a number in [0, 1); `@skip_locked`, `@locked(table)`;
-    `@rows(:name; column type, ...)`: the rows of a JSON array parameter, as x; `@by(index)`: SQLite, which has no figures
-    about its tables, is to use this index.
+    `@rows(:name; column type, ...)`: the rows of a JSON array parameter, as x; `@by(index)`: the index that SQLite is
+    to use, which has no figures about its tables.
     """
 
     _MACRO = re.compile(r"@(\w+)(?:\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?")

@@ -43,14 +43,18 @@ class KeeperError(Exception):
 
 class _Pending(NamedTuple):
     id: str
+    routes: tuple[str, ...]
     deadline: float
     done: Done
 
 
 class Store(asyncio.Protocol):
-    """Belongs to the loop. `launch` runs a keeper on its end of a socket until that ends; cancelled, it ends it."""
+    """Belongs to the loop. `launch` runs a keeper on its end of a socket until that ends; cancelled, it ends it.
 
-    def __init__(self, launch: Launch, kept: Callable[[list[str]], None]) -> None:
+    `kept` hears the ids of messages that are safe, and their route.
+    """
+
+    def __init__(self, launch: Launch, kept: Callable[[list[str], str], None]) -> None:
         self._launch, self._kept = launch, kept
         self._number = 0
         self._pending: dict[int, _Pending] = {}  # in the order in which they were put
@@ -73,7 +77,8 @@ class Store(asyncio.Protocol):
     def put(self, message: NewMessage, body: list[bytes] | None, deadline: float, done: Done) -> int:
         """Have a message kept; `body` is None when it is stored already. The order's number."""
         self._number += 1
-        self._pending[self._number] = _Pending(message.id, deadline, done)
+        routes = tuple({recipient.route: None for recipient in message.recipients})
+        self._pending[self._number] = _Pending(message.id, routes, deadline, done)
         self._waiting[self._number] = frame(Order(self._number, message, body, deadline).plain())
         self._send()
         return self._number
@@ -114,12 +119,13 @@ class Store(asyncio.Protocol):
                 self.resume_writing()
                 if self._first is not None and not self._first.done():
                     self._first.set_result(None)
-            kept = [self._pending[number].id for number, result in report.results if result is None]
+            kept = [self._pending[number] for number, result in report.results if result is None]
             for number, result in report.results:
                 self._settle(number, result)
             if kept:
                 self._observe(len(kept), report.seconds)
-                self._kept(kept)
+                for route in {route: None for one in kept for route in one.routes}:
+                    self._kept([one.id for one in kept if route in one.routes], route)
 
     def pause_writing(self) -> None:
         self._open = False

@@ -62,10 +62,11 @@ class Process:
         signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
         signals.worker_shutdown.connect(self._on_shutdown, weak=False)
 
-    def deliver(self, ids: list[str], lane: str) -> None:
-        """Hand messages to the engine; returns when none of them waits for it any more."""
+    def deliver(self, ids: dict[str, list[str]], lane: str) -> None:
+        """Hand messages, by route, to the engine; returns when none of them waits for it any more."""
         if self.engine is not None:
-            self.engine.offer(ids, lane).wait()
+            for ticket in [self.engine.offer(some, lane, route) for route, some in ids.items()]:
+                ticket.wait()
 
     def start(self) -> None:
         """Check database and spool, then start everything; raises SystemExit for what waiting will not mend."""
@@ -165,7 +166,7 @@ def build(settings: WorkerSettings) -> Celery:
     )
     process = Process(settings, made)
 
-    def deliver(task: Task, ids: list[str]) -> None:
+    def deliver(task: Task, ids: dict[str, list[str]]) -> None:
         process.deliver(ids, (task.request.delivery_info or {}).get("routing_key", ""))
 
     made.task(deliver, name=TASK, bind=True, shared=False)

@@ -1,9 +1,9 @@
 """Celery's consumer, as this worker uses it: the broker is nobody's master.
 
-Whoever reaches the broker can put anything into its lists. What Celery and kombu do with an entry begins with
-`json.loads`, and ends the process if it fails; an entry may name a compression, a time, callbacks. So each entry is read
-here first, before either sees it: the ids of a hint are all that is taken from it, and a new entry around them is what
-goes on. Everything else is dropped and counted.
+Whoever reaches the broker can put anything into its lists. kombu decodes an entry with `json.loads`, and what that
+raises ends the process; an entry may also name a compression, a time, callbacks. So each entry is read here first: the
+ids of a hint are all that is taken from it, and Celery gets a new entry around them. Everything else is dropped and
+counted.
 
 Whatever else fails in the consumer is taken for a lost connection, from which Celery recovers by itself. What must stay
 true: no entry ends the consumer, and nothing in it ends the process: engine and sweeper go on.
@@ -36,8 +36,8 @@ class NoHint(ValueError):
     """An entry of the broker's list is no hint; the text says why."""
 
 
-def hinted(entry: bytes, most: int) -> list[str]:
-    """The ids of a hint, as Celery writes it, of at most so many; raises NoHint. Unpacks nothing."""
+def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
+    """The ids of a hint by route, as Celery writes it, of at most so many; raises NoHint. Unpacks nothing."""
     if len(entry) > _ENVELOPE + _EACH * most:
         raise NoHint(f"{len(entry)} bytes")
     try:
@@ -52,14 +52,15 @@ def hinted(entry: bytes, most: int) -> list[str]:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise NoHint("not written by Celery") from None
-    if not isinstance(ids, list) or not 0 < len(ids) <= most:
+    ids = ids if isinstance(ids, dict) else {"": ids}
+    if not all(isinstance(some, list) for some in ids.values()) or not 0 < sum(map(len, ids.values())) <= most:
         raise NoHint("no list of ids, or a longer one than BATCH_SIZE")
-    if not all(isinstance(one, str) and _ID.fullmatch(one) for one in ids):
+    if not all(isinstance(one, str) and _ID.fullmatch(one) for some in ids.values() for one in some):
         raise NoHint("an id is not 32 hex digits")
     return ids
 
 
-def entry_of(ids: list[str], queue: str) -> bytes:
+def entry_of(ids: dict[str, list[str]], queue: str) -> bytes:
     """An entry for these ids, in which nothing was said by anybody else."""
     task_id = uuid()
     headers = {
@@ -99,12 +100,12 @@ class _Client(redis.PrefixedStrictRedis):
     """Answers a BRPOP with a hint, or as if none had come."""
 
     def __init__(self, *args: Any, most: int, refusals: Refusals, **given: Any) -> None:
-        super().__init__(*args, **given)
+        super().__init__(*args, **given)  # type: ignore[no-untyped-call]
         self._most, self._refusals = most, refusals
 
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
         """What the broker answers; `celery inspect` waits for its own lists in the same way."""
-        found = super().parse_response(connection, command_name, **options)
+        found = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
         if command_name != "BRPOP" or not found:
             return found
         key, entry = found
@@ -118,7 +119,7 @@ class _Client(redis.PrefixedStrictRedis):
             return None
 
 
-class Channel(redis.Channel):  # type: ignore[misc]
+class Channel(redis.Channel):
     """A channel on which hints arrive and nothing else does."""
 
     def _get_client(self) -> Any:
@@ -126,7 +127,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
         return partial(_Client, global_keyprefix=self.global_keyprefix, most=most, refusals=_refusals)
 
 
-class Transport(redis.Transport):  # type: ignore[misc]
+class Transport(redis.Transport):
     """Redis, with such channels."""
 
     Channel = Channel
@@ -137,7 +138,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
-        self._losses: tuple[type[BaseException], ...] = self.connection_errors
+        self._losses: tuple[type[BaseException], ...] = self.connection_errors  # type: ignore[has-type]
         self.connection_errors = (Exception,)
         self._failed, self._pause = float("-inf"), SHORTEST_PAUSE
 

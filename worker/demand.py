@@ -2,13 +2,16 @@
 
 Hints wait here for room; and once a second, or at once again while there is more, the database is asked for what is
 overdue, hint or no hint. Either becomes a `Wish` that says how many deliveries each route has room for, so that nothing
-is ever claimed that must wait for a connection. One wish for hints and one look are on their way at most: what comes
-meanwhile goes into the next.
+is ever claimed that must wait for a connection. One wish for hints of each route and one look are on their way at most:
+what comes meanwhile goes into the next. Each route has its own hints: whether they wait, are asked for or are left to
+the database is decided by its own room, whatever other routes have. Hints of which nobody said the route are another
+such group, and may be for any.
 
 What must stay true: room that was promised in a wish is returned when its claims come back, whatever they are; hints
 and looks take turns, so that neither starves the other. Belongs to the engine's loop.
 """
 
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,22 +33,26 @@ class Demand:
 
     def __init__(self, settings: WorkerSettings, routes: Routes, room: Room, put: Callable[[Wish, Done], None]) -> None:
         self._settings, self._routes, self._room, self._put = settings, routes, room, put
-        self._lanes = Lanes()
-        self._moved = 0.0  # when a hint last found room
-        self._wishing = self._looking = False
+        self._lanes: dict[str, Lanes] = {}  # by route; empty: not known
+        self._moved: dict[str, float] = {}  # by route: when a hint last found room
+        self._wishing = set[str]()  # routes
+        self._looking = False
         self._hints_first = True
         self._look_at: dict[str, float] = {}  # by route: after a look that found less than there was room for
 
-    def hint(self, ticket: Ticket, ids: Sequence[str], lane: str) -> None:
+    def hint(self, ticket: Ticket, ids: Sequence[str], lane: str, route: str = "") -> None:
         """Let these messages wait for room."""
-        if not self._lanes:
-            self._moved = time.monotonic()
-        self._lanes.add(ticket, ids, lane)
+        route = route if self._routes.get(route) else ""  # a name comes from the broker: only our own are kept
+        lanes = self._lanes.setdefault(route, Lanes())
+        if not lanes:
+            self._moved[route] = time.monotonic()
+        lanes.add(ticket, ids, lane)
 
     def drop_hints(self, unless_moved_since: float = float("inf")) -> None:
         """Leave them to the database, where whoever has a free connection finds them overdue."""
-        if self._lanes.tickets and self._moved <= unless_moved_since:
-            self._lanes.clear()
+        for route, lanes in self._lanes.items():
+            if lanes.tickets and self._moved[route] <= unless_moved_since:
+                lanes.clear()
 
     def ask(self, worker: str, now: float) -> None:
         """Ask for as many deliveries as there is room for: hints and the database by turns."""
@@ -55,18 +62,26 @@ class Demand:
                 self._hints_first = ask != self._ask_hints
 
     def _ask_hints(self, worker: str, now: float) -> bool:
-        if self._wishing or not self._lanes:
+        waiting = [route for route, lanes in self._lanes.items() if lanes and route not in self._wishing]
+        random.shuffle(waiting)
+        asked = [self._ask_route(worker, now, route, len(waiting) - n) for n, route in enumerate(waiting)]
+        return any(asked)
+
+    def _ask_route(self, worker: str, now: float, route: str, sharing: int) -> bool:
+        lanes = self._lanes[route]
+        if route and self._room.closed(route):
+            lanes.clear()  # or they would keep the tasks that hold them from bringing the hints of other routes
             return False
-        # Whose route each hint is for nobody knows yet: every route needs room for all of them, or some would be lost.
-        most = min(len(self._lanes), self._settings.batch_size)
-        room, together = self._room.offer(most)
+        most = min(len(lanes), self._settings.batch_size)
+        room, together = self._room.offer(most, route, sharing)
         if not room:
             return False
-        hints = self._lanes.take(min(most, max(room.values())))
-        self._wishing, self._moved = True, now
+        hints = lanes.take(min(most, max(room.values())))
+        self._wishing.add(route)
+        self._moved[route] = now
         self._put(
             Wish(worker, [message_id for message_id, _ in hints], room, together),
-            partial(self._hints_claimed, room, hints),
+            partial(self._hints_claimed, route, room, hints),
         )
         return True
 
@@ -79,10 +94,12 @@ class Demand:
         self._put(Wish(worker, None, room), partial(self._look_claimed, room))
         return True
 
-    def _hints_claimed(self, room: Mapping[str, int], hints: Sequence[Hint], claims: Sequence[Claim]) -> None:
+    def _hints_claimed(
+        self, route: str, room: Mapping[str, int], hints: Sequence[Hint], claims: Sequence[Claim]
+    ) -> None:
         self._room.settle(room, claims)
-        self._wishing = False
-        self._lanes.settle(hints)
+        self._wishing.discard(route)
+        self._lanes[route].settle(hints)
 
     def _look_claimed(self, room: Mapping[str, int], claims: Sequence[Claim]) -> None:
         self._room.settle(room, claims)

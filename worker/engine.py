@@ -102,11 +102,11 @@ class Engine:
         self._writer.start()
         self._thread.start()
 
-    def offer(self, ids: Sequence[str], lane: str = "fresh") -> Ticket:
-        """Deliver these messages as connections come free. Thread-safe; never blocks."""
+    def offer(self, ids: Sequence[str], lane: str = "fresh", route: str = "") -> Ticket:
+        """Deliver these messages as connections come free, on a route if it is known. Thread-safe; never blocks."""
         ticket = Ticket(0 if self._stopping else len(ids))
         if not ticket.wait(0):
-            self._loop.call_soon_threadsafe(self._offered, ticket, ids, lane)
+            self._loop.call_soon_threadsafe(self._offered, ticket, ids, lane, route)
         return ticket
 
     def pause(self, subjects: frozenset[str]) -> None:
@@ -201,8 +201,8 @@ class Engine:
 
     # Claiming
 
-    def _offered(self, ticket: Ticket, ids: Sequence[str], lane: str) -> None:
-        self._demand.hint(ticket, ids, lane)
+    def _offered(self, ticket: Ticket, ids: Sequence[str], lane: str, route: str) -> None:
+        self._demand.hint(ticket, ids, lane, route)
         if self._stopping:
             self._demand.drop_hints()
         self._pump()

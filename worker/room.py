@@ -7,8 +7,9 @@ place yet; together the routes have WORKER_CONNECTIONS.
 Routes may share servers. The places of a route's servers also have to do for all routes whose servers are among them,
 its *company*: whoever is promised a place counts against every company that it is in. That is exact where routes share
 all of their servers or none; where lists merely overlap, or a route with a limit of its own has several servers, a
-claim may find its place taken, and is handed back. Nobody knows which route a hint is for, so a wish for hints promises
-each route all that its company has, and says what the company may have together.
+claim may find its place taken, and is handed back. A hint mostly says its route, and what that route has room for is
+promised to it alone. Where it does not, a wish promises each route all that its company has, and says what the company
+may have together.
 
 A route of which every server rests is hopeless: hints are no use there, but a look at the database takes a batch a
 second of its mail all the same, so that each message is told why it waits and expires in the end, whatever the length
@@ -54,11 +55,11 @@ class Room:
                 self._promise({name: share}, 1)
         return room
 
-    def offer(self, most: int) -> tuple[dict[str, int], Together]:
-        """How many deliveries of `most` hinted messages each route may claim, and some of them together; promised until
-        `settle`."""
-        found = self._with_places(look=False)
-        left = min(most * len(found), self._connections - self.busy)
+    def offer(self, most: int, name: str = "", sharing: int = 1) -> tuple[dict[str, int], Together]:
+        """How many deliveries of `most` hinted messages each route (or this one) may claim, and some of them together;
+        promised until `settle`. So many routes are `sharing` the connections that are free."""
+        found = [one for one in self._with_places(look=False) if name in ("", one)]
+        left = min(most * len(found), -(-(self._connections - self.busy) // sharing))
         room: dict[str, int] = {}
         for n, name in enumerate(found):
             if (share := min(-(-left // (len(found) - n)), self._places(name, look=False))) > 0:
@@ -103,6 +104,11 @@ class Room:
         """Whether no server of the route can be tried now, and not because somebody paused it."""
         route = self._routes.get(name)
         return route is not None and not self._servers.paused(route) and self._servers.down(route)
+
+    def closed(self, name: str) -> bool:
+        """Whether hints are no use to the route: an operator paused it, or no server of its can be tried now."""
+        route = self._routes.get(name)
+        return route is None or self._servers.paused(route) or self._servers.down(route)
 
     def settle(self, room: Mapping[str, int], claims: Iterable[Claim]) -> None:
         """A wish with this room came back with these claims: they keep their room, the rest of it is free again."""

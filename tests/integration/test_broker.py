@@ -53,7 +53,7 @@ def hinted(broker: Broker, queue: str = FRESH) -> list[list[str]]:
         assert message["headers"]["task"] == TASK
         assert message["headers"].get("eta") is None, "nothing is scheduled in the broker"
         args, _, _ = json.loads(base64.b64decode(message["body"]))
-        found.append(args[0])
+        found.append(args[0][""])
     return found
 
 
@@ -63,6 +63,18 @@ def test_what_was_offered_together_is_one_hint(broker: Broker, hints: Callable[.
     publisher.offer(ids)
     until(lambda: publisher.published == 3)
     assert hinted(broker) == [ids[:8], ids[8:16], ids[16:]]
+
+
+def test_a_hint_tells_the_routes_apart(broker: Broker, hints: Callable[..., Hints]) -> None:
+    ids = [new_id() for _ in range(4)]
+    publisher = hints()
+    with publisher._changed:  # as one round of smtpd's offers them
+        publisher.offer(ids[:3], "default")
+        publisher.offer(ids[2:], "bulk")
+    until(lambda: publisher.published == 1)
+    raw = broker.ask("LINDEX", KEY(FRESH), "0").partition(b"\r\n")[2]
+    args, _, _ = json.loads(base64.b64decode(json.loads(raw)["body"]))
+    assert args == [{"default": ids[:3], "bulk": ids[2:]}]
 
 
 def test_queues_are_apart(broker: Broker, hints: Callable[..., Hints]) -> None:

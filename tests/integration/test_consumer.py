@@ -42,7 +42,7 @@ def bomb() -> str:
     """A hint whose body would be 300 MB."""
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(300)) + packer.flush()
-    made = json.loads(entry_of([new_id()], FRESH))
+    made = json.loads(entry_of({"": [new_id()]}, FRESH))
     made["headers"]["compression"] = "application/x-gzip"
     return json.dumps(made | {"body": base64.b64encode(packed).decode()})
 
@@ -60,13 +60,13 @@ def test_garbage_neither_ends_a_worker_nor_delays_a_hint(house: Callable[..., Ho
     with running_sink() as sink:
         home = house(sink.port, broker.url, grace=600.0)
         worker = started(home)
-        wrong = entry_of(["x" * 32] * 3, FRESH).decode()
-        many = entry_of([new_id() for _ in range(65)], FRESH).decode()
+        wrong = entry_of({"": ["x" * 32]}, FRESH).decode()
+        many = entry_of({"": [new_id() for _ in range(65)]}, FRESH).decode()
         kinds = ["garbage", '{"properties": {}}', "[]", "[" * 5000, wrong, many, '{"headers": {"task": "x"}}']
         for start in range(0, 1300, 100):
             broker.ask("LPUSH", LIST, *(kinds[n % len(kinds)] for n in range(start, start + 100)))
         message_id = home.mail.accept()
-        broker.ask("LPUSH", LIST, entry_of([message_id], FRESH).decode())
+        broker.ask("LPUSH", LIST, entry_of({"": [message_id]}, FRESH).decode())
         until(lambda: home.mail.state(message_id) == "delivered", 5, what=home.said)
         assert worker.poll() is None
         assert "hints refused" in home.said()
@@ -87,9 +87,7 @@ def test_a_compressed_bomb_takes_no_memory(house: Callable[..., House], broker: 
         assert services.end(worker) == 0
 
 
-def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
-    house: Callable[..., House], broker: Broker
-) -> None:
+def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(house: Callable[..., House], broker: Broker) -> None:
     """A key of another kind in the place of the list is an error that Celery does not recover from by itself."""
     with running_sink() as sink:
         home = house(sink.port, broker.url)

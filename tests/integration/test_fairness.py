@@ -19,6 +19,7 @@ from relay.schema import Outcome, State
 from relay.verbs import Verbs
 from tests.integration.mailroom import Mailroom
 from tests.integration.office import Office
+from tests.services import free_port
 from tests.waiting import until
 from worker import engine as module
 from worker.sweeper import BATCH, BATCHES
@@ -430,3 +431,63 @@ def test_the_policy_for_doubt(room: Open, policy: str, state: str) -> None:
     row = mail.rows("SELECT last_outcome, -@since(due_at) AS due_in FROM deliveries")[0]
     assert row["last_outcome"] == "uncertain"
     assert (row["due_in"] is None) if policy == "hold" else 440 < row["due_in"] <= 750
+
+
+# --- hints of one route beside another ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside(room: Open, tmp_path: Path) -> Callable[..., Mailroom]:
+    """Two routes: `default`, of whose server two connections may be used, and `other`, with this server."""
+
+    def open_(sink: Sink, other: int) -> Mailroom:
+        file = tmp_path / "routes.toml"
+        file.write_text(f'[other]\nrecipients = ["other.example"]\nservers = ["127.0.0.1:{other}"]\n')
+        return room(sink, routes=file, grace=600.0, server_connections=2)
+
+    return open_
+
+
+def latencies(mail: Mailroom) -> list[float]:
+    """Seconds from the acceptance of each message to the reply of its server."""
+    rows = mail.rows(
+        """SELECT (@micros(d.finished_at) - @micros(m.received_at)) / 1000000.0 AS s FROM deliveries d
+        JOIN messages m ON m.id = d.message_id WHERE d.state = 'delivered'"""
+    )
+    return [float(row["s"]) for row in rows]
+
+
+def test_an_idle_route_takes_no_hints_from_another(beside: Callable[..., Mailroom]) -> None:
+    """As long as hints are lost only the next look after GRACE finds the mail, and that is ten minutes away."""
+    with running_sink() as sink, running_sink() as idle:
+        mail = beside(sink, idle.port)
+        with mail.working() as engine:
+            ids = [mail.accept() for _ in range(40)]
+            engine.offer(ids, route="default")
+            until(lambda: mail.states() == {"delivered"}, 20)
+        assert max(latencies(mail)) < 5
+
+
+def test_hints_of_a_dead_route_neither_hold_a_task_nor_delay_another_route(beside: Callable[..., Mailroom]) -> None:
+    with running_sink() as sink:
+        mail = beside(sink, free_port())
+        with mail.working() as engine:
+            mail.change("UPDATE deliveries SET due_at = @ago(1)")
+            dead = [mail.accept(f"d{n}@other.example") for n in range(8)]
+            for message_id in dead:  # until the circuit of its server is open
+                engine.offer([message_id], route="other").wait(5)
+            until(lambda: engine._room.closed("other"), 10)
+            assert engine.offer([mail.accept("d@other.example")], route="other").wait(2)
+            ids = [mail.accept() for _ in range(20)]
+            engine.offer(ids, route="default")
+            until(lambda: len(latencies(mail)) == len(ids), 10)
+        assert max(latencies(mail)) < 5
+
+
+def test_a_hint_of_an_unknown_route_may_be_for_any(beside: Callable[..., Mailroom]) -> None:
+    with running_sink() as sink:
+        mail = beside(sink, free_port())
+        with mail.working() as engine:
+            engine.offer([mail.accept()], route="of another settings file")
+            until(lambda: mail.states() == {"delivered"}, 10)
+            assert list(engine._demand._lanes) == [""]

@@ -163,7 +163,7 @@ class Shop:
 
     def __init__(self, *lives: Launch) -> None:
         self.lives, self.kept, self.answers = list(lives), list[str](), list[Any]()
-        self.store = Store(self._launch, self.kept.extend)
+        self.store = Store(self._launch, lambda ids, _route: self.kept.extend(ids))
         self._changed = asyncio.Event()
 
     async def _launch(self, channel: socket.socket) -> object:

@@ -132,7 +132,7 @@ def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) ->
     spool.prepare(crowded.engine, unsafe=True)
     settings = crowded.settings.model_copy(update={"delay_warning": 4 * 3600.0})
     sweeps, debts = Sweeps(crowded.engine, settings), Debts(crowded.engine, spool, settings, lambda _: "idle")
-    (claim,) = crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)
+    assert len(crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)) == 1
     debts._next_round = float("inf")  # nothing is late: test_debts has what a round looks at
     with heard(crowded) as statements:
         sweeps.paused()

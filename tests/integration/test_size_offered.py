@@ -59,7 +59,7 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     async def scenario() -> None:
         policy = Policy(settings)
-        receiver = SimpleNamespace(deadline=60.0, store=Store(never, list[str]().extend))
+        receiver = SimpleNamespace(deadline=60.0, store=Store(never, lambda _ids, _route: None))
         server = Server(
             asyncio.get_running_loop(), settings, cast(Any, receiver), policy,
             Greeting(settings.hostname, 1), lambda: size_offered(settings.max_message_size, routes),

@@ -76,7 +76,7 @@ class Running:
         self.loop.close()
 
     async def _serve(self) -> None:
-        self.store = Store(self._keep, self.hints.extend)
+        self.store = Store(self._keep, lambda ids, _route: self.hints.extend(ids))
         await self.store.start()
         self.receiver = Receiver(
             self.loop,

@@ -44,7 +44,7 @@ class FakeHints(Hints):
     def __init__(self) -> None:
         self.offered: list[str] = []
 
-    def offer(self, ids: object) -> None:
+    def offer(self, ids: object, route: str = "") -> None:
         assert isinstance(ids, list)
         self.offered += ids
 

@@ -16,7 +16,7 @@ IDS = [f"{n:032x}" for n in range(3)]
 
 def entry(change: Callable[[dict[str, Any]], object] = lambda _: None, *, ids: Any = IDS) -> bytes:
     """A hint for these ids, with a change to it."""
-    made = json.loads(entry_of(ids, "fresh"))
+    made = json.loads(entry_of({"bulk": ids} if isinstance(ids, list) else ids, "fresh"))
     change(made)
     return json.dumps(made).encode()
 
@@ -27,8 +27,8 @@ def with_body(text: bytes) -> bytes:
 
 def test_ids_are_taken_and_nothing_else() -> None:
     said: dict[str, Any] = {"eta": "2099-01-01T00:00:00", "expires": "soon", "timelimit": 7, "callbacks": [{}]}
-    assert hinted(entry(lambda made: made["headers"].update(said)), 3) == IDS
-    again = json.loads(entry_of(IDS, "retry"))
+    assert hinted(entry(lambda made: made["headers"].update(said)), 3) == {"bulk": IDS}
+    again = json.loads(entry_of({"bulk": IDS}, "retry"))
     assert again["headers"]["eta"] is again["headers"]["expires"] is None
     assert again["properties"]["delivery_info"]["routing_key"] == "retry"
 
@@ -40,8 +40,9 @@ def test_ids_are_taken_and_nothing_else() -> None:
         pytest.param(b"\xff\xfe\x00", id="no text"),
         pytest.param(b"", id="nothing"),
         pytest.param(b"[" * 8000, id="deep"),
-        *(pytest.param(json.dumps(value).encode(), id=f"JSON {n}") for n, value in enumerate(
-            (None, 7, "x", [], {}, {"headers": [], "properties": {}}, {"headers": {"task": "deliver"}, "properties": 1})
+        *(pytest.param(text, id=text.decode()) for text in (
+            b"null", b"7", b'"x"', b"[]", b"{}", b'{"headers": [], "properties": {}}',
+            b'{"headers": {"task": "deliver"}, "properties": 1}',
         )),
         pytest.param(entry(lambda made: made["headers"].update(task="celery.backend_cleanup")), id="another task"),
         pytest.param(entry(lambda made: made["headers"].update(compression="gzip")), id="compressed"),
@@ -69,12 +70,24 @@ def test_everything_else_is_refused(bad: bytes) -> None:
 
 def test_a_body_is_not_unpacked() -> None:
     bomb = base64.b64encode(gzip.compress(bytes(1_000_000))).decode()
+    packed = entry(lambda made: (made.update(body=bomb), made["headers"].update(compression="application/x-gzip")))
     with pytest.raises(NoHint, match="compressed"):
-        hinted(entry(lambda made: (made.update(body=bomb), made["headers"].update(compression="application/x-gzip"))), 5)
+        hinted(packed, 5)
 
 
 def test_a_batch_of_any_size_is_no_huge_entry() -> None:
-    assert len(hinted(entry(ids=IDS * 1000), 3000)) == 3000
+    assert len(hinted(entry(ids=IDS * 1000), 3000)["bulk"]) == 3000
+
+
+def test_a_plain_list_is_for_no_route_in_particular() -> None:
+    assert hinted(with_body(json.dumps([[IDS], {}, {}]).encode()), 3) == {"": IDS}
+
+
+def test_ids_of_all_routes_together_are_at_most_a_batch() -> None:
+    routes = entry(ids={"bulk": IDS, "default": IDS})
+    assert hinted(routes, 6) == {"bulk": IDS, "default": IDS}
+    with pytest.raises(NoHint):
+        hinted(routes, 5)
 
 
 def test_what_is_made_is_what_kombu_reads() -> None:
@@ -85,6 +98,6 @@ def test_what_is_made_is_what_kombu_reads() -> None:
             assert encoding == "base64"
             return base64.b64decode(body)
 
-    message = Message(json.loads(entry_of(IDS, "fresh")), channel=Channel())
+    message = Message(json.loads(entry_of({"bulk": IDS}, "fresh")), channel=Channel())
     message.accept = {"application/json"}
-    assert message.decode() == [[IDS], {}, {}]
+    assert message.decode() == [[{"bulk": IDS}], {}, {}]
