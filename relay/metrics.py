@@ -2,8 +2,9 @@
 
 Counters and histograms are module objects; on the road of a message their children are bound beforehand (`attempts`,
 `hints`, `rests`, `rounds`), so that counting costs a look-up. The queue is not counted but read: `Queue` asks the
-database when Prometheus asks us, at most every FRESH seconds and for at most a twentieth of the time. Every process
-tells of the same queue: take the `max` of those series, never the `sum`.
+database when Prometheus asks us, at most every FRESH seconds and for at most a twentieth of the time; to count what
+waits takes at most a two-hundredth. Every process tells of the same queue: take the `max` of those series, never the
+`sum`.
 
 What must stay true: a scrape is answered in time whatever is away, with `relay_database_up 0` and no stale numbers;
 metrics never stop mail; labels take values from settings and from our own tables, never from the network.
@@ -13,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from relay.bodies import Spool
 from relay.database import reading
@@ -29,6 +31,7 @@ from relay.settings import Settings
 
 log = get_logger(__name__)
 FRESH = 5.0
+COUNTING = 200  # times as long as counting what waits took, until it is counted again
 PATIENCE = 2.0  # seconds that a scrape waits for the database
 _QUICK = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _LONG = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 7200, 43200, 172800)
@@ -72,13 +75,19 @@ def refused(reply: bytes) -> None:
     REFUSALS.labels(" ".join(words[:2] if len(words) > 1 and words[1][1:2] == "." else words[:1])).inc()
 
 
-_QUEUE = """
+# Each part has an index of its own, so that no long history is walked through.
+_PARTS = " UNION ALL ".join(
+    f"SELECT state, message_id, due_at FROM deliveries WHERE {where}"
+    for where in (
+        *(f"state = '{state}'" for state in UNFINISHED),
+        "state IN ('bounced', 'expired') AND due_at IS NOT NULL",
+    )
+)
+_QUEUE = f"""
 SELECT s.state, s.deliveries, s.overdue, @since(m.received_at) FROM (
     SELECT state, count(*) AS deliveries, min(CAST(message_id AS text)) AS oldest,
            sum(CASE WHEN due_at < @now THEN 1 ELSE 0 END) AS overdue
-    FROM (SELECT state, message_id, due_at FROM deliveries WHERE due_at IS NOT NULL
-          UNION ALL SELECT state, message_id, due_at FROM deliveries WHERE state = 'held' AND due_at IS NULL) d
-    GROUP BY state) s
+    FROM ({_PARTS}) d GROUP BY state) s
 JOIN messages m ON m.id = @id(s.oldest)"""
 _OTHERS = """
 SELECT (SELECT count(*) FROM workers WHERE ended_at IS NULL AND until > @now),
@@ -100,6 +109,7 @@ class Queue(Collector):
         self._engine, self._spool, self._lists, self._sql = engine, spool, lists, Statements(engine)
         self._lock, self._looked = threading.Lock(), threading.Event()
         self._look_at, self._seen = 0.0, list[Metric]()
+        self._count_at, self._counted = 0.0, dict[str, list[Any]]()
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: to register a collector looks at no database."""
@@ -128,7 +138,7 @@ class Queue(Collector):
 
     def _database(self) -> list[Metric]:
         with reading(self._engine) as connection:
-            found = {state: values for state, *values in self._sql.run(connection, _QUEUE)}
+            found = self._counts(connection)
             workers, uncertain = self._sql.run(connection, _OTHERS).one()
             pauses = {subject: 1.0 for (subject,) in self._sql.run(connection, "SELECT subject FROM pauses")}
         counts, overdue, oldest = ({str(s): found.get(s, (0, 0, 0))[n] for s in UNFINISHED} for n in range(3))
@@ -143,6 +153,15 @@ class Queue(Collector):
             _gauge("paused", "routes and servers that nothing is sent to for now", pauses, "subject"),
             _gauge("uncertain_attempts", "tries of the last hour whose end nobody knows", uncertain),
         ]
+
+    def _counts(self, connection: Connection) -> dict[str, list[Any]]:
+        """By state: how many deliveries, overdue ones, the age of the oldest. To count many takes long, so it is seldom
+        done."""
+        if (began := time.monotonic()) >= self._count_at:
+            self._counted = {state: values for state, *values in self._sql.run(connection, _QUEUE)}
+            ended = time.monotonic()
+            self._count_at = ended + COUNTING * (ended - began)
+        return self._counted
 
     def _room(self) -> list[Metric]:
         return [_gauge("spool_free_bytes", "room for bodies", self._spool.free_bytes())]

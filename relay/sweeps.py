@@ -137,7 +137,8 @@ class Sweeps:
 
     def strange_routes(self, known: Sequence[str]) -> list[str]:
         """Routes that waiting mail is for, and that are neither `known` nor any other living worker's."""
-        sql = "SELECT DISTINCT route FROM deliveries WHERE state IN ('queued', 'deferred') AND due_at IS NOT NULL"
+        waiting = "SELECT route FROM deliveries WHERE state = '{}'"
+        sql = f"{waiting.format('queued')} UNION {waiting.format('deferred')}"
         others = "SELECT routes FROM workers WHERE ended_at IS NULL AND routes IS NOT NULL"
         with reading(self._engine) as connection:
             found = {row[0] for row in self._sql.run(connection, sql)} - set(known)

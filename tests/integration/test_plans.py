@@ -5,14 +5,16 @@ what waits, is found here: on PostgreSQL by the rows and pages that it touches, 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import Connection, event
 
+from relay import metrics
 from relay.bodies import Spool
 from relay.debts import Debts
 from relay.schema import Outcome
@@ -145,3 +147,14 @@ def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) ->
         assert sweeps.bury(crowded.worker, lease) == 1
     assert len(statements) > 7
     assert not (found := scans(crowded, statements)), "\n".join(found)
+
+
+def test_what_looks_at_all_that_waits_leaves_the_history_alone(crowded: Office) -> None:
+    with heard(crowded) as statements:
+        assert crowded.sweeps.strange_routes(["idle"]) == ["dead"]
+        metrics.Queue(crowded.engine, cast(Any, None))._database()
+    with crowded.engine.connect() as connection:
+        for words, parameters in statements:
+            explain = "EXPLAIN" if crowded.spell.postgresql else "EXPLAIN QUERY PLAN"
+            plan = str(connection.exec_driver_sql(f"{explain} {words}", parameters).all())
+            assert not re.search(r"Seq Scan on deliveries|SCAN deliveries(?! USING)", plan), plan
