@@ -235,7 +235,8 @@ def due(when: datetime | None) -> str:
 
 def unbroken(text: str) -> Markup:
     """Text in which no line ends at a hyphen or colon: an address that does looks like another one."""
-    joined = re.sub(r"[-:]+(&[#\w]+;|[^\s&:-])", r'<span class="joined">\g<0></span>', escape(plain(text)))
+    # A run is tried from its beginning only, and in its whole length only: the time is linear in what peers write.
+    joined = re.sub(r"(?<![-:])[-:]++(&[#\w]+;|[^\s&:-])", r'<span class="joined">\g<0></span>', escape(plain(text)))
     return Markup(joined)  # noqa: S704 - it was escaped
 
 
