@@ -4,8 +4,11 @@ A connection is a plain protocol object, not a task: what arrives goes through i
 write, and a message that is complete is answered by a callback. One clock tick a second looks at all connections, so
 that none needs a timer: each only notes until when it may stay silent, and every byte that it sends moves that on.
 
+A session obeys a turn of commands; what is left it obeys in the next turn of the loop, so that a client that sends
+commands without an end has no more of the process than each of the others. It obeys none while its replies are not read.
+
 Reading stops while the client does not read our replies, while the disk is behind with its message, and while it has
-sent too much behind a message that is not answered yet.
+sent too much behind what is not answered yet.
 """
 
 import asyncio
@@ -126,6 +129,7 @@ class Connection(asyncio.Protocol):
         self._stuck = False  # the client does not
         self._closing = False
         self._until = 0.0
+        self._turn: asyncio.Handle | None = None  # of the session, when it has one before it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = self._transport = cast(asyncio.Transport, transport)
@@ -171,11 +175,13 @@ class Connection(asyncio.Protocol):
         self._server.forget(self, self._client)
 
     def pause_writing(self) -> None:
-        self._stuck = True
+        self._stuck = self._session.halted = True
         self._throttle()
 
     def resume_writing(self) -> None:
-        self._stuck = False
+        self._stuck = self._session.halted = False
+        if self._turn is None:
+            self._turn = self._server.loop.call_soon(self._go_on)
         self._throttle()
 
     def look_at_clock(self, now: float) -> None:
@@ -201,6 +207,13 @@ class Connection(asyncio.Protocol):
         else:
             self._refuse(_STOPPING)
 
+    def _go_on(self) -> None:
+        """The session's next turn."""
+        self._turn = None
+        if not (self._closing or self._stuck):  # else there is none, or the client has to read first
+            self._until = time.monotonic() + self._server.settings.smtp_timeout
+            self._follow(self._session.go_on())
+
     def _follow(self, events: Sequence[Event]) -> None:
         """Does what the session found, then sends what it says."""
         for event in events:
@@ -223,8 +236,13 @@ class Connection(asyncio.Protocol):
             self._close()
         elif self._server.stopping and self._session.idle:
             self._refuse(_STOPPING)
-        elif self._paused or self._reception is not None:
-            self._throttle()
+        else:
+            pause = self._session.pause
+            if pause is not None and self._turn is None:
+                loop = self._server.loop
+                self._turn = loop.call_later(pause, self._go_on) if pause else loop.call_soon(self._go_on)
+            if self._paused or self._reception is not None or pause is not None:
+                self._throttle()
 
     def _answer(self, reply: bytes) -> None:
         if not reply.startswith(b"2"):

@@ -464,6 +464,58 @@ def test_C26_a_client_that_never_reads_is_stopped_and_aborted(
         until(lambda: not running.server.connections)
 
 
+FLOOD = """
+import select, socket, sys
+flood = b"NOOP\\r\\n" * 20000
+clients = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(4)]
+for client in clients:
+    client.setblocking(False)
+print("flooding", flush=True)
+while True:
+    readable, writable, _ = select.select(clients, clients, [])
+    for client in readable:
+        client.recv(1 << 20)
+    for client in writable:
+        client.send(flood)
+"""
+
+
+def test_a_flood_of_commands_keeps_nobody_waiting(
+    run: Callable[..., Running], spawn: Callable[..., subprocess.Popen[Any]]
+) -> None:
+    running = run()
+    flood = spawn([sys.executable, "-c", FLOOD, str(running.port)], stdout=subprocess.PIPE)
+    assert flood.stdout is not None
+    assert flood.stdout.readline() == b"flooding\n"
+    until(lambda: sum(one._session.lines > 10_000 for one in tuple(running.server.connections)) == 4, 60)
+    for _ in range(5):
+        with talking(running) as client:
+            client.socket.settimeout(5)  # a process that obeys all that it has read takes a multiple of it
+            client.hears(b"220")
+            client.say(b"EHLO client.example", b"250")
+            client.say(b"NOOP", b"250")
+
+
+def test_replies_that_are_not_read_are_no_more_than_a_turn_beyond_the_buffer(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.hears(b"220")
+        [connection] = running.server.connections
+        client.socket.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            while True:
+                client.send(b"EHLO client.example\r\n" * 5000)
+        until(lambda: connection._stuck and connection._paused)
+        assert connection._transport.get_write_buffer_size() < (64 + 16) * 1024
+        assert connection._session.backlog < 1024 * 1024
+        heard = 0
+        client.socket.settimeout(10)
+        client.socket.shutdown(socket.SHUT_WR)
+        while data := client.socket.recv(1 << 20):
+            heard += data.count(b"250 DSN")
+        assert heard > 5000, "and whoever reads at last has them"
+
+
 def test_C19_an_early_talker_is_refused(run: Callable[..., Running]) -> None:
     running = run()
     held = threading.Event()

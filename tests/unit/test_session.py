@@ -8,13 +8,28 @@ from hypothesis import strategies as st
 
 from smtpd.addresses import Recipient, Refused
 from smtpd.events import Abandon, Begin, Complete, Event, Refusal, Text
-from smtpd.session import ERROR_LIMIT, EXTENDED_LINE_LIMIT, LINE_LIMIT, Greeting, Session, State
+from smtpd.session import (
+    COMMAND_LIMIT,
+    ENDLESS,
+    ERROR_LIMIT,
+    EXTENDED_LINE_LIMIT,
+    FREE_COMMANDS,
+    LINE_LIMIT,
+    TARPIT,
+    TURN,
+    Greeting,
+    Session,
+    State,
+)
 
 GREETING = Greeting("relay.example", 1000)
 
 
 class OpenRules:
     """Takes everything, but for a few words."""
+
+    def __init__(self, *, trusted: bool = True) -> None:
+        self.trusted = trusted
 
     def check_sender(self, size: int) -> None:
         if size > 1000:
@@ -30,8 +45,8 @@ class OpenRules:
 class Talk:
     """A session, what it has answered, and what it has told."""
 
-    def __init__(self, *, start: bool = True) -> None:
-        self.session = Session(GREETING, OpenRules())
+    def __init__(self, *, start: bool = True, trusted: bool = True) -> None:
+        self.session = Session(GREETING, OpenRules(trusted=trusted))
         self.events: list[Event] = []
         if start:
             self.session.start()
@@ -43,6 +58,10 @@ class Talk:
             self.events += self.session.receive(piece)
             said += self.session.replies()
         return said
+
+    def go_on(self) -> bytes:
+        self.events += self.session.go_on()
+        return self.session.replies()
 
     def answer(self, reply: bytes = b"250 2.0.0 Ok\r\n") -> bytes:
         self.events += self.session.answer(reply)
@@ -235,7 +254,7 @@ def test_C29_a_loop_is_refused() -> None:
 def test_C16_past_the_recipient_limit_452_without_being_an_error() -> None:
     talk = Talk()
     talk.say(EHLO, MAIL, RCPT * 3)
-    assert codes(talk.say(RCPT * 50)) == [b"452 4.5.3"] * 50
+    assert codes(talk.say(RCPT * TURN)) == [b"452 4.5.3"] * TURN
     assert len(talk.told(Refusal)) == 1
     assert codes(talk.say(DATA)) == [b"354 End"]
     assert len(talk.told(Begin)[0].envelope.recipients) == 3
@@ -311,3 +330,105 @@ def test_every_reply_but_hello_and_354_has_an_enhanced_code(pieces: list[bytes])
             assert plain or line[4:6] == line[:1] + b"."
         if talk.waiting:
             talk.answer()
+
+
+NOOP = b"NOOP\r\n"
+
+
+def test_a_turn_has_so_many_commands_and_the_rest_waits() -> None:
+    talk = Talk()
+    assert codes(talk.say(NOOP * (2 * TURN + 1))) == [b"250 2.0.0"] * TURN
+    assert talk.session.pause == 0.0
+    assert talk.say(NOOP) == b"", "what comes before the next turn is kept for it"
+    assert talk.session.backlog == (TURN + 2) * len(NOOP)
+    assert codes(talk.go_on()) == [b"250 2.0.0"] * TURN
+    assert codes(talk.go_on()) == [b"250 2.0.0"] * 2
+    assert talk.session.pause is None
+    assert talk.say(NOOP * TURN)
+    assert talk.session.pause is None, "a turn that has obeyed everything leaves nothing for another"
+
+
+def test_a_turn_is_cut_anywhere_in_a_transaction_and_loses_nothing() -> None:
+    talk = Talk()
+    replies = talk.say(EHLO + NOOP * (TURN - 3) + MAIL + RCPT + DATA + b"x\r\n.\r\nQUIT\r\n")
+    assert codes(replies)[-2:] == [b"250 2.1.0", b"250 2.1.5"]
+    assert talk.session.says_goodbye(), "it has finished, and may have closed its half"
+    assert codes(talk.go_on()) == [b"354 End"]
+    assert talk.text() == b"x\n"
+    assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
+
+
+def test_nothing_is_obeyed_while_replies_are_not_read() -> None:
+    talk = Talk()
+    talk.session.halted = True
+    assert talk.say(EHLO, NOOP) == b""
+    assert talk.go_on() == b""
+    talk.session.halted = False
+    assert codes(talk.go_on()) == [b"250 DSN", b"250 2.0.0"]
+
+
+def test_an_answer_that_is_not_read_leads_to_no_more_commands() -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL + RCPT + DATA + b"x\r\n.\r\n" + NOOP * 5)
+    talk.session.halted = True
+    assert codes(talk.answer()) == [b"250 2.0.0"]
+    talk.session.halted = False
+    assert codes(talk.go_on()) == [b"250 2.0.0"] * 5
+
+
+@pytest.mark.parametrize("command", [NOOP, b"RSET\r\n", EHLO, b"VRFY a\r\n"])
+def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection(command: bytes) -> None:
+    talk = Talk(trusted=False)
+    for _ in range(FREE_COMMANDS):
+        talk.say(command)
+        assert talk.session.pause is None
+    for _ in range(COMMAND_LIMIT - FREE_COMMANDS):
+        assert codes(talk.say(command))[0][:1] == b"2"
+        assert talk.session.pause == TARPIT
+        assert talk.say(command * 3) == b""
+        talk.session._input = b""
+        assert talk.go_on() == b""
+    assert codes(talk.say(command))[-1] == b"421 4.7.0"
+    assert talk.session.closed
+    assert len(talk.told(Refusal)) == 1
+
+
+def test_a_stranger_that_pipelines_is_slowed_down_too() -> None:
+    talk = Talk(trusted=False)
+    talk.say(NOOP * (FREE_COMMANDS + 10))
+    while talk.session.pause == 0.0:
+        talk.go_on()
+    assert talk.session.pause == TARPIT
+    for left in range(9, 0, -1):
+        assert talk.session.backlog == left * len(NOOP)
+        assert codes(talk.go_on()) == [b"250 2.0.0"], "one command a second"
+
+
+def test_commands_of_a_trusted_client_cost_nothing() -> None:
+    talk = Talk()
+    for _ in range(3 * COMMAND_LIMIT):
+        assert codes(talk.say(NOOP)) == [b"250 2.0.0"]
+        assert talk.session.pause is None
+
+
+def test_an_accepted_message_begins_the_count_anew() -> None:
+    talk = Talk(trusted=False)
+    for verdict in (b"250 2.0.0 Ok\r\n", b"250 2.0.0 Ok\r\n", b"451 4.3.0 Later\r\n"):
+        for _ in range(FREE_COMMANDS - 4):
+            talk.say(NOOP)
+        talk.say(EHLO, MAIL, RCPT, DATA)
+        assert talk.session.pause is None
+        talk.say(b".\r\n")
+        talk.answer(verdict)
+    talk.say(NOOP)
+    assert talk.session.pause == TARPIT, "a message that was not accepted does not"
+
+
+def test_recipients_of_an_open_transaction_are_no_waste() -> None:
+    talk = Talk(trusted=False)
+    talk.session._rules.check_recipient = lambda recipient, accepted: None  # type: ignore[method-assign]
+    talk.say(EHLO, MAIL)
+    for _ in range(1000):
+        assert codes(talk.say(RCPT)) == [b"250 2.1.5"]
+        assert talk.session.pause is None
+    assert codes(talk.say(b"RSET\r\n")) == [b"250 2.0.0", b"421 4.7.0"], "without a message they are"
