@@ -188,6 +188,7 @@ class SmtpdSettings(Settings):
     max_connections: Count = 1000
     max_connections_per_client: Count = 50
     smtp_timeout: Duration = 300.0
+    session_timeout: Duration = 3600.0
     accept_deadline: Duration = 60.0
     drain_timeout: Duration = 30.0
 

@@ -10,6 +10,8 @@ What must stay true:
 - A body is removed only when no row can come to name it: the store took the order back, or the database refused its
   data. When the store does not know, the client hears 451 and the body stays.
 - Our own faults are temporary for the client (452 without room, else 451), and say nothing about their nature.
+- What has come and is not finished is counted in the message's claim on the room before it is written; without room for
+  it the rest is read and thrown away, and the client hears 452 at its end.
 - A reception lives on the event loop. Threads only touch the body of a large message, one at a time.
 """
 
@@ -32,6 +34,7 @@ from relay.log import get_logger
 from relay.rounds import Unsettled
 from smtpd.events import Envelope
 from smtpd.orders import Withdrawn
+from smtpd.policy import Claim
 from smtpd.store import Store
 
 BLOCK = 64 * 1024
@@ -95,12 +98,15 @@ class Receiver:
 class Reception:
     """One message on its way in from `client`, an address. Everything but what a thread runs is called on the loop.
 
-    `answer` will get one whole reply after `complete`, unless that was abandoned; `flow` is called when `congested` may
-    have changed.
+    `claim` is what it takes of the room. `answer` will get one whole reply after `complete`, unless that was abandoned;
+    `flow` is called when `congested` may have changed.
     """
 
-    def __init__(self, receiver: Receiver, envelope: Envelope, client: str, answer: Answer, flow: Flow) -> None:
+    def __init__(
+        self, receiver: Receiver, envelope: Envelope, client: str, claim: Claim, answer: Answer, flow: Flow
+    ) -> None:
         self.id = new_id()
+        self._claim = claim
         self.deadline: float | None = None
         self._receiver, self._envelope, self._client, self._flow = receiver, envelope, client, flow
         self._answer: Answer | None = answer
@@ -121,9 +127,20 @@ class Reception:
         """More content should wait until the disk has caught up."""
         return self._held_size + self._moving > AHEAD
 
+    @property
+    def failed(self) -> bool:
+        """Nothing of it is kept any more; the client hears so after its end."""
+        return self._error is not None
+
     def append(self, text: bytes) -> None:
         """Takes decoded content."""
         if self._gone or self._error is not None:
+            return
+        if not self._claim.grow(len(text)):
+            self._error = OSError(errno.ENOSPC, "no room for more of an unfinished message")
+            self._held, self._held_size = [], 0
+            if not self._busy:
+                self._remove()
             return
         self._held.append(text)
         self._held_size += len(text)
@@ -136,7 +153,8 @@ class Reception:
         self.deadline = self._ended + self._receiver.deadline
         self._message_id, self._complete = message_id, True
         if self._error is not None:
-            self._fail(self._error)
+            if not self._busy:  # else it is refused when that was removed which is being written
+                self._refuse(self._error)
         elif not self._busy and self._body is None:
             self._size = self._held_size
             self._put(self._held)
@@ -166,9 +184,12 @@ class Reception:
 
     def _written(self) -> None:
         self._busy = False
+        self._claim.store(self._moving)
         self._moving = 0
-        if self._gone:
+        if self._gone or self._error is not None:
             self._remove()
+            if self._error is not None and self._complete:
+                self._refuse(self._error)
         elif self._complete:
             self._work(self._finish)
         elif self._held_size >= BLOCK:
@@ -177,6 +198,7 @@ class Reception:
 
     def _finished(self) -> None:
         self._busy = False
+        self._claim.store(self._moving)
         if self._gone:
             self._remove()
         else:
@@ -192,12 +214,14 @@ class Reception:
         """A body could not be written; what there was of it has gone."""
         self._busy, self._error, self._body, self._held = False, error, None, []
         self._held_size = self._moving = 0
+        self._claim.end()
         if self._complete or self._gone:
             self._refuse(error)
         else:
             self._flow()
 
     def _settled(self, result: Exception | None) -> None:
+        self._claim.end(kept=result is None or isinstance(result, Unsettled))
         if result is None:
             metrics.RECEIVED_BYTES.inc(self._size)
             metrics.ACCEPT_SECONDS.observe(time.monotonic() - self._ended)
@@ -225,6 +249,7 @@ class Reception:
 
     def _remove(self) -> None:
         """Remove what was streamed."""
+        self._claim.end()
         if self._body is not None:
             self._receiver.threads.submit(self._discard)
 

@@ -2,10 +2,15 @@
 
 A connection is a plain protocol object, not a task: what arrives goes through its session, the replies leave in one
 write, and a message that is complete is answered by a callback. One clock tick a second looks at all connections, so
-that none needs a timer: each only notes until when it may stay silent, and every byte that it sends moves that on.
+that none needs a timer: each only notes until when it may stay silent, and every command and every byte of content
+moves that on.
+
+A deadline counts when what has arrived was read after it: timers run before sockets, and a process that was kept from
+running would find every deadline passed, and say 451 about messages that are kept.
 
 A session obeys a turn of commands; what is left it obeys in the next turn of the loop, so that a client that sends
-commands without an end has no more of the process than each of the others. It obeys none while its replies are not read.
+commands without an end has no more of the process than each of the others. It obeys none while its replies are not
+read.
 
 Reading stops while the client does not read our replies, while the disk is behind with its message, and while it has
 sent too much behind what is not answered yet.
@@ -13,6 +18,7 @@ sent too much behind what is not answered yet.
 
 import asyncio
 import fcntl
+import math
 import os
 import socket
 import struct
@@ -26,7 +32,7 @@ from typing import cast
 from relay import metrics
 from relay.log import get_logger
 from relay.settings import SmtpdSettings
-from smtpd.events import Abandon, Begin, Complete, Event, Refusal, Text
+from smtpd.events import Abandon, Begin, Complete, Envelope, Event, Refusal, Text
 from smtpd.policy import Policy
 from smtpd.receiver import Receiver, Reception
 from smtpd.session import Greeting, Session
@@ -35,11 +41,21 @@ BACKLOG_LIMIT = 64 * 1024
 """Octets a client may send behind a message that is not answered yet."""
 LINGER = 10.0
 """Seconds for the last reply to leave."""
+LATE = 1.0
+"""Seconds by which a clock tick may be late: behind one that is later the process, or its machine, stood still, and
+neither the clients nor the keeper can be blamed for the time."""
+READING = 0.01
+"""Seconds from a tick to the look at deadlines: the loop reads what has arrived in between."""
+MIN_RATE, RATE_WINDOW = 500, 60.0
+"""Octets a second that content must come with, over so many seconds, from a client that is not trusted. Without it 5
+octets in five minutes keep a connection and the room of a message for years. Modems of 1990 were quicker."""
 
 _BUSY = b"421 4.3.2 Too many connections, try again later\r\n"
 _BUSY_CLIENT = b"421 4.7.0 Too many connections from your address\r\n"
 _STOPPING = b"421 4.3.2 Service is stopping\r\n"
 _TIMEOUT = b"421 4.4.2 Timeout, closing connection\r\n"
+_TOO_SLOW = b"421 4.4.2 Message comes too slowly, closing connection\r\n"
+_TOO_LONG = b"421 4.4.2 Transaction takes too long, closing connection\r\n"
 
 log = get_logger(__name__)
 
@@ -63,6 +79,7 @@ class Server:
     stopping: bool = False
     _listeners: list[asyncio.Server] = field(default_factory=list)
     _clock: asyncio.TimerHandle | None = None
+    _due: float = math.inf  # the next tick
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def listen(self, addresses: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -93,6 +110,7 @@ class Server:
                 await asyncio.wait_for(self._empty.wait(), drain)
             except TimeoutError:
                 log.warning("stopping with sessions open", sessions=len(self.connections))
+                await asyncio.sleep(READING)
         for connection in tuple(self.connections):
             connection.stop()
         if self._clock is not None:
@@ -111,11 +129,22 @@ class Server:
         if self.largest is not None and (size := self.largest()) != self.greeting.max_message_size:
             # Sessions that were offered another limit keep it for what they send.
             self.greeting, self.policy.max_message_size = Greeting(self.settings.hostname, size), size
+        late = now > self._due + LATE
+        pause = min(1.0, self.settings.smtp_timeout / 4, self.receiver.deadline / 4)
+        self._due = now + pause
+        if late:
+            for connection in self.connections:
+                connection.measure(now)
+            self._clock = self.loop.call_later(pause, self._tick)
+        else:
+            self._clock = self.loop.call_later(READING, self._look_at_clock, now)
+
+    def _look_at_clock(self, now: float) -> None:
+        """Ends what was overdue at the time of the tick, and is still."""
         for connection in tuple(self.connections):
             connection.look_at_clock(now)
         self.receiver.store.look_at_clock(now)
-        pause = min(1.0, self.settings.smtp_timeout / 4, self.receiver.deadline / 4)
-        self._clock = self.loop.call_later(pause, self._tick)
+        self._clock = self.loop.call_later(max(0.0, self._due - time.monotonic()), self._tick)
 
 
 class Connection(asyncio.Protocol):
@@ -129,6 +158,8 @@ class Connection(asyncio.Protocol):
         self._stuck = False  # the client does not
         self._closing = False
         self._until = 0.0
+        self._transactions, self._began = 0, 0.0  # the number of the one that is open, and when it began
+        self._octets, self._window = 0, 0.0  # came since
         self._turn: asyncio.Handle | None = None  # of the session, when it has one before it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -136,7 +167,7 @@ class Connection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         server = self._server
         # No peer: it was gone before we had it.
-        client = server.policy.client(peer[0] if peer else "::")
+        client = self._rules = server.policy.client(peer[0] if peer else "::")
         self._client = client.address
         crowded = len(server.connections) >= server.settings.max_connections
         server.connections.add(self)
@@ -162,8 +193,13 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        self._until = time.monotonic() + self._server.settings.smtp_timeout
-        self._follow(self._session.receive(data))
+        session, lines = self._session, self._session.lines
+        self._octets += len(data)
+        events = session.receive(data)
+        if session.receiving or session.lines != lines:
+            # A command has so long from its first octet to its last (RFC 5321, 4.5.3.2.7), not from one to the next.
+            self._until = time.monotonic() + self._server.settings.smtp_timeout
+        self._follow(events)
 
     def eof_received(self) -> bool:
         # With a QUIT behind its message the client has finished and may still be reading; else it has left.
@@ -195,6 +231,23 @@ class Connection(asyncio.Protocol):
                 reception.expire()
         elif now > self._until:
             self._refuse(_TIMEOUT)
+        elif not self._session.idle and now > self._began + self._server.settings.session_timeout:
+            self._refuse(_TOO_LONG)
+        elif self._session.receiving and not self._rules.trusted:
+            self._look_at_rate(now)
+
+    def _look_at_rate(self, now: float) -> None:
+        if self._paused:  # the disk is behind, not the client
+            self.measure(now)
+        elif now >= self._window + RATE_WINDOW:
+            slow = self._octets < MIN_RATE * (now - self._window)
+            self.measure(now)
+            if slow:
+                self._refuse(_TOO_SLOW)
+
+    def measure(self, now: float) -> None:
+        """Begins to count anew what comes in a time."""
+        self._octets, self._window = 0, now
 
     def stop(self, *, idle: bool = False) -> None:
         """Ends the session, or does so only if it is `idle`; a message without an answer is taken back if possible."""
@@ -216,13 +269,16 @@ class Connection(asyncio.Protocol):
 
     def _follow(self, events: Sequence[Event]) -> None:
         """Does what the session found, then sends what it says."""
+        if self._session.transactions != self._transactions:
+            self._transactions, self._began = self._session.transactions, time.monotonic()
         for event in events:
             match event:
                 case Begin():
-                    receiver = self._server.receiver
-                    self._reception = Reception(receiver, event.envelope, self._client, self._answer, self._throttle)
+                    self._begin(event.envelope)
                 case Text() if self._reception is not None:
                     self._reception.append(event.data)
+                    if self._reception.failed:
+                        self._session.refuse_content()
                 case Complete() if self._reception is not None:
                     self._reception.complete(event.message_id)
                 case Abandon():
@@ -233,6 +289,7 @@ class Connection(asyncio.Protocol):
         if said:
             self._transport.write(said)
         if self._session.closed:
+            self._give_up()
             self._close()
         elif self._server.stopping and self._session.idle:
             self._refuse(_STOPPING)
@@ -243,6 +300,12 @@ class Connection(asyncio.Protocol):
                 self._turn = loop.call_later(pause, self._go_on) if pause else loop.call_soon(self._go_on)
             if self._paused or self._reception is not None or pause is not None:
                 self._throttle()
+
+    def _begin(self, envelope: Envelope) -> None:
+        claim = self._rules.claim(int(envelope.parameters.get(b"SIZE", "0")))
+        receiver = self._server.receiver
+        self._reception = Reception(receiver, envelope, self._client, claim, self._answer, self._throttle)
+        self.measure(time.monotonic())
 
     def _answer(self, reply: bytes) -> None:
         if not reply.startswith(b"2"):

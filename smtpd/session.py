@@ -9,10 +9,10 @@ soon as its content is found at fault (the session reads on to the real end and 
 session stands still: what the client sent behind its message waits until `answer` brings the verdict, so that no
 command overtakes it. Whoever drives a session cancels a begun message when the connection goes before its `Complete`.
 
-One client must not keep the others waiting, so a session obeys a turn of TURN commands and leaves the rest for the next
-one: `pause` says when that is due, and whoever drives the session calls `go_on` then. While the client does not read
-its replies (`halted`) nothing is obeyed. A client that is not trusted may send so many commands that lead to no message;
-then each costs it a second, and in the end its connection.
+One client must not keep the others waiting, so a session obeys a turn of TURN commands and leaves the rest for the
+next one: `pause` says when that is due, and the driver of the session calls `go_on` then. While the client does not
+read its replies (`halted`) nothing is obeyed. A client that is not trusted may send so many commands that lead to no
+message; then each costs it a second, and in the end its connection.
 
 A client out of step is dangerous, because what it means as content could run as commands. Bytes before the banner,
 or behind a DATA that was refused, close the connection, and so do HTTP and TLS on this port and too many errors.
@@ -42,7 +42,7 @@ that could begin anew with RSET would never come to the end. The recipients of t
 count: a server must take 100 of them at least (RFC 5321, 4.5.3.1.8), and MAX_RECIPIENTS may be many more."""
 TARPIT = 1.0
 ENDLESS = 1 << 20
-"""Octets after which a line has no end, and content that will not be kept has none either."""
+"""Octets of a line, or of content that will not be kept, after which its end is not waited for any longer."""
 
 
 class State(IntEnum):
@@ -364,6 +364,7 @@ class Session:
             self._events.append(Abandon())
         if text:
             self._events.append(Text(text))
+        self.lines += rest is not None
         if rest is None:
             if self._wasted > ENDLESS:
                 # Reading on keeps the client in step, but must not be work without an end.

@@ -7,6 +7,7 @@ the whole program on a real database.
 import asyncio
 import errno
 import json
+import math
 import os
 import re
 import select
@@ -16,9 +17,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,12 +33,12 @@ from relay.bodies import Body, Spool
 from relay.intake import NewMessage
 from relay.settings import SmtpdSettings, load
 from smtpd.keeper import Keeper
-from smtpd.policy import Policy
+from smtpd.policy import ROOM_KEPT_FREE, Policy
 from smtpd.receiver import AHEAD, BLOCK, Receiver, Threads
-from smtpd.server import ListenError, Server
-from smtpd.session import Greeting
+from smtpd.server import LATE, Connection, ListenError, Server
+from smtpd.session import ENDLESS, Greeting
 from smtpd.store import Store
-from tests.waiting import until
+from tests.waiting import stands_still, until
 
 
 class Database:
@@ -111,19 +115,21 @@ class Running:
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()
+        room = self.server.policy.room
+        assert (room._claimed, room._stored, room._strange, room._strangers) == (0, 0, 0, {}), "every claim ended"
 
     def bodies(self) -> list[str]:
         return [path.name for path in self.spool.directory.glob("*/*")]
 
-    def client(self) -> "Client":
-        return Client(self.host, self.port)
+    def client(self, source: str = "127.0.0.1") -> "Client":
+        return Client(self.host, self.port, source)
 
 
 class Client:
     """A socket that speaks bytes."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.socket = socket.create_connection((host, port), timeout=10)
+    def __init__(self, host: str, port: int, source: str = "127.0.0.1") -> None:
+        self.socket = socket.create_connection((host, port), timeout=10, source_address=(source, 0))
         self._received = b""
 
     def send(self, data: bytes) -> None:
@@ -180,8 +186,8 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 
 @contextmanager
-def talking(running: Running) -> Iterator[Client]:
-    client = running.client()
+def talking(running: Running, source: str = "127.0.0.1") -> Iterator[Client]:
+    client = running.client(source)
     try:
         yield client
     finally:
@@ -451,6 +457,177 @@ def test_C26_a_silent_client_is_sent_away(run: Callable[..., Running]) -> None:
     until(lambda: not running.server.connections and not running.bodies())
 
 
+def has_sent(connection: Connection, octets: int) -> bool:
+    return connection._octets == octets
+
+
+STRANGER = "127.0.0.2"
+CLOSED = {"client_networks": ("127.0.0.1",), "recipient_domains": ("example.org",)}
+
+
+def test_strangers_that_never_end_their_messages_leave_room_for_clients(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = run(**CLOSED)
+    capacity = 4_000_000
+
+    def statvfs(_path: Path) -> SimpleNamespace:
+        used = sum(path.stat().st_size for path in running.spool.directory.glob("*/*"))
+        return SimpleNamespace(f_files=0, f_favail=0, f_bavail=capacity + ROOM_KEPT_FREE - used, f_frsize=1)
+
+    monkeypatch.setattr("smtpd.policy.os.statvfs", statvfs)
+    with ExitStack() as stack:
+        strangers = [stack.enter_context(talking(running, f"127.0.1.{n}")) for n in range(1, 9)]
+        for n, stranger in enumerate(strangers, 1):
+            stranger.begin()
+            [connection] = [one for one in running.server.connections if one._client == f"127.0.1.{n}"]
+            stranger.send((b"x" * 998 + b"\r\n") * 950)
+            until(partial(has_sent, connection, 950_000))
+        room = running.server.policy.room
+        assert room._strange <= capacity * 3 / 4, "all of them"
+        again = stack.enter_context(talking(running, "127.0.1.1"))
+        again.hears(b"220")
+        again.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=200000\r\n")
+        again.hears(b"250", b"452 4.3.1")
+        client = stack.enter_context(talking(running))
+        client.hears(b"220")
+        client.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=900000\r\nRCPT TO:<b@example.org>\r\nDATA\r\n")
+        client.hears(b"250", b"250", b"250", b"354")
+        client.send(b"x" * 900_000 + b"\r\n.\r\n")
+        client.hears(b"250 2.0.0")
+        for stranger in strangers:
+            stranger.send(b".\r\n")
+        assert sorted(stranger.reply()[:9] for stranger in strangers) == [b"250 2.0.0"] * 3 + [b"452 4.3.1"] * 5
+    assert len(running.database.messages) == 4
+    until(lambda: len(running.bodies()) == 4)
+
+
+def test_content_that_cannot_be_kept_is_not_read_for_ever(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = run()
+    found = SimpleNamespace(f_files=0, f_favail=0, f_bavail=ROOM_KEPT_FREE + 100_000, f_frsize=1)
+    monkeypatch.setattr("smtpd.policy.os.statvfs", lambda _path: found)
+    with talking(running) as client:
+        client.begin()
+        with suppress(ConnectionError):
+            client.send((b"x" * 998 + b"\r\n") * 3000)
+        client.hears(b"421 4.3.0")
+        assert client.closed()
+    until(lambda: not running.bodies())
+
+
+def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.begin()
+        client.send(b"bare\n" + b"x" * ENDLESS)
+        with suppress(ConnectionError):
+            client.send(b"x" * ENDLESS)
+        client.hears(b"421 4.3.0")
+        assert client.closed()
+
+
+def test_C26_a_command_has_so_long_from_its_beginning_to_its_end(run: Callable[..., Running]) -> None:
+    running = run(smtp_timeout=1.0)
+    with talking(running) as client:
+        client.hears(b"220")
+        ended = threading.Event()
+
+        def drip() -> None:
+            with suppress(OSError):
+                while not ended.wait(0.05):
+                    client.send(b"x")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        client.hears(b"421 4.4.2")
+        ended.set()
+        dripping.join()
+
+
+def test_C26_a_transaction_has_an_end(run: Callable[..., Running]) -> None:
+    running = run(session_timeout=0.5)
+    with talking(running) as idle, talking(running) as endless:
+        endless.begin()
+        idle.hears(b"220")
+        endless.send(b"x" * 3 * BLOCK)
+        endless.hears(b"421 4.4.2 Transaction takes too long")
+        assert endless.closed()
+        idle.say(b"EHLO x", b"250")
+        for _ in range(3):  # each has its own time
+            idle.say(b"MAIL FROM:<a@b.example>", b"250")
+            [connection] = running.server.connections
+            assert connection._began > time.monotonic() - 0.4
+            idle.say(b"RSET", b"250")
+    until(lambda: not running.bodies())
+
+
+@pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
+def test_C26_a_stranger_must_send_at_some_rate(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr("smtpd.server.RATE_WINDOW", 0.5)
+    running = run(**CLOSED)
+    with talking(running, source) as client:
+        client.begin()
+        [connection] = running.server.connections
+        client.send(b"x" * 100)
+        if source == STRANGER:
+            client.hears(b"421 4.4.2 Message comes too slowly")
+            assert client.closed()
+        else:
+            until(lambda: time.monotonic() > connection._window + 3.0)
+            client.say(b"\r\n.", b"250")
+
+
+def test_what_has_arrived_is_read_before_a_deadline_counts(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = run()
+    overdue, sent, tick = threading.Event(), threading.Event(), Server._tick
+
+    def ticked(server: Server) -> None:
+        [connection] = server.connections
+        if not overdue.is_set():
+            connection._until = 0.0
+            overdue.set()
+            sent.wait(10)
+            server._due = math.inf  # this machine may be as slow as it likes
+        tick(server)
+
+    with talking(running) as client:
+        client.hears(b"220")
+        monkeypatch.setattr(Server, "_tick", ticked)
+        assert overdue.wait(10)
+        client.send(b"NOOP\r\n")
+        sent.set()
+        client.hears(b"250 2.0.0")
+
+
+def test_a_tick_that_comes_late_ends_nothing(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    run(smtp_timeout=2.0)
+    seen: list[str] = []
+    tick, look = Server._tick, Server._look_at_clock
+
+    def ticked(server: Server) -> None:
+        seen.append("tick")
+        tick(server)
+
+    def looked(server: Server, now: float) -> None:
+        look(server, now)
+        if "stopped" not in seen:
+            seen.append("stopped")
+            threading.Event().wait(LATE + 1.0)
+        else:
+            seen.append("look")
+
+    monkeypatch.setattr(Server, "_tick", ticked)
+    monkeypatch.setattr(Server, "_look_at_clock", looked)
+    until(lambda: "look" in seen)
+    assert seen[seen.index("stopped") + 1 :][:2] == ["tick", "tick"], "the first one was late"
+
+
 def test_C26_a_client_that_never_reads_is_stopped_and_aborted(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,6 +646,7 @@ import select, socket, sys
 flood = b"NOOP\\r\\n" * 20000
 clients = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(4)]
 for client in clients:
+    client.recv(100)  # the banner
     client.setblocking(False)
 print("flooding", flush=True)
 while True:
@@ -503,8 +681,7 @@ def test_replies_that_are_not_read_are_no_more_than_a_turn_beyond_the_buffer(run
         [connection] = running.server.connections
         client.socket.settimeout(0.2)
         with pytest.raises(TimeoutError):
-            while True:
-                client.send(b"EHLO client.example\r\n" * 5000)
+            client.send(b"EHLO client.example\r\n" * 5_000_000)
         until(lambda: connection._stuck and connection._paused)
         assert connection._transport.get_write_buffer_size() < (64 + 16) * 1024
         assert connection._session.backlog < 1024 * 1024
@@ -586,7 +763,9 @@ raise SystemExit(run(settings))
 class Program:
     """smtpd as a process, on a real database."""
 
-    def __init__(self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int):
+    def __init__(
+        self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int, **more: str
+    ):
         self.port, self.log = port, directory / "log"
         environment = {
             "PATH": "/usr/bin:/bin",
@@ -596,7 +775,7 @@ class Program:
             "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
             "RELAY_LOG_FORMAT": "json",
             "RELAY_UNSAFE_DURABILITY": "1",
-        }
+        } | {f"RELAY_{name.upper()}": value for name, value in more.items()}
         with self.log.open("wb") as stderr:
             self.process = spawn([sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
         until(lambda: self.events("listening") or self.process.poll() is not None, 30, what=self.log.read_text)
@@ -663,3 +842,32 @@ def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Progra
         assert select.select([handle], [], [], 10)[0], "it is still there"
     finally:
         os.close(handle)
+
+
+def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    program = Program(tmp_path, database_url, spawn, free_port(), accept_deadline="4s")
+    [keeper] = program.keepers()
+    os.kill(keeper, signal.SIGSTOP)
+    engine = create_engine(database_url)
+    with closing(Client("127.0.0.1", program.port)) as client, engine.connect() as connection:
+        client.begin()
+        client.send(b"x\r\n.\r\nNOOP\r\n")
+        ended = time.monotonic()
+        with closing(Client("127.0.0.1", program.port)) as later:  # what came before it has been read by now
+            later.hears(b"220")
+            later.say(b"NOOP", b"250")
+        program.process.send_signal(signal.SIGSTOP)
+        until(lambda: stands_still(program.process.pid))
+        os.kill(keeper, signal.SIGCONT)
+
+        def kept() -> bool:
+            with connection.begin():
+                return connection.execute(text("SELECT count(*) FROM deliveries")).scalar() == 1
+
+        until(kept)
+        until(lambda: time.monotonic() > ended + 4.5)
+        program.process.send_signal(signal.SIGCONT)
+        client.hears(b"250 2.0.0 Ok: queued", b"250 2.0.0")
+    engine.dispose()

@@ -119,6 +119,97 @@ def test_room_without_files_left_or_without_an_answer(tmp_path: Path, monkeypatc
     assert not Room(tmp_path).holds(1)
 
 
+class Disk:
+    """A file system of so many octets, and a clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self.free, self.now = ROOM_KEPT_FREE + free, 100.0
+        monkeypatch.setattr(os, "statvfs", self._statvfs)
+        monkeypatch.setattr("smtpd.policy.time.monotonic", lambda: self.now)
+
+    def _statvfs(self, _path: Path) -> SimpleNamespace:
+        return SimpleNamespace(f_files=0, f_favail=0, f_bavail=self.free, f_frsize=1)
+
+
+def test_unfinished_messages_of_strangers_take_a_quarter_each_and_leave_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, room = Disk(monkeypatch, 4000), Room(tmp_path)
+    assert room.holds(1000, "a")
+    assert not room.holds(1001, "a")
+    claims = [room.claim(1000, one) for one in "abc"]
+    assert not room.holds(1, "a")
+    assert not room.holds(1, "d"), "the last quarter is for clients that are trusted"
+    assert room.holds(1000)
+    assert not room.holds(1001)
+    claims[0].end()
+    disk.now += 1.0
+    assert room.holds(1000, "d")
+    assert room.holds(2000)
+
+
+def test_octets_are_counted_once_whether_stored_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, room = Disk(monkeypatch, 4000), Room(tmp_path)
+    claim = room.claim(0, "")
+    assert claim.grow(3000)
+    claim.store(2000)
+    disk.free -= 2000
+    assert room.holds(1000), "before the next look"
+    assert not room.holds(1001)
+    disk.now += 1.0
+    assert room.holds(1000), "and after it"
+    assert not room.holds(1001)
+    assert not claim.grow(1001)
+    assert room.holds(250, "a")
+    assert room.holds(1000, "a"), "a stranger's part is one of the room without unfinished messages"
+
+
+def test_what_was_declared_is_claimed_and_what_is_more_comes_on_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Disk(monkeypatch, 4000)
+    room = Room(tmp_path)
+    claim = room.claim(3000, "")
+    assert not room.holds(1001)
+    assert claim.grow(3000)
+    assert room.holds(1000)
+    assert claim.grow(1000)
+    assert not claim.grow(1)
+    assert not room.claim(1, "").octets
+
+
+def test_what_is_thrown_away_is_free_at_once_and_what_is_kept_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, room = Disk(monkeypatch, 4000), Room(tmp_path)
+    for _ in range(5):  # claims that begin and end do not add up until the next look
+        room.claim(3000, "").end()
+        assert room.holds(4000)
+    kept = room.claim(2000, "")
+    assert kept.grow(1500)
+    kept.end(kept=True)
+    kept.end()
+    assert room.holds(2500)
+    assert not room.holds(2501)
+    disk.free, disk.now = disk.free - 1500, disk.now + 1.0
+    gone = room.claim(1000, "")
+    assert gone.grow(1000)
+    gone.store(1000)
+    disk.free, disk.now = disk.free - 1000, disk.now + 1.0
+    assert not room.holds(1501)
+    gone.end()
+    assert not room.holds(1501), "its file may be there yet"
+    disk.free, disk.now = disk.free + 1000, disk.now + 1.0
+    assert room.holds(2500)
+
+
+def test_a_client_is_counted_by_the_network_it_has(tmp_path: Path) -> None:
+    first, second = client(tmp_path, "2001:db8::1"), client(tmp_path, "2001:db8::ffff:1")
+    assert first.network == second.network == "2001:db8::/64"
+    assert client(tmp_path, "2001:db8:0:1::1").network == "2001:db8:0:1::/64"
+    assert client(tmp_path, "192.0.2.1").network == client(tmp_path, "::ffff:192.0.2.1").network == "192.0.2.1"
+
+
 @pytest.mark.parametrize("publish", ["", "127.0.0.1:2525", "[::1]:25", "localhost:2525"])
 def test_connected_means_our_own_subnets(publish: str) -> None:
     networks = client_networks(["connected", "192.0.2.0/24"], publish)

@@ -59,6 +59,9 @@ class Talk:
             said += self.session.replies()
         return said
 
+    def pause(self) -> float | None:
+        return self.session.pause
+
     def go_on(self) -> bytes:
         self.events += self.session.go_on()
         return self.session.replies()
@@ -338,14 +341,14 @@ NOOP = b"NOOP\r\n"
 def test_a_turn_has_so_many_commands_and_the_rest_waits() -> None:
     talk = Talk()
     assert codes(talk.say(NOOP * (2 * TURN + 1))) == [b"250 2.0.0"] * TURN
-    assert talk.session.pause == 0.0
+    assert talk.pause() == 0.0
     assert talk.say(NOOP) == b"", "what comes before the next turn is kept for it"
     assert talk.session.backlog == (TURN + 2) * len(NOOP)
     assert codes(talk.go_on()) == [b"250 2.0.0"] * TURN
     assert codes(talk.go_on()) == [b"250 2.0.0"] * 2
-    assert talk.session.pause is None
+    assert talk.pause() is None
     assert talk.say(NOOP * TURN)
-    assert talk.session.pause is None, "a turn that has obeyed everything leaves nothing for another"
+    assert talk.pause() is None, "a turn that has obeyed everything leaves nothing for another"
 
 
 def test_a_turn_is_cut_anywhere_in_a_transaction_and_loses_nothing() -> None:
@@ -381,10 +384,10 @@ def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection
     talk = Talk(trusted=False)
     for _ in range(FREE_COMMANDS):
         talk.say(command)
-        assert talk.session.pause is None
+        assert talk.pause() is None
     for _ in range(COMMAND_LIMIT - FREE_COMMANDS):
         assert codes(talk.say(command))[0][:1] == b"2"
-        assert talk.session.pause == TARPIT
+        assert talk.pause() == TARPIT
         assert talk.say(command * 3) == b""
         talk.session._input = b""
         assert talk.go_on() == b""
@@ -396,9 +399,9 @@ def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection
 def test_a_stranger_that_pipelines_is_slowed_down_too() -> None:
     talk = Talk(trusted=False)
     talk.say(NOOP * (FREE_COMMANDS + 10))
-    while talk.session.pause == 0.0:
+    while talk.pause() == 0.0:
         talk.go_on()
-    assert talk.session.pause == TARPIT
+    assert talk.pause() == TARPIT
     for left in range(9, 0, -1):
         assert talk.session.backlog == left * len(NOOP)
         assert codes(talk.go_on()) == [b"250 2.0.0"], "one command a second"
@@ -408,7 +411,7 @@ def test_commands_of_a_trusted_client_cost_nothing() -> None:
     talk = Talk()
     for _ in range(3 * COMMAND_LIMIT):
         assert codes(talk.say(NOOP)) == [b"250 2.0.0"]
-        assert talk.session.pause is None
+        assert talk.pause() is None
 
 
 def test_an_accepted_message_begins_the_count_anew() -> None:
@@ -417,11 +420,11 @@ def test_an_accepted_message_begins_the_count_anew() -> None:
         for _ in range(FREE_COMMANDS - 4):
             talk.say(NOOP)
         talk.say(EHLO, MAIL, RCPT, DATA)
-        assert talk.session.pause is None
+        assert talk.pause() is None
         talk.say(b".\r\n")
         talk.answer(verdict)
     talk.say(NOOP)
-    assert talk.session.pause == TARPIT, "a message that was not accepted does not"
+    assert talk.pause() == TARPIT, "a message that was not accepted does not"
 
 
 def test_recipients_of_an_open_transaction_are_no_waste() -> None:
@@ -430,5 +433,24 @@ def test_recipients_of_an_open_transaction_are_no_waste() -> None:
     talk.say(EHLO, MAIL)
     for _ in range(1000):
         assert codes(talk.say(RCPT)) == [b"250 2.1.5"]
-        assert talk.session.pause is None
+        assert talk.pause() is None
     assert codes(talk.say(b"RSET\r\n")) == [b"250 2.0.0", b"421 4.7.0"], "without a message they are"
+
+
+def test_C27_a_line_without_an_end_ends_the_session() -> None:
+    talk = Talk()
+    assert codes(talk.say(b"x" * 4096)) == [b"500 5.5.2"]
+    assert talk.say(*[b"x" * 4096] * (ENDLESS // 4096 - 1)) == b""
+    assert codes(talk.say(b"x")) == [b"421 4.5.2"]
+    assert talk.session.closed
+
+
+@pytest.mark.parametrize("unwanted", [True, False])
+def test_content_that_is_not_kept_must_end(unwanted: bool) -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL + RCPT + DATA, b"" if unwanted else b"bare\n")
+    if unwanted:
+        talk.session.refuse_content()
+    assert talk.say(*[b"x" * 4096] * (ENDLESS // 4096)) == b""
+    assert codes(talk.say(b"x")) == [b"421 4.3.0"]
+    assert talk.session.closed
