@@ -78,6 +78,34 @@ class Threads:
             call()
 
 
+class Openings:
+    """How many large bodies may be open at a time; the others wait for a descriptor, in the order of their coming."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: dict[Reception, None] = {}
+
+    def take(self, reception: "Reception") -> bool:
+        """Whether it may open its body; if not, its `open` is called when it may."""
+        if not self._free:
+            self._waiting[reception] = None
+            return False
+        self._free -= 1
+        return True
+
+    def leave(self, reception: "Reception", *, opened: bool) -> None:
+        """It needs a descriptor no longer, whether it has one or waits."""
+        self._waiting.pop(reception, None)
+        if not opened:
+            return
+        self._free += 1
+        if self._waiting:
+            following = next(iter(self._waiting))
+            del self._waiting[following]
+            self._free -= 1
+            following.open()
+
+
 type Answer = Callable[[bytes], None]
 type Flow = Callable[[], None]
 
@@ -93,6 +121,7 @@ class Receiver:
     hostname: str
     deadline: float
     threads: Threads
+    openings: Openings
 
 
 class Reception:
@@ -115,6 +144,7 @@ class Reception:
         self._held, self._held_size = [trace], len(trace)
         self._moving = 0  # octets with a thread
         self._busy = False  # a thread works for us
+        self._opened = False  # a descriptor is ours
         self._body: Body | None = None  # of a large message
         self._size = 0
         self._message_id: str | None = None
@@ -144,8 +174,12 @@ class Reception:
             return
         self._held.append(text)
         self._held_size += len(text)
-        if self._held_size >= BLOCK and not self._busy:
-            self._work(self._write)
+        self._stream()
+
+    def open(self) -> None:
+        """There is a descriptor for what has waited for one."""
+        self._opened = True
+        self._stream()
 
     def complete(self, message_id: str | None) -> None:
         """The end was read: from now on an answer is due. `message_id`: the header's."""
@@ -176,6 +210,19 @@ class Reception:
         elif not self._busy:
             self._remove()
 
+    def _stream(self) -> None:
+        """Writes what has gathered, if that is a block; without a descriptor it gathers until there is one."""
+        if self._held_size < BLOCK or self._busy:
+            return
+        self._opened = self._opened or self._receiver.openings.take(self)
+        if self._opened:
+            self._work(self._write)
+
+    def _shut(self) -> None:
+        """The body is open no longer, or never will be."""
+        opened, self._opened = self._opened, False
+        self._receiver.openings.leave(self, opened=opened)
+
     def _work(self, call: Callable[[list[bytes]], None]) -> None:
         held, self._held = self._held, []
         self._moving, self._held_size = self._held_size, 0
@@ -192,8 +239,8 @@ class Reception:
                 self._refuse(self._error)
         elif self._complete:
             self._work(self._finish)
-        elif self._held_size >= BLOCK:
-            self._work(self._write)
+        else:
+            self._stream()
         self._flow()
 
     def _finished(self) -> None:
@@ -207,6 +254,7 @@ class Reception:
     def _put(self, body: list[bytes] | None) -> None:
         """Have the message kept; its body comes along unless it is stored already."""
         assert self.deadline is not None
+        self._shut()
         self._held = []
         self._order = self._receiver.store.put(self._message(), body, self.deadline, self._settled)
 
@@ -215,6 +263,7 @@ class Reception:
         self._busy, self._error, self._body, self._held = False, error, None, []
         self._held_size = self._moving = 0
         self._claim.end()
+        self._shut()
         if self._complete or self._gone:
             self._refuse(error)
         else:
@@ -250,6 +299,7 @@ class Reception:
     def _remove(self) -> None:
         """Remove what was streamed."""
         self._claim.end()
+        self._shut()
         if self._body is not None:
             self._receiver.threads.submit(self._discard)
 

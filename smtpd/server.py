@@ -27,16 +27,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 from relay import metrics
 from relay.log import get_logger
 from relay.settings import SmtpdSettings
 from smtpd.events import Abandon, Begin, Complete, Envelope, Event, Refusal, Text
-from smtpd.policy import Policy
+from smtpd.policy import Client, Policy
 from smtpd.receiver import Receiver, Reception
 from smtpd.session import Greeting, Session
 
+BACKLOG = 1024
+"""Connections that wait to be accepted."""
 BACKLOG_LIMIT = 64 * 1024
 """Octets a client may send behind a message that is not answered yet."""
 LINGER = 10.0
@@ -74,10 +77,15 @@ class Server:
     policy: Policy
     greeting: Greeting
     largest: Callable[[], int] | None = None  # the size limit of now, where routes may change it
+    last_descriptor: float = math.inf  # of a connection; with it, or a higher one, accepting pauses
     connections: "set[Connection]" = field(default_factory=set)
-    clients: Counter[str] = field(default_factory=Counter)
+    clients: Counter[str] = field(default_factory=Counter)  # connections that were let in, by network
+    admitted: int = 0
+    strangers: int = 0  # of those
     stopping: bool = False
     _listeners: list[asyncio.Server] = field(default_factory=list)
+    _sockets: list[socket.socket] = field(default_factory=list)  # the same; they stay open while accepting pauses
+    _resuming: asyncio.Task[None] | None = None
     _clock: asyncio.TimerHandle | None = None
     _due: float = math.inf  # the next tick
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
@@ -87,13 +95,14 @@ class Server:
         found: list[tuple[str, int]] = []
         for host, port in addresses:
             try:
-                listener = await self.loop.create_server(lambda: Connection(self), host or None, port, backlog=1024)
+                listener = await self.loop.create_server(lambda: Connection(self), host or None, port, backlog=BACKLOG)
             except OSError as error:
                 await self.stop(0.0)
                 reason = os.strerror(error.errno) if error.errno else str(error)
                 text = f"cannot listen on {shown(host, port)}: {reason}; RELAY_SMTP_LISTEN sets the address"
                 raise ListenError(text) from error
             self._listeners.append(listener)
+            self._sockets += [socket.socket(fileno=os.dup(one.fileno())) for one in listener.sockets]
             found.extend(one.getsockname()[:2] for one in listener.sockets)
         self._tick()
         return found
@@ -101,8 +110,9 @@ class Server:
     async def stop(self, drain: float) -> None:
         """Ends every session; transactions in progress may take `drain` seconds."""
         self.stopping = True
-        for listener in self._listeners:
-            listener.close()
+        self._close_listeners()
+        for one in self._sockets:
+            one.close()
         for connection in tuple(self.connections):
             connection.stop(idle=True)
         if self.connections and drain > 0:
@@ -116,11 +126,68 @@ class Server:
         if self._clock is not None:
             self._clock.cancel()
 
-    def forget(self, connection: "Connection", client: str) -> None:
+    def admit(self, client: Client) -> bytes | None:
+        """Counts another connection of a client, or gives the reply that refuses it.
+
+        A quarter of the connections is kept for clients that are trusted. One that is refused is not counted: a burst
+        of them must not take the places of others until all have heard it.
+        """
+        most = self.settings.max_connections
+        if self.stopping:
+            return _STOPPING
+        if self.admitted >= most or (not client.trusted and self.strangers >= most - most // 4):
+            return _BUSY
+        if self.clients[client.network] >= self.settings.max_connections_per_client:
+            return _BUSY_CLIENT
+        self.clients[client.network] += 1
+        self.admitted += 1
+        self.strangers += not client.trusted
+        return None
+
+    def dismiss(self, client: Client) -> None:
+        """A connection that was counted has ended."""
+        self.admitted -= 1
+        self.strangers -= not client.trusted
+        self.clients[client.network] -= 1
+        if not self.clients[client.network]:
+            del self.clients[client.network]
+
+    def pause(self) -> None:
+        """Accepts nothing more until there are descriptors. Clients wait in the listen queue, which stays."""
+        if self._listeners and not self.stopping:
+            self._close_listeners()
+            log.warning("accepting paused", sessions=len(self.connections))
+
+    def _resume(self) -> None:
+        """Accepts again, if there are descriptors; a new one tells, since it has the least number that is free."""
+        copies: list[socket.socket] = []
+        try:
+            copies.extend(one.dup() for one in self._sockets)
+        except OSError:
+            enough = False
+        else:
+            enough = copies[-1].fileno() < self.last_descriptor
+        if enough:
+            self._resuming = self.loop.create_task(self._accept_again(copies))
+        else:
+            for one in copies:
+                one.close()
+
+    async def _accept_again(self, copies: list[socket.socket]) -> None:
+        create = partial(self.loop.create_server, lambda: Connection(self), backlog=BACKLOG)
+        self._listeners = [await create(sock=one) for one in copies]
+        if self.stopping:
+            self._close_listeners()
+        else:
+            log.info("accepting resumed", sessions=len(self.connections))
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    def forget(self, connection: "Connection") -> None:
         self.connections.discard(connection)
-        self.clients[client] -= 1
-        if not self.clients[client]:
-            del self.clients[client]
         if self.stopping and not self.connections:
             self._empty.set()
 
@@ -129,6 +196,8 @@ class Server:
         if self.largest is not None and (size := self.largest()) != self.greeting.max_message_size:
             # Sessions that were offered another limit keep it for what they send.
             self.greeting, self.policy.max_message_size = Greeting(self.settings.hostname, size), size
+        if not self._listeners and not self.stopping and (self._resuming is None or self._resuming.done()):
+            self._resume()
         late = now > self._due + LATE
         pause = min(1.0, self.settings.smtp_timeout / 4, self.receiver.deadline / 4)
         self._due = now + pause
@@ -157,6 +226,7 @@ class Connection(asyncio.Protocol):
         self._paused = False  # we do not read
         self._stuck = False  # the client does not
         self._closing = False
+        self._admitted = False
         self._until = 0.0
         self._transactions, self._began = 0, 0.0  # the number of the one that is open, and when it began
         self._octets, self._window = 0, 0.0  # came since
@@ -169,21 +239,23 @@ class Connection(asyncio.Protocol):
         # No peer: it was gone before we had it.
         client = self._rules = server.policy.client(peer[0] if peer else "::")
         self._client = client.address
-        crowded = len(server.connections) >= server.settings.max_connections
         server.connections.add(self)
         metrics.SESSIONS.inc()
-        server.clients[self._client] += 1
         self._until = time.monotonic() + server.settings.smtp_timeout
         self._session = Session(server.greeting, client)
         log.debug("connection", client=self._client)
         if not peer:
             self._closing = True
             transport.abort()
-        elif crowded or server.stopping:
-            self._refuse(_STOPPING if server.stopping else _BUSY)
-        elif server.clients[self._client] > server.settings.max_connections_per_client:
-            self._refuse(_BUSY_CLIENT)
-        elif _has_input(transport.get_extra_info("socket")):
+            return
+        connection = transport.get_extra_info("socket")
+        if connection.fileno() >= server.last_descriptor:
+            server.pause()
+        refusal = server.admit(client)
+        self._admitted = refusal is None
+        if refusal is not None:
+            self._refuse(refusal)
+        elif _has_input(connection):
             # What it has sent before the banner meets a session that has not started, and is refused there.
             return
         else:
@@ -208,7 +280,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
         self._give_up()
-        self._server.forget(self, self._client)
+        if self._admitted:
+            self._server.dismiss(self._rules)
+        self._server.forget(self)
 
     def pause_writing(self) -> None:
         self._stuck = self._session.halted = True

@@ -34,7 +34,7 @@ from relay.intake import NewMessage
 from relay.settings import SmtpdSettings, load
 from smtpd.keeper import Keeper
 from smtpd.policy import ROOM_KEPT_FREE, Policy
-from smtpd.receiver import AHEAD, BLOCK, Receiver, Threads
+from smtpd.receiver import AHEAD, BLOCK, Openings, Receiver, Threads
 from smtpd.server import LATE, Connection, ListenError, Server
 from smtpd.session import ENDLESS, Greeting
 from smtpd.store import Store
@@ -63,8 +63,8 @@ class Database:
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, spool: Spool, settings: SmtpdSettings) -> None:
-        self.spool, self.settings = spool, settings
+    def __init__(self, spool: Spool, settings: SmtpdSettings, bodies_at_once: int) -> None:
+        self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
         self.database = Database()
         self.hints: list[str] = []
         self.loop = uvloop.new_event_loop()
@@ -90,6 +90,7 @@ class Running:
             "relay.example",
             self.settings.accept_deadline,
             Threads(4),
+            Openings(self.bodies_at_once),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = Server(self.loop, self.settings, self.receiver, Policy(self.settings), greeting)
@@ -175,9 +176,9 @@ class Client:
 def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
-    def start(**settings: Any) -> Running:
+    def start(bodies_at_once: int = 100, **settings: Any) -> Running:
         made = load(SmtpdSettings, state_dir=tmp_path, spool_dir=spool.directory, hostname="relay.example", **settings)
-        running.append(Running(spool, made))
+        running.append(Running(spool, made, bodies_at_once))
         return running[-1]
 
     yield start
@@ -444,6 +445,63 @@ def test_C26_over_all_connections(run: Callable[..., Running]) -> None:
         one.hears(b"220")
         two.hears(b"421 4.3.2")
         assert two.closed()
+
+
+def test_C26_a_quarter_of_the_connections_is_kept_for_clients_that_are_trusted(run: Callable[..., Running]) -> None:
+    running = run(max_connections=4, **CLOSED)
+    with ExitStack() as stack:
+        strangers = [stack.enter_context(talking(running, STRANGER)) for _ in range(3)]
+        for stranger in strangers:
+            stranger.hears(b"220")
+        with talking(running, "127.0.0.3") as another:
+            another.hears(b"421 4.3.2")
+        client = stack.enter_context(talking(running))
+        client.hears(b"220")
+        with talking(running) as another:
+            another.hears(b"421 4.3.2")
+        strangers[0].say(b"QUIT", b"221")
+        assert strangers[0].closed()
+        until(lambda: running.server.strangers == 2)
+        stack.enter_context(talking(running, "127.0.0.3")).hears(b"220")
+
+
+def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., Running]) -> None:
+    running = run(max_connections_per_client=2)
+    server, client = running.server, running.server.policy.client
+    let_in = [client("2001:db8::1"), client("2001:db8::2"), client("2001:db8:0:1::1")]
+    assert server.admit(let_in[0]) is server.admit(let_in[1]) is None
+    assert (server.admit(client("2001:db8:0:0:ffff::3")) or b"").startswith(b"421 4.7.0")
+    assert server.admit(let_in[2]) is None
+    for one in let_in:
+        server.dismiss(one)
+    assert (server.admitted, server.strangers, server.clients) == (0, 0, {})
+
+
+def test_large_messages_wait_for_a_descriptor(run: Callable[..., Running]) -> None:
+    running = run(bodies_at_once=1)
+    content = (b"x" * 998 + b"\r\n") * 4000
+    with ExitStack() as stack:
+        first, gone, second, small = (stack.enter_context(talking(running)) for _ in range(4))
+        first.begin()
+        first.send(content)
+        until(running.bodies)
+        gone.begin()
+        gone.send(content[: 3 * BLOCK])
+        until(lambda: running.receiver.openings._waiting)
+        gone.close()
+        until(lambda: not running.receiver.openings._waiting)
+        second.begin()
+        sender = threading.Thread(target=second.send, args=(content + b".\r\n",))
+        sender.start()
+        stack.callback(sender.join)
+        until(lambda: any(one._paused for one in tuple(running.server.connections)))
+        small.begin()
+        small.say(b"x\r\n.", b"250")
+        assert len(running.bodies()) == 2
+        first.say(b".", b"250")
+        second.hears(b"250")
+    assert [len(stored(running, one)) for one in running.database.messages] == [2, 3_996_000, 3_996_000]
+    until(lambda: running.receiver.openings._free == 1)
 
 
 def test_C26_a_silent_client_is_sent_away(run: Callable[..., Running]) -> None:
@@ -764,8 +822,9 @@ class Program:
     """smtpd as a process, on a real database."""
 
     def __init__(
-        self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int, **more: str
-    ):
+        self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int,
+        *, descriptors: int = 0, **more: str
+    ):  # fmt: skip
         self.port, self.log = port, directory / "log"
         environment = {
             "PATH": "/usr/bin:/bin",
@@ -776,8 +835,9 @@ class Program:
             "RELAY_LOG_FORMAT": "json",
             "RELAY_UNSAFE_DURABILITY": "1",
         } | {f"RELAY_{name.upper()}": value for name, value in more.items()}
+        limited = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"] if descriptors else []
         with self.log.open("wb") as stderr:
-            self.process = spawn([sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
+            self.process = spawn([*limited, sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
         until(lambda: self.events("listening") or self.process.poll() is not None, 30, what=self.log.read_text)
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -871,3 +931,24 @@ def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
         program.process.send_signal(signal.SIGCONT)
         client.hears(b"250 2.0.0 Ok: queued", b"250 2.0.0")
     engine.dispose()
+
+
+def test_without_descriptors_clients_wait_and_none_is_dropped(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    program = Program(
+        tmp_path, database_url, spawn, free_port(), descriptors=160, max_connections_per_client="1000"
+    )  # fmt: skip
+    [warning] = program.events("RLIMIT_NOFILE too low for RELAY_MAX_CONNECTIONS")
+    assert (warning["limit"], warning["max_connections"]) == (160, 1000)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(closing(Client("127.0.0.1", program.port))) for _ in range(120)]
+        until(lambda: program.events("accepting paused"))
+        clients[0].begin()
+        clients[0].send(b"x\r\n" * 200_000 + b".\r\n")  # there are descriptors left for a large message
+        clients[0].hears(b"250 2.0.0 Ok: queued")
+        for client in clients[1:]:  # all in turn, as those before them leave
+            client.hears(b"220")
+            client.say(b"QUIT", b"221")
+            client.close()
+    until(lambda: program.events("accepting resumed"))
