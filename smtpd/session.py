@@ -104,7 +104,7 @@ _TOO_EARLY = b"554 5.5.0 The client must wait for the banner\r\n"
 _OUT_OF_STEP = b"421 4.5.0 Input behind a refused DATA, closing connection\r\n"
 _TOO_MANY_COMMANDS = b"421 4.7.0 Too many commands without a message, closing connection\r\n"
 _ENDLESS_LINE = b"421 4.5.2 Line does not end, closing connection\r\n"
-_ENDLESS_CONTENT = b"421 4.3.0 Refused message does not end, closing connection\r\n"
+_ENDLESS_CONTENT = b"421 4.3.0 Message cannot be taken, closing connection\r\n"
 _TOO_MANY_ERRORS = b"421 4.7.0 Too many errors, closing connection\r\n"
 _HTTP = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"DELETE", b"PATCH", b"PRI")
 _NAME = re.compile(rb"[!-~]{1,255}")
@@ -367,8 +367,9 @@ class Session:
         self.lines += rest is not None
         if rest is None:
             if self._wasted > ENDLESS:
-                # Reading on keeps the client in step, but must not be work without an end.
-                self._refuse_and_close(_ENDLESS_CONTENT)
+                # Reading on keeps the client in step, but must not be work without an end. The reply names the fault.
+                words = content.fault.value[5:-2] if content.fault is not None else None
+                self._refuse_and_close(b"421 4%b, closing connection\r\n" % words if words else _ENDLESS_CONTENT)
             return
         self._content = None
         self._reset()

@@ -445,12 +445,21 @@ def test_C27_a_line_without_an_end_ends_the_session() -> None:
     assert talk.session.closed
 
 
-@pytest.mark.parametrize("unwanted", [True, False])
-def test_content_that_is_not_kept_must_end(unwanted: bool) -> None:
+@pytest.mark.parametrize(
+    ("content", "reply"),
+    [
+        (b"bare\n", b"421 4.6.11 Message contains a bare CR or LF, closing connection\r\n"),
+        (b"x" * 1001, b"421 4.3.4 Message exceeds the size limit, closing connection\r\n"),
+        (b"", b"421 4.3.0 Message cannot be taken, closing connection\r\n"),
+    ],
+)
+def test_content_that_is_not_kept_must_end(content: bytes, reply: bytes) -> None:
     talk = Talk()
-    talk.say(EHLO, MAIL + RCPT + DATA, b"" if unwanted else b"bare\n")
-    if unwanted:
+    talk.session._greeting = Greeting("relay.example", 1000 if content else 1 << 30)
+    talk.say(EHLO, MAIL + RCPT + DATA, content)
+    if not content:
         talk.session.refuse_content()
     assert talk.say(*[b"x" * 4096] * (ENDLESS // 4096)) == b""
-    assert codes(talk.say(b"x")) == [b"421 4.3.0"]
+    assert talk.say(b"x") == reply
     assert talk.session.closed
+    assert talk.told(Refusal)[-1].reply == reply
