@@ -136,7 +136,7 @@ class Room:
     def claim(self, size: int, stranger: str) -> "Claim":
         """Begin a message. What was declared is claimed at once, if that can be had; what comes in any case."""
         claim = Claim(self, stranger)
-        if self.holds(size, stranger):
+        if size and self.holds(size, stranger):
             self.take(size, stranger)
             claim.octets = size
         return claim

@@ -253,16 +253,17 @@ class Session:
                 self._refuse(_BARE_LF)
             else:
                 self._obey(line[:-2])
-            self._count()
+            self._commands += 1
+            if self._commands > FREE_COMMANDS:
+                self._charge()
         self._input = data[start:]
         if end < 0 and (self._skipping or len(self._input) > self._limit):
             self._skip()
         return end >= 0
 
-    def _count(self) -> None:
+    def _charge(self) -> None:
         """A command has been obeyed or refused; what it costs a client that is not trusted."""
-        self._commands += 1
-        if self._commands <= FREE_COMMANDS or self._rules.trusted or self._state > State.RECIPIENTS:
+        if self._rules.trusted or self._state > State.RECIPIENTS:
             return
         spent = self._commands - (len(self._envelope.recipients) if self._envelope is not None else 0)
         if spent > COMMAND_LIMIT:

@@ -539,13 +539,13 @@ def test_strangers_that_never_end_their_messages_leave_room_for_clients(
         for n, stranger in enumerate(strangers, 1):
             stranger.begin()
             [connection] = [one for one in running.server.connections if one._client == f"127.0.1.{n}"]
-            stranger.send((b"x" * 998 + b"\r\n") * 950)
-            until(partial(has_sent, connection, 950_000))
+            stranger.send((b"x" * 998 + b"\r\n") * 800)
+            until(partial(has_sent, connection, 800_000))
         room = running.server.policy.room
         assert room._strange <= capacity * 3 / 4, "all of them"
         again = stack.enter_context(talking(running, "127.0.1.1"))
         again.hears(b"220")
-        again.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=200000\r\n")
+        again.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=300000\r\n")
         again.hears(b"250", b"452 4.3.1")
         client = stack.enter_context(talking(running))
         client.hears(b"220")
