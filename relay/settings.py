@@ -183,6 +183,7 @@ class SmtpdSettings(Settings):
     publish: str = ""
     client_networks: Words = ("127.0.0.0/8", "::1")
     recipient_domains: Words = ()
+    allow_untrusted_routing: bool = False
     max_message_size: Size = 25 << 20
     max_recipients: Annotated[int, Field(ge=100)] = 1000
     max_connections: Count = 1000

@@ -75,6 +75,11 @@ class Recipient:
     notify: str | None = None
     orcpt: str | None = None
 
+    @property
+    def local(self) -> str:
+        """The local part without SMTP's quoting."""
+        return self.address[: -len(self.domain) - 1]
+
 
 def parse_sender(argument: bytes) -> tuple[str, dict[bytes, str]]:
     """Reads the argument of MAIL (`FROM:<path> parameters`): the sender ('' if null) and the parameters by name.

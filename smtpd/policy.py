@@ -2,7 +2,8 @@
 
 Closed by default: a client inside CLIENT_NETWORKS may send to anyone, everybody else only to RECIPIENT_DOMAINS (none
 unless set) and to postmaster, whom a mail server must always take mail for (RFC 5321, 4.5.1). The refusal comes at
-RCPT, before any content. A client that only reads the banner and quits is somebody's health check: nothing here or in
+RCPT, before any content. A domain in RECIPIENT_DOMAINS opens that domain and no other: a local part that the next server
+could read as another address is refused to everybody outside CLIENT_NETWORKS. A client that only reads the banner and quits is somebody's health check: nothing here or in
 the session counts it as abuse.
 
 The word `connected` in CLIENT_NETWORKS means the subnets of this machine's own interfaces, as they are at start. In a
@@ -28,7 +29,10 @@ type Network = IPv4Network | IPv6Network
 ROOM_KEPT_FREE = 4 * 1024 * 1024
 """Octets that must stay free on the spool's file system beside a message."""
 
+_ROUTING = frozenset("@%!")
+
 _RELAY_DENIED = b"554 5.7.1 Relay access denied\r\n"
+_ROUTED = b"550 5.7.1 A local part with @, % or ! is not accepted from your address\r\n"
 _TOO_MANY_RECIPIENTS = b"452 4.5.3 Too many recipients\r\n"
 _TOO_BIG = b"552 5.3.4 Message exceeds the size limit\r\n"
 _NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
@@ -49,6 +53,7 @@ class Policy:
         domains = [domain.lower() for domain in settings.recipient_domains]
         self._domains = frozenset(domain for domain in domains if not domain.startswith("."))
         self._parents = tuple(domain for domain in domains if domain.startswith("."))
+        self.allow_untrusted_routing = settings.allow_untrusted_routing
         self._postmaster = f"postmaster@{settings.hostname}".lower()
         self.client = lru_cache(maxsize=4096)(self._client)
 
@@ -84,6 +89,12 @@ class Client:
         """`accepted`: how many recipients the transaction has. Raises Refused."""
         if not self.trusted and not self.policy.receives_for(recipient):
             raise Refused(_RELAY_DENIED)
+        # `victim%evil.test@allowed.test` is mail to evil.test for a server that knows the percent hack, and `!` and a quoted
+        # @ are other spellings of it. Postfix refuses them to strangers (`allow_untrusted_routing = no`), but its qmqpd
+        # trusts its clients and sends such mail outward. So the decision is made here. Address literals need no rule of
+        # their own, because they are a domain like any other; source routes were dropped (RFC 5321, appendix C).
+        if not (self.trusted or self.policy.allow_untrusted_routing) and not _ROUTING.isdisjoint(recipient.local):
+            raise Refused(_ROUTED)
         if accepted >= self.policy.max_recipients:
             raise Refused(_TOO_MANY_RECIPIENTS)
 
