@@ -4,7 +4,8 @@ An address leaves here in the form that QMQP carries: bare, its local part witho
 `a b@x`), without a source route, the null sender as the empty string. It was checked to be printable ASCII with a
 non-empty local part and a real domain or address literal, so that nothing downstream can see a line end, a NUL or one
 of qmail's magic senders (`#@[]`, `list-@host-@[]`): an empty literal is no domain. Domains and local parts keep their
-case. The parameters are checked, and kept as they were written: ENVID and ORCPT are case-significant (RFC 3461).
+case. No address leaves here that `qmqp.request` refuses, because a message with one could never be sent. The parameters
+are checked, and kept as they were written: ENVID and ORCPT are case-significant (RFC 3461).
 
 Every refusal is a `Refused` that carries the whole reply.
 """
@@ -13,6 +14,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
+
+from qmqp.request import MAX_ADDRESS, is_sendable
 
 _ATOM = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _LABEL = rb"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
@@ -122,12 +125,13 @@ def _mailbox(match: re.Match[bytes], refusal: bytes) -> tuple[str, str, str]:
         raise Refused(refusal + b": bad address literal\r\n")
     text = path.decode("ascii")
     name = domain.decode("ascii")
-    if local[0] != 0x22:
-        return text, text, name
-    bare = _QUOTED_PAIR.sub(rb"\1", local[1:-1]).decode("ascii")
+    bare = local if local[0] != 0x22 else _QUOTED_PAIR.sub(rb"\1", local[1:-1])
     if not bare:
         raise Refused(refusal + b": empty local part\r\n")
-    return f"{bare}@{name}", text, name
+    address = b"%b@%b" % (bare, domain)
+    if not is_sendable(address):
+        raise Refused(refusal + b": it begins with < or is longer than %d octets\r\n" % MAX_ADDRESS)
+    return address.decode("ascii"), text, name
 
 
 def _is_literal(text: str) -> bool:

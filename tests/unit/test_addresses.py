@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qmqp.request import Request
 from smtpd.addresses import Refused, parse_recipient, parse_sender
 
 HOST = "relay.example"
@@ -125,10 +126,28 @@ def test_C11_addresses_beyond_ascii_are_refused(path: str) -> None:
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=30))
 def test_a_quoted_local_part_comes_out_as_it_went_in(local: str) -> None:
     quoted = re.sub(r'([\\"])', r"\\\1", local)
-    if len(quoted) <= 62:
+    if len(quoted) <= 62 and not local.startswith("<"):
         found = parse_recipient(f'TO:<"{quoted}"@b.example>'.encode(), HOST)
         assert found.address == f"{local}@b.example"
         assert found.path == f'"{quoted}"@b.example'
+
+
+@pytest.mark.parametrize("path", ['<"<x"@b.test>', '<"\\<x"@b.test>', '<"<"@b.test>'])
+def test_an_address_that_no_request_takes_is_refused(path: str) -> None:
+    assert refusal(f"FROM:{path}".encode()).startswith(b"501 5.1.7 Bad sender address: it begins with <")
+    assert refusal(f"TO:{path}".encode()).startswith(b"501 5.1.3 Bad recipient address: it begins with <")
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=30))
+def test_a_request_can_be_made_of_whatever_is_taken(local: str) -> None:
+    quoted = re.sub(r'([\\"])', r"\\\1", local)
+    path = f'<"{quoted}"@b.example>'
+    try:
+        from_, to = sender(path), recipient(path)
+    except Refused:
+        assert local.startswith("<")
+        return
+    Request(1, from_.encode(), [to.encode()])
 
 
 @given(st.binary(max_size=40))
