@@ -2,9 +2,11 @@
 
 Closed by default: a client inside CLIENT_NETWORKS may send to anyone, everybody else only to RECIPIENT_DOMAINS (none
 unless set) and to postmaster, whom a mail server must always take mail for (RFC 5321, 4.5.1). The refusal comes at
-RCPT, before any content. A domain in RECIPIENT_DOMAINS opens that domain and no other: a local part that the next server
-could read as another address is refused to everybody outside CLIENT_NETWORKS. A client that only reads the banner and quits is somebody's health check: nothing here or in
-the session counts it as abuse.
+RCPT, before any content. A domain in RECIPIENT_DOMAINS opens that domain and no other: a local part that the next
+server could read as another address is refused to everybody outside CLIENT_NETWORKS.
+
+A client that only reads the banner and quits is somebody's health check: nothing here or in the session counts it as
+abuse.
 
 The word `connected` in CLIENT_NETWORKS means the subnets of this machine's own interfaces, as they are at start. In a
 container whose port is published to the world every client seems to come from such a subnet (the gateway's address),
@@ -89,10 +91,10 @@ class Client:
         """`accepted`: how many recipients the transaction has. Raises Refused."""
         if not self.trusted and not self.policy.receives_for(recipient):
             raise Refused(_RELAY_DENIED)
-        # `victim%evil.test@allowed.test` is mail to evil.test for a server that knows the percent hack, and `!` and a quoted
-        # @ are other spellings of it. Postfix refuses them to strangers (`allow_untrusted_routing = no`), but its qmqpd
-        # trusts its clients and sends such mail outward. So the decision is made here. Address literals need no rule of
-        # their own, because they are a domain like any other; source routes were dropped (RFC 5321, appendix C).
+        # `victim%evil.test@allowed.test` is mail to evil.test for a server that knows the percent hack, and `!` and a
+        # quoted @ are other spellings of it. Postfix refuses them to strangers (`allow_untrusted_routing = no`), but
+        # its qmqpd trusts its clients and sends such mail outward. So the decision is made here. Address literals need
+        # no rule of their own, because they are a domain like any other. Source routes were dropped (RFC 5321, app. C).
         if not (self.trusted or self.policy.allow_untrusted_routing) and not _ROUTING.isdisjoint(recipient.local):
             raise Refused(_ROUTED)
         if accepted >= self.policy.max_recipients:

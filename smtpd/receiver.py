@@ -43,6 +43,7 @@ THREADS = 8
 
 _NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
 _LOCAL_FAULT = b"451 4.3.0 Cannot take the message now, try again later\r\n"
+_LONGEST_PATH = 950  # in our trace field, whose lines have 998 octets at most (RFC 5322, 2.1.1)
 _UNPRINTABLE = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
 
 log = get_logger(__name__)
@@ -284,7 +285,8 @@ def received_field(envelope: Envelope, client: str, hostname: str, message_id: s
     """The trace field (RFC 5321, 4.4), in LF form. It names the recipient only where there is no other to betray."""
     literal = f"IPv6:{client}" if ":" in client else client
     recipients = envelope.recipients
-    path = f"\n\tfor <{recipients[0].path}>; " if len(recipients) == 1 else ";\n\t"
+    alone = len(recipients) == 1 and len(recipients[0].path) <= _LONGEST_PATH
+    path = f"\n\tfor <{recipients[0].path}>; " if alone else ";\n\t"
     return (
         f"Received: from {_UNPRINTABLE.sub('?', envelope.helo)} ([{literal}])\n"
         f"\tby {hostname} with {envelope.protocol} id {message_id}{path}{when}\n"

@@ -22,10 +22,9 @@ from smtpd.addresses import Recipient, Refused, parse_recipient, parse_sender
 from smtpd.content import Content
 from smtpd.events import Abandon, Begin, Complete, Envelope, Event, Refusal, Text
 
-LINE_LIMIT = 512
-"""Octets of a command line with its CRLF (RFC 5321, 4.5.3.1.4)."""
-EXTENDED_LINE_LIMIT = 2048
-"""The same after EHLO: 512 + 26 (SIZE) + 107 and 506 (DSN), with room."""
+LINE_LIMIT = 2048
+"""Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for 512 at least, SIZE and DSN for 639 more, and
+the longest address that QMQP servers take (999 octets) has to fit, also for clients that say HELO."""
 ERROR_LIMIT = 20
 """Refused commands without an accepted message between them."""
 
@@ -44,7 +43,12 @@ class State(IntEnum):
 
 
 class Rules(Protocol):
-    """What a session asks before it takes a sender or a recipient; both raise Refused."""
+    """What a session asks before it takes a sender or a recipient; both checks raise Refused."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether this is a client of our own, which may write addresses as hosts of one network do."""
+        ...
 
     def check_sender(self, size: int) -> None: ...
 
@@ -99,7 +103,6 @@ class Session:
         self._input = b""
         self._replies: list[bytes] = []
         self._events: list[Event] = []
-        self._limit = LINE_LIMIT
         self._errors = 0
         self._deferred = False  # this transaction was told of a temporary refusal
         self._skipping = False  # the rest of a line that was too long
@@ -191,14 +194,14 @@ class Session:
             self._more = start < len(data)
             if self._skipping:
                 self._skipping = False
-            elif len(line) > self._limit:
+            elif len(line) > LINE_LIMIT:
                 self._refuse(_TOO_LONG)
             elif line[-2:] != b"\r\n":
                 self._refuse(_BARE_LF)
             else:
                 self._obey(line[:-2])
         self._input = data[start:]
-        if end < 0 and len(self._input) > self._limit:
+        if end < 0 and len(self._input) > LINE_LIMIT:
             self._input = b""
             if not self._skipping:
                 self._skipping = True
@@ -237,21 +240,21 @@ class Session:
     def _reset(self) -> None:
         self._envelope, self._deferred, self._state = None, False, State.READY
 
-    def _greet(self, name: bytes, protocol: str, limit: int, reply: bytes) -> None:
+    def _greet(self, name: bytes, protocol: str, reply: bytes) -> None:
         if not _NAME.fullmatch(name):
             raise Refused(_BAD_NAME)
         self._reset()
-        self._helo, self._protocol, self._limit = name.decode("ascii"), protocol, limit
+        self._helo, self._protocol = name.decode("ascii"), protocol
         self._replies.append(reply)
 
     def helo(self, argument: bytes) -> None:
-        self._greet(argument, "SMTP", LINE_LIMIT, self._greeting.helo)
+        self._greet(argument, "SMTP", self._greeting.helo)
 
     def ehlo(self, argument: bytes) -> None:
-        self._greet(argument, "ESMTP", EXTENDED_LINE_LIMIT, self._greeting.ehlo)
+        self._greet(argument, "ESMTP", self._greeting.ehlo)
 
     def mail(self, argument: bytes) -> None:
-        sender, parameters = parse_sender(argument)
+        sender, parameters = parse_sender(argument, self._greeting.hostname, trusted=self._rules.trusted)
         self._rules.check_sender(int(parameters.get(b"SIZE", "0")))
         self._envelope = Envelope(sender, parameters, self._helo, self._protocol)
         self._state = State.SENDER
@@ -259,7 +262,7 @@ class Session:
 
     def rcpt(self, argument: bytes) -> None:
         assert self._envelope is not None
-        recipient = parse_recipient(argument, self._greeting.hostname)
+        recipient = parse_recipient(argument, self._greeting.hostname, trusted=self._rules.trusted)
         self._rules.check_recipient(recipient, len(self._envelope.recipients))
         self._envelope.recipients.append(recipient)
         self._state = State.RECIPIENTS

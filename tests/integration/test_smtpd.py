@@ -249,6 +249,42 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., Running]) 
     assert stored(running, message) == b"Message-ID: <m@i>\n\n..\n"
 
 
+def test_a_long_recipient_is_taken_and_left_out_of_the_trace(run: Callable[..., Running]) -> None:
+    running = run()
+    long = b"srs0=" + b"x" * 950 + b"@example.org"
+    with talking(running) as client:
+        client.begin(long)
+        client.say(b".", b"250")
+    [message] = running.database.messages
+    assert message.recipients[0].address.encode() == long
+    trace = running.spool.path(message.id).read_bytes()
+    assert b" for " not in trace
+    assert max(map(len, trace.split(b"\n"))) <= 998
+
+
+def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.hears(b"220")
+        client.say(b"HELO app_1", b"250")
+        client.send(b"MAIL FROM:<cron@app_1>\r\nRCPT TO:<root>\r\nDATA\r\n.\r\n")
+        client.hears(b"250", b"250", b"354", b"250")
+    [message] = running.database.messages
+    assert message.sender == "cron@app_1"
+    assert [one.address for one in message.recipients] == ["root@relay.example"]
+
+
+def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., Running]) -> None:
+    running = run(client_networks=(), recipient_domains=("relay.example",))
+    with talking(running) as client:
+        client.hears(b"220")
+        client.say(b"HELO app", b"250")
+        client.say(b"MAIL FROM:<cron>", b"501 5.1.7 Bad sender address: a domain is needed")
+        client.say(b"MAIL FROM:<cron@app>", b"250")
+        client.say(b"RCPT TO:<root>", b"501 5.1.3 Bad recipient address: a domain is needed")
+        client.say(b"RCPT TO:<root@relay.example.>", b"250")
+
+
 def test_the_trace_names_no_one_of_several_and_escapes_the_client(run: Callable[..., Running]) -> None:
     running = run()
     with talking(running) as client:

@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 
 from smtpd.addresses import Recipient, Refused
 from smtpd.events import Abandon, Begin, Complete, Event, Refusal, Text
-from smtpd.session import ERROR_LIMIT, EXTENDED_LINE_LIMIT, LINE_LIMIT, Greeting, Session, State
+from smtpd.session import ERROR_LIMIT, LINE_LIMIT, Greeting, Session, State
 
 GREETING = Greeting("relay.example", 1000)
 
 
 class OpenRules:
     """Takes everything, but for a few words."""
+
+    def __init__(self, *, trusted: bool = False) -> None:
+        self.trusted = trusted
 
     def check_sender(self, size: int) -> None:
         if size > 1000:
@@ -30,8 +33,8 @@ class OpenRules:
 class Talk:
     """A session, what it has answered, and what it has told."""
 
-    def __init__(self, *, start: bool = True) -> None:
-        self.session = Session(GREETING, OpenRules())
+    def __init__(self, *, start: bool = True, trusted: bool = False) -> None:
+        self.session = Session(GREETING, OpenRules(trusted=trusted))
         self.events: list[Event] = []
         if start:
             self.session.start()
@@ -241,9 +244,9 @@ def test_C16_past_the_recipient_limit_452_without_being_an_error() -> None:
     assert len(talk.told(Begin)[0].envelope.recipients) == 3
 
 
-@pytest.mark.parametrize(("hello", "limit"), [(b"HELO x\r\n", LINE_LIMIT), (EHLO, EXTENDED_LINE_LIMIT)])
-def test_C27_the_length_of_a_line(hello: bytes, limit: int) -> None:
-    talk = Talk()
+@pytest.mark.parametrize("hello", [b"HELO x\r\n", EHLO])
+def test_C27_the_length_of_a_line(hello: bytes) -> None:
+    talk, limit = Talk(), LINE_LIMIT
     talk.say(hello)
     fits = b"NOOP " + b"x" * (limit - 7) + b"\r\n"
     assert codes(talk.say(fits)) == [b"250 2.0.0"]
@@ -253,6 +256,25 @@ def test_C27_the_length_of_a_line(hello: bytes, limit: int) -> None:
     assert talk.say(*([b"x" * limit] * 50)) == b""
     assert talk.session.backlog <= limit
     assert codes(talk.say(b"end\r\nNOOP\r\n")) == [b"250 2.0.0"]
+
+
+@pytest.mark.parametrize("hello", [b"HELO x\r\n", EHLO])
+def test_the_longest_address_fits_a_line(hello: bytes) -> None:
+    talk = Talk()
+    path = b'"' + b"\\l" * 989 + b'"@b.example'
+    assert codes(talk.say(hello + b"MAIL FROM:<" + path + b">\r\nRCPT TO:<" + path + b">\r\n"))[1:] == [
+        b"250 2.1.0",
+        b"250 2.1.5",
+    ]
+
+
+def test_names_without_a_domain_are_those_of_this_host_for_trusted_clients() -> None:
+    assert codes(Talk().say(EHLO, b"MAIL FROM:<root>\r\n"))[1:] == [b"501 5.1.7"]
+    talk = Talk(trusted=True)
+    assert codes(talk.say(EHLO, b"MAIL FROM:<root>\r\n", b"RCPT TO:<cron>\r\n", DATA))[-1] == b"354 End"
+    [begin] = talk.told(Begin)
+    assert begin.envelope.sender == "root@relay.example"
+    assert begin.envelope.recipients == [Recipient("cron@relay.example", "cron@relay.example", "relay.example")]
 
 
 @pytest.mark.parametrize(
