@@ -16,7 +16,7 @@ Every refusal is a `Refused` that carries the whole reply.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from qmqp.request import MAX_ADDRESS, is_sendable
@@ -85,6 +85,24 @@ class Recipient:
     def local(self) -> str:
         """The local part without SMTP's quoting."""
         return self.address[: -len(self.domain) - 1]
+
+    @property
+    def mailbox(self) -> tuple[str, str]:
+        """Equal for two recipients that are the same one: capitals count in the local part alone (RFC 5321, 2.4)."""
+        return self.local, self.domain.lower()
+
+    def with_repeat(self, repeat: "Recipient") -> "Recipient":
+        """This recipient after the client has named it once more.
+
+        The sender is told of everything that either asked for, because a notice too many harms less than one that is
+        missed (RFC 3461 does not say what a repeat means). What is asked for if nothing is said is FAILURE and DELAY.
+        """
+        if self.notify == repeat.notify:
+            notify = self.notify
+        else:
+            asked = {wish for one in (self, repeat) for wish in (one.notify or "FAILURE,DELAY").split(",")} - {"NEVER"}
+            notify = ",".join(sorted(asked))
+        return replace(self, notify=notify, orcpt=self.orcpt or repeat.orcpt)
 
 
 def parse_sender(argument: bytes, hostname: str, *, trusted: bool = False) -> tuple[str, dict[bytes, str]]:

@@ -237,11 +237,47 @@ def test_C29_a_loop_is_refused() -> None:
 
 def test_C16_past_the_recipient_limit_452_without_being_an_error() -> None:
     talk = Talk()
-    talk.say(EHLO, MAIL, RCPT * 3)
-    assert codes(talk.say(RCPT * 50)) == [b"452 4.5.3"] * 50
+    talk.say(EHLO, MAIL, RCPT, b"RCPT TO:<e@d>\r\nRCPT TO:<f@d>\r\n")
+    assert codes(talk.say(b"RCPT TO:<g@d>\r\n" * 50)) == [b"452 4.5.3"] * 50
     assert len(talk.told(Refusal)) == 1
     assert codes(talk.say(DATA)) == [b"354 End"]
     assert len(talk.told(Begin)[0].envelope.recipients) == 3
+
+
+def test_a_repeated_recipient_is_taken_once_and_counts_once() -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL)
+    repeats = [b"c@d", b"c@D", b'"c"@d', b'"\\c"@d.', b"@relay:c@d"]
+    assert codes(talk.say(*(b"RCPT TO:<%b>\r\n" % path for path in repeats * 200))) == [b"250 2.1.5"] * 1000
+    assert codes(talk.say(b"RCPT TO:<C@d>\r\nRCPT TO:<c@d.e>\r\n", RCPT, b"RCPT TO:<c@e>\r\n")) == [
+        *[b"250 2.1.5"] * 3,
+        b"452 4.5.3",
+    ]
+    talk.say(DATA, b".\r\n")
+    [begin] = talk.told(Begin)
+    assert [one.address for one in begin.envelope.recipients] == ["c@d", "C@d", "c@d.e"]
+    talk.answer()
+    talk.say(MAIL + RCPT + DATA)
+    assert [one.address for one in talk.told(Begin)[1].envelope.recipients] == ["c@d"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        (b"", b"", None),
+        (b" NOTIFY=NEVER", b" NOTIFY=NEVER", "NEVER"),
+        (b" NOTIFY=NEVER", b" NOTIFY=FAILURE", "FAILURE"),
+        (b" NOTIFY=SUCCESS", b" NOTIFY=NEVER", "SUCCESS"),
+        (b" NOTIFY=NEVER", b"", "DELAY,FAILURE"),
+        (b"", b" NOTIFY=SUCCESS", "DELAY,FAILURE,SUCCESS"),
+    ],
+)
+def test_a_repeat_takes_no_notice_away(first: bytes, second: bytes, both: str | None) -> None:
+    talk = Talk()
+    orcpt = b" ORCPT=rfc822;x@y"
+    talk.say(EHLO, MAIL, b"RCPT TO:<c@d>%b\r\nRCPT TO:<c@d>%b%b\r\n" % (first, second, orcpt), DATA)
+    [begin] = talk.told(Begin)
+    assert begin.envelope.recipients == [Recipient("c@d", "c@d", "d", both, "rfc822;x@y")]
 
 
 @pytest.mark.parametrize("hello", [b"HELO x\r\n", EHLO])
