@@ -85,6 +85,8 @@ class Content:
         if self.octets > self._limit:
             self.fault = Fault.TOO_BIG
             return b""
+        if not self._started and text[1:2] in (b" ", b"\t"):
+            self._header.complete = True  # a first line that continues nothing: the receiver ends the header before it
         if not self._header.complete:
             self._header.feed(text)
             if self._header.received > MAX_RECEIVED:

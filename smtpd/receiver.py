@@ -44,6 +44,7 @@ THREADS = 8
 _NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
 _LOCAL_FAULT = b"451 4.3.0 Cannot take the message now, try again later\r\n"
 _LONGEST_PATH = 950  # in our trace field, whose lines have 998 octets at most (RFC 5322, 2.1.1)
+_MAILBOX_LINES = re.compile(rb"(?:>*From [^\n]*\n?)+")
 _UNPRINTABLE = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
 
 log = get_logger(__name__)
@@ -129,6 +130,8 @@ class Reception:
         self._held.append(text)
         self._held_size += len(text)
         if self._held_size >= BLOCK and not self._busy:
+            if self._body is None:
+                self._set_apart()
             self._work(self._write)
 
     def complete(self, message_id: str | None) -> None:
@@ -139,6 +142,7 @@ class Reception:
         if self._error is not None:
             self._fail(self._error)
         elif not self._busy and self._body is None:
+            self._set_apart()
             self._size = self._held_size
             self._put(self._held)
         elif not self._busy:
@@ -158,6 +162,12 @@ class Reception:
             self._receiver.store.withdraw(self._order)
         elif not self._busy:
             self._remove()
+
+    def _set_apart(self) -> None:
+        """Keeps our trace field and the client's header apart; to be called before the first bytes are handed on."""
+        if len(self._held) > 1 and self._held[1][0] in b" \t>F":  # all others are joined once, where they are written
+            self._held[1:] = [set_apart(b"".join(self._held[1:]))]
+            self._held_size = sum(map(len, self._held))
 
     def _work(self, call: Callable[[list[bytes]], None]) -> None:
         held, self._held = self._held, []
@@ -279,6 +289,21 @@ class Reception:
 def date(second: int) -> str:
     """A moment as RFC 5322 writes it, in this machine's zone."""
     return formatdate(second, localtime=True)
+
+
+def set_apart(content: bytes) -> bytes:
+    """Makes the beginning of a message's content (at least `BLOCK` octets, or all of it) fit to follow our trace field.
+
+    The client's bytes stay as they are, behind what Postfix' smtpd puts before them, too. A first line that begins with
+    a blank would be read as the continuation of our field (RFC 5322, 2.2.3): an empty line ends the header before it.
+    A line of a mailbox file (`From ann Mon Jan  1 ...`) is no field, so servers end the header there, and the client's
+    own header would become text: such lines are made fields.
+    """
+    if content.startswith((b" ", b"\t")):
+        return b"\n" + content
+    if content.startswith((b"From ", b">")) and (found := _MAILBOX_LINES.match(content)):
+        return re.sub(rb"(?m)^(?=.)", b"X-Mailbox-Line: ", found[0]) + content[found.end() :]
+    return content
 
 
 def received_field(envelope: Envelope, client: str, hostname: str, message_id: str, when: str) -> bytes:

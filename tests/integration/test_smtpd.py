@@ -249,6 +249,42 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., Running]) 
     assert stored(running, message) == b"Message-ID: <m@i>\n\n..\n"
 
 
+MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
+
+
+@pytest.mark.parametrize("size", [0, 3 * BLOCK])
+@pytest.mark.parametrize(
+    ("beginning", "kept"),
+    [
+        (b"\tby bank.example with ESMTP\nSubject: x\n", b"\n\tby bank.example with ESMTP\nSubject: x\n"),
+        (b" \n", b"\n \n"),
+        (b" ", b"\n "),
+        (MAILBOX_LINES + b"Subject: x\n\nFrom\n", b"X-Mailbox-Line: From ann Mon Jan  1\n"
+         b"X-Mailbox-Line: >From bob remote from c\nSubject: x\n\nFrom\n"),
+        (b">>From x\n", b"X-Mailbox-Line: >>From x\n"),
+        (b"From: a@b\n\nFrom x\n", b"From: a@b\n\nFrom x\n"),
+        (b"From\n", b"From\n"),
+        (b"> From x\n", b"> From x\n"),
+        (b"X: y\n folded\n", b"X: y\n folded\n"),
+        (b"\n indented\n", b"\n indented\n"),
+    ],
+)  # fmt: skip
+def test_the_first_line_of_the_content_is_no_part_of_our_field(
+    run: Callable[..., Running], beginning: bytes, kept: bytes, size: int
+) -> None:
+    running = run()
+    rest = b"\n" + b"From x\n\ty\n" * (size // 10)
+    wire = (beginning + rest).replace(b"\n", b"\r\n") + b".\r\n"
+    with talking(running) as client:
+        client.begin()
+        for at in range(8):  # however the network cuts it
+            client.send(wire[at : at + 1])
+        client.send(wire[8:])
+        client.hears(b"250")
+    [message] = running.database.messages
+    assert stored(running, message) == kept + rest
+
+
 def test_a_long_recipient_is_taken_and_left_out_of_the_trace(run: Callable[..., Running]) -> None:
     running = run()
     long = b"srs0=" + b"x" * 950 + b"@example.org"

@@ -212,6 +212,14 @@ def test_the_message_id_is_read_from_the_header_alone(header: bytes, found: str 
         assert content.message_id == found
 
 
+@pytest.mark.parametrize("blank", [b" ", b"\t"])
+def test_content_that_begins_with_a_continuation_has_no_header(blank: bytes) -> None:
+    wire = blank + b"by bank.example\r\n" + b"Received: x\r\n" * 101 + b"Message-ID: <a@b>\r\n\r\n.\r\n"
+    for size in (1, 3, len(wire)):
+        content, _, _ = decode(wire[i : i + size] for i in range(0, len(wire), size))
+        assert (content.message_id, content.fault) == (None, None)
+
+
 def test_only_one_unfinished_header_line_is_kept_and_bounded() -> None:
     content = Content(LIMIT)
     for _ in range(20):
