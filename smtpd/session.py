@@ -10,7 +10,8 @@ session stands still: what the client sent behind its message waits until `answe
 command overtakes it. Whoever drives a session cancels a begun message when the connection goes before its `Complete`.
 
 A client out of step is dangerous, because what it means as content could run as commands. Bytes before the banner,
-or behind a DATA that was refused, close the connection, and so do HTTP and TLS on this port and too many errors.
+or behind a DATA that was refused, close the connection, and so do BDAT (which is not offered, and whose content follows
+without waiting), HTTP and TLS on this port, and too many errors.
 """
 
 import re
@@ -87,7 +88,7 @@ _TOO_LONG = b"500 5.5.2 Line too long\r\n"
 _BARE_LF = b"500 5.5.2 A line ends with CR LF\r\n"
 _NOT_SMTP = b"500 5.5.1 This is an SMTP server\r\n"
 _TOO_EARLY = b"554 5.5.0 The client must wait for the banner\r\n"
-_OUT_OF_STEP = b"421 4.5.0 Input behind a refused DATA, closing connection\r\n"
+_OUT_OF_STEP = b"421 4.5.0 Content behind a refused command, closing connection\r\n"
 _TOO_MANY_ERRORS = b"421 4.7.0 Too many errors, closing connection\r\n"
 _HTTP = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"DELETE", b"PATCH", b"PRI")
 _NAME = re.compile(rb"[!-~]{1,255}")
@@ -195,12 +196,8 @@ class Session:
             self._more = start < len(data)
             if self._skipping:
                 self._skipping = False
-            elif len(line) > LINE_LIMIT:
-                self._refuse(_TOO_LONG)
-            elif line[-2:] != b"\r\n":
-                self._refuse(_BARE_LF)
             else:
-                self._obey(line[:-2])
+                self._obey(line)
         self._input = data[start:]
         if end < 0 and len(self._input) > LINE_LIMIT:
             self._input = b""
@@ -210,9 +207,14 @@ class Session:
         return end >= 0
 
     def _obey(self, line: bytes) -> None:
-        word, _, argument = line.partition(b" ")
+        """Does what a line says, which includes its end."""
+        word, _, argument = line[:-2].partition(b" ")
         word = word.upper()
         try:
+            if len(line) > LINE_LIMIT:
+                raise Refused(_TOO_LONG)
+            if line[-2:] != b"\r\n":
+                raise Refused(_BARE_LF)
             cell = COMMANDS[word][self._state] if word in COMMANDS else _UNKNOWN
             if isinstance(cell, bytes):
                 raise Refused(cell)
@@ -220,7 +222,11 @@ class Session:
             cell(self, argument.strip(b" "))
         except Refused as refused:
             self._refuse(refused.reply)
-            if word == b"DATA" and self._more and not self.closed:
+            # The content of a refused message must not run as commands. A client waits for the reply to DATA, so only
+            # what has come already shows that it did not; the content of BDAT (RFC 3030) follows in any case. The word
+            # counts as its client meant it, also with a bare LF, a tab or a CR too many.
+            meant = line.upper().split(None, 1)[:1]
+            if (meant == [b"BDAT"] or (meant == [b"DATA"] and self._more)) and not self.closed:
                 self.close(_OUT_OF_STEP)
 
     def _refuse(self, reply: bytes) -> None:

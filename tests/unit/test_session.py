@@ -194,6 +194,44 @@ def test_C19_input_behind_a_refused_data_is_not_obeyed() -> None:
     assert talk.session.closed
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"DATA\n",
+        b"data \n",
+        b"DATA now\r\n",
+        b"DATA\t\r\n",
+        b"DATA\r\r\n",
+        b" DATA\r\n",
+        b"DATA " + b" " * LINE_LIMIT + b"\r\n",
+    ],
+)
+def test_content_behind_any_refused_data_is_not_obeyed(data: bytes) -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL, RCPT)
+    assert codes(talk.say(data + b"RSET\r\n" + MAIL))[1:] == [b"421 4.5.0"]
+    assert talk.session.closed
+    assert not talk.told(Begin)
+
+
+def test_a_client_that_waits_for_the_reply_to_data_may_go_on() -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL, RCPT)
+    assert codes(talk.say(b"DATA\n", DATA)) == [b"500 5.5.2", b"354 End"]
+
+
+@pytest.mark.parametrize("before", [b"", EHLO, EHLO + MAIL, EHLO + MAIL + RCPT])
+@pytest.mark.parametrize("bdat", [b"BDAT 29 LAST\r\n", b"bdat 29\n", b"BDAT\r\n"])
+@pytest.mark.parametrize("together", [True, False])
+def test_bdat_closes_the_session_and_its_content_is_not_obeyed(before: bytes, bdat: bytes, together: bool) -> None:
+    talk = Talk()
+    talk.say(before)
+    content = b"MAIL FROM:<x@y>\r\nRCPT TO:<a@b>\r\n"
+    replies = talk.say(bdat + content) if together else talk.say(bdat, content)
+    assert codes(replies) == [b"500 5.5.2", b"421 4.5.0"]
+    assert talk.session.closed
+
+
 def test_an_answer_that_is_not_due_is_a_mistake_of_ours() -> None:
     with pytest.raises(RuntimeError):
         Talk().answer()
