@@ -184,6 +184,7 @@ class SmtpdSettings(Settings):
     client_networks: Words = ("127.0.0.0/8", "::1")
     recipient_domains: Words = ()
     allow_untrusted_routing: bool = False
+    bare_cr: Literal["reject", "strip"] = "reject"
     max_message_size: Size = 25 << 20
     max_recipients: Annotated[int, Field(ge=100)] = 1000
     max_connections: Count = 1000

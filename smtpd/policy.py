@@ -55,6 +55,7 @@ class Policy:
         domains = [domain.lower() for domain in settings.recipient_domains]
         self._domains = frozenset(domain for domain in domains if not domain.startswith("."))
         self._parents = tuple(domain for domain in domains if domain.startswith("."))
+        self.strip_bare_cr = settings.bare_cr == "strip"
         self.allow_untrusted_routing = settings.allow_untrusted_routing
         self._postmaster = f"postmaster@{settings.hostname}".lower()
         self.client = lru_cache(maxsize=4096)(self._client)
@@ -79,6 +80,11 @@ class Client:
     policy: Policy
     address: str
     trusted: bool
+
+    @property
+    def strips_cr(self) -> bool:
+        """Only for clients of our own: what a stranger sends is to be taken as it is or not at all."""
+        return self.trusted and self.policy.strip_bare_cr
 
     def check_sender(self, size: int) -> None:
         """`size`: what SIZE declared (RFC 1870), octets; 0 if it was not said. Raises Refused."""

@@ -51,6 +51,11 @@ class Rules(Protocol):
         """Whether this is a client of our own, which may write addresses as hosts of one network do."""
         ...
 
+    @property
+    def strips_cr(self) -> bool:
+        """Whether bare CRs are dropped from this client's content, and not refused."""
+        ...
+
     def check_sender(self, size: int) -> None: ...
 
     def check_recipient(self, recipient: Recipient, accepted: int) -> None: ...
@@ -286,7 +291,8 @@ class Session:
     def data(self, argument: bytes) -> None:
         assert self._envelope is not None
         _refuse_any(argument)
-        self._content, self._faulty = Content(self._greeting.max_message_size), False
+        self._content = Content(self._greeting.max_message_size, strip_cr=self._rules.strips_cr)
+        self._faulty = False
         self._state = State.CONTENT
         self._replies.append(_SEND)
         self._events.append(Begin(self._envelope))

@@ -249,6 +249,26 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., Running]) 
     assert stored(running, message) == b"Message-ID: <m@i>\n\n..\n"
 
 
+@pytest.mark.parametrize(
+    ("setting", "networks", "reply"),
+    [
+        ("reject", ("127.0.0.1",), b"550 5.6.11"),
+        ("strip", (), b"550 5.6.11"),
+        ("strip", ("127.0.0.1",), b"250"),
+    ],
+)
+def test_a_client_that_sends_cr_cr_lf_is_refused_or_understood(
+    run: Callable[..., Running], setting: str, networks: tuple[str, ...], reply: bytes
+) -> None:
+    running = run(bare_cr=setting, client_networks=networks, recipient_domains=("example.org",))
+    with talking(running) as client:
+        client.begin()
+        client.send(b"Subject: x\r\r\n\r\r\nhello\r\r\n.\r\r\nRSET\r\n.\r\n")
+        client.hears(reply)
+    kept = [stored(running, message) for message in running.database.messages]
+    assert kept == ([b"Subject: x\n\nhello\n\nRSET\n"] if reply == b"250" else [])
+
+
 MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
 
 

@@ -121,6 +121,15 @@ def test_C16_past_the_limit_452_for_the_extra_recipients_only(tmp_path: Path) ->
     assert (refusal(trusted.check_recipient, to("a@b"), 100) or b"").startswith(b"452 4.5.3")
 
 
+@pytest.mark.parametrize(
+    ("peer", "setting", "strips"),
+    [("127.0.0.1", "strip", True), ("127.0.0.1", "reject", False), ("192.0.2.1", "strip", False)],
+)
+def test_bare_crs_are_stripped_for_trusted_clients_alone(tmp_path: Path, peer: str, setting: str, strips: bool) -> None:
+    assert client(tmp_path, peer, bare_cr=setting).strips_cr is strips
+    assert not client(tmp_path, peer).strips_cr
+
+
 def test_C12_a_declared_size_over_the_limit_is_refused_at_mail(tmp_path: Path) -> None:
     trusted = client(tmp_path, "127.0.0.1", max_message_size=1000)
     assert refusal(trusted.check_sender, 1000) is None

@@ -17,7 +17,7 @@ class OpenRules:
     """Takes everything, but for a few words."""
 
     def __init__(self, *, trusted: bool = False) -> None:
-        self.trusted = trusted
+        self.trusted = self.strips_cr = trusted
 
     def check_sender(self, size: int) -> None:
         if size > 1000:
@@ -264,6 +264,13 @@ def test_C2_C12_content_at_fault_is_read_to_its_end(content: bytes, code: bytes)
     assert talk.told(Abandon) == [Abandon()]
     assert not talk.told(Complete)
     assert codes(talk.say(MAIL)) == [b"250 2.1.0"]
+
+
+def test_bare_crs_are_stripped_where_the_rules_say_so() -> None:
+    talk = Talk(trusted=True)
+    talk.say(EHLO, MAIL + RCPT + DATA, b"a\r\r\n.\r\r\nb\r\n.\r\n")
+    assert talk.waiting
+    assert talk.text() == b"a\n\nb\n"
 
 
 def test_C29_a_loop_is_refused() -> None:
