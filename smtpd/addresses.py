@@ -46,6 +46,8 @@ _SENDER_PARAMETERS = {
     b"ENVID": re.compile(rb"%b{1,100}" % _XTEXT),
     # RFC 4954 section 5: says who first submitted it; nobody authenticates here, so it is read and forgotten.
     b"AUTH": re.compile(rb"<>|%b{1,500}" % _XTEXT),
+    # RFC 6531, 3.4: it has no value.
+    b"SMTPUTF8": re.compile(rb""),
 }
 _RECIPIENT_PARAMETERS = {
     b"NOTIFY": re.compile(rb"(?i)NEVER|%b(?:,%b){0,2}" % (_WISH, _WISH)),
@@ -183,8 +185,8 @@ def _parameters(text: bytes | None, known: Mapping[bytes, re.Pattern[bytes]]) ->
         name = match[1].upper()
         if name not in known:
             raise Refused(_UNKNOWN_PARAMETER)
-        value = match[2]
-        if name in values or value is None or not known[name].fullmatch(value):
+        value = match[2] or b""
+        if name in values or not known[name].fullmatch(value):
             raise Refused(_BAD_PARAMETER)
         values[name] = (value if name in _CASE_COUNTS else value.upper()).decode("ascii")
     return values

@@ -18,6 +18,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from email import policy
+from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +192,7 @@ def talking(running: Running) -> Iterator[Client]:
 
 TRACE = re.compile(
     rb"Received: from client\.example \(\[127\.0\.0\.1\]\)\n"
-    rb"\tby relay\.example with ESMTP id ([0-9a-f]{32})(\n\tfor <[^>]+>; |;\n\t)"
+    rb"\tby relay\.example with (?:ESMTP|UTF8SMTP) id ([0-9a-f]{32})(\n\tfor <[^>]+>; |;\n\t)"
     rb"[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n"
 )
 
@@ -339,6 +341,24 @@ def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., Running]) ->
         client.say(b"MAIL FROM:<cron@app>", b"250")
         client.say(b"RCPT TO:<root>", b"501 5.1.3 Bad recipient address: a domain is needed")
         client.say(b"RCPT TO:<root@relay.example.>", b"250")
+
+
+def test_a_header_in_utf_8_passes_and_an_address_does_not(run: Callable[..., Running]) -> None:
+    running = run()
+    mail = EmailMessage(policy=policy.SMTPUTF8)
+    mail["From"], mail["To"], mail["Subject"] = "J\xfcrgen <a@example.com>", "b@example.org", "Gr\xfc\xdfe \u2603"
+    mail.set_content("hello\n")
+    options = ["SMTPUTF8", "BODY=8BITMIME"]
+    with smtplib.SMTP(running.host, running.port, local_hostname="client.example") as client:
+        client.sendmail("a@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options)
+        with pytest.raises(smtplib.SMTPSenderRefused) as refused:
+            client.sendmail("j\xfcrgen@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options)
+        assert refused.value.smtp_code == 553
+    [message] = running.database.messages
+    assert (message.protocol, message.body_type) == ("UTF8SMTP", "8BITMIME")
+    body = stored(running, message)
+    assert b"with UTF8SMTP id" in running.spool.path(message.id).read_bytes()
+    assert "From: J\xfcrgen <a@example.com>\nTo: b@example.org\nSubject: Gr\xfc\xdfe \u2603\n".encode() in body
 
 
 def test_the_trace_names_no_one_of_several_and_escapes_the_client(run: Callable[..., Running]) -> None:

@@ -212,8 +212,9 @@ def test_a_path_that_would_take_a_bad_pattern_for_ever_is_refused_at_once() -> N
 
 
 def test_parameters_of_mail_are_kept() -> None:
-    _, values = parse_sender(b"FROM:<a@b> size=1000 BODY=8bitmime RET=hdrs  ENVID=Qq+2B314 AUTH=<>", HOST)
-    assert values == {b"SIZE": "1000", b"BODY": "8BITMIME", b"RET": "HDRS", b"ENVID": "Qq+2B314", b"AUTH": "<>"}
+    _, values = parse_sender(b"FROM:<a@b> size=1000 BODY=8bitmime RET=hdrs  ENVID=Qq+2B314 AUTH=<> smtputf8", HOST)
+    known = {b"SIZE": "1000", b"BODY": "8BITMIME", b"RET": "HDRS", b"ENVID": "Qq+2B314", b"AUTH": "<>"}
+    assert values == known | {b"SMTPUTF8": ""}
 
 
 def test_parameters_of_rcpt_are_kept() -> None:
@@ -225,7 +226,12 @@ def test_parameters_of_rcpt_are_kept() -> None:
 @pytest.mark.parametrize(
     ("argument", "code"),
     [
-        (b"FROM:<a@b> SMTPUTF8", b"555 5.5.4"),
+        (b"FROM:<a@b> SMTPUTF8=1", b"501 5.5.4"),
+        (b"FROM:<a@b> SMTPUTF8=", b"501 5.5.4"),
+        (b"FROM:<a@b> SMTPUTF8 SMTPUTF8", b"501 5.5.4"),
+        ("FROM:<\xfc@b> SMTPUTF8".encode(), b"553 5.6.7"),
+        ("FROM:<a@\xfc.example> SMTPUTF8".encode(), b"553 5.6.7"),
+        (b"TO:<a@b> SMTPUTF8", b"555 5.5.4"),
         (b"FROM:<a@b> NOTIFY=NEVER", b"555 5.5.4"),
         (b"FROM:<a@b> X-OTHER=1", b"555 5.5.4"),
         (b"FROM:<a@b> SIZE", b"501 5.5.4"),

@@ -112,7 +112,14 @@ DATA = b"DATA\r\n"
         # C12: SIZE at MAIL
         [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> SIZE=1001\r\n", b"552 5.3.4"), (MAIL, b"250 2.1.0")],
         # C11, C14
-        [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> SMTPUTF8\r\n", b"555 5.5.4"), (b"MAIL FROM:a@b\r\n", b"501 5.1.7")],
+        [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> FUTURE8\r\n", b"555 5.5.4"), (b"MAIL FROM:a@b\r\n", b"501 5.1.7")],
+        [
+            (EHLO, b"250 DSN"),
+            ("MAIL FROM:<\xfc@b> SMTPUTF8\r\n".encode(), b"553 5.6.7"),
+            (b"MAIL FROM:<a@b> SMTPUTF8 BODY=8BITMIME\r\n", b"250 2.1.0"),
+            ("RCPT TO:<\xfc@d>\r\n".encode(), b"553 5.6.7"),
+            (RCPT, b"250 2.1.5"),
+        ],
         # C27: lines
         [(b"\r\n", b"500 5.5.2"), (b"FOO\r\n", b"500 5.5.2"), (b"MAILFROM:<a@b>\r\n", b"500 5.5.2")],
         [(b"NOOP\n", b"500 5.5.2"), (b"\x00\xff\x01\r\n", b"500 5.5.2"), (b"NO\rOP\r\n", b"500 5.5.2")],
@@ -127,7 +134,7 @@ def test_C17_dialogues(dialogue: list[tuple[bytes, bytes]]) -> None:
 def test_the_extensions() -> None:
     assert Talk().say(EHLO) == (
         b"250-relay.example\r\n250-PIPELINING\r\n250-SIZE 1000\r\n250-8BITMIME\r\n"
-        b"250-ENHANCEDSTATUSCODES\r\n250 DSN\r\n"
+        b"250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN\r\n"
     )
 
 
@@ -156,6 +163,15 @@ def test_helo_is_plain_smtp() -> None:
     talk = Talk()
     talk.say(b"HELO client\r\n", MAIL, RCPT, DATA)
     assert talk.told(Begin)[0].envelope.protocol == "SMTP"
+
+
+def test_a_message_that_asks_for_smtputf8_came_by_utf8smtp() -> None:
+    talk = Talk()
+    talk.say(EHLO, b"MAIL FROM:<a@b> SMTPUTF8\r\n", RCPT, DATA, "Subject: \xfc\r\n.\r\n".encode())
+    talk.answer()
+    talk.say(MAIL, RCPT, DATA)
+    assert [begin.envelope.protocol for begin in talk.told(Begin)] == ["UTF8SMTP", "ESMTP"]
+    assert talk.text() == "Subject: \xfc\n".encode()
 
 
 def test_C19_a_pipelined_group_is_answered_in_one_piece() -> None:
