@@ -3,7 +3,7 @@
 Both are real servers that somebody else wrote, which is what they are for. The private Postfix has its
 configuration, its queue and its data in a temporary directory; it runs nothing but qmqpd, cleanup and the
 address rewriter, so that what it accepts stays in its `incoming` queue, where `queued` reads it. It needs
-root, as Postfix does.
+root, as Postfix does. `PostfixClient` is the other side: Postfix' `sendmail`, queue and SMTP client.
 """
 
 import grp
@@ -47,6 +47,34 @@ cleanup unix n - n - 0 cleanup
 rewrite unix - - n - - trivial-rewrite
 """
 
+_CLIENT_MAIN = """\
+compatibility_level = 3.6
+queue_directory = {directory}/queue
+data_directory = {directory}/data
+daemon_directory = {daemons}
+mail_owner = postfix
+setgid_group = postdrop
+myhostname = client.test
+mydestination =
+alias_maps =
+local_recipient_maps =
+inet_interfaces = loopback-only
+inet_protocols = ipv4
+relayhost = [127.0.0.1]:{relay_port}
+smtp_dns_support_level = disabled
+smtp_tls_security_level = none
+"""
+
+_CLIENT_MASTER = """\
+pickup unix n - n 60 1 pickup
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+smtp unix - - n - - smtp
+"""
+
 
 def program(name: str) -> str:
     """A Postfix program; ServiceError if this machine has none."""
@@ -74,6 +102,8 @@ class QmqpSink(Server):
 
 class Postfix(Server):
     """A qmqpd on `port`, one on `closed_port` that nobody may use, one on `soft_port` that never says D."""
+
+    main, master = _MAIN, _MASTER
 
     def __init__(self, size_limit: int = 200_000) -> None:
         self.size_limit = size_limit
@@ -104,8 +134,8 @@ class Postfix(Server):
         configuration = self.directory / "etc"
         configuration.mkdir()
         values: dict[str, Any] = vars(self) | {"directory": self.directory, "daemons": daemons}
-        (configuration / "main.cf").write_text(_MAIN.format_map(values))
-        (configuration / "master.cf").write_text(_MASTER.format_map(values))
+        (configuration / "main.cf").write_text(self.main.format_map(values))
+        (configuration / "master.cf").write_text(self.master.format_map(values))
         return configuration
 
     def _make(self, directory: Path, mode: int) -> None:
@@ -128,6 +158,23 @@ class Postfix(Server):
             str(self.directory / "queue/incoming" / queue_id),
         ]
         return subprocess.run(command, check=True, capture_output=True, timeout=20).stdout
+
+
+class PostfixClient(Postfix):
+    """A Postfix that takes mail from its own `sendmail` alone and relays it to `relay_port`."""
+
+    main, master = _CLIENT_MAIN, _CLIENT_MASTER
+
+    def __init__(self, relay_port: int) -> None:
+        super().__init__()
+        self.relay_port = relay_port
+
+    def _answers(self) -> bool:
+        return all((self.directory / "queue/public" / name).exists() for name in ("pickup", "cleanup", "qmgr"))
+
+    def sendmail(self, sender: str, recipient: str, content: bytes) -> None:
+        command = [program("sendmail"), "-C", str(self._configuration), "-f", sender, recipient]
+        subprocess.run(command, input=content, check=True, capture_output=True, timeout=20)
 
 
 def _listens(port: int) -> bool:

@@ -36,6 +36,8 @@ from smtpd.receiver import AHEAD, BLOCK, Receiver, Threads
 from smtpd.server import ListenError, Server
 from smtpd.session import Greeting
 from smtpd.store import Store
+from tests.postfix import PostfixClient
+from tests.services import ServiceError
 from tests.waiting import until
 
 
@@ -359,6 +361,36 @@ def test_a_header_in_utf_8_passes_and_an_address_does_not(run: Callable[..., Run
     body = stored(running, message)
     assert b"with UTF8SMTP id" in running.spool.path(message.id).read_bytes()
     assert "From: J\xfcrgen <a@example.com>\nTo: b@example.org\nSubject: Gr\xfc\xdfe \u2603\n".encode() in body
+
+
+@pytest.fixture
+def postfix_client() -> Iterator[Callable[[int], PostfixClient]]:
+    started: list[PostfixClient] = []
+
+    def start(relay_port: int) -> PostfixClient:
+        try:
+            started.append(PostfixClient(relay_port))
+            started[-1].start()
+        except ServiceError as error:
+            pytest.skip(str(error))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+def test_what_postfix_sendmail_takes_with_utf_8_in_its_header_arrives(
+    run: Callable[..., Running], postfix_client: Callable[[int], PostfixClient]
+) -> None:
+    running = run()
+    content = "Subject: Gr\xfc\xdfe \u2603\nMessage-ID: <m@i>\n\nhello\n".encode()
+    postfix_client(running.port).sendmail("a@example.com", "b@example.org", content)
+    until(lambda: running.database.messages, 20)
+    [message] = running.database.messages
+    assert (message.sender, message.recipients[0].address) == ("a@example.com", "b@example.org")
+    assert (message.protocol, message.header_message_id) == ("UTF8SMTP", "<m@i>")
+    assert "Subject: Gr\xfc\xdfe \u2603\n".encode() in running.spool.path(message.id).read_bytes()
 
 
 def test_the_trace_names_no_one_of_several_and_escapes_the_client(run: Callable[..., Running]) -> None:
