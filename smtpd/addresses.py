@@ -89,9 +89,9 @@ class Recipient:
         return self.address[: -len(self.domain) - 1]
 
     @property
-    def mailbox(self) -> tuple[str, str]:
+    def mailbox(self) -> str:
         """Equal for two recipients that are the same one: capitals count in the local part alone (RFC 5321, 2.4)."""
-        return self.local, self.domain.lower()
+        return self.address[: -len(self.domain)] + self.domain.lower()
 
     def with_repeat(self, repeat: "Recipient") -> "Recipient":
         """This recipient after the client has named it once more.
@@ -143,26 +143,30 @@ def _match(argument: bytes, word: bytes, refusal: bytes) -> re.Match[bytes]:
 
 def _mailbox(match: re.Match[bytes], refusal: bytes, home: str | None, *, trusted: bool) -> tuple[str, str, str]:
     """Address, path and domain. `home`: the domain of a name that has none, None if it needs one."""
-    local, domain = match["local"], match["literal"] or match["domain"]
-    if domain is None:
+    local, domain, literal = match.group("local", "domain", "literal")
+    if literal is not None:
+        domain = literal
+        if not _is_literal(domain[1:-1].decode("ascii")):
+            raise Refused(refusal + b": bad address literal\r\n")
+    elif domain is None:
         if home is None:
             raise Refused(refusal + b": a domain is needed\r\n")
         domain = home.encode("ascii")
         if local.lower() == b"postmaster":
             local = b"postmaster"  # capitals mean nothing in this one (RFC 5321, 4.5.1)
-    elif b"_" in domain and not trusted:
+    elif not trusted and 0x5F in domain:
         raise Refused(refusal + b": _ in the domain\r\n")
-    elif match["literal"] and not _is_literal(domain[1:-1].decode("ascii")):
-        raise Refused(refusal + b": bad address literal\r\n")
     if len(domain) > DOMAIN_LIMIT:
         raise Refused(refusal + b": the domain is too long\r\n")
     bare = local if local[0] != 0x22 else _QUOTED_PAIR.sub(rb"\1", local[1:-1])
     if not bare:
         raise Refused(refusal + b": empty local part\r\n")
-    address = b"%b@%b" % (bare, domain)
+    address = bare + b"@" + domain
     if not is_sendable(address):
         raise Refused(refusal + b": it begins with < or is longer than %d octets\r\n" % MAX_ADDRESS)
-    return address.decode("ascii"), f"{local.decode('ascii')}@{domain.decode('ascii')}", domain.decode("ascii")
+    text = address.decode("ascii")
+    name = text[len(bare) + 1 :]
+    return text, text if bare is local else f"{local.decode('ascii')}@{name}", name
 
 
 def _is_literal(text: str) -> bool:

@@ -117,7 +117,7 @@ class Session:
         self._more = False  # there is input behind this command
         self._helo, self._protocol = "", "SMTP"
         self._envelope: Envelope | None = None
-        self._places: dict[tuple[str, str], int] = {}  # where a mailbox stands among its recipients
+        self._places: dict[str, int] = {}  # where a mailbox stands among its recipients
         self._content: Content | None = None
         self._faulty = False  # Abandon was told
 
@@ -279,15 +279,15 @@ class Session:
     def rcpt(self, argument: bytes) -> None:
         assert self._envelope is not None
         recipient = parse_recipient(argument, self._greeting.hostname, trusted=self._rules.trusted)
-        recipients = self._envelope.recipients
-        place = self._places.get(recipient.mailbox)
+        recipients, mailbox = self._envelope.recipients, recipient.mailbox
+        place = self._places.get(mailbox)
         if place is not None:
             # Each recipient in a request is a copy of the message, so a repeat is dropped. The client hears 250,
             # because the message goes where it asked. A repeat counts towards no limit.
             recipients[place] = recipients[place].with_repeat(recipient)
         else:
             self._rules.check_recipient(recipient, len(recipients))
-            self._places[recipient.mailbox] = len(recipients)
+            self._places[mailbox] = len(recipients)
             recipients.append(recipient)
         self._state = State.RECIPIENTS
         self._replies.append(_RECIPIENT_OK)
