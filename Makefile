@@ -36,11 +36,12 @@ test: ## all tests: SQLite, PostgreSQL, a real broker (TESTS=path to choose)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
 
-lint: ## ruff and strict mypy
+lint: ## ruff, strict mypy, the English of the pages
 	@scripts/setup dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python scripts/prose.py
 
 fmt: ## format, and mend what ruff can mend
 	@scripts/setup dev
