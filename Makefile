@@ -36,11 +36,12 @@ test: ## all tests: SQLite, PostgreSQL, a real broker (TESTS=path to choose)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
 
-lint: ## ruff, strict mypy, the English of the pages
+lint: ## ruff, strict mypy, the direction of imports, the English of the pages
 	@scripts/setup dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python scripts/prose.py
 
 fmt: ## format, and mend what ruff can mend
@@ -56,5 +57,5 @@ lock: ## choose newer dependencies (needs uv)
 	@scripts/lock
 
 clean: ## remove .venv and caches; mail in ./var stays
-	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
