@@ -123,8 +123,9 @@ def opened(settings: Settings) -> Iterator[Engine]:
 def at_hand(settings: Settings, queue: Queue) -> Spool | None:
     """The spool of this database, if it is mounted here."""
     with contextlib.suppress(OSError):
-        if (settings.spool_dir / "spool-id").read_text().strip() == queue.spool_id():
-            return Spool(settings.spool_dir)
+        spool = Spool(settings.spool_dir)
+        if spool.identity and spool.identity == queue.spool_id():
+            return spool
     return None
 
 

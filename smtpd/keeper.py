@@ -156,7 +156,7 @@ class Keeper:
 
 
 def main() -> None:
-    """The process: its settings on standard input, the socket's number as its argument."""
+    """The process: its settings on standard input; its arguments are the descriptors of socket and spool directory."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the end of the orders ends it, and nothing else
         signal.signal(number, signal.SIG_IGN)
     fields, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (ours)
@@ -166,7 +166,7 @@ def main() -> None:
     engine = database.connect(settings.database_url, hot=True)
     intake = Intake(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
-        Keeper(channel, Spool(settings.spool_dir), intake.commit).run()
+        Keeper(channel, Spool(settings.spool_dir, int(sys.argv[2])), intake.commit).run()
     engine.dispose()
 
 

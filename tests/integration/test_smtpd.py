@@ -521,7 +521,7 @@ def test_C22_disk_faults_are_temporary_and_leave_nothing(
 
     running = run()
     if call == "create":
-        monkeypatch.setattr(Spool, "create", fail)
+        monkeypatch.setattr(Spool, "_create", fail)
     else:
         monkeypatch.setattr(f"relay.bodies.os.{call}", fail)
     with talking(running) as client:
@@ -701,9 +701,15 @@ class Program:
             int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         ]
 
-    def send(self, *recipients: str) -> None:
+    def replace_keeper(self) -> None:
+        """Kill it, and wait for the next."""
+        [keeper] = until(self.keepers)
+        os.kill(keeper, signal.SIGKILL)
+        until(lambda: self.keepers() not in ([], [keeper]))
+
+    def send(self, *recipients: str, lines: int = 1) -> None:
         with smtplib.SMTP("127.0.0.1", self.port) as client:
-            client.sendmail("a@example.com", recipients, b"Subject: x\r\n\r\nbody\r\n")
+            client.sendmail("a@example.com", recipients, b"Subject: x\r\n\r\n" + b"body\r\n" * lines)
 
 
 @pytest.fixture
@@ -755,3 +761,42 @@ def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Progra
         assert select.select([handle], [], [], 10)[0], "it is still there"
     finally:
         os.close(handle)
+
+
+MAY_MOUNT = bool(int(re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[0], 16) >> 21 & 1)
+
+
+@pytest.mark.skipif(not MAY_MOUNT, reason="only who may administer the system may mount")
+def test_a_spool_that_is_unmounted_below_the_program_is_451_until_it_is_back(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    disk, place = tmp_path / "disk", tmp_path / "state" / "spool"
+    disk.mkdir()
+    place.mkdir(parents=True)
+    with mounted("-t", "tmpfs", "-o", "mode=700", "none", str(disk)):
+        with mounted("--bind", str(disk), str(place)):
+            program = Program(tmp_path, database_url, spawn, free_port())
+            program.send("b@example.org")
+        for _ in range(2):  # with a keeper from before, and with one that was started since
+            for lines in (1, BLOCK):
+                with pytest.raises(smtplib.SMTPDataError) as caught:
+                    program.send("b@example.org", lines=lines)
+                assert caught.value.smtp_code == 451
+            program.replace_keeper()
+        assert [*place.iterdir()] == []
+        with mounted("--bind", str(disk), str(place)):
+            program.send("b@example.org")
+            program.send("b@example.org", lines=BLOCK)
+            ids = {event["id"] for event in program.events("accepted")}
+            assert len(ids) == 3
+            assert {path.name for path in disk.glob("*/*")} == ids
+        program.process.kill()
+
+
+@contextmanager
+def mounted(*arguments: str) -> Iterator[None]:
+    subprocess.run(["/usr/bin/mount", *arguments], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["/usr/bin/umount", "--lazy", arguments[-1]], check=True)

@@ -18,7 +18,7 @@ from relay.items import Wish
 from relay.routes import Route, Routes, parse_server
 from relay.settings import Settings, WorkerSettings, load
 from relay.verbs import Verbs
-from tests.integration.mailroom import Mailroom
+from tests.integration.mailroom import BODY, Mailroom
 from tests.waiting import until
 from worker.housekeeping import YOUNG, Housekeeper
 from worker.rerouting import EVERY, LOOK_EVERY, PATIENCE, Rerouter
@@ -204,7 +204,7 @@ def test_a_full_spool_keeps_only_notices_waiting(scene: Scene, monkeypatch: pyte
     owing = scene.mail.accept()
     scene.mail.change("UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true")
     due = scene.mail.accept()
-    monkeypatch.setattr(scene.mail.spool, "create", lambda message_id: 1 / 0)
+    monkeypatch.setattr(scene.mail.spool, "store", lambda message_id, parts: 1 / 0)
     scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due)
     scene.sweeper.sweep()
     assert (scene.mail.state(due), scene.hints.offered) == ("queued", [due])
@@ -332,6 +332,61 @@ def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(mail: Ma
     assert keeper.clean_spool() == (0, 1)
     assert (mail.spool.directory / "orphans" / orphan).read_bytes() == b"x"
     assert mail.spool.path(young).exists()
+
+
+@pytest.mark.parametrize("wrong", ["the worker's", "the file system's", "the database's"])
+def test_one_clock_that_is_wrong_takes_no_body(
+    mail: Mailroom, keeper: Housekeeper, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """It is 40 days ahead, while a message is received and another one is there to prove the database."""
+    mail.spool.store(received := new_id(), [b"x"])
+    mail.accept()
+    now, clock, macros = time.time, mail.spool.clock, keeper._strays._sql._spell.macros
+    if wrong == "the worker's":
+        monkeypatch.setattr(time, "time", lambda: now() + 40 * DAY)
+    elif wrong == "the file system's":
+        monkeypatch.setattr(mail.spool, "clock", lambda: clock() + 40 * DAY)
+    else:
+        monkeypatch.setitem(macros, "now", lambda _: macros["later"](str(40 * DAY)))
+    assert keeper.clean_spool() == (0, 0)
+    assert mail.spool.path(received).exists()
+
+
+def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
+    keeper = Housekeeper(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
+    mail.spool.store(orphan := new_id(), [b"x"])
+    _aged(mail.spool.path(orphan), 40 * DAY)
+    mail.accept()
+    assert keeper.clean_spool() == (0, 1)
+    assert (mail.spool.directory / "orphans" / orphan).exists()
+    assert keeper.clean_spool() == (0, 0)
+    assert not (mail.spool.directory / "orphans" / orphan).exists()
+
+
+def test_the_wait_of_what_is_put_aside_begins_with_the_move(mail: Mailroom, keeper: Housekeeper) -> None:
+    mail.spool.store(orphan := new_id(), [b"x"])
+    _aged(mail.spool.path(orphan), 400 * DAY)
+    mail.accept()
+    assert [keeper.clean_spool() for _ in range(2)] == [(0, 1), (0, 0)]
+    assert (mail.spool.directory / "orphans" / orphan).exists()
+
+
+def test_what_a_row_needs_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
+    """Its row came when it was put aside already."""
+    keeper = Housekeeper(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
+    message_id = mail.accept()
+    mail.spool.put_aside(message_id)
+    keeper.clean_spool()
+    os.close(mail.spool.open(message_id, len(BODY)))
+
+
+def test_only_directories_of_bodies_are_removed(mail: Mailroom, keeper: Housekeeper) -> None:
+    ours, theirs = mail.spool.directory / "01a2b3c4", mail.spool.directory / "lost+found"
+    for directory in (ours, theirs):
+        directory.mkdir()
+        _aged(directory, 2 * HOUR)
+    keeper.clean_spool()
+    assert [ours.exists(), theirs.exists()] == [False, True]
 
 
 def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Housekeeper) -> None:
