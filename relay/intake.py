@@ -8,12 +8,13 @@ again is how a COMMIT in doubt is settled: the repeat waits for the first transa
 """
 
 import json
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine, text
 
-from relay.database import writing_once
+from relay.database import TooLate, writing_once
 from relay.dialect import dialect_of
 from relay.ids import dashed
 from relay.log import escaped
@@ -80,9 +81,14 @@ class Intake:
         else:
             self._statements = [text(spell(part)) for part in PARTS]
 
-    def commit(self, messages: Sequence[NewMessage]) -> list[None]:
-        """Insert a round of messages in one transaction; raises the database's errors."""
+    def commit(self, messages: Sequence[NewMessage], begin_by: float = float("inf")) -> list[None]:
+        """Insert a round of messages in one transaction; raises the database's errors.
+
+        Raises TooLate when there is a connection, and a turn to write, only after `begin_by` (monotonic).
+        """
         with writing_once(self._engine) as connection:
+            if time.monotonic() > begin_by:
+                raise TooLate("no connection or no turn to write in time")
             self.insert(connection, messages)
         return [None] * len(messages)
 

@@ -1,6 +1,7 @@
 """Acceptance, on both databases: all of a message or nothing, once however often it is told, and one bad row alone."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from relay.database import TooLate
 from relay.ids import new_id
 from relay.intake import NewMessage
 from relay.rounds import Unsettled, Writer
@@ -195,3 +197,34 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(postgres: Postg
         assert front.answers[patient.id] is None
         until(lambda: not front.writer.rounds.stuck)
         assert front.writer.close(10)
+
+
+def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(office: Office) -> None:
+    """No try came to a COMMIT, so its body need not stay."""
+    sql = "SET default_transaction_read_only = {}" if office.spell.postgresql else "PRAGMA query_only = {}"
+    mode = ["on"]
+
+    def prepare(connection: Any, *_: Any) -> None:
+        connection.execute(sql.format(mode[0]))
+        connection.commit()
+
+    office.engine.dispose()
+    event.listen(office.engine, "checkout", prepare)
+    front = Front(office)
+    front.writer.start()
+    patient, hurried = new_message(), new_message()
+    front.put(patient)
+    front.put(hurried, deadline=0.0)
+    until(lambda: front.answers)
+    assert list(front.answers) == [hurried.id]
+    assert isinstance(front.answers[hurried.id], DBAPIError)
+    mode[0] = "off"
+    until(lambda: patient.id in front.answers)
+    assert front.writer.close(10)
+    assert [row["id"] for row in office.rows("SELECT @hex(id) AS id FROM messages")] == [patient.id]
+
+
+def test_nothing_is_written_when_the_turn_comes_too_late(office: Office) -> None:
+    with pytest.raises(TooLate):
+        office.intake.commit([new_message()], time.monotonic() - 1)
+    assert counts(office) == [0, 0, 0]

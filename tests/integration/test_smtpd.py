@@ -28,6 +28,7 @@ import uvloop
 from sqlalchemy import create_engine, text
 
 from relay.bodies import Body, Spool
+from relay.database import connect, reading, writing
 from relay.intake import NewMessage
 from relay.settings import SmtpdSettings, load
 from smtpd.keeper import Keeper
@@ -51,7 +52,7 @@ class Database:
         self.taken = threading.Event()
         self.error: Exception | None = None
 
-    def commit(self, messages: Sequence[NewMessage]) -> list[None]:
+    def commit(self, messages: Sequence[NewMessage], _begin_by: float) -> list[None]:
         self.taken.set()
         self.gate.wait(20)
         if self.error is not None:
@@ -678,7 +679,14 @@ raise SystemExit(run(settings))
 class Program:
     """smtpd as a process, on a real database."""
 
-    def __init__(self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int):
+    def __init__(
+        self,
+        directory: Path,
+        database_url: str,
+        spawn: Callable[..., subprocess.Popen[Any]],
+        port: int,
+        **settings: str,
+    ) -> None:
         self.port, self.log = port, directory / "log"
         environment = {
             "PATH": "/usr/bin:/bin",
@@ -688,7 +696,7 @@ class Program:
             "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
             "RELAY_LOG_FORMAT": "json",
             "RELAY_UNSAFE_DURABILITY": "1",
-        }
+        } | {f"RELAY_{name}": value for name, value in settings.items()}
         with self.log.open("wb") as stderr:
             self.process = spawn([sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
         until(lambda: self.events("listening") or self.process.poll() is not None, 30, what=self.log.read_text)
@@ -761,6 +769,25 @@ def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Progra
         assert select.select([handle], [], [], 10)[0], "it is still there"
     finally:
         os.close(handle)
+
+
+def test_what_was_answered_451_is_not_delivered_by_the_same_try(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    """Somebody holds a lock for longer than the deadline, and less long than a statement may take elsewhere."""
+    program = Program(tmp_path, database_url, spawn, free_port(), ACCEPT_DEADLINE="2s")
+    engine = connect(database_url)
+    with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("LOCK TABLE messages IN EXCLUSIVE MODE"))
+        with pytest.raises(smtplib.SMTPDataError) as caught:
+            program.send("refused@example.org")
+        assert caught.value.smtp_code == 451
+    program.send("taken@example.org")  # there is one committer, and it goes by turns
+    with reading(engine) as connection:
+        assert connection.execute(text("SELECT address FROM recipients")).scalars().all() == ["taken@example.org"]
+    engine.dispose()
+    assert len([*(tmp_path / "state" / "spool").glob("*/*")]) == 1
 
 
 MAY_MOUNT = bool(int(re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[0], 16) >> 21 & 1)
