@@ -4,8 +4,10 @@ Each check is a function that answers with findings and never raises for what it
 QMQP server is only connected to. What must stay true: a finding that is not `ok` names its remedy.
 """
 
+import contextlib
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from commands import inspect, tables, valkey
 from commands.explain import DONE, OUT_OF_REACH, WRONG_USE
 from relay import database, schema
 from relay.bodies import file_system
+from relay.log import first_line
 from relay.queue import Queue
 from relay.routes import Routes, Server
 from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
 PATIENCE = 5.0  # seconds for a connection
+SHOWN = 5  # files in a finding about many
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ def look() -> Iterator[Finding]:
         return
     yield Finding("settings", "ok", f"RELAY_STATE_DIR = {settings.state_dir}")
     yield from _database(settings)
+    yield from _open(settings)
     yield _broker(settings)
     yield from _routes(routes)
     servers = [server for route in routes.all() for server in route.servers]
@@ -84,7 +89,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding(what, "away", str(error), "")
         return
     except SQLAlchemyError as error:
-        words = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        words = first_line(getattr(error, "orig", error))
         missing = "alembic_version" in words
         remedy = "run `qmqp-relay migrate`" if missing else "start it, or correct RELAY_DATABASE_URL"
         yield Finding(what, "fail" if missing else "away", f"{url}: {words}", remedy)
@@ -117,6 +122,24 @@ def _spool(settings: Settings, known: str | None) -> Finding:
     return Finding(what, "ok", f"{directory}, {tables.size(room.f_bavail * room.f_frsize)} free")
 
 
+def _open(settings: Settings) -> Iterator[Finding]:
+    """Our files that others on this machine may read or change: umask 077 closes only what is made from now on."""
+    directory, found = settings.state_dir, list[str]()
+    files = {*directory.glob("*"), settings.spool_dir, *settings.spool_dir.glob("*")}
+    url = settings.database_url
+    if url.startswith("sqlite:///"):
+        files |= {Path(url.removeprefix("sqlite:///") + end) for end in ("", "-wal", "-shm", ".lock", ".housekeeping")}
+    for file in sorted(files):
+        with contextlib.suppress(OSError):
+            if file.stat().st_mode & stat.S_IRWXO and file.parent.stat().st_mode & stat.S_IXOTH:
+                found.append(str(file))
+    if found:
+        words = f"open to others: {', '.join(found[:SHOWN])}" + (" ..." if found[SHOWN:] else "")
+        yield Finding("files", "warn", words, f"chmod -R o-rwx {directory}, and what of them stands elsewhere")
+    elif directory.is_dir():
+        yield Finding("files", "ok", "closed to others")
+
+
 def _broker(settings: Settings) -> Finding:
     from redis import RedisError
 
@@ -125,7 +148,7 @@ def _broker(settings: Settings) -> Finding:
         _redis(settings).ping()
     except (RedisError, OSError, ValueError) as error:
         remedy = "start it, or correct RELAY_BROKER_URL; mail is delivered without it, some seconds later"
-        return Finding("broker", "away", f"{url}: {error}", remedy)
+        return Finding("broker", "away", f"{url}: {first_line(error)}", remedy)
     return Finding("broker", "ok", url)
 
 

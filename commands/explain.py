@@ -48,6 +48,7 @@ def explanation(error: Exception) -> tuple[int | None, str]:
     from commands.up import UpError
     from relay.bodies import SpoolError
     from relay.database import DatabaseError, is_outage, lacks_schema
+    from relay.log import first_line
     from relay.queue import NoSuchMessage
     from smtpd.policy import PolicyError
     from smtpd.server import ListenError
@@ -63,5 +64,4 @@ def explanation(error: Exception) -> tuple[int | None, str]:
         return None, ""
     if lacks_schema(error):
         return OUT_OF_REACH, "the database has no tables of this version: run `qmqp-relay migrate`"
-    words = str(error.orig).strip().partition("\n")[0]
-    return OUT_OF_REACH, f"database: {words} (`qmqp-relay check` looks closer)"
+    return OUT_OF_REACH, f"database: {first_line(error.orig)} (`qmqp-relay check` looks closer)"

@@ -731,6 +731,8 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     database_url: str, program: Program
 ) -> None:
     program.send("b@example.org", "c@example.org")
+    for process in (program.process.pid, *program.keepers()):
+        assert "Umask:\t0077\n" in Path(f"/proc/{process}/status").read_text(), "whatever is made is ours alone"
     engine = create_engine(database_url)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM recipients")).scalar() == 2
