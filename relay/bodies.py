@@ -88,7 +88,7 @@ def _place(found: os.stat_result) -> tuple[int, int]:
 
 
 def _identity_in(root: int) -> str:
-    """What a spool's mark says; empty where there is none."""
+    """What a spool's mark says; empty where no mark is."""
     try:
         handle = os.open(_MARK, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
     except FileNotFoundError:
@@ -190,7 +190,7 @@ class Spool:
 
     @property
     def identity(self) -> str:
-        """What the mark in our directory says, empty where there is none; raises OSError as `handle` does."""
+        """What the mark in our directory says, empty where no mark is; raises OSError as `handle` does."""
         return self._identity if self.handle >= 0 else ""
 
     def _hold(self, handle: int) -> None:

@@ -8,9 +8,9 @@ syncs the bodies together; a thread commits the rows of a lot in one transaction
 One lot is committed, one is being stored or waits, and no more is read: what has not been read can still be taken back.
 
 What must stay true: every order is answered once; a row is committed only when its body is safe, and no try to do so
-begins when nobody is there to answer it, or could end after its client has heard 451; what is not kept leaves no body.
-Whatever breaks here ends the process, so that a sound one takes its place; it ends by itself when who sends the orders
-does.
+begins when smtpd is not there to answer it, or could end after its client has heard 451; what is not kept leaves no
+body. Whatever breaks here ends the process, so that a sound one takes its place; it ends by itself when who sends the
+orders does.
 """
 
 import pickle
@@ -146,7 +146,7 @@ class Keeper:
     def _commit(self, lot: Lot) -> None:
         started = time.monotonic()
         alone = any(events & select.POLLHUP for _, events in self._end.poll(0))
-        # They hear 451, or have lost their connection, and will send again: nobody must get it twice.
+        # Their clients hear 451, or have lost the connection, and send again: what is committed now is delivered twice.
         late = [one for one in lot.entries if alone or (one.deadline is not None and one.deadline <= started)]
         hand_over([(entry, Withdrawn() if alone else database.TooLate(_TOO_LATE)) for entry in late])
         hand_over(self._rounds.settle([entry for entry in lot.entries if entry not in late]))

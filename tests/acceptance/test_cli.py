@@ -78,7 +78,7 @@ def test_a_database_out_of_reach(tmp_path: Path) -> None:
 
 
 def test_what_is_made_is_closed_to_others_and_check_names_what_is_not(tmp_path: Path) -> None:
-    """Also in a directory that was made for all, by a shell whose umask is none."""
+    """Also in a directory that was made for all, by a shell whose umask is 0."""
     state = tmp_path / "var"
     state.mkdir()
     state.chmod(0o755)
@@ -94,7 +94,7 @@ def test_what_is_made_is_closed_to_others_and_check_names_what_is_not(tmp_path: 
     (state / "relay.db").chmod(0o644)
     assert f"files\twarn\topen to others: {state / 'relay.db'}\t" in command("check", STATE_DIR=str(state)).stdout
     state.chmod(0o700)
-    assert "files\tok\tclosed to others" in command("check", STATE_DIR=str(state)).stdout, "nobody gets there"
+    assert "files\tok\tclosed to others" in command("check", STATE_DIR=str(state)).stdout, "no other user gets there"
 
 
 @pytest.mark.parametrize(
