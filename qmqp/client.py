@@ -17,10 +17,11 @@ What must stay true (the rules and their sources: see the package).
   or D is honoured; an early K cannot be meant, as the server did not have the envelope.
 - *Nothing is guessed.* After the commit point silence, a reset or half a reply is `uncertain`; only a K that followed
   a valid length counts although its words were cut off, since sending again what was accepted makes a double.
-- *Every phase ends*, and so does the session as a whole.
+- *Every phase ends*, and so does the session as a whole; but what has arrived wins over a timer that has run out.
 """
 
 import asyncio
+import select
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ class Transfer:
     _began: float = field(default=0.0, init=False)
     _waiting: Waiting = field(default_factory=Waiting, init=False)
     _readable: bool = field(default=False, init=False)
+    _looked: float = field(default=0.0, init=False)  # the last deadline that passed and was looked beyond
     _broken: str = field(default="", init=False)  # why a write failed
     _parser: ReplyParser = field(default_factory=ReplyParser, init=False)
     _reply: Reply | None = field(default=None, init=False)
@@ -202,7 +204,12 @@ class Transfer:
         deadline = monotonic() + patience
         while self._reply is None:
             if not self._broken:  # then all that will ever come is there
-                await self._until(deadline)
+                try:
+                    await self._until(deadline)
+                except asyncio.CancelledError:
+                    if self._listen() and self._reply is not None:  # a reply that has arrived wins over our own end
+                        break
+                    raise
             self._listen()
         return self._reply
 
@@ -230,11 +237,29 @@ class Transfer:
         try:
             await self._waiting.until(min(deadline, session_end))
         except TimeoutError:
+            if self._look_again(min(deadline, session_end)):
+                return
             if session_end <= deadline:
                 raise _Lost(f"session not over in {self.timeouts.session:g} s") from None
             if self.committed:
                 raise _Lost(f"no whole reply in {self.timeouts.reply:g} s") from None
             raise _Lost(f"no progress in {self.timeouts.io:g} s") from None
+
+    def _look_again(self, deadline: float) -> bool:
+        """Whether the kernel has news, once for each deadline that has passed.
+
+        An event loop may run timers before it looks at its sockets (libuv does), so a deadline can come before the data
+        that arrived in time. A reply that is there must not become `uncertain`, which sends the message twice. Once,
+        because a server that never stops sending must not put its deadline off for ever.
+        """
+        if deadline <= self._looked:
+            return False
+        self._looked = deadline
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN if self.committed else select.POLLIN | select.POLLOUT)
+        events = sum(event for _, event in poll.poll(0))
+        self._readable = bool(events & ~select.POLLOUT)
+        return events != 0
 
     def _replied(self, reply: Reply) -> Result:
         flags = _NO_FLAGS

@@ -47,6 +47,7 @@ ALONE_FROM = 2  # workers lost over a delivery, from which on it is sent alone
 ALONE_PATIENCE = 30.0  # that suspects may keep everything else from being claimed, all together (seconds)
 ALONE_AGAIN = 300.0  # until they may do so again, if that was not enough (seconds)
 GATHER = 0.005  # seconds that outcomes and wishes are let gather while they come in numbers
+STANDSTILL = 1.0  # between two ticks: this process was stopped, or its machine was (seconds)
 RECORDING_TIME = 5.0  # at the end of a drain, for the last outcomes to be recorded (seconds)
 
 
@@ -147,9 +148,13 @@ class Engine:
         self._loop.close()
 
     def _tick(self) -> None:
-        self.beat = now = time.monotonic()
+        now = time.monotonic()
+        stood, self.beat = now - self.beat, now
         if self.worker and not self._renewing and now - self._renewed >= self._settings.lease / 4:
             self._renew(now)
+        if stood > STANDSTILL:  # nothing could move meanwhile: that time is no reason to give anything up
+            self._alone_until += stood
+            self._demand.stood_still(stood)
         self._demand.drop_hints(unless_moved_since=now - self._settings.grace)
         if self._suspects and now >= self._alone_until:
             self._end_of_patience(now)

@@ -36,21 +36,29 @@ def tick_file(settings: WorkerSettings, pid: int | None = None) -> Path:
 
 
 class Watch:
-    """Who is dead: leases that ran out, and since when they have been seen so."""
+    """Who is dead: leases that ran out, and for how long they have been seen so.
+
+    The time between two looks counts as LEASE / 4 at most. A watcher that was stopped has seen nothing meanwhile, and
+    what stopped it (a paused machine) may have stopped the others too, which renew as soon as they are awake: at the
+    latest after LEASE / 4, and so before they have been seen for a LEASE.
+    """
 
     def __init__(self, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease, self._clock = lease, clock
-        self._seen: dict[tuple[str, str], float] = {}
+        self._seen: dict[tuple[str, str], float] = {}  # for how many seconds
+        self._looked = clock()
 
     def forget(self) -> None:
         """The database was away: begin again."""
         self._seen.clear()
 
     def look(self, ran_out: list[tuple[str, str]], own: str) -> list[tuple[str, str]]:
-        """Those of the leases (worker, end) that were seen like this a LEASE ago; never our own."""
+        """Those of the leases (worker, end) that have been seen like this for a LEASE; never our own."""
         now = self._clock()
-        self._seen = {lease: self._seen.get(lease, now) for lease in ran_out if lease[0] != own}
-        return [lease for lease, since in self._seen.items() if now - since >= self._lease]
+        passed, self._looked = min(now - self._looked, self._lease / 4), now
+        others = [lease for lease in ran_out if lease[0] != own]
+        self._seen = {lease: self._seen[lease] + passed if lease in self._seen else 0.0 for lease in others}
+        return [lease for lease, seen in self._seen.items() if seen >= self._lease]
 
 
 class Sweeper:

@@ -2,6 +2,7 @@
 
 import hashlib
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -111,6 +112,19 @@ def test_hints_that_are_stale_doubled_or_unknown_do_no_harm(room: Open, sink: Si
         until(lambda: mail.states() == {"delivered"})
         assert engine.offer(ids).wait(10)
     assert sink.count == len(ids)
+
+
+def test_hints_get_their_time_when_the_worker_was_stopped(room: Open) -> None:
+    with answering(Answer(delay=8.0)) as sink:  # the one place is taken all the while
+        mail = room(sink, grace=3.0, server_connections=1, reply_timeout=20.0)
+        with mail.working() as engine:
+            engine.offer([mail.accept()])
+            until(lambda: sink.count == 1)
+            ticket = engine.offer([mail.accept()])
+            stalled = threading.Event()
+            engine._loop.call_soon_threadsafe(lambda: stalled.wait(4.0) or stalled.set())
+            assert stalled.wait(10)
+            assert not ticket.wait(1.5), "it was given up for a time in which nothing could move"
 
 
 def test_two_workers_share_without_doubles(room: Open, sink: Sink) -> None:

@@ -80,6 +80,13 @@ class Scene:
         assert self.mail.state(message_id) == "sending"
         return message_id
 
+    def watch(self, seconds: float) -> None:
+        """Sweep now and then, for so long."""
+        end = self.clock.now + seconds
+        while self.clock.now < end:
+            self.clock.now = min(end, self.clock.now + self.mail.settings.lease / 8)
+            self.sweeper.sweep()
+
     def run_out(self, worker: str) -> None:
         assert self.mail.change("UPDATE workers SET until = @ago(1) WHERE id = :id", id=worker) == 1
 
@@ -110,14 +117,26 @@ def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> 
     message_id = scene.sending(dead)
     scene.run_out(dead)
     scene.sweeper.sweep()
-    scene.clock.now += scene.mail.settings.lease - 0.1
-    scene.sweeper.sweep()
+    scene.watch(scene.mail.settings.lease - 0.1)
     assert scene.mail.state(message_id) == "sending"
-    scene.clock.now += 0.2
-    scene.sweeper.sweep()
+    scene.watch(0.2)
     found = scene.mail.delivery(message_id)
     assert (found["state"], found["last_outcome"], found["vanished"]) == ("deferred", "uncertain", 1)
     assert scene.mail.attempts(message_id) == [(None, "uncertain")]
+
+
+def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: Scene) -> None:
+    """What stopped it may have stopped the others too: they get their time to renew."""
+    slow = scene.worker()
+    message_id = scene.sending(slow)
+    scene.run_out(slow)
+    scene.sweeper.sweep()
+    scene.clock.now += 100 * scene.mail.settings.lease
+    scene.sweeper.sweep()
+    scene.watch(scene.mail.settings.lease * 0.7)
+    assert scene.mail.state(message_id) == "sending"
+    scene.watch(scene.mail.settings.lease * 0.1)
+    assert scene.mail.state(message_id) == "deferred"
 
 
 def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
@@ -125,9 +144,9 @@ def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
     message_id = scene.sending(slow)
     scene.run_out(slow)
     scene.sweeper.sweep()
-    scene.clock.now += scene.mail.settings.lease + 1
+    scene.watch(scene.mail.settings.lease - 1)
     scene.mail.change("UPDATE workers SET until = @ago(0.5) WHERE id = :id", id=slow)  # another lease, run out as well
-    scene.sweeper.sweep()
+    scene.watch(2)
     assert scene.mail.state(message_id) == "sending"
 
 
@@ -216,8 +235,10 @@ def test_no_worker_buries_itself() -> None:
     watch = Watch(10.0, clock)
     leases = [("own", "1"), ("other", "1")]
     assert watch.look(leases, "own") == []
-    clock.now += 11
-    assert watch.look(leases, "own") == [("other", "1")]
+    for _ in range(4):
+        clock.now += 2.5
+        found = watch.look(leases, "own")
+    assert found == [("other", "1")]
     watch.forget()
     assert watch.look(leases, "own") == []
 
