@@ -64,7 +64,9 @@ class Engine:
         servers: Servers | None = None,
     ) -> None:
         self._settings, self._ledger, self._routes = settings, ledger, routes
-        self._servers = servers or Servers(settings.server_connections)
+        self._servers = servers or Servers(
+            settings.server_connections, backoff=(settings.retry_min, settings.retry_max)
+        )
         self._terms = Terms.of(settings, self._servers, self._may_commit)
         self._loop = new_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
