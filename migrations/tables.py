@@ -94,7 +94,7 @@ deliveries = Table(
     Column("finished_at", Instant, comment="when it became final"),
     Column("wanted_why", Text, comment="who asked for what is wanted, and why"),
     Column("warned_at", Instant, comment="when the sender was told that it is late"),
-    Column("waiting_for", Text, comment="server:NAME, route:NAME: the delivery becomes due when that is back"),
+    Column("waiting_for", Text, comment="route:NAME: it becomes due when a server of that route answers"),
     PrimaryKeyConstraint("message_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
     CheckConstraint(
@@ -109,6 +109,13 @@ deliveries = Table(
     ),
     Index(
         "deliveries_held", "message_id", postgresql_where=text("state = 'held'"), sqlite_where=text("state = 'held'")
+    ),
+    Index(
+        "deliveries_waiting",
+        "waiting_for",
+        "due_at",
+        postgresql_where=text("state = 'deferred' AND waiting_for IS NOT NULL"),
+        sqlite_where=text("state = 'deferred' AND waiting_for IS NOT NULL"),
     ),
     Index("deliveries_finished", "state", "route", postgresql_where=text(_FINISHED), sqlite_where=text(_FINISHED)),
     comment="QMQP requests to get across: the queue",

@@ -1,8 +1,9 @@
 """The sweeper: a thread in every worker that does what is due in the database.
 
 About once a second it makes deferred deliveries whose time has come `queued` and hints at them, in due order and in
-bounded batches, gives up transfers that take longer than any session may, and watches the other workers. Any number of
-workers sweep at once: rows that one has locked the others skip, and none is in charge.
+bounded batches, wakes what waits for a server that is back, gives up transfers that take longer than any session may,
+and watches the other workers. Any number of workers sweep at once: rows that one has locked the others skip, and none
+is in charge.
 
 What must stay true: a worker is declared dead only after its lease was seen to have run out, unchanged, twice, LEASE
 apart by this machine's monotonic clock, with the database reachable at every look between: so that neither a clock that
@@ -115,6 +116,7 @@ class Sweeper:
             self._engine.pause(self._sweeps.paused())
             self._say_what_it_knows()
             self._requeue()
+            self._wake()
             self._sweeps.lose_stuck()
             self._bury()
         except Exception as error:
@@ -146,6 +148,20 @@ class Sweeper:
             self._hints.offer(ids)
             if not ids or self._closing.is_set():
                 break
+
+    def _wake(self) -> None:
+        """Make due what waits for a route that works again; of what waits for one that may work, the oldest.
+
+        Whichever worker sees a route work wakes its mail, whoever deferred it. Where all mail of a route is deferred
+        nothing else would be sent there, and none would see it.
+        """
+        woken = 0
+        for route, most in self._engine.awaited(self._sweeps.waiting(self._engine.routes())).items():
+            woken += (count := self._sweeps.wake(route, most))
+            if count > 1:
+                log.info("deferred mail due", route=route, deliveries=count)
+        if woken:
+            self._engine.look()
 
     def _tell_senders(self) -> None:
         """Make the notices that are owed; what hinders them (a full spool) hinders nothing else."""

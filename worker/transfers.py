@@ -22,7 +22,7 @@ from functools import partial
 from qmqp import client
 from qmqp.request import NO_REQUEST, Request
 from relay import metrics
-from relay.items import Claim, Record, Try
+from relay.items import Claim, Record, Try, waits_for
 from relay.log import escaped, first_line, get_logger
 from relay.routes import NO_SERVER, Route, Server
 from relay.schema import LONGEST_TEXT, Outcome, State
@@ -284,7 +284,7 @@ class Transfer:
     def _nowhere(self) -> Record:
         """No server is left to be tried."""
         if not self._route.servers:
-            return self._record(Outcome.UNREACHABLE, None, NO_SERVER)
+            return self._waiting(self._record(Outcome.UNREACHABLE, None, NO_SERVER))
         server, outcome, reply = None, Outcome.UNREACHABLE, self._terms.servers.why(self._route)
         if self._tries:  # of equal ones the last
             server, outcome, reply = max(reversed(self._tries), key=lambda one: _MOVES_ON.index(one[1]))[:3]
@@ -292,7 +292,15 @@ class Transfer:
             # One is merely full, or paused. After a Z it is the backoff that is waited for all the same: the server
             # that asked for it would have the message again at once.
             return self.handed_back()
-        return self._record(outcome, server, reply, committed=False, unwanted=outcome is Outcome.REJECTED)
+        return self._waiting(
+            self._record(outcome, server, reply, committed=False, unwanted=outcome is Outcome.REJECTED)
+        )
+
+    def _waiting(self, record: Record) -> Record:
+        """Nothing is known against the mail of such a record, if no server had it: it waits for its route alone."""
+        if record.outcome in (Outcome.UNREACHABLE, Outcome.REJECTED):
+            record.waiting_for = waits_for(self.claim.route)
+        return record
 
     def _record(self, outcome: Outcome, server: Server | None, reply: str = "", **how: bool) -> Record:
         state, wait, step = self._judged(outcome, **how)

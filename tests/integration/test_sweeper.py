@@ -52,11 +52,24 @@ class FakeHints(Hints):
 class FakeEngine:
     """As much of an engine as a sweeper looks at."""
 
+    waiting: list[str]
+    window = looks = 0
+
     def __init__(self, worker: str) -> None:
         self.worker, self.renewed, self.beat = worker, float("inf"), time.monotonic()
 
     def pause(self, subjects: frozenset[str]) -> None:
         self.paused = subjects
+
+    def routes(self) -> tuple[str, ...]:
+        return ("default",)
+
+    def awaited(self, names: list[str]) -> dict[str, int]:
+        self.waiting = names
+        return {name: self.window for name in names if self.window}
+
+    def look(self) -> None:
+        self.looks += 1
 
     def renewed_since(self, moment: float) -> bool:
         return self.renewed >= moment
@@ -110,6 +123,33 @@ def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
     scene.sweeper.sweep()
     assert scene.hints.offered == [due]
     assert (scene.mail.state(due), scene.mail.state(later)) == ("queued", "deferred")
+
+
+def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene: Scene) -> None:
+    ids = [scene.mail.accept() for _ in range(5)]
+    defer = (
+        "UPDATE deliveries SET state = 'deferred', due_at = @later(:wait), waiting_for = :what WHERE message_id = :id"
+    )
+    for message_id, wait in zip(ids, (400, 200, 300, 100, 50), strict=True):
+        what = "route:default" if message_id != ids[4] else None
+        scene.mail.change(defer, wait=wait, what=what, id=message_id)
+    queued = "SELECT message_id FROM deliveries WHERE state = 'queued' AND due_at <= @now ORDER BY due_at"
+
+    def overdue() -> list[str]:
+        return [str(row["message_id"]).replace("-", "") for row in scene.mail.rows(queued)]
+
+    scene.sweeper.sweep()
+    assert (scene.engine.waiting, overdue(), scene.engine.looks) == (["default"], [], 0)
+    scene.engine.window = 2
+    scene.sweeper.sweep()
+    scene.sweeper.sweep()
+    assert (overdue(), scene.engine.looks) == ([ids[3], ids[1]], 1), "no more than the window is overdue at a time"
+    scene.engine.window = 10
+    scene.sweeper.sweep()
+    assert set(overdue()) == set(ids[:4])
+    scene.sweeper.sweep()
+    assert (scene.engine.waiting, scene.mail.state(ids[4])) == ([], "deferred")
+    assert scene.hints.offered == []
 
 
 def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> None:
@@ -235,6 +275,7 @@ def test_no_worker_buries_itself() -> None:
     watch = Watch(10.0, clock)
     leases = [("own", "1"), ("other", "1")]
     assert watch.look(leases, "own") == []
+    found = []
     for _ in range(4):
         clock.now += 2.5
         found = watch.look(leases, "own")

@@ -117,6 +117,7 @@ def test_a_server_that_refuses_us_rests_for_longer_than_the_mail_that_it_refused
     least, most = 30.0, 300.0
     servers = Servers(2, clock=clock, draw=lambda: 0.0, backoff=(least, most))
     servers.awaited = frozenset({A.name})
+    rest: float | None = None
     for step in range(6):
         rest = servers.failed(A, "not authorized", at_once=True)
         assert rest is not None
