@@ -126,7 +126,9 @@ def _held(row: Row, _message: Row, _facts: Facts) -> str:
         cause = reply
     elif outcome == Outcome.UNSENDABLE:
         advice = (
-            "bounce it or drop it" if reply.startswith(NO_REQUEST) else "put the file back and release it, or drop it"
+            "release it: what can be sent is sent, and the rest bounces"
+            if reply.startswith(NO_REQUEST)
+            else "put the file back and release it, or drop it"
         )
         cause = f"held because it cannot be sent: {reply}; {advice}"
     elif row["vanished"] > 1:

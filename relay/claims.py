@@ -272,7 +272,11 @@ class Ledger:
             key, number = dashed(record.message_id), record.number
             state = "SELECT state FROM deliveries WHERE message_id = @id(:id) AND number = :number AND claims = :claim"
             found = self._sql.run(connection, state, id=key, number=number, claim=record.claim).scalar()
-            if found == State.SPLIT and not self._splitter.cut(connection, key, number, record.reply):
+            if found != State.SPLIT:
+                continue
+            if record.outcome is Outcome.UNSENDABLE:
+                self._splitter.part(connection, key, number)
+            elif not self._splitter.cut(connection, key, number, record.reply):
                 self._sql.run(
                     connection,
                     f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, due_at = {OWED}

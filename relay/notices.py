@@ -65,7 +65,8 @@ class Failure:
     @property
     def sent_back(self) -> bool:
         """Whether an operator bounced it, and no server."""
-        return self.kind is Kind.BOUNCED and (self.outcome != Outcome.REJECTED or self.reply.startswith(BY_OPERATOR))
+        ours = self.reply.startswith(BY_OPERATOR) or self.outcome not in (Outcome.REJECTED, Outcome.UNSENDABLE)
+        return self.kind is Kind.BOUNCED and ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,8 @@ def _why(failure: Failure) -> str:
     if failure.sent_back:
         reason = ours.removeprefix(BY_OPERATOR) if ours.startswith(BY_OPERATOR) else "."
         return f"It was sent back by an operator of this relay{reason}"
+    if failure.kind is Kind.BOUNCED and failure.outcome == Outcome.UNSENDABLE:
+        return "It was not sent: no mail server can be given this address."
     if failure.kind is Kind.BOUNCED:
         return f"The mail server refused it: {heard}" if heard else "The mail server refused it and gave no reason."
     if heard:

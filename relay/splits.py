@@ -8,6 +8,9 @@ That is only worth trying while the refusal is about an address (RFC 3463 x.1.y)
 the same words by servers of one route it was not, and everything bounces; so it does once a message has been cut into
 LARGEST pieces.
 
+A delivery may also have recipients that no QMQP request can carry: rows of an older version, or of another door. Then
+one child has those, the other the rest: the first bounces when it is claimed, the second is sent.
+
 Who gives waiting mail the routes of today (relay/verbs.py) divides it in the same way where they differ: two by two,
 until each piece has one. No new delivery is without a parent, so that numbers of children stay the parent's alone to
 give, and a K that comes late for the whole holds for its pieces. Dividing counts as a claim: whoever has an older one
@@ -26,6 +29,7 @@ from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
+from qmqp.request import is_sendable
 from relay.dialect import Statements
 from relay.schema import OWED
 
@@ -47,6 +51,8 @@ _CHILDREN = """INSERT INTO deliveries (message_id, number, parent, route, state,
     WHERE message_id = @id(:id) AND number = :number"""
 _GIVE = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id) AND delivery = :number
     AND position <= :until"""
+_ADDRESSES = """SELECT position, address FROM recipients WHERE message_id = @id(:id) AND delivery = :number
+    ORDER BY position"""
 _PIECE = """INSERT INTO deliveries (message_id, number, parent, route, state, due_at, expires_at, vanished,
         last_outcome, last_reply, last_server)
     SELECT message_id, :child, number, :route, state, due_at, expires_at, vanished,
@@ -62,6 +68,14 @@ _TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_a
     wanted_why = NULL WHERE message_id = @id(:id)"""
 _REFUSED = f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
     last_reply = :reply, due_at = {OWED} WHERE message_id = @id(:id)"""
+
+
+def can_carry(address: str) -> bool:
+    """Whether a QMQP request can carry this address, as `Request` judges it. What has no bytes in latin-1 has none."""
+    try:
+        return is_sendable(address.encode("latin-1"))
+    except UnicodeEncodeError:
+        return False
 
 
 class Splitter:
@@ -89,6 +103,22 @@ class Splitter:
             self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
             self._sql.run(connection, _GIVE, id=key, number=number, child=child, until=until)
         return True
+
+    def part(self, connection: Connection, key: str, number: int) -> None:
+        """Give the recipients that can be sent to one child, the others to a second one (or see that it was done).
+
+        No limit on pieces applies: neither child is ever parted again. The caller has locked the delivery.
+        """
+        parts: dict[bool, list[int]] = {True: [], False: []}
+        for position, address in self._sql.run(connection, _ADDRESSES, id=key, number=number).all():
+            parts[can_carry(address)].append(position)
+        if not any(parts.values()):
+            return
+        first = _first_child(self._sql.run(connection, _FAMILY, id=key, number=number).one()[2], number)
+        for child, positions in enumerate(parts.values(), first):
+            self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
+            listed = json.dumps([{"position": position} for position in positions])
+            self._sql.run(connection, _HAND_OVER, id=key, child=child, positions=listed)
 
     def divide(self, connection: Connection, key: str, number: int, ways: Mapping[str, list[int]]) -> None:
         """Give the recipients of a delivery that waits, by position, the routes that they have in `ways`.

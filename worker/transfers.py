@@ -27,6 +27,7 @@ from relay.log import escaped, first_line, get_logger
 from relay.routes import NO_SERVER, Route, Server
 from relay.schema import LONGEST_TEXT, Outcome, State
 from relay.settings import WorkerSettings, unwanted
+from relay.splits import can_carry
 from worker.backoff import delay, spread
 from worker.servers import Place, Servers
 
@@ -196,7 +197,7 @@ class Transfer:
             recipients = [address.encode("latin-1") for address in claim.recipients]
             request = Request(claim.size, claim.sender.encode("latin-1"), recipients)
         except ValueError as error:
-            return self.unsendable(f"{NO_REQUEST}: {error}")
+            return self._no_request(error)
         while not self._aborted:
             place = self._terms.servers.take(self._route, self._tried)
             self._tell_placed()
@@ -328,6 +329,18 @@ class Transfer:
     def unsendable(self, why: str) -> Record:
         """It can never be sent as it is: held, for a person to look at."""
         return self._made(State.HELD, Outcome.UNSENDABLE, why, None, 0.0, self.claim.backoff_step)
+
+    def _no_request(self, error: ValueError) -> Record:
+        """The envelope cannot be sent. Waiting mends no address, so none of it is held: it bounces, and recipients that
+        can be sent to are cut off and sent. A person has to look only where recipients are missing."""
+        claim, carried = self.claim, [can_carry(one) for one in self.claim.recipients]
+        if claim.sender and not can_carry(claim.sender):
+            state, code = State.BOUNCED, "5.1.7"  # RFC 3463: bad sender's mailbox address syntax
+        elif not all(carried):
+            state, code = State.SPLIT if any(carried) else State.BOUNCED, "5.1.3"  # bad destination address syntax
+        else:
+            return self.unsendable(f"{NO_REQUEST}: {error}")
+        return self._made(state, Outcome.UNSENDABLE, f"{NO_REQUEST} (#{code}): {error}", None, 0.0, claim.backoff_step)
 
     def _made(
         self, state: State, outcome: Outcome | None, reply: str, server: str | None, wait: float, step: int

@@ -88,4 +88,5 @@ def test_what_to_do_about_an_envelope_that_nobody_takes(office: Office, typed: T
     message_id = office.accept()
     reply = "no request can be made of it: no server can be trusted with the recipient <x"
     office.record(office.claim(message_id)[0], Outcome.UNSENDABLE, reply=reply)
-    assert f"it cannot be sent: {reply}; bounce it or drop it. It stays" in told(typed, message_id)
+    advice = "release it: what can be sent is sent, and the rest bounces. It stays"
+    assert f"it cannot be sent: {reply}; {advice}" in told(typed, message_id)
