@@ -13,6 +13,7 @@ from typing import Any
 
 from commands.tables import Row, ago, span, stamp
 from qmqp.request import NO_REQUEST
+from relay.notices import Withheld
 from relay.queue import Queue
 from relay.routes import NO_SERVER, Routes
 from relay.schema import Outcome, State
@@ -150,10 +151,19 @@ def _failed(row: Row, message: Row, facts: Facts) -> str:
     if row["due_at"] is not None:
         makes = "a worker makes it" if facts.living else "no worker is alive to make it"
         return f"{words}; a notice to the sender is owed since {ago(row['due_at'])}, and {makes}"
+    if row["dsn_withheld"]:
+        return f"{words}; the sender is not told: {_WITHHELD[row['dsn_withheld']]}"
     told = [notice["queue_id"] for notice in facts.notices]
     if told:
         return f"{words}; the sender was told by {', '.join(told)}"
     return words + "; nobody is told" + (", it has the null sender" if not message["sender"] else "")
+
+
+_WITHHELD = {
+    Withheld.RATE: "it had a notice about mail from an untrusted client less than a minute before",
+    Withheld.POSTMASTER: "the mail came from an untrusted client and was for our own postmaster",
+    Withheld.ADDRESS: "no mail server can be given its address",
+}
 
 
 def _dropped(row: Row, _message: Row, _facts: Facts) -> str:

@@ -31,7 +31,10 @@ class NewRecipient(NamedTuple):
 
 
 class NewMessage(NamedTuple):
-    """A message whose body is safe on disk. `size` is that body's, in bytes."""
+    """A message whose body is safe on disk. `size` is that body's, in bytes.
+
+    `client_trusted`: whether the policy trusts the client (None: there is none). `dsn_content`: what a DSN encloses.
+    """
 
     id: str
     sender: str
@@ -46,11 +49,14 @@ class NewMessage(NamedTuple):
     ret: str | None = None
     envid: str | None = None
     notice_of: str | None = None
+    client_trusted: bool | None = None
+    dsn_content: str | None = None
 
 
 _MESSAGE_COLUMNS = (
     "sender text, size bigint, client_address text, helo text, protocol text, auth_user text,"
-    " header_message_id text, body_type text, ret text, envid text, notice_of uuid"
+    " header_message_id text, body_type text, ret text, envid text, notice_of uuid, client_trusted boolean,"
+    " dsn_content text"
 )
 _MESSAGE_NAMES = ", ".join(column.split()[0] for column in _MESSAGE_COLUMNS.split(","))
 
@@ -127,4 +133,5 @@ def _message_row(key: str, message: NewMessage) -> dict[str, object]:
         "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
         "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
         "notice_of": dashed(message.notice_of) if message.notice_of else None,
+        "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
     }  # fmt: skip

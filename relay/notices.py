@@ -27,6 +27,8 @@ _HEX = re.compile(r"\+([0-9A-F]{2})")
 BY_OPERATOR = "bounced by an operator"  # what stands for the server's words when nobody asked a server
 HELD_BY = "held by "  # and who did that, until the next try
 DOUBT = "It may have arrived all the same: all of it was sent to a server once, and no valid answer came."
+_EIGHT = "\nContent-Transfer-Encoding: 8bit"
+_TEXT, _STATUS_PART, _HEADERS = "text/plain; charset=us-ascii", "message/delivery-status", "text/rfc822-headers"
 _LINE = 900  # of a header, well below RFC 5322's 998
 
 
@@ -36,6 +38,22 @@ class Kind(StrEnum):
     BOUNCED = "bounced"
     EXPIRED = "expired"
     DELAYED = "delayed"
+
+
+class Content(StrEnum):
+    """What a notice encloses of the original (`messages.dsn_content`)."""
+
+    FULL = "full"
+    HEADER = "header"
+    NONE = "none"
+
+
+class Withheld(StrEnum):
+    """Why a sender gets no notice that is due (`deliveries.dsn_withheld`)."""
+
+    RATE = "rate"
+    POSTMASTER = "postmaster"
+    ADDRESS = "address"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,30 +138,32 @@ def compose(
     is not returned.
     """
     delayed = all(failure.kind is Kind.DELAYED for failure in failures)
-    boundary = f"=_{notice_id}"
     words = _words(hostname, original, failures, left_out, delayed=delayed)
     parts = [
-        ("text/plain; charset=us-ascii", words.encode("ascii")),
-        ("message/delivery-status", _report(hostname, original, failures).encode("ascii")),
+        (_TEXT, words.encode("ascii")),
+        (_STATUS_PART, _report(hostname, original, failures).encode("ascii")),
     ]
     if content is not None:
-        parts.append(("message/rfc822" if full else "text/rfc822-headers", content))
+        parts.append(("message/rfc822" if full else _HEADERS, content))
     eight = content is not None and not content.isascii()
     subject = "Undelivered mail returned to sender"
     if delayed:
         subject = "Delayed mail (still being retried)"
     elif all(failure.doubt for failure in failures):
         subject = "Mail that may not have been delivered"
-    made = [_header(notice_id, hostname, now, original, boundary, subject, eight=eight).encode("ascii")]
+    return _joined(notice_id, _header(notice_id, hostname, now, original, subject, eight=eight).encode("ascii"), parts)
+
+
+def _joined(notice_id: str, head: bytes, parts: Sequence[tuple[str, bytes]]) -> bytes:
+    """A notice from its header and its parts, each a type and a body."""
+    made = [head]
     for kind, body in parts:
-        encoding = "\nContent-Transfer-Encoding: 8bit" if eight and body is content else ""
-        made.append(f"\n--{boundary}\nContent-Type: {kind}{encoding}\n\n".encode() + body)
-    return b"".join(made) + f"\n--{boundary}--\n".encode()
+        encoding = "" if body.isascii() else _EIGHT
+        made.append(f"\n--=_{notice_id}\nContent-Type: {kind}{encoding}\n\n".encode() + body)
+    return b"".join(made) + f"\n--=_{notice_id}--\n".encode()
 
 
-def _header(
-    notice_id: str, hostname: str, now: datetime, original: Original, boundary: str, subject: str, *, eight: bool
-) -> str:
+def _header(notice_id: str, hostname: str, now: datetime, original: Original, subject: str, *, eight: bool) -> str:
     date = format_datetime(now)
     lines = [
         f"Received: by {hostname} (qmqp-relay) id {notice_id};\n\t{date}",
@@ -154,12 +174,12 @@ def _header(
         f"Message-ID: <{notice_id}@{hostname}>",
         "Auto-Submitted: auto-replied",
         "MIME-Version: 1.0",
-        f'Content-Type: multipart/report; report-type=delivery-status;\n\tboundary="{boundary}"',
+        f'Content-Type: multipart/report; report-type=delivery-status;\n\tboundary="=_{notice_id}"',
     ]
     if original.header_message_id:
         lines.insert(6, f"References: {escaped(original.header_message_id, _LINE)}")
     if eight:
-        lines.append("Content-Transfer-Encoding: 8bit")
+        lines[-1] += _EIGHT
     return "\n".join([*lines, "", "This is a MIME-encapsulated message.", ""])
 
 
@@ -181,8 +201,8 @@ def _words(hostname: str, original: Original, failures: Sequence[Failure], left_
             *textwrap.wrap(why, 72, initial_indent="    ", subsequent_indent="    "),
             "",
         ]
-    lines += [*textwrap.wrap(left_out, 76), ""] if left_out else []
     lines += [f"Received here: {format_datetime(original.received_at)}", f"Queue id:      {original.id}", ""]
+    lines += [*textwrap.wrap(left_out, 76), ""] if left_out else []  # the last: `reduced` puts other words there
     return "\n".join(lines)
 
 

@@ -221,7 +221,7 @@ class Queue:
             "deliveries": self.all(
                 "SELECT number, parent, route, state, @when(due_at) AS due_at, @when(expires_at) AS expires_at, claims,"
                 " @hex(worker) AS worker, backoff_step, vanished, wanted, last_outcome, last_reply, last_server,"
-                f" @when(finished_at) AS finished_at {of.format('deliveries')} number",
+                f" dsn_withheld, @when(finished_at) AS finished_at {of.format('deliveries')} number",
                 **key,
             ),
             "attempts": self.all(

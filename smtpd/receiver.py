@@ -97,14 +97,17 @@ class Receiver:
 class Reception:
     """One message on its way in from `client`, an address. Everything but what a thread runs is called on the loop.
 
-    `answer` will get one whole reply after `complete`, unless that was abandoned; `flow` is called when `congested` may
-    have changed.
+    `trusted`: whether the policy trusts it. `answer` will get one whole reply after `complete`, unless that was
+    abandoned; `flow` is called when `congested` may have changed.
     """
 
-    def __init__(self, receiver: Receiver, envelope: Envelope, client: str, answer: Answer, flow: Flow) -> None:
+    def __init__(
+        self, receiver: Receiver, envelope: Envelope, client: str, answer: Answer, flow: Flow, *, trusted: bool
+    ) -> None:
         self.id = new_id()
         self.deadline: float | None = None
         self._receiver, self._envelope, self._client, self._flow = receiver, envelope, client, flow
+        self._trusted = trusted
         self._answer: Answer | None = answer
         self._started = self._ended = time.monotonic()
         trace = received_field(envelope, client, receiver.hostname, self.id, date(int(time.time())))
@@ -282,6 +285,7 @@ class Reception:
             body_type=parameters.get(b"BODY"),
             ret=parameters.get(b"RET"),
             envid=parameters.get(b"ENVID"),
+            client_trusted=self._trusted,
         )
 
 

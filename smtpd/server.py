@@ -120,7 +120,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._client = ""
+        self._client, self._trusted = "", False
         self._reception: Reception | None = None
         self._paused = False  # we do not read
         self._stuck = False  # the client does not
@@ -133,7 +133,7 @@ class Connection(asyncio.Protocol):
         server = self._server
         # No peer: it was gone before we had it.
         client = server.policy.client(peer[0] if peer else "::")
-        self._client = client.address
+        self._client, self._trusted = client.address, client.trusted
         crowded = len(server.connections) >= server.settings.max_connections
         server.connections.add(self)
         metrics.SESSIONS.inc()
@@ -207,7 +207,9 @@ class Connection(asyncio.Protocol):
             match event:
                 case Begin():
                     receiver = self._server.receiver
-                    self._reception = Reception(receiver, event.envelope, self._client, self._answer, self._throttle)
+                    self._reception = Reception(
+                        receiver, event.envelope, self._client, self._answer, self._throttle, trusted=self._trusted
+                    )
                 case Text() if self._reception is not None:
                     self._reception.append(event.data)
                 case Complete() if self._reception is not None:

@@ -25,6 +25,7 @@ from sqlalchemy import Connection, Engine, text
 
 from relay.bodies import Spool
 from relay.database import reading, writing
+from relay.debts import LIMIT
 from relay.dialect import dialect_of
 from relay.ids import dashed
 from relay.log import first_line, get_logger
@@ -122,6 +123,7 @@ class Housekeeper:
                     self._rows(connection, f"DELETE FROM {table} WHERE {key} IN ({these})", ids=rows)
                 gone = "SELECT id FROM workers WHERE ended_at IS NOT NULL"
                 self._rows(connection, f"DELETE FROM rests WHERE worker IN ({gone})")
+                self._rows(connection, "DELETE FROM dsn_limits WHERE last_at < @ago(:age)", age=2 * LIMIT)
                 self._rows(connection, "DELETE FROM workers WHERE ended_at < @ago(:age)", age=self._retention)
             count += len(ids)
             if len(ids) < BATCH:

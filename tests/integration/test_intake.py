@@ -56,6 +56,7 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
     message = new_message(
         "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
         header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", notice_of=about,
+        client_trusted=False, dsn_content="header",
     )  # fmt: skip
     message.recipients[0] = message.recipients[0]._replace(notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org")
     office.intake.commit([message])
@@ -64,6 +65,7 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
     assert (row["sender"], row["size"], row["client_address"], row["helo"]) == ("", 100, "192.0.2.1", message.helo)
     assert (row["protocol"], row["auth_user"], row["header_message_id"]) == ("ESMTP", "user", "<1@x>")
     assert (row["body_type"], row["ret"], row["envid"], row["about"]) == ("8BITMIME", "HDRS", "QQ+3D", about)
+    assert (row["client_trusted"], row["dsn_content"]) == (False, "header")
     assert 0 <= row["ago"] < 60
     sql = "SELECT * FROM recipients WHERE message_id = @id(:id) ORDER BY position"
     fields = ("position", "address", "delivery", "notify", "orcpt")

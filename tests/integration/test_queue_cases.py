@@ -132,6 +132,26 @@ def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> N
     assert len(Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)) == 1
 
 
+def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
+    room: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A notice to it could not be sent either. The log says so, and the row."""
+    with running_sink() as sink:
+        mail = room(sink)
+        message_id = mail.accept("b@example.org", "<c@example.org", sender="<a@example.com")
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.states() == {"bounced"})
+        assert sink.connections == 0
+    debts = Debts(mail.database, mail.spool, mail.settings, lambda address: "default")
+    assert debts.settle(5) == [] == debts.settle(5)
+    row = mail.delivery(message_id)
+    assert (row["due_at"], row["dsn_withheld"]) == (None, "address")
+    assert row["last_reply"].startswith("no request can be made of it (#5.1.7): ")
+    assert not mail.spool.path(message_id).exists()
+    assert capsys.readouterr().out.count("notice withheld") == 1
+
+
 def test_a_message_whose_recipients_are_missing_is_held_for_a_person(room: Open) -> None:
     with running_sink() as sink:
         mail = room(sink)

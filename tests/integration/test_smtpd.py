@@ -627,7 +627,14 @@ def test_C28_a_stranger_cannot_relay(run: Callable[..., Running]) -> None:
             client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
         assert caught.value.recipients["b@example.org"][0] == 554
         client.sendmail("a@example.com", ["b@OURS.example"], b"x\r\n")
-    assert len(running.database.messages) == 1
+    assert [message.client_trusted for message in running.database.messages] == [False]
+
+
+def test_whether_the_client_is_trusted_is_kept(run: Callable[..., Running]) -> None:
+    running = run()
+    with smtplib.SMTP(running.host, running.port) as client:
+        client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
+    assert [message.client_trusted for message in running.database.messages] == [True]
 
 
 def test_stopping_lets_a_transaction_finish_and_sends_idle_clients_away(run: Callable[..., Running]) -> None:

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from relay.bodies import Spool
+from relay.debts import Debts
 from relay.schema import Outcome
 from tests.integration.office import Office
 from tests.integration.typed import Typed, typed_at
@@ -90,3 +91,25 @@ def test_what_to_do_about_an_envelope_that_nobody_takes(office: Office, typed: T
     office.record(office.claim(message_id)[0], Outcome.UNSENDABLE, reply=reply)
     advice = "release it: what can be sent is sent, and the rest bounces. It stays"
     assert f"it cannot be sent: {reply}; {advice}" in told(typed, message_id)
+
+
+def refused(office: Office, message_id: str, reply: str = "550 go away") -> None:
+    office.record(office.claim(message_id)[0], Outcome.REJECTED, reply=reply)
+
+
+@pytest.mark.parametrize(("recipient", "sender", "words"), [
+    ("postmaster", "a@example.com", "the mail came from an untrusted client and was for our own postmaster"),
+    ("b@example.org", "<a@example.com", "no mail server can be given its address"),
+    ("b@example.org", "a@example.com", "it had a notice about mail from an untrusted client less than a minute before"),
+])  # fmt: skip
+def test_why_a_sender_is_not_told(
+    office: Office, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
+) -> None:
+    debts = Debts(office.engine, spool, office.settings, lambda address: "default")
+    before = office.accept(client_trusted=False)
+    refused(office, before)
+    assert len(debts.settle(5)) == 1
+    message_id = office.accept(recipient, sender=sender, client_trusted=False)
+    refused(office, message_id)
+    assert debts.settle(5) == []
+    assert told(typed, message_id).endswith(f"refused it: 550 go away; the sender is not told: {words}.")
