@@ -232,7 +232,7 @@ def facts(message: dict[str, Any]) -> list[tuple[str, str]]:
         "BODY": message["body_type"],
         "RET": message["ret"],
         "ENVID": message["envid"],
-        "notice of": message["notice_of"],
+        "notice of": message["notice_of"] and why.about(message),
         "file": f"{message['file']}, " + (held if message["file_size"] is None else f"{message['file_size']} bytes"),
     }
     lines = [(name, value) for name, value in told.items() if value]

@@ -24,6 +24,11 @@ clock, and was not warned of (`warned_at`, set in the transaction that inserts t
 missed. To find it, every sweep looks at the next LOOKED_AT deliveries of the queue, in due order and round and round:
 a long queue makes warnings later, not sweeps.
 
+A notice that fails has a `due_at` too, and is settled in the same way. If a server refused it and it encloses something
+of the original, another notice with less is made from its text: the server may have refused what it encloses
+(header_checks, body_checks, a virus filter), and the sender knows that text already. Otherwise it is given up, and the
+log says so. No notice is made about a notice.
+
 A client may name any address as the sender, so a notice about mail from a client that the policy does not trust may go
 to a victim. It carries the header only; a sender gets at most one in LIMIT seconds; and none is made about mail to our
 own postmaster, which every client may send (RFC 5321 4.5.1). `deliveries.dsn_withheld` says why a sender is not told.
@@ -49,7 +54,7 @@ from relay.ids import dashed, new_id
 from relay.intake import Intake, NewMessage, NewRecipient
 from relay.log import first_line, get_logger
 from relay.needs import unneeded
-from relay.notices import BY_OPERATOR, Content, Failure, Kind, Original, Withheld, compose
+from relay.notices import BY_OPERATOR, Content, Failure, Kind, Original, Withheld, compose, reduced
 from relay.schema import Outcome, State
 from relay.settings import Settings, unwanted
 from relay.splits import can_carry
@@ -225,6 +230,8 @@ class Debts:
                 log.warning("notice withheld", id=message_id, reason=str(withheld), kind=str(Kind.BOUNCED))
             if silent := {row["number"] for row in wanted} - {row["number"] for row in told}:
                 self._set(connection, message_id, silent, f"dsn_withheld = '{withheld}'")
+        elif rows and rows[0]["dsn_content"] and self._settings.bounces != "off":
+            made = self._make_again(connection, notice, rows[0])
         self._set(connection, message_id, numbers, "due_at = NULL")
         return made
 
@@ -326,6 +333,21 @@ class Debts:
         )
         enclosed = Content.NONE if content is None else Content.FULL if full else Content.HEADER
         self._put(connection, notice, text, first["sender"], about=first["id"], content=enclosed)
+
+    def _make_again(self, connection: Connection, notice: str, failed: Any) -> dict[str, Any]:
+        """A notice failed: make it again with less of the original, or give it up; what the log says of the new one."""
+        text, less = None, Content(failed["dsn_content"]).less
+        if _is_refused(failed) and less:
+            try:
+                with os.fdopen(self._spool.open(failed["id"], failed["size"]), "rb") as body:
+                    text = reduced(body.read(), failed["id"], notice, less)
+            except BodyUnsendable as error:  # a fault of the disk is no reason: it is raised, and the attempt repeated
+                log.warning("notice not read", id=failed["id"], reason=str(error))
+        if text is None or less is None:
+            log.error("notice given up", id=failed["id"], about=failed["notice_of"], reply=failed["last_reply"])
+            return {}
+        self._put(connection, notice, text, failed["address"], about=failed["notice_of"], content=less)
+        return {"about": failed["notice_of"], "instead_of": failed["id"], "content": str(less)}
 
     def _put(
         self, connection: Connection, notice: str, text: bytes, address: str, *, about: str, content: Content

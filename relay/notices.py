@@ -3,6 +3,9 @@
 A notice is a message from the null sender: words for people, a `message/delivery-status` for programs, and the original
 or its header. This module only writes the text; when one is owed, and that it is made exactly once, is `relay.debts`.
 
+A server may refuse a notice for what it encloses. `reduced` makes it again from its own text, with less of the
+original, which is gone from the spool by then.
+
 Two things it is careful about. When a try ended without an answer nobody knows whether the message arrived: it says so,
 and not that it could not be delivered. And what we say of a server is not what the server said: only its own words
 become a `Diagnostic-Code`, ours are for people, and an operator's name is for nobody.
@@ -47,6 +50,11 @@ class Content(StrEnum):
     HEADER = "header"
     NONE = "none"
 
+    @property
+    def less(self) -> "Content | None":
+        """What a notice encloses that is made again because this was refused; None if nothing is left to drop."""
+        return {Content.FULL: Content.HEADER, Content.HEADER: Content.NONE}.get(self)
+
 
 class Withheld(StrEnum):
     """Why a sender gets no notice that is due (`deliveries.dsn_withheld`)."""
@@ -54,6 +62,12 @@ class Withheld(StrEnum):
     RATE = "rate"
     POSTMASTER = "postmaster"
     ADDRESS = "address"
+
+
+_REDUCED = {
+    Content.HEADER: "Only its header is returned: a mail server refused this notice with the whole message.",
+    Content.NONE: "Your message is not returned: a mail server refused this notice with its header.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +166,24 @@ def compose(
     elif all(failure.doubt for failure in failures):
         subject = "Mail that may not have been delivered"
     return _joined(notice_id, _header(notice_id, hostname, now, original, subject, eight=eight).encode("ascii"), parts)
+
+
+def reduced(wire: bytes, notice_id: str, new_id: str, content: Content) -> bytes:
+    """The notice `notice_id`, whose text is `wire`, as another one that encloses `content` of the original and no more.
+
+    Raises ValueError if `wire` is no notice of ours.
+    """
+    # The original cannot hold the boundary: it came before the id was made that the boundary consists of.
+    pieces = wire.removesuffix(f"\n--=_{notice_id}--\n".encode()).split(f"\n--=_{notice_id}\n".encode(), 3)
+    head, words, report, *originals = (pieces[0], *(piece.partition(b"\n\n")[2] for piece in pieces[1:]))
+    told, last, number = words.rpartition(b"\nQueue id:")
+    left_out = "\n".join(["", "", *textwrap.wrap(_REDUCED[content], 76), ""]).encode("ascii")
+    parts = [(_TEXT, told + last + number.partition(b"\n")[0] + left_out), (_STATUS_PART, report)]
+    if content is Content.HEADER:
+        parts.append((_HEADERS, originals[0].partition(b"\n\n")[0] + b"\n"))
+    if all(body.isascii() for _, body in parts):
+        head = head.replace(_EIGHT.encode("ascii"), b"")
+    return _joined(new_id, head.replace(notice_id.encode("ascii"), new_id.encode("ascii")), parts)
 
 
 def _joined(notice_id: str, head: bytes, parts: Sequence[tuple[str, bytes]]) -> bytes:

@@ -36,6 +36,7 @@ qmqpd_authorized_clients = 127.0.0.1
 qmqpd_error_delay = 0
 in_flow_delay = 0
 header_checks = regexp:{{ {{/^Subject: refuse/ REJECT go away}} {{/^Subject: later/ REJECT 4.7.1 not now}} }}
+body_checks = regexp:{{ {{/^Subject: refuse/ REJECT not even enclosed}} }}
 """
 
 # service type private unprivileged chroot wakeup limit command

@@ -234,7 +234,7 @@ def test_why(console: Console) -> None:
             assert re.search(f": ({words[state]}).*\\.$", sentence), sentence
     assert sum("is owed since" in sentence for sentence in told["bounced"] + told["expired"]) == console.made.owed
     assert sum("nobody knows whether" in sentence for sentence in told["deferred"]) == len(console.made.doubtful)
-    assert sum("the sender was told by" in sentence for sentence in told["bounced"] + told["expired"]) == made.told
+    assert sum("the sender is told by" in sentence for sentence in told["bounced"] + told["expired"]) == made.told
 
 
 def test_show(console: Console) -> None:

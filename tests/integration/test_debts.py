@@ -455,17 +455,7 @@ def test_nothing_is_said_about_a_notice(post: Post, sender: str) -> None:
     assert post.notices() == []
 
 
-def test_a_notice_that_fails_is_recorded_and_ends_there(post: Post) -> None:
-    post.fail(post.accept())
-    (notice,) = post.debts.settle(10)
-    post.fail(notice)
-    assert post.office.state(notice) == "bounced"
-    assert post.office.delivery(notice)["last_reply"] == "its words"
-    assert post.debts.settle(10) == []
-    assert len(post.notices()) == 1
-
-
-# --- mail from strangers ---------------------------------------------------------------------------------------
+# --- a notice that is refused --------------------------------------------------------------------------------
 
 
 def enclosed(post: Post, notice: str) -> tuple[str, str | None]:
@@ -473,6 +463,143 @@ def enclosed(post: Post, notice: str) -> tuple[str, str | None]:
     (row,) = post.office.rows("SELECT dsn_content FROM messages WHERE id = @id(:id)", id=notice)
     parts = list(post.text(notice).iter_parts())
     return row["dsn_content"], parts[2].get_content_type() if len(parts) > 2 else None
+
+
+def test_a_notice_that_is_refused_is_made_again_with_less_until_nothing_is_left(
+    post: Post, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = post.accept("x@example.org", header_message_id="<1@client>", envid="an-id")
+    post.fail(original, reply="5.1.1 unknown")
+    (full,) = post.debts.settle(10)
+    assert not post.kept(original), "what is made again comes from the notice itself"
+    chain = [full]
+    for content in (("header", "text/rfc822-headers"), ("none", None)):
+        refused = chain[-1]
+        post.fail(refused, reply="550 5.7.1 your message has a virus")
+        assert post.kept(refused)
+        assert post.owing(refused)
+        (notice,) = post.debts.settle(10)
+        chain.append(notice)
+        assert post.debts.settle(10) == [] == post.another().settle(10)
+        assert not post.kept(refused)
+        assert not post.owing(refused)
+        assert post.notices(original) == chain
+        assert enclosed(post, notice) == content
+        (row,) = post.office.rows("SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
+                                  " r.message_id = m.id WHERE m.id = @id(:id)", id=notice)  # fmt: skip
+        assert (row["sender"], row["address"], row["notify"]) == ("", "a@example.com", "NEVER")
+        assert post.whole(notice)
+        named = f"<{notice}@{post.office.settings.hostname}>"
+        assert post.text(notice)["Message-ID"] == row["header_message_id"] == named
+        assert post.text(notice)["References"] == "<1@client>"
+        assert post.told(notice) == [("x@example.org", "failed")]
+        wire = post.spool.path(notice).read_bytes()
+        assert b"Original-Envelope-Id: an-id" in wire
+        assert b"Diagnostic-Code: x-qmqp; 5.1.1 unknown" in wire
+        assert b"x" * 61 not in wire
+        assert refused.encode() not in wire
+        assert (b"Subject: original" in wire) == (content[1] is not None)
+        assert b"a mail server refused this notice with" in b" ".join(wire.split())
+    post.fail(chain[-1], reply="550 not this one either")
+    assert post.owing(chain[-1]), "so that the log tells of it"
+    assert post.debts.settle(10) == []
+    assert not post.owing(chain[-1])
+    assert not post.kept(chain[-1])
+    assert len(post.notices()) == 3
+    assert capsys.readouterr().out.count("notice given up") == 1
+
+
+def test_a_warning_that_is_refused_is_made_again_without_the_header(late: Post) -> None:
+    message_id = late.accept()
+    late.grow_old(message_id)
+    (warning,) = late.debts.warn(10)
+    late.fail(warning)
+    (again,) = late.debts.settle(10)
+    assert enclosed(late, again) == ("none", None)
+    assert late.told(again) == [("b@example.org", "delayed")]
+    assert late.debts.warn(10) == []
+
+
+def test_an_8_bit_notice_that_is_made_again_without_what_was_8_bit_is_7_bit(post: Post) -> None:
+    post.fail(post.accept(body=BODY + b"\xff\n"))
+    (full,) = post.debts.settle(10)
+    post.fail(full)
+    (header,) = post.debts.settle(10)
+    (row,) = post.office.rows("SELECT body_type FROM messages WHERE id = @id(:id)", id=header)
+    assert row["body_type"] == "7BIT"
+    assert post.text(header)["Content-Transfer-Encoding"] is None
+
+
+@pytest.mark.parametrize("how", ["expired", "by an operator", "about us", "of an older version"])
+def test_only_a_refusal_of_what_it_encloses_makes_a_notice_again(
+    post: Post, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    post.fail(post.accept())
+    (notice,) = post.debts.settle(10)
+    match how:
+        case "expired":
+            (claim,) = post.office.claim(notice)
+            post.office.pass_time(2000)
+            post.office.record(claim, Outcome.DEFERRED)
+        case "by an operator":
+            verbs = Verbs(post.office.engine, notices=True)
+            verbs.apply(VERBS["bounce"], Filter(id=notice), actor="me", reason="")
+        case "about us":
+            post.fail(notice, reply=US)
+        case _:
+            post.office.change("UPDATE messages SET dsn_content = NULL")
+            post.fail(notice)
+    assert post.debts.settle(10) == []
+    assert post.office.state(notice) == {"expired": "expired", "about us": "deferred"}.get(how, "bounced")
+    assert not post.owing(notice)
+    given_up = capsys.readouterr().out.count("notice given up")
+    assert given_up == (how in ("expired", "by an operator"))
+
+
+def test_a_notice_that_is_gone_is_given_up(post: Post, capsys: pytest.CaptureFixture[str]) -> None:
+    post.fail(post.accept())
+    (notice,) = post.debts.settle(10)
+    post.fail(notice)
+    post.spool.path(notice).unlink()
+    assert post.debts.settle(10) == []
+    assert not post.owing(notice)
+    assert capsys.readouterr().out.count("notice given up") == 1
+
+
+def test_a_disk_that_fails_leaves_the_refused_notice_pending(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    post.fail(post.accept())
+    (notice,) = post.debts.settle(10)
+    post.fail(notice)
+
+    def fails(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Spool, "open", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            post.debts.settle(10)
+    assert post.owing(notice)
+    assert len(post.another().settle(10)) == 1
+
+
+def test_a_refused_notice_and_the_next_change_in_one_transaction(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    post.fail(post.accept())
+    (notice,) = post.debts.settle(10)
+    post.fail(notice)
+
+    def fails(*_: Any) -> None:
+        raise ValueError("stands for a kill")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(post.debts, "_set", fails)
+        assert post.debts.settle(10) == []
+    assert post.owing(notice)
+    assert (post.notices(), post.files()) == ([notice], {notice})
+    (again,) = post.another().settle(10)
+    assert post.files() == {again}
+
+
+# --- mail from strangers ---------------------------------------------------------------------------------------
 
 
 def test_a_notice_about_a_strangers_mail_carries_the_header_alone(post: Post) -> None:

@@ -115,6 +115,28 @@ def test_header_checks_bounce_or_defer(room: Open, postfix: Postfix, subject: by
         assert "go away" in notice_about(mail, message_id)
 
 
+def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(room: Open, postfix: Postfix) -> None:
+    """header_checks are nested_header_checks too, so that Postfix refuses the bounce for the words of the original;
+    body_checks read the header that a second notice encloses."""
+    mail = room(postfix.port)
+    original = mail.accept("r@y.test", body=HEADER + b"Subject: refuse\n\nhello\n", sender="s@x.test")
+    become(mail, original, "bounced")
+    debts = Debts(mail.database, mail.spool, mail.settings, lambda address: "default")
+    replies = []
+    for state in ("bounced", "bounced", "delivered"):
+        (notice,) = debts.settle(10)
+        replies.append(become(mail, notice, state))
+    assert debts.settle(10) == []
+    assert "go away" in replies[0]
+    assert "not even enclosed" in replies[1]
+    shown = postfix.queued(replies[2].split()[-1])
+    assert b"Subject: Undelivered mail returned to sender" in shown
+    assert b"Diagnostic-Code: x-qmqp; Error: 5.7.1 go away" in shown
+    assert b"Subject: refuse" not in shown
+    contents = mail.rows("SELECT dsn_content FROM messages WHERE notice_of IS NOT NULL ORDER BY id")
+    assert [row["dsn_content"] for row in contents] == ["full", "header", "none"]
+
+
 def test_soft_bounce_makes_every_d_a_z(room: Open, postfix: Postfix) -> None:
     mail = room(postfix.soft_port)
     message_id = mail.accept("r@y.test", body=HEADER + b"\n" + bytes(300_000))
