@@ -1,14 +1,15 @@
 """`qmqp-relay check`: whether the relay can work here, and what to do where it cannot.
 
-Each check is a function that answers with findings and never raises for what it looks at; nothing is changed, and a
-QMQP server is only connected to. What must stay true: a finding that is not `ok` names its remedy.
+Each check is a function that answers with findings and never raises for what it looks at; nothing is changed, and
+QMQP servers are asked as `probe` asks them, which delivers nothing. What must stay true: a finding that is not `ok`
+names its remedy.
 """
 
+import asyncio
 import contextlib
 import os
-import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,9 +19,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from commands import inspect, tables, valkey
 from commands.explain import DONE, OUT_OF_REACH, WRONG_USE
+from qmqp.probe import probe
 from relay import database, schema
 from relay.bodies import file_system
-from relay.log import first_line
+from relay.log import escaped, first_line
 from relay.queue import Queue
 from relay.routes import Routes, Server
 from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
@@ -72,7 +74,7 @@ def look() -> Iterator[Finding]:
     yield _broker(settings)
     yield from _routes(routes)
     servers = [server for route in routes.all() for server in route.servers]
-    yield from map(_server, dict.fromkeys(servers))
+    yield from asyncio.run(_servers(list(dict.fromkeys(servers))))
     if not servers:
         words = "none is named: mail is kept and waits (but a demo brings its own)"
         yield Finding("QMQP server", "warn", words, "set RELAY_QMQP_SERVERS")
@@ -186,15 +188,18 @@ def _routes(routes: Routes) -> Iterator[Finding]:
         yield Finding(f"route {route.name}", "ok", f"{taken} -> {servers}")
 
 
-def _server(server: Server) -> Finding:
+async def _servers(servers: Sequence[Server]) -> list[Finding]:
+    """All servers at once: a Postfix that refuses us says so after a second only (qmqpd_error_delay)."""
+    return await asyncio.gather(*map(_server, servers))
+
+
+async def _server(server: Server) -> Finding:
+    """Whether a server lets us in. One that takes the connection and closes it, or says no, takes no mail of ours."""
     what = f"QMQP server {server.name}"
-    try:
-        if server.path:
-            with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(PATIENCE)
-                client.connect(str(Path(server.path)))
-        else:
-            socket.create_connection((server.host or "", server.port), PATIENCE).close()
-    except OSError as error:
-        return Finding(what, "away", error.strerror or str(error), "mail for it waits; start it or name another")
-    return Finding(what, "ok", "takes connections")
+    found = await probe(host=server.host, port=server.port, path=server.path, connect=PATIENCE, reply=PATIENCE)
+    if not found.reachable:
+        return Finding(what, "away", found.words, "mail for it waits; start it or name another")
+    if not found.allowed:
+        said = f" ({escaped(found.said)})" if found.said else ""
+        return Finding(what, "fail", found.words + said, "have it let this machine in, or name another")
+    return Finding(what, "ok", f"takes connections from us ({found.family})")

@@ -32,11 +32,6 @@ class BadAddress(ValueError):
     leading angle bracket, more than MAX_ADDRESS bytes, or a recipient that is empty."""
 
 
-def is_sendable(address: bytes) -> bool:
-    """Whether `Request` takes this as a recipient, or as a sender that is not null."""
-    return _GOOD_ADDRESS(address) is not None
-
-
 class NoRecipients(ValueError):
     """A request without a recipient: qmail-qmqpd takes a message for nobody, Postfix refuses it."""
 

@@ -152,6 +152,9 @@ class Settings(BaseSettings):
     unauthorized_replies: Patterns = (
         "not authori[sz]ed to use",
         "client (host )?(is )?not (allowed|authori[sz]ed)",
+        # mailfront says these to a client that may not relay, whatever the recipient is.
+        "not configured to accept that recipient",
+        "not allowed to use this mail server",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -6,7 +6,8 @@ its recipients each. This goes on until the bad one stands alone; it alone bounc
 
 That is only worth trying while the refusal is about an address (RFC 3463 x.1.y). If both first halves were refused in
 the same words by servers of one route it was not, and everything bounces; so it does once a message has been cut into
-LARGEST pieces.
+LARGEST pieces. A refusal because there are too many recipients (x.5.3) is another matter: both halves may be refused in
+the same words and yet their own halves not, so it is cut until the server takes it or a recipient stands alone.
 
 A delivery may also have recipients that no QMQP request can carry: rows of an older version, or of another door. Then
 one child has those, the other the rest: the first bounces when it is claimed, the second is sent.
@@ -25,6 +26,7 @@ that somebody else has locked are skipped, or, where that would not do, the whol
 """
 
 import json
+import re
 from collections.abc import Mapping
 
 from sqlalchemy import Connection
@@ -34,6 +36,7 @@ from relay.dialect import Statements
 from relay.schema import OWED
 
 LARGEST = 64
+TOO_MANY_RECIPIENTS = re.compile(r"(?<![\w.])[45]\.5\.3(?!\.?\w)")  # RFC 3463 x.5.3
 
 _FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.message_id = d.message_id) AS pieces,
         (SELECT count(*) FROM deliveries o WHERE o.message_id = d.message_id AND o.parent IS NULL) AS roots,
@@ -93,9 +96,13 @@ class Splitter:
         if not positions:
             return True
         parent, pieces, roots, grandparent = self._sql.run(connection, _FAMILY, id=key, number=number).one()
-        if parent is not None and grandparent is None and self._both_refused(connection, key, number, parent, reply):
-            return False
-        if pieces + 2 > LARGEST or len(positions) == 1:
+        if not TOO_MANY_RECIPIENTS.search(reply):
+            first_half = parent is not None and grandparent is None
+            if first_half and self._both_refused(connection, key, number, parent, reply):
+                return False
+            if pieces + 2 > LARGEST:
+                return False
+        if len(positions) == 1:
             return False
         middle = positions[(len(positions) - 1) // 2]
         first = _first_child(roots, number)

@@ -27,7 +27,7 @@ from relay.log import escaped, first_line, get_logger
 from relay.routes import NO_SERVER, Route, Server
 from relay.schema import LONGEST_TEXT, Outcome, State
 from relay.settings import WorkerSettings, unwanted
-from relay.splits import can_carry
+from relay.splits import TOO_MANY_RECIPIENTS, can_carry
 from worker.backoff import delay, spread
 from worker.servers import Place, Servers
 
@@ -257,13 +257,14 @@ class Transfer:
         return Outcome.UNREACHABLE if refused else result.outcome
 
     def _may_split(self, result: client.Result) -> bool:
-        """Whether a D may be about some of the recipients only (relay/splits.py); an early one has not seen them.
+        """Whether a D may be about some of the recipients only, or about their number (relay/splits.py).
 
-        One recipient cannot be cut, but a piece of a message (never its first delivery) may decide what becomes of the
-        other pieces.
+        An early one has not seen them. One recipient cannot be cut, but a piece of a message (never its first delivery)
+        may decide what becomes of the other pieces.
         """
         cut = self._route.bisect and (len(self.claim.recipients) > 1 or self.claim.number > 1)
-        return cut and result.committed and ABOUT_AN_ADDRESS.search(result.text) is not None
+        too_many = TOO_MANY_RECIPIENTS.search(result.text.decode("latin-1"))
+        return cut and result.committed and (ABOUT_AN_ADDRESS.search(result.text) or too_many) is not None
 
     def _may_commit(self) -> bool:
         return not self._aborted and self._terms.may_commit(self.worker)

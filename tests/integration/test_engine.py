@@ -3,7 +3,7 @@
 import hashlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -434,6 +434,27 @@ def test_one_bad_recipient_is_found_and_the_others_get_their_mail(room: Open) ->
         "bad@example.org": "bounced",
         "c@example.org": "delivered",
     }
+
+
+class TwoAtMost:
+    """A server that takes two recipients."""
+
+    def opening(self) -> None:
+        return None
+
+    def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
+        return Answer(b"D", b"too many recipients (#5.5.3)") if len(recipients) > 2 else None
+
+
+def test_too_many_recipients_are_sent_in_parts(room: Open) -> None:
+    with running_sink(TwoAtMost()) as sink:
+        mail = room(sink)
+        names = [f"{n}@example.org" for n in range(7)]
+        mail.accept(*names)
+        with mail.working():
+            until(lambda: mail.states() == {"split", "delivered"}, 20)
+        taken = [name for request in sink.received for name in request.recipients if len(request.recipients) <= 2]
+        assert sorted(taken) == [name.encode() for name in names]
 
 
 def test_a_list_that_is_refused_as_such_costs_three_sends(room: Open) -> None:
