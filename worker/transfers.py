@@ -234,7 +234,10 @@ class Transfer:
                 self._note(server, doubt, first_line(error), sent, started)
             raise
         outcome, reply = self._outcome(server, result), escaped(result.text, LONGEST_TEXT)
-        self._note(server, outcome, reply, result.bytes_sent, started)
+        # A server that is away is tried every few seconds while mail waits for it. Such a try says nothing about the
+        # message that it is made with, and a row for each would come to tens of thousands a day.
+        if not (place.probe and outcome is Outcome.UNREACHABLE):
+            self._note(server, outcome, reply, result.bytes_sent, started)
         if result.ours:
             return self.handed_back()
         unwanted = outcome is Outcome.REJECTED and self._terms.not_wanted.search(reply) is not None
