@@ -57,7 +57,8 @@ def escaped(data: bytes | str, longest: int = 500) -> str:
 
 def first_line(error: BaseException | None) -> str:
     """What an error says, as one bounded line; SQLAlchemy's put statement and parameters below theirs."""
-    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
+    # Cut only then: without its `@` a password would not be known for one.
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
 def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

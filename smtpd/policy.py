@@ -2,8 +2,11 @@
 
 Closed by default: a client inside CLIENT_NETWORKS may send to anyone, everybody else only to RECIPIENT_DOMAINS (none
 unless set) and to postmaster, whom a mail server must always take mail for (RFC 5321, 4.5.1). The refusal comes at
-RCPT, before any content. A client that only reads the banner and quits is somebody's health check: nothing here or in
-the session counts it as abuse.
+RCPT, before any content. A domain in RECIPIENT_DOMAINS opens that domain and no other: a local part that the next
+server could read as another address is refused to everybody outside CLIENT_NETWORKS.
+
+A client that only reads the banner and quits is somebody's health check: nothing here or in the session counts it as
+abuse.
 
 The word `connected` in CLIENT_NETWORKS means the subnets of this machine's own interfaces, as they are at start. In a
 container whose port is published to the world every client seems to come from such a subnet (the gateway's address),
@@ -34,7 +37,10 @@ much is kept for the clients that are. Else a few strangers that begin messages 
 NETWORK_BITS = 64
 """What one client has of IPv6 addresses at least (RFC 6177): it is counted as one, whichever of them it uses."""
 
+_ROUTING = frozenset("@%!")
+
 _RELAY_DENIED = b"554 5.7.1 Relay access denied\r\n"
+_ROUTED = b"550 5.7.1 A local part with @, % or ! is not accepted from your address\r\n"
 _TOO_MANY_RECIPIENTS = b"452 4.5.3 Too many recipients\r\n"
 _TOO_BIG = b"552 5.3.4 Message exceeds the size limit\r\n"
 _NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
@@ -55,6 +61,8 @@ class Policy:
         domains = [domain.lower() for domain in settings.recipient_domains]
         self._domains = frozenset(domain for domain in domains if not domain.startswith("."))
         self._parents = tuple(domain for domain in domains if domain.startswith("."))
+        self.strip_bare_cr = settings.bare_cr == "strip"
+        self.allow_untrusted_routing = settings.allow_untrusted_routing
         self._postmaster = f"postmaster@{settings.hostname}".lower()
         self.client = lru_cache(maxsize=4096)(self._client)
 
@@ -80,6 +88,11 @@ class Client:
     trusted: bool
     network: str  # what it is counted by
 
+    @property
+    def strips_cr(self) -> bool:
+        """Only for clients of our own: what a stranger sends is to be taken as it is or not at all."""
+        return self.trusted and self.policy.strip_bare_cr
+
     def check_sender(self, size: int) -> None:
         """`size`: what SIZE declared (RFC 1870), octets; 0 if it was not said. Raises Refused."""
         if size > self.policy.max_message_size:
@@ -99,6 +112,12 @@ class Client:
         """`accepted`: how many recipients the transaction has. Raises Refused."""
         if not self.trusted and not self.policy.receives_for(recipient):
             raise Refused(_RELAY_DENIED)
+        # `victim%evil.test@allowed.test` is mail to evil.test for a server that knows the percent hack, and `!` and a
+        # quoted @ are other spellings of it. Postfix refuses them to strangers (`allow_untrusted_routing = no`), but
+        # its qmqpd trusts its clients and sends such mail outward. So the decision is made here. Address literals need
+        # no rule of their own, because they are a domain like any other. Source routes were dropped (RFC 5321, app. C).
+        if not (self.trusted or self.policy.allow_untrusted_routing) and not _ROUTING.isdisjoint(recipient.local):
+            raise Refused(_ROUTED)
         if accepted >= self.policy.max_recipients:
             raise Refused(_TOO_MANY_RECIPIENTS)
 

@@ -56,7 +56,7 @@ async def _serve(settings: SmtpdSettings, policy: Policy, routes: Routes, state:
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
     largest = partial(size_offered, settings.max_message_size, routes)
     name, deadline = settings.hostname, settings.accept_deadline
-    threads, store = Threads(THREADS), Store(launching(settings), hints.offer)
+    threads, store = Threads(THREADS), Store(launching(settings, spool), hints.offer)
     last, bodies = provide(settings.max_connections)
     receiver = Receiver(loop, spool, store, routes.route_for, name, deadline, threads, Openings(bodies))
     policy.max_message_size = largest()

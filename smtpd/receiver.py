@@ -46,6 +46,8 @@ THREADS = 8
 
 _NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
 _LOCAL_FAULT = b"451 4.3.0 Cannot take the message now, try again later\r\n"
+_LONGEST_PATH = 950  # in our trace field, whose lines have 998 octets at most (RFC 5322, 2.1.1)
+_MAILBOX_LINES = re.compile(rb"(?:>*From [^\n]*\n?)+")
 _UNPRINTABLE = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
 
 log = get_logger(__name__)
@@ -127,17 +129,26 @@ class Receiver:
 class Reception:
     """One message on its way in from `client`, an address. Everything but what a thread runs is called on the loop.
 
-    `claim` is what it takes of the room. `answer` will get one whole reply after `complete`, unless that was abandoned;
-    `flow` is called when `congested` may have changed.
+    `claim` is what it takes of the room; `trusted`: whether the policy trusts the client. `answer` will get one whole
+    reply after `complete`, unless that was abandoned; `flow` is called when `congested` may have changed.
     """
 
     def __init__(
-        self, receiver: Receiver, envelope: Envelope, client: str, claim: Claim, answer: Answer, flow: Flow
+        self,
+        receiver: Receiver,
+        envelope: Envelope,
+        client: str,
+        claim: Claim,
+        answer: Answer,
+        flow: Flow,
+        *,
+        trusted: bool,
     ) -> None:
         self.id = new_id()
         self._claim = claim
         self.deadline: float | None = None
         self._receiver, self._envelope, self._client, self._flow = receiver, envelope, client, flow
+        self._trusted = trusted
         self._answer: Answer | None = answer
         self._started = self._ended = time.monotonic()
         trace = received_field(envelope, client, receiver.hostname, self.id, date(int(time.time())))
@@ -190,6 +201,7 @@ class Reception:
             if not self._busy:  # else it is refused when that was removed which is being written
                 self._refuse(self._error)
         elif not self._busy and self._body is None:
+            self._set_apart()
             self._size = self._held_size
             self._put(self._held)
         elif not self._busy:
@@ -216,12 +228,20 @@ class Reception:
             return
         self._opened = self._opened or self._receiver.openings.take(self)
         if self._opened:
+            if self._body is None:
+                self._set_apart()
             self._work(self._write)
 
     def _shut(self) -> None:
         """The body is open no longer, or never will be."""
         opened, self._opened = self._opened, False
         self._receiver.openings.leave(self, opened=opened)
+
+    def _set_apart(self) -> None:
+        """Keeps our trace field and the client's header apart; to be called before the first bytes are handed on."""
+        if len(self._held) > 1 and self._held[1][0] in b" \t>F":  # all others are joined once, where they are written
+            self._held[1:] = [set_apart(b"".join(self._held[1:]))]
+            self._held_size = sum(map(len, self._held))
 
     def _work(self, call: Callable[[list[bytes]], None]) -> None:
         held, self._held = self._held, []
@@ -346,6 +366,7 @@ class Reception:
             body_type=parameters.get(b"BODY"),
             ret=parameters.get(b"RET"),
             envid=parameters.get(b"ENVID"),
+            client_trusted=self._trusted,
         )
 
 
@@ -355,11 +376,27 @@ def date(second: int) -> str:
     return formatdate(second, localtime=True)
 
 
+def set_apart(content: bytes) -> bytes:
+    """Makes the beginning of a message's content (at least `BLOCK` octets, or all of it) fit to follow our trace field.
+
+    The client's bytes stay as they are, behind what Postfix' smtpd puts before them, too. A first line that begins with
+    a blank would be read as the continuation of our field (RFC 5322, 2.2.3): an empty line ends the header before it.
+    A line of a mailbox file (`From ann Mon Jan  1 ...`) is no field, so servers end the header there, and the client's
+    own header would become text: such lines are made fields.
+    """
+    if content.startswith((b" ", b"\t")):
+        return b"\n" + content
+    if content.startswith((b"From ", b">")) and (found := _MAILBOX_LINES.match(content)):
+        return re.sub(rb"(?m)^(?=.)", b"X-Mailbox-Line: ", found[0]) + content[found.end() :]
+    return content
+
+
 def received_field(envelope: Envelope, client: str, hostname: str, message_id: str, when: str) -> bytes:
     """The trace field (RFC 5321, 4.4), in LF form. It names the recipient only where there is no other to betray."""
     literal = f"IPv6:{client}" if ":" in client else client
     recipients = envelope.recipients
-    path = f"\n\tfor <{recipients[0].path}>; " if len(recipients) == 1 else ";\n\t"
+    alone = len(recipients) == 1 and len(recipients[0].path) <= _LONGEST_PATH
+    path = f"\n\tfor <{recipients[0].path}>; " if alone else ";\n\t"
     return (
         f"Received: from {_UNPRINTABLE.sub('?', envelope.helo)} ([{literal}])\n"
         f"\tby {hostname} with {envelope.protocol} id {message_id}{path}{when}\n"

@@ -221,7 +221,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._client = ""
+        self._client, self._trusted = "", False
         self._reception: Reception | None = None
         self._paused = False  # we do not read
         self._stuck = False  # the client does not
@@ -378,7 +378,9 @@ class Connection(asyncio.Protocol):
     def _begin(self, envelope: Envelope) -> None:
         claim = self._rules.claim(int(envelope.parameters.get(b"SIZE", "0")))
         receiver = self._server.receiver
-        self._reception = Reception(receiver, envelope, self._client, claim, self._answer, self._throttle)
+        self._reception = Reception(
+            receiver, envelope, self._client, claim, self._answer, self._throttle, trusted=self._rules.trusted
+        )
         self.measure(time.monotonic())
 
     def _answer(self, reply: bytes) -> None:

@@ -15,7 +15,8 @@ read its replies (`halted`) nothing is obeyed. A client that is not trusted may 
 message; then each costs it a second, and in the end its connection.
 
 A client out of step is dangerous, because what it means as content could run as commands. Bytes before the banner,
-or behind a DATA that was refused, close the connection, and so do HTTP and TLS on this port and too many errors.
+or behind a DATA that was refused, close the connection, and so do BDAT (which is not offered, and whose content follows
+without waiting), HTTP and TLS on this port, and too many errors.
 """
 
 import re
@@ -27,10 +28,9 @@ from smtpd.addresses import Recipient, Refused, parse_recipient, parse_sender
 from smtpd.content import Content
 from smtpd.events import Abandon, Begin, Complete, Envelope, Event, Refusal, Text
 
-LINE_LIMIT = 512
-"""Octets of a command line with its CRLF (RFC 5321, 4.5.3.1.4)."""
-EXTENDED_LINE_LIMIT = 2048
-"""The same after EHLO: 512 + 26 (SIZE) + 107 and 506 (DSN), with room."""
+LINE_LIMIT = 2048
+"""Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for 512 at least, SIZE and DSN for 639 more, and
+the longest address that QMQP servers take (999 octets) has to fit, also for clients that say HELO."""
 ERROR_LIMIT = 20
 """Refused commands without an accepted message between them."""
 TURN = 50
@@ -59,10 +59,17 @@ class State(IntEnum):
 
 
 class Rules(Protocol):
-    """What a session asks before it takes a sender or a recipient; both raise Refused."""
+    """What a session asks before it takes a sender or a recipient; both checks raise Refused."""
 
     @property
-    def trusted(self) -> bool: ...
+    def trusted(self) -> bool:
+        """Whether this is a client of our own: it may write addresses as in one network, and commands cost it nothing."""
+        ...
+
+    @property
+    def strips_cr(self) -> bool:
+        """Whether bare CRs are dropped from this client's content, and not refused."""
+        ...
 
     def check_sender(self, size: int) -> None: ...
 
@@ -75,7 +82,9 @@ class Greeting:
     def __init__(self, hostname: str, max_message_size: int) -> None:
         name = hostname.encode("ascii")
         size = b"SIZE %d" % max_message_size
-        extensions = (name, b"PIPELINING", size, b"8BITMIME", b"ENHANCEDSTATUSCODES", b"DSN")
+        # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this is not offered. QMQP
+        # cannot ask a server about addresses beyond ASCII, so each of those is refused with 553 5.6.7.
+        extensions = (name, b"PIPELINING", size, b"8BITMIME", b"ENHANCEDSTATUSCODES", b"SMTPUTF8", b"DSN")
         self.hostname = hostname
         self.max_message_size = max_message_size
         self.banner = b"220 %b ESMTP qmqp-relay\r\n" % name
@@ -101,7 +110,7 @@ _TOO_LONG = b"500 5.5.2 Line too long\r\n"
 _BARE_LF = b"500 5.5.2 A line ends with CR LF\r\n"
 _NOT_SMTP = b"500 5.5.1 This is an SMTP server\r\n"
 _TOO_EARLY = b"554 5.5.0 The client must wait for the banner\r\n"
-_OUT_OF_STEP = b"421 4.5.0 Input behind a refused DATA, closing connection\r\n"
+_OUT_OF_STEP = b"421 4.5.0 Content behind a refused command, closing connection\r\n"
 _TOO_MANY_COMMANDS = b"421 4.7.0 Too many commands without a message, closing connection\r\n"
 _ENDLESS_LINE = b"421 4.5.2 Line does not end, closing connection\r\n"
 _ENDLESS_CONTENT = b"421 4.3.0 Message cannot be taken, closing connection\r\n"
@@ -124,7 +133,6 @@ class Session:
         self._input = b""
         self._replies: list[bytes] = []
         self._events: list[Event] = []
-        self._limit = LINE_LIMIT
         self._errors = 0
         self._commands = 0  # since the last accepted message
         self._deferred = False  # this transaction was told of a temporary refusal
@@ -132,6 +140,7 @@ class Session:
         self._more = False  # there is input behind this command
         self._helo, self._protocol = "", "SMTP"
         self._envelope: Envelope | None = None
+        self._places: dict[str, int] = {}  # where a mailbox stands among its recipients
         self._content: Content | None = None
         self._faulty = False  # Abandon was told
         self._unwanted = False  # the content will not be kept
@@ -247,17 +256,13 @@ class Session:
             self.lines += 1
             if self._skipping:
                 self._skipping = False
-            elif len(line) > self._limit:
-                self._refuse(_TOO_LONG)
-            elif line[-2:] != b"\r\n":
-                self._refuse(_BARE_LF)
             else:
-                self._obey(line[:-2])
+                self._obey(line)
             self._commands += 1
             if self._commands > FREE_COMMANDS:
                 self._charge()
         self._input = data[start:]
-        if end < 0 and (self._skipping or len(self._input) > self._limit):
+        if end < 0 and (self._skipping or len(self._input) > LINE_LIMIT):
             self._skip()
         return end >= 0
 
@@ -283,9 +288,14 @@ class Session:
             self._refuse_and_close(_ENDLESS_LINE)
 
     def _obey(self, line: bytes) -> None:
-        word, _, argument = line.partition(b" ")
+        """Does what a line says, which includes its end."""
+        word, _, argument = line[:-2].partition(b" ")
         word = word.upper()
         try:
+            if len(line) > LINE_LIMIT:
+                raise Refused(_TOO_LONG)
+            if line[-2:] != b"\r\n":
+                raise Refused(_BARE_LF)
             cell = COMMANDS[word][self._state] if word in COMMANDS else _UNKNOWN
             if isinstance(cell, bytes):
                 raise Refused(cell)
@@ -293,7 +303,11 @@ class Session:
             cell(self, argument.strip(b" "))
         except Refused as refused:
             self._refuse(refused.reply)
-            if word == b"DATA" and self._more and not self.closed:
+            # The content of a refused message must not run as commands. A client waits for the reply to DATA, so only
+            # what has come already shows that it did not; the content of BDAT (RFC 3030) follows in any case. The word
+            # counts as its client meant it, also with a bare LF, a tab or a CR too many.
+            meant = line.upper().split(None, 1)[:1]
+            if (meant == [b"BDAT"] or (meant == [b"DATA"] and self._more)) and not self.closed:
                 self.close(_OUT_OF_STEP)
 
     def _refuse(self, reply: bytes) -> None:
@@ -312,42 +326,53 @@ class Session:
         self._refuse(reply)
 
     def _reset(self) -> None:
-        self._envelope, self._deferred, self._state = None, False, State.READY
+        self._envelope, self._places, self._deferred, self._state = None, {}, False, State.READY
 
-    def _greet(self, name: bytes, protocol: str, limit: int, reply: bytes) -> None:
+    def _greet(self, name: bytes, protocol: str, reply: bytes) -> None:
         if not _NAME.fullmatch(name):
             raise Refused(_BAD_NAME)
         self._reset()
-        self._helo, self._protocol, self._limit = name.decode("ascii"), protocol, limit
+        self._helo, self._protocol = name.decode("ascii"), protocol
         self._replies.append(reply)
 
     def helo(self, argument: bytes) -> None:
-        self._greet(argument, "SMTP", LINE_LIMIT, self._greeting.helo)
+        self._greet(argument, "SMTP", self._greeting.helo)
 
     def ehlo(self, argument: bytes) -> None:
-        self._greet(argument, "ESMTP", EXTENDED_LINE_LIMIT, self._greeting.ehlo)
+        self._greet(argument, "ESMTP", self._greeting.ehlo)
 
     def mail(self, argument: bytes) -> None:
-        sender, parameters = parse_sender(argument)
+        sender, parameters = parse_sender(argument, self._greeting.hostname, trusted=self._rules.trusted)
         self._rules.check_sender(int(parameters.get(b"SIZE", "0")))
-        self._envelope = Envelope(sender, parameters, self._helo, self._protocol)
+        # The keywords of the trace field: RFC 3848, and RFC 6531 (4.3) for a message that asks for SMTPUTF8.
+        protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
+        self._envelope = Envelope(sender, parameters, self._helo, protocol)
         self.transactions += 1
         self._state = State.SENDER
         self._replies.append(_SENDER_OK)
 
     def rcpt(self, argument: bytes) -> None:
         assert self._envelope is not None
-        recipient = parse_recipient(argument, self._greeting.hostname)
-        self._rules.check_recipient(recipient, len(self._envelope.recipients))
-        self._envelope.recipients.append(recipient)
+        recipient = parse_recipient(argument, self._greeting.hostname, trusted=self._rules.trusted)
+        recipients, mailbox = self._envelope.recipients, recipient.mailbox
+        place = self._places.get(mailbox)
+        if place is not None:
+            # Each recipient in a request is a copy of the message, so a repeat is dropped. The client hears 250,
+            # because the message goes where it asked. A repeat counts towards no limit.
+            recipients[place] = recipients[place].with_repeat(recipient)
+        else:
+            self._rules.check_recipient(recipient, len(recipients))
+            self._places[mailbox] = len(recipients)
+            recipients.append(recipient)
         self._state = State.RECIPIENTS
         self._replies.append(_RECIPIENT_OK)
 
     def data(self, argument: bytes) -> None:
         assert self._envelope is not None
         _refuse_any(argument)
-        self._content, self._faulty = Content(self._greeting.max_message_size), False
-        self._unwanted, self._wasted = False, 0
+        self._content = Content(self._greeting.max_message_size, strip_cr=self._rules.strips_cr)
+        self._faulty = self._unwanted = False
+        self._wasted = 0
         self._state = State.CONTENT
         self._replies.append(_SEND)
         self._events.append(Begin(self._envelope))

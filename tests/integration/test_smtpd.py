@@ -20,6 +20,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from email import policy
+from email.message import EmailMessage
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ import uvloop
 from sqlalchemy import create_engine, text
 
 from relay.bodies import Body, Spool
+from relay.database import connect, reading, writing
 from relay.intake import NewMessage
 from relay.settings import SmtpdSettings, load
 from smtpd.keeper import Keeper
@@ -38,6 +41,8 @@ from smtpd.receiver import AHEAD, BLOCK, Openings, Receiver, Threads
 from smtpd.server import LATE, Connection, ListenError, Server
 from smtpd.session import ENDLESS, Greeting
 from smtpd.store import Store
+from tests.postfix import PostfixClient
+from tests.services import ServiceError
 from tests.waiting import stands_still, until
 
 
@@ -51,7 +56,7 @@ class Database:
         self.taken = threading.Event()
         self.error: Exception | None = None
 
-    def commit(self, messages: Sequence[NewMessage]) -> list[None]:
+    def commit(self, messages: Sequence[NewMessage], _begin_by: float) -> list[None]:
         self.taken.set()
         self.gate.wait(20)
         if self.error is not None:
@@ -197,7 +202,7 @@ def talking(running: Running, source: str = "127.0.0.1") -> Iterator[Client]:
 
 TRACE = re.compile(
     rb"Received: from client\.example \(\[127\.0\.0\.1\]\)\n"
-    rb"\tby relay\.example with ESMTP id ([0-9a-f]{32})(\n\tfor <[^>]+>; |;\n\t)"
+    rb"\tby relay\.example with (?:ESMTP|UTF8SMTP) id ([0-9a-f]{32})(\n\tfor <[^>]+>; |;\n\t)"
     rb"[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n"
 )
 
@@ -254,6 +259,146 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., Running]) 
     assert (message.body_type, message.ret, message.envid) == ("8BITMIME", "FULL", "x+2B")
     assert (message.header_message_id, message.client_address) == ("<m@i>", "127.0.0.1")
     assert stored(running, message) == b"Message-ID: <m@i>\n\n..\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "networks", "reply"),
+    [
+        ("reject", ("127.0.0.1",), b"550 5.6.11"),
+        ("strip", (), b"550 5.6.11"),
+        ("strip", ("127.0.0.1",), b"250"),
+    ],
+)
+def test_a_client_that_sends_cr_cr_lf_is_refused_or_understood(
+    run: Callable[..., Running], setting: str, networks: tuple[str, ...], reply: bytes
+) -> None:
+    running = run(bare_cr=setting, client_networks=networks, recipient_domains=("example.org",))
+    with talking(running) as client:
+        client.begin()
+        client.send(b"Subject: x\r\r\n\r\r\nhello\r\r\n.\r\r\nRSET\r\n.\r\n")
+        client.hears(reply)
+    kept = [stored(running, message) for message in running.database.messages]
+    assert kept == ([b"Subject: x\n\nhello\n\nRSET\n"] if reply == b"250" else [])
+
+
+MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
+
+
+@pytest.mark.parametrize("size", [0, 3 * BLOCK])
+@pytest.mark.parametrize(
+    ("beginning", "kept"),
+    [
+        (b"\tby bank.example with ESMTP\nSubject: x\n", b"\n\tby bank.example with ESMTP\nSubject: x\n"),
+        (b" \n", b"\n \n"),
+        (b" ", b"\n "),
+        (MAILBOX_LINES + b"Subject: x\n\nFrom\n", b"X-Mailbox-Line: From ann Mon Jan  1\n"
+         b"X-Mailbox-Line: >From bob remote from c\nSubject: x\n\nFrom\n"),
+        (b">>From x\n", b"X-Mailbox-Line: >>From x\n"),
+        (b"From: a@b\n\nFrom x\n", b"From: a@b\n\nFrom x\n"),
+        (b"From\n", b"From\n"),
+        (b"> From x\n", b"> From x\n"),
+        (b"X: y\n folded\n", b"X: y\n folded\n"),
+        (b"\n indented\n", b"\n indented\n"),
+    ],
+)  # fmt: skip
+def test_the_first_line_of_the_content_is_no_part_of_our_field(
+    run: Callable[..., Running], beginning: bytes, kept: bytes, size: int
+) -> None:
+    running = run()
+    rest = b"\n" + b"From x\n\ty\n" * (size // 10)
+    wire = (beginning + rest).replace(b"\n", b"\r\n") + b".\r\n"
+    with talking(running) as client:
+        client.begin()
+        for at in range(8):  # however the network cuts it
+            client.send(wire[at : at + 1])
+        client.send(wire[8:])
+        client.hears(b"250")
+    [message] = running.database.messages
+    assert stored(running, message) == kept + rest
+
+
+def test_a_long_recipient_is_taken_and_left_out_of_the_trace(run: Callable[..., Running]) -> None:
+    running = run()
+    long = b"srs0=" + b"x" * 950 + b"@example.org"
+    with talking(running) as client:
+        client.begin(long)
+        client.say(b".", b"250")
+    [message] = running.database.messages
+    assert message.recipients[0].address.encode() == long
+    trace = running.spool.path(message.id).read_bytes()
+    assert b" for " not in trace
+    assert max(map(len, trace.split(b"\n"))) <= 998
+
+
+def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.hears(b"220")
+        client.say(b"HELO app_1", b"250")
+        client.send(b"MAIL FROM:<cron@app_1>\r\nRCPT TO:<root>\r\nDATA\r\n.\r\n")
+        client.hears(b"250", b"250", b"354", b"250")
+    [message] = running.database.messages
+    assert message.sender == "cron@app_1"
+    assert [one.address for one in message.recipients] == ["root@relay.example"]
+
+
+def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., Running]) -> None:
+    running = run(client_networks=(), recipient_domains=("relay.example",))
+    with talking(running) as client:
+        client.hears(b"220")
+        client.say(b"HELO app", b"250")
+        client.say(b"MAIL FROM:<cron>", b"501 5.1.7 Bad sender address: a domain is needed")
+        client.say(b"MAIL FROM:<cron@app>", b"250")
+        client.say(b"RCPT TO:<root>", b"501 5.1.3 Bad recipient address: a domain is needed")
+        client.say(b"RCPT TO:<root@relay.example.>", b"250")
+
+
+def test_a_header_in_utf_8_passes_and_an_address_does_not(run: Callable[..., Running]) -> None:
+    running = run()
+    mail = EmailMessage(policy=policy.SMTPUTF8)
+    mail["From"], mail["To"], mail["Subject"] = "J\xfcrgen <a@example.com>", "b@example.org", "Gr\xfc\xdfe \u2603"
+    mail.set_content("hello\n")
+    options = ["SMTPUTF8", "BODY=8BITMIME"]
+    with smtplib.SMTP(running.host, running.port, local_hostname="client.example") as client:
+        client.sendmail("a@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options)
+        with pytest.raises(smtplib.SMTPSenderRefused) as refused:
+            client.sendmail("j\xfcrgen@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options)
+        assert refused.value.smtp_code == 553
+    [message] = running.database.messages
+    assert (message.protocol, message.body_type) == ("UTF8SMTP", "8BITMIME")
+    body = stored(running, message)
+    assert b"with UTF8SMTP id" in running.spool.path(message.id).read_bytes()
+    assert "From: J\xfcrgen <a@example.com>\nTo: b@example.org\nSubject: Gr\xfc\xdfe \u2603\n".encode() in body
+
+
+@pytest.fixture
+def postfix_client() -> Iterator[Callable[[int], PostfixClient]]:
+    started: list[PostfixClient] = []
+
+    def start(relay_port: int) -> PostfixClient:
+        try:
+            started.append(PostfixClient(relay_port))
+            started[-1].start()
+        except ServiceError as error:
+            pytest.skip(str(error))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+def test_what_postfix_sendmail_takes_with_utf_8_in_its_header_arrives(
+    run: Callable[..., Running], postfix_client: Callable[[int], PostfixClient]
+) -> None:
+    running = run()
+    content = "Subject: Gr\xfc\xdfe \u2603\nMessage-ID: <m@i>\n\nhello\n".encode()
+    postfix_client(running.port).sendmail("a@example.com", "b@example.org", content)
+    until(lambda: running.database.messages, 20)
+    [message] = running.database.messages
+    assert (message.sender, message.recipients[0].address) == ("a@example.com", "b@example.org")
+    assert (message.protocol, message.header_message_id) == ("UTF8SMTP", "<m@i>")
+    assert "Subject: Gr\xfc\xdfe \u2603\n".encode() in running.spool.path(message.id).read_bytes()
 
 
 def test_the_trace_names_no_one_of_several_and_escapes_the_client(run: Callable[..., Running]) -> None:
@@ -384,7 +529,7 @@ def test_C22_disk_faults_are_temporary_and_leave_nothing(
 
     running = run()
     if call == "create":
-        monkeypatch.setattr(Spool, "create", fail)
+        monkeypatch.setattr(Spool, "_create", fail)
     else:
         monkeypatch.setattr(f"relay.bodies.os.{call}", fail)
     with talking(running) as client:
@@ -769,7 +914,14 @@ def test_C28_a_stranger_cannot_relay(run: Callable[..., Running]) -> None:
             client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
         assert caught.value.recipients["b@example.org"][0] == 554
         client.sendmail("a@example.com", ["b@OURS.example"], b"x\r\n")
-    assert len(running.database.messages) == 1
+    assert [message.client_trusted for message in running.database.messages] == [False]
+
+
+def test_whether_the_client_is_trusted_is_kept(run: Callable[..., Running]) -> None:
+    running = run()
+    with smtplib.SMTP(running.host, running.port) as client:
+        client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
+    assert [message.client_trusted for message in running.database.messages] == [True]
 
 
 def test_stopping_lets_a_transaction_finish_and_sends_idle_clients_away(run: Callable[..., Running]) -> None:
@@ -823,8 +975,8 @@ class Program:
 
     def __init__(
         self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int,
-        *, descriptors: int = 0, **more: str
-    ):  # fmt: skip
+        *, descriptors: int = 0, **settings: str
+    ) -> None:  # fmt: skip
         self.port, self.log = port, directory / "log"
         environment = {
             "PATH": "/usr/bin:/bin",
@@ -834,7 +986,7 @@ class Program:
             "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
             "RELAY_LOG_FORMAT": "json",
             "RELAY_UNSAFE_DURABILITY": "1",
-        } | {f"RELAY_{name.upper()}": value for name, value in more.items()}
+        } | {f"RELAY_{name.upper()}": value for name, value in settings.items()}
         limited = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"] if descriptors else []
         with self.log.open("wb") as stderr:
             self.process = spawn([*limited, sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
@@ -848,9 +1000,15 @@ class Program:
             int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         ]
 
-    def send(self, *recipients: str) -> None:
+    def replace_keeper(self) -> None:
+        """Kill it, and wait for the next."""
+        [keeper] = until(self.keepers)
+        os.kill(keeper, signal.SIGKILL)
+        until(lambda: self.keepers() not in ([], [keeper]))
+
+    def send(self, *recipients: str, lines: int = 1) -> None:
         with smtplib.SMTP("127.0.0.1", self.port) as client:
-            client.sendmail("a@example.com", recipients, b"Subject: x\r\n\r\nbody\r\n")
+            client.sendmail("a@example.com", recipients, b"Subject: x\r\n\r\n" + b"body\r\n" * lines)
 
 
 @pytest.fixture
@@ -864,6 +1022,8 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     database_url: str, program: Program
 ) -> None:
     program.send("b@example.org", "c@example.org")
+    for process in (program.process.pid, *program.keepers()):
+        assert "Umask:\t0077\n" in Path(f"/proc/{process}/status").read_text(), "whatever is made is ours alone"
     engine = create_engine(database_url)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM recipients")).scalar() == 2
@@ -952,3 +1112,61 @@ def test_without_descriptors_clients_wait_and_none_is_dropped(
             client.say(b"QUIT", b"221")
             client.close()
     until(lambda: program.events("accepting resumed"))
+
+
+def test_what_was_answered_451_is_not_delivered_by_the_same_try(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    """Somebody holds a lock for longer than the deadline, and less long than a statement may take elsewhere."""
+    program = Program(tmp_path, database_url, spawn, free_port(), ACCEPT_DEADLINE="2s")
+    engine = connect(database_url)
+    with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("LOCK TABLE messages IN EXCLUSIVE MODE"))
+        with pytest.raises(smtplib.SMTPDataError) as caught:
+            program.send("refused@example.org")
+        assert caught.value.smtp_code == 451
+    program.send("taken@example.org")  # there is one committer, and it goes by turns
+    with reading(engine) as connection:
+        assert connection.execute(text("SELECT address FROM recipients")).scalars().all() == ["taken@example.org"]
+    engine.dispose()
+    assert len([*(tmp_path / "state" / "spool").glob("*/*")]) == 1
+
+
+MAY_MOUNT = bool(int(re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[0], 16) >> 21 & 1)
+
+
+@pytest.mark.skipif(not MAY_MOUNT, reason="only who may administer the system may mount")
+def test_a_spool_that_is_unmounted_below_the_program_is_451_until_it_is_back(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    disk, place = tmp_path / "disk", tmp_path / "state" / "spool"
+    disk.mkdir()
+    place.mkdir(parents=True)
+    with mounted("-t", "tmpfs", "-o", "mode=700", "none", str(disk)):
+        with mounted("--bind", str(disk), str(place)):
+            program = Program(tmp_path, database_url, spawn, free_port())
+            program.send("b@example.org")
+        for _ in range(2):  # with a keeper from before, and with one that was started since
+            for lines in (1, BLOCK):
+                with pytest.raises(smtplib.SMTPDataError) as caught:
+                    program.send("b@example.org", lines=lines)
+                assert caught.value.smtp_code == 451
+            program.replace_keeper()
+        assert [*place.iterdir()] == []
+        with mounted("--bind", str(disk), str(place)):
+            program.send("b@example.org")
+            program.send("b@example.org", lines=BLOCK)
+            ids = {event["id"] for event in program.events("accepted")}
+            assert len(ids) == 3
+            assert {path.name for path in disk.glob("*/*")} == ids
+        program.process.kill()
+
+
+@contextmanager
+def mounted(*arguments: str) -> Iterator[None]:
+    subprocess.run(["/usr/bin/mount", *arguments], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["/usr/bin/umount", "--lazy", arguments[-1]], check=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relay.settings import SmtpdSettings, load
-from smtpd.addresses import Recipient, Refused
+from smtpd.addresses import Recipient, Refused, parse_recipient
 from smtpd.policy import ROOM_KEPT_FREE, Client, Policy, PolicyError, Room, client_networks, connected_networks
 
 
@@ -79,10 +79,55 @@ def test_recipient_domains_are_open_to_all(tmp_path: Path, address: str, taken: 
     assert (refusal(stranger.check_recipient, to(address), 0) is None) is taken
 
 
+ROUTED = [
+    b"<victim%evil.test@allowed.test>",
+    b"<evil.test!victim@allowed.test>",
+    b'<"victim@evil.test"@allowed.test>',
+    b'<"victim%evil.test"@allowed.test>',
+    b'<"victim\\@evil.test"@allowed.test>',
+    b"<@allowed.test:victim%evil.test@allowed.test>",
+    b"<victim%evil.test@relay.example>",
+    b"<a%b%c@sub.below.test>",
+]
+
+
+@pytest.mark.parametrize("path", ROUTED)
+def test_a_recipient_with_a_route_in_it_is_refused_to_strangers(tmp_path: Path, path: bytes) -> None:
+    recipient = parse_recipient(b"TO:" + path, "relay.example")
+    domains = ("allowed.test", ".below.test", "relay.example")
+    stranger = client(tmp_path, "192.0.2.1", recipient_domains=domains)
+    assert (refusal(stranger.check_recipient, recipient, 0) or b"").startswith(b"550 5.7.1")
+    assert refusal(client(tmp_path, "127.0.0.1").check_recipient, recipient, 0) is None
+    allowing = client(tmp_path, "192.0.2.1", recipient_domains=domains, allow_untrusted_routing=True)
+    assert refusal(allowing.check_recipient, recipient, 0) is None
+
+
+@pytest.mark.parametrize("path", [b"<a+b=c.test@allowed.test>", b'<"a b"@allowed.test>', b"<postmaster>"])
+def test_an_unusual_local_part_without_a_route_is_taken_from_strangers(tmp_path: Path, path: bytes) -> None:
+    stranger = client(tmp_path, "192.0.2.1", recipient_domains=("allowed.test",))
+    assert refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0) is None
+
+
+@pytest.mark.parametrize("path", [b"<a@[192.0.2.9]>", b"<@allowed.test:a@evil.test>", b"<postmaster@[127.0.0.1]>"])
+def test_neither_a_literal_nor_a_source_route_leads_past_the_domains(tmp_path: Path, path: bytes) -> None:
+    stranger = client(tmp_path, "192.0.2.1", recipient_domains=("allowed.test",), allow_untrusted_routing=True)
+    reply = refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0)
+    assert (reply or b"").startswith(b"554 5.7.1")
+
+
 def test_C16_past_the_limit_452_for_the_extra_recipients_only(tmp_path: Path) -> None:
     trusted = client(tmp_path, "127.0.0.1", max_recipients=100)
     assert refusal(trusted.check_recipient, to("a@b"), 99) is None
     assert (refusal(trusted.check_recipient, to("a@b"), 100) or b"").startswith(b"452 4.5.3")
+
+
+@pytest.mark.parametrize(
+    ("peer", "setting", "strips"),
+    [("127.0.0.1", "strip", True), ("127.0.0.1", "reject", False), ("192.0.2.1", "strip", False)],
+)
+def test_bare_crs_are_stripped_for_trusted_clients_alone(tmp_path: Path, peer: str, setting: str, strips: bool) -> None:
+    assert client(tmp_path, peer, bare_cr=setting).strips_cr is strips
+    assert not client(tmp_path, peer).strips_cr
 
 
 def test_C12_a_declared_size_over_the_limit_is_refused_at_mail(tmp_path: Path) -> None:
