@@ -12,7 +12,7 @@ BIN := .venv/bin
 TESTS ?= tests
 PYTEST_WORKERS ?= 3
 
-.PHONY: help setup run demo status test lint fmt bench lock clean
+.PHONY: help setup run demo status test coverage lint fmt bench lock clean
 
 help: ## say what there is (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -36,11 +36,20 @@ test: ## all tests: SQLite, PostgreSQL, a real broker (TESTS=path to choose)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
 
-lint: ## ruff and strict mypy
+coverage: ## the tests, and how many branches they run, in percent (TESTS=path to choose)
+	@scripts/setup dev
+	@rm -rf .coverage
+	@$(BIN)/coverage run -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+
+lint: ## ruff, strict mypy, the direction of imports, the English of the pages
 	@scripts/setup dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python scripts/prose.py
 
 fmt: ## format, and mend what ruff can mend
 	@scripts/setup dev
@@ -55,5 +64,5 @@ lock: ## choose newer dependencies (needs uv)
 	@scripts/lock
 
 clean: ## remove .venv and caches; mail in ./var stays
-	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .coverage build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,12 +1,15 @@
 """`qmqp-relay check`: whether the relay can work here, and what to do where it cannot.
 
-Each check is a function that answers with findings and never raises for what it looks at; nothing is changed, and a
-QMQP server is only connected to. What must stay true: a finding that is not `ok` names its remedy.
+Each check is a function that answers with findings and never raises for what it looks at; nothing is changed, and
+QMQP servers are asked as `probe` asks them, which delivers nothing. What must stay true: a finding that is not `ok`
+names its remedy.
 """
 
+import asyncio
+import contextlib
 import os
-import socket
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,8 +19,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from commands import inspect, tables, valkey
 from commands.explain import DONE, OUT_OF_REACH, WRONG_USE
+from qmqp.probe import probe
 from relay import database, schema
 from relay.bodies import file_system
+from relay.log import escaped, first_line
 from relay.queue import Queue
 from relay.routes import Routes, Server
 from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
 PATIENCE = 5.0  # seconds for a connection
+SHOWN = 5  # files in a finding about many
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +70,11 @@ def look() -> Iterator[Finding]:
         return
     yield Finding("settings", "ok", f"RELAY_STATE_DIR = {settings.state_dir}")
     yield from _database(settings)
+    yield from _open(settings)
     yield _broker(settings)
     yield from _routes(routes)
     servers = [server for route in routes.all() for server in route.servers]
-    yield from map(_server, dict.fromkeys(servers))
+    yield from asyncio.run(_servers(list(dict.fromkeys(servers))))
     if not servers:
         words = "none is named: mail is kept and waits (but a demo brings its own)"
         yield Finding("QMQP server", "warn", words, "set RELAY_QMQP_SERVERS")
@@ -84,7 +91,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding(what, "away", str(error), "")
         return
     except SQLAlchemyError as error:
-        words = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        words = first_line(getattr(error, "orig", error))
         missing = "alembic_version" in words
         remedy = "run `qmqp-relay migrate`" if missing else "start it, or correct RELAY_DATABASE_URL"
         yield Finding(what, "fail" if missing else "away", f"{url}: {words}", remedy)
@@ -117,6 +124,24 @@ def _spool(settings: Settings, known: str | None) -> Finding:
     return Finding(what, "ok", f"{directory}, {tables.size(room.f_bavail * room.f_frsize)} free")
 
 
+def _open(settings: Settings) -> Iterator[Finding]:
+    """Our files that others on this machine may read or change: umask 077 closes only what is made from now on."""
+    directory, found = settings.state_dir, list[str]()
+    files = {*directory.glob("*"), settings.spool_dir, *settings.spool_dir.glob("*")}
+    url = settings.database_url
+    if url.startswith("sqlite:///"):
+        files |= {Path(url.removeprefix("sqlite:///") + end) for end in ("", "-wal", "-shm", ".lock", ".housekeeping")}
+    for file in sorted(files):
+        with contextlib.suppress(OSError):
+            if file.stat().st_mode & stat.S_IRWXO and file.parent.stat().st_mode & stat.S_IXOTH:
+                found.append(str(file))
+    if found:
+        words = f"open to others: {', '.join(found[:SHOWN])}" + (" ..." if found[SHOWN:] else "")
+        yield Finding("files", "warn", words, f"chmod -R o-rwx {directory}, and what of them stands elsewhere")
+    elif directory.is_dir():
+        yield Finding("files", "ok", "closed to others")
+
+
 def _broker(settings: Settings) -> Finding:
     from redis import RedisError
 
@@ -125,7 +150,7 @@ def _broker(settings: Settings) -> Finding:
         _redis(settings).ping()
     except (RedisError, OSError, ValueError) as error:
         remedy = "start it, or correct RELAY_BROKER_URL; mail is delivered without it, some seconds later"
-        return Finding("broker", "away", f"{url}: {error}", remedy)
+        return Finding("broker", "away", f"{url}: {first_line(error)}", remedy)
     return Finding("broker", "ok", url)
 
 
@@ -163,15 +188,18 @@ def _routes(routes: Routes) -> Iterator[Finding]:
         yield Finding(f"route {route.name}", "ok", f"{taken} -> {servers}")
 
 
-def _server(server: Server) -> Finding:
+async def _servers(servers: Sequence[Server]) -> list[Finding]:
+    """All servers at once: a Postfix that refuses us says so after a second only (qmqpd_error_delay)."""
+    return await asyncio.gather(*map(_server, servers))
+
+
+async def _server(server: Server) -> Finding:
+    """Whether a server lets us in. One that takes the connection and closes it, or says no, takes no mail of ours."""
     what = f"QMQP server {server.name}"
-    try:
-        if server.path:
-            with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(PATIENCE)
-                client.connect(str(Path(server.path)))
-        else:
-            socket.create_connection((server.host or "", server.port), PATIENCE).close()
-    except OSError as error:
-        return Finding(what, "away", error.strerror or str(error), "mail for it waits; start it or name another")
-    return Finding(what, "ok", "takes connections")
+    found = await probe(host=server.host, port=server.port, path=server.path, connect=PATIENCE, reply=PATIENCE)
+    if not found.reachable:
+        return Finding(what, "away", found.words, "mail for it waits; start it or name another")
+    if not found.allowed:
+        said = f" ({escaped(found.said)})" if found.said else ""
+        return Finding(what, "fail", found.words + said, "have it let this machine in, or name another")
+    return Finding(what, "ok", f"takes connections from us ({found.family})")

@@ -6,6 +6,7 @@ into a sentence and an exit status (`commands.explain`). Heavy modules are impor
 """
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,13 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@main.callback()
+def closed_to_others() -> None:
+    # Libraries make files too, the database's for one, and STATE_DIR may have any mode. What is in them (envelopes,
+    # bodies, replies) is for no other user. Child processes inherit it.
+    os.umask(0o077)
 
 
 @main.command()

@@ -47,7 +47,8 @@ def explanation(error: Exception) -> tuple[int | None, str]:
 
     from commands.up import UpError
     from relay.bodies import SpoolError
-    from relay.database import DatabaseError, is_no_database, is_outage, lacks_schema
+    from relay.database import DatabaseError, is_outage, lacks_schema
+    from relay.log import first_line
     from relay.queue import NoSuchMessage
     from smtpd.policy import PolicyError
     from smtpd.server import ListenError
@@ -59,9 +60,8 @@ def explanation(error: Exception) -> tuple[int | None, str]:
         return WRONG_USE, str(error)
     if isinstance(error, OSError) and error.filename:  # a spool of another user
         return OUT_OF_REACH, f"{error.filename}: {error.strerror}"
-    if not isinstance(error, DBAPIError) or not (is_outage(error) or is_no_database(error)):
+    if not isinstance(error, DBAPIError) or not is_outage(error):
         return None, ""
     if lacks_schema(error):
         return OUT_OF_REACH, "the database has no tables of this version: run `qmqp-relay migrate`"
-    words = str(error.orig).strip().partition("\n")[0]
-    return OUT_OF_REACH, f"database: {words} (`qmqp-relay check` looks closer)"
+    return OUT_OF_REACH, f"database: {first_line(error.orig)} (`qmqp-relay check` looks closer)"

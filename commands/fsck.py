@@ -11,6 +11,8 @@ some row is newer than it, because in a restored database every file of today lo
 as sweepers do it, after its lease was seen run out, unchanged, twice, LEASE apart.
 """
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from commands.inspect import at_hand, opened
 from commands.operate import actor
 from commands.tables import counted, span, write
 from relay.actions import CHUNK, FIRST, PICKED, THESE, Action
-from relay.bodies import Spool, SpoolError
+from relay.bodies import BodyUnsendable, Spool, SpoolError
 from relay.broker import WINDOW
 from relay.database import reading, writing
 from relay.dialect import Statements
@@ -119,7 +121,6 @@ class Fsck:
     def __init__(self, settings: WorkerSettings, engine: Engine, spool: Spool) -> None:
         self._settings, self._engine, self._spool = settings, engine, spool
         self._sweeps, self._strays = Sweeps(engine, settings), Strays(engine, spool)
-        self._spool_id = Queue(engine).spool_id()
         self._sql = Statements(engine, late=LATE, very_late=VERY_LATE, lifetime=settings.queue_lifetime)
 
     def findings(self) -> Iterator[Finding]:
@@ -188,12 +189,14 @@ class Fsck:
 
     def _fault(self, name: str, size: int) -> str:
         try:
-            found = self._spool.path(name).stat().st_size
-        except FileNotFoundError:
-            if (self._spool.directory / "spool-id").read_text().strip() != self._spool_id:
+            os.close(self._spool.open(name, size))
+        except BodyUnsendable as error:
+            return str(error)
+        except OSError as error:
+            if error.errno in (errno.ESTALE, errno.ENOENT):
                 raise SpoolError(f"{self._spool.directory} has become another spool") from None
-            return f"no body file {name}"
-        return "" if found == size else f"the body file has {found} bytes, not {size}"
+            raise
+        return ""
 
     def _hold(self, name: str, size: int) -> bool:
         hold = f"""UPDATE deliveries AS d SET state = 'held', due_at = NULL, last_outcome = 'unsendable',

@@ -123,8 +123,9 @@ def opened(settings: Settings) -> Iterator[Engine]:
 def at_hand(settings: Settings, queue: Queue) -> Spool | None:
     """The spool of this database, if it is mounted here."""
     with contextlib.suppress(OSError):
-        if (settings.spool_dir / "spool-id").read_text().strip() == queue.spool_id():
-            return Spool(settings.spool_dir)
+        spool = Spool(settings.spool_dir)
+        if spool.identity and spool.identity == queue.spool_id():
+            return spool
     return None
 
 
@@ -231,7 +232,7 @@ def facts(message: dict[str, Any]) -> list[tuple[str, str]]:
         "BODY": message["body_type"],
         "RET": message["ret"],
         "ENVID": message["envid"],
-        "notice of": message["notice_of"],
+        "notice of": message["notice_of"] and why.about(message),
         "file": f"{message['file']}, " + (held if message["file_size"] is None else f"{message['file_size']} bytes"),
     }
     lines = [(name, value) for name, value in told.items() if value]

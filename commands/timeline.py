@@ -24,7 +24,8 @@ def timeline(
         events.append((row["started_at"], row["outcome"], f"{number} {where}: {row['reply']}"))
     ended = [row for row in message["deliveries"] if row["finished_at"]]
     events += [(row["finished_at"], row["state"], f"delivery {row['number']} is {row['state']}") for row in ended]
-    events += [(row["received_at"], "notice", f"the sender is told by {row['queue_id']}") for row in notices]
+    made = "notice {} to the sender is made ({} now)"
+    events += [(row["received_at"], "notice", made.format(row["queue_id"], row["state"])) for row in notices]
     for row in actions:
         verb, _, subject = row["verb"].partition(" ")
         words = f"{subject or f'delivery {row["delivery"]}'} by {row['actor']}" + (": " if row["reason"] else "")

@@ -10,6 +10,7 @@ nothing else); a page of another site can neither frame nor read this one, nor r
 here.
 """
 
+import asyncio
 import ipaddress
 import re
 import socket
@@ -31,6 +32,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from commands import charts
 from commands.explain import DONE, OUT_OF_REACH, say
@@ -49,6 +51,7 @@ log = get_logger(__name__)
 PAGES = Path(__file__).with_name("pages")
 A_PAGE = 50  # rows
 FRESH = 5.0  # seconds that an overview is shown again
+UNFINISHED_TIMEOUT = 10.0  # seconds for a request to come, and for the visitor to take its answer
 STEP, STEPS = 300, 72  # seconds of a bar, and bars: six hours
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none';"
@@ -60,6 +63,46 @@ HEADERS = {
 }
 FIELDS = ("id", "sender", "recipient", "message_id", "state", "reply")
 OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
+
+
+class Visit(H11Protocol):
+    """A connection that ends when a request does not come whole in time, or its answer is not taken.
+
+    uvicorn times out a connection only that is silent behind an answer, and has no more than 100 of them.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(UNFINISHED_TIMEOUT, self._look)
+
+    def _look(self) -> None:
+        if self._answering():
+            self._wait()
+        else:
+            self.transport.abort()
+
+    def _answering(self) -> bool:
+        """The request is whole, and what is late is ours: the database has time-outs of its own."""
+        cycle = self.cycle
+        if cycle is None or cycle.more_body:  # type: ignore[redundant-expr]  # there is none before the first request
+            return False
+        return not cycle.response_complete and not self.flow.write_paused
 
 
 class Guard:
@@ -235,7 +278,8 @@ def due(when: datetime | None) -> str:
 
 def unbroken(text: str) -> Markup:
     """Text in which no line ends at a hyphen or colon: an address that does looks like another one."""
-    joined = re.sub(r"[-:]+(&[#\w]+;|[^\s&:-])", r'<span class="joined">\g<0></span>', escape(plain(text)))
+    # A run is tried from its beginning only, and in its whole length only: the time is linear in what peers write.
+    joined = re.sub(r"(?<![-:])[-:]++(&[#\w]+;|[^\s&:-])", r'<span class="joined">\g<0></span>', escape(plain(text)))
     return Markup(joined)  # noqa: S704 - it was escaped
 
 
@@ -261,7 +305,7 @@ def application(engine: Engine, settings: Settings) -> ASGIApp:
 def server(engine: Engine, settings: Settings) -> uvicorn.Server:
     """The server, which serves on sockets that it is given."""
     config = uvicorn.Config(
-        application(engine, settings), http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
+        application(engine, settings), http=Visit, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, limit_concurrency=100, timeout_graceful_shutdown=3,
     )  # fmt: skip
     return uvicorn.Server(config)

@@ -13,9 +13,10 @@ from typing import Any
 
 from commands.tables import Row, ago, span, stamp
 from qmqp.request import NO_REQUEST
+from relay.notices import BY_OPERATOR, Content, Withheld
 from relay.queue import Queue
 from relay.routes import NO_SERVER, Routes
-from relay.schema import Outcome, State
+from relay.schema import UNFINISHED, Outcome, State
 from relay.settings import Settings, SettingsError
 
 
@@ -77,7 +78,14 @@ def sentences(message: dict[str, Any], facts: Facts) -> Iterator[tuple[Row, str]
         whom = people[0] if people else "nobody"
         more = f" and {len(people) - 1} more" if len(people) > 1 else ""
         words = _REASONS[State(row["state"])](row, message, facts)
-        yield row, f"{whom}{more}: {words}."
+        notice = f"; it is a notice about {about(message)}" if message["notice_of"] else ""
+        yield row, f"{whom}{more}: {words}{notice}."
+
+
+def about(message: Row) -> str:
+    """Which message a notice is about, and what it encloses of it."""
+    content = message["dsn_content"]
+    return str(message["notice_of"]) + (f" and encloses {_ENCLOSED[content]}" if content else "")
 
 
 def _queued(row: Row, _message: Row, facts: Facts) -> str:
@@ -126,7 +134,9 @@ def _held(row: Row, _message: Row, _facts: Facts) -> str:
         cause = reply
     elif outcome == Outcome.UNSENDABLE:
         advice = (
-            "bounce it or drop it" if reply.startswith(NO_REQUEST) else "put the file back and release it, or drop it"
+            "release it: what can be sent is sent, and the rest bounces"
+            if reply.startswith(NO_REQUEST)
+            else "put the file back and release it, or drop it"
         )
         cause = f"held because it cannot be sent: {reply}; {advice}"
     elif row["vanished"] > 1:
@@ -145,13 +155,47 @@ def _delivered(row: Row, _message: Row, _facts: Facts) -> str:
 
 def _failed(row: Row, message: Row, facts: Facts) -> str:
     words = f"{row['state']} {ago(row['finished_at'])} ago, because {_last(row)}"
+    if row["due_at"] is not None and message["dsn_content"]:
+        return f"{words}; a worker makes one with less of the original in its place, or gives it up"
     if row["due_at"] is not None:
         makes = "a worker makes it" if facts.living else "no worker is alive to make it"
         return f"{words}; a notice to the sender is owed since {ago(row['due_at'])}, and {makes}"
-    told = [notice["queue_id"] for notice in facts.notices]
-    if told:
-        return f"{words}; the sender was told by {', '.join(told)}"
+    if row["dsn_withheld"]:
+        return f"{words}; the sender is not told: {_WITHHELD[row['dsn_withheld']]}"
+    if facts.notices:
+        return "; ".join([words, *map(_notice, facts.notices)])
+    if message["dsn_content"]:
+        return f"{words}; {_after(row, message['dsn_content'])}"
     return words + "; nobody is told" + (", it has the null sender" if not message["sender"] else "")
+
+
+def _notice(notice: Row) -> str:
+    """What became of a notice to the sender."""
+    queue_id, state = notice["queue_id"], notice["state"]
+    if state == State.DELIVERED:
+        return f"the sender was told by {queue_id}"
+    if state in UNFINISHED:
+        return f"the sender is told by {queue_id}, which is {state}"
+    words = f"notice {queue_id} is {state}, because {_last(notice)}"
+    if state == State.DROPPED or notice["due_at"] is not None:
+        return words
+    return f"{words}, and {_after(notice, notice['dsn_content'])}"
+
+
+def _after(notice: Row, content: str | None) -> str:
+    """What followed when a notice had failed (relay/debts.py)."""
+    refused = notice["state"] == State.BOUNCED and notice["last_outcome"] == Outcome.REJECTED
+    if refused and content in (Content.FULL, Content.HEADER) and not notice["last_reply"].startswith(BY_OPERATOR):
+        return "a notice with less of the original was made in its place"
+    return "it was given up: the sender of the original is not told by it"
+
+
+_ENCLOSED = {Content.FULL: "the whole message", Content.HEADER: "its header", Content.NONE: "nothing of it"}
+_WITHHELD = {
+    Withheld.RATE: "it had a notice about mail from an untrusted client less than a minute before",
+    Withheld.POSTMASTER: "the mail came from an untrusted client and was for our own postmaster",
+    Withheld.ADDRESS: "no mail server can be given its address",
+}
 
 
 def _dropped(row: Row, _message: Row, _facts: Facts) -> str:

@@ -99,7 +99,10 @@ deliveries = Table(
     Column("finished_at", Instant, comment="when it became final"),
     Column("wanted_why", Text, comment="who asked for what is wanted, and why"),
     Column("warned_at", Instant, comment="when the sender was told that it is late"),
-    Column("waiting_for", Text, comment="server:NAME, route:NAME: the delivery becomes due when that is back"),
+    Column("waiting_for", Text, comment="route:NAME: it becomes due when a server of that route answers"),
+    Column(
+        "dsn_withheld", Text, comment="why its sender gets no DSN: rate, postmaster or address; empty: no such reason"
+    ),
     PrimaryKeyConstraint("message_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
     CheckConstraint(
@@ -109,6 +112,7 @@ deliveries = Table(
     _some("queued", "state = 'queued'", "route", "due_at"),
     _some("sending", "state = 'sending'", "worker", "due_at"),
     _some("deferred", "state = 'deferred'", "due_at"),
+    _some("waiting", "state = 'deferred' AND waiting_for IS NOT NULL", "waiting_for", "due_at"),
     _some("owing", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
     _some("held", "state = 'held'", "message_id"),
     _some("finished", f"state NOT IN ({words(UNFINISHED)})", "state", "route"),
@@ -192,6 +196,14 @@ rests = Table(
     Column("why", Text, nullable=False, comment="the server's words, or ours, when it failed last"),
     PrimaryKeyConstraint("worker", "server"),
     comment="servers that workers leave alone for now; who has ended does not count",
+)
+
+dsn_limits = Table(
+    "dsn_limits",
+    metadata,
+    Column("sender", Text, primary_key=True, comment="envelope sender of the original"),
+    Column("last_at", Instant, nullable=False, comment="when the last such DSN was made"),
+    comment="senders that got a DSN about mail from an untrusted client in the last minute",
 )
 
 spool = Table(

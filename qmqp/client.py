@@ -17,13 +17,18 @@ What must stay true (the rules and their sources: see the package).
   or D is honoured; an early K cannot be meant, as the server did not have the envelope.
 - *Nothing is guessed.* After the commit point silence, a reset or half a reply is `uncertain`; only a K that followed
   a valid length counts although its words were cut off, since sending again what was accepted makes a double.
-- *Every phase ends*, and so does the session as a whole.
+- *Every phase ends*, and so does the session as a whole; but what has arrived wins over a timer that has run out.
 """
 
 import asyncio
+import select
 import socket
+import struct
+import termios
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
+from fcntl import ioctl
 from time import monotonic
 from typing import Any
 
@@ -39,6 +44,10 @@ __all__ = ["BLOCK_SIZE", "BodyChanged", "BodyFault", "Outcome", "Result", "Timeo
 
 BLOCK_SIZE = 65536
 _READ_SIZE = 4096
+# A server that closes a connection within so many seconds, when its kernel has acknowledged no more than so many octets
+# (the receive window that Linux and the BSDs give to a process that does not read), may have read nothing.
+_AT_ONCE = 1.0
+_UNREAD = 65536
 _NO_FLAGS: frozenset[str] = frozenset()
 _BY_STATUS = {b"K": Outcome.ACCEPTED, b"Z": Outcome.DEFERRED, b"D": Outcome.REJECTED}
 
@@ -66,7 +75,9 @@ class Transfer:
     """One request on its way: `request`, its body from the start of the file `fd`, to `host` and `port` or to the Unix
     socket `path`, in blocks of `block_size` bytes. For a caller that wants to look at it or stop it; else see `send`.
 
-    `may_commit` is asked immediately before a write that holds the last byte; False ends the transfer.
+    `may_commit` is asked immediately before a write that holds the last byte; False ends the transfer. `hold_back`: the
+    last byte does not leave before so many seconds have passed since the connection was made, so that a server which
+    closes connections without reading them is heard before the commit point.
     """
 
     request: Request
@@ -77,6 +88,7 @@ class Transfer:
     block_size: int = BLOCK_SIZE
     timeouts: Timeouts = DEFAULT_TIMEOUTS
     may_commit: Callable[[], bool] | None = None
+    hold_back: float = 0.0
     committed: bool = field(default=False, init=False)
     bytes_sent: int = field(default=0, init=False)
 
@@ -84,6 +96,9 @@ class Transfer:
     _began: float = field(default=0.0, init=False)
     _waiting: Waiting = field(default_factory=Waiting, init=False)
     _readable: bool = field(default=False, init=False)
+    _connected: float = field(default=0.0, init=False)
+    _closed_at_once: bool = field(default=False, init=False)
+    _looked: float = field(default=0.0, init=False)  # the last deadline that passed and was looked beyond
     _broken: str = field(default="", init=False)  # why a write failed
     _parser: ReplyParser = field(default_factory=ReplyParser, init=False)
     _reply: Reply | None = field(default=None, init=False)
@@ -113,6 +128,7 @@ class Transfer:
     async def _converse(self) -> Reply:
         deadline = self._began + min(self.timeouts.connect, self.timeouts.session)
         self._sock = sock = await connect(self.host or "", self.port, self.path, deadline, self._waiting)
+        self._connected = monotonic()
         loop = asyncio.get_running_loop()
         try:
             if self.path is None and self.request.size > self.block_size:  # one write needs it not
@@ -135,11 +151,29 @@ class Transfer:
             parts.append(view)
             if body.whole:
                 parts.append(self.request.tail)
+                if self.hold_back and not await self._hold_back(parts):
+                    return
                 if self.bytes_sent and self._listen():  # the last chance to hear that the server has had enough
                     return
             if not await self._push(parts, last=body.whole):
                 return
         body.release()
+
+    async def _hold_back(self, parts: list[bytes | memoryview]) -> bool:
+        """Write all but the last byte, and wait until it may follow; False if the connection breaks or the server
+        begins to speak."""
+        tail = self.request.tail
+        parts[-1] = tail[:-1]
+        if not await self._push(parts, last=False):
+            return False
+        parts.append(tail[-1:])
+        end = self._connected + self.hold_back
+        while monotonic() < end:
+            with suppress(TimeoutError):
+                await self._waiting.until(end)
+            if self._readable and self._listen():
+                return False
+        return True
 
     async def _read(self, body: Body) -> memoryview | None:
         """The next block, by a thread; None if the server begins to speak meanwhile."""
@@ -202,9 +236,17 @@ class Transfer:
         deadline = monotonic() + patience
         while self._reply is None:
             if not self._broken:  # then all that will ever come is there
-                await self._until(deadline)
+                try:
+                    await self._until(deadline)
+                except asyncio.CancelledError:
+                    if not (self._listen() and self._has_reply()):
+                        raise
+                    continue  # a reply that has arrived wins over our own end
             self._listen()
         return self._reply
+
+    def _has_reply(self) -> bool:
+        return self._reply is not None
 
     def _on_readable(self) -> None:
         self._readable = True
@@ -218,11 +260,18 @@ class Transfer:
         except OSError as error:
             if isinstance(error, BlockingIOError) and not self._broken:
                 return False
-            raise _Lost(self._broken or words_of(error)) from None
+            raise self._closed(self._broken or words_of(error)) from None
         if not data:
-            raise _Lost(self._broken or "connection closed by the server")
+            raise self._closed(self._broken or "connection closed by the server")
         self._reply = self._parser.feed(data)
         return True
+
+    def _closed(self, why: str) -> _Lost:
+        """The server has closed the connection; notes whether it may have done so without reading."""
+        if not self._parser.received and monotonic() - self._connected < _AT_ONCE:
+            (unacknowledged,) = struct.unpack("i", ioctl(self._sock, termios.TIOCOUTQ, bytes(4)))
+            self._closed_at_once = self.bytes_sent - unacknowledged <= _UNREAD
+        return _Lost(why)
 
     async def _until(self, deadline: float) -> None:
         """Wait for news from the server, the kernel or a thread, but not past `deadline` or the end of the session."""
@@ -230,11 +279,29 @@ class Transfer:
         try:
             await self._waiting.until(min(deadline, session_end))
         except TimeoutError:
+            if self._look_again(min(deadline, session_end)):
+                return
             if session_end <= deadline:
                 raise _Lost(f"session not over in {self.timeouts.session:g} s") from None
             if self.committed:
                 raise _Lost(f"no whole reply in {self.timeouts.reply:g} s") from None
             raise _Lost(f"no progress in {self.timeouts.io:g} s") from None
+
+    def _look_again(self, deadline: float) -> bool:
+        """Whether the kernel has news, once for each deadline that has passed.
+
+        An event loop may run timers before it looks at its sockets (libuv does), so a deadline can come before the data
+        that arrived in time. A reply that is there must not become `uncertain`, which sends the message twice. Once,
+        because a server that never stops sending must not put its deadline off for ever.
+        """
+        if deadline <= self._looked:
+            return False
+        self._looked = deadline
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN if self.committed else select.POLLIN | select.POLLOUT)
+        events = sum(event for _, event in poll.poll(0))
+        self._readable = bool(events & ~select.POLLOUT)
+        return events != 0
 
     def _replied(self, reply: Reply) -> Result:
         flags = _NO_FLAGS
@@ -251,12 +318,13 @@ class Transfer:
 
     def _lost(self, why: str) -> Result:
         reply = self._parser.eof()
+        flags = frozenset({"closed-at-once"}) if self._closed_at_once else _NO_FLAGS
         if not self.committed:
-            return self._result(Outcome.INTERRUPTED, f"{why} before the commit point".encode())
+            return self._result(Outcome.INTERRUPTED, f"{why} before the commit point".encode(), flags)
         if reply is not None and reply.status == b"K":
             return self._replied(reply)
         began = b"; the reply began: " + self._parser.received if self._parser.received else b""
-        return self._result(Outcome.UNCERTAIN, f"{why} after the commit point".encode() + began)
+        return self._result(Outcome.UNCERTAIN, f"{why} after the commit point".encode() + began, flags)
 
     def _result(
         self, outcome: Outcome, text: bytes, flags: frozenset[str] = _NO_FLAGS, *, ours: bool = False

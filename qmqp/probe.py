@@ -1,32 +1,38 @@
 """Asks a server what it is, without giving it a message.
 
 How it works: the protocol has no command that only asks, so the probe breaks it at the first byte: where a length must
-stand no message begins with `x`, so nothing can come of it, whoever listens. What comes back tells the families apart:
+stand no message begins with `x`, so nothing can come of it, whoever listens. If the server closes at that, a second
+connection brings a whole netstring that has no room for a message, `1:x,`. What comes back tells the families apart:
 
     Postfix     a D "netstring format error", a second later (a Z with soft_bounce); or, before anything is sent, a D
                 that we may not come in
     mailfront   a Z
+    qmail-ldap  a Z about compressed data: its qmqpd takes what is no digit for zlib (one without zlib is as qmail)
     qmail       closes without a word, and so do qmqp-sink and whatever follows the letter of the protocol; its
                 tcpserver closes before anything is sent, if we may not come in. Before 2022 it took any byte for a
                 digit, as indimail's still does: it closes when it has seen too many of them
+    qrelay      closes as qmail does; to the whole netstring it says D "malformed input", where qmail closes again
     others      an SMTP or SSH banner, a reply that is no netstring, a K (which nobody may give here), or silence
 
 What a probe cannot tell: how large a message may be. For that one would have to begin a message.
 
-Sources: qmail-qmqpd.c (exits on a bad length), Postfix qmqpd(8), mailfront protocol-qmqp.c. What must stay true: no
-byte is sent that could be the start of a request.
+Sources: qmail-qmqpd.c (exits on a bad length, and when a length runs past the outer string, before it opens the queue),
+that of qmail-ldap (saferead), Postfix qmqpd(8), mailfront protocol-qmqp.c, qrelay's NetstringInput and Connection. What
+must stay true: nothing is sent that a message can come of.
 """
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from qmqp import PORT
 from qmqp.reply import MalformedReply, ReplyParser
 
 _NO_LENGTH = b"x"
+_NO_MESSAGE = b"1:x,"  # the shortest request is longer
 _TOO_LONG = b"x" * 9  # ten are a length beyond what qmail takes, whatever it makes of an `x`
+_MALFORMED = b"16:Dmalformed input,"  # qrelay's words
 _LONGEST = 4096
 # A server that refuses us does so before it has heard anything: Postfix after a second (qmqpd_error_delay).
 _PATIENCE = 1.5
@@ -34,8 +40,8 @@ _PATIENCE = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a probe found. `allowed`: None if nobody knows. `family`: postfix, qmail, mailfront, other or none; `said`:
-    the server's bytes, bounded."""
+    """What a probe found. `allowed`: None if nobody knows. `family`: postfix, qmail, qmail-ldap,
+    mailfront, qrelay, other or none; `said`: the server's bytes, bounded."""
 
     reachable: bool
     allowed: bool | None
@@ -51,8 +57,7 @@ async def probe(
     """Ask the server at host and port, or at the Unix socket `path`; never raises for what the network does."""
     started = monotonic()
     try:
-        opening = asyncio.open_unix_connection(path) if path else asyncio.open_connection(host, port)
-        reader, writer = await asyncio.wait_for(opening, connect)
+        reader, writer = await _connected(host, port, path, connect)
     except UnicodeError:
         return Finding(False, None, "none", "no connection: that is no host name")
     except OSError as error:
@@ -72,7 +77,33 @@ async def probe(
             said, closed = await _hear(reader, reply)
     finally:
         writer.transport.abort()
-    return Finding(True, *_judge(said, asked=asked, closed=closed), said, took)
+    found = Finding(True, *_judge(said, asked=asked, closed=closed), said, took)
+    if found.family == "qmail":
+        said = await _second_answer(host, port, path, connect, reply)
+        if said == _MALFORMED:
+            words = "it says D to a netstring that holds no message, as qrelay does"
+            return replace(found, family="qrelay", words=words, said=said)
+    return found
+
+
+async def _connected(
+    host: str | None, port: int, path: str | None, seconds: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    opening = asyncio.open_unix_connection(path) if path else asyncio.open_connection(host, port)
+    return await asyncio.wait_for(opening, seconds)
+
+
+async def _second_answer(host: str | None, port: int, path: str | None, connect: float, reply: float) -> bytes:
+    """What a server that closes at a bad length says to a whole netstring without a message; empty: nothing."""
+    try:
+        reader, writer = await _connected(host, port, path, connect)
+    except OSError:
+        return b""
+    try:
+        writer.write(_NO_MESSAGE)
+        return (await _hear(reader, reply))[0]
+    finally:
+        writer.transport.abort()
 
 
 async def _hear(reader: asyncio.StreamReader, seconds: float) -> tuple[bytes, bool]:
@@ -115,6 +146,8 @@ def _judge(said: bytes, *, asked: bool, closed: bool) -> tuple[bool | None, str,
             return True, "postfix", "it answers what is no request with a D, as Postfix does"
         case b"Z" if reply.text.startswith(b"netstring format error"):
             return True, "postfix", "it answers what is no request with a Z, as Postfix does with soft_bounce"
+        case b"Z" if b"compressed data" in reply.text:
+            return True, "qmail-ldap", "it takes what is no length for compressed data, as qmail-ldap does"
         case b"Z":
             return True, "mailfront", "it answers what is no request with a Z, as mailfront does"
     return True, "other", "it answers what is no request with a D"

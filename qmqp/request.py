@@ -21,6 +21,12 @@ MAX_ADDRESS = 999
 _GOOD_ADDRESS = re.compile(rb"[^\0\r\n<][^\0\r\n]{0,%d}" % (MAX_ADDRESS - 1)).fullmatch
 
 
+def is_sendable(address: bytes) -> bool:
+    """Whether every server reads this address as it was meant: what `Request` takes as a recipient, or as a sender that
+    is not the null sender. Those that accept mail ask this too, so that nothing is accepted that can never be sent."""
+    return _GOOD_ADDRESS(address) is not None
+
+
 class BadAddress(ValueError):
     """An address that some server would misread: NUL, CR or LF (Postfix delivers what stands before a NUL), a
     leading angle bracket, more than MAX_ADDRESS bytes, or a recipient that is empty."""
@@ -44,10 +50,10 @@ class Request:
             raise ValueError(f"a message of {size} bytes")
         if not recipients:
             raise NoRecipients("a request needs a recipient")
-        if sender and not _GOOD_ADDRESS(sender):
+        if sender and not is_sendable(sender):
             raise BadAddress(f"no server can be trusted with the sender {_shown(sender)}")
         for recipient in recipients:
-            if not _GOOD_ADDRESS(recipient):
+            if not is_sendable(recipient):
                 raise BadAddress(f"no server can be trusted with the recipient {_shown(recipient)}")
         envelope = b"".join([b"%d:%b," % (len(address), address) for address in (sender, *recipients)])
         self.size = size

@@ -41,7 +41,8 @@ class Result(NamedTuple):
     `text` is the server's words without the status byte (bounded, any bytes) if it gave a valid reply, else our own.
     `committed`: the last byte of the request has left. `ours`: interrupted by `may_commit` or `abort`, not by the
     server. `flags`: "early-reply" (before the commit point), "truncated-reply" (a K whose words were cut off),
-    "extra-bytes" (something came after the reply)."""
+    "extra-bytes" (something came after the reply), "closed-at-once" (the server closed the connection within a second,
+    without a reply, and may have read nothing)."""
 
     outcome: Outcome
     text: bytes

@@ -3,6 +3,8 @@
 import asyncio
 from time import monotonic
 
+LATE = 1.0  # seconds; a timer that is late by more than this tells that the process stood still
+
 
 class Stopped(Exception):
     """Somebody here wants no more of it."""
@@ -35,7 +37,7 @@ class Waiting:
                 raise TimeoutError
             loop = asyncio.get_running_loop()
             self._news = news = loop.create_future()
-            alarm = loop.call_later(seconds, _expire, news)
+            alarm = loop.call_later(seconds, _expire, news, deadline)
             try:
                 if not await news:
                     raise TimeoutError
@@ -45,6 +47,14 @@ class Waiting:
             raise Stopped("stopped before the commit point")
 
 
-def _expire(news: asyncio.Future[bool]) -> None:
-    if not news.done():
+def _expire(news: asyncio.Future[bool], deadline: float) -> None:
+    if news.done():
+        return
+    now = monotonic()
+    if now - deadline > LATE:
+        # A process that was stopped (SIGSTOP, a paused machine) has not looked at its sockets for all that time, and
+        # what its peers sent meanwhile may still be on its way: RFC 6298 spaces retransmissions by a second and more.
+        # So such a timer says nothing about the peer, and the deadline counts only after another second of listening.
+        news.get_loop().call_later(LATE, _expire, news, now + LATE)
+    else:
         news.set_result(False)

@@ -46,12 +46,12 @@ FINISHED = "CASE WHEN p.final IN ('delivered', 'bounced', 'expired', 'dropped') 
 # waits for the route, looking for them.
 _NAMED = "d.message_id IN (SELECT message_id FROM @rows(:ids; message_id uuid)) AND d.state || '' = 'queued'"
 _CLAIM_SET = """SET state = 'sending', worker = :worker, claims = claims + 1, wanted = NULL,
-    wanted_why = NULL, due_at = @later(:far)"""
+    wanted_why = NULL, waiting_for = NULL, due_at = @later(:far)"""
 _ENVELOPE = "@hex(c.message_id), c.number, c.claims, c.route, m.sender, m.size, c.backoff_step, c.vanished"
 
 _RECORD_ROWS = """@rows(:records; message_id uuid, number int, claim int, state text, delay float8, backoff_step int,
-    outcome text, reply text, server text)"""
-_FINALS = f"""SELECT d.message_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server,
+    outcome text, reply text, server text, waiting_for text)"""
+_FINALS = f"""SELECT d.message_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server, x.waiting_for,
     CASE WHEN x.outcome = 'accepted' THEN 'delivered' WHEN d.wanted IS NOT NULL THEN {WANTED}
          WHEN x.state = 'deferred' AND d.expires_at <= @now THEN 'expired' ELSE x.state END AS final
     FROM {_RECORD_ROWS} JOIN deliveries d ON d.message_id = x.message_id AND d.number = x.number
@@ -63,7 +63,8 @@ _RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED},
     vanished = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable' THEN d.vanished ELSE 0 END,
     backoff_step = p.backoff_step, last_outcome = coalesce(p.outcome, d.last_outcome),
     last_reply = {SAID.format("CASE WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END")},
-    last_server = coalesce(p.server, d.last_server)"""
+    last_server = coalesce(p.server, d.last_server),
+    waiting_for = CASE WHEN p.final = 'deferred' THEN p.waiting_for END"""
 _ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at, outcome,
         reply, bytes_sent)
     SELECT message_id, delivery, claim, hop, @id(:worker), server, @ago(started_ago), @ago(finished_ago), outcome,
@@ -277,7 +278,11 @@ class Ledger:
             key, number = dashed(record.message_id), record.number
             state = "SELECT state FROM deliveries WHERE message_id = @id(:id) AND number = :number AND claims = :claim"
             found = self._sql.run(connection, state, id=key, number=number, claim=record.claim).scalar()
-            if found == State.SPLIT and not self._splitter.cut(connection, key, number, record.reply):
+            if found != State.SPLIT:
+                continue
+            if record.outcome is Outcome.UNSENDABLE:
+                self._splitter.part(connection, key, number)
+            elif not self._splitter.cut(connection, key, number, record.reply):
                 self._sql.run(
                     connection,
                     f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, due_at = {OWED}
@@ -301,6 +306,7 @@ def _record_row(record: Record) -> dict[str, Any]:
         "message_id": dashed(record.message_id), "number": record.number, "claim": record.claim,
         "state": record.state, "delay": record.delay, "backoff_step": record.backoff_step,
         "outcome": record.outcome, "reply": record.reply, "server": record.server,
+        "waiting_for": record.waiting_for,
     }  # fmt: skip
 
 

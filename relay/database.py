@@ -8,6 +8,7 @@ What must stay true: nothing here keeps a transaction open while a network peer 
 forget a commit is refused (`check_durable`).
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -15,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,10 @@ log = get_logger(__name__)
 OLDEST_SQLITE = (3, 38)
 # A statement that takes longer than this has met a dead host or a lock that nobody lets go of (seconds).
 STATEMENT_TIMEOUT = 30
+
+
+class TooLate(Exception):
+    """Nothing was written: the time to begin had passed before there was a connection and a turn to write."""
 
 
 class DatabaseError(Exception):
@@ -54,8 +60,11 @@ def normalized(url: str) -> URL:
     raise DatabaseError(f"RELAY_DATABASE_URL: {kind} is not supported; use PostgreSQL or an SQLite file")
 
 
-def connect(url: str, *, pool: int = 4, hot: bool = False) -> Engine:
-    """An engine for one process; opens no connection yet. `hot`: for the statements that each message passes."""
+def connect(url: str, *, pool: int = 4, hot: bool = False, timeout: float = STATEMENT_TIMEOUT) -> Engine:
+    """An engine for one process; opens no connection yet.
+
+    `hot`: for the statements that each message passes; `timeout`: seconds for a statement (PostgreSQL).
+    """
     made = normalized(url)
     if made.get_backend_name() == "postgresql":
         engine = sqlalchemy.create_engine(
@@ -66,7 +75,7 @@ def connect(url: str, *, pool: int = 4, hot: bool = False) -> Engine:
             pool_use_lifo=True,
             connect_args={"connect_timeout": 5, "tcp_user_timeout": 10_000, "keepalives_idle": 30},
         )
-        event.listen(engine, "connect", _prepare_postgresql)
+        event.listen(engine, "connect", partial(_prepare_postgresql, timeout))
         if hot:
             event.listen(engine, "connect", _prepare_hot)
         return engine
@@ -78,9 +87,10 @@ def connect(url: str, *, pool: int = 4, hot: bool = False) -> Engine:
     return engine
 
 
-def _prepare_postgresql(connection: Any, _record: Any) -> None:
+def _prepare_postgresql(timeout: float, connection: Any, _record: Any) -> None:
+    most = max(1, int(timeout * 1000))  # 0 would be no limit
     connection.execute(
-        f"SELECT set_config('jit', 'off', false), set_config('statement_timeout', '{STATEMENT_TIMEOUT}s', false),"
+        f"SELECT set_config('jit', 'off', false), set_config('statement_timeout', '{most}ms', false),"
         " set_config('idle_in_transaction_session_timeout', '60s', false)"
     )
     connection.commit()
@@ -149,13 +159,33 @@ def reading(engine: Engine) -> Iterator[Connection]:
 def is_outage(error: BaseException) -> bool:
     """Whether the database was away or not fit, and not the data at fault: the same statement may do later."""
     if not isinstance(error, DBAPIError):
-        return isinstance(error, sqlalchemy.exc.TimeoutError | OSError)
+        return isinstance(error, sqlalchemy.exc.TimeoutError | OSError | TooLate)
     if state := getattr(error.orig, "sqlstate", None):
         # 08: connection, 25: read-only, as a standby is, 40: deadlock, 42: not our schema, 53: out of resources, 55: a
         # lock, 57: cancelled or shutting down, 58: its disk. psycopg's classes say less: a value too long for its index
         # is an OperationalError too.
         return state[:2] in {"08", "25", "40", "42", "53", "55", "57", "58"}
-    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+    # A file that reads as malformed does so for every row, also while a disk fails or loses its power: the rows that
+    # are to be written are not at fault, and must be kept until it can be read again.
+    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError) or is_no_database(error)
+
+
+def committed_nothing(error: BaseException) -> bool:
+    """Whether an outage is known to have come before a COMMIT could be asked for.
+
+    PostgreSQL undoes the transaction with an ERROR; a FATAL may follow a COMMIT. Without a connection no statement ran,
+    but a connection that breaks leaves everything open. SQLite opens, locks and refuses to write before it commits.
+    """
+    if isinstance(error, DBAPIError):
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        if code is not None:
+            return code & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY)
+        if getattr(error.orig, "sqlstate", None):
+            return getattr(getattr(error.orig, "diag", None), "severity_nonlocalized", None) == "ERROR"
+        return error.statement is None and not error.connection_invalidated
+    if isinstance(error, OSError):
+        return error.errno == errno.EROFS  # the lock file
+    return isinstance(error, sqlalchemy.exc.TimeoutError | TooLate)
 
 
 def is_no_database(error: DBAPIError) -> bool:

@@ -25,6 +25,15 @@ missed. To find it, every sweep looks at the next LOOKED_AT deliveries of the qu
 index: a long queue makes warnings later, not sweeps. A round that found nothing late also found out when the next
 delivery becomes late. The next round begins then, or after a quarter of DELAY_WARNING, for what operators release.
 
+A notice that fails has a `due_at` too, and is settled in the same way. If a server refused it and it encloses something
+of the original, another notice with less is made from its text: the server may have refused what it encloses
+(header_checks, body_checks, a virus filter), and the sender knows that text already. Otherwise it is given up, and the
+log says so. No notice is made about a notice.
+
+A client may name any address as the sender, so a notice about mail from a client that the policy does not trust may go
+to a victim. It carries the header only; a sender gets at most one in LIMIT seconds; and none is made about mail to our
+own postmaster, which every client may send (RFC 5321 4.5.1). `deliveries.dsn_withheld` says why a sender is not told.
+
 What must stay true: the debt (or the mark) and the notice change in one transaction; nobody removes a file but the
 attempt that made it, and only while its transaction cannot have been committed; the original's body stays until then;
 nothing is owed to the null sender; a message that fails here (a defect of ours, say) is put off and holds up no other.
@@ -47,15 +56,18 @@ from relay.ids import dashed, new_id
 from relay.intake import Intake, NewMessage, NewRecipient
 from relay.log import first_line, get_logger
 from relay.needs import unneeded
-from relay.notices import BY_OPERATOR, Failure, Kind, Original, compose
-from relay.schema import State
+from relay.notices import BY_OPERATOR, Content, Failure, Kind, Original, Withheld, compose, reduced
+from relay.schema import Outcome, State
 from relay.settings import Settings, unwanted
+from relay.splits import can_carry
 
 log = get_logger(__name__)
 # How long a debt waits for the other deliveries of its message to be decided (seconds).
 GATHER = 30
 # Longer originals are returned as their header alone, unless RET=HDRS asked for that anyway (bytes).
 LONGEST_RETURNED = 50_000
+# How long a sender gets no second notice about mail from clients that are not trusted (seconds).
+LIMIT = 60
 # How long this process leaves a message alone that it could not make a notice about (seconds).
 PUT_OFF = 60.0
 # How many deliveries of the queue a sweep looks at for mail that is late.
@@ -89,7 +101,7 @@ _LOOK = f"""SELECT {{keys}}, d.age, d.age >= :late AND NOT {_WARNED.format("d.me
 _WALK = {State.DEFERRED: "due_at", State.QUEUED: "route, due_at", State.SENDING: "worker, due_at"}
 _ABOUT = """SELECT @hex(m.id) AS id, m.sender, m.size, m.header_message_id, m.envid, m.ret,
         @micros(m.received_at) AS received_at, r.address, r.orcpt, r.notify, d.number, d.state, d.last_reply,
-        d.last_server, d.last_outcome,
+        d.last_server, d.last_outcome, m.client_trusted, m.dsn_content, @hex(m.notice_of) AS notice_of,
         @micros(d.expires_at) AS expires_at,
         (SELECT @micros(max(a.finished_at)) FROM attempts a
          WHERE a.message_id = d.message_id AND a.delivery = d.number AND a.server IS NOT NULL) AS attempted_at
@@ -103,6 +115,12 @@ _DOUBTS = """SELECT d.number, d.parent, d.last_outcome = 'uncertain' OR EXISTS (
         WHERE a.message_id = d.message_id AND a.delivery = d.number
         AND (a.outcome = 'uncertain' OR (a.outcome = 'malformed' AND a.bytes_sent >= m.size)))
     FROM deliveries d JOIN messages m ON m.id = d.message_id WHERE d.message_id = @id(:id) ORDER BY d.number"""
+
+# Whether a sender may get a notice now, which uses it up. The row is locked until the notice is committed, so that two
+# workers do not both say yes. A time that lies ahead is one of a clock that has stepped back.
+_LIMITED = """INSERT INTO dsn_limits (sender, last_at) VALUES (:sender, @now)
+    ON CONFLICT (sender) DO UPDATE SET last_at = @now
+    WHERE dsn_limits.last_at <= @ago(:limit) OR dsn_limits.last_at > @later(:limit)"""
 
 
 class Debts:
@@ -121,7 +139,8 @@ class Debts:
     ) -> None:
         self._engine, self._spool, self._settings, self._route_for = engine, spool, settings, route_for
         self._refused = refused
-        self._sql = Statements(engine, gather=GATHER)
+        self._sql = Statements(engine, gather=GATHER, limit=LIMIT)
+        self._postmaster = {"postmaster", f"postmaster@{settings.hostname}".lower()}
         self._not_wanted = unwanted(settings)
         self._intake = Intake(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
         # Where the round of `warn` is: the states that it has still to go through, the key of the last delivery seen.
@@ -224,34 +243,51 @@ class Debts:
         if kind is not Kind.DELAYED and unneeded(self._engine, self._sql, [message_id]):
             self._spool.remove(message_id)
         if told:
-            log.info("notice made", id=notice, about=message_id, recipients=told, kind=str(kind))
+            log.info("notice made", id=notice, **told)
         return notice if told else None
 
-    def _settle(self, connection: Connection, message_id: str, notice: str) -> int:
-        """Clear what is owed about a message, with a notice if somebody wants one; how many recipients it names."""
+    def _settle(self, connection: Connection, message_id: str, notice: str) -> dict[str, Any]:
+        """Clear what is owed about a message, with a notice if somebody wants one; what the log says of it."""
         numbers = self._lock(connection, message_id, _OWED)
         rows = [row for row in self._rows(connection, message_id) if row["number"] in numbers]
         if not numbers or self._forgive(connection, message_id, rows):
-            return 0
-        told = [row for row in rows if _wants(row, "FAILURE")] if self._settings.bounces != "off" else []
-        if told:
-            self._make(connection, notice, told, delayed=False)
+            return {}
+        made: dict[str, Any] = {}
+        wanted = [row for row in rows if _wants(row, "FAILURE")] if self._settings.bounces != "off" else []
+        if wanted:
+            told, withheld = self._allowed(connection, wanted)
+            if told:
+                self._make(connection, notice, told, kind=Kind.BOUNCED)
+                made = {"about": message_id, "recipients": len(told), "kind": str(Kind.BOUNCED)}
+            if withheld:
+                log.warning("notice withheld", id=message_id, reason=str(withheld), kind=str(Kind.BOUNCED))
+            if silent := {row["number"] for row in wanted} - {row["number"] for row in told}:
+                self._set(connection, message_id, silent, f"dsn_withheld = '{withheld}'")
+        elif rows and rows[0]["dsn_content"] and self._settings.bounces != "off":
+            made = self._make_again(connection, notice, rows[0])
         self._set(connection, message_id, numbers, "due_at = NULL")
-        return len(told)
+        return made
 
-    def _warn(self, connection: Connection, message_id: str, notice: str) -> int:
-        """Warn of what is unfinished of a message; how many recipients that names."""
+    def _warn(self, connection: Connection, message_id: str, notice: str) -> dict[str, Any]:
+        """Warn of what is unfinished of a message; what the log says of it."""
         numbers = self._lock(connection, message_id, _WAITING)
         warned = f"SELECT {_WARNED.format('@id(:id)')}"
         if not numbers or self._sql.run(connection, warned, id=dashed(message_id)).scalar():
-            return 0
+            return {}
         # Also what a worker has locked at this moment: there will be no second warning.
         rows = [row for row in self._rows(connection, message_id) if row["state"] in ("queued", "sending", "deferred")]
-        told = [row for row in rows if _wants(row, "DELAY")]
-        if told:
-            self._make(connection, notice, told, delayed=True)
-            self._set(connection, message_id, numbers, "warned_at = @now")
-        return len(told)
+        wanted = [row for row in rows if _wants(row, "DELAY")]
+        if not wanted:
+            return {}
+        told, withheld = self._allowed(connection, wanted)
+        if withheld:
+            log.warning("notice withheld", id=message_id, reason=str(withheld), kind=str(Kind.DELAYED))
+        # A warning that is withheld is not made later either, or every sweep would ask about it again.
+        self._set(connection, message_id, numbers, "warned_at = @now")
+        if not told:
+            return {}
+        self._make(connection, notice, told, kind=Kind.DELAYED)
+        return {"about": message_id, "recipients": len(told), "kind": str(Kind.DELAYED)}
 
     def _lock(self, connection: Connection, message_id: str, which: str) -> set[int]:
         """Lock such deliveries of a message, and the message; the numbers of what nobody else has locked."""
@@ -262,11 +298,25 @@ class Debts:
         found: Sequence[Any] = self._sql.run(connection, _ABOUT, id=dashed(message_id)).mappings().all()
         return found
 
+    def _allowed(self, connection: Connection, rows: Sequence[Any]) -> tuple[Sequence[Any], Withheld | None]:
+        """Those of these recipients of a message that its sender may be told of now, and why not of the others."""
+        sender = rows[0]["sender"]
+        if not can_carry(sender):
+            return [], Withheld.ADDRESS
+        if not _is_strangers(rows[0]):
+            return rows, None
+        told = [row for row in rows if row["address"].lower() not in self._postmaster]
+        if not told:
+            return [], Withheld.POSTMASTER
+        if not self._sql.run(connection, _LIMITED, sender=sender.lower()).rowcount:
+            return [], Withheld.RATE
+        return told, Withheld.POSTMASTER if len(told) < len(rows) else None
+
     def _forgive(self, connection: Connection, message_id: str, rows: Sequence[Any]) -> bool:
         """Defer again what a server refused for our sake and not the mail's; True if there was any."""
         about_us = {
             row["number"]: row for row in rows
-            if row["state"] == "bounced" and self._about_us(row["last_reply"] or "")
+            if _is_refused(row) and self._not_wanted.search(row["last_reply"] or "")
         }  # fmt: skip
         for number, row in sorted(about_us.items()):
             self._sql.run(
@@ -281,12 +331,9 @@ class Debts:
                 self._refused(row["last_server"], row["last_reply"])
         return bool(about_us)
 
-    def _about_us(self, reply: str) -> bool:
-        return not reply.startswith(BY_OPERATOR) and self._not_wanted.search(reply) is not None
-
-    def _make(self, connection: Connection, notice: str, rows: Sequence[Any], *, delayed: bool) -> None:
-        """Write the body, then insert the message; the caller's transaction makes both true or neither."""
-        first = rows[0]
+    def _make(self, connection: Connection, notice: str, rows: Sequence[Any], *, kind: Kind) -> None:
+        """Make a notice about these recipients of a message."""
+        first, delayed = rows[0], kind is Kind.DELAYED
         original = Original(
             first["id"], first["sender"], _moment(first["received_at"]), first["header_message_id"], first["envid"]
         )
@@ -299,12 +346,13 @@ class Debts:
             )
             for row in rows
         ]  # fmt: skip
-        full = not delayed and first["ret"] != "HDRS" and first["size"] <= LONGEST_RETURNED
+        whole = not delayed and first["ret"] != "HDRS"  # is what the sender may expect
+        full = whole and first["size"] <= LONGEST_RETURNED and not _is_strangers(first)
         content = self._content(first["id"], first["size"], full=full)
         left_out = ""
         if content is None:
             left_out = "Your message could not be read again, and is not returned."
-        elif not full and not delayed and first["ret"] != "HDRS":
+        elif whole and first["size"] > LONGEST_RETURNED:
             left_out = f"Only its header is returned: the message is longer than {LONGEST_RETURNED:,} bytes."
         text = compose(
             notice,
@@ -316,12 +364,34 @@ class Debts:
             full=full,
             left_out=left_out,
         )
+        enclosed = Content.NONE if content is None else Content.FULL if full else Content.HEADER
+        self._put(connection, notice, text, first["sender"], about=first["id"], content=enclosed)
+
+    def _make_again(self, connection: Connection, notice: str, failed: Any) -> dict[str, Any]:
+        """A notice failed: make it again with less of the original, or give it up; what the log says of the new one."""
+        text, less = None, Content(failed["dsn_content"]).less
+        if _is_refused(failed) and less:
+            try:
+                with os.fdopen(self._spool.open(failed["id"], failed["size"]), "rb") as body:
+                    text = reduced(body.read(), failed["id"], notice, less)
+            except BodyUnsendable as error:  # a fault of the disk is no reason: it is raised, and the attempt repeated
+                log.warning("notice not read", id=failed["id"], reason=str(error))
+        if text is None or less is None:
+            log.error("notice given up", id=failed["id"], about=failed["notice_of"], reply=failed["last_reply"])
+            return {}
+        self._put(connection, notice, text, failed["address"], about=failed["notice_of"], content=less)
+        return {"about": failed["notice_of"], "instead_of": failed["id"], "content": str(less)}
+
+    def _put(
+        self, connection: Connection, notice: str, text: bytes, address: str, *, about: str, content: Content
+    ) -> None:
+        """Write the body, then insert the message; the caller's transaction makes both true or neither."""
         size = self._spool.store(notice, [text])
-        recipient = NewRecipient(first["sender"], notify="NEVER", route=self._route_for(first["sender"]))
+        recipient = NewRecipient(address, notify="NEVER", route=self._route_for(address))
         message = NewMessage(
             notice, "", size, [recipient], "", self._settings.hostname, "NOTICE",
-            header_message_id=f"<{notice}@{self._settings.hostname}>", notice_of=first["id"],
-            body_type="7BIT" if text.isascii() else "8BITMIME",
+            header_message_id=f"<{notice}@{self._settings.hostname}>", notice_of=about,
+            body_type="7BIT" if text.isascii() else "8BITMIME", dsn_content=content,
         )  # fmt: skip
         self._intake.insert(connection, [message])
 
@@ -357,6 +427,17 @@ def _wants(row: Any, what: str) -> bool:
     """Whether the sender asked to hear of this recipient's FAILURE or DELAY (RFC 3461 4.1), and can be told."""
     asked = row["notify"] is None or what in row["notify"].upper().split(",")
     return asked and row["sender"] not in ("", "#@[]")
+
+
+def _is_refused(row: Any) -> bool:
+    """Whether a server's D made it bounce, and no operator or fault of its envelope."""
+    refused = row["state"] == State.BOUNCED and row["last_outcome"] == Outcome.REJECTED
+    return refused and not (row["last_reply"] or "").startswith(BY_OPERATOR)
+
+
+def _is_strangers(row: Any) -> bool:
+    """Whether the message came from a client that the policy does not trust; older rows do not say."""
+    return row["client_trusted"] is not None and not row["client_trusted"]
 
 
 def _plain(key: object) -> str:

@@ -8,12 +8,13 @@ again is how a COMMIT in doubt is settled: the repeat waits for the first transa
 """
 
 import json
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine, text
 
-from relay.database import writing_once
+from relay.database import TooLate, writing_once
 from relay.dialect import dialect_of
 from relay.ids import dashed
 from relay.log import escaped
@@ -30,7 +31,10 @@ class NewRecipient(NamedTuple):
 
 
 class NewMessage(NamedTuple):
-    """A message whose body is safe on disk. `size` is that body's, in bytes."""
+    """A message whose body is safe on disk. `size` is that body's, in bytes.
+
+    `client_trusted`: whether the policy trusts the client (None: there is none). `dsn_content`: what a DSN encloses.
+    """
 
     id: str
     sender: str
@@ -45,11 +49,14 @@ class NewMessage(NamedTuple):
     ret: str | None = None
     envid: str | None = None
     notice_of: str | None = None
+    client_trusted: bool | None = None
+    dsn_content: str | None = None
 
 
 _MESSAGE_COLUMNS = (
     "sender text, size bigint, client_address text, helo text, protocol text, auth_user text,"
-    " header_message_id text, body_type text, ret text, envid text, notice_of uuid"
+    " header_message_id text, body_type text, ret text, envid text, notice_of uuid, client_trusted boolean,"
+    " dsn_content text"
 )
 _MESSAGE_NAMES = ", ".join(column.split()[0] for column in _MESSAGE_COLUMNS.split(","))
 
@@ -80,9 +87,14 @@ class Intake:
         else:
             self._statements = [text(spell(part)) for part in PARTS]
 
-    def commit(self, messages: Sequence[NewMessage]) -> list[None]:
-        """Insert a round of messages in one transaction; raises the database's errors."""
+    def commit(self, messages: Sequence[NewMessage], begin_by: float = float("inf")) -> list[None]:
+        """Insert a round of messages in one transaction; raises the database's errors.
+
+        Raises TooLate when there is a connection, and a turn to write, only after `begin_by` (monotonic).
+        """
         with writing_once(self._engine) as connection:
+            if time.monotonic() > begin_by:
+                raise TooLate("no connection or no turn to write in time")
             self.insert(connection, messages)
         return [None] * len(messages)
 
@@ -121,4 +133,5 @@ def _message_row(key: str, message: NewMessage) -> dict[str, object]:
         "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
         "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
         "notice_of": dashed(message.notice_of) if message.notice_of else None,
+        "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
     }  # fmt: skip

@@ -54,6 +54,7 @@ class Record:
     delay: float = 0.0
     backoff_step: int = 0
     tries: list[Try] = field(default_factory=list)
+    waiting_for: str | None = None  # what alone it is deferred for
 
 
 @dataclass(slots=True)
@@ -80,6 +81,11 @@ class Recorded:
 
     state: State | None
     body_free: bool
+
+
+def waits_for(route: str) -> str:
+    """What stands in `waiting_for` of a delivery that only its route keeps waiting."""
+    return f"route:{route}"
 
 
 type Item = Record | Wish | Renewal

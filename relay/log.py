@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
 
 _ADDRESSES = ("sender", "recipient")
-_LOCAL_PART = re.compile(r'(?:"[^"]*"|[^\s<>()\[\],;:"]+)@')
+_ADDRESS = re.compile(r'"[^"]*"@|[^\s<>()\[\],;:"]+')
+"""A quoted local part, or a whole word, which may hold an address. Each character of a text is read once or twice: a
+pattern that looks for `@` behind a word tries again at each character of a word without one, and peers write words."""
 
 
 class _Logger:
@@ -55,7 +57,8 @@ def escaped(data: bytes | str, longest: int = 500) -> str:
 
 def first_line(error: BaseException | None) -> str:
     """What an error says, as one bounded line; SQLAlchemy's put statement and parameters below theirs."""
-    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
+    # Cut only then: without its `@` a password would not be known for one.
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
 def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -63,8 +66,13 @@ def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Muta
         if isinstance(value, str) and value and name in _ADDRESSES:
             event[name] = "...@" + value.rpartition("@")[2]
         elif isinstance(value, str) and "@" in value:  # words of a server or of a library
-            event[name] = _LOCAL_PART.sub("...@", value)
+            event[name] = _ADDRESS.sub(_without_local_part, value)
     return event
+
+
+def _without_local_part(word: re.Match[str]) -> str:
+    local, _, domain = word[0].rpartition("@")
+    return f"...@{domain}" if local else word[0]
 
 
 _ENCODER = json.JSONEncoder(default=repr)  # json.dumps would make one for every event

@@ -17,7 +17,7 @@ from functools import cache, partial
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Connection, Engine
@@ -25,6 +25,7 @@ from sqlalchemy import Connection, Engine
 from relay.bodies import Spool
 from relay.database import reading
 from relay.dialect import Statements
+from relay.listener import listen
 from relay.log import get_logger
 from relay.schema import UNFINISHED
 from relay.settings import Settings
@@ -178,7 +179,7 @@ def serve(settings: Settings, *collectors: Collector) -> Callable[[], None]:
     taken = []
     for host, port in settings.metrics_listen:
         try:
-            server, _ = start_http_server(port, host or "0")  # 0 is every IPv4 address
+            server = listen(host, port)
         except OSError as error:
             taken.append(f"{host}:{port}: {error.strerror}")
             continue

@@ -3,6 +3,9 @@
 A notice is a message from the null sender: words for people, a `message/delivery-status` for programs, and the original
 or its header. This module only writes the text; when one is owed, and that it is made exactly once, is `relay.debts`.
 
+A server may refuse a notice for what it encloses. `reduced` makes it again from its own text, with less of the
+original, which is gone from the spool by then.
+
 Two things it is careful about. When a try ended without an answer nobody knows whether the message arrived: it says so,
 and not that it could not be delivered. And what we say of a server is not what the server said: only its own words
 become a `Diagnostic-Code`, ours are for people, and an operator's name is for nobody.
@@ -27,6 +30,8 @@ _HEX = re.compile(r"\+([0-9A-F]{2})")
 BY_OPERATOR = "bounced by an operator"  # what stands for the server's words when nobody asked a server
 HELD_BY = "held by "  # and who did that, until the next try
 DOUBT = "It may have arrived all the same: all of it was sent to a server once, and no valid answer came."
+_EIGHT = "\nContent-Transfer-Encoding: 8bit"
+_TEXT, _STATUS_PART, _HEADERS = "text/plain; charset=us-ascii", "message/delivery-status", "text/rfc822-headers"
 _LINE = 900  # of a header, well below RFC 5322's 998
 
 
@@ -36,6 +41,33 @@ class Kind(StrEnum):
     BOUNCED = "bounced"
     EXPIRED = "expired"
     DELAYED = "delayed"
+
+
+class Content(StrEnum):
+    """What a notice encloses of the original (`messages.dsn_content`)."""
+
+    FULL = "full"
+    HEADER = "header"
+    NONE = "none"
+
+    @property
+    def less(self) -> "Content | None":
+        """What a notice encloses that is made again because this was refused; None if nothing is left to drop."""
+        return {Content.FULL: Content.HEADER, Content.HEADER: Content.NONE}.get(self)
+
+
+class Withheld(StrEnum):
+    """Why a sender gets no notice that is due (`deliveries.dsn_withheld`)."""
+
+    RATE = "rate"
+    POSTMASTER = "postmaster"
+    ADDRESS = "address"
+
+
+_REDUCED = {
+    Content.HEADER: "Only its header is returned: a mail server refused this notice with the whole message.",
+    Content.NONE: "Your message is not returned: a mail server refused this notice with its header.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +97,8 @@ class Failure:
     @property
     def sent_back(self) -> bool:
         """Whether an operator bounced it, and no server."""
-        return self.kind is Kind.BOUNCED and (self.outcome != Outcome.REJECTED or self.reply.startswith(BY_OPERATOR))
+        ours = self.reply.startswith(BY_OPERATOR) or self.outcome not in (Outcome.REJECTED, Outcome.UNSENDABLE)
+        return self.kind is Kind.BOUNCED and ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,30 +152,50 @@ def compose(
     is not returned.
     """
     delayed = all(failure.kind is Kind.DELAYED for failure in failures)
-    boundary = f"=_{notice_id}"
     words = _words(hostname, original, failures, left_out, delayed=delayed)
     parts = [
-        ("text/plain; charset=us-ascii", words.encode("ascii")),
-        ("message/delivery-status", _report(hostname, original, failures).encode("ascii")),
+        (_TEXT, words.encode("ascii")),
+        (_STATUS_PART, _report(hostname, original, failures).encode("ascii")),
     ]
     if content is not None:
-        parts.append(("message/rfc822" if full else "text/rfc822-headers", content))
+        parts.append(("message/rfc822" if full else _HEADERS, content))
     eight = content is not None and not content.isascii()
     subject = "Undelivered mail returned to sender"
     if delayed:
         subject = "Delayed mail (still being retried)"
     elif all(failure.doubt for failure in failures):
         subject = "Mail that may not have been delivered"
-    made = [_header(notice_id, hostname, now, original, boundary, subject, eight=eight).encode("ascii")]
+    return _joined(notice_id, _header(notice_id, hostname, now, original, subject, eight=eight).encode("ascii"), parts)
+
+
+def reduced(wire: bytes, notice_id: str, new_id: str, content: Content) -> bytes:
+    """The notice `notice_id`, whose text is `wire`, as another one that encloses `content` of the original and no more.
+
+    Raises ValueError if `wire` is no notice of ours.
+    """
+    # The original cannot hold the boundary: it came before the id was made that the boundary consists of.
+    pieces = wire.removesuffix(f"\n--=_{notice_id}--\n".encode()).split(f"\n--=_{notice_id}\n".encode(), 3)
+    head, words, report, *originals = (pieces[0], *(piece.partition(b"\n\n")[2] for piece in pieces[1:]))
+    told, last, number = words.rpartition(b"\nQueue id:")
+    left_out = "\n".join(["", "", *textwrap.wrap(_REDUCED[content], 76), ""]).encode("ascii")
+    parts = [(_TEXT, told + last + number.partition(b"\n")[0] + left_out), (_STATUS_PART, report)]
+    if content is Content.HEADER:
+        parts.append((_HEADERS, originals[0].partition(b"\n\n")[0] + b"\n"))
+    if all(body.isascii() for _, body in parts):
+        head = head.replace(_EIGHT.encode("ascii"), b"")
+    return _joined(new_id, head.replace(notice_id.encode("ascii"), new_id.encode("ascii")), parts)
+
+
+def _joined(notice_id: str, head: bytes, parts: Sequence[tuple[str, bytes]]) -> bytes:
+    """A notice from its header and its parts, each a type and a body."""
+    made = [head]
     for kind, body in parts:
-        encoding = "\nContent-Transfer-Encoding: 8bit" if eight and body is content else ""
-        made.append(f"\n--{boundary}\nContent-Type: {kind}{encoding}\n\n".encode() + body)
-    return b"".join(made) + f"\n--{boundary}--\n".encode()
+        encoding = "" if body.isascii() else _EIGHT
+        made.append(f"\n--=_{notice_id}\nContent-Type: {kind}{encoding}\n\n".encode() + body)
+    return b"".join(made) + f"\n--=_{notice_id}--\n".encode()
 
 
-def _header(
-    notice_id: str, hostname: str, now: datetime, original: Original, boundary: str, subject: str, *, eight: bool
-) -> str:
+def _header(notice_id: str, hostname: str, now: datetime, original: Original, subject: str, *, eight: bool) -> str:
     date = format_datetime(now)
     lines = [
         f"Received: by {hostname} (qmqp-relay) id {notice_id};\n\t{date}",
@@ -153,12 +206,12 @@ def _header(
         f"Message-ID: <{notice_id}@{hostname}>",
         "Auto-Submitted: auto-replied",
         "MIME-Version: 1.0",
-        f'Content-Type: multipart/report; report-type=delivery-status;\n\tboundary="{boundary}"',
+        f'Content-Type: multipart/report; report-type=delivery-status;\n\tboundary="=_{notice_id}"',
     ]
     if original.header_message_id:
         lines.insert(6, f"References: {escaped(original.header_message_id, _LINE)}")
     if eight:
-        lines.append("Content-Transfer-Encoding: 8bit")
+        lines[-1] += _EIGHT
     return "\n".join([*lines, "", "This is a MIME-encapsulated message.", ""])
 
 
@@ -180,8 +233,8 @@ def _words(hostname: str, original: Original, failures: Sequence[Failure], left_
             *textwrap.wrap(why, 72, initial_indent="    ", subsequent_indent="    "),
             "",
         ]
-    lines += [*textwrap.wrap(left_out, 76), ""] if left_out else []
     lines += [f"Received here: {format_datetime(original.received_at)}", f"Queue id:      {original.id}", ""]
+    lines += [*textwrap.wrap(left_out, 76), ""] if left_out else []  # the last: `reduced` puts other words there
     return "\n".join(lines)
 
 
@@ -191,6 +244,8 @@ def _why(failure: Failure) -> str:
     if failure.sent_back:
         reason = ours.removeprefix(BY_OPERATOR) if ours.startswith(BY_OPERATOR) else "."
         return f"It was sent back by an operator of this relay{reason}"
+    if failure.kind is Kind.BOUNCED and failure.outcome == Outcome.UNSENDABLE:
+        return "It was not sent: no mail server can be given this address."
     if failure.kind is Kind.BOUNCED:
         return f"The mail server refused it: {heard}" if heard else "The mail server refused it and gave no reason."
     if heard:

@@ -207,7 +207,7 @@ class Queue:
         key = {"id": dashed(message_id)}
         found = self.all(
             "SELECT @hex(id) AS queue_id, sender, size, @when(received_at) AS received_at, client_address, helo,"
-            " protocol, auth_user, header_message_id, body_type, ret, envid, @hex(notice_of) AS notice_of"
+            " protocol, auth_user, header_message_id, body_type, ret, envid, @hex(notice_of) AS notice_of, dsn_content"
             " FROM messages WHERE id = @id(:id)",
             **key,
         )
@@ -221,7 +221,7 @@ class Queue:
             "deliveries": self.all(
                 "SELECT number, parent, route, state, @when(due_at) AS due_at, @when(expires_at) AS expires_at, claims,"
                 " @hex(worker) AS worker, backoff_step, vanished, wanted, last_outcome, last_reply, last_server,"
-                f" @when(finished_at) AS finished_at {of.format('deliveries')} number",
+                f" dsn_withheld, @when(finished_at) AS finished_at {of.format('deliveries')} number",
                 **key,
             ),
             "attempts": self.all(
@@ -241,10 +241,14 @@ class Queue:
         return self.all("SELECT * FROM server_health ORDER BY server")
 
     def notices(self, message_id: str) -> list[Row]:
-        """Notices about a message: `queue_id` and `received_at`. Found by their recipient, which has an index."""
+        """Notices about a message, oldest first: `queue_id`, `received_at`, `dsn_content` and what of their delivery
+        `commands.why` needs. Found by their recipient, which has an index."""
         return self.all(
-            """SELECT DISTINCT @hex(n.id) AS queue_id, @when(n.received_at) AS received_at
+            """SELECT @hex(n.id) AS queue_id, @when(n.received_at) AS received_at, n.dsn_content, d.state,
+                @when(d.due_at) AS due_at, @when(d.finished_at) AS finished_at, d.last_outcome, d.last_reply,
+                d.last_server
             FROM messages m JOIN recipients r ON r.address = m.sender JOIN messages n ON n.id = r.message_id
+            JOIN deliveries d ON d.message_id = r.message_id AND d.number = r.delivery
             WHERE m.id = @id(:id) AND n.notice_of = m.id ORDER BY 1""",
             id=dashed(message_id),
         )

@@ -6,7 +6,8 @@ thread that does so with what is put from any other, and hands the answers over 
 
 A round that the database refuses for its data is run again row by row, so that one bad row fails alone. A round whose
 connection broke is run again whole until the database is back: the statements are idempotent and their keys are ours,
-so that a COMMIT in doubt is settled by asking again. Who cannot wait gives a deadline and is then answered `Unsettled`.
+so that a COMMIT in doubt is settled by asking again. Who cannot wait gives a deadline and is then answered `Unsettled`;
+or with the database's error, if no try came as far as a COMMIT: then no row can come, and nothing is kept for it.
 
 What must stay true: an item is answered exactly once; the order of items is kept; an item is never forgotten while its
 deadline has not passed.
@@ -18,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from relay.database import is_outage
+from relay.database import committed_nothing, is_outage
 from relay.log import first_line, get_logger
 
 log = get_logger(__name__)
@@ -54,14 +55,15 @@ def hand_over[Item](answers: Answers[Item]) -> None:
 class Rounds[Item, Result]:
     """Commits one round after the other, whatever it takes.
 
-    `commit` takes a round's items and gives their results in the same order, in one transaction. While the database is
+    `commit` takes a round's items and gives their results in the same order, in one transaction; it writes nothing
+    when it gets to that only after the moment (monotonic) which is the earliest deadline of them. While the database is
     away `rest` waits so many seconds, and says False when it is time to give up; `late` gets those whose deadline has
     passed meanwhile.
     """
 
     def __init__(
         self,
-        commit: Callable[[Sequence[Item]], Sequence[Result]],
+        commit: Callable[[Sequence[Item], float], Sequence[Result]],
         *,
         rest: Callable[[float], bool],
         late: Callable[[Answers[Item]], object],
@@ -69,32 +71,38 @@ class Rounds[Item, Result]:
         self._commit, self._rest, self._late = commit, rest, late
         self.stuck = False  # the database is away
 
-    def settle(self, round_: list[Entry[Item]]) -> Answers[Item]:
-        """Commit a round; the answers, one an entry: its result, its row's error, or Unsettled."""
+    def settle(self, round_: list[Entry[Item]], *, doubt: bool = False) -> Answers[Item]:
+        """Commit a round; the answers, one an entry: its result, its row's error, an outage's, or Unsettled.
+
+        `doubt`: a try before this one may have committed it.
+        """
         pause = _PAUSE
         while round_:
+            begin_by = min((entry.deadline for entry in round_ if entry.deadline is not None), default=float("inf"))
             try:
-                results = self._commit([entry.item for entry in round_])
+                results = self._commit([entry.item for entry in round_], begin_by)
             except Exception as error:
                 if not is_outage(error):
-                    return self._one_by_one(round_, error)
+                    return self._one_by_one(round_, error, doubt=doubt)
                 self._say(error)
+                doubt = doubt or not committed_nothing(error)
+                fault = Unsettled() if doubt else error
             else:
                 self.stuck = False
                 return list(zip(round_, results, strict=True))
             if not self._rest(pause):
-                return [(entry, Unsettled()) for entry in round_]
+                return [(entry, fault) for entry in round_]
             late = [entry for entry in round_ if entry.deadline is not None and entry.deadline <= time.monotonic()]
-            self._late([(entry, Unsettled()) for entry in late])
+            self._late([(entry, fault) for entry in late])
             round_ = [entry for entry in round_ if entry not in late]
             pause = min(pause * 2, _LONGEST_PAUSE)
         return []
 
-    def _one_by_one(self, round_: list[Entry[Item]], error: Exception) -> Answers[Item]:
+    def _one_by_one(self, round_: list[Entry[Item]], error: Exception, *, doubt: bool) -> Answers[Item]:
         if len(round_) == 1:
             log.error("row refused by the database", reason=first_line(error))
             return [(round_[0], error)]
-        return [answer for entry in round_ for answer in self.settle([entry])]
+        return [answer for entry in round_ for answer in self.settle([entry], doubt=doubt)]
 
     def _say(self, error: Exception) -> None:
         if not self.stuck:
@@ -105,7 +113,7 @@ class Rounds[Item, Result]:
 class Writer[Item, Result]:
     """A thread that commits what has gathered.
 
-    `commit` is as in `Rounds`; `post` runs a function where the answers belong (an event loop's
+    `commit` is as in `Rounds`, but for the moment; `post` runs a function where the answers belong (an event loop's
     `call_soon_threadsafe`); `largest` bounds a round. While items come in numbers, they are let gather for `gather`
     seconds: a row in a round of eight costs half of what it costs in a round of four.
     """
@@ -120,7 +128,7 @@ class Writer[Item, Result]:
         gather: float = 0.0,
         rounds_of: Callable[[int, float], None] | None = None,
     ) -> None:
-        self.rounds = Rounds(commit, rest=self._rest, late=self._answer)
+        self.rounds = Rounds(lambda items, _: commit(items), rest=self._rest, late=self._answer)
         self._post, self._largest, self._gather = post, largest, gather
         self._observe = rounds_of
         self._waiting: deque[Entry[Item]] = deque()
@@ -134,7 +142,7 @@ class Writer[Item, Result]:
         self._thread.start()
 
     def put(self, item: Item, done: Callable[[Result | Exception], None], deadline: float | None = None) -> None:
-        """Hand an item over; `done` gets its result, its row's error, or Unsettled after `deadline` (monotonic)."""
+        """Hand an item over; `done` gets its result, its row's error, or Unsettled or an outage's after `deadline`."""
         entry = Entry(item, done, deadline)
         with self._changed:
             self._waiting.append(entry)

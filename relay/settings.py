@@ -25,6 +25,8 @@ PREFIX = "RELAY_"
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+)\s*([KMG]?)i?B?", re.IGNORECASE)
+_PASSWORD = re.compile(r"(?<=password=)[^&\s]+")
+_VALUE = re.compile(r"([?&][^=&?]*=)[^&]*")
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -150,6 +152,9 @@ class Settings(BaseSettings):
     unauthorized_replies: Patterns = (
         "not authori[sz]ed to use",
         "client (host )?(is )?not (allowed|authori[sz]ed)",
+        # mailfront says these to a client that may not relay, whatever the recipient is.
+        "not configured to accept that recipient",
+        "not allowed to use this mail server",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -183,11 +188,14 @@ class SmtpdSettings(Settings):
     publish: str = ""
     client_networks: Words = ("127.0.0.0/8", "::1")
     recipient_domains: Words = ()
+    allow_untrusted_routing: bool = False
+    bare_cr: Literal["reject", "strip"] = "reject"
     max_message_size: Size = 25 << 20
     max_recipients: Annotated[int, Field(ge=100)] = 1000
     max_connections: Count = 1000
     max_connections_per_client: Count = 50
     smtp_timeout: Duration = 300.0
+    session_timeout: Duration = 3600.0
     accept_deadline: Duration = 60.0
     drain_timeout: Duration = 30.0
 
@@ -280,6 +288,17 @@ def _advice(name: str, near: list[str]) -> str:
     return f"ignoring {name}, which is no setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def redacted(url: str) -> str:
-    """A URL without its password, fit to be printed."""
-    return re.sub(r"(?<=password=)[^&\s]+", "***", re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", url))
+def redacted(text: str) -> str:
+    """A URL, or words with one in them, without its password and the values of its parameters, fit to be printed.
+
+    A password may hold anything, also what should have been escaped: it reaches to the last `@`. Any parameter may be
+    one that a driver takes for a secret (`sslpassword`). What cannot be told from a secret is not shown.
+    """
+    start, scheme, rest = text.partition("://")
+    user, colon, secret = rest.partition(":")
+    secret, at, host = secret.rpartition("@")
+    if colon and at:
+        if "=" in secret.partition("?")[2].rpartition("&")[2]:  # the `@` may stand in the value of a parameter
+            host = host.partition("&")[2]
+        rest = f"{user}:***@{host}"
+    return _PASSWORD.sub("***", start) + scheme + _PASSWORD.sub("***", _VALUE.sub(r"\1***", rest))

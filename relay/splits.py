@@ -6,7 +6,11 @@ its recipients each. This goes on until the bad one stands alone; it alone bounc
 
 That is only worth trying while the refusal is about an address (RFC 3463 x.1.y). If both first halves were refused in
 the same words by servers of one route it was not, and everything bounces; so it does once a message has been cut into
-LARGEST pieces.
+LARGEST pieces. A refusal because there are too many recipients (x.5.3) is another matter: both halves may be refused in
+the same words and yet their own halves not, so it is cut until the server takes it or a recipient stands alone.
+
+A delivery may also have recipients that no QMQP request can carry: rows of an older version, or of another door. Then
+one child has those, the other the rest: the first bounces when it is claimed, the second is sent.
 
 Who gives waiting mail the routes of today (relay/verbs.py) divides it in the same way where they differ: two by two,
 until each piece has one. No new delivery is without a parent, so that numbers of children stay the parent's alone to
@@ -22,14 +26,17 @@ that somebody else has locked are skipped, or, where that would not do, the whol
 """
 
 import json
+import re
 from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
+from qmqp.request import is_sendable
 from relay.dialect import Statements
 from relay.schema import OWED
 
 LARGEST = 64
+TOO_MANY_RECIPIENTS = re.compile(r"(?<![\w.])[45]\.5\.3(?!\.?\w)")  # RFC 3463 x.5.3
 
 _FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.message_id = d.message_id) AS pieces,
         (SELECT count(*) FROM deliveries o WHERE o.message_id = d.message_id AND o.parent IS NULL) AS roots,
@@ -47,6 +54,8 @@ _CHILDREN = """INSERT INTO deliveries (message_id, number, parent, route, state,
     WHERE message_id = @id(:id) AND number = :number"""
 _GIVE = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id) AND delivery = :number
     AND position <= :until"""
+_ADDRESSES = """SELECT position, address FROM recipients WHERE message_id = @id(:id) AND delivery = :number
+    ORDER BY position"""
 _PIECE = """INSERT INTO deliveries (message_id, number, parent, route, state, due_at, expires_at, vanished,
         last_outcome, last_reply, last_server)
     SELECT message_id, :child, number, :route, state, due_at, expires_at, vanished,
@@ -64,6 +73,14 @@ _REFUSED = f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now,
     last_reply = :reply, due_at = {OWED} WHERE message_id = @id(:id)"""
 
 
+def can_carry(address: str) -> bool:
+    """Whether a QMQP request can carry this address, as `Request` judges it. What has no bytes in latin-1 has none."""
+    try:
+        return is_sendable(address.encode("latin-1"))
+    except UnicodeEncodeError:
+        return False
+
+
 class Splitter:
     """Cuts refused deliveries in two, in the transaction of whoever records the refusal."""
 
@@ -79,9 +96,13 @@ class Splitter:
         if not positions:
             return True
         parent, pieces, roots, grandparent = self._sql.run(connection, _FAMILY, id=key, number=number).one()
-        if parent is not None and grandparent is None and self._both_refused(connection, key, number, parent, reply):
-            return False
-        if pieces + 2 > LARGEST or len(positions) == 1:
+        if not TOO_MANY_RECIPIENTS.search(reply):
+            first_half = parent is not None and grandparent is None
+            if first_half and self._both_refused(connection, key, number, parent, reply):
+                return False
+            if pieces + 2 > LARGEST:
+                return False
+        if len(positions) == 1:
             return False
         middle = positions[(len(positions) - 1) // 2]
         first = _first_child(roots, number)
@@ -89,6 +110,22 @@ class Splitter:
             self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
             self._sql.run(connection, _GIVE, id=key, number=number, child=child, until=until)
         return True
+
+    def part(self, connection: Connection, key: str, number: int) -> None:
+        """Give the recipients that can be sent to one child, the others to a second one (or see that it was done).
+
+        No limit on pieces applies: neither child is ever parted again. The caller has locked the delivery.
+        """
+        parts: dict[bool, list[int]] = {True: [], False: []}
+        for position, address in self._sql.run(connection, _ADDRESSES, id=key, number=number).all():
+            parts[can_carry(address)].append(position)
+        if not any(parts.values()):
+            return
+        first = _first_child(self._sql.run(connection, _FAMILY, id=key, number=number).one()[2], number)
+        for child, positions in enumerate(parts.values(), first):
+            self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
+            listed = json.dumps([{"position": position} for position in positions])
+            self._sql.run(connection, _HAND_OVER, id=key, child=child, positions=listed)
 
     def divide(self, connection: Connection, key: str, number: int, ways: Mapping[str, list[int]]) -> None:
         """Give the recipients of a delivery that waits, by position, the routes that they have in `ways`.

@@ -4,6 +4,7 @@ Nothing here gives up because something is away: services start in any order, al
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ def ready(settings: Settings) -> Ready:
     """Wait for the database, then check it and the spool; raises DatabaseError or SpoolError."""
     for warning in unknown_names():
         log.warning(warning)
+    os.umask(0o077)  # as commands do, for a worker that `celery` started
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = database.connect(settings.database_url, hot=True)
     return insistent(lambda: _checked(settings, engine))

@@ -6,13 +6,15 @@ clock (`bury`); then whatever it was sending becomes `uncertain`, in one transac
 
 Every `due_at` is the database's time when it was written and a wait. If the clock of the database is set back, what
 was written before is further ahead than any wait: then it is no answer to when, and counts as due (`bring_near`).
+What is deferred only because no server of its route could be reached has `waiting_for` set to `route:NAME`. It becomes
+due before its time when a server of the route answers again, the route gets one, or a pause ends (`wake`).
 
 What must stay true: nobody is declared dead because the database was away; what was in flight when a worker was lost is
 never quietly sent again: it gets an attempt of outcome `uncertain` first (hop 0).
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine
@@ -21,6 +23,7 @@ from relay.claims import DUE, FINISHED, KEYS, SAID, WANTED, longest_claim
 from relay.database import reading, writing
 from relay.dialect import Statements
 from relay.ids import dashed
+from relay.items import waits_for
 from relay.settings import WorkerSettings
 
 _LOST = f"""SELECT d.message_id, d.number, d.claims, d.worker, :delay * (1 + @chance / 2) AS delay,
@@ -163,6 +166,31 @@ class Sweeps:
                     sql = f"UPDATE deliveries SET due_at = {due} WHERE (message_id, number) IN ({picked})"
                 moved += self._sql.run(connection, sql, **given).rowcount
         return moved
+
+    def waiting(self, routes: Iterable[str]) -> list[str]:
+        """Those of the routes that deferred mail waits for."""
+        sql = """SELECT substr(x.subject, 7) FROM @rows(:subjects; subject text) WHERE (SELECT 1 FROM deliveries d
+            WHERE d.state = 'deferred' AND d.waiting_for = x.subject LIMIT 1) IS NOT NULL"""
+        subjects = json.dumps([{"subject": waits_for(route)} for route in routes])
+        with reading(self._engine) as connection:
+            return [row[0] for row in self._sql.run(connection, sql, subjects=subjects)]
+
+    def wake(self, route: str, most: int) -> int:
+        """Make mail that waits for a route `queued` and overdue, so that any worker with a free connection takes it;
+        how many deliveries that were.
+
+        Longest due first, and the same order stands in `due_at` afterwards. `most` is how much of the route may be
+        overdue at a time: mail becomes due as connections take it, and what the server does not get stays deferred.
+        """
+        sql = f"""WITH w AS MATERIALIZED (SELECT message_id, number, due_at FROM deliveries
+                WHERE state = 'deferred' AND waiting_for = :subject ORDER BY due_at
+                LIMIT (SELECT :most - count(*) FROM (SELECT 1 FROM deliveries
+                    WHERE state = 'queued' AND route = :route AND due_at <= @now LIMIT :most) q) @skip_locked),
+            p AS MATERIALIZED (SELECT message_id, number, row_number() OVER (ORDER BY due_at) AS rank FROM w)
+            UPDATE deliveries AS d SET state = 'queued', due_at = @ago((:most - p.rank) / 1000.0) FROM p WHERE {KEYS}
+            RETURNING 1"""
+        with writing(self._engine) as connection:
+            return len(self._sql.run(connection, sql, route=route, subject=waits_for(route), most=most).all())
 
     def requeue_due(self, limit: int) -> list[str]:
         """Make deferred deliveries whose time has come `queued`, longest due first; the ids of their messages."""

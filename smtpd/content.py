@@ -9,6 +9,11 @@ here nor by the next hop: LF alone is the line end of the stored form, so a bare
 (that is how mail is smuggled), and turning CRLF into LF would not be reversible. Such content is read to its real end
 and refused. So is content over the limit and content that has been through too many hops; from the first fault on
 nothing is decoded any more, only the end is looked for, and the session stays in step with its client.
+
+Bare CRs may be stripped instead (`strip_cr`), for clients that send CR CR LF. The end and the stuffed dots are found
+first, on the bytes as they came: `CR LF . CR CR LF` and `CR LF CR . CR LF` are no ends, although they look like one
+without the bare CR, and the dot of the latter is no stuffed one. A CR before a LF always stays, so stripping can
+neither make nor hide a bare LF, which is refused all the same.
 """
 
 import re
@@ -34,17 +39,19 @@ class Fault(Enum):
 
 class Content:
     """Decodes one message. `limit` is in octets as SMTP counts them: line ends are two, stuffed dots and the end none.
+    `strip_cr`: drop bare CRs (they count towards the limit).
 
     After the end (`feed` gave a rest): `fault`, `octets` and `message_id` (the header's, brackets included, at most
     502 characters) are final.
     """
 
-    __slots__ = ("_carry", "_header", "_limit", "_started", "fault", "octets")
+    __slots__ = ("_carry", "_header", "_limit", "_started", "_strip_cr", "fault", "octets")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, strip_cr: bool = False) -> None:
         self.fault: Fault | None = None
         self.octets = -2
         self._limit = limit
+        self._strip_cr = strip_cr
         self._carry = b"\r\n"
         self._started = False
         self._header = HeaderScan()
@@ -73,18 +80,21 @@ class Content:
         return self._decode(block, stuffed=dot >= 0), rest
 
     def _decode(self, block: bytes, *, stuffed: bool) -> bytes:
+        if stuffed:
+            block = block.replace(b"\r\n.", b"\r\n")
         lines = IncrementalNewlineDecoder(None, translate=True)
         text = lines.decode(block.decode("latin-1"), final=True).encode("latin-1")
         if lines.newlines not in (None, "\r\n"):
-            self.fault = Fault.BARE
-            return b""
-        line_ends = len(block) - len(text)
-        if stuffed:
-            text = text.replace(b"\n.", b"\n")
-        self.octets += len(text) + line_ends
+            if not self._strip_cr or block.count(b"\n") != block.count(b"\r\n"):
+                self.fault = Fault.BARE
+                return b""
+            text = block.replace(b"\r\n", b"\n").replace(b"\r", b"")
+        self.octets += len(block)
         if self.octets > self._limit:
             self.fault = Fault.TOO_BIG
             return b""
+        if not self._started and text[1:2] in (b" ", b"\t"):
+            self._header.complete = True  # a first line that continues nothing: the receiver ends the header before it
         if not self._header.complete:
             self._header.feed(text)
             if self._header.received > MAX_RECEIVED:

@@ -8,7 +8,7 @@ from smtpd.addresses import Recipient
 
 @dataclass(slots=True)
 class Envelope:
-    """A transaction: `sender` is '' if null, `parameters` are those of MAIL, `protocol` is RFC 3848's keyword."""
+    """A transaction: `sender` is '' if null, `parameters` are those of MAIL, `protocol` goes into the trace field."""
 
     sender: str
     parameters: Mapping[bytes, str]

@@ -8,8 +8,9 @@ syncs the bodies together; a thread commits the rows of a lot in one transaction
 One lot is committed, one is being stored or waits, and no more is read: what has not been read can still be taken back.
 
 What must stay true: every order is answered once; a row is committed only when its body is safe, and no try to do so
-begins when its client has heard 451 or nobody is there to answer it; what is not kept leaves no body. Whatever breaks
-here ends the process, so that a sound one takes its place; it ends by itself when who sends the orders does.
+begins when smtpd is not there to answer it, or could end after its client has heard 451; what is not kept leaves no
+body. Whatever breaks here ends the process, so that a sound one takes its place; it ends by itself when who sends the
+orders does.
 """
 
 import pickle
@@ -35,6 +36,7 @@ from smtpd.orders import FIELDS, Frames, Order, Refused, Report, Withdrawn, fram
 LARGEST, GATHER = 64, 0.004
 """Messages in a round at most; seconds that they are let gather while they come in numbers."""
 _READ = 1 << 20
+_TOO_LATE = "no time was left before RELAY_ACCEPT_DEADLINE"
 
 
 @dataclass(slots=True)
@@ -46,12 +48,17 @@ class Lot:
 
 
 class Keeper:
-    """Obeys the orders that come over `channel`; `commit` is what `Rounds` runs."""
+    """Obeys the orders that come over `channel`; `commit` is what `Rounds` runs, for `longest` seconds at most."""
 
     def __init__(
-        self, channel: socket.socket, spool: Spool, commit: Callable[[Sequence[NewMessage]], Sequence[None]]
+        self,
+        channel: socket.socket,
+        spool: Spool,
+        commit: Callable[[Sequence[NewMessage], float], Sequence[None]],
+        *,
+        longest: float = 0.0,
     ) -> None:
-        self._channel, self._spool = channel, spool
+        self._channel, self._spool, self._longest = channel, spool, longest
         self._rounds = Rounds(commit, rest=self._rest, late=hand_over)
         self._frames = Frames()
         self._orders: dict[int, Order] = {}  # read, and not begun
@@ -101,10 +108,12 @@ class Keeper:
     def _store(self, orders: list[Order]) -> Lot:
         """Sync the bodies; what may be committed, and what is decided."""
         lot, now = Lot([], []), time.monotonic()
-        late = [order for order in orders if order.deadline is not None and order.deadline <= now]
-        for order in self._withdrawn + late:
+        late = [order for order in orders if self._begin_by(order) <= now]
+        for order in self._withdrawn:
             self._settled(order, lot, Withdrawn())
         self._withdrawn.clear()
+        for order in late:
+            self._settled(order, lot, database.TooLate(_TOO_LATE))
         orders = [order for order in orders if order not in late]
         whole = [(order.number, order.message, order.body) for order in orders if order.message and order.body]
         try:
@@ -115,8 +124,13 @@ class Keeper:
         lot.results += failed.items()
         for order in orders:
             if order.message and order.number not in failed:
-                lot.entries.append(Entry(order.message, partial(self._settled, order, lot), order.deadline))
+                done = partial(self._settled, order, lot)
+                lot.entries.append(Entry(order.message, done, self._begin_by(order)))
         return lot
+
+    def _begin_by(self, order: Order) -> float:
+        """When the last try to commit must begin, to have ended when the client hears 451 (monotonic)."""
+        return float("inf") if order.deadline is None else order.deadline - self._longest
 
     def _commit_all(self) -> None:
         try:
@@ -132,9 +146,9 @@ class Keeper:
     def _commit(self, lot: Lot) -> None:
         started = time.monotonic()
         alone = any(events & select.POLLHUP for _, events in self._end.poll(0))
-        # They have heard 451, or lost their connection, and will send again: nobody must get it twice.
+        # Their clients hear 451, or have lost the connection, and send again: what is committed now is delivered twice.
         late = [one for one in lot.entries if alone or (one.deadline is not None and one.deadline <= started)]
-        hand_over([(entry, Withdrawn()) for entry in late])
+        hand_over([(entry, Withdrawn() if alone else database.TooLate(_TOO_LATE)) for entry in late])
         hand_over(self._rounds.settle([entry for entry in lot.entries if entry not in late]))
         if lot.results:
             self._report(lot.results, time.monotonic() - started)
@@ -156,17 +170,20 @@ class Keeper:
 
 
 def main() -> None:
-    """The process: its settings on standard input, the socket's number as its argument."""
+    """The process: its settings on standard input; its arguments are the descriptors of socket and spool directory."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the end of the orders ends it, and nothing else
         signal.signal(number, signal.SIG_IGN)
     fields, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (ours)
     if fields != FIELDS:
         sys.exit("this program was replaced while it ran: start smtpd again")
     configure(settings)
-    engine = database.connect(settings.database_url, hot=True)
+    # A try that begins just in time must have ended when its client hears 451. A quarter of that time is plenty for
+    # one statement, and leaves three to wait for a database that is away.
+    longest = min(database.STATEMENT_TIMEOUT, settings.accept_deadline / 4)
+    engine = database.connect(settings.database_url, hot=True, timeout=longest)
     intake = Intake(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
-        Keeper(channel, Spool(settings.spool_dir), intake.commit).run()
+        Keeper(channel, Spool(settings.spool_dir, int(sys.argv[2])), intake.commit, longest=longest).run()
     engine.dispose()
 
 

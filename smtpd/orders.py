@@ -56,7 +56,7 @@ class Withdrawn(Exception):
 
 
 class Refused(Exception):
-    """The database does not take this row; the body is gone."""
+    """The database did not take this row, or was not there to; the body is gone."""
 
 
 def frame(thing: object) -> bytes:

@@ -15,8 +15,9 @@ from relay.log import get_logger
 from relay.routes import Routes
 from relay.settings import SmtpdSettings
 from relay.start import Ready, new_loop, ready
+from smtpd.descriptors import provide
 from smtpd.policy import Policy
-from smtpd.receiver import THREADS, Receiver, Threads
+from smtpd.receiver import THREADS, Openings, Receiver, Threads
 from smtpd.server import Server, shown
 from smtpd.session import Greeting
 from smtpd.store import Store, launching
@@ -55,10 +56,11 @@ async def _serve(settings: SmtpdSettings, policy: Policy, routes: Routes, state:
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
     largest = partial(size_offered, settings.max_message_size, routes)
     name, deadline = settings.hostname, settings.accept_deadline
-    threads, store = Threads(THREADS), Store(launching(settings), hints.offer)
-    receiver = Receiver(loop, spool, store, routes.route_for, name, deadline, threads)
+    threads, store = Threads(THREADS), Store(launching(settings, spool), hints.offer)
+    last, bodies = provide(settings.max_connections)
+    receiver = Receiver(loop, spool, store, routes.route_for, name, deadline, threads, Openings(bodies))
     policy.max_message_size = largest()
-    server = Server(loop, settings, receiver, policy, Greeting(settings.hostname, largest()), largest)
+    server = Server(loop, settings, receiver, policy, Greeting(settings.hostname, largest()), largest, last)
     await store.start()
     addresses = await server.listen(settings.smtp_listen)
     hints.start()

@@ -10,6 +10,8 @@ What must stay true:
 - A body is removed only when no row can come to name it: the store took the order back, or the database refused its
   data. When the store does not know, the client hears 451 and the body stays.
 - Our own faults are temporary for the client (452 without room, else 451), and say nothing about their nature.
+- What has come and is not finished is counted in the message's claim on the room before it is written; without room for
+  it the rest is read and thrown away, and the client hears 452 at its end.
 - A reception lives on the event loop. Threads only touch the body of a large message, one at a time.
 """
 
@@ -32,6 +34,7 @@ from relay.log import get_logger
 from relay.rounds import Unsettled
 from smtpd.events import Envelope
 from smtpd.orders import Withdrawn
+from smtpd.policy import Claim
 from smtpd.store import Store
 
 BLOCK = 64 * 1024
@@ -43,6 +46,8 @@ THREADS = 8
 
 _NO_ROOM = b"452 4.3.1 Insufficient system storage\r\n"
 _LOCAL_FAULT = b"451 4.3.0 Cannot take the message now, try again later\r\n"
+_LONGEST_PATH = 950  # in our trace field, whose lines have 998 octets at most (RFC 5322, 2.1.1)
+_MAILBOX_LINES = re.compile(rb"(?:>*From [^\n]*\n?)+")
 _UNPRINTABLE = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
 
 log = get_logger(__name__)
@@ -75,6 +80,34 @@ class Threads:
             call()
 
 
+class Openings:
+    """How many large bodies may be open at a time; the others wait for a descriptor, in the order of their coming."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: dict[Reception, None] = {}
+
+    def take(self, reception: "Reception") -> bool:
+        """Whether it may open its body; if not, its `open` is called when it may."""
+        if not self._free:
+            self._waiting[reception] = None
+            return False
+        self._free -= 1
+        return True
+
+    def leave(self, reception: "Reception", *, opened: bool) -> None:
+        """It needs a descriptor no longer, whether it has one or waits."""
+        self._waiting.pop(reception, None)
+        if not opened:
+            return
+        self._free += 1
+        if self._waiting:
+            following = next(iter(self._waiting))
+            del self._waiting[following]
+            self._free -= 1
+            following.open()
+
+
 type Answer = Callable[[bytes], None]
 type Flow = Callable[[], None]
 
@@ -90,25 +123,39 @@ class Receiver:
     hostname: str
     deadline: float
     threads: Threads
+    openings: Openings
 
 
 class Reception:
     """One message on its way in from `client`, an address. Everything but what a thread runs is called on the loop.
 
-    `answer` will get one whole reply after `complete`, unless that was abandoned; `flow` is called when `congested` may
-    have changed.
+    `claim` is what it takes of the room; `trusted`: whether the policy trusts the client. `answer` will get one whole
+    reply after `complete`, unless that was abandoned; `flow` is called when `congested` may have changed.
     """
 
-    def __init__(self, receiver: Receiver, envelope: Envelope, client: str, answer: Answer, flow: Flow) -> None:
+    def __init__(
+        self,
+        receiver: Receiver,
+        envelope: Envelope,
+        client: str,
+        claim: Claim,
+        answer: Answer,
+        flow: Flow,
+        *,
+        trusted: bool,
+    ) -> None:
         self.id = new_id()
+        self._claim = claim
         self.deadline: float | None = None
         self._receiver, self._envelope, self._client, self._flow = receiver, envelope, client, flow
+        self._trusted = trusted
         self._answer: Answer | None = answer
         self._started = self._ended = time.monotonic()
         trace = received_field(envelope, client, receiver.hostname, self.id, date(int(time.time())))
         self._held, self._held_size = [trace], len(trace)
         self._moving = 0  # octets with a thread
         self._busy = False  # a thread works for us
+        self._opened = False  # a descriptor is ours
         self._body: Body | None = None  # of a large message
         self._size = 0
         self._message_id: str | None = None
@@ -121,14 +168,29 @@ class Reception:
         """More content should wait until the disk has caught up."""
         return self._held_size + self._moving > AHEAD
 
+    @property
+    def failed(self) -> bool:
+        """Nothing of it is kept any more; the client hears so after its end."""
+        return self._error is not None
+
     def append(self, text: bytes) -> None:
         """Takes decoded content."""
         if self._gone or self._error is not None:
             return
+        if not self._claim.grow(len(text)):
+            self._error = OSError(errno.ENOSPC, "no room for more of an unfinished message")
+            self._held, self._held_size = [], 0
+            if not self._busy:
+                self._remove()
+            return
         self._held.append(text)
         self._held_size += len(text)
-        if self._held_size >= BLOCK and not self._busy:
-            self._work(self._write)
+        self._stream()
+
+    def open(self) -> None:
+        """There is a descriptor for what has waited for one."""
+        self._opened = True
+        self._stream()
 
     def complete(self, message_id: str | None) -> None:
         """The end was read: from now on an answer is due. `message_id`: the header's."""
@@ -136,8 +198,10 @@ class Reception:
         self.deadline = self._ended + self._receiver.deadline
         self._message_id, self._complete = message_id, True
         if self._error is not None:
-            self._fail(self._error)
+            if not self._busy:  # else it is refused when that was removed which is being written
+                self._refuse(self._error)
         elif not self._busy and self._body is None:
+            self._set_apart()
             self._size = self._held_size
             self._put(self._held)
         elif not self._busy:
@@ -158,6 +222,27 @@ class Reception:
         elif not self._busy:
             self._remove()
 
+    def _stream(self) -> None:
+        """Writes what has gathered, if that is a block; without a descriptor it gathers until there is one."""
+        if self._held_size < BLOCK or self._busy:
+            return
+        self._opened = self._opened or self._receiver.openings.take(self)
+        if self._opened:
+            if self._body is None:
+                self._set_apart()
+            self._work(self._write)
+
+    def _shut(self) -> None:
+        """The body is open no longer, or never will be."""
+        opened, self._opened = self._opened, False
+        self._receiver.openings.leave(self, opened=opened)
+
+    def _set_apart(self) -> None:
+        """Keeps our trace field and the client's header apart; to be called before the first bytes are handed on."""
+        if len(self._held) > 1 and self._held[1][0] in b" \t>F":  # all others are joined once, where they are written
+            self._held[1:] = [set_apart(b"".join(self._held[1:]))]
+            self._held_size = sum(map(len, self._held))
+
     def _work(self, call: Callable[[list[bytes]], None]) -> None:
         held, self._held = self._held, []
         self._moving, self._held_size = self._held_size, 0
@@ -166,17 +251,21 @@ class Reception:
 
     def _written(self) -> None:
         self._busy = False
+        self._claim.store(self._moving)
         self._moving = 0
-        if self._gone:
+        if self._gone or self._error is not None:
             self._remove()
+            if self._error is not None and self._complete:
+                self._refuse(self._error)
         elif self._complete:
             self._work(self._finish)
-        elif self._held_size >= BLOCK:
-            self._work(self._write)
+        else:
+            self._stream()
         self._flow()
 
     def _finished(self) -> None:
         self._busy = False
+        self._claim.store(self._moving)
         if self._gone:
             self._remove()
         else:
@@ -185,6 +274,7 @@ class Reception:
     def _put(self, body: list[bytes] | None) -> None:
         """Have the message kept; its body comes along unless it is stored already."""
         assert self.deadline is not None
+        self._shut()
         self._held = []
         self._order = self._receiver.store.put(self._message(), body, self.deadline, self._settled)
 
@@ -192,12 +282,15 @@ class Reception:
         """A body could not be written; what there was of it has gone."""
         self._busy, self._error, self._body, self._held = False, error, None, []
         self._held_size = self._moving = 0
+        self._claim.end()
+        self._shut()
         if self._complete or self._gone:
             self._refuse(error)
         else:
             self._flow()
 
     def _settled(self, result: Exception | None) -> None:
+        self._claim.end(kept=result is None or isinstance(result, Unsettled))
         if result is None:
             metrics.RECEIVED_BYTES.inc(self._size)
             metrics.ACCEPT_SECONDS.observe(time.monotonic() - self._ended)
@@ -225,6 +318,8 @@ class Reception:
 
     def _remove(self) -> None:
         """Remove what was streamed."""
+        self._claim.end()
+        self._shut()
         if self._body is not None:
             self._receiver.threads.submit(self._discard)
 
@@ -271,6 +366,7 @@ class Reception:
             body_type=parameters.get(b"BODY"),
             ret=parameters.get(b"RET"),
             envid=parameters.get(b"ENVID"),
+            client_trusted=self._trusted,
         )
 
 
@@ -280,11 +376,27 @@ def date(second: int) -> str:
     return formatdate(second, localtime=True)
 
 
+def set_apart(content: bytes) -> bytes:
+    """Makes the beginning of a message's content (at least `BLOCK` octets, or all of it) fit to follow our trace field.
+
+    The client's bytes stay as they are, behind what Postfix' smtpd puts before them, too. A first line that begins with
+    a blank would be read as the continuation of our field (RFC 5322, 2.2.3): an empty line ends the header before it.
+    A line of a mailbox file (`From ann Mon Jan  1 ...`) is no field, so servers end the header there, and the client's
+    own header would become text: such lines are made fields.
+    """
+    if content.startswith((b" ", b"\t")):
+        return b"\n" + content
+    if content.startswith((b"From ", b">")) and (found := _MAILBOX_LINES.match(content)):
+        return re.sub(rb"(?m)^(?=.)", b"X-Mailbox-Line: ", found[0]) + content[found.end() :]
+    return content
+
+
 def received_field(envelope: Envelope, client: str, hostname: str, message_id: str, when: str) -> bytes:
     """The trace field (RFC 5321, 4.4), in LF form. It names the recipient only where there is no other to betray."""
     literal = f"IPv6:{client}" if ":" in client else client
     recipients = envelope.recipients
-    path = f"\n\tfor <{recipients[0].path}>; " if len(recipients) == 1 else ";\n\t"
+    alone = len(recipients) == 1 and len(recipients[0].path) <= _LONGEST_PATH
+    path = f"\n\tfor <{recipients[0].path}>; " if alone else ";\n\t"
     return (
         f"Received: from {_UNPRINTABLE.sub('?', envelope.helo)} ([{literal}])\n"
         f"\tby {hostname} with {envelope.protocol} id {message_id}{path}{when}\n"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from relay import metrics
+from relay.bodies import Spool
 from relay.intake import NewMessage
 from relay.log import first_line, get_logger
 from relay.rounds import Unsettled
@@ -183,16 +184,17 @@ class Store(asyncio.Protocol):
         return "killed" if self._life.cancelled() else self._life.result()
 
 
-def launching(settings: SmtpdSettings) -> Launch:
-    """Launches keepers as processes."""
+def launching(settings: SmtpdSettings, spool: Spool) -> Launch:
+    """Launches keepers as processes. They get our descriptor of the spool, for its path may name another by then."""
     # They run this code, and nothing that lies about where we were started.
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
 
     async def launch(channel: socket.socket) -> object:
         with channel:
             keeper = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "smtpd.keeper", str(channel.fileno())), stdin=subprocess.PIPE,
-                pass_fds=[channel.fileno()], env=os.environ | {"PYTHONPATH": path}, start_new_session=True,
+                *(sys.executable, "-P", "-m", "smtpd.keeper", str(channel.fileno()), str(spool.handle)),
+                stdin=subprocess.PIPE, pass_fds=[channel.fileno(), spool.handle],
+                env=os.environ | {"PYTHONPATH": path}, start_new_session=True,
             )  # fmt: skip
         try:
             await keeper.communicate(pickle.dumps((FIELDS, settings)))

@@ -67,6 +67,15 @@ def logs_as_they_were() -> Iterator[None]:
         root.handlers[:], root.level = handlers, level
 
 
+@pytest.fixture(autouse=True)
+def umask_as_it_was() -> Iterator[None]:
+    """A command that runs in this process changes it; programs of other users must be able to read what is made."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with one migrated SQLite database, to copy."""

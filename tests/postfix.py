@@ -3,7 +3,7 @@
 Both are real servers that somebody else wrote, which is what they are for. The private Postfix has its
 configuration, its queue and its data in a temporary directory; it runs nothing but qmqpd, cleanup and the
 address rewriter, so that what it accepts stays in its `incoming` queue, where `queued` reads it. It needs
-root, as Postfix does.
+root, as Postfix does. `PostfixClient` is the other side: Postfix' `sendmail`, queue and SMTP client.
 """
 
 import grp
@@ -36,6 +36,7 @@ qmqpd_authorized_clients = 127.0.0.1
 qmqpd_error_delay = 0
 in_flow_delay = 0
 header_checks = regexp:{{ {{/^Subject: refuse/ REJECT go away}} {{/^Subject: later/ REJECT 4.7.1 not now}} }}
+body_checks = regexp:{{ {{/^Subject: refuse/ REJECT not even enclosed}} }}
 """
 
 # service type private unprivileged chroot wakeup limit command
@@ -45,6 +46,34 @@ _MASTER = """\
 127.0.0.1:{soft_port} inet n - n - - qmqpd -o soft_bounce=yes
 cleanup unix n - n - 0 cleanup
 rewrite unix - - n - - trivial-rewrite
+"""
+
+_CLIENT_MAIN = """\
+compatibility_level = 3.6
+queue_directory = {directory}/queue
+data_directory = {directory}/data
+daemon_directory = {daemons}
+mail_owner = postfix
+setgid_group = postdrop
+myhostname = client.test
+mydestination =
+alias_maps =
+local_recipient_maps =
+inet_interfaces = loopback-only
+inet_protocols = ipv4
+relayhost = [127.0.0.1]:{relay_port}
+smtp_dns_support_level = disabled
+smtp_tls_security_level = none
+"""
+
+_CLIENT_MASTER = """\
+pickup unix n - n 60 1 pickup
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+smtp unix - - n - - smtp
 """
 
 
@@ -75,6 +104,8 @@ class QmqpSink(Server):
 class Postfix(Server):
     """A qmqpd on `port`, one on `closed_port` that nobody may use, one on `soft_port` that never says D."""
 
+    main, master = _MAIN, _MASTER
+
     def __init__(self, size_limit: int = 200_000) -> None:
         self.size_limit = size_limit
         try:
@@ -104,8 +135,8 @@ class Postfix(Server):
         configuration = self.directory / "etc"
         configuration.mkdir()
         values: dict[str, Any] = vars(self) | {"directory": self.directory, "daemons": daemons}
-        (configuration / "main.cf").write_text(_MAIN.format_map(values))
-        (configuration / "master.cf").write_text(_MASTER.format_map(values))
+        (configuration / "main.cf").write_text(self.main.format_map(values))
+        (configuration / "master.cf").write_text(self.master.format_map(values))
         return configuration
 
     def _make(self, directory: Path, mode: int) -> None:
@@ -128,6 +159,23 @@ class Postfix(Server):
             str(self.directory / "queue/incoming" / queue_id),
         ]
         return subprocess.run(command, check=True, capture_output=True, timeout=20).stdout
+
+
+class PostfixClient(Postfix):
+    """A Postfix that takes mail from its own `sendmail` alone and relays it to `relay_port`."""
+
+    main, master = _CLIENT_MAIN, _CLIENT_MASTER
+
+    def __init__(self, relay_port: int) -> None:
+        super().__init__()
+        self.relay_port = relay_port
+
+    def _answers(self) -> bool:
+        return all((self.directory / "queue/public" / name).exists() for name in ("pickup", "cleanup", "qmgr"))
+
+    def sendmail(self, sender: str, recipient: str, content: bytes) -> None:
+        command = [program("sendmail"), "-C", str(self._configuration), "-f", sender, recipient]
+        subprocess.run(command, input=content, check=True, capture_output=True, timeout=20)
 
 
 def _listens(port: int) -> bool:

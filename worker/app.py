@@ -78,7 +78,9 @@ class Process:
             sys.exit(f"qmqp-relay worker: {error}")
         ledger = Ledger(state.engine, settings)
         servers = Servers(
-            settings.server_connections, routed=lambda: {one.name for route in routes.all() for one in route.servers}
+            settings.server_connections,
+            routed=lambda: {one.name for route in routes.all() for one in route.servers},
+            backoff=(settings.retry_min, settings.retry_max),
         )
         self.engine = Engine(settings, ledger, state.spool, routes, servers=servers)
         self._hints = Hints(self.app, RETRY, settings.batch_size)

@@ -54,6 +54,15 @@ class Demand:
             if lanes.tickets and self._moved[route] <= unless_moved_since:
                 lanes.clear()
 
+    def stood_still(self, seconds: float) -> None:
+        """This process was stopped for so long."""
+        for route in self._moved:
+            self._moved[route] += seconds
+
+    def look_now(self) -> None:
+        """More has become overdue."""
+        self._look_at.clear()
+
     def ask(self, worker: str, now: float) -> None:
         """Ask for as many deliveries as there is room for: hints and the database by turns."""
         asks = (self._ask_hints, self._look) if self._hints_first else (self._look, self._ask_hints)

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -46,7 +46,9 @@ LONGEST_FAULT_PAUSE = 30.0
 ALONE_FROM = 2  # workers lost over a delivery, from which on it is sent alone
 ALONE_PATIENCE = 30.0  # that suspects may keep everything else from being claimed, all together (seconds)
 ALONE_AGAIN = 300.0  # until they may do so again, if that was not enough (seconds)
+WINDOW = 1024  # deliveries of a route that may be woken and not taken yet
 GATHER = 0.005  # seconds that outcomes and wishes are let gather while they come in numbers
+STANDSTILL = 1.0  # between two ticks: this process was stopped, or its machine was (seconds)
 RECORDING_TIME = 5.0  # at the end of a drain, for the last outcomes to be recorded (seconds)
 
 
@@ -63,7 +65,9 @@ class Engine:
         servers: Servers | None = None,
     ) -> None:
         self._settings, self._ledger, self._routes = settings, ledger, routes
-        self._servers = servers or Servers(settings.server_connections)
+        self._servers = servers or Servers(
+            settings.server_connections, backoff=(settings.retry_min, settings.retry_max)
+        )
         self._terms = Terms.of(settings, self._servers, self._may_commit)
         self._loop = new_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -113,6 +117,22 @@ class Engine:
         """Send nothing to these: `route:NAME`, `server:NAME`. Thread-safe."""
         self._servers.pauses = subjects
 
+    def routes(self) -> tuple[str, ...]:
+        """The names of the routes that it sends to. Thread-safe."""
+        return self._routes.names()
+
+    def awaited(self, names: Collection[str]) -> dict[str, int]:
+        """Deferred mail waits for these routes, so their servers are tried sooner; how much of it may be overdue at a
+        time: a window where a server works, one where a server may be tried. Thread-safe."""
+        routes = [route for name in names if (route := self._routes.get(name))]
+        self._servers.awaited = frozenset(server.name for route in routes for server in route.servers)
+        most = {r.name: WINDOW if self._servers.works(r) else min(1, self._servers.room(r)) for r in routes}
+        return {name: count for name, count in most.items() if count}
+
+    def look(self) -> None:
+        """Look at the database now: something has become overdue. Thread-safe."""
+        self._loop.call_soon_threadsafe(self._look)
+
     def renewed_since(self, moment: float) -> bool:
         """Whether a renewal that was asked for after `moment` (monotonic) has succeeded."""
         return self._renewed >= moment
@@ -147,9 +167,13 @@ class Engine:
         self._loop.close()
 
     def _tick(self) -> None:
-        self.beat = now = time.monotonic()
+        now = time.monotonic()
+        stood, self.beat = now - self.beat, now
         if self.worker and not self._renewing and now - self._renewed >= self._settings.lease / 4:
             self._renew(now)
+        if stood > STANDSTILL:  # nothing could move meanwhile: that time is no reason to give anything up
+            self._alone_until += stood
+            self._demand.stood_still(stood)
         self._demand.drop_hints(unless_moved_since=now - self._settings.grace)
         if self._suspects and now >= self._alone_until:
             self._end_of_patience(now)
@@ -220,6 +244,10 @@ class Engine:
             self._start_alone()
         if self._may_claim(now):
             self._demand.ask(self.worker, now)
+
+    def _look(self) -> None:
+        self._demand.look_now()
+        self._pump()
 
     def _wish(self, wish: Wish, done: Callable[[Sequence[Claim]], None]) -> None:
         self._opening += 1

@@ -5,8 +5,10 @@ the rows of messages that have been finished for longer than RETENTION and of wo
 hours it goes through the spool as well (`worker.strays`): a body that nobody needs is removed; a file without a row may
 be all that is left of a message whose rows were lost, and is therefore only moved to `orphans/`, for RETENTION.
 
-What must stay true: a file is young until it has been there for 36 h, and nothing without a row is touched unless some
-row is newer than it. The body goes before the rows, so that a crash between the two leaves something to be found again.
+What must stay true: a file is young until it has been there for 36 h (`worker.strays` says by which clock), and nothing
+without a row is touched unless some row is newer than it. In a spool only what carries a name that we give is removed:
+its file system may have a `lost+found` there. The body goes before the rows, so that a crash between the two leaves
+something to be found again.
 A message with a row missing (`relay.needs`) is never finished: it waits for `fsck` and a person.
 """
 
@@ -23,6 +25,7 @@ from sqlalchemy import Connection, Engine, text
 
 from relay.bodies import Spool
 from relay.database import reading, writing
+from relay.debts import LIMIT
 from relay.dialect import dialect_of
 from relay.ids import dashed
 from relay.log import first_line, get_logger
@@ -120,6 +123,7 @@ class Housekeeper:
                     self._rows(connection, f"DELETE FROM {table} WHERE {key} IN ({these})", ids=rows)
                 gone = "SELECT id FROM workers WHERE ended_at IS NOT NULL"
                 self._rows(connection, f"DELETE FROM rests WHERE worker IN ({gone})")
+                self._rows(connection, "DELETE FROM dsn_limits WHERE last_at < @ago(:age)", age=2 * LIMIT)
                 self._rows(connection, "DELETE FROM workers WHERE ended_at < @ago(:age)", age=self._retention)
             count += len(ids)
             if len(ids) < BATCH:
@@ -131,26 +135,16 @@ class Housekeeper:
     def clean_spool(self) -> tuple[int, int]:
         """Remove bodies that nobody needs, put orphans aside; how many of each."""
         unneeded = orphans = 0
+        purged = self._strays.purge(self._retention)  # before anything is put aside, and never in the same pass
         for stray in self._strays.found(self._closing):
             if stray.row:
                 unneeded += self._strays.remove(stray)
             elif stray.age >= YOUNG and stray.proven and self._strays.put_aside(stray):
                 log.error("a body without a message was put aside", id=stray.name)
                 orphans += 1
-        self._purge(time.time())
-        if unneeded or orphans:
-            log.warning("spool cleaned", unneeded=unneeded, orphans=orphans)
+        settled = self._strays.now() - SETTLED
+        for directory in self._spool.directories():
+            self._spool.remove_directory(directory, settled)
+        if unneeded or orphans or purged:
+            log.warning("spool cleaned", unneeded=unneeded, orphans=orphans, purged=purged)
         return unneeded, orphans
-
-    def _purge(self, now: float) -> None:
-        """Remove orphans that nobody asked for, and directories that have emptied."""
-        aside = self._spool.directory / "orphans"
-        for orphan in aside.iterdir() if aside.is_dir() else ():
-            if now - orphan.stat().st_ctime >= self._retention:
-                orphan.unlink(missing_ok=True)
-        for directory in self._spool.directory.iterdir():
-            if directory.is_dir() and now - directory.stat().st_mtime >= SETTLED:
-                try:
-                    directory.rmdir()
-                except OSError:
-                    continue  # it holds bodies

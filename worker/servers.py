@@ -7,11 +7,16 @@ passed over for the next.
 
 Failures in a row open a server's breaker: nothing is sent to it for a time that doubles up to a minute, then one
 transfer may probe it, and its end closes the breaker or opens it for longer. Any whole reply, also Z or D, is a sign of
-health: it is the server that is judged here, not what it thinks of the mail.
+health: it is the server that is judged here, not what it thinks of the mail. While mail waits for the server
+(`awaited`), a probe comes after REST_AWAITED at the latest.
+
+A server that refuses us is there, and trying it soon again changes nothing. Its breaker stays open for longer than any
+mail waits that it has refused as often: for the longest backoff of that step and up to half as much again. So the mail
+that it refused finds it closed, and goes to the next server of the route.
 
 What must stay true: a place that was taken is given back exactly once (`Place.release`), whatever became of the
 transfer; no I/O, and no clock but the one handed in. All of it belongs to the engine's loop, but the sweeper sets
-`pauses` and reports what it finds refused (`failed`): neither may find anything half done.
+`pauses` and `awaited`, and reports what it finds refused (`failed`): neither may find anything half done.
 """
 
 import random
@@ -25,16 +30,26 @@ from relay.routes import Route, Server
 TRIPPED_BY = 3
 REST_LEAST = 1.0
 REST_MOST = 60.0
+# Less than 5 s, within which mail is to be on its way after the server is back: a sweep and a look take a second each.
+REST_AWAITED = 3.0
+FRESH = 5.0  # so long a whole reply tells that a server works (seconds)
+HELD_BACK_LEAST, HELD_BACK_MOST = 0.01, 1.0  # seconds
 
 
 @dataclass(slots=True)
 class Health:
-    """What is known of one server. `rests_until` is None while the breaker is closed."""
+    """What is known of one server. `rests_until` is None while the breaker is closed; `awaited_until` is when the rest
+    ends if mail waits for the server. `closed_after`: the seconds after which it closed the last connection that it
+    closed without a reply, or 0 if it has replied since."""
 
     used: Counter[str] = field(default_factory=Counter)  # by route
     failures: int = 0
     trips: int = 0
     rests_until: float | None = None
+    awaited_until: float = 0.0
+    refuses: bool = False
+    replied_at: float = float("-inf")
+    closed_after: float = 0.0
     probing: bool = False
     why: str = ""
 
@@ -67,13 +82,16 @@ class Servers:
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
         routed: Callable[[], Collection[str]] | None = None,
+        backoff: tuple[float, float] = (30.0, 3600.0),
     ) -> None:
         self._limit = limit
         self._clock = clock
         self._draw = draw
         self._routed = routed  # the names of all servers that are in a route
         self._known: dict[str, Health] = {}
+        self._backoff = backoff  # RETRY_MIN and RETRY_MAX
         self.pauses: frozenset[str] = frozenset()  # `route:NAME` and `server:NAME`, as operators set them
+        self.awaited: frozenset[str] = frozenset()  # the names of servers that mail waits for
 
     def health(self, server: Server) -> Health:
         return self._known.get(server.name) or self._known.setdefault(server.name, Health())
@@ -90,7 +108,7 @@ class Servers:
             return 0
         if known.rests_until is None:
             return places
-        return min(1, places) if self._may_probe(known) else 0
+        return min(1, places) if self._may_probe(server.name, known) else 0
 
     def room(self, route: Route) -> int:
         """How many transfers the servers of a route have places for."""
@@ -115,12 +133,23 @@ class Servers:
                 return Place(server, route.name, known, probe)
         return None
 
+    def works(self, route: Route) -> bool:
+        """Whether one of its servers has just given a whole reply, and none of them is paused or has failed since.
+        Thread-safe."""
+        if self.paused(route):
+            return False
+        found = [known for one in route.servers if not self._is_paused(one) and (known := self._known.get(one.name))]
+        return any(not one.failures and self._clock() - one.replied_at < FRESH for one in found)
+
     def succeeded(self, server: Server) -> bool:
         """A whole reply came. True when that ended a rest."""
         known = self.health(server)
         recovered = known.rests_until is not None
         known.failures = known.trips = 0
         known.rests_until = None
+        known.refuses = False
+        known.replied_at = self._clock()
+        known.closed_after = 0.0
         known.why = ""
         return recovered
 
@@ -134,14 +163,39 @@ class Servers:
         known.failures += 1
         known.why = why
         now = self._clock()
-        if known.rests_until is not None and now < known.rests_until:
+        news = at_once and not known.refuses  # also during a rest
+        if known.rests_until is not None and now < self._rest_end(server.name, known) and not news:
             return None
         if known.rests_until is None and known.failures < TRIPPED_BY and not at_once:
             return None
-        rest: float = min(REST_MOST, REST_LEAST * 2.0 ** min(known.trips, 16)) * (0.5 + self._draw() / 2)
+        if news:
+            known.trips = 0
+        doublings, share = 2.0 ** min(known.trips, 16), self._draw() / 2
+        if at_once:
+            least, most = self._backoff
+            rest = soon = min(most, 2 * least * doublings) * (1 + share)
+        else:
+            rest = min(REST_MOST, REST_LEAST * doublings) * (0.5 + share)
+            soon = min(rest, REST_AWAITED * (0.5 + share))
         known.trips += 1
-        known.rests_until = now + rest
+        known.refuses = at_once
+        known.rests_until, known.awaited_until = now + rest, now + soon
         return rest
+
+    def closed(self, server: Server, seconds: float) -> None:
+        """It closed a connection without a reply, so many seconds after it was asked for one."""
+        self.health(server).closed_after = seconds
+
+    def holds_back(self, server: Server) -> float:
+        """For how many seconds after the connection is made the last byte of a request to `server` is held back.
+
+        One that refuses us by closing (tcprules deny) does so a moment after the connection was made, and a small
+        request has left as a whole by then: nothing would tell this from a server that took it and failed. Where the
+        last connection ended like this, the next request waits with its last byte, its commit point, for twice as long
+        as that took and a little more. Anywhere else it waits for nothing.
+        """
+        after = self.health(server).closed_after
+        return min(HELD_BACK_MOST, HELD_BACK_LEAST + 2 * after) if after else 0.0
 
     def resting(self) -> dict[str, str]:
         """The servers that are left alone for now, and why; forgets those that are in no route. Thread-safe."""
@@ -156,9 +210,9 @@ class Servers:
         """Whether the server of that name is left alone: until its rest has run out, and while somebody tries. Who has
         nothing for it does not try, and so does not leave it alone. Thread-safe."""
         known = self._known.get(name)
-        if known is None or (until := known.rests_until) is None:
+        if known is None or known.rests_until is None:
             return False
-        return known.probing or self._clock() < until
+        return known.probing or self._clock() < self._rest_end(name, known)
 
     def why(self, route: Route) -> str:
         """Why the first server that rests does so, in words for an operator."""
@@ -172,7 +226,12 @@ class Servers:
 
     def _rests(self, server: Server) -> bool:
         known = self.health(server)
-        return known.rests_until is not None and not self._may_probe(known) and not self._is_paused(server)
+        resting = known.rests_until is not None and not self._may_probe(server.name, known)
+        return resting and not self._is_paused(server)
 
-    def _may_probe(self, known: Health) -> bool:
-        return not known.probing and known.rests_until is not None and self._clock() >= known.rests_until
+    def _may_probe(self, name: str, known: Health) -> bool:
+        return not known.probing and known.rests_until is not None and self._clock() >= self._rest_end(name, known)
+
+    def _rest_end(self, name: str, known: Health) -> float:
+        rest_end: float = known.awaited_until if name in self.awaited else known.rests_until or 0.0
+        return rest_end

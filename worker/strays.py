@@ -6,12 +6,15 @@ leaves the one; a crash before the COMMIT that would have made a message leaves 
 What must stay true: each file is looked at again before it is touched; one without a row is never removed but moved to
 `orphans/`, and `proven` says whether some message is newer than it: in a database restored from last week every file of
 this week looks like an orphan.
+
+Ages are counted by two clocks, and the smaller age counts. The database's alone would make a file old that a machine
+stamped whose clock is behind; the file system's alone one that was stamped before that clock was set forward. This
+process' own clock does not matter: it may be that of a machine which wrote none of the files.
 """
 
 import itertools
 import json
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +58,8 @@ class Strays:
 
     def found(self, stopping: threading.Event | None = None) -> Iterator[Stray]:
         """Go through the spool, a batch of files a statement."""
-        now = time.time()
-        settled = (
-            (name, age) for name, entry in self._spool.ids() if (age := now - _written(Path(entry.path))) >= SETTLED
-        )
+        now = self.now()
+        settled = ((name, age) for name, found in self._spool.ids() if (age := now - found.st_mtime) >= SETTLED)
         for batch in itertools.batched(settled, BATCH):
             if stopping is not None and stopping.is_set():
                 return
@@ -76,10 +77,26 @@ class Strays:
         """Move a file without a message to `orphans/`."""
         if self._known([stray.name])[stray.name][0]:
             return False
-        aside = self._spool.directory / "orphans"
-        aside.mkdir(mode=0o700, exist_ok=True)
-        stray.path.rename(aside / stray.name)
+        self._spool.put_aside(stray.name)
         return True
+
+    def purge(self, wait: float) -> int:
+        """Remove what was put aside `wait` seconds ago and is needed by no message; how many files that were.
+
+        What a pass puts aside is purged by a later one at the earliest: the move, not the file's age, begins the wait.
+        """
+        now, count = self.now(), 0
+        old = (name for name, found in self._spool.orphans() if now - found.st_ctime >= wait)
+        for batch in itertools.batched([*old], BATCH):
+            known = self._known(batch)
+            count += sum(self._spool.remove_orphan(name) for name, (row, free) in known.items() if free or not row)
+        return count
+
+    def now(self) -> float:
+        """The earlier of the file system's time and the database's (seconds since 1970)."""
+        with reading(self._engine) as connection:
+            micros = int(self._sql.run(connection, "SELECT @micros(@now)").scalar())
+        return min(self._spool.clock(), micros / 1e6)
 
     def _known(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
         """For each id: is there a row of its message, and is its body free."""
@@ -93,11 +110,3 @@ class Strays:
             newest = "SELECT @since(received_at) FROM messages ORDER BY id DESC LIMIT 1"
             age = self._sql.run(connection, newest).scalar()
         return float("inf") if age is None else float(age)
-
-
-def _written(path: Path) -> float:
-    """When a file was written; the far future for one that is gone."""
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return float("inf")

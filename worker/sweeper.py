@@ -1,8 +1,9 @@
 """The sweeper: a thread in every worker that does what is due in the database.
 
 About once a second it makes deferred deliveries whose time has come `queued` and hints at them, in due order and in
-bounded batches, gives up transfers that take longer than any session may, and watches the other workers. Any number of
-workers sweep at once: rows that one has locked the others skip, and none is in charge.
+bounded batches, wakes what waits for a server that is back, gives up transfers that take longer than any session may,
+and watches the other workers. Any number of workers sweep at once: rows that one has locked the others skip, and none
+is in charge.
 
 What must stay true: a worker is declared dead only after its lease was seen to have run out, unchanged, twice, LEASE
 apart by this machine's monotonic clock, with the database reachable at every look between: so that neither a clock that
@@ -38,21 +39,29 @@ def tick_file(settings: WorkerSettings, pid: int | None = None) -> Path:
 
 
 class Watch:
-    """Who is dead: leases that ran out, and since when they have been seen so."""
+    """Who is dead: leases that ran out, and for how long they have been seen so.
+
+    The time between two looks counts as LEASE / 4 at most. A watcher that was stopped has seen nothing meanwhile, and
+    what stopped it (a paused machine) may have stopped the others too, which renew as soon as they are awake: at the
+    latest after LEASE / 4, and so before they have been seen for a LEASE.
+    """
 
     def __init__(self, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease, self._clock = lease, clock
-        self._seen: dict[tuple[str, str], float] = {}
+        self._seen: dict[tuple[str, str], float] = {}  # for how many seconds
+        self._looked = clock()
 
     def forget(self) -> None:
         """The database was away: begin again."""
         self._seen.clear()
 
     def look(self, ran_out: list[tuple[str, str]], own: str) -> list[tuple[str, str]]:
-        """Those of the leases (worker, end) that were seen like this a LEASE ago; never our own."""
+        """Those of the leases (worker, end) that have been seen like this for a LEASE; never our own."""
         now = self._clock()
-        self._seen = {lease: self._seen.get(lease, now) for lease in ran_out if lease[0] != own}
-        return [lease for lease, since in self._seen.items() if now - since >= self._lease]
+        passed, self._looked = min(now - self._looked, self._lease / 4), now
+        others = [lease for lease in ran_out if lease[0] != own]
+        self._seen = {lease: self._seen[lease] + passed if lease in self._seen else 0.0 for lease in others}
+        return [lease for lease, seen in self._seen.items() if seen >= self._lease]
 
 
 class Sweeper:
@@ -111,6 +120,7 @@ class Sweeper:
             self._say_what_it_knows()
             self._bring_near()
             self._requeue()
+            self._wake()
             self._sweeps.lose_stuck()
             self._bury()
         except Exception as error:
@@ -149,6 +159,20 @@ class Sweeper:
             self._hints.offer(ids)
             if not ids or self._closing.is_set():
                 break
+
+    def _wake(self) -> None:
+        """Make due what waits for a route that works again; of what waits for one that may work, the oldest.
+
+        Whichever worker sees a route work wakes its mail, whoever deferred it. Where all mail of a route is deferred
+        nothing else would be sent there, and none would see it.
+        """
+        woken = 0
+        for route, most in self._engine.awaited(self._sweeps.waiting(self._engine.routes())).items():
+            woken += (count := self._sweeps.wake(route, most))
+            if count > 1:
+                log.info("deferred mail due", route=route, deliveries=count)
+        if woken:
+            self._engine.look()
 
     def _tell_senders(self) -> None:
         """Make the notices that are owed; what hinders them (a full spool) hinders nothing else."""

@@ -1,12 +1,13 @@
 """One claim on its way: which servers it is tried at, and what its outcome means.
 
 A transfer goes through the servers of its route in order. What fails before the commit point goes on to the next one at
-once; what fails after it ends here, because only its server can tell what became of the message. Whatever happens, a
-transfer ends with a `Record`: the state that the delivery should have next, and a row for each try.
+once, and so does a Z, or a D about us: nothing was accepted. After the commit point a try without a whole reply
+ends the transfer, because only its server can tell what became of the message. Whatever happens, a transfer ends with a
+`Record`: the state that the delivery should have next, and a row for each try.
 
 What an outcome leads to stands in one table (`NEXT`), and `judge` is the only place that reads it. What must stay true:
-a try after its commit point is never followed by another one in the same claim; only a D that came whole bounces; no
-fault of ours (a body, a local error, our own stop) is ever held against the mail.
+only a whole reply that says that nothing was accepted lets another try follow one that was past its commit point; only
+a D that came whole bounces; no fault of ours (a body, a local error, our own stop) is ever held against the mail.
 """
 
 import enum
@@ -21,11 +22,12 @@ from functools import partial
 from qmqp import client
 from qmqp.request import NO_REQUEST, Request
 from relay import metrics
-from relay.items import Claim, Record, Try
+from relay.items import Claim, Record, Try, waits_for
 from relay.log import escaped, first_line, get_logger
 from relay.routes import NO_SERVER, Route, Server
 from relay.schema import LONGEST_TEXT, Outcome, State
 from relay.settings import WorkerSettings, unwanted
+from relay.splits import TOO_MANY_RECIPIENTS, can_carry
 from worker.backoff import delay, spread
 from worker.servers import Place, Servers
 
@@ -54,7 +56,10 @@ NEXT: dict[Outcome, tuple[State, Wait]] = {
     Outcome.MALFORMED: (State.DEFERRED, Wait.UNCERTAIN),
     Outcome.UNSENDABLE: (State.HELD, Wait.NONE),
 }
-_MOVES_ON = {Outcome.UNREACHABLE, Outcome.INTERRUPTED, Outcome.MALFORMED}
+# What goes on to the next server, before its commit point or (a Z, a D about us) also after it. The more a try tells
+# about the mail, the later it stands: what is recorded when no server is left.
+_MOVES_ON = (Outcome.UNREACHABLE, Outcome.MALFORMED, Outcome.INTERRUPTED, Outcome.REJECTED, Outcome.DEFERRED)
+_SAYS_LATER = {Outcome.REJECTED, Outcome.DEFERRED}  # of those
 _WHOLE_REPLY = {Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED}
 
 
@@ -200,7 +205,7 @@ class Transfer:
             recipients = [address.encode("latin-1") for address in claim.recipients]
             request = Request(claim.size, claim.sender.encode("latin-1"), recipients)
         except ValueError as error:
-            return self.unsendable(f"{NO_REQUEST}: {error}")
+            return self._no_request(error)
         while not self._aborted:
             place = self._terms.servers.take(self._route, self._tried)
             self._tell_placed()
@@ -222,6 +227,7 @@ class Transfer:
         self._current = client.Transfer(
             host=server.host, port=server.port, path=server.path, request=request, fd=self._handle,
             block_size=self._terms.settings.block_size, timeouts=self._terms.timeouts, may_commit=self._may_commit,
+            hold_back=self._terms.servers.holds_back(server),
         )  # fmt: skip
         try:
             result = await self._current.run()
@@ -235,27 +241,41 @@ class Transfer:
                 doubt = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
                 self._note(server, doubt, first_line(error), sent, started)
             raise
-        outcome, reply = result.outcome, escaped(result.text, LONGEST_TEXT)
-        self._note(server, outcome, reply, result.bytes_sent, started)
+        outcome, reply = self._outcome(server, result), escaped(result.text, LONGEST_TEXT)
+        # A server that is away is tried every few seconds while mail waits for it. Such a try says nothing about the
+        # message that it is made with, and a row for each would come to tens of thousands a day.
+        if not (place.probe and outcome is Outcome.UNREACHABLE):
+            self._note(server, outcome, reply, result.bytes_sent, started)
         if result.ours:
             return self.handed_back()
         unwanted = outcome is Outcome.REJECTED and self._terms.not_wanted.search(reply) is not None
         self._health(server, outcome, reply, unwanted)
-        if outcome in _MOVES_ON and not result.committed:
+        if unwanted or outcome is Outcome.DEFERRED or (outcome in _MOVES_ON[:3] and not result.committed):
             return None
-        record = self._record(outcome, server, committed=result.committed, unwanted=unwanted)
+        record = self._record(outcome, server, committed=result.committed)
         if record.state is State.BOUNCED and self._may_split(result):
             record.state = State.SPLIT
         return record
 
-    def _may_split(self, result: client.Result) -> bool:
-        """Whether a D may be about some of the recipients only (relay/splits.py); an early one has not seen them.
+    def _outcome(self, server: Server, result: client.Result) -> Outcome:
+        """What a result is recorded as. A server that closes before it reads, as it did the last time, refuses the
+        connection as one does on which nothing listens."""
+        if "closed-at-once" not in result.flags:
+            return result.outcome
+        servers = self._terms.servers
+        refused = servers.holds_back(server) > 0 and not result.committed
+        servers.closed(server, result.seconds)
+        return Outcome.UNREACHABLE if refused else result.outcome
 
-        One recipient cannot be cut, but a piece of a message (never its first delivery) may decide what becomes of the
-        other pieces.
+    def _may_split(self, result: client.Result) -> bool:
+        """Whether a D may be about some of the recipients only, or about their number (relay/splits.py).
+
+        An early one has not seen them. One recipient cannot be cut, but a piece of a message (never its first delivery)
+        may decide what becomes of the other pieces.
         """
         cut = self._route.bisect and (len(self.claim.recipients) > 1 or self.claim.number > 1)
-        return cut and result.committed and ABOUT_AN_ADDRESS.search(result.text) is not None
+        too_many = TOO_MANY_RECIPIENTS.search(result.text.decode("latin-1"))
+        return cut and result.committed and (ABOUT_AN_ADDRESS.search(result.text) or too_many) is not None
 
     def _may_commit(self) -> bool:
         return not self._aborted and self._terms.may_commit(self.worker)
@@ -277,13 +297,23 @@ class Transfer:
     def _nowhere(self) -> Record:
         """No server is left to be tried."""
         if not self._route.servers:
-            return self._record(Outcome.UNREACHABLE, None, NO_SERVER)
-        if not self._terms.servers.down(self._route, self._tried):
-            return self.handed_back()  # one is merely full, or paused
-        if not self._tries:
-            return self._record(Outcome.UNREACHABLE, None, self._terms.servers.why(self._route))
-        worst = next((one for one in reversed(self._tries) if one[1] is not Outcome.UNREACHABLE), self._tries[-1])
-        return self._record(worst[1], worst[0], worst[2], committed=False)
+            return self._waiting(self._record(Outcome.UNREACHABLE, None, NO_SERVER))
+        server, outcome, reply = None, Outcome.UNREACHABLE, self._terms.servers.why(self._route)
+        if self._tries:  # of equal ones the last
+            server, outcome, reply = max(reversed(self._tries), key=lambda one: _MOVES_ON.index(one[1]))[:3]
+        if outcome not in _SAYS_LATER and not self._terms.servers.down(self._route, self._tried):
+            # One is merely full, or paused. After a Z it is the backoff that is waited for all the same: the server
+            # that asked for it would have the message again at once.
+            return self.handed_back()
+        return self._waiting(
+            self._record(outcome, server, reply, committed=False, unwanted=outcome is Outcome.REJECTED)
+        )
+
+    def _waiting(self, record: Record) -> Record:
+        """Nothing is known against the mail of such a record, if no server had it: it waits for its route alone."""
+        if record.outcome in (Outcome.UNREACHABLE, Outcome.REJECTED):
+            record.waiting_for = waits_for(self.claim.route)
+        return record
 
     def _record(self, outcome: Outcome, server: Server | None, reply: str = "", **how: bool) -> Record:
         state, wait, step = self._judged(outcome, **how)
@@ -311,6 +341,18 @@ class Transfer:
     def unsendable(self, why: str) -> Record:
         """It can never be sent as it is: held, for a person to look at."""
         return self._made(State.HELD, Outcome.UNSENDABLE, why, None, 0.0, self.claim.backoff_step)
+
+    def _no_request(self, error: ValueError) -> Record:
+        """The envelope cannot be sent. Waiting mends no address, so none of it is held: it bounces, and recipients that
+        can be sent to are cut off and sent. A person has to look only where recipients are missing."""
+        claim, carried = self.claim, [can_carry(one) for one in self.claim.recipients]
+        if claim.sender and not can_carry(claim.sender):
+            state, code = State.BOUNCED, "5.1.7"  # RFC 3463: bad sender's mailbox address syntax
+        elif not all(carried):
+            state, code = State.SPLIT if any(carried) else State.BOUNCED, "5.1.3"  # bad destination address syntax
+        else:
+            return self.unsendable(f"{NO_REQUEST}: {error}")
+        return self._made(state, Outcome.UNSENDABLE, f"{NO_REQUEST} (#{code}): {error}", None, 0.0, claim.backoff_step)
 
     def _made(
         self, state: State, outcome: Outcome | None, reply: str, server: str | None, wait: float, step: int

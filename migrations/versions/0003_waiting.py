@@ -18,21 +18,37 @@ branch_labels = None
 depends_on = None
 
 ADDED = {
-    "deliveries.waiting_for": ("TEXT", "server:NAME, route:NAME: the delivery becomes due when that is back"),
+    "deliveries.waiting_for": ("TEXT", "route:NAME: it becomes due when a server of that route answers"),
     "messages.client_trusted": ("BOOLEAN", "whether the client is in CLIENT_NETWORKS; empty: one of our own, or older"),
     "messages.dsn_content": ("TEXT", "what a DSN encloses of the original: full, header or none"),
+    "deliveries.dsn_withheld": (
+        "TEXT",
+        "why its sender gets no DSN: rate, postmaster or address; empty: no such reason",
+    ),
 }
 INDEXES = {
     "deliveries_queued": "(route, due_at) WHERE state = 'queued'",
     "deliveries_sending": "(worker, due_at) WHERE state = 'sending'",
     "deliveries_deferred": "(due_at) WHERE state = 'deferred'",
+    "deliveries_waiting": "(waiting_for, due_at) WHERE state = 'deferred' AND waiting_for IS NOT NULL",
     "deliveries_owing": "(due_at) WHERE state IN ('bounced', 'expired') AND due_at IS NOT NULL",
 }
 BEFORE = {"deliveries_due_at": "(due_at) WHERE due_at IS NOT NULL"}
+ROLE = "qmqp_relay_reader"  # may look at every table; 0002 says why it may not be there
+DSN_LIMITS = """CREATE TABLE dsn_limits (
+    sender TEXT NOT NULL,
+    last_at {instant} NOT NULL,
+    CONSTRAINT dsn_limits_key PRIMARY KEY (sender)
+)"""
+DSN_LIMITS_ABOUT = {
+    "TABLE dsn_limits": "senders that got a DSN about mail from an untrusted client in the last minute",
+    "COLUMN dsn_limits.sender": "envelope sender of the original",
+    "COLUMN dsn_limits.last_at": "when the last such DSN was made",
+}
 
 
 def upgrade() -> None:
-    """Add the columns, replace the index."""
+    """Add the columns and the table that limits DSNs, replace the index."""
     connection = op.get_bind()
     postgresql = connection.dialect.name == "postgresql"
     for column, (kind, comment) in ADDED.items():
@@ -41,12 +57,18 @@ def upgrade() -> None:
         if postgresql:
             connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
     _replace(connection, BEFORE, INDEXES)
+    connection.exec_driver_sql(DSN_LIMITS.format(instant="TIMESTAMP WITH TIME ZONE" if postgresql else "BIGINT"))
+    for subject, comment in DSN_LIMITS_ABOUT.items() if postgresql else ():
+        connection.exec_driver_sql(f"COMMENT ON {subject} IS '{comment}'")
+    if postgresql and connection.exec_driver_sql(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'").scalar():
+        connection.exec_driver_sql(f"GRANT SELECT ON dsn_limits TO {ROLE}")
 
 
 def downgrade() -> None:
     """Take them away, put the index back."""
     connection = op.get_bind()
     _replace(connection, INDEXES, BEFORE)
+    connection.exec_driver_sql("DROP TABLE dsn_limits")
     for column in reversed(ADDED):
         table, name = column.split(".")
         connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {name}")

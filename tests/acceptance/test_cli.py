@@ -1,7 +1,9 @@
 """The commands that look: on a relay that runs, on one that was never started, and on wrong use."""
 
 import json
+import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,26 @@ def test_a_database_out_of_reach(tmp_path: Path) -> None:
     for said in (looked.stderr, checked.stdout, checked.stderr):
         assert "secret" not in said
         assert "Traceback" not in said
+
+
+def test_what_is_made_is_closed_to_others_and_check_names_what_is_not(tmp_path: Path) -> None:
+    """Also in a directory that was made for all, by a shell whose umask is 0."""
+    state = tmp_path / "var"
+    state.mkdir()
+    state.chmod(0o755)
+    before = os.umask(0)
+    try:
+        assert command("migrate", STATE_DIR=str(state)).returncode == 0
+    finally:
+        os.umask(before)
+    made = [*state.iterdir()]
+    assert state / "relay.db" in made
+    assert not any(stat.S_IMODE(file.stat().st_mode) & 0o077 for file in made)
+    assert "files\tok\tclosed to others" in command("check", STATE_DIR=str(state)).stdout
+    (state / "relay.db").chmod(0o644)
+    assert f"files\twarn\topen to others: {state / 'relay.db'}\t" in command("check", STATE_DIR=str(state)).stdout
+    state.chmod(0o700)
+    assert "files\tok\tclosed to others" in command("check", STATE_DIR=str(state)).stdout, "no other user gets there"
 
 
 @pytest.mark.parametrize(

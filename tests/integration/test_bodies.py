@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import stat
 import sys
 import threading
@@ -236,6 +237,7 @@ def test_no_descriptor_leaks(spool: Spool) -> None:
     def open_files() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
+    assert spool.free_bytes() > 0  # from now on the directory is held
     before = open_files()
     with no_room():
         for _ in range(5):
@@ -280,8 +282,9 @@ def test_a_spool_that_is_not_there_is_no_fault_of_the_body(spool: Spool) -> None
     spool.store(message_id, [b"hello"])
     spool.directory.rename(spool.directory.with_name("elsewhere"))
     for absent in (True, False):
+        os.close(spool.open(message_id, 5))  # what is there is there
         with pytest.raises(OSError) as caught:
-            spool.open(message_id, 5)
+            spool.open(new_id(), 5)
         assert caught.value.errno == errno.ENOENT
         if absent:
             spool.directory.mkdir()  # the empty mount point
@@ -292,13 +295,66 @@ def test_a_spool_that_was_changed_behind_our_back_is_no_fault_of_the_body(
 ) -> None:
     spool.prepare(engine, unsafe=True)
     message_id = new_id()
-    spool.store(message_id, [b"hello"])
     spool.directory.rename(tmp_path / "right")
     spool.directory.mkdir()
     (spool.directory / "spool-id").write_text(f"{new_id()}\n")
     with pytest.raises(OSError) as caught:
         spool.open(message_id, 5)
-    assert not isinstance(caught.value, FileNotFoundError)
+    assert caught.value.errno == errno.ESTALE
+    with pytest.raises(OSError) as caught:
+        spool.store(message_id, [b"hello"])
+    assert caught.value.errno == errno.ESTALE
+
+
+def test_nothing_is_stored_where_the_spool_is_not(spool: Spool, tmp_path: Path) -> None:
+    """The bare mount point: a body that is stored there is gone when the file system is back."""
+    spool.store(first := new_id(), [b"hello"])
+    spool.directory.rename(tmp_path / "elsewhere")
+    for absent in (True, False):
+        (found,) = spool.store_all([(new_id(), [b"lost"])])
+        assert isinstance(found, FileNotFoundError)
+        with pytest.raises(FileNotFoundError):
+            spool.create(new_id())
+        if absent:
+            spool.directory.mkdir()
+    assert [*spool.directory.iterdir()] == []
+    spool.directory.rmdir()
+    (tmp_path / "elsewhere").rename(spool.directory)
+    spool.store(second := new_id(), [b"hello"])
+    assert files(spool) == sorted([first, second])
+
+
+def test_a_spool_that_was_mounted_again_is_ours_by_its_mark(spool: Spool, tmp_path: Path) -> None:
+    """To the kernel it is another directory, with network file systems for one."""
+    spool.store(first := new_id(), [b"hello"])
+    shutil.copytree(spool.directory, tmp_path / "again")
+    spool.directory.rename(tmp_path / "before")
+    (tmp_path / "again").rename(spool.directory)
+    spool.store(second := new_id(), [b"hello"])
+    assert files(spool) == sorted([first, second])
+    assert {name for name, _ in spool.ids()} == {first, second}
+
+
+def test_a_body_is_looked_for_again_when_its_directory_has_proved_to_be_ours(spool: Spool, tmp_path: Path) -> None:
+    """The mount came between the look and the proof."""
+    message_id = new_id()
+    assert spool.free_bytes() > 0  # from now on the directory is held
+    shutil.copytree(spool.directory, tmp_path / "again")
+    Spool(tmp_path / "again").store(message_id, [b"hello"])
+    spool.directory.rename(tmp_path / "before")
+    (tmp_path / "again").rename(spool.directory)
+    os.close(spool.open(message_id, 5))
+
+
+def test_a_body_that_was_put_aside_is_found_and_removed(spool: Spool) -> None:
+    """Its row came later than housekeeping looked for it, or came back from a backup."""
+    spool.store(message_id := new_id(), [b"hello"])
+    spool.put_aside(message_id)
+    assert not spool.path(message_id).exists()
+    os.close(spool.open(message_id, 5))
+    assert spool.remove(message_id)
+    with pytest.raises(BodyMissing):
+        spool.open(message_id, 5)
 
 
 # --- the right directory ----------------------------------------------------------------------------------
@@ -334,6 +390,16 @@ def test_another_spool_is_refused_and_not_touched(engine: Engine, tmp_path: Path
             Spool(wrong).prepare(engine, unsafe=True)
         assert sorted((p.name, p.read_text()) for p in wrong.iterdir()) == before
     assert len(known(engine)) == 1
+
+
+def test_a_spool_that_is_not_there_is_not_made_again(engine: Engine, tmp_path: Path) -> None:
+    """Its file system is not mounted yet, after a reboot for one."""
+    place = tmp_path / "mount" / "spool"
+    Spool(place).prepare(engine, unsafe=True)
+    place.parent.rename(tmp_path / "elsewhere")
+    with pytest.raises(SpoolError, match=r"mount it. Nothing was touched"):
+        Spool(place).prepare(engine, unsafe=True)
+    assert not place.parent.exists()
 
 
 def test_a_spool_that_was_marked_when_the_database_went_away(engine: Engine, spool: Spool) -> None:

@@ -304,6 +304,52 @@ def test_B22_the_session_ends_the_wait_for_a_reply(deliver):
     )
 
 
+async def stopped(coroutine: Coroutine[Any, Any, Any], sink: Sink, seconds: float, *, cancel: bool = False) -> Any:
+    """Await it, while the loop stands still for a time from the moment on when the server has read the request.
+
+    It does so in the callback of a descriptor, as a process that gets SIGSTOP while it waits for its descriptors."""
+    task, loop = asyncio.create_task(coroutine), asyncio.get_running_loop()
+    ours, theirs = socket.socketpair()
+
+    def stand_still() -> None:
+        loop.remove_reader(ours)
+        threading.Event().wait(seconds)
+        if cancel:
+            task.cancel()
+
+    with ours, theirs:
+        loop.add_reader(ours, stand_still)
+        while not sink.count:  # noqa: ASYNC110 (the sink has a loop of its own)
+            await asyncio.sleep(0)
+        theirs.send(b"x")
+        return await task
+
+
+def test_a_reply_that_has_arrived_wins_over_a_timer(run, body):
+    """libuv runs timers before it looks at its sockets."""
+    request = Request(6, b"s@x.test", [b"r@y.test"])
+    with running_sink(Rule(Answer(b"K", b"Ok", delay=0.1))) as sink:
+        sending = send(host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK)
+        result = run(stopped(sending, sink, 0.6))
+    assert (result.outcome, result.text) == (Outcome.ACCEPTED, b"Ok")
+
+
+def test_a_reply_wins_over_a_timer_that_is_late_by_more_than_a_second(run, body):
+    """The process was stopped: what the server sent meanwhile may still be on its way."""
+    request = Request(6, b"s@x.test", [b"r@y.test"])
+    with running_sink(Rule(Answer(b"K", b"Ok", delay=2.0))) as sink:
+        sending = send(host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK)
+        result = run(stopped(sending, sink, 1.6))
+    assert (result.outcome, result.text) == (Outcome.ACCEPTED, b"Ok")
+
+
+def test_a_reply_that_has_arrived_wins_over_the_end_of_a_drain(run, body):
+    request = Request(6, b"s@x.test", [b"r@y.test"])
+    with running_sink(Rule(Answer(b"K", b"Ok", delay=0.1))) as sink:
+        sending = send(host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"))
+        assert run(stopped(sending, sink, 0.3, cancel=True)).outcome is Outcome.ACCEPTED
+
+
 def test_a_phase_may_be_longer_than_the_one_before(deliver):
     with running_sink(Rule(Answer(delay=0.4))) as sink:
         assert deliver(sink, timeouts=Timeouts(connect=0.1, io=0.1, reply=20)).outcome is Outcome.ACCEPTED

@@ -163,11 +163,15 @@ def test_hot_statements_scan_no_table_however_it_grows(postgres_url: str) -> Non
     for _ in range(12):  # prepared, and planned once for all
         for claim in office.claim(*accepted(office, 1)):
             office.record(claim, Outcome.ACCEPTED)
+        office.sweeps.waiting(["default"])
+        office.sweeps.wake("default", 64)
     before = scans(office)
     for _ in range(12):
         for claim in office.claim(*accepted(office, 1)):
             office.record(claim, Outcome.ACCEPTED)
         office.sweeps.requeue_due(64)
+        office.sweeps.waiting(["default"])
+        office.sweeps.wake("default", 64)
         office.claim()
     assert scans(office) == before
     office.engine.dispose()

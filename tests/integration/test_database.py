@@ -17,7 +17,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from relay import database
-from relay.database import DatabaseError, check_durable, connect, is_outage, reading, writing
+from relay.database import DatabaseError, check_durable, committed_nothing, connect, is_outage, reading, writing
 from relay.dialect import Dialect, Statements
 from relay.ids import dashed, new_id
 from relay.schema import REVISION
@@ -166,11 +166,17 @@ def test_values_that_postgresql_refuses_are_no_outage(clean_postgres_url: str) -
 
 def test_what_postgresql_says_when_it_is_away(postgres: Postgres) -> None:
     engine = connect(postgres.url())
-    assert is_outage(failure(engine, "SELECT pg_terminate_backend(pg_backend_pid())"))
-    assert is_outage(failure(engine, "SET LOCAL statement_timeout = 1; SELECT pg_sleep(5)"))
-    assert is_outage(failure(engine, "SET TRANSACTION READ ONLY; CREATE TABLE t ()"))
+    for sql, undone in (
+        ("SELECT pg_terminate_backend(pg_backend_pid())", False),
+        ("SET LOCAL statement_timeout = 1; SELECT pg_sleep(5)", True),
+        ("SET TRANSACTION READ ONLY; CREATE TABLE t ()", True),
+    ):
+        error = failure(engine, sql)
+        assert (is_outage(error), committed_nothing(error)) == (True, undone)
     postgres.stop()
-    assert is_outage(failure(engine, "SELECT 1"))
+    for refused in (False, True):  # the connection that there was breaks, and a new one is refused
+        error = failure(engine, "SELECT 1")
+        assert (is_outage(error), committed_nothing(error)) == (True, refused)
     postgres.start()
     with reading(engine) as connection:
         assert connection.execute(text("SELECT 1")).scalar() == 1, "the same engine goes on"
@@ -185,6 +191,7 @@ def test_what_sqlite_says_when_it_is_away(tmp_path: Path) -> None:
     with pytest.raises(DBAPIError) as open_, reading(engine):
         pass
     assert is_outage(open_.value)
+    assert committed_nothing(open_.value)
     full = connect(f"sqlite:///{tmp_path}/full.db")
     with writing(full) as connection:
         connection.exec_driver_sql("CREATE TABLE t (x)")
@@ -192,7 +199,34 @@ def test_what_sqlite_says_when_it_is_away(tmp_path: Path) -> None:
         with pytest.raises(DBAPIError) as no_room:
             connection.execute(text("INSERT INTO t VALUES (zeroblob(100000))"))
         assert is_outage(no_room.value)
+        assert not committed_nothing(no_room.value)
     full.dispose()
+
+
+def test_a_file_that_reads_as_malformed_is_no_fault_of_the_row(tmp_path: Path) -> None:
+    """As it does while the power fails: the outcome that is being recorded must be recorded later."""
+    file = tmp_path / "relay.db"
+    engine = connect(f"sqlite:///{file}")
+    with writing(engine) as connection:
+        connection.exec_driver_sql("CREATE TABLE t (x)")
+        connection.exec_driver_sql("INSERT INTO t VALUES (zeroblob(100000))")
+    engine.dispose()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    error = failure(engine, "INSERT INTO t VALUES (1)")
+    assert "malformed" in str(error)
+    assert is_outage(error)
+    assert not committed_nothing(error)
+    engine.dispose()
+    file.write_bytes(b"no database " * 1000)
+    assert is_outage(failure(engine, "INSERT INTO t VALUES (1)"))
+    engine.dispose()
+
+
+def test_a_statement_may_take_as_long_as_the_engine_says(clean_postgres_url: str) -> None:
+    engine = connect(clean_postgres_url, hot=True, timeout=0.05)
+    assert "statement timeout" in str(failure(engine, "SELECT pg_sleep(20)"))
+    engine.dispose()
 
 
 def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: Path) -> None:

@@ -455,14 +455,246 @@ def test_nothing_is_said_about_a_notice(post: Post, sender: str) -> None:
     assert post.notices() == []
 
 
-def test_a_notice_that_fails_is_recorded_and_ends_there(post: Post) -> None:
+# --- a notice that is refused --------------------------------------------------------------------------------
+
+
+def enclosed(post: Post, notice: str) -> tuple[str, str | None]:
+    """What a notice says that it encloses, and the type of the part that does."""
+    (row,) = post.office.rows("SELECT dsn_content FROM messages WHERE id = @id(:id)", id=notice)
+    parts = list(post.text(notice).iter_parts())
+    return row["dsn_content"], parts[2].get_content_type() if len(parts) > 2 else None
+
+
+def test_a_notice_that_is_refused_is_made_again_with_less_until_nothing_is_left(
+    post: Post, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = post.accept("x@example.org", header_message_id="<1@client>", envid="an-id")
+    post.fail(original, reply="5.1.1 unknown")
+    (full,) = post.debts.settle(10)
+    assert not post.kept(original), "what is made again comes from the notice itself"
+    chain = [full]
+    for content in (("header", "text/rfc822-headers"), ("none", None)):
+        refused = chain[-1]
+        post.fail(refused, reply="550 5.7.1 your message has a virus")
+        assert post.kept(refused)
+        assert post.owing(refused)
+        (notice,) = post.debts.settle(10)
+        chain.append(notice)
+        assert post.debts.settle(10) == [] == post.another().settle(10)
+        assert not post.kept(refused)
+        assert not post.owing(refused)
+        assert post.notices(original) == chain
+        assert enclosed(post, notice) == content
+        (row,) = post.office.rows("SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
+                                  " r.message_id = m.id WHERE m.id = @id(:id)", id=notice)  # fmt: skip
+        assert (row["sender"], row["address"], row["notify"]) == ("", "a@example.com", "NEVER")
+        assert post.whole(notice)
+        named = f"<{notice}@{post.office.settings.hostname}>"
+        assert post.text(notice)["Message-ID"] == row["header_message_id"] == named
+        assert post.text(notice)["References"] == "<1@client>"
+        assert post.told(notice) == [("x@example.org", "failed")]
+        wire = post.spool.path(notice).read_bytes()
+        assert b"Original-Envelope-Id: an-id" in wire
+        assert b"Diagnostic-Code: x-qmqp; 5.1.1 unknown" in wire
+        assert b"x" * 61 not in wire
+        assert refused.encode() not in wire
+        assert (b"Subject: original" in wire) == (content[1] is not None)
+        assert b"a mail server refused this notice with" in b" ".join(wire.split())
+    post.fail(chain[-1], reply="550 not this one either")
+    assert post.owing(chain[-1]), "so that the log tells of it"
+    assert post.debts.settle(10) == []
+    assert not post.owing(chain[-1])
+    assert not post.kept(chain[-1])
+    assert len(post.notices()) == 3
+    assert capsys.readouterr().out.count("notice given up") == 1
+
+
+def test_a_warning_that_is_refused_is_made_again_without_the_header(late: Post) -> None:
+    message_id = late.accept()
+    late.grow_old(message_id)
+    (warning,) = late.debts.warn(10)
+    late.fail(warning)
+    (again,) = late.debts.settle(10)
+    assert enclosed(late, again) == ("none", None)
+    assert late.told(again) == [("b@example.org", "delayed")]
+    assert late.debts.warn(10) == []
+
+
+def test_an_8_bit_notice_that_is_made_again_without_what_was_8_bit_is_7_bit(post: Post) -> None:
+    post.fail(post.accept(body=BODY + b"\xff\n"))
+    (full,) = post.debts.settle(10)
+    post.fail(full)
+    (header,) = post.debts.settle(10)
+    (row,) = post.office.rows("SELECT body_type FROM messages WHERE id = @id(:id)", id=header)
+    assert row["body_type"] == "7BIT"
+    assert post.text(header)["Content-Transfer-Encoding"] is None
+
+
+@pytest.mark.parametrize("how", ["expired", "by an operator", "about us", "of an older version"])
+def test_only_a_refusal_of_what_it_encloses_makes_a_notice_again(
+    post: Post, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    post.fail(post.accept())
+    (notice,) = post.debts.settle(10)
+    match how:
+        case "expired":
+            (claim,) = post.office.claim(notice)
+            post.office.pass_time(2000)
+            post.office.record(claim, Outcome.DEFERRED)
+        case "by an operator":
+            verbs = Verbs(post.office.engine, notices=True)
+            verbs.apply(VERBS["bounce"], Filter(id=notice), actor="me", reason="")
+        case "about us":
+            post.fail(notice, reply=US)
+        case _:
+            post.office.change("UPDATE messages SET dsn_content = NULL")
+            post.fail(notice)
+    assert post.debts.settle(10) == []
+    assert post.office.state(notice) == {"expired": "expired", "about us": "deferred"}.get(how, "bounced")
+    assert not post.owing(notice)
+    given_up = capsys.readouterr().out.count("notice given up")
+    assert given_up == (how in ("expired", "by an operator"))
+
+
+def test_a_notice_that_is_gone_is_given_up(post: Post, capsys: pytest.CaptureFixture[str]) -> None:
     post.fail(post.accept())
     (notice,) = post.debts.settle(10)
     post.fail(notice)
-    assert post.office.state(notice) == "bounced"
-    assert post.office.delivery(notice)["last_reply"] == "its words"
+    post.spool.path(notice).unlink()
     assert post.debts.settle(10) == []
-    assert len(post.notices()) == 1
+    assert not post.owing(notice)
+    assert capsys.readouterr().out.count("notice given up") == 1
+
+
+def test_a_disk_that_fails_leaves_the_refused_notice_pending(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    post.fail(post.accept())
+    (notice,) = post.debts.settle(10)
+    post.fail(notice)
+
+    def fails(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Spool, "open", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            post.debts.settle(10)
+    assert post.owing(notice)
+    assert len(post.another().settle(10)) == 1
+
+
+def test_a_refused_notice_and_the_next_change_in_one_transaction(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    post.fail(post.accept())
+    (notice,) = post.debts.settle(10)
+    post.fail(notice)
+
+    def fails(*_: Any) -> None:
+        raise ValueError("stands for a kill")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(post.debts, "_set", fails)
+        assert post.debts.settle(10) == []
+    assert post.owing(notice)
+    assert (post.notices(), post.files()) == ([notice], {notice})
+    (again,) = post.another().settle(10)
+    assert post.files() == {again}
+
+
+# --- mail from strangers ---------------------------------------------------------------------------------------
+
+
+def test_a_notice_about_a_strangers_mail_carries_the_header_alone(post: Post) -> None:
+    """Or a stranger has us send a text of his to a victim, whom he names as the sender."""
+    ids = [post.accept(sender=f"a{trusted}@example.com", ret="FULL", client_trusted=trusted)
+           for trusted in (False, True, None)]  # fmt: skip
+    for message_id in ids:
+        post.fail(message_id)
+    notices = post.debts.settle(10)
+    kinds = {post.text(n)["To"]: enclosed(post, n) for n in notices}
+    full = ("full", "message/rfc822")
+    assert kinds == {"aFalse@example.com": ("header", "text/rfc822-headers"), "aTrue@example.com": full,
+                     "aNone@example.com": full}  # fmt: skip
+    assert [b"x" * 61 in post.spool.path(n).read_bytes() for n in notices] == [False, True, True]
+
+
+def test_a_sender_gets_one_notice_a_minute_about_mail_of_strangers(
+    post: Post, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [post.accept(sender=sender, client_trusted=trusted) for sender, trusted in [
+        ("a@example.com", False), ("A@example.com", False), ("a@example.com", True), ("b@example.com", False),
+    ]]  # fmt: skip
+    for message_id in ids:
+        post.fail(message_id)
+    made = post.debts.settle(10)
+    assert [len(post.notices(message_id)) for message_id in ids] == [1, 0, 1, 1]
+    assert len(made) == 3
+    assert not any(post.owing(message_id) or post.kept(message_id) for message_id in ids)
+    withheld = [post.office.delivery(message_id)["dsn_withheld"] for message_id in ids]
+    assert withheld == [None, "rate", None, None]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "notice withheld" in line)
+    assert ids[1] in line
+    post.office.change("UPDATE dsn_limits SET last_at = @ago(61)")
+    later = post.accept(client_trusted=False)
+    post.fail(later)
+    assert len(post.another().settle(10)) == 1
+
+
+def test_a_clock_that_has_stepped_back_silences_no_sender(post: Post) -> None:
+    post.fail(post.accept(client_trusted=False))
+    assert len(post.debts.settle(10)) == 1
+    post.office.change("UPDATE dsn_limits SET last_at = @later(7200)")
+    post.fail(post.accept(client_trusted=False))
+    assert len(post.debts.settle(10)) == 1
+
+
+def test_two_sweepers_make_one_notice_a_minute_together(clean_postgres_url: str, spool: Spool) -> None:
+    """The second waits for the COMMIT of the first, and then sees that the sender was told a moment ago."""
+    with opened(clean_postgres_url) as office:
+        post = Post(office, spool)
+        ids = [post.accept(client_trusted=False) for _ in range(8)]
+        for message_id in ids:
+            post.fail(message_id)
+        sweepers = [post.another() for _ in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            made = list(threads.map(lambda sweeper: sweeper.settle(10), sweepers))
+        assert sum(map(len, made)) == 1
+        assert not any(map(post.owing, ids))
+
+
+def test_a_stranger_has_no_notice_made_about_mail_to_our_postmaster(post: Post) -> None:
+    ours = f"Postmaster@{post.office.settings.hostname}"
+    alone, mixed, trusted = (
+        post.accept(ours, sender="a1@example.com", client_trusted=False),
+        post.accept("postmaster", "b@example.org", ours, sender="a2@example.com", client_trusted=False),
+        post.accept(ours, sender="a3@example.com", client_trusted=True),
+    )
+    for message_id in (alone, mixed, trusted):
+        post.fail(message_id)
+    made = post.debts.settle(10)
+    assert {post.text(notice)["To"]: post.told(notice) for notice in made} == {
+        "a2@example.com": [("b@example.org", "failed")], "a3@example.com": [(ours, "failed")],
+    }  # fmt: skip
+    assert [post.office.delivery(one)["dsn_withheld"] for one in (alone, mixed, trusted)] == ["postmaster", None, None]
+    assert not any(map(post.owing, (alone, mixed, trusted)))
+
+
+def test_a_warning_about_a_strangers_mail_counts_too(late: Post) -> None:
+    ids = [late.accept(client_trusted=False) for _ in range(2)]
+    for message_id in ids:
+        late.grow_old(message_id)
+    assert len(late.debts.warn(10)) == 1
+    assert late.debts.warn(10) == [], "what was withheld is not asked about again"
+    late.fail(ids[0])
+    assert late.debts.settle(10) == []
+    assert late.office.delivery(ids[0])["dsn_withheld"] == "rate"
+
+
+def test_housekeeping_removes_limits_that_are_over(post: Post) -> None:
+    for sender in ("a@example.com", "b@example.com"):
+        post.fail(post.accept(sender=sender, client_trusted=False))
+    assert len(post.debts.settle(10)) == 2
+    post.office.change("UPDATE dsn_limits SET last_at = @ago(1000) WHERE sender = :old", old="a@example.com")
+    Housekeeper(post.office.settings, post.office.engine, post.spool).clean()
+    assert post.office.rows("SELECT sender FROM dsn_limits") == [{"sender": "b@example.com"}]
 
 
 def test_without_bounces_nothing_is_owed(with_settings: Any) -> None:

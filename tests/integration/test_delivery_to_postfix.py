@@ -88,18 +88,18 @@ def test_who_is_not_authorized_waits_and_rings_the_alarm(
     assert mail.rows("SELECT due_at FROM deliveries WHERE state = 'bounced'") == []
 
 
-def test_the_next_server_is_not_tried_when_one_does_not_want_us_and_then_it_is(room: Open, postfix: Postfix) -> None:
+def test_the_next_server_has_the_mail_when_one_does_not_want_us(room: Open, postfix: Postfix) -> None:
+    """In the same claim; and what comes later goes there at once."""
     mail = room(postfix.closed_port, postfix.port)
-    first = mail.accept("r@y.test", body=HEADER + b"\nhello\n")
     # A clock that stands still: the rest of the first server does not end while we look.
     with mail.working(servers=Servers(50, clock=lambda: 0.0)) as engine:
-        engine.offer([first])
-        until(lambda: mail.state(first) == "deferred", 20)
-        mail.change("UPDATE deliveries SET state = 'queued', due_at = @now")
-        engine.offer([first])
+        engine.offer([first := mail.accept("r@y.test", body=HEADER + b"\nhello\n")])
         until(lambda: mail.state(first) == "delivered", 20)
-    servers = [server for server, _ in mail.attempts(first)]
-    assert servers == [f"127.0.0.1:{postfix.closed_port}", f"127.0.0.1:{postfix.port}"]
+        engine.offer([second := mail.accept("r@y.test", body=HEADER + b"\nhello\n")])
+        until(lambda: mail.state(second) == "delivered", 20)
+    closed, opened = f"127.0.0.1:{postfix.closed_port}", f"127.0.0.1:{postfix.port}"
+    assert mail.attempts(first) == [(closed, "rejected"), (opened, "accepted")]
+    assert mail.attempts(second) == [(opened, "accepted")]
 
 
 @pytest.mark.parametrize(("subject", "state", "words"), [
@@ -113,6 +113,28 @@ def test_header_checks_bounce_or_defer(room: Open, postfix: Postfix, subject: by
     assert len(mail.attempts(message_id)) == 1, "content is not cut into halves"
     if state == "bounced":
         assert "go away" in notice_about(mail, message_id)
+
+
+def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(room: Open, postfix: Postfix) -> None:
+    """header_checks are nested_header_checks too, so that Postfix refuses the bounce for the words of the original;
+    body_checks read the header that a second notice encloses."""
+    mail = room(postfix.port)
+    original = mail.accept("r@y.test", body=HEADER + b"Subject: refuse\n\nhello\n", sender="s@x.test")
+    become(mail, original, "bounced")
+    debts = Debts(mail.database, mail.spool, mail.settings, lambda address: "default")
+    replies = []
+    for state in ("bounced", "bounced", "delivered"):
+        (notice,) = debts.settle(10)
+        replies.append(become(mail, notice, state))
+    assert debts.settle(10) == []
+    assert "go away" in replies[0]
+    assert "not even enclosed" in replies[1]
+    shown = postfix.queued(replies[2].split()[-1])
+    assert b"Subject: Undelivered mail returned to sender" in shown
+    assert b"Diagnostic-Code: x-qmqp; Error: 5.7.1 go away" in shown
+    assert b"Subject: refuse" not in shown
+    contents = mail.rows("SELECT dsn_content FROM messages WHERE notice_of IS NOT NULL ORDER BY id")
+    assert [row["dsn_content"] for row in contents] == ["full", "header", "none"]
 
 
 def test_soft_bounce_makes_every_d_a_z(room: Open, postfix: Postfix) -> None:

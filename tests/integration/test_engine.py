@@ -2,8 +2,9 @@
 
 import hashlib
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -113,6 +114,20 @@ def test_hints_that_are_stale_doubled_or_unknown_do_no_harm(room: Open, sink: Si
     assert sink.count == len(ids)
 
 
+def test_hints_get_their_time_when_the_worker_was_stopped(room: Open) -> None:
+    with answering(Answer(delay=8.0)) as sink:  # the one place is taken all the while
+        mail = room(sink, grace=3.0, server_connections=1, reply_timeout=20.0)
+        with mail.working() as engine:
+            engine.offer([mail.accept()])
+            until(lambda: sink.count == 1)
+            ticket = engine.offer([mail.accept()])
+            stalled = threading.Event()
+            engine._loop.call_soon_threadsafe(threading.Event().wait, 4.0)
+            engine._loop.call_soon_threadsafe(stalled.set)
+            assert stalled.wait(10)
+            assert not ticket.wait(1.5), "it was given up for a time in which nothing could move"
+
+
 def test_two_workers_share_without_doubles(room: Open, sink: Sink) -> None:
     mail = room(sink)
     ids = [mail.accept() for _ in range(60)]
@@ -183,6 +198,84 @@ def test_B13_a_lost_reply_is_uncertain_and_never_fails_over(room: Open, sink: Si
             until(lambda: mail.state(message_id) == "deferred")
     assert mail.attempts(message_id) == [(f"127.0.0.1:{silent.port}", "uncertain")]
     assert sink.count == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [(Answer(b"Z", b"busy"), "deferred"), (Answer(b"D", b"relay.example is not authorized to use this"), "rejected")],
+)
+def test_a_server_that_accepts_nothing_is_passed_over_in_the_same_claim(
+    room: Open, sink: Sink, answer: Answer, outcome: str
+) -> None:
+    with answering(answer) as unwilling:
+        mail = room(unwilling, sink, grace=60.0)
+        message_id = mail.accept()
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.state(message_id) == "delivered")
+    assert mail.attempts(message_id) == [
+        (f"127.0.0.1:{unwilling.port}", outcome),
+        (f"127.0.0.1:{sink.port}", "accepted"),
+    ]
+    assert mail.delivery(message_id)["claims"] == 1
+
+
+def test_a_Z_is_recorded_before_a_server_that_is_out_of_reach(room: Open, dead_port: int) -> None:
+    """Whichever comes last: it is the word of a server about the mail."""
+    with answering(Answer(b"Z", b"busy")) as busy:
+        for servers in ((busy, dead_port), (dead_port, busy)):
+            mail = room(*servers, retry_min=100.0, retry_max=200.0)
+            message_id = mail.accept()
+            with mail.working():
+                until(partial(mail.rows, "SELECT 1 FROM deliveries WHERE message_id = :id AND claims = 1"
+                              " AND state = 'deferred'", id=message_id))  # fmt: skip
+            found = mail.delivery(message_id)
+            assert {outcome for _, outcome in mail.attempts(message_id)} == {"unreachable", "deferred"}
+            assert (found["last_outcome"], found["last_reply"], found["backoff_step"]) == ("deferred", "busy", 1)
+            assert found["last_server"] == f"127.0.0.1:{busy.port}"
+
+
+def test_a_Z_waits_also_if_the_next_server_has_no_place(room: Open) -> None:
+    """Or the first would have the message again and again."""
+    with answering(Answer(b"Z", b"busy")) as busy, running_sink() as good:
+        mail = room(busy, good, retry_min=100.0, retry_max=200.0)
+        message_id, engine = mail.accept(), mail.engine()
+        engine.pause(frozenset({f"server:127.0.0.1:{good.port}"}))
+        engine.start()
+        until(lambda: mail.state(message_id) == "deferred")
+        assert engine.drain(5)
+    assert (busy.count, good.count) == (1, 0)
+
+
+def test_a_server_that_closes_before_it_reads_is_one_that_refuses(room: Open, sink: Sink) -> None:
+    """As tcpserver does where its rules deny: from the second time on that is known before the commit point."""
+    with denying() as port:
+        mail = room(port, grace=60.0, uncertain_delay=1000.0)
+        first, second = mail.accept(), mail.accept()
+        with mail.working() as engine:
+            engine.offer([first])
+            until(lambda: mail.state(first) == "deferred")
+            engine.offer([second])
+            until(lambda: mail.state(second) == "deferred")
+    assert mail.attempts(first) == [(f"127.0.0.1:{port}", "uncertain")]
+    assert mail.attempts(second) == [(f"127.0.0.1:{port}", "unreachable")]
+
+
+@contextmanager
+def denying() -> Iterator[int]:
+    """The port of a server that accepts connections and closes them, as tcprules deny."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 def test_uncertain_mail_is_held_if_told_so(room: Open) -> None:
@@ -341,6 +434,27 @@ def test_one_bad_recipient_is_found_and_the_others_get_their_mail(room: Open) ->
         "bad@example.org": "bounced",
         "c@example.org": "delivered",
     }
+
+
+class TwoAtMost:
+    """A server that takes two recipients."""
+
+    def opening(self) -> None:
+        return None
+
+    def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
+        return Answer(b"D", b"too many recipients (#5.5.3)") if len(recipients) > 2 else None
+
+
+def test_too_many_recipients_are_sent_in_parts(room: Open) -> None:
+    with running_sink(TwoAtMost()) as sink:
+        mail = room(sink)
+        names = [f"{n}@example.org" for n in range(7)]
+        mail.accept(*names)
+        with mail.working():
+            until(lambda: mail.states() == {"split", "delivered"}, 20)
+        taken = [name for request in sink.received for name in request.recipients if len(request.recipients) <= 2]
+        assert sorted(taken) == [name.encode() for name in names]
 
 
 def test_a_list_that_is_refused_as_such_costs_three_sends(room: Open) -> None:

@@ -1,6 +1,7 @@
 """Acceptance, on both databases: all of a message or nothing, once however often it is told, and one bad row alone."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from relay.database import TooLate
 from relay.ids import new_id
 from relay.intake import NewMessage
 from relay.rounds import Unsettled, Writer
@@ -54,6 +56,7 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
     message = new_message(
         "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
         header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", notice_of=about,
+        client_trusted=False, dsn_content="header",
     )  # fmt: skip
     message.recipients[0] = message.recipients[0]._replace(notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org")
     office.intake.commit([message])
@@ -62,6 +65,7 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
     assert (row["sender"], row["size"], row["client_address"], row["helo"]) == ("", 100, "192.0.2.1", message.helo)
     assert (row["protocol"], row["auth_user"], row["header_message_id"]) == ("ESMTP", "user", "<1@x>")
     assert (row["body_type"], row["ret"], row["envid"], row["about"]) == ("8BITMIME", "HDRS", "QQ+3D", about)
+    assert (row["client_trusted"], row["dsn_content"]) == (False, "header")
     assert 0 <= row["ago"] < 60
     sql = "SELECT * FROM recipients WHERE message_id = @id(:id) ORDER BY position"
     fields = ("position", "address", "delivery", "notify", "orcpt")
@@ -195,3 +199,34 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(postgres: Postg
         assert front.answers[patient.id] is None
         until(lambda: not front.writer.rounds.stuck)
         assert front.writer.close(10)
+
+
+def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(office: Office) -> None:
+    """No try came to a COMMIT, so its body need not stay."""
+    sql = "SET default_transaction_read_only = {}" if office.spell.postgresql else "PRAGMA query_only = {}"
+    mode = ["on"]
+
+    def prepare(connection: Any, *_: Any) -> None:
+        connection.execute(sql.format(mode[0]))
+        connection.commit()
+
+    office.engine.dispose()
+    event.listen(office.engine, "checkout", prepare)
+    front = Front(office)
+    front.writer.start()
+    patient, hurried = new_message(), new_message()
+    front.put(patient)
+    front.put(hurried, deadline=0.0)
+    until(lambda: front.answers)
+    assert list(front.answers) == [hurried.id]
+    assert isinstance(front.answers[hurried.id], DBAPIError)
+    mode[0] = "off"
+    until(lambda: patient.id in front.answers)
+    assert front.writer.close(10)
+    assert [row["id"] for row in office.rows("SELECT @hex(id) AS id FROM messages")] == [patient.id]
+
+
+def test_nothing_is_written_when_the_turn_comes_too_late(office: Office) -> None:
+    with pytest.raises(TooLate):
+        office.intake.commit([new_message()], time.monotonic() - 1)
+    assert counts(office) == [0, 0, 0]

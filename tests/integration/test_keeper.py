@@ -9,13 +9,14 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from relay.bodies import Spool
 from relay.ids import new_id
 from relay.intake import NewMessage, NewRecipient
 from relay.rounds import Unsettled
 from smtpd.keeper import Keeper
-from smtpd.orders import Frames, Order, Report, Withdrawn, frame
+from smtpd.orders import Frames, Order, Refused, Report, Withdrawn, frame
 from smtpd.store import PATIENCE, KeeperError, Launch, Store
 from tests.waiting import until
 
@@ -44,7 +45,7 @@ class Desk:
         with self.theirs:
             Keeper(self.theirs, self.spool, self._commit).run()
 
-    def _commit(self, messages: Sequence[NewMessage]) -> list[None]:
+    def _commit(self, messages: Sequence[NewMessage], _begin_by: float) -> list[None]:
         self.entered.set()
         assert self.gate.wait(10)
         if self.fault is not None:
@@ -129,7 +130,7 @@ def test_who_has_heard_451_gets_nothing_committed_or_stored(desk: Desk) -> None:
     desk.ours.shutdown(socket.SHUT_WR)
     results = desk.results()
     assert results[first.number] is None
-    assert {type(results[order.number]) for order in (waits, unread)} == {Withdrawn}
+    assert {type(results[order.number]) for order in (waits, unread)} == {Refused}
     assert (desk.bodies(), len(desk.committed)) == (1, 1)
 
 
@@ -142,6 +143,23 @@ def test_with_nobody_left_to_answer_nothing_new_is_committed(desk: Desk) -> None
     assert first.message is not None
     assert desk.committed == [first.message.id]
     assert desk.bodies() == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "answer", "bodies"),
+    [
+        (OperationalError(None, None, ConnectionRefusedError()), Refused, 0),
+        (OperationalError("INSERT", {}, ConnectionResetError()), Unsettled, 1),
+    ],
+)
+def test_only_what_a_commit_may_hold_keeps_its_body(desk: Desk, fault: Exception, answer: type, bodies: int) -> None:
+    desk.fault = fault
+    order = desk.order(deadline=time.monotonic() + 0.2)
+    until(desk.entered.is_set)
+    until(lambda: desk.bodies() == bodies)
+    desk.ours.shutdown(socket.SHUT_WR)
+    assert type(desk.results()[order.number]) is answer
+    assert (desk.bodies(), desk.committed) == (bodies, [])
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -187,7 +205,7 @@ class Shop:
 def sound(spool: Spool) -> Launch:
     async def launch(channel: socket.socket) -> object:
         with channel:
-            keeper = Keeper(channel, spool, lambda messages: [None] * len(messages))
+            keeper = Keeper(channel, spool, lambda messages, _: [None] * len(messages))
             await asyncio.to_thread(keeper.run)
         return 0
 

@@ -91,16 +91,76 @@ def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> No
     assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
 
 
-@pytest.mark.parametrize("recipient", ["<b@example.org", "b" * 1000, "b\n@example.org"])
-def test_B29_what_a_server_would_misread_is_put_aside_before_any_connection(room: Open, recipient: str) -> None:
+def became(mail: Mailroom, message_id: str) -> dict[str, str]:
+    """The state of each recipient."""
+    sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d ON d.message_id = r.message_id
+        AND d.number = r.delivery WHERE r.message_id = :id"""
+    return {row["address"]: row["state"] for row in mail.rows(sql, id=message_id)}
+
+
+@pytest.mark.parametrize("recipient", ["<b@example.org", "b" * 1000, "b\n@example.org", "b\u20ac@example.org"])
+def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it(room: Open, recipient: str) -> None:
     with running_sink() as sink:
         mail = room(sink)
-        message_id = mail.accept("good@example.org", recipient)
+        message_id = mail.accept("good@example.org", recipient, "fine@example.org")
+        wanted = {"good@example.org": "delivered", "fine@example.org": "delivered", recipient: "bounced"}
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: became(mail, message_id) == wanted)
+        (request,) = sink.received
+        assert list(request.recipients) == [b"good@example.org", b"fine@example.org"]
+    bounced = "SELECT last_outcome, last_reply FROM deliveries WHERE state = 'bounced'"
+    (row,) = mail.rows(bounced)
+    assert row["last_outcome"] == "unsendable"
+    assert row["last_reply"].startswith("no request can be made of it (#5.1.3): ")
+    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    wire = mail.spool.path(notice).read_text()
+    assert wire.count("Final-Recipient") == wire.count("\nStatus: 5.1.3\n") == 1
+    assert "It was not sent: no mail server can be given this address." in " ".join(wire.split())
+    assert "Diagnostic-Code" not in wire
+
+
+def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> None:
+    with running_sink() as sink:
+        mail = room(sink)
+        message_id = mail.accept("<b@example.org", "<c@example.org")
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.states() == {"bounced"})
+        assert sink.connections == 0
+    assert len(mail.rows("SELECT 1 FROM deliveries")) == 1
+    assert len(Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)) == 1
+
+
+def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
+    room: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A notice to it could not be sent either. The log says so, and the row."""
+    with running_sink() as sink:
+        mail = room(sink)
+        message_id = mail.accept("b@example.org", "<c@example.org", sender="<a@example.com")
+        with mail.working() as engine:
+            engine.offer([message_id])
+            until(lambda: mail.states() == {"bounced"})
+        assert sink.connections == 0
+    debts = Debts(mail.database, mail.spool, mail.settings, lambda address: "default")
+    assert debts.settle(5) == [] == debts.settle(5)
+    row = mail.delivery(message_id)
+    assert (row["due_at"], row["dsn_withheld"]) == (None, "address")
+    assert row["last_reply"].startswith("no request can be made of it (#5.1.7): ")
+    assert not mail.spool.path(message_id).exists()
+    assert capsys.readouterr().out.count("notice withheld") == 1
+
+
+def test_a_message_whose_recipients_are_missing_is_held_for_a_person(room: Open) -> None:
+    with running_sink() as sink:
+        mail = room(sink)
+        message_id = mail.accept()
+        mail.change("DELETE FROM recipients")
         with mail.working() as engine:
             engine.offer([message_id])
             until(lambda: mail.state(message_id) == "held")
         assert sink.connections == 0
-    assert "no server can be trusted with the recipient" in mail.delivery(message_id)["last_reply"]
 
 
 @pytest.mark.parametrize("body", [b"", b"Subject", b"Subject: test\n\nhello\nmore"])

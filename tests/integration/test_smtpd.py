@@ -7,6 +7,7 @@ the whole program on a real database.
 import asyncio
 import errno
 import json
+import math
 import os
 import re
 import select
@@ -16,9 +17,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from email import policy
+from email.message import EmailMessage
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,15 +32,18 @@ import uvloop
 from sqlalchemy import create_engine, text
 
 from relay.bodies import Body, Spool
+from relay.database import connect, reading, writing
 from relay.intake import NewMessage
 from relay.settings import SmtpdSettings, load
 from smtpd.keeper import Keeper
-from smtpd.policy import Policy
-from smtpd.receiver import AHEAD, BLOCK, Receiver, Threads
-from smtpd.server import ListenError, Server
-from smtpd.session import Greeting
+from smtpd.policy import ROOM_KEPT_FREE, Policy
+from smtpd.receiver import AHEAD, BLOCK, Openings, Receiver, Threads
+from smtpd.server import LATE, Connection, ListenError, Server
+from smtpd.session import ENDLESS, Greeting
 from smtpd.store import Store
-from tests.waiting import until
+from tests.postfix import PostfixClient
+from tests.services import ServiceError
+from tests.waiting import stands_still, until
 
 
 class Database:
@@ -47,7 +56,7 @@ class Database:
         self.taken = threading.Event()
         self.error: Exception | None = None
 
-    def commit(self, messages: Sequence[NewMessage]) -> list[None]:
+    def commit(self, messages: Sequence[NewMessage], _begin_by: float) -> list[None]:
         self.taken.set()
         self.gate.wait(20)
         if self.error is not None:
@@ -59,8 +68,8 @@ class Database:
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, spool: Spool, settings: SmtpdSettings) -> None:
-        self.spool, self.settings = spool, settings
+    def __init__(self, spool: Spool, settings: SmtpdSettings, bodies_at_once: int) -> None:
+        self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
         self.database = Database()
         self.hints: list[str] = []
         self.loop = uvloop.new_event_loop()
@@ -86,6 +95,7 @@ class Running:
             "relay.example",
             self.settings.accept_deadline,
             Threads(4),
+            Openings(self.bodies_at_once),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = Server(self.loop, self.settings, self.receiver, Policy(self.settings), greeting)
@@ -111,19 +121,21 @@ class Running:
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()
+        room = self.server.policy.room
+        assert (room._claimed, room._stored, room._strange, room._strangers) == (0, 0, 0, {}), "every claim ended"
 
     def bodies(self) -> list[str]:
         return [path.name for path in self.spool.directory.glob("*/*")]
 
-    def client(self) -> "Client":
-        return Client(self.host, self.port)
+    def client(self, source: str = "127.0.0.1") -> "Client":
+        return Client(self.host, self.port, source)
 
 
 class Client:
     """A socket that speaks bytes."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.socket = socket.create_connection((host, port), timeout=10)
+    def __init__(self, host: str, port: int, source: str = "127.0.0.1") -> None:
+        self.socket = socket.create_connection((host, port), timeout=10, source_address=(source, 0))
         self._received = b""
 
     def send(self, data: bytes) -> None:
@@ -169,9 +181,9 @@ class Client:
 def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
-    def start(**settings: Any) -> Running:
+    def start(bodies_at_once: int = 100, **settings: Any) -> Running:
         made = load(SmtpdSettings, state_dir=tmp_path, spool_dir=spool.directory, hostname="relay.example", **settings)
-        running.append(Running(spool, made))
+        running.append(Running(spool, made, bodies_at_once))
         return running[-1]
 
     yield start
@@ -180,8 +192,8 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 
 @contextmanager
-def talking(running: Running) -> Iterator[Client]:
-    client = running.client()
+def talking(running: Running, source: str = "127.0.0.1") -> Iterator[Client]:
+    client = running.client(source)
     try:
         yield client
     finally:
@@ -190,7 +202,7 @@ def talking(running: Running) -> Iterator[Client]:
 
 TRACE = re.compile(
     rb"Received: from client\.example \(\[127\.0\.0\.1\]\)\n"
-    rb"\tby relay\.example with ESMTP id ([0-9a-f]{32})(\n\tfor <[^>]+>; |;\n\t)"
+    rb"\tby relay\.example with (?:ESMTP|UTF8SMTP) id ([0-9a-f]{32})(\n\tfor <[^>]+>; |;\n\t)"
     rb"[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n"
 )
 
@@ -247,6 +259,146 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., Running]) 
     assert (message.body_type, message.ret, message.envid) == ("8BITMIME", "FULL", "x+2B")
     assert (message.header_message_id, message.client_address) == ("<m@i>", "127.0.0.1")
     assert stored(running, message) == b"Message-ID: <m@i>\n\n..\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "networks", "reply"),
+    [
+        ("reject", ("127.0.0.1",), b"550 5.6.11"),
+        ("strip", (), b"550 5.6.11"),
+        ("strip", ("127.0.0.1",), b"250"),
+    ],
+)
+def test_a_client_that_sends_cr_cr_lf_is_refused_or_understood(
+    run: Callable[..., Running], setting: str, networks: tuple[str, ...], reply: bytes
+) -> None:
+    running = run(bare_cr=setting, client_networks=networks, recipient_domains=("example.org",))
+    with talking(running) as client:
+        client.begin()
+        client.send(b"Subject: x\r\r\n\r\r\nhello\r\r\n.\r\r\nRSET\r\n.\r\n")
+        client.hears(reply)
+    kept = [stored(running, message) for message in running.database.messages]
+    assert kept == ([b"Subject: x\n\nhello\n\nRSET\n"] if reply == b"250" else [])
+
+
+MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
+
+
+@pytest.mark.parametrize("size", [0, 3 * BLOCK])
+@pytest.mark.parametrize(
+    ("beginning", "kept"),
+    [
+        (b"\tby bank.example with ESMTP\nSubject: x\n", b"\n\tby bank.example with ESMTP\nSubject: x\n"),
+        (b" \n", b"\n \n"),
+        (b" ", b"\n "),
+        (MAILBOX_LINES + b"Subject: x\n\nFrom\n", b"X-Mailbox-Line: From ann Mon Jan  1\n"
+         b"X-Mailbox-Line: >From bob remote from c\nSubject: x\n\nFrom\n"),
+        (b">>From x\n", b"X-Mailbox-Line: >>From x\n"),
+        (b"From: a@b\n\nFrom x\n", b"From: a@b\n\nFrom x\n"),
+        (b"From\n", b"From\n"),
+        (b"> From x\n", b"> From x\n"),
+        (b"X: y\n folded\n", b"X: y\n folded\n"),
+        (b"\n indented\n", b"\n indented\n"),
+    ],
+)  # fmt: skip
+def test_the_first_line_of_the_content_is_no_part_of_our_field(
+    run: Callable[..., Running], beginning: bytes, kept: bytes, size: int
+) -> None:
+    running = run()
+    rest = b"\n" + b"From x\n\ty\n" * (size // 10)
+    wire = (beginning + rest).replace(b"\n", b"\r\n") + b".\r\n"
+    with talking(running) as client:
+        client.begin()
+        for at in range(8):  # however the network cuts it
+            client.send(wire[at : at + 1])
+        client.send(wire[8:])
+        client.hears(b"250")
+    [message] = running.database.messages
+    assert stored(running, message) == kept + rest
+
+
+def test_a_long_recipient_is_taken_and_left_out_of_the_trace(run: Callable[..., Running]) -> None:
+    running = run()
+    long = b"srs0=" + b"x" * 950 + b"@example.org"
+    with talking(running) as client:
+        client.begin(long)
+        client.say(b".", b"250")
+    [message] = running.database.messages
+    assert message.recipients[0].address.encode() == long
+    trace = running.spool.path(message.id).read_bytes()
+    assert b" for " not in trace
+    assert max(map(len, trace.split(b"\n"))) <= 998
+
+
+def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.hears(b"220")
+        client.say(b"HELO app_1", b"250")
+        client.send(b"MAIL FROM:<cron@app_1>\r\nRCPT TO:<root>\r\nDATA\r\n.\r\n")
+        client.hears(b"250", b"250", b"354", b"250")
+    [message] = running.database.messages
+    assert message.sender == "cron@app_1"
+    assert [one.address for one in message.recipients] == ["root@relay.example"]
+
+
+def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., Running]) -> None:
+    running = run(client_networks=(), recipient_domains=("relay.example",))
+    with talking(running) as client:
+        client.hears(b"220")
+        client.say(b"HELO app", b"250")
+        client.say(b"MAIL FROM:<cron>", b"501 5.1.7 Bad sender address: a domain is needed")
+        client.say(b"MAIL FROM:<cron@app>", b"250")
+        client.say(b"RCPT TO:<root>", b"501 5.1.3 Bad recipient address: a domain is needed")
+        client.say(b"RCPT TO:<root@relay.example.>", b"250")
+
+
+def test_a_header_in_utf_8_passes_and_an_address_does_not(run: Callable[..., Running]) -> None:
+    running = run()
+    mail = EmailMessage(policy=policy.SMTPUTF8)
+    mail["From"], mail["To"], mail["Subject"] = "J\xfcrgen <a@example.com>", "b@example.org", "Gr\xfc\xdfe \u2603"
+    mail.set_content("hello\n")
+    options = ["SMTPUTF8", "BODY=8BITMIME"]
+    with smtplib.SMTP(running.host, running.port, local_hostname="client.example") as client:
+        client.sendmail("a@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options)
+        with pytest.raises(smtplib.SMTPSenderRefused) as refused:
+            client.sendmail("j\xfcrgen@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options)
+        assert refused.value.smtp_code == 553
+    [message] = running.database.messages
+    assert (message.protocol, message.body_type) == ("UTF8SMTP", "8BITMIME")
+    body = stored(running, message)
+    assert b"with UTF8SMTP id" in running.spool.path(message.id).read_bytes()
+    assert "From: J\xfcrgen <a@example.com>\nTo: b@example.org\nSubject: Gr\xfc\xdfe \u2603\n".encode() in body
+
+
+@pytest.fixture
+def postfix_client() -> Iterator[Callable[[int], PostfixClient]]:
+    started: list[PostfixClient] = []
+
+    def start(relay_port: int) -> PostfixClient:
+        try:
+            started.append(PostfixClient(relay_port))
+            started[-1].start()
+        except ServiceError as error:
+            pytest.skip(str(error))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+def test_what_postfix_sendmail_takes_with_utf_8_in_its_header_arrives(
+    run: Callable[..., Running], postfix_client: Callable[[int], PostfixClient]
+) -> None:
+    running = run()
+    content = "Subject: Gr\xfc\xdfe \u2603\nMessage-ID: <m@i>\n\nhello\n".encode()
+    postfix_client(running.port).sendmail("a@example.com", "b@example.org", content)
+    until(lambda: running.database.messages, 20)
+    [message] = running.database.messages
+    assert (message.sender, message.recipients[0].address) == ("a@example.com", "b@example.org")
+    assert (message.protocol, message.header_message_id) == ("UTF8SMTP", "<m@i>")
+    assert "Subject: Gr\xfc\xdfe \u2603\n".encode() in running.spool.path(message.id).read_bytes()
 
 
 def test_the_trace_names_no_one_of_several_and_escapes_the_client(run: Callable[..., Running]) -> None:
@@ -377,7 +529,7 @@ def test_C22_disk_faults_are_temporary_and_leave_nothing(
 
     running = run()
     if call == "create":
-        monkeypatch.setattr(Spool, "create", fail)
+        monkeypatch.setattr(Spool, "_create", fail)
     else:
         monkeypatch.setattr(f"relay.bodies.os.{call}", fail)
     with talking(running) as client:
@@ -440,6 +592,63 @@ def test_C26_over_all_connections(run: Callable[..., Running]) -> None:
         assert two.closed()
 
 
+def test_C26_a_quarter_of_the_connections_is_kept_for_clients_that_are_trusted(run: Callable[..., Running]) -> None:
+    running = run(max_connections=4, **CLOSED)
+    with ExitStack() as stack:
+        strangers = [stack.enter_context(talking(running, STRANGER)) for _ in range(3)]
+        for stranger in strangers:
+            stranger.hears(b"220")
+        with talking(running, "127.0.0.3") as another:
+            another.hears(b"421 4.3.2")
+        client = stack.enter_context(talking(running))
+        client.hears(b"220")
+        with talking(running) as another:
+            another.hears(b"421 4.3.2")
+        strangers[0].say(b"QUIT", b"221")
+        assert strangers[0].closed()
+        until(lambda: running.server.strangers == 2)
+        stack.enter_context(talking(running, "127.0.0.3")).hears(b"220")
+
+
+def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., Running]) -> None:
+    running = run(max_connections_per_client=2)
+    server, client = running.server, running.server.policy.client
+    let_in = [client("2001:db8::1"), client("2001:db8::2"), client("2001:db8:0:1::1")]
+    assert server.admit(let_in[0]) is server.admit(let_in[1]) is None
+    assert (server.admit(client("2001:db8:0:0:ffff::3")) or b"").startswith(b"421 4.7.0")
+    assert server.admit(let_in[2]) is None
+    for one in let_in:
+        server.dismiss(one)
+    assert (server.admitted, server.strangers, server.clients) == (0, 0, {})
+
+
+def test_large_messages_wait_for_a_descriptor(run: Callable[..., Running]) -> None:
+    running = run(bodies_at_once=1)
+    content = (b"x" * 998 + b"\r\n") * 4000
+    with ExitStack() as stack:
+        first, gone, second, small = (stack.enter_context(talking(running)) for _ in range(4))
+        first.begin()
+        first.send(content)
+        until(running.bodies)
+        gone.begin()
+        gone.send(content[: 3 * BLOCK])
+        until(lambda: running.receiver.openings._waiting)
+        gone.close()
+        until(lambda: not running.receiver.openings._waiting)
+        second.begin()
+        sender = threading.Thread(target=second.send, args=(content + b".\r\n",))
+        sender.start()
+        stack.callback(sender.join)
+        until(lambda: any(one._paused for one in tuple(running.server.connections)))
+        small.begin()
+        small.say(b"x\r\n.", b"250")
+        assert len(running.bodies()) == 2
+        first.say(b".", b"250")
+        second.hears(b"250")
+    assert [len(stored(running, one)) for one in running.database.messages] == [2, 3_996_000, 3_996_000]
+    until(lambda: running.receiver.openings._free == 1)
+
+
 def test_C26_a_silent_client_is_sent_away(run: Callable[..., Running]) -> None:
     running = run(smtp_timeout=0.3)
     with talking(running) as silent, talking(running) as halfway:
@@ -449,6 +658,177 @@ def test_C26_a_silent_client_is_sent_away(run: Callable[..., Running]) -> None:
         assert silent.closed()
         halfway.hears(b"421 4.4.2")
     until(lambda: not running.server.connections and not running.bodies())
+
+
+def has_sent(connection: Connection, octets: int) -> bool:
+    return connection._octets == octets
+
+
+STRANGER = "127.0.0.2"
+CLOSED = {"client_networks": ("127.0.0.1",), "recipient_domains": ("example.org",)}
+
+
+def test_strangers_that_never_end_their_messages_leave_room_for_clients(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = run(**CLOSED)
+    capacity = 4_000_000
+
+    def statvfs(_path: Path) -> SimpleNamespace:
+        used = sum(path.stat().st_size for path in running.spool.directory.glob("*/*"))
+        return SimpleNamespace(f_files=0, f_favail=0, f_bavail=capacity + ROOM_KEPT_FREE - used, f_frsize=1)
+
+    monkeypatch.setattr("smtpd.policy.os.statvfs", statvfs)
+    with ExitStack() as stack:
+        strangers = [stack.enter_context(talking(running, f"127.0.1.{n}")) for n in range(1, 9)]
+        for n, stranger in enumerate(strangers, 1):
+            stranger.begin()
+            [connection] = [one for one in running.server.connections if one._client == f"127.0.1.{n}"]
+            stranger.send((b"x" * 998 + b"\r\n") * 800)
+            until(partial(has_sent, connection, 800_000))
+        room = running.server.policy.room
+        assert room._strange <= capacity * 3 / 4, "all of them"
+        again = stack.enter_context(talking(running, "127.0.1.1"))
+        again.hears(b"220")
+        again.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=300000\r\n")
+        again.hears(b"250", b"452 4.3.1")
+        client = stack.enter_context(talking(running))
+        client.hears(b"220")
+        client.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=900000\r\nRCPT TO:<b@example.org>\r\nDATA\r\n")
+        client.hears(b"250", b"250", b"250", b"354")
+        client.send(b"x" * 900_000 + b"\r\n.\r\n")
+        client.hears(b"250 2.0.0")
+        for stranger in strangers:
+            stranger.send(b".\r\n")
+        assert sorted(stranger.reply()[:9] for stranger in strangers) == [b"250 2.0.0"] * 3 + [b"452 4.3.1"] * 5
+    assert len(running.database.messages) == 4
+    until(lambda: len(running.bodies()) == 4)
+
+
+def test_content_that_cannot_be_kept_is_not_read_for_ever(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = run()
+    found = SimpleNamespace(f_files=0, f_favail=0, f_bavail=ROOM_KEPT_FREE + 100_000, f_frsize=1)
+    monkeypatch.setattr("smtpd.policy.os.statvfs", lambda _path: found)
+    with talking(running) as client:
+        client.begin()
+        with suppress(ConnectionError):
+            client.send((b"x" * 998 + b"\r\n") * 3000)
+        client.hears(b"421 4.3.0")
+        assert client.closed()
+    until(lambda: not running.bodies())
+
+
+def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.begin()
+        client.send(b"bare\n" + b"x" * ENDLESS)
+        with suppress(ConnectionError):
+            client.send(b"x" * ENDLESS)
+        client.hears(b"421 4.6.11")
+        assert client.closed()
+
+
+def test_C26_a_command_has_so_long_from_its_beginning_to_its_end(run: Callable[..., Running]) -> None:
+    running = run(smtp_timeout=1.0)
+    with talking(running) as client:
+        client.hears(b"220")
+        ended = threading.Event()
+
+        def drip() -> None:
+            with suppress(OSError):
+                while not ended.wait(0.05):
+                    client.send(b"x")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        client.hears(b"421 4.4.2")
+        ended.set()
+        dripping.join()
+
+
+def test_C26_a_transaction_has_an_end(run: Callable[..., Running]) -> None:
+    running = run(session_timeout=0.5)
+    with talking(running) as idle, talking(running) as endless:
+        endless.begin()
+        idle.hears(b"220")
+        endless.send(b"x" * 3 * BLOCK)
+        endless.hears(b"421 4.4.2 Transaction takes too long")
+        assert endless.closed()
+        idle.say(b"EHLO x", b"250")
+        for _ in range(3):  # each has its own time
+            idle.say(b"MAIL FROM:<a@b.example>", b"250")
+            [connection] = running.server.connections
+            assert connection._began > time.monotonic() - 0.4
+            idle.say(b"RSET", b"250")
+    until(lambda: not running.bodies())
+
+
+@pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
+def test_C26_a_stranger_must_send_at_some_rate(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr("smtpd.server.RATE_WINDOW", 0.5)
+    running = run(**CLOSED)
+    with talking(running, source) as client:
+        client.begin()
+        [connection] = running.server.connections
+        client.send(b"x" * 100)
+        if source == STRANGER:
+            client.hears(b"421 4.4.2 Message comes too slowly")
+            assert client.closed()
+        else:
+            until(lambda: time.monotonic() > connection._window + 3.0)
+            client.say(b"\r\n.", b"250")
+
+
+def test_what_has_arrived_is_read_before_a_deadline_counts(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = run()
+    overdue, sent, tick = threading.Event(), threading.Event(), Server._tick
+
+    def ticked(server: Server) -> None:
+        [connection] = server.connections
+        if not overdue.is_set():
+            connection._until = 0.0
+            overdue.set()
+            sent.wait(10)
+            server._due = math.inf  # this machine may be as slow as it likes
+        tick(server)
+
+    with talking(running) as client:
+        client.hears(b"220")
+        monkeypatch.setattr(Server, "_tick", ticked)
+        assert overdue.wait(10)
+        client.send(b"NOOP\r\n")
+        sent.set()
+        client.hears(b"250 2.0.0")
+
+
+def test_a_tick_that_comes_late_ends_nothing(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    run(smtp_timeout=2.0)
+    seen: list[str] = []
+    tick, look = Server._tick, Server._look_at_clock
+
+    def ticked(server: Server) -> None:
+        seen.append("tick")
+        tick(server)
+
+    def looked(server: Server, now: float) -> None:
+        look(server, now)
+        if "stopped" not in seen:
+            seen.append("stopped")
+            threading.Event().wait(LATE + 1.0)
+        else:
+            seen.append("look")
+
+    monkeypatch.setattr(Server, "_tick", ticked)
+    monkeypatch.setattr(Server, "_look_at_clock", looked)
+    until(lambda: "look" in seen)
+    assert seen[seen.index("stopped") + 1 :][:2] == ["tick", "tick"], "the first one was late"
 
 
 def test_C26_a_client_that_never_reads_is_stopped_and_aborted(
@@ -462,6 +842,58 @@ def test_C26_a_client_that_never_reads_is_stopped_and_aborted(
         with pytest.raises(OSError):
             client.send(b"HELP\r\n" * 20_000_000)
         until(lambda: not running.server.connections)
+
+
+FLOOD = """
+import select, socket, sys
+flood = b"NOOP\\r\\n" * 20000
+clients = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(4)]
+for client in clients:
+    client.recv(100)  # the banner
+    client.setblocking(False)
+print("flooding", flush=True)
+while True:
+    readable, writable, _ = select.select(clients, clients, [])
+    for client in readable:
+        client.recv(1 << 20)
+    for client in writable:
+        client.send(flood)
+"""
+
+
+def test_a_flood_of_commands_keeps_nobody_waiting(
+    run: Callable[..., Running], spawn: Callable[..., subprocess.Popen[Any]]
+) -> None:
+    running = run()
+    flood = spawn([sys.executable, "-c", FLOOD, str(running.port)], stdout=subprocess.PIPE)
+    assert flood.stdout is not None
+    assert flood.stdout.readline() == b"flooding\n"
+    until(lambda: sum(one._session.lines > 10_000 for one in tuple(running.server.connections)) == 4, 60)
+    for _ in range(5):
+        with talking(running) as client:
+            client.socket.settimeout(5)  # a process that obeys all that it has read takes a multiple of it
+            client.hears(b"220")
+            client.say(b"EHLO client.example", b"250")
+            client.say(b"NOOP", b"250")
+
+
+def test_replies_that_are_not_read_are_no_more_than_a_turn_beyond_the_buffer(run: Callable[..., Running]) -> None:
+    running = run()
+    with talking(running) as client:
+        client.hears(b"220")
+        [connection] = running.server.connections
+        client.socket.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.send(b"EHLO client.example\r\n" * 5_000_000)
+        until(lambda: connection._stuck and connection._paused)
+        assert connection._transport.get_write_buffer_size() < (64 + 16) * 1024
+        assert connection._session.backlog < 1024 * 1024
+        heard = 0
+        client.socket.settimeout(10)
+        client.socket.shutdown(socket.SHUT_WR)
+        while data := client.socket.recv(1 << 20):
+            heard += data.count(b"250 DSN")
+        assert heard > 5000, "and whoever reads at last has them"
 
 
 def test_C19_an_early_talker_is_refused(run: Callable[..., Running]) -> None:
@@ -482,7 +914,14 @@ def test_C28_a_stranger_cannot_relay(run: Callable[..., Running]) -> None:
             client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
         assert caught.value.recipients["b@example.org"][0] == 554
         client.sendmail("a@example.com", ["b@OURS.example"], b"x\r\n")
-    assert len(running.database.messages) == 1
+    assert [message.client_trusted for message in running.database.messages] == [False]
+
+
+def test_whether_the_client_is_trusted_is_kept(run: Callable[..., Running]) -> None:
+    running = run()
+    with smtplib.SMTP(running.host, running.port) as client:
+        client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
+    assert [message.client_trusted for message in running.database.messages] == [True]
 
 
 def test_stopping_lets_a_transaction_finish_and_sends_idle_clients_away(run: Callable[..., Running]) -> None:
@@ -534,7 +973,10 @@ raise SystemExit(run(settings))
 class Program:
     """smtpd as a process, on a real database."""
 
-    def __init__(self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int):
+    def __init__(
+        self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int,
+        *, descriptors: int = 0, **settings: str
+    ) -> None:  # fmt: skip
         self.port, self.log = port, directory / "log"
         environment = {
             "PATH": "/usr/bin:/bin",
@@ -544,9 +986,10 @@ class Program:
             "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
             "RELAY_LOG_FORMAT": "json",
             "RELAY_UNSAFE_DURABILITY": "1",
-        }
+        } | {f"RELAY_{name.upper()}": value for name, value in settings.items()}
+        limited = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"] if descriptors else []
         with self.log.open("wb") as stderr:
-            self.process = spawn([sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
+            self.process = spawn([*limited, sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
         until(lambda: self.events("listening") or self.process.poll() is not None, 30, what=self.log.read_text)
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -557,9 +1000,15 @@ class Program:
             int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         ]
 
-    def send(self, *recipients: str) -> None:
+    def replace_keeper(self) -> None:
+        """Kill it, and wait for the next."""
+        [keeper] = until(self.keepers)
+        os.kill(keeper, signal.SIGKILL)
+        until(lambda: self.keepers() not in ([], [keeper]))
+
+    def send(self, *recipients: str, lines: int = 1) -> None:
         with smtplib.SMTP("127.0.0.1", self.port) as client:
-            client.sendmail("a@example.com", recipients, b"Subject: x\r\n\r\nbody\r\n")
+            client.sendmail("a@example.com", recipients, b"Subject: x\r\n\r\n" + b"body\r\n" * lines)
 
 
 @pytest.fixture
@@ -573,6 +1022,8 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     database_url: str, program: Program
 ) -> None:
     program.send("b@example.org", "c@example.org")
+    for process in (program.process.pid, *program.keepers()):
+        assert "Umask:\t0077\n" in Path(f"/proc/{process}/status").read_text(), "whatever is made is ours alone"
     engine = create_engine(database_url)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM recipients")).scalar() == 2
@@ -611,3 +1062,111 @@ def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Progra
         assert select.select([handle], [], [], 10)[0], "it is still there"
     finally:
         os.close(handle)
+
+
+def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    program = Program(tmp_path, database_url, spawn, free_port(), accept_deadline="4s")
+    [keeper] = program.keepers()
+    os.kill(keeper, signal.SIGSTOP)
+    engine = create_engine(database_url)
+    with closing(Client("127.0.0.1", program.port)) as client, engine.connect() as connection:
+        client.begin()
+        client.send(b"x\r\n.\r\nNOOP\r\n")
+        ended = time.monotonic()
+        with closing(Client("127.0.0.1", program.port)) as later:  # what came before it has been read by now
+            later.hears(b"220")
+            later.say(b"NOOP", b"250")
+        program.process.send_signal(signal.SIGSTOP)
+        until(lambda: stands_still(program.process.pid))
+        os.kill(keeper, signal.SIGCONT)
+
+        def kept() -> bool:
+            with connection.begin():
+                return connection.execute(text("SELECT count(*) FROM deliveries")).scalar() == 1
+
+        until(kept)
+        until(lambda: time.monotonic() > ended + 4.5)
+        program.process.send_signal(signal.SIGCONT)
+        client.hears(b"250 2.0.0 Ok: queued", b"250 2.0.0")
+    engine.dispose()
+
+
+def test_without_descriptors_clients_wait_and_none_is_dropped(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    program = Program(
+        tmp_path, database_url, spawn, free_port(), descriptors=160, max_connections_per_client="1000"
+    )  # fmt: skip
+    [warning] = program.events("RLIMIT_NOFILE too low for RELAY_MAX_CONNECTIONS")
+    assert (warning["limit"], warning["max_connections"]) == (160, 1000)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(closing(Client("127.0.0.1", program.port))) for _ in range(120)]
+        until(lambda: program.events("accepting paused"))
+        clients[0].begin()
+        clients[0].send(b"x\r\n" * 200_000 + b".\r\n")  # there are descriptors left for a large message
+        clients[0].hears(b"250 2.0.0 Ok: queued")
+        for client in clients[1:]:  # all in turn, as those before them leave
+            client.hears(b"220")
+            client.say(b"QUIT", b"221")
+            client.close()
+    until(lambda: program.events("accepting resumed"))
+
+
+def test_what_was_answered_451_is_not_delivered_by_the_same_try(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    """Somebody holds a lock for longer than the deadline, and less long than a statement may take elsewhere."""
+    program = Program(tmp_path, database_url, spawn, free_port(), ACCEPT_DEADLINE="2s")
+    engine = connect(database_url)
+    with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("LOCK TABLE messages IN EXCLUSIVE MODE"))
+        with pytest.raises(smtplib.SMTPDataError) as caught:
+            program.send("refused@example.org")
+        assert caught.value.smtp_code == 451
+    program.send("taken@example.org")  # there is one committer, and it goes by turns
+    with reading(engine) as connection:
+        assert connection.execute(text("SELECT address FROM recipients")).scalars().all() == ["taken@example.org"]
+    engine.dispose()
+    assert len([*(tmp_path / "state" / "spool").glob("*/*")]) == 1
+
+
+MAY_MOUNT = bool(int(re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[0], 16) >> 21 & 1)
+
+
+@pytest.mark.skipif(not MAY_MOUNT, reason="only who may administer the system may mount")
+def test_a_spool_that_is_unmounted_below_the_program_is_451_until_it_is_back(
+    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+) -> None:
+    disk, place = tmp_path / "disk", tmp_path / "state" / "spool"
+    disk.mkdir()
+    place.mkdir(parents=True)
+    with mounted("-t", "tmpfs", "-o", "mode=700", "none", str(disk)):
+        with mounted("--bind", str(disk), str(place)):
+            program = Program(tmp_path, database_url, spawn, free_port())
+            program.send("b@example.org")
+        for _ in range(2):  # with a keeper from before, and with one that was started since
+            for lines in (1, BLOCK):
+                with pytest.raises(smtplib.SMTPDataError) as caught:
+                    program.send("b@example.org", lines=lines)
+                assert caught.value.smtp_code == 451
+            program.replace_keeper()
+        assert [*place.iterdir()] == []
+        with mounted("--bind", str(disk), str(place)):
+            program.send("b@example.org")
+            program.send("b@example.org", lines=BLOCK)
+            ids = {event["id"] for event in program.events("accepted")}
+            assert len(ids) == 3
+            assert {path.name for path in disk.glob("*/*")} == ids
+        program.process.kill()
+
+
+@contextmanager
+def mounted(*arguments: str) -> Iterator[None]:
+    subprocess.run(["/usr/bin/mount", *arguments], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["/usr/bin/umount", "--lazy", arguments[-1]], check=True)

@@ -347,6 +347,31 @@ def test_two_recipients_who_are_both_bad_bounce_both(office: Office) -> None:
         assert server.sends == 3
 
 
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_a_list_with_too_many_recipients_is_cut_until_the_server_takes_it(office: Office, most: int) -> None:
+    """Every half is refused in the same words, and there are more pieces than LARGEST."""
+    names = addresses(150)
+    message_id, server = office.accept(*names), Server(set())
+
+    def answer(claim: Claim) -> str | None:
+        server.accepted.update(claim.recipients if len(claim.recipients) <= most else ())
+        return "sorry, too many recipients (#5.5.3)" if len(claim.recipients) > most else None
+
+    server.answer = answer  # type: ignore[method-assign]
+    deliver(office, message_id, server)
+    assert became(office, message_id) == dict.fromkeys(names, "delivered")
+    assert server.accepted == Counter(names), "each once"
+    assert (len(family(office, message_id)) > LARGEST) == (most < 100)
+
+
+def test_a_single_recipient_that_is_too_many_bounces(office: Office) -> None:
+    names = addresses(3)
+    message_id, server = office.accept(*names), Server(set(names), lambda _: "5.5.3 too many")
+    deliver(office, message_id, server)
+    assert became(office, message_id) == dict.fromkeys(names, "bounced")
+    assert server.sends == 5
+
+
 def test_no_more_than_so_many_pieces(office: Office) -> None:
     names = addresses(300)
     message_id, server = office.accept(*names), Server(set(names[::2]))

@@ -119,6 +119,9 @@ class Delivery:
     doubts: set[int] = field(default_factory=set)  # claims of which nobody knows
     outcome: str | None = None  # of the last try, and the words that stand there
     reply: str = ""
+    about: str = ""  # of a notice: the message, whom it names, and what it encloses
+    names: tuple[str, ...] = ()
+    encloses: str | None = None
 
     @property
     def about_us(self) -> bool:
@@ -174,7 +177,7 @@ class History(RuleBasedStateMachine):
 
     def _end(self, delivery: Delivery, state: State) -> None:
         """The model's side of every change that ends a transfer or is an operator's."""
-        owed = delivery.sender not in SENDERS[2:]
+        owed = delivery.sender not in SENDERS[2:] or delivery.encloses is not None
         due = {
             State.QUEUED: self.clock + GRACE, State.BOUNCED: self.clock if owed else None,
             State.EXPIRED: self.clock if owed else None,
@@ -576,18 +579,34 @@ class History(RuleBasedStateMachine):
 
     def _new_notices(self, message_id: str) -> dict[str, tuple[list[str], int]]:
         """Notices about a message that the model does not have yet: whom they name, and how often in doubt."""
-        sql = "SELECT @hex(id) AS id, size FROM messages WHERE notice_of = @id(:id)"
         new: dict[str, tuple[list[str], int]] = {}
-        for row in self.office.rows(sql, id=message_id):
+        for notice, (names, doubts, content, again) in self._unknown(message_id).items():
+            if not again:
+                new[notice] = names, doubts
+                self._add_notice(notice, message_id, names, content)
+        return new
+
+    def _unknown(self, message_id: str) -> dict[str, tuple[list[str], int, str, bool]]:
+        """All of them: whom they name, how often in doubt, what they enclose, and whether another one was refused."""
+        found: dict[str, tuple[list[str], int, str, bool]] = {}
+        for row in self.office.rows(
+            "SELECT @hex(id) AS id, size, dsn_content FROM messages WHERE notice_of = @id(:id)", id=message_id
+        ):
             if (row["id"], 1) in self.queue:
                 continue
             text = self.spool.path(row["id"]).read_text()
             assert row["size"] == len(text)
-            named = re.findall("^Final-Recipient: rfc822; (.*)$", text, re.MULTILINE)
-            new[row["id"]] = sorted(named), " ".join(text.split()).count(DOUBT)
-            sender = next(d.sender for key, d in self.queue.items() if key[0] == message_id)
-            self.queue[row["id"], 1] = Delivery("", "default", (sender,), self.clock + GRACE, self.clock + LIFETIME)
-        return new
+            names = sorted(re.findall("^Final-Recipient: rfc822; (.*)$", text, re.MULTILINE))
+            words = " ".join(text.split())
+            found[row["id"]] = names, words.count(DOUBT), row["dsn_content"], "refused this notice" in words
+        return found
+
+    def _add_notice(self, notice: str, about: str, names: list[str], content: str) -> None:
+        sender = next(d.sender for key, d in self.queue.items() if key[0] == about)
+        self.queue[notice, 1] = Delivery(
+            "", "default", (sender,), self.clock + GRACE, self.clock + LIFETIME, about=about, names=tuple(names),
+            encloses=content,
+        )  # fmt: skip
 
     def _owing(self) -> dict[str, dict[Key, Delivery]]:
         """What is owed, by message, of which there is no more to come for now."""
@@ -617,6 +636,8 @@ class History(RuleBasedStateMachine):
             return []
         for delivery in mine.values():
             delivery.due = None
+        if (failed := self.queue[message_id, 1]).encloses is not None:
+            return self._made_again(failed)
         wanted = {
             address: any(self.queue[one].doubts for one in self._line(key))
             for key, delivery in mine.items()
@@ -627,6 +648,20 @@ class History(RuleBasedStateMachine):
         assert list(made.values()) == ([(sorted(wanted), sum(wanted.values()))] if wanted else [])
         self.told.update((message_id, address) for named, _ in made.values() for address in named)
         return list(made)
+
+    def _made_again(self, failed: Delivery) -> list[str]:
+        """The model's side of a notice that failed: the one with less in its place, if a server refused it."""
+        less = {"full": "header", "header": "none"}.get(str(failed.encloses))
+        refused = failed.state is State.BOUNCED and failed.outcome == Outcome.REJECTED and failed.reply != BY_OPERATOR
+        if not refused or less is None:
+            return []
+        wanted = (list(failed.names), less, True)
+        notice = next(
+            notice for notice, (names, _, content, again) in self._unknown(failed.about).items()
+            if (names, content, again) == wanted
+        )  # fmt: skip
+        self._add_notice(notice, failed.about, list(failed.names), less)
+        return [notice]
 
     def wait(self, chance: Random) -> None:
         """Time passes; now and then so much that the workers would be taken for dead if they did not renew."""
@@ -719,7 +754,8 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_sender_is_told_once(self) -> None:
-        """Of each recipient that failed, in one notice, unless nobody wants to know; of a notice never."""
+        """Of each recipient that failed, in one notice, unless nobody wants to know; of a notice never. Those that are
+        made in the place of a refused one do not count."""
         for (message_id, _), delivery in self.queue.items():
             for address in delivery.recipients:
                 settled = delivery.state in FAILED and delivery.due is None

@@ -18,7 +18,7 @@ from relay.items import Wish
 from relay.routes import Route, Routes, parse_server
 from relay.settings import Settings, WorkerSettings, load
 from relay.verbs import Verbs
-from tests.integration.mailroom import Mailroom
+from tests.integration.mailroom import BODY, Mailroom
 from tests.waiting import until
 from worker.housekeeping import YOUNG, Housekeeper
 from worker.rerouting import EVERY, LOOK_EVERY, PATIENCE, Rerouter
@@ -52,11 +52,24 @@ class FakeHints(Hints):
 class FakeEngine:
     """As much of an engine as a sweeper looks at."""
 
+    waiting: list[str]
+    window = looks = 0
+
     def __init__(self, worker: str) -> None:
         self.worker, self.renewed, self.beat = worker, float("inf"), time.monotonic()
 
     def pause(self, subjects: frozenset[str]) -> None:
         self.paused = subjects
+
+    def routes(self) -> tuple[str, ...]:
+        return ("default",)
+
+    def awaited(self, names: list[str]) -> dict[str, int]:
+        self.waiting = names
+        return {name: self.window for name in names if self.window}
+
+    def look(self) -> None:
+        self.looks += 1
 
     def renewed_since(self, moment: float) -> bool:
         return self.renewed >= moment
@@ -79,6 +92,13 @@ class Scene:
         self.mail.ledger.commit([Wish(worker, [message_id], {"default": 1})])
         assert self.mail.state(message_id) == "sending"
         return message_id
+
+    def watch(self, seconds: float) -> None:
+        """Sweep now and then, for so long."""
+        end = self.clock.now + seconds
+        while self.clock.now < end:
+            self.clock.now = min(end, self.clock.now + self.mail.settings.lease / 8)
+            self.sweeper.sweep()
 
     def run_out(self, worker: str) -> None:
         assert self.mail.change("UPDATE workers SET until = @ago(1) WHERE id = :id", id=worker) == 1
@@ -118,19 +138,58 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
     assert len(scene.mail.ledger.commit([Wish(scene.engine.worker, None, {"default": 5})])[0]) == 1  # type: ignore[arg-type]
 
 
+def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene: Scene) -> None:
+    ids = [scene.mail.accept() for _ in range(5)]
+    defer = (
+        "UPDATE deliveries SET state = 'deferred', due_at = @later(:wait), waiting_for = :what WHERE message_id = :id"
+    )
+    for message_id, wait in zip(ids, (50, 30, 40, 20, 10), strict=True):
+        what = "route:default" if message_id != ids[4] else None
+        scene.mail.change(defer, wait=wait, what=what, id=message_id)
+    queued = "SELECT message_id FROM deliveries WHERE state = 'queued' AND due_at <= @now ORDER BY due_at"
+
+    def overdue() -> list[str]:
+        return [str(row["message_id"]).replace("-", "") for row in scene.mail.rows(queued)]
+
+    scene.sweeper.sweep()
+    assert (scene.engine.waiting, overdue(), scene.engine.looks) == (["default"], [], 0)
+    scene.engine.window = 2
+    scene.sweeper.sweep()
+    scene.sweeper.sweep()
+    assert (overdue(), scene.engine.looks) == ([ids[3], ids[1]], 1), "no more than the window is overdue at a time"
+    scene.engine.window = 10
+    scene.sweeper.sweep()
+    assert set(overdue()) == set(ids[:4])
+    scene.sweeper.sweep()
+    assert (scene.engine.waiting, scene.mail.state(ids[4])) == ([], "deferred")
+    assert scene.hints.offered == []
+
+
 def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> None:
     dead = scene.worker()
     message_id = scene.sending(dead)
     scene.run_out(dead)
     scene.sweeper.sweep()
-    scene.clock.now += scene.mail.settings.lease - 0.1
-    scene.sweeper.sweep()
+    scene.watch(scene.mail.settings.lease - 0.1)
     assert scene.mail.state(message_id) == "sending"
-    scene.clock.now += 0.2
-    scene.sweeper.sweep()
+    scene.watch(0.2)
     found = scene.mail.delivery(message_id)
     assert (found["state"], found["last_outcome"], found["vanished"]) == ("deferred", "uncertain", 1)
     assert scene.mail.attempts(message_id) == [(None, "uncertain")]
+
+
+def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: Scene) -> None:
+    """What stopped it may have stopped the others too: they get their time to renew."""
+    slow = scene.worker()
+    message_id = scene.sending(slow)
+    scene.run_out(slow)
+    scene.sweeper.sweep()
+    scene.clock.now += 100 * scene.mail.settings.lease
+    scene.sweeper.sweep()
+    scene.watch(scene.mail.settings.lease * 0.7)
+    assert scene.mail.state(message_id) == "sending"
+    scene.watch(scene.mail.settings.lease * 0.1)
+    assert scene.mail.state(message_id) == "deferred"
 
 
 def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
@@ -138,9 +197,9 @@ def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
     message_id = scene.sending(slow)
     scene.run_out(slow)
     scene.sweeper.sweep()
-    scene.clock.now += scene.mail.settings.lease + 1
+    scene.watch(scene.mail.settings.lease - 1)
     scene.mail.change("UPDATE workers SET until = @ago(0.5) WHERE id = :id", id=slow)  # another lease, run out as well
-    scene.sweeper.sweep()
+    scene.watch(2)
     assert scene.mail.state(message_id) == "sending"
 
 
@@ -217,7 +276,7 @@ def test_a_full_spool_keeps_only_notices_waiting(scene: Scene, monkeypatch: pyte
     owing = scene.mail.accept()
     scene.mail.change("UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true")
     due = scene.mail.accept()
-    monkeypatch.setattr(scene.mail.spool, "create", lambda message_id: 1 / 0)
+    monkeypatch.setattr(scene.mail.spool, "store", lambda message_id, parts: 1 / 0)
     scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due)
     scene.sweeper.sweep()
     assert (scene.mail.state(due), scene.hints.offered) == ("queued", [due])
@@ -229,8 +288,11 @@ def test_no_worker_buries_itself() -> None:
     watch = Watch(10.0, clock)
     leases = [("own", "1"), ("other", "1")]
     assert watch.look(leases, "own") == []
-    clock.now += 11
-    assert watch.look(leases, "own") == [("other", "1")]
+    found = []
+    for _ in range(4):
+        clock.now += 2.5
+        found = watch.look(leases, "own")
+    assert found == [("other", "1")]
     watch.forget()
     assert watch.look(leases, "own") == []
 
@@ -345,6 +407,61 @@ def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(mail: Ma
     assert keeper.clean_spool() == (0, 1)
     assert (mail.spool.directory / "orphans" / orphan).read_bytes() == b"x"
     assert mail.spool.path(young).exists()
+
+
+@pytest.mark.parametrize("wrong", ["the worker's", "the file system's", "the database's"])
+def test_one_clock_that_is_wrong_takes_no_body(
+    mail: Mailroom, keeper: Housekeeper, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """It is 40 days ahead, while a message is received and another one is there to prove the database."""
+    mail.spool.store(received := new_id(), [b"x"])
+    mail.accept()
+    now, clock, macros = time.time, mail.spool.clock, keeper._strays._sql._spell.macros
+    if wrong == "the worker's":
+        monkeypatch.setattr(time, "time", lambda: now() + 40 * DAY)
+    elif wrong == "the file system's":
+        monkeypatch.setattr(mail.spool, "clock", lambda: clock() + 40 * DAY)
+    else:
+        monkeypatch.setitem(macros, "now", lambda _: macros["later"](str(40 * DAY)))
+    assert keeper.clean_spool() == (0, 0)
+    assert mail.spool.path(received).exists()
+
+
+def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
+    keeper = Housekeeper(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
+    mail.spool.store(orphan := new_id(), [b"x"])
+    _aged(mail.spool.path(orphan), 40 * DAY)
+    mail.accept()
+    assert keeper.clean_spool() == (0, 1)
+    assert (mail.spool.directory / "orphans" / orphan).exists()
+    assert keeper.clean_spool() == (0, 0)
+    assert not (mail.spool.directory / "orphans" / orphan).exists()
+
+
+def test_the_wait_of_what_is_put_aside_begins_with_the_move(mail: Mailroom, keeper: Housekeeper) -> None:
+    mail.spool.store(orphan := new_id(), [b"x"])
+    _aged(mail.spool.path(orphan), 400 * DAY)
+    mail.accept()
+    assert [keeper.clean_spool() for _ in range(2)] == [(0, 1), (0, 0)]
+    assert (mail.spool.directory / "orphans" / orphan).exists()
+
+
+def test_what_a_row_needs_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
+    """Its row came when it was put aside already."""
+    keeper = Housekeeper(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
+    message_id = mail.accept()
+    mail.spool.put_aside(message_id)
+    keeper.clean_spool()
+    os.close(mail.spool.open(message_id, len(BODY)))
+
+
+def test_only_directories_of_bodies_are_removed(mail: Mailroom, keeper: Housekeeper) -> None:
+    ours, theirs = mail.spool.directory / "01a2b3c4", mail.spool.directory / "lost+found"
+    for directory in (ours, theirs):
+        directory.mkdir()
+        _aged(directory, 2 * HOUR)
+    keeper.clean_spool()
+    assert [ours.exists(), theirs.exists()] == [False, True]
 
 
 def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Housekeeper) -> None:

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from relay.bodies import Spool
+from relay.debts import Debts
 from relay.schema import Outcome
 from tests.integration.office import Office
 from tests.integration.typed import Typed, typed_at
@@ -88,4 +89,67 @@ def test_what_to_do_about_an_envelope_that_nobody_takes(office: Office, typed: T
     message_id = office.accept()
     reply = "no request can be made of it: no server can be trusted with the recipient <x"
     office.record(office.claim(message_id)[0], Outcome.UNSENDABLE, reply=reply)
-    assert f"it cannot be sent: {reply}; bounce it or drop it. It stays" in told(typed, message_id)
+    advice = "release it: what can be sent is sent, and the rest bounces. It stays"
+    assert f"it cannot be sent: {reply}; {advice}" in told(typed, message_id)
+
+
+def refused(office: Office, message_id: str, reply: str = "550 go away") -> None:
+    office.record(office.claim(message_id)[0], Outcome.REJECTED, reply=reply)
+
+
+def test_what_became_of_a_notice_and_what_it_is_about(office: Office, spool: Spool, typed: Typed) -> None:
+    debts = Debts(office.engine, spool, office.settings, lambda address: "default")
+    message_id = office.accept(ret="FULL")
+    spool.store(message_id, [b"Subject: x\n\n".ljust(100, b"x")])
+    refused(office, message_id)
+    (full,) = debts.settle(5)
+    assert told(typed, message_id).endswith(f"refused it: 550 go away; the sender is told by {full}, which is queued.")
+    assert f"notice of: {message_id} and encloses the whole message\n" in typed("show", full).stdout
+    assert told(typed, full).endswith(f"; it is a notice about {message_id} and encloses the whole message.")
+    refused(office, full, "no viruses")
+    pending = "; a worker makes one with less of the original in its place, or gives it up; it is a notice about"
+    assert pending in told(typed, full)
+    (header,) = debts.settle(5)
+    again = f"notice {full} is bounced, because qmqp.example.net:628 refused it: no viruses, and a notice with less of"
+    again += " the original was made in its place"
+    assert told(typed, message_id).endswith(f"{again}; the sender is told by {header}, which is queued.")
+    assert "; a notice with less of the original was made in its place; it is a notice about" in told(typed, full)
+    refused(office, header)
+    (none,) = debts.settle(5)
+    assert f"; it is a notice about {message_id} and encloses nothing of it." in told(typed, none)
+    (claim,) = office.claim(none)
+    office.record(claim, Outcome.ACCEPTED)
+    assert told(typed, message_id).endswith(f"; the sender was told by {none}.")
+    assert f"the sender was told by {none}." in typed("show", message_id).stdout
+
+
+def test_a_notice_that_was_given_up(office: Office, spool: Spool, typed: Typed) -> None:
+    debts = Debts(office.engine, spool, office.settings, lambda address: "default")
+    message_id = office.accept()
+    refused(office, message_id)
+    (notice,) = debts.settle(5)  # without its body, which never was
+    refused(office, notice, "no bounces")
+    assert debts.settle(5) == []
+    given_up = "it was given up: the sender of the original is not told by it"
+    assert told(typed, message_id).endswith(
+        f"notice {notice} is bounced, because qmqp.example.net:628 refused it: no bounces, and {given_up}."
+    )
+    assert f"refused it: no bounces; {given_up}; it is a notice about {message_id}" in told(typed, notice)
+
+
+@pytest.mark.parametrize(("recipient", "sender", "words"), [
+    ("postmaster", "a@example.com", "the mail came from an untrusted client and was for our own postmaster"),
+    ("b@example.org", "<a@example.com", "no mail server can be given its address"),
+    ("b@example.org", "a@example.com", "it had a notice about mail from an untrusted client less than a minute before"),
+])  # fmt: skip
+def test_why_a_sender_is_not_told(
+    office: Office, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
+) -> None:
+    debts = Debts(office.engine, spool, office.settings, lambda address: "default")
+    before = office.accept(client_trusted=False)
+    refused(office, before)
+    assert len(debts.settle(5)) == 1
+    message_id = office.accept(recipient, sender=sender, client_trusted=False)
+    refused(office, message_id)
+    assert debts.settle(5) == []
+    assert told(typed, message_id).endswith(f"refused it: 550 go away; the sender is not told: {words}.")

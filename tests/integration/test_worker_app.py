@@ -113,6 +113,7 @@ def test_hints_are_delivered_and_sigterm_ends_it(house: Any, broker: Broker, com
         hints.offer(ids)
         until(lambda: home.mail.states() == {"delivered"}, 30, what=home.said)
         hints.close()
+        assert "Umask:\t0077\n" in Path(f"/proc/{worker.pid}/status").read_text(), "whatever it makes is ours alone"
         assert services.end(worker) == 0
     assert sink.count == len(ids)
     assert home.mail.rows("SELECT ending FROM workers") == [{"ending": "stopped"}]

@@ -6,22 +6,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qmqp.request import Request
 from smtpd.addresses import Refused, parse_recipient, parse_sender
 
 HOST = "relay.example"
 
 
 def sender(path: str) -> str:
-    return parse_sender(f"FROM:{path}".encode("latin-1"))[0]
+    return parse_sender(f"FROM:{path}".encode("latin-1"), HOST)[0]
 
 
 def recipient(path: str) -> str:
     return parse_recipient(f"TO:{path}".encode("latin-1"), HOST).address
 
 
-def refusal(argument: bytes) -> bytes:
+def refusal(argument: bytes, *, trusted: bool = False) -> bytes:
+    parse = parse_sender if argument.startswith(b"FROM") else parse_recipient
     try:
-        found: object = parse_sender(argument) if argument.startswith(b"FROM") else parse_recipient(argument, HOST)
+        found: object = parse(argument, HOST, trusted=trusted)
     except Refused as refused:
         return refused.reply
     raise AssertionError(f"accepted as {found}")
@@ -42,8 +44,11 @@ def refusal(argument: bytes) -> bytes:
         ("<a@[192.0.2.1]>", "a@[192.0.2.1]"),
         ("<a@[IPv6:2001:db8::1]>", "a@[IPv6:2001:db8::1]"),
         ("<a@[ipv6:::ffff:192.0.2.1]>", "a@[ipv6:::ffff:192.0.2.1]"),
-        ("<" + "l" * 64 + "@b.example>", "l" * 64 + "@b.example"),
-        ("<a@" + "d" * 252 + ">", "a@" + "d" * 252),
+        ("<" + "l" * 989 + "@b.example>", "l" * 989 + "@b.example"),
+        ('<"' + "\\l" * 989 + '"@b.example>', "l" * 989 + "@b.example"),
+        ("<a@" + "d" * 255 + ">", "a@" + "d" * 255),
+        ("<a@b.example.>", "a@b.example"),
+        ("<@x.example:a@b.>", "a@b"),
     ],
 )
 def test_C14_what_is_an_address(path: str, address: str) -> None:
@@ -52,7 +57,7 @@ def test_C14_what_is_an_address(path: str, address: str) -> None:
 
 
 def test_C14_the_null_sender_is_empty_and_no_recipient() -> None:
-    assert parse_sender(b"FROM:<>") == ("", {})
+    assert parse_sender(b"FROM:<>", HOST) == ("", {})
     assert refusal(b"TO:<>").startswith(b"501 5.1.3")
 
 
@@ -74,7 +79,11 @@ def test_C14_the_null_sender_is_empty_and_no_recipient() -> None:
         "<a.@b>",
         "<a@b..c>",
         "<a@.b>",
-        "<a@b.>",
+        "<a@b..>",
+        "<a@.>",
+        "<a@[192.0.2.1].>",
+        "<a@b_c.>",
+        '<"a b">',
         "<a@-b>",
         "<a@b->",
         "<a@b_c>",
@@ -93,9 +102,10 @@ def test_C14_the_null_sender_is_empty_and_no_recipient() -> None:
         "<a@b:c@d>",
         "< a@b>",
         "<a@b >",
-        "<" + "l" * 65 + "@b.example>",
-        "<a@" + "d" * 253 + ">",
-        "<" + "l" * 64 + "@" + "d" * 200 + ">",
+        "<" + "l" * 990 + "@b.example>",
+        '<"' + "\\l" * 990 + '"@b.example>',
+        "<a@" + "d" * 256 + ">",
+        "<" + "l" * 744 + "@" + "d" * 255 + ">",
     ],
 )
 def test_C14_what_is_no_address(path: str) -> None:
@@ -125,19 +135,68 @@ def test_C11_addresses_beyond_ascii_are_refused(path: str) -> None:
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=30))
 def test_a_quoted_local_part_comes_out_as_it_went_in(local: str) -> None:
     quoted = re.sub(r'([\\"])', r"\\\1", local)
-    if len(quoted) <= 62:
+    if not local.startswith("<"):
         found = parse_recipient(f'TO:<"{quoted}"@b.example>'.encode(), HOST)
         assert found.address == f"{local}@b.example"
         assert found.path == f'"{quoted}"@b.example'
 
 
-@given(st.binary(max_size=40))
-def test_nothing_gets_through_that_a_server_could_misread(path: bytes) -> None:
+@pytest.mark.parametrize("path", ['<"<x"@b.test>', '<"\\<x"@b.test>', '<"<"@b.test>'])
+def test_an_address_that_no_request_takes_is_refused(path: str) -> None:
+    assert refusal(f"FROM:{path}".encode()).startswith(b"501 5.1.7 Bad sender address: it begins with <")
+    assert refusal(f"TO:{path}".encode()).startswith(b"501 5.1.3 Bad recipient address: it begins with <")
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=30))
+def test_a_request_can_be_made_of_whatever_is_taken(local: str) -> None:
+    quoted = re.sub(r'([\\"])', r"\\\1", local)
+    path = f'<"{quoted}"@b.example>'
     try:
-        address = parse_recipient(b"TO:<" + path + b">", HOST).address
+        from_, to = sender(path), recipient(path)
+    except Refused:
+        assert local.startswith("<")
+        return
+    Request(1, from_.encode(), [to.encode()])
+
+
+@pytest.mark.parametrize(
+    ("path", "address"),
+    [
+        ("<root>", "root@relay.example"),
+        ("<@x.example:root>", "root@relay.example"),
+        ('<"a b">', "a b@relay.example"),
+        ("<POSTMASTER>", "postmaster@relay.example"),
+        ("<a@my_host>", "a@my_host"),
+        ("<a@_dmarc.example_net.>", "a@_dmarc.example_net"),
+    ],
+)
+def test_a_trusted_client_may_write_addresses_as_one_network_does(path: str, address: str) -> None:
+    assert parse_sender(f"FROM:{path}".encode(), HOST, trusted=True)[0] == address
+    found = parse_recipient(f"TO:{path}".encode(), HOST, trusted=True)
+    assert found.address == address
+    assert found.domain == address.rpartition("@")[2]
+    assert found.path.replace('"', "") == address
+
+
+@pytest.mark.parametrize("path", ["<a@>", "<@b>", "<a@b..>", "<a@-b_c>", "<a@[_]>", '<"">', '<"<a">', "<>x"])
+def test_a_trusted_client_may_not_write_anything(path: str) -> None:
+    assert refusal(f"FROM:{path}".encode(), trusted=True).startswith(b"501 5.1.7")
+    assert refusal(f"TO:{path}".encode(), trusted=True).startswith(b"501 5.1.3")
+
+
+def test_the_refusal_says_what_is_missing() -> None:
+    assert refusal(b"FROM:<root>") == b"501 5.1.7 Bad sender address: a domain is needed\r\n"
+    assert refusal(b"TO:<a@b_c>") == b"501 5.1.3 Bad recipient address: _ in the domain\r\n"
+
+
+@given(st.binary(max_size=40), st.booleans())
+def test_nothing_gets_through_that_a_server_could_misread(path: bytes, trusted: bool) -> None:
+    try:
+        address = parse_recipient(b"TO:<" + path + b">", HOST, trusted=trusted).address
     except Refused:
         return
-    assert re.fullmatch(r"[ -~]+@[A-Za-z0-9.:\[\]-]+", address)
+    assert re.fullmatch(r"[ -~]+@[A-Za-z0-9_.:\[\]-]+", address)
+    assert trusted or "_" not in address.rpartition("@")[2]
     assert not address.endswith("@[]")
 
 
@@ -147,13 +206,15 @@ def test_qmails_magic_senders_cannot_be_said(magic: str) -> None:
 
 
 def test_a_path_that_would_take_a_bad_pattern_for_ever_is_refused_at_once() -> None:
-    for evil in (b"a." * 1000, b"a-" * 1000, b"@a," * 600, b'"' + b"\\" * 1500):
+    for evil in (b"a." * 1000, b"a-" * 1000, b"@a," * 600, b'"' + b"\\" * 1500, b"a@" + b"_" * 2000 + b"-"):
         assert refusal(b"TO:<" + evil + b">").startswith(b"501")
+        assert refusal(b"TO:<" + evil + b">", trusted=True).startswith(b"501")
 
 
 def test_parameters_of_mail_are_kept() -> None:
-    _, values = parse_sender(b"FROM:<a@b> size=1000 BODY=8bitmime RET=hdrs  ENVID=Qq+2B314 AUTH=<>")
-    assert values == {b"SIZE": "1000", b"BODY": "8BITMIME", b"RET": "HDRS", b"ENVID": "Qq+2B314", b"AUTH": "<>"}
+    _, values = parse_sender(b"FROM:<a@b> size=1000 BODY=8bitmime RET=hdrs  ENVID=Qq+2B314 AUTH=<> smtputf8", HOST)
+    known = {b"SIZE": "1000", b"BODY": "8BITMIME", b"RET": "HDRS", b"ENVID": "Qq+2B314", b"AUTH": "<>"}
+    assert values == known | {b"SMTPUTF8": ""}
 
 
 def test_parameters_of_rcpt_are_kept() -> None:
@@ -165,7 +226,12 @@ def test_parameters_of_rcpt_are_kept() -> None:
 @pytest.mark.parametrize(
     ("argument", "code"),
     [
-        (b"FROM:<a@b> SMTPUTF8", b"555 5.5.4"),
+        (b"FROM:<a@b> SMTPUTF8=1", b"501 5.5.4"),
+        (b"FROM:<a@b> SMTPUTF8=", b"501 5.5.4"),
+        (b"FROM:<a@b> SMTPUTF8 SMTPUTF8", b"501 5.5.4"),
+        ("FROM:<\xfc@b> SMTPUTF8".encode(), b"553 5.6.7"),
+        ("FROM:<a@\xfc.example> SMTPUTF8".encode(), b"553 5.6.7"),
+        (b"TO:<a@b> SMTPUTF8", b"555 5.5.4"),
         (b"FROM:<a@b> NOTIFY=NEVER", b"555 5.5.4"),
         (b"FROM:<a@b> X-OTHER=1", b"555 5.5.4"),
         (b"FROM:<a@b> SIZE", b"501 5.5.4"),

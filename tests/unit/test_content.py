@@ -19,20 +19,22 @@ def encode(text: bytes) -> bytes:
     return b"".join((b"." if line.startswith(b".") else b"") + line + b"\r\n" for line in lines) + b".\r\n"
 
 
-def model(wire: bytes) -> tuple[bytes | None, bytes] | None:
+def model(wire: bytes, *, strip_cr: bool = False) -> tuple[bytes | None, bytes] | None:
     """Decodes line by line: the text (None: a bare CR or LF in it) and the rest; None if there is no end."""
     end = (b"\r\n" + wire).find(b"\r\n.\r\n")
     if end < 0:
         return None
     content, rest = wire[:end], wire[end + 3 :]
     lines = content.split(b"\r\n")[:-1]
-    if re.search(rb"[\r\n]", b"".join(lines)):
+    if re.search(rb"\n" if strip_cr else rb"[\r\n]", b"".join(lines)):
         return None, rest
-    return b"".join(line.removeprefix(b".") + b"\n" for line in lines), rest
+    return b"".join(line.removeprefix(b".").replace(b"\r", b"") + b"\n" for line in lines), rest
 
 
-def decode(blocks: Iterable[bytes], limit: int = LIMIT) -> tuple[Content, bytes, bytes | None]:
-    content = Content(limit)
+def decode(
+    blocks: Iterable[bytes], limit: int = LIMIT, *, strip_cr: bool = False
+) -> tuple[Content, bytes, bytes | None]:
+    content = Content(limit, strip_cr=strip_cr)
     text = b""
     rest: bytes | None = None
     for block in blocks:
@@ -52,9 +54,9 @@ def cuts(wire: bytes) -> Iterator[list[bytes]]:
         yield [wire[:at], wire[at:]]
 
 
-def check(wire: bytes, blocks: Iterable[bytes]) -> None:
-    content, text, rest = decode(blocks)
-    expected = model(wire)
+def check(wire: bytes, blocks: Iterable[bytes], *, strip_cr: bool = False) -> None:
+    content, text, rest = decode(blocks, strip_cr=strip_cr)
+    expected = model(wire, strip_cr=strip_cr)
     if expected is None:
         assert rest is None
         return
@@ -64,25 +66,33 @@ def check(wire: bytes, blocks: Iterable[bytes]) -> None:
     else:
         assert content.fault is None
         assert text == expected[0]
-        assert content.octets == len(text) + text.count(b"\n")
+        stripped = wire[: len(wire) - len(rest)].count(b"\r") - text.count(b"\n") - 1
+        assert content.octets == len(text) + text.count(b"\n") + stripped
 
 
+@pytest.mark.parametrize("strip_cr", [False, True])
 @pytest.mark.parametrize("length", range(1, 7))
-def test_every_sequence_of_cr_lf_and_dot_as_the_model_has_it(length: int) -> None:
+def test_every_sequence_of_cr_lf_and_dot_as_the_model_has_it(length: int, strip_cr: bool) -> None:
     for symbols in itertools.product((b"\r", b"\n", b".", b"a"), repeat=length):
         wire = b"".join(symbols) + b"\r\n.\r\nQUIT\r\n"
-        check(wire, [wire])
-        check(wire, [wire[i : i + 1] for i in range(len(wire))])
+        check(wire, [wire], strip_cr=strip_cr)
+        check(wire, [wire[i : i + 1] for i in range(len(wire))], strip_cr=strip_cr)
 
 
 @given(
-    st.lists(st.sampled_from([b"\r", b"\n", b".", b"\r\n", b"\r\n.", b"\r\n.\r\n", b"text", b"\0\xff"]), max_size=12),
+    st.lists(
+        st.sampled_from(
+            [b"\r", b"\n", b".", b"\r\n", b"\r\r\n", b"\r\n.", b"\r\n.\r\n", b"\r\r\n.\r\r\n", b"text", b"\0\xff"]
+        ),
+        max_size=12,
+    ),
     st.lists(st.integers(1, 40), max_size=6),
+    st.booleans(),
 )
-def test_any_bytes_in_any_blocks_as_the_model_has_it(pieces: list[bytes], places: list[int]) -> None:
+def test_any_bytes_in_any_blocks_as_the_model_has_it(pieces: list[bytes], places: list[int], strip_cr: bool) -> None:
     wire = b"".join(pieces) + b"\r\n.\r\n"
     edges = [0, *sorted({min(place, len(wire)) for place in places}), len(wire)]
-    check(wire, [wire[a:b] for a, b in itertools.pairwise(edges)])
+    check(wire, [wire[a:b] for a, b in itertools.pairwise(edges)], strip_cr=strip_cr)
 
 
 @given(st.lists(st.binary(max_size=20).map(lambda line: re.sub(rb"[\r\n]", b".", line)), max_size=8), st.data())
@@ -115,6 +125,48 @@ def test_C3_a_bare_cr_or_lf_is_refused_and_the_session_stays_in_step(bare: bytes
         content, _, rest = decode(blocks)
         assert content.fault is Fault.BARE
         assert rest == b"NOOP\r\n"
+
+
+@pytest.mark.parametrize(
+    ("fake", "kept"),
+    [
+        (b"\r\r\n.\r\r\n", b"\n\n"),
+        (b"\r\n.\r\r\n", b"\n\n"),
+        (b"\r\n.\r\r\r\n", b"\n\n"),
+        (b"\r\n\r.\r\n", b"\n.\n"),
+        (b"\r\n\r.\r\r\n", b"\n.\n"),
+        (b"\r\r\n..\r\r\n", b"\n.\n"),
+        (b"\r.\r", b"."),
+        (b"\r\r\r", b""),
+        (b"\r\n.\r", b"\n"),
+    ],
+)
+def test_stripping_bare_crs_makes_no_end(fake: bytes, kept: bytes) -> None:
+    wire = b"a" + fake + b"MAIL FROM:<x@y>\r\nb\r\n.\r\nNOOP\r\n"
+    for blocks in cuts(wire):
+        content, text, rest = decode(blocks, strip_cr=True)
+        assert (text, rest, content.fault) == (b"a" + kept + b"MAIL FROM:<x@y>\nb\n", b"NOOP\r\n", None)
+
+
+@pytest.mark.parametrize("fake", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r\r\n.\n", b"\n\r.\r\n", b"\n\r\r\n"])
+def test_a_bare_lf_is_refused_where_bare_crs_are_stripped(fake: bytes) -> None:
+    wire = b"a" + fake + b"MAIL FROM:<x@y>\r\nb\r\n.\r\nNOOP\r\n"
+    for blocks in cuts(wire):
+        content, _, rest = decode(blocks, strip_cr=True)
+        assert (content.fault, rest) == (Fault.BARE, b"NOOP\r\n")
+
+
+def test_a_client_that_sends_two_crs_is_understood() -> None:
+    wire = b"Message-ID: <a@b>\r\r\n\r\r\nhello\r\r\n..x\r\r\n.\r\nQUIT\r\n"
+    for blocks in cuts(wire):
+        content, text, rest = decode(blocks, strip_cr=True)
+        assert (text, rest, content.fault) == (b"Message-ID: <a@b>\n\nhello\n.x\n", b"QUIT\r\n", None)
+        assert content.message_id == "<a@b>"
+
+
+def test_crs_that_are_stripped_count_towards_the_limit() -> None:
+    assert decode([b"\r" * 50, b"a\r\n.\r\n"], 53, strip_cr=True)[0].fault is None
+    assert decode([b"\r" * 51, b"a\r\n.\r\n"], 53, strip_cr=True)[0].fault is Fault.TOO_BIG
 
 
 def test_C4_exactly_one_leading_dot_is_taken_off() -> None:
@@ -210,6 +262,14 @@ def test_the_message_id_is_read_from_the_header_alone(header: bytes, found: str 
     for size in (1, 3, 16, len(wire)):
         content, _, _ = decode(wire[i : i + size] for i in range(0, len(wire), size))
         assert content.message_id == found
+
+
+@pytest.mark.parametrize("blank", [b" ", b"\t"])
+def test_content_that_begins_with_a_continuation_has_no_header(blank: bytes) -> None:
+    wire = blank + b"by bank.example\r\n" + b"Received: x\r\n" * 101 + b"Message-ID: <a@b>\r\n\r\n.\r\n"
+    for size in (1, 3, len(wire)):
+        content, _, _ = decode(wire[i : i + size] for i in range(0, len(wire), size))
+        assert (content.message_id, content.fault) == (None, None)
 
 
 def test_only_one_unfinished_header_line_is_kept_and_bounded() -> None:

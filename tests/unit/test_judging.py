@@ -60,6 +60,8 @@ def test_a_refusal_of_us_defers_the_mail() -> None:
     [
         ("Error: host.example[192.0.2.1] is not authorized to use this service", True),
         ("client not allowed", True),
+        ("5.1.0 Mail system is not configured to accept that recipient", True),
+        ("You are not allowed to use this mail server.", True),
         ("sorry, no mailbox here by that name (#5.1.1)", False),
         ("Error: message too large", False),
         ("sender not authorized to post to this list", False),

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.log import configure, escaped, first_line, get_logger
+from relay.log import _redact, configure, escaped, first_line, get_logger
 from relay.settings import Settings, load
+from tests.scaling import growth
 
 
 @pytest.fixture
@@ -78,6 +79,28 @@ def test_addresses_can_be_left_out(said: Callable[[], str]) -> None:
     assert second["sender"] == ""
     assert third["reply"] == "no such mailbox: <...@example.org>, ...@example.net (#5.1.1)"
     assert fourth["event"] == "lost ...@example.com"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("a@b@c.example", "...@c.example"),
+        ("@c.example", "@c.example"),
+        ('a@"b c"@d', "...@...@d"),
+        ('"no end @ all', '"no end @ all'),
+        ("<a-b@c>,d@e", "<...@c>,...@e"),
+    ],
+)
+def test_odd_addresses_are_left_out_too(words: str, shown: str) -> None:
+    assert _redact(None, "info", {"reply": words}) == {"reply": shown}
+
+
+@pytest.mark.parametrize("piece", ["a", "a@", '"', '"a', 'a"@', "a "])
+def test_leaving_out_is_linear(piece: str) -> None:
+    def redact(text: str) -> None:
+        _redact(None, "info", {"reply": text})
+
+    assert growth(redact, piece * 1000 + " @", piece * 16_000 + " @") < 64, "16 times as long, not 256"
 
 
 def test_people_get_plain_lines(said: Callable[[], str]) -> None:

@@ -1,18 +1,21 @@
 """Counting is bounded and cheap; a scrape is answered whatever is away; the address is a matter of what is free."""
 
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
-from relay import database, metrics
+from relay import database, listener, metrics
 from relay.bodies import Spool
 from relay.metrics import Queue, serve
 from relay.settings import Settings
+from tests.waiting import until
 
 
 def sample(name: str, **labels: str) -> float:
@@ -112,3 +115,23 @@ def test_serves_on_the_first_free_address(queue: Queue, free_port):
         stop_first()
         stop_second()
     serve(settings, queue)()  # both can be had again
+
+
+def test_requests_that_are_not_finished_are_few_and_end(monkeypatch: pytest.MonkeyPatch, free_port):
+    monkeypatch.setattr(listener, "TIMEOUT", 3.0)
+    before, port = threading.active_count(), free_port()
+    stop = serve(Settings(metrics_listen=(("127.0.0.1", port),)))
+    with ExitStack() as stack:
+        stack.callback(stop)
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            for _ in range(3 * listener.THREADS)
+        ]
+        for client in clients[: listener.THREADS : 2]:
+            client.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
+        heard = [client.recv(100) for client in reversed(clients)]
+        assert threading.active_count() <= before + 1 + listener.THREADS
+        assert [one[:12] for one in heard] == [b"HTTP/1.0 503"] * 2 * listener.THREADS + [b""] * listener.THREADS
+        until(lambda: threading.active_count() == before + 1)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert b"relay_accept_seconds_count" in answer.read()

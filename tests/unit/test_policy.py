@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relay.settings import SmtpdSettings, load
-from smtpd.addresses import Recipient, Refused
+from smtpd.addresses import Recipient, Refused, parse_recipient
 from smtpd.policy import ROOM_KEPT_FREE, Client, Policy, PolicyError, Room, client_networks, connected_networks
 
 
@@ -79,10 +79,55 @@ def test_recipient_domains_are_open_to_all(tmp_path: Path, address: str, taken: 
     assert (refusal(stranger.check_recipient, to(address), 0) is None) is taken
 
 
+ROUTED = [
+    b"<victim%evil.test@allowed.test>",
+    b"<evil.test!victim@allowed.test>",
+    b'<"victim@evil.test"@allowed.test>',
+    b'<"victim%evil.test"@allowed.test>',
+    b'<"victim\\@evil.test"@allowed.test>',
+    b"<@allowed.test:victim%evil.test@allowed.test>",
+    b"<victim%evil.test@relay.example>",
+    b"<a%b%c@sub.below.test>",
+]
+
+
+@pytest.mark.parametrize("path", ROUTED)
+def test_a_recipient_with_a_route_in_it_is_refused_to_strangers(tmp_path: Path, path: bytes) -> None:
+    recipient = parse_recipient(b"TO:" + path, "relay.example")
+    domains = ("allowed.test", ".below.test", "relay.example")
+    stranger = client(tmp_path, "192.0.2.1", recipient_domains=domains)
+    assert (refusal(stranger.check_recipient, recipient, 0) or b"").startswith(b"550 5.7.1")
+    assert refusal(client(tmp_path, "127.0.0.1").check_recipient, recipient, 0) is None
+    allowing = client(tmp_path, "192.0.2.1", recipient_domains=domains, allow_untrusted_routing=True)
+    assert refusal(allowing.check_recipient, recipient, 0) is None
+
+
+@pytest.mark.parametrize("path", [b"<a+b=c.test@allowed.test>", b'<"a b"@allowed.test>', b"<postmaster>"])
+def test_an_unusual_local_part_without_a_route_is_taken_from_strangers(tmp_path: Path, path: bytes) -> None:
+    stranger = client(tmp_path, "192.0.2.1", recipient_domains=("allowed.test",))
+    assert refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0) is None
+
+
+@pytest.mark.parametrize("path", [b"<a@[192.0.2.9]>", b"<@allowed.test:a@evil.test>", b"<postmaster@[127.0.0.1]>"])
+def test_neither_a_literal_nor_a_source_route_leads_past_the_domains(tmp_path: Path, path: bytes) -> None:
+    stranger = client(tmp_path, "192.0.2.1", recipient_domains=("allowed.test",), allow_untrusted_routing=True)
+    reply = refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0)
+    assert (reply or b"").startswith(b"554 5.7.1")
+
+
 def test_C16_past_the_limit_452_for_the_extra_recipients_only(tmp_path: Path) -> None:
     trusted = client(tmp_path, "127.0.0.1", max_recipients=100)
     assert refusal(trusted.check_recipient, to("a@b"), 99) is None
     assert (refusal(trusted.check_recipient, to("a@b"), 100) or b"").startswith(b"452 4.5.3")
+
+
+@pytest.mark.parametrize(
+    ("peer", "setting", "strips"),
+    [("127.0.0.1", "strip", True), ("127.0.0.1", "reject", False), ("192.0.2.1", "strip", False)],
+)
+def test_bare_crs_are_stripped_for_trusted_clients_alone(tmp_path: Path, peer: str, setting: str, strips: bool) -> None:
+    assert client(tmp_path, peer, bare_cr=setting).strips_cr is strips
+    assert not client(tmp_path, peer).strips_cr
 
 
 def test_C12_a_declared_size_over_the_limit_is_refused_at_mail(tmp_path: Path) -> None:
@@ -117,6 +162,97 @@ def test_room_without_files_left_or_without_an_answer(tmp_path: Path, monkeypatc
     found = SimpleNamespace(f_files=10, f_favail=0, f_bavail=1 << 40, f_frsize=1)
     monkeypatch.setattr(os, "statvfs", lambda _path: found)
     assert not Room(tmp_path).holds(1)
+
+
+class Disk:
+    """A file system of so many octets, and a clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self.free, self.now = ROOM_KEPT_FREE + free, 100.0
+        monkeypatch.setattr(os, "statvfs", self._statvfs)
+        monkeypatch.setattr("smtpd.policy.time.monotonic", lambda: self.now)
+
+    def _statvfs(self, _path: Path) -> SimpleNamespace:
+        return SimpleNamespace(f_files=0, f_favail=0, f_bavail=self.free, f_frsize=1)
+
+
+def test_unfinished_messages_of_strangers_take_a_quarter_each_and_leave_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, room = Disk(monkeypatch, 4000), Room(tmp_path)
+    assert room.holds(1000, "a")
+    assert not room.holds(1001, "a")
+    claims = [room.claim(1000, one) for one in "abc"]
+    assert not room.holds(1, "a")
+    assert not room.holds(1, "d"), "the last quarter is for clients that are trusted"
+    assert room.holds(1000)
+    assert not room.holds(1001)
+    claims[0].end()
+    disk.now += 1.0
+    assert room.holds(1000, "d")
+    assert room.holds(2000)
+
+
+def test_octets_are_counted_once_whether_stored_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, room = Disk(monkeypatch, 4000), Room(tmp_path)
+    claim = room.claim(0, "")
+    assert claim.grow(3000)
+    claim.store(2000)
+    disk.free -= 2000
+    assert room.holds(1000), "before the next look"
+    assert not room.holds(1001)
+    disk.now += 1.0
+    assert room.holds(1000), "and after it"
+    assert not room.holds(1001)
+    assert not claim.grow(1001)
+    assert room.holds(250, "a")
+    assert room.holds(1000, "a"), "a stranger's part is one of the room without unfinished messages"
+
+
+def test_what_was_declared_is_claimed_and_what_is_more_comes_on_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Disk(monkeypatch, 4000)
+    room = Room(tmp_path)
+    claim = room.claim(3000, "")
+    assert not room.holds(1001)
+    assert claim.grow(3000)
+    assert room.holds(1000)
+    assert claim.grow(1000)
+    assert not claim.grow(1)
+    assert not room.claim(1, "").octets
+
+
+def test_what_is_thrown_away_is_free_at_once_and_what_is_kept_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, room = Disk(monkeypatch, 4000), Room(tmp_path)
+    for _ in range(5):  # claims that begin and end do not add up until the next look
+        room.claim(3000, "").end()
+        assert room.holds(4000)
+    kept = room.claim(2000, "")
+    assert kept.grow(1500)
+    kept.end(kept=True)
+    kept.end()
+    assert room.holds(2500)
+    assert not room.holds(2501)
+    disk.free, disk.now = disk.free - 1500, disk.now + 1.0
+    gone = room.claim(1000, "")
+    assert gone.grow(1000)
+    gone.store(1000)
+    disk.free, disk.now = disk.free - 1000, disk.now + 1.0
+    assert not room.holds(1501)
+    gone.end()
+    assert not room.holds(1501), "its file may be there yet"
+    disk.free, disk.now = disk.free + 1000, disk.now + 1.0
+    assert room.holds(2500)
+
+
+def test_a_client_is_counted_by_the_network_it_has(tmp_path: Path) -> None:
+    first, second = client(tmp_path, "2001:db8::1"), client(tmp_path, "2001:db8::ffff:1")
+    assert first.network == second.network == "2001:db8::/64"
+    assert client(tmp_path, "2001:db8:0:1::1").network == "2001:db8:0:1::/64"
+    assert client(tmp_path, "192.0.2.1").network == client(tmp_path, "::ffff:192.0.2.1").network == "192.0.2.1"
 
 
 @pytest.mark.parametrize("publish", ["", "127.0.0.1:2525", "[::1]:25", "localhost:2525"])

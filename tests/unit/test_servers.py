@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from relay.routes import Route, parse_server
-from worker.servers import REST_MOST, TRIPPED_BY, Place, Servers
+from worker.backoff import delay
+from worker.servers import FRESH, REST_AWAITED, REST_MOST, TRIPPED_BY, Place, Servers
 
 A, B = parse_server("a.example"), parse_server("b.example:2628")
 ONE, BOTH, NONE = Route("one", (A,)), Route("both", (A, B)), Route("none", ())
@@ -112,8 +113,75 @@ def test_failures_that_began_before_the_rest_do_not_lengthen_it(servers: Servers
     assert servers.failed(A, "refused") is None
 
 
-def test_a_server_that_does_not_want_us_rests_at_once(servers: Servers) -> None:
-    assert servers.failed(A, "not authorized", at_once=True) == 1.0
+def test_a_server_that_refuses_us_rests_for_longer_than_the_mail_that_it_refused_waits(clock: Clock) -> None:
+    least, most = 30.0, 300.0
+    servers = Servers(2, clock=clock, draw=lambda: 0.0, backoff=(least, most))
+    servers.awaited = frozenset({A.name})
+    rest: float | None = None
+    for step in range(6):
+        rest = servers.failed(A, "not authorized", at_once=True)
+        assert rest is not None
+        assert rest >= delay(step, least=least, most=most, draw=lambda: 0.999)
+        clock.now += rest - 0.1
+        assert servers.free(A) == 0, "also if mail waits for it"
+        assert servers.failed(A, "not authorized", at_once=True) is None, "that transfer began before the rest"
+        clock.now += 0.1
+        assert servers.free(A) == 1
+    assert rest == most
+
+
+def test_a_server_that_fails_and_then_refuses_us_rests_for_as_long_as_any_that_refuses_us(clock: Clock) -> None:
+    servers = Servers(2, clock=clock, draw=lambda: 0.0, backoff=(30.0, 300.0))
+    trip(servers)
+    assert servers.failed(A, "not authorized", at_once=True) == 60.0
+    clock.now += 60.0
+    assert trip(servers, 1) == 1.0, "it fails again, and that is all"
+
+
+def test_a_server_that_mail_waits_for_is_tried_every_few_seconds(servers: Servers, clock: Clock) -> None:
+    for _ in range(10):
+        trip(servers)
+        clock.now += REST_MOST
+    trip(servers)
+    clock.now += REST_AWAITED
+    assert (servers.free(A), servers.rests(A.name), servers.down(ONE)) == (0, True, True)
+    servers.awaited = frozenset({A.name})
+    assert (servers.free(A), servers.rests(A.name), servers.down(ONE)) == (1, False, False)
+    probe = servers.take(ONE)
+    assert probe is not None
+    assert servers.failed(A, "refused") == REST_MOST
+    probe.release()
+    assert servers.free(A) == 0
+    clock.now += REST_AWAITED
+    assert servers.free(A) == 1
+    assert REST_AWAITED < 5
+
+
+def test_a_server_works_while_its_last_reply_is_fresh(servers: Servers, clock: Clock) -> None:
+    assert not servers.works(BOTH)
+    servers.succeeded(B)
+    assert (servers.works(BOTH), servers.works(ONE)) == (True, False)
+    servers.pauses = frozenset({f"server:{B.name}"})
+    assert not servers.works(BOTH)
+    servers.pauses = frozenset({"route:both"})
+    assert not servers.works(BOTH)
+    servers.pauses = frozenset()
+    servers.failed(B, "reset")
+    assert not servers.works(BOTH)
+    servers.succeeded(B)
+    clock.now += FRESH
+    assert not servers.works(BOTH)
+
+
+def test_the_last_byte_is_held_back_where_the_last_connection_was_closed_at_once(servers: Servers) -> None:
+    assert servers.holds_back(A) == 0
+    servers.closed(A, 0.02)
+    assert 0.04 <= servers.holds_back(A) < 0.06
+    assert servers.holds_back(B) == 0
+    servers.closed(A, 0.9)
+    assert servers.holds_back(A) == 1.0
+    servers.succeeded(A)
+    assert servers.holds_back(A) == 0
 
 
 def test_no_servers_at_all_are_down(servers: Servers) -> None:

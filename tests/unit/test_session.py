@@ -8,13 +8,27 @@ from hypothesis import strategies as st
 
 from smtpd.addresses import Recipient, Refused
 from smtpd.events import Abandon, Begin, Complete, Event, Refusal, Text
-from smtpd.session import ERROR_LIMIT, EXTENDED_LINE_LIMIT, LINE_LIMIT, Greeting, Session, State
+from smtpd.session import (
+    COMMAND_LIMIT,
+    ENDLESS,
+    ERROR_LIMIT,
+    FREE_COMMANDS,
+    LINE_LIMIT,
+    TARPIT,
+    TURN,
+    Greeting,
+    Session,
+    State,
+)
 
 GREETING = Greeting("relay.example", 1000)
 
 
 class OpenRules:
     """Takes everything, but for a few words."""
+
+    def __init__(self, *, trusted: bool = False) -> None:
+        self.trusted = self.strips_cr = trusted
 
     def check_sender(self, size: int) -> None:
         if size > 1000:
@@ -30,8 +44,8 @@ class OpenRules:
 class Talk:
     """A session, what it has answered, and what it has told."""
 
-    def __init__(self, *, start: bool = True) -> None:
-        self.session = Session(GREETING, OpenRules())
+    def __init__(self, *, start: bool = True, trusted: bool = False) -> None:
+        self.session = Session(GREETING, OpenRules(trusted=trusted))
         self.events: list[Event] = []
         if start:
             self.session.start()
@@ -43,6 +57,13 @@ class Talk:
             self.events += self.session.receive(piece)
             said += self.session.replies()
         return said
+
+    def pause(self) -> float | None:
+        return self.session.pause
+
+    def go_on(self) -> bytes:
+        self.events += self.session.go_on()
+        return self.session.replies()
 
     def answer(self, reply: bytes = b"250 2.0.0 Ok\r\n") -> bytes:
         self.events += self.session.answer(reply)
@@ -109,7 +130,14 @@ DATA = b"DATA\r\n"
         # C12: SIZE at MAIL
         [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> SIZE=1001\r\n", b"552 5.3.4"), (MAIL, b"250 2.1.0")],
         # C11, C14
-        [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> SMTPUTF8\r\n", b"555 5.5.4"), (b"MAIL FROM:a@b\r\n", b"501 5.1.7")],
+        [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> FUTURE8\r\n", b"555 5.5.4"), (b"MAIL FROM:a@b\r\n", b"501 5.1.7")],
+        [
+            (EHLO, b"250 DSN"),
+            ("MAIL FROM:<\xfc@b> SMTPUTF8\r\n".encode(), b"553 5.6.7"),
+            (b"MAIL FROM:<a@b> SMTPUTF8 BODY=8BITMIME\r\n", b"250 2.1.0"),
+            ("RCPT TO:<\xfc@d>\r\n".encode(), b"553 5.6.7"),
+            (RCPT, b"250 2.1.5"),
+        ],
         # C27: lines
         [(b"\r\n", b"500 5.5.2"), (b"FOO\r\n", b"500 5.5.2"), (b"MAILFROM:<a@b>\r\n", b"500 5.5.2")],
         [(b"NOOP\n", b"500 5.5.2"), (b"\x00\xff\x01\r\n", b"500 5.5.2"), (b"NO\rOP\r\n", b"500 5.5.2")],
@@ -124,7 +152,7 @@ def test_C17_dialogues(dialogue: list[tuple[bytes, bytes]]) -> None:
 def test_the_extensions() -> None:
     assert Talk().say(EHLO) == (
         b"250-relay.example\r\n250-PIPELINING\r\n250-SIZE 1000\r\n250-8BITMIME\r\n"
-        b"250-ENHANCEDSTATUSCODES\r\n250 DSN\r\n"
+        b"250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN\r\n"
     )
 
 
@@ -153,6 +181,15 @@ def test_helo_is_plain_smtp() -> None:
     talk = Talk()
     talk.say(b"HELO client\r\n", MAIL, RCPT, DATA)
     assert talk.told(Begin)[0].envelope.protocol == "SMTP"
+
+
+def test_a_message_that_asks_for_smtputf8_came_by_utf8smtp() -> None:
+    talk = Talk()
+    talk.say(EHLO, b"MAIL FROM:<a@b> SMTPUTF8\r\n", RCPT, DATA, "Subject: \xfc\r\n.\r\n".encode())
+    talk.answer()
+    talk.say(MAIL, RCPT, DATA)
+    assert [begin.envelope.protocol for begin in talk.told(Begin)] == ["UTF8SMTP", "ESMTP"]
+    assert talk.text() == "Subject: \xfc\n".encode()
 
 
 def test_C19_a_pipelined_group_is_answered_in_one_piece() -> None:
@@ -191,6 +228,44 @@ def test_C19_input_behind_a_refused_data_is_not_obeyed() -> None:
     assert talk.session.closed
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"DATA\n",
+        b"data \n",
+        b"DATA now\r\n",
+        b"DATA\t\r\n",
+        b"DATA\r\r\n",
+        b" DATA\r\n",
+        b"DATA " + b" " * LINE_LIMIT + b"\r\n",
+    ],
+)
+def test_content_behind_any_refused_data_is_not_obeyed(data: bytes) -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL, RCPT)
+    assert codes(talk.say(data + b"RSET\r\n" + MAIL))[1:] == [b"421 4.5.0"]
+    assert talk.session.closed
+    assert not talk.told(Begin)
+
+
+def test_a_client_that_waits_for_the_reply_to_data_may_go_on() -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL, RCPT)
+    assert codes(talk.say(b"DATA\n", DATA)) == [b"500 5.5.2", b"354 End"]
+
+
+@pytest.mark.parametrize("before", [b"", EHLO, EHLO + MAIL, EHLO + MAIL + RCPT])
+@pytest.mark.parametrize("bdat", [b"BDAT 29 LAST\r\n", b"bdat 29\n", b"BDAT\r\n"])
+@pytest.mark.parametrize("together", [True, False])
+def test_bdat_closes_the_session_and_its_content_is_not_obeyed(before: bytes, bdat: bytes, together: bool) -> None:
+    talk = Talk()
+    talk.say(before)
+    content = b"MAIL FROM:<x@y>\r\nRCPT TO:<a@b>\r\n"
+    replies = talk.say(bdat + content) if together else talk.say(bdat, content)
+    assert codes(replies) == [b"500 5.5.2", b"421 4.5.0"]
+    assert talk.session.closed
+
+
 def test_an_answer_that_is_not_due_is_a_mistake_of_ours() -> None:
     with pytest.raises(RuntimeError):
         Talk().answer()
@@ -225,6 +300,13 @@ def test_C2_C12_content_at_fault_is_read_to_its_end(content: bytes, code: bytes)
     assert codes(talk.say(MAIL)) == [b"250 2.1.0"]
 
 
+def test_bare_crs_are_stripped_where_the_rules_say_so() -> None:
+    talk = Talk(trusted=True)
+    talk.say(EHLO, MAIL + RCPT + DATA, b"a\r\r\n.\r\r\nb\r\n.\r\n")
+    assert talk.waiting
+    assert talk.text() == b"a\n\nb\n"
+
+
 def test_C29_a_loop_is_refused() -> None:
     talk = Talk()
     talk.session._greeting = Greeting("relay.example", 1 << 20)
@@ -234,16 +316,53 @@ def test_C29_a_loop_is_refused() -> None:
 
 def test_C16_past_the_recipient_limit_452_without_being_an_error() -> None:
     talk = Talk()
-    talk.say(EHLO, MAIL, RCPT * 3)
-    assert codes(talk.say(RCPT * 50)) == [b"452 4.5.3"] * 50
+    talk.say(EHLO, MAIL, RCPT, b"RCPT TO:<e@d>\r\nRCPT TO:<f@d>\r\n")
+    assert codes(talk.say(b"RCPT TO:<g@d>\r\n" * TURN)) == [b"452 4.5.3"] * TURN
     assert len(talk.told(Refusal)) == 1
     assert codes(talk.say(DATA)) == [b"354 End"]
     assert len(talk.told(Begin)[0].envelope.recipients) == 3
 
 
-@pytest.mark.parametrize(("hello", "limit"), [(b"HELO x\r\n", LINE_LIMIT), (EHLO, EXTENDED_LINE_LIMIT)])
-def test_C27_the_length_of_a_line(hello: bytes, limit: int) -> None:
+def test_a_repeated_recipient_is_taken_once_and_counts_once() -> None:
+    talk = Talk(trusted=True)
+    talk.say(EHLO, MAIL)
+    repeats = [b"c@d", b"c@D", b'"c"@d', b'"\\c"@d.', b"@relay:c@d"]
+    for path in repeats * 200:
+        assert codes(talk.say(b"RCPT TO:<%b>\r\n" % path)) == [b"250 2.1.5"]
+    assert codes(talk.say(b"RCPT TO:<C@d>\r\nRCPT TO:<c@d.e>\r\n", RCPT, b"RCPT TO:<c@e>\r\n")) == [
+        *[b"250 2.1.5"] * 3,
+        b"452 4.5.3",
+    ]
+    talk.say(DATA, b".\r\n")
+    [begin] = talk.told(Begin)
+    assert [one.address for one in begin.envelope.recipients] == ["c@d", "C@d", "c@d.e"]
+    talk.answer()
+    talk.say(MAIL + RCPT + DATA)
+    assert [one.address for one in talk.told(Begin)[1].envelope.recipients] == ["c@d"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        (b"", b"", None),
+        (b" NOTIFY=NEVER", b" NOTIFY=NEVER", "NEVER"),
+        (b" NOTIFY=NEVER", b" NOTIFY=FAILURE", "FAILURE"),
+        (b" NOTIFY=SUCCESS", b" NOTIFY=NEVER", "SUCCESS"),
+        (b" NOTIFY=NEVER", b"", "DELAY,FAILURE"),
+        (b"", b" NOTIFY=SUCCESS", "DELAY,FAILURE,SUCCESS"),
+    ],
+)
+def test_a_repeat_takes_no_notice_away(first: bytes, second: bytes, both: str | None) -> None:
     talk = Talk()
+    orcpt = b" ORCPT=rfc822;x@y"
+    talk.say(EHLO, MAIL, b"RCPT TO:<c@d>%b\r\nRCPT TO:<c@d>%b%b\r\n" % (first, second, orcpt), DATA)
+    [begin] = talk.told(Begin)
+    assert begin.envelope.recipients == [Recipient("c@d", "c@d", "d", both, "rfc822;x@y")]
+
+
+@pytest.mark.parametrize("hello", [b"HELO x\r\n", EHLO])
+def test_C27_the_length_of_a_line(hello: bytes) -> None:
+    talk, limit = Talk(), LINE_LIMIT
     talk.say(hello)
     fits = b"NOOP " + b"x" * (limit - 7) + b"\r\n"
     assert codes(talk.say(fits)) == [b"250 2.0.0"]
@@ -253,6 +372,25 @@ def test_C27_the_length_of_a_line(hello: bytes, limit: int) -> None:
     assert talk.say(*([b"x" * limit] * 50)) == b""
     assert talk.session.backlog <= limit
     assert codes(talk.say(b"end\r\nNOOP\r\n")) == [b"250 2.0.0"]
+
+
+@pytest.mark.parametrize("hello", [b"HELO x\r\n", EHLO])
+def test_the_longest_address_fits_a_line(hello: bytes) -> None:
+    talk = Talk()
+    path = b'"' + b"\\l" * 989 + b'"@b.example'
+    assert codes(talk.say(hello + b"MAIL FROM:<" + path + b">\r\nRCPT TO:<" + path + b">\r\n"))[1:] == [
+        b"250 2.1.0",
+        b"250 2.1.5",
+    ]
+
+
+def test_names_without_a_domain_are_those_of_this_host_for_trusted_clients() -> None:
+    assert codes(Talk().say(EHLO, b"MAIL FROM:<root>\r\n"))[1:] == [b"501 5.1.7"]
+    talk = Talk(trusted=True)
+    assert codes(talk.say(EHLO, b"MAIL FROM:<root>\r\n", b"RCPT TO:<cron>\r\n", DATA))[-1] == b"354 End"
+    [begin] = talk.told(Begin)
+    assert begin.envelope.sender == "root@relay.example"
+    assert begin.envelope.recipients == [Recipient("cron@relay.example", "cron@relay.example", "relay.example")]
 
 
 @pytest.mark.parametrize(
@@ -311,3 +449,133 @@ def test_every_reply_but_hello_and_354_has_an_enhanced_code(pieces: list[bytes])
             assert plain or line[4:6] == line[:1] + b"."
         if talk.waiting:
             talk.answer()
+
+
+NOOP = b"NOOP\r\n"
+
+
+def test_a_turn_has_so_many_commands_and_the_rest_waits() -> None:
+    talk = Talk(trusted=True)
+    assert codes(talk.say(NOOP * (2 * TURN + 1))) == [b"250 2.0.0"] * TURN
+    assert talk.pause() == 0.0
+    assert talk.say(NOOP) == b"", "what comes before the next turn is kept for it"
+    assert talk.session.backlog == (TURN + 2) * len(NOOP)
+    assert codes(talk.go_on()) == [b"250 2.0.0"] * TURN
+    assert codes(talk.go_on()) == [b"250 2.0.0"] * 2
+    assert talk.pause() is None
+    assert talk.say(NOOP * TURN)
+    assert talk.pause() is None, "a turn that has obeyed everything leaves nothing for another"
+
+
+def test_a_turn_is_cut_anywhere_in_a_transaction_and_loses_nothing() -> None:
+    talk = Talk()
+    replies = talk.say(EHLO + NOOP * (TURN - 3) + MAIL + RCPT + DATA + b"x\r\n.\r\nQUIT\r\n")
+    assert codes(replies)[-2:] == [b"250 2.1.0", b"250 2.1.5"]
+    assert talk.session.says_goodbye(), "it has finished, and may have closed its half"
+    assert codes(talk.go_on()) == [b"354 End"]
+    assert talk.text() == b"x\n"
+    assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
+
+
+def test_nothing_is_obeyed_while_replies_are_not_read() -> None:
+    talk = Talk()
+    talk.session.halted = True
+    assert talk.say(EHLO, NOOP) == b""
+    assert talk.go_on() == b""
+    talk.session.halted = False
+    assert codes(talk.go_on()) == [b"250 DSN", b"250 2.0.0"]
+
+
+def test_an_answer_that_is_not_read_leads_to_no_more_commands() -> None:
+    talk = Talk()
+    talk.say(EHLO, MAIL + RCPT + DATA + b"x\r\n.\r\n" + NOOP * 5)
+    talk.session.halted = True
+    assert codes(talk.answer()) == [b"250 2.0.0"]
+    talk.session.halted = False
+    assert codes(talk.go_on()) == [b"250 2.0.0"] * 5
+
+
+@pytest.mark.parametrize("command", [NOOP, b"RSET\r\n", EHLO, b"VRFY a\r\n"])
+def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection(command: bytes) -> None:
+    talk = Talk(trusted=False)
+    for _ in range(FREE_COMMANDS):
+        talk.say(command)
+        assert talk.pause() is None
+    for _ in range(COMMAND_LIMIT - FREE_COMMANDS):
+        assert codes(talk.say(command))[0][:1] == b"2"
+        assert talk.pause() == TARPIT
+        assert talk.say(command * 3) == b""
+        talk.session._input = b""
+        assert talk.go_on() == b""
+    assert codes(talk.say(command))[-1] == b"421 4.7.0"
+    assert talk.session.closed
+    assert len(talk.told(Refusal)) == 1
+
+
+def test_a_stranger_that_pipelines_is_slowed_down_too() -> None:
+    talk = Talk(trusted=False)
+    talk.say(NOOP * (FREE_COMMANDS + 10))
+    while talk.pause() == 0.0:
+        talk.go_on()
+    assert talk.pause() == TARPIT
+    for left in range(9, 0, -1):
+        assert talk.session.backlog == left * len(NOOP)
+        assert codes(talk.go_on()) == [b"250 2.0.0"], "one command a second"
+
+
+def test_commands_of_a_trusted_client_cost_nothing() -> None:
+    talk = Talk(trusted=True)
+    for _ in range(3 * COMMAND_LIMIT):
+        assert codes(talk.say(NOOP)) == [b"250 2.0.0"]
+        assert talk.pause() is None
+
+
+def test_an_accepted_message_begins_the_count_anew() -> None:
+    talk = Talk(trusted=False)
+    for verdict in (b"250 2.0.0 Ok\r\n", b"250 2.0.0 Ok\r\n", b"451 4.3.0 Later\r\n"):
+        for _ in range(FREE_COMMANDS - 4):
+            talk.say(NOOP)
+        talk.say(EHLO, MAIL, RCPT, DATA)
+        assert talk.pause() is None
+        talk.say(b".\r\n")
+        talk.answer(verdict)
+    talk.say(NOOP)
+    assert talk.pause() == TARPIT, "a message that was not accepted does not"
+
+
+def test_recipients_of_an_open_transaction_are_no_waste() -> None:
+    talk = Talk(trusted=False)
+    talk.session._rules.check_recipient = lambda recipient, accepted: None  # type: ignore[method-assign]
+    talk.say(EHLO, MAIL)
+    for number in range(1000):
+        assert codes(talk.say(b"RCPT TO:<c%d@d>\r\n" % number)) == [b"250 2.1.5"]
+        assert talk.pause() is None
+    assert codes(talk.say(b"RSET\r\n")) == [b"250 2.0.0", b"421 4.7.0"], "without a message they are"
+
+
+def test_C27_a_line_without_an_end_ends_the_session() -> None:
+    talk = Talk()
+    assert codes(talk.say(b"x" * 4096)) == [b"500 5.5.2"]
+    assert talk.say(*[b"x" * 4096] * (ENDLESS // 4096 - 1)) == b""
+    assert codes(talk.say(b"x")) == [b"421 4.5.2"]
+    assert talk.session.closed
+
+
+@pytest.mark.parametrize(
+    ("content", "reply"),
+    [
+        (b"bare\n", b"421 4.6.11 Message contains a bare CR or LF, closing connection\r\n"),
+        (b"x" * 1001, b"421 4.3.4 Message exceeds the size limit, closing connection\r\n"),
+        (b"", b"421 4.3.0 Message cannot be taken, closing connection\r\n"),
+    ],
+)
+def test_content_that_is_not_kept_must_end(content: bytes, reply: bytes) -> None:
+    talk = Talk()
+    talk.session._greeting = Greeting("relay.example", 1000 if content else 1 << 30)
+    talk.say(EHLO, MAIL + RCPT + DATA, content)
+    if not content:
+        talk.session.refuse_content()
+    assert talk.say(*[b"x" * 4096] * (ENDLESS // 4096)) == b""
+    assert talk.say(b"x") == reply
+    assert talk.session.closed
+    assert talk.told(Refusal)[-1].reply == reply

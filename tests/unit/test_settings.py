@@ -183,10 +183,12 @@ def test_unknown_names_are_told_with_the_nearest_known() -> None:
 
 
 def test_passwords_are_never_shown(environment: pytest.MonkeyPatch) -> None:
-    assert redacted("postgresql://relay:s3cret@db/relay?x=1") == "postgresql://relay:***@db/relay?x=1"
+    assert redacted("postgresql://relay:s3cret@db/relay?x=1") == "postgresql://relay:***@db/relay?x=***"
     assert redacted("redis://:s3cret@host:6379/0") == "redis://:***@host:6379/0"
     assert redacted("postgresql://relay:p@ss/w:rd@db/relay") == "postgresql://relay:***@db/relay"
-    assert redacted("postgresql://relay@db/relay?password=s3cret&x=1") == "postgresql://relay@db/relay?password=***&x=1"
+    assert (
+        redacted("postgresql://relay@db/relay?password=s3cret&x=1") == "postgresql://relay@db/relay?password=***&x=***"
+    )
     assert redacted("sqlite:////var/relay.db") == "sqlite:////var/relay.db"
     environment.setenv("RELAY_LEASE", "soon")
     environment.setenv("RELAY_DATABASE_URL", "postgresql://relay:s3cret@db/relay")
@@ -198,6 +200,28 @@ def test_passwords_are_never_shown(environment: pytest.MonkeyPatch) -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(Settings).grace = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("url", "shown"), [
+    ("postgresql://relay:s3@cret s3cret@db/relay", "postgresql://relay:***@db/relay"),
+    ("postgresql://re@lay:s3@cret@db/relay", "postgresql://re@lay:***@db/relay"),
+    ("postgresql://relay:s3?x=cret@db/relay", "postgresql://relay:***@"),
+    ("postgresql://relay@db/relay?sslpassword=s3 cret&passfile=s3cret", "postgresql://relay@db/relay?sslpassword=***&passfile=***"),
+    ("redis://host:6379/0?password=s3@cret&db=1", "redis://host:***@db=1"),
+    ("redis://host/0?password=s3:cret@s3cret", "redis://host/0?password=***"),
+    ("rediss://host:6379/0?ssl_keyfile_password=s3cret", "rediss://host:6379/0?ssl_keyfile_password=***"),
+    ("no redis://:s3 cret@host:6379/0 there", "no redis://:***@host:6379/0 there"),
+    ("host=db password=s3cret", "host=db password=***"),
+])  # fmt: skip
+def test_whatever_may_be_a_secret_is_not_shown(url: str, shown: str) -> None:
+    assert redacted(url) == shown
+
+
+@given(st.text(st.sampled_from("s:/?&=@# é"), max_size=12), st.sampled_from(["u", ""]))
+def test_no_piece_of_a_password_is_shown(inside: str, user: str) -> None:
+    secret = f"XX{inside}XX"
+    assert "X" not in redacted(f"postgresql://{user}:{secret}@db:5432/relay")
+    assert "X" not in redacted(f"postgresql://{user}@db:5432/relay?a=1&pw={secret.replace('&', '')}")
 
 
 def test_every_setting_can_be_named() -> None:

@@ -50,6 +50,7 @@ def test_what_the_words_of_the_design_are() -> None:
 
 
 def test_the_queue_has_one_index_on_what_is_due() -> None:
-    (index,) = [index for index in deliveries.indexes if "due_at" in index.columns]
+    indexes = [index for index in deliveries.indexes if "due_at" in index.columns]
+    (index,) = [index for index in indexes if "waiting_for" not in index.columns]
     assert [column.name for column in index.columns] == ["due_at"]
     assert str(index.dialect_options["postgresql"]["where"]) == "due_at IS NOT NULL"

@@ -1,0 +1,78 @@
+"""Where Prometheus asks: an HTTP server with a bound on its threads and on the time of a request.
+
+Each request has a thread, and all of it, from the first byte to the last of the answer, must be over in TIMEOUT
+seconds; then the connection is closed below the thread, which ends. More than THREADS at a time hear 503. Without these
+bounds a peer that opens connections and sends nothing makes a thread for each of them, in smtpd and in the workers.
+"""
+
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import make_wsgi_app
+
+from relay.log import first_line, get_logger
+
+THREADS = 8
+TIMEOUT = 10.0
+_BUSY = b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+
+log = get_logger(__name__)
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Nothing: a scrape is no event."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, *arguments: Any) -> None:
+        self._deadlines: dict[socket.socket, float] = {}  # of requests that have a thread
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._deadlines) < THREADS:
+            self._deadlines[request] = time.monotonic() + TIMEOUT
+            super().process_request(request, client_address)
+            return
+        with suppress(OSError):
+            request.send(_BUSY)  # a fresh connection takes that at once
+        self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The request is over, in whatever way."""
+        self._deadlines.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Called between requests, and twice a second."""
+        now = time.monotonic()
+        for request, deadline in self._deadlines.copy().items():
+            if now > deadline:
+                with suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The peer has gone, or took too long."""
+        log.debug("metrics not taken", reason=first_line(sys.exception()))
+
+
+def listen(host: str, port: int) -> WSGIServer:
+    """Serve the metrics on an address ('' is every IPv4 one), in threads; raises OSError if it is taken."""
+    found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)  # noqa: S104
+    family, _, _, _, address = found[0]
+
+    class Server(_Server):
+        address_family = family
+
+    server = make_server(str(address[0]), port, make_wsgi_app(), Server, _Handler)
+    threading.Thread(target=server.serve_forever, name="metrics listener", daemon=True).start()
+    return server

@@ -1,0 +1,120 @@
+"""What waits only for a server, a route or a pause is on its way within seconds of the end of that.
+
+RETRY_MIN is long here, so that nothing comes due by itself within the test.
+"""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmqp.sink import running_sink
+from tests.acceptance.installation import Install, Installation
+from tests.acceptance.stack import command
+from tests.services import free_port
+from tests.waiting import until
+
+MANY = 80
+DATABASES = ("sqlite", "postgresql")
+PROMPT = 5.0  # seconds
+STARTING_AGAIN = 8.0  # until the first is sent: a rest of 3 s at most, a sweep, and a machine that is busy
+SLOW = {"RETRY_MIN": "3m", "RETRY_MAX": "1h", "GRACE": "5s"}
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that refuses connections until a sink listens there."""
+    return free_port()
+
+
+def accept(relay: Installation, count: int) -> None:
+    """Accept mail, of which every message has been tried, or refused a try, and waits."""
+    before = relay.count()
+    for _ in range(count):
+        relay.send("b@example.org")
+    until(lambda: relay.count("d.last_outcome = 'unreachable' AND d.claims > 0") >= before + count, 60, what=relay.said)
+    assert relay.count("d.waiting_for = 'route:default' AND d.state = 'deferred'") >= before + count - 4, "tries apart"
+
+
+def sweep(relay: Installation, worker: subprocess.Popen[Any]) -> None:
+    """Wait until a worker has swept twice: a whole sweep began after now."""
+    tick = relay.directory / "var" / f"worker-{worker.pid}.tick"
+    for _ in range(2):
+        last = tick.stat().st_mtime_ns
+        until(lambda last=last: tick.stat().st_mtime_ns > last)  # type: ignore[misc]
+
+
+def span(relay: Installation) -> float:
+    """The seconds from the first success to the last."""
+    sql = "SELECT @micros(max(finished_at)) - @micros(min(finished_at)) FROM attempts WHERE outcome = 'accepted'"
+    return float(relay.rows(sql)[0][0]) / 1e6
+
+
+@pytest.mark.parametrize("database", DATABASES)
+def test_all_that_waits_for_a_server_is_sent_when_it_returns(install: Install, port: int, database: str) -> None:
+    """Two workers, one of which sees the first success before the other."""
+    relay = install(database, QMQP_SERVERS=f"127.0.0.1:{port}", **SLOW)
+    relay.smtpd()
+    relay.worker()
+    relay.worker()
+    accept(relay, MANY)
+    with running_sink(port=port) as sink:
+        until(lambda: sink.count > 0, STARTING_AGAIN, what=relay.said)
+        relay.until_all_delivered()
+        assert span(relay) < PROMPT
+        assert sink.count == MANY
+
+
+def test_a_worker_that_sees_a_server_work_sends_what_others_deferred(install: Install, port: int) -> None:
+    relay = install("postgresql", QMQP_SERVERS=f"127.0.0.1:{port}", **SLOW)
+    relay.smtpd()
+    gone = relay.worker()
+    accept(relay, MANY)
+    relay.end(gone)
+    with running_sink(port=port) as sink:
+        relay.worker()
+        until(lambda: sink.count > 0, STARTING_AGAIN, what=relay.said)
+        relay.until_all_delivered()
+        assert span(relay) < PROMPT
+
+
+def test_the_first_mail_of_a_relay_whose_server_comes_a_moment_later(install: Install, port: int) -> None:
+    relay = install("sqlite", QMQP_SERVERS=f"127.0.0.1:{port}", RETRY_MIN="30s", RETRY_MAX="1h")  # the defaults
+    relay.smtpd()
+    relay.worker()
+    accept(relay, 1)
+    with running_sink(port=port) as sink:
+        until(lambda: sink.count == 1, STARTING_AGAIN, what=relay.said)
+
+
+def test_mail_of_a_route_without_a_server_is_sent_when_it_gets_one(install: Install, port: int, tmp_path: Path) -> None:
+    routes = tmp_path / "routes.toml"
+    routes.write_text("")
+    relay = install("sqlite", ROUTES=str(routes), **SLOW)
+    relay.smtpd()
+    relay.worker()
+    accept(relay, MANY)
+    with running_sink(port=port) as sink:
+        routes.write_text(f'[default]\nservers = ["127.0.0.1:{port}"]\n')
+        until(lambda: sink.count > 0, STARTING_AGAIN, what=relay.said)
+        relay.until_all_delivered()
+        assert span(relay) < PROMPT
+
+
+def test_mail_that_was_deferred_before_a_pause_is_sent_when_that_ends(install: Install, port: int) -> None:
+    server = f"127.0.0.1:{port}"
+    relay = install("sqlite", QMQP_SERVERS=server, **SLOW)
+    relay.smtpd()
+    worker = relay.worker()
+    accept(relay, MANY)
+    assert command("pause", "--server", server, "--reason", "a test", **relay.settings).returncode == 0
+    sweep(relay, worker)
+    with running_sink(port=port) as sink:
+        sweep(relay, worker)
+        assert sink.count == 0
+        assert command("resume", "--server", server, "--reason", "a test", **relay.settings).returncode == 0
+        until(lambda: sink.count > 0, STARTING_AGAIN, what=relay.said)
+        relay.until_all_delivered()
+        assert span(relay) < PROMPT
+        assert sink.count == MANY

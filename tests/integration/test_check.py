@@ -1,0 +1,51 @@
+"""What `check` says about QMQP servers: a connection that is taken is not yet a server that takes our mail."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from qmqp import probe
+from qmqp.sink import running_sink
+from relay.bodies import Spool
+from tests.integration.office import Office
+from tests.integration.test_probe import speaking
+from tests.integration.typed import typed_at
+from tests.postfix import Postfix
+
+
+def found(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch, *servers: str) -> dict[str, tuple[str, str]]:
+    """The verdict on each of these servers, and its words."""
+    monkeypatch.setattr(probe, "_PATIENCE", 0.3)
+    monkeypatch.setenv("RELAY_QMQP_SERVERS", ",".join(servers))
+    typed = typed_at(office, spool, monkeypatch)
+    rows = [json.loads(line) for line in typed("check", "--json", status=None).stdout.splitlines()]
+    what = "QMQP server "
+    return {
+        row["what"].removeprefix(what): (row["verdict"], row["words"]) for row in rows if row["what"].startswith(what)
+    }
+
+
+def test_servers_that_take_our_mail_and_servers_that_refuse_us(
+    office: Office, spool: Spool, postfix: Postfix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "qmqp")
+    with (
+        running_sink(path=path) as sink,
+        speaking(b"", close=True) as (denied, _),
+        speaking(b"220 mx ESMTP\r\n") as (smtp, _),
+        socket.socket() as closed,
+    ):
+        closed.bind(("127.0.0.1", 0))
+        ports = (postfix.port, postfix.closed_port, denied, smtp, closed.getsockname()[1])
+        names = [f"127.0.0.1:{port}" for port in ports]
+        verdicts = found(office, spool, monkeypatch, *names, f"unix:{path}")
+        assert sink.count == 0
+    assert [verdicts[name][0] for name in names] == ["ok", "fail", "fail", "fail", "away"]
+    assert verdicts[f"unix:{path}"][0] == "ok"
+    assert "takes connections from us (postfix)" in verdicts[names[0]][1]
+    assert "is not authorized to use this service" in verdicts[names[1]][1]
+    assert "closed before anything was sent" in verdicts[names[2]][1]
+    assert "no QMQP reply" in verdicts[names[3]][1]
+    assert "Connection refused" in verdicts[names[4]][1]

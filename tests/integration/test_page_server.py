@@ -1,0 +1,87 @@
+"""The page's server when its visitors do not finish what they have begun."""
+
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from commands import web
+from relay import database
+from relay.settings import Settings, load
+from tests.waiting import until
+
+TIMEOUT = 1.0
+
+
+@pytest.fixture
+def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Of a page that is served, on a database without tables."""
+    monkeypatch.setattr(web, "UNFINISHED_TIMEOUT", TIMEOUT)
+    engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = web.server(engine, load(Settings))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        until(lambda: server.started)
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join(10)
+        assert not server.server_state.connections
+    engine.dispose()
+
+
+ANSWERED = b"GET /style.css HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begun", "answer"),
+    [
+        (b"", b""),
+        (b"GET / HT", b""),
+        (b"GET /style.css HTTP/1.1\r\nHost: localhost\r\nX: ", b""),
+        (b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf", b"HTTP/1.1 405"),
+        (ANSWERED + b"GET / HT", b"HTTP/1.1 200"),
+    ],
+)
+def test_a_request_that_is_not_finished_ends(port: int, begun: bytes, answer: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=4 * TIMEOUT) as client:
+        client.sendall(begun)
+        heard = b""
+        while data := client.recv(65536):
+            heard += data
+        assert heard.startswith(answer)
+        assert bool(heard) == bool(answer)
+
+
+def test_a_hundred_of_them_do_not_shut_the_page_for_long(port: int) -> None:
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(b"GET / HT")
+
+        def status() -> int:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/style.css")
+            try:
+                with urllib.request.urlopen(request) as answer:
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code
+
+        assert status() == 503
+        until(lambda: status() == 200)
+
+
+def test_a_visitor_that_comes_again_in_time_keeps_the_connection(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        for _ in range(3):
+            client.sendall(ANSWERED)
+            heard = b""
+            while not heard.endswith(b"}\n"):
+                data = client.recv(65536)
+                assert data
+                heard += data

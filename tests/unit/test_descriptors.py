@@ -1,0 +1,45 @@
+"""RLIMIT_NOFILE: raised to what the settings need, and shared out."""
+
+import resource
+from collections.abc import Iterator
+
+import pytest
+from structlog.testing import capture_logs
+
+from smtpd.descriptors import LEAST_BODIES, SPARE, Descriptors, provide
+
+
+@pytest.fixture(autouse=True)
+def limits() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def soft(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def test_the_limit_is_raised_to_what_is_needed() -> None:
+    soft(256)
+    assert provide(100 + SPARE) == Descriptors(100 + SPARE, 100 + SPARE)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 2 * (100 + SPARE) + SPARE
+
+
+def test_a_higher_limit_stays() -> None:
+    soft(1000)
+    assert provide(100) == Descriptors(1000 - SPARE - 100, 100)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1000
+
+
+def test_a_limit_that_cannot_be_raised_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (256, 500))
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _which, limits: raised.append(limits))
+    with capture_logs() as logged:
+        assert provide(1000) == Descriptors(500 - SPARE - LEAST_BODIES, LEAST_BODIES)
+    assert raised == [(500, 500)]
+    [line] = logged
+    assert line["event"] == "RLIMIT_NOFILE too low for RELAY_MAX_CONNECTIONS"
+    assert (line["limit"], line["needed"], line["max_connections"]) == (500, 2064, 1000)
+    monkeypatch.undo()
