@@ -104,8 +104,8 @@ def test_services_may_write_nothing_but_volumes_and_may_do_nothing_else():
     assert set(OURS) == {"migrate", "smtpd", "worker", "sink", "web"}
     assert {SERVICES[name]["init"] for name in OURS} == {"true"}
     assert {name: service["tmpfs"] for name, service in SERVICES.items()} == dict.fromkeys(SERVICES, "/tmp") | {
-        "redis": "/data"
-    }
+        "redis": "/data", "page-login": "[/tmp, /var/lib/postgresql/data]"
+    }  # fmt: skip
 
 
 def test_no_service_is_started_by_root():
