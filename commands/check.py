@@ -26,6 +26,7 @@ from relay.log import escaped, first_line
 from relay.queue import Queue
 from relay.routes import Routes, Server
 from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
+from smtpd.policy import PolicyError, client_networks
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -62,10 +63,10 @@ def run(*, json_lines: bool) -> int:
 def look() -> Iterator[Finding]:
     """Every finding, in the order in which they matter."""
     try:
-        load(SmtpdSettings)
-        settings = load(WorkerSettings)
+        smtpd, settings = load(SmtpdSettings), load(WorkerSettings)
+        client_networks(smtpd.client_networks, smtpd.publish)
         routes = Routes.load(settings)
-    except SettingsError as error:
+    except (SettingsError, PolicyError) as error:
         yield Finding("settings", "fail", "; ".join(str(error).splitlines()), "mend the variables named")
         return
     yield Finding("settings", "ok", f"RELAY_STATE_DIR = {settings.state_dir}")

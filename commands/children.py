@@ -1,4 +1,4 @@
-"""Child processes: started, started again when they die, stopped in order, and never left behind.
+"""Child processes: started, started again when they crash, stopped in order, and never left behind.
 
 What must stay true: no child outlives this process, also when it is killed (Linux: PR_SET_PDEATHSIG, which is
 about the thread that starts the child: start them from the main thread alone); nobody else is ever signalled.
@@ -62,19 +62,23 @@ class Child:
         """Its exit status (negative: the signal that ended it)."""
         return await self.process.wait() if self.process else 0
 
-    async def keep(self) -> None:
-        """Start it again whenever it dies; ends only when it is told to stop."""
+    async def keep(self, refusal: int | None = None) -> int:
+        """Start it again whenever it dies, until it is told to stop or ends with the status `refusal`; its last status.
+
+        A child says by that status that the next one would end for the same reason: a bad setting, a port in use.
+        """
         pause = 0.0
         while not self.stopping.is_set():
             started = time.monotonic()
             await self.start()
             status = await self.wait()
-            if self.stopping.is_set():
-                return
+            if self.stopping.is_set() or status == refusal:
+                return status
             young = time.monotonic() - started < YOUNG
             pause = min(max(pause * 2, SHORTEST_PAUSE), LONGEST_PAUSE) if young else SHORTEST_PAUSE
             log.error("child died, starting it again", child=self.name, status=status, seconds=pause)
             await asyncio.sleep(pause)
+        return 0
 
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL when its patience is over."""

@@ -56,8 +56,10 @@ def explanation(error: Exception) -> tuple[int | None, str]:
 
     if isinstance(error, NoSuchMessage):
         return NOTHING_MATCHED, str(error)
-    if isinstance(error, UpError | DatabaseError | SpoolError | PolicyError | ListenError | KeeperError):
+    if isinstance(error, UpError | DatabaseError | SpoolError | PolicyError | ListenError):
         return WRONG_USE, str(error)
+    if isinstance(error, KeeperError):  # no process or no memory to spare: the next start may have it
+        return OUT_OF_REACH, str(error)
     if isinstance(error, OSError) and error.filename:  # a spool of another user
         return OUT_OF_REACH, f"{error.filename}: {error.strerror}"
     if not isinstance(error, DBAPIError) or not is_outage(error):

@@ -5,7 +5,6 @@ somebody said yes; every change is recorded with who asked for it and why; who s
 far it came.
 """
 
-import contextlib
 import getpass
 import os
 import socket
@@ -25,7 +24,7 @@ from relay.filters import Filter
 from relay.queue import Queue
 from relay.routes import Routes, parse_server
 from relay.schema import State
-from relay.settings import Settings, SettingsError, load
+from relay.settings import Settings, load
 from relay.verbs import REROUTE, VERBS, Verbs
 
 
@@ -155,7 +154,6 @@ def pause(route: str | None, server: str | None, *, reason: str, resume: bool, j
 def _subjects(settings: Settings, queue: Queue) -> set[str]:
     """What can be paused, as far as our settings and the last hour tell."""
     known = {f"server:{row['server']}" for row in queue.servers() if row["attempts"]}
-    with contextlib.suppress(SettingsError):  # `check` tells of it
-        for route in Routes.load(settings).all():
-            known |= {f"route:{route.name}", *(f"server:{server.name}" for server in route.servers)}
+    for route in Routes.load(settings).all():
+        known |= {f"route:{route.name}", *(f"server:{server.name}" for server in route.servers)}
     return known

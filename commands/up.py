@@ -2,8 +2,9 @@
 
 How it works: `up` takes a lock on STATE_DIR, looks whether its addresses are free, and only then starts anything:
 Valkey (unless RELAY_BROKER_URL names a broker), the migrations, with `--demo` the sink, `smtpd` and a Celery
-worker. Each is a process that logs to this terminal and is started again when it dies. The first Ctrl-C stops them
-in the order of a message's road, so that nothing new comes in while what is there drains; the second kills.
+worker. Each is a process that logs to this terminal and is started again when it crashes. One that ends for a bad
+setting or a port in use ends `up`, because the next one would end as well. The first Ctrl-C stops them in the order
+of a message's road, so that nothing new comes in while what is there drains; the second kills.
 
 What must stay true: nothing is started that cannot run beside what is there; what a killed `up` left behind (lock
 file, socket) never hinders the next; without a broker everything is delivered all the same, so a Valkey that does not
@@ -19,13 +20,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from commands import valkey
 from commands.children import Child
+from commands.explain import WRONG_USE
 from relay.log import configure, get_logger
 from relay.settings import SmtpdSettings, WorkerSettings, load, redacted, unknown_names
 
@@ -52,7 +55,7 @@ class Stack:
         self.sink_address = f"127.0.0.1:{free_port(SINK_PORT)}" if demo else ""
         self.environ = self._environ()
         self.children: dict[str, Child] = {}
-        self.keepers: list[asyncio.Task[None]] = []
+        self.keepers: list[asyncio.Task[object]] = []
 
     def _environ(self) -> dict[str, str]:
         known = {name: value for name, value in os.environ.items() if not unknown_names({name: value})}
@@ -76,13 +79,10 @@ class Stack:
             raise UpError(f"the migrations failed with exit status {status}; the reason stands above")
         if self.demo:
             where = ("--listen", self.sink_address, "--dump", str(self.state_dir / "sink"))
-            self._keep(self._child("sink", *where, patience=5))
-        self._keep(self._child("smtpd", patience=self.smtpd.drain_timeout + 5))
-        self._keep(self._child("worker", patience=self.worker.drain_timeout + 15))
-        address = self.smtpd.smtp_listen[0]
-        if not await _until(lambda: smtp_answers(*_reachable(*address)), 60):
-            log.error("smtpd does not answer yet", address=shown(*address))
-        typer.echo(banner(self))
+            self._keep(self._insist(self._child("sink", *where, patience=5)))
+        self._keep(self._insist(self._child("smtpd", patience=self.smtpd.drain_timeout + 5)))
+        self._keep(self._insist(self._child("worker", patience=self.worker.drain_timeout + 15)))
+        self._keep(self._announce())
         await asyncio.gather(*self.keepers)
 
     async def stop(self) -> None:
@@ -105,15 +105,26 @@ class Stack:
         child = self.children[name] = Child(name, command, self.environ, patience)
         return child
 
-    def _keep(self, child: Child) -> None:
-        self.keepers.append(asyncio.create_task(child.keep()))
+    def _keep(self, life: Coroutine[Any, Any, object]) -> None:
+        self.keepers.append(asyncio.create_task(life))
+
+    async def _insist(self, child: Child) -> None:
+        """Keep a child that nothing works without; raises UpError when it says that it cannot run here."""
+        if await child.keep(refusal=WRONG_USE) == WRONG_USE and not child.stopping.is_set():
+            raise UpError(f"{child.name} cannot run here, so it is not started again; the reason stands above")
+
+    async def _announce(self) -> None:
+        address = self.smtpd.smtp_listen[0]
+        if not await _until(lambda: smtp_answers(*_reachable(*address)), 60):
+            log.error("smtpd does not answer yet", address=shown(*address))
+        typer.echo(banner(self))
 
     async def _start_valkey(self) -> None:
         program, log_file = valkey.program(), str(self.state_dir / "valkey.log")
         if program is None:
             log.warning("no valkey-server or redis-server found: delivering without a broker")
             return
-        self._keep(self._child("valkey", patience=5, program=valkey.command(program, self.state_dir)))
+        self._keep(self._child("valkey", patience=5, program=valkey.command(program, self.state_dir)).keep())
         if not await _until(lambda: valkey.answers(self.state_dir), 10):
             log.error("valkey does not answer; going on without it", log=log_file)
 

@@ -1,7 +1,8 @@
 """What is done by hand, and its record: who, what, why, how many, and which deliveries.
 
 How it works: an `Action` goes through the deliveries that are meant in key order, a chunk a transaction, so that it
-never holds up the workers for long and never meets them in another order. The transaction that changes a chunk also
+never holds up the workers for long and never meets them in another order. It locks a chunk, and only what is still
+meant when the rows are locked is changed (`_still`). The transaction that changes a chunk also
 notes it: the first one inserts the row of `actions`, later ones raise its `matched`, and each delivery gets a row in
 `touched`. So whatever stops an action in its middle, what it has done until then is on record.
 
@@ -59,17 +60,34 @@ class Action:
         while left > 0:
             given["most"] = min(CHUNK, left)
             with writing(self._engine) as connection:
-                rows = self._sql.run(connection, picked, **given).all()
+                locked = self._sql.run(connection, picked, **given).all()
+                rows = self._still(connection, which, locked, given) if locked else []
                 if rows:
                     keys = _keys(rows)
                     change(connection, keys)
                     self.note(connection, len(rows), keys)
             if rows:
                 yield [(str(message_id).replace("-", ""), number, state) for message_id, number, state in rows]
-                given |= {"after": str(rows[-1][0]), "number": rows[-1][1]}
             left -= len(rows)
-            if len(rows) < given["most"]:
+            if len(locked) < given["most"]:
                 return
+            given |= {"after": str(locked[-1][0]), "number": locked[-1][1]}
+
+    def _still(self, connection: Connection, which: str, locked: list[Any], given: dict[str, Any]) -> list[Any]:
+        """Those of the locked deliveries for which `which` is so now that nobody else can change them.
+
+        A row that FOR UPDATE has waited for is tested again by PostgreSQL, but only what the condition reads of that
+        row itself is new: a view over the same row shows what it was before (PostgreSQL, 13.2.1 and EvalPlanQual). The
+        next statement of the transaction sees it as it is. On SQLite the transaction is the only writer from its
+        beginning, so nothing can have changed.
+        """
+        if not self._sql.postgresql:
+            return locked
+        still = f"""SELECT d.message_id, d.number, d.state FROM deliveries d
+            JOIN @rows(:keys; message_id uuid, number int) ON d.message_id = x.message_id AND d.number = x.number
+            WHERE {which} ORDER BY d.message_id, d.number"""
+        found: list[Any] = self._sql.run(connection, still, keys=_keys(locked), **given).all()
+        return found
 
     def note(self, connection: Connection, matched: int, keys: str = "") -> None:
         """Record that so much was done, and to which deliveries."""

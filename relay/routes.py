@@ -201,7 +201,8 @@ class Routes:
         try:
             routes = parse_routes(settings.routes.read_text()) if settings.routes else []
         except (ValueError, OSError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
+            remedy = "write that file, or leave RELAY_ROUTES empty"
+            why = f"{error.strerror}; {remedy}" if isinstance(error, OSError) else error
             raise SettingsError(f"RELAY_ROUTES: {settings.routes}: {why}") from None
         return cls(routes, settings.routes, Route(DEFAULT, servers), read=read, clock=clock)
 

@@ -5,8 +5,8 @@ How it works: a field of a class below is a setting; its variable is the field's
 sizes `64K 25M` and become bytes. What is not given is derived: database, spool and worker files stand below STATE_DIR.
 
 What must stay true: a bad value stops the process before it touches anything, and the error names the variable, the
-value and what would do; an unknown RELAY_ name is never silently ignored (`unknown_names`); no password is ever shown
-(`redacted`).
+value and what would do; `load` is the one validation, so what one command refuses, every command refuses; an unknown
+RELAY_ name is never silently ignored (`unknown_names`); no password is ever shown (`redacted`).
 """
 
 import difflib
@@ -14,12 +14,15 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+type Network = IPv4Network | IPv6Network
 
 PREFIX = "RELAY_"
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
@@ -28,6 +31,10 @@ _SIZE = re.compile(r"(\d+)\s*([KMG]?)i?B?", re.IGNORECASE)
 _PASSWORD = re.compile(r"(?<=password=)[^&\s]+")
 _VALUE = re.compile(r"([?&][^=&?]*=)[^&]*")
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
+_DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_LITERAL = re.compile(r"\[(?:[0-9.]+|(?i:IPv6:)[0-9A-Fa-f:.]+)\]")
+_DOMAIN_LIMIT = 255  # octets, RFC 5321 section 4.5.3.1.2
 
 
 class SettingsError(ValueError):
@@ -55,11 +62,8 @@ def size(value: object) -> object:
 
 
 def _words(value: object) -> object:
-    return (
-        tuple(re.split(r"[,\s]+", value.strip(", \t\n")))
-        if isinstance(value, str) and value.strip(", \n")
-        else (() if isinstance(value, str) else value)
-    )
+    """The words between commas, blanks and line ends."""
+    return tuple(re.findall(r"[^,\s]+", value)) if isinstance(value, str) else value
 
 
 def parse_listen(text: str) -> tuple[str, int]:
@@ -82,6 +86,52 @@ def _listens(value: object) -> object:
 def _positive(value: float) -> float:
     if value <= 0:
         raise ValueError("must be more than 0")
+    return value
+
+
+def parse_network(text: str) -> Network:
+    """A network or an address of CLIENT_NETWORKS; raises ValueError.
+
+    Bits of the host are refused, as Postfix does in mynetworks: 10.0.0.1/8 may mean one address or 16 million.
+    """
+    try:
+        return ip_network(text)
+    except ValueError:
+        pass
+    try:
+        around = ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is not a network: write 192.0.2.0/24, 2001:db8::/32, one address, or connected"
+        ) from None
+    address = text.partition("/")[0]
+    raise ValueError(f"{text!r} is an address within a network: write {around}, or {address} for that address alone")
+
+
+def _networks(value: tuple[str, ...]) -> tuple[str, ...]:
+    for word in value:
+        if word != "connected":
+            parse_network(word)
+    return value
+
+
+def _hostname(value: str) -> str:
+    """A name that stands in the banner, in Received fields and behind `postmaster@`: RFC 5321 4.2 and 4.4.
+
+    The underscore is beyond that grammar, and names of containers have it.
+    """
+    if not (_DOMAIN.fullmatch(value) or _LITERAL.fullmatch(value)) or len(value) > _DOMAIN_LIMIT:
+        raise ValueError("is not a host name: write relay.example.org (letters, digits, - and _ between dots)")
+    return value
+
+
+def _domains(value: tuple[str, ...]) -> tuple[str, ...]:
+    for word in value:
+        if not (_DOMAIN.fullmatch(word.removeprefix(".")) or _LITERAL.fullmatch(word)) or len(word) > _DOMAIN_LIMIT:
+            raise ValueError(
+                f"{word!r} is not a domain: write example.org, or .example.org for every domain below it,"
+                " with a comma or a blank between two"
+            )
     return value
 
 
@@ -140,7 +190,7 @@ class Settings(BaseSettings):
     spool_dir: Path = Path()
     qmqp_servers: Words = ()
     routes: Path | None = None
-    hostname: str = ""
+    hostname: Annotated[str, AfterValidator(_hostname)] = ""
 
     batch_size: Count = 64
     grace: Duration = 5.0
@@ -186,8 +236,8 @@ class SmtpdSettings(Settings):
 
     smtp_listen: Listens = (("127.0.0.1", 2525),)
     publish: str = ""
-    client_networks: Words = ("127.0.0.0/8", "::1")
-    recipient_domains: Words = ()
+    client_networks: Annotated[Words, AfterValidator(_networks)] = ("127.0.0.0/8", "::1")
+    recipient_domains: Annotated[Words, AfterValidator(_domains)] = ()
     allow_untrusted_routing: bool = False
     bare_cr: Literal["reject", "strip"] = "reject"
     max_message_size: Size = 25 << 20
@@ -251,11 +301,24 @@ def _from_files() -> dict[str, str]:
 
 
 def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
-    """Read the settings of a role from the environment; raises SettingsError, a line for each bad variable."""
-    try:
-        return role(**overrides)
-    except ValidationError as error:
-        raise SettingsError("\n".join(_line(detail) for detail in error.errors())) from None
+    """Read the settings of a role from the environment; raises SettingsError, a line for each bad variable.
+
+    Those of the other roles are validated too, and the file of routes: what one process would refuse must not pass
+    in another, for `check` would call it good, and half of a relay would run.
+    """
+    from relay.routes import Routes  # which imports this module
+
+    lines: dict[str, None] = {}  # a variable that roles share has one
+    found: dict[type[Settings], Settings] = {}
+    for one in ROLES:
+        try:
+            found[one] = one(**{name: value for name, value in overrides.items() if name in one.model_fields})
+        except ValidationError as error:
+            lines |= dict.fromkeys(map(_line, error.errors()))
+    if lines:
+        raise SettingsError("\n".join(lines))
+    Routes.load(found[role])
+    return cast(Role, found[role])
 
 
 def _line(detail: Mapping[str, Any]) -> str:

@@ -21,13 +21,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 
-from relay.settings import SmtpdSettings
+from relay.settings import Network, SmtpdSettings, parse_network
 from smtpd.addresses import Recipient, Refused
-
-type Network = IPv4Network | IPv6Network
 
 ROOM_KEPT_FREE = 4 * 1024 * 1024
 """Octets that must stay free on the spool's file system beside a message."""
@@ -241,10 +239,7 @@ def client_networks(words: Iterable[str], publish: str) -> tuple[Network, ...]:
                 )
             networks.extend(connected_networks())
         else:
-            try:
-                networks.append(ip_network(word))
-            except ValueError as error:
-                raise PolicyError(f"RELAY_CLIENT_NETWORKS: {error}") from None
+            networks.append(parse_network(word))
     return tuple(networks)
 
 

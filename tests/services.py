@@ -257,7 +257,7 @@ def _children(pid: int) -> list[int]:
     try:
         tasks = Path(f"/proc/{pid}/task").iterdir()
         return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except FileNotFoundError:  # no /proc (macOS), or a kernel without that file
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended; no /proc (macOS); a kernel without that file
         found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
         return [int(child) for child in found.stdout.split()]
 

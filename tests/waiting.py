@@ -30,5 +30,9 @@ def until[T](condition: Callable[[], T], timeout: float = 10.0, *, what: str | C
 
 def stands_still(pid: int) -> bool:
     """Whether all threads of a process that was sent SIGSTOP are stopped: one that is not may take a lock yet."""
-    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
-    return set(states) == {"T"}
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    try:
+        states = {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
+    except (FileNotFoundError, ProcessLookupError):  # a thread ended this moment, so not all were stopped
+        return False
+    return states == {"T"}

@@ -17,7 +17,7 @@ import sys
 import threading
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import Celery, Task, signals
 from celery.concurrency import get_implementation
@@ -46,6 +46,7 @@ from worker.transfers import blame
 
 log = get_logger(__name__)
 CONCURRENCY = 4  # tasks only wait; what limits sending is WORKER_CONNECTIONS
+WRONG_USE = 2  # the exit status of a command for a bad setting (commands.explain)
 CELERY_TIME = 3.0  # for Celery to end by itself once we have (seconds)
 
 
@@ -75,7 +76,7 @@ class Process:
             routes = Routes.load(settings)
             state = ready(settings)
         except (SettingsError, DatabaseError, SpoolError) as error:
-            sys.exit(f"qmqp-relay worker: {error}")
+            _refuse(str(error))
         ledger = Ledger(state.engine, settings)
         servers = Servers(
             settings.server_connections,
@@ -127,9 +128,9 @@ class Process:
         if sender.app is not self.app:
             return
         if not issubclass(get_implementation(sender.pool_cls), TaskPool):
-            sys.exit("qmqp-relay worker: only the threads pool can be used: start it with --pool threads")
+            _refuse("only the threads pool can be used: start it with --pool threads")
         if os.environ.get("REMAP_SIGTERM"):
-            sys.exit("qmqp-relay worker: unset REMAP_SIGTERM: the threads pool cannot be stopped that way")
+            _refuse("unset REMAP_SIGTERM: the threads pool cannot be stopped that way")
         configure(self.settings)
         try:
             self.start()
@@ -148,6 +149,12 @@ class Process:
 
 def _forgiven(servers: Servers, name: str, reply: str) -> None:
     blame(servers, parse_server(name), reply, unwanted=True)
+
+
+def _refuse(why: str) -> NoReturn:
+    """End the process for what another start would meet again; `up` knows that by the status."""
+    sys.stderr.write(f"qmqp-relay worker: {why}\n")
+    sys.exit(WRONG_USE)
 
 
 def _leave(why: str, code: int = 1) -> None:
@@ -197,7 +204,7 @@ def _settings() -> WorkerSettings:
     try:
         return load(WorkerSettings)
     except SettingsError as error:
-        sys.exit(str(error))
+        _refuse(str(error))
 
 
 app = build(_settings())

@@ -46,7 +46,8 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
         if up.process is not None:
             up.end(signal.SIGKILL)
         for pid in processes_of(up.state_dir):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it died with `up`
+                os.kill(pid, signal.SIGKILL)
         until(lambda up=up: not processes_of(up.state_dir), what="nothing is left running")  # type: ignore[misc]
 
 

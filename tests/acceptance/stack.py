@@ -39,15 +39,20 @@ def command(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 def processes_of(state_dir: Path) -> list[int]:
     """Every process that was started for this STATE_DIR and still runs, itself and whoever reads it excepted."""
-    found = []
+    return list(_running(state_dir))
+
+
+def _running(state_dir: Path) -> dict[int, list[bytes]]:
+    """The words of each of them, by pid: one that ends while it is looked at is not among them."""
+    found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
-            words = (directory / "environ").read_bytes() + (directory / "cmdline").read_bytes()
+            environ, command_line = (directory / "environ").read_bytes(), (directory / "cmdline").read_bytes()
             dead = (directory / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
         except OSError:
             continue
-        if os.fsencode(state_dir) in words and not dead and int(directory.name) != os.getpid():
-            found.append(int(directory.name))
+        if os.fsencode(state_dir) in environ + command_line and not dead and int(directory.name) != os.getpid():
+            found[int(directory.name)] = command_line.split(b"\0")
     return found
 
 
@@ -95,8 +100,7 @@ class Up:
 
     def child(self, name: str) -> int | None:
         """The pid of the child whose program or command is `name`."""
-        for pid in processes_of(self.state_dir):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        for pid, words in _running(self.state_dir).items():
             program = words[0].split(b" ")[0]  # Valkey writes more into its title
             if name.encode() in words or program.endswith(b"/" + name.encode()):
                 return pid

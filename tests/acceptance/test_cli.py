@@ -108,6 +108,35 @@ def test_a_file_that_is_no_database_is_a_sentence(tmp_path: Path, words: tuple[s
     assert looked.stderr == "qmqp-relay: database: file is not a database (`qmqp-relay check` looks closer)\n"
 
 
+# For each command that reads settings, one of the other roles' as well.
+BAD = {
+    "CLIENT_NETWORKS": ("10.0.0.1/8", "write 10.0.0.0/8"),
+    "RECIPIENT_DOMAINS": ("@example.org", "write example.org"),
+    "HOSTNAME": ("a b", "write relay.example.org"),
+    "ROUTES": ("/nowhere/routes.toml", "No such file or directory; write that file"),
+    "QMQP_SERVERS": ("mail.example.com:port", "write host, host:port"),
+    "LEASE": ("soon", "write 30s"),
+}
+READING = ["up", "smtpd", "worker", "migrate", "check", "list", "show x", "why x", "headers x", "body x", "stats",
+           "retry --all", "hold --all", "release --all", "bounce --all", "drop --all", "pause --route x",
+           "resume --route x", "fsck", "web"]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", READING)
+def test_every_command_refuses_a_setting_that_one_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setenv("RELAY_STATE_DIR", str(tmp_path / "var"))
+    for name, (value, remedy) in BAD.items():
+        with monkeypatch.context() as given:
+            given.setenv(f"RELAY_{name}", value)
+            refused = CliRunner().invoke(main, words.split())
+        assert refused.exit_code == 2, refused.output
+        assert f"RELAY_{name}" in refused.output
+        assert remedy in refused.output
+    assert not (tmp_path / "var").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "settings", "said"),
     [
@@ -118,6 +147,7 @@ def test_a_file_that_is_no_database_is_a_sentence(tmp_path: Path, words: tuple[s
         (("smtpd",), {"ROUTES": "/nowhere/routes.toml"}, "RELAY_ROUTES: /nowhere/routes.toml: No such file"),
         (("worker",), {"BLOCK_SIZE": "1"}, "RELAY_BLOCK_SIZE"),
         (("migrate",), {"DATABASE_URL": "mysql://x/y"}, "RELAY_DATABASE_URL"),
+        (("check",), {"CLIENT_NETWORKS": "connected", "PUBLISH": "0.0.0.0:25"}, "RELAY_CLIENT_NETWORKS: `connected`"),
         (("check",), {"QMQP_SERVERS": "mail.example.com:port"}, "mail.example.com:port"),
         (("list", "--state", "lost"), {}, "no state lost"),
         (("list", "--older-than", "ages"), {}, "ages"),

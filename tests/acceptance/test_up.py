@@ -100,6 +100,54 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "var").iterdir()} == {"up.lock"}
 
 
+def test_a_child_that_cannot_use_its_settings_ends_it(tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    spool.chmod(0o777)
+    address = f"127.0.0.1:{free_port()}"
+    refused = command("up", STATE_DIR=str(tmp_path / "var"), SPOOL_DIR=str(spool), SMTP_LISTEN=address)
+    assert refused.returncode == 2
+    assert f"RELAY_SPOOL_DIR: {spool} is writable by everybody" in refused.stderr
+    assert "cannot run here, so it is not started again; the reason stands above" in refused.stderr.splitlines()[-1]
+    assert "child died" not in refused.stdout + refused.stderr
+    assert processes_of(tmp_path / "var") == []
+
+
+def test_a_worker_alone_says_by_its_status_that_no_restart_helps(sqlite_url: str, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    spool.chmod(0o777)
+    refused = command("worker", STATE_DIR=str(tmp_path), DATABASE_URL=sqlite_url, SPOOL_DIR=str(spool))
+    assert refused.returncode == 2
+    assert f"qmqp-relay worker: RELAY_SPOOL_DIR: {spool} is writable by everybody" in refused.stderr
+
+
+def test_a_port_that_another_program_has_taken_meanwhile_ends_it(start_up: StartUp) -> None:
+    """The smtpd that crashed is started again, and says that it cannot listen."""
+    up = start_up()
+    smtpd = up.child("smtpd")
+    assert smtpd
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # beside connections that have just ended
+        os.kill(smtpd, signal.SIGKILL)
+        until(lambda: _takes(other, up.port), what="the port of the dead smtpd")
+        until(lambda: not up.running, STARTING, what=up.said)
+    assert up.process is not None
+    assert up.process.wait() == 2
+    assert f"cannot listen on 127.0.0.1:{up.port}: Address already in use" in up.said()
+    assert "smtpd cannot run here, so it is not started again" in up.said()
+    assert processes_of(up.state_dir) == []
+
+
+def _takes(listener: socket.socket, port: int) -> bool:
+    try:
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+    except OSError:
+        return False
+    return True
+
+
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused = command("up", STATE_DIR=str(tmp_path / "file" / "var"))

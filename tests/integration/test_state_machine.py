@@ -305,7 +305,9 @@ class History(RuleBasedStateMachine):
                 cuts += [transfer.key] if self._ended(delivery, record) is State.SPLIT else []
             else:
                 continue
-            delivery.vanished, delivery.outcome = 0, record.outcome
+            delivery.outcome = record.outcome
+            if record.outcome is not Outcome.UNREACHABLE:  # else nothing was sent that a worker could have died of
+                delivery.vanished = 0
         for key in cuts:
             self._cut(key, self.queue[key])
         for transfer, record, result in told:

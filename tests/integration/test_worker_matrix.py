@@ -306,10 +306,10 @@ def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path
         gate.open.set()
         postgres.start()
         until(lambda: mail.state(message_id) == "delivered", 20)
+    tries, delivery = mail.attempts(message_id), mail.delivery(message_id)
     mail.close()
     gate.close()
-    return [line("the database is away and comes back", ANSWERED, mail.attempts(message_id),
-                 mail.delivery(message_id), gate.taken)]  # fmt: skip
+    return [line("the database is away and comes back", ANSWERED, tries, delivery, gate.taken)]
 
 
 def test_the_matrix_of_workers_and_machines_that_fail_is_what_the_page_says(

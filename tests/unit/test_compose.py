@@ -74,7 +74,9 @@ def test_compose_1_29_can_read_it_and_services_can_be_scaled(newer: str):
 
 def test_nothing_newer_stands_at_the_top_and_secrets_are_files():
     assert [name for name in TOP if not name.startswith("x-")] == ["services", "secrets", "volumes"]
-    assert [list(fields(secret)) for secret in fields(TOP["secrets"]).values()] == [["file"], ["file"]]
+    assert {name: fields(secret) for name, secret in fields(TOP["secrets"]).items()} == {
+        file.name: {"file": f"${{SECRETS_DIR:-./compose}}/{file.name}"} for file in (ROOT / "compose").iterdir()
+    }
 
 
 def test_only_smtp_is_published_and_the_page_to_this_host():
@@ -83,21 +85,48 @@ def test_only_smtp_is_published_and_the_page_to_this_host():
         "web": ["-", '"127.0.0.1:8025:8025"'],
     }
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
-    assert profiles == {"web": "[web]", "sink": "[demo]"}
+    assert profiles == {"web": "[web]", "page-login": "[web]", "sink": "[demo]"}
 
 
 def test_every_service_is_started_again_and_its_log_bounded():
     again = {name: service["restart"] for name, service in SERVICES.items()}
-    assert again == dict.fromkeys(SERVICES, "unless-stopped") | {"migrate": "on-failure"}
+    assert again == dict.fromkeys(SERVICES, "unless-stopped") | dict.fromkeys(["migrate", "page-login"], "on-failure")
     assert {service["logging"] for service in SERVICES.values()} == {"*logging"}
     assert re.search(r"max-size: 20m\n +max-file: \"5\"", TOP["x-logging"])
 
 
-def test_our_services_may_write_nothing_but_volumes_and_may_do_nothing_else():
-    confined = {"read_only": "true", "tmpfs": "/tmp", "cap_drop": "[ALL]", "init": "true"}
+def test_services_may_write_nothing_but_volumes_and_may_do_nothing_else():
+    confined = {"read_only": "true", "cap_drop": "[ALL]", "security_opt": '["no-new-privileges:true"]'}
+    assert {name: {key: service.get(key) for key in confined} for name, service in SERVICES.items()} == dict.fromkeys(
+        SERVICES, confined
+    )
+    assert "cap_add" not in CODE
     assert set(OURS) == {"migrate", "smtpd", "worker", "sink", "web"}
-    assert {name: {key: SERVICES[name].get(key) for key in confined} for name in OURS} == dict.fromkeys(OURS, confined)
-    assert {service["security_opt"] for service in SERVICES.values()} == {'["no-new-privileges:true"]'}
+    assert {SERVICES[name]["init"] for name in OURS} == {"true"}
+    assert {name: service["tmpfs"] for name, service in SERVICES.items()} == dict.fromkeys(SERVICES, "/tmp") | {
+        "redis": "/data", "page-login": "[/tmp, /var/lib/postgresql/data]"
+    }  # fmt: skip
+
+
+def test_no_service_is_started_by_root():
+    users = {name: service["user"] for name, service in SERVICES.items() if name not in OURS}
+    assert users == {"postgres": "postgres", "page-login": "postgres", "redis": "redis"}
+    assert re.search(r"^USER 10001:10001$", DOCKERFILE, re.MULTILINE)
+
+
+def test_memory_and_processes_of_the_database_and_of_the_broker_are_bounded():
+    bounds = {name: (service["mem_limit"], service["pids_limit"]) for name, service in SERVICES.items()
+              if "mem_limit" in service}  # fmt: skip
+    assert bounds == {"postgres": ("${POSTGRES_MEMORY:-2g}", "200"), "redis": ("256m", "100")}
+
+
+def test_the_page_has_a_login_of_its_own_and_no_message():
+    page, settings = SERVICES["web"], fields(TOP["x-settings"])
+    assert (page["secrets"], page["volumes"]) == ("[page-url]", "[]")
+    environment = fields(page["environment"])
+    assert (environment["<<"], environment["RELAY_DATABASE_URL_FILE"]) == ("*settings", "/run/secrets/page-url")
+    assert not {"RELAY_DATABASE_URL_FILE", "RELAY_BROKER_URL_FILE", "RELAY_BROKER_URL"} & set(settings)
+    assert "GRANT qmqp_relay_reader TO page;" in SERVICES["page-login"]["entrypoint"]
 
 
 def test_who_drains_has_the_time_for_it():
@@ -108,26 +137,39 @@ def test_who_drains_has_the_time_for_it():
 
 
 def test_the_broker_keeps_nothing_and_forgets_nothing_that_it_has_taken():
-    assert SERVICES["redis"]["command"] == (
-        '[redis-server, --save, "", --appendonly, "no", --maxmemory, 128mb, --maxmemory-policy, noeviction]'
+    assert " ".join(SERVICES["redis"]["command"].split()) == (
+        '[redis-server, --include, /run/secrets/redis-conf, --save, "", --appendonly, "no",'
+        " --maxmemory, 128mb, --maxmemory-policy, noeviction]"
     )
 
 
-def test_health_is_looked_at_every_half_minute():
+def test_what_serves_is_healthy_within_five_seconds():
+    every = fields(TOP["x-health"])
+    assert seconds(every["interval"]) == 4
+    assert int(every["retries"]) * 4 >= 60, "a busy minute makes none unhealthy"
     checks = {name: service["healthcheck"] for name, service in SERVICES.items() if "healthcheck" in service}
     assert set(checks) == {"postgres", "redis", "smtpd", "worker"}
-    assert all("interval: 30s" in check for name, check in checks.items() if name != "worker")
-    assert "<<: *health" in checks["worker"]
-    assert "interval" not in checks["worker"]
+    for check in checks.values():
+        assert fields(check)["<<"] == "*health"
+        assert not {"interval", "retries"} & set(fields(check))
 
 
 def test_nobody_gives_up_because_another_is_late():
     assert set(re.findall(r"condition: (\w+)", CODE)) == {"service_started"}
 
 
-def test_the_default_password_is_the_same_in_both_files():
-    password = (ROOT / "compose" / "database-password").read_text().strip()
-    assert (ROOT / "compose" / "database-url").read_text().strip() == f"postgresql://relay:{password}@postgres/relay"
+def test_the_default_passwords_are_the_same_in_both_files():
+    said = {file.name: file.read_text().strip() for file in (ROOT / "compose").iterdir()}
+    assert said == {
+        "database-password": "relay", "database-url": "postgresql://relay:relay@postgres/relay",
+        "redis-conf": "requirepass relay", "broker-url": "redis://:relay@redis:6379/0",
+        "page-password": "page", "page-url": "postgresql://page:page@postgres/relay",
+    }  # fmt: skip
+
+
+def test_the_example_names_the_files_with_passwords():
+    (names,) = re.findall(r"^# Your own (.*)\. Twin: none\n#SECRETS_DIR=", EXAMPLE, re.MULTILINE)
+    assert set(names.split(", ")) == {file.name for file in (ROOT / "compose").iterdir()}
 
 
 def test_the_lock_names_what_the_image_leaves_behind():

@@ -132,6 +132,7 @@ def test_every_bad_value_has_a_line(environment: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError) as caught:
         load(WorkerSettings)
     assert sorted(line.partition(" ")[0] for line in str(caught.value).splitlines()) == ["RELAY_GRACE", "RELAY_LEASE"]
+    environment.delenv("RELAY_LEASE")
     load(SmtpdSettings, grace=1.0)
 
 
@@ -141,9 +142,63 @@ def test_values_that_do_not_go_together(environment: pytest.MonkeyPatch) -> None
         load(WorkerSettings)
 
 
-def test_a_role_reads_only_its_own(environment: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("role", ROLES)
+def test_every_role_refuses_what_one_refuses(
+    environment: pytest.MonkeyPatch, tmp_path: Path, role: type[Settings]
+) -> None:
     environment.setenv("RELAY_LEASE", "soon")
-    load(SmtpdSettings)
+    environment.setenv("RELAY_MAX_RECIPIENTS", "1")
+    environment.setenv("RELAY_GRACE", "later")
+    with pytest.raises(SettingsError) as caught:
+        load(role)
+    named = [line.partition(" ")[0] for line in str(caught.value).splitlines()]
+    assert sorted(named) == ["RELAY_GRACE", "RELAY_LEASE", "RELAY_MAX_RECIPIENTS"], "each once"
+    for name in named:
+        environment.delenv(name)
+    environment.setenv("RELAY_ROUTES", str(tmp_path / "missing.toml"))
+    with pytest.raises(SettingsError, match=r"^RELAY_ROUTES: .*missing.toml: No such file .*; write that file, or "):
+        load(role)
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("CLIENT_NETWORKS", "foo", "'foo' is not a network: write 192.0.2.0/24, 2001:db8::/32, one address, or connected"),
+    ("CLIENT_NETWORKS", "10.0.0.1/8",
+     "'10.0.0.1/8' is an address within a network: write 10.0.0.0/8, or 10.0.0.1 for that address alone"),
+    ("CLIENT_NETWORKS", "::1, 2001:db8::7/32", "write 2001:db8::/32, or 2001:db8::7 for that address alone"),
+    ("CLIENT_NETWORKS", "127.0.0.0/8 300.1.1.1", "'300.1.1.1' is not a network"),
+    ("HOSTNAME", "a b", "is not a host name: write relay.example.org"),
+    ("HOSTNAME", "relay.example.org.", "is not a host name"),
+    ("HOSTNAME", "-relay.example.org", "is not a host name"),
+    ("HOSTNAME", "b\u00fccher.example", "is not a host name"),
+    ("HOSTNAME", ".".join(["a" * 63] * 4) + ".example", "is not a host name"),
+    ("RECIPIENT_DOMAINS", "example.org, .example. net", "'.example.' is not a domain: write example.org, or ."),
+    ("RECIPIENT_DOMAINS", "example.org . example.net", "'.' is not a domain"),
+    ("RECIPIENT_DOMAINS", "@example.org", "'@example.org' is not a domain"),
+    ("RECIPIENT_DOMAINS", "*.example.org", "write example.org, or .example.org for every domain below it"),
+    ("RECIPIENT_DOMAINS", "example.org;example.net", "with a comma or a blank between two"),
+])  # fmt: skip
+def test_what_cannot_be_meant_is_named_with_what_to_write(
+    environment: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    environment.setenv(f"RELAY_{name}", value)
+    with pytest.raises(SettingsError) as caught:
+        load(Settings)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"RELAY_{name} = {value!r}: ")
+    assert words in line
+
+
+@pytest.mark.parametrize("blank", [", ", " ", ",,", "\t", "\r\n", " \n"])
+def test_commas_and_blanks_of_any_kind_stand_between_words(environment: pytest.MonkeyPatch, blank: str) -> None:
+    environment.setenv("RELAY_RECIPIENT_DOMAINS", f"{blank}example.org{blank}.example.net{blank}[192.0.2.1]{blank}")
+    environment.setenv("RELAY_QMQP_SERVERS", blank)
+    found = load(SmtpdSettings)
+    assert (found.recipient_domains, found.qmqp_servers) == (("example.org", ".example.net", "[192.0.2.1]"), ())
+
+
+@pytest.mark.parametrize("name", ["relay", "Relay-1.example.org", "my_host.localdomain", "[192.0.2.1]", "[IPv6:::1]"])
+def test_host_names(name: str) -> None:
+    assert load(Settings, hostname=name).hostname == name
 
 
 def test_secrets_come_from_files(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
