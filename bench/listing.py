@@ -32,7 +32,7 @@ def look(words: list[str], environ: dict[str, str], *, terminal: bool) -> tuple[
     if terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     began, lines = time.monotonic(), 0
-    child = subprocess.Popen([sys.executable, "-m", "commands.cli", *words], env=environ, stdout=theirs)
+    child = subprocess.Popen([sys.executable, "-m", "commands.cli.main", *words], env=environ, stdout=theirs)
     os.close(theirs)
     with suppress(OSError):  # the end of a terminal
         while data := os.read(ours, 1 << 16):

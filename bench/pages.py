@@ -16,8 +16,8 @@ import urllib.request
 from pathlib import Path
 
 from bench.history import fill, on_each
-from relay.database import connect, reading
-from relay.dialect import dialect_of
+from relay.db.engine import connect, reading
+from relay.db.sql import dialect_of
 
 SEARCHES = (
     "sender=sender77@example.com", "sender=*77@example.com", "recipient=recipient5000@d53.example.org",
@@ -38,7 +38,7 @@ def serve(url: str, port: int, state: Path) -> subprocess.Popen[bytes]:
     """The page of that database, ready."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
     environ |= {"RELAY_DATABASE_URL": url, "RELAY_WEB_LISTEN": f"127.0.0.1:{port}", "RELAY_STATE_DIR": str(state)}
-    child = subprocess.Popen([sys.executable, "-m", "commands.cli", "web"], env=environ, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "-m", "commands.cli.main", "web"], env=environ, stderr=subprocess.DEVNULL)
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()

@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 
 from bench.processes import wait
 from bench.systems import CONCURRENCY, ROOT, Sink
-from relay import database
+from relay.db import engine as database
 from tests.services import Broker, Postgres, end, free_port, spawn, temporary_directory
 
 SLOW = 0.1  # seconds that the slow sink takes for a message
@@ -78,7 +78,7 @@ class Relay:
         started: list[tuple[subprocess.Popen[Any], Path]] = []
         for _ in range(count):
             log = self.directory / f"{role}-{next(self._numbers)}.log"
-            command = [sys.executable, "-m", "commands.cli", role]
+            command = [sys.executable, "-m", "commands.cli.main", role]
             with log.open("wb") as lines:
                 child = spawn(command, env=self._environment, cwd=ROOT, stdout=lines, stderr=lines)
             started.append((child, log))

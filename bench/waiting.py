@@ -18,17 +18,17 @@ from sqlalchemy import Engine, text
 
 from bench.history import fill, on_each
 from bench.processes import cpu_seconds
-from relay.bodies import Spool
-from relay.claims import Ledger
-from relay.database import connect, migrate, writing
-from relay.debts import Debts
-from relay.dialect import dialect_of
+from relay.db.engine import connect, migrate, writing
+from relay.db.schema import Outcome, State
+from relay.db.sql import dialect_of
+from relay.dsn.generator import Debts
 from relay.ids import new_id
-from relay.intake import Intake, NewMessage, NewRecipient
-from relay.items import Record, Try, Wish
-from relay.schema import Outcome, State
+from relay.queue.accept import Intake, NewMessage, NewRecipient
+from relay.queue.claim import Ledger
+from relay.queue.model import Record, Try, Wish
+from relay.queue.rescue import Sweeps
 from relay.settings import WorkerSettings, load
-from relay.sweeps import Sweeps
+from relay.spool.store import Spool
 
 ROUND = 32
 ROUTES = ("default", "dead")

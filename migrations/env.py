@@ -8,7 +8,7 @@ from alembic import context
 from sqlalchemy import Connection, create_engine, pool
 
 from migrations.tables import metadata
-from relay.database import connect, writing
+from relay.db.engine import connect, writing
 
 LOCK = 0x716D7170  # "qmqp"
 

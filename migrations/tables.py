@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import UUID
 
-from relay.schema import UNFINISHED, Outcome, State, words
+from relay.db.schema import UNFINISHED, Outcome, State, words
 
 metadata = MetaData(
     naming_convention={

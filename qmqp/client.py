@@ -38,7 +38,7 @@ from qmqp.connection import Unreachable, connect
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
 from qmqp.request import Request
 from qmqp.result import Outcome, Result, words_of
-from qmqp.waiting import Stopped, Waiting
+from qmqp.wakeup import Stopped, Waiting
 
 __all__ = ["BLOCK_SIZE", "BodyChanged", "BodyFault", "Outcome", "Result", "Timeouts", "Transfer", "send"]
 

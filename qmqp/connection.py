@@ -17,9 +17,9 @@ from struct import pack
 from time import monotonic
 from typing import Any
 
-from qmqp.names import Address, addresses
+from qmqp.resolver import Address, addresses
 from qmqp.result import words_of
-from qmqp.waiting import Waiting
+from qmqp.wakeup import Waiting
 
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 _RESET_ON_CLOSE = pack("ii", 1, 0)

@@ -8,8 +8,9 @@ answers is an `Answer`; which answer a connection gets is decided by rules, read
         ...
         sink.wait_for(1, timeout=5)
 
-A preset (qmqp/rules.py) says what happens to a request that is no good. What must stay true, as of any server: nothing
-is counted, kept or answered with K before the last comma has been read; what is broken off before it leaves nothing.
+A preset (qmqp/sink_rules.py) says what happens to a request that is no good. What must stay true, as of any server:
+nothing is counted, kept or answered with K before the last comma has been read; what is broken off before it leaves
+nothing.
 """
 
 import asyncio
@@ -30,8 +31,8 @@ from typing import Any
 from qmqp import LONGEST_SESSION
 from qmqp.netstring import NetstringError, SizeError, encode
 from qmqp.request import RequestParser
-from qmqp.rules import PRESETS, Answer, Chooser, MagicRecipients, Preset, Rule
-from qmqp.waiting import Waiting
+from qmqp.sink_rules import PRESETS, Answer, Chooser, MagicRecipients, Preset, Rule
+from qmqp.wakeup import Waiting
 
 __all__ = ["PRESETS", "Answer", "MagicRecipients", "Preset", "Received", "Rule", "Sink", "running_sink"]
 

@@ -22,13 +22,13 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Connection, Engine
 
-from relay.bodies import Spool
-from relay.database import reading
-from relay.dialect import Statements
+from relay.db.engine import reading
+from relay.db.schema import UNFINISHED
+from relay.db.sql import Statements
 from relay.listener import listen
 from relay.log import get_logger
-from relay.schema import UNFINISHED
 from relay.settings import Settings
+from relay.spool.store import Spool
 
 log = get_logger(__name__)
 FRESH = 5.0

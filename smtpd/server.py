@@ -30,12 +30,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
+from reception.policy import Client, Policy
+from reception.receiver import Receiver, Reception
 from relay import metrics
 from relay.log import get_logger
 from relay.settings import SmtpdSettings
 from smtpd.events import Abandon, Begin, Complete, Envelope, Event, Refusal, Text
-from smtpd.policy import Client, Policy
-from smtpd.receiver import Receiver, Reception
 from smtpd.session import Greeting, Session
 
 BACKLOG = 1024

@@ -4,7 +4,7 @@
     sqlite_url, postgres_url    the same on that one alone
     postgres        the PostgreSQL server, for faults: stop, kill, pause; it is put right again after the test
     broker          a Valkey of its own, for faults as well; `broker_url` is its URL
-    spool           an empty `relay.bodies.Spool` with an identity; `spool.prepare(engine)` marries it to a database
+    spool           an empty `Spool` with an identity; `spool.prepare(engine)` marries it to a database
     spawn           start a command; what still runs when the test ends is killed
 
 RELAY_TEST_POSTGRES_URL names a PostgreSQL to use in place of our own (a superuser's URL; databases named
@@ -29,8 +29,8 @@ from hypothesis import settings as hypothesis_settings
 from psycopg import sql
 from sqlalchemy.engine import make_url
 
-from relay.bodies import Spool
 from relay.ids import new_id
+from relay.spool.store import Spool
 from tests import services
 from tests.services import Broker, Postgres
 
@@ -48,7 +48,7 @@ for _name in [name for name in os.environ if name.startswith("RELAY_") and not n
 
 
 def _migrate(url: str) -> None:
-    from relay.database import migrate  # slow to import, and most unit tests need none of it
+    from relay.db.engine import migrate  # slow to import, and most unit tests need none of it
 
     migrate(url)
 

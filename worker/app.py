@@ -25,28 +25,28 @@ from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
 
 from relay import metrics
-from relay.bodies import SpoolError
-from relay.broker import QUEUES, RETRY, TASK, Hints, celery_app
-from relay.claims import Ledger
-from relay.database import DatabaseError
-from relay.debts import Debts
+from relay.db.engine import DatabaseError
+from relay.dsn.generator import Debts
+from relay.hints import QUEUES, RETRY, TASK, Hints, celery_app
 from relay.log import configure, get_logger
+from relay.queue.claim import Ledger
+from relay.queue.operations import Verbs
+from relay.queue.rescue import Sweeps
 from relay.routes import Routes, parse_server
 from relay.settings import SettingsError, WorkerSettings, load
-from relay.start import insistent, ready
-from relay.sweeps import Sweeps
-from relay.verbs import Verbs
+from relay.spool.store import SpoolError
+from relay.startup import insistent, ready
+from worker.circuit_breaker import Servers
+from worker.cleaner import Housekeeper
 from worker.consumer import LARGEST
+from worker.delivery import blame
 from worker.engine import RECORDING_TIME, Engine
-from worker.housekeeping import Housekeeper
-from worker.rerouting import Rerouter
-from worker.servers import Servers
+from worker.rerouter import Rerouter
 from worker.sweeper import Sweeper
-from worker.transfers import blame
 
 log = get_logger(__name__)
 CONCURRENCY = 4  # tasks only wait; what limits sending is WORKER_CONNECTIONS
-WRONG_USE = 2  # the exit status of a command for a bad setting (commands.explain)
+WRONG_USE = 2  # the exit status of a command for a bad setting (commands.errors)
 CELERY_TIME = 3.0  # for Celery to end by itself once we have (seconds)
 
 

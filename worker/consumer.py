@@ -21,7 +21,7 @@ from kombu.transport import redis
 from kombu.utils.uuid import uuid
 
 from relay import metrics
-from relay.broker import QUEUES, TASK
+from relay.hints import QUEUES, TASK
 from relay.log import first_line, get_logger
 
 log = get_logger(__name__)

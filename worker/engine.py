@@ -1,9 +1,9 @@
 """The engine of a worker process: one event loop that owns every connection, and the lease that entitles it to them.
 
-How it works. Hints (`offer`, from the Celery task) and looks at the database ask for deliveries
-(worker/demand.py). What was claimed gets its body opened (worker/files.py) and becomes a `Transfer`, an asyncio task.
-Its outcome is a `Record`. Wishes, records and the renewals of the lease go through one `rounds.Writer`: a thread that
-commits what has gathered and posts the answers back here in one call.
+How it works. Hints (`offer`, from the Celery task) and looks at the database ask for deliveries (worker/producer.py).
+What was claimed gets its body opened (worker/body_io.py) and becomes a `Transfer`, an asyncio task. Its outcome is a
+`Record`. Wishes, records and the renewals of the lease go through one `rounds.Writer`: a thread that commits what has
+gathered and posts the answers back here in one call.
 
 What must stay true:
 - all state below belongs to the loop; other threads come in through `offer`, `drain` and `renewed_since` only;
@@ -24,22 +24,22 @@ from contextlib import suppress
 from functools import partial
 
 from relay import metrics
-from relay.bodies import BodyUnsendable, Spool
-from relay.claims import Ledger
+from relay.db.group_commit import Writer
+from relay.db.schema import Outcome, State
 from relay.ids import new_id
-from relay.items import Claim, Item, Record, Recorded, Renewal, Result, Wish
 from relay.log import first_line, get_logger
-from relay.rounds import Writer
+from relay.queue.claim import Ledger
+from relay.queue.model import Claim, Item, Record, Recorded, Renewal, Result, Wish
 from relay.routes import NO_SERVER, Routes
-from relay.schema import Outcome, State
 from relay.settings import WorkerSettings
-from relay.start import new_loop
-from worker.demand import Demand
-from worker.files import Files, Opened
-from worker.lanes import Ticket
-from worker.room import Room
-from worker.servers import Servers
-from worker.transfers import Terms, Transfer
+from relay.spool.store import BodyUnsendable, Spool
+from relay.startup import new_loop
+from worker.body_io import Files, Opened
+from worker.capacity import Room
+from worker.circuit_breaker import Servers
+from worker.delivery import Terms, Transfer
+from worker.hint_queue import Ticket
+from worker.producer import Demand
 
 log = get_logger(__name__)
 LONGEST_FAULT_PAUSE = 30.0

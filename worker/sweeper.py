@@ -18,14 +18,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from relay.broker import Hints
-from relay.debts import Debts
+from relay.dsn.generator import Debts
+from relay.hints import Hints
 from relay.log import first_line, get_logger
+from relay.queue.rescue import Sweeps
 from relay.routes import Route
 from relay.settings import WorkerSettings
-from relay.sweeps import Sweeps
+from worker.delivery import longest_wait
 from worker.engine import Engine
-from worker.transfers import longest_wait
 
 log = get_logger(__name__)
 BATCH = 256

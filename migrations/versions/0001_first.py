@@ -1,6 +1,6 @@
 """The first schema.
 
-Frozen: the statements are spelled out for both databases and do not follow `relay.schema`; a test holds the two against
+Frozen: the statements are spelled out for both databases and do not follow `relay.db.schema`; a test holds the two against
 each other.
 """
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from commands.up import SINK_PORT
+from commands.standalone.up import SINK_PORT
 from tests.acceptance.installation import Install, Installation
 from tests.acceptance.stack import StartUp, Up, processes_of
 from tests.waiting import until

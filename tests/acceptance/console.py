@@ -13,13 +13,13 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
-from commands import web
-from relay.bodies import Spool
-from relay.debts import Debts
-from relay.filters import Filter
-from relay.schema import Outcome, State
+from commands.web import app as web
+from relay.db.schema import Outcome, State
+from relay.dsn.generator import Debts
+from relay.queue.operations import VERBS, Verbs
+from relay.report.filters import Filter
 from relay.settings import Settings, load
-from relay.verbs import VERBS, Verbs
+from relay.spool.store import Spool
 from tests.integration.office import Office
 from tests.waiting import until
 

@@ -21,8 +21,8 @@ import pytest
 from sqlalchemy import text
 
 from qmqp.sink import Sink
-from relay.database import connect, reading
-from relay.dialect import dialect_of
+from relay.db.engine import connect, reading
+from relay.db.sql import dialect_of
 from tests.acceptance.stack import ROOT, STARTING, relay_environ
 from tests.postfix import program
 from tests.services import Broker, ServiceError, end, free_port, spawn, temporary_directory
@@ -70,13 +70,13 @@ class Installation:
         return child
 
     def smtpd(self, *, wait: bool = True, **settings: str) -> subprocess.Popen[Any]:
-        child = self.begin("commands.cli", "smtpd", **settings)
+        child = self.begin("commands.cli.main", "smtpd", **settings)
         if wait:
             self.until_accepting(child)
         return child
 
     def worker(self, *, wait: bool = True, **settings: str) -> subprocess.Popen[Any]:
-        child = self.begin("commands.cli", "worker", **settings)
+        child = self.begin("commands.cli.main", "worker", **settings)
         if wait:
             self.until_signed_on(child)
         return child
@@ -123,7 +123,7 @@ class Installation:
     # Looking
 
     def rows(self, sql: str, **given: Any) -> list[Any]:
-        """What a SELECT finds (macros of `relay.dialect.Dialect` work)."""
+        """What a SELECT finds (macros of `relay.db.sql.Dialect` work)."""
         with reading(self.database) as connection:
             return list(connection.execute(text(self.spell(sql)), given).all())
 

@@ -32,7 +32,7 @@ def relay_environ(**settings: str) -> dict[str, str]:
 def command(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `qmqp-relay WORDS` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "commands.cli", *words],
+        [sys.executable, "-m", "commands.cli.main", *words],
         env=relay_environ(**settings), capture_output=True, text=True, timeout=STARTING, check=False,
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ class Up:
         """Start it."""
         with self.log.open("w") as log:
             self.process = spawn(
-                [sys.executable, "-m", "commands.cli", "up", *self.options],
+                [sys.executable, "-m", "commands.cli.main", "up", *self.options],
                 env=relay_environ(**self.settings), stdout=log, stderr=log, cwd=ROOT,
             )  # fmt: skip
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from relay import database
-from relay.bodies import Spool
+from relay.db import engine as database
 from relay.metrics import Queue
+from relay.spool.store import Spool
 
 RULES = Path(__file__).parents[2] / "docs" / "alerts.yml"
 TEXT, GUIDE = RULES.read_text(), RULES.with_name("operate.md").read_text()

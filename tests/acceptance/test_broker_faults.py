@@ -65,7 +65,7 @@ def nothing(relay: Installation) -> None:
     """What is at fault here comes with the worker."""
 
 
-WORKER = ["commands.cli", "worker"]
+WORKER = ["commands.cli.main", "worker"]
 RETRIES_ALONE = ["celery", "-A", "worker.app", "worker", "--pool", "threads", "-Q", "retry"]
 
 

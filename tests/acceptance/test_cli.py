@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from commands.cli import main
+from commands.cli.main import main
 from tests.acceptance.stack import StartUp, command
 from tests.services import free_port
 

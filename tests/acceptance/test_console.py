@@ -13,11 +13,11 @@ from urllib.parse import quote
 import pytest
 from prometheus_client import CollectorRegistry
 
-from relay.bodies import Spool
-from relay.database import reading
+from relay.db.engine import reading
+from relay.db.schema import UNFINISHED, State
 from relay.ids import dashed
 from relay.metrics import Queue as Collected
-from relay.schema import UNFINISHED, State
+from relay.spool.store import Spool
 from tests.acceptance.console import HOSTILE, LONG, SERVER, TURNED, Browser, Scenario, browsing, questions, scenario
 from tests.integration.office import Office, opened
 from tests.integration.typed import Typed, lines, typed_at
@@ -289,13 +289,13 @@ def test_pages(console: Console) -> None:
 
 
 def test_older_pages_are_found_by_key(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("commands.web.A_PAGE", 7)
+    monkeypatch.setattr("commands.web.app.A_PAGE", 7)
     ids = found(console.browser, "/search")
     assert len(ids) == sum(console.made.recipients.values())
     assert ids == sorted(ids, reverse=True)
     twice = {i for i, count in Counter(ids).items() if count > 1}
     assert len(twice) == 2, "two messages have more than one recipient"
-    monkeypatch.setattr("relay.queue.LOOKED_AT", 5)
+    monkeypatch.setattr("relay.report.queries.LOOKED_AT", 5)
     assert found(console.browser, "/search") == ids
     oldest = "/search?reply=busy"  # nothing newer has these words
     assert "Nothing is like that among what came since" in console.browser.get(oldest).words

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import health
+from commands import healthcheck as health
 from tests.acceptance.stack import ROOT, command, relay_environ
 from tests.services import end, free_port
 from tests.waiting import until
@@ -110,7 +110,10 @@ def test_the_real_smtpd_takes_no_offence(spawn: Callable[..., subprocess.Popen[b
     log = tmp_path / "log"
     with log.open("wb") as output:
         smtpd = spawn(
-            [sys.executable, "-m", "commands.cli", "smtpd"], env=relay_environ(**settings), stdout=output, stderr=output
+            [sys.executable, "-m", "commands.cli.main", "smtpd"],
+            env=relay_environ(**settings),
+            stdout=output,
+            stderr=output,
         )
     address = f"127.0.0.1:{port}"
     until(lambda: check("smtp", RELAY_SMTP_LISTEN=address).returncode == 0, 60, what=log.read_text)
@@ -158,7 +161,7 @@ def test_the_real_worker_is_healthy_while_it_runs_though_no_broker_does(
     log = tmp_path / "log"
     with log.open("wb") as output:
         worker = spawn(
-            [sys.executable, "-m", "commands.cli", "worker"],
+            [sys.executable, "-m", "commands.cli.main", "worker"],
             env=relay_environ(**settings),
             stdout=output,
             stderr=output,

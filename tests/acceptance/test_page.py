@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from relay.bodies import Spool
-from relay.figures import Figures
+from relay.db.schema import Outcome
 from relay.ids import dashed, new_id
-from relay.queue import Queue
-from relay.schema import Outcome
+from relay.report.queries import Queue
+from relay.report.statistics import Figures
+from relay.spool.store import Spool
 from tests.acceptance.console import Browser, browsing
 from tests.integration.office import Office, opened
 from tests.integration.typed import typed_at

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from relay.bodies import Spool
-from relay.schema import Outcome
+from relay.db.schema import Outcome
+from relay.spool.store import Spool
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
 from tests.integration.office import opened
 from tests.integration.typed import typed_at

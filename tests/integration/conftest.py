@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from migrations.tables import metadata
-from relay.database import connect, writing
+from relay.db.engine import connect, writing
 from tests.conftest import Databases
 from tests.integration.office import Office, opened
 from tests.postfix import Postfix

@@ -7,17 +7,17 @@ from typing import Any
 
 from sqlalchemy import text
 
-from relay.bodies import Spool
-from relay.claims import Ledger
-from relay.database import connect, reading, writing
-from relay.dialect import dialect_of
+from relay.db.engine import connect, reading, writing
+from relay.db.sql import dialect_of
 from relay.ids import dashed, new_id
-from relay.intake import Intake, NewMessage, NewRecipient
+from relay.queue.accept import Intake, NewMessage, NewRecipient
+from relay.queue.claim import Ledger
+from relay.queue.rescue import Sweeps
 from relay.routes import Routes
 from relay.settings import WorkerSettings, load
-from relay.sweeps import Sweeps
+from relay.spool.store import Spool
+from worker.circuit_breaker import Servers
 from worker.engine import Engine
-from worker.servers import Servers
 
 BODY = b"Subject: test\n\nhello\n"
 

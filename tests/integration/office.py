@@ -10,15 +10,15 @@ from typing import Any
 
 from sqlalchemy import text
 
-from relay.claims import Ledger
-from relay.database import connect, reading, writing
-from relay.dialect import dialect_of
+from relay.db.engine import connect, reading, writing
+from relay.db.schema import Outcome, State
+from relay.db.sql import dialect_of
 from relay.ids import dashed, new_id
-from relay.intake import Intake, NewMessage, NewRecipient
-from relay.items import Claim, Record, Recorded, Renewal, Try, Wish
-from relay.schema import Outcome, State
+from relay.queue.accept import Intake, NewMessage, NewRecipient
+from relay.queue.claim import Ledger
+from relay.queue.model import Claim, Record, Recorded, Renewal, Try, Wish
+from relay.queue.rescue import Sweeps
 from relay.settings import WorkerSettings, load
-from relay.sweeps import Sweeps
 
 NEXT = {
     Outcome.ACCEPTED: State.DELIVERED, Outcome.DEFERRED: State.DEFERRED, Outcome.REJECTED: State.BOUNCED,

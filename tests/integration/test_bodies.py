@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from relay import bodies
-from relay.bodies import BodyMissing, BodyWrongSize, Spool, SpoolError, file_system
-from relay.database import connect, reading
+from relay.db.engine import connect, reading
 from relay.ids import new_id
+from relay.spool import store as bodies
+from relay.spool.store import BodyMissing, BodyWrongSize, Spool, SpoolError, file_system
 
 LIMIT = 1 << 20
 

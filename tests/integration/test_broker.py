@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from relay.broker import FRESH, RETRY, TASK, WINDOW, Hints, celery_app
+from relay.hints import FRESH, RETRY, TASK, WINDOW, Hints, celery_app
 from relay.ids import new_id
 from relay.settings import Settings, load
 from tests.services import Broker

@@ -8,7 +8,7 @@ import pytest
 
 from qmqp import probe
 from qmqp.sink import running_sink
-from relay.bodies import Spool
+from relay.spool.store import Spool
 from tests.integration.office import Office
 from tests.integration.test_probe import speaking
 from tests.integration.typed import typed_at

@@ -12,11 +12,11 @@ import pytest
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import OperationalError
 
-from relay.claims import Ledger
+from relay.db.schema import TRANSITIONS, Outcome, State
+from relay.dsn.message import BY_OPERATOR
 from relay.ids import dashed
-from relay.items import Claim, Item, Record, Recorded, Renewal, Result, Wish
-from relay.notices import BY_OPERATOR
-from relay.schema import TRANSITIONS, Outcome, State
+from relay.queue.claim import Ledger
+from relay.queue.model import Claim, Item, Record, Recorded, Renewal, Result, Wish
 from tests.integration.office import NEXT, PLENTY, Office, opened
 from tests.waiting import until
 
@@ -382,8 +382,8 @@ class Lost(Exception):
 @contextmanager
 def lost_commit(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The next commit of this ledger is done, and nobody learns of it."""
-    from relay import claims
-    from relay.database import writing
+    from relay.db.engine import writing
+    from relay.queue import claim as claims
 
     @contextmanager
     def doubtful(engine: Any) -> Iterator[Any]:

@@ -18,11 +18,12 @@ import pytest
 import uvloop
 
 from qmqp import body as body_module
-from qmqp import connection, names
+from qmqp import connection
+from qmqp import resolver as names
 from qmqp.client import BodyChanged, BodyFault, Outcome, Result, Timeouts, Transfer, send
 from qmqp.request import Request
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.schema import Outcome as RecordedOutcome
+from relay.db.schema import Outcome as RecordedOutcome
 
 QUICK = Timeouts(connect=0.3, io=0.3, reply=0.3, session=5)
 SILENCE = Answer(raw=b"", end="stay")

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 
 from qmqp.sink import running_sink
-from relay.broker import FRESH, Hints, celery_app
+from relay.hints import FRESH, Hints, celery_app
 from relay.ids import new_id
 from tests import services
 from tests.integration.test_worker_app import House, house

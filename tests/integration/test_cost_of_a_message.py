@@ -16,15 +16,15 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 
 from qmqp.sink import running_sink
-from relay.bodies import Spool
-from relay.broker import FRESH, Hints, celery_app
-from relay.database import reading
+from reception.spooler import Keeper
+from reception.spooler_protocol import Frames, Order, Report, frame
+from relay.db.engine import reading
+from relay.db.schema import Outcome, State
+from relay.hints import FRESH, Hints, celery_app
 from relay.ids import new_id
-from relay.items import Record, Try, Wish
-from relay.schema import Outcome, State
+from relay.queue.model import Record, Try, Wish
 from relay.settings import Settings, load
-from smtpd.keeper import Keeper
-from smtpd.orders import Frames, Order, Report, frame
+from relay.spool.store import Spool
 from tests.integration.mailroom import Mailroom
 from tests.integration.office import Office, new_message
 from tests.services import Broker

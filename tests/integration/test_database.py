@@ -16,12 +16,12 @@ import sqlalchemy
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from relay import database
-from relay.database import DatabaseError, check_durable, committed_nothing, connect, is_outage, reading, writing
-from relay.dialect import Dialect, Statements
+from relay.db import engine as database
+from relay.db.engine import DatabaseError, check_durable, committed_nothing, connect, is_outage, reading, writing
+from relay.db.schema import REVISION
+from relay.db.sql import Dialect, Statements
 from relay.ids import dashed, new_id
-from relay.schema import REVISION
-from relay.start import insistent
+from relay.startup import insistent
 from tests.services import Postgres
 from tests.waiting import until
 
@@ -304,7 +304,7 @@ def test_urls() -> None:
 WRITER = """
 import sys, time
 from sqlalchemy import text
-from relay.database import connect, writing
+from relay.db.engine import connect, writing
 from relay.ids import dashed, new_id
 engine = connect(sys.argv[1])
 with writing(engine):

@@ -15,17 +15,17 @@ import pytest
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import OperationalError
 
-from relay.bodies import Spool
-from relay.debts import GATHER, LONGEST_RETURNED, PUT_OFF, Debts
-from relay.filters import Filter
+from relay.db.schema import NEEDS_BODY, Outcome, State
+from relay.dsn.generator import GATHER, LONGEST_RETURNED, PUT_OFF, Debts
 from relay.ids import dashed, new_id
-from relay.intake import NewMessage, NewRecipient
-from relay.items import Claim, Recorded, Try
-from relay.schema import NEEDS_BODY, Outcome, State
-from relay.verbs import VERBS, Verbs
+from relay.queue.accept import NewMessage, NewRecipient
+from relay.queue.model import Claim, Recorded, Try
+from relay.queue.operations import VERBS, Verbs
+from relay.report.filters import Filter
+from relay.spool.store import Spool
 from tests.integration.office import Office, opened
 from tests.waiting import until
-from worker.housekeeping import Housekeeper
+from worker.cleaner import Housekeeper
 
 BODY = b"Received: by relay\nSubject: original\n\n" + b"x" * 61 + b"\n"
 HOUR = 3600.0
@@ -903,7 +903,7 @@ def test_the_clock_of_a_worker_makes_no_mail_late(late: Post, monkeypatch: pytes
         def now(cls, tz: Any = None) -> Any:
             return datetime.now(tz) + timedelta(hours=5)
 
-    monkeypatch.setattr("relay.debts.datetime", Fast)
+    monkeypatch.setattr("relay.dsn.generator.datetime", Fast)
     assert late.debts.warn(10) == []
 
 
@@ -932,7 +932,7 @@ def test_a_warning_names_who_waits_and_wants_to_know_and_halves_are_not_told_aga
 
 
 def test_a_long_queue_is_gone_through_a_part_at_a_time(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relay.debts.LOOKED_AT", 3)
+    monkeypatch.setattr("relay.dsn.generator.LOOKED_AT", 3)
     ids = [late.accept() for _ in range(10)]
     same = "UPDATE deliveries SET due_at = @later(600) WHERE message_id IN (SELECT message_id FROM deliveries LIMIT 5)"
     late.office.change(same)  # as one statement makes them
@@ -985,7 +985,7 @@ def test_nothing_is_looked_at_before_something_can_be_late(late: Post, monkeypat
     assert len(looked) == 3
     late.grow_old(ids[0])
     now = time.monotonic()
-    monkeypatch.setattr("relay.debts.time.monotonic", lambda: now + 0.5 * HOUR)
+    monkeypatch.setattr("relay.dsn.generator.time.monotonic", lambda: now + 0.5 * HOUR)
     assert len(late.debts.warn(10)) == 1
 
 
@@ -1045,7 +1045,7 @@ def test_a_message_that_fails_holds_up_no_other(late: Post, monkeypatch: pytest.
     bad.clear()
     assert late.debts.settle(2) == [] == late.debts.warn(2), "they had their turn a moment ago"
     now = time.monotonic()
-    monkeypatch.setattr("relay.debts.time.monotonic", lambda: now + PUT_OFF)
+    monkeypatch.setattr("relay.dsn.generator.time.monotonic", lambda: now + PUT_OFF)
     assert len(late.debts.settle(2)) == 2
     assert len(late.debts.warn(2)) == 1
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmqp.sink import Answer, MagicRecipients, Rule, Sink
-from relay.items import Claim, Record
+from relay.db.schema import Outcome, State
+from relay.queue.model import Claim, Record
 from relay.routes import Route, Server
-from relay.schema import Outcome, State
 from relay.settings import WorkerSettings, load
-from worker.servers import Servers
-from worker.transfers import Terms, Transfer
+from worker.circuit_breaker import Servers
+from worker.delivery import Terms, Transfer
 
 PAGE = Path(__file__).parents[2] / "docs" / "delivery.md"
 BEGIN, END = "<!-- made by tests/integration/test_delivery_matrix.py: begin -->", "<!-- end -->"

@@ -8,12 +8,12 @@ import pytest
 
 from qmqp.netstring import encode
 from qmqp.reply import ReplyParser
-from relay.bodies import Spool
-from relay.debts import Debts
+from relay.dsn.generator import Debts
+from relay.spool.store import Spool
 from tests.integration.mailroom import Mailroom
 from tests.postfix import Postfix
 from tests.waiting import until
-from worker.servers import Servers
+from worker.circuit_breaker import Servers
 
 HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
 

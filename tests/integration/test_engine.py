@@ -13,8 +13,8 @@ from prometheus_client import REGISTRY
 
 from qmqp.reply import ReplyParser
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.bodies import Spool
 from relay.routes import NO_SERVER
+from relay.spool.store import Spool
 from tests.integration.mailroom import BODY, Mailroom
 from tests.services import Postgres
 from tests.waiting import until

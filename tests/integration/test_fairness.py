@@ -12,11 +12,11 @@ import pytest
 from sqlalchemy import text
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.bodies import Spool
-from relay.database import writing
-from relay.looks import WINDOW
-from relay.schema import Outcome, State
-from relay.verbs import Verbs
+from relay.db.engine import writing
+from relay.db.schema import Outcome, State
+from relay.queue.operations import Verbs
+from relay.queue.overdue import WINDOW
+from relay.spool.store import Spool
 from tests.integration.mailroom import Mailroom
 from tests.integration.office import Office
 from tests.services import free_port

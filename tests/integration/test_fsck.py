@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, text
 
-from commands import fsck
-from commands.check import broker_lists
-from commands.fsck import Finding, Fsck
-from relay import actions
-from relay.bodies import Spool
-from relay.broker import QUEUES, celery_app
-from relay.database import writing
+from commands.ops import fsck
+from commands.ops.check import broker_lists
+from commands.ops.fsck import Finding, Fsck
+from relay.db.engine import writing
+from relay.db.schema import Outcome
+from relay.hints import QUEUES, celery_app
 from relay.ids import dashed, new_id
-from relay.schema import Outcome
+from relay.queue import audit as actions
 from relay.settings import Settings, load
+from relay.spool.store import Spool
 from tests.integration.office import Office
 from tests.integration.typed import Typed, lines, typed_at
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from sqlalchemy import inspect
 
 from migrations.tables import VIEW_COLUMNS
-from relay import database
-from relay.schema import VIEWS, Outcome, State
+from relay.db import engine as database
+from relay.db.schema import VIEWS, Outcome, State
 
 PAGE = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
 

@@ -10,11 +10,11 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from relay.database import TooLate
+from relay.db.engine import TooLate
+from relay.db.group_commit import Unsettled, Writer
+from relay.db.schema import Outcome
 from relay.ids import new_id
-from relay.intake import NewMessage
-from relay.rounds import Unsettled, Writer
-from relay.schema import Outcome
+from relay.queue.accept import NewMessage
 from tests.integration.office import Office, new_message, opened
 from tests.services import Postgres
 from tests.waiting import until

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from relay.bodies import Spool
+from reception.spooler import Keeper
+from reception.spooler_client import PATIENCE, KeeperError, Launch, Store
+from reception.spooler_protocol import Frames, Order, Refused, Report, Withdrawn, frame
+from relay.db.group_commit import Unsettled
 from relay.ids import new_id
-from relay.intake import NewMessage, NewRecipient
-from relay.rounds import Unsettled
-from smtpd.keeper import Keeper
-from smtpd.orders import Frames, Order, Refused, Report, Withdrawn, frame
-from smtpd.store import PATIENCE, KeeperError, Launch, Store
+from relay.queue.accept import NewMessage, NewRecipient
+from relay.spool.store import Spool
 from tests.waiting import until
 
 
@@ -234,7 +234,7 @@ async def impossible(_: socket.socket) -> object:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smtpd.store.PAUSE", 0.05)
+    monkeypatch.setattr("reception.spooler_client.PAUSE", 0.05)
 
 
 def test_a_keeper_that_cannot_be_started_is_said_at_the_start() -> None:

@@ -17,15 +17,16 @@ import pytest
 from sqlalchemy import event, text
 from typer.testing import CliRunner
 
-from commands import completion, inspect
-from commands.cli import main
-from commands.tables import write, write_lines
-from relay.bodies import Spool
-from relay.database import connect, reading
-from relay.dialect import dialect_of
-from relay.filters import Filter, address_is
-from relay.queue import NoSuchMessage, Queue
-from relay.schema import Outcome
+from commands.cli import completion
+from commands.cli.main import main
+from commands.ops import show as inspect
+from commands.output import write, write_lines
+from relay.db.engine import connect, reading
+from relay.db.schema import Outcome
+from relay.db.sql import dialect_of
+from relay.report.filters import Filter, address_is
+from relay.report.queries import NoSuchMessage, Queue
+from relay.spool.store import Spool
 from tests.integration.office import Office, new_message, opened
 from tests.integration.typed import Typed, lines, typed_at
 
@@ -137,8 +138,8 @@ def test_a_page_of_what_an_index_finds_is_no_cursor(office: Office) -> None:
 def test_what_no_index_finds_is_looked_for_so_far_and_then_further(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay.queue.LOOKED_AT", 3)
-    monkeypatch.setattr("relay.queue._FEW", 2)
+    monkeypatch.setattr("relay.report.queries.LOOKED_AT", 3)
+    monkeypatch.setattr("relay.report.queries._FEW", 2)
     queue = Queue(office.engine)
     senders = ["one@example.com" if n == 2 else "many@example.com" for n in range(8)]
     ids = sorted(office.accept(sender=sender) for sender in senders)  # within a millisecond ids have no order

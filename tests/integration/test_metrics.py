@@ -6,16 +6,17 @@ import pytest
 from prometheus_client import CollectorRegistry
 from sqlalchemy import text
 
-from relay import database, metrics
-from relay.bodies import Spool
-from relay.claims import Ledger
+from relay import metrics
+from relay.db import engine as database
+from relay.db.schema import Outcome, State
 from relay.ids import dashed, new_id
-from relay.intake import Intake, NewMessage, NewRecipient
-from relay.items import Record, Try, Wish
 from relay.metrics import Queue
-from relay.schema import Outcome, State
+from relay.queue.accept import Intake, NewMessage, NewRecipient
+from relay.queue.claim import Ledger
+from relay.queue.model import Record, Try, Wish
+from relay.queue.operations import Verbs
 from relay.settings import WorkerSettings
-from relay.verbs import Verbs
+from relay.spool.store import Spool
 from tests.services import Postgres
 from tests.waiting import until
 

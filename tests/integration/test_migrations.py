@@ -1,4 +1,4 @@
-"""Migrations make what `relay.schema` describes, on both databases, and any number may migrate at once."""
+"""Migrations make what `relay.db.schema` describes, on both databases, and any number may migrate at once."""
 
 import itertools
 import os
@@ -22,9 +22,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from migrations.tables import VIEW_COLUMNS, metadata
-from relay.database import alembic_config, connect, migrate, reading, wait_until_ready, writing
-from relay.dialect import dialect_of
-from relay.schema import REVISION, VIEWS
+from relay.db.engine import alembic_config, connect, migrate, reading, wait_until_ready, writing
+from relay.db.schema import REVISION, VIEWS
+from relay.db.sql import dialect_of
 from tests.services import Postgres
 
 NUMBERS = itertools.count(1)
@@ -81,7 +81,7 @@ def dump(url: str) -> list[str]:
 
 
 def described(url: str) -> None:
-    """Make everything as `relay.schema` has it, without migrations."""
+    """Make everything as `relay.db.schema` has it, without migrations."""
     engine = connect(url)
     spell = dialect_of(engine)
     with writing(engine) as connection:
@@ -145,7 +145,12 @@ def test_several_that_migrate_at_once_take_turns(kind: str, new_url: Callable[[s
     """Two replicas that start together: one migrates, the other finds it done."""
     url, other = new_url(kind), new_url(kind)
     migrate(other)
-    command = [sys.executable, "-c", "import sys; from relay.database import migrate; print(migrate(sys.argv[1]))", url]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from relay.db.engine import migrate; print(migrate(sys.argv[1]))",
+        url,
+    ]
     replicas = [
         subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from commands import web
-from relay import database
+from commands.web import app as web
+from relay.db import engine as database
 from relay.settings import Settings, load
 from tests.waiting import until
 

@@ -15,10 +15,10 @@ import pytest
 from sqlalchemy import Connection, event
 
 from relay import metrics
-from relay.bodies import Spool
-from relay.debts import Debts
-from relay.schema import Outcome
-from relay.sweeps import Sweeps
+from relay.db.schema import Outcome
+from relay.dsn.generator import Debts
+from relay.queue.rescue import Sweeps
+from relay.spool.store import Spool
 from tests.integration.office import Office, new_message
 
 WAITING = 1500  # rows of each kind
@@ -123,7 +123,7 @@ def test_a_look_at_a_route_without_mail_walks_through_nothing(crowded: Office) -
 def test_a_look_at_a_route_with_much_mail_walks_through_a_window(
     crowded: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay.looks.WINDOW", FEW)
+    monkeypatch.setattr("relay.queue.overdue.WINDOW", FEW)
     with heard(crowded) as statements:
         assert len(crowded.claim(room={"dead": 10})) == 10
     assert not (found := scans(crowded, statements)), "\n".join(found)

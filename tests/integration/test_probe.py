@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from commands.cli import main
+from commands.cli.main import main
 from qmqp import probe as module
 from qmqp.probe import Finding, probe
 from qmqp.sink import Answer, Preset, Rule, running_sink

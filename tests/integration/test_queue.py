@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from relay.filters import Filter
+from relay.db.schema import Outcome, State
 from relay.ids import dashed
-from relay.queue import NoSuchMessage, Queue
-from relay.schema import Outcome, State
+from relay.report.filters import Filter
+from relay.report.queries import NoSuchMessage, Queue
 from tests.integration.office import Office, new_message
 
 

@@ -16,16 +16,16 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.bodies import Spool
-from relay.broker import celery_app
-from relay.database import writing
-from relay.debts import Debts
-from relay.filters import Filter
+from relay.db.engine import writing
+from relay.db.group_commit import Writer
+from relay.db.schema import TRANSITIONS, UNFINISHED, Outcome, State
+from relay.dsn.generator import Debts
+from relay.hints import celery_app
 from relay.ids import dashed
-from relay.items import Claim, Item, Result
-from relay.rounds import Writer
-from relay.schema import TRANSITIONS, UNFINISHED, Outcome, State
-from relay.verbs import VERBS, Verbs
+from relay.queue.model import Claim, Item, Result
+from relay.queue.operations import VERBS, Verbs
+from relay.report.filters import Filter
+from relay.spool.store import Spool
 from tests.integration.mailroom import Mailroom
 from tests.integration.office import Office
 from tests.waiting import until

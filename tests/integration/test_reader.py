@@ -12,10 +12,10 @@ from sqlalchemy.engine import URL, make_url
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
-from commands.cli import main
+from commands.cli.main import main
 from migrations.tables import metadata
-from relay.database import alembic_config, migrate
-from relay.schema import VIEWS
+from relay.db.engine import alembic_config, migrate
+from relay.db.schema import VIEWS
 from tests.conftest import Databases
 from tests.integration.test_inspect_page import PAGE
 

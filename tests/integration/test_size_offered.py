@@ -10,14 +10,14 @@ from typing import Any, cast
 import pytest
 
 from qmqp.client import Outcome
+from reception.policy import Policy
+from reception.spooler_client import Store
 from relay import routes as module
 from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
-from smtpd.policy import Policy
-from smtpd.program import size_offered
+from smtpd.main import size_offered
 from smtpd.server import Server
 from smtpd.session import Greeting
-from smtpd.store import Store
 from tests.integration.test_client_against_postfix import HEADER, Deliver, deliver
 from tests.postfix import Postfix
 from tests.services import ServiceError

@@ -31,16 +31,16 @@ import pytest
 import uvloop
 from sqlalchemy import create_engine, text
 
-from relay.bodies import Body, Spool
-from relay.database import connect, reading, writing
-from relay.intake import NewMessage
+from reception.policy import ROOM_KEPT_FREE, Policy
+from reception.receiver import AHEAD, BLOCK, Openings, Receiver, Threads
+from reception.spooler import Keeper
+from reception.spooler_client import Store
+from relay.db.engine import connect, reading, writing
+from relay.queue.accept import NewMessage
 from relay.settings import SmtpdSettings, load
-from smtpd.keeper import Keeper
-from smtpd.policy import ROOM_KEPT_FREE, Policy
-from smtpd.receiver import AHEAD, BLOCK, Openings, Receiver, Threads
+from relay.spool.store import Body, Spool
 from smtpd.server import LATE, Connection, ListenError, Server
 from smtpd.session import ENDLESS, Greeting
-from smtpd.store import Store
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
 from tests.waiting import stands_still, until
@@ -531,7 +531,7 @@ def test_C22_disk_faults_are_temporary_and_leave_nothing(
     if call == "create":
         monkeypatch.setattr(Spool, "_create", fail)
     else:
-        monkeypatch.setattr(f"relay.bodies.os.{call}", fail)
+        monkeypatch.setattr(f"relay.spool.store.os.{call}", fail)
     with talking(running) as client:
         client.begin()
         client.send(b"x" * size + b"\r\n.\r\n")
@@ -678,7 +678,7 @@ def test_strangers_that_never_end_their_messages_leave_room_for_clients(
         used = sum(path.stat().st_size for path in running.spool.directory.glob("*/*"))
         return SimpleNamespace(f_files=0, f_favail=0, f_bavail=capacity + ROOM_KEPT_FREE - used, f_frsize=1)
 
-    monkeypatch.setattr("smtpd.policy.os.statvfs", statvfs)
+    monkeypatch.setattr("reception.policy.os.statvfs", statvfs)
     with ExitStack() as stack:
         strangers = [stack.enter_context(talking(running, f"127.0.1.{n}")) for n in range(1, 9)]
         for n, stranger in enumerate(strangers, 1):
@@ -710,7 +710,7 @@ def test_content_that_cannot_be_kept_is_not_read_for_ever(
 ) -> None:
     running = run()
     found = SimpleNamespace(f_files=0, f_favail=0, f_bavail=ROOM_KEPT_FREE + 100_000, f_frsize=1)
-    monkeypatch.setattr("smtpd.policy.os.statvfs", lambda _path: found)
+    monkeypatch.setattr("reception.policy.os.statvfs", lambda _path: found)
     with talking(running) as client:
         client.begin()
         with suppress(ConnectionError):
@@ -963,7 +963,7 @@ def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., Runni
 PROGRAM = """
 from relay.log import configure
 from relay.settings import SmtpdSettings, load
-from smtpd.program import run
+from smtpd.main import run
 settings = load(SmtpdSettings)
 configure(settings)
 raise SystemExit(run(settings))

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
-from relay.database import is_outage, writing
-from relay.dialect import Statements
-from relay.filters import Filter
+from relay.db.engine import is_outage, writing
+from relay.db.schema import Outcome, State
+from relay.db.sql import Statements
 from relay.ids import dashed
-from relay.items import Claim, Recorded
-from relay.schema import Outcome, State
-from relay.splits import LARGEST, Splitter
-from relay.verbs import REROUTE, VERBS, Verbs
+from relay.queue.model import Claim, Recorded
+from relay.queue.operations import REROUTE, VERBS, Verbs
+from relay.queue.split import LARGEST, Splitter
+from relay.report.filters import Filter
 from tests.integration.office import Office
 
 PLENTY = {"default": 1000}
@@ -63,7 +63,7 @@ def refuse(office: Office, claim: Claim, server: Server) -> str | None:
     """Send, and record a D that is about an address as a worker does; None for a K, which is not recorded."""
     reply = server.answer(claim)
     if reply is not None:
-        whole = len(claim.recipients) == 1 and claim.number == 1  # as in worker/transfers.py
+        whole = len(claim.recipients) == 1 and claim.number == 1  # as in worker/delivery.py
         state = State.BOUNCED if whole else State.SPLIT
         assert office.record(claim, Outcome.REJECTED, reply=reply, state=state).state in (state, State.BOUNCED)
     return reply

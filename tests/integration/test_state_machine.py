@@ -23,16 +23,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from sqlalchemy import text
 
 from migrations.tables import metadata
-from relay import sweeps
-from relay.bodies import Spool
-from relay.database import writing
-from relay.debts import Debts
-from relay.filters import Filter
+from relay.db.engine import writing
+from relay.db.schema import FINAL, UNFINISHED, Outcome, State
+from relay.dsn.generator import Debts
+from relay.dsn.message import DOUBT
 from relay.ids import new_id
-from relay.items import Claim, Item, Record, Recorded, Renewal, Wish
-from relay.notices import DOUBT
-from relay.schema import FINAL, UNFINISHED, Outcome, State
-from relay.verbs import REROUTE, VERBS, Verb, Verbs
+from relay.queue import rescue as sweeps
+from relay.queue.model import Claim, Item, Record, Recorded, Renewal, Wish
+from relay.queue.operations import REROUTE, VERBS, Verb, Verbs
+from relay.report.filters import Filter
+from relay.spool.store import Spool
 from tests.integration.office import NEXT, Office, new_message
 
 type Key = tuple[str, int]
@@ -781,7 +781,7 @@ class History(RuleBasedStateMachine):
 
 @pytest.fixture(params=VARIANTS)
 def office(clean_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Office]:
-    monkeypatch.setattr("relay.debts.GATHER", GATHER)
+    monkeypatch.setattr("relay.dsn.generator.GATHER", GATHER)
     monkeypatch.setattr(sweeps, "_LOST", sweeps._LOST.replace("@chance", "0"))  # the model knows when each is due
     made = Office(
         clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,

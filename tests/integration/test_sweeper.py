@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from relay.bodies import Spool
-from relay.broker import Hints
-from relay.database import writing
-from relay.debts import Debts
+from relay.db.engine import writing
+from relay.dsn.generator import Debts
+from relay.hints import Hints
 from relay.ids import dashed, new_id
-from relay.items import Wish
+from relay.queue.model import Wish
+from relay.queue.operations import Verbs
 from relay.routes import Route, Routes, parse_server
 from relay.settings import Settings, WorkerSettings, load
-from relay.verbs import Verbs
+from relay.spool.store import Spool
 from tests.integration.mailroom import BODY, Mailroom
 from tests.waiting import until
-from worker.housekeeping import YOUNG, Housekeeper
-from worker.rerouting import EVERY, LOOK_EVERY, PATIENCE, Rerouter
-from worker.servers import Servers
+from worker.circuit_breaker import Servers
+from worker.cleaner import YOUNG, Housekeeper
+from worker.rerouter import EVERY, LOOK_EVERY, PATIENCE, Rerouter
 from worker.sweeper import Sweeper, Watch, tick_file
 
 HOUR = 3600.0

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from relay.bodies import Spool
-from relay.debts import Debts
-from relay.items import Claim
-from relay.schema import Outcome, State
+from relay.db.schema import Outcome, State
+from relay.dsn.generator import Debts
+from relay.queue.model import Claim
+from relay.spool.store import Spool
 from tests.integration.office import Office, opened
 
 

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy import text
 
-from relay import actions, verbs
-from relay.bodies import Spool
-from relay.database import writing
-from relay.filters import Filter
+from relay.db.engine import writing
+from relay.db.schema import Outcome, State
 from relay.ids import dashed
-from relay.schema import Outcome, State
+from relay.queue import audit as actions
+from relay.queue import operations as verbs
+from relay.report.filters import Filter
+from relay.spool.store import Spool
 from tests.integration.office import Office, new_message
 from tests.integration.test_cost_of_a_message import counted
 from tests.integration.typed import Typed, lines, typed_at
@@ -222,7 +223,7 @@ def test_more_than_one_needs_a_yes(office: Office, typed: Typed, monkeypatch: py
     ids = [office.accept("a@example.org"), office.accept("a@example.org")]
     refused = typed("drop", "--recipient", "a@example.org", status=2)
     assert "drop 2 deliveries (2 queued)? Say --yes" in refused.stderr
-    monkeypatch.setattr("commands.operate.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setattr("commands.ops.modify.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
     typed("drop", "--recipient", "a@example.org", answer="n\n", status=1)
     assert office.states(ids) == ["queued", "queued"]
     assert office.rows("SELECT * FROM actions") == []

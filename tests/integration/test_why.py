@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from relay.bodies import Spool
-from relay.debts import Debts
-from relay.schema import Outcome
+from relay.db.schema import Outcome
+from relay.dsn.generator import Debts
+from relay.spool.store import Spool
 from tests.integration.office import Office
 from tests.integration.typed import Typed, typed_at
 

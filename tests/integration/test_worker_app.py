@@ -13,9 +13,9 @@ import pytest
 from celery import Celery
 
 from qmqp.sink import Answer, Rule, running_sink
-from relay.bodies import Spool
-from relay.broker import FRESH, Hints, celery_app
+from relay.hints import FRESH, Hints, celery_app
 from relay.settings import WorkerSettings, load
+from relay.spool.store import Spool
 from tests import services
 from tests.integration.mailroom import Mailroom
 from tests.services import Broker

@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.bodies import Spool
-from relay.database import _turn
+from relay.db.engine import _turn
+from relay.spool.store import Spool
 from tests import services
 from tests.integration.mailroom import BODY, Mailroom
 from tests.integration.test_delivery_matrix import in_page

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from commands.cli import main
-from relay.bodies import Spool
+from commands.cli.main import main
+from relay.spool.store import Spool
 from tests.integration.office import Office
 
 type Typed = Callable[..., Result]

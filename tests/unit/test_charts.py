@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
-from commands import charts
+from commands.web import charts
 
 NOW = datetime(2026, 3, 1, 12, 34, 56, tzinfo=UTC)
 

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from commands import tables
-from commands.tables import Columns, Row, ago, cut, size, span, write
+from commands import output as tables
+from commands.output import Columns, Row, ago, cut, size, span, write
 
 COLUMNS: Columns = {"NAME": lambda row: str(row["name"])[:3], "AGE": lambda row: ago(row["at"])}
 ROWS: list[Row] = [{"name": "one\ttwo", "at": datetime(2026, 11, 22, 12, 0, tzinfo=UTC)}, {"name": "three", "at": None}]

@@ -19,8 +19,8 @@ ROWS = re.findall(r"^\| `([^`]+)` \| (\w+) \|", (ROOT / "docs" / "events.md").re
 def logged() -> dict[str, set[str]]:
     """Events with the levels that they are logged at."""
     found: dict[str, set[str]] = {}
-    for package in ("relay", "smtpd", "worker", "commands", "migrations/versions"):
-        for file in (ROOT / package).glob("*.py"):
+    for package in ("relay", "reception", "smtpd", "worker", "commands", "migrations"):
+        for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 match node:
                     case ast.Call(

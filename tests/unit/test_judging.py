@@ -2,9 +2,9 @@
 
 import pytest
 
-from relay.schema import TRANSITIONS, Outcome, State
+from relay.db.schema import TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings, load, unwanted
-from worker.transfers import ABOUT_AN_ADDRESS, NEXT, judge
+from worker.delivery import ABOUT_AN_ADDRESS, NEXT, judge
 
 SETTINGS = load(WorkerSettings, retry_min=30, retry_max=3600, uncertain_delay=900, uncertain="retry")
 HOLD = load(WorkerSettings, uncertain="hold")

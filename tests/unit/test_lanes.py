@@ -1,6 +1,6 @@
 """Hints that wait: turns of the lanes, and when a ticket is done."""
 
-from worker.lanes import Lanes, Ticket
+from worker.hint_queue import Lanes, Ticket
 
 
 def filled(**lanes: int) -> tuple[Lanes, dict[str, Ticket]]:

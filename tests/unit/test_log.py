@@ -27,7 +27,7 @@ def lines(said: Callable[[], str]) -> list[dict[str, object]]:
 
 def test_an_event_is_a_line_of_json_with_its_fields(said: Callable[[], str]) -> None:
     configure(load(Settings))
-    get_logger("smtpd.receiver").info("accepted", id="0" * 32, size=100, sender="a@example.com")
+    get_logger("reception.receiver").info("accepted", id="0" * 32, size=100, sender="a@example.com")
     (line,) = lines(said)
     assert line.pop("timestamp")
     assert line == {"event": "accepted", "level": "info", "id": "0" * 32, "size": 100, "sender": "a@example.com"}

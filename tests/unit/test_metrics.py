@@ -11,10 +11,11 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
-from relay import database, listener, metrics
-from relay.bodies import Spool
+from relay import listener, metrics
+from relay.db import engine as database
 from relay.metrics import Queue, serve
 from relay.settings import Settings
+from relay.spool.store import Spool
 from tests.waiting import until
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.notices import Failure, Kind, Original, compose, quoted, status_of, unxtext
+from relay.dsn.message import Failure, Kind, Original, compose, quoted, status_of, unxtext
 
 NOW = datetime(2026, 11, 22, 17, 0, 0, tzinfo=UTC)
 ID, ABOUT = "01a20439a5b371daae4d9cd848026382", "01a20439a5b371daae4d9cd848026111"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from commands.web import unbroken
+from commands.web.app import unbroken
 from tests.scaling import growth
 
 

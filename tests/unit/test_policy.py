@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from reception.policy import ROOM_KEPT_FREE, Client, Policy, PolicyError, Room, client_networks, connected_networks
 from relay.settings import SmtpdSettings, load
 from smtpd.addresses import Recipient, Refused, parse_recipient
-from smtpd.policy import ROOM_KEPT_FREE, Client, Policy, PolicyError, Room, client_networks, connected_networks
 
 
 def client(tmp_path: Path, peer: str, **settings: Any) -> Client:
@@ -145,7 +145,7 @@ def test_C22_no_room_is_452_at_mail_and_asked_once_a_second(tmp_path: Path, monk
         return SimpleNamespace(f_files=10, f_favail=5, f_bavail=free, f_frsize=1)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
-    monkeypatch.setattr("smtpd.policy.time.monotonic", lambda: now)
+    monkeypatch.setattr("reception.policy.time.monotonic", lambda: now)
     sender = client(tmp_path, "127.0.0.1")
     assert refusal(sender.check_sender, 1000) is None
     assert (refusal(sender.check_sender, 1001) or b"").startswith(b"452 4.3.1")
@@ -170,7 +170,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free, self.now = ROOM_KEPT_FREE + free, 100.0
         monkeypatch.setattr(os, "statvfs", self._statvfs)
-        monkeypatch.setattr("smtpd.policy.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("reception.policy.time.monotonic", lambda: self.now)
 
     def _statvfs(self, _path: Path) -> SimpleNamespace:
         return SimpleNamespace(f_files=0, f_favail=0, f_bavail=self.free, f_frsize=1)

@@ -6,10 +6,10 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.items import Claim
+from relay.queue.model import Claim
 from relay.routes import Route, Routes, parse_server
-from worker.room import Room
-from worker.servers import Place, Servers
+from worker.capacity import Room
+from worker.circuit_breaker import Place, Servers
 
 A, B, C = parse_server("a.example"), parse_server("b.example"), parse_server("c.example")
 ROUTES = ("one", "two", "default")

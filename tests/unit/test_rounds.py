@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from relay.rounds import Unsettled, Writer
+from relay.db.group_commit import Unsettled, Writer
 from tests.waiting import until
 
 

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commands import check
+from commands.ops import check
 from relay import routes as module
+from relay.db.schema import Outcome
 from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
-from relay.schema import Outcome
 from relay.settings import Settings, SettingsError, WorkerSettings, load
-from smtpd.program import size_offered
-from worker.room import Room
-from worker.servers import Servers
-from worker.transfers import judge
+from smtpd.main import size_offered
+from worker.capacity import Room
+from worker.circuit_breaker import Servers
+from worker.delivery import judge
 
 A, B = parse_server("a.example"), parse_server("b.example")
 ONE = '[one]\nrecipients = ["one.example"]\nservers = ["a.example"]\n'

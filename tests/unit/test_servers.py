@@ -6,7 +6,7 @@ import pytest
 
 from relay.routes import Route, parse_server
 from worker.backoff import delay
-from worker.servers import FRESH, REST_AWAITED, REST_MOST, TRIPPED_BY, Place, Servers
+from worker.circuit_breaker import FRESH, REST_AWAITED, REST_MOST, TRIPPED_BY, Place, Servers
 
 A, B = parse_server("a.example"), parse_server("b.example:2628")
 ONE, BOTH, NONE = Route("one", (A,)), Route("both", (A, B)), Route("none", ())

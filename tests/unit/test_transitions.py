@@ -1,8 +1,8 @@
 """The table of transitions: what it says of itself, and that the code's own lists agree with it."""
 
 from migrations.tables import deliveries
-from relay.schema import FINAL, NEEDS_BODY, TRANSITIONS, UNFINISHED, Outcome, State, words
-from relay.verbs import VERBS
+from relay.db.schema import FINAL, NEEDS_BODY, TRANSITIONS, UNFINISHED, Outcome, State, words
+from relay.queue.operations import VERBS
 
 
 def test_every_state_is_in_the_table() -> None:

@@ -1,0 +1,137 @@
+"""Acceptance: what makes a message ours.
+
+How it works: one statement inserts a round's messages, recipients and deliveries (on SQLite three in one transaction).
+When it has committed, and the bodies were synced before it began, the relay has taken responsibility and may say 250.
+
+What must stay true: every insert says ON CONFLICT DO NOTHING and every key was made by us, so that running a round
+again is how a COMMIT in doubt is settled: the repeat waits for the first transaction and then changes nothing.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sqlalchemy import Connection, Engine, text
+
+from relay.db.engine import TooLate, writing_once
+from relay.db.schema import LONGEST_INDEXED
+from relay.db.sql import dialect_of
+from relay.ids import dashed
+from relay.log import escaped
+
+
+class NewRecipient(NamedTuple):
+    """One RCPT: the address as QMQP wants it, and what DSN said of it."""
+
+    address: str
+    notify: str | None = None
+    orcpt: str | None = None
+    route: str = "default"
+
+
+class NewMessage(NamedTuple):
+    """A message whose body is safe on disk. `size` is that body's, in bytes.
+
+    `client_trusted`: whether the policy trusts the client (None: there is none). `dsn_content`: what a DSN encloses.
+    """
+
+    id: str
+    sender: str
+    size: int
+    recipients: list[NewRecipient]
+    client_address: str
+    helo: str
+    protocol: str
+    auth_user: str | None = None
+    header_message_id: str | None = None
+    body_type: str | None = None
+    ret: str | None = None
+    envid: str | None = None
+    notice_of: str | None = None
+    client_trusted: bool | None = None
+    dsn_content: str | None = None
+
+
+_MESSAGE_COLUMNS = (
+    "sender text, size bigint, client_address text, helo text, protocol text, auth_user text,"
+    " header_message_id text, body_type text, ret text, envid text, notice_of uuid, client_trusted boolean,"
+    " dsn_content text"
+)
+_MESSAGE_NAMES = ", ".join(column.split()[0] for column in _MESSAGE_COLUMNS.split(","))
+
+PARTS = (
+    f"""INSERT INTO messages (id, received_at, {_MESSAGE_NAMES})
+    SELECT id, @now, {_MESSAGE_NAMES} FROM @rows(:messages; id uuid, {_MESSAGE_COLUMNS}) WHERE true
+    ON CONFLICT DO NOTHING""",
+    """INSERT INTO recipients (message_id, position, address, delivery, notify, orcpt)
+    SELECT message_id, position, address, delivery, notify, orcpt FROM @rows(:recipients; message_id uuid, position int,
+        address text, delivery int, notify text, orcpt text) WHERE true
+    ON CONFLICT DO NOTHING""",
+    """INSERT INTO deliveries (message_id, number, route, state, due_at, expires_at)
+    SELECT message_id, number, route, 'queued', @later(:grace), @later(:lifetime)
+    FROM @rows(:deliveries; message_id uuid, number int, route text) WHERE true
+    ON CONFLICT DO NOTHING""",
+)
+
+
+class Intake:
+    """Accepts messages; `commit` is what `rounds.Rounds` runs."""
+
+    def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
+        spell = dialect_of(engine)
+        self._engine, self._lifetime, self._grace = engine, lifetime, grace
+        if spell.postgresql:
+            one = f"WITH m AS ({PARTS[0]}), r AS ({PARTS[1]}) {PARTS[2]}"
+            self._statements = [text(spell(one))]
+        else:
+            self._statements = [text(spell(part)) for part in PARTS]
+
+    def commit(self, messages: Sequence[NewMessage], begin_by: float = float("inf")) -> list[None]:
+        """Insert a round of messages in one transaction; raises the database's errors.
+
+        Raises TooLate when there is a connection, and a turn to write, only after `begin_by` (monotonic).
+        """
+        with writing_once(self._engine) as connection:
+            if time.monotonic() > begin_by:
+                raise TooLate("no connection or no turn to write in time")
+            self.insert(connection, messages)
+        return [None] * len(messages)
+
+    def insert(self, connection: Connection, messages: Sequence[NewMessage]) -> None:
+        """Insert messages in a transaction of the caller's."""
+        parameters = self._parameters(messages)
+        for statement in self._statements:
+            connection.execute(statement, parameters)
+
+    def _parameters(self, messages: Sequence[NewMessage]) -> dict[str, object]:
+        rows: list[dict[str, object]] = []
+        recipients: list[dict[str, object]] = []
+        deliveries: list[dict[str, object]] = []
+        for message in messages:
+            key = dashed(message.id)
+            rows.append(_message_row(key, message))
+            numbers: dict[str, int] = {}
+            for position, recipient in enumerate(message.recipients, 1):
+                number = numbers.setdefault(recipient.route, len(numbers) + 1)
+                recipients.append({
+                    "message_id": key, "position": position, "address": recipient.address, "delivery": number,
+                    "notify": recipient.notify, "orcpt": recipient.orcpt,
+                })  # fmt: skip
+            deliveries += [{"message_id": key, "number": n, "route": route} for route, n in numbers.items()]
+        return {
+            "messages": json.dumps(rows), "recipients": json.dumps(recipients), "deliveries": json.dumps(deliveries),
+            "grace": self._grace, "lifetime": self._lifetime,
+        }  # fmt: skip
+
+
+def _message_row(key: str, message: NewMessage) -> dict[str, object]:
+    header_id = message.header_message_id
+    return {
+        "id": key, "sender": message.sender, "size": message.size, "client_address": message.client_address,
+        "helo": escaped(message.helo, 255), "protocol": message.protocol, "auth_user": message.auth_user,
+        "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
+        "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
+        "notice_of": dashed(message.notice_of) if message.notice_of else None,
+        "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
+    }  # fmt: skip

@@ -1,0 +1,218 @@
+"""What operators do to the queue: retry, hold, release, bounce, drop, reroute, and pause what it is sent to.
+
+How it works: a verb goes through the deliveries that a filter means in chunks, each with its record
+(`relay.queue.audit`). What is being sent cannot be changed under its worker: the row is told what is `wanted`, by whom
+and why, and whatever becomes of the transfer but a K honours it. `release` takes such a wish back.
+
+What must stay true: only transitions of `schema.TRANSITIONS` happen; every verb that changed something leaves a row in
+`actions`; a filter on recipients acts on the whole delivery that carries them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+
+from relay.db.engine import reading, writing
+from relay.db.schema import OWED, State, words
+from relay.db.sql import Statements
+from relay.log import escaped
+from relay.queue.audit import PICKED, THESE, Action
+from relay.queue.split import Splitter
+from relay.report.filters import Filter
+from relay.report.queries import Queue
+from relay.spool.retention import unneeded
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A verb: the states that it takes a delivery from, the state it makes of them, and what else it sets."""
+
+    name: str
+    takes: tuple[State, ...]
+    state: State
+    sets: dict[str, str]
+    wanted: str | None = None  # what a delivery is told that is being sent
+    withdraws: str | None = None  # what it is told no longer
+
+
+_WAITING = (State.QUEUED, State.DEFERRED)
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb("retry", (State.DEFERRED,), State.QUEUED, {"due_at": "@now", "backoff_step": "0"}, "retry"),
+        Verb("hold", _WAITING, State.HELD, {"due_at": "NULL", "last_reply": ":why"}, "hold"),
+        Verb(
+            "release",
+            (State.HELD,),
+            State.QUEUED,
+            {"due_at": "@now", "backoff_step": "0", "vanished": "0"},
+            withdraws="hold",
+        ),
+        Verb(
+            "bounce",
+            (*_WAITING, State.HELD),
+            State.BOUNCED,
+            {
+                "due_at": OWED,
+                "finished_at": "@now",
+                "last_reply": ":why",
+                "last_outcome": "coalesce(d.last_outcome, 'rejected')",
+            },
+            "bounce",
+        ),
+        Verb(
+            "drop",
+            (*_WAITING, State.HELD),
+            State.DROPPED,
+            {"due_at": "NULL", "finished_at": "@now", "last_reply": ":why"},
+            "drop",
+        ),
+    )
+}
+# Routes are given when a message is accepted; who has corrected them since has this. What is not held is tried at once.
+REROUTE = Verb(
+    "reroute",
+    (*_WAITING, State.HELD),
+    State.QUEUED,
+    {
+        "state": "CASE WHEN d.state = 'held' THEN d.state ELSE 'queued' END",
+        "due_at": "CASE WHEN d.state <> 'held' THEN @now END",
+        "backoff_step": "0",
+    },
+)
+
+
+class Verbs:
+    """The queue as an operator changes it."""
+
+    def __init__(self, engine: Engine, *, notices: bool) -> None:
+        self._engine, self._queue = engine, Queue(engine)
+        self._sql = Statements(engine, notices=notices)
+        self._splitter = Splitter(self._sql)
+
+    def matching(self, verb: Verb, wanted: Filter) -> Counter[str]:
+        """How many deliveries the verb would touch, by state; nothing is changed."""
+        where, given = _meant(verb, wanted)
+        sql = f"SELECT d.state, count(*) FROM deliveries d WHERE {where} GROUP BY d.state"
+        with reading(self._engine) as connection:
+            return Counter(dict(self._sql.run(connection, sql, **given).all()))
+
+    def touched(self, verb: Verb, wanted: Filter, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Rows of `mail_history` that the verb would touch, all recipients of a delivery among them; streamed.
+
+        `limit`: those of the oldest so many deliveries.
+        """
+        where, given = _meant(verb, wanted)
+        if limit is not None:
+            oldest = f"SELECT d.message_id, d.number FROM deliveries d WHERE {where} ORDER BY 1, 2 LIMIT :limit"
+            where, given = f"(d.message_id, d.number) IN ({oldest})", given | {"limit": limit}
+        return self._queue.select(
+            f"""SELECT v.* FROM mail_history v WHERE EXISTS (SELECT 1 FROM deliveries d WHERE
+                d.message_id = v.message_id AND d.number = v.delivery AND {where}) ORDER BY v.message_id, v.position""",
+            given,
+        )
+
+    def apply(
+        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None,
+        limit: int | None = None,
+    ) -> tuple[Counter[str], list[str]]:  # fmt: skip
+        """Do it; the deliveries touched by the state they were in, and the ids of messages that need no body now.
+
+        `route_for` gives each delivery the route that its recipients have today, or divides it if they have several.
+        `limit`: so many deliveries, the oldest first.
+        """
+        all_touched: Counter[str] = Counter()
+        free: list[str] = []
+        chunks = self.in_chunks(verb, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit)
+        for touched, ids in chunks:
+            all_touched.update(touched)
+            free += ids
+        return all_touched, free
+
+    def in_chunks(
+        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[tuple[Counter[str], list[str]]]:  # fmt: skip
+        """Do it as `apply` does, while it is iterated: what each chunk came to, when that is committed."""
+        where, given = _meant(verb, wanted)
+        change, why = f"UPDATE deliveries AS d SET {_sets(verb)} {THESE}", _why(verb, actor, reason)
+
+        def do(connection: Connection, keys: str) -> None:
+            self._sql.run(connection, change, keys=keys, why=why)
+            if route_for:
+                self._move(connection, keys, route_for)
+
+        shown = wanted.shown() if limit is None else f"{wanted.shown()} --limit {limit}".lstrip()
+        action = Action(self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=shown)
+        for rows in action.through(where, do, limit=limit, **given):
+            ended = {message_id for message_id, _, was in rows if was != State.SENDING}
+            free = unneeded(self._engine, self._sql, ended) if verb.state in (State.DROPPED, State.BOUNCED) else []
+            yield Counter(was for _, _, was in rows), free
+
+    def pause(self, subject: str, *, actor: str, reason: str) -> bool:
+        """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if that is so already."""
+        with writing(self._engine) as connection:
+            sql = """INSERT INTO pauses (subject, since, actor, reason) VALUES (:subject, @now, :actor, :reason)
+                ON CONFLICT DO NOTHING"""
+            done = bool(self._sql.run(connection, sql, subject=subject, actor=actor, reason=reason).rowcount)
+            if done:
+                action = Action(self._engine, self._sql, actor=actor, verb=f"pause {subject}", reason=reason)
+                action.note(connection, 1)
+        return done
+
+    def resume(self, subject: str, *, actor: str, reason: str) -> bool:
+        """Send there again; False if it was not paused."""
+        with writing(self._engine) as connection:
+            sql = "DELETE FROM pauses WHERE subject = :subject"
+            done = bool(self._sql.run(connection, sql, subject=subject).rowcount)
+            if done:
+                action = Action(self._engine, self._sql, actor=actor, verb=f"resume {subject}", reason=reason)
+                action.note(connection, 1)
+        return done
+
+    def _move(self, connection: Connection, keys: str, route_for: Callable[[str], str]) -> None:
+        """Give these deliveries, which the caller has locked, the routes that their recipients have today."""
+        addressed = """SELECT position, address FROM recipients WHERE message_id = @id(:id) AND delivery = :number
+            ORDER BY position"""
+        for message_id, number in self._sql.run(connection, PICKED, keys=keys).all():
+            ways: dict[str, list[int]] = {}
+            for position, address in self._sql.run(connection, addressed, id=str(message_id), number=number):
+                ways.setdefault(route_for(address), []).append(position)
+            if ways:
+                self._splitter.divide(connection, str(message_id), number, ways)
+
+
+def _meant(verb: Verb, wanted: Filter) -> tuple[str, dict[str, Any]]:
+    """The deliveries (as d) that a filter means and the verb may touch."""
+    where, given = wanted.where()
+    takes = f"d.state IN ({words(verb.takes)})"
+    if verb.wanted or verb.withdraws:
+        wish = f" AND d.wanted = '{verb.withdraws}'" if verb.withdraws else ""
+        takes = f"({takes} OR d.state = 'sending'{wish})"
+    one = " AND d.message_id = @id(:id)" if wanted.id is not None else ""  # else SQLite looks at every delivery
+    meant = f"""{takes} AND EXISTS (
+        SELECT 1 FROM mail_history h WHERE h.message_id = d.message_id AND h.delivery = d.number AND {where}){one}"""
+    return meant, given
+
+
+def _why(verb: Verb, actor: str, reason: str) -> str:
+    """What stands in `last_reply` of a delivery that an operator has stopped; the sender of a bounce reads it too."""
+    who = "an operator" if verb.state is State.BOUNCED else actor
+    done = "retried" if verb.state is State.QUEUED else verb.state
+    return escaped(f"{done} by {who}" + (f": {reason}" if reason else ""))
+
+
+def _sets(verb: Verb) -> str:
+    """The SET list: what is being sent is only told what is wanted of it, or no longer wanted."""
+    values = {"state": f"'{verb.state}'"} | verb.sets
+    if not (verb.wanted or verb.withdraws):
+        return ", ".join(f"{column} = {value}" for column, value in values.items())
+    wish = {"wanted": f"'{verb.wanted}'", "wanted_why": ":why"} if verb.wanted else {}
+    kept = {column: f"d.{column}" for column in values} | {c: wish.get(c, "NULL") for c in ("wanted", "wanted_why")}
+    return ", ".join(
+        f"{column} = CASE WHEN d.state = 'sending' THEN {while_sending} ELSE {values.get(column, 'NULL')} END"
+        for column, while_sending in kept.items()
+    )

@@ -1,0 +1,90 @@
+"""What all mail comes to, for `stats` and the overview: rates, latency, the slowest, and how old is what waits.
+
+Counts by state, route and server are views (`relay.report.queries`); these are questions that no view answers. What
+must stay true: each looks at the last hours, or at what waits, and never at all of a long history.
+"""
+
+from datetime import datetime
+from itertools import islice
+from typing import Any
+
+from relay.report.filters import id_at
+from relay.report.queries import Queue, Row
+
+AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
+# What stands behind the last @: one expression that both databases understand.
+DOMAIN = "lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))"
+
+
+class Figures:
+    """What may be asked of a queue as a whole."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def rates(self) -> list[Row]:
+        """Tries of the last hour by outcome: how many, how many of them in the last minute, bytes, mean seconds."""
+        return self._queue.all(
+            """SELECT outcome, count(*) AS last_hour, sum(CASE WHEN finished_at > @ago(60) THEN 1 ELSE 0 END) AS
+                last_minute, sum(bytes_sent) AS bytes_sent, CAST(avg(@micros(finished_at) - @micros(started_at)) AS
+                float8) / 1e6 AS seconds
+            FROM attempts WHERE finished_at > @ago(3600) AND hop > 0 GROUP BY outcome ORDER BY outcome"""
+        )
+
+    def slowest(self, most: int = 5) -> list[Row]:
+        """The tries of the last hour that took longest."""
+        return self._queue.all(
+            """SELECT @hex(message_id) AS queue_id, server, outcome, bytes_sent, reply,
+                (@micros(finished_at) - @micros(started_at)) / CAST(1e6 AS float8) AS seconds
+            FROM attempts WHERE finished_at > @ago(3600) AND hop > 0 ORDER BY seconds DESC LIMIT :most""",
+            most=most,
+        )
+
+    def ages(self, most: int = 20) -> list[Row]:
+        """How long unfinished mail has waited, by the recipients' domain, the longest queues first.
+
+        A row has `domain`, `domains` (1), `waiting`, and how many of those are younger than each of AGES and than all
+        of them: `under_5m` ... `older`; the name of a column is its upper end. Behind the first `most` one more row has
+        the sum of all others: no `domain`, and how many `domains` there are.
+        """
+        ids = [id_at(seconds) for seconds in AGES.values()]
+        bounds = {f"bound{n}": bound for n, bound in enumerate(ids)}
+        columns, above = list[str](), "1 = 1"
+        for n, name in enumerate(AGES):
+            columns.append(f"sum(CASE WHEN {above} AND message_id >= @id(:bound{n}) THEN 1 ELSE 0 END) AS {name}")
+            above = f"message_id < @id(:bound{n})"
+        columns.append(f"sum(CASE WHEN {above} THEN 1 ELSE 0 END) AS older")
+        sql = f"""SELECT {DOMAIN} AS domain, 1 AS domains, count(*) AS waiting, {", ".join(columns)}
+            FROM mail_queue GROUP BY 1 ORDER BY 3 DESC, 1"""
+        found = self._queue.select(sql, bounds)
+        rows, others = list(islice(found, most)), dict[str, Any]()
+        for row in found:
+            row["domain"] = None
+            others = {name: value and value + others.get(name, 0) for name, value in row.items()}
+        return [*rows, others] if others else rows
+
+    def received(self) -> Row:
+        """What was accepted (notices are not): messages of the last minute and hour, bytes of the last hour."""
+        # Ids begin with smtpd's time, and are indexed; ten minutes for clocks that disagree.
+        (row,) = self._queue.all(
+            """SELECT coalesce(sum(CASE WHEN received_at > @ago(60) THEN 1 ELSE 0 END), 0) AS last_minute,
+                count(*) AS last_hour, coalesce(sum(size), 0) AS bytes FROM messages
+            WHERE id >= @id(:since) AND received_at > @ago(3600) AND notice_of IS NULL""",
+            since=id_at(4200),
+        )
+        return row
+
+    def history(self, seconds: int, step: int) -> tuple[datetime, list[Row]]:
+        """Tries by outcome in steps of so many seconds: (the time now, rows).
+
+        A row has `step` (how many whole ones ago: 0 is the newest, and has ended now), `outcome`, `tries`, and
+        `seconds`, their mean length.
+        """
+        rows = self._queue.all(
+            """SELECT (@micros(@now) - @micros(finished_at)) / CAST(:step AS bigint) AS step, outcome,
+                count(*) AS tries, CAST(avg(@micros(finished_at) - @micros(started_at)) AS float8) / 1e6 AS seconds
+            FROM attempts WHERE finished_at > @ago(:seconds) AND hop > 0 GROUP BY 1, 2 ORDER BY 1, 2""",
+            step=step * 1_000_000, seconds=seconds,
+        )  # fmt: skip
+        (now,) = self._queue.all("SELECT @when(@now) AS now_at")
+        return now["now_at"], rows
