@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bench import machine, plot, report
 from bench.parts import PARTS, QUICK, SMOKE, Part, Scale
-from bench.postfix_system import Postfix, missing
-from bench.relay_system import Relay
+from bench.postfix_system import PostfixSystem, missing
+from bench.relay_system import RelaySystem
 from bench.runs import measure
 from bench.systems import System, program
 from tests.services import temporary_directory
@@ -59,12 +59,12 @@ def scale_of(given: argparse.Namespace) -> Scale:
 @contextmanager
 def running(given: argparse.Namespace, directory: Path) -> Iterator[list[System]]:
     """The chosen systems that this machine can run, all started; ended again afterwards."""
-    chosen: list[System] = [Relay(kind, directory) for kind in SYSTEMS[:2] if kind in given.systems]
+    chosen: list[System] = [RelaySystem(kind, directory) for kind in SYSTEMS[:2] if kind in given.systems]
     if "postfix" in given.systems:
         if why := missing():
             print(f"without Postfix: {why}")
         else:
-            chosen.append(Postfix(directory, log=not given.no_postfix_log))
+            chosen.append(PostfixSystem(directory, log=not given.no_postfix_log))
     with ExitStack() as stack:
         for system in chosen:
             system.start()

@@ -46,7 +46,7 @@ def send(port: int, messages: int, size: int, *, sessions: int = 20, reuse: bool
     return Sent(began, ended, used.ru_utime + used.ru_stime)
 
 
-class Client:
+class SmtpClient:
     """One SMTP connection, used one command at a time."""
 
     def __init__(self, port: int) -> None:
@@ -84,12 +84,12 @@ class Client:
 
 
 @contextmanager
-def connected(port: int, count: int) -> Iterator[list[Client]]:
+def connected(port: int, count: int) -> Iterator[list[SmtpClient]]:
     """So many sessions that have said EHLO and nothing more."""
-    clients: list[Client] = []
+    clients: list[SmtpClient] = []
     try:
         while len(clients) < count:
-            clients.append(Client(port))
+            clients.append(SmtpClient(port))
         yield clients
     finally:
         for client in clients:

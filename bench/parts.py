@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
-from bench.load import Client, connected, send, text_of
+from bench.load import SmtpClient, connected, send, text_of
 from bench.machine import Disk
 from bench.processes import cpu_seconds, machine_cpu_seconds, resident_bytes, wait
 from bench.systems import System
@@ -22,7 +22,7 @@ ENOUGH = 240.0  # MB; what is sent in less than a second or so says little about
 
 NO_RATIO = " (too little for a ratio)"
 
-type Figures = dict[str, float]
+type Statistics = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Part:
     name: str
     words: str
     unit: str
-    run: Callable[[System, Scale, Disk], Figures]
+    run: Callable[[System, Scale, Disk], Statistics]
     more_is_better: bool = True
 
 
@@ -79,7 +79,7 @@ def _wait_for(system: System, count: int, *, pause: float = 0.004) -> float:
     return wait(lambda: system.delivered() >= count, f"{system.name}: {count} delivered", patience=300.0, pause=pause)
 
 
-def _load(system: System, scale: Scale, disk: Disk, *, reuse: bool, workers: int = 1) -> Figures:
+def _load(system: System, scale: Scale, disk: Disk, *, reuse: bool, workers: int = 1) -> Statistics:
     if not system.arrange(workers):
         return {}
     count = scale.messages
@@ -100,7 +100,7 @@ def _load(system: System, scale: Scale, disk: Disk, *, reuse: bool, workers: int
     }
 
 
-def _large(system: System, scale: Scale, disk: Disk) -> Figures:
+def _large(system: System, scale: Scale, disk: Disk) -> Statistics:
     if not system.arrange():
         return {}
     before, megabytes = _prepare(system, disk), scale.large * scale.large_size / 1e6
@@ -115,12 +115,12 @@ def _large(system: System, scale: Scale, disk: Disk) -> Figures:
     return {"in": megabytes / sent.seconds, out: megabytes / (delivered - released)}
 
 
-def _latency(system: System, scale: Scale, disk: Disk) -> Figures:
+def _latency(system: System, scale: Scale, disk: Disk) -> Statistics:
     if not system.arrange():
         return {}
     accepting, delivering, text = [], [], text_of(scale.size)
     before = _prepare(system, disk)
-    with closing(Client(system.smtp_port)) as client:
+    with closing(SmtpClient(system.smtp_port)) as client:
         for number in range(1, scale.singles + 1):
             sent, accepted = client.message(text)
             delivered = _wait_for(system, before + number, pause=0.0002)
@@ -134,7 +134,7 @@ def _latency(system: System, scale: Scale, disk: Disk) -> Figures:
     }
 
 
-def _slow(system: System, scale: Scale, disk: Disk, workers: int) -> Figures:
+def _slow(system: System, scale: Scale, disk: Disk, workers: int) -> Statistics:
     if not system.arrange(workers, slow=True):
         return {}
     count, before = scale.slow, _prepare(system, disk)
@@ -149,14 +149,14 @@ def _slow(system: System, scale: Scale, disk: Disk, workers: int) -> Figures:
     return {f"workers: {workers}": (system.delivered() - first) / (high - low)}
 
 
-def _slow_twice(system: System, scale: Scale, disk: Disk) -> Figures:
+def _slow_twice(system: System, scale: Scale, disk: Disk) -> Statistics:
     return _slow(system, scale, disk, 1) | _slow(system, scale, disk, 2)
 
 
-def _memory(system: System, scale: Scale, disk: Disk) -> Figures:
+def _memory(system: System, scale: Scale, disk: Disk) -> Statistics:
     if not system.arrange():
         return {}
-    figures: Figures = {}
+    figures: Statistics = {}
     for count in scale.connections:
         _prepare(system, disk)
         with connected(system.smtp_port, count):

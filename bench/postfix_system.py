@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.processes import trees, wait
-from bench.systems import CONCURRENCY, Sink, program
+from bench.systems import CONCURRENCY, SinkProcess, program
 from tests.services import end, free_port, spawn
 
 _MAIN = """
@@ -83,10 +83,10 @@ def missing() -> str:
     return "" if os.geteuid() == 0 else "Postfix must be started by root"
 
 
-class Postfix:
+class PostfixSystem:
     """One instance in a directory of its own."""
 
-    name = "Postfix"
+    name = "PostfixSystem"
 
     def __init__(self, directory: Path, *, log: bool = True) -> None:
         self.directory = directory / "postfix"
@@ -100,7 +100,7 @@ class Postfix:
         for place in ("config", "queue", "data"):
             (self.directory / place).mkdir(mode=0o755)
         os.chown(self.directory / "data", pwd.getpwnam("postfix").pw_uid, -1)
-        self._sink = Sink("smtp-sink", self.directory)
+        self._sink = SinkProcess("smtp-sink", self.directory)
         maillog = self.directory / "mail.log" if self._log else ""
         given = {"top": self.directory, "sink": self._sink.port, "concurrency": CONCURRENCY, "maillog": maillog}
         (config / "main.cf").write_text(_MAIN.format(**given))
@@ -130,7 +130,7 @@ class Postfix:
         return workers == 1 and not slow
 
     def processes(self) -> Mapping[str, list[int]]:
-        return {"Postfix": [self._master.pid], "sink": [self._sink.pid]}
+        return {"PostfixSystem": [self._master.pid], "sink": [self._sink.pid]}
 
     def delivered(self) -> int:
         return self._sink.count()
@@ -157,7 +157,7 @@ class Postfix:
         """Nothing: what it has written is synced, or in the page cache as anybody's."""
 
     def facts(self) -> dict[str, str]:
-        return {"Postfix": f"{_setting('mail_version')}, fsync of each queue file before the 250"}
+        return {"PostfixSystem": f"{_setting('mail_version')}, fsync of each queue file before the 250"}
 
 
 def _setting(name: str) -> str:

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.engine import make_url
 
 from bench.processes import wait
-from bench.systems import CONCURRENCY, ROOT, Sink
+from bench.systems import CONCURRENCY, ROOT, SinkProcess
 from relay.db import engine as database
 from tests.services import Broker, Postgres, end, free_port, spawn, temporary_directory
 
@@ -33,7 +33,7 @@ _LEFT = " UNION ALL ".join(
 )  # fmt: skip
 
 
-class Relay:
+class RelaySystem:
     """smtpd and workers on one database, `sqlite` or `postgresql`."""
 
     def __init__(self, kind: str, directory: Path) -> None:
@@ -54,7 +54,7 @@ class Relay:
         url = self._database()
         database.migrate(url)
         self._engine = database.connect(url)
-        self._sinks = {slow: Sink("qmqp-sink", self.directory, SLOW if slow else 0.0) for slow in (False, True)}
+        self._sinks = {slow: SinkProcess("qmqp-sink", self.directory, SLOW if slow else 0.0) for slow in (False, True)}
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
         self._environment = kept | {
             "PYTHONPATH": str(ROOT), "RELAY_STATE_DIR": str(self.directory), "RELAY_DATABASE_URL": url,

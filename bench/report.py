@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.runs import PEER, Result
+from bench.runs import PEER, Measurement
 
 COST = "CPU "
 _ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source", "machine")
 
 
-def table(result: Result, systems: Sequence[str]) -> str:
+def table(result: Measurement, systems: Sequence[str]) -> str:
     """One part: a line a figure, a column a system; median, lowest and highest, and the ratio to Postfix."""
     part = result.part
     lines = [f"\n{part.name}: {part.words} ({part.unit}; x: times better than {PEER})", _line("", systems)]
@@ -29,15 +29,15 @@ def _line(head: str, cells: Sequence[str]) -> str:
     return f"  {head:<32}" + "".join(f"{cell:>34}" for cell in cells)
 
 
-def _cell(result: Result, name: str, system: str) -> str:
+def _cell(result: Measurement, name: str, system: str) -> str:
     values, median, ratio = result.values(name, system), result.median(name, system), result.ratio(name, system)
     if median is None:
         return "-"
-    spread = f" ({_number(min(values))}-{_number(max(values))})" if len(values) > 1 else ""
-    return f"{_number(median)}{spread}" + (f"  {ratio:.2f}x" if ratio is not None else "")
+    jitter = f" ({_number(min(values))}-{_number(max(values))})" if len(values) > 1 else ""
+    return f"{_number(median)}{jitter}" + (f"  {ratio:.2f}x" if ratio is not None else "")
 
 
-def _cost(result: Result, name: str, system: str) -> str:
+def _cost(result: Measurement, name: str, system: str) -> str:
     median = result.median(name, system)
     return "-" if median is None else f"{median:.0f}"
 
@@ -51,7 +51,7 @@ def facts(about: Mapping[str, str]) -> str:
     return "\n".join(f"  {name:<38}{value}" for name, value in about.items())
 
 
-def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(results: Sequence[Measurement], about: Mapping[str, Any]) -> dict[str, Any]:
     """Everything, every run: `{"about": {...}, "parts": [{"name", "unit", "figures": {name: {system: [...]}}}]}`.
 
     Of each system there is a figure a turn, null where that run failed.
@@ -71,7 +71,7 @@ def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, An
     return {"about": dict(about), "parts": parts}
 
 
-def write(file: Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
+def write(file: Path, results: Sequence[Measurement], about: Mapping[str, Any]) -> None:
     """Write the JSON file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(as_json(results, about), indent=1) + "\n")

@@ -12,7 +12,7 @@ PEER = "Postfix"
 
 
 @dataclass(slots=True)
-class Result:
+class Measurement:
     """Figures of one part: by name, by system, one for each turn, None where that run failed.
 
     `restless` are the runs in which the disk was not still before what was measured.
@@ -42,9 +42,9 @@ class Result:
         return ratio if self.part.more_is_better or not ratio else 1 / ratio
 
 
-def measure(part: Part, systems: Sequence[System], scale: Scale) -> Result:
+def measure(part: Part, systems: Sequence[System], scale: Scale) -> Measurement:
     """Run one part on all systems as often as `scale` says."""
-    result = Result(part)
+    result = Measurement(part)
     for turn in range(scale.runs):
         # Who comes first in one turn comes last in the next.
         for system in systems if turn % 2 == 0 else systems[::-1]:

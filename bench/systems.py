@@ -55,7 +55,7 @@ def program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin:/usr/libexec/postfix")
 
 
-class Sink:
+class SinkProcess:
     """A sink in a process of its own that writes a running counter, read from its file without disturbing it.
 
     Postfix's tools where they are (they cost least), else, or with a `delay` (seconds), our own.

@@ -21,12 +21,12 @@ from bench.processes import cpu_seconds
 from relay.db.engine import connect, migrate, writing
 from relay.db.schema import Outcome, State
 from relay.db.sql import dialect_of
-from relay.dsn.generator import Debts
+from relay.dsn.generator import DsnGenerator
 from relay.ids import new_id
-from relay.queue.accept import Intake, NewMessage, NewRecipient
-from relay.queue.claim import Ledger
-from relay.queue.model import Record, Try, Wish
-from relay.queue.rescue import Sweeps
+from relay.queue.accept import Acceptor, NewMessage, NewRecipient
+from relay.queue.claim import WorkerQueue
+from relay.queue.model import Attempt, ClaimRequest, Completion
+from relay.queue.rescue import Rescuer
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
 
@@ -34,7 +34,7 @@ ROUND = 32
 ROUTES = ("default", "dead")
 
 
-class Relay:
+class RelayQueue:
     """A worker and smtpd, as far as the database knows them."""
 
     def __init__(self, url: str, directory: Path) -> None:
@@ -43,9 +43,9 @@ class Relay:
         self.engine = connect(url, hot=True)
         spool = Spool(directory)
         spool.prepare(self.engine, unsafe=True)
-        self.intake = Intake(self.engine, lifetime=settings.queue_lifetime, grace=settings.grace)
-        self.ledger, self.sweeps = Ledger(self.engine, settings), Sweeps(self.engine, settings)
-        self.debts = Debts(self.engine, spool, settings, lambda _: "default")
+        self.intake = Acceptor(self.engine, lifetime=settings.queue_lifetime, grace=settings.grace)
+        self.ledger, self.sweeps = WorkerQueue(self.engine, settings), Rescuer(self.engine, settings)
+        self.debts = DsnGenerator(self.engine, spool, settings, lambda _: "default")
         self.worker = new_id()
         self.ledger.register(self.worker, "bench", os.getpid())
 
@@ -54,12 +54,12 @@ class Relay:
         self.sweeps.paused()
         self.sweeps.bring_near(2048, 5400.0, ROUTES)
         self.sweeps.requeue_due(256)
-        self.sweeps.lose_stuck()
-        self.sweeps.ran_out()
-        self.sweeps.lose_strays()
+        self.sweeps.expire_stuck_transfers()
+        self.sweeps.expired_leases()
+        self.sweeps.rescue_unowned()
         self.debts.settle(256)
         self.debts.warn(256)
-        self.ledger.commit([Wish(self.worker, None, {"default": 64})])
+        self.ledger.commit([ClaimRequest(self.worker, None, {"default": 64})])
 
     def round(self) -> tuple[float, float]:
         """A round of messages, from acceptance to delivery: seconds to accept, seconds to claim and record."""
@@ -70,12 +70,12 @@ class Relay:
         began = time.perf_counter()
         self.intake.commit(messages)
         accepted = time.perf_counter()
-        (claims,) = self.ledger.commit([Wish(self.worker, [one.id for one in messages], {"default": ROUND})])
+        (claims,) = self.ledger.commit([ClaimRequest(self.worker, [one.id for one in messages], {"default": ROUND})])
         if not isinstance(claims, list) or len(claims) != ROUND:
             raise SystemExit("not all of a round was claimed")
-        tried = Try(1, "192.0.2.1:628", Outcome.ACCEPTED, "ok", 4200, 0.1, 0.0)
+        tried = Attempt(1, "192.0.2.1:628", Outcome.ACCEPTED, "ok", 4200, 0.1, 0.0)
         given = {"state": State.DELIVERED, "outcome": Outcome.ACCEPTED, "reply": "ok", "tries": [tried]}
-        self.ledger.commit([Record(self.worker, c.message_id, c.number, c.claim, **given) for c in claims])  # type: ignore[arg-type]
+        self.ledger.commit([Completion(self.worker, c.message_id, c.number, c.claim, **given) for c in claims])  # type: ignore[arg-type]
         return accepted - began, time.perf_counter() - accepted
 
 
@@ -104,7 +104,7 @@ def database_cpu(engine: Engine) -> Callable[[], float]:
     return lambda: cpu_seconds({"database": [parent]})["database"]
 
 
-def figures(relay: Relay, turns: int, rounds: int) -> dict[str, float]:
+def figures(relay: RelayQueue, turns: int, rounds: int) -> dict[str, float]:
     """What an idle second and what a message costs now."""
     used = database_cpu(relay.engine)
     for _ in range(10):  # plans and caches
@@ -126,7 +126,7 @@ def figures(relay: Relay, turns: int, rounds: int) -> dict[str, float]:
 def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
     """Print a line for each figure: beside an empty queue, beside the rows, and their ratio."""
     with tempfile.TemporaryDirectory() as directory:
-        relay = Relay(url, Path(directory))
+        relay = RelayQueue(url, Path(directory))
         empty = figures(relay, turns, rounds)
         fill(url, rows)
         wait_for_a_dead_server(relay.engine)

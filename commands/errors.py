@@ -47,7 +47,7 @@ def explanation(error: Exception) -> tuple[int | None, str]:
 
     from commands.standalone.up import UpError
     from reception.policy import PolicyError
-    from reception.spooler_client import KeeperError
+    from reception.spooler_client import SpoolerError
     from relay.db.engine import DatabaseError, is_outage, lacks_schema
     from relay.log import first_line
     from relay.report.queries import NoSuchMessage
@@ -58,7 +58,7 @@ def explanation(error: Exception) -> tuple[int | None, str]:
         return NOTHING_MATCHED, str(error)
     if isinstance(error, UpError | DatabaseError | SpoolError | PolicyError | ListenError):
         return WRONG_USE, str(error)
-    if isinstance(error, KeeperError):  # no process or no memory to spare: the next start may have it
+    if isinstance(error, SpoolerError):  # no process or no memory to spare: the next start may have it
         return OUT_OF_REACH, str(error)
     if isinstance(error, OSError) and error.filename:  # a spool of another user
         return OUT_OF_REACH, f"{error.filename}: {error.strerror}"

@@ -18,7 +18,7 @@ import time
 
 TIMEOUT = 5.0
 # A sweep may wait this long for a database that does not answer (seconds); see relay.db.engine.STATEMENT_TIMEOUT.
-OLDEST_TICK = 60.0
+MAX_HEARTBEAT_AGE = 60.0
 _LONGEST_BANNER = 4096
 
 
@@ -69,7 +69,7 @@ def worker(file: str) -> str:
     age = time.time() - os.fstat(handle).st_mtime
     os.close(handle)
     # A clock that was set back makes the file seem to come from the future until its next tick.
-    if abs(age) > OLDEST_TICK:
+    if abs(age) > MAX_HEARTBEAT_AGE:
         raise Unhealthy(f"the last tick was {age:.0f} s ago")
     return f"the last tick was {age:.1f} s ago"
 

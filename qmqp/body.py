@@ -28,7 +28,7 @@ class BodyChanged(BodyFault):
     """The body is shorter or longer than the request announces. The connection was closed before the commit point."""
 
 
-class Body:
+class BodyReader:
     """The `size` bytes that the file `fd` is expected to have, `block_size` bytes at a time; `whole` once the last of
     them were read. A block is valid until the next one is asked for."""
 

@@ -2,10 +2,10 @@
 
     result = await send(host="192.0.2.1", request=Request(size, sender, recipients), fd=body)
 
-How it works. One `Transfer` is one connection: connect, write, hear, and a `Result`. It owns the socket, rather than a
-transport, because three things must be known that a transport hides: how many bytes the kernel has taken (the commit
-point), that it is just now that the last ones go, and what still lies in the receive buffer when a write fails. The
-header goes with the first block of the body in one write, the end of the body with the whole envelope in another (a
+How it works. One `ClientConnection` is one connection: connect, write, hear, and a `Result`. It owns the socket, rather
+than a transport, because three things must be known that a transport hides: how many bytes the kernel has taken (the
+commit point), that it is just now that the last ones go, and what still lies in the receive buffer when a write fails.
+The header goes with the first block of the body in one write, the end of the body with the whole envelope in another (a
 request that fits into a block goes in a single one). After each block the loop has a turn, so that one large message
 does not hold up the others.
 
@@ -33,14 +33,14 @@ from time import monotonic
 from typing import Any
 
 from qmqp import LONGEST_SESSION, PORT
-from qmqp.body import Body, BodyChanged, BodyFault
+from qmqp.body import BodyChanged, BodyFault, BodyReader
 from qmqp.connection import Unreachable, connect
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
 from qmqp.request import Request
 from qmqp.result import Outcome, Result, words_of
-from qmqp.wakeup import Stopped, Waiting
+from qmqp.wakeup import Stopped, Wakeup
 
-__all__ = ["BLOCK_SIZE", "BodyChanged", "BodyFault", "Outcome", "Result", "Timeouts", "Transfer", "send"]
+__all__ = ["BLOCK_SIZE", "BodyChanged", "BodyFault", "Outcome", "Result", "Timeouts", "ClientConnection", "send"]
 
 BLOCK_SIZE = 65536
 _READ_SIZE = 4096
@@ -66,12 +66,12 @@ class Timeouts:
 DEFAULT_TIMEOUTS = Timeouts()
 
 
-class _Lost(Exception):
+class ReplyLost(Exception):
     """There will be no whole reply, and why."""
 
 
 @dataclass(eq=False, kw_only=True)  # without slots most of the state need not be set but stays the class's
-class Transfer:
+class ClientConnection:
     """One request on its way: `request`, its body from the start of the file `fd`, to `host` and `port` or to the Unix
     socket `path`, in blocks of `block_size` bytes. For a caller that wants to look at it or stop it; else see `send`.
 
@@ -94,7 +94,7 @@ class Transfer:
 
     _sock: socket.socket = field(init=False)
     _began: float = field(default=0.0, init=False)
-    _waiting: Waiting = field(default_factory=Waiting, init=False)
+    _waiting: Wakeup = field(default_factory=Wakeup, init=False)
     _readable: bool = field(default=False, init=False)
     _connected: float = field(default=0.0, init=False)
     _closed_at_once: bool = field(default=False, init=False)
@@ -117,7 +117,7 @@ class Transfer:
             return self._result(Outcome.MALFORMED, b"%b: %b" % (str(error).encode(), error.received))
         except Stopped as error:
             return self._result(Outcome.INTERRUPTED, str(error).encode(), ours=True)
-        except _Lost as error:
+        except ReplyLost as error:
             return self._lost(str(error))
 
     def abort(self) -> None:
@@ -135,14 +135,14 @@ class Transfer:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             loop.add_reader(sock.fileno(), self._on_readable)
             await self._write()
-            return await self._hear()
+            return await self._read_reply()
         finally:
             loop.remove_reader(sock.fileno())
             sock.close()
 
     async def _write(self) -> None:
         """Write until the last byte has left, the connection breaks, or the server begins to speak."""
-        body = Body(self.fd, self.request.size, self.block_size)
+        body = BodyReader(self.fd, self.request.size, self.block_size)
         parts: list[bytes | memoryview] = [self.request.head]
         while not self.committed:
             view = body.cached()
@@ -175,7 +175,7 @@ class Transfer:
                 return False
         return True
 
-    async def _read(self, body: Body) -> memoryview | None:
+    async def _read(self, body: BodyReader) -> memoryview | None:
         """The next block, by a thread; None if the server begins to speak meanwhile."""
         reading = asyncio.get_running_loop().run_in_executor(None, body.read)
         reading.add_done_callback(self._waiting.wake)
@@ -230,7 +230,7 @@ class Transfer:
         finally:
             loop.remove_writer(self._sock.fileno())
 
-    async def _hear(self) -> Reply:
+    async def _read_reply(self) -> Reply:
         """Wait for the whole reply."""
         patience = self.timeouts.reply if self.committed else self.timeouts.io
         deadline = monotonic() + patience
@@ -266,12 +266,12 @@ class Transfer:
         self._reply = self._parser.feed(data)
         return True
 
-    def _closed(self, why: str) -> _Lost:
+    def _closed(self, why: str) -> ReplyLost:
         """The server has closed the connection; notes whether it may have done so without reading."""
         if not self._parser.received and monotonic() - self._connected < _AT_ONCE:
             (unacknowledged,) = struct.unpack("i", ioctl(self._sock, termios.TIOCOUTQ, bytes(4)))
             self._closed_at_once = self.bytes_sent - unacknowledged <= _UNREAD
-        return _Lost(why)
+        return ReplyLost(why)
 
     async def _until(self, deadline: float) -> None:
         """Wait for news from the server, the kernel or a thread, but not past `deadline` or the end of the session."""
@@ -282,10 +282,10 @@ class Transfer:
             if self._look_again(min(deadline, session_end)):
                 return
             if session_end <= deadline:
-                raise _Lost(f"session not over in {self.timeouts.session:g} s") from None
+                raise ReplyLost(f"session not over in {self.timeouts.session:g} s") from None
             if self.committed:
-                raise _Lost(f"no whole reply in {self.timeouts.reply:g} s") from None
-            raise _Lost(f"no progress in {self.timeouts.io:g} s") from None
+                raise ReplyLost(f"no whole reply in {self.timeouts.reply:g} s") from None
+            raise ReplyLost(f"no progress in {self.timeouts.io:g} s") from None
 
     def _look_again(self, deadline: float) -> bool:
         """Whether the kernel has news, once for each deadline that has passed.
@@ -333,14 +333,14 @@ class Transfer:
         return Result(outcome, text[:KEPT_TEXT], self.committed, ours, self.bytes_sent, seconds, flags)
 
 
-def _coroutine_of[**P](transfer: Callable[P, Transfer]) -> Callable[P, Coroutine[Any, Any, Result]]:
+def _coroutine_of[**P](transfer: Callable[P, ClientConnection]) -> Callable[P, Coroutine[Any, Any, Result]]:
     def send(*args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, Result]:
         return transfer(*args, **kwargs).run()
 
     return send
 
 
-send = _coroutine_of(Transfer)
+send = _coroutine_of(ClientConnection)
 """`await send(...)` is `await Transfer(...).run()`, with the same arguments, results and errors."""
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from qmqp.resolver import Address, addresses
 from qmqp.result import words_of
-from qmqp.wakeup import Waiting
+from qmqp.wakeup import Wakeup
 
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 _RESET_ON_CLOSE = pack("ii", 1, 0)
@@ -31,7 +31,7 @@ class Unreachable(Exception):
     """There is no connection to any address; the text says why, for each."""
 
 
-async def connect(host: str, port: int, path: str | None, deadline: float, waiting: Waiting) -> socket.socket:
+async def connect(host: str, port: int, path: str | None, deadline: float, waiting: Wakeup) -> socket.socket:
     """Connect to `host` and `port`, or to the Unix socket `path`.
 
     Raises Unreachable, Stopped, and OSError when this process has no socket to spare (EMFILE and the like)."""
@@ -52,7 +52,7 @@ async def connect(host: str, port: int, path: str | None, deadline: float, waiti
     raise Unreachable(f"no connection: {'; '.join(tried)}")
 
 
-async def _found(host: str, port: int, deadline: float, waiting: Waiting) -> list[Address]:
+async def _found(host: str, port: int, deadline: float, waiting: Wakeup) -> list[Address]:
     if literal := _literal(host, port):
         return [literal]
     lookup = addresses(host, port)
@@ -68,7 +68,7 @@ async def _found(host: str, port: int, deadline: float, waiting: Waiting) -> lis
     return found
 
 
-async def _try(family: int, where: Any, deadline: float, waiting: Waiting) -> socket.socket:
+async def _try(family: int, where: Any, deadline: float, waiting: Wakeup) -> socket.socket:
     """A connection to one address. Raises OSError, Stopped."""
     sock = socket.socket(family, _STREAM)
     try:
@@ -87,7 +87,7 @@ async def _try(family: int, where: Any, deadline: float, waiting: Waiting) -> so
     return sock
 
 
-async def _writable(sock: socket.socket, deadline: float, waiting: Waiting) -> None:
+async def _writable(sock: socket.socket, deadline: float, waiting: Wakeup) -> None:
     loop = asyncio.get_running_loop()
     loop.add_writer(sock.fileno(), waiting.wake)
     try:

@@ -39,7 +39,7 @@ _PATIENCE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ProbeResult:
     """What a probe found. `allowed`: None if nobody knows. `family`: postfix, qmail, qmail-ldap,
     mailfront, qrelay, other or none; `said`: the server's bytes, bounded."""
 
@@ -53,31 +53,31 @@ class Finding:
 
 async def probe(
     *, host: str | None = None, port: int = PORT, path: str | None = None, connect: float = 10.0, reply: float = 5.0
-) -> Finding:
+) -> ProbeResult:
     """Ask the server at host and port, or at the Unix socket `path`; never raises for what the network does."""
     started = monotonic()
     try:
         reader, writer = await _connected(host, port, path, connect)
     except UnicodeError:
-        return Finding(False, None, "none", "no connection: that is no host name")
+        return ProbeResult(False, None, "none", "no connection: that is no host name")
     except OSError as error:
         known = error.errno is not None and error.errno > 0
         reason = os.strerror(error.errno or 0) if known else error.strerror or str(error) or "timed out"
-        return Finding(False, None, "none", f"no connection: {reason}")
+        return ProbeResult(False, None, "none", f"no connection: {reason}")
     took = round(monotonic() - started, 6)
     asked = False
     try:
-        said, closed = await _hear(reader, min(_PATIENCE, reply))
+        said, closed = await _read_reply(reader, min(_PATIENCE, reply))
         if not said and not closed:
             asked = True
             writer.write(_NO_LENGTH)
-            said, closed = await _hear(reader, reply)
+            said, closed = await _read_reply(reader, reply)
         if asked and not said and not closed:
             writer.write(_TOO_LONG)
-            said, closed = await _hear(reader, reply)
+            said, closed = await _read_reply(reader, reply)
     finally:
         writer.transport.abort()
-    found = Finding(True, *_judge(said, asked=asked, closed=closed), said, took)
+    found = ProbeResult(True, *_judge(said, asked=asked, closed=closed), said, took)
     if found.family == "qmail":
         said = await _second_answer(host, port, path, connect, reply)
         if said == _MALFORMED:
@@ -101,12 +101,12 @@ async def _second_answer(host: str | None, port: int, path: str | None, connect:
         return b""
     try:
         writer.write(_NO_MESSAGE)
-        return (await _hear(reader, reply))[0]
+        return (await _read_reply(reader, reply))[0]
     finally:
         writer.transport.abort()
 
 
-async def _hear(reader: asyncio.StreamReader, seconds: float) -> tuple[bytes, bool]:
+async def _read_reply(reader: asyncio.StreamReader, seconds: float) -> tuple[bytes, bool]:
     """What the server says in that time, and whether it has closed."""
     said = b""
     try:

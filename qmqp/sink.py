@@ -32,7 +32,7 @@ from qmqp import LONGEST_SESSION
 from qmqp.netstring import NetstringError, SizeError, encode
 from qmqp.request import RequestParser
 from qmqp.sink_rules import PRESETS, Answer, Chooser, MagicRecipients, Preset, Rule
-from qmqp.wakeup import Waiting
+from qmqp.wakeup import Wakeup
 
 __all__ = ["PRESETS", "Answer", "MagicRecipients", "Preset", "Received", "Rule", "Sink", "running_sink"]
 
@@ -141,7 +141,7 @@ class _Connection:
         self._parser = RequestParser(self._keep, sink.preset.max_size)
         self._digest = sha256()
         self._number = 0
-        self._waiting = Waiting()
+        self._waiting = Wakeup()
         self._end = monotonic() + LONGEST_SESSION
         self._part = sink.dump / f".{os.getpid()}-{id(self)}" if sink.dump is not None else None
 

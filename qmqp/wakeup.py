@@ -10,7 +10,7 @@ class Stopped(Exception):
     """Somebody here wants no more of it."""
 
 
-class Waiting:
+class Wakeup:
     """A place to wait. Whoever has news calls `wake`, which says nothing but that it is worth looking again: whoever
     waits looks at its own conditions before and after."""
 

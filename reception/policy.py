@@ -25,7 +25,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 
 from relay.settings import Network, SmtpdSettings, parse_network
-from smtpd.addresses import Recipient, Refused
+from smtpd.addresses import CommandRefused, Recipient
 
 ROOM_KEPT_FREE = 4 * 1024 * 1024
 """Octets that must stay free on the spool's file system beside a message."""
@@ -54,7 +54,7 @@ class Policy:
     def __init__(self, settings: SmtpdSettings) -> None:
         self.max_message_size = settings.max_message_size
         self.max_recipients = settings.max_recipients
-        self.room = Room(settings.spool_dir)
+        self.room = FreeSpace(settings.spool_dir)
         self._networks = client_networks(settings.client_networks, settings.publish)
         domains = [domain.lower() for domain in settings.recipient_domains]
         self._domains = frozenset(domain for domain in domains if not domain.startswith("."))
@@ -64,11 +64,11 @@ class Policy:
         self._postmaster = f"postmaster@{settings.hostname}".lower()
         self.client = lru_cache(maxsize=4096)(self._client)
 
-    def _client(self, peer: str) -> "Client":
+    def _client(self, peer: str) -> "ClientPolicy":
         """The rules for a client by its IP address in text."""
         address = plain_address(peer)
         trusted = any(address in network for network in self._networks if network.version == address.version)
-        return Client(self, str(address), trusted, network_of(address))
+        return ClientPolicy(self, str(address), trusted, network_of(address))
 
     def receives_for(self, recipient: Recipient) -> bool:
         """Whether anyone may send to this recipient. `.example.org` in RECIPIENT_DOMAINS means what is below it."""
@@ -78,7 +78,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Client:
+class ClientPolicy:
     """What one client may do; fits session.Rules."""
 
     policy: Policy
@@ -94,11 +94,11 @@ class Client:
     def check_sender(self, size: int) -> None:
         """`size`: what SIZE declared (RFC 1870), octets; 0 if it was not said. Raises Refused."""
         if size > self.policy.max_message_size:
-            raise Refused(_TOO_BIG)
+            raise CommandRefused(_TOO_BIG)
         if not self.policy.room.holds(size, self._stranger):
-            raise Refused(_NO_ROOM)
+            raise CommandRefused(_NO_ROOM)
 
-    def claim(self, size: int) -> "Claim":
+    def claim(self, size: int) -> "SpaceClaim":
         """The claim of a message that begins; `size` as in `check_sender`."""
         return self.policy.room.claim(size, self._stranger)
 
@@ -109,18 +109,18 @@ class Client:
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
         """`accepted`: how many recipients the transaction has. Raises Refused."""
         if not self.trusted and not self.policy.receives_for(recipient):
-            raise Refused(_RELAY_DENIED)
+            raise CommandRefused(_RELAY_DENIED)
         # `victim%evil.test@allowed.test` is mail to evil.test for a server that knows the percent hack, and `!` and a
         # quoted @ are other spellings of it. Postfix refuses them to strangers (`allow_untrusted_routing = no`), but
         # its qmqpd trusts its clients and sends such mail outward. So the decision is made here. Address literals need
         # no rule of their own, because they are a domain like any other. Source routes were dropped (RFC 5321, app. C).
         if not (self.trusted or self.policy.allow_untrusted_routing) and not _ROUTING.isdisjoint(recipient.local):
-            raise Refused(_ROUTED)
+            raise CommandRefused(_ROUTED)
         if accepted >= self.policy.max_recipients:
-            raise Refused(_TOO_MANY_RECIPIENTS)
+            raise CommandRefused(_TOO_MANY_RECIPIENTS)
 
 
-class Room:
+class FreeSpace:
     """The room on a directory's file system, looked up at most once a second, and what unfinished messages take of it.
 
     Of what was free at the last look everything is taken that is claimed and was not in a file by then. What was
@@ -150,9 +150,9 @@ class Room:
         part = self._room // SHARE
         return not stranger or (self._strangers[stranger] + size <= part and self._strange + size <= self._room - part)
 
-    def claim(self, size: int, stranger: str) -> "Claim":
+    def claim(self, size: int, stranger: str) -> "SpaceClaim":
         """Begin a message. What was declared is claimed at once, if that can be had; what comes in any case."""
-        claim = Claim(self, stranger)
+        claim = SpaceClaim(self, stranger)
         if size and self.holds(size, stranger):
             self.take(size, stranger)
             claim.octets = size
@@ -187,10 +187,10 @@ class Room:
 
 
 @dataclass(slots=True)
-class Claim:
+class SpaceClaim:
     """What one unfinished message takes of the room: what its client declared, or what has come, if that is more."""
 
-    room: Room
+    room: FreeSpace
     stranger: str
     octets: int = 0
     came: int = 0

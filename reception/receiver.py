@@ -26,15 +26,15 @@ from email.utils import formatdate
 from functools import lru_cache
 from queue import SimpleQueue
 
-from reception.policy import Claim
-from reception.spooler_client import Store
-from reception.spooler_protocol import Withdrawn
+from reception.policy import SpaceClaim
+from reception.spooler_client import SpoolerClient
+from reception.spooler_protocol import Cancelled
 from relay import metrics
-from relay.db.group_commit import Unsettled
+from relay.db.group_commit import CommitUnknown
 from relay.ids import new_id
 from relay.log import get_logger
 from relay.queue.accept import NewMessage, NewRecipient
-from relay.spool.store import Body, Spool
+from relay.spool.store import BodyWriter, Spool
 from smtpd.events import Envelope
 
 BLOCK = 64 * 1024
@@ -118,7 +118,7 @@ class Receiver:
 
     loop: asyncio.AbstractEventLoop
     spool: Spool
-    store: Store
+    store: SpoolerClient
     route_for: Callable[[str], str]
     hostname: str
     deadline: float
@@ -138,7 +138,7 @@ class Reception:
         receiver: Receiver,
         envelope: Envelope,
         client: str,
-        claim: Claim,
+        claim: SpaceClaim,
         answer: Answer,
         flow: Flow,
         *,
@@ -156,7 +156,7 @@ class Reception:
         self._moving = 0  # octets with a thread
         self._busy = False  # a thread works for us
         self._opened = False  # a descriptor is ours
-        self._body: Body | None = None  # of a large message
+        self._body: BodyWriter | None = None  # of a large message
         self._size = 0
         self._message_id: str | None = None
         self._complete = self._gone = False
@@ -290,7 +290,7 @@ class Reception:
             self._flow()
 
     def _settled(self, result: Exception | None) -> None:
-        self._claim.end(kept=result is None or isinstance(result, Unsettled))
+        self._claim.end(kept=result is None or isinstance(result, CommitUnknown))
         if result is None:
             metrics.RECEIVED_BYTES.inc(self._size)
             metrics.ACCEPT_SECONDS.observe(time.monotonic() - self._ended)
@@ -300,9 +300,9 @@ class Reception:
             ms = round((time.monotonic() - self._started) * 1000, 1)
             log.info("accepted", **who, recipients=len(self._envelope.recipients), size=self._size, ms=ms, **told)
             return
-        if not isinstance(result, Unsettled):
+        if not isinstance(result, CommitUnknown):
             self._remove()
-        if not isinstance(result, Withdrawn):
+        if not isinstance(result, Cancelled):
             self._refuse(result)
 
     def _refuse(self, error: Exception) -> None:

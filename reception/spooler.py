@@ -3,9 +3,10 @@
 Why a process: storing is nothing but system calls, and each of them gives up the interpreter's lock and fights for it
 again. Beside a busy event loop that costs more than the calls themselves; alone it costs nothing.
 
-How it works: `store.Store` sends an order a message over a Unix socket. The keeper takes all that is there (a lot) and
-syncs the bodies together; a thread commits the rows of a lot in one transaction and sends its answers in one piece.
-One lot is committed, one is being stored or waits, and no more is read: what has not been read can still be taken back.
+How it works: `store.SpoolerClient` sends an order a message over a Unix socket. The keeper takes all that is there (a
+lot) and syncs the bodies together; a thread commits the rows of a lot in one transaction and sends its answers in one
+piece. One lot is committed, one is being stored or waits, and no more is read: what has not been read can still be
+taken back.
 
 What must stay true: every order is answered once; a row is committed only when its body is safe, and no try to do so
 begins when smtpd is not there to answer it, or could end after its client has heard 451; what is not kept leaves no
@@ -26,11 +27,11 @@ from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 
-from reception.spooler_protocol import FIELDS, Frames, Order, Refused, Report, Withdrawn, frame
+from reception.spooler_protocol import FIELDS, BatchReply, Cancelled, Frames, RowRefused, StoreRequest, frame
 from relay.db import engine as database
-from relay.db.group_commit import Entry, Rounds, Unsettled, hand_over
+from relay.db.group_commit import CommitUnknown, GroupCommitter, PendingItem, deliver_results
 from relay.log import configure, first_line
-from relay.queue.accept import Intake, NewMessage
+from relay.queue.accept import Acceptor, NewMessage
 from relay.spool.store import Spool
 
 LARGEST, GATHER = 64, 0.004
@@ -40,15 +41,16 @@ _TOO_LATE = "no time was left before RELAY_ACCEPT_DEADLINE"
 
 
 @dataclass(slots=True)
-class Lot:
+class Batch:
     """What goes from one stage to the other: entries to be committed, and what is decided already."""
 
-    entries: list[Entry[NewMessage]]
+    entries: list[PendingItem[NewMessage]]
     results: list[tuple[int, Exception | None]]
 
 
-class Keeper:
-    """Obeys the orders that come over `channel`; `commit` is what `Rounds` runs, for `longest` seconds at most."""
+class Spooler:
+    """Obeys the orders that come over `channel`; `commit` is what `GroupCommitter` runs, for `longest` seconds at
+    most."""
 
     def __init__(
         self,
@@ -59,11 +61,11 @@ class Keeper:
         longest: float = 0.0,
     ) -> None:
         self._channel, self._spool, self._longest = channel, spool, longest
-        self._rounds = Rounds(commit, rest=self._rest, late=hand_over)
+        self._rounds = GroupCommitter(commit, rest=self._rest, late=deliver_results)
         self._frames = Frames()
-        self._orders: dict[int, Order] = {}  # read, and not begun
-        self._withdrawn: list[Order] = []
-        self._lots = SimpleQueue[Lot | None]()
+        self._orders: dict[int, StoreRequest] = {}  # read, and not begun
+        self._withdrawn: list[StoreRequest] = []
+        self._lots = SimpleQueue[Batch | None]()
         self._room = threading.Semaphore(1)  # no lot waits for the committer
         self._failed = False  # the committer
         self._end = select.poll()
@@ -98,19 +100,19 @@ class Keeper:
                 data = b""
             if not data:
                 return not idle
-            for order in map(Order.of, self._frames.feed(data)):
+            for order in map(StoreRequest.of, self._frames.feed(data)):
                 if order.message is not None:
                     self._orders[order.number] = order
                 elif taken_back := self._orders.pop(order.number, None):
                     self._withdrawn.append(taken_back)
         return True
 
-    def _store(self, orders: list[Order]) -> Lot:
+    def _store(self, orders: list[StoreRequest]) -> Batch:
         """Sync the bodies; what may be committed, and what is decided."""
-        lot, now = Lot([], []), time.monotonic()
+        lot, now = Batch([], []), time.monotonic()
         late = [order for order in orders if self._begin_by(order) <= now]
         for order in self._withdrawn:
-            self._settled(order, lot, Withdrawn())
+            self._settled(order, lot, Cancelled())
         self._withdrawn.clear()
         for order in late:
             self._settled(order, lot, database.TooLate(_TOO_LATE))
@@ -125,10 +127,10 @@ class Keeper:
         for order in orders:
             if order.message and order.number not in failed:
                 done = partial(self._settled, order, lot)
-                lot.entries.append(Entry(order.message, done, self._begin_by(order)))
+                lot.entries.append(PendingItem(order.message, done, self._begin_by(order)))
         return lot
 
-    def _begin_by(self, order: Order) -> float:
+    def _begin_by(self, order: StoreRequest) -> float:
         """When the last try to commit must begin, to have ended when the client hears 451 (monotonic)."""
         return float("inf") if order.deadline is None else order.deadline - self._longest
 
@@ -143,27 +145,27 @@ class Keeper:
             self._room.release()
             raise
 
-    def _commit(self, lot: Lot) -> None:
+    def _commit(self, lot: Batch) -> None:
         started = time.monotonic()
         alone = any(events & select.POLLHUP for _, events in self._end.poll(0))
         # Their clients hear 451, or have lost the connection, and send again: what is committed now is delivered twice.
         late = [one for one in lot.entries if alone or (one.deadline is not None and one.deadline <= started)]
-        hand_over([(entry, Withdrawn() if alone else database.TooLate(_TOO_LATE)) for entry in late])
-        hand_over(self._rounds.settle([entry for entry in lot.entries if entry not in late]))
+        deliver_results([(entry, Cancelled() if alone else database.TooLate(_TOO_LATE)) for entry in late])
+        deliver_results(self._rounds.settle([entry for entry in lot.entries if entry not in late]))
         if lot.results:
             self._report(lot.results, time.monotonic() - started)
 
-    def _settled(self, order: Order, lot: Lot, result: Exception | None) -> None:
-        if result is not None and not isinstance(result, Unsettled):
+    def _settled(self, order: StoreRequest, lot: Batch, result: Exception | None) -> None:
+        if result is not None and not isinstance(result, CommitUnknown):
             if order.message:
                 self._spool.remove(order.message.id)
-            if not isinstance(result, Withdrawn):
-                result = Refused(first_line(result))
+            if not isinstance(result, Cancelled):
+                result = RowRefused(first_line(result))
         lot.results.append((order.number, result))
 
     def _report(self, results: list[tuple[int, Exception | None]], seconds: float) -> None:
         with suppress(OSError):  # nobody is there to hear it, and the next read ends us
-            self._channel.sendall(frame(Report(results, seconds)))
+            self._channel.sendall(frame(BatchReply(results, seconds)))
 
     def _rest(self, pause: float) -> bool:
         return not self._end.poll(pause * 1000)
@@ -181,9 +183,9 @@ def main() -> None:
     # one statement, and leaves three to wait for a database that is away.
     longest = min(database.STATEMENT_TIMEOUT, settings.accept_deadline / 4)
     engine = database.connect(settings.database_url, hot=True, timeout=longest)
-    intake = Intake(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
+    intake = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
-        Keeper(channel, Spool(settings.spool_dir, int(sys.argv[2])), intake.commit, longest=longest).run()
+        Spooler(channel, Spool(settings.spool_dir, int(sys.argv[2])), intake.commit, longest=longest).run()
     engine.dispose()
 
 

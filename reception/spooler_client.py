@@ -4,9 +4,9 @@ How it works: `put` makes an order of a message. Orders go to the keeper, a proc
 as long as it takes them in; the others wait here, where they can be taken back. The keeper's reports come for a whole
 round at once. One that dies, or that owes an answer for far too long, is replaced; what it had been told is in doubt.
 
-What must stay true: everything that was put is answered exactly once: None when it is safe, `Withdrawn` when nothing of
-it was kept, `Unsettled` when nobody knows, else the reason. Only then comes the hint: it wakes a thread, and clients
-need not wait for that. While the keeper reads nothing, no more is held than clients wait for.
+What must stay true: everything that was put is answered exactly once: None when it is safe, `Cancelled` when nothing of
+it was kept, `CommitUnknown` when nobody knows, else the reason. Only then comes the hint: it wakes a thread, and
+clients need not wait for that. While the keeper reads nothing, no more is held than clients wait for.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reception.spooler_protocol import FIELDS, Frames, Order, Report, Withdrawn, frame
+from reception.spooler_protocol import FIELDS, BatchReply, Cancelled, Frames, StoreRequest, frame
 from relay import metrics
-from relay.db.group_commit import Unsettled
+from relay.db.group_commit import CommitUnknown
 from relay.log import first_line, get_logger
 from relay.queue.accept import NewMessage
 from relay.settings import SmtpdSettings
@@ -38,7 +38,7 @@ type Launch = Callable[[socket.socket], Coroutine[Any, Any, object]]
 type Done = Callable[[Exception | None], None]
 
 
-class KeeperError(Exception):
+class SpoolerError(Exception):
     """No keeper can be started."""
 
 
@@ -49,7 +49,7 @@ class _Pending(NamedTuple):
     done: Done
 
 
-class Store(asyncio.Protocol):
+class SpoolerClient(asyncio.Protocol):
     """Belongs to the loop. `launch` runs a keeper on its end of a socket until that ends; cancelled, it ends it.
 
     `kept` hears the ids of messages that are safe, and their route.
@@ -80,16 +80,16 @@ class Store(asyncio.Protocol):
         self._number += 1
         routes = tuple({recipient.route: None for recipient in message.recipients})
         self._pending[self._number] = _Pending(message.id, routes, deadline, done)
-        self._waiting[self._number] = frame(Order(self._number, message, body, deadline).plain())
+        self._waiting[self._number] = frame(StoreRequest(self._number, message, body, deadline).plain())
         self._send()
         return self._number
 
     def withdraw(self, number: int) -> None:
         """Take an order back, if that can still be done."""
         if self._waiting.pop(number, None) is not None:
-            asyncio.get_running_loop().call_soon(self._settle, number, Withdrawn())
+            asyncio.get_running_loop().call_soon(self._settle, number, Cancelled())
         elif self._transport is not None:
-            self._transport.write(frame(Order(number).plain()))
+            self._transport.write(frame(StoreRequest(number).plain()))
 
     def look_at_clock(self, now: float) -> None:
         """End a keeper that hangs: another one may do better, and this one's clients have long heard 451."""
@@ -102,7 +102,7 @@ class Store(asyncio.Protocol):
         """Let the keeper finish what it has, for `patience` seconds at most."""
         self._closing = True
         for number in [*self._waiting]:
-            self._settle(number, Withdrawn())
+            self._settle(number, Cancelled())
         if self._transport is not None:
             self._transport.write_eof()
         if self._task is not None:
@@ -114,7 +114,7 @@ class Store(asyncio.Protocol):
     # -- told by the line to the keeper -------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        report: Report
+        report: BatchReply
         for report in self._frames.feed(data):
             if not report.results:  # its first words
                 self.resume_writing()
@@ -138,7 +138,7 @@ class Store(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport, self._open = None, False
         for number in [number for number in self._pending if number not in self._waiting]:
-            self._settle(number, Unsettled())
+            self._settle(number, CommitUnknown())
         self._lost.set()
 
     # -- inside -------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Store(asyncio.Protocol):
             if self._closing:
                 return None
             if self._first is not None and not self._first.done():
-                return self._first.set_exception(KeeperError(f"the keeper ended when it was started: {ended}"))
+                return self._first.set_exception(SpoolerError(f"the keeper ended when it was started: {ended}"))
             pause = PAUSE if time.monotonic() - started < YOUNG else 0.0
             metrics.KEEPERS.inc()
             log.error("keeper died, starting it again", status=ended, seconds=pause)

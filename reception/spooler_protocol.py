@@ -15,7 +15,7 @@ FIELDS = (NewMessage._fields, NewRecipient._fields)
 """What an order's tuples mean: a keeper of another version must not guess."""
 
 
-class Order(NamedTuple):
+class StoreRequest(NamedTuple):
     """Keep this message, and the body if that is not stored yet; without a message: forget the order of that number."""
 
     number: int
@@ -31,7 +31,7 @@ class Order(NamedTuple):
         return number, (*message[:3], [tuple(one) for one in message.recipients], *message[4:]), body, deadline
 
     @classmethod
-    def of(cls, plain: tuple[Any, ...]) -> "Order":
+    def of(cls, plain: tuple[Any, ...]) -> "StoreRequest":
         """The order that `plain` gave."""
         if len(plain) == 1:
             return cls(*plain)
@@ -41,7 +41,7 @@ class Order(NamedTuple):
         )
 
 
-class Report(NamedTuple):
+class BatchReply(NamedTuple):
     """What became of the orders of a round, by number (None: kept), and what committing it took in seconds.
 
     The first that a keeper sends has no results: it is there.
@@ -51,11 +51,11 @@ class Report(NamedTuple):
     seconds: float
 
 
-class Withdrawn(Exception):
+class Cancelled(Exception):
     """The order was taken back in time: nothing was stored."""
 
 
-class Refused(Exception):
+class RowRefused(Exception):
     """The database did not take this row, or was not there to; the body is gone."""
 
 

@@ -70,9 +70,9 @@ def listen(host: str, port: int) -> WSGIServer:
     found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)  # noqa: S104
     family, _, _, _, address = found[0]
 
-    class Server(_Server):
+    class BoundedServer(_Server):
         address_family = family
 
-    server = make_server(str(address[0]), port, make_wsgi_app(), Server, _Handler)
+    server = make_server(str(address[0]), port, make_wsgi_app(), BoundedServer, _Handler)
     threading.Thread(target=server.serve_forever, name="metrics listener", daemon=True).start()
     return server

@@ -1,8 +1,8 @@
 """Metrics for Prometheus: what smtpd and worker count, and what the queue looks like (docs/alerts.yml has rules).
 
 Counters and histograms are module objects; on the road of a message their children are bound beforehand (`attempts`,
-`hints`, `rests`, `rounds`), so that counting costs a look-up. The queue is not counted but read: `Queue` asks the
-database when Prometheus asks us, at most every FRESH seconds and for at most a twentieth of the time; to count what
+`hints`, `rests`, `rounds`), so that counting costs a look-up. The queue is not counted but read: `QueueMetrics` asks
+the database when Prometheus asks us, at most every FRESH seconds and for at most a twentieth of the time; to count what
 waits takes at most a two-hundredth. Every process tells of the same queue: take the `max` of those series, never the
 `sum`.
 
@@ -60,7 +60,7 @@ attempts, hints, rests = cache(ATTEMPTS.labels), cache(HINTS.labels), cache(REST
 
 @cache
 def rounds(writer: str) -> Callable[[int, float], None]:
-    """What a `rounds.Writer` of that name tells its rounds to: rows, seconds."""
+    """What a `rounds.CommitThread` of that name tells its rounds to: rows, seconds."""
     size, seconds = ROUND_SIZE.labels(writer), ROUND_SECONDS.labels(writer)
 
     def observe(rows: int, took: float) -> None:
@@ -103,7 +103,7 @@ def _gauge(name: str, words: str, value: float | Mapping[str, float], label: str
     return family
 
 
-class Queue(Collector):
+class QueueMetrics(Collector):
     """The queue in the database, the room for bodies, the broker's lists (`lists` gives what is known, at once)."""
 
     def __init__(self, engine: Engine, spool: Spool, lists: Callable[[], Mapping[str, float]] = dict) -> None:

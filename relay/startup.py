@@ -20,24 +20,24 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class DurableState:
     """The durable state, checked."""
 
     engine: Engine
     spool: Spool
 
 
-def ready(settings: Settings) -> Ready:
+def ready(settings: Settings) -> DurableState:
     """Wait for the database, then check it and the spool; raises DatabaseError or SpoolError."""
     for warning in unknown_names():
         log.warning(warning)
     os.umask(0o077)  # as commands do, for a worker that `celery` started
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = database.connect(settings.database_url, hot=True)
-    return insistent(lambda: _checked(settings, engine))
+    return retry_until_available(lambda: _checked(settings, engine))
 
 
-def _checked(settings: Settings, engine: Engine) -> Ready:
+def _checked(settings: Settings, engine: Engine) -> DurableState:
     database.wait_until_ready(engine)
     faults = [] if settings.unsafe_durability else database.check_durable(engine)
     if faults:
@@ -47,10 +47,10 @@ def _checked(settings: Settings, engine: Engine) -> Ready:
         )
     spool = Spool(settings.spool_dir)
     spool.prepare(engine, unsafe=settings.unsafe_durability)
-    return Ready(engine, spool)
+    return DurableState(engine, spool)
 
 
-def insistent[Answer](ask: Callable[[], Answer]) -> Answer:
+def retry_until_available[Answer](ask: Callable[[], Answer]) -> Answer:
     """Ask the database until it answers: who starts in the middle of an outage waits for its end."""
     while True:
         try:

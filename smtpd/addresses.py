@@ -11,7 +11,7 @@ of qmail's magic senders (`#@[]`, `list-@host-@[]`): an empty literal is no doma
 case. No address leaves here that `qmqp.request` refuses, because a message with one could never be sent. The parameters
 are checked, and kept as they were written: ENVID and ORCPT are case-significant (RFC 3461).
 
-Every refusal is a `Refused` that carries the whole reply.
+Every refusal is a `CommandRefused` that carries the whole reply.
 """
 
 import re
@@ -60,7 +60,7 @@ DOMAIN_LIMIT = 255
 least. VERP and SRS make longer ones, and a bounce to such a sender would be lost. MAX_ADDRESS limits the address."""
 
 
-class Refused(Exception):
+class CommandRefused(Exception):
     """A command that cannot be obeyed; `reply` is the whole answer, line end included."""
 
     def __init__(self, reply: bytes) -> None:
@@ -127,7 +127,7 @@ def parse_recipient(argument: bytes, hostname: str, *, trusted: bool = False) ->
     """
     match = _match(argument, b"TO", b"501 5.1.3 Bad recipient address syntax\r\n")
     if match["local"] is None:
-        raise Refused(b"501 5.1.3 A recipient cannot be empty\r\n")
+        raise CommandRefused(b"501 5.1.3 A recipient cannot be empty\r\n")
     home = hostname if trusted or match["local"].lower() == b"postmaster" else None
     address, path, domain = _mailbox(match, b"501 5.1.3 Bad recipient address", home, trusted=trusted)
     values = _parameters(match["rest"], _RECIPIENT_PARAMETERS)
@@ -137,7 +137,7 @@ def parse_recipient(argument: bytes, hostname: str, *, trusted: bool = False) ->
 def _match(argument: bytes, word: bytes, refusal: bytes) -> re.Match[bytes]:
     match = _ARGUMENT.fullmatch(argument)
     if match is None or match["word"].upper() != word:
-        raise Refused(refusal if argument.isascii() else _NO_SMTPUTF8)
+        raise CommandRefused(refusal if argument.isascii() else _NO_SMTPUTF8)
     return match
 
 
@@ -147,23 +147,23 @@ def _mailbox(match: re.Match[bytes], refusal: bytes, home: str | None, *, truste
     if literal is not None:
         domain = literal
         if not _is_literal(domain[1:-1].decode("ascii")):
-            raise Refused(refusal + b": bad address literal\r\n")
+            raise CommandRefused(refusal + b": bad address literal\r\n")
     elif domain is None:
         if home is None:
-            raise Refused(refusal + b": a domain is needed\r\n")
+            raise CommandRefused(refusal + b": a domain is needed\r\n")
         domain = home.encode("ascii")
         if local.lower() == b"postmaster":
             local = b"postmaster"  # capitals mean nothing in this one (RFC 5321, 4.5.1)
     elif not trusted and 0x5F in domain:
-        raise Refused(refusal + b": _ in the domain\r\n")
+        raise CommandRefused(refusal + b": _ in the domain\r\n")
     if len(domain) > DOMAIN_LIMIT:
-        raise Refused(refusal + b": the domain is too long\r\n")
+        raise CommandRefused(refusal + b": the domain is too long\r\n")
     bare = local if local[0] != 0x22 else _QUOTED_PAIR.sub(rb"\1", local[1:-1])
     if not bare:
-        raise Refused(refusal + b": empty local part\r\n")
+        raise CommandRefused(refusal + b": empty local part\r\n")
     address = bare + b"@" + domain
     if not is_sendable(address):
-        raise Refused(refusal + b": it begins with < or is longer than %d octets\r\n" % MAX_ADDRESS)
+        raise CommandRefused(refusal + b": it begins with < or is longer than %d octets\r\n" % MAX_ADDRESS)
     text = address.decode("ascii")
     name = text[len(bare) + 1 :]
     return text, text if bare is local else f"{local.decode('ascii')}@{name}", name
@@ -185,12 +185,12 @@ def _parameters(text: bytes | None, known: Mapping[bytes, re.Pattern[bytes]]) ->
     for word in filter(None, (text or b"").split(b" ")):
         match = _PARAMETER.fullmatch(word)
         if match is None:
-            raise Refused(_BAD_PARAMETER)
+            raise CommandRefused(_BAD_PARAMETER)
         name = match[1].upper()
         if name not in known:
-            raise Refused(_UNKNOWN_PARAMETER)
+            raise CommandRefused(_UNKNOWN_PARAMETER)
         value = match[2] or b""
         if name in values or not known[name].fullmatch(value):
-            raise Refused(_BAD_PARAMETER)
+            raise CommandRefused(_BAD_PARAMETER)
         values[name] = (value if name in _CASE_COUNTS else value.upper()).decode("ascii")
     return values

@@ -18,26 +18,26 @@ class Envelope:
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
+class MailStarted:
     """The client was told to send its message."""
 
     envelope: Envelope
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class DataReceived:
     """Decoded content."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Abandon:
+class DataRejected:
     """The content is at fault: what was stored of it is not wanted. Its Refusal comes when its end was read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Complete:
+class DataComplete:
     """The end of the message was read; `answer` is due."""
 
     message_id: str | None
@@ -50,4 +50,4 @@ class Refusal:
     reply: bytes
 
 
-type Event = Begin | Text | Abandon | Complete | Refusal
+type Event = MailStarted | DataReceived | DataRejected | DataComplete | Refusal

@@ -11,15 +11,15 @@ from functools import partial
 
 from reception.policy import Policy
 from reception.receiver import THREADS, Openings, Receiver, Threads
-from reception.spooler_client import Store, launching
+from reception.spooler_client import SpoolerClient, launching
 from relay import metrics
 from relay.hints import FRESH, Hints, celery_app
 from relay.log import get_logger
 from relay.routes import Routes
 from relay.settings import SmtpdSettings
-from relay.startup import Ready, new_loop, ready
+from relay.startup import DurableState, new_loop, ready
 from smtpd.descriptors import provide
-from smtpd.server import Server, shown
+from smtpd.server import SmtpServer, shown
 from smtpd.session import Greeting
 
 log = get_logger(__name__)
@@ -48,7 +48,7 @@ def run(settings: SmtpdSettings) -> int:
     return 0
 
 
-async def _serve(settings: SmtpdSettings, policy: Policy, routes: Routes, state: Ready) -> None:
+async def _serve(settings: SmtpdSettings, policy: Policy, routes: Routes, state: DurableState) -> None:
     spool, loop = state.spool, asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -56,17 +56,17 @@ async def _serve(settings: SmtpdSettings, policy: Policy, routes: Routes, state:
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
     largest = partial(size_offered, settings.max_message_size, routes)
     name, deadline = settings.hostname, settings.accept_deadline
-    threads, store = Threads(THREADS), Store(launching(settings, spool), hints.offer)
+    threads, store = Threads(THREADS), SpoolerClient(launching(settings, spool), hints.offer)
     last, bodies = provide(settings.max_connections)
     receiver = Receiver(loop, spool, store, routes.route_for, name, deadline, threads, Openings(bodies))
     policy.max_message_size = largest()
-    server = Server(loop, settings, receiver, policy, Greeting(settings.hostname, largest()), largest, last)
+    server = SmtpServer(loop, settings, receiver, policy, Greeting(settings.hostname, largest()), largest, last)
     await store.start()
     addresses = await server.listen(settings.smtp_listen)
     hints.start()
     log.info("listening", addresses=[shown(*address) for address in addresses])
     metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))
-    stop_metrics = metrics.serve(settings, metrics.Queue(state.engine, spool, hints.lists))
+    stop_metrics = metrics.serve(settings, metrics.QueueMetrics(state.engine, spool, hints.lists))
     await stop.wait()
     stop_metrics()
     log.info("stopping", sessions=len(server.connections))

@@ -30,12 +30,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
-from reception.policy import Client, Policy
+from reception.policy import ClientPolicy, Policy
 from reception.receiver import Receiver, Reception
 from relay import metrics
 from relay.log import get_logger
 from relay.settings import SmtpdSettings
-from smtpd.events import Abandon, Begin, Complete, Envelope, Event, Refusal, Text
+from smtpd.events import DataComplete, DataReceived, DataRejected, Envelope, Event, MailStarted, Refusal
 from smtpd.session import Greeting, Session
 
 BACKLOG = 1024
@@ -68,7 +68,7 @@ class ListenError(Exception):
 
 
 @dataclass(slots=True)
-class Server:
+class SmtpServer:
     """Everything that connections share."""
 
     loop: asyncio.AbstractEventLoop
@@ -78,7 +78,7 @@ class Server:
     greeting: Greeting
     largest: Callable[[], int] | None = None  # the size limit of now, where routes may change it
     last_descriptor: float = math.inf  # of a connection; with it, or a higher one, accepting pauses
-    connections: "set[Connection]" = field(default_factory=set)
+    connections: "set[SmtpConnection]" = field(default_factory=set)
     clients: Counter[str] = field(default_factory=Counter)  # connections that were let in, by network
     admitted: int = 0
     strangers: int = 0  # of those
@@ -95,7 +95,9 @@ class Server:
         found: list[tuple[str, int]] = []
         for host, port in addresses:
             try:
-                listener = await self.loop.create_server(lambda: Connection(self), host or None, port, backlog=BACKLOG)
+                listener = await self.loop.create_server(
+                    lambda: SmtpConnection(self), host or None, port, backlog=BACKLOG
+                )
             except OSError as error:
                 await self.stop(0.0)
                 reason = os.strerror(error.errno) if error.errno else str(error)
@@ -126,7 +128,7 @@ class Server:
         if self._clock is not None:
             self._clock.cancel()
 
-    def admit(self, client: Client) -> bytes | None:
+    def admit(self, client: ClientPolicy) -> bytes | None:
         """Counts another connection of a client, or gives the reply that refuses it.
 
         A quarter of the connections is kept for clients that are trusted. One that is refused is not counted: a burst
@@ -144,7 +146,7 @@ class Server:
         self.strangers += not client.trusted
         return None
 
-    def dismiss(self, client: Client) -> None:
+    def dismiss(self, client: ClientPolicy) -> None:
         """A connection that was counted has ended."""
         self.admitted -= 1
         self.strangers -= not client.trusted
@@ -174,7 +176,7 @@ class Server:
                 one.close()
 
     async def _accept_again(self, copies: list[socket.socket]) -> None:
-        create = partial(self.loop.create_server, lambda: Connection(self), backlog=BACKLOG)
+        create = partial(self.loop.create_server, lambda: SmtpConnection(self), backlog=BACKLOG)
         self._listeners = [await create(sock=one) for one in copies]
         if self.stopping:
             self._close_listeners()
@@ -186,7 +188,7 @@ class Server:
             listener.close()
         self._listeners.clear()
 
-    def forget(self, connection: "Connection") -> None:
+    def forget(self, connection: "SmtpConnection") -> None:
         self.connections.discard(connection)
         if self.stopping and not self.connections:
             self._empty.set()
@@ -216,10 +218,10 @@ class Server:
         self._clock = self.loop.call_later(max(0.0, self._due - time.monotonic()), self._tick)
 
 
-class Connection(asyncio.Protocol):
+class SmtpConnection(asyncio.Protocol):
     """One client."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: SmtpServer) -> None:
         self._server = server
         self._client, self._trusted = "", False
         self._reception: Reception | None = None
@@ -275,7 +277,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         # With a QUIT behind its message the client has finished and may still be reading; else it has left.
-        return self._session.says_goodbye()
+        return self._session.quit_pending()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
@@ -347,15 +349,15 @@ class Connection(asyncio.Protocol):
             self._transactions, self._began = self._session.transactions, time.monotonic()
         for event in events:
             match event:
-                case Begin():
+                case MailStarted():
                     self._begin(event.envelope)
-                case Text() if self._reception is not None:
+                case DataReceived() if self._reception is not None:
                     self._reception.append(event.data)
                     if self._reception.failed:
                         self._session.refuse_content()
-                case Complete() if self._reception is not None:
+                case DataComplete() if self._reception is not None:
                     self._reception.complete(event.message_id)
-                case Abandon():
+                case DataRejected():
                     self._give_up()
                 case Refusal():
                     self._log(event.reply)

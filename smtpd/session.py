@@ -4,10 +4,11 @@
 one piece for `replies`, so that a pipelined group (RFC 2920) is answered in one write. One table of commands by
 states says what each command does where it is allowed and what it is answered where it is not; a new command is a row.
 
-A message passes as `Begin`, then `Text` as often as there is some, then `Complete` (smtpd/events.py); or `Abandon` as
-soon as its content is found at fault (the session reads on to the real end and answers by itself). After `Complete` the
-session stands still: what the client sent behind its message waits until `answer` brings the verdict, so that no
-command overtakes it. Whoever drives a session cancels a begun message when the connection goes before its `Complete`.
+A message passes as `MailStarted`, then `DataReceived` as often as there is some, then `DataComplete` (smtpd/events.py);
+or `DataRejected` as soon as its content is found at fault (the session reads on to the real end and answers by itself).
+After `DataComplete` the session stands still: what the client sent behind its message waits until `answer` brings the
+verdict, so that no command overtakes it. Whoever drives a session cancels a begun message when the connection goes
+before its `DataComplete`.
 
 One client must not keep the others waiting, so a session obeys a turn of TURN commands and leaves the rest for the
 next one: `pause` says when that is due, and the driver of the session calls `go_on` then. While the client does not
@@ -24,9 +25,9 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Protocol
 
-from smtpd.addresses import Recipient, Refused, parse_recipient, parse_sender
+from smtpd.addresses import CommandRefused, Recipient, parse_recipient, parse_sender
 from smtpd.content import Content
-from smtpd.events import Abandon, Begin, Complete, Envelope, Event, Refusal, Text
+from smtpd.events import DataComplete, DataReceived, DataRejected, Envelope, Event, MailStarted, Refusal
 
 LINE_LIMIT = 2048
 """Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for 512 at least, SIZE and DSN for 639 more, and
@@ -45,7 +46,7 @@ ENDLESS = 1 << 20
 """Octets of a line, or of content that will not be kept, after which its end is not waited for any longer."""
 
 
-class State(IntEnum):
+class SessionState(IntEnum):
     """The first four are the columns of the command table."""
 
     START = 0  # no HELO yet
@@ -53,8 +54,8 @@ class State(IntEnum):
     SENDER = 2  # a sender, no recipient yet
     RECIPIENTS = 3
     CONTENT = 4
-    VERDICT = 5  # the message is whole, its answer is awaited
-    SILENT = 6  # the banner was not sent yet
+    AWAIT_REPLY = 5  # the message is whole, its answer is awaited
+    PRE_BANNER = 6  # the banner was not sent yet
     CLOSED = 7
 
 
@@ -130,7 +131,7 @@ class Session:
 
     def __init__(self, greeting: Greeting, rules: Rules) -> None:
         self._greeting, self._rules = greeting, rules
-        self._state = State.SILENT
+        self._state = SessionState.PRE_BANNER
         self._input = b""
         self._replies: list[bytes] = []
         self._events: list[Event] = []
@@ -153,17 +154,17 @@ class Session:
     @property
     def closed(self) -> bool:
         """Nothing more is read; send what `replies` still gives and close."""
-        return self._state is State.CLOSED
+        return self._state is SessionState.CLOSED
 
     @property
     def idle(self) -> bool:
         """No transaction is open: closing now costs the client nothing."""
-        return self._state in (State.START, State.READY, State.SILENT)
+        return self._state in (SessionState.START, SessionState.READY, SessionState.PRE_BANNER)
 
     @property
     def receiving(self) -> bool:
         """Content is coming, be it wanted or not."""
-        return self._state is State.CONTENT
+        return self._state is SessionState.CONTENT
 
     @property
     def backlog(self) -> int:
@@ -172,7 +173,7 @@ class Session:
 
     def start(self) -> None:
         """The connection stands and the client has kept quiet: the banner."""
-        self._state = State.START
+        self._state = SessionState.START
         self._replies.append(self._greeting.banner)
 
     def receive(self, data: bytes) -> list[Event]:
@@ -194,11 +195,11 @@ class Session:
         self._unwanted = True
 
     def answer(self, reply: bytes) -> list[Event]:
-        """The verdict on the `Complete` message, a whole reply. Goes on with what the client sent behind it."""
-        if self._state is not State.VERDICT:
+        """The verdict on the `DataComplete` message, a whole reply. Goes on with what the client sent behind it."""
+        if self._state is not SessionState.AWAIT_REPLY:
             raise RuntimeError("no answer is due")
         self._events = []
-        self._state = State.READY
+        self._state = SessionState.READY
         self._replies.append(reply)
         if reply.startswith(b"2"):
             self._errors = self._commands = 0
@@ -209,7 +210,7 @@ class Session:
     def close(self, reply: bytes) -> None:
         """Ends the session with `reply` (a 421), whatever it was doing."""
         self._replies.append(reply)
-        self._state = State.CLOSED
+        self._state = SessionState.CLOSED
 
     def replies(self) -> bytes:
         """Everything to be sent since the last call, in one piece."""
@@ -217,33 +218,33 @@ class Session:
         self._replies.clear()
         return said
 
-    def says_goodbye(self) -> bool:
+    def quit_pending(self) -> bool:
         """Whether QUIT waits behind what is not answered yet: its client did not leave, it has finished."""
-        behind = self._state is State.VERDICT or self.pause is not None or self.halted
+        behind = self._state is SessionState.AWAIT_REPLY or self.pause is not None or self.halted
         return behind and b"QUIT\r\n" in self._input.upper()
 
     def _advance(self) -> None:
         """A turn: it ends with the input, at a message that waits for its answer, and after TURN commands."""
         self._left = TURN
         while self._input and not self.halted and self.pause is None:
-            if self._state <= State.RECIPIENTS:
-                if self._state is State.START and self._input.startswith(_TLS_HANDSHAKE):
+            if self._state <= SessionState.RECIPIENTS:
+                if self._state is SessionState.START and self._input.startswith(_TLS_HANDSHAKE):
                     self._refuse_and_close(_NOT_SMTP)
                 elif not self._read_commands():
                     return
-            elif self._state is State.CONTENT:
+            elif self._state is SessionState.CONTENT:
                 self._read_content()
-            elif self._state is State.VERDICT:
+            elif self._state is SessionState.AWAIT_REPLY:
                 return
             else:
-                if self._state is State.SILENT:
+                if self._state is SessionState.PRE_BANNER:
                     self._refuse_and_close(_TOO_EARLY)
                 self._input = b""
 
     def _read_commands(self) -> bool:
         """Obeys the whole lines there are, until the turn ends; False if more input is needed."""
         data, start, end = self._input, 0, 0
-        while self._state <= State.RECIPIENTS and self.pause is None:
+        while self._state <= SessionState.RECIPIENTS and self.pause is None:
             end = data.find(b"\n", start)
             if end < 0:
                 break
@@ -269,7 +270,7 @@ class Session:
 
     def _charge(self) -> None:
         """A command has been obeyed or refused; what it costs a client that is not trusted."""
-        if self._rules.trusted or self._state > State.RECIPIENTS:
+        if self._rules.trusted or self._state > SessionState.RECIPIENTS:
             return
         spent = self._commands - (len(self._envelope.recipients) if self._envelope is not None else 0)
         if spent > COMMAND_LIMIT:
@@ -285,7 +286,7 @@ class Session:
             self._wasted = 0
             self._refuse(_TOO_LONG)
         self._wasted += size
-        if self._wasted > ENDLESS and self._state is not State.CLOSED:
+        if self._wasted > ENDLESS and self._state is not SessionState.CLOSED:
             self._refuse_and_close(_ENDLESS_LINE)
 
     def _obey(self, line: bytes) -> None:
@@ -294,15 +295,15 @@ class Session:
         word = word.upper()
         try:
             if len(line) > LINE_LIMIT:
-                raise Refused(_TOO_LONG)
+                raise CommandRefused(_TOO_LONG)
             if line[-2:] != b"\r\n":
-                raise Refused(_BARE_LF)
+                raise CommandRefused(_BARE_LF)
             cell = COMMANDS[word][self._state] if word in COMMANDS else _UNKNOWN
             if isinstance(cell, bytes):
-                raise Refused(cell)
+                raise CommandRefused(cell)
             # Trailing space is tolerated (RFC 5321, 4.1.1).
             cell(self, argument.strip(b" "))
-        except Refused as refused:
+        except CommandRefused as refused:
             self._refuse(refused.reply)
             # The content of a refused message must not run as commands. A client waits for the reply to DATA, so only
             # what has come already shows that it did not; the content of BDAT (RFC 3030) follows in any case. The word
@@ -319,19 +320,19 @@ class Session:
             self._events.append(Refusal(reply))
         self._deferred = self._deferred or temporary
         self._errors += not temporary
-        if self._errors >= ERROR_LIMIT and self._state is not State.CLOSED:
+        if self._errors >= ERROR_LIMIT and self._state is not SessionState.CLOSED:
             self.close(_TOO_MANY_ERRORS)
 
     def _refuse_and_close(self, reply: bytes) -> None:
-        self._state = State.CLOSED
+        self._state = SessionState.CLOSED
         self._refuse(reply)
 
     def _reset(self) -> None:
-        self._envelope, self._places, self._deferred, self._state = None, {}, False, State.READY
+        self._envelope, self._places, self._deferred, self._state = None, {}, False, SessionState.READY
 
     def _greet(self, name: bytes, protocol: str, reply: bytes) -> None:
         if not _NAME.fullmatch(name):
-            raise Refused(_BAD_NAME)
+            raise CommandRefused(_BAD_NAME)
         self._reset()
         self._helo, self._protocol = name.decode("ascii"), protocol
         self._replies.append(reply)
@@ -349,7 +350,7 @@ class Session:
         protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
         self._envelope = Envelope(sender, parameters, self._helo, protocol)
         self.transactions += 1
-        self._state = State.SENDER
+        self._state = SessionState.SENDER
         self._replies.append(_SENDER_OK)
 
     def rcpt(self, argument: bytes) -> None:
@@ -365,7 +366,7 @@ class Session:
             self._rules.check_recipient(recipient, len(recipients))
             self._places[mailbox] = len(recipients)
             recipients.append(recipient)
-        self._state = State.RECIPIENTS
+        self._state = SessionState.RECIPIENTS
         self._replies.append(_RECIPIENT_OK)
 
     def data(self, argument: bytes) -> None:
@@ -374,9 +375,9 @@ class Session:
         self._content = Content(self._greeting.max_message_size, strip_cr=self._rules.strips_cr)
         self._faulty = self._unwanted = False
         self._wasted = 0
-        self._state = State.CONTENT
+        self._state = SessionState.CONTENT
         self._replies.append(_SEND)
-        self._events.append(Begin(self._envelope))
+        self._events.append(MailStarted(self._envelope))
 
     def _read_content(self) -> None:
         content = self._content
@@ -388,9 +389,9 @@ class Session:
             self._wasted += size
         if content.fault is not None and not self._faulty:
             self._faulty = True
-            self._events.append(Abandon())
+            self._events.append(DataRejected())
         if text:
-            self._events.append(Text(text))
+            self._events.append(DataReceived(text))
         self.lines += rest is not None
         if rest is None:
             if self._wasted > ENDLESS:
@@ -403,12 +404,12 @@ class Session:
         if content.fault is not None:
             self._refuse(content.fault.value)
         else:
-            self._state = State.VERDICT
-            self._events.append(Complete(content.message_id))
+            self._state = SessionState.AWAIT_REPLY
+            self._events.append(DataComplete(content.message_id))
 
     def rset(self, argument: bytes) -> None:
         _refuse_any(argument)
-        if self._state is not State.START:
+        if self._state is not SessionState.START:
             self._reset()
         self._replies.append(_OK)
 
@@ -425,7 +426,7 @@ class Session:
 
 def _refuse_any(argument: bytes) -> None:
     if argument:
-        raise Refused(_NO_ARGUMENT)
+        raise CommandRefused(_NO_ARGUMENT)
 
 
 def _answer(reply: bytes) -> Callable[[Session, bytes], None]:

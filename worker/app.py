@@ -26,20 +26,20 @@ from celery.exceptions import SecurityWarning
 
 from relay import metrics
 from relay.db.engine import DatabaseError
-from relay.dsn.generator import Debts
+from relay.dsn.generator import DsnGenerator
 from relay.hints import QUEUES, RETRY, TASK, Hints, celery_app
 from relay.log import configure, get_logger
-from relay.queue.claim import Ledger
-from relay.queue.operations import Verbs
-from relay.queue.rescue import Sweeps
+from relay.queue.claim import WorkerQueue
+from relay.queue.operations import QueueOperations
+from relay.queue.rescue import Rescuer
 from relay.routes import Routes, parse_server
 from relay.settings import SettingsError, WorkerSettings, load
 from relay.spool.store import SpoolError
-from relay.startup import insistent, ready
-from worker.circuit_breaker import Servers
-from worker.cleaner import Housekeeper
+from relay.startup import ready, retry_until_available
+from worker.circuit_breaker import ServerPool
+from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
-from worker.delivery import blame
+from worker.delivery import record_failure
 from worker.engine import RECORDING_TIME, Engine
 from worker.rerouter import Rerouter
 from worker.sweeper import Sweeper
@@ -77,29 +77,29 @@ class Process:
             state = ready(settings)
         except (SettingsError, DatabaseError, SpoolError) as error:
             _refuse(str(error))
-        ledger = Ledger(state.engine, settings)
-        servers = Servers(
+        ledger = WorkerQueue(state.engine, settings)
+        servers = ServerPool(
             settings.server_connections,
             routed=lambda: {one.name for route in routes.all() for one in route.servers},
             backoff=(settings.retry_min, settings.retry_max),
         )
         self.engine = Engine(settings, ledger, state.spool, routes, servers=servers)
         self._hints = Hints(self.app, RETRY, settings.batch_size)
-        debts = Debts(state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers))
-        sweeps = Sweeps(state.engine, settings)
-        self.engine.pause(insistent(sweeps.paused))
+        debts = DsnGenerator(state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers))
+        sweeps = Rescuer(state.engine, settings)
+        self.engine.pause(retry_until_available(sweeps.paused))
         self._sweeper = Sweeper(
             settings, sweeps, debts, self.engine, self._hints,
-            resting=servers.resting, known=routes.servers, routes=routes.all,
+            open_circuits=servers.open_circuits, known=routes.servers, routes=routes.all,
         )  # fmt: skip
-        self._housekeeper = Housekeeper(settings, state.engine, state.spool)
-        verbs = Verbs(state.engine, notices=settings.bounces == "dsn")
+        self._housekeeper = Cleaner(settings, state.engine, state.spool)
+        verbs = QueueOperations(state.engine, notices=settings.bounces == "dsn")
         self._rerouter = Rerouter(sweeps, verbs, routes)
         # Celery's own handler comes later; a SIGTERM before that would leave what the engine sends by then in doubt.
         signal.signal(signal.SIGTERM, self._on_shutting_down)
         for part in (self.engine, self._hints, self._sweeper, self._housekeeper, self._rerouter):
             part.start()
-        metrics.serve(settings, metrics.Queue(state.engine, state.spool, self._hints.lists))
+        metrics.serve(settings, metrics.QueueMetrics(state.engine, state.spool, self._hints.lists))
         threading.Thread(target=self._wait_for_the_end, name="end", daemon=True).start()
 
     def _wait_for_the_end(self) -> None:
@@ -147,8 +147,8 @@ class Process:
             self._ended.wait()
 
 
-def _forgiven(servers: Servers, name: str, reply: str) -> None:
-    blame(servers, parse_server(name), reply, unwanted=True)
+def _forgiven(servers: ServerPool, name: str, reply: str) -> None:
+    record_failure(servers, parse_server(name), reply, unwanted=True)
 
 
 def _refuse(why: str) -> NoReturn:

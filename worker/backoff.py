@@ -23,6 +23,6 @@ def delay(step: int, *, least: float, most: float, draw: Callable[[], float] = r
     return floor + draw() * (ceiling - floor)
 
 
-def spread(seconds: float, *, draw: Callable[[], float] = random.random) -> float:
+def jitter(seconds: float, *, draw: Callable[[], float] = random.random) -> float:
     """`seconds` and up to half as much again, for waits that do not grow but must not end all at once."""
     return seconds * (1 + draw() / 2)

@@ -13,7 +13,7 @@ from relay.spool.store import BodyUnsendable, Spool
 type Opened = list[int | Exception]
 
 
-class Files:
+class BodyIo:
     """The bodies of one worker; belongs to its loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, spool: Spool) -> None:

@@ -22,21 +22,21 @@ from collections.abc import Collection, Iterable, Mapping
 
 from relay.queue.model import Claim
 from relay.routes import Route, Routes
-from worker.circuit_breaker import Servers
+from worker.circuit_breaker import ServerPool
 
 type Together = list[tuple[frozenset[str], int]]
 
 
-class Room:
+class Capacity:
     """The connections of one worker; belongs to its loop."""
 
-    def __init__(self, routes: Routes, servers: Servers, connections: int, batch_size: int) -> None:
+    def __init__(self, routes: Routes, servers: ServerPool, connections: int, batch_size: int) -> None:
         self._routes, self._servers = routes, servers
         self._connections, self._batch_size = connections, batch_size
         self.busy = 0  # promised or in use
         self._known: tuple[Route, ...] = ()
-        self._companies: dict[str, frozenset[str]] = {}  # by route: whose servers are all among its own
-        self._hosts: dict[str, list[str]] = {}  # by route: in whose company it is
+        self._sharing: dict[str, frozenset[str]] = {}  # by route: whose servers are all among its own
+        self._shared_by: dict[str, list[str]] = {}  # by route: in whose company it is
         self._unplaced: Counter[str] = Counter()  # by route: those of them that hold no place at a server yet
 
     def look(self, most: int, names: Collection[str]) -> dict[str, int]:
@@ -65,7 +65,7 @@ class Room:
             if (share := min(-(-left // (len(found) - n)), self._places(name, look=False))) > 0:
                 room[name] = share
                 left -= share
-        companies = [(company.intersection(room), self._left(name)) for name, company in self._companies.items()]
+        companies = [(company.intersection(room), self._left(name)) for name, company in self._sharing.items()]
         self._promise(room, 1)
         return room, [(company, places) for company, places in dict.fromkeys(companies) if len(company) > 1]
 
@@ -73,34 +73,34 @@ class Room:
         """The names of routes with room, shuffled."""
         if (routes := self._routes.all()) != self._known:
             self._known = routes
-            self._meet({route.name: {server.name for server in route.servers} for route in routes})
-        names = [name for name in self._companies if self._places(name, look=look) > 0]
+            self._find_shared_servers({route.name: {server.name for server in route.servers} for route in routes})
+        names = [name for name in self._sharing if self._places(name, look=look) > 0]
         return random.sample(names, len(names))
 
-    def _meet(self, servers: Mapping[str, set[str]]) -> None:
+    def _find_shared_servers(self, servers: Mapping[str, set[str]]) -> None:
         """Who is in whose company, now that the routes have changed."""
-        self._companies = {
+        self._sharing = {
             name: frozenset(other for other, some in servers.items() if some and some <= mine)
             for name, mine in servers.items()
         }
-        self._hosts = {
-            name: [other for other, company in self._companies.items() if name in company] for name in servers
+        self._shared_by = {
+            name: [other for other, company in self._sharing.items() if name in company] for name in servers
         }
 
     def _places(self, name: str, *, look: bool) -> int:
-        if self.hopeless(name):
+        if self.all_servers_down(name):
             return self._batch_size if look else 0
         if (route := self._routes.get(name)) is None:
             return 0
-        return min([self._servers.room(route) - self._unplaced[name], *map(self._left, self._hosts[name])])
+        return min([self._servers.room(route) - self._unplaced[name], *map(self._left, self._shared_by[name])])
 
     def _left(self, name: str) -> int:
         """The places of a route's servers that nobody in its company is promised."""
         route = self._routes.get(name)
         places = sum(map(self._servers.free, route.servers)) if route else 0
-        return places - sum(self._unplaced[other] for other in self._companies[name] if not self.hopeless(other))
+        return places - sum(self._unplaced[other] for other in self._sharing[name] if not self.all_servers_down(other))
 
-    def hopeless(self, name: str) -> bool:
+    def all_servers_down(self, name: str) -> bool:
         """Whether no server of the route can be tried now, and not because somebody paused it."""
         route = self._routes.get(name)
         return route is not None and not self._servers.paused(route) and self._servers.down(route)
@@ -115,7 +115,7 @@ class Room:
         self._promise(room, -1)
         self._promise(Counter(claim.route for claim in claims), 1)
 
-    def placed(self, name: str) -> None:
+    def slot_taken(self, name: str) -> None:
         """A claim of this route holds a place at a server, or will never need one."""
         self._unplaced[name] -= 1
 

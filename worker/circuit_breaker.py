@@ -14,8 +14,8 @@ A server that refuses us is there, and trying it soon again changes nothing. Its
 mail waits that it has refused as often: for the longest backoff of that step and up to half as much again. So the mail
 that it refused finds it closed, and goes to the next server of the route.
 
-What must stay true: a place that was taken is given back exactly once (`Place.release`), whatever became of the
-transfer; no I/O, and no clock but the one handed in. All of it belongs to the engine's loop, but the sweeper sets
+What must stay true: a place that was taken is given back exactly once (`ConnectionSlot.release`), whatever became of
+the transfer; no I/O, and no clock but the one handed in. All of it belongs to the engine's loop, but the sweeper sets
 `pauses` and `awaited`, and reports what it finds refused (`failed`): neither may find anything half done.
 """
 
@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 
 from relay.routes import Route, Server
 
-TRIPPED_BY = 3
-REST_LEAST = 1.0
-REST_MOST = 60.0
+FAILURES_TO_OPEN = 3
+OPEN_MIN = 1.0
+OPEN_MAX = 60.0
 # Less than 5 s, within which mail is to be on its way after the server is back: a sweep and a look take a second each.
 REST_AWAITED = 3.0
 FRESH = 5.0  # so long a whole reply tells that a server works (seconds)
@@ -37,15 +37,15 @@ HELD_BACK_LEAST, HELD_BACK_MOST = 0.01, 1.0  # seconds
 
 
 @dataclass(slots=True)
-class Health:
-    """What is known of one server. `rests_until` is None while the breaker is closed; `awaited_until` is when the rest
+class CircuitBreaker:
+    """What is known of one server. `open_until` is None while the breaker is closed; `awaited_until` is when the rest
     ends if mail waits for the server. `closed_after`: the seconds after which it closed the last connection that it
     closed without a reply, or 0 if it has replied since."""
 
     used: Counter[str] = field(default_factory=Counter)  # by route
     failures: int = 0
     trips: int = 0
-    rests_until: float | None = None
+    open_until: float | None = None
     awaited_until: float = 0.0
     refuses: bool = False
     replied_at: float = float("-inf")
@@ -55,12 +55,12 @@ class Health:
 
 
 @dataclass(slots=True)
-class Place:
+class ConnectionSlot:
     """The right to hold one connection to `server`, until it is released."""
 
     server: Server
     route: str
-    health: Health
+    health: CircuitBreaker
     probe: bool
     _held: bool = field(default=True)
 
@@ -72,7 +72,7 @@ class Place:
                 self.health.probing = False
 
 
-class Servers:
+class ServerPool:
     """The health of every server that this worker has met, by name: routes that share a server share its places."""
 
     def __init__(
@@ -88,13 +88,13 @@ class Servers:
         self._clock = clock
         self._draw = draw
         self._routed = routed  # the names of all servers that are in a route
-        self._known: dict[str, Health] = {}
+        self._known: dict[str, CircuitBreaker] = {}
         self._backoff = backoff  # RETRY_MIN and RETRY_MAX
         self.pauses: frozenset[str] = frozenset()  # `route:NAME` and `server:NAME`, as operators set them
         self.awaited: frozenset[str] = frozenset()  # the names of servers that mail waits for
 
-    def health(self, server: Server) -> Health:
-        return self._known.get(server.name) or self._known.setdefault(server.name, Health())
+    def health(self, server: Server) -> CircuitBreaker:
+        return self._known.get(server.name) or self._known.setdefault(server.name, CircuitBreaker())
 
     def free(self, server: Server, route: Route | None = None) -> int:
         """How many more connections may be opened to `server` now, by a route or by any that has no limit of its own:
@@ -106,7 +106,7 @@ class Servers:
         places = max(0, places)
         if self._is_paused(server):
             return 0
-        if known.rests_until is None:
+        if known.open_until is None:
             return places
         return min(1, places) if self._may_probe(server.name, known) else 0
 
@@ -122,15 +122,15 @@ class Servers:
         """True when all its servers rest (but those `tried`): none is merely full or paused, and waiting is all."""
         return all(self._rests(server) for server in route.servers if server.name not in tried)
 
-    def take(self, route: Route, tried: Collection[str] = ()) -> Place | None:
+    def take(self, route: Route, tried: Collection[str] = ()) -> ConnectionSlot | None:
         """A place on the first server that is not among the names `tried` and has one free; None when none has."""
         for server in route.servers:
             if server.name not in tried and self.free(server, route):
                 known = self.health(server)
                 known.used[route.name] += 1
-                probe = known.rests_until is not None
+                probe = known.open_until is not None
                 known.probing = known.probing or probe
-                return Place(server, route.name, known, probe)
+                return ConnectionSlot(server, route.name, known, probe)
         return None
 
     def works(self, route: Route) -> bool:
@@ -144,9 +144,9 @@ class Servers:
     def succeeded(self, server: Server) -> bool:
         """A whole reply came. True when that ended a rest."""
         known = self.health(server)
-        recovered = known.rests_until is not None
+        recovered = known.open_until is not None
         known.failures = known.trips = 0
-        known.rests_until = None
+        known.open_until = None
         known.refuses = False
         known.replied_at = self._clock()
         known.closed_after = 0.0
@@ -164,9 +164,9 @@ class Servers:
         known.why = why
         now = self._clock()
         news = at_once and not known.refuses  # also during a rest
-        if known.rests_until is not None and now < self._rest_end(server.name, known) and not news:
+        if known.open_until is not None and now < self._rest_end(server.name, known) and not news:
             return None
-        if known.rests_until is None and known.failures < TRIPPED_BY and not at_once:
+        if known.open_until is None and known.failures < FAILURES_TO_OPEN and not at_once:
             return None
         if news:
             known.trips = 0
@@ -175,11 +175,11 @@ class Servers:
             least, most = self._backoff
             rest = soon = min(most, 2 * least * doublings) * (1 + share)
         else:
-            rest = min(REST_MOST, REST_LEAST * doublings) * (0.5 + share)
+            rest = min(OPEN_MAX, OPEN_MIN * doublings) * (0.5 + share)
             soon = min(rest, REST_AWAITED * (0.5 + share))
         known.trips += 1
         known.refuses = at_once
-        known.rests_until, known.awaited_until = now + rest, now + soon
+        known.open_until, known.awaited_until = now + rest, now + soon
         return rest
 
     def closed(self, server: Server, seconds: float) -> None:
@@ -197,7 +197,7 @@ class Servers:
         after = self.health(server).closed_after
         return min(HELD_BACK_MOST, HELD_BACK_LEAST + 2 * after) if after else 0.0
 
-    def resting(self) -> dict[str, str]:
+    def open_circuits(self) -> dict[str, str]:
         """The servers that are left alone for now, and why; forgets those that are in no route. Thread-safe."""
         if self._routed is not None:
             routed = self._routed()
@@ -210,14 +210,14 @@ class Servers:
         """Whether the server of that name is left alone: until its rest has run out, and while somebody tries. Who has
         nothing for it does not try, and so does not leave it alone. Thread-safe."""
         known = self._known.get(name)
-        if known is None or known.rests_until is None:
+        if known is None or known.open_until is None:
             return False
         return known.probing or self._clock() < self._rest_end(name, known)
 
     def why(self, route: Route) -> str:
         """Why the first server that rests does so, in words for an operator."""
         for server in route.servers:
-            if self.health(server).rests_until is not None:
+            if self.health(server).open_until is not None:
                 return f"{server.name} is left alone for a while: {self.health(server).why}"
         return ""
 
@@ -226,12 +226,12 @@ class Servers:
 
     def _rests(self, server: Server) -> bool:
         known = self.health(server)
-        resting = known.rests_until is not None and not self._may_probe(server.name, known)
-        return resting and not self._is_paused(server)
+        open_circuits = known.open_until is not None and not self._may_probe(server.name, known)
+        return open_circuits and not self._is_paused(server)
 
-    def _may_probe(self, name: str, known: Health) -> bool:
-        return not known.probing and known.rests_until is not None and self._clock() >= self._rest_end(name, known)
+    def _may_probe(self, name: str, known: CircuitBreaker) -> bool:
+        return not known.probing and known.open_until is not None and self._clock() >= self._rest_end(name, known)
 
-    def _rest_end(self, name: str, known: Health) -> float:
-        rest_end: float = known.awaited_until if name in self.awaited else known.rests_until or 0.0
+    def _rest_end(self, name: str, known: CircuitBreaker) -> float:
+        rest_end: float = known.awaited_until if name in self.awaited else known.open_until or 0.0
         return rest_end

@@ -29,8 +29,8 @@ from relay.dsn.generator import LIMIT
 from relay.ids import dashed
 from relay.log import first_line, get_logger
 from relay.settings import Settings
-from relay.spool.orphans import SETTLED, Strays
-from relay.spool.retention import body_free
+from relay.spool.orphans import SETTLED, OrphanScanner
+from relay.spool.retention import body_deletable
 from relay.spool.store import Spool
 
 log = get_logger(__name__)
@@ -41,17 +41,17 @@ BATCH = 500
 _LOCK = 7_126_280_001
 
 _FINISHED = f"""SELECT @hex(m.id) FROM messages m WHERE m.id < :bound AND m.received_at < @ago(:retention)
-    AND {body_free("m.id")}
+    AND {body_deletable("m.id")}
     AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.message_id = m.id AND d.finished_at >= @ago(:retention))
     ORDER BY m.id LIMIT :most"""
 
 
-class Housekeeper:
+class Cleaner:
     """`start`, then `close`; `clean` and `clean_spool` are one turn each."""
 
     def __init__(self, settings: Settings, engine: Engine, spool: Spool) -> None:
         self._engine, self._spool, self._retention = engine, spool, settings.retention
-        self._spell, self._strays = dialect_of(engine), Strays(engine, spool)
+        self._spell, self._strays = dialect_of(engine), OrphanScanner(engine, spool)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
 
@@ -134,17 +134,17 @@ class Housekeeper:
 
     def clean_spool(self) -> tuple[int, int]:
         """Remove bodies that nobody needs, put orphans aside; how many of each."""
-        unneeded = orphans = 0
+        deletable_bodies = orphans = 0
         purged = self._strays.purge(self._retention)  # before anything is put aside, and never in the same pass
         for stray in self._strays.found(self._closing):
             if stray.row:
-                unneeded += self._strays.remove(stray)
-            elif stray.age >= YOUNG and stray.proven and self._strays.put_aside(stray):
+                deletable_bodies += self._strays.remove(stray)
+            elif stray.age >= YOUNG and stray.newer_row_exists and self._strays.move_to_orphans(stray):
                 log.error("a body without a message was put aside", id=stray.name)
                 orphans += 1
         settled = self._strays.now() - SETTLED
         for directory in self._spool.directories():
             self._spool.remove_directory(directory, settled)
-        if unneeded or orphans or purged:
-            log.warning("spool cleaned", unneeded=unneeded, orphans=orphans, purged=purged)
-        return unneeded, orphans
+        if deletable_bodies or orphans or purged:
+            log.warning("spool cleaned", deletable_bodies=deletable_bodies, orphans=orphans, purged=purged)
+        return deletable_bodies, orphans

@@ -119,7 +119,7 @@ class _Client(redis.PrefixedStrictRedis):
             return None
 
 
-class Channel(redis.Channel):
+class HintChannel(redis.Channel):
     """A channel on which hints arrive and nothing else does."""
 
     def _get_client(self) -> Any:
@@ -130,7 +130,7 @@ class Channel(redis.Channel):
 class Transport(redis.Transport):
     """Redis, with such channels."""
 
-    Channel = Channel
+    Channel = HintChannel
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]

@@ -3,11 +3,12 @@
 A transfer goes through the servers of its route in order. What fails before the commit point goes on to the next one at
 once, and so does a Z, or a D about us: nothing was accepted. After the commit point a try without a whole reply
 ends the transfer, because only its server can tell what became of the message. Whatever happens, a transfer ends with a
-`Record`: the state that the delivery should have next, and a row for each try.
+`Completion`: the state that the delivery should have next, and a row for each try.
 
-What an outcome leads to stands in one table (`NEXT`), and `judge` is the only place that reads it. What must stay true:
-only a whole reply that says that nothing was accepted lets another try follow one that was past its commit point; only
-a D that came whole bounces; no fault of ours (a body, a local error, our own stop) is ever held against the mail.
+What an outcome leads to stands in one table (`OUTCOME_POLICY`), and `next_state` is the only place that reads it. What
+must stay true: only a whole reply that says that nothing was accepted lets another try follow one that was past its
+commit point; only a D that came whole bounces; no fault of ours (a body, a local error, our own stop) is ever held
+against the mail.
 """
 
 import enum
@@ -24,12 +25,12 @@ from qmqp.request import NO_REQUEST, Request
 from relay import metrics
 from relay.db.schema import LONGEST_TEXT, Outcome, State
 from relay.log import escaped, first_line, get_logger
-from relay.queue.model import Claim, Record, Try, waits_for
+from relay.queue.model import Attempt, Claim, Completion, waits_for
 from relay.queue.split import TOO_MANY_RECIPIENTS, can_carry
 from relay.routes import NO_SERVER, Route, Server
 from relay.settings import WorkerSettings, unwanted
-from worker.backoff import delay, spread
-from worker.circuit_breaker import Place, Servers
+from worker.backoff import delay, jitter
+from worker.circuit_breaker import ConnectionSlot, ServerPool
 
 log = get_logger(__name__)
 
@@ -46,7 +47,7 @@ class Wait(enum.Enum):
     UNCERTAIN = enum.auto()  # long enough for a twin to show up downstream
 
 
-NEXT: dict[Outcome, tuple[State, Wait]] = {
+OUTCOME_POLICY: dict[Outcome, tuple[State, Wait]] = {
     Outcome.ACCEPTED: (State.DELIVERED, Wait.NONE),
     Outcome.DEFERRED: (State.DEFERRED, Wait.BACKOFF),
     Outcome.REJECTED: (State.BOUNCED, Wait.NONE),
@@ -63,7 +64,7 @@ _SAYS_LATER = {Outcome.REJECTED, Outcome.DEFERRED}  # of those
 _WHOLE_REPLY = {Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED}
 
 
-def judge(
+def next_state(
     outcome: Outcome,
     settings: WorkerSettings,
     step: int,
@@ -83,30 +84,30 @@ def judge(
         outcome = Outcome.DEFERRED
     if outcome is Outcome.MALFORMED and not committed:
         outcome = Outcome.INTERRUPTED
-    state, wait = NEXT[outcome]
+    state, wait = OUTCOME_POLICY[outcome]
     growing = delay(step, least=least, most=most)
     match wait:
         case Wait.BACKOFF:
             return state, growing, step + 1
         case Wait.HEALTH:
-            return state, spread(least), step
+            return state, jitter(least), step
         case Wait.UNCERTAIN if settings.uncertain == "hold":
             return State.HELD, 0.0, step
         case Wait.UNCERTAIN:
-            return state, max(spread(settings.uncertain_delay), growing), step + 1
+            return state, max(jitter(settings.uncertain_delay), growing), step + 1
         case _:
             return state, 0.0, step
 
 
 def longest_wait(settings: WorkerSettings, routes: Iterable[Route]) -> float:
-    """Seconds: `judge` defers nothing for longer."""
+    """Seconds: `next_state` defers nothing for longer."""
     waits = [settings.retry_max, settings.uncertain_delay]
     for route in routes:
         waits += [route.retry_min or 0.0, route.retry_max or 0.0]
-    return spread(max(waits), draw=lambda: 1.0)
+    return jitter(max(waits), draw=lambda: 1.0)
 
 
-def blame(servers: Servers, server: Server, reply: str, *, unwanted: bool) -> None:
+def record_failure(servers: ServerPool, server: Server, reply: str, *, unwanted: bool) -> None:
     """A server failed, or (`unwanted`) said that it is not for us: tell its breaker, the metrics and the log."""
     if unwanted:
         log.critical("server does not want us", server=server.name, reply=reply)
@@ -118,18 +119,18 @@ def blame(servers: Servers, server: Server, reply: str, *, unwanted: bool) -> No
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class TransferConfig:
     """What all transfers of a worker share. `may_commit` is asked, with the id of the worker that holds the claim, just
     before the last bytes of a request leave."""
 
     settings: WorkerSettings
     timeouts: client.Timeouts
-    servers: Servers
+    servers: ServerPool
     may_commit: Callable[[str], bool]
     not_wanted: re.Pattern[str]
 
     @classmethod
-    def of(cls, settings: WorkerSettings, servers: Servers, may_commit: Callable[[str], bool]) -> "Terms":
+    def of(cls, settings: WorkerSettings, servers: ServerPool, may_commit: Callable[[str], bool]) -> "TransferConfig":
         timeouts = client.Timeouts(
             connect=settings.connect_timeout,
             io=settings.io_timeout,
@@ -139,10 +140,10 @@ class Terms:
         return cls(settings, timeouts, servers, may_commit, unwanted(settings))
 
 
-class Transfer:
+class DeliveryTask:
     """One claim and the open body `handle` (-1: none), which it closes when it ends.
 
-    `placed` is called once, as soon as the transfer holds a place at a server or will never hold one.
+    `slot_taken` is called once, as soon as the transfer holds a place at a server or will never hold one.
     """
 
     __slots__ = ("_aborted", "_current", "_handle", "_placed", "_route", "_terms", "_tried", "_tries", "claim",
@@ -154,14 +155,14 @@ class Transfer:
         worker: str,
         handle: int,
         route: Route | None,
-        terms: Terms,
-        placed: Callable[[], object] | None = None,
+        terms: TransferConfig,
+        slot_taken: Callable[[], object] | None = None,
     ) -> None:
         self.claim, self.worker = claim, worker
         self._handle, self._terms = handle, terms
         self._route = route or Route(claim.route, ())  # one that vanished has no servers
-        self._placed = placed
-        self._current: client.Transfer | None = None
+        self._placed = slot_taken
+        self._current: client.ClientConnection | None = None
         self._aborted = False
         self._tried: set[str] = set()
         self._tries: list[tuple[Server, Outcome, str, int, float, float]] = []
@@ -180,17 +181,17 @@ class Transfer:
 
     def close(self) -> None:
         """Let go of the body and of the room that was kept for it."""
-        self._tell_placed()
+        self._report_slot_taken()
         if self._handle >= 0:
             handle, self._handle = self._handle, -1
             os.close(handle)
 
-    def _tell_placed(self) -> None:
+    def _report_slot_taken(self) -> None:
         if self._placed is not None:
-            placed, self._placed = self._placed, None
-            placed()
+            slot_taken, self._placed = self._placed, None
+            slot_taken()
 
-    async def run(self) -> Record:
+    async def run(self) -> Completion:
         """Send, at one server after the other; what became of it. Raises OSError for a fault of this machine."""
         try:
             return await self._send()
@@ -199,7 +200,7 @@ class Transfer:
         finally:
             self.close()
 
-    async def _send(self) -> Record:
+    async def _send(self) -> Completion:
         claim = self.claim
         try:
             recipients = [address.encode("latin-1") for address in claim.recipients]
@@ -208,7 +209,7 @@ class Transfer:
             return self._no_request(error)
         while not self._aborted:
             place = self._terms.servers.take(self._route, self._tried)
-            self._tell_placed()
+            self._report_slot_taken()
             if place is None:
                 return self._nowhere()
             try:
@@ -217,14 +218,14 @@ class Transfer:
                 place.release()
             if record is not None:
                 return record
-        return self.handed_back()
+        return self.requeued()
 
-    async def _at(self, place: Place, request: Request) -> Record | None:
+    async def _at(self, place: ConnectionSlot, request: Request) -> Completion | None:
         """One try; None when the next server is to be tried."""
         server, started = place.server, time.monotonic()
         self._tried.add(server.name)
         log.debug("sending", id=self.claim.message_id, delivery=self.claim.number, server=server.name)
-        self._current = client.Transfer(
+        self._current = client.ClientConnection(
             host=server.host, port=server.port, path=server.path, request=request, fd=self._handle,
             block_size=self._terms.settings.block_size, timeouts=self._terms.timeouts, may_commit=self._may_commit,
             hold_back=self._terms.servers.holds_back(server),
@@ -235,7 +236,7 @@ class Transfer:
             # Only the end of a drain cancels: nobody will hear the reply any more.
             outcome = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
             self._note(server, outcome, "stopped before the reply came", self._current.bytes_sent, started)
-            return self._record(outcome, server) if self.committed else self.handed_back()
+            return self._record(outcome, server) if self.committed else self.requeued()
         except Exception as error:
             if sent := self._current.bytes_sent:  # our fault, but a try all the same
                 doubt = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
@@ -247,7 +248,7 @@ class Transfer:
         if not (place.probe and outcome is Outcome.UNREACHABLE):
             self._note(server, outcome, reply, result.bytes_sent, started)
         if result.ours:
-            return self.handed_back()
+            return self.requeued()
         unwanted = outcome is Outcome.REJECTED and self._terms.not_wanted.search(reply) is not None
         self._health(server, outcome, reply, unwanted)
         if unwanted or outcome is Outcome.DEFERRED or (outcome in _MOVES_ON[:3] and not result.committed):
@@ -287,14 +288,14 @@ class Transfer:
             return
         if outcome is Outcome.UNREACHABLE:
             log.warning("connect failed", host=server.host or server.path, port=server.port, reason=reply)
-        blame(self._terms.servers, server, reply, unwanted=unwanted)
+        record_failure(self._terms.servers, server, reply, unwanted=unwanted)
 
     def _note(self, server: Server, outcome: Outcome, reply: str, sent: int, started: float) -> None:
         self._tries.append((server, outcome, reply, sent, started, time.monotonic()))
         metrics.attempts(server.name, outcome).inc()
         metrics.SENT_BYTES.inc(sent)
 
-    def _nowhere(self) -> Record:
+    def _nowhere(self) -> Completion:
         """No server is left to be tried."""
         if not self._route.servers:
             return self._waiting(self._record(Outcome.UNREACHABLE, None, NO_SERVER))
@@ -304,45 +305,45 @@ class Transfer:
         if outcome not in _SAYS_LATER and not self._terms.servers.down(self._route, self._tried):
             # One is merely full, or paused. After a Z it is the backoff that is waited for all the same: the server
             # that asked for it would have the message again at once.
-            return self.handed_back()
+            return self.requeued()
         return self._waiting(
             self._record(outcome, server, reply, committed=False, unwanted=outcome is Outcome.REJECTED)
         )
 
-    def _waiting(self, record: Record) -> Record:
+    def _waiting(self, record: Completion) -> Completion:
         """Nothing is known against the mail of such a record, if no server had it: it waits for its route alone."""
         if record.outcome in (Outcome.UNREACHABLE, Outcome.REJECTED):
             record.waiting_for = waits_for(self.claim.route)
         return record
 
-    def _record(self, outcome: Outcome, server: Server | None, reply: str = "", **how: bool) -> Record:
+    def _record(self, outcome: Outcome, server: Server | None, reply: str = "", **how: bool) -> Completion:
         state, wait, step = self._judged(outcome, **how)
         reply = reply or (self._tries[-1][2] if self._tries else "")
         return self._made(state, outcome, reply, server.name if server else None, wait, step)
 
     def _judged(self, outcome: Outcome, *, committed: bool = True, unwanted: bool = False) -> tuple[State, float, int]:
         step, settings = self.claim.backoff_step, self._terms.settings
-        return judge(outcome, settings, step, route=self._route, committed=committed, unwanted=unwanted)
+        return next_state(outcome, settings, step, route=self._route, committed=committed, unwanted=unwanted)
 
-    def handed_back(self) -> Record:
+    def requeued(self) -> Completion:
         """Nothing was decided, and not for the mail's sake: `queued` again at once."""
         return self._made(State.QUEUED, None, "", None, 0.0, self.claim.backoff_step)
 
-    def postponed(self) -> Record:
+    def postponed(self) -> Completion:
         """Not for the mail's sake, and not at once: deferred for longer each time."""
         state, wait, step = self._judged(Outcome.DEFERRED)
         return self._made(state, None, "", None, wait, step)
 
-    def broken(self) -> Record:
+    def broken(self) -> Completion:
         """Our own program failed."""
         outcome = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
         return self._record(outcome, None, "internal error, see the log", committed=self.committed)
 
-    def unsendable(self, why: str) -> Record:
+    def unsendable(self, why: str) -> Completion:
         """It can never be sent as it is: held, for a person to look at."""
         return self._made(State.HELD, Outcome.UNSENDABLE, why, None, 0.0, self.claim.backoff_step)
 
-    def _no_request(self, error: ValueError) -> Record:
+    def _no_request(self, error: ValueError) -> Completion:
         """The envelope cannot be sent. Waiting mends no address, so none of it is held: it bounces, and recipients that
         can be sent to are cut off and sent. A person has to look only where recipients are missing."""
         claim, carried = self.claim, [can_carry(one) for one in self.claim.recipients]
@@ -356,13 +357,13 @@ class Transfer:
 
     def _made(
         self, state: State, outcome: Outcome | None, reply: str, server: str | None, wait: float, step: int
-    ) -> Record:
+    ) -> Completion:
         claim, now = self.claim, time.monotonic()
         tries = [
-            Try(hop, one.name, outcome_, words, sent, now - began, now - ended)
-            for hop, (one, outcome_, words, sent, began, ended) in enumerate(self._tries, 1)
+            Attempt(attempt_index, one.name, outcome_, words, sent, now - began, now - ended)
+            for attempt_index, (one, outcome_, words, sent, began, ended) in enumerate(self._tries, 1)
         ]
-        return Record(
+        return Completion(
             self.worker,
             claim.message_id,
             claim.number,

@@ -1,9 +1,9 @@
 """The engine of a worker process: one event loop that owns every connection, and the lease that entitles it to them.
 
 How it works. Hints (`offer`, from the Celery task) and looks at the database ask for deliveries (worker/producer.py).
-What was claimed gets its body opened (worker/body_io.py) and becomes a `Transfer`, an asyncio task. Its outcome is a
-`Record`. Wishes, records and the renewals of the lease go through one `rounds.Writer`: a thread that commits what has
-gathered and posts the answers back here in one call.
+What was claimed gets its body opened (worker/body_io.py) and becomes a `DeliveryTask`, an asyncio task. Its outcome is
+a `Completion`. Wishes, records and the renewals of the lease go through one `rounds.CommitThread`: a thread that
+commits what has gathered and posts the answers back here in one call.
 
 What must stay true:
 - all state below belongs to the loop; other threads come in through `offer`, `drain` and `renewed_since` only;
@@ -24,28 +24,28 @@ from contextlib import suppress
 from functools import partial
 
 from relay import metrics
-from relay.db.group_commit import Writer
+from relay.db.group_commit import CommitThread
 from relay.db.schema import Outcome, State
 from relay.ids import new_id
 from relay.log import first_line, get_logger
-from relay.queue.claim import Ledger
-from relay.queue.model import Claim, Item, Record, Recorded, Renewal, Result, Wish
+from relay.queue.claim import WorkerQueue
+from relay.queue.model import Claim, ClaimRequest, Command, CommandResult, Completion, CompletionResult, Renewal
 from relay.routes import NO_SERVER, Routes
 from relay.settings import WorkerSettings
 from relay.spool.store import BodyUnsendable, Spool
 from relay.startup import new_loop
-from worker.body_io import Files, Opened
-from worker.capacity import Room
-from worker.circuit_breaker import Servers
-from worker.delivery import Terms, Transfer
-from worker.hint_queue import Ticket
-from worker.producer import Demand
+from worker.body_io import BodyIo, Opened
+from worker.capacity import Capacity
+from worker.circuit_breaker import ServerPool
+from worker.delivery import DeliveryTask, TransferConfig
+from worker.hint_queue import HintBatch
+from worker.producer import Producer
 
 log = get_logger(__name__)
 LONGEST_FAULT_PAUSE = 30.0
-ALONE_FROM = 2  # workers lost over a delivery, from which on it is sent alone
-ALONE_PATIENCE = 30.0  # that suspects may keep everything else from being claimed, all together (seconds)
-ALONE_AGAIN = 300.0  # until they may do so again, if that was not enough (seconds)
+QUARANTINE_FROM = 2  # workers lost over a delivery, from which on it is sent alone
+QUARANTINE_TIMEOUT = 30.0  # that suspects may keep everything else from being claimed, all together (seconds)
+QUARANTINE_PAUSE = 300.0  # until they may do so again, if that was not enough (seconds)
 WINDOW = 1024  # deliveries of a route that may be woken and not taken yet
 GATHER = 0.005  # seconds that outcomes and wishes are let gather while they come in numbers
 STANDSTILL = 1.0  # between two ticks: this process was stopped, or its machine was (seconds)
@@ -58,21 +58,21 @@ class Engine:
     def __init__(
         self,
         settings: WorkerSettings,
-        ledger: Ledger,
+        ledger: WorkerQueue,
         spool: Spool,
         routes: Routes,
         *,
-        servers: Servers | None = None,
+        servers: ServerPool | None = None,
     ) -> None:
         self._settings, self._ledger, self._routes = settings, ledger, routes
-        self._servers = servers or Servers(
+        self._servers = servers or ServerPool(
             settings.server_connections, backoff=(settings.retry_min, settings.retry_max)
         )
-        self._terms = Terms.of(settings, self._servers, self._may_commit)
+        self._terms = TransferConfig.of(settings, self._servers, self._may_commit)
         self._loop = new_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._files = Files(self._loop, spool)
-        self._writer: Writer[Item, Result] = Writer(
+        self._files = BodyIo(self._loop, spool)
+        self._writer: CommitThread[Command, CommandResult] = CommitThread(
             "outcomes", ledger.commit, post=self._loop.call_soon_threadsafe, largest=512, gather=GATHER,
             rounds_of=metrics.rounds("outcomes"),
         )  # fmt: skip
@@ -80,21 +80,21 @@ class Engine:
         self.ready = threading.Event()
         self._renewed = float("-inf")  # when the last renewal that succeeded was asked for
         self._renewing = False
-        self._room = Room(routes, self._servers, settings.worker_connections, settings.batch_size)
-        self._demand = Demand(settings, routes, self._room, self._wish)
-        self._active: dict[Transfer, asyncio.Task[None]] = {}
+        self._room = Capacity(routes, self._servers, settings.worker_connections, settings.batch_size)
+        self._demand = Producer(settings, routes, self._room, self._wish)
+        self._active: dict[DeliveryTask, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
         self._opening = 0
         self._unrecorded = 0
         self._faults = 0
         self._paused_until = 0.0
-        self._suspects: deque[Transfer] = deque()  # wait to be sent alone
-        self._alone: Transfer | None = None  # is being sent so
-        self._alone_until = 0.0
-        self._alone_again = 0.0
+        self._quarantine: deque[DeliveryTask] = deque()  # wait to be sent alone
+        self._exclusive: DeliveryTask | None = None  # is being sent so
+        self._exclusive_until = 0.0
+        self._next_quarantine_at = 0.0
         self._stopping = False
         self._idle = asyncio.Event()
-        self.beat = time.monotonic()  # when the loop last turned
+        self.heartbeat = time.monotonic()  # when the loop last turned
 
     # From other threads
 
@@ -106,9 +106,9 @@ class Engine:
         self._writer.start()
         self._thread.start()
 
-    def offer(self, ids: Sequence[str], lane: str = "fresh", route: str = "") -> Ticket:
+    def offer(self, ids: Sequence[str], lane: str = "fresh", route: str = "") -> HintBatch:
         """Deliver these messages as connections come free, on a route if it is known. Thread-safe; never blocks."""
-        ticket = Ticket(0 if self._stopping else len(ids))
+        ticket = HintBatch(0 if self._stopping else len(ids))
         if not ticket.wait(0):
             self._loop.call_soon_threadsafe(self._offered, ticket, ids, lane, route)
         return ticket
@@ -168,16 +168,16 @@ class Engine:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        stood, self.beat = now - self.beat, now
+        stood, self.heartbeat = now - self.heartbeat, now
         if self.worker and not self._renewing and now - self._renewed >= self._settings.lease / 4:
             self._renew(now)
         if stood > STANDSTILL:  # nothing could move meanwhile: that time is no reason to give anything up
-            self._alone_until += stood
+            self._exclusive_until += stood
             self._demand.stood_still(stood)
         self._demand.drop_hints(unless_moved_since=now - self._settings.grace)
-        if self._suspects and now >= self._alone_until:
-            self._end_of_patience(now)
-        self._pump()
+        if self._quarantine and now >= self._exclusive_until:
+            self._quarantine_timeout(now)
+        self._poll()
         self._loop.call_later(min(0.25, self._settings.lease / 8), self._tick)
 
     # The lease
@@ -201,14 +201,14 @@ class Engine:
             self.worker, self._renewed = worker, asked
             self.ready.set()
             log.info("worker signed on", worker=worker)
-            self._pump()
+            self._poll()
             return
 
     def _renew(self, asked: float) -> None:
         self._renewing = True
         self._writer.put(Renewal(self.worker), partial(self._was_renewed, asked, self.worker))
 
-    def _was_renewed(self, asked: float, worker: str, result: Result | Exception) -> None:
+    def _was_renewed(self, asked: float, worker: str, result: CommandResult | Exception) -> None:
         self._renewing = False
         if worker != self.worker:
             return
@@ -225,35 +225,37 @@ class Engine:
 
     # Claiming
 
-    def _offered(self, ticket: Ticket, ids: Sequence[str], lane: str, route: str) -> None:
+    def _offered(self, ticket: HintBatch, ids: Sequence[str], lane: str, route: str) -> None:
         self._demand.hint(ticket, ids, lane, route)
         if self._stopping:
             self._demand.drop_hints()
-        self._pump()
+        self._poll()
 
     def _may_claim(self, now: float) -> bool:
         if self._stopping or not self.worker or now < self._paused_until:
             return False
-        if self._suspects or (self._alone is not None and now < self._alone_until):
+        if self._quarantine or (self._exclusive is not None and now < self._exclusive_until):
             return False
         return self._may_commit(self.worker)
 
-    def _pump(self) -> None:
+    def _poll(self) -> None:
         now = time.monotonic()
-        if self._suspects:
-            self._start_alone()
+        if self._quarantine:
+            self._start_exclusive()
         if self._may_claim(now):
             self._demand.ask(self.worker, now)
 
     def _look(self) -> None:
         self._demand.look_now()
-        self._pump()
+        self._poll()
 
-    def _wish(self, wish: Wish, done: Callable[[Sequence[Claim]], None]) -> None:
+    def _wish(self, wish: ClaimRequest, done: Callable[[Sequence[Claim]], None]) -> None:
         self._opening += 1
         self._writer.put(wish, partial(self._claimed, wish, done))
 
-    def _claimed(self, wish: Wish, done: Callable[[Sequence[Claim]], None], result: Result | Exception) -> None:
+    def _claimed(
+        self, wish: ClaimRequest, done: Callable[[Sequence[Claim]], None], result: CommandResult | Exception
+    ) -> None:
         """A wish came back: open the bodies of what was claimed."""
         claims = result if isinstance(result, list) else []
         self._opening -= 1
@@ -262,29 +264,29 @@ class Engine:
             self._opening += 1
             self._files.open(claims).add_done_callback(partial(self._opened, wish.worker, claims))
         self._check_idle()
-        self._pump()
+        self._poll()
 
     def _opened(self, worker: str, claims: Sequence[Claim], opened: asyncio.Future[Opened]) -> None:
         self._opening -= 1
         for claim, handle in zip(claims, opened.result(), strict=True):
-            transfer = Transfer(
+            transfer = DeliveryTask(
                 claim, worker, handle if isinstance(handle, int) else -1, self._routes.get(claim.route), self._terms,
-                partial(self._room.placed, claim.route),
+                partial(self._room.slot_taken, claim.route),
             )  # fmt: skip
             if isinstance(handle, BodyUnsendable):
                 log.critical("body unsendable", id=claim.message_id, reason=str(handle))
                 self._ended(transfer, transfer.unsendable(str(handle)))
             elif isinstance(handle, Exception):
                 self._fault(claim, handle)
-                self._ended(transfer, transfer.handed_back())
+                self._ended(transfer, transfer.requeued())
             elif self._stopping or worker != self.worker:
-                self._ended(transfer, transfer.handed_back())
-            elif claim.vanished >= ALONE_FROM:
-                self._wait_to_be_alone(transfer)
+                self._ended(transfer, transfer.requeued())
+            elif claim.crash_count >= QUARANTINE_FROM:
+                self._enter_quarantine(transfer)
             else:
                 self._faults = 0
                 self._send(transfer)
-        self._pump()
+        self._poll()
 
     def _fault(self, claim: Claim, error: Exception) -> None:
         """This machine is at fault: stop claiming, for longer each time in a row."""
@@ -295,80 +297,80 @@ class Engine:
 
     # Transfers
 
-    def _send(self, transfer: Transfer) -> None:
-        self._active[transfer] = self._loop.create_task(self._carry(transfer))
+    def _send(self, transfer: DeliveryTask) -> None:
+        self._active[transfer] = self._loop.create_task(self._run_delivery(transfer))
 
-    async def _carry(self, transfer: Transfer) -> None:
+    async def _run_delivery(self, transfer: DeliveryTask) -> None:
         try:
             record = await transfer.run()
         except OSError as error:
             self._fault(transfer.claim, error)
-            record = transfer.handed_back()
+            record = transfer.requeued()
         except Exception:
             log.exception("transfer failed for a reason of its own", id=transfer.claim.message_id)
             record = transfer.broken()
         del self._active[transfer]
         self._ended(transfer, record)
-        self._pump()
+        self._poll()
 
-    def _ended(self, transfer: Transfer, record: Record) -> None:
+    def _ended(self, transfer: DeliveryTask, record: Completion) -> None:
         """Give the connection back and have the outcome recorded."""
         transfer.close()
         self._room.ended()
-        if transfer is self._alone:
-            self._alone = None
+        if transfer is self._exclusive:
+            self._exclusive = None
         self._unrecorded += 1
         self._writer.put(record, partial(self._recorded, record))
-        _tell(transfer, record)
+        _log_outcome(transfer, record)
 
-    def _recorded(self, record: Record, result: Result | Exception) -> None:
+    def _recorded(self, record: Completion, result: CommandResult | Exception) -> None:
         self._unrecorded -= 1
         self._check_idle()
         if isinstance(result, Exception):
             log.critical("outcome not recorded", id=record.message_id, reason=first_line(result))
-        elif isinstance(result, Recorded):
+        elif isinstance(result, CompletionResult):
             if result.state is None:
                 log.warning("outcome came too late", id=record.message_id, outcome=record.outcome)
             elif result.state is not record.state:
                 log.info(str(result.state), id=record.message_id, delivery=record.number, reply=record.reply)
-            if result.body_free:
+            if result.body_deletable:
                 self._files.remove(record.message_id)
 
     # Deliveries over which workers vanished are sent alone, one after the other: if one takes this worker too, it takes
     # nothing else with it. They do not hold up the mail for longer than ALONE_PATIENCE.
 
-    def _wait_to_be_alone(self, transfer: Transfer) -> None:
+    def _enter_quarantine(self, transfer: DeliveryTask) -> None:
         now = time.monotonic()
-        if now < self._alone_again:
+        if now < self._next_quarantine_at:
             self._ended(transfer, transfer.postponed())
             return
-        if not self._suspects and self._alone is None:
-            self._alone_until = now + ALONE_PATIENCE
-        self._suspects.append(transfer)
+        if not self._quarantine and self._exclusive is None:
+            self._exclusive_until = now + QUARANTINE_TIMEOUT
+        self._quarantine.append(transfer)
 
-    def _start_alone(self) -> None:
+    def _start_exclusive(self) -> None:
         if self._active or self._opening:
             return
-        transfer = self._alone = self._suspects.popleft()
-        log.warning("sent alone", id=transfer.claim.message_id, vanished=transfer.claim.vanished)
+        transfer = self._exclusive = self._quarantine.popleft()
+        log.warning("sent alone", id=transfer.claim.message_id, crash_count=transfer.claim.crash_count)
         self._send(transfer)
 
-    def _end_of_patience(self, now: float) -> None:
+    def _quarantine_timeout(self, now: float) -> None:
         """Others would not end, or a suspect did not. What can be closed makes way for the next suspect, so that its
         time comes at all; what only waits for its reply goes on; the other suspects come again later."""
-        self._alone_again = now + ALONE_AGAIN
-        if self._alone is None:
+        self._next_quarantine_at = now + QUARANTINE_PAUSE
+        if self._exclusive is None:
             for transfer in self._active:
                 transfer.abort()
-            transfer = self._alone = self._suspects.popleft()
-            self._alone_until = now + ALONE_PATIENCE
-            log.warning("sent alone", id=transfer.claim.message_id, vanished=transfer.claim.vanished)
+            transfer = self._exclusive = self._quarantine.popleft()
+            self._exclusive_until = now + QUARANTINE_TIMEOUT
+            log.warning("sent alone", id=transfer.claim.message_id, crash_count=transfer.claim.crash_count)
             self._send(transfer)
-        self._release_suspects(Transfer.postponed)
+        self._release_quarantine(DeliveryTask.postponed)
 
-    def _release_suspects(self, record: Callable[[Transfer], Record]) -> None:
-        while self._suspects:
-            transfer = self._suspects.popleft()
+    def _release_quarantine(self, record: Callable[[DeliveryTask], Completion]) -> None:
+        while self._quarantine:
+            transfer = self._quarantine.popleft()
             self._ended(transfer, record(transfer))
 
     # The end
@@ -376,7 +378,7 @@ class Engine:
     async def _drain(self, seconds: float) -> bool:
         self._stopping = True
         self._demand.drop_hints()
-        self._release_suspects(Transfer.handed_back)
+        self._release_quarantine(DeliveryTask.requeued)
         await asyncio.sleep(0)  # what was started just now begins, so that it can be stopped
         for transfer in [*self._active]:
             transfer.abort()
@@ -396,7 +398,7 @@ class Engine:
             self._idle.set()
 
 
-def _tell(transfer: Transfer, record: Record) -> None:
+def _log_outcome(transfer: DeliveryTask, record: Completion) -> None:
     """One line for what became of a claim."""
     took = time.monotonic() - transfer.started
     if record.state is State.DELIVERED:

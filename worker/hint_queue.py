@@ -1,8 +1,8 @@
 """Hints that wait for a free connection: fresh mail and retries by turns.
 
-A task offers its ids and gets a `Ticket`, which is done when the last of them was asked for, or when nothing moved for
-so long that they are left to the database. What must stay true: no lane waits while the other is served twice in a row.
-`Lanes` belongs to one thread; only `Ticket.wait` is for others.
+A task offers its ids and gets a `HintBatch`, which is done when the last of them was asked for, or when nothing moved
+for so long that they are left to the database. What must stay true: no lane waits while the other is served twice in a
+row. `HintQueue` belongs to one thread; only `HintBatch.wait` is for others.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from relay.hints import QUEUES
 
 
-class Ticket:
+class HintBatch:
     """What a task holds while its messages wait for connections."""
 
     __slots__ = ("_done", "_left")
@@ -35,21 +35,21 @@ class Ticket:
         return self._left <= 0
 
 
-type Hint = tuple[str, Ticket]
+type Hint = tuple[str, HintBatch]
 
 
-class Lanes:
+class HintQueue:
     """The hints of one worker."""
 
     def __init__(self) -> None:
         self._lanes: dict[str, deque[Hint]] = {name: deque() for name in QUEUES}
         self._turns = itertools.cycle(QUEUES)
-        self.tickets: set[Ticket] = set()  # those that are not done
+        self.tickets: set[HintBatch] = set()  # those that are not done
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
 
-    def add(self, ticket: Ticket, ids: Iterable[str], lane: str) -> None:
+    def add(self, ticket: HintBatch, ids: Iterable[str], lane: str) -> None:
         """Let these messages wait in a lane (an unknown one is the first)."""
         self.tickets.add(ticket)
         self._lanes.get(lane, self._lanes[QUEUES[0]]).extend((message_id, ticket) for message_id in ids)

@@ -1,11 +1,11 @@
 """Demand: what a worker asks the database for, and when.
 
 Hints wait here for room; and once a second, or at once again while there is more, the database is asked for what is
-overdue, hint or no hint. Either becomes a `Wish` that says how many deliveries each route has room for, so that nothing
-is ever claimed that must wait for a connection. One wish for hints of each route and one look are on their way at most:
-what comes meanwhile goes into the next. Each route has its own hints: whether they wait, are asked for or are left to
-the database is decided by its own room, whatever other routes have. Hints of which nobody said the route are another
-such group, and may be for any.
+overdue, hint or no hint. Either becomes a `ClaimRequest` that says how many deliveries each route has room for, so that
+nothing is ever claimed that must wait for a connection. One wish for hints of each route and one look are on their way
+at most: what comes meanwhile goes into the next. Each route has its own hints: whether they wait, are asked for or are
+left to the database is decided by its own room, whatever other routes have. Hints of which nobody said the route are
+another such group, and may be for any.
 
 What must stay true: room that was promised in a wish is returned when its claims come back, whatever they are; hints
 and looks take turns, so that neither starves the other. Belongs to the engine's loop.
@@ -17,33 +17,35 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from relay.queue.model import Claim, Wish
+from relay.queue.model import Claim, ClaimRequest
 from relay.routes import Routes
 from relay.settings import WorkerSettings
-from worker.capacity import Room
-from worker.hint_queue import Hint, Lanes, Ticket
+from worker.capacity import Capacity
+from worker.hint_queue import Hint, HintBatch, HintQueue
 
 LOOK_EVERY = 1.0
 
 type Done = Callable[[Sequence[Claim]], None]
 
 
-class Demand:
+class Producer:
     """`ask` calls `put` with each wish and what to do with its claims."""
 
-    def __init__(self, settings: WorkerSettings, routes: Routes, room: Room, put: Callable[[Wish, Done], None]) -> None:
+    def __init__(
+        self, settings: WorkerSettings, routes: Routes, room: Capacity, put: Callable[[ClaimRequest, Done], None]
+    ) -> None:
         self._settings, self._routes, self._room, self._put = settings, routes, room, put
-        self._lanes: dict[str, Lanes] = {}  # by route; empty: not known
+        self._lanes: dict[str, HintQueue] = {}  # by route; empty: not known
         self._moved: dict[str, float] = {}  # by route: when a hint last found room
         self._wishing = set[str]()  # routes
         self._looking = False
         self._hints_first = True
         self._look_at: dict[str, float] = {}  # by route: after a look that found less than there was room for
 
-    def hint(self, ticket: Ticket, ids: Sequence[str], lane: str, route: str = "") -> None:
+    def hint(self, ticket: HintBatch, ids: Sequence[str], lane: str, route: str = "") -> None:
         """Let these messages wait for room."""
         route = route if self._routes.get(route) else ""  # a name comes from the broker: only our own are kept
-        lanes = self._lanes.setdefault(route, Lanes())
+        lanes = self._lanes.setdefault(route, HintQueue())
         if not lanes:
             self._moved[route] = time.monotonic()
         lanes.add(ticket, ids, lane)
@@ -89,7 +91,7 @@ class Demand:
         self._wishing.add(route)
         self._moved[route] = now
         self._put(
-            Wish(worker, [message_id for message_id, _ in hints], room, together),
+            ClaimRequest(worker, [message_id for message_id, _ in hints], room, together),
             partial(self._hints_claimed, route, room, hints),
         )
         return True
@@ -100,7 +102,7 @@ class Demand:
         if self._looking or not due or not (room := self._room.look(self._settings.worker_connections, due)):
             return False
         self._looking = True
-        self._put(Wish(worker, None, room), partial(self._look_claimed, room))
+        self._put(ClaimRequest(worker, None, room), partial(self._look_claimed, room))
         return True
 
     def _hints_claimed(
@@ -116,5 +118,5 @@ class Demand:
         got = Counter(claim.route for claim in claims)
         later = time.monotonic() + min(LOOK_EVERY, self._settings.grace)
         for name, places in room.items():
-            full = got[name] >= places and not self._room.hopeless(name)
+            full = got[name] >= places and not self._room.all_servers_down(name)
             self._look_at[name] = 0.0 if full else later

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 
 from relay.log import first_line, get_logger
-from relay.queue.operations import REROUTE, Verbs
-from relay.queue.rescue import Sweeps
+from relay.queue.operations import REROUTE, QueueOperations
+from relay.queue.rescue import Rescuer
 from relay.report.filters import Filter
 from relay.routes import Routes
 
@@ -29,7 +29,7 @@ class Rerouter:
     """`start`, then `close`; `turn` is one look."""
 
     def __init__(
-        self, sweeps: Sweeps, verbs: Verbs, routes: Routes, *, clock: Callable[[], float] = time.monotonic
+        self, sweeps: Rescuer, verbs: QueueOperations, routes: Routes, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._sweeps, self._verbs, self._routes, self._clock = sweeps, verbs, routes, clock
         self._names: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Rerouter:
         names, now = self._routes.names(), self._clock()
         if names == self._names and now < self._at:
             return 0
-        self._gone = {route: self._gone.get(route, now) for route in self._sweeps.strange_routes(names)}
+        self._gone = {route: self._gone.get(route, now) for route in self._sweeps.unknown_routes(names)}
         due = [route for route, since in self._gone.items() if now - since >= PATIENCE]
         moved = sum(map(self._move, due))
         for route in self._gone.keys() - set(due):

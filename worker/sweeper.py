@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from relay.dsn.generator import Debts
+from relay.dsn.generator import DsnGenerator
 from relay.hints import Hints
 from relay.log import first_line, get_logger
-from relay.queue.rescue import Sweeps
+from relay.queue.rescue import Rescuer
 from relay.routes import Route
 from relay.settings import WorkerSettings
 from worker.delivery import longest_wait
@@ -30,15 +30,15 @@ from worker.engine import Engine
 log = get_logger(__name__)
 BATCH = 256
 BATCHES = 8  # a sweep, so that the watch over workers is kept however much is due
-OLDEST_BEAT = 10.0  # of an engine that is alive (seconds)
+MAX_HEARTBEAT_AGE = 10.0  # of an engine that is alive (seconds)
 
 
-def tick_file(settings: WorkerSettings, pid: int | None = None) -> Path:
+def heartbeat_file(settings: WorkerSettings, pid: int | None = None) -> Path:
     """The file whose age tells whether this worker is alive."""
     return settings.health_file or settings.state_dir / f"worker-{pid or os.getpid()}.tick"
 
 
-class Watch:
+class LeaseMonitor:
     """Who is dead: leases that ran out, and for how long they have been seen so.
 
     The time between two looks counts as LEASE / 4 at most. A watcher that was stopped has seen nothing meanwhile, and
@@ -55,11 +55,11 @@ class Watch:
         """The database was away: begin again."""
         self._seen.clear()
 
-    def look(self, ran_out: list[tuple[str, str]], own: str) -> list[tuple[str, str]]:
+    def look(self, expired_leases: list[tuple[str, str]], own: str) -> list[tuple[str, str]]:
         """Those of the leases (worker, end) that have been seen like this for a LEASE; never our own."""
         now = self._clock()
         passed, self._looked = min(now - self._looked, self._lease / 4), now
-        others = [lease for lease in ran_out if lease[0] != own]
+        others = [lease for lease in expired_leases if lease[0] != own]
         self._seen = {lease: self._seen[lease] + passed if lease in self._seen else 0.0 for lease in others}
         return [lease for lease, seen in self._seen.items() if seen >= self._lease]
 
@@ -70,24 +70,24 @@ class Sweeper:
     def __init__(
         self,
         settings: WorkerSettings,
-        sweeps: Sweeps,
-        debts: Debts,
+        sweeps: Rescuer,
+        debts: DsnGenerator,
         engine: Engine,
         hints: Hints,
         *,
-        resting: Callable[[], Mapping[str, str]] = dict,
+        open_circuits: Callable[[], Mapping[str, str]] = dict,
         known: Callable[[], Mapping[str, Sequence[str]]] = dict,
         routes: Callable[[], Sequence[Route]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._sweeps, self._debts = settings, sweeps, debts
         self._engine, self._hints, self._clock = engine, hints, clock
-        self._resting, self._known, self._routes = resting, known, routes
+        self._resting, self._known, self._routes = open_circuits, known, routes
         self._said: tuple[str, Mapping[str, str]] = ("", {})  # as who, which servers rest
         self._told: tuple[str, Mapping[str, Sequence[str]]] = ("", {})  # as who, which routes there are
-        self._watch = Watch(settings.lease, clock)
+        self._watch = LeaseMonitor(settings.lease, clock)
         self._away_until: float | None = None  # when the database was last found away
-        self._tick_file = tick_file(settings)
+        self._tick_file = heartbeat_file(settings)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
 
@@ -121,7 +121,7 @@ class Sweeper:
             self._bring_near()
             self._requeue()
             self._wake()
-            self._sweeps.lose_stuck()
+            self._sweeps.expire_stuck_transfers()
             self._bury()
         except Exception as error:
             if self._away_until is None:
@@ -134,11 +134,11 @@ class Sweeper:
     def _say_what_it_knows(self) -> None:
         known = self._engine.worker, self._known()
         if known != self._told and (known[1] or self._told[1]):
-            self._sweeps.note_routes(*known)
+            self._sweeps.publish_routes(*known)
             self._told = known
         found = self._engine.worker, self._resting()
         if found != self._said and (found[1] or self._said[1]):
-            self._sweeps.note_rests(*found)
+            self._sweeps.publish_open_circuits(*found)
             self._said = found
 
     def _away(self) -> None:
@@ -183,14 +183,14 @@ class Sweeper:
                 log.error("notices put off", reason=first_line(error))
 
     def _bury(self) -> None:
-        for worker, until in self._watch.look(self._sweeps.ran_out(), self._engine.worker):
-            lost = self._sweeps.bury(worker, until)
+        for worker, until in self._watch.look(self._sweeps.expired_leases(), self._engine.worker):
+            lost = self._sweeps.expire_worker(worker, until)
             if lost is not None:
                 log.error("worker vanished", worker=worker, uncertain=lost)
-        self._sweeps.lose_strays()
+        self._sweeps.rescue_unowned()
 
     def _tick(self) -> None:
-        if time.monotonic() - self._engine.beat < OLDEST_BEAT:
+        if time.monotonic() - self._engine.heartbeat < MAX_HEARTBEAT_AGE:
             try:
                 self._tick_file.touch()
             except OSError as error:

@@ -8,7 +8,7 @@ import contextlib
 import threading
 
 from commands.ops.show import opened
-from relay.report.queries import Queue
+from relay.report.queries import QueueReader
 from relay.settings import Settings, load
 
 PATIENCE = 1.0  # seconds
@@ -30,7 +30,7 @@ def offered(kind: str, incomplete: str) -> list[str]:
 
 def _known(kind: str) -> set[str]:
     with opened(load(Settings)) as engine:
-        queue = Queue(engine)
+        queue = QueueReader(engine)
         routes = [routes for worker in queue.workers() if worker["alive"] and (routes := worker["routes"])]
         paused = {row["subject"].removeprefix(f"{kind}:") for row in queue.pauses() if row["subject"].startswith(kind)}
         if kind == "route":

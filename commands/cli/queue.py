@@ -108,7 +108,7 @@ def filtered(command: Callable[..., int]) -> Callable[..., None]:
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="A queue id, or as much of its end as is unique.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
-Watch = Annotated[float | None, typer.Option(min=0.2, metavar="SECONDS", help="Again and again, until Ctrl-C.")]
+LeaseMonitor = Annotated[float | None, typer.Option(min=0.2, metavar="SECONDS", help="Again and again, until Ctrl-C.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the table `actions`.")]
 Everything = Annotated[bool, typer.Option("--all", help="Every delivery: needed when no filter is given.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be touched, and change nothing.")]
@@ -123,7 +123,7 @@ def list_(
     wanted: "Filter",
     everything: Annotated[bool, typer.Option("--all", help="What is finished as well.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many lines.")] = None,
-    watch: Watch = None,
+    watch: LeaseMonitor = None,
     json_lines: Json = False,
 ) -> int:
     """List the queue, a line a recipient, oldest first."""
@@ -135,7 +135,7 @@ def list_(
 
 
 @queue.command()
-def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
+def show(queue_id: Id, watch: LeaseMonitor = None, json_lines: Json = False) -> None:
     """Show all that is known about a message. Envelope, deliveries, and every try with the server's words."""
     with explained():
         from commands.ops import show as inspect
@@ -144,7 +144,7 @@ def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
 
 
 @queue.command()
-def why(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
+def why(queue_id: Id, watch: LeaseMonitor = None, json_lines: Json = False) -> None:
     """Say why a message is not being sent now, and when it will be."""
     with explained():
         from commands.ops import show as inspect
@@ -171,7 +171,7 @@ def body(queue_id: Id) -> None:
 
 
 @queue.command()
-def stats(watch: Watch = None, json_lines: Json = False) -> None:
+def stats(watch: LeaseMonitor = None, json_lines: Json = False) -> None:
     """Count the queue by state and by age. Shows workers, servers, rates and the slowest tries, too."""
     with explained():
         from commands.ops import show as inspect
@@ -186,21 +186,23 @@ def retry(
     reroute: Reroute = False, limit: Limit = None, json_lines: Json = False,
 ) -> int:  # fmt: skip
     """Try what is deferred at once, whatever its time."""
-    from commands.ops.modify import Order, change
+    from commands.ops.modify import ChangeRequest, change
 
-    return change("reroute" if reroute else "retry", wanted, Order(everything, dry_run, yes, reason, json_lines, limit))
+    return change(
+        "reroute" if reroute else "retry", wanted, ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
+    )
 
 
 def _verb(name: str, words: str) -> None:
-    """Add the command for another one of `relay.queue.operations.VERBS`."""
+    """Add the command for another one of `relay.queue.operations.OPERATIONS`."""
 
     def command(
         wanted: "Filter", everything: Everything = False, dry_run: DryRun = False, yes: Yes = False,
         reason: Reason = "", limit: Limit = None, json_lines: Json = False,
     ) -> int:  # fmt: skip
-        from commands.ops.modify import Order, change
+        from commands.ops.modify import ChangeRequest, change
 
-        return change(name, wanted, Order(everything, dry_run, yes, reason, json_lines, limit))
+        return change(name, wanted, ChangeRequest(everything, dry_run, yes, reason, json_lines, limit))
 
     command.__doc__ = words
     queue.command(name)(filtered(command))

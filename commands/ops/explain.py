@@ -14,8 +14,8 @@ from typing import Any
 from commands.output import Row, ago, span, stamp
 from qmqp.request import NO_REQUEST
 from relay.db.schema import UNFINISHED, Outcome, State
-from relay.dsn.message import BY_OPERATOR, Content, Withheld
-from relay.report.queries import Queue
+from relay.dsn.message import BY_OPERATOR, Enclosure, Withheld
+from relay.report.queries import QueueReader
 from relay.routes import NO_SERVER, Routes
 from relay.settings import Settings, SettingsError
 
@@ -39,7 +39,7 @@ class Facts:
         return [worker for worker in self.workers if worker["alive"]]
 
 
-def gather(queue: Queue, message_id: str, settings: Settings) -> Facts:
+def gather(queue: QueueReader, message_id: str, settings: Settings) -> Facts:
     """Look at everything that a reason may be found in."""
     workers = queue.workers()
     rests: dict[str, dict[str, str]] = {}
@@ -185,12 +185,12 @@ def _notice(notice: Row) -> str:
 def _after(notice: Row, content: str | None) -> str:
     """What followed when a notice had failed (relay/dsn/generator.py)."""
     refused = notice["state"] == State.BOUNCED and notice["last_outcome"] == Outcome.REJECTED
-    if refused and content in (Content.FULL, Content.HEADER) and not notice["last_reply"].startswith(BY_OPERATOR):
+    if refused and content in (Enclosure.FULL, Enclosure.HEADER) and not notice["last_reply"].startswith(BY_OPERATOR):
         return "a notice with less of the original was made in its place"
     return "it was given up: the sender of the original is not told by it"
 
 
-_ENCLOSED = {Content.FULL: "the whole message", Content.HEADER: "its header", Content.NONE: "nothing of it"}
+_ENCLOSED = {Enclosure.FULL: "the whole message", Enclosure.HEADER: "its header", Enclosure.NONE: "nothing of it"}
 _WITHHELD = {
     Withheld.RATE: "it had a notice about mail from an untrusted client less than a minute before",
     Withheld.POSTMASTER: "the mail came from an untrusted client and was for our own postmaster",

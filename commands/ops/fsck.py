@@ -31,11 +31,11 @@ from relay.db.schema import FINAL, NEEDS_BODY, UNFINISHED, words
 from relay.db.sql import Statements
 from relay.hints import WINDOW
 from relay.ids import dashed
-from relay.queue.audit import CHUNK, FIRST, PICKED, THESE, Action
-from relay.queue.rescue import Sweeps
-from relay.report.queries import Queue
+from relay.queue.audit import CHUNK, FIRST, PICKED, THESE, AuditEntry
+from relay.queue.rescue import Rescuer
+from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
-from relay.spool.orphans import LATE, Stray, Strays
+from relay.spool.orphans import LATE, OrphanFile, OrphanScanner
 from relay.spool.store import BodyUnsendable, Spool, SpoolError
 
 VERY_LATE = 4 * 3600.0  # what waits for a free connection, while others are sent
@@ -45,7 +45,7 @@ BY_FSCK = "held by fsck: "
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Inconsistency:
     """What is wrong, what would mend it, and the mending, which answers whether it was still needed and done."""
 
     what: str
@@ -120,10 +120,10 @@ class Fsck:
 
     def __init__(self, settings: WorkerSettings, engine: Engine, spool: Spool) -> None:
         self._settings, self._engine, self._spool = settings, engine, spool
-        self._sweeps, self._strays = Sweeps(engine, settings), Strays(engine, spool)
+        self._sweeps, self._strays = Rescuer(engine, settings), OrphanScanner(engine, spool)
         self._sql = Statements(engine, late=LATE, very_late=VERY_LATE, lifetime=settings.queue_lifetime)
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> Iterator[Inconsistency]:
         """Everything that is wrong, as it is found."""
         yield from self._rows()  # before files: what a row was missing for is in them
         yield from self._files()
@@ -136,28 +136,30 @@ class Fsck:
         with reading(self._engine) as connection:
             return list(self._sql.run(connection, sql, **given))
 
-    def _action(self, reason: str, filter_shown: str = "") -> Action:
-        return Action(
+    def _action(self, reason: str, filter_shown: str = "") -> AuditEntry:
+        return AuditEntry(
             self._engine, self._sql, actor=actor(), verb="fsck", reason=reason, filter_shown=filter_shown
         )  # fmt: skip
 
-    def _through(self, action: Action, which: str, change: Callable[[Connection, str], object], **given: Any) -> bool:
+    def _through(
+        self, action: AuditEntry, which: str, change: Callable[[Connection, str], object], **given: Any
+    ) -> bool:
         """Mend deliveries (as d), a chunk a transaction, with a record; whether there were any."""
         return sum(len(rows) for rows in action.through(which, change, **given)) > 0
 
-    def _files(self) -> Iterator[Finding]:
+    def _files(self) -> Iterator[Inconsistency]:
         """Files without a row, and bodies that no row needs any more."""
         for stray in self._strays.found():
             if stray.row:
                 what, remedy, mend = "file that nobody needs", "remove it", self._strays.remove
             else:
-                what, remedy, mend = "file without row", "move it to orphans/", self._strays.put_aside
+                what, remedy, mend = "file without row", "move it to orphans/", self._strays.move_to_orphans
             repair: Callable[[], bool] | None = partial(self._noted, what, stray, mend)
-            if not stray.row and not stray.proven:
+            if not stray.row and not stray.newer_row_exists:
                 remedy, repair = "left alone: no row is newer, so the database may be an old copy", None
-            yield Finding(what, str(stray.path), remedy, repair)
+            yield Inconsistency(what, str(stray.path), remedy, repair)
 
-    def _noted(self, what: str, stray: Stray, mend: Callable[[Stray], bool]) -> bool:
+    def _noted(self, what: str, stray: OrphanFile, mend: Callable[[OrphanFile], bool]) -> bool:
         """Mend what is about a file, and record that."""
         if not mend(stray):
             return False
@@ -165,7 +167,7 @@ class Fsck:
             self._action(what, f"--id {stray.name}").note(connection, 0)
         return True
 
-    def _bodies(self) -> Iterator[Finding]:
+    def _bodies(self) -> Iterator[Inconsistency]:
         """Unfinished deliveries whose body is missing or of another size: looked at again, after their row."""
         after = FIRST
         sql = f"""SELECT m.id, m.size, min(d.state), max(d.state) FROM deliveries d JOIN messages m
@@ -184,7 +186,7 @@ class Fsck:
                     remedy = "it is held: put the file back and release it, or drop it" if held else "hold it"
                     repair = None if held else partial(self._hold, name, size)
                     what = "body missing" if name in fault else "body of another size"
-                    yield Finding(what, fault if name in fault else f"{name}: {fault}", remedy, repair)
+                    yield Inconsistency(what, fault if name in fault else f"{name}: {fault}", remedy, repair)
             after = str(rows[-1][0])
 
     def _fault(self, name: str, size: int) -> str:
@@ -211,7 +213,7 @@ class Fsck:
         which = "d.message_id = @id(:id) AND d.state IN ('queued', 'deferred')"
         return self._through(self._action(fault, f"--id {name}"), which, change, id=dashed(name))
 
-    def _workers(self) -> Iterator[Finding]:
+    def _workers(self) -> Iterator[Inconsistency]:
         """Workers whose lease ran out long ago, and stays so for another LEASE."""
         sql = """SELECT @hex(w.id), w.host, w.pid, CAST(w.until AS text), @since(w.until), (SELECT count(*)
                 FROM deliveries d WHERE d.state = 'sending' AND d.worker = w.id) FROM workers w
@@ -220,41 +222,45 @@ class Fsck:
             return
         say(f"a lease ran out; looking at it again in {span(self._settings.lease)}")
         wait(self._settings.lease)
-        still = set(self._sweeps.ran_out())
+        still = set(self._sweeps.expired_leases())
         for worker, host, pid, until, age, count in found:
             if (worker, until) in still:
                 about = f"{worker} ({host} {pid}), lease run out {span(age)} ago, {counted(count)}"
-                yield Finding("dead worker", about, "declare it dead", partial(self._bury, worker, until))
+                yield Inconsistency(
+                    "dead worker", about, "declare it dead", partial(self._expire_worker, worker, until)
+                )
 
-    def _bury(self, worker: str, until: str) -> bool:
+    def _expire_worker(self, worker: str, until: str) -> bool:
         action = self._action(f"dead worker {worker}")
-        return self._sweeps.bury(worker, until, action.note_rows) is not None
+        return self._sweeps.expire_worker(worker, until, action.note_rows) is not None
 
-    def _rows(self) -> Iterator[Finding]:
+    def _rows(self) -> Iterator[Inconsistency]:
         """Rows that no statement of ours makes."""
         for what, which, remedy, mend in _IMPOSSIBLE:
             yield from self._deliveries(what, which, remedy, partial(self._set, mend) if mend else None)
         for what, which, why in _LOST:
-            yield from self._deliveries(what, which, "call it uncertain", partial(self._lose, why))
+            yield from self._deliveries(what, which, "call it uncertain", partial(self._mark_uncertain, why))
         if rows := self._all(f"{_STRAY} LIMIT 10000"):
-            yield Finding("recipient without delivery", _these(rows), "give it a delivery, which is held", self._adopt)
+            yield Inconsistency(
+                "recipient without delivery", _these(rows), "give it a delivery, which is held", self._adopt
+            )
         if bare := self._all(_BARE):
             ids = ", ".join(row[0] for row in bare[:SHOWN]) + (" ..." if len(bare) > SHOWN else "")
             remedy = "its body stays: restore the rows of its recipients and deliveries from a backup"
-            yield Finding("message without recipients", f"{len(bare)} messages: {ids}", remedy)
+            yield Inconsistency("message without recipients", f"{len(bare)} messages: {ids}", remedy)
 
     def _deliveries(
         self, what: str, which: str, remedy: str, change: Callable[[Connection, str], object] | None
-    ) -> Iterator[Finding]:
+    ) -> Iterator[Inconsistency]:
         if rows := self._all(f"SELECT d.message_id, d.number FROM deliveries d WHERE {which} LIMIT 10000"):
             repair = partial(self._through, self._action(what), which, change) if change else None
-            yield Finding(what, _these(rows), remedy, repair)
+            yield Inconsistency(what, _these(rows), remedy, repair)
 
     def _set(self, values: str, connection: Connection, keys: str) -> None:
         self._sql.run(connection, f"UPDATE deliveries AS d SET {values} {THESE}", keys=keys)
 
-    def _lose(self, why: str, connection: Connection, keys: str) -> None:
-        self._sweeps.lose(connection, f"(d.message_id, d.number) IN ({PICKED})", why, keys=keys)
+    def _mark_uncertain(self, why: str, connection: Connection, keys: str) -> None:
+        self._sweeps.mark_uncertain(connection, f"(d.message_id, d.number) IN ({PICKED})", why, keys=keys)
 
     def _adopt(self) -> bool:
         """Give recipients that nobody carries a delivery, which is held."""
@@ -267,16 +273,16 @@ class Fsck:
             if len(rows) < CHUNK:
                 return adopted > 0
 
-    def _late(self) -> Iterator[Finding]:
+    def _late(self) -> Iterator[Inconsistency]:
         """What somebody should have looked at long ago."""
         late = self._all(_LATE)
         (alive,) = self._all("SELECT count(*) FROM workers WHERE ended_at IS NULL AND until > @now")
         who = f"{alive[0]} workers are alive, and their log says why" if alive[0] else "no worker is alive: start one"
         for state, count, age in late:
             what = "overdue" if state in UNFINISHED else "notice owed"
-            yield Finding(what, f"{count} {state}, for {span(age)}", who)
+            yield Inconsistency(what, f"{count} {state}, for {span(age)}", who)
 
-    def _broker(self) -> Iterator[Finding]:
+    def _broker(self) -> Iterator[Inconsistency]:
         """Lists that are longer than whoever fills them lets them get."""
         lists = broker_lists(self._settings)
         if not lists:
@@ -284,7 +290,7 @@ class Fsck:
         for name, length in lists.items():
             if length > 2 * WINDOW:
                 remedy = "nobody takes them; mail moves without, and the list may be deleted"
-                yield Finding("broker", f"{length} hints in {name}", remedy)
+                yield Inconsistency("broker", f"{length} hints in {name}", remedy)
 
 
 def wait(seconds: float) -> None:
@@ -301,7 +307,7 @@ def run(*, repair: bool, json_lines: bool) -> int:
     """Look, mend if asked to, print; the exit status: 0 if nothing is left that is wrong."""
     settings = load(WorkerSettings)
     with opened(settings) as engine:
-        spool = at_hand(settings, Queue(engine))
+        spool = at_hand(settings, QueueReader(engine))
         if spool is None:
             say(f"the spool of this database is not at hand in {settings.spool_dir}; run this where it is mounted")
             return OUT_OF_REACH
@@ -312,7 +318,7 @@ def run(*, repair: bool, json_lines: bool) -> int:
     return NOTHING_MATCHED if left else DONE
 
 
-def _told(findings: Iterable[Finding], *, repair: bool, json_lines: bool) -> tuple[int, int, int]:
+def _told(findings: Iterable[Inconsistency], *, repair: bool, json_lines: bool) -> tuple[int, int, int]:
     """Print what is found, as it is found and mended; how many there were, are left, and can be mended."""
     left = mendable = 0
 

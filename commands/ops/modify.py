@@ -21,16 +21,16 @@ from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, say
 from commands.ops.show import COLUMNS, at_hand, opened, resolved
 from commands.output import as_json, counted, write
 from relay.db.schema import State
-from relay.queue.operations import REROUTE, VERBS, Verbs
+from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
 from relay.report.filters import Filter
-from relay.report.queries import Queue
+from relay.report.queries import QueueReader
 from relay.routes import Routes, parse_server
 from relay.settings import Settings, load
 from relay.spool.store import Spool
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ChangeRequest:
     """What the operator said beside the verb and the filter."""
 
     everything: bool = False
@@ -50,7 +50,7 @@ def actor() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def change(name: str, wanted: Filter, order: Order) -> int:
+def change(name: str, wanted: Filter, order: ChangeRequest) -> int:
     """Do what a verb does to all that a filter means; the exit status."""
     settings = load(Settings)
     if not wanted.shown() and not order.everything:
@@ -60,9 +60,9 @@ def change(name: str, wanted: Filter, order: Order) -> int:
         return _change(name, settings, engine, wanted, order)
 
 
-def _change(name: str, settings: Settings, engine: Engine, wanted: Filter, order: Order) -> int:
-    queue, verb = Queue(engine), VERBS.get(name, REROUTE)
-    verbs = Verbs(engine, notices=settings.bounces == "dsn")
+def _change(name: str, settings: Settings, engine: Engine, wanted: Filter, order: ChangeRequest) -> int:
+    queue, verb = QueueReader(engine), OPERATIONS.get(name, REROUTE)
+    verbs = QueueOperations(engine, notices=settings.bounces == "dsn")
     wanted = resolved(queue, wanted)
     matched = verbs.matching(verb, wanted)
     if not matched:
@@ -134,7 +134,7 @@ def pause(route: str | None, server: str | None, *, reason: str, resume: bool, j
         say(str(error))
         return WRONG_USE
     with opened(settings) as engine:
-        verbs, known = Verbs(engine, notices=False), _subjects(settings, Queue(engine))
+        verbs, known = QueueOperations(engine, notices=False), _subjects(settings, QueueReader(engine))
         done = (verbs.resume if resume else verbs.pause)(subject, actor=actor(), reason=reason)
     words = "resumed" if resume else "paused"
     if json_lines:
@@ -152,7 +152,7 @@ def pause(route: str | None, server: str | None, *, reason: str, resume: bool, j
     return NOTHING_MATCHED
 
 
-def _subjects(settings: Settings, queue: Queue) -> set[str]:
+def _subjects(settings: Settings, queue: QueueReader) -> set[str]:
     """What can be paused, as far as our settings and the last hour tell."""
     known = {f"server:{row['server']}" for row in queue.servers() if row["attempts"]}
     for route in Routes.load(settings).all():

@@ -24,8 +24,8 @@ from commands.output import Columns, Row, ago, as_json, cut, folded, plain, size
 from relay.db import engine as database
 from relay.db.schema import UNFINISHED, Outcome
 from relay.report.filters import Filter
-from relay.report.queries import NoSuchMessage, Queue
-from relay.report.statistics import AGES, Figures
+from relay.report.queries import NoSuchMessage, QueueReader
+from relay.report.statistics import AGES, Statistics
 from relay.settings import Settings, load
 from relay.spool.store import BodyUnsendable, Spool
 
@@ -120,7 +120,7 @@ def opened(settings: Settings) -> Iterator[Engine]:
         engine.dispose()
 
 
-def at_hand(settings: Settings, queue: Queue) -> Spool | None:
+def at_hand(settings: Settings, queue: QueueReader) -> Spool | None:
     """The spool of this database, if it is mounted here."""
     with contextlib.suppress(OSError):
         spool = Spool(settings.spool_dir)
@@ -129,7 +129,7 @@ def at_hand(settings: Settings, queue: Queue) -> Spool | None:
     return None
 
 
-def resolved(queue: Queue, wanted: Filter) -> Filter:
+def resolved(queue: QueueReader, wanted: Filter) -> Filter:
     """The filter with its id in full; raises NoSuchMessage."""
     return replace(wanted, id=queue.resolve(wanted.id)) if wanted.id is not None else wanted
 
@@ -162,7 +162,7 @@ def watched(every: float | None, look: Callable[[], int], pause: Callable[[float
 def list_queue(wanted: Filter, *, everything: bool, limit: int | None, json_lines: bool) -> int:
     """Print what matches, a row a recipient; the exit status."""
     with opened(load(Settings)) as engine:
-        queue = Queue(engine)
+        queue = QueueReader(engine)
         wanted = resolved(queue, wanted)
         if sys.stdout.isatty() and not json_lines:
             count = write(queue.rows(wanted, limit=limit, finished=everything, columns=LISTED), COLUMNS)
@@ -184,10 +184,10 @@ def looked_up(text: str) -> dict[str, Any]:
     """`everything_about` a message of the database that the settings name."""
     settings = load(Settings)
     with opened(settings) as engine:
-        return everything_about(Queue(engine), settings, text)
+        return everything_about(QueueReader(engine), settings, text)
 
 
-def everything_about(queue: Queue, settings: Settings, text: str) -> dict[str, Any]:
+def everything_about(queue: QueueReader, settings: Settings, text: str) -> dict[str, Any]:
     """A message with its rows, its file and why it is where it is; raises NoSuchMessage."""
     message = queue.message(queue.resolve(text))
     if message is None:
@@ -270,7 +270,7 @@ def show_body(text: str, *, header_only: bool) -> int:
     """Print the stored message or its header: as it is, but on a terminal harmless; the exit status."""
     settings = load(Settings)
     with opened(settings) as engine:
-        queue = Queue(engine)
+        queue = QueueReader(engine)
         message, spool = queue.message(queue.resolve(text)), at_hand(settings, queue)
     if message is None or spool is None:
         say(f"the spool of this database is not at hand in {settings.spool_dir}")
@@ -303,8 +303,8 @@ _HEADINGS = {
 def show_stats(*, json_lines: bool) -> int:
     """Print the queue by state and age, workers, servers, pauses, and how quick it goes; the exit status."""
     with opened(load(Settings)) as engine:
-        queue = Queue(engine)
-        figures = Figures(queue)
+        queue = QueueReader(engine)
+        figures = Statistics(queue)
         workers = [row for row in queue.workers() if row["ended_at"] is None]
         parts: tuple[tuple[str, Sequence[Row], Columns], ...] = (
             ("queue", queue.summary(), _SUMMARY),

@@ -23,7 +23,7 @@ from commands.standalone.supervisor import die_with_parent
 from commands.standalone.up import ROOT, free_port, smtp_answers
 from relay.db import engine as database
 from relay.report.filters import Filter
-from relay.report.queries import Queue
+from relay.report.queries import QueueReader
 
 PATIENCE = 100.0  # seconds for the whole of it
 LARGE = (25 << 20) - 4096  # bytes: just below MAX_MESSAGE_SIZE with the trace header
@@ -88,7 +88,7 @@ def _play(port: int, state_dir: Path) -> Iterator[str]:
     engine = database.connect(f"sqlite:///{state_dir}/relay.db")
     seen: dict[str, tuple[str, int]] = {}
     while seen != wanted and time.monotonic() < began + PATIENCE:
-        for row in Queue(engine).rows(Filter(recipient="*@example.org"), finished=True):
+        for row in QueueReader(engine).rows(Filter(recipient="*@example.org"), finished=True):
             whom, now = row["recipient"], (row["state"], row["attempts"])
             if seen.get(whom) != now:
                 seen[whom] = now

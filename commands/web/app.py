@@ -43,8 +43,8 @@ from relay.db.engine import is_outage
 from relay.db.schema import UNFINISHED, State
 from relay.log import first_line, get_logger
 from relay.report.filters import Filter, bracketed
-from relay.report.queries import NoSuchMessage, Queue, Row
-from relay.report.statistics import Figures
+from relay.report.queries import NoSuchMessage, QueueReader, Row
+from relay.report.statistics import Statistics
 from relay.settings import Settings
 
 log = get_logger(__name__)
@@ -147,7 +147,7 @@ class Pages:
     """What is served; one for each process."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._queue, self._settings = Queue(engine), settings
+        self._queue, self._settings = QueueReader(engine), settings
         self._templates = Environment(
             loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
             lstrip_blocks=True, finalize=lambda value: plain(value) if type(value) is str else value,
@@ -181,7 +181,7 @@ class Pages:
         order = {str(state): n for n, state in enumerate(State)}
         counts = {state: sum(row["deliveries"] for row in summary if row["state"] == state) for state in State}
         waiting = [row for row in summary if row["state"] in UNFINISHED]
-        now, steps = Figures(self._queue).history(STEP * STEPS, STEP)
+        now, steps = Statistics(self._queue).history(STEP * STEPS, STEP)
         return {
             "summary": sorted(summary, key=lambda row: (order[row["state"]], row["route"])),
             "counts": {str(state): count for state, count in counts.items() if count or state in UNFINISHED},

@@ -1,13 +1,15 @@
 """Group commit: whatever has gathered is committed at once, and all of it is answered at once.
 
 How it works: all that is there is a round, and goes into one transaction; meanwhile the next round gathers. A round of
-one is as quick as a plain commit, and under load a commit is shared by dozens. `Rounds` settles a round; `Writer` is a
-thread that does so with what is put from any other, and hands the answers over in one call of `post`.
+one is as quick as a plain commit, and under load a commit is shared by dozens. `GroupCommitter` settles a round;
+`CommitThread` is a thread that does so with what is put from any other, and hands the answers over in one call of
+`post`.
 
 A round that the database refuses for its data is run again row by row, so that one bad row fails alone. A round whose
 connection broke is run again whole until the database is back: the statements are idempotent and their keys are ours,
-so that a COMMIT in doubt is settled by asking again. Who cannot wait gives a deadline and is then answered `Unsettled`;
-or with the database's error, if no try came as far as a COMMIT: then no row can come, and nothing is kept for it.
+so that a COMMIT in doubt is settled by asking again. Who cannot wait gives a deadline and is then answered
+`CommitUnknown`; or with the database's error, if no try came as far as a COMMIT: then no row can come, and nothing is
+kept for it.
 
 What must stay true: an item is answered exactly once; the order of items is kept; an item is never forgotten while its
 deadline has not passed.
@@ -27,11 +29,11 @@ _PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
 
 
-class Unsettled(Exception):
+class CommitUnknown(Exception):
     """The database did not say in time whether the row is there: it may be, so whatever it needs must stay."""
 
 
-class Entry[Item]:
+class PendingItem[Item]:
     """One item on its way; `done` takes its answer, `deadline` (monotonic) is when its owner cannot wait any longer."""
 
     __slots__ = ("deadline", "done", "item")
@@ -40,10 +42,10 @@ class Entry[Item]:
         self.item, self.done, self.deadline = item, done, deadline
 
 
-type Answers[Item] = list[tuple[Entry[Item], Any]]
+type Answers[Item] = list[tuple[PendingItem[Item], Any]]
 
 
-def hand_over[Item](answers: Answers[Item]) -> None:
+def deliver_results[Item](answers: Answers[Item]) -> None:
     """Give every entry its answer."""
     for entry, result in answers:
         try:
@@ -52,7 +54,7 @@ def hand_over[Item](answers: Answers[Item]) -> None:
             log.exception("answer not taken")
 
 
-class Rounds[Item, Result]:
+class GroupCommitter[Item, Result]:
     """Commits one round after the other, whatever it takes.
 
     `commit` takes a round's items and gives their results in the same order, in one transaction; it writes nothing
@@ -71,7 +73,7 @@ class Rounds[Item, Result]:
         self._commit, self._rest, self._late = commit, rest, late
         self.stuck = False  # the database is away
 
-    def settle(self, round_: list[Entry[Item]], *, doubt: bool = False) -> Answers[Item]:
+    def settle(self, round_: list[PendingItem[Item]], *, doubt: bool = False) -> Answers[Item]:
         """Commit a round; the answers, one an entry: its result, its row's error, an outage's, or Unsettled.
 
         `doubt`: a try before this one may have committed it.
@@ -86,7 +88,7 @@ class Rounds[Item, Result]:
                     return self._one_by_one(round_, error, doubt=doubt)
                 self._say(error)
                 doubt = doubt or not committed_nothing(error)
-                fault = Unsettled() if doubt else error
+                fault = CommitUnknown() if doubt else error
             else:
                 self.stuck = False
                 return list(zip(round_, results, strict=True))
@@ -98,7 +100,7 @@ class Rounds[Item, Result]:
             pause = min(pause * 2, _LONGEST_PAUSE)
         return []
 
-    def _one_by_one(self, round_: list[Entry[Item]], error: Exception, *, doubt: bool) -> Answers[Item]:
+    def _one_by_one(self, round_: list[PendingItem[Item]], error: Exception, *, doubt: bool) -> Answers[Item]:
         if len(round_) == 1:
             log.error("row refused by the database", reason=first_line(error))
             return [(round_[0], error)]
@@ -110,12 +112,12 @@ class Rounds[Item, Result]:
         self.stuck = True
 
 
-class Writer[Item, Result]:
+class CommitThread[Item, Result]:
     """A thread that commits what has gathered.
 
-    `commit` is as in `Rounds`, but for the moment; `post` runs a function where the answers belong (an event loop's
-    `call_soon_threadsafe`); `largest` bounds a round. While items come in numbers, they are let gather for `gather`
-    seconds: a row in a round of eight costs half of what it costs in a round of four.
+    `commit` is as in `GroupCommitter`, but for the moment; `post` runs a function where the answers belong (an event
+    loop's `call_soon_threadsafe`); `largest` bounds a round. While items come in numbers, they are let gather for
+    `gather` seconds: a row in a round of eight costs half of what it costs in a round of four.
     """
 
     def __init__(
@@ -128,10 +130,10 @@ class Writer[Item, Result]:
         gather: float = 0.0,
         rounds_of: Callable[[int, float], None] | None = None,
     ) -> None:
-        self.rounds = Rounds(lambda items, _: commit(items), rest=self._rest, late=self._answer)
+        self.rounds = GroupCommitter(lambda items, _: commit(items), rest=self._rest, late=self._answer)
         self._post, self._largest, self._gather = post, largest, gather
         self._observe = rounds_of
-        self._waiting: deque[Entry[Item]] = deque()
+        self._waiting: deque[PendingItem[Item]] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._give_up_at = float("inf")
@@ -143,7 +145,7 @@ class Writer[Item, Result]:
 
     def put(self, item: Item, done: Callable[[Result | Exception], None], deadline: float | None = None) -> None:
         """Hand an item over; `done` gets its result, its row's error, or Unsettled or an outage's after `deadline`."""
-        entry = Entry(item, done, deadline)
+        entry = PendingItem(item, done, deadline)
         with self._changed:
             self._waiting.append(entry)
             if len(self._waiting) == 1:
@@ -170,7 +172,7 @@ class Writer[Item, Result]:
                 self._observe(len(taken), time.monotonic() - started)
             self._answer(answers)
 
-    def _take(self, gather: float) -> list[Entry[Item]]:
+    def _take(self, gather: float) -> list[PendingItem[Item]]:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if gather:
@@ -185,4 +187,4 @@ class Writer[Item, Result]:
 
     def _answer(self, answers: Answers[Item]) -> None:
         if answers:
-            self._post(lambda: hand_over(answers))
+            self._post(lambda: deliver_results(answers))

@@ -60,7 +60,8 @@ NEEDS_BODY = f"(state IN ({words(UNFINISHED)}) OR due_at IS NOT NULL)"
 REVISION = "0003"  # the newest migration
 # When a delivery (as d) that fails now is due: at once if a notice is owed, or if it was one, which may be made again.
 # `:notices`: BOUNCES is not off.
-OWED = """CASE WHEN :notices AND (SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL FROM messages m
+DSN_PENDING = """CASE WHEN :notices AND (SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
+    FROM messages m
     WHERE m.id = d.message_id) THEN @now END"""
 LONGEST_INDEXED = 1000
 LONGEST_TEXT = 4000

@@ -52,13 +52,13 @@ from sqlalchemy import Connection, Engine
 from relay.db.engine import is_outage, reading, writing
 from relay.db.schema import Outcome, State
 from relay.db.sql import Statements
-from relay.dsn.message import BY_OPERATOR, Content, Failure, Kind, Original, Withheld, compose, reduced
+from relay.dsn.message import BY_OPERATOR, Enclosure, Failure, Kind, Original, Withheld, compose, reduced
 from relay.ids import dashed, new_id
 from relay.log import first_line, get_logger
-from relay.queue.accept import Intake, NewMessage, NewRecipient
+from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.split import can_carry
 from relay.settings import Settings, unwanted
-from relay.spool.retention import unneeded
+from relay.spool.retention import deletable_bodies
 from relay.spool.store import BodyUnsendable, Spool
 
 log = get_logger(__name__)
@@ -123,7 +123,7 @@ _LIMITED = """INSERT INTO dsn_limits (sender, last_at) VALUES (:sender, @now)
     WHERE dsn_limits.last_at <= @ago(:limit) OR dsn_limits.last_at > @later(:limit)"""
 
 
-class Debts:
+class DsnGenerator:
     """Settles what is owed to senders. Used by one thread.
 
     `refused` is told of each D that was about us and not about the mail: the server's name and its words.
@@ -142,7 +142,7 @@ class Debts:
         self._sql = Statements(engine, gather=GATHER, limit=LIMIT)
         self._postmaster = {"postmaster", f"postmaster@{settings.hostname}".lower()}
         self._not_wanted = unwanted(settings)
-        self._intake = Intake(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
+        self._intake = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
         # Where the round of `warn` is: the states that it has still to go through, the key of the last delivery seen.
         self._states, self._behind = list(_WALK), tuple[Any, ...]()
         self._next_late = math.inf  # when the first delivery of this round becomes late, by `time.monotonic`
@@ -240,7 +240,7 @@ class Debts:
                 self._spool.remove(notice)
             raise
         # Not in the same transaction: whoever ends another delivery of it right now would not be seen, nor see us.
-        if kind is not Kind.DELAYED and unneeded(self._engine, self._sql, [message_id]):
+        if kind is not Kind.DELAYED and deletable_bodies(self._engine, self._sql, [message_id]):
             self._spool.remove(message_id)
         if told:
             log.info("notice made", id=notice, **told)
@@ -364,12 +364,12 @@ class Debts:
             full=full,
             left_out=left_out,
         )
-        enclosed = Content.NONE if content is None else Content.FULL if full else Content.HEADER
+        enclosed = Enclosure.NONE if content is None else Enclosure.FULL if full else Enclosure.HEADER
         self._put(connection, notice, text, first["sender"], about=first["id"], content=enclosed)
 
     def _make_again(self, connection: Connection, notice: str, failed: Any) -> dict[str, Any]:
         """A notice failed: make it again with less of the original, or give it up; what the log says of the new one."""
-        text, less = None, Content(failed["dsn_content"]).less
+        text, less = None, Enclosure(failed["dsn_content"]).less
         if _is_refused(failed) and less:
             try:
                 with os.fdopen(self._spool.open(failed["id"], failed["size"]), "rb") as body:
@@ -383,14 +383,14 @@ class Debts:
         return {"about": failed["notice_of"], "instead_of": failed["id"], "content": str(less)}
 
     def _put(
-        self, connection: Connection, notice: str, text: bytes, address: str, *, about: str, content: Content
+        self, connection: Connection, notice: str, text: bytes, address: str, *, about: str, content: Enclosure
     ) -> None:
         """Write the body, then insert the message; the caller's transaction makes both true or neither."""
         size = self._spool.store(notice, [text])
         recipient = NewRecipient(address, notify="NEVER", route=self._route_for(address))
         message = NewMessage(
             notice, "", size, [recipient], "", self._settings.hostname, "NOTICE",
-            header_message_id=f"<{notice}@{self._settings.hostname}>", notice_of=about,
+            header_message_id=f"<{notice}@{self._settings.hostname}>", dsn_of=about,
             body_type="7BIT" if text.isascii() else "8BITMIME", dsn_content=content,
         )  # fmt: skip
         self._intake.insert(connection, [message])

@@ -30,7 +30,7 @@ _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)
 _HEX = re.compile(r"\+([0-9A-F]{2})")
 BY_OPERATOR = "bounced by an operator"  # what stands for the server's words when nobody asked a server
 HELD_BY = "held by "  # and who did that, until the next try
-DOUBT = "It may have arrived all the same: all of it was sent to a server once, and no valid answer came."
+POSSIBLY_DELIVERED = "It may have arrived all the same: all of it was sent to a server once, and no valid answer came."
 _EIGHT = "\nContent-Transfer-Encoding: 8bit"
 _TEXT, _STATUS_PART, _HEADERS = "text/plain; charset=us-ascii", "message/delivery-status", "text/rfc822-headers"
 _LINE = 900  # of a header, well below RFC 5322's 998
@@ -44,7 +44,7 @@ class Kind(StrEnum):
     DELAYED = "delayed"
 
 
-class Content(StrEnum):
+class Enclosure(StrEnum):
     """What a notice encloses of the original (`messages.dsn_content`)."""
 
     FULL = "full"
@@ -52,9 +52,9 @@ class Content(StrEnum):
     NONE = "none"
 
     @property
-    def less(self) -> "Content | None":
+    def less(self) -> "Enclosure | None":
         """What a notice encloses that is made again because this was refused; None if nothing is left to drop."""
-        return {Content.FULL: Content.HEADER, Content.HEADER: Content.NONE}.get(self)
+        return {Enclosure.FULL: Enclosure.HEADER, Enclosure.HEADER: Enclosure.NONE}.get(self)
 
 
 class Withheld(StrEnum):
@@ -66,8 +66,8 @@ class Withheld(StrEnum):
 
 
 _REDUCED = {
-    Content.HEADER: "Only its header is returned: a mail server refused this notice with the whole message.",
-    Content.NONE: "Your message is not returned: a mail server refused this notice with its header.",
+    Enclosure.HEADER: "Only its header is returned: a mail server refused this notice with the whole message.",
+    Enclosure.NONE: "Your message is not returned: a mail server refused this notice with its header.",
 }
 
 
@@ -90,13 +90,13 @@ class Failure:
     doubt: bool = False
 
     @property
-    def heard(self) -> str:
+    def server_reply(self) -> str:
         """The server's words; empty if there are none."""
-        said = self.outcome in (Outcome.DEFERRED, Outcome.REJECTED) and not self.sent_back
+        said = self.outcome in (Outcome.DEFERRED, Outcome.REJECTED) and not self.bounced_by_operator
         return self.reply if said and not self.reply.startswith(HELD_BY) else ""
 
     @property
-    def sent_back(self) -> bool:
+    def bounced_by_operator(self) -> bool:
         """Whether an operator bounced it, and no server."""
         ours = self.reply.startswith(BY_OPERATOR) or self.outcome not in (Outcome.REJECTED, Outcome.UNSENDABLE)
         return self.kind is Kind.BOUNCED and ours
@@ -169,7 +169,7 @@ def compose(
     return _joined(notice_id, _header(notice_id, hostname, now, original, subject, eight=eight).encode("ascii"), parts)
 
 
-def reduced(wire: bytes, notice_id: str, new_id: str, content: Content) -> bytes:
+def reduced(wire: bytes, notice_id: str, new_id: str, content: Enclosure) -> bytes:
     """The notice `notice_id`, whose text is `wire`, as another one that encloses `content` of the original and no more.
 
     Raises ValueError if `wire` is no notice of ours.
@@ -180,7 +180,7 @@ def reduced(wire: bytes, notice_id: str, new_id: str, content: Content) -> bytes
     told, last, number = words.rpartition(b"\nQueue id:")
     left_out = "\n".join(["", "", *textwrap.wrap(_REDUCED[content], 76), ""]).encode("ascii")
     parts = [(_TEXT, told + last + number.partition(b"\n")[0] + left_out), (_STATUS_PART, report)]
-    if content is Content.HEADER:
+    if content is Enclosure.HEADER:
         parts.append((_HEADERS, originals[0].partition(b"\n\n")[0] + b"\n"))
     if all(body.isascii() for _, body in parts):
         head = head.replace(_EIGHT.encode("ascii"), b"")
@@ -228,7 +228,7 @@ def _words(hostname: str, original: Original, failures: Sequence[Failure], left_
         opening = "Your message could not be delivered to the recipients below. It will not be tried again for them."
     lines = [f"This is the mail relay at {hostname}.", "", *textwrap.wrap(opening, 76), ""]
     for failure in failures:
-        why = f"{_why(failure)} {DOUBT}" if failure.doubt else _why(failure)
+        why = f"{_why(failure)} {POSSIBLY_DELIVERED}" if failure.doubt else _why(failure)
         lines += [
             f"<{quoted(failure.address)}>",
             *textwrap.wrap(why, 72, initial_indent="    ", subsequent_indent="    "),
@@ -241,16 +241,20 @@ def _words(hostname: str, original: Original, failures: Sequence[Failure], left_
 
 def _why(failure: Failure) -> str:
     """What happened to one recipient, in a sentence or two."""
-    heard, ours = escaped(failure.heard, 1000), escaped(failure.reply, 1000)
-    if failure.sent_back:
+    server_reply, ours = escaped(failure.server_reply, 1000), escaped(failure.reply, 1000)
+    if failure.bounced_by_operator:
         reason = ours.removeprefix(BY_OPERATOR) if ours.startswith(BY_OPERATOR) else "."
         return f"It was sent back by an operator of this relay{reason}"
     if failure.kind is Kind.BOUNCED and failure.outcome == Outcome.UNSENDABLE:
         return "It was not sent: no mail server can be given this address."
     if failure.kind is Kind.BOUNCED:
-        return f"The mail server refused it: {heard}" if heard else "The mail server refused it and gave no reason."
-    if heard:
-        last = f"The last thing heard was: {heard}"
+        return (
+            f"The mail server refused it: {server_reply}"
+            if server_reply
+            else "The mail server refused it and gave no reason."
+        )
+    if server_reply:
+        last = f"The last thing heard was: {server_reply}"
     elif failure.outcome is None:
         last = "It was not tried yet."
     else:
@@ -275,8 +279,8 @@ def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> s
         lines.append(f"Status: {status_of(failure.kind, failure.reply)}")
         if failure.server and not failure.server.startswith("unix:"):
             lines.append(f"Remote-MTA: dns; {failure.server.rpartition(':')[0]}")
-        if failure.heard:
-            lines.append(f"Diagnostic-Code: x-qmqp; {escaped(failure.heard, _LINE - 50)}")
+        if failure.server_reply:
+            lines.append(f"Diagnostic-Code: x-qmqp; {escaped(failure.server_reply, _LINE - 50)}")
         if failure.attempted_at:
             lines.append(f"Last-Attempt-Date: {format_datetime(failure.attempted_at)}")
         if failure.kind is Kind.DELAYED:

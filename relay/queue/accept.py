@@ -48,7 +48,7 @@ class NewMessage(NamedTuple):
     body_type: str | None = None
     ret: str | None = None
     envid: str | None = None
-    notice_of: str | None = None
+    dsn_of: str | None = None
     client_trusted: bool | None = None
     dsn_content: str | None = None
 
@@ -75,8 +75,8 @@ PARTS = (
 )
 
 
-class Intake:
-    """Accepts messages; `commit` is what `rounds.Rounds` runs."""
+class Acceptor:
+    """Accepts messages; `commit` is what `rounds.GroupCommitter` runs."""
 
     def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
         spell = dialect_of(engine)
@@ -132,6 +132,6 @@ def _message_row(key: str, message: NewMessage) -> dict[str, object]:
         "helo": escaped(message.helo, 255), "protocol": message.protocol, "auth_user": message.auth_user,
         "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
         "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
-        "notice_of": dashed(message.notice_of) if message.notice_of else None,
+        "notice_of": dashed(message.dsn_of) if message.dsn_of else None,
         "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """What is done by hand, and its record: who, what, why, how many, and which deliveries.
 
-How it works: an `Action` goes through the deliveries that are meant in key order, a chunk a transaction, so that it
+How it works: an `AuditEntry` goes through the deliveries that are meant in key order, a chunk a transaction, so that it
 never holds up the workers for long and never meets them in another order. It locks a chunk, and only what is still
 meant when the rows are locked is changed (`_still`). The transaction that changes a chunk also
 notes it: the first one inserts the row of `actions`, later ones raise its `matched`, and each delivery gets a row in
@@ -33,7 +33,7 @@ _TOUCHED = f"""INSERT INTO touched (message_id, delivery, action)
     SELECT message_id, number, @id(:action) FROM ({PICKED}) p WHERE true ON CONFLICT DO NOTHING"""
 
 
-class Action:
+class AuditEntry:
     """One row of `actions`, which is there as soon as something was done."""
 
     def __init__(

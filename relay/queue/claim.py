@@ -1,9 +1,9 @@
 """What a worker does to the queue: claim, record, renew.
 
-How it works: everything is done to many rows by one statement (`Ledger.commit` is what a `rounds.Writer` runs). A claim
-turns `queued` into `sending`, numbers itself in `claims`, and brings the envelope along. A record says what became of
-that claim: its tries go into `attempts`, its delivery into the next state. On SQLite, which knows no CTE that changes
-rows, a claim and a record are several statements in one transaction.
+How it works: everything is done to many rows by one statement (`WorkerQueue.commit` is what a `rounds.CommitThread`
+runs). A claim turns `queued` into `sending`, numbers itself in `claims`, and brings the envelope along. A record says
+what became of that claim: its tries go into `attempts`, its delivery into the next state. On SQLite, which knows no CTE
+that changes rows, a claim and a record are several statements in one transaction.
 
 What must stay true:
 - a record is fenced by (worker, claim number): whoever lost its claim changes nothing, except that a K makes the
@@ -22,21 +22,30 @@ from typing import Any, cast
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import writing
-from relay.db.schema import NEEDS_BODY, OWED, TRANSITIONS, Outcome, State
+from relay.db.schema import DSN_PENDING, NEEDS_BODY, TRANSITIONS, Outcome, State
 from relay.db.sql import Statements
 from relay.ids import dashed
-from relay.queue.model import Claim, Item, Record, Recorded, Renewal, Result, Try, Wish
-from relay.queue.overdue import Looks
+from relay.queue.model import (
+    Attempt,
+    Claim,
+    ClaimRequest,
+    Command,
+    CommandResult,
+    Completion,
+    CompletionResult,
+    Renewal,
+)
+from relay.queue.overdue import OverduePoll
 from relay.queue.split import Splitter
 from relay.settings import WorkerSettings
-from relay.spool.retention import body_needed, unneeded
+from relay.spool.retention import body_needed, deletable_bodies
 
 type Key = tuple[str, int]
 KEYS = "d.message_id = p.message_id AND d.number = p.number"
 WANTED = """CASE d.wanted WHEN 'hold' THEN 'held' WHEN 'drop' THEN 'dropped' WHEN 'bounce' THEN 'bounced'
     ELSE 'queued' END"""
 DUE = f"""CASE WHEN p.final = 'deferred' THEN @later(p.delay) WHEN p.final = 'queued' THEN @later(:grace)
-    WHEN p.final IN ('bounced', 'expired') THEN {OWED} END"""
+    WHEN p.final IN ('bounced', 'expired') THEN {DSN_PENDING} END"""
 # What stands as the last words when a wish is honoured: not the server's, who said them to something else.
 SAID = """CASE WHEN d.wanted IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'
     THEN coalesce(d.wanted_why, p.final || ' by an operator') ELSE {} END"""
@@ -85,7 +94,7 @@ def longest_claim(settings: WorkerSettings) -> float:
     return 2 * settings.session_timeout + 2 * settings.lease
 
 
-class Ledger:
+class WorkerQueue:
     """The queue as one worker process uses it. `commit` is called by one thread."""
 
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
@@ -95,7 +104,7 @@ class Ledger:
         self._sql = Statements(
             engine, grace=settings.grace, lease=settings.lease, notices=settings.bounces == "dsn", far=far
         )
-        self._splitter, self._looks = Splitter(self._sql), Looks(self._sql)
+        self._splitter, self._looks = Splitter(self._sql), OverduePoll(self._sql)
         self._held: dict[Key, tuple[str, int]] = {}  # what we claimed and have not recorded: key -> (worker, claim)
         self._in_doubt = False
 
@@ -119,14 +128,14 @@ class Ledger:
                 worker=dashed(worker),
             )
 
-    def commit(self, items: Sequence[Item]) -> list[Result]:
-        """Record, renew and claim in one transaction; results in the order of the items, `Result` by kind.
+    def commit(self, items: Sequence[Command]) -> list[CommandResult]:
+        """Record, renew and claim in one transaction; results in the order of the items, `CommandResult` by kind.
 
         Raises the database's errors; then nothing happened, or it is in doubt and the same call settles it.
         """
-        results: list[Result] = [False] * len(items)
+        results: list[CommandResult] = [False] * len(items)
         claimed: dict[Key, tuple[str, int]] = {}
-        records = [(n, item) for n, item in enumerate(items) if isinstance(item, Record)]
+        records = [(n, item) for n, item in enumerate(items) if isinstance(item, Completion)]
         in_doubt, self._in_doubt = self._in_doubt, True
         with writing(self._engine) as connection:
             # A burial locks the worker and then its deliveries; so do we.
@@ -138,7 +147,7 @@ class Ledger:
             for worker in dict.fromkeys(record.worker for _, record in records):
                 self._record(connection, worker, [(n, r) for n, r in records if r.worker == worker], results)
             for n, item in enumerate(items):
-                if isinstance(item, Wish):
+                if isinstance(item, ClaimRequest):
                     results[n] = claims = self._claim(connection, item)
                     claimed.update({(c.message_id, c.number): (item.worker, c.claim) for c in claims})
         self._look_again(records, results)
@@ -150,15 +159,15 @@ class Ledger:
         self._held.update(claimed)
         return results
 
-    def _look_again(self, records: list[tuple[int, Record]], results: list[Result]) -> None:
+    def _look_again(self, records: list[tuple[int, Completion]], results: list[CommandResult]) -> None:
         """Whether a body is needed still, after the COMMIT: who ended another delivery of it meanwhile saw not ours."""
         ended: dict[str, list[int]] = {}
         for n, record in records:
-            if isinstance(found := results[n], Recorded) and found.state in _DONE and not found.body_free:
+            if isinstance(found := results[n], CompletionResult) and found.state in _DONE and not found.body_deletable:
                 ended.setdefault(record.message_id, []).append(n)
-        for message_id in unneeded(self._engine, self._sql, ended):
+        for message_id in deletable_bodies(self._engine, self._sql, ended):
             for n in ended[message_id]:
-                results[n] = replace(cast(Recorded, results[n]), body_free=True)
+                results[n] = replace(cast(CompletionResult, results[n]), body_deletable=True)
 
     def _renew(self, connection: Connection, worker: str) -> bool:
         return bool(
@@ -186,7 +195,7 @@ class Ledger:
                 worker=dashed(worker), held=json.dumps(held),
             )  # fmt: skip
 
-    def _claim(self, connection: Connection, wish: Wish) -> list[Claim]:
+    def _claim(self, connection: Connection, wish: ClaimRequest) -> list[Claim]:
         claims: list[Claim] = []
         for route, most in wish.room.items():
             shared = [left - sum(c.route in them for c in claims) for them, left in wish.together if route in them]
@@ -194,7 +203,7 @@ class Ledger:
                 claims += self._claim_route(connection, wish, route, free)
         return claims
 
-    def _claim_route(self, connection: Connection, wish: Wish, route: str, free: int) -> list[Claim]:
+    def _claim_route(self, connection: Connection, wish: ClaimRequest, route: str, free: int) -> list[Claim]:
         given = {"worker": dashed(wish.worker), "route": route}
         if wish.ids is None:
             return self._looks.claim(connection, route, free, partial(self._picked, connection, "due_at", given))
@@ -235,7 +244,7 @@ class Ledger:
         return [_claim(row, json.loads(row[9])) for row in found]
 
     def _record(
-        self, connection: Connection, worker: str, records: list[tuple[int, Record]], results: list[Result]
+        self, connection: Connection, worker: str, records: list[tuple[int, Completion]], results: list[CommandResult]
     ) -> None:
         # A K beats what another claim of the same delivery came to, also in one round: one row may match once only.
         taken = {(r.message_id, r.number) for _, r in records if r.outcome is Outcome.ACCEPTED}
@@ -270,9 +279,9 @@ class Ledger:
             if claims > record.claim and record.outcome is Outcome.ACCEPTED:
                 self._splitter.taken(connection, dashed(record.message_id), record.number)
             mine = claims == record.claim or state is State.DELIVERED
-            results[n] = Recorded(state if mine else None, free and mine)
+            results[n] = CompletionResult(state if mine else None, free and mine)
 
-    def _cut(self, connection: Connection, records: list[Record]) -> None:
+    def _cut(self, connection: Connection, records: list[Completion]) -> None:
         """Cut in two what was just recorded as `split`; what cannot be cut bounces."""
         for record in records:
             key, number = dashed(record.message_id), record.number
@@ -285,7 +294,7 @@ class Ledger:
             elif not self._splitter.cut(connection, key, number, record.reply):
                 self._sql.run(
                     connection,
-                    f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, due_at = {OWED}
+                    f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, due_at = {DSN_PENDING}
                     WHERE message_id = @id(:id) AND number = :number""",
                     id=key,
                     number=number,
@@ -293,11 +302,11 @@ class Ledger:
 
 
 def _claim(row: Any, recipients: Sequence[str]) -> Claim:
-    message_id, number, claims, route, sender, size, step, vanished, ago = row[:9]
-    return Claim(message_id, number, claims, route, sender, size, tuple(recipients), step, vanished, float(ago))
+    message_id, number, claims, route, sender, size, step, crash_count, ago = row[:9]
+    return Claim(message_id, number, claims, route, sender, size, tuple(recipients), step, crash_count, float(ago))
 
 
-def _record_row(record: Record) -> dict[str, Any]:
+def _record_row(record: Completion) -> dict[str, Any]:
     if record.state not in TRANSITIONS[State.SENDING]:
         raise ValueError(f"no way from sending to {record.state}")
     if record.state is State.DELIVERED and record.outcome is not Outcome.ACCEPTED:
@@ -310,9 +319,10 @@ def _record_row(record: Record) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _try_row(record: Record, one: Try) -> dict[str, Any]:
+def _try_row(record: Completion, one: Attempt) -> dict[str, Any]:
     return {
-        "message_id": dashed(record.message_id), "delivery": record.number, "claim": record.claim, "hop": one.hop,
+        "message_id": dashed(record.message_id), "delivery": record.number, "claim": record.claim,
+        "hop": one.attempt_index,
         "server": one.server, "started_ago": one.started_ago, "finished_ago": one.finished_ago,
         "outcome": one.outcome, "reply": one.reply, "bytes_sent": one.bytes_sent,
     }  # fmt: skip

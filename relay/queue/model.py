@@ -1,7 +1,7 @@
 """What passes between a worker and the ledger, and waits in a round to be done with others (`relay.queue.claim`).
 
-A worker asks for claims (`Wish`), tells what became of them (`Record`) and renews its lease (`Renewal`); it gets
-claims, the state that each delivery has now (`Recorded`), or whether it still has its lease.
+A worker asks for claims (`ClaimRequest`), tells what became of them (`Completion`) and renews its lease (`Renewal`); it
+gets claims, the state that each delivery has now (`CompletionResult`), or whether it still has its lease.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,15 +22,15 @@ class Claim:
     size: int
     recipients: tuple[str, ...]
     backoff_step: int
-    vanished: int
+    crash_count: int
     received_ago: float
 
 
 @dataclass(slots=True)
-class Try:
-    """One try at one server; `hop` counts from 1 within the claim, times are seconds before now."""
+class Attempt:
+    """One try at one server; `attempt_index` counts from 1 within the claim, times are seconds before now."""
 
-    hop: int
+    attempt_index: int
     server: str
     outcome: Outcome
     reply: str
@@ -40,7 +40,7 @@ class Try:
 
 
 @dataclass(slots=True)
-class Record:
+class Completion:
     """What became of a claim: the state it should have next, due after `delay` seconds."""
 
     worker: str
@@ -53,12 +53,12 @@ class Record:
     server: str | None = None
     delay: float = 0.0
     backoff_step: int = 0
-    tries: list[Try] = field(default_factory=list)
+    tries: list[Attempt] = field(default_factory=list)
     waiting_for: str | None = None  # what alone it is deferred for
 
 
 @dataclass(slots=True)
-class Wish:
+class ClaimRequest:
     """Please claim, of these messages or (ids None) of what is overdue, at most `room` deliveries of each route, and of
     some routes `together` at most so many."""
 
@@ -76,11 +76,11 @@ class Renewal:
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class CompletionResult:
     """The state that a delivery has now (None: a later claim has it), and whether nobody needs the body any more."""
 
     state: State | None
-    body_free: bool
+    body_deletable: bool
 
 
 def waits_for(route: str) -> str:
@@ -88,5 +88,5 @@ def waits_for(route: str) -> str:
     return f"route:{route}"
 
 
-type Item = Record | Wish | Renewal
-type Result = Recorded | list[Claim] | bool
+type Command = Completion | ClaimRequest | Renewal
+type CommandResult = CompletionResult | list[Claim] | bool

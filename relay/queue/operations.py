@@ -16,18 +16,18 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading, writing
-from relay.db.schema import OWED, State, words
+from relay.db.schema import DSN_PENDING, State, words
 from relay.db.sql import Statements
 from relay.log import escaped
-from relay.queue.audit import PICKED, THESE, Action
+from relay.queue.audit import PICKED, THESE, AuditEntry
 from relay.queue.split import Splitter
 from relay.report.filters import Filter
-from relay.report.queries import Queue
-from relay.spool.retention import unneeded
+from relay.report.queries import QueueReader
+from relay.spool.retention import deletable_bodies
 
 
 @dataclass(frozen=True, slots=True)
-class Verb:
+class Operation:
     """A verb: the states that it takes a delivery from, the state it makes of them, and what else it sets."""
 
     name: str
@@ -35,35 +35,35 @@ class Verb:
     state: State
     sets: dict[str, str]
     wanted: str | None = None  # what a delivery is told that is being sent
-    withdraws: str | None = None  # what it is told no longer
+    cancels: str | None = None  # what it is told no longer
 
 
 _WAITING = (State.QUEUED, State.DEFERRED)
-VERBS = {
+OPERATIONS = {
     verb.name: verb
     for verb in (
-        Verb("retry", (State.DEFERRED,), State.QUEUED, {"due_at": "@now", "backoff_step": "0"}, "retry"),
-        Verb("hold", _WAITING, State.HELD, {"due_at": "NULL", "last_reply": ":why"}, "hold"),
-        Verb(
+        Operation("retry", (State.DEFERRED,), State.QUEUED, {"due_at": "@now", "backoff_step": "0"}, "retry"),
+        Operation("hold", _WAITING, State.HELD, {"due_at": "NULL", "last_reply": ":why"}, "hold"),
+        Operation(
             "release",
             (State.HELD,),
             State.QUEUED,
             {"due_at": "@now", "backoff_step": "0", "vanished": "0"},
-            withdraws="hold",
+            cancels="hold",
         ),
-        Verb(
+        Operation(
             "bounce",
             (*_WAITING, State.HELD),
             State.BOUNCED,
             {
-                "due_at": OWED,
+                "due_at": DSN_PENDING,
                 "finished_at": "@now",
                 "last_reply": ":why",
                 "last_outcome": "coalesce(d.last_outcome, 'rejected')",
             },
             "bounce",
         ),
-        Verb(
+        Operation(
             "drop",
             (*_WAITING, State.HELD),
             State.DROPPED,
@@ -73,7 +73,7 @@ VERBS = {
     )
 }
 # Routes are given when a message is accepted; who has corrected them since has this. What is not held is tried at once.
-REROUTE = Verb(
+REROUTE = Operation(
     "reroute",
     (*_WAITING, State.HELD),
     State.QUEUED,
@@ -85,22 +85,22 @@ REROUTE = Verb(
 )
 
 
-class Verbs:
+class QueueOperations:
     """The queue as an operator changes it."""
 
     def __init__(self, engine: Engine, *, notices: bool) -> None:
-        self._engine, self._queue = engine, Queue(engine)
+        self._engine, self._queue = engine, QueueReader(engine)
         self._sql = Statements(engine, notices=notices)
         self._splitter = Splitter(self._sql)
 
-    def matching(self, verb: Verb, wanted: Filter) -> Counter[str]:
+    def matching(self, verb: Operation, wanted: Filter) -> Counter[str]:
         """How many deliveries the verb would touch, by state; nothing is changed."""
         where, given = _meant(verb, wanted)
         sql = f"SELECT d.state, count(*) FROM deliveries d WHERE {where} GROUP BY d.state"
         with reading(self._engine) as connection:
             return Counter(dict(self._sql.run(connection, sql, **given).all()))
 
-    def touched(self, verb: Verb, wanted: Filter, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    def touched(self, verb: Operation, wanted: Filter, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Rows of `mail_history` that the verb would touch, all recipients of a delivery among them; streamed.
 
         `limit`: those of the oldest so many deliveries.
@@ -116,8 +116,8 @@ class Verbs:
         )
 
     def apply(
-        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None,
-        limit: int | None = None,
+        self, verb: Operation, wanted: Filter, *, actor: str, reason: str,
+        route_for: Callable[[str], str] | None = None, limit: int | None = None,
     ) -> tuple[Counter[str], list[str]]:  # fmt: skip
         """Do it; the deliveries touched by the state they were in, and the ids of messages that need no body now.
 
@@ -133,8 +133,8 @@ class Verbs:
         return all_touched, free
 
     def in_chunks(
-        self, verb: Verb, wanted: Filter, *, actor: str, reason: str, route_for: Callable[[str], str] | None = None,
-        limit: int | None = None,
+        self, verb: Operation, wanted: Filter, *, actor: str, reason: str,
+        route_for: Callable[[str], str] | None = None, limit: int | None = None,
     ) -> Iterator[tuple[Counter[str], list[str]]]:  # fmt: skip
         """Do it as `apply` does, while it is iterated: what each chunk came to, when that is committed."""
         where, given = _meant(verb, wanted)
@@ -146,10 +146,12 @@ class Verbs:
                 self._move(connection, keys, route_for)
 
         shown = wanted.shown() if limit is None else f"{wanted.shown()} --limit {limit}".lstrip()
-        action = Action(self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=shown)
+        action = AuditEntry(self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=shown)
         for rows in action.through(where, do, limit=limit, **given):
             ended = {message_id for message_id, _, was in rows if was != State.SENDING}
-            free = unneeded(self._engine, self._sql, ended) if verb.state in (State.DROPPED, State.BOUNCED) else []
+            free = (
+                deletable_bodies(self._engine, self._sql, ended) if verb.state in (State.DROPPED, State.BOUNCED) else []
+            )
             yield Counter(was for _, _, was in rows), free
 
     def pause(self, subject: str, *, actor: str, reason: str) -> bool:
@@ -159,7 +161,7 @@ class Verbs:
                 ON CONFLICT DO NOTHING"""
             done = bool(self._sql.run(connection, sql, subject=subject, actor=actor, reason=reason).rowcount)
             if done:
-                action = Action(self._engine, self._sql, actor=actor, verb=f"pause {subject}", reason=reason)
+                action = AuditEntry(self._engine, self._sql, actor=actor, verb=f"pause {subject}", reason=reason)
                 action.note(connection, 1)
         return done
 
@@ -169,7 +171,7 @@ class Verbs:
             sql = "DELETE FROM pauses WHERE subject = :subject"
             done = bool(self._sql.run(connection, sql, subject=subject).rowcount)
             if done:
-                action = Action(self._engine, self._sql, actor=actor, verb=f"resume {subject}", reason=reason)
+                action = AuditEntry(self._engine, self._sql, actor=actor, verb=f"resume {subject}", reason=reason)
                 action.note(connection, 1)
         return done
 
@@ -185,12 +187,12 @@ class Verbs:
                 self._splitter.divide(connection, str(message_id), number, ways)
 
 
-def _meant(verb: Verb, wanted: Filter) -> tuple[str, dict[str, Any]]:
+def _meant(verb: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
     """The deliveries (as d) that a filter means and the verb may touch."""
     where, given = wanted.where()
     takes = f"d.state IN ({words(verb.takes)})"
-    if verb.wanted or verb.withdraws:
-        wish = f" AND d.wanted = '{verb.withdraws}'" if verb.withdraws else ""
+    if verb.wanted or verb.cancels:
+        wish = f" AND d.wanted = '{verb.cancels}'" if verb.cancels else ""
         takes = f"({takes} OR d.state = 'sending'{wish})"
     one = " AND d.message_id = @id(:id)" if wanted.id is not None else ""  # else SQLite looks at every delivery
     meant = f"""{takes} AND EXISTS (
@@ -198,17 +200,17 @@ def _meant(verb: Verb, wanted: Filter) -> tuple[str, dict[str, Any]]:
     return meant, given
 
 
-def _why(verb: Verb, actor: str, reason: str) -> str:
+def _why(verb: Operation, actor: str, reason: str) -> str:
     """What stands in `last_reply` of a delivery that an operator has stopped; the sender of a bounce reads it too."""
     who = "an operator" if verb.state is State.BOUNCED else actor
     done = "retried" if verb.state is State.QUEUED else verb.state
     return escaped(f"{done} by {who}" + (f": {reason}" if reason else ""))
 
 
-def _sets(verb: Verb) -> str:
+def _sets(verb: Operation) -> str:
     """The SET list: what is being sent is only told what is wanted of it, or no longer wanted."""
     values = {"state": f"'{verb.state}'"} | verb.sets
-    if not (verb.wanted or verb.withdraws):
+    if not (verb.wanted or verb.cancels):
         return ", ".join(f"{column} = {value}" for column, value in values.items())
     wish = {"wanted": f"'{verb.wanted}'", "wanted_why": ":why"} if verb.wanted else {}
     kept = {column: f"d.{column}" for column in values} | {c: wish.get(c, "NULL") for c in ("wanted", "wanted_why")}

@@ -28,7 +28,7 @@ _BOUND = f"""SELECT due_at FROM deliveries d WHERE {OVERDUE} AND route = :route 
     ORDER BY due_at LIMIT 1 OFFSET :window"""
 
 
-class Looks:
+class OverduePoll:
     """What one worker remembers of its looks; used by one thread."""
 
     def __init__(self, sql: Statements) -> None:

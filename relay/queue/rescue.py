@@ -2,7 +2,8 @@
 
 Any number of workers sweep at once: each takes what nobody else has locked, in bounded batches, longest due first. A
 worker is dead when its lease has run out, and a sweeper has seen that same lease run out for long enough by its own
-clock (`bury`); then whatever it was sending becomes `uncertain`, in one transaction that fails if the worker renewed.
+clock (`expire_worker`); then whatever it was sending becomes `uncertain`, in one transaction that fails if the worker
+renewed.
 
 Every `due_at` is the database's time when it was written and a wait. If the clock of the database is set back, what
 was written before is further ahead than any wait: then it is no answer to when, and counts as due (`bring_near`).
@@ -45,7 +46,7 @@ _TURNED_BACK = {
 }
 
 
-class Sweeps:
+class Rescuer:
     """The queue as one sweeper uses it."""
 
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
@@ -61,7 +62,7 @@ class Sweeps:
             slack=SLACK,
         )
 
-    def lose(self, connection: Connection, where: str, why: str, **given: Any) -> Sequence[Any]:
+    def mark_uncertain(self, connection: Connection, where: str, why: str, **given: Any) -> Sequence[Any]:
         """Turn what somebody was sending into `uncertain`; rows of message id and number, as the database has them."""
         lost = f"{_LOST} {where} ORDER BY d.message_id, d.number"
         if self._sql.postgresql:
@@ -72,7 +73,7 @@ class Sweeps:
         sql = f"UPDATE deliveries AS d {_LOST_SET} FROM ({lost}) AS p WHERE {KEYS} RETURNING message_id, number"
         return list(self._sql.run(connection, sql, why=why, **given))
 
-    def ran_out(self) -> list[tuple[str, str]]:
+    def expired_leases(self) -> list[tuple[str, str]]:
         """Workers whose lease has run out: (id, the lease's end, as an opaque text).
 
         No lease is longer than half of what its worker gives itself for a claim. One that ends later than that was
@@ -86,12 +87,12 @@ class Sweeps:
             )
             return [(worker, until) for worker, until in found]
 
-    def bury(
+    def expire_worker(
         self, worker: str, until: str, note: Callable[[Connection, Sequence[Any]], object] | None = None
     ) -> int | None:
         """Declare a worker dead and make what it was sending `uncertain`; None if it renewed its lease after all.
 
-        `note` is called in the same transaction, with what `lose` answered.
+        `note` is called in the same transaction, with what `mark_uncertain` answered.
         """
         with writing(self._engine) as connection:
             dead = self._sql.run(
@@ -103,23 +104,25 @@ class Sweeps:
             if not dead:
                 return None
             why = "the worker vanished while it was sending"
-            lost = self.lose(connection, "d.worker = :worker", why, worker=dashed(worker))
+            lost = self.mark_uncertain(connection, "d.worker = :worker", why, worker=dashed(worker))
             if note:
                 note(connection, lost)
             return len(lost)
 
-    def lose_stuck(self) -> int:
+    def expire_stuck_transfers(self) -> int:
         """Make transfers `uncertain` that have taken longer than any session may; how many there were."""
         with writing(self._engine) as connection:
-            return len(self.lose(connection, "d.due_at <= @now", "the transfer took longer than any session may"))
+            return len(
+                self.mark_uncertain(connection, "d.due_at <= @now", "the transfer took longer than any session may")
+            )
 
-    def lose_strays(self) -> int:
+    def rescue_unowned(self) -> int:
         """Make `uncertain` what a worker that has ended was still sending; how many there were."""
         with writing(self._engine) as connection:
             gone = "EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)"
-            return len(self.lose(connection, gone, "the worker stopped while it was sending"))
+            return len(self.mark_uncertain(connection, gone, "the worker stopped while it was sending"))
 
-    def note_rests(self, worker: str, rests: Mapping[str, str]) -> None:
+    def publish_open_circuits(self, worker: str, rests: Mapping[str, str]) -> None:
         """Say which servers a worker leaves alone for now, and why: for those who look at `server_health`."""
         with writing(self._engine) as connection:
             self._sql.run(connection, "DELETE FROM rests WHERE worker = :worker", worker=dashed(worker))
@@ -127,7 +130,7 @@ class Sweeps:
             for server, why in rests.items():
                 self._sql.run(connection, add, worker=dashed(worker), server=server, why=why)
 
-    def note_routes(self, worker: str, routes: Mapping[str, Sequence[str]]) -> None:
+    def publish_routes(self, worker: str, routes: Mapping[str, Sequence[str]]) -> None:
         """Say which routes a worker knows, with their servers: `why` has the settings of who looks, and not these."""
         with writing(self._engine) as connection:
             sql = "UPDATE workers SET routes = :routes WHERE id = :worker"
@@ -138,7 +141,7 @@ class Sweeps:
         with reading(self._engine) as connection:
             return frozenset(row[0] for row in self._sql.run(connection, "SELECT subject FROM pauses"))
 
-    def strange_routes(self, known: Sequence[str]) -> list[str]:
+    def unknown_routes(self, known: Sequence[str]) -> list[str]:
         """Routes that waiting mail is for, and that are neither `known` nor any other living worker's."""
         waiting = "SELECT route FROM deliveries WHERE state = '{}'"
         sql = f"{waiting.format('queued')} UNION {waiting.format('deferred')}"

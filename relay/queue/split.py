@@ -32,7 +32,7 @@ from collections.abc import Mapping
 from sqlalchemy import Connection
 
 from qmqp.request import is_sendable
-from relay.db.schema import OWED
+from relay.db.schema import DSN_PENDING
 from relay.db.sql import Statements
 
 LARGEST = 64
@@ -70,7 +70,7 @@ _DIVIDED = """UPDATE deliveries SET state = 'split', due_at = NULL, claims = cla
 _TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, wanted = NULL,
     wanted_why = NULL WHERE message_id = @id(:id)"""
 _REFUSED = f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
-    last_reply = :reply, due_at = {OWED} WHERE message_id = @id(:id)"""
+    last_reply = :reply, due_at = {DSN_PENDING} WHERE message_id = @id(:id)"""
 
 
 def can_carry(address: str) -> bool:

@@ -65,7 +65,7 @@ def _in_order(view: str, wanted: Filter) -> str:
     return view
 
 
-class Queue:
+class QueueReader:
     """The queue as an operator looks at it."""
 
     def __init__(self, engine: Engine) -> None:

@@ -9,17 +9,17 @@ from itertools import islice
 from typing import Any
 
 from relay.report.filters import id_at
-from relay.report.queries import Queue, Row
+from relay.report.queries import QueueReader, Row
 
 AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
 # What stands behind the last @: one expression that both databases understand.
 DOMAIN = "lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))"
 
 
-class Figures:
+class Statistics:
     """What may be asked of a queue as a whole."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: QueueReader) -> None:
         self._queue = queue
 
     def rates(self) -> list[Row]:

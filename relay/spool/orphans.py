@@ -4,8 +4,8 @@ Housekeeping and `fsck` go through the spool with the same eyes. A crash between
 leaves the one; a crash before the COMMIT that would have made a message leaves the other, or the loss of its rows does.
 
 What must stay true: each file is looked at again before it is touched; one without a row is never removed but moved to
-`orphans/`, and `proven` says whether some message is newer than it: in a database restored from last week every file of
-this week looks like an orphan.
+`orphans/`, and `newer_row_exists` says whether some message is newer than it: in a database restored from last week
+every file of this week looks like an orphan.
 
 Ages are counted by two clocks, and the smaller age counts. The database's alone would make a file old that a machine
 stamped whose clock is behind; the file system's alone one that was stamped before that clock was set forward. This
@@ -24,7 +24,7 @@ from sqlalchemy import Engine
 from relay.db.engine import reading
 from relay.db.sql import Statements
 from relay.ids import dashed
-from relay.spool.retention import body_free
+from relay.spool.retention import body_deletable
 from relay.spool.store import Spool
 
 SETTLED = 3600.0  # a body this old is not just being accepted (seconds)
@@ -34,29 +34,29 @@ BATCH = 500
 _FILES = f"""SELECT @hex(x.message_id), EXISTS (SELECT 1 FROM messages m WHERE m.id = x.message_id)
         OR EXISTS (SELECT 1 FROM deliveries d WHERE d.message_id = x.message_id)
         OR EXISTS (SELECT 1 FROM recipients r WHERE r.message_id = x.message_id),
-    {body_free("x.message_id")} AND NOT EXISTS (
+    {body_deletable("x.message_id")} AND NOT EXISTS (
         SELECT 1 FROM deliveries d WHERE d.message_id = x.message_id AND d.finished_at > @ago(:late))
     FROM @rows(:ids; message_id uuid)"""
 
 
 @dataclass(frozen=True, slots=True)
-class Stray:
+class OrphanFile:
     """A file that nobody needs, written `age` seconds ago; `row`: something of its message is in the database."""
 
     name: str
     path: Path
     age: float
     row: bool
-    proven: bool
+    newer_row_exists: bool
 
 
-class Strays:
-    """`found` looks; `remove` and `put_aside` look again, and answer whether it was still so and is done."""
+class OrphanScanner:
+    """`found` looks; `remove` and `move_to_orphans` look again, and answer whether it was still so and is done."""
 
     def __init__(self, engine: Engine, spool: Spool) -> None:
         self._engine, self._spool, self._sql = engine, spool, Statements(engine, late=LATE)
 
-    def found(self, stopping: threading.Event | None = None) -> Iterator[Stray]:
+    def found(self, stopping: threading.Event | None = None) -> Iterator[OrphanFile]:
         """Go through the spool, a batch of files a statement."""
         now = self.now()
         settled = ((name, age) for name, found in self._spool.ids() if (age := now - found.st_mtime) >= SETTLED)
@@ -67,17 +67,17 @@ class Strays:
             for name, age in batch:
                 row, free = known[name]
                 if (free or not row) and (path := self._spool.path(name)).exists():
-                    yield Stray(name, path, age, row, newest < age)
+                    yield OrphanFile(name, path, age, row, newest < age)
 
-    def remove(self, stray: Stray) -> bool:
+    def remove(self, stray: OrphanFile) -> bool:
         """Remove a body that nobody needs."""
         return self._known([stray.name])[stray.name][1] and self._spool.remove(stray.name)
 
-    def put_aside(self, stray: Stray) -> bool:
+    def move_to_orphans(self, stray: OrphanFile) -> bool:
         """Move a file without a message to `orphans/`."""
         if self._known([stray.name])[stray.name][0]:
             return False
-        self._spool.put_aside(stray.name)
+        self._spool.move_to_orphans(stray.name)
         return True
 
     def purge(self, wait: float) -> int:

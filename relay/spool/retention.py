@@ -26,7 +26,7 @@ def body_needed(message: str) -> str:
     return f"EXISTS (SELECT 1 FROM deliveries o WHERE o.message_id = {message} AND {NEEDS_BODY})"
 
 
-def body_free(message: str) -> str:
+def body_deletable(message: str) -> str:
     """The whole rule."""
     return f"""(EXISTS (SELECT 1 FROM deliveries o WHERE o.message_id = {message})
         AND NOT {body_needed(message)}
@@ -35,10 +35,10 @@ def body_free(message: str) -> str:
             WHERE r.message_id = {message} AND o.number IS NULL))"""
 
 
-_FREE = f"SELECT @hex(x.message_id) FROM @rows(:ids; message_id uuid) WHERE {body_free('x.message_id')}"
+_FREE = f"SELECT @hex(x.message_id) FROM @rows(:ids; message_id uuid) WHERE {body_deletable('x.message_id')}"
 
 
-def unneeded(engine: Engine, sql: Statements, ids: Iterable[str]) -> list[str]:
+def deletable_bodies(engine: Engine, sql: Statements, ids: Iterable[str]) -> list[str]:
     """Those of these messages whose body nobody needs, as far as is committed; ids of 32 digits, in order."""
     rows = [{"message_id": dashed(message_id)} for message_id in sorted(ids)]
     if not rows:

@@ -108,7 +108,7 @@ def _write_all(handle: int, data: Buffer) -> int:
     return total
 
 
-class Body:
+class BodyWriter:
     """A body being written: blocking calls, one caller at a time."""
 
     def __init__(self, root: int, name: str, handle: int) -> None:
@@ -256,7 +256,7 @@ class Spool:
             root = self._insist_on_place()
         except OSError as error:
             return [error] * len(bodies)
-        found: dict[int, Body | OSError] = {}
+        found: dict[int, BodyWriter | OSError] = {}
         for number, (message_id, parts) in enumerate(bodies):
             try:
                 found[number] = body = self._create(root, message_id)
@@ -265,14 +265,14 @@ class Spool:
             except OSError as error:
                 found[number] = error
         for number, one in found.items():
-            if isinstance(one, Body):
+            if isinstance(one, BodyWriter):
                 try:
                     one.sync()
                 except OSError as error:
                     found[number] = error
         return self._finish_all([one for _, one in sorted(found.items())])
 
-    def _finish_all(self, found: list[Body | OSError]) -> list[int | OSError]:
+    def _finish_all(self, found: list[BodyWriter | OSError]) -> list[int | OSError]:
         """Sync the directories of these synced bodies, each once, and close them."""
         failed: dict[str, OSError | None] = {}
         results: list[int | OSError] = []
@@ -290,11 +290,11 @@ class Spool:
             results.append(error or one.size)
         return results
 
-    def create(self, message_id: str) -> Body:
+    def create(self, message_id: str) -> BodyWriter:
         """Start a body; raises OSError (FileExistsError for an id that has one)."""
         return self._create(self._insist_on_place(), message_id)
 
-    def _create(self, root: int, message_id: str) -> Body:
+    def _create(self, root: int, message_id: str) -> BodyWriter:
         directory, name = message_id[:_DIRECTORY_DIGITS], self._name(message_id)
         while True:
             if self._synced != directory:  # whoever made it may not have synced it yet
@@ -309,7 +309,7 @@ class Spool:
                     raise
                 self._synced = ""  # housekeeping has removed it since
             else:
-                return Body(root, name, handle)
+                return BodyWriter(root, name, handle)
 
     def open(self, message_id: str, size: int) -> int:
         """A read-only file descriptor; raises BodyUnsendable, or OSError for a fault that is not the body's.
@@ -352,7 +352,7 @@ class Spool:
             return True
         return False
 
-    def put_aside(self, message_id: str) -> None:
+    def move_to_orphans(self, message_id: str) -> None:
         """Move a body to `orphans/`; raises OSError. The kernel notes the time of that as the file's ctime."""
         root = self.handle
         with suppress(FileExistsError):

@@ -15,8 +15,8 @@ from typing import Any
 
 from commands.web import app as web
 from relay.db.schema import Outcome, State
-from relay.dsn.generator import Debts
-from relay.queue.operations import VERBS, Verbs
+from relay.dsn.generator import DsnGenerator
+from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.report.filters import Filter
 from relay.settings import Settings, load
 from relay.spool.store import Spool
@@ -48,7 +48,7 @@ class Scenario:
 
 def scenario(office: Office, spool: Spool) -> Scenario:
     """Make it in an empty office."""
-    made, verbs = Scenario(), Verbs(office.engine, notices=True)
+    made, verbs = Scenario(), QueueOperations(office.engine, notices=True)
     numbers = iter(range(1, 100))
 
     def accept(*addresses: str, **more: object) -> str:
@@ -71,7 +71,7 @@ def scenario(office: Office, spool: Spool) -> Scenario:
         office.record(claim, Outcome.DEFERRED, reply="451 still busy")
     made.made("expired", *late)
     made.made("bounced", *(tried(Outcome.REJECTED, reply=f"550 5.1.1 {HOSTILE}") for _ in range(4)))
-    debts = Debts(office.engine, spool, office.settings, lambda _address: "notices")
+    debts = DsnGenerator(office.engine, spool, office.settings, lambda _address: "notices")
     notices = debts.settle(5)  # of seven: two are owed
     made.owed, made.told = 2, len(notices)
     made.made("queued", *notices)
@@ -83,7 +83,7 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     for verb, state in (("hold", "held"), ("drop", "dropped")):
         ids = [accept() for _ in range(3)]
         for message_id in ids:
-            verbs.apply(VERBS[verb], Filter(id=message_id), actor=f"{HOSTILE}@here", reason=HOSTILE)
+            verbs.apply(OPERATIONS[verb], Filter(id=message_id), actor=f"{HOSTILE}@here", reason=HOSTILE)
             made.actions[verb] += 1
         made.made(state, *ids)
     cut = accept("good@example.org", "bad@example.org", "fine@example.org")

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from relay.db import engine as database
-from relay.metrics import Queue
+from relay.metrics import QueueMetrics
 from relay.spool.store import Spool
 
 RULES = Path(__file__).parents[2] / "docs" / "alerts.yml"
@@ -104,7 +104,7 @@ def test_the_guide_says_what_to_do_for_every_alert():
 def test_rules_and_guide_name_metrics_that_exist(sqlite_url: str, tmp_path: Path):
     engine = database.connect(sqlite_url)
     queue = CollectorRegistry()
-    queue.register(Queue(engine, Spool(tmp_path), lambda: {"fresh": 0.0}))
+    queue.register(QueueMetrics(engine, Spool(tmp_path), lambda: {"fresh": 0.0}))
     found = {metric.name for registry in (REGISTRY, queue) for metric in registry.collect()}
     engine.dispose()
     named, listed = (

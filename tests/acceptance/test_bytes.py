@@ -88,7 +88,7 @@ def data_phase(relay: Installation, recipient: str, size: int = 0) -> Iterator[s
         yield connection
 
 
-def hand_over(relay: Installation, recipient: str, wire: bytes, cuts: Iterator[int] | None = None) -> str:
+def deliver_results(relay: Installation, recipient: str, wire: bytes, cuts: Iterator[int] | None = None) -> str:
     """Send content in one go, or cut into segments of these lengths; the queue id."""
     with data_phase(relay, recipient) as connection:
         view, start = memoryview(wire), 0
@@ -135,7 +135,7 @@ def test_bytes_arrive_as_they_were_sent(relay: Installation, sink: Sink, size: i
     assert len(text) == size
     for name, cuts in ("one", None), ("cut", segments(f"{size}{header}")):
         recipient = f"{name}-{size}-{header}@example.org"
-        hand_over(relay, recipient, on_the_wire(text), cuts)
+        deliver_results(relay, recipient, on_the_wire(text), cuts)
         _, got = arrived(relay, sink, recipient)
         assert got == text
 
@@ -143,10 +143,10 @@ def test_bytes_arrive_as_they_were_sent(relay: Installation, sink: Sink, size: i
 @pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1])
 def test_a_stored_body_of_about_a_block(relay: Installation, sink: Sink, size: int) -> None:
     empty, recipient = f"empty--{size}@example.org", f"stored-{size}@example.org"  # of the same length
-    hand_over(relay, empty, on_the_wire(b""))
+    deliver_results(relay, empty, on_the_wire(b""))
     trace, _ = arrived(relay, sink, empty)
     text = content(size - len(trace), header=True)
-    hand_over(relay, recipient, on_the_wire(text))
+    deliver_results(relay, recipient, on_the_wire(text))
     again, got = arrived(relay, sink, recipient)
     assert len(again) + len(got) == size
     assert got == text
@@ -154,7 +154,7 @@ def test_a_stored_body_of_about_a_block(relay: Installation, sink: Sink, size: i
 
 def test_every_octet_in_a_segment_of_its_own(relay: Installation, sink: Sink) -> None:
     text = HEADER + LINES
-    hand_over(relay, "octets@example.org", on_the_wire(text), iter(lambda: 1, 0))
+    deliver_results(relay, "octets@example.org", on_the_wire(text), iter(lambda: 1, 0))
     _, got = arrived(relay, sink, "octets@example.org")
     assert got == text
 
@@ -163,7 +163,7 @@ def test_every_octet_in_a_segment_of_its_own(relay: Installation, sink: Sink) ->
 def test_a_hundred_megabytes(relay: Installation, sink: Sink, header: bool) -> None:
     text = content(100 * MB, header=header)
     recipient = f"hundred-{header}@example.org"
-    hand_over(relay, recipient, on_the_wire(text), segments(recipient) if header else None)
+    deliver_results(relay, recipient, on_the_wire(text), segments(recipient) if header else None)
     _, got = arrived(relay, sink, recipient)
     assert got == text
 

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from relay.db.engine import reading
 from relay.db.schema import UNFINISHED, State
 from relay.ids import dashed
-from relay.metrics import Queue as Collected
+from relay.metrics import QueueMetrics as Collected
 from relay.spool.store import Spool
 from tests.acceptance.console import HOSTILE, LONG, SERVER, TURNED, Browser, Scenario, browsing, questions, scenario
 from tests.integration.office import Office, opened

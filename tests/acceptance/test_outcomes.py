@@ -70,7 +70,7 @@ def test_d_bounces_with_the_words_of_the_server_and_a_notice(scene: Scene) -> No
     assert relay.attempts("reject@sink.test") == [(f"127.0.0.1:{scene.sink.port}", "rejected", words)]
     until(lambda: relay.rows("SELECT 1 FROM mail_history WHERE notice_of = :id", id=message_id), what=relay.said)
     notice = relay.until_state("author@sink.test", "delivered")
-    assert (notice.sender, notice.notice_of) == ("", message_id)
+    assert (notice.sender, notice.dsn_of) == ("", message_id)
     assert relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0  # nothing is owed any more
 
 

@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 
 from relay.db.schema import Outcome
 from relay.ids import dashed, new_id
-from relay.report.queries import Queue
-from relay.report.statistics import Figures
+from relay.report.queries import QueueReader
+from relay.report.statistics import Statistics
 from relay.spool.store import Spool
 from tests.acceptance.console import Browser, browsing
 from tests.integration.office import Office, opened
@@ -54,10 +54,10 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
 ) -> None:
     _, browser = at_the_page
 
-    def broken(_queue: Queue) -> Any:
+    def broken(_queue: QueueReader) -> Any:
         raise RuntimeError("something inside")
 
-    monkeypatch.setattr(Queue, "summary", broken)
+    monkeypatch.setattr(QueueReader, "summary", broken)
     with capture_logs() as logged:
         page = browser.get("/")
     assert page.status == 500
@@ -94,7 +94,7 @@ def test_what_operators_did_stands_in_the_timeline(at_the_page: tuple[Office, Br
     did(office, "release", "", 600, (mine, 2))
     did(office, "drop", "not ours", 500, (other, 1))
     did(office, "pause server:qmqp.example.net:628", "it was tried there", 400)
-    found = Queue(office.engine).actions_on(mine)
+    found = QueueReader(office.engine).actions_on(mine)
     assert [(row["verb"], row["delivery"]) for row in found] == [
         ("hold", 1), ("hold", 2), ("pause route:other", None), ("resume route:other", None), ("release", 2),
         ("pause server:qmqp.example.net:628", None),
@@ -114,7 +114,10 @@ def test_what_operators_did_stands_in_the_timeline(at_the_page: tuple[Office, Br
         assert words not in shown
     office.change("UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
                   " message_id = @id(:id)", id=mine)  # fmt: skip
-    assert [row["verb"] for row in Queue(office.engine).actions_on(mine)][-2:] == ["resume route:other", "release"]
+    assert [row["verb"] for row in QueueReader(office.engine).actions_on(mine)][-2:] == [
+        "resume route:other",
+        "release",
+    ]
 
 
 def test_what_is_counted_is_said(at_the_page: tuple[Office, Browser]) -> None:
@@ -131,12 +134,12 @@ def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[Office, Brow
     """Tries of a moment ago and of nearly five minutes ago are in one step, whatever the clock says."""
     office, _ = at_the_page
     message_id = office.accept()
-    for hop, ago in enumerate((1, 150, 298, 302, 21_000), 1):
+    for attempt_index, ago in enumerate((1, 150, 298, 302, 21_000), 1):
         office.change(
             "INSERT INTO attempts VALUES (@id(:id), 1, 1, :hop, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'accepted',"
-            " '', 1)", id=message_id, hop=hop, ago=ago, w=dashed(office.worker),
+            " '', 1)", id=message_id, attempt_index=attempt_index, ago=ago, w=dashed(office.worker),
         )  # fmt: skip
-    now, rows = Figures(Queue(office.engine)).history(21_600, 300)
+    now, rows = Statistics(QueueReader(office.engine)).history(21_600, 300)
     assert now.tzinfo is not None
     assert [(row["step"], row["tries"]) for row in rows] == [(0, 3), (1, 1), (70, 1)]
     assert {round(row["seconds"], 2) for row in rows} == {0.5}

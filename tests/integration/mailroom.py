@@ -10,13 +10,13 @@ from sqlalchemy import text
 from relay.db.engine import connect, reading, writing
 from relay.db.sql import dialect_of
 from relay.ids import dashed, new_id
-from relay.queue.accept import Intake, NewMessage, NewRecipient
-from relay.queue.claim import Ledger
-from relay.queue.rescue import Sweeps
+from relay.queue.accept import Acceptor, NewMessage, NewRecipient
+from relay.queue.claim import WorkerQueue
+from relay.queue.rescue import Rescuer
 from relay.routes import Routes
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
-from worker.circuit_breaker import Servers
+from worker.circuit_breaker import ServerPool
 from worker.engine import Engine
 
 BODY = b"Subject: test\n\nhello\n"
@@ -35,8 +35,8 @@ class Mailroom:
         self.database, self.spool = connect(database_url, hot=True), spool
         self.spell = dialect_of(self.database)
         self.spool.prepare(self.database, unsafe=True)
-        self.ledger = Ledger(self.database, self.settings)
-        self.sweeps = Sweeps(self.database, self.settings)
+        self.ledger = WorkerQueue(self.database, self.settings)
+        self.sweeps = Rescuer(self.database, self.settings)
 
     def accept(
         self, *recipients: str, body: bytes = BODY, sender: str = "a@example.com", stored: bool = True,
@@ -48,7 +48,7 @@ class Mailroom:
             self.spool.store(message_id, [body])
         to = [NewRecipient(r, route=route_for(r)) for r in recipients or ("b@example.org",)]
         new = NewMessage(message_id, sender, len(body), to, "127.0.0.1", "client.example.com", "ESMTP")
-        intake = Intake(self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace)
+        intake = Acceptor(self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace)
         if has_turn:
             with self.database.begin() as connection:
                 intake.insert(connection, [new])
@@ -84,7 +84,7 @@ class Mailroom:
         sql = "SELECT server, outcome FROM attempts WHERE message_id = :id ORDER BY claim, hop"
         return [(row["server"], row["outcome"]) for row in self.rows(sql, id=message_id)]
 
-    def engine(self, *, servers: Servers | None = None) -> Engine:
+    def engine(self, *, servers: ServerPool | None = None) -> Engine:
         return Engine(self.settings, self.ledger, self.spool, Routes.load(self.settings), servers=servers)
 
     @contextmanager

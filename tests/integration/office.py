@@ -14,13 +14,13 @@ from relay.db.engine import connect, reading, writing
 from relay.db.schema import Outcome, State
 from relay.db.sql import dialect_of
 from relay.ids import dashed, new_id
-from relay.queue.accept import Intake, NewMessage, NewRecipient
-from relay.queue.claim import Ledger
-from relay.queue.model import Claim, Record, Recorded, Renewal, Try, Wish
-from relay.queue.rescue import Sweeps
+from relay.queue.accept import Acceptor, NewMessage, NewRecipient
+from relay.queue.claim import WorkerQueue
+from relay.queue.model import Attempt, Claim, ClaimRequest, Completion, CompletionResult, Renewal
+from relay.queue.rescue import Rescuer
 from relay.settings import WorkerSettings, load
 
-NEXT = {
+OUTCOME_POLICY = {
     Outcome.ACCEPTED: State.DELIVERED, Outcome.DEFERRED: State.DEFERRED, Outcome.REJECTED: State.BOUNCED,
     Outcome.UNREACHABLE: State.DEFERRED, Outcome.INTERRUPTED: State.DEFERRED, Outcome.UNCERTAIN: State.DEFERRED,
     Outcome.MALFORMED: State.DEFERRED, Outcome.UNSENDABLE: State.HELD,
@@ -46,14 +46,14 @@ class Office:
         self.settings = load(WorkerSettings, **(quick | given))
         self.engine = connect(database_url, hot=True, pool=8)
         self.spell = dialect_of(self.engine)
-        self.intake = Intake(self.engine, lifetime=self.settings.queue_lifetime, grace=self.settings.grace)
+        self.intake = Acceptor(self.engine, lifetime=self.settings.queue_lifetime, grace=self.settings.grace)
         self.ledger = self.another_ledger()
-        self.sweeps = Sweeps(self.engine, self.settings)
+        self.sweeps = Rescuer(self.engine, self.settings)
         self.worker = self.hire()
 
-    def another_ledger(self) -> Ledger:
+    def another_ledger(self) -> WorkerQueue:
         """The ledger of another process."""
-        return Ledger(self.engine, self.settings)
+        return WorkerQueue(self.engine, self.settings)
 
     def hire(self) -> str:
         """Another worker."""
@@ -67,36 +67,37 @@ class Office:
         return message.id
 
     def claim(
-        self, *ids: str, worker: str = "", room: Mapping[str, int] = PLENTY, ledger: Ledger | None = None
+        self, *ids: str, worker: str = "", room: Mapping[str, int] = PLENTY, ledger: WorkerQueue | None = None
     ) -> list[Claim]:
         """Claim deliveries of these messages, or without any what is overdue."""
-        (claims,) = (ledger or self.ledger).commit([Wish(worker or self.worker, list(ids) or None, room)])
+        (claims,) = (ledger or self.ledger).commit([ClaimRequest(worker or self.worker, list(ids) or None, room)])
         assert isinstance(claims, list)
         return claims
 
-    def note(self, claim: Claim, outcome: Outcome, *, worker: str = "", **more: Any) -> Record:
+    def note(self, claim: Claim, outcome: Outcome, *, worker: str = "", **more: Any) -> Completion:
         """What a worker says became of a claim: one try, and the state that follows."""
-        tried = Try(1, "qmqp.example.net:628", outcome, "its words", 90, 0.5, 0.1)
+        tried = Attempt(1, "qmqp.example.net:628", outcome, "its words", 90, 0.5, 0.1)
         given: dict[str, Any] = {
-            "state": NEXT[outcome], "reply": "its words", "server": tried.server, "delay": 30.0, "tries": [tried],
+            "state": OUTCOME_POLICY[outcome], "reply": "its words", "server": tried.server, "delay": 30.0,
+            "tries": [tried],
         }  # fmt: skip
         who = (worker or self.worker, claim.message_id, claim.number, claim.claim)
-        return Record(*who, outcome=outcome, **(given | more))
+        return Completion(*who, outcome=outcome, **(given | more))
 
     def record(
-        self, claim: Claim, outcome: Outcome, *, worker: str = "", ledger: Ledger | None = None, **more: Any
-    ) -> Recorded:
+        self, claim: Claim, outcome: Outcome, *, worker: str = "", ledger: WorkerQueue | None = None, **more: Any
+    ) -> CompletionResult:
         (recorded,) = (ledger or self.ledger).commit([self.note(claim, outcome, worker=worker, **more)])
-        assert isinstance(recorded, Recorded)
+        assert isinstance(recorded, CompletionResult)
         return recorded
 
     def renew(self, worker: str = "") -> bool:
         (renewed,) = self.ledger.commit([Renewal(worker or self.worker)])
         return renewed is True
 
-    def bury(self, worker: str) -> int | None:
+    def expire_worker(self, worker: str) -> int | None:
         """Declare a worker dead whose lease has run out."""
-        return self.sweeps.bury(worker, dict(self.sweeps.ran_out())[worker])
+        return self.sweeps.expire_worker(worker, dict(self.sweeps.expired_leases())[worker])
 
     def rows(self, sql: str, **given: Any) -> list[Mapping[str, Any]]:
         """What a SELECT with macros finds; `id` is given as 32 digits."""

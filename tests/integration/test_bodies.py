@@ -349,7 +349,7 @@ def test_a_body_is_looked_for_again_when_its_directory_has_proved_to_be_ours(spo
 def test_a_body_that_was_put_aside_is_found_and_removed(spool: Spool) -> None:
     """Its row came later than housekeeping looked for it, or came back from a backup."""
     spool.store(message_id := new_id(), [b"hello"])
-    spool.put_aside(message_id)
+    spool.move_to_orphans(message_id)
     assert not spool.path(message_id).exists()
     os.close(spool.open(message_id, 5))
     assert spool.remove(message_id)

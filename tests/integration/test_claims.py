@@ -15,9 +15,9 @@ from sqlalchemy.exc import OperationalError
 from relay.db.schema import TRANSITIONS, Outcome, State
 from relay.dsn.message import BY_OPERATOR
 from relay.ids import dashed
-from relay.queue.claim import Ledger
-from relay.queue.model import Claim, Item, Record, Recorded, Renewal, Result, Wish
-from tests.integration.office import NEXT, PLENTY, Office, opened
+from relay.queue.claim import WorkerQueue
+from relay.queue.model import Claim, ClaimRequest, Command, CommandResult, Completion, CompletionResult, Renewal
+from tests.integration.office import OUTCOME_POLICY, PLENTY, Office, opened
 from tests.waiting import until
 
 NOT_K = [outcome for outcome in Outcome if outcome is not Outcome.ACCEPTED]
@@ -44,7 +44,7 @@ def test_a_claim_brings_the_envelope_and_belongs_to_one_worker(office: Office) -
     message_id = office.accept(*recipients, sender="sender@example.com")
     (claim,) = office.claim(message_id)
     assert (claim.message_id, claim.number, claim.claim, claim.route) == (message_id, 1, 1, "default")
-    assert (claim.sender, claim.size, claim.vanished, claim.backoff_step) == ("sender@example.com", 100, 0, 0)
+    assert (claim.sender, claim.size, claim.crash_count, claim.backoff_step) == ("sender@example.com", 100, 0, 0)
     assert claim.recipients == tuple(recipients), "in the order of RCPT"
     assert 0 <= claim.received_ago < 60
     row = office.delivery(message_id)
@@ -97,7 +97,9 @@ def test_everything_is_claimed_once_by_workers_in_a_hurry(office: Office) -> Non
         ledger, worker = office.another_ledger(), office.hire()
         claims: list[Claim] = []
         while True:
-            round_: list[Result] = ledger.commit([Wish(worker, ids, room), Wish(worker, None, room)])
+            round_: list[CommandResult] = ledger.commit(
+                [ClaimRequest(worker, ids, room), ClaimRequest(worker, None, room)]
+            )
             new = [claim for result in round_ if isinstance(result, list) for claim in result]
             if not new and not office.rows("SELECT 1 FROM deliveries WHERE state = 'queued'"):
                 return claims
@@ -112,9 +114,9 @@ def test_everything_is_claimed_once_by_workers_in_a_hurry(office: Office) -> Non
 
 def test_every_outcome_is_recorded(office: Office) -> None:
     for outcome in Outcome:
-        message_id, state = office.accept(), NEXT[outcome]
+        message_id, state = office.accept(), OUTCOME_POLICY[outcome]
         recorded = office.record(office.claim(message_id)[0], outcome, backoff_step=3)
-        assert recorded == Recorded(state, body_free=state is State.DELIVERED)
+        assert recorded == CompletionResult(state, body_deletable=state is State.DELIVERED)
         row = office.delivery(message_id)
         assert (row["state"], row["worker"], row["wanted"], row["backoff_step"]) == (state, None, None, 3)
         said = (row["last_outcome"], row["last_reply"], row["last_server"])
@@ -136,7 +138,7 @@ def test_a_notice_is_owed_to_a_real_sender_only(clean_url: str) -> None:
         with opened(clean_url, bounces=bounces) as office:
             message_id = office.accept(sender=sender)
             recorded = office.record(office.claim(message_id)[0], Outcome.REJECTED)
-            assert recorded == Recorded(State.BOUNCED, body_free=not owed), "a notice returns the header"
+            assert recorded == CompletionResult(State.BOUNCED, body_deletable=not owed), "a notice returns the header"
             assert (office.delivery(message_id)["due_in"] is not None) == owed
 
 
@@ -176,7 +178,7 @@ def test_no_message_is_looked_up_for_what_owes_no_notice(office: Office) -> None
     office.change("DELETE FROM messages")
     assert office.record(one, Outcome.ACCEPTED).state is State.DELIVERED
     office.pass_time(400)
-    assert office.bury(lost) == 1
+    assert office.expire_worker(lost) == 1
     assert office.state(two.message_id) == "deferred"
 
 
@@ -197,7 +199,7 @@ def test_a_late_k_beats_every_state(office: Office) -> None:
             due_at = {"@now" if due else "NULL"} WHERE message_id = @id(:id)""",
             state=state, worker=another if state is State.SENDING else None, id=message_id,
         )  # fmt: skip
-        assert office.record(claim, Outcome.ACCEPTED) == Recorded(State.DELIVERED, body_free=True)
+        assert office.record(claim, Outcome.ACCEPTED) == CompletionResult(State.DELIVERED, body_deletable=True)
         row = office.delivery(message_id)
         assert (row["state"], row["due_at"], row["worker"]) == ("delivered", None, None)
         assert row["finished_at"] is not None
@@ -208,7 +210,7 @@ def test_a_k_is_never_undone(office: Office) -> None:
     message_id = office.accept()
     (first,) = office.claim(message_id)
     office.pass_time(100)
-    assert office.bury(office.worker) == 1
+    assert office.expire_worker(office.worker) == 1
     office.pass_time(100)
     office.sweeps.requeue_due(10)
     other = office.hire()
@@ -216,7 +218,7 @@ def test_a_k_is_never_undone(office: Office) -> None:
     assert second.claim == 2
     assert office.record(first, Outcome.ACCEPTED).state is State.DELIVERED
     for outcome in NOT_K:
-        assert office.record(second, outcome, worker=other) == Recorded(State.DELIVERED, body_free=True)
+        assert office.record(second, outcome, worker=other) == CompletionResult(State.DELIVERED, body_deletable=True)
         assert office.state(message_id) == "delivered"
     assert office.claim(message_id) == []
     assert office.attempts(message_id)[0] == (1, 0, "uncertain")
@@ -245,8 +247,10 @@ def test_who_lost_the_claim_changes_nothing(office: Office) -> None:
         office.record(old, Outcome.INTERRUPTED, state=State.QUEUED, tries=[])
         (new,) = office.claim(message_id, worker=other)
         (before,) = office.rows("SELECT * FROM deliveries WHERE message_id = @id(:id)", id=message_id)
-        assert office.record(old, outcome) == Recorded(None, body_free=False), "fenced by the claim"
-        assert office.record(new, outcome) == Recorded(State.SENDING, body_free=False), "fenced by the worker"
+        assert office.record(old, outcome) == CompletionResult(None, body_deletable=False), "fenced by the claim"
+        assert office.record(new, outcome) == CompletionResult(State.SENDING, body_deletable=False), (
+            "fenced by the worker"
+        )
         assert office.rows("SELECT * FROM deliveries WHERE message_id = @id(:id)", id=message_id) == [before]
         assert [attempt[2] for attempt in office.attempts(message_id)] == [outcome, outcome], "what happened is kept"
 
@@ -257,7 +261,7 @@ def test_one_record_says_it_all_and_twice_is_once(office: Office) -> None:
     (first,) = office.ledger.commit([note])
     row = dict(office.delivery(message_id))
     (again,) = office.ledger.commit([note])
-    assert first == again == Recorded(State.DEFERRED, body_free=False)
+    assert first == again == CompletionResult(State.DEFERRED, body_deletable=False)
     assert dict(office.delivery(message_id))["due_at"] == row["due_at"]
     assert office.attempts(message_id) == [(1, 1, "deferred")]
 
@@ -266,22 +270,22 @@ def test_the_body_is_free_when_the_last_delivery_is_done(office: Office) -> None
     message_id = office.accept("x@example.org", "bulk:y@example.org", "slow:z@example.org")
     room = {"default": 9, "bulk": 9, "slow": 9}
     first, second, third = sorted(office.claim(message_id, room=room), key=lambda claim: claim.number)
-    assert not office.record(first, Outcome.ACCEPTED).body_free
-    assert not office.record(second, Outcome.REJECTED).body_free
-    assert not office.record(third, Outcome.DEFERRED).body_free
+    assert not office.record(first, Outcome.ACCEPTED).body_deletable
+    assert not office.record(second, Outcome.REJECTED).body_deletable
+    assert not office.record(third, Outcome.DEFERRED).body_deletable
     office.pass_time(60)
     office.sweeps.requeue_due(10)
     (again,) = office.claim(message_id, room=room)
-    assert not office.record(again, Outcome.ACCEPTED).body_free, "a notice is owed for the second"
+    assert not office.record(again, Outcome.ACCEPTED).body_deletable, "a notice is owed for the second"
     office.change("UPDATE deliveries SET due_at = NULL WHERE number = 2")
-    assert office.record(again, Outcome.ACCEPTED).body_free
+    assert office.record(again, Outcome.ACCEPTED).body_deletable
 
 
 def test_last_deliveries_recorded_in_one_round_free_the_body(office: Office) -> None:
     message_id = office.accept("x@example.org", "bulk:y@example.org")
     claims = office.claim(message_id, room={"default": 9, "bulk": 9})
     results = office.ledger.commit([office.note(claim, Outcome.ACCEPTED) for claim in claims])
-    assert results == [Recorded(State.DELIVERED, body_free=True)] * 2
+    assert results == [CompletionResult(State.DELIVERED, body_deletable=True)] * 2
 
 
 def test_no_record_makes_a_state_that_sending_does_not_lead_to(office: Office) -> None:
@@ -313,11 +317,11 @@ def test_only_queued_is_claimed_and_only_deferred_wakes_up(office: Office) -> No
 
 def test_a_lease_is_renewed_while_its_worker_is_not_declared_dead(office: Office) -> None:
     office.pass_time(100)
-    assert [worker for worker, _ in office.sweeps.ran_out()] == [office.worker]
+    assert [worker for worker, _ in office.sweeps.expired_leases()] == [office.worker]
     assert office.renew(), "late, but nobody has buried it"
-    assert office.sweeps.ran_out() == []
+    assert office.sweeps.expired_leases() == []
     office.pass_time(100)
-    office.bury(office.worker)
+    office.expire_worker(office.worker)
     assert not office.renew()
     assert not office.renew("0" * 32)
 
@@ -342,7 +346,7 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: O
     office = postgres_office
     claims = office.claim(*(office.accept() for _ in range(3)))
     office.pass_time(100)
-    lease = dict(office.sweeps.ran_out())[office.worker]
+    lease = dict(office.sweeps.expired_leases())[office.worker]
     reached, go_on = threading.Event(), threading.Event()
 
     def pause(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -350,9 +354,9 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: O
             reached.set()
             assert go_on.wait(20)
 
-    def bury() -> int | None:
+    def expire_worker() -> int | None:
         try:
-            return office.sweeps.bury(office.worker, lease)
+            return office.sweeps.expire_worker(office.worker, lease)
         finally:
             go_on.set()
 
@@ -364,7 +368,7 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: O
     with ThreadPoolExecutor(2) as pool:
         outcome = pool.submit(office.ledger.commit, [*notes, Renewal(office.worker)])
         assert reached.wait(20)
-        buried = pool.submit(bury)
+        buried = pool.submit(expire_worker)
         until(someone_waits)
         go_on.set()
         assert outcome.result(20)[-1] is False
@@ -380,7 +384,7 @@ class Lost(Exception):
 
 
 @contextmanager
-def lost_commit(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def lost_commit(ledger: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The next commit of this ledger is done, and nobody learns of it."""
     from relay.db.engine import writing
     from relay.queue import claim as claims
@@ -419,14 +423,14 @@ def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
 ) -> None:
     message_id = office.accept()
     (claim,) = office.claim(message_id)
-    round_: Sequence[Item] = [
+    round_: Sequence[Command] = [
         office.note(claim, Outcome.INTERRUPTED, state=State.QUEUED),
-        Wish(office.worker, [message_id], PLENTY),
+        ClaimRequest(office.worker, [message_id], PLENTY),
     ]
     with lost_commit(office.ledger, monkeypatch):
         office.ledger.commit(round_)
     recorded, claims = office.ledger.commit(round_)
-    assert recorded == Recorded(None, body_free=False), "a later claim has had it"
+    assert recorded == CompletionResult(None, body_deletable=False), "a later claim has had it"
     assert isinstance(claims, list)
     assert [c.claim for c in claims] == [3], "the second claim was handed back, not forgotten"
     assert office.record(claims[0], Outcome.ACCEPTED).state is State.DELIVERED
@@ -434,11 +438,11 @@ def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
 
 def test_outcomes_in_doubt_are_recorded_once(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     claims = office.claim(*(office.accept() for _ in range(3)))
-    notes: list[Item] = [office.note(claim, o) for claim, o in zip(claims, NOT_K, strict=False)]
+    notes: list[Command] = [office.note(claim, o) for claim, o in zip(claims, NOT_K, strict=False)]
     with lost_commit(office.ledger, monkeypatch):
         office.ledger.commit(notes)
     results = office.ledger.commit(notes)
-    assert [r.state for r in results if isinstance(r, Recorded)] == [NEXT[o] for o in NOT_K[:3]]
+    assert [r.state for r in results if isinstance(r, CompletionResult)] == [OUTCOME_POLICY[o] for o in NOT_K[:3]]
     assert office.rows("SELECT count(*) AS n FROM attempts") == [{"n": 3}]
 
 
@@ -456,18 +460,20 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(postgres_office: 
         mine: list[Claim] = []
         for turn in range(75):
             hints = ids[turn % 7 :: 1 + n % 2][:: -1 if n % 2 else 1]
-            notes: list[Record] = [
+            notes: list[Completion] = [
                 office.note(claim, Outcome.INTERRUPTED, worker=worker, state=State.QUEUED, delay=0.0)
                 for claim in (reversed(mine) if turn % 2 else mine)
             ]
-            results = ledger.commit([*notes, Wish(worker, hints, room), Renewal(worker), Wish(worker, None, room)])
+            results = ledger.commit(
+                [*notes, ClaimRequest(worker, hints, room), Renewal(worker), ClaimRequest(worker, None, room)]
+            )
             mine = [claim for result in results if isinstance(result, list) for claim in result]
             if turn % 5 == 0:
                 office.change("UPDATE deliveries SET state = 'deferred', due_at = @now WHERE state = 'queued'"
                               " AND message_id = @id(:id)", id=ids[turn % len(ids)])  # fmt: skip
                 office.sweeps.requeue_due(3)
-                office.sweeps.lose_stuck()
-                office.sweeps.lose_strays()
+                office.sweeps.expire_stuck_transfers()
+                office.sweeps.rescue_unowned()
         return len(mine)
 
     at_once(work)
@@ -481,16 +487,16 @@ def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_ne
     office, other = postgres_office, postgres_office.another_ledger()
     message_id = office.accept("x@example.org", "bulk:y@example.org")
     first, second = sorted(office.claim(message_id, room={"default": 1, "bulk": 1}), key=lambda claim: claim.number)
-    met: list[Recorded] = []
+    met: list[CompletionResult] = []
 
     def meanwhile(_: Connection) -> None:
         if not met:
-            met.append(Recorded(None, body_free=False))
+            met.append(CompletionResult(None, body_deletable=False))
             met[0] = office.record(second, Outcome.ACCEPTED, ledger=other)
 
     event.listen(office.engine, "commit", meanwhile)  # just before the COMMIT of the first
-    assert office.record(first, Outcome.ACCEPTED) == Recorded(State.DELIVERED, body_free=True)
-    assert met == [Recorded(State.DELIVERED, body_free=False)]
+    assert office.record(first, Outcome.ACCEPTED) == CompletionResult(State.DELIVERED, body_deletable=True)
+    assert met == [CompletionResult(State.DELIVERED, body_deletable=False)]
 
 
 def test_a_delivery_whose_recipients_are_gone_harms_no_other(office: Office) -> None:
@@ -505,14 +511,14 @@ def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(office: Of
     message_id = office.accept()
     (lost,) = office.claim(message_id)
     office.change("UPDATE deliveries SET due_at = @ago(1)")
-    assert office.sweeps.lose_stuck() == 1
+    assert office.sweeps.expire_stuck_transfers() == 1
     office.pass_time(100)
     office.sweeps.requeue_due(10)
     (again,) = office.claim(message_id)
     records = [office.note(lost, Outcome.ACCEPTED), office.note(again, Outcome.REJECTED)]
     results = office.ledger.commit(records if late_first else records[::-1])
     assert office.state(message_id) == "delivered"
-    assert {(result.state, result.body_free) for result in results if isinstance(result, Recorded)} == {
+    assert {(result.state, result.body_deletable) for result in results if isinstance(result, CompletionResult)} == {
         (State.DELIVERED, True)
     }
     assert [row[0] for row in office.attempts(message_id)] == [1, 1, 2]

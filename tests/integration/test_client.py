@@ -20,7 +20,7 @@ import uvloop
 from qmqp import body as body_module
 from qmqp import connection
 from qmqp import resolver as names
-from qmqp.client import BodyChanged, BodyFault, Outcome, Result, Timeouts, Transfer, send
+from qmqp.client import BodyChanged, BodyFault, ClientConnection, Outcome, Result, Timeouts, send
 from qmqp.request import Request
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.schema import Outcome as RecordedOutcome
@@ -673,7 +673,7 @@ def test_B34_B35_a_body_of_another_size_closes_before_the_commit_point(run, body
 
     request = Request(size, b"s@x", [b"r@y"])
     with running_sink() as sink:
-        transfer = Transfer(
+        transfer = ClientConnection(
             host="127.0.0.1", port=sink.port, request=request, fd=body(size + difference), block_size=BLOCK,
             may_commit=may_commit,
         )  # fmt: skip
@@ -739,7 +739,7 @@ def test_B38_commit_is_asked_once_and_last(run, hello):
         return True
 
     with running_sink() as sink:
-        transfer = Transfer(host="127.0.0.1", port=sink.port, may_commit=may_commit, **hello)
+        transfer = ClientConnection(host="127.0.0.1", port=sink.port, may_commit=may_commit, **hello)
         assert run(transfer.run()).outcome is Outcome.ACCEPTED
     assert seen == [(False, 0)]
     assert transfer.committed
@@ -755,7 +755,7 @@ def test_a_fault_in_may_commit_is_not_swallowed(deliver):
 
 def test_B38_stopped_in_the_body(run, body):
     async def scenario(port: int) -> tuple[Result, bool]:
-        transfer = Transfer(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
+        transfer = ClientConnection(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
         asyncio.get_running_loop().call_later(0.1, transfer.abort)
         result = await transfer.run()
         transfer.abort()
@@ -770,7 +770,7 @@ def test_B38_stopped_in_the_body(run, body):
 
 def test_B38_stopped_before_it_began(run, hello):
     with running_sink() as sink:
-        transfer = Transfer(host="127.0.0.1", port=sink.port, **hello)
+        transfer = ClientConnection(host="127.0.0.1", port=sink.port, **hello)
         transfer.abort()
         result = run(transfer.run())
         assert sink.wait_for_fault(5)
@@ -779,7 +779,7 @@ def test_B38_stopped_before_it_began(run, hello):
 
 def test_B38_stopped_while_it_connects(run, hello, deaf_port):
     async def scenario() -> Result:
-        transfer = Transfer(host="127.0.0.1", port=deaf_port, **hello | {"timeouts": Timeouts()})
+        transfer = ClientConnection(host="127.0.0.1", port=deaf_port, **hello | {"timeouts": Timeouts()})
         asyncio.get_running_loop().call_later(0.05, transfer.abort)
         return await transfer.run()
 
@@ -790,7 +790,7 @@ def test_B38_stopped_while_it_connects(run, hello, deaf_port):
 
 def test_B38_after_the_commit_point_nothing_is_stopped(run, hello):
     async def scenario(port: int) -> Result:
-        transfer = Transfer(host="127.0.0.1", port=port, **hello | {"timeouts": Timeouts()})
+        transfer = ClientConnection(host="127.0.0.1", port=port, **hello | {"timeouts": Timeouts()})
         asyncio.get_running_loop().call_later(0.1, transfer.abort)
         return await transfer.run()
 
@@ -804,7 +804,7 @@ def test_B38_cancelled_in_the_body(run, body, monkeypatch, in_thread):
         monkeypatch.setattr(body_module, "_NOWAIT", 0)
 
     async def scenario(port: int) -> bool:
-        transfer = Transfer(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
+        transfer = ClientConnection(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await transfer.run()

@@ -136,11 +136,11 @@ def exchange(port: int, data: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", port), 20) as server:
         server.sendall(data)
         server.shutdown(socket.SHUT_WR)
-        heard = b""
+        server_reply = b""
         with suppress(ConnectionResetError):
             while more := server.recv(4096):
-                heard += more
-        return heard
+                server_reply += more
+        return server_reply
 
 
 ENVELOPE = b"8:s@x.test,8:r@y.test,"
@@ -158,8 +158,8 @@ def test_what_the_reference_says_about_the_framing_of_postfix(postfix, wire, tim
 
 def test_B29_what_the_reference_says_about_addresses_and_line_ends_in_postfix(postfix):
     body, recipient = HEADER.replace(b"\n", b"\r\n") + b"\r\nNo: header\r\n", b"r@y.test\0q@z.test"
-    heard = exchange(postfix.port, encode(encode(body) + encode(b"s@x.test") + encode(recipient)))
-    queued = postfix.queued(heard.split()[-1].removesuffix(b",").decode())
+    server_reply = exchange(postfix.port, encode(encode(body) + encode(b"s@x.test") + encode(recipient)))
+    queued = postfix.queued(server_reply.split()[-1].removesuffix(b",").decode())
     assert b"\nrecipient: r@y.test\n" in queued, "whom we did not mean"
     assert b"z.test" not in queued
     assert b" \n \nNo: header \n" in queued, "the line between header and body is none any more"

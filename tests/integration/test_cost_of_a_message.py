@@ -16,13 +16,13 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 
 from qmqp.sink import running_sink
-from reception.spooler import Keeper
-from reception.spooler_protocol import Frames, Order, Report, frame
+from reception.spooler import Spooler
+from reception.spooler_protocol import BatchReply, Frames, StoreRequest, frame
 from relay.db.engine import reading
 from relay.db.schema import Outcome, State
 from relay.hints import FRESH, Hints, celery_app
 from relay.ids import new_id
-from relay.queue.model import Record, Try, Wish
+from relay.queue.model import Attempt, ClaimRequest, Completion
 from relay.settings import Settings, load
 from relay.spool.store import Spool
 from tests.integration.mailroom import Mailroom
@@ -110,8 +110,8 @@ def test_record(office: Office, size: int) -> None:
 @pytest.mark.parametrize("size", ROUNDS)
 def test_outcomes_and_the_next_claims_share_a_commit(office: Office, size: int) -> None:
     claims, ids = office.claim(*accepted(office, size)), accepted(office, size)
-    items: list[Record | Wish] = [office.note(claim, Outcome.ACCEPTED) for claim in claims]
-    items.append(Wish(office.worker, ids, {"default": size}))
+    items: list[Completion | ClaimRequest] = [office.note(claim, Outcome.ACCEPTED) for claim in claims]
+    items.append(ClaimRequest(office.worker, ids, {"default": size}))
     with counted(office.engine) as counts:
         claimed = office.ledger.commit(items)[-1]
     assert isinstance(claimed, list)
@@ -122,7 +122,10 @@ def test_outcomes_and_the_next_claims_share_a_commit(office: Office, size: int) 
 def test_failures_cost_no_more_statements_than_successes(office: Office) -> None:
     claims = office.claim(*accepted(office, 64))
     outcomes = (Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN)
-    tries = [Try(hop, f"mx{hop}.example:628", Outcome.UNREACHABLE, "no", 0, 1.0, 0.5) for hop in (1, 2, 3)]
+    tries = [
+        Attempt(attempt_index, f"mx{attempt_index}.example:628", Outcome.UNREACHABLE, "no", 0, 1.0, 0.5)
+        for attempt_index in (1, 2, 3)
+    ]
     records = [office.note(claim, outcomes[n % 4], tries=tries) for n, claim in enumerate(claims)]
     with counted(office.engine) as counts:
         office.ledger.commit(records)
@@ -143,11 +146,11 @@ def test_what_a_keeper_finds_is_synced_and_committed_as_one(
     ours.settimeout(10)
     for number in range(size):
         message = new_message(message_id=f"{first[:16]}{number:016x}")
-        ours.sendall(frame(Order(number, message, [b"Subject: test\n", b"\nhello\n"]).plain()))
+        ours.sendall(frame(StoreRequest(number, message, [b"Subject: test\n", b"\nhello\n"]).plain()))
     with counted(office.engine) as counts, theirs:
-        keeper = threading.Thread(target=Keeper(theirs, spool, office.intake.commit).run)
+        keeper = threading.Thread(target=Spooler(theirs, spool, office.intake.commit).run)
         keeper.start()
-        reports, frames = list[Report](), Frames()
+        reports, frames = list[BatchReply](), Frames()
         while sum(len(report.results) for report in reports) < size:
             reports += frames.feed(ours.recv(1 << 16))
         ours.close()

@@ -21,7 +21,7 @@ from relay.db.engine import DatabaseError, check_durable, committed_nothing, con
 from relay.db.schema import REVISION
 from relay.db.sql import Dialect, Statements
 from relay.ids import dashed, new_id
-from relay.startup import insistent
+from relay.startup import retry_until_available
 from tests.services import Postgres
 from tests.waiting import until
 
@@ -265,10 +265,10 @@ def test_who_starts_in_the_middle_of_an_outage_waits_for_its_end(postgres: Postg
         with reading(engine) as connection:
             return int(connection.exec_driver_sql("SELECT 1").scalar_one())
 
-    assert insistent(ask) == 1
+    assert retry_until_available(ask) == 1
     assert asked == 3
     with pytest.raises(ZeroDivisionError):
-        insistent(lambda: 1 // 0)
+        retry_until_available(lambda: 1 // 0)
     engine.dispose()
 
 

@@ -16,16 +16,16 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import OperationalError
 
 from relay.db.schema import NEEDS_BODY, Outcome, State
-from relay.dsn.generator import GATHER, LONGEST_RETURNED, PUT_OFF, Debts
+from relay.dsn.generator import GATHER, LONGEST_RETURNED, PUT_OFF, DsnGenerator
 from relay.ids import dashed, new_id
 from relay.queue.accept import NewMessage, NewRecipient
-from relay.queue.model import Claim, Recorded, Try
-from relay.queue.operations import VERBS, Verbs
+from relay.queue.model import Attempt, Claim, CompletionResult
+from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.office import Office, opened
 from tests.waiting import until
-from worker.cleaner import Housekeeper
+from worker.cleaner import Cleaner
 
 BODY = b"Received: by relay\nSubject: original\n\n" + b"x" * 61 + b"\n"
 HOUR = 3600.0
@@ -39,9 +39,9 @@ class Post:
         self.office, self.spool = office, spool
         self.debts = self.another()
 
-    def another(self) -> Debts:
+    def another(self) -> DsnGenerator:
         """Debts as another process settles them."""
-        return Debts(self.office.engine, self.spool, self.office.settings, lambda address: "default")
+        return DsnGenerator(self.office.engine, self.spool, self.office.settings, lambda address: "default")
 
     def accept(self, *addresses: str, body: bytes = BODY, **given: Any) -> str:
         """A message with its body; `route:address` says which way."""
@@ -150,7 +150,7 @@ def test_what_expires_after_doubt_may_have_arrived(post: Post, outcome: Outcome,
     message_id = post.accept()
     (claim,) = post.office.claim(message_id)
     post.office.pass_time(2000)
-    tried = Try(1, "mx.example.net:628", outcome, "words", sent, 0.5, 0.1)
+    tried = Attempt(1, "mx.example.net:628", outcome, "words", sent, 0.5, 0.1)
     post.office.record(claim, outcome, reply="words", tries=[tried])
     assert post.office.state(message_id) == "expired"
     (notice,) = post.debts.settle(10)
@@ -207,7 +207,7 @@ def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
         first, second = sorted(office.claim(message_id, room=ROOM), key=lambda claim: claim.number)
         office.record(first, Outcome.REJECTED)
         office.pass_time(GATHER + 5)
-        met: list[Recorded] = []
+        met: list[CompletionResult] = []
         stored: list[str] = []
         store = spool.store
 
@@ -217,13 +217,15 @@ def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
 
         def deliver(_: Connection) -> None:
             if not met and stored:
-                met.append(Recorded(None, body_free=False))
+                met.append(CompletionResult(None, body_deletable=False))
                 met[0] = office.record(second, Outcome.ACCEPTED)
 
         monkeypatch.setattr(spool, "store", note_it)
         event.listen(office.engine, "commit", deliver)  # just before the COMMIT that clears the debt
         assert len(post.debts.settle(10)) == 1
-        assert met == [Recorded(State.DELIVERED, body_free=False)], "it does not see the debt being cleared"
+        assert met == [CompletionResult(State.DELIVERED, body_deletable=False)], (
+            "it does not see the debt being cleared"
+        )
         assert not post.kept(message_id)
 
 
@@ -255,7 +257,7 @@ def test_killed_before_the_commit_the_next_makes_the_notice_and_the_file_that_is
     assert post.told(notice) == [("b@example.org", "failed")]
     assert post.whole(notice)
     os.utime(post.spool.path(left), (time.time() - 40 * HOUR,) * 2)
-    assert Housekeeper(post.office.settings, post.office.engine, post.spool).clean_spool() == (0, 1)
+    assert Cleaner(post.office.settings, post.office.engine, post.spool).clean_spool() == (0, 1)
     assert post.files() == {notice}
 
 
@@ -340,7 +342,7 @@ def test_two_sweepers_make_each_notice_once(post: Post) -> None:
         post.fail(message_id)
     barrier = threading.Barrier(2)
 
-    def settle(debts: Debts) -> list[str]:
+    def settle(debts: DsnGenerator) -> list[str]:
         barrier.wait(10)
         return [notice for _ in range(3) for notice in debts.settle(10)]
 
@@ -542,8 +544,8 @@ def test_only_a_refusal_of_what_it_encloses_makes_a_notice_again(
             post.office.pass_time(2000)
             post.office.record(claim, Outcome.DEFERRED)
         case "by an operator":
-            verbs = Verbs(post.office.engine, notices=True)
-            verbs.apply(VERBS["bounce"], Filter(id=notice), actor="me", reason="")
+            verbs = QueueOperations(post.office.engine, notices=True)
+            verbs.apply(OPERATIONS["bounce"], Filter(id=notice), actor="me", reason="")
         case "about us":
             post.fail(notice, reply=US)
         case _:
@@ -693,7 +695,7 @@ def test_housekeeping_removes_limits_that_are_over(post: Post) -> None:
         post.fail(post.accept(sender=sender, client_trusted=False))
     assert len(post.debts.settle(10)) == 2
     post.office.change("UPDATE dsn_limits SET last_at = @ago(1000) WHERE sender = :old", old="a@example.com")
-    Housekeeper(post.office.settings, post.office.engine, post.spool).clean()
+    Cleaner(post.office.settings, post.office.engine, post.spool).clean()
     assert post.office.rows("SELECT sender FROM dsn_limits") == [{"sender": "b@example.com"}]
 
 
@@ -814,8 +816,8 @@ def test_what_we_were_not_let_in_with_until_it_expired_is_told_of(post: Post) ->
 def test_what_an_operator_sends_back_is_not_put_into_the_servers_mouth(post: Post) -> None:
     message_id = post.accept()
     post.fail(message_id, Outcome.DEFERRED, reply=US)
-    Verbs(post.office.engine, notices=True).apply(
-        VERBS["bounce"], Filter(id=message_id), actor="me", reason="spam run, not authorized to use this service"
+    QueueOperations(post.office.engine, notices=True).apply(
+        OPERATIONS["bounce"], Filter(id=message_id), actor="me", reason="spam run, not authorized to use this service"
     )
     (notice,) = post.debts.settle(10)
     words = " ".join(post.spool.path(notice).read_text().split())
@@ -910,10 +912,10 @@ def test_the_clock_of_a_worker_makes_no_mail_late(late: Post, monkeypatch: pytes
 def test_what_is_held_is_warned_of_when_it_is_released(late: Post) -> None:
     message_id = late.accept()
     late.grow_old(message_id)
-    verbs = Verbs(late.office.engine, notices=True)
-    verbs.apply(VERBS["hold"], Filter(id=message_id), actor="ann@host", reason="looks odd")
+    verbs = QueueOperations(late.office.engine, notices=True)
+    verbs.apply(OPERATIONS["hold"], Filter(id=message_id), actor="ann@host", reason="looks odd")
     assert late.another().warn(10) == []
-    verbs.apply(VERBS["release"], Filter(id=message_id), actor="ann@host", reason="")
+    verbs.apply(OPERATIONS["release"], Filter(id=message_id), actor="ann@host", reason="")
     (warning,) = late.debts.warn(10)
     assert "ann@host" not in late.spool.path(warning).read_text()
 

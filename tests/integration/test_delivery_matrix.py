@@ -15,11 +15,11 @@ from pathlib import Path
 
 from qmqp.sink import Answer, MagicRecipients, Rule, Sink
 from relay.db.schema import Outcome, State
-from relay.queue.model import Claim, Record
+from relay.queue.model import Claim, Completion
 from relay.routes import Route, Server
 from relay.settings import WorkerSettings, load
-from worker.circuit_breaker import Servers
-from worker.delivery import Terms, Transfer
+from worker.circuit_breaker import ServerPool
+from worker.delivery import DeliveryTask, TransferConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "delivery.md"
 BEGIN, END = "<!-- made by tests/integration/test_delivery_matrix.py: begin -->", "<!-- end -->"
@@ -121,14 +121,14 @@ def _server(port: int) -> Server:
     return Server(f"127.0.0.1:{port}", "127.0.0.1", port)
 
 
-async def _carried(case: Case, servers: tuple[Server, ...], health: Servers, path: Path) -> Record:
+async def _carried(case: Case, servers: tuple[Server, ...], health: ServerPool, path: Path) -> Completion:
     """What becomes of one message."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(handle, case.size)
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
     claim = Claim("01" * 16, 1, 1, "r", "a@example.com", case.size, recipients, 0, 0, 0.0)
-    terms = Terms.of(SETTINGS, health, lambda worker: case.may_commit)
-    transfer = Transfer(claim, "02" * 16, handle, Route("r", servers), terms)
+    terms = TransferConfig.of(SETTINGS, health, lambda worker: case.may_commit)
+    transfer = DeliveryTask(claim, "02" * 16, handle, Route("r", servers), terms)
     os.ftruncate(handle, case.size - case.cut)
     run = asyncio.create_task(transfer.run())
     if case.stop_when:
@@ -140,7 +140,7 @@ async def _carried(case: Case, servers: tuple[Server, ...], health: Servers, pat
     return await run
 
 
-def _sending(transfer: Transfer) -> bool:
+def _sending(transfer: DeliveryTask) -> bool:
     return transfer._current is not None and transfer._current.bytes_sent > 0
 
 
@@ -153,7 +153,7 @@ async def _until(condition: Callable[[], bool]) -> None:
             await turned.wait()
 
 
-def _next(alone: Record, spare: Record, health: Servers, server: Server) -> str:
+def _next(alone: Completion, spare: Completion, health: ServerPool, server: Server) -> str:
     """What happens then, in words."""
     words = []
     if len(spare.tries) > 1:
@@ -179,7 +179,7 @@ def _next(alone: Record, spare: Record, health: Servers, server: Server) -> str:
                 "again after a backoff" if alone.backoff_step else "again after RETRY_MIN, as often as it takes"
             )
             assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max
-    if health.health(server).rests_until is not None:
+    if health.health(server).open_until is not None:
         words.append("(the server's breaker opens)")
     return " ".join(words)
 
@@ -190,7 +190,7 @@ async def _row(case: Case, number: int, directory: Path) -> str:
         good = Sink([MagicRecipients()])
         await good.start()
         stack.push_async_callback(good.close)
-        health, other = Servers(50), Servers(50)
+        health, other = ServerPool(50), ServerPool(50)
         alone, spare = await asyncio.gather(
             _carried(case, (server,), health, directory / f"{number}-alone"),
             _carried(case, (server, _server(good.port)), other, directory / f"{number}-spare"),

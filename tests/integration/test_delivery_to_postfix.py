@@ -8,12 +8,12 @@ import pytest
 
 from qmqp.netstring import encode
 from qmqp.reply import ReplyParser
-from relay.dsn.generator import Debts
+from relay.dsn.generator import DsnGenerator
 from relay.spool.store import Spool
 from tests.integration.mailroom import Mailroom
 from tests.postfix import Postfix
 from tests.waiting import until
-from worker.circuit_breaker import Servers
+from worker.circuit_breaker import ServerPool
 
 HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
 
@@ -45,7 +45,7 @@ def become(mail: Mailroom, message_id: str, state: str) -> str:
 
 def notice_about(mail: Mailroom, message_id: str) -> str:
     """The notice that a sweeper makes then."""
-    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(10)
+    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(10)
     return mail.spool.path(notice).read_text()
 
 
@@ -92,7 +92,7 @@ def test_the_next_server_has_the_mail_when_one_does_not_want_us(room: Open, post
     """In the same claim; and what comes later goes there at once."""
     mail = room(postfix.closed_port, postfix.port)
     # A clock that stands still: the rest of the first server does not end while we look.
-    with mail.working(servers=Servers(50, clock=lambda: 0.0)) as engine:
+    with mail.working(servers=ServerPool(50, clock=lambda: 0.0)) as engine:
         engine.offer([first := mail.accept("r@y.test", body=HEADER + b"\nhello\n")])
         until(lambda: mail.state(first) == "delivered", 20)
         engine.offer([second := mail.accept("r@y.test", body=HEADER + b"\nhello\n")])
@@ -121,7 +121,7 @@ def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(room: 
     mail = room(postfix.port)
     original = mail.accept("r@y.test", body=HEADER + b"Subject: refuse\n\nhello\n", sender="s@x.test")
     become(mail, original, "bounced")
-    debts = Debts(mail.database, mail.spool, mail.settings, lambda address: "default")
+    debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
     replies = []
     for state in ("bounced", "bounced", "delivered"):
         (notice,) = debts.settle(10)

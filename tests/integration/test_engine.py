@@ -304,8 +304,8 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
     mail = room(dead_port)
     ids = [mail.accept() for _ in range(10)]
     with mail.working():
-        resting = partial(REGISTRY.get_sample_value, "relay_server_resting", {"server": f"127.0.0.1:{dead_port}"})
-        until(lambda: resting() == 1)
+        open_circuits = partial(REGISTRY.get_sample_value, "relay_server_resting", {"server": f"127.0.0.1:{dead_port}"})
+        until(lambda: open_circuits() == 1)
         until(lambda: mail.states() == {"deferred"})
         assert "ECONNREFUSED" in mail.delivery(ids[-1])["last_reply"]
         with running_sink(port=dead_port) as sink:
@@ -316,7 +316,7 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
 
             until(delivered, 20)
             assert sink.count == len(ids)
-            assert resting() == 0
+            assert open_circuits() == 0
 
 
 def test_a_tarpit_holds_no_more_than_its_share(room: Open, sink: Sink) -> None:

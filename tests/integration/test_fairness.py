@@ -14,7 +14,7 @@ from sqlalchemy import text
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.engine import writing
 from relay.db.schema import Outcome, State
-from relay.queue.operations import Verbs
+from relay.queue.operations import QueueOperations
 from relay.queue.overdue import WINDOW
 from relay.spool.store import Spool
 from tests.integration.mailroom import Mailroom
@@ -266,8 +266,8 @@ def test_D14_what_workers_vanished_over_twice_is_sent_alone(room: Open) -> None:
 def test_D14_a_tarpit_does_not_keep_suspects_from_being_sent_nor_them_the_rest(
     room: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ALONE_PATIENCE", 0.5)
-    monkeypatch.setattr(module, "ALONE_AGAIN", 0.5)
+    monkeypatch.setattr(module, "QUARANTINE_TIMEOUT", 0.5)
+    monkeypatch.setattr(module, "QUARANTINE_PAUSE", 0.5)
     with running_sink(Rule(Answer(raw=b"", end="stay"), b"tarpit@")) as sink:
         mail = room(sink, retry_min=0.1, retry_max=0.2)
         tarpit = mail.accept("tarpit@example.org")
@@ -307,8 +307,8 @@ def test_D14_alone_and_deadly_until_the_limit_then_held(clean_sqlite_url: str) -
         (claim,) = office.claim(message_id, worker=worker)
         office.pass_time(100)
         office.renew()
-        office.bury(worker)
-        states.append((claim.vanished, office.state(message_id)))
+        office.expire_worker(worker)
+        states.append((claim.crash_count, office.state(message_id)))
         office.pass_time(100)
         office.sweeps.requeue_due(10)
     assert states == [(0, "deferred"), (1, "deferred"), (2, "deferred"), (3, "held")]
@@ -363,7 +363,7 @@ def test_a_narrow_route_to_a_busy_server_has_its_share(room: Open, tmp_path: Pat
 def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) -> None:
     with running_sink() as first, running_sink() as second:
         mail = room(first, second)
-        verbs = Verbs(mail.database, notices=True)
+        verbs = QueueOperations(mail.database, notices=True)
 
         def obeyed(engine: Any) -> None:
             engine.pause(mail.sweeps.paused())  # as a sweeper does at each turn

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 
 from commands.ops import fsck
 from commands.ops.check import broker_lists
-from commands.ops.fsck import Finding, Fsck
+from commands.ops.fsck import Fsck, Inconsistency
 from relay.db.engine import writing
 from relay.db.schema import Outcome
 from relay.hints import QUEUES, celery_app
@@ -154,7 +154,7 @@ def test_a_spool_that_vanishes_meanwhile_is_no_reason_to_hold(
 ) -> None:
     message_id = office.accept()
 
-    def unmounted(_self: Fsck) -> list[Finding]:
+    def unmounted(_self: Fsck) -> list[Inconsistency]:
         (spool.directory / "spool-id").write_text("another")
         return []
 
@@ -274,13 +274,13 @@ def test_many_are_mended_in_chunks(
 ) -> None:
     for module in (actions, fsck):
         monkeypatch.setattr(module, "CHUNK", 2)
-    chunks, note = list[int](), actions.Action.note
+    chunks, note = list[int](), actions.AuditEntry.note
 
-    def noting(self: actions.Action, connection: Connection, matched: int, *keys: str) -> None:
+    def noting(self: actions.AuditEntry, connection: Connection, matched: int, *keys: str) -> None:
         chunks.append(matched)
         note(self, connection, matched, *keys)
 
-    monkeypatch.setattr(actions.Action, "note", noting)
+    monkeypatch.setattr(actions.AuditEntry, "note", noting)
     ids = [stored(office, spool) for _ in range(5)]
     if what == "sent by nobody":
         office.claim(*ids)

@@ -11,7 +11,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from relay.db.engine import TooLate
-from relay.db.group_commit import Unsettled, Writer
+from relay.db.group_commit import CommitThread, CommitUnknown
 from relay.db.schema import Outcome
 from relay.ids import new_id
 from relay.queue.accept import NewMessage
@@ -26,7 +26,7 @@ class Front:
     def __init__(self, office: Office) -> None:
         self.answers: dict[str, Any] = {}
         self.rounds: list[int] = []
-        self.writer: Writer[NewMessage, None] = Writer(
+        self.writer: CommitThread[NewMessage, None] = CommitThread(
             "test", office.intake.commit, post=lambda call: call(), rounds_of=lambda n, _: self.rounds.append(n)
         )
 
@@ -55,7 +55,7 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
     about = office.accept()
     message = new_message(
         "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
-        header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", notice_of=about,
+        header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", dsn_of=about,
         client_trusted=False, dsn_content="header",
     )  # fmt: skip
     message.recipients[0] = message.recipients[0]._replace(notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org")
@@ -191,7 +191,7 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(postgres: Postg
         front.put(patient)
         front.put(hurried, deadline=0.0)
         until(lambda: front.answers)
-        assert isinstance(front.answers[hurried.id], Unsettled)
+        assert isinstance(front.answers[hurried.id], CommitUnknown)
         assert front.writer.rounds.stuck
         assert list(front.answers) == [hurried.id]
         postgres.start()

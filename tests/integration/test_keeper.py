@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from reception.spooler import Keeper
-from reception.spooler_client import PATIENCE, KeeperError, Launch, Store
-from reception.spooler_protocol import Frames, Order, Refused, Report, Withdrawn, frame
-from relay.db.group_commit import Unsettled
+from reception.spooler import Spooler
+from reception.spooler_client import PATIENCE, Launch, SpoolerClient, SpoolerError
+from reception.spooler_protocol import BatchReply, Cancelled, Frames, RowRefused, StoreRequest, frame
+from relay.db.group_commit import CommitUnknown
 from relay.ids import new_id
 from relay.queue.accept import NewMessage, NewRecipient
 from relay.spool.store import Spool
@@ -36,14 +36,14 @@ class Desk:
         self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
         self.fault: BaseException | None = None
-        self.frames, self.reports = Frames(), list[Report]()
+        self.frames, self.reports = Frames(), list[BatchReply]()
         self.numbers = iter(range(1, 100))
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
         with self.theirs:
-            Keeper(self.theirs, self.spool, self._commit).run()
+            Spooler(self.theirs, self.spool, self._commit).run()
 
     def _commit(self, messages: Sequence[NewMessage], _begin_by: float) -> list[None]:
         self.entered.set()
@@ -53,19 +53,19 @@ class Desk:
         self.committed += [message.id for message in messages]
         return [None] * len(messages)
 
-    def order(self, *, body: bool = True, deadline: float | None = None) -> Order:
+    def order(self, *, body: bool = True, deadline: float | None = None) -> StoreRequest:
         """Send an order; without a `body` it is there already."""
         message = new_message()
         if not body:
             self.spool.store(message.id, [b"text"])
-        order = Order(next(self.numbers), message, [b"text"] if body else None, deadline)
+        order = StoreRequest(next(self.numbers), message, [b"text"] if body else None, deadline)
         self.ours.sendall(frame(order.plain()))
         return order
 
-    def withdraw(self, order: Order) -> None:
-        self.ours.sendall(frame(Order(order.number).plain()))
+    def withdraw(self, order: StoreRequest) -> None:
+        self.ours.sendall(frame(StoreRequest(order.number).plain()))
 
-    def busy(self) -> list[Order]:
+    def busy(self) -> list[StoreRequest]:
         """One that is being committed, and one that is stored and waits: no more is taken."""
         self.gate.clear()
         first = self.order()
@@ -112,7 +112,7 @@ def test_at_the_end_what_was_ordered_is_kept_and_what_was_withdrawn_is_told(desk
     desk.gate.set()
     results = desk.results()
     assert [results[order.number] for order in kept] == [None, None]
-    assert {type(results[order.number]) for order in (streamed, small)} == {Withdrawn}
+    assert {type(results[order.number]) for order in (streamed, small)} == {Cancelled}
     assert (desk.bodies(), len(desk.committed)) == (2, 2)
     assert desk.ended()
 
@@ -130,7 +130,7 @@ def test_who_has_heard_451_gets_nothing_committed_or_stored(desk: Desk) -> None:
     desk.ours.shutdown(socket.SHUT_WR)
     results = desk.results()
     assert results[first.number] is None
-    assert {type(results[order.number]) for order in (waits, unread)} == {Refused}
+    assert {type(results[order.number]) for order in (waits, unread)} == {RowRefused}
     assert (desk.bodies(), len(desk.committed)) == (1, 1)
 
 
@@ -148,8 +148,8 @@ def test_with_nobody_left_to_answer_nothing_new_is_committed(desk: Desk) -> None
 @pytest.mark.parametrize(
     ("fault", "answer", "bodies"),
     [
-        (OperationalError(None, None, ConnectionRefusedError()), Refused, 0),
-        (OperationalError("INSERT", {}, ConnectionResetError()), Unsettled, 1),
+        (OperationalError(None, None, ConnectionRefusedError()), RowRefused, 0),
+        (OperationalError("INSERT", {}, ConnectionResetError()), CommitUnknown, 1),
     ],
 )
 def test_only_what_a_commit_may_hold_keeps_its_body(desk: Desk, fault: Exception, answer: type, bodies: int) -> None:
@@ -164,7 +164,7 @@ def test_only_what_a_commit_may_hold_keeps_its_body(desk: Desk, fault: Exception
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_committer_that_breaks_ends_the_keeper(desk: Desk) -> None:
-    desk.fault = MemoryError()  # which `Rounds` takes for the row's fault, and so is answered
+    desk.fault = MemoryError()  # which `GroupCommitter` takes for the row's fault, and so is answered
     refused = desk.order()
     desk.entered.wait(10)
     desk.fault = SystemExit()
@@ -181,7 +181,7 @@ class Shop:
 
     def __init__(self, *lives: Launch) -> None:
         self.lives, self.kept, self.answers = list(lives), list[str](), list[Any]()
-        self.store = Store(self._launch, lambda ids, _route: self.kept.extend(ids))
+        self.store = SpoolerClient(self._launch, lambda ids, _route: self.kept.extend(ids))
         self._changed = asyncio.Event()
 
     async def _launch(self, channel: socket.socket) -> object:
@@ -205,7 +205,7 @@ class Shop:
 def sound(spool: Spool) -> Launch:
     async def launch(channel: socket.socket) -> object:
         with channel:
-            keeper = Keeper(channel, spool, lambda messages, _: [None] * len(messages))
+            keeper = Spooler(channel, spool, lambda messages, _: [None] * len(messages))
             await asyncio.to_thread(keeper.run)
         return 0
 
@@ -215,14 +215,14 @@ def sound(spool: Spool) -> Launch:
 async def deaf(channel: socket.socket) -> object:
     """It says that it is there, and never anything else."""
     with channel:
-        channel.sendall(frame(Report([], 0.0)))
+        channel.sendall(frame(BatchReply([], 0.0)))
         return await asyncio.Event().wait()
 
 
 async def mortal(channel: socket.socket) -> object:
     """It is there, takes one order in, and dies."""
     with channel:
-        channel.sendall(frame(Report([], 0.0)))
+        channel.sendall(frame(BatchReply([], 0.0)))
         channel.setblocking(False)
         await asyncio.get_running_loop().sock_recv(channel, 1 << 16)
     return -9
@@ -239,7 +239,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_keeper_that_cannot_be_started_is_said_at_the_start() -> None:
     async def run() -> None:
-        with pytest.raises(KeeperError, match="no process to spare"):
+        with pytest.raises(SpoolerError, match="no process to spare"):
             await Shop(impossible).store.start()
 
     asyncio.run(run())
@@ -251,7 +251,7 @@ def test_whatever_ends_a_keeper_the_next_one_takes_what_waited(spool: Spool) -> 
         shop = Shop(mortal, impossible, impossible, sound(spool))
         await shop.store.start()
         shop.put()
-        assert [type(answer) for answer in await shop.answered(1)] == [Unsettled]
+        assert [type(answer) for answer in await shop.answered(1)] == [CommitUnknown]
         shop.put()  # nobody is there to take it, for two launches
         assert (await shop.answered(2))[1:] == [None]
         assert len(shop.kept) == 1
@@ -270,7 +270,7 @@ def test_a_keeper_that_hangs_is_ended_and_replaced(spool: Spool) -> None:
         await asyncio.sleep(0)
         assert shop.answers == []
         shop.store.look_at_clock(100.0 + PATIENCE + 1)
-        assert [type(answer) for answer in await shop.answered(1)] == [Unsettled]
+        assert [type(answer) for answer in await shop.answered(1)] == [CommitUnknown]
         shop.put()
         assert (await shop.answered(2))[1:] == [None]
         await shop.store.close(10)
@@ -290,7 +290,7 @@ def test_while_the_keeper_reads_nothing_orders_can_be_taken_back_and_no_more_is_
         held = transport.get_write_buffer_size()
         for order in orders[8:]:
             shop.store.withdraw(order)
-        assert [type(answer) for answer in await shop.answered(50)] == [Withdrawn] * 50
+        assert [type(answer) for answer in await shop.answered(50)] == [Cancelled] * 50
         assert transport.get_write_buffer_size() <= held <= 8 * (1 << 20) + 4096
         await shop.store.close(0.1)
         assert len(await shop.answered(58)) == 58

@@ -25,7 +25,7 @@ from relay.db.engine import connect, reading
 from relay.db.schema import Outcome
 from relay.db.sql import dialect_of
 from relay.report.filters import Filter, address_is
-from relay.report.queries import NoSuchMessage, Queue
+from relay.report.queries import NoSuchMessage, QueueReader
 from relay.spool.store import Spool
 from tests.integration.office import Office, new_message, opened
 from tests.integration.typed import Typed, lines, typed_at
@@ -63,7 +63,7 @@ def test_a_long_queue_is_one_statement_and_a_little_memory(
     monkeypatch.setattr("sys.stdout", Nowhere())
     tracemalloc.start()
     try:
-        assert write_lines(Queue(office.engine).lines(Filter(), objects=True), json_lines=True) == 5_000
+        assert write_lines(QueueReader(office.engine).lines(Filter(), objects=True), json_lines=True) == 5_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -73,7 +73,7 @@ def test_a_long_queue_is_one_statement_and_a_little_memory(
 
 
 def test_pages_are_the_same_however_they_are_found(office: Office) -> None:
-    queue = Queue(office.engine)
+    queue = QueueReader(office.engine)
     office.intake.commit([new_message("a@example.org", "b@example.org") for _ in range(1001)])  # many: another plan
     everything = [(row["queue_id"], row["position"]) for row in queue.rows(Filter())]
     paged: list[tuple[str, int]] = []
@@ -86,7 +86,7 @@ def test_pages_are_the_same_however_they_are_found(office: Office) -> None:
 def test_sqlite_finds_a_page_in_order_without_sorting(clean_sqlite_url: str) -> None:
     engine = connect(clean_sqlite_url)
     wanted = Filter(states=("bounced",))
-    sql, given = Queue(engine)._listing("*", wanted, limit=50, finished=True, newest=True, after=("f" * 32, 1))
+    sql, given = QueueReader(engine)._listing("*", wanted, limit=50, finished=True, newest=True, after=("f" * 32, 1))
     with reading(engine) as connection:
         plan = connection.execute(text("EXPLAIN QUERY PLAN " + dialect_of(engine)(sql)), given).all()
     engine.dispose()
@@ -97,7 +97,7 @@ def test_sqlite_finds_a_page_in_order_without_sorting(clean_sqlite_url: str) -> 
 def test_sqlite_looks_at_what_is_held_or_being_sent_and_at_nothing_else(clean_sqlite_url: str) -> None:
     engine = connect(clean_sqlite_url)
     for state, index in (("held", "deliveries_held"), ("sending", "deliveries_sending")):
-        sql, given = Queue(engine)._listing(
+        sql, given = QueueReader(engine)._listing(
             "*", Filter(states=(state,), reply="x"), limit=50, finished=True, newest=True
         )
         with reading(engine) as connection:
@@ -110,7 +110,7 @@ def test_postgresql_goes_on_where_a_page_ended(clean_postgres_url: str) -> None:
     with opened(clean_postgres_url) as office:
         message_id = [office.accept() for _ in range(9)][4]
         office.change("ANALYZE")
-        listed = Queue(office.engine)._listing(
+        listed = QueueReader(office.engine)._listing(
             "*", Filter(), limit=50, finished=True, newest=True, after=(message_id, 1)
         )
         with reading(office.engine) as connection:
@@ -130,7 +130,7 @@ def test_a_page_of_what_an_index_finds_is_no_cursor(office: Office) -> None:
 
     event.listen(office.engine, "before_cursor_execute", note)
     for given in ({"limit": 50}, {"limit": 50, "down_to": message_id}, {}):
-        assert len(list(Queue(office.engine).rows(Filter(), **given))) == 1
+        assert len(list(QueueReader(office.engine).rows(Filter(), **given))) == 1
     event.remove(office.engine, "before_cursor_execute", note)
     assert streamed == [False, True, True]
 
@@ -140,7 +140,7 @@ def test_what_no_index_finds_is_looked_for_so_far_and_then_further(
 ) -> None:
     monkeypatch.setattr("relay.report.queries.LOOKED_AT", 3)
     monkeypatch.setattr("relay.report.queries._FEW", 2)
-    queue = Queue(office.engine)
+    queue = QueueReader(office.engine)
     senders = ["one@example.com" if n == 2 else "many@example.com" for n in range(8)]
     ids = sorted(office.accept(sender=sender) for sender in senders)  # within a millisecond ids have no order
     for found in (Filter(sender="one@example.com"), Filter(id=ids[0]), Filter(states=("queued",))):
@@ -262,7 +262,7 @@ def test_a_queue_fits_the_terminal(
     office.record(office.claim(message_id)[0], Outcome.DEFERRED, reply=reply)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
-    assert write(Queue(office.engine).rows(Filter()), inspect.COLUMNS) == 1
+    assert write(QueueReader(office.engine).rows(Filter()), inspect.COLUMNS) == 1
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= width
     assert message_id[-12:] in shown
@@ -312,7 +312,7 @@ def completed(line: str) -> set[str]:
 
 
 def test_the_shell_completes_routes_and_servers(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
-    office.sweeps.note_routes(office.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]})
+    office.sweeps.publish_routes(office.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]})
     typed("pause", "--route", "gone")
     monkeypatch.setattr(completion, "PATIENCE", 30.0)
     assert completed("qmqp-relay list --route ") == {"default", "bulk", "gone"}
@@ -360,7 +360,7 @@ def test_what_stats_cuts_it_counts(office: Office, typed: Typed, monkeypatch: py
 def test_stats_tells_what_came_in(office: Office, typed: Typed) -> None:
     for _ in range(3):
         office.accept()
-    notice = office.accept(sender="", notice_of=office.accept())
+    notice = office.accept(sender="", dsn_of=office.accept())
     assert notice
 
     def received() -> tuple[int, ...]:
@@ -376,9 +376,9 @@ def test_stats_tells_what_came_in(office: Office, typed: Typed) -> None:
 
 
 def test_a_server_that_is_left_alone_says_why(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
-    office.sweeps.note_rests(office.worker, {"192.0.2.7:628": "450 too busy"})
+    office.sweeps.publish_open_circuits(office.worker, {"192.0.2.7:628": "450 too busy"})
     typed("pause", "--server", "192.0.2.8")
-    now = {row["server"]: inspect._now(row) for row in Queue(office.engine).servers()}
+    now = {row["server"]: inspect._now(row) for row in QueueReader(office.engine).servers()}
     assert now.pop("192.0.2.8:628").startswith("paused for ")
     assert now == {"192.0.2.7:628": "left alone: 450 too busy"}
 
@@ -386,7 +386,7 @@ def test_a_server_that_is_left_alone_says_why(office: Office, typed: Typed, monk
 @pytest.mark.parametrize("wanted", [Filter(), Filter(route="default")], ids=["everything", "a route"])
 def test_lines_say_what_rows_say(office: Office, wanted: Filter) -> None:
     """Whoever makes the text: the database for pipes and programs, or Python from the same rows."""
-    queue = Queue(office.engine)
+    queue = QueueReader(office.engine)
     office.accept('"100%s \\t\\n"@example.org', "b@example.org")
     office.accept("c@example.org")
     rows = list(queue.rows(wanted))

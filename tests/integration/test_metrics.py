@@ -10,18 +10,18 @@ from relay import metrics
 from relay.db import engine as database
 from relay.db.schema import Outcome, State
 from relay.ids import dashed, new_id
-from relay.metrics import Queue
-from relay.queue.accept import Intake, NewMessage, NewRecipient
-from relay.queue.claim import Ledger
-from relay.queue.model import Record, Try, Wish
-from relay.queue.operations import Verbs
+from relay.metrics import QueueMetrics
+from relay.queue.accept import Acceptor, NewMessage, NewRecipient
+from relay.queue.claim import WorkerQueue
+from relay.queue.model import Attempt, ClaimRequest, Completion
+from relay.queue.operations import QueueOperations
 from relay.settings import WorkerSettings
 from relay.spool.store import Spool
 from tests.services import Postgres
 from tests.waiting import until
 
 
-def scrape(queue: Queue) -> CollectorRegistry:
+def scrape(queue: QueueMetrics) -> CollectorRegistry:
     registry = CollectorRegistry()
     registry.register(queue)
     return registry
@@ -35,11 +35,11 @@ def test_queue(database_url: str, tmp_path: Path):
     settings = WorkerSettings(database_url=database_url, grace=0.001)
     engine = database.connect(database_url, hot=True)
     ids = sorted(new_id() for _ in range(6))
-    Intake(engine, lifetime=1e6, grace=1000).commit([message(i) for i in ids])
+    Acceptor(engine, lifetime=1e6, grace=1000).commit([message(i) for i in ids])
     worker = new_id()
-    ledger = Ledger(engine, settings)
+    ledger = WorkerQueue(engine, settings)
     ledger.register(worker, "host", 1)
-    (claims,) = ledger.commit([Wish(worker, ids[:5], {"default": 5})])
+    (claims,) = ledger.commit([ClaimRequest(worker, ids[:5], {"default": 5})])
     assert isinstance(claims, list)
     wanted = [
         (State.DEFERRED, Outcome.UNCERTAIN, -60.0),
@@ -48,18 +48,18 @@ def test_queue(database_url: str, tmp_path: Path):
         (State.BOUNCED, Outcome.REJECTED, 0.0),
     ]
     ledger.commit([
-        Record(worker, claim.message_id, claim.number, claim.claim, state, outcome, "words", delay=delay,
-               tries=[Try(1, "mx:628", outcome, "words", 9, 2.0, 1.0)])
+        Completion(worker, claim.message_id, claim.number, claim.claim, state, outcome, "words", delay=delay,
+               tries=[Attempt(1, "mx:628", outcome, "words", 9, 2.0, 1.0)])
         for claim, (state, outcome, delay) in zip(claims[:4], wanted, strict=True)
     ])  # fmt: skip
     with database.writing(engine) as connection:
         earlier = "received_at - interval '1 hour'" if "postgresql" in database_url else "received_at - 3600000000"
         connection.execute(text(f"UPDATE messages SET received_at = {earlier} WHERE id = :id"), {"id": dashed(ids[0])})
-    verbs = Verbs(engine, notices=True)
+    verbs = QueueOperations(engine, notices=True)
     for subject in ("server:mx:628", "route:gone", "route:default"):
         verbs.pause(subject, actor="me", reason="")
     verbs.resume("route:gone", actor="me", reason="")
-    seen = scrape(Queue(engine, Spool(tmp_path))).get_sample_value
+    seen = scrape(QueueMetrics(engine, Spool(tmp_path))).get_sample_value
 
     def by_state(name: str) -> dict[str, float | None]:
         return {s: seen(f"relay_{name}", {"state": s}) for s in ("queued", "sending", "deferred", "held")}
@@ -80,7 +80,7 @@ def test_queue(database_url: str, tmp_path: Path):
 
 def test_an_empty_queue_has_zeros(database_url: str, tmp_path: Path):
     engine = database.connect(database_url)
-    seen = scrape(Queue(engine, Spool(tmp_path))).get_sample_value
+    seen = scrape(QueueMetrics(engine, Spool(tmp_path))).get_sample_value
     assert [seen("relay_deliveries", {"state": "held"}), seen("relay_workers_alive")] == [0, 0]
     assert seen("relay_broker_list_length", {"queue": "fresh"}) is None
     engine.dispose()
@@ -89,7 +89,7 @@ def test_an_empty_queue_has_zeros(database_url: str, tmp_path: Path):
 def test_database_down_and_back(postgres_url: str, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metrics, "FRESH", 0.0)
     engine = database.connect(postgres_url)
-    queue = Queue(engine, Spool(tmp_path), lambda: {"fresh": 3})
+    queue = QueueMetrics(engine, Spool(tmp_path), lambda: {"fresh": 3})
 
     def says(up: int) -> bool:
         seen = scrape(queue).get_sample_value

@@ -51,11 +51,11 @@ ANSWERED = b"GET /style.css HTTP/1.1\r\nHost: localhost\r\n\r\n"
 def test_a_request_that_is_not_finished_ends(port: int, begun: bytes, answer: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=4 * TIMEOUT) as client:
         client.sendall(begun)
-        heard = b""
+        server_reply = b""
         while data := client.recv(65536):
-            heard += data
-        assert heard.startswith(answer)
-        assert bool(heard) == bool(answer)
+            server_reply += data
+        assert server_reply.startswith(answer)
+        assert bool(server_reply) == bool(answer)
 
 
 def test_a_hundred_of_them_do_not_shut_the_page_for_long(port: int) -> None:
@@ -80,8 +80,8 @@ def test_a_visitor_that_comes_again_in_time_keeps_the_connection(port: int) -> N
     with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
         for _ in range(3):
             client.sendall(ANSWERED)
-            heard = b""
-            while not heard.endswith(b"}\n"):
+            server_reply = b""
+            while not server_reply.endswith(b"}\n"):
                 data = client.recv(65536)
                 assert data
-                heard += data
+                server_reply += data

@@ -16,8 +16,8 @@ from sqlalchemy import Connection, event
 
 from relay import metrics
 from relay.db.schema import Outcome
-from relay.dsn.generator import Debts
-from relay.queue.rescue import Sweeps
+from relay.dsn.generator import DsnGenerator
+from relay.queue.rescue import Rescuer
 from relay.spool.store import Spool
 from tests.integration.office import Office, new_message
 
@@ -47,7 +47,7 @@ def crowded(office: Office) -> Office:
 
 
 @contextmanager
-def heard(office: Office) -> Iterator[list[tuple[str, Any]]]:
+def server_reply(office: Office) -> Iterator[list[tuple[str, Any]]]:
     """The statements that run meanwhile, with their parameters."""
     statements: list[tuple[str, Any]] = []
 
@@ -100,7 +100,7 @@ def _scans_of_sqlite(connection: Connection, words: str, parameters: Any) -> Ite
 
 
 def test_the_road_of_a_message_walks_through_nothing(crowded: Office) -> None:
-    with heard(crowded) as statements:
+    with server_reply(crowded) as statements:
         message_id = crowded.accept("idle:b@example.org")
         (claim,) = crowded.claim(message_id, room=IDLE)
         crowded.record(claim, Outcome.DEFERRED)
@@ -114,7 +114,7 @@ def test_the_road_of_a_message_walks_through_nothing(crowded: Office) -> None:
 
 
 def test_a_look_at_a_route_without_mail_walks_through_nothing(crowded: Office) -> None:
-    with heard(crowded) as statements:
+    with server_reply(crowded) as statements:
         for _ in range(2):
             assert crowded.claim(room=IDLE) == []
     assert not (found := scans(crowded, statements)), "\n".join(found)
@@ -124,7 +124,7 @@ def test_a_look_at_a_route_with_much_mail_walks_through_a_window(
     crowded: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.queue.overdue.WINDOW", FEW)
-    with heard(crowded) as statements:
+    with server_reply(crowded) as statements:
         assert len(crowded.claim(room={"dead": 10})) == 10
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
@@ -133,26 +133,26 @@ def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) ->
     spool = Spool(tmp_path)
     spool.prepare(crowded.engine, unsafe=True)
     settings = crowded.settings.model_copy(update={"delay_warning": 4 * 3600.0})
-    sweeps, debts = Sweeps(crowded.engine, settings), Debts(crowded.engine, spool, settings, lambda _: "idle")
+    sweeps, debts = Rescuer(crowded.engine, settings), DsnGenerator(crowded.engine, spool, settings, lambda _: "idle")
     assert len(crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)) == 1
     debts._next_round = float("inf")  # nothing is late: test_debts has what a round looks at
-    with heard(crowded) as statements:
+    with server_reply(crowded) as statements:
         sweeps.paused()
         assert sweeps.bring_near(10, 3600.0, ["dead", "idle"]) == 0
         assert sweeps.requeue_due(10) == []
-        assert sweeps.lose_stuck() == sweeps.lose_strays() == 0
-        assert sweeps.ran_out() == []
+        assert sweeps.expire_stuck_transfers() == sweeps.rescue_unowned() == 0
+        assert sweeps.expired_leases() == []
         assert debts.settle(10) == debts.warn(10) == []
         lease = str(crowded.rows("SELECT CAST(until AS text) AS until FROM workers")[0]["until"])
-        assert sweeps.bury(crowded.worker, lease) == 1
+        assert sweeps.expire_worker(crowded.worker, lease) == 1
     assert len(statements) > 7
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
 def test_what_looks_at_all_that_waits_leaves_the_history_alone(crowded: Office) -> None:
-    with heard(crowded) as statements:
-        assert crowded.sweeps.strange_routes(["idle"]) == ["dead"]
-        metrics.Queue(crowded.engine, cast(Any, None))._database()
+    with server_reply(crowded) as statements:
+        assert crowded.sweeps.unknown_routes(["idle"]) == ["dead"]
+        metrics.QueueMetrics(crowded.engine, cast(Any, None))._database()
     with crowded.engine.connect() as connection:
         for words, parameters in statements:
             explain = "EXPLAIN" if crowded.spell.postgresql else "EXPLAIN QUERY PLAN"

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from commands.cli.main import main
 from qmqp import probe as module
-from qmqp.probe import Finding, probe
+from qmqp.probe import ProbeResult, probe
 from qmqp.sink import Answer, Preset, Rule, running_sink
 from tests.postfix import Postfix
 from tests.waiting import until
@@ -26,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PATIENCE", 0.1)
 
 
-def ask(port: int = 0, path: str | None = None, reply: float = 5.0) -> Finding:
+def ask(port: int = 0, path: str | None = None, reply: float = 5.0) -> ProbeResult:
     return asyncio.run(probe(host="127.0.0.1", port=port, path=path, connect=5.0, reply=reply))
 
 
@@ -40,7 +40,7 @@ def typed(*words: str) -> Result:
 @contextmanager
 def speaking(first: bytes, *, then: bytes | None = None, close: bool = False) -> Iterator[tuple[int, list[bytes]]]:
     """A server that says `first` to everybody, `then` to whoever says something; its port, and what it heard."""
-    heard: list[bytes] = []
+    server_reply: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
 
@@ -51,16 +51,16 @@ def speaking(first: bytes, *, then: bytes | None = None, close: bool = False) ->
                 connection.sendall(first)
                 try:
                     while not close and (data := connection.recv(100)):
-                        heard.append(data)
+                        server_reply.append(data)
                         if then is not None:
                             connection.sendall(then)
                 except OSError:
-                    heard.append(b"reset")
+                    server_reply.append(b"reset")
 
         server = threading.Thread(target=serve)
         server.start()
         try:
-            yield listener.getsockname()[1], heard
+            yield listener.getsockname()[1], server_reply
         finally:
             server.join(10)
 
@@ -103,9 +103,9 @@ def serving(answer: Callable[[bytes], bytes | None]) -> Iterator[int]:
                     connection, _ = listener.accept()
                     with connection, suppress(OSError):
                         connection.settimeout(10)
-                        heard = b""
-                        while (said := answer(heard)) is None and (data := connection.recv(100)):
-                            heard += data
+                        server_reply = b""
+                        while (said := answer(server_reply)) is None and (data := connection.recv(100)):
+                            server_reply += data
                         connection.sendall(said or b"")
 
         server = threading.Thread(target=serve)
@@ -117,24 +117,24 @@ def serving(answer: Callable[[bytes], bytes | None]) -> Iterator[int]:
             server.join(10)
 
 
-def qmail_ldap(heard: bytes) -> bytes | None:
+def qmail_ldap(server_reply: bytes) -> bytes | None:
     """Its saferead, made with QMQP_COMPRESS: what is no digit begins zlib's data."""
     try:
-        zlib.decompressobj().decompress(heard)
+        zlib.decompressobj().decompress(server_reply)
     except zlib.error as error:
         return netstring(b"ZReceiving compressed data failed: " + str(error).encode() + b" #(4.3.0)")
     return None
 
 
-def qrelay(heard: bytes) -> bytes | None:
+def qrelay(server_reply: bytes) -> bytes | None:
     """It closes when a length is none, and parses the message when the netstring is whole."""
-    if heard and not heard[:1].isdigit():
+    if server_reply and not server_reply[:1].isdigit():
         return b""
-    return netstring(b"Dmalformed input") if heard.endswith(b",") else None
+    return netstring(b"Dmalformed input") if server_reply.endswith(b",") else None
 
 
-def mailfront(heard: bytes) -> bytes | None:
-    return netstring(b"ZInvalid wrapper netstring") if heard else None
+def mailfront(server_reply: bytes) -> bytes | None:
+    return netstring(b"ZInvalid wrapper netstring") if server_reply else None
 
 
 @pytest.mark.parametrize(("server", "family"), [
@@ -173,11 +173,11 @@ def test_nothing_is_in_the_queue_of_any_of_them(postfix: Postfix) -> None:
 
 
 def test_a_server_that_is_silent() -> None:
-    with speaking(b"") as (port, heard):
+    with speaking(b"") as (port, server_reply):
         found = ask(port, reply=0.2)
     assert (found.reachable, found.allowed, found.family) == (True, None, "other")
     assert "said nothing" in found.words
-    assert b"".join(heard).removesuffix(b"reset") == b"x" * 10, "not one byte that could begin a request"
+    assert b"".join(server_reply).removesuffix(b"reset") == b"x" * 10, "not one byte that could begin a request"
 
 
 @pytest.mark.parametrize("banner", [
@@ -223,22 +223,22 @@ def test_a_name_that_can_be_none() -> None:
 
 def test_a_qmail_of_before_2022_takes_any_byte_for_a_digit() -> None:
     """It closes at the tenth, when the length that it makes of them is too long."""
-    heard = b""
+    server_reply = b""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
-            nonlocal heard
+            nonlocal server_reply
             connection, _ = listener.accept()
             with connection:
-                while len(heard) < 10 and (data := connection.recv(100)):
-                    heard += data
+                while len(server_reply) < 10 and (data := connection.recv(100)):
+                    server_reply += data
 
         server = threading.Thread(target=serve)
         server.start()
         found = ask(listener.getsockname()[1], reply=0.3)
         server.join(10)
     assert (found.allowed, found.family) == (True, "qmail")
-    assert heard == b"x" * 10
+    assert server_reply == b"x" * 10
 
 
 def test_nothing_listens() -> None:

@@ -9,20 +9,20 @@ import pytest
 from relay.db.schema import Outcome, State
 from relay.ids import dashed
 from relay.report.filters import Filter
-from relay.report.queries import NoSuchMessage, Queue
+from relay.report.queries import NoSuchMessage, QueueReader
 from tests.integration.office import Office, new_message
 
 
 @pytest.fixture
-def queue(office: Office) -> Queue:
-    return Queue(office.engine)
+def queue(office: Office) -> QueueReader:
+    return QueueReader(office.engine)
 
 
-def found(queue: Queue, **wanted: object) -> list[str]:
+def found(queue: QueueReader, **wanted: object) -> list[str]:
     return [row["queue_id"] for row in queue.rows(Filter(**wanted))]  # type: ignore[arg-type]
 
 
-def test_every_filter(office: Office, queue: Queue) -> None:
+def test_every_filter(office: Office, queue: QueueReader) -> None:
     one = office.accept("ann@example.org", sender="news@example.com", header_message_id="<1@x>")
     two = office.accept("bulk:bob_1@example.net", sender="")
     three = office.accept("bobX1@EXAMPLE.net", sender="it's 100%@example.com")
@@ -48,7 +48,7 @@ def test_every_filter(office: Office, queue: Queue) -> None:
     assert found(queue, sender="*\\*") == []
 
 
-def test_older_than(office: Office, queue: Queue) -> None:
+def test_older_than(office: Office, queue: QueueReader) -> None:
     old = f"{int((datetime.now(UTC).timestamp() - 7200) * 1000):012x}7" + "0" * 19
     office.intake.commit([new_message(message_id=old)])
     young = office.accept()
@@ -57,7 +57,7 @@ def test_older_than(office: Office, queue: Queue) -> None:
     assert found(queue, older_than=1e12) == []
 
 
-def test_finished_rows_are_history(office: Office, queue: Queue) -> None:
+def test_finished_rows_are_history(office: Office, queue: QueueReader) -> None:
     message_id = office.accept()
     office.record(office.claim(message_id)[0], Outcome.ACCEPTED)
     assert found(queue) == []
@@ -67,8 +67,8 @@ def test_finished_rows_are_history(office: Office, queue: Queue) -> None:
     assert row["finished_at"] <= datetime.now(UTC)
 
 
-def test_a_row_has_what_people_ask_for(office: Office, queue: Queue) -> None:
-    message_id = office.accept("x@example.org", sender="s@example.com", notice_of=office.accept("other@example.org"))
+def test_a_row_has_what_people_ask_for(office: Office, queue: QueueReader) -> None:
+    message_id = office.accept("x@example.org", sender="s@example.com", dsn_of=office.accept("other@example.org"))
     office.record(office.claim(message_id)[0], Outcome.DEFERRED)
     (row,) = queue.rows(Filter(id=message_id))
     assert (row["queue_id"], row["message_id"]) == (message_id, dashed(message_id))
@@ -80,7 +80,7 @@ def test_a_row_has_what_people_ask_for(office: Office, queue: Queue) -> None:
     assert len(row["notice_of"]) == 32
 
 
-def test_a_long_queue_is_streamed(office: Office, queue: Queue) -> None:
+def test_a_long_queue_is_streamed(office: Office, queue: QueueReader) -> None:
     office.intake.commit([new_message(*(f"r{n}@example.org" for n in range(10))) for _ in range(300)])
     rows = queue.rows(Filter())
     first = list(itertools.islice(rows, 5))
@@ -94,7 +94,7 @@ def test_a_long_queue_is_streamed(office: Office, queue: Queue) -> None:
     half_read.close()
 
 
-def test_ids_by_any_unique_end(office: Office, queue: Queue) -> None:
+def test_ids_by_any_unique_end(office: Office, queue: QueueReader) -> None:
     message_id = office.accept()
     twin = message_id[:10] + "0000" + message_id[14:]
     office.intake.commit([new_message(message_id=twin)])
@@ -109,7 +109,7 @@ def test_ids_by_any_unique_end(office: Office, queue: Queue) -> None:
             queue.resolve(text)
 
 
-def test_everything_about_a_message(office: Office, queue: Queue) -> None:
+def test_everything_about_a_message(office: Office, queue: QueueReader) -> None:
     message_id = office.accept("x@example.org", "bulk:y@example.org", "z@example.org")
     office.record(office.claim(message_id)[0], Outcome.DEFERRED)
     office.pass_time(60)
@@ -128,7 +128,7 @@ def test_everything_about_a_message(office: Office, queue: Queue) -> None:
     assert queue.message("f" * 32) is None
 
 
-def test_what_the_whole_looks_like(office: Office, queue: Queue) -> None:
+def test_what_the_whole_looks_like(office: Office, queue: QueueReader) -> None:
     assert (queue.summary(), queue.servers()) == ([], [])
     office.accept("x@example.org", "bulk:y@example.org")
     (late,) = office.claim(office.accept())
@@ -143,7 +143,7 @@ def test_what_the_whole_looks_like(office: Office, queue: Queue) -> None:
     assert (server["attempts"], server["uncertain"], server["accepted"], server["bytes_sent"]) == (1, 1, 0, 90)
 
 
-def test_workers(office: Office, queue: Queue) -> None:
+def test_workers(office: Office, queue: QueueReader) -> None:
     office.claim(office.accept(), office.accept())
     gone = office.hire()
     office.ledger.retire(gone)

@@ -17,13 +17,13 @@ from sqlalchemy.exc import OperationalError
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.engine import writing
-from relay.db.group_commit import Writer
+from relay.db.group_commit import CommitThread
 from relay.db.schema import TRANSITIONS, UNFINISHED, Outcome, State
-from relay.dsn.generator import Debts
+from relay.dsn.generator import DsnGenerator
 from relay.hints import celery_app
 from relay.ids import dashed
-from relay.queue.model import Claim, Item, Result
-from relay.queue.operations import VERBS, Verbs
+from relay.queue.model import Claim, Command, CommandResult
+from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.mailroom import Mailroom
@@ -51,7 +51,7 @@ def room(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
 def vanish(office: Office, worker: str) -> None:
     """A worker's lease runs out, and a sweeper has seen it for long enough."""
     office.pass_time(office.settings.lease + 1)
-    office.bury(worker)
+    office.expire_worker(worker)
 
 
 def wake(office: Office, seconds: float = 100.0) -> None:
@@ -85,7 +85,7 @@ def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> No
     reply = mail.delivery(message_id)["last_reply"]
     assert reply == r"no\x0d\nFrom: forged@x\x0d\n\x0d\n\x00\x1b[31m\xff\xc3\xa9"
     assert mail.rows("SELECT reply FROM attempts") == [{"reply": reply}]
-    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
     lines = mail.spool.path(notice).read_bytes().split(b"\n")
     assert not any(line.startswith(b"From: forged") for line in lines)
     assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
@@ -113,7 +113,7 @@ def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it
     (row,) = mail.rows(bounced)
     assert row["last_outcome"] == "unsendable"
     assert row["last_reply"].startswith("no request can be made of it (#5.1.3): ")
-    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
     wire = mail.spool.path(notice).read_text()
     assert wire.count("Final-Recipient") == wire.count("\nStatus: 5.1.3\n") == 1
     assert "It was not sent: no mail server can be given this address." in " ".join(wire.split())
@@ -129,7 +129,7 @@ def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> N
             until(lambda: mail.states() == {"bounced"})
         assert sink.connections == 0
     assert len(mail.rows("SELECT 1 FROM deliveries")) == 1
-    assert len(Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)) == 1
+    assert len(DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)) == 1
 
 
 def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
@@ -143,7 +143,7 @@ def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
             engine.offer([message_id])
             until(lambda: mail.states() == {"bounced"})
         assert sink.connections == 0
-    debts = Debts(mail.database, mail.spool, mail.settings, lambda address: "default")
+    debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
     assert debts.settle(5) == [] == debts.settle(5)
     row = mail.delivery(message_id)
     assert (row["due_at"], row["dsn_withheld"]) == (None, "address")
@@ -187,7 +187,7 @@ def test_B39_a_worker_killed_between_the_last_byte_and_the_record(office: Office
     assert office.claim(claim.message_id) == []
     wake(office)
     (again,) = office.claim(claim.message_id, worker=office.hire())
-    assert again.vanished == 1
+    assert again.crash_count == 1
 
 
 def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
@@ -202,7 +202,7 @@ def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
             engine.offer([message_id])
             until(lambda: mail.state(message_id) == "expired")
     assert {outcome for _, outcome in mail.attempts(message_id)} == {"uncertain"}
-    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
     assert "connection closed by the server after the commit point" in " ".join(
         mail.spool.path(notice).read_text().split()
     )
@@ -216,7 +216,7 @@ def test_B43_D10_no_clock_of_a_worker_matters(office: Office, monkeypatch: pytes
             skewed.setattr(time, "time", lambda now=now: now)
             (claim,) = office.claim(message_id)
             assert office.renew()
-            assert office.sweeps.ran_out() == []
+            assert office.sweeps.expired_leases() == []
             assert office.record(claim, Outcome.DEFERRED, delay=30.0).state is State.DEFERRED
         row = office.delivery(message_id)
         assert row["due_in"] == pytest.approx(30, abs=20)
@@ -248,7 +248,7 @@ def test_B44_busy_for_ever(room: Open) -> None:
         assert most / 2 - 30 <= wait <= most, "it doubles, with jitter, to the cap"
     row = mail.delivery(message_id)
     assert (row["state"], row["last_reply"]) == ("expired", "busy for ever")
-    (notice,) = Debts(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
     assert "busy for ever" in mail.spool.path(notice).read_text()
 
 
@@ -308,7 +308,7 @@ def test_D4_what_a_worker_held_that_is_gone(office: Office, ending: str) -> None
         vanish(office, office.worker)
     else:
         office.change("UPDATE workers SET ended_at = @now, ending = 'stopped'")
-        assert office.sweeps.lose_strays() == 1
+        assert office.sweeps.rescue_unowned() == 1
     row = office.delivery(claim.message_id)
     assert (row["state"], row["last_outcome"]) == ("deferred", "uncertain"), "nobody can say how far it was"
 
@@ -358,7 +358,7 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(office: Office) -> None:
     (claim,) = office.claim(office.accept())
     faults = iter([OperationalError("", {}, Exception("deadlock detected"), connection_invalidated=True)] * 2)
 
-    def commit(items: Any) -> list[Result]:
+    def commit(items: Any) -> list[CommandResult]:
         if fault := next(faults, None):
             raise fault
         return office.ledger.commit(items)
@@ -370,7 +370,7 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(office: Office) -> None:
         call()
         answered.set()
 
-    writer: Writer[Item, Result] = Writer("test", commit, post=post)
+    writer: CommitThread[Command, CommandResult] = CommitThread("test", commit, post=post)
     writer.start()
     writer.put(office.note(claim, Outcome.ACCEPTED), answers.append)
     assert answered.wait(20)
@@ -415,8 +415,8 @@ def test_D8_a_route_that_is_not_to_be_cut(room: Open, tmp_path: Path) -> None:
 
 
 def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office) -> None:
-    verbs = Verbs(office.engine, notices=True)
-    for verb in VERBS.values():
+    verbs = QueueOperations(office.engine, notices=True)
+    for verb in OPERATIONS.values():
         for state in State:
             message_id = office.accept()
             worker = "(SELECT min(CAST(id AS text)) FROM workers)"

@@ -29,17 +29,17 @@ def talk(sink: Sink, *pieces: bytes, then_end: bool = False) -> bytes | None:
     """Send pieces and read to the end; None if that was a reset."""
     with socket.create_connection(("127.0.0.1", sink.port), timeout=10) as peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        heard = b""
+        server_reply = b""
         try:
             for piece in pieces:
                 peer.sendall(piece)
             if then_end:
                 peer.shutdown(socket.SHUT_WR)
             while data := peer.recv(65536):
-                heard += data
+                server_reply += data
         except ConnectionError:
-            return heard or None
-        return heard
+            return server_reply or None
+        return server_reply
 
 
 def answers(*rules: Rule | MagicRecipients, wire: bytes = b"", times: int = 1) -> list[bytes | None]:
@@ -67,10 +67,10 @@ def test_what_was_sent_is_what_was_received(new_loop):
 def test_whatever_way_tcp_cuts_a_request_it_is_received(one_sink, cuts):
     wire = wire_of(b"r@y.test", b"q@z.test")
     edges = [0, *sorted(cut for cut in cuts if cut < len(wire)), len(wire)]
-    heard = talk(one_sink, *[wire[a:b] for a, b in itertools.pairwise(edges)])
-    assert heard is not None
-    assert heard.startswith(b"1")
-    assert b"KOk: queued as " in heard
+    server_reply = talk(one_sink, *[wire[a:b] for a, b in itertools.pairwise(edges)])
+    assert server_reply is not None
+    assert server_reply.startswith(b"1")
+    assert b"KOk: queued as " in server_reply
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,9 @@ def test_A18_B7_every_wrong_length_is_refused():
     ]
     with running_sink() as sink:
         for wire in wires:
-            heard = talk(sink, wire)
-            assert heard is not None, wire
-            assert b":Dnetstring " in heard, wire
+            server_reply = talk(sink, wire)
+            assert server_reply is not None, wire
+            assert b":Dnetstring " in server_reply, wire
         assert sink.count == 0
         assert len(sink.faults) == len(wires)
 
@@ -174,8 +174,8 @@ def test_magic_recipients():
     with running_sink(MagicRecipients(slow=0.1)) as sink:
 
         def reply(recipient: bytes, body: bytes = b"hello\n") -> bytes | None:
-            heard = talk(sink, wire_of(recipient, body=body))
-            return heard.partition(b":")[2][:1] if heard else heard
+            server_reply = talk(sink, wire_of(recipient, body=body))
+            return server_reply.partition(b":")[2][:1] if server_reply else server_reply
 
         assert [reply(b"defer-2@x") for _ in range(4)] == [b"Z", b"Z", b"K", b"K"]
         assert reply(b"defer-2@x", b"another") == b"Z"
@@ -203,16 +203,16 @@ def test_preset_qmail_says_nothing_about_a_bad_request():
 
 def test_preset_postfix_refuses_a_large_message_early():
     with running_sink(preset=Preset(max_size=100, error_delay=0.05)) as sink:
-        heard = talk(sink, b"2000:101:" + bytes(50))
-    assert heard == b"71:Dnetstring length exceeds storage limit while receiving message content,"
+        server_reply = talk(sink, b"2000:101:" + bytes(50))
+    assert server_reply == b"71:Dnetstring length exceeds storage limit while receiving message content,"
     assert PRESETS["postfix"].error_delay == 1.0
 
 
 def test_A14_an_address_beyond_any_limit():
     with running_sink() as sink:
-        heard = talk(sink, b"9000:0:,0:,2049:")
-    assert heard is not None
-    assert b"length exceeds storage limit while receiving recipient address" in heard
+        server_reply = talk(sink, b"9000:0:,0:,2049:")
+    assert server_reply is not None
+    assert b"length exceeds storage limit while receiving recipient address" in server_reply
 
 
 def test_what_is_dumped(tmp_path: Path):

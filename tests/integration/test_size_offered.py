@@ -11,12 +11,12 @@ import pytest
 
 from qmqp.client import Outcome
 from reception.policy import Policy
-from reception.spooler_client import Store
+from reception.spooler_client import SpoolerClient
 from relay import routes as module
 from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
 from smtpd.main import size_offered
-from smtpd.server import Server
+from smtpd.server import SmtpServer
 from smtpd.session import Greeting
 from tests.integration.test_client_against_postfix import HEADER, Deliver, deliver
 from tests.postfix import Postfix
@@ -59,8 +59,8 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     async def scenario() -> None:
         policy = Policy(settings)
-        receiver = SimpleNamespace(deadline=60.0, store=Store(never, lambda _ids, _route: None))
-        server = Server(
+        receiver = SimpleNamespace(deadline=60.0, store=SpoolerClient(never, lambda _ids, _route: None))
+        server = SmtpServer(
             asyncio.get_running_loop(), settings, cast(Any, receiver), policy,
             Greeting(settings.hostname, 1), lambda: size_offered(settings.max_message_size, routes),
         )  # fmt: skip

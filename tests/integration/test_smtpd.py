@@ -33,13 +33,13 @@ from sqlalchemy import create_engine, text
 
 from reception.policy import ROOM_KEPT_FREE, Policy
 from reception.receiver import AHEAD, BLOCK, Openings, Receiver, Threads
-from reception.spooler import Keeper
-from reception.spooler_client import Store
+from reception.spooler import Spooler
+from reception.spooler_client import SpoolerClient
 from relay.db.engine import connect, reading, writing
 from relay.queue.accept import NewMessage
 from relay.settings import SmtpdSettings, load
-from relay.spool.store import Body, Spool
-from smtpd.server import LATE, Connection, ListenError, Server
+from relay.spool.store import BodyWriter, Spool
+from smtpd.server import LATE, ListenError, SmtpConnection, SmtpServer
 from smtpd.session import ENDLESS, Greeting
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
@@ -85,7 +85,7 @@ class Running:
         self.loop.close()
 
     async def _serve(self) -> None:
-        self.store = Store(self._keep, lambda ids, _route: self.hints.extend(ids))
+        self.store = SpoolerClient(self._keep, lambda ids, _route: self.hints.extend(ids))
         await self.store.start()
         self.receiver = Receiver(
             self.loop,
@@ -98,7 +98,7 @@ class Running:
             Openings(self.bodies_at_once),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
-        self.server = Server(self.loop, self.settings, self.receiver, Policy(self.settings), greeting)
+        self.server = SmtpServer(self.loop, self.settings, self.receiver, Policy(self.settings), greeting)
         [(self.host, self.port)] = await self.server.listen([("127.0.0.1", 0)])
         self._ready.set()
         await self._stop.wait()
@@ -110,7 +110,7 @@ class Running:
 
     async def _keep(self, channel: socket.socket) -> None:
         with channel:
-            await self.loop.run_in_executor(None, Keeper(channel, self.spool, self.database.commit).run)
+            await self.loop.run_in_executor(None, Spooler(channel, self.spool, self.database.commit).run)
 
     def ask_to_stop(self, drain: float) -> None:
         self.drain = drain
@@ -547,13 +547,13 @@ def test_a_slow_disk_stops_the_client_not_the_memory(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    append = Body.append
+    append = BodyWriter.append
 
-    def slow(body: Body, data: bytes) -> None:
+    def slow(body: BodyWriter, data: bytes) -> None:
         gate.wait(20)
         append(body, data)
 
-    monkeypatch.setattr(Body, "append", slow)
+    monkeypatch.setattr(BodyWriter, "append", slow)
     running = run()
     size = 64 * BLOCK
     with talking(running) as client:
@@ -660,7 +660,7 @@ def test_C26_a_silent_client_is_sent_away(run: Callable[..., Running]) -> None:
     until(lambda: not running.server.connections and not running.bodies())
 
 
-def has_sent(connection: Connection, octets: int) -> bool:
+def has_sent(connection: SmtpConnection, octets: int) -> bool:
     return connection._octets == octets
 
 
@@ -788,9 +788,9 @@ def test_what_has_arrived_is_read_before_a_deadline_counts(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
-    overdue, sent, tick = threading.Event(), threading.Event(), Server._tick
+    overdue, sent, tick = threading.Event(), threading.Event(), SmtpServer._tick
 
-    def ticked(server: Server) -> None:
+    def ticked(server: SmtpServer) -> None:
         [connection] = server.connections
         if not overdue.is_set():
             connection._until = 0.0
@@ -801,7 +801,7 @@ def test_what_has_arrived_is_read_before_a_deadline_counts(
 
     with talking(running) as client:
         client.hears(b"220")
-        monkeypatch.setattr(Server, "_tick", ticked)
+        monkeypatch.setattr(SmtpServer, "_tick", ticked)
         assert overdue.wait(10)
         client.send(b"NOOP\r\n")
         sent.set()
@@ -811,13 +811,13 @@ def test_what_has_arrived_is_read_before_a_deadline_counts(
 def test_a_tick_that_comes_late_ends_nothing(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     run(smtp_timeout=2.0)
     seen: list[str] = []
-    tick, look = Server._tick, Server._look_at_clock
+    tick, look = SmtpServer._tick, SmtpServer._look_at_clock
 
-    def ticked(server: Server) -> None:
+    def ticked(server: SmtpServer) -> None:
         seen.append("tick")
         tick(server)
 
-    def looked(server: Server, now: float) -> None:
+    def looked(server: SmtpServer, now: float) -> None:
         look(server, now)
         if "stopped" not in seen:
             seen.append("stopped")
@@ -825,8 +825,8 @@ def test_a_tick_that_comes_late_ends_nothing(run: Callable[..., Running], monkey
         else:
             seen.append("look")
 
-    monkeypatch.setattr(Server, "_tick", ticked)
-    monkeypatch.setattr(Server, "_look_at_clock", looked)
+    monkeypatch.setattr(SmtpServer, "_tick", ticked)
+    monkeypatch.setattr(SmtpServer, "_look_at_clock", looked)
     until(lambda: "look" in seen)
     assert seen[seen.index("stopped") + 1 :][:2] == ["tick", "tick"], "the first one was late"
 
@@ -888,12 +888,12 @@ def test_replies_that_are_not_read_are_no_more_than_a_turn_beyond_the_buffer(run
         until(lambda: connection._stuck and connection._paused)
         assert connection._transport.get_write_buffer_size() < (64 + 16) * 1024
         assert connection._session.backlog < 1024 * 1024
-        heard = 0
+        server_reply = 0
         client.socket.settimeout(10)
         client.socket.shutdown(socket.SHUT_WR)
         while data := client.socket.recv(1 << 20):
-            heard += data.count(b"250 DSN")
-        assert heard > 5000, "and whoever reads at last has them"
+            server_reply += data.count(b"250 DSN")
+        assert server_reply > 5000, "and whoever reads at last has them"
 
 
 def test_C19_an_early_talker_is_refused(run: Callable[..., Running]) -> None:

@@ -18,8 +18,8 @@ from relay.db.engine import is_outage, writing
 from relay.db.schema import Outcome, State
 from relay.db.sql import Statements
 from relay.ids import dashed
-from relay.queue.model import Claim, Recorded
-from relay.queue.operations import REROUTE, VERBS, Verbs
+from relay.queue.model import Claim, CompletionResult
+from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
 from relay.queue.split import LARGEST, Splitter
 from relay.report.filters import Filter
 from tests.integration.office import Office
@@ -101,7 +101,7 @@ def test_a_split_is_a_parent_and_two_children_that_are_due_now(office: Office) -
     message_id = office.accept(*addresses(5))
     (claim,) = office.claim(message_id)
     recorded = office.record(claim, Outcome.REJECTED, state=State.SPLIT)
-    assert recorded == Recorded(State.SPLIT, body_free=False)
+    assert recorded == CompletionResult(State.SPLIT, body_deletable=False)
     assert [(row["number"], row["parent"], row["state"]) for row in family(office, message_id)] == [
         (1, None, "split"), (2, 1, "queued"), (3, 1, "queued"),
     ]  # fmt: skip
@@ -118,7 +118,7 @@ def test_a_record_that_is_repeated_cuts_once(office: Office) -> None:
     (claim,) = office.claim(message_id)
     note = office.note(claim, Outcome.REJECTED, state=State.SPLIT)
     first, again = office.ledger.commit([note]), office.ledger.commit([note])
-    assert first == again == [Recorded(State.SPLIT, body_free=False)]
+    assert first == again == [CompletionResult(State.SPLIT, body_deletable=False)]
     assert [row["state"] for row in family(office, message_id)] == ["split", "queued", "queued"]
     claims = office.claim(message_id)
     third = office.ledger.commit([note])
@@ -236,7 +236,7 @@ def way(address: str) -> str:
 
 
 def reroute(office: Office, route: str = "bulk") -> int:
-    verbs = Verbs(office.engine, notices=True)
+    verbs = QueueOperations(office.engine, notices=True)
     return verbs.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[0].total()
 
 
@@ -277,12 +277,12 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(o
 
 def test_what_is_held_is_divided_and_stays_held(office: Office) -> None:
     message_id = office.accept("bulk:x@a.test", "bulk:y@b.test")
-    verbs = Verbs(office.engine, notices=True)
-    verbs.apply(VERBS["hold"], Filter(id=message_id), actor="me", reason="a look")
+    verbs = QueueOperations(office.engine, notices=True)
+    verbs.apply(OPERATIONS["hold"], Filter(id=message_id), actor="me", reason="a look")
     assert reroute(office) == 1
     assert [(state, route) for _, state, route in ways(office, message_id).values()] == [("held", "a"), ("held", "b")]
     assert "a look" in office.delivery(message_id, 2)["last_reply"]
-    verbs.apply(VERBS["release"], Filter(id=message_id), actor="me", reason="")
+    verbs.apply(OPERATIONS["release"], Filter(id=message_id), actor="me", reason="")
     assert len(office.claim(message_id, room={"a": 1, "b": 1})) == 2
 
 

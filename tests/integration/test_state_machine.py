@@ -25,15 +25,15 @@ from sqlalchemy import text
 from migrations.tables import metadata
 from relay.db.engine import writing
 from relay.db.schema import FINAL, UNFINISHED, Outcome, State
-from relay.dsn.generator import Debts
-from relay.dsn.message import DOUBT
+from relay.dsn.generator import DsnGenerator
+from relay.dsn.message import POSSIBLY_DELIVERED
 from relay.ids import new_id
 from relay.queue import rescue as sweeps
-from relay.queue.model import Claim, Item, Record, Recorded, Renewal, Wish
-from relay.queue.operations import REROUTE, VERBS, Verb, Verbs
+from relay.queue.model import Claim, ClaimRequest, Command, Completion, CompletionResult, Renewal
+from relay.queue.operations import OPERATIONS, REROUTE, Operation, QueueOperations
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.office import NEXT, Office, new_message
+from tests.integration.office import OUTCOME_POLICY, Office, new_message
 
 type Key = tuple[str, int]
 
@@ -64,7 +64,7 @@ HAPPENINGS = [
     for what, often in {
         "work": 10, "accept": 6, "wait": 3, "wake": 3, "vanish": 2, "wake_up_late": 3, "meddle": 3, "settle": 4,
         "reroute": 1, "warn": 3,
-        "hire": 1, "bury": 1, "bury_one_that_renewed": 1, "lose_stuck": 1, "lose_strays": 1,
+        "hire": 1, "expire_worker": 1, "bury_one_that_renewed": 1, "expire_stuck_transfers": 1, "rescue_unowned": 1,
     }.items()
     for _ in range(often)
 ]  # fmt: skip
@@ -112,7 +112,7 @@ class Delivery:
     state: State = State.QUEUED
     worker: str | None = None
     claims: int = 0
-    vanished: int = 0
+    crash_count: int = 0
     wanted: str | None = None
     k: bool = False
     taken: int = 0  # how often the server really took it
@@ -151,7 +151,7 @@ class History(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._empty()
-        self.verbs = Verbs(self.office.engine, notices=True)
+        self.verbs = QueueOperations(self.office.engine, notices=True)
         self.clock = 0.0
         self.queue: dict[Key, Delivery] = {}
         self.transfers: list[Transfer] = []
@@ -237,12 +237,12 @@ class History(RuleBasedStateMachine):
         return (delivery.worker, delivery.claims) != (transfer.worker, transfer.claim.claim)
 
     def _round(
-        self, worker: str, ends: list[Transfer], wishes: list[Wish], chance: Random, *, last: bool = False
+        self, worker: str, ends: list[Transfer], wishes: list[ClaimRequest], chance: Random, *, last: bool = False
     ) -> None:
         records = [self._report(transfer, chance, last=last) for transfer in ends]
         renew = chance.random() < 0.5
         renewals = [Renewal(worker)] if renew else []
-        items: list[Item] = [*wishes, *records, *renewals]
+        items: list[Command] = [*wishes, *records, *renewals]
         results = self.ledger.commit(items)
         assert len(results) == len(items)
         if renew:
@@ -251,14 +251,14 @@ class History(RuleBasedStateMachine):
                 self.leases[worker] = self.clock + LEASE
         self._recorded(list(zip(ends, records, results[len(wishes) :], strict=False)))
         for record, result in zip(records, results[len(wishes) :], strict=False):
-            if isinstance(result, Recorded) and result.body_free:
+            if isinstance(result, CompletionResult) and result.body_deletable:
                 self.spool.remove(record.message_id)
         for wish, result in zip(wishes, results, strict=False):
             self._claimed(wish, result, chance)
         if records and chance.random() < 0.3:
             for record, result in zip(records, self.ledger.commit(records), strict=True):
                 delivery = self.queue[record.message_id, record.number]
-                assert isinstance(result, Recorded)
+                assert isinstance(result, CompletionResult)
                 assert result.state in (None, delivery.state)
 
     def _needed(self, message_id: str) -> bool:
@@ -266,7 +266,7 @@ class History(RuleBasedStateMachine):
         mine = [delivery for key, delivery in self.queue.items() if key[0] == message_id]
         return any(delivery.state in UNFINISHED or delivery.due is not None for delivery in mine)
 
-    def _report(self, transfer: Transfer, chance: Random, *, last: bool) -> Record:
+    def _report(self, transfer: Transfer, chance: Random, *, last: bool) -> Completion:
         """What a worker says of a transfer, which must fit what really happened; `last`: and ends it."""
         self.transfers.remove(transfer)
         delivery = self.queue[transfer.key]
@@ -274,7 +274,7 @@ class History(RuleBasedStateMachine):
         half = delivery.parent is not None and chance.random() < 0.7  # refused as its twin may be
         if last or (half and not transfer.took):
             outcome = Outcome.ACCEPTED if transfer.took else Outcome.REJECTED
-        state = NEXT[outcome]
+        state = OUTCOME_POLICY[outcome]
         if outcome is Outcome.INTERRUPTED and chance.random() < 0.5:
             state = State.QUEUED
         if outcome is Outcome.REJECTED and (half or chance.random() < 0.5):
@@ -291,7 +291,7 @@ class History(RuleBasedStateMachine):
             transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=words
         )  # fmt: skip
 
-    def _recorded(self, told: list[tuple[Transfer, Record, Any]]) -> None:
+    def _recorded(self, told: list[tuple[Transfer, Completion, Any]]) -> None:
         """The model's side of a round of outcomes: what each does, then halves, then what a late K does to them."""
         cuts, late = [], []
         for transfer, record, _ in told:
@@ -307,18 +307,18 @@ class History(RuleBasedStateMachine):
                 continue
             delivery.outcome = record.outcome
             if record.outcome is not Outcome.UNREACHABLE:  # else nothing was sent that a worker could have died of
-                delivery.vanished = 0
+                delivery.crash_count = 0
         for key in cuts:
             self._cut(key, self.queue[key])
         for transfer, record, result in told:
             delivery = self.queue[transfer.key]
             expected = delivery.state if delivery.claims == record.claim or delivery.k else None
-            assert isinstance(result, Recorded)
+            assert isinstance(result, CompletionResult)
             assert result.state == expected
         for key in late:
             self._taken(key)
 
-    def _ended(self, delivery: Delivery, record: Record) -> State:
+    def _ended(self, delivery: Delivery, record: Completion) -> State:
         """What a worker says of what is still its own."""
         state = WANTED[delivery.wanted] if delivery.wanted else record.state
         delivery.reply = BY_OPERATOR if delivery.wanted == "bounce" else record.reply
@@ -375,17 +375,17 @@ class History(RuleBasedStateMachine):
         parent = self.queue[key].parent
         return [key] if parent is None else [key, *self._line((key[0], parent))]
 
-    def _wishes(self, worker: str, chance: Random) -> list[Wish]:
+    def _wishes(self, worker: str, chance: Random) -> list[ClaimRequest]:
         """A hint, a look at what is overdue, both or none."""
         wishes = []
         for hinted in chance.choice([(), (True,), (False,), (True, False)]):
             room = {route: chance.randint(0, 6) for route in ROUTES}
             known = dict.fromkeys(message_id for message_id, _ in self.queue)
             ids = ["0" * 32, *some(chance, list(known), 0.7)] if hinted else None
-            wishes.append(Wish(worker, ids, room))
+            wishes.append(ClaimRequest(worker, ids, room))
         return wishes
 
-    def _claimed(self, wish: Wish, claims: Any, chance: Random) -> None:
+    def _claimed(self, wish: ClaimRequest, claims: Any, chance: Random) -> None:
         assert isinstance(claims, list)
         got = {(claim.message_id, claim.number): claim for claim in claims}
         assert len(got) == len(claims)
@@ -406,7 +406,7 @@ class History(RuleBasedStateMachine):
             delivery = self.queue[key]
             assert not delivery.k, "never after a K"
             delivery.claims += 1
-            assert (claim.claim, claim.vanished) == (delivery.claims, delivery.vanished)
+            assert (claim.claim, claim.crash_count) == (delivery.claims, delivery.crash_count)
             assert (claim.recipients, claim.sender, claim.route) == (
                 delivery.recipients, delivery.sender, delivery.route,
             )  # fmt: skip
@@ -433,40 +433,42 @@ class History(RuleBasedStateMachine):
             assert all(due[key] <= other + NEAR for left, other in due.items() if left not in woken)
             self.queue[key].state, self.queue[key].due = State.QUEUED, self.clock + GRACE
 
-    def bury(self, _: Random) -> None:
+    def expire_worker(self, _: Random) -> None:
         """A sweeper buries every worker whose lease has run out."""
-        ran_out = {worker for worker in self._alive() if (self.leases[worker] or 0) < self.clock}
-        found = dict(self.office.sweeps.ran_out())
-        assert set(found) == ran_out
-        for worker in ran_out:
-            lost = self.office.sweeps.bury(worker, found[worker])
+        expired_leases = {worker for worker in self._alive() if (self.leases[worker] or 0) < self.clock}
+        found = dict(self.office.sweeps.expired_leases())
+        assert set(found) == expired_leases
+        for worker in expired_leases:
+            lost = self.office.sweeps.expire_worker(worker, found[worker])
             self.leases[worker] = None
             assert lost == self._lost(lambda d, worker=worker: d.worker == worker)
 
     def bury_one_that_renewed(self, _: Random) -> None:
         """A sweeper looks, the worker renews, the sweeper comes too late."""
-        for worker, until in self.office.sweeps.ran_out()[:1]:
+        for worker, until in self.office.sweeps.expired_leases()[:1]:
             assert self.ledger.commit([Renewal(worker)]) == [True]
             self.leases[worker] = self.clock + LEASE
-            assert self.office.sweeps.bury(worker, until) is None
+            assert self.office.sweeps.expire_worker(worker, until) is None
 
-    def lose_stuck(self, chance: Random) -> None:
+    def expire_stuck_transfers(self, chance: Random) -> None:
         """Transfers take longer than any session may, though their workers are alive."""
         self._pass(chance.choice([0, 5]) * STEP, alive=self._alive())
-        assert self.office.sweeps.lose_stuck() == self._lost(lambda d: d.due is not None and d.due <= self.clock)
+        assert self.office.sweeps.expire_stuck_transfers() == self._lost(
+            lambda d: d.due is not None and d.due <= self.clock
+        )
 
-    def lose_strays(self, _: Random) -> None:
-        assert self.office.sweeps.lose_strays() == self._lost(lambda d: self.leases[str(d.worker)] is None)
+    def rescue_unowned(self, _: Random) -> None:
+        assert self.office.sweeps.rescue_unowned() == self._lost(lambda d: self.leases[str(d.worker)] is None)
 
     def _lost(self, which: Any) -> int:
         lost = [delivery for delivery in self.queue.values() if delivery.state is State.SENDING and which(delivery)]
         for delivery in lost:
             delivery.doubts.add(delivery.claims)
-            delivery.vanished += 1
+            delivery.crash_count += 1
             delivery.outcome, delivery.reply = "uncertain", "nobody knows"
             if delivery.wanted:
                 state = WANTED[delivery.wanted]
-            elif delivery.vanished >= POISON or self.hold:
+            elif delivery.crash_count >= POISON or self.hold:
                 state = State.HELD
             else:
                 state = State.EXPIRED if delivery.expires <= self.clock else State.DEFERRED
@@ -483,7 +485,7 @@ class History(RuleBasedStateMachine):
             return
         busy = [key for key, delivery in self.queue.items() if delivery.state is State.SENDING]
         message_id = chance.choice(busy or list(self.queue))[0]
-        told: Verb = chance.choice(list(VERBS.values()))
+        told: Operation = chance.choice(list(OPERATIONS.values()))
         touched, free = self.verbs.apply(told, Filter(id=message_id), actor="tester", reason="")
         mine = [delivery for key, delivery in self.queue.items() if key[0] == message_id]
         met = [d for d in mine if d.state in told.takes or (d.state is State.SENDING and _heard(told, d.wanted))]
@@ -501,9 +503,9 @@ class History(RuleBasedStateMachine):
             if told.name == "bounce":
                 delivery.outcome = delivery.outcome or "rejected"
             if told.name == "release":
-                delivery.vanished = 0
-        for unneeded in free:
-            self.spool.remove(unneeded)
+                delivery.crash_count = 0
+        for deletable_bodies in free:
+            self.spool.remove(deletable_bodies)
 
     def reroute(self, chance: Random) -> None:
         """The recipients of a message get other routes, each by itself."""
@@ -544,11 +546,11 @@ class History(RuleBasedStateMachine):
         notices = [notice for message_id in settled for notice in self._settled(message_id, owing[message_id])]
         assert made is None or sorted(made) == sorted(notices)
 
-    def _made(self, last: str, tell: Callable[[Debts], list[str]]) -> list[str] | None:
+    def _made(self, last: str, tell: Callable[[DsnGenerator], list[str]]) -> list[str] | None:
         """The notices that a sweeper makes; None if it was killed."""
         spool = Deadly(self.spool.directory, last)
         try:
-            return tell(Debts(self.office.engine, spool, self.office.settings, lambda _: "default"))
+            return tell(DsnGenerator(self.office.engine, spool, self.office.settings, lambda _: "default"))
         except Killed:
             assert last
             return None
@@ -600,7 +602,12 @@ class History(RuleBasedStateMachine):
             assert row["size"] == len(text)
             names = sorted(re.findall("^Final-Recipient: rfc822; (.*)$", text, re.MULTILINE))
             words = " ".join(text.split())
-            found[row["id"]] = names, words.count(DOUBT), row["dsn_content"], "refused this notice" in words
+            found[row["id"]] = (
+                names,
+                words.count(POSSIBLY_DELIVERED),
+                row["dsn_content"],
+                "refused this notice" in words,
+            )
         return found
 
     def _add_notice(self, notice: str, about: str, names: list[str], content: str) -> None:
@@ -685,7 +692,7 @@ class History(RuleBasedStateMachine):
         if busy:
             worker = chance.choice(busy)
             self._pass(2 * STEP, alive=[other for other in self._alive() if other != worker])
-            self.bury(chance)
+            self.expire_worker(chance)
 
     # --- the end ----------------------------------------------------------------------------------------------
 
@@ -698,10 +705,10 @@ class History(RuleBasedStateMachine):
             for worker in self.leases:
                 self._round(worker, [one for one in self.transfers if one.worker == worker], [], chance, last=True)
             self._pass(6 * STEP, alive=self._alive())
-            self.lose_strays(chance)
+            self.rescue_unowned(chance)
             self._release()
             self.wake(chance, 1000)
-            self._round(new, [], [Wish(new, None, dict.fromkeys(ROUTES, 1000))], chance)
+            self._round(new, [], [ClaimRequest(new, None, dict.fromkeys(ROUTES, 1000))], chance)
             self.settle(chance, "")
             self.warn(chance, "")
             if all(d.state in (*FINAL, State.SPLIT) and d.due is None for d in self.queue.values()):
@@ -713,11 +720,11 @@ class History(RuleBasedStateMachine):
         assert not [key for key, d in self.queue.items() if d.state not in FINAL and d.recipients], "all has an end"
 
     def _release(self) -> None:
-        self.verbs.apply(VERBS["release"], Filter(), actor="tester", reason="")
+        self.verbs.apply(OPERATIONS["release"], Filter(), actor="tester", reason="")
         for delivery in self.queue.values():
             if delivery.state is State.HELD:
                 self._end(delivery, State.QUEUED)
-                delivery.due, delivery.vanished = self.clock, 0
+                delivery.due, delivery.crash_count = self.clock, 0
 
     # --- what is always so ------------------------------------------------------------------------------------
 
@@ -734,7 +741,9 @@ class History(RuleBasedStateMachine):
         for key, row in rows.items():
             delivery = self.queue[key]
             found = (row["state"], row["who"], row["claims"], row["vanished"], row["wanted"])
-            assert found == (delivery.state, delivery.worker, delivery.claims, delivery.vanished, delivery.wanted), key
+            assert found == (delivery.state, delivery.worker, delivery.claims, delivery.crash_count, delivery.wanted), (
+                key
+            )
             if delivery.due is None:
                 assert row["due_in"] is None
             else:
@@ -791,9 +800,9 @@ def office(clean_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     made.engine.dispose()
 
 
-def _heard(told: Verb, wanted: str | None) -> bool:
+def _heard(told: Operation, wanted: str | None) -> bool:
     """Whether a verb has something to say about a delivery that is being sent."""
-    return told.wanted is not None or (told.withdraws is not None and wanted == told.withdraws)
+    return told.wanted is not None or (told.cancels is not None and wanted == told.cancels)
 
 
 def test_the_queue_does_what_its_model_does(office: Office, spool: Spool) -> None:

@@ -10,20 +10,20 @@ import pytest
 from sqlalchemy import text
 
 from relay.db.engine import writing
-from relay.dsn.generator import Debts
+from relay.dsn.generator import DsnGenerator
 from relay.hints import Hints
 from relay.ids import dashed, new_id
-from relay.queue.model import Wish
-from relay.queue.operations import Verbs
+from relay.queue.model import ClaimRequest
+from relay.queue.operations import QueueOperations
 from relay.routes import Route, Routes, parse_server
 from relay.settings import Settings, WorkerSettings, load
 from relay.spool.store import Spool
 from tests.integration.mailroom import BODY, Mailroom
 from tests.waiting import until
-from worker.circuit_breaker import Servers
-from worker.cleaner import YOUNG, Housekeeper
+from worker.circuit_breaker import ServerPool
+from worker.cleaner import YOUNG, Cleaner
 from worker.rerouter import EVERY, LOOK_EVERY, PATIENCE, Rerouter
-from worker.sweeper import Sweeper, Watch, tick_file
+from worker.sweeper import LeaseMonitor, Sweeper, heartbeat_file
 
 HOUR = 3600.0
 DAY = 24 * HOUR
@@ -56,7 +56,7 @@ class FakeEngine:
     window = looks = 0
 
     def __init__(self, worker: str) -> None:
-        self.worker, self.renewed, self.beat = worker, float("inf"), time.monotonic()
+        self.worker, self.renewed, self.heartbeat = worker, float("inf"), time.monotonic()
 
     def pause(self, subjects: frozenset[str]) -> None:
         self.paused = subjects
@@ -79,7 +79,7 @@ class Scene:
     def __init__(self, mail: Mailroom) -> None:
         self.mail, self.clock, self.hints = mail, Clock(), FakeHints()
         self.engine = FakeEngine(self.worker())
-        debts = Debts(mail.database, mail.spool, mail.settings, lambda address: "default")
+        debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
         self.sweeper = Sweeper(mail.settings, mail.sweeps, debts, self.engine, self.hints, clock=self.clock)  # type: ignore[arg-type]
 
     def worker(self) -> str:
@@ -89,7 +89,7 @@ class Scene:
 
     def sending(self, worker: str) -> str:
         message_id = self.mail.accept()
-        self.mail.ledger.commit([Wish(worker, [message_id], {"default": 1})])
+        self.mail.ledger.commit([ClaimRequest(worker, [message_id], {"default": 1})])
         assert self.mail.state(message_id) == "sending"
         return message_id
 
@@ -135,7 +135,7 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
     scene.sweeper._routes = lambda: (slow, Route("default", ()))
     scene.sweeper.sweep()
     assert scene.hints.offered == [ids[0]], "an hour is what the slow route may wait, with its spread"
-    assert len(scene.mail.ledger.commit([Wish(scene.engine.worker, None, {"default": 5})])[0]) == 1  # type: ignore[arg-type]
+    assert len(scene.mail.ledger.commit([ClaimRequest(scene.engine.worker, None, {"default": 5})])[0]) == 1  # type: ignore[arg-type]
 
 
 def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene: Scene) -> None:
@@ -223,9 +223,9 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
 
 
 def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene) -> None:
-    servers, mx = Servers(5), parse_server("mx.example.net")
-    scene.sweeper._resting = servers.resting
-    Verbs(scene.mail.database, notices=True).pause("server:other:628", actor="me", reason="")
+    servers, mx = ServerPool(5), parse_server("mx.example.net")
+    scene.sweeper._resting = servers.open_circuits
+    QueueOperations(scene.mail.database, notices=True).pause("server:other:628", actor="me", reason="")
     shown = "SELECT server, attempts, left_alone_by AS by, left_alone_why AS why, paused_at FROM server_health"
 
     def health() -> dict[str, tuple[object, ...]]:
@@ -285,7 +285,7 @@ def test_a_full_spool_keeps_only_notices_waiting(scene: Scene, monkeypatch: pyte
 
 def test_no_worker_buries_itself() -> None:
     clock = Clock()
-    watch = Watch(10.0, clock)
+    watch = LeaseMonitor(10.0, clock)
     leases = [("own", "1"), ("other", "1")]
     assert watch.look(leases, "own") == []
     found = []
@@ -305,28 +305,28 @@ def test_a_stuck_transfer_becomes_uncertain(scene: Scene) -> None:
 
 
 def test_the_tick_file_tells_that_both_threads_turn(scene: Scene) -> None:
-    tick = tick_file(scene.mail.settings)
+    tick = heartbeat_file(scene.mail.settings)
     assert tick == scene.mail.settings.state_dir / f"worker-{os.getpid()}.tick"
-    scene.engine.beat = time.monotonic() + HOUR
+    scene.engine.heartbeat = time.monotonic() + HOUR
     scene.sweeper.start()
     until(tick.exists)
     scene.sweeper.close()
     assert not tick.exists()
-    scene.engine.beat -= 2 * HOUR
+    scene.engine.heartbeat -= 2 * HOUR
     scene.sweeper._tick()
     assert not tick.exists()
 
 
 def test_the_tick_file_may_be_elsewhere(tmp_path: Path) -> None:
-    assert tick_file(load(WorkerSettings, health_file=tmp_path / "health")) == tmp_path / "health"
+    assert heartbeat_file(load(WorkerSettings, health_file=tmp_path / "health")) == tmp_path / "health"
 
 
 # Housekeeping
 
 
 @pytest.fixture
-def keeper(mail: Mailroom) -> Housekeeper:
-    return Housekeeper(mail.settings, mail.database, mail.spool)
+def keeper(mail: Mailroom) -> Cleaner:
+    return Cleaner(mail.settings, mail.database, mail.spool)
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def finished(mail: Mailroom) -> Callable[..., str]:
 
 
 def test_finished_messages_go_after_their_retention(
-    mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str]
+    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]
 ) -> None:
     old, young, waiting = finished(age=31 * DAY), finished(age=29 * DAY), mail.accept()
     assert keeper.clean() == 1
@@ -359,7 +359,7 @@ def test_finished_messages_go_after_their_retention(
     assert not mail.spool.path(old).exists()
 
 
-def test_old_mail_that_is_not_finished_stays(mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str]) -> None:
+def test_old_mail_that_is_not_finished_stays(mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]) -> None:
     old = finished(age=31 * DAY)
     mail.change("UPDATE deliveries SET state = 'held' WHERE message_id = :id", id=old)
     assert keeper.clean() == 0
@@ -369,9 +369,7 @@ def _aged(path: Path, seconds: float) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_bodies_that_nobody_needs_are_removed(
-    mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str]
-) -> None:
+def test_bodies_that_nobody_needs_are_removed(mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]) -> None:
     done, fresh, waiting = finished(age=2 * DAY), finished(age=2 * DAY), mail.accept()
     _aged(mail.spool.path(done), 2 * HOUR)
     _aged(mail.spool.path(waiting), 40 * DAY)
@@ -381,7 +379,7 @@ def test_bodies_that_nobody_needs_are_removed(
 
 @pytest.mark.parametrize("lost", ["deliveries", "deliveries and recipients", "one delivery of two"])
 def test_a_message_with_a_row_missing_keeps_its_body(
-    mail: Mailroom, keeper: Housekeeper, finished: Callable[..., str], lost: str
+    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str], lost: str
 ) -> None:
     old = finished(age=31 * DAY)
     if lost == "one delivery of two":
@@ -394,7 +392,7 @@ def test_a_message_with_a_row_missing_keeps_its_body(
     assert mail.spool.path(old).exists()
 
 
-def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(mail: Mailroom, keeper: Housekeeper) -> None:
+def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(mail: Mailroom, keeper: Cleaner) -> None:
     orphan, young = new_id(), new_id()
     for one, age in ((orphan, YOUNG + 60), (young, YOUNG - 60)):
         mail.spool.store(one, [b"x"])
@@ -411,7 +409,7 @@ def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(mail: Ma
 
 @pytest.mark.parametrize("wrong", ["the worker's", "the file system's", "the database's"])
 def test_one_clock_that_is_wrong_takes_no_body(
-    mail: Mailroom, keeper: Housekeeper, monkeypatch: pytest.MonkeyPatch, wrong: str
+    mail: Mailroom, keeper: Cleaner, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     """It is 40 days ahead, while a message is received and another one is there to prove the database."""
     mail.spool.store(received := new_id(), [b"x"])
@@ -428,7 +426,7 @@ def test_one_clock_that_is_wrong_takes_no_body(
 
 
 def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
-    keeper = Housekeeper(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
+    keeper = Cleaner(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 40 * DAY)
     mail.accept()
@@ -438,7 +436,7 @@ def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
     assert not (mail.spool.directory / "orphans" / orphan).exists()
 
 
-def test_the_wait_of_what_is_put_aside_begins_with_the_move(mail: Mailroom, keeper: Housekeeper) -> None:
+def test_the_wait_of_what_is_put_aside_begins_with_the_move(mail: Mailroom, keeper: Cleaner) -> None:
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 400 * DAY)
     mail.accept()
@@ -448,14 +446,14 @@ def test_the_wait_of_what_is_put_aside_begins_with_the_move(mail: Mailroom, keep
 
 def test_what_a_row_needs_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
     """Its row came when it was put aside already."""
-    keeper = Housekeeper(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
+    keeper = Cleaner(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
     message_id = mail.accept()
-    mail.spool.put_aside(message_id)
+    mail.spool.move_to_orphans(message_id)
     keeper.clean_spool()
     os.close(mail.spool.open(message_id, len(BODY)))
 
 
-def test_only_directories_of_bodies_are_removed(mail: Mailroom, keeper: Housekeeper) -> None:
+def test_only_directories_of_bodies_are_removed(mail: Mailroom, keeper: Cleaner) -> None:
     ours, theirs = mail.spool.directory / "01a2b3c4", mail.spool.directory / "lost+found"
     for directory in (ours, theirs):
         directory.mkdir()
@@ -464,8 +462,8 @@ def test_only_directories_of_bodies_are_removed(mail: Mailroom, keeper: Housekee
     assert [ours.exists(), theirs.exists()] == [False, True]
 
 
-def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Housekeeper) -> None:
-    other = Housekeeper(mail.settings, mail.database, mail.spool)
+def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Cleaner) -> None:
+    other = Cleaner(mail.settings, mail.database, mail.spool)
     with keeper._alone() as first, other._alone() as second:
         assert (first, second) == (True, False)
     with other._alone() as second:
@@ -476,7 +474,7 @@ def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Housekeeper) -> 
 
 
 def rerouting(mail: Mailroom, routes: Routes, clock: Callable[[], float]) -> Rerouter:
-    return Rerouter(mail.sweeps, Verbs(mail.database, notices=True), routes, clock=clock)
+    return Rerouter(mail.sweeps, QueueOperations(mail.database, notices=True), routes, clock=clock)
 
 
 def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from relay.db.schema import Outcome, State
-from relay.dsn.generator import Debts
+from relay.dsn.generator import DsnGenerator
 from relay.queue.model import Claim
 from relay.spool.store import Spool
 from tests.integration.office import Office, opened
@@ -26,7 +26,7 @@ def deferred(office: Office, count: int) -> list[str]:
 def vanish(office: Office, worker: str = "") -> int | None:
     """Let a worker's lease run out, and bury it."""
     office.pass_time(office.settings.lease + 1)
-    return office.bury(worker or office.worker)
+    return office.expire_worker(worker or office.worker)
 
 
 def test_what_is_due_wakes_up_the_longest_due_first(office: Office) -> None:
@@ -68,13 +68,13 @@ def test_two_sweepers_share_what_is_due(office: Office) -> None:
 
 def test_a_worker_that_is_alive_is_not_buried(office: Office) -> None:
     (claim,) = office.claim(office.accept())
-    assert office.sweeps.ran_out() == []
+    assert office.sweeps.expired_leases() == []
     office.pass_time(61)
-    ((worker, lease),) = office.sweeps.ran_out()
+    ((worker, lease),) = office.sweeps.expired_leases()
     assert worker == office.worker
     office.renew()
-    assert office.sweeps.bury(worker, lease) is None, "it renewed since it was seen"
-    assert office.sweeps.bury(worker, "never") is None
+    assert office.sweeps.expire_worker(worker, lease) is None, "it renewed since it was seen"
+    assert office.sweeps.expire_worker(worker, "never") is None
     assert office.state(claim.message_id) == "sending"
 
 
@@ -84,10 +84,10 @@ def test_what_a_lost_worker_was_sending_is_uncertain(office: Office) -> None:
     (claim,) = office.claim(office.accept())
     waiting = office.accept()
     office.pass_time(61)
-    lease = dict(office.sweeps.ran_out())[office.worker]
+    lease = dict(office.sweeps.expired_leases())[office.worker]
     office.renew(kept)
-    assert office.sweeps.bury(office.worker, lease) == 1
-    assert office.sweeps.bury(office.worker, lease) is None, "once"
+    assert office.sweeps.expire_worker(office.worker, lease) == 1
+    assert office.sweeps.expire_worker(office.worker, lease) is None, "once"
     row = office.delivery(claim.message_id)
     assert (row["state"], row["worker"], row["vanished"], row["last_outcome"]) == ("deferred", None, 1, "uncertain")
     assert office.settings.uncertain_delay - 10 < row["due_in"] <= 1.5 * office.settings.uncertain_delay
@@ -122,7 +122,7 @@ def test_a_poison_message_is_held(clean_url: str) -> None:
         for lost in (1, 2, 3):
             worker = office.hire()
             (claim,) = office.claim(message_id, worker=worker)
-            assert (claim.vanished, claim.claim) == (lost - 1, lost)
+            assert (claim.crash_count, claim.claim) == (lost - 1, lost)
             vanish(office, worker)
             row = office.delivery(message_id)
             assert (row["vanished"], row["state"]) == (lost, "held" if lost == 3 else "deferred")
@@ -179,10 +179,10 @@ def test_a_worker_that_wakes_up_late(office: Office, outcome: Outcome) -> None:
 def test_stuck_transfers_are_given_up(office: Office) -> None:
     (claim,) = office.claim(office.accept())
     fresh = office.accept()
-    assert office.sweeps.lose_stuck() == 0
+    assert office.sweeps.expire_stuck_transfers() == 0
     office.pass_time(3 * office.settings.session_timeout)
     office.claim(fresh)
-    assert office.sweeps.lose_stuck() == 1
+    assert office.sweeps.expire_stuck_transfers() == 1
     row = office.delivery(claim.message_id)
     assert (row["state"], row["last_outcome"]) == ("expired", "uncertain")
     assert office.state(fresh) == "sending"
@@ -190,24 +190,24 @@ def test_stuck_transfers_are_given_up(office: Office) -> None:
 
 def test_what_a_worker_that_ended_still_held_is_found(office: Office) -> None:
     (claim,) = office.claim(office.accept())
-    assert office.sweeps.lose_strays() == 0
+    assert office.sweeps.rescue_unowned() == 0
     office.change("UPDATE workers SET ended_at = @now, ending = 'stopped'")
-    assert office.sweeps.lose_strays() == 1
+    assert office.sweeps.rescue_unowned() == 1
     assert office.state(claim.message_id) == "deferred"
     assert office.attempts(claim.message_id) == [(1, 0, "uncertain")]
-    assert office.sweeps.lose_strays() == 0
+    assert office.sweeps.rescue_unowned() == 0
 
 
 def test_a_burial_and_a_late_k_at_the_same_time(office: Office) -> None:
     """In either order there is one truth: delivered."""
     claims: list[Claim] = office.claim(*(office.accept() for _ in range(20)))
     office.pass_time(61)
-    lease = dict(office.sweeps.ran_out())[office.worker]
+    lease = dict(office.sweeps.expired_leases())[office.worker]
     barrier = threading.Barrier(2)
 
-    def bury() -> int | None:
+    def expire_worker() -> int | None:
         barrier.wait(10)
-        return office.sweeps.bury(office.worker, lease)
+        return office.sweeps.expire_worker(office.worker, lease)
 
     def finish() -> None:
         barrier.wait(10)
@@ -215,7 +215,7 @@ def test_a_burial_and_a_late_k_at_the_same_time(office: Office) -> None:
             office.record(claim, Outcome.ACCEPTED)
 
     with ThreadPoolExecutor(2) as pool:
-        buried, finished = pool.submit(bury), pool.submit(finish)
+        buried, finished = pool.submit(expire_worker), pool.submit(finish)
         assert buried.result(30) is not None
         finished.result(30)
     assert set(office.states(claim.message_id for claim in claims)) == {"delivered"}
@@ -258,7 +258,7 @@ def test_a_transfer_under_way_keeps_its_claim_and_gets_the_time_of_a_new_one(off
     office.pass_time(-BACK, only=[claim.message_id])
     assert office.sweeps.bring_near(10, LONGEST, ["default"]) == 1
     assert office.delivery(claim.message_id)["due_in"] == pytest.approx(far, abs=4)
-    assert office.sweeps.lose_stuck() == 0
+    assert office.sweeps.expire_stuck_transfers() == 0
     assert office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
 
 
@@ -270,9 +270,9 @@ def test_it_is_done_a_batch_at_a_time(office: Office) -> None:
 
 def test_a_lease_that_ends_later_than_any_has_run_out(office: Office) -> None:
     office.pass_time(-BACK)
-    assert [worker for worker, _ in office.sweeps.ran_out()] == [office.worker]
+    assert [worker for worker, _ in office.sweeps.expired_leases()] == [office.worker]
     assert office.renew()
-    assert office.sweeps.ran_out() == [], "a living worker renews it"
+    assert office.sweeps.expired_leases() == [], "a living worker renews it"
 
 
 def test_a_notice_is_owed_at_once_all_the_same(office: Office, tmp_path: Path) -> None:
@@ -281,5 +281,5 @@ def test_a_notice_is_owed_at_once_all_the_same(office: Office, tmp_path: Path) -
     (claim,) = office.claim(office.accept())
     office.record(claim, Outcome.REJECTED)
     office.pass_time(-BACK, only=[claim.message_id])
-    debts = Debts(office.engine, spool, office.settings, lambda _: "default")
+    debts = DsnGenerator(office.engine, spool, office.settings, lambda _: "default")
     assert len(debts.settle(10)) == 1

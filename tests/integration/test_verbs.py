@@ -89,7 +89,7 @@ def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(office: Office, type
         office.record(claim, Outcome.DEFERRED)
     else:
         office.pass_time(400)
-        office.bury(office.worker)
+        office.expire_worker(office.worker)
     row = office.delivery(claim.message_id)
     assert (row["last_reply"], row["wanted_why"]) == (words, None)
     assert words.endswith(": they moved")
@@ -123,8 +123,8 @@ def test_it_goes_in_chunks_and_misses_nobody(office: Office, monkeypatch: pytest
     monkeypatch.setattr(actions, "CHUNK", 4)
     office.intake.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
     other = office.accept("other@example.com")
-    touched, free = verbs.Verbs(office.engine, notices=True).apply(
-        verbs.VERBS["hold"], Filter(recipient="*@example.org"), actor="me@here", reason="because"
+    touched, free = verbs.QueueOperations(office.engine, notices=True).apply(
+        verbs.OPERATIONS["hold"], Filter(recipient="*@example.org"), actor="me@here", reason="because"
     )
     assert (dict(touched), free) == ({"queued": 18}, [])
     assert office.state(other) == "queued"
@@ -143,15 +143,15 @@ def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
     ids = sorted(office.accept() for _ in range(5))
     for message_id in ids:
         spool.store(message_id, [BODY])
-    note, calls = actions.Action.note, list[int]()
+    note, calls = actions.AuditEntry.note, list[int]()
 
-    def interrupting(self: actions.Action, *given: object) -> None:
+    def interrupting(self: actions.AuditEntry, *given: object) -> None:
         calls.append(1)
         note(self, *given)  # type: ignore[arg-type]
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(actions.Action, "note", interrupting)
+    monkeypatch.setattr(actions.AuditEntry, "note", interrupting)
     done = typed(*name.split(), "--all", "--yes", status=130)
     assert "4 deliveries (4 queued)" in done.stdout
     assert "interrupted after 4 of 5 deliveries" in done.stderr
@@ -170,8 +170,8 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(office: Office) -> 
         for _ in range(size):
             office.accept(sender="")
         with counted(office.engine) as count:
-            _, free = verbs.Verbs(office.engine, notices=True).apply(
-                verbs.VERBS["drop"], Filter(), actor="me@here", reason=""
+            _, free = verbs.QueueOperations(office.engine, notices=True).apply(
+                verbs.OPERATIONS["drop"], Filter(), actor="me@here", reason=""
             )
         assert len(free) == size
         counts.append(count["statements"])
@@ -196,12 +196,12 @@ def test_the_whole_filter_counts_when_the_row_is_locked(office: Office, case: st
     name, wanted, state, change = MEANWHILE[case]
     ids = sorted(one_in(office, state) for _ in range(3))
     office.change("UPDATE deliveries SET last_reply = 'first'")
-    queue = verbs.Verbs(office.engine, notices=True)
+    queue = verbs.QueueOperations(office.engine, notices=True)
     with ThreadPoolExecutor(1) as another, writing(office.engine) as connection:
         of_the_oldest = "WHERE message_id = @id(:id)"
         sql = f"UPDATE deliveries SET {change} {of_the_oldest} RETURNING *"
         (changed,) = connection.execute(text(office.spell(sql)), {"id": dashed(ids[0])}).mappings()
-        applied = another.submit(queue.apply, verbs.VERBS[name], wanted, actor="me@here", reason="", limit=2)
+        applied = another.submit(queue.apply, verbs.OPERATIONS[name], wanted, actor="me@here", reason="", limit=2)
         until(lambda: _waits(office) or applied.done(), what="the verb waits for the row")
         assert not applied.done()
     touched, _ = applied.result()

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from relay.db.schema import Outcome
-from relay.dsn.generator import Debts
+from relay.dsn.generator import DsnGenerator
 from relay.spool.store import Spool
 from tests.integration.office import Office
 from tests.integration.typed import Typed, typed_at
@@ -31,19 +31,19 @@ def told(typed: Typed, message_id: str) -> str:
 
 def test_a_paused_server_is_named_with_who_and_why(office: Office, typed: Typed) -> None:
     message_id = overdue(office)
-    office.sweeps.note_routes(office.worker, {"default": [ONE]})
+    office.sweeps.publish_routes(office.worker, {"default": [ONE]})
     typed("pause", "--server", ONE, "--reason", "new disk")
     words = rf"b@example\.org: queued, and not sent because server {ONE} is paused until `resume` "
     assert re.fullmatch(words + r"\(by \S+@\S+ \d+s ago: new disk\)\.", told(typed, message_id))
     other = office.hire()
-    office.sweeps.note_routes(other, {"default": [ONE, TWO]})
+    office.sweeps.publish_routes(other, {"default": [ONE, TWO]})
     assert "paused" not in told(typed, message_id), "another worker has another server"
-    office.sweeps.note_rests(other, {TWO: "no connection: Connection refused"})
+    office.sweeps.publish_open_circuits(other, {TWO: "no connection: Connection refused"})
     both = told(typed, message_id)
     assert f"server {ONE} is paused" in both
     assert f" and server {TWO} is left alone until it is tried again, within a minute (no connection: Conn" in both
     third = office.hire()
-    office.sweeps.note_routes(third, {"default": [TWO]})
+    office.sweeps.publish_routes(third, {"default": [TWO]})
     assert "left alone" not in told(typed, message_id), "one of those who know it would send there"
 
 
@@ -53,9 +53,9 @@ def test_what_is_wrong_with_a_route(office: Office, typed: Typed) -> None:
     assert re.search(
         r"overdue for 5\ds: its turn has not come: 1 worker is busy with 1 other,", told(typed, message_id)
     )
-    office.sweeps.note_routes(office.worker, {"default": []})
+    office.sweeps.publish_routes(office.worker, {"default": []})
     assert told(typed, message_id).endswith("no QMQP server is configured for route default (RELAY_QMQP_SERVERS).")
-    office.sweeps.note_routes(office.worker, {"bulk": [ONE]})
+    office.sweeps.publish_routes(office.worker, {"bulk": [ONE]})
     assert "no worker knows a route default: `retry --reroute` gives it another" in told(typed, message_id)
     typed("pause", "--server", "192.0.2.99")
     office.change("UPDATE workers SET until = @ago(1)")
@@ -98,7 +98,7 @@ def refused(office: Office, message_id: str, reply: str = "550 go away") -> None
 
 
 def test_what_became_of_a_notice_and_what_it_is_about(office: Office, spool: Spool, typed: Typed) -> None:
-    debts = Debts(office.engine, spool, office.settings, lambda address: "default")
+    debts = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
     message_id = office.accept(ret="FULL")
     spool.store(message_id, [b"Subject: x\n\n".ljust(100, b"x")])
     refused(office, message_id)
@@ -124,7 +124,7 @@ def test_what_became_of_a_notice_and_what_it_is_about(office: Office, spool: Spo
 
 
 def test_a_notice_that_was_given_up(office: Office, spool: Spool, typed: Typed) -> None:
-    debts = Debts(office.engine, spool, office.settings, lambda address: "default")
+    debts = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
     message_id = office.accept()
     refused(office, message_id)
     (notice,) = debts.settle(5)  # without its body, which never was
@@ -145,7 +145,7 @@ def test_a_notice_that_was_given_up(office: Office, spool: Spool, typed: Typed) 
 def test_why_a_sender_is_not_told(
     office: Office, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
 ) -> None:
-    debts = Debts(office.engine, spool, office.settings, lambda address: "default")
+    debts = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
     before = office.accept(client_trusted=False)
     refused(office, before)
     assert len(debts.settle(5)) == 1

@@ -218,17 +218,17 @@ def scene(database_url: str, directory: Path, spawn: Callable[..., Any], *more: 
         yield Scene(house, house.start(**patience, ROUTES=str(routes)), gates)
 
 
-def bury(mail: Mailroom) -> None:
+def expire_worker(mail: Mailroom) -> None:
     """What a sweeper does when the lease has run out."""
     mail.change("UPDATE workers SET until = @ago(1) WHERE ended_at IS NULL")
-    for worker, until_ in mail.sweeps.ran_out():
-        assert mail.sweeps.bury(worker, until_)
+    for worker, until_ in mail.sweeps.expired_leases():
+        assert mail.sweeps.expire_worker(worker, until_)
 
 
 def killed(scene: Scene) -> list[str]:
     with scene.in_every_phase():
         services.end(scene.worker, signal.SIGKILL)
-    bury(scene.mail)
+    expire_worker(scene.mail)
     return scene.rows("the worker is killed")
 
 
@@ -246,7 +246,7 @@ def bereft(scene: Scene) -> list[str]:
     with scene.in_every_phase():
         scene.worker.send_signal(signal.SIGSTOP)
         until(lambda: stands_still(scene.worker.pid))
-    bury(scene.mail)
+    expire_worker(scene.mail)
     scene.gates[WAITING].open.set()
     threading.Event().wait(0.8 * LEASE)  # its own clock has to see that it is late
     scene.worker.send_signal(signal.SIGCONT)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmqp.request import Request
-from smtpd.addresses import Refused, parse_recipient, parse_sender
+from smtpd.addresses import CommandRefused, parse_recipient, parse_sender
 
 HOST = "relay.example"
 
@@ -24,7 +24,7 @@ def refusal(argument: bytes, *, trusted: bool = False) -> bytes:
     parse = parse_sender if argument.startswith(b"FROM") else parse_recipient
     try:
         found: object = parse(argument, HOST, trusted=trusted)
-    except Refused as refused:
+    except CommandRefused as refused:
         return refused.reply
     raise AssertionError(f"accepted as {found}")
 
@@ -153,7 +153,7 @@ def test_a_request_can_be_made_of_whatever_is_taken(local: str) -> None:
     path = f'<"{quoted}"@b.example>'
     try:
         from_, to = sender(path), recipient(path)
-    except Refused:
+    except CommandRefused:
         assert local.startswith("<")
         return
     Request(1, from_.encode(), [to.encode()])
@@ -193,7 +193,7 @@ def test_the_refusal_says_what_is_missing() -> None:
 def test_nothing_gets_through_that_a_server_could_misread(path: bytes, trusted: bool) -> None:
     try:
         address = parse_recipient(b"TO:<" + path + b">", HOST, trusted=trusted).address
-    except Refused:
+    except CommandRefused:
         return
     assert re.fullmatch(r"[ -~]+@[A-Za-z0-9_.:\[\]-]+", address)
     assert trusted or "_" not in address.rpartition("@")[2]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.backoff import delay, spread
+from worker.backoff import delay, jitter
 
 FRACTION = st.floats(0, 1, exclude_max=True)
 
@@ -36,4 +36,4 @@ def test_what_was_deferred_together_comes_back_apart() -> None:
 
 @given(st.floats(0, 1e6), FRACTION)
 def test_a_spread_wait_is_at_most_half_as_long_again(seconds: float, x: float) -> None:
-    assert seconds <= spread(seconds, draw=lambda: x) <= seconds * 1.5
+    assert seconds <= jitter(seconds, draw=lambda: x) <= seconds * 1.5

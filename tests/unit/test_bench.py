@@ -7,7 +7,7 @@ from typing import Any
 from bench import plot, report
 from bench.machine import Disk
 from bench.parts import NO_RATIO, Part, Scale
-from bench.runs import PEER, Result, measure
+from bench.runs import PEER, Measurement, measure
 
 
 class Recorded:
@@ -17,7 +17,7 @@ class Recorded:
         self.name, self.directory, self.runs = name, directory, list(runs)
 
 
-def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted") -> Result:
+def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted") -> Measurement:
     def run(system: Any, _scale: Scale, disk: Disk) -> dict[str, float]:
         disk.settle()
         figure = system.runs.pop(0)

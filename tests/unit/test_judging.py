@@ -4,15 +4,15 @@ import pytest
 
 from relay.db.schema import TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings, load, unwanted
-from worker.delivery import ABOUT_AN_ADDRESS, NEXT, judge
+from worker.delivery import ABOUT_AN_ADDRESS, OUTCOME_POLICY, next_state
 
 SETTINGS = load(WorkerSettings, retry_min=30, retry_max=3600, uncertain_delay=900, uncertain="retry")
 HOLD = load(WorkerSettings, uncertain="hold")
 
 
 def test_every_outcome_leads_somewhere_that_the_schema_allows() -> None:
-    assert set(NEXT) == set(Outcome)
-    assert {state for state, _ in NEXT.values()} <= TRANSITIONS[State.SENDING]
+    assert set(OUTCOME_POLICY) == set(Outcome)
+    assert {state for state, _ in OUTCOME_POLICY.values()} <= TRANSITIONS[State.SENDING]
 
 
 @pytest.mark.parametrize(
@@ -29,30 +29,30 @@ def test_every_outcome_leads_somewhere_that_the_schema_allows() -> None:
     ],
 )
 def test_outcome(outcome: Outcome, state: State, step: int, shortest: float, longest: float) -> None:
-    found = judge(outcome, SETTINGS, 2)
+    found = next_state(outcome, SETTINGS, 2)
     assert (found[0], found[2]) == (state, step)
     assert shortest <= found[1] <= longest
 
 
 def test_a_malformed_reply_before_the_commit_point_is_an_interruption() -> None:
-    assert judge(Outcome.MALFORMED, SETTINGS, 0, committed=False)[1] <= 60
+    assert next_state(Outcome.MALFORMED, SETTINGS, 0, committed=False)[1] <= 60
 
 
 def test_what_came_into_doubt_together_does_not_come_back_together() -> None:
-    assert len({judge(Outcome.UNCERTAIN, SETTINGS, 0)[1] for _ in range(20)}) > 10
+    assert len({next_state(Outcome.UNCERTAIN, SETTINGS, 0)[1] for _ in range(20)}) > 10
 
 
 def test_doubt_grows_too_so_that_doubles_become_rare() -> None:
-    assert judge(Outcome.UNCERTAIN, SETTINGS, 30)[1] >= 1800
+    assert next_state(Outcome.UNCERTAIN, SETTINGS, 30)[1] >= 1800
 
 
 @pytest.mark.parametrize("outcome", [Outcome.UNCERTAIN, Outcome.MALFORMED])
 def test_doubt_may_be_held_for_a_person(outcome: Outcome) -> None:
-    assert judge(outcome, HOLD, 0)[0] is State.HELD
+    assert next_state(outcome, HOLD, 0)[0] is State.HELD
 
 
 def test_a_refusal_of_us_defers_the_mail() -> None:
-    assert judge(Outcome.REJECTED, SETTINGS, 0, unwanted=True)[0] is State.DEFERRED
+    assert next_state(Outcome.REJECTED, SETTINGS, 0, unwanted=True)[0] is State.DEFERRED
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """Hints that wait: turns of the lanes, and when a ticket is done."""
 
-from worker.hint_queue import Lanes, Ticket
+from worker.hint_queue import HintBatch, HintQueue
 
 
-def filled(**lanes: int) -> tuple[Lanes, dict[str, Ticket]]:
-    made, tickets = Lanes(), {}
+def filled(**lanes: int) -> tuple[HintQueue, dict[str, HintBatch]]:
+    made, tickets = HintQueue(), {}
     for lane, count in lanes.items():
-        tickets[lane] = Ticket(count)
+        tickets[lane] = HintBatch(count)
         made.add(tickets[lane], [f"{lane}{n}" for n in range(count)], lane)
     return made, tickets
 
@@ -43,7 +43,7 @@ def test_clearing_lets_everybody_go() -> None:
 
 
 def test_a_ticket_for_nothing_is_done() -> None:
-    assert Ticket(0).wait(0)
+    assert HintBatch(0).wait(0)
 
 
 def test_a_lane_that_nobody_knows_is_the_first() -> None:

@@ -13,7 +13,7 @@ from prometheus_client.core import Metric
 
 from relay import listener, metrics
 from relay.db import engine as database
-from relay.metrics import Queue, serve
+from relay.metrics import QueueMetrics, serve
 from relay.settings import Settings
 from relay.spool.store import Spool
 from tests.waiting import until
@@ -23,7 +23,7 @@ def sample(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-def scraped(collector: Queue) -> str:
+def scraped(collector: QueueMetrics) -> str:
     registry = CollectorRegistry()
     registry.register(collector)
     return generate_latest(registry).decode()
@@ -56,14 +56,14 @@ def test_round_is_observed_by_size_and_seconds():
 
 
 @pytest.fixture
-def queue(tmp_path: Path) -> Iterator[Queue]:
+def queue(tmp_path: Path) -> Iterator[QueueMetrics]:
     """On a database that has no tables."""
     engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
-    yield Queue(engine, Spool(tmp_path))
+    yield QueueMetrics(engine, Spool(tmp_path))
     engine.dispose()
 
 
-def test_a_database_that_fails_leaves_the_rest(queue: Queue):
+def test_a_database_that_fails_leaves_the_rest(queue: QueueMetrics):
     text = scraped(queue)
     assert "relay_database_up 0.0" in text
     assert "relay_spool_free_bytes" in text
@@ -72,13 +72,13 @@ def test_a_database_that_fails_leaves_the_rest(queue: Queue):
 
 def test_a_spool_that_is_gone_leaves_the_rest(tmp_path: Path):
     engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
-    text = scraped(Queue(engine, Spool(tmp_path / "gone")))
+    text = scraped(QueueMetrics(engine, Spool(tmp_path / "gone")))
     engine.dispose()
     assert "relay_spool_free_bytes" not in text
     assert "relay_database_up" in text
 
 
-def test_a_database_that_is_silent_delays_no_scrape(queue: Queue, monkeypatch: pytest.MonkeyPatch):
+def test_a_database_that_is_silent_delays_no_scrape(queue: QueueMetrics, monkeypatch: pytest.MonkeyPatch):
     looks, go_on = [], threading.Event()
 
     def silent() -> list[Metric]:
@@ -103,7 +103,7 @@ def test_not_served_unless_asked():
     assert threading.active_count() == before
 
 
-def test_serves_on_the_first_free_address(queue: Queue, free_port):
+def test_serves_on_the_first_free_address(queue: QueueMetrics, free_port):
     first, second = free_port(), free_port()
     settings = Settings(metrics_listen=(("127.0.0.1", first), ("127.0.0.1", second)))
     stop_first, stop_second = serve(settings, queue), serve(settings)
@@ -130,9 +130,9 @@ def test_requests_that_are_not_finished_are_few_and_end(monkeypatch: pytest.Monk
         ]
         for client in clients[: listener.THREADS : 2]:
             client.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
-        heard = [client.recv(100) for client in reversed(clients)]
+        server_reply = [client.recv(100) for client in reversed(clients)]
         assert threading.active_count() <= before + 1 + listener.THREADS
-        assert [one[:12] for one in heard] == [b"HTTP/1.0 503"] * 2 * listener.THREADS + [b""] * listener.THREADS
+        assert [one[:12] for one in server_reply] == [b"HTTP/1.0 503"] * 2 * listener.THREADS + [b""] * listener.THREADS
         until(lambda: threading.active_count() == before + 1)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             assert b"relay_accept_seconds_count" in answer.read()

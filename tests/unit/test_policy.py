@@ -9,12 +9,20 @@ from typing import Any
 
 import pytest
 
-from reception.policy import ROOM_KEPT_FREE, Client, Policy, PolicyError, Room, client_networks, connected_networks
+from reception.policy import (
+    ROOM_KEPT_FREE,
+    ClientPolicy,
+    FreeSpace,
+    Policy,
+    PolicyError,
+    client_networks,
+    connected_networks,
+)
 from relay.settings import SmtpdSettings, load
-from smtpd.addresses import Recipient, Refused, parse_recipient
+from smtpd.addresses import CommandRefused, Recipient, parse_recipient
 
 
-def client(tmp_path: Path, peer: str, **settings: Any) -> Client:
+def client(tmp_path: Path, peer: str, **settings: Any) -> ClientPolicy:
     made = load(SmtpdSettings, state_dir=tmp_path, spool_dir=tmp_path, hostname="relay.example", **settings)
     return Policy(made).client(peer)
 
@@ -22,7 +30,7 @@ def client(tmp_path: Path, peer: str, **settings: Any) -> Client:
 def refusal(check: Callable[..., None], *arguments: object) -> bytes | None:
     try:
         check(*arguments)
-    except Refused as refused:
+    except CommandRefused as refused:
         return refused.reply
     return None
 
@@ -158,10 +166,10 @@ def test_C22_no_room_is_452_at_mail_and_asked_once_a_second(tmp_path: Path, monk
 
 
 def test_room_without_files_left_or_without_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Room(tmp_path / "nowhere").holds(1)
+    assert FreeSpace(tmp_path / "nowhere").holds(1)
     found = SimpleNamespace(f_files=10, f_favail=0, f_bavail=1 << 40, f_frsize=1)
     monkeypatch.setattr(os, "statvfs", lambda _path: found)
-    assert not Room(tmp_path).holds(1)
+    assert not FreeSpace(tmp_path).holds(1)
 
 
 class Disk:
@@ -179,7 +187,7 @@ class Disk:
 def test_unfinished_messages_of_strangers_take_a_quarter_each_and_leave_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, room = Disk(monkeypatch, 4000), Room(tmp_path)
+    disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
     assert room.holds(1000, "a")
     assert not room.holds(1001, "a")
     claims = [room.claim(1000, one) for one in "abc"]
@@ -194,7 +202,7 @@ def test_unfinished_messages_of_strangers_take_a_quarter_each_and_leave_one(
 
 
 def test_octets_are_counted_once_whether_stored_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk, room = Disk(monkeypatch, 4000), Room(tmp_path)
+    disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
     claim = room.claim(0, "")
     assert claim.grow(3000)
     claim.store(2000)
@@ -213,7 +221,7 @@ def test_what_was_declared_is_claimed_and_what_is_more_comes_on_top(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Disk(monkeypatch, 4000)
-    room = Room(tmp_path)
+    room = FreeSpace(tmp_path)
     claim = room.claim(3000, "")
     assert not room.holds(1001)
     assert claim.grow(3000)
@@ -226,7 +234,7 @@ def test_what_was_declared_is_claimed_and_what_is_more_comes_on_top(
 def test_what_is_thrown_away_is_free_at_once_and_what_is_kept_at_the_next_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, room = Disk(monkeypatch, 4000), Room(tmp_path)
+    disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
     for _ in range(5):  # claims that begin and end do not add up until the next look
         room.claim(3000, "").end()
         assert room.holds(4000)

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 from relay.queue.model import Claim
 from relay.routes import Route, Routes, parse_server
-from worker.capacity import Room
-from worker.circuit_breaker import Place, Servers
+from worker.capacity import Capacity
+from worker.circuit_breaker import ConnectionSlot, ServerPool
 
 A, B, C = parse_server("a.example"), parse_server("b.example"), parse_server("c.example")
 ROUTES = ("one", "two", "default")
 
 
-def room(*routes: Route, places: int = 10, connections: int = 16) -> tuple[Room, Servers]:
-    servers = Servers(places)
-    return Room(Routes(list(routes)), servers, connections, 5), servers
+def room(*routes: Route, places: int = 10, connections: int = 16) -> tuple[Capacity, ServerPool]:
+    servers = ServerPool(places)
+    return Capacity(Routes(list(routes)), servers, connections, 5), servers
 
 
 def claims(name: str, count: int) -> list[Claim]:
@@ -51,7 +51,7 @@ def test_room_that_was_not_used_is_given_back() -> None:
     assert found.busy == 3
     assert found.offer(100) == ({"one": 7}, [])  # ten places, three of them spoken for
     servers.take(Route("one", (A,)))
-    found.placed("one")
+    found.slot_taken("one")
     found.ended()
     assert found.busy == 9
 
@@ -60,7 +60,7 @@ def test_hopeless_routes_get_a_batch_from_looks_only() -> None:
     found, servers = room(Route("one", (A,)))
     for _ in range(3):
         servers.failed(A, "refused")
-    assert found.hopeless("one")
+    assert found.all_servers_down("one")
     assert found.offer(100) == ({}, [])
     assert found.look(5, ROUTES).keys() <= {"one", "default"}
 
@@ -86,7 +86,7 @@ def test_routes_that_share_a_server_share_its_places() -> None:
     assert sum(count for name, count in looked.items() if name != "more") <= 1
     for claim in claims("r0", 3):
         assert servers.take(alike[0]), claim
-        found.placed("r0")
+        found.slot_taken("r0")
     found.settle(looked, ())
     assert found.offer(1) == ({route.name: 1 for route in alike} | {"more": 1}, [
         (frozenset(route.name for route in alike), 1), (frozenset(hinted), 5),
@@ -101,7 +101,7 @@ def test_what_is_claimed_has_a_place(seed: int) -> None:
     limits = [chance.choice([None, 1, 3]) if len(one) == 1 else None for one in lists]
     routes = {f"r{n}": Route(f"r{n}", one, connections=limits[n]) for n, one in enumerate(lists)}
     found, servers = room(*routes.values(), places=4, connections=20)
-    held: list[Place] = []
+    held: list[ConnectionSlot] = []
     for _ in range(6):
         hinted, together = found.offer(chance.randint(1, 9))
         claimed: Counter[str] = Counter()
@@ -116,7 +116,7 @@ def test_what_is_claimed_has_a_place(seed: int) -> None:
         for name in sorted(claimed.elements(), key=lambda name: len(routes[name].servers)):
             place = servers.take(routes[name])
             assert place is not None, (name, claimed)
-            found.placed(name)
+            found.slot_taken(name)
             held.append(place)
         while held and chance.random() < 0.7:
             held.pop(chance.randrange(len(held))).release()

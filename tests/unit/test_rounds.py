@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from relay.db.group_commit import Unsettled, Writer
+from relay.db.group_commit import CommitThread, CommitUnknown
 from tests.waiting import until
 
 
@@ -41,7 +41,7 @@ class Desk:
     def __init__(self, database: Database, **options: Any) -> None:
         self.posts: queue.Queue[Callable[[], None]] = queue.Queue()
         self.answers: dict[Any, Any] = {}
-        self.writer: Writer[Any, str] = Writer("test", database.commit, post=self.posts.put, **options)
+        self.writer: CommitThread[Any, str] = CommitThread("test", database.commit, post=self.posts.put, **options)
 
     def put(self, item: Any, **options: Any) -> None:
         self.writer.put(item, lambda answer: self._answer(item, answer), **options)
@@ -160,7 +160,7 @@ def test_who_cannot_wait_is_told_and_the_others_wait_on(desk: Desk, database: Da
     desk.writer.start()
     answers = desk.wait()
     assert list(answers) == ["hurried"]
-    assert isinstance(answers["hurried"], Unsettled)
+    assert isinstance(answers["hurried"], CommitUnknown)
     assert desk.writer.rounds.stuck
     database.fault = lambda items: None
     assert desk.wait()["patient"] == "patient done"
@@ -191,7 +191,7 @@ def test_closing_while_the_database_is_away_gives_up_in_the_end(desk: Desk, data
     desk.writer.start()
     until(lambda: desk.writer.rounds.stuck)
     assert desk.writer.close(0.5)
-    assert isinstance(desk.wait()["never"], Unsettled)
+    assert isinstance(desk.wait()["never"], CommitUnknown)
 
 
 def test_a_database_that_comes_back_while_we_close_gets_everything(desk: Desk, database: Database) -> None:

@@ -14,9 +14,9 @@ from relay.db.schema import Outcome
 from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
 from relay.settings import Settings, SettingsError, WorkerSettings, load
 from smtpd.main import size_offered
-from worker.capacity import Room
-from worker.circuit_breaker import Servers
-from worker.delivery import judge
+from worker.capacity import Capacity
+from worker.circuit_breaker import ServerPool
+from worker.delivery import next_state
 
 A, B = parse_server("a.example"), parse_server("b.example")
 ONE = '[one]\nrecipients = ["one.example"]\nservers = ["a.example"]\n'
@@ -58,11 +58,11 @@ def test_servers_are_looked_up_at_each_attempt(file: Path, write: Write) -> None
 
 
 def test_a_change_reaches_a_worker_that_runs(file: Path, write: Write) -> None:
-    routes, servers = loaded(file), Servers(10)
-    room = Room(routes, servers, 20, 5)
+    routes, servers = loaded(file), ServerPool(10)
+    room = Capacity(routes, servers, 20, 5)
     assert set(room.offer(20)[0]) == {"one", DEFAULT}
     write(ONE + '[two]\nrecipients = ["two.example"]\nservers = ["b.example"]\nconnections = 2\n')
-    later, _ = Room(routes, servers, 20, 5).offer(20)
+    later, _ = Capacity(routes, servers, 20, 5).offer(20)
     assert set(later) == {"one", "two", DEFAULT}
     assert later["two"] == 2
 
@@ -184,11 +184,11 @@ def test_no_address_and_no_pattern_is_too_odd(address: str, pattern: str) -> Non
 def test_a_route_has_its_own_schedule() -> None:
     settings = load(WorkerSettings, retry_min=30.0, retry_max=3600.0)
     quick, slow = Route("q", (A,), retry_min=1.0, retry_max=4.0), Route("s", (A,), retry_min=7200.0)
-    waits = [judge(Outcome.DEFERRED, settings, step, route=quick)[1] for step in range(20)]
+    waits = [next_state(Outcome.DEFERRED, settings, step, route=quick)[1] for step in range(20)]
     assert 1.0 <= waits[0] <= 2.0
     assert all(2.0 <= wait <= 4.0 for wait in waits[3:])
-    assert judge(Outcome.DEFERRED, settings, 5, route=slow)[1] == 7200.0, "a longest below the least is the least"
-    assert 1.0 <= judge(Outcome.UNREACHABLE, settings, 9, route=quick)[1] <= 1.5
+    assert next_state(Outcome.DEFERRED, settings, 5, route=slow)[1] == 7200.0, "a longest below the least is the least"
+    assert 1.0 <= next_state(Outcome.UNREACHABLE, settings, 9, route=quick)[1] <= 1.5
 
 
 # --- sizes --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 
 from relay.routes import Route, parse_server
 from worker.backoff import delay
-from worker.circuit_breaker import FRESH, REST_AWAITED, REST_MOST, TRIPPED_BY, Place, Servers
+from worker.circuit_breaker import FAILURES_TO_OPEN, FRESH, OPEN_MAX, REST_AWAITED, ConnectionSlot, ServerPool
 
 A, B = parse_server("a.example"), parse_server("b.example:2628")
 ONE, BOTH, NONE = Route("one", (A,)), Route("both", (A, B)), Route("none", ())
@@ -26,22 +26,22 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def servers(clock: Clock) -> Servers:
-    return Servers(2, clock=clock, draw=lambda: 1.0)
+def servers(clock: Clock) -> ServerPool:
+    return ServerPool(2, clock=clock, draw=lambda: 1.0)
 
 
-def trip(servers: Servers, times: int = TRIPPED_BY) -> float | None:
+def trip(servers: ServerPool, times: int = FAILURES_TO_OPEN) -> float | None:
     rest = None
     for _ in range(times):
         rest = servers.failed(A, "refused")
     return rest
 
 
-def name(place: Place | None) -> str | None:
+def name(place: ConnectionSlot | None) -> str | None:
     return place.server.name if place else None
 
 
-def test_servers_are_taken_in_order_and_full_ones_passed_over(servers: Servers) -> None:
+def test_servers_are_taken_in_order_and_full_ones_passed_over(servers: ServerPool) -> None:
     assert servers.room(BOTH) == 4
     taken = [name(servers.take(BOTH)) for _ in range(5)]
     assert taken == [A.name, A.name, B.name, B.name, None]
@@ -49,7 +49,7 @@ def test_servers_are_taken_in_order_and_full_ones_passed_over(servers: Servers) 
     assert not servers.down(BOTH)  # full is not down
 
 
-def test_a_place_is_given_back_once(servers: Servers) -> None:
+def test_a_place_is_given_back_once(servers: ServerPool) -> None:
     place = servers.take(ONE)
     assert place is not None
     place.release()
@@ -57,15 +57,15 @@ def test_a_place_is_given_back_once(servers: Servers) -> None:
     assert servers.free(A) == 2
 
 
-def test_what_was_tried_is_not_tried_again(servers: Servers) -> None:
+def test_what_was_tried_is_not_tried_again(servers: ServerPool) -> None:
     assert name(servers.take(BOTH, {A.name})) == B.name
     assert servers.take(BOTH, {A.name, B.name}) is None
 
 
-def test_failures_in_a_row_open_the_breaker(servers: Servers) -> None:
-    assert trip(servers, TRIPPED_BY - 1) is None
+def test_failures_in_a_row_open_the_breaker(servers: ServerPool) -> None:
+    assert trip(servers, FAILURES_TO_OPEN - 1) is None
     servers.succeeded(A)
-    assert trip(servers, TRIPPED_BY - 1) is None
+    assert trip(servers, FAILURES_TO_OPEN - 1) is None
     assert servers.failed(A, "refused") == 1.0
     assert name(servers.take(BOTH)) == B.name
     assert (servers.free(A), servers.down(ONE), servers.down(BOTH)) == (0, True, False)
@@ -73,7 +73,7 @@ def test_failures_in_a_row_open_the_breaker(servers: Servers) -> None:
     assert A.name in servers.why(BOTH)
 
 
-def test_one_probe_at_a_time_and_its_success_ends_the_rest(servers: Servers, clock: Clock) -> None:
+def test_one_probe_at_a_time_and_its_success_ends_the_rest(servers: ServerPool, clock: Clock) -> None:
     trip(servers)
     clock.now += 1.0
     assert (servers.room(ONE), servers.down(ONE)) == (1, False)
@@ -87,7 +87,7 @@ def test_one_probe_at_a_time_and_its_success_ends_the_rest(servers: Servers, clo
     assert not servers.succeeded(A)
 
 
-def test_a_probe_that_fails_rests_the_server_for_longer_and_never_too_long(servers: Servers, clock: Clock) -> None:
+def test_a_probe_that_fails_rests_the_server_for_longer_and_never_too_long(servers: ServerPool, clock: Clock) -> None:
     rests = [trip(servers)]
     for _ in range(10):
         clock.now += rests[-1] or 0
@@ -96,10 +96,10 @@ def test_a_probe_that_fails_rests_the_server_for_longer_and_never_too_long(serve
         rests.append(servers.failed(A, "refused"))
         probe.release()
     assert rests[:4] == [1.0, 2.0, 4.0, 8.0]
-    assert rests[-1] == REST_MOST
+    assert rests[-1] == OPEN_MAX
 
 
-def test_a_probe_of_our_own_that_said_nothing_makes_way_for_another(servers: Servers, clock: Clock) -> None:
+def test_a_probe_of_our_own_that_said_nothing_makes_way_for_another(servers: ServerPool, clock: Clock) -> None:
     trip(servers)
     clock.now += 1.0
     probe = servers.take(ONE)
@@ -108,14 +108,14 @@ def test_a_probe_of_our_own_that_said_nothing_makes_way_for_another(servers: Ser
     assert name(servers.take(ONE)) == A.name
 
 
-def test_failures_that_began_before_the_rest_do_not_lengthen_it(servers: Servers) -> None:
+def test_failures_that_began_before_the_rest_do_not_lengthen_it(servers: ServerPool) -> None:
     assert trip(servers) == 1.0
     assert servers.failed(A, "refused") is None
 
 
 def test_a_server_that_refuses_us_rests_for_longer_than_the_mail_that_it_refused_waits(clock: Clock) -> None:
     least, most = 30.0, 300.0
-    servers = Servers(2, clock=clock, draw=lambda: 0.0, backoff=(least, most))
+    servers = ServerPool(2, clock=clock, draw=lambda: 0.0, backoff=(least, most))
     servers.awaited = frozenset({A.name})
     rest: float | None = None
     for step in range(6):
@@ -131,17 +131,17 @@ def test_a_server_that_refuses_us_rests_for_longer_than_the_mail_that_it_refused
 
 
 def test_a_server_that_fails_and_then_refuses_us_rests_for_as_long_as_any_that_refuses_us(clock: Clock) -> None:
-    servers = Servers(2, clock=clock, draw=lambda: 0.0, backoff=(30.0, 300.0))
+    servers = ServerPool(2, clock=clock, draw=lambda: 0.0, backoff=(30.0, 300.0))
     trip(servers)
     assert servers.failed(A, "not authorized", at_once=True) == 60.0
     clock.now += 60.0
     assert trip(servers, 1) == 1.0, "it fails again, and that is all"
 
 
-def test_a_server_that_mail_waits_for_is_tried_every_few_seconds(servers: Servers, clock: Clock) -> None:
+def test_a_server_that_mail_waits_for_is_tried_every_few_seconds(servers: ServerPool, clock: Clock) -> None:
     for _ in range(10):
         trip(servers)
-        clock.now += REST_MOST
+        clock.now += OPEN_MAX
     trip(servers)
     clock.now += REST_AWAITED
     assert (servers.free(A), servers.rests(A.name), servers.down(ONE)) == (0, True, True)
@@ -149,7 +149,7 @@ def test_a_server_that_mail_waits_for_is_tried_every_few_seconds(servers: Server
     assert (servers.free(A), servers.rests(A.name), servers.down(ONE)) == (1, False, False)
     probe = servers.take(ONE)
     assert probe is not None
-    assert servers.failed(A, "refused") == REST_MOST
+    assert servers.failed(A, "refused") == OPEN_MAX
     probe.release()
     assert servers.free(A) == 0
     clock.now += REST_AWAITED
@@ -157,7 +157,7 @@ def test_a_server_that_mail_waits_for_is_tried_every_few_seconds(servers: Server
     assert REST_AWAITED < 5
 
 
-def test_a_server_works_while_its_last_reply_is_fresh(servers: Servers, clock: Clock) -> None:
+def test_a_server_works_while_its_last_reply_is_fresh(servers: ServerPool, clock: Clock) -> None:
     assert not servers.works(BOTH)
     servers.succeeded(B)
     assert (servers.works(BOTH), servers.works(ONE)) == (True, False)
@@ -173,7 +173,7 @@ def test_a_server_works_while_its_last_reply_is_fresh(servers: Servers, clock: C
     assert not servers.works(BOTH)
 
 
-def test_the_last_byte_is_held_back_where_the_last_connection_was_closed_at_once(servers: Servers) -> None:
+def test_the_last_byte_is_held_back_where_the_last_connection_was_closed_at_once(servers: ServerPool) -> None:
     assert servers.holds_back(A) == 0
     servers.closed(A, 0.02)
     assert 0.04 <= servers.holds_back(A) < 0.06
@@ -184,12 +184,12 @@ def test_the_last_byte_is_held_back_where_the_last_connection_was_closed_at_once
     assert servers.holds_back(A) == 0
 
 
-def test_no_servers_at_all_are_down(servers: Servers) -> None:
+def test_no_servers_at_all_are_down(servers: ServerPool) -> None:
     assert servers.down(NONE)
     assert (servers.room(NONE), servers.why(NONE), servers.take(NONE)) == (0, "", None)
 
 
-def test_a_route_may_have_fewer_places_at_its_servers(servers: Servers) -> None:
+def test_a_route_may_have_fewer_places_at_its_servers(servers: ServerPool) -> None:
     narrow = Route("narrow", (A, B), connections=1)
     assert (servers.room(narrow), servers.room(BOTH)) == (2, 4)
     assert [name(servers.take(narrow)) for _ in range(3)] == [A.name, B.name, None]
@@ -198,7 +198,7 @@ def test_a_route_may_have_fewer_places_at_its_servers(servers: Servers) -> None:
 
 
 def test_what_others_send_there_does_not_count_for_a_routes_own_limit() -> None:
-    servers, narrow = Servers(4), Route("narrow", (A, B), connections=1)
+    servers, narrow = ServerPool(4), Route("narrow", (A, B), connections=1)
     for _ in range(3):
         servers.take(BOTH)
     assert servers.room(narrow) == 2
@@ -212,7 +212,7 @@ def test_what_others_send_there_does_not_count_for_a_routes_own_limit() -> None:
     assert (servers.room(narrow), servers.take(narrow)) == (0, None), "there is no place for anybody"
 
 
-def test_what_is_paused_is_passed_over_and_is_not_down(servers: Servers) -> None:
+def test_what_is_paused_is_passed_over_and_is_not_down(servers: ServerPool) -> None:
     servers.pauses = frozenset({f"server:{A.name}", "route:one"})
     assert name(servers.take(BOTH)) == B.name
     assert (servers.room(ONE), servers.paused(ONE), servers.paused(BOTH)) == (0, True, False)
@@ -225,29 +225,29 @@ def test_what_is_paused_is_passed_over_and_is_not_down(servers: Servers) -> None
 def test_a_rest_that_has_run_out_is_none(clock: Clock) -> None:
     """Also if nobody has mail for the server; and one that was taken out of the routes is nobody's."""
     routed = {A.name, B.name}
-    servers = Servers(2, clock=clock, draw=lambda: 1.0, routed=lambda: routed)
+    servers = ServerPool(2, clock=clock, draw=lambda: 1.0, routed=lambda: routed)
     trip(servers)
     servers.failed(B, "not authorized", at_once=True)
-    assert servers.resting() == {A.name: "refused", B.name: "not authorized"}
+    assert servers.open_circuits() == {A.name: "refused", B.name: "not authorized"}
     routed.remove(B.name)
-    assert servers.resting() == {A.name: "refused"}
+    assert servers.open_circuits() == {A.name: "refused"}
     assert not servers.rests(B.name)
     clock.now += 1.0
-    assert servers.resting() == {}
+    assert servers.open_circuits() == {}
     probe = servers.take(ONE)
     assert probe is not None
-    assert servers.resting() == {A.name: "refused"}, "while it is tried it has no other mail"
+    assert servers.open_circuits() == {A.name: "refused"}, "while it is tried it has no other mail"
     servers.failed(A, "refused again")
     probe.release()
-    assert servers.resting() == {A.name: "refused again"}
+    assert servers.open_circuits() == {A.name: "refused again"}
     clock.now += 100.0
-    assert servers.resting() == {}
+    assert servers.open_circuits() == {}
 
 
 def test_a_server_that_is_in_use_is_not_forgotten(clock: Clock) -> None:
-    servers = Servers(2, clock=clock, routed=set)
+    servers = ServerPool(2, clock=clock, routed=set)
     place = servers.take(ONE)
     assert place is not None
-    servers.resting()
+    servers.open_circuits()
     assert servers.free(A) == 1
     place.release()

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smtpd.addresses import Recipient, Refused
-from smtpd.events import Abandon, Begin, Complete, Event, Refusal, Text
+from smtpd.addresses import CommandRefused, Recipient
+from smtpd.events import DataComplete, DataReceived, DataRejected, Event, MailStarted, Refusal
 from smtpd.session import (
     COMMAND_LIMIT,
     ENDLESS,
@@ -18,7 +18,7 @@ from smtpd.session import (
     TURN,
     Greeting,
     Session,
-    State,
+    SessionState,
 )
 
 GREETING = Greeting("relay.example", 1000)
@@ -32,13 +32,13 @@ class OpenRules:
 
     def check_sender(self, size: int) -> None:
         if size > 1000:
-            raise Refused(b"552 5.3.4 Too big\r\n")
+            raise CommandRefused(b"552 5.3.4 Too big\r\n")
 
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
         if recipient.domain == "denied":
-            raise Refused(b"554 5.7.1 Relay access denied\r\n")
+            raise CommandRefused(b"554 5.7.1 Relay access denied\r\n")
         if accepted >= 3:
-            raise Refused(b"452 4.5.3 Too many recipients\r\n")
+            raise CommandRefused(b"452 4.5.3 Too many recipients\r\n")
 
 
 class Talk:
@@ -71,13 +71,13 @@ class Talk:
 
     @property
     def waiting(self) -> bool:
-        return self.session._state is State.VERDICT
+        return self.session._state is SessionState.AWAIT_REPLY
 
     def told[Kind](self, kind: type[Kind]) -> list[Kind]:
         return [event for event in self.events if isinstance(event, kind)]
 
     def text(self) -> bytes:
-        return b"".join(event.data for event in self.told(Text))
+        return b"".join(event.data for event in self.told(DataReceived))
 
 
 def codes(replies: bytes) -> list[bytes]:
@@ -163,7 +163,7 @@ def test_a_message_with_its_envelope() -> None:
     assert not talk.session.idle
     assert talk.say(b"Message-ID: <m@i>\r\n\r\n..dot\r\n.\r\n") == b""
     assert talk.waiting
-    [begin] = talk.told(Begin)
+    [begin] = talk.told(MailStarted)
     envelope = begin.envelope
     assert (envelope.sender, envelope.helo, envelope.protocol) == ("", "client.example", "ESMTP")
     assert envelope.parameters == {b"BODY": "8BITMIME", b"RET": "HDRS", b"ENVID": "aB"}
@@ -172,7 +172,7 @@ def test_a_message_with_its_envelope() -> None:
         Recipient("e@f", "e@f", "f", orcpt="rfc822;E@f"),
     ]
     assert talk.text() == b"Message-ID: <m@i>\n\n.dot\n"
-    assert talk.events[-1] == Complete("<m@i>")
+    assert talk.events[-1] == DataComplete("<m@i>")
     assert talk.answer(b"250 2.0.0 Ok: queued as 1\r\n") == b"250 2.0.0 Ok: queued as 1\r\n"
     assert talk.session.idle
 
@@ -180,7 +180,7 @@ def test_a_message_with_its_envelope() -> None:
 def test_helo_is_plain_smtp() -> None:
     talk = Talk()
     talk.say(b"HELO client\r\n", MAIL, RCPT, DATA)
-    assert talk.told(Begin)[0].envelope.protocol == "SMTP"
+    assert talk.told(MailStarted)[0].envelope.protocol == "SMTP"
 
 
 def test_a_message_that_asks_for_smtputf8_came_by_utf8smtp() -> None:
@@ -188,7 +188,7 @@ def test_a_message_that_asks_for_smtputf8_came_by_utf8smtp() -> None:
     talk.say(EHLO, b"MAIL FROM:<a@b> SMTPUTF8\r\n", RCPT, DATA, "Subject: \xfc\r\n.\r\n".encode())
     talk.answer()
     talk.say(MAIL, RCPT, DATA)
-    assert [begin.envelope.protocol for begin in talk.told(Begin)] == ["UTF8SMTP", "ESMTP"]
+    assert [begin.envelope.protocol for begin in talk.told(MailStarted)] == ["UTF8SMTP", "ESMTP"]
     assert talk.text() == "Subject: \xfc\n".encode()
 
 
@@ -207,10 +207,17 @@ def test_C19_commands_behind_a_message_wait_for_its_answer() -> None:
     assert talk.session.backlog == len(MAIL + RCPT + DATA)
     assert codes(talk.answer(b"451 4.3.0 Later\r\n")) == [b"451 4.3.0", b"250 2.1.0", b"250 2.1.5", b"354 End"]
     assert talk.say(b"y\r\n.\r\nQUIT\r\n") == b""
-    assert talk.session.says_goodbye()
+    assert talk.session.quit_pending()
     assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
     assert talk.session.closed
-    assert [type(event) for event in talk.events] == [Begin, Text, Complete, Begin, Text, Complete]
+    assert [type(event) for event in talk.events] == [
+        MailStarted,
+        DataReceived,
+        DataComplete,
+        MailStarted,
+        DataReceived,
+        DataComplete,
+    ]
 
 
 def test_C19_talking_before_the_banner_is_refused() -> None:
@@ -245,7 +252,7 @@ def test_content_behind_any_refused_data_is_not_obeyed(data: bytes) -> None:
     talk.say(EHLO, MAIL, RCPT)
     assert codes(talk.say(data + b"RSET\r\n" + MAIL))[1:] == [b"421 4.5.0"]
     assert talk.session.closed
-    assert not talk.told(Begin)
+    assert not talk.told(MailStarted)
 
 
 def test_a_client_that_waits_for_the_reply_to_data_may_go_on() -> None:
@@ -295,8 +302,8 @@ def test_C2_C12_content_at_fault_is_read_to_its_end(content: bytes, code: bytes)
     talk.say(EHLO, MAIL + RCPT + DATA)
     replies = talk.say(*(bytes([byte]) for byte in content + b".\r\nNOOP\r\n"))
     assert codes(replies) == [code, b"250 2.0.0"]
-    assert talk.told(Abandon) == [Abandon()]
-    assert not talk.told(Complete)
+    assert talk.told(DataRejected) == [DataRejected()]
+    assert not talk.told(DataComplete)
     assert codes(talk.say(MAIL)) == [b"250 2.1.0"]
 
 
@@ -320,7 +327,7 @@ def test_C16_past_the_recipient_limit_452_without_being_an_error() -> None:
     assert codes(talk.say(b"RCPT TO:<g@d>\r\n" * TURN)) == [b"452 4.5.3"] * TURN
     assert len(talk.told(Refusal)) == 1
     assert codes(talk.say(DATA)) == [b"354 End"]
-    assert len(talk.told(Begin)[0].envelope.recipients) == 3
+    assert len(talk.told(MailStarted)[0].envelope.recipients) == 3
 
 
 def test_a_repeated_recipient_is_taken_once_and_counts_once() -> None:
@@ -334,11 +341,11 @@ def test_a_repeated_recipient_is_taken_once_and_counts_once() -> None:
         b"452 4.5.3",
     ]
     talk.say(DATA, b".\r\n")
-    [begin] = talk.told(Begin)
+    [begin] = talk.told(MailStarted)
     assert [one.address for one in begin.envelope.recipients] == ["c@d", "C@d", "c@d.e"]
     talk.answer()
     talk.say(MAIL + RCPT + DATA)
-    assert [one.address for one in talk.told(Begin)[1].envelope.recipients] == ["c@d"]
+    assert [one.address for one in talk.told(MailStarted)[1].envelope.recipients] == ["c@d"]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +363,7 @@ def test_a_repeat_takes_no_notice_away(first: bytes, second: bytes, both: str | 
     talk = Talk()
     orcpt = b" ORCPT=rfc822;x@y"
     talk.say(EHLO, MAIL, b"RCPT TO:<c@d>%b\r\nRCPT TO:<c@d>%b%b\r\n" % (first, second, orcpt), DATA)
-    [begin] = talk.told(Begin)
+    [begin] = talk.told(MailStarted)
     assert begin.envelope.recipients == [Recipient("c@d", "c@d", "d", both, "rfc822;x@y")]
 
 
@@ -388,7 +395,7 @@ def test_names_without_a_domain_are_those_of_this_host_for_trusted_clients() -> 
     assert codes(Talk().say(EHLO, b"MAIL FROM:<root>\r\n"))[1:] == [b"501 5.1.7"]
     talk = Talk(trusted=True)
     assert codes(talk.say(EHLO, b"MAIL FROM:<root>\r\n", b"RCPT TO:<cron>\r\n", DATA))[-1] == b"354 End"
-    [begin] = talk.told(Begin)
+    [begin] = talk.told(MailStarted)
     assert begin.envelope.sender == "root@relay.example"
     assert begin.envelope.recipients == [Recipient("cron@relay.example", "cron@relay.example", "relay.example")]
 
@@ -471,7 +478,7 @@ def test_a_turn_is_cut_anywhere_in_a_transaction_and_loses_nothing() -> None:
     talk = Talk()
     replies = talk.say(EHLO + NOOP * (TURN - 3) + MAIL + RCPT + DATA + b"x\r\n.\r\nQUIT\r\n")
     assert codes(replies)[-2:] == [b"250 2.1.0", b"250 2.1.5"]
-    assert talk.session.says_goodbye(), "it has finished, and may have closed its half"
+    assert talk.session.quit_pending(), "it has finished, and may have closed its half"
     assert codes(talk.go_on()) == [b"354 End"]
     assert talk.text() == b"x\n"
     assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]

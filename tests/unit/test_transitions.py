@@ -2,7 +2,7 @@
 
 from migrations.tables import deliveries
 from relay.db.schema import FINAL, NEEDS_BODY, TRANSITIONS, UNFINISHED, Outcome, State, words
-from relay.queue.operations import VERBS
+from relay.queue.operations import OPERATIONS
 
 
 def test_every_state_is_in_the_table() -> None:
@@ -34,7 +34,7 @@ def test_everything_unfinished_leads_to_an_end() -> None:
 
 
 def test_operators_verbs_are_transitions() -> None:
-    for verb in VERBS.values():
+    for verb in OPERATIONS.values():
         for state in verb.takes:
             assert verb.state in TRANSITIONS[state], f"{verb.name} from {state}"
         if verb.wanted:
