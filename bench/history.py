@@ -25,13 +25,13 @@ _INSERTS = (
     """INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol, header_message_id)
         SELECT {id}, 'sender' || n % 1000 || '@example.com', 4096, {arrival}, '192.0.2.1', 'client.example.com',
         'ESMTP', '<' || n || '@client.example.com>' FROM numbers""",
-    """INSERT INTO recipients (message_id, position, address, delivery)
+    """INSERT INTO recipients (queue_id, position, address, delivery)
         SELECT {id}, 1, 'recipient' || n || '@d' || n % 97 || '.example.org', 1 FROM numbers""",
-    """INSERT INTO deliveries (message_id, number, route, state, due_at, expires_at, claims, last_outcome, last_reply,
+    """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, claim_count, last_outcome, last_reply,
         last_server, finished_at) SELECT {id}, 1, 'default', state, CASE WHEN state = 'deferred' THEN {soon} END,
         {soon}, 1, CASE state WHEN 'delivered' THEN 'accepted' WHEN 'bounced' THEN 'rejected' ELSE 'deferred' END,
         {reply}, {server}, CASE WHEN state IN ('delivered', 'bounced') THEN {arrival} END FROM numbers""",
-    """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at, outcome, reply,
+    """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at, outcome, reply,
         bytes_sent) SELECT {id}, 1, 1, 1, {worker}, {server}, {arrival}, {arrival},
         CASE state WHEN 'delivered' THEN 'accepted' WHEN 'bounced' THEN 'rejected' ELSE 'deferred' END, {reply}, 4200
         FROM numbers""",

@@ -21,7 +21,7 @@ from relay.db.sql import dialect_of
 
 SEARCHES = (
     "sender=sender77@example.com", "sender=*77@example.com", "recipient=recipient5000@d53.example.org",
-    "recipient=*@d53.example.org", "message_id=5000@client.example.com", "reply=greylisted", "reply=never+said",
+    "recipient=*@d53.example.org", "header_message_id=5000@client.example.com", "reply=greylisted", "reply=never+said",
     "state=deferred", "state=delivered", "state=bounced", "state=held", "state=expired", "state=deferred&reply=never",
 )  # fmt: skip
 

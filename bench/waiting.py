@@ -75,7 +75,7 @@ class RelayQueue:
             raise SystemExit("not all of a round was claimed")
         tried = Attempt(1, "192.0.2.1:628", Outcome.ACCEPTED, "ok", 4200, 0.1, 0.0)
         given = {"state": State.DELIVERED, "outcome": Outcome.ACCEPTED, "reply": "ok", "tries": [tried]}
-        self.ledger.commit([Completion(self.worker, c.message_id, c.number, c.claim, **given) for c in claims])  # type: ignore[arg-type]
+        self.ledger.commit([Completion(self.worker, c.queue_id, c.number, c.claim, **given) for c in claims])  # type: ignore[arg-type]
         return accepted - began, time.perf_counter() - accepted
 
 
@@ -86,7 +86,7 @@ def wait_for_a_dead_server(engine: Engine) -> None:
         if spell.postgresql:
             connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         sql = """UPDATE deliveries SET state = 'queued', route = 'dead', due_at = @ago(3600 * (1 + @chance))
-            WHERE state = 'deferred' AND message_id IN (SELECT id FROM messages WHERE sender < 'sender5')"""
+            WHERE state = 'deferred' AND queue_id IN (SELECT id FROM messages WHERE sender < 'sender5')"""
         connection.execute(text(spell(sql)))
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         if spell.postgresql:

@@ -5,16 +5,20 @@ cannot get its table lock in a few seconds gives up rather than queue in front o
 """
 
 from alembic import context
+from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, pool
 
 from migrations.tables import metadata
+from migrations.views import create_views
 from relay.db.engine import connect, writing
+from relay.db.schema import REVISION
 
 LOCK = 0x716D7170  # "qmqp"
 
 
 def run(connection: Connection) -> None:
-    """Run the migrations that are due."""
+    """Run the migrations that are due; make the views anew if that led to the newest revision."""
+    before = MigrationContext.configure(connection).get_current_revision()
     context.configure(
         connection=connection,
         target_metadata=metadata,
@@ -25,6 +29,9 @@ def run(connection: Connection) -> None:
     )
     with context.begin_transaction():
         context.run_migrations()
+        after = MigrationContext.configure(connection).get_current_revision()
+        if after != before and after == REVISION:
+            create_views(connection)
 
 
 def online() -> None:

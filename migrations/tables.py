@@ -54,7 +54,7 @@ messages = Table(
     Column("body_type", Text, comment="BODY= of MAIL (RFC 6152)"),
     Column("ret", Text, comment="RET= of MAIL (RFC 3461)"),
     Column("envid", Text, comment="ENVID= of MAIL (RFC 3461), xtext"),
-    Column("notice_of", Id, comment="the message that this notice is about"),
+    Column("dsn_of", Id, comment="the message that this notice is about"),
     Column(
         "client_trusted", Boolean, comment="whether the client is in CLIENT_NETWORKS; empty: one of our own, or older"
     ),
@@ -67,13 +67,13 @@ messages = Table(
 recipients = Table(
     "recipients",
     metadata,
-    Column("message_id", Id, nullable=False, comment="the message that goes to it"),
+    Column("queue_id", Id, nullable=False, comment="the message that goes to it"),
     Column("position", Integer, nullable=False, comment="order of RCPT, from 1"),
     Column("address", Text, nullable=False, comment="envelope recipient, local part without SMTP quoting"),
     Column("delivery", Integer, nullable=False, comment="number of the delivery that carries it"),
     Column("notify", Text, comment="NOTIFY= of RCPT (RFC 3461)"),
     Column("orcpt", Text, comment="ORCPT= of RCPT (RFC 3461), xtext"),
-    PrimaryKeyConstraint("message_id", "position"),
+    PrimaryKeyConstraint("queue_id", "position"),
     Index("recipients_address", "address", postgresql_ops={"address": "text_pattern_ops"}),
     comment="envelope recipients",
 )
@@ -81,7 +81,7 @@ recipients = Table(
 deliveries = Table(
     "deliveries",
     metadata,
-    Column("message_id", Id, nullable=False, comment="the message that it carries"),
+    Column("queue_id", Id, nullable=False, comment="the message that it carries"),
     Column("number", Integer, nullable=False, comment="from 1 within the message"),
     Column("parent", Integer, comment="the delivery that was split into this one"),
     Column("route", Text, nullable=False, comment="name of the route; its servers are looked up at each attempt"),
@@ -89,21 +89,23 @@ deliveries = Table(
     Column("due_at", Instant, comment="when somebody must look again; empty when nobody need"),
     Column("expires_at", Instant, nullable=False, comment="a try that fails after this is the last"),
     Column("worker", Id, comment="who is sending it"),
-    Column("claims", Integer, nullable=False, server_default="0", comment="times it was claimed; numbers the tries"),
+    Column(
+        "claim_count", Integer, nullable=False, server_default="0", comment="times it was claimed; numbers the tries"
+    ),
     Column("backoff_step", Integer, nullable=False, server_default="0", comment="deferrals in a row"),
-    Column("vanished", Integer, nullable=False, server_default="0", comment="workers lost over it in a row"),
-    Column("wanted", Text, comment="what an operator asked for while it was being sent"),
+    Column("crash_count", Integer, nullable=False, server_default="0", comment="workers lost over it in a row"),
+    Column("pending_operation", Text, comment="what an operator asked for while it was being sent"),
     Column("last_outcome", Text, comment="outcome of the last try"),
     Column("last_reply", Text, comment="the server's words, or ours, at the last try"),
     Column("last_server", Text, comment="server of the last try"),
     Column("finished_at", Instant, comment="when it became final"),
-    Column("wanted_why", Text, comment="who asked for what is wanted, and why"),
+    Column("pending_reason", Text, comment="who asked for what is wanted, and why"),
     Column("warned_at", Instant, comment="when the sender was told that it is late"),
     Column("waiting_for", Text, comment="route:NAME: it becomes due when a server of that route answers"),
     Column(
         "dsn_withheld", Text, comment="why its sender gets no DSN: rate, postmaster or address; empty: no such reason"
     ),
-    PrimaryKeyConstraint("message_id", "number"),
+    PrimaryKeyConstraint("queue_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
     CheckConstraint(
         "due_at IS NOT NULL OR state NOT IN ('queued', 'sending', 'deferred')", name="due_where_the_state_needs_it"
@@ -114,7 +116,7 @@ deliveries = Table(
     _some("deferred", "state = 'deferred'", "due_at"),
     _some("waiting", "state = 'deferred' AND waiting_for IS NOT NULL", "waiting_for", "due_at"),
     _some("owing", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
-    _some("held", "state = 'held'", "message_id"),
+    _some("held", "state = 'held'", "queue_id"),
     _some("finished", f"state NOT IN ({words(UNFINISHED)})", "state", "route"),
     comment="QMQP requests to get across: the queue",
     postgresql_with={"fillfactor": 80, "autovacuum_vacuum_scale_factor": 0.02, "autovacuum_analyze_scale_factor": 0.02},
@@ -123,10 +125,15 @@ deliveries = Table(
 attempts = Table(
     "attempts",
     metadata,
-    Column("message_id", Id, nullable=False, comment="the message that was tried"),
+    Column("queue_id", Id, nullable=False, comment="the message that was tried"),
     Column("delivery", Integer, nullable=False, comment="number of the delivery"),
     Column("claim", Integer, nullable=False, comment="which claim of the delivery, from 1"),
-    Column("hop", Integer, nullable=False, comment="which server within the claim, from 1; 0: the worker was lost"),
+    Column(
+        "attempt_index",
+        Integer,
+        nullable=False,
+        comment="which server within the claim, from 1; 0: the worker was lost",
+    ),
     Column("worker", Id, nullable=False, comment="who tried"),
     Column("server", Text, comment="where; empty when the worker was lost"),
     Column("started_at", Instant, nullable=False, comment="when it began to connect"),
@@ -134,7 +141,7 @@ attempts = Table(
     Column("outcome", Text, nullable=False, comment="what became of it; docs/inspect.md lists the outcomes"),
     Column("reply", Text, nullable=False, comment="the server's words, or ours; bytes outside ASCII as \\xNN"),
     Column("bytes_sent", BigInteger, nullable=False, comment="bytes of the request that left"),
-    PrimaryKeyConstraint("message_id", "delivery", "claim", "hop"),
+    PrimaryKeyConstraint("queue_id", "delivery", "claim", "attempt_index"),
     CheckConstraint(f"outcome IN ({words(Outcome)})", name="outcome"),
     Index("attempts_finished_at", "finished_at", postgresql_using="brin"),
     comment="tries, each at one server",
@@ -147,18 +154,18 @@ workers = Table(
     Column("host", Text, nullable=False, comment="machine that it runs on"),
     Column("pid", Integer, nullable=False, comment="its process there"),
     Column("started_at", Instant, nullable=False, comment="when it began"),
-    Column("until", Instant, nullable=False, comment="the lease: renewed while the worker lives"),
+    Column("lease_expires_at", Instant, nullable=False, comment="the lease: renewed while the worker lives"),
     Column("ended_at", Instant, comment="when it stopped or was declared dead"),
-    Column("ending", Text, comment="stopped or vanished"),
+    Column("end_reason", Text, comment="stopped or vanished"),
     Column("claim_seconds", Integer, comment="from a claim of its to the due_at of the delivery"),
     Column("routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"),
     comment="worker processes and their leases",
 )
 
-actions = Table(
-    "actions",
+audit = Table(
+    "audit",
     metadata,
-    Column("id", Id, primary_key=True, comment="what touched calls it, UUIDv7"),
+    Column("id", Id, primary_key=True, comment="what audit_deliveries calls it, UUIDv7"),
     Column("at", Instant, nullable=False, comment="when"),
     Column("actor", Text, nullable=False, comment="user@host who asked"),
     Column("verb", Text, nullable=False, comment="what was done"),
@@ -168,13 +175,13 @@ actions = Table(
     comment="what operators did",
 )
 
-touched = Table(
-    "touched",
+audit_deliveries = Table(
+    "audit_deliveries",
     metadata,
-    Column("message_id", Id, nullable=False, comment="the message of the delivery"),
+    Column("queue_id", Id, nullable=False, comment="the message of the delivery"),
     Column("delivery", Integer, nullable=False, comment="its number"),
-    Column("action", Id, nullable=False, comment="the row of actions that tells who did what and why"),
-    PrimaryKeyConstraint("message_id", "delivery", "action"),
+    Column("action", Id, nullable=False, comment="the row of audit that tells who did what and why"),
+    PrimaryKeyConstraint("queue_id", "delivery", "action"),
     comment="which deliveries an action touched",
 )
 
@@ -188,8 +195,8 @@ pauses = Table(
     comment="routes and servers that nothing is sent to for now",
 )
 
-rests = Table(
-    "rests",
+open_circuits = Table(
+    "open_circuits",
     metadata,
     Column("worker", Id, nullable=False, comment="who leaves it alone"),
     Column("server", Text, nullable=False, comment="which, as the settings name it"),
@@ -217,7 +224,7 @@ spool = Table(
 # What the views' columns are, for docs/inspect.md and for the comments on PostgreSQL.
 _RECIPIENT_COLUMNS: dict[str, str] = {
     "queue_id": "32 hex digits, as in the 250 reply, in logs and file names",
-    "message_id": "the same as the database keeps it, with dashes; sorts by arrival",
+    "queue_uuid": "the same as the tables keep it; sorts by arrival, and indexes find it",
     "position": "order of the RCPT command, from 1",
     "delivery": "number of the QMQP request that carries this recipient; those of one message and route share it",
     "state": "where it is; docs/inspect.md lists the states",
@@ -234,12 +241,12 @@ _RECIPIENT_COLUMNS: dict[str, str] = {
     "expires_at": "an attempt that fails after this is the last",
     "finished_at": "when it became final; empty while it is not",
     "worker": "the worker that is sending it",
-    "wanted": "what an operator asked for while it is being sent",
+    "pending_operation": "what an operator asked for while it is being sent",
     "client_address": "the SMTP client",
     "helo": "what it called itself",
     "protocol": "how it spoke (RFC 3848 keyword)",
     "header_message_id": "Message-ID of the header",
-    "notice_of": "the queue id that this notice is about; empty for other mail",
+    "dsn_of": "the queue id that this notice is about; empty for other mail",
 }
 VIEW_COLUMNS = {
     "mail_queue": _RECIPIENT_COLUMNS,
@@ -264,8 +271,8 @@ VIEW_COLUMNS = {
         "interrupted": "those with that outcome",
         "bytes_sent": "bytes of requests",
         "last_at": "the end of the last one",
-        "left_alone_by": "how many workers send nothing there for now, because it fails or does not want us",
-        "left_alone_why": "what it said, or did, to one of them",
+        "circuit_open_workers": "how many workers send nothing there for now, because it fails or does not want us",
+        "circuit_open_reason": "what it said, or did, to one of them",
         "paused_at": "since when an operator wants nothing sent there",
     },
 }

@@ -158,7 +158,7 @@ class Reception:
         self._opened = False  # a descriptor is ours
         self._body: BodyWriter | None = None  # of a large message
         self._size = 0
-        self._message_id: str | None = None
+        self._header_message_id: str | None = None
         self._complete = self._gone = False
         self._error: Exception | None = None
         self._order = 0  # the number that the store knows us by
@@ -192,11 +192,11 @@ class Reception:
         self._opened = True
         self._stream()
 
-    def complete(self, message_id: str | None) -> None:
-        """The end was read: from now on an answer is due. `message_id`: the header's."""
+    def complete(self, header_message_id: str | None) -> None:
+        """The end was read: from now on an answer is due. `header_message_id`: the header's."""
         self._ended = time.monotonic()
         self.deadline = self._ended + self._receiver.deadline
-        self._message_id, self._complete = message_id, True
+        self._header_message_id, self._complete = header_message_id, True
         if self._error is not None:
             if not self._busy:  # else it is refused when that was removed which is being written
                 self._refuse(self._error)
@@ -362,7 +362,7 @@ class Reception:
             self._client,
             envelope.helo,
             envelope.protocol,
-            header_message_id=self._message_id,
+            header_message_id=self._header_message_id,
             body_type=parameters.get(b"BODY"),
             ret=parameters.get(b"RET"),
             envid=parameters.get(b"ENVID"),
@@ -391,7 +391,7 @@ def set_apart(content: bytes) -> bytes:
     return content
 
 
-def received_field(envelope: Envelope, client: str, hostname: str, message_id: str, when: str) -> bytes:
+def received_field(envelope: Envelope, client: str, hostname: str, queue_id: str, when: str) -> bytes:
     """The trace field (RFC 5321, 4.4), in LF form. It names the recipient only where there is no other to betray."""
     literal = f"IPv6:{client}" if ":" in client else client
     recipients = envelope.recipients
@@ -399,5 +399,5 @@ def received_field(envelope: Envelope, client: str, hostname: str, message_id: s
     path = f"\n\tfor <{recipients[0].path}>; " if alone else ";\n\t"
     return (
         f"Received: from {_UNPRINTABLE.sub('?', envelope.helo)} ([{literal}])\n"
-        f"\tby {hostname} with {envelope.protocol} id {message_id}{path}{when}\n"
+        f"\tby {hostname} with {envelope.protocol} id {queue_id}{path}{when}\n"
     ).encode("ascii")

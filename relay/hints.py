@@ -95,7 +95,7 @@ class Hints:
         if self.away or self.full:
             return
         with self._changed:
-            self._waiting.extend((route, message_id) for message_id in ids)
+            self._waiting.extend((route, queue_id) for queue_id in ids)
             self._changed.notify()
 
     def lists(self) -> dict[str, float]:
@@ -142,8 +142,8 @@ class Hints:
             if not taken or self.full:
                 continue
             ids: dict[str, list[str]] = {}
-            for route, message_id in taken:
-                ids.setdefault(route, []).append(message_id)
+            for route, queue_id in taken:
+                ids.setdefault(route, []).append(queue_id)
             self._app.send_task(TASK, args=[ids], queue=self._queue, producer=producer, retry=False)
             self.published += 1
             published.inc()

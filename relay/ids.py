@@ -16,7 +16,7 @@ def new_id() -> str:
     return f"{value:032x}"
 
 
-def dashed(message_id: str) -> str:
+def dashed(queue_id: str) -> str:
     """An id as the database spells it."""
-    i = message_id
+    i = queue_id
     return f"{i[:8]}-{i[8:12]}-{i[12:16]}-{i[16:20]}-{i[20:]}"

@@ -78,7 +78,7 @@ def refused(reply: bytes) -> None:
 
 # Each part has an index of its own, so that no long history is walked through.
 _PARTS = " UNION ALL ".join(
-    f"SELECT state, message_id, due_at FROM deliveries WHERE {where}"
+    f"SELECT state, queue_id, due_at FROM deliveries WHERE {where}"
     for where in (
         *(f"state = '{state}'" for state in UNFINISHED),
         "state IN ('bounced', 'expired') AND due_at IS NOT NULL",
@@ -86,12 +86,12 @@ _PARTS = " UNION ALL ".join(
 )
 _QUEUE = f"""
 SELECT s.state, s.deliveries, s.overdue, @since(m.received_at) FROM (
-    SELECT state, count(*) AS deliveries, min(CAST(message_id AS text)) AS oldest,
+    SELECT state, count(*) AS deliveries, min(CAST(queue_id AS text)) AS oldest,
            sum(CASE WHEN due_at < @now THEN 1 ELSE 0 END) AS overdue
     FROM ({_PARTS}) d GROUP BY state) s
 JOIN messages m ON m.id = @id(s.oldest)"""
 _OTHERS = """
-SELECT (SELECT count(*) FROM workers WHERE ended_at IS NULL AND until > @now),
+SELECT (SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at > @now),
        (SELECT count(*) FROM attempts WHERE finished_at > @ago(3600) AND outcome IN ('uncertain', 'malformed'))"""
 _UP = ("database_up", "whether the database answers")
 

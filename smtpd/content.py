@@ -41,8 +41,8 @@ class Content:
     """Decodes one message. `limit` is in octets as SMTP counts them: line ends are two, stuffed dots and the end none.
     `strip_cr`: drop bare CRs (they count towards the limit).
 
-    After the end (`feed` gave a rest): `fault`, `octets` and `message_id` (the header's, brackets included, at most
-    502 characters) are final.
+    After the end (`feed` gave a rest): `fault`, `octets` and `header_message_id` (the header's, brackets included, at
+    most 502 characters) are final.
     """
 
     __slots__ = ("_carry", "_header", "_limit", "_started", "_strip_cr", "fault", "octets")
@@ -57,8 +57,8 @@ class Content:
         self._header = HeaderScan()
 
     @property
-    def message_id(self) -> str | None:
-        return self._header.message_id
+    def header_message_id(self) -> str | None:
+        return self._header.header_message_id
 
     def feed(self, data: bytes) -> tuple[bytes, bytes | None]:
         """Takes what came from the network; returns decoded text, and what came after the end (None: no end yet)."""
@@ -112,11 +112,11 @@ class HeaderScan:
     The text must begin with a LF that stands before the first line, so that every field is found as `LF name`.
     """
 
-    __slots__ = ("_tail", "complete", "message_id", "received")
+    __slots__ = ("_tail", "complete", "header_message_id", "received")
 
     def __init__(self) -> None:
         self.received = 0
-        self.message_id: str | None = None
+        self.header_message_id: str | None = None
         self.complete = False
         self._tail = b""
 
@@ -127,12 +127,12 @@ class HeaderScan:
         # The last line may still grow: it is looked at when it is whole.
         cut = end if self.complete else window.rfind(b"\n")
         lines = window[:cut].lower()
-        if self.message_id is None:
+        if self.header_message_id is None:
             at = lines.find(b"\nmessage-id:")
             if at >= 0:
                 match = _MESSAGE_ID.match(window, at, end if self.complete else len(window))
                 if match is not None:
-                    self.message_id = match[1].decode("ascii")
+                    self.header_message_id = match[1].decode("ascii")
                 elif not self.complete and len(window) - at < _KEPT_LINE:
                     cut = at
                     lines = lines[:at]

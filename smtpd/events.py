@@ -40,7 +40,7 @@ class DataRejected:
 class DataComplete:
     """The end of the message was read; `answer` is due."""
 
-    message_id: str | None
+    header_message_id: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -356,7 +356,7 @@ class SmtpConnection(asyncio.Protocol):
                     if self._reception.failed:
                         self._session.refuse_content()
                 case DataComplete() if self._reception is not None:
-                    self._reception.complete(event.message_id)
+                    self._reception.complete(event.header_message_id)
                 case DataRejected():
                     self._give_up()
                 case Refusal():

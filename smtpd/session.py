@@ -405,7 +405,7 @@ class Session:
             self._refuse(content.fault.value)
         else:
             self._state = SessionState.AWAIT_REPLY
-            self._events.append(DataComplete(content.message_id))
+            self._events.append(DataComplete(content.header_message_id))
 
     def rset(self, argument: bytes) -> None:
         _refuse_any(argument)

@@ -26,23 +26,23 @@ class BodyIo:
         """The bodies of these claims, as file descriptors or errors."""
         return self._loop.run_in_executor(self._threads, self._open, claims)
 
-    def remove(self, message_id: str) -> None:
+    def remove(self, queue_id: str) -> None:
         """Remove a body that nobody needs."""
-        self._unneeded.append(message_id)
+        self._unneeded.append(queue_id)
         if not self._removing:
             self._remove_all()
 
     def close(self) -> None:
         """Blocks until everything is done; the loop has stopped."""
         self._threads.shutdown()
-        for message_id in self._unneeded:
-            self._spool.remove(message_id)
+        for queue_id in self._unneeded:
+            self._spool.remove(queue_id)
 
     def _open(self, claims: Sequence[Claim]) -> Opened:
         handles: Opened = []
         for claim in claims:
             try:
-                handles.append(self._spool.open(claim.message_id, claim.size))
+                handles.append(self._spool.open(claim.queue_id, claim.size))
             except (BodyUnsendable, OSError) as error:
                 handles.append(error)
         return handles

@@ -42,7 +42,7 @@ _LOCK = 7_126_280_001
 
 _FINISHED = f"""SELECT @hex(m.id) FROM messages m WHERE m.id < :bound AND m.received_at < @ago(:retention)
     AND {body_deletable("m.id")}
-    AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.message_id = m.id AND d.finished_at >= @ago(:retention))
+    AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = m.id AND d.finished_at >= @ago(:retention))
     ORDER BY m.id LIMIT :most"""
 
 
@@ -113,16 +113,16 @@ class Cleaner:
         while not self._closing.is_set():
             with reading(self._engine) as connection:
                 ids = [row[0] for row in self._rows(connection, _FINISHED, **given)]
-            for message_id in ids:
-                self._spool.remove(message_id)
+            for queue_id in ids:
+                self._spool.remove(queue_id)
             with writing(self._engine) as connection:
-                rows = json.dumps([{"message_id": dashed(i)} for i in ids])
-                for table, key in (("attempts", "message_id"), ("touched", "message_id"), ("recipients", "message_id"),
-                                   ("deliveries", "message_id"), ("messages", "id")):  # fmt: skip
-                    these = "SELECT message_id FROM @rows(:ids; message_id uuid)"
+                rows = json.dumps([{"queue_id": dashed(i)} for i in ids])
+                for table, key in (("attempts", "queue_id"), ("audit_deliveries", "queue_id"), ("recipients", "queue_id"),
+                                   ("deliveries", "queue_id"), ("messages", "id")):  # fmt: skip
+                    these = "SELECT queue_id FROM @rows(:ids; queue_id uuid)"
                     self._rows(connection, f"DELETE FROM {table} WHERE {key} IN ({these})", ids=rows)
                 gone = "SELECT id FROM workers WHERE ended_at IS NOT NULL"
-                self._rows(connection, f"DELETE FROM rests WHERE worker IN ({gone})")
+                self._rows(connection, f"DELETE FROM open_circuits WHERE worker IN ({gone})")
                 self._rows(connection, "DELETE FROM dsn_limits WHERE last_at < @ago(:age)", age=2 * LIMIT)
                 self._rows(connection, "DELETE FROM workers WHERE ended_at < @ago(:age)", age=self._retention)
             count += len(ids)

@@ -224,7 +224,7 @@ class DeliveryTask:
         """One try; None when the next server is to be tried."""
         server, started = place.server, time.monotonic()
         self._tried.add(server.name)
-        log.debug("sending", id=self.claim.message_id, delivery=self.claim.number, server=server.name)
+        log.debug("sending", id=self.claim.queue_id, delivery=self.claim.number, server=server.name)
         self._current = client.ClientConnection(
             host=server.host, port=server.port, path=server.path, request=request, fd=self._handle,
             block_size=self._terms.settings.block_size, timeouts=self._terms.timeouts, may_commit=self._may_commit,
@@ -365,7 +365,7 @@ class DeliveryTask:
         ]
         return Completion(
             self.worker,
-            claim.message_id,
+            claim.queue_id,
             claim.number,
             claim.claim,
             state,

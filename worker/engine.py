@@ -274,7 +274,7 @@ class Engine:
                 partial(self._room.slot_taken, claim.route),
             )  # fmt: skip
             if isinstance(handle, BodyUnsendable):
-                log.critical("body unsendable", id=claim.message_id, reason=str(handle))
+                log.critical("body unsendable", id=claim.queue_id, reason=str(handle))
                 self._ended(transfer, transfer.unsendable(str(handle)))
             elif isinstance(handle, Exception):
                 self._fault(claim, handle)
@@ -293,7 +293,7 @@ class Engine:
         self._faults += 1
         pause = min(LONGEST_FAULT_PAUSE, 0.5 * 2.0 ** min(self._faults, 10))
         self._paused_until = max(self._paused_until, time.monotonic() + pause)
-        log.critical("no claims for a while, this machine fails", id=claim.message_id, seconds=pause, reason=str(error))
+        log.critical("no claims for a while, this machine fails", id=claim.queue_id, seconds=pause, reason=str(error))
 
     # Transfers
 
@@ -307,7 +307,7 @@ class Engine:
             self._fault(transfer.claim, error)
             record = transfer.requeued()
         except Exception:
-            log.exception("transfer failed for a reason of its own", id=transfer.claim.message_id)
+            log.exception("transfer failed for a reason of its own", id=transfer.claim.queue_id)
             record = transfer.broken()
         del self._active[transfer]
         self._ended(transfer, record)
@@ -327,14 +327,14 @@ class Engine:
         self._unrecorded -= 1
         self._check_idle()
         if isinstance(result, Exception):
-            log.critical("outcome not recorded", id=record.message_id, reason=first_line(result))
+            log.critical("outcome not recorded", id=record.queue_id, reason=first_line(result))
         elif isinstance(result, CompletionResult):
             if result.state is None:
-                log.warning("outcome came too late", id=record.message_id, outcome=record.outcome)
+                log.warning("outcome came too late", id=record.queue_id, outcome=record.outcome)
             elif result.state is not record.state:
-                log.info(str(result.state), id=record.message_id, delivery=record.number, reply=record.reply)
+                log.info(str(result.state), id=record.queue_id, delivery=record.number, reply=record.reply)
             if result.body_deletable:
-                self._files.remove(record.message_id)
+                self._files.remove(record.queue_id)
 
     # Deliveries over which workers vanished are sent alone, one after the other: if one takes this worker too, it takes
     # nothing else with it. They do not hold up the mail for longer than ALONE_PATIENCE.
@@ -352,7 +352,7 @@ class Engine:
         if self._active or self._opening:
             return
         transfer = self._exclusive = self._quarantine.popleft()
-        log.warning("sent alone", id=transfer.claim.message_id, crash_count=transfer.claim.crash_count)
+        log.warning("sent alone", id=transfer.claim.queue_id, crash_count=transfer.claim.crash_count)
         self._send(transfer)
 
     def _quarantine_timeout(self, now: float) -> None:
@@ -364,7 +364,7 @@ class Engine:
                 transfer.abort()
             transfer = self._exclusive = self._quarantine.popleft()
             self._exclusive_until = now + QUARANTINE_TIMEOUT
-            log.warning("sent alone", id=transfer.claim.message_id, crash_count=transfer.claim.crash_count)
+            log.warning("sent alone", id=transfer.claim.queue_id, crash_count=transfer.claim.crash_count)
             self._send(transfer)
         self._release_quarantine(DeliveryTask.postponed)
 
@@ -409,6 +409,6 @@ def _log_outcome(transfer: DeliveryTask, record: Completion) -> None:
     say = log.info if record.state is not State.HELD and event != "uncertain" else log.warning
     again = {"again_in": round(record.delay, 1)} if record.delay else {}
     say(
-        event, id=record.message_id, delivery=record.number, server=record.server, reply=record.reply,
+        event, id=record.queue_id, delivery=record.number, server=record.server, reply=record.reply,
         ms=round(took * 1000), bytes=sum(one.bytes_sent for one in record.tries), tries=len(record.tries), **again,
     )  # fmt: skip

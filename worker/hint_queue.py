@@ -52,7 +52,7 @@ class HintQueue:
     def add(self, ticket: HintBatch, ids: Iterable[str], lane: str) -> None:
         """Let these messages wait in a lane (an unknown one is the first)."""
         self.tickets.add(ticket)
-        self._lanes.get(lane, self._lanes[QUEUES[0]]).extend((message_id, ticket) for message_id in ids)
+        self._lanes.get(lane, self._lanes[QUEUES[0]]).extend((queue_id, ticket) for queue_id in ids)
 
     def take(self, most: int) -> list[Hint]:
         """The next hints, from the lanes by turns."""

@@ -91,7 +91,7 @@ class Producer:
         self._wishing.add(route)
         self._moved[route] = now
         self._put(
-            ClaimRequest(worker, [message_id for message_id, _ in hints], room, together),
+            ClaimRequest(worker, [queue_id for queue_id, _ in hints], room, together),
             partial(self._hints_claimed, route, room, hints),
         )
         return True

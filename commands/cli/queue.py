@@ -56,7 +56,9 @@ def _filter(
         typer.Option(help="Server of the last try: host, host:port, [v6]:port, unix:/path.", autocompletion=_servers),
     ] = None,
     older_than: Annotated[str | None, typer.Option(help="Received longer ago than 30s, 5m, 2h, 5d.")] = None,
-    message_id: Annotated[str | None, typer.Option(help="Message-ID of the header, with or without <>.")] = None,
+    header_message_id: Annotated[
+        str | None, typer.Option("--message-id", help="Message-ID of the header, with or without <>.")
+    ] = None,
     reply: Annotated[str | None, typer.Option(help="A part of the server's words at the last try.")] = None,
     one: Annotated[str | None, typer.Argument(metavar="ID", help="The same as --id.")] = None,
 ) -> "Filter":
@@ -85,7 +87,7 @@ def _filter(
         age,
         queue_id or one,
         reply,
-        bracketed(message_id) if message_id else None,
+        bracketed(header_message_id) if header_message_id else None,
     )
 
 
@@ -108,7 +110,7 @@ def filtered(command: Callable[..., int]) -> Callable[..., None]:
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="A queue id, or as much of its end as is unique.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
-LeaseMonitor = Annotated[float | None, typer.Option(min=0.2, metavar="SECONDS", help="Again and again, until Ctrl-C.")]
+Watch = Annotated[float | None, typer.Option(min=0.2, metavar="SECONDS", help="Again and again, until Ctrl-C.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the table `actions`.")]
 Everything = Annotated[bool, typer.Option("--all", help="Every delivery: needed when no filter is given.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be touched, and change nothing.")]
@@ -123,7 +125,7 @@ def list_(
     wanted: "Filter",
     everything: Annotated[bool, typer.Option("--all", help="What is finished as well.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many lines.")] = None,
-    watch: LeaseMonitor = None,
+    watch: Watch = None,
     json_lines: Json = False,
 ) -> int:
     """List the queue, a line a recipient, oldest first."""
@@ -135,7 +137,7 @@ def list_(
 
 
 @queue.command()
-def show(queue_id: Id, watch: LeaseMonitor = None, json_lines: Json = False) -> None:
+def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
     """Show all that is known about a message. Envelope, deliveries, and every try with the server's words."""
     with explained():
         from commands.ops import show as inspect
@@ -144,7 +146,7 @@ def show(queue_id: Id, watch: LeaseMonitor = None, json_lines: Json = False) -> 
 
 
 @queue.command()
-def why(queue_id: Id, watch: LeaseMonitor = None, json_lines: Json = False) -> None:
+def why(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
     """Say why a message is not being sent now, and when it will be."""
     with explained():
         from commands.ops import show as inspect
@@ -171,7 +173,7 @@ def body(queue_id: Id) -> None:
 
 
 @queue.command()
-def stats(watch: LeaseMonitor = None, json_lines: Json = False) -> None:
+def stats(watch: Watch = None, json_lines: Json = False) -> None:
     """Count the queue by state and by age. Shows workers, servers, rates and the slowest tries, too."""
     with explained():
         from commands.ops import show as inspect

@@ -39,7 +39,7 @@ class Facts:
         return [worker for worker in self.workers if worker["alive"]]
 
 
-def gather(queue: QueueReader, message_id: str, settings: Settings) -> Facts:
+def gather(queue: QueueReader, queue_id: str, settings: Settings) -> Facts:
     """Look at everything that a reason may be found in."""
     workers = queue.workers()
     rests: dict[str, dict[str, str]] = {}
@@ -50,7 +50,7 @@ def gather(queue: QueueReader, message_id: str, settings: Settings) -> Facts:
         {row["subject"]: row for row in queue.pauses()},
         _routes(workers, settings),
         rests,
-        queue.notices(message_id),
+        queue.notices(queue_id),
     )
 
 
@@ -78,14 +78,14 @@ def sentences(message: dict[str, Any], facts: Facts) -> Iterator[tuple[Row, str]
         whom = people[0] if people else "nobody"
         more = f" and {len(people) - 1} more" if len(people) > 1 else ""
         words = _REASONS[State(row["state"])](row, message, facts)
-        notice = f"; it is a notice about {about(message)}" if message["notice_of"] else ""
+        notice = f"; it is a notice about {about(message)}" if message["dsn_of"] else ""
         yield row, f"{whom}{more}: {words}{notice}."
 
 
 def about(message: Row) -> str:
     """Which message a notice is about, and what it encloses of it."""
     content = message["dsn_content"]
-    return str(message["notice_of"]) + (f" and encloses {_ENCLOSED[content]}" if content else "")
+    return str(message["dsn_of"]) + (f" and encloses {_ENCLOSED[content]}" if content else "")
 
 
 def _queued(row: Row, _message: Row, facts: Facts) -> str:
@@ -113,8 +113,8 @@ def _sending(row: Row, _message: Row, facts: Facts) -> str:
         words += f" since {stamp(since)} ({ago(min(since, datetime.now(UTC)))})"
     if worker is None or not worker["alive"]:
         words += ", which does not renew its lease: another one will declare it dead and call this try uncertain"
-    if row["wanted"]:
-        words += f"; unless it is accepted, then comes what an operator wants: {row['wanted']}"
+    if row["pending_operation"]:
+        words += f"; unless it is accepted, then comes what an operator wants: {row['pending_operation']}"
     return words
 
 
@@ -123,7 +123,9 @@ def _deferred(row: Row, _message: Row, facts: Facts) -> str:
     words = f"deferred until {stamp(when)} ({ago(when)})"
     if when <= datetime.now(UTC):
         words = f"deferred, and due for {ago(when)}"
-    words += f", because {_last(row)} (try {row['claims']}); a failure after {stamp(row['expires_at'])} is the last"
+    words += (
+        f", because {_last(row)} (try {row['claim_count']}); a failure after {stamp(row['expires_at'])} is the last"
+    )
     cause = _hindrance(row["route"], facts)
     return words + (f"; and now {cause}" if cause else "")
 
@@ -139,8 +141,8 @@ def _held(row: Row, _message: Row, _facts: Facts) -> str:
             else "put the file back and release it, or drop it"
         )
         cause = f"held because it cannot be sent: {reply}; {advice}"
-    elif row["vanished"] > 1:
-        cause = f"held because {row['vanished']} workers in a row were lost over it"
+    elif row["crash_count"] > 1:
+        cause = f"held because {row['crash_count']} workers in a row were lost over it"
     elif outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
         cause = f"held because {_last(row)}"
     else:
@@ -149,7 +151,7 @@ def _held(row: Row, _message: Row, _facts: Facts) -> str:
 
 
 def _delivered(row: Row, _message: Row, _facts: Facts) -> str:
-    tries = f"try {row['claims']}"
+    tries = f"try {row['claim_count']}"
     return f"delivered {ago(row['finished_at'])} ago to {row['last_server']} ({tries}): {row['last_reply']}"
 
 

@@ -60,7 +60,7 @@ _COLUMNS = {
     "DETAILS": lambda row: f"{row['words']}; {row['remedy']}",
 }
 _WORKER = "EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker{})"
-_NO_RECIPIENT = """NOT EXISTS (SELECT 1 FROM recipients r WHERE r.message_id = d.message_id
+_NO_RECIPIENT = """NOT EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = d.queue_id
     AND r.delivery = d.number)"""
 # Deliveries (as d) that no statement of ours makes: what, which, what mends them, and the SET that does.
 _IMPOSSIBLE = (
@@ -83,7 +83,7 @@ _IMPOSSIBLE = (
     ),
     (
         "delivery without message",
-        f"{NEEDS_BODY} AND NOT EXISTS (SELECT 1 FROM messages m WHERE m.id = d.message_id)",
+        f"{NEEDS_BODY} AND NOT EXISTS (SELECT 1 FROM messages m WHERE m.id = d.queue_id)",
         "restore the row of its message from a backup", "",
     ),
 )  # fmt: skip
@@ -98,15 +98,15 @@ _LOST = (
         "the worker that was sending it is not known",
     ),
 )  # fmt: skip
-_STRAY = """SELECT r.message_id, r.delivery FROM recipients r LEFT JOIN deliveries d ON d.message_id = r.message_id
+_STRAY = """SELECT r.queue_id, r.delivery FROM recipients r LEFT JOIN deliveries d ON d.queue_id = r.queue_id
     AND d.number = r.delivery WHERE d.number IS NULL"""
-_ADOPT = f"""INSERT INTO deliveries (message_id, number, route, state, expires_at, last_reply)
-    SELECT DISTINCT s.message_id, s.delivery, 'default', 'held', @later(:lifetime), '{BY_FSCK}it had no delivery'
-    FROM ({_STRAY}) s WHERE true ORDER BY s.message_id, s.delivery LIMIT :most
-    ON CONFLICT DO NOTHING RETURNING message_id, number"""
+_ADOPT = f"""INSERT INTO deliveries (queue_id, number, route, state, expires_at, last_reply)
+    SELECT DISTINCT s.queue_id, s.delivery, 'default', 'held', @later(:lifetime), '{BY_FSCK}it had no delivery'
+    FROM ({_STRAY}) s WHERE true ORDER BY s.queue_id, s.delivery LIMIT :most
+    ON CONFLICT DO NOTHING RETURNING queue_id, number"""
 _BARE = """SELECT @hex(m.id) FROM messages m
-    WHERE NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.message_id = m.id)
-    AND NOT EXISTS (SELECT 1 FROM recipients r WHERE r.message_id = m.id) ORDER BY m.id LIMIT 10000"""
+    WHERE NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = m.id)
+    AND NOT EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = m.id) ORDER BY m.id LIMIT 10000"""
 # Waiting for a free connection is no fault while others are sent; nor is what an operator paused.
 _LATE = """SELECT state, count(*), @since(min(due_at)) FROM deliveries WHERE due_at < @ago(:late)
     AND NOT EXISTS (SELECT 1 FROM pauses p WHERE p.subject = 'route:' || route)
@@ -171,9 +171,9 @@ class Fsck:
         """Unfinished deliveries whose body is missing or of another size: looked at again, after their row."""
         after = FIRST
         sql = f"""SELECT m.id, m.size, min(d.state), max(d.state) FROM deliveries d JOIN messages m
-            ON m.id = d.message_id WHERE d.state IN ({words(UNFINISHED)}) AND m.id > @id(:after)
+            ON m.id = d.queue_id WHERE d.state IN ({words(UNFINISHED)}) AND m.id > @id(:after)
             GROUP BY m.id, m.size ORDER BY m.id LIMIT {BATCH}"""
-        needed = f"SELECT 1 FROM deliveries WHERE message_id = @id(:id) AND {NEEDS_BODY}"
+        needed = f"SELECT 1 FROM deliveries WHERE queue_id = @id(:id) AND {NEEDS_BODY}"
         while rows := self._all(sql, after=after):
             for key, size, *states in rows:
                 name = str(key).replace("-", "")
@@ -210,14 +210,14 @@ class Fsck:
             said = f"{BY_FSCK}{fault}; put the file back and release it, or drop it"
             self._sql.run(connection, hold, keys=keys, words=said)
 
-        which = "d.message_id = @id(:id) AND d.state IN ('queued', 'deferred')"
+        which = "d.queue_id = @id(:id) AND d.state IN ('queued', 'deferred')"
         return self._through(self._action(fault, f"--id {name}"), which, change, id=dashed(name))
 
     def _workers(self) -> Iterator[Inconsistency]:
         """Workers whose lease ran out long ago, and stays so for another LEASE."""
-        sql = """SELECT @hex(w.id), w.host, w.pid, CAST(w.until AS text), @since(w.until), (SELECT count(*)
+        sql = """SELECT @hex(w.id), w.host, w.pid, CAST(w.lease_expires_at AS text), @since(w.lease_expires_at), (SELECT count(*)
                 FROM deliveries d WHERE d.state = 'sending' AND d.worker = w.id) FROM workers w
-            WHERE w.ended_at IS NULL AND w.until < @ago(:long)"""
+            WHERE w.ended_at IS NULL AND w.lease_expires_at < @ago(:long)"""
         if not (found := self._all(sql, long=3 * self._settings.lease)):
             return
         say(f"a lease ran out; looking at it again in {span(self._settings.lease)}")
@@ -252,7 +252,7 @@ class Fsck:
     def _deliveries(
         self, what: str, which: str, remedy: str, change: Callable[[Connection, str], object] | None
     ) -> Iterator[Inconsistency]:
-        if rows := self._all(f"SELECT d.message_id, d.number FROM deliveries d WHERE {which} LIMIT 10000"):
+        if rows := self._all(f"SELECT d.queue_id, d.number FROM deliveries d WHERE {which} LIMIT 10000"):
             repair = partial(self._through, self._action(what), which, change) if change else None
             yield Inconsistency(what, _these(rows), remedy, repair)
 
@@ -260,7 +260,7 @@ class Fsck:
         self._sql.run(connection, f"UPDATE deliveries AS d SET {values} {THESE}", keys=keys)
 
     def _mark_uncertain(self, why: str, connection: Connection, keys: str) -> None:
-        self._sweeps.mark_uncertain(connection, f"(d.message_id, d.number) IN ({PICKED})", why, keys=keys)
+        self._sweeps.mark_uncertain(connection, f"(d.queue_id, d.number) IN ({PICKED})", why, keys=keys)
 
     def _adopt(self) -> bool:
         """Give recipients that nobody carries a delivery, which is held."""
@@ -276,7 +276,7 @@ class Fsck:
     def _late(self) -> Iterator[Inconsistency]:
         """What somebody should have looked at long ago."""
         late = self._all(_LATE)
-        (alive,) = self._all("SELECT count(*) FROM workers WHERE ended_at IS NULL AND until > @now")
+        (alive,) = self._all("SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at > @now")
         who = f"{alive[0]} workers are alive, and their log says why" if alive[0] else "no worker is alive: start one"
         for state, count, age in late:
             what = "overdue" if state in UNFINISHED else "notice owed"

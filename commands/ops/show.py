@@ -68,7 +68,7 @@ def _columns(headings: str) -> Columns:
 COLUMNS = _columns("ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT TRIES=attempts NEXT=next_at REASON")
 LISTED = "queue_id, state, received_at, size, sender, recipient, attempts, next_at, reason"  # which these are made of
 _TRIES: Columns = {
-    "TRY": lambda row: f"{row['delivery']}.{row['claim']}.{row['hop']}",
+    "TRY": lambda row: f"{row['delivery']}.{row['claim']}.{row['attempt_index']}",
     **_columns("AT=started_at"),
     "TOOK": lambda row: f"{(row['finished_at'] - row['started_at']).total_seconds():.3f}s",
     **_columns("SERVER BYTES=bytes_sent OUTCOME REPLY"),
@@ -78,7 +78,7 @@ _WORKERS: Columns = {
     **_columns("WORKER=id"),
     "HOST": lambda row: f"{row['host']} {row['pid']}",
     **_columns("STARTED=started_at"),
-    "LEASE": lambda row: ago(row["until"]) if row["alive"] else "run out",
+    "LEASE": lambda row: ago(row["lease_expires_at"]) if row["alive"] else "run out",
     **_columns("SENDING"),
 }
 _OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
@@ -93,7 +93,7 @@ def _now(row: Row) -> str:
     """Why nothing is sent to a server for now, if so."""
     if row["paused_at"]:
         return f"paused for {ago(row['paused_at'])}"
-    return f"left alone: {row['left_alone_why']}" if row["left_alone_by"] else ""
+    return f"left alone: {row['circuit_open_reason']}" if row["circuit_open_workers"] else ""
 
 
 _PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
@@ -232,7 +232,7 @@ def facts(message: dict[str, Any]) -> list[tuple[str, str]]:
         "BODY": message["body_type"],
         "RET": message["ret"],
         "ENVID": message["envid"],
-        "notice of": message["notice_of"] and why.about(message),
+        "notice of": message["dsn_of"] and why.about(message),
         "file": f"{message['file']}, " + (held if message["file_size"] is None else f"{message['file_size']} bytes"),
     }
     lines = [(name, value) for name, value in told.items() if value]

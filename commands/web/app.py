@@ -61,7 +61,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-FIELDS = ("id", "sender", "recipient", "message_id", "state", "reply")
+FIELDS = ("id", "sender", "recipient", "header_message_id", "state", "reply")
 OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 
 
@@ -239,7 +239,7 @@ class Pages:
         return Filter(
             states=(given["state"],) if given["state"] else (), sender=sender, recipient=given["recipient"] or None,
             id=self._queue.resolve(given["id"]) if given["id"] else None, reply=given["reply"] or None,
-            header_message_id=bracketed(given["message_id"]) if given["message_id"] else None,
+            header_message_id=bracketed(given["header_message_id"]) if given["header_message_id"] else None,
         )  # fmt: skip
 
     def message(self, request: Request) -> Response:

@@ -20,7 +20,9 @@ def timeline(
     for row in message["attempts"]:
         took = f"{(row['finished_at'] - row['started_at']).total_seconds():.3f}s"
         where = f"to {row['server']}, {size(row['bytes_sent'])}B in {took}" if row["server"] else "worker lost"
-        number = f"delivery {row['delivery']}, try {row['claim']}" + (f".{row['hop']}" if row["hop"] > 1 else "")
+        number = f"delivery {row['delivery']}, try {row['claim']}" + (
+            f".{row['attempt_index']}" if row["attempt_index"] > 1 else ""
+        )
         events.append((row["started_at"], row["outcome"], f"{number} {where}: {row['reply']}"))
     ended = [row for row in message["deliveries"] if row["finished_at"]]
     events += [(row["finished_at"], row["state"], f"delivery {row['number']} is {row['state']}") for row in ended]

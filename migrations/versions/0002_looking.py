@@ -237,7 +237,7 @@ def upgrade() -> None:
         connection.exec_driver_sql(table.format(id="UUID" if postgresql else "TEXT"))
     for change in ADDED:
         connection.exec_driver_sql(f"ALTER TABLE {change.format(instant='TIMESTAMPTZ' if postgresql else 'BIGINT')}")
-    _replace_views(connection, POSTGRESQL if postgresql else SQLITE)
+    create_views(connection)
     connection.exec_driver_sql("CREATE INDEX deliveries_held ON deliveries (message_id) WHERE state = 'held'")
     finished = "state NOT IN ('queued', 'sending', 'deferred', 'held')"
     connection.exec_driver_sql(f"CREATE INDEX deliveries_finished ON deliveries (state, route) WHERE {finished}")
@@ -246,11 +246,6 @@ def upgrade() -> None:
         about = "servers that workers leave alone for now; who has ended does not count"
         connection.exec_driver_sql(f"COMMENT ON TABLE rests IS '{about}'")
         connection.exec_driver_sql("COMMENT ON TABLE touched IS 'which deliveries an action touched'")
-    for view, words in ABOUT.items() if postgresql else ():
-        connection.exec_driver_sql(f"COMMENT ON VIEW {view} IS '{words}; docs/inspect.md explains its columns'")
-    for view, columns in VIEW_COLUMNS.items() if postgresql else ():
-        for column, words in columns.items():
-            connection.exec_driver_sql(f"COMMENT ON COLUMN {view}.{column} IS '{words}'")
     for column, words in COLUMNS.items() if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{words}'")
     if postgresql and _role_is_there(connection):
@@ -278,9 +273,22 @@ def downgrade() -> None:
         connection.exec_driver_sql(f"DROP TABLE {table}")
 
 
+def create_views(connection: sqlalchemy.Connection) -> None:
+    """Make the views of this revision, whatever views there were."""
+    postgresql = connection.dialect.name == "postgresql"
+    _replace_views(connection, POSTGRESQL if postgresql else SQLITE)
+    for view, words in ABOUT.items() if postgresql else ():
+        connection.exec_driver_sql(f"COMMENT ON VIEW {view} IS '{words}; docs/inspect.md explains its columns'")
+    for view, columns in VIEW_COLUMNS.items() if postgresql else ():
+        for column, words in columns.items():
+            connection.exec_driver_sql(f"COMMENT ON COLUMN {view}.{column} IS '{words}'")
+    if postgresql and _role_exists(connection):
+        connection.exec_driver_sql(f"GRANT SELECT ON {', '.join(ABOUT)} TO {ROLE}")
+
+
 def _replace_views(connection: sqlalchemy.Connection, views: dict[str, str]) -> None:
     for name, select in views.items():
-        connection.exec_driver_sql(f"DROP VIEW {name}")
+        connection.exec_driver_sql(f"DROP VIEW IF EXISTS {name}")
         connection.exec_driver_sql(f"CREATE VIEW {name} AS {select}")
 
 

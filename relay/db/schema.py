@@ -62,20 +62,20 @@ REVISION = "0003"  # the newest migration
 # `:notices`: BOUNCES is not off.
 DSN_PENDING = """CASE WHEN :notices AND (SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
     FROM messages m
-    WHERE m.id = d.message_id) THEN @now END"""
+    WHERE m.id = d.queue_id) THEN @now END"""
 LONGEST_INDEXED = 1000
 LONGEST_TEXT = 4000
 
 _RECIPIENT_VIEW = """
-SELECT @hex(d.message_id) AS queue_id, d.message_id, r.position, d.number AS delivery, d.state, m.sender,
-       r.address AS recipient, m.size, d.route, d.claims AS attempts, d.last_outcome, d.last_reply AS reason,
+SELECT @hex(d.queue_id) AS queue_id, d.queue_id AS queue_uuid, r.position, d.number AS delivery, d.state, m.sender,
+       r.address AS recipient, m.size, d.route, d.claim_count AS attempts, d.last_outcome, d.last_reply AS reason,
        d.last_server AS server, @when(m.received_at) AS received_at,
        @when(CASE WHEN d.state IN ('queued', 'deferred') THEN d.due_at END) AS next_at,
-       @when(d.expires_at) AS expires_at, @when(d.finished_at) AS finished_at, d.worker, d.wanted,
-       m.client_address, m.helo, m.protocol, m.header_message_id, @hex(m.notice_of) AS notice_of
+       @when(d.expires_at) AS expires_at, @when(d.finished_at) AS finished_at, d.worker, d.pending_operation,
+       m.client_address, m.helo, m.protocol, m.header_message_id, @hex(m.dsn_of) AS dsn_of
 FROM deliveries d
-JOIN recipients r ON r.message_id = d.message_id AND r.delivery = d.number
-JOIN messages m ON m.id = d.message_id
+JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
+JOIN messages m ON m.id = d.queue_id
 """
 
 # Views are the public face for people with an SQL prompt: names and columns are stable (docs/inspect.md).
@@ -87,7 +87,7 @@ VIEWS = {
 SELECT d.state, d.route, count(*) AS deliveries, CAST(sum(m.size) AS bigint) AS bytes,
        @when(min(m.received_at)) AS oldest_at, @since(min(m.received_at)) AS oldest_seconds,
        sum(CASE WHEN d.state <> 'held' AND d.due_at < @now THEN 1 ELSE 0 END) AS overdue
-FROM deliveries d JOIN messages m ON m.id = d.message_id
+FROM deliveries d JOIN messages m ON m.id = d.queue_id
 WHERE d.state IN ({words(UNFINISHED)}) GROUP BY d.state, d.route
 UNION ALL
 SELECT state, route, count(*), NULL, NULL, NULL, 0 FROM deliveries
@@ -101,12 +101,12 @@ SELECT server, count(outcome) AS attempts, sum(CASE WHEN outcome = 'accepted' TH
        sum(CASE WHEN outcome IN ('uncertain', 'malformed') THEN 1 ELSE 0 END) AS uncertain,
        sum(CASE WHEN outcome = 'interrupted' THEN 1 ELSE 0 END) AS interrupted,
        coalesce(sum(bytes_sent), 0) AS bytes_sent, @when(max(finished_at)) AS last_at,
-       count(why) AS left_alone_by, max(why) AS left_alone_why, @when(max(since)) AS paused_at
+       count(why) AS circuit_open_workers, max(why) AS circuit_open_reason, @when(max(since)) AS paused_at
 FROM (SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN reply END AS why,
              CASE WHEN 1 = 0 THEN finished_at END AS since
       FROM attempts WHERE finished_at > @ago(3600) AND server IS NOT NULL
       UNION ALL SELECT r.server, NULL, NULL, NULL, r.why, NULL
-      FROM rests r JOIN workers w ON w.id = r.worker WHERE w.ended_at IS NULL
+      FROM open_circuits r JOIN workers w ON w.id = r.worker WHERE w.ended_at IS NULL
       UNION ALL SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since
       FROM pauses WHERE substr(subject, 1, 7) = 'server:') s
 GROUP BY server

@@ -74,47 +74,47 @@ PUT_OFF = 60.0
 LOOKED_AT = 1000
 
 # One that is due far ahead was made before the database's clock was set back.
-_DEBTORS = """SELECT message_id FROM deliveries d
+_DEBTORS = """SELECT queue_id FROM deliveries d
     WHERE d.state IN ('bounced', 'expired') AND d.due_at IS NOT NULL
       AND (d.due_at <= @now OR d.due_at > @later(:gather))
       AND (d.due_at <= @ago(:gather) OR NOT EXISTS (SELECT 1 FROM deliveries o
-           WHERE o.message_id = d.message_id AND o.state IN ('queued', 'sending')))
-      AND d.message_id NOT IN (SELECT message_id FROM @rows(:put_off; message_id uuid))
+           WHERE o.queue_id = d.queue_id AND o.state IN ('queued', 'sending')))
+      AND d.queue_id NOT IN (SELECT queue_id FROM @rows(:put_off; queue_id uuid))
     ORDER BY d.due_at LIMIT :most"""
 # The message is locked too: its deliveries may wait for different sweepers.
-_LOCK = """SELECT d.number FROM deliveries d JOIN messages m ON m.id = d.message_id
-    WHERE d.message_id = @id(:id) AND {} ORDER BY d.number @skip_locked"""
+_LOCK = """SELECT d.number FROM deliveries d JOIN messages m ON m.id = d.queue_id
+    WHERE d.queue_id = @id(:id) AND {} ORDER BY d.number @skip_locked"""
 _OWED = "state IN ('bounced', 'expired') AND due_at IS NOT NULL"
 _WAITING = "state IN ('queued', 'sending', 'deferred')"
-_WARNED = "(SELECT max(o.warned_at) FROM deliveries o WHERE o.message_id = {}) IS NOT NULL"
+_WARNED = "(SELECT max(o.warned_at) FROM deliveries o WHERE o.queue_id = {}) IS NOT NULL"
 # The next of the queue, how old each is, whether it is late and its sender wants to know and does not yet. A mark is
 # on one delivery and speaks for the message: also for those that it is cut into later. These are scalar subqueries
 # because PostgreSQL would answer EXISTS with a hash of whole tables.
-_LOOK = f"""SELECT {{keys}}, d.age, d.age >= :late AND NOT {_WARNED.format("d.message_id")}
-        AND (SELECT m.sender NOT IN ('', '#@[]') FROM messages m WHERE m.id = d.message_id)
-        AND (SELECT count(*) FROM recipients r WHERE r.message_id = d.message_id AND r.delivery = d.number
+_LOOK = f"""SELECT {{keys}}, d.age, d.age >= :late AND NOT {_WARNED.format("d.queue_id")}
+        AND (SELECT m.sender NOT IN ('', '#@[]') FROM messages m WHERE m.id = d.queue_id)
+        AND (SELECT count(*) FROM recipients r WHERE r.queue_id = d.queue_id AND r.delivery = d.number
              AND (r.notify IS NULL OR r.notify @like '%DELAY%')) > 0 AS late
-    FROM (SELECT {{keys}}, (SELECT @since(m.received_at) FROM messages m WHERE m.id = message_id) AS age
+    FROM (SELECT {{keys}}, (SELECT @since(m.received_at) FROM messages m WHERE m.id = queue_id) AS age
         FROM deliveries WHERE state = '{{state}}' {{behind}} ORDER BY {{keys}} LIMIT :most) d
     ORDER BY {{keys}}"""
 # The states in which a delivery may be late, and the columns of the index of each.
 _WALK = {State.DEFERRED: "due_at", State.QUEUED: "route, due_at", State.SENDING: "worker, due_at"}
 _ABOUT = """SELECT @hex(m.id) AS id, m.sender, m.size, m.header_message_id, m.envid, m.ret,
         @micros(m.received_at) AS received_at, r.address, r.orcpt, r.notify, d.number, d.state, d.last_reply,
-        d.last_server, d.last_outcome, m.client_trusted, m.dsn_content, @hex(m.notice_of) AS notice_of,
+        d.last_server, d.last_outcome, m.client_trusted, m.dsn_content, @hex(m.dsn_of) AS dsn_of,
         @micros(d.expires_at) AS expires_at,
         (SELECT @micros(max(a.finished_at)) FROM attempts a
-         WHERE a.message_id = d.message_id AND a.delivery = d.number AND a.server IS NOT NULL) AS attempted_at
-    FROM deliveries d JOIN messages m ON m.id = d.message_id
-    JOIN recipients r ON r.message_id = d.message_id AND r.delivery = d.number
-    WHERE d.message_id = @id(:id) ORDER BY r.position"""
+         WHERE a.queue_id = d.queue_id AND a.delivery = d.number AND a.server IS NOT NULL) AS attempted_at
+    FROM deliveries d JOIN messages m ON m.id = d.queue_id
+    JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
+    WHERE d.queue_id = @id(:id) ORDER BY r.position"""
 
 # Which deliveries a server may have in spite of what else is said. Of a malformed reply it is known by what was sent
 # whether it came after all of the request.
 _DOUBTS = """SELECT d.number, d.parent, d.last_outcome = 'uncertain' OR EXISTS (SELECT 1 FROM attempts a
-        WHERE a.message_id = d.message_id AND a.delivery = d.number
+        WHERE a.queue_id = d.queue_id AND a.delivery = d.number
         AND (a.outcome = 'uncertain' OR (a.outcome = 'malformed' AND a.bytes_sent >= m.size)))
-    FROM deliveries d JOIN messages m ON m.id = d.message_id WHERE d.message_id = @id(:id) ORDER BY d.number"""
+    FROM deliveries d JOIN messages m ON m.id = d.queue_id WHERE d.queue_id = @id(:id) ORDER BY d.number"""
 
 # Whether a sender may get a notice now, which uses it up. The row is locked until the notice is committed, so that two
 # workers do not both say yes. A time that lies ahead is one of a clock that has stepped back.
@@ -154,7 +154,7 @@ class DsnGenerator:
 
         Raises what hinders all of them: an outage of the database, a spool that takes nothing.
         """
-        put_off = json.dumps([{"message_id": dashed(message_id)} for message_id in self._left_alone()])
+        put_off = json.dumps([{"queue_id": dashed(queue_id)} for queue_id in self._left_alone()])
         with writing(self._engine) as connection:
             owing = self._sql.run(connection, _DEBTORS, most=most, put_off=put_off).scalars().all()
         return self._each(owing, Kind.BOUNCED)
@@ -174,11 +174,11 @@ class DsnGenerator:
         while left:
             rows = self._next_rows(limit, left)
             for *key, age, is_late in rows:
-                message_id = key[-2]
-                if is_late and len(late) == most and message_id not in late:
+                queue_id = key[-2]
+                if is_late and len(late) == most and queue_id not in late:
                     return late
                 if is_late:
-                    late[message_id] = None
+                    late[queue_id] = None
                 if is_late or age < limit:
                     self._next_late = min(self._next_late, time.monotonic() + max(0.0, limit - age))
                 self._behind = tuple(key)
@@ -189,7 +189,7 @@ class DsnGenerator:
 
     def _next_rows(self, limit: float, most: int) -> Sequence[Any]:
         """The next deliveries of the round: a row is the columns of its key, its age, and whether it is late."""
-        keys = f"{_WALK[self._states[0]]}, message_id, number"
+        keys = f"{_WALK[self._states[0]]}, queue_id, number"
         given = {f"key{n}": value for n, value in enumerate(self._behind)}
         behind = f"AND ({keys}) > ({', '.join(f':{name}' for name in given)})" if given else ""
         sql = _LOOK.format(keys=keys, state=self._states[0], behind=behind)
@@ -209,48 +209,48 @@ class DsnGenerator:
     def _left_alone(self) -> set[str]:
         """Messages that failed here a moment ago: they would fail again, and others have not had their turn."""
         now = time.monotonic()
-        self._put_off = {message_id: until for message_id, until in self._put_off.items() if until > now}
+        self._put_off = {queue_id: until for queue_id, until in self._put_off.items() if until > now}
         return set(self._put_off)
 
     def _each(self, keys: Iterable[Any], kind: Kind) -> list[str]:
         """Make the notices about these messages, as the database spells their ids, each for itself; their ids."""
         made: list[str] = []
-        for message_id in dict.fromkeys(map(_plain, keys)):
+        for queue_id in dict.fromkeys(map(_plain, keys)):
             try:
-                notice = self._about(message_id, kind)
+                notice = self._about(queue_id, kind)
             except Exception as error:
-                self._put_off[message_id] = time.monotonic() + PUT_OFF
+                self._put_off[queue_id] = time.monotonic() + PUT_OFF
                 if is_outage(error):
                     raise
-                log.error("notice not made", id=message_id, reason=first_line(error))
+                log.error("notice not made", id=queue_id, reason=first_line(error))
             else:
                 made += [notice] if notice else []
         return made
 
-    def _about(self, message_id: str, kind: Kind) -> str | None:
+    def _about(self, queue_id: str, kind: Kind) -> str | None:
         """Make the notice about one message, if nobody else is at it; its id, or None if there is nothing to say."""
         notice, committing = new_id(), False
         try:
             with writing(self._engine) as connection:
                 tell = self._warn if kind is Kind.DELAYED else self._settle
-                told = tell(connection, message_id, notice)
+                told = tell(connection, queue_id, notice)
                 committing = True
         except Exception:
             if not committing:
                 self._spool.remove(notice)
             raise
         # Not in the same transaction: whoever ends another delivery of it right now would not be seen, nor see us.
-        if kind is not Kind.DELAYED and deletable_bodies(self._engine, self._sql, [message_id]):
-            self._spool.remove(message_id)
+        if kind is not Kind.DELAYED and deletable_bodies(self._engine, self._sql, [queue_id]):
+            self._spool.remove(queue_id)
         if told:
             log.info("notice made", id=notice, **told)
         return notice if told else None
 
-    def _settle(self, connection: Connection, message_id: str, notice: str) -> dict[str, Any]:
+    def _settle(self, connection: Connection, queue_id: str, notice: str) -> dict[str, Any]:
         """Clear what is owed about a message, with a notice if somebody wants one; what the log says of it."""
-        numbers = self._lock(connection, message_id, _OWED)
-        rows = [row for row in self._rows(connection, message_id) if row["number"] in numbers]
-        if not numbers or self._forgive(connection, message_id, rows):
+        numbers = self._lock(connection, queue_id, _OWED)
+        rows = [row for row in self._rows(connection, queue_id) if row["number"] in numbers]
+        if not numbers or self._forgive(connection, queue_id, rows):
             return {}
         made: dict[str, Any] = {}
         wanted = [row for row in rows if _wants(row, "FAILURE")] if self._settings.bounces != "off" else []
@@ -258,44 +258,44 @@ class DsnGenerator:
             told, withheld = self._allowed(connection, wanted)
             if told:
                 self._make(connection, notice, told, kind=Kind.BOUNCED)
-                made = {"about": message_id, "recipients": len(told), "kind": str(Kind.BOUNCED)}
+                made = {"about": queue_id, "recipients": len(told), "kind": str(Kind.BOUNCED)}
             if withheld:
-                log.warning("notice withheld", id=message_id, reason=str(withheld), kind=str(Kind.BOUNCED))
+                log.warning("notice withheld", id=queue_id, reason=str(withheld), kind=str(Kind.BOUNCED))
             if silent := {row["number"] for row in wanted} - {row["number"] for row in told}:
-                self._set(connection, message_id, silent, f"dsn_withheld = '{withheld}'")
+                self._set(connection, queue_id, silent, f"dsn_withheld = '{withheld}'")
         elif rows and rows[0]["dsn_content"] and self._settings.bounces != "off":
             made = self._make_again(connection, notice, rows[0])
-        self._set(connection, message_id, numbers, "due_at = NULL")
+        self._set(connection, queue_id, numbers, "due_at = NULL")
         return made
 
-    def _warn(self, connection: Connection, message_id: str, notice: str) -> dict[str, Any]:
+    def _warn(self, connection: Connection, queue_id: str, notice: str) -> dict[str, Any]:
         """Warn of what is unfinished of a message; what the log says of it."""
-        numbers = self._lock(connection, message_id, _WAITING)
+        numbers = self._lock(connection, queue_id, _WAITING)
         warned = f"SELECT {_WARNED.format('@id(:id)')}"
-        if not numbers or self._sql.run(connection, warned, id=dashed(message_id)).scalar():
+        if not numbers or self._sql.run(connection, warned, id=dashed(queue_id)).scalar():
             return {}
         # Also what a worker has locked at this moment: there will be no second warning.
-        rows = [row for row in self._rows(connection, message_id) if row["state"] in ("queued", "sending", "deferred")]
+        rows = [row for row in self._rows(connection, queue_id) if row["state"] in ("queued", "sending", "deferred")]
         wanted = [row for row in rows if _wants(row, "DELAY")]
         if not wanted:
             return {}
         told, withheld = self._allowed(connection, wanted)
         if withheld:
-            log.warning("notice withheld", id=message_id, reason=str(withheld), kind=str(Kind.DELAYED))
+            log.warning("notice withheld", id=queue_id, reason=str(withheld), kind=str(Kind.DELAYED))
         # A warning that is withheld is not made later either, or every sweep would ask about it again.
-        self._set(connection, message_id, numbers, "warned_at = @now")
+        self._set(connection, queue_id, numbers, "warned_at = @now")
         if not told:
             return {}
         self._make(connection, notice, told, kind=Kind.DELAYED)
-        return {"about": message_id, "recipients": len(told), "kind": str(Kind.DELAYED)}
+        return {"about": queue_id, "recipients": len(told), "kind": str(Kind.DELAYED)}
 
-    def _lock(self, connection: Connection, message_id: str, which: str) -> set[int]:
+    def _lock(self, connection: Connection, queue_id: str, which: str) -> set[int]:
         """Lock such deliveries of a message, and the message; the numbers of what nobody else has locked."""
-        return set(self._sql.run(connection, _LOCK.format(which), id=dashed(message_id)).scalars())
+        return set(self._sql.run(connection, _LOCK.format(which), id=dashed(queue_id)).scalars())
 
-    def _rows(self, connection: Connection, message_id: str) -> Sequence[Any]:
+    def _rows(self, connection: Connection, queue_id: str) -> Sequence[Any]:
         """What can be told of each recipient of a message."""
-        found: Sequence[Any] = self._sql.run(connection, _ABOUT, id=dashed(message_id)).mappings().all()
+        found: Sequence[Any] = self._sql.run(connection, _ABOUT, id=dashed(queue_id)).mappings().all()
         return found
 
     def _allowed(self, connection: Connection, rows: Sequence[Any]) -> tuple[Sequence[Any], Withheld | None]:
@@ -312,7 +312,7 @@ class DsnGenerator:
             return [], Withheld.RATE
         return told, Withheld.POSTMASTER if len(told) < len(rows) else None
 
-    def _forgive(self, connection: Connection, message_id: str, rows: Sequence[Any]) -> bool:
+    def _forgive(self, connection: Connection, queue_id: str, rows: Sequence[Any]) -> bool:
         """Defer again what a server refused for our sake and not the mail's; True if there was any."""
         about_us = {
             row["number"]: row for row in rows
@@ -322,11 +322,11 @@ class DsnGenerator:
             self._sql.run(
                 connection,
                 """UPDATE deliveries SET state = 'deferred', due_at = @later(:gather), finished_at = NULL
-                WHERE message_id = @id(:id) AND number = :number AND state = 'bounced'""",
-                id=dashed(message_id),
+                WHERE queue_id = @id(:id) AND number = :number AND state = 'bounced'""",
+                id=dashed(queue_id),
                 number=number,
             )
-            log.critical("refused for our sake, deferred again", id=message_id, reply=row["last_reply"])
+            log.critical("refused for our sake, deferred again", id=queue_id, reply=row["last_reply"])
             if row["last_server"]:
                 self._refused(row["last_server"], row["last_reply"])
         return bool(about_us)
@@ -377,10 +377,10 @@ class DsnGenerator:
             except BodyUnsendable as error:  # a fault of the disk is no reason: it is raised, and the attempt repeated
                 log.warning("notice not read", id=failed["id"], reason=str(error))
         if text is None or less is None:
-            log.error("notice given up", id=failed["id"], about=failed["notice_of"], reply=failed["last_reply"])
+            log.error("notice given up", id=failed["id"], about=failed["dsn_of"], reply=failed["last_reply"])
             return {}
-        self._put(connection, notice, text, failed["address"], about=failed["notice_of"], content=less)
-        return {"about": failed["notice_of"], "instead_of": failed["id"], "content": str(less)}
+        self._put(connection, notice, text, failed["address"], about=failed["dsn_of"], content=less)
+        return {"about": failed["dsn_of"], "instead_of": failed["id"], "content": str(less)}
 
     def _put(
         self, connection: Connection, notice: str, text: bytes, address: str, *, about: str, content: Enclosure
@@ -395,32 +395,32 @@ class DsnGenerator:
         )  # fmt: skip
         self._intake.insert(connection, [message])
 
-    def _doubtful(self, connection: Connection, message_id: str) -> set[int]:
+    def _doubtful(self, connection: Connection, queue_id: str) -> set[int]:
         """Deliveries of a message that may have arrived, themselves or as a part of what they were cut from."""
         found: set[int] = set()
-        for number, parent, doubt in self._sql.run(connection, _DOUBTS, id=dashed(message_id)):
+        for number, parent, doubt in self._sql.run(connection, _DOUBTS, id=dashed(queue_id)):
             if doubt or parent in found:  # a parent has the smaller number
                 found.add(number)
         return found
 
-    def _content(self, message_id: str, size: int, *, full: bool) -> bytes | None:
+    def _content(self, queue_id: str, size: int, *, full: bool) -> bytes | None:
         """The original or its header, bounded; None if the body is not there."""
         try:
-            with os.fdopen(self._spool.open(message_id, size), "rb") as body:
+            with os.fdopen(self._spool.open(queue_id, size), "rb") as body:
                 text = body.read(LONGEST_RETURNED)
         except (BodyUnsendable, OSError) as error:
-            log.warning("original not returned", id=message_id, reason=str(error))
+            log.warning("original not returned", id=queue_id, reason=str(error))
             return None
         if full:
             return text
         header = text.partition(b"\n\n")[0]
         return header[: header.rfind(b"\n") + 1] if len(header) == LONGEST_RETURNED else header + b"\n"
 
-    def _set(self, connection: Connection, message_id: str, numbers: set[int], what: str) -> None:
+    def _set(self, connection: Connection, queue_id: str, numbers: set[int], what: str) -> None:
         """Clear the debt of deliveries that we have locked, or mark them as warned of."""
         listed = ", ".join(str(int(number)) for number in sorted(numbers))
-        sql = f"UPDATE deliveries SET {what} WHERE message_id = @id(:id) AND number IN ({listed})"
-        self._sql.run(connection, sql, id=dashed(message_id))
+        sql = f"UPDATE deliveries SET {what} WHERE queue_id = @id(:id) AND number IN ({listed})"
+        self._sql.run(connection, sql, id=dashed(queue_id))
 
 
 def _wants(row: Any, what: str) -> bool:

@@ -55,7 +55,7 @@ class NewMessage(NamedTuple):
 
 _MESSAGE_COLUMNS = (
     "sender text, size bigint, client_address text, helo text, protocol text, auth_user text,"
-    " header_message_id text, body_type text, ret text, envid text, notice_of uuid, client_trusted boolean,"
+    " header_message_id text, body_type text, ret text, envid text, dsn_of uuid, client_trusted boolean,"
     " dsn_content text"
 )
 _MESSAGE_NAMES = ", ".join(column.split()[0] for column in _MESSAGE_COLUMNS.split(","))
@@ -64,13 +64,13 @@ PARTS = (
     f"""INSERT INTO messages (id, received_at, {_MESSAGE_NAMES})
     SELECT id, @now, {_MESSAGE_NAMES} FROM @rows(:messages; id uuid, {_MESSAGE_COLUMNS}) WHERE true
     ON CONFLICT DO NOTHING""",
-    """INSERT INTO recipients (message_id, position, address, delivery, notify, orcpt)
-    SELECT message_id, position, address, delivery, notify, orcpt FROM @rows(:recipients; message_id uuid, position int,
+    """INSERT INTO recipients (queue_id, position, address, delivery, notify, orcpt)
+    SELECT queue_id, position, address, delivery, notify, orcpt FROM @rows(:recipients; queue_id uuid, position int,
         address text, delivery int, notify text, orcpt text) WHERE true
     ON CONFLICT DO NOTHING""",
-    """INSERT INTO deliveries (message_id, number, route, state, due_at, expires_at)
-    SELECT message_id, number, route, 'queued', @later(:grace), @later(:lifetime)
-    FROM @rows(:deliveries; message_id uuid, number int, route text) WHERE true
+    """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
+    SELECT queue_id, number, route, 'queued', @later(:grace), @later(:lifetime)
+    FROM @rows(:deliveries; queue_id uuid, number int, route text) WHERE true
     ON CONFLICT DO NOTHING""",
 )
 
@@ -115,10 +115,10 @@ class Acceptor:
             for position, recipient in enumerate(message.recipients, 1):
                 number = numbers.setdefault(recipient.route, len(numbers) + 1)
                 recipients.append({
-                    "message_id": key, "position": position, "address": recipient.address, "delivery": number,
+                    "queue_id": key, "position": position, "address": recipient.address, "delivery": number,
                     "notify": recipient.notify, "orcpt": recipient.orcpt,
                 })  # fmt: skip
-            deliveries += [{"message_id": key, "number": n, "route": route} for route, n in numbers.items()]
+            deliveries += [{"queue_id": key, "number": n, "route": route} for route, n in numbers.items()]
         return {
             "messages": json.dumps(rows), "recipients": json.dumps(recipients), "deliveries": json.dumps(deliveries),
             "grace": self._grace, "lifetime": self._lifetime,
@@ -132,6 +132,6 @@ def _message_row(key: str, message: NewMessage) -> dict[str, object]:
         "helo": escaped(message.helo, 255), "protocol": message.protocol, "auth_user": message.auth_user,
         "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
         "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
-        "notice_of": dashed(message.dsn_of) if message.dsn_of else None,
+        "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
         "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
     }  # fmt: skip

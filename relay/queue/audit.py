@@ -22,15 +22,15 @@ from relay.ids import dashed, new_id
 
 CHUNK = 500
 FIRST = "00000000-0000-0000-0000-000000000000"  # before every id
-PICKED = "SELECT message_id, number FROM @rows(:keys; message_id uuid, number int)"
+PICKED = "SELECT queue_id, number FROM @rows(:keys; queue_id uuid, number int)"
 # What ends an UPDATE of the deliveries (as d) that were picked.
-THESE = "FROM @rows(:keys; message_id uuid, number int) WHERE d.message_id = x.message_id AND d.number = x.number"
+THESE = "FROM @rows(:keys; queue_id uuid, number int) WHERE d.queue_id = x.queue_id AND d.number = x.number"
 
-_ACTION = """INSERT INTO actions (id, at, actor, verb, reason, filter, matched)
+_ACTION = """INSERT INTO audit (id, at, actor, verb, reason, filter, matched)
     VALUES (@id(:action), @now, :actor, :verb, :reason, :filter, :matched)
-    ON CONFLICT (id) DO UPDATE SET matched = actions.matched + excluded.matched"""
-_TOUCHED = f"""INSERT INTO touched (message_id, delivery, action)
-    SELECT message_id, number, @id(:action) FROM ({PICKED}) p WHERE true ON CONFLICT DO NOTHING"""
+    ON CONFLICT (id) DO UPDATE SET matched = audit.matched + excluded.matched"""
+_TOUCHED = f"""INSERT INTO audit_deliveries (queue_id, delivery, action)
+    SELECT queue_id, number, @id(:action) FROM ({PICKED}) p WHERE true ON CONFLICT DO NOTHING"""
 
 
 class AuditEntry:
@@ -52,9 +52,9 @@ class AuditEntry:
 
         `change` gets the keys of a chunk, which is locked, as `keys` is in `THESE` and `PICKED`.
         """
-        picked = f"""SELECT d.message_id, d.number, d.state FROM deliveries d
-            WHERE {which} AND (d.message_id, d.number) > (@id(:after), :number)
-            ORDER BY d.message_id, d.number LIMIT :most @locked(d)"""
+        picked = f"""SELECT d.queue_id, d.number, d.state FROM deliveries d
+            WHERE {which} AND (d.queue_id, d.number) > (@id(:after), :number)
+            ORDER BY d.queue_id, d.number LIMIT :most @locked(d)"""
         given |= {"after": FIRST, "number": 0}
         left = sys.maxsize if limit is None else limit
         while left > 0:
@@ -67,7 +67,7 @@ class AuditEntry:
                     change(connection, keys)
                     self.note(connection, len(rows), keys)
             if rows:
-                yield [(str(message_id).replace("-", ""), number, state) for message_id, number, state in rows]
+                yield [(str(queue_id).replace("-", ""), number, state) for queue_id, number, state in rows]
             left -= len(rows)
             if len(locked) < given["most"]:
                 return
@@ -83,9 +83,9 @@ class AuditEntry:
         """
         if not self._sql.postgresql:
             return locked
-        still = f"""SELECT d.message_id, d.number, d.state FROM deliveries d
-            JOIN @rows(:keys; message_id uuid, number int) ON d.message_id = x.message_id AND d.number = x.number
-            WHERE {which} ORDER BY d.message_id, d.number"""
+        still = f"""SELECT d.queue_id, d.number, d.state FROM deliveries d
+            JOIN @rows(:keys; queue_id uuid, number int) ON d.queue_id = x.queue_id AND d.number = x.number
+            WHERE {which} ORDER BY d.queue_id, d.number"""
         found: list[Any] = self._sql.run(connection, still, keys=_keys(locked), **given).all()
         return found
 
@@ -102,4 +102,4 @@ class AuditEntry:
 
 
 def _keys(rows: Sequence[Any]) -> str:
-    return json.dumps([{"message_id": str(row[0]), "number": row[1]} for row in rows])
+    return json.dumps([{"queue_id": str(row[0]), "number": row[1]} for row in rows])

@@ -41,51 +41,51 @@ from relay.settings import WorkerSettings
 from relay.spool.retention import body_needed, deletable_bodies
 
 type Key = tuple[str, int]
-KEYS = "d.message_id = p.message_id AND d.number = p.number"
-WANTED = """CASE d.wanted WHEN 'hold' THEN 'held' WHEN 'drop' THEN 'dropped' WHEN 'bounce' THEN 'bounced'
+KEYS = "d.queue_id = p.queue_id AND d.number = p.number"
+WANTED = """CASE d.pending_operation WHEN 'hold' THEN 'held' WHEN 'drop' THEN 'dropped' WHEN 'bounce' THEN 'bounced'
     ELSE 'queued' END"""
 DUE = f"""CASE WHEN p.final = 'deferred' THEN @later(p.delay) WHEN p.final = 'queued' THEN @later(:grace)
     WHEN p.final IN ('bounced', 'expired') THEN {DSN_PENDING} END"""
 # What stands as the last words when a wish is honoured: not the server's, who said them to something else.
-SAID = """CASE WHEN d.wanted IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'
-    THEN coalesce(d.wanted_why, p.final || ' by an operator') ELSE {} END"""
+SAID = """CASE WHEN d.pending_operation IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'
+    THEN coalesce(d.pending_reason, p.final || ' by an operator') ELSE {} END"""
 FINISHED = "CASE WHEN p.final IN ('delivered', 'bounced', 'expired', 'dropped') THEN @now END"
 
 # Hints name keys. Spelt like this, the state does not let a plan that was made for a short queue walk through all that
 # waits for the route, looking for them.
-_NAMED = "d.message_id IN (SELECT message_id FROM @rows(:ids; message_id uuid)) AND d.state || '' = 'queued'"
-_CLAIM_SET = """SET state = 'sending', worker = :worker, claims = claims + 1, wanted = NULL,
-    wanted_why = NULL, waiting_for = NULL, due_at = @later(:far)"""
-_ENVELOPE = "@hex(c.message_id), c.number, c.claims, c.route, m.sender, m.size, c.backoff_step, c.vanished"
+_NAMED = "d.queue_id IN (SELECT queue_id FROM @rows(:ids; queue_id uuid)) AND d.state || '' = 'queued'"
+_CLAIM_SET = """SET state = 'sending', worker = :worker, claim_count = claim_count + 1, pending_operation = NULL,
+    pending_reason = NULL, waiting_for = NULL, due_at = @later(:far)"""
+_ENVELOPE = "@hex(c.queue_id), c.number, c.claim_count, c.route, m.sender, m.size, c.backoff_step, c.crash_count"
 
-_RECORD_ROWS = """@rows(:records; message_id uuid, number int, claim int, state text, delay float8, backoff_step int,
+_RECORD_ROWS = """@rows(:records; queue_id uuid, number int, claim int, state text, delay float8, backoff_step int,
     outcome text, reply text, server text, waiting_for text)"""
-_FINALS = f"""SELECT d.message_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server, x.waiting_for,
-    CASE WHEN x.outcome = 'accepted' THEN 'delivered' WHEN d.wanted IS NOT NULL THEN {WANTED}
+_FINALS = f"""SELECT d.queue_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server, x.waiting_for,
+    CASE WHEN x.outcome = 'accepted' THEN 'delivered' WHEN d.pending_operation IS NOT NULL THEN {WANTED}
          WHEN x.state = 'deferred' AND d.expires_at <= @now THEN 'expired' ELSE x.state END AS final
-    FROM {_RECORD_ROWS} JOIN deliveries d ON d.message_id = x.message_id AND d.number = x.number
-    WHERE (d.state = 'sending' AND d.worker = :worker AND d.claims = x.claim)
+    FROM {_RECORD_ROWS} JOIN deliveries d ON d.queue_id = x.queue_id AND d.number = x.number
+    WHERE (d.state = 'sending' AND d.worker = :worker AND d.claim_count = x.claim)
        OR (x.outcome = 'accepted' AND d.state <> 'delivered')
-    ORDER BY d.message_id, d.number"""
-_RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
-    wanted_why = NULL,
-    vanished = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable' THEN d.vanished ELSE 0 END,
+    ORDER BY d.queue_id, d.number"""
+_RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
+    pending_reason = NULL,
+    crash_count = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable' THEN d.crash_count ELSE 0 END,
     backoff_step = p.backoff_step, last_outcome = coalesce(p.outcome, d.last_outcome),
     last_reply = {SAID.format("CASE WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END")},
     last_server = coalesce(p.server, d.last_server),
     waiting_for = CASE WHEN p.final = 'deferred' THEN p.waiting_for END"""
-_ATTEMPTS = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at, outcome,
+_ATTEMPTS = """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at, outcome,
         reply, bytes_sent)
-    SELECT message_id, delivery, claim, hop, @id(:worker), server, @ago(started_ago), @ago(finished_ago), outcome,
+    SELECT queue_id, delivery, claim, attempt_index, @id(:worker), server, @ago(started_ago), @ago(finished_ago), outcome,
         reply, bytes_sent
-    FROM @rows(:tries; message_id uuid, delivery int, claim int, hop int, server text, started_ago float8,
+    FROM @rows(:tries; queue_id uuid, delivery int, claim int, attempt_index int, server text, started_ago float8,
         finished_ago float8, outcome text, reply text, bytes_sent bigint) WHERE true
     ON CONFLICT DO NOTHING"""
 # What a record came to, told by the UPDATE itself: this row as it is now, the others of its message as they were.
-_CAME_TO = f"""RETURNING @hex(d.message_id), d.number, d.claims, d.state, NOT {NEEDS_BODY} AND NOT EXISTS (
-    SELECT 1 FROM deliveries o WHERE o.message_id = d.message_id AND o.number <> d.number AND {NEEDS_BODY})"""
-_AFTER = f"""SELECT @hex(d.message_id), d.number, d.claims, d.state, NOT {body_needed("d.message_id")}
-    FROM deliveries d JOIN {_RECORD_ROWS} ON d.message_id = x.message_id AND d.number = x.number"""
+_CAME_TO = f"""RETURNING @hex(d.queue_id), d.number, d.claim_count, d.state, NOT {NEEDS_BODY} AND NOT EXISTS (
+    SELECT 1 FROM deliveries o WHERE o.queue_id = d.queue_id AND o.number <> d.number AND {NEEDS_BODY})"""
+_AFTER = f"""SELECT @hex(d.queue_id), d.number, d.claim_count, d.state, NOT {body_needed("d.queue_id")}
+    FROM deliveries d JOIN {_RECORD_ROWS} ON d.queue_id = x.queue_id AND d.number = x.number"""
 _DONE = (State.DELIVERED, State.DROPPED)  # after anything else that is final a sweeper looks, if a notice is owed
 
 
@@ -113,7 +113,7 @@ class WorkerQueue:
         with writing(self._engine) as connection:
             self._sql.run(
                 connection,
-                "INSERT INTO workers (id, host, pid, started_at, until, claim_seconds)"
+                "INSERT INTO workers (id, host, pid, started_at, lease_expires_at, claim_seconds)"
                 " VALUES (:worker, :host, :pid, @now, @later(:lease), :claim_seconds) ON CONFLICT DO NOTHING",
                 worker=dashed(worker), host=host, pid=pid, claim_seconds=self._far,
             )  # fmt: skip
@@ -123,7 +123,7 @@ class WorkerQueue:
         with writing(self._engine) as connection:
             self._sql.run(
                 connection,
-                "UPDATE workers SET ended_at = @now, ending = 'stopped' WHERE id = :worker AND ended_at IS NULL"
+                "UPDATE workers SET ended_at = @now, end_reason = 'stopped' WHERE id = :worker AND ended_at IS NULL"
                 " AND NOT EXISTS (SELECT 1 FROM deliveries WHERE state = 'sending' AND worker = :worker)",
                 worker=dashed(worker),
             )
@@ -149,11 +149,11 @@ class WorkerQueue:
             for n, item in enumerate(items):
                 if isinstance(item, ClaimRequest):
                     results[n] = claims = self._claim(connection, item)
-                    claimed.update({(c.message_id, c.number): (item.worker, c.claim) for c in claims})
+                    claimed.update({(c.queue_id, c.number): (item.worker, c.claim) for c in claims})
         self._look_again(records, results)
         self._in_doubt = False
         for _, record in records:
-            key = (record.message_id, record.number)
+            key = (record.queue_id, record.number)
             if self._held.get(key) == (record.worker, record.claim):
                 del self._held[key]
         self._held.update(claimed)
@@ -164,16 +164,16 @@ class WorkerQueue:
         ended: dict[str, list[int]] = {}
         for n, record in records:
             if isinstance(found := results[n], CompletionResult) and found.state in _DONE and not found.body_deletable:
-                ended.setdefault(record.message_id, []).append(n)
-        for message_id in deletable_bodies(self._engine, self._sql, ended):
-            for n in ended[message_id]:
+                ended.setdefault(record.queue_id, []).append(n)
+        for queue_id in deletable_bodies(self._engine, self._sql, ended):
+            for n in ended[queue_id]:
                 results[n] = replace(cast(CompletionResult, results[n]), body_deletable=True)
 
     def _renew(self, connection: Connection, worker: str) -> bool:
         return bool(
             self._sql.run(
                 connection,
-                "UPDATE workers SET until = @later(:lease) WHERE id = :worker AND ended_at IS NULL",
+                "UPDATE workers SET lease_expires_at = @later(:lease) WHERE id = :worker AND ended_at IS NULL",
                 worker=dashed(worker),
             ).rowcount
         )
@@ -182,7 +182,7 @@ class WorkerQueue:
         """Hand back what a COMMIT in doubt may have claimed for us without our knowing."""
         for worker in workers:
             held = [
-                {"message_id": dashed(m), "number": n, "claim": claim}
+                {"queue_id": dashed(m), "number": n, "claim": claim}
                 for (m, n), (who, claim) in self._held.items()
                 if who == worker
             ]
@@ -190,8 +190,8 @@ class WorkerQueue:
                 connection,
                 """UPDATE deliveries SET state = 'queued', worker = NULL, due_at = @now
                 WHERE state = 'sending' AND worker = :worker AND NOT EXISTS (
-                    SELECT 1 FROM @rows(:held; message_id uuid, number int, claim int) WHERE x.claim = deliveries.claims
-                    AND x.message_id = deliveries.message_id AND x.number = deliveries.number)""",
+                    SELECT 1 FROM @rows(:held; queue_id uuid, number int, claim int) WHERE x.claim = deliveries.claim_count
+                    AND x.queue_id = deliveries.queue_id AND x.number = deliveries.number)""",
                 worker=dashed(worker), held=json.dumps(held),
             )  # fmt: skip
 
@@ -207,13 +207,13 @@ class WorkerQueue:
         given = {"worker": dashed(wish.worker), "route": route}
         if wish.ids is None:
             return self._looks.claim(connection, route, free, partial(self._picked, connection, "due_at", given))
-        given["ids"] = json.dumps([{"message_id": dashed(i)} for i in wish.ids])
-        return self._picked(connection, "message_id, number", given, _NAMED, free)
+        given["ids"] = json.dumps([{"queue_id": dashed(i)} for i in wish.ids])
+        return self._picked(connection, "queue_id, number", given, _NAMED, free)
 
     def _picked(
         self, connection: Connection, order: str, given: dict[str, Any], which: str, free: int, **more: Any
     ) -> list[Claim]:
-        picked = f"""SELECT message_id, number FROM deliveries d WHERE {which} AND route = :route
+        picked = f"""SELECT queue_id, number FROM deliveries d WHERE {which} AND route = :route
             ORDER BY {order} LIMIT :free"""
         given = given | more | {"free": free}
         if self._sql.postgresql:
@@ -222,24 +222,24 @@ class WorkerQueue:
                 f"""WITH p AS MATERIALIZED ({picked} @skip_locked),
                 c AS (UPDATE deliveries d {_CLAIM_SET} FROM p WHERE {KEYS} RETURNING d.*)
                 SELECT {_ENVELOPE}, @since(m.received_at), (SELECT array_agg(r.address ORDER BY r.position)
-                    FROM recipients r WHERE r.message_id = c.message_id AND r.delivery = c.number)
-                FROM c JOIN messages m ON m.id = c.message_id ORDER BY m.id""",
+                    FROM recipients r WHERE r.queue_id = c.queue_id AND r.delivery = c.number)
+                FROM c JOIN messages m ON m.id = c.queue_id ORDER BY m.id""",
                 **given,
             )
             return [_claim(row, row[9] or ()) for row in found]
         keys = self._sql.run(
             connection,
-            f"UPDATE deliveries {_CLAIM_SET} WHERE (message_id, number) IN ({picked}) RETURNING message_id, number",
+            f"UPDATE deliveries {_CLAIM_SET} WHERE (queue_id, number) IN ({picked}) RETURNING queue_id, number",
             **given,
         ).all()
         found = self._sql.run(
             connection,
             f"""SELECT {_ENVELOPE}, @since(m.received_at), (SELECT json_group_array(address) FROM (SELECT r.address
-                FROM recipients r WHERE r.message_id = c.message_id AND r.delivery = c.number ORDER BY r.position))
-            FROM @rows(:keys; message_id uuid, number int)
-            JOIN deliveries c ON c.message_id = x.message_id AND c.number = x.number
-            JOIN messages m ON m.id = c.message_id ORDER BY m.id""",
-            keys=json.dumps([{"message_id": m, "number": n} for m, n in keys]),
+                FROM recipients r WHERE r.queue_id = c.queue_id AND r.delivery = c.number ORDER BY r.position))
+            FROM @rows(:keys; queue_id uuid, number int)
+            JOIN deliveries c ON c.queue_id = x.queue_id AND c.number = x.number
+            JOIN messages m ON m.id = c.queue_id ORDER BY m.id""",
+            keys=json.dumps([{"queue_id": m, "number": n} for m, n in keys]),
         )
         return [_claim(row, json.loads(row[9])) for row in found]
 
@@ -247,9 +247,9 @@ class WorkerQueue:
         self, connection: Connection, worker: str, records: list[tuple[int, Completion]], results: list[CommandResult]
     ) -> None:
         # A K beats what another claim of the same delivery came to, also in one round: one row may match once only.
-        taken = {(r.message_id, r.number) for _, r in records if r.outcome is Outcome.ACCEPTED}
+        taken = {(r.queue_id, r.number) for _, r in records if r.outcome is Outcome.ACCEPTED}
         rows = [
-            _record_row(r) for _, r in records if r.outcome is Outcome.ACCEPTED or (r.message_id, r.number) not in taken
+            _record_row(r) for _, r in records if r.outcome is Outcome.ACCEPTED or (r.queue_id, r.number) not in taken
         ]
         given = {
             "worker": dashed(worker),
@@ -271,21 +271,23 @@ class WorkerQueue:
             sql = f"UPDATE deliveries AS d {_RECORD_SET} FROM ({_FINALS}) AS p WHERE {KEYS}"
             self._sql.run(connection, sql, **given)
         self._cut(connection, [record for _, record in records if record.state is State.SPLIT])
-        if rest := [record for _, record in records if (record.message_id, record.number) not in after]:
+        if rest := [record for _, record in records if (record.queue_id, record.number) not in after]:
             found = self._sql.run(connection, _AFTER, records=json.dumps([_record_row(record) for record in rest]))
             after |= {(m, n): (c, State(state), bool(free)) for m, n, c, state, free in found}
         for n, record in records:
-            claims, state, free = after.get((record.message_id, record.number), (0, None, False))
+            claims, state, free = after.get((record.queue_id, record.number), (0, None, False))
             if claims > record.claim and record.outcome is Outcome.ACCEPTED:
-                self._splitter.taken(connection, dashed(record.message_id), record.number)
+                self._splitter.taken(connection, dashed(record.queue_id), record.number)
             mine = claims == record.claim or state is State.DELIVERED
             results[n] = CompletionResult(state if mine else None, free and mine)
 
     def _cut(self, connection: Connection, records: list[Completion]) -> None:
         """Cut in two what was just recorded as `split`; what cannot be cut bounces."""
         for record in records:
-            key, number = dashed(record.message_id), record.number
-            state = "SELECT state FROM deliveries WHERE message_id = @id(:id) AND number = :number AND claims = :claim"
+            key, number = dashed(record.queue_id), record.number
+            state = (
+                "SELECT state FROM deliveries WHERE queue_id = @id(:id) AND number = :number AND claim_count = :claim"
+            )
             found = self._sql.run(connection, state, id=key, number=number, claim=record.claim).scalar()
             if found != State.SPLIT:
                 continue
@@ -295,15 +297,15 @@ class WorkerQueue:
                 self._sql.run(
                     connection,
                     f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, due_at = {DSN_PENDING}
-                    WHERE message_id = @id(:id) AND number = :number""",
+                    WHERE queue_id = @id(:id) AND number = :number""",
                     id=key,
                     number=number,
                 )
 
 
 def _claim(row: Any, recipients: Sequence[str]) -> Claim:
-    message_id, number, claims, route, sender, size, step, crash_count, ago = row[:9]
-    return Claim(message_id, number, claims, route, sender, size, tuple(recipients), step, crash_count, float(ago))
+    queue_id, number, claims, route, sender, size, step, crash_count, ago = row[:9]
+    return Claim(queue_id, number, claims, route, sender, size, tuple(recipients), step, crash_count, float(ago))
 
 
 def _record_row(record: Completion) -> dict[str, Any]:
@@ -312,7 +314,7 @@ def _record_row(record: Completion) -> dict[str, Any]:
     if record.state is State.DELIVERED and record.outcome is not Outcome.ACCEPTED:
         raise ValueError(f"{record.outcome} is no reason for delivered")
     return {
-        "message_id": dashed(record.message_id), "number": record.number, "claim": record.claim,
+        "queue_id": dashed(record.queue_id), "number": record.number, "claim": record.claim,
         "state": record.state, "delay": record.delay, "backoff_step": record.backoff_step,
         "outcome": record.outcome, "reply": record.reply, "server": record.server,
         "waiting_for": record.waiting_for,
@@ -321,8 +323,8 @@ def _record_row(record: Completion) -> dict[str, Any]:
 
 def _try_row(record: Completion, one: Attempt) -> dict[str, Any]:
     return {
-        "message_id": dashed(record.message_id), "delivery": record.number, "claim": record.claim,
-        "hop": one.attempt_index,
+        "queue_id": dashed(record.queue_id), "delivery": record.number, "claim": record.claim,
+        "attempt_index": one.attempt_index,
         "server": one.server, "started_ago": one.started_ago, "finished_ago": one.finished_ago,
         "outcome": one.outcome, "reply": one.reply, "bytes_sent": one.bytes_sent,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from relay.db.schema import Outcome, State
 class Claim:
     """A delivery that is ours to send, with its envelope. `claim` numbers the try; `received_ago` is in seconds."""
 
-    message_id: str
+    queue_id: str
     number: int
     claim: int
     route: str
@@ -44,7 +44,7 @@ class Completion:
     """What became of a claim: the state it should have next, due after `delay` seconds."""
 
     worker: str
-    message_id: str
+    queue_id: str
     number: int
     claim: int
     state: State

@@ -48,7 +48,7 @@ OPERATIONS = {
             "release",
             (State.HELD,),
             State.QUEUED,
-            {"due_at": "@now", "backoff_step": "0", "vanished": "0"},
+            {"due_at": "@now", "backoff_step": "0", "crash_count": "0"},
             cancels="hold",
         ),
         Operation(
@@ -107,11 +107,11 @@ class QueueOperations:
         """
         where, given = _meant(verb, wanted)
         if limit is not None:
-            oldest = f"SELECT d.message_id, d.number FROM deliveries d WHERE {where} ORDER BY 1, 2 LIMIT :limit"
-            where, given = f"(d.message_id, d.number) IN ({oldest})", given | {"limit": limit}
+            oldest = f"SELECT d.queue_id, d.number FROM deliveries d WHERE {where} ORDER BY 1, 2 LIMIT :limit"
+            where, given = f"(d.queue_id, d.number) IN ({oldest})", given | {"limit": limit}
         return self._queue.select(
             f"""SELECT v.* FROM mail_history v WHERE EXISTS (SELECT 1 FROM deliveries d WHERE
-                d.message_id = v.message_id AND d.number = v.delivery AND {where}) ORDER BY v.message_id, v.position""",
+                d.queue_id = v.queue_uuid AND d.number = v.delivery AND {where}) ORDER BY v.queue_uuid, v.position""",
             given,
         )
 
@@ -148,7 +148,7 @@ class QueueOperations:
         shown = wanted.shown() if limit is None else f"{wanted.shown()} --limit {limit}".lstrip()
         action = AuditEntry(self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=shown)
         for rows in action.through(where, do, limit=limit, **given):
-            ended = {message_id for message_id, _, was in rows if was != State.SENDING}
+            ended = {queue_id for queue_id, _, was in rows if was != State.SENDING}
             free = (
                 deletable_bodies(self._engine, self._sql, ended) if verb.state in (State.DROPPED, State.BOUNCED) else []
             )
@@ -177,14 +177,14 @@ class QueueOperations:
 
     def _move(self, connection: Connection, keys: str, route_for: Callable[[str], str]) -> None:
         """Give these deliveries, which the caller has locked, the routes that their recipients have today."""
-        addressed = """SELECT position, address FROM recipients WHERE message_id = @id(:id) AND delivery = :number
+        addressed = """SELECT position, address FROM recipients WHERE queue_id = @id(:id) AND delivery = :number
             ORDER BY position"""
-        for message_id, number in self._sql.run(connection, PICKED, keys=keys).all():
+        for queue_id, number in self._sql.run(connection, PICKED, keys=keys).all():
             ways: dict[str, list[int]] = {}
-            for position, address in self._sql.run(connection, addressed, id=str(message_id), number=number):
+            for position, address in self._sql.run(connection, addressed, id=str(queue_id), number=number):
                 ways.setdefault(route_for(address), []).append(position)
             if ways:
-                self._splitter.divide(connection, str(message_id), number, ways)
+                self._splitter.divide(connection, str(queue_id), number, ways)
 
 
 def _meant(verb: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
@@ -192,11 +192,11 @@ def _meant(verb: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
     where, given = wanted.where()
     takes = f"d.state IN ({words(verb.takes)})"
     if verb.wanted or verb.cancels:
-        wish = f" AND d.wanted = '{verb.cancels}'" if verb.cancels else ""
+        wish = f" AND d.pending_operation = '{verb.cancels}'" if verb.cancels else ""
         takes = f"({takes} OR d.state = 'sending'{wish})"
-    one = " AND d.message_id = @id(:id)" if wanted.id is not None else ""  # else SQLite looks at every delivery
+    one = " AND d.queue_id = @id(:id)" if wanted.id is not None else ""  # else SQLite looks at every delivery
     meant = f"""{takes} AND EXISTS (
-        SELECT 1 FROM mail_history h WHERE h.message_id = d.message_id AND h.delivery = d.number AND {where}){one}"""
+        SELECT 1 FROM mail_history h WHERE h.queue_uuid = d.queue_id AND h.delivery = d.number AND {where}){one}"""
     return meant, given
 
 
@@ -212,8 +212,10 @@ def _sets(verb: Operation) -> str:
     values = {"state": f"'{verb.state}'"} | verb.sets
     if not (verb.wanted or verb.cancels):
         return ", ".join(f"{column} = {value}" for column, value in values.items())
-    wish = {"wanted": f"'{verb.wanted}'", "wanted_why": ":why"} if verb.wanted else {}
-    kept = {column: f"d.{column}" for column in values} | {c: wish.get(c, "NULL") for c in ("wanted", "wanted_why")}
+    wish = {"pending_operation": f"'{verb.wanted}'", "pending_reason": ":why"} if verb.wanted else {}
+    kept = {column: f"d.{column}" for column in values} | {
+        c: wish.get(c, "NULL") for c in ("pending_operation", "pending_reason")
+    }
     return ", ".join(
         f"{column} = CASE WHEN d.state = 'sending' THEN {while_sending} ELSE {values.get(column, 'NULL')} END"
         for column, while_sending in kept.items()

@@ -23,7 +23,7 @@ from relay.queue.model import Claim
 
 WINDOW = 1000  # rows; some 20 ms on SQLite, which lets nobody else write meanwhile
 OVERDUE = "d.state = 'queued' AND d.due_at <= @now"
-_KINDS = {True: "AND d.claims = 0", False: "AND d.claims > 0"}  # by whether it is fresh
+_KINDS = {True: "AND d.claim_count = 0", False: "AND d.claim_count > 0"}  # by whether it is fresh
 _BOUND = f"""SELECT due_at FROM deliveries d WHERE {OVERDUE} AND route = :route {{}}
     ORDER BY due_at LIMIT 1 OFFSET :window"""
 

@@ -11,7 +11,7 @@ What is deferred only because no server of its route could be reached has `waiti
 due before its time when a server of the route answers again, the route gets one, or a pause ends (`wake`).
 
 What must stay true: nobody is declared dead because the database was away; what was in flight when a worker was lost is
-never quietly sent again: it gets an attempt of outcome `uncertain` first (hop 0).
+never quietly sent again: it gets an attempt of outcome `uncertain` first (attempt_index 0).
 """
 
 import json
@@ -27,15 +27,15 @@ from relay.queue.claim import DUE, FINISHED, KEYS, SAID, WANTED, longest_claim
 from relay.queue.model import waits_for
 from relay.settings import WorkerSettings
 
-_LOST = f"""SELECT d.message_id, d.number, d.claims, d.worker, :delay * (1 + @chance / 2) AS delay,
-    CASE WHEN d.wanted IS NOT NULL THEN {WANTED} WHEN d.vanished + 1 >= :poison OR :hold THEN 'held'
+_LOST = f"""SELECT d.queue_id, d.number, d.claim_count, d.worker, :delay * (1 + @chance / 2) AS delay,
+    CASE WHEN d.pending_operation IS NOT NULL THEN {WANTED} WHEN d.crash_count + 1 >= :poison OR :hold THEN 'held'
          WHEN d.expires_at <= @now THEN 'expired' ELSE 'deferred' END AS final
     FROM deliveries d @by(deliveries_sending) WHERE d.state = 'sending' AND"""
-_LOST_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, wanted = NULL,
-    wanted_why = NULL, vanished = d.vanished + 1, last_outcome = 'uncertain', last_reply = {SAID.format(":why")}"""
-_LOST_ATTEMPT = """INSERT INTO attempts (message_id, delivery, claim, hop, worker, server, started_at, finished_at,
+_LOST_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
+    pending_reason = NULL, crash_count = d.crash_count + 1, last_outcome = 'uncertain', last_reply = {SAID.format(":why")}"""
+_LOST_ATTEMPT = """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at,
         outcome, reply, bytes_sent)
-    SELECT message_id, number, claims, 0, worker, NULL, @now, @now, 'uncertain', :why, 0 FROM"""
+    SELECT queue_id, number, claim_count, 0, worker, NULL, @now, @now, 'uncertain', :why, 0 FROM"""
 
 
 SLACK = 60.0  # seconds by which a wait may be longer than it was meant to be: statements, slow commits
@@ -64,13 +64,13 @@ class Rescuer:
 
     def mark_uncertain(self, connection: Connection, where: str, why: str, **given: Any) -> Sequence[Any]:
         """Turn what somebody was sending into `uncertain`; rows of message id and number, as the database has them."""
-        lost = f"{_LOST} {where} ORDER BY d.message_id, d.number"
+        lost = f"{_LOST} {where} ORDER BY d.queue_id, d.number"
         if self._sql.postgresql:
             sql = f"""WITH p AS MATERIALIZED ({lost} @locked(d)), a AS ({_LOST_ATTEMPT} p ON CONFLICT DO NOTHING)
-                UPDATE deliveries d {_LOST_SET} FROM p WHERE {KEYS} RETURNING d.message_id, d.number"""
+                UPDATE deliveries d {_LOST_SET} FROM p WHERE {KEYS} RETURNING d.queue_id, d.number"""
             return list(self._sql.run(connection, sql, why=why, **given))
         self._sql.run(connection, f"{_LOST_ATTEMPT} ({lost}) WHERE true ON CONFLICT DO NOTHING", why=why, **given)
-        sql = f"UPDATE deliveries AS d {_LOST_SET} FROM ({lost}) AS p WHERE {KEYS} RETURNING message_id, number"
+        sql = f"UPDATE deliveries AS d {_LOST_SET} FROM ({lost}) AS p WHERE {KEYS} RETURNING queue_id, number"
         return list(self._sql.run(connection, sql, why=why, **given))
 
     def expired_leases(self) -> list[tuple[str, str]]:
@@ -82,8 +82,8 @@ class Rescuer:
         with writing(self._engine) as connection:
             found = self._sql.run(
                 connection,
-                "SELECT @hex(id), CAST(until AS text) FROM workers"
-                " WHERE ended_at IS NULL AND (until < @now OR until > @later(claim_seconds / 2))",
+                "SELECT @hex(id), CAST(lease_expires_at AS text) FROM workers"
+                " WHERE ended_at IS NULL AND (lease_expires_at < @now OR lease_expires_at > @later(claim_seconds / 2))",
             )
             return [(worker, until) for worker, until in found]
 
@@ -97,8 +97,8 @@ class Rescuer:
         with writing(self._engine) as connection:
             dead = self._sql.run(
                 connection,
-                "UPDATE workers SET ended_at = @now, ending = 'vanished'"
-                " WHERE id = :worker AND ended_at IS NULL AND CAST(until AS text) = :until",
+                "UPDATE workers SET ended_at = @now, end_reason = 'vanished'"
+                " WHERE id = :worker AND ended_at IS NULL AND CAST(lease_expires_at AS text) = :until",
                 worker=dashed(worker), until=until,
             ).rowcount  # fmt: skip
             if not dead:
@@ -125,8 +125,8 @@ class Rescuer:
     def publish_open_circuits(self, worker: str, rests: Mapping[str, str]) -> None:
         """Say which servers a worker leaves alone for now, and why: for those who look at `server_health`."""
         with writing(self._engine) as connection:
-            self._sql.run(connection, "DELETE FROM rests WHERE worker = :worker", worker=dashed(worker))
-            add = "INSERT INTO rests (worker, server, why) VALUES (:worker, :server, :why)"
+            self._sql.run(connection, "DELETE FROM open_circuits WHERE worker = :worker", worker=dashed(worker))
+            add = "INSERT INTO open_circuits (worker, server, why) VALUES (:worker, :server, :why)"
             for server, why in rests.items():
                 self._sql.run(connection, add, worker=dashed(worker), server=server, why=why)
 
@@ -161,12 +161,12 @@ class Rescuer:
         with writing(self._engine) as connection:
             for state, ahead in _TURNED_BACK.items():
                 due = "@later(:far)" if state == "sending" else "@now"
-                picked = f"SELECT message_id, number FROM deliveries WHERE state = '{state}' AND {ahead} LIMIT :most"
+                picked = f"SELECT queue_id, number FROM deliveries WHERE state = '{state}' AND {ahead} LIMIT :most"
                 if self._sql.postgresql:
                     sql = f"""WITH p AS MATERIALIZED ({picked} @skip_locked) UPDATE deliveries d SET due_at = {due}
                         FROM p WHERE {KEYS}"""
                 else:
-                    sql = f"UPDATE deliveries SET due_at = {due} WHERE (message_id, number) IN ({picked})"
+                    sql = f"UPDATE deliveries SET due_at = {due} WHERE (queue_id, number) IN ({picked})"
                 moved += self._sql.run(connection, sql, **given).rowcount
         return moved
 
@@ -185,11 +185,11 @@ class Rescuer:
         Longest due first, and the same order stands in `due_at` afterwards. `most` is how much of the route may be
         overdue at a time: mail becomes due as connections take it, and what the server does not get stays deferred.
         """
-        sql = f"""WITH w AS MATERIALIZED (SELECT message_id, number, due_at FROM deliveries
+        sql = f"""WITH w AS MATERIALIZED (SELECT queue_id, number, due_at FROM deliveries
                 WHERE state = 'deferred' AND waiting_for = :subject ORDER BY due_at
                 LIMIT (SELECT :most - count(*) FROM (SELECT 1 FROM deliveries
                     WHERE state = 'queued' AND route = :route AND due_at <= @now LIMIT :most) q) @skip_locked),
-            p AS MATERIALIZED (SELECT message_id, number, row_number() OVER (ORDER BY due_at) AS rank FROM w)
+            p AS MATERIALIZED (SELECT queue_id, number, row_number() OVER (ORDER BY due_at) AS rank FROM w)
             UPDATE deliveries AS d SET state = 'queued', due_at = @ago((:most - p.rank) / 1000.0) FROM p WHERE {KEYS}
             RETURNING 1"""
         with writing(self._engine) as connection:
@@ -197,13 +197,13 @@ class Rescuer:
 
     def requeue_due(self, limit: int) -> list[str]:
         """Make deferred deliveries whose time has come `queued`, longest due first; the ids of their messages."""
-        picked = """SELECT message_id, number FROM deliveries WHERE state = 'deferred' AND due_at <= @now
+        picked = """SELECT queue_id, number FROM deliveries WHERE state = 'deferred' AND due_at <= @now
             ORDER BY due_at LIMIT :most"""
         with writing(self._engine) as connection:
             if self._sql.postgresql:
                 sql = f"""WITH p AS MATERIALIZED ({picked} @skip_locked) UPDATE deliveries d
-                    SET state = 'queued', due_at = @later(:grace) FROM p WHERE {KEYS} RETURNING @hex(d.message_id)"""
+                    SET state = 'queued', due_at = @later(:grace) FROM p WHERE {KEYS} RETURNING @hex(d.queue_id)"""
             else:
                 sql = f"""UPDATE deliveries SET state = 'queued', due_at = @later(:grace)
-                    WHERE (message_id, number) IN ({picked}) RETURNING @hex(message_id)"""
+                    WHERE (queue_id, number) IN ({picked}) RETURNING @hex(queue_id)"""
             return list(dict.fromkeys(row[0] for row in self._sql.run(connection, sql, most=limit)))

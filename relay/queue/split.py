@@ -38,39 +38,39 @@ from relay.db.sql import Statements
 LARGEST = 64
 TOO_MANY_RECIPIENTS = re.compile(r"(?<![\w.])[45]\.5\.3(?!\.?\w)")  # RFC 3463 x.5.3
 
-_FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.message_id = d.message_id) AS pieces,
-        (SELECT count(*) FROM deliveries o WHERE o.message_id = d.message_id AND o.parent IS NULL) AS roots,
-        (SELECT p.parent FROM deliveries p WHERE p.message_id = d.message_id AND p.number = d.parent) AS grandparent
-    FROM deliveries d WHERE d.message_id = @id(:id) AND d.number = :number"""
-_TWIN = """SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :parent AND number <> :number
-    AND route = (SELECT o.route FROM deliveries o WHERE o.message_id = @id(:id) AND o.number = :number)
+_FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id) AS pieces,
+        (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id AND o.parent IS NULL) AS roots,
+        (SELECT p.parent FROM deliveries p WHERE p.queue_id = d.queue_id AND p.number = d.parent) AS grandparent
+    FROM deliveries d WHERE d.queue_id = @id(:id) AND d.number = :number"""
+_TWIN = """SELECT number FROM deliveries WHERE queue_id = @id(:id) AND parent = :parent AND number <> :number
+    AND route = (SELECT o.route FROM deliveries o WHERE o.queue_id = @id(:id) AND o.number = :number)
     AND state IN ('split', 'bounced') AND last_outcome = 'rejected' AND last_reply = :reply"""
 _OFFSPRING = """WITH RECURSIVE line(number) AS (
-        SELECT number FROM deliveries WHERE message_id = @id(:id) AND parent = :root
-        UNION SELECT d.number FROM deliveries d JOIN line ON d.parent = line.number WHERE d.message_id = @id(:id))
+        SELECT number FROM deliveries WHERE queue_id = @id(:id) AND parent = :root
+        UNION SELECT d.number FROM deliveries d JOIN line ON d.parent = line.number WHERE d.queue_id = @id(:id))
     SELECT number FROM line"""
-_CHILDREN = """INSERT INTO deliveries (message_id, number, parent, route, state, due_at, expires_at)
-    SELECT message_id, :child, number, route, 'queued', @now, expires_at FROM deliveries
-    WHERE message_id = @id(:id) AND number = :number"""
-_GIVE = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id) AND delivery = :number
+_CHILDREN = """INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at)
+    SELECT queue_id, :child, number, route, 'queued', @now, expires_at FROM deliveries
+    WHERE queue_id = @id(:id) AND number = :number"""
+_GIVE = """UPDATE recipients SET delivery = :child WHERE queue_id = @id(:id) AND delivery = :number
     AND position <= :until"""
-_ADDRESSES = """SELECT position, address FROM recipients WHERE message_id = @id(:id) AND delivery = :number
+_ADDRESSES = """SELECT position, address FROM recipients WHERE queue_id = @id(:id) AND delivery = :number
     ORDER BY position"""
-_PIECE = """INSERT INTO deliveries (message_id, number, parent, route, state, due_at, expires_at, vanished,
+_PIECE = """INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at, crash_count,
         last_outcome, last_reply, last_server)
-    SELECT message_id, :child, number, :route, state, due_at, expires_at, vanished,
+    SELECT queue_id, :child, number, :route, state, due_at, expires_at, crash_count,
         last_outcome, last_reply, last_server
-    FROM deliveries WHERE message_id = @id(:id) AND number = :number"""
-_REMEMBERED = """INSERT INTO touched (message_id, delivery, action) SELECT message_id, :child, action FROM touched
-    WHERE message_id = @id(:id) AND delivery = :number ON CONFLICT DO NOTHING"""
-_HAND_OVER = """UPDATE recipients SET delivery = :child WHERE message_id = @id(:id)
+    FROM deliveries WHERE queue_id = @id(:id) AND number = :number"""
+_REMEMBERED = """INSERT INTO audit_deliveries (queue_id, delivery, action) SELECT queue_id, :child, action FROM audit_deliveries
+    WHERE queue_id = @id(:id) AND delivery = :number ON CONFLICT DO NOTHING"""
+_HAND_OVER = """UPDATE recipients SET delivery = :child WHERE queue_id = @id(:id)
     AND position IN (SELECT position FROM @rows(:positions; position int))"""
-_DIVIDED = """UPDATE deliveries SET state = 'split', due_at = NULL, claims = claims + 1
-    WHERE message_id = @id(:id) AND number = :number"""
-_TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, wanted = NULL,
-    wanted_why = NULL WHERE message_id = @id(:id)"""
+_DIVIDED = """UPDATE deliveries SET state = 'split', due_at = NULL, claim_count = claim_count + 1
+    WHERE queue_id = @id(:id) AND number = :number"""
+_TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, pending_operation = NULL,
+    pending_reason = NULL WHERE queue_id = @id(:id)"""
 _REFUSED = f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
-    last_reply = :reply, due_at = {DSN_PENDING} WHERE message_id = @id(:id)"""
+    last_reply = :reply, due_at = {DSN_PENDING} WHERE queue_id = @id(:id)"""
 
 
 def can_carry(address: str) -> bool:
@@ -133,7 +133,7 @@ class Splitter:
         The caller has locked the delivery. What becomes of it is due when it was.
         """
         if len(ways) == 1:
-            sql = "UPDATE deliveries SET route = :route WHERE message_id = @id(:id) AND number = :number"
+            sql = "UPDATE deliveries SET route = :route WHERE queue_id = @id(:id) AND number = :number"
             self._sql.run(connection, sql, id=key, number=number, route=next(iter(ways)))
             return
         roots = self._sql.run(connection, _FAMILY, id=key, number=number).one()[2]
@@ -154,7 +154,7 @@ class Splitter:
         self._change(connection, _TAKEN, line, id=key)
 
     def _positions(self, connection: Connection, key: str, number: int) -> list[int]:
-        sql = "SELECT position FROM recipients WHERE message_id = @id(:id) AND delivery = :number ORDER BY position"
+        sql = "SELECT position FROM recipients WHERE queue_id = @id(:id) AND delivery = :number ORDER BY position"
         return [row[0] for row in self._sql.run(connection, sql, id=key, number=number)]
 
     def _both_refused(self, connection: Connection, key: str, number: int, parent: int, reply: str) -> bool:
@@ -170,7 +170,7 @@ class Splitter:
     def _offspring(self, connection: Connection, key: str, root: int, which: str, unless: str) -> list[int]:
         """Lock what a delivery was cut into; its numbers. `unless` somebody else has one: what PostgreSQL does then."""
         lock = f"FOR UPDATE {unless}" if self._sql.postgresql else ""
-        sql = f"""SELECT number FROM deliveries WHERE message_id = @id(:id) AND {which} AND number IN ({_OFFSPRING})
+        sql = f"""SELECT number FROM deliveries WHERE queue_id = @id(:id) AND {which} AND number IN ({_OFFSPRING})
             ORDER BY number {lock}"""
         return [row[0] for row in self._sql.run(connection, sql, id=key, root=root)]
 

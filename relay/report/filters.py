@@ -55,10 +55,10 @@ class Filter:
             parts.append("reason @like :reply ESCAPE '\\'")
             given["reply"] = _like(f"*{self.reply}*")
         if self.older_than is not None:
-            parts.append("message_id < @id(:oldest)")
+            parts.append("queue_uuid < @id(:oldest)")
             given["oldest"] = id_at(self.older_than)
         if self.id is not None:
-            parts.append("message_id = @id(:id)")
+            parts.append("queue_uuid = @id(:id)")
             given["id"] = dashed(self.id)
         return " AND ".join(parts) or "1 = 1", given
 
@@ -90,10 +90,10 @@ def address_is(column: str, address: str) -> tuple[str, dict[str, str]]:
     return f"{among} AND lower({column}) = lower(:{column})", given
 
 
-def bracketed(message_id: str) -> str:
+def bracketed(header_message_id: str) -> str:
     """A Message-ID as headers spell it, whether or not it was given with its <>; `*` stands for them too."""
-    head = "" if message_id.startswith(("<", "*")) else "<"
-    return head + message_id + ("" if message_id.endswith((">", "*")) else ">")
+    head = "" if header_message_id.startswith(("<", "*")) else "<"
+    return head + header_message_id + ("" if header_message_id.endswith((">", "*")) else ">")
 
 
 def _like(pattern: str) -> str:

@@ -26,8 +26,8 @@ from relay.ids import dashed
 from relay.report.filters import Filter, address_is
 
 type Row = dict[str, Any]
-_TIMES = ("_at", "until")
-_IDS = ("message_id", "worker")
+_TIMES = ("_at",)
+_IDS = ("queue_uuid", "worker")
 _FEW = 1000  # rows that an index may find and that are then sorted, or that are held at once
 PATIENCE = 3600  # seconds that whoever reads a list may take: no snapshot must stay open for good
 ENDED = 50  # workers that have ended and are looked up still
@@ -103,17 +103,17 @@ class QueueReader:
         behind, order = ("<", "DESC") if newest else (">", "ASC")
         if after is not None:
             where += (
-                f" AND message_id {behind}= @id(:after) AND (message_id, position) {behind} (@id(:after), :position)"
+                f" AND queue_uuid {behind}= @id(:after) AND (queue_uuid, position) {behind} (@id(:after), :position)"
             )
             given |= {"after": dashed(after[0]), "position": after[1]}
         if down_to is not None:
-            where, given = where + " AND message_id >= @id(:down_to)", given | {"down_to": dashed(down_to)}
+            where, given = where + " AND queue_uuid >= @id(:down_to)", given | {"down_to": dashed(down_to)}
         if self._sql.postgresql and after is not None:  # it begins there only in tables of which it is told so
             more = "AND" if "WHERE" in VIEWS[view] else "WHERE"
-            view = f"({VIEWS[view]} {more} r.message_id {behind}= @id(:after) AND m.id {behind}= @id(:after)) AS v"
+            view = f"({VIEWS[view]} {more} r.queue_id {behind}= @id(:after) AND m.id {behind}= @id(:after)) AS v"
         elif not self._sql.postgresql and not self.few(wanted):
             view = f"({_in_order(VIEWS[view], wanted)})"
-        sql = f"SELECT {columns} FROM {view} WHERE {where} ORDER BY message_id {order}, position {order}"
+        sql = f"SELECT {columns} FROM {view} WHERE {where} ORDER BY queue_uuid {order}, position {order}"
         return (sql, given) if limit is None else (f"{sql} LIMIT :most", given | {"most": limit})
 
     def lines(
@@ -202,32 +202,32 @@ class QueueReader:
         )
         return [row[0] for row in self._sql.run(connection, sql, end=end)]
 
-    def message(self, message_id: str) -> Row | None:
+    def message(self, queue_id: str) -> Row | None:
         """Everything about one message: its row with `recipients`, `deliveries` and `attempts`, oldest first."""
-        key = {"id": dashed(message_id)}
+        key = {"id": dashed(queue_id)}
         found = self.all(
             "SELECT @hex(id) AS queue_id, sender, size, @when(received_at) AS received_at, client_address, helo,"
-            " protocol, auth_user, header_message_id, body_type, ret, envid, @hex(notice_of) AS notice_of, dsn_content"
+            " protocol, auth_user, header_message_id, body_type, ret, envid, @hex(dsn_of) AS dsn_of, dsn_content"
             " FROM messages WHERE id = @id(:id)",
             **key,
         )
         if not found:
             return None
-        of = "FROM {} WHERE message_id = @id(:id) ORDER BY"
+        of = "FROM {} WHERE queue_id = @id(:id) ORDER BY"
         return found[0] | {
             "recipients": self.all(
                 f"SELECT position, address, delivery, notify, orcpt {of.format('recipients')} position", **key
             ),
             "deliveries": self.all(
-                "SELECT number, parent, route, state, @when(due_at) AS due_at, @when(expires_at) AS expires_at, claims,"
-                " @hex(worker) AS worker, backoff_step, vanished, wanted, last_outcome, last_reply, last_server,"
+                "SELECT number, parent, route, state, @when(due_at) AS due_at, @when(expires_at) AS expires_at, claim_count,"
+                " @hex(worker) AS worker, backoff_step, crash_count, pending_operation, last_outcome, last_reply, last_server,"
                 f" dsn_withheld, @when(finished_at) AS finished_at {of.format('deliveries')} number",
                 **key,
             ),
             "attempts": self.all(
-                "SELECT delivery, claim, hop, @hex(worker) AS worker, server, @when(started_at) AS started_at,"
+                "SELECT delivery, claim, attempt_index, @hex(worker) AS worker, server, @when(started_at) AS started_at,"
                 " @when(finished_at) AS finished_at, outcome, reply, bytes_sent"
-                f" {of.format('attempts')} delivery, claim, hop",
+                f" {of.format('attempts')} delivery, claim, attempt_index",
                 **key,
             ),
         }
@@ -240,37 +240,37 @@ class QueueReader:
         """Rows of `server_health`: outcomes by server in the last hour."""
         return self.all("SELECT * FROM server_health ORDER BY server")
 
-    def notices(self, message_id: str) -> list[Row]:
+    def notices(self, queue_id: str) -> list[Row]:
         """Notices about a message, oldest first: `queue_id`, `received_at`, `dsn_content` and what of their delivery
         `commands.ops.explain` needs. Found by their recipient, which has an index."""
         return self.all(
             """SELECT @hex(n.id) AS queue_id, @when(n.received_at) AS received_at, n.dsn_content, d.state,
                 @when(d.due_at) AS due_at, @when(d.finished_at) AS finished_at, d.last_outcome, d.last_reply,
                 d.last_server
-            FROM messages m JOIN recipients r ON r.address = m.sender JOIN messages n ON n.id = r.message_id
-            JOIN deliveries d ON d.message_id = r.message_id AND d.number = r.delivery
-            WHERE m.id = @id(:id) AND n.notice_of = m.id ORDER BY 1""",
-            id=dashed(message_id),
+            FROM messages m JOIN recipients r ON r.address = m.sender JOIN messages n ON n.id = r.queue_id
+            JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
+            WHERE m.id = @id(:id) AND n.dsn_of = m.id ORDER BY 1""",
+            id=dashed(queue_id),
         )
 
-    def actions_on(self, message_id: str) -> list[Row]:
+    def actions_on(self, queue_id: str) -> list[Row]:
         """What operators did to a message, oldest first: `delivery`, `acted_at`, `actor`, `verb`, `reason`, `filter`.
 
         What they did while it was under way to its routes, and to servers that it was tried at, has no `delivery`.
         """
         return self.all(
-            f"""WITH d AS (SELECT * FROM deliveries WHERE message_id = @id(:id)),
+            f"""WITH d AS (SELECT * FROM deliveries WHERE queue_id = @id(:id)),
                 s AS (SELECT 'route:' || route AS subject FROM d UNION SELECT 'server:' || server FROM attempts
-                    WHERE message_id = @id(:id) AND server IS NOT NULL),
-                found AS (SELECT t.delivery, a.* FROM touched t JOIN actions a ON a.id = t.action
-                    WHERE t.message_id = @id(:id)
-                    UNION ALL SELECT NULL, a.* FROM actions a
+                    WHERE queue_id = @id(:id) AND server IS NOT NULL),
+                found AS (SELECT t.delivery, a.* FROM audit_deliveries t JOIN audit a ON a.id = t.action
+                    WHERE t.queue_id = @id(:id)
+                    UNION ALL SELECT NULL, a.* FROM audit a
                     WHERE a.verb IN (SELECT 'pause ' || subject FROM s UNION SELECT 'resume ' || subject FROM s)
                         AND a.at > (SELECT received_at FROM messages WHERE id = @id(:id))
                         AND a.at < (SELECT max(CASE WHEN state IN ({words(UNFINISHED)}) THEN @now ELSE finished_at END)
                             FROM d))
             SELECT delivery, @when(at) AS acted_at, actor, verb, reason, filter FROM found ORDER BY at, id, delivery""",
-            id=dashed(message_id),
+            id=dashed(queue_id),
         )
 
     def spool_id(self) -> str | None:
@@ -289,8 +289,8 @@ class QueueReader:
         claim_seconds, and `routes`: the servers of each route that it knows (None: it has not said).
         """
         rows = self.all(
-            "SELECT @hex(w.id) AS id, w.host, w.pid, @when(w.started_at) AS started_at, @when(w.until) AS until,"
-            " @when(w.ended_at) AS ended_at, w.ending, (w.ended_at IS NULL AND w.until > @now) AS alive,"
+            "SELECT @hex(w.id) AS id, w.host, w.pid, @when(w.started_at) AS started_at, @when(w.lease_expires_at) AS lease_expires_at,"
+            " @when(w.ended_at) AS ended_at, w.end_reason, (w.ended_at IS NULL AND w.lease_expires_at > @now) AS alive,"
             " coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes"
             " FROM workers w LEFT JOIN (SELECT worker, count(*) AS sending"
             " FROM deliveries WHERE state = 'sending' GROUP BY worker) AS d ON d.worker = w.id"
@@ -304,6 +304,6 @@ class QueueReader:
     def rests(self) -> list[Row]:
         """Which servers living workers leave alone for now: worker, server, why."""
         return self.all(
-            "SELECT @hex(r.worker) AS worker, r.server, r.why FROM rests r JOIN workers w ON w.id = r.worker"
-            " WHERE w.ended_at IS NULL AND w.until > @now ORDER BY r.server, r.worker"
+            "SELECT @hex(r.worker) AS worker, r.server, r.why FROM open_circuits r JOIN workers w ON w.id = r.worker"
+            " WHERE w.ended_at IS NULL AND w.lease_expires_at > @now ORDER BY r.server, r.worker"
         )

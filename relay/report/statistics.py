@@ -28,15 +28,15 @@ class Statistics:
             """SELECT outcome, count(*) AS last_hour, sum(CASE WHEN finished_at > @ago(60) THEN 1 ELSE 0 END) AS
                 last_minute, sum(bytes_sent) AS bytes_sent, CAST(avg(@micros(finished_at) - @micros(started_at)) AS
                 float8) / 1e6 AS seconds
-            FROM attempts WHERE finished_at > @ago(3600) AND hop > 0 GROUP BY outcome ORDER BY outcome"""
+            FROM attempts WHERE finished_at > @ago(3600) AND attempt_index > 0 GROUP BY outcome ORDER BY outcome"""
         )
 
     def slowest(self, most: int = 5) -> list[Row]:
         """The tries of the last hour that took longest."""
         return self._queue.all(
-            """SELECT @hex(message_id) AS queue_id, server, outcome, bytes_sent, reply,
+            """SELECT @hex(queue_id) AS queue_id, server, outcome, bytes_sent, reply,
                 (@micros(finished_at) - @micros(started_at)) / CAST(1e6 AS float8) AS seconds
-            FROM attempts WHERE finished_at > @ago(3600) AND hop > 0 ORDER BY seconds DESC LIMIT :most""",
+            FROM attempts WHERE finished_at > @ago(3600) AND attempt_index > 0 ORDER BY seconds DESC LIMIT :most""",
             most=most,
         )
 
@@ -51,8 +51,8 @@ class Statistics:
         bounds = {f"bound{n}": bound for n, bound in enumerate(ids)}
         columns, above = list[str](), "1 = 1"
         for n, name in enumerate(AGES):
-            columns.append(f"sum(CASE WHEN {above} AND message_id >= @id(:bound{n}) THEN 1 ELSE 0 END) AS {name}")
-            above = f"message_id < @id(:bound{n})"
+            columns.append(f"sum(CASE WHEN {above} AND queue_uuid >= @id(:bound{n}) THEN 1 ELSE 0 END) AS {name}")
+            above = f"queue_uuid < @id(:bound{n})"
         columns.append(f"sum(CASE WHEN {above} THEN 1 ELSE 0 END) AS older")
         sql = f"""SELECT {DOMAIN} AS domain, 1 AS domains, count(*) AS waiting, {", ".join(columns)}
             FROM mail_queue GROUP BY 1 ORDER BY 3 DESC, 1"""
@@ -69,7 +69,7 @@ class Statistics:
         (row,) = self._queue.all(
             """SELECT coalesce(sum(CASE WHEN received_at > @ago(60) THEN 1 ELSE 0 END), 0) AS last_minute,
                 count(*) AS last_hour, coalesce(sum(size), 0) AS bytes FROM messages
-            WHERE id >= @id(:since) AND received_at > @ago(3600) AND notice_of IS NULL""",
+            WHERE id >= @id(:since) AND received_at > @ago(3600) AND dsn_of IS NULL""",
             since=id_at(4200),
         )
         return row
@@ -83,7 +83,7 @@ class Statistics:
         rows = self._queue.all(
             """SELECT (@micros(@now) - @micros(finished_at)) / CAST(:step AS bigint) AS step, outcome,
                 count(*) AS tries, CAST(avg(@micros(finished_at) - @micros(started_at)) AS float8) / 1e6 AS seconds
-            FROM attempts WHERE finished_at > @ago(:seconds) AND hop > 0 GROUP BY 1, 2 ORDER BY 1, 2""",
+            FROM attempts WHERE finished_at > @ago(:seconds) AND attempt_index > 0 GROUP BY 1, 2 ORDER BY 1, 2""",
             step=step * 1_000_000, seconds=seconds,
         )  # fmt: skip
         (now,) = self._queue.all("SELECT @when(@now) AS now_at")

@@ -31,12 +31,12 @@ SETTLED = 3600.0  # a body this old is not just being accepted (seconds)
 LATE = 900.0  # who ended a delivery has removed its body by then (seconds)
 BATCH = 500
 
-_FILES = f"""SELECT @hex(x.message_id), EXISTS (SELECT 1 FROM messages m WHERE m.id = x.message_id)
-        OR EXISTS (SELECT 1 FROM deliveries d WHERE d.message_id = x.message_id)
-        OR EXISTS (SELECT 1 FROM recipients r WHERE r.message_id = x.message_id),
-    {body_deletable("x.message_id")} AND NOT EXISTS (
-        SELECT 1 FROM deliveries d WHERE d.message_id = x.message_id AND d.finished_at > @ago(:late))
-    FROM @rows(:ids; message_id uuid)"""
+_FILES = f"""SELECT @hex(x.queue_id), EXISTS (SELECT 1 FROM messages m WHERE m.id = x.queue_id)
+        OR EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = x.queue_id)
+        OR EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = x.queue_id),
+    {body_deletable("x.queue_id")} AND NOT EXISTS (
+        SELECT 1 FROM deliveries d WHERE d.queue_id = x.queue_id AND d.finished_at > @ago(:late))
+    FROM @rows(:ids; queue_id uuid)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class OrphanScanner:
 
     def _known(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
         """For each id: is there a row of its message, and is its body free."""
-        rows = json.dumps([{"message_id": dashed(name)} for name in names])
+        rows = json.dumps([{"queue_id": dashed(name)} for name in names])
         with reading(self._engine) as connection:
             return {row[0]: (bool(row[1]), bool(row[2])) for row in self._sql.run(connection, _FILES, ids=rows)}
 

@@ -23,24 +23,24 @@ from relay.ids import dashed
 
 def body_needed(message: str) -> str:
     """That a delivery needs it, as a condition; `message` is the id as the statement around it has it."""
-    return f"EXISTS (SELECT 1 FROM deliveries o WHERE o.message_id = {message} AND {NEEDS_BODY})"
+    return f"EXISTS (SELECT 1 FROM deliveries o WHERE o.queue_id = {message} AND {NEEDS_BODY})"
 
 
 def body_deletable(message: str) -> str:
     """The whole rule."""
-    return f"""(EXISTS (SELECT 1 FROM deliveries o WHERE o.message_id = {message})
+    return f"""(EXISTS (SELECT 1 FROM deliveries o WHERE o.queue_id = {message})
         AND NOT {body_needed(message)}
         AND NOT EXISTS (SELECT 1 FROM recipients r LEFT JOIN deliveries o
-            ON o.message_id = r.message_id AND o.number = r.delivery
-            WHERE r.message_id = {message} AND o.number IS NULL))"""
+            ON o.queue_id = r.queue_id AND o.number = r.delivery
+            WHERE r.queue_id = {message} AND o.number IS NULL))"""
 
 
-_FREE = f"SELECT @hex(x.message_id) FROM @rows(:ids; message_id uuid) WHERE {body_deletable('x.message_id')}"
+_FREE = f"SELECT @hex(x.queue_id) FROM @rows(:ids; queue_id uuid) WHERE {body_deletable('x.queue_id')}"
 
 
 def deletable_bodies(engine: Engine, sql: Statements, ids: Iterable[str]) -> list[str]:
     """Those of these messages whose body nobody needs, as far as is committed; ids of 32 digits, in order."""
-    rows = [{"message_id": dashed(message_id)} for message_id in sorted(ids)]
+    rows = [{"queue_id": dashed(queue_id)} for queue_id in sorted(ids)]
     if not rows:
         return []
     with reading(engine) as connection:

@@ -232,16 +232,16 @@ class Spool:
             number = errno.ESTALE if found else errno.ENOENT
             raise OSError(number, f"not our spool: it says {found or 'nothing'}, ours {self._identity}", self._root)
 
-    def path(self, message_id: str) -> Path:
+    def path(self, queue_id: str) -> Path:
         """Where the body of a message stands, for people."""
-        return self.directory / self._name(message_id)
+        return self.directory / self._name(queue_id)
 
-    def _name(self, message_id: str) -> str:
-        return f"{message_id[:_DIRECTORY_DIGITS]}/{message_id}"
+    def _name(self, queue_id: str) -> str:
+        return f"{queue_id[:_DIRECTORY_DIGITS]}/{queue_id}"
 
-    def store(self, message_id: str, parts: Sequence[bytes]) -> int:
+    def store(self, queue_id: str, parts: Sequence[bytes]) -> int:
         """Create, write and sync a small body; its size in bytes. Raises OSError, and then nothing is left."""
-        (found,) = self.store_all([(message_id, parts)])
+        (found,) = self.store_all([(queue_id, parts)])
         if isinstance(found, OSError):
             raise found
         return found
@@ -257,9 +257,9 @@ class Spool:
         except OSError as error:
             return [error] * len(bodies)
         found: dict[int, BodyWriter | OSError] = {}
-        for number, (message_id, parts) in enumerate(bodies):
+        for number, (queue_id, parts) in enumerate(bodies):
             try:
-                found[number] = body = self._create(root, message_id)
+                found[number] = body = self._create(root, queue_id)
                 body.append(b"".join(parts))
                 body.begin_sync()
             except OSError as error:
@@ -290,12 +290,12 @@ class Spool:
             results.append(error or one.size)
         return results
 
-    def create(self, message_id: str) -> BodyWriter:
+    def create(self, queue_id: str) -> BodyWriter:
         """Start a body; raises OSError (FileExistsError for an id that has one)."""
-        return self._create(self._insist_on_place(), message_id)
+        return self._create(self._insist_on_place(), queue_id)
 
-    def _create(self, root: int, message_id: str) -> BodyWriter:
-        directory, name = message_id[:_DIRECTORY_DIGITS], self._name(message_id)
+    def _create(self, root: int, queue_id: str) -> BodyWriter:
+        directory, name = queue_id[:_DIRECTORY_DIGITS], self._name(queue_id)
         while True:
             if self._synced != directory:  # whoever made it may not have synced it yet
                 with suppress(FileExistsError):
@@ -311,20 +311,20 @@ class Spool:
             else:
                 return BodyWriter(root, name, handle)
 
-    def open(self, message_id: str, size: int) -> int:
+    def open(self, queue_id: str, size: int) -> int:
         """A read-only file descriptor; raises BodyUnsendable, or OSError for a fault that is not the body's.
 
         What is wrong with a body is looked at again once the directory has proved to be ours: it may have been
         mounted between the look and the proof.
         """
         try:
-            return self._open(message_id, size)
+            return self._open(queue_id, size)
         except BodyUnsendable:
             self._insist_on_mark(self._insist_on_place())
-        return self._open(message_id, size)
+        return self._open(queue_id, size)
 
-    def _open(self, message_id: str, size: int) -> int:
-        for name in self._names(message_id):
+    def _open(self, queue_id: str, size: int) -> int:
+        for name in self._names(queue_id):
             try:
                 handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.handle)
             except FileNotFoundError:
@@ -334,15 +334,15 @@ class Spool:
                 return handle
             os.close(handle)
             raise BodyWrongSize(f"the body file has {found} bytes, not {size}")
-        raise BodyMissing(f"no body file {message_id}")
+        raise BodyMissing(f"no body file {queue_id}")
 
-    def _names(self, message_id: str) -> tuple[str, str]:
+    def _names(self, queue_id: str) -> tuple[str, str]:
         """Where a body may stand: a row may come, or come back, after its file was put aside."""
-        return self._name(message_id), f"{_ORPHANS}/{message_id}"
+        return self._name(queue_id), f"{_ORPHANS}/{queue_id}"
 
-    def remove(self, message_id: str) -> bool:
+    def remove(self, queue_id: str) -> bool:
         """Remove a body that nobody needs; False if it was gone. Never raises: what stays, housekeeping finds."""
-        for name in self._names(message_id):
+        for name in self._names(queue_id):
             try:
                 os.unlink(name, dir_fd=self.handle)
             except FileNotFoundError:
@@ -352,17 +352,17 @@ class Spool:
             return True
         return False
 
-    def move_to_orphans(self, message_id: str) -> None:
+    def move_to_orphans(self, queue_id: str) -> None:
         """Move a body to `orphans/`; raises OSError. The kernel notes the time of that as the file's ctime."""
         root = self.handle
         with suppress(FileExistsError):
             os.mkdir(_ORPHANS, 0o700, dir_fd=root)
-        os.rename(self._name(message_id), f"{_ORPHANS}/{message_id}", src_dir_fd=root, dst_dir_fd=root)
+        os.rename(self._name(queue_id), f"{_ORPHANS}/{queue_id}", src_dir_fd=root, dst_dir_fd=root)
 
-    def remove_orphan(self, message_id: str) -> bool:
+    def remove_orphan(self, queue_id: str) -> bool:
         """Remove a body that was put aside; False if it was gone."""
         try:
-            os.unlink(f"{_ORPHANS}/{message_id}", dir_fd=self.handle)
+            os.unlink(f"{_ORPHANS}/{queue_id}", dir_fd=self.handle)
         except FileNotFoundError:
             return False
         return True

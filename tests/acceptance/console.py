@@ -54,14 +54,14 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     def accept(*addresses: str, **more: object) -> str:
         number = next(numbers)
         given = {"sender": f"sender{number}@example.com", "header_message_id": f"<{number}@example.com>"} | more
-        message_id = office.accept(*(addresses or (f"r{number}@d{number % 3}.example.org",)), **given)
-        spool.store(message_id, [b"Subject: x\n\n" + b"x" * 88])
-        return message_id
+        queue_id = office.accept(*(addresses or (f"r{number}@d{number % 3}.example.org",)), **given)
+        spool.store(queue_id, [b"Subject: x\n\n" + b"x" * 88])
+        return queue_id
 
     def tried(outcome: Outcome, **more: Any) -> str:
-        message_id = accept()
-        office.record(office.claim(message_id)[0], outcome, **more)
-        return message_id
+        queue_id = accept()
+        office.record(office.claim(queue_id)[0], outcome, **more)
+        return queue_id
 
     made.made("delivered", *(tried(Outcome.ACCEPTED) for _ in range(12)))
     late = [tried(Outcome.DEFERRED) for _ in range(3)]
@@ -82,8 +82,8 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     made.made("held", tried(Outcome.UNSENDABLE, reply=f"no body file {TURNED}"))
     for verb, state in (("hold", "held"), ("drop", "dropped")):
         ids = [accept() for _ in range(3)]
-        for message_id in ids:
-            verbs.apply(OPERATIONS[verb], Filter(id=message_id), actor=f"{HOSTILE}@here", reason=HOSTILE)
+        for queue_id in ids:
+            verbs.apply(OPERATIONS[verb], Filter(id=queue_id), actor=f"{HOSTILE}@here", reason=HOSTILE)
             made.actions[verb] += 1
         made.made(state, *ids)
     cut = accept("good@example.org", "bad@example.org", "fine@example.org")

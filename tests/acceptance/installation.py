@@ -137,8 +137,8 @@ class Installation:
 
     def attempts(self, recipient: str) -> list[tuple[str | None, str, str]]:
         """Server, outcome and reply of each try for a recipient, in order."""
-        sql = """SELECT a.server, a.outcome, a.reply FROM attempts a JOIN recipients r ON r.message_id = a.message_id
-            AND r.delivery = a.delivery WHERE r.address = :r ORDER BY a.message_id, a.claim, a.hop"""
+        sql = """SELECT a.server, a.outcome, a.reply FROM attempts a JOIN recipients r ON r.queue_id = a.queue_id
+            AND r.delivery = a.delivery WHERE r.address = :r ORDER BY a.queue_id, a.claim, a.attempt_index"""
         return [tuple(row) for row in self.rows(sql, r=recipient)]
 
     def until_state(self, recipient: str, state: str, timeout: float = 30.0) -> Any:
@@ -247,7 +247,7 @@ def reckon(installation: Installation, accepted: Iterable[str], *sinks: Sink) ->
     doubtful = Counter(
         row[0]
         for row in installation.rows(
-            "SELECT r.address FROM attempts a JOIN recipients r ON r.message_id = a.message_id"
+            "SELECT r.address FROM attempts a JOIN recipients r ON r.queue_id = a.queue_id"
             " WHERE a.outcome = 'uncertain'"
         )
     )

@@ -255,11 +255,11 @@ def test_show(console: Console) -> None:
 
 
 def test_the_stored_message(console: Console) -> None:
-    message_id = console.made.ids["queued"][-1]
-    assert console.typed("headers", message_id).stdout == "Subject: x\n"
-    assert console.typed("body", message_id).stdout_bytes == b"Subject: x\n\n" + b"x" * 88
-    console.spool.remove(message_id)
-    assert "its deliveries are queued" in console.typed("headers", message_id, status=1).stderr
+    queue_id = console.made.ids["queued"][-1]
+    assert console.typed("headers", queue_id).stdout == "Subject: x\n"
+    assert console.typed("body", queue_id).stdout_bytes == b"Subject: x\n\n" + b"x" * 88
+    console.spool.remove(queue_id)
+    assert "its deliveries are queued" in console.typed("headers", queue_id, status=1).stderr
 
 
 def test_pages(console: Console) -> None:
@@ -276,7 +276,7 @@ def test_pages(console: Console) -> None:
         f"/search?id={made.ids['held'][0][-12:]}": "1", "/search?sender=nobody@example.com": "Nothing is like that",
         "/search?id=zz": "is no queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
         f"/search?id={dashed(made.ids['sending'][0])}": "sending",
-        "/search?sender=%3C%3E": "queued", "/search?reply=greylisted": "451 4.7.1", "/search?message_id=7@example.com":
+        "/search?sender=%3C%3E": "queued", "/search?reply=greylisted": "451 4.7.1", "/search?header_message_id=7@example.com":
         "sender7@example.com", "/search?recipient=many2@*": "many2@example.org",
     }.items():  # fmt: skip
         page = browser.get(path)

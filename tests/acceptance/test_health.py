@@ -18,7 +18,7 @@ from tests.acceptance.stack import ROOT, command, relay_environ
 from tests.services import end, free_port
 from tests.waiting import until
 
-SCRIPT = ROOT / "commands" / "health.py"
+SCRIPT = ROOT / "commands" / "healthcheck.py"
 
 
 def check(role: str, **environ: str) -> subprocess.CompletedProcess[str]:

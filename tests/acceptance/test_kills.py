@@ -75,7 +75,7 @@ class Scene:
         reckon(relay, self.accepted, self.sink, self.mire)
         known = {row[0] for row in relay.rows("SELECT @hex(id) FROM messages")}
         his = {row[0] for row in relay.rows(
-            "SELECT @hex(a.message_id) FROM attempts a JOIN workers w ON w.id = a.worker WHERE w.pid = :pid", pid=killed
+            "SELECT @hex(a.queue_id) FROM attempts a JOIN workers w ON w.id = a.worker WHERE w.pid = :pid", pid=killed
         )}  # fmt: skip
 
         def left() -> set[str]:
@@ -116,7 +116,7 @@ def scene(
 
 def buried(relay: Installation, pid: int) -> float:
     """Wait until the worker of that process is declared dead; seconds from its last renewal to that."""
-    sql = """SELECT @micros(ended_at) - @micros(until) FROM workers WHERE pid = :pid AND ending = 'vanished'"""
+    sql = """SELECT @micros(ended_at) - @micros(lease_expires_at) FROM workers WHERE pid = :pid AND end_reason = 'vanished'"""
     late = until(lambda: relay.rows(sql, pid=pid), 30, what=relay.said)[0][0]
     return float(late) / 1_000_000 + LEASE
 
@@ -192,7 +192,7 @@ def test_a_worker_is_told_to_stop_in_mid_transfer(scene: Scene) -> None:
         scene.settle(feeder)
     # It is not past its commit point, so nobody is in doubt about it and nobody waits for a lease.
     assert "uncertain" not in [what for _, what, _ in scene.relay.attempts("stopped@long.test")]
-    last = "SELECT ending FROM workers WHERE pid = :pid ORDER BY started_at DESC LIMIT 1"
+    last = "SELECT end_reason FROM workers WHERE pid = :pid ORDER BY started_at DESC LIMIT 1"
     assert scene.relay.rows(last, pid=victim.pid) == [("stopped",)]
 
 

@@ -64,13 +64,13 @@ def test_z_then_k(scene: Scene) -> None:
 
 def test_d_bounces_with_the_words_of_the_server_and_a_notice(scene: Scene) -> None:
     relay, words = scene.relay, "Error: no such mailbox: reject@sink.test"
-    message_id = relay.send("reject@sink.test", sender="author@sink.test")
+    queue_id = relay.send("reject@sink.test", sender="author@sink.test")
     bounced = relay.until_state("reject@sink.test", "bounced")
     assert (bounced.reason, bounced.attempts) == (words, 1)
     assert relay.attempts("reject@sink.test") == [(f"127.0.0.1:{scene.sink.port}", "rejected", words)]
-    until(lambda: relay.rows("SELECT 1 FROM mail_history WHERE notice_of = :id", id=message_id), what=relay.said)
+    until(lambda: relay.rows("SELECT 1 FROM mail_history WHERE dsn_of = :id", id=queue_id), what=relay.said)
     notice = relay.until_state("author@sink.test", "delivered")
-    assert (notice.sender, notice.dsn_of) == ("", message_id)
+    assert (notice.sender, notice.dsn_of) == ("", queue_id)
     assert relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0  # nothing is owed any more
 
 

@@ -30,17 +30,17 @@ def at_the_page(database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 
 def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[Office, Browser]) -> None:
     office, browser = at_the_page
-    message_id = office.accept()
-    behind = [f"{message_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
-    for after in (*behind, message_id, f"{message_id[-8:]}.1", ".", "x.y", "%00"):
+    queue_id = office.accept()
+    behind = [f"{queue_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
+    for after in (*behind, queue_id, f"{queue_id[-8:]}.1", ".", "x.y", "%00"):
         page = browser.get(f"/search?after={after}")
         assert (page.status, "the link to older ones is not whole" in page.words) == (200, True), after
     assert "no message has an id" in browser.get(f"/search?after={new_id()}.1").words
-    assert "There are no older ones" in browser.get(f"/search?after={message_id}.1").words
-    assert browser.get(f"/search?after={message_id}.999999999").status == 200
+    assert "There are no older ones" in browser.get(f"/search?after={queue_id}.1").words
+    assert browser.get(f"/search?after={queue_id}.999999999").status == 200
 
 
-@pytest.mark.parametrize("name", ["id", "sender", "recipient", "message_id", "state", "reply"])
+@pytest.mark.parametrize("name", ["id", "sender", "recipient", "queue_id", "state", "reply"])
 def test_a_zero_byte_is_no_outage(at_the_page: tuple[Office, Browser], name: str) -> None:
     _, browser = at_the_page
     for value in ("%00", "a%00b@example.com", "*%00"):
@@ -72,12 +72,12 @@ def did(office: Office, verb: str, reason: str, seconds_ago: float, *touched: tu
     """A row of `actions`, and what it touched."""
     action = new_id()
     office.change(
-        "INSERT INTO actions VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x', :matched)",
+        "INSERT INTO audit VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x', :matched)",
         id=action, ago=seconds_ago, actor="ops@mx-1", verb=verb, reason=reason, matched=len(touched),
     )  # fmt: skip
-    for message_id, number in touched:
-        sql = "INSERT INTO touched VALUES (@id(:id), :number, @id(:action))"
-        office.change(sql, id=message_id, number=number, action=dashed(action))
+    for queue_id, number in touched:
+        sql = "INSERT INTO audit_deliveries VALUES (@id(:id), :number, @id(:action))"
+        office.change(sql, id=queue_id, number=number, action=dashed(action))
 
 
 def test_what_operators_did_stands_in_the_timeline(at_the_page: tuple[Office, Browser]) -> None:
@@ -113,7 +113,7 @@ def test_what_operators_did_stands_in_the_timeline(at_the_page: tuple[Office, Br
     for words in ("before it came", "not its way", "not ours"):
         assert words not in shown
     office.change("UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
-                  " message_id = @id(:id)", id=mine)  # fmt: skip
+                  " queue_id = @id(:id)", id=mine)  # fmt: skip
     assert [row["verb"] for row in QueueReader(office.engine).actions_on(mine)][-2:] == [
         "resume route:other",
         "release",
@@ -133,11 +133,11 @@ def test_what_is_counted_is_said(at_the_page: tuple[Office, Browser]) -> None:
 def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[Office, Browser]) -> None:
     """Tries of a moment ago and of nearly five minutes ago are in one step, whatever the clock says."""
     office, _ = at_the_page
-    message_id = office.accept()
+    queue_id = office.accept()
     for attempt_index, ago in enumerate((1, 150, 298, 302, 21_000), 1):
         office.change(
-            "INSERT INTO attempts VALUES (@id(:id), 1, 1, :hop, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'accepted',"
-            " '', 1)", id=message_id, attempt_index=attempt_index, ago=ago, w=dashed(office.worker),
+            "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'accepted',"
+            " '', 1)", id=queue_id, attempt_index=attempt_index, ago=ago, w=dashed(office.worker),
         )  # fmt: skip
     now, rows = Statistics(QueueReader(office.engine)).history(21_600, 300)
     assert now.tzinfo is not None

@@ -123,7 +123,7 @@ def seen(sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iter
         usual = office.accept(PEOPLE[1], sender=PEOPLE[0])
         office.record(office.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
         made.made("deferred", usual)
-        office.change("INSERT INTO rests VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
+        office.change("INSERT INTO open_circuits VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
             id=office.worker)  # fmt: skip
         with browsing(office) as browser:
             yield made, browser

@@ -33,7 +33,11 @@ def accept(relay: Installation, count: int) -> None:
     before = relay.count()
     for _ in range(count):
         relay.send("b@example.org")
-    until(lambda: relay.count("d.last_outcome = 'unreachable' AND d.claims > 0") >= before + count, 60, what=relay.said)
+    until(
+        lambda: relay.count("d.last_outcome = 'unreachable' AND d.claim_count > 0") >= before + count,
+        60,
+        what=relay.said,
+    )
     assert relay.count("d.waiting_for = 'route:default' AND d.state = 'deferred'") >= before + count - 4, "tries apart"
 
 

@@ -97,7 +97,7 @@ def test_two_thousand_through_up(start_up: StartUp, qmqp_sink: CountingSink) -> 
     with closing(sqlite3.connect(f"file:{up.state_dir}/relay.db?mode=ro", uri=True)) as database:
 
         def states() -> list[tuple[str, int, int]]:
-            return database.execute("SELECT state, claims, count(*) FROM deliveries GROUP BY 1, 2").fetchall()
+            return database.execute("SELECT state, claim_count, count(*) FROM deliveries GROUP BY 1, 2").fetchall()
 
         until(lambda: {state for state, *_ in states()} == {"delivered"}, 60, what=lambda: f"{states()}{up.said()}")
         assert states() == [("delivered", 1, MANY)]
@@ -110,9 +110,9 @@ def test_two_thousand_on_postgresql(relay: Installation, qmqp_sink: CountingSink
     relay.smtp_source(MANY, "b@example.org", "-s", "20", "-l", "4096")
     relay.until_all_delivered()
     assert relay.rows(
-        """SELECT d.claims, a.outcome, count(*) FROM attempts a
-        JOIN deliveries d ON d.message_id = a.message_id AND d.number = a.delivery
-        WHERE d.route = 'default' GROUP BY d.claims, a.outcome"""
+        """SELECT d.claim_count, a.outcome, count(*) FROM attempts a
+        JOIN deliveries d ON d.queue_id = a.queue_id AND d.number = a.delivery
+        WHERE d.route = 'default' GROUP BY d.claim_count, a.outcome"""
     ) == [(1, "accepted", MANY)]
     assert qmqp_sink.count == before + MANY
 

@@ -43,18 +43,18 @@ class Mailroom:
         has_turn: bool = False,
     ) -> str:  # fmt: skip
         """One message, as smtpd leaves it; its id. `has_turn`: the caller has the turn to write (SQLite)."""
-        message_id, route_for = new_id(), Routes.load(self.settings).route_for
+        queue_id, route_for = new_id(), Routes.load(self.settings).route_for
         if stored:
-            self.spool.store(message_id, [body])
+            self.spool.store(queue_id, [body])
         to = [NewRecipient(r, route=route_for(r)) for r in recipients or ("b@example.org",)]
-        new = NewMessage(message_id, sender, len(body), to, "127.0.0.1", "client.example.com", "ESMTP")
+        new = NewMessage(queue_id, sender, len(body), to, "127.0.0.1", "client.example.com", "ESMTP")
         intake = Acceptor(self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace)
         if has_turn:
             with self.database.begin() as connection:
                 intake.insert(connection, [new])
         else:
             intake.commit([new])
-        return message_id
+        return queue_id
 
     def rows(self, sql: str, **given: Any) -> list[dict[str, Any]]:
         """What a SELECT finds; `@` macros and `:id` (32 digits) work."""
@@ -70,19 +70,19 @@ class Mailroom:
         with writing(self.database) as connection:
             return connection.execute(text(self.spell(sql)), given).rowcount
 
-    def delivery(self, message_id: str) -> dict[str, Any]:
-        return self.rows("SELECT d.* FROM deliveries d WHERE message_id = :id", id=message_id)[0]
+    def delivery(self, queue_id: str) -> dict[str, Any]:
+        return self.rows("SELECT d.* FROM deliveries d WHERE queue_id = :id", id=queue_id)[0]
 
-    def state(self, message_id: str) -> str:
-        return str(self.delivery(message_id)["state"])
+    def state(self, queue_id: str) -> str:
+        return str(self.delivery(queue_id)["state"])
 
     def states(self) -> set[str]:
         return {row["state"] for row in self.rows("SELECT DISTINCT state FROM deliveries")}
 
-    def attempts(self, message_id: str) -> list[tuple[str | None, str]]:
+    def attempts(self, queue_id: str) -> list[tuple[str | None, str]]:
         """Server and outcome of each try, in order."""
-        sql = "SELECT server, outcome FROM attempts WHERE message_id = :id ORDER BY claim, hop"
-        return [(row["server"], row["outcome"]) for row in self.rows(sql, id=message_id)]
+        sql = "SELECT server, outcome FROM attempts WHERE queue_id = :id ORDER BY claim, attempt_index"
+        return [(row["server"], row["outcome"]) for row in self.rows(sql, id=queue_id)]
 
     def engine(self, *, servers: ServerPool | None = None) -> Engine:
         return Engine(self.settings, self.ledger, self.spool, Routes.load(self.settings), servers=servers)

@@ -28,14 +28,12 @@ OUTCOME_POLICY = {
 PLENTY = {"default": 1000}
 
 
-def new_message(
-    *addresses: str, message_id: str | None = None, sender: str = "a@example.com", **more: Any
-) -> NewMessage:
+def new_message(*addresses: str, queue_id: str | None = None, sender: str = "a@example.com", **more: Any) -> NewMessage:
     """A message to `b@example.org`, or to these addresses; `route:address` says which way."""
     ways = [address.rpartition(":") for address in addresses or ("b@example.org",)]
     recipients = [NewRecipient(address, route=route or "default") for route, _, address in ways]
     given = {"client_address": "192.0.2.1", "helo": "client.example.com", "protocol": "ESMTP"} | more
-    return NewMessage(message_id or new_id(), sender, 100, recipients, **given)
+    return NewMessage(queue_id or new_id(), sender, 100, recipients, **given)
 
 
 class Office:
@@ -81,7 +79,7 @@ class Office:
             "state": OUTCOME_POLICY[outcome], "reply": "its words", "server": tried.server, "delay": 30.0,
             "tries": [tried],
         }  # fmt: skip
-        who = (worker or self.worker, claim.message_id, claim.number, claim.claim)
+        who = (worker or self.worker, claim.queue_id, claim.number, claim.claim)
         return Completion(*who, outcome=outcome, **(given | more))
 
     def record(
@@ -113,38 +111,40 @@ class Office:
         with writing(self.engine) as connection:
             return connection.execute(text(self.spell(sql)), given).rowcount
 
-    def ask(self, message_id: str, verb: str) -> None:
+    def ask(self, queue_id: str, verb: str) -> None:
         """What an operator's verb does to a delivery that is being sent."""
-        self.change("UPDATE deliveries SET wanted = :verb WHERE message_id = @id(:id)", verb=verb, id=message_id)
+        self.change("UPDATE deliveries SET pending_operation = :verb WHERE queue_id = @id(:id)", verb=verb, id=queue_id)
 
-    def delivery(self, message_id: str, number: int = 1) -> Mapping[str, Any]:
+    def delivery(self, queue_id: str, number: int = 1) -> Mapping[str, Any]:
         """A delivery's row, with `due_in` and `expires_in` in seconds from now."""
         sql = """SELECT d.*, -@since(d.due_at) AS due_in, -@since(d.expires_at) AS expires_in FROM deliveries d
-            WHERE d.message_id = @id(:id) AND d.number = :number"""
-        (row,) = self.rows(sql, id=message_id, number=number)
+            WHERE d.queue_id = @id(:id) AND d.number = :number"""
+        (row,) = self.rows(sql, id=queue_id, number=number)
         return row
 
-    def state(self, message_id: str, number: int = 1) -> str:
-        return str(self.delivery(message_id, number)["state"])
+    def state(self, queue_id: str, number: int = 1) -> str:
+        return str(self.delivery(queue_id, number)["state"])
 
     def states(self, ids: Iterable[str]) -> list[str]:
-        return [self.state(message_id) for message_id in ids]
+        return [self.state(queue_id) for queue_id in ids]
 
-    def attempts(self, message_id: str) -> list[tuple[int, int, str]]:
+    def attempts(self, queue_id: str) -> list[tuple[int, int, str]]:
         """Claim, hop and outcome of each try, in order."""
-        sql = "SELECT claim, hop, outcome FROM attempts WHERE message_id = @id(:id) ORDER BY delivery, claim, hop"
-        return [(row["claim"], row["hop"], row["outcome"]) for row in self.rows(sql, id=message_id)]
+        sql = "SELECT claim, attempt_index, outcome FROM attempts WHERE queue_id = @id(:id) ORDER BY delivery, claim, attempt_index"
+        return [(row["claim"], row["attempt_index"], row["outcome"]) for row in self.rows(sql, id=queue_id)]
 
     def pass_time(self, seconds: float, *, only: Sequence[str] = ()) -> None:
         """Move what the database knows of time back by so much; of these messages alone, or of everything."""
-        these = "WHERE message_id IN (SELECT message_id FROM @rows(:ids; message_id uuid))" if only else ""
-        ids = json.dumps([{"message_id": dashed(i)} for i in only])
+        these = "WHERE queue_id IN (SELECT queue_id FROM @rows(:ids; queue_id uuid))" if only else ""
+        ids = json.dumps([{"queue_id": dashed(i)} for i in only])
         ago = "- :s * interval '1 second'" if self.spell.postgresql else "- CAST(:s * 1000000 AS INTEGER)"
         with writing(self.engine) as connection:
             sql = f"UPDATE deliveries SET due_at = due_at {ago}, expires_at = expires_at {ago} {these}"
             connection.execute(text(self.spell(sql)), {"s": seconds, "ids": ids})
             if not only:
-                connection.execute(text(f"UPDATE workers SET until = until {ago}"), {"s": seconds})
+                connection.execute(
+                    text(f"UPDATE workers SET lease_expires_at = lease_expires_at {ago}"), {"s": seconds}
+                )
 
 
 @contextmanager

@@ -74,41 +74,41 @@ def failing(number: int) -> Callable[..., Any]:
 
 
 def test_a_stored_body_is_there_and_synced(spool: Spool, synced: list[str]) -> None:
-    message_id = new_id()
-    assert spool.store(message_id, [b"Received: x\n", b"Subject: y\n", b"\nbody\n"]) == 29
-    path = spool.path(message_id)
+    queue_id = new_id()
+    assert spool.store(queue_id, [b"Received: x\n", b"Subject: y\n", b"\nbody\n"]) == 29
+    path = spool.path(queue_id)
     assert path.read_bytes() == b"Received: x\nSubject: y\n\nbody\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert synced.index(str(path)) < synced.index(str(path.parent)), "the file, then its name"
     assert str(spool.directory) in synced, "and the directory that was made for it"
     synced.clear()
-    other = message_id[:8] + new_id()[8:]
+    other = queue_id[:8] + new_id()[8:]
     spool.store(other, [b"x"])
     assert synced == [str(spool.path(other)), str(path.parent)]
 
 
 def test_a_directory_that_another_process_made_is_synced_too(spool: Spool, synced: list[str]) -> None:
     """It may have been made a moment ago by somebody who has not synced it yet."""
-    message_id = new_id()
-    spool.path(message_id).parent.mkdir()
-    spool.store(message_id, [b"x"])
+    queue_id = new_id()
+    spool.path(queue_id).parent.mkdir()
+    spool.store(queue_id, [b"x"])
     assert str(spool.directory) in synced
 
 
 def test_a_large_body_is_synced_as_it_comes(spool: Spool, synced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "SYNC_EVERY", 1000)
-    message_id = new_id()
-    body = spool.create(message_id)
-    path = str(spool.path(message_id))
+    queue_id = new_id()
+    body = spool.create(queue_id)
+    path = str(spool.path(queue_id))
     sizes = []
     for _ in range(5):
         body.append(b"x" * 400)
         sizes.append(synced.count(path))
     assert sizes == [0, 0, 1, 1, 1]
     assert body.size == 2000 == body.finish()
-    assert synced[-2:] == [path, str(spool.path(message_id).parent)]
-    assert spool.path(message_id).stat().st_size == 2000
+    assert synced[-2:] == [path, str(spool.path(queue_id).parent)]
+    assert spool.path(queue_id).stat().st_size == 2000
 
 
 def test_a_discarded_body_is_gone(spool: Spool) -> None:
@@ -120,17 +120,17 @@ def test_a_discarded_body_is_gone(spool: Spool) -> None:
 
 
 def test_an_empty_body(spool: Spool) -> None:
-    message_id = new_id()
-    assert spool.store(message_id, [b""]) == 0
-    os.close(spool.open(message_id, 0))
+    queue_id = new_id()
+    assert spool.store(queue_id, [b""]) == 0
+    os.close(spool.open(queue_id, 0))
 
 
 def test_an_id_has_one_body(spool: Spool) -> None:
-    message_id = new_id()
-    spool.store(message_id, [b"first"])
+    queue_id = new_id()
+    spool.store(queue_id, [b"first"])
     with pytest.raises(FileExistsError):
-        spool.store(message_id, [b"second"])
-    assert spool.path(message_id).read_bytes() == b"first"
+        spool.store(queue_id, [b"second"])
+    assert spool.path(queue_id).read_bytes() == b"first"
 
 
 def test_many_threads_store_at_once(spool: Spool) -> None:
@@ -171,9 +171,9 @@ def test_no_room_for_the_rest_of_a_large_body(spool: Spool) -> None:
 
 def test_no_permission(spool: Spool) -> None:
     """As root, another user tries; else the directory is made read-only."""
-    message_id = new_id()
+    queue_id = new_id()
     with nobody(spool.directory), pytest.raises(PermissionError):
-        spool.store(message_id, [b"x"])
+        spool.store(queue_id, [b"x"])
     assert files(spool) == []
 
 
@@ -244,10 +244,10 @@ def test_no_descriptor_leaks(spool: Spool) -> None:
             with pytest.raises(OSError):
                 spool.store(new_id(), [b"x" * LIMIT, b"y"])
     for _ in range(5):
-        message_id = new_id()
-        spool.store(message_id, [b"x"])
+        queue_id = new_id()
+        spool.store(queue_id, [b"x"])
         with pytest.raises(BodyWrongSize):
-            spool.open(message_id, 2)
+            spool.open(queue_id, 2)
         with pytest.raises(BodyMissing):
             spool.open(new_id(), 2)
     assert open_files() == before
@@ -257,32 +257,32 @@ def test_no_descriptor_leaks(spool: Spool) -> None:
 
 
 def test_reading(spool: Spool) -> None:
-    message_id = new_id()
-    spool.store(message_id, [b"hello"])
-    handle = spool.open(message_id, 5)
+    queue_id = new_id()
+    spool.store(queue_id, [b"hello"])
+    handle = spool.open(queue_id, 5)
     assert os.read(handle, 10) == b"hello"
-    assert spool.remove(message_id), "also while somebody reads it"
+    assert spool.remove(queue_id), "also while somebody reads it"
     os.close(handle)
-    assert not spool.remove(message_id)
+    assert not spool.remove(queue_id)
 
 
 def test_a_body_that_is_not_there_or_not_right(spool: Spool) -> None:
-    message_id = new_id()
-    with pytest.raises(BodyMissing, match=message_id):
-        spool.open(message_id, 5)
-    spool.store(message_id, [b"hello"])
+    queue_id = new_id()
+    with pytest.raises(BodyMissing, match=queue_id):
+        spool.open(queue_id, 5)
+    spool.store(queue_id, [b"hello"])
     for size in (4, 6, 0):
         with pytest.raises(BodyWrongSize, match="5 bytes"):
-            spool.open(message_id, size)
+            spool.open(queue_id, size)
 
 
 def test_a_spool_that_is_not_there_is_no_fault_of_the_body(spool: Spool) -> None:
     """An unmounted volume must not condemn every message in the queue."""
-    message_id = new_id()
-    spool.store(message_id, [b"hello"])
+    queue_id = new_id()
+    spool.store(queue_id, [b"hello"])
     spool.directory.rename(spool.directory.with_name("elsewhere"))
     for absent in (True, False):
-        os.close(spool.open(message_id, 5))  # what is there is there
+        os.close(spool.open(queue_id, 5))  # what is there is there
         with pytest.raises(OSError) as caught:
             spool.open(new_id(), 5)
         assert caught.value.errno == errno.ENOENT
@@ -294,15 +294,15 @@ def test_a_spool_that_was_changed_behind_our_back_is_no_fault_of_the_body(
     spool: Spool, engine: Engine, tmp_path: Path
 ) -> None:
     spool.prepare(engine, unsafe=True)
-    message_id = new_id()
+    queue_id = new_id()
     spool.directory.rename(tmp_path / "right")
     spool.directory.mkdir()
     (spool.directory / "spool-id").write_text(f"{new_id()}\n")
     with pytest.raises(OSError) as caught:
-        spool.open(message_id, 5)
+        spool.open(queue_id, 5)
     assert caught.value.errno == errno.ESTALE
     with pytest.raises(OSError) as caught:
-        spool.store(message_id, [b"hello"])
+        spool.store(queue_id, [b"hello"])
     assert caught.value.errno == errno.ESTALE
 
 
@@ -337,24 +337,24 @@ def test_a_spool_that_was_mounted_again_is_ours_by_its_mark(spool: Spool, tmp_pa
 
 def test_a_body_is_looked_for_again_when_its_directory_has_proved_to_be_ours(spool: Spool, tmp_path: Path) -> None:
     """The mount came between the look and the proof."""
-    message_id = new_id()
+    queue_id = new_id()
     assert spool.free_bytes() > 0  # from now on the directory is held
     shutil.copytree(spool.directory, tmp_path / "again")
-    Spool(tmp_path / "again").store(message_id, [b"hello"])
+    Spool(tmp_path / "again").store(queue_id, [b"hello"])
     spool.directory.rename(tmp_path / "before")
     (tmp_path / "again").rename(spool.directory)
-    os.close(spool.open(message_id, 5))
+    os.close(spool.open(queue_id, 5))
 
 
 def test_a_body_that_was_put_aside_is_found_and_removed(spool: Spool) -> None:
     """Its row came later than housekeeping looked for it, or came back from a backup."""
-    spool.store(message_id := new_id(), [b"hello"])
-    spool.move_to_orphans(message_id)
-    assert not spool.path(message_id).exists()
-    os.close(spool.open(message_id, 5))
-    assert spool.remove(message_id)
+    spool.store(queue_id := new_id(), [b"hello"])
+    spool.move_to_orphans(queue_id)
+    assert not spool.path(queue_id).exists()
+    os.close(spool.open(queue_id, 5))
+    assert spool.remove(queue_id)
     with pytest.raises(BodyMissing):
-        spool.open(message_id, 5)
+        spool.open(queue_id, 5)
 
 
 # --- the right directory ----------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ def length(broker: Broker, queue: str = FRESH) -> int:
     return int(broker.ask("LLEN", KEY(queue))[1:])
 
 
-def offered(publisher: Hints, message_id: str) -> bool:
-    publisher.offer([message_id])
+def offered(publisher: Hints, queue_id: str) -> bool:
+    publisher.offer([queue_id])
     return True
 
 

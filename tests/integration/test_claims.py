@@ -41,17 +41,17 @@ def at_once[T](work: Callable[[int], T], count: int = 4) -> list[T]:
 
 def test_a_claim_brings_the_envelope_and_belongs_to_one_worker(office: Office) -> None:
     recipients = [f"{name}@example.org" for name in ("zoe", "adam", "mia", "bob", "lea")]
-    message_id = office.accept(*recipients, sender="sender@example.com")
-    (claim,) = office.claim(message_id)
-    assert (claim.message_id, claim.number, claim.claim, claim.route) == (message_id, 1, 1, "default")
+    queue_id = office.accept(*recipients, sender="sender@example.com")
+    (claim,) = office.claim(queue_id)
+    assert (claim.queue_id, claim.number, claim.claim, claim.route) == (queue_id, 1, 1, "default")
     assert (claim.sender, claim.size, claim.crash_count, claim.backoff_step) == ("sender@example.com", 100, 0, 0)
     assert claim.recipients == tuple(recipients), "in the order of RCPT"
     assert 0 <= claim.received_ago < 60
-    row = office.delivery(message_id)
-    assert (row["state"], str(row["worker"]).replace("-", ""), row["claims"]) == ("sending", office.worker, 1)
+    row = office.delivery(queue_id)
+    assert (row["state"], str(row["worker"]).replace("-", ""), row["claim_count"]) == ("sending", office.worker, 1)
     far = 2 * (office.settings.session_timeout + office.settings.lease)
     assert row["due_in"] == pytest.approx(far, abs=30), "only a stuck transfer is looked at while it is being sent"
-    assert office.claim(message_id) == [] == office.claim(message_id, worker=office.hire())
+    assert office.claim(queue_id) == [] == office.claim(queue_id, worker=office.hire())
 
 
 def test_the_null_sender_and_unknown_or_finished_ids(office: Office) -> None:
@@ -62,12 +62,12 @@ def test_the_null_sender_and_unknown_or_finished_ids(office: Office) -> None:
 
 
 def test_claims_are_numbered(office: Office) -> None:
-    message_id = office.accept()
+    queue_id = office.accept()
     for number in (1, 2, 3):
-        (claim,) = office.claim(message_id)
+        (claim,) = office.claim(queue_id)
         assert claim.claim == number
         assert office.record(claim, Outcome.INTERRUPTED, state=State.QUEUED).state is State.QUEUED
-    assert [claim for claim, _, _ in office.attempts(message_id)] == [1, 2, 3]
+    assert [claim for claim, _, _ in office.attempts(queue_id)] == [1, 2, 3]
 
 
 def test_room_is_per_route(office: Office) -> None:
@@ -82,10 +82,10 @@ def test_room_is_per_route(office: Office) -> None:
 def test_overdue_means_a_lost_hint_and_the_longest_due_come_first(office: Office) -> None:
     ids = [office.accept() for _ in range(4)]
     assert office.claim() == [], "their hints may still come"
-    for n, message_id in enumerate(ids):
-        office.pass_time(10 + n, only=[message_id])
-    assert {claim.message_id for claim in office.claim(room={"default": 2})} == {ids[3], ids[2]}
-    assert {claim.message_id for claim in office.claim()} == {ids[1], ids[0]}
+    for n, queue_id in enumerate(ids):
+        office.pass_time(10 + n, only=[queue_id])
+    assert {claim.queue_id for claim in office.claim(room={"default": 2})} == {ids[3], ids[2]}
+    assert {claim.queue_id for claim in office.claim()} == {ids[1], ids[0]}
 
 
 def test_everything_is_claimed_once_by_workers_in_a_hurry(office: Office) -> None:
@@ -105,8 +105,8 @@ def test_everything_is_claimed_once_by_workers_in_a_hurry(office: Office) -> Non
                 return claims
             claims += new
 
-    claimed = [(c.message_id, c.number, c.claim) for claims in at_once(work) for c in claims]
-    assert sorted(claimed) == sorted((message_id, number, 1) for message_id in ids for number in (1, 2))
+    claimed = [(c.queue_id, c.number, c.claim) for claims in at_once(work) for c in claims]
+    assert sorted(claimed) == sorted((queue_id, number, 1) for queue_id in ids for number in (1, 2))
 
 
 # --- recording --------------------------------------------------------------------------------------------
@@ -114,19 +114,24 @@ def test_everything_is_claimed_once_by_workers_in_a_hurry(office: Office) -> Non
 
 def test_every_outcome_is_recorded(office: Office) -> None:
     for outcome in Outcome:
-        message_id, state = office.accept(), OUTCOME_POLICY[outcome]
-        recorded = office.record(office.claim(message_id)[0], outcome, backoff_step=3)
+        queue_id, state = office.accept(), OUTCOME_POLICY[outcome]
+        recorded = office.record(office.claim(queue_id)[0], outcome, backoff_step=3)
         assert recorded == CompletionResult(state, body_deletable=state is State.DELIVERED)
-        row = office.delivery(message_id)
-        assert (row["state"], row["worker"], row["wanted"], row["backoff_step"]) == (state, None, None, 3)
+        row = office.delivery(queue_id)
+        assert (row["state"], row["worker"], row["pending_operation"], row["backoff_step"]) == (state, None, None, 3)
         said = (row["last_outcome"], row["last_reply"], row["last_server"])
         assert said == (outcome, "its words", "qmqp.example.net:628")
         assert (row["finished_at"] is not None) == (state in FINISHED)
         due = {State.DEFERRED: 30, State.BOUNCED: 0}.get(state)
         assert (row["due_in"] is None) if due is None else (row["due_in"] == pytest.approx(due, abs=20))
-        sql = "SELECT a.*, @since(started_at) AS ago FROM attempts a WHERE message_id = @id(:id)"
-        (attempt,) = office.rows(sql, id=message_id)
-        assert (attempt["claim"], attempt["hop"], attempt["outcome"], attempt["bytes_sent"]) == (1, 1, outcome, 90)
+        sql = "SELECT a.*, @since(started_at) AS ago FROM attempts a WHERE queue_id = @id(:id)"
+        (attempt,) = office.rows(sql, id=queue_id)
+        assert (attempt["claim"], attempt["attempt_index"], attempt["outcome"], attempt["bytes_sent"]) == (
+            1,
+            1,
+            outcome,
+            90,
+        )
         assert attempt["ago"] == pytest.approx(0.5, abs=20)
         assert attempt["started_at"] < attempt["finished_at"]
 
@@ -136,17 +141,17 @@ def test_a_notice_is_owed_to_a_real_sender_only(clean_url: str) -> None:
         ("dsn", "a@example.com", True), ("dsn", "", False), ("dsn", "#@[]", False), ("off", "a@example.com", False)
     ):  # fmt: skip
         with opened(clean_url, bounces=bounces) as office:
-            message_id = office.accept(sender=sender)
-            recorded = office.record(office.claim(message_id)[0], Outcome.REJECTED)
+            queue_id = office.accept(sender=sender)
+            recorded = office.record(office.claim(queue_id)[0], Outcome.REJECTED)
             assert recorded == CompletionResult(State.BOUNCED, body_deletable=not owed), "a notice returns the header"
-            assert (office.delivery(message_id)["due_in"] is not None) == owed
+            assert (office.delivery(queue_id)["due_in"] is not None) == owed
 
 
 def test_expiry_is_decided_only_when_a_try_has_failed(office: Office) -> None:
     waiting, failed, taken, stopped, split = (office.accept() for _ in range(5))
     office.pass_time(2000)
     assert office.state(waiting) == "queued", "a host that was off for days still tries"
-    claims = {claim.message_id: claim for claim in office.claim()}
+    claims = {claim.queue_id: claim for claim in office.claim()}
     assert len(claims) == 5
     assert office.record(claims[failed], Outcome.DEFERRED).state is State.EXPIRED
     assert office.delivery(failed)["due_in"] is not None, "the sender is told"
@@ -158,13 +163,13 @@ def test_expiry_is_decided_only_when_a_try_has_failed(office: Office) -> None:
 def test_every_outcome_but_k_honours_what_an_operator_wanted(office: Office) -> None:
     verbs = {"hold": State.HELD, "drop": State.DROPPED, "bounce": State.BOUNCED, "retry": State.QUEUED}
     for (wanted, state), outcome in itertools.product(verbs.items(), Outcome):
-        message_id = office.accept()
-        (claim,) = office.claim(message_id)
-        office.ask(message_id, wanted)
+        queue_id = office.accept()
+        (claim,) = office.claim(queue_id)
+        office.ask(queue_id, wanted)
         expected = State.DELIVERED if outcome is Outcome.ACCEPTED else state
         assert office.record(claim, outcome).state is expected
-        row = office.delivery(message_id)
-        assert (row["state"], row["wanted"]) == (expected, None)
+        row = office.delivery(queue_id)
+        assert (row["state"], row["pending_operation"]) == (expected, None)
         if wanted != "retry" and expected is not State.DELIVERED:
             assert row["last_reply"] == f"{state} by an operator", "not in the server's mouth"
         if expected is State.BOUNCED:
@@ -179,137 +184,137 @@ def test_no_message_is_looked_up_for_what_owes_no_notice(office: Office) -> None
     assert office.record(one, Outcome.ACCEPTED).state is State.DELIVERED
     office.pass_time(400)
     assert office.expire_worker(lost) == 1
-    assert office.state(two.message_id) == "deferred"
+    assert office.state(two.queue_id) == "deferred"
 
 
 def test_what_was_wanted_of_an_earlier_claim_is_forgotten(office: Office) -> None:
-    message_id = office.accept()
-    office.ask(message_id, "drop")
-    assert office.record(office.claim(message_id)[0], Outcome.DEFERRED).state is State.DEFERRED
+    queue_id = office.accept()
+    office.ask(queue_id, "drop")
+    assert office.record(office.claim(queue_id)[0], Outcome.DEFERRED).state is State.DEFERRED
 
 
 def test_a_late_k_beats_every_state(office: Office) -> None:
     another = dashed(office.hire())
     for state in set(State) - {State.DELIVERED}:
-        message_id = office.accept()
-        (claim,) = office.claim(message_id)
+        queue_id = office.accept()
+        (claim,) = office.claim(queue_id)
         due = state in (State.QUEUED, State.SENDING, State.DEFERRED, State.BOUNCED, State.EXPIRED)
         office.change(
-            f"""UPDATE deliveries SET state = :state, worker = @id(:worker), claims = 2,
-            due_at = {"@now" if due else "NULL"} WHERE message_id = @id(:id)""",
-            state=state, worker=another if state is State.SENDING else None, id=message_id,
+            f"""UPDATE deliveries SET state = :state, worker = @id(:worker), claim_count = 2,
+            due_at = {"@now" if due else "NULL"} WHERE queue_id = @id(:id)""",
+            state=state, worker=another if state is State.SENDING else None, id=queue_id,
         )  # fmt: skip
         assert office.record(claim, Outcome.ACCEPTED) == CompletionResult(State.DELIVERED, body_deletable=True)
-        row = office.delivery(message_id)
+        row = office.delivery(queue_id)
         assert (row["state"], row["due_at"], row["worker"]) == ("delivered", None, None)
         assert row["finished_at"] is not None
-        assert office.attempts(message_id) == [(1, 1, "accepted")]
+        assert office.attempts(queue_id) == [(1, 1, "accepted")]
 
 
 def test_a_k_is_never_undone(office: Office) -> None:
-    message_id = office.accept()
-    (first,) = office.claim(message_id)
+    queue_id = office.accept()
+    (first,) = office.claim(queue_id)
     office.pass_time(100)
     assert office.expire_worker(office.worker) == 1
     office.pass_time(100)
     office.sweeps.requeue_due(10)
     other = office.hire()
-    (second,) = office.claim(message_id, worker=other)
+    (second,) = office.claim(queue_id, worker=other)
     assert second.claim == 2
     assert office.record(first, Outcome.ACCEPTED).state is State.DELIVERED
     for outcome in NOT_K:
         assert office.record(second, outcome, worker=other) == CompletionResult(State.DELIVERED, body_deletable=True)
-        assert office.state(message_id) == "delivered"
-    assert office.claim(message_id) == []
-    assert office.attempts(message_id)[0] == (1, 0, "uncertain")
+        assert office.state(queue_id) == "delivered"
+    assert office.claim(queue_id) == []
+    assert office.attempts(queue_id)[0] == (1, 0, "uncertain")
 
 
 def test_a_late_k_for_what_was_split_since_holds_for_all_its_recipients(office: Office) -> None:
-    message_id, other = office.accept("x@example.org", "y@example.org", "z@example.org"), office.hire()
-    (first,) = office.claim(message_id)
+    queue_id, other = office.accept("x@example.org", "y@example.org", "z@example.org"), office.hire()
+    (first,) = office.claim(queue_id)
     office.change("UPDATE deliveries SET state = 'queued', worker = NULL")
-    (second,) = office.claim(message_id, worker=other)
+    (second,) = office.claim(queue_id, worker=other)
     assert office.record(second, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
-    (half,) = (claim for claim in office.claim(message_id, worker=other) if len(claim.recipients) == 2)
+    (half,) = (claim for claim in office.claim(queue_id, worker=other) if len(claim.recipients) == 2)
     assert office.record(half, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
-    (kept,) = office.claim(message_id, room={"default": 1})
+    (kept,) = office.claim(queue_id, room={"default": 1})
     assert office.record(first, Outcome.ACCEPTED).state is State.DELIVERED
     assert sorted(row["state"] for row in office.rows("SELECT state FROM deliveries")) == ["delivered"] * 4 + ["split"]
-    assert office.claim(message_id) == [], "never after a K"
+    assert office.claim(queue_id) == [], "never after a K"
     assert office.record(kept, Outcome.REJECTED).state is State.DELIVERED
 
 
 def test_who_lost_the_claim_changes_nothing(office: Office) -> None:
     other = office.hire()
     for outcome in NOT_K:
-        message_id = office.accept()
-        (old,) = office.claim(message_id)
+        queue_id = office.accept()
+        (old,) = office.claim(queue_id)
         office.record(old, Outcome.INTERRUPTED, state=State.QUEUED, tries=[])
-        (new,) = office.claim(message_id, worker=other)
-        (before,) = office.rows("SELECT * FROM deliveries WHERE message_id = @id(:id)", id=message_id)
+        (new,) = office.claim(queue_id, worker=other)
+        (before,) = office.rows("SELECT * FROM deliveries WHERE queue_id = @id(:id)", id=queue_id)
         assert office.record(old, outcome) == CompletionResult(None, body_deletable=False), "fenced by the claim"
         assert office.record(new, outcome) == CompletionResult(State.SENDING, body_deletable=False), (
             "fenced by the worker"
         )
-        assert office.rows("SELECT * FROM deliveries WHERE message_id = @id(:id)", id=message_id) == [before]
-        assert [attempt[2] for attempt in office.attempts(message_id)] == [outcome, outcome], "what happened is kept"
+        assert office.rows("SELECT * FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [before]
+        assert [attempt[2] for attempt in office.attempts(queue_id)] == [outcome, outcome], "what happened is kept"
 
 
 def test_one_record_says_it_all_and_twice_is_once(office: Office) -> None:
-    message_id = office.accept()
-    note = office.note(office.claim(message_id)[0], Outcome.DEFERRED)
+    queue_id = office.accept()
+    note = office.note(office.claim(queue_id)[0], Outcome.DEFERRED)
     (first,) = office.ledger.commit([note])
-    row = dict(office.delivery(message_id))
+    row = dict(office.delivery(queue_id))
     (again,) = office.ledger.commit([note])
     assert first == again == CompletionResult(State.DEFERRED, body_deletable=False)
-    assert dict(office.delivery(message_id))["due_at"] == row["due_at"]
-    assert office.attempts(message_id) == [(1, 1, "deferred")]
+    assert dict(office.delivery(queue_id))["due_at"] == row["due_at"]
+    assert office.attempts(queue_id) == [(1, 1, "deferred")]
 
 
 def test_the_body_is_free_when_the_last_delivery_is_done(office: Office) -> None:
-    message_id = office.accept("x@example.org", "bulk:y@example.org", "slow:z@example.org")
+    queue_id = office.accept("x@example.org", "bulk:y@example.org", "slow:z@example.org")
     room = {"default": 9, "bulk": 9, "slow": 9}
-    first, second, third = sorted(office.claim(message_id, room=room), key=lambda claim: claim.number)
+    first, second, third = sorted(office.claim(queue_id, room=room), key=lambda claim: claim.number)
     assert not office.record(first, Outcome.ACCEPTED).body_deletable
     assert not office.record(second, Outcome.REJECTED).body_deletable
     assert not office.record(third, Outcome.DEFERRED).body_deletable
     office.pass_time(60)
     office.sweeps.requeue_due(10)
-    (again,) = office.claim(message_id, room=room)
+    (again,) = office.claim(queue_id, room=room)
     assert not office.record(again, Outcome.ACCEPTED).body_deletable, "a notice is owed for the second"
     office.change("UPDATE deliveries SET due_at = NULL WHERE number = 2")
     assert office.record(again, Outcome.ACCEPTED).body_deletable
 
 
 def test_last_deliveries_recorded_in_one_round_free_the_body(office: Office) -> None:
-    message_id = office.accept("x@example.org", "bulk:y@example.org")
-    claims = office.claim(message_id, room={"default": 9, "bulk": 9})
+    queue_id = office.accept("x@example.org", "bulk:y@example.org")
+    claims = office.claim(queue_id, room={"default": 9, "bulk": 9})
     results = office.ledger.commit([office.note(claim, Outcome.ACCEPTED) for claim in claims])
     assert results == [CompletionResult(State.DELIVERED, body_deletable=True)] * 2
 
 
 def test_no_record_makes_a_state_that_sending_does_not_lead_to(office: Office) -> None:
-    message_id = office.accept()
-    (claim,) = office.claim(message_id)
+    queue_id = office.accept()
+    (claim,) = office.claim(queue_id)
     for state in set(State) - TRANSITIONS[State.SENDING]:
         with pytest.raises(ValueError, match="sending"):
             office.record(claim, Outcome.DEFERRED, state=state)
     with pytest.raises(ValueError, match="delivered"):
         office.record(claim, Outcome.DEFERRED, state=State.DELIVERED)
-    assert office.state(message_id) == "sending"
+    assert office.state(queue_id) == "sending"
 
 
 def test_only_queued_is_claimed_and_only_deferred_wakes_up(office: Office) -> None:
     for state in State:
-        message_id = office.accept()
+        queue_id = office.accept()
         worker = "(SELECT id FROM workers)" if state is State.SENDING else "NULL"
         office.change(
-            f"UPDATE deliveries SET state = :state, due_at = @ago(1), worker = {worker} WHERE message_id = @id(:id)",
-            state=state, id=message_id,
+            f"UPDATE deliveries SET state = :state, due_at = @ago(1), worker = {worker} WHERE queue_id = @id(:id)",
+            state=state, id=queue_id,
         )  # fmt: skip
-        assert office.sweeps.requeue_due(10) == [message_id] * (state is State.DEFERRED)
+        assert office.sweeps.requeue_due(10) == [queue_id] * (state is State.DEFERRED)
         office.pass_time(10)
-        assert len(office.claim() + office.claim(message_id)) == (state in (State.QUEUED, State.DEFERRED))
+        assert len(office.claim() + office.claim(queue_id)) == (state in (State.QUEUED, State.DEFERRED))
 
 
 # --- leases -----------------------------------------------------------------------------------------------
@@ -333,7 +338,7 @@ def test_a_worker_with_something_in_flight_is_not_signed_off(office: Office) -> 
     office.record(claim, Outcome.ACCEPTED)
     office.ledger.retire(office.worker)
     assert not office.renew()
-    assert office.rows("SELECT ending FROM workers") == [{"ending": "stopped"}]
+    assert office.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
 
 
 def test_a_worker_may_be_registered_twice(office: Office) -> None:
@@ -350,7 +355,7 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: O
     reached, go_on = threading.Event(), threading.Event()
 
     def pause(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement.startswith("UPDATE workers SET until") and not reached.is_set():
+        if statement.startswith("UPDATE workers SET lease_expires_at") and not reached.is_set():
             reached.set()
             assert go_on.wait(20)
 
@@ -373,7 +378,7 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: O
         go_on.set()
         assert outcome.result(20)[-1] is False
         assert buried.result(20) == 3
-    assert {office.delivery(c.message_id)["last_outcome"] for c in claims} == {"uncertain"}
+    assert {office.delivery(c.queue_id)["last_outcome"] for c in claims} == {"uncertain"}
 
 
 # --- COMMIT in doubt --------------------------------------------------------------------------------------
@@ -413,7 +418,7 @@ def test_claims_that_nobody_heard_of_are_handed_back(office: Office, monkeypatch
     office.renew()
     assert office.states(ids) == ["sending"] * 2 + ["queued"] * 4, "what it knows of, and what is others', stays"
     assert office.delivery(ids[2])["due_in"] <= 0, "anybody may take it at once"
-    assert {claim.message_id for claim in office.claim(*ids)} == set(ids[2:])
+    assert {claim.queue_id for claim in office.claim(*ids)} == set(ids[2:])
     assert office.record(known, Outcome.ACCEPTED).state is State.DELIVERED
     assert office.record(foreign, Outcome.ACCEPTED, worker=other, ledger=theirs).state is State.DELIVERED
 
@@ -421,11 +426,11 @@ def test_claims_that_nobody_heard_of_are_handed_back(office: Office, monkeypatch
 def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message_id = office.accept()
-    (claim,) = office.claim(message_id)
+    queue_id = office.accept()
+    (claim,) = office.claim(queue_id)
     round_: Sequence[Command] = [
         office.note(claim, Outcome.INTERRUPTED, state=State.QUEUED),
-        ClaimRequest(office.worker, [message_id], PLENTY),
+        ClaimRequest(office.worker, [queue_id], PLENTY),
     ]
     with lost_commit(office.ledger, monkeypatch):
         office.ledger.commit(round_)
@@ -470,7 +475,7 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(postgres_office: 
             mine = [claim for result in results if isinstance(result, list) for claim in result]
             if turn % 5 == 0:
                 office.change("UPDATE deliveries SET state = 'deferred', due_at = @now WHERE state = 'queued'"
-                              " AND message_id = @id(:id)", id=ids[turn % len(ids)])  # fmt: skip
+                              " AND queue_id = @id(:id)", id=ids[turn % len(ids)])  # fmt: skip
                 office.sweeps.requeue_due(3)
                 office.sweeps.expire_stuck_transfers()
                 office.sweeps.rescue_unowned()
@@ -485,8 +490,8 @@ def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_ne
     postgres_office: Office,
 ) -> None:
     office, other = postgres_office, postgres_office.another_ledger()
-    message_id = office.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(office.claim(message_id, room={"default": 1, "bulk": 1}), key=lambda claim: claim.number)
+    queue_id = office.accept("x@example.org", "bulk:y@example.org")
+    first, second = sorted(office.claim(queue_id, room={"default": 1, "bulk": 1}), key=lambda claim: claim.number)
     met: list[CompletionResult] = []
 
     def meanwhile(_: Connection) -> None:
@@ -501,24 +506,24 @@ def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_ne
 
 def test_a_delivery_whose_recipients_are_gone_harms_no_other(office: Office) -> None:
     broken, sound = office.accept(), office.accept()
-    office.change("DELETE FROM recipients WHERE message_id = @id(:id)", id=broken)
-    found = {claim.message_id: claim.recipients for claim in office.claim(broken, sound)}
+    office.change("DELETE FROM recipients WHERE queue_id = @id(:id)", id=broken)
+    found = {claim.queue_id: claim.recipients for claim in office.claim(broken, sound)}
     assert found == {broken: (), sound: ("b@example.org",)}
 
 
 @pytest.mark.parametrize("late_first", [True, False])
 def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(office: Office, late_first: bool) -> None:
-    message_id = office.accept()
-    (lost,) = office.claim(message_id)
+    queue_id = office.accept()
+    (lost,) = office.claim(queue_id)
     office.change("UPDATE deliveries SET due_at = @ago(1)")
     assert office.sweeps.expire_stuck_transfers() == 1
     office.pass_time(100)
     office.sweeps.requeue_due(10)
-    (again,) = office.claim(message_id)
+    (again,) = office.claim(queue_id)
     records = [office.note(lost, Outcome.ACCEPTED), office.note(again, Outcome.REJECTED)]
     results = office.ledger.commit(records if late_first else records[::-1])
-    assert office.state(message_id) == "delivered"
+    assert office.state(queue_id) == "delivered"
     assert {(result.state, result.body_deletable) for result in results if isinstance(result, CompletionResult)} == {
         (State.DELIVERED, True)
     }
-    assert [row[0] for row in office.attempts(message_id)] == [1, 1, 2]
+    assert [row[0] for row in office.attempts(queue_id)] == [1, 1, 2]

@@ -65,9 +65,9 @@ def test_garbage_neither_ends_a_worker_nor_delays_a_hint(house: Callable[..., Ho
         kinds = ["garbage", '{"properties": {}}', "[]", "[" * 5000, wrong, many, '{"headers": {"task": "x"}}']
         for start in range(0, 1300, 100):
             broker.ask("LPUSH", LIST, *(kinds[n % len(kinds)] for n in range(start, start + 100)))
-        message_id = home.mail.accept()
-        broker.ask("LPUSH", LIST, entry_of({"": [message_id]}, FRESH).decode())
-        until(lambda: home.mail.state(message_id) == "delivered", 5, what=home.said)
+        queue_id = home.mail.accept()
+        broker.ask("LPUSH", LIST, entry_of({"": [queue_id]}, FRESH).decode())
+        until(lambda: home.mail.state(queue_id) == "delivered", 5, what=home.said)
         assert worker.poll() is None
         assert "hints refused" in home.said()
         assert home.mail.rows("SELECT count(*) AS n FROM workers") == [{"n": 1}]
@@ -80,9 +80,9 @@ def test_a_compressed_bomb_takes_no_memory(house: Callable[..., House], broker: 
         worker = started(home)
         before = peak(worker.pid)
         broker.ask("LPUSH", LIST, bomb())
-        message_id = home.mail.accept()
-        hint(home, [message_id])
-        until(lambda: home.mail.state(message_id) == "delivered", 10, what=home.said)
+        queue_id = home.mail.accept()
+        hint(home, [queue_id])
+        until(lambda: home.mail.state(queue_id) == "delivered", 10, what=home.said)
         assert peak(worker.pid) - before < 20_000
         assert services.end(worker) == 0
 
@@ -95,13 +95,13 @@ def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(house: Callab
         broker.ask("SET", LIST, "no list")
         until(lambda: "consumer failed" in home.said(), 20, what=home.said)
         overdue = home.mail.accept()
-        home.mail.change("UPDATE deliveries SET due_at = @ago(1) WHERE message_id = :id", id=overdue)
+        home.mail.change("UPDATE deliveries SET due_at = @ago(1) WHERE queue_id = :id", id=overdue)
         until(lambda: home.mail.state(overdue) == "delivered", 10, what=home.said)
         broker.ask("DEL", LIST)
-        message_id = home.mail.accept()
-        home.mail.change("UPDATE deliveries SET due_at = @later(600) WHERE message_id = :id", id=message_id)
-        hint(home, [message_id])
-        until(lambda: home.mail.state(message_id) == "delivered", 20, what=home.said)
+        queue_id = home.mail.accept()
+        home.mail.change("UPDATE deliveries SET due_at = @later(600) WHERE queue_id = :id", id=queue_id)
+        hint(home, [queue_id])
+        until(lambda: home.mail.state(queue_id) == "delivered", 20, what=home.said)
         assert worker.poll() is None
         assert services.end(worker) == 0
 
@@ -117,8 +117,8 @@ def test_no_command_from_outside_stops_the_consuming(
             app.conf.broker_transport_options = celery_app(home.mail.settings).conf.broker_transport_options
             answers = app.control.cancel_consumer(FRESH, reply=True, timeout=10 if allowed else 0.5)
         assert len(answers) == allowed
-        message_id = home.mail.accept()
-        hint(home, [message_id])
-        until(lambda: home.mail.state(message_id) == "delivered", 10, what=home.said)
+        queue_id = home.mail.accept()
+        hint(home, [queue_id])
+        until(lambda: home.mail.state(queue_id) == "delivered", 10, what=home.said)
         assert ("consumer not cancelled" in home.said()) == allowed
         assert services.end(worker) == 0

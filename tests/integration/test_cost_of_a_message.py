@@ -130,7 +130,7 @@ def test_failures_cost_no_more_statements_than_successes(office: Office) -> None
     with counted(office.engine) as counts:
         office.ledger.commit(records)
     assert counts == {"statements": RECORD[kind(office)], "commits": 1}
-    assert set(office.states(claim.message_id for claim in claims)) == {
+    assert set(office.states(claim.queue_id for claim in claims)) == {
         State.DELIVERED, State.DEFERRED, State.BOUNCED
     }  # fmt: skip
 
@@ -145,7 +145,7 @@ def test_what_a_keeper_finds_is_synced_and_committed_as_one(
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
     for number in range(size):
-        message = new_message(message_id=f"{first[:16]}{number:016x}")
+        message = new_message(queue_id=f"{first[:16]}{number:016x}")
         ours.sendall(frame(StoreRequest(number, message, [b"Subject: test\n", b"\nhello\n"]).plain()))
     with counted(office.engine) as counts, theirs:
         keeper = threading.Thread(target=Spooler(theirs, spool, office.intake.commit).run)
@@ -198,9 +198,9 @@ def test_bodies_are_synced_once_each_and_their_directory_once(spool: Spool, sync
     assert syncs == {"fdatasync": size, "fsync": 1}
 
 
-def _neighbour(message_id: str) -> str:
+def _neighbour(queue_id: str) -> str:
     """Another id whose body lies in the same directory."""
-    return message_id[:-1] + ("0" if message_id[-1] != "0" else "1")
+    return queue_id[:-1] + ("0" if queue_id[-1] != "0" else "1")
 
 
 def test_a_streamed_body_is_synced_every_8_mib(spool: Spool, syncs: Counter[str]) -> None:
@@ -221,7 +221,7 @@ def test_delivering_syncs_nothing(database_url: str, spool: Spool, tmp_path: Pat
         with mail.working() as engine:
             assert engine.offer(ids).wait(20)
             until(lambda: mail.states() == {"delivered"})
-            until(lambda: not any(mail.spool.path(message_id).exists() for message_id in ids))
+            until(lambda: not any(mail.spool.path(queue_id).exists() for queue_id in ids))
         mail.close()
     assert not syncs
 

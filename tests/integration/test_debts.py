@@ -45,27 +45,27 @@ class Post:
 
     def accept(self, *addresses: str, body: bytes = BODY, **given: Any) -> str:
         """A message with its body; `route:address` says which way."""
-        message_id = new_id()
-        self.spool.store(message_id, [body])
+        queue_id = new_id()
+        self.spool.store(queue_id, [body])
         ways = [address.rpartition(":") for address in addresses or ("b@example.org",)]
         dsn = {key: given.pop(key) for key in ("notify", "orcpt") if key in given}
         recipients = [NewRecipient(address, route=route or "default", **dsn) for route, _, address in ways]
         sender = given.pop("sender", "a@example.com")
-        message = NewMessage(message_id, sender, len(body), recipients, "192.0.2.1", "client", "ESMTP", **given)
+        message = NewMessage(queue_id, sender, len(body), recipients, "192.0.2.1", "client", "ESMTP", **given)
         self.office.intake.commit([message])
-        return message_id
+        return queue_id
 
-    def fail(self, message_id: str, outcome: Outcome = Outcome.REJECTED, **more: Any) -> list[Claim]:
+    def fail(self, queue_id: str, outcome: Outcome = Outcome.REJECTED, **more: Any) -> list[Claim]:
         """Every delivery of it that is queued ends so."""
-        claims = self.office.claim(message_id, room=ROOM)
+        claims = self.office.claim(queue_id, room=ROOM)
         for claim in claims:
             self.office.record(claim, outcome, **more)
         return claims
 
-    def notices(self, message_id: str | None = None) -> list[str]:
+    def notices(self, queue_id: str | None = None) -> list[str]:
         """The notices there are, about a message or about anything."""
-        rows = self.office.rows("SELECT @hex(id) AS id, @hex(notice_of) AS about FROM messages ORDER BY id")
-        return [row["id"] for row in rows if row["about"] is not None and message_id in (None, row["about"])]
+        rows = self.office.rows("SELECT @hex(id) AS id, @hex(dsn_of) AS about FROM messages ORDER BY id")
+        return [row["id"] for row in rows if row["about"] is not None and queue_id in (None, row["about"])]
 
     def text(self, notice: str) -> EmailMessage:
         return message_from_bytes(self.spool.path(notice).read_bytes(), policy=policy.default)
@@ -76,14 +76,14 @@ class Post:
         groups = [dict(group.items()) for group in status.get_payload()][1:]
         return [(g["Final-Recipient"].removeprefix("rfc822; "), g["Action"]) for g in groups if g]
 
-    def owing(self, message_id: str) -> bool:
-        sql = "SELECT due_at FROM deliveries WHERE message_id = @id(:id) AND state IN ('bounced', 'expired')"
-        return any(row["due_at"] is not None for row in self.office.rows(sql, id=message_id))
+    def owing(self, queue_id: str) -> bool:
+        sql = "SELECT due_at FROM deliveries WHERE queue_id = @id(:id) AND state IN ('bounced', 'expired')"
+        return any(row["due_at"] is not None for row in self.office.rows(sql, id=queue_id))
 
-    def grow_old(self, message_id: str, seconds: float = 5 * HOUR) -> None:
+    def grow_old(self, queue_id: str, seconds: float = 5 * HOUR) -> None:
         """It was received so long ago."""
         aged = "UPDATE messages SET received_at = @ago(:s) WHERE id = @id(:id)"
-        self.office.change(aged, s=seconds, id=message_id)
+        self.office.change(aged, s=seconds, id=queue_id)
 
     def whole(self, notice: str) -> bool:
         """Whether a notice's file stands there and is what its row says."""
@@ -93,8 +93,8 @@ class Post:
     def files(self) -> set[str]:
         return {name for name, _ in self.spool.ids()}
 
-    def kept(self, message_id: str) -> bool:
-        return self.spool.path(message_id).exists()
+    def kept(self, queue_id: str) -> bool:
+        return self.spool.path(queue_id).exists()
 
 
 @pytest.fixture
@@ -117,13 +117,13 @@ def with_settings(clean_url: str, spool: Spool) -> Iterator[Any]:
 
 
 def test_a_notice_is_made_once_and_is_a_message_like_any_other(post: Post) -> None:
-    message_id = post.accept(header_message_id="<1@client>")
-    post.fail(message_id)
-    assert post.owing(message_id)
+    queue_id = post.accept(header_message_id="<1@client>")
+    post.fail(queue_id)
+    assert post.owing(queue_id)
     (notice,) = post.debts.settle(10)
     assert post.debts.settle(10) == [] == post.another().settle(10)
     assert post.notices() == [notice]
-    assert not post.owing(message_id)
+    assert not post.owing(queue_id)
     (row,) = post.office.rows("SELECT * FROM messages WHERE id = @id(:id)", id=notice)
     assert (row["sender"], row["protocol"], row["size"]) == ("", "NOTICE", post.spool.path(notice).stat().st_size)
     (claim,) = post.office.claim(notice)
@@ -133,11 +133,11 @@ def test_a_notice_is_made_once_and_is_a_message_like_any_other(post: Post) -> No
 
 
 def test_an_expired_message_is_told_of_too(post: Post) -> None:
-    message_id = post.accept()
-    claims = post.office.claim(message_id)
+    queue_id = post.accept()
+    claims = post.office.claim(queue_id)
     post.office.pass_time(2000)
     post.office.record(claims[0], Outcome.DEFERRED)
-    assert post.office.state(message_id) == "expired"
+    assert post.office.state(queue_id) == "expired"
     (notice,) = post.debts.settle(10)
     assert "5.4.7" in post.spool.path(notice).read_text()
 
@@ -147,12 +147,12 @@ def test_an_expired_message_is_told_of_too(post: Post) -> None:
     (Outcome.DEFERRED, 2 * len(BODY), False),
 ])  # fmt: skip
 def test_what_expires_after_doubt_may_have_arrived(post: Post, outcome: Outcome, sent: int, doubt: bool) -> None:
-    message_id = post.accept()
-    (claim,) = post.office.claim(message_id)
+    queue_id = post.accept()
+    (claim,) = post.office.claim(queue_id)
     post.office.pass_time(2000)
     tried = Attempt(1, "mx.example.net:628", outcome, "words", sent, 0.5, 0.1)
     post.office.record(claim, outcome, reply="words", tries=[tried])
-    assert post.office.state(message_id) == "expired"
+    assert post.office.state(queue_id) == "expired"
     (notice,) = post.debts.settle(10)
     words = " ".join(post.spool.path(notice).read_text().split())
     assert ("It may have arrived all the same" in words) == doubt
@@ -161,16 +161,16 @@ def test_what_expires_after_doubt_may_have_arrived(post: Post, outcome: Outcome,
 
 
 def test_doubt_about_a_whole_is_doubt_about_its_halves(post: Post) -> None:
-    message_id = post.accept("x@example.org", "y@example.org", "bulk:z@example.org")
+    queue_id = post.accept("x@example.org", "y@example.org", "bulk:z@example.org")
     for outcome, state in ((Outcome.UNCERTAIN, State.DEFERRED), (Outcome.REJECTED, State.SPLIT)):
-        for claim in post.office.claim(message_id, room=ROOM):
+        for claim in post.office.claim(queue_id, room=ROOM):
             mine = claim.route == "default"
             post.office.record(claim, outcome if mine else Outcome.DEFERRED, state=state if mine else State.DEFERRED)
         post.office.pass_time(500)
         post.office.sweeps.requeue_due(10)
     post.office.pass_time(2000)
     for _ in range(2):  # the halves, and what waits for another route
-        post.fail(message_id, Outcome.DEFERRED)
+        post.fail(queue_id, Outcome.DEFERRED)
     (notice,) = post.debts.settle(10)
     assert len(post.told(notice)) == 3
     words = " ".join(post.spool.path(notice).read_text().split())
@@ -178,24 +178,24 @@ def test_doubt_about_a_whole_is_doubt_about_its_halves(post: Post) -> None:
 
 
 def test_the_original_stays_until_its_notice_is_made(post: Post) -> None:
-    message_id = post.accept()
-    post.fail(message_id)
-    needed = f"SELECT 1 FROM deliveries WHERE message_id = @id(:id) AND {NEEDS_BODY}"
-    assert post.office.rows(needed, id=message_id)
-    assert post.kept(message_id)
+    queue_id = post.accept()
+    post.fail(queue_id)
+    needed = f"SELECT 1 FROM deliveries WHERE queue_id = @id(:id) AND {NEEDS_BODY}"
+    assert post.office.rows(needed, id=queue_id)
+    assert post.kept(queue_id)
     (notice,) = post.debts.settle(10)
     assert BODY in post.spool.path(notice).read_bytes()
-    assert not post.kept(message_id)
-    assert not post.office.rows(needed, id=message_id)
+    assert not post.kept(queue_id)
+    assert not post.office.rows(needed, id=queue_id)
 
 
 def test_an_original_that_another_delivery_needs_stays(post: Post) -> None:
-    message_id = post.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(post.office.claim(message_id, room=ROOM), key=lambda claim: claim.number)
+    queue_id = post.accept("x@example.org", "bulk:y@example.org")
+    first, second = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
     post.office.record(first, Outcome.REJECTED)
     post.office.record(second, Outcome.DEFERRED, delay=1e6)
     assert len(post.debts.settle(10)) == 1
-    assert post.kept(message_id)
+    assert post.kept(queue_id)
 
 
 def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
@@ -203,8 +203,8 @@ def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
 ) -> None:
     with opened(clean_postgres_url) as office:
         post = Post(office, spool)
-        message_id = post.accept("x@example.org", "bulk:y@example.org")
-        first, second = sorted(office.claim(message_id, room=ROOM), key=lambda claim: claim.number)
+        queue_id = post.accept("x@example.org", "bulk:y@example.org")
+        first, second = sorted(office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
         office.record(first, Outcome.REJECTED)
         office.pass_time(GATHER + 5)
         met: list[CompletionResult] = []
@@ -226,7 +226,7 @@ def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
         assert met == [CompletionResult(State.DELIVERED, body_deletable=False)], (
             "it does not see the debt being cleared"
         )
-        assert not post.kept(message_id)
+        assert not post.kept(queue_id)
 
 
 class Killed(BaseException):
@@ -237,8 +237,8 @@ class Killed(BaseException):
 def test_killed_before_the_commit_the_next_makes_the_notice_and_the_file_that_is_left_is_an_orphan(
     post: Post, monkeypatch: pytest.MonkeyPatch, half: bool
 ) -> None:
-    message_id = post.accept()
-    post.fail(message_id)
+    queue_id = post.accept()
+    post.fail(queue_id)
     store = post.spool.store
 
     def killed(notice: str, parts: Any) -> int:
@@ -249,10 +249,10 @@ def test_killed_before_the_commit_the_next_makes_the_notice_and_the_file_that_is
         patch.setattr(post.spool, "store", killed)
         with pytest.raises(Killed):
             post.debts.settle(10)
-    assert post.owing(message_id)
-    assert post.kept(message_id)
+    assert post.owing(queue_id)
+    assert post.kept(queue_id)
     assert post.notices() == []
-    (left,) = post.files() - {message_id}
+    (left,) = post.files() - {queue_id}
     (notice,) = post.another().settle(10)
     assert post.told(notice) == [("b@example.org", "failed")]
     assert post.whole(notice)
@@ -271,8 +271,8 @@ def test_a_sweeper_that_stalls_takes_nothing_from_the_one_that_came_after_it(
 ) -> None:
     with opened(clean_postgres_url) as office, opened(clean_postgres_url) as theirs:
         post, other = Post(office, spool), Post(theirs, Spool(spool.directory))
-        message_id = post.accept()
-        post.fail(message_id)
+        queue_id = post.accept()
+        post.fail(queue_id)
         made: list[str] = []
 
         def stall(*_: Any) -> None:
@@ -281,7 +281,7 @@ def test_a_sweeper_that_stalls_takes_nothing_from_the_one_that_came_after_it(
                     AND datname = current_database() AND state = 'idle in transaction'"""
                 assert theirs.rows(ended), "its session ends, and its locks"
                 made.extend(until(lambda: other.debts.settle(10)))
-                assert not other.kept(message_id)
+                assert not other.kept(queue_id)
 
         def stalling(call: Any, *, first: bool) -> Any:
             def stalls(*given: Any) -> Any:
@@ -302,14 +302,14 @@ def test_a_sweeper_that_stalls_takes_nothing_from_the_one_that_came_after_it(
             post.debts.settle(10)
         assert post.notices() == made
         assert post.whole(made[0])
-        assert not post.owing(message_id)
+        assert not post.owing(queue_id)
         left = post.files() - set(made)
         assert len(left) == (at == "commit"), "only where it cannot know whether it has committed"
 
 
 def test_a_commit_in_doubt_leaves_the_file(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
-    message_id = post.accept()
-    post.fail(message_id)
+    queue_id = post.accept()
+    post.fail(queue_id)
 
     def breaks(_: Connection) -> None:
         if len(post.files()) > 1:
@@ -318,7 +318,7 @@ def test_a_commit_in_doubt_leaves_the_file(post: Post, monkeypatch: pytest.Monke
     event.listen(post.office.engine, "commit", breaks)
     assert post.debts.settle(10) == []
     event.remove(post.office.engine, "commit", breaks)
-    assert len(post.files() - {message_id}) == 1
+    assert len(post.files() - {queue_id}) == 1
     (notice,) = post.another().settle(10)
     assert post.whole(notice)
     assert post.notices() == [notice]
@@ -327,19 +327,19 @@ def test_a_commit_in_doubt_leaves_the_file(post: Post, monkeypatch: pytest.Monke
 def test_killed_after_the_commit_there_is_one_and_the_body_is_for_housekeeping(
     post: Post, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message_id = post.accept()
-    post.fail(message_id)
-    monkeypatch.setattr(post.spool, "remove", lambda message_id: False)
+    queue_id = post.accept()
+    post.fail(queue_id)
+    monkeypatch.setattr(post.spool, "remove", lambda queue_id: False)
     (notice,) = post.debts.settle(10)
     assert post.another().settle(10) == []
     assert post.notices() == [notice]
-    assert post.kept(message_id)
+    assert post.kept(queue_id)
 
 
 def test_two_sweepers_make_each_notice_once(post: Post) -> None:
     ids = [post.accept("x@example.org", "bulk:y@example.org") for _ in range(15)]
-    for message_id in ids:
-        post.fail(message_id)
+    for queue_id in ids:
+        post.fail(queue_id)
     barrier = threading.Barrier(2)
 
     def settle(debts: DsnGenerator) -> list[str]:
@@ -350,8 +350,8 @@ def test_two_sweepers_make_each_notice_once(post: Post) -> None:
         made = [notice for part in pool.map(settle, (post.debts, post.another())) for notice in part]
     made += post.debts.settle(50)
     assert sorted(made) == post.notices()
-    for message_id in ids:
-        told = [address for notice in post.notices(message_id) for address, _ in post.told(notice)]
+    for queue_id in ids:
+        told = [address for notice in post.notices(queue_id) for address, _ in post.told(notice)]
         assert sorted(told) == ["x@example.org", "y@example.org"], "each recipient in exactly one notice"
 
 
@@ -360,8 +360,8 @@ def test_a_second_sweeper_skips_what_the_first_is_at(
 ) -> None:
     with opened(clean_postgres_url) as office:
         post = Post(office, spool)
-        message_id = post.accept()
-        post.fail(message_id)
+        queue_id = post.accept()
+        post.fail(queue_id)
         meanwhile: list[list[str]] = []
 
         def other() -> None:
@@ -386,8 +386,8 @@ def test_two_sweepers_warn_once_and_of_what_a_worker_has_locked_as_well(
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as office:
         post = Post(office, spool)
-        message_id = post.accept("x@example.org", "bulk:y@example.org")
-        post.grow_old(message_id)
+        queue_id = post.accept("x@example.org", "bulk:y@example.org")
+        post.grow_old(queue_id)
         busy = office.engine.connect()  # a worker that records something of the first
         busy.execute(text("SELECT 1 FROM deliveries WHERE number = 1 FOR UPDATE"))
         meanwhile: list[list[str]] = []
@@ -405,14 +405,14 @@ def test_two_sweepers_warn_once_and_of_what_a_worker_has_locked_as_well(
         assert meanwhile == [[]]
         assert post.told(warning) == [("x@example.org", "delayed"), ("y@example.org", "delayed")]
         assert post.another().warn(10) == []
-        assert post.notices(message_id) == [warning]
+        assert post.notices(queue_id) == [warning]
 
 
 def test_what_is_locked_as_a_whole_is_warned_of_the_next_time(clean_postgres_url: str, spool: Spool) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as office:
         post = Post(office, spool)
-        message_id = post.accept()
-        post.grow_old(message_id)
+        queue_id = post.accept()
+        post.grow_old(queue_id)
         with office.engine.connect() as busy:
             busy.execute(text("SELECT 1 FROM deliveries FOR UPDATE"))
             assert post.debts.warn(10) == []
@@ -420,8 +420,8 @@ def test_what_is_locked_as_a_whole_is_warned_of_the_next_time(clean_postgres_url
 
 
 def test_deliveries_of_one_message_stand_in_one_notice(post: Post) -> None:
-    message_id = post.accept("x@example.org", "bulk:y@example.org", "other:z@example.org")
-    one, two, three = sorted(post.office.claim(message_id, room=ROOM), key=lambda claim: claim.number)
+    queue_id = post.accept("x@example.org", "bulk:y@example.org", "other:z@example.org")
+    one, two, three = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
     post.office.record(one, Outcome.REJECTED)
     assert post.debts.settle(10) == [], "the others are about to be decided"
     post.office.record(two, Outcome.ACCEPTED)
@@ -431,13 +431,13 @@ def test_deliveries_of_one_message_stand_in_one_notice(post: Post) -> None:
 
 
 def test_a_debt_does_not_wait_long_for_the_others(post: Post) -> None:
-    message_id = post.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(post.office.claim(message_id, room=ROOM), key=lambda claim: claim.number)
+    queue_id = post.accept("x@example.org", "bulk:y@example.org")
+    first, second = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
     post.office.record(first, Outcome.REJECTED)
     post.office.pass_time(GATHER + 5)
     (early,) = post.debts.settle(10)
     assert post.told(early) == [("x@example.org", "failed")]
-    assert post.kept(message_id)
+    assert post.kept(queue_id)
     post.office.record(second, Outcome.REJECTED)
     (late,) = post.debts.settle(10)
     assert late != early
@@ -446,14 +446,14 @@ def test_a_debt_does_not_wait_long_for_the_others(post: Post) -> None:
 
 @pytest.mark.parametrize("sender", ["", "#@[]"])
 def test_nothing_is_said_about_a_notice(post: Post, sender: str) -> None:
-    message_id = post.accept(sender=sender)
-    post.fail(message_id)
-    assert not post.owing(message_id)
+    queue_id = post.accept(sender=sender)
+    post.fail(queue_id)
+    assert not post.owing(queue_id)
     assert post.debts.settle(10) == []
     # ... not even if a debt stands in the database for some reason.
     post.office.change("UPDATE deliveries SET due_at = @ago(100)")
     assert post.debts.settle(10) == []
-    assert not post.owing(message_id)
+    assert not post.owing(queue_id)
     assert post.notices() == []
 
 
@@ -488,7 +488,7 @@ def test_a_notice_that_is_refused_is_made_again_with_less_until_nothing_is_left(
         assert post.notices(original) == chain
         assert enclosed(post, notice) == content
         (row,) = post.office.rows("SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
-                                  " r.message_id = m.id WHERE m.id = @id(:id)", id=notice)  # fmt: skip
+                                  " r.queue_id = m.id WHERE m.id = @id(:id)", id=notice)  # fmt: skip
         assert (row["sender"], row["address"], row["notify"]) == ("", "a@example.com", "NEVER")
         assert post.whole(notice)
         named = f"<{notice}@{post.office.settings.hostname}>"
@@ -512,8 +512,8 @@ def test_a_notice_that_is_refused_is_made_again_with_less_until_nothing_is_left(
 
 
 def test_a_warning_that_is_refused_is_made_again_without_the_header(late: Post) -> None:
-    message_id = late.accept()
-    late.grow_old(message_id)
+    queue_id = late.accept()
+    late.grow_old(queue_id)
     (warning,) = late.debts.warn(10)
     late.fail(warning)
     (again,) = late.debts.settle(10)
@@ -608,8 +608,8 @@ def test_a_notice_about_a_strangers_mail_carries_the_header_alone(post: Post) ->
     """Or a stranger has us send a text of his to a victim, whom he names as the sender."""
     ids = [post.accept(sender=f"a{trusted}@example.com", ret="FULL", client_trusted=trusted)
            for trusted in (False, True, None)]  # fmt: skip
-    for message_id in ids:
-        post.fail(message_id)
+    for queue_id in ids:
+        post.fail(queue_id)
     notices = post.debts.settle(10)
     kinds = {post.text(n)["To"]: enclosed(post, n) for n in notices}
     full = ("full", "message/rfc822")
@@ -624,13 +624,13 @@ def test_a_sender_gets_one_notice_a_minute_about_mail_of_strangers(
     ids = [post.accept(sender=sender, client_trusted=trusted) for sender, trusted in [
         ("a@example.com", False), ("A@example.com", False), ("a@example.com", True), ("b@example.com", False),
     ]]  # fmt: skip
-    for message_id in ids:
-        post.fail(message_id)
+    for queue_id in ids:
+        post.fail(queue_id)
     made = post.debts.settle(10)
-    assert [len(post.notices(message_id)) for message_id in ids] == [1, 0, 1, 1]
+    assert [len(post.notices(queue_id)) for queue_id in ids] == [1, 0, 1, 1]
     assert len(made) == 3
-    assert not any(post.owing(message_id) or post.kept(message_id) for message_id in ids)
-    withheld = [post.office.delivery(message_id)["dsn_withheld"] for message_id in ids]
+    assert not any(post.owing(queue_id) or post.kept(queue_id) for queue_id in ids)
+    withheld = [post.office.delivery(queue_id)["dsn_withheld"] for queue_id in ids]
     assert withheld == [None, "rate", None, None]
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "notice withheld" in line)
     assert ids[1] in line
@@ -653,8 +653,8 @@ def test_two_sweepers_make_one_notice_a_minute_together(clean_postgres_url: str,
     with opened(clean_postgres_url) as office:
         post = Post(office, spool)
         ids = [post.accept(client_trusted=False) for _ in range(8)]
-        for message_id in ids:
-            post.fail(message_id)
+        for queue_id in ids:
+            post.fail(queue_id)
         sweepers = [post.another() for _ in range(4)]
         with ThreadPoolExecutor(4) as threads:
             made = list(threads.map(lambda sweeper: sweeper.settle(10), sweepers))
@@ -669,8 +669,8 @@ def test_a_stranger_has_no_notice_made_about_mail_to_our_postmaster(post: Post) 
         post.accept("postmaster", "b@example.org", ours, sender="a2@example.com", client_trusted=False),
         post.accept(ours, sender="a3@example.com", client_trusted=True),
     )
-    for message_id in (alone, mixed, trusted):
-        post.fail(message_id)
+    for queue_id in (alone, mixed, trusted):
+        post.fail(queue_id)
     made = post.debts.settle(10)
     assert {post.text(notice)["To"]: post.told(notice) for notice in made} == {
         "a2@example.com": [("b@example.org", "failed")], "a3@example.com": [(ours, "failed")],
@@ -681,8 +681,8 @@ def test_a_stranger_has_no_notice_made_about_mail_to_our_postmaster(post: Post) 
 
 def test_a_warning_about_a_strangers_mail_counts_too(late: Post) -> None:
     ids = [late.accept(client_trusted=False) for _ in range(2)]
-    for message_id in ids:
-        late.grow_old(message_id)
+    for queue_id in ids:
+        late.grow_old(queue_id)
     assert len(late.debts.warn(10)) == 1
     assert late.debts.warn(10) == [], "what was withheld is not asked about again"
     late.fail(ids[0])
@@ -701,9 +701,9 @@ def test_housekeeping_removes_limits_that_are_over(post: Post) -> None:
 
 def test_without_bounces_nothing_is_owed(with_settings: Any) -> None:
     post = with_settings(bounces="off")
-    message_id = post.accept()
-    post.fail(message_id)
-    assert not post.owing(message_id)
+    queue_id = post.accept()
+    post.fail(queue_id)
+    assert not post.owing(queue_id)
     assert post.debts.settle(10) == []
 
 
@@ -712,17 +712,17 @@ def test_without_bounces_nothing_is_owed(with_settings: Any) -> None:
     ("DELAY", False), ("SUCCESS", False),
 ])  # fmt: skip
 def test_NOTIFY_says_who_wants_to_know(post: Post, notify: str | None, told: bool) -> None:
-    message_id = post.accept(notify=notify)
-    post.fail(message_id)
+    queue_id = post.accept(notify=notify)
+    post.fail(queue_id)
     assert len(post.debts.settle(10)) == told
-    assert not post.owing(message_id)
-    assert not post.kept(message_id)
+    assert not post.owing(queue_id)
+    assert not post.kept(queue_id)
 
 
 def test_NOTIFY_is_for_each_recipient(post: Post) -> None:
-    message_id = post.accept("x@example.org", "y@example.org", "z@example.org")
+    queue_id = post.accept("x@example.org", "y@example.org", "z@example.org")
     post.office.change("UPDATE recipients SET notify = 'NEVER' WHERE position = 2")
-    post.fail(message_id)
+    post.fail(queue_id)
     (notice,) = post.debts.settle(10)
     assert post.told(notice) == [("x@example.org", "failed"), ("z@example.org", "failed")]
 
@@ -733,8 +733,8 @@ def test_NOTIFY_is_for_each_recipient(post: Post) -> None:
     ("HDRS", b"X-Long: " + b"x" * 100 + b"\n" + b"X: y\n" * LONGEST_RETURNED, "text/rfc822-headers"),
 ])  # fmt: skip
 def test_RET_says_how_much_comes_back(post: Post, ret: str | None, body: bytes, kind: str) -> None:
-    message_id = post.accept(ret=ret, body=body)
-    post.fail(message_id)
+    queue_id = post.accept(ret=ret, body=body)
+    post.fail(queue_id)
     (notice,) = post.debts.settle(10)
     last = list(post.text(notice).iter_parts())[-1]
     assert last.get_content_type() == kind
@@ -745,8 +745,8 @@ def test_RET_says_how_much_comes_back(post: Post, ret: str | None, body: bytes, 
 
 
 def test_ENVID_and_ORCPT_reach_the_notice(post: Post) -> None:
-    message_id = post.accept(envid="an+2Did", orcpt="rfc822;first+40example.org")
-    post.fail(message_id)
+    queue_id = post.accept(envid="an+2Did", orcpt="rfc822;first+40example.org")
+    post.fail(queue_id)
     (notice,) = post.debts.settle(10)
     wire = post.spool.path(notice).read_text()
     assert "\nOriginal-Envelope-Id: an-id\n" in wire
@@ -755,8 +755,8 @@ def test_ENVID_and_ORCPT_reach_the_notice(post: Post) -> None:
 
 def test_an_original_that_is_gone_or_cut_is_not_returned_and_hinders_nothing(post: Post) -> None:
     gone, cut = post.accept(), post.accept()
-    for message_id in (gone, cut):
-        post.fail(message_id)
+    for queue_id in (gone, cut):
+        post.fail(queue_id)
     post.spool.path(gone).unlink()
     os.truncate(post.spool.path(cut), 5)
     notices = post.debts.settle(10)
@@ -767,7 +767,7 @@ def test_an_8_bit_original_is_declared_as_such(post: Post) -> None:
     for body in (BODY, BODY + b"\xff\n"):
         post.fail(post.accept(body=body))
     plain, eight = post.debts.settle(10)
-    types = post.office.rows("SELECT @hex(id) AS id, body_type FROM messages WHERE notice_of IS NOT NULL")
+    types = post.office.rows("SELECT @hex(id) AS id, body_type FROM messages WHERE dsn_of IS NOT NULL")
     assert {row["id"]: row["body_type"] for row in types} == {plain: "7BIT", eight: "8BITMIME"}
 
 
@@ -778,46 +778,46 @@ US = "Error: relay.example[192.0.2.1] is not authorized to use this service"
 
 
 def test_what_was_refused_for_our_sake_is_deferred_and_nobody_is_told(post: Post) -> None:
-    message_id = post.accept()
-    (claim,) = post.fail(message_id, reply=US)
+    queue_id = post.accept()
+    (claim,) = post.fail(queue_id, reply=US)
     assert post.debts.settle(10) == []
-    row = post.office.delivery(message_id)
+    row = post.office.delivery(queue_id)
     assert (row["state"], row["finished_at"]) == ("deferred", None)
     assert row["due_in"] == pytest.approx(GATHER, abs=20)
-    assert post.kept(message_id)
+    assert post.kept(queue_id)
     post.office.pass_time(100)
     post.office.sweeps.requeue_due(10)
-    (again,) = post.office.claim(message_id)
+    (again,) = post.office.claim(queue_id)
     assert (again.claim, again.recipients) == (2, claim.recipients)
     assert post.office.record(again, Outcome.ACCEPTED).state is State.DELIVERED
 
 
 def test_only_what_was_refused_for_our_sake_is_deferred(post: Post) -> None:
-    message_id = post.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(post.office.claim(message_id, room=ROOM), key=lambda claim: claim.number)
+    queue_id = post.accept("x@example.org", "bulk:y@example.org")
+    first, second = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
     post.office.record(first, Outcome.REJECTED, reply=US)
     post.office.record(second, Outcome.REJECTED)
     made = post.debts.settle(10) + post.debts.settle(10)
     assert [post.told(notice) for notice in made] == [[("y@example.org", "failed")]]
-    assert post.office.state(message_id, 1) == "deferred"
+    assert post.office.state(queue_id, 1) == "deferred"
 
 
 def test_what_we_were_not_let_in_with_until_it_expired_is_told_of(post: Post) -> None:
-    message_id = post.accept()
-    (claim,) = post.office.claim(message_id)
+    queue_id = post.accept()
+    (claim,) = post.office.claim(queue_id)
     post.office.pass_time(2000)
     post.office.record(claim, Outcome.REJECTED, state=State.DEFERRED, reply=US)
-    assert post.office.state(message_id) == "expired"
+    assert post.office.state(queue_id) == "expired"
     (notice,) = post.debts.settle(10)
     assert post.told(notice) == [("b@example.org", "failed")]
-    assert not post.owing(message_id)
+    assert not post.owing(queue_id)
 
 
 def test_what_an_operator_sends_back_is_not_put_into_the_servers_mouth(post: Post) -> None:
-    message_id = post.accept()
-    post.fail(message_id, Outcome.DEFERRED, reply=US)
+    queue_id = post.accept()
+    post.fail(queue_id, Outcome.DEFERRED, reply=US)
     QueueOperations(post.office.engine, notices=True).apply(
-        OPERATIONS["bounce"], Filter(id=message_id), actor="me", reason="spam run, not authorized to use this service"
+        OPERATIONS["bounce"], Filter(id=queue_id), actor="me", reason="spam run, not authorized to use this service"
     )
     (notice,) = post.debts.settle(10)
     words = " ".join(post.spool.path(notice).read_text().split())
@@ -827,12 +827,12 @@ def test_what_an_operator_sends_back_is_not_put_into_the_servers_mouth(post: Pos
 
 
 def test_a_notice_that_was_made_is_not_taken_back(post: Post) -> None:
-    message_id = post.accept()
-    post.fail(message_id)
+    queue_id = post.accept()
+    post.fail(queue_id)
     assert len(post.debts.settle(10)) == 1
-    post.office.change("UPDATE deliveries SET last_reply = :us WHERE message_id = @id(:id)", us=US, id=message_id)
+    post.office.change("UPDATE deliveries SET last_reply = :us WHERE queue_id = @id(:id)", us=US, id=queue_id)
     assert post.debts.settle(10) == []
-    assert post.office.state(message_id) == "bounced"
+    assert post.office.state(queue_id) == "bounced"
 
 
 # --- warnings ---------------------------------------------------------------------------------------------
@@ -846,36 +846,36 @@ def late(with_settings: Any) -> Post:
 
 
 def test_a_delay_is_told_once(late: Post) -> None:
-    message_id = late.accept()
-    late.fail(message_id, Outcome.DEFERRED, reply="busy (#4.3.2)")
-    late.grow_old(message_id, 3 * HOUR)
+    queue_id = late.accept()
+    late.fail(queue_id, Outcome.DEFERRED, reply="busy (#4.3.2)")
+    late.grow_old(queue_id, 3 * HOUR)
     assert late.another().warn(10) == []
-    late.grow_old(message_id)
+    late.grow_old(queue_id)
     (warning,) = late.debts.warn(10)
     assert late.debts.warn(10) == [] == late.another().warn(10)
     assert late.told(warning) == [("b@example.org", "delayed")]
     assert [part.get_content_type() for part in late.text(warning).iter_parts()][2] == "text/rfc822-headers"
-    assert late.office.state(message_id) == "deferred"
-    assert late.office.delivery(message_id)["due_in"] > 0
-    assert late.kept(message_id)
+    assert late.office.state(queue_id) == "deferred"
+    assert late.office.delivery(queue_id)["due_in"] > 0
+    assert late.kept(queue_id)
 
 
 def test_a_warning_and_then_a_bounce(late: Post) -> None:
-    message_id = late.accept()
-    late.fail(message_id, Outcome.DEFERRED)
-    late.grow_old(message_id)
+    queue_id = late.accept()
+    late.fail(queue_id, Outcome.DEFERRED)
+    late.grow_old(queue_id)
     (warning,) = late.debts.warn(10)
     late.office.pass_time(100)
     late.office.sweeps.requeue_due(10)
-    late.fail(message_id)
+    late.fail(queue_id)
     (bounce,) = late.debts.settle(10)
     assert [late.told(notice)[0][1] for notice in (warning, bounce)] == ["delayed", "failed"]
 
 
 def test_what_is_being_sent_again_is_late_too(late: Post) -> None:
-    message_id = late.accept()
-    late.grow_old(message_id)
-    (claim,) = late.office.claim(message_id)
+    queue_id = late.accept()
+    late.grow_old(queue_id)
+    (claim,) = late.office.claim(queue_id)
     assert len(late.debts.warn(10)) == 1
     assert late.office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
     assert late.debts.warn(10) == []
@@ -888,12 +888,12 @@ def test_what_was_never_tried_is_late_too(late: Post) -> None:
 
 
 def test_a_kill_between_retry_and_warning_loses_nothing(late: Post) -> None:
-    message_id = late.accept()
-    late.fail(message_id, Outcome.DEFERRED)
-    late.grow_old(message_id)
+    queue_id = late.accept()
+    late.fail(queue_id, Outcome.DEFERRED)
+    late.grow_old(queue_id)
     late.office.pass_time(100)
     late.office.sweeps.requeue_due(10)  # and killed
-    late.fail(message_id, Outcome.DEFERRED)
+    late.fail(queue_id, Outcome.DEFERRED)
     assert len(late.another().warn(10)) == 1
 
 
@@ -910,42 +910,42 @@ def test_the_clock_of_a_worker_makes_no_mail_late(late: Post, monkeypatch: pytes
 
 
 def test_what_is_held_is_warned_of_when_it_is_released(late: Post) -> None:
-    message_id = late.accept()
-    late.grow_old(message_id)
+    queue_id = late.accept()
+    late.grow_old(queue_id)
     verbs = QueueOperations(late.office.engine, notices=True)
-    verbs.apply(OPERATIONS["hold"], Filter(id=message_id), actor="ann@host", reason="looks odd")
+    verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="ann@host", reason="looks odd")
     assert late.another().warn(10) == []
-    verbs.apply(OPERATIONS["release"], Filter(id=message_id), actor="ann@host", reason="")
+    verbs.apply(OPERATIONS["release"], Filter(id=queue_id), actor="ann@host", reason="")
     (warning,) = late.debts.warn(10)
     assert "ann@host" not in late.spool.path(warning).read_text()
 
 
 def test_a_warning_names_who_waits_and_wants_to_know_and_halves_are_not_told_again(late: Post) -> None:
-    message_id = late.accept(*(f"{n}@example.org" for n in "pqrs"), "bulk:done@example.org")
+    queue_id = late.accept(*(f"{n}@example.org" for n in "pqrs"), "bulk:done@example.org")
     late.office.change("UPDATE recipients SET notify = 'FAILURE' WHERE position = 2")
-    claims = {claim.route: claim for claim in late.office.claim(message_id, room=ROOM)}
+    claims = {claim.route: claim for claim in late.office.claim(queue_id, room=ROOM)}
     late.office.record(claims["bulk"], Outcome.ACCEPTED)
-    late.grow_old(message_id)
+    late.grow_old(queue_id)
     (warning,) = late.debts.warn(10)
     assert late.told(warning) == [(f"{n}@example.org", "delayed") for n in "prs"]
     late.office.record(claims["default"], Outcome.REJECTED, state=State.SPLIT, reply="unknown (#5.1.1)")
-    assert late.office.state(message_id, 1) == "split"
+    assert late.office.state(queue_id, 1) == "split"
     assert late.debts.warn(10) == [] == late.another().warn(10)
 
 
 def test_a_long_queue_is_gone_through_a_part_at_a_time(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relay.dsn.generator.LOOKED_AT", 3)
     ids = [late.accept() for _ in range(10)]
-    same = "UPDATE deliveries SET due_at = @later(600) WHERE message_id IN (SELECT message_id FROM deliveries LIMIT 5)"
+    same = "UPDATE deliveries SET due_at = @later(600) WHERE queue_id IN (SELECT queue_id FROM deliveries LIMIT 5)"
     late.office.change(same)  # as one statement makes them
-    for message_id in ids[1:]:
-        late.grow_old(message_id)
+    for queue_id in ids[1:]:
+        late.grow_old(queue_id)
     made = [late.debts.warn(2) for _ in range(8)]
     assert max(map(len, made)) <= 2
     assert sum(map(len, made)) == 9
     late.grow_old(ids[0])
     assert sum(len(debts.warn(2)) for debts in [late.another()] for _ in range(5)) == 1
-    assert [len(late.notices(message_id)) for message_id in ids] == [1] * 10
+    assert [len(late.notices(queue_id)) for queue_id in ids] == [1] * 10
 
 
 def test_looking_for_late_mail_scans_no_table(late: Post) -> None:
@@ -962,7 +962,7 @@ def test_looking_for_late_mail_scans_no_table(late: Post) -> None:
         debts._behind = key
         debts.warn(10)
     event.remove(late.office.engine, "before_cursor_execute", see)
-    looks = [(sql, parameters) for sql, parameters in seen if "due_at, message_id, number LIMIT" in sql]
+    looks = [(sql, parameters) for sql, parameters in seen if "due_at, queue_id, number LIMIT" in sql]
     explain = "EXPLAIN" if late.office.spell.postgresql else "EXPLAIN QUERY PLAN"
     with late.office.engine.connect() as connection:
         plans = [connection.exec_driver_sql(f"{explain} {sql}", parameters).all() for sql, parameters in looks]
@@ -997,9 +997,9 @@ def test_nothing_is_looked_at_before_something_can_be_late(late: Post, monkeypat
 ])  # fmt: skip
 def test_who_hears_of_no_delay(with_settings: Any, settings: dict[str, Any], given: dict[str, Any]) -> None:
     post = with_settings(**({"delay_warning": 4 * HOUR} | settings))
-    message_id = post.accept(**given)
-    post.fail(message_id, Outcome.DEFERRED)
-    post.grow_old(message_id)
+    queue_id = post.accept(**given)
+    post.fail(queue_id, Outcome.DEFERRED)
+    post.grow_old(queue_id)
     assert post.debts.warn(10) == []
     assert post.notices() == []
 
@@ -1009,13 +1009,13 @@ def test_who_hears_of_no_delay(with_settings: Any, settings: dict[str, Any], giv
 
 def test_an_original_that_cannot_be_read_is_not_returned(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
     bad, good = post.accept(), post.accept()
-    for message_id in (bad, good):
-        post.fail(message_id)
+    for queue_id in (bad, good):
+        post.fail(queue_id)
     opens = post.spool.open
 
-    def fails(message_id: str, size: int) -> int:
-        handle = opens(message_id, size)
-        if message_id == bad:
+    def fails(queue_id: str, size: int) -> int:
+        handle = opens(queue_id, size)
+        if queue_id == bad:
             os.dup2(unreadable := os.open("/proc/self/mem", os.O_RDONLY), handle)  # EIO
             os.close(unreadable)
         return handle
@@ -1029,8 +1029,8 @@ def test_an_original_that_cannot_be_read_is_not_returned(post: Post, monkeypatch
 def test_a_message_that_fails_holds_up_no_other(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often, and though it is the oldest and there is a bound on how many are looked at."""
     ids = [late.accept() for _ in range(5)]
-    for message_id in ids[:4]:
-        late.fail(message_id)
+    for queue_id in ids[:4]:
+        late.fail(queue_id)
         late.office.pass_time(1)
     bad, makes = {ids[0], ids[1], ids[4]}, late.debts._make
 
@@ -1043,7 +1043,7 @@ def test_a_message_that_fails_holds_up_no_other(late: Post, monkeypatch: pytest.
     late.grow_old(ids[4])
     assert [len(late.debts.settle(2)) for _ in range(3)] == [0, 2, 0]
     assert late.debts.warn(10) == []
-    assert [late.owing(message_id) for message_id in ids] == [True, True, False, False, False]
+    assert [late.owing(queue_id) for queue_id in ids] == [True, True, False, False, False]
     bad.clear()
     assert late.debts.settle(2) == [] == late.debts.warn(2), "they had their turn a moment ago"
     now = time.monotonic()
@@ -1053,16 +1053,16 @@ def test_a_message_that_fails_holds_up_no_other(late: Post, monkeypatch: pytest.
 
 
 def test_a_debt_about_nobody_is_cleared(post: Post) -> None:
-    message_id = post.accept()
-    post.fail(message_id)
+    queue_id = post.accept()
+    post.fail(queue_id)
     post.office.change("DELETE FROM recipients")
     assert post.debts.settle(10) == []
-    assert not post.owing(message_id)
+    assert not post.owing(queue_id)
 
 
 def test_a_full_spool_leaves_the_debt_as_it_was(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
-    message_id = post.accept()
-    post.fail(message_id)
+    queue_id = post.accept()
+    post.fail(queue_id)
 
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -1071,16 +1071,16 @@ def test_a_full_spool_leaves_the_debt_as_it_was(post: Post, monkeypatch: pytest.
         patch.setattr(post.spool, "store", full)
         with pytest.raises(OSError, match="No space"):
             post.debts.settle(10)
-    assert post.owing(message_id)
-    assert post.kept(message_id)
+    assert post.owing(queue_id)
+    assert post.kept(queue_id)
     assert len(post.another().settle(10)) == 1
 
 
 def test_a_debt_and_its_notice_change_in_one_transaction(post: Post) -> None:
     """A fault at any statement of it leaves either nothing or everything."""
     for at in range(1, 40):
-        message_id = post.accept()
-        post.fail(message_id)
+        queue_id = post.accept()
+        post.fail(queue_id)
         counted = [0]
 
         def fault(*_: Any, at: int = at, counted: list[int] = counted) -> None:
@@ -1095,12 +1095,12 @@ def test_a_debt_and_its_notice_change_in_one_transaction(post: Post) -> None:
             finished = False
         finally:
             event.remove(post.office.engine, "before_cursor_execute", fault)
-        assert len(post.notices(message_id)) == (not post.owing(message_id))
+        assert len(post.notices(queue_id)) == (not post.owing(queue_id))
         if finished:
             return
-        assert post.kept(message_id)
-        if post.notices(message_id):  # after the COMMIT: the body stays for housekeeping
+        assert post.kept(queue_id)
+        if post.notices(queue_id):  # after the COMMIT: the body stays for housekeeping
             continue
-        assert post.files() <= {message_id, *post.notices()}
+        assert post.files() <= {queue_id, *post.notices()}
         assert len(post.another().settle(10)) == 1
     raise AssertionError("it never came through")

@@ -35,15 +35,15 @@ def room(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
         one.close()
 
 
-def become(mail: Mailroom, message_id: str, state: str) -> str:
+def become(mail: Mailroom, queue_id: str, state: str) -> str:
     """Send it and wait for the state; the words of the last reply."""
     with mail.working() as engine:
-        engine.offer([message_id])
-        until(lambda: mail.state(message_id) == state, 20, what=lambda: str(mail.delivery(message_id)))
-    return str(mail.delivery(message_id)["last_reply"])
+        engine.offer([queue_id])
+        until(lambda: mail.state(queue_id) == state, 20, what=lambda: str(mail.delivery(queue_id)))
+    return str(mail.delivery(queue_id)["last_reply"])
 
 
-def notice_about(mail: Mailroom, message_id: str) -> str:
+def notice_about(mail: Mailroom, queue_id: str) -> str:
     """The notice that a sweeper makes then."""
     (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(10)
     return mail.spool.path(notice).read_text()
@@ -51,8 +51,8 @@ def notice_about(mail: Mailroom, message_id: str) -> str:
 
 def test_a_delivery_is_queued_there_under_the_id_that_it_names(room: Open, postfix: Postfix) -> None:
     mail = room(postfix.port)
-    message_id = mail.accept("r@y.test", body=HEADER + b"Subject: hello\n\nhello\n")
-    words = become(mail, message_id, "delivered")
+    queue_id = mail.accept("r@y.test", body=HEADER + b"Subject: hello\n\nhello\n")
+    words = become(mail, queue_id, "delivered")
     assert words.startswith("Ok: queued as ")
     assert b"Subject: hello" in postfix.queued(words.split()[-1])
 
@@ -60,11 +60,11 @@ def test_a_delivery_is_queued_there_under_the_id_that_it_names(room: Open, postf
 @pytest.mark.parametrize("size", [250_000, 20_000_000])
 def test_an_oversize_message_bounces_with_its_words(room: Open, postfix: Postfix, size: int) -> None:
     mail = room(postfix.port)
-    message_id = mail.accept("r@y.test", "q@y.test", body=HEADER + b"\n" + b"x" * 70 + b"\n" + bytes(size))
-    words = become(mail, message_id, "bounced")
+    queue_id = mail.accept("r@y.test", "q@y.test", body=HEADER + b"\n" + b"x" * 70 + b"\n" + bytes(size))
+    words = become(mail, queue_id, "bounced")
     assert "length exceeds storage limit" in words
-    assert [outcome for _, outcome in mail.attempts(message_id)] == ["rejected"]
-    text = notice_about(mail, message_id)
+    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["rejected"]
+    text = notice_about(mail, queue_id)
     assert "length exceeds storage limit" in " ".join(text.split())
     assert text.count("Final-Recipient: ") == 2, "an early D was said about all of them"
 
@@ -79,7 +79,7 @@ def test_who_is_not_authorized_waits_and_rings_the_alarm(
         until(lambda: mail.state(first) == "deferred", 20)
         assert mail.delivery(first)["last_outcome"] == "rejected"
         assert "is not authorized to use this service" in mail.delivery(first)["last_reply"]
-        mail.change("UPDATE deliveries SET due_at = @ago(10) WHERE message_id = @id(:id)", id=second)
+        mail.change("UPDATE deliveries SET due_at = @ago(10) WHERE queue_id = @id(:id)", id=second)
         until(lambda: mail.state(second) == "deferred", 20)
     tried = mail.rows("SELECT count(*) AS n FROM attempts")[0]["n"]
     said = capsys.readouterr().out
@@ -107,12 +107,12 @@ def test_the_next_server_has_the_mail_when_one_does_not_want_us(room: Open, post
 ])  # fmt: skip
 def test_header_checks_bounce_or_defer(room: Open, postfix: Postfix, subject: bytes, state: str, words: str) -> None:
     mail = room(postfix.port)
-    message_id = mail.accept("r@y.test", "q@y.test", body=HEADER + b"Subject: " + subject + b"\n\nhello\n")
-    assert words in become(mail, message_id, state)
-    assert mail.delivery(message_id)["last_outcome"] == ("rejected" if state == "bounced" else "deferred")
-    assert len(mail.attempts(message_id)) == 1, "content is not cut into halves"
+    queue_id = mail.accept("r@y.test", "q@y.test", body=HEADER + b"Subject: " + subject + b"\n\nhello\n")
+    assert words in become(mail, queue_id, state)
+    assert mail.delivery(queue_id)["last_outcome"] == ("rejected" if state == "bounced" else "deferred")
+    assert len(mail.attempts(queue_id)) == 1, "content is not cut into halves"
     if state == "bounced":
-        assert "go away" in notice_about(mail, message_id)
+        assert "go away" in notice_about(mail, queue_id)
 
 
 def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(room: Open, postfix: Postfix) -> None:
@@ -133,15 +133,15 @@ def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(room: 
     assert b"Subject: Undelivered mail returned to sender" in shown
     assert b"Diagnostic-Code: x-qmqp; Error: 5.7.1 go away" in shown
     assert b"Subject: refuse" not in shown
-    contents = mail.rows("SELECT dsn_content FROM messages WHERE notice_of IS NOT NULL ORDER BY id")
+    contents = mail.rows("SELECT dsn_content FROM messages WHERE dsn_of IS NOT NULL ORDER BY id")
     assert [row["dsn_content"] for row in contents] == ["full", "header", "none"]
 
 
 def test_soft_bounce_makes_every_d_a_z(room: Open, postfix: Postfix) -> None:
     mail = room(postfix.soft_port)
-    message_id = mail.accept("r@y.test", body=HEADER + b"\n" + bytes(300_000))
-    assert "length exceeds storage limit" in become(mail, message_id, "deferred")
-    assert mail.attempts(message_id) == [(f"127.0.0.1:{postfix.soft_port}", "deferred")]
+    queue_id = mail.accept("r@y.test", body=HEADER + b"\n" + bytes(300_000))
+    assert "length exceeds storage limit" in become(mail, queue_id, "deferred")
+    assert mail.attempts(queue_id) == [(f"127.0.0.1:{postfix.soft_port}", "deferred")]
 
 
 @pytest.mark.parametrize(("request_", "words"), [

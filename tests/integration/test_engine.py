@@ -60,14 +60,14 @@ def answering(*answers: Answer | Rule) -> Iterator[Sink]:
 def test_a_hint_is_enough_to_deliver(room: Open, sink: Sink) -> None:
     mail = room(sink, grace=60.0)
     with mail.working() as engine:
-        message_id = mail.accept("b@example.org", "c@example.org")
-        assert engine.offer([message_id]).wait(10)
-        until(lambda: mail.state(message_id) == "delivered")
+        queue_id = mail.accept("b@example.org", "c@example.org")
+        assert engine.offer([queue_id]).wait(10)
+        until(lambda: mail.state(queue_id) == "delivered")
     got = sink.received[0]
     assert (got.sender, got.recipients) == (b"a@example.com", (b"b@example.org", b"c@example.org"))
     assert (got.size, got.sha256) == (len(BODY), hashlib.sha256(BODY).hexdigest())
-    assert mail.attempts(message_id) == [(f"127.0.0.1:{sink.port}", "accepted")]
-    assert not mail.spool.path(message_id).exists()
+    assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "accepted")]
+    assert not mail.spool.path(queue_id).exists()
 
 
 def test_hints_find_room_whatever_their_routes(room: Open, sink: Sink, tmp_path: Path) -> None:
@@ -142,22 +142,22 @@ def test_two_workers_share_without_doubles(room: Open, sink: Sink) -> None:
 def test_deferred_then_delivered_each_try_a_row(room: Open) -> None:
     with answering(Rule(Answer(b"Z", b"later"), times=1)) as sink:
         mail = room(sink)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working():
-            until(lambda: mail.state(message_id) == "deferred")
-            assert mail.delivery(message_id)["last_reply"] == "later"
-            until(lambda: mail.sweeps.requeue_due(10) == [message_id])
-            until(lambda: mail.state(message_id) == "delivered")
-    assert [outcome for _, outcome in mail.attempts(message_id)] == ["deferred", "accepted"]
+            until(lambda: mail.state(queue_id) == "deferred")
+            assert mail.delivery(queue_id)["last_reply"] == "later"
+            until(lambda: mail.sweeps.requeue_due(10) == [queue_id])
+            until(lambda: mail.state(queue_id) == "delivered")
+    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["deferred", "accepted"]
 
 
 def test_a_refusal_bounces_with_the_servers_words(room: Open) -> None:
     with answering(Answer(b"D", b"no \xff such mailbox")) as sink:
         mail = room(sink)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working():
-            until(lambda: mail.state(message_id) == "bounced")
-    found = mail.delivery(message_id)
+            until(lambda: mail.state(queue_id) == "bounced")
+    found = mail.delivery(queue_id)
     assert (found["last_outcome"], found["last_reply"]) == ("rejected", "no \\xff such mailbox")
     assert found["due_at"] is not None  # a notice is owed
 
@@ -166,37 +166,37 @@ def test_a_refusal_of_us_defers_and_rests_the_server(room: Open) -> None:
     words = b"Error: relay.example[192.0.2.1] is not authorized to use this service"
     with answering(Answer(b"D", words)) as sink:
         mail = room(sink)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working():
-            until(lambda: mail.state(message_id) == "deferred")
-    assert mail.attempts(message_id) == [(f"127.0.0.1:{sink.port}", "rejected")]
+            until(lambda: mail.state(queue_id) == "deferred")
+    assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "rejected")]
 
 
 def test_a_dead_server_is_passed_over_and_both_tries_are_kept(room: Open, sink: Sink, dead_port: int) -> None:
     mail = room(dead_port, sink, grace=60.0)
-    message_id = mail.accept()
+    queue_id = mail.accept()
     with mail.working() as engine:
-        engine.offer([message_id])
-        until(lambda: mail.state(message_id) == "delivered")
-    assert [outcome for _, outcome in mail.attempts(message_id)] == ["unreachable", "accepted"]
+        engine.offer([queue_id])
+        until(lambda: mail.state(queue_id) == "delivered")
+    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["unreachable", "accepted"]
 
 
 def test_B19_a_connection_that_breaks_early_fails_over(room: Open, sink: Sink) -> None:
     with answering(Answer(raw=b"", at=1)) as rude:
         mail = room(rude, sink)
-        message_id = mail.accept(body=b"x" * 30_000_000)
+        queue_id = mail.accept(body=b"x" * 30_000_000)
         with mail.working():
-            until(lambda: mail.state(message_id) == "delivered")
-    assert [outcome for _, outcome in mail.attempts(message_id)] == ["interrupted", "accepted"]
+            until(lambda: mail.state(queue_id) == "delivered")
+    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["interrupted", "accepted"]
 
 
 def test_B13_a_lost_reply_is_uncertain_and_never_fails_over(room: Open, sink: Sink) -> None:
     with answering(Answer(raw=b"")) as silent:
         mail = room(silent, sink)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working():
-            until(lambda: mail.state(message_id) == "deferred")
-    assert mail.attempts(message_id) == [(f"127.0.0.1:{silent.port}", "uncertain")]
+            until(lambda: mail.state(queue_id) == "deferred")
+    assert mail.attempts(queue_id) == [(f"127.0.0.1:{silent.port}", "uncertain")]
     assert sink.count == 0
 
 
@@ -209,15 +209,15 @@ def test_a_server_that_accepts_nothing_is_passed_over_in_the_same_claim(
 ) -> None:
     with answering(answer) as unwilling:
         mail = room(unwilling, sink, grace=60.0)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working() as engine:
-            engine.offer([message_id])
-            until(lambda: mail.state(message_id) == "delivered")
-    assert mail.attempts(message_id) == [
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "delivered")
+    assert mail.attempts(queue_id) == [
         (f"127.0.0.1:{unwilling.port}", outcome),
         (f"127.0.0.1:{sink.port}", "accepted"),
     ]
-    assert mail.delivery(message_id)["claims"] == 1
+    assert mail.delivery(queue_id)["claim_count"] == 1
 
 
 def test_a_Z_is_recorded_before_a_server_that_is_out_of_reach(room: Open, dead_port: int) -> None:
@@ -225,12 +225,12 @@ def test_a_Z_is_recorded_before_a_server_that_is_out_of_reach(room: Open, dead_p
     with answering(Answer(b"Z", b"busy")) as busy:
         for servers in ((busy, dead_port), (dead_port, busy)):
             mail = room(*servers, retry_min=100.0, retry_max=200.0)
-            message_id = mail.accept()
+            queue_id = mail.accept()
             with mail.working():
-                until(partial(mail.rows, "SELECT 1 FROM deliveries WHERE message_id = :id AND claims = 1"
-                              " AND state = 'deferred'", id=message_id))  # fmt: skip
-            found = mail.delivery(message_id)
-            assert {outcome for _, outcome in mail.attempts(message_id)} == {"unreachable", "deferred"}
+                until(partial(mail.rows, "SELECT 1 FROM deliveries WHERE queue_id = :id AND claim_count = 1"
+                              " AND state = 'deferred'", id=queue_id))  # fmt: skip
+            found = mail.delivery(queue_id)
+            assert {outcome for _, outcome in mail.attempts(queue_id)} == {"unreachable", "deferred"}
             assert (found["last_outcome"], found["last_reply"], found["backoff_step"]) == ("deferred", "busy", 1)
             assert found["last_server"] == f"127.0.0.1:{busy.port}"
 
@@ -239,10 +239,10 @@ def test_a_Z_waits_also_if_the_next_server_has_no_place(room: Open) -> None:
     """Or the first would have the message again and again."""
     with answering(Answer(b"Z", b"busy")) as busy, running_sink() as good:
         mail = room(busy, good, retry_min=100.0, retry_max=200.0)
-        message_id, engine = mail.accept(), mail.engine()
+        queue_id, engine = mail.accept(), mail.engine()
         engine.pause(frozenset({f"server:127.0.0.1:{good.port}"}))
         engine.start()
-        until(lambda: mail.state(message_id) == "deferred")
+        until(lambda: mail.state(queue_id) == "deferred")
         assert engine.drain(5)
     assert (busy.count, good.count) == (1, 0)
 
@@ -281,23 +281,23 @@ def denying() -> Iterator[int]:
 def test_uncertain_mail_is_held_if_told_so(room: Open) -> None:
     with answering(Answer(raw=b"7:garbage,")) as sink:
         mail = room(sink, uncertain="hold")
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working():
-            until(lambda: mail.state(message_id) == "held")
-    assert mail.delivery(message_id)["last_outcome"] == "malformed"
+            until(lambda: mail.state(queue_id) == "held")
+    assert mail.delivery(queue_id)["last_outcome"] == "malformed"
 
 
 def test_without_a_server_mail_waits_with_its_reason(room: Open, sink: Sink) -> None:
     mail = room()
-    message_id = mail.accept()
+    queue_id = mail.accept()
     with mail.working():
-        until(lambda: mail.state(message_id) == "deferred")
-    assert mail.delivery(message_id)["last_reply"] == NO_SERVER
-    assert mail.attempts(message_id) == []
+        until(lambda: mail.state(queue_id) == "deferred")
+    assert mail.delivery(queue_id)["last_reply"] == NO_SERVER
+    assert mail.attempts(queue_id) == []
     later = room(sink)
     with later.working():
-        until(lambda: later.sweeps.requeue_due(10) == [message_id])
-        until(lambda: later.state(message_id) == "delivered")
+        until(lambda: later.sweeps.requeue_due(10) == [queue_id])
+        until(lambda: later.state(queue_id) == "delivered")
 
 
 def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port: int) -> None:
@@ -338,24 +338,24 @@ def test_a_defect_of_ours_after_the_last_byte_is_a_doubtful_try_all_the_same(
 ) -> None:
     monkeypatch.setattr(ReplyParser, "feed", lambda *_: 1 // 0)
     mail = room(sink, uncertain_delay=60.0)
-    message_id = mail.accept()
+    queue_id = mail.accept()
     with mail.working():
-        until(lambda: mail.state(message_id) == "deferred")
-    assert mail.delivery(message_id)["last_outcome"] == "uncertain"
-    assert [outcome for _, outcome in mail.attempts(message_id)] == ["uncertain"]
+        until(lambda: mail.state(queue_id) == "deferred")
+    assert mail.delivery(queue_id)["last_outcome"] == "uncertain"
+    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["uncertain"]
 
 
 def test_B38_draining_hands_back_what_is_not_committed(room: Open) -> None:
     with answering(Answer(read_size=1024, read_pause=5.0)) as slow:
         mail = room(slow)
-        message_id = mail.accept(body=b"x" * 20_000_000)
+        queue_id = mail.accept(body=b"x" * 20_000_000)
         engine = mail.engine()
         engine.start()
         until(lambda: slow.connections == 1)
         assert engine.drain(5)
-    assert (mail.state(message_id), mail.delivery(message_id)["last_outcome"]) == ("queued", None)
-    assert mail.rows("SELECT ending FROM workers") == [{"ending": "stopped"}]
-    assert engine.offer([message_id]).wait(0)
+    assert (mail.state(queue_id), mail.delivery(queue_id)["last_outcome"]) == ("queued", None)
+    assert mail.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
+    assert engine.offer([queue_id]).wait(0)
 
 
 def test_B36_a_missing_body_is_held_and_never_bounced(room: Open, sink: Sink) -> None:
@@ -370,16 +370,16 @@ def test_B36_a_missing_body_is_held_and_never_bounced(room: Open, sink: Sink) ->
 
 def test_B36_a_fault_of_this_machine_costs_the_mail_nothing(room: Open, sink: Sink) -> None:
     mail = room(sink)
-    message_id = mail.accept()
-    body = mail.spool.path(message_id)
+    queue_id = mail.accept()
+    body = mail.spool.path(queue_id)
     aside = body.rename(body.with_suffix(".aside"))
     body.symlink_to(body)  # ELOOP: no message is missing, this machine cannot read
     with mail.working():
-        until(lambda: mail.delivery(message_id)["claims"] == 1 and mail.state(message_id) == "queued")
+        until(lambda: mail.delivery(queue_id)["claim_count"] == 1 and mail.state(queue_id) == "queued")
         body.unlink()
         aside.rename(body)
-        until(lambda: mail.state(message_id) == "delivered", 20)
-    assert mail.attempts(message_id) == [(f"127.0.0.1:{sink.port}", "accepted")]
+        until(lambda: mail.state(queue_id) == "delivered", 20)
+    assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "accepted")]
 
 
 def test_no_commit_point_is_passed_without_a_fresh_lease(
@@ -389,18 +389,18 @@ def test_no_commit_point_is_passed_without_a_fresh_lease(
     engine = mail.engine()
     look_up = mail.spool.open
 
-    def stall(message_id: str, size: int) -> int:
+    def stall(queue_id: str, size: int) -> int:
         engine._renewed, engine._renewing = float("-inf"), True  # as if no renewal had come back for a LEASE
-        return look_up(message_id, size)
+        return look_up(queue_id, size)
 
     monkeypatch.setattr(mail.spool, "open", stall)
     engine.start()
-    message_id = mail.accept()
-    until(lambda: mail.attempts(message_id) == [(f"127.0.0.1:{sink.port}", "interrupted")])
-    assert (mail.state(message_id), sink.count) == ("queued", 0)
+    queue_id = mail.accept()
+    until(lambda: mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "interrupted")])
+    assert (mail.state(queue_id), sink.count) == ("queued", 0)
     monkeypatch.undo()
     engine._renewing = False
-    until(lambda: mail.state(message_id) == "delivered")
+    until(lambda: mail.state(queue_id) == "delivered")
     assert engine.drain(5)
 
 
@@ -409,26 +409,27 @@ def test_outcomes_wait_for_a_database_that_is_away(
 ) -> None:
     with answering(Answer(delay=1.0)) as slow:
         mail = Mailroom(postgres_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{slow.port}",), lease=60.0)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working():
             until(lambda: slow.connections == 1)
             postgres.kill()
             assert slow.wait_for(1, 10)
             postgres.start()
-            until(lambda: mail.state(message_id) == "delivered", 20)
-        assert mail.attempts(message_id) == [(f"127.0.0.1:{slow.port}", "accepted")]
+            mail.database.dispose()  # the test's own connections have ended with the server
+            until(lambda: mail.state(queue_id) == "delivered", 20)
+        assert mail.attempts(queue_id) == [(f"127.0.0.1:{slow.port}", "accepted")]
         mail.close()
 
 
 def test_one_bad_recipient_is_found_and_the_others_get_their_mail(room: Open) -> None:
     with answering(Rule(Answer(b"D", b"no such mailbox (#5.1.1)"), b"bad@")) as sink:
         mail = room(sink)
-        message_id = mail.accept("b@example.org", "bad@example.org", "c@example.org")
+        queue_id = mail.accept("b@example.org", "bad@example.org", "c@example.org")
         with mail.working():
             until(lambda: mail.states() == {"split", "bounced", "delivered"}, 20)
     sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d
-        ON d.message_id = r.message_id AND d.number = r.delivery WHERE r.message_id = :id"""
-    states = {row["address"]: row["state"] for row in mail.rows(sql, id=message_id)}
+        ON d.queue_id = r.queue_id AND d.number = r.delivery WHERE r.queue_id = :id"""
+    states = {row["address"]: row["state"] for row in mail.rows(sql, id=queue_id)}
     assert states == {
         "b@example.org": "delivered",
         "bad@example.org": "bounced",
@@ -468,14 +469,14 @@ def test_a_list_that_is_refused_as_such_costs_three_sends(room: Open) -> None:
 
 def test_nothing_is_sent_to_what_is_paused(room: Open, sink: Sink) -> None:
     mail = room(sink)
-    message_id = mail.accept()
+    queue_id = mail.accept()
     engine = mail.engine()
     engine.pause(frozenset({"route:default"}))
     engine.start()
-    assert engine.offer([message_id]).wait(10)  # left to the database, where it waits
-    assert (mail.state(message_id), sink.connections) == ("queued", 0)
+    assert engine.offer([queue_id]).wait(10)  # left to the database, where it waits
+    assert (mail.state(queue_id), sink.connections) == ("queued", 0)
     engine.pause(frozenset())
-    until(lambda: mail.state(message_id) == "delivered")
+    until(lambda: mail.state(queue_id) == "delivered")
     assert engine.drain(5)
 
 
@@ -483,18 +484,18 @@ def test_a_worker_that_was_declared_dead_goes_on_under_another_name(room: Open, 
     mail = room(sink, lease=0.4)
     with mail.working() as engine:
         first = engine.worker
-        mail.change("UPDATE workers SET ended_at = @now, ending = 'vanished'")
+        mail.change("UPDATE workers SET ended_at = @now, end_reason = 'vanished'")
         until(lambda: engine.worker not in ("", first))
-        message_id = mail.accept()
-        until(lambda: mail.state(message_id) == "delivered")
+        queue_id = mail.accept()
+        until(lambda: mail.state(queue_id) == "delivered")
     assert mail.rows("SELECT count(*) AS n FROM workers") == [{"n": 2}]
 
 
 def test_mail_that_workers_vanished_over_is_sent_alone(room: Open, sink: Sink) -> None:
     mail = room(sink)
     ids = [mail.accept() for _ in range(5)]
-    mail.change("UPDATE deliveries SET vanished = 2 WHERE message_id = :id", id=ids[2])
-    mail.change("UPDATE deliveries SET vanished = 2 WHERE message_id = :id", id=ids[3])
+    mail.change("UPDATE deliveries SET crash_count = 2 WHERE queue_id = :id", id=ids[2])
+    mail.change("UPDATE deliveries SET crash_count = 2 WHERE queue_id = :id", id=ids[3])
     with mail.working():
         until(lambda: mail.states() == {"delivered"}, 20)
     assert sink.count == 5

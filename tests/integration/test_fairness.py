@@ -98,9 +98,9 @@ def fill(office: Office) -> None:
     key, numbers = _KEY[name].format(n="s.n"), _NUMBERS[name]
     messages = """INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol)
         SELECT {key}, 'a', 1, @now, '', '', '' FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
-    recipients = """INSERT INTO recipients (message_id, position, address, delivery)
+    recipients = """INSERT INTO recipients (queue_id, position, address, delivery)
         SELECT {key}, 1, 'b', 1 FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
-    deliveries = """INSERT INTO deliveries (message_id, number, route, state, due_at, expires_at)
+    deliveries = """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
         SELECT {key}, 1, 'default', 'deferred', @ago(1 + s.n * 7919 % :many * 0.1), @later(100000) FROM {numbers}"""
     with writing(office.engine) as connection:
         for sql in (messages, recipients, deliveries):
@@ -110,8 +110,8 @@ def fill(office: Office) -> None:
         office.change("ANALYZE")
 
 
-def rank(message_id: str) -> int:
-    return int(message_id, 16) % (1 << 48) * 7919 % MANY
+def rank(queue_id: str) -> int:
+    return int(queue_id, 16) % (1 << 48) * 7919 % MANY
 
 
 def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(office: Office) -> None:
@@ -123,12 +123,12 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(o
         batch = office.sweeps.requeue_due(BATCH)
         assert len(batch) == BATCH
         woken += batch
-    ranks = [rank(message_id) for message_id in woken]
+    ranks = [rank(queue_id) for queue_id in woken]
     assert sorted(ranks, reverse=True) == list(range(MANY - 1, MANY - 1 - BATCH * BATCHES, -1)), "the longest due"
     for start in range(0, len(ranks), BATCH):
         assert min(ranks[start : start + BATCH]) > max(ranks[start + BATCH : start + 2 * BATCH], default=-1)
     (claim,) = office.claim(fresh)
-    assert claim.message_id == fresh, "fresh mail waits for none of them"
+    assert claim.queue_id == fresh, "fresh mail waits for none of them"
     office.pass_time(office.settings.grace + 1)
     taken = office.claim(room={"default": 50})
     assert len(taken) == 50, "as many as there are connections"
@@ -143,18 +143,18 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(o
 
 def overdue(office: Office, claims: int) -> None:
     """All of them are queued, overdue, and were claimed so often."""
-    sql = "UPDATE deliveries SET state = 'queued', claims = :claims WHERE state = 'deferred'"
-    assert office.change(sql, claims=claims) == MANY
+    sql = "UPDATE deliveries SET state = 'queued', claim_count = :claim_count WHERE state = 'deferred'"
+    assert office.change(sql, claim_count=claims) == MANY
     if office.spell.postgresql:
         office.change("ANALYZE")
 
 
-def looks_until(office: Office, message_id: str, most: int) -> int:
+def looks_until(office: Office, queue_id: str, most: int) -> int:
     """How many looks with room for four it takes until a message is claimed."""
     for n in range(1, most + 1):
         claims = office.claim(room={"default": 4})
         assert len(claims) == 4, "the backlog has what the other kind leaves"
-        if message_id in [claim.message_id for claim in claims]:
+        if queue_id in [claim.queue_id for claim in claims]:
             return n
     raise AssertionError(f"not in {most} looks")
 
@@ -164,13 +164,13 @@ def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(office: Offic
     """The broker is away, or its list is long: that is when so much is due at once."""
     fill(office)
     overdue(office, 3 if backlog == "retries" else 0)
-    other = {"claims": 0 if backlog == "retries" else 3}
+    other = {"claim_count": 0 if backlog == "retries" else 3}
 
     def one_more() -> str:
-        message_id = office.accept()
-        office.change("UPDATE deliveries SET due_at = @now, claims = :claims WHERE message_id = @id(:id)",
-                      id=message_id, **other)  # fmt: skip
-        return message_id
+        queue_id = office.accept()
+        office.change("UPDATE deliveries SET due_at = @now, claim_count = :claim_count WHERE queue_id = @id(:id)",
+                      id=queue_id, **other)  # fmt: skip
+        return queue_id
 
     assert looks_until(office, one_more(), MANY // WINDOW + 1) > 1, "the backlog is walked through once, by the window"
     assert looks_until(office, one_more(), 1) == 1
@@ -181,9 +181,9 @@ def test_without_hints_a_single_connection_is_shared_by_fresh_mail_and_retries(r
         mail = room(sink, grace=0.2, worker_connections=1, batch_size=1)
         for _ in range(60):
             mail.accept("r@example.org")
-        mail.change("UPDATE deliveries SET claims = 3, backoff_step = 3, due_at = @ago(5)")
+        mail.change("UPDATE deliveries SET claim_count = 3, backoff_step = 3, due_at = @ago(5)")
         fresh = [mail.accept("f@example.org") for _ in range(5)]
-        mail.change("UPDATE deliveries SET due_at = @now WHERE claims = 0")
+        mail.change("UPDATE deliveries SET due_at = @now WHERE claim_count = 0")
         with mail.working():
             until(lambda: mail.states() == {"delivered"}, 60)
     assert max(n for n, one in enumerate(arrived(sink), 1) if one == "f") <= 2 * len(fresh) + 1
@@ -208,7 +208,7 @@ def test_B20_B21_B22_a_tarpit_stops_nobody_else(room: Open, kind: str) -> None:
             until(lambda: tarpit.connections == 2)
             engine.offer([mail.accept(f"s{n}@example.org") for n in range(30)])
             assert good.wait_for(30, 30), "all that it does not hold"
-            assert [mail.state(message_id) for message_id in ids] == ["sending", "sending"]
+            assert [mail.state(queue_id) for queue_id in ids] == ["sending", "sending"]
             assert tarpit.connections == 2, "ever"
             open_for_now.close()
 
@@ -254,13 +254,13 @@ def test_D14_what_workers_vanished_over_twice_is_sent_alone(room: Open) -> None:
         ids = [mail.accept() for _ in range(20)]
         poison = mail.accept("poison@example.org")
         ids += [mail.accept() for _ in range(20)]
-        mail.change("UPDATE deliveries SET vanished = 2 WHERE message_id = @id(:id)", id=poison)
+        mail.change("UPDATE deliveries SET crash_count = 2 WHERE queue_id = @id(:id)", id=poison)
         with mail.working() as engine:
             engine.offer([*ids[:20], poison, *ids[20:]])
             until(lambda: mail.states() == {"delivered"}, 20)
     assert witness.company == [1], "nobody was there with it"
     assert witness.intruders == 0, "and nobody came until it was over"
-    assert mail.delivery(poison)["vanished"] == 0
+    assert mail.delivery(poison)["crash_count"] == 0
 
 
 def test_D14_a_tarpit_does_not_keep_suspects_from_being_sent_nor_them_the_rest(
@@ -275,12 +275,12 @@ def test_D14_a_tarpit_does_not_keep_suspects_from_being_sent_nor_them_the_rest(
             engine.offer([tarpit])
             until(lambda: sink.count == 1)
             suspects = [mail.accept("suspect@example.org") for _ in range(3)]
-            mail.change("UPDATE deliveries SET vanished = 2 WHERE message_id <> @id(:id)", id=tarpit)
+            mail.change("UPDATE deliveries SET crash_count = 2 WHERE queue_id <> @id(:id)", id=tarpit)
             engine.offer(suspects)
 
             def sent() -> bool:
                 mail.sweeps.requeue_due(10)
-                return all(mail.state(message_id) == "delivered" for message_id in suspects)
+                return all(mail.state(queue_id) == "delivered" for queue_id in suspects)
 
             until(sent, 20)
             engine.offer([fresh := mail.accept()])
@@ -293,27 +293,27 @@ def test_D14_once_is_no_reason_to_be_alone(room: Open) -> None:
         mail = room(sink)
         for _ in range(3):
             mail.accept()
-        mail.change("UPDATE deliveries SET vanished = 1")
+        mail.change("UPDATE deliveries SET crash_count = 1")
         with mail.working():
             until(lambda: len(sink.open) == 3)
 
 
 def test_D14_alone_and_deadly_until_the_limit_then_held(clean_sqlite_url: str) -> None:
     office = Office(clean_sqlite_url, poison_limit=4)
-    message_id = office.accept()
+    queue_id = office.accept()
     states = []
     for _ in range(4):
         worker = office.hire()
-        (claim,) = office.claim(message_id, worker=worker)
+        (claim,) = office.claim(queue_id, worker=worker)
         office.pass_time(100)
         office.renew()
         office.expire_worker(worker)
-        states.append((claim.crash_count, office.state(message_id)))
+        states.append((claim.crash_count, office.state(queue_id)))
         office.pass_time(100)
         office.sweeps.requeue_due(10)
     assert states == [(0, "deferred"), (1, "deferred"), (2, "deferred"), (3, "held")]
-    assert "vanished" in office.delivery(message_id)["last_reply"]
-    assert office.claim(message_id, worker=office.hire()) == []
+    assert "vanished" in office.delivery(queue_id)["last_reply"]
+    assert office.claim(queue_id, worker=office.hire()) == []
     office.engine.dispose()
 
 
@@ -339,7 +339,7 @@ def test_nothing_is_claimed_for_places_that_another_route_has(room: Open, tmp_pa
             if hinted:
                 engine.offer(ids)
             until(lambda: mail.states() == {"delivered"}, 30)
-    (claims,) = mail.rows("SELECT sum(claims) AS all_of_them, max(claims) AS most FROM deliveries")
+    (claims,) = mail.rows("SELECT sum(claim_count) AS all_of_them, max(claim_count) AS most FROM deliveries")
     assert claims == {"all_of_them": 120, "most": 1}
 
 
@@ -379,7 +379,7 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) 
             verbs.pause("route:default", actor="me", reason="all of it")
             obeyed(engine)
             waiting = mail.accept()
-            mail.change("UPDATE deliveries SET due_at = @ago(10) WHERE message_id = @id(:id)", id=waiting)
+            mail.change("UPDATE deliveries SET due_at = @ago(10) WHERE queue_id = @id(:id)", id=waiting)
             assert engine.offer([waiting]).wait(10)
             assert mail.state(waiting) == "queued", "it is not claimed, so that nothing is held against it"
             assert verbs.resume("route:default", actor="me", reason="")
@@ -391,7 +391,7 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) 
             obeyed(engine)
             engine.offer([mail.accept()])
             assert first.wait_for(1, 10)
-    said = [row["verb"].split()[0] for row in mail.rows("SELECT verb FROM actions ORDER BY at, id")]
+    said = [row["verb"].split()[0] for row in mail.rows("SELECT verb FROM audit ORDER BY at, id")]
     assert said == ["pause", "pause", "resume", "resume"], "what changed nothing is not recorded"
 
 
@@ -408,12 +408,12 @@ def test_what_is_under_way_to_a_server_ends_though_it_is_paused(room: Open) -> N
 
     with running_sink(Slow()) as sink:
         mail = room(sink)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working() as engine:
-            engine.offer([message_id])
+            engine.offer([queue_id])
             assert gate.wait(10)
             engine.pause(frozenset({f"server:127.0.0.1:{sink.port}"}))
-            until(lambda: mail.state(message_id) == "delivered")
+            until(lambda: mail.state(queue_id) == "delivered")
 
 
 # --- uncertain ----------------------------------------------------------------------------------------------
@@ -423,10 +423,10 @@ def test_what_is_under_way_to_a_server_ends_though_it_is_paused(room: Open) -> N
 def test_the_policy_for_doubt(room: Open, policy: str, state: str) -> None:
     with running_sink(Rule(Answer(raw=b""))) as sink, running_sink() as other:
         mail = room(sink, other, uncertain=policy, uncertain_delay=500.0)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working() as engine:
-            engine.offer([message_id])
-            until(lambda: mail.state(message_id) == state)
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == state)
         assert other.connections == 0
     row = mail.rows("SELECT last_outcome, -@since(due_at) AS due_in FROM deliveries")[0]
     assert row["last_outcome"] == "uncertain"
@@ -452,7 +452,7 @@ def latencies(mail: Mailroom) -> list[float]:
     """Seconds from the acceptance of each message to the reply of its server."""
     rows = mail.rows(
         """SELECT (@micros(d.finished_at) - @micros(m.received_at)) / 1000000.0 AS s FROM deliveries d
-        JOIN messages m ON m.id = d.message_id WHERE d.state = 'delivered'"""
+        JOIN messages m ON m.id = d.queue_id WHERE d.state = 'delivered'"""
     )
     return [float(row["s"]) for row in rows]
 
@@ -474,8 +474,8 @@ def test_hints_of_a_dead_route_neither_hold_a_task_nor_delay_another_route(besid
         with mail.working() as engine:
             mail.change("UPDATE deliveries SET due_at = @ago(1)")
             dead = [mail.accept(f"d{n}@other.example") for n in range(8)]
-            for message_id in dead:  # until the circuit of its server is open
-                engine.offer([message_id], route="other").wait(5)
+            for queue_id in dead:  # until the circuit of its server is open
+                engine.offer([queue_id], route="other").wait(5)
             until(lambda: engine._room.closed("other"), 10)
             assert engine.offer([mail.accept("d@other.example")], route="other").wait(2)
             ids = [mail.accept() for _ in range(20)]

@@ -31,9 +31,9 @@ def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Type
 
 
 def stored(office: Office, spool: Spool, *addresses: str, **more: object) -> str:
-    message_id = office.accept(*addresses, **more)
-    spool.store(message_id, [BODY])
-    return message_id
+    queue_id = office.accept(*addresses, **more)
+    spool.store(queue_id, [BODY])
+    return queue_id
 
 
 def aged(path: Path, seconds: float = OLD) -> Path:
@@ -64,9 +64,9 @@ def mended(typed: Typed, what: str) -> None:
 
 def test_a_busy_relay_is_healthy(office: Office, spool: Spool, typed: Typed) -> None:
     for outcome in (Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN, Outcome.UNREACHABLE):
-        message_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
-        office.record(office.claim(message_id, room={"default": 1})[0], outcome)
-        aged(spool.path(message_id))
+        queue_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
+        office.record(office.claim(queue_id, room={"default": 1})[0], outcome)
+        aged(spool.path(queue_id))
     stored(office, spool)
     office.claim(stored(office, spool))
     finished = stored(office, spool)  # its worker is about to remove the body
@@ -96,13 +96,13 @@ def test_a_restored_database_has_no_orphans(office: Office, spool: Spool, typed:
 
 
 def test_a_file_that_nobody_needs_is_removed(office: Office, spool: Spool, typed: Typed) -> None:
-    message_id = stored(office, spool)
-    office.record(office.claim(message_id)[0], Outcome.ACCEPTED)
+    queue_id = stored(office, spool)
+    office.record(office.claim(queue_id)[0], Outcome.ACCEPTED)
     earlier = "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
     office.change(f"UPDATE deliveries SET finished_at = {earlier}")
-    aged(spool.path(message_id))
+    aged(spool.path(queue_id))
     mended(typed, "file that nobody needs")
-    assert not spool.path(message_id).exists()
+    assert not spool.path(queue_id).exists()
 
 
 def test_a_body_whose_delivery_is_missing_stays(office: Office, spool: Spool, typed: Typed) -> None:
@@ -111,8 +111,8 @@ def test_a_body_whose_delivery_is_missing_stays(office: Office, spool: Spool, ty
     office.change("DELETE FROM deliveries WHERE state = 'queued'")
     earlier = "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
     office.change(f"UPDATE deliveries SET finished_at = {earlier}")
-    for message_id in (alone, beside):
-        aged(spool.path(message_id))
+    for queue_id in (alone, beside):
+        aged(spool.path(queue_id))
     assert found(typed, "--repair") == [("recipient without delivery", "yes")]
     assert [office.state(alone), office.state(beside, 2)] == ["held", "held"]
     assert found(typed, "--repair") == [], "the bodies are there"
@@ -136,13 +136,13 @@ def test_what_cannot_be_sent_is_held(office: Office, spool: Spool, typed: Typed,
 def test_a_body_that_is_gone_for_a_reason_is_no_finding(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message_id = stored(office, spool)
+    queue_id = stored(office, spool)
     look = Fsck._fault
 
     def delivered_meanwhile(self: Fsck, name: str, size: int) -> str:
-        if office.state(message_id) == "queued":
-            office.record(office.claim(message_id)[0], Outcome.ACCEPTED)
-            spool.remove(message_id)
+        if office.state(queue_id) == "queued":
+            office.record(office.claim(queue_id)[0], Outcome.ACCEPTED)
+            spool.remove(queue_id)
         return look(self, name, size)
 
     monkeypatch.setattr(Fsck, "_fault", delivered_meanwhile)
@@ -152,7 +152,7 @@ def test_a_body_that_is_gone_for_a_reason_is_no_finding(
 def test_a_spool_that_vanishes_meanwhile_is_no_reason_to_hold(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message_id = office.accept()
+    queue_id = office.accept()
 
     def unmounted(_self: Fsck) -> list[Inconsistency]:
         (spool.directory / "spool-id").write_text("another")
@@ -160,15 +160,15 @@ def test_a_spool_that_vanishes_meanwhile_is_no_reason_to_hold(
 
     monkeypatch.setattr(Fsck, "_files", unmounted)
     assert "another spool" in typed("fsck", "--repair", status=2).stderr
-    assert office.state(message_id) == "queued"
+    assert office.state(queue_id) == "queued"
 
 
 def test_a_dead_worker_is_buried_only_if_its_lease_stays(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message_id, other = stored(office, spool), stored(office, spool)
+    queue_id, other = stored(office, spool), stored(office, spool)
     dead = office.hire()
-    office.claim(message_id, worker=dead)
+    office.claim(queue_id, worker=dead)
     office.claim(other)
     office.pass_time(400)
     waits: list[float] = []
@@ -180,16 +180,16 @@ def test_a_dead_worker_is_buried_only_if_its_lease_stays(
     monkeypatch.setattr(fsck, "wait", wait)
     mended(typed, "dead worker")
     assert set(waits) == {60.0}
-    assert office.states([message_id, other]) == ["deferred", "sending"]
-    assert office.attempts(message_id) == [(1, 0, "uncertain")]
+    assert office.states([queue_id, other]) == ["deferred", "sending"]
+    assert office.attempts(queue_id) == [(1, 0, "uncertain")]
 
 
 def test_a_worker_that_nobody_knows(office: Office, spool: Spool, typed: Typed) -> None:
-    message_id = stored(office, spool)
-    office.claim(message_id)
+    queue_id = stored(office, spool)
+    office.claim(queue_id)
     office.change("DELETE FROM workers")
     mended(typed, "sent by nobody")
-    assert office.state(message_id) == "deferred"
+    assert office.state(queue_id) == "deferred"
 
 
 def test_what_is_late(office: Office, spool: Spool, typed: Typed) -> None:
@@ -209,46 +209,46 @@ def test_what_is_late(office: Office, spool: Spool, typed: Typed) -> None:
 
 
 def test_recipients_that_nobody_carries(office: Office, spool: Spool, typed: Typed) -> None:
-    message_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
+    queue_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
     office.change("DELETE FROM deliveries WHERE number = 2")
     mended(typed, "recipient without delivery")
-    assert office.state(message_id, 2) == "held"
+    assert office.state(queue_id, 2) == "held"
     office.change("DELETE FROM recipients WHERE delivery = 1")
     assert found(typed, "--repair") == [("delivery without recipient", "yes")]
-    assert office.state(message_id) == "held", "nobody is told of what ends unseen"
+    assert office.state(queue_id) == "held", "nobody is told of what ends unseen"
     assert found(typed, "--repair") == [("delivery without recipient", "-")], "until somebody decides"
-    said = [office.delivery(message_id, number)["last_reply"] for number in (2, 1)]
+    said = [office.delivery(queue_id, number)["last_reply"] for number in (2, 1)]
     assert said == ["held by fsck: it had no delivery", "held by fsck: it has no recipient"]
-    assert "b@example.org: held by fsck: it had no delivery. It stays until" in typed("why", message_id).stdout
+    assert "b@example.org: held by fsck: it had no delivery. It stays until" in typed("why", queue_id).stdout
     office.change("DELETE FROM messages")
     stored(office, spool)
-    aged(spool.path(message_id))
+    aged(spool.path(queue_id))
     assert ("delivery without message", "-") in (rows := found(typed, "--repair"))
     assert ("file without row", "yes") not in rows, "what is left of it says that the body may be needed"
 
 
 def test_a_message_that_lost_all_its_rows_keeps_its_body(office: Office, spool: Spool, typed: Typed) -> None:
-    message_id = stored(office, spool)
+    queue_id = stored(office, spool)
     for table in ("recipients", "deliveries"):
         office.change(f"DELETE FROM {table}")
-    aged(spool.path(message_id))
+    aged(spool.path(queue_id))
     assert found(typed, "--repair") == [("message without recipients", "-")]
-    assert message_id in typed("fsck", status=1).stdout
-    assert spool.path(message_id).exists()
+    assert queue_id in typed("fsck", status=1).stdout
+    assert spool.path(queue_id).exists()
 
 
 def test_repairs_are_on_record(office: Office, spool: Spool, typed: Typed) -> None:
     lost, broken, nobody = stored(office, spool), office.accept(), stored(office, spool)
     office.claim(nobody)
     office.change("DELETE FROM workers")
-    office.change("DELETE FROM deliveries WHERE message_id = @id(:id)", id=lost)
+    office.change("DELETE FROM deliveries WHERE queue_id = @id(:id)", id=lost)
     path = orphan(spool)
     stored(office, spool)
     assert len(found(typed)) == 4
-    assert office.rows("SELECT * FROM actions") == []
+    assert office.rows("SELECT * FROM audit") == []
     assert {repaired for _, repaired in found(typed, "--repair")} == {"yes"}
-    sql = """SELECT a.reason, a.filter, a.matched, @hex(t.message_id) AS id FROM actions a
-        LEFT JOIN touched t ON t.action = a.id WHERE a.verb = 'fsck' AND a.actor LIKE '%@%' ORDER BY a.id"""
+    sql = """SELECT a.reason, a.filter, a.matched, @hex(t.queue_id) AS id FROM audit a
+        LEFT JOIN audit_deliveries t ON t.action = a.id WHERE a.verb = 'fsck' AND a.actor LIKE '%@%' ORDER BY a.id"""
     assert [tuple(row.values()) for row in office.rows(sql)] == [
         ("sent by nobody", "", 1, nobody),
         ("recipient without delivery", "", 1, lost),
@@ -259,13 +259,13 @@ def test_repairs_are_on_record(office: Office, spool: Spool, typed: Typed) -> No
 
 
 def test_who_was_buried_is_on_record(office: Office, spool: Spool, typed: Typed) -> None:
-    message_id = stored(office, spool)
-    office.claim(message_id, worker=(dead := office.hire()))
-    office.ask(message_id, "hold")
-    office.change("UPDATE workers SET until = @ago(1000) WHERE id = @id(:id)", id=dead)
+    queue_id = stored(office, spool)
+    office.claim(queue_id, worker=(dead := office.hire()))
+    office.ask(queue_id, "hold")
+    office.change("UPDATE workers SET lease_expires_at = @ago(1000) WHERE id = @id(:id)", id=dead)
     assert found(typed, "--repair") == [("dead worker", "yes")]
-    assert [row["reason"] for row in office.rows("SELECT reason FROM actions")] == [f"dead worker {dead}"]
-    assert len(office.rows("SELECT 1 FROM touched WHERE message_id = @id(:id)", id=message_id)) == 1
+    assert [row["reason"] for row in office.rows("SELECT reason FROM audit")] == [f"dead worker {dead}"]
+    assert len(office.rows("SELECT 1 FROM audit_deliveries WHERE queue_id = @id(:id)", id=queue_id)) == 1
 
 
 @pytest.mark.parametrize("what", ["sent by nobody", "delivery without recipient", "recipient without delivery"])
@@ -289,7 +289,7 @@ def test_many_are_mended_in_chunks(
     office.change(f"DELETE FROM {gone}")
     assert found(typed, "--repair") == [(what, "yes")]
     assert chunks == [2, 2, 1]
-    assert [tuple(row.values()) for row in office.rows("SELECT reason, matched FROM actions")] == [(what, 5)]
+    assert [tuple(row.values()) for row in office.rows("SELECT reason, matched FROM audit")] == [(what, 5)]
     if what == "sent by nobody":
         assert office.states(ids) == ["bounced", *["deferred"] * 4], "what an operator wanted comes first"
     else:
@@ -334,6 +334,6 @@ def test_what_waits_at_the_broker(broker_url: str) -> None:
 
 
 def test_ids_are_told(office: Office, spool: Spool, typed: Typed) -> None:
-    message_id = office.accept()
-    assert message_id in typed("fsck", status=1).stdout
-    assert dashed(message_id) not in typed("fsck", status=1).stdout
+    queue_id = office.accept()
+    assert queue_id in typed("fsck", status=1).stdout
+    assert dashed(queue_id) not in typed("fsck", status=1).stdout

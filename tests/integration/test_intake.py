@@ -60,14 +60,14 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
     )  # fmt: skip
     message.recipients[0] = message.recipients[0]._replace(notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org")
     office.intake.commit([message])
-    (row,) = office.rows("SELECT m.*, @since(received_at) AS ago, @hex(notice_of) AS about FROM messages m"
+    (row,) = office.rows("SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
                          " WHERE id = @id(:id)", id=message.id)  # fmt: skip
     assert (row["sender"], row["size"], row["client_address"], row["helo"]) == ("", 100, "192.0.2.1", message.helo)
     assert (row["protocol"], row["auth_user"], row["header_message_id"]) == ("ESMTP", "user", "<1@x>")
     assert (row["body_type"], row["ret"], row["envid"], row["about"]) == ("8BITMIME", "HDRS", "QQ+3D", about)
     assert (row["client_trusted"], row["dsn_content"]) == (False, "header")
     assert 0 <= row["ago"] < 60
-    sql = "SELECT * FROM recipients WHERE message_id = @id(:id) ORDER BY position"
+    sql = "SELECT * FROM recipients WHERE queue_id = @id(:id) ORDER BY position"
     fields = ("position", "address", "delivery", "notify", "orcpt")
     assert [tuple(row[f] for f in fields) for row in office.rows(sql, id=message.id)] == [
         (1, "Zoe@example.org", 1, "FAILURE,DELAY", "rfc822;zoe@example.org"),
@@ -75,7 +75,7 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
         (3, "mia@example.org", 1, None, None),
     ]
     first, second = office.delivery(message.id, 1), office.delivery(message.id, 2)
-    assert (first["route"], second["route"], first["state"], first["claims"]) == ("default", "bulk", "queued", 0)
+    assert (first["route"], second["route"], first["state"], first["claim_count"]) == ("default", "bulk", "queued", 0)
     assert first["due_in"] == pytest.approx(office.settings.grace, abs=4)
     assert first["expires_in"] == pytest.approx(office.settings.queue_lifetime, abs=30)
 
@@ -84,9 +84,9 @@ def test_told_twice_is_accepted_once(office: Office) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
     office.intake.commit(messages)
     office.record(office.claim(messages[0].id)[0], Outcome.ACCEPTED)
-    before = office.rows("SELECT * FROM deliveries ORDER BY message_id, number")
+    before = office.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
     office.intake.commit([*messages, new_message()])
-    after = office.rows("SELECT * FROM deliveries ORDER BY message_id, number")
+    after = office.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
     assert after[:-1] == before, "also what is finished stays so"
     assert counts(office) == [4, 7, 7]
 

@@ -108,10 +108,10 @@ def test_sqlite_looks_at_what_is_held_or_being_sent_and_at_nothing_else(clean_sq
 
 def test_postgresql_goes_on_where_a_page_ended(clean_postgres_url: str) -> None:
     with opened(clean_postgres_url) as office:
-        message_id = [office.accept() for _ in range(9)][4]
+        queue_id = [office.accept() for _ in range(9)][4]
         office.change("ANALYZE")
         listed = QueueReader(office.engine)._listing(
-            "*", Filter(), limit=50, finished=True, newest=True, after=(message_id, 1)
+            "*", Filter(), limit=50, finished=True, newest=True, after=(queue_id, 1)
         )
         with reading(office.engine) as connection:
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
@@ -122,14 +122,14 @@ def test_postgresql_goes_on_where_a_page_ended(clean_postgres_url: str) -> None:
 
 def test_a_page_of_what_an_index_finds_is_no_cursor(office: Office) -> None:
     """PostgreSQL would plan it as if a tenth of its rows were wanted."""
-    message_id, streamed = office.accept(), list[bool]()
+    queue_id, streamed = office.accept(), list[bool]()
 
     def note(_connection: object, _cursor: object, statement: str, _given: object, context: Any, _many: bool) -> None:
         if "ORDER BY" in statement:
             streamed.append(bool(context.execution_options.get("stream_results")))
 
     event.listen(office.engine, "before_cursor_execute", note)
-    for given in ({"limit": 50}, {"limit": 50, "down_to": message_id}, {}):
+    for given in ({"limit": 50}, {"limit": 50, "down_to": queue_id}, {}):
         assert len(list(QueueReader(office.engine).rows(Filter(), **given))) == 1
     event.remove(office.engine, "before_cursor_execute", note)
     assert streamed == [False, True, True]
@@ -198,10 +198,10 @@ def test_an_address_is_found_by_its_index(office: Office) -> None:
 
 
 def test_a_server_is_spelt_as_pause_spells_it(office: Office, typed: Typed) -> None:
-    message_id = office.accept()
-    office.record(office.claim(message_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
+    queue_id = office.accept()
+    office.record(office.claim(queue_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
     for spelt in ("127.0.0.1", "127.0.0.1:628", "127.*"):
-        assert [row["queue_id"] for row in lines(typed("list", "--json", "--server", spelt))] == [message_id]
+        assert [row["queue_id"] for row in lines(typed("list", "--json", "--server", spelt))] == [queue_id]
     typed("list", "--server", "127.0.0.1:629", status=1)
     assert "bad QMQP server" in typed("list", "--server", "host:port", status=2).output
 
@@ -209,9 +209,9 @@ def test_a_server_is_spelt_as_pause_spells_it(office: Office, typed: Typed) -> N
 def test_who_names_a_message_finds_it_finished_too(office: Office, typed: Typed) -> None:
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     assert typed("list", "--all", status=1).stderr == "qmqp-relay: no mail is kept\n"
-    message_id = office.accept(header_message_id="<1@example.com>")
-    office.record(office.claim(message_id)[0], Outcome.ACCEPTED)
-    for words in ((message_id,), ("--id", message_id[-12:]), ("--message-id", "1@example.com")):
+    queue_id = office.accept(header_message_id="<1@example.com>")
+    office.record(office.claim(queue_id)[0], Outcome.ACCEPTED)
+    for words in ((queue_id,), ("--id", queue_id[-12:]), ("--message-id", "1@example.com")):
         assert [row["state"] for row in lines(typed("list", "--json", *words))] == ["delivered"]
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     hint = typed("list", "--recipient", "b@example.org", status=1).stderr
@@ -257,15 +257,15 @@ def test_a_long_table_begins_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_queue_fits_the_terminal(
     office: Office, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
 ) -> None:
-    message_id = office.accept("somebody.whose.name.is.long@a.sub.domain.example.org", sender=f"{'s' * 30}@example.com")
+    queue_id = office.accept("somebody.whose.name.is.long@a.sub.domain.example.org", sender=f"{'s' * 30}@example.com")
     reply = "451 4.7.1 somebody-else@example.net is greylisted"
-    office.record(office.claim(message_id)[0], Outcome.DEFERRED, reply=reply)
+    office.record(office.claim(queue_id)[0], Outcome.DEFERRED, reply=reply)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
     assert write(QueueReader(office.engine).rows(Filter()), inspect.COLUMNS) == 1
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= width
-    assert message_id[-12:] in shown
+    assert queue_id[-12:] in shown
     assert "somebody-else@example.net" in shown, "an address can be copied"
     assert ("SENDER" in shown) == (width > 100)
 
@@ -287,7 +287,7 @@ def test_watching_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -
 def test_an_outage_does_not_end_a_watch(
     office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message_id, looks = office.accept(), list[float]()
+    queue_id, looks = office.accept(), list[float]()
 
     def pause(seconds: float) -> None:
         looks.append(seconds)
@@ -296,7 +296,7 @@ def test_an_outage_does_not_end_a_watch(
             raise KeyboardInterrupt
 
     url = os.environ["RELAY_DATABASE_URL"]
-    assert inspect.watched(0.5, lambda: inspect.show_why(message_id, json_lines=False), pause) == 0
+    assert inspect.watched(0.5, lambda: inspect.show_why(queue_id, json_lines=False), pause) == 0
     shown = capsys.readouterr()
     assert shown.out.count("b@example.org: queued") == 2
     assert shown.err.startswith("qmqp-relay: database: connection")
@@ -333,12 +333,12 @@ def test_the_shell_completes_commands_and_states(monkeypatch: pytest.MonkeyPatch
 def test_on_a_terminal_a_stored_message_moves_no_cursor(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message_id = office.accept()
-    spool.store(message_id, [b"Subject: \x1b]0;x\x07\n\n\xff\x1b[2J\n".ljust(100, b"x")])
-    assert b"\x1b" in typed("body", message_id).stdout_bytes
+    queue_id = office.accept()
+    spool.store(queue_id, [b"Subject: \x1b]0;x\x07\n\n\xff\x1b[2J\n".ljust(100, b"x")])
+    assert b"\x1b" in typed("body", queue_id).stdout_bytes
     monkeypatch.setattr(inspect, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
-    assert "\x1b" not in typed("body", message_id).stdout
-    assert "\\x1b]0;x\\x07" in typed("headers", message_id).stdout
+    assert "\x1b" not in typed("body", queue_id).stdout
+    assert "\\x1b]0;x\\x07" in typed("headers", queue_id).stdout
 
 
 def test_what_stats_cuts_it_counts(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,9 +369,9 @@ def test_stats_tells_what_came_in(office: Office, typed: Typed) -> None:
 
     assert received() == (4, 4, 400)
     ago = "- :s * interval '1 second'" if office.spell.postgresql else "- :s * 1000000"
-    office.change(f"UPDATE messages SET received_at = received_at {ago} WHERE notice_of IS NULL", s=120)
+    office.change(f"UPDATE messages SET received_at = received_at {ago} WHERE dsn_of IS NULL", s=120)
     assert received() == (0, 4, 400)
-    office.change(f"UPDATE messages SET received_at = received_at {ago} WHERE notice_of IS NULL", s=3600)
+    office.change(f"UPDATE messages SET received_at = received_at {ago} WHERE dsn_of IS NULL", s=3600)
     assert received() == (0, 0, 0)
 
 
@@ -383,7 +383,7 @@ def test_a_server_that_is_left_alone_says_why(office: Office, typed: Typed, monk
     assert now == {"192.0.2.7:628": "left alone: 450 too busy"}
 
 
-@pytest.mark.parametrize("wanted", [Filter(), Filter(route="default")], ids=["everything", "a route"])
+@pytest.mark.parametrize("pending_operation", [Filter(), Filter(route="default")], ids=["everything", "a route"])
 def test_lines_say_what_rows_say(office: Office, wanted: Filter) -> None:
     """Whoever makes the text: the database for pipes and programs, or Python from the same rows."""
     queue = QueueReader(office.engine)

@@ -27,8 +27,8 @@ def scrape(queue: QueueMetrics) -> CollectorRegistry:
     return registry
 
 
-def message(message_id: str) -> NewMessage:
-    return NewMessage(message_id, "a@example.com", 4, [NewRecipient("b@example.org")], "::1", "c.example", "ESMTP")
+def message(queue_id: str) -> NewMessage:
+    return NewMessage(queue_id, "a@example.com", 4, [NewRecipient("b@example.org")], "::1", "c.example", "ESMTP")
 
 
 def test_queue(database_url: str, tmp_path: Path):
@@ -48,7 +48,7 @@ def test_queue(database_url: str, tmp_path: Path):
         (State.BOUNCED, Outcome.REJECTED, 0.0),
     ]
     ledger.commit([
-        Completion(worker, claim.message_id, claim.number, claim.claim, state, outcome, "words", delay=delay,
+        Completion(worker, claim.queue_id, claim.number, claim.claim, state, outcome, "words", delay=delay,
                tries=[Attempt(1, "mx:628", outcome, "words", 9, 2.0, 1.0)])
         for claim, (state, outcome, delay) in zip(claims[:4], wanted, strict=True)
     ])  # fmt: skip

@@ -74,7 +74,7 @@ def dump(url: str) -> list[str]:
     with reading(engine) as connection:
         listed = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"
         rows = connection.execute(text(CATALOG.replace(":", r"\:") if engine.dialect.name == "postgresql" else listed))
-        lines = [re.sub(r"\s+", " ", row[0]) for row in rows]
+        lines = [re.sub(r"\s+", " ", row[0].replace('"', "")) for row in rows]  # SQLite quotes what it renames
     engine.dispose()
     tight = [re.sub(r" ?([(),]) ?", r"\1", line).strip() for line in lines]
     return sorted(line for line in tight if "alembic_version" not in line)

@@ -38,8 +38,8 @@ def crowded(office: Office) -> Office:
     for messages, state, due in ((ahead, "deferred", "@later(3000)"), (done, "delivered", "NULL")):
         first, last = messages[0].id, messages[-1].id
         office.change(
-            f"""UPDATE deliveries SET state = '{state}', due_at = {due}, claims = 1
-            WHERE message_id >= @id(:id) AND message_id <= @id(:last)""",
+            f"""UPDATE deliveries SET state = '{state}', due_at = {due}, claim_count = 1
+            WHERE queue_id >= @id(:id) AND queue_id <= @id(:last)""",
             id=first, last=f"{last[:8]}-{last[8:12]}-{last[12:16]}-{last[16:20]}-{last[20:]}",
         )  # fmt: skip
     office.change("ANALYZE")
@@ -101,12 +101,12 @@ def _scans_of_sqlite(connection: Connection, words: str, parameters: Any) -> Ite
 
 def test_the_road_of_a_message_walks_through_nothing(crowded: Office) -> None:
     with server_reply(crowded) as statements:
-        message_id = crowded.accept("idle:b@example.org")
-        (claim,) = crowded.claim(message_id, room=IDLE)
+        queue_id = crowded.accept("idle:b@example.org")
+        (claim,) = crowded.claim(queue_id, room=IDLE)
         crowded.record(claim, Outcome.DEFERRED)
-        crowded.pass_time(60, only=[message_id])
-        assert crowded.sweeps.requeue_due(10) == [message_id]
-        (claim,) = crowded.claim(message_id, room=IDLE)
+        crowded.pass_time(60, only=[queue_id])
+        assert crowded.sweeps.requeue_due(10) == [queue_id]
+        (claim,) = crowded.claim(queue_id, room=IDLE)
         crowded.record(claim, Outcome.ACCEPTED)
         crowded.renew()
     assert len(statements) > 5
@@ -143,7 +143,11 @@ def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) ->
         assert sweeps.expire_stuck_transfers() == sweeps.rescue_unowned() == 0
         assert sweeps.expired_leases() == []
         assert debts.settle(10) == debts.warn(10) == []
-        lease = str(crowded.rows("SELECT CAST(until AS text) AS until FROM workers")[0]["until"])
+        lease = str(
+            crowded.rows("SELECT CAST(lease_expires_at AS text) AS lease_expires_at FROM workers")[0][
+                "lease_expires_at"
+            ]
+        )
         assert sweeps.expire_worker(crowded.worker, lease) == 1
     assert len(statements) > 7
     assert not (found := scans(crowded, statements)), "\n".join(found)

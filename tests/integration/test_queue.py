@@ -50,7 +50,7 @@ def test_every_filter(office: Office, queue: QueueReader) -> None:
 
 def test_older_than(office: Office, queue: QueueReader) -> None:
     old = f"{int((datetime.now(UTC).timestamp() - 7200) * 1000):012x}7" + "0" * 19
-    office.intake.commit([new_message(message_id=old)])
+    office.intake.commit([new_message(queue_id=old)])
     young = office.accept()
     assert found(queue, older_than=3600.0) == [old]
     assert found(queue, older_than=0.0) in ([old], [old, young])
@@ -58,26 +58,26 @@ def test_older_than(office: Office, queue: QueueReader) -> None:
 
 
 def test_finished_rows_are_history(office: Office, queue: QueueReader) -> None:
-    message_id = office.accept()
-    office.record(office.claim(message_id)[0], Outcome.ACCEPTED)
+    queue_id = office.accept()
+    office.record(office.claim(queue_id)[0], Outcome.ACCEPTED)
     assert found(queue) == []
-    assert found(queue, states=("delivered",)) == [message_id]
+    assert found(queue, states=("delivered",)) == [queue_id]
     (row,) = queue.rows(Filter(), finished=True)
     assert row["state"] == State.DELIVERED
     assert row["finished_at"] <= datetime.now(UTC)
 
 
 def test_a_row_has_what_people_ask_for(office: Office, queue: QueueReader) -> None:
-    message_id = office.accept("x@example.org", sender="s@example.com", dsn_of=office.accept("other@example.org"))
-    office.record(office.claim(message_id)[0], Outcome.DEFERRED)
-    (row,) = queue.rows(Filter(id=message_id))
-    assert (row["queue_id"], row["message_id"]) == (message_id, dashed(message_id))
+    queue_id = office.accept("x@example.org", sender="s@example.com", dsn_of=office.accept("other@example.org"))
+    office.record(office.claim(queue_id)[0], Outcome.DEFERRED)
+    (row,) = queue.rows(Filter(id=queue_id))
+    assert (row["queue_id"], row["queue_uuid"]) == (queue_id, dashed(queue_id))
     assert (row["sender"], row["recipient"], row["size"], row["attempts"]) == ("s@example.com", "x@example.org", 100, 1)
     assert (row["last_outcome"], row["reason"], row["server"]) == ("deferred", "its words", "qmqp.example.net:628")
     assert all(row[name].tzinfo is UTC for name in ("received_at", "next_at", "expires_at"))
     assert row["received_at"] < row["next_at"] < row["expires_at"]
     assert row["finished_at"] is None
-    assert len(row["notice_of"]) == 32
+    assert len(row["dsn_of"]) == 32
 
 
 def test_a_long_queue_is_streamed(office: Office, queue: QueueReader) -> None:
@@ -95,14 +95,14 @@ def test_a_long_queue_is_streamed(office: Office, queue: QueueReader) -> None:
 
 
 def test_ids_by_any_unique_end(office: Office, queue: QueueReader) -> None:
-    message_id = office.accept()
-    twin = message_id[:10] + "0000" + message_id[14:]
-    office.intake.commit([new_message(message_id=twin)])
-    for text in (message_id, message_id.upper(), dashed(message_id), message_id[-20:], dashed(message_id)[-24:]):
-        assert queue.resolve(text) == message_id
+    queue_id = office.accept()
+    twin = queue_id[:10] + "0000" + queue_id[14:]
+    office.intake.commit([new_message(queue_id=twin)])
+    for text in (queue_id, queue_id.upper(), dashed(queue_id), queue_id[-20:], dashed(queue_id)[-24:]):
+        assert queue.resolve(text) == queue_id
     with pytest.raises(NoSuchMessage, match="more than one") as caught:
-        queue.resolve(message_id[-4:])
-    assert message_id in str(caught.value)
+        queue.resolve(queue_id[-4:])
+    assert queue_id in str(caught.value)
     assert twin in str(caught.value)
     for text, words in (("f" * 32, "no message"), ("ffff", "no message"), ("abc", "no queue id"), ("%", "no queue id")):
         with pytest.raises(NoSuchMessage, match=words):
@@ -110,15 +110,15 @@ def test_ids_by_any_unique_end(office: Office, queue: QueueReader) -> None:
 
 
 def test_everything_about_a_message(office: Office, queue: QueueReader) -> None:
-    message_id = office.accept("x@example.org", "bulk:y@example.org", "z@example.org")
-    office.record(office.claim(message_id)[0], Outcome.DEFERRED)
+    queue_id = office.accept("x@example.org", "bulk:y@example.org", "z@example.org")
+    office.record(office.claim(queue_id)[0], Outcome.DEFERRED)
     office.pass_time(60)
     office.sweeps.requeue_due(10)
-    office.record(office.claim(message_id)[0], Outcome.REJECTED)
-    message = queue.message(message_id)
+    office.record(office.claim(queue_id)[0], Outcome.REJECTED)
+    message = queue.message(queue_id)
     assert message is not None
     assert [row["address"] for row in message["recipients"]] == ["x@example.org", "y@example.org", "z@example.org"]
-    assert [(row["number"], row["state"], row["claims"]) for row in message["deliveries"]] == [
+    assert [(row["number"], row["state"], row["claim_count"]) for row in message["deliveries"]] == [
         (1, "bounced", 2), (2, "queued", 0)
     ]  # fmt: skip
     assert [(row["claim"], row["outcome"], row["worker"]) for row in message["attempts"]] == [
@@ -133,7 +133,7 @@ def test_what_the_whole_looks_like(office: Office, queue: QueueReader) -> None:
     office.accept("x@example.org", "bulk:y@example.org")
     (late,) = office.claim(office.accept())
     office.record(late, Outcome.UNCERTAIN)
-    office.pass_time(60, only=[late.message_id])
+    office.pass_time(60, only=[late.queue_id])
     summary = {(row["state"], row["route"]): row for row in queue.summary()}
     assert {key: (row["deliveries"], row["bytes"], row["overdue"]) for key, row in summary.items()} == {
         ("deferred", "default"): (1, 100, 1), ("queued", "bulk"): (1, 100, 0), ("queued", "default"): (1, 100, 0),
@@ -149,7 +149,7 @@ def test_workers(office: Office, queue: QueueReader) -> None:
     office.ledger.retire(gone)
     (alive, ended) = queue.workers()
     assert (alive["id"], bool(alive["alive"]), alive["sending"], alive["ended_at"]) == (office.worker, True, 2, None)
-    assert (ended["id"], bool(ended["alive"]), ended["ending"]) == (gone, False, "stopped")
+    assert (ended["id"], bool(ended["alive"]), ended["end_reason"]) == (gone, False, "stopped")
 
 
 def test_a_filter_as_it_would_be_typed() -> None:

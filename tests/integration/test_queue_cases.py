@@ -68,21 +68,21 @@ def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> Non
         dead = gone.port
     with running_sink() as sink:
         mail = room(dead, sink)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working() as engine:
-            engine.offer([message_id])
-            until(lambda: mail.state(message_id) == "delivered")
-    assert mail.attempts(message_id) == [(f"127.0.0.1:{dead}", "unreachable"), (f"127.0.0.1:{sink.port}", "accepted")]
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "delivered")
+    assert mail.attempts(queue_id) == [(f"127.0.0.1:{dead}", "unreachable"), (f"127.0.0.1:{sink.port}", "accepted")]
 
 
 def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> None:
     with running_sink(Rule(Answer(b"D", b"no\r\nFrom: forged@x\r\n\r\n\0\x1b[31m\xff\xc3\xa9"))) as sink:
         mail = room(sink)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working() as engine:
-            engine.offer([message_id])
-            until(lambda: mail.state(message_id) == "bounced")
-    reply = mail.delivery(message_id)["last_reply"]
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "bounced")
+    reply = mail.delivery(queue_id)["last_reply"]
     assert reply == r"no\x0d\nFrom: forged@x\x0d\n\x0d\n\x00\x1b[31m\xff\xc3\xa9"
     assert mail.rows("SELECT reply FROM attempts") == [{"reply": reply}]
     (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
@@ -91,22 +91,22 @@ def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> No
     assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
 
 
-def became(mail: Mailroom, message_id: str) -> dict[str, str]:
+def became(mail: Mailroom, queue_id: str) -> dict[str, str]:
     """The state of each recipient."""
-    sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d ON d.message_id = r.message_id
-        AND d.number = r.delivery WHERE r.message_id = :id"""
-    return {row["address"]: row["state"] for row in mail.rows(sql, id=message_id)}
+    sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d ON d.queue_id = r.queue_id
+        AND d.number = r.delivery WHERE r.queue_id = :id"""
+    return {row["address"]: row["state"] for row in mail.rows(sql, id=queue_id)}
 
 
 @pytest.mark.parametrize("recipient", ["<b@example.org", "b" * 1000, "b\n@example.org", "b\u20ac@example.org"])
 def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it(room: Open, recipient: str) -> None:
     with running_sink() as sink:
         mail = room(sink)
-        message_id = mail.accept("good@example.org", recipient, "fine@example.org")
+        queue_id = mail.accept("good@example.org", recipient, "fine@example.org")
         wanted = {"good@example.org": "delivered", "fine@example.org": "delivered", recipient: "bounced"}
         with mail.working() as engine:
-            engine.offer([message_id])
-            until(lambda: became(mail, message_id) == wanted)
+            engine.offer([queue_id])
+            until(lambda: became(mail, queue_id) == wanted)
         (request,) = sink.received
         assert list(request.recipients) == [b"good@example.org", b"fine@example.org"]
     bounced = "SELECT last_outcome, last_reply FROM deliveries WHERE state = 'bounced'"
@@ -123,9 +123,9 @@ def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it
 def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> None:
     with running_sink() as sink:
         mail = room(sink)
-        message_id = mail.accept("<b@example.org", "<c@example.org")
+        queue_id = mail.accept("<b@example.org", "<c@example.org")
         with mail.working() as engine:
-            engine.offer([message_id])
+            engine.offer([queue_id])
             until(lambda: mail.states() == {"bounced"})
         assert sink.connections == 0
     assert len(mail.rows("SELECT 1 FROM deliveries")) == 1
@@ -138,28 +138,28 @@ def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
     """A notice to it could not be sent either. The log says so, and the row."""
     with running_sink() as sink:
         mail = room(sink)
-        message_id = mail.accept("b@example.org", "<c@example.org", sender="<a@example.com")
+        queue_id = mail.accept("b@example.org", "<c@example.org", sender="<a@example.com")
         with mail.working() as engine:
-            engine.offer([message_id])
+            engine.offer([queue_id])
             until(lambda: mail.states() == {"bounced"})
         assert sink.connections == 0
     debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
     assert debts.settle(5) == [] == debts.settle(5)
-    row = mail.delivery(message_id)
+    row = mail.delivery(queue_id)
     assert (row["due_at"], row["dsn_withheld"]) == (None, "address")
     assert row["last_reply"].startswith("no request can be made of it (#5.1.7): ")
-    assert not mail.spool.path(message_id).exists()
+    assert not mail.spool.path(queue_id).exists()
     assert capsys.readouterr().out.count("notice withheld") == 1
 
 
 def test_a_message_whose_recipients_are_missing_is_held_for_a_person(room: Open) -> None:
     with running_sink() as sink:
         mail = room(sink)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         mail.change("DELETE FROM recipients")
         with mail.working() as engine:
-            engine.offer([message_id])
-            until(lambda: mail.state(message_id) == "held")
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "held")
         assert sink.connections == 0
 
 
@@ -168,25 +168,25 @@ def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(ro
     """Its size is what we know of it; a file system that changes bytes must be asked by its own checksums."""
     with running_sink() as sink:
         mail = room(sink)
-        message_id = mail.accept()
-        mail.spool.path(message_id).write_bytes(body)
+        queue_id = mail.accept()
+        mail.spool.path(queue_id).write_bytes(body)
         with mail.working() as engine:
-            engine.offer([message_id])
-            until(lambda: mail.state(message_id) == "held")
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "held")
         assert sink.connections == 0
-    assert mail.delivery(message_id)["last_outcome"] == "unsendable"
-    assert mail.spool.path(message_id).exists()
+    assert mail.delivery(queue_id)["last_outcome"] == "unsendable"
+    assert mail.spool.path(queue_id).exists()
 
 
 def test_B39_a_worker_killed_between_the_last_byte_and_the_record(office: Office) -> None:
     (claim,) = office.claim(office.accept())
     vanish(office, office.worker)
-    row = office.delivery(claim.message_id)
-    assert (row["state"], row["last_outcome"], row["vanished"]) == ("deferred", "uncertain", 1)
+    row = office.delivery(claim.queue_id)
+    assert (row["state"], row["last_outcome"], row["crash_count"]) == ("deferred", "uncertain", 1)
     assert 0 < row["due_in"] - office.settings.uncertain_delay + 5 <= 5 + office.settings.uncertain_delay / 2
-    assert office.claim(claim.message_id) == []
+    assert office.claim(claim.queue_id) == []
     wake(office)
-    (again,) = office.claim(claim.message_id, worker=office.hire())
+    (again,) = office.claim(claim.queue_id, worker=office.hire())
     assert again.crash_count == 1
 
 
@@ -194,14 +194,14 @@ def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
     """As qmail-qmqpd does about whatever it does not like: only age ends it, and the notice says how it was."""
     with running_sink(Rule(Answer(raw=b""))) as sink:
         mail = room(sink, uncertain_delay=100.0)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         with mail.working() as engine:
-            engine.offer([message_id])
-            until(lambda: mail.state(message_id) == "deferred")
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "deferred")
             mail.change("UPDATE deliveries SET state = 'queued', due_at = @later(60), expires_at = @ago(1)")
-            engine.offer([message_id])
-            until(lambda: mail.state(message_id) == "expired")
-    assert {outcome for _, outcome in mail.attempts(message_id)} == {"uncertain"}
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "expired")
+    assert {outcome for _, outcome in mail.attempts(queue_id)} == {"uncertain"}
     (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
     assert "connection closed by the server after the commit point" in " ".join(
         mail.spool.path(notice).read_text().split()
@@ -209,16 +209,16 @@ def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
 
 
 def test_B43_D10_no_clock_of_a_worker_matters(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    message_id = office.accept()
+    queue_id = office.accept()
     for years in (-5, 5):
         with monkeypatch.context() as skewed:
             now = time.time() + years * 365 * 86400
             skewed.setattr(time, "time", lambda now=now: now)
-            (claim,) = office.claim(message_id)
+            (claim,) = office.claim(queue_id)
             assert office.renew()
             assert office.sweeps.expired_leases() == []
             assert office.record(claim, Outcome.DEFERRED, delay=30.0).state is State.DEFERRED
-        row = office.delivery(message_id)
+        row = office.delivery(queue_id)
         assert row["due_in"] == pytest.approx(30, abs=20)
         assert row["expires_in"] == pytest.approx(1000, abs=300)
         wake(office)
@@ -227,17 +227,17 @@ def test_B43_D10_no_clock_of_a_worker_matters(office: Office, monkeypatch: pytes
 def test_B44_busy_for_ever(room: Open) -> None:
     with running_sink(Rule(Answer(b"Z", b"busy for ever"))) as sink:
         mail = room(sink, retry_min=100.0, retry_max=1000.0)
-        message_id = mail.accept()
+        queue_id = mail.accept()
         waits = []
 
-        def decided(message_id: str, turn: int) -> bool:
-            row = mail.delivery(message_id)
-            return (row["claims"], row["state"] == "sending") == (turn, False)
+        def decided(queue_id: str, turn: int) -> bool:
+            row = mail.delivery(queue_id)
+            return (row["claim_count"], row["state"] == "sending") == (turn, False)
 
         with mail.working() as engine:
             for turn in range(1, 7):
-                engine.offer([message_id])
-                until(partial(decided, message_id, turn))
+                engine.offer([queue_id])
+                until(partial(decided, queue_id, turn))
                 row = mail.rows("SELECT -@since(due_at) AS due_in, state FROM deliveries")[0]
                 waits.append(row["due_in"])
                 late = ", expires_at = @ago(1)" if turn == 5 else ""
@@ -246,7 +246,7 @@ def test_B44_busy_for_ever(room: Open) -> None:
     for step, wait in enumerate(waits[:5]):
         most = min(1000, 200 * 2**step)
         assert most / 2 - 30 <= wait <= most, "it doubles, with jitter, to the cap"
-    row = mail.delivery(message_id)
+    row = mail.delivery(queue_id)
     assert (row["state"], row["last_reply"]) == ("expired", "busy for ever")
     (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
     assert "busy for ever" in mail.spool.path(notice).read_text()
@@ -267,7 +267,7 @@ def test_D1_one_task_delivered_twice_at_once(office: Office) -> None:
     with ThreadPoolExecutor(2) as pool:
         both = [claim for claims in pool.map(task, (office.hire(), office.hire())) for claim in claims]
     both += office.claim(*ids)  # what each left to the other
-    assert sorted(claim.message_id for claim in both) == sorted(ids)
+    assert sorted(claim.queue_id for claim in both) == sorted(ids)
     assert {claim.claim for claim in both} == {1}
 
 
@@ -284,12 +284,12 @@ def test_D2_a_task_for_what_is_unknown_or_finished(room: Open) -> None:
 
 
 def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(office: Office) -> None:
-    message_id = office.accept()
-    (claim,) = office.claim(message_id)
+    queue_id = office.accept()
+    (claim,) = office.claim(queue_id)
     for _ in range(3):  # whatever its visibility timeout makes of a session that takes an hour
         office.pass_time(1200)
         assert office.renew()
-        assert office.claim(message_id, worker=office.hire()) == []
+        assert office.claim(queue_id, worker=office.hire()) == []
     assert office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
 
 
@@ -307,9 +307,9 @@ def test_D4_what_a_worker_held_that_is_gone(office: Office, ending: str) -> None
     if ending == "vanished":
         vanish(office, office.worker)
     else:
-        office.change("UPDATE workers SET ended_at = @now, ending = 'stopped'")
+        office.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
         assert office.sweeps.rescue_unowned() == 1
-    row = office.delivery(claim.message_id)
+    row = office.delivery(claim.queue_id)
     assert (row["state"], row["last_outcome"]) == ("deferred", "uncertain"), "nobody can say how far it was"
 
 
@@ -320,17 +320,17 @@ def test_D5_who_lost_its_lease_reports_late(office: Office, outcome: Outcome) ->
     vanish(office, stale)
     wake(office)
     fresh = office.hire()
-    (new,) = office.claim(old.message_id, worker=fresh)
+    (new,) = office.claim(old.queue_id, worker=fresh)
     recorded = office.record(old, outcome, worker=stale)
-    assert (old.claim, 1, outcome) in office.attempts(old.message_id), "what happened is kept"
+    assert (old.claim, 1, outcome) in office.attempts(old.queue_id), "what happened is kept"
     if outcome is Outcome.ACCEPTED:
         assert recorded.state is State.DELIVERED
         assert office.record(new, Outcome.DEFERRED, worker=fresh).state is State.DELIVERED
         wake(office)
-        assert office.claim(old.message_id, worker=fresh) == [], "never again after a K"
+        assert office.claim(old.queue_id, worker=fresh) == [], "never again after a K"
     else:
         assert recorded.state is None
-        assert office.state(old.message_id) == "sending"
+        assert office.state(old.queue_id) == "sending"
         assert office.record(new, Outcome.ACCEPTED, worker=fresh).state is State.DELIVERED
 
 
@@ -340,7 +340,9 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(office: Office) -> None:
 
     def lock() -> None:
         with writing(office.engine) as connection:
-            connection.execute(text(office.spell("UPDATE deliveries SET wanted = wanted WHERE number = 1")))
+            connection.execute(
+                text(office.spell("UPDATE deliveries SET pending_operation = pending_operation WHERE number = 1"))
+            )
             held.set()
             assert go_on.wait(20)
 
@@ -376,14 +378,14 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(office: Office) -> None:
     assert answered.wait(20)
     assert writer.close(10)
     assert answers[0].state is State.DELIVERED
-    assert office.state(claim.message_id) == "delivered"
+    assert office.state(claim.queue_id) == "delivered"
 
 
 @pytest.mark.parametrize("sender", ["", "#@[]"])
 def test_D7_nothing_is_said_about_mail_of_nobody(office: Office, sender: str) -> None:
     (claim,) = office.claim(office.accept(sender=sender))
     assert office.record(claim, Outcome.REJECTED).state is State.BOUNCED
-    row = office.delivery(claim.message_id)
+    row = office.delivery(claim.queue_id)
     assert row["due_at"] is None
     assert row["last_reply"] == "its words", "a dead letter that `list --state bounced` shows"
 
@@ -398,7 +400,7 @@ def test_D8_a_d_for_many(room: Open, words: bytes, states: set[str]) -> None:
         with mail.working():
             until(lambda: mail.states() == states)
         sql = """SELECT d.state FROM recipients r
-            JOIN deliveries d ON d.message_id = r.message_id AND d.number = r.delivery"""
+            JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery"""
         until(lambda: [row["state"] for row in mail.rows(sql)] == ["bounced"] * 3)
         assert sink.count == 1 if states == {"bounced"} else 3 <= sink.count <= 5, "at once, or by halves"
 
@@ -418,19 +420,19 @@ def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office)
     verbs = QueueOperations(office.engine, notices=True)
     for verb in OPERATIONS.values():
         for state in State:
-            message_id = office.accept()
+            queue_id = office.accept()
             worker = "(SELECT min(CAST(id AS text)) FROM workers)"
             worker = f"CAST({worker} AS uuid)" if office.spell.postgresql else worker
             office.change(
                 f"""UPDATE deliveries SET state = :state, worker = {worker if state is State.SENDING else "NULL"}
-                WHERE message_id = @id(:id)""",
-                state=state, id=message_id,
+                WHERE queue_id = @id(:id)""",
+                state=state, id=queue_id,
             )  # fmt: skip
-            touched, _ = verbs.apply(verb, Filter(id=message_id), actor="me", reason="test")
-            after = State(office.state(message_id))
+            touched, _ = verbs.apply(verb, Filter(id=queue_id), actor="me", reason="test")
+            after = State(office.state(queue_id))
             if state is State.SENDING:
                 assert after is State.SENDING, "only told what is wanted"
-                assert office.delivery(message_id)["wanted"] == (verb.wanted if touched else None)
+                assert office.delivery(queue_id)["pending_operation"] == (verb.wanted if touched else None)
             elif touched:
                 assert after in TRANSITIONS[state] | {state}
             else:
@@ -441,14 +443,14 @@ def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office)
 def test_D12_a_body_that_cannot_be_removed_is_not_sent_again(room: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_sink() as sink:
         mail = room(sink)
-        message_id = mail.accept()
-        monkeypatch.setattr(mail.spool, "remove", lambda message_id: False)
+        queue_id = mail.accept()
+        monkeypatch.setattr(mail.spool, "remove", lambda queue_id: False)
         with mail.working() as engine:
-            engine.offer([message_id])
-            until(lambda: mail.state(message_id) == "delivered")
-            assert engine.offer([message_id]).wait(10)
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "delivered")
+            assert engine.offer([queue_id]).wait(10)
         assert sink.count == 1
-    assert mail.spool.path(message_id).exists()  # housekeeping finds it (test_sweeper.py)
+    assert mail.spool.path(queue_id).exists()  # housekeeping finds it (test_sweeper.py)
 
 
 def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(office: Office) -> None:
@@ -469,7 +471,7 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(office:
         SELECT {key[one]}, 'a', 1, @now, '', '', '' FROM {numbers[one]}"""
     )
     office.change(
-        f"""INSERT INTO deliveries (message_id, number, route, state, worker, claims, due_at, expires_at)
+        f"""INSERT INTO deliveries (queue_id, number, route, state, worker, claim_count, due_at, expires_at)
         SELECT {key[one]}, 1, 'default', 'sending', @id(:dead), 1, @later(9000), @later(100000) FROM {numbers[one]}""",
         dead=dead,
     )
@@ -484,11 +486,11 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(office:
 
 
 def test_D14_tries_are_counted_before_they_begin(office: Office) -> None:
-    message_id = office.accept()
+    queue_id = office.accept()
     for n in range(1, 6):
         worker = office.hire()
-        (claim,) = office.claim(message_id, worker=worker)
-        assert office.delivery(message_id)["claims"] == claim.claim == n, "in the database before a byte is sent"
+        (claim,) = office.claim(queue_id, worker=worker)
+        assert office.delivery(queue_id)["claim_count"] == claim.claim == n, "in the database before a byte is sent"
         vanish(office, worker)
-        assert office.state(message_id) == ("held" if n == office.settings.poison_limit else "deferred")
+        assert office.state(queue_id) == ("held" if n == office.settings.poison_limit else "deferred")
         wake(office)

@@ -68,7 +68,7 @@ def test_who_may_make_roles_makes_one_that_only_reads(cluster: Cluster, monkeypa
     with psycopg.connect(cluster.login("ann").replace("+psycopg", ""), autocommit=True) as ann:
         for name in (*VIEWS, *metadata.tables):
             assert ann.execute(f"SELECT count(*) FROM {name}".encode()).fetchone() is not None
-        for change in ("DELETE FROM pauses", "UPDATE deliveries SET wanted = 'drop'", "CREATE TABLE mine (x int)",
+        for change in ("DELETE FROM pauses", "UPDATE deliveries SET pending_operation = 'drop'", "CREATE TABLE mine (x int)",
                        "INSERT INTO spool VALUES (gen_random_uuid(), now())"):  # fmt: skip
             with pytest.raises(InsufficientPrivilege):
                 ann.execute(change.encode())

@@ -87,16 +87,16 @@ class Deadly(Spool):
         super().__init__(directory)
         self._last = last
 
-    def store(self, message_id: str, parts: Sequence[bytes]) -> int:
+    def store(self, queue_id: str, parts: Sequence[bytes]) -> int:
         if self._last == "store":
-            super().store(message_id, [b"half"])
+            super().store(queue_id, [b"half"])
             raise Killed
-        return super().store(message_id, parts)
+        return super().store(queue_id, parts)
 
-    def remove(self, message_id: str) -> bool:
-        if self._last == "remove" and self.path(message_id).exists():
+    def remove(self, queue_id: str) -> bool:
+        if self._last == "remove" and self.path(queue_id).exists():
             raise Killed
-        return super().remove(message_id)
+        return super().remove(queue_id)
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Transfer:
 
     @property
     def key(self) -> Key:
-        return self.claim.message_id, self.claim.number
+        return self.claim.queue_id, self.claim.number
 
 
 class History(RuleBasedStateMachine):
@@ -195,17 +195,17 @@ class History(RuleBasedStateMachine):
         routes, sender = chance.choices(ROUTES, (3, 1), k=chance.randint(1, 8)), chance.choice(SENDERS)
         addresses = [f"{n}@{route}.example.org" for n, route in enumerate(routes)]
         message = new_message(*map(":".join, zip(routes, addresses, strict=True)), sender=sender)
-        message_id = message.id
-        self.spool.store(message_id, [bytes(message.size)])
+        queue_id = message.id
+        self.spool.store(queue_id, [bytes(message.size)])
         for n, recipient in enumerate(message.recipients):
             message.recipients[n] = asked = recipient._replace(notify=chance.choice([None, *NOTIFY]))
-            self.notify[message_id, asked.address] = NOTIFY[asked.notify] if sender in SENDERS[:2] else frozenset()
-        self.received[message_id] = self.clock
+            self.notify[queue_id, asked.address] = NOTIFY[asked.notify] if sender in SENDERS[:2] else frozenset()
+        self.received[queue_id] = self.clock
         for _ in range(chance.randint(1, 2)):
             self.office.intake.commit([message])
         for number, route in enumerate(dict.fromkeys(routes), 1):
             mine = tuple(address for address, way in zip(addresses, routes, strict=True) if way == route)
-            self.queue[message_id, number] = Delivery(sender, route, mine, self.clock + GRACE, self.clock + LIFETIME)
+            self.queue[queue_id, number] = Delivery(sender, route, mine, self.clock + GRACE, self.clock + LIFETIME)
 
     # --- workers ----------------------------------------------------------------------------------------------
 
@@ -252,18 +252,18 @@ class History(RuleBasedStateMachine):
         self._recorded(list(zip(ends, records, results[len(wishes) :], strict=False)))
         for record, result in zip(records, results[len(wishes) :], strict=False):
             if isinstance(result, CompletionResult) and result.body_deletable:
-                self.spool.remove(record.message_id)
+                self.spool.remove(record.queue_id)
         for wish, result in zip(wishes, results, strict=False):
             self._claimed(wish, result, chance)
         if records and chance.random() < 0.3:
             for record, result in zip(records, self.ledger.commit(records), strict=True):
-                delivery = self.queue[record.message_id, record.number]
+                delivery = self.queue[record.queue_id, record.number]
                 assert isinstance(result, CompletionResult)
                 assert result.state in (None, delivery.state)
 
-    def _needed(self, message_id: str) -> bool:
+    def _needed(self, queue_id: str) -> bool:
         """Whether a delivery still needs the body."""
-        mine = [delivery for key, delivery in self.queue.items() if key[0] == message_id]
+        mine = [delivery for key, delivery in self.queue.items() if key[0] == queue_id]
         return any(delivery.state in UNFINISHED or delivery.due is not None for delivery in mine)
 
     def _report(self, transfer: Transfer, chance: Random, *, last: bool) -> Completion:
@@ -380,14 +380,14 @@ class History(RuleBasedStateMachine):
         wishes = []
         for hinted in chance.choice([(), (True,), (False,), (True, False)]):
             room = {route: chance.randint(0, 6) for route in ROUTES}
-            known = dict.fromkeys(message_id for message_id, _ in self.queue)
+            known = dict.fromkeys(queue_id for queue_id, _ in self.queue)
             ids = ["0" * 32, *some(chance, list(known), 0.7)] if hinted else None
             wishes.append(ClaimRequest(worker, ids, room))
         return wishes
 
     def _claimed(self, wish: ClaimRequest, claims: Any, chance: Random) -> None:
         assert isinstance(claims, list)
-        got = {(claim.message_id, claim.number): claim for claim in claims}
+        got = {(claim.queue_id, claim.number): claim for claim in claims}
         assert len(got) == len(claims)
         for route, room in wish.room.items():
             fit = {
@@ -428,7 +428,7 @@ class History(RuleBasedStateMachine):
         ids = self.office.sweeps.requeue_due(limit)
         woken = [key for key in due if self._row(key)["state"] == "queued"]
         assert len(woken) == min(limit, len(due))
-        assert set(ids) == {message_id for message_id, _ in woken}
+        assert set(ids) == {queue_id for queue_id, _ in woken}
         for key in woken:
             assert all(due[key] <= other + NEAR for left, other in due.items() if left not in woken)
             self.queue[key].state, self.queue[key].due = State.QUEUED, self.clock + GRACE
@@ -484,10 +484,10 @@ class History(RuleBasedStateMachine):
         if not self.queue:
             return
         busy = [key for key, delivery in self.queue.items() if delivery.state is State.SENDING]
-        message_id = chance.choice(busy or list(self.queue))[0]
+        queue_id = chance.choice(busy or list(self.queue))[0]
         told: Operation = chance.choice(list(OPERATIONS.values()))
-        touched, free = self.verbs.apply(told, Filter(id=message_id), actor="tester", reason="")
-        mine = [delivery for key, delivery in self.queue.items() if key[0] == message_id]
+        touched, free = self.verbs.apply(told, Filter(id=queue_id), actor="tester", reason="")
+        mine = [delivery for key, delivery in self.queue.items() if key[0] == queue_id]
         met = [d for d in mine if d.state in told.takes or (d.state is State.SENDING and _heard(told, d.wanted))]
         met = [delivery for delivery in met if delivery.recipients]
         assert touched.total() == len(met)
@@ -511,12 +511,12 @@ class History(RuleBasedStateMachine):
         """The recipients of a message get other routes, each by itself."""
         if not self.queue:
             return
-        message_id, today = chance.choice(list(self.queue))[0], dict[str, str]()
+        queue_id, today = chance.choice(list(self.queue))[0], dict[str, str]()
         touched, _ = self.verbs.apply(
-            REROUTE, Filter(id=message_id), actor="tester", reason="",
+            REROUTE, Filter(id=queue_id), actor="tester", reason="",
             route_for=lambda address: today.setdefault(address, chance.choice(ROUTES)),
         )  # fmt: skip
-        met = {key: d for key, d in self.queue.items() if key[0] == message_id and d.state in REROUTE.takes}
+        met = {key: d for key, d in self.queue.items() if key[0] == queue_id and d.state in REROUTE.takes}
         assert touched.total() == len(met)
         for key, delivery in met.items():
             if delivery.state is not State.HELD:
@@ -541,9 +541,9 @@ class History(RuleBasedStateMachine):
         last = chance.choice(["", "", "store", "remove"]) if last is None else last
         most, owing = chance.choice([1, 2, 100]), self._owing()
         made = self._made(last, lambda debts: debts.settle(most))
-        settled = [message_id for message_id, mine in owing.items() if not all(map(self._owes, mine))]
+        settled = [queue_id for queue_id, mine in owing.items() if not all(map(self._owes, mine))]
         assert made is None or len(settled) == len(owing) or most < sum(map(len, owing.values()))
-        notices = [notice for message_id in settled for notice in self._settled(message_id, owing[message_id])]
+        notices = [notice for queue_id in settled for notice in self._settled(queue_id, owing[queue_id])]
         assert made is None or sorted(made) == sorted(notices)
 
     def _made(self, last: str, tell: Callable[[DsnGenerator], list[str]]) -> list[str] | None:
@@ -560,41 +560,41 @@ class History(RuleBasedStateMachine):
         last = chance.choice(["", "", "store"]) if last is None else last
         most, late = chance.choice([1, 2, 100]), self._late()
         made = self._made(last, lambda debts: debts.warn(most))
-        new = {message_id: self._new_notices(message_id) for message_id in late}
-        told = {message_id: notices for message_id, notices in new.items() if notices}
+        new = {queue_id: self._new_notices(queue_id) for queue_id in late}
+        told = {queue_id: notices for queue_id, notices in new.items() if notices}
         assert len(told) == (min(most, len(late)) if made is not None else 0)
         assert made is None or sorted(made) == sorted(notice for notices in told.values() for notice in notices)
-        for message_id, notices in told.items():
-            assert [named for named, _ in notices.values()] == [late[message_id]], "all that wait, in one"
-            self.warned.add(message_id)
+        for queue_id, notices in told.items():
+            assert [named for named, _ in notices.values()] == [late[queue_id]], "all that wait, in one"
+            self.warned.add(queue_id)
 
     def _late(self) -> dict[str, list[str]]:
         """Messages whose senders are to be told that they are late, and the recipients that wait."""
         late: dict[str, list[str]] = {}
         if self.office.settings.delay_warning is None:
             return late
-        for (message_id, _), delivery in self.queue.items():
-            old = self.clock - self.received.get(message_id, self.clock) >= WARNING
-            if old and delivery.state in WAITING and message_id not in self.warned:
-                late.setdefault(message_id, []).extend(
-                    address for address in delivery.recipients if "delay" in self.notify[message_id, address]
+        for (queue_id, _), delivery in self.queue.items():
+            old = self.clock - self.received.get(queue_id, self.clock) >= WARNING
+            if old and delivery.state in WAITING and queue_id not in self.warned:
+                late.setdefault(queue_id, []).extend(
+                    address for address in delivery.recipients if "delay" in self.notify[queue_id, address]
                 )
-        return {message_id: sorted(waiting) for message_id, waiting in late.items() if waiting}
+        return {queue_id: sorted(waiting) for queue_id, waiting in late.items() if waiting}
 
-    def _new_notices(self, message_id: str) -> dict[str, tuple[list[str], int]]:
+    def _new_notices(self, queue_id: str) -> dict[str, tuple[list[str], int]]:
         """Notices about a message that the model does not have yet: whom they name, and how often in doubt."""
         new: dict[str, tuple[list[str], int]] = {}
-        for notice, (names, doubts, content, again) in self._unknown(message_id).items():
+        for notice, (names, doubts, content, again) in self._unknown(queue_id).items():
             if not again:
                 new[notice] = names, doubts
-                self._add_notice(notice, message_id, names, content)
+                self._add_notice(notice, queue_id, names, content)
         return new
 
-    def _unknown(self, message_id: str) -> dict[str, tuple[list[str], int, str, bool]]:
+    def _unknown(self, queue_id: str) -> dict[str, tuple[list[str], int, str, bool]]:
         """All of them: whom they name, how often in doubt, what they enclose, and whether another one was refused."""
         found: dict[str, tuple[list[str], int, str, bool]] = {}
         for row in self.office.rows(
-            "SELECT @hex(id) AS id, size, dsn_content FROM messages WHERE notice_of = @id(:id)", id=message_id
+            "SELECT @hex(id) AS id, size, dsn_content FROM messages WHERE dsn_of = @id(:id)", id=queue_id
         ):
             if (row["id"], 1) in self.queue:
                 continue
@@ -626,15 +626,15 @@ class History(RuleBasedStateMachine):
         about_to_be_decided = {key[0] for key, d in self.queue.items() if d.state in (State.QUEUED, State.SENDING)}
         late = self.clock - GATHER
         return {
-            message_id: mine for message_id, mine in owing.items()
-            if message_id not in about_to_be_decided or any((d.due or 0.0) <= late for d in mine.values())
+            queue_id: mine for queue_id, mine in owing.items()
+            if queue_id not in about_to_be_decided or any((d.due or 0.0) <= late for d in mine.values())
         }  # fmt: skip
 
     def _owes(self, key: Key) -> bool:
         row = self._row(key)
         return row["state"] in FAILED and row["due_at"] is not None
 
-    def _settled(self, message_id: str, mine: dict[Key, Delivery]) -> list[str]:
+    def _settled(self, queue_id: str, mine: dict[Key, Delivery]) -> list[str]:
         """The model's side of it; the notice, if there is to be one."""
         if forgiven := {key: d for key, d in mine.items() if d.about_us and d.state is State.BOUNCED}:
             for key, delivery in mine.items():
@@ -645,17 +645,17 @@ class History(RuleBasedStateMachine):
             return []
         for delivery in mine.values():
             delivery.due = None
-        if (failed := self.queue[message_id, 1]).encloses is not None:
+        if (failed := self.queue[queue_id, 1]).encloses is not None:
             return self._made_again(failed)
         wanted = {
             address: any(self.queue[one].doubts for one in self._line(key))
             for key, delivery in mine.items()
             for address in delivery.recipients
-            if "failure" in self.notify.get((message_id, address), ())
+            if "failure" in self.notify.get((queue_id, address), ())
         }
-        made = self._new_notices(message_id)
+        made = self._new_notices(queue_id)
         assert list(made.values()) == ([(sorted(wanted), sum(wanted.values()))] if wanted else [])
-        self.told.update((message_id, address) for named, _ in made.values() for address in named)
+        self.told.update((queue_id, address) for named, _ in made.values() for address in named)
         return list(made)
 
     def _made_again(self, failed: Delivery) -> list[str]:
@@ -733,14 +733,12 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        sql = (
-            "SELECT d.*, @hex(d.message_id) AS id, @hex(d.worker) AS who, -@since(d.due_at) AS due_in FROM deliveries d"
-        )
+        sql = "SELECT d.*, @hex(d.queue_id) AS id, @hex(d.worker) AS who, -@since(d.due_at) AS due_in FROM deliveries d"
         rows = {(row["id"], row["number"]): row for row in self.office.rows(sql)}
         assert rows.keys() == self.queue.keys()
         for key, row in rows.items():
             delivery = self.queue[key]
-            found = (row["state"], row["who"], row["claims"], row["vanished"], row["wanted"])
+            found = (row["state"], row["who"], row["claim_count"], row["crash_count"], row["pending_operation"])
             assert found == (delivery.state, delivery.worker, delivery.claims, delivery.crash_count, delivery.wanted), (
                 key
             )
@@ -757,7 +755,7 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_recipient_is_somewhere_once(self) -> None:
-        sql = "SELECT @hex(message_id) AS id, delivery, address FROM recipients ORDER BY message_id, position"
+        sql = "SELECT @hex(queue_id) AS id, delivery, address FROM recipients ORDER BY queue_id, position"
         found: dict[Key, list[str]] = {key: [] for key in self.queue}
         for row in self.office.rows(sql):
             found[row["id"], row["delivery"]].append(row["address"])
@@ -767,20 +765,20 @@ class History(RuleBasedStateMachine):
     def every_sender_is_told_once(self) -> None:
         """Of each recipient that failed, in one notice, unless nobody wants to know; of a notice never. Those that are
         made in the place of a refused one do not count."""
-        for (message_id, _), delivery in self.queue.items():
+        for (queue_id, _), delivery in self.queue.items():
             for address in delivery.recipients:
                 settled = delivery.state in FAILED and delivery.due is None
-                wanted = "failure" in self.notify.get((message_id, address), ())  # never for a notice
-                told = self.told[message_id, address]
+                wanted = "failure" in self.notify.get((queue_id, address), ())  # never for a notice
+                told = self.told[queue_id, address]
                 assert told == (wanted and settled) or (delivery.k and told == 1), "K came after the notice"
-        for message_id in {key[0] for key in self.queue if self._needed(key[0])}:
-            assert self.spool.path(message_id).exists()
+        for queue_id in {key[0] for key in self.queue if self._needed(key[0])}:
+            assert self.spool.path(queue_id).exists()
 
     @invariant()
     def no_send_is_hidden(self) -> None:
         """Whatever was sent twice was uncertain in between, and says so: each recipient, also across halves."""
-        sql = """SELECT @hex(message_id) AS id, delivery, count(DISTINCT claim) AS n FROM attempts
-            WHERE outcome = 'uncertain' GROUP BY message_id, delivery"""
+        sql = """SELECT @hex(queue_id) AS id, delivery, count(DISTINCT claim) AS n FROM attempts
+            WHERE outcome = 'uncertain' GROUP BY queue_id, delivery"""
         doubts = {(row["id"], row["delivery"]): row["n"] for row in self.office.rows(sql)}
         for key, delivery in self.queue.items():
             assert doubts.get(key, 0) == len(delivery.doubts)

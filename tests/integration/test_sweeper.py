@@ -88,10 +88,10 @@ class Scene:
         return worker
 
     def sending(self, worker: str) -> str:
-        message_id = self.mail.accept()
-        self.mail.ledger.commit([ClaimRequest(worker, [message_id], {"default": 1})])
-        assert self.mail.state(message_id) == "sending"
-        return message_id
+        queue_id = self.mail.accept()
+        self.mail.ledger.commit([ClaimRequest(worker, [queue_id], {"default": 1})])
+        assert self.mail.state(queue_id) == "sending"
+        return queue_id
 
     def watch(self, seconds: float) -> None:
         """Sweep now and then, for so long."""
@@ -101,7 +101,7 @@ class Scene:
             self.sweeper.sweep()
 
     def run_out(self, worker: str) -> None:
-        assert self.mail.change("UPDATE workers SET until = @ago(1) WHERE id = :id", id=worker) == 1
+        assert self.mail.change("UPDATE workers SET lease_expires_at = @ago(1) WHERE id = :id", id=worker) == 1
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def scene(mail: Mailroom) -> Scene:
 
 def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
     due, later = scene.mail.accept(), scene.mail.accept()
-    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due)
-    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @later(60) WHERE message_id = :id", id=later)
+    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due)
+    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @later(60) WHERE queue_id = :id", id=later)
     scene.sweeper.sweep()
     assert scene.hints.offered == [due]
     assert (scene.mail.state(due), scene.mail.state(later)) == ("queued", "deferred")
@@ -127,10 +127,10 @@ def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
 
 def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
     ids = [scene.mail.accept() for _ in range(3)]
-    for message_id, state in zip(ids, ("deferred", "deferred", "queued"), strict=True):
-        change = f"UPDATE deliveries SET state = '{state}', due_at = @later(7200) WHERE message_id = :id"
-        scene.mail.change(change, id=message_id)
-    scene.mail.change("UPDATE deliveries SET due_at = @later(3600) WHERE message_id = :id", id=ids[1])
+    for queue_id, state in zip(ids, ("deferred", "deferred", "queued"), strict=True):
+        change = f"UPDATE deliveries SET state = '{state}', due_at = @later(7200) WHERE queue_id = :id"
+        scene.mail.change(change, id=queue_id)
+    scene.mail.change("UPDATE deliveries SET due_at = @later(3600) WHERE queue_id = :id", id=ids[1])
     slow = Route("slow", (), retry_max=3000.0)
     scene.sweeper._routes = lambda: (slow, Route("default", ()))
     scene.sweeper.sweep()
@@ -140,16 +140,14 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
 
 def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene: Scene) -> None:
     ids = [scene.mail.accept() for _ in range(5)]
-    defer = (
-        "UPDATE deliveries SET state = 'deferred', due_at = @later(:wait), waiting_for = :what WHERE message_id = :id"
-    )
-    for message_id, wait in zip(ids, (50, 30, 40, 20, 10), strict=True):
-        what = "route:default" if message_id != ids[4] else None
-        scene.mail.change(defer, wait=wait, what=what, id=message_id)
-    queued = "SELECT message_id FROM deliveries WHERE state = 'queued' AND due_at <= @now ORDER BY due_at"
+    defer = "UPDATE deliveries SET state = 'deferred', due_at = @later(:wait), waiting_for = :what WHERE queue_id = :id"
+    for queue_id, wait in zip(ids, (50, 30, 40, 20, 10), strict=True):
+        what = "route:default" if queue_id != ids[4] else None
+        scene.mail.change(defer, wait=wait, what=what, id=queue_id)
+    queued = "SELECT queue_id FROM deliveries WHERE state = 'queued' AND due_at <= @now ORDER BY due_at"
 
     def overdue() -> list[str]:
-        return [str(row["message_id"]).replace("-", "") for row in scene.mail.rows(queued)]
+        return [str(row["queue_id"]).replace("-", "") for row in scene.mail.rows(queued)]
 
     scene.sweeper.sweep()
     assert (scene.engine.waiting, overdue(), scene.engine.looks) == (["default"], [], 0)
@@ -167,40 +165,42 @@ def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene
 
 def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> None:
     dead = scene.worker()
-    message_id = scene.sending(dead)
+    queue_id = scene.sending(dead)
     scene.run_out(dead)
     scene.sweeper.sweep()
     scene.watch(scene.mail.settings.lease - 0.1)
-    assert scene.mail.state(message_id) == "sending"
+    assert scene.mail.state(queue_id) == "sending"
     scene.watch(0.2)
-    found = scene.mail.delivery(message_id)
-    assert (found["state"], found["last_outcome"], found["vanished"]) == ("deferred", "uncertain", 1)
-    assert scene.mail.attempts(message_id) == [(None, "uncertain")]
+    found = scene.mail.delivery(queue_id)
+    assert (found["state"], found["last_outcome"], found["crash_count"]) == ("deferred", "uncertain", 1)
+    assert scene.mail.attempts(queue_id) == [(None, "uncertain")]
 
 
 def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: Scene) -> None:
     """What stopped it may have stopped the others too: they get their time to renew."""
     slow = scene.worker()
-    message_id = scene.sending(slow)
+    queue_id = scene.sending(slow)
     scene.run_out(slow)
     scene.sweeper.sweep()
     scene.clock.now += 100 * scene.mail.settings.lease
     scene.sweeper.sweep()
     scene.watch(scene.mail.settings.lease * 0.7)
-    assert scene.mail.state(message_id) == "sending"
+    assert scene.mail.state(queue_id) == "sending"
     scene.watch(scene.mail.settings.lease * 0.1)
-    assert scene.mail.state(message_id) == "deferred"
+    assert scene.mail.state(queue_id) == "deferred"
 
 
 def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
     slow = scene.worker()
-    message_id = scene.sending(slow)
+    queue_id = scene.sending(slow)
     scene.run_out(slow)
     scene.sweeper.sweep()
     scene.watch(scene.mail.settings.lease - 1)
-    scene.mail.change("UPDATE workers SET until = @ago(0.5) WHERE id = :id", id=slow)  # another lease, run out as well
+    scene.mail.change(
+        "UPDATE workers SET lease_expires_at = @ago(0.5) WHERE id = :id", id=slow
+    )  # another lease, run out as well
     scene.watch(2)
-    assert scene.mail.state(message_id) == "sending"
+    assert scene.mail.state(queue_id) == "sending"
 
 
 def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
     scene.engine.renewed = scene.clock.now - 1
     scene.clock.now += scene.mail.settings.lease + 1
     due = scene.mail.accept()
-    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due)
+    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due)
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "deferred"  # our own engine has not renewed yet
     scene.engine.renewed = scene.clock.now
@@ -226,7 +226,9 @@ def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene)
     servers, mx = ServerPool(5), parse_server("mx.example.net")
     scene.sweeper._resting = servers.open_circuits
     QueueOperations(scene.mail.database, notices=True).pause("server:other:628", actor="me", reason="")
-    shown = "SELECT server, attempts, left_alone_by AS by, left_alone_why AS why, paused_at FROM server_health"
+    shown = (
+        "SELECT server, attempts, circuit_open_workers AS by, circuit_open_reason AS why, paused_at FROM server_health"
+    )
 
     def health() -> dict[str, tuple[object, ...]]:
         scene.sweeper.sweep()
@@ -242,7 +244,7 @@ def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene)
     assert health() == paused
     servers.failed(mx, "again", at_once=True)
     assert len(health()) == 2
-    scene.mail.change("UPDATE workers SET ended_at = @now, ending = 'stopped'")
+    scene.mail.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
     assert health() == paused, "whoever has ended leaves nothing alone"
 
 
@@ -264,20 +266,20 @@ def test_a_worker_says_which_routes_it_knows_and_how_long_a_claim_is_for(scene: 
 
 
 def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
-    message_id = scene.mail.accept()
+    queue_id = scene.mail.accept()
     scene.mail.change("UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true")
     scene.sweeper.sweep()
     (notice,) = scene.hints.offered
     assert scene.mail.state(notice) == "queued"
-    assert scene.mail.delivery(message_id)["due_at"] is None
+    assert scene.mail.delivery(queue_id)["due_at"] is None
 
 
 def test_a_full_spool_keeps_only_notices_waiting(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     owing = scene.mail.accept()
     scene.mail.change("UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true")
     due = scene.mail.accept()
-    monkeypatch.setattr(scene.mail.spool, "store", lambda message_id, parts: 1 / 0)
-    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE message_id = :id", id=due)
+    monkeypatch.setattr(scene.mail.spool, "store", lambda queue_id, parts: 1 / 0)
+    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due)
     scene.sweeper.sweep()
     assert (scene.mail.state(due), scene.hints.offered) == ("queued", [due])
     assert scene.mail.delivery(owing)["due_at"] is not None
@@ -298,10 +300,10 @@ def test_no_worker_buries_itself() -> None:
 
 
 def test_a_stuck_transfer_becomes_uncertain(scene: Scene) -> None:
-    message_id = scene.sending(scene.engine.worker)
-    scene.mail.change("UPDATE deliveries SET due_at = @ago(1) WHERE message_id = :id", id=message_id)
+    queue_id = scene.sending(scene.engine.worker)
+    scene.mail.change("UPDATE deliveries SET due_at = @ago(1) WHERE queue_id = :id", id=queue_id)
     scene.sweeper.sweep()
-    assert scene.mail.delivery(message_id)["last_outcome"] == "uncertain"
+    assert scene.mail.delivery(queue_id)["last_outcome"] == "uncertain"
 
 
 def test_the_tick_file_tells_that_both_threads_turn(scene: Scene) -> None:
@@ -332,14 +334,14 @@ def keeper(mail: Mailroom) -> Cleaner:
 @pytest.fixture
 def finished(mail: Mailroom) -> Callable[..., str]:
     def make(*, age: float) -> str:
-        message_id = mail.accept()
-        old = f"{int((time.time() - age) * 1000):012x}" + message_id[12:]  # ids sort by the time they were made
-        for table, key in (("messages", "id"), ("recipients", "message_id"), ("deliveries", "message_id")):
-            mail.change(f"UPDATE {table} SET {key} = :new WHERE {key} = :id", id=message_id, new=dashed(old))
+        queue_id = mail.accept()
+        old = f"{int((time.time() - age) * 1000):012x}" + queue_id[12:]  # ids sort by the time they were made
+        for table, key in (("messages", "id"), ("recipients", "queue_id"), ("deliveries", "queue_id")):
+            mail.change(f"UPDATE {table} SET {key} = :new WHERE {key} = :id", id=queue_id, new=dashed(old))
         mail.spool.path(old).parent.mkdir(exist_ok=True)
-        mail.spool.path(message_id).rename(mail.spool.path(old))
+        mail.spool.path(queue_id).rename(mail.spool.path(old))
         mail.change(
-            "UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @ago(:age) WHERE message_id = :id",
+            "UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @ago(:age) WHERE queue_id = :id",
             id=old, age=age,
         )  # fmt: skip
         mail.change("UPDATE messages SET received_at = @ago(:age) WHERE id = :id", id=old, age=age)
@@ -355,13 +357,13 @@ def test_finished_messages_go_after_their_retention(
     assert keeper.clean() == 1
     assert {row["id"] for row in mail.rows("SELECT @hex(id) AS id FROM messages")} == {young, waiting}
     for table in ("recipients", "deliveries"):
-        assert mail.rows(f"SELECT 1 FROM {table} WHERE message_id = :id", id=old) == []
+        assert mail.rows(f"SELECT 1 FROM {table} WHERE queue_id = :id", id=old) == []
     assert not mail.spool.path(old).exists()
 
 
 def test_old_mail_that_is_not_finished_stays(mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]) -> None:
     old = finished(age=31 * DAY)
-    mail.change("UPDATE deliveries SET state = 'held' WHERE message_id = :id", id=old)
+    mail.change("UPDATE deliveries SET state = 'held' WHERE queue_id = :id", id=old)
     assert keeper.clean() == 0
 
 
@@ -383,10 +385,10 @@ def test_a_message_with_a_row_missing_keeps_its_body(
 ) -> None:
     old = finished(age=31 * DAY)
     if lost == "one delivery of two":
-        mail.change("UPDATE recipients SET delivery = 2 WHERE message_id = :id", id=old)
+        mail.change("UPDATE recipients SET delivery = 2 WHERE queue_id = :id", id=old)
     for table in ("deliveries", "recipients"):
         if table in lost:
-            mail.change(f"DELETE FROM {table} WHERE message_id = :id", id=old)
+            mail.change(f"DELETE FROM {table} WHERE queue_id = :id", id=old)
     _aged(mail.spool.path(old), 31 * DAY)
     assert (keeper.clean(), keeper.clean_spool()) == (0, (0, 0))
     assert mail.spool.path(old).exists()
@@ -447,10 +449,10 @@ def test_the_wait_of_what_is_put_aside_begins_with_the_move(mail: Mailroom, keep
 def test_what_a_row_needs_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
     """Its row came when it was put aside already."""
     keeper = Cleaner(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
-    message_id = mail.accept()
-    mail.spool.move_to_orphans(message_id)
+    queue_id = mail.accept()
+    mail.spool.move_to_orphans(queue_id)
     keeper.clean_spool()
-    os.close(mail.spool.open(message_id, len(BODY)))
+    os.close(mail.spool.open(queue_id, len(BODY)))
 
 
 def test_only_directories_of_bodies_are_removed(mail: Mailroom, keeper: Cleaner) -> None:
@@ -478,7 +480,7 @@ def rerouting(mail: Mailroom, routes: Routes, clock: Callable[[], float]) -> Rer
 
 
 def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> None:
-    message_id = mail.accept()
+    queue_id = mail.accept()
     with writing(mail.database) as connection:
         connection.execute(text("UPDATE deliveries SET route = 'gone'"))
     now = [0.0]
@@ -486,10 +488,8 @@ def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> 
     assert rerouter.turn() == 0, "it may come back"
     now[0] += PATIENCE
     assert rerouter.turn() == 1
-    assert mail.rows("SELECT route FROM deliveries WHERE message_id = @id(:id)", id=message_id) == [
-        {"route": "default"}
-    ]
-    assert [row["verb"] for row in mail.rows("SELECT verb FROM actions")] == ["reroute"]
+    assert mail.rows("SELECT route FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [{"route": "default"}]
+    assert [row["verb"] for row in mail.rows("SELECT verb FROM audit")] == ["reroute"]
     assert rerouter.turn() == 0
 
 

@@ -32,15 +32,15 @@ def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Type
 
 def one_in(office: Office, state: State, *addresses: str, **more: object) -> str:
     """A message whose delivery is in that state."""
-    message_id = office.accept(*addresses, **more)
+    queue_id = office.accept(*addresses, **more)
     if state is State.HELD:
-        office.change("UPDATE deliveries SET state = 'held', due_at = NULL WHERE message_id = @id(:id)", id=message_id)
+        office.change("UPDATE deliveries SET state = 'held', due_at = NULL WHERE queue_id = @id(:id)", id=queue_id)
     elif state is not State.QUEUED:
-        (claim,) = office.claim(message_id)
+        (claim,) = office.claim(queue_id)
         if state is not State.SENDING:
             outcomes = {State.DEFERRED: Outcome.DEFERRED, State.DELIVERED: Outcome.ACCEPTED}
             office.record(claim, outcomes[state])
-    return message_id
+    return queue_id
 
 
 AFTER = {
@@ -57,13 +57,13 @@ def test_every_verb_from_every_state(office: Office, typed: Typed, verb: str) ->
     states = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD, State.DELIVERED)
     ids = {str(state): one_in(office, state) for state in states}
     typed(verb, "--all", "--yes")
-    for was, message_id in ids.items():
-        delivery = office.delivery(message_id)
+    for was, queue_id in ids.items():
+        delivery = office.delivery(queue_id)
         assert delivery["state"] == AFTER[verb].get(was, was), was
         if was in AFTER[verb]:
             assert (delivery["due_in"] is None) == (delivery["state"] in ("held", "dropped"))
             assert (delivery["finished_at"] is not None) == (delivery["state"] in ("bounced", "dropped"))
-    assert office.delivery(ids["sending"])["wanted"] == (None if verb == "release" else verb)
+    assert office.delivery(ids["sending"])["pending_operation"] == (None if verb == "release" else verb)
 
 
 @pytest.mark.parametrize(("verb", "then"), [("hold", "held"), ("drop", "dropped"), ("bounce", "bounced")])
@@ -72,8 +72,8 @@ def test_what_is_being_sent_is_told(office: Office, typed: Typed, verb: str, the
     assert "2 being sent" in typed(verb, "--all", "--yes").stderr
     office.record(one, Outcome.DEFERRED)
     office.record(two, Outcome.ACCEPTED)
-    assert office.states([one.message_id, two.message_id]) == [then, "delivered"], "a K beats every wish"
-    assert office.delivery(two.message_id)["last_reply"] == "its words"
+    assert office.states([one.queue_id, two.queue_id]) == [then, "delivered"], "a K beats every wish"
+    assert office.delivery(two.queue_id)["last_reply"] == "its words"
 
 
 @pytest.mark.parametrize("verb", ["hold", "drop", "bounce"])
@@ -83,40 +83,40 @@ def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(office: Office, type
     waiting, (claim,) = office.accept(), office.claim(office.accept())
     typed(verb, "--all", "--yes", "--reason", "they moved")
     words = office.delivery(waiting)["last_reply"]
-    row = office.delivery(claim.message_id)
-    assert (row["last_reply"], row["wanted_why"]) == (None, words)
+    row = office.delivery(claim.queue_id)
+    assert (row["last_reply"], row["pending_reason"]) == (None, words)
     if end == "recorded":
         office.record(claim, Outcome.DEFERRED)
     else:
         office.pass_time(400)
         office.expire_worker(office.worker)
-    row = office.delivery(claim.message_id)
-    assert (row["last_reply"], row["wanted_why"]) == (words, None)
+    row = office.delivery(claim.queue_id)
+    assert (row["last_reply"], row["pending_reason"]) == (words, None)
     assert words.endswith(": they moved")
-    assert words in typed("why", claim.message_id).stdout
+    assert words in typed("why", claim.queue_id).stdout
 
 
 def test_a_wish_of_retry_leaves_the_servers_words(office: Office, typed: Typed) -> None:
     (claim,) = office.claim(office.accept())
-    typed("retry", claim.message_id, "--reason", "now")
+    typed("retry", claim.queue_id, "--reason", "now")
     office.record(claim, Outcome.DEFERRED)
-    row = office.delivery(claim.message_id)
-    assert (row["state"], row["last_reply"], row["wanted_why"]) == ("queued", "its words", None)
+    row = office.delivery(claim.queue_id)
+    assert (row["state"], row["last_reply"], row["pending_reason"]) == ("queued", "its words", None)
 
 
 def test_release_takes_back_a_hold_that_was_only_wanted(office: Office, typed: Typed) -> None:
     (held,), (dropped,) = office.claim(office.accept()), office.claim(office.accept())
-    typed("hold", held.message_id)
-    typed("drop", dropped.message_id)
+    typed("hold", held.queue_id)
+    typed("drop", dropped.queue_id)
     done = typed("release", "--all")
     assert "release: 1 delivery (1 sending)" in done.stdout
     assert "1 being sent: not held after this try any more" in done.stderr
-    rows = [office.delivery(claim.message_id) for claim in (held, dropped)]
-    assert [(row["state"], row["wanted"]) for row in rows] == [("sending", None), ("sending", "drop")]
-    assert [row["wanted_why"] is None for row in rows] == [True, False]
+    rows = [office.delivery(claim.queue_id) for claim in (held, dropped)]
+    assert [(row["state"], row["pending_operation"]) for row in rows] == [("sending", None), ("sending", "drop")]
+    assert [row["pending_reason"] is None for row in rows] == [True, False]
     office.record(held, Outcome.DEFERRED)
-    assert office.state(held.message_id) == "deferred"
-    assert len(office.rows("SELECT * FROM touched")) == 3
+    assert office.state(held.queue_id) == "deferred"
+    assert len(office.rows("SELECT * FROM audit_deliveries")) == 3
 
 
 def test_it_goes_in_chunks_and_misses_nobody(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +128,11 @@ def test_it_goes_in_chunks_and_misses_nobody(office: Office, monkeypatch: pytest
     )
     assert (dict(touched), free) == ({"queued": 18}, [])
     assert office.state(other) == "queued"
-    (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM actions")
+    (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM audit")
     assert tuple(action.values()) == ("me@here", "hold", "because", "--recipient '*@example.org'", 18)
-    noted = """SELECT t.message_id, t.delivery FROM touched t JOIN actions a ON a.id = t.action
-        JOIN deliveries d ON d.message_id = t.message_id AND d.number = t.delivery AND d.state = 'held'"""
-    assert len(office.rows(noted)) == len(office.rows("SELECT * FROM touched")) == 18
+    noted = """SELECT t.queue_id, t.delivery FROM audit_deliveries t JOIN audit a ON a.id = t.action
+        JOIN deliveries d ON d.queue_id = t.queue_id AND d.number = t.delivery AND d.state = 'held'"""
+    assert len(office.rows(noted)) == len(office.rows("SELECT * FROM audit_deliveries")) == 18
 
 
 @pytest.mark.parametrize("name", ["hold", "drop", "retry --reroute"])
@@ -141,8 +141,8 @@ def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
 ) -> None:
     monkeypatch.setattr(actions, "CHUNK", 2)
     ids = sorted(office.accept() for _ in range(5))
-    for message_id in ids:
-        spool.store(message_id, [BODY])
+    for queue_id in ids:
+        spool.store(queue_id, [BODY])
     note, calls = actions.AuditEntry.note, list[int]()
 
     def interrupting(self: actions.AuditEntry, *given: object) -> None:
@@ -155,8 +155,8 @@ def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
     done = typed(*name.split(), "--all", "--yes", status=130)
     assert "4 deliveries (4 queued)" in done.stdout
     assert "interrupted after 4 of 5 deliveries" in done.stderr
-    ((matched,),) = (row.values() for row in office.rows("SELECT matched FROM actions"))
-    touched = [row["id"] for row in office.rows("SELECT @hex(message_id) AS id FROM touched ORDER BY 1")]
+    ((matched,),) = (row.values() for row in office.rows("SELECT matched FROM audit"))
+    touched = [row["id"] for row in office.rows("SELECT @hex(queue_id) AS id FROM audit_deliveries ORDER BY 1")]
     assert (matched, touched) == (4, ids[:4])
     if name == "hold":
         assert office.states(ids) == [*["held"] * 4, "queued"]
@@ -198,7 +198,7 @@ def test_the_whole_filter_counts_when_the_row_is_locked(office: Office, case: st
     office.change("UPDATE deliveries SET last_reply = 'first'")
     queue = verbs.QueueOperations(office.engine, notices=True)
     with ThreadPoolExecutor(1) as another, writing(office.engine) as connection:
-        of_the_oldest = "WHERE message_id = @id(:id)"
+        of_the_oldest = "WHERE queue_id = @id(:id)"
         sql = f"UPDATE deliveries SET {change} {of_the_oldest} RETURNING *"
         (changed,) = connection.execute(text(office.spell(sql)), {"id": dashed(ids[0])}).mappings()
         applied = another.submit(queue.apply, verbs.OPERATIONS[name], wanted, actor="me@here", reason="", limit=2)
@@ -207,7 +207,7 @@ def test_the_whole_filter_counts_when_the_row_is_locked(office: Office, case: st
     touched, _ = applied.result()
     assert touched == {str(state): 2}, "the limit is filled with what is meant"
     assert office.rows(f"SELECT * FROM deliveries {of_the_oldest}", id=ids[0]) == [dict(changed)]
-    noted = office.rows("SELECT @hex(message_id) AS id FROM touched ORDER BY 1")
+    noted = office.rows("SELECT @hex(queue_id) AS id FROM audit_deliveries ORDER BY 1")
     assert [row["id"] for row in noted] == ids[1:]
 
 
@@ -226,44 +226,44 @@ def test_more_than_one_needs_a_yes(office: Office, typed: Typed, monkeypatch: py
     monkeypatch.setattr("commands.ops.modify.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
     typed("drop", "--recipient", "a@example.org", answer="n\n", status=1)
     assert office.states(ids) == ["queued", "queued"]
-    assert office.rows("SELECT * FROM actions") == []
+    assert office.rows("SELECT * FROM audit") == []
     typed("drop", "--recipient", "a@example.org", answer="y\n")
     assert office.states(ids) == ["dropped", "dropped"]
 
 
 def test_nothing_is_done_to_everything_by_mistake(office: Office, typed: Typed) -> None:
-    message_id = office.accept()
+    queue_id = office.accept()
     assert "--all" in typed("drop", "--yes", status=2).stderr
-    assert office.state(message_id) == "queued"
+    assert office.state(queue_id) == "queued"
     assert "it takes what is held" in typed("release", "--all", status=1).stderr
     assert "no message" in typed("drop", "--id", "ffffffff", status=1).stderr
-    typed("hold", message_id[-12:])
-    typed("drop", "--id", message_id[-12:])
-    assert office.state(message_id) == "dropped"
+    typed("hold", queue_id[-12:])
+    typed("drop", "--id", queue_id[-12:])
+    assert office.state(queue_id) == "dropped"
 
 
 def test_a_dry_run_shows_whom_it_would_touch(office: Office, typed: Typed) -> None:
-    message_id = office.accept("a@example.org", "b@example.org", "bulk:c@example.org")
+    queue_id = office.accept("a@example.org", "b@example.org", "bulk:c@example.org")
     done = typed("hold", "--recipient", "b@example.org", "--dry-run", "--json")
     assert [row["recipient"] for row in lines(done)] == ["a@example.org", "b@example.org"], "one request carries both"
     assert "would hold 1 delivery (1 queued)" in done.stderr
-    assert {office.state(message_id), office.state(message_id, 2)} == {"queued"}
-    assert office.rows("SELECT * FROM actions") == []
+    assert {office.state(queue_id), office.state(queue_id, 2)} == {"queued"}
+    assert office.rows("SELECT * FROM audit") == []
 
 
 def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
-    message_id = office.accept()
-    done = typed("hold", "--id", message_id, "--reason", "it's\nspam", "--json")
+    queue_id = office.accept()
+    done = typed("hold", "--id", queue_id, "--reason", "it's\nspam", "--json")
     assert json.loads(done.stdout) == {"verb": "hold", "deliveries": 1, "were": {"queued": 1}, "bodies_removed": 0}
-    (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM actions")
+    (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM audit")
     assert "@" in action["actor"]
     assert (action["verb"], action["reason"], action["matched"]) == ("hold", "it's\nspam", 1)
-    assert action["filter"] == f"--id {message_id}"
-    held_by = office.delivery(message_id)["last_reply"]
+    assert action["filter"] == f"--id {queue_id}"
+    held_by = office.delivery(queue_id)["last_reply"]
     assert held_by == f"held by {action['actor']}: it's\\nspam"
-    assert typed("why", message_id).stdout.startswith(f"b@example.org: {held_by}. It stays")
-    typed("bounce", "--id", message_id, "--reason", "not here")
-    assert office.delivery(message_id)["last_reply"] == "bounced by an operator: not here", "the sender reads it"
+    assert typed("why", queue_id).stdout.startswith(f"b@example.org: {held_by}. It stays")
+    typed("bounce", "--id", queue_id, "--reason", "not here")
+    assert office.delivery(queue_id)["last_reply"] == "bounced by an operator: not here", "the sender reads it"
     deferred = one_in(office, State.DEFERRED)
     typed("bounce", deferred, "--reason", "they moved")
     assert "ago, because bounced by an operator: they moved; a notice" in typed("why", deferred).stdout
@@ -276,8 +276,8 @@ def test_bodies_go_when_nobody_needs_them(office: Office, spool: Spool, typed: T
         office.accept("a@example.org", sender=""),
         office.accept("c@example.org", "bulk:c@example.org"),
     )
-    for message_id in (kept, told, null, split):
-        spool.store(message_id, [BODY])
+    for queue_id in (kept, told, null, split):
+        spool.store(queue_id, [BODY])
     typed("drop", "--id", kept, "--recipient", "a@example.org")
     typed("bounce", "--id", told)
     typed("bounce", "--id", null)
@@ -287,13 +287,13 @@ def test_bodies_go_when_nobody_needs_them(office: Office, spool: Spool, typed: T
 
 
 def test_where_the_spool_is_not_mounted_bodies_stay(office: Office, spool: Spool, typed: Typed) -> None:
-    message_id = office.accept()
-    spool.store(message_id, [BODY])
+    queue_id = office.accept()
+    spool.store(queue_id, [BODY])
     (spool.directory / "spool-id").write_text("f" * 32)
-    assert "removed" not in typed("drop", "--id", message_id).stdout
-    assert spool.path(message_id).exists()
-    assert "not at hand" in typed("body", message_id, status=3).stderr
-    assert "not at hand" in typed("show", message_id).stdout
+    assert "removed" not in typed("drop", "--id", queue_id).stdout
+    assert spool.path(queue_id).exists()
+    assert "not at hand" in typed("body", queue_id, status=3).stderr
+    assert "not at hand" in typed("show", queue_id).stdout
     assert "not at hand" in typed("fsck", status=3).stderr
 
 
@@ -313,7 +313,7 @@ def test_rerouting(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
     }  # fmt: skip
     pieces = [office.delivery(deferred, number) for number in (2, 3)]
     assert [(piece["route"], piece["state"]) for piece in pieces] == [("com", "queued"), ("default", "queued")]
-    assert office.rows("SELECT verb FROM actions")[0]["verb"] == "reroute"
+    assert office.rows("SELECT verb FROM audit")[0]["verb"] == "reroute"
 
 
 def test_a_limit_takes_the_oldest(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,12 +327,12 @@ def test_a_limit_takes_the_oldest(office: Office, typed: Typed, monkeypatch: pyt
     for limit, held in (("3", 3), ("1", 4), ("9", 6)):
         typed("hold", "--all", "--yes", "--limit", limit)
         assert office.states(ids) == ["held"] * held + ["queued"] * (6 - held)
-    shown = [row["filter"] for row in office.rows("SELECT filter FROM actions ORDER BY id")]
+    shown = [row["filter"] for row in office.rows("SELECT filter FROM audit ORDER BY id")]
     assert shown == ["--limit 3", "--limit 1", "--limit 9"]
 
 
 def test_pauses(office: Office, typed: Typed) -> None:
-    message_id = office.accept()
+    queue_id = office.accept()
     assert "known are route:default" in typed("pause", "--server", "192.0.2.7", "--reason", "disk swap").stderr
     typed("pause", "--server", "192.0.2.7:628", status=1)
     assert not typed("pause", "--route", "default", "--reason", "disk swap").stderr
@@ -340,12 +340,12 @@ def test_pauses(office: Office, typed: Typed) -> None:
         "route:default", "server:192.0.2.7:628"
     }  # fmt: skip
     paused = r"because route default is paused until `resume` \(by \S+@\S+ \d+s ago: disk swap\)\.$"
-    assert re.search(paused, typed("why", message_id).stdout)
+    assert re.search(paused, typed("why", queue_id).stdout)
     typed("resume", "--route", "default")
     again = lines(typed("resume", "--route", "default", "--json", status=1))
     assert again == [{"verb": "resume", "subject": "route:default", "done": False}]
     for wrong in ((), ("--route", "x", "--server", "y"), ("--server", "host:port")):
         typed("pause", *wrong, status=2)
-    assert [row["verb"] for row in office.rows("SELECT verb FROM actions ORDER BY id")] == [
+    assert [row["verb"] for row in office.rows("SELECT verb FROM audit ORDER BY id")] == [
         "pause server:192.0.2.7:628", "pause route:default", "resume route:default"
     ]  # fmt: skip

@@ -77,14 +77,14 @@ def house(sqlite_url: str, spool: Spool, tmp_path: Path, spawn: Spawn) -> Iterat
 def test_a_server_that_refused_us_before_the_pattern_was_known_is_left_alone(house: Callable[..., House]) -> None:
     with running_sink() as sink:
         at = house(sink.port, "redis://127.0.0.1:1/0")
-        message_id = at.mail.accept()
+        queue_id = at.mail.accept()
         at.mail.change(
             """UPDATE deliveries SET state = 'bounced', due_at = @ago(60), finished_at = @now, last_outcome =
-                'rejected', last_reply = 'you shall not pass', last_server = :server WHERE message_id = :id""",
-            id=message_id, server=f"127.0.0.1:{sink.port}",
+                'rejected', last_reply = 'you shall not pass', last_server = :server WHERE queue_id = :id""",
+            id=queue_id, server=f"127.0.0.1:{sink.port}",
         )  # fmt: skip
         worker = at.start(UNAUTHORIZED_REPLIES="shall not pass")
-        until(lambda: at.mail.state(message_id) == "deferred", 30, what=at.said)
+        until(lambda: at.mail.state(queue_id) == "deferred", 30, what=at.said)
         until(lambda: "server left alone" in at.said(), what=at.said)
         assert "server does not want us" in at.said()
         assert services.end(worker, signal.SIGTERM) == 0
@@ -116,7 +116,7 @@ def test_hints_are_delivered_and_sigterm_ends_it(house: Any, broker: Broker, com
         assert "Umask:\t0077\n" in Path(f"/proc/{worker.pid}/status").read_text(), "whatever it makes is ours alone"
         assert services.end(worker) == 0
     assert sink.count == len(ids)
-    assert home.mail.rows("SELECT ending FROM workers") == [{"ending": "stopped"}]
+    assert home.mail.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
     assert list(home.mail.settings.state_dir.glob("*.tick")) == []
 
 
@@ -141,30 +141,30 @@ def test_a_silent_broker_does_not_hold_up_the_end(house: Any, broker: Broker) ->
             services.end(worker, timeout=15)
         finally:
             broker.resume()
-    assert home.mail.rows("SELECT ending FROM workers") == [{"ending": "stopped"}]
+    assert home.mail.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
 
 
 def test_sigterm_records_what_it_cannot_wait_for(house: Any, broker: Broker) -> None:
     with running_sink(Rule(Answer(raw=b"", end="stay"))) as silent:
         home = house(silent.port, broker.url)
-        message_id = home.mail.accept()
+        queue_id = home.mail.accept()
         worker = home.start()
         until(lambda: silent.count == 1, 30, what=home.said)
         assert services.end(worker, timeout=15) == 0, home.said()
-    found = home.mail.delivery(message_id)
+    found = home.mail.delivery(queue_id)
     assert (found["state"], found["last_outcome"]) == ("deferred", "uncertain")
 
 
 def test_B39_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(house: Any, broker: Broker) -> None:
     with running_sink(Rule(Answer(raw=b"", end="stay"), times=1)) as sink:
         home = house(sink.port, broker.url)
-        message_id = home.mail.accept()
+        queue_id = home.mail.accept()
         first = home.start(UNCERTAIN_DELAY="0s", RETRY_MIN="100ms")
         until(lambda: sink.count == 1, 30, what=home.said)
         services.end(first, signal.SIGKILL)
         home.start(UNCERTAIN_DELAY="0s", RETRY_MIN="100ms")
-        until(lambda: home.mail.state(message_id) == "delivered", 40, what=home.said)
-    assert [outcome for _, outcome in home.mail.attempts(message_id)] == ["uncertain", "accepted"]
+        until(lambda: home.mail.state(queue_id) == "delivered", 40, what=home.said)
+    assert [outcome for _, outcome in home.mail.attempts(queue_id)] == ["uncertain", "accepted"]
 
 
 @pytest.mark.parametrize(

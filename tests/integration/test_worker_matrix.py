@@ -137,9 +137,9 @@ class Scene:
         until(lambda: not any(self.mail.spool.path(i).exists() for i in self.ids.values()), what="no body is left")
         lines = []
         for phase in filter(self.ids.__contains__, PHASES):
-            message_id = self.ids[phase]
+            queue_id = self.ids[phase]
             tries, delivery = found[phase]
-            times = again[message_id] + (self.gates[phase].taken if phase in self.gates else 0)
+            times = again[queue_id] + (self.gates[phase].taken if phase in self.gates else 0)
             lines.append(line(fault, phase, tries, delivery, times))
         return lines
 
@@ -179,14 +179,14 @@ def delivered_by_another(mail: Mailroom) -> Counter[str]:
             other.change("UPDATE deliveries SET route = 'default' WHERE state = 'queued'")
             until(lambda: other.states() <= {"delivered", "held"}, 30)
         other.close()
-    names = {row["address"]: row["id"] for row in mail.rows("SELECT address, @hex(message_id) AS id FROM recipients")}
+    names = {row["address"]: row["id"] for row in mail.rows("SELECT address, @hex(queue_id) AS id FROM recipients")}
     return Counter(names[got.recipients[0].decode()] for got in good.received)
 
 
-def until_it_is(mail: Mailroom, message_id: str, state: str, *, claims: int = 0) -> dict[str, Any]:
+def until_it_is(mail: Mailroom, queue_id: str, state: str, *, claims: int = 0) -> dict[str, Any]:
     def so() -> dict[str, Any]:
-        found = mail.delivery(message_id)
-        return found if found["state"] == state and found["claims"] >= claims else {}
+        found = mail.delivery(queue_id)
+        return found if found["state"] == state and found["claim_count"] >= claims else {}
 
     return until(so, 20, what=state)
 
@@ -220,7 +220,7 @@ def scene(database_url: str, directory: Path, spawn: Callable[..., Any], *more: 
 
 def expire_worker(mail: Mailroom) -> None:
     """What a sweeper does when the lease has run out."""
-    mail.change("UPDATE workers SET until = @ago(1) WHERE ended_at IS NULL")
+    mail.change("UPDATE workers SET lease_expires_at = @ago(1) WHERE ended_at IS NULL")
     for worker, until_ in mail.sweeps.expired_leases():
         assert mail.sweeps.expire_worker(worker, until_)
 
@@ -270,27 +270,27 @@ def with_files(mail: Mailroom, sink: Sink) -> list[str]:
     os.truncate(mail.spool.path(short), 5)
     with mail.working():
         until(lambda: mail.states() == {"held"})
-    for message_id, fault in ((missing, "the body file is missing"), (short, "the body file has another size")):
-        lines.append(line(fault, "opening", mail.attempts(message_id), mail.delivery(message_id), 0))
+    for queue_id, fault in ((missing, "the body file is missing"), (short, "the body file has another size")):
+        lines.append(line(fault, "opening", mail.attempts(queue_id), mail.delivery(queue_id), 0))
 
-    def unopened(message_id: str, size: int) -> int:
+    def unopened(queue_id: str, size: int) -> int:
         raise OSError(code, os.strerror(code))
 
-    def unreadable(message_id: str, size: int) -> int:
+    def unreadable(queue_id: str, size: int) -> int:
         return os.open("/proc/self/mem", os.O_RDONLY)  # nothing is mapped at its beginning: EIO
 
     faults: list[tuple[int, str, Callable[[str, int], int]]] = [
         (errno.EIO, "opening", unopened), (errno.EMFILE, "opening", unopened), (errno.EIO, "in the body", unreadable),
     ]  # fmt: skip
     for code, where, failing in faults:
-        message_id, before = mail.accept(), sink.count
+        queue_id, before = mail.accept(), sink.count
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mail.spool, "open", failing)
             with mail.working():
-                delivery = until_it_is(mail, message_id, "queued", claims=1)
-                tries = mail.attempts(message_id)
+                delivery = until_it_is(mail, queue_id, "queued", claims=1)
+                tries = mail.attempts(queue_id)
                 patch.undo()
-                until_it_is(mail, message_id, "delivered")
+                until_it_is(mail, queue_id, "delivered")
         what = f"the disk fails ({errno.errorcode[code]}); this worker claims nothing for a while"
         lines.append(line(what, where, tries, delivery, sink.count - before))
     return lines
@@ -299,14 +299,14 @@ def with_files(mail: Mailroom, sink: Sink) -> list[str]:
 def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path) -> list[str]:
     gate = Gate()
     mail = Mailroom(url, spool, directory, qmqp_servers=(f"127.0.0.1:{gate.port}",), lease=60.0)
-    message_id = mail.accept()
+    queue_id = mail.accept()
     with mail.working():
         assert gate.reached.wait(10)
         postgres.kill()
         gate.open.set()
         postgres.start()
-        until(lambda: mail.state(message_id) == "delivered", 20)
-    tries, delivery = mail.attempts(message_id), mail.delivery(message_id)
+        until(lambda: mail.state(queue_id) == "delivered", 20)
+    tries, delivery = mail.attempts(queue_id), mail.delivery(queue_id)
     mail.close()
     gate.close()
     return [line("the database is away and comes back", ANSWERED, tries, delivery, gate.taken)]

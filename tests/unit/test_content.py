@@ -161,7 +161,7 @@ def test_a_client_that_sends_two_crs_is_understood() -> None:
     for blocks in cuts(wire):
         content, text, rest = decode(blocks, strip_cr=True)
         assert (text, rest, content.fault) == (b"Message-ID: <a@b>\n\nhello\n.x\n", b"QUIT\r\n", None)
-        assert content.message_id == "<a@b>"
+        assert content.header_message_id == "<a@b>"
 
 
 def test_crs_that_are_stripped_count_towards_the_limit() -> None:
@@ -261,7 +261,7 @@ def test_the_message_id_is_read_from_the_header_alone(header: bytes, found: str 
     wire = header + b"\r\nMessage-ID: <body@b>\r\n.\r\n"
     for size in (1, 3, 16, len(wire)):
         content, _, _ = decode(wire[i : i + size] for i in range(0, len(wire), size))
-        assert content.message_id == found
+        assert content.header_message_id == found
 
 
 @pytest.mark.parametrize("blank", [b" ", b"\t"])
@@ -269,7 +269,7 @@ def test_content_that_begins_with_a_continuation_has_no_header(blank: bytes) -> 
     wire = blank + b"by bank.example\r\n" + b"Received: x\r\n" * 101 + b"Message-ID: <a@b>\r\n\r\n.\r\n"
     for size in (1, 3, len(wire)):
         content, _, _ = decode(wire[i : i + size] for i in range(0, len(wire), size))
-        assert (content.message_id, content.fault) == (None, None)
+        assert (content.header_message_id, content.fault) == (None, None)
 
 
 def test_only_one_unfinished_header_line_is_kept_and_bounded() -> None:

@@ -20,7 +20,7 @@ def test_an_id_is_a_uuid_of_version_7() -> None:
 def test_ids_differ_and_sort_by_time() -> None:
     made = [new_id() for _ in range(20_000)]
     assert len(set(made)) == len(made)
-    stamps = [int(message_id[:12], 16) for message_id in made]
+    stamps = [int(queue_id[:12], 16) for queue_id in made]
     assert stamps == sorted(stamps)
     assert [i[:12] for i in sorted(made)] == [i[:12] for i in made]
 

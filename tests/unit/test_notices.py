@@ -247,14 +247,14 @@ HOSTILE = st.text(st.characters(max_codepoint=0x2FF), max_size=200).map(
 @settings(max_examples=15)
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
 def test_no_words_of_others_add_a_line_or_a_field(
-    reply: str, address: str, orcpt: str, envid: str, message_id: str
+    reply: str, address: str, orcpt: str, envid: str, queue_id: str
 ) -> None:
     failure = replace(FAILED, reply=reply, address=address, orcpt=f"{orcpt};{orcpt}")
-    original = replace(ORIGINAL, envid=envid, header_message_id=message_id)
+    original = replace(ORIGINAL, envid=envid, header_message_id=queue_id)
     wire = written(failure, original=original)
     calm = written(
         replace(FAILED, orcpt="rfc822;b", reply=reply and "x"),
-        original=replace(ORIGINAL, envid=envid and "e", header_message_id=message_id and "m"),
+        original=replace(ORIGINAL, envid=envid and "e", header_message_id=queue_id and "m"),
     )
     assert wire.isascii()
     names = [list(group) for group in groups(wire)]

@@ -1,22 +1,42 @@
-"""Who waits for what, and indexes that do not grow with what waits.
+"""The field's own names, what a delivery waits for, and indexes that do not grow with what waits.
 
-`ADDED`: a column a row, with its comment. `INDEXES`: the indexes of `deliveries` by name, after and before.
+`TABLES` and `COLUMNS` are renamed. `ADDED`: a column a row, with its comment. `INDEXES`: the indexes of `deliveries` by
+name, after and before. Every view goes first, because none may name what is renamed; `migrations.views` makes them anew.
 
 One index on `due_at` held every state and every route together: a claim for one route walked through the mail of all
 others that was due before, and a look for stuck transfers through everything overdue. Now each state that something
 looks for has an index of its own. A row is in one of them at a time, so a change of state costs what it did before.
 """
 
+import importlib
+import re
 from collections.abc import Mapping
 
 from alembic import op
 from sqlalchemy import Connection
+
+from migrations.views import drop_views
 
 revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
 
+TABLES = {"actions": "audit", "touched": "audit_deliveries", "rests": "open_circuits"}
+COLUMNS = {
+    "messages": {"notice_of": "dsn_of"},
+    "recipients": {"message_id": "queue_id"},
+    "deliveries": {
+        "message_id": "queue_id",
+        "claims": "claim_count",
+        "vanished": "crash_count",
+        "wanted": "pending_operation",
+        "wanted_why": "pending_reason",
+    },
+    "attempts": {"message_id": "queue_id", "hop": "attempt_index"},
+    "audit_deliveries": {"message_id": "queue_id"},
+    "workers": {"until": "lease_expires_at", "ending": "end_reason"},
+}
 ADDED = {
     "deliveries.waiting_for": ("TEXT", "route:NAME: it becomes due when a server of that route answers"),
     "messages.client_trusted": ("BOOLEAN", "whether the client is in CLIENT_NETWORKS; empty: one of our own, or older"),
@@ -48,9 +68,17 @@ DSN_LIMITS_ABOUT = {
 
 
 def upgrade() -> None:
-    """Add the columns and the table that limits DSNs, replace the index."""
+    """Rename, add the columns and the table that limits DSNs, replace the index."""
     connection = op.get_bind()
     postgresql = connection.dialect.name == "postgresql"
+    drop_views(connection)
+    for old, new in TABLES.items():
+        _rename_table(connection, old, new)
+    for table, names in COLUMNS.items():
+        for old, new in names.items():
+            connection.exec_driver_sql(f"ALTER TABLE {table} RENAME COLUMN {old} TO {new}")
+    if postgresql:
+        _rename_not_null(connection)
     for column, (kind, comment) in ADDED.items():
         table, name = column.split(".")
         connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
@@ -65,13 +93,48 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take them away, put the index back."""
+    """Take them away, put the index, the names and the views back."""
     connection = op.get_bind()
+    drop_views(connection)
     _replace(connection, INDEXES, BEFORE)
     connection.exec_driver_sql("DROP TABLE dsn_limits")
     for column in reversed(ADDED):
         table, name = column.split(".")
         connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {name}")
+    for table, names in COLUMNS.items():
+        for old, new in names.items():
+            connection.exec_driver_sql(f"ALTER TABLE {table} RENAME COLUMN {new} TO {old}")
+    for old, new in TABLES.items():
+        _rename_table(connection, new, old)
+    if connection.dialect.name == "postgresql":
+        _rename_not_null(connection)
+    before = importlib.import_module("migrations.versions.0002_looking")
+    before.create_views(connection)
+
+
+def _rename_table(connection: Connection, old: str, new: str) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"ALTER TABLE {old} RENAME TO {new}")
+        connection.exec_driver_sql(f"ALTER TABLE {new} RENAME CONSTRAINT {old}_key TO {new}_key")
+        return
+    # SQLite keeps the names of constraints when it renames a table.
+    find = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
+    made = str(connection.exec_driver_sql(find, (old,)).scalar())
+    connection.exec_driver_sql(re.sub(rf"\b{old}(?=\b|_key)", new, made))
+    connection.exec_driver_sql(f"INSERT INTO {new} SELECT * FROM {old}")
+    connection.exec_driver_sql(f"DROP TABLE {old}")
+
+
+def _rename_not_null(connection: Connection) -> None:
+    """From version 18 on PostgreSQL names these constraints too, after the table and the column."""
+    rows = connection.exec_driver_sql(
+        """SELECT c.conrelid::regclass, c.conname, a.attname FROM pg_constraint c
+        JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = c.conkey[1]
+        WHERE c.contype = 'n' AND c.connamespace = 'public'::regnamespace"""
+    ).all()
+    for table, name, column in rows:
+        if name != (wanted := f"{table}_{column}_not_null"):
+            connection.exec_driver_sql(f"ALTER TABLE {table} RENAME CONSTRAINT {name} TO {wanted}")
 
 
 def _replace(connection: Connection, old: Mapping[str, str], new: Mapping[str, str]) -> None:
