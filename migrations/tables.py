@@ -263,7 +263,7 @@ VIEW_COLUMNS = {
     "server_health": {
         "server": "host:port, [v6]:port or unix:/path",
         "attempts": "tries",
-        "accepted": "those with that outcome",
+        "delivered": "those with that outcome",
         "deferred": "those with that outcome",
         "rejected": "those with that outcome",
         "unreachable": "those with that outcome",

@@ -49,7 +49,7 @@ _READ_SIZE = 4096
 _AT_ONCE = 1.0
 _UNREAD = 65536
 _NO_FLAGS: frozenset[str] = frozenset()
-_BY_STATUS = {b"K": Outcome.ACCEPTED, b"Z": Outcome.DEFERRED, b"D": Outcome.REJECTED}
+_BY_STATUS = {b"K": Outcome.DELIVERED, b"Z": Outcome.DEFERRED, b"D": Outcome.REJECTED}
 
 
 @dataclass(frozen=True, slots=True)

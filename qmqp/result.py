@@ -4,7 +4,7 @@ A client of this protocol needs more than "sent" and "failed", as what may be do
 server said, and on which side of the commit point (see the package) the connection ended.
 
     outcome       happened                                           then
-    ACCEPTED      K                                                  done: the server answers for every recipient
+    DELIVERED     K                                                  done: the server answers for every recipient
     DEFERRED      Z                                                  try again later
     REJECTED      D                                                  give up: no recipient will get it
     UNREACHABLE   no connection                                      another server, at once
@@ -25,7 +25,7 @@ from typing import NamedTuple
 class Outcome(StrEnum):
     """What became of an attempt."""
 
-    ACCEPTED = "accepted"
+    DELIVERED = "delivered"
     DEFERRED = "deferred"
     REJECTED = "rejected"
     UNREACHABLE = "unreachable"

@@ -107,7 +107,7 @@ class ClientPolicy:
         return "" if self.trusted else self.network
 
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
-        """`accepted`: how many recipients the transaction has. Raises Refused."""
+        """`delivered`: how many recipients the transaction has. Raises Refused."""
         if not self.trusted and not self.policy.receives_for(recipient):
             raise CommandRefused(_RELAY_DENIED)
         # `victim%evil.test@allowed.test` is mail to evil.test for a server that knows the percent hack, and `!` and a

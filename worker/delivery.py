@@ -48,7 +48,7 @@ class Wait(enum.Enum):
 
 
 OUTCOME_POLICY: dict[Outcome, tuple[State, Wait]] = {
-    Outcome.ACCEPTED: (State.DELIVERED, Wait.NONE),
+    Outcome.DELIVERED: (State.DELIVERED, Wait.NONE),
     Outcome.DEFERRED: (State.DEFERRED, Wait.BACKOFF),
     Outcome.REJECTED: (State.BOUNCED, Wait.NONE),
     Outcome.UNREACHABLE: (State.DEFERRED, Wait.HEALTH),
@@ -61,7 +61,7 @@ OUTCOME_POLICY: dict[Outcome, tuple[State, Wait]] = {
 # about the mail, the later it stands: what is recorded when no server is left.
 _MOVES_ON = (Outcome.UNREACHABLE, Outcome.MALFORMED, Outcome.INTERRUPTED, Outcome.REJECTED, Outcome.DEFERRED)
 _SAYS_LATER = {Outcome.REJECTED, Outcome.DEFERRED}  # of those
-_WHOLE_REPLY = {Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED}
+_WHOLE_REPLY = {Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED}
 
 
 def next_state(

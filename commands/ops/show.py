@@ -81,7 +81,7 @@ _WORKERS: Columns = {
     "LEASE": lambda row: ago(row["lease_expires_at"]) if row["alive"] else "run out",
     **_columns("SENDING"),
 }
-_OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
+_OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
     **_columns("SERVER TRIES=attempts LAST=last_at"),
     "OUTCOMES": lambda row: ", ".join(f"{row[outcome]} {outcome}" for outcome in _OUTCOMES if row[outcome]),

@@ -62,7 +62,7 @@ HEADERS = {
     "cache-control": "no-store",
 }
 FIELDS = ("id", "sender", "recipient", "header_message_id", "state", "reply")
-OUTCOMES = ("accepted", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
+OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 
 
 class Visit(H11Protocol):

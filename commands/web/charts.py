@@ -15,7 +15,7 @@ from commands.output import Row
 
 HEIGHT, TOP, BOTTOM = 180, 8, 22
 KINDS = {  # of outcomes, from the axis up
-    "accepted": ("accepted",),
+    "delivered": ("delivered",),
     "deferred": ("deferred", "unreachable", "interrupted"),
     "failed": ("rejected", "unsendable"),
     "uncertain": ("uncertain", "malformed"),
@@ -75,7 +75,7 @@ def rate(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
 
 def latency(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
     """Mean seconds of a try that was accepted, from connection to reply; the scale is logarithmic, 1 ms to 1000 s."""
-    found = {row["step"]: row["seconds"] for row in rows if row["outcome"] == "accepted"}
+    found = {row["step"]: row["seconds"] for row in rows if row["outcome"] == "delivered"}
     at = {ago: (round(_x(ago, steps) + 40 / steps, 2), _y(_log(seconds))) for ago, seconds in found.items()}
     dots = [(f"{_between(now, ago, step)}: {seconds:.3f} s", *at[ago]) for ago, seconds in sorted(found.items())]
     lines = [(*at[ago + 1], *at[ago]) for ago in sorted(found) if ago + 1 in found]
@@ -83,8 +83,8 @@ def latency(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
         (_y(_log(seconds)), words)
         for seconds, words in ((0.001, "1 ms"), (0.1, "0.1 s"), (10, "10 s"), (1000, "1000 s"))
     ]
-    keys = [("accepted", f"lately {found[min(found)]:.3f} s")] if found else []
-    return Graph("Seconds to be accepted", keys, marks, _hours(now, step * steps), dots=dots, lines=lines)
+    keys = [("delivered", f"lately {found[min(found)]:.3f} s")] if found else []
+    return Graph("Seconds to be delivered", keys, marks, _hours(now, step * steps), dots=dots, lines=lines)
 
 
 def hourly(now: datetime, rows: Sequence[Row], step: int, steps: int) -> list[Hour]:
@@ -93,8 +93,8 @@ def hourly(now: datetime, rows: Sequence[Row], step: int, steps: int) -> list[Ho
     for first in range(0, steps, many):
         of = [row for row in rows if first <= row["step"] < first + many]
         tries = {kind: sum(row["tries"] for row in of if KIND[row["outcome"]] == kind) for kind in KINDS}
-        spent = sum(row["seconds"] * row["tries"] for row in of if row["outcome"] == "accepted")
-        mean = spent / tries["accepted"] if tries["accepted"] else None
+        spent = sum(row["seconds"] * row["tries"] for row in of if row["outcome"] == "delivered")
+        mean = spent / tries["delivered"] if tries["delivered"] else None
         hours.append(Hour(_clock(now, (first + many) * step), _clock(now, first * step), tries, mean))
     return hours
 

@@ -79,6 +79,7 @@ def upgrade() -> None:
             connection.exec_driver_sql(f"ALTER TABLE {table} RENAME COLUMN {old} TO {new}")
     if postgresql:
         _rename_not_null(connection)
+    _rename_outcome(connection, "accepted", "delivered")
     for column, (kind, comment) in ADDED.items():
         table, name = column.split(".")
         connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
@@ -96,6 +97,7 @@ def downgrade() -> None:
     """Take them away, put the index, the names and the views back."""
     connection = op.get_bind()
     drop_views(connection)
+    _rename_outcome(connection, "delivered", "accepted")
     _replace(connection, INDEXES, BEFORE)
     connection.exec_driver_sql("DROP TABLE dsn_limits")
     for column in reversed(ADDED):
@@ -123,6 +125,32 @@ def _rename_table(connection: Connection, old: str, new: str) -> None:
     connection.exec_driver_sql(re.sub(rf"\b{old}(?=\b|_key)", new, made))
     connection.exec_driver_sql(f"INSERT INTO {new} SELECT * FROM {old}")
     connection.exec_driver_sql(f"DROP TABLE {old}")
+
+
+def _rename_outcome(connection: Connection, old: str, new: str) -> None:
+    """A K is `delivered`: the word `accepted` is left for what smtpd answers with 250."""
+    connection.exec_driver_sql(f"UPDATE deliveries SET last_outcome = '{new}' WHERE last_outcome = '{old}'")
+    if connection.dialect.name == "postgresql":
+        (check,) = connection.exec_driver_sql(
+            "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'attempts_outcome'"
+        ).one()
+        connection.exec_driver_sql("ALTER TABLE attempts DROP CONSTRAINT attempts_outcome")
+        connection.exec_driver_sql(f"UPDATE attempts SET outcome = '{new}' WHERE outcome = '{old}'")
+        changed = check.replace(f"'{old}'", f"'{new}'")
+        connection.exec_driver_sql(f"ALTER TABLE attempts ADD CONSTRAINT attempts_outcome {changed}")
+        return
+    find = "SELECT sql FROM sqlite_master WHERE tbl_name = 'attempts' AND sql IS NOT NULL ORDER BY type DESC"
+    table, *indexes = connection.exec_driver_sql(find).scalars().all()
+    connection.exec_driver_sql("ALTER TABLE attempts RENAME TO attempts_before")
+    connection.exec_driver_sql(str(table).replace(f"'{old}'", f"'{new}'"))
+    columns = [row[1] for row in connection.exec_driver_sql("PRAGMA table_info(attempts)")]
+    picked = ", ".join(
+        f"CASE outcome WHEN '{old}' THEN '{new}' ELSE outcome END" if c == "outcome" else c for c in columns
+    )
+    connection.exec_driver_sql(f"INSERT INTO attempts SELECT {picked} FROM attempts_before")
+    connection.exec_driver_sql("DROP TABLE attempts_before")
+    for index in indexes:
+        connection.exec_driver_sql(str(index))
 
 
 def _rename_not_null(connection: Connection) -> None:

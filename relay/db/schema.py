@@ -94,7 +94,7 @@ SELECT state, route, count(*), NULL, NULL, NULL, 0 FROM deliveries
 WHERE state NOT IN ({words(UNFINISHED)}) GROUP BY state, route
 """,
     "server_health": """
-SELECT server, count(outcome) AS attempts, sum(CASE WHEN outcome = 'accepted' THEN 1 ELSE 0 END) AS accepted,
+SELECT server, count(outcome) AS attempts, sum(CASE WHEN outcome = 'delivered' THEN 1 ELSE 0 END) AS delivered,
        sum(CASE WHEN outcome = 'deferred' THEN 1 ELSE 0 END) AS deferred,
        sum(CASE WHEN outcome = 'rejected' THEN 1 ELSE 0 END) AS rejected,
        sum(CASE WHEN outcome = 'unreachable' THEN 1 ELSE 0 END) AS unreachable,

@@ -61,11 +61,11 @@ _ENVELOPE = "@hex(c.queue_id), c.number, c.claim_count, c.route, m.sender, m.siz
 _RECORD_ROWS = """@rows(:records; queue_id uuid, number int, claim int, state text, delay float8, backoff_step int,
     outcome text, reply text, server text, waiting_for text)"""
 _FINALS = f"""SELECT d.queue_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server, x.waiting_for,
-    CASE WHEN x.outcome = 'accepted' THEN 'delivered' WHEN d.pending_operation IS NOT NULL THEN {WANTED}
+    CASE WHEN x.outcome = 'delivered' THEN 'delivered' WHEN d.pending_operation IS NOT NULL THEN {WANTED}
          WHEN x.state = 'deferred' AND d.expires_at <= @now THEN 'expired' ELSE x.state END AS final
     FROM {_RECORD_ROWS} JOIN deliveries d ON d.queue_id = x.queue_id AND d.number = x.number
     WHERE (d.state = 'sending' AND d.worker = :worker AND d.claim_count = x.claim)
-       OR (x.outcome = 'accepted' AND d.state <> 'delivered')
+       OR (x.outcome = 'delivered' AND d.state <> 'delivered')
     ORDER BY d.queue_id, d.number"""
 _RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
     pending_reason = NULL,
@@ -247,9 +247,9 @@ class WorkerQueue:
         self, connection: Connection, worker: str, records: list[tuple[int, Completion]], results: list[CommandResult]
     ) -> None:
         # A K beats what another claim of the same delivery came to, also in one round: one row may match once only.
-        taken = {(r.queue_id, r.number) for _, r in records if r.outcome is Outcome.ACCEPTED}
+        taken = {(r.queue_id, r.number) for _, r in records if r.outcome is Outcome.DELIVERED}
         rows = [
-            _record_row(r) for _, r in records if r.outcome is Outcome.ACCEPTED or (r.queue_id, r.number) not in taken
+            _record_row(r) for _, r in records if r.outcome is Outcome.DELIVERED or (r.queue_id, r.number) not in taken
         ]
         given = {
             "worker": dashed(worker),
@@ -276,7 +276,7 @@ class WorkerQueue:
             after |= {(m, n): (c, State(state), bool(free)) for m, n, c, state, free in found}
         for n, record in records:
             claims, state, free = after.get((record.queue_id, record.number), (0, None, False))
-            if claims > record.claim and record.outcome is Outcome.ACCEPTED:
+            if claims > record.claim and record.outcome is Outcome.DELIVERED:
                 self._splitter.taken(connection, dashed(record.queue_id), record.number)
             mine = claims == record.claim or state is State.DELIVERED
             results[n] = CompletionResult(state if mine else None, free and mine)
@@ -311,7 +311,7 @@ def _claim(row: Any, recipients: Sequence[str]) -> Claim:
 def _record_row(record: Completion) -> dict[str, Any]:
     if record.state not in TRANSITIONS[State.SENDING]:
         raise ValueError(f"no way from sending to {record.state}")
-    if record.state is State.DELIVERED and record.outcome is not Outcome.ACCEPTED:
+    if record.state is State.DELIVERED and record.outcome is not Outcome.DELIVERED:
         raise ValueError(f"{record.outcome} is no reason for delivered")
     return {
         "queue_id": dashed(record.queue_id), "number": record.number, "claim": record.claim,

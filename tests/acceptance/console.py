@@ -63,7 +63,7 @@ def scenario(office: Office, spool: Spool) -> Scenario:
         office.record(office.claim(queue_id)[0], outcome, **more)
         return queue_id
 
-    made.made("delivered", *(tried(Outcome.ACCEPTED) for _ in range(12)))
+    made.made("delivered", *(tried(Outcome.DELIVERED) for _ in range(12)))
     late = [tried(Outcome.DEFERRED) for _ in range(3)]
     office.pass_time(2000, only=late)  # older than the lifetime: the next failure is the last
     office.sweeps.requeue_due(10)
@@ -89,7 +89,7 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     cut = accept("good@example.org", "bad@example.org", "fine@example.org")
     office.record(office.claim(cut)[0], Outcome.REJECTED, state=State.SPLIT, reply="550 5.1.1 no such user")
     for claim in office.claim(cut):
-        office.record(claim, Outcome.ACCEPTED)
+        office.record(claim, Outcome.DELIVERED)
     made.made("delivered", cut, recipients=3)
     made.made(
         "queued", accept(f"{HOSTILE}@example.org", sender=HOSTILE, header_message_id=f"<{HOSTILE}>", helo=HOSTILE)

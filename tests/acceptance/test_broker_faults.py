@@ -95,7 +95,7 @@ def test_all_is_delivered_without_hints(
         """SELECT @micros(a.started_at) AS started, @micros(a.finished_at) AS finished,
             CASE WHEN w.started_at > m.received_at THEN @micros(w.started_at) ELSE @micros(m.received_at) END AS ready
         FROM attempts a JOIN workers w ON w.id = a.worker JOIN messages m ON m.id = a.queue_id
-        WHERE w.pid = :pid AND a.claim = 1 AND a.attempt_index = 1 AND a.outcome = 'accepted' ORDER BY a.started_at""",
+        WHERE w.pid = :pid AND a.claim = 1 AND a.attempt_index = 1 AND a.outcome = 'delivered' ORDER BY a.started_at""",
         pid=worker.pid,
     )  # fmt: skip
     assert len(tries) == 2 * HALF

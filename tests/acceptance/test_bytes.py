@@ -211,7 +211,7 @@ def together(relay: Installation) -> int:
     """How many of the vast messages were on their way to the server at the same moment."""
     tries = relay.rows(
         """SELECT @micros(a.started_at), @micros(a.finished_at) FROM attempts a
-        JOIN messages m ON m.id = a.queue_id WHERE m.size > :least AND a.outcome = 'accepted'
+        JOIN messages m ON m.id = a.queue_id WHERE m.size > :least AND a.outcome = 'delivered'
         AND EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = m.id AND r.address LIKE :whose)""",
         least=100 * MB, whose="vast-%",
     )  # fmt: skip

@@ -39,7 +39,7 @@ def test_looking_at_a_relay(start_up: StartUp, tmp_path: Path) -> None:
 
     shown = command("show", delivered[-10:], STATE_DIR=var)
     assert shown.returncode == 0, shown.stderr
-    for word in (delivered, address, "you@example.org", "delivered", "accepted", "Ok: queued as", "gone"):
+    for word in (delivered, address, "you@example.org", "delivered", "delivered", "Ok: queued as", "gone"):
         assert word in shown.stdout
     whole = json.loads(command("show", deferred, "--json", STATE_DIR=var).stdout)
     assert whole["file_size"] == whole["size"]
@@ -49,7 +49,7 @@ def test_looking_at_a_relay(start_up: StartUp, tmp_path: Path) -> None:
     stats = [json.loads(line) for line in command("stats", "--json", STATE_DIR=var).stdout.splitlines()]
     assert {(row["kind"], row.get("state")) for row in stats if row["kind"] == "queue"} >= {("queue", "delivered")}
     assert [row["alive"] for row in stats if row["kind"] == "worker"]
-    assert any(row["kind"] == "server" and row["accepted"] for row in stats)
+    assert any(row["kind"] == "server" and row["delivered"] for row in stats)
 
     checked = command("check", STATE_DIR=var, QMQP_SERVERS=f"127.0.0.1:{free_port()}")
     assert checked.returncode == 3  # that server is out of reach, and all else is well

@@ -161,7 +161,7 @@ def test_a_worker_is_killed(scene: Scene) -> None:
         assert buried(scene.relay, victim.pid) < 3 * LEASE
         feeder.until_accepted(50)
         scene.settle(feeder, killed=victim.pid)
-    assert [what for _, what, _ in scene.relay.attempts("killed@long.test")] == ["uncertain", "accepted"]
+    assert [what for _, what, _ in scene.relay.attempts("killed@long.test")] == ["uncertain", "delivered"]
 
 
 def test_a_worker_stands_still_past_its_lease_and_wakes_up(scene: Scene) -> None:
@@ -177,7 +177,7 @@ def test_a_worker_stands_still_past_its_lease_and_wakes_up(scene: Scene) -> None
         feeder.until_accepted(50)
         scene.settle(feeder)
     outcomes = [what for _, what, _ in scene.relay.attempts("still@long.test")]
-    assert outcomes.count("uncertain") == outcomes.count("accepted") == 1
+    assert outcomes.count("uncertain") == outcomes.count("delivered") == 1
     # It was not past its commit point when it stood still, and did not pass it when it woke up without its lease.
     assert taken(scene.mire)["still@long.test"] == 1
 

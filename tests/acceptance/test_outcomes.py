@@ -57,7 +57,7 @@ def test_z_then_k(scene: Scene) -> None:
     busy = "Error: defer-2@sink.test is busy, try {} of 2"
     *deferred, (last_server, last, reply) = relay.attempts("defer-2@sink.test")
     assert deferred == [(server, "deferred", busy.format(1)), (server, "deferred", busy.format(2))]
-    assert (last_server, last, delivered.attempts) == (server, "accepted", 3)
+    assert (last_server, last, delivered.attempts) == (server, "delivered", 3)
     assert reply.startswith("Ok: queued as ")
     assert reply == delivered.reason
 
@@ -81,7 +81,7 @@ def test_the_second_server_when_the_first_is_dead(scene: Scene) -> None:
     (first, unreachable, why), (second, accepted, _) = relay.attempts("you@second.test")
     assert (first, unreachable) == (f"127.0.0.1:{scene.dead_port}", "unreachable")
     assert "refused" in why
-    assert (second, accepted) == (f"127.0.0.1:{scene.sink.port}", "accepted")
+    assert (second, accepted) == (f"127.0.0.1:{scene.sink.port}", "delivered")
     assert relay.to("you@second.test").attempts == 1  # one claim, two hops
 
 
@@ -90,7 +90,7 @@ def test_a_lost_reply_is_uncertain_and_never_failed_over(scene: Scene) -> None:
     relay.send("once@lost.test")
     relay.until_state("once@lost.test", "delivered")
     assert [(who, what) for who, what, _ in relay.attempts("once@lost.test")] == [
-        (server, "uncertain"), (server, "accepted")
+        (server, "uncertain"), (server, "delivered")
     ]  # fmt: skip
     assert scene.forgetful.count == 2
     assert not [one for one in list(scene.sink.received) if b"once@lost.test" in one.recipients]
@@ -107,7 +107,7 @@ def test_a_server_that_comes_up_gets_what_waited(scene: Scene) -> None:
         assert late.count == 1
     *refused, last = relay.attempts("you@late.test")
     assert {what for _, what, _ in refused} == {"unreachable"}
-    assert last[1] == "accepted"
+    assert last[1] == "delivered"
 
 
 def test_without_a_server_mail_waits_for_the_setting(scene: Scene) -> None:

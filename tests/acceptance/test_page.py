@@ -40,7 +40,7 @@ def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[Office, Browser])
     assert browser.get(f"/search?after={queue_id}.999999999").status == 200
 
 
-@pytest.mark.parametrize("name", ["id", "sender", "recipient", "queue_id", "state", "reply"])
+@pytest.mark.parametrize("name", ["id", "sender", "recipient", "header_message_id", "state", "reply"])
 def test_a_zero_byte_is_no_outage(at_the_page: tuple[Office, Browser], name: str) -> None:
     _, browser = at_the_page
     for value in ("%00", "a%00b@example.com", "*%00"):
@@ -136,7 +136,7 @@ def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[Office, Brow
     queue_id = office.accept()
     for attempt_index, ago in enumerate((1, 150, 298, 302, 21_000), 1):
         office.change(
-            "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'accepted',"
+            "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'delivered',"
             " '', 1)", id=queue_id, attempt_index=attempt_index, ago=ago, w=dashed(office.worker),
         )  # fmt: skip
     now, rows = Statistics(QueueReader(office.engine)).history(21_600, 300)

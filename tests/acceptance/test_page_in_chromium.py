@@ -202,7 +202,7 @@ def test_graphs_can_be_read(chromium: Chromium, seen: tuple[Scenario, Browser], 
     for left, right, _, pixels in texts:
         assert 0 <= left < right <= width
         assert pixels >= 11
-    for kind in ("accepted", "deferred", "failed", "uncertain"):
+    for kind in ("delivered", "deferred", "failed", "uncertain"):
         assert f" {kind}" in chromium.tells("document.querySelector('figcaption').innerText")
     fills = chromium.tells("[...document.querySelectorAll('.plot rect')].map(e => getComputedStyle(e).fill)")
     assert len(set(fills)) == 4, "each kind has a colour or a pattern of its own"

@@ -21,7 +21,7 @@ from relay.queue.rescue import Rescuer
 from relay.settings import WorkerSettings, load
 
 OUTCOME_POLICY = {
-    Outcome.ACCEPTED: State.DELIVERED, Outcome.DEFERRED: State.DEFERRED, Outcome.REJECTED: State.BOUNCED,
+    Outcome.DELIVERED: State.DELIVERED, Outcome.DEFERRED: State.DEFERRED, Outcome.REJECTED: State.BOUNCED,
     Outcome.UNREACHABLE: State.DEFERRED, Outcome.INTERRUPTED: State.DEFERRED, Outcome.UNCERTAIN: State.DEFERRED,
     Outcome.MALFORMED: State.DEFERRED, Outcome.UNSENDABLE: State.HELD,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from relay.queue.model import Claim, ClaimRequest, Command, CommandResult, Compl
 from tests.integration.office import OUTCOME_POLICY, PLENTY, Office, opened
 from tests.waiting import until
 
-NOT_K = [outcome for outcome in Outcome if outcome is not Outcome.ACCEPTED]
+NOT_K = [outcome for outcome in Outcome if outcome is not Outcome.DELIVERED]
 FINISHED = ("delivered", "bounced", "expired", "dropped")
 
 
@@ -57,7 +57,7 @@ def test_a_claim_brings_the_envelope_and_belongs_to_one_worker(office: Office) -
 def test_the_null_sender_and_unknown_or_finished_ids(office: Office) -> None:
     bounce, done = office.accept(sender=""), office.accept()
     (claim,) = office.claim(done)
-    office.record(claim, Outcome.ACCEPTED)
+    office.record(claim, Outcome.DELIVERED)
     assert [c.sender for c in office.claim(bounce, done, "0" * 32, bounce)] == [""]
 
 
@@ -155,7 +155,7 @@ def test_expiry_is_decided_only_when_a_try_has_failed(office: Office) -> None:
     assert len(claims) == 5
     assert office.record(claims[failed], Outcome.DEFERRED).state is State.EXPIRED
     assert office.delivery(failed)["due_in"] is not None, "the sender is told"
-    assert office.record(claims[taken], Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(claims[taken], Outcome.DELIVERED).state is State.DELIVERED
     assert office.record(claims[stopped], Outcome.INTERRUPTED, state=State.QUEUED).state is State.QUEUED
     assert office.record(claims[split], Outcome.UNSENDABLE).state is State.HELD
 
@@ -166,7 +166,7 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(office: Office) -> 
         queue_id = office.accept()
         (claim,) = office.claim(queue_id)
         office.ask(queue_id, wanted)
-        expected = State.DELIVERED if outcome is Outcome.ACCEPTED else state
+        expected = State.DELIVERED if outcome is Outcome.DELIVERED else state
         assert office.record(claim, outcome).state is expected
         row = office.delivery(queue_id)
         assert (row["state"], row["pending_operation"]) == (expected, None)
@@ -181,7 +181,7 @@ def test_no_message_is_looked_up_for_what_owes_no_notice(office: Office) -> None
     """Its row says to whom a notice would go, and nothing else that a record needs."""
     (one,), (two,) = office.claim(office.accept()), office.claim(office.accept(), worker=(lost := office.hire()))
     office.change("DELETE FROM messages")
-    assert office.record(one, Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(one, Outcome.DELIVERED).state is State.DELIVERED
     office.pass_time(400)
     assert office.expire_worker(lost) == 1
     assert office.state(two.queue_id) == "deferred"
@@ -204,11 +204,11 @@ def test_a_late_k_beats_every_state(office: Office) -> None:
             due_at = {"@now" if due else "NULL"} WHERE queue_id = @id(:id)""",
             state=state, worker=another if state is State.SENDING else None, id=queue_id,
         )  # fmt: skip
-        assert office.record(claim, Outcome.ACCEPTED) == CompletionResult(State.DELIVERED, body_deletable=True)
+        assert office.record(claim, Outcome.DELIVERED) == CompletionResult(State.DELIVERED, body_deletable=True)
         row = office.delivery(queue_id)
         assert (row["state"], row["due_at"], row["worker"]) == ("delivered", None, None)
         assert row["finished_at"] is not None
-        assert office.attempts(queue_id) == [(1, 1, "accepted")]
+        assert office.attempts(queue_id) == [(1, 1, "delivered")]
 
 
 def test_a_k_is_never_undone(office: Office) -> None:
@@ -221,7 +221,7 @@ def test_a_k_is_never_undone(office: Office) -> None:
     other = office.hire()
     (second,) = office.claim(queue_id, worker=other)
     assert second.claim == 2
-    assert office.record(first, Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(first, Outcome.DELIVERED).state is State.DELIVERED
     for outcome in NOT_K:
         assert office.record(second, outcome, worker=other) == CompletionResult(State.DELIVERED, body_deletable=True)
         assert office.state(queue_id) == "delivered"
@@ -238,7 +238,7 @@ def test_a_late_k_for_what_was_split_since_holds_for_all_its_recipients(office: 
     (half,) = (claim for claim in office.claim(queue_id, worker=other) if len(claim.recipients) == 2)
     assert office.record(half, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
     (kept,) = office.claim(queue_id, room={"default": 1})
-    assert office.record(first, Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(first, Outcome.DELIVERED).state is State.DELIVERED
     assert sorted(row["state"] for row in office.rows("SELECT state FROM deliveries")) == ["delivered"] * 4 + ["split"]
     assert office.claim(queue_id) == [], "never after a K"
     assert office.record(kept, Outcome.REJECTED).state is State.DELIVERED
@@ -275,21 +275,21 @@ def test_the_body_is_free_when_the_last_delivery_is_done(office: Office) -> None
     queue_id = office.accept("x@example.org", "bulk:y@example.org", "slow:z@example.org")
     room = {"default": 9, "bulk": 9, "slow": 9}
     first, second, third = sorted(office.claim(queue_id, room=room), key=lambda claim: claim.number)
-    assert not office.record(first, Outcome.ACCEPTED).body_deletable
+    assert not office.record(first, Outcome.DELIVERED).body_deletable
     assert not office.record(second, Outcome.REJECTED).body_deletable
     assert not office.record(third, Outcome.DEFERRED).body_deletable
     office.pass_time(60)
     office.sweeps.requeue_due(10)
     (again,) = office.claim(queue_id, room=room)
-    assert not office.record(again, Outcome.ACCEPTED).body_deletable, "a notice is owed for the second"
+    assert not office.record(again, Outcome.DELIVERED).body_deletable, "a notice is owed for the second"
     office.change("UPDATE deliveries SET due_at = NULL WHERE number = 2")
-    assert office.record(again, Outcome.ACCEPTED).body_deletable
+    assert office.record(again, Outcome.DELIVERED).body_deletable
 
 
 def test_last_deliveries_recorded_in_one_round_free_the_body(office: Office) -> None:
     queue_id = office.accept("x@example.org", "bulk:y@example.org")
     claims = office.claim(queue_id, room={"default": 9, "bulk": 9})
-    results = office.ledger.commit([office.note(claim, Outcome.ACCEPTED) for claim in claims])
+    results = office.ledger.commit([office.note(claim, Outcome.DELIVERED) for claim in claims])
     assert results == [CompletionResult(State.DELIVERED, body_deletable=True)] * 2
 
 
@@ -335,7 +335,7 @@ def test_a_worker_with_something_in_flight_is_not_signed_off(office: Office) -> 
     (claim,) = office.claim(office.accept())
     office.ledger.retire(office.worker)
     assert office.renew()
-    office.record(claim, Outcome.ACCEPTED)
+    office.record(claim, Outcome.DELIVERED)
     office.ledger.retire(office.worker)
     assert not office.renew()
     assert office.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
@@ -419,8 +419,8 @@ def test_claims_that_nobody_heard_of_are_handed_back(office: Office, monkeypatch
     assert office.states(ids) == ["sending"] * 2 + ["queued"] * 4, "what it knows of, and what is others', stays"
     assert office.delivery(ids[2])["due_in"] <= 0, "anybody may take it at once"
     assert {claim.queue_id for claim in office.claim(*ids)} == set(ids[2:])
-    assert office.record(known, Outcome.ACCEPTED).state is State.DELIVERED
-    assert office.record(foreign, Outcome.ACCEPTED, worker=other, ledger=theirs).state is State.DELIVERED
+    assert office.record(known, Outcome.DELIVERED).state is State.DELIVERED
+    assert office.record(foreign, Outcome.DELIVERED, worker=other, ledger=theirs).state is State.DELIVERED
 
 
 def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
@@ -438,7 +438,7 @@ def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
     assert recorded == CompletionResult(None, body_deletable=False), "a later claim has had it"
     assert isinstance(claims, list)
     assert [c.claim for c in claims] == [3], "the second claim was handed back, not forgotten"
-    assert office.record(claims[0], Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(claims[0], Outcome.DELIVERED).state is State.DELIVERED
 
 
 def test_outcomes_in_doubt_are_recorded_once(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,10 +497,10 @@ def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_ne
     def meanwhile(_: Connection) -> None:
         if not met:
             met.append(CompletionResult(None, body_deletable=False))
-            met[0] = office.record(second, Outcome.ACCEPTED, ledger=other)
+            met[0] = office.record(second, Outcome.DELIVERED, ledger=other)
 
     event.listen(office.engine, "commit", meanwhile)  # just before the COMMIT of the first
-    assert office.record(first, Outcome.ACCEPTED) == CompletionResult(State.DELIVERED, body_deletable=True)
+    assert office.record(first, Outcome.DELIVERED) == CompletionResult(State.DELIVERED, body_deletable=True)
     assert met == [CompletionResult(State.DELIVERED, body_deletable=False)]
 
 
@@ -520,7 +520,7 @@ def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(office: Of
     office.pass_time(100)
     office.sweeps.requeue_due(10)
     (again,) = office.claim(queue_id)
-    records = [office.note(lost, Outcome.ACCEPTED), office.note(again, Outcome.REJECTED)]
+    records = [office.note(lost, Outcome.DELIVERED), office.note(again, Outcome.REJECTED)]
     results = office.ledger.commit(records if late_first else records[::-1])
     assert office.state(queue_id) == "delivered"
     assert {(result.state, result.body_deletable) for result in results if isinstance(result, CompletionResult)} == {

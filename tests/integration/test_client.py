@@ -84,26 +84,26 @@ def test_B1_accepted(deliver):
     with running_sink(Rule(Answer(b"K", b"Ok"))) as sink:
         result = deliver(sink)
         assert sink.wait_for(1, 5)
-    assert (result.outcome, result.text, result.committed) == (Outcome.ACCEPTED, b"Ok", True)
+    assert (result.outcome, result.text, result.committed) == (Outcome.DELIVERED, b"Ok", True)
     assert not result.flags
     assert (sink.received[0].sender, sink.received[0].recipients) == (b"s@x.test", (b"r@y.test",))
 
 
 def test_B2_a_K_without_words(deliver):
     with running_sink(Rule(Answer(raw=b"1:K,"))) as sink:
-        assert deliver(sink)[:2] == (Outcome.ACCEPTED, b"")
+        assert deliver(sink)[:2] == (Outcome.DELIVERED, b"")
 
 
 @pytest.mark.parametrize("extra", [b"\n", b"26:KOk: queued as 0BB2C21E081,"])
 def test_B3_bytes_after_the_reply_are_ignored_and_flagged(deliver, extra):
     with running_sink(Rule(Answer(raw=b"3:KOk," + extra))) as sink:
         result = deliver(sink)
-    assert (result.outcome, result.text, result.flags) == (Outcome.ACCEPTED, b"Ok", {"extra-bytes"})
+    assert (result.outcome, result.text, result.flags) == (Outcome.DELIVERED, b"Ok", {"extra-bytes"})
 
 
 def test_B4_a_reply_byte_by_byte(deliver):
     with running_sink(Rule(Answer(b"K", b"Ok", drip=0.01))) as sink:
-        assert deliver(sink, timeouts=Timeouts(reply=5))[:2] == (Outcome.ACCEPTED, b"Ok")
+        assert deliver(sink, timeouts=Timeouts(reply=5))[:2] == (Outcome.DELIVERED, b"Ok")
 
 
 def test_B5_a_server_that_keeps_the_connection_open(deliver):
@@ -136,7 +136,7 @@ def test_B9_another_protocol_is_no_verdict(deliver, banner):
 def test_B10_a_long_text_is_kept_in_part(deliver):
     with running_sink(Rule(Answer(b"K", b"x" * 100_000))) as sink:
         result = deliver(sink)
-    assert (result.outcome, len(result.text)) == (Outcome.ACCEPTED, 4096)
+    assert (result.outcome, len(result.text)) == (Outcome.DELIVERED, 4096)
 
 
 def test_B11_any_bytes_come_as_they_are(deliver):
@@ -161,7 +161,7 @@ def test_B13_B41_no_reply(deliver):
 def test_B14_a_truncated_K_is_a_K(deliver, end):
     with running_sink(Rule(Answer(raw=b"5:KO", end=end))) as sink:
         result = deliver(sink)
-    assert (result.outcome, result.text, result.flags) == (Outcome.ACCEPTED, b"O", {"truncated-reply"})
+    assert (result.outcome, result.text, result.flags) == (Outcome.DELIVERED, b"O", {"truncated-reply"})
 
 
 @pytest.mark.parametrize("end", ["close", "reset", "stay"])
@@ -172,7 +172,7 @@ def test_B14_any_other_truncated_reply_is_uncertain(deliver, raw, end):
     assert (result.outcome, result.committed) == (Outcome.UNCERTAIN, True)
 
 
-@pytest.mark.parametrize(("status", "outcome"), [(b"K", Outcome.ACCEPTED), (b"D", Outcome.REJECTED)])
+@pytest.mark.parametrize(("status", "outcome"), [(b"K", Outcome.DELIVERED), (b"D", Outcome.REJECTED)])
 def test_B15_a_reset_after_the_reply(deliver, status, outcome):
     with running_sink(Rule(Answer(status, b"whole", end="reset"))) as sink:
         assert deliver(sink)[:2] == (outcome, b"whole")
@@ -332,7 +332,7 @@ def test_a_reply_that_has_arrived_wins_over_a_timer(run, body):
     with running_sink(Rule(Answer(b"K", b"Ok", delay=0.1))) as sink:
         sending = send(host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK)
         result = run(stopped(sending, sink, 0.6))
-    assert (result.outcome, result.text) == (Outcome.ACCEPTED, b"Ok")
+    assert (result.outcome, result.text) == (Outcome.DELIVERED, b"Ok")
 
 
 def test_a_reply_wins_over_a_timer_that_is_late_by_more_than_a_second(run, body):
@@ -341,19 +341,19 @@ def test_a_reply_wins_over_a_timer_that_is_late_by_more_than_a_second(run, body)
     with running_sink(Rule(Answer(b"K", b"Ok", delay=2.0))) as sink:
         sending = send(host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK)
         result = run(stopped(sending, sink, 1.6))
-    assert (result.outcome, result.text) == (Outcome.ACCEPTED, b"Ok")
+    assert (result.outcome, result.text) == (Outcome.DELIVERED, b"Ok")
 
 
 def test_a_reply_that_has_arrived_wins_over_the_end_of_a_drain(run, body):
     request = Request(6, b"s@x.test", [b"r@y.test"])
     with running_sink(Rule(Answer(b"K", b"Ok", delay=0.1))) as sink:
         sending = send(host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"))
-        assert run(stopped(sending, sink, 0.3, cancel=True)).outcome is Outcome.ACCEPTED
+        assert run(stopped(sending, sink, 0.3, cancel=True)).outcome is Outcome.DELIVERED
 
 
 def test_a_phase_may_be_longer_than_the_one_before(deliver):
     with running_sink(Rule(Answer(delay=0.4))) as sink:
-        assert deliver(sink, timeouts=Timeouts(connect=0.1, io=0.1, reply=20)).outcome is Outcome.ACCEPTED
+        assert deliver(sink, timeouts=Timeouts(connect=0.1, io=0.1, reply=20)).outcome is Outcome.DELIVERED
 
 
 # Connecting
@@ -457,7 +457,7 @@ def test_B23_a_name_server_that_does_not_answer_holds_up_no_other_name(run, hell
     with running_sink() as sink, resolver(getaddrinfo):
         found, lost = run(scenario())
         gate.set()
-    assert found.outcome is Outcome.ACCEPTED
+    assert found.outcome is Outcome.DELIVERED
     assert {one.text for one in lost} == {b"no connection: mx.example.com:628 ETIMEDOUT (Connection timed out)"}
     assert asked == ["mx.example.com", "good.example.com"]
 
@@ -475,7 +475,7 @@ def test_a_name_is_asked_for_again_after_a_while_and_at_once_after_a_failure(run
         return [(await send(host="mx.example.com", port=sink.port, **hello)).outcome for _ in range(count)]
 
     with running_sink() as sink, resolver(getaddrinfo):
-        assert run(outcomes(4)) == [Outcome.UNREACHABLE, *[Outcome.ACCEPTED] * 3]
+        assert run(outcomes(4)) == [Outcome.UNREACHABLE, *[Outcome.DELIVERED] * 3]
         assert len(asked) == 2
         monkeypatch.setattr(names, "FRESH", 0.0)
         run(outcomes(2))
@@ -496,7 +496,7 @@ def test_B25_every_address_of_a_name_is_tried_in_time(run, hello, deaf_port):
             (socket.AF_INET, ("127.0.0.1", sink.port)),
         ]
         result = run(send_by_name(found, hello))
-    assert result.outcome is Outcome.ACCEPTED
+    assert result.outcome is Outcome.DELIVERED
 
 
 def test_B25_the_failure_of_every_address_is_told(run, hello):
@@ -514,12 +514,12 @@ def test_B25_the_failure_of_every_address_is_told(run, hello):
 
 def test_B26_a_real_name(run, hello):
     with running_sink() as sink:
-        assert run(send(host="localhost", port=sink.port, **hello)).outcome is Outcome.ACCEPTED
+        assert run(send(host="localhost", port=sink.port, **hello)).outcome is Outcome.DELIVERED
 
 
 def test_B26_ipv6(run, hello):
     with running_sink(host="::1") as sink:
-        assert run(send(host="::1", port=sink.port, **hello)).outcome is Outcome.ACCEPTED
+        assert run(send(host="::1", port=sink.port, **hello)).outcome is Outcome.DELIVERED
         port = sink.port
     assert run(send(host="::1", port=port, **hello)).text.startswith(
         f"no connection: [::1]:{port} ECONNREFUSED".encode()
@@ -530,7 +530,7 @@ def test_B26_a_unix_socket(run, hello, tmp_path):
     path = str(tmp_path / "qmqp")
     assert b"ENOENT" in run(send(path=path, **hello)).text
     with running_sink(path=path):
-        assert run(send(path=path, **hello)).outcome is Outcome.ACCEPTED
+        assert run(send(path=path, **hello)).outcome is Outcome.DELIVERED
 
 
 def test_B26_a_unix_socket_that_nobody_listens_to(run, hello, tmp_path):
@@ -570,7 +570,7 @@ def test_a_unix_socket_whose_backlog_is_full_is_waited_for(run, hello, tmp_path)
                 peer.recv(4096)
                 peer.sendall(b"3:KOk,")
 
-        assert run(scenario()).outcome is Outcome.ACCEPTED
+        assert run(scenario()).outcome is Outcome.DELIVERED
 
 
 class Sockets:
@@ -604,7 +604,7 @@ def test_B32_any_size_is_framed_exactly(deliver, size):
     with running_sink() as sink:
         result = deliver(sink, data, block_size=BLOCK)
         assert sink.wait_for(1, 5)
-    assert result.outcome is Outcome.ACCEPTED
+    assert result.outcome is Outcome.DELIVERED
     assert result.bytes_sent == Request(size, b"s@x.test", [b"r@y.test"]).length
     assert (sink.received[0].size, sink.faults) == (size, type(sink.faults)())
 
@@ -614,7 +614,7 @@ def test_B30_recipients_of_any_number(deliver, count):
     recipients = tuple(b"%d@y.test" % number for number in range(count))
     with running_sink() as sink:
         result = deliver(sink, request=Request(6, b"", recipients), timeouts=Timeouts())
-    assert result.outcome is Outcome.ACCEPTED
+    assert result.outcome is Outcome.DELIVERED
     assert (sink.received[0].sender, sink.received[0].recipients) == (b"", recipients)
 
 
@@ -624,7 +624,7 @@ def test_B33_memory_stays_flat(deliver):
         with running_sink() as sink:
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
-            assert deliver(sink, 40_000_000, timeouts=Timeouts()).outcome is Outcome.ACCEPTED
+            assert deliver(sink, 40_000_000, timeouts=Timeouts()).outcome is Outcome.DELIVERED
             assert tracemalloc.get_traced_memory()[1] - before < 2_000_000
     finally:
         tracemalloc.stop()
@@ -641,7 +641,7 @@ def test_B40_header_and_tail_never_travel_alone(deliver, monkeypatch, size):
 
     monkeypatch.setattr(connection, "socket", Sockets(Recording))
     with running_sink() as sink:
-        assert deliver(sink, size, block_size=BLOCK).outcome is Outcome.ACCEPTED
+        assert deliver(sink, size, block_size=BLOCK).outcome is Outcome.DELIVERED
     request = Request(size, b"s@x.test", [b"r@y.test"])
     assert writes[0] > len(request.head)
     assert writes[-1] > len(request.tail) - 1 >= 2
@@ -654,7 +654,7 @@ def test_B42_a_connection_for_each_request(run, hello):
 
     with running_sink() as sink:
         results = run(scenario(sink.port))
-    assert {result.outcome for result in results} == {Outcome.ACCEPTED}
+    assert {result.outcome for result in results} == {Outcome.DELIVERED}
     assert (sink.connections, sink.count) == (100, 100)
 
 
@@ -698,7 +698,7 @@ def test_a_body_is_read_by_a_thread_where_it_cannot_be_had_at_once(deliver, monk
     monkeypatch.setattr(body_module, "_NOWAIT", 0)
     data = os.urandom(5 * BLOCK + 7)
     with running_sink() as sink:
-        assert deliver(sink, data, block_size=BLOCK).outcome is Outcome.ACCEPTED
+        assert deliver(sink, data, block_size=BLOCK).outcome is Outcome.DELIVERED
         assert sink.received[0].size == len(data)
 
 
@@ -711,7 +711,7 @@ def test_a_body_of_which_only_a_part_is_in_the_page_cache(deliver, monkeypatch):
     monkeypatch.setattr(os, "preadv", half_cached)
     data = os.urandom(5 * BLOCK + 7)
     with running_sink() as sink:
-        assert deliver(sink, data, block_size=BLOCK).outcome is Outcome.ACCEPTED
+        assert deliver(sink, data, block_size=BLOCK).outcome is Outcome.DELIVERED
         assert sink.received[0].size == len(data)
 
 
@@ -740,7 +740,7 @@ def test_B38_commit_is_asked_once_and_last(run, hello):
 
     with running_sink() as sink:
         transfer = ClientConnection(host="127.0.0.1", port=sink.port, may_commit=may_commit, **hello)
-        assert run(transfer.run()).outcome is Outcome.ACCEPTED
+        assert run(transfer.run()).outcome is Outcome.DELIVERED
     assert seen == [(False, 0)]
     assert transfer.committed
 
@@ -795,7 +795,7 @@ def test_B38_after_the_commit_point_nothing_is_stopped(run, hello):
         return await transfer.run()
 
     with running_sink(Rule(Answer(delay=0.3))) as sink:
-        assert run(scenario(sink.port)).outcome is Outcome.ACCEPTED
+        assert run(scenario(sink.port)).outcome is Outcome.DELIVERED
 
 
 @pytest.mark.parametrize("in_thread", [False, True])

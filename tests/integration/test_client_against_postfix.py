@@ -78,23 +78,23 @@ def deliver(tmp_path: Path) -> Deliver:
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 65535, 65536, 65537, 200_000, 3_000_000])
 def test_B40_qmqp_sink_takes_every_size(deliver, qmqp_sink, size):
     result = deliver(qmqp_sink.port, bytes(size), times=20)
-    assert result[:3] == (Outcome.ACCEPTED, b"Ok", True)
+    assert result[:3] == (Outcome.DELIVERED, b"Ok", True)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 4096])
 def test_B40_qmqp_sink_takes_blocks_of_any_size(deliver, qmqp_sink, block_size):
-    assert deliver(qmqp_sink.port, bytes(300), times=20, block_size=block_size).outcome is Outcome.ACCEPTED
+    assert deliver(qmqp_sink.port, bytes(300), times=20, block_size=block_size).outcome is Outcome.DELIVERED
 
 
 def test_B30_qmqp_sink_takes_an_envelope_larger_than_the_message(deliver, qmqp_sink):
     recipients = [b"%d@y.test" % number for number in range(100_000)]
-    assert deliver(qmqp_sink.port, b"hello\n", *recipients).outcome is Outcome.ACCEPTED
+    assert deliver(qmqp_sink.port, b"hello\n", *recipients).outcome is Outcome.DELIVERED
 
 
 def test_qmqpd_accepts_and_keeps_what_was_sent(deliver, postfix):
     data = HEADER + b"Subject: hello\n\nFirst line\n.\n..two dots\n\xff 8 bit\n"
     result = deliver(postfix.port, data, b"r@y.test", b"q@z.test")
-    assert result.outcome is Outcome.ACCEPTED
+    assert result.outcome is Outcome.DELIVERED
     assert result.text.startswith(b"Ok: queued as ")
     queued = postfix.queued(result.text.split()[-1].decode())
     assert data.partition(b"\n\n")[2] in queued
@@ -103,12 +103,12 @@ def test_qmqpd_accepts_and_keeps_what_was_sent(deliver, postfix):
 
 
 def test_qmqpd_takes_many_at_once(deliver, postfix):
-    assert deliver(postfix.port, HEADER + b"\nhello\n", times=30).outcome is Outcome.ACCEPTED
+    assert deliver(postfix.port, HEADER + b"\nhello\n", times=30).outcome is Outcome.DELIVERED
 
 
 def test_B28_qmqpd_takes_a_notice_from_nobody(deliver, postfix):
     result = deliver(postfix.port, HEADER + b"\nhello\n", sender=b"")
-    assert result.outcome is Outcome.ACCEPTED
+    assert result.outcome is Outcome.DELIVERED
     assert b"sender: \n" in postfix.queued(result.text.split()[-1].decode())
 
 

@@ -101,7 +101,7 @@ def test_claim(office: Office, size: int) -> None:
 @pytest.mark.parametrize("size", ROUNDS)
 def test_record(office: Office, size: int) -> None:
     claims = office.claim(*accepted(office, size))
-    records = [office.note(claim, Outcome.ACCEPTED) for claim in claims]
+    records = [office.note(claim, Outcome.DELIVERED) for claim in claims]
     with counted(office.engine) as counts:
         office.ledger.commit(records)
     assert counts == {"statements": RECORD[kind(office)], "commits": 1}
@@ -110,7 +110,7 @@ def test_record(office: Office, size: int) -> None:
 @pytest.mark.parametrize("size", ROUNDS)
 def test_outcomes_and_the_next_claims_share_a_commit(office: Office, size: int) -> None:
     claims, ids = office.claim(*accepted(office, size)), accepted(office, size)
-    items: list[Completion | ClaimRequest] = [office.note(claim, Outcome.ACCEPTED) for claim in claims]
+    items: list[Completion | ClaimRequest] = [office.note(claim, Outcome.DELIVERED) for claim in claims]
     items.append(ClaimRequest(office.worker, ids, {"default": size}))
     with counted(office.engine) as counts:
         claimed = office.ledger.commit(items)[-1]
@@ -121,7 +121,7 @@ def test_outcomes_and_the_next_claims_share_a_commit(office: Office, size: int) 
 
 def test_failures_cost_no_more_statements_than_successes(office: Office) -> None:
     claims = office.claim(*accepted(office, 64))
-    outcomes = (Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN)
+    outcomes = (Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN)
     tries = [
         Attempt(attempt_index, f"mx{attempt_index}.example:628", Outcome.UNREACHABLE, "no", 0, 1.0, 0.5)
         for attempt_index in (1, 2, 3)
@@ -165,13 +165,13 @@ def test_hot_statements_scan_no_table_however_it_grows(postgres_url: str) -> Non
     office = Office(postgres_url)
     for _ in range(12):  # prepared, and planned once for all
         for claim in office.claim(*accepted(office, 1)):
-            office.record(claim, Outcome.ACCEPTED)
+            office.record(claim, Outcome.DELIVERED)
         office.sweeps.waiting(["default"])
         office.sweeps.wake("default", 64)
     before = scans(office)
     for _ in range(12):
         for claim in office.claim(*accepted(office, 1)):
-            office.record(claim, Outcome.ACCEPTED)
+            office.record(claim, Outcome.DELIVERED)
         office.sweeps.requeue_due(64)
         office.sweeps.waiting(["default"])
         office.sweeps.wake("default", 64)

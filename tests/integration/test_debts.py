@@ -218,7 +218,7 @@ def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
         def deliver(_: Connection) -> None:
             if not met and stored:
                 met.append(CompletionResult(None, body_deletable=False))
-                met[0] = office.record(second, Outcome.ACCEPTED)
+                met[0] = office.record(second, Outcome.DELIVERED)
 
         monkeypatch.setattr(spool, "store", note_it)
         event.listen(office.engine, "commit", deliver)  # just before the COMMIT that clears the debt
@@ -424,7 +424,7 @@ def test_deliveries_of_one_message_stand_in_one_notice(post: Post) -> None:
     one, two, three = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
     post.office.record(one, Outcome.REJECTED)
     assert post.debts.settle(10) == [], "the others are about to be decided"
-    post.office.record(two, Outcome.ACCEPTED)
+    post.office.record(two, Outcome.DELIVERED)
     post.office.record(three, Outcome.REJECTED)
     (notice,) = post.debts.settle(10)
     assert post.told(notice) == [("x@example.org", "failed"), ("z@example.org", "failed")]
@@ -789,7 +789,7 @@ def test_what_was_refused_for_our_sake_is_deferred_and_nobody_is_told(post: Post
     post.office.sweeps.requeue_due(10)
     (again,) = post.office.claim(queue_id)
     assert (again.claim, again.recipients) == (2, claim.recipients)
-    assert post.office.record(again, Outcome.ACCEPTED).state is State.DELIVERED
+    assert post.office.record(again, Outcome.DELIVERED).state is State.DELIVERED
 
 
 def test_only_what_was_refused_for_our_sake_is_deferred(post: Post) -> None:
@@ -877,7 +877,7 @@ def test_what_is_being_sent_again_is_late_too(late: Post) -> None:
     late.grow_old(queue_id)
     (claim,) = late.office.claim(queue_id)
     assert len(late.debts.warn(10)) == 1
-    assert late.office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
+    assert late.office.record(claim, Outcome.DELIVERED).state is State.DELIVERED
     assert late.debts.warn(10) == []
 
 
@@ -924,7 +924,7 @@ def test_a_warning_names_who_waits_and_wants_to_know_and_halves_are_not_told_aga
     queue_id = late.accept(*(f"{n}@example.org" for n in "pqrs"), "bulk:done@example.org")
     late.office.change("UPDATE recipients SET notify = 'FAILURE' WHERE position = 2")
     claims = {claim.route: claim for claim in late.office.claim(queue_id, room=ROOM)}
-    late.office.record(claims["bulk"], Outcome.ACCEPTED)
+    late.office.record(claims["bulk"], Outcome.DELIVERED)
     late.grow_old(queue_id)
     (warning,) = late.debts.warn(10)
     assert late.told(warning) == [(f"{n}@example.org", "delayed") for n in "prs"]

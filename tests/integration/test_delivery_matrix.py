@@ -157,7 +157,7 @@ def _next(alone: Completion, spare: Completion, health: ServerPool, server: Serv
     """What happens then, in words."""
     words = []
     if len(spare.tries) > 1:
-        assert (spare.state, [one.outcome for one in spare.tries][1]) == (State.DELIVERED, Outcome.ACCEPTED)
+        assert (spare.state, [one.outcome for one in spare.tries][1]) == (State.DELIVERED, Outcome.DELIVERED)
         words.append("the next server at once; none left:")
     else:
         assert spare.state is alone.state
@@ -239,7 +239,7 @@ def test_no_fault_before_the_commit_point_is_uncertain_and_no_other_is_tried_aga
     for phase, fault, outcome, state, following, _ in rows:
         after = phase == REPLY
         if not after:
-            assert outcome not in ("`uncertain`", "`accepted`"), fault
+            assert outcome not in ("`uncertain`", "`delivered`"), fault
             assert state != "`delivered`", fault
             assert "UNCERTAIN_DELAY" not in following, fault
         else:  # only a reply that says that nothing was accepted lets another server have it

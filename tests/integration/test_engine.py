@@ -66,7 +66,7 @@ def test_a_hint_is_enough_to_deliver(room: Open, sink: Sink) -> None:
     got = sink.received[0]
     assert (got.sender, got.recipients) == (b"a@example.com", (b"b@example.org", b"c@example.org"))
     assert (got.size, got.sha256) == (len(BODY), hashlib.sha256(BODY).hexdigest())
-    assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "accepted")]
+    assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "delivered")]
     assert not mail.spool.path(queue_id).exists()
 
 
@@ -148,7 +148,7 @@ def test_deferred_then_delivered_each_try_a_row(room: Open) -> None:
             assert mail.delivery(queue_id)["last_reply"] == "later"
             until(lambda: mail.sweeps.requeue_due(10) == [queue_id])
             until(lambda: mail.state(queue_id) == "delivered")
-    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["deferred", "accepted"]
+    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["deferred", "delivered"]
 
 
 def test_a_refusal_bounces_with_the_servers_words(room: Open) -> None:
@@ -178,7 +178,7 @@ def test_a_dead_server_is_passed_over_and_both_tries_are_kept(room: Open, sink: 
     with mail.working() as engine:
         engine.offer([queue_id])
         until(lambda: mail.state(queue_id) == "delivered")
-    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["unreachable", "accepted"]
+    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["unreachable", "delivered"]
 
 
 def test_B19_a_connection_that_breaks_early_fails_over(room: Open, sink: Sink) -> None:
@@ -187,7 +187,7 @@ def test_B19_a_connection_that_breaks_early_fails_over(room: Open, sink: Sink) -
         queue_id = mail.accept(body=b"x" * 30_000_000)
         with mail.working():
             until(lambda: mail.state(queue_id) == "delivered")
-    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["interrupted", "accepted"]
+    assert [outcome for _, outcome in mail.attempts(queue_id)] == ["interrupted", "delivered"]
 
 
 def test_B13_a_lost_reply_is_uncertain_and_never_fails_over(room: Open, sink: Sink) -> None:
@@ -215,7 +215,7 @@ def test_a_server_that_accepts_nothing_is_passed_over_in_the_same_claim(
             until(lambda: mail.state(queue_id) == "delivered")
     assert mail.attempts(queue_id) == [
         (f"127.0.0.1:{unwilling.port}", outcome),
-        (f"127.0.0.1:{sink.port}", "accepted"),
+        (f"127.0.0.1:{sink.port}", "delivered"),
     ]
     assert mail.delivery(queue_id)["claim_count"] == 1
 
@@ -379,7 +379,7 @@ def test_B36_a_fault_of_this_machine_costs_the_mail_nothing(room: Open, sink: Si
         body.unlink()
         aside.rename(body)
         until(lambda: mail.state(queue_id) == "delivered", 20)
-    assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "accepted")]
+    assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "delivered")]
 
 
 def test_no_commit_point_is_passed_without_a_fresh_lease(
@@ -417,7 +417,7 @@ def test_outcomes_wait_for_a_database_that_is_away(
             postgres.start()
             mail.database.dispose()  # the test's own connections have ended with the server
             until(lambda: mail.state(queue_id) == "delivered", 20)
-        assert mail.attempts(queue_id) == [(f"127.0.0.1:{slow.port}", "accepted")]
+        assert mail.attempts(queue_id) == [(f"127.0.0.1:{slow.port}", "delivered")]
         mail.close()
 
 

@@ -63,14 +63,14 @@ def mended(typed: Typed, what: str) -> None:
 
 
 def test_a_busy_relay_is_healthy(office: Office, spool: Spool, typed: Typed) -> None:
-    for outcome in (Outcome.ACCEPTED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN, Outcome.UNREACHABLE):
+    for outcome in (Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN, Outcome.UNREACHABLE):
         queue_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
         office.record(office.claim(queue_id, room={"default": 1})[0], outcome)
         aged(spool.path(queue_id))
     stored(office, spool)
     office.claim(stored(office, spool))
     finished = stored(office, spool)  # its worker is about to remove the body
-    office.record(office.claim(finished)[0], Outcome.ACCEPTED)
+    office.record(office.claim(finished)[0], Outcome.DELIVERED)
     aged(spool.path(finished))
     orphan(spool, 60)  # its message is about to be committed
     office.ledger.retire(office.hire())
@@ -97,7 +97,7 @@ def test_a_restored_database_has_no_orphans(office: Office, spool: Spool, typed:
 
 def test_a_file_that_nobody_needs_is_removed(office: Office, spool: Spool, typed: Typed) -> None:
     queue_id = stored(office, spool)
-    office.record(office.claim(queue_id)[0], Outcome.ACCEPTED)
+    office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
     earlier = "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
     office.change(f"UPDATE deliveries SET finished_at = {earlier}")
     aged(spool.path(queue_id))
@@ -107,7 +107,7 @@ def test_a_file_that_nobody_needs_is_removed(office: Office, spool: Spool, typed
 
 def test_a_body_whose_delivery_is_missing_stays(office: Office, spool: Spool, typed: Typed) -> None:
     alone, beside = stored(office, spool), stored(office, spool, "a@example.org", "bulk:b@example.org")
-    office.record(office.claim(beside, room={"default": 1})[0], Outcome.ACCEPTED)
+    office.record(office.claim(beside, room={"default": 1})[0], Outcome.DELIVERED)
     office.change("DELETE FROM deliveries WHERE state = 'queued'")
     earlier = "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
     office.change(f"UPDATE deliveries SET finished_at = {earlier}")
@@ -141,7 +141,7 @@ def test_a_body_that_is_gone_for_a_reason_is_no_finding(
 
     def delivered_meanwhile(self: Fsck, name: str, size: int) -> str:
         if office.state(queue_id) == "queued":
-            office.record(office.claim(queue_id)[0], Outcome.ACCEPTED)
+            office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
             spool.remove(queue_id)
         return look(self, name, size)
 

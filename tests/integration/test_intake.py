@@ -83,7 +83,7 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
 def test_told_twice_is_accepted_once(office: Office) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
     office.intake.commit(messages)
-    office.record(office.claim(messages[0].id)[0], Outcome.ACCEPTED)
+    office.record(office.claim(messages[0].id)[0], Outcome.DELIVERED)
     before = office.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
     office.intake.commit([*messages, new_message()])
     after = office.rows("SELECT * FROM deliveries ORDER BY queue_id, number")

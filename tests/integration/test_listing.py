@@ -210,7 +210,7 @@ def test_who_names_a_message_finds_it_finished_too(office: Office, typed: Typed)
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     assert typed("list", "--all", status=1).stderr == "qmqp-relay: no mail is kept\n"
     queue_id = office.accept(header_message_id="<1@example.com>")
-    office.record(office.claim(queue_id)[0], Outcome.ACCEPTED)
+    office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
     for words in ((queue_id,), ("--id", queue_id[-12:]), ("--message-id", "1@example.com")):
         assert [row["state"] for row in lines(typed("list", "--json", *words))] == ["delivered"]
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"

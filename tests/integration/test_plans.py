@@ -107,7 +107,7 @@ def test_the_road_of_a_message_walks_through_nothing(crowded: Office) -> None:
         crowded.pass_time(60, only=[queue_id])
         assert crowded.sweeps.requeue_due(10) == [queue_id]
         (claim,) = crowded.claim(queue_id, room=IDLE)
-        crowded.record(claim, Outcome.ACCEPTED)
+        crowded.record(claim, Outcome.DELIVERED)
         crowded.renew()
     assert len(statements) > 5
     assert not (found := scans(crowded, statements)), "\n".join(found)

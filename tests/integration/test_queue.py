@@ -59,7 +59,7 @@ def test_older_than(office: Office, queue: QueueReader) -> None:
 
 def test_finished_rows_are_history(office: Office, queue: QueueReader) -> None:
     queue_id = office.accept()
-    office.record(office.claim(queue_id)[0], Outcome.ACCEPTED)
+    office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
     assert found(queue) == []
     assert found(queue, states=("delivered",)) == [queue_id]
     (row,) = queue.rows(Filter(), finished=True)
@@ -140,7 +140,7 @@ def test_what_the_whole_looks_like(office: Office, queue: QueueReader) -> None:
     }  # fmt: skip
     assert all(0 <= row["oldest_seconds"] < 60 and row["oldest_at"].tzinfo is UTC for row in summary.values())
     (server,) = queue.servers()
-    assert (server["attempts"], server["uncertain"], server["accepted"], server["bytes_sent"]) == (1, 1, 0, 90)
+    assert (server["attempts"], server["uncertain"], server["delivered"], server["bytes_sent"]) == (1, 1, 0, 90)
 
 
 def test_workers(office: Office, queue: QueueReader) -> None:

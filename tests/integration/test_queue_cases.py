@@ -72,7 +72,7 @@ def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> Non
         with mail.working() as engine:
             engine.offer([queue_id])
             until(lambda: mail.state(queue_id) == "delivered")
-    assert mail.attempts(queue_id) == [(f"127.0.0.1:{dead}", "unreachable"), (f"127.0.0.1:{sink.port}", "accepted")]
+    assert mail.attempts(queue_id) == [(f"127.0.0.1:{dead}", "unreachable"), (f"127.0.0.1:{sink.port}", "delivered")]
 
 
 def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> None:
@@ -280,7 +280,7 @@ def test_D2_a_task_for_what_is_unknown_or_finished(room: Open) -> None:
             until(lambda: mail.state(done) == "delivered")
             assert engine.offer([done, "f" * 32]).wait(10)
         assert sink.connections == 1
-    assert mail.attempts(done) == [(f"127.0.0.1:{sink.port}", "accepted")]
+    assert mail.attempts(done) == [(f"127.0.0.1:{sink.port}", "delivered")]
 
 
 def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(office: Office) -> None:
@@ -290,7 +290,7 @@ def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(office: Offic
         office.pass_time(1200)
         assert office.renew()
         assert office.claim(queue_id, worker=office.hire()) == []
-    assert office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(claim, Outcome.DELIVERED).state is State.DELIVERED
 
 
 def test_D3_no_task_waits_for_its_session() -> None:
@@ -323,7 +323,7 @@ def test_D5_who_lost_its_lease_reports_late(office: Office, outcome: Outcome) ->
     (new,) = office.claim(old.queue_id, worker=fresh)
     recorded = office.record(old, outcome, worker=stale)
     assert (old.claim, 1, outcome) in office.attempts(old.queue_id), "what happened is kept"
-    if outcome is Outcome.ACCEPTED:
+    if outcome is Outcome.DELIVERED:
         assert recorded.state is State.DELIVERED
         assert office.record(new, Outcome.DEFERRED, worker=fresh).state is State.DELIVERED
         wake(office)
@@ -331,7 +331,7 @@ def test_D5_who_lost_its_lease_reports_late(office: Office, outcome: Outcome) ->
     else:
         assert recorded.state is None
         assert office.state(old.queue_id) == "sending"
-        assert office.record(new, Outcome.ACCEPTED, worker=fresh).state is State.DELIVERED
+        assert office.record(new, Outcome.DELIVERED, worker=fresh).state is State.DELIVERED
 
 
 def test_D6_a_k_waits_for_a_database_that_is_locked(office: Office) -> None:
@@ -349,7 +349,7 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(office: Office) -> None:
     with ThreadPoolExecutor(2) as pool:
         locking = pool.submit(lock)
         assert held.wait(10)
-        recording = pool.submit(office.record, claim, Outcome.ACCEPTED)
+        recording = pool.submit(office.record, claim, Outcome.DELIVERED)
         assert not recording.done()
         go_on.set()
         assert recording.result(20).state is State.DELIVERED
@@ -374,7 +374,7 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(office: Office) -> None:
 
     writer: CommitThread[Command, CommandResult] = CommitThread("test", commit, post=post)
     writer.start()
-    writer.put(office.note(claim, Outcome.ACCEPTED), answers.append)
+    writer.put(office.note(claim, Outcome.DELIVERED), answers.append)
     assert answered.wait(20)
     assert writer.close(10)
     assert answers[0].state is State.DELIVERED

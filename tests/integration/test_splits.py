@@ -56,7 +56,7 @@ def deliver(office: Office, queue_id: str, server: Server, *, one_by_one: bool =
     while claims := office.claim(queue_id, room=room):
         for claim in claims:
             if refuse(office, claim, server) is None:
-                assert office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
+                assert office.record(claim, Outcome.DELIVERED).state is State.DELIVERED
 
 
 def refuse(office: Office, claim: Claim, server: Server) -> str | None:
@@ -212,7 +212,7 @@ def test_a_late_K_waits_for_no_relatives_either_and_loses_none(postgres_office: 
     office.sweeps.requeue_due(10)
     (new,) = office.claim(queue_id)
     office.record(new, Outcome.REJECTED, state=State.SPLIT)
-    late = office.note(old, Outcome.ACCEPTED)
+    late = office.note(old, Outcome.DELIVERED)
     with writing(office.engine) as connection:
         lock(connection, queue_id, 2)
         with pytest.raises(OperationalError) as refused:
@@ -294,7 +294,7 @@ def test_pieces_by_route_are_cut_like_any_other(office: Office) -> None:
     while claims := office.claim(queue_id, room={"a": 1, "b": 1}):
         for claim in claims:
             if refuse(office, claim, server) is None:
-                office.record(claim, Outcome.ACCEPTED)
+                office.record(claim, Outcome.DELIVERED)
     states = became(office, queue_id)
     assert {name for name, state in states.items() if state != "delivered"} == server.bad
     assert set(server.accepted.values()) == {1}
@@ -306,7 +306,7 @@ def test_a_late_K_holds_for_what_was_divided_since(office: Office) -> None:
     office.record(old, Outcome.UNCERTAIN)
     reroute(office)
     assert office.record(old, Outcome.DEFERRED).state is None, "the whole is nobody's any more"
-    assert office.record(old, Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(old, Outcome.DELIVERED).state is State.DELIVERED
     assert [row["state"] for row in family(office, queue_id)] == ["delivered"] * 3
     assert office.claim(queue_id, room={"a": 1, "b": 1}) == [], "never again after a K"
 
@@ -386,7 +386,7 @@ def test_other_routes_keep_their_recipients(office: Office) -> None:
     queue_id = office.accept("bulk:x@example.org", *addresses(4), "bulk:y@example.org")
     claims = {claim.route: claim for claim in office.claim(queue_id, room={"default": 9, "bulk": 9})}
     office.record(claims["default"], Outcome.REJECTED, state=State.SPLIT)
-    assert office.record(claims["bulk"], Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(claims["bulk"], Outcome.DELIVERED).state is State.DELIVERED
     deliver(office, queue_id, Server({"0@example.org"}))
     states = became(office, queue_id)
     assert [name for name, state in states.items() if state != "delivered"] == ["0@example.org"]
@@ -413,7 +413,7 @@ def test_pieces_expire_with_the_message(office: Office) -> None:
     office.pass_time(2000)
     first, second = office.claim(queue_id)
     assert office.record(first, Outcome.DEFERRED).state is State.EXPIRED
-    assert office.record(second, Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(second, Outcome.DELIVERED).state is State.DELIVERED
 
 
 @settings(

@@ -42,8 +42,8 @@ GRACE, DELAY, UNCERTAIN_DELAY, LEASE, SESSION, LIFETIME = 10_000.0, 20_000.0, 30
 GATHER, WARNING = 5_000.0, 45_000.0
 NEAR = 50.0  # no two times of the model that differ come nearer than this, nor does a run take so long
 POISON = 3
-TOOK = (Outcome.ACCEPTED, Outcome.UNCERTAIN, Outcome.MALFORMED)
-NOT_TOOK = (*(outcome for outcome in Outcome if outcome is not Outcome.ACCEPTED), Outcome.REJECTED, Outcome.REJECTED)
+TOOK = (Outcome.DELIVERED, Outcome.UNCERTAIN, Outcome.MALFORMED)
+NOT_TOOK = (*(outcome for outcome in Outcome if outcome is not Outcome.DELIVERED), Outcome.REJECTED, Outcome.REJECTED)
 WANTED = {"hold": State.HELD, "drop": State.DROPPED, "bounce": State.BOUNCED, "retry": State.QUEUED}
 ROUTES = ("default", "bulk")
 FAILED = (State.BOUNCED, State.EXPIRED)
@@ -273,7 +273,7 @@ class History(RuleBasedStateMachine):
         outcome = chance.choice(TOOK if transfer.took else NOT_TOOK)
         half = delivery.parent is not None and chance.random() < 0.7  # refused as its twin may be
         if last or (half and not transfer.took):
-            outcome = Outcome.ACCEPTED if transfer.took else Outcome.REJECTED
+            outcome = Outcome.DELIVERED if transfer.took else Outcome.REJECTED
         state = OUTCOME_POLICY[outcome]
         if outcome is Outcome.INTERRUPTED and chance.random() < 0.5:
             state = State.QUEUED
@@ -295,7 +295,7 @@ class History(RuleBasedStateMachine):
         """The model's side of a round of outcomes: what each does, then halves, then what a late K does to them."""
         cuts, late = [], []
         for transfer, record, _ in told:
-            delivery, accepted = self.queue[transfer.key], record.outcome is Outcome.ACCEPTED
+            delivery, accepted = self.queue[transfer.key], record.outcome is Outcome.DELIVERED
             owner = (delivery.state, delivery.worker, delivery.claims)
             if accepted and not delivery.k:
                 self._end(delivery, State.DELIVERED)

@@ -166,14 +166,14 @@ def test_what_an_operator_wanted_comes_first_and_lateness_counts(office: Office)
     assert all(office.delivery(i)["finished_at"] is not None for i in (dropped, bounced, null, late))
 
 
-@pytest.mark.parametrize("outcome", [Outcome.ACCEPTED, Outcome.DEFERRED])
+@pytest.mark.parametrize("outcome", [Outcome.DELIVERED, Outcome.DEFERRED])
 def test_a_worker_that_wakes_up_late(office: Office, outcome: Outcome) -> None:
     (claim,) = office.claim(office.accept())
     vanish(office)
-    state = State.DELIVERED if outcome is Outcome.ACCEPTED else State.DEFERRED
+    state = State.DELIVERED if outcome is Outcome.DELIVERED else State.DEFERRED
     assert office.record(claim, outcome).state is state
     row = office.delivery(claim.queue_id)
-    assert (row["state"], row["last_outcome"]) == (state, "accepted" if state == "delivered" else "uncertain")
+    assert (row["state"], row["last_outcome"]) == (state, "delivered" if state == "delivered" else "uncertain")
     assert office.attempts(claim.queue_id) == [(1, 0, "uncertain"), (1, 1, outcome)]
     assert not office.renew()
 
@@ -214,7 +214,7 @@ def test_a_burial_and_a_late_k_at_the_same_time(office: Office) -> None:
     def finish() -> None:
         barrier.wait(10)
         for claim in reversed(claims):
-            office.record(claim, Outcome.ACCEPTED)
+            office.record(claim, Outcome.DELIVERED)
 
     with ThreadPoolExecutor(2) as pool:
         buried, finished = pool.submit(expire_worker), pool.submit(finish)
@@ -261,7 +261,7 @@ def test_a_transfer_under_way_keeps_its_claim_and_gets_the_time_of_a_new_one(off
     assert office.sweeps.bring_near(10, LONGEST, ["default"]) == 1
     assert office.delivery(claim.queue_id)["due_in"] == pytest.approx(far, abs=4)
     assert office.sweeps.expire_stuck_transfers() == 0
-    assert office.record(claim, Outcome.ACCEPTED).state is State.DELIVERED
+    assert office.record(claim, Outcome.DELIVERED).state is State.DELIVERED
 
 
 def test_it_is_done_a_batch_at_a_time(office: Office) -> None:

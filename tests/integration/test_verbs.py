@@ -38,7 +38,7 @@ def one_in(office: Office, state: State, *addresses: str, **more: object) -> str
     elif state is not State.QUEUED:
         (claim,) = office.claim(queue_id)
         if state is not State.SENDING:
-            outcomes = {State.DEFERRED: Outcome.DEFERRED, State.DELIVERED: Outcome.ACCEPTED}
+            outcomes = {State.DEFERRED: Outcome.DEFERRED, State.DELIVERED: Outcome.DELIVERED}
             office.record(claim, outcomes[state])
     return queue_id
 
@@ -71,7 +71,7 @@ def test_what_is_being_sent_is_told(office: Office, typed: Typed, verb: str, the
     (one,), (two,) = office.claim(office.accept()), office.claim(office.accept())
     assert "2 being sent" in typed(verb, "--all", "--yes").stderr
     office.record(one, Outcome.DEFERRED)
-    office.record(two, Outcome.ACCEPTED)
+    office.record(two, Outcome.DELIVERED)
     assert office.states([one.queue_id, two.queue_id]) == [then, "delivered"], "a K beats every wish"
     assert office.delivery(two.queue_id)["last_reply"] == "its words"
 

@@ -116,7 +116,7 @@ def test_what_became_of_a_notice_and_what_it_is_about(office: Office, spool: Spo
     (none,) = debts.settle(5)
     assert f"; it is a notice about {queue_id} and encloses nothing of it." in told(typed, none)
     (claim,) = office.claim(none)
-    office.record(claim, Outcome.ACCEPTED)
+    office.record(claim, Outcome.DELIVERED)
     assert told(typed, queue_id).endswith(f"; the sender was told by {none}.")
     assert f"the sender was told by {none}." in typed("show", queue_id).stdout
 

@@ -14,20 +14,20 @@ def row(step: int, outcome: str, tries: int, seconds: float = 0.5) -> dict[str, 
 
 
 def test_a_steady_rate_is_level_up_to_now() -> None:
-    graph = charts.rate(NOW, [row(step, "accepted", 50) for step in range(72)], 300, 72)
+    graph = charts.rate(NOW, [row(step, "delivered", 50) for step in range(72)], 300, 72)
     bars = [bar for _, bars in graph.steps for bar in bars]
     assert len(bars) == 72
     assert len({(y, high) for _, _, y, _, high in bars}) == 1
     assert 98 < bars[-1][1] + bars[-1][3] <= 100, "the newest ends at the right edge"
     assert [words for _, words in graph.marks] == ["0", "5", "10"]
-    assert graph.keys == [("accepted", "3600 accepted")]
+    assert graph.keys == [("delivered", "3600 delivered")]
 
 
 def test_a_bar_is_told_in_words_and_stands_on_the_axis() -> None:
-    rows = [row(0, "unreachable", 1), row(0, "accepted", 2), row(0, "rejected", 3), row(0, "malformed", 4)]
+    rows = [row(0, "unreachable", 1), row(0, "delivered", 2), row(0, "rejected", 3), row(0, "malformed", 4)]
     ((words, bars),) = charts.rate(NOW, rows, 300, 72).steps
     clock = NOW.astimezone()
-    assert words == f"{clock:%H}:29 to {clock:%H}:34: 2 accepted, 1 deferred, 3 failed, 4 uncertain"
+    assert words == f"{clock:%H}:29 to {clock:%H}:34: 2 delivered, 1 deferred, 3 failed, 4 uncertain"
     assert [kind for kind, *_ in bars] == list(charts.KINDS)
     floor = float(charts.HEIGHT - charts.BOTTOM)
     for _, _, y, _, high in bars:
@@ -44,16 +44,16 @@ def test_hours_stand_where_they_began() -> None:
 
 
 def test_latency_is_joined_where_nothing_is_missing() -> None:
-    rows = [row(0, "accepted", 1, 0.01), row(1, "accepted", 1, 0.1), row(3, "accepted", 1), row(2, "deferred", 9)]
+    rows = [row(0, "delivered", 1, 0.01), row(1, "delivered", 1, 0.1), row(3, "delivered", 1), row(2, "deferred", 9)]
     graph = charts.latency(NOW, rows, 300, 72)
     assert len(graph.dots) == 3
     assert len(graph.lines) == 1
-    assert graph.keys == [("accepted", "lately 0.010 s")]
+    assert graph.keys == [("delivered", "lately 0.010 s")]
     assert charts.latency(NOW, [], 300, 72).keys == []
 
 
 def test_hour_by_hour() -> None:
-    rows = [row(0, "accepted", 1, 1.0), row(11, "accepted", 3, 2.0), row(12, "deferred", 5), row(71, "rejected", 7)]
+    rows = [row(0, "delivered", 1, 1.0), row(11, "delivered", 3, 2.0), row(12, "deferred", 5), row(71, "rejected", 7)]
     hours = charts.hourly(NOW, rows, 300, 72)
     assert [(sum(hour.tries.values()), hour.seconds) for hour in hours] == [
         (4, 1.75), (5, None), (0, None), (0, None), (0, None), (7, None)

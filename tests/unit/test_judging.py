@@ -18,7 +18,7 @@ def test_every_outcome_leads_somewhere_that_the_schema_allows() -> None:
 @pytest.mark.parametrize(
     ("outcome", "state", "step", "shortest", "longest"),
     [
-        (Outcome.ACCEPTED, State.DELIVERED, 2, 0, 0),
+        (Outcome.DELIVERED, State.DELIVERED, 2, 0, 0),
         (Outcome.DEFERRED, State.DEFERRED, 3, 120, 240),
         (Outcome.REJECTED, State.BOUNCED, 2, 0, 0),
         (Outcome.UNREACHABLE, State.DEFERRED, 2, 30, 45),

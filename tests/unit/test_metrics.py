@@ -45,7 +45,7 @@ def test_refusal_is_counted_by_its_codes(reply: bytes, label: str):
 
 
 def test_children_are_bound_once():
-    assert metrics.attempts("mx:628", "accepted") is metrics.attempts("mx:628", "accepted")
+    assert metrics.attempts("mx:628", "delivered") is metrics.attempts("mx:628", "delivered")
     assert metrics.rounds("intake") is metrics.rounds("intake")
 
 
