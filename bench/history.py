@@ -1,8 +1,9 @@
 """Databases with a long past: filled by SQL, as they would look after days of mail.
 
-Message n of a fill arrives a fixed time after the one before, the last one now. `finished` of a hundred are delivered
-or, every fiftieth of them, bounced, with the attempt that it took; the others wait, nearly all deferred with words of
-the server. What must stay true: ids sort by arrival, as ours do, and no row is one that the program could not make.
+Message n of a fill arrives a fixed time after the one before, the last one now. `finished` of a
+hundred are delivered or, every fiftieth of them, bounced, with the attempt that it took; the others
+wait, nearly all deferred with words of the server. What must stay true: ids sort by arrival, as
+ours do, and no row is one that the program could not make.
 """
 
 import tempfile
@@ -39,16 +40,15 @@ _INSERTS = (
 
 
 def fill(url: str, rows: int, *, finished: int = 0, seconds: float = 3600) -> None:
-    """Make the schema, and so many messages of one recipient each, which came in the last so many seconds."""
+    """Make the schema, and so many messages of one recipient each, which came in the last so many
+    seconds."""
     migrate(url)
     engine = connect(url)
     postgresql, spell = engine.dialect.name == "postgresql", dialect_of(engine)
     step = max(1, round(seconds * 1000 / rows))
     arrived = f"({round(time.time() * 1000) - rows * step} + n * {step})"
     hexed = _HEX[postgresql].format(arrived, 12)
-    words = (
-        f"substr({hexed}, 1, 8) || '-' || substr({hexed}, 9, 4) || '-7abc-8def-' || {_HEX[postgresql].format('n', 12)}"
-    )
+    words = f"substr({hexed}, 1, 8) || '-' || substr({hexed}, 9, 4) || '-7abc-8def-' || {_HEX[postgresql].format('n', 12)}"
     given = {
         "id": f"CAST({words} AS uuid)" if postgresql else words,
         "arrival": _AT[postgresql].format(arrived),
@@ -66,7 +66,9 @@ def fill(url: str, rows: int, *, finished: int = 0, seconds: float = 3600) -> No
     with writing(engine) as connection:
         if postgresql:
             connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        connection.exec_driver_sql(f"CREATE TABLE numbers AS {numbers}".replace("%", "%%" if postgresql else "%"))
+        connection.exec_driver_sql(
+            f"CREATE TABLE numbers AS {numbers}".replace("%", "%%" if postgresql else "%")
+        )
         for insert in _INSERTS:
             statement = insert.format(**given)
             connection.exec_driver_sql(statement.replace("%", "%%") if postgresql else statement)
@@ -79,7 +81,8 @@ def fill(url: str, rows: int, *, finished: int = 0, seconds: float = 3600) -> No
 
 
 def on_each(measure: Callable[[str, str], None]) -> None:
-    """Give `measure` the name and the URL of a new database of either kind, below a directory that goes with it."""
+    """Give `measure` the name and the URL of a new database of either kind, below a directory that
+    goes with it."""
     server = Postgres()
     server.start()
     try:

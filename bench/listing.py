@@ -1,8 +1,8 @@
 """`python -m bench.listing`: how long `qmqp-relay list` takes over a long queue, on both databases.
 
-The queue is filled by SQL, as it would look when a server was down for an hour: every row deferred, with words of the
-server. Each way to look is a process of its own from its start to its end: NDJSON and text into a pipe that is read as
-quickly as it fills, and a table on a terminal of 120 columns.
+The queue is filled by SQL, as it would look when a server was down for an hour: every row deferred,
+with words of the server. Each way to look is a process of its own from its start to its end: NDJSON
+and text into a pipe that is read as quickly as it fills, and a table on a terminal of 120 columns.
 """
 
 import argparse
@@ -32,7 +32,9 @@ def look(words: list[str], environ: dict[str, str], *, terminal: bool) -> tuple[
     if terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     began, lines = time.monotonic(), 0
-    child = subprocess.Popen([sys.executable, "-m", "commands.cli.main", *words], env=environ, stdout=theirs)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "commands.cli.main", *words], env=environ, stdout=theirs
+    )
     os.close(theirs)
     with suppress(OSError):  # the end of a terminal
         while data := os.read(ours, 1 << 16):
@@ -56,17 +58,23 @@ def measure(name: str, url: str, rows: int, runs: int) -> None:
             raise SystemExit(f"{name}, {words}: rows are missing")
         seconds, cpu = ([run[n] for run in found] for n in (0, 1))
         middle = statistics.median(seconds)
-        print(f"{name:12}{words:22}{min(seconds):7.2f} s{middle:9.2f} s{min(cpu):9.2f} s", flush=True)
+        print(
+            f"{name:12}{words:22}{min(seconds):7.2f} s{middle:9.2f} s{min(cpu):9.2f} s", flush=True
+        )
 
 
 def main() -> None:
     """Both databases, each filled anew below a directory that goes with it."""
-    parser = argparse.ArgumentParser(prog="python -m bench.listing", description="Measure `list` on a long queue.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.listing", description="Measure `list` on a long queue."
+    )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--runs", type=int, default=5)
     given = parser.parse_args()
 
-    print(f"{given.rows} rows, load {os.getloadavg()[0]:.1f}\n{'':34}{'least':>9}{'median':>11}{'CPU':>11}")
+    print(
+        f"{given.rows} rows, load {os.getloadavg()[0]:.1f}\n{'':34}{'least':>9}{'median':>11}{'CPU':>11}"
+    )
     on_each(lambda name, url: measure(name, url, given.rows, given.runs))
 
 

@@ -1,4 +1,5 @@
-"""Loads: many messages as smtp-source sends them, one at a time with a clock in hand, connections that do nothing."""
+"""Loads: many messages as smtp-source sends them, one at a time with a clock in hand, connections
+that do nothing."""
 
 import os
 import socket
@@ -28,9 +29,11 @@ class Sent:
 
 
 def send(port: int, messages: int, size: int, *, sessions: int = 20, reuse: bool = False) -> Sent:
-    """Send so many messages of so many bytes, `sessions` at once, on a connection each or on kept ones.
+    """Send so many messages of so many bytes, `sessions` at once, on a connection each or on kept
+    ones.
 
-    By smtp-source if it is installed, else by our own; raises CalledProcessError when a message was not accepted.
+    By smtp-source if it is installed, else by our own; raises CalledProcessError when a message was
+    not accepted.
     """
     where, counts = f"127.0.0.1:{port}", ["-s", str(sessions), "-m", str(messages), "-l", str(size)]
     tool = program("smtp-source")
@@ -67,7 +70,8 @@ class SmtpClient:
             raise RuntimeError(f"expected {code!r}, heard {line!r}")
 
     def message(self, text: bytes) -> tuple[float, float]:
-        """Send a message; when its last byte was sent and when the 250 was there (time.perf_counter)."""
+        """Send a message; when its last byte was sent and when the 250 was there
+        (time.perf_counter)."""
         self.say(f"MAIL FROM:<{SENDER}>".encode(), b"2")
         self.say(f"RCPT TO:<{RECIPIENT}>".encode(), b"2")
         self.say(b"DATA", b"354")

@@ -1,8 +1,8 @@
 """The machine that figures come from, and a disk that has come to rest before they are taken.
 
-A file system mounted with `discard` pays for every deletion once more when its journal commits; figures taken
-meanwhile are somebody else's. So nothing is deleted between two measurements, and each waits until the disk is still;
-when its patience ends first, the result says so.
+A file system mounted with `discard` pays for every deletion once more when its journal commits;
+figures taken meanwhile are somebody else's. So nothing is deleted between two measurements, and
+each waits until the disk is still; when its patience ends first, the result says so.
 """
 
 import datetime
@@ -37,7 +37,8 @@ def describe(directory: Path) -> dict[str, str]:
 
 
 def open_files(wanted: int) -> int:
-    """Let this process and its children have so many files open, if they may; how many they can have."""
+    """Let this process and its children have so many files open, if they may; how many they can
+    have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:
         soft = min(wanted, hard)
@@ -46,7 +47,8 @@ def open_files(wanted: int) -> int:
 
 
 class Disk:
-    """The disk of a directory, for one run. `restless`: how often it was not still when `patience` (seconds) ended."""
+    """The disk of a directory, for one run. `restless`: how often it was not still when `patience`
+    (seconds) ended."""
 
     def __init__(self, directory: Path, patience: float) -> None:
         self._directory, self._patience = directory, patience
@@ -70,7 +72,9 @@ def _transfers(directory: Path) -> list[str]:
     """Counters of the device: reads, writes, discards, and what is in flight."""
     device = directory.stat().st_dev
     try:
-        return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
+        return (
+            Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
+        )
     except OSError:  # a container or another system: sync is all that can be done
         return []
 
@@ -79,7 +83,11 @@ def _commit() -> str:
     """Which source: git's name for it, with `-dirty` when files were changed since."""
     git, here = shutil.which("git"), Path(__file__).parent
     command = [git or "", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() if git else ""
+    said = (
+        subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        if git
+        else ""
+    )
     return f"commit {said}" if said else "no git commit"
 
 

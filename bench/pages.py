@@ -1,7 +1,8 @@
-"""`python -m bench.pages`: how long the page takes to answer over a million messages, on both databases.
+"""`python -m bench.pages`: how long the page takes to answer over a million messages, on both
+databases.
 
-Nine of ten are finished, a tenth waits (`bench.history`). `qmqp-relay web` runs as people run it, and each look is one
-HTTP request, from its first byte to its last.
+Nine of ten are finished, a tenth waits (`bench.history`). `qmqp-relay web` runs as people run it,
+and each look is one HTTP request, from its first byte to its last.
 """
 
 import argparse
@@ -37,8 +38,14 @@ def answered(url: str) -> float:
 def serve(url: str, port: int, state: Path) -> subprocess.Popen[bytes]:
     """The page of that database, ready."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
-    environ |= {"RELAY_DATABASE_URL": url, "RELAY_WEB_LISTEN": f"127.0.0.1:{port}", "RELAY_STATE_DIR": str(state)}
-    child = subprocess.Popen([sys.executable, "-m", "commands.cli.main", "web"], env=environ, stderr=subprocess.DEVNULL)
+    environ |= {
+        "RELAY_DATABASE_URL": url,
+        "RELAY_WEB_LISTEN": f"127.0.0.1:{port}",
+        "RELAY_STATE_DIR": str(state),
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-m", "commands.cli.main", "web"], env=environ, stderr=subprocess.DEVNULL
+    )
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
@@ -50,13 +57,16 @@ def serve(url: str, port: int, state: Path) -> subprocess.Popen[bytes]:
 
 
 def measure(name: str, url: str, rows: int, runs: int) -> None:
-    """Print a line for each page: the first look and the median of some; the overview is kept for a moment."""
+    """Print a line for each page: the first look and the median of some; the overview is kept for a
+    moment."""
     began = time.monotonic()
     fill(url, rows, finished=90, seconds=3 * 86400)
     print(f"{name}: {rows} messages, filled in {time.monotonic() - began:.0f} s", flush=True)
     engine = connect(url)
     with reading(engine) as connection:
-        middle = dialect_of(engine)(f"SELECT @hex(id) FROM messages ORDER BY id DESC LIMIT 1 OFFSET {rows // 2}")
+        middle = dialect_of(engine)(
+            f"SELECT @hex(id) FROM messages ORDER BY id DESC LIMIT 1 OFFSET {rows // 2}"
+        )
         queue_id = connection.exec_driver_sql(middle).scalar()
     engine.dispose()
     with socket.create_server(("127.0.0.1", 0)) as free, tempfile.TemporaryDirectory() as state:
@@ -79,7 +89,9 @@ def measure(name: str, url: str, rows: int, runs: int) -> None:
 
 def main() -> None:
     """Both databases, one after the other."""
-    parser = argparse.ArgumentParser(prog="python -m bench.pages", description="Measure the page on a long history.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pages", description="Measure the page on a long history."
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--runs", type=int, default=5)
     given = parser.parse_args()

@@ -1,7 +1,8 @@
 """What is measured of a system: each part is one kind of load, and gives figures by name.
 
-Every part waits for the queue to be empty and the disk to be still before it begins. A message counts as delivered when
-the sink has acknowledged it, and as done when nothing of it is left in the queue (its outcome is committed too).
+Every part waits for the queue to be empty and the disk to be still before it begins. A message
+counts as delivered when the sink has acknowledged it, and as done when nothing of it is left in the
+queue (its outcome is committed too).
 """
 
 import statistics
@@ -29,9 +30,9 @@ type Statistics = dict[str, float]
 class Scale:
     """How much is done: messages of a load, large ones, single ones, deliveries to the slow server.
 
-    `connections` goes up to RELAY_MAX_CONNECTIONS' default. `volume` is how many bytes pass while memory is looked at;
-    `patience`, seconds that the disk may take to be still. What has waited for GRACE is found without hints, so after
-    `overdue` seconds it does not matter what became of them.
+    `connections` goes up to RELAY_MAX_CONNECTIONS' default. `volume` is how many bytes pass while
+    memory is looked at; `patience`, seconds that the disk may take to be still. What has waited for
+    GRACE is found without hints, so after `overdue` seconds it does not matter what became of them.
     """
 
     messages: int = 5000
@@ -48,7 +49,9 @@ class Scale:
     overdue: float = 5.5
 
 
-QUICK = Scale(messages=1000, large=3, singles=40, connections=(1, 100), slow=500, runs=1, patience=3.0)
+QUICK = Scale(
+    messages=1000, large=3, singles=40, connections=(1, 100), slow=500, runs=1, patience=3.0
+)
 SMOKE = Scale(
     messages=100, large=1, large_size=2_000_000, singles=10, connections=(1, 10), slow=100, volume=2_000_000,
     runs=1, patience=0.1, overdue=0.1,
@@ -57,7 +60,8 @@ SMOKE = Scale(
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`run` gives its figures for one system, in `unit`; those named "CPU ..." are microseconds a message."""
+    """`run` gives its figures for one system, in `unit`; those named "CPU ..." are microseconds a
+    message."""
 
     name: str
     words: str
@@ -76,14 +80,21 @@ def _prepare(system: System, disk: Disk) -> int:
 
 def _wait_for(system: System, count: int, *, pause: float = 0.004) -> float:
     """Wait until the sink has so many in all; the moment."""
-    return wait(lambda: system.delivered() >= count, f"{system.name}: {count} delivered", patience=300.0, pause=pause)
+    return wait(
+        lambda: system.delivered() >= count,
+        f"{system.name}: {count} delivered",
+        patience=300.0,
+        pause=pause,
+    )
 
 
 def _load(system: System, scale: Scale, disk: Disk, *, reuse: bool, workers: int = 1) -> Statistics:
     if not system.arrange(workers):
         return {}
     count = scale.messages
-    send(system.smtp_port, 100, scale.size, sessions=scale.sessions, reuse=reuse)  # plans, caches, processes
+    send(
+        system.smtp_port, 100, scale.size, sessions=scale.sessions, reuse=reuse
+    )  # plans, caches, processes
     before = _prepare(system, disk)
     roles = system.processes()
     used, busy = cpu_seconds(roles), machine_cpu_seconds()
@@ -129,7 +140,10 @@ def _latency(system: System, scale: Scale, disk: Disk) -> Statistics:
             time.sleep(PAUSE)
     return {
         f"{name}, p{percent}": statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-        for name, values in (("from the dot to 250", accepting), ("from 250 to the sink's yes", delivering))
+        for name, values in (
+            ("from the dot to 250", accepting),
+            ("from 250 to the sink's yes", delivering),
+        )
         for percent in (50, 99)
     }
 
@@ -180,8 +194,14 @@ def _highest(system: System, scale: Scale, size: int) -> float:
 
 
 def _resident(system: System) -> float:
-    """MiB: the proportional sets (PSS) of these processes and their children, the keeper among them, added up."""
-    ours = [pid for role, pids in system.processes().items() if role in ("smtpd", "worker", "Postfix") for pid in pids]
+    """MiB: the proportional sets (PSS) of these processes and their children, the keeper among
+    them, added up."""
+    ours = [
+        pid
+        for role, pids in system.processes().items()
+        if role in ("smtpd", "worker", "Postfix")
+        for pid in pids
+    ]
     return resident_bytes(ours) / 2**20
 
 

@@ -1,5 +1,5 @@
-"""A plot of a result file, drawn as SVG by hand: bars of medians with their spread, a panel for each unit, and what a
-message costs in CPU.
+"""A plot of a result file, drawn as SVG by hand: bars of medians with their spread, a panel for
+each unit, and what a message costs in CPU.
 
 `python -m bench.plot RESULT.json PLOT.svg` draws one again.
 """
@@ -17,7 +17,10 @@ _WIDTH, _LEFT, _BAR, _GAP = 900, 250, 16, 14
 _ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source")
 # Title, parts, what stands before the names of their figures.
 _PANELS = (
-    ("messages a second", {"load": "a connection a message: ", "reuse": "kept connections: ", "two": "two workers: "}),
+    (
+        "messages a second",
+        {"load": "a connection a message: ", "reuse": "kept connections: ", "two": "two workers: "},
+    ),
     ("messages a second to a server that takes 100 ms", {"slow": ""}),
     ("MB a second, messages of 20 MB", {"large": ""}),
     ("ms, one message at a time (less is better)", {"latency": ""}),
@@ -30,7 +33,9 @@ type Values = Mapping[str, Runs]
 
 def draw(document: Mapping[str, Any]) -> str:
     """The plot of what `report.as_json` made."""
-    parts: dict[str, Values] = {part["name"]: _without_gaps(part["figures"]) for part in document["parts"]}
+    parts: dict[str, Values] = {
+        part["name"]: _without_gaps(part["figures"]) for part in document["parts"]
+    }
     lines: list[str] = []
     y = 10
     for title, of in _PANELS:
@@ -47,7 +52,9 @@ def draw(document: Mapping[str, Any]) -> str:
     words = f"{about.get('when', '')}  {about.get('processor', '')}  {about.get('disk', '')}"
     lines.append(_text(10, y + 24, words[:150], size=10))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{y + 40}" font-family="sans-serif">'
-    return "\n".join([head, f'<rect width="{_WIDTH}" height="{y + 40}" fill="white"/>', *lines, "</svg>", ""])
+    return "\n".join(
+        [head, f'<rect width="{_WIDTH}" height="{y + 40}" fill="white"/>', *lines, "</svg>", ""]
+    )
 
 
 def _without_gaps(figures: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Values:
@@ -56,7 +63,9 @@ def _without_gaps(figures: Mapping[str, Mapping[str, Sequence[float | None]]]) -
         name: {system: [run for run in runs if run is not None] for system, runs in of.items()}
         for name, of in figures.items()
     }
-    return {name: {system: runs for system, runs in of.items() if runs} for name, of in kept.items()}
+    return {
+        name: {system: runs for system, runs in of.items() if runs} for name, of in kept.items()
+    }
 
 
 def _panel_of_bars(lines: list[str], y: int, title: str, rows: Sequence[tuple[str, Runs]]) -> int:
@@ -71,7 +80,9 @@ def _panel_of_bars(lines: list[str], y: int, title: str, rows: Sequence[tuple[st
             lines.append(_rect(_LEFT, y, middle * scale, _COLOURS[systems.index(system)]))
             low, high, mid = _LEFT + min(runs) * scale, _LEFT + max(runs) * scale, y + _BAR / 2
             lines.append(f'<path d="M{low:.1f} {mid}H{high:.1f}" stroke="black"/>')
-            lines.append(_text(high + 6, y + _BAR - 4, f"{middle:.0f}" if middle >= 20 else f"{middle:.1f}"))
+            lines.append(
+                _text(high + 6, y + _BAR - 4, f"{middle:.0f}" if middle >= 20 else f"{middle:.1f}")
+            )
             y += _BAR + 2
         y += _GAP
     return y
@@ -100,13 +111,17 @@ def _panel_of_costs(lines: list[str], y: int, figures: Values) -> int:
 def _legend(lines: list[str], y: int, names: Iterable[str]) -> int:
     for number, name in enumerate(names):
         x = 10 + number * 125 if number else 10
-        lines.append(f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{_COLOURS[number]}"/>')
+        lines.append(
+            f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{_COLOURS[number]}"/>'
+        )
         lines.append(_text(x + 14, y, name, size=11))
     return y + 14
 
 
 def _rect(x: float, y: float, width: float, colour: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y}" width="{max(width, 0.5):.1f}" height="{_BAR}" fill="{colour}"/>'
+    return (
+        f'<rect x="{x:.1f}" y="{y}" width="{max(width, 0.5):.1f}" height="{_BAR}" fill="{colour}"/>'
+    )
 
 
 def _text(x: float, y: float, words: str, *, size: int = 12, bold: bool = False) -> str:

@@ -1,11 +1,12 @@
 """Postfix as a system: a private instance, smtpd -> queue -> smtp -> smtp-sink, on loopback ports.
 
-It gets what it wants: its defaults for durability (each queue file is synced before the 250), no DNS, no rewriting by
-tables, no counting of clients (anvil), no brake on what comes in faster than it leaves (in_flow_delay), enough
-processes (250, and an smtpd for each connection). It logs to a file by its own postlogd, as the relay logs to a file.
+It gets what it wants: its defaults for durability (each queue file is synced before the 250), no
+DNS, no rewriting by tables, no counting of clients (anvil), no brake on what comes in faster than
+it leaves (in_flow_delay), enough processes (250, and an smtpd for each connection). It logs to a
+file by its own postlogd, as the relay logs to a file.
 
-Needs root: Postfix runs its parts as the user `postfix` itself. Nothing of an installed Postfix is touched or used but
-its programs.
+Needs root: Postfix runs its parts as the user `postfix` itself. Nothing of an installed Postfix is
+touched or used but its programs.
 """
 
 import os
@@ -102,7 +103,12 @@ class PostfixSystem:
         os.chown(self.directory / "data", pwd.getpwnam("postfix").pw_uid, -1)
         self._sink = SinkProcess("smtp-sink", self.directory)
         maillog = self.directory / "mail.log" if self._log else ""
-        given = {"top": self.directory, "sink": self._sink.port, "concurrency": CONCURRENCY, "maillog": maillog}
+        given = {
+            "top": self.directory,
+            "sink": self._sink.port,
+            "concurrency": CONCURRENCY,
+            "maillog": maillog,
+        }
         (config / "main.cf").write_text(_MAIN.format(**given))
         (config / "master.cf").write_text(_MASTER.format(port=self.smtp_port))
         command = [program("postfix") or "", "-c", str(config), "check"]
@@ -157,9 +163,13 @@ class PostfixSystem:
         """Nothing: what it has written is synced, or in the page cache as anybody's."""
 
     def facts(self) -> dict[str, str]:
-        return {"PostfixSystem": f"{_setting('mail_version')}, fsync of each queue file before the 250"}
+        return {
+            "PostfixSystem": f"{_setting('mail_version')}, fsync of each queue file before the 250"
+        }
 
 
 def _setting(name: str) -> str:
-    found = subprocess.run([program("postconf") or "", "-dh", name], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [program("postconf") or "", "-dh", name], capture_output=True, text=True, check=True
+    )
     return found.stdout.strip()

@@ -1,7 +1,7 @@
 """What processes use, as /proc tells it: CPU time and memory of whole trees of processes.
 
-A child that has ended and was waited for still counts: its time is in its parent's. Linux only, as Postfix's
-comparison is; without /proc there are no cost tables.
+A child that has ended and was waited for still counts: its time is in its parent's. Linux only, as
+Postfix's comparison is; without /proc there are no cost tables.
 """
 
 import os
@@ -49,13 +49,17 @@ def _cpu(pid: int) -> float:
 
 
 def machine_cpu_seconds() -> float:
-    """CPU time that the whole machine was not idle: the kernel's own threads, and everybody else's work too."""
-    user, nice, system, _idle, _wait, interrupts, soft, *_ = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    """CPU time that the whole machine was not idle: the kernel's own threads, and everybody else's
+    work too."""
+    user, nice, system, _idle, _wait, interrupts, soft, *_ = (
+        Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
     return sum(map(int, (user, nice, system, interrupts, soft))) / _TICK
 
 
 def resident_bytes(roots: Iterable[int]) -> int:
-    """Memory of whole trees, with what processes share counted once (the sum of their proportional sets)."""
+    """Memory of whole trees, with what processes share counted once (the sum of their proportional
+    sets)."""
     total = 0
     for pid in trees(roots):
         try:
@@ -66,8 +70,11 @@ def resident_bytes(roots: Iterable[int]) -> int:
     return total
 
 
-def wait(condition: Callable[[], bool], what: str, *, patience: float = 60.0, pause: float = 0.004) -> float:
-    """Wait until it is so; the moment (time.perf_counter). Raises Stuck after `patience` seconds."""
+def wait(
+    condition: Callable[[], bool], what: str, *, patience: float = 60.0, pause: float = 0.004
+) -> float:
+    """Wait until it is so; the moment (time.perf_counter). Raises Stuck after `patience`
+    seconds."""
     limit = time.perf_counter() + patience
     while not condition():
         if time.perf_counter() > limit:

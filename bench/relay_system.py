@@ -54,7 +54,10 @@ class RelaySystem:
         url = self._database()
         database.migrate(url)
         self._engine = database.connect(url)
-        self._sinks = {slow: SinkProcess("qmqp-sink", self.directory, SLOW if slow else 0.0) for slow in (False, True)}
+        self._sinks = {
+            slow: SinkProcess("qmqp-sink", self.directory, SLOW if slow else 0.0)
+            for slow in (False, True)
+        }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
         self._environment = kept | {
             "PYTHONPATH": str(ROOT), "RELAY_STATE_DIR": str(self.directory), "RELAY_DATABASE_URL": url,
@@ -74,7 +77,8 @@ class RelaySystem:
         return self._postgres.url("relay")
 
     def _commands(self, role: str, ready: str, count: int = 1) -> list[subprocess.Popen[Any]]:
-        """Start processes of a role, all at once, and wait until each has said in its log that it is ready."""
+        """Start processes of a role, all at once, and wait until each has said in its log that it
+        is ready."""
         started: list[tuple[subprocess.Popen[Any], Path]] = []
         for _ in range(count):
             log = self.directory / f"{role}-{next(self._numbers)}.log"
@@ -125,7 +129,8 @@ class RelaySystem:
             return connection.execute(text(f"{_LEFT} LIMIT 1")).scalar() is None
 
     def hold(self) -> None:
-        # Not by SIGSTOP: on SQLite a worker that is stopped in its turn to write would stop smtpd too.
+        # Not by SIGSTOP: on SQLite a worker that is stopped in its turn to write would stop smtpd
+        # too.
         self._dismiss()
 
     def release(self) -> None:
@@ -133,7 +138,9 @@ class RelaySystem:
 
     def rest(self) -> None:
         if self._postgres is not None:
-            with psycopg.connect(_plain(self._postgres.url("relay")), autocommit=True) as connection:
+            with psycopg.connect(
+                _plain(self._postgres.url("relay")), autocommit=True
+            ) as connection:
                 connection.execute("CHECKPOINT")
         else:
             with self._engine.connect() as connection:
@@ -143,13 +150,20 @@ class RelaySystem:
 
     def facts(self) -> dict[str, str]:
         version = self._broker.ask("INFO", "server").decode(errors="replace")
-        said = {"bodies": "fdatasync of the file, fsync of its directory", "broker": _broker_version(version)}
+        said = {
+            "bodies": "fdatasync of the file, fsync of its directory",
+            "broker": _broker_version(version),
+        }
         if self._postgres is None:
             with database.reading(self._engine) as connection:
-                found = [f"{p} {connection.exec_driver_sql(f'PRAGMA {p}').scalar()}" for p in _PRAGMAS]
+                found = [
+                    f"{p} {connection.exec_driver_sql(f'PRAGMA {p}').scalar()}" for p in _PRAGMAS
+                ]
             return said | {"SQLite": ", ".join(found)}
         with psycopg.connect(_plain(self._postgres.url())) as connection:
-            rows = connection.execute("SELECT name, setting FROM pg_settings WHERE name = ANY(%s)", [list(_SETTINGS)])
+            rows = connection.execute(
+                "SELECT name, setting FROM pg_settings WHERE name = ANY(%s)", [list(_SETTINGS)]
+            )
             settings: dict[str, str] = dict(rows.fetchall())
         return said | {"PostgreSQL": ", ".join(f"{name} {settings[name]}" for name in _SETTINGS)}
 

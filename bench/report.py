@@ -12,15 +12,22 @@ _ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source", 
 
 
 def table(result: Measurement, systems: Sequence[str]) -> str:
-    """One part: a line a figure, a column a system; median, lowest and highest, and the ratio to Postfix."""
+    """One part: a line a figure, a column a system; median, lowest and highest, and the ratio to
+    Postfix."""
     part = result.part
-    lines = [f"\n{part.name}: {part.words} ({part.unit}; x: times better than {PEER})", _line("", systems)]
+    lines = [
+        f"\n{part.name}: {part.words} ({part.unit}; x: times better than {PEER})",
+        _line("", systems),
+    ]
     rates = [name for name in result.figures if not name.startswith(COST)]
     lines += [_line(name, [_cell(result, name, system) for system in systems]) for name in rates]
     costs = [f"{COST}{role}" for role in _ROLES if f"{COST}{role}" in result.figures]
     if costs:
         lines.append(_line("CPU, us a message:", ["" for _ in systems]))
-        lines += [_line(f"  {name.removeprefix(COST)}", [_cost(result, name, s) for s in systems]) for name in costs]
+        lines += [
+            _line(f"  {name.removeprefix(COST)}", [_cost(result, name, s) for s in systems])
+            for name in costs
+        ]
     lines += [f"  the disk was not still before it: {run}" for run in result.restless]
     return "\n".join(lines + [f"  FAILED {failure}" for failure in result.failures])
 
@@ -30,7 +37,11 @@ def _line(head: str, cells: Sequence[str]) -> str:
 
 
 def _cell(result: Measurement, name: str, system: str) -> str:
-    values, median, ratio = result.values(name, system), result.median(name, system), result.ratio(name, system)
+    values, median, ratio = (
+        result.values(name, system),
+        result.median(name, system),
+        result.ratio(name, system),
+    )
     if median is None:
         return "-"
     jitter = f" ({_number(min(values))}-{_number(max(values))})" if len(values) > 1 else ""
@@ -52,7 +63,8 @@ def facts(about: Mapping[str, str]) -> str:
 
 
 def as_json(results: Sequence[Measurement], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, every run: `{"about": {...}, "parts": [{"name", "unit", "figures": {name: {system: [...]}}}]}`.
+    """Everything, every run: `{"about": {...}, "parts": [{"name", "unit", "figures": {name:
+    {system: [...]}}}]}`.
 
     Of each system there is a figure a turn, null where that run failed.
     """

@@ -1,4 +1,5 @@
-"""Runs parts on systems by turns: every system once, then every system again, so that no one gets the quiet minutes."""
+"""Runs parts on systems by turns: every system once, then every system again, so that no one gets
+the quiet minutes."""
 
 import statistics
 from collections.abc import Sequence
@@ -32,9 +33,12 @@ class Measurement:
         return statistics.median(values) if values else None
 
     def ratio(self, name: str, system: str) -> float | None:
-        """How many times better than Postfix: the median of the ratios of those turns in which neither failed."""
+        """How many times better than Postfix: the median of the ratios of those turns in which
+        neither failed."""
         of = self.figures[name]
-        turns = zip(of.get(system, []), of.get(PEER, []), strict=False)  # one of them may have nothing at all
+        turns = zip(
+            of.get(system, []), of.get(PEER, []), strict=False
+        )  # one of them may have nothing at all
         ratios = [our / their for our, their in turns if our is not None and their]
         if system == PEER or not ratios or name.endswith(NO_RATIO):
             return None
@@ -57,6 +61,8 @@ def measure(part: Part, systems: Sequence[System], scale: Scale) -> Measurement:
             if disk.restless:
                 result.restless.append(run)
             for name, value in figures.items():
-                of = result.figures.setdefault(name, {}).setdefault(system.name, [None] * scale.runs)
+                of = result.figures.setdefault(name, {}).setdefault(
+                    system.name, [None] * scale.runs
+                )
                 of[turn] = value
     return result

@@ -1,4 +1,5 @@
-"""`python -m bench.sink HOST:PORT DELAY`: our QMQP sink, with a running counter on standard output as qmqp-sink has."""
+"""`python -m bench.sink HOST:PORT DELAY`: our QMQP sink, with a running counter on standard output
+as qmqp-sink has."""
 
 import asyncio
 import os

@@ -1,6 +1,8 @@
-"""`python -m bench.source -s SESSIONS -m MESSAGES -l BYTES [-d] -f FROM -t TO HOST:PORT`: what of smtp-source we need.
+"""`python -m bench.source -s SESSIONS -m MESSAGES -l BYTES [-d] -f FROM -t TO HOST:PORT`: what of
+smtp-source we need.
 
-For machines without Postfix' tools. It takes several times their CPU, so compare only runs that have the same source.
+For machines without Postfix' tools. It takes several times their CPU, so compare only runs that
+have the same source.
 """
 
 import argparse
@@ -29,7 +31,12 @@ class Sending:
             while self.left > 0:
                 self.left -= 1
                 for command in self.envelope:
-                    await _say(reader, writer, f"{command}\r\n".encode(), b"3" if command == "DATA" else b"2")
+                    await _say(
+                        reader,
+                        writer,
+                        f"{command}\r\n".encode(),
+                        b"3" if command == "DATA" else b"2",
+                    )
                 await _say(reader, writer, self.content, b"2")
                 if not self.keep:
                     break
@@ -37,7 +44,9 @@ class Sending:
             writer.close()
 
 
-async def _say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes, code: bytes) -> None:
+async def _say(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes, code: bytes
+) -> None:
     writer.write(data)
     await writer.drain()
     await _heard(reader, code)

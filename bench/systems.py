@@ -17,7 +17,8 @@ CONCURRENCY = 50
 
 
 class System(Protocol):
-    """A relay that is running. `name` is its column; `comparable` systems take part where a peer can."""
+    """A relay that is running. `name` is its column; `comparable` systems take part where a peer
+    can."""
 
     name: str
     smtp_port: int
@@ -27,7 +28,8 @@ class System(Protocol):
     def stop(self) -> None: ...
 
     def arrange(self, workers: int = 1, *, slow: bool = False) -> bool:
-        """Deliver by so many workers, to the sink that answers at once or to the slow one; False: it cannot do that."""
+        """Deliver by so many workers, to the sink that answers at once or to the slow one; False:
+        it cannot do that."""
 
     def processes(self) -> Mapping[str, list[int]]:
         """The processes of each role, for the cost table."""
@@ -44,7 +46,8 @@ class System(Protocol):
     def release(self) -> None: ...
 
     def rest(self) -> None:
-        """Write out what is to be written some time, so that it does not fall into a measurement."""
+        """Write out what is to be written some time, so that it does not fall into a
+        measurement."""
 
     def facts(self) -> dict[str, str]:
         """Versions and durability settings."""
@@ -52,11 +55,14 @@ class System(Protocol):
 
 def program(name: str) -> str | None:
     """Where a mail server's tool is; they are not on everybody's PATH."""
-    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin:/usr/libexec/postfix")
+    return shutil.which(name) or shutil.which(
+        name, path="/usr/sbin:/sbin:/usr/local/sbin:/usr/libexec/postfix"
+    )
 
 
 class SinkProcess:
-    """A sink in a process of its own that writes a running counter, read from its file without disturbing it.
+    """A sink in a process of its own that writes a running counter, read from its file without
+    disturbing it.
 
     Postfix's tools where they are (they cost least), else, or with a `delay` (seconds), our own.
     """

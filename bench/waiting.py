@@ -1,9 +1,11 @@
-"""`python -m bench.waiting`: what mail that waits costs a relay that is idle, and one that is busy, on both databases.
+"""`python -m bench.waiting`: what mail that waits costs a relay that is idle, and one that is busy,
+on both databases.
 
-Half of the rows are overdue for a route whose server is dead, the other half are deferred far ahead. A turn is what a
-worker asks once a second while it has nothing to do: a sweep, and a look for overdue mail of another route. Then
-messages of that other route are accepted, claimed and recorded in rounds. Each figure is taken beside an empty queue,
-then beside those rows. On SQLite the database's CPU time is ours; that of PostgreSQL is all of its processes'.
+Half of the rows are overdue for a route whose server is dead, the other half are deferred far
+ahead. A turn is what a worker asks once a second while it has nothing to do: a sweep, and a look
+for overdue mail of another route. Then messages of that other route are accepted, claimed and
+recorded in rounds. Each figure is taken beside an empty queue, then beside those rows. On SQLite
+the database's CPU time is ours; that of PostgreSQL is all of its processes'.
 """
 
 import argparse
@@ -44,7 +46,10 @@ class RelayQueue:
         spool = Spool(directory)
         spool.prepare(self.engine, unsafe=True)
         self.intake = Acceptor(self.engine, lifetime=settings.queue_lifetime, grace=settings.grace)
-        self.ledger, self.sweeps = WorkerQueue(self.engine, settings), Rescuer(self.engine, settings)
+        self.ledger, self.sweeps = (
+            WorkerQueue(self.engine, settings),
+            Rescuer(self.engine, settings),
+        )
         self.debts = DsnGenerator(self.engine, spool, settings, lambda _: "default")
         self.worker = new_id()
         self.ledger.register(self.worker, "bench", os.getpid())
@@ -62,20 +67,41 @@ class RelayQueue:
         self.ledger.commit([ClaimRequest(self.worker, None, {"default": 64})])
 
     def round(self) -> tuple[float, float]:
-        """A round of messages, from acceptance to delivery: seconds to accept, seconds to claim and record."""
+        """A round of messages, from acceptance to delivery: seconds to accept, seconds to claim and
+        record."""
         messages = [
-            NewMessage(new_id(), "a@example.com", 4096, [NewRecipient("b@example.org")], "192.0.2.1", "c", "ESMTP")
+            NewMessage(
+                new_id(),
+                "a@example.com",
+                4096,
+                [NewRecipient("b@example.org")],
+                "192.0.2.1",
+                "c",
+                "ESMTP",
+            )
             for _ in range(ROUND)
         ]
         began = time.perf_counter()
         self.intake.commit(messages)
         accepted = time.perf_counter()
-        (claims,) = self.ledger.commit([ClaimRequest(self.worker, [one.id for one in messages], {"default": ROUND})])
+        (claims,) = self.ledger.commit(
+            [ClaimRequest(self.worker, [one.id for one in messages], {"default": ROUND})]
+        )
         if not isinstance(claims, list) or len(claims) != ROUND:
             raise SystemExit("not all of a round was claimed")
         tried = Attempt(1, "192.0.2.1:628", Outcome.DELIVERED, "ok", 4200, 0.1, 0.0)
-        given = {"state": State.DELIVERED, "outcome": Outcome.DELIVERED, "reply": "ok", "tries": [tried]}
-        self.ledger.commit([Completion(self.worker, c.queue_id, c.number, c.claim, **given) for c in claims])  # type: ignore[arg-type]
+        given = {
+            "state": State.DELIVERED,
+            "outcome": Outcome.DELIVERED,
+            "reply": "ok",
+            "tries": [tried],
+        }
+        self.ledger.commit(
+            [
+                Completion(self.worker, c.queue_id, c.number, c.claim, **given)  # type: ignore[arg-type]
+                for c in claims
+            ]
+        )
         return accepted - began, time.perf_counter() - accepted
 
 
@@ -133,17 +159,24 @@ def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
         full = figures(relay, turns, rounds)
         relay.engine.dispose()
     for what, value in empty.items():
-        print(f"{name:12}{what:32}{value:10.2f}{full[what]:12.2f}{full[what] / max(value, 0.01):8.2f}", flush=True)
+        print(
+            f"{name:12}{what:32}{value:10.2f}{full[what]:12.2f}{full[what] / max(value, 0.01):8.2f}",
+            flush=True,
+        )
 
 
 def main() -> None:
     """Both databases, each made anew below a directory that goes with it."""
-    parser = argparse.ArgumentParser(prog="python -m bench.waiting", description="Measure what waiting mail costs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.waiting", description="Measure what waiting mail costs."
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=200)
     given = parser.parse_args()
-    print(f"{given.rows} rows, load {os.getloadavg()[0]:.1f}\n{'':44}{'empty':>10}{'waiting':>12}{'ratio':>8}")
+    print(
+        f"{given.rows} rows, load {os.getloadavg()[0]:.1f}\n{'':44}{'empty':>10}{'waiting':>12}{'ratio':>8}"
+    )
     on_each(lambda name, url: measure(name, url, given.rows, given.turns, given.rounds))
 
 

@@ -1,8 +1,8 @@
 """What can go wrong for an operator, as a sentence and an exit status.
 
-0 done, 1 nothing matched, 2 wrong use (a bad setting too), 3 a service is out of reach, 130 interrupted
-(Ctrl-C). What must stay true: no
-traceback for what an operator can mend, and never a password on the screen.
+0 done, 1 nothing matched, 2 wrong use (a bad setting too), 3 a service is out of reach, 130
+interrupted (Ctrl-C). What must stay true: no traceback for what an operator can mend, and never a
+password on the screen.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ def say(words: str) -> None:
 
 @contextlib.contextmanager
 def explained(*, warn: bool = True) -> Iterator[None]:
-    """Warn about unknown settings, and turn errors that an operator can mend into a sentence and an exit status."""
+    """Warn about unknown settings, and turn errors that an operator can mend into a sentence and an
+    exit status."""
     from relay.settings import SettingsError, unknown_names
 
     for warning in unknown_names() if warn else ():
@@ -58,7 +59,9 @@ def explanation(error: Exception) -> tuple[int | None, str]:
         return NOTHING_MATCHED, str(error)
     if isinstance(error, UpError | DatabaseError | SpoolError | PolicyError | ListenError):
         return WRONG_USE, str(error)
-    if isinstance(error, SpoolerError):  # no process or no memory to spare: the next start may have it
+    if isinstance(
+        error, SpoolerError
+    ):  # no process or no memory to spare: the next start may have it
         return OUT_OF_REACH, str(error)
     if isinstance(error, OSError) and error.filename:  # a spool of another user
         return OUT_OF_REACH, f"{error.filename}: {error.strerror}"

@@ -1,14 +1,16 @@
-"""The health check of a container: `python -I -S health.py smtp|worker`. Exit status 0 is healthy, 1 is not.
+"""The health check of a container: `python -I -S health.py smtp|worker`. Exit status 0 is healthy,
+1 is not.
 
     smtp    connect to RELAY_SMTP_LISTEN, read the banner, say QUIT
     worker  look how old the tick file is (RELAY_HEALTH_FILE), which the sweeper touches about once a second
 
-It runs in every container again and again, so it is one file of the standard library that imports no other of ours: it
-starts in milliseconds, where asking Celery costs most of a second of CPU and the broker's good health.
+It runs in every container again and again, so it is one file of the standard library that imports
+no other of ours: it starts in milliseconds, where asking Celery costs most of a second of CPU and
+the broker's good health.
 
-What must stay true: the whole check ends within TIMEOUT, whatever the peer does; once we have begun, a broker, database
-or QMQP server that is away makes nobody unhealthy, because restarting us would not mend it.
-Docker reserves the status 2.
+What must stay true: the whole check ends within TIMEOUT, whatever the peer does; once we have
+begun, a broker, database or QMQP server that is away makes nobody unhealthy, because restarting us
+would not mend it. Docker reserves the status 2.
 """
 
 import os
@@ -17,7 +19,8 @@ import sys
 import time
 
 TIMEOUT = 5.0
-# A sweep may wait this long for a database that does not answer (seconds); see relay.db.engine.STATEMENT_TIMEOUT.
+# A sweep may wait this long for a database that does not answer (seconds); see
+# relay.db.engine.STATEMENT_TIMEOUT.
 MAX_HEARTBEAT_AGE = 60.0
 _LONGEST_BANNER = 4096
 
@@ -27,7 +30,8 @@ class Unhealthy(Exception):
 
 
 def smtp(listen: str) -> str:
-    """Banner and QUIT at the first address of a list of `host:port`; raises Unhealthy or OSError."""
+    """Banner and QUIT at the first address of a list of `host:port`; raises Unhealthy or
+    OSError."""
     host, _, port = listen.replace(",", " ").split()[0].rpartition(":")
     # The address that means all of a host's own reaches that host when it is connected to.
     address = host.strip("[]") or "localhost", int(port)

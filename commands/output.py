@@ -1,7 +1,9 @@
-"""How rows are printed: a table for people at a terminal, tab-separated text for pipes, NDJSON for programs.
+"""How rows are printed: a table for people at a terminal, tab-separated text for pipes, NDJSON for
+programs.
 
-Nothing waits for the last row: a table takes its widths from the first SAMPLE rows and goes on with them. Only the
-table shortens anything. What must stay true: no byte of a peer reaches a terminal as anything but itself.
+Nothing waits for the last row: a table takes its widths from the first SAMPLE rows and goes on with
+them. Only the table shortens anything. What must stay true: no byte of a peer reaches a terminal as
+anything but itself.
 """
 
 import functools
@@ -17,12 +19,15 @@ type Row = Mapping[str, Any]
 type Columns = Mapping[str, Callable[[Row], str]]
 SAMPLE = 200
 SPARED = ("SIZE", "SENDER")  # columns that a narrow terminal does without, in this order
-LEAST = 20  # columns of a terminal that the last one wants beside the others, if it is as wide as that
+LEAST = (
+    20  # columns of a terminal that the last one wants beside the others, if it is as wide as that
+)
 AT_ONCE = 50  # rows of a table that go to a terminal together: each write of its own costs more than its row
 
 
 def cut(address: str, width: int) -> str:
-    """An address in at most `width` columns: the domain and the beginning of the local part say most."""
+    """An address in at most `width` columns: the domain and the beginning of the local part say
+    most."""
     if len(address) <= width:
         return address
     tail = min(len(address) - max(address.rfind("@"), 0), width * 2 // 3)
@@ -77,19 +82,25 @@ def plain(text: str) -> str:
     """Text that moves no cursor: what cannot be printed is shown as `\\xNN`."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode("utf-8", "replace")) for c in text)
+    return "".join(
+        c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode("utf-8", "replace"))
+        for c in text
+    )
 
 
 def as_json(row: Row) -> str:
     """A row on one line; times in UTC."""
-    return _encode({name: _plain(value) if type(value) is datetime else value for name, value in row.items()})
+    return _encode(
+        {name: _plain(value) if type(value) is datetime else value for name, value in row.items()}
+    )
 
 
 _encode = json.JSONEncoder(default=lambda value: _plain(value)).encode
 
 
 def write(rows: Iterable[Row], columns: Columns, *, json_lines: bool = False) -> int:
-    """Print rows, and count them. `columns` are the table's: a heading, and what stands below it."""
+    """Print rows, and count them. `columns` are the table's: a heading, and what stands below
+    it."""
     if sys.stdout.isatty() and not json_lines:
         return _table(iter(rows), columns)
     count = 0
@@ -99,12 +110,15 @@ def write(rows: Iterable[Row], columns: Columns, *, json_lines: bool = False) ->
             continue
         if count == 1:
             sys.stdout.write("\t".join(row) + "\n")
-        sys.stdout.write("\t".join(plain(str(_plain(value)).replace("\t", " ")) for value in row.values()) + "\n")
+        sys.stdout.write(
+            "\t".join(plain(str(_plain(value)).replace("\t", " ")) for value in row.values()) + "\n"
+        )
     return count
 
 
 def write_lines(batches: Iterable[Sequence[str]], *, json_lines: bool) -> int:
-    """Print rows that are text already, and count them; the first line names columns if they are no JSON."""
+    """Print rows that are text already, and count them; the first line names columns if they are no
+    JSON."""
     count = 0 if json_lines else -1
     for lines in batches:
         count += len(lines)
@@ -132,7 +146,8 @@ def _plain(value: object) -> object:
 
 
 def _table(rows: Iterator[Row], columns: Columns) -> int:
-    """Columns as wide as the first rows want them; the last one is folded into what is left of the line, or below it.
+    """Columns as wide as the first rows want them; the last one is folded into what is left of the
+    line, or below it.
 
     Where that is not enough, a terminal does without the columns in SPARED.
     """
@@ -140,14 +155,20 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
     if not first:
         return 0
     width, spared = shutil.get_terminal_size().columns, list(SPARED)
-    widest = {name: max(len(name), *(len(plain(of(row))) for row in first)) + 2 for name, of in columns.items()}
+    widest = {
+        name: max(len(name), *(len(plain(of(row))) for row in first)) + 2
+        for name, of in columns.items()
+    }
     *fixed, last = columns
     while spared and sum(widest[name] for name in fixed) > width:
         fixed = [name for name in fixed if name != spared[0]]
         del spared[0]
     indent = sum(widest[name] for name in fixed)
     below = indent + min(LEAST, widest[last] - 2) > width
-    cells, forms = "".join(f"%-{widest[name]}s" for name in fixed), [columns[name] for name in fixed]
+    cells, forms = (
+        "".join(f"%-{widest[name]}s" for name in fixed),
+        [columns[name] for name in fixed],
+    )
     count, lines = 0, [(cells % tuple(fixed) + last).rstrip()]
     for count, row in enumerate(chain(first, rows), 1):
         line = cells % tuple([of(row) for of in forms])
@@ -155,7 +176,9 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
             line = cells % tuple([plain(of(row)) for of in forms])
         if words := plain(columns[last](row)):
             line = (
-                f"{line.rstrip()}\n{folded(words, 4, width)}" if below else line + folded(words, indent, width)[indent:]
+                f"{line.rstrip()}\n{folded(words, 4, width)}"
+                if below
+                else line + folded(words, indent, width)[indent:]
             )
         lines.append(line.rstrip())
         if not count % AT_ONCE:
@@ -167,7 +190,8 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
 
 
 def folded(words: str, indent: int, width: int) -> str:
-    """Words in lines of at most `width`, each indented, whose addresses and ids stay whole where they can."""
+    """Words in lines of at most `width`, each indented, whose addresses and ids stay whole where
+    they can."""
     space, room, lines = " " * indent, max(1, width - indent), list[str]()
     while len(words) > room:
         end = words.rfind(" ", 1, room + 1)

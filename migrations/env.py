@@ -1,7 +1,8 @@
 """How Alembic meets the database: one connection, one lock, one transaction a migration.
 
-Two that migrate at once take turns: an advisory lock on PostgreSQL, the writers' `flock` on SQLite. A migration that
-cannot get its table lock in a few seconds gives up rather than queue in front of everybody else.
+Two that migrate at once take turns: an advisory lock on PostgreSQL, the writers' `flock` on SQLite.
+A migration that cannot get its table lock in a few seconds gives up rather than queue in front of
+everybody else.
 """
 
 from alembic import context

@@ -1,8 +1,10 @@
-"""The tables, column by column: what all migrations together come to, and what the columns of the views mean.
+"""The tables, column by column: what all migrations together come to, and what the columns of the
+views mean.
 
-Only migrations need this: Alembic compares it with a database (tests do, after each migration), and its words are the
-comments on PostgreSQL and the lists in docs/inspect.md. The program itself speaks SQL. What must stay true: a change
-here has a migration, which does not look here, for it stays as it was when it was made.
+Only migrations need this: Alembic compares it with a database (tests do, after each migration), and
+its words are the comments on PostgreSQL and the lists in docs/inspect.md. The program itself speaks
+SQL. What must stay true: a change here has a migration, which does not look here, for it stays as
+it was when it was made.
 """
 
 from sqlalchemy import (
@@ -36,7 +38,9 @@ Instant = DateTime(timezone=True).with_variant(BigInteger, "sqlite")
 
 def _some(name: str, where: str, *columns: str) -> Index:
     """An index of those deliveries of which `where` is true."""
-    return Index(f"deliveries_{name}", *columns, postgresql_where=text(where), sqlite_where=text(where))
+    return Index(
+        f"deliveries_{name}", *columns, postgresql_where=text(where), sqlite_where=text(where)
+    )
 
 
 messages = Table(
@@ -44,7 +48,12 @@ messages = Table(
     metadata,
     Column("id", Id, primary_key=True, comment="the queue id, UUIDv7"),
     Column("sender", Text, nullable=False, comment="envelope sender; empty = the null sender"),
-    Column("size", BigInteger, nullable=False, comment="bytes of the stored body, LF form, trace header included"),
+    Column(
+        "size",
+        BigInteger,
+        nullable=False,
+        comment="bytes of the stored body, LF form, trace header included",
+    ),
     Column("received_at", Instant, nullable=False, comment="when the 250 was earned"),
     Column("client_address", Text, nullable=False, comment="address of the SMTP client"),
     Column("helo", Text, nullable=False, comment="what the client called itself"),
@@ -56,9 +65,13 @@ messages = Table(
     Column("envid", Text, comment="ENVID= of MAIL (RFC 3461), xtext"),
     Column("dsn_of", Id, comment="the message that this notice is about"),
     Column(
-        "client_trusted", Boolean, comment="whether the client is in CLIENT_NETWORKS; empty: one of our own, or older"
+        "client_trusted",
+        Boolean,
+        comment="whether the client is in CLIENT_NETWORKS; empty: one of our own, or older",
     ),
-    Column("dsn_content", Text, comment="what a DSN encloses of the original: full, header or none"),
+    Column(
+        "dsn_content", Text, comment="what a DSN encloses of the original: full, header or none"
+    ),
     Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
     comment="accepted messages; rows are never changed",
@@ -69,7 +82,12 @@ recipients = Table(
     metadata,
     Column("queue_id", Id, nullable=False, comment="the message that goes to it"),
     Column("position", Integer, nullable=False, comment="order of RCPT, from 1"),
-    Column("address", Text, nullable=False, comment="envelope recipient, local part without SMTP quoting"),
+    Column(
+        "address",
+        Text,
+        nullable=False,
+        comment="envelope recipient, local part without SMTP quoting",
+    ),
     Column("delivery", Integer, nullable=False, comment="number of the delivery that carries it"),
     Column("notify", Text, comment="NOTIFY= of RCPT (RFC 3461)"),
     Column("orcpt", Text, comment="ORCPT= of RCPT (RFC 3461), xtext"),
@@ -84,16 +102,35 @@ deliveries = Table(
     Column("queue_id", Id, nullable=False, comment="the message that it carries"),
     Column("number", Integer, nullable=False, comment="from 1 within the message"),
     Column("parent", Integer, comment="the delivery that was split into this one"),
-    Column("route", Text, nullable=False, comment="name of the route; its servers are looked up at each attempt"),
+    Column(
+        "route",
+        Text,
+        nullable=False,
+        comment="name of the route; its servers are looked up at each attempt",
+    ),
     Column("state", Text, nullable=False, comment="where it is; docs/inspect.md lists the states"),
     Column("due_at", Instant, comment="when somebody must look again; empty when nobody need"),
-    Column("expires_at", Instant, nullable=False, comment="a try that fails after this is the last"),
+    Column(
+        "expires_at", Instant, nullable=False, comment="a try that fails after this is the last"
+    ),
     Column("worker", Id, comment="who is sending it"),
     Column(
-        "claim_count", Integer, nullable=False, server_default="0", comment="times it was claimed; numbers the tries"
+        "claim_count",
+        Integer,
+        nullable=False,
+        server_default="0",
+        comment="times it was claimed; numbers the tries",
     ),
-    Column("backoff_step", Integer, nullable=False, server_default="0", comment="deferrals in a row"),
-    Column("crash_count", Integer, nullable=False, server_default="0", comment="workers lost over it in a row"),
+    Column(
+        "backoff_step", Integer, nullable=False, server_default="0", comment="deferrals in a row"
+    ),
+    Column(
+        "crash_count",
+        Integer,
+        nullable=False,
+        server_default="0",
+        comment="workers lost over it in a row",
+    ),
     Column("pending_operation", Text, comment="what an operator asked for while it was being sent"),
     Column("last_outcome", Text, comment="outcome of the last try"),
     Column("last_reply", Text, comment="the server's words, or ours, at the last try"),
@@ -101,14 +138,21 @@ deliveries = Table(
     Column("finished_at", Instant, comment="when it became final"),
     Column("pending_reason", Text, comment="who asked for what is wanted, and why"),
     Column("warned_at", Instant, comment="when the sender was told that it is late"),
-    Column("waiting_for", Text, comment="route:NAME: it becomes due when a server of that route answers"),
     Column(
-        "dsn_withheld", Text, comment="why its sender gets no DSN: rate, postmaster or address; empty: no such reason"
+        "waiting_for",
+        Text,
+        comment="route:NAME: it becomes due when a server of that route answers",
+    ),
+    Column(
+        "dsn_withheld",
+        Text,
+        comment="why its sender gets no DSN: rate, postmaster or address; empty: no such reason",
     ),
     PrimaryKeyConstraint("queue_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
     CheckConstraint(
-        "due_at IS NOT NULL OR state NOT IN ('queued', 'sending', 'deferred')", name="due_where_the_state_needs_it"
+        "due_at IS NOT NULL OR state NOT IN ('queued', 'sending', 'deferred')",
+        name="due_where_the_state_needs_it",
     ),
     CheckConstraint("(worker IS NOT NULL) = (state = 'sending')", name="worker_while_sending"),
     _some("queued", "state = 'queued'", "route", "due_at"),
@@ -119,7 +163,11 @@ deliveries = Table(
     _some("held", "state = 'held'", "queue_id"),
     _some("finished", f"state NOT IN ({words(UNFINISHED)})", "state", "route"),
     comment="QMQP requests to get across: the queue",
-    postgresql_with={"fillfactor": 80, "autovacuum_vacuum_scale_factor": 0.02, "autovacuum_analyze_scale_factor": 0.02},
+    postgresql_with={
+        "fillfactor": 80,
+        "autovacuum_vacuum_scale_factor": 0.02,
+        "autovacuum_analyze_scale_factor": 0.02,
+    },
 )
 
 attempts = Table(
@@ -137,9 +185,24 @@ attempts = Table(
     Column("worker", Id, nullable=False, comment="who tried"),
     Column("server", Text, comment="where; empty when the worker was lost"),
     Column("started_at", Instant, nullable=False, comment="when it began to connect"),
-    Column("finished_at", Instant, nullable=False, comment="when the reply was read, or the try given up"),
-    Column("outcome", Text, nullable=False, comment="what became of it; docs/inspect.md lists the outcomes"),
-    Column("reply", Text, nullable=False, comment="the server's words, or ours; bytes outside ASCII as \\xNN"),
+    Column(
+        "finished_at",
+        Instant,
+        nullable=False,
+        comment="when the reply was read, or the try given up",
+    ),
+    Column(
+        "outcome",
+        Text,
+        nullable=False,
+        comment="what became of it; docs/inspect.md lists the outcomes",
+    ),
+    Column(
+        "reply",
+        Text,
+        nullable=False,
+        comment="the server's words, or ours; bytes outside ASCII as \\xNN",
+    ),
     Column("bytes_sent", BigInteger, nullable=False, comment="bytes of the request that left"),
     PrimaryKeyConstraint("queue_id", "delivery", "claim", "attempt_index"),
     CheckConstraint(f"outcome IN ({words(Outcome)})", name="outcome"),
@@ -154,11 +217,18 @@ workers = Table(
     Column("host", Text, nullable=False, comment="machine that it runs on"),
     Column("pid", Integer, nullable=False, comment="its process there"),
     Column("started_at", Instant, nullable=False, comment="when it began"),
-    Column("lease_expires_at", Instant, nullable=False, comment="the lease: renewed while the worker lives"),
+    Column(
+        "lease_expires_at",
+        Instant,
+        nullable=False,
+        comment="the lease: renewed while the worker lives",
+    ),
     Column("ended_at", Instant, comment="when it stopped or was declared dead"),
     Column("end_reason", Text, comment="stopped or vanished"),
     Column("claim_seconds", Integer, comment="from a claim of its to the due_at of the delivery"),
-    Column("routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"),
+    Column(
+        "routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"
+    ),
     comment="worker processes and their leases",
 )
 
@@ -170,7 +240,9 @@ audit = Table(
     Column("actor", Text, nullable=False, comment="user@host who asked"),
     Column("verb", Text, nullable=False, comment="what was done"),
     Column("reason", Text, nullable=False, comment="why, as the operator gave it"),
-    Column("filter", Text, nullable=False, comment="to which deliveries, as options of the command"),
+    Column(
+        "filter", Text, nullable=False, comment="to which deliveries, as options of the command"
+    ),
     Column("matched", Integer, nullable=False, comment="how many deliveries it touched"),
     comment="what operators did",
 )
@@ -180,7 +252,9 @@ audit_deliveries = Table(
     metadata,
     Column("queue_id", Id, nullable=False, comment="the message of the delivery"),
     Column("delivery", Integer, nullable=False, comment="its number"),
-    Column("action", Id, nullable=False, comment="the row of audit that tells who did what and why"),
+    Column(
+        "action", Id, nullable=False, comment="the row of audit that tells who did what and why"
+    ),
     PrimaryKeyConstraint("queue_id", "delivery", "action"),
     comment="which deliveries an action touched",
 )

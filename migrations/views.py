@@ -1,8 +1,9 @@
-"""Views and comments, in one place for all migrations: they are made anew when the newest revision has been reached.
+"""Views and comments, in one place for all migrations: they are made anew when the newest revision
+has been reached.
 
-A migration that changes a table drops the views first. `relay.db.schema.VIEWS` has their statements, `migrations.tables`
-what tables and columns mean. What must stay
-true: the role that only reads may read each of them.
+A migration that changes a table drops the views first. `relay.db.schema.VIEWS` has their
+statements, `migrations.tables` what tables and columns mean. What must stay true: the role that
+only reads may read each of them.
 """
 
 from sqlalchemy import Connection
@@ -27,21 +28,29 @@ def drop_views(connection: Connection) -> None:
 
 
 def create_views(connection: Connection) -> None:
-    """Make every view as this version has it, with comments and the reader's right on PostgreSQL."""
+    """Make every view as this version has it, with comments and the reader's right on
+    PostgreSQL."""
     drop_views(connection)
     dialect = Dialect(connection.dialect.name)
     for view, select in VIEWS.items():
         connection.exec_driver_sql(
-            f"CREATE VIEW {view} AS {dialect(select)}".replace("%", "%%" if dialect.postgresql else "%")
+            f"CREATE VIEW {view} AS {dialect(select)}".replace(
+                "%", "%%" if dialect.postgresql else "%"
+            )
         )
     if not dialect.postgresql:
         return
-    comments = {f"VIEW {view}": f"{text}; docs/inspect.md explains its columns" for view, text in ABOUT.items()}
+    comments = {
+        f"VIEW {view}": f"{text}; docs/inspect.md explains its columns"
+        for view, text in ABOUT.items()
+    }
     for view, columns in VIEW_COLUMNS.items():
         comments |= {f"COLUMN {view}.{column}": meaning for column, meaning in columns.items()}
     for table in metadata.sorted_tables:
         comments[f"TABLE {table.name}"] = str(table.comment)
-        comments |= {f"COLUMN {table.name}.{column.name}": str(column.comment) for column in table.columns}
+        comments |= {
+            f"COLUMN {table.name}.{column.name}": str(column.comment) for column in table.columns
+        }
     for subject, comment in comments.items():
         quoted = comment.replace("'", "''").replace("%", "%%")
         connection.exec_driver_sql(f"COMMENT ON {subject} IS '{quoted}'")

@@ -1,7 +1,8 @@
 """The Quick Mail Queueing Protocol: codec, client and server, and nothing of the relay.
 
-QMQP hands one message with its whole envelope to a mail server over one connection and gets one reply. Every unit of
-it is a netstring: a length in decimal digits, a colon, that many bytes, a comma.
+QMQP hands one message with its whole envelope to a mail server over one connection and gets one
+reply. Every unit of it is a netstring: a length in decimal digits, a colon, that many bytes, a
+comma.
 
     request      = netstring( message sender 1*recipient )   each of them a netstring too
     reply        = netstring( ("K" / "Z" / "D") *OCTET )
@@ -9,25 +10,29 @@ it is a netstring: a length in decimal digits, a colon, that many bytes, a comma
     -> 42:5:test\\n,13:a@example.com,13:b@example.com,,
     <- 18:KReceived 5 bytes.,
 
-How it goes. The client connects to port 628 (TCP) or to a Unix socket, sends the request, reads the reply; the server
-closes [Q]. One request for a connection: Postfix ignores a second one [seen]. There is no greeting, no negotiation, no
-authentication and no TLS: who may connect may relay anywhere [qmail-qmqpd(8)].
+How it goes. The client connects to port 628 (TCP) or to a Unix socket, sends the request, reads the
+reply; the server closes [Q]. One request for a connection: Postfix ignores a second one [seen].
+There is no greeting, no negotiation, no authentication and no TLS: who may connect may relay
+anywhere [qmail-qmqpd(8)].
 
-The request. The outer length is exact: the sum of all that is inside, so the size of the message must be known before
-its first byte is sent [Q]; qmail-qmqpd closes without a word if it is wrong, Postfix does not look at it [seen]. The
-message is lines that end with LF, not CR LF [Q]: a CR is a byte like any other, and Postfix makes a space of it, so
-that the empty line after the header is none any more [seen]. Bytes are not changed, 8-bit and NUL included [T 5].
-Addresses are bare octets, no brackets, no quoting [T 8]; an empty sender is the null sender, `0:,`. There is at least
+The request. The outer length is exact: the sum of all that is inside, so the size of the message
+must be known before its first byte is sent [Q]; qmail-qmqpd closes without a word if it is wrong,
+Postfix does not look at it [seen]. The message is lines that end with LF, not CR LF [Q]: a CR is a
+byte like any other, and Postfix makes a space of it, so that the empty line after the header is
+none any more [seen]. Bytes are not changed, 8-bit and NUL included [T 5]. Addresses are bare
+octets, no brackets, no quoting [T 8]; an empty sender is the null sender, `0:,`. There is at least
 one recipient [Q].
 
-The reply is one for all recipients [Q]. K: the server answers for every one of them. Z: not now; the same may be sent
-again. D: never; nobody got it. The rest is words for people, of any length, and any bytes (qmqp/reply.py).
+The reply is one for all recipients [Q]. K: the server answers for every one of them. Z: not now;
+the same may be sent again. D: never; nobody got it. The rest is words for people, of any length,
+and any bytes (qmqp/reply.py).
 
-The commit point is the last byte of the request, the comma that ends it. Until it has been sent the client may close,
-and the server must throw the message away; from then on only its reply can tell what became of it, and no reply means
-try again later, and perhaps a double [Q]. Most of what this package does is about being exact on which side of that
-byte a failure fell (qmqp/result.py). A server must not reply before it, but may close at any time, and "high-quality
-servers will try to send a response first" [Q]: so an early Z or D is to be heard and honoured.
+The commit point is the last byte of the request, the comma that ends it. Until it has been sent the
+client may close, and the server must throw the message away; from then on only its reply can tell
+what became of it, and no reply means try again later, and perhaps a double [Q]. Most of what this
+package does is about being exact on which side of that byte a failure fell (qmqp/result.py). A
+server must not reply before it, but may close at any time, and "high-quality servers will try to
+send a response first" [Q]: so an early Z or D is to be heard and honoured.
 
 What a client must not do.
 
@@ -54,10 +59,11 @@ What servers do.
     empty message   K                        K                                Z              K
     silence         closes after an hour     closes after 300 s               after an hour  waits
 
-[Q] https://cr.yp.to/proto/qmqp.html; netstrings: https://cr.yp.to/proto/netstrings.txt; [T] the text of QMTP and its
-section, by the same author with the same definitions: https://cr.yp.to/proto/qmtp.txt. Servers, by their source:
-qmail-qmqpd.c (notqmail), qmqpd(8) and qmqp-sink(1) of Postfix, protocol-qmqp.c of mailfront. [seen]: with Postfix
-3.7.11; the tests ask one too.
+[Q] https://cr.yp.to/proto/qmqp.html; netstrings: https://cr.yp.to/proto/netstrings.txt; [T] the
+text of QMTP and its section, by the same author with the same definitions:
+https://cr.yp.to/proto/qmtp.txt. Servers, by their source: qmail-qmqpd.c (notqmail), qmqpd(8) and
+qmqp-sink(1) of Postfix, protocol-qmqp.c of mailfront. [seen]: with Postfix 3.7.11; the tests ask
+one too.
 
     netstring    the codec: exact lengths, strict and bounded decoding
     request      a request as bytes of known length, and a strict reader of requests; no I/O

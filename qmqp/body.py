@@ -1,12 +1,14 @@
 """The message of a request, read from a file block by block into one buffer.
 
-How it works. A message has any size and memory stays flat, so there is one block for all of it, no larger than the
-message. What lies in the page cache is read on the event loop, which is where a file that was just written lies; for
-anything else the loop must not wait, and a thread fills the block.
+How it works. A message has any size and memory stays flat, so there is one block for all of it, no
+larger than the message. What lies in the page cache is read on the event loop, which is where a
+file that was just written lies; for anything else the loop must not wait, and a thread fills the
+block.
 
-What must stay true: the length of a request is sent before its message is read, so the file must have exactly the
-size that was announced. With the last block its end is looked for, and what is shorter or longer is no body: the
-connection has to be closed before the commit point, as a wrong length is read as another message or as none.
+What must stay true: the length of a request is sent before its message is read, so the file must
+have exactly the size that was announced. With the last block its end is looked for, and what is
+shorter or longer is no body: the connection has to be closed before the commit point, as a wrong
+length is read as another message or as none.
 """
 
 import errno
@@ -21,16 +23,18 @@ _spare: list[memoryview] = []  # blocks whose memory the kernel need not fetch a
 
 
 class BodyFault(OSError):
-    """The body could not be read, as its errno says. The connection was closed before the commit point."""
+    """The body could not be read, as its errno says. The connection was closed before the commit
+    point."""
 
 
 class BodyChanged(BodyFault):
-    """The body is shorter or longer than the request announces. The connection was closed before the commit point."""
+    """The body is shorter or longer than the request announces. The connection was closed before
+    the commit point."""
 
 
 class BodyReader:
-    """The `size` bytes that the file `fd` is expected to have, `block_size` bytes at a time; `whole` once the last of
-    them were read. A block is valid until the next one is asked for."""
+    """The `size` bytes that the file `fd` is expected to have, `block_size` bytes at a time;
+    `whole` once the last of them were read. A block is valid until the next one is asked for."""
 
     __slots__ = ("_block", "_fd", "_offset", "_size", "whole")
 
@@ -54,7 +58,9 @@ class BodyReader:
         """The next block. Blocks: for a thread. Raises BodyFault, BodyChanged."""
         view, done = self._block[: self._size - self._offset], 0
         try:
-            while done < len(view) and (got := os.preadv(self._fd, (view[done:],), self._offset + done)):
+            while done < len(view) and (
+                got := os.preadv(self._fd, (view[done:],), self._offset + done)
+            ):
                 done += got
         except OSError as error:
             raise BodyFault(error.errno, f"the body cannot be read: {words_of(error)}") from error
@@ -71,5 +77,7 @@ class BodyReader:
         if self.whole or len(view) < len(self._block):
             found = os.lseek(self._fd, 0, os.SEEK_END)
             if not self.whole or found != self._size:
-                raise BodyChanged(errno.EIO, f"the body has {found} bytes where {self._size} were announced")
+                raise BodyChanged(
+                    errno.EIO, f"the body has {found} bytes where {self._size} were announced"
+                )
         return view

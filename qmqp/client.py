@@ -2,22 +2,26 @@
 
     result = await send(host="192.0.2.1", request=Request(size, sender, recipients), fd=body)
 
-How it works. One `ClientConnection` is one connection: connect, write, hear, and a `Result`. It owns the socket, rather
-than a transport, because three things must be known that a transport hides: how many bytes the kernel has taken (the
-commit point), that it is just now that the last ones go, and what still lies in the receive buffer when a write fails.
-The header goes with the first block of the body in one write, the end of the body with the whole envelope in another (a
-request that fits into a block goes in a single one). After each block the loop has a turn, so that one large message
-does not hold up the others.
+How it works. One `ClientConnection` is one connection: connect, write, hear, and a `Result`. It
+owns the socket, rather than a transport, because three things must be known that a transport hides:
+how many bytes the kernel has taken (the commit point), that it is just now that the last ones go,
+and what still lies in the receive buffer when a write fails. The header goes with the first block
+of the body in one write, the end of the body with the whole envelope in another (a request that
+fits into a block goes in a single one). After each block the loop has a turn, so that one large
+message does not hold up the others.
 
 What must stay true (the rules and their sources: see the package).
 
-- *The commit point is the last byte.* `committed` turns true when the kernel has taken it and not before; `may_commit`
-  is asked immediately before every write that holds it.
-- *The server is heard at any time*, and what it said whole wins over whatever the connection did afterwards. An early Z
-  or D is honoured; an early K cannot be meant, as the server did not have the envelope.
-- *Nothing is guessed.* After the commit point silence, a reset or half a reply is `uncertain`; only a K that followed
-  a valid length counts although its words were cut off, since sending again what was accepted makes a double.
-- *Every phase ends*, and so does the session as a whole; but what has arrived wins over a timer that has run out.
+- *The commit point is the last byte.* `committed` turns true when the kernel has taken it and not
+  before; `may_commit` is asked immediately before every write that holds it.
+- *The server is heard at any time*, and what it said whole wins over whatever the connection did
+  afterwards. An early Z or D is honoured; an early K cannot be meant, as the server did not have
+  the envelope.
+- *Nothing is guessed.* After the commit point silence, a reset or half a reply is `uncertain`; only
+  a K that followed a valid length counts although its words were cut off, since sending again what
+  was accepted makes a double.
+- *Every phase ends*, and so does the session as a whole; but what has arrived wins over a timer
+  that has run out.
 """
 
 import asyncio
@@ -40,12 +44,22 @@ from qmqp.request import Request
 from qmqp.result import Outcome, Result, words_of
 from qmqp.wakeup import Stopped, Wakeup
 
-__all__ = ["BLOCK_SIZE", "BodyChanged", "BodyFault", "Outcome", "Result", "Timeouts", "ClientConnection", "send"]
+__all__ = [
+    "BLOCK_SIZE",
+    "BodyChanged",
+    "BodyFault",
+    "Outcome",
+    "Result",
+    "Timeouts",
+    "ClientConnection",
+    "send",
+]
 
 BLOCK_SIZE = 65536
 _READ_SIZE = 4096
-# A server that closes a connection within so many seconds, when its kernel has acknowledged no more than so many octets
-# (the receive window that Linux and the BSDs give to a process that does not read), may have read nothing.
+# A server that closes a connection within so many seconds, when its kernel has acknowledged no more
+# than so many octets (the receive window that Linux and the BSDs give to a process that does not
+# read), may have read nothing.
 _AT_ONCE = 1.0
 _UNREAD = 65536
 _NO_FLAGS: frozenset[str] = frozenset()
@@ -54,8 +68,8 @@ _BY_STATUS = {b"K": Outcome.DELIVERED, b"Z": Outcome.DEFERRED, b"D": Outcome.REJ
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds: to connect, with all addresses of a name; without any progress in writing; from the commit point to the
-    end of the reply; for everything together."""
+    """Seconds: to connect, with all addresses of a name; without any progress in writing; from the
+    commit point to the end of the reply; for everything together."""
 
     connect: float = 10.0
     io: float = 60.0
@@ -70,14 +84,18 @@ class ReplyLost(Exception):
     """There will be no whole reply, and why."""
 
 
-@dataclass(eq=False, kw_only=True)  # without slots most of the state need not be set but stays the class's
+@dataclass(
+    eq=False, kw_only=True
+)  # without slots most of the state need not be set but stays the class's
 class ClientConnection:
-    """One request on its way: `request`, its body from the start of the file `fd`, to `host` and `port` or to the Unix
-    socket `path`, in blocks of `block_size` bytes. For a caller that wants to look at it or stop it; else see `send`.
+    """One request on its way: `request`, its body from the start of the file `fd`, to `host` and
+    `port` or to the Unix socket `path`, in blocks of `block_size` bytes. For a caller that wants to
+    look at it or stop it; else see `send`.
 
-    `may_commit` is asked immediately before a write that holds the last byte; False ends the transfer. `hold_back`: the
-    last byte does not leave before so many seconds have passed since the connection was made, so that a server which
-    closes connections without reading them is heard before the commit point.
+    `may_commit` is asked immediately before a write that holds the last byte; False ends the
+    transfer. `hold_back`: the last byte does not leave before so many seconds have passed since the
+    connection was made, so that a server which closes connections without reading them is heard
+    before the commit point.
     """
 
     request: Request
@@ -98,7 +116,9 @@ class ClientConnection:
     _readable: bool = field(default=False, init=False)
     _connected: float = field(default=0.0, init=False)
     _closed_at_once: bool = field(default=False, init=False)
-    _looked: float = field(default=0.0, init=False)  # the last deadline that passed and was looked beyond
+    _looked: float = field(
+        default=0.0, init=False
+    )  # the last deadline that passed and was looked beyond
     _broken: str = field(default="", init=False)  # why a write failed
     _parser: ReplyParser = field(default_factory=ReplyParser, init=False)
     _reply: Reply | None = field(default=None, init=False)
@@ -106,28 +126,33 @@ class ClientConnection:
     async def run(self) -> Result:
         """Connect, send, and return what happened, whatever the network or the server does. Once.
 
-        Raises BodyFault for what the body does, and OSError when this process has no socket to spare (EMFILE and the
-        like). Cancelling before the commit point closes the connection."""
+        Raises BodyFault for what the body does, and OSError when this process has no socket to
+        spare (EMFILE and the like). Cancelling before the commit point closes the connection."""
         self._began = monotonic()
         try:
             return self._replied(await self._converse())
         except Unreachable as error:
             return self._result(Outcome.UNREACHABLE, str(error).encode())
         except MalformedReply as error:
-            return self._result(Outcome.MALFORMED, b"%b: %b" % (str(error).encode(), error.received))
+            return self._result(
+                Outcome.MALFORMED, b"%b: %b" % (str(error).encode(), error.received)
+            )
         except Stopped as error:
             return self._result(Outcome.INTERRUPTED, str(error).encode(), ours=True)
         except ReplyLost as error:
             return self._lost(str(error))
 
     def abort(self) -> None:
-        """Close the connection if the commit point has not been reached: interrupted, and ours. Else do nothing."""
+        """Close the connection if the commit point has not been reached: interrupted, and ours.
+        Else do nothing."""
         if not self.committed:
             self._waiting.stop()
 
     async def _converse(self) -> Reply:
         deadline = self._began + min(self.timeouts.connect, self.timeouts.session)
-        self._sock = sock = await connect(self.host or "", self.port, self.path, deadline, self._waiting)
+        self._sock = sock = await connect(
+            self.host or "", self.port, self.path, deadline, self._waiting
+        )
         self._connected = monotonic()
         loop = asyncio.get_running_loop()
         try:
@@ -141,7 +166,8 @@ class ClientConnection:
             sock.close()
 
     async def _write(self) -> None:
-        """Write until the last byte has left, the connection breaks, or the server begins to speak."""
+        """Write until the last byte has left, the connection breaks, or the server begins to
+        speak."""
         body = BodyReader(self.fd, self.request.size, self.block_size)
         parts: list[bytes | memoryview] = [self.request.head]
         while not self.committed:
@@ -153,15 +179,17 @@ class ClientConnection:
                 parts.append(self.request.tail)
                 if self.hold_back and not await self._hold_back(parts):
                     return
-                if self.bytes_sent and self._listen():  # the last chance to hear that the server has had enough
+                if (
+                    self.bytes_sent and self._listen()
+                ):  # the last chance to hear that the server has had enough
                     return
             if not await self._push(parts, last=body.whole):
                 return
         body.release()
 
     async def _hold_back(self, parts: list[bytes | memoryview]) -> bool:
-        """Write all but the last byte, and wait until it may follow; False if the connection breaks or the server
-        begins to speak."""
+        """Write all but the last byte, and wait until it may follow; False if the connection breaks
+        or the server begins to speak."""
         tail = self.request.tail
         parts[-1] = tail[:-1]
         if not await self._push(parts, last=False):
@@ -190,8 +218,8 @@ class ClientConnection:
         return reading.result()
 
     async def _push(self, parts: list[bytes | memoryview], *, last: bool) -> bool:
-        """Write the parts, which end with the request if this is the `last` time; False if the connection breaks or the
-        server begins to speak."""
+        """Write the parts, which end with the request if this is the `last` time; False if the
+        connection breaks or the server begins to speak."""
         deadline = monotonic() + self.timeouts.io
         while True:
             if last and self.may_commit is not None and not self.may_commit():
@@ -253,7 +281,8 @@ class ClientConnection:
         self._waiting.wake()
 
     def _listen(self) -> bool:
-        """Take what the server has said, without waiting; whether that was anything. Raises _Lost, MalformedReply."""
+        """Take what the server has said, without waiting; whether that was anything. Raises _Lost,
+        MalformedReply."""
         self._readable = False
         try:
             data = self._sock.recv(_READ_SIZE)
@@ -267,14 +296,16 @@ class ClientConnection:
         return True
 
     def _closed(self, why: str) -> ReplyLost:
-        """The server has closed the connection; notes whether it may have done so without reading."""
+        """The server has closed the connection; notes whether it may have done so without
+        reading."""
         if not self._parser.received and monotonic() - self._connected < _AT_ONCE:
             (unacknowledged,) = struct.unpack("i", ioctl(self._sock, termios.TIOCOUTQ, bytes(4)))
             self._closed_at_once = self.bytes_sent - unacknowledged <= _UNREAD
         return ReplyLost(why)
 
     async def _until(self, deadline: float) -> None:
-        """Wait for news from the server, the kernel or a thread, but not past `deadline` or the end of the session."""
+        """Wait for news from the server, the kernel or a thread, but not past `deadline` or the end
+        of the session."""
         session_end = self._began + self.timeouts.session
         try:
             await self._waiting.until(min(deadline, session_end))
@@ -290,15 +321,18 @@ class ClientConnection:
     def _look_again(self, deadline: float) -> bool:
         """Whether the kernel has news, once for each deadline that has passed.
 
-        An event loop may run timers before it looks at its sockets (libuv does), so a deadline can come before the data
-        that arrived in time. A reply that is there must not become `uncertain`, which sends the message twice. Once,
-        because a server that never stops sending must not put its deadline off for ever.
+        An event loop may run timers before it looks at its sockets (libuv does), so a deadline can
+        come before the data that arrived in time. A reply that is there must not become
+        `uncertain`, which sends the message twice. Once, because a server that never stops sending
+        must not put its deadline off for ever.
         """
         if deadline <= self._looked:
             return False
         self._looked = deadline
         poll = select.poll()
-        poll.register(self._sock, select.POLLIN if self.committed else select.POLLIN | select.POLLOUT)
+        poll.register(
+            self._sock, select.POLLIN if self.committed else select.POLLIN | select.POLLOUT
+        )
         events = sum(event for _, event in poll.poll(0))
         self._readable = bool(events & ~select.POLLOUT)
         return events != 0
@@ -320,20 +354,33 @@ class ClientConnection:
         reply = self._parser.eof()
         flags = frozenset({"closed-at-once"}) if self._closed_at_once else _NO_FLAGS
         if not self.committed:
-            return self._result(Outcome.INTERRUPTED, f"{why} before the commit point".encode(), flags)
+            return self._result(
+                Outcome.INTERRUPTED, f"{why} before the commit point".encode(), flags
+            )
         if reply is not None and reply.status == b"K":
             return self._replied(reply)
         began = b"; the reply began: " + self._parser.received if self._parser.received else b""
-        return self._result(Outcome.UNCERTAIN, f"{why} after the commit point".encode() + began, flags)
+        return self._result(
+            Outcome.UNCERTAIN, f"{why} after the commit point".encode() + began, flags
+        )
 
     def _result(
-        self, outcome: Outcome, text: bytes, flags: frozenset[str] = _NO_FLAGS, *, ours: bool = False
+        self,
+        outcome: Outcome,
+        text: bytes,
+        flags: frozenset[str] = _NO_FLAGS,
+        *,
+        ours: bool = False,
     ) -> Result:
         seconds = monotonic() - self._began
-        return Result(outcome, text[:KEPT_TEXT], self.committed, ours, self.bytes_sent, seconds, flags)
+        return Result(
+            outcome, text[:KEPT_TEXT], self.committed, ours, self.bytes_sent, seconds, flags
+        )
 
 
-def _coroutine_of[**P](transfer: Callable[P, ClientConnection]) -> Callable[P, Coroutine[Any, Any, Result]]:
+def _coroutine_of[**P](
+    transfer: Callable[P, ClientConnection],
+) -> Callable[P, Coroutine[Any, Any, Result]]:
     def send(*args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, Result]:
         return transfer(*args, **kwargs).run()
 

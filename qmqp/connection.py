@@ -1,11 +1,12 @@
 """A connection to a server: found by name, tried at every address, in time.
 
-The servers of the protocol are listed by address and tried one after the other (qmail-qmqpc(8)); this one also takes
-names, and all addresses that a name has, in the order of the resolver, each with an equal part of the time that is
-left. Sockets of the Unix family are taken too: qrelay and Postfix listen on them.
+The servers of the protocol are listed by address and tried one after the other (qmail-qmqpc(8));
+this one also takes names, and all addresses that a name has, in the order of the resolver, each
+with an equal part of the time that is left. Sockets of the Unix family are taken too: qrelay and
+Postfix listen on them.
 
-A connection is closed with a reset: when a transfer ends before the commit point, nothing that still lies in the send
-buffer may follow, or the server might get the last byte after all.
+A connection is closed with a reset: when a transfer ends before the commit point, nothing that
+still lies in the send buffer may follow, or the server might get the last byte after all.
 """
 
 import asyncio
@@ -31,12 +32,19 @@ class Unreachable(Exception):
     """There is no connection to any address; the text says why, for each."""
 
 
-async def connect(host: str, port: int, path: str | None, deadline: float, waiting: Wakeup) -> socket.socket:
+async def connect(
+    host: str, port: int, path: str | None, deadline: float, waiting: Wakeup
+) -> socket.socket:
     """Connect to `host` and `port`, or to the Unix socket `path`.
 
-    Raises Unreachable, Stopped, and OSError when this process has no socket to spare (EMFILE and the like)."""
+    Raises Unreachable, Stopped, and OSError when this process has no socket to spare (EMFILE and
+    the like)."""
     try:
-        found = [(int(socket.AF_UNIX), path)] if path is not None else await _found(host, port, deadline, waiting)
+        found = (
+            [(int(socket.AF_UNIX), path)]
+            if path is not None
+            else await _found(host, port, deadline, waiting)
+        )
     except (OSError, UnicodeError) as error:
         raise Unreachable(f"no connection: {_name(host, port)} {_why(error)}") from None
     tried = []
@@ -79,7 +87,9 @@ async def _try(family: int, where: Any, deadline: float, waiting: Wakeup) -> soc
             elif code == errno.EAGAIN:
                 asyncio.get_running_loop().call_later(_BACKLOG_POLL, waiting.wake)
                 await waiting.until(deadline)
-            elif code != errno.EINPROGRESS:  # then it is asked again: on the loopback the handshake is over by now
+            elif (
+                code != errno.EINPROGRESS
+            ):  # then it is asked again: on the loopback the handshake is over by now
                 raise OSError(code, os.strerror(code))
     except BaseException:
         sock.close()

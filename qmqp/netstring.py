@@ -1,14 +1,14 @@
 """Netstrings: `5:hello,`, a length in decimal digits, a colon, that many bytes, a comma.
 
-The encoder only knows bytes: a str has no length on the wire until it is encoded, and guessing is how lengths
-go wrong.
+The encoder only knows bytes: a str has no length on the wire until it is encoded, and guessing is
+how lengths go wrong.
 
-The decoder is strict, as the text of 1997 is: digits only, no sign, no space, no leading zero except for the
-empty string itself. It never trusts a length: more digits than any reader must accept (999,999,999) are
-refused at the tenth, before anything is allocated, and a length above the reader's own limit is refused when
-it is announced, not when it has been received. What is not a netstring fails at its first wrong byte, so that
-a peer that speaks another protocol is found out at once rather than waited for. However the bytes are cut up
-on their way, the result is the same.
+The decoder is strict, as the text of 1997 is: digits only, no sign, no space, no leading zero
+except for the empty string itself. It never trusts a length: more digits than any reader must
+accept (999,999,999) are refused at the tenth, before anything is allocated, and a length above the
+reader's own limit is refused when it is announced, not when it has been received. What is not a
+netstring fails at its first wrong byte, so that a peer that speaks another protocol is found out at
+once rather than waited for. However the bytes are cut up on their way, the result is the same.
 """
 
 MAX_LENGTH = 999_999_999
@@ -46,8 +46,8 @@ def length_of(size: int) -> int:
 def read_length(data: bytes, start: int = 0, limit: int = MAX_LENGTH) -> tuple[int, int] | None:
     """Read the length that begins at `start`: (length, index of the first byte after the colon).
 
-    None while every byte that is there may begin a length and the colon has not come yet, which can last for
-    nine bytes at most. Raises FormatError, or SizeError above `limit` or MAX_LENGTH."""
+    None while every byte that is there may begin a length and the colon has not come yet, which can
+    last for nine bytes at most. Raises FormatError, or SizeError above `limit` or MAX_LENGTH."""
     colon = data.find(b":", start, start + _MAX_DIGITS + 1)
     digits = data[start:colon] if colon >= 0 else data[start : start + _MAX_DIGITS + 1]
     if not digits:
@@ -69,8 +69,8 @@ def read_length(data: bytes, start: int = 0, limit: int = MAX_LENGTH) -> tuple[i
 
 
 class Decoder:
-    """Turns a stream, however it is cut up, into the strings it holds, each whole: for strings that fit into
-    memory.
+    """Turns a stream, however it is cut up, into the strings it holds, each whole: for strings that
+    fit into memory.
 
     `limit` bounds each string. After an error the decoder is of no more use.
     """
@@ -91,7 +91,9 @@ class Decoder:
         SizeError."""
         self._buffer += data
         strings, position = [], 0
-        while found := read_length(bytes(self._buffer[position : position + _MAX_DIGITS + 1]), 0, self.limit):
+        while found := read_length(
+            bytes(self._buffer[position : position + _MAX_DIGITS + 1]), 0, self.limit
+        ):
             begin = position + found[1]
             end = begin + found[0]
             if len(self._buffer) <= end:

@@ -1,8 +1,9 @@
 """Asks a server what it is, without giving it a message.
 
-How it works: the protocol has no command that only asks, so the probe breaks it at the first byte: where a length must
-stand no message begins with `x`, so nothing can come of it, whoever listens. If the server closes at that, a second
-connection brings a whole netstring that has no room for a message, `1:x,`. What comes back tells the families apart:
+How it works: the protocol has no command that only asks, so the probe breaks it at the first byte:
+where a length must stand no message begins with `x`, so nothing can come of it, whoever listens. If
+the server closes at that, a second connection brings a whole netstring that has no room for a
+message, `1:x,`. What comes back tells the families apart:
 
     Postfix     a D "netstring format error", a second later (a Z with soft_bounce); or, before anything is sent, a D
                 that we may not come in
@@ -16,9 +17,10 @@ connection brings a whole netstring that has no room for a message, `1:x,`. What
 
 What a probe cannot tell: how large a message may be. For that one would have to begin a message.
 
-Sources: qmail-qmqpd.c (exits on a bad length, and when a length runs past the outer string, before it opens the queue),
-that of qmail-ldap (saferead), Postfix qmqpd(8), mailfront protocol-qmqp.c, qrelay's NetstringInput and Connection. What
-must stay true: nothing is sent that a message can come of.
+Sources: qmail-qmqpd.c (exits on a bad length, and when a length runs past the outer string, before
+it opens the queue), that of qmail-ldap (saferead), Postfix qmqpd(8), mailfront protocol-qmqp.c,
+qrelay's NetstringInput and Connection. What must stay true: nothing is sent that a message can come
+of.
 """
 
 import asyncio
@@ -34,7 +36,8 @@ _NO_MESSAGE = b"1:x,"  # the shortest request is longer
 _TOO_LONG = b"x" * 9  # ten are a length beyond what qmail takes, whatever it makes of an `x`
 _MALFORMED = b"16:Dmalformed input,"  # qrelay's words
 _LONGEST = 4096
-# A server that refuses us does so before it has heard anything: Postfix after a second (qmqpd_error_delay).
+# A server that refuses us does so before it has heard anything: Postfix after a second
+# (qmqpd_error_delay).
 _PATIENCE = 1.5
 
 
@@ -52,9 +55,15 @@ class ProbeResult:
 
 
 async def probe(
-    *, host: str | None = None, port: int = PORT, path: str | None = None, connect: float = 10.0, reply: float = 5.0
+    *,
+    host: str | None = None,
+    port: int = PORT,
+    path: str | None = None,
+    connect: float = 10.0,
+    reply: float = 5.0,
 ) -> ProbeResult:
-    """Ask the server at host and port, or at the Unix socket `path`; never raises for what the network does."""
+    """Ask the server at host and port, or at the Unix socket `path`; never raises for what the
+    network does."""
     started = monotonic()
     try:
         reader, writer = await _connected(host, port, path, connect)
@@ -62,7 +71,9 @@ async def probe(
         return ProbeResult(False, None, "none", "no connection: that is no host name")
     except OSError as error:
         known = error.errno is not None and error.errno > 0
-        reason = os.strerror(error.errno or 0) if known else error.strerror or str(error) or "timed out"
+        reason = (
+            os.strerror(error.errno or 0) if known else error.strerror or str(error) or "timed out"
+        )
         return ProbeResult(False, None, "none", f"no connection: {reason}")
     took = round(monotonic() - started, 6)
     asked = False
@@ -93,8 +104,11 @@ async def _connected(
     return await asyncio.wait_for(opening, seconds)
 
 
-async def _second_answer(host: str | None, port: int, path: str | None, connect: float, reply: float) -> bytes:
-    """What a server that closes at a bad length says to a whole netstring without a message; empty: nothing."""
+async def _second_answer(
+    host: str | None, port: int, path: str | None, connect: float, reply: float
+) -> bytes:
+    """What a server that closes at a bad length says to a whole netstring without a message; empty:
+    nothing."""
     try:
         reader, writer = await _connected(host, port, path, connect)
     except OSError:
@@ -125,11 +139,19 @@ async def _read_reply(reader: asyncio.StreamReader, seconds: float) -> tuple[byt
 def _judge(said: bytes, *, asked: bool, closed: bool) -> tuple[bool | None, str, str]:
     """Whether we are let in, the family, and that in words."""
     if not said and not asked:
-        return None, "other", "it closed before anything was sent, as tcpserver does to whom it does not let in"
+        return (
+            None,
+            "other",
+            "it closed before anything was sent, as tcpserver does to whom it does not let in",
+        )
     if not said and closed:
         return True, "qmail", "it closed without a word on what is no request, as qmail-qmqpd does"
     if not said:
-        return None, "other", "it said nothing and kept the connection open, which no known QMQP server does"
+        return (
+            None,
+            "other",
+            "it said nothing and kept the connection open, which no known QMQP server does",
+        )
     try:
         reply = ReplyParser().feed(said)
     except MalformedReply:
@@ -145,9 +167,17 @@ def _judge(said: bytes, *, asked: bool, closed: bool) -> tuple[bool | None, str,
         case b"D" if b"netstring" in reply.text:
             return True, "postfix", "it answers what is no request with a D, as Postfix does"
         case b"Z" if reply.text.startswith(b"netstring format error"):
-            return True, "postfix", "it answers what is no request with a Z, as Postfix does with soft_bounce"
+            return (
+                True,
+                "postfix",
+                "it answers what is no request with a Z, as Postfix does with soft_bounce",
+            )
         case b"Z" if b"compressed data" in reply.text:
-            return True, "qmail-ldap", "it takes what is no length for compressed data, as qmail-ldap does"
+            return (
+                True,
+                "qmail-ldap",
+                "it takes what is no length for compressed data, as qmail-ldap does",
+            )
         case b"Z":
             return True, "mailfront", "it answers what is no request with a Z, as mailfront does"
     return True, "other", "it answers what is no request with a D"

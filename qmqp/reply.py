@@ -4,12 +4,13 @@
     Z   not now: the same request may be sent again later
     D   never: no recipient got it
 
-What follows the first byte is for people and may be any bytes: NUL, line ends, no charset (the text of QMTP, section 5,
-about the same replies: "the client should be ready for arbitrary bytes"). A reply is as long as the server likes, so
-what is kept of its text is bounded while what is accepted is not: a long K is still a K, and who refuses it sends the
-message twice. An empty reply, another first byte and anything that is no netstring is no verdict at all; a client must
-not look for the first K, Z or D among the bytes (qmail-qmqpc.c does), as `SSH-2.0-OpenSSH_9.2p1 Debian` has one. After
-its reply the server closes; what some send after it, a line feed for one, means nothing.
+What follows the first byte is for people and may be any bytes: NUL, line ends, no charset (the text
+of QMTP, section 5, about the same replies: "the client should be ready for arbitrary bytes"). A
+reply is as long as the server likes, so what is kept of its text is bounded while what is accepted
+is not: a long K is still a K, and who refuses it sends the message twice. An empty reply, another
+first byte and anything that is no netstring is no verdict at all; a client must not look for the
+first K, Z or D among the bytes (qmail-qmqpc.c does), as `SSH-2.0-OpenSSH_9.2p1 Debian` has one.
+After its reply the server closes; what some send after it, a line feed for one, means nothing.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,8 @@ KEPT_TEXT = 4096
 
 
 class MalformedReply(ValueError):
-    """A reply that is no netstring, is empty, or begins with none of K, Z, D. `received` is how it began."""
+    """A reply that is no netstring, is empty, or begins with none of K, Z, D. `received` is how it
+    began."""
 
     def __init__(self, why: str, received: bytes) -> None:
         super().__init__(why)
@@ -29,8 +31,8 @@ class MalformedReply(ValueError):
 
 
 class Reply(NamedTuple):
-    """What a server said: `status` is b"K", b"Z" or b"D"; `text` its words, of which KEPT_TEXT bytes are
-    kept; `truncated` if the connection ended before the reply did."""
+    """What a server said: `status` is b"K", b"Z" or b"D"; `text` its words, of which KEPT_TEXT
+    bytes are kept; `truncated` if the connection ended before the reply did."""
 
     status: bytes
     text: bytes
@@ -38,8 +40,8 @@ class Reply(NamedTuple):
 
 
 class ReplyParser:
-    """Reads one reply, however it is cut up. `extra` counts the bytes that came after it, which mean
-    nothing."""
+    """Reads one reply, however it is cut up. `extra` counts the bytes that came after it, which
+    mean nothing."""
 
     __slots__ = ("_kept", "_left", "_reply", "extra")
 
@@ -55,8 +57,8 @@ class ReplyParser:
         return self._kept
 
     def feed(self, data: bytes) -> Reply | None:
-        """Take the next bytes; return the reply once it is whole. Raises MalformedReply at the first byte
-        that is wrong."""
+        """Take the next bytes; return the reply once it is whole. Raises MalformedReply at the
+        first byte that is wrong."""
         if self._reply is not None:
             self.extra += len(data)
             return self._reply
@@ -89,8 +91,8 @@ class ReplyParser:
         return self._reply
 
     def eof(self) -> Reply | None:
-        """The stream has ended: the part of a reply that came, marked truncated, if its status byte stood
-        after a valid length; else None."""
+        """The stream has ended: the part of a reply that came, marked truncated, if its status byte
+        stood after a valid length; else None."""
         if self._left < 0 or not self._kept:
             return None
         return Reply(self._kept[:1], self._kept[1:], truncated=True)

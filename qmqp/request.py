@@ -1,11 +1,11 @@
 """A request as bytes, without any I/O.
 
-`Request` knows the length of everything before the first byte is sent, which is what lets a client stream a message of
-any size from a file: a head, `size` bytes that somebody else supplies, a tail. The last byte of the tail is the commit
-point. It refuses what some server would misread.
+`Request` knows the length of everything before the first byte is sent, which is what lets a client
+stream a message of any size from a file: a head, `size` bytes that somebody else supplies, a tail.
+The last byte of the tail is the commit point. It refuses what some server would misread.
 
-`RequestParser` is the other side: it reads a request as a strict server does, hands the message on in pieces as it
-comes, and never holds more than an address of it.
+`RequestParser` is the other side: it reads a request as a strict server does, hands the message on
+in pieces as it comes, and never holds more than an address of it.
 """
 
 import re
@@ -15,21 +15,22 @@ from qmqp.netstring import MAX_LENGTH, FormatError, length_of, read_length
 
 NO_REQUEST = "no request can be made of it"  # how the reason begins when an envelope cannot be sent
 MAX_ADDRESS = 999
-"""The longest address that every server takes: qmail-qmqpd refuses a thousand bytes, Postfix more than
-2048."""
+"""The longest address that every server takes: qmail-qmqpd refuses a thousand bytes, Postfix more
+than 2048."""
 
 _GOOD_ADDRESS = re.compile(rb"[^\0\r\n<][^\0\r\n]{0,%d}" % (MAX_ADDRESS - 1)).fullmatch
 
 
 def is_sendable(address: bytes) -> bool:
-    """Whether every server reads this address as it was meant: what `Request` takes as a recipient, or as a sender that
-    is not the null sender. Those that accept mail ask this too, so that nothing is accepted that can never be sent."""
+    """Whether every server reads this address as it was meant: what `Request` takes as a recipient,
+    or as a sender that is not the null sender. Those that accept mail ask this too, so that nothing
+    is accepted that can never be sent."""
     return _GOOD_ADDRESS(address) is not None
 
 
 class BadAddress(ValueError):
-    """An address that some server would misread: NUL, CR or LF (Postfix delivers what stands before a NUL), a
-    leading angle bracket, more than MAX_ADDRESS bytes, or a recipient that is empty."""
+    """An address that some server would misread: NUL, CR or LF (Postfix delivers what stands before
+    a NUL), a leading angle bracket, more than MAX_ADDRESS bytes, or a recipient that is empty."""
 
 
 class NoRecipients(ValueError):
@@ -39,8 +40,8 @@ class NoRecipients(ValueError):
 class Request:
     """A message of `size` bytes to `recipients` from `sender` (empty: the null sender).
 
-    On the wire it is `head`, then the `size` bytes of the message, then `tail`; `length` bytes in all.
-    Raises BadAddress, NoRecipients, and ValueError for a negative size.
+    On the wire it is `head`, then the `size` bytes of the message, then `tail`; `length` bytes in
+    all. Raises BadAddress, NoRecipients, and ValueError for a negative size.
     """
 
     __slots__ = ("head", "length", "size", "tail")
@@ -55,7 +56,9 @@ class Request:
         for recipient in recipients:
             if not is_sendable(recipient):
                 raise BadAddress(f"no server can be trusted with the recipient {_shown(recipient)}")
-        envelope = b"".join([b"%d:%b," % (len(address), address) for address in (sender, *recipients)])
+        envelope = b"".join(
+            [b"%d:%b," % (len(address), address) for address in (sender, *recipients)]
+        )
         self.size = size
         self.head = b"%d:%d:" % (length_of(size) + len(envelope), size)
         self.tail = b",%b," % envelope
@@ -68,14 +71,19 @@ def _shown(address: bytes) -> str:
 
 
 class RequestParser:
-    """Reads one request as a strict server does: every length exact, no slack between the inner and the outer string.
+    """Reads one request as a strict server does: every length exact, no slack between the inner and
+    the outer string.
 
-    `body` is called with each piece of the message: a view that is valid only during the call. When `feed` has
-    returned True, `size`, `sender` and `recipients` (which may be empty: that is for the server to judge) are known,
-    and `extra` counts the bytes that came after the request. `where` says what is being read, in Postfix' words."""
+    `body` is called with each piece of the message: a view that is valid only during the call. When
+    `feed` has returned True, `size`, `sender` and `recipients` (which may be empty: that is for the
+    server to judge) are known, and `extra` counts the bytes that came after the request. `where`
+    says what is being read, in Postfix' words."""
 
     def __init__(
-        self, body: Callable[[memoryview], object], max_size: int = MAX_LENGTH, max_address: int = 2048
+        self,
+        body: Callable[[memoryview], object],
+        max_size: int = MAX_LENGTH,
+        max_address: int = 2048,
     ) -> None:
         self._body, self._max_size, self._max_address = body, max_size, max_address
         self.where = "QMQP packet header"
@@ -120,7 +128,9 @@ class RequestParser:
             yield
 
     def _length(self, limit: int) -> Generator[None, None, int]:
-        while (found := read_length(head := bytes(self._data[: min(self._left, 11)]), 0, limit)) is None:
+        while (
+            found := read_length(head := bytes(self._data[: min(self._left, 11)]), 0, limit)
+        ) is None:
             if len(head) == self._left:
                 raise FormatError("a length runs past the end of the request")
             yield

@@ -1,11 +1,13 @@
 """The addresses of names, looked up once for all who ask at about the same time.
 
-How it works. A look-up may take as long as the resolver likes and cannot be called off, so it runs in a thread of its
-own: one for a name, however many transfers wait for it. Event loops have a few threads for this and would let one name
-server that does not answer hold up every other name. What was found is used for FRESH seconds, so that a busy client
-does not ask for each message, and a change is seen at once for all that matters.
+How it works. A look-up may take as long as the resolver likes and cannot be called off, so it runs
+in a thread of its own: one for a name, however many transfers wait for it. Event loops have a few
+threads for this and would let one name server that does not answer hold up every other name. What
+was found is used for FRESH seconds, so that a busy client does not ask for each message, and a
+change is seen at once for all that matters.
 
-What must stay true: nothing waits for a look-up but those who asked for that name; a failure is not remembered.
+What must stay true: nothing waits for a look-up but those who asked for that name; a failure is not
+remembered.
 """
 
 import asyncio
@@ -24,7 +26,8 @@ _asked: dict[tuple[asyncio.AbstractEventLoop, str, int], asyncio.Future[Found]] 
 
 
 def addresses(host: str, port: int) -> asyncio.Future[Found]:
-    """The addresses of a name, in the resolver's order, or the OSError or UnicodeError that there are instead.
+    """The addresses of a name, in the resolver's order, or the OSError or UnicodeError that there
+    are instead.
 
     Others wait for the same future: do not cancel it."""
     loop = asyncio.get_running_loop()
@@ -36,7 +39,9 @@ def addresses(host: str, port: int) -> asyncio.Future[Found]:
             answer.set_result(found)
         else:
             _asked[loop, host, port] = answer
-            threading.Thread(target=_ask, args=(loop, host, port), name=f"resolver {host}", daemon=True).start()
+            threading.Thread(
+                target=_ask, args=(loop, host, port), name=f"resolver {host}", daemon=True
+            ).start()
     return answer
 
 

@@ -1,7 +1,8 @@
 """What became of an attempt, in words that leave no room for guessing.
 
-A client of this protocol needs more than "sent" and "failed", as what may be done next hangs on two things: what the
-server said, and on which side of the commit point (see the package) the connection ended.
+A client of this protocol needs more than "sent" and "failed", as what may be done next hangs on two
+things: what the server said, and on which side of the commit point (see the package) the connection
+ended.
 
     outcome       happened                                           then
     DELIVERED     K                                                  done: the server answers for every recipient
@@ -13,8 +14,8 @@ server said, and on which side of the commit point (see the package) the connect
     MALFORMED     what came is no reply, or a K that came too early  before the commit point as INTERRUPTED,
                                                                      after it as UNCERTAIN
 
-Source: qmqp.html, "Any response not received by the client indicates a temporary failure", and that the server must
-throw away what was not received whole.
+Source: qmqp.html, "Any response not received by the client indicates a temporary failure", and that
+the server must throw away what was not received whole.
 """
 
 import errno
@@ -38,11 +39,12 @@ class Outcome(StrEnum):
 class Result(NamedTuple):
     """What happened.
 
-    `text` is the server's words without the status byte (bounded, any bytes) if it gave a valid reply, else our own.
-    `committed`: the last byte of the request has left. `ours`: interrupted by `may_commit` or `abort`, not by the
-    server. `flags`: "early-reply" (before the commit point), "truncated-reply" (a K whose words were cut off),
-    "extra-bytes" (something came after the reply), "closed-at-once" (the server closed the connection within a second,
-    without a reply, and may have read nothing)."""
+    `text` is the server's words without the status byte (bounded, any bytes) if it gave a valid
+    reply, else our own. `committed`: the last byte of the request has left. `ours`: interrupted by
+    `may_commit` or `abort`, not by the server. `flags`: "early-reply" (before the commit point),
+    "truncated-reply" (a K whose words were cut off), "extra-bytes" (something came after the
+    reply), "closed-at-once" (the server closed the connection within a second, without a reply, and
+    may have read nothing)."""
 
     outcome: Outcome
     text: bytes

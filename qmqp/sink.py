@@ -1,16 +1,18 @@
-"""A strict QMQP server that answers, or misbehaves, by rule: for demonstrations, benchmarks, and for testing clients.
+"""A strict QMQP server that answers, or misbehaves, by rule: for demonstrations, benchmarks, and
+for testing clients.
 
-It reads every request exactly as the protocol has it (each length exact, nothing between inner and outer netstring, no
-leading zeros), streams the message past a digest and into a file if asked, and keeps no body in memory. What it
-answers is an `Answer`; which answer a connection gets is decided by rules, read from the first to the last:
+It reads every request exactly as the protocol has it (each length exact, nothing between inner and
+outer netstring, no leading zeros), streams the message past a digest and into a file if asked, and
+keeps no body in memory. What it answers is an `Answer`; which answer a connection gets is decided
+by rules, read from the first to the last:
 
     with running_sink(Rule(Answer(b"Z", b"busy"), times=2)) as sink:   # Z twice, K from then on
         ...
         sink.wait_for(1, timeout=5)
 
-A preset (qmqp/sink_rules.py) says what happens to a request that is no good. What must stay true, as of any server:
-nothing is counted, kept or answered with K before the last comma has been read; what is broken off before it leaves
-nothing.
+A preset (qmqp/sink_rules.py) says what happens to a request that is no good. What must stay true,
+as of any server: nothing is counted, kept or answered with K before the last comma has been read;
+what is broken off before it leaves nothing.
 """
 
 import asyncio
@@ -34,7 +36,16 @@ from qmqp.request import RequestParser
 from qmqp.sink_rules import PRESETS, Answer, Chooser, MagicRecipients, Preset, Rule
 from qmqp.wakeup import Wakeup
 
-__all__ = ["PRESETS", "Answer", "MagicRecipients", "Preset", "Received", "Rule", "Sink", "running_sink"]
+__all__ = [
+    "PRESETS",
+    "Answer",
+    "MagicRecipients",
+    "Preset",
+    "Received",
+    "Rule",
+    "Sink",
+    "running_sink",
+]
 
 _BUFFER_SIZE = 262144
 
@@ -52,11 +63,11 @@ class Received:
 
 
 class Sink:
-    """The server. `received` holds the last `keep` requests that were read whole, `faults` why the last of the others
-    were not; `count` and `connections` count the former and everybody.
+    """The server. `received` holds the last `keep` requests that were read whole, `faults` why the
+    last of the others were not; `count` and `connections` count the former and everybody.
 
-    `dump`: write each message to a numbered file in that directory, and its envelope beside it as JSON.
-    `receive_buffer`: bytes that the kernel may hold of what has not been read.
+    `dump`: write each message to a numbered file in that directory, and its envelope beside it as
+    JSON. `receive_buffer`: bytes that the kernel may hold of what has not been read.
     """
 
     def __init__(
@@ -81,9 +92,17 @@ class Sink:
             dump.mkdir(parents=True, exist_ok=True)
             self.count = max((int(file.stem) for file in dump.glob("*.eml")), default=0)
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0, *, path: str | None = None) -> None:
+    async def start(
+        self, host: str = "127.0.0.1", port: int = 0, *, path: str | None = None
+    ) -> None:
         """Listen on `host` and `port` (0: any; then see `port`) or on the Unix socket `path`."""
-        family = socket.AF_UNIX if path is not None else socket.AF_INET6 if ":" in host else socket.AF_INET
+        family = (
+            socket.AF_UNIX
+            if path is not None
+            else socket.AF_INET6
+            if ":" in host
+            else socket.AF_INET
+        )
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self.receive_buffer:
@@ -111,7 +130,8 @@ class Sink:
             await asyncio.wait(self.open)
 
     def wait_for(self, count: int, timeout: float) -> bool:
-        """Wait, in another thread, until `count` requests have been read whole; False if that takes too long."""
+        """Wait, in another thread, until `count` requests have been read whole; False if that takes
+        too long."""
         with self.changed:
             return self.changed.wait_for(lambda: self.count >= count, timeout)
 
@@ -123,7 +143,9 @@ class Sink:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # the client has gone, or no socket is to spare: then the loop asks until one is
+        except (
+            OSError
+        ):  # the client has gone, or no socket is to spare: then the loop asks until one is
             return
         sock.setblocking(False)
         self.connections += 1
@@ -167,10 +189,13 @@ class _Connection:
                 self._part.unlink(missing_ok=True)
 
     async def _read(self, answer: Answer, rules: Sequence[Chooser]) -> Answer:
-        """Read the request, as `answer` says; what it is answered: what the `rules` say, else `answer`."""
+        """Read the request, as `answer` says; what it is answered: what the `rules` say, else
+        `answer`."""
         count = 0
         while answer.at is None or count < answer.at:
-            size = answer.read_size if answer.at is None else min(answer.read_size, answer.at - count)
+            size = (
+                answer.read_size if answer.at is None else min(answer.read_size, answer.at - count)
+            )
             data = await self._receive(size)
             if not data:
                 self._fault(f"connection lost while receiving {self._parser.where}")
@@ -186,8 +211,8 @@ class _Connection:
         return answer
 
     async def _receive(self, size: int) -> memoryview:
-        """What has come, in the buffer that all share, so to be used before anything else is waited for; empty at the
-        end."""
+        """What has come, in the buffer that all share, so to be used before anything else is waited
+        for; empty at the end."""
         buffer, loop = self._sink.buffer[:size], asyncio.get_running_loop()
         while True:
             try:
@@ -212,7 +237,10 @@ class _Connection:
         """The request is whole: decide what it gets, and remember it."""
         sink, recipients = self._sink, tuple(self._parser.recipients)
         sender, digest = self._parser.sender, self._digest.hexdigest()
-        if any(len(address) > sink.preset.max_address or b"\0" in address for address in (sender, *recipients)):
+        if any(
+            len(address) > sink.preset.max_address or b"\0" in address
+            for address in (sender, *recipients)
+        ):
             answer = Answer(b"D", b"sorry, I can't accept addresses like that (#5.1.3)")
         elif not recipients and not sink.preset.silent:
             answer = Answer(b"D", b"Error: no recipients specified", delay=sink.preset.error_delay)
@@ -221,7 +249,9 @@ class _Connection:
             answer = next(filter(None, choices), answer)
         with sink.changed:
             sink.count = self._number = sink.count + 1
-            received = Received(self._number, sender, recipients, self._parser.size, digest, self._words(answer))
+            received = Received(
+                self._number, sender, recipients, self._parser.size, digest, self._words(answer)
+            )
             if self._part is not None:
                 _store(received, self._part)
             sink.received.append(received)
@@ -269,7 +299,9 @@ def _store(received: Received, part: Path) -> None:
     path = part.with_name(f"{received.number:08d}.eml")
     part.touch()
     part.rename(path)
-    envelope = json.dumps(asdict(received), indent=1, default=lambda octets: octets.decode(errors="backslashreplace"))
+    envelope = json.dumps(
+        asdict(received), indent=1, default=lambda octets: octets.decode(errors="backslashreplace")
+    )
     path.with_suffix(".json").write_text(envelope + "\n")
 
 

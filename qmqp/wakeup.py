@@ -11,8 +11,8 @@ class Stopped(Exception):
 
 
 class Wakeup:
-    """A place to wait. Whoever has news calls `wake`, which says nothing but that it is worth looking again: whoever
-    waits looks at its own conditions before and after."""
+    """A place to wait. Whoever has news calls `wake`, which says nothing but that it is worth
+    looking again: whoever waits looks at its own conditions before and after."""
 
     __slots__ = ("_news", "stopped")
 
@@ -52,9 +52,10 @@ def _expire(news: asyncio.Future[bool], deadline: float) -> None:
         return
     now = monotonic()
     if now - deadline > LATE:
-        # A process that was stopped (SIGSTOP, a paused machine) has not looked at its sockets for all that time, and
-        # what its peers sent meanwhile may still be on its way: RFC 6298 spaces retransmissions by a second and more.
-        # So such a timer says nothing about the peer, and the deadline counts only after another second of listening.
+        # A process that was stopped (SIGSTOP, a paused machine) has not looked at its sockets for
+        # all that time, and what its peers sent meanwhile may still be on its way: RFC 6298 spaces
+        # retransmissions by a second and more. So such a timer says nothing about the peer, and the
+        # deadline counts only after another second of listening.
         news.get_loop().call_later(LATE, _expire, news, now + LATE)
     else:
         news.set_result(False)

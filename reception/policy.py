@@ -1,16 +1,18 @@
 """Who may relay what to whom.
 
-Closed by default: a client inside CLIENT_NETWORKS may send to anyone, everybody else only to RECIPIENT_DOMAINS (none
-unless set) and to postmaster, whom a mail server must always take mail for (RFC 5321, 4.5.1). The refusal comes at
-RCPT, before any content. A domain in RECIPIENT_DOMAINS opens that domain and no other: a local part that the next
-server could read as another address is refused to everybody outside CLIENT_NETWORKS.
+Closed by default: a client inside CLIENT_NETWORKS may send to anyone, everybody else only to
+RECIPIENT_DOMAINS (none unless set) and to postmaster, whom a mail server must always take mail for
+(RFC 5321, 4.5.1). The refusal comes at RCPT, before any content. A domain in RECIPIENT_DOMAINS
+opens that domain and no other: a local part that the next server could read as another address is
+refused to everybody outside CLIENT_NETWORKS.
 
-A client that only reads the banner and quits is somebody's health check: nothing here or in the session counts it as
-abuse.
+A client that only reads the banner and quits is somebody's health check: nothing here or in the
+session counts it as abuse.
 
-The word `connected` in CLIENT_NETWORKS means the subnets of this machine's own interfaces, as they are at start. In a
-container whose port is published to the world every client seems to come from such a subnet (the gateway's address),
-so `connected` is refused unless RELAY_PUBLISH, which tells where the port is published, is loopback.
+The word `connected` in CLIENT_NETWORKS means the subnets of this machine's own interfaces, as they
+are at start. In a container whose port is published to the world every client seems to come from
+such a subnet (the gateway's address), so `connected` is refused unless RELAY_PUBLISH, which tells
+where the port is published, is loopback.
 """
 
 import os
@@ -30,10 +32,12 @@ from smtpd.addresses import CommandRefused, Recipient
 ROOM_KEPT_FREE = 4 * 1024 * 1024
 """Octets that must stay free on the spool's file system beside a message."""
 SHARE = 4
-"""One part in so many of the room is the most that unfinished messages of one client that is not trusted may take; as
-much is kept for the clients that are. Else a few strangers that begin messages and never end them take it all."""
+"""One part in so many of the room is the most that unfinished messages of one client that is not
+trusted may take; as much is kept for the clients that are. Else a few strangers that begin messages
+and never end them take it all."""
 NETWORK_BITS = 64
-"""What one client has of IPv6 addresses at least (RFC 6177): it is counted as one, whichever of them it uses."""
+"""What one client has of IPv6 addresses at least (RFC 6177): it is counted as one, whichever of
+them it uses."""
 
 _ROUTING = frozenset("@%!")
 
@@ -49,7 +53,8 @@ class PolicyError(ValueError):
 
 
 class Policy:
-    """The rules for every client; `client` gives those for one. Raises PolicyError for settings it must not obey."""
+    """The rules for every client; `client` gives those for one. Raises PolicyError for settings it
+    must not obey."""
 
     def __init__(self, settings: SmtpdSettings) -> None:
         self.max_message_size = settings.max_message_size
@@ -67,11 +72,14 @@ class Policy:
     def _client(self, peer: str) -> "ClientPolicy":
         """The rules for a client by its IP address in text."""
         address = plain_address(peer)
-        trusted = any(address in network for network in self._networks if network.version == address.version)
+        trusted = any(
+            address in network for network in self._networks if network.version == address.version
+        )
         return ClientPolicy(self, str(address), trusted, network_of(address))
 
     def receives_for(self, recipient: Recipient) -> bool:
-        """Whether anyone may send to this recipient. `.example.org` in RECIPIENT_DOMAINS means what is below it."""
+        """Whether anyone may send to this recipient. `.example.org` in RECIPIENT_DOMAINS means what
+        is below it."""
         domain = recipient.domain.lower()
         listed = domain in self._domains or domain.endswith(self._parents)
         return listed or recipient.address.lower() == self._postmaster
@@ -88,7 +96,8 @@ class ClientPolicy:
 
     @property
     def strips_cr(self) -> bool:
-        """Only for clients of our own: what a stranger sends is to be taken as it is or not at all."""
+        """Only for clients of our own: what a stranger sends is to be taken as it is or not at
+        all."""
         return self.trusted and self.policy.strip_bare_cr
 
     def check_sender(self, size: int) -> None:
@@ -110,22 +119,27 @@ class ClientPolicy:
         """`delivered`: how many recipients the transaction has. Raises Refused."""
         if not self.trusted and not self.policy.receives_for(recipient):
             raise CommandRefused(_RELAY_DENIED)
-        # `victim%evil.test@allowed.test` is mail to evil.test for a server that knows the percent hack, and `!` and a
-        # quoted @ are other spellings of it. Postfix refuses them to strangers (`allow_untrusted_routing = no`), but
-        # its qmqpd trusts its clients and sends such mail outward. So the decision is made here. Address literals need
-        # no rule of their own, because they are a domain like any other. Source routes were dropped (RFC 5321, app. C).
-        if not (self.trusted or self.policy.allow_untrusted_routing) and not _ROUTING.isdisjoint(recipient.local):
+        # `victim%evil.test@allowed.test` is mail to evil.test for a server that knows the percent
+        # hack, and `!` and a quoted @ are other spellings of it. Postfix refuses them to strangers
+        # (`allow_untrusted_routing = no`), but its qmqpd trusts its clients and sends such mail
+        # outward. So the decision is made here. Address literals need no rule of their own, because
+        # they are a domain like any other. Source routes were dropped (RFC 5321, app. C).
+        if not (self.trusted or self.policy.allow_untrusted_routing) and not _ROUTING.isdisjoint(
+            recipient.local
+        ):
             raise CommandRefused(_ROUTED)
         if accepted >= self.policy.max_recipients:
             raise CommandRefused(_TOO_MANY_RECIPIENTS)
 
 
 class FreeSpace:
-    """The room on a directory's file system, looked up at most once a second, and what unfinished messages take of it.
+    """The room on a directory's file system, looked up at most once a second, and what unfinished
+    messages take of it.
 
-    Of what was free at the last look everything is taken that is claimed and was not in a file by then. What was
-    finished since stays taken until the next look; what was thrown away is free at once, unless it was in a file by
-    then. A `stranger` is the network of a client that is not trusted, or empty.
+    Of what was free at the last look everything is taken that is claimed and was not in a file by
+    then. What was finished since stays taken until the next look; what was thrown away is free at
+    once, unless it was in a file by then. A `stranger` is the network of a client that is not
+    trusted, or empty.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -134,13 +148,16 @@ class FreeSpace:
         self._free = 0
         self._room = 0  # that there would be without unfinished messages
         self._taken = 0  # of the free room
-        self._claimed = self._stored = 0  # octets of unfinished messages, and those of them that are in files
+        self._claimed = self._stored = (
+            0  # octets of unfinished messages, and those of them that are in files
+        )
         self.looks = 0
         self._strangers: Counter[str] = Counter()  # of that
         self._strange = 0  # their sum
 
     def holds(self, size: int, stranger: str = "") -> bool:
-        """Whether `size` octets and a file fit. Yes if nobody can say: storing will tell why not."""
+        """Whether `size` octets and a file fit. Yes if nobody can say: storing will tell why
+        not."""
         now = time.monotonic()
         if now >= self._known_until:
             self._known_until = now + 1.0
@@ -148,10 +165,13 @@ class FreeSpace:
         if self._free - self._taken < size + ROOM_KEPT_FREE:
             return False
         part = self._room // SHARE
-        return not stranger or (self._strangers[stranger] + size <= part and self._strange + size <= self._room - part)
+        return not stranger or (
+            self._strangers[stranger] + size <= part and self._strange + size <= self._room - part
+        )
 
     def claim(self, size: int, stranger: str) -> "SpaceClaim":
-        """Begin a message. What was declared is claimed at once, if that can be had; what comes in any case."""
+        """Begin a message. What was declared is claimed at once, if that can be had; what comes in
+        any case."""
         claim = SpaceClaim(self, stranger)
         if size and self.holds(size, stranger):
             self.take(size, stranger)
@@ -169,7 +189,8 @@ class FreeSpace:
                 del self._strangers[stranger]
 
     def store(self, size: int, taken: int = 0) -> None:
-        """Count more octets in files of unfinished messages (negative: fewer), and more of the free room."""
+        """Count more octets in files of unfinished messages (negative: fewer), and more of the free
+        room."""
         self._stored += size
         self._taken += taken
 
@@ -188,7 +209,8 @@ class FreeSpace:
 
 @dataclass(slots=True)
 class SpaceClaim:
-    """What one unfinished message takes of the room: what its client declared, or what has come, if that is more."""
+    """What one unfinished message takes of the room: what its client declared, or what has come, if
+    that is more."""
 
     room: FreeSpace
     stranger: str
@@ -252,14 +274,16 @@ def plain_address(text: str) -> IPv4Address | IPv6Address:
 
 
 def network_of(address: IPv4Address | IPv6Address) -> str:
-    """What a client is counted by: its IPv4 address, or the network that its IPv6 address is from."""
+    """What a client is counted by: its IPv4 address, or the network that its IPv6 address is
+    from."""
     if isinstance(address, IPv4Address):
         return str(address)
     return str(ip_network((address, NETWORK_BITS), strict=False))
 
 
 def _is_loopback(publish: str) -> bool:
-    """Reads a published port as compose writes it: `127.0.0.1:2525`, `[::1]:2525`, `2525` (which is every address)."""
+    """Reads a published port as compose writes it: `127.0.0.1:2525`, `[::1]:2525`, `2525` (which is
+    every address)."""
     host = publish.rpartition(":")[0].strip("[]")
     if host == "localhost":
         return True
@@ -270,9 +294,12 @@ def _is_loopback(publish: str) -> bool:
 
 
 def connected_networks() -> tuple[Network, ...]:
-    """The subnets of this machine's interfaces, as the kernel tells them (rtnetlink(7)). Raises PolicyError."""
+    """The subnets of this machine's interfaces, as the kernel tells them (rtnetlink(7)). Raises
+    PolicyError."""
     if not hasattr(socket, "AF_NETLINK"):
-        raise PolicyError("RELAY_CLIENT_NETWORKS: `connected` is known on Linux only; name the networks")
+        raise PolicyError(
+            "RELAY_CLIENT_NETWORKS: `connected` is known on Linux only; name the networks"
+        )
     get_address, dump_request, done, error_message, address_attribute = 22, 0x301, 3, 2, 1
     networks: set[Network] = set()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
@@ -287,7 +314,10 @@ def connected_networks() -> tuple[Network, ...]:
                 attributes = answer[24:length]
                 while len(attributes) >= 4:
                     size, attribute = struct.unpack_from("=HH", attributes)
-                    if attribute == address_attribute and family in (socket.AF_INET, socket.AF_INET6):
+                    if attribute == address_attribute and family in (
+                        socket.AF_INET,
+                        socket.AF_INET6,
+                    ):
                         networks.add(ip_network((attributes[4:size], prefix), strict=False))
                     attributes = attributes[(size + 3) & ~3 :]
                 answer = answer[(length + 3) & ~3 :]

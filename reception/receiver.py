@@ -1,18 +1,22 @@
 """A transaction becomes a stored message, a row, and only then a 250.
 
-A small message is handed to the store whole: a process of its own syncs and commits what comes in at about the same
-time together. A larger one streams: as soon as a block has gathered it is written, block after block in order, by
-whichever thread is free, and the connection is told to stop reading while too much is outstanding; when its file is
-synced, the store commits it. So no message is ever whole in memory unless it is smaller than a block.
+A small message is handed to the store whole: a process of its own syncs and commits what comes in
+at about the same time together. A larger one streams: as soon as a block has gathered it is
+written, block after block in order, by whichever thread is free, and the connection is told to stop
+reading while too much is outstanding; when its file is synced, the store commits it. So no message
+is ever whole in memory unless it is smaller than a block.
 
 What must stay true:
 - 250 is said only for a message whose body is synced and whose row is committed.
-- A body is removed only when no row can come to name it: the store took the order back, or the database refused its
-  data. When the store does not know, the client hears 451 and the body stays.
-- Our own faults are temporary for the client (452 without room, else 451), and say nothing about their nature.
-- What has come and is not finished is counted in the message's claim on the room before it is written; without room for
-  it the rest is read and thrown away, and the client hears 452 at its end.
-- A reception lives on the event loop. Threads only touch the body of a large message, one at a time.
+- A body is removed only when no row can come to name it: the store took the order back, or the
+  database refused its data. When the store does not know, the client hears 451 and the body stays.
+- Our own faults are temporary for the client (452 without room, else 451), and say nothing about
+  their nature.
+- What has come and is not finished is counted in the message's claim on the room before it is
+  written; without room for it the rest is read and thrown away, and the client hears 452 at its
+  end.
+- A reception lives on the event loop. Threads only touch the body of a large message, one at a
+  time.
 """
 
 import asyncio
@@ -54,12 +58,14 @@ log = get_logger(__name__)
 
 
 class Threads:
-    """A few daemon threads for calls that block on the disk; calls answer for themselves and never raise."""
+    """A few daemon threads for calls that block on the disk; calls answer for themselves and never
+    raise."""
 
     def __init__(self, count: int) -> None:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, name=f"bodies-{number}", daemon=True) for number in range(count)
+            threading.Thread(target=self._run, name=f"bodies-{number}", daemon=True)
+            for number in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -81,7 +87,8 @@ class Threads:
 
 
 class Openings:
-    """How many large bodies may be open at a time; the others wait for a descriptor, in the order of their coming."""
+    """How many large bodies may be open at a time; the others wait for a descriptor, in the order
+    of their coming."""
 
     def __init__(self, free: int) -> None:
         self._free = free
@@ -114,7 +121,8 @@ type Flow = Callable[[], None]
 
 @dataclass(slots=True)
 class Receiver:
-    """Makes receptions, and holds what they share. `deadline`: seconds from the end of a message to its answer."""
+    """Makes receptions, and holds what they share. `deadline`: seconds from the end of a message to
+    its answer."""
 
     loop: asyncio.AbstractEventLoop
     spool: Spool
@@ -127,10 +135,12 @@ class Receiver:
 
 
 class Reception:
-    """One message on its way in from `client`, an address. Everything but what a thread runs is called on the loop.
+    """One message on its way in from `client`, an address. Everything but what a thread runs is
+    called on the loop.
 
-    `claim` is what it takes of the room; `trusted`: whether the policy trusts the client. `answer` will get one whole
-    reply after `complete`, unless that was abandoned; `flow` is called when `congested` may have changed.
+    `claim` is what it takes of the room; `trusted`: whether the policy trusts the client. `answer`
+    will get one whole reply after `complete`, unless that was abandoned; `flow` is called when
+    `congested` may have changed.
     """
 
     def __init__(
@@ -214,7 +224,8 @@ class Reception:
         self.abandon()
 
     def abandon(self) -> None:
-        """Nobody waits for an answer any more: the message is taken back if that can still be done."""
+        """Nobody waits for an answer any more: the message is taken back if that can still be
+        done."""
         self._gone = True
         self._answer = None
         if self._order:
@@ -223,7 +234,8 @@ class Reception:
             self._remove()
 
     def _stream(self) -> None:
-        """Writes what has gathered, if that is a block; without a descriptor it gathers until there is one."""
+        """Writes what has gathered, if that is a block; without a descriptor it gathers until there
+        is one."""
         if self._held_size < BLOCK or self._busy:
             return
         self._opened = self._opened or self._receiver.openings.take(self)
@@ -238,8 +250,11 @@ class Reception:
         self._receiver.openings.leave(self, opened=opened)
 
     def _set_apart(self) -> None:
-        """Keeps our trace field and the client's header apart; to be called before the first bytes are handed on."""
-        if len(self._held) > 1 and self._held[1][0] in b" \t>F":  # all others are joined once, where they are written
+        """Keeps our trace field and the client's header apart; to be called before the first bytes
+        are handed on."""
+        if (
+            len(self._held) > 1 and self._held[1][0] in b" \t>F"
+        ):  # all others are joined once, where they are written
             self._held[1:] = [set_apart(b"".join(self._held[1:]))]
             self._held_size = sum(map(len, self._held))
 
@@ -298,7 +313,14 @@ class Reception:
             self._say(b"250 2.0.0 Ok: queued as %b\r\n" % self.id.encode("ascii"))
             who = {"id": self.id, "client": self._client, "sender": self._envelope.sender}
             ms = round((time.monotonic() - self._started) * 1000, 1)
-            log.info("accepted", **who, recipients=len(self._envelope.recipients), size=self._size, ms=ms, **told)
+            log.info(
+                "accepted",
+                **who,
+                recipients=len(self._envelope.recipients),
+                size=self._size,
+                ms=ms,
+                **told,
+            )
             return
         if not isinstance(result, CommitUnknown):
             self._remove()
@@ -308,7 +330,12 @@ class Reception:
     def _refuse(self, error: Exception) -> None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if self._answer:  # else it has gone, or was told before
-            log.error("not accepted", id=self.id, client=self._client, reason=str(error) or type(error).__name__)
+            log.error(
+                "not accepted",
+                id=self.id,
+                client=self._client,
+                reason=str(error) or type(error).__name__,
+            )
         self._say(_NO_ROOM if full else _LOCAL_FAULT)
 
     def _say(self, reply: bytes) -> None:
@@ -323,7 +350,8 @@ class Reception:
         if self._body is not None:
             self._receiver.threads.submit(self._discard)
 
-    # -- in a thread --------------------------------------------------------------------------------------------
+    # -- in a thread
+    # --------------------------------------------------------------------------------------------
 
     def _guard[Argument](self, call: Callable[[Argument], None], argument: Argument) -> None:
         try:
@@ -353,12 +381,19 @@ class Reception:
         self._receiver.spool.remove(self.id)
 
     def _message(self) -> NewMessage:
-        envelope, parameters, route_for = self._envelope, self._envelope.parameters, self._receiver.route_for
+        envelope, parameters, route_for = (
+            self._envelope,
+            self._envelope.parameters,
+            self._receiver.route_for,
+        )
         return NewMessage(
             self.id,
             envelope.sender,
             self._size,
-            [NewRecipient(one.address, one.notify, one.orcpt, route_for(one.address)) for one in envelope.recipients],
+            [
+                NewRecipient(one.address, one.notify, one.orcpt, route_for(one.address))
+                for one in envelope.recipients
+            ],
             self._client,
             envelope.helo,
             envelope.protocol,
@@ -377,12 +412,14 @@ def date(second: int) -> str:
 
 
 def set_apart(content: bytes) -> bytes:
-    """Makes the beginning of a message's content (at least `BLOCK` octets, or all of it) fit to follow our trace field.
+    """Makes the beginning of a message's content (at least `BLOCK` octets, or all of it) fit to
+    follow our trace field.
 
-    The client's bytes stay as they are, behind what Postfix' smtpd puts before them, too. A first line that begins with
-    a blank would be read as the continuation of our field (RFC 5322, 2.2.3): an empty line ends the header before it.
-    A line of a mailbox file (`From ann Mon Jan  1 ...`) is no field, so servers end the header there, and the client's
-    own header would become text: such lines are made fields.
+    The client's bytes stay as they are, behind what Postfix' smtpd puts before them, too. A first
+    line that begins with a blank would be read as the continuation of our field (RFC 5322, 2.2.3):
+    an empty line ends the header before it. A line of a mailbox file (`From ann Mon Jan  1 ...`) is
+    no field, so servers end the header there, and the client's own header would become text: such
+    lines are made fields.
     """
     if content.startswith((b" ", b"\t")):
         return b"\n" + content
@@ -391,8 +428,11 @@ def set_apart(content: bytes) -> bytes:
     return content
 
 
-def received_field(envelope: Envelope, client: str, hostname: str, queue_id: str, when: str) -> bytes:
-    """The trace field (RFC 5321, 4.4), in LF form. It names the recipient only where there is no other to betray."""
+def received_field(
+    envelope: Envelope, client: str, hostname: str, queue_id: str, when: str
+) -> bytes:
+    """The trace field (RFC 5321, 4.4), in LF form. It names the recipient only where there is no
+    other to betray."""
     literal = f"IPv6:{client}" if ":" in client else client
     recipients = envelope.recipients
     alone = len(recipients) == 1 and len(recipients[0].path) <= _LONGEST_PATH

@@ -1,17 +1,18 @@
 """The keeper: a process of its own in which small bodies are synced and every row is committed.
 
-Why a process: storing is nothing but system calls, and each of them gives up the interpreter's lock and fights for it
-again. Beside a busy event loop that costs more than the calls themselves; alone it costs nothing.
+Why a process: storing is nothing but system calls, and each of them gives up the interpreter's lock
+and fights for it again. Beside a busy event loop that costs more than the calls themselves; alone
+it costs nothing.
 
-How it works: `store.SpoolerClient` sends an order a message over a Unix socket. The keeper takes all that is there (a
-lot) and syncs the bodies together; a thread commits the rows of a lot in one transaction and sends its answers in one
-piece. One lot is committed, one is being stored or waits, and no more is read: what has not been read can still be
-taken back.
+How it works: `store.SpoolerClient` sends an order a message over a Unix socket. The keeper takes
+all that is there (a lot) and syncs the bodies together; a thread commits the rows of a lot in one
+transaction and sends its answers in one piece. One lot is committed, one is being stored or waits,
+and no more is read: what has not been read can still be taken back.
 
-What must stay true: every order is answered once; a row is committed only when its body is safe, and no try to do so
-begins when smtpd is not there to answer it, or could end after its client has heard 451; what is not kept leaves no
-body. Whatever breaks here ends the process, so that a sound one takes its place; it ends by itself when who sends the
-orders does.
+What must stay true: every order is answered once; a row is committed only when its body is safe,
+and no try to do so begins when smtpd is not there to answer it, or could end after its client has
+heard 451; what is not kept leaves no body. Whatever breaks here ends the process, so that a sound
+one takes its place; it ends by itself when who sends the orders does.
 """
 
 import pickle
@@ -27,7 +28,15 @@ from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 
-from reception.spooler_protocol import FIELDS, BatchReply, Cancelled, Frames, RowRefused, StoreRequest, frame
+from reception.spooler_protocol import (
+    FIELDS,
+    BatchReply,
+    Cancelled,
+    Frames,
+    RowRefused,
+    StoreRequest,
+    frame,
+)
 from relay.db import engine as database
 from relay.db.group_commit import CommitUnknown, GroupCommitter, PendingItem, deliver_results
 from relay.log import configure, first_line
@@ -42,15 +51,16 @@ _TOO_LATE = "no time was left before RELAY_ACCEPT_DEADLINE"
 
 @dataclass(slots=True)
 class Batch:
-    """What goes from one stage to the other: entries to be committed, and what is decided already."""
+    """What goes from one stage to the other: entries to be committed, and what is decided
+    already."""
 
     entries: list[PendingItem[NewMessage]]
     results: list[tuple[int, Exception | None]]
 
 
 class Spooler:
-    """Obeys the orders that come over `channel`; `commit` is what `GroupCommitter` runs, for `longest` seconds at
-    most."""
+    """Obeys the orders that come over `channel`; `commit` is what `GroupCommitter` runs, for
+    `longest` seconds at most."""
 
     def __init__(
         self,
@@ -72,7 +82,8 @@ class Spooler:
         self._end.register(channel, select.POLLRDHUP)
 
     def run(self) -> None:
-        """Until the other end closes, or something breaks: then who sent the orders starts another keeper."""
+        """Until the other end closes, or something breaks: then who sent the orders starts another
+        keeper."""
         committer = threading.Thread(target=self._commit_all, name="committer")
         committer.start()
         busy = False
@@ -81,7 +92,9 @@ class Spooler:
             while self._room.acquire() and not self._failed and self._read(gather=busy):
                 count = min(len(self._orders), LARGEST)
                 busy = count > 1
-                self._lots.put(self._store([self._orders.pop(number) for number in [*self._orders][:count]]))
+                self._lots.put(
+                    self._store([self._orders.pop(number) for number in [*self._orders][:count]])
+                )
         finally:
             self._lots.put(None)
             committer.join()
@@ -117,12 +130,20 @@ class Spooler:
         for order in late:
             self._settled(order, lot, database.TooLate(_TOO_LATE))
         orders = [order for order in orders if order not in late]
-        whole = [(order.number, order.message, order.body) for order in orders if order.message and order.body]
+        whole = [
+            (order.number, order.message, order.body)
+            for order in orders
+            if order.message and order.body
+        ]
         try:
             found = self._spool.store_all([(message.id, body) for _, message, body in whole])
         except Exception as error:  # of ours: nobody may be left without an answer
             found = [OSError(first_line(error))] * len(whole)
-        failed = {number: one for (number, _, _), one in zip(whole, found, strict=True) if isinstance(one, Exception)}
+        failed = {
+            number: one
+            for (number, _, _), one in zip(whole, found, strict=True)
+            if isinstance(one, Exception)
+        }
         lot.results += failed.items()
         for order in orders:
             if order.message and order.number not in failed:
@@ -131,7 +152,8 @@ class Spooler:
         return lot
 
     def _begin_by(self, order: StoreRequest) -> float:
-        """When the last try to commit must begin, to have ended when the client hears 451 (monotonic)."""
+        """When the last try to commit must begin, to have ended when the client hears 451
+        (monotonic)."""
         return float("inf") if order.deadline is None else order.deadline - self._longest
 
     def _commit_all(self) -> None:
@@ -148,9 +170,16 @@ class Spooler:
     def _commit(self, lot: Batch) -> None:
         started = time.monotonic()
         alone = any(events & select.POLLHUP for _, events in self._end.poll(0))
-        # Their clients hear 451, or have lost the connection, and send again: what is committed now is delivered twice.
-        late = [one for one in lot.entries if alone or (one.deadline is not None and one.deadline <= started)]
-        deliver_results([(entry, Cancelled() if alone else database.TooLate(_TOO_LATE)) for entry in late])
+        # Their clients hear 451, or have lost the connection, and send again: what is committed now
+        # is delivered twice.
+        late = [
+            one
+            for one in lot.entries
+            if alone or (one.deadline is not None and one.deadline <= started)
+        ]
+        deliver_results(
+            [(entry, Cancelled() if alone else database.TooLate(_TOO_LATE)) for entry in late]
+        )
         deliver_results(self._rounds.settle([entry for entry in lot.entries if entry not in late]))
         if lot.results:
             self._report(lot.results, time.monotonic() - started)
@@ -172,20 +201,26 @@ class Spooler:
 
 
 def main() -> None:
-    """The process: its settings on standard input; its arguments are the descriptors of socket and spool directory."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the end of the orders ends it, and nothing else
+    """The process: its settings on standard input; its arguments are the descriptors of socket and
+    spool directory."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # the end of the orders ends it, and nothing else
         signal.signal(number, signal.SIG_IGN)
     fields, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (ours)
     if fields != FIELDS:
         sys.exit("this program was replaced while it ran: start smtpd again")
     configure(settings)
-    # A try that begins just in time must have ended when its client hears 451. A quarter of that time is plenty for
-    # one statement, and leaves three to wait for a database that is away.
+    # A try that begins just in time must have ended when its client hears 451. A quarter of that
+    # time is plenty for one statement, and leaves three to wait for a database that is away.
     longest = min(database.STATEMENT_TIMEOUT, settings.accept_deadline / 4)
     engine = database.connect(settings.database_url, hot=True, timeout=longest)
     intake = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
-        Spooler(channel, Spool(settings.spool_dir, int(sys.argv[2])), intake.commit, longest=longest).run()
+        Spooler(
+            channel, Spool(settings.spool_dir, int(sys.argv[2])), intake.commit, longest=longest
+        ).run()
     engine.dispose()
 
 

@@ -1,12 +1,14 @@
 """The store: where the event loop hands in messages, and hears when they are safe.
 
-How it works: `put` makes an order of a message. Orders go to the keeper, a process of its own (reception/spooler.py),
-as long as it takes them in; the others wait here, where they can be taken back. The keeper's reports come for a whole
-round at once. One that dies, or that owes an answer for far too long, is replaced; what it had been told is in doubt.
+How it works: `put` makes an order of a message. Orders go to the keeper, a process of its own
+(reception/spooler.py), as long as it takes them in; the others wait here, where they can be taken
+back. The keeper's reports come for a whole round at once. One that dies, or that owes an answer for
+far too long, is replaced; what it had been told is in doubt.
 
-What must stay true: everything that was put is answered exactly once: None when it is safe, `Cancelled` when nothing of
-it was kept, `CommitUnknown` when nobody knows, else the reason. Only then comes the hint: it wakes a thread, and
-clients need not wait for that. While the keeper reads nothing, no more is held than clients wait for.
+What must stay true: everything that was put is answered exactly once: None when it is safe,
+`Cancelled` when nothing of it was kept, `CommitUnknown` when nobody knows, else the reason. Only
+then comes the hint: it wakes a thread, and clients need not wait for that. While the keeper reads
+nothing, no more is held than clients wait for.
 """
 
 import asyncio
@@ -32,7 +34,8 @@ log = get_logger(__name__)
 PAUSE, YOUNG = 1.0, 10.0
 """Seconds before a keeper that died before the age of YOUNG seconds is started again."""
 PATIENCE = 60.0
-"""Seconds past its deadline after which an order that has no answer proves that the keeper hangs."""
+"""Seconds past its deadline after which an order that has no answer proves that the keeper
+hangs."""
 
 type Launch = Callable[[socket.socket], Coroutine[Any, Any, object]]
 type Done = Callable[[Exception | None], None]
@@ -50,7 +53,8 @@ class _Pending(NamedTuple):
 
 
 class SpoolerClient(asyncio.Protocol):
-    """Belongs to the loop. `launch` runs a keeper on its end of a socket until that ends; cancelled, it ends it.
+    """Belongs to the loop. `launch` runs a keeper on its end of a socket until that ends;
+    cancelled, it ends it.
 
     `kept` hears the ids of messages that are safe, and their route.
     """
@@ -70,17 +74,22 @@ class SpoolerClient(asyncio.Protocol):
         self._observe = metrics.rounds("intake")
 
     async def start(self) -> None:
-        """Start a keeper and wait until it is there; raises KeeperError if the first one ends instead."""
+        """Start a keeper and wait until it is there; raises KeeperError if the first one ends
+        instead."""
         self._first = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._run())
         await self._first
 
-    def put(self, message: NewMessage, body: list[bytes] | None, deadline: float, done: Done) -> int:
+    def put(
+        self, message: NewMessage, body: list[bytes] | None, deadline: float, done: Done
+    ) -> int:
         """Have a message kept; `body` is None when it is stored already. The order's number."""
         self._number += 1
         routes = tuple({recipient.route: None for recipient in message.recipients})
         self._pending[self._number] = _Pending(message.id, routes, deadline, done)
-        self._waiting[self._number] = frame(StoreRequest(self._number, message, body, deadline).plain())
+        self._waiting[self._number] = frame(
+            StoreRequest(self._number, message, body, deadline).plain()
+        )
         self._send()
         return self._number
 
@@ -92,8 +101,11 @@ class SpoolerClient(asyncio.Protocol):
             self._transport.write(frame(StoreRequest(number).plain()))
 
     def look_at_clock(self, now: float) -> None:
-        """End a keeper that hangs: another one may do better, and this one's clients have long heard 451."""
-        oldest = next((one for number, one in self._pending.items() if number not in self._waiting), None)
+        """End a keeper that hangs: another one may do better, and this one's clients have long
+        heard 451."""
+        oldest = next(
+            (one for number, one in self._pending.items() if number not in self._waiting), None
+        )
         if oldest is not None and self._life is not None and now > oldest.deadline + PATIENCE:
             log.error("keeper hangs, ending it", id=oldest.id)
             self._life.cancel()
@@ -111,7 +123,8 @@ class SpoolerClient(asyncio.Protocol):
                 self._life.cancel()
             await asyncio.wait([self._task], timeout=1.0)
 
-    # -- told by the line to the keeper -------------------------------------------------------------------------
+    # -- told by the line to the keeper
+    # -------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         report: BatchReply
@@ -141,7 +154,8 @@ class SpoolerClient(asyncio.Protocol):
             self._settle(number, CommitUnknown())
         self._lost.set()
 
-    # -- inside -------------------------------------------------------------------------------------------------
+    # -- inside
+    # -------------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
         while self._waiting and self._open and self._transport is not None:
@@ -166,7 +180,9 @@ class SpoolerClient(asyncio.Protocol):
             if self._closing:
                 return None
             if self._first is not None and not self._first.done():
-                return self._first.set_exception(SpoolerError(f"the keeper ended when it was started: {ended}"))
+                return self._first.set_exception(
+                    SpoolerError(f"the keeper ended when it was started: {ended}")
+                )
             pause = PAUSE if time.monotonic() - started < YOUNG else 0.0
             metrics.KEEPERS.inc()
             log.error("keeper died, starting it again", status=ended, seconds=pause)
@@ -177,7 +193,9 @@ class SpoolerClient(asyncio.Protocol):
         ours, theirs = socket.socketpair()
         with theirs:
             self._frames, self._lost = Frames(), asyncio.Event()
-            self._transport, _ = await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+            self._transport, _ = await asyncio.get_running_loop().create_unix_connection(
+                lambda: self, sock=ours
+            )
             self._life = asyncio.create_task(self._launch(theirs))
             await asyncio.wait([self._life])
         await self._lost.wait()
@@ -185,9 +203,12 @@ class SpoolerClient(asyncio.Protocol):
 
 
 def launching(settings: SmtpdSettings, spool: Spool) -> Launch:
-    """Launches keepers as processes. They get our descriptor of the spool, for its path may name another by then."""
+    """Launches keepers as processes. They get our descriptor of the spool, for its path may name
+    another by then."""
     # They run this code, and nothing that lies about where we were started.
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(
+        filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
+    )
 
     async def launch(channel: socket.socket) -> object:
         with channel:

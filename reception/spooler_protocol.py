@@ -1,7 +1,8 @@
-"""What passes between the store and its keeper: orders one way, reports the other, each in a frame of its own.
+"""What passes between the store and its keeper: orders one way, reports the other, each in a frame
+of its own.
 
-A frame is a length (four bytes, of this machine) and a pickle, which is safe here: both ends are this program, on a
-socket that nobody else has.
+A frame is a length (four bytes, of this machine) and a pickle, which is safe here: both ends are
+this program, on a socket that nobody else has.
 """
 
 import pickle
@@ -16,7 +17,8 @@ FIELDS = (NewMessage._fields, NewRecipient._fields)
 
 
 class StoreRequest(NamedTuple):
-    """Keep this message, and the body if that is not stored yet; without a message: forget the order of that number."""
+    """Keep this message, and the body if that is not stored yet; without a message: forget the
+    order of that number."""
 
     number: int
     message: NewMessage | None = None
@@ -28,7 +30,12 @@ class StoreRequest(NamedTuple):
         number, message, body, deadline = self
         if message is None:
             return (number,)
-        return number, (*message[:3], [tuple(one) for one in message.recipients], *message[4:]), body, deadline
+        return (
+            number,
+            (*message[:3], [tuple(one) for one in message.recipients], *message[4:]),
+            body,
+            deadline,
+        )
 
     @classmethod
     def of(cls, plain: tuple[Any, ...]) -> "StoreRequest":
@@ -37,12 +44,16 @@ class StoreRequest(NamedTuple):
             return cls(*plain)
         number, (key, sender, size, recipients, *rest), body, deadline = plain
         return cls(
-            number, NewMessage(key, sender, size, [NewRecipient(*one) for one in recipients], *rest), body, deadline
+            number,
+            NewMessage(key, sender, size, [NewRecipient(*one) for one in recipients], *rest),
+            body,
+            deadline,
         )
 
 
 class BatchReply(NamedTuple):
-    """What became of the orders of a round, by number (None: kept), and what committing it took in seconds.
+    """What became of the orders of a round, by number (None: kept), and what committing it took in
+    seconds.
 
     The first that a keeper sends has no results: it is there.
     """

@@ -1,12 +1,14 @@
 """The broker: a Celery application, and hints.
 
-A hint is one task `deliver(ids)` that names messages which may be ready to send, by route: `{"default": [id, ...]}`. So
-a worker takes as many of each route as that route has room for; the ids of a route without a name may be of any. It
-carries no truth: workers find the same in SQL a few seconds later, so a hint may be lost, doubled or stale, and whoever
-publishes one gives up at once when the broker is away. Nothing is ever scheduled with a countdown, an eta or a retry:
-Redis' visibility timeout would make duplicates of them.
+A hint is one task `deliver(ids)` that names messages which may be ready to send, by route:
+`{"default": [id, ...]}`. So a worker takes as many of each route as that route has room for; the
+ids of a route without a name may be of any. It carries no truth: workers find the same in SQL a few
+seconds later, so a hint may be lost, doubled or stale, and whoever publishes one gives up at once
+when the broker is away. Nothing is ever scheduled with a countdown, an eta or a retry: Redis'
+visibility timeout would make duplicates of them.
 
-What must stay true: `Hints.offer` never blocks; no broker holds up the reply to an SMTP client or the end of a process.
+What must stay true: `Hints.offer` never blocks; no broker holds up the reply to an SMTP client or
+the end of a process.
 """
 
 import threading
@@ -28,14 +30,16 @@ FRESH, RETRY = "fresh", "retry"
 QUEUES = (FRESH, RETRY)
 # Longer lists than this are left to SQL (Celery messages).
 WINDOW = 200
-# A hint costs the broker's machinery milliseconds, whatever is in it. So a busy publisher lets more gather the more
-# there was: nothing below some 200 messages a second, up to PACE above (seconds; seconds a message of the last hint).
+# A hint costs the broker's machinery milliseconds, whatever is in it. So a busy publisher lets more
+# gather the more there was: nothing below some 200 messages a second, up to PACE above (seconds;
+# seconds a message of the last hint).
 PACE, PACE_EACH = 0.1, 0.005
 _LOOK_EVERY = 1.0
 
 
 def celery_app(settings: Settings) -> Celery:
-    """The application that both halves use; connects to nothing yet. Sources of the values: docs/design.md."""
+    """The application that both halves use; connects to nothing yet. Sources of the values:
+    docs/design.md."""
     app = Celery("qmqp-relay", set_as_current=True)
     app.conf.update(
         broker_url=settings.broker_url,
@@ -91,7 +95,8 @@ class Hints:
         self._thread.start()
 
     def offer(self, ids: Iterable[str], route: str = "") -> None:
-        """Hint at these messages of a route (empty: not known) if that can be done; never blocks, any thread."""
+        """Hint at these messages of a route (empty: not known) if that can be done; never blocks,
+        any thread."""
         if self.away or self.full:
             return
         with self._changed:
@@ -130,7 +135,9 @@ class Hints:
         """Publish over one connection until it breaks or we close."""
         options = self._app.conf.broker_transport_options
         connection.transport_options.update(options | {"socket_timeout": 2, "max_retries": 0})
-        _ = self._app.backend  # there is none, but finding that out takes the first message 0.1 s of imports
+        _ = (
+            self._app.backend
+        )  # there is none, but finding that out takes the first message 0.1 s of imports
         producer, published = self._app.amqp.Producer(connection), metrics.hints(self._queue)
         self._look(connection)
         if self.away:
@@ -150,10 +157,13 @@ class Hints:
             if len(taken) > 1:
                 with self._changed:
                     pace = min(PACE, PACE_EACH * len(taken))
-                    self._changed.wait_for(lambda: self._closing or len(self._waiting) >= self._batch, pace)
+                    self._changed.wait_for(
+                        lambda: self._closing or len(self._waiting) >= self._batch, pace
+                    )
 
     def _take(self) -> list[tuple[str, str]]:
-        """Up to a batch of routes and ids; none after a while, to look whether the list is still too long."""
+        """Up to a batch of routes and ids; none after a while, to look whether the list is still
+        too long."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing, _LOOK_EVERY)
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch))]

@@ -1,7 +1,7 @@
 """Message ids: UUIDv7, made by us (neither Python before 3.14 nor PostgreSQL before 18 makes them).
 
-In Python, file names, logs, replies and hints an id is 32 lower-case hex digits; only the database spells it dashed.
-They sort by time, so new rows go to the end of every index.
+In Python, file names, logs, replies and hints an id is 32 lower-case hex digits; only the database
+spells it dashed. They sort by time, so new rows go to the end of every index.
 """
 
 import secrets

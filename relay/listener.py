@@ -1,8 +1,9 @@
 """Where Prometheus asks: an HTTP server with a bound on its threads and on the time of a request.
 
-Each request has a thread, and all of it, from the first byte to the last of the answer, must be over in TIMEOUT
-seconds; then the connection is closed below the thread, which ends. More than THREADS at a time hear 503. Without these
-bounds a peer that opens connections and sends nothing makes a thread for each of them, in smtpd and in the workers.
+Each request has a thread, and all of it, from the first byte to the last of the answer, must be
+over in TIMEOUT seconds; then the connection is closed below the thread, which ends. More than
+THREADS at a time hear 503. Without these bounds a peer that opens connections and sends nothing
+makes a thread for each of them, in smtpd and in the workers.
 """
 
 import socket
@@ -66,8 +67,11 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 def listen(host: str, port: int) -> WSGIServer:
-    """Serve the metrics on an address ('' is every IPv4 one), in threads; raises OSError if it is taken."""
-    found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)  # noqa: S104
+    """Serve the metrics on an address ('' is every IPv4 one), in threads; raises OSError if it is
+    taken."""
+    found = socket.getaddrinfo(
+        host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )  # noqa: S104
     family, _, _, _, address = found[0]
 
     class BoundedServer(_Server):

@@ -1,9 +1,10 @@
 """Logs: structlog, one event a line, JSON when nobody watches a terminal.
 
-An event is a short fixed phrase and keyword fields; `id` is the queue id and joins everything about one message, from
-the SMTP session to the QMQP reply (docs/events.md lists the events). Other libraries' records pass through the same
-lines. What must stay true: bytes from peers never reach a terminal raw, and no secret is a field; a line
-that cannot be written (a full disk, a pipe that nobody reads) stops no mail.
+An event is a short fixed phrase and keyword fields; `id` is the queue id and joins everything about
+one message, from the SMTP session to the QMQP reply (docs/events.md lists the events). Other
+libraries' records pass through the same lines. What must stay true: bytes from peers never reach a
+terminal raw, and no secret is a field; a line that cannot be written (a full disk, a pipe that
+nobody reads) stops no mail.
 """
 
 import json
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 _ADDRESSES = ("sender", "recipient")
 _ADDRESS = re.compile(r'"[^"]*"@|[^\s<>()\[\],;:"]+')
-"""A quoted local part, or a whole word, which may hold an address. Each character of a text is read once or twice: a
-pattern that looks for `@` behind a word tries again at each character of a word without one, and peers write words."""
+"""A quoted local part, or a whole word, which may hold an address. Each character of a text is read
+once or twice: a pattern that looks for `@` behind a word tries again at each character of a word
+without one, and peers write words."""
 
 
 class _Logger:
-    """structlog's, made for the first event: a command that says nothing starts a tenth sooner without it."""
+    """structlog's, made for the first event: a command that says nothing starts a tenth sooner
+    without it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -47,8 +50,13 @@ def get_logger(name: str) -> "BoundLogger":
 
 
 def escaped(data: bytes | str, longest: int = 500) -> str:
-    """Bytes from a peer as one bounded line of printable ASCII: everything else as `\\xNN`, cut at `longest`."""
-    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data[: longest * 4])
+    """Bytes from a peer as one bounded line of printable ASCII: everything else as `\\xNN`, cut at
+    `longest`."""
+    raw = (
+        data.encode("utf-8", "surrogateescape")
+        if isinstance(data, str)
+        else bytes(data[: longest * 4])
+    )
     if raw.isascii() and (text := raw.decode("ascii")).isprintable() and len(text) <= longest:
         return text
     text = "".join(chr(b) if 32 <= b < 127 else "\\n" if b == 10 else f"\\x{b:02x}" for b in raw)
@@ -56,12 +64,15 @@ def escaped(data: bytes | str, longest: int = 500) -> str:
 
 
 def first_line(error: BaseException | None) -> str:
-    """What an error says, as one bounded line; SQLAlchemy's put statement and parameters below theirs."""
+    """What an error says, as one bounded line; SQLAlchemy's put statement and parameters below
+    theirs."""
     # Cut only then: without its `@` a password would not be known for one.
     return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
-def _redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _redact(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
     for name, value in event.items():
         if isinstance(value, str) and value and name in _ADDRESSES:
             event[name] = "...@" + value.rpartition("@")[2]
@@ -83,7 +94,8 @@ def _json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
 
 
 def _stamp(_logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What every event has; one step does for structlog's three, since three lines are written for each message."""
+    """What every event has; one step does for structlog's three, since three lines are written for
+    each message."""
     event["level"] = "error" if method == "exception" else method
     event["timestamp"] = datetime.now(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
     if not event.get("exc_info"):
@@ -111,11 +123,16 @@ def configure(settings: Settings) -> None:
     """Set up this process' logs as LOG_LEVEL, LOG_FORMAT and LOG_ADDRESSES say."""
     import structlog
 
-    people = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
+    people = settings.log_format == "console" or (
+        settings.log_format == "auto" and sys.stderr.isatty()
+    )
     before: list[Any] = [_redact] if settings.log_addresses == "redacted" else []
     last: Any = _json
     if people:
-        before += [structlog.stdlib.add_log_level, structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)]
+        before += [
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+        ]
         last = structlog.dev.ConsoleRenderer(pad_event_to=12)
     else:
         before.append(_stamp)
@@ -128,7 +145,9 @@ def configure(settings: Settings) -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     strip = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[strip, last]))
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[strip, last])
+    )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(level, logging.WARNING))

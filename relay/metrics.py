@@ -1,13 +1,15 @@
-"""Metrics for Prometheus: what smtpd and worker count, and what the queue looks like (docs/alerts.yml has rules).
+"""Metrics for Prometheus: what smtpd and worker count, and what the queue looks like
+(docs/alerts.yml has rules).
 
-Counters and histograms are module objects; on the road of a message their children are bound beforehand (`attempts`,
-`hints`, `rests`, `rounds`), so that counting costs a look-up. The queue is not counted but read: `QueueMetrics` asks
-the database when Prometheus asks us, at most every FRESH seconds and for at most a twentieth of the time; to count what
-waits takes at most a two-hundredth. Every process tells of the same queue: take the `max` of those series, never the
-`sum`.
+Counters and histograms are module objects; on the road of a message their children are bound
+beforehand (`attempts`, `hints`, `rests`, `rounds`), so that counting costs a look-up. The queue is
+not counted but read: `QueueMetrics` asks the database when Prometheus asks us, at most every FRESH
+seconds and for at most a twentieth of the time; to count what waits takes at most a two-hundredth.
+Every process tells of the same queue: take the `max` of those series, never the `sum`.
 
-What must stay true: a scrape is answered in time whatever is away, with `relay_database_up 0` and no stale numbers;
-metrics never stop mail; labels take values from settings and from our own tables, never from the network.
+What must stay true: a scrape is answered in time whatever is away, with `relay_database_up 0` and
+no stale numbers; metrics never stop mail; labels take values from settings and from our own tables,
+never from the network.
 """
 
 import threading
@@ -40,19 +42,33 @@ _LONG = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 7200, 43200,
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
 SESSIONS = Counter("relay_smtp_sessions", "SMTP connections taken")
 SESSIONS_OPEN = Gauge("relay_smtp_sessions_open", "SMTP connections open now")
-REFUSALS = Counter("relay_smtp_refusals", "commands and messages refused, by code and enhanced code", ["reply"])
+REFUSALS = Counter(
+    "relay_smtp_refusals", "commands and messages refused, by code and enhanced code", ["reply"]
+)
 RECEIVED_BYTES = Counter("relay_received_bytes", "bytes of the bodies of accepted messages")
-ACCEPT_SECONDS = Histogram("relay_accept_seconds", "from the end of a message to its 250", buckets=_QUICK)
-ROUND_SIZE = Histogram("relay_round_size", "rows committed at once", ["writer"], buckets=[2**n for n in range(10)])
-ROUND_SECONDS = Histogram("relay_round_seconds", "what committing them took", ["writer"], buckets=_QUICK)
+ACCEPT_SECONDS = Histogram(
+    "relay_accept_seconds", "from the end of a message to its 250", buckets=_QUICK
+)
+ROUND_SIZE = Histogram(
+    "relay_round_size", "rows committed at once", ["writer"], buckets=[2**n for n in range(10)]
+)
+ROUND_SECONDS = Histogram(
+    "relay_round_seconds", "what committing them took", ["writer"], buckets=_QUICK
+)
 KEEPERS = Counter("relay_keeper_deaths", "keepers that died and were started again")
 HINTS = Counter("relay_hints", "hints published", ["queue"])
-HINTS_REFUSED = Counter("relay_hints_refused", "entries of the broker's lists that are no hints", ["queue"])
+HINTS_REFUSED = Counter(
+    "relay_hints_refused", "entries of the broker's lists that are no hints", ["queue"]
+)
 ATTEMPTS = Counter("relay_attempts", "tries at a server", ["server", "outcome"])
 SENT_BYTES = Counter("relay_sent_bytes", "bytes of QMQP requests sent")
-DELIVERY_SECONDS = Histogram("relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG)
+DELIVERY_SECONDS = Histogram(
+    "relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG
+)
 TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers under way in this worker")
-RESTS = Counter("relay_server_rests", "times that a server was left alone for a while", ["server", "why"])
+RESTS = Counter(
+    "relay_server_rests", "times that a server was left alone for a while", ["server", "why"]
+)
 RESTING = Gauge("relay_server_resting", "1 while this worker leaves a server alone", ["server"])
 
 attempts, hints, rests = cache(ATTEMPTS.labels), cache(HINTS.labels), cache(RESTS.labels)
@@ -73,7 +89,9 @@ def rounds(writer: str) -> Callable[[int, float], None]:
 def refused(reply: bytes) -> None:
     """Count a refusal by the codes of its reply (`554 5.7.1`), never by its words."""
     words = reply[:20].decode("ascii", "replace").split()
-    REFUSALS.labels(" ".join(words[:2] if len(words) > 1 and words[1][1:2] == "." else words[:1])).inc()
+    REFUSALS.labels(
+        " ".join(words[:2] if len(words) > 1 and words[1][1:2] == "." else words[:1])
+    ).inc()
 
 
 # Each part has an index of its own, so that no long history is walked through.
@@ -104,9 +122,12 @@ def _gauge(name: str, words: str, value: float | Mapping[str, float], label: str
 
 
 class QueueMetrics(Collector):
-    """The queue in the database, the room for bodies, the broker's lists (`lists` gives what is known, at once)."""
+    """The queue in the database, the room for bodies, the broker's lists (`lists` gives what is
+    known, at once)."""
 
-    def __init__(self, engine: Engine, spool: Spool, lists: Callable[[], Mapping[str, float]] = dict) -> None:
+    def __init__(
+        self, engine: Engine, spool: Spool, lists: Callable[[], Mapping[str, float]] = dict
+    ) -> None:
         self._engine, self._spool, self._lists, self._sql = engine, spool, lists, Statements(engine)
         self._lock, self._looked = threading.Lock(), threading.Event()
         self._look_at, self._seen = 0.0, list[Metric]()
@@ -117,7 +138,8 @@ class QueueMetrics(Collector):
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """What is known by now; a look that takes longer than PATIENCE is there for the next scrape."""
+        """What is known by now; a look that takes longer than PATIENCE is there for the next
+        scrape."""
         with self._lock:
             if time.monotonic() >= self._look_at:
                 self._look_at = float("inf")
@@ -127,10 +149,16 @@ class QueueMetrics(Collector):
 
     def _look(self) -> None:
         began, seen = time.monotonic(), list[Metric]()
-        for part, without in ((self._database, [_gauge(*_UP, 0)]), (self._room, []), (self._broker, [])):
+        for part, without in (
+            (self._database, [_gauge(*_UP, 0)]),
+            (self._room, []),
+            (self._broker, []),
+        ):
             try:
                 seen += part()
-            except Exception as error:  # whatever is away is missing from the answer, and nothing else is
+            except (
+                Exception
+            ) as error:  # whatever is away is missing from the answer, and nothing else is
                 log.debug("metrics incomplete", reason=str(error)[:200])
                 seen += without
         ended, self._seen = time.monotonic(), seen
@@ -141,23 +169,42 @@ class QueueMetrics(Collector):
         with reading(self._engine) as connection:
             found = self._counts(connection)
             workers, uncertain = self._sql.run(connection, _OTHERS).one()
-            pauses = {subject: 1.0 for (subject,) in self._sql.run(connection, "SELECT subject FROM pauses")}
-        counts, overdue, oldest = ({str(s): found.get(s, (0, 0, 0))[n] for s in UNFINISHED} for n in range(3))
+            pauses = {
+                subject: 1.0
+                for (subject,) in self._sql.run(connection, "SELECT subject FROM pauses")
+            }
+        counts, overdue, oldest = (
+            {str(s): found.get(s, (0, 0, 0))[n] for s in UNFINISHED} for n in range(3)
+        )
         owed = sum(values[0] for state, values in found.items() if state not in counts)
         return [
             _gauge(*_UP, 1),
             _gauge("deliveries", "unfinished deliveries", counts, "state"),
-            _gauge("overdue", "deliveries past the time when somebody was to look at them", overdue, "state"),
-            _gauge("oldest_age_seconds", "age of the oldest message with such a delivery", oldest, "state"),
+            _gauge(
+                "overdue",
+                "deliveries past the time when somebody was to look at them",
+                overdue,
+                "state",
+            ),
+            _gauge(
+                "oldest_age_seconds",
+                "age of the oldest message with such a delivery",
+                oldest,
+                "state",
+            ),
             _gauge("notices_owed", "failed deliveries whose sender was not told yet", owed),
             _gauge("workers_alive", "workers whose lease has not run out", workers),
-            _gauge("paused", "routes and servers that nothing is sent to for now", pauses, "subject"),
-            _gauge("uncertain_attempts", "tries of the last hour whose end nobody knows", uncertain),
+            _gauge(
+                "paused", "routes and servers that nothing is sent to for now", pauses, "subject"
+            ),
+            _gauge(
+                "uncertain_attempts", "tries of the last hour whose end nobody knows", uncertain
+            ),
         ]
 
     def _counts(self, connection: Connection) -> dict[str, list[Any]]:
-        """By state: how many deliveries, overdue ones, the age of the oldest. To count many takes long, so it is seldom
-        done."""
+        """By state: how many deliveries, overdue ones, the age of the oldest. To count many takes
+        long, so it is seldom done."""
         if (began := time.monotonic()) >= self._count_at:
             self._counted = {state: values for state, *values in self._sql.run(connection, _QUEUE)}
             ended = time.monotonic()
@@ -168,13 +215,17 @@ class QueueMetrics(Collector):
         return [_gauge("spool_free_bytes", "room for bodies", self._spool.free_bytes())]
 
     def _broker(self) -> list[Metric]:
-        return [_gauge("broker_list_length", "hints that wait at the broker", self._lists(), "queue")]
+        return [
+            _gauge("broker_list_length", "hints that wait at the broker", self._lists(), "queue")
+        ]
 
 
 def serve(settings: Settings, *collectors: Collector) -> Callable[[], None]:
-    """Answer Prometheus on the first address of METRICS_LISTEN that is free; the function returned ends that.
+    """Answer Prometheus on the first address of METRICS_LISTEN that is free; the function returned
+    ends that.
 
-    Processes on one machine share a list of addresses that way. When none is free there is a warning, and no metrics.
+    Processes on one machine share a list of addresses that way. When none is free there is a
+    warning, and no metrics.
     """
     taken = []
     for host, port in settings.metrics_listen:

@@ -1,8 +1,9 @@
 """Routes: which servers a recipient's mail goes to. What, not how healthy: that the worker knows.
 
-A delivery gets the name of its route when it is accepted; the servers behind the name are looked up at each attempt, so
-that a change of the settings reaches mail that is queued already. QMQP_SERVERS are the servers of the route `default`,
-which takes what no other route asks for. ROUTES names a TOML file with the others:
+A delivery gets the name of its route when it is accepted; the servers behind the name are looked up
+at each attempt, so that a change of the settings reaches mail that is queued already. QMQP_SERVERS
+are the servers of the route `default`, which takes what no other route asks for. ROUTES names a
+TOML file with the others:
 
     [bulk]                                    # the name that is stored
     recipients = ["lists.example.org", "*@*.example.net", "news@example.com"]
@@ -13,11 +14,12 @@ which takes what no other route asks for. ROUTES names a TOML file with the othe
     max_size = "10M"
     bisect = "off"
 
-The first route whose pattern matches has the recipient. The file is read again when it changes; one that cannot be
-used is refused in the log, and what was read before stays.
+The first route whose pattern matches has the recipient. The file is read again when it changes; one
+that cannot be used is refused in the log, and what was read before stays.
 
-Half a TOML file is often a whole one, with fewer routes. So a change is taken only when the file has looked the same
-for SETTLED, by our own clock (its times may be another machine's), and still does when it has been read.
+Half a TOML file is often a whole one, with fewer routes. So a change is taken only when the file
+has looked the same for SETTLED, by our own clock (its times may be another machine's), and still
+does when it has been read.
 """
 
 import fnmatch
@@ -40,12 +42,15 @@ NO_SERVER = "no QMQP server configured (RELAY_QMQP_SERVERS)"
 _LOOK_EVERY = 1.0
 SETTLED = 1.0
 _HOST = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?"
-_SERVER = re.compile(rf"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>{_HOST}))(?::(?P<port>\d+))?")
+_SERVER = re.compile(
+    rf"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>{_HOST}))(?::(?P<port>\d+))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One QMQP server; `name` is how logs and tables show it. Either host and port or the path of a Unix socket."""
+    """One QMQP server; `name` is how logs and tables show it. Either host and port or the path of a
+    Unix socket."""
 
     name: str
     host: str | None
@@ -54,14 +59,17 @@ class Server:
 
 
 def parse_server(text: str) -> Server:
-    """`host`, `host:port`, `[v6]:port` or `unix:/path`; raises ValueError that names what is wrong."""
+    """`host`, `host:port`, `[v6]:port` or `unix:/path`; raises ValueError that names what is
+    wrong."""
     if text.startswith("unix:"):
         if not text[5:].startswith("/"):
             raise ValueError(f"bad QMQP server {text!r}: unix: needs an absolute path")
         return Server(text, None, 0, text[5:])
     found = _SERVER.fullmatch(text)
     if not found:
-        raise ValueError(f"bad QMQP server {text!r}: write host, host:port, [v6]:port or unix:/path")
+        raise ValueError(
+            f"bad QMQP server {text!r}: write host, host:port, [v6]:port or unix:/path"
+        )
     port = int(found["port"] or DEFAULT_PORT)
     if not 0 < port < 65536:
         raise ValueError(f"bad port in QMQP server {text!r}: 1 to 65535")
@@ -71,7 +79,8 @@ def parse_server(text: str) -> Server:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Servers in the order of preference, and what is special about sending to them (None: as the settings say)."""
+    """Servers in the order of preference, and what is special about sending to them (None: as the
+    settings say)."""
 
     name: str
     servers: tuple[Server, ...]
@@ -86,7 +95,9 @@ class Route:
         """Whether one of its patterns is this address, its domain, or a shell pattern of either."""
         address = address.lower()
         domain = address.rpartition("@")[2]
-        return any(fnmatch.fnmatchcase(address if "@" in p else domain, p.lower()) for p in self.recipients)
+        return any(
+            fnmatch.fnmatchcase(address if "@" in p else domain, p.lower()) for p in self.recipients
+        )
 
 
 def _seconds(value: object) -> float:
@@ -151,7 +162,9 @@ def parse_routes(text: str) -> list[Route]:
             except ValueError as error:
                 raise ValueError(f"[{name}] {key}: {error}") from None
         if name != DEFAULT and not made.get("recipients"):
-            raise ValueError(f"[{name}] recipients: at least one pattern is needed, or nothing comes this way")
+            raise ValueError(
+                f"[{name}] recipients: at least one pattern is needed, or nothing comes this way"
+            )
         if name != DEFAULT and not made.get("servers"):
             raise ValueError(f"[{name}] servers: at least one is needed")
         if made.get("retry_min", 0) > made.get("retry_max", float("inf")):
@@ -224,11 +237,16 @@ class Routes:
 
     def servers(self) -> dict[str, tuple[str, ...]]:
         """The names of the servers of each route."""
-        return {name: tuple(server.name for server in route.servers) for name, route in self._now().items()}
+        return {
+            name: tuple(server.name for server in route.servers)
+            for name, route in self._now().items()
+        }
 
     def max_size(self) -> int | None:
         """The least that a route takes, in bytes; None if none says."""
-        return min((route.max_size for route in self._now().values() if route.max_size), default=None)
+        return min(
+            (route.max_size for route in self._now().values() if route.max_size), default=None
+        )
 
     def _use(self, routes: list[Route]) -> None:
         named = {route.name: route for route in routes}
@@ -238,7 +256,8 @@ class Routes:
         self._routes = named | {DEFAULT: default}
 
     def _now(self) -> dict[str, Route]:
-        """The routes, read again if the file has changed and settled; looked at once a second at most."""
+        """The routes, read again if the file has changed and settled; looked at once a second at
+        most."""
         now = self._clock()
         if self._path is not None and now - self._looked >= _LOOK_EVERY:
             self._looked = now

@@ -1,12 +1,14 @@
 """Settings: RELAY_* environment variables, one class a role.
 
-How it works: a field of a class below is a setting; its variable is the field's name in capitals after `RELAY_`.
-`RELAY_X_FILE` names a file that X is read from, for secrets. Durations are written `30s 5m 2h 5d` and become seconds,
-sizes `64K 25M` and become bytes. What is not given is derived: database, spool and worker files stand below STATE_DIR.
+How it works: a field of a class below is a setting; its variable is the field's name in capitals
+after `RELAY_`. `RELAY_X_FILE` names a file that X is read from, for secrets. Durations are written
+`30s 5m 2h 5d` and become seconds, sizes `64K 25M` and become bytes. What is not given is derived:
+database, spool and worker files stand below STATE_DIR.
 
-What must stay true: a bad value stops the process before it touches anything, and the error names the variable, the
-value and what would do; `load` is the one validation, so what one command refuses, every command refuses; an unknown
-RELAY_ name is never silently ignored (`unknown_names`); no password is ever shown (`redacted`).
+What must stay true: a bad value stops the process before it touches anything, and the error names
+the variable, the value and what would do; `load` is the one validation, so what one command
+refuses, every command refuses; an unknown RELAY_ name is never silently ignored (`unknown_names`);
+no password is ever shown (`redacted`).
 """
 
 import difflib
@@ -68,9 +70,13 @@ def _words(value: object) -> object:
 
 def parse_listen(text: str) -> tuple[str, int]:
     """`host:port`, `[v6]:port` or `:port` (all addresses) as a pair; raises ValueError."""
-    found = re.fullmatch(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:\[\]\s]*)):(?P<port>\d{1,5})", text)
+    found = re.fullmatch(
+        r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:\[\]\s]*)):(?P<port>\d{1,5})", text
+    )
     if not found or int(found["port"]) > 65535:
-        raise ValueError(f"{text!r} is not an address to listen on: write 127.0.0.1:2525 or [::1]:2525")
+        raise ValueError(
+            f"{text!r} is not an address to listen on: write 127.0.0.1:2525 or [::1]:2525"
+        )
     return found["v6"] or found["host"], int(found["port"])
 
 
@@ -92,7 +98,8 @@ def _positive(value: float) -> float:
 def parse_network(text: str) -> Network:
     """A network or an address of CLIENT_NETWORKS; raises ValueError.
 
-    Bits of the host are refused, as Postfix does in mynetworks: 10.0.0.1/8 may mean one address or 16 million.
+    Bits of the host are refused, as Postfix does in mynetworks: 10.0.0.1/8 may mean one address or
+    16 million.
     """
     try:
         return ip_network(text)
@@ -105,7 +112,9 @@ def parse_network(text: str) -> Network:
             f"{text!r} is not a network: write 192.0.2.0/24, 2001:db8::/32, one address, or connected"
         ) from None
     address = text.partition("/")[0]
-    raise ValueError(f"{text!r} is an address within a network: write {around}, or {address} for that address alone")
+    raise ValueError(
+        f"{text!r} is an address within a network: write {around}, or {address} for that address alone"
+    )
 
 
 def _networks(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -116,18 +125,24 @@ def _networks(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _hostname(value: str) -> str:
-    """A name that stands in the banner, in Received fields and behind `postmaster@`: RFC 5321 4.2 and 4.4.
+    """A name that stands in the banner, in Received fields and behind `postmaster@`: RFC 5321 4.2
+    and 4.4.
 
     The underscore is beyond that grammar, and names of containers have it.
     """
     if not (_DOMAIN.fullmatch(value) or _LITERAL.fullmatch(value)) or len(value) > _DOMAIN_LIMIT:
-        raise ValueError("is not a host name: write relay.example.org (letters, digits, - and _ between dots)")
+        raise ValueError(
+            "is not a host name: write relay.example.org (letters, digits, - and _ between dots)"
+        )
     return value
 
 
 def _domains(value: tuple[str, ...]) -> tuple[str, ...]:
     for word in value:
-        if not (_DOMAIN.fullmatch(word.removeprefix(".")) or _LITERAL.fullmatch(word)) or len(word) > _DOMAIN_LIMIT:
+        if (
+            not (_DOMAIN.fullmatch(word.removeprefix(".")) or _LITERAL.fullmatch(word))
+            or len(word) > _DOMAIN_LIMIT
+        ):
             raise ValueError(
                 f"{word!r} is not a domain: write example.org, or .example.org for every domain below it,"
                 " with a comma or a blank between two"
@@ -159,10 +174,15 @@ Listens = Annotated[tuple[tuple[str, int], ...], NoDecode, BeforeValidator(_list
 
 
 def _broker(value: str) -> str:
-    """A URL that the broker's client reads as it was meant; the error must not show it, for it may hold a password."""
+    """A URL that the broker's client reads as it was meant; the error must not show it, for it may
+    hold a password."""
     try:
         url = urlsplit(value)
-        known = url.path if url.scheme == "redis+socket" else url.scheme in ("redis", "rediss") and url.hostname
+        known = (
+            url.path
+            if url.scheme == "redis+socket"
+            else url.scheme in ("redis", "rediss") and url.hostname
+        )
         _ = url.port  # raises for one that is no number
     except ValueError:
         known = None
@@ -175,13 +195,19 @@ def _broker(value: str) -> str:
 
 
 def _switch(value: object) -> object:
-    return None if isinstance(value, str) and value.strip().lower() in {"", "off", "no", "0"} else seconds(value)
+    return (
+        None
+        if isinstance(value, str) and value.strip().lower() in {"", "off", "no", "0"}
+        else seconds(value)
+    )
 
 
 class Settings(BaseSettings):
     """What every role needs."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True
+    )
     role: ClassVar[str] = "relay"
 
     state_dir: Path = Path("var")
@@ -287,7 +313,8 @@ def names() -> set[str]:
 
 
 def _from_files() -> dict[str, str]:
-    """What RELAY_X_FILE variables name, by field; a file that cannot be read is an error that names both."""
+    """What RELAY_X_FILE variables name, by field; a file that cannot be read is an error that names
+    both."""
     found = {}
     for name, path in os.environ.items():
         target = name.removesuffix("_FILE")
@@ -301,10 +328,11 @@ def _from_files() -> dict[str, str]:
 
 
 def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
-    """Read the settings of a role from the environment; raises SettingsError, a line for each bad variable.
+    """Read the settings of a role from the environment; raises SettingsError, a line for each bad
+    variable.
 
-    Those of the other roles are validated too, and the file of routes: what one process would refuse must not pass
-    in another, for `check` would call it good, and half of a relay would run.
+    Those of the other roles are validated too, and the file of routes: what one process would
+    refuse must not pass in another, for `check` would call it good, and half of a relay would run.
     """
     from relay.routes import Routes  # which imports this module
 
@@ -312,7 +340,9 @@ def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     found: dict[type[Settings], Settings] = {}
     for one in ROLES:
         try:
-            found[one] = one(**{name: value for name, value in overrides.items() if name in one.model_fields})
+            found[one] = one(
+                **{name: value for name, value in overrides.items() if name in one.model_fields}
+            )
         except ValidationError as error:
             lines |= dict.fromkeys(map(_line, error.errors()))
     if lines:
@@ -326,24 +356,34 @@ def _line(detail: Mapping[str, Any]) -> str:
     if not detail["loc"]:
         return words
     field = str(detail["loc"][0])
-    given = detail["input"] if len(detail["loc"]) == 1 else os.environ.get(PREFIX + field.upper(), detail["input"])
+    given = (
+        detail["input"]
+        if len(detail["loc"]) == 1
+        else os.environ.get(PREFIX + field.upper(), detail["input"])
+    )
     shown = f" = {given!r}" if "url" not in field else ""
     return f"{PREFIX}{field.upper()}{shown}: {words}"
 
 
 def unwanted(settings: Settings) -> re.Pattern[str]:
-    """What a D says that is about us and not about the mail; matches nothing if there are no patterns.
+    """What a D says that is about us and not about the mail; matches nothing if there are no
+    patterns.
 
-    A server that does not want *us* says so with the D that was meant for the mail: Postfix "host[ip] is not authorized
-    to use this service", others in the same spirit.
+    A server that does not want *us* says so with the D that was meant for the mail: Postfix
+    "host[ip] is not authorized to use this service", others in the same spirit.
     """
     return re.compile("|".join(settings.unauthorized_replies) or r"(?!)", re.IGNORECASE)
 
 
 def unknown_names(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """A warning for each RELAY_ variable that nobody reads, with the nearest one that somebody does."""
+    """A warning for each RELAY_ variable that nobody reads, with the nearest one that somebody
+    does."""
     known = names() | {name + "_FILE" for name in names()}
-    unknown = sorted(n for n in environ if n.startswith(PREFIX) and n not in known and not n.startswith("RELAY_TEST"))
+    unknown = sorted(
+        n
+        for n in environ
+        if n.startswith(PREFIX) and n not in known and not n.startswith("RELAY_TEST")
+    )
     return [_advice(name, difflib.get_close_matches(name, known, 1)) for name in unknown]
 
 
@@ -352,16 +392,20 @@ def _advice(name: str, near: list[str]) -> str:
 
 
 def redacted(text: str) -> str:
-    """A URL, or words with one in them, without its password and the values of its parameters, fit to be printed.
+    """A URL, or words with one in them, without its password and the values of its parameters, fit
+    to be printed.
 
-    A password may hold anything, also what should have been escaped: it reaches to the last `@`. Any parameter may be
-    one that a driver takes for a secret (`sslpassword`). What cannot be told from a secret is not shown.
+    A password may hold anything, also what should have been escaped: it reaches to the last `@`.
+    Any parameter may be one that a driver takes for a secret (`sslpassword`). What cannot be told
+    from a secret is not shown.
     """
     start, scheme, rest = text.partition("://")
     user, colon, secret = rest.partition(":")
     secret, at, host = secret.rpartition("@")
     if colon and at:
-        if "=" in secret.partition("?")[2].rpartition("&")[2]:  # the `@` may stand in the value of a parameter
+        if (
+            "=" in secret.partition("?")[2].rpartition("&")[2]
+        ):  # the `@` may stand in the value of a parameter
             host = host.partition("&")[2]
         rest = f"{user}:***@{host}"
     return _PASSWORD.sub("***", start) + scheme + _PASSWORD.sub("***", _VALUE.sub(r"\1***", rest))

@@ -1,6 +1,8 @@
-"""What smtpd and worker do before they touch mail: database reachable and durable, schema ours, spool the right one.
+"""What smtpd and worker do before they touch mail: database reachable and durable, schema ours,
+spool the right one.
 
-Nothing here gives up because something is away: services start in any order, also after a host reboot.
+Nothing here gives up because something is away: services start in any order, also after a host
+reboot.
 """
 
 import asyncio
@@ -51,14 +53,17 @@ def _checked(settings: Settings, engine: Engine) -> DurableState:
 
 
 def retry_until_available[Answer](ask: Callable[[], Answer]) -> Answer:
-    """Ask the database until it answers: who starts in the middle of an outage waits for its end."""
+    """Ask the database until it answers: who starts in the middle of an outage waits for its
+    end."""
     while True:
         try:
             return ask()
         except Exception as error:
             if not database.is_outage(error):
                 raise
-            log.warning("waiting for the database", reason=first_line(getattr(error, "orig", error)))
+            log.warning(
+                "waiting for the database", reason=first_line(getattr(error, "orig", error))
+            )
         time.sleep(1.0)
 
 

@@ -1,8 +1,9 @@
-"""Check the English of the pages with proselint: `python scripts/prose.py [FILE ...]`, all pages unless some are named.
+"""Check the English of the pages with proselint: `python scripts/prose.py [FILE ...]`, all pages
+unless some are named.
 
-proselint reads plain text, so everything in a page that is not prose is masked first: code, links' targets and HTML
-comments. The mask keeps every line and column, so that a finding stands where the page has it. The exit status is 1
-when there is a finding, and 2 when a file cannot be read.
+proselint reads plain text, so everything in a page that is not prose is masked first: code, links'
+targets and HTML comments. The mask keeps every line and column, so that a finding stands where the
+page has it. The exit status is 1 when there is a finding, and 2 when a file cannot be read.
 """
 
 import re
@@ -24,7 +25,8 @@ OFF = {
     "typography.diacritical_marks",  # the command `resume` and the verb are not a résumé
 }
 
-# Code between fences; a line that is indented as code; code in a line; the target of a link; an HTML comment.
+# Code between fences; a line that is indented as code; code in a line; the target of a link; an
+# HTML comment.
 NOT_PROSE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)|^ {4}.*?$|(?P<ticks>`+).+?(?P=ticks)(?!`)|(?<=\])\([^)\s]*\)|<!--.*?-->",
     re.MULTILINE | re.DOTALL,
@@ -48,7 +50,11 @@ def main(names: list[str]) -> int:
     CheckRegistry().register_many(__register__)
     root = Path(__file__).parents[1]
     count = 0
-    for path in map(Path, names) if names else (path for pattern in PAGES for path in sorted(root.glob(pattern))):
+    for path in (
+        map(Path, names)
+        if names
+        else (path for pattern in PAGES for path in sorted(root.glob(pattern)))
+    ):
         try:
             page = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -59,7 +65,9 @@ def main(names: list[str]) -> int:
             found = finding.check_result
             if not cuts_a_word(prose.content, found.span[1]):
                 line, column = finding.pos
-                print(f"{path}:{line}:{column}: {found.check_path}: {' '.join(found.message.split())}")
+                print(
+                    f"{path}:{line}:{column}: {found.check_path}: {' '.join(found.message.split())}"
+                )
                 count += 1
     return 1 if count else 0
 

@@ -1,19 +1,23 @@
-"""What follows DATA: from SMTP's dotted CRLF lines to the LF text that QMQP carries, a block at a time.
+"""What follows DATA: from SMTP's dotted CRLF lines to the LF text that QMQP carries, a block at a
+time.
 
-Nothing here goes line by line: a block is searched and translated whole, in C. Bytes that may be the beginning of the
-end (`CR LF . CR LF`, cut anywhere) wait in a carry of at most four bytes for the next block. The first line is made
-like every other by a carry that starts as CR LF; the LF that this yields is taken off again.
+Nothing here goes line by line: a block is searched and translated whole, in C. Bytes that may be
+the beginning of the end (`CR LF . CR LF`, cut anywhere) wait in a carry of at most four bytes for
+the next block. The first line is made like every other by a carry that starts as CR LF; the LF that
+this yields is taken off again.
 
-Only <CRLF>.<CRLF> ends a message (RFC 5321, 4.1.1.4). A CR or LF on its own is never taken for a line end, neither
-here nor by the next hop: LF alone is the line end of the stored form, so a bare one could not be told from a real one
-(that is how mail is smuggled), and turning CRLF into LF would not be reversible. Such content is read to its real end
-and refused. So is content over the limit and content that has been through too many hops; from the first fault on
-nothing is decoded any more, only the end is looked for, and the session stays in step with its client.
+Only <CRLF>.<CRLF> ends a message (RFC 5321, 4.1.1.4). A CR or LF on its own is never taken for a
+line end, neither here nor by the next hop: LF alone is the line end of the stored form, so a bare
+one could not be told from a real one (that is how mail is smuggled), and turning CRLF into LF would
+not be reversible. Such content is read to its real end and refused. So is content over the limit
+and content that has been through too many hops; from the first fault on nothing is decoded any
+more, only the end is looked for, and the session stays in step with its client.
 
-Bare CRs may be stripped instead (`strip_cr`), for clients that send CR CR LF. The end and the stuffed dots are found
-first, on the bytes as they came: `CR LF . CR CR LF` and `CR LF CR . CR LF` are no ends, although they look like one
-without the bare CR, and the dot of the latter is no stuffed one. A CR before a LF always stays, so stripping can
-neither make nor hide a bare LF, which is refused all the same.
+Bare CRs may be stripped instead (`strip_cr`), for clients that send CR CR LF. The end and the
+stuffed dots are found first, on the bytes as they came: `CR LF . CR CR LF` and `CR LF CR . CR LF`
+are no ends, although they look like one without the bare CR, and the dot of the latter is no
+stuffed one. A CR before a LF always stays, so stripping can neither make nor hide a bare LF, which
+is refused all the same.
 """
 
 import re
@@ -38,11 +42,11 @@ class Fault(Enum):
 
 
 class Content:
-    """Decodes one message. `limit` is in octets as SMTP counts them: line ends are two, stuffed dots and the end none.
-    `strip_cr`: drop bare CRs (they count towards the limit).
+    """Decodes one message. `limit` is in octets as SMTP counts them: line ends are two, stuffed
+    dots and the end none. `strip_cr`: drop bare CRs (they count towards the limit).
 
-    After the end (`feed` gave a rest): `fault`, `octets` and `header_message_id` (the header's, brackets included, at
-    most 502 characters) are final.
+    After the end (`feed` gave a rest): `fault`, `octets` and `header_message_id` (the header's,
+    brackets included, at most 502 characters) are final.
     """
 
     __slots__ = ("_carry", "_header", "_limit", "_started", "_strip_cr", "fault", "octets")
@@ -61,7 +65,8 @@ class Content:
         return self._header.header_message_id
 
     def feed(self, data: bytes) -> tuple[bytes, bytes | None]:
-        """Takes what came from the network; returns decoded text, and what came after the end (None: no end yet)."""
+        """Takes what came from the network; returns decoded text, and what came after the end
+        (None: no end yet)."""
         block = self._carry + data
         rest = None
         dot = block.find(b"\r\n.")
@@ -94,7 +99,9 @@ class Content:
             self.fault = Fault.TOO_BIG
             return b""
         if not self._started and text[1:2] in (b" ", b"\t"):
-            self._header.complete = True  # a first line that continues nothing: the receiver ends the header before it
+            self._header.complete = (
+                True  # a first line that continues nothing: the receiver ends the header before it
+            )
         if not self._header.complete:
             self._header.feed(text)
             if self._header.received > MAX_RECEIVED:
@@ -107,9 +114,11 @@ class Content:
 
 
 class HeaderScan:
-    """Reads a header as it passes: counts Received fields, finds the Message-ID. Keeps one unfinished line, bounded.
+    """Reads a header as it passes: counts Received fields, finds the Message-ID. Keeps one
+    unfinished line, bounded.
 
-    The text must begin with a LF that stands before the first line, so that every field is found as `LF name`.
+    The text must begin with a LF that stands before the first line, so that every field is found as
+    `LF name`.
     """
 
     __slots__ = ("_tail", "complete", "header_message_id", "received")

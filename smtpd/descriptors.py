@@ -1,9 +1,10 @@
 """File descriptors: how many this process may have, and what they are for.
 
-Each connection takes one, and so does each large message on its way in. When they run out libuv accepts and closes what
-waits, and a client is dropped without a word. So it must not come to that: the limit is raised at start to what
-MAX_CONNECTIONS needs; where it cannot be raised so far, fewer large messages are taken at a time, and smtpd stops
-accepting in time. Clients then wait in the listen queue of the kernel.
+Each connection takes one, and so does each large message on its way in. When they run out libuv
+accepts and closes what waits, and a client is dropped without a word. So it must not come to that:
+the limit is raised at start to what MAX_CONNECTIONS needs; where it cannot be raised so far, fewer
+large messages are taken at a time, and smtpd stops accepting in time. Clients then wait in the
+listen queue of the kernel.
 """
 
 import resource
@@ -20,15 +21,16 @@ log = get_logger(__name__)
 
 
 class Descriptors(NamedTuple):
-    """`last`: a connection with this number, or a higher one, is the last for now, since a new descriptor has the least
-    number that is free. `bodies`: how many large messages may be open."""
+    """`last`: a connection with this number, or a higher one, is the last for now, since a new
+    descriptor has the least number that is free. `bodies`: how many large messages may be open."""
 
     last: int
     bodies: int
 
 
 def provide(connections: int) -> Descriptors:
-    """Raise RLIMIT_NOFILE, if need be, to what `connections` (MAX_CONNECTIONS) need; warn if that cannot be had."""
+    """Raise RLIMIT_NOFILE, if need be, to what `connections` (MAX_CONNECTIONS) need; warn if that
+    cannot be had."""
     needed = 2 * connections + SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = needed if hard == resource.RLIM_INFINITY else hard

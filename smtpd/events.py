@@ -8,7 +8,8 @@ from smtpd.addresses import Recipient
 
 @dataclass(slots=True)
 class Envelope:
-    """A transaction: `sender` is '' if null, `parameters` are those of MAIL, `protocol` goes into the trace field."""
+    """A transaction: `sender` is '' if null, `parameters` are those of MAIL, `protocol` goes into
+    the trace field."""
 
     sender: str
     parameters: Mapping[bytes, str]
@@ -33,7 +34,8 @@ class DataReceived:
 
 @dataclass(frozen=True, slots=True)
 class DataRejected:
-    """The content is at fault: what was stored of it is not wanted. Its Refusal comes when its end was read."""
+    """The content is at fault: what was stored of it is not wanted. Its Refusal comes when its end
+    was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class DataComplete:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A command was answered with an error; of the temporary ones only the first in a transaction is told."""
+    """A command was answered with an error; of the temporary ones only the first in a transaction
+    is told."""
 
     reply: bytes
 

@@ -1,8 +1,8 @@
 """The process: what smtpd is made of, started in order and stopped in order.
 
-Nothing is listened on before settings, routes, database and spool are as they must be, and the keeper is there.
-Stopping: no new connections; idle sessions hear 421; transactions in progress are finished, for DRAIN_TIMEOUT at most;
-then the keeper finishes what it has and the process ends.
+Nothing is listened on before settings, routes, database and spool are as they must be, and the
+keeper is there. Stopping: no new connections; idle sessions hear 421; transactions in progress are
+finished, for DRAIN_TIMEOUT at most; then the keeper finishes what it has and the process ends.
 """
 
 import asyncio
@@ -26,20 +26,23 @@ log = get_logger(__name__)
 
 
 def size_offered(most: int, routes: Routes) -> int:
-    """What SIZE offers: the least of `most` and what the routes take, with head-room below the latter.
+    """What SIZE offers: the least of `most` and what the routes take, with head-room below the
+    latter.
 
-    A server's limit is on what it stores, and what it refuses for its size bounces. Postfix stores records: each line
-    takes an octet more than here (two from 128 octets on), each recipient some 30 and three times its address, the
-    fields that it adds 700; other servers store CRLF, which is an octet a line, too. A 20th and 4 KiB are room for
-    lines of 20 octets and more on the average, and 30 recipients at the smallest limit; the more the longer they are.
-    Not for columns of figures, nor for a thousand recipients where less than 4 MiB are taken.
+    A server's limit is on what it stores, and what it refuses for its size bounces. Postfix stores
+    records: each line takes an octet more than here (two from 128 octets on), each recipient some
+    30 and three times its address, the fields that it adds 700; other servers store CRLF, which is
+    an octet a line, too. A 20th and 4 KiB are room for lines of 20 octets and more on the average,
+    and 30 recipients at the smallest limit; the more the longer they are. Not for columns of
+    figures, nor for a thousand recipients where less than 4 MiB are taken.
     """
     least = routes.max_size()
     return most if least is None else max(1, min(most, least - least // 20 - 4096))
 
 
 def run(settings: SmtpdSettings) -> int:
-    """Serves until SIGTERM or SIGINT; the exit status. Raises SettingsError, PolicyError, ListenError, as `ready`."""
+    """Serves until SIGTERM or SIGINT; the exit status. Raises SettingsError, PolicyError,
+    ListenError, as `ready`."""
     policy, routes = Policy(settings), Routes.load(settings)
     state = ready(settings)
     with asyncio.Runner(loop_factory=new_loop) as runner:
@@ -48,7 +51,9 @@ def run(settings: SmtpdSettings) -> int:
     return 0
 
 
-async def _serve(settings: SmtpdSettings, policy: Policy, routes: Routes, state: DurableState) -> None:
+async def _serve(
+    settings: SmtpdSettings, policy: Policy, routes: Routes, state: DurableState
+) -> None:
     spool, loop = state.spool, asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,9 +63,13 @@ async def _serve(settings: SmtpdSettings, policy: Policy, routes: Routes, state:
     name, deadline = settings.hostname, settings.accept_deadline
     threads, store = Threads(THREADS), SpoolerClient(launching(settings, spool), hints.offer)
     last, bodies = provide(settings.max_connections)
-    receiver = Receiver(loop, spool, store, routes.route_for, name, deadline, threads, Openings(bodies))
+    receiver = Receiver(
+        loop, spool, store, routes.route_for, name, deadline, threads, Openings(bodies)
+    )
     policy.max_message_size = largest()
-    server = SmtpServer(loop, settings, receiver, policy, Greeting(settings.hostname, largest()), largest, last)
+    server = SmtpServer(
+        loop, settings, receiver, policy, Greeting(settings.hostname, largest()), largest, last
+    )
     await store.start()
     addresses = await server.listen(settings.smtp_listen)
     hints.start()

@@ -1,19 +1,20 @@
 """Sockets, and every limit in time and number.
 
-A connection is a plain protocol object, not a task: what arrives goes through its session, the replies leave in one
-write, and a message that is complete is answered by a callback. One clock tick a second looks at all connections, so
-that none needs a timer: each only notes until when it may stay silent, and every command and every byte of content
-moves that on.
+A connection is a plain protocol object, not a task: what arrives goes through its session, the
+replies leave in one write, and a message that is complete is answered by a callback. One clock tick
+a second looks at all connections, so that none needs a timer: each only notes until when it may
+stay silent, and every command and every byte of content moves that on.
 
-A deadline counts when what has arrived was read after it: timers run before sockets, and a process that was kept from
-running would find every deadline passed, and say 451 about messages that are kept.
+A deadline counts when what has arrived was read after it: timers run before sockets, and a process
+that was kept from running would find every deadline passed, and say 451 about messages that are
+kept.
 
-A session obeys a turn of commands; what is left it obeys in the next turn of the loop, so that a client that sends
-commands without an end has no more of the process than each of the others. It obeys none while its replies are not
-read.
+A session obeys a turn of commands; what is left it obeys in the next turn of the loop, so that a
+client that sends commands without an end has no more of the process than each of the others. It
+obeys none while its replies are not read.
 
-Reading stops while the client does not read our replies, while the disk is behind with its message, and while it has
-sent too much behind what is not answered yet.
+Reading stops while the client does not read our replies, while the disk is behind with its message,
+and while it has sent too much behind what is not answered yet.
 """
 
 import asyncio
@@ -35,7 +36,15 @@ from reception.receiver import Receiver, Reception
 from relay import metrics
 from relay.log import get_logger
 from relay.settings import SmtpdSettings
-from smtpd.events import DataComplete, DataReceived, DataRejected, Envelope, Event, MailStarted, Refusal
+from smtpd.events import (
+    DataComplete,
+    DataReceived,
+    DataRejected,
+    Envelope,
+    Event,
+    MailStarted,
+    Refusal,
+)
 from smtpd.session import Greeting, Session
 
 BACKLOG = 1024
@@ -45,13 +54,14 @@ BACKLOG_LIMIT = 64 * 1024
 LINGER = 10.0
 """Seconds for the last reply to leave."""
 LATE = 1.0
-"""Seconds by which a clock tick may be late: behind one that is later the process, or its machine, stood still, and
-neither the clients nor the keeper can be blamed for the time."""
+"""Seconds by which a clock tick may be late: behind one that is later the process, or its machine,
+stood still, and neither the clients nor the keeper can be blamed for the time."""
 READING = 0.01
 """Seconds from a tick to the look at deadlines: the loop reads what has arrived in between."""
 MIN_RATE, RATE_WINDOW = 500, 60.0
-"""Octets a second that content must come with, over so many seconds, from a client that is not trusted. Without it 5
-octets in five minutes keep a connection and the room of a message for years. Modems of 1990 were quicker."""
+"""Octets a second that content must come with, over so many seconds, from a client that is not
+trusted. Without it 5 octets in five minutes keep a connection and the room of a message for years.
+Modems of 1990 were quicker."""
 
 _BUSY = b"421 4.3.2 Too many connections, try again later\r\n"
 _BUSY_CLIENT = b"421 4.7.0 Too many connections from your address\r\n"
@@ -79,19 +89,24 @@ class SmtpServer:
     largest: Callable[[], int] | None = None  # the size limit of now, where routes may change it
     last_descriptor: float = math.inf  # of a connection; with it, or a higher one, accepting pauses
     connections: "set[SmtpConnection]" = field(default_factory=set)
-    clients: Counter[str] = field(default_factory=Counter)  # connections that were let in, by network
+    clients: Counter[str] = field(
+        default_factory=Counter
+    )  # connections that were let in, by network
     admitted: int = 0
     strangers: int = 0  # of those
     stopping: bool = False
     _listeners: list[asyncio.Server] = field(default_factory=list)
-    _sockets: list[socket.socket] = field(default_factory=list)  # the same; they stay open while accepting pauses
+    _sockets: list[socket.socket] = field(
+        default_factory=list
+    )  # the same; they stay open while accepting pauses
     _resuming: asyncio.Task[None] | None = None
     _clock: asyncio.TimerHandle | None = None
     _due: float = math.inf  # the next tick
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def listen(self, addresses: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Listens on these addresses ('' is every one, port 0 any free one); the ones it got. Raises ListenError."""
+        """Listens on these addresses ('' is every one, port 0 any free one); the ones it got.
+        Raises ListenError."""
         found: list[tuple[str, int]] = []
         for host, port in addresses:
             try:
@@ -104,7 +119,9 @@ class SmtpServer:
                 text = f"cannot listen on {shown(host, port)}: {reason}; RELAY_SMTP_LISTEN sets the address"
                 raise ListenError(text) from error
             self._listeners.append(listener)
-            self._sockets += [socket.socket(fileno=os.dup(one.fileno())) for one in listener.sockets]
+            self._sockets += [
+                socket.socket(fileno=os.dup(one.fileno())) for one in listener.sockets
+            ]
             found.extend(one.getsockname()[:2] for one in listener.sockets)
         self._tick()
         return found
@@ -131,8 +148,8 @@ class SmtpServer:
     def admit(self, client: ClientPolicy) -> bytes | None:
         """Counts another connection of a client, or gives the reply that refuses it.
 
-        A quarter of the connections is kept for clients that are trusted. One that is refused is not counted: a burst
-        of them must not take the places of others until all have heard it.
+        A quarter of the connections is kept for clients that are trusted. One that is refused is
+        not counted: a burst of them must not take the places of others until all have heard it.
         """
         most = self.settings.max_connections
         if self.stopping:
@@ -155,13 +172,15 @@ class SmtpServer:
             del self.clients[client.network]
 
     def pause(self) -> None:
-        """Accepts nothing more until there are descriptors. Clients wait in the listen queue, which stays."""
+        """Accepts nothing more until there are descriptors. Clients wait in the listen queue, which
+        stays."""
         if self._listeners and not self.stopping:
             self._close_listeners()
             log.warning("accepting paused", sessions=len(self.connections))
 
     def _resume(self) -> None:
-        """Accepts again, if there are descriptors; a new one tells, since it has the least number that is free."""
+        """Accepts again, if there are descriptors; a new one tells, since it has the least number
+        that is free."""
         copies: list[socket.socket] = []
         try:
             copies.extend(one.dup() for one in self._sockets)
@@ -197,8 +216,15 @@ class SmtpServer:
         now = time.monotonic()
         if self.largest is not None and (size := self.largest()) != self.greeting.max_message_size:
             # Sessions that were offered another limit keep it for what they send.
-            self.greeting, self.policy.max_message_size = Greeting(self.settings.hostname, size), size
-        if not self._listeners and not self.stopping and (self._resuming is None or self._resuming.done()):
+            self.greeting, self.policy.max_message_size = (
+                Greeting(self.settings.hostname, size),
+                size,
+            )
+        if (
+            not self._listeners
+            and not self.stopping
+            and (self._resuming is None or self._resuming.done())
+        ):
             self._resume()
         late = now > self._due + LATE
         pause = min(1.0, self.settings.smtp_timeout / 4, self.receiver.deadline / 4)
@@ -230,7 +256,10 @@ class SmtpConnection(asyncio.Protocol):
         self._closing = False
         self._admitted = False
         self._until = 0.0
-        self._transactions, self._began = 0, 0.0  # the number of the one that is open, and when it began
+        self._transactions, self._began = (
+            0,
+            0.0,
+        )  # the number of the one that is open, and when it began
         self._octets, self._window = 0, 0.0  # came since
         self._turn: asyncio.Handle | None = None  # of the session, when it has one before it
 
@@ -258,7 +287,8 @@ class SmtpConnection(asyncio.Protocol):
         if refusal is not None:
             self._refuse(refusal)
         elif _has_input(connection):
-            # What it has sent before the banner meets a session that has not started, and is refused there.
+            # What it has sent before the banner meets a session that has not started, and is
+            # refused there.
             return
         else:
             self._session.start()
@@ -271,12 +301,14 @@ class SmtpConnection(asyncio.Protocol):
         self._octets += len(data)
         events = session.receive(data)
         if session.receiving or session.lines != lines:
-            # A command has so long from its first octet to its last (RFC 5321, 4.5.3.2.7), not from one to the next.
+            # A command has so long from its first octet to its last (RFC 5321, 4.5.3.2.7), not from
+            # one to the next.
             self._until = time.monotonic() + self._server.settings.smtp_timeout
         self._follow(events)
 
     def eof_received(self) -> bool:
-        # With a QUIT behind its message the client has finished and may still be reading; else it has left.
+        # With a QUIT behind its message the client has finished and may still be reading; else it
+        # has left.
         return self._session.quit_pending()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -297,7 +329,8 @@ class SmtpConnection(asyncio.Protocol):
         self._throttle()
 
     def look_at_clock(self, now: float) -> None:
-        """Ends what has taken too long: the client's silence, our own answer, the last reply's way out."""
+        """Ends what has taken too long: the client's silence, our own answer, the last reply's way
+        out."""
         reception = self._reception
         if self._closing:
             if now > self._until:
@@ -326,7 +359,8 @@ class SmtpConnection(asyncio.Protocol):
         self._octets, self._window = 0, now
 
     def stop(self, *, idle: bool = False) -> None:
-        """Ends the session, or does so only if it is `idle`; a message without an answer is taken back if possible."""
+        """Ends the session, or does so only if it is `idle`; a message without an answer is taken
+        back if possible."""
         if idle and (self._closing or not self._session.idle):
             return
         if self._reception is not None and self._reception.deadline is not None:
@@ -339,7 +373,9 @@ class SmtpConnection(asyncio.Protocol):
     def _go_on(self) -> None:
         """The session's next turn."""
         self._turn = None
-        if not (self._closing or self._stuck):  # else there is none, or the client has to read first
+        if not (
+            self._closing or self._stuck
+        ):  # else there is none, or the client has to read first
             self._until = time.monotonic() + self._server.settings.smtp_timeout
             self._follow(self._session.go_on())
 
@@ -373,7 +409,9 @@ class SmtpConnection(asyncio.Protocol):
             pause = self._session.pause
             if pause is not None and self._turn is None:
                 loop = self._server.loop
-                self._turn = loop.call_later(pause, self._go_on) if pause else loop.call_soon(self._go_on)
+                self._turn = (
+                    loop.call_later(pause, self._go_on) if pause else loop.call_soon(self._go_on)
+                )
             if self._paused or self._reception is not None or pause is not None:
                 self._throttle()
 
@@ -381,7 +419,13 @@ class SmtpConnection(asyncio.Protocol):
         claim = self._rules.claim(int(envelope.parameters.get(b"SIZE", "0")))
         receiver = self._server.receiver
         self._reception = Reception(
-            receiver, envelope, self._client, claim, self._answer, self._throttle, trusted=self._rules.trusted
+            receiver,
+            envelope,
+            self._client,
+            claim,
+            self._answer,
+            self._throttle,
+            trusted=self._rules.trusted,
         )
         self.measure(time.monotonic())
 

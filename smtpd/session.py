@@ -1,23 +1,27 @@
 """SMTP (RFC 5321) as a state machine: bytes in, replies and events out, no I/O and no clock.
 
-`receive` takes whatever the network gave and returns what happened, in order; the replies that it caused gather in
-one piece for `replies`, so that a pipelined group (RFC 2920) is answered in one write. One table of commands by
-states says what each command does where it is allowed and what it is answered where it is not; a new command is a row.
+`receive` takes whatever the network gave and returns what happened, in order; the replies that it
+caused gather in one piece for `replies`, so that a pipelined group (RFC 2920) is answered in one
+write. One table of commands by states says what each command does where it is allowed and what it
+is answered where it is not; a new command is a row.
 
-A message passes as `MailStarted`, then `DataReceived` as often as there is some, then `DataComplete` (smtpd/events.py);
-or `DataRejected` as soon as its content is found at fault (the session reads on to the real end and answers by itself).
-After `DataComplete` the session stands still: what the client sent behind its message waits until `answer` brings the
-verdict, so that no command overtakes it. Whoever drives a session cancels a begun message when the connection goes
+A message passes as `MailStarted`, then `DataReceived` as often as there is some, then
+`DataComplete` (smtpd/events.py); or `DataRejected` as soon as its content is found at fault (the
+session reads on to the real end and answers by itself). After `DataComplete` the session stands
+still: what the client sent behind its message waits until `answer` brings the verdict, so that no
+command overtakes it. Whoever drives a session cancels a begun message when the connection goes
 before its `DataComplete`.
 
-One client must not keep the others waiting, so a session obeys a turn of TURN commands and leaves the rest for the
-next one: `pause` says when that is due, and the driver of the session calls `go_on` then. While the client does not
-read its replies (`halted`) nothing is obeyed. A client that is not trusted may send so many commands that lead to no
-message; then each costs it a second, and in the end its connection.
+One client must not keep the others waiting, so a session obeys a turn of TURN commands and leaves
+the rest for the next one: `pause` says when that is due, and the driver of the session calls
+`go_on` then. While the client does not read its replies (`halted`) nothing is obeyed. A client that
+is not trusted may send so many commands that lead to no message; then each costs it a second, and
+in the end its connection.
 
-A client out of step is dangerous, because what it means as content could run as commands. Bytes before the banner,
-or behind a DATA that was refused, close the connection, and so do BDAT (which is not offered, and whose content follows
-without waiting), HTTP and TLS on this port, and too many errors.
+A client out of step is dangerous, because what it means as content could run as commands. Bytes
+before the banner, or behind a DATA that was refused, close the connection, and so do BDAT (which is
+not offered, and whose content follows without waiting), HTTP and TLS on this port, and too many
+errors.
 """
 
 import re
@@ -27,23 +31,34 @@ from typing import Protocol
 
 from smtpd.addresses import CommandRefused, Recipient, parse_recipient, parse_sender
 from smtpd.content import Content
-from smtpd.events import DataComplete, DataReceived, DataRejected, Envelope, Event, MailStarted, Refusal
+from smtpd.events import (
+    DataComplete,
+    DataReceived,
+    DataRejected,
+    Envelope,
+    Event,
+    MailStarted,
+    Refusal,
+)
 
 LINE_LIMIT = 2048
-"""Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for 512 at least, SIZE and DSN for 639 more, and
-the longest address that QMQP servers take (999 octets) has to fit, also for clients that say HELO."""
+"""Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for 512 at least, SIZE and DSN
+for 639 more, and the longest address that QMQP servers take (999 octets) has to fit, also for
+clients that say HELO."""
 ERROR_LIMIT = 20
 """Refused commands without an accepted message between them."""
 TURN = 50
 """Commands that are obeyed before other connections get their turn: some hundred microseconds."""
 FREE_COMMANDS, COMMAND_LIMIT = 100, 200
-"""Commands without an accepted message from which on each costs a client that is not trusted TARPIT seconds, and above
-which it is sent away. Postfix' smtpd_junk_command_limit is 100, and counts anew after a message only, as here: a client
-that could begin anew with RSET would never come to the end. The recipients of the transaction that is open do not
-count: a server must take 100 of them at least (RFC 5321, 4.5.3.1.8), and MAX_RECIPIENTS may be many more."""
+"""Commands without an accepted message from which on each costs a client that is not trusted TARPIT
+seconds, and above which it is sent away. Postfix' smtpd_junk_command_limit is 100, and counts anew
+after a message only, as here: a client that could begin anew with RSET would never come to the end.
+The recipients of the transaction that is open do not count: a server must take 100 of them at least
+(RFC 5321, 4.5.3.1.8), and MAX_RECIPIENTS may be many more."""
 TARPIT = 1.0
 ENDLESS = 1 << 20
-"""Octets of a line, or of content that will not be kept, after which its end is not waited for any longer."""
+"""Octets of a line, or of content that will not be kept, after which its end is not waited for any
+longer."""
 
 
 class SessionState(IntEnum):
@@ -64,8 +79,8 @@ class Rules(Protocol):
 
     @property
     def trusted(self) -> bool:
-        """Whether this is a client of our own: it may write addresses as one network does, and commands
-        cost it nothing."""
+        """Whether this is a client of our own: it may write addresses as one network does, and
+        commands cost it nothing."""
         ...
 
     @property
@@ -84,14 +99,26 @@ class Greeting:
     def __init__(self, hostname: str, max_message_size: int) -> None:
         name = hostname.encode("ascii")
         size = b"SIZE %d" % max_message_size
-        # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this is not offered. QMQP
-        # cannot ask a server about addresses beyond ASCII, so each of those is refused with 553 5.6.7.
-        extensions = (name, b"PIPELINING", size, b"8BITMIME", b"ENHANCEDSTATUSCODES", b"SMTPUTF8", b"DSN")
+        # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this
+        # is not offered. QMQP cannot ask a server about addresses beyond ASCII, so each of those is
+        # refused with 553 5.6.7.
+        extensions = (
+            name,
+            b"PIPELINING",
+            size,
+            b"8BITMIME",
+            b"ENHANCEDSTATUSCODES",
+            b"SMTPUTF8",
+            b"DSN",
+        )
         self.hostname = hostname
         self.max_message_size = max_message_size
         self.banner = b"220 %b ESMTP qmqp-relay\r\n" % name
         self.helo = b"250 %b\r\n" % name
-        self.ehlo = b"".join(b"250-%b\r\n" % line for line in extensions[:-1]) + b"250 %b\r\n" % extensions[-1]
+        self.ehlo = (
+            b"".join(b"250-%b\r\n" % line for line in extensions[:-1])
+            + b"250 %b\r\n" % extensions[-1]
+        )
 
 
 _OK = b"250 2.0.0 Ok\r\n"
@@ -123,10 +150,12 @@ _TLS_HANDSHAKE = b"\x16\x03"
 
 
 class Session:
-    """One connection's conversation: `start`, then `receive` and `answer`; after each `replies`, then `closed`.
+    """One connection's conversation: `start`, then `receive` and `answer`; after each `replies`,
+    then `closed`.
 
-    `pause`: seconds after which `go_on` is due (0: in the next turn of the loop), None if it is not; until then what
-    comes is kept. `halted` is set while the client does not read. `lines` and `transactions` count what has begun.
+    `pause`: seconds after which `go_on` is due (0: in the next turn of the loop), None if it is
+    not; until then what comes is kept. `halted` is set while the client does not read. `lines` and
+    `transactions` count what has begun.
     """
 
     def __init__(self, greeting: Greeting, rules: Rules) -> None:
@@ -191,11 +220,13 @@ class Session:
         return self._events
 
     def refuse_content(self) -> None:
-        """The message cannot be kept, which `answer` will say: its content is read to the end, if that comes soon."""
+        """The message cannot be kept, which `answer` will say: its content is read to the end, if
+        that comes soon."""
         self._unwanted = True
 
     def answer(self, reply: bytes) -> list[Event]:
-        """The verdict on the `DataComplete` message, a whole reply. Goes on with what the client sent behind it."""
+        """The verdict on the `DataComplete` message, a whole reply. Goes on with what the client
+        sent behind it."""
         if self._state is not SessionState.AWAIT_REPLY:
             raise RuntimeError("no answer is due")
         self._events = []
@@ -219,12 +250,14 @@ class Session:
         return said
 
     def quit_pending(self) -> bool:
-        """Whether QUIT waits behind what is not answered yet: its client did not leave, it has finished."""
+        """Whether QUIT waits behind what is not answered yet: its client did not leave, it has
+        finished."""
         behind = self._state is SessionState.AWAIT_REPLY or self.pause is not None or self.halted
         return behind and b"QUIT\r\n" in self._input.upper()
 
     def _advance(self) -> None:
-        """A turn: it ends with the input, at a message that waits for its answer, and after TURN commands."""
+        """A turn: it ends with the input, at a message that waits for its answer, and after TURN
+        commands."""
         self._left = TURN
         while self._input and not self.halted and self.pause is None:
             if self._state <= SessionState.RECIPIENTS:
@@ -272,7 +305,9 @@ class Session:
         """A command has been obeyed or refused; what it costs a client that is not trusted."""
         if self._rules.trusted or self._state > SessionState.RECIPIENTS:
             return
-        spent = self._commands - (len(self._envelope.recipients) if self._envelope is not None else 0)
+        spent = self._commands - (
+            len(self._envelope.recipients) if self._envelope is not None else 0
+        )
         if spent > COMMAND_LIMIT:
             self._refuse_and_close(_TOO_MANY_COMMANDS)
         elif spent > FREE_COMMANDS:
@@ -305,16 +340,18 @@ class Session:
             cell(self, argument.strip(b" "))
         except CommandRefused as refused:
             self._refuse(refused.reply)
-            # The content of a refused message must not run as commands. A client waits for the reply to DATA, so only
-            # what has come already shows that it did not; the content of BDAT (RFC 3030) follows in any case. The word
-            # counts as its client meant it, also with a bare LF, a tab or a CR too many.
+            # The content of a refused message must not run as commands. A client waits for the
+            # reply to DATA, so only what has come already shows that it did not; the content of
+            # BDAT (RFC 3030) follows in any case. The word counts as its client meant it, also with
+            # a bare LF, a tab or a CR too many.
             meant = line.upper().split(None, 1)[:1]
             if (meant == [b"BDAT"] or (meant == [b"DATA"] and self._more)) and not self.closed:
                 self.close(_OUT_OF_STEP)
 
     def _refuse(self, reply: bytes) -> None:
         self._replies.append(reply)
-        # No mistake of the client's: a list of 5,000 gets its 4,000 refusals and comes again (4.5.3.1.10).
+        # No mistake of the client's: a list of 5,000 gets its 4,000 refusals and comes again
+        # (4.5.3.1.10).
         temporary = reply.startswith(b"4")
         if not (temporary and self._deferred):
             self._events.append(Refusal(reply))
@@ -328,7 +365,12 @@ class Session:
         self._refuse(reply)
 
     def _reset(self) -> None:
-        self._envelope, self._places, self._deferred, self._state = None, {}, False, SessionState.READY
+        self._envelope, self._places, self._deferred, self._state = (
+            None,
+            {},
+            False,
+            SessionState.READY,
+        )
 
     def _greet(self, name: bytes, protocol: str, reply: bytes) -> None:
         if not _NAME.fullmatch(name):
@@ -344,9 +386,12 @@ class Session:
         self._greet(argument, "ESMTP", self._greeting.ehlo)
 
     def mail(self, argument: bytes) -> None:
-        sender, parameters = parse_sender(argument, self._greeting.hostname, trusted=self._rules.trusted)
+        sender, parameters = parse_sender(
+            argument, self._greeting.hostname, trusted=self._rules.trusted
+        )
         self._rules.check_sender(int(parameters.get(b"SIZE", "0")))
-        # The keywords of the trace field: RFC 3848, and RFC 6531 (4.3) for a message that asks for SMTPUTF8.
+        # The keywords of the trace field: RFC 3848, and RFC 6531 (4.3) for a message that asks for
+        # SMTPUTF8.
         protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
         self._envelope = Envelope(sender, parameters, self._helo, protocol)
         self.transactions += 1
@@ -359,8 +404,9 @@ class Session:
         recipients, mailbox = self._envelope.recipients, recipient.mailbox
         place = self._places.get(mailbox)
         if place is not None:
-            # Each recipient in a request is a copy of the message, so a repeat is dropped. The client hears 250,
-            # because the message goes where it asked. A repeat counts towards no limit.
+            # Each recipient in a request is a copy of the message, so a repeat is dropped. The
+            # client hears 250, because the message goes where it asked. A repeat counts towards no
+            # limit.
             recipients[place] = recipients[place].with_repeat(recipient)
         else:
             self._rules.check_recipient(recipient, len(recipients))
@@ -395,9 +441,12 @@ class Session:
         self.lines += rest is not None
         if rest is None:
             if self._wasted > ENDLESS:
-                # Reading on keeps the client in step, but must not be work without an end. The reply names the fault.
+                # Reading on keeps the client in step, but must not be work without an end. The
+                # reply names the fault.
                 words = content.fault.value[5:-2] if content.fault is not None else None
-                self._refuse_and_close(b"421 4%b, closing connection\r\n" % words if words else _ENDLESS_CONTENT)
+                self._refuse_and_close(
+                    b"421 4%b, closing connection\r\n" % words if words else _ENDLESS_CONTENT
+                )
             return
         self._content = None
         self._reset()

@@ -1,1 +1,2 @@
-"""Tests: `unit` needs nothing but Python, `integration` real databases and brokers, `acceptance` whole processes."""
+"""Tests: `unit` needs nothing but Python, `integration` real databases and brokers, `acceptance`
+whole processes."""

@@ -1,4 +1,5 @@
-"""Fixtures that every test may use: real databases, a real broker, a spool, and children that end with their test.
+"""Fixtures that every test may use: real databases, a real broker, a spool, and children that end
+with their test.
 
     database_url    a freshly migrated database of its own, once on SQLite and once on PostgreSQL
     sqlite_url, postgres_url    the same on that one alone
@@ -7,8 +8,9 @@
     spool           an empty `Spool` with an identity; `spool.prepare(engine)` marries it to a database
     spawn           start a command; what still runs when the test ends is killed
 
-RELAY_TEST_POSTGRES_URL names a PostgreSQL to use in place of our own (a superuser's URL; databases named
-relay_test_* are made and dropped in it). RELAY_TESTS_NO_SKIP=1 makes a skipped test a failed one.
+RELAY_TEST_POSTGRES_URL names a PostgreSQL to use in place of our own (a superuser's URL; databases
+named relay_test_* are made and dropped in it). RELAY_TESTS_NO_SKIP=1 makes a skipped test a failed
+one.
 """
 
 import itertools
@@ -34,16 +36,21 @@ from relay.spool.store import Spool
 from tests import services
 from tests.services import Broker, Postgres
 
-# A slow moment of a shared machine is no failure of the code; the time of a whole test is bounded by pytest.
+# A slow moment of a shared machine is no failure of the code; the time of a whole test is bounded
+# by pytest.
 hypothesis_settings.register_profile("relay", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("relay")
 
-# Hundreds of processes are started: compiling our code anew in each would be a fifth of the time that tests take.
+# Hundreds of processes are started: compiling our code anew in each would be a fifth of the time
+# that tests take.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# What the developer's shell says to their own relay is nothing to the tests', nor to what they spawn.
-for _name in [name for name in os.environ if name.startswith("RELAY_") and not name.startswith("RELAY_TEST")]:
+# What the developer's shell says to their own relay is nothing to the tests', nor to what they
+# spawn.
+for _name in [
+    name for name in os.environ if name.startswith("RELAY_") and not name.startswith("RELAY_TEST")
+]:
     del os.environ[_name]
 
 
@@ -53,12 +60,14 @@ def _migrate(url: str) -> None:
     migrate(url)
 
 
-# --- databases --------------------------------------------------------------------------------------------
+# --- databases
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
 def logs_as_they_were() -> Iterator[None]:
-    """A command that runs in this process sets up its logs; they would go to a file that the test has closed."""
+    """A command that runs in this process sets up its logs; they would go to a file that the test
+    has closed."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -69,7 +78,8 @@ def logs_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def umask_as_it_was() -> Iterator[None]:
-    """A command that runs in this process changes it; programs of other users must be able to read what is made."""
+    """A command that runs in this process changes it; programs of other users must be able to read
+    what is made."""
     before = os.umask(0o022)
     os.umask(before)
     yield
@@ -111,7 +121,11 @@ def postgres(postgres_server: Postgres) -> Iterator[Postgres]:
 def postgres_maintenance_url(request: pytest.FixtureRequest) -> str:
     """Where databases are made: the server that RELAY_TEST_POSTGRES_URL names, else our own."""
     if given := os.environ.get("RELAY_TEST_POSTGRES_URL"):
-        return make_url(given).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+        return (
+            make_url(given)
+            .set(drivername="postgresql+psycopg")
+            .render_as_string(hide_password=False)
+        )
     server: Postgres = request.getfixturevalue("postgres_server")
     return server.url()
 
@@ -133,7 +147,9 @@ def postgres_url(postgres_databases: "Databases") -> Iterator[str]:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """A migrated database of its own, as RELAY_DATABASE_URL takes it."""
-    url: str = request.getfixturevalue("sqlite_url" if request.param == "sqlite" else "postgres_url")
+    url: str = request.getfixturevalue(
+        "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    )
     return url
 
 
@@ -165,7 +181,8 @@ class Databases:
             connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
 
 
-# --- broker, spool, children ------------------------------------------------------------------------------
+# --- broker, spool, children
+# ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -211,11 +228,14 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen[Any]]]:
         services.end(child, signal.SIGKILL)
 
 
-# --- no test is skipped unseen ----------------------------------------------------------------------------
+# --- no test is skipped unseen
+# ----------------------------------------------------------------------------
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped and not hasattr(report, "wasxfail"):
         _fail_skipped(report)

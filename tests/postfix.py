@@ -1,9 +1,11 @@
-"""Postfix' own QMQP programs for tests and benchmarks: `qmqp-sink`, and a qmqpd under a private master.
+"""Postfix' own QMQP programs for tests and benchmarks: `qmqp-sink`, and a qmqpd under a private
+master.
 
-Both are real servers that somebody else wrote, which is what they are for. The private Postfix has its
-configuration, its queue and its data in a temporary directory; it runs nothing but qmqpd, cleanup and the
-address rewriter, so that what it accepts stays in its `incoming` queue, where `queued` reads it. It needs
-root, as Postfix does. `PostfixClient` is the other side: Postfix' `sendmail`, queue and SMTP client.
+Both are real servers that somebody else wrote, which is what they are for. The private Postfix has
+its configuration, its queue and its data in a temporary directory; it runs nothing but qmqpd,
+cleanup and the address rewriter, so that what it accepts stays in its `incoming` queue, where
+`queued` reads it. It needs root, as Postfix does. `PostfixClient` is the other side: Postfix'
+`sendmail`, queue and SMTP client.
 """
 
 import grp
@@ -79,7 +81,9 @@ smtp unix - - n - - smtp
 
 def program(name: str) -> str:
     """A Postfix program; ServiceError if this machine has none."""
-    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"])
+    places = os.pathsep.join(
+        [os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"]
+    )
     found = shutil.which(name, path=places)
     if found is None:
         raise ServiceError(f"no {name} on this machine")
@@ -102,7 +106,8 @@ class QmqpSink(Server):
 
 
 class Postfix(Server):
-    """A qmqpd on `port`, one on `closed_port` that nobody may use, one on `soft_port` that never says D."""
+    """A qmqpd on `port`, one on `closed_port` that nobody may use, one on `soft_port` that never
+    says D."""
 
     main, master = _MAIN, _MASTER
 
@@ -171,7 +176,10 @@ class PostfixClient(Postfix):
         self.relay_port = relay_port
 
     def _answers(self) -> bool:
-        return all((self.directory / "queue/public" / name).exists() for name in ("pickup", "cleanup", "qmgr"))
+        return all(
+            (self.directory / "queue/public" / name).exists()
+            for name in ("pickup", "cleanup", "qmgr")
+        )
 
     def sendmail(self, sender: str, recipient: str, content: bytes) -> None:
         command = [program("sendmail"), "-C", str(self._configuration), "-f", sender, recipient]
@@ -179,7 +187,7 @@ class PostfixClient(Postfix):
 
 
 def _listens(port: int) -> bool:
-    """Whether somebody listens on `port`, without connecting: qmqp-sink and qmqpd would take that for a
-    client."""
+    """Whether somebody listens on `port`, without connecting: qmqp-sink and qmqpd would take that
+    for a client."""
     listening = f"0100007F:{port:04X} 00000000:0000 0A"
     return listening in Path("/proc/net/tcp").read_text()

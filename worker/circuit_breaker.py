@@ -1,22 +1,25 @@
 """The QMQP servers of a route, as one worker sees them: order, health, connection limits.
 
-The servers of a route are tried in the order of its list. Each has as many places as a worker may hold connections to
-it, whatever for (SERVER_CONNECTIONS), and a route may have a limit of its own, which counts what is sent its way alone
-(`connections`): what others do there must not use it up. A server without a free place, or that an operator paused, is
-passed over for the next.
+The servers of a route are tried in the order of its list. Each has as many places as a worker may
+hold connections to it, whatever for (SERVER_CONNECTIONS), and a route may have a limit of its own,
+which counts what is sent its way alone (`connections`): what others do there must not use it up. A
+server without a free place, or that an operator paused, is passed over for the next.
 
-Failures in a row open a server's breaker: nothing is sent to it for a time that doubles up to a minute, then one
-transfer may probe it, and its end closes the breaker or opens it for longer. Any whole reply, also Z or D, is a sign of
-health: it is the server that is judged here, not what it thinks of the mail. While mail waits for the server
-(`awaited`), a probe comes after REST_AWAITED at the latest.
+Failures in a row open a server's breaker: nothing is sent to it for a time that doubles up to a
+minute, then one transfer may probe it, and its end closes the breaker or opens it for longer. Any
+whole reply, also Z or D, is a sign of health: it is the server that is judged here, not what it
+thinks of the mail. While mail waits for the server (`awaited`), a probe comes after REST_AWAITED at
+the latest.
 
-A server that refuses us is there, and trying it soon again changes nothing. Its breaker stays open for longer than any
-mail waits that it has refused as often: for the longest backoff of that step and up to half as much again. So the mail
-that it refused finds it closed, and goes to the next server of the route.
+A server that refuses us is there, and trying it soon again changes nothing. Its breaker stays open
+for longer than any mail waits that it has refused as often: for the longest backoff of that step
+and up to half as much again. So the mail that it refused finds it closed, and goes to the next
+server of the route.
 
-What must stay true: a place that was taken is given back exactly once (`ConnectionSlot.release`), whatever became of
-the transfer; no I/O, and no clock but the one handed in. All of it belongs to the engine's loop, but the sweeper sets
-`pauses` and `awaited`, and reports what it finds refused (`failed`): neither may find anything half done.
+What must stay true: a place that was taken is given back exactly once (`ConnectionSlot.release`),
+whatever became of the transfer; no I/O, and no clock but the one handed in. All of it belongs to
+the engine's loop, but the sweeper sets `pauses` and `awaited`, and reports what it finds refused
+(`failed`): neither may find anything half done.
 """
 
 import random
@@ -30,7 +33,8 @@ from relay.routes import Route, Server
 FAILURES_TO_OPEN = 3
 OPEN_MIN = 1.0
 OPEN_MAX = 60.0
-# Less than 5 s, within which mail is to be on its way after the server is back: a sweep and a look take a second each.
+# Less than 5 s, within which mail is to be on its way after the server is back: a sweep and a look
+# take a second each.
 REST_AWAITED = 3.0
 FRESH = 5.0  # so long a whole reply tells that a server works (seconds)
 HELD_BACK_LEAST, HELD_BACK_MOST = 0.01, 1.0  # seconds
@@ -38,9 +42,10 @@ HELD_BACK_LEAST, HELD_BACK_MOST = 0.01, 1.0  # seconds
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """What is known of one server. `open_until` is None while the breaker is closed; `awaited_until` is when the rest
-    ends if mail waits for the server. `closed_after`: the seconds after which it closed the last connection that it
-    closed without a reply, or 0 if it has replied since."""
+    """What is known of one server. `open_until` is None while the breaker is closed;
+    `awaited_until` is when the rest ends if mail waits for the server. `closed_after`: the seconds
+    after which it closed the last connection that it closed without a reply, or 0 if it has replied
+    since."""
 
     used: Counter[str] = field(default_factory=Counter)  # by route
     failures: int = 0
@@ -73,7 +78,8 @@ class ConnectionSlot:
 
 
 class ServerPool:
-    """The health of every server that this worker has met, by name: routes that share a server share its places."""
+    """The health of every server that this worker has met, by name: routes that share a server
+    share its places."""
 
     def __init__(
         self,
@@ -90,15 +96,17 @@ class ServerPool:
         self._routed = routed  # the names of all servers that are in a route
         self._known: dict[str, CircuitBreaker] = {}
         self._backoff = backoff  # RETRY_MIN and RETRY_MAX
-        self.pauses: frozenset[str] = frozenset()  # `route:NAME` and `server:NAME`, as operators set them
+        self.pauses: frozenset[str] = (
+            frozenset()
+        )  # `route:NAME` and `server:NAME`, as operators set them
         self.awaited: frozenset[str] = frozenset()  # the names of servers that mail waits for
 
     def health(self, server: Server) -> CircuitBreaker:
         return self._known.get(server.name) or self._known.setdefault(server.name, CircuitBreaker())
 
     def free(self, server: Server, route: Route | None = None) -> int:
-        """How many more connections may be opened to `server` now, by a route or by any that has no limit of its own:
-        one while it is to be probed, none at rest."""
+        """How many more connections may be opened to `server` now, by a route or by any that has no
+        limit of its own: one while it is to be probed, none at rest."""
         known = self.health(server)
         places = self._limit - known.used.total()
         if route is not None and route.connections is not None:
@@ -112,18 +120,22 @@ class ServerPool:
 
     def room(self, route: Route) -> int:
         """How many transfers the servers of a route have places for."""
-        return 0 if self.paused(route) else sum(self.free(server, route) for server in route.servers)
+        return (
+            0 if self.paused(route) else sum(self.free(server, route) for server in route.servers)
+        )
 
     def paused(self, route: Route) -> bool:
         """Whether an operator wants nothing sent this way."""
         return f"route:{route.name}" in self.pauses
 
     def down(self, route: Route, tried: Collection[str] = ()) -> bool:
-        """True when all its servers rest (but those `tried`): none is merely full or paused, and waiting is all."""
+        """True when all its servers rest (but those `tried`): none is merely full or paused, and
+        waiting is all."""
         return all(self._rests(server) for server in route.servers if server.name not in tried)
 
     def take(self, route: Route, tried: Collection[str] = ()) -> ConnectionSlot | None:
-        """A place on the first server that is not among the names `tried` and has one free; None when none has."""
+        """A place on the first server that is not among the names `tried` and has one free; None
+        when none has."""
         for server in route.servers:
             if server.name not in tried and self.free(server, route):
                 known = self.health(server)
@@ -134,11 +146,15 @@ class ServerPool:
         return None
 
     def works(self, route: Route) -> bool:
-        """Whether one of its servers has just given a whole reply, and none of them is paused or has failed since.
-        Thread-safe."""
+        """Whether one of its servers has just given a whole reply, and none of them is paused or
+        has failed since. Thread-safe."""
         if self.paused(route):
             return False
-        found = [known for one in route.servers if not self._is_paused(one) and (known := self._known.get(one.name))]
+        found = [
+            known
+            for one in route.servers
+            if not self._is_paused(one) and (known := self._known.get(one.name))
+        ]
         return any(not one.failures and self._clock() - one.replied_at < FRESH for one in found)
 
     def succeeded(self, server: Server) -> bool:
@@ -156,8 +172,8 @@ class ServerPool:
     def failed(self, server: Server, why: str, *, at_once: bool = False) -> float | None:
         """No connection, or no whole reply (or, `at_once`, one that says we are not wanted).
 
-        Gives the seconds that the server is left alone when this opened its breaker, else None: a failure during a
-        rest comes from a transfer that began before it and says nothing new.
+        Gives the seconds that the server is left alone when this opened its breaker, else None: a
+        failure during a rest comes from a transfer that began before it and says nothing new.
         """
         known = self.health(server)
         known.failures += 1
@@ -187,18 +203,21 @@ class ServerPool:
         self.health(server).closed_after = seconds
 
     def holds_back(self, server: Server) -> float:
-        """For how many seconds after the connection is made the last byte of a request to `server` is held back.
+        """For how many seconds after the connection is made the last byte of a request to `server`
+        is held back.
 
-        One that refuses us by closing (tcprules deny) does so a moment after the connection was made, and a small
-        request has left as a whole by then: nothing would tell this from a server that took it and failed. Where the
-        last connection ended like this, the next request waits with its last byte, its commit point, for twice as long
-        as that took and a little more. Anywhere else it waits for nothing.
+        One that refuses us by closing (tcprules deny) does so a moment after the connection was
+        made, and a small request has left as a whole by then: nothing would tell this from a server
+        that took it and failed. Where the last connection ended like this, the next request waits
+        with its last byte, its commit point, for twice as long as that took and a little more.
+        Anywhere else it waits for nothing.
         """
         after = self.health(server).closed_after
         return min(HELD_BACK_MOST, HELD_BACK_LEAST + 2 * after) if after else 0.0
 
     def open_circuits(self) -> dict[str, str]:
-        """The servers that are left alone for now, and why; forgets those that are in no route. Thread-safe."""
+        """The servers that are left alone for now, and why; forgets those that are in no route.
+        Thread-safe."""
         if self._routed is not None:
             routed = self._routed()
             for name, known in list(self._known.items()):
@@ -207,8 +226,9 @@ class ServerPool:
         return {name: known.why for name, known in list(self._known.items()) if self.rests(name)}
 
     def rests(self, name: str) -> bool:
-        """Whether the server of that name is left alone: until its rest has run out, and while somebody tries. Who has
-        nothing for it does not try, and so does not leave it alone. Thread-safe."""
+        """Whether the server of that name is left alone: until its rest has run out, and while
+        somebody tries. Who has nothing for it does not try, and so does not leave it alone.
+        Thread-safe."""
         known = self._known.get(name)
         if known is None or known.open_until is None:
             return False
@@ -230,7 +250,11 @@ class ServerPool:
         return open_circuits and not self._is_paused(server)
 
     def _may_probe(self, name: str, known: CircuitBreaker) -> bool:
-        return not known.probing and known.open_until is not None and self._clock() >= self._rest_end(name, known)
+        return (
+            not known.probing
+            and known.open_until is not None
+            and self._clock() >= self._rest_end(name, known)
+        )
 
     def _rest_end(self, name: str, known: CircuitBreaker) -> float:
         rest_end: float = known.awaited_until if name in self.awaited else known.open_until or 0.0

@@ -1,15 +1,16 @@
 """Housekeeping: what nobody needs any more, removed slowly and by one worker at a time.
 
-Every ten minutes whoever gets the lock (an advisory one on PostgreSQL, a file's on SQLite) removes, in bounded batches,
-the rows of messages that have been finished for longer than RETENTION and of workers that ended as long ago. Every few
-hours it goes through the spool as well (`relay.spool.orphans`): a body that nobody needs is removed; a file without a
-row may be all that is left of a message whose rows were lost, and is therefore only moved to `orphans/`, for RETENTION.
+Every ten minutes whoever gets the lock (an advisory one on PostgreSQL, a file's on SQLite) removes,
+in bounded batches, the rows of messages that have been finished for longer than RETENTION and of
+workers that ended as long ago. Every few hours it goes through the spool as well
+(`relay.spool.orphans`): a body that nobody needs is removed; a file without a row may be all that
+is left of a message whose rows were lost, and is therefore only moved to `orphans/`, for RETENTION.
 
-What must stay true: a file is young until it has been there for 36 h (`relay.spool.orphans` says by which clock), and
-nothing without a row is touched unless some row is newer than it. In a spool only what carries a name that we give is
-removed: its file system may have a `lost+found` there. The body goes before the rows, so that a crash between the two
-leaves something to be found again. A message with a row missing (`relay.spool.retention`) is never finished: it waits
-for `fsck` and a person.
+What must stay true: a file is young until it has been there for 36 h (`relay.spool.orphans` says by
+which clock), and nothing without a row is touched unless some row is newer than it. In a spool only
+what carries a name that we give is removed: its file system may have a `lost+found` there. The body
+goes before the rows, so that a crash between the two leaves something to be found again. A message
+with a row missing (`relay.spool.retention`) is never finished: it waits for `fsck` and a person.
 """
 
 import fcntl
@@ -93,7 +94,11 @@ class Cleaner:
                     yield True
             return
         with self._engine.connect() as connection:
-            got = bool(connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": _LOCK}).scalar())
+            got = bool(
+                connection.execute(
+                    text("SELECT pg_try_advisory_lock(:key)"), {"key": _LOCK}
+                ).scalar()
+            )
             connection.commit()  # the lock is the session's; an open transaction would keep dead rows alive
             try:
                 yield got
@@ -107,7 +112,9 @@ class Cleaner:
 
     def clean(self) -> int:
         """Remove what has been finished for RETENTION; how many messages that were."""
-        bound = dashed(f"{int((time.time() - self._retention) * 1000) << 80:032x}")  # ids sort by time: an index scan
+        bound = dashed(
+            f"{int((time.time() - self._retention) * 1000) << 80:032x}"
+        )  # ids sort by time: an index scan
         given = {"bound": bound, "retention": self._retention, "most": BATCH}
         count = 0
         while not self._closing.is_set():
@@ -120,11 +127,19 @@ class Cleaner:
                 for table, key in (("attempts", "queue_id"), ("audit_deliveries", "queue_id"), ("recipients", "queue_id"),
                                    ("deliveries", "queue_id"), ("messages", "id")):  # fmt: skip
                     these = "SELECT queue_id FROM @rows(:ids; queue_id uuid)"
-                    self._rows(connection, f"DELETE FROM {table} WHERE {key} IN ({these})", ids=rows)
+                    self._rows(
+                        connection, f"DELETE FROM {table} WHERE {key} IN ({these})", ids=rows
+                    )
                 gone = "SELECT id FROM workers WHERE ended_at IS NOT NULL"
                 self._rows(connection, f"DELETE FROM open_circuits WHERE worker IN ({gone})")
-                self._rows(connection, "DELETE FROM dsn_limits WHERE last_at < @ago(:age)", age=2 * LIMIT)
-                self._rows(connection, "DELETE FROM workers WHERE ended_at < @ago(:age)", age=self._retention)
+                self._rows(
+                    connection, "DELETE FROM dsn_limits WHERE last_at < @ago(:age)", age=2 * LIMIT
+                )
+                self._rows(
+                    connection,
+                    "DELETE FROM workers WHERE ended_at < @ago(:age)",
+                    age=self._retention,
+                )
             count += len(ids)
             if len(ids) < BATCH:
                 break
@@ -135,16 +150,24 @@ class Cleaner:
     def clean_spool(self) -> tuple[int, int]:
         """Remove bodies that nobody needs, put orphans aside; how many of each."""
         deletable_bodies = orphans = 0
-        purged = self._strays.purge(self._retention)  # before anything is put aside, and never in the same pass
+        purged = self._strays.purge(
+            self._retention
+        )  # before anything is put aside, and never in the same pass
         for stray in self._strays.found(self._closing):
             if stray.row:
                 deletable_bodies += self._strays.remove(stray)
-            elif stray.age >= YOUNG and stray.newer_row_exists and self._strays.move_to_orphans(stray):
+            elif (
+                stray.age >= YOUNG
+                and stray.newer_row_exists
+                and self._strays.move_to_orphans(stray)
+            ):
                 log.error("a body without a message was put aside", id=stray.name)
                 orphans += 1
         settled = self._strays.now() - SETTLED
         for directory in self._spool.directories():
             self._spool.remove_directory(directory, settled)
         if deletable_bodies or orphans or purged:
-            log.warning("spool cleaned", deletable_bodies=deletable_bodies, orphans=orphans, purged=purged)
+            log.warning(
+                "spool cleaned", deletable_bodies=deletable_bodies, orphans=orphans, purged=purged
+            )
         return deletable_bodies, orphans

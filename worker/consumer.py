@@ -1,12 +1,13 @@
 """Celery's consumer, as this worker uses it: the broker is nobody's master.
 
-Whoever reaches the broker can put anything into its lists. kombu decodes an entry with `json.loads`, and what that
-raises ends the process; an entry may also name a compression, a time, callbacks. So each entry is read here first: the
-ids of a hint are all that is taken from it, and Celery gets a new entry around them. Everything else is dropped and
-counted.
+Whoever reaches the broker can put anything into its lists. kombu decodes an entry with
+`json.loads`, and what that raises ends the process; an entry may also name a compression, a time,
+callbacks. So each entry is read here first: the ids of a hint are all that is taken from it, and
+Celery gets a new entry around them. Everything else is dropped and counted.
 
-Whatever else fails in the consumer is taken for a lost connection, from which Celery recovers by itself. What must stay
-true: no entry ends the consumer, and nothing in it ends the process: engine and sweeper go on.
+Whatever else fails in the consumer is taken for a lost connection, from which Celery recovers by
+itself. What must stay true: no entry ends the consumer, and nothing in it ends the process: engine
+and sweeper go on.
 """
 
 import base64
@@ -26,9 +27,15 @@ from relay.log import first_line, get_logger
 
 log = get_logger(__name__)
 LOG_EVERY = 60.0  # seconds between two lines about entries that were dropped
-SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # before the consumer starts again after a failure of its own (seconds)
+SHORTEST_PAUSE, LONGEST_PAUSE = (
+    1.0,
+    30.0,
+)  # before the consumer starts again after a failure of its own (seconds)
 LARGEST = "largest_hint"  # the transport option that says how many ids a hint may have
-_ENVELOPE, _EACH = 8192, 64  # bytes of an entry: around its ids, and for each (43 in JSON and base64)
+_ENVELOPE, _EACH = (
+    8192,
+    64,
+)  # bytes of an entry: around its ids, and for each (43 in JSON and base64)
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -37,7 +44,8 @@ class NoHint(ValueError):
 
 
 def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
-    """The ids of a hint by route, as Celery writes it, of at most so many; raises NoHint. Unpacks nothing."""
+    """The ids of a hint by route, as Celery writes it, of at most so many; raises NoHint. Unpacks
+    nothing."""
     if len(entry) > _ENVELOPE + _EACH * most:
         raise NoHint(f"{len(entry)} bytes")
     try:
@@ -53,9 +61,14 @@ def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise NoHint("not written by Celery") from None
     ids = ids if isinstance(ids, dict) else {"": ids}
-    if not all(isinstance(some, list) for some in ids.values()) or not 0 < sum(map(len, ids.values())) <= most:
+    if (
+        not all(isinstance(some, list) for some in ids.values())
+        or not 0 < sum(map(len, ids.values())) <= most
+    ):
         raise NoHint("no list of ids, or a longer one than BATCH_SIZE")
-    if not all(isinstance(one, str) and _ID.fullmatch(one) for some in ids.values() for one in some):
+    if not all(
+        isinstance(one, str) and _ID.fullmatch(one) for some in ids.values() for one in some
+    ):
         raise NoHint("an id is not 32 hex digits")
     return ids
 
@@ -124,7 +137,9 @@ class HintChannel(redis.Channel):
 
     def _get_client(self) -> Any:
         most = self.connection.client.transport_options[LARGEST]
-        return partial(_Client, global_keyprefix=self.global_keyprefix, most=most, refusals=_refusals)
+        return partial(
+            _Client, global_keyprefix=self.global_keyprefix, most=most, refusals=_refusals
+        )
 
 
 class Transport(redis.Transport):
@@ -162,11 +177,16 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         if isinstance(exc, self._losses):  # Celery has pauses of its own for these
             return
         now = time.monotonic()
-        self._pause = min(LONGEST_PAUSE, 2 * self._pause) if now - self._failed < 2 * LONGEST_PAUSE else SHORTEST_PAUSE
+        self._pause = (
+            min(LONGEST_PAUSE, 2 * self._pause)
+            if now - self._failed < 2 * LONGEST_PAUSE
+            else SHORTEST_PAUSE
+        )
         self._failed = now
         log.error("consumer failed", reason=first_line(exc), seconds=self._pause)
         time.sleep(self._pause)
 
     def cancel_task_queue(self, queue: Any) -> None:
-        """Go on: without hints mail waits for the next look at the database, and nothing would say why."""
+        """Go on: without hints mail waits for the next look at the database, and nothing would say
+        why."""
         log.warning("consumer not cancelled", queue=str(queue))

@@ -1,14 +1,15 @@
 """One claim on its way: which servers it is tried at, and what its outcome means.
 
-A transfer goes through the servers of its route in order. What fails before the commit point goes on to the next one at
-once, and so does a Z, or a D about us: nothing was accepted. After the commit point a try without a whole reply
-ends the transfer, because only its server can tell what became of the message. Whatever happens, a transfer ends with a
-`Completion`: the state that the delivery should have next, and a row for each try.
+A transfer goes through the servers of its route in order. What fails before the commit point goes
+on to the next one at once, and so does a Z, or a D about us: nothing was accepted. After the commit
+point a try without a whole reply ends the transfer, because only its server can tell what became of
+the message. Whatever happens, a transfer ends with a `Completion`: the state that the delivery
+should have next, and a row for each try.
 
-What an outcome leads to stands in one table (`OUTCOME_POLICY`), and `next_state` is the only place that reads it. What
-must stay true: only a whole reply that says that nothing was accepted lets another try follow one that was past its
-commit point; only a D that came whole bounces; no fault of ours (a body, a local error, our own stop) is ever held
-against the mail.
+What an outcome leads to stands in one table (`OUTCOME_POLICY`), and `next_state` is the only place
+that reads it. What must stay true: only a whole reply that says that nothing was accepted lets
+another try follow one that was past its commit point; only a D that came whole bounces; no fault of
+ours (a body, a local error, our own stop) is ever held against the mail.
 """
 
 import enum
@@ -34,7 +35,8 @@ from worker.circuit_breaker import ConnectionSlot, ServerPool
 
 log = get_logger(__name__)
 
-# RFC 3463: x.1.y is about an address. What is part of a longer number is an IP address or a version.
+# RFC 3463: x.1.y is about an address. What is part of a longer number is an IP address or a
+# version.
 ABOUT_AN_ADDRESS = re.compile(rb"(?<![\w.])[45]\.1\.\d{1,3}(?!\.?\w)")
 
 
@@ -57,9 +59,15 @@ OUTCOME_POLICY: dict[Outcome, tuple[State, Wait]] = {
     Outcome.MALFORMED: (State.DEFERRED, Wait.UNCERTAIN),
     Outcome.UNSENDABLE: (State.HELD, Wait.NONE),
 }
-# What goes on to the next server, before its commit point or (a Z, a D about us) also after it. The more a try tells
-# about the mail, the later it stands: what is recorded when no server is left.
-_MOVES_ON = (Outcome.UNREACHABLE, Outcome.MALFORMED, Outcome.INTERRUPTED, Outcome.REJECTED, Outcome.DEFERRED)
+# What goes on to the next server, before its commit point or (a Z, a D about us) also after it. The
+# more a try tells about the mail, the later it stands: what is recorded when no server is left.
+_MOVES_ON = (
+    Outcome.UNREACHABLE,
+    Outcome.MALFORMED,
+    Outcome.INTERRUPTED,
+    Outcome.REJECTED,
+    Outcome.DEFERRED,
+)
 _SAYS_LATER = {Outcome.REJECTED, Outcome.DEFERRED}  # of those
 _WHOLE_REPLY = {Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED}
 
@@ -73,10 +81,11 @@ def next_state(
     committed: bool = True,
     unwanted: bool = False,
 ) -> tuple[State, float, int]:
-    """The next state of a delivery after `step` deferrals in a row, the seconds until it is due, the next step.
+    """The next state of a delivery after `step` deferrals in a row, the seconds until it is due,
+    the next step.
 
-    `route` may have delays of its own; `committed`: the try was past its commit point; `unwanted`: a D that was about
-    us and not about the mail.
+    `route` may have delays of its own; `committed`: the try was past its commit point; `unwanted`:
+    a D that was about us and not about the mail.
     """
     least = (route and route.retry_min) or settings.retry_min
     most = max(least, (route and route.retry_max) or settings.retry_max)
@@ -108,7 +117,8 @@ def longest_wait(settings: WorkerSettings, routes: Iterable[Route]) -> float:
 
 
 def record_failure(servers: ServerPool, server: Server, reply: str, *, unwanted: bool) -> None:
-    """A server failed, or (`unwanted`) said that it is not for us: tell its breaker, the metrics and the log."""
+    """A server failed, or (`unwanted`) said that it is not for us: tell its breaker, the metrics
+    and the log."""
     if unwanted:
         log.critical("server does not want us", server=server.name, reply=reply)
     rest = servers.failed(server, reply, at_once=unwanted)
@@ -120,8 +130,8 @@ def record_failure(servers: ServerPool, server: Server, reply: str, *, unwanted:
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    """What all transfers of a worker share. `may_commit` is asked, with the id of the worker that holds the claim, just
-    before the last bytes of a request leave."""
+    """What all transfers of a worker share. `may_commit` is asked, with the id of the worker that
+    holds the claim, just before the last bytes of a request leave."""
 
     settings: WorkerSettings
     timeouts: client.Timeouts
@@ -130,7 +140,9 @@ class TransferConfig:
     not_wanted: re.Pattern[str]
 
     @classmethod
-    def of(cls, settings: WorkerSettings, servers: ServerPool, may_commit: Callable[[str], bool]) -> "TransferConfig":
+    def of(
+        cls, settings: WorkerSettings, servers: ServerPool, may_commit: Callable[[str], bool]
+    ) -> "TransferConfig":
         timeouts = client.Timeouts(
             connect=settings.connect_timeout,
             io=settings.io_timeout,
@@ -143,7 +155,8 @@ class TransferConfig:
 class DeliveryTask:
     """One claim and the open body `handle` (-1: none), which it closes when it ends.
 
-    `slot_taken` is called once, as soon as the transfer holds a place at a server or will never hold one.
+    `slot_taken` is called once, as soon as the transfer holds a place at a server or will never
+    hold one.
     """
 
     __slots__ = ("_aborted", "_current", "_handle", "_placed", "_route", "_terms", "_tried", "_tries", "claim",
@@ -192,7 +205,8 @@ class DeliveryTask:
             slot_taken()
 
     async def run(self) -> Completion:
-        """Send, at one server after the other; what became of it. Raises OSError for a fault of this machine."""
+        """Send, at one server after the other; what became of it. Raises OSError for a fault of
+        this machine."""
         try:
             return await self._send()
         except client.BodyChanged as error:
@@ -235,7 +249,9 @@ class DeliveryTask:
         except CancelledError:
             # Only the end of a drain cancels: nobody will hear the reply any more.
             outcome = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
-            self._note(server, outcome, "stopped before the reply came", self._current.bytes_sent, started)
+            self._note(
+                server, outcome, "stopped before the reply came", self._current.bytes_sent, started
+            )
             return self._record(outcome, server) if self.committed else self.requeued()
         except Exception as error:
             if sent := self._current.bytes_sent:  # our fault, but a try all the same
@@ -243,15 +259,20 @@ class DeliveryTask:
                 self._note(server, doubt, first_line(error), sent, started)
             raise
         outcome, reply = self._outcome(server, result), escaped(result.text, LONGEST_TEXT)
-        # A server that is away is tried every few seconds while mail waits for it. Such a try says nothing about the
-        # message that it is made with, and a row for each would come to tens of thousands a day.
+        # A server that is away is tried every few seconds while mail waits for it. Such a try says
+        # nothing about the message that it is made with, and a row for each would come to tens of
+        # thousands a day.
         if not (place.probe and outcome is Outcome.UNREACHABLE):
             self._note(server, outcome, reply, result.bytes_sent, started)
         if result.ours:
             return self.requeued()
         unwanted = outcome is Outcome.REJECTED and self._terms.not_wanted.search(reply) is not None
         self._health(server, outcome, reply, unwanted)
-        if unwanted or outcome is Outcome.DEFERRED or (outcome in _MOVES_ON[:3] and not result.committed):
+        if (
+            unwanted
+            or outcome is Outcome.DEFERRED
+            or (outcome in _MOVES_ON[:3] and not result.committed)
+        ):
             return None
         record = self._record(outcome, server, committed=result.committed)
         if record.state is State.BOUNCED and self._may_split(result):
@@ -259,8 +280,8 @@ class DeliveryTask:
         return record
 
     def _outcome(self, server: Server, result: client.Result) -> Outcome:
-        """What a result is recorded as. A server that closes before it reads, as it did the last time, refuses the
-        connection as one does on which nothing listens."""
+        """What a result is recorded as. A server that closes before it reads, as it did the last
+        time, refuses the connection as one does on which nothing listens."""
         if "closed-at-once" not in result.flags:
             return result.outcome
         servers = self._terms.servers
@@ -269,14 +290,19 @@ class DeliveryTask:
         return Outcome.UNREACHABLE if refused else result.outcome
 
     def _may_split(self, result: client.Result) -> bool:
-        """Whether a D may be about some of the recipients only, or about their number (relay/queue/split.py).
+        """Whether a D may be about some of the recipients only, or about their number
+        (relay/queue/split.py).
 
-        An early one has not seen them. One recipient cannot be cut, but a piece of a message (never its first delivery)
-        may decide what becomes of the other pieces.
+        An early one has not seen them. One recipient cannot be cut, but a piece of a message (never
+        its first delivery) may decide what becomes of the other pieces.
         """
         cut = self._route.bisect and (len(self.claim.recipients) > 1 or self.claim.number > 1)
         too_many = TOO_MANY_RECIPIENTS.search(result.text.decode("latin-1"))
-        return cut and result.committed and (ABOUT_AN_ADDRESS.search(result.text) or too_many) is not None
+        return (
+            cut
+            and result.committed
+            and (ABOUT_AN_ADDRESS.search(result.text) or too_many) is not None
+        )
 
     def _may_commit(self) -> bool:
         return not self._aborted and self._terms.may_commit(self.worker)
@@ -287,10 +313,14 @@ class DeliveryTask:
                 log.info("server is back", server=server.name)
             return
         if outcome is Outcome.UNREACHABLE:
-            log.warning("connect failed", host=server.host or server.path, port=server.port, reason=reply)
+            log.warning(
+                "connect failed", host=server.host or server.path, port=server.port, reason=reply
+            )
         record_failure(self._terms.servers, server, reply, unwanted=unwanted)
 
-    def _note(self, server: Server, outcome: Outcome, reply: str, sent: int, started: float) -> None:
+    def _note(
+        self, server: Server, outcome: Outcome, reply: str, sent: int, started: float
+    ) -> None:
         self._tries.append((server, outcome, reply, sent, started, time.monotonic()))
         metrics.attempts(server.name, outcome).inc()
         metrics.SENT_BYTES.inc(sent)
@@ -301,29 +331,40 @@ class DeliveryTask:
             return self._waiting(self._record(Outcome.UNREACHABLE, None, NO_SERVER))
         server, outcome, reply = None, Outcome.UNREACHABLE, self._terms.servers.why(self._route)
         if self._tries:  # of equal ones the last
-            server, outcome, reply = max(reversed(self._tries), key=lambda one: _MOVES_ON.index(one[1]))[:3]
+            server, outcome, reply = max(
+                reversed(self._tries), key=lambda one: _MOVES_ON.index(one[1])
+            )[:3]
         if outcome not in _SAYS_LATER and not self._terms.servers.down(self._route, self._tried):
-            # One is merely full, or paused. After a Z it is the backoff that is waited for all the same: the server
-            # that asked for it would have the message again at once.
+            # One is merely full, or paused. After a Z it is the backoff that is waited for all the
+            # same: the server that asked for it would have the message again at once.
             return self.requeued()
         return self._waiting(
-            self._record(outcome, server, reply, committed=False, unwanted=outcome is Outcome.REJECTED)
+            self._record(
+                outcome, server, reply, committed=False, unwanted=outcome is Outcome.REJECTED
+            )
         )
 
     def _waiting(self, record: Completion) -> Completion:
-        """Nothing is known against the mail of such a record, if no server had it: it waits for its route alone."""
+        """Nothing is known against the mail of such a record, if no server had it: it waits for its
+        route alone."""
         if record.outcome in (Outcome.UNREACHABLE, Outcome.REJECTED):
             record.waiting_for = waits_for(self.claim.route)
         return record
 
-    def _record(self, outcome: Outcome, server: Server | None, reply: str = "", **how: bool) -> Completion:
+    def _record(
+        self, outcome: Outcome, server: Server | None, reply: str = "", **how: bool
+    ) -> Completion:
         state, wait, step = self._judged(outcome, **how)
         reply = reply or (self._tries[-1][2] if self._tries else "")
         return self._made(state, outcome, reply, server.name if server else None, wait, step)
 
-    def _judged(self, outcome: Outcome, *, committed: bool = True, unwanted: bool = False) -> tuple[State, float, int]:
+    def _judged(
+        self, outcome: Outcome, *, committed: bool = True, unwanted: bool = False
+    ) -> tuple[State, float, int]:
         step, settings = self.claim.backoff_step, self._terms.settings
-        return next_state(outcome, settings, step, route=self._route, committed=committed, unwanted=unwanted)
+        return next_state(
+            outcome, settings, step, route=self._route, committed=committed, unwanted=unwanted
+        )
 
     def requeued(self) -> Completion:
         """Nothing was decided, and not for the mail's sake: `queued` again at once."""
@@ -344,24 +385,43 @@ class DeliveryTask:
         return self._made(State.HELD, Outcome.UNSENDABLE, why, None, 0.0, self.claim.backoff_step)
 
     def _no_request(self, error: ValueError) -> Completion:
-        """The envelope cannot be sent. Waiting mends no address, so none of it is held: it bounces, and recipients that
-        can be sent to are cut off and sent. A person has to look only where recipients are missing."""
+        """The envelope cannot be sent. Waiting mends no address, so none of it is held: it bounces,
+        and recipients that can be sent to are cut off and sent. A person has to look only where
+        recipients are missing."""
         claim, carried = self.claim, [can_carry(one) for one in self.claim.recipients]
         if claim.sender and not can_carry(claim.sender):
             state, code = State.BOUNCED, "5.1.7"  # RFC 3463: bad sender's mailbox address syntax
         elif not all(carried):
-            state, code = State.SPLIT if any(carried) else State.BOUNCED, "5.1.3"  # bad destination address syntax
+            state, code = (
+                State.SPLIT if any(carried) else State.BOUNCED,
+                "5.1.3",
+            )  # bad destination address syntax
         else:
             return self.unsendable(f"{NO_REQUEST}: {error}")
-        return self._made(state, Outcome.UNSENDABLE, f"{NO_REQUEST} (#{code}): {error}", None, 0.0, claim.backoff_step)
+        return self._made(
+            state,
+            Outcome.UNSENDABLE,
+            f"{NO_REQUEST} (#{code}): {error}",
+            None,
+            0.0,
+            claim.backoff_step,
+        )
 
     def _made(
-        self, state: State, outcome: Outcome | None, reply: str, server: str | None, wait: float, step: int
+        self,
+        state: State,
+        outcome: Outcome | None,
+        reply: str,
+        server: str | None,
+        wait: float,
+        step: int,
     ) -> Completion:
         claim, now = self.claim, time.monotonic()
         tries = [
             Attempt(attempt_index, one.name, outcome_, words, sent, now - began, now - ended)
-            for attempt_index, (one, outcome_, words, sent, began, ended) in enumerate(self._tries, 1)
+            for attempt_index, (one, outcome_, words, sent, began, ended) in enumerate(
+                self._tries, 1
+            )
         ]
         return Completion(
             self.worker,

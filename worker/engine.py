@@ -1,16 +1,21 @@
-"""The engine of a worker process: one event loop that owns every connection, and the lease that entitles it to them.
+"""The engine of a worker process: one event loop that owns every connection, and the lease that
+entitles it to them.
 
-How it works. Hints (`offer`, from the Celery task) and looks at the database ask for deliveries (worker/producer.py).
-What was claimed gets its body opened (worker/body_io.py) and becomes a `DeliveryTask`, an asyncio task. Its outcome is
-a `Completion`. Wishes, records and the renewals of the lease go through one `rounds.CommitThread`: a thread that
-commits what has gathered and posts the answers back here in one call.
+How it works. Hints (`offer`, from the Celery task) and looks at the database ask for deliveries
+(worker/producer.py). What was claimed gets its body opened (worker/body_io.py) and becomes a
+`DeliveryTask`, an asyncio task. Its outcome is a `Completion`. Wishes, records and the renewals of
+the lease go through one `rounds.CommitThread`: a thread that commits what has gathered and posts
+the answers back here in one call.
 
 What must stay true:
-- all state below belongs to the loop; other threads come in through `offer`, `drain` and `renewed_since` only;
-- outcomes are put before the renewal that follows them, so that a worker which is alive again has told what it did;
-- nothing passes its commit point unless the request for the last renewal that succeeded is younger than LEASE less a
-  quarter, and was made for the worker id that the claim belongs to;
-- a fault of this machine (a body that cannot be opened, no sockets) stops the claiming for a while, never the mail.
+- all state below belongs to the loop; other threads come in through `offer`, `drain` and
+  `renewed_since` only;
+- outcomes are put before the renewal that follows them, so that a worker which is alive again has
+  told what it did;
+- nothing passes its commit point unless the request for the last renewal that succeeded is younger
+  than LEASE less a quarter, and was made for the worker id that the claim belongs to;
+- a fault of this machine (a body that cannot be opened, no sockets) stops the claiming for a while,
+  never the mail.
 """
 
 import asyncio
@@ -29,7 +34,15 @@ from relay.db.schema import Outcome, State
 from relay.ids import new_id
 from relay.log import first_line, get_logger
 from relay.queue.claim import WorkerQueue
-from relay.queue.model import Claim, ClaimRequest, Command, CommandResult, Completion, CompletionResult, Renewal
+from relay.queue.model import (
+    Claim,
+    ClaimRequest,
+    Command,
+    CommandResult,
+    Completion,
+    CompletionResult,
+    Renewal,
+)
 from relay.routes import NO_SERVER, Routes
 from relay.settings import WorkerSettings
 from relay.spool.store import BodyUnsendable, Spool
@@ -44,7 +57,9 @@ from worker.producer import Producer
 log = get_logger(__name__)
 LONGEST_FAULT_PAUSE = 30.0
 QUARANTINE_FROM = 2  # workers lost over a delivery, from which on it is sent alone
-QUARANTINE_TIMEOUT = 30.0  # that suspects may keep everything else from being claimed, all together (seconds)
+QUARANTINE_TIMEOUT = (
+    30.0  # that suspects may keep everything else from being claimed, all together (seconds)
+)
 QUARANTINE_PAUSE = 300.0  # until they may do so again, if that was not enough (seconds)
 WINDOW = 1024  # deliveries of a route that may be woken and not taken yet
 GATHER = 0.005  # seconds that outcomes and wishes are let gather while they come in numbers
@@ -53,7 +68,8 @@ RECORDING_TIME = 5.0  # at the end of a drain, for the last outcomes to be recor
 
 
 class Engine:
-    """Sends what a ledger lets it claim. `start`, then `offer` from any thread, at the end `drain`."""
+    """Sends what a ledger lets it claim. `start`, then `offer` from any thread, at the end
+    `drain`."""
 
     def __init__(
         self,
@@ -80,7 +96,9 @@ class Engine:
         self.ready = threading.Event()
         self._renewed = float("-inf")  # when the last renewal that succeeded was asked for
         self._renewing = False
-        self._room = Capacity(routes, self._servers, settings.worker_connections, settings.batch_size)
+        self._room = Capacity(
+            routes, self._servers, settings.worker_connections, settings.batch_size
+        )
         self._demand = Producer(settings, routes, self._room, self._wish)
         self._active: dict[DeliveryTask, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
@@ -107,7 +125,8 @@ class Engine:
         self._thread.start()
 
     def offer(self, ids: Sequence[str], lane: str = "fresh", route: str = "") -> HintBatch:
-        """Deliver these messages as connections come free, on a route if it is known. Thread-safe; never blocks."""
+        """Deliver these messages as connections come free, on a route if it is known. Thread-safe;
+        never blocks."""
         ticket = HintBatch(0 if self._stopping else len(ids))
         if not ticket.wait(0):
             self._loop.call_soon_threadsafe(self._offered, ticket, ids, lane, route)
@@ -122,11 +141,17 @@ class Engine:
         return self._routes.names()
 
     def awaited(self, names: Collection[str]) -> dict[str, int]:
-        """Deferred mail waits for these routes, so their servers are tried sooner; how much of it may be overdue at a
-        time: a window where a server works, one where a server may be tried. Thread-safe."""
+        """Deferred mail waits for these routes, so their servers are tried sooner; how much of it
+        may be overdue at a time: a window where a server works, one where a server may be tried.
+        Thread-safe."""
         routes = [route for name in names if (route := self._routes.get(name))]
-        self._servers.awaited = frozenset(server.name for route in routes for server in route.servers)
-        most = {r.name: WINDOW if self._servers.works(r) else min(1, self._servers.room(r)) for r in routes}
+        self._servers.awaited = frozenset(
+            server.name for route in routes for server in route.servers
+        )
+        most = {
+            r.name: WINDOW if self._servers.works(r) else min(1, self._servers.room(r))
+            for r in routes
+        }
         return {name: count for name, count in most.items() if count}
 
     def look(self) -> None:
@@ -138,7 +163,8 @@ class Engine:
         return self._renewed >= moment
 
     def drain(self, timeout: float) -> bool:
-        """Stop: close what may be closed, wait `timeout` seconds for the rest, record everything, end the loop.
+        """Stop: close what may be closed, wait `timeout` seconds for the rest, record everything,
+        end the loop.
 
         Blocks; True if every outcome was recorded.
         """
@@ -163,7 +189,9 @@ class Engine:
         self._loop.create_task(self._register())
         self._loop.call_soon(self._tick)
         self._loop.run_forever()
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())  # who signs on has a connection
+        self._loop.run_until_complete(
+            self._loop.shutdown_default_executor()
+        )  # who signs on has a connection
         self._loop.close()
 
     def _tick(self) -> None:
@@ -171,7 +199,9 @@ class Engine:
         stood, self.heartbeat = now - self.heartbeat, now
         if self.worker and not self._renewing and now - self._renewed >= self._settings.lease / 4:
             self._renew(now)
-        if stood > STANDSTILL:  # nothing could move meanwhile: that time is no reason to give anything up
+        if (
+            stood > STANDSTILL
+        ):  # nothing could move meanwhile: that time is no reason to give anything up
             self._exclusive_until += stood
             self._demand.stood_still(stood)
         self._demand.drop_hints(unless_moved_since=now - self._settings.grace)
@@ -192,7 +222,9 @@ class Engine:
         while not self._stopping:
             asked = time.monotonic()
             try:
-                await asyncio.to_thread(self._ledger.register, worker, socket.gethostname(), os.getpid())
+                await asyncio.to_thread(
+                    self._ledger.register, worker, socket.gethostname(), os.getpid()
+                )
             except Exception as error:
                 log.warning("worker not signed on", reason=first_line(error))
                 await asyncio.sleep(pause)
@@ -216,7 +248,9 @@ class Engine:
             self._renewed = asked
             return
         if result is False:
-            log.critical("this worker was declared dead; it starts again under another id", worker=worker)
+            log.critical(
+                "this worker was declared dead; it starts again under another id", worker=worker
+            )
             self.worker, self._renewed = "", float("-inf")
             self.ready.clear()
             for transfer in [*self._active]:
@@ -254,7 +288,10 @@ class Engine:
         self._writer.put(wish, partial(self._claimed, wish, done))
 
     def _claimed(
-        self, wish: ClaimRequest, done: Callable[[Sequence[Claim]], None], result: CommandResult | Exception
+        self,
+        wish: ClaimRequest,
+        done: Callable[[Sequence[Claim]], None],
+        result: CommandResult | Exception,
     ) -> None:
         """A wish came back: open the bodies of what was claimed."""
         claims = result if isinstance(result, list) else []
@@ -293,7 +330,12 @@ class Engine:
         self._faults += 1
         pause = min(LONGEST_FAULT_PAUSE, 0.5 * 2.0 ** min(self._faults, 10))
         self._paused_until = max(self._paused_until, time.monotonic() + pause)
-        log.critical("no claims for a while, this machine fails", id=claim.queue_id, seconds=pause, reason=str(error))
+        log.critical(
+            "no claims for a while, this machine fails",
+            id=claim.queue_id,
+            seconds=pause,
+            reason=str(error),
+        )
 
     # Transfers
 
@@ -332,12 +374,18 @@ class Engine:
             if result.state is None:
                 log.warning("outcome came too late", id=record.queue_id, outcome=record.outcome)
             elif result.state is not record.state:
-                log.info(str(result.state), id=record.queue_id, delivery=record.number, reply=record.reply)
+                log.info(
+                    str(result.state),
+                    id=record.queue_id,
+                    delivery=record.number,
+                    reply=record.reply,
+                )
             if result.body_deletable:
                 self._files.remove(record.queue_id)
 
-    # Deliveries over which workers vanished are sent alone, one after the other: if one takes this worker too, it takes
-    # nothing else with it. They do not hold up the mail for longer than ALONE_PATIENCE.
+    # Deliveries over which workers vanished are sent alone, one after the other: if one takes this
+    # worker too, it takes nothing else with it. They do not hold up the mail for longer than
+    # ALONE_PATIENCE.
 
     def _enter_quarantine(self, transfer: DeliveryTask) -> None:
         now = time.monotonic()
@@ -352,19 +400,24 @@ class Engine:
         if self._active or self._opening:
             return
         transfer = self._exclusive = self._quarantine.popleft()
-        log.warning("sent alone", id=transfer.claim.queue_id, crash_count=transfer.claim.crash_count)
+        log.warning(
+            "sent alone", id=transfer.claim.queue_id, crash_count=transfer.claim.crash_count
+        )
         self._send(transfer)
 
     def _quarantine_timeout(self, now: float) -> None:
-        """Others would not end, or a suspect did not. What can be closed makes way for the next suspect, so that its
-        time comes at all; what only waits for its reply goes on; the other suspects come again later."""
+        """Others would not end, or a suspect did not. What can be closed makes way for the next
+        suspect, so that its time comes at all; what only waits for its reply goes on; the other
+        suspects come again later."""
         self._next_quarantine_at = now + QUARANTINE_PAUSE
         if self._exclusive is None:
             for transfer in self._active:
                 transfer.abort()
             transfer = self._exclusive = self._quarantine.popleft()
             self._exclusive_until = now + QUARANTINE_TIMEOUT
-            log.warning("sent alone", id=transfer.claim.queue_id, crash_count=transfer.claim.crash_count)
+            log.warning(
+                "sent alone", id=transfer.claim.queue_id, crash_count=transfer.claim.crash_count
+            )
             self._send(transfer)
         self._release_quarantine(DeliveryTask.postponed)
 

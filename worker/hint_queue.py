@@ -1,8 +1,9 @@
 """Hints that wait for a free connection: fresh mail and retries by turns.
 
-A task offers its ids and gets a `HintBatch`, which is done when the last of them was asked for, or when nothing moved
-for so long that they are left to the database. What must stay true: no lane waits while the other is served twice in a
-row. `HintQueue` belongs to one thread; only `HintBatch.wait` is for others.
+A task offers its ids and gets a `HintBatch`, which is done when the last of them was asked for, or
+when nothing moved for so long that they are left to the database. What must stay true: no lane
+waits while the other is served twice in a row. `HintQueue` belongs to one thread; only
+`HintBatch.wait` is for others.
 """
 
 import itertools
@@ -24,7 +25,8 @@ class HintBatch:
         self.settle(0)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """True once every message was asked for or left to the database; False after `timeout` seconds."""
+        """True once every message was asked for or left to the database; False after `timeout`
+        seconds."""
         return self._done.wait(timeout)
 
     def settle(self, count: int) -> bool:

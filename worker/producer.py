@@ -1,14 +1,16 @@
 """Demand: what a worker asks the database for, and when.
 
-Hints wait here for room; and once a second, or at once again while there is more, the database is asked for what is
-overdue, hint or no hint. Either becomes a `ClaimRequest` that says how many deliveries each route has room for, so that
-nothing is ever claimed that must wait for a connection. One wish for hints of each route and one look are on their way
-at most: what comes meanwhile goes into the next. Each route has its own hints: whether they wait, are asked for or are
-left to the database is decided by its own room, whatever other routes have. Hints of which nobody said the route are
-another such group, and may be for any.
+Hints wait here for room; and once a second, or at once again while there is more, the database is
+asked for what is overdue, hint or no hint. Either becomes a `ClaimRequest` that says how many
+deliveries each route has room for, so that nothing is ever claimed that must wait for a connection.
+One wish for hints of each route and one look are on their way at most: what comes meanwhile goes
+into the next. Each route has its own hints: whether they wait, are asked for or are left to the
+database is decided by its own room, whatever other routes have. Hints of which nobody said the
+route are another such group, and may be for any.
 
-What must stay true: room that was promised in a wish is returned when its claims come back, whatever they are; hints
-and looks take turns, so that neither starves the other. Belongs to the engine's loop.
+What must stay true: room that was promised in a wish is returned when its claims come back,
+whatever they are; hints and looks take turns, so that neither starves the other. Belongs to the
+engine's loop.
 """
 
 import random
@@ -32,7 +34,11 @@ class Producer:
     """`ask` calls `put` with each wish and what to do with its claims."""
 
     def __init__(
-        self, settings: WorkerSettings, routes: Routes, room: Capacity, put: Callable[[ClaimRequest, Done], None]
+        self,
+        settings: WorkerSettings,
+        routes: Routes,
+        room: Capacity,
+        put: Callable[[ClaimRequest, Done], None],
     ) -> None:
         self._settings, self._routes, self._room, self._put = settings, routes, room, put
         self._lanes: dict[str, HintQueue] = {}  # by route; empty: not known
@@ -40,11 +46,15 @@ class Producer:
         self._wishing = set[str]()  # routes
         self._looking = False
         self._hints_first = True
-        self._look_at: dict[str, float] = {}  # by route: after a look that found less than there was room for
+        self._look_at: dict[
+            str, float
+        ] = {}  # by route: after a look that found less than there was room for
 
     def hint(self, ticket: HintBatch, ids: Sequence[str], lane: str, route: str = "") -> None:
         """Let these messages wait for room."""
-        route = route if self._routes.get(route) else ""  # a name comes from the broker: only our own are kept
+        route = (
+            route if self._routes.get(route) else ""
+        )  # a name comes from the broker: only our own are kept
         lanes = self._lanes.setdefault(route, HintQueue())
         if not lanes:
             self._moved[route] = time.monotonic()
@@ -73,9 +83,13 @@ class Producer:
                 self._hints_first = ask != self._ask_hints
 
     def _ask_hints(self, worker: str, now: float) -> bool:
-        waiting = [route for route, lanes in self._lanes.items() if lanes and route not in self._wishing]
+        waiting = [
+            route for route, lanes in self._lanes.items() if lanes and route not in self._wishing
+        ]
         random.shuffle(waiting)
-        asked = [self._ask_route(worker, now, route, len(waiting) - n) for n, route in enumerate(waiting)]
+        asked = [
+            self._ask_route(worker, now, route, len(waiting) - n) for n, route in enumerate(waiting)
+        ]
         return any(asked)
 
     def _ask_route(self, worker: str, now: float, route: str, sharing: int) -> bool:
@@ -97,9 +111,14 @@ class Producer:
         return True
 
     def _look(self, worker: str, now: float) -> bool:
-        """Claim what is overdue, straight from the database: of each route at once again while it has more."""
+        """Claim what is overdue, straight from the database: of each route at once again while it
+        has more."""
         due = [name for name in self._routes.names() if now >= self._look_at.get(name, 0.0)]
-        if self._looking or not due or not (room := self._room.look(self._settings.worker_connections, due)):
+        if (
+            self._looking
+            or not due
+            or not (room := self._room.look(self._settings.worker_connections, due))
+        ):
             return False
         self._looking = True
         self._put(ClaimRequest(worker, None, room), partial(self._look_claimed, room))

@@ -1,12 +1,14 @@
-"""Rerouting: mail that waits for a route which has gone gets the one that its recipients have today.
+"""Rerouting: mail that waits for a route which has gone gets the one that its recipients have
+today.
 
-Nobody claims for a route that no settings name, so such mail would wait until it expires. At its start, whenever the
-names of the routes change, and every ten minutes for what others have accepted under the old names, each worker looks
-for such mail. It moves what has been without a route for PATIENCE: a route that is missing for a moment, from a file
-that was cut off or is being put right, is no reason to send its mail elsewhere, and there is no way back.
+Nobody claims for a route that no settings name, so such mail would wait until it expires. At its
+start, whenever the names of the routes change, and every ten minutes for what others have accepted
+under the old names, each worker looks for such mail. It moves what has been without a route for
+PATIENCE: a route that is missing for a moment, from a file that was cut off or is being put right,
+is no reason to send its mail elsewhere, and there is no way back.
 
-What must stay true: only waiting deliveries move, by the same chunked verb that operators use, and it is recorded among
-their actions; a route that another living worker says it knows is not gone.
+What must stay true: only waiting deliveries move, by the same chunked verb that operators use, and
+it is recorded among their actions; a route that another living worker says it knows is not gone.
 """
 
 import threading
@@ -29,7 +31,12 @@ class Rerouter:
     """`start`, then `close`; `turn` is one look."""
 
     def __init__(
-        self, sweeps: Rescuer, verbs: QueueOperations, routes: Routes, *, clock: Callable[[], float] = time.monotonic
+        self,
+        sweeps: Rescuer,
+        verbs: QueueOperations,
+        routes: Routes,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sweeps, self._verbs, self._routes, self._clock = sweeps, verbs, routes, clock
         self._names: tuple[str, ...] = ()
@@ -54,23 +61,37 @@ class Rerouter:
                 log.warning("rerouting put off", reason=first_line(error))
 
     def turn(self) -> int:
-        """Move what waits for a route that is gone, if it is time to look; how many deliveries that were."""
+        """Move what waits for a route that is gone, if it is time to look; how many deliveries that
+        were."""
         names, now = self._routes.names(), self._clock()
         if names == self._names and now < self._at:
             return 0
-        self._gone = {route: self._gone.get(route, now) for route in self._sweeps.unknown_routes(names)}
+        self._gone = {
+            route: self._gone.get(route, now) for route in self._sweeps.unknown_routes(names)
+        }
         due = [route for route, since in self._gone.items() if now - since >= PATIENCE]
         moved = sum(map(self._move, due))
         for route in self._gone.keys() - set(due):
-            log.warning("route gone", route=route, seconds=round(PATIENCE + self._gone[route] - now))
+            log.warning(
+                "route gone", route=route, seconds=round(PATIENCE + self._gone[route] - now)
+            )
         self._names = names
-        self._at = min([now + EVERY, *(since + PATIENCE for route, since in self._gone.items() if route not in due)])
+        self._at = min(
+            [
+                now + EVERY,
+                *(since + PATIENCE for route, since in self._gone.items() if route not in due),
+            ]
+        )
         return moved
 
     def _move(self, gone: str) -> int:
         reason = f"the route {gone} is gone"
         touched, _ = self._verbs.apply(
-            REROUTE, Filter(route=gone), actor="worker", reason=reason, route_for=self._routes.route_for
+            REROUTE,
+            Filter(route=gone),
+            actor="worker",
+            reason=reason,
+            route_for=self._routes.route_for,
         )
         log.warning("rerouted", route=gone, deliveries=touched.total())
         return touched.total()

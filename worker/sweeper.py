@@ -1,15 +1,16 @@
 """The sweeper: a thread in every worker that does what is due in the database.
 
-About once a second it makes deferred deliveries whose time has come `queued` and hints at them, in due order and in
-bounded batches, wakes what waits for a server that is back, gives up transfers that take longer than any session may,
-and watches the other workers. Any number of workers sweep at once: rows that one has locked the others skip, and none
-is in charge.
+About once a second it makes deferred deliveries whose time has come `queued` and hints at them, in
+due order and in bounded batches, wakes what waits for a server that is back, gives up transfers
+that take longer than any session may, and watches the other workers. Any number of workers sweep at
+once: rows that one has locked the others skip, and none is in charge.
 
-What must stay true: a worker is declared dead only after its lease was seen to have run out, unchanged, twice, LEASE
-apart by this machine's monotonic clock, with the database reachable at every look between: so that neither a clock that
-jumped, nor an outage that kept everybody from renewing, buries the living. After an outage nothing is swept before this
-worker's own engine has renewed its lease, and thereby recorded what it knows. The tick file is touched only while both
-this thread and the engine's loop go round: its age is the worker's health.
+What must stay true: a worker is declared dead only after its lease was seen to have run out,
+unchanged, twice, LEASE apart by this machine's monotonic clock, with the database reachable at
+every look between: so that neither a clock that jumped, nor an outage that kept everybody from
+renewing, buries the living. After an outage nothing is swept before this worker's own engine has
+renewed its lease, and thereby recorded what it knows. The tick file is touched only while both this
+thread and the engine's loop go round: its age is the worker's health.
 """
 
 import os
@@ -41,9 +42,10 @@ def heartbeat_file(settings: WorkerSettings, pid: int | None = None) -> Path:
 class LeaseMonitor:
     """Who is dead: leases that ran out, and for how long they have been seen so.
 
-    The time between two looks counts as LEASE / 4 at most. A watcher that was stopped has seen nothing meanwhile, and
-    what stopped it (a paused machine) may have stopped the others too, which renew as soon as they are awake: at the
-    latest after LEASE / 4, and so before they have been seen for a LEASE.
+    The time between two looks counts as LEASE / 4 at most. A watcher that was stopped has seen
+    nothing meanwhile, and what stopped it (a paused machine) may have stopped the others too, which
+    renew as soon as they are awake: at the latest after LEASE / 4, and so before they have been
+    seen for a LEASE.
     """
 
     def __init__(self, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,11 +58,14 @@ class LeaseMonitor:
         self._seen.clear()
 
     def look(self, expired_leases: list[tuple[str, str]], own: str) -> list[tuple[str, str]]:
-        """Those of the leases (worker, end) that have been seen like this for a LEASE; never our own."""
+        """Those of the leases (worker, end) that have been seen like this for a LEASE; never our
+        own."""
         now = self._clock()
         passed, self._looked = min(now - self._looked, self._lease / 4), now
         others = [lease for lease in expired_leases if lease[0] != own]
-        self._seen = {lease: self._seen[lease] + passed if lease in self._seen else 0.0 for lease in others}
+        self._seen = {
+            lease: self._seen[lease] + passed if lease in self._seen else 0.0 for lease in others
+        }
         return [lease for lease, seen in self._seen.items() if seen >= self._lease]
 
 
@@ -84,7 +89,10 @@ class Sweeper:
         self._engine, self._hints, self._clock = engine, hints, clock
         self._resting, self._known, self._routes = open_circuits, known, routes
         self._said: tuple[str, Mapping[str, str]] = ("", {})  # as who, which servers rest
-        self._told: tuple[str, Mapping[str, Sequence[str]]] = ("", {})  # as who, which routes there are
+        self._told: tuple[str, Mapping[str, Sequence[str]]] = (
+            "",
+            {},
+        )  # as who, which routes there are
         self._watch = LeaseMonitor(settings.lease, clock)
         self._away_until: float | None = None  # when the database was last found away
         self._tick_file = heartbeat_file(settings)
@@ -109,7 +117,8 @@ class Sweeper:
                 self._tick()
 
     def sweep(self) -> None:
-        """Do what is due, unless the database is away or this worker has not told yet what it did before it was."""
+        """Do what is due, unless the database is away or this worker has not told yet what it did
+        before it was."""
         if not self._engine.worker:
             self._watch.forget()
             return
@@ -149,7 +158,9 @@ class Sweeper:
         """Make due what a clock that was set back has put off."""
         routes = self._routes()
         names = [route.name for route in routes]
-        if moved := self._sweeps.bring_near(BATCH * BATCHES, longest_wait(self._settings, routes), names):
+        if moved := self._sweeps.bring_near(
+            BATCH * BATCHES, longest_wait(self._settings, routes), names
+        ):
             log.warning("due times too far ahead", deliveries=moved)
 
     def _requeue(self) -> None:
@@ -161,13 +172,16 @@ class Sweeper:
                 break
 
     def _wake(self) -> None:
-        """Make due what waits for a route that works again; of what waits for one that may work, the oldest.
+        """Make due what waits for a route that works again; of what waits for one that may work,
+        the oldest.
 
-        Whichever worker sees a route work wakes its mail, whoever deferred it. Where all mail of a route is deferred
-        nothing else would be sent there, and none would see it.
+        Whichever worker sees a route work wakes its mail, whoever deferred it. Where all mail of a
+        route is deferred nothing else would be sent there, and none would see it.
         """
         woken = 0
-        for route, most in self._engine.awaited(self._sweeps.waiting(self._engine.routes())).items():
+        for route, most in self._engine.awaited(
+            self._sweeps.waiting(self._engine.routes())
+        ).items():
             woken += (count := self._sweeps.wake(route, most))
             if count > 1:
                 log.info("deferred mail due", route=route, deliveries=count)
@@ -194,4 +208,6 @@ class Sweeper:
             try:
                 self._tick_file.touch()
             except OSError as error:
-                log.error("health file not touched", path=str(self._tick_file), reason=error.strerror)
+                log.error(
+                    "health file not touched", path=str(self._tick_file), reason=error.strerror
+                )

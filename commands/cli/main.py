@@ -1,8 +1,8 @@
 """The command line: `qmqp-relay COMMAND`; the commands for the queue are in `commands.cli.queue`.
 
-Each command is a thin function: it reads its settings, calls the module that does the work, and turns what can go wrong
-into a sentence and an exit status (`commands.errors`). Heavy modules are imported inside the commands, so that
-`--help` and completion answer at once.
+Each command is a thin function: it reads its settings, calls the module that does the work, and
+turns what can go wrong into a sentence and an exit status (`commands.errors`). Heavy modules are
+imported inside the commands, so that `--help` and completion answer at once.
 """
 
 import asyncio
@@ -27,13 +27,17 @@ main = typer.Typer(
 
 @main.callback()
 def closed_to_others() -> None:
-    # Libraries make files too, the database's for one, and STATE_DIR may have any mode. What is in them (envelopes,
-    # bodies, replies) is for no other user. Child processes inherit it.
+    # Libraries make files too, the database's for one, and STATE_DIR may have any mode. What is in
+    # them (envelopes, bodies, replies) is for no other user. Child processes inherit it.
     os.umask(0o077)
 
 
 @main.command()
-def up(demo: Annotated[bool, typer.Option("--demo", help="Deliver to a sink on this machine.")] = False) -> None:
+def up(
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Deliver to a sink on this machine.")
+    ] = False,
+) -> None:
     """Run everything on this machine, in the foreground. Its state stands below RELAY_STATE_DIR."""
     with explained():
         from commands.standalone.up import run
@@ -61,14 +65,18 @@ def worker() -> None:
         from relay.settings import WorkerSettings, load
 
         settings = load(WorkerSettings)
-        from worker.app import run  # which reads the settings too, and ends the process for a bad one
+        from worker.app import (
+            run,
+        )  # which reads the settings too, and ends the process for a bad one
 
         raise typer.Exit(run(settings))
 
 
 @main.command()
 def migrate(
-    wait: Annotated[float, typer.Option(help="Wait so many seconds for a database that is away.")] = 0.0,
+    wait: Annotated[
+        float, typer.Option(help="Wait so many seconds for a database that is away.")
+    ] = 0.0,
 ) -> None:
     """Bring the schema of the database up to date. Waits for another that does the same."""
     with explained():
@@ -87,16 +95,22 @@ def migrate(
 def sink(
     listen: Annotated[str, typer.Option(help="host:port or unix:/path.")] = "127.0.0.1:6280",
     dump: Annotated[Path | None, typer.Option(help="Keep every message in this directory.")] = None,
-    preset: Annotated[str, typer.Option(help="Meet a bad request as strict, qmail or postfix would.")] = "strict",
+    preset: Annotated[
+        str, typer.Option(help="Meet a bad request as strict, qmail or postfix would.")
+    ] = "strict",
     delay: Annotated[float, typer.Option(help="Accept everything, so many seconds late.")] = 0.0,
 ) -> None:
-    """Run a QMQP server for trials. The recipient says whether it accepts, defers, refuses or breaks off."""
+    """Run a QMQP server for trials. The recipient says whether it accepts, defers, refuses or
+    breaks off."""
     with explained():
         from qmqp.sink import PRESETS, Answer, MagicRecipients, Rule, Sink
         from relay.routes import parse_server
 
         try:
-            server, rule = parse_server(listen), Rule(Answer(delay=delay)) if delay else MagicRecipients()
+            server, rule = (
+                parse_server(listen),
+                Rule(Answer(delay=delay)) if delay else MagicRecipients(),
+            )
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         if preset not in PRESETS:
@@ -116,7 +130,8 @@ def sink(
 
 @main.command()
 def demo() -> None:
-    """Send real messages through a relay of its own. Shows what becomes of each, and whether that is right."""
+    """Send real messages through a relay of its own. Shows what becomes of each, and whether that
+    is right."""
     from commands.standalone.demo import run
 
     raise typer.Exit(run())
@@ -124,7 +139,8 @@ def demo() -> None:
 
 @main.command()
 def check(json_lines: Json = False) -> None:
-    """See whether the relay can work here. Looks at settings, database, spool, broker and QMQP servers."""
+    """See whether the relay can work here. Looks at settings, database, spool, broker and QMQP
+    servers."""
     with explained():
         from commands.ops.check import run
 
@@ -135,9 +151,12 @@ def check(json_lines: Json = False) -> None:
 def probe(
     server: Annotated[str, typer.Argument(help="host, host:port, [v6]:port or unix:/path.")],
     json_lines: Json = False,
-    timeout: Annotated[float, typer.Option(help="Seconds for the connection, and for an answer.")] = 5.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds for the connection, and for an answer.")
+    ] = 5.0,
 ) -> None:
-    """Ask a QMQP server whether it lets us in. Also which family it is of, without giving it a message."""
+    """Ask a QMQP server whether it lets us in. Also which family it is of, without giving it a
+    message."""
     with explained():
         from commands.ops.probe import run
 
@@ -146,9 +165,11 @@ def probe(
 
 @main.command()
 def fsck(
-    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False, json_lines: Json = False
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,
+    json_lines: Json = False,
 ) -> None:
-    """Compare files, rows and broker, and say what is wrong. Mail may flow; status 1 if something stays so."""
+    """Compare files, rows and broker, and say what is wrong. Mail may flow; status 1 if something
+    stays so."""
     with explained():
         from commands.ops.fsck import run
 

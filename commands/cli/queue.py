@@ -1,8 +1,8 @@
 """The commands that look at the queue and change it, all with one set of filters.
 
-Each is a thin function over `commands.ops.show` or `commands.ops.modify`. `filtered` gives a command the options of
-`_filter`, so that a filter means the same everywhere. Heavy modules are imported when a command runs: `--help` and
-completion answer at once.
+Each is a thin function over `commands.ops.show` or `commands.ops.modify`. `filtered` gives a
+command the options of `_filter`, so that a filter means the same everywhere. Heavy modules are
+imported when a command runs: `--help` and completion answer at once.
 """
 
 import functools
@@ -44,22 +44,36 @@ def _filter(
     ] = None,
     state: Annotated[
         list[str] | None,
-        typer.Option(help="queued, sending, deferred ...; may be repeated.", autocompletion=_states),
+        typer.Option(
+            help="queued, sending, deferred ...; may be repeated.", autocompletion=_states
+        ),
     ] = None,
-    sender: Annotated[str | None, typer.Option(help="<> is the null sender. * stands for anything.")] = None,
+    sender: Annotated[
+        str | None, typer.Option(help="<> is the null sender. * stands for anything.")
+    ] = None,
     recipient: Annotated[
         str | None, typer.Option(help="Capitals count only before the @. * stands for anything.")
     ] = None,
-    route: Annotated[str | None, typer.Option(help="Name of the route.", autocompletion=_routes)] = None,
+    route: Annotated[
+        str | None, typer.Option(help="Name of the route.", autocompletion=_routes)
+    ] = None,
     server: Annotated[
         str | None,
-        typer.Option(help="Server of the last try: host, host:port, [v6]:port, unix:/path.", autocompletion=_servers),
+        typer.Option(
+            help="Server of the last try: host, host:port, [v6]:port, unix:/path.",
+            autocompletion=_servers,
+        ),
     ] = None,
-    older_than: Annotated[str | None, typer.Option(help="Received longer ago than 30s, 5m, 2h, 5d.")] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Received longer ago than 30s, 5m, 2h, 5d.")
+    ] = None,
     header_message_id: Annotated[
-        str | None, typer.Option("--message-id", help="Message-ID of the header, with or without <>.")
+        str | None,
+        typer.Option("--message-id", help="Message-ID of the header, with or without <>."),
     ] = None,
-    reply: Annotated[str | None, typer.Option(help="A part of the server's words at the last try.")] = None,
+    reply: Annotated[
+        str | None, typer.Option(help="A part of the server's words at the last try.")
+    ] = None,
     one: Annotated[str | None, typer.Argument(metavar="ID", help="The same as --id.")] = None,
 ) -> "Filter":
     """What the options mean; raises BadParameter."""
@@ -92,7 +106,8 @@ def _filter(
 
 
 def filtered(command: Callable[..., int]) -> Callable[..., None]:
-    """Give a command the options of `_filter`; it gets the Filter as its first argument, and returns its status."""
+    """Give a command the options of `_filter`; it gets the Filter as its first argument, and
+    returns its status."""
     options = inspect.signature(_filter).parameters
     own = list(inspect.signature(command).parameters.values())[1:]
 
@@ -108,15 +123,27 @@ def filtered(command: Callable[..., int]) -> Callable[..., None]:
     return run
 
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="A queue id, or as much of its end as is unique.")]
+Id = Annotated[
+    str, typer.Argument(metavar="ID", help="A queue id, or as much of its end as is unique.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
-Watch = Annotated[float | None, typer.Option(min=0.2, metavar="SECONDS", help="Again and again, until Ctrl-C.")]
+Watch = Annotated[
+    float | None, typer.Option(min=0.2, metavar="SECONDS", help="Again and again, until Ctrl-C.")
+]
 Reason = Annotated[str, typer.Option(help="Why; kept in the table `actions`.")]
-Everything = Annotated[bool, typer.Option("--all", help="Every delivery: needed when no filter is given.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be touched, and change nothing.")]
+Everything = Annotated[
+    bool, typer.Option("--all", help="Every delivery: needed when no filter is given.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be touched, and change nothing.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many deliveries, oldest first.")]
-Reroute = Annotated[bool, typer.Option("--reroute", help="By today's routes; takes what is queued and held too.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before more than one is touched.")]
+Reroute = Annotated[
+    bool, typer.Option("--reroute", help="By today's routes; takes what is queued and held too.")
+]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Do not ask before more than one is touched.")
+]
 
 
 @queue.command("list")
@@ -132,17 +159,23 @@ def list_(
     from commands.ops import show as inspect
 
     return inspect.watched(
-        watch, lambda: inspect.list_queue(wanted, everything=everything, limit=limit, json_lines=json_lines)
+        watch,
+        lambda: inspect.list_queue(
+            wanted, everything=everything, limit=limit, json_lines=json_lines
+        ),
     )
 
 
 @queue.command()
 def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
-    """Show all that is known about a message. Envelope, deliveries, and every try with the server's words."""
+    """Show all that is known about a message. Envelope, deliveries, and every try with the server's
+    words."""
     with explained():
         from commands.ops import show as inspect
 
-        raise typer.Exit(inspect.watched(watch, lambda: inspect.show_message(queue_id, json_lines=json_lines)))
+        raise typer.Exit(
+            inspect.watched(watch, lambda: inspect.show_message(queue_id, json_lines=json_lines))
+        )
 
 
 @queue.command()
@@ -151,7 +184,9 @@ def why(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
     with explained():
         from commands.ops import show as inspect
 
-        raise typer.Exit(inspect.watched(watch, lambda: inspect.show_why(queue_id, json_lines=json_lines)))
+        raise typer.Exit(
+            inspect.watched(watch, lambda: inspect.show_why(queue_id, json_lines=json_lines))
+        )
 
 
 @queue.command()
@@ -174,7 +209,8 @@ def body(queue_id: Id) -> None:
 
 @queue.command()
 def stats(watch: Watch = None, json_lines: Json = False) -> None:
-    """Count the queue by state and by age. Shows workers, servers, rates and the slowest tries, too."""
+    """Count the queue by state and by age. Shows workers, servers, rates and the slowest tries,
+    too."""
     with explained():
         from commands.ops import show as inspect
 
@@ -191,7 +227,9 @@ def retry(
     from commands.ops.modify import ChangeRequest, change
 
     return change(
-        "reroute" if reroute else "retry", wanted, ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
+        "reroute" if reroute else "retry",
+        wanted,
+        ChangeRequest(everything, dry_run, yes, reason, json_lines, limit),
     )
 
 
@@ -204,24 +242,35 @@ def _verb(name: str, words: str) -> None:
     ) -> int:  # fmt: skip
         from commands.ops.modify import ChangeRequest, change
 
-        return change(name, wanted, ChangeRequest(everything, dry_run, yes, reason, json_lines, limit))
+        return change(
+            name, wanted, ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
+        )
 
     command.__doc__ = words
     queue.command(name)(filtered(command))
 
 
-_verb("hold", "Keep what is queued or deferred until it is released. What is being sent follows after its try.")
+_verb(
+    "hold",
+    "Keep what is queued or deferred until it is released. What is being sent follows after its try.",
+)
 _verb("release", "Queue what is held.")
 _verb("bounce", "Give up, and tell the sender; --reason is told too.")
 _verb("drop", "Give up, and tell nobody.")
 
 Route = Annotated[str | None, typer.Option(help="Name of the route.", autocompletion=_routes)]
-Server = Annotated[str | None, typer.Option(help="A server, as RELAY_QMQP_SERVERS spells it.", autocompletion=_servers)]
+Server = Annotated[
+    str | None,
+    typer.Option(help="A server, as RELAY_QMQP_SERVERS spells it.", autocompletion=_servers),
+]
 
 
 @queue.command()
-def pause(route: Route = None, server: Server = None, reason: Reason = "", json_lines: Json = False) -> None:
-    """Send nothing by a route or to a server until `resume`. Mail is taken all the same, and waits."""
+def pause(
+    route: Route = None, server: Server = None, reason: Reason = "", json_lines: Json = False
+) -> None:
+    """Send nothing by a route or to a server until `resume`. Mail is taken all the same, and
+    waits."""
     with explained():
         from commands.ops.modify import pause
 
@@ -229,7 +278,9 @@ def pause(route: Route = None, server: Server = None, reason: Reason = "", json_
 
 
 @queue.command()
-def resume(route: Route = None, server: Server = None, reason: Reason = "", json_lines: Json = False) -> None:
+def resume(
+    route: Route = None, server: Server = None, reason: Reason = "", json_lines: Json = False
+) -> None:
     """Send there again."""
     with explained():
         from commands.ops.modify import pause

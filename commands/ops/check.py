@@ -1,8 +1,8 @@
 """`qmqp-relay check`: whether the relay can work here, and what to do where it cannot.
 
-Each check is a function that answers with findings and never raises for what it looks at; nothing is changed, and
-QMQP servers are asked as `probe` asks them, which delivers nothing. What must stay true: a finding that is not `ok`
-names its remedy.
+Each check is a function that answers with findings and never raises for what it looks at; nothing
+is changed, and QMQP servers are asked as `probe` asks them, which delivers nothing. What must stay
+true: a finding that is not `ok` names its remedy.
 """
 
 import asyncio
@@ -40,7 +40,8 @@ SHOWN = 5  # files in a finding about many
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What was looked at, how it is, and what mends it. `away`: out of reach, so `fail` with another exit status."""
+    """What was looked at, how it is, and what mends it. `away`: out of reach, so `fail` with
+    another exit status."""
 
     what: str
     verdict: Literal["ok", "warn", "fail", "away"]
@@ -70,7 +71,9 @@ def look() -> Iterator[CheckResult]:
         client_networks(smtpd.client_networks, smtpd.publish)
         routes = Routes.load(settings)
     except (SettingsError, PolicyError) as error:
-        yield CheckResult("settings", "fail", "; ".join(str(error).splitlines()), "mend the variables named")
+        yield CheckResult(
+            "settings", "fail", "; ".join(str(error).splitlines()), "mend the variables named"
+        )
         return
     yield CheckResult("settings", "ok", f"RELAY_STATE_DIR = {settings.state_dir}")
     yield from _database(settings)
@@ -89,7 +92,9 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
     try:
         with inspect.opened(settings) as engine:
             with database.reading(engine) as connection:
-                revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+                revision = connection.execute(
+                    text("SELECT version_num FROM alembic_version")
+                ).scalar()
             faults, spool_id = database.check_durable(engine), QueueReader(engine).spool_id()
     except database.DatabaseError as error:
         yield CheckResult(what, "away", str(error), "")
@@ -97,7 +102,9 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
     except SQLAlchemyError as error:
         words = first_line(getattr(error, "orig", error))
         missing = "alembic_version" in words
-        remedy = "run `qmqp-relay migrate`" if missing else "start it, or correct RELAY_DATABASE_URL"
+        remedy = (
+            "run `qmqp-relay migrate`" if missing else "start it, or correct RELAY_DATABASE_URL"
+        )
         yield CheckResult(what, "fail" if missing else "away", f"{url}: {words}", remedy)
         return
     if revision != schema.REVISION:
@@ -105,7 +112,9 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
         yield CheckResult(what, "fail", words, "run `qmqp-relay migrate`")
     elif faults:
         verdict: Literal["warn", "fail"] = "warn" if settings.unsafe_durability else "fail"
-        yield CheckResult(what, verdict, f"would forget mail at a power cut: {', '.join(faults)}", "turn that on")
+        yield CheckResult(
+            what, verdict, f"would forget mail at a power cut: {', '.join(faults)}", "turn that on"
+        )
     else:
         yield CheckResult(what, "ok", f"{url} at revision {revision}, durable")
     yield _spool(settings, spool_id)
@@ -117,31 +126,45 @@ def _spool(settings: Settings, known: str | None) -> CheckResult:
     found = marker.read_text().strip() if os.access(marker, os.R_OK) else None
     if found != known:
         words = f"{directory} says {found or 'nothing'}, the database knows {known or 'none'}"
-        return CheckResult(what, "fail", words, "it is not the spool of this database: set RELAY_SPOOL_DIR")
+        return CheckResult(
+            what, "fail", words, "it is not the spool of this database: set RELAY_SPOOL_DIR"
+        )
     if not known:
         return CheckResult(what, "ok", f"{directory}: smtpd or worker will make it")
     if not os.access(directory, os.W_OK | os.X_OK):
-        return CheckResult(what, "fail", f"{directory} is not writable", "chown it to the relay's user")
+        return CheckResult(
+            what, "fail", f"{directory} is not writable", "chown it to the relay's user"
+        )
     if (kind := file_system(directory)) in {"tmpfs", "ramfs"}:
-        return CheckResult(what, "warn", f"{directory} is on {kind}, which forgets mail", "choose a disk")
+        return CheckResult(
+            what, "warn", f"{directory} is on {kind}, which forgets mail", "choose a disk"
+        )
     room = os.statvfs(directory)
-    return CheckResult(what, "ok", f"{directory}, {tables.size(room.f_bavail * room.f_frsize)} free")
+    return CheckResult(
+        what, "ok", f"{directory}, {tables.size(room.f_bavail * room.f_frsize)} free"
+    )
 
 
 def _open(settings: Settings) -> Iterator[CheckResult]:
-    """Our files that others on this machine may read or change: umask 077 closes only what is made from now on."""
+    """Our files that others on this machine may read or change: umask 077 closes only what is made
+    from now on."""
     directory, found = settings.state_dir, list[str]()
     files = {*directory.glob("*"), settings.spool_dir, *settings.spool_dir.glob("*")}
     url = settings.database_url
     if url.startswith("sqlite:///"):
-        files |= {Path(url.removeprefix("sqlite:///") + end) for end in ("", "-wal", "-shm", ".lock", ".housekeeping")}
+        files |= {
+            Path(url.removeprefix("sqlite:///") + end)
+            for end in ("", "-wal", "-shm", ".lock", ".housekeeping")
+        }
     for file in sorted(files):
         with contextlib.suppress(OSError):
             if file.stat().st_mode & stat.S_IRWXO and file.parent.stat().st_mode & stat.S_IXOTH:
                 found.append(str(file))
     if found:
         words = f"open to others: {', '.join(found[:SHOWN])}" + (" ..." if found[SHOWN:] else "")
-        yield CheckResult("files", "warn", words, f"chmod -R o-rwx {directory}, and what of them stands elsewhere")
+        yield CheckResult(
+            "files", "warn", words, f"chmod -R o-rwx {directory}, and what of them stands elsewhere"
+        )
     elif directory.is_dir():
         yield CheckResult("files", "ok", "closed to others")
 
@@ -193,17 +216,23 @@ def _routes(routes: Routes) -> Iterator[CheckResult]:
 
 
 async def _servers(servers: Sequence[Server]) -> list[CheckResult]:
-    """All servers at once: a Postfix that refuses us says so after a second only (qmqpd_error_delay)."""
+    """All servers at once: a Postfix that refuses us says so after a second only
+    (qmqpd_error_delay)."""
     return await asyncio.gather(*map(_server, servers))
 
 
 async def _server(server: Server) -> CheckResult:
-    """Whether a server lets us in. One that takes the connection and closes it, or says no, takes no mail of ours."""
+    """Whether a server lets us in. One that takes the connection and closes it, or says no, takes
+    no mail of ours."""
     what = f"QMQP server {server.name}"
-    found = await probe(host=server.host, port=server.port, path=server.path, connect=PATIENCE, reply=PATIENCE)
+    found = await probe(
+        host=server.host, port=server.port, path=server.path, connect=PATIENCE, reply=PATIENCE
+    )
     if not found.reachable:
         return CheckResult(what, "away", found.words, "mail for it waits; start it or name another")
     if not found.allowed:
         said = f" ({escaped(found.said)})" if found.said else ""
-        return CheckResult(what, "fail", found.words + said, "have it let this machine in, or name another")
+        return CheckResult(
+            what, "fail", found.words + said, "have it let this machine in, or name another"
+        )
     return CheckResult(what, "ok", f"takes connections from us ({found.family})")

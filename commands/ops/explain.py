@@ -1,9 +1,10 @@
 """Why a delivery is where it is: one sentence, from what the tables and the clock say.
 
-It answers what people ask before anything else: is it being sent, if not why not, and when will it be. The broker is
-never the reason: it carries hints, and workers find the mail without them. Which servers a route has, which of them
-rest, and how long a claim is for, workers have written down; the settings of who asks may be others, and count only
-while no worker is alive. What must stay true: one cause is told, and it is one that a table holds.
+It answers what people ask before anything else: is it being sent, if not why not, and when will it
+be. The broker is never the reason: it carries hints, and workers find the mail without them. Which
+servers a route has, which of them rest, and how long a claim is for, workers have written down; the
+settings of who asks may be others, and count only while no worker is alive. What must stay true:
+one cause is told, and it is one that a table holds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from relay.settings import Settings, SettingsError
 class Facts:
     """What else there is to know.
 
-    `routes` are the servers of each route, as all living workers together know them; `rests` says of a server by which
-    workers it is left alone, and why.
+    `routes` are the servers of each route, as all living workers together know them; `rests` says
+    of a server by which workers it is left alone, and why.
     """
 
     workers: Sequence[Row]
@@ -55,7 +56,8 @@ def gather(queue: QueueReader, queue_id: str, settings: Settings) -> Facts:
 
 
 def _routes(workers: Sequence[Row], settings: Settings) -> Mapping[str, Sequence[str]]:
-    """The servers of each route as the living workers know them, in order; as our settings do where none is alive."""
+    """The servers of each route as the living workers know them, in order; as our settings do where
+    none is alive."""
     living = [worker for worker in workers if worker["alive"]]
     routes: dict[str, list[str]] = {}
     for worker in living:
@@ -93,20 +95,28 @@ def _queued(row: Row, _message: Row, facts: Facts) -> str:
         return f"queued, and not sent because {cause}"
     late = (datetime.now(UTC) - row["due_at"]).total_seconds()
     if late <= 0:
-        return f"queued: a worker takes it when it is hinted at, and without a hint in {span(-late)}"
+        return (
+            f"queued: a worker takes it when it is hinted at, and without a hint in {span(-late)}"
+        )
     sending, count = sum(worker["sending"] for worker in facts.living), len(facts.living)
     workers = "1 worker is" if count == 1 else f"{count} workers are"
     if sending:
         others = f"{sending} other{'s' * (sending > 1)}"
         cause = f"its turn has not come: {workers} busy with {others}, and what is due longest comes first"
     else:
-        cause = f"{workers} alive and nothing hinders them that they have told of: look at their logs"
+        cause = (
+            f"{workers} alive and nothing hinders them that they have told of: look at their logs"
+        )
     return f"queued, and overdue for {span(late)}: {cause}"
 
 
 def _sending(row: Row, _message: Row, facts: Facts) -> str:
     worker = next((w for w in facts.workers if w["id"] == row["worker"]), None)
-    who = f"{row['worker'][-12:]} ({worker['host']} {worker['pid']})" if worker else row["worker"][-12:]
+    who = (
+        f"{row['worker'][-12:]} ({worker['host']} {worker['pid']})"
+        if worker
+        else row["worker"][-12:]
+    )
     words = f"being sent by worker {who}"
     if worker and worker["claim_seconds"]:
         since = row["due_at"] - timedelta(seconds=worker["claim_seconds"])
@@ -123,9 +133,7 @@ def _deferred(row: Row, _message: Row, facts: Facts) -> str:
     words = f"deferred until {stamp(when)} ({ago(when)})"
     if when <= datetime.now(UTC):
         words = f"deferred, and due for {ago(when)}"
-    words += (
-        f", because {_last(row)} (try {row['claim_count']}); a failure after {stamp(row['expires_at'])} is the last"
-    )
+    words += f", because {_last(row)} (try {row['claim_count']}); a failure after {stamp(row['expires_at'])} is the last"
     cause = _hindrance(row["route"], facts)
     return words + (f"; and now {cause}" if cause else "")
 
@@ -146,7 +154,9 @@ def _held(row: Row, _message: Row, _facts: Facts) -> str:
     elif outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
         cause = f"held because {_last(row)}"
     else:
-        cause = "held, and nothing says by whom" + (f"; before that {_last(row)}" if outcome else "")
+        cause = "held, and nothing says by whom" + (
+            f"; before that {_last(row)}" if outcome else ""
+        )
     return f"{cause}. It stays until it is released, bounced or dropped"
 
 
@@ -168,7 +178,9 @@ def _failed(row: Row, message: Row, facts: Facts) -> str:
         return "; ".join([words, *map(_notice, facts.notices)])
     if message["dsn_content"]:
         return f"{words}; {_after(row, message['dsn_content'])}"
-    return words + "; nobody is told" + (", it has the null sender" if not message["sender"] else "")
+    return (
+        words + "; nobody is told" + (", it has the null sender" if not message["sender"] else "")
+    )
 
 
 def _notice(notice: Row) -> str:
@@ -187,12 +199,20 @@ def _notice(notice: Row) -> str:
 def _after(notice: Row, content: str | None) -> str:
     """What followed when a notice had failed (relay/dsn/generator.py)."""
     refused = notice["state"] == State.BOUNCED and notice["last_outcome"] == Outcome.REJECTED
-    if refused and content in (Enclosure.FULL, Enclosure.HEADER) and not notice["last_reply"].startswith(BY_OPERATOR):
+    if (
+        refused
+        and content in (Enclosure.FULL, Enclosure.HEADER)
+        and not notice["last_reply"].startswith(BY_OPERATOR)
+    ):
         return "a notice with less of the original was made in its place"
     return "it was given up: the sender of the original is not told by it"
 
 
-_ENCLOSED = {Enclosure.FULL: "the whole message", Enclosure.HEADER: "its header", Enclosure.NONE: "nothing of it"}
+_ENCLOSED = {
+    Enclosure.FULL: "the whole message",
+    Enclosure.HEADER: "its header",
+    Enclosure.NONE: "nothing of it",
+}
 _WITHHELD = {
     Withheld.RATE: "it had a notice about mail from an untrusted client less than a minute before",
     Withheld.POSTMASTER: "the mail came from an untrusted client and was for our own postmaster",
@@ -202,7 +222,11 @@ _WITHHELD = {
 
 def _dropped(row: Row, _message: Row, _facts: Facts) -> str:
     reply = row["last_reply"] or ""
-    words = reply if reply.startswith("dropped by ") else "dropped by an operator while it was being sent"
+    words = (
+        reply
+        if reply.startswith("dropped by ")
+        else "dropped by an operator while it was being sent"
+    )
     return f"{words}, {ago(row['finished_at'])} ago; nobody is told"
 
 
@@ -268,7 +292,9 @@ def _without(server: str, facts: Facts) -> str:
     if pause := facts.pauses.get(f"server:{server}"):
         return f"server {server} is paused until `resume` {_by(pause)}"
     wary = facts.rests.get(server, {})
-    if not wary or any(worker["id"] not in wary for worker in facts.living if _knows(worker, server)):
+    if not wary or any(
+        worker["id"] not in wary for worker in facts.living if _knows(worker, server)
+    ):
         return ""
     return f"server {server} is left alone until it is tried again, within a minute ({max(wary.values())})"
 
@@ -279,4 +305,6 @@ def _knows(worker: Row, server: str) -> bool:
 
 def _by(pause: Row) -> str:
     """Who paused it, when and why."""
-    return f"(by {pause['actor']} {ago(pause['since_at'])} ago" + (f": {pause['reason']})" if pause["reason"] else ")")
+    return f"(by {pause['actor']} {ago(pause['since_at'])} ago" + (
+        f": {pause['reason']})" if pause["reason"] else ")"
+    )

@@ -1,14 +1,15 @@
 """`qmqp-relay fsck`: files, rows and broker compared, beside a relay that runs.
 
-Each check gives findings; what can be mended knows how. What was found is looked at again before it is told, and what
-somebody else does every second (sweeping, accepting, removing) has an age before it counts: so a healthy relay under
-load has no findings.
+Each check gives findings; what can be mended knows how. What was found is looked at again before it
+is told, and what somebody else does every second (sweeping, accepting, removing) has an age before
+it counts: so a healthy relay under load has no findings.
 
-What must stay true: nothing changes without --repair, nor without a record in `actions`; no mail ends here: what cannot
-be sent as it is, is held; a body that a row needs, or may need when others are restored, is never removed, nor is a
-file touched in a directory that is not this database's spool; a file without a row is moved, not removed, and only when
-some row is newer than it, because in a restored database every file of today looks lost; a worker is declared dead only
-as sweepers do it, after its lease was seen run out, unchanged, twice, LEASE apart.
+What must stay true: nothing changes without --repair, nor without a record in `actions`; no mail
+ends here: what cannot be sent as it is, is held; a body that a row needs, or may need when others
+are restored, is never removed, nor is a file touched in a directory that is not this database's
+spool; a file without a row is moved, not removed, and only when some row is newer than it, because
+in a restored database every file of today looks lost; a worker is declared dead only as sweepers do
+it, after its lease was seen run out, unchanged, twice, LEASE apart.
 """
 
 import errno
@@ -46,7 +47,8 @@ BY_FSCK = "held by fsck: "
 
 @dataclass(frozen=True, slots=True)
 class Inconsistency:
-    """What is wrong, what would mend it, and the mending, which answers whether it was still needed and done."""
+    """What is wrong, what would mend it, and the mending, which answers whether it was still needed
+    and done."""
 
     what: str
     words: str
@@ -62,7 +64,8 @@ _COLUMNS = {
 _WORKER = "EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker{})"
 _NO_RECIPIENT = """NOT EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = d.queue_id
     AND r.delivery = d.number)"""
-# Deliveries (as d) that no statement of ours makes: what, which, what mends them, and the SET that does.
+# Deliveries (as d) that no statement of ours makes: what, which, what mends them, and the SET that
+# does.
 _IMPOSSIBLE = (
     ("not due", "due_at IS NULL AND state IN ('queued', 'deferred')", "make it due now", "due_at = @now"),
     (
@@ -87,7 +90,8 @@ _IMPOSSIBLE = (
         "restore the row of its message from a backup", "",
     ),
 )  # fmt: skip
-# What is being sent, and by whom it cannot be: what, which, and the words of an attempt whose end nobody knows.
+# What is being sent, and by whom it cannot be: what, which, and the words of an attempt whose end
+# nobody knows.
 _LOST = (
     (
         "sent by an ended worker", f"d.state = 'sending' AND {_WORKER.format(' AND w.ended_at < @ago(:late)')}",
@@ -121,7 +125,9 @@ class Fsck:
     def __init__(self, settings: WorkerSettings, engine: Engine, spool: Spool) -> None:
         self._settings, self._engine, self._spool = settings, engine, spool
         self._sweeps, self._strays = Rescuer(engine, settings), OrphanScanner(engine, spool)
-        self._sql = Statements(engine, late=LATE, very_late=VERY_LATE, lifetime=settings.queue_lifetime)
+        self._sql = Statements(
+            engine, late=LATE, very_late=VERY_LATE, lifetime=settings.queue_lifetime
+        )
 
     def findings(self) -> Iterator[Inconsistency]:
         """Everything that is wrong, as it is found."""
@@ -142,7 +148,11 @@ class Fsck:
         )  # fmt: skip
 
     def _through(
-        self, action: AuditEntry, which: str, change: Callable[[Connection, str], object], **given: Any
+        self,
+        action: AuditEntry,
+        which: str,
+        change: Callable[[Connection, str], object],
+        **given: Any,
     ) -> bool:
         """Mend deliveries (as d), a chunk a transaction, with a record; whether there were any."""
         return sum(len(rows) for rows in action.through(which, change, **given)) > 0
@@ -153,10 +163,17 @@ class Fsck:
             if stray.row:
                 what, remedy, mend = "file that nobody needs", "remove it", self._strays.remove
             else:
-                what, remedy, mend = "file without row", "move it to orphans/", self._strays.move_to_orphans
+                what, remedy, mend = (
+                    "file without row",
+                    "move it to orphans/",
+                    self._strays.move_to_orphans,
+                )
             repair: Callable[[], bool] | None = partial(self._noted, what, stray, mend)
             if not stray.row and not stray.newer_row_exists:
-                remedy, repair = "left alone: no row is newer, so the database may be an old copy", None
+                remedy, repair = (
+                    "left alone: no row is newer, so the database may be an old copy",
+                    None,
+                )
             yield Inconsistency(what, str(stray.path), remedy, repair)
 
     def _noted(self, what: str, stray: OrphanFile, mend: Callable[[OrphanFile], bool]) -> bool:
@@ -168,7 +185,8 @@ class Fsck:
         return True
 
     def _bodies(self) -> Iterator[Inconsistency]:
-        """Unfinished deliveries whose body is missing or of another size: looked at again, after their row."""
+        """Unfinished deliveries whose body is missing or of another size: looked at again, after
+        their row."""
         after = FIRST
         sql = f"""SELECT m.id, m.size, min(d.state), max(d.state) FROM deliveries d JOIN messages m
             ON m.id = d.queue_id WHERE d.state IN ({words(UNFINISHED)}) AND m.id > @id(:after)
@@ -183,10 +201,16 @@ class Fsck:
                     and (fault := self._fault(name, size))
                 ):
                     held = states == ["held", "held"]
-                    remedy = "it is held: put the file back and release it, or drop it" if held else "hold it"
+                    remedy = (
+                        "it is held: put the file back and release it, or drop it"
+                        if held
+                        else "hold it"
+                    )
                     repair = None if held else partial(self._hold, name, size)
                     what = "body missing" if name in fault else "body of another size"
-                    yield Inconsistency(what, fault if name in fault else f"{name}: {fault}", remedy, repair)
+                    yield Inconsistency(
+                        what, fault if name in fault else f"{name}: {fault}", remedy, repair
+                    )
             after = str(rows[-1][0])
 
     def _fault(self, name: str, size: int) -> str:
@@ -227,7 +251,10 @@ class Fsck:
             if (worker, until) in still:
                 about = f"{worker} ({host} {pid}), lease run out {span(age)} ago, {counted(count)}"
                 yield Inconsistency(
-                    "dead worker", about, "declare it dead", partial(self._expire_worker, worker, until)
+                    "dead worker",
+                    about,
+                    "declare it dead",
+                    partial(self._expire_worker, worker, until),
                 )
 
     def _expire_worker(self, worker: str, until: str) -> bool:
@@ -237,22 +264,35 @@ class Fsck:
     def _rows(self) -> Iterator[Inconsistency]:
         """Rows that no statement of ours makes."""
         for what, which, remedy, mend in _IMPOSSIBLE:
-            yield from self._deliveries(what, which, remedy, partial(self._set, mend) if mend else None)
+            yield from self._deliveries(
+                what, which, remedy, partial(self._set, mend) if mend else None
+            )
         for what, which, why in _LOST:
-            yield from self._deliveries(what, which, "call it uncertain", partial(self._mark_uncertain, why))
+            yield from self._deliveries(
+                what, which, "call it uncertain", partial(self._mark_uncertain, why)
+            )
         if rows := self._all(f"{_STRAY} LIMIT 10000"):
             yield Inconsistency(
-                "recipient without delivery", _these(rows), "give it a delivery, which is held", self._adopt
+                "recipient without delivery",
+                _these(rows),
+                "give it a delivery, which is held",
+                self._adopt,
             )
         if bare := self._all(_BARE):
             ids = ", ".join(row[0] for row in bare[:SHOWN]) + (" ..." if len(bare) > SHOWN else "")
-            remedy = "its body stays: restore the rows of its recipients and deliveries from a backup"
-            yield Inconsistency("message without recipients", f"{len(bare)} messages: {ids}", remedy)
+            remedy = (
+                "its body stays: restore the rows of its recipients and deliveries from a backup"
+            )
+            yield Inconsistency(
+                "message without recipients", f"{len(bare)} messages: {ids}", remedy
+            )
 
     def _deliveries(
         self, what: str, which: str, remedy: str, change: Callable[[Connection, str], object] | None
     ) -> Iterator[Inconsistency]:
-        if rows := self._all(f"SELECT d.queue_id, d.number FROM deliveries d WHERE {which} LIMIT 10000"):
+        if rows := self._all(
+            f"SELECT d.queue_id, d.number FROM deliveries d WHERE {which} LIMIT 10000"
+        ):
             repair = partial(self._through, self._action(what), which, change) if change else None
             yield Inconsistency(what, _these(rows), remedy, repair)
 
@@ -260,7 +300,9 @@ class Fsck:
         self._sql.run(connection, f"UPDATE deliveries AS d SET {values} {THESE}", keys=keys)
 
     def _mark_uncertain(self, why: str, connection: Connection, keys: str) -> None:
-        self._sweeps.mark_uncertain(connection, f"(d.queue_id, d.number) IN ({PICKED})", why, keys=keys)
+        self._sweeps.mark_uncertain(
+            connection, f"(d.queue_id, d.number) IN ({PICKED})", why, keys=keys
+        )
 
     def _adopt(self) -> bool:
         """Give recipients that nobody carries a delivery, which is held."""
@@ -276,8 +318,14 @@ class Fsck:
     def _late(self) -> Iterator[Inconsistency]:
         """What somebody should have looked at long ago."""
         late = self._all(_LATE)
-        (alive,) = self._all("SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at > @now")
-        who = f"{alive[0]} workers are alive, and their log says why" if alive[0] else "no worker is alive: start one"
+        (alive,) = self._all(
+            "SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at > @now"
+        )
+        who = (
+            f"{alive[0]} workers are alive, and their log says why"
+            if alive[0]
+            else "no worker is alive: start one"
+        )
         for state, count, age in late:
             what = "overdue" if state in UNFINISHED else "notice owed"
             yield Inconsistency(what, f"{count} {state}, for {span(age)}", who)
@@ -300,7 +348,9 @@ def wait(seconds: float) -> None:
 
 def _these(rows: list[Any]) -> str:
     keys = [f"{str(key).replace('-', '')}.{number}" for key, number in rows]
-    return f"{counted(len(keys))}: {', '.join(keys[:SHOWN])}" + (" ..." if len(keys) > SHOWN else "")
+    return f"{counted(len(keys))}: {', '.join(keys[:SHOWN])}" + (
+        " ..." if len(keys) > SHOWN else ""
+    )
 
 
 def run(*, repair: bool, json_lines: bool) -> int:
@@ -309,17 +359,28 @@ def run(*, repair: bool, json_lines: bool) -> int:
     with opened(settings) as engine:
         spool = at_hand(settings, QueueReader(engine))
         if spool is None:
-            say(f"the spool of this database is not at hand in {settings.spool_dir}; run this where it is mounted")
+            say(
+                f"the spool of this database is not at hand in {settings.spool_dir}; run this where it is mounted"
+            )
             return OUT_OF_REACH
-        found, left, mendable = _told(Fsck(settings, engine, spool).findings(), repair=repair, json_lines=json_lines)
+        found, left, mendable = _told(
+            Fsck(settings, engine, spool).findings(), repair=repair, json_lines=json_lines
+        )
     if not json_lines:
         more = f"; --repair would mend {mendable}" if mendable and not repair else ""
-        say(f"{found} found, {found - left} repaired{more}" if found else "everything is as it should be")
+        say(
+            f"{found} found, {found - left} repaired{more}"
+            if found
+            else "everything is as it should be"
+        )
     return NOTHING_MATCHED if left else DONE
 
 
-def _told(findings: Iterable[Inconsistency], *, repair: bool, json_lines: bool) -> tuple[int, int, int]:
-    """Print what is found, as it is found and mended; how many there were, are left, and can be mended."""
+def _told(
+    findings: Iterable[Inconsistency], *, repair: bool, json_lines: bool
+) -> tuple[int, int, int]:
+    """Print what is found, as it is found and mended; how many there were, are left, and can be
+    mended."""
     left = mendable = 0
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -329,6 +390,11 @@ def _told(findings: Iterable[Inconsistency], *, repair: bool, json_lines: bool) 
             left += not done
             mendable += finding.repair is not None
             repaired = "yes" if done else "no" if finding.repair else "-"
-            yield {"found": finding.what, "repaired": repaired, "words": finding.words, "remedy": finding.remedy}
+            yield {
+                "found": finding.what,
+                "repaired": repaired,
+                "words": finding.words,
+                "remedy": finding.remedy,
+            }
 
     return write(rows(), _COLUMNS, json_lines=json_lines), left, mendable

@@ -1,9 +1,9 @@
-"""Changing the queue: what `retry`, `hold`, `release`, `bounce`, `drop`, `pause` and `resume` do around
-`relay.queue.operations`.
+"""Changing the queue: what `retry`, `hold`, `release`, `bounce`, `drop`, `pause` and `resume` do
+around `relay.queue.operations`.
 
-What must stay true: nothing is touched by an empty filter unless --all says so, nor more than one delivery unless
-somebody said yes; every change is recorded with who asked for it and why; who stops a verb in its middle is told how
-far it came.
+What must stay true: nothing is touched by an empty filter unless --all says so, nor more than one
+delivery unless somebody said yes; every change is recorded with who asked for it and why; who stops
+a verb in its middle is told how far it came.
 """
 
 import getpass
@@ -60,7 +60,9 @@ def change(name: str, wanted: Filter, order: ChangeRequest) -> int:
         return _change(name, settings, engine, wanted, order)
 
 
-def _change(name: str, settings: Settings, engine: Engine, wanted: Filter, order: ChangeRequest) -> int:
+def _change(
+    name: str, settings: Settings, engine: Engine, wanted: Filter, order: ChangeRequest
+) -> int:
     queue, verb = QueueReader(engine), OPERATIONS.get(name, REROUTE)
     verbs = QueueOperations(engine, notices=settings.bounces == "dsn")
     wanted = resolved(queue, wanted)
@@ -73,26 +75,50 @@ def _change(name: str, settings: Settings, engine: Engine, wanted: Filter, order
         say(f"would {name} {_limited(matched, order.limit)}")
         return DONE
     meant = f"{name} {_limited(matched, order.limit)}"
-    if min(matched.total(), order.limit or 2) > 1 and not order.yes and (refusal := _refusal(meant)) is not None:
+    if (
+        min(matched.total(), order.limit or 2) > 1
+        and not order.yes
+        and (refusal := _refusal(meant)) is not None
+    ):
         return refusal
     route_for = Routes.load(settings).route_for if verb is REROUTE else None
-    chunks = verbs.in_chunks(verb, wanted, actor=actor(), reason=order.reason, route_for=route_for, limit=order.limit)
+    chunks = verbs.in_chunks(
+        verb, wanted, actor=actor(), reason=order.reason, route_for=route_for, limit=order.limit
+    )
     touched, removed, interrupted = _done(chunks, at_hand(settings, queue))
     if order.json_lines:
-        typer.echo(as_json({"verb": name, "deliveries": touched.total(), "were": touched, "bodies_removed": removed}))
+        typer.echo(
+            as_json(
+                {
+                    "verb": name,
+                    "deliveries": touched.total(),
+                    "were": touched,
+                    "bodies_removed": removed,
+                }
+            )
+        )
     else:
-        typer.echo(f"{name}: {_told(touched)}" + (f", bodies removed: {removed}" if removed else ""))
+        typer.echo(
+            f"{name}: {_told(touched)}" + (f", bodies removed: {removed}" if removed else "")
+        )
     if sending := touched[State.SENDING]:
         wished = f"{name} comes after this try, unless the server accepts"
-        say(f"{sending} being sent: {wished if verb.wanted else 'not held after this try any more'}")
+        say(
+            f"{sending} being sent: {wished if verb.wanted else 'not held after this try any more'}"
+        )
     if interrupted:
-        say(f"interrupted after {touched.total()} of {counted(matched.total())}; the rest is as it was")
+        say(
+            f"interrupted after {touched.total()} of {counted(matched.total())}; the rest is as it was"
+        )
         return INTERRUPTED
     return DONE if touched else NOTHING_MATCHED
 
 
-def _done(chunks: Iterator[tuple[Counter[str], list[str]]], spool: Spool | None) -> tuple[Counter[str], int, bool]:
-    """Do it, removing bodies meanwhile; the deliveries touched by state, bodies removed, whether it was interrupted."""
+def _done(
+    chunks: Iterator[tuple[Counter[str], list[str]]], spool: Spool | None
+) -> tuple[Counter[str], int, bool]:
+    """Do it, removing bodies meanwhile; the deliveries touched by state, bodies removed, whether it
+    was interrupted."""
     touched, removed = Counter[str](), 0
     try:
         for counts, free in chunks:
@@ -113,7 +139,11 @@ def _refusal(question: str) -> int | None:
 
 def _limited(counts: Mapping[str, int], limit: int | None) -> str:
     """What would be touched, if that is not all of it."""
-    return _told(counts) if limit is None or limit >= sum(counts.values()) else f"the oldest {limit} of {_told(counts)}"
+    return (
+        _told(counts)
+        if limit is None or limit >= sum(counts.values())
+        else f"the oldest {limit} of {_told(counts)}"
+    )
 
 
 def _told(counts: Mapping[str, int]) -> str:
@@ -122,7 +152,9 @@ def _told(counts: Mapping[str, int]) -> str:
     return f"{counted(total)} ({parts})" if total else "nothing"
 
 
-def pause(route: str | None, server: str | None, *, reason: str, resume: bool, json_lines: bool = False) -> int:
+def pause(
+    route: str | None, server: str | None, *, reason: str, resume: bool, json_lines: bool = False
+) -> int:
     """Pause or resume a route or a server; the exit status."""
     if (route is None) == (server is None):
         say("name one: --route NAME or --server HOST")
@@ -134,16 +166,23 @@ def pause(route: str | None, server: str | None, *, reason: str, resume: bool, j
         say(str(error))
         return WRONG_USE
     with opened(settings) as engine:
-        verbs, known = QueueOperations(engine, notices=False), _subjects(settings, QueueReader(engine))
+        verbs, known = (
+            QueueOperations(engine, notices=False),
+            _subjects(settings, QueueReader(engine)),
+        )
         done = (verbs.resume if resume else verbs.pause)(subject, actor=actor(), reason=reason)
     words = "resumed" if resume else "paused"
     if json_lines:
-        typer.echo(as_json({"verb": "resume" if resume else "pause", "subject": subject, "done": done}))
+        typer.echo(
+            as_json({"verb": "resume" if resume else "pause", "subject": subject, "done": done})
+        )
     if done:
         if not json_lines:
             typer.echo(f"{subject} {words}")
         if not resume and subject not in known:
-            say(f"not in these settings, nor tried in the last hour; known are {', '.join(sorted(known))}")
+            say(
+                f"not in these settings, nor tried in the last hour; known are {', '.join(sorted(known))}"
+            )
         return DONE
     if resume:
         say(f"{subject} is not paused; `qmqp-relay stats` shows what is")

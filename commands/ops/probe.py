@@ -1,4 +1,5 @@
-"""`qmqp-relay probe SERVER`: what a QMQP server is, as `qmqp.probe` finds out without delivering anything."""
+"""`qmqp-relay probe SERVER`: what a QMQP server is, as `qmqp.probe` finds out without delivering
+anything."""
 
 import asyncio
 from dataclasses import asdict
@@ -21,12 +22,15 @@ _COLUMNS = {
 
 
 def run(text: str, *, json_lines: bool, timeout: float) -> int:
-    """Ask, and print what was found; 0 if it may be sent to, 1 if not or nobody knows, 3 if it is out of reach."""
+    """Ask, and print what was found; 0 if it may be sent to, 1 if not or nobody knows, 3 if it is
+    out of reach."""
     try:
         server = parse_server(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    found = asyncio.run(probe(host=server.host, port=server.port, path=server.path, connect=timeout, reply=timeout))
+    found = asyncio.run(
+        probe(host=server.host, port=server.port, path=server.path, connect=timeout, reply=timeout)
+    )
     row = {"server": server.name} | asdict(found) | {"said": escaped(found.said)}
     tables.write([row], _COLUMNS, json_lines=json_lines)
     if not found.reachable:

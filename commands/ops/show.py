@@ -1,7 +1,8 @@
 """Looking at the queue: `list`, `show`, `why`, `headers`, `body` and `stats`.
 
-Everything is read through `relay.report.queries`, from the views that people also query by SQL. What must stay true:
-looking takes no lock, changes nothing, and makes no database where there is none.
+Everything is read through `relay.report.queries`, from the views that people also query by SQL.
+What must stay true: looking takes no lock, changes nothing, and makes no database where there is
+none.
 """
 
 import contextlib
@@ -20,7 +21,20 @@ from sqlalchemy import Engine
 
 from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, explanation, say
 from commands.ops import explain as why
-from commands.output import Columns, Row, ago, as_json, cut, folded, plain, size, span, stamp, write, write_lines
+from commands.output import (
+    Columns,
+    Row,
+    ago,
+    as_json,
+    cut,
+    folded,
+    plain,
+    size,
+    span,
+    stamp,
+    write,
+    write_lines,
+)
 from relay.db import engine as database
 from relay.db.schema import UNFINISHED, Outcome
 from relay.report.filters import Filter
@@ -60,12 +74,15 @@ def _shown(name: str) -> Callable[[Row], str]:
 
 
 def _columns(headings: str) -> Columns:
-    """Columns from `HEADING=name` words; the name is left out where it is the heading in small letters."""
+    """Columns from `HEADING=name` words; the name is left out where it is the heading in small
+    letters."""
     pairs = (word.partition("=")[::2] for word in headings.split())
     return {heading.replace("_", " "): _shown(name or heading.lower()) for heading, name in pairs}
 
 
-COLUMNS = _columns("ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT TRIES=attempts NEXT=next_at REASON")
+COLUMNS = _columns(
+    "ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT TRIES=attempts NEXT=next_at REASON"
+)
 LISTED = "queue_id, state, received_at, size, sender, recipient, attempts, next_at, reason"  # which these are made of
 _TRIES: Columns = {
     "TRY": lambda row: f"{row['delivery']}.{row['claim']}.{row['attempt_index']}",
@@ -84,7 +101,9 @@ _WORKERS: Columns = {
 _OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
     **_columns("SERVER TRIES=attempts LAST=last_at"),
-    "OUTCOMES": lambda row: ", ".join(f"{row[outcome]} {outcome}" for outcome in _OUTCOMES if row[outcome]),
+    "OUTCOMES": lambda row: ", ".join(
+        f"{row[outcome]} {outcome}" for outcome in _OUTCOMES if row[outcome]
+    ),
     "NOW": lambda row: _now(row),
 }
 
@@ -101,7 +120,9 @@ _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
 _SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
 _RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
 _AGES: Columns = {
-    **_columns(f"RECIPIENTS=waiting {' '.join(f'{age.replace("under", "<")}={age}' for age in AGES)} older"),
+    **_columns(
+        f"RECIPIENTS=waiting {' '.join(f'{age.replace("under", "<")}={age}' for age in AGES)} older"
+    ),
     "DOMAIN": lambda row: row["domain"] or f"({row['domains']} more)",
 }
 MANY = 50  # workers that a table shows
@@ -112,7 +133,9 @@ def opened(settings: Settings) -> Iterator[Engine]:
     """The database, as long as it is needed; raises DatabaseError where there is none yet."""
     url = database.normalized(settings.database_url)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
-        raise database.DatabaseError(f"there is no database {url.database} yet: `qmqp-relay up` or `migrate` makes it")
+        raise database.DatabaseError(
+            f"there is no database {url.database} yet: `qmqp-relay up` or `migrate` makes it"
+        )
     engine = database.connect(settings.database_url)
     try:
         yield engine
@@ -134,8 +157,11 @@ def resolved(queue: QueueReader, wanted: Filter) -> Filter:
     return replace(wanted, id=queue.resolve(wanted.id)) if wanted.id is not None else wanted
 
 
-def watched(every: float | None, look: Callable[[], int], pause: Callable[[float], None] = time.sleep) -> int:
-    """Look once, or every so many seconds until Ctrl-C, on a screen that is cleared; the exit status.
+def watched(
+    every: float | None, look: Callable[[], int], pause: Callable[[float], None] = time.sleep
+) -> int:
+    """Look once, or every so many seconds until Ctrl-C, on a screen that is cleared; the exit
+    status.
 
     A database that is away while somebody watches is said, and looked at again.
     """
@@ -165,7 +191,9 @@ def list_queue(wanted: Filter, *, everything: bool, limit: int | None, json_line
         queue = QueueReader(engine)
         wanted = resolved(queue, wanted)
         if sys.stdout.isatty() and not json_lines:
-            count = write(queue.rows(wanted, limit=limit, finished=everything, columns=LISTED), COLUMNS)
+            count = write(
+                queue.rows(wanted, limit=limit, finished=everything, columns=LISTED), COLUMNS
+            )
         else:
             lines = queue.lines(wanted, limit=limit, finished=everything, objects=json_lines)
             count = write_lines(lines, json_lines=json_lines)
@@ -200,7 +228,10 @@ def everything_about(queue: QueueReader, settings: Settings, text: str) -> dict[
         "file": str(Spool(settings.spool_dir).path(message["queue_id"])),
         "file_size": file_size,
         "spool_at_hand": spool is not None,
-        "why": [{"delivery": row["number"], "state": row["state"], "why": words} for row, words in reasons],
+        "why": [
+            {"delivery": row["number"], "state": row["state"], "why": words}
+            for row, words in reasons
+        ],
     }
 
 
@@ -220,9 +251,15 @@ def show_message(text: str, *, json_lines: bool) -> int:
 def facts(message: dict[str, Any]) -> list[tuple[str, str]]:
     """What there is to say about a message, in order: (name, words)."""
     needed = any(row["state"] in UNFINISHED for row in message["deliveries"])
-    held = ("missing" if needed else "gone") if message["spool_at_hand"] else "the spool is not at hand"
+    held = (
+        ("missing" if needed else "gone")
+        if message["spool_at_hand"]
+        else "the spool is not at hand"
+    )
     user = f" as {message['auth_user']}" if message["auth_user"] else ""
-    client = f"{message['client_address'] or 'here'} ({message['helo']}) by {message['protocol']}{user}"
+    client = (
+        f"{message['client_address'] or 'here'} ({message['helo']}) by {message['protocol']}{user}"
+    )
     told = {
         "id": message["queue_id"],
         "sender": message["sender"] or "<>",
@@ -233,11 +270,14 @@ def facts(message: dict[str, Any]) -> list[tuple[str, str]]:
         "RET": message["ret"],
         "ENVID": message["envid"],
         "notice of": message["dsn_of"] and why.about(message),
-        "file": f"{message['file']}, " + (held if message["file_size"] is None else f"{message['file_size']} bytes"),
+        "file": f"{message['file']}, "
+        + (held if message["file_size"] is None else f"{message['file_size']} bytes"),
     }
     lines = [(name, value) for name, value in told.items() if value]
     for row in message["recipients"]:
-        asked = "".join(f", {name.upper()}={row[name]}" for name in ("notify", "orcpt") if row[name])
+        asked = "".join(
+            f", {name.upper()}={row[name]}" for name in ("notify", "orcpt") if row[name]
+        )
         lines.append(("recipient", f"{row['address']}, delivery {row['delivery']}{asked}"))
     for row in message["deliveries"]:
         origin = f", from delivery {row['parent']}" if row["parent"] else ""
@@ -246,7 +286,9 @@ def facts(message: dict[str, Any]) -> list[tuple[str, str]]:
         words = f"{row['state']}{ended}{worker}, route {row['route']}{origin}, expires {stamp(row['expires_at'])}"
         lines.append((f"delivery {row['number']}", words))
     lines += [("why", row["why"]) for row in message["why"]]
-    doubtful = {row["server"] or "any server" for row in message["attempts"] if row["outcome"] in TWINS}
+    doubtful = {
+        row["server"] or "any server" for row in message["attempts"] if row["outcome"] in TWINS
+    }
     if doubtful:
         keys = " or ".join(filter(None, (message["queue_id"], message["header_message_id"])))
         lines.append(("twin", f"perhaps on {', '.join(sorted(doubtful))}: look there for {keys}"))
@@ -257,17 +299,24 @@ def show_why(text: str, *, json_lines: bool) -> int:
     """Print why a message is where it is, a sentence for each delivery; the exit status."""
     message = looked_up(text)
     for row in message["why"]:
-        typer.echo(as_json({"queue_id": message["queue_id"], **row}) if json_lines else _readable(plain(row["why"])))
+        typer.echo(
+            as_json({"queue_id": message["queue_id"], **row})
+            if json_lines
+            else _readable(plain(row["why"]))
+        )
     return DONE
 
 
 def _readable(words: str, indent: int = 0) -> str:
     """Words in lines that fit a terminal; as they are for anybody else."""
-    return folded(words, indent, shutil.get_terminal_size().columns) if sys.stdout.isatty() else words
+    return (
+        folded(words, indent, shutil.get_terminal_size().columns) if sys.stdout.isatty() else words
+    )
 
 
 def show_body(text: str, *, header_only: bool) -> int:
-    """Print the stored message or its header: as it is, but on a terminal harmless; the exit status."""
+    """Print the stored message or its header: as it is, but on a terminal harmless; the exit
+    status."""
     settings = load(Settings)
     with opened(settings) as engine:
         queue = QueueReader(engine)
@@ -278,14 +327,18 @@ def show_body(text: str, *, header_only: bool) -> int:
     try:
         handle = spool.open(message["queue_id"], message["size"])
     except BodyUnsendable as error:
-        say(f"{error}; its deliveries are {', '.join(sorted({row['state'] for row in message['deliveries']}))}")
+        say(
+            f"{error}; its deliveries are {', '.join(sorted({row['state'] for row in message['deliveries']}))}"
+        )
         return NOTHING_MATCHED
     with os.fdopen(handle, "rb") as body:
         for line in body:
             if header_only and line == b"\n":
                 break
             if sys.stdout.isatty():
-                typer.echo(plain(line.rstrip(b"\n").decode("utf-8", "backslashreplace").expandtabs()))
+                typer.echo(
+                    plain(line.rstrip(b"\n").decode("utf-8", "backslashreplace").expandtabs())
+                )
             else:
                 sys.stdout.buffer.write(line)
     return DONE
@@ -301,7 +354,8 @@ _HEADINGS = {
 
 
 def show_stats(*, json_lines: bool) -> int:
-    """Print the queue by state and age, workers, servers, pauses, and how quick it goes; the exit status."""
+    """Print the queue by state and age, workers, servers, pauses, and how quick it goes; the exit
+    status."""
     with opened(load(Settings)) as engine:
         queue = QueueReader(engine)
         figures = Statistics(queue)
@@ -319,9 +373,13 @@ def show_stats(*, json_lines: bool) -> int:
     for kind, rows, columns in parts:
         if not json_lines:
             heading = _HEADINGS.get(kind, f"{kind}s")
-            typer.echo(f"{'' if kind == 'queue' else chr(10)}{heading}:" + ("" if rows else " none"))
+            typer.echo(
+                f"{'' if kind == 'queue' else chr(10)}{heading}:" + ("" if rows else " none")
+            )
         shown = rows[:MANY] if kind == "worker" and not json_lines else rows
         write([{"kind": kind, **row} for row in shown], columns, json_lines=json_lines)
         if others := rows[len(shown) :]:
-            typer.echo(f"and {len(others)} more, which are sending {sum(row['sending'] for row in others)}")
+            typer.echo(
+                f"and {len(others)} more, which are sending {sum(row['sending'] for row in others)}"
+            )
     return DONE

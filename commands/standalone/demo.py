@@ -1,8 +1,10 @@
-"""`make demo`: the whole relay on free ports in a temporary directory, with real mail, in about a minute.
+"""`make demo`: the whole relay on free ports in a temporary directory, with real mail, in about a
+minute.
 
-It starts `qmqp-relay up --demo` as anybody would, hands it messages over SMTP, shows their states as SQL tells them,
-and compares what the sink got with what was sent. The exit status is 0 only if every message reached the state that it
-should, after as many tries as it should, once, and byte by byte. Nothing is left behind.
+It starts `qmqp-relay up --demo` as anybody would, hands it messages over SMTP, shows their states
+as SQL tells them, and compares what the sink got with what was sent. The exit status is 0 only if
+every message reached the state that it should, after as many tries as it should, once, and byte by
+byte. Nothing is left behind.
 """
 
 import os
@@ -39,7 +41,12 @@ TRIALS = (
     ("ordinary", "me@example.com", ("you@example.org",), ("delivered", 1)),
     ("8-bit, dots", "me@example.com", ("dots@example.org",), ("delivered", 1)),
     ("25 MB", "me@example.com", ("large@example.org",), ("delivered", 1)),
-    ("several", "me@example.com", ("ann@example.org", "bob@example.org", "cid@example.org"), ("delivered", 1)),
+    (
+        "several",
+        "me@example.com",
+        ("ann@example.org", "bob@example.org", "cid@example.org"),
+        ("delivered", 1),
+    ),
     ("null sender", "", ("bounces@example.org",), ("delivered", 1)),
     ("deferred", "me@example.com", ("defer-2@example.org",), ("delivered", 3)),
     ("refused", "me@example.com", ("reject@example.org",), ("bounced", 1)),
@@ -48,10 +55,18 @@ TRIALS = (
 
 def run() -> int:
     """Play it; the exit status."""
-    with tempfile.TemporaryDirectory(prefix="qmqp-relay-demo-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix="qmqp-relay-demo-", ignore_cleanup_errors=True
+    ) as scratch:
         log, port = Path(scratch, "log"), free_port()
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")} | SETTINGS
-        environ |= {"RELAY_STATE_DIR": scratch, "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
+        environ = {
+            name: value for name, value in os.environ.items() if not name.startswith("RELAY_")
+        } | SETTINGS
+        environ |= {
+            "RELAY_STATE_DIR": scratch,
+            "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
+            "PYTHONPATH": str(ROOT),
+        }
         command = [sys.executable, "-P", "-m", "commands.cli.main", "up", "--demo"]
         with log.open("wb") as output:
             up = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True,
@@ -64,7 +79,11 @@ def run() -> int:
             up.terminate()
             status = up.wait()
         wrong += [f"up ended with status {status}"] if status else []
-        last = ["The relay's last words:", *log.read_text(errors="replace").splitlines()[-40:], "FAILED"]
+        last = [
+            "The relay's last words:",
+            *log.read_text(errors="replace").splitlines()[-40:],
+            "FAILED",
+        ]
         good = ["Every message reached the state that it should, byte by byte."]
         typer.echo("\n".join([*(f"WRONG  {fault}" for fault in wrong), *(last if wrong else good)]))
         return 1 if wrong else 0
@@ -96,10 +115,19 @@ def _play(port: int, state_dir: Path) -> Iterator[str]:
                 typer.echo(f"{time.monotonic() - began:5.1f}s  {line.rstrip()}")
         time.sleep(0.05)
     engine.dispose()
-    yield from (f"{whom} is {seen.get(whom)}, not {end}" for whom, end in wanted.items() if seen.get(whom) != end)
-    got = [RECEIVED.sub(b"", file.read_bytes(), count=1) for file in (state_dir / "sink").glob("*.eml")]
+    yield from (
+        f"{whom} is {seen.get(whom)}, not {end}"
+        for whom, end in wanted.items()
+        if seen.get(whom) != end
+    )
+    got = [
+        RECEIVED.sub(b"", file.read_bytes(), count=1) for file in (state_dir / "sink").glob("*.eml")
+    ]
     for name, _, _, (state, tries) in TRIALS:
-        times, due = got.count(bodies[name].replace(b"\r\n", b"\n")), tries if state == "delivered" else 1
+        times, due = (
+            got.count(bodies[name].replace(b"\r\n", b"\n")),
+            tries if state == "delivered" else 1,
+        )
         if times != due:
             yield f"{name}: the sink got these bytes {times} times, not {due}"
 

@@ -1,7 +1,8 @@
 """Child processes: started, started again when they crash, stopped in order, and never left behind.
 
-What must stay true: no child outlives this process, also when it is killed (Linux: PR_SET_PDEATHSIG, which is
-about the thread that starts the child: start them from the main thread alone); nobody else is ever signalled.
+What must stay true: no child outlives this process, also when it is killed (Linux:
+PR_SET_PDEATHSIG, which is about the thread that starts the child: start them from the main thread
+alone); nobody else is ever signalled.
 """
 
 import asyncio
@@ -63,9 +64,11 @@ class Child:
         return await self.process.wait() if self.process else 0
 
     async def keep(self, refusal: int | None = None) -> int:
-        """Start it again whenever it dies, until it is told to stop or ends with the status `refusal`; its last status.
+        """Start it again whenever it dies, until it is told to stop or ends with the status
+        `refusal`; its last status.
 
-        A child says by that status that the next one would end for the same reason: a bad setting, a port in use.
+        A child says by that status that the next one would end for the same reason: a bad setting,
+        a port in use.
         """
         pause = 0.0
         while not self.stopping.is_set():
@@ -76,7 +79,9 @@ class Child:
                 return status
             young = time.monotonic() - started < YOUNG
             pause = min(max(pause * 2, SHORTEST_PAUSE), LONGEST_PAUSE) if young else SHORTEST_PAUSE
-            log.error("child died, starting it again", child=self.name, status=status, seconds=pause)
+            log.error(
+                "child died, starting it again", child=self.name, status=status, seconds=pause
+            )
             await asyncio.sleep(pause)
         return 0
 

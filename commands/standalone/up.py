@@ -1,14 +1,15 @@
 """`qmqp-relay up`: the whole relay on this machine, in the foreground, below one directory.
 
-How it works: `up` takes a lock on STATE_DIR, looks whether its addresses are free, and only then starts anything:
-Valkey (unless RELAY_BROKER_URL names a broker), the migrations, with `--demo` the sink, `smtpd` and a Celery
-worker. Each is a process that logs to this terminal and is started again when it crashes. One that ends for a bad
-setting or a port in use ends `up`, because the next one would end as well. The first Ctrl-C stops them in the order
-of a message's road, so that nothing new comes in while what is there drains; the second kills.
+How it works: `up` takes a lock on STATE_DIR, looks whether its addresses are free, and only then
+starts anything: Valkey (unless RELAY_BROKER_URL names a broker), the migrations, with `--demo` the
+sink, `smtpd` and a Celery worker. Each is a process that logs to this terminal and is started again
+when it crashes. One that ends for a bad setting or a port in use ends `up`, because the next one
+would end as well. The first Ctrl-C stops them in the order of a message's road, so that nothing new
+comes in while what is there drains; the second kills.
 
-What must stay true: nothing is started that cannot run beside what is there; what a killed `up` left behind (lock
-file, socket) never hinders the next; without a broker everything is delivered all the same, so a Valkey that does not
-start is said aloud and stops nobody.
+What must stay true: nothing is started that cannot run beside what is there; what a killed `up`
+left behind (lock file, socket) never hinders the next; without a broker everything is delivered all
+the same, so a Valkey that does not start is said aloud and stops nobody.
 """
 
 import asyncio
@@ -38,7 +39,8 @@ SINK_PORT = 6280
 STOP_ORDER = ("migrate", "smtpd", "worker", "sink", "valkey")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_SIGNAL = 0.5  # seconds in which a signal is the same one, also passed on by whoever started us
-# In a demo people watch: a deferred message comes back while they do. What is given explicitly wins.
+# In a demo people watch: a deferred message comes back while they do. What is given explicitly
+# wins.
 DEMO_SETTINGS = {"RELAY_RETRY_MIN": "5s", "RELAY_UNCERTAIN_DELAY": "30s"}
 
 
@@ -58,11 +60,16 @@ class Stack:
         self.keepers: list[asyncio.Task[object]] = []
 
     def _environ(self) -> dict[str, str]:
-        known = {name: value for name, value in os.environ.items() if not unknown_names({name: value})}
+        known = {
+            name: value for name, value in os.environ.items() if not unknown_names({name: value})
+        }
         environ = DEMO_SETTINGS | known if self.demo else known
         environ["RELAY_STATE_DIR"] = str(self.state_dir)
-        # The children run this code, wherever `up` was called from, and nothing that lies about there.
-        environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        # The children run this code, wherever `up` was called from, and nothing that lies about
+        # there.
+        environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+        )
         if embedded := valkey.url(self.smtpd):
             environ["RELAY_BROKER_URL"] = embedded
         if self.demo:
@@ -76,7 +83,9 @@ class Stack:
         migrate = self._child("migrate", patience=30)
         await migrate.start()
         if status := await migrate.wait():
-            raise UpError(f"the migrations failed with exit status {status}; the reason stands above")
+            raise UpError(
+                f"the migrations failed with exit status {status}; the reason stands above"
+            )
         if self.demo:
             where = ("--listen", self.sink_address, "--dump", str(self.state_dir / "sink"))
             self._keep(self._insist(self._child("sink", *where, patience=5)))
@@ -100,7 +109,9 @@ class Stack:
             child.stopping.set()
             child.signal(signal.SIGKILL)
 
-    def _child(self, name: str, *options: str, patience: float, program: list[str] | None = None) -> Child:
+    def _child(
+        self, name: str, *options: str, patience: float, program: list[str] | None = None
+    ) -> Child:
         command = program or [sys.executable, "-P", "-m", "commands.cli.main", name, *options]
         child = self.children[name] = Child(name, command, self.environ, patience)
         return child
@@ -109,9 +120,12 @@ class Stack:
         self.keepers.append(asyncio.create_task(life))
 
     async def _insist(self, child: Child) -> None:
-        """Keep a child that nothing works without; raises UpError when it says that it cannot run here."""
+        """Keep a child that nothing works without; raises UpError when it says that it cannot run
+        here."""
         if await child.keep(refusal=WRONG_USE) == WRONG_USE and not child.stopping.is_set():
-            raise UpError(f"{child.name} cannot run here, so it is not started again; the reason stands above")
+            raise UpError(
+                f"{child.name} cannot run here, so it is not started again; the reason stands above"
+            )
 
     async def _announce(self) -> None:
         address = self.smtpd.smtp_listen[0]
@@ -124,7 +138,11 @@ class Stack:
         if program is None:
             log.warning("no valkey-server or redis-server found: delivering without a broker")
             return
-        self._keep(self._child("valkey", patience=5, program=valkey.command(program, self.state_dir)).keep())
+        self._keep(
+            self._child(
+                "valkey", patience=5, program=valkey.command(program, self.state_dir)
+            ).keep()
+        )
         if not await _until(lambda: valkey.answers(self.state_dir), 10):
             log.error("valkey does not answer; going on without it", log=log_file)
 
@@ -161,7 +179,9 @@ async def _supervise(stack: Stack) -> None:
             await running
     finally:
         await stack.stop()
-        for number in SIGNALS:  # nothing is left to stop: one more Ctrl-C must not spoil the exit status
+        for (
+            number
+        ) in SIGNALS:  # nothing is left to stop: one more Ctrl-C must not spoil the exit status
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
     log.warning("stopped")
@@ -193,19 +213,27 @@ def _locked(state_dir: Path) -> Iterator[None]:
 def _refuse_taken(addresses: Iterable[tuple[str, int]], setting: str) -> None:
     """Raise UpError for an address that cannot be listened on."""
     for host, port in addresses:
-        deadline = time.monotonic() + 1  # the children of an `up` that was killed this moment are still dying
+        deadline = (
+            time.monotonic() + 1
+        )  # the children of an `up` that was killed this moment are still dying
         while error := _bind_error(host, port):
             taken = error.errno == errno.EADDRINUSE
             if not taken or time.monotonic() > deadline:
-                why = "is taken by another program" if taken else f"cannot be used: {error.strerror}"
+                why = (
+                    "is taken by another program" if taken else f"cannot be used: {error.strerror}"
+                )
                 other = f"{setting}={shown(host, port + 1 if port > 1023 else 2525)}"
-                raise UpError(f"{shown(host, port)} {why}; choose another address with {setting}, such as {other}")
+                raise UpError(
+                    f"{shown(host, port)} {why}; choose another address with {setting}, such as {other}"
+                )
             time.sleep(0.05)
 
 
 def _bind_error(host: str, port: int) -> OSError | None:
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         for family, kind, protocol, _, address in found:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -245,7 +273,8 @@ def smtp_answers(host: str, port: int) -> bool:
 
 
 def _reachable(host: str, port: int) -> tuple[str, int]:
-    """Where a client on this machine finds a listener; the addresses that mean all of them are no place to go to."""
+    """Where a client on this machine finds a listener; the addresses that mean all of them are no
+    place to go to."""
     return ("::1" if ":" in host else "127.0.0.1") if host.strip("0.:") == "" else host, port
 
 
@@ -261,7 +290,10 @@ def _near(path: str | Path) -> str:
 
 def banner(stack: Stack) -> str:
     """What listens where, and what to type next."""
-    servers = " ".join(stack.worker.qmqp_servers) or "none yet: mail waits until RELAY_QMQP_SERVERS names one"
+    servers = (
+        " ".join(stack.worker.qmqp_servers)
+        or "none yet: mail waits until RELAY_QMQP_SERVERS names one"
+    )
     url, database = shown(*_reachable(*stack.smtpd.smtp_listen[0])), stack.smtpd.database_url
     if stack.demo:
         servers = f"{stack.sink_address}, a sink that dumps to {_near(stack.state_dir / 'sink')}"

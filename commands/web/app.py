@@ -1,13 +1,13 @@
 """`qmqp-relay web`: the queue on a page, read only, for a browser on this machine.
 
-How it works: every page is one request, answered from `relay.report.queries` by a template; graphs are SVG that is
-drawn here. There is no script, no cookie, no password and nothing from elsewhere. What costs a scan (the overview) is
-kept for some seconds, and for longer where it took long.
+How it works: every page is one request, answered from `relay.report.queries` by a template; graphs
+are SVG that is drawn here. There is no script, no cookie, no password and nothing from elsewhere.
+What costs a scan (the overview) is kept for some seconds, and for longer where it took long.
 
-What must stay true: nothing is changed, whoever asks; whatever peers wrote is text (templates escape everything,
-characters that turn the direction of ours too, and the policy that is sent along allows a style sheet of ours and
-nothing else); a page of another site can neither frame nor read this one, nor reach it by a name that it has pointed
-here.
+What must stay true: nothing is changed, whoever asks; whatever peers wrote is text (templates
+escape everything, characters that turn the direction of ours too, and the policy that is sent along
+allows a style sheet of ours and nothing else); a page of another site can neither frame nor read
+this one, nor reach it by a name that it has pointed here.
 """
 
 import asyncio
@@ -66,9 +66,11 @@ OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "
 
 
 class Visit(H11Protocol):
-    """A connection that ends when a request does not come whole in time, or its answer is not taken.
+    """A connection that ends when a request does not come whole in time, or its answer is not
+    taken.
 
-    uvicorn times out a connection only that is silent behind an answer, and has no more than 100 of them.
+    uvicorn times out a connection only that is silent behind an answer, and has no more than 100 of
+    them.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -106,10 +108,11 @@ class Visit(H11Protocol):
 
 
 class Guard:
-    """Adds HEADERS to every answer, and answers nobody who came by a name that is not ours (DNS rebinding).
+    """Adds HEADERS to every answer, and answers nobody who came by a name that is not ours (DNS
+    rebinding).
 
-    It stands around all else: what could not be answered comes through here as an exception, after `Pages.failed` has
-    told the visitor, and is logged.
+    It stands around all else: what could not be answered comes through here as an exception, after
+    `Pages.failed` has told the visitor, and is logged.
     """
 
     def __init__(self, app: ASGIApp, hostname: str) -> None:
@@ -130,7 +133,9 @@ class Guard:
             await app(scope, receive, sent)
         except Exception as error:
             if is_outage(error):
-                log.warning("page not answered", reason=first_line(getattr(error, "orig", None) or error))
+                log.warning(
+                    "page not answered", reason=first_line(getattr(error, "orig", None) or error)
+                )
             else:
                 log.exception("page failed")
 
@@ -179,12 +184,17 @@ class Pages:
     def _look(self) -> dict[str, Any]:
         summary = self._queue.summary()
         order = {str(state): n for n, state in enumerate(State)}
-        counts = {state: sum(row["deliveries"] for row in summary if row["state"] == state) for state in State}
+        counts = {
+            state: sum(row["deliveries"] for row in summary if row["state"] == state)
+            for state in State
+        }
         waiting = [row for row in summary if row["state"] in UNFINISHED]
         now, steps = Statistics(self._queue).history(STEP * STEPS, STEP)
         return {
             "summary": sorted(summary, key=lambda row: (order[row["state"]], row["route"])),
-            "counts": {str(state): count for state, count in counts.items() if count or state in UNFINISHED},
+            "counts": {
+                str(state): count for state, count in counts.items() if count or state in UNFINISHED
+            },
             "oldest": max((row["oldest_seconds"] for row in waiting), default=None),
             "overdue": sum(row["overdue"] for row in waiting),
             "servers": self._queue.servers(),
@@ -197,7 +207,8 @@ class Pages:
         }
 
     def search(self, request: Request) -> Response:
-        """Mail that is looked for, newest first, a page at a time, and what no index finds in so many messages."""
+        """Mail that is looked for, newest first, a page at a time, and what no index finds in so
+        many messages."""
         given = {name: request.query_params.get(name, "").strip() for name in FIELDS}
         after = request.query_params.get("after", "")
         trouble, rows, more, horizon = "", list[Row](), "", None
@@ -215,17 +226,24 @@ class Pages:
             more, horizon = f"{rows[A_PAGE - 1]['queue_id']}.{rows[A_PAGE - 1]['position']}", None
         elif horizon:
             more = f"{horizon}.0"
-        query = urlencode({name: value for name, value in given.items() if value} | {"after": more}) if more else ""
+        query = (
+            urlencode({name: value for name, value in given.items() if value} | {"after": more})
+            if more
+            else ""
+        )
         return self._page(
             "search.html", given=given, rows=rows[:A_PAGE], more=query, trouble=trouble, later=after,
             until=stamp(datetime.fromtimestamp(int(horizon[:12], 16) / 1000, UTC)) if horizon else "",
         )  # fmt: skip
 
     def _behind(self, after: str) -> tuple[str, int] | None:
-        """The row behind which to go on; raises NoSuchMessage, and ValueError for what no link of ours says."""
+        """The row behind which to go on; raises NoSuchMessage, and ValueError for what no link of
+        ours says."""
         if not after:
             return None
-        named = re.fullmatch(r"([0-9a-f]{32})\.([0-9]{1,9})", after)  # a position is an integer of 32 bits
+        named = re.fullmatch(
+            r"([0-9a-f]{32})\.([0-9]{1,9})", after
+        )  # a position is an integer of 32 bits
         if named is None:
             raise ValueError("the link to older ones is not whole")
         return self._queue.resolve(named[1]), int(named[2])
@@ -248,9 +266,18 @@ class Pages:
             found = everything_about(self._queue, self._settings, request.path_params["queue_id"])
         except NoSuchMessage as error:
             raise HTTPException(404, str(error)) from None
-        known = [line for line in facts(found) if line[0] not in ("id", "why") and not line[0].startswith("delivery")]
-        notices, actions = self._queue.notices(found["queue_id"]), self._queue.actions_on(found["queue_id"])
-        return self._page("message.html", message=found, facts=known, timeline=timeline(found, notices, actions))
+        known = [
+            line
+            for line in facts(found)
+            if line[0] not in ("id", "why") and not line[0].startswith("delivery")
+        ]
+        notices, actions = (
+            self._queue.notices(found["queue_id"]),
+            self._queue.actions_on(found["queue_id"]),
+        )
+        return self._page(
+            "message.html", message=found, facts=known, timeline=timeline(found, notices, actions)
+        )
 
     def style(self, _request: Request) -> Response:
         """The one style sheet."""
@@ -267,7 +294,9 @@ class Pages:
         return self._page("failed.html", status=500, words=words)
 
     def _page(self, name: str, *, status: int = 200, **values: Any) -> Response:
-        text = self._templates.get_template(name).render(page=name.removesuffix(".html"), status=status, **values)
+        text = self._templates.get_template(name).render(
+            page=name.removesuffix(".html"), status=status, **values
+        )
         return HTMLResponse(text, status)
 
 
@@ -277,9 +306,15 @@ def due(when: datetime | None) -> str:
 
 
 def unbroken(text: str) -> Markup:
-    """Text in which no line ends at a hyphen or colon: an address that does looks like another one."""
-    # A run is tried from its beginning only, and in its whole length only: the time is linear in what peers write.
-    joined = re.sub(r"(?<![-:])[-:]++(&[#\w]+;|[^\s&:-])", r'<span class="joined">\g<0></span>', escape(plain(text)))
+    """Text in which no line ends at a hyphen or colon: an address that does looks like another
+    one."""
+    # A run is tried from its beginning only, and in its whole length only: the time is linear in
+    # what peers write.
+    joined = re.sub(
+        r"(?<![-:])[-:]++(&[#\w]+;|[^\s&:-])",
+        r'<span class="joined">\g<0></span>',
+        escape(plain(text)),
+    )
     return Markup(joined)  # noqa: S704 - it was escaped
 
 

@@ -1,9 +1,9 @@
 """Graphs as numbers: where the bars, lines and grid of a page's SVG stand. The templates draw them.
 
-What lies across is in hundredths of the width, what stands up in pixels: a narrow screen gets narrower bars and the
-same words. Time is cut into steps that end now and not with the clock, so that the newest bar is as long as all others:
-one of a step that has just begun would look like mail that has stopped. Colours and patterns are the style sheet's;
-whatever a colour says, words say too.
+What lies across is in hundredths of the width, what stands up in pixels: a narrow screen gets
+narrower bars and the same words. Time is cut into steps that end now and not with the clock, so
+that the newest bar is as long as all others: one of a step that has just begun would look like mail
+that has stopped. Colours and patterns are the style sheet's; whatever a colour says, words say too.
 """
 
 import math
@@ -27,7 +27,8 @@ type Bar = tuple[str, float, float, float, float]  # kind, x, y, width, height
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """`keys`: (kind, words); `steps`: (words, bars); `dots`: (words, x, y); `lines`: (x, y, x, y) between those.
+    """`keys`: (kind, words); `steps`: (words, bars); `dots`: (words, x, y); `lines`: (x, y, x, y)
+    between those.
 
     `marks` and `hours`: (place, words) of the axes.
     """
@@ -43,7 +44,8 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Hour:
-    """The same for those who want figures: tries by kind, and mean seconds of those that were accepted."""
+    """The same for those who want figures: tries by kind, and mean seconds of those that were
+    accepted."""
 
     begin: str
     end: str
@@ -65,7 +67,9 @@ def rate(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
             if count:
                 high = count * 60 / step / highest * (_y(0) - _y(1))
                 floor -= high
-                bars.append((kind, _x(ago, steps), round(floor, 1), round(80 / steps, 2), round(high, 1)))
+                bars.append(
+                    (kind, _x(ago, steps), round(floor, 1), round(80 / steps, 2), round(high, 1))
+                )
         drawn.append((f"{_between(now, ago, step)}: {_told(tries)}", bars))
     sums = {kind: sum(tries[kind] for tries in found.values()) for kind in KINDS}
     keys = [(kind, f"{count} {kind}") for kind, count in sums.items() if count]
@@ -74,17 +78,26 @@ def rate(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
 
 
 def latency(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
-    """Mean seconds of a try that was accepted, from connection to reply; the scale is logarithmic, 1 ms to 1000 s."""
+    """Mean seconds of a try that was accepted, from connection to reply; the scale is logarithmic,
+    1 ms to 1000 s."""
     found = {row["step"]: row["seconds"] for row in rows if row["outcome"] == "delivered"}
-    at = {ago: (round(_x(ago, steps) + 40 / steps, 2), _y(_log(seconds))) for ago, seconds in found.items()}
-    dots = [(f"{_between(now, ago, step)}: {seconds:.3f} s", *at[ago]) for ago, seconds in sorted(found.items())]
+    at = {
+        ago: (round(_x(ago, steps) + 40 / steps, 2), _y(_log(seconds)))
+        for ago, seconds in found.items()
+    }
+    dots = [
+        (f"{_between(now, ago, step)}: {seconds:.3f} s", *at[ago])
+        for ago, seconds in sorted(found.items())
+    ]
     lines = [(*at[ago + 1], *at[ago]) for ago in sorted(found) if ago + 1 in found]
     marks = [
         (_y(_log(seconds)), words)
         for seconds, words in ((0.001, "1 ms"), (0.1, "0.1 s"), (10, "10 s"), (1000, "1000 s"))
     ]
     keys = [("delivered", f"lately {found[min(found)]:.3f} s")] if found else []
-    return Graph("Seconds to be delivered", keys, marks, _hours(now, step * steps), dots=dots, lines=lines)
+    return Graph(
+        "Seconds to be delivered", keys, marks, _hours(now, step * steps), dots=dots, lines=lines
+    )
 
 
 def hourly(now: datetime, rows: Sequence[Row], step: int, steps: int) -> list[Hour]:
@@ -92,10 +105,14 @@ def hourly(now: datetime, rows: Sequence[Row], step: int, steps: int) -> list[Ho
     many, hours = 3600 // step, list[Hour]()
     for first in range(0, steps, many):
         of = [row for row in rows if first <= row["step"] < first + many]
-        tries = {kind: sum(row["tries"] for row in of if KIND[row["outcome"]] == kind) for kind in KINDS}
+        tries = {
+            kind: sum(row["tries"] for row in of if KIND[row["outcome"]] == kind) for kind in KINDS
+        }
         spent = sum(row["seconds"] * row["tries"] for row in of if row["outcome"] == "delivered")
         mean = spent / tries["delivered"] if tries["delivered"] else None
-        hours.append(Hour(_clock(now, (first + many) * step), _clock(now, first * step), tries, mean))
+        hours.append(
+            Hour(_clock(now, (first + many) * step), _clock(now, first * step), tries, mean)
+        )
     return hours
 
 

@@ -331,7 +331,16 @@ WHERE finished_at > ((CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS
 GROUP BY server""",
 ]
 VIEWS = ("mail_queue", "mail_history", "queue_summary", "server_health")
-TABLES = ("actions", "attempts", "deliveries", "messages", "pauses", "recipients", "spool", "workers")
+TABLES = (
+    "actions",
+    "attempts",
+    "deliveries",
+    "messages",
+    "pauses",
+    "recipients",
+    "spool",
+    "workers",
+)
 
 
 def upgrade() -> None:

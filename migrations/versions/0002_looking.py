@@ -236,16 +236,24 @@ def upgrade() -> None:
     for table in (RESTS, TOUCHED):
         connection.exec_driver_sql(table.format(id="UUID" if postgresql else "TEXT"))
     for change in ADDED:
-        connection.exec_driver_sql(f"ALTER TABLE {change.format(instant='TIMESTAMPTZ' if postgresql else 'BIGINT')}")
+        connection.exec_driver_sql(
+            f"ALTER TABLE {change.format(instant='TIMESTAMPTZ' if postgresql else 'BIGINT')}"
+        )
     create_views(connection)
-    connection.exec_driver_sql("CREATE INDEX deliveries_held ON deliveries (message_id) WHERE state = 'held'")
+    connection.exec_driver_sql(
+        "CREATE INDEX deliveries_held ON deliveries (message_id) WHERE state = 'held'"
+    )
     finished = "state NOT IN ('queued', 'sending', 'deferred', 'held')"
-    connection.exec_driver_sql(f"CREATE INDEX deliveries_finished ON deliveries (state, route) WHERE {finished}")
+    connection.exec_driver_sql(
+        f"CREATE INDEX deliveries_finished ON deliveries (state, route) WHERE {finished}"
+    )
     if postgresql:
         _replace_indexes(connection, " text_pattern_ops")
         about = "servers that workers leave alone for now; who has ended does not count"
         connection.exec_driver_sql(f"COMMENT ON TABLE rests IS '{about}'")
-        connection.exec_driver_sql("COMMENT ON TABLE touched IS 'which deliveries an action touched'")
+        connection.exec_driver_sql(
+            "COMMENT ON TABLE touched IS 'which deliveries an action touched'"
+        )
     for column, words in COLUMNS.items() if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{words}'")
     if postgresql and _role_is_there(connection):
@@ -265,10 +273,15 @@ def downgrade() -> None:
     if postgresql:
         _replace_indexes(connection, "")
     first = importlib.import_module("migrations.versions.0001_first")
-    made = [statement.split(maxsplit=4) for statement in (first.POSTGRESQL if postgresql else first.SQLITE)]
+    made = [
+        statement.split(maxsplit=4)
+        for statement in (first.POSTGRESQL if postgresql else first.SQLITE)
+    ]
     _replace_views(connection, {words[2]: words[4] for words in made if words[1] == "VIEW"})
     for change in reversed(ADDED):
-        connection.exec_driver_sql("ALTER TABLE " + change.replace("ADD", "DROP").rpartition(" ")[0])
+        connection.exec_driver_sql(
+            "ALTER TABLE " + change.replace("ADD", "DROP").rpartition(" ")[0]
+        )
     for table in ("touched", "rests"):
         connection.exec_driver_sql(f"DROP TABLE {table}")
 
@@ -278,7 +291,9 @@ def create_views(connection: sqlalchemy.Connection) -> None:
     postgresql = connection.dialect.name == "postgresql"
     _replace_views(connection, POSTGRESQL if postgresql else SQLITE)
     for view, words in ABOUT.items() if postgresql else ():
-        connection.exec_driver_sql(f"COMMENT ON VIEW {view} IS '{words}; docs/inspect.md explains its columns'")
+        connection.exec_driver_sql(
+            f"COMMENT ON VIEW {view} IS '{words}; docs/inspect.md explains its columns'"
+        )
     for view, columns in VIEW_COLUMNS.items() if postgresql else ():
         for column, words in columns.items():
             connection.exec_driver_sql(f"COMMENT ON COLUMN {view}.{column} IS '{words}'")
@@ -300,7 +315,10 @@ def _replace_indexes(connection: sqlalchemy.Connection, order: str) -> None:
 
 
 def _role_exists(connection: sqlalchemy.Connection) -> bool:
-    return connection.exec_driver_sql(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'").first() is not None
+    return (
+        connection.exec_driver_sql(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'").first()
+        is not None
+    )
 
 
 def _role_is_there(connection: sqlalchemy.Connection) -> bool:

@@ -38,8 +38,14 @@ COLUMNS = {
     "workers": {"until": "lease_expires_at", "ending": "end_reason"},
 }
 ADDED = {
-    "deliveries.waiting_for": ("TEXT", "route:NAME: it becomes due when a server of that route answers"),
-    "messages.client_trusted": ("BOOLEAN", "whether the client is in CLIENT_NETWORKS; empty: one of our own, or older"),
+    "deliveries.waiting_for": (
+        "TEXT",
+        "route:NAME: it becomes due when a server of that route answers",
+    ),
+    "messages.client_trusted": (
+        "BOOLEAN",
+        "whether the client is in CLIENT_NETWORKS; empty: one of our own, or older",
+    ),
     "messages.dsn_content": ("TEXT", "what a DSN encloses of the original: full, header or none"),
     "deliveries.dsn_withheld": (
         "TEXT",
@@ -86,10 +92,15 @@ def upgrade() -> None:
         if postgresql:
             connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
     _replace(connection, BEFORE, INDEXES)
-    connection.exec_driver_sql(DSN_LIMITS.format(instant="TIMESTAMP WITH TIME ZONE" if postgresql else "BIGINT"))
+    connection.exec_driver_sql(
+        DSN_LIMITS.format(instant="TIMESTAMP WITH TIME ZONE" if postgresql else "BIGINT")
+    )
     for subject, comment in DSN_LIMITS_ABOUT.items() if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON {subject} IS '{comment}'")
-    if postgresql and connection.exec_driver_sql(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'").scalar():
+    if (
+        postgresql
+        and connection.exec_driver_sql(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'").scalar()
+    ):
         connection.exec_driver_sql(f"GRANT SELECT ON dsn_limits TO {ROLE}")
 
 
@@ -129,7 +140,9 @@ def _rename_table(connection: Connection, old: str, new: str) -> None:
 
 def _rename_outcome(connection: Connection, old: str, new: str) -> None:
     """A K is `delivered`: the word `accepted` is left for what smtpd answers with 250."""
-    connection.exec_driver_sql(f"UPDATE deliveries SET last_outcome = '{new}' WHERE last_outcome = '{old}'")
+    connection.exec_driver_sql(
+        f"UPDATE deliveries SET last_outcome = '{new}' WHERE last_outcome = '{old}'"
+    )
     if connection.dialect.name == "postgresql":
         (check,) = connection.exec_driver_sql(
             "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'attempts_outcome'"
@@ -137,7 +150,9 @@ def _rename_outcome(connection: Connection, old: str, new: str) -> None:
         connection.exec_driver_sql("ALTER TABLE attempts DROP CONSTRAINT attempts_outcome")
         connection.exec_driver_sql(f"UPDATE attempts SET outcome = '{new}' WHERE outcome = '{old}'")
         changed = check.replace(f"'{old}'", f"'{new}'")
-        connection.exec_driver_sql(f"ALTER TABLE attempts ADD CONSTRAINT attempts_outcome {changed}")
+        connection.exec_driver_sql(
+            f"ALTER TABLE attempts ADD CONSTRAINT attempts_outcome {changed}"
+        )
         return
     find = "SELECT sql FROM sqlite_master WHERE tbl_name = 'attempts' AND sql IS NOT NULL ORDER BY type DESC"
     table, *indexes = connection.exec_driver_sql(find).scalars().all()
@@ -145,7 +160,8 @@ def _rename_outcome(connection: Connection, old: str, new: str) -> None:
     connection.exec_driver_sql(str(table).replace(f"'{old}'", f"'{new}'"))
     columns = [row[1] for row in connection.exec_driver_sql("PRAGMA table_info(attempts)")]
     picked = ", ".join(
-        f"CASE outcome WHEN '{old}' THEN '{new}' ELSE outcome END" if c == "outcome" else c for c in columns
+        f"CASE outcome WHEN '{old}' THEN '{new}' ELSE outcome END" if c == "outcome" else c
+        for c in columns
     )
     connection.exec_driver_sql(f"INSERT INTO attempts SELECT {picked} FROM attempts_before")
     connection.exec_driver_sql("DROP TABLE attempts_before")

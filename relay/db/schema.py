@@ -1,18 +1,21 @@
 """The tables: what is true about every message, and the states that a delivery may be in.
 
-`messages` and `recipients` are written once. `deliveries` is the queue: a row is one QMQP request to get across, hot
-and narrow, and the only thing that changes. `attempts` is what happened, kept until the message is. `due_at` says when
-somebody must look at a delivery again; who moves it on changes the state with it, and whoever is final and owes nothing
-has none. Each state that is searched has a partial index of its own, so that no search walks through another state's
-rows: `queued` by route and `due_at`, `sending` by worker, `deferred` and notices that are owed by `due_at`, `held` by
-id; what is finished is only counted, by state and route. `migrations/tables.py` has them column by column.
+`messages` and `recipients` are written once. `deliveries` is the queue: a row is one QMQP request
+to get across, hot and narrow, and the only thing that changes. `attempts` is what happened, kept
+until the message is. `due_at` says when somebody must look at a delivery again; who moves it on
+changes the state with it, and whoever is final and owes nothing has none. Each state that is
+searched has a partial index of its own, so that no search walks through another state's rows:
+`queued` by route and `due_at`, `sending` by worker, `deferred` and notices that are owed by
+`due_at`, `held` by id; what is finished is only counted, by state and route. `migrations/tables.py`
+has them column by column.
 
-What must stay true: only `queued` can be claimed; TRANSITIONS are the only ways between states; a K beats all of them.
-There are no foreign keys on the hot tables: they cost half as much again as the writes themselves, and every row is
-written in the transaction that makes its message (`fsck` looks for what should not be).
+What must stay true: only `queued` can be claimed; TRANSITIONS are the only ways between states; a K
+beats all of them. There are no foreign keys on the hot tables: they cost half as much again as the
+writes themselves, and every row is written in the transaction that makes its message (`fsck` looks
+for what should not be).
 
-Ids are UUIDv7: the type `uuid` on PostgreSQL, dashed text on SQLite. Times are `timestamptz` there and whole
-microseconds since 1970 here.
+Ids are UUIDv7: the type `uuid` on PostgreSQL, dashed text on SQLite. Times are `timestamptz` there
+and whole microseconds since 1970 here.
 """
 
 from enum import StrEnum
@@ -41,7 +44,9 @@ FINAL = (State.DELIVERED, State.BOUNCED, State.EXPIRED, State.DROPPED)
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.SENDING, State.HELD, State.SPLIT, State.BOUNCED, State.DROPPED}),
     State.SENDING: frozenset(State) - {State.SENDING},
-    State.DEFERRED: frozenset({State.QUEUED, State.HELD, State.SPLIT, State.BOUNCED, State.DROPPED}),
+    State.DEFERRED: frozenset(
+        {State.QUEUED, State.HELD, State.SPLIT, State.BOUNCED, State.DROPPED}
+    ),
     State.HELD: frozenset({State.QUEUED, State.SPLIT, State.BOUNCED, State.DROPPED}),
     State.BOUNCED: frozenset({State.DEFERRED}),
     State.SPLIT: frozenset(),
@@ -58,8 +63,8 @@ def words(values: tuple[str, ...] | type[StrEnum]) -> str:
 
 NEEDS_BODY = f"(state IN ({words(UNFINISHED)}) OR due_at IS NOT NULL)"
 REVISION = "0003"  # the newest migration
-# When a delivery (as d) that fails now is due: at once if a notice is owed, or if it was one, which may be made again.
-# `:notices`: BOUNCES is not off.
+# When a delivery (as d) that fails now is due: at once if a notice is owed, or if it was one, which
+# may be made again. `:notices`: BOUNCES is not off.
 DSN_PENDING = """CASE WHEN :notices AND (SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
     FROM messages m
     WHERE m.id = d.queue_id) THEN @now END"""
@@ -78,11 +83,13 @@ JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
 JOIN messages m ON m.id = d.queue_id
 """
 
-# Views are the public face for people with an SQL prompt: names and columns are stable (docs/inspect.md).
+# Views are the public face for people with an SQL prompt: names and columns are stable
+# (docs/inspect.md).
 VIEWS = {
     "mail_queue": f"{_RECIPIENT_VIEW}WHERE d.state IN ({words(UNFINISHED)})",
     "mail_history": _RECIPIENT_VIEW,
-    # Two halves: what is finished is only counted, or a long history would be looked up message by message.
+    # Two halves: what is finished is only counted, or a long history would be looked up message by
+    # message.
     "queue_summary": f"""
 SELECT d.state, d.route, count(*) AS deliveries, CAST(sum(m.size) AS bigint) AS bytes,
        @when(min(m.received_at)) AS oldest_at, @since(min(m.received_at)) AS oldest_seconds,

@@ -1,8 +1,10 @@
-"""The few places where PostgreSQL and SQLite spell things differently, and how our SQL gets around them.
+"""The few places where PostgreSQL and SQLite spell things differently, and how our SQL gets around
+them.
 
-SQL is written once, with macros (`@now`, `@later(x)`, `@rows(...)`) that `Dialect` spells for either database;
-`Statements` runs it. A batch of rows travels as one JSON parameter, so that a round is a handful of statements whatever
-its size. What must stay true: a macro means the same on both; the clock is the database's, in every statement.
+SQL is written once, with macros (`@now`, `@later(x)`, `@rows(...)`) that `Dialect` spells for
+either database; `Statements` runs it. A batch of rows travels as one JSON parameter, so that a
+round is a handful of statements whatever its size. What must stay true: a macro means the same on
+both; the clock is the database's, in every statement.
 """
 
 import re
@@ -15,19 +17,22 @@ from sqlalchemy import Connection, Engine, TextClause, text
 class Dialect:
     """Spells the macros of our SQL for one database.
 
-    `@now`: the time; `@later(s)`, `@ago(s)`: s seconds after or before it; `@since(t)`: seconds since t; `@when(t)`: t
-    as people read it; `@iso(w)`: what `@when` made, as RFC 3339 has it; `@micros(t)`: t as microseconds since 1970;
-    `@hex(id)`: an id as 32 digits; `@id(:name)`: an id parameter; `@like`: LIKE to which capitals are the same;
-    `@at_least`, `@below`: >= and < by bytes; `@chance`: a number in [0, 1); `@skip_locked`, `@locked(table)`;
-    `@rows(:name; column type, ...)`: the rows of a JSON array parameter, as x; `@by(index)`: the index that SQLite is
-    to use, which has no figures about its tables.
+    `@now`: the time; `@later(s)`, `@ago(s)`: s seconds after or before it; `@since(t)`: seconds
+    since t; `@when(t)`: t as people read it; `@iso(w)`: what `@when` made, as RFC 3339 has it;
+    `@micros(t)`: t as microseconds since 1970; `@hex(id)`: an id as 32 digits; `@id(:name)`: an id
+    parameter; `@like`: LIKE to which capitals are the same; `@at_least`, `@below`: >= and < by
+    bytes; `@chance`: a number in [0, 1); `@skip_locked`, `@locked(table)`; `@rows(:name; column
+    type, ...)`: the rows of a JSON array parameter, as x; `@by(index)`: the index that SQLite is to
+    use, which has no figures about its tables.
     """
 
     _MACRO = re.compile(r"@(\w+)(?:\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?")
 
     def __init__(self, name: str) -> None:
         self.postgresql = name == "postgresql"
-        self.macros: dict[str, Callable[[str], str]] = self._postgresql() if self.postgresql else self._sqlite()
+        self.macros: dict[str, Callable[[str], str]] = (
+            self._postgresql() if self.postgresql else self._sqlite()
+        )
 
     def __call__(self, sql: str) -> str:
         return self._MACRO.sub(lambda found: self.macros[found[1]](self(found[2] or "")), sql)
@@ -43,7 +48,9 @@ class Dialect:
             "ago": lambda s: f"(now() - ({s}) * interval '1 second')",
             "since": lambda t: f"CAST(extract(epoch FROM now() - {t}) AS float8)",
             "when": lambda t: t,
-            "iso": lambda t: rf"""to_char({t} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24\:MI\:SS.MS"+00\:00"')""",
+            "iso": lambda t: (
+                rf"""to_char({t} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24\:MI\:SS.MS"+00\:00"')"""
+            ),
             "micros": lambda t: f"CAST(extract(epoch FROM {t}) * 1000000 AS bigint)",
             "hex": lambda i: f"replace(CAST({i} AS text), '-', '')",
             "id": lambda i: f"CAST({i} AS uuid)",
@@ -58,12 +65,15 @@ class Dialect:
         }
 
     def _sqlite(self) -> dict[str, Callable[[str], str]]:
-        # SQLite's `now` is a whole number of milliseconds inside a Julian day: rounding gets it back exactly.
+        # SQLite's `now` is a whole number of milliseconds inside a Julian day: rounding gets it
+        # back exactly.
         now = "(CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) * 1000)"
 
         def rows(given: str) -> str:
             name, columns = given.split(";")
-            picked = ", ".join(f"value ->> '$.{c.split()[0]}' AS {c.split()[0]}" for c in columns.split(","))
+            picked = ", ".join(
+                f"value ->> '$.{c.split()[0]}' AS {c.split()[0]}" for c in columns.split(",")
+            )
             return f"(SELECT {picked} FROM json_each({name.strip()})) AS x"
 
         return {
@@ -71,7 +81,9 @@ class Dialect:
             "later": lambda s: f"({now} + CAST(({s}) * 1000000 AS INTEGER))",
             "ago": lambda s: f"({now} - CAST(({s}) * 1000000 AS INTEGER))",
             "since": lambda t: f"(({now} - ({t})) / 1000000.0)",
-            "when": lambda t: f"datetime(({t}) / 1000000, 'unixepoch') || '.' || substr(({t}) / 1000, -3)",
+            "when": lambda t: (
+                f"datetime(({t}) / 1000000, 'unixepoch') || '.' || substr(({t}) / 1000, -3)"
+            ),
             "iso": lambda t: f"replace({t}, ' ', 'T') || '+00\\:00'",
             "micros": lambda t: t,
             "hex": lambda i: f"replace({i}, '-', '')",
@@ -93,7 +105,8 @@ def dialect_of(engine: Engine) -> Dialect:
 
 
 class Statements:
-    """Runs our SQL: spells it once for the engine's database, and adds the parameters that all statements share."""
+    """Runs our SQL: spells it once for the engine's database, and adds the parameters that all
+    statements share."""
 
     def __init__(self, engine: Engine, **common: Any) -> None:
         self._spell, self._common = dialect_of(engine), common
@@ -115,6 +128,9 @@ class Statements:
         query = f"COPY ({text(self._spell(sql)).compile(dialect=connection.dialect)}) TO STDOUT"
         given = self._common | parameters
         cursor: Any = connection.connection.cursor()
-        with cursor, cursor.copy(query, given) if given else cursor.copy(query % ()) as copy:  # %% is % in either
+        with (
+            cursor,
+            cursor.copy(query, given) if given else cursor.copy(query % ()) as copy,
+        ):  # %% is % in either
             for (value,) in copy.rows():
                 yield value

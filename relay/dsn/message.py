@@ -1,18 +1,21 @@
-"""Notices: what a sender is told about mail that could not be delivered, or not yet (RFC 3461, 3464, 6522, 3834).
+"""Notices: what a sender is told about mail that could not be delivered, or not yet (RFC 3461,
+3464, 6522, 3834).
 
-A notice is a message from the null sender: words for people, a `message/delivery-status` for programs, and the original
-or its header. This module only writes the text; when one is owed, and that it is made exactly once, is
-`relay.dsn.generator`.
+A notice is a message from the null sender: words for people, a `message/delivery-status` for
+programs, and the original or its header. This module only writes the text; when one is owed, and
+that it is made exactly once, is `relay.dsn.generator`.
 
-A server may refuse a notice for what it encloses. `reduced` makes it again from its own text, with less of the
-original, which is gone from the spool by then.
+A server may refuse a notice for what it encloses. `reduced` makes it again from its own text, with
+less of the original, which is gone from the spool by then.
 
-Two things it is careful about. When a try ended without an answer nobody knows whether the message arrived: it says so,
-and not that it could not be delivered. And what we say of a server is not what the server said: only its own words
-become a `Diagnostic-Code`, ours are for people, and an operator's name is for nobody.
+Two things it is careful about. When a try ended without an answer nobody knows whether the message
+arrived: it says so, and not that it could not be delivered. And what we say of a server is not what
+the server said: only its own words become a `Diagnostic-Code`, ours are for people, and an
+operator's name is for nobody.
 
-What must stay true: the server's words are quoted as printable ASCII in bounded lines and can add neither a line nor a
-header of their own; nothing is ever said about a notice (the null sender, and qmail's `#@[]`).
+What must stay true: the server's words are quoted as printable ASCII in bounded lines and can add
+neither a line nor a header of their own; nothing is ever said about a notice (the null sender, and
+qmail's `#@[]`).
 """
 
 import re
@@ -28,11 +31,17 @@ from relay.log import escaped
 
 _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 _HEX = re.compile(r"\+([0-9A-F]{2})")
-BY_OPERATOR = "bounced by an operator"  # what stands for the server's words when nobody asked a server
+BY_OPERATOR = (
+    "bounced by an operator"  # what stands for the server's words when nobody asked a server
+)
 HELD_BY = "held by "  # and who did that, until the next try
 POSSIBLY_DELIVERED = "It may have arrived all the same: all of it was sent to a server once, and no valid answer came."
 _EIGHT = "\nContent-Transfer-Encoding: 8bit"
-_TEXT, _STATUS_PART, _HEADERS = "text/plain; charset=us-ascii", "message/delivery-status", "text/rfc822-headers"
+_TEXT, _STATUS_PART, _HEADERS = (
+    "text/plain; charset=us-ascii",
+    "message/delivery-status",
+    "text/rfc822-headers",
+)
 _LINE = 900  # of a header, well below RFC 5322's 998
 
 
@@ -53,7 +62,8 @@ class Enclosure(StrEnum):
 
     @property
     def less(self) -> "Enclosure | None":
-        """What a notice encloses that is made again because this was refused; None if nothing is left to drop."""
+        """What a notice encloses that is made again because this was refused; None if nothing is
+        left to drop."""
         return {Enclosure.FULL: Enclosure.HEADER, Enclosure.HEADER: Enclosure.NONE}.get(self)
 
 
@@ -75,8 +85,8 @@ _REDUCED = {
 class Failure:
     """One recipient that a notice is about, and the last that is known of its delivery.
 
-    `outcome`: of the last try, None if there was none; `reply`: the server's words about it, or ours, or an operator's;
-    `doubt`: some try of it ended so that it may have arrived.
+    `outcome`: of the last try, None if there was none; `reply`: the server's words about it, or
+    ours, or an operator's; `doubt`: some try of it ended so that it may have arrived.
     """
 
     address: str
@@ -98,7 +108,10 @@ class Failure:
     @property
     def bounced_by_operator(self) -> bool:
         """Whether an operator bounced it, and no server."""
-        ours = self.reply.startswith(BY_OPERATOR) or self.outcome not in (Outcome.REJECTED, Outcome.UNSENDABLE)
+        ours = self.reply.startswith(BY_OPERATOR) or self.outcome not in (
+            Outcome.REJECTED,
+            Outcome.UNSENDABLE,
+        )
         return self.kind is Kind.BOUNCED and ours
 
 
@@ -115,11 +128,14 @@ class Original:
 
 def unxtext(text: str) -> str:
     """Decode xtext (RFC 3461 4), as one line of printable ASCII."""
-    return escaped(_HEX.sub(lambda found: chr(int(found[1], 16)), text).encode("latin-1", "replace"), _LINE)
+    return escaped(
+        _HEX.sub(lambda found: chr(int(found[1], 16)), text).encode("latin-1", "replace"), _LINE
+    )
 
 
 def status_of(kind: Kind, reply: str) -> str:
-    """The enhanced status code (RFC 3463): the server's own if its class fits, else the plainest."""
+    """The enhanced status code (RFC 3463): the server's own if its class fits, else the
+    plainest."""
     if kind is Kind.EXPIRED:
         return "5.4.7"
     wanted = "5" if kind is Kind.BOUNCED else "4"
@@ -128,10 +144,13 @@ def status_of(kind: Kind, reply: str) -> str:
 
 
 def quoted(address: str) -> str:
-    """A stored address as a mail path spells it: QMQP's local parts are bare, RFC 5321's may need quotes."""
+    """A stored address as a mail path spells it: QMQP's local parts are bare, RFC 5321's may need
+    quotes."""
     address = escaped(address, _LINE)
     local, at, domain = address.rpartition("@")
-    if not at or re.fullmatch(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*", local, re.ASCII):
+    if not at or re.fullmatch(
+        r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*", local, re.ASCII
+    ):
         return address
     return '"' + re.sub(r'(["\\])', r"\\\1", local) + '"@' + domain
 
@@ -149,8 +168,8 @@ def compose(
 ) -> bytes:
     """The whole notice in LF form.
 
-    `content`: the original (or, unless `full`, its header); None if it is not there. `left_out`: what is said of what
-    is not returned.
+    `content`: the original (or, unless `full`, its header); None if it is not there. `left_out`:
+    what is said of what is not returned.
     """
     delayed = all(failure.kind is Kind.DELAYED for failure in failures)
     words = _words(hostname, original, failures, left_out, delayed=delayed)
@@ -166,17 +185,28 @@ def compose(
         subject = "Delayed mail (still being retried)"
     elif all(failure.doubt for failure in failures):
         subject = "Mail that may not have been delivered"
-    return _joined(notice_id, _header(notice_id, hostname, now, original, subject, eight=eight).encode("ascii"), parts)
+    return _joined(
+        notice_id,
+        _header(notice_id, hostname, now, original, subject, eight=eight).encode("ascii"),
+        parts,
+    )
 
 
 def reduced(wire: bytes, notice_id: str, new_id: str, content: Enclosure) -> bytes:
-    """The notice `notice_id`, whose text is `wire`, as another one that encloses `content` of the original and no more.
+    """The notice `notice_id`, whose text is `wire`, as another one that encloses `content` of the
+    original and no more.
 
     Raises ValueError if `wire` is no notice of ours.
     """
-    # The original cannot hold the boundary: it came before the id was made that the boundary consists of.
-    pieces = wire.removesuffix(f"\n--=_{notice_id}--\n".encode()).split(f"\n--=_{notice_id}\n".encode(), 3)
-    head, words, report, *originals = (pieces[0], *(piece.partition(b"\n\n")[2] for piece in pieces[1:]))
+    # The original cannot hold the boundary: it came before the id was made that the boundary
+    # consists of.
+    pieces = wire.removesuffix(f"\n--=_{notice_id}--\n".encode()).split(
+        f"\n--=_{notice_id}\n".encode(), 3
+    )
+    head, words, report, *originals = (
+        pieces[0],
+        *(piece.partition(b"\n\n")[2] for piece in pieces[1:]),
+    )
     told, last, number = words.rpartition(b"\nQueue id:")
     left_out = "\n".join(["", "", *textwrap.wrap(_REDUCED[content], 76), ""]).encode("ascii")
     parts = [(_TEXT, told + last + number.partition(b"\n")[0] + left_out), (_STATUS_PART, report)]
@@ -196,7 +226,9 @@ def _joined(notice_id: str, head: bytes, parts: Sequence[tuple[str, bytes]]) -> 
     return b"".join(made) + f"\n--=_{notice_id}--\n".encode()
 
 
-def _header(notice_id: str, hostname: str, now: datetime, original: Original, subject: str, *, eight: bool) -> str:
+def _header(
+    notice_id: str, hostname: str, now: datetime, original: Original, subject: str, *, eight: bool
+) -> str:
     date = format_datetime(now)
     lines = [
         f"Received: by {hostname} (qmqp-relay) id {notice_id};\n\t{date}",
@@ -216,7 +248,9 @@ def _header(notice_id: str, hostname: str, now: datetime, original: Original, su
     return "\n".join([*lines, "", "This is a MIME-encapsulated message.", ""])
 
 
-def _words(hostname: str, original: Original, failures: Sequence[Failure], left_out: str, *, delayed: bool) -> str:
+def _words(
+    hostname: str, original: Original, failures: Sequence[Failure], left_out: str, *, delayed: bool
+) -> str:
     if delayed:
         opening = "Your message could not be delivered yet. It is still being retried; you need not send it again."
     elif any(failure.doubt for failure in failures):
@@ -234,8 +268,14 @@ def _words(hostname: str, original: Original, failures: Sequence[Failure], left_
             *textwrap.wrap(why, 72, initial_indent="    ", subsequent_indent="    "),
             "",
         ]
-    lines += [f"Received here: {format_datetime(original.received_at)}", f"Queue id:      {original.id}", ""]
-    lines += [*textwrap.wrap(left_out, 76), ""] if left_out else []  # the last: `reduced` puts other words there
+    lines += [
+        f"Received here: {format_datetime(original.received_at)}",
+        f"Queue id:      {original.id}",
+        "",
+    ]
+    lines += (
+        [*textwrap.wrap(left_out, 76), ""] if left_out else []
+    )  # the last: `reduced` puts other words there
     return "\n".join(lines)
 
 
@@ -258,15 +298,23 @@ def _why(failure: Failure) -> str:
     elif failure.outcome is None:
         last = "It was not tried yet."
     else:
-        last = "The last try failed" + (f": {ours}" if ours and not ours.startswith(HELD_BY) else ".")
+        last = "The last try failed" + (
+            f": {ours}" if ours and not ours.startswith(HELD_BY) else "."
+        )
     if failure.kind is Kind.DELAYED:
         return f"Retried until {format_datetime(failure.expires_at)}. {last}"
-    return f"{'Nobody confirmed it' if failure.doubt else 'It could not be delivered'} in time. {last}"
+    return (
+        f"{'Nobody confirmed it' if failure.doubt else 'It could not be delivered'} in time. {last}"
+    )
 
 
 def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> str:
-    """The machine-readable part (RFC 3464 2): a group about the message, one about each recipient."""
-    about = [f"Reporting-MTA: dns; {hostname}", f"Arrival-Date: {format_datetime(original.received_at)}"]
+    """The machine-readable part (RFC 3464 2): a group about the message, one about each
+    recipient."""
+    about = [
+        f"Reporting-MTA: dns; {hostname}",
+        f"Arrival-Date: {format_datetime(original.received_at)}",
+    ]
     if original.envid:
         about.insert(0, f"Original-Envelope-Id: {unxtext(original.envid)}")
     groups = ["\n".join(about)]

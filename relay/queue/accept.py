@@ -1,10 +1,12 @@
 """Acceptance: what makes a message ours.
 
-How it works: one statement inserts a round's messages, recipients and deliveries (on SQLite three in one transaction).
-When it has committed, and the bodies were synced before it began, the relay has taken responsibility and may say 250.
+How it works: one statement inserts a round's messages, recipients and deliveries (on SQLite three
+in one transaction). When it has committed, and the bodies were synced before it began, the relay
+has taken responsibility and may say 250.
 
-What must stay true: every insert says ON CONFLICT DO NOTHING and every key was made by us, so that running a round
-again is how a COMMIT in doubt is settled: the repeat waits for the first transaction and then changes nothing.
+What must stay true: every insert says ON CONFLICT DO NOTHING and every key was made by us, so that
+running a round again is how a COMMIT in doubt is settled: the repeat waits for the first
+transaction and then changes nothing.
 """
 
 import json
@@ -33,7 +35,8 @@ class NewRecipient(NamedTuple):
 class NewMessage(NamedTuple):
     """A message whose body is safe on disk. `size` is that body's, in bytes.
 
-    `client_trusted`: whether the policy trusts the client (None: there is none). `dsn_content`: what a DSN encloses.
+    `client_trusted`: whether the policy trusts the client (None: there is none). `dsn_content`:
+    what a DSN encloses.
     """
 
     id: str
@@ -90,7 +93,8 @@ class Acceptor:
     def commit(self, messages: Sequence[NewMessage], begin_by: float = float("inf")) -> list[None]:
         """Insert a round of messages in one transaction; raises the database's errors.
 
-        Raises TooLate when there is a connection, and a turn to write, only after `begin_by` (monotonic).
+        Raises TooLate when there is a connection, and a turn to write, only after `begin_by`
+        (monotonic).
         """
         with writing_once(self._engine) as connection:
             if time.monotonic() > begin_by:
@@ -118,7 +122,9 @@ class Acceptor:
                     "queue_id": key, "position": position, "address": recipient.address, "delivery": number,
                     "notify": recipient.notify, "orcpt": recipient.orcpt,
                 })  # fmt: skip
-            deliveries += [{"queue_id": key, "number": n, "route": route} for route, n in numbers.items()]
+            deliveries += [
+                {"queue_id": key, "number": n, "route": route} for route, n in numbers.items()
+            ]
         return {
             "messages": json.dumps(rows), "recipients": json.dumps(recipients), "deliveries": json.dumps(deliveries),
             "grace": self._grace, "lifetime": self._lifetime,

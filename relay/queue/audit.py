@@ -1,12 +1,14 @@
 """What is done by hand, and its record: who, what, why, how many, and which deliveries.
 
-How it works: an `AuditEntry` goes through the deliveries that are meant in key order, a chunk a transaction, so that it
-never holds up the workers for long and never meets them in another order. It locks a chunk, and only what is still
-meant when the rows are locked is changed (`_still`). The transaction that changes a chunk also
-notes it: the first one inserts the row of `actions`, later ones raise its `matched`, and each delivery gets a row in
-`touched`. So whatever stops an action in its middle, what it has done until then is on record.
+How it works: an `AuditEntry` goes through the deliveries that are meant in key order, a chunk a
+transaction, so that it never holds up the workers for long and never meets them in another order.
+It locks a chunk, and only what is still meant when the rows are locked is changed (`_still`). The
+transaction that changes a chunk also notes it: the first one inserts the row of `actions`, later
+ones raise its `matched`, and each delivery gets a row in `touched`. So whatever stops an action in
+its middle, what it has done until then is on record.
 
-What must stay true: nothing is changed by hand without its record, and nothing is on record that was not done.
+What must stay true: nothing is changed by hand without its record, and nothing is on record that
+was not done.
 """
 
 import json
@@ -37,7 +39,14 @@ class AuditEntry:
     """One row of `actions`, which is there as soon as something was done."""
 
     def __init__(
-        self, engine: Engine, sql: Statements, *, actor: str, verb: str, reason: str, filter_shown: str = ""
+        self,
+        engine: Engine,
+        sql: Statements,
+        *,
+        actor: str,
+        verb: str,
+        reason: str,
+        filter_shown: str = "",
     ) -> None:
         self._engine, self._sql = engine, sql
         self._row = {
@@ -45,10 +54,15 @@ class AuditEntry:
         }  # fmt: skip
 
     def through(
-        self, which: str, change: Callable[[Connection, str], object], *, limit: int | None = None, **given: Any
+        self,
+        which: str,
+        change: Callable[[Connection, str], object],
+        *,
+        limit: int | None = None,
+        **given: Any,
     ) -> Iterator[list[tuple[str, int, str]]]:
-        """Change the deliveries (as d) for which that is so, `limit` of them at most, the oldest first; after each
-        chunk (id of 32 digits, number, state it had).
+        """Change the deliveries (as d) for which that is so, `limit` of them at most, the oldest
+        first; after each chunk (id of 32 digits, number, state it had).
 
         `change` gets the keys of a chunk, which is locked, as `keys` is in `THESE` and `PICKED`.
         """
@@ -67,19 +81,26 @@ class AuditEntry:
                     change(connection, keys)
                     self.note(connection, len(rows), keys)
             if rows:
-                yield [(str(queue_id).replace("-", ""), number, state) for queue_id, number, state in rows]
+                yield [
+                    (str(queue_id).replace("-", ""), number, state)
+                    for queue_id, number, state in rows
+                ]
             left -= len(rows)
             if len(locked) < given["most"]:
                 return
             given |= {"after": str(locked[-1][0]), "number": locked[-1][1]}
 
-    def _still(self, connection: Connection, which: str, locked: list[Any], given: dict[str, Any]) -> list[Any]:
-        """Those of the locked deliveries for which `which` is so now that nobody else can change them.
+    def _still(
+        self, connection: Connection, which: str, locked: list[Any], given: dict[str, Any]
+    ) -> list[Any]:
+        """Those of the locked deliveries for which `which` is so now that nobody else can change
+        them.
 
-        A row that FOR UPDATE has waited for is tested again by PostgreSQL, but only what the condition reads of that
-        row itself is new: a view over the same row shows what it was before (PostgreSQL, 13.2.1 and EvalPlanQual). The
-        next statement of the transaction sees it as it is. On SQLite the transaction is the only writer from its
-        beginning, so nothing can have changed.
+        A row that FOR UPDATE has waited for is tested again by PostgreSQL, but only what the
+        condition reads of that row itself is new: a view over the same row shows what it was before
+        (PostgreSQL, 13.2.1 and EvalPlanQual). The next statement of the transaction sees it as it
+        is. On SQLite the transaction is the only writer from its beginning, so nothing can have
+        changed.
         """
         if not self._sql.postgresql:
             return locked
@@ -96,7 +117,8 @@ class AuditEntry:
             self._sql.run(connection, _TOUCHED, keys=keys, action=self._row["action"])
 
     def note_rows(self, connection: Connection, rows: Sequence[Any]) -> None:
-        """The same for rows that begin with the key of a delivery; for none of them nothing is recorded."""
+        """The same for rows that begin with the key of a delivery; for none of them nothing is
+        recorded."""
         if rows:
             self.note(connection, len(rows), _keys(rows))
 

@@ -1,15 +1,16 @@
 """What a worker does to the queue: claim, record, renew.
 
-How it works: everything is done to many rows by one statement (`WorkerQueue.commit` is what a `rounds.CommitThread`
-runs). A claim turns `queued` into `sending`, numbers itself in `claims`, and brings the envelope along. A record says
-what became of that claim: its tries go into `attempts`, its delivery into the next state. On SQLite, which knows no CTE
-that changes rows, a claim and a record are several statements in one transaction.
+How it works: everything is done to many rows by one statement (`WorkerQueue.commit` is what a
+`rounds.CommitThread` runs). A claim turns `queued` into `sending`, numbers itself in `claims`, and
+brings the envelope along. A record says what became of that claim: its tries go into `attempts`,
+its delivery into the next state. On SQLite, which knows no CTE that changes rows, a claim and a
+record are several statements in one transaction.
 
 What must stay true:
-- a record is fenced by (worker, claim number): whoever lost its claim changes nothing, except that a K makes the
-  delivery `delivered` from any state, and nothing that comes later undoes that;
-- every statement may run again: a record that is there already answers the state it made, and claims whose COMMIT was
-  in doubt are handed back before new ones are made (`_return_strays`);
+- a record is fenced by (worker, claim number): whoever lost its claim changes nothing, except that
+  a K makes the delivery `delivered` from any state, and nothing that comes later undoes that;
+- every statement may run again: a record that is there already answers the state it made, and
+  claims whose COMMIT was in doubt are handed back before new ones are made (`_return_strays`);
 - rows are locked in key order or skipped.
 """
 
@@ -46,14 +47,17 @@ WANTED = """CASE d.pending_operation WHEN 'hold' THEN 'held' WHEN 'drop' THEN 'd
     ELSE 'queued' END"""
 DUE = f"""CASE WHEN p.final = 'deferred' THEN @later(p.delay) WHEN p.final = 'queued' THEN @later(:grace)
     WHEN p.final IN ('bounced', 'expired') THEN {DSN_PENDING} END"""
-# What stands as the last words when a wish is honoured: not the server's, who said them to something else.
+# What stands as the last words when a wish is honoured: not the server's, who said them to
+# something else.
 SAID = """CASE WHEN d.pending_operation IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'
     THEN coalesce(d.pending_reason, p.final || ' by an operator') ELSE {} END"""
 FINISHED = "CASE WHEN p.final IN ('delivered', 'bounced', 'expired', 'dropped') THEN @now END"
 
-# Hints name keys. Spelt like this, the state does not let a plan that was made for a short queue walk through all that
-# waits for the route, looking for them.
-_NAMED = "d.queue_id IN (SELECT queue_id FROM @rows(:ids; queue_id uuid)) AND d.state || '' = 'queued'"
+# Hints name keys. Spelt like this, the state does not let a plan that was made for a short queue
+# walk through all that waits for the route, looking for them.
+_NAMED = (
+    "d.queue_id IN (SELECT queue_id FROM @rows(:ids; queue_id uuid)) AND d.state || '' = 'queued'"
+)
 _CLAIM_SET = """SET state = 'sending', worker = :worker, claim_count = claim_count + 1, pending_operation = NULL,
     pending_reason = NULL, waiting_for = NULL, due_at = @later(:far)"""
 _ENVELOPE = "@hex(c.queue_id), c.number, c.claim_count, c.route, m.sender, m.size, c.backoff_step, c.crash_count"
@@ -81,12 +85,16 @@ _ATTEMPTS = """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, w
     FROM @rows(:tries; queue_id uuid, delivery int, claim int, attempt_index int, server text, started_ago float8,
         finished_ago float8, outcome text, reply text, bytes_sent bigint) WHERE true
     ON CONFLICT DO NOTHING"""
-# What a record came to, told by the UPDATE itself: this row as it is now, the others of its message as they were.
+# What a record came to, told by the UPDATE itself: this row as it is now, the others of its message
+# as they were.
 _CAME_TO = f"""RETURNING @hex(d.queue_id), d.number, d.claim_count, d.state, NOT {NEEDS_BODY} AND NOT EXISTS (
     SELECT 1 FROM deliveries o WHERE o.queue_id = d.queue_id AND o.number <> d.number AND {NEEDS_BODY})"""
 _AFTER = f"""SELECT @hex(d.queue_id), d.number, d.claim_count, d.state, NOT {body_needed("d.queue_id")}
     FROM deliveries d JOIN {_RECORD_ROWS} ON d.queue_id = x.queue_id AND d.number = x.number"""
-_DONE = (State.DELIVERED, State.DROPPED)  # after anything else that is final a sweeper looks, if a notice is owed
+_DONE = (
+    State.DELIVERED,
+    State.DROPPED,
+)  # after anything else that is final a sweeper looks, if a notice is owed
 
 
 def longest_claim(settings: WorkerSettings) -> float:
@@ -102,10 +110,16 @@ class WorkerQueue:
         far = longest_claim(settings)
         self._far = round(far)
         self._sql = Statements(
-            engine, grace=settings.grace, lease=settings.lease, notices=settings.bounces == "dsn", far=far
+            engine,
+            grace=settings.grace,
+            lease=settings.lease,
+            notices=settings.bounces == "dsn",
+            far=far,
         )
         self._splitter, self._looks = Splitter(self._sql), OverduePoll(self._sql)
-        self._held: dict[Key, tuple[str, int]] = {}  # what we claimed and have not recorded: key -> (worker, claim)
+        self._held: dict[
+            Key, tuple[str, int]
+        ] = {}  # what we claimed and have not recorded: key -> (worker, claim)
         self._in_doubt = False
 
     def register(self, worker: str, host: str, pid: int) -> None:
@@ -129,9 +143,11 @@ class WorkerQueue:
             )
 
     def commit(self, items: Sequence[Command]) -> list[CommandResult]:
-        """Record, renew and claim in one transaction; results in the order of the items, `CommandResult` by kind.
+        """Record, renew and claim in one transaction; results in the order of the items,
+        `CommandResult` by kind.
 
-        Raises the database's errors; then nothing happened, or it is in doubt and the same call settles it.
+        Raises the database's errors; then nothing happened, or it is in doubt and the same call
+        settles it.
         """
         results: list[CommandResult] = [False] * len(items)
         claimed: dict[Key, tuple[str, int]] = {}
@@ -145,7 +161,9 @@ class WorkerQueue:
             if in_doubt:
                 self._return_strays(connection, {i.worker for i in items})
             for worker in dict.fromkeys(record.worker for _, record in records):
-                self._record(connection, worker, [(n, r) for n, r in records if r.worker == worker], results)
+                self._record(
+                    connection, worker, [(n, r) for n, r in records if r.worker == worker], results
+                )
             for n, item in enumerate(items):
                 if isinstance(item, ClaimRequest):
                     results[n] = claims = self._claim(connection, item)
@@ -159,11 +177,18 @@ class WorkerQueue:
         self._held.update(claimed)
         return results
 
-    def _look_again(self, records: list[tuple[int, Completion]], results: list[CommandResult]) -> None:
-        """Whether a body is needed still, after the COMMIT: who ended another delivery of it meanwhile saw not ours."""
+    def _look_again(
+        self, records: list[tuple[int, Completion]], results: list[CommandResult]
+    ) -> None:
+        """Whether a body is needed still, after the COMMIT: who ended another delivery of it
+        meanwhile saw not ours."""
         ended: dict[str, list[int]] = {}
         for n, record in records:
-            if isinstance(found := results[n], CompletionResult) and found.state in _DONE and not found.body_deletable:
+            if (
+                isinstance(found := results[n], CompletionResult)
+                and found.state in _DONE
+                and not found.body_deletable
+            ):
                 ended.setdefault(record.queue_id, []).append(n)
         for queue_id in deletable_bodies(self._engine, self._sql, ended):
             for n in ended[queue_id]:
@@ -198,20 +223,34 @@ class WorkerQueue:
     def _claim(self, connection: Connection, wish: ClaimRequest) -> list[Claim]:
         claims: list[Claim] = []
         for route, most in wish.room.items():
-            shared = [left - sum(c.route in them for c in claims) for them, left in wish.together if route in them]
+            shared = [
+                left - sum(c.route in them for c in claims)
+                for them, left in wish.together
+                if route in them
+            ]
             if (free := min([most, *shared])) > 0:
                 claims += self._claim_route(connection, wish, route, free)
         return claims
 
-    def _claim_route(self, connection: Connection, wish: ClaimRequest, route: str, free: int) -> list[Claim]:
+    def _claim_route(
+        self, connection: Connection, wish: ClaimRequest, route: str, free: int
+    ) -> list[Claim]:
         given = {"worker": dashed(wish.worker), "route": route}
         if wish.ids is None:
-            return self._looks.claim(connection, route, free, partial(self._picked, connection, "due_at", given))
+            return self._looks.claim(
+                connection, route, free, partial(self._picked, connection, "due_at", given)
+            )
         given["ids"] = json.dumps([{"queue_id": dashed(i)} for i in wish.ids])
         return self._picked(connection, "queue_id, number", given, _NAMED, free)
 
     def _picked(
-        self, connection: Connection, order: str, given: dict[str, Any], which: str, free: int, **more: Any
+        self,
+        connection: Connection,
+        order: str,
+        given: dict[str, Any],
+        which: str,
+        free: int,
+        **more: Any,
     ) -> list[Claim]:
         picked = f"""SELECT queue_id, number FROM deliveries d WHERE {which} AND route = :route
             ORDER BY {order} LIMIT :free"""
@@ -244,17 +283,26 @@ class WorkerQueue:
         return [_claim(row, json.loads(row[9])) for row in found]
 
     def _record(
-        self, connection: Connection, worker: str, records: list[tuple[int, Completion]], results: list[CommandResult]
+        self,
+        connection: Connection,
+        worker: str,
+        records: list[tuple[int, Completion]],
+        results: list[CommandResult],
     ) -> None:
-        # A K beats what another claim of the same delivery came to, also in one round: one row may match once only.
+        # A K beats what another claim of the same delivery came to, also in one round: one row may
+        # match once only.
         taken = {(r.queue_id, r.number) for _, r in records if r.outcome is Outcome.DELIVERED}
         rows = [
-            _record_row(r) for _, r in records if r.outcome is Outcome.DELIVERED or (r.queue_id, r.number) not in taken
+            _record_row(r)
+            for _, r in records
+            if r.outcome is Outcome.DELIVERED or (r.queue_id, r.number) not in taken
         ]
         given = {
             "worker": dashed(worker),
             "records": json.dumps(rows),
-            "tries": json.dumps([_try_row(record, one) for _, record in records for one in record.tries]),
+            "tries": json.dumps(
+                [_try_row(record, one) for _, record in records for one in record.tries]
+            ),
         }
         after: dict[Key, tuple[int, State, bool]] = {}
         if self._sql.postgresql:
@@ -265,14 +313,22 @@ class WorkerQueue:
                 **given,
             )
             # What is about to be cut has a body that nobody needs, until it has been.
-            after = {(m, n): (c, State(state), free) for m, n, c, state, free in found if state != State.SPLIT}
+            after = {
+                (m, n): (c, State(state), free)
+                for m, n, c, state, free in found
+                if state != State.SPLIT
+            }
         else:
             self._sql.run(connection, _ATTEMPTS, **given)
             sql = f"UPDATE deliveries AS d {_RECORD_SET} FROM ({_FINALS}) AS p WHERE {KEYS}"
             self._sql.run(connection, sql, **given)
         self._cut(connection, [record for _, record in records if record.state is State.SPLIT])
-        if rest := [record for _, record in records if (record.queue_id, record.number) not in after]:
-            found = self._sql.run(connection, _AFTER, records=json.dumps([_record_row(record) for record in rest]))
+        if rest := [
+            record for _, record in records if (record.queue_id, record.number) not in after
+        ]:
+            found = self._sql.run(
+                connection, _AFTER, records=json.dumps([_record_row(record) for record in rest])
+            )
             after |= {(m, n): (c, State(state), bool(free)) for m, n, c, state, free in found}
         for n, record in records:
             claims, state, free = after.get((record.queue_id, record.number), (0, None, False))
@@ -285,10 +341,10 @@ class WorkerQueue:
         """Cut in two what was just recorded as `split`; what cannot be cut bounces."""
         for record in records:
             key, number = dashed(record.queue_id), record.number
-            state = (
-                "SELECT state FROM deliveries WHERE queue_id = @id(:id) AND number = :number AND claim_count = :claim"
-            )
-            found = self._sql.run(connection, state, id=key, number=number, claim=record.claim).scalar()
+            state = "SELECT state FROM deliveries WHERE queue_id = @id(:id) AND number = :number AND claim_count = :claim"
+            found = self._sql.run(
+                connection, state, id=key, number=number, claim=record.claim
+            ).scalar()
             if found != State.SPLIT:
                 continue
             if record.outcome is Outcome.UNSENDABLE:
@@ -305,7 +361,18 @@ class WorkerQueue:
 
 def _claim(row: Any, recipients: Sequence[str]) -> Claim:
     queue_id, number, claims, route, sender, size, step, crash_count, ago = row[:9]
-    return Claim(queue_id, number, claims, route, sender, size, tuple(recipients), step, crash_count, float(ago))
+    return Claim(
+        queue_id,
+        number,
+        claims,
+        route,
+        sender,
+        size,
+        tuple(recipients),
+        step,
+        crash_count,
+        float(ago),
+    )
 
 
 def _record_row(record: Completion) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""What passes between a worker and the ledger, and waits in a round to be done with others (`relay.queue.claim`).
+"""What passes between a worker and the ledger, and waits in a round to be done with others
+(`relay.queue.claim`).
 
-A worker asks for claims (`ClaimRequest`), tells what became of them (`Completion`) and renews its lease (`Renewal`); it
-gets claims, the state that each delivery has now (`CompletionResult`), or whether it still has its lease.
+A worker asks for claims (`ClaimRequest`), tells what became of them (`Completion`) and renews its
+lease (`Renewal`); it gets claims, the state that each delivery has now (`CompletionResult`), or
+whether it still has its lease.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +14,8 @@ from relay.db.schema import Outcome, State
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A delivery that is ours to send, with its envelope. `claim` numbers the try; `received_ago` is in seconds."""
+    """A delivery that is ours to send, with its envelope. `claim` numbers the try; `received_ago`
+    is in seconds."""
 
     queue_id: str
     number: int
@@ -28,7 +31,8 @@ class Claim:
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at one server; `attempt_index` counts from 1 within the claim, times are seconds before now."""
+    """One try at one server; `attempt_index` counts from 1 within the claim, times are seconds
+    before now."""
 
     attempt_index: int
     server: str
@@ -59,8 +63,8 @@ class Completion:
 
 @dataclass(slots=True)
 class ClaimRequest:
-    """Please claim, of these messages or (ids None) of what is overdue, at most `room` deliveries of each route, and of
-    some routes `together` at most so many."""
+    """Please claim, of these messages or (ids None) of what is overdue, at most `room` deliveries
+    of each route, and of some routes `together` at most so many."""
 
     worker: str
     ids: Sequence[str] | None
@@ -77,7 +81,8 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True)
 class CompletionResult:
-    """The state that a delivery has now (None: a later claim has it), and whether nobody needs the body any more."""
+    """The state that a delivery has now (None: a later claim has it), and whether nobody needs the
+    body any more."""
 
     state: State | None
     body_deletable: bool

@@ -1,11 +1,14 @@
-"""What operators do to the queue: retry, hold, release, bounce, drop, reroute, and pause what it is sent to.
+"""What operators do to the queue: retry, hold, release, bounce, drop, reroute, and pause what it is
+sent to.
 
 How it works: a verb goes through the deliveries that a filter means in chunks, each with its record
-(`relay.queue.audit`). What is being sent cannot be changed under its worker: the row is told what is `wanted`, by whom
-and why, and whatever becomes of the transfer but a K honours it. `release` takes such a wish back.
+(`relay.queue.audit`). What is being sent cannot be changed under its worker: the row is told what
+is `wanted`, by whom and why, and whatever becomes of the transfer but a K honours it. `release`
+takes such a wish back.
 
-What must stay true: only transitions of `schema.TRANSITIONS` happen; every verb that changed something leaves a row in
-`actions`; a filter on recipients acts on the whole delivery that carries them.
+What must stay true: only transitions of `schema.TRANSITIONS` happen; every verb that changed
+something leaves a row in `actions`; a filter on recipients acts on the whole delivery that carries
+them.
 """
 
 from collections import Counter
@@ -28,7 +31,8 @@ from relay.spool.retention import deletable_bodies
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A verb: the states that it takes a delivery from, the state it makes of them, and what else it sets."""
+    """A verb: the states that it takes a delivery from, the state it makes of them, and what else
+    it sets."""
 
     name: str
     takes: tuple[State, ...]
@@ -42,7 +46,13 @@ _WAITING = (State.QUEUED, State.DEFERRED)
 OPERATIONS = {
     verb.name: verb
     for verb in (
-        Operation("retry", (State.DEFERRED,), State.QUEUED, {"due_at": "@now", "backoff_step": "0"}, "retry"),
+        Operation(
+            "retry",
+            (State.DEFERRED,),
+            State.QUEUED,
+            {"due_at": "@now", "backoff_step": "0"},
+            "retry",
+        ),
         Operation("hold", _WAITING, State.HELD, {"due_at": "NULL", "last_reply": ":why"}, "hold"),
         Operation(
             "release",
@@ -72,7 +82,8 @@ OPERATIONS = {
         ),
     )
 }
-# Routes are given when a message is accepted; who has corrected them since has this. What is not held is tried at once.
+# Routes are given when a message is accepted; who has corrected them since has this. What is not
+# held is tried at once.
 REROUTE = Operation(
     "reroute",
     (*_WAITING, State.HELD),
@@ -100,8 +111,11 @@ class QueueOperations:
         with reading(self._engine) as connection:
             return Counter(dict(self._sql.run(connection, sql, **given).all()))
 
-    def touched(self, verb: Operation, wanted: Filter, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """Rows of `mail_history` that the verb would touch, all recipients of a delivery among them; streamed.
+    def touched(
+        self, verb: Operation, wanted: Filter, *, limit: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Rows of `mail_history` that the verb would touch, all recipients of a delivery among
+        them; streamed.
 
         `limit`: those of the oldest so many deliveries.
         """
@@ -119,14 +133,17 @@ class QueueOperations:
         self, verb: Operation, wanted: Filter, *, actor: str, reason: str,
         route_for: Callable[[str], str] | None = None, limit: int | None = None,
     ) -> tuple[Counter[str], list[str]]:  # fmt: skip
-        """Do it; the deliveries touched by the state they were in, and the ids of messages that need no body now.
+        """Do it; the deliveries touched by the state they were in, and the ids of messages that
+        need no body now.
 
-        `route_for` gives each delivery the route that its recipients have today, or divides it if they have several.
-        `limit`: so many deliveries, the oldest first.
+        `route_for` gives each delivery the route that its recipients have today, or divides it if
+        they have several. `limit`: so many deliveries, the oldest first.
         """
         all_touched: Counter[str] = Counter()
         free: list[str] = []
-        chunks = self.in_chunks(verb, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit)
+        chunks = self.in_chunks(
+            verb, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit
+        )
         for touched, ids in chunks:
             all_touched.update(touched)
             free += ids
@@ -136,7 +153,8 @@ class QueueOperations:
         self, verb: Operation, wanted: Filter, *, actor: str, reason: str,
         route_for: Callable[[str], str] | None = None, limit: int | None = None,
     ) -> Iterator[tuple[Counter[str], list[str]]]:  # fmt: skip
-        """Do it as `apply` does, while it is iterated: what each chunk came to, when that is committed."""
+        """Do it as `apply` does, while it is iterated: what each chunk came to, when that is
+        committed."""
         where, given = _meant(verb, wanted)
         change, why = f"UPDATE deliveries AS d SET {_sets(verb)} {THESE}", _why(verb, actor, reason)
 
@@ -146,22 +164,31 @@ class QueueOperations:
                 self._move(connection, keys, route_for)
 
         shown = wanted.shown() if limit is None else f"{wanted.shown()} --limit {limit}".lstrip()
-        action = AuditEntry(self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=shown)
+        action = AuditEntry(
+            self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=shown
+        )
         for rows in action.through(where, do, limit=limit, **given):
             ended = {queue_id for queue_id, _, was in rows if was != State.SENDING}
             free = (
-                deletable_bodies(self._engine, self._sql, ended) if verb.state in (State.DROPPED, State.BOUNCED) else []
+                deletable_bodies(self._engine, self._sql, ended)
+                if verb.state in (State.DROPPED, State.BOUNCED)
+                else []
             )
             yield Counter(was for _, _, was in rows), free
 
     def pause(self, subject: str, *, actor: str, reason: str) -> bool:
-        """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if that is so already."""
+        """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if that is so
+        already."""
         with writing(self._engine) as connection:
             sql = """INSERT INTO pauses (subject, since, actor, reason) VALUES (:subject, @now, :actor, :reason)
                 ON CONFLICT DO NOTHING"""
-            done = bool(self._sql.run(connection, sql, subject=subject, actor=actor, reason=reason).rowcount)
+            done = bool(
+                self._sql.run(connection, sql, subject=subject, actor=actor, reason=reason).rowcount
+            )
             if done:
-                action = AuditEntry(self._engine, self._sql, actor=actor, verb=f"pause {subject}", reason=reason)
+                action = AuditEntry(
+                    self._engine, self._sql, actor=actor, verb=f"pause {subject}", reason=reason
+                )
                 action.note(connection, 1)
         return done
 
@@ -171,17 +198,22 @@ class QueueOperations:
             sql = "DELETE FROM pauses WHERE subject = :subject"
             done = bool(self._sql.run(connection, sql, subject=subject).rowcount)
             if done:
-                action = AuditEntry(self._engine, self._sql, actor=actor, verb=f"resume {subject}", reason=reason)
+                action = AuditEntry(
+                    self._engine, self._sql, actor=actor, verb=f"resume {subject}", reason=reason
+                )
                 action.note(connection, 1)
         return done
 
     def _move(self, connection: Connection, keys: str, route_for: Callable[[str], str]) -> None:
-        """Give these deliveries, which the caller has locked, the routes that their recipients have today."""
+        """Give these deliveries, which the caller has locked, the routes that their recipients have
+        today."""
         addressed = """SELECT position, address FROM recipients WHERE queue_id = @id(:id) AND delivery = :number
             ORDER BY position"""
         for queue_id, number in self._sql.run(connection, PICKED, keys=keys).all():
             ways: dict[str, list[int]] = {}
-            for position, address in self._sql.run(connection, addressed, id=str(queue_id), number=number):
+            for position, address in self._sql.run(
+                connection, addressed, id=str(queue_id), number=number
+            ):
                 ways.setdefault(route_for(address), []).append(position)
             if ways:
                 self._splitter.divide(connection, str(queue_id), number, ways)
@@ -194,14 +226,17 @@ def _meant(verb: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
     if verb.wanted or verb.cancels:
         wish = f" AND d.pending_operation = '{verb.cancels}'" if verb.cancels else ""
         takes = f"({takes} OR d.state = 'sending'{wish})"
-    one = " AND d.queue_id = @id(:id)" if wanted.id is not None else ""  # else SQLite looks at every delivery
+    one = (
+        " AND d.queue_id = @id(:id)" if wanted.id is not None else ""
+    )  # else SQLite looks at every delivery
     meant = f"""{takes} AND EXISTS (
         SELECT 1 FROM mail_history h WHERE h.queue_uuid = d.queue_id AND h.delivery = d.number AND {where}){one}"""
     return meant, given
 
 
 def _why(verb: Operation, actor: str, reason: str) -> str:
-    """What stands in `last_reply` of a delivery that an operator has stopped; the sender of a bounce reads it too."""
+    """What stands in `last_reply` of a delivery that an operator has stopped; the sender of a
+    bounce reads it too."""
     who = "an operator" if verb.state is State.BOUNCED else actor
     done = "retried" if verb.state is State.QUEUED else verb.state
     return escaped(f"{done} by {who}" + (f": {reason}" if reason else ""))
@@ -212,7 +247,9 @@ def _sets(verb: Operation) -> str:
     values = {"state": f"'{verb.state}'"} | verb.sets
     if not (verb.wanted or verb.cancels):
         return ", ".join(f"{column} = {value}" for column, value in values.items())
-    wish = {"pending_operation": f"'{verb.wanted}'", "pending_reason": ":why"} if verb.wanted else {}
+    wish = (
+        {"pending_operation": f"'{verb.wanted}'", "pending_reason": ":why"} if verb.wanted else {}
+    )
     kept = {column: f"d.{column}" for column in values} | {
         c: wish.get(c, "NULL") for c in ("pending_operation", "pending_reason")
     }

@@ -1,16 +1,17 @@
 """Looks: in which order a route's overdue mail is claimed, straight from the database.
 
-The longest due comes first; but a hundred thousand retries that became due together, while no hints come, must not have
-all the room before fresh mail has any, nor a backlog of fresh mail before a retry has. So half of the room goes by
-`due_at`, and the other half to the kind (never claimed before, or claimed) that the first half had less of. What that
-kind leaves goes by `due_at` again.
+The longest due comes first; but a hundred thousand retries that became due together, while no hints
+come, must not have all the room before fresh mail has any, nor a backlog of fresh mail before a
+retry has. So half of the room goes by `due_at`, and the other half to the kind (never claimed
+before, or claimed) that the first half had less of. What that kind leaves goes by `due_at` again.
 
-The rarer kind stands somewhere behind the other in the route's part of the index. It is searched for WINDOW rows at a
-time, and where it was not the next look goes on: nothing is walked through twice, and the present is reached in so many
-looks as the backlog has windows. What comes to stand before that mark, because its COMMIT was slow or an operator
-released it, has its turn by `due_at`.
+The rarer kind stands somewhere behind the other in the route's part of the index. It is searched
+for WINDOW rows at a time, and where it was not the next look goes on: nothing is walked through
+twice, and the present is reached in so many looks as the backlog has windows. What comes to stand
+before that mark, because its COMMIT was slow or an operator released it, has its turn by `due_at`.
 
-What must stay true: all the room is used if there is that much mail; a mark is only ever a matter of order.
+What must stay true: all the room is used if there is that much mail; a mark is only ever a matter
+of order.
 """
 
 from collections.abc import Callable
@@ -33,14 +34,19 @@ class OverduePoll:
 
     def __init__(self, sql: Statements) -> None:
         self._sql = sql
-        self._odd: dict[str, bool] = {}  # by route: whether the half by `due_at` is the larger one, if they differ
+        self._odd: dict[
+            str, bool
+        ] = {}  # by route: whether the half by `due_at` is the larger one, if they differ
         self._rarer: dict[str, bool] = {}  # by route: whether that is the fresh mail
-        self._marks: dict[tuple[str, bool], Any] = {}  # by route and kind: up to which `due_at` there is none
+        self._marks: dict[
+            tuple[str, bool], Any
+        ] = {}  # by route and kind: up to which `due_at` there is none
 
     def claim(
         self, connection: Connection, route: str, room: int, claim: "Callable[..., list[Claim]]"
     ) -> "list[Claim]":
-        """Claim overdue mail of a route; `claim` does it, given a condition, how many, and parameters."""
+        """Claim overdue mail of a route; `claim` does it, given a condition, how many, and
+        parameters."""
         self._odd[route] = odd = not self._odd.get(route, False)
         half = (room + odd) // 2
         claims = claim(OVERDUE, half) if half else []
@@ -60,9 +66,13 @@ class OverduePoll:
         kind = self._rarer.get(route, True)
         given = {"mark": mark} if (mark := self._marks.get((route, kind))) is not None else {}
         behind = "AND d.due_at > :mark" if given else ""
-        bound = self._sql.run(connection, _BOUND.format(behind), route=route, window=WINDOW, **given).scalar()
+        bound = self._sql.run(
+            connection, _BOUND.format(behind), route=route, window=WINDOW, **given
+        ).scalar()
         window = OVERDUE
-        if bound is not None:  # it takes the place of the time now: SQLite searches an index for one end only
+        if (
+            bound is not None
+        ):  # it takes the place of the time now: SQLite searches an index for one end only
             window, given = "d.state = 'queued' AND d.due_at <= :bound", given | {"bound": bound}
         found = claim(f"{window} {behind} {_KINDS[kind]}", most, **given)
         if bound is not None and len(found) < most:

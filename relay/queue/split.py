@@ -1,28 +1,33 @@
 """Bisection: finding the recipient that a server refused a whole message for.
 
-QMQP has one answer for all recipients, so one bad address in a list has it refused as a whole. A D accepted nothing,
-so sending the halves again is safe: the delivery becomes `split`, and two new deliveries on the same body carry half of
-its recipients each. This goes on until the bad one stands alone; it alone bounces.
+QMQP has one answer for all recipients, so one bad address in a list has it refused as a whole. A D
+accepted nothing, so sending the halves again is safe: the delivery becomes `split`, and two new
+deliveries on the same body carry half of its recipients each. This goes on until the bad one stands
+alone; it alone bounces.
 
-That is only worth trying while the refusal is about an address (RFC 3463 x.1.y). If both first halves were refused in
-the same words by servers of one route it was not, and everything bounces; so it does once a message has been cut into
-LARGEST pieces. A refusal because there are too many recipients (x.5.3) is another matter: both halves may be refused in
-the same words and yet their own halves not, so it is cut until the server takes it or a recipient stands alone.
+That is only worth trying while the refusal is about an address (RFC 3463 x.1.y). If both first
+halves were refused in the same words by servers of one route it was not, and everything bounces; so
+it does once a message has been cut into LARGEST pieces. A refusal because there are too many
+recipients (x.5.3) is another matter: both halves may be refused in the same words and yet their own
+halves not, so it is cut until the server takes it or a recipient stands alone.
 
-A delivery may also have recipients that no QMQP request can carry: rows of an older version, or of another door. Then
-one child has those, the other the rest: the first bounces when it is claimed, the second is sent.
+A delivery may also have recipients that no QMQP request can carry: rows of an older version, or of
+another door. Then one child has those, the other the rest: the first bounces when it is claimed,
+the second is sent.
 
-Who gives waiting mail the routes of today (relay/queue/operations.py) divides it in the same way where they differ: two
-by two, until each piece has one. No new delivery is without a parent, so that numbers of children stay the parent's
-alone to give, and a K that comes late for the whole holds for its pieces. Dividing counts as a claim: whoever has an
-older one comes too late.
+Who gives waiting mail the routes of today (relay/queue/operations.py) divides it in the same way
+where they differ: two by two, until each piece has one. No new delivery is without a parent, so
+that numbers of children stay the parent's alone to give, and a K that comes late for the whole
+holds for its pieces. Dividing counts as a claim: whoever has an older one comes too late.
 
-What must stay true: parent, children and recipients change in the transaction that records the D, fenced as every
-record is, or that has locked what it divides; the children together have the recipients of the parent, each once.
+What must stay true: parent, children and recipients change in the transaction that records the D,
+fenced as every record is, or that has locked what it divides; the children together have the
+recipients of the parent, each once.
 
-That transaction has locked what it records in key order, so from then on it must not wait for anybody. Nor does it:
-children have numbers that only their parent can give, however many of its message are cut at the same time; relatives
-that somebody else has locked are skipped, or, where that would not do, the whole round is run again.
+That transaction has locked what it records in key order, so from then on it must not wait for
+anybody. Nor does it: children have numbers that only their parent can give, however many of its
+message are cut at the same time; relatives that somebody else has locked are skipped, or, where
+that would not do, the whole round is run again.
 """
 
 import json
@@ -74,7 +79,8 @@ _REFUSED = f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now,
 
 
 def can_carry(address: str) -> bool:
-    """Whether a QMQP request can carry this address, as `Request` judges it. What has no bytes in latin-1 has none."""
+    """Whether a QMQP request can carry this address, as `Request` judges it. What has no bytes in
+    latin-1 has none."""
     try:
         return is_sendable(address.encode("latin-1"))
     except UnicodeEncodeError:
@@ -88,14 +94,18 @@ class Splitter:
         self._sql = sql
 
     def cut(self, connection: Connection, key: str, number: int, reply: str) -> bool:
-        """Give the recipients of a delivery to two children (or see that it was done); False if it must bounce whole.
+        """Give the recipients of a delivery to two children (or see that it was done); False if it
+        must bounce whole.
 
-        `key` is the message's id as the database spells it. The caller has locked the delivery and sets its state.
+        `key` is the message's id as the database spells it. The caller has locked the delivery and
+        sets its state.
         """
         positions = self._positions(connection, key, number)
         if not positions:
             return True
-        parent, pieces, roots, grandparent = self._sql.run(connection, _FAMILY, id=key, number=number).one()
+        parent, pieces, roots, grandparent = self._sql.run(
+            connection, _FAMILY, id=key, number=number
+        ).one()
         if not TOO_MANY_RECIPIENTS.search(reply):
             first_half = parent is not None and grandparent is None
             if first_half and self._both_refused(connection, key, number, parent, reply):
@@ -112,23 +122,30 @@ class Splitter:
         return True
 
     def part(self, connection: Connection, key: str, number: int) -> None:
-        """Give the recipients that can be sent to one child, the others to a second one (or see that it was done).
+        """Give the recipients that can be sent to one child, the others to a second one (or see
+        that it was done).
 
-        No limit on pieces applies: neither child is ever parted again. The caller has locked the delivery.
+        No limit on pieces applies: neither child is ever parted again. The caller has locked the
+        delivery.
         """
         parts: dict[bool, list[int]] = {True: [], False: []}
         for position, address in self._sql.run(connection, _ADDRESSES, id=key, number=number).all():
             parts[can_carry(address)].append(position)
         if not any(parts.values()):
             return
-        first = _first_child(self._sql.run(connection, _FAMILY, id=key, number=number).one()[2], number)
+        first = _first_child(
+            self._sql.run(connection, _FAMILY, id=key, number=number).one()[2], number
+        )
         for child, positions in enumerate(parts.values(), first):
             self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
             listed = json.dumps([{"position": position} for position in positions])
             self._sql.run(connection, _HAND_OVER, id=key, child=child, positions=listed)
 
-    def divide(self, connection: Connection, key: str, number: int, ways: Mapping[str, list[int]]) -> None:
-        """Give the recipients of a delivery that waits, by position, the routes that they have in `ways`.
+    def divide(
+        self, connection: Connection, key: str, number: int, ways: Mapping[str, list[int]]
+    ) -> None:
+        """Give the recipients of a delivery that waits, by position, the routes that they have in
+        `ways`.
 
         The caller has locked the delivery. What becomes of it is due when it was.
         """
@@ -149,26 +166,40 @@ class Splitter:
         self._sql.run(connection, _DIVIDED, id=key, number=number)
 
     def taken(self, connection: Connection, key: str, number: int) -> None:
-        """An earlier claim of a delivery was accepted after all: what it was cut into is delivered with it."""
-        line = self._offspring(connection, key, number, "state NOT IN ('delivered', 'split')", "NOWAIT")
+        """An earlier claim of a delivery was accepted after all: what it was cut into is delivered
+        with it."""
+        line = self._offspring(
+            connection, key, number, "state NOT IN ('delivered', 'split')", "NOWAIT"
+        )
         self._change(connection, _TAKEN, line, id=key)
 
     def _positions(self, connection: Connection, key: str, number: int) -> list[int]:
         sql = "SELECT position FROM recipients WHERE queue_id = @id(:id) AND delivery = :number ORDER BY position"
         return [row[0] for row in self._sql.run(connection, sql, id=key, number=number)]
 
-    def _both_refused(self, connection: Connection, key: str, number: int, parent: int, reply: str) -> bool:
-        """Whether the other first half was refused in the same words; then what is left of it bounces as well."""
-        twin = self._sql.run(connection, _TWIN, id=key, parent=parent, number=number, reply=reply).scalar()
+    def _both_refused(
+        self, connection: Connection, key: str, number: int, parent: int, reply: str
+    ) -> bool:
+        """Whether the other first half was refused in the same words; then what is left of it
+        bounces as well."""
+        twin = self._sql.run(
+            connection, _TWIN, id=key, parent=parent, number=number, reply=reply
+        ).scalar()
         if twin is None:
             return False
-        # Whoever has locked one of them is about to send it, or has: that costs a send, and no more.
-        line = self._offspring(connection, key, twin, "state IN ('queued', 'deferred')", "SKIP LOCKED")
+        # Whoever has locked one of them is about to send it, or has: that costs a send, and no
+        # more.
+        line = self._offspring(
+            connection, key, twin, "state IN ('queued', 'deferred')", "SKIP LOCKED"
+        )
         self._change(connection, _REFUSED, line, id=key, reply=reply)
         return True
 
-    def _offspring(self, connection: Connection, key: str, root: int, which: str, unless: str) -> list[int]:
-        """Lock what a delivery was cut into; its numbers. `unless` somebody else has one: what PostgreSQL does then."""
+    def _offspring(
+        self, connection: Connection, key: str, root: int, which: str, unless: str
+    ) -> list[int]:
+        """Lock what a delivery was cut into; its numbers. `unless` somebody else has one: what
+        PostgreSQL does then."""
         lock = f"FOR UPDATE {unless}" if self._sql.postgresql else ""
         sql = f"""SELECT number FROM deliveries WHERE queue_id = @id(:id) AND {which} AND number IN ({_OFFSPRING})
             ORDER BY number {lock}"""

@@ -1,6 +1,8 @@
-"""Which deliveries are meant: one set of filters, for whoever looks at the queue and whoever changes it.
+"""Which deliveries are meant: one set of filters, for whoever looks at the queue and whoever
+changes it.
 
-A `Filter` becomes a condition over the columns of `mail_history`, with everything that people wrote as parameters.
+A `Filter` becomes a condition over the columns of `mail_history`, with everything that people wrote
+as parameters.
 """
 
 import re
@@ -17,8 +19,8 @@ from relay.ids import dashed
 class Filter:
     """Which deliveries are meant; everything that is given must hold.
 
-    `sender` ('' or <>: the null sender) and `recipient` are whole addresses, whose domains are the same in capitals, or
-    patterns with `*`, to which all is.
+    `sender` ('' or <>: the null sender) and `recipient` are whole addresses, whose domains are the
+    same in capitals, or patterns with `*`, to which all is.
     """
 
     states: tuple[str, ...] = ()
@@ -36,7 +38,9 @@ class Filter:
         parts: list[str] = []
         given: dict[str, Any] = {}
         if self.states:
-            parts.append(f"state IN ({words(tuple(map(State, self.states)))})")  # literals: a plan may depend on them
+            parts.append(
+                f"state IN ({words(tuple(map(State, self.states)))})"
+            )  # literals: a plan may depend on them
         for column in ("sender", "recipient", "route", "server", "header_message_id"):
             value: str | None = getattr(self, column)
             if value is None:
@@ -63,7 +67,8 @@ class Filter:
         return " AND ".join(parts) or "1 = 1", given
 
     def is_history(self) -> bool:
-        """Whether it is looked for among finished mail, too: who names a message or a state means it, ended or not."""
+        """Whether it is looked for among finished mail, too: who names a message or a state means
+        it, ended or not."""
         return bool(self.states or self.id or self.header_message_id)
 
     def shown(self) -> str:
@@ -73,25 +78,34 @@ class Filter:
             value = getattr(self, name)
             if value is not None:
                 option = name.removeprefix("header_").replace("_", "-")
-                words.append(f"--{option} {shlex.quote(f'{value:g}s' if name == 'older_than' else value)}")
+                words.append(
+                    f"--{option} {shlex.quote(f'{value:g}s' if name == 'older_than' else value)}"
+                )
         return " ".join(words)
 
 
 def address_is(column: str, address: str) -> tuple[str, dict[str, str]]:
-    """The condition that a column holds this address, and its parameters; the domain's capitals are no matter.
+    """The condition that a column holds this address, and its parameters; the domain's capitals are
+    no matter.
 
-    All spellings of a domain stand together in an index on the column's bytes, behind the local part and its @.
+    All spellings of a domain stand together in an index on the column's bytes, behind the local
+    part and its @.
     """
     if "@" not in address:
         return f"{column} = :{column}", {column: "" if address == "<>" else address}
     local = address[: address.rfind("@")]
-    given = {column: address, f"{column}_from": f"{local}@", f"{column}_to": f"{local}A"}  # A comes next to @
+    given = {
+        column: address,
+        f"{column}_from": f"{local}@",
+        f"{column}_to": f"{local}A",
+    }  # A comes next to @
     among = f"{column} @at_least :{column}_from AND {column} @below :{column}_to"
     return f"{among} AND lower({column}) = lower(:{column})", given
 
 
 def bracketed(header_message_id: str) -> str:
-    """A Message-ID as headers spell it, whether or not it was given with its <>; `*` stands for them too."""
+    """A Message-ID as headers spell it, whether or not it was given with its <>; `*` stands for
+    them too."""
     head = "" if header_message_id.startswith(("<", "*")) else "<"
     return head + header_message_id + ("" if header_message_id.endswith((">", "*")) else ">")
 

@@ -1,10 +1,10 @@
 """Looking at the queue: what operators ask of it, from the views that everybody else reads too.
 
-How it works: a `Filter` becomes a WHERE over `mail_queue` or `mail_history`, and rows are streamed, so that a hundred
-thousand of them are listed without being held. Where text is wanted the database makes it (`lines`): what Python does
-for each of many columns costs more than finding the row. What must stay true: looking changes nothing and locks
-nothing; times come out as aware datetimes on both databases; an id may be given with or without dashes, or as any
-unique end of it.
+How it works: a `Filter` becomes a WHERE over `mail_queue` or `mail_history`, and rows are streamed,
+so that a hundred thousand of them are listed without being held. Where text is wanted the database
+makes it (`lines`): what Python does for each of many columns costs more than finding the row. What
+must stay true: looking changes nothing and locks nothing; times come out as aware datetimes on both
+databases; an id may be given with or without dashes, or as any unique end of it.
 """
 
 import json
@@ -39,7 +39,8 @@ class NoSuchMessage(LookupError):
 
 
 def _plain(found: CursorResult[Any]) -> Iterator[Row]:
-    """Rows with their times as aware datetimes and their ids as text, whatever the database made of them."""
+    """Rows with their times as aware datetimes and their ids as text, whatever the database made of
+    them."""
     names = tuple(found.keys())
     times = [name for name in names if name.endswith(_TIMES)]
     ids = [name for name in names if name in _IDS]
@@ -47,7 +48,9 @@ def _plain(found: CursorResult[Any]) -> Iterator[Row]:
         row = dict(zip(names, values, strict=True))
         for name in times:
             if (value := row[name]) is not None:
-                when = datetime.fromisoformat(value) if type(value) is str else value.astimezone(UTC)
+                when = (
+                    datetime.fromisoformat(value) if type(value) is str else value.astimezone(UTC)
+                )
                 row[name] = when.replace(tzinfo=UTC)
         for name in ids:
             if type(row[name]) is UUID:
@@ -56,12 +59,16 @@ def _plain(found: CursorResult[Any]) -> Iterator[Row]:
 
 
 def _in_order(view: str, wanted: Filter) -> str:
-    """A view of which SQLite, which knows no better, goes through the deliveries first, all or those of an index."""
+    """A view of which SQLite, which knows no better, goes through the deliveries first, all or
+    those of an index."""
     view = view.replace("JOIN", "CROSS JOIN")
     if wanted.states == (State.HELD,):
         return f"{view} WHERE d.state = 'held'"  # it does not see that IN means the same
     if wanted.states == (State.SENDING,):  # few; of the others many may be
-        return view.replace("deliveries d", "deliveries d INDEXED BY deliveries_sending") + " WHERE d.state = 'sending'"
+        return (
+            view.replace("deliveries d", "deliveries d INDEXED BY deliveries_sending")
+            + " WHERE d.state = 'sending'"
+        )
     return view
 
 
@@ -83,14 +90,15 @@ class QueueReader:
         self, wanted: Filter, *, limit: int | None = None, finished: bool = False, newest: bool = False,
         after: tuple[str, int] | None = None, down_to: str | None = None, columns: str = "*",
     ) -> Iterator[Row]:  # fmt: skip
-        """Rows of `mail_queue` (or of `mail_history`), a recipient each, oldest first or `newest`; streamed, if many.
+        """Rows of `mail_queue` (or of `mail_history`), a recipient each, oldest first or `newest`;
+        streamed, if many.
 
-        `after`: go on behind the row with this queue id and position. `down_to`: look at no message older than this.
-        `columns`: these alone; what is not asked for need not be made.
+        `after`: go on behind the row with this queue id and position. `down_to`: look at no message
+        older than this. `columns`: these alone; what is not asked for need not be made.
         """
         sql, given = self._listing(columns, wanted, limit, finished, newest, after, down_to)
-        # PostgreSQL plans a cursor as if a tenth of its rows were wanted. Where few are like that, and nothing ends the
-        # search before the last message, it goes through all of them.
+        # PostgreSQL plans a cursor as if a tenth of its rows were wanted. Where few are like that,
+        # and nothing ends the search before the last message, it goes through all of them.
         at_once = limit is not None and limit <= _FEW and down_to is None
         return iter(self.all(sql, **given)) if at_once else self.select(sql, given)
 
@@ -102,13 +110,16 @@ class QueueReader:
         view = "mail_history" if finished or wanted.is_history() else "mail_queue"
         behind, order = ("<", "DESC") if newest else (">", "ASC")
         if after is not None:
-            where += (
-                f" AND queue_uuid {behind}= @id(:after) AND (queue_uuid, position) {behind} (@id(:after), :position)"
-            )
+            where += f" AND queue_uuid {behind}= @id(:after) AND (queue_uuid, position) {behind} (@id(:after), :position)"
             given |= {"after": dashed(after[0]), "position": after[1]}
         if down_to is not None:
-            where, given = where + " AND queue_uuid >= @id(:down_to)", given | {"down_to": dashed(down_to)}
-        if self._sql.postgresql and after is not None:  # it begins there only in tables of which it is told so
+            where, given = (
+                where + " AND queue_uuid >= @id(:down_to)",
+                given | {"down_to": dashed(down_to)},
+            )
+        if (
+            self._sql.postgresql and after is not None
+        ):  # it begins there only in tables of which it is told so
             more = "AND" if "WHERE" in VIEWS[view] else "WHERE"
             view = f"({VIEWS[view]} {more} r.queue_id {behind}= @id(:after) AND m.id {behind}= @id(:after)) AS v"
         elif not self._sql.postgresql and not self.few(wanted):
@@ -117,9 +128,15 @@ class QueueReader:
         return (sql, given) if limit is None else (f"{sql} LIMIT :most", given | {"most": limit})
 
     def lines(
-        self, wanted: Filter, *, limit: int | None = None, finished: bool = False, objects: bool = False
+        self,
+        wanted: Filter,
+        *,
+        limit: int | None = None,
+        finished: bool = False,
+        objects: bool = False,
     ) -> Iterator[Sequence[str]]:
-        """The same rows as lines that the database makes, many at once: names of columns, then values, between tabs.
+        """The same rows as lines that the database makes, many at once: names of columns, then
+        values, between tabs.
 
         `objects`: no names, and each line is a JSON object.
         """
@@ -127,7 +144,9 @@ class QueueReader:
             names = tuple(found.keys())
         values = [f"@iso({name})" if name.endswith(_TIMES) else name for name in names]
         if objects and self._sql.postgresql:  # json_build_object takes half as long again
-            named = ", ".join(f"{value} AS {name}" for name, value in zip(names, values, strict=True))
+            named = ", ".join(
+                f"{value} AS {name}" for name, value in zip(names, values, strict=True)
+            )
             line = f"CAST((SELECT row_to_json(o) FROM (SELECT {named}) AS o) AS text)"
         elif objects:
             line = f"json_object({', '.join(f"'{name}', {value}" for name, value in zip(names, values, strict=True))})"
@@ -137,7 +156,9 @@ class QueueReader:
         sql, given = self._listing(line, wanted, limit, finished)
         if self._sql.postgresql:
             with reading(self._engine) as connection:
-                self._sql.run(connection, f"SET LOCAL statement_timeout = '{PATIENCE}s'")  # COPY is one statement
+                self._sql.run(
+                    connection, f"SET LOCAL statement_timeout = '{PATIENCE}s'"
+                )  # COPY is one statement
                 yield from batched(self._sql.copied(connection, sql, **given), 1000)
         else:
             with self._streamed(sql, given) as found:
@@ -159,10 +180,13 @@ class QueueReader:
         return False
 
     def horizon(self, wanted: Filter, after: tuple[str, int] | None = None) -> str | None:
-        """The queue id down to which to look at LOOKED_AT messages; None where an index finds what is meant."""
+        """The queue id down to which to look at LOOKED_AT messages; None where an index finds what
+        is meant."""
         if self.few(wanted) or (wanted.states and set(wanted.states) <= set(UNFINISHED)):
             return None
-        where, given = ("WHERE id <= @id(:after)", {"after": dashed(after[0])}) if after else ("", {})
+        where, given = (
+            ("WHERE id <= @id(:after)", {"after": dashed(after[0])}) if after else ("", {})
+        )
         nth = f"SELECT id FROM messages {where} ORDER BY id DESC LIMIT 1 OFFSET {LOOKED_AT}"
         found = self.all(f"SELECT @hex(id) AS id FROM ({nth}) AS x", **given)
         return str(found[0]["id"]) if found else None
@@ -180,10 +204,13 @@ class QueueReader:
                 yield found
 
     def resolve(self, text: str) -> str:
-        """The id that is meant by all of it or any unique end of it, dashes or not; raises NoSuchMessage."""
+        """The id that is meant by all of it or any unique end of it, dashes or not; raises
+        NoSuchMessage."""
         digits = text.replace("-", "").lower()
         if not re.fullmatch(r"[0-9a-f]{4,32}", digits):
-            raise NoSuchMessage(f"{text!r} is no queue id: write its 32 hex digits, or at least the last 4")
+            raise NoSuchMessage(
+                f"{text!r} is no queue id: write its 32 hex digits, or at least the last 4"
+            )
         with reading(self._engine) as connection:
             found = self._like_id(connection, digits)
         if not found:
@@ -197,13 +224,12 @@ class QueueReader:
             sql, given = "SELECT @hex(id) FROM messages WHERE id = @id(:id)", {"id": dashed(digits)}
             return [row[0] for row in self._sql.run(connection, sql, **given)]
         end = dashed(digits.rjust(32)).lstrip(" -")
-        sql = (
-            f"SELECT @hex(id) FROM messages WHERE substr(CAST(id AS text), {37 - len(end)}) = :end ORDER BY id LIMIT 5"
-        )
+        sql = f"SELECT @hex(id) FROM messages WHERE substr(CAST(id AS text), {37 - len(end)}) = :end ORDER BY id LIMIT 5"
         return [row[0] for row in self._sql.run(connection, sql, end=end)]
 
     def message(self, queue_id: str) -> Row | None:
-        """Everything about one message: its row with `recipients`, `deliveries` and `attempts`, oldest first."""
+        """Everything about one message: its row with `recipients`, `deliveries` and `attempts`,
+        oldest first."""
         key = {"id": dashed(queue_id)}
         found = self.all(
             "SELECT @hex(id) AS queue_id, sender, size, @when(received_at) AS received_at, client_address, helo,"
@@ -216,7 +242,8 @@ class QueueReader:
         of = "FROM {} WHERE queue_id = @id(:id) ORDER BY"
         return found[0] | {
             "recipients": self.all(
-                f"SELECT position, address, delivery, notify, orcpt {of.format('recipients')} position", **key
+                f"SELECT position, address, delivery, notify, orcpt {of.format('recipients')} position",
+                **key,
             ),
             "deliveries": self.all(
                 "SELECT number, parent, route, state, @when(due_at) AS due_at, @when(expires_at) AS expires_at, claim_count,"
@@ -241,8 +268,9 @@ class QueueReader:
         return self.all("SELECT * FROM server_health ORDER BY server")
 
     def notices(self, queue_id: str) -> list[Row]:
-        """Notices about a message, oldest first: `queue_id`, `received_at`, `dsn_content` and what of their delivery
-        `commands.ops.explain` needs. Found by their recipient, which has an index."""
+        """Notices about a message, oldest first: `queue_id`, `received_at`, `dsn_content` and what
+        of their delivery `commands.ops.explain` needs. Found by their recipient, which has an
+        index."""
         return self.all(
             """SELECT @hex(n.id) AS queue_id, @when(n.received_at) AS received_at, n.dsn_content, d.state,
                 @when(d.due_at) AS due_at, @when(d.finished_at) AS finished_at, d.last_outcome, d.last_reply,
@@ -254,9 +282,11 @@ class QueueReader:
         )
 
     def actions_on(self, queue_id: str) -> list[Row]:
-        """What operators did to a message, oldest first: `delivery`, `acted_at`, `actor`, `verb`, `reason`, `filter`.
+        """What operators did to a message, oldest first: `delivery`, `acted_at`, `actor`, `verb`,
+        `reason`, `filter`.
 
-        What they did while it was under way to its routes, and to servers that it was tried at, has no `delivery`.
+        What they did while it was under way to its routes, and to servers that it was tried at, has
+        no `delivery`.
         """
         return self.all(
             f"""WITH d AS (SELECT * FROM deliveries WHERE queue_id = @id(:id)),
@@ -274,19 +304,23 @@ class QueueReader:
         )
 
     def spool_id(self) -> str | None:
-        """The identity of the spool that this database knows; None before smtpd or a worker has run."""
+        """The identity of the spool that this database knows; None before smtpd or a worker has
+        run."""
         found = self.all("SELECT @hex(id) AS id FROM spool")
         return str(found[0]["id"]) if found else None
 
     def pauses(self) -> list[Row]:
         """Routes and servers that nothing is sent to for now."""
-        return self.all("SELECT subject, @when(since) AS since_at, actor, reason FROM pauses ORDER BY subject")
+        return self.all(
+            "SELECT subject, @when(since) AS since_at, actor, reason FROM pauses ORDER BY subject"
+        )
 
     def workers(self) -> list[Row]:
         """Workers, first all that have not ended, then the last that have.
 
-        A row has id, host, pid, started_at, until, ended_at, ending, alive, how many deliveries it is `sending`,
-        claim_seconds, and `routes`: the servers of each route that it knows (None: it has not said).
+        A row has id, host, pid, started_at, until, ended_at, ending, alive, how many deliveries it
+        is `sending`, claim_seconds, and `routes`: the servers of each route that it knows (None: it
+        has not said).
         """
         rows = self.all(
             "SELECT @hex(w.id) AS id, w.host, w.pid, @when(w.started_at) AS started_at, @when(w.lease_expires_at) AS lease_expires_at,"
@@ -299,7 +333,9 @@ class QueueReader:
             " ORDER BY w.ended_at IS NOT NULL, w.started_at DESC, w.id DESC",
             most=ENDED,
         )
-        return [row | {"routes": json.loads(row["routes"]) if row["routes"] else None} for row in rows]
+        return [
+            row | {"routes": json.loads(row["routes"]) if row["routes"] else None} for row in rows
+        ]
 
     def rests(self) -> list[Row]:
         """Which servers living workers leave alone for now: worker, server, why."""

@@ -1,7 +1,9 @@
-"""What all mail comes to, for `stats` and the overview: rates, latency, the slowest, and how old is what waits.
+"""What all mail comes to, for `stats` and the overview: rates, latency, the slowest, and how old is
+what waits.
 
-Counts by state, route and server are views (`relay.report.queries`); these are questions that no view answers. What
-must stay true: each looks at the last hours, or at what waits, and never at all of a long history.
+Counts by state, route and server are views (`relay.report.queries`); these are questions that no
+view answers. What must stay true: each looks at the last hours, or at what waits, and never at all
+of a long history.
 """
 
 from datetime import datetime
@@ -11,7 +13,13 @@ from typing import Any
 from relay.report.filters import id_at
 from relay.report.queries import QueueReader, Row
 
-AGES = {"under_5m": 300.0, "under_20m": 1200.0, "under_1h": 3600.0, "under_4h": 14400.0, "under_1d": 86400.0}
+AGES = {
+    "under_5m": 300.0,
+    "under_20m": 1200.0,
+    "under_1h": 3600.0,
+    "under_4h": 14400.0,
+    "under_1d": 86400.0,
+}
 # What stands behind the last @: one expression that both databases understand.
 DOMAIN = "lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))"
 
@@ -23,7 +31,8 @@ class Statistics:
         self._queue = queue
 
     def rates(self) -> list[Row]:
-        """Tries of the last hour by outcome: how many, how many of them in the last minute, bytes, mean seconds."""
+        """Tries of the last hour by outcome: how many, how many of them in the last minute, bytes,
+        mean seconds."""
         return self._queue.all(
             """SELECT outcome, count(*) AS last_hour, sum(CASE WHEN finished_at > @ago(60) THEN 1 ELSE 0 END) AS
                 last_minute, sum(bytes_sent) AS bytes_sent, CAST(avg(@micros(finished_at) - @micros(started_at)) AS
@@ -43,15 +52,18 @@ class Statistics:
     def ages(self, most: int = 20) -> list[Row]:
         """How long unfinished mail has waited, by the recipients' domain, the longest queues first.
 
-        A row has `domain`, `domains` (1), `waiting`, and how many of those are younger than each of AGES and than all
-        of them: `under_5m` ... `older`; the name of a column is its upper end. Behind the first `most` one more row has
-        the sum of all others: no `domain`, and how many `domains` there are.
+        A row has `domain`, `domains` (1), `waiting`, and how many of those are younger than each of
+        AGES and than all of them: `under_5m` ... `older`; the name of a column is its upper end.
+        Behind the first `most` one more row has the sum of all others: no `domain`, and how many
+        `domains` there are.
         """
         ids = [id_at(seconds) for seconds in AGES.values()]
         bounds = {f"bound{n}": bound for n, bound in enumerate(ids)}
         columns, above = list[str](), "1 = 1"
         for n, name in enumerate(AGES):
-            columns.append(f"sum(CASE WHEN {above} AND queue_uuid >= @id(:bound{n}) THEN 1 ELSE 0 END) AS {name}")
+            columns.append(
+                f"sum(CASE WHEN {above} AND queue_uuid >= @id(:bound{n}) THEN 1 ELSE 0 END) AS {name}"
+            )
             above = f"queue_uuid < @id(:bound{n})"
         columns.append(f"sum(CASE WHEN {above} THEN 1 ELSE 0 END) AS older")
         sql = f"""SELECT {DOMAIN} AS domain, 1 AS domains, count(*) AS waiting, {", ".join(columns)}
@@ -64,7 +76,8 @@ class Statistics:
         return [*rows, others] if others else rows
 
     def received(self) -> Row:
-        """What was accepted (notices are not): messages of the last minute and hour, bytes of the last hour."""
+        """What was accepted (notices are not): messages of the last minute and hour, bytes of the
+        last hour."""
         # Ids begin with smtpd's time, and are indexed; ten minutes for clocks that disagree.
         (row,) = self._queue.all(
             """SELECT coalesce(sum(CASE WHEN received_at > @ago(60) THEN 1 ELSE 0 END), 0) AS last_minute,
@@ -77,8 +90,8 @@ class Statistics:
     def history(self, seconds: int, step: int) -> tuple[datetime, list[Row]]:
         """Tries by outcome in steps of so many seconds: (the time now, rows).
 
-        A row has `step` (how many whole ones ago: 0 is the newest, and has ended now), `outcome`, `tries`, and
-        `seconds`, their mean length.
+        A row has `step` (how many whole ones ago: 0 is the newest, and has ended now), `outcome`,
+        `tries`, and `seconds`, their mean length.
         """
         rows = self._queue.all(
             """SELECT (@micros(@now) - @micros(finished_at)) / CAST(:step AS bigint) AS step, outcome,

@@ -1,15 +1,18 @@
-"""Files of the spool that stand there for nobody: bodies that no delivery needs, and files without a message.
+"""Files of the spool that stand there for nobody: bodies that no delivery needs, and files without
+a message.
 
-Housekeeping and `fsck` go through the spool with the same eyes. A crash between an outcome and the removal of its body
-leaves the one; a crash before the COMMIT that would have made a message leaves the other, or the loss of its rows does.
+Housekeeping and `fsck` go through the spool with the same eyes. A crash between an outcome and the
+removal of its body leaves the one; a crash before the COMMIT that would have made a message leaves
+the other, or the loss of its rows does.
 
-What must stay true: each file is looked at again before it is touched; one without a row is never removed but moved to
-`orphans/`, and `newer_row_exists` says whether some message is newer than it: in a database restored from last week
-every file of this week looks like an orphan.
+What must stay true: each file is looked at again before it is touched; one without a row is never
+removed but moved to `orphans/`, and `newer_row_exists` says whether some message is newer than it:
+in a database restored from last week every file of this week looks like an orphan.
 
-Ages are counted by two clocks, and the smaller age counts. The database's alone would make a file old that a machine
-stamped whose clock is behind; the file system's alone one that was stamped before that clock was set forward. This
-process' own clock does not matter: it may be that of a machine which wrote none of the files.
+Ages are counted by two clocks, and the smaller age counts. The database's alone would make a file
+old that a machine stamped whose clock is behind; the file system's alone one that was stamped
+before that clock was set forward. This process' own clock does not matter: it may be that of a
+machine which wrote none of the files.
 """
 
 import itertools
@@ -41,7 +44,8 @@ _FILES = f"""SELECT @hex(x.queue_id), EXISTS (SELECT 1 FROM messages m WHERE m.i
 
 @dataclass(frozen=True, slots=True)
 class OrphanFile:
-    """A file that nobody needs, written `age` seconds ago; `row`: something of its message is in the database."""
+    """A file that nobody needs, written `age` seconds ago; `row`: something of its message is in
+    the database."""
 
     name: str
     path: Path
@@ -51,7 +55,8 @@ class OrphanFile:
 
 
 class OrphanScanner:
-    """`found` looks; `remove` and `move_to_orphans` look again, and answer whether it was still so and is done."""
+    """`found` looks; `remove` and `move_to_orphans` look again, and answer whether it was still so
+    and is done."""
 
     def __init__(self, engine: Engine, spool: Spool) -> None:
         self._engine, self._spool, self._sql = engine, spool, Statements(engine, late=LATE)
@@ -59,7 +64,11 @@ class OrphanScanner:
     def found(self, stopping: threading.Event | None = None) -> Iterator[OrphanFile]:
         """Go through the spool, a batch of files a statement."""
         now = self.now()
-        settled = ((name, age) for name, found in self._spool.ids() if (age := now - found.st_mtime) >= SETTLED)
+        settled = (
+            (name, age)
+            for name, found in self._spool.ids()
+            if (age := now - found.st_mtime) >= SETTLED
+        )
         for batch in itertools.batched(settled, BATCH):
             if stopping is not None and stopping.is_set():
                 return
@@ -81,15 +90,21 @@ class OrphanScanner:
         return True
 
     def purge(self, wait: float) -> int:
-        """Remove what was put aside `wait` seconds ago and is needed by no message; how many files that were.
+        """Remove what was put aside `wait` seconds ago and is needed by no message; how many files
+        that were.
 
-        What a pass puts aside is purged by a later one at the earliest: the move, not the file's age, begins the wait.
+        What a pass puts aside is purged by a later one at the earliest: the move, not the file's
+        age, begins the wait.
         """
         now, count = self.now(), 0
         old = (name for name, found in self._spool.orphans() if now - found.st_ctime >= wait)
         for batch in itertools.batched([*old], BATCH):
             known = self._known(batch)
-            count += sum(self._spool.remove_orphan(name) for name, (row, free) in known.items() if free or not row)
+            count += sum(
+                self._spool.remove_orphan(name)
+                for name, (row, free) in known.items()
+                if free or not row
+            )
         return count
 
     def now(self) -> float:
@@ -102,7 +117,10 @@ class OrphanScanner:
         """For each id: is there a row of its message, and is its body free."""
         rows = json.dumps([{"queue_id": dashed(name)} for name in names])
         with reading(self._engine) as connection:
-            return {row[0]: (bool(row[1]), bool(row[2])) for row in self._sql.run(connection, _FILES, ids=rows)}
+            return {
+                row[0]: (bool(row[1]), bool(row[2]))
+                for row in self._sql.run(connection, _FILES, ids=rows)
+            }
 
     def _newest_age(self) -> float:
         """Seconds since the newest message came."""

@@ -1,13 +1,14 @@
 """Whether anybody still needs a body: one rule, for all who remove one.
 
-A body goes when its message has deliveries, each of them is done and owes nothing, and no recipient lacks one. The
-first and the last are always so in what our statements make. But who goes through the spool, or does what an operator
-asks, does so beside a database that may have been restored, cut or mended by hand, and there a missing row must not
-cost the mail. A worker that has just recorded an outcome asks `body_needed` alone: looking at the recipients as well
-took tens of microseconds a message.
+A body goes when its message has deliveries, each of them is done and owes nothing, and no recipient
+lacks one. The first and the last are always so in what our statements make. But who goes through
+the spool, or does what an operator asks, does so beside a database that may have been restored, cut
+or mended by hand, and there a missing row must not cost the mail. A worker that has just recorded
+an outcome asks `body_needed` alone: looking at the recipients as well took tens of microseconds a
+message.
 
-What must stay true: it is asked again after the COMMIT that ended a delivery, because two who end the last two
-deliveries of a message at once do not see each other before.
+What must stay true: it is asked again after the COMMIT that ended a delivery, because two who end
+the last two deliveries of a message at once do not see each other before.
 """
 
 import json
@@ -22,7 +23,8 @@ from relay.ids import dashed
 
 
 def body_needed(message: str) -> str:
-    """That a delivery needs it, as a condition; `message` is the id as the statement around it has it."""
+    """That a delivery needs it, as a condition; `message` is the id as the statement around it has
+    it."""
     return f"EXISTS (SELECT 1 FROM deliveries o WHERE o.queue_id = {message} AND {NEEDS_BODY})"
 
 
@@ -35,11 +37,14 @@ def body_deletable(message: str) -> str:
             WHERE r.queue_id = {message} AND o.number IS NULL))"""
 
 
-_FREE = f"SELECT @hex(x.queue_id) FROM @rows(:ids; queue_id uuid) WHERE {body_deletable('x.queue_id')}"
+_FREE = (
+    f"SELECT @hex(x.queue_id) FROM @rows(:ids; queue_id uuid) WHERE {body_deletable('x.queue_id')}"
+)
 
 
 def deletable_bodies(engine: Engine, sql: Statements, ids: Iterable[str]) -> list[str]:
-    """Those of these messages whose body nobody needs, as far as is committed; ids of 32 digits, in order."""
+    """Those of these messages whose body nobody needs, as far as is committed; ids of 32 digits, in
+    order."""
     rows = [{"queue_id": dashed(queue_id)} for queue_id in sorted(ids)]
     if not rows:
         return []

@@ -1,17 +1,19 @@
 """Message bodies: one file a message, in LF form, exactly the bytes that QMQP will carry.
 
-Files are named by the queue id and stand in directories named by its first eight hex digits, about a minute of arrivals
-each: fresh files share a directory that is in memory, and a directory that has emptied is removed. A body is written
-once, synced (file, then directory) before its message may be committed, read by workers, and removed when no delivery
-needs it.
+Files are named by the queue id and stand in directories named by its first eight hex digits, about
+a minute of arrivals each: fresh files share a directory that is in memory, and a directory that has
+emptied is removed. A body is written once, synced (file, then directory) before its message may be
+committed, read by workers, and removed when no delivery needs it.
 
-What must stay true: a body that returned from `store` or `finish` survives a power cut; one that failed leaves nothing
-behind; a file is never changed once it was synced. The spool knows its identity (`spool-id`) and so does the database
-(table `spool`): on another directory nobody runs, because there every body would look lost.
+What must stay true: a body that returned from `store` or `finish` survives a power cut; one that
+failed leaves nothing behind; a file is never changed once it was synced. The spool knows its
+identity (`spool-id`) and so does the database (table `spool`): on another directory nobody runs,
+because there every body would look lost.
 
-A process holds a descriptor of the directory from its start and works relative to that. A path is looked up anew in
-every call: when the file system below it is unmounted, it names the bare mount point, and a body stored there is gone
-when the file system is back. Before anything is created the path must still name the directory that is held.
+A process holds a descriptor of the directory from its start and works relative to that. A path is
+looked up anew in every call: when the file system below it is unmounted, it names the bare mount
+point, and a body stored there is gone when the file system is back. Before anything is created the
+path must still name the directory that is held.
 """
 
 import errno
@@ -124,7 +126,8 @@ class BodyWriter:
             self._unsynced += written
             if self._unsynced >= SYNC_EVERY:
                 os.fdatasync(self._handle)
-                # Nobody reads it before the worker does: give the memory back while the rest arrives.
+                # Nobody reads it before the worker does: give the memory back while the rest
+                # arrives.
                 os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
                 self._unsynced = 0
         except OSError:
@@ -144,7 +147,8 @@ class BodyWriter:
             raise
 
     def finish(self) -> int:
-        """Sync file and directory, close; the size in bytes. Raises OSError, and then the file is gone."""
+        """Sync file and directory, close; the size in bytes. Raises OSError, and then the file is
+        gone."""
         self.sync()
         try:
             _sync_directory(self.directory, self._root)
@@ -164,12 +168,15 @@ class BodyWriter:
     def close(self) -> None:
         """Close what was synced."""
         handle, self._handle = self._handle, -1
-        with suppress(OSError):  # it has nothing to say that the sync before it, or giving up, did not settle
+        with suppress(
+            OSError
+        ):  # it has nothing to say that the sync before it, or giving up, did not settle
             os.close(handle)
 
 
 class Spool:
-    """The directory of bodies. `handle`: a descriptor of it that another process held before us, and hands on."""
+    """The directory of bodies. `handle`: a descriptor of it that another process held before us,
+    and hands on."""
 
     def __init__(self, directory: Path, handle: int | None = None) -> None:
         self.directory, self._root = directory, str(directory)
@@ -181,7 +188,8 @@ class Spool:
 
     @property
     def handle(self) -> int:
-        """The descriptor that everything goes through; raises OSError if it can only be opened now, and cannot."""
+        """The descriptor that everything goes through; raises OSError if it can only be opened now,
+        and cannot."""
         if self._held < 0:
             with self._holding:
                 if self._held < 0:
@@ -190,7 +198,8 @@ class Spool:
 
     @property
     def identity(self) -> str:
-        """What the mark in our directory says, empty where no mark is; raises OSError as `handle` does."""
+        """What the mark in our directory says, empty where no mark is; raises OSError as `handle`
+        does."""
         return self._identity if self.handle >= 0 else ""
 
     def _hold(self, handle: int) -> None:
@@ -209,9 +218,11 @@ class Spool:
         self._synced = ""
 
     def _insist_on_place(self) -> int:
-        """Our descriptor; raises OSError unless our directory is still where readers will look for it.
+        """Our descriptor; raises OSError unless our directory is still where readers will look for
+        it.
 
-        A file system that was mounted again may be another directory to the kernel; it is ours if its mark is.
+        A file system that was mounted again may be another directory to the kernel; it is ours if
+        its mark is.
         """
         root = self.handle
         if _place(os.stat(self._root)) == self._place:
@@ -226,11 +237,16 @@ class Spool:
         return root
 
     def _insist_on_mark(self, handle: int) -> None:
-        """Raise OSError unless this directory is our spool: a lost mount is no reason to give up every message."""
+        """Raise OSError unless this directory is our spool: a lost mount is no reason to give up
+        every message."""
         found = _identity_in(handle)
         if not found or found != self._identity:
             number = errno.ESTALE if found else errno.ENOENT
-            raise OSError(number, f"not our spool: it says {found or 'nothing'}, ours {self._identity}", self._root)
+            raise OSError(
+                number,
+                f"not our spool: it says {found or 'nothing'}, ours {self._identity}",
+                self._root,
+            )
 
     def path(self, queue_id: str) -> Path:
         """Where the body of a message stands, for people."""
@@ -240,17 +256,20 @@ class Spool:
         return f"{queue_id[:_DIRECTORY_DIGITS]}/{queue_id}"
 
     def store(self, queue_id: str, parts: Sequence[bytes]) -> int:
-        """Create, write and sync a small body; its size in bytes. Raises OSError, and then nothing is left."""
+        """Create, write and sync a small body; its size in bytes. Raises OSError, and then nothing
+        is left."""
         (found,) = self.store_all([(queue_id, parts)])
         if isinstance(found, OSError):
             raise found
         return found
 
     def store_all(self, bodies: Sequence[tuple[str, Sequence[bytes]]]) -> list[int | OSError]:
-        """Create, write and sync small bodies together; the size of each, or the error that left nothing of it.
+        """Create, write and sync small bodies together; the size of each, or the error that left
+        nothing of it.
 
-        The kernel is told to begin with all of them before one is waited for, so that one commit of the file system's
-        journal does for many: it takes a few threads and half of the CPU that one by one and in parallel costs.
+        The kernel is told to begin with all of them before one is waited for, so that one commit of
+        the file system's journal does for many: it takes a few threads and half of the CPU that one
+        by one and in parallel costs.
         """
         try:
             root = self._insist_on_place()
@@ -303,7 +322,9 @@ class Spool:
                 os.fsync(root)
                 self._synced = directory
             try:
-                handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
+                handle = os.open(
+                    name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root
+                )
             except FileNotFoundError:
                 if not self._synced:
                     raise
@@ -312,10 +333,11 @@ class Spool:
                 return BodyWriter(root, name, handle)
 
     def open(self, queue_id: str, size: int) -> int:
-        """A read-only file descriptor; raises BodyUnsendable, or OSError for a fault that is not the body's.
+        """A read-only file descriptor; raises BodyUnsendable, or OSError for a fault that is not
+        the body's.
 
-        What is wrong with a body is looked at again once the directory has proved to be ours: it may have been
-        mounted between the look and the proof.
+        What is wrong with a body is looked at again once the directory has proved to be ours: it
+        may have been mounted between the look and the proof.
         """
         try:
             return self._open(queue_id, size)
@@ -341,7 +363,8 @@ class Spool:
         return self._name(queue_id), f"{_ORPHANS}/{queue_id}"
 
     def remove(self, queue_id: str) -> bool:
-        """Remove a body that nobody needs; False if it was gone. Never raises: what stays, housekeeping finds."""
+        """Remove a body that nobody needs; False if it was gone. Never raises: what stays,
+        housekeeping finds."""
         for name in self._names(queue_id):
             try:
                 os.unlink(name, dir_fd=self.handle)
@@ -353,7 +376,8 @@ class Spool:
         return False
 
     def move_to_orphans(self, queue_id: str) -> None:
-        """Move a body to `orphans/`; raises OSError. The kernel notes the time of that as the file's ctime."""
+        """Move a body to `orphans/`; raises OSError. The kernel notes the time of that as the
+        file's ctime."""
         root = self.handle
         with suppress(FileExistsError):
             os.mkdir(_ORPHANS, 0o700, dir_fd=root)
@@ -368,12 +392,14 @@ class Spool:
         return True
 
     def directories(self) -> list[str]:
-        """The names of the directories of bodies, oldest first: what else stands there (`lost+found`) is not ours."""
+        """The names of the directories of bodies, oldest first: what else stands there
+        (`lost+found`) is not ours."""
         with _opened(".", self.handle) as root:
             return sorted(filter(_OURS.fullmatch, os.listdir(root)))
 
     def remove_directory(self, name: str, older_than: float) -> bool:
-        """Remove a directory of bodies that is empty, and was last changed before a time of the file system's."""
+        """Remove a directory of bodies that is empty, and was last changed before a time of the
+        file system's."""
         try:
             if os.stat(name, dir_fd=self.handle).st_mtime > older_than:
                 return False
@@ -400,10 +426,11 @@ class Spool:
                         yield entry.name, entry.stat(follow_symlinks=False)
 
     def clock(self) -> float:
-        """The time by the clock that stamps files here (seconds since 1970): the server's on a network file system.
+        """The time by the clock that stamps files here (seconds since 1970): the server's on a
+        network file system.
 
-        Asked for by touching the directory. Where that cannot be done, its time is an earlier one, and files seem
-        younger than they are.
+        Asked for by touching the directory. Where that cannot be done, its time is an earlier one,
+        and files seem younger than they are.
         """
         root = self.handle
         with suppress(OSError):
@@ -416,18 +443,27 @@ class Spool:
         return found.f_bavail * found.f_frsize
 
     def prepare(self, engine: Engine, *, unsafe: bool = False) -> None:
-        """Make or check the directory, and that it is the one this database knows; raises SpoolError."""
+        """Make or check the directory, and that it is the one this database knows; raises
+        SpoolError."""
         known = _known(engine)
         try:
-            if known is None:  # else its place may be a bare mount point, where nothing must be made
+            if (
+                known is None
+            ):  # else its place may be a bare mount point, where nothing must be made
                 self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._hold(os.open(self._root, _DIRECTORY))
             found = os.fstat(self.handle)
         except OSError as error:
-            hint = "" if known is None else "; this database has a spool: mount it. Nothing was touched"
+            hint = (
+                ""
+                if known is None
+                else "; this database has a spool: mount it. Nothing was touched"
+            )
             raise SpoolError(f"RELAY_SPOOL_DIR: {self.directory}: {error.strerror}{hint}") from None
         if found.st_mode & stat.S_IWOTH:
-            raise SpoolError(f"RELAY_SPOOL_DIR: {self.directory} is writable by everybody: chmod o-w it")
+            raise SpoolError(
+                f"RELAY_SPOOL_DIR: {self.directory} is writable by everybody: chmod o-w it"
+            )
         if not os.access(self.directory, os.W_OK | os.X_OK):
             raise SpoolError(f"RELAY_SPOOL_DIR: {self.directory} is not writable by this user")
         if not unsafe and (kind := file_system(self.directory)) in _TMPFS_MAGIC:
@@ -438,10 +474,13 @@ class Spool:
         try:
             self._identity = self._identify(engine)
         except OSError as error:
-            raise SpoolError(f"RELAY_SPOOL_DIR: {error.filename or self.directory}: {error.strerror}") from None
+            raise SpoolError(
+                f"RELAY_SPOOL_DIR: {error.filename or self.directory}: {error.strerror}"
+            ) from None
 
     def _identify(self, engine: Engine) -> str:
-        """Marry the database to this directory the first time, and insist on it ever after; the spool's identity."""
+        """Marry the database to this directory the first time, and insist on it ever after; the
+        spool's identity."""
         spell = dialect_of(engine)
         with writing(engine) as connection:
             if spell.postgresql:  # services start together; SQLite's writers take turns anyway
@@ -451,7 +490,8 @@ class Spool:
             if known is None:
                 written = written or self._mark()
                 connection.execute(
-                    text(spell("INSERT INTO spool (id, created_at) VALUES (:id, @now)")), {"id": dashed(written)}
+                    text(spell("INSERT INTO spool (id, created_at) VALUES (:id, @now)")),
+                    {"id": dashed(written)},
                 )
             elif known != written:
                 raise SpoolError(
@@ -463,7 +503,9 @@ class Spool:
     def _mark(self) -> str:
         """Give the directory an identity, whole or not at all."""
         identity, half, root = new_id(), f"{_MARK}.new", self.handle
-        handle = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=root)
+        handle = os.open(
+            half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=root
+        )
         try:
             _write_all(handle, identity.encode() + b"\n")
             os.fsync(handle)
@@ -482,11 +524,14 @@ def _known(engine: Engine) -> str | None:
 
 
 def file_system(directory: Path) -> str:
-    """The type of the file system that a directory is on, as the kernel names it; empty where that cannot be told."""
+    """The type of the file system that a directory is on, as the kernel names it; empty where that
+    cannot be told."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:
         return ""
     real = os.path.realpath(directory)
-    below = [(m[1], m[2]) for m in mounts if real == m[1] or real.startswith(m[1].rstrip("/") + "/")]
+    below = [
+        (m[1], m[2]) for m in mounts if real == m[1] or real.startswith(m[1].rstrip("/") + "/")
+    ]
     return max(below, key=lambda m: len(m[0]))[1] if below else ""

@@ -22,7 +22,8 @@ from tests.waiting import until
 
 @pytest.fixture(scope="session", autouse=True)
 def the_sink_of_a_demo_has_a_port_of_its_own() -> Iterator[None]:
-    """Two that start at the same moment would both find the usual one free, and one would get the other's mail."""
+    """Two that start at the same moment would both find the usual one free, and one would get the
+    other's mail."""
     with socket.socket() as holder, suppress(OSError):
         holder.bind(("127.0.0.1", SINK_PORT))
         yield
@@ -32,7 +33,8 @@ def the_sink_of_a_demo_has_a_port_of_its_own() -> Iterator[None]:
 
 @pytest.fixture
 def start_up(tmp_path: Path) -> Iterator[StartUp]:
-    """`start_up("--demo", QMQP_SERVERS=...)`: a relay that is up, in the STATE_DIR `var` of the test."""
+    """`start_up("--demo", QMQP_SERVERS=...)`: a relay that is up, in the STATE_DIR `var` of the
+    test."""
     started: list[Up] = []
 
     def start(*options: str, **settings: str) -> Up:
@@ -55,7 +57,8 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
 def install(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path
 ) -> Iterator[Install]:
-    """`install("postgresql", QMQP_SERVERS=...)`: an installation in which nothing but the broker runs yet."""
+    """`install("postgresql", QMQP_SERVERS=...)`: an installation in which nothing but the broker
+    runs yet."""
     with ExitStack() as stack:
 
         def make(database: str, **settings: str) -> Installation:

@@ -1,4 +1,5 @@
-"""Some fifty messages in every state there is, with words from people who mean harm, and a page to look at them."""
+"""Some fifty messages in every state there is, with words from people who mean harm, and a page to
+look at them."""
 
 import re
 import socket
@@ -31,7 +32,8 @@ SERVER = "qmqp.example.net:628"
 
 @dataclass(slots=True)
 class Scenario:
-    """What was made: recipients by the state of their delivery, ids by state, and what else is counted."""
+    """What was made: recipients by the state of their delivery, ids by state, and what else is
+    counted."""
 
     recipients: Counter[str] = field(default_factory=Counter)
     ids: dict[str, list[str]] = field(default_factory=dict)
@@ -53,7 +55,10 @@ def scenario(office: Office, spool: Spool) -> Scenario:
 
     def accept(*addresses: str, **more: object) -> str:
         number = next(numbers)
-        given = {"sender": f"sender{number}@example.com", "header_message_id": f"<{number}@example.com>"} | more
+        given = {
+            "sender": f"sender{number}@example.com",
+            "header_message_id": f"<{number}@example.com>",
+        } | more
         queue_id = office.accept(*(addresses or (f"r{number}@d{number % 3}.example.org",)), **given)
         spool.store(queue_id, [b"Subject: x\n\n" + b"x" * 88])
         return queue_id
@@ -75,7 +80,9 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     notices = debts.settle(5)  # of seven: two are owed
     made.owed, made.told = 2, len(notices)
     made.made("queued", *notices)
-    made.made("deferred", *(tried(Outcome.DEFERRED, reply="451 4.7.1 greylisted") for _ in range(4)))
+    made.made(
+        "deferred", *(tried(Outcome.DEFERRED, reply="451 4.7.1 greylisted") for _ in range(4))
+    )
     made.doubtful = [tried(Outcome.UNCERTAIN, reply="connection closed") for _ in range(2)]
     made.made("deferred", *made.doubtful)
     made.made("deferred", tried(Outcome.UNREACHABLE, reply="connection refused"))
@@ -83,16 +90,23 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     for verb, state in (("hold", "held"), ("drop", "dropped")):
         ids = [accept() for _ in range(3)]
         for queue_id in ids:
-            verbs.apply(OPERATIONS[verb], Filter(id=queue_id), actor=f"{HOSTILE}@here", reason=HOSTILE)
+            verbs.apply(
+                OPERATIONS[verb], Filter(id=queue_id), actor=f"{HOSTILE}@here", reason=HOSTILE
+            )
             made.actions[verb] += 1
         made.made(state, *ids)
     cut = accept("good@example.org", "bad@example.org", "fine@example.org")
-    office.record(office.claim(cut)[0], Outcome.REJECTED, state=State.SPLIT, reply="550 5.1.1 no such user")
+    office.record(
+        office.claim(cut)[0], Outcome.REJECTED, state=State.SPLIT, reply="550 5.1.1 no such user"
+    )
     for claim in office.claim(cut):
         office.record(claim, Outcome.DELIVERED)
     made.made("delivered", cut, recipients=3)
     made.made(
-        "queued", accept(f"{HOSTILE}@example.org", sender=HOSTILE, header_message_id=f"<{HOSTILE}>", helo=HOSTILE)
+        "queued",
+        accept(
+            f"{HOSTILE}@example.org", sender=HOSTILE, header_message_id=f"<{HOSTILE}>", helo=HOSTILE
+        ),
     )
     made.made("queued", accept(LONG, sender=LONG), *(accept(sender="") for _ in range(2)))
     made.made("queued", accept("many1@example.org", "many2@example.org"), recipients=2)
@@ -102,13 +116,17 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     for state, overdue in (("deferred", made.ids["deferred"][:2]), ("queued", made.ids["queued"])):
         office.pass_time(100, only=overdue)  # nobody has looked at them since they were due
         made.overdue[state] = len(overdue)
-    office.pass_time(-10_000, only=made.ids["deferred"][2:])  # however long the tests take, these are not
+    office.pass_time(
+        -10_000, only=made.ids["deferred"][2:]
+    )  # however long the tests take, these are not
     return made
 
 
 def questions(database: str) -> list[list[str]]:
     """The statements in which docs/inspect.md puts each of its questions to that database."""
-    text = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text().split("\n## Questions\n")[1]
+    text = (
+        (Path(__file__).parents[2] / "docs" / "inspect.md").read_text().split("\n## Questions\n")[1]
+    )
     other = {"sqlite": "-- PostgreSQL", "postgresql": "-- SQLite"}[database]
     blocks = [block.split(";") for block in re.findall(r"```sql\n(.*?)```", text, re.DOTALL)]
     return [[query for query in block if query.strip() and other not in query] for block in blocks]
@@ -141,7 +159,11 @@ class Browser:
         except urllib.error.HTTPError as error:
             answer = error
         with answer:
-            return Page(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read().decode())
+            return Page(
+                answer.status,
+                {k.lower(): v for k, v in answer.headers.items()},
+                answer.read().decode(),
+            )
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""smtpd and workers as they run on a server: processes of their own on one database, one broker and one spool.
+"""smtpd and workers as they run on a server: processes of their own on one database, one broker and
+one spool.
 
-What a test learns of them it learns as an operator does: from the database, from the replies to SMTP clients, and from
-what QMQP servers received. `Feeder` is a crowd of such clients.
+What a test learns of them it learns as an operator does: from the database, from the replies to
+SMTP clients, and from what QMQP servers received. `Feeder` is a crowd of such clients.
 """
 
 import re
@@ -94,7 +95,11 @@ class Installation:
 
     def until_signed_on(self, worker: subprocess.Popen[Any]) -> None:
         signed_on = "SELECT id FROM workers WHERE pid = :pid AND ended_at IS NULL"
-        until(lambda: self.rows(signed_on, pid=worker.pid) or worker.poll() is not None, STARTING, what=self.said)
+        until(
+            lambda: self.rows(signed_on, pid=worker.pid) or worker.poll() is not None,
+            STARTING,
+            what=self.said,
+        )
         assert worker.poll() is None, self.said()
 
     def end(self, child: subprocess.Popen[Any], number: int = signal.SIGTERM) -> int:
@@ -103,21 +108,35 @@ class Installation:
         return end(child, number)
 
     def said(self) -> str:
-        """Who has ended and how, and their last words, but for what is said about each message when all is well."""
-        ended = [f"{child!r} (pid {child.pid})" for child in self.children if child.poll() is not None]
+        """Who has ended and how, and their last words, but for what is said about each message when
+        all is well."""
+        ended = [
+            f"{child!r} (pid {child.pid})" for child in self.children if child.poll() is not None
+        ]
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         routine = ('"event": "accepted"', '"event": "sending"', '"event": "delivered"')
-        return "\n".join(ended + [line for line in lines if not any(word in line for word in routine)][-40:])
+        return "\n".join(
+            ended + [line for line in lines if not any(word in line for word in routine)][-40:]
+        )
 
     # Mail
 
-    def smtp_source(self, count: int, recipient: str, *options: str, sender: str = "a@example.com") -> None:
+    def smtp_source(
+        self, count: int, recipient: str, *options: str, sender: str = "a@example.com"
+    ) -> None:
         """Have Postfix' smtp-source send so many messages; all of them must be accepted."""
         smtp_source(self.port, count, recipient, *options, sender=sender)
 
-    def send(self, *recipients: str, sender: str = "me@example.com", body: bytes = b"Subject: x\n\nHello.\n") -> str:
+    def send(
+        self,
+        *recipients: str,
+        sender: str = "me@example.com",
+        body: bytes = b"Subject: x\n\nHello.\n",
+    ) -> str:
         """Hand a message over by SMTP; its queue id."""
-        with smtplib.SMTP("127.0.0.1", self.port, local_hostname="client.example.com", timeout=30) as client:
+        with smtplib.SMTP(
+            "127.0.0.1", self.port, local_hostname="client.example.com", timeout=30
+        ) as client:
             return submit(client, *recipients, sender=sender, body=body)
 
     # Looking
@@ -132,8 +151,11 @@ class Installation:
         return int(self.rows(f"SELECT count(*) FROM deliveries d WHERE {where}")[0][0])
 
     def to(self, recipient: str) -> Any:
-        """The row of `mail_history` of a recipient (`%` stands for anything), the last if there are several."""
-        return self.rows("SELECT * FROM mail_history WHERE recipient LIKE :r ORDER BY queue_id", r=recipient)[-1]
+        """The row of `mail_history` of a recipient (`%` stands for anything), the last if there are
+        several."""
+        return self.rows(
+            "SELECT * FROM mail_history WHERE recipient LIKE :r ORDER BY queue_id", r=recipient
+        )[-1]
 
     def attempts(self, recipient: str) -> list[tuple[str | None, str, str]]:
         """Server, outcome and reply of each try for a recipient, in order."""
@@ -143,16 +165,26 @@ class Installation:
 
     def until_state(self, recipient: str, state: str, timeout: float = 30.0) -> Any:
         """Wait until the delivery to a recipient is in that state; its row of `mail_history`."""
-        until(lambda: self.to(recipient).state == state, timeout, what=lambda: f"{self.to(recipient)} {self.said()}")
+        until(
+            lambda: self.to(recipient).state == state,
+            timeout,
+            what=lambda: f"{self.to(recipient)} {self.said()}",
+        )
         return self.to(recipient)
 
     def until_all_delivered(self, timeout: float = 60.0) -> None:
         """Wait until nothing else is left in the tables, and no body in the spool."""
         until(lambda: not self.count("d.state <> 'delivered'"), timeout, what=self.unfinished)
-        until(lambda: not self.bodies(), timeout, what=lambda: f"{self.bodies()} are left in the spool")
+        until(
+            lambda: not self.bodies(),
+            timeout,
+            what=lambda: f"{self.bodies()} are left in the spool",
+        )
 
     def unfinished(self) -> str:
-        rows = self.rows("SELECT queue_id, recipient, state, attempts, reason, next_at FROM mail_queue LIMIT 5")
+        rows = self.rows(
+            "SELECT queue_id, recipient, state, attempts, reason, next_at FROM mail_queue LIMIT 5"
+        )
         states = self.rows("SELECT state, count(*) FROM deliveries GROUP BY state")
         return f"{states}, such as {rows}\n{self.said()}"
 
@@ -164,9 +196,21 @@ class Installation:
 type Install = Callable[..., Installation]
 
 
-def smtp_source(port: int, count: int, recipient: str, *options: str, sender: str = "a@example.com") -> None:
+def smtp_source(
+    port: int, count: int, recipient: str, *options: str, sender: str = "a@example.com"
+) -> None:
     """Postfix' smtp-source; what it says is an error."""
-    command = [installed("smtp-source"), *options, "-m", str(count), "-f", sender, "-t", recipient, f"127.0.0.1:{port}"]
+    command = [
+        installed("smtp-source"),
+        *options,
+        "-m",
+        str(count),
+        "-f",
+        sender,
+        "-t",
+        recipient,
+        f"127.0.0.1:{port}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
@@ -191,14 +235,18 @@ def submit(client: smtplib.SMTP, *recipients: str, sender: str, body: bytes) -> 
 
 
 class Feeder:
-    """SMTP clients that send without a pause worth mentioning, each message to a recipient of its own, and note whose
-    message was accepted. What breaks off in between is not sent again: it may arrive or not, but never twice."""
+    """SMTP clients that send without a pause worth mentioning, each message to a recipient of its
+    own, and note whose message was accepted. What breaks off in between is not sent again: it may
+    arrive or not, but never twice."""
 
     def __init__(self, port: int, clients: int = 4, *, name: str = "") -> None:
         self.accepted: set[str] = set()
         self._port, self._name = port, name
         self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=partial(self._run, number), daemon=True) for number in range(clients)]
+        self._threads = [
+            threading.Thread(target=partial(self._run, number), daemon=True)
+            for number in range(clients)
+        ]
 
     def __enter__(self) -> "Feeder":
         for thread in self._threads:
@@ -223,24 +271,35 @@ class Feeder:
         number = 0
         while not self._stopping.is_set():
             try:
-                with smtplib.SMTP("127.0.0.1", self._port, "client.example.com", timeout=20) as connection:
+                with smtplib.SMTP(
+                    "127.0.0.1", self._port, "client.example.com", timeout=20
+                ) as connection:
                     while not self._stopping.wait(0.02):
                         number += 1
                         recipient = f"{self._name}{client}-{number}@example.org"
-                        submit(connection, recipient, sender="a@example.com", body=b"Subject: x\n\n" + b"y" * 2000)
+                        submit(
+                            connection,
+                            recipient,
+                            sender="a@example.com",
+                            body=b"Subject: x\n\n" + b"y" * 2000,
+                        )
                         self.accepted.add(recipient)
             except (OSError, smtplib.SMTPException, AssertionError):
                 self._stopping.wait(0.1)  # it was away or had a fault: begin again
 
 
 def taken(*sinks: Sink) -> Counter[str]:
-    """How often these sinks took a message, by recipient: said K, whether or not somebody was there to hear it."""
+    """How often these sinks took a message, by recipient: said K, whether or not somebody was there
+    to hear it."""
     received = (one for sink in sinks for one in list(sink.received))
-    return Counter(r.decode() for one in received if one.reply.startswith(b"K") for r in one.recipients)
+    return Counter(
+        r.decode() for one in received if one.reply.startswith(b"K") for r in one.recipients
+    )
 
 
 def reckon(installation: Installation, accepted: Iterable[str], *sinks: Sink) -> None:
-    """Nothing that was accepted is lost, and only what an uncertain try explains was taken more than once."""
+    """Nothing that was accepted is lost, and only what an uncertain try explains was taken more
+    than once."""
     got = taken(*sinks)
     lost = set(accepted) - got.keys()
     assert not lost, f"accepted with 250 and never at a server: {sorted(lost)[:10]}"

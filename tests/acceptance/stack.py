@@ -1,4 +1,5 @@
-"""The relay as people start it: `qmqp-relay` in a process of its own, and what is left of it afterwards."""
+"""The relay as people start it: `qmqp-relay` in a process of its own, and what is left of it
+afterwards."""
 
 import os
 import re
@@ -26,7 +27,12 @@ QUICK = {
 def relay_environ(**settings: str) -> dict[str, str]:
     """The environment of a command: ours without its RELAY_ names, and these settings."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
-    return plain | {"PYTHONPATH": str(ROOT)} | QUICK | {f"RELAY_{name}": value for name, value in settings.items()}
+    return (
+        plain
+        | {"PYTHONPATH": str(ROOT)}
+        | QUICK
+        | {f"RELAY_{name}": value for name, value in settings.items()}
+    )
 
 
 def command(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +44,8 @@ def command(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 
 def processes_of(state_dir: Path) -> list[int]:
-    """Every process that was started for this STATE_DIR and still runs, itself and whoever reads it excepted."""
+    """Every process that was started for this STATE_DIR and still runs, itself and whoever reads it
+    excepted."""
     return list(_running(state_dir))
 
 
@@ -47,11 +54,18 @@ def _running(state_dir: Path) -> dict[int, list[bytes]]:
     found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
-            environ, command_line = (directory / "environ").read_bytes(), (directory / "cmdline").read_bytes()
+            environ, command_line = (
+                (directory / "environ").read_bytes(),
+                (directory / "cmdline").read_bytes(),
+            )
             dead = (directory / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
         except OSError:
             continue
-        if os.fsencode(state_dir) in environ + command_line and not dead and int(directory.name) != os.getpid():
+        if (
+            os.fsencode(state_dir) in environ + command_line
+            and not dead
+            and int(directory.name) != os.getpid()
+        ):
             found[int(directory.name)] = command_line.split(b"\0")
     return found
 
@@ -62,7 +76,11 @@ class Up:
     def __init__(self, state_dir: Path, *options: str, **settings: str) -> None:
         self.state_dir, self.options = state_dir, options
         self.port = free_port()
-        self.settings = {"STATE_DIR": str(state_dir), "SMTP_LISTEN": f"127.0.0.1:{self.port}", **settings}
+        self.settings = {
+            "STATE_DIR": str(state_dir),
+            "SMTP_LISTEN": f"127.0.0.1:{self.port}",
+            **settings,
+        }
         self.log = state_dir.with_suffix(".log")
         self.process: subprocess.Popen[Any] | None = None
 
@@ -106,7 +124,9 @@ class Up:
                 return pid
         return None
 
-    def send(self, *recipients: str, sender: str = "me@example.com", body: str = "Subject: x\n\nHello.\n") -> str:
+    def send(
+        self, *recipients: str, sender: str = "me@example.com", body: str = "Subject: x\n\nHello.\n"
+    ) -> str:
         """Hand a message over by SMTP; its queue id."""
         with smtplib.SMTP("127.0.0.1", self.port, timeout=30) as client:
             client.ehlo("client.example.com")
@@ -128,7 +148,11 @@ class Up:
 
     def until_state(self, recipient: str, state: str, timeout: float = 30.0) -> None:
         """Wait until that recipient's delivery is in that state."""
-        until(lambda: self.states().get(recipient) == state, timeout, what=lambda: f"{self.states()}\n{self.said()}")
+        until(
+            lambda: self.states().get(recipient) == state,
+            timeout,
+            what=lambda: f"{self.states()}\n{self.said()}",
+        )
 
 
 type StartUp = Callable[..., Up]

@@ -1,4 +1,5 @@
-"""The alert rules: promtool accepts them, they speak of metrics that there are, and docs/operate.md lists both."""
+"""The alert rules: promtool accepts them, they speak of metrics that there are, and docs/operate.md
+lists both."""
 
 import json
 import re
@@ -16,7 +17,8 @@ from relay.spool.store import Spool
 RULES = Path(__file__).parents[2] / "docs" / "alerts.yml"
 TEXT, GUIDE = RULES.read_text(), RULES.with_name("operate.md").read_text()
 CONFIGURATION = re.findall(r"```yaml\n(rule_files:.*?)```", GUIDE, re.DOTALL)
-# By alert: series as promtool writes them, a sample a minute; the minutes when it fires, and when it does not (yet).
+# By alert: series as promtool writes them, a sample a minute; the minutes when it fires, and when
+# it does not (yet).
 type Case = tuple[str, dict[str, str], list[int], list[int]]
 OVERDUE, SENDING, PAUSED = (
     'relay_overdue{state="queued"}',
@@ -24,7 +26,10 @@ OVERDUE, SENDING, PAUSED = (
     'relay_paused{subject="a"}',
 )
 ROOM, UP = "relay_spool_free_bytes", "relay_database_up"
-RESTS, ACCEPT = 'relay_server_rests_total{server="mx:628", why="%s"}', 'relay_accept_seconds_bucket{le="%s"}'
+RESTS, ACCEPT = (
+    'relay_server_rests_total{server="mx:628", why="%s"}',
+    'relay_accept_seconds_bucket{le="%s"}',
+)
 CASES: list[Case] = [
     ("RelayMailIsLate", {'relay_oldest_age_seconds{state="deferred"}': "3500+60x60"}, [10], [5]),
     ("RelayMailIsLate", {'relay_oldest_age_seconds{state="bounced"}': "90000x60"}, [], [30]),
@@ -75,9 +80,12 @@ def test_it_fires_when_it_should_and_only_then(case: Case, tmp_path: Path):
         "tests": [
             {
                 "interval": "1m",
-                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "input_series": [
+                    {"series": name, "values": values} for name, values in series.items()
+                ],
                 "promql_expr_test": [
-                    {"expr": firing, "eval_time": f"{minute}m", "exp_samples": samples} for minute, samples in expected
+                    {"expr": firing, "eval_time": f"{minute}m", "exp_samples": samples}
+                    for minute, samples in expected
                 ],
             }
         ],
@@ -87,7 +95,9 @@ def test_it_fires_when_it_should_and_only_then(case: Case, tmp_path: Path):
 
 
 def test_every_alert_has_a_case_in_which_it_fires():
-    assert sorted({alert for alert, _, fires, _ in CASES if fires}) == sorted(re.findall(r"alert: (\w+)", TEXT))
+    assert sorted({alert for alert, _, fires, _ in CASES if fires}) == sorted(
+        re.findall(r"alert: (\w+)", TEXT)
+    )
 
 
 def test_promtool_accepts_the_scrape_configuration_of_the_guide(tmp_path: Path):

@@ -1,8 +1,9 @@
-"""The broker is a disposable hint: whatever becomes of it, all that is queued is delivered, and soon.
+"""The broker is a disposable hint: whatever becomes of it, all that is queued is delivered, and
+soon.
 
-Half of a thousand messages are accepted before the fault and half after it; only then a worker starts, so that every
-one of them is known to SQL alone. Soon is 2 x GRACE after there was both the message and a worker with free
-connections, by the times that the database has recorded.
+Half of a thousand messages are accepted before the fault and half after it; only then a worker
+starts, so that every one of them is known to SQL alone. Soon is 2 x GRACE after there was both the
+message and a worker with free connections, by the times that the database has recorded.
 """
 
 import signal
@@ -74,7 +75,9 @@ RETRIES_ALONE = ["celery", "-A", "worker.app", "worker", "--pool", "threads", "-
     [
         pytest.param("sqlite", flush, WORKER, id="flushed"),
         pytest.param("sqlite", lambda relay: relay.broker.pause(), WORKER, id="silent"),
-        pytest.param("postgresql", lambda relay: relay.broker.stop(), WORKER, id="stopped for good"),
+        pytest.param(
+            "postgresql", lambda relay: relay.broker.stop(), WORKER, id="stopped for good"
+        ),
         pytest.param("postgresql", nothing, RETRIES_ALONE, id="unconsumed"),
     ],
     indirect=["accepting"],
@@ -99,7 +102,8 @@ def test_all_is_delivered_without_hints(
         pid=worker.pid,
     )  # fmt: skip
     assert len(tries) == 2 * HALF
-    # Until as many tries have begun as there are connections one is free; then each needs that another has ended.
+    # Until as many tries have begun as there are connections one is free; then each needs that
+    # another has ended.
     freed = [0] * CONNECTIONS + sorted(one.finished for one in tries)
     waits = [one.started - max(one.ready, free) for one, free in zip(tries, freed, strict=False)]
     assert max(waits) < 2 * GRACE * 1_000_000

@@ -1,7 +1,9 @@
-"""What a QMQP server gets is what the client sent, byte for byte, and no size of it makes a process large.
+"""What a QMQP server gets is what the client sent, byte for byte, and no size of it makes a process
+large.
 
-The bytes at the sink are the trace field and the content as sent, with CRLF turned to LF and the dots unstuffed. A
-content has at least one octet in LF form when it is not empty, since SMTP knows whole lines only.
+The bytes at the sink are the trace field and the content as sent, with CRLF turned to LF and the
+dots unstuffed. A content has at least one octet in LF form when it is not empty, since SMTP knows
+whole lines only.
 """
 
 import random
@@ -27,8 +29,16 @@ AT_ONCE = 16
 TRACE = re.compile(rb"\AReceived: from client\.example\.com \(\[127\.0\.0\.1\]\)\n"
                    rb"\tby relay\.example\.com with ESMTP id ([0-9a-f]{32})\n"
                    rb"\tfor <[^>]+>; [A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n")  # fmt: skip
-HEADER = b"From: me@example.com\nReceived: from elsewhere by example.com\nSubject: =?utf-8?q?bytes?=\n\n"
-LINES = b".\n..\n...dots\n.dot\n\n\n \n\t\n" + bytes(range(128, 256)) + b"\n" + b"x" * 998 + b"\nbare \x01\x7f bytes\n"
+HEADER = (
+    b"From: me@example.com\nReceived: from elsewhere by example.com\nSubject: =?utf-8?q?bytes?=\n\n"
+)
+LINES = (
+    b".\n..\n...dots\n.dot\n\n\n \n\t\n"
+    + bytes(range(128, 256))
+    + b"\n"
+    + b"x" * 998
+    + b"\nbare \x01\x7f bytes\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +55,14 @@ def vast() -> Iterator[Sink]:
 
 
 @pytest.fixture(scope="module")
-def relay(install: Install, sink: Sink, vast: Sink, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+def relay(
+    install: Install, sink: Sink, vast: Sink, tmp_path_factory: pytest.TempPathFactory
+) -> Installation:
     routes = tmp_path_factory.mktemp("routes") / "routes.toml"
     routes.write_text(f'[vast]\nrecipients = ["vast.test"]\nservers = ["127.0.0.1:{vast.port}"]\n')
-    relay = install("sqlite", QMQP_SERVERS=f"127.0.0.1:{sink.port}", MAX_MESSAGE_SIZE="128M", ROUTES=str(routes))
+    relay = install(
+        "sqlite", QMQP_SERVERS=f"127.0.0.1:{sink.port}", MAX_MESSAGE_SIZE="128M", ROUTES=str(routes)
+    )
     worker = relay.worker(wait=False)
     relay.smtpd()
     relay.until_signed_on(worker)
@@ -58,7 +72,9 @@ def relay(install: Install, sink: Sink, vast: Sink, tmp_path_factory: pytest.Tem
 def content(size: int, *, header: bool) -> bytes:
     """So many octets in LF form, full of what is easily broken."""
     head = HEADER if header else b""
-    lines = LINES * ((size - len(head)) // len(LINES) + 1) if size < MB else LINES * (MB // len(LINES))
+    lines = (
+        LINES * ((size - len(head)) // len(LINES) + 1) if size < MB else LINES * (MB // len(LINES))
+    )
     if size >= MB:
         lines *= size // len(lines) + 1
     text = (head + lines)[: max(0, size - 1)]
@@ -88,7 +104,9 @@ def data_phase(relay: Installation, recipient: str, size: int = 0) -> Iterator[s
         yield connection
 
 
-def deliver_results(relay: Installation, recipient: str, wire: bytes, cuts: Iterator[int] | None = None) -> str:
+def deliver_results(
+    relay: Installation, recipient: str, wire: bytes, cuts: Iterator[int] | None = None
+) -> str:
     """Send content in one go, or cut into segments of these lengths; the queue id."""
     with data_phase(relay, recipient) as connection:
         view, start = memoryview(wire), 0
@@ -114,7 +132,8 @@ def segments(seed: str) -> Iterator[int]:
 
 
 def arrived(relay: Installation, sink: Sink, recipient: str) -> tuple[bytes, bytes]:
-    """What the sink got for a recipient: its trace field, and what follows it. It must be the only one."""
+    """What the sink got for a recipient: its trace field, and what follows it. It must be the only
+    one."""
     relay.until_state(recipient, "delivered")
     (one,) = [one for one in list(sink.received) if one.recipients == (recipient.encode(),)]
     assert sink.dump is not None
@@ -130,7 +149,9 @@ def arrived(relay: Installation, sink: Sink, recipient: str) -> tuple[bytes, byt
 
 @pytest.mark.parametrize("header", [True, False], ids=["header", "bare"])
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 10 * MB])
-def test_bytes_arrive_as_they_were_sent(relay: Installation, sink: Sink, size: int, header: bool) -> None:
+def test_bytes_arrive_as_they_were_sent(
+    relay: Installation, sink: Sink, size: int, header: bool
+) -> None:
     text = content(size, header=header)
     assert len(text) == size
     for name, cuts in ("one", None), ("cut", segments(f"{size}{header}")):
@@ -142,7 +163,10 @@ def test_bytes_arrive_as_they_were_sent(relay: Installation, sink: Sink, size: i
 
 @pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1])
 def test_a_stored_body_of_about_a_block(relay: Installation, sink: Sink, size: int) -> None:
-    empty, recipient = f"empty--{size}@example.org", f"stored-{size}@example.org"  # of the same length
+    empty, recipient = (
+        f"empty--{size}@example.org",
+        f"stored-{size}@example.org",
+    )  # of the same length
     deliver_results(relay, empty, on_the_wire(b""))
     trace, _ = arrived(relay, sink, empty)
     text = content(size - len(trace), header=True)
@@ -169,8 +193,11 @@ def test_a_hundred_megabytes(relay: Installation, sink: Sink, header: bool) -> N
 
 
 @pytest.mark.timeout(300)  # 1.6 GB have to be synced, on whatever disk there is
-def test_memory_stays_flat_while_sixteen_of_a_hundred_megabytes_pass(relay: Installation, vast: Sink) -> None:
-    """All sixteen at once, first through smtpd, then, as it stood still until then, through the worker."""
+def test_memory_stays_flat_while_sixteen_of_a_hundred_megabytes_pass(
+    relay: Installation, vast: Sink
+) -> None:
+    """All sixteen at once, first through smtpd, then, as it stood still until then, through the
+    worker."""
     worker, smtpd = relay.children
     for n in range(AT_ONCE):  # what any mail makes them keep is there before
         relay.send(f"warm-{n}@vast.test")

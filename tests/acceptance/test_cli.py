@@ -23,7 +23,9 @@ def test_looking_at_a_relay(start_up: StartUp, tmp_path: Path) -> None:
     up.until_state("you@example.org", "delivered")
     up.until_state("defer-99@example.org", "deferred")
 
-    waiting = [json.loads(line) for line in command("list", "--json", STATE_DIR=var).stdout.splitlines()]
+    waiting = [
+        json.loads(line) for line in command("list", "--json", STATE_DIR=var).stdout.splitlines()
+    ]
     assert [row["recipient"] for row in waiting] == ["defer-99@example.org", "second@example.org"]
     assert {row["queue_id"] for row in waiting} == {deferred}
     assert "busy" in waiting[0]["reason"]
@@ -39,21 +41,37 @@ def test_looking_at_a_relay(start_up: StartUp, tmp_path: Path) -> None:
 
     shown = command("show", delivered[-10:], STATE_DIR=var)
     assert shown.returncode == 0, shown.stderr
-    for word in (delivered, address, "you@example.org", "delivered", "delivered", "Ok: queued as", "gone"):
+    for word in (
+        delivered,
+        address,
+        "you@example.org",
+        "delivered",
+        "delivered",
+        "Ok: queued as",
+        "gone",
+    ):
         assert word in shown.stdout
     whole = json.loads(command("show", deferred, "--json", STATE_DIR=var).stdout)
     assert whole["file_size"] == whole["size"]
     assert {row["outcome"] for row in whole["attempts"]} == {"deferred"}
     assert command("show", "0123456789abcdef", STATE_DIR=var).returncode == 1
 
-    stats = [json.loads(line) for line in command("stats", "--json", STATE_DIR=var).stdout.splitlines()]
-    assert {(row["kind"], row.get("state")) for row in stats if row["kind"] == "queue"} >= {("queue", "delivered")}
+    stats = [
+        json.loads(line) for line in command("stats", "--json", STATE_DIR=var).stdout.splitlines()
+    ]
+    assert {(row["kind"], row.get("state")) for row in stats if row["kind"] == "queue"} >= {
+        ("queue", "delivered")
+    }
     assert [row["alive"] for row in stats if row["kind"] == "worker"]
     assert any(row["kind"] == "server" and row["delivered"] for row in stats)
 
     checked = command("check", STATE_DIR=var, QMQP_SERVERS=f"127.0.0.1:{free_port()}")
     assert checked.returncode == 3  # that server is out of reach, and all else is well
-    assert {line.split("\t")[1] for line in checked.stdout.splitlines()[1:]} <= {"ok", "warn", "away"}
+    assert {line.split("\t")[1] for line in checked.stdout.splitlines()[1:]} <= {
+        "ok",
+        "warn",
+        "away",
+    }
     assert up.end(signal.SIGINT) == 0
 
 
@@ -92,20 +110,29 @@ def test_what_is_made_is_closed_to_others_and_check_names_what_is_not(tmp_path: 
     assert not any(stat.S_IMODE(file.stat().st_mode) & 0o077 for file in made)
     assert "files\tok\tclosed to others" in command("check", STATE_DIR=str(state)).stdout
     (state / "relay.db").chmod(0o644)
-    assert f"files\twarn\topen to others: {state / 'relay.db'}\t" in command("check", STATE_DIR=str(state)).stdout
+    assert (
+        f"files\twarn\topen to others: {state / 'relay.db'}\t"
+        in command("check", STATE_DIR=str(state)).stdout
+    )
     state.chmod(0o700)
-    assert "files\tok\tclosed to others" in command("check", STATE_DIR=str(state)).stdout, "no other user gets there"
+    assert "files\tok\tclosed to others" in command("check", STATE_DIR=str(state)).stdout, (
+        "no other user gets there"
+    )
 
 
 @pytest.mark.parametrize(
-    "words", [("migrate",), ("list",), ("why", "abcdef"), ("retry", "--all"), ("pause", "--route", "x")]
+    "words",
+    [("migrate",), ("list",), ("why", "abcdef"), ("retry", "--all"), ("pause", "--route", "x")],
 )
 def test_a_file_that_is_no_database_is_a_sentence(tmp_path: Path, words: tuple[str, ...]) -> None:
     file = tmp_path / "m.txt"
     file.write_text("this is text " * 100)
     looked = command(*words, STATE_DIR=str(tmp_path), DATABASE_URL=f"sqlite:///{file}")
     assert looked.returncode == 3
-    assert looked.stderr == "qmqp-relay: database: file is not a database (`qmqp-relay check` looks closer)\n"
+    assert (
+        looked.stderr
+        == "qmqp-relay: database: file is not a database (`qmqp-relay check` looks closer)\n"
+    )
 
 
 # For each command that reads settings, one of the other roles' as well.
@@ -143,11 +170,23 @@ def test_every_command_refuses_a_setting_that_one_refuses(
         (("up",), {"SMTP_LISTEN": "nonsense"}, "RELAY_SMTP_LISTEN"),
         (("up",), {"RETRY_MIN": "soon"}, "RELAY_RETRY_MIN"),
         (("smtpd",), {"MAX_MESSAGE_SIZE": "huge"}, "RELAY_MAX_MESSAGE_SIZE"),
-        (("smtpd",), {"CLIENT_NETWORKS": "connected", "PUBLISH": "0.0.0.0:25"}, "qmqp-relay: RELAY_CLIENT_NETWORKS"),
-        (("smtpd",), {"ROUTES": "/nowhere/routes.toml"}, "RELAY_ROUTES: /nowhere/routes.toml: No such file"),
+        (
+            ("smtpd",),
+            {"CLIENT_NETWORKS": "connected", "PUBLISH": "0.0.0.0:25"},
+            "qmqp-relay: RELAY_CLIENT_NETWORKS",
+        ),
+        (
+            ("smtpd",),
+            {"ROUTES": "/nowhere/routes.toml"},
+            "RELAY_ROUTES: /nowhere/routes.toml: No such file",
+        ),
         (("worker",), {"BLOCK_SIZE": "1"}, "RELAY_BLOCK_SIZE"),
         (("migrate",), {"DATABASE_URL": "mysql://x/y"}, "RELAY_DATABASE_URL"),
-        (("check",), {"CLIENT_NETWORKS": "connected", "PUBLISH": "0.0.0.0:25"}, "RELAY_CLIENT_NETWORKS: `connected`"),
+        (
+            ("check",),
+            {"CLIENT_NETWORKS": "connected", "PUBLISH": "0.0.0.0:25"},
+            "RELAY_CLIENT_NETWORKS: `connected`",
+        ),
         (("check",), {"QMQP_SERVERS": "mail.example.com:port"}, "mail.example.com:port"),
         (("list", "--state", "lost"), {}, "no state lost"),
         (("list", "--older-than", "ages"), {}, "ages"),
@@ -165,8 +204,12 @@ def test_wrong_use_is_named(
 ) -> None:
     for name, value in {"STATE_DIR": str(tmp_path / "var"), **settings}.items():
         monkeypatch.setenv(f"RELAY_{name}", value)
-    monkeypatch.setattr("relay.log.configure", lambda _settings: None)  # to a stream that ends with this test
-    refused = CliRunner().invoke(main, words)  # in this process: a dozen starts of Python would take a while
+    monkeypatch.setattr(
+        "relay.log.configure", lambda _settings: None
+    )  # to a stream that ends with this test
+    refused = CliRunner().invoke(
+        main, words
+    )  # in this process: a dozen starts of Python would take a while
     assert refused.exit_code == 2, refused.output
     assert said in refused.output
 

@@ -1,4 +1,5 @@
-"""One scenario of some fifty messages in all states: SQL, command line, page and metrics tell the same numbers."""
+"""One scenario of some fifty messages in all states: SQL, command line, page and metrics tell the
+same numbers."""
 
 import re
 import shutil
@@ -18,7 +19,17 @@ from relay.db.schema import UNFINISHED, State
 from relay.ids import dashed
 from relay.metrics import QueueMetrics as Collected
 from relay.spool.store import Spool
-from tests.acceptance.console import HOSTILE, LONG, SERVER, TURNED, Browser, Scenario, browsing, questions, scenario
+from tests.acceptance.console import (
+    HOSTILE,
+    LONG,
+    SERVER,
+    TURNED,
+    Browser,
+    Scenario,
+    browsing,
+    questions,
+    scenario,
+)
 from tests.integration.office import Office, opened
 from tests.integration.typed import Typed, lines, typed_at
 
@@ -35,7 +46,9 @@ class Console:
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def console(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
+def console(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Console]:
     """One for the module: nothing in it changes what another test looks at."""
     directory = tmp_path_factory.mktemp("console")
     with ExitStack() as stack:
@@ -65,10 +78,14 @@ def test_everybody_tells_the_same(console: Console) -> None:
     by_sql = console.office.rows("SELECT state, count(*) AS n FROM mail_queue GROUP BY state")
     assert {row["state"]: row["n"] for row in by_sql} == unfinished
 
-    assert Counter(row["state"] for row in lines(console.typed("list", "--all", "--json"))) == wanted
+    assert (
+        Counter(row["state"] for row in lines(console.typed("list", "--all", "--json"))) == wanted
+    )
     assert Counter(row["state"] for row in lines(console.typed("list", "--json"))) == unfinished
     for state, ids in made.ids.items():
-        assert {row["queue_id"] for row in lines(console.typed("list", "--state", state, "--json"))} == set(ids)
+        assert {
+            row["queue_id"] for row in lines(console.typed("list", "--state", state, "--json"))
+        } == set(ids)
 
     deliveries = Counter({row["state"]: row["n"] for row in console.office.rows(
         "SELECT state, count(*) AS n FROM deliveries GROUP BY state")})  # fmt: skip
@@ -86,7 +103,9 @@ def test_everybody_tells_the_same(console: Console) -> None:
     overview = console.browser.get("/").text
     tiles = re.findall(r"<b>(\d+)</b> <span class=\"state (\w+)\">", overview)
     assert {state: int(count) for count, state in tiles} == deliveries
-    health = {row["server"]: row["attempts"] for row in console.office.rows("SELECT * FROM server_health")}
+    health = {
+        row["server"]: row["attempts"] for row in console.office.rows("SELECT * FROM server_health")
+    }
     assert {row["server"]: row["attempts"] for row in stats if row["kind"] == "server"} == health
     servers = re.findall(r'class="server">(.*?)</th>.*"Tries">(\d+)</td>', overview)
     assert {re.sub("<[^>]*>", "", server): int(attempts) for server, attempts in servers} == health
@@ -104,7 +123,9 @@ def test_everybody_tells_the_same(console: Console) -> None:
 
 def test_everybody_knows_how_old_and_how_late_it_is(console: Console) -> None:
     made, spell = console.made, console.office.spell
-    messages = console.office.rows("SELECT @hex(id) AS id, @when(received_at) AS received_at FROM messages")
+    messages = console.office.rows(
+        "SELECT @hex(id) AS id, @when(received_at) AS received_at FROM messages"
+    )
     received = {row["id"]: row["received_at"] for row in messages}
     oldest = {state: min(received[i] for i in made.ids[state]) for state in UNFINISHED}
 
@@ -117,11 +138,15 @@ def test_everybody_knows_how_old_and_how_late_it_is(console: Console) -> None:
     overview = console.browser.get("/").words
     registry = CollectorRegistry()
     registry.register(Collected(console.office.engine, console.spool))
-    by_metric = {s: registry.get_sample_value("relay_oldest_age_seconds", {"state": s}) for s in UNFINISHED}
+    by_metric = {
+        s: registry.get_sample_value("relay_oldest_age_seconds", {"state": s}) for s in UNFINISHED
+    }
     late = {s: registry.get_sample_value("relay_overdue", {"state": s}) for s in UNFINISHED}
     after = ages()
 
-    by_sql = console.office.rows("SELECT state, min(oldest_at) AS at FROM queue_summary GROUP BY state")
+    by_sql = console.office.rows(
+        "SELECT state, min(oldest_at) AS at FROM queue_summary GROUP BY state"
+    )
     assert {row["state"]: row["at"] for row in by_sql if row["at"]} == oldest
     for state in UNFINISHED:
         told = max(row["oldest_seconds"] for row in stats if row["state"] == state)
@@ -150,10 +175,14 @@ def test_the_twenty_questions_are_answered(console: Console) -> None:
         for example, ours in named.items():
             query = query.replace(example, ours)
         with reading(console.office.engine) as connection:
-            return [tuple(row) for row in connection.exec_driver_sql(query.replace("%", "%%")).all()]
+            return [
+                tuple(row) for row in connection.exec_driver_sql(query.replace("%", "%%")).all()
+            ]
 
     asked = questions("postgresql" if console.office.spell.postgresql else "sqlite")
-    answers: dict[int, Any] = {n: [ask(query) for query in queries] for n, queries in enumerate(asked, 1)}
+    answers: dict[int, Any] = {
+        n: [ask(query) for query in queries] for n, queries in enumerate(asked, 1)
+    }
     (_, warned, withheld), (_, touched, paused) = answers[19], answers[20]
     assert withheld == []
     answers = {n: some[0] for n, some in answers.items()}
@@ -184,7 +213,9 @@ def test_the_twenty_questions_are_answered(console: Console) -> None:
     assert [(HOSTILE in row[1], row[2]) for row in answers[12]] == [(True, recipients["bounced"])]
     assert {row[0] for row in answers[13]} == set(made.doubtful)
     (tries,) = console.office.rows("SELECT count(*) AS n FROM attempts")
-    assert [(row[0], row[1], row[6]) for row in answers[14]] == [(SERVER, tries["n"], len(made.doubtful))]
+    assert [(row[0], row[1], row[6]) for row in answers[14]] == [
+        (SERVER, tries["n"], len(made.doubtful))
+    ]
     ((server, mean, longest),) = answers[15]
     assert (server, *(round(seconds(some), 1) for some in (mean, longest))) == (SERVER, 0.4, 0.4)
     ((longest, mean),) = answers[16]
@@ -233,16 +264,30 @@ def test_why(console: Console) -> None:
     for state, sentences in told.items():
         for sentence in sentences:
             assert re.search(f": ({words[state]}).*\\.$", sentence), sentence
-    assert sum("is owed since" in sentence for sentence in told["bounced"] + told["expired"]) == console.made.owed
-    assert sum("nobody knows whether" in sentence for sentence in told["deferred"]) == len(console.made.doubtful)
-    assert sum("the sender is told by" in sentence for sentence in told["bounced"] + told["expired"]) == made.told
+    assert (
+        sum("is owed since" in sentence for sentence in told["bounced"] + told["expired"])
+        == console.made.owed
+    )
+    assert sum("nobody knows whether" in sentence for sentence in told["deferred"]) == len(
+        console.made.doubtful
+    )
+    assert (
+        sum("the sender is told by" in sentence for sentence in told["bounced"] + told["expired"])
+        == made.told
+    )
 
 
 def test_show(console: Console) -> None:
-    doubtful = next(i for i in console.made.ids["deferred"] if "nobody knows" in console.typed("why", i).stdout)
+    doubtful = next(
+        i for i in console.made.ids["deferred"] if "nobody knows" in console.typed("why", i).stdout
+    )
     shown = console.typed("show", doubtful[-12:]).stdout
-    (header_id,) = console.office.rows("SELECT header_message_id AS h FROM messages WHERE id = @id(:id)", id=doubtful)
-    twin = f" twin: perhaps on qmqp.example.net:628: look there for {doubtful} or {header_id['h']}\n"
+    (header_id,) = console.office.rows(
+        "SELECT header_message_id AS h FROM messages WHERE id = @id(:id)", id=doubtful
+    )
+    twin = (
+        f" twin: perhaps on qmqp.example.net:628: look there for {doubtful} or {header_id['h']}\n"
+    )
     for words in (doubtful, twin, "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
         assert words in shown
     (whole,) = lines(console.typed("show", doubtful, "--json"))
@@ -310,7 +355,11 @@ def test_what_peers_wrote_is_text(console: Console) -> None:
         f"/search?sender={quote(HOSTILE)}",
         f"/{quote(HOSTILE)}",
     ]
-    paths += [f"/search?id={quote(HOSTILE)}", f"/search?state={quote(HOSTILE)}", f"/message/{quote(HOSTILE, safe='')}"]
+    paths += [
+        f"/search?id={quote(HOSTILE)}",
+        f"/search?state={quote(HOSTILE)}",
+        f"/message/{quote(HOSTILE, safe='')}",
+    ]
     paths += [f"/message/{ids[n]}" for ids in console.made.ids.values() for n in (0, -1)]
     seen = 0
     for path in paths:
@@ -321,7 +370,10 @@ def test_what_peers_wrote_is_text(console: Console) -> None:
         assert not re.search(r"<[^>]*\b(on\w+|style)=", text), path
         seen += "alert(" in text
     assert seen >= 8
-    assert r"no body file \xe2\x80\xaegpj.exe" in console.browser.get(f"/message/{console.made.ids['held'][0]}").text
+    assert (
+        r"no body file \xe2\x80\xaegpj.exe"
+        in console.browser.get(f"/message/{console.made.ids['held'][0]}").text
+    )
     assert f'title="{LONG}"' in console.browser.get(f"/search?recipient={LONG}").text
 
 
@@ -336,7 +388,11 @@ def test_a_page_is_for_this_machine(console: Console) -> None:
     assert not re.search(r"(src|href)=\"(https?:)?//", page.text), "nothing comes from elsewhere"
     assert browser.get("/style.css").headers["content-type"].startswith("text/css")
     assert browser.get("/", Host="evil.example").status == 421
-    assert browser.get("/", Host="localhost:8025").status == browser.get("/", Host="[::1]").status == 200
+    assert (
+        browser.get("/", Host="localhost:8025").status
+        == browser.get("/", Host="[::1]").status
+        == 200
+    )
     for method in ("POST", "PUT", "DELETE"):
         assert browser.get("/search", method).status == 405
 
@@ -349,7 +405,12 @@ def test_an_empty_relay_and_one_without_database(
         office.ledger.retire(office.worker)
         with browsing(office) as browser:
             overview = browser.get("/").words
-            for words in ("Nothing waits", "No mail has come yet", "No worker is alive", "Nothing was tried"):
+            for words in (
+                "Nothing waits",
+                "No mail has come yet",
+                "No worker is alive",
+                "Nothing was tried",
+            ):
                 assert words in overview
             assert "Nothing is like that" in browser.get("/search").words
             office.change("ALTER TABLE messages RENAME TO elsewhere")

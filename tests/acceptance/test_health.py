@@ -1,4 +1,5 @@
-"""The health check of the containers, run as Docker runs it: against fakes that misbehave, and the real thing."""
+"""The health check of the containers, run as Docker runs it: against fakes that misbehave, and the
+real thing."""
 
 import os
 import signal
@@ -31,7 +32,8 @@ def check(role: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def server(*says: bytes, stays: bool = False) -> Iterator[str]:
-    """A server for one connection: says the first at once, each other after it was told something, then closes."""
+    """A server for one connection: says the first at once, each other after it was told something,
+    then closes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         done = threading.Event()
 
@@ -52,7 +54,8 @@ def server(*says: bytes, stays: bool = False) -> Iterator[str]:
         thread.join(10)
 
 
-# --- smtp -------------------------------------------------------------------------------------------------------------
+# --- smtp
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("banner", [b"220 mx ESMTP\r\n", b"220-mx\r\n220 at your service\r\n"])
@@ -91,7 +94,9 @@ def test_a_server_that_keeps_silent_is_not_waited_for(monkeypatch: pytest.Monkey
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:{port}", "0.0.0.0:{port}", ":{port}", "nonsense", "127.0.0.1:high"])
+@pytest.mark.parametrize(
+    "listen", ["127.0.0.1:{port}", "0.0.0.0:{port}", ":{port}", "nonsense", "127.0.0.1:high"]
+)
 def test_nobody_there(listen: str):
     done = check("smtp", RELAY_SMTP_LISTEN=listen.format(port=free_port()))
     assert (done.returncode, done.stderr) == (1, "")
@@ -100,12 +105,20 @@ def test_nobody_there(listen: str):
 @pytest.mark.parametrize("host", ["0.0.0.0", ""])
 def test_every_address_means_this_machine(host: str):
     with server(b"220 mx\r\n", b"221 bye\r\n") as address:
-        assert check("smtp", RELAY_SMTP_LISTEN=f"{host}:{address.rpartition(':')[2]}").returncode == 0
+        assert (
+            check("smtp", RELAY_SMTP_LISTEN=f"{host}:{address.rpartition(':')[2]}").returncode == 0
+        )
 
 
-def test_the_real_smtpd_takes_no_offence(spawn: Callable[..., subprocess.Popen[bytes]], tmp_path: Path):
+def test_the_real_smtpd_takes_no_offence(
+    spawn: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+):
     port = free_port()
-    settings = {"STATE_DIR": str(tmp_path / "var"), "SMTP_LISTEN": f"127.0.0.1:{port}", "LOG_FORMAT": "json"}
+    settings = {
+        "STATE_DIR": str(tmp_path / "var"),
+        "SMTP_LISTEN": f"127.0.0.1:{port}",
+        "LOG_FORMAT": "json",
+    }
     assert command("migrate", **settings).returncode == 0
     log = tmp_path / "log"
     with log.open("wb") as output:
@@ -124,7 +137,8 @@ def test_the_real_smtpd_takes_no_offence(spawn: Callable[..., subprocess.Popen[b
     assert check("smtp", RELAY_SMTP_LISTEN=address).returncode == 1
 
 
-# --- worker -----------------------------------------------------------------------------------------------------------
+# --- worker
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("age", "status"), [(0, 0), (50, 0), (70, 1), (-30, 0), (-70, 1)])
@@ -141,7 +155,10 @@ def test_a_worker_is_as_healthy_as_its_tick_is_young(age: int, status: int, tmp_
 def test_no_tick_at_all(tmp_path: Path):
     assert "has not begun" in check("worker", RELAY_HEALTH_FILE=str(tmp_path / "tick")).stdout
     assert "RELAY_HEALTH_FILE" in check("worker").stdout
-    assert {check("worker", RELAY_HEALTH_FILE=str(tmp_path / "tick")).returncode, check("worker").returncode} == {1}
+    assert {
+        check("worker", RELAY_HEALTH_FILE=str(tmp_path / "tick")).returncode,
+        check("worker").returncode,
+    } == {1}
 
 
 def test_wrong_use_is_unhealthy_and_not_the_status_that_docker_reserves():
@@ -166,7 +183,9 @@ def test_the_real_worker_is_healthy_while_it_runs_though_no_broker_does(
             stdout=output,
             stderr=output,
         )
-    until(lambda: check("worker", RELAY_HEALTH_FILE=str(tick)).returncode == 0, 60, what=log.read_text)
+    until(
+        lambda: check("worker", RELAY_HEALTH_FILE=str(tick)).returncode == 0, 60, what=log.read_text
+    )
     end(worker, signal.SIGTERM, timeout=60)
     done = check("worker", RELAY_HEALTH_FILE=str(tick))
     assert done.returncode == 1

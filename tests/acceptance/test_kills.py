@@ -1,9 +1,11 @@
-"""Whatever is killed in mid-flow, nothing that was answered 250 is lost or stuck, and only doubt doubles.
+"""Whatever is killed in mid-flow, nothing that was answered 250 is lost or stuck, and only doubt
+doubles.
 
-Mail flows all the time from clients who note what was accepted, through two workers, to a server that takes a tenth of
-a second to reply, so that at any moment some is before its commit point and some after it. One more message is on its
-way to a server that has all but stopped reading: that one is held before its commit point by whoever sends it, and is
-how a test finds a worker that has something to lose. The oracle is what the servers received.
+Mail flows all the time from clients who note what was accepted, through two workers, to a server
+that takes a tenth of a second to reply, so that at any moment some is before its commit point and
+some after it. One more message is on its way to a server that has all but stopped reading: that one
+is held before its commit point by whoever sends it, and is how a test finds a worker that has
+something to lose. The oracle is what the servers received.
 """
 
 import fcntl
@@ -28,12 +30,15 @@ SETTINGS = {
     "LEASE": f"{LEASE:g}s", "GRACE": "1s", "UNCERTAIN_DELAY": "1s", "RETRY_MIN": "200ms", "RETRY_MAX": "400ms",
     "DRAIN_TIMEOUT": "3s", "ACCEPT_DEADLINE": "5s",
 }  # fmt: skip
-LONG = b"Subject: long\n\n" + (b"z" * 990 + b"\n") * 12_000  # more than the kernel keeps for a peer that does not read
+LONG = (
+    b"Subject: long\n\n" + (b"z" * 990 + b"\n") * 12_000
+)  # more than the kernel keeps for a peer that does not read
 
 
 @dataclass(slots=True)
 class Scene:
-    """`example.org` goes to `sink`; `long.test` to `mire`, which as long as `Mire.deep` hardly reads at all."""
+    """`example.org` goes to `sink`; `long.test` to `mire`, which as long as `Mire.deep` hardly
+    reads at all."""
 
     relay: Installation
     sink: Sink
@@ -65,8 +70,9 @@ class Scene:
     def settle(self, feeder: Feeder, *, killed: int = 0, orphans: bool = False) -> None:
         """Stop the flow, wait until all is delivered, and reckon.
 
-        No body may be left but those that are the housekeeper's: of messages that the worker `killed` (a pid) delivered
-        and had no time to remove, and, if there may be `orphans`, without a row.
+        No body may be left but those that are the housekeeper's: of messages that the worker
+        `killed` (a pid) delivered and had no time to remove, and, if there may be `orphans`,
+        without a row.
         """
         feeder.stop()
         self.accepted |= feeder.accepted
@@ -81,7 +87,10 @@ class Scene:
         def left() -> set[str]:
             return {body.name for body in relay.bodies()} - his - self.forgiven
 
-        until(lambda: left() <= (left() - known if orphans else set()), what=lambda: f"bodies left: {left()}")
+        until(
+            lambda: left() <= (left() - known if orphans else set()),
+            what=lambda: f"bodies left: {left()}",
+        )
         self.forgiven |= {body.name for body in relay.bodies()}
 
 
@@ -103,10 +112,17 @@ def scene(
     request: pytest.FixtureRequest, install: Install, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scene]:
     depth = Mire()
-    with running_sink(Rule(Answer(delay=0.1))) as sink, running_sink(depth, receive_buffer=4096) as mire:
+    with (
+        running_sink(Rule(Answer(delay=0.1))) as sink,
+        running_sink(depth, receive_buffer=4096) as mire,
+    ):
         routes = tmp_path_factory.mktemp("routes") / "routes.toml"
-        routes.write_text(f'[long]\nrecipients = ["long.test"]\nservers = ["127.0.0.1:{mire.port}"]\n')
-        relay = install(request.param, QMQP_SERVERS=f"127.0.0.1:{sink.port}", ROUTES=str(routes), **SETTINGS)
+        routes.write_text(
+            f'[long]\nrecipients = ["long.test"]\nservers = ["127.0.0.1:{mire.port}"]\n'
+        )
+        relay = install(
+            request.param, QMQP_SERVERS=f"127.0.0.1:{sink.port}", ROUTES=str(routes), **SETTINGS
+        )
         workers = [relay.worker(wait=False) for _ in range(2)]
         smtpd = relay.smtpd()
         for worker in workers:
@@ -115,14 +131,16 @@ def scene(
 
 
 def buried(relay: Installation, pid: int) -> float:
-    """Wait until the worker of that process is declared dead; seconds from its last renewal to that."""
+    """Wait until the worker of that process is declared dead; seconds from its last renewal to
+    that."""
     sql = """SELECT @micros(ended_at) - @micros(lease_expires_at) FROM workers WHERE pid = :pid AND end_reason = 'vanished'"""
     late = until(lambda: relay.rows(sql, pid=pid), 30, what=relay.said)[0][0]
     return float(late) / 1_000_000 + LEASE
 
 
 def stop_between_rounds(relay: Installation, worker: subprocess.Popen[Any]) -> None:
-    """SIGSTOP, but not in the middle of a transaction: what it has locked then nobody else gets at."""
+    """SIGSTOP, but not in the middle of a transaction: what it has locked then nobody else gets
+    at."""
 
     def stopped() -> bool:
         worker.send_signal(signal.SIGSTOP)
@@ -161,7 +179,10 @@ def test_a_worker_is_killed(scene: Scene) -> None:
         assert buried(scene.relay, victim.pid) < 3 * LEASE
         feeder.until_accepted(50)
         scene.settle(feeder, killed=victim.pid)
-    assert [what for _, what, _ in scene.relay.attempts("killed@long.test")] == ["uncertain", "delivered"]
+    assert [what for _, what, _ in scene.relay.attempts("killed@long.test")] == [
+        "uncertain",
+        "delivered",
+    ]
 
 
 def test_a_worker_stands_still_past_its_lease_and_wakes_up(scene: Scene) -> None:
@@ -178,7 +199,8 @@ def test_a_worker_stands_still_past_its_lease_and_wakes_up(scene: Scene) -> None
         scene.settle(feeder)
     outcomes = [what for _, what, _ in scene.relay.attempts("still@long.test")]
     assert outcomes.count("uncertain") == outcomes.count("delivered") == 1
-    # It was not past its commit point when it stood still, and did not pass it when it woke up without its lease.
+    # It was not past its commit point when it stood still, and did not pass it when it woke up
+    # without its lease.
     assert taken(scene.mire)["still@long.test"] == 1
 
 

@@ -1,4 +1,5 @@
-"""What becomes of a message is what its server said, server by server and try by try, and all of it is on record."""
+"""What becomes of a message is what its server said, server by server and try by try, and all of it
+is on record."""
 
 import re
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ from tests.waiting import until
 class Scene:
     """An installation whose routes are named by the recipient's domain.
 
-    `sink.test` goes to `sink`, which does as magic recipients say; `second.test` to a port where nobody listens and
-    then to `sink`; `lost.test` to `forgetful`, which closes without a reply once, and then to `sink`; `late.test` to
-    `late_port` alone. Everything else has no server.
+    `sink.test` goes to `sink`, which does as magic recipients say; `second.test` to a port where
+    nobody listens and then to `sink`; `lost.test` to `forgetful`, which closes without a reply
+    once, and then to `sink`; `late.test` to `late_port` alone. Everything else has no server.
     """
 
     relay: Installation
@@ -67,11 +68,18 @@ def test_d_bounces_with_the_words_of_the_server_and_a_notice(scene: Scene) -> No
     queue_id = relay.send("reject@sink.test", sender="author@sink.test")
     bounced = relay.until_state("reject@sink.test", "bounced")
     assert (bounced.reason, bounced.attempts) == (words, 1)
-    assert relay.attempts("reject@sink.test") == [(f"127.0.0.1:{scene.sink.port}", "rejected", words)]
-    until(lambda: relay.rows("SELECT 1 FROM mail_history WHERE dsn_of = :id", id=queue_id), what=relay.said)
+    assert relay.attempts("reject@sink.test") == [
+        (f"127.0.0.1:{scene.sink.port}", "rejected", words)
+    ]
+    until(
+        lambda: relay.rows("SELECT 1 FROM mail_history WHERE dsn_of = :id", id=queue_id),
+        what=relay.said,
+    )
     notice = relay.until_state("author@sink.test", "delivered")
     assert (notice.sender, notice.dsn_of) == ("", queue_id)
-    assert relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0  # nothing is owed any more
+    assert (
+        relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0
+    )  # nothing is owed any more
 
 
 def test_the_second_server_when_the_first_is_dead(scene: Scene) -> None:

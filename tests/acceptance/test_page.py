@@ -1,6 +1,8 @@
-"""The page when it is asked for what no link of it says, or is at fault itself; and what it tells of operators.
+"""The page when it is asked for what no link of it says, or is at fault itself; and what it tells
+of operators.
 
-What a person sees is in `test_page_in_chromium.py`, that its numbers are everybody's in `test_console.py`.
+What a person sees is in `test_page_in_chromium.py`, that its numbers are everybody's in
+`test_console.py`.
 """
 
 import re
@@ -21,7 +23,9 @@ from tests.integration.typed import typed_at
 
 
 @pytest.fixture
-def at_the_page(database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Office, Browser]]:
+def at_the_page(
+    database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Office, Browser]]:
     with opened(database_url) as office:
         typed_at(office, spool, monkeypatch)
         with browsing(office) as browser:
@@ -34,13 +38,17 @@ def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[Office, Browser])
     behind = [f"{queue_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
     for after in (*behind, queue_id, f"{queue_id[-8:]}.1", ".", "x.y", "%00"):
         page = browser.get(f"/search?after={after}")
-        assert (page.status, "the link to older ones is not whole" in page.words) == (200, True), after
+        assert (page.status, "the link to older ones is not whole" in page.words) == (200, True), (
+            after
+        )
     assert "no message has an id" in browser.get(f"/search?after={new_id()}.1").words
     assert "There are no older ones" in browser.get(f"/search?after={queue_id}.1").words
     assert browser.get(f"/search?after={queue_id}.999999999").status == 200
 
 
-@pytest.mark.parametrize("name", ["id", "sender", "recipient", "header_message_id", "state", "reply"])
+@pytest.mark.parametrize(
+    "name", ["id", "sender", "recipient", "header_message_id", "state", "reply"]
+)
 def test_a_zero_byte_is_no_outage(at_the_page: tuple[Office, Browser], name: str) -> None:
     _, browser = at_the_page
     for value in ("%00", "a%00b@example.com", "*%00"):
@@ -68,7 +76,9 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
     assert browser.get("/search").status == 200, "and the next is served"
 
 
-def did(office: Office, verb: str, reason: str, seconds_ago: float, *touched: tuple[str, int]) -> None:
+def did(
+    office: Office, verb: str, reason: str, seconds_ago: float, *touched: tuple[str, int]
+) -> None:
     """A row of `actions`, and what it touched."""
     action = new_id()
     office.change(
@@ -131,7 +141,8 @@ def test_what_is_counted_is_said(at_the_page: tuple[Office, Browser]) -> None:
 
 
 def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[Office, Browser]) -> None:
-    """Tries of a moment ago and of nearly five minutes ago are in one step, whatever the clock says."""
+    """Tries of a moment ago and of nearly five minutes ago are in one step, whatever the clock
+    says."""
     office, _ = at_the_page
     queue_id = office.accept()
     for attempt_index, ago in enumerate((1, 150, 298, 302, 21_000), 1):

@@ -1,4 +1,5 @@
-"""The page as a person sees it: in a real browser, wide and narrow, light and dark, with hostile text everywhere."""
+"""The page as a person sees it: in a real browser, wide and narrow, light and dark, with hostile
+text everywhere."""
 
 import json
 import os
@@ -17,12 +18,14 @@ from tests.integration.office import opened
 from tests.integration.typed import typed_at
 from tests.services import end, spawn
 
-REPLY = (
-    "451 4.7.1 <somebody-else@mail-cluster-west.example.net>: greylisted by policy-daemon-2, see http://x.example/a-b"
+REPLY = "451 4.7.1 <somebody-else@mail-cluster-west.example.net>: greylisted by policy-daemon-2, see http://x.example/a-b"
+PEOPLE = (
+    "firstname.lastname-billing@mail-cluster-west.example.com",
+    "some-body@a-sub-domain.of-a.example.org",
 )
-PEOPLE = ("firstname.lastname-billing@mail-cluster-west.example.com", "some-body@a-sub-domain.of-a.example.org")
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-# Words whose colour stands out from what is behind them by less than WCAG 2.1 asks for (section 1.4.3): their text.
+# Words whose colour stands out from what is behind them by less than WCAG 2.1 asks for (section
+# 1.4.3): their text.
 FAINT = """(() => {
     const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255)
         .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126*r + 0.7152*g + 0.0722*b }
@@ -33,7 +36,8 @@ FAINT = """(() => {
             return (a + 0.05) / (b + 0.05) < 4.5 }).map(e => e.className + ': ' + e.innerText.slice(0, 40)) })()"""
 
 
-# What does not fit: boxes with more in them than they show, and what stands beyond the right edge of the screen.
+# What does not fit: boxes with more in them than they show, and what stands beyond the right edge
+# of the screen.
 HIDDEN = """[...document.querySelectorAll('main *')].filter(e => e.clientWidth && !e.closest('input, select'))
     .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline'
         || e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < 0)
@@ -55,7 +59,13 @@ class Chromium:
 
     def __init__(self, program: str, directory: str) -> None:
         (theirs, self._to), (self._from, answers) = os.pipe(), os.pipe()
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+        ]
         options.append(f"--user-data-dir={directory}")
         self.child = spawn(
             ["bash", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{answers}', program, *options],
@@ -66,7 +76,11 @@ class Chromium:
         self._read, self._number, self._session = b"", 0, {}
         self.loads = 0  # pages that were loaded
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self._session = {
+            "sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
+        }
         self.call("Page.enable")
 
     def call(self, method: str, **params: Any) -> Any:
@@ -78,7 +92,8 @@ class Chromium:
         return said["result"]
 
     def until_loaded(self, before: int) -> None:
-        """Wait until more pages were loaded than `before`: that may have been told between other answers."""
+        """Wait until more pages were loaded than `before`: that may have been told between other
+        answers."""
         while self.loads == before:
             self._heard()
 
@@ -95,14 +110,25 @@ class Chromium:
         return said
 
     def look(self, url: str, width: int, scheme: str) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         before = self.loads
         self.call("Page.navigate", url=url)
         self.until_loaded(before)
 
     def tells(self, expression: str) -> Any:
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)[
+            "result"
+        ].get("value")
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +142,9 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 
 @pytest.fixture
-def seen(sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scenario, Browser]]:
+def seen(
+    sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Scenario, Browser]]:
     with opened(sqlite_url) as office:
         typed_at(office, spool, monkeypatch)
         made = scenario(office, spool)
@@ -130,9 +158,12 @@ def seen(sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.mark.parametrize(
-    ("width", "scheme"), [(360, "light"), (375, "dark"), (800, "light"), (1280, "light"), (1280, "dark")]
+    ("width", "scheme"),
+    [(360, "light"), (375, "dark"), (800, "light"), (1280, "light"), (1280, "dark")],
 )
-def test_what_a_person_sees(chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str) -> None:
+def test_what_a_person_sees(
+    chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str
+) -> None:
     made, browser = seen
     shown = {
         "/": "The oldest unfinished message", "/search": HOSTILE[-9:], f"/search?sender={LONG}": "sub.example.com",
@@ -141,7 +172,9 @@ def test_what_a_person_sees(chromium: Chromium, seen: tuple[Scenario, Browser], 
     for path, words in shown.items():
         chromium.look(browser.root + path, width, scheme)
         assert words in chromium.tells("document.body.innerText"), path
-        assert chromium.tells("document.documentElement.scrollWidth") <= width, f"{path} runs out of the screen"
+        assert chromium.tells("document.documentElement.scrollWidth") <= width, (
+            f"{path} runs out of the screen"
+        )
         assert chromium.tells(HIDDEN) == [], path
         assert chromium.tells(TORN) == [], path
         assert chromium.tells(FAINT) == [], path
@@ -156,13 +189,17 @@ def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browse
     def pressed(key: str) -> str:
         text = {"text": "\r"} if key == "Enter" else {}
         code = {"Tab": 9, "Enter": 13}[key]
-        chromium.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
+        chromium.call(
+            "Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text
+        )
         chromium.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
         return str(chromium.tells("document.activeElement.innerText"))
 
     assert [pressed("Tab") for _ in range(3)] == ["Skip to the content", "Queue", "Search"]
     assert "queued" in pressed("Tab")
-    assert chromium.tells("getComputedStyle(document.activeElement).outlineStyle") == "solid", "one sees where one is"
+    assert chromium.tells("getComputedStyle(document.activeElement).outlineStyle") == "solid", (
+        "one sees where one is"
+    )
     before = chromium.loads
     pressed("Enter")
     chromium.until_loaded(before)
@@ -172,16 +209,23 @@ def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browse
     assert chromium.tells("document.activeElement.id") == "main", "one is where one skipped to"
 
 
-def test_what_was_found_is_near_and_its_reason_is_seen(chromium: Chromium, seen: tuple[Scenario, Browser]) -> None:
+def test_what_was_found_is_near_and_its_reason_is_seen(
+    chromium: Chromium, seen: tuple[Scenario, Browser]
+) -> None:
     _, browser = seen
     for width, furthest in ((360, 300), (375, 300), (1280, 300)):
         chromium.look(f"{browser.root}/search?reply=greylisted", width, "light")
-        left, right, wide, high = chromium.tells("""(({left, right, width, height}) => [left, right, width, height])
+        left, right, wide, high = (
+            chromium.tells("""(({left, right, width, height}) => [left, right, width, height])
             (document.querySelector('.found td.reason').getBoundingClientRect())""")
+        )
         assert 0 <= left < right <= width, "the reason is on the screen"
         assert wide > 250, "and not in a gutter"
         assert high < 200
-        assert chromium.tells("document.querySelector('.found tbody').getBoundingClientRect().top") < furthest
+        assert (
+            chromium.tells("document.querySelector('.found tbody').getBoundingClientRect().top")
+            < furthest
+        )
     chromium.look(f"{browser.root}/search?reply=greylisted", 360, "light")
     assert chromium.tells("document.querySelector('form').checkVisibility()") is False
     chromium.tells("document.querySelector('summary').click()")
@@ -192,7 +236,9 @@ def test_what_was_found_is_near_and_its_reason_is_seen(chromium: Chromium, seen:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_graphs_can_be_read(chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str) -> None:
+def test_graphs_can_be_read(
+    chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str
+) -> None:
     _, browser = seen
     chromium.look(f"{browser.root}/", width, scheme)
     texts = chromium.tells("""[...document.querySelectorAll('svg text')].map(e => [e.getBoundingClientRect(), e])
@@ -204,7 +250,9 @@ def test_graphs_can_be_read(chromium: Chromium, seen: tuple[Scenario, Browser], 
         assert pixels >= 11
     for kind in ("delivered", "deferred", "failed", "uncertain"):
         assert f" {kind}" in chromium.tells("document.querySelector('figcaption').innerText")
-    fills = chromium.tells("[...document.querySelectorAll('.plot rect')].map(e => getComputedStyle(e).fill)")
+    fills = chromium.tells(
+        "[...document.querySelectorAll('.plot rect')].map(e => getComputedStyle(e).fill)"
+    )
     assert len(set(fills)) == 4, "each kind has a colour or a pattern of its own"
     assert sum("url(" in fill for fill in fills) > 0
     shades = """(() => { const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
@@ -223,7 +271,11 @@ def test_tiles_stand_in_columns(chromium: Chromium, seen: tuple[Scenario, Browse
         boxes = chromium.tells("[...document.querySelectorAll('.tile')].map(e => e.getBoundingClientRect())"
                                ".map(({left, width, height}) => [left, width, height])")  # fmt: skip
         assert len(boxes) == 9
-        assert len({round(wide) for _, wide, _ in boxes}) == len({round(high) for *_, high in boxes}) == 1
+        assert (
+            len({round(wide) for _, wide, _ in boxes})
+            == len({round(high) for *_, high in boxes})
+            == 1
+        )
         assert len({round(left) for left, *_ in boxes}) == (3 if width == 360 else 9)
     assert chromium.tells("document.querySelector('.tile:has(.split)').href") is None, (
         "it has no recipients to look for"

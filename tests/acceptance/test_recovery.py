@@ -18,7 +18,9 @@ from tests.waiting import until
 MANY = 80
 DATABASES = ("sqlite", "postgresql")
 PROMPT = 5.0  # seconds
-STARTING_AGAIN = 8.0  # until the first is sent: a rest of 3 s at most, a sweep, and a machine that is busy
+STARTING_AGAIN = (
+    8.0  # until the first is sent: a rest of 3 s at most, a sweep, and a machine that is busy
+)
 SLOW = {"RETRY_MIN": "3m", "RETRY_MAX": "1h", "GRACE": "5s"}
 
 
@@ -34,11 +36,16 @@ def accept(relay: Installation, count: int) -> None:
     for _ in range(count):
         relay.send("b@example.org")
     until(
-        lambda: relay.count("d.last_outcome = 'unreachable' AND d.claim_count > 0") >= before + count,
+        lambda: (
+            relay.count("d.last_outcome = 'unreachable' AND d.claim_count > 0") >= before + count
+        ),
         60,
         what=relay.said,
     )
-    assert relay.count("d.waiting_for = 'route:default' AND d.state = 'deferred'") >= before + count - 4, "tries apart"
+    assert (
+        relay.count("d.waiting_for = 'route:default' AND d.state = 'deferred'")
+        >= before + count - 4
+    ), "tries apart"
 
 
 def sweep(relay: Installation, worker: subprocess.Popen[Any]) -> None:
@@ -56,7 +63,9 @@ def span(relay: Installation) -> float:
 
 
 @pytest.mark.parametrize("database", DATABASES)
-def test_all_that_waits_for_a_server_is_sent_when_it_returns(install: Install, port: int, database: str) -> None:
+def test_all_that_waits_for_a_server_is_sent_when_it_returns(
+    install: Install, port: int, database: str
+) -> None:
     """Two workers, one of which sees the first success before the other."""
     relay = install(database, QMQP_SERVERS=f"127.0.0.1:{port}", **SLOW)
     relay.smtpd()
@@ -70,7 +79,9 @@ def test_all_that_waits_for_a_server_is_sent_when_it_returns(install: Install, p
         assert sink.count == MANY
 
 
-def test_a_worker_that_sees_a_server_work_sends_what_others_deferred(install: Install, port: int) -> None:
+def test_a_worker_that_sees_a_server_work_sends_what_others_deferred(
+    install: Install, port: int
+) -> None:
     relay = install("postgresql", QMQP_SERVERS=f"127.0.0.1:{port}", **SLOW)
     relay.smtpd()
     gone = relay.worker()
@@ -83,8 +94,12 @@ def test_a_worker_that_sees_a_server_work_sends_what_others_deferred(install: In
         assert span(relay) < PROMPT
 
 
-def test_the_first_mail_of_a_relay_whose_server_comes_a_moment_later(install: Install, port: int) -> None:
-    relay = install("sqlite", QMQP_SERVERS=f"127.0.0.1:{port}", RETRY_MIN="30s", RETRY_MAX="1h")  # the defaults
+def test_the_first_mail_of_a_relay_whose_server_comes_a_moment_later(
+    install: Install, port: int
+) -> None:
+    relay = install(
+        "sqlite", QMQP_SERVERS=f"127.0.0.1:{port}", RETRY_MIN="30s", RETRY_MAX="1h"
+    )  # the defaults
     relay.smtpd()
     relay.worker()
     accept(relay, 1)
@@ -92,7 +107,9 @@ def test_the_first_mail_of_a_relay_whose_server_comes_a_moment_later(install: In
         until(lambda: sink.count == 1, STARTING_AGAIN, what=relay.said)
 
 
-def test_mail_of_a_route_without_a_server_is_sent_when_it_gets_one(install: Install, port: int, tmp_path: Path) -> None:
+def test_mail_of_a_route_without_a_server_is_sent_when_it_gets_one(
+    install: Install, port: int, tmp_path: Path
+) -> None:
     routes = tmp_path / "routes.toml"
     routes.write_text("")
     relay = install("sqlite", ROUTES=str(routes), **SLOW)
@@ -106,18 +123,25 @@ def test_mail_of_a_route_without_a_server_is_sent_when_it_gets_one(install: Inst
         assert span(relay) < PROMPT
 
 
-def test_mail_that_was_deferred_before_a_pause_is_sent_when_that_ends(install: Install, port: int) -> None:
+def test_mail_that_was_deferred_before_a_pause_is_sent_when_that_ends(
+    install: Install, port: int
+) -> None:
     server = f"127.0.0.1:{port}"
     relay = install("sqlite", QMQP_SERVERS=server, **SLOW)
     relay.smtpd()
     worker = relay.worker()
     accept(relay, MANY)
-    assert command("pause", "--server", server, "--reason", "a test", **relay.settings).returncode == 0
+    assert (
+        command("pause", "--server", server, "--reason", "a test", **relay.settings).returncode == 0
+    )
     sweep(relay, worker)
     with running_sink(port=port) as sink:
         sweep(relay, worker)
         assert sink.count == 0
-        assert command("resume", "--server", server, "--reason", "a test", **relay.settings).returncode == 0
+        assert (
+            command("resume", "--server", server, "--reason", "a test", **relay.settings).returncode
+            == 0
+        )
         until(lambda: sink.count > 0, STARTING_AGAIN, what=relay.said)
         relay.until_all_delivered()
         assert span(relay) < PROMPT

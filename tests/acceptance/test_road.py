@@ -1,4 +1,5 @@
-"""The main road: 2,000 messages in by SMTP and out by QMQP, to servers and from clients that others wrote."""
+"""The main road: 2,000 messages in by SMTP and out by QMQP, to servers and from clients that others
+wrote."""
 
 import re
 import smtplib
@@ -73,7 +74,8 @@ def relay(
     sink: Sink,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Installation:
-    """On PostgreSQL, with `example.org` going to qmqp-sink, `postfix.test` to qmqpd and `sink.test` to our own sink."""
+    """On PostgreSQL, with `example.org` going to qmqp-sink, `postfix.test` to qmqpd and `sink.test`
+    to our own sink."""
     routes = tmp_path_factory.mktemp("routes") / "routes.toml"
     routes.write_text(f"""
         [qmqpd]
@@ -97,9 +99,15 @@ def test_two_thousand_through_up(start_up: StartUp, qmqp_sink: CountingSink) -> 
     with closing(sqlite3.connect(f"file:{up.state_dir}/relay.db?mode=ro", uri=True)) as database:
 
         def states() -> list[tuple[str, int, int]]:
-            return database.execute("SELECT state, claim_count, count(*) FROM deliveries GROUP BY 1, 2").fetchall()
+            return database.execute(
+                "SELECT state, claim_count, count(*) FROM deliveries GROUP BY 1, 2"
+            ).fetchall()
 
-        until(lambda: {state for state, *_ in states()} == {"delivered"}, 60, what=lambda: f"{states()}{up.said()}")
+        until(
+            lambda: {state for state, *_ in states()} == {"delivered"},
+            60,
+            what=lambda: f"{states()}{up.said()}",
+        )
         assert states() == [("delivered", 1, MANY)]
     assert qmqp_sink.count == before + MANY
     until(lambda: not list(up.state_dir.glob("spool/*/" + "[0-9a-f]" * 32)), what="no body is left")
@@ -124,7 +132,11 @@ def test_a_real_qmqpd(relay: Installation, qmqpd: Postfix | None) -> None:
     relay.until_all_delivered()
     ours = {row[0] for row in relay.rows("SELECT queue_id FROM mail_history WHERE route = 'qmqpd'")}
     theirs = [path.read_bytes() for path in (qmqpd.directory / "queue/incoming").iterdir()]
-    found = [i.decode() for content in theirs for i in re.findall(rb"with E?SMTP id ([0-9a-f]{32})", content)]
+    found = [
+        i.decode()
+        for content in theirs
+        for i in re.findall(rb"with E?SMTP id ([0-9a-f]{32})", content)
+    ]
     assert len(ours) == 200
     assert sorted(found) == sorted(ours)  # each of them once
     reply = relay.to("b@postfix.test").reason
@@ -132,7 +144,9 @@ def test_a_real_qmqpd(relay: Installation, qmqpd: Postfix | None) -> None:
 
 
 @pytest.mark.parametrize("client", ["curl", "smtplib", "swaks"])
-def test_clients_talk_to_it_without_complaint(relay: Installation, sink: Sink, tmp_path: Path, client: str) -> None:
+def test_clients_talk_to_it_without_complaint(
+    relay: Installation, sink: Sink, tmp_path: Path, client: str
+) -> None:
     recipient = f"{client}@sink.test"
     letter = tmp_path / "letter"
     letter.write_bytes(LETTER)
@@ -142,7 +156,19 @@ def test_clients_talk_to_it_without_complaint(relay: Installation, sink: Sink, t
             run(["curl", "-sS", "--crlf", f"smtp://{address}", "--mail-from", "me@example.com", "--mail-rcpt",
                  recipient, "-T", str(letter)])  # fmt: skip
         case "swaks":
-            said = run(["swaks", "--server", address, "-f", "me@example.com", "-t", recipient, "--data", f"@{letter}"])
+            said = run(
+                [
+                    "swaks",
+                    "--server",
+                    address,
+                    "-f",
+                    "me@example.com",
+                    "-t",
+                    recipient,
+                    "--data",
+                    f"@{letter}",
+                ]
+            )
             assert "queued as" in said
             assert "** " not in said  # how it marks what went wrong
         case _:
@@ -150,7 +176,10 @@ def test_clients_talk_to_it_without_complaint(relay: Installation, sink: Sink, t
             message["Subject"] = "client"
             message.set_content("..two dots\n.\nThe end.\n")
             with smtplib.SMTP("127.0.0.1", relay.port, timeout=30) as smtp:
-                assert smtp.send_message(message, "me@example.com", [recipient, "second@sink.test"]) == {}
+                assert (
+                    smtp.send_message(message, "me@example.com", [recipient, "second@sink.test"])
+                    == {}
+                )
     relay.until_state(recipient, "delivered")
     number = next(one.number for one in list(sink.received) if recipient.encode() in one.recipients)
     assert sink.dump is not None
@@ -164,9 +193,14 @@ def test_many_messages_over_one_connection(relay: Installation) -> None:
 
 
 def run(command: list[str]) -> str:
-    """Run a client to its end; what it said. Saying something on its standard error counts as a complaint."""
+    """Run a client to its end; what it said. Saying something on its standard error counts as a
+    complaint."""
     done = subprocess.run(
-        [installed(command[0]), *command[1:]], capture_output=True, text=True, timeout=30, check=False
+        [installed(command[0]), *command[1:]],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, ""), f"{done.stdout}{done.stderr}"
     return done.stdout

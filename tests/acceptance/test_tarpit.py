@@ -1,4 +1,5 @@
-"""A server that takes every connection and never replies costs the connections that it may have, and nothing else."""
+"""A server that takes every connection and never replies costs the connections that it may have,
+and nothing else."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,9 @@ def test_a_tarpit(install: Install, good: Sink, tmp_path: Path) -> None:
     worker = relay.worker(wait=False)
     relay.smtpd()
     relay.until_signed_on(worker)
-    recipients = [f"{n}@{domain}" for n in range(EACH) for domain in ("only.test", "pair.test", "well.test")]
+    recipients = [
+        f"{n}@{domain}" for n in range(EACH) for domain in ("only.test", "pair.test", "well.test")
+    ]
 
     with running_sink(Rule(Answer(raw=b"", end="stay")), port=port) as tarpit:
         for recipient in recipients:  # all mixed: before what need not wait stands what must
@@ -49,13 +52,17 @@ def test_a_tarpit(install: Install, good: Sink, tmp_path: Path) -> None:
             return sum(one.recipients[0].endswith(domain) for one in list(tarpit.received))
 
         def moving() -> int:
-            return relay.count("d.route <> 'default' AND d.state <> 'delivered'") - stuck(b"@pair.test")
+            return relay.count("d.route <> 'default' AND d.state <> 'delivered'") - stuck(
+                b"@pair.test"
+            )
 
         until(lambda: moving() == 0, 30, what=relay.unfinished)
         until(lambda: tarpit.count == CONNECTIONS, what=relay.unfinished)
         assert tarpit.connections == CONNECTIONS  # ever
         assert relay.count("d.state = 'sending'") == CONNECTIONS
-        waiting = "d.route = 'default' AND d.state IN ('queued', 'deferred') AND d.last_outcome IS NULL"
+        waiting = (
+            "d.route = 'default' AND d.state IN ('queued', 'deferred') AND d.last_outcome IS NULL"
+        )
         assert relay.count(waiting) == EACH - stuck(b"@only.test")
     with running_sink(port=port) as better:
         relay.until_all_delivered()

@@ -19,7 +19,15 @@ def test_mail_goes_in_and_out_whatever_dies_and_ctrl_c_ends_it(start_up: StartUp
     up = start_up("--demo")
     said = up.said()
     assert "DEMO" in said
-    for word in (f"smtp://127.0.0.1:{up.port}", "curl", "sqlite3", "defer-2@", "reject@", "slow@", "drop-reply@"):
+    for word in (
+        f"smtp://127.0.0.1:{up.port}",
+        "curl",
+        "sqlite3",
+        "defer-2@",
+        "reject@",
+        "slow@",
+        "drop-reply@",
+    ):
         assert word in said
     up.send("you@example.org", "reject@example.org", sender="")
     up.until_state("reject@example.org", "bounced")
@@ -38,7 +46,9 @@ def test_mail_goes_in_and_out_whatever_dies_and_ctrl_c_ends_it(start_up: StartUp
     assert processes_of(up.state_dir) == []
 
 
-def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(start_up: StartUp, tmp_path: Path) -> None:
+def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(
+    start_up: StartUp, tmp_path: Path
+) -> None:
     deep = tmp_path / ("d" * 100) / "var"  # longer than the path of a socket may be
     deep.parent.mkdir()
     up = start_up("--demo", QMQP_SERVER="mail.example.com", STATE_DIR=str(deep))
@@ -57,8 +67,12 @@ def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(start_up: S
 
 def paste(word: str, up: Up, directory: Path) -> None:
     """Run the line of the banner that has this word, as a person would."""
-    line = next(line for line in up.said().splitlines() if line.startswith("  ") and f"{word} " in line)
-    done = subprocess.run(line, shell=True, cwd=directory, capture_output=True, text=True, timeout=30, check=False)
+    line = next(
+        line for line in up.said().splitlines() if line.startswith("  ") and f"{word} " in line
+    )
+    done = subprocess.run(
+        line, shell=True, cwd=directory, capture_output=True, text=True, timeout=30, check=False
+    )
     assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
 
 
@@ -105,19 +119,28 @@ def test_a_child_that_cannot_use_its_settings_ends_it(tmp_path: Path) -> None:
     spool.mkdir()
     spool.chmod(0o777)
     address = f"127.0.0.1:{free_port()}"
-    refused = command("up", STATE_DIR=str(tmp_path / "var"), SPOOL_DIR=str(spool), SMTP_LISTEN=address)
+    refused = command(
+        "up", STATE_DIR=str(tmp_path / "var"), SPOOL_DIR=str(spool), SMTP_LISTEN=address
+    )
     assert refused.returncode == 2
     assert f"RELAY_SPOOL_DIR: {spool} is writable by everybody" in refused.stderr
-    assert "cannot run here, so it is not started again; the reason stands above" in refused.stderr.splitlines()[-1]
+    assert (
+        "cannot run here, so it is not started again; the reason stands above"
+        in refused.stderr.splitlines()[-1]
+    )
     assert "child died" not in refused.stdout + refused.stderr
     assert processes_of(tmp_path / "var") == []
 
 
-def test_a_worker_alone_says_by_its_status_that_no_restart_helps(sqlite_url: str, tmp_path: Path) -> None:
+def test_a_worker_alone_says_by_its_status_that_no_restart_helps(
+    sqlite_url: str, tmp_path: Path
+) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     spool.chmod(0o777)
-    refused = command("worker", STATE_DIR=str(tmp_path), DATABASE_URL=sqlite_url, SPOOL_DIR=str(spool))
+    refused = command(
+        "worker", STATE_DIR=str(tmp_path), DATABASE_URL=sqlite_url, SPOOL_DIR=str(spool)
+    )
     assert refused.returncode == 2
     assert f"qmqp-relay worker: RELAY_SPOOL_DIR: {spool} is writable by everybody" in refused.stderr
 
@@ -128,7 +151,9 @@ def test_a_port_that_another_program_has_taken_meanwhile_ends_it(start_up: Start
     smtpd = up.child("smtpd")
     assert smtpd
     with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # beside connections that have just ended
+        other.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # beside connections that have just ended
         os.kill(smtpd, signal.SIGKILL)
         until(lambda: _takes(other, up.port), what="the port of the dead smtpd")
         until(lambda: not up.running, STARTING, what=up.said)

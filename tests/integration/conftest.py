@@ -1,5 +1,5 @@
-"""One migrated database a test module, emptied for each test, and one Postfix for all of them: making one takes longer
-than most of these tests."""
+"""One migrated database a test module, emptied for each test, and one Postfix for all of them:
+making one takes longer than most of these tests."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -36,7 +36,9 @@ def made() -> Iterator["Made"]:
 
 
 @pytest.fixture
-def clean_sqlite_url(made: "Made", sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def clean_sqlite_url(
+    made: "Made", sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
     if "sqlite" not in made.urls:
         directory = tmp_path_factory.mktemp("sqlite")
         for file in sqlite_template.iterdir():
@@ -57,7 +59,9 @@ def clean_postgres_url(made: "Made", postgres_databases: Databases) -> str:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def clean_url(request: pytest.FixtureRequest) -> str:
     """A migrated database without rows, which other tests of the module have used."""
-    url: str = request.getfixturevalue("clean_sqlite_url" if request.param == "sqlite" else "clean_postgres_url")
+    url: str = request.getfixturevalue(
+        "clean_sqlite_url" if request.param == "sqlite" else "clean_postgres_url"
+    )
     return url
 
 

@@ -1,4 +1,5 @@
-"""A database with a spool and mail in it, for tests of the worker: no SMTP, no Celery, no processes."""
+"""A database with a spool and mail in it, for tests of the worker: no SMTP, no Celery, no
+processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +24,19 @@ BODY = b"Subject: test\n\nhello\n"
 
 
 class Mailroom:
-    """What was accepted, and engines to send it. Settings are quick ones, so that no test waits for a default."""
+    """What was accepted, and engines to send it. Settings are quick ones, so that no test waits for
+    a default."""
 
     def __init__(self, database_url: str, spool: Spool, directory: Path, **given: Any) -> None:
         quick: dict[str, Any] = {
             "lease": 20.0, "grace": 0.2, "retry_min": 0.05, "retry_max": 0.2, "uncertain_delay": 0.1,
             "connect_timeout": 5.0, "reply_timeout": 5.0, "drain_timeout": 5.0,
         }  # fmt: skip
-        places = {"state_dir": directory, "database_url": database_url, "spool_dir": spool.directory}
+        places = {
+            "state_dir": directory,
+            "database_url": database_url,
+            "spool_dir": spool.directory,
+        }
         self.settings = load(WorkerSettings, **{**quick, **places, **given})
         self.database, self.spool = connect(database_url, hot=True), spool
         self.spell = dialect_of(self.database)
@@ -42,13 +48,18 @@ class Mailroom:
         self, *recipients: str, body: bytes = BODY, sender: str = "a@example.com", stored: bool = True,
         has_turn: bool = False,
     ) -> str:  # fmt: skip
-        """One message, as smtpd leaves it; its id. `has_turn`: the caller has the turn to write (SQLite)."""
+        """One message, as smtpd leaves it; its id. `has_turn`: the caller has the turn to write
+        (SQLite)."""
         queue_id, route_for = new_id(), Routes.load(self.settings).route_for
         if stored:
             self.spool.store(queue_id, [body])
         to = [NewRecipient(r, route=route_for(r)) for r in recipients or ("b@example.org",)]
-        new = NewMessage(queue_id, sender, len(body), to, "127.0.0.1", "client.example.com", "ESMTP")
-        intake = Acceptor(self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace)
+        new = NewMessage(
+            queue_id, sender, len(body), to, "127.0.0.1", "client.example.com", "ESMTP"
+        )
+        intake = Acceptor(
+            self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace
+        )
         if has_turn:
             with self.database.begin() as connection:
                 intake.insert(connection, [new])
@@ -85,7 +96,9 @@ class Mailroom:
         return [(row["server"], row["outcome"]) for row in self.rows(sql, id=queue_id)]
 
     def engine(self, *, servers: ServerPool | None = None) -> Engine:
-        return Engine(self.settings, self.ledger, self.spool, Routes.load(self.settings), servers=servers)
+        return Engine(
+            self.settings, self.ledger, self.spool, Routes.load(self.settings), servers=servers
+        )
 
     @contextmanager
     def working(self, **options: Any) -> Iterator[Engine]:

@@ -1,6 +1,8 @@
-"""The queue without its processes: what smtpd, workers, sweepers and operators do to the database, called by hand.
+"""The queue without its processes: what smtpd, workers, sweepers and operators do to the database,
+called by hand.
 
-Time does not pass here by waiting: `Office.pass_time` moves every time that the database holds back.
+Time does not pass here by waiting: `Office.pass_time` moves every time that the database holds
+back.
 """
 
 import json
@@ -28,11 +30,17 @@ OUTCOME_POLICY = {
 PLENTY = {"default": 1000}
 
 
-def new_message(*addresses: str, queue_id: str | None = None, sender: str = "a@example.com", **more: Any) -> NewMessage:
+def new_message(
+    *addresses: str, queue_id: str | None = None, sender: str = "a@example.com", **more: Any
+) -> NewMessage:
     """A message to `b@example.org`, or to these addresses; `route:address` says which way."""
     ways = [address.rpartition(":") for address in addresses or ("b@example.org",)]
     recipients = [NewRecipient(address, route=route or "default") for route, _, address in ways]
-    given = {"client_address": "192.0.2.1", "helo": "client.example.com", "protocol": "ESMTP"} | more
+    given = {
+        "client_address": "192.0.2.1",
+        "helo": "client.example.com",
+        "protocol": "ESMTP",
+    } | more
     return NewMessage(queue_id or new_id(), sender, 100, recipients, **given)
 
 
@@ -40,11 +48,18 @@ class Office:
     """One database, and everybody who works on it."""
 
     def __init__(self, database_url: str, **given: Any) -> None:
-        quick: dict[str, Any] = {"grace": 5.0, "lease": 60.0, "queue_lifetime": 1000.0, "uncertain_delay": 15.0}
+        quick: dict[str, Any] = {
+            "grace": 5.0,
+            "lease": 60.0,
+            "queue_lifetime": 1000.0,
+            "uncertain_delay": 15.0,
+        }
         self.settings = load(WorkerSettings, **(quick | given))
         self.engine = connect(database_url, hot=True, pool=8)
         self.spell = dialect_of(self.engine)
-        self.intake = Acceptor(self.engine, lifetime=self.settings.queue_lifetime, grace=self.settings.grace)
+        self.intake = Acceptor(
+            self.engine, lifetime=self.settings.queue_lifetime, grace=self.settings.grace
+        )
         self.ledger = self.another_ledger()
         self.sweeps = Rescuer(self.engine, self.settings)
         self.worker = self.hire()
@@ -65,10 +80,16 @@ class Office:
         return message.id
 
     def claim(
-        self, *ids: str, worker: str = "", room: Mapping[str, int] = PLENTY, ledger: WorkerQueue | None = None
+        self,
+        *ids: str,
+        worker: str = "",
+        room: Mapping[str, int] = PLENTY,
+        ledger: WorkerQueue | None = None,
     ) -> list[Claim]:
         """Claim deliveries of these messages, or without any what is overdue."""
-        (claims,) = (ledger or self.ledger).commit([ClaimRequest(worker or self.worker, list(ids) or None, room)])
+        (claims,) = (ledger or self.ledger).commit(
+            [ClaimRequest(worker or self.worker, list(ids) or None, room)]
+        )
         assert isinstance(claims, list)
         return claims
 
@@ -83,9 +104,17 @@ class Office:
         return Completion(*who, outcome=outcome, **(given | more))
 
     def record(
-        self, claim: Claim, outcome: Outcome, *, worker: str = "", ledger: WorkerQueue | None = None, **more: Any
+        self,
+        claim: Claim,
+        outcome: Outcome,
+        *,
+        worker: str = "",
+        ledger: WorkerQueue | None = None,
+        **more: Any,
     ) -> CompletionResult:
-        (recorded,) = (ledger or self.ledger).commit([self.note(claim, outcome, worker=worker, **more)])
+        (recorded,) = (ledger or self.ledger).commit(
+            [self.note(claim, outcome, worker=worker, **more)]
+        )
         assert isinstance(recorded, CompletionResult)
         return recorded
 
@@ -113,7 +142,11 @@ class Office:
 
     def ask(self, queue_id: str, verb: str) -> None:
         """What an operator's verb does to a delivery that is being sent."""
-        self.change("UPDATE deliveries SET pending_operation = :verb WHERE queue_id = @id(:id)", verb=verb, id=queue_id)
+        self.change(
+            "UPDATE deliveries SET pending_operation = :verb WHERE queue_id = @id(:id)",
+            verb=verb,
+            id=queue_id,
+        )
 
     def delivery(self, queue_id: str, number: int = 1) -> Mapping[str, Any]:
         """A delivery's row, with `due_in` and `expires_in` in seconds from now."""
@@ -131,19 +164,30 @@ class Office:
     def attempts(self, queue_id: str) -> list[tuple[int, int, str]]:
         """Claim, hop and outcome of each try, in order."""
         sql = "SELECT claim, attempt_index, outcome FROM attempts WHERE queue_id = @id(:id) ORDER BY delivery, claim, attempt_index"
-        return [(row["claim"], row["attempt_index"], row["outcome"]) for row in self.rows(sql, id=queue_id)]
+        return [
+            (row["claim"], row["attempt_index"], row["outcome"])
+            for row in self.rows(sql, id=queue_id)
+        ]
 
     def pass_time(self, seconds: float, *, only: Sequence[str] = ()) -> None:
-        """Move what the database knows of time back by so much; of these messages alone, or of everything."""
-        these = "WHERE queue_id IN (SELECT queue_id FROM @rows(:ids; queue_id uuid))" if only else ""
+        """Move what the database knows of time back by so much; of these messages alone, or of
+        everything."""
+        these = (
+            "WHERE queue_id IN (SELECT queue_id FROM @rows(:ids; queue_id uuid))" if only else ""
+        )
         ids = json.dumps([{"queue_id": dashed(i)} for i in only])
-        ago = "- :s * interval '1 second'" if self.spell.postgresql else "- CAST(:s * 1000000 AS INTEGER)"
+        ago = (
+            "- :s * interval '1 second'"
+            if self.spell.postgresql
+            else "- CAST(:s * 1000000 AS INTEGER)"
+        )
         with writing(self.engine) as connection:
             sql = f"UPDATE deliveries SET due_at = due_at {ago}, expires_at = expires_at {ago} {these}"
             connection.execute(text(self.spell(sql)), {"s": seconds, "ids": ids})
             if not only:
                 connection.execute(
-                    text(f"UPDATE workers SET lease_expires_at = lease_expires_at {ago}"), {"s": seconds}
+                    text(f"UPDATE workers SET lease_expires_at = lease_expires_at {ago}"),
+                    {"s": seconds},
                 )
 
 

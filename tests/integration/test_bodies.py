@@ -1,4 +1,5 @@
-"""The spool: what returned is on disk, what failed left nothing, and no other directory is taken for it."""
+"""The spool: what returned is on disk, what failed left nothing, and no other directory is taken
+for it."""
 
 import errno
 import os
@@ -60,7 +61,11 @@ def no_room(limit: int = LIMIT) -> Iterator[None]:
 
 
 def files(spool: Spool) -> list[str]:
-    return sorted(path.name for path in spool.directory.rglob("*") if path.is_file() and path.name != "spool-id")
+    return sorted(
+        path.name
+        for path in spool.directory.rglob("*")
+        if path.is_file() and path.name != "spool-id"
+    )
 
 
 def failing(number: int) -> Callable[..., Any]:
@@ -70,7 +75,8 @@ def failing(number: int) -> Callable[..., Any]:
     return fail
 
 
-# --- writing ----------------------------------------------------------------------------------------------
+# --- writing
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_stored_body_is_there_and_synced(spool: Spool, synced: list[str]) -> None:
@@ -88,7 +94,9 @@ def test_a_stored_body_is_there_and_synced(spool: Spool, synced: list[str]) -> N
     assert synced == [str(spool.path(other)), str(path.parent)]
 
 
-def test_a_directory_that_another_process_made_is_synced_too(spool: Spool, synced: list[str]) -> None:
+def test_a_directory_that_another_process_made_is_synced_too(
+    spool: Spool, synced: list[str]
+) -> None:
     """It may have been made a moment ago by somebody who has not synced it yet."""
     queue_id = new_id()
     spool.path(queue_id).parent.mkdir()
@@ -96,7 +104,9 @@ def test_a_directory_that_another_process_made_is_synced_too(spool: Spool, synce
     assert str(spool.directory) in synced
 
 
-def test_a_large_body_is_synced_as_it_comes(spool: Spool, synced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_body_is_synced_as_it_comes(
+    spool: Spool, synced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bodies, "SYNC_EVERY", 1000)
     queue_id = new_id()
     body = spool.create(queue_id)
@@ -150,7 +160,8 @@ def test_a_directory_that_housekeeping_removed_is_made_again(spool: Spool) -> No
     assert spool.store(second, [b"y"]) == 1
 
 
-# --- failures leave nothing -------------------------------------------------------------------------------
+# --- failures leave nothing
+# -------------------------------------------------------------------------------
 
 
 def test_no_room_for_a_small_body(spool: Spool) -> None:
@@ -194,8 +205,11 @@ def nobody(directory: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "fsync"])
-def test_what_cannot_be_synced_is_removed(spool: Spool, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """After an fsync error the kernel may have dropped the pages: nothing but starting anew is right."""
+def test_what_cannot_be_synced_is_removed(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """After an fsync error the kernel may have dropped the pages: nothing but starting anew is
+    right."""
     spool.store(new_id(), [b"the directory exists"])
     before = files(spool)
     monkeypatch.setattr(os, call, failing(errno.EIO))
@@ -209,7 +223,9 @@ def test_what_cannot_be_synced_is_removed(spool: Spool, monkeypatch: pytest.Monk
     assert files(spool) == before
 
 
-def test_a_large_body_whose_sync_fails_halfway_is_removed(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_body_whose_sync_fails_halfway_is_removed(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bodies, "SYNC_EVERY", 10)
     body = spool.create(new_id())
     monkeypatch.setattr(os, "fdatasync", failing(errno.ENOSPC))
@@ -218,7 +234,9 @@ def test_a_large_body_whose_sync_fails_halfway_is_removed(spool: Spool, monkeypa
     assert files(spool) == []
 
 
-def test_what_cannot_be_closed_is_removed_all_the_same(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_closed_is_removed_all_the_same(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Closing may be what tells of a full disk on NFS."""
     body = spool.create(new_id())
     close = os.close
@@ -253,7 +271,8 @@ def test_no_descriptor_leaks(spool: Spool) -> None:
     assert open_files() == before
 
 
-# --- reading and removing ---------------------------------------------------------------------------------
+# --- reading and removing
+# ---------------------------------------------------------------------------------
 
 
 def test_reading(spool: Spool) -> None:
@@ -335,7 +354,9 @@ def test_a_spool_that_was_mounted_again_is_ours_by_its_mark(spool: Spool, tmp_pa
     assert {name for name, _ in spool.ids()} == {first, second}
 
 
-def test_a_body_is_looked_for_again_when_its_directory_has_proved_to_be_ours(spool: Spool, tmp_path: Path) -> None:
+def test_a_body_is_looked_for_again_when_its_directory_has_proved_to_be_ours(
+    spool: Spool, tmp_path: Path
+) -> None:
     """The mount came between the look and the proof."""
     queue_id = new_id()
     assert spool.free_bytes() > 0  # from now on the directory is held
@@ -357,12 +378,15 @@ def test_a_body_that_was_put_aside_is_found_and_removed(spool: Spool) -> None:
         spool.open(queue_id, 5)
 
 
-# --- the right directory ----------------------------------------------------------------------------------
+# --- the right directory
+# ----------------------------------------------------------------------------------
 
 
 def known(engine: Engine) -> list[str]:
     with reading(engine) as connection:
-        return [str(row[0]).replace("-", "") for row in connection.execute(text("SELECT id FROM spool"))]
+        return [
+            str(row[0]).replace("-", "") for row in connection.execute(text("SELECT id FROM spool"))
+        ]
 
 
 def test_a_new_spool_gets_an_identity(engine: Engine, tmp_path: Path, synced: list[str]) -> None:
@@ -426,7 +450,9 @@ def test_all_services_may_start_at_once_on_a_new_spool(engine: Engine, tmp_path:
     assert known(engine) == [(tmp_path / "new" / "spool-id").read_text().strip()]
 
 
-def test_directories_that_cannot_be_used(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directories_that_cannot_be_used(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     public = tmp_path / "public"
     public.mkdir()
     public.chmod(0o777)

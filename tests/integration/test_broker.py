@@ -1,4 +1,5 @@
-"""Hints against a real broker: in batches, within a window, and never in anybody's way when the broker is not well."""
+"""Hints against a real broker: in batches, within a window, and never in anybody's way when the
+broker is not well."""
 
 import base64
 import json
@@ -85,7 +86,9 @@ def test_queues_are_apart(broker: Broker, hints: Callable[..., Hints]) -> None:
     assert (hinted(broker, FRESH), hinted(broker, RETRY)) == ([[one]], [[two]])
 
 
-def test_a_long_list_stops_the_hints_until_it_is_shorter(broker: Broker, hints: Callable[..., Hints]) -> None:
+def test_a_long_list_stops_the_hints_until_it_is_shorter(
+    broker: Broker, hints: Callable[..., Hints]
+) -> None:
     broker.ask("RPUSH", KEY(FRESH), *("x" for _ in range(WINDOW + 1)))
     publisher = hints()
     until(lambda: publisher.full)
@@ -97,7 +100,9 @@ def test_a_long_list_stops_the_hints_until_it_is_shorter(broker: Broker, hints: 
     until(lambda: length(broker) == 1)
 
 
-def test_a_broker_that_refuses_is_given_up_and_found_again(broker: Broker, hints: Callable[..., Hints]) -> None:
+def test_a_broker_that_refuses_is_given_up_and_found_again(
+    broker: Broker, hints: Callable[..., Hints]
+) -> None:
     publisher = hints()
     publisher.offer([new_id()])
     until(lambda: publisher.published == 1)
@@ -113,7 +118,9 @@ def test_a_broker_that_refuses_is_given_up_and_found_again(broker: Broker, hints
     until(lambda: any(last in batch for batch in hinted(broker)))
 
 
-def test_a_broker_that_says_nothing_is_given_up_in_seconds(broker: Broker, hints: Callable[..., Hints]) -> None:
+def test_a_broker_that_says_nothing_is_given_up_in_seconds(
+    broker: Broker, hints: Callable[..., Hints]
+) -> None:
     publisher = hints()
     publisher.offer([new_id()])
     until(lambda: publisher.published == 1)
@@ -137,7 +144,9 @@ def test_a_broker_that_comes_late(broker: Broker, hints: Callable[..., Hints]) -
     until(lambda: offered(publisher, new_id()) and publisher.published)
 
 
-def test_closing_does_not_wait_for_a_silent_broker(broker: Broker, hints: Callable[..., Hints]) -> None:
+def test_closing_does_not_wait_for_a_silent_broker(
+    broker: Broker, hints: Callable[..., Hints]
+) -> None:
     publisher = hints()
     publisher.offer([new_id()])
     until(lambda: publisher.published == 1)
@@ -148,7 +157,9 @@ def test_closing_does_not_wait_for_a_silent_broker(broker: Broker, hints: Callab
     assert time.monotonic() - began < 2
 
 
-def test_an_error_of_the_broker_does_not_end_the_hints(broker: Broker, hints: Callable[..., Hints]) -> None:
+def test_an_error_of_the_broker_does_not_end_the_hints(
+    broker: Broker, hints: Callable[..., Hints]
+) -> None:
     """A list of the wrong type, a broker out of memory: it answers, but with an error."""
     broker.ask("SET", KEY(FRESH), "not a list")
     publisher = hints()

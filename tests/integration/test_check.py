@@ -1,4 +1,5 @@
-"""What `check` says about QMQP servers: a connection that is taken is not yet a server that takes our mail."""
+"""What `check` says about QMQP servers: a connection that is taken is not yet a server that takes
+our mail."""
 
 import json
 import socket
@@ -15,7 +16,9 @@ from tests.integration.typed import typed_at
 from tests.postfix import Postfix
 
 
-def found(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch, *servers: str) -> dict[str, tuple[str, str]]:
+def found(
+    office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch, *servers: str
+) -> dict[str, tuple[str, str]]:
     """The verdict on each of these servers, and its words."""
     monkeypatch.setattr(probe, "_PATIENCE", 0.3)
     monkeypatch.setenv("RELAY_QMQP_SERVERS", ",".join(servers))
@@ -23,7 +26,9 @@ def found(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch, *server
     rows = [json.loads(line) for line in typed("check", "--json", status=None).stdout.splitlines()]
     what = "QMQP server "
     return {
-        row["what"].removeprefix(what): (row["verdict"], row["words"]) for row in rows if row["what"].startswith(what)
+        row["what"].removeprefix(what): (row["verdict"], row["words"])
+        for row in rows
+        if row["what"].startswith(what)
     }
 
 

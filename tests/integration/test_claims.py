@@ -1,4 +1,5 @@
-"""Claiming and recording, on both databases: one owner at a time, a K above all, and nothing moved that must stay."""
+"""Claiming and recording, on both databases: one owner at a time, a K above all, and nothing moved
+that must stay."""
 
 import itertools
 import threading
@@ -16,7 +17,15 @@ from relay.db.schema import TRANSITIONS, Outcome, State
 from relay.dsn.message import BY_OPERATOR
 from relay.ids import dashed
 from relay.queue.claim import WorkerQueue
-from relay.queue.model import Claim, ClaimRequest, Command, CommandResult, Completion, CompletionResult, Renewal
+from relay.queue.model import (
+    Claim,
+    ClaimRequest,
+    Command,
+    CommandResult,
+    Completion,
+    CompletionResult,
+    Renewal,
+)
 from tests.integration.office import OUTCOME_POLICY, PLENTY, Office, opened
 from tests.waiting import until
 
@@ -36,7 +45,8 @@ def at_once[T](work: Callable[[int], T], count: int = 4) -> list[T]:
         return list(pool.map(begin, range(count)))
 
 
-# --- claiming ---------------------------------------------------------------------------------------------
+# --- claiming
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_claim_brings_the_envelope_and_belongs_to_one_worker(office: Office) -> None:
@@ -44,13 +54,24 @@ def test_a_claim_brings_the_envelope_and_belongs_to_one_worker(office: Office) -
     queue_id = office.accept(*recipients, sender="sender@example.com")
     (claim,) = office.claim(queue_id)
     assert (claim.queue_id, claim.number, claim.claim, claim.route) == (queue_id, 1, 1, "default")
-    assert (claim.sender, claim.size, claim.crash_count, claim.backoff_step) == ("sender@example.com", 100, 0, 0)
+    assert (claim.sender, claim.size, claim.crash_count, claim.backoff_step) == (
+        "sender@example.com",
+        100,
+        0,
+        0,
+    )
     assert claim.recipients == tuple(recipients), "in the order of RCPT"
     assert 0 <= claim.received_ago < 60
     row = office.delivery(queue_id)
-    assert (row["state"], str(row["worker"]).replace("-", ""), row["claim_count"]) == ("sending", office.worker, 1)
+    assert (row["state"], str(row["worker"]).replace("-", ""), row["claim_count"]) == (
+        "sending",
+        office.worker,
+        1,
+    )
     far = 2 * (office.settings.session_timeout + office.settings.lease)
-    assert row["due_in"] == pytest.approx(far, abs=30), "only a stuck transfer is looked at while it is being sent"
+    assert row["due_in"] == pytest.approx(far, abs=30), (
+        "only a stuck transfer is looked at while it is being sent"
+    )
     assert office.claim(queue_id) == [] == office.claim(queue_id, worker=office.hire())
 
 
@@ -71,10 +92,15 @@ def test_claims_are_numbered(office: Office) -> None:
 
 
 def test_room_is_per_route(office: Office) -> None:
-    ids = [office.accept("bulk:x@example.org", "y@example.org", "bulk:z@example.org") for _ in range(5)]
+    ids = [
+        office.accept("bulk:x@example.org", "y@example.org", "bulk:z@example.org") for _ in range(5)
+    ]
     claims = office.claim(*ids, room={"bulk": 3, "default": 2, "full": 0, "other": 9})
     assert Counter(claim.route for claim in claims) == {"bulk": 3, "default": 2}
-    assert {claim.recipients for claim in claims} == {("x@example.org", "z@example.org"), ("y@example.org",)}
+    assert {claim.recipients for claim in claims} == {
+        ("x@example.org", "z@example.org"),
+        ("y@example.org",),
+    }
     assert office.claim(*ids, room={}) == []
     assert len(office.claim(*ids, room={"bulk": 99, "default": 99})) == 5
 
@@ -109,7 +135,8 @@ def test_everything_is_claimed_once_by_workers_in_a_hurry(office: Office) -> Non
     assert sorted(claimed) == sorted((queue_id, number, 1) for queue_id in ids for number in (1, 2))
 
 
-# --- recording --------------------------------------------------------------------------------------------
+# --- recording
+# --------------------------------------------------------------------------------------------
 
 
 def test_every_outcome_is_recorded(office: Office) -> None:
@@ -118,15 +145,29 @@ def test_every_outcome_is_recorded(office: Office) -> None:
         recorded = office.record(office.claim(queue_id)[0], outcome, backoff_step=3)
         assert recorded == CompletionResult(state, body_deletable=state is State.DELIVERED)
         row = office.delivery(queue_id)
-        assert (row["state"], row["worker"], row["pending_operation"], row["backoff_step"]) == (state, None, None, 3)
+        assert (row["state"], row["worker"], row["pending_operation"], row["backoff_step"]) == (
+            state,
+            None,
+            None,
+            3,
+        )
         said = (row["last_outcome"], row["last_reply"], row["last_server"])
         assert said == (outcome, "its words", "qmqp.example.net:628")
         assert (row["finished_at"] is not None) == (state in FINISHED)
         due = {State.DEFERRED: 30, State.BOUNCED: 0}.get(state)
-        assert (row["due_in"] is None) if due is None else (row["due_in"] == pytest.approx(due, abs=20))
+        assert (
+            (row["due_in"] is None)
+            if due is None
+            else (row["due_in"] == pytest.approx(due, abs=20))
+        )
         sql = "SELECT a.*, @since(started_at) AS ago FROM attempts a WHERE queue_id = @id(:id)"
         (attempt,) = office.rows(sql, id=queue_id)
-        assert (attempt["claim"], attempt["attempt_index"], attempt["outcome"], attempt["bytes_sent"]) == (
+        assert (
+            attempt["claim"],
+            attempt["attempt_index"],
+            attempt["outcome"],
+            attempt["bytes_sent"],
+        ) == (
             1,
             1,
             outcome,
@@ -143,7 +184,9 @@ def test_a_notice_is_owed_to_a_real_sender_only(clean_url: str) -> None:
         with opened(clean_url, bounces=bounces) as office:
             queue_id = office.accept(sender=sender)
             recorded = office.record(office.claim(queue_id)[0], Outcome.REJECTED)
-            assert recorded == CompletionResult(State.BOUNCED, body_deletable=not owed), "a notice returns the header"
+            assert recorded == CompletionResult(State.BOUNCED, body_deletable=not owed), (
+                "a notice returns the header"
+            )
             assert (office.delivery(queue_id)["due_in"] is not None) == owed
 
 
@@ -156,12 +199,20 @@ def test_expiry_is_decided_only_when_a_try_has_failed(office: Office) -> None:
     assert office.record(claims[failed], Outcome.DEFERRED).state is State.EXPIRED
     assert office.delivery(failed)["due_in"] is not None, "the sender is told"
     assert office.record(claims[taken], Outcome.DELIVERED).state is State.DELIVERED
-    assert office.record(claims[stopped], Outcome.INTERRUPTED, state=State.QUEUED).state is State.QUEUED
+    assert (
+        office.record(claims[stopped], Outcome.INTERRUPTED, state=State.QUEUED).state
+        is State.QUEUED
+    )
     assert office.record(claims[split], Outcome.UNSENDABLE).state is State.HELD
 
 
 def test_every_outcome_but_k_honours_what_an_operator_wanted(office: Office) -> None:
-    verbs = {"hold": State.HELD, "drop": State.DROPPED, "bounce": State.BOUNCED, "retry": State.QUEUED}
+    verbs = {
+        "hold": State.HELD,
+        "drop": State.DROPPED,
+        "bounce": State.BOUNCED,
+        "retry": State.QUEUED,
+    }
     for (wanted, state), outcome in itertools.product(verbs.items(), Outcome):
         queue_id = office.accept()
         (claim,) = office.claim(queue_id)
@@ -179,7 +230,10 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(office: Office) -> 
 
 def test_no_message_is_looked_up_for_what_owes_no_notice(office: Office) -> None:
     """Its row says to whom a notice would go, and nothing else that a record needs."""
-    (one,), (two,) = office.claim(office.accept()), office.claim(office.accept(), worker=(lost := office.hire()))
+    (one,), (two,) = (
+        office.claim(office.accept()),
+        office.claim(office.accept(), worker=(lost := office.hire())),
+    )
     office.change("DELETE FROM messages")
     assert office.record(one, Outcome.DELIVERED).state is State.DELIVERED
     office.pass_time(400)
@@ -204,7 +258,9 @@ def test_a_late_k_beats_every_state(office: Office) -> None:
             due_at = {"@now" if due else "NULL"} WHERE queue_id = @id(:id)""",
             state=state, worker=another if state is State.SENDING else None, id=queue_id,
         )  # fmt: skip
-        assert office.record(claim, Outcome.DELIVERED) == CompletionResult(State.DELIVERED, body_deletable=True)
+        assert office.record(claim, Outcome.DELIVERED) == CompletionResult(
+            State.DELIVERED, body_deletable=True
+        )
         row = office.delivery(queue_id)
         assert (row["state"], row["due_at"], row["worker"]) == ("delivered", None, None)
         assert row["finished_at"] is not None
@@ -223,23 +279,37 @@ def test_a_k_is_never_undone(office: Office) -> None:
     assert second.claim == 2
     assert office.record(first, Outcome.DELIVERED).state is State.DELIVERED
     for outcome in NOT_K:
-        assert office.record(second, outcome, worker=other) == CompletionResult(State.DELIVERED, body_deletable=True)
+        assert office.record(second, outcome, worker=other) == CompletionResult(
+            State.DELIVERED, body_deletable=True
+        )
         assert office.state(queue_id) == "delivered"
     assert office.claim(queue_id) == []
     assert office.attempts(queue_id)[0] == (1, 0, "uncertain")
 
 
 def test_a_late_k_for_what_was_split_since_holds_for_all_its_recipients(office: Office) -> None:
-    queue_id, other = office.accept("x@example.org", "y@example.org", "z@example.org"), office.hire()
+    queue_id, other = (
+        office.accept("x@example.org", "y@example.org", "z@example.org"),
+        office.hire(),
+    )
     (first,) = office.claim(queue_id)
     office.change("UPDATE deliveries SET state = 'queued', worker = NULL")
     (second,) = office.claim(queue_id, worker=other)
-    assert office.record(second, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
-    (half,) = (claim for claim in office.claim(queue_id, worker=other) if len(claim.recipients) == 2)
-    assert office.record(half, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
+    assert (
+        office.record(second, Outcome.REJECTED, worker=other, state=State.SPLIT).state
+        is State.SPLIT
+    )
+    (half,) = (
+        claim for claim in office.claim(queue_id, worker=other) if len(claim.recipients) == 2
+    )
+    assert (
+        office.record(half, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
+    )
     (kept,) = office.claim(queue_id, room={"default": 1})
     assert office.record(first, Outcome.DELIVERED).state is State.DELIVERED
-    assert sorted(row["state"] for row in office.rows("SELECT state FROM deliveries")) == ["delivered"] * 4 + ["split"]
+    assert sorted(row["state"] for row in office.rows("SELECT state FROM deliveries")) == [
+        "delivered"
+    ] * 4 + ["split"]
     assert office.claim(queue_id) == [], "never after a K"
     assert office.record(kept, Outcome.REJECTED).state is State.DELIVERED
 
@@ -252,12 +322,18 @@ def test_who_lost_the_claim_changes_nothing(office: Office) -> None:
         office.record(old, Outcome.INTERRUPTED, state=State.QUEUED, tries=[])
         (new,) = office.claim(queue_id, worker=other)
         (before,) = office.rows("SELECT * FROM deliveries WHERE queue_id = @id(:id)", id=queue_id)
-        assert office.record(old, outcome) == CompletionResult(None, body_deletable=False), "fenced by the claim"
-        assert office.record(new, outcome) == CompletionResult(State.SENDING, body_deletable=False), (
-            "fenced by the worker"
+        assert office.record(old, outcome) == CompletionResult(None, body_deletable=False), (
+            "fenced by the claim"
         )
-        assert office.rows("SELECT * FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [before]
-        assert [attempt[2] for attempt in office.attempts(queue_id)] == [outcome, outcome], "what happened is kept"
+        assert office.record(new, outcome) == CompletionResult(
+            State.SENDING, body_deletable=False
+        ), "fenced by the worker"
+        assert office.rows("SELECT * FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [
+            before
+        ]
+        assert [attempt[2] for attempt in office.attempts(queue_id)] == [outcome, outcome], (
+            "what happened is kept"
+        )
 
 
 def test_one_record_says_it_all_and_twice_is_once(office: Office) -> None:
@@ -281,7 +357,9 @@ def test_the_body_is_free_when_the_last_delivery_is_done(office: Office) -> None
     office.pass_time(60)
     office.sweeps.requeue_due(10)
     (again,) = office.claim(queue_id, room=room)
-    assert not office.record(again, Outcome.DELIVERED).body_deletable, "a notice is owed for the second"
+    assert not office.record(again, Outcome.DELIVERED).body_deletable, (
+        "a notice is owed for the second"
+    )
     office.change("UPDATE deliveries SET due_at = NULL WHERE number = 2")
     assert office.record(again, Outcome.DELIVERED).body_deletable
 
@@ -314,10 +392,13 @@ def test_only_queued_is_claimed_and_only_deferred_wakes_up(office: Office) -> No
         )  # fmt: skip
         assert office.sweeps.requeue_due(10) == [queue_id] * (state is State.DEFERRED)
         office.pass_time(10)
-        assert len(office.claim() + office.claim(queue_id)) == (state in (State.QUEUED, State.DEFERRED))
+        assert len(office.claim() + office.claim(queue_id)) == (
+            state in (State.QUEUED, State.DEFERRED)
+        )
 
 
-# --- leases -----------------------------------------------------------------------------------------------
+# --- leases
+# -----------------------------------------------------------------------------------------------
 
 
 def test_a_lease_is_renewed_while_its_worker_is_not_declared_dead(office: Office) -> None:
@@ -347,7 +428,8 @@ def test_a_worker_may_be_registered_twice(office: Office) -> None:
 
 
 def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: Office) -> None:
-    """Both want the worker's row and its deliveries; whoever comes second waits, and is told what it lost."""
+    """Both want the worker's row and its deliveries; whoever comes second waits, and is told what
+    it lost."""
     office = postgres_office
     claims = office.claim(*(office.accept() for _ in range(3)))
     office.pass_time(100)
@@ -366,7 +448,9 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: O
             go_on.set()
 
     def someone_waits() -> bool:
-        return go_on.is_set() or bool(office.rows("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        return go_on.is_set() or bool(
+            office.rows("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        )
 
     event.listen(office.engine, "before_cursor_execute", pause)
     notes = [office.note(claim, Outcome.DEFERRED) for claim in claims]
@@ -381,7 +465,8 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: O
     assert {office.delivery(c.queue_id)["last_outcome"] for c in claims} == {"uncertain"}
 
 
-# --- COMMIT in doubt --------------------------------------------------------------------------------------
+# --- COMMIT in doubt
+# --------------------------------------------------------------------------------------
 
 
 class Lost(Exception):
@@ -406,7 +491,9 @@ def lost_commit(ledger: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> Iterato
             yield
 
 
-def test_claims_that_nobody_heard_of_are_handed_back(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claims_that_nobody_heard_of_are_handed_back(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = [office.accept() for _ in range(6)]
     (known,) = office.claim(ids[0])
     theirs = office.another_ledger()
@@ -416,11 +503,16 @@ def test_claims_that_nobody_heard_of_are_handed_back(office: Office, monkeypatch
         office.claim(*ids[2:4])
     assert office.states(ids) == ["sending"] * 4 + ["queued"] * 2
     office.renew()
-    assert office.states(ids) == ["sending"] * 2 + ["queued"] * 4, "what it knows of, and what is others', stays"
+    assert office.states(ids) == ["sending"] * 2 + ["queued"] * 4, (
+        "what it knows of, and what is others', stays"
+    )
     assert office.delivery(ids[2])["due_in"] <= 0, "anybody may take it at once"
     assert {claim.queue_id for claim in office.claim(*ids)} == set(ids[2:])
     assert office.record(known, Outcome.DELIVERED).state is State.DELIVERED
-    assert office.record(foreign, Outcome.DELIVERED, worker=other, ledger=theirs).state is State.DELIVERED
+    assert (
+        office.record(foreign, Outcome.DELIVERED, worker=other, ledger=theirs).state
+        is State.DELIVERED
+    )
 
 
 def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
@@ -441,17 +533,22 @@ def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
     assert office.record(claims[0], Outcome.DELIVERED).state is State.DELIVERED
 
 
-def test_outcomes_in_doubt_are_recorded_once(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcomes_in_doubt_are_recorded_once(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
     claims = office.claim(*(office.accept() for _ in range(3)))
     notes: list[Command] = [office.note(claim, o) for claim, o in zip(claims, NOT_K, strict=False)]
     with lost_commit(office.ledger, monkeypatch):
         office.ledger.commit(notes)
     results = office.ledger.commit(notes)
-    assert [r.state for r in results if isinstance(r, CompletionResult)] == [OUTCOME_POLICY[o] for o in NOT_K[:3]]
+    assert [r.state for r in results if isinstance(r, CompletionResult)] == [
+        OUTCOME_POLICY[o] for o in NOT_K[:3]
+    ]
     assert office.rows("SELECT count(*) AS n FROM attempts") == [{"n": 3}]
 
 
-# --- everybody at once ------------------------------------------------------------------------------------
+# --- everybody at once
+# ------------------------------------------------------------------------------------
 
 
 def test_three_hundred_rounds_from_four_threads_never_deadlock(postgres_office: Office) -> None:
@@ -466,11 +563,18 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(postgres_office: 
         for turn in range(75):
             hints = ids[turn % 7 :: 1 + n % 2][:: -1 if n % 2 else 1]
             notes: list[Completion] = [
-                office.note(claim, Outcome.INTERRUPTED, worker=worker, state=State.QUEUED, delay=0.0)
+                office.note(
+                    claim, Outcome.INTERRUPTED, worker=worker, state=State.QUEUED, delay=0.0
+                )
                 for claim in (reversed(mine) if turn % 2 else mine)
             ]
             results = ledger.commit(
-                [*notes, ClaimRequest(worker, hints, room), Renewal(worker), ClaimRequest(worker, None, room)]
+                [
+                    *notes,
+                    ClaimRequest(worker, hints, room),
+                    Renewal(worker),
+                    ClaimRequest(worker, None, room),
+                ]
             )
             mine = [claim for result in results if isinstance(result, list) for claim in result]
             if turn % 5 == 0:
@@ -482,7 +586,9 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(postgres_office: 
         return len(mine)
 
     at_once(work)
-    (found,) = office.rows("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
+    (found,) = office.rows(
+        "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    )
     assert found["deadlocks"] == 0
 
 
@@ -491,7 +597,9 @@ def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_ne
 ) -> None:
     office, other = postgres_office, postgres_office.another_ledger()
     queue_id = office.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(office.claim(queue_id, room={"default": 1, "bulk": 1}), key=lambda claim: claim.number)
+    first, second = sorted(
+        office.claim(queue_id, room={"default": 1, "bulk": 1}), key=lambda claim: claim.number
+    )
     met: list[CompletionResult] = []
 
     def meanwhile(_: Connection) -> None:
@@ -500,7 +608,9 @@ def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_ne
             met[0] = office.record(second, Outcome.DELIVERED, ledger=other)
 
     event.listen(office.engine, "commit", meanwhile)  # just before the COMMIT of the first
-    assert office.record(first, Outcome.DELIVERED) == CompletionResult(State.DELIVERED, body_deletable=True)
+    assert office.record(first, Outcome.DELIVERED) == CompletionResult(
+        State.DELIVERED, body_deletable=True
+    )
     assert met == [CompletionResult(State.DELIVERED, body_deletable=False)]
 
 
@@ -512,7 +622,9 @@ def test_a_delivery_whose_recipients_are_gone_harms_no_other(office: Office) -> 
 
 
 @pytest.mark.parametrize("late_first", [True, False])
-def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(office: Office, late_first: bool) -> None:
+def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(
+    office: Office, late_first: bool
+) -> None:
     queue_id = office.accept()
     (lost,) = office.claim(queue_id)
     office.change("UPDATE deliveries SET due_at = @ago(1)")
@@ -523,7 +635,9 @@ def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(office: Of
     records = [office.note(lost, Outcome.DELIVERED), office.note(again, Outcome.REJECTED)]
     results = office.ledger.commit(records if late_first else records[::-1])
     assert office.state(queue_id) == "delivered"
-    assert {(result.state, result.body_deletable) for result in results if isinstance(result, CompletionResult)} == {
-        (State.DELIVERED, True)
-    }
+    assert {
+        (result.state, result.body_deletable)
+        for result in results
+        if isinstance(result, CompletionResult)
+    } == {(State.DELIVERED, True)}
     assert [row[0] for row in office.attempts(queue_id)] == [1, 1, 2]

@@ -1,4 +1,5 @@
-"""The client against a server that does as it is told: every way a transfer can end, and that it ends."""
+"""The client against a server that does as it is told: every way a transfer can end, and that it
+ends."""
 
 import asyncio
 import errno
@@ -67,7 +68,9 @@ def deliver(run: Run, body: Body) -> Callable[..., Result]:
         size = data if isinstance(data, int) else len(data)
         request = options.pop("request", None) or Request(size, b"s@x.test", [b"r@y.test"])
         options.setdefault("timeouts", QUICK)
-        result: Result = run(send(host="127.0.0.1", port=sink.port, request=request, fd=body(data), **options))
+        result: Result = run(
+            send(host="127.0.0.1", port=sink.port, request=request, fd=body(data), **options)
+        )
         return result
 
     return deliver
@@ -98,7 +101,11 @@ def test_B2_a_K_without_words(deliver):
 def test_B3_bytes_after_the_reply_are_ignored_and_flagged(deliver, extra):
     with running_sink(Rule(Answer(raw=b"3:KOk," + extra))) as sink:
         result = deliver(sink)
-    assert (result.outcome, result.text, result.flags) == (Outcome.DELIVERED, b"Ok", {"extra-bytes"})
+    assert (result.outcome, result.text, result.flags) == (
+        Outcome.DELIVERED,
+        b"Ok",
+        {"extra-bytes"},
+    )
 
 
 def test_B4_a_reply_byte_by_byte(deliver):
@@ -111,7 +118,9 @@ def test_B5_a_server_that_keeps_the_connection_open(deliver):
         assert deliver(sink, timeouts=Timeouts(reply=60)).seconds < 5
 
 
-@pytest.mark.parametrize(("status", "outcome"), [(b"Z", Outcome.DEFERRED), (b"D", Outcome.REJECTED)])
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(b"Z", Outcome.DEFERRED), (b"D", Outcome.REJECTED)]
+)
 def test_B6_deferred_and_rejected(deliver, status, outcome):
     with running_sink(Rule(Answer(status, b"not now (#4.3.0)"))) as sink:
         result = deliver(sink)
@@ -125,7 +134,9 @@ def test_B7_B8_malformed_replies(deliver, raw):
     assert (result.outcome, result.committed) == (Outcome.MALFORMED, True)
 
 
-@pytest.mark.parametrize("banner", [b"220 mx.example.com ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n"])
+@pytest.mark.parametrize(
+    "banner", [b"220 mx.example.com ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n"]
+)
 def test_B9_another_protocol_is_no_verdict(deliver, banner):
     with running_sink(Rule(Answer(raw=banner))) as sink:
         result = deliver(sink)
@@ -161,7 +172,11 @@ def test_B13_B41_no_reply(deliver):
 def test_B14_a_truncated_K_is_a_K(deliver, end):
     with running_sink(Rule(Answer(raw=b"5:KO", end=end))) as sink:
         result = deliver(sink)
-    assert (result.outcome, result.text, result.flags) == (Outcome.DELIVERED, b"O", {"truncated-reply"})
+    assert (result.outcome, result.text, result.flags) == (
+        Outcome.DELIVERED,
+        b"O",
+        {"truncated-reply"},
+    )
 
 
 @pytest.mark.parametrize("end", ["close", "reset", "stay"])
@@ -172,7 +187,9 @@ def test_B14_any_other_truncated_reply_is_uncertain(deliver, raw, end):
     assert (result.outcome, result.committed) == (Outcome.UNCERTAIN, True)
 
 
-@pytest.mark.parametrize(("status", "outcome"), [(b"K", Outcome.DELIVERED), (b"D", Outcome.REJECTED)])
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(b"K", Outcome.DELIVERED), (b"D", Outcome.REJECTED)]
+)
 def test_B15_a_reset_after_the_reply(deliver, status, outcome):
     with running_sink(Rule(Answer(status, b"whole", end="reset"))) as sink:
         assert deliver(sink)[:2] == (outcome, b"whole")
@@ -193,7 +210,8 @@ def test_B16_a_D_before_the_reset_that_breaks_the_writing(deliver, attempt):
 
 @pytest.mark.parametrize("attempt", range(5))
 def test_B16_the_reply_is_found_when_the_write_is_what_fails(run, body, monkeypatch, attempt):
-    """The server has spoken and gone before the client looks: the first thing it meets is a failing write."""
+    """The server has spoken and gone before the client looks: the first thing it meets is a failing
+    write."""
     listener = socket.create_server(("127.0.0.1", 0))
     refused = threading.Event()
 
@@ -220,9 +238,13 @@ def test_B16_the_reply_is_found_when_the_write_is_what_fails(run, body, monkeypa
     assert result[:3] == (Outcome.REJECTED, b"too large", False)
 
 
-@pytest.mark.parametrize(("status", "outcome"), [(b"Z", Outcome.DEFERRED), (b"D", Outcome.REJECTED)])
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(b"Z", Outcome.DEFERRED), (b"D", Outcome.REJECTED)]
+)
 def test_B17_an_early_reply_stops_the_writing(deliver, status, outcome):
-    with running_sink(Rule(Answer(status, b"enough", at=1000, end="stay")), receive_buffer=4096) as sink:
+    with running_sink(
+        Rule(Answer(status, b"enough", at=1000, end="stay")), receive_buffer=4096
+    ) as sink:
         result = deliver(sink, LARGE)
     assert (result.outcome, result.text, result.committed, result.flags) == (
         outcome,
@@ -234,14 +256,22 @@ def test_B17_an_early_reply_stops_the_writing(deliver, status, outcome):
 
 
 def test_B17_an_early_reply_byte_by_byte(deliver):
-    with running_sink(Rule(Answer(b"D", b"enough", at=1000, drip=0.01)), receive_buffer=4096) as sink:
+    with running_sink(
+        Rule(Answer(b"D", b"enough", at=1000, drip=0.01)), receive_buffer=4096
+    ) as sink:
         assert deliver(sink, LARGE, timeouts=Timeouts())[:2] == (Outcome.REJECTED, b"enough")
 
 
 def test_B18_an_early_K_is_no_K(deliver):
-    with running_sink(Rule(Answer(b"K", b"sure", at=1000, end="stay")), receive_buffer=4096) as sink:
+    with running_sink(
+        Rule(Answer(b"K", b"sure", at=1000, end="stay")), receive_buffer=4096
+    ) as sink:
         result = deliver(sink, LARGE)
-    assert (result.outcome, result.committed, result.flags) == (Outcome.MALFORMED, False, {"early-reply"})
+    assert (result.outcome, result.committed, result.flags) == (
+        Outcome.MALFORMED,
+        False,
+        {"early-reply"},
+    )
 
 
 def test_an_early_reply_that_never_ends(deliver):
@@ -251,7 +281,9 @@ def test_an_early_reply_that_never_ends(deliver):
 
 
 def test_early_nonsense(deliver):
-    with running_sink(Rule(Answer(raw=b"220 hello\r\n", at=1000, end="stay")), receive_buffer=4096) as sink:
+    with running_sink(
+        Rule(Answer(raw=b"220 hello\r\n", at=1000, end="stay")), receive_buffer=4096
+    ) as sink:
         result = deliver(sink, LARGE)
     assert (result.outcome, result.committed) == (Outcome.MALFORMED, False)
 
@@ -305,10 +337,14 @@ def test_B22_the_session_ends_the_wait_for_a_reply(deliver):
     )
 
 
-async def stopped(coroutine: Coroutine[Any, Any, Any], sink: Sink, seconds: float, *, cancel: bool = False) -> Any:
-    """Await it, while the loop stands still for a time from the moment on when the server has read the request.
+async def stopped(
+    coroutine: Coroutine[Any, Any, Any], sink: Sink, seconds: float, *, cancel: bool = False
+) -> Any:
+    """Await it, while the loop stands still for a time from the moment on when the server has read
+    the request.
 
-    It does so in the callback of a descriptor, as a process that gets SIGSTOP while it waits for its descriptors."""
+    It does so in the callback of a descriptor, as a process that gets SIGSTOP while it waits for
+    its descriptors."""
     task, loop = asyncio.create_task(coroutine), asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
 
@@ -330,7 +366,9 @@ def test_a_reply_that_has_arrived_wins_over_a_timer(run, body):
     """libuv runs timers before it looks at its sockets."""
     request = Request(6, b"s@x.test", [b"r@y.test"])
     with running_sink(Rule(Answer(b"K", b"Ok", delay=0.1))) as sink:
-        sending = send(host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK)
+        sending = send(
+            host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK
+        )
         result = run(stopped(sending, sink, 0.6))
     assert (result.outcome, result.text) == (Outcome.DELIVERED, b"Ok")
 
@@ -339,7 +377,9 @@ def test_a_reply_wins_over_a_timer_that_is_late_by_more_than_a_second(run, body)
     """The process was stopped: what the server sent meanwhile may still be on its way."""
     request = Request(6, b"s@x.test", [b"r@y.test"])
     with running_sink(Rule(Answer(b"K", b"Ok", delay=2.0))) as sink:
-        sending = send(host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK)
+        sending = send(
+            host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK
+        )
         result = run(stopped(sending, sink, 1.6))
     assert (result.outcome, result.text) == (Outcome.DELIVERED, b"Ok")
 
@@ -353,7 +393,10 @@ def test_a_reply_that_has_arrived_wins_over_the_end_of_a_drain(run, body):
 
 def test_a_phase_may_be_longer_than_the_one_before(deliver):
     with running_sink(Rule(Answer(delay=0.4))) as sink:
-        assert deliver(sink, timeouts=Timeouts(connect=0.1, io=0.1, reply=20)).outcome is Outcome.DELIVERED
+        assert (
+            deliver(sink, timeouts=Timeouts(connect=0.1, io=0.1, reply=20)).outcome
+            is Outcome.DELIVERED
+        )
 
 
 # Connecting
@@ -361,7 +404,11 @@ def test_a_phase_may_be_longer_than_the_one_before(deliver):
 
 @pytest.fixture
 def hello(body: Body) -> dict[str, Any]:
-    return {"request": Request(6, b"s@x.test", [b"r@y.test"]), "fd": body(b"hello\n"), "timeouts": QUICK}
+    return {
+        "request": Request(6, b"s@x.test", [b"r@y.test"]),
+        "fd": body(b"hello\n"),
+        "timeouts": QUICK,
+    }
 
 
 @pytest.fixture
@@ -397,11 +444,16 @@ async def send_by_name(found: list[tuple[Any, Any]] | Exception, options: dict[s
 
 @contextmanager
 def resolver(answer: Callable[..., Any]) -> Iterator[None]:
-    """A resolver that answers so, or raises, for everything that is a name; nothing is known beforehand."""
+    """A resolver that answers so, or raises, for everything that is a name; nothing is known
+    beforehand."""
     real = socket.getaddrinfo
 
     def getaddrinfo(host: str, port: int, **options: Any) -> Any:
-        return real(host, port, **options) if host[:1].isdigit() or options.get("flags") else answer(host, port)
+        return (
+            real(host, port, **options)
+            if host[:1].isdigit() or options.get("flags")
+            else answer(host, port)
+        )
 
     names._known.clear()
     with patch.object(socket, "getaddrinfo", getaddrinfo):
@@ -413,12 +465,17 @@ def test_B23_connection_refused(run, hello):
     port = free_port()
     result = run(send(host="127.0.0.1", port=port, **hello))
     assert (result.outcome, result.committed) == (Outcome.UNREACHABLE, False)
-    assert result.text == f"no connection: 127.0.0.1:{port} ECONNREFUSED (Connection refused)".encode()
+    assert (
+        result.text == f"no connection: 127.0.0.1:{port} ECONNREFUSED (Connection refused)".encode()
+    )
 
 
 def test_B23_no_answer(run, hello, deaf_port):
     result = run(send(host="127.0.0.1", port=deaf_port, **hello))
-    assert result.text == f"no connection: 127.0.0.1:{deaf_port} ETIMEDOUT (Connection timed out)".encode()
+    assert (
+        result.text
+        == f"no connection: 127.0.0.1:{deaf_port} ETIMEDOUT (Connection timed out)".encode()
+    )
     assert 0.2 < result.seconds < 5
 
 
@@ -458,11 +515,15 @@ def test_B23_a_name_server_that_does_not_answer_holds_up_no_other_name(run, hell
         found, lost = run(scenario())
         gate.set()
     assert found.outcome is Outcome.DELIVERED
-    assert {one.text for one in lost} == {b"no connection: mx.example.com:628 ETIMEDOUT (Connection timed out)"}
+    assert {one.text for one in lost} == {
+        b"no connection: mx.example.com:628 ETIMEDOUT (Connection timed out)"
+    }
     assert asked == ["mx.example.com", "good.example.com"]
 
 
-def test_a_name_is_asked_for_again_after_a_while_and_at_once_after_a_failure(run, hello, monkeypatch):
+def test_a_name_is_asked_for_again_after_a_while_and_at_once_after_a_failure(
+    run, hello, monkeypatch
+):
     asked = list[str]()
 
     def getaddrinfo(host: str, port: int) -> list[tuple[Any, ...]]:
@@ -472,7 +533,10 @@ def test_a_name_is_asked_for_again_after_a_while_and_at_once_after_a_failure(run
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     async def outcomes(count: int) -> list[Outcome]:
-        return [(await send(host="mx.example.com", port=sink.port, **hello)).outcome for _ in range(count)]
+        return [
+            (await send(host="mx.example.com", port=sink.port, **hello)).outcome
+            for _ in range(count)
+        ]
 
     with running_sink() as sink, resolver(getaddrinfo):
         assert run(outcomes(4)) == [Outcome.UNREACHABLE, *[Outcome.DELIVERED] * 3]
@@ -650,7 +714,9 @@ def test_B40_header_and_tail_never_travel_alone(deliver, monkeypatch, size):
 
 def test_B42_a_connection_for_each_request(run, hello):
     async def scenario(port: int) -> list[Result]:
-        return await asyncio.gather(*[send(host="127.0.0.1", port=port, **hello) for _ in range(100)])
+        return await asyncio.gather(
+            *[send(host="127.0.0.1", port=port, **hello) for _ in range(100)]
+        )
 
     with running_sink() as sink:
         results = run(scenario(sink.port))
@@ -663,7 +729,9 @@ def test_B42_a_connection_for_each_request(run, hello):
 
 @pytest.mark.parametrize("blocks", [1, 5])
 @pytest.mark.parametrize("difference", [-1, 1, BLOCK, -BLOCK])
-def test_B34_B35_a_body_of_another_size_closes_before_the_commit_point(run, body, blocks, difference):
+def test_B34_B35_a_body_of_another_size_closes_before_the_commit_point(
+    run, body, blocks, difference
+):
     size = blocks * BLOCK
     asked: list[int] = []
 
@@ -739,7 +807,9 @@ def test_B38_commit_is_asked_once_and_last(run, hello):
         return True
 
     with running_sink() as sink:
-        transfer = ClientConnection(host="127.0.0.1", port=sink.port, may_commit=may_commit, **hello)
+        transfer = ClientConnection(
+            host="127.0.0.1", port=sink.port, may_commit=may_commit, **hello
+        )
         assert run(transfer.run()).outcome is Outcome.DELIVERED
     assert seen == [(False, 0)]
     assert transfer.committed
@@ -755,7 +825,9 @@ def test_a_fault_in_may_commit_is_not_swallowed(deliver):
 
 def test_B38_stopped_in_the_body(run, body):
     async def scenario(port: int) -> tuple[Result, bool]:
-        transfer = ClientConnection(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
+        transfer = ClientConnection(
+            host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE)
+        )
         asyncio.get_running_loop().call_later(0.1, transfer.abort)
         result = await transfer.run()
         transfer.abort()
@@ -774,12 +846,19 @@ def test_B38_stopped_before_it_began(run, hello):
         transfer.abort()
         result = run(transfer.run())
         assert sink.wait_for_fault(5)
-    assert (result.outcome, result.ours, result.bytes_sent, sink.count) == (Outcome.INTERRUPTED, True, 0, 0)
+    assert (result.outcome, result.ours, result.bytes_sent, sink.count) == (
+        Outcome.INTERRUPTED,
+        True,
+        0,
+        0,
+    )
 
 
 def test_B38_stopped_while_it_connects(run, hello, deaf_port):
     async def scenario() -> Result:
-        transfer = ClientConnection(host="127.0.0.1", port=deaf_port, **hello | {"timeouts": Timeouts()})
+        transfer = ClientConnection(
+            host="127.0.0.1", port=deaf_port, **hello | {"timeouts": Timeouts()}
+        )
         asyncio.get_running_loop().call_later(0.05, transfer.abort)
         return await transfer.run()
 
@@ -804,7 +883,9 @@ def test_B38_cancelled_in_the_body(run, body, monkeypatch, in_thread):
         monkeypatch.setattr(body_module, "_NOWAIT", 0)
 
     async def scenario(port: int) -> bool:
-        transfer = ClientConnection(host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE))
+        transfer = ClientConnection(
+            host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE)
+        )
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await transfer.run()

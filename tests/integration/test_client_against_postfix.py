@@ -83,7 +83,10 @@ def test_B40_qmqp_sink_takes_every_size(deliver, qmqp_sink, size):
 
 @pytest.mark.parametrize("block_size", [1, 7, 4096])
 def test_B40_qmqp_sink_takes_blocks_of_any_size(deliver, qmqp_sink, block_size):
-    assert deliver(qmqp_sink.port, bytes(300), times=20, block_size=block_size).outcome is Outcome.DELIVERED
+    assert (
+        deliver(qmqp_sink.port, bytes(300), times=20, block_size=block_size).outcome
+        is Outcome.DELIVERED
+    )
 
 
 def test_B30_qmqp_sink_takes_an_envelope_larger_than_the_message(deliver, qmqp_sink):
@@ -125,7 +128,9 @@ def test_B17_qmqpd_refuses_a_client_that_is_not_authorized(deliver, postfix):
     assert b"is not authorized to use this service" in result.text
 
 
-@pytest.mark.parametrize(("subject", "outcome"), [(b"refuse", Outcome.REJECTED), (b"later", Outcome.DEFERRED)])
+@pytest.mark.parametrize(
+    ("subject", "outcome"), [(b"refuse", Outcome.REJECTED), (b"later", Outcome.DEFERRED)]
+)
 def test_B6_qmqpd_refuses_by_content(deliver, postfix, subject, outcome):
     result = deliver(postfix.port, HEADER + b"Subject: " + subject + b"\n\nhello\n")
     assert (result.outcome, result.committed) == (outcome, True)
@@ -158,7 +163,9 @@ def test_what_the_reference_says_about_the_framing_of_postfix(postfix, wire, tim
 
 def test_B29_what_the_reference_says_about_addresses_and_line_ends_in_postfix(postfix):
     body, recipient = HEADER.replace(b"\n", b"\r\n") + b"\r\nNo: header\r\n", b"r@y.test\0q@z.test"
-    server_reply = exchange(postfix.port, encode(encode(body) + encode(b"s@x.test") + encode(recipient)))
+    server_reply = exchange(
+        postfix.port, encode(encode(body) + encode(b"s@x.test") + encode(recipient))
+    )
     queued = postfix.queued(server_reply.split()[-1].removesuffix(b",").decode())
     assert b"\nrecipient: r@y.test\n" in queued, "whom we did not mean"
     assert b"z.test" not in queued

@@ -1,4 +1,5 @@
-"""A broker that anybody can write to: a real Valkey, a real worker, and what is put in its lists."""
+"""A broker that anybody can write to: a real Valkey, a real worker, and what is put in its
+lists."""
 
 import base64
 import json
@@ -56,13 +57,23 @@ def started(home: House, **given: str) -> Any:
     return worker
 
 
-def test_garbage_neither_ends_a_worker_nor_delays_a_hint(house: Callable[..., House], broker: Broker) -> None:
+def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
+    house: Callable[..., House], broker: Broker
+) -> None:
     with running_sink() as sink:
         home = house(sink.port, broker.url, grace=600.0)
         worker = started(home)
         wrong = entry_of({"": ["x" * 32]}, FRESH).decode()
         many = entry_of({"": [new_id() for _ in range(65)]}, FRESH).decode()
-        kinds = ["garbage", '{"properties": {}}', "[]", "[" * 5000, wrong, many, '{"headers": {"task": "x"}}']
+        kinds = [
+            "garbage",
+            '{"properties": {}}',
+            "[]",
+            "[" * 5000,
+            wrong,
+            many,
+            '{"headers": {"task": "x"}}',
+        ]
         for start in range(0, 1300, 100):
             broker.ask("LPUSH", LIST, *(kinds[n % len(kinds)] for n in range(start, start + 100)))
         queue_id = home.mail.accept()
@@ -87,8 +98,11 @@ def test_a_compressed_bomb_takes_no_memory(house: Callable[..., House], broker: 
         assert services.end(worker) == 0
 
 
-def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(house: Callable[..., House], broker: Broker) -> None:
-    """A key of another kind in the place of the list is an error that Celery does not recover from by itself."""
+def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
+    house: Callable[..., House], broker: Broker
+) -> None:
+    """A key of another kind in the place of the list is an error that Celery does not recover from
+    by itself."""
     with running_sink() as sink:
         home = house(sink.port, broker.url)
         worker = started(home)
@@ -99,7 +113,9 @@ def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(house: Callab
         until(lambda: home.mail.state(overdue) == "delivered", 10, what=home.said)
         broker.ask("DEL", LIST)
         queue_id = home.mail.accept()
-        home.mail.change("UPDATE deliveries SET due_at = @later(600) WHERE queue_id = :id", id=queue_id)
+        home.mail.change(
+            "UPDATE deliveries SET due_at = @later(600) WHERE queue_id = :id", id=queue_id
+        )
         hint(home, [queue_id])
         until(lambda: home.mail.state(queue_id) == "delivered", 20, what=home.said)
         assert worker.poll() is None
@@ -114,7 +130,9 @@ def test_no_command_from_outside_stops_the_consuming(
         home = house(sink.port, broker.url, grace=600.0)
         worker = started(home, REMOTE_CONTROL=str(allowed).lower())
         with Celery(broker=broker.url, set_as_current=False) as app:
-            app.conf.broker_transport_options = celery_app(home.mail.settings).conf.broker_transport_options
+            app.conf.broker_transport_options = celery_app(
+                home.mail.settings
+            ).conf.broker_transport_options
             answers = app.control.cancel_consumer(FRESH, reply=True, timeout=10 if allowed else 0.5)
         assert len(answers) == allowed
         queue_id = home.mail.accept()

@@ -1,7 +1,9 @@
-"""What a message costs, counted and not timed: statements, commits, syncs and hints, at rounds of 1 and of 64.
+"""What a message costs, counted and not timed: statements, commits, syncs and hints, at rounds of 1
+and of 64.
 
-Speed is the machine's mood; these counts are ours. A round costs the same number of statements whatever its size, and
-that is what makes rounds worth while: a change that turns one statement a round into one a message fails here.
+Speed is the machine's mood; these counts are ours. A round costs the same number of statements
+whatever its size, and that is what makes rounds worth while: a change that turns one statement a
+round into one a message fails here.
 """
 
 import os
@@ -39,12 +41,15 @@ RECORD = {"postgresql": 1, "sqlite": 3}
 
 @contextmanager
 def counted(engine: Engine) -> Iterator[Counter[str]]:
-    """Statements and commits on an engine meanwhile; where there is no transaction each statement is its own commit."""
+    """Statements and commits on an engine meanwhile; where there is no transaction each statement
+    is its own commit."""
     counts = Counter[str]()
 
     def statement(connection: Connection, _cursor: object, words: str, *_: object) -> None:
         counts["statements"] += not words.startswith("BEGIN")
-        counts["commits"] += connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+        counts["commits"] += (
+            connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+        )
 
     def commit(_connection: object) -> None:
         counts["commits"] += 1
@@ -110,7 +115,9 @@ def test_record(office: Office, size: int) -> None:
 @pytest.mark.parametrize("size", ROUNDS)
 def test_outcomes_and_the_next_claims_share_a_commit(office: Office, size: int) -> None:
     claims, ids = office.claim(*accepted(office, size)), accepted(office, size)
-    items: list[Completion | ClaimRequest] = [office.note(claim, Outcome.DELIVERED) for claim in claims]
+    items: list[Completion | ClaimRequest] = [
+        office.note(claim, Outcome.DELIVERED) for claim in claims
+    ]
     items.append(ClaimRequest(office.worker, ids, {"default": size}))
     with counted(office.engine) as counts:
         claimed = office.ledger.commit(items)[-1]
@@ -123,7 +130,9 @@ def test_failures_cost_no_more_statements_than_successes(office: Office) -> None
     claims = office.claim(*accepted(office, 64))
     outcomes = (Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN)
     tries = [
-        Attempt(attempt_index, f"mx{attempt_index}.example:628", Outcome.UNREACHABLE, "no", 0, 1.0, 0.5)
+        Attempt(
+            attempt_index, f"mx{attempt_index}.example:628", Outcome.UNREACHABLE, "no", 0, 1.0, 0.5
+        )
         for attempt_index in (1, 2, 3)
     ]
     records = [office.note(claim, outcomes[n % 4], tries=tries) for n, claim in enumerate(claims)]
@@ -139,14 +148,17 @@ def test_failures_cost_no_more_statements_than_successes(office: Office) -> None
 def test_what_a_keeper_finds_is_synced_and_committed_as_one(
     office: Office, spool: Spool, syncs: Counter[str], size: int
 ) -> None:
-    """As in production: orders come over a socket, bodies and rows are made safe, one report goes back."""
+    """As in production: orders come over a socket, bodies and rows are made safe, one report goes
+    back."""
     spool.store(first := new_id(), [b"the directory is made by the first\n"])
     syncs.clear()
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
     for number in range(size):
         message = new_message(queue_id=f"{first[:16]}{number:016x}")
-        ours.sendall(frame(StoreRequest(number, message, [b"Subject: test\n", b"\nhello\n"]).plain()))
+        ours.sendall(
+            frame(StoreRequest(number, message, [b"Subject: test\n", b"\nhello\n"]).plain())
+        )
     with counted(office.engine) as counts, theirs:
         keeper = threading.Thread(target=Spooler(theirs, spool, office.intake.commit).run)
         keeper.start()
@@ -161,7 +173,8 @@ def test_what_a_keeper_finds_is_synced_and_committed_as_one(
 
 
 def test_hot_statements_scan_no_table_however_it_grows(postgres_url: str) -> None:
-    """psycopg prepares them after a few executions, when the tables are empty: a plan that scans would stay."""
+    """psycopg prepares them after a few executions, when the tables are empty: a plan that scans
+    would stay."""
     office = Office(postgres_url)
     for _ in range(12):  # prepared, and planned once for all
         for claim in office.claim(*accepted(office, 1)):
@@ -190,11 +203,15 @@ def scans(office: Office) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("size", ROUNDS)
-def test_bodies_are_synced_once_each_and_their_directory_once(spool: Spool, syncs: Counter[str], size: int) -> None:
+def test_bodies_are_synced_once_each_and_their_directory_once(
+    spool: Spool, syncs: Counter[str], size: int
+) -> None:
     spool.store(first := new_id(), [b"the directory is made by the first\n"])
     syncs.clear()
     ids = [f"{first[:16]}{number:016x}" for number in range(size)]
-    assert spool.store_all([(one, [b"Subject: test\n", b"\nhello\n"]) for one in ids]) == [21] * size
+    assert (
+        spool.store_all([(one, [b"Subject: test\n", b"\nhello\n"]) for one in ids]) == [21] * size
+    )
     assert syncs == {"fdatasync": size, "fsync": 1}
 
 
@@ -213,9 +230,13 @@ def test_a_streamed_body_is_synced_every_8_mib(spool: Spool, syncs: Counter[str]
     assert syncs == {"fdatasync": 20 // 8 + 1, "fsync": 1}
 
 
-def test_delivering_syncs_nothing(database_url: str, spool: Spool, tmp_path: Path, syncs: Counter[str]) -> None:
+def test_delivering_syncs_nothing(
+    database_url: str, spool: Spool, tmp_path: Path, syncs: Counter[str]
+) -> None:
     with running_sink() as sink:
-        mail = Mailroom(database_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{sink.port}",), grace=60.0)
+        mail = Mailroom(
+            database_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{sink.port}",), grace=60.0
+        )
         ids = [mail.accept() for _ in range(64)]
         syncs.clear()
         with mail.working() as engine:

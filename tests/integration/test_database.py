@@ -1,4 +1,5 @@
-"""Where PostgreSQL and SQLite differ: every macro on both, outages told from bad data, durability, writers in turn."""
+"""Where PostgreSQL and SQLite differ: every macro on both, outages told from bad data, durability,
+writers in turn."""
 
 import json
 import sqlite3
@@ -17,7 +18,15 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from relay.db import engine as database
-from relay.db.engine import DatabaseError, check_durable, committed_nothing, connect, is_outage, reading, writing
+from relay.db.engine import (
+    DatabaseError,
+    check_durable,
+    committed_nothing,
+    connect,
+    is_outage,
+    reading,
+    writing,
+)
 from relay.db.schema import REVISION
 from relay.db.sql import Dialect, Statements
 from relay.ids import dashed, new_id
@@ -44,7 +53,8 @@ def micros(engine: Engine, moment: Any) -> float:
     return float(moment / 1e6 if engine.dialect.name == "sqlite" else moment.timestamp())
 
 
-# --- macros -----------------------------------------------------------------------------------------------
+# --- macros
+# -----------------------------------------------------------------------------------------------
 
 
 def test_now_is_the_time(engine: Engine) -> None:
@@ -58,9 +68,23 @@ def test_the_sqlite_clock_is_exact_to_the_millisecond_at_any_time(sqlite_url: st
     engine = connect(sqlite_url)
     now = Dialect("sqlite").macros["now"]("")
     with reading(engine) as connection:
-        for moment in (0, 1, 999, 946684799999, 1763800000123, 1763800000001, 2147483647999, 4102444800000):
-            spelt = datetime.fromtimestamp(moment // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.") + f"{moment % 1000:03d}"
-            found = connection.execute(text(f"SELECT {now.replace("'now'", ':at')}"), {"at": spelt}).scalar()
+        for moment in (
+            0,
+            1,
+            999,
+            946684799999,
+            1763800000123,
+            1763800000001,
+            2147483647999,
+            4102444800000,
+        ):
+            spelt = (
+                datetime.fromtimestamp(moment // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.")
+                + f"{moment % 1000:03d}"
+            )
+            found = connection.execute(
+                text(f"SELECT {now.replace("'now'", ':at')}"), {"at": spelt}
+            ).scalar()
             assert found == moment * 1000
     engine.dispose()
 
@@ -91,14 +115,24 @@ def test_ids_go_in_and_come_out(engine: Engine) -> None:
     worker = new_id()
     with writing(engine) as connection:
         Statements(engine).run(
-            connection, "INSERT INTO spool (id, created_at) VALUES (@id(:id), @now)", id=dashed(worker)
+            connection,
+            "INSERT INTO spool (id, created_at) VALUES (@id(:id), @now)",
+            id=dashed(worker),
         )
-    assert ask(engine, "SELECT @hex(id) FROM spool WHERE id = @id(:id)", id=dashed(worker)) == (worker,)
+    assert ask(engine, "SELECT @hex(id) FROM spool WHERE id = @id(:id)", id=dashed(worker)) == (
+        worker,
+    )
 
 
 def test_rows_bring_every_kind_of_value(engine: Engine) -> None:
     sent = [
-        {"id": dashed(new_id()), "n": 7, "big": 1 << 40, "x": 0.125, "t": "a 'quote' \\ and é \u2028"},
+        {
+            "id": dashed(new_id()),
+            "n": 7,
+            "big": 1 << 40,
+            "x": 0.125,
+            "t": "a 'quote' \\ and é \u2028",
+        },
         {"id": dashed(new_id()), "n": -1, "big": 0, "x": 1e-6, "t": None},
     ]
     with reading(engine) as connection:
@@ -112,9 +146,16 @@ def test_rows_bring_every_kind_of_value(engine: Engine) -> None:
 def test_locks(engine: Engine) -> None:
     with writing(engine) as connection:
         statements = Statements(engine)
-        statements.run(connection, "INSERT INTO spool (id, created_at) VALUES (@id(:id), @now)", id=dashed(new_id()))
+        statements.run(
+            connection,
+            "INSERT INTO spool (id, created_at) VALUES (@id(:id), @now)",
+            id=dashed(new_id()),
+        )
     with writing(engine) as connection:
-        assert len(statements.run(connection, "SELECT id FROM spool d ORDER BY id @locked(d)").all()) == 1
+        assert (
+            len(statements.run(connection, "SELECT id FROM spool d ORDER BY id @locked(d)").all())
+            == 1
+        )
         if engine.dialect.name == "postgresql":
             with writing(engine) as other:
                 assert statements.run(other, "SELECT id FROM spool @skip_locked").all() == []
@@ -136,7 +177,8 @@ def test_common_parameters(engine: Engine) -> None:
         assert Statements(engine, a=1, b=2).run(connection, sql, b=5).scalar() == 6
 
 
-# --- outages ----------------------------------------------------------------------------------------------
+# --- outages
+# ----------------------------------------------------------------------------------------------
 
 
 def failure(engine: Engine, sql: str, **given: Any) -> DBAPIError:
@@ -151,16 +193,22 @@ def test_bad_data_is_no_outage(engine: Engine) -> None:
     twice = insert + ", (:id, :at)"
     assert not is_outage(failure(engine, twice, id=dashed(new_id()), at=None))
     assert not is_outage(ValueError("ours"))
-    assert is_outage(failure(engine, "SELECT * FROM no_such_table")), "nor is a schema that is not ours the row's fault"
+    assert is_outage(failure(engine, "SELECT * FROM no_such_table")), (
+        "nor is a schema that is not ours the row's fault"
+    )
 
 
 def test_values_that_postgresql_refuses_are_no_outage(clean_postgres_url: str) -> None:
     engine = connect(clean_postgres_url)
     sender = "INSERT INTO messages SELECT CAST(:id AS uuid), :sender, 1, now(), '', '', ''"
     long = "".join(new_id() for _ in range(1000))  # nothing that compresses
-    assert not is_outage(failure(engine, sender, id=dashed(new_id()), sender=long)), "longer than an index takes"
+    assert not is_outage(failure(engine, sender, id=dashed(new_id()), sender=long)), (
+        "longer than an index takes"
+    )
     assert not is_outage(failure(engine, sender, id="no uuid", sender=""))
-    assert not is_outage(failure(engine, """SELECT CAST(:j AS json) ->> 'a'""", j=json.dumps({"a": "\0"})))
+    assert not is_outage(
+        failure(engine, """SELECT CAST(:j AS json) ->> 'a'""", j=json.dumps({"a": "\0"}))
+    )
     engine.dispose()
 
 
@@ -204,7 +252,8 @@ def test_what_sqlite_says_when_it_is_away(tmp_path: Path) -> None:
 
 
 def test_a_file_that_reads_as_malformed_is_no_fault_of_the_row(tmp_path: Path) -> None:
-    """As it does while the power fails: the outcome that is being recorded must be recorded later."""
+    """As it does while the power fails: the outcome that is being recorded must be recorded
+    later."""
     file = tmp_path / "relay.db"
     engine = connect(f"sqlite:///{file}")
     with writing(engine) as connection:
@@ -250,7 +299,9 @@ def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: P
     engine.dispose()
 
 
-def test_who_starts_in_the_middle_of_an_outage_waits_for_its_end(postgres: Postgres, postgres_url: str) -> None:
+def test_who_starts_in_the_middle_of_an_outage_waits_for_its_end(
+    postgres: Postgres, postgres_url: str
+) -> None:
     """The database answered a moment ago; it is asked again until it does so once more."""
     engine = connect(postgres_url)
     asked = 0
@@ -272,7 +323,8 @@ def test_who_starts_in_the_middle_of_an_outage_waits_for_its_end(postgres: Postg
     engine.dispose()
 
 
-# --- durability and settings ------------------------------------------------------------------------------
+# --- durability and settings
+# ------------------------------------------------------------------------------
 
 
 def test_our_databases_keep_their_word(engine: Engine) -> None:
@@ -281,11 +333,15 @@ def test_our_databases_keep_their_word(engine: Engine) -> None:
 
 def test_a_database_that_would_forget_is_found_out(postgres: Postgres, sqlite_url: str) -> None:
     engine = connect(postgres.url())
-    sqlalchemy.event.listen(engine, "connect", lambda c, _: (c.execute("SET synchronous_commit = off"), c.commit()))
+    sqlalchemy.event.listen(
+        engine, "connect", lambda c, _: (c.execute("SET synchronous_commit = off"), c.commit())
+    )
     assert check_durable(engine) == ["PostgreSQL synchronous_commit is off"]
     engine.dispose()
     engine = connect(sqlite_url)
-    sqlalchemy.event.listen(engine, "connect", lambda c, _: c.execute("PRAGMA synchronous=NORMAL").close())
+    sqlalchemy.event.listen(
+        engine, "connect", lambda c, _: c.execute("PRAGMA synchronous=NORMAL").close()
+    )
     assert check_durable(engine) == ["SQLite synchronous is 1"]
     engine.dispose()
 
@@ -299,7 +355,8 @@ def test_urls() -> None:
             database.normalized(bad)
 
 
-# --- writers in turn --------------------------------------------------------------------------------------
+# --- writers in turn
+# --------------------------------------------------------------------------------------
 
 WRITER = """
 import sys, time
@@ -323,7 +380,8 @@ engine.dispose()
 
 
 def test_sqlite_writers_of_several_processes_do_not_stall(sqlite_url: str) -> None:
-    """Under SQLite's own busy handler one of four would wait for many seconds; in turns nobody waits for long."""
+    """Under SQLite's own busy handler one of four would wait for many seconds; in turns nobody
+    waits for long."""
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, sqlite_url], cwd=Path(__file__).parents[2],
@@ -362,7 +420,9 @@ def test_a_thread_waits_for_its_turn_to_write(sqlite_url: str) -> None:
         thread.start()
         until(lambda: order == ["asks"])
         with reading(engine) as reader:
-            assert reader.exec_driver_sql("SELECT count(*) FROM spool").scalar() == 0, "readers do not wait"
+            assert reader.exec_driver_sql("SELECT count(*) FROM spool").scalar() == 0, (
+                "readers do not wait"
+            )
         connection.exec_driver_sql("INSERT INTO spool VALUES ('x', 0)")
         assert order == ["asks"]
     thread.join(10)

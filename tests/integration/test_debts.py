@@ -1,4 +1,5 @@
-"""Debts, on both databases: every notice that is owed is made once, whoever is killed where, and nothing else is."""
+"""Debts, on both databases: every notice that is owed is made once, whoever is killed where, and
+nothing else is."""
 
 import os
 import re
@@ -41,7 +42,9 @@ class Post:
 
     def another(self) -> DsnGenerator:
         """Debts as another process settles them."""
-        return DsnGenerator(self.office.engine, self.spool, self.office.settings, lambda address: "default")
+        return DsnGenerator(
+            self.office.engine, self.spool, self.office.settings, lambda address: "default"
+        )
 
     def accept(self, *addresses: str, body: bytes = BODY, **given: Any) -> str:
         """A message with its body; `route:address` says which way."""
@@ -49,9 +52,13 @@ class Post:
         self.spool.store(queue_id, [body])
         ways = [address.rpartition(":") for address in addresses or ("b@example.org",)]
         dsn = {key: given.pop(key) for key in ("notify", "orcpt") if key in given}
-        recipients = [NewRecipient(address, route=route or "default", **dsn) for route, _, address in ways]
+        recipients = [
+            NewRecipient(address, route=route or "default", **dsn) for route, _, address in ways
+        ]
         sender = given.pop("sender", "a@example.com")
-        message = NewMessage(queue_id, sender, len(body), recipients, "192.0.2.1", "client", "ESMTP", **given)
+        message = NewMessage(
+            queue_id, sender, len(body), recipients, "192.0.2.1", "client", "ESMTP", **given
+        )
         self.office.intake.commit([message])
         return queue_id
 
@@ -64,8 +71,14 @@ class Post:
 
     def notices(self, queue_id: str | None = None) -> list[str]:
         """The notices there are, about a message or about anything."""
-        rows = self.office.rows("SELECT @hex(id) AS id, @hex(dsn_of) AS about FROM messages ORDER BY id")
-        return [row["id"] for row in rows if row["about"] is not None and queue_id in (None, row["about"])]
+        rows = self.office.rows(
+            "SELECT @hex(id) AS id, @hex(dsn_of) AS about FROM messages ORDER BY id"
+        )
+        return [
+            row["id"]
+            for row in rows
+            if row["about"] is not None and queue_id in (None, row["about"])
+        ]
 
     def text(self, notice: str) -> EmailMessage:
         return message_from_bytes(self.spool.path(notice).read_bytes(), policy=policy.default)
@@ -125,7 +138,11 @@ def test_a_notice_is_made_once_and_is_a_message_like_any_other(post: Post) -> No
     assert post.notices() == [notice]
     assert not post.owing(queue_id)
     (row,) = post.office.rows("SELECT * FROM messages WHERE id = @id(:id)", id=notice)
-    assert (row["sender"], row["protocol"], row["size"]) == ("", "NOTICE", post.spool.path(notice).stat().st_size)
+    assert (row["sender"], row["protocol"], row["size"]) == (
+        "",
+        "NOTICE",
+        post.spool.path(notice).stat().st_size,
+    )
     (claim,) = post.office.claim(notice)
     assert (claim.sender, claim.recipients, claim.size) == ("", ("a@example.com",), row["size"])
     assert post.text(notice)["To"] == "a@example.com"
@@ -146,7 +163,9 @@ def test_an_expired_message_is_told_of_too(post: Post) -> None:
     (Outcome.UNCERTAIN, 0, True), (Outcome.MALFORMED, 2 * len(BODY), True), (Outcome.MALFORMED, 3, False),
     (Outcome.DEFERRED, 2 * len(BODY), False),
 ])  # fmt: skip
-def test_what_expires_after_doubt_may_have_arrived(post: Post, outcome: Outcome, sent: int, doubt: bool) -> None:
+def test_what_expires_after_doubt_may_have_arrived(
+    post: Post, outcome: Outcome, sent: int, doubt: bool
+) -> None:
     queue_id = post.accept()
     (claim,) = post.office.claim(queue_id)
     post.office.pass_time(2000)
@@ -165,7 +184,11 @@ def test_doubt_about_a_whole_is_doubt_about_its_halves(post: Post) -> None:
     for outcome, state in ((Outcome.UNCERTAIN, State.DEFERRED), (Outcome.REJECTED, State.SPLIT)):
         for claim in post.office.claim(queue_id, room=ROOM):
             mine = claim.route == "default"
-            post.office.record(claim, outcome if mine else Outcome.DEFERRED, state=state if mine else State.DEFERRED)
+            post.office.record(
+                claim,
+                outcome if mine else Outcome.DEFERRED,
+                state=state if mine else State.DEFERRED,
+            )
         post.office.pass_time(500)
         post.office.sweeps.requeue_due(10)
     post.office.pass_time(2000)
@@ -221,7 +244,9 @@ def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
                 met[0] = office.record(second, Outcome.DELIVERED)
 
         monkeypatch.setattr(spool, "store", note_it)
-        event.listen(office.engine, "commit", deliver)  # just before the COMMIT that clears the debt
+        event.listen(
+            office.engine, "commit", deliver
+        )  # just before the COMMIT that clears the debt
         assert len(post.debts.settle(10)) == 1
         assert met == [CompletionResult(State.DELIVERED, body_deletable=False)], (
             "it does not see the debt being cleared"
@@ -347,12 +372,16 @@ def test_two_sweepers_make_each_notice_once(post: Post) -> None:
         return [notice for _ in range(3) for notice in debts.settle(10)]
 
     with ThreadPoolExecutor(2) as pool:
-        made = [notice for part in pool.map(settle, (post.debts, post.another())) for notice in part]
+        made = [
+            notice for part in pool.map(settle, (post.debts, post.another())) for notice in part
+        ]
     made += post.debts.settle(50)
     assert sorted(made) == post.notices()
     for queue_id in ids:
         told = [address for notice in post.notices(queue_id) for address, _ in post.told(notice)]
-        assert sorted(told) == ["x@example.org", "y@example.org"], "each recipient in exactly one notice"
+        assert sorted(told) == ["x@example.org", "y@example.org"], (
+            "each recipient in exactly one notice"
+        )
 
 
 def test_a_second_sweeper_skips_what_the_first_is_at(
@@ -408,7 +437,9 @@ def test_two_sweepers_warn_once_and_of_what_a_worker_has_locked_as_well(
         assert post.notices(queue_id) == [warning]
 
 
-def test_what_is_locked_as_a_whole_is_warned_of_the_next_time(clean_postgres_url: str, spool: Spool) -> None:
+def test_what_is_locked_as_a_whole_is_warned_of_the_next_time(
+    clean_postgres_url: str, spool: Spool
+) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as office:
         post = Post(office, spool)
         queue_id = post.accept()
@@ -457,7 +488,8 @@ def test_nothing_is_said_about_a_notice(post: Post, sender: str) -> None:
     assert post.notices() == []
 
 
-# --- a notice that is refused --------------------------------------------------------------------------------
+# --- a notice that is refused
+# --------------------------------------------------------------------------------
 
 
 def enclosed(post: Post, notice: str) -> tuple[str, str | None]:
@@ -552,7 +584,9 @@ def test_only_a_refusal_of_what_it_encloses_makes_a_notice_again(
             post.office.change("UPDATE messages SET dsn_content = NULL")
             post.fail(notice)
     assert post.debts.settle(10) == []
-    assert post.office.state(notice) == {"expired": "expired", "about us": "deferred"}.get(how, "bounced")
+    assert post.office.state(notice) == {"expired": "expired", "about us": "deferred"}.get(
+        how, "bounced"
+    )
     assert not post.owing(notice)
     given_up = capsys.readouterr().out.count("notice given up")
     assert given_up == (how in ("expired", "by an operator"))
@@ -568,7 +602,9 @@ def test_a_notice_that_is_gone_is_given_up(post: Post, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.count("notice given up") == 1
 
 
-def test_a_disk_that_fails_leaves_the_refused_notice_pending(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_leaves_the_refused_notice_pending(
+    post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
     post.fail(post.accept())
     (notice,) = post.debts.settle(10)
     post.fail(notice)
@@ -584,7 +620,9 @@ def test_a_disk_that_fails_leaves_the_refused_notice_pending(post: Post, monkeyp
     assert len(post.another().settle(10)) == 1
 
 
-def test_a_refused_notice_and_the_next_change_in_one_transaction(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_notice_and_the_next_change_in_one_transaction(
+    post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
     post.fail(post.accept())
     (notice,) = post.debts.settle(10)
     post.fail(notice)
@@ -601,7 +639,8 @@ def test_a_refused_notice_and_the_next_change_in_one_transaction(post: Post, mon
     assert post.files() == {again}
 
 
-# --- mail from strangers ---------------------------------------------------------------------------------------
+# --- mail from strangers
+# ---------------------------------------------------------------------------------------
 
 
 def test_a_notice_about_a_strangers_mail_carries_the_header_alone(post: Post) -> None:
@@ -648,8 +687,11 @@ def test_a_clock_that_has_stepped_back_silences_no_sender(post: Post) -> None:
     assert len(post.debts.settle(10)) == 1
 
 
-def test_two_sweepers_make_one_notice_a_minute_together(clean_postgres_url: str, spool: Spool) -> None:
-    """The second waits for the COMMIT of the first, and then sees that the sender was told a moment ago."""
+def test_two_sweepers_make_one_notice_a_minute_together(
+    clean_postgres_url: str, spool: Spool
+) -> None:
+    """The second waits for the COMMIT of the first, and then sees that the sender was told a moment
+    ago."""
     with opened(clean_postgres_url) as office:
         post = Post(office, spool)
         ids = [post.accept(client_trusted=False) for _ in range(8)]
@@ -666,7 +708,9 @@ def test_a_stranger_has_no_notice_made_about_mail_to_our_postmaster(post: Post) 
     ours = f"Postmaster@{post.office.settings.hostname}"
     alone, mixed, trusted = (
         post.accept(ours, sender="a1@example.com", client_trusted=False),
-        post.accept("postmaster", "b@example.org", ours, sender="a2@example.com", client_trusted=False),
+        post.accept(
+            "postmaster", "b@example.org", ours, sender="a2@example.com", client_trusted=False
+        ),
         post.accept(ours, sender="a3@example.com", client_trusted=True),
     )
     for queue_id in (alone, mixed, trusted):
@@ -675,7 +719,11 @@ def test_a_stranger_has_no_notice_made_about_mail_to_our_postmaster(post: Post) 
     assert {post.text(notice)["To"]: post.told(notice) for notice in made} == {
         "a2@example.com": [("b@example.org", "failed")], "a3@example.com": [(ours, "failed")],
     }  # fmt: skip
-    assert [post.office.delivery(one)["dsn_withheld"] for one in (alone, mixed, trusted)] == ["postmaster", None, None]
+    assert [post.office.delivery(one)["dsn_withheld"] for one in (alone, mixed, trusted)] == [
+        "postmaster",
+        None,
+        None,
+    ]
     assert not any(map(post.owing, (alone, mixed, trusted)))
 
 
@@ -694,7 +742,9 @@ def test_housekeeping_removes_limits_that_are_over(post: Post) -> None:
     for sender in ("a@example.com", "b@example.com"):
         post.fail(post.accept(sender=sender, client_trusted=False))
     assert len(post.debts.settle(10)) == 2
-    post.office.change("UPDATE dsn_limits SET last_at = @ago(1000) WHERE sender = :old", old="a@example.com")
+    post.office.change(
+        "UPDATE dsn_limits SET last_at = @ago(1000) WHERE sender = :old", old="a@example.com"
+    )
     Cleaner(post.office.settings, post.office.engine, post.spool).clean()
     assert post.office.rows("SELECT sender FROM dsn_limits") == [{"sender": "b@example.com"}]
 
@@ -767,11 +817,14 @@ def test_an_8_bit_original_is_declared_as_such(post: Post) -> None:
     for body in (BODY, BODY + b"\xff\n"):
         post.fail(post.accept(body=body))
     plain, eight = post.debts.settle(10)
-    types = post.office.rows("SELECT @hex(id) AS id, body_type FROM messages WHERE dsn_of IS NOT NULL")
+    types = post.office.rows(
+        "SELECT @hex(id) AS id, body_type FROM messages WHERE dsn_of IS NOT NULL"
+    )
     assert {row["id"]: row["body_type"] for row in types} == {plain: "7BIT", eight: "8BITMIME"}
 
 
-# --- what was refused for our sake ------------------------------------------------------------------------
+# --- what was refused for our sake
+# ------------------------------------------------------------------------
 
 
 US = "Error: relay.example[192.0.2.1] is not authorized to use this service"
@@ -817,7 +870,10 @@ def test_what_an_operator_sends_back_is_not_put_into_the_servers_mouth(post: Pos
     queue_id = post.accept()
     post.fail(queue_id, Outcome.DEFERRED, reply=US)
     QueueOperations(post.office.engine, notices=True).apply(
-        OPERATIONS["bounce"], Filter(id=queue_id), actor="me", reason="spam run, not authorized to use this service"
+        OPERATIONS["bounce"],
+        Filter(id=queue_id),
+        actor="me",
+        reason="spam run, not authorized to use this service",
     )
     (notice,) = post.debts.settle(10)
     words = " ".join(post.spool.path(notice).read_text().split())
@@ -830,12 +886,15 @@ def test_a_notice_that_was_made_is_not_taken_back(post: Post) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     assert len(post.debts.settle(10)) == 1
-    post.office.change("UPDATE deliveries SET last_reply = :us WHERE queue_id = @id(:id)", us=US, id=queue_id)
+    post.office.change(
+        "UPDATE deliveries SET last_reply = :us WHERE queue_id = @id(:id)", us=US, id=queue_id
+    )
     assert post.debts.settle(10) == []
     assert post.office.state(queue_id) == "bounced"
 
 
-# --- warnings ---------------------------------------------------------------------------------------------
+# --- warnings
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -854,7 +913,9 @@ def test_a_delay_is_told_once(late: Post) -> None:
     (warning,) = late.debts.warn(10)
     assert late.debts.warn(10) == [] == late.another().warn(10)
     assert late.told(warning) == [("b@example.org", "delayed")]
-    assert [part.get_content_type() for part in late.text(warning).iter_parts()][2] == "text/rfc822-headers"
+    assert [part.get_content_type() for part in late.text(warning).iter_parts()][
+        2
+    ] == "text/rfc822-headers"
     assert late.office.state(queue_id) == "deferred"
     assert late.office.delivery(queue_id)["due_in"] > 0
     assert late.kept(queue_id)
@@ -897,7 +958,9 @@ def test_a_kill_between_retry_and_warning_loses_nothing(late: Post) -> None:
     assert len(late.another().warn(10)) == 1
 
 
-def test_the_clock_of_a_worker_makes_no_mail_late(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_of_a_worker_makes_no_mail_late(
+    late: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
     late.accept()
 
     class Fast(datetime):
@@ -920,7 +983,9 @@ def test_what_is_held_is_warned_of_when_it_is_released(late: Post) -> None:
     assert "ann@host" not in late.spool.path(warning).read_text()
 
 
-def test_a_warning_names_who_waits_and_wants_to_know_and_halves_are_not_told_again(late: Post) -> None:
+def test_a_warning_names_who_waits_and_wants_to_know_and_halves_are_not_told_again(
+    late: Post,
+) -> None:
     queue_id = late.accept(*(f"{n}@example.org" for n in "pqrs"), "bulk:done@example.org")
     late.office.change("UPDATE recipients SET notify = 'FAILURE' WHERE position = 2")
     claims = {claim.route: claim for claim in late.office.claim(queue_id, room=ROOM)}
@@ -928,12 +993,16 @@ def test_a_warning_names_who_waits_and_wants_to_know_and_halves_are_not_told_aga
     late.grow_old(queue_id)
     (warning,) = late.debts.warn(10)
     assert late.told(warning) == [(f"{n}@example.org", "delayed") for n in "prs"]
-    late.office.record(claims["default"], Outcome.REJECTED, state=State.SPLIT, reply="unknown (#5.1.1)")
+    late.office.record(
+        claims["default"], Outcome.REJECTED, state=State.SPLIT, reply="unknown (#5.1.1)"
+    )
     assert late.office.state(queue_id, 1) == "split"
     assert late.debts.warn(10) == [] == late.another().warn(10)
 
 
-def test_a_long_queue_is_gone_through_a_part_at_a_time(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_queue_is_gone_through_a_part_at_a_time(
+    late: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("relay.dsn.generator.LOOKED_AT", 3)
     ids = [late.accept() for _ in range(10)]
     same = "UPDATE deliveries SET due_at = @later(600) WHERE queue_id IN (SELECT queue_id FROM deliveries LIMIT 5)"
@@ -962,16 +1031,23 @@ def test_looking_for_late_mail_scans_no_table(late: Post) -> None:
         debts._behind = key
         debts.warn(10)
     event.remove(late.office.engine, "before_cursor_execute", see)
-    looks = [(sql, parameters) for sql, parameters in seen if "due_at, queue_id, number LIMIT" in sql]
+    looks = [
+        (sql, parameters) for sql, parameters in seen if "due_at, queue_id, number LIMIT" in sql
+    ]
     explain = "EXPLAIN" if late.office.spell.postgresql else "EXPLAIN QUERY PLAN"
     with late.office.engine.connect() as connection:
-        plans = [connection.exec_driver_sql(f"{explain} {sql}", parameters).all() for sql, parameters in looks]
+        plans = [
+            connection.exec_driver_sql(f"{explain} {sql}", parameters).all()
+            for sql, parameters in looks
+        ]
     found = [re.findall("deliveries_(?!key)[a-z]+", str(plan)) for plan in plans]
     assert found == [["deliveries_deferred"], ["deliveries_queued"], ["deliveries_sending"]] * 2
     assert not re.search("Seq Scan|SCAN (deliveries|[mor]) ?'", str(plans))
 
 
-def test_nothing_is_looked_at_before_something_can_be_late(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_looked_at_before_something_can_be_late(
+    late: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = [late.accept() for _ in range(2)]
     late.fail(ids[0], Outcome.DEFERRED)
     late.grow_old(ids[0], 3.5 * HOUR)
@@ -995,7 +1071,9 @@ def test_nothing_is_looked_at_before_something_can_be_late(late: Post, monkeypat
     ({"delay_warning": None}, {}), ({"delay_warning": 6 * HOUR}, {}), ({"bounces": "off"}, {}),
     ({}, {"notify": "NEVER"}), ({}, {"notify": "FAILURE"}), ({}, {"sender": ""}), ({}, {"sender": "#@[]"}),
 ])  # fmt: skip
-def test_who_hears_of_no_delay(with_settings: Any, settings: dict[str, Any], given: dict[str, Any]) -> None:
+def test_who_hears_of_no_delay(
+    with_settings: Any, settings: dict[str, Any], given: dict[str, Any]
+) -> None:
     post = with_settings(**({"delay_warning": 4 * HOUR} | settings))
     queue_id = post.accept(**given)
     post.fail(queue_id, Outcome.DEFERRED)
@@ -1004,10 +1082,13 @@ def test_who_hears_of_no_delay(with_settings: Any, settings: dict[str, Any], giv
     assert post.notices() == []
 
 
-# --- what fails here --------------------------------------------------------------------------------------
+# --- what fails here
+# --------------------------------------------------------------------------------------
 
 
-def test_an_original_that_cannot_be_read_is_not_returned(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_original_that_cannot_be_read_is_not_returned(
+    post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad, good = post.accept(), post.accept()
     for queue_id in (bad, good):
         post.fail(queue_id)
@@ -1026,7 +1107,9 @@ def test_an_original_that_cannot_be_read_is_not_returned(post: Post, monkeypatch
     assert "could not be read" in " ".join(post.spool.path(first).read_text().split())
 
 
-def test_a_message_that_fails_holds_up_no_other(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_that_fails_holds_up_no_other(
+    late: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However often, and though it is the oldest and there is a bound on how many are looked at."""
     ids = [late.accept() for _ in range(5)]
     for queue_id in ids[:4]:
@@ -1060,7 +1143,9 @@ def test_a_debt_about_nobody_is_cleared(post: Post) -> None:
     assert not post.owing(queue_id)
 
 
-def test_a_full_spool_leaves_the_debt_as_it_was(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_spool_leaves_the_debt_as_it_was(
+    post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
 

@@ -1,7 +1,8 @@
 """The matrix of faults and phases: what a worker makes of each, as `docs/delivery.md` tells it.
 
-Every case is a real transfer to a server that misbehaves in one way in one phase, once with no other server and once
-with a good one behind it. The table in the document is what comes out; RELAY_TESTS_WRITE=1 writes it anew.
+Every case is a real transfer to a server that misbehaves in one way in one phase, once with no
+other server and once with a good one behind it. The table in the document is what comes out;
+RELAY_TESTS_WRITE=1 writes it anew.
 """
 
 import asyncio
@@ -59,11 +60,22 @@ def _early_cases(phase: str, at: int) -> list[Case]:
         Case(phase, "the server closes", Answer(raw=b"", at=at), BIG),
         Case(phase, "the server resets", Answer(raw=b"", at=at, end="reset"), BIG),
         Case(phase, "D about the mail", early(b"D", b"message too large", at), BIG),
-        Case(phase, "D about an address, several recipients", early(b"D", NOBODY, at), BIG, recipients=4),
+        Case(
+            phase,
+            "D about an address, several recipients",
+            early(b"D", NOBODY, at),
+            BIG,
+            recipients=4,
+        ),
         Case(phase, "D that we are not authorized", early(b"D", US, at), BIG),
         Case(phase, "Z", early(b"Z", b"busy", at), BIG),
         Case(phase, "K", early(b"K", b"Ok", at), BIG),
-        Case(phase, "no QMQP reply (`220 ...`)", Answer(raw=b"220 mx ESMTP\r\n", at=at, end="stay"), BIG),
+        Case(
+            phase,
+            "no QMQP reply (`220 ...`)",
+            Answer(raw=b"220 mx ESMTP\r\n", at=at, end="stay"),
+            BIG,
+        ),
         Case(phase, "the server stops reading", Answer(raw=b"", at=at, end="stay"), BIG),
     ]
 
@@ -74,7 +86,9 @@ CASES = [
     Case(CONNECTING, "the Unix socket is not there", "no socket"),
     *_early_cases(WAITING, 0),
     *_early_cases(BODY, 20_000),
-    Case(BODY, "the server reads too slowly for IO_TIMEOUT", Answer(read_size=1, read_pause=5.0), BIG),
+    Case(
+        BODY, "the server reads too slowly for IO_TIMEOUT", Answer(read_size=1, read_pause=5.0), BIG
+    ),
     Case(BODY, "we are stopped", Answer(read_size=512, read_pause=0.05), BIG, stop_when="sending"),
     Case(BODY, "the body file is shorter than it was", Answer(), cut=10, size=50_000),
     Case(LAST, "our lease is not fresh enough", Answer(), may_commit=False),
@@ -93,7 +107,12 @@ CASES = [
     Case(REPLY, "an empty reply (`0:,`)", Answer(raw=b"0:,")),
     Case(REPLY, "no QMQP reply (`250 ok`)", Answer(raw=b"250 ok\r\n")),
     Case(REPLY, "a reply that is none of K, Z, D", Answer(raw=b"3:Xab,")),
-    Case(REPLY, "we are stopped, the reply never comes", Answer(raw=b"", end="stay"), stop_when="committed"),
+    Case(
+        REPLY,
+        "we are stopped, the reply never comes",
+        Answer(raw=b"", end="stay"),
+        stop_when="committed",
+    ),
 ]
 
 
@@ -121,7 +140,9 @@ def _server(port: int) -> Server:
     return Server(f"127.0.0.1:{port}", "127.0.0.1", port)
 
 
-async def _carried(case: Case, servers: tuple[Server, ...], health: ServerPool, path: Path) -> Completion:
+async def _carried(
+    case: Case, servers: tuple[Server, ...], health: ServerPool, path: Path
+) -> Completion:
     """What becomes of one message."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(handle, case.size)
@@ -132,7 +153,9 @@ async def _carried(case: Case, servers: tuple[Server, ...], health: ServerPool, 
     os.ftruncate(handle, case.size - case.cut)
     run = asyncio.create_task(transfer.run())
     if case.stop_when:
-        await _until(lambda: transfer.committed if case.stop_when == "committed" else _sending(transfer))
+        await _until(
+            lambda: transfer.committed if case.stop_when == "committed" else _sending(transfer)
+        )
         if transfer.committed:
             run.cancel()  # the end of a drain
         else:
@@ -157,7 +180,10 @@ def _next(alone: Completion, spare: Completion, health: ServerPool, server: Serv
     """What happens then, in words."""
     words = []
     if len(spare.tries) > 1:
-        assert (spare.state, [one.outcome for one in spare.tries][1]) == (State.DELIVERED, Outcome.DELIVERED)
+        assert (spare.state, [one.outcome for one in spare.tries][1]) == (
+            State.DELIVERED,
+            Outcome.DELIVERED,
+        )
         words.append("the next server at once; none left:")
     else:
         assert spare.state is alone.state
@@ -176,7 +202,9 @@ def _next(alone: Completion, spare: Completion, health: ServerPool, server: Serv
             words.append("again after UNCERTAIN_DELAY, never another server at once")
         case _:
             words.append(
-                "again after a backoff" if alone.backoff_step else "again after RETRY_MIN, as often as it takes"
+                "again after a backoff"
+                if alone.backoff_step
+                else "again after RETRY_MIN, as often as it takes"
             )
             assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max
     if health.health(server).open_until is not None:
@@ -222,7 +250,8 @@ def test_the_matrix_of_faults_and_phases_is_what_the_page_says(tmp_path: Path) -
 
 
 def in_page(begin: str, found: str) -> None:
-    """The table that stands behind this mark is the one that was found; or it is made so, if that is asked for."""
+    """The table that stands behind this mark is the one that was found; or it is made so, if that
+    is asked for."""
     before, rest = PAGE.read_text().split(begin)
     table, after = rest.split(END, 1)
     if os.environ.get("RELAY_TESTS_WRITE"):
@@ -231,7 +260,9 @@ def in_page(begin: str, found: str) -> None:
     assert table.strip().splitlines() == found.splitlines()
 
 
-def test_no_fault_before_the_commit_point_is_uncertain_and_no_other_is_tried_again_at_once() -> None:
+def test_no_fault_before_the_commit_point_is_uncertain_and_no_other_is_tried_again_at_once() -> (
+    None
+):
     """What the table must say, whoever wrote it."""
     rows = [re.split(r" *\| *", line)[1:-1] for line in PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()
             if line.startswith(("| connect", "| in the", "| at the", "| after"))]  # fmt: skip
@@ -243,7 +274,9 @@ def test_no_fault_before_the_commit_point_is_uncertain_and_no_other_is_tried_aga
             assert state != "`delivered`", fault
             assert "UNCERTAIN_DELAY" not in following, fault
         else:  # only a reply that says that nothing was accepted lets another server have it
-            assert ("next server at once" in following) == (fault in ("Z", "D that we are not authorized")), fault
+            assert ("next server at once" in following) == (
+                fault in ("Z", "D that we are not authorized")
+            ), fault
         if state in ("`bounced`", "`split`"):
             assert outcome == "`rejected`", fault
         if outcome == "`uncertain`":

@@ -1,4 +1,5 @@
-"""The engine against a real Postfix qmqpd: what its words lead to, from the database's row to the notice."""
+"""The engine against a real Postfix qmqpd: what its words lead to, from the database's row to the
+notice."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -45,11 +46,15 @@ def become(mail: Mailroom, queue_id: str, state: str) -> str:
 
 def notice_about(mail: Mailroom, queue_id: str) -> str:
     """The notice that a sweeper makes then."""
-    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(10)
+    (notice,) = DsnGenerator(
+        mail.database, mail.spool, mail.settings, lambda address: "default"
+    ).settle(10)
     return mail.spool.path(notice).read_text()
 
 
-def test_a_delivery_is_queued_there_under_the_id_that_it_names(room: Open, postfix: Postfix) -> None:
+def test_a_delivery_is_queued_there_under_the_id_that_it_names(
+    room: Open, postfix: Postfix
+) -> None:
     mail = room(postfix.port)
     queue_id = mail.accept("r@y.test", body=HEADER + b"Subject: hello\n\nhello\n")
     words = become(mail, queue_id, "delivered")
@@ -58,9 +63,13 @@ def test_a_delivery_is_queued_there_under_the_id_that_it_names(room: Open, postf
 
 
 @pytest.mark.parametrize("size", [250_000, 20_000_000])
-def test_an_oversize_message_bounces_with_its_words(room: Open, postfix: Postfix, size: int) -> None:
+def test_an_oversize_message_bounces_with_its_words(
+    room: Open, postfix: Postfix, size: int
+) -> None:
     mail = room(postfix.port)
-    queue_id = mail.accept("r@y.test", "q@y.test", body=HEADER + b"\n" + b"x" * 70 + b"\n" + bytes(size))
+    queue_id = mail.accept(
+        "r@y.test", "q@y.test", body=HEADER + b"\n" + b"x" * 70 + b"\n" + bytes(size)
+    )
     words = become(mail, queue_id, "bounced")
     assert "length exceeds storage limit" in words
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["rejected"]
@@ -88,7 +97,9 @@ def test_who_is_not_authorized_waits_and_rings_the_alarm(
     assert mail.rows("SELECT due_at FROM deliveries WHERE state = 'bounced'") == []
 
 
-def test_the_next_server_has_the_mail_when_one_does_not_want_us(room: Open, postfix: Postfix) -> None:
+def test_the_next_server_has_the_mail_when_one_does_not_want_us(
+    room: Open, postfix: Postfix
+) -> None:
     """In the same claim; and what comes later goes there at once."""
     mail = room(postfix.closed_port, postfix.port)
     # A clock that stands still: the rest of the first server does not end while we look.
@@ -105,21 +116,31 @@ def test_the_next_server_has_the_mail_when_one_does_not_want_us(room: Open, post
 @pytest.mark.parametrize(("subject", "state", "words"), [
     (b"refuse", "bounced", "go away"), (b"later", "deferred", "not now"),
 ])  # fmt: skip
-def test_header_checks_bounce_or_defer(room: Open, postfix: Postfix, subject: bytes, state: str, words: str) -> None:
+def test_header_checks_bounce_or_defer(
+    room: Open, postfix: Postfix, subject: bytes, state: str, words: str
+) -> None:
     mail = room(postfix.port)
-    queue_id = mail.accept("r@y.test", "q@y.test", body=HEADER + b"Subject: " + subject + b"\n\nhello\n")
+    queue_id = mail.accept(
+        "r@y.test", "q@y.test", body=HEADER + b"Subject: " + subject + b"\n\nhello\n"
+    )
     assert words in become(mail, queue_id, state)
-    assert mail.delivery(queue_id)["last_outcome"] == ("rejected" if state == "bounced" else "deferred")
+    assert mail.delivery(queue_id)["last_outcome"] == (
+        "rejected" if state == "bounced" else "deferred"
+    )
     assert len(mail.attempts(queue_id)) == 1, "content is not cut into halves"
     if state == "bounced":
         assert "go away" in notice_about(mail, queue_id)
 
 
-def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(room: Open, postfix: Postfix) -> None:
-    """header_checks are nested_header_checks too, so that Postfix refuses the bounce for the words of the original;
-    body_checks read the header that a second notice encloses."""
+def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(
+    room: Open, postfix: Postfix
+) -> None:
+    """header_checks are nested_header_checks too, so that Postfix refuses the bounce for the words
+    of the original; body_checks read the header that a second notice encloses."""
     mail = room(postfix.port)
-    original = mail.accept("r@y.test", body=HEADER + b"Subject: refuse\n\nhello\n", sender="s@x.test")
+    original = mail.accept(
+        "r@y.test", body=HEADER + b"Subject: refuse\n\nhello\n", sender="s@x.test"
+    )
     become(mail, original, "bounced")
     debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
     replies = []
@@ -153,7 +174,8 @@ def test_soft_bounce_makes_every_d_a_z(room: Open, postfix: Postfix) -> None:
 def test_its_words_for_what_is_no_request_would_bounce_and_name_the_framing(
     postfix: Postfix, request_: bytes, words: bytes
 ) -> None:
-    """We never send such; should framing ever break, its words say so and the notice quotes them."""
+    """We never send such; should framing ever break, its words say so and the notice quotes
+    them."""
     parser = ReplyParser()
     with socket.create_connection(("127.0.0.1", postfix.port), 10) as server:
         server.sendall(request_)

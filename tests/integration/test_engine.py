@@ -46,7 +46,9 @@ def sink() -> Iterator[Sink]:
 def dead_port() -> Iterator[int]:
     """A port that refuses: bound, and nobody listens."""
     with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that a sink may take it over
+        taken.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # so that a sink may take it over
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
 
@@ -71,20 +73,30 @@ def test_a_hint_is_enough_to_deliver(room: Open, sink: Sink) -> None:
 
 
 def test_hints_find_room_whatever_their_routes(room: Open, sink: Sink, tmp_path: Path) -> None:
-    mail = room(sink, grace=60.0, routes=two_more_routes(tmp_path, sink))  # nothing is overdue within the test
+    mail = room(
+        sink, grace=60.0, routes=two_more_routes(tmp_path, sink)
+    )  # nothing is overdue within the test
     with mail.working() as engine:
-        for recipient in ("a@one.test", "b@two.test", "c@example.org"):  # one at a time, which is room for one
+        for recipient in (
+            "a@one.test",
+            "b@two.test",
+            "c@example.org",
+        ):  # one at a time, which is room for one
             engine.offer([mail.accept(recipient)])
             until(lambda: mail.states() == {"delivered"}, what=recipient)
 
 
-def test_a_route_with_little_room_is_emptied_without_a_pause(room: Open, sink: Sink, tmp_path: Path) -> None:
+def test_a_route_with_little_room_is_emptied_without_a_pause(
+    room: Open, sink: Sink, tmp_path: Path
+) -> None:
     mail = room(sink, grace=1.0, server_connections=2, routes=two_more_routes(tmp_path, sink))
     for _ in range(60):
         mail.accept("a@one.test")
     with mail.working():  # other routes have room and nothing to send all the while
         until(lambda: mail.states() == {"delivered"}, what="all is delivered")
-    (took,) = mail.rows("SELECT @micros(max(started_at)) - @micros(min(started_at)) AS micros FROM attempts")
+    (took,) = mail.rows(
+        "SELECT @micros(max(started_at)) - @micros(min(started_at)) AS micros FROM attempts"
+    )
     assert took["micros"] < 5_000_000  # two a second would take half a minute
 
 
@@ -172,7 +184,9 @@ def test_a_refusal_of_us_defers_and_rests_the_server(room: Open) -> None:
     assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "rejected")]
 
 
-def test_a_dead_server_is_passed_over_and_both_tries_are_kept(room: Open, sink: Sink, dead_port: int) -> None:
+def test_a_dead_server_is_passed_over_and_both_tries_are_kept(
+    room: Open, sink: Sink, dead_port: int
+) -> None:
     mail = room(dead_port, sink, grace=60.0)
     queue_id = mail.accept()
     with mail.working() as engine:
@@ -202,7 +216,10 @@ def test_B13_a_lost_reply_is_uncertain_and_never_fails_over(room: Open, sink: Si
 
 @pytest.mark.parametrize(
     ("answer", "outcome"),
-    [(Answer(b"Z", b"busy"), "deferred"), (Answer(b"D", b"relay.example is not authorized to use this"), "rejected")],
+    [
+        (Answer(b"Z", b"busy"), "deferred"),
+        (Answer(b"D", b"relay.example is not authorized to use this"), "rejected"),
+    ],
 )
 def test_a_server_that_accepts_nothing_is_passed_over_in_the_same_claim(
     room: Open, sink: Sink, answer: Answer, outcome: str
@@ -230,8 +247,15 @@ def test_a_Z_is_recorded_before_a_server_that_is_out_of_reach(room: Open, dead_p
                 until(partial(mail.rows, "SELECT 1 FROM deliveries WHERE queue_id = :id AND claim_count = 1"
                               " AND state = 'deferred'", id=queue_id))  # fmt: skip
             found = mail.delivery(queue_id)
-            assert {outcome for _, outcome in mail.attempts(queue_id)} == {"unreachable", "deferred"}
-            assert (found["last_outcome"], found["last_reply"], found["backoff_step"]) == ("deferred", "busy", 1)
+            assert {outcome for _, outcome in mail.attempts(queue_id)} == {
+                "unreachable",
+                "deferred",
+            }
+            assert (found["last_outcome"], found["last_reply"], found["backoff_step"]) == (
+                "deferred",
+                "busy",
+                1,
+            )
             assert found["last_server"] == f"127.0.0.1:{busy.port}"
 
 
@@ -248,7 +272,8 @@ def test_a_Z_waits_also_if_the_next_server_has_no_place(room: Open) -> None:
 
 
 def test_a_server_that_closes_before_it_reads_is_one_that_refuses(room: Open, sink: Sink) -> None:
-    """As tcpserver does where its rules deny: from the second time on that is known before the commit point."""
+    """As tcpserver does where its rules deny: from the second time on that is known before the
+    commit point."""
     with denying() as port:
         mail = room(port, grace=60.0, uncertain_delay=1000.0)
         first, second = mail.accept(), mail.accept()
@@ -304,7 +329,9 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
     mail = room(dead_port)
     ids = [mail.accept() for _ in range(10)]
     with mail.working():
-        open_circuits = partial(REGISTRY.get_sample_value, "relay_server_resting", {"server": f"127.0.0.1:{dead_port}"})
+        open_circuits = partial(
+            REGISTRY.get_sample_value, "relay_server_resting", {"server": f"127.0.0.1:{dead_port}"}
+        )
         until(lambda: open_circuits() == 1)
         until(lambda: mail.states() == {"deferred"})
         assert "ECONNREFUSED" in mail.delivery(ids[-1])["last_reply"]
@@ -375,7 +402,9 @@ def test_B36_a_fault_of_this_machine_costs_the_mail_nothing(room: Open, sink: Si
     aside = body.rename(body.with_suffix(".aside"))
     body.symlink_to(body)  # ELOOP: no message is missing, this machine cannot read
     with mail.working():
-        until(lambda: mail.delivery(queue_id)["claim_count"] == 1 and mail.state(queue_id) == "queued")
+        until(
+            lambda: mail.delivery(queue_id)["claim_count"] == 1 and mail.state(queue_id) == "queued"
+        )
         body.unlink()
         aside.rename(body)
         until(lambda: mail.state(queue_id) == "delivered", 20)
@@ -390,7 +419,10 @@ def test_no_commit_point_is_passed_without_a_fresh_lease(
     look_up = mail.spool.open
 
     def stall(queue_id: str, size: int) -> int:
-        engine._renewed, engine._renewing = float("-inf"), True  # as if no renewal had come back for a LEASE
+        engine._renewed, engine._renewing = (
+            float("-inf"),
+            True,
+        )  # as if no renewal had come back for a LEASE
         return look_up(queue_id, size)
 
     monkeypatch.setattr(mail.spool, "open", stall)
@@ -408,7 +440,9 @@ def test_outcomes_wait_for_a_database_that_is_away(
     postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path
 ) -> None:
     with answering(Answer(delay=1.0)) as slow:
-        mail = Mailroom(postgres_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{slow.port}",), lease=60.0)
+        mail = Mailroom(
+            postgres_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{slow.port}",), lease=60.0
+        )
         queue_id = mail.accept()
         with mail.working():
             until(lambda: slow.connections == 1)
@@ -454,14 +488,21 @@ def test_too_many_recipients_are_sent_in_parts(room: Open) -> None:
         mail.accept(*names)
         with mail.working():
             until(lambda: mail.states() == {"split", "delivered"}, 20)
-        taken = [name for request in sink.received for name in request.recipients if len(request.recipients) <= 2]
+        taken = [
+            name
+            for request in sink.received
+            for name in request.recipients
+            if len(request.recipients) <= 2
+        ]
         assert sorted(taken) == [name.encode() for name in names]
 
 
 def test_a_list_that_is_refused_as_such_costs_three_sends(room: Open) -> None:
     with answering(Answer(b"D", b"your list is not welcome (#5.1.8)")) as sink:
         mail = room(sink, worker_connections=1)
-        mail.accept("b@example.org", "c@example.org", "d@example.org")  # one half has a single recipient
+        mail.accept(
+            "b@example.org", "c@example.org", "d@example.org"
+        )  # one half has a single recipient
         with mail.working():
             until(lambda: mail.states() == {"split", "bounced"}, 20)
         assert sink.count == 3

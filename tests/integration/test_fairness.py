@@ -1,4 +1,5 @@
-"""Who waits for whom: fresh mail and retries, a hundred thousand due at once, tarpits, poison, and what is paused."""
+"""Who waits for whom: fresh mail and retries, a hundred thousand due at once, tarpits, poison, and
+what is paused."""
 
 import threading
 import time
@@ -76,7 +77,8 @@ def test_hints_and_what_is_overdue_alternate(room: Open) -> None:
     assert all("o" in order[n : n + 4] and "h" in order[n : n + 4] for n in range(10)), order
 
 
-# --- D11: a hundred thousand due at once --------------------------------------------------------------------
+# --- D11: a hundred thousand due at once
+# --------------------------------------------------------------------
 
 MANY = 100_000
 _KEY = {
@@ -90,9 +92,11 @@ _NUMBERS = {
 
 
 def fill(office: Office) -> None:
-    """MANY deferred deliveries, due in another order than that of their ids: the higher n * 7919 % MANY, the longer.
+    """MANY deferred deliveries, due in another order than that of their ids: the higher n * 7919 %
+    MANY, the longer.
 
-    Only those that will be looked at have a message and a recipient: writing them takes most of the time.
+    Only those that will be looked at have a message and a recipient: writing them takes most of the
+    time.
     """
     name = office.engine.dialect.name
     key, numbers = _KEY[name].format(n="s.n"), _NUMBERS[name]
@@ -114,7 +118,9 @@ def rank(queue_id: str) -> int:
     return int(queue_id, 16) % (1 << 48) * 7919 % MANY
 
 
-def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(office: Office) -> None:
+def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(
+    office: Office,
+) -> None:
     fill(office)
     fresh = office.accept()
     began = time.monotonic()
@@ -124,9 +130,13 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(o
         assert len(batch) == BATCH
         woken += batch
     ranks = [rank(queue_id) for queue_id in woken]
-    assert sorted(ranks, reverse=True) == list(range(MANY - 1, MANY - 1 - BATCH * BATCHES, -1)), "the longest due"
+    assert sorted(ranks, reverse=True) == list(range(MANY - 1, MANY - 1 - BATCH * BATCHES, -1)), (
+        "the longest due"
+    )
     for start in range(0, len(ranks), BATCH):
-        assert min(ranks[start : start + BATCH]) > max(ranks[start + BATCH : start + 2 * BATCH], default=-1)
+        assert min(ranks[start : start + BATCH]) > max(
+            ranks[start + BATCH : start + 2 * BATCH], default=-1
+        )
     (claim,) = office.claim(fresh)
     assert claim.queue_id == fresh, "fresh mail waits for none of them"
     office.pass_time(office.settings.grace + 1)
@@ -160,7 +170,9 @@ def looks_until(office: Office, queue_id: str, most: int) -> int:
 
 
 @pytest.mark.parametrize("backlog", ["retries", "fresh mail"])
-def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(office: Office, backlog: str) -> None:
+def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(
+    office: Office, backlog: str
+) -> None:
     """The broker is away, or its list is long: that is when so much is due at once."""
     fill(office)
     overdue(office, 3 if backlog == "retries" else 0)
@@ -172,7 +184,9 @@ def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(office: Offic
                       id=queue_id, **other)  # fmt: skip
         return queue_id
 
-    assert looks_until(office, one_more(), MANY // WINDOW + 1) > 1, "the backlog is walked through once, by the window"
+    assert looks_until(office, one_more(), MANY // WINDOW + 1) > 1, (
+        "the backlog is walked through once, by the window"
+    )
     assert looks_until(office, one_more(), 1) == 1
 
 
@@ -189,7 +203,8 @@ def test_without_hints_a_single_connection_is_shared_by_fresh_mail_and_retries(r
     assert max(n for n, one in enumerate(arrived(sink), 1) if one == "f") <= 2 * len(fresh) + 1
 
 
-# --- tarpits ------------------------------------------------------------------------------------------------
+# --- tarpits
+# ------------------------------------------------------------------------------------------------
 
 TARPITS = {
     "accepts and never reads": Answer(raw=b"", at=0, end="stay"),
@@ -202,7 +217,14 @@ TARPITS = {
 def test_B20_B21_B22_a_tarpit_stops_nobody_else(room: Open, kind: str) -> None:
     with running_sink() as good, ExitStack() as open_for_now:
         tarpit = open_for_now.enter_context(running_sink(Rule(TARPITS[kind]), receive_buffer=4096))
-        mail = room(tarpit, good, server_connections=2, worker_connections=6, reply_timeout=60.0, uncertain_delay=0.1)
+        mail = room(
+            tarpit,
+            good,
+            server_connections=2,
+            worker_connections=6,
+            reply_timeout=60.0,
+            uncertain_delay=0.1,
+        )
         ids = [mail.accept(f"m{n}@example.org", body=b"x" * 6_000_000) for n in range(2)]
         with mail.working() as engine:
             until(lambda: tarpit.connections == 2)
@@ -222,11 +244,13 @@ def test_B20_B21_B22_a_tarpit_stops_nobody_else(room: Open, kind: str) -> None:
     assert sizes[6_000_000] == 2, "each once"
 
 
-# --- poison -------------------------------------------------------------------------------------------------
+# --- poison
+# -------------------------------------------------------------------------------------------------
 
 
 class Witness:
-    """Sees who was there together with `alone`: a rule for a sink that answers it late and everybody a little late."""
+    """Sees who was there together with `alone`: a rule for a sink that answers it late and
+    everybody a little late."""
 
     def __init__(self, alone: bytes) -> None:
         self.alone, self.sink = alone, Sink()
@@ -275,7 +299,9 @@ def test_D14_a_tarpit_does_not_keep_suspects_from_being_sent_nor_them_the_rest(
             engine.offer([tarpit])
             until(lambda: sink.count == 1)
             suspects = [mail.accept("suspect@example.org") for _ in range(3)]
-            mail.change("UPDATE deliveries SET crash_count = 2 WHERE queue_id <> @id(:id)", id=tarpit)
+            mail.change(
+                "UPDATE deliveries SET crash_count = 2 WHERE queue_id <> @id(:id)", id=tarpit
+            )
             engine.offer(suspects)
 
             def sent() -> bool:
@@ -317,7 +343,8 @@ def test_D14_alone_and_deadly_until_the_limit_then_held(clean_sqlite_url: str) -
     office.engine.dispose()
 
 
-# --- routes that share a server -----------------------------------------------------------------------------
+# --- routes that share a server
+# -----------------------------------------------------------------------------
 
 
 def routes_to(sink: Sink, directory: Path, count: int, more: str = "") -> Path:
@@ -330,16 +357,26 @@ def routes_to(sink: Sink, directory: Path, count: int, more: str = "") -> Path:
 
 
 @pytest.mark.parametrize("hinted", [False, True])
-def test_nothing_is_claimed_for_places_that_another_route_has(room: Open, tmp_path: Path, hinted: bool) -> None:
-    """Eight routes, one server, four places: each message is claimed once, whoever of them had a place to promise."""
+def test_nothing_is_claimed_for_places_that_another_route_has(
+    room: Open, tmp_path: Path, hinted: bool
+) -> None:
+    """Eight routes, one server, four places: each message is claimed once, whoever of them had a
+    place to promise."""
     with running_sink(Rule(Answer(delay=0.02))) as sink:
-        mail = room(sink, routes=routes_to(sink, tmp_path, 8), server_connections=4, grace=60.0 if hinted else 0.2)
+        mail = room(
+            sink,
+            routes=routes_to(sink, tmp_path, 8),
+            server_connections=4,
+            grace=60.0 if hinted else 0.2,
+        )
         ids = [mail.accept(f"a@r{n % 8}.test") for n in range(120)]
         with mail.working() as engine:
             if hinted:
                 engine.offer(ids)
             until(lambda: mail.states() == {"delivered"}, 30)
-    (claims,) = mail.rows("SELECT sum(claim_count) AS all_of_them, max(claim_count) AS most FROM deliveries")
+    (claims,) = mail.rows(
+        "SELECT sum(claim_count) AS all_of_them, max(claim_count) AS most FROM deliveries"
+    )
     assert claims == {"all_of_them": 120, "most": 1}
 
 
@@ -357,7 +394,8 @@ def test_a_narrow_route_to_a_busy_server_has_its_share(room: Open, tmp_path: Pat
     assert max(n for n, one in enumerate(arrived(sink)) if one == "s") < 100, len(small)
 
 
-# --- what is paused -----------------------------------------------------------------------------------------
+# --- what is paused
+# -----------------------------------------------------------------------------------------
 
 
 def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) -> None:
@@ -379,9 +417,13 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) 
             verbs.pause("route:default", actor="me", reason="all of it")
             obeyed(engine)
             waiting = mail.accept()
-            mail.change("UPDATE deliveries SET due_at = @ago(10) WHERE queue_id = @id(:id)", id=waiting)
+            mail.change(
+                "UPDATE deliveries SET due_at = @ago(10) WHERE queue_id = @id(:id)", id=waiting
+            )
             assert engine.offer([waiting]).wait(10)
-            assert mail.state(waiting) == "queued", "it is not claimed, so that nothing is held against it"
+            assert mail.state(waiting) == "queued", (
+                "it is not claimed, so that nothing is held against it"
+            )
             assert verbs.resume("route:default", actor="me", reason="")
             obeyed(engine)
             until(lambda: mail.state(waiting) == "delivered")
@@ -416,7 +458,8 @@ def test_what_is_under_way_to_a_server_ends_though_it_is_paused(room: Open) -> N
             until(lambda: mail.state(queue_id) == "delivered")
 
 
-# --- uncertain ----------------------------------------------------------------------------------------------
+# --- uncertain
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("policy", "state"), [("retry", "deferred"), ("hold", "held")])
@@ -433,16 +476,20 @@ def test_the_policy_for_doubt(room: Open, policy: str, state: str) -> None:
     assert (row["due_in"] is None) if policy == "hold" else 440 < row["due_in"] <= 750
 
 
-# --- hints of one route beside another ---------------------------------------------------------------------
+# --- hints of one route beside another
+# ---------------------------------------------------------------------
 
 
 @pytest.fixture
 def beside(room: Open, tmp_path: Path) -> Callable[..., Mailroom]:
-    """Two routes: `default`, of whose server two connections may be used, and `other`, with this server."""
+    """Two routes: `default`, of whose server two connections may be used, and `other`, with this
+    server."""
 
     def open_(sink: Sink, other: int) -> Mailroom:
         file = tmp_path / "routes.toml"
-        file.write_text(f'[other]\nrecipients = ["other.example"]\nservers = ["127.0.0.1:{other}"]\n')
+        file.write_text(
+            f'[other]\nrecipients = ["other.example"]\nservers = ["127.0.0.1:{other}"]\n'
+        )
         return room(sink, routes=file, grace=600.0, server_connections=2)
 
     return open_
@@ -458,7 +505,8 @@ def latencies(mail: Mailroom) -> list[float]:
 
 
 def test_an_idle_route_takes_no_hints_from_another(beside: Callable[..., Mailroom]) -> None:
-    """As long as hints are lost only the next look after GRACE finds the mail, and that is ten minutes away."""
+    """As long as hints are lost only the next look after GRACE finds the mail, and that is ten
+    minutes away."""
     with running_sink() as sink, running_sink() as idle:
         mail = beside(sink, idle.port)
         with mail.working() as engine:
@@ -468,7 +516,9 @@ def test_an_idle_route_takes_no_hints_from_another(beside: Callable[..., Mailroo
         assert max(latencies(mail)) < 5
 
 
-def test_hints_of_a_dead_route_neither_hold_a_task_nor_delay_another_route(beside: Callable[..., Mailroom]) -> None:
+def test_hints_of_a_dead_route_neither_hold_a_task_nor_delay_another_route(
+    beside: Callable[..., Mailroom],
+) -> None:
     with running_sink() as sink:
         mail = beside(sink, free_port())
         with mail.working() as engine:

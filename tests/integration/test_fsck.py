@@ -1,4 +1,5 @@
-"""fsck on both databases: it finds what is wrong, mends it only when told to, and finds nothing in a healthy relay."""
+"""fsck on both databases: it finds what is wrong, mends it only when told to, and finds nothing in
+a healthy relay."""
 
 import os
 import time
@@ -63,7 +64,13 @@ def mended(typed: Typed, what: str) -> None:
 
 
 def test_a_busy_relay_is_healthy(office: Office, spool: Spool, typed: Typed) -> None:
-    for outcome in (Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN, Outcome.UNREACHABLE):
+    for outcome in (
+        Outcome.DELIVERED,
+        Outcome.DEFERRED,
+        Outcome.REJECTED,
+        Outcome.UNCERTAIN,
+        Outcome.UNREACHABLE,
+    ):
         queue_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
         office.record(office.claim(queue_id, room={"default": 1})[0], outcome)
         aged(spool.path(queue_id))
@@ -89,7 +96,9 @@ def test_a_restored_database_has_no_orphans(office: Office, spool: Spool, typed:
     path = orphan(spool)
     assert found(typed, "--repair") == [("file without row", "-")], "there is no row at all"
     stored(office, spool)
-    earlier = "received_at - interval '1 day'" if office.spell.postgresql else "received_at - 86400000000"
+    earlier = (
+        "received_at - interval '1 day'" if office.spell.postgresql else "received_at - 86400000000"
+    )
     office.change(f"UPDATE messages SET received_at = {earlier}")
     assert found(typed, "--repair") == [("file without row", "-")]
     assert path.exists()
@@ -98,7 +107,9 @@ def test_a_restored_database_has_no_orphans(office: Office, spool: Spool, typed:
 def test_a_file_that_nobody_needs_is_removed(office: Office, spool: Spool, typed: Typed) -> None:
     queue_id = stored(office, spool)
     office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
-    earlier = "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
+    earlier = (
+        "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
+    )
     office.change(f"UPDATE deliveries SET finished_at = {earlier}")
     aged(spool.path(queue_id))
     mended(typed, "file that nobody needs")
@@ -106,10 +117,15 @@ def test_a_file_that_nobody_needs_is_removed(office: Office, spool: Spool, typed
 
 
 def test_a_body_whose_delivery_is_missing_stays(office: Office, spool: Spool, typed: Typed) -> None:
-    alone, beside = stored(office, spool), stored(office, spool, "a@example.org", "bulk:b@example.org")
+    alone, beside = (
+        stored(office, spool),
+        stored(office, spool, "a@example.org", "bulk:b@example.org"),
+    )
     office.record(office.claim(beside, room={"default": 1})[0], Outcome.DELIVERED)
     office.change("DELETE FROM deliveries WHERE state = 'queued'")
-    earlier = "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
+    earlier = (
+        "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
+    )
     office.change(f"UPDATE deliveries SET finished_at = {earlier}")
     for queue_id in (alone, beside):
         aged(spool.path(queue_id))
@@ -119,7 +135,9 @@ def test_a_body_whose_delivery_is_missing_stays(office: Office, spool: Spool, ty
 
 
 @pytest.mark.parametrize("body", [None, b"too short"])
-def test_what_cannot_be_sent_is_held(office: Office, spool: Spool, typed: Typed, body: bytes | None) -> None:
+def test_what_cannot_be_sent_is_held(
+    office: Office, spool: Spool, typed: Typed, body: bytes | None
+) -> None:
     whole, broken = stored(office, spool), office.accept()
     if body:
         spool.store(broken, [body])
@@ -199,11 +217,18 @@ def test_what_is_late(office: Office, spool: Spool, typed: Typed) -> None:
     stored(office, spool, "slow:x@example.org")
     office.pass_time(1200)
     office.renew()
-    assert found(typed) == [("notice owed", "-"), ("overdue", "-")], "others are sent: it may wait for a connection"
+    assert found(typed) == [("notice owed", "-"), ("overdue", "-")], (
+        "others are sent: it may wait for a connection"
+    )
     office.pass_time(20000)
     office.renew()
     late = lines(typed("fsck", "--json", status=1))
-    assert [row["words"].split(",")[0] for row in late] == ["1 bounced", "1 deferred", "1 queued", "1 sending"]
+    assert [row["words"].split(",")[0] for row in late] == [
+        "1 bounced",
+        "1 deferred",
+        "1 queued",
+        "1 sending",
+    ]
     typed("pause", "--route", "slow")
     assert len(found(typed)) == 3
 
@@ -216,18 +241,27 @@ def test_recipients_that_nobody_carries(office: Office, spool: Spool, typed: Typ
     office.change("DELETE FROM recipients WHERE delivery = 1")
     assert found(typed, "--repair") == [("delivery without recipient", "yes")]
     assert office.state(queue_id) == "held", "nobody is told of what ends unseen"
-    assert found(typed, "--repair") == [("delivery without recipient", "-")], "until somebody decides"
+    assert found(typed, "--repair") == [("delivery without recipient", "-")], (
+        "until somebody decides"
+    )
     said = [office.delivery(queue_id, number)["last_reply"] for number in (2, 1)]
     assert said == ["held by fsck: it had no delivery", "held by fsck: it has no recipient"]
-    assert "b@example.org: held by fsck: it had no delivery. It stays until" in typed("why", queue_id).stdout
+    assert (
+        "b@example.org: held by fsck: it had no delivery. It stays until"
+        in typed("why", queue_id).stdout
+    )
     office.change("DELETE FROM messages")
     stored(office, spool)
     aged(spool.path(queue_id))
     assert ("delivery without message", "-") in (rows := found(typed, "--repair"))
-    assert ("file without row", "yes") not in rows, "what is left of it says that the body may be needed"
+    assert ("file without row", "yes") not in rows, (
+        "what is left of it says that the body may be needed"
+    )
 
 
-def test_a_message_that_lost_all_its_rows_keeps_its_body(office: Office, spool: Spool, typed: Typed) -> None:
+def test_a_message_that_lost_all_its_rows_keeps_its_body(
+    office: Office, spool: Spool, typed: Typed
+) -> None:
     queue_id = stored(office, spool)
     for table in ("recipients", "deliveries"):
         office.change(f"DELETE FROM {table}")
@@ -264,11 +298,18 @@ def test_who_was_buried_is_on_record(office: Office, spool: Spool, typed: Typed)
     office.ask(queue_id, "hold")
     office.change("UPDATE workers SET lease_expires_at = @ago(1000) WHERE id = @id(:id)", id=dead)
     assert found(typed, "--repair") == [("dead worker", "yes")]
-    assert [row["reason"] for row in office.rows("SELECT reason FROM audit")] == [f"dead worker {dead}"]
-    assert len(office.rows("SELECT 1 FROM audit_deliveries WHERE queue_id = @id(:id)", id=queue_id)) == 1
+    assert [row["reason"] for row in office.rows("SELECT reason FROM audit")] == [
+        f"dead worker {dead}"
+    ]
+    assert (
+        len(office.rows("SELECT 1 FROM audit_deliveries WHERE queue_id = @id(:id)", id=queue_id))
+        == 1
+    )
 
 
-@pytest.mark.parametrize("what", ["sent by nobody", "delivery without recipient", "recipient without delivery"])
+@pytest.mark.parametrize(
+    "what", ["sent by nobody", "delivery without recipient", "recipient without delivery"]
+)
 def test_many_are_mended_in_chunks(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -285,13 +326,19 @@ def test_many_are_mended_in_chunks(
     if what == "sent by nobody":
         office.claim(*ids)
         office.ask(ids[0], "bounce")
-    gone = {"sent by nobody": "workers", "delivery without recipient": "recipients"}.get(what, "deliveries")
+    gone = {"sent by nobody": "workers", "delivery without recipient": "recipients"}.get(
+        what, "deliveries"
+    )
     office.change(f"DELETE FROM {gone}")
     assert found(typed, "--repair") == [(what, "yes")]
     assert chunks == [2, 2, 1]
-    assert [tuple(row.values()) for row in office.rows("SELECT reason, matched FROM audit")] == [(what, 5)]
+    assert [tuple(row.values()) for row in office.rows("SELECT reason, matched FROM audit")] == [
+        (what, 5)
+    ]
     if what == "sent by nobody":
-        assert office.states(ids) == ["bounced", *["deferred"] * 4], "what an operator wanted comes first"
+        assert office.states(ids) == ["bounced", *["deferred"] * 4], (
+            "what an operator wanted comes first"
+        )
     else:
         assert set(office.states(ids)) == {"held"}
 
@@ -304,7 +351,9 @@ def test_many_are_mended_in_chunks(
         ("state = 'bounced', due_at = NULL", "end without time"),
     ],
 )
-def test_impossible_rows(office: Office, spool: Spool, typed: Typed, change: str, what: str) -> None:
+def test_impossible_rows(
+    office: Office, spool: Spool, typed: Typed, change: str, what: str
+) -> None:
     stored(office, spool)
     with writing(office.engine) as connection:  # no statement of ours gets past the constraints
         loosen = (
@@ -321,16 +370,22 @@ def test_impossible_rows(office: Office, spool: Spool, typed: Typed, change: str
 
 def test_a_stuffed_broker(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsck, "broker_lists", lambda _settings: {"fresh": 5000, "retry": 3})
-    assert [row["words"] for row in lines(typed("fsck", "--json", status=1))] == ["5000 hints in fresh"]
+    assert [row["words"] for row in lines(typed("fsck", "--json", status=1))] == [
+        "5000 hints in fresh"
+    ]
     monkeypatch.setattr(fsck, "broker_lists", lambda _settings: {})
-    assert "the broker does not answer: mail moves without it" in typed("fsck").stderr, "which is no fault of the queue"
+    assert "the broker does not answer: mail moves without it" in typed("fsck").stderr, (
+        "which is no fault of the queue"
+    )
 
 
 def test_what_waits_at_the_broker(broker_url: str) -> None:
     settings = load(Settings, broker_url=broker_url)
     celery_app(settings).send_task("deliver", args=[[new_id()]], queue=QUEUES[0], retry=False)
     assert broker_lists(settings) == {"fresh": 1, "retry": 0}
-    assert broker_lists(load(Settings, broker_url="redis://127.0.0.1:1/0")) == {}, "away, which stops no mail"
+    assert broker_lists(load(Settings, broker_url="redis://127.0.0.1:1/0")) == {}, (
+        "away, which stops no mail"
+    )
 
 
 def test_ids_are_told(office: Office, spool: Spool, typed: Typed) -> None:

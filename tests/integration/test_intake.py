@@ -1,4 +1,5 @@
-"""Acceptance, on both databases: all of a message or nothing, once however often it is told, and one bad row alone."""
+"""Acceptance, on both databases: all of a message or nothing, once however often it is told, and
+one bad row alone."""
 
 import threading
 import time
@@ -21,13 +22,17 @@ from tests.waiting import until
 
 
 class Front:
-    """A writer of messages, and what it answered: the first answer to each id; a second one is an error."""
+    """A writer of messages, and what it answered: the first answer to each id; a second one is an
+    error."""
 
     def __init__(self, office: Office) -> None:
         self.answers: dict[str, Any] = {}
         self.rounds: list[int] = []
         self.writer: CommitThread[NewMessage, None] = CommitThread(
-            "test", office.intake.commit, post=lambda call: call(), rounds_of=lambda n, _: self.rounds.append(n)
+            "test",
+            office.intake.commit,
+            post=lambda call: call(),
+            rounds_of=lambda n, _: self.rounds.append(n),
         )
 
     def put(self, message: NewMessage, deadline: float | None = None) -> None:
@@ -48,7 +53,10 @@ class Front:
 
 def counts(office: Office) -> list[int]:
     """Rows of messages, recipients and deliveries."""
-    return [office.rows(f"SELECT count(*) AS n FROM {t}")[0]["n"] for t in ("messages", "recipients", "deliveries")]
+    return [
+        office.rows(f"SELECT count(*) AS n FROM {t}")[0]["n"]
+        for t in ("messages", "recipients", "deliveries")
+    ]
 
 
 def test_everything_that_was_said_is_kept(office: Office) -> None:
@@ -58,13 +66,29 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
         header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", dsn_of=about,
         client_trusted=False, dsn_content="header",
     )  # fmt: skip
-    message.recipients[0] = message.recipients[0]._replace(notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org")
+    message.recipients[0] = message.recipients[0]._replace(
+        notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org"
+    )
     office.intake.commit([message])
     (row,) = office.rows("SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
                          " WHERE id = @id(:id)", id=message.id)  # fmt: skip
-    assert (row["sender"], row["size"], row["client_address"], row["helo"]) == ("", 100, "192.0.2.1", message.helo)
-    assert (row["protocol"], row["auth_user"], row["header_message_id"]) == ("ESMTP", "user", "<1@x>")
-    assert (row["body_type"], row["ret"], row["envid"], row["about"]) == ("8BITMIME", "HDRS", "QQ+3D", about)
+    assert (row["sender"], row["size"], row["client_address"], row["helo"]) == (
+        "",
+        100,
+        "192.0.2.1",
+        message.helo,
+    )
+    assert (row["protocol"], row["auth_user"], row["header_message_id"]) == (
+        "ESMTP",
+        "user",
+        "<1@x>",
+    )
+    assert (row["body_type"], row["ret"], row["envid"], row["about"]) == (
+        "8BITMIME",
+        "HDRS",
+        "QQ+3D",
+        about,
+    )
     assert (row["client_trusted"], row["dsn_content"]) == (False, "header")
     assert 0 <= row["ago"] < 60
     sql = "SELECT * FROM recipients WHERE queue_id = @id(:id) ORDER BY position"
@@ -75,7 +99,12 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
         (3, "mia@example.org", 1, None, None),
     ]
     first, second = office.delivery(message.id, 1), office.delivery(message.id, 2)
-    assert (first["route"], second["route"], first["state"], first["claim_count"]) == ("default", "bulk", "queued", 0)
+    assert (first["route"], second["route"], first["state"], first["claim_count"]) == (
+        "default",
+        "bulk",
+        "queued",
+        0,
+    )
     assert first["due_in"] == pytest.approx(office.settings.grace, abs=4)
     assert first["expires_in"] == pytest.approx(office.settings.queue_lifetime, abs=30)
 
@@ -110,7 +139,9 @@ def test_one_bad_row_fails_alone(office: Office) -> None:
     assert counts(office) == [4, 4, 4]
 
 
-def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(postgres_office: Office) -> None:
+def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(
+    postgres_office: Office,
+) -> None:
     good, nul = new_message(), new_message(sender="nul\0")
     long = new_message(sender="".join(new_id() for _ in range(1000)))  # nothing that compresses
     answers = Front(postgres_office).take(nul, good, long)
@@ -128,12 +159,14 @@ def test_all_of_a_message_or_nothing(office: Office) -> None:
     assert counts(office) == [0, 0, 0]
 
 
-# --- COMMIT in doubt --------------------------------------------------------------------------------------
+# --- COMMIT in doubt
+# --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def killed(office: Office, *, after: bool) -> Iterator[None]:
-    """The server process is killed just before the next statement that inserts, or when it has committed unheard.
+    """The server process is killed just before the next statement that inserts, or when it has
+    committed unheard.
 
     The statement is a transaction of its own, so its end is the COMMIT.
     """
@@ -182,7 +215,9 @@ def test_a_commit_in_doubt_whose_transaction_still_runs(postgres_office: Office)
     assert counts(office) == [2, 2, 2]
 
 
-def test_a_database_that_is_away_answers_nobody_until_it_is_back(postgres: Postgres, clean_postgres_url: str) -> None:
+def test_a_database_that_is_away_answers_nobody_until_it_is_back(
+    postgres: Postgres, clean_postgres_url: str
+) -> None:
     with opened(clean_postgres_url) as office:
         front = Front(office)
         postgres.stop()
@@ -203,7 +238,11 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(postgres: Postg
 
 def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(office: Office) -> None:
     """No try came to a COMMIT, so its body need not stay."""
-    sql = "SET default_transaction_read_only = {}" if office.spell.postgresql else "PRAGMA query_only = {}"
+    sql = (
+        "SET default_transaction_read_only = {}"
+        if office.spell.postgresql
+        else "PRAGMA query_only = {}"
+    )
     mode = ["on"]
 
     def prepare(connection: Any, *_: Any) -> None:

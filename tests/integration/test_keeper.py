@@ -1,4 +1,5 @@
-"""The keeper and its store: whatever dies, hangs or comes too late, each is answered once and nothing is done twice."""
+"""The keeper and its store: whatever dies, hangs or comes too late, each is answered once and
+nothing is done twice."""
 
 import asyncio
 import socket
@@ -13,7 +14,14 @@ from sqlalchemy.exc import OperationalError
 
 from reception.spooler import Spooler
 from reception.spooler_client import PATIENCE, Launch, SpoolerClient, SpoolerError
-from reception.spooler_protocol import BatchReply, Cancelled, Frames, RowRefused, StoreRequest, frame
+from reception.spooler_protocol import (
+    BatchReply,
+    Cancelled,
+    Frames,
+    RowRefused,
+    StoreRequest,
+    frame,
+)
 from relay.db.group_commit import CommitUnknown
 from relay.ids import new_id
 from relay.queue.accept import NewMessage, NewRecipient
@@ -22,7 +30,9 @@ from tests.waiting import until
 
 
 def new_message() -> NewMessage:
-    return NewMessage(new_id(), "a@example.com", 4, [NewRecipient("b@example.org")], "::1", "client", "ESMTP")
+    return NewMessage(
+        new_id(), "a@example.com", 4, [NewRecipient("b@example.org")], "::1", "client", "ESMTP"
+    )
 
 
 class Desk:
@@ -152,7 +162,9 @@ def test_with_nobody_left_to_answer_nothing_new_is_committed(desk: Desk) -> None
         (OperationalError("INSERT", {}, ConnectionResetError()), CommitUnknown, 1),
     ],
 )
-def test_only_what_a_commit_may_hold_keeps_its_body(desk: Desk, fault: Exception, answer: type, bodies: int) -> None:
+def test_only_what_a_commit_may_hold_keeps_its_body(
+    desk: Desk, fault: Exception, answer: type, bodies: int
+) -> None:
     desk.fault = fault
     order = desk.order(deadline=time.monotonic() + 0.2)
     until(desk.entered.is_set)
@@ -164,7 +176,9 @@ def test_only_what_a_commit_may_hold_keeps_its_body(desk: Desk, fault: Exception
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_committer_that_breaks_ends_the_keeper(desk: Desk) -> None:
-    desk.fault = MemoryError()  # which `GroupCommitter` takes for the row's fault, and so is answered
+    desk.fault = (
+        MemoryError()
+    )  # which `GroupCommitter` takes for the row's fault, and so is answered
     refused = desk.order()
     desk.entered.wait(10)
     desk.fault = SystemExit()
@@ -173,7 +187,8 @@ def test_a_committer_that_breaks_ends_the_keeper(desk: Desk) -> None:
     assert str(desk.results()[refused.number]) == "MemoryError"
 
 
-# --- the store --------------------------------------------------------------------------------------------
+# --- the store
+# --------------------------------------------------------------------------------------------
 
 
 class Shop:

@@ -1,4 +1,5 @@
-"""A long queue on the command line: read by one statement, held by nobody; and what a terminal and a shell get."""
+"""A long queue on the command line: read by one statement, held by nobody; and what a terminal and
+a shell get."""
 
 import io
 import itertools
@@ -63,21 +64,30 @@ def test_a_long_queue_is_one_statement_and_a_little_memory(
     monkeypatch.setattr("sys.stdout", Nowhere())
     tracemalloc.start()
     try:
-        assert write_lines(QueueReader(office.engine).lines(Filter(), objects=True), json_lines=True) == 5_000
+        assert (
+            write_lines(QueueReader(office.engine).lines(Filter(), objects=True), json_lines=True)
+            == 5_000
+        )
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     copied = office.engine.dialect.name == "postgresql"  # COPY passes the driver alone
-    assert len([one for one in statements if "LIMIT 0" not in one and "FROM" in one]) == (0 if copied else 1)
+    assert len([one for one in statements if "LIMIT 0" not in one and "FROM" in one]) == (
+        0 if copied else 1
+    )
     assert peak < 5 << 20, "all the rows are fifteen megabytes"
 
 
 def test_pages_are_the_same_however_they_are_found(office: Office) -> None:
     queue = QueueReader(office.engine)
-    office.intake.commit([new_message("a@example.org", "b@example.org") for _ in range(1001)])  # many: another plan
+    office.intake.commit(
+        [new_message("a@example.org", "b@example.org") for _ in range(1001)]
+    )  # many: another plan
     everything = [(row["queue_id"], row["position"]) for row in queue.rows(Filter())]
     paged: list[tuple[str, int]] = []
-    while page := list(queue.rows(Filter(), newest=True, limit=701, after=paged[-1] if paged else None)):
+    while page := list(
+        queue.rows(Filter(), newest=True, limit=701, after=paged[-1] if paged else None)
+    ):
         paged += [(row["queue_id"], row["position"]) for row in page]
     assert paged == everything[::-1]
     assert len(everything) == 2002
@@ -86,22 +96,34 @@ def test_pages_are_the_same_however_they_are_found(office: Office) -> None:
 def test_sqlite_finds_a_page_in_order_without_sorting(clean_sqlite_url: str) -> None:
     engine = connect(clean_sqlite_url)
     wanted = Filter(states=("bounced",))
-    sql, given = QueueReader(engine)._listing("*", wanted, limit=50, finished=True, newest=True, after=("f" * 32, 1))
+    sql, given = QueueReader(engine)._listing(
+        "*", wanted, limit=50, finished=True, newest=True, after=("f" * 32, 1)
+    )
     with reading(engine) as connection:
-        plan = connection.execute(text("EXPLAIN QUERY PLAN " + dialect_of(engine)(sql)), given).all()
+        plan = connection.execute(
+            text("EXPLAIN QUERY PLAN " + dialect_of(engine)(sql)), given
+        ).all()
     engine.dispose()
-    assert [row[-1].partition(" USING")[0] for row in plan][:3] == ["SEARCH d", "SEARCH r", "SEARCH m"]
+    assert [row[-1].partition(" USING")[0] for row in plan][:3] == [
+        "SEARCH d",
+        "SEARCH r",
+        "SEARCH m",
+    ]
     assert {row[-1] for row in plan[3:]} <= {"USE TEMP B-TREE FOR RIGHT PART OF ORDER BY"}
 
 
-def test_sqlite_looks_at_what_is_held_or_being_sent_and_at_nothing_else(clean_sqlite_url: str) -> None:
+def test_sqlite_looks_at_what_is_held_or_being_sent_and_at_nothing_else(
+    clean_sqlite_url: str,
+) -> None:
     engine = connect(clean_sqlite_url)
     for state, index in (("held", "deliveries_held"), ("sending", "deliveries_sending")):
         sql, given = QueueReader(engine)._listing(
             "*", Filter(states=(state,), reply="x"), limit=50, finished=True, newest=True
         )
         with reading(engine) as connection:
-            plan = connection.execute(text("EXPLAIN QUERY PLAN " + dialect_of(engine)(sql)), given).all()
+            plan = connection.execute(
+                text("EXPLAIN QUERY PLAN " + dialect_of(engine)(sql)), given
+            ).all()
         assert index in plan[0][-1]
     engine.dispose()
 
@@ -115,7 +137,11 @@ def test_postgresql_goes_on_where_a_page_ended(clean_postgres_url: str) -> None:
         )
         with reading(office.engine) as connection:
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
-            plan = connection.execute(text("EXPLAIN " + office.spell(listed[0])), listed[1]).scalars().all()
+            plan = (
+                connection.execute(text("EXPLAIN " + office.spell(listed[0])), listed[1])
+                .scalars()
+                .all()
+            )
     begins = [line for line in plan if "Index Cond" in line and "<=" in line]
     assert len(begins) == 3, "in each of the three tables"
 
@@ -124,7 +150,14 @@ def test_a_page_of_what_an_index_finds_is_no_cursor(office: Office) -> None:
     """PostgreSQL would plan it as if a tenth of its rows were wanted."""
     queue_id, streamed = office.accept(), list[bool]()
 
-    def note(_connection: object, _cursor: object, statement: str, _given: object, context: Any, _many: bool) -> None:
+    def note(
+        _connection: object,
+        _cursor: object,
+        statement: str,
+        _given: object,
+        context: Any,
+        _many: bool,
+    ) -> None:
         if "ORDER BY" in statement:
             streamed.append(bool(context.execution_options.get("stream_results")))
 
@@ -142,10 +175,17 @@ def test_what_no_index_finds_is_looked_for_so_far_and_then_further(
     monkeypatch.setattr("relay.report.queries._FEW", 2)
     queue = QueueReader(office.engine)
     senders = ["one@example.com" if n == 2 else "many@example.com" for n in range(8)]
-    ids = sorted(office.accept(sender=sender) for sender in senders)  # within a millisecond ids have no order
+    ids = sorted(
+        office.accept(sender=sender) for sender in senders
+    )  # within a millisecond ids have no order
     for found in (Filter(sender="one@example.com"), Filter(id=ids[0]), Filter(states=("queued",))):
         assert queue.horizon(found) is None
-    for everything in (Filter(), Filter(sender="many@example.com"), Filter(sender="*"), Filter(states=("delivered",))):
+    for everything in (
+        Filter(),
+        Filter(sender="many@example.com"),
+        Filter(sender="*"),
+        Filter(states=("delivered",)),
+    ):
         assert queue.horizon(everything) == ids[4]
     seen, after = list[str](), None
     while True:
@@ -173,7 +213,13 @@ def test_limits_and_filters_mean_the_same_everywhere(office: Office, typed: Type
 
 
 def test_the_domain_of_an_address_has_no_capitals(office: Office, typed: Typed) -> None:
-    for address in ("You@Example.ORG", "You@example.org", "you@example.org", "You@example.org.uk", "a@b@Example.org"):
+    for address in (
+        "You@Example.ORG",
+        "You@example.org",
+        "you@example.org",
+        "You@example.org.uk",
+        "a@b@Example.org",
+    ):
         office.accept(address, sender=address)
     twice = ["You@Example.ORG", "You@example.org"]
     for spelt, expected in {
@@ -184,7 +230,9 @@ def test_the_domain_of_an_address_has_no_capitals(office: Office, typed: Typed) 
             rows = lines(typed("list", "--json", option, spelt, status=0 if expected else 1))
             assert [row["recipient"] for row in rows] == expected, spelt
     typed("hold", "--recipient", "You@EXAMPLE.ORG", "--yes")
-    assert {row["recipient"] for row in lines(typed("list", "--json", "--state", "held"))} == set(twice)
+    assert {row["recipient"] for row in lines(typed("list", "--json", "--state", "held"))} == set(
+        twice
+    )
 
 
 def test_an_address_is_found_by_its_index(office: Office) -> None:
@@ -201,7 +249,9 @@ def test_a_server_is_spelt_as_pause_spells_it(office: Office, typed: Typed) -> N
     queue_id = office.accept()
     office.record(office.claim(queue_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
     for spelt in ("127.0.0.1", "127.0.0.1:628", "127.*"):
-        assert [row["queue_id"] for row in lines(typed("list", "--json", "--server", spelt))] == [queue_id]
+        assert [row["queue_id"] for row in lines(typed("list", "--json", "--server", spelt))] == [
+            queue_id
+        ]
     typed("list", "--server", "127.0.0.1:629", status=1)
     assert "bad QMQP server" in typed("list", "--server", "host:port", status=2).output
 
@@ -216,7 +266,10 @@ def test_who_names_a_message_finds_it_finished_too(office: Office, typed: Typed)
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     hint = typed("list", "--recipient", "b@example.org", status=1).stderr
     assert hint == "qmqp-relay: nothing like that is unfinished; --all looks further\n"
-    assert typed("list", "--all", "--recipient", "x", status=1).stderr == "qmqp-relay: nothing like that\n"
+    assert (
+        typed("list", "--all", "--recipient", "x", status=1).stderr
+        == "qmqp-relay: nothing like that\n"
+    )
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
@@ -226,13 +279,24 @@ def test_a_database_without_our_tables_says_what_to_do(
     (tmp_path / "empty.db").touch()
     url = f"sqlite:///{tmp_path}/empty.db"
     if kind == "postgresql":
-        url = request.getfixturevalue("postgres_maintenance_url")  # where databases are made; it has no tables itself
+        url = request.getfixturevalue(
+            "postgres_maintenance_url"
+        )  # where databases are made; it has no tables itself
     monkeypatch.setenv("RELAY_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("RELAY_DATABASE_URL", url)
-    for words in (["list"], ["stats"], ["show", "abcdef"], ["hold", "--all"], ["pause", "--route", "x"]):
+    for words in (
+        ["list"],
+        ["stats"],
+        ["show", "abcdef"],
+        ["hold", "--all"],
+        ["pause", "--route", "x"],
+    ):
         done = CliRunner().invoke(main, words)
         assert done.exit_code == 3, words
-        assert done.stderr == "qmqp-relay: the database has no tables of this version: run `qmqp-relay migrate`\n"
+        assert (
+            done.stderr
+            == "qmqp-relay: the database has no tables of this version: run `qmqp-relay migrate`\n"
+        )
 
 
 def test_a_long_table_begins_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,19 +309,27 @@ def test_a_long_table_begins_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> 
         assert "n199" in screen.getvalue()
         yield {"name": "last", "words": "\x1b[2J"}
 
-    assert write(rows(), {"NAME": lambda row: row["name"], "WORDS": lambda row: row["words"]}) == 251
+    assert (
+        write(rows(), {"NAME": lambda row: row["name"], "WORDS": lambda row: row["words"]}) == 251
+    )
     shown = screen.getvalue()
     assert "\x1b" not in shown
     assert "\\x1b[2J" in shown
     assert max(map(len, shown.splitlines())) <= 80
-    assert {line[:6].strip() for line in itertools.islice(shown.splitlines(), 3)} == {"NAME", "n0", "n1"}
+    assert {line[:6].strip() for line in itertools.islice(shown.splitlines(), 3)} == {
+        "NAME",
+        "n0",
+        "n1",
+    }
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_a_queue_fits_the_terminal(
     office: Office, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
 ) -> None:
-    queue_id = office.accept("somebody.whose.name.is.long@a.sub.domain.example.org", sender=f"{'s' * 30}@example.com")
+    queue_id = office.accept(
+        "somebody.whose.name.is.long@a.sub.domain.example.org", sender=f"{'s' * 30}@example.com"
+    )
     reply = "451 4.7.1 somebody-else@example.net is greylisted"
     office.record(office.claim(queue_id)[0], Outcome.DEFERRED, reply=reply)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
@@ -285,13 +357,18 @@ def test_watching_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_outage_does_not_end_a_watch(
-    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    office: Office,
+    typed: Typed,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     queue_id, looks = office.accept(), list[float]()
 
     def pause(seconds: float) -> None:
         looks.append(seconds)
-        monkeypatch.setenv("RELAY_DATABASE_URL", "postgresql://127.0.0.1:1/x" if len(looks) == 1 else url)
+        monkeypatch.setenv(
+            "RELAY_DATABASE_URL", "postgresql://127.0.0.1:1/x" if len(looks) == 1 else url
+        )
         if len(looks) == 3:
             raise KeyboardInterrupt
 
@@ -307,12 +384,20 @@ def test_an_outage_does_not_end_a_watch(
 def completed(line: str) -> set[str]:
     """What the shell is offered at the end of the line."""
     words = line.split(" ")
-    environ = {"_QMQP_RELAY_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    environ = {
+        "_QMQP_RELAY_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words) - 1),
+    }
     return set(CliRunner().invoke(main, [], env=environ, prog_name="qmqp-relay").output.split())
 
 
-def test_the_shell_completes_routes_and_servers(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
-    office.sweeps.publish_routes(office.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]})
+def test_the_shell_completes_routes_and_servers(
+    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office.sweeps.publish_routes(
+        office.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]}
+    )
     typed("pause", "--route", "gone")
     monkeypatch.setattr(completion, "PATIENCE", 30.0)
     assert completed("qmqp-relay list --route ") == {"default", "bulk", "gone"}
@@ -336,18 +421,29 @@ def test_on_a_terminal_a_stored_message_moves_no_cursor(
     queue_id = office.accept()
     spool.store(queue_id, [b"Subject: \x1b]0;x\x07\n\n\xff\x1b[2J\n".ljust(100, b"x")])
     assert b"\x1b" in typed("body", queue_id).stdout_bytes
-    monkeypatch.setattr(inspect, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setattr(
+        inspect, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
+    )
     assert "\x1b" not in typed("body", queue_id).stdout
     assert "\\x1b]0;x\\x07" in typed("headers", queue_id).stdout
 
 
-def test_what_stats_cuts_it_counts(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
-    office.intake.commit([new_message(f"a@d{n}.example.org", f"b@d{n}.example.org") for n in range(23)])
+def test_what_stats_cuts_it_counts(
+    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office.intake.commit(
+        [new_message(f"a@d{n}.example.org", f"b@d{n}.example.org") for n in range(23)]
+    )
     office.accept("c@d7.example.org")
     stats = lines(typed("stats", "--json"))
     ages = [row for row in stats if row["kind"] == "age"]
     assert [row["domain"] for row in ages[:2]] == ["d7.example.org", "d0.example.org"]
-    assert (len(ages), ages[-1]["domain"], ages[-1]["domains"], ages[-1]["waiting"]) == (21, None, 3, 6)
+    assert (len(ages), ages[-1]["domain"], ages[-1]["domains"], ages[-1]["waiting"]) == (
+        21,
+        None,
+        3,
+        6,
+    )
     assert (ages[-1]["under_5m"], ages[-1]["older"]) == (6, 0)
     for _ in range(3):
         office.hire()
@@ -369,13 +465,19 @@ def test_stats_tells_what_came_in(office: Office, typed: Typed) -> None:
 
     assert received() == (4, 4, 400)
     ago = "- :s * interval '1 second'" if office.spell.postgresql else "- :s * 1000000"
-    office.change(f"UPDATE messages SET received_at = received_at {ago} WHERE dsn_of IS NULL", s=120)
+    office.change(
+        f"UPDATE messages SET received_at = received_at {ago} WHERE dsn_of IS NULL", s=120
+    )
     assert received() == (0, 4, 400)
-    office.change(f"UPDATE messages SET received_at = received_at {ago} WHERE dsn_of IS NULL", s=3600)
+    office.change(
+        f"UPDATE messages SET received_at = received_at {ago} WHERE dsn_of IS NULL", s=3600
+    )
     assert received() == (0, 0, 0)
 
 
-def test_a_server_that_is_left_alone_says_why(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_left_alone_says_why(
+    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     office.sweeps.publish_open_circuits(office.worker, {"192.0.2.7:628": "450 too busy"})
     typed("pause", "--server", "192.0.2.8")
     now = {row["server"]: inspect._now(row) for row in QueueReader(office.engine).servers()}
@@ -383,7 +485,9 @@ def test_a_server_that_is_left_alone_says_why(office: Office, typed: Typed, monk
     assert now == {"192.0.2.7:628": "left alone: 450 too busy"}
 
 
-@pytest.mark.parametrize("pending_operation", [Filter(), Filter(route="default")], ids=["everything", "a route"])
+@pytest.mark.parametrize(
+    "pending_operation", [Filter(), Filter(route="default")], ids=["everything", "a route"]
+)
 def test_lines_say_what_rows_say(office: Office, wanted: Filter) -> None:
     """Whoever makes the text: the database for pipes and programs, or Python from the same rows."""
     queue = QueueReader(office.engine)

@@ -1,4 +1,5 @@
-"""What the collector says is what the tables hold, on either database, and it says when there is none."""
+"""What the collector says is what the tables hold, on either database, and it says when there is
+none."""
 
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def scrape(queue: QueueMetrics) -> CollectorRegistry:
 
 
 def message(queue_id: str) -> NewMessage:
-    return NewMessage(queue_id, "a@example.com", 4, [NewRecipient("b@example.org")], "::1", "c.example", "ESMTP")
+    return NewMessage(
+        queue_id, "a@example.com", 4, [NewRecipient("b@example.org")], "::1", "c.example", "ESMTP"
+    )
 
 
 def test_queue(database_url: str, tmp_path: Path):
@@ -53,8 +56,15 @@ def test_queue(database_url: str, tmp_path: Path):
         for claim, (state, outcome, delay) in zip(claims[:4], wanted, strict=True)
     ])  # fmt: skip
     with database.writing(engine) as connection:
-        earlier = "received_at - interval '1 hour'" if "postgresql" in database_url else "received_at - 3600000000"
-        connection.execute(text(f"UPDATE messages SET received_at = {earlier} WHERE id = :id"), {"id": dashed(ids[0])})
+        earlier = (
+            "received_at - interval '1 hour'"
+            if "postgresql" in database_url
+            else "received_at - 3600000000"
+        )
+        connection.execute(
+            text(f"UPDATE messages SET received_at = {earlier} WHERE id = :id"),
+            {"id": dashed(ids[0])},
+        )
     verbs = QueueOperations(engine, notices=True)
     for subject in ("server:mx:628", "route:gone", "route:default"):
         verbs.pause(subject, actor="me", reason="")
@@ -62,7 +72,10 @@ def test_queue(database_url: str, tmp_path: Path):
     seen = scrape(QueueMetrics(engine, Spool(tmp_path))).get_sample_value
 
     def by_state(name: str) -> dict[str, float | None]:
-        return {s: seen(f"relay_{name}", {"state": s}) for s in ("queued", "sending", "deferred", "held")}
+        return {
+            s: seen(f"relay_{name}", {"state": s})
+            for s in ("queued", "sending", "deferred", "held")
+        }
 
     assert seen("relay_database_up") == 1
     assert by_state("deliveries") == {"queued": 1, "sending": 1, "deferred": 2, "held": 1}
@@ -73,7 +86,10 @@ def test_queue(database_url: str, tmp_path: Path):
     assert seen("relay_notices_owed") == 1
     assert seen("relay_workers_alive") == 1
     assert seen("relay_uncertain_attempts") == 1
-    paused = [seen("relay_paused", {"subject": one}) for one in ("server:mx:628", "route:default", "route:gone")]
+    paused = [
+        seen("relay_paused", {"subject": one})
+        for one in ("server:mx:628", "route:default", "route:gone")
+    ]
     assert paused == [1, 1, None]
     engine.dispose()
 
@@ -86,7 +102,9 @@ def test_an_empty_queue_has_zeros(database_url: str, tmp_path: Path):
     engine.dispose()
 
 
-def test_database_down_and_back(postgres_url: str, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_database_down_and_back(
+    postgres_url: str, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(metrics, "FRESH", 0.0)
     engine = database.connect(postgres_url)
     queue = QueueMetrics(engine, Spool(tmp_path), lambda: {"fresh": 3})

@@ -1,4 +1,5 @@
-"""Migrations make what `relay.db.schema` describes, on both databases, and any number may migrate at once."""
+"""Migrations make what `relay.db.schema` describes, on both databases, and any number may migrate
+at once."""
 
 import itertools
 import os
@@ -73,8 +74,12 @@ def dump(url: str) -> list[str]:
     engine = connect(url)
     with reading(engine) as connection:
         listed = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"
-        rows = connection.execute(text(CATALOG.replace(":", r"\:") if engine.dialect.name == "postgresql" else listed))
-        lines = [re.sub(r"\s+", " ", row[0].replace('"', "")) for row in rows]  # SQLite quotes what it renames
+        rows = connection.execute(
+            text(CATALOG.replace(":", r"\:") if engine.dialect.name == "postgresql" else listed)
+        )
+        lines = [
+            re.sub(r"\s+", " ", row[0].replace('"', "")) for row in rows
+        ]  # SQLite quotes what it renames
     engine.dispose()
     tight = [re.sub(r" ?([(),]) ?", r"\1", line).strip() for line in lines]
     return sorted(line for line in tight if "alembic_version" not in line)
@@ -99,7 +104,9 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_migrations_make_what_the_schema_describes(kind: str, new_url: Callable[[str], str]) -> None:
+def test_migrations_make_what_the_schema_describes(
+    kind: str, new_url: Callable[[str], str]
+) -> None:
     migrated, made = new_url(kind), new_url(kind)
     assert migrate(migrated) == REVISION
     described(made)
@@ -114,7 +121,9 @@ def test_alembic_finds_nothing_to_do(database_url: str) -> None:
             "compare_type": True, "compare_server_default": True,
             "include_name": lambda name, kind, _: kind != "table" or name != "alembic_version",
         }  # fmt: skip
-        assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
+        assert (
+            compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
+        )
     engine.dispose()
 
 
@@ -152,13 +161,16 @@ def test_several_that_migrate_at_once_take_turns(kind: str, new_url: Callable[[s
         url,
     ]
     replicas = [
-        subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     assert [replica.communicate(timeout=60)[0] for replica in replicas] == [f"{REVISION}\n"] * 2
     assert dump(url) == dump(other)
 
 
-def test_a_database_that_is_away_is_waited_for_if_that_is_wanted(postgres: Postgres, postgres_url: str) -> None:
+def test_a_database_that_is_away_is_waited_for_if_that_is_wanted(
+    postgres: Postgres, postgres_url: str
+) -> None:
     postgres.kill()
     with pytest.raises(OperationalError):
         migrate(postgres_url)
@@ -189,7 +201,9 @@ def test_tables_and_columns_are_explained(postgres_url: str) -> None:
             assert told == {column.name: column.comment for column in table.columns}
             assert all(told.values()), table.name
         for view in VIEWS:
-            described = connection.execute(text(f"SELECT obj_description(CAST('{view}' AS regclass))")).scalar()
+            described = connection.execute(
+                text(f"SELECT obj_description(CAST('{view}' AS regclass))")
+            ).scalar()
             assert "docs/inspect.md" in str(described), view
             assert comments(connection, view) == VIEW_COLUMNS[view]
     engine.dispose()

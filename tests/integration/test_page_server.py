@@ -44,7 +44,10 @@ ANSWERED = b"GET /style.css HTTP/1.1\r\nHost: localhost\r\n\r\n"
         (b"", b""),
         (b"GET / HT", b""),
         (b"GET /style.css HTTP/1.1\r\nHost: localhost\r\nX: ", b""),
-        (b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf", b"HTTP/1.1 405"),
+        (
+            b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf",
+            b"HTTP/1.1 405",
+        ),
         (ANSWERED + b"GET / HT", b"HTTP/1.1 200"),
     ],
 )

@@ -1,7 +1,9 @@
-"""What the statements of the hot road and of an idle sweep walk through, beside a queue in which others wait.
+"""What the statements of the hot road and of an idle sweep walk through, beside a queue in which
+others wait.
 
-The database plans them as it would for a worker. A statement that scans a table, or all of an index that grows with
-what waits, is found here: on PostgreSQL by the rows and pages that it touches, on SQLite by the steps of its program.
+The database plans them as it would for a worker. A statement that scans a table, or all of an index
+that grows with what waits, is found here: on PostgreSQL by the rows and pages that it touches, on
+SQLite by the steps of its program.
 """
 
 import json
@@ -30,8 +32,11 @@ IDLE = {"idle": 10}
 
 @pytest.fixture
 def crowded(office: Office) -> Office:
-    """Beside `idle`, a route without mail: overdue mail of a dead server, retries far ahead, a long history."""
-    overdue, ahead, done = ([new_message(f"dead:{n}@example.org") for n in range(WAITING)] for _ in range(3))
+    """Beside `idle`, a route without mail: overdue mail of a dead server, retries far ahead, a long
+    history."""
+    overdue, ahead, done = (
+        [new_message(f"dead:{n}@example.org") for n in range(WAITING)] for _ in range(3)
+    )
     for messages in (overdue, ahead, done):
         office.intake.commit(messages)
     office.change("UPDATE deliveries SET due_at = @ago(3600 * (1 + @chance))")
@@ -51,7 +56,9 @@ def server_reply(office: Office) -> Iterator[list[tuple[str, Any]]]:
     """The statements that run meanwhile, with their parameters."""
     statements: list[tuple[str, Any]] = []
 
-    def hear(_connection: Connection, _cursor: object, words: str, parameters: Any, *_: object) -> None:
+    def hear(
+        _connection: Connection, _cursor: object, words: str, parameters: Any, *_: object
+    ) -> None:
         if not words.startswith("BEGIN"):
             statements.append((words, parameters))
 
@@ -82,7 +89,9 @@ def _scans_of_postgresql(connection: Connection, words: str, parameters: Any) ->
     (made,) = connection.exec_driver_sql(explain, parameters).scalar_one()
     made = made if isinstance(made, dict) else json.loads(made)
     for node in nodes(made["Plan"]):
-        in_vain = node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
+        in_vain = node.get("Rows Removed by Filter", 0) + node.get(
+            "Rows Removed by Index Recheck", 0
+        )
         if in_vain * node.get("Actual Loops", 1) > FEW:
             yield f"{in_vain} rows in vain, {node['Node Type']} {node.get('Index Name', '')}: {words}"
     if (pages := made["Plan"]["Shared Hit Blocks"] + made["Plan"]["Shared Read Blocks"]) > PAGES:
@@ -133,7 +142,10 @@ def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) ->
     spool = Spool(tmp_path)
     spool.prepare(crowded.engine, unsafe=True)
     settings = crowded.settings.model_copy(update={"delay_warning": 4 * 3600.0})
-    sweeps, debts = Rescuer(crowded.engine, settings), DsnGenerator(crowded.engine, spool, settings, lambda _: "idle")
+    sweeps, debts = (
+        Rescuer(crowded.engine, settings),
+        DsnGenerator(crowded.engine, spool, settings, lambda _: "idle"),
+    )
     assert len(crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)) == 1
     debts._next_round = float("inf")  # nothing is late: test_debts has what a round looks at
     with server_reply(crowded) as statements:
@@ -144,9 +156,9 @@ def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) ->
         assert sweeps.expired_leases() == []
         assert debts.settle(10) == debts.warn(10) == []
         lease = str(
-            crowded.rows("SELECT CAST(lease_expires_at AS text) AS lease_expires_at FROM workers")[0][
-                "lease_expires_at"
-            ]
+            crowded.rows("SELECT CAST(lease_expires_at AS text) AS lease_expires_at FROM workers")[
+                0
+            ]["lease_expires_at"]
         )
         assert sweeps.expire_worker(crowded.worker, lease) == 1
     assert len(statements) > 7

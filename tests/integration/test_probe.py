@@ -1,4 +1,5 @@
-"""What a probe finds out about a server: our sink in its characters, a real Postfix, and whatever else may listen."""
+"""What a probe finds out about a server: our sink in its characters, a real Postfix, and whatever
+else may listen."""
 
 import asyncio
 import json
@@ -38,8 +39,11 @@ def typed(*words: str) -> Result:
 
 
 @contextmanager
-def speaking(first: bytes, *, then: bytes | None = None, close: bool = False) -> Iterator[tuple[int, list[bytes]]]:
-    """A server that says `first` to everybody, `then` to whoever says something; its port, and what it heard."""
+def speaking(
+    first: bytes, *, then: bytes | None = None, close: bool = False
+) -> Iterator[tuple[int, list[bytes]]]:
+    """A server that says `first` to everybody, `then` to whoever says something; its port, and what
+    it heard."""
     server_reply: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
@@ -65,13 +69,17 @@ def speaking(first: bytes, *, then: bytes | None = None, close: bool = False) ->
             server.join(10)
 
 
-@pytest.mark.parametrize(("preset", "family"), [("strict", "postfix"), ("postfix", "postfix"), ("qmail", "qmail")])
+@pytest.mark.parametrize(
+    ("preset", "family"), [("strict", "postfix"), ("postfix", "postfix"), ("qmail", "qmail")]
+)
 def test_the_characters_of_our_sink(preset: str, family: str) -> None:
     with running_sink(preset=preset) as sink:
         found = ask(sink.port)
         assert (found.reachable, found.allowed, found.family) == (True, True, family), found
         assert sink.wait_for_fault(5)
-        assert (sink.count, sink.connections) == (0, 2 if preset == "qmail" else 1), "nothing was delivered"
+        assert (sink.count, sink.connections) == (0, 2 if preset == "qmail" else 1), (
+            "nothing was delivered"
+        )
 
 
 def test_a_unix_socket(tmp_path: Path) -> None:
@@ -92,8 +100,8 @@ def netstring(text: bytes) -> bytes:
 
 @contextmanager
 def serving(answer: Callable[[bytes], bytes | None]) -> Iterator[int]:
-    """A server that closes a connection with what `answer` makes of all that came, as soon as that is not None; its
-    port."""
+    """A server that closes a connection with what `answer` makes of all that came, as soon as that
+    is not None; its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
 
@@ -104,7 +112,9 @@ def serving(answer: Callable[[bytes], bytes | None]) -> Iterator[int]:
                     with connection, suppress(OSError):
                         connection.settimeout(10)
                         server_reply = b""
-                        while (said := answer(server_reply)) is None and (data := connection.recv(100)):
+                        while (said := answer(server_reply)) is None and (
+                            data := connection.recv(100)
+                        ):
                             server_reply += data
                         connection.sendall(said or b"")
 
@@ -122,7 +132,9 @@ def qmail_ldap(server_reply: bytes) -> bytes | None:
     try:
         zlib.decompressobj().decompress(server_reply)
     except zlib.error as error:
-        return netstring(b"ZReceiving compressed data failed: " + str(error).encode() + b" #(4.3.0)")
+        return netstring(
+            b"ZReceiving compressed data failed: " + str(error).encode() + b" #(4.3.0)"
+        )
     return None
 
 
@@ -140,7 +152,9 @@ def mailfront(server_reply: bytes) -> bytes | None:
 @pytest.mark.parametrize(("server", "family"), [
     (qmail_ldap, "qmail-ldap"), (qrelay, "qrelay"), (mailfront, "mailfront"),
 ])  # fmt: skip
-def test_families_that_answer_in_words_of_their_own(server: Callable[[bytes], bytes | None], family: str) -> None:
+def test_families_that_answer_in_words_of_their_own(
+    server: Callable[[bytes], bytes | None], family: str
+) -> None:
     with serving(server) as port:
         found = ask(port, reply=0.5)
     assert (found.reachable, found.allowed, found.family) == (True, True, family), found
@@ -169,7 +183,9 @@ def test_nothing_is_in_the_queue_of_any_of_them(postfix: Postfix) -> None:
     before = set(queue.iterdir())
     for port in (postfix.port, postfix.closed_port, postfix.soft_port):
         ask(port)
-    until(lambda: set(queue.iterdir()) <= before)  # what it begins and throws away may be there for a moment
+    until(
+        lambda: set(queue.iterdir()) <= before
+    )  # what it begins and throws away may be there for a moment
 
 
 def test_a_server_that_is_silent() -> None:
@@ -177,7 +193,9 @@ def test_a_server_that_is_silent() -> None:
         found = ask(port, reply=0.2)
     assert (found.reachable, found.allowed, found.family) == (True, None, "other")
     assert "said nothing" in found.words
-    assert b"".join(server_reply).removesuffix(b"reset") == b"x" * 10, "not one byte that could begin a request"
+    assert b"".join(server_reply).removesuffix(b"reset") == b"x" * 10, (
+        "not one byte that could begin a request"
+    )
 
 
 @pytest.mark.parametrize("banner", [
@@ -187,7 +205,12 @@ def test_a_server_that_is_silent() -> None:
 def test_a_server_of_another_protocol(banner: bytes) -> None:
     with speaking(banner) as (port, _):
         found = ask(port, reply=0.5)
-    assert (found.reachable, found.allowed, found.family, found.said) == (True, None, "other", banner)
+    assert (found.reachable, found.allowed, found.family, found.said) == (
+        True,
+        None,
+        "other",
+        banner,
+    )
     assert "no QMQP reply" in found.words
 
 
@@ -249,7 +272,8 @@ def test_nothing_listens() -> None:
     assert "Connection refused" in found.words
 
 
-# --- the command ------------------------------------------------------------------------------------------
+# --- the command
+# ------------------------------------------------------------------------------------------
 
 
 def test_the_command_says_it_in_words_and_by_its_status(postfix: Postfix) -> None:

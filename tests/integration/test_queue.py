@@ -1,4 +1,5 @@
-"""Looking at the queue, on both databases: every filter, ids by their end, and a long queue without holding it."""
+"""Looking at the queue, on both databases: every filter, ids by their end, and a long queue without
+holding it."""
 
 import itertools
 from collections.abc import Generator
@@ -37,14 +38,18 @@ def test_every_filter(office: Office, queue: QueueReader) -> None:
     assert found(queue, sender="100%") == []
     assert found(queue, recipient="ann@example.org") == [one]
     assert found(queue, recipient="bob_1@*") == [two], "only * stands for something"
-    assert found(queue, recipient="*@example.net") == [two, three], "domains are the same in capitals"
+    assert found(queue, recipient="*@example.net") == [two, three], (
+        "domains are the same in capitals"
+    )
     assert found(queue, route="bulk") == [two]
     assert found(queue, server="a:628") == [one]
     assert found(queue, reply="mailbox_full") == [one]
     assert found(queue, reply="mailbox%full") == []
     assert found(queue, header_message_id="<1@x>") == [one]
     assert found(queue, id=three) == [three]
-    assert found(queue, sender="*@example.com", states=("queued",)) == [three], "everything must hold"
+    assert found(queue, sender="*@example.com", states=("queued",)) == [three], (
+        "everything must hold"
+    )
     assert found(queue, sender="*\\*") == []
 
 
@@ -68,12 +73,23 @@ def test_finished_rows_are_history(office: Office, queue: QueueReader) -> None:
 
 
 def test_a_row_has_what_people_ask_for(office: Office, queue: QueueReader) -> None:
-    queue_id = office.accept("x@example.org", sender="s@example.com", dsn_of=office.accept("other@example.org"))
+    queue_id = office.accept(
+        "x@example.org", sender="s@example.com", dsn_of=office.accept("other@example.org")
+    )
     office.record(office.claim(queue_id)[0], Outcome.DEFERRED)
     (row,) = queue.rows(Filter(id=queue_id))
     assert (row["queue_id"], row["queue_uuid"]) == (queue_id, dashed(queue_id))
-    assert (row["sender"], row["recipient"], row["size"], row["attempts"]) == ("s@example.com", "x@example.org", 100, 1)
-    assert (row["last_outcome"], row["reason"], row["server"]) == ("deferred", "its words", "qmqp.example.net:628")
+    assert (row["sender"], row["recipient"], row["size"], row["attempts"]) == (
+        "s@example.com",
+        "x@example.org",
+        100,
+        1,
+    )
+    assert (row["last_outcome"], row["reason"], row["server"]) == (
+        "deferred",
+        "its words",
+        "qmqp.example.net:628",
+    )
     assert all(row[name].tzinfo is UTC for name in ("received_at", "next_at", "expires_at"))
     assert row["received_at"] < row["next_at"] < row["expires_at"]
     assert row["finished_at"] is None
@@ -81,7 +97,9 @@ def test_a_row_has_what_people_ask_for(office: Office, queue: QueueReader) -> No
 
 
 def test_a_long_queue_is_streamed(office: Office, queue: QueueReader) -> None:
-    office.intake.commit([new_message(*(f"r{n}@example.org" for n in range(10))) for _ in range(300)])
+    office.intake.commit(
+        [new_message(*(f"r{n}@example.org" for n in range(10))) for _ in range(300)]
+    )
     rows = queue.rows(Filter())
     first = list(itertools.islice(rows, 5))
     assert [row["position"] for row in first] == [1, 2, 3, 4, 5]
@@ -98,13 +116,24 @@ def test_ids_by_any_unique_end(office: Office, queue: QueueReader) -> None:
     queue_id = office.accept()
     twin = queue_id[:10] + "0000" + queue_id[14:]
     office.intake.commit([new_message(queue_id=twin)])
-    for text in (queue_id, queue_id.upper(), dashed(queue_id), queue_id[-20:], dashed(queue_id)[-24:]):
+    for text in (
+        queue_id,
+        queue_id.upper(),
+        dashed(queue_id),
+        queue_id[-20:],
+        dashed(queue_id)[-24:],
+    ):
         assert queue.resolve(text) == queue_id
     with pytest.raises(NoSuchMessage, match="more than one") as caught:
         queue.resolve(queue_id[-4:])
     assert queue_id in str(caught.value)
     assert twin in str(caught.value)
-    for text, words in (("f" * 32, "no message"), ("ffff", "no message"), ("abc", "no queue id"), ("%", "no queue id")):
+    for text, words in (
+        ("f" * 32, "no message"),
+        ("ffff", "no message"),
+        ("abc", "no queue id"),
+        ("%", "no queue id"),
+    ):
         with pytest.raises(NoSuchMessage, match=words):
             queue.resolve(text)
 
@@ -117,7 +146,11 @@ def test_everything_about_a_message(office: Office, queue: QueueReader) -> None:
     office.record(office.claim(queue_id)[0], Outcome.REJECTED)
     message = queue.message(queue_id)
     assert message is not None
-    assert [row["address"] for row in message["recipients"]] == ["x@example.org", "y@example.org", "z@example.org"]
+    assert [row["address"] for row in message["recipients"]] == [
+        "x@example.org",
+        "y@example.org",
+        "z@example.org",
+    ]
     assert [(row["number"], row["state"], row["claim_count"]) for row in message["deliveries"]] == [
         (1, "bounced", 2), (2, "queued", 0)
     ]  # fmt: skip
@@ -138,9 +171,17 @@ def test_what_the_whole_looks_like(office: Office, queue: QueueReader) -> None:
     assert {key: (row["deliveries"], row["bytes"], row["overdue"]) for key, row in summary.items()} == {
         ("deferred", "default"): (1, 100, 1), ("queued", "bulk"): (1, 100, 0), ("queued", "default"): (1, 100, 0),
     }  # fmt: skip
-    assert all(0 <= row["oldest_seconds"] < 60 and row["oldest_at"].tzinfo is UTC for row in summary.values())
+    assert all(
+        0 <= row["oldest_seconds"] < 60 and row["oldest_at"].tzinfo is UTC
+        for row in summary.values()
+    )
     (server,) = queue.servers()
-    assert (server["attempts"], server["uncertain"], server["delivered"], server["bytes_sent"]) == (1, 1, 0, 90)
+    assert (server["attempts"], server["uncertain"], server["delivered"], server["bytes_sent"]) == (
+        1,
+        1,
+        0,
+        90,
+    )
 
 
 def test_workers(office: Office, queue: QueueReader) -> None:
@@ -148,7 +189,12 @@ def test_workers(office: Office, queue: QueueReader) -> None:
     gone = office.hire()
     office.ledger.retire(gone)
     (alive, ended) = queue.workers()
-    assert (alive["id"], bool(alive["alive"]), alive["sending"], alive["ended_at"]) == (office.worker, True, 2, None)
+    assert (alive["id"], bool(alive["alive"]), alive["sending"], alive["ended_at"]) == (
+        office.worker,
+        True,
+        2,
+        None,
+    )
     assert (ended["id"], bool(ended["alive"]), ended["end_reason"]) == (gone, False, "stopped")
 
 

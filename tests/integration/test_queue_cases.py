@@ -1,4 +1,5 @@
-"""The cases of the queue by their numbers (D1 to D14, and those of B that need a queue), on both databases.
+"""The cases of the queue by their numbers (D1 to D14, and those of B that need a queue), on both
+databases.
 
 Many of them have whole modules of their own; here each is told once, as short as it can be.
 """
@@ -60,7 +61,8 @@ def wake(office: Office, seconds: float = 100.0) -> None:
     office.sweeps.requeue_due(100)
 
 
-# --- B: cases of the client that only a queue can tell ------------------------------------------------------
+# --- B: cases of the client that only a queue can tell
+# ------------------------------------------------------
 
 
 def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> None:
@@ -72,11 +74,16 @@ def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> Non
         with mail.working() as engine:
             engine.offer([queue_id])
             until(lambda: mail.state(queue_id) == "delivered")
-    assert mail.attempts(queue_id) == [(f"127.0.0.1:{dead}", "unreachable"), (f"127.0.0.1:{sink.port}", "delivered")]
+    assert mail.attempts(queue_id) == [
+        (f"127.0.0.1:{dead}", "unreachable"),
+        (f"127.0.0.1:{sink.port}", "delivered"),
+    ]
 
 
 def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> None:
-    with running_sink(Rule(Answer(b"D", b"no\r\nFrom: forged@x\r\n\r\n\0\x1b[31m\xff\xc3\xa9"))) as sink:
+    with running_sink(
+        Rule(Answer(b"D", b"no\r\nFrom: forged@x\r\n\r\n\0\x1b[31m\xff\xc3\xa9"))
+    ) as sink:
         mail = room(sink)
         queue_id = mail.accept()
         with mail.working() as engine:
@@ -85,7 +92,9 @@ def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> No
     reply = mail.delivery(queue_id)["last_reply"]
     assert reply == r"no\x0d\nFrom: forged@x\x0d\n\x0d\n\x00\x1b[31m\xff\xc3\xa9"
     assert mail.rows("SELECT reply FROM attempts") == [{"reply": reply}]
-    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    (notice,) = DsnGenerator(
+        mail.database, mail.spool, mail.settings, lambda address: "default"
+    ).settle(5)
     lines = mail.spool.path(notice).read_bytes().split(b"\n")
     assert not any(line.startswith(b"From: forged") for line in lines)
     assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
@@ -98,12 +107,20 @@ def became(mail: Mailroom, queue_id: str) -> dict[str, str]:
     return {row["address"]: row["state"] for row in mail.rows(sql, id=queue_id)}
 
 
-@pytest.mark.parametrize("recipient", ["<b@example.org", "b" * 1000, "b\n@example.org", "b\u20ac@example.org"])
-def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it(room: Open, recipient: str) -> None:
+@pytest.mark.parametrize(
+    "recipient", ["<b@example.org", "b" * 1000, "b\n@example.org", "b\u20ac@example.org"]
+)
+def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it(
+    room: Open, recipient: str
+) -> None:
     with running_sink() as sink:
         mail = room(sink)
         queue_id = mail.accept("good@example.org", recipient, "fine@example.org")
-        wanted = {"good@example.org": "delivered", "fine@example.org": "delivered", recipient: "bounced"}
+        wanted = {
+            "good@example.org": "delivered",
+            "fine@example.org": "delivered",
+            recipient: "bounced",
+        }
         with mail.working() as engine:
             engine.offer([queue_id])
             until(lambda: became(mail, queue_id) == wanted)
@@ -113,7 +130,9 @@ def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it
     (row,) = mail.rows(bounced)
     assert row["last_outcome"] == "unsendable"
     assert row["last_reply"].startswith("no request can be made of it (#5.1.3): ")
-    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    (notice,) = DsnGenerator(
+        mail.database, mail.spool, mail.settings, lambda address: "default"
+    ).settle(5)
     wire = mail.spool.path(notice).read_text()
     assert wire.count("Final-Recipient") == wire.count("\nStatus: 5.1.3\n") == 1
     assert "It was not sent: no mail server can be given this address." in " ".join(wire.split())
@@ -129,7 +148,14 @@ def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> N
             until(lambda: mail.states() == {"bounced"})
         assert sink.connections == 0
     assert len(mail.rows("SELECT 1 FROM deliveries")) == 1
-    assert len(DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)) == 1
+    assert (
+        len(
+            DsnGenerator(
+                mail.database, mail.spool, mail.settings, lambda address: "default"
+            ).settle(5)
+        )
+        == 1
+    )
 
 
 def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
@@ -164,8 +190,11 @@ def test_a_message_whose_recipients_are_missing_is_held_for_a_person(room: Open)
 
 
 @pytest.mark.parametrize("body", [b"", b"Subject", b"Subject: test\n\nhello\nmore"])
-def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(room: Open, body: bytes) -> None:
-    """Its size is what we know of it; a file system that changes bytes must be asked by its own checksums."""
+def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(
+    room: Open, body: bytes
+) -> None:
+    """Its size is what we know of it; a file system that changes bytes must be asked by its own
+    checksums."""
     with running_sink() as sink:
         mail = room(sink)
         queue_id = mail.accept()
@@ -183,7 +212,11 @@ def test_B39_a_worker_killed_between_the_last_byte_and_the_record(office: Office
     vanish(office, office.worker)
     row = office.delivery(claim.queue_id)
     assert (row["state"], row["last_outcome"], row["crash_count"]) == ("deferred", "uncertain", 1)
-    assert 0 < row["due_in"] - office.settings.uncertain_delay + 5 <= 5 + office.settings.uncertain_delay / 2
+    assert (
+        0
+        < row["due_in"] - office.settings.uncertain_delay + 5
+        <= 5 + office.settings.uncertain_delay / 2
+    )
     assert office.claim(claim.queue_id) == []
     wake(office)
     (again,) = office.claim(claim.queue_id, worker=office.hire())
@@ -191,24 +224,31 @@ def test_B39_a_worker_killed_between_the_last_byte_and_the_record(office: Office
 
 
 def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
-    """As qmail-qmqpd does about whatever it does not like: only age ends it, and the notice says how it was."""
+    """As qmail-qmqpd does about whatever it does not like: only age ends it, and the notice says
+    how it was."""
     with running_sink(Rule(Answer(raw=b""))) as sink:
         mail = room(sink, uncertain_delay=100.0)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
             until(lambda: mail.state(queue_id) == "deferred")
-            mail.change("UPDATE deliveries SET state = 'queued', due_at = @later(60), expires_at = @ago(1)")
+            mail.change(
+                "UPDATE deliveries SET state = 'queued', due_at = @later(60), expires_at = @ago(1)"
+            )
             engine.offer([queue_id])
             until(lambda: mail.state(queue_id) == "expired")
     assert {outcome for _, outcome in mail.attempts(queue_id)} == {"uncertain"}
-    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    (notice,) = DsnGenerator(
+        mail.database, mail.spool, mail.settings, lambda address: "default"
+    ).settle(5)
     assert "connection closed by the server after the commit point" in " ".join(
         mail.spool.path(notice).read_text().split()
     )
 
 
-def test_B43_D10_no_clock_of_a_worker_matters(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_B43_D10_no_clock_of_a_worker_matters(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue_id = office.accept()
     for years in (-5, 5):
         with monkeypatch.context() as skewed:
@@ -242,17 +282,22 @@ def test_B44_busy_for_ever(room: Open) -> None:
                 waits.append(row["due_in"])
                 late = ", expires_at = @ago(1)" if turn == 5 else ""
                 due = f"due_at = @later(60){late}"
-                mail.change(f"UPDATE deliveries SET state = 'queued', {due} WHERE state = 'deferred'")
+                mail.change(
+                    f"UPDATE deliveries SET state = 'queued', {due} WHERE state = 'deferred'"
+                )
     for step, wait in enumerate(waits[:5]):
         most = min(1000, 200 * 2**step)
         assert most / 2 - 30 <= wait <= most, "it doubles, with jitter, to the cap"
     row = mail.delivery(queue_id)
     assert (row["state"], row["last_reply"]) == ("expired", "busy for ever")
-    (notice,) = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default").settle(5)
+    (notice,) = DsnGenerator(
+        mail.database, mail.spool, mail.settings, lambda address: "default"
+    ).settle(5)
     assert "busy for ever" in mail.spool.path(notice).read_text()
 
 
-# --- D: queue, worker, SQL ----------------------------------------------------------------------------------
+# --- D: queue, worker, SQL
+# ----------------------------------------------------------------------------------
 
 
 def test_D1_one_task_delivered_twice_at_once(office: Office) -> None:
@@ -265,7 +310,9 @@ def test_D1_one_task_delivered_twice_at_once(office: Office) -> None:
         return office.claim(*ids, worker=worker, ledger=ledger)
 
     with ThreadPoolExecutor(2) as pool:
-        both = [claim for claims in pool.map(task, (office.hire(), office.hire())) for claim in claims]
+        both = [
+            claim for claims in pool.map(task, (office.hire(), office.hire())) for claim in claims
+        ]
     both += office.claim(*ids)  # what each left to the other
     assert sorted(claim.queue_id for claim in both) == sorted(ids)
     assert {claim.claim for claim in both} == {1}
@@ -310,7 +357,9 @@ def test_D4_what_a_worker_held_that_is_gone(office: Office, ending: str) -> None
         office.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
         assert office.sweeps.rescue_unowned() == 1
     row = office.delivery(claim.queue_id)
-    assert (row["state"], row["last_outcome"]) == ("deferred", "uncertain"), "nobody can say how far it was"
+    assert (row["state"], row["last_outcome"]) == ("deferred", "uncertain"), (
+        "nobody can say how far it was"
+    )
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
@@ -341,7 +390,11 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(office: Office) -> None:
     def lock() -> None:
         with writing(office.engine) as connection:
             connection.execute(
-                text(office.spell("UPDATE deliveries SET pending_operation = pending_operation WHERE number = 1"))
+                text(
+                    office.spell(
+                        "UPDATE deliveries SET pending_operation = pending_operation WHERE number = 1"
+                    )
+                )
             )
             held.set()
             assert go_on.wait(20)
@@ -358,7 +411,9 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(office: Office) -> None:
 
 def test_D6_a_k_is_told_until_the_database_has_taken_it(office: Office) -> None:
     (claim,) = office.claim(office.accept())
-    faults = iter([OperationalError("", {}, Exception("deadlock detected"), connection_invalidated=True)] * 2)
+    faults = iter(
+        [OperationalError("", {}, Exception("deadlock detected"), connection_invalidated=True)] * 2
+    )
 
     def commit(items: Any) -> list[CommandResult]:
         if fault := next(faults, None):
@@ -402,7 +457,9 @@ def test_D8_a_d_for_many(room: Open, words: bytes, states: set[str]) -> None:
         sql = """SELECT d.state FROM recipients r
             JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery"""
         until(lambda: [row["state"] for row in mail.rows(sql)] == ["bounced"] * 3)
-        assert sink.count == 1 if states == {"bounced"} else 3 <= sink.count <= 5, "at once, or by halves"
+        assert sink.count == 1 if states == {"bounced"} else 3 <= sink.count <= 5, (
+            "at once, or by halves"
+        )
 
 
 def test_D8_a_route_that_is_not_to_be_cut(room: Open, tmp_path: Path) -> None:
@@ -432,7 +489,9 @@ def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office)
             after = State(office.state(queue_id))
             if state is State.SENDING:
                 assert after is State.SENDING, "only told what is wanted"
-                assert office.delivery(queue_id)["pending_operation"] == (verb.wanted if touched else None)
+                assert office.delivery(queue_id)["pending_operation"] == (
+                    verb.wanted if touched else None
+                )
             elif touched:
                 assert after in TRANSITIONS[state] | {state}
             else:
@@ -440,7 +499,9 @@ def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office)
             assert not touched or state in UNFINISHED, "what is final stays so"
 
 
-def test_D12_a_body_that_cannot_be_removed_is_not_sent_again(room: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_D12_a_body_that_cannot_be_removed_is_not_sent_again(
+    room: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running_sink() as sink:
         mail = room(sink)
         queue_id = mail.accept()
@@ -476,7 +537,9 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(office:
         dead=dead,
     )
     vanish(office, office.worker)
-    counts = office.rows("SELECT state, last_outcome, count(*) AS n FROM deliveries GROUP BY state, last_outcome")
+    counts = office.rows(
+        "SELECT state, last_outcome, count(*) AS n FROM deliveries GROUP BY state, last_outcome"
+    )
     found = {(row["state"], row["last_outcome"]): row["n"] for row in counts}
     assert found[("deferred", "uncertain")] == copies
     assert office.sweeps.requeue_due(BATCH) == [], "not before UNCERTAIN_DELAY"
@@ -490,7 +553,11 @@ def test_D14_tries_are_counted_before_they_begin(office: Office) -> None:
     for n in range(1, 6):
         worker = office.hire()
         (claim,) = office.claim(queue_id, worker=worker)
-        assert office.delivery(queue_id)["claim_count"] == claim.claim == n, "in the database before a byte is sent"
+        assert office.delivery(queue_id)["claim_count"] == claim.claim == n, (
+            "in the database before a byte is sent"
+        )
         vanish(office, worker)
-        assert office.state(queue_id) == ("held" if n == office.settings.poison_limit else "deferred")
+        assert office.state(queue_id) == (
+            "held" if n == office.settings.poison_limit else "deferred"
+        )
         wake(office)

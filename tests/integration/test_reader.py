@@ -1,4 +1,5 @@
-"""The role that may look and change nothing: who gets it, what it may do, and what happens where it cannot be made."""
+"""The role that may look and change nothing: who gets it, what it may do, and what happens where it
+cannot be made."""
 
 import re
 from collections.abc import Iterator
@@ -50,7 +51,9 @@ def cluster(postgres_databases: Databases) -> Iterator[Cluster]:
     plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(plain, autocommit=True) as administrator:
         found = Cluster(url, administrator)
-        found.do(f"ALTER ROLE {ROLE} RENAME TO {ROLE}_away; CREATE ROLE bob LOGIN; CREATE ROLE keeper LOGIN")
+        found.do(
+            f"ALTER ROLE {ROLE} RENAME TO {ROLE}_away; CREATE ROLE bob LOGIN; CREATE ROLE keeper LOGIN"
+        )
         found.do("GRANT CREATE ON SCHEMA public TO keeper")
         yield found
     postgres_databases.drop(name)
@@ -59,7 +62,9 @@ def cluster(postgres_databases: Databases) -> Iterator[Cluster]:
     postgres_databases.execute("ALTER ROLE {} RENAME TO {}", f"{ROLE}_away", ROLE)
 
 
-def test_who_may_make_roles_makes_one_that_only_reads(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_may_make_roles_makes_one_that_only_reads(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster.do("ALTER ROLE keeper CREATEROLE")
     with capture_logs() as logs:
         migrate(cluster.login("keeper"))

@@ -1,4 +1,5 @@
-"""The servers of the tests themselves: what a fault test does to them must really happen, and leave nothing behind."""
+"""The servers of the tests themselves: what a fault test does to them must really happen, and leave
+nothing behind."""
 
 import os
 import signal
@@ -14,7 +15,9 @@ from tests.waiting import until
 
 
 def connect(server: Postgres) -> psycopg.Connection:
-    return psycopg.connect(host=str(server.directory), user="postgres", autocommit=True, connect_timeout=2)
+    return psycopg.connect(
+        host=str(server.directory), user="postgres", autocommit=True, connect_timeout=2
+    )
 
 
 def test_postgres_keeps_what_was_committed_when_killed(postgres: Postgres) -> None:
@@ -55,7 +58,10 @@ def test_broker_forgets_when_killed_and_is_silent_when_paused(broker: Broker) ->
 
 def test_nothing_outlives_a_killed_run() -> None:
     run = subprocess.Popen(
-        [sys.executable, "-c", KILLED_RUN], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED_RUN],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with run:
         assert run.stdout is not None

@@ -42,7 +42,9 @@ def talk(sink: Sink, *pieces: bytes, then_end: bool = False) -> bytes | None:
         return server_reply
 
 
-def answers(*rules: Rule | MagicRecipients, wire: bytes = b"", times: int = 1) -> list[bytes | None]:
+def answers(
+    *rules: Rule | MagicRecipients, wire: bytes = b"", times: int = 1
+) -> list[bytes | None]:
     with running_sink(*rules) as sink:
         return [talk(sink, wire or wire_of()) for _ in range(times)]
 
@@ -105,7 +107,10 @@ def test_a_request_that_is_broken_off_is_thrown_away():
     with running_sink() as sink:
         assert talk(sink, wire_of()[:-1], then_end=True) == b""
         assert sink.wait_for_fault(5)
-        assert (sink.count, sink.faults[0]) == (0, "connection lost while receiving recipient address")
+        assert (sink.count, sink.faults[0]) == (
+            0,
+            "connection lost while receiving recipient address",
+        )
 
 
 def test_B1_B2_B6_a_reply_of_any_kind():
@@ -190,7 +195,10 @@ def test_magic_recipients():
 
 def test_preset_strict_wants_recipients():
     with running_sink() as sink:
-        assert talk(sink, encode(encode(b"hello") + encode(b""))) == b"31:DError: no recipients specified,"
+        assert (
+            talk(sink, encode(encode(b"hello") + encode(b"")))
+            == b"31:DError: no recipients specified,"
+        )
 
 
 def test_preset_qmail_says_nothing_about_a_bad_request():
@@ -204,7 +212,10 @@ def test_preset_qmail_says_nothing_about_a_bad_request():
 def test_preset_postfix_refuses_a_large_message_early():
     with running_sink(preset=Preset(max_size=100, error_delay=0.05)) as sink:
         server_reply = talk(sink, b"2000:101:" + bytes(50))
-    assert server_reply == b"71:Dnetstring length exceeds storage limit while receiving message content,"
+    assert (
+        server_reply
+        == b"71:Dnetstring length exceeds storage limit while receiving message content,"
+    )
     assert PRESETS["postfix"].error_delay == 1.0
 
 
@@ -253,7 +264,11 @@ def test_a_unix_socket(tmp_path: Path):
 
 
 def test_a_port_that_is_taken():
-    with running_sink() as sink, pytest.raises(OSError, match="in use"), running_sink(port=sink.port):
+    with (
+        running_sink() as sink,
+        pytest.raises(OSError, match="in use"),
+        running_sink(port=sink.port),
+    ):
         pass
 
 

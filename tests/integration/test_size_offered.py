@@ -1,4 +1,5 @@
-"""The size limit that the front end offers follows the routes, also while it runs, and a real Postfix takes it."""
+"""The size limit that the front end offers follows the routes, also while it runs, and a real
+Postfix takes it."""
 
 import asyncio
 import os
@@ -59,7 +60,9 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     async def scenario() -> None:
         policy = Policy(settings)
-        receiver = SimpleNamespace(deadline=60.0, store=SpoolerClient(never, lambda _ids, _route: None))
+        receiver = SimpleNamespace(
+            deadline=60.0, store=SpoolerClient(never, lambda _ids, _route: None)
+        )
         server = SmtpServer(
             asyncio.get_running_loop(), settings, cast(Any, receiver), policy,
             Greeting(settings.hostname, 1), lambda: size_offered(settings.max_message_size, routes),
@@ -101,12 +104,15 @@ def postfix(request: pytest.FixtureRequest) -> Iterator[Postfix]:
 
 @pytest.mark.parametrize("width", [20, 40, 60, 76, 998])
 def test_Postfix_takes_what_is_offered(postfix: Postfix, deliver: Deliver, width: int) -> None:
-    """It counts more than we do, by the line and by the recipient; what it calls too large bounces."""
+    """It counts more than we do, by the line and by the recipient; what it calls too large
+    bounces."""
     offered = size_offered(1 << 40, Routes([Route("r", (), max_size=postfix.size_limit)]))
     line = b"x" * width + b"\n"
     body = HEADER + b"\n" + line * ((offered - len(HEADER) - 1) // len(line))
     recipients = [b"recipient%d@example.org" % n for n in range(10)]
     result = deliver(postfix.port, body, *recipients)
     assert result.outcome is Outcome.DELIVERED, result.text
-    over = deliver(postfix.port, body + line * ((postfix.size_limit - offered) // len(line)), *recipients)
+    over = deliver(
+        postfix.port, body + line * ((postfix.size_limit - offered) // len(line)), *recipients
+    )
     assert over.outcome is Outcome.REJECTED, "as it does with any larger one"

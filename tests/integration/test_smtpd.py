@@ -1,7 +1,7 @@
 """The front end over real TCP: what a client hears, what is on disk, what was committed.
 
-Most tests run the server in a thread, with a real spool, a real writer and a database that is a list; the last ones run
-the whole program on a real database.
+Most tests run the server in a thread, with a real spool, a real writer and a database that is a
+list; the last ones run the whole program on a real database.
 """
 
 import asyncio
@@ -98,7 +98,9 @@ class Running:
             Openings(self.bodies_at_once),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
-        self.server = SmtpServer(self.loop, self.settings, self.receiver, Policy(self.settings), greeting)
+        self.server = SmtpServer(
+            self.loop, self.settings, self.receiver, Policy(self.settings), greeting
+        )
         [(self.host, self.port)] = await self.server.listen([("127.0.0.1", 0)])
         self._ready.set()
         await self._stop.wait()
@@ -110,7 +112,9 @@ class Running:
 
     async def _keep(self, channel: socket.socket) -> None:
         with channel:
-            await self.loop.run_in_executor(None, Spooler(channel, self.spool, self.database.commit).run)
+            await self.loop.run_in_executor(
+                None, Spooler(channel, self.spool, self.database.commit).run
+            )
 
     def ask_to_stop(self, drain: float) -> None:
         self.drain = drain
@@ -122,7 +126,9 @@ class Running:
         self._thread.join(30)
         assert not self._thread.is_alive()
         room = self.server.policy.room
-        assert (room._claimed, room._stored, room._strange, room._strangers) == (0, 0, 0, {}), "every claim ended"
+        assert (room._claimed, room._stored, room._strange, room._strangers) == (0, 0, 0, {}), (
+            "every claim ended"
+        )
 
     def bodies(self) -> list[str]:
         return [path.name for path in self.spool.directory.glob("*/*")]
@@ -182,7 +188,13 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
     def start(bodies_at_once: int = 100, **settings: Any) -> Running:
-        made = load(SmtpdSettings, state_dir=tmp_path, spool_dir=spool.directory, hostname="relay.example", **settings)
+        made = load(
+            SmtpdSettings,
+            state_dir=tmp_path,
+            spool_dir=spool.directory,
+            hostname="relay.example",
+            **settings,
+        )
         running.append(Running(spool, made, bodies_at_once))
         return running[-1]
 
@@ -255,7 +267,11 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., Running]) 
     [message] = running.database.messages
     assert [one.address for one in message.recipients] == ["b c@example.org", "d@example.org"]
     assert {one.notify for one in message.recipients} == {"SUCCESS"}
-    assert (message.sender, message.helo, message.protocol) == ("a@example.com", "client.example", "ESMTP")
+    assert (message.sender, message.helo, message.protocol) == (
+        "a@example.com",
+        "client.example",
+        "ESMTP",
+    )
     assert (message.body_type, message.ret, message.envid) == ("8BITMIME", "FULL", "x+2B")
     assert (message.header_message_id, message.client_address) == ("<m@i>", "127.0.0.1")
     assert stored(running, message) == b"Message-ID: <m@i>\n\n..\n"
@@ -356,19 +372,28 @@ def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., Running]) ->
 def test_a_header_in_utf_8_passes_and_an_address_does_not(run: Callable[..., Running]) -> None:
     running = run()
     mail = EmailMessage(policy=policy.SMTPUTF8)
-    mail["From"], mail["To"], mail["Subject"] = "J\xfcrgen <a@example.com>", "b@example.org", "Gr\xfc\xdfe \u2603"
+    mail["From"], mail["To"], mail["Subject"] = (
+        "J\xfcrgen <a@example.com>",
+        "b@example.org",
+        "Gr\xfc\xdfe \u2603",
+    )
     mail.set_content("hello\n")
     options = ["SMTPUTF8", "BODY=8BITMIME"]
     with smtplib.SMTP(running.host, running.port, local_hostname="client.example") as client:
         client.sendmail("a@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options)
         with pytest.raises(smtplib.SMTPSenderRefused) as refused:
-            client.sendmail("j\xfcrgen@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options)
+            client.sendmail(
+                "j\xfcrgen@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options
+            )
         assert refused.value.smtp_code == 553
     [message] = running.database.messages
     assert (message.protocol, message.body_type) == ("UTF8SMTP", "8BITMIME")
     body = stored(running, message)
     assert b"with UTF8SMTP id" in running.spool.path(message.id).read_bytes()
-    assert "From: J\xfcrgen <a@example.com>\nTo: b@example.org\nSubject: Gr\xfc\xdfe \u2603\n".encode() in body
+    assert (
+        "From: J\xfcrgen <a@example.com>\nTo: b@example.org\nSubject: Gr\xfc\xdfe \u2603\n".encode()
+        in body
+    )
 
 
 @pytest.fixture
@@ -401,7 +426,9 @@ def test_what_postfix_sendmail_takes_with_utf_8_in_its_header_arrives(
     assert "Subject: Gr\xfc\xdfe \u2603\n".encode() in running.spool.path(message.id).read_bytes()
 
 
-def test_the_trace_names_no_one_of_several_and_escapes_the_client(run: Callable[..., Running]) -> None:
+def test_the_trace_names_no_one_of_several_and_escapes_the_client(
+    run: Callable[..., Running],
+) -> None:
     running = run()
     with talking(running) as client:
         client.hears(b"220")
@@ -411,7 +438,9 @@ def test_the_trace_names_no_one_of_several_and_escapes_the_client(run: Callable[
         client.say(b".", b"250")
     [message] = running.database.messages
     body = running.spool.path(message.id).read_bytes()
-    assert body.startswith(b"Received: from evil?host? ([127.0.0.1])\n\tby relay.example with SMTP id ")
+    assert body.startswith(
+        b"Received: from evil?host? ([127.0.0.1])\n\tby relay.example with SMTP id "
+    )
     assert b'\n\tfor <"b c"@d>; ' in body
     assert (message.sender, message.helo) == ("", "evil(host)")
 
@@ -427,7 +456,10 @@ def test_C19_two_messages_in_one_packet(run: Callable[..., Running]) -> None:
         client.socket.shutdown(socket.SHUT_WR)
         client.hears(b"250 2.0.0", b"221 2.0.0")
         assert client.closed()
-    assert [stored(running, message) for message in running.database.messages] == [b"one\n", b"two\n"]
+    assert [stored(running, message) for message in running.database.messages] == [
+        b"one\n",
+        b"two\n",
+    ]
 
 
 def test_C2_smuggled_content_leaves_nothing_behind(run: Callable[..., Running]) -> None:
@@ -471,7 +503,9 @@ def test_C21_a_client_that_goes_before_its_message_was_taken(run: Callable[..., 
         assert running.database.taken.wait(10)
         second.begin()
         second.send(b"second\r\n.\r\n")
-        until(lambda: len(running.bodies()) == 2)  # one is being committed, one is stored: no more is taken
+        until(
+            lambda: len(running.bodies()) == 2
+        )  # one is being committed, one is stored: no more is taken
         third.begin()
         third.send(b"third\r\n.\r\n")
         third.close()
@@ -479,11 +513,16 @@ def test_C21_a_client_that_goes_before_its_message_was_taken(run: Callable[..., 
         running.database.gate.set()
         first.hears(b"250 2.0.0")
         second.hears(b"250 2.0.0")
-    assert [stored(running, message) for message in running.database.messages] == [b"first\n", b"second\n"]
+    assert [stored(running, message) for message in running.database.messages] == [
+        b"first\n",
+        b"second\n",
+    ]
     assert len(running.bodies()) == 2
 
 
-def test_C23_past_the_deadline_451_and_only_what_is_in_doubt_is_kept(run: Callable[..., Running]) -> None:
+def test_C23_past_the_deadline_451_and_only_what_is_in_doubt_is_kept(
+    run: Callable[..., Running],
+) -> None:
     running = run(accept_deadline=0.5)
     running.database.gate.clear()
     with talking(running) as first, talking(running) as second:
@@ -500,7 +539,9 @@ def test_C23_past_the_deadline_451_and_only_what_is_in_doubt_is_kept(run: Callab
     assert stored(running, message) == b"first\n"
 
 
-def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(run: Callable[..., Running]) -> None:
+def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(
+    run: Callable[..., Running],
+) -> None:
     running = run()
     running.database.error = ValueError("secret reason")
     with talking(running) as client:
@@ -522,7 +563,12 @@ def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(run: Call
 @pytest.mark.parametrize("size", [100, 3 * BLOCK])
 @pytest.mark.parametrize("call", ["write", "fdatasync", "create"])
 def test_C22_disk_faults_are_temporary_and_leave_nothing(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, number: int, reply: bytes, call: str, size: int
+    run: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    reply: bytes,
+    call: str,
+    size: int,
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(number, "of the disk /secret/path")
@@ -558,7 +604,9 @@ def test_a_slow_disk_stops_the_client_not_the_memory(
     size = 64 * BLOCK
     with talking(running) as client:
         client.begin()
-        sender = threading.Thread(target=client.send, args=((b"x" * 998 + b"\r\n") * (size // 1000) + b".\r\n",))
+        sender = threading.Thread(
+            target=client.send, args=((b"x" * 998 + b"\r\n") * (size // 1000) + b".\r\n",)
+        )
         sender.start()
         [connection] = running.server.connections
         until(lambda: connection._paused)
@@ -592,7 +640,9 @@ def test_C26_over_all_connections(run: Callable[..., Running]) -> None:
         assert two.closed()
 
 
-def test_C26_a_quarter_of_the_connections_is_kept_for_clients_that_are_trusted(run: Callable[..., Running]) -> None:
+def test_C26_a_quarter_of_the_connections_is_kept_for_clients_that_are_trusted(
+    run: Callable[..., Running],
+) -> None:
     running = run(max_connections=4, **CLOSED)
     with ExitStack() as stack:
         strangers = [stack.enter_context(talking(running, STRANGER)) for _ in range(3)]
@@ -645,7 +695,11 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., Running]) -> No
         assert len(running.bodies()) == 2
         first.say(b".", b"250")
         second.hears(b"250")
-    assert [len(stored(running, one)) for one in running.database.messages] == [2, 3_996_000, 3_996_000]
+    assert [len(stored(running, one)) for one in running.database.messages] == [
+        2,
+        3_996_000,
+        3_996_000,
+    ]
     until(lambda: running.receiver.openings._free == 1)
 
 
@@ -676,14 +730,18 @@ def test_strangers_that_never_end_their_messages_leave_room_for_clients(
 
     def statvfs(_path: Path) -> SimpleNamespace:
         used = sum(path.stat().st_size for path in running.spool.directory.glob("*/*"))
-        return SimpleNamespace(f_files=0, f_favail=0, f_bavail=capacity + ROOM_KEPT_FREE - used, f_frsize=1)
+        return SimpleNamespace(
+            f_files=0, f_favail=0, f_bavail=capacity + ROOM_KEPT_FREE - used, f_frsize=1
+        )
 
     monkeypatch.setattr("reception.policy.os.statvfs", statvfs)
     with ExitStack() as stack:
         strangers = [stack.enter_context(talking(running, f"127.0.1.{n}")) for n in range(1, 9)]
         for n, stranger in enumerate(strangers, 1):
             stranger.begin()
-            [connection] = [one for one in running.server.connections if one._client == f"127.0.1.{n}"]
+            [connection] = [
+                one for one in running.server.connections if one._client == f"127.0.1.{n}"
+            ]
             stranger.send((b"x" * 998 + b"\r\n") * 800)
             until(partial(has_sent, connection, 800_000))
         room = running.server.policy.room
@@ -694,13 +752,18 @@ def test_strangers_that_never_end_their_messages_leave_room_for_clients(
         again.hears(b"250", b"452 4.3.1")
         client = stack.enter_context(talking(running))
         client.hears(b"220")
-        client.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=900000\r\nRCPT TO:<b@example.org>\r\nDATA\r\n")
+        client.send(
+            b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=900000\r\nRCPT TO:<b@example.org>\r\nDATA\r\n"
+        )
         client.hears(b"250", b"250", b"250", b"354")
         client.send(b"x" * 900_000 + b"\r\n.\r\n")
         client.hears(b"250 2.0.0")
         for stranger in strangers:
             stranger.send(b".\r\n")
-        assert sorted(stranger.reply()[:9] for stranger in strangers) == [b"250 2.0.0"] * 3 + [b"452 4.3.1"] * 5
+        assert (
+            sorted(stranger.reply()[:9] for stranger in strangers)
+            == [b"250 2.0.0"] * 3 + [b"452 4.3.1"] * 5
+        )
     assert len(running.database.messages) == 4
     until(lambda: len(running.bodies()) == 4)
 
@@ -731,7 +794,9 @@ def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., Running]
         assert client.closed()
 
 
-def test_C26_a_command_has_so_long_from_its_beginning_to_its_end(run: Callable[..., Running]) -> None:
+def test_C26_a_command_has_so_long_from_its_beginning_to_its_end(
+    run: Callable[..., Running],
+) -> None:
     running = run(smtp_timeout=1.0)
     with talking(running) as client:
         client.hears(b"220")
@@ -808,7 +873,9 @@ def test_what_has_arrived_is_read_before_a_deadline_counts(
         client.hears(b"250 2.0.0")
 
 
-def test_a_tick_that_comes_late_ends_nothing(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tick_that_comes_late_ends_nothing(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(smtp_timeout=2.0)
     seen: list[str] = []
     tick, look = SmtpServer._tick, SmtpServer._look_at_clock
@@ -868,16 +935,23 @@ def test_a_flood_of_commands_keeps_nobody_waiting(
     flood = spawn([sys.executable, "-c", FLOOD, str(running.port)], stdout=subprocess.PIPE)
     assert flood.stdout is not None
     assert flood.stdout.readline() == b"flooding\n"
-    until(lambda: sum(one._session.lines > 10_000 for one in tuple(running.server.connections)) == 4, 60)
+    until(
+        lambda: sum(one._session.lines > 10_000 for one in tuple(running.server.connections)) == 4,
+        60,
+    )
     for _ in range(5):
         with talking(running) as client:
-            client.socket.settimeout(5)  # a process that obeys all that it has read takes a multiple of it
+            client.socket.settimeout(
+                5
+            )  # a process that obeys all that it has read takes a multiple of it
             client.hears(b"220")
             client.say(b"EHLO client.example", b"250")
             client.say(b"NOOP", b"250")
 
 
-def test_replies_that_are_not_read_are_no_more_than_a_turn_beyond_the_buffer(run: Callable[..., Running]) -> None:
+def test_replies_that_are_not_read_are_no_more_than_a_turn_beyond_the_buffer(
+    run: Callable[..., Running],
+) -> None:
     running = run()
     with talking(running) as client:
         client.hears(b"220")
@@ -924,7 +998,9 @@ def test_whether_the_client_is_trusted_is_kept(run: Callable[..., Running]) -> N
     assert [message.client_trusted for message in running.database.messages] == [True]
 
 
-def test_stopping_lets_a_transaction_finish_and_sends_idle_clients_away(run: Callable[..., Running]) -> None:
+def test_stopping_lets_a_transaction_finish_and_sends_idle_clients_away(
+    run: Callable[..., Running],
+) -> None:
     running = run()
     with talking(running) as idle, talking(running) as busy:
         idle.hears(b"220")
@@ -953,12 +1029,15 @@ def test_stopping_does_not_wait_for_ever(run: Callable[..., Running]) -> None:
 
 def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., Running]) -> None:
     running = run()
-    listening = asyncio.run_coroutine_threadsafe(running.server.listen([(running.host, running.port)]), running.loop)
+    listening = asyncio.run_coroutine_threadsafe(
+        running.server.listen([(running.host, running.port)]), running.loop
+    )
     with pytest.raises(ListenError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
         listening.result(10)
 
 
-# --- the whole program ------------------------------------------------------------------------------------
+# --- the whole program
+# ------------------------------------------------------------------------------------
 
 PROGRAM = """
 from relay.log import configure
@@ -989,15 +1068,24 @@ class Program:
         } | {f"RELAY_{name.upper()}": value for name, value in settings.items()}
         limited = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"] if descriptors else []
         with self.log.open("wb") as stderr:
-            self.process = spawn([*limited, sys.executable, "-c", PROGRAM], env=environment, stderr=stderr)
-        until(lambda: self.events("listening") or self.process.poll() is not None, 30, what=self.log.read_text)
+            self.process = spawn(
+                [*limited, sys.executable, "-c", PROGRAM], env=environment, stderr=stderr
+            )
+        until(
+            lambda: self.events("listening") or self.process.poll() is not None,
+            30,
+            what=self.log.read_text,
+        )
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [e for e in map(json.loads, self.log.read_text().splitlines()) if e["event"] == name]
 
     def keepers(self) -> list[int]:
         return [
-            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            int(pid)
+            for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            .read_text()
+            .split()
         ]
 
     def replace_keeper(self) -> None:
@@ -1008,12 +1096,17 @@ class Program:
 
     def send(self, *recipients: str, lines: int = 1) -> None:
         with smtplib.SMTP("127.0.0.1", self.port) as client:
-            client.sendmail("a@example.com", recipients, b"Subject: x\r\n\r\n" + b"body\r\n" * lines)
+            client.sendmail(
+                "a@example.com", recipients, b"Subject: x\r\n\r\n" + b"body\r\n" * lines
+            )
 
 
 @pytest.fixture
 def program(
-    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+    database_url: str,
+    tmp_path: Path,
+    spawn: Callable[..., subprocess.Popen[Any]],
+    free_port: Callable[[], int],
 ) -> Program:
     return Program(tmp_path, database_url, spawn, free_port())
 
@@ -1023,19 +1116,27 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
 ) -> None:
     program.send("b@example.org", "c@example.org")
     for process in (program.process.pid, *program.keepers()):
-        assert "Umask:\t0077\n" in Path(f"/proc/{process}/status").read_text(), "whatever is made is ours alone"
+        assert "Umask:\t0077\n" in Path(f"/proc/{process}/status").read_text(), (
+            "whatever is made is ours alone"
+        )
     engine = create_engine(database_url)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM recipients")).scalar() == 2
         assert connection.execute(text("SELECT state FROM deliveries")).scalar() == "queued"
     engine.dispose()
     [accepted] = program.events("accepted")
-    assert (accepted["sender"], accepted["recipients"], accepted["client"]) == ("a@example.com", 2, "127.0.0.1")
+    assert (accepted["sender"], accepted["recipients"], accepted["client"]) == (
+        "a@example.com",
+        2,
+        "127.0.0.1",
+    )
     program.process.send_signal(signal.SIGTERM)
     assert program.process.wait(20) == 0
 
 
-def test_a_keeper_that_is_killed_leaves_nobody_without_an_answer_and_is_replaced(program: Program) -> None:
+def test_a_keeper_that_is_killed_leaves_nobody_without_an_answer_and_is_replaced(
+    program: Program,
+) -> None:
     [keeper] = until(program.keepers)
     os.kill(keeper, signal.SIGSTOP)
     with closing(Client("127.0.0.1", program.port)) as client:
@@ -1046,7 +1147,11 @@ def test_a_keeper_that_is_killed_leaves_nobody_without_an_answer_and_is_replaced
         client.hears(b"451 4.3.0", b"250 2.0.0")
     until(lambda: program.keepers() not in ([], [keeper]))
     program.send("b@example.org")
-    assert len(program.events("keeper died, starting it again")) == len(program.events("accepted")) == 1
+    assert (
+        len(program.events("keeper died, starting it again"))
+        == len(program.events("accepted"))
+        == 1
+    )
 
 
 def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Program) -> None:
@@ -1065,7 +1170,10 @@ def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Progra
 
 
 def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
-    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+    database_url: str,
+    tmp_path: Path,
+    spawn: Callable[..., subprocess.Popen[Any]],
+    free_port: Callable[[], int],
 ) -> None:
     program = Program(tmp_path, database_url, spawn, free_port(), accept_deadline="4s")
     [keeper] = program.keepers()
@@ -1075,7 +1183,9 @@ def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
         client.begin()
         client.send(b"x\r\n.\r\nNOOP\r\n")
         ended = time.monotonic()
-        with closing(Client("127.0.0.1", program.port)) as later:  # what came before it has been read by now
+        with closing(
+            Client("127.0.0.1", program.port)
+        ) as later:  # what came before it has been read by now
             later.hears(b"220")
             later.say(b"NOOP", b"250")
         program.process.send_signal(signal.SIGSTOP)
@@ -1094,7 +1204,10 @@ def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
 
 
 def test_without_descriptors_clients_wait_and_none_is_dropped(
-    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+    database_url: str,
+    tmp_path: Path,
+    spawn: Callable[..., subprocess.Popen[Any]],
+    free_port: Callable[[], int],
 ) -> None:
     program = Program(
         tmp_path, database_url, spawn, free_port(), descriptors=160, max_connections_per_client="1000"
@@ -1102,10 +1215,14 @@ def test_without_descriptors_clients_wait_and_none_is_dropped(
     [warning] = program.events("RLIMIT_NOFILE too low for RELAY_MAX_CONNECTIONS")
     assert (warning["limit"], warning["max_connections"]) == (160, 1000)
     with ExitStack() as stack:
-        clients = [stack.enter_context(closing(Client("127.0.0.1", program.port))) for _ in range(120)]
+        clients = [
+            stack.enter_context(closing(Client("127.0.0.1", program.port))) for _ in range(120)
+        ]
         until(lambda: program.events("accepting paused"))
         clients[0].begin()
-        clients[0].send(b"x\r\n" * 200_000 + b".\r\n")  # there are descriptors left for a large message
+        clients[0].send(
+            b"x\r\n" * 200_000 + b".\r\n"
+        )  # there are descriptors left for a large message
         clients[0].hears(b"250 2.0.0 Ok: queued")
         for client in clients[1:]:  # all in turn, as those before them leave
             client.hears(b"220")
@@ -1115,9 +1232,13 @@ def test_without_descriptors_clients_wait_and_none_is_dropped(
 
 
 def test_what_was_answered_451_is_not_delivered_by_the_same_try(
-    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+    database_url: str,
+    tmp_path: Path,
+    spawn: Callable[..., subprocess.Popen[Any]],
+    free_port: Callable[[], int],
 ) -> None:
-    """Somebody holds a lock for longer than the deadline, and less long than a statement may take elsewhere."""
+    """Somebody holds a lock for longer than the deadline, and less long than a statement may take
+    elsewhere."""
     program = Program(tmp_path, database_url, spawn, free_port(), ACCEPT_DEADLINE="2s")
     engine = connect(database_url)
     with writing(engine) as connection:
@@ -1128,17 +1249,24 @@ def test_what_was_answered_451_is_not_delivered_by_the_same_try(
         assert caught.value.smtp_code == 451
     program.send("taken@example.org")  # there is one committer, and it goes by turns
     with reading(engine) as connection:
-        assert connection.execute(text("SELECT address FROM recipients")).scalars().all() == ["taken@example.org"]
+        assert connection.execute(text("SELECT address FROM recipients")).scalars().all() == [
+            "taken@example.org"
+        ]
     engine.dispose()
     assert len([*(tmp_path / "state" / "spool").glob("*/*")]) == 1
 
 
-MAY_MOUNT = bool(int(re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[0], 16) >> 21 & 1)
+MAY_MOUNT = bool(
+    int(re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[0], 16) >> 21 & 1
+)
 
 
 @pytest.mark.skipif(not MAY_MOUNT, reason="only who may administer the system may mount")
 def test_a_spool_that_is_unmounted_below_the_program_is_451_until_it_is_back(
-    database_url: str, tmp_path: Path, spawn: Callable[..., subprocess.Popen[Any]], free_port: Callable[[], int]
+    database_url: str,
+    tmp_path: Path,
+    spawn: Callable[..., subprocess.Popen[Any]],
+    free_port: Callable[[], int],
 ) -> None:
     disk, place = tmp_path / "disk", tmp_path / "state" / "spool"
     disk.mkdir()

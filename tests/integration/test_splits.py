@@ -1,7 +1,8 @@
-"""Bisection, on both databases: the bad recipient is found by halves, and everybody else gets the mail once.
+"""Bisection, on both databases: the bad recipient is found by halves, and everybody else gets the
+mail once.
 
-`Server` answers a whole request as a QMQP server does: D if any recipient is bad, K for the rest. What the queue makes
-of it is real, fenced and recorded as a worker would do it.
+`Server` answers a whole request as a QMQP server does: D if any recipient is bad, K for the rest.
+What the queue makes of it is real, fenced and recorded as a worker would do it.
 """
 
 from collections import Counter
@@ -35,7 +36,9 @@ class Server:
     """Refuses whatever has a bad recipient, in the words that `words` gives for it."""
 
     def __init__(
-        self, bad: set[str], words: Callable[[str], str] = lambda address: f"no {address} here (#5.1.1)"
+        self,
+        bad: set[str],
+        words: Callable[[str], str] = lambda address: f"no {address} here (#5.1.1)",
     ) -> None:
         self.bad, self.words = bad, words
         self.sends = 0
@@ -60,12 +63,16 @@ def deliver(office: Office, queue_id: str, server: Server, *, one_by_one: bool =
 
 
 def refuse(office: Office, claim: Claim, server: Server) -> str | None:
-    """Send, and record a D that is about an address as a worker does; None for a K, which is not recorded."""
+    """Send, and record a D that is about an address as a worker does; None for a K, which is not
+    recorded."""
     reply = server.answer(claim)
     if reply is not None:
         whole = len(claim.recipients) == 1 and claim.number == 1  # as in worker/delivery.py
         state = State.BOUNCED if whole else State.SPLIT
-        assert office.record(claim, Outcome.REJECTED, reply=reply, state=state).state in (state, State.BOUNCED)
+        assert office.record(claim, Outcome.REJECTED, reply=reply, state=state).state in (
+            state,
+            State.BOUNCED,
+        )
     return reply
 
 
@@ -91,7 +98,9 @@ def test_the_one_bad_recipient_alone_bounces(office: Office, count: int, where: 
     bad = names[0] if where == "first" else names[-1]
     queue_id, server = office.accept(*names), Server({bad})
     deliver(office, queue_id, server)
-    assert became(office, queue_id) == {name: "bounced" if name == bad else "delivered" for name in names}
+    assert became(office, queue_id) == {
+        name: "bounced" if name == bad else "delivered" for name in names
+    }
     assert server.accepted == Counter(set(names) - {bad}), "each once"
     owed = [row for row in family(office, queue_id) if row["due_at"] is not None]
     assert [row["state"] for row in owed] == ["bounced"], "one notice, for one"
@@ -108,7 +117,11 @@ def test_a_split_is_a_parent_and_two_children_that_are_due_now(office: Office) -
     parent, child = office.delivery(queue_id, 1), office.delivery(queue_id, 2)
     assert (parent["due_at"], parent["finished_at"]) == (None, None)
     assert child["due_in"] <= 0
-    assert (child["route"], child["expires_at"], child["backoff_step"]) == ("default", parent["expires_at"], 0)
+    assert (child["route"], child["expires_at"], child["backoff_step"]) == (
+        "default",
+        parent["expires_at"],
+        0,
+    )
     halves = [claim.recipients for claim in office.claim(queue_id)]
     assert halves == [tuple(addresses(5)[:3]), tuple(addresses(5)[3:])]
 
@@ -139,14 +152,22 @@ def test_who_lost_its_claim_cuts_nothing(office: Office) -> None:
 @pytest.mark.parametrize("count", [4, 32])
 def test_both_first_halves_refused_in_the_same_words_bounce_all(office: Office, count: int) -> None:
     names = addresses(count)
-    queue_id, server = office.accept(*names), Server(set(names), lambda _: "your list is not welcome (#5.1.8)")
+    queue_id, server = (
+        office.accept(*names),
+        Server(set(names), lambda _: "your list is not welcome (#5.1.8)"),
+    )
     deliver(office, queue_id, server)
     assert set(became(office, queue_id).values()) == {"bounced"}
     assert server.sends == 3, "the whole, and its halves"
     assert server.accepted == Counter()
     states = Counter(row["state"] for row in family(office, queue_id))
-    assert states == {"split": 2, "bounced": 3}, "the first half was cut before the second was heard of"
-    assert all((row["due_at"] is not None) == (row["state"] == "bounced") for row in family(office, queue_id))
+    assert states == {"split": 2, "bounced": 3}, (
+        "the first half was cut before the second was heard of"
+    )
+    assert all(
+        (row["due_at"] is not None) == (row["state"] == "bounced")
+        for row in family(office, queue_id)
+    )
 
 
 def test_what_was_cut_already_bounces_with_the_other_half(office: Office) -> None:
@@ -190,7 +211,8 @@ def test_halves_may_be_cut_at_the_same_time(postgres_office: Office) -> None:
 
 
 def test_a_round_waits_for_no_relatives(postgres_office: Office) -> None:
-    """It has locked its own in key order: if it waited for more, two rounds could wait for each other."""
+    """It has locked its own in key order: if it waited for more, two rounds could wait for each
+    other."""
     office, names = postgres_office, addresses(3)
     queue_id, server = office.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
     (whole,) = office.claim(queue_id)
@@ -200,7 +222,13 @@ def test_a_round_waits_for_no_relatives(postgres_office: Office) -> None:
     with writing(office.engine) as connection:
         lock(connection, queue_id, 4)
         refuse(office, one, server)
-    assert [row["state"] for row in family(office, queue_id)] == ["split", "split", "bounced", "queued", "bounced"]
+    assert [row["state"] for row in family(office, queue_id)] == [
+        "split",
+        "split",
+        "bounced",
+        "queued",
+        "bounced",
+    ]
     assert [claim.number for claim in office.claim(queue_id)] == [4]
 
 
@@ -227,7 +255,8 @@ def lock(connection: Connection, queue_id: str, number: int) -> None:
     assert connection.execute(text(sql), {"id": dashed(queue_id), "number": number}).first()
 
 
-# --- by route -----------------------------------------------------------------------------------------------
+# --- by route
+# -----------------------------------------------------------------------------------------------
 
 
 def way(address: str) -> str:
@@ -237,22 +266,32 @@ def way(address: str) -> str:
 
 def reroute(office: Office, route: str = "bulk") -> int:
     verbs = QueueOperations(office.engine, notices=True)
-    return verbs.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[0].total()
+    return verbs.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[
+        0
+    ].total()
 
 
 def ways(office: Office, queue_id: str) -> dict[str, tuple[int, str, str]]:
     """Number, state and route of each recipient's delivery."""
     sql = """SELECT r.address, d.number, d.state, d.route FROM recipients r JOIN deliveries d
         ON d.queue_id = r.queue_id AND d.number = r.delivery WHERE r.queue_id = @id(:id) ORDER BY r.position"""
-    return {row["address"]: (row["number"], row["state"], row["route"]) for row in office.rows(sql, id=queue_id)}
+    return {
+        row["address"]: (row["number"], row["state"], row["route"])
+        for row in office.rows(sql, id=queue_id)
+    }
 
 
-def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(office: Office) -> None:
+def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
+    office: Office,
+) -> None:
     """All would follow the first to servers that know nothing of the others, and bounce them."""
     queue_id = office.accept(*(f"bulk:{n}@{'abac'[n]}.test" for n in range(4)), "default:z@d.test")
     (claim,) = office.claim(queue_id, room={"bulk": 1})
     office.record(claim, Outcome.DEFERRED, backoff_step=3)
-    office.change("UPDATE deliveries SET crash_count = 2 WHERE queue_id = @id(:id) AND route = 'bulk'", id=queue_id)
+    office.change(
+        "UPDATE deliveries SET crash_count = 2 WHERE queue_id = @id(:id) AND route = 'bulk'",
+        id=queue_id,
+    )
     whole = office.delivery(queue_id)
     assert reroute(office) == 1
     found = ways(office, queue_id)
@@ -280,7 +319,10 @@ def test_what_is_held_is_divided_and_stays_held(office: Office) -> None:
     verbs = QueueOperations(office.engine, notices=True)
     verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="me", reason="a look")
     assert reroute(office) == 1
-    assert [(state, route) for _, state, route in ways(office, queue_id).values()] == [("held", "a"), ("held", "b")]
+    assert [(state, route) for _, state, route in ways(office, queue_id).values()] == [
+        ("held", "a"),
+        ("held", "b"),
+    ]
     assert "a look" in office.delivery(queue_id, 2)["last_reply"]
     verbs.apply(OPERATIONS["release"], Filter(id=queue_id), actor="me", reason="")
     assert len(office.claim(queue_id, room={"a": 1, "b": 1})) == 2
@@ -312,7 +354,8 @@ def test_a_late_K_holds_for_what_was_divided_since(office: Office) -> None:
 
 
 def test_numbers_of_pieces_are_nobody_elses(postgres_office: Office) -> None:
-    """While one delivery is divided by route another of the same message is cut, and neither waits for the other."""
+    """While one delivery is divided by route another of the same message is cut, and neither waits
+    for the other."""
     office = postgres_office
     queue_id = office.accept(*addresses(4), *(f"bulk:{n}@{n}.test" for n in range(5)))
     (claim,) = office.claim(queue_id)
@@ -322,7 +365,9 @@ def test_numbers_of_pieces_are_nobody_elses(postgres_office: Office) -> None:
         elsewhere.divide(connection, dashed(queue_id), 2, {str(n): [5 + n] for n in range(5)})
         assert office.record(claim, Outcome.REJECTED, state=State.SPLIT).state is State.SPLIT
         assert len(office.claim(queue_id)) == 2
-    assert [address for address, (_, _, route) in ways(office, queue_id).items() if route == "default"] == addresses(4)
+    assert [
+        address for address, (_, _, route) in ways(office, queue_id).items() if route == "default"
+    ] == addresses(4)
     assert [route for _, _, route in ways(office, queue_id).values()][4:] == list("01234")
     numbers = [row["number"] for row in family(office, queue_id)]
     assert len(set(numbers)) == len(numbers) == 2 + 2 + 8
@@ -346,7 +391,9 @@ def test_two_recipients_who_are_both_bad_bounce_both(office: Office) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])
-def test_a_list_with_too_many_recipients_is_cut_until_the_server_takes_it(office: Office, most: int) -> None:
+def test_a_list_with_too_many_recipients_is_cut_until_the_server_takes_it(
+    office: Office, most: int
+) -> None:
     """Every half is refused in the same words, and there are more pieces than LARGEST."""
     names = addresses(150)
     queue_id, server = office.accept(*names), Server(set())
@@ -384,7 +431,9 @@ def test_no_more_than_so_many_pieces(office: Office) -> None:
 
 def test_other_routes_keep_their_recipients(office: Office) -> None:
     queue_id = office.accept("bulk:x@example.org", *addresses(4), "bulk:y@example.org")
-    claims = {claim.route: claim for claim in office.claim(queue_id, room={"default": 9, "bulk": 9})}
+    claims = {
+        claim.route: claim for claim in office.claim(queue_id, room={"default": 9, "bulk": 9})
+    }
     office.record(claims["default"], Outcome.REJECTED, state=State.SPLIT)
     assert office.record(claims["bulk"], Outcome.DELIVERED).state is State.DELIVERED
     deliver(office, queue_id, Server({"0@example.org"}))
@@ -427,7 +476,11 @@ def test_every_recipient_ends_once_whoever_is_bad(office: Office, data: st.DataO
     queue_id, server = office.accept(*names), Server(bad)
     deliver(office, queue_id, server, one_by_one=data.draw(st.booleans()))
     states = became(office, queue_id)
-    assert states == {name: "bounced" if name in bad else "delivered" for name in names}, "few pieces, distinct words"
+    assert states == {name: "bounced" if name in bad else "delivered" for name in names}, (
+        "few pieces, distinct words"
+    )
     assert server.accepted == Counter(set(names) - bad)
     assert server.sends <= LARGEST
-    assert Counter(row["state"] for row in family(office, queue_id))["split"] == (server.sends - 1) / 2
+    assert (
+        Counter(row["state"] for row in family(office, queue_id))["split"] == (server.sends - 1) / 2
+    )

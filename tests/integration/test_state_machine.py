@@ -1,10 +1,12 @@
-"""The queue against a model of it: whatever happens in whatever order, both say the same, on both databases.
+"""The queue against a model of it: whatever happens in whatever order, both say the same, on both
+databases.
 
-Hypothesis makes up histories: mail is accepted, workers claim, report, vanish and wake up, leases run out, times come,
-senders are told and whoever tells them is killed, operators meddle. A small Python model says what must be so after
-each step, and at last everything is brought to its end. The model also knows what no database can know: whether the
-server really took a message, and whom the bytes of a notice name. Time passes by `Office.pass_time` alone, in steps so
-large, and so unlike the delays, that the seconds which a run takes cannot matter.
+Hypothesis makes up histories: mail is accepted, workers claim, report, vanish and wake up, leases
+run out, times come, senders are told and whoever tells them is killed, operators meddle. A small
+Python model says what must be so after each step, and at last everything is brought to its end. The
+model also knows what no database can know: whether the server really took a message, and whom the
+bytes of a notice name. Time passes by `Office.pass_time` alone, in steps so large, and so unlike
+the delays, that the seconds which a run takes cannot matter.
 """
 
 import itertools
@@ -38,12 +40,25 @@ from tests.integration.office import OUTCOME_POLICY, Office, new_message
 type Key = tuple[str, int]
 
 STEP = 13_700.0
-GRACE, DELAY, UNCERTAIN_DELAY, LEASE, SESSION, LIFETIME = 10_000.0, 20_000.0, 30_000.0, 20_000.0, 10_000.0, 200_000.0
+GRACE, DELAY, UNCERTAIN_DELAY, LEASE, SESSION, LIFETIME = (
+    10_000.0,
+    20_000.0,
+    30_000.0,
+    20_000.0,
+    10_000.0,
+    200_000.0,
+)
 GATHER, WARNING = 5_000.0, 45_000.0
-NEAR = 50.0  # no two times of the model that differ come nearer than this, nor does a run take so long
+NEAR = (
+    50.0  # no two times of the model that differ come nearer than this, nor does a run take so long
+)
 POISON = 3
 TOOK = (Outcome.DELIVERED, Outcome.UNCERTAIN, Outcome.MALFORMED)
-NOT_TOOK = (*(outcome for outcome in Outcome if outcome is not Outcome.DELIVERED), Outcome.REJECTED, Outcome.REJECTED)
+NOT_TOOK = (
+    *(outcome for outcome in Outcome if outcome is not Outcome.DELIVERED),
+    Outcome.REJECTED,
+    Outcome.REJECTED,
+)
 WANTED = {"hold": State.HELD, "drop": State.DROPPED, "bounce": State.BOUNCED, "retry": State.QUEUED}
 ROUTES = ("default", "bulk")
 FAILED = (State.BOUNCED, State.EXPIRED)
@@ -57,7 +72,10 @@ NOTIFY: dict[str | None, frozenset[str]] = {
 SAME = "user unknown (#5.1.1)"  # what servers say again and again
 BY_OPERATOR = "an operator did that"
 # Everything else happens in both.
-VARIANTS: dict[str, dict[str, Any]] = {"warnings": {"delay_warning": WARNING}, "hold": {"uncertain": "hold"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "warnings": {"delay_warning": WARNING},
+    "hold": {"uncertain": "hold"},
+}
 # What happens, and how often for each time that the others do.
 HAPPENINGS = [
     what
@@ -77,11 +95,13 @@ def some[T](chance: Random, these: Sequence[T], share: float) -> list[T]:
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing is caught, nothing is cleaned up, the database rolls back what was not committed."""
+    """Stands for kill -9: nothing is caught, nothing is cleaned up, the database rolls back what
+    was not committed."""
 
 
 class Deadly(Spool):
-    """The spool of a process that is killed when half a body is written, or when one is to be removed."""
+    """The spool of a process that is killed when half a body is written, or when one is to be
+    removed."""
 
     def __init__(self, directory: Path, last: str) -> None:
         super().__init__(directory)
@@ -162,8 +182,12 @@ class History(RuleBasedStateMachine):
         self.hold = self.office.settings.uncertain == "hold"
         self.warned: set[str] = set()  # messages whose sender was told that they are late
         self.received: dict[str, float] = {}
-        self.notify: dict[tuple[str, str], frozenset[str]] = {}  # by message and address: what its sender asked for
-        self.told: Counter[tuple[str, str]] = Counter()  # by message and address: notices that name it
+        self.notify: dict[
+            tuple[str, str], frozenset[str]
+        ] = {}  # by message and address: what its sender asked for
+        self.told: Counter[tuple[str, str]] = (
+            Counter()
+        )  # by message and address: notices that name it
         for _ in range(2):
             self.hire(Random())
 
@@ -182,32 +206,50 @@ class History(RuleBasedStateMachine):
             State.QUEUED: self.clock + GRACE, State.BOUNCED: self.clock if owed else None,
             State.EXPIRED: self.clock if owed else None,
         }  # fmt: skip
-        delivery.state, delivery.due, delivery.worker, delivery.wanted = state, due.get(state), None, None
+        delivery.state, delivery.due, delivery.worker, delivery.wanted = (
+            state,
+            due.get(state),
+            None,
+            None,
+        )
 
     @rule(what=st.sampled_from(HAPPENINGS), chance=CHANCE)
     def happens(self, what: str, chance: Random) -> None:
         getattr(self, what)(chance)
 
-    # --- mail -------------------------------------------------------------------------------------------------
+    # --- mail
+    # -------------------------------------------------------------------------------------------------
 
     def accept(self, chance: Random) -> None:
         """A message comes in, perhaps told twice for a COMMIT in doubt."""
-        routes, sender = chance.choices(ROUTES, (3, 1), k=chance.randint(1, 8)), chance.choice(SENDERS)
+        routes, sender = (
+            chance.choices(ROUTES, (3, 1), k=chance.randint(1, 8)),
+            chance.choice(SENDERS),
+        )
         addresses = [f"{n}@{route}.example.org" for n, route in enumerate(routes)]
         message = new_message(*map(":".join, zip(routes, addresses, strict=True)), sender=sender)
         queue_id = message.id
         self.spool.store(queue_id, [bytes(message.size)])
         for n, recipient in enumerate(message.recipients):
-            message.recipients[n] = asked = recipient._replace(notify=chance.choice([None, *NOTIFY]))
-            self.notify[queue_id, asked.address] = NOTIFY[asked.notify] if sender in SENDERS[:2] else frozenset()
+            message.recipients[n] = asked = recipient._replace(
+                notify=chance.choice([None, *NOTIFY])
+            )
+            self.notify[queue_id, asked.address] = (
+                NOTIFY[asked.notify] if sender in SENDERS[:2] else frozenset()
+            )
         self.received[queue_id] = self.clock
         for _ in range(chance.randint(1, 2)):
             self.office.intake.commit([message])
         for number, route in enumerate(dict.fromkeys(routes), 1):
-            mine = tuple(address for address, way in zip(addresses, routes, strict=True) if way == route)
-            self.queue[queue_id, number] = Delivery(sender, route, mine, self.clock + GRACE, self.clock + LIFETIME)
+            mine = tuple(
+                address for address, way in zip(addresses, routes, strict=True) if way == route
+            )
+            self.queue[queue_id, number] = Delivery(
+                sender, route, mine, self.clock + GRACE, self.clock + LIFETIME
+            )
 
-    # --- workers ----------------------------------------------------------------------------------------------
+    # --- workers
+    # ----------------------------------------------------------------------------------------------
 
     def hire(self, _: Random) -> None:
         """Another worker process starts."""
@@ -237,7 +279,13 @@ class History(RuleBasedStateMachine):
         return (delivery.worker, delivery.claims) != (transfer.worker, transfer.claim.claim)
 
     def _round(
-        self, worker: str, ends: list[Transfer], wishes: list[ClaimRequest], chance: Random, *, last: bool = False
+        self,
+        worker: str,
+        ends: list[Transfer],
+        wishes: list[ClaimRequest],
+        chance: Random,
+        *,
+        last: bool = False,
     ) -> None:
         records = [self._report(transfer, chance, last=last) for transfer in ends]
         renew = chance.random() < 0.5
@@ -267,7 +315,8 @@ class History(RuleBasedStateMachine):
         return any(delivery.state in UNFINISHED or delivery.due is not None for delivery in mine)
 
     def _report(self, transfer: Transfer, chance: Random, *, last: bool) -> Completion:
-        """What a worker says of a transfer, which must fit what really happened; `last`: and ends it."""
+        """What a worker says of a transfer, which must fit what really happened; `last`: and ends
+        it."""
         self.transfers.remove(transfer)
         delivery = self.queue[transfer.key]
         outcome = chance.choice(TOOK if transfer.took else NOT_TOOK)
@@ -292,7 +341,8 @@ class History(RuleBasedStateMachine):
         )  # fmt: skip
 
     def _recorded(self, told: list[tuple[Transfer, Completion, Any]]) -> None:
-        """The model's side of a round of outcomes: what each does, then halves, then what a late K does to them."""
+        """The model's side of a round of outcomes: what each does, then halves, then what a late K
+        does to them."""
         cuts, late = [], []
         for transfer, record, _ in told:
             delivery, accepted = self.queue[transfer.key], record.outcome is Outcome.DELIVERED
@@ -306,7 +356,9 @@ class History(RuleBasedStateMachine):
             else:
                 continue
             delivery.outcome = record.outcome
-            if record.outcome is not Outcome.UNREACHABLE:  # else nothing was sent that a worker could have died of
+            if (
+                record.outcome is not Outcome.UNREACHABLE
+            ):  # else nothing was sent that a worker could have died of
                 delivery.crash_count = 0
         for key in cuts:
             self._cut(key, self.queue[key])
@@ -344,12 +396,15 @@ class History(RuleBasedStateMachine):
         middle = (len(delivery.recipients) + 1) // 2
         halves = delivery.recipients[:middle], delivery.recipients[middle:]
         for number, half in enumerate(halves, roots + 2 * key[1] - 1):
-            child = Delivery(delivery.sender, delivery.route, half, self.clock, delivery.expires, key[1])
+            child = Delivery(
+                delivery.sender, delivery.route, half, self.clock, delivery.expires, key[1]
+            )
             self.queue[key[0], number] = child
         delivery.recipients = ()
 
     def _both_refused(self, key: Key, delivery: Delivery) -> bool:
-        """Whether the other first half was refused in the same words, the same way; then what is left bounces."""
+        """Whether the other first half was refused in the same words, the same way; then what is
+        left bounces."""
         if delivery.parent is None or self.queue[key[0], delivery.parent].parent is not None:
             return False
         for twin, other in list(self.queue.items()):
@@ -397,10 +452,20 @@ class History(RuleBasedStateMachine):
             }  # fmt: skip
             mine = [key for key in got if self.queue[key].route == route]
             assert set(mine) <= set(fit)
-            assert len(mine) == min(room, len(fit)), "all there is, and no more than there is room for"
+            assert len(mine) == min(room, len(fit)), (
+                "all there is, and no more than there is room for"
+            )
             if wish.ids is None and mine:
-                left = [delivery.due for key, delivery in fit.items() if key not in got and delivery.due is not None]
-                first = [key for key in mine if all(due >= (self.queue[key].due or 0.0) - NEAR for due in left)]
+                left = [
+                    delivery.due
+                    for key, delivery in fit.items()
+                    if key not in got and delivery.due is not None
+                ]
+                first = [
+                    key
+                    for key in mine
+                    if all(due >= (self.queue[key].due or 0.0) - NEAR for due in left)
+                ]
                 assert len(first) >= len(mine) // 2, "half of them are the longest due"
         for key, claim in got.items():
             delivery = self.queue[key]
@@ -416,7 +481,8 @@ class History(RuleBasedStateMachine):
             delivery.taken += took
             self.transfers.append(Transfer(wish.worker, claim, took))
 
-    # --- sweepers ---------------------------------------------------------------------------------------------
+    # --- sweepers
+    # ---------------------------------------------------------------------------------------------
 
     def wake(self, chance: Random, limit: int = 0) -> None:
         """A sweeper wakes what is due."""
@@ -435,7 +501,9 @@ class History(RuleBasedStateMachine):
 
     def expire_worker(self, _: Random) -> None:
         """A sweeper buries every worker whose lease has run out."""
-        expired_leases = {worker for worker in self._alive() if (self.leases[worker] or 0) < self.clock}
+        expired_leases = {
+            worker for worker in self._alive() if (self.leases[worker] or 0) < self.clock
+        }
         found = dict(self.office.sweeps.expired_leases())
         assert set(found) == expired_leases
         for worker in expired_leases:
@@ -458,10 +526,16 @@ class History(RuleBasedStateMachine):
         )
 
     def rescue_unowned(self, _: Random) -> None:
-        assert self.office.sweeps.rescue_unowned() == self._lost(lambda d: self.leases[str(d.worker)] is None)
+        assert self.office.sweeps.rescue_unowned() == self._lost(
+            lambda d: self.leases[str(d.worker)] is None
+        )
 
     def _lost(self, which: Any) -> int:
-        lost = [delivery for delivery in self.queue.values() if delivery.state is State.SENDING and which(delivery)]
+        lost = [
+            delivery
+            for delivery in self.queue.values()
+            if delivery.state is State.SENDING and which(delivery)
+        ]
         for delivery in lost:
             delivery.doubts.add(delivery.claims)
             delivery.crash_count += 1
@@ -477,7 +551,8 @@ class History(RuleBasedStateMachine):
                 delivery.due = self.clock + UNCERTAIN_DELAY
         return len(lost)
 
-    # --- operators, notices and time --------------------------------------------------------------------------
+    # --- operators, notices and time
+    # --------------------------------------------------------------------------
 
     def meddle(self, chance: Random) -> None:
         """An operator's verb on a message."""
@@ -488,7 +563,11 @@ class History(RuleBasedStateMachine):
         told: Operation = chance.choice(list(OPERATIONS.values()))
         touched, free = self.verbs.apply(told, Filter(id=queue_id), actor="tester", reason="")
         mine = [delivery for key, delivery in self.queue.items() if key[0] == queue_id]
-        met = [d for d in mine if d.state in told.takes or (d.state is State.SENDING and _heard(told, d.wanted))]
+        met = [
+            d
+            for d in mine
+            if d.state in told.takes or (d.state is State.SENDING and _heard(told, d.wanted))
+        ]
         met = [delivery for delivery in met if delivery.recipients]
         assert touched.total() == len(met)
         for delivery in met:
@@ -516,7 +595,11 @@ class History(RuleBasedStateMachine):
             REROUTE, Filter(id=queue_id), actor="tester", reason="",
             route_for=lambda address: today.setdefault(address, chance.choice(ROUTES)),
         )  # fmt: skip
-        met = {key: d for key, d in self.queue.items() if key[0] == queue_id and d.state in REROUTE.takes}
+        met = {
+            key: d
+            for key, d in self.queue.items()
+            if key[0] == queue_id and d.state in REROUTE.takes
+        }
         assert touched.total() == len(met)
         for key, delivery in met.items():
             if delivery.state is not State.HELD:
@@ -528,10 +611,20 @@ class History(RuleBasedStateMachine):
         names = list(dict.fromkeys(today[address] for address in delivery.recipients))
         delivery.route = names[0] if len(names) == 1 else delivery.route
         if len(names) > 1:
-            roots = sum(other[0] == key[0] and one.parent is None for other, one in self.queue.items())
+            roots = sum(
+                other[0] == key[0] and one.parent is None for other, one in self.queue.items()
+            )
             for number, name in enumerate(names, roots + 2 * key[1] - 1):
                 mine = tuple(address for address in delivery.recipients if today[address] == name)
-                piece = replace(delivery, route=name, recipients=mine, parent=key[1], claims=0, taken=0, doubts=set())
+                piece = replace(
+                    delivery,
+                    route=name,
+                    recipients=mine,
+                    parent=key[1],
+                    claims=0,
+                    taken=0,
+                    doubts=set(),
+                )
                 self.queue[key[0], number] = piece
             self._end(delivery, State.SPLIT)
             delivery.recipients, delivery.claims = (), delivery.claims + 1
@@ -543,14 +636,18 @@ class History(RuleBasedStateMachine):
         made = self._made(last, lambda debts: debts.settle(most))
         settled = [queue_id for queue_id, mine in owing.items() if not all(map(self._owes, mine))]
         assert made is None or len(settled) == len(owing) or most < sum(map(len, owing.values()))
-        notices = [notice for queue_id in settled for notice in self._settled(queue_id, owing[queue_id])]
+        notices = [
+            notice for queue_id in settled for notice in self._settled(queue_id, owing[queue_id])
+        ]
         assert made is None or sorted(made) == sorted(notices)
 
     def _made(self, last: str, tell: Callable[[DsnGenerator], list[str]]) -> list[str] | None:
         """The notices that a sweeper makes; None if it was killed."""
         spool = Deadly(self.spool.directory, last)
         try:
-            return tell(DsnGenerator(self.office.engine, spool, self.office.settings, lambda _: "default"))
+            return tell(
+                DsnGenerator(self.office.engine, spool, self.office.settings, lambda _: "default")
+            )
         except Killed:
             assert last
             return None
@@ -563,13 +660,18 @@ class History(RuleBasedStateMachine):
         new = {queue_id: self._new_notices(queue_id) for queue_id in late}
         told = {queue_id: notices for queue_id, notices in new.items() if notices}
         assert len(told) == (min(most, len(late)) if made is not None else 0)
-        assert made is None or sorted(made) == sorted(notice for notices in told.values() for notice in notices)
+        assert made is None or sorted(made) == sorted(
+            notice for notices in told.values() for notice in notices
+        )
         for queue_id, notices in told.items():
-            assert [named for named, _ in notices.values()] == [late[queue_id]], "all that wait, in one"
+            assert [named for named, _ in notices.values()] == [late[queue_id]], (
+                "all that wait, in one"
+            )
             self.warned.add(queue_id)
 
     def _late(self) -> dict[str, list[str]]:
-        """Messages whose senders are to be told that they are late, and the recipients that wait."""
+        """Messages whose senders are to be told that they are late, and the recipients that
+        wait."""
         late: dict[str, list[str]] = {}
         if self.office.settings.delay_warning is None:
             return late
@@ -577,12 +679,15 @@ class History(RuleBasedStateMachine):
             old = self.clock - self.received.get(queue_id, self.clock) >= WARNING
             if old and delivery.state in WAITING and queue_id not in self.warned:
                 late.setdefault(queue_id, []).extend(
-                    address for address in delivery.recipients if "delay" in self.notify[queue_id, address]
+                    address
+                    for address in delivery.recipients
+                    if "delay" in self.notify[queue_id, address]
                 )
         return {queue_id: sorted(waiting) for queue_id, waiting in late.items() if waiting}
 
     def _new_notices(self, queue_id: str) -> dict[str, tuple[list[str], int]]:
-        """Notices about a message that the model does not have yet: whom they name, and how often in doubt."""
+        """Notices about a message that the model does not have yet: whom they name, and how often
+        in doubt."""
         new: dict[str, tuple[list[str], int]] = {}
         for notice, (names, doubts, content, again) in self._unknown(queue_id).items():
             if not again:
@@ -591,10 +696,12 @@ class History(RuleBasedStateMachine):
         return new
 
     def _unknown(self, queue_id: str) -> dict[str, tuple[list[str], int, str, bool]]:
-        """All of them: whom they name, how often in doubt, what they enclose, and whether another one was refused."""
+        """All of them: whom they name, how often in doubt, what they enclose, and whether another
+        one was refused."""
         found: dict[str, tuple[list[str], int, str, bool]] = {}
         for row in self.office.rows(
-            "SELECT @hex(id) AS id, size, dsn_content FROM messages WHERE dsn_of = @id(:id)", id=queue_id
+            "SELECT @hex(id) AS id, size, dsn_content FROM messages WHERE dsn_of = @id(:id)",
+            id=queue_id,
         ):
             if (row["id"], 1) in self.queue:
                 continue
@@ -623,7 +730,9 @@ class History(RuleBasedStateMachine):
         for key, delivery in self.queue.items():
             if delivery.state in FAILED and delivery.due is not None:
                 owing.setdefault(key[0], {})[key] = delivery
-        about_to_be_decided = {key[0] for key, d in self.queue.items() if d.state in (State.QUEUED, State.SENDING)}
+        about_to_be_decided = {
+            key[0] for key, d in self.queue.items() if d.state in (State.QUEUED, State.SENDING)
+        }
         late = self.clock - GATHER
         return {
             queue_id: mine for queue_id, mine in owing.items()
@@ -636,7 +745,9 @@ class History(RuleBasedStateMachine):
 
     def _settled(self, queue_id: str, mine: dict[Key, Delivery]) -> list[str]:
         """The model's side of it; the notice, if there is to be one."""
-        if forgiven := {key: d for key, d in mine.items() if d.about_us and d.state is State.BOUNCED}:
+        if forgiven := {
+            key: d for key, d in mine.items() if d.about_us and d.state is State.BOUNCED
+        }:
             for key, delivery in mine.items():
                 if key in forgiven:
                     self._end(delivery, State.DEFERRED)
@@ -659,9 +770,14 @@ class History(RuleBasedStateMachine):
         return list(made)
 
     def _made_again(self, failed: Delivery) -> list[str]:
-        """The model's side of a notice that failed: the one with less in its place, if a server refused it."""
+        """The model's side of a notice that failed: the one with less in its place, if a server
+        refused it."""
         less = {"full": "header", "header": "none"}.get(str(failed.encloses))
-        refused = failed.state is State.BOUNCED and failed.outcome == Outcome.REJECTED and failed.reply != BY_OPERATOR
+        refused = (
+            failed.state is State.BOUNCED
+            and failed.outcome == Outcome.REJECTED
+            and failed.reply != BY_OPERATOR
+        )
         if not refused or less is None:
             return []
         wanted = (list(failed.names), less, True)
@@ -673,28 +789,32 @@ class History(RuleBasedStateMachine):
         return [notice]
 
     def wait(self, chance: Random) -> None:
-        """Time passes; now and then so much that the workers would be taken for dead if they did not renew."""
+        """Time passes; now and then so much that the workers would be taken for dead if they did
+        not renew."""
         self._pass(chance.choice([1, 1, 2, 3, 6]) * STEP, alive=some(chance, self._alive(), 0.9))
 
     def _pass(self, seconds: float, *, alive: list[str]) -> None:
         self.office.pass_time(seconds)
         past = "interval '1 second'" if self.office.spell.postgresql else "1000000"
         self.office.change(
-            f"UPDATE messages SET received_at = received_at - CAST(:s AS integer) * {past}", s=int(seconds)
+            f"UPDATE messages SET received_at = received_at - CAST(:s AS integer) * {past}",
+            s=int(seconds),
         )
         self.clock += seconds
         assert self.ledger.commit([Renewal(worker) for worker in alive]) == [True] * len(alive)
         self.leases |= dict.fromkeys(alive, self.clock + LEASE)
 
     def vanish(self, chance: Random) -> None:
-        """A worker with something under way is not heard of for so long that it is buried; the others are well."""
+        """A worker with something under way is not heard of for so long that it is buried; the
+        others are well."""
         busy = [t.worker for t in self.transfers if self.leases[t.worker] is not None]
         if busy:
             worker = chance.choice(busy)
             self._pass(2 * STEP, alive=[other for other in self._alive() if other != worker])
             self.expire_worker(chance)
 
-    # --- the end ----------------------------------------------------------------------------------------------
+    # --- the end
+    # ----------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
         """Give it time, and everybody who matters: everything comes to its end."""
@@ -703,7 +823,13 @@ class History(RuleBasedStateMachine):
         self.ledger.register(new, "host", 1)
         for _ in range(20):
             for worker in self.leases:
-                self._round(worker, [one for one in self.transfers if one.worker == worker], [], chance, last=True)
+                self._round(
+                    worker,
+                    [one for one in self.transfers if one.worker == worker],
+                    [],
+                    chance,
+                    last=True,
+                )
             self._pass(6 * STEP, alive=self._alive())
             self.rescue_unowned(chance)
             self._release()
@@ -717,7 +843,9 @@ class History(RuleBasedStateMachine):
         self.every_recipient_is_somewhere_once()
         self.no_send_is_hidden()
         self.every_sender_is_told_once()
-        assert not [key for key, d in self.queue.items() if d.state not in FINAL and d.recipients], "all has an end"
+        assert not [
+            key for key, d in self.queue.items() if d.state not in FINAL and d.recipients
+        ], "all has an end"
 
     def _release(self) -> None:
         self.verbs.apply(OPERATIONS["release"], Filter(), actor="tester", reason="")
@@ -726,7 +854,8 @@ class History(RuleBasedStateMachine):
                 self._end(delivery, State.QUEUED)
                 delivery.due, delivery.crash_count = self.clock, 0
 
-    # --- what is always so ------------------------------------------------------------------------------------
+    # --- what is always so
+    # ------------------------------------------------------------------------------------
 
     def _row(self, key: Key) -> Any:
         return self.office.delivery(*key)
@@ -738,19 +867,33 @@ class History(RuleBasedStateMachine):
         assert rows.keys() == self.queue.keys()
         for key, row in rows.items():
             delivery = self.queue[key]
-            found = (row["state"], row["who"], row["claim_count"], row["crash_count"], row["pending_operation"])
-            assert found == (delivery.state, delivery.worker, delivery.claims, delivery.crash_count, delivery.wanted), (
-                key
+            found = (
+                row["state"],
+                row["who"],
+                row["claim_count"],
+                row["crash_count"],
+                row["pending_operation"],
             )
+            assert found == (
+                delivery.state,
+                delivery.worker,
+                delivery.claims,
+                delivery.crash_count,
+                delivery.wanted,
+            ), key
             if delivery.due is None:
                 assert row["due_in"] is None
             else:
                 assert float(row["due_in"]) == pytest.approx(delivery.due - self.clock, abs=NEAR)
             assert (row["finished_at"] is not None) == (delivery.state in FINAL)
             if delivery.state in UNFINISHED:
-                assert row["due_in"] is not None or delivery.state is State.HELD, "nothing is forgotten"
+                assert row["due_in"] is not None or delivery.state is State.HELD, (
+                    "nothing is forgotten"
+                )
             assert not delivery.k or delivery.state is State.DELIVERED, "a K is for good"
-            assert key not in self.finished or delivery.state in FINAL, "what is finished never comes back"
+            assert key not in self.finished or delivery.state in FINAL, (
+                "what is finished never comes back"
+            )
         self.finished |= {key for key, delivery in self.queue.items() if delivery.state in FINAL}
 
     @invariant()
@@ -763,33 +906,42 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_sender_is_told_once(self) -> None:
-        """Of each recipient that failed, in one notice, unless nobody wants to know; of a notice never. Those that are
-        made in the place of a refused one do not count."""
+        """Of each recipient that failed, in one notice, unless nobody wants to know; of a notice
+        never. Those that are made in the place of a refused one do not count."""
         for (queue_id, _), delivery in self.queue.items():
             for address in delivery.recipients:
                 settled = delivery.state in FAILED and delivery.due is None
                 wanted = "failure" in self.notify.get((queue_id, address), ())  # never for a notice
                 told = self.told[queue_id, address]
-                assert told == (wanted and settled) or (delivery.k and told == 1), "K came after the notice"
+                assert told == (wanted and settled) or (delivery.k and told == 1), (
+                    "K came after the notice"
+                )
         for queue_id in {key[0] for key in self.queue if self._needed(key[0])}:
             assert self.spool.path(queue_id).exists()
 
     @invariant()
     def no_send_is_hidden(self) -> None:
-        """Whatever was sent twice was uncertain in between, and says so: each recipient, also across halves."""
+        """Whatever was sent twice was uncertain in between, and says so: each recipient, also
+        across halves."""
         sql = """SELECT @hex(queue_id) AS id, delivery, count(DISTINCT claim) AS n FROM attempts
             WHERE outcome = 'uncertain' GROUP BY queue_id, delivery"""
         doubts = {(row["id"], row["delivery"]): row["n"] for row in self.office.rows(sql)}
         for key, delivery in self.queue.items():
             assert doubts.get(key, 0) == len(delivery.doubts)
             line = self._line(key)
-            assert sum(self.queue[one].taken for one in line) <= 1 + sum(doubts.get(one, 0) for one in line)
+            assert sum(self.queue[one].taken for one in line) <= 1 + sum(
+                doubts.get(one, 0) for one in line
+            )
 
 
 @pytest.fixture(params=VARIANTS)
-def office(clean_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Office]:
+def office(
+    clean_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Office]:
     monkeypatch.setattr("relay.dsn.generator.GATHER", GATHER)
-    monkeypatch.setattr(sweeps, "_LOST", sweeps._LOST.replace("@chance", "0"))  # the model knows when each is due
+    monkeypatch.setattr(
+        sweeps, "_LOST", sweeps._LOST.replace("@chance", "0")
+    )  # the model knows when each is due
     made = Office(
         clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,
         uncertain_delay=UNCERTAIN_DELAY, poison_limit=POISON, **VARIANTS[request.param],

@@ -80,7 +80,14 @@ class Scene:
         self.mail, self.clock, self.hints = mail, Clock(), FakeHints()
         self.engine = FakeEngine(self.worker())
         debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
-        self.sweeper = Sweeper(mail.settings, mail.sweeps, debts, self.engine, self.hints, clock=self.clock)  # type: ignore[arg-type]
+        self.sweeper = Sweeper(
+            mail.settings,
+            mail.sweeps,
+            debts,
+            self.engine,  # type: ignore[arg-type]
+            self.hints,  # type: ignore[arg-type]
+            clock=self.clock,
+        )
 
     def worker(self) -> str:
         worker = new_id()
@@ -101,7 +108,12 @@ class Scene:
             self.sweeper.sweep()
 
     def run_out(self, worker: str) -> None:
-        assert self.mail.change("UPDATE workers SET lease_expires_at = @ago(1) WHERE id = :id", id=worker) == 1
+        assert (
+            self.mail.change(
+                "UPDATE workers SET lease_expires_at = @ago(1) WHERE id = :id", id=worker
+            )
+            == 1
+        )
 
 
 @pytest.fixture
@@ -118,8 +130,13 @@ def scene(mail: Mailroom) -> Scene:
 
 def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
     due, later = scene.mail.accept(), scene.mail.accept()
-    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due)
-    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @later(60) WHERE queue_id = :id", id=later)
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due
+    )
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'deferred', due_at = @later(60) WHERE queue_id = :id",
+        id=later,
+    )
     scene.sweeper.sweep()
     assert scene.hints.offered == [due]
     assert (scene.mail.state(due), scene.mail.state(later)) == ("queued", "deferred")
@@ -128,14 +145,20 @@ def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
 def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
     ids = [scene.mail.accept() for _ in range(3)]
     for queue_id, state in zip(ids, ("deferred", "deferred", "queued"), strict=True):
-        change = f"UPDATE deliveries SET state = '{state}', due_at = @later(7200) WHERE queue_id = :id"
+        change = (
+            f"UPDATE deliveries SET state = '{state}', due_at = @later(7200) WHERE queue_id = :id"
+        )
         scene.mail.change(change, id=queue_id)
     scene.mail.change("UPDATE deliveries SET due_at = @later(3600) WHERE queue_id = :id", id=ids[1])
     slow = Route("slow", (), retry_max=3000.0)
     scene.sweeper._routes = lambda: (slow, Route("default", ()))
     scene.sweeper.sweep()
-    assert scene.hints.offered == [ids[0]], "an hour is what the slow route may wait, with its spread"
-    assert len(scene.mail.ledger.commit([ClaimRequest(scene.engine.worker, None, {"default": 5})])[0]) == 1  # type: ignore[arg-type]
+    assert scene.hints.offered == [ids[0]], (
+        "an hour is what the slow route may wait, with its spread"
+    )
+    (claims,) = scene.mail.ledger.commit([ClaimRequest(scene.engine.worker, None, {"default": 5})])
+    assert isinstance(claims, list)
+    assert len(claims) == 1
 
 
 def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene: Scene) -> None:
@@ -144,7 +167,9 @@ def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene
     for queue_id, wait in zip(ids, (50, 30, 40, 20, 10), strict=True):
         what = "route:default" if queue_id != ids[4] else None
         scene.mail.change(defer, wait=wait, what=what, id=queue_id)
-    queued = "SELECT queue_id FROM deliveries WHERE state = 'queued' AND due_at <= @now ORDER BY due_at"
+    queued = (
+        "SELECT queue_id FROM deliveries WHERE state = 'queued' AND due_at <= @now ORDER BY due_at"
+    )
 
     def overdue() -> list[str]:
         return [str(row["queue_id"]).replace("-", "") for row in scene.mail.rows(queued)]
@@ -154,7 +179,9 @@ def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene
     scene.engine.window = 2
     scene.sweeper.sweep()
     scene.sweeper.sweep()
-    assert (overdue(), scene.engine.looks) == ([ids[3], ids[1]], 1), "no more than the window is overdue at a time"
+    assert (overdue(), scene.engine.looks) == ([ids[3], ids[1]], 1), (
+        "no more than the window is overdue at a time"
+    )
     scene.engine.window = 10
     scene.sweeper.sweep()
     assert set(overdue()) == set(ids[:4])
@@ -172,7 +199,11 @@ def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> 
     assert scene.mail.state(queue_id) == "sending"
     scene.watch(0.2)
     found = scene.mail.delivery(queue_id)
-    assert (found["state"], found["last_outcome"], found["crash_count"]) == ("deferred", "uncertain", 1)
+    assert (found["state"], found["last_outcome"], found["crash_count"]) == (
+        "deferred",
+        "uncertain",
+        1,
+    )
     assert scene.mail.attempts(queue_id) == [(None, "uncertain")]
 
 
@@ -213,32 +244,42 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
     scene.engine.renewed = scene.clock.now - 1
     scene.clock.now += scene.mail.settings.lease + 1
     due = scene.mail.accept()
-    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due)
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due
+    )
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "deferred"  # our own engine has not renewed yet
     scene.engine.renewed = scene.clock.now
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "queued"
-    assert scene.mail.rows("SELECT ended_at FROM workers WHERE id = :id", id=slow) == [{"ended_at": None}]
+    assert scene.mail.rows("SELECT ended_at FROM workers WHERE id = :id", id=slow) == [
+        {"ended_at": None}
+    ]
 
 
 def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene) -> None:
     servers, mx = ServerPool(5), parse_server("mx.example.net")
     scene.sweeper._resting = servers.open_circuits
-    QueueOperations(scene.mail.database, notices=True).pause("server:other:628", actor="me", reason="")
-    shown = (
-        "SELECT server, attempts, circuit_open_workers AS by, circuit_open_reason AS why, paused_at FROM server_health"
+    QueueOperations(scene.mail.database, notices=True).pause(
+        "server:other:628", actor="me", reason=""
     )
+    shown = "SELECT server, attempts, circuit_open_workers AS by, circuit_open_reason AS why, paused_at FROM server_health"
 
     def health() -> dict[str, tuple[object, ...]]:
         scene.sweeper.sweep()
         rows = scene.mail.rows(f"{shown} ORDER BY server")
-        return {row["server"]: (row["attempts"], row["by"], row["why"], row["paused_at"] is not None) for row in rows}
+        return {
+            row["server"]: (row["attempts"], row["by"], row["why"], row["paused_at"] is not None)
+            for row in rows
+        }
 
     paused = {"other:628": (0, 0, None, True)}
     assert health() == paused
     servers.failed(mx, "not authorized to use this service", at_once=True)
-    assert health() == {"mx.example.net:628": (0, 1, "not authorized to use this service", False)} | paused
+    assert (
+        health()
+        == {"mx.example.net:628": (0, 1, "not authorized to use this service", False)} | paused
+    )
     assert health() == health(), "nothing is said twice"
     servers.succeeded(mx)
     assert health() == paused
@@ -259,7 +300,10 @@ def test_a_worker_says_which_routes_it_knows_and_how_long_a_claim_is_for(scene: 
     routes["bulk"] = ()
     assert json.loads(scene.mail.rows(shown)[0]["routes"]) == {"default": ["mx.example.net:628"]}
     scene.sweeper.sweep()
-    assert json.loads(scene.mail.rows(shown)[0]["routes"]) == {"default": ["mx.example.net:628"], "bulk": []}
+    assert json.loads(scene.mail.rows(shown)[0]["routes"]) == {
+        "default": ["mx.example.net:628"],
+        "bulk": [],
+    }
     scene.engine.worker = scene.worker()  # declared dead, and there again under another id
     scene.sweeper.sweep()
     assert all("bulk" in row["routes"] for row in scene.mail.rows(shown))
@@ -267,19 +311,27 @@ def test_a_worker_says_which_routes_it_knows_and_how_long_a_claim_is_for(scene: 
 
 def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
     queue_id = scene.mail.accept()
-    scene.mail.change("UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true")
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
+    )
     scene.sweeper.sweep()
     (notice,) = scene.hints.offered
     assert scene.mail.state(notice) == "queued"
     assert scene.mail.delivery(queue_id)["due_at"] is None
 
 
-def test_a_full_spool_keeps_only_notices_waiting(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_spool_keeps_only_notices_waiting(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owing = scene.mail.accept()
-    scene.mail.change("UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true")
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
+    )
     due = scene.mail.accept()
     monkeypatch.setattr(scene.mail.spool, "store", lambda queue_id, parts: 1 / 0)
-    scene.mail.change("UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due)
+    scene.mail.change(
+        "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due
+    )
     scene.sweeper.sweep()
     assert (scene.mail.state(due), scene.hints.offered) == ("queued", [due])
     assert scene.mail.delivery(owing)["due_at"] is not None
@@ -320,7 +372,9 @@ def test_the_tick_file_tells_that_both_threads_turn(scene: Scene) -> None:
 
 
 def test_the_tick_file_may_be_elsewhere(tmp_path: Path) -> None:
-    assert heartbeat_file(load(WorkerSettings, health_file=tmp_path / "health")) == tmp_path / "health"
+    assert (
+        heartbeat_file(load(WorkerSettings, health_file=tmp_path / "health")) == tmp_path / "health"
+    )
 
 
 # Housekeeping
@@ -335,9 +389,17 @@ def keeper(mail: Mailroom) -> Cleaner:
 def finished(mail: Mailroom) -> Callable[..., str]:
     def make(*, age: float) -> str:
         queue_id = mail.accept()
-        old = f"{int((time.time() - age) * 1000):012x}" + queue_id[12:]  # ids sort by the time they were made
-        for table, key in (("messages", "id"), ("recipients", "queue_id"), ("deliveries", "queue_id")):
-            mail.change(f"UPDATE {table} SET {key} = :new WHERE {key} = :id", id=queue_id, new=dashed(old))
+        old = (
+            f"{int((time.time() - age) * 1000):012x}" + queue_id[12:]
+        )  # ids sort by the time they were made
+        for table, key in (
+            ("messages", "id"),
+            ("recipients", "queue_id"),
+            ("deliveries", "queue_id"),
+        ):
+            mail.change(
+                f"UPDATE {table} SET {key} = :new WHERE {key} = :id", id=queue_id, new=dashed(old)
+            )
         mail.spool.path(old).parent.mkdir(exist_ok=True)
         mail.spool.path(queue_id).rename(mail.spool.path(old))
         mail.change(
@@ -355,13 +417,18 @@ def test_finished_messages_go_after_their_retention(
 ) -> None:
     old, young, waiting = finished(age=31 * DAY), finished(age=29 * DAY), mail.accept()
     assert keeper.clean() == 1
-    assert {row["id"] for row in mail.rows("SELECT @hex(id) AS id FROM messages")} == {young, waiting}
+    assert {row["id"] for row in mail.rows("SELECT @hex(id) AS id FROM messages")} == {
+        young,
+        waiting,
+    }
     for table in ("recipients", "deliveries"):
         assert mail.rows(f"SELECT 1 FROM {table} WHERE queue_id = :id", id=old) == []
     assert not mail.spool.path(old).exists()
 
 
-def test_old_mail_that_is_not_finished_stays(mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]) -> None:
+def test_old_mail_that_is_not_finished_stays(
+    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]
+) -> None:
     old = finished(age=31 * DAY)
     mail.change("UPDATE deliveries SET state = 'held' WHERE queue_id = :id", id=old)
     assert keeper.clean() == 0
@@ -371,7 +438,9 @@ def _aged(path: Path, seconds: float) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_bodies_that_nobody_needs_are_removed(mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]) -> None:
+def test_bodies_that_nobody_needs_are_removed(
+    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]
+) -> None:
     done, fresh, waiting = finished(age=2 * DAY), finished(age=2 * DAY), mail.accept()
     _aged(mail.spool.path(done), 2 * HOUR)
     _aged(mail.spool.path(waiting), 40 * DAY)
@@ -394,14 +463,18 @@ def test_a_message_with_a_row_missing_keeps_its_body(
     assert mail.spool.path(old).exists()
 
 
-def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(mail: Mailroom, keeper: Cleaner) -> None:
+def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(
+    mail: Mailroom, keeper: Cleaner
+) -> None:
     orphan, young = new_id(), new_id()
     for one, age in ((orphan, YOUNG + 60), (young, YOUNG - 60)):
         mail.spool.store(one, [b"x"])
         _aged(mail.spool.path(one), age)
     assert keeper.clean_spool() == (0, 0)  # no row at all: a database that was restored, perhaps
     restored = mail.accept()
-    mail.change("UPDATE messages SET received_at = @ago(:age) WHERE id = :id", id=restored, age=YOUNG + 120)
+    mail.change(
+        "UPDATE messages SET received_at = @ago(:age) WHERE id = :id", id=restored, age=YOUNG + 120
+    )
     assert keeper.clean_spool() == (0, 0)
     mail.accept()
     assert keeper.clean_spool() == (0, 1)
@@ -413,7 +486,8 @@ def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(mail: Ma
 def test_one_clock_that_is_wrong_takes_no_body(
     mail: Mailroom, keeper: Cleaner, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    """It is 40 days ahead, while a message is received and another one is there to prove the database."""
+    """It is 40 days ahead, while a message is received and another one is there to prove the
+    database."""
     mail.spool.store(received := new_id(), [b"x"])
     mail.accept()
     now, clock, macros = time.time, mail.spool.clock, keeper._strays._sql._spell.macros
@@ -428,7 +502,9 @@ def test_one_clock_that_is_wrong_takes_no_body(
 
 
 def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
-    keeper = Cleaner(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
+    keeper = Cleaner(
+        mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
+    )
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 40 * DAY)
     mail.accept()
@@ -438,7 +514,9 @@ def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
     assert not (mail.spool.directory / "orphans" / orphan).exists()
 
 
-def test_the_wait_of_what_is_put_aside_begins_with_the_move(mail: Mailroom, keeper: Cleaner) -> None:
+def test_the_wait_of_what_is_put_aside_begins_with_the_move(
+    mail: Mailroom, keeper: Cleaner
+) -> None:
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 400 * DAY)
     mail.accept()
@@ -448,7 +526,9 @@ def test_the_wait_of_what_is_put_aside_begins_with_the_move(mail: Mailroom, keep
 
 def test_what_a_row_needs_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
     """Its row came when it was put aside already."""
-    keeper = Cleaner(mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool)
+    keeper = Cleaner(
+        mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
+    )
     queue_id = mail.accept()
     mail.spool.move_to_orphans(queue_id)
     keeper.clean_spool()
@@ -488,7 +568,9 @@ def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> 
     assert rerouter.turn() == 0, "it may come back"
     now[0] += PATIENCE
     assert rerouter.turn() == 1
-    assert mail.rows("SELECT route FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [{"route": "default"}]
+    assert mail.rows("SELECT route FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [
+        {"route": "default"}
+    ]
     assert [row["verb"] for row in mail.rows("SELECT verb FROM audit")] == ["reroute"]
     assert rerouter.turn() == 0
 

@@ -1,4 +1,5 @@
-"""Sweeping, on both databases: what is due wakes up, who is gone is found out, and what was in flight is told of."""
+"""Sweeping, on both databases: what is due wakes up, who is gone is found out, and what was in
+flight is told of."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ from tests.integration.office import Office, opened
 
 
 def deferred(office: Office, count: int) -> list[str]:
-    """So many deferred deliveries, each due a minute after the one before it, the last in half a minute."""
+    """So many deferred deliveries, each due a minute after the one before it, the last in half a
+    minute."""
     ids = [office.accept() for _ in range(count)]
     for claim in office.claim(*ids):
         office.record(claim, Outcome.DEFERRED, backoff_step=2)
@@ -36,7 +38,9 @@ def test_what_is_due_wakes_up_the_longest_due_first(office: Office) -> None:
     assert set(office.sweeps.requeue_due(10)) == set(ids[2:4]), "the last is not due yet"
     assert office.sweeps.requeue_due(10) == []
     row = office.delivery(ids[0])
-    assert row["due_in"] == pytest.approx(office.settings.grace, abs=4), "its hint has GRACE to arrive"
+    assert row["due_in"] == pytest.approx(office.settings.grace, abs=4), (
+        "its hint has GRACE to arrive"
+    )
     assert row["backoff_step"] == 2
 
 
@@ -89,14 +93,24 @@ def test_what_a_lost_worker_was_sending_is_uncertain(office: Office) -> None:
     assert office.sweeps.expire_worker(office.worker, lease) == 1
     assert office.sweeps.expire_worker(office.worker, lease) is None, "once"
     row = office.delivery(claim.queue_id)
-    assert (row["state"], row["worker"], row["crash_count"], row["last_outcome"]) == ("deferred", None, 1, "uncertain")
-    assert office.settings.uncertain_delay - 10 < row["due_in"] <= 1.5 * office.settings.uncertain_delay
+    assert (row["state"], row["worker"], row["crash_count"], row["last_outcome"]) == (
+        "deferred",
+        None,
+        1,
+        "uncertain",
+    )
+    assert (
+        office.settings.uncertain_delay - 10
+        < row["due_in"]
+        <= 1.5 * office.settings.uncertain_delay
+    )
     assert "vanished" in row["last_reply"]
     assert office.attempts(claim.queue_id) == [(1, 0, "uncertain")]
     assert office.state(theirs.queue_id) == "sending"
     assert office.state(waiting) == "queued"
     endings = {
-        str(row["id"]).replace("-", ""): row["end_reason"] for row in office.rows("SELECT id, end_reason FROM workers")
+        str(row["id"]).replace("-", ""): row["end_reason"]
+        for row in office.rows("SELECT id, end_reason FROM workers")
     }
     assert endings == {office.worker: "vanished", kept: None}
 
@@ -154,16 +168,33 @@ def test_uncertain_is_held_where_the_operator_wants_to_look(clean_url: str) -> N
 
 
 def test_what_an_operator_wanted_comes_first_and_lateness_counts(office: Office) -> None:
-    dropped, bounced, null, late = office.accept(), office.accept(), office.accept(sender=""), office.accept()
+    dropped, bounced, null, late = (
+        office.accept(),
+        office.accept(),
+        office.accept(sender=""),
+        office.accept(),
+    )
     office.claim(dropped, bounced, null, late)
     for queue_id, verb in ((dropped, "drop"), (bounced, "bounce"), (null, "bounce")):
         office.ask(queue_id, verb)
     office.pass_time(2000, only=[late])
     office.change("UPDATE deliveries SET due_at = @later(100) WHERE queue_id = @id(:id)", id=late)
     assert vanish(office) == 4
-    assert office.states([dropped, bounced, null, late]) == ["dropped", "bounced", "bounced", "expired"]
-    assert [office.delivery(i)["due_at"] is None for i in (dropped, bounced, null, late)] == [True, False, True, False]
-    assert all(office.delivery(i)["finished_at"] is not None for i in (dropped, bounced, null, late))
+    assert office.states([dropped, bounced, null, late]) == [
+        "dropped",
+        "bounced",
+        "bounced",
+        "expired",
+    ]
+    assert [office.delivery(i)["due_at"] is None for i in (dropped, bounced, null, late)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert all(
+        office.delivery(i)["finished_at"] is not None for i in (dropped, bounced, null, late)
+    )
 
 
 @pytest.mark.parametrize("outcome", [Outcome.DELIVERED, Outcome.DEFERRED])
@@ -173,7 +204,10 @@ def test_a_worker_that_wakes_up_late(office: Office, outcome: Outcome) -> None:
     state = State.DELIVERED if outcome is Outcome.DELIVERED else State.DEFERRED
     assert office.record(claim, outcome).state is state
     row = office.delivery(claim.queue_id)
-    assert (row["state"], row["last_outcome"]) == (state, "delivered" if state == "delivered" else "uncertain")
+    assert (row["state"], row["last_outcome"]) == (
+        state,
+        "delivered" if state == "delivered" else "uncertain",
+    )
     assert office.attempts(claim.queue_id) == [(1, 0, "uncertain"), (1, 1, outcome)]
     assert not office.renew()
 
@@ -223,7 +257,8 @@ def test_a_burial_and_a_late_k_at_the_same_time(office: Office) -> None:
     assert set(office.states(claim.queue_id for claim in claims)) == {"delivered"}
 
 
-# --- the database's clock is set back ---------------------------------------------------------------------
+# --- the database's clock is set back
+# ---------------------------------------------------------------------
 
 LONGEST = 3600.0
 BACK = 7200.0
@@ -254,7 +289,9 @@ def test_queued_mail_whose_hint_was_lost_is_found_again(office: Office) -> None:
     assert {claim.queue_id for claim in office.claim(room=room)} == {near, far}
 
 
-def test_a_transfer_under_way_keeps_its_claim_and_gets_the_time_of_a_new_one(office: Office) -> None:
+def test_a_transfer_under_way_keeps_its_claim_and_gets_the_time_of_a_new_one(
+    office: Office,
+) -> None:
     (claim,) = office.claim(office.accept())
     far = office.delivery(claim.queue_id)["due_in"]
     office.pass_time(-BACK, only=[claim.queue_id])

@@ -1,4 +1,5 @@
-"""What operators do to the queue, as they type it, on both databases: every verb from every state, and no accidents."""
+"""What operators do to the queue, as they type it, on both databases: every verb from every state,
+and no accidents."""
 
 import json
 import os
@@ -34,7 +35,10 @@ def one_in(office: Office, state: State, *addresses: str, **more: object) -> str
     """A message whose delivery is in that state."""
     queue_id = office.accept(*addresses, **more)
     if state is State.HELD:
-        office.change("UPDATE deliveries SET state = 'held', due_at = NULL WHERE queue_id = @id(:id)", id=queue_id)
+        office.change(
+            "UPDATE deliveries SET state = 'held', due_at = NULL WHERE queue_id = @id(:id)",
+            id=queue_id,
+        )
     elif state is not State.QUEUED:
         (claim,) = office.claim(queue_id)
         if state is not State.SENDING:
@@ -62,23 +66,33 @@ def test_every_verb_from_every_state(office: Office, typed: Typed, verb: str) ->
         assert delivery["state"] == AFTER[verb].get(was, was), was
         if was in AFTER[verb]:
             assert (delivery["due_in"] is None) == (delivery["state"] in ("held", "dropped"))
-            assert (delivery["finished_at"] is not None) == (delivery["state"] in ("bounced", "dropped"))
-    assert office.delivery(ids["sending"])["pending_operation"] == (None if verb == "release" else verb)
+            assert (delivery["finished_at"] is not None) == (
+                delivery["state"] in ("bounced", "dropped")
+            )
+    assert office.delivery(ids["sending"])["pending_operation"] == (
+        None if verb == "release" else verb
+    )
 
 
-@pytest.mark.parametrize(("verb", "then"), [("hold", "held"), ("drop", "dropped"), ("bounce", "bounced")])
+@pytest.mark.parametrize(
+    ("verb", "then"), [("hold", "held"), ("drop", "dropped"), ("bounce", "bounced")]
+)
 def test_what_is_being_sent_is_told(office: Office, typed: Typed, verb: str, then: str) -> None:
     (one,), (two,) = office.claim(office.accept()), office.claim(office.accept())
     assert "2 being sent" in typed(verb, "--all", "--yes").stderr
     office.record(one, Outcome.DEFERRED)
     office.record(two, Outcome.DELIVERED)
-    assert office.states([one.queue_id, two.queue_id]) == [then, "delivered"], "a K beats every wish"
+    assert office.states([one.queue_id, two.queue_id]) == [then, "delivered"], (
+        "a K beats every wish"
+    )
     assert office.delivery(two.queue_id)["last_reply"] == "its words"
 
 
 @pytest.mark.parametrize("verb", ["hold", "drop", "bounce"])
 @pytest.mark.parametrize("end", ["recorded", "vanished"])
-def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(office: Office, typed: Typed, verb: str, end: str) -> None:
+def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(
+    office: Office, typed: Typed, verb: str, end: str
+) -> None:
     """The words are those that a waiting delivery gets."""
     waiting, (claim,) = office.accept(), office.claim(office.accept())
     typed(verb, "--all", "--yes", "--reason", "they moved")
@@ -112,24 +126,38 @@ def test_release_takes_back_a_hold_that_was_only_wanted(office: Office, typed: T
     assert "release: 1 delivery (1 sending)" in done.stdout
     assert "1 being sent: not held after this try any more" in done.stderr
     rows = [office.delivery(claim.queue_id) for claim in (held, dropped)]
-    assert [(row["state"], row["pending_operation"]) for row in rows] == [("sending", None), ("sending", "drop")]
+    assert [(row["state"], row["pending_operation"]) for row in rows] == [
+        ("sending", None),
+        ("sending", "drop"),
+    ]
     assert [row["pending_reason"] is None for row in rows] == [True, False]
     office.record(held, Outcome.DEFERRED)
     assert office.state(held.queue_id) == "deferred"
     assert len(office.rows("SELECT * FROM audit_deliveries")) == 3
 
 
-def test_it_goes_in_chunks_and_misses_nobody(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_in_chunks_and_misses_nobody(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(actions, "CHUNK", 4)
     office.intake.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
     other = office.accept("other@example.com")
     touched, free = verbs.QueueOperations(office.engine, notices=True).apply(
-        verbs.OPERATIONS["hold"], Filter(recipient="*@example.org"), actor="me@here", reason="because"
+        verbs.OPERATIONS["hold"],
+        Filter(recipient="*@example.org"),
+        actor="me@here",
+        reason="because",
     )
     assert (dict(touched), free) == ({"queued": 18}, [])
     assert office.state(other) == "queued"
     (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM audit")
-    assert tuple(action.values()) == ("me@here", "hold", "because", "--recipient '*@example.org'", 18)
+    assert tuple(action.values()) == (
+        "me@here",
+        "hold",
+        "because",
+        "--recipient '*@example.org'",
+        18,
+    )
     noted = """SELECT t.queue_id, t.delivery FROM audit_deliveries t JOIN audit a ON a.id = t.action
         JOIN deliveries d ON d.queue_id = t.queue_id AND d.number = t.delivery AND d.state = 'held'"""
     assert len(office.rows(noted)) == len(office.rows("SELECT * FROM audit_deliveries")) == 18
@@ -156,7 +184,10 @@ def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
     assert "4 deliveries (4 queued)" in done.stdout
     assert "interrupted after 4 of 5 deliveries" in done.stderr
     ((matched,),) = (row.values() for row in office.rows("SELECT matched FROM audit"))
-    touched = [row["id"] for row in office.rows("SELECT @hex(queue_id) AS id FROM audit_deliveries ORDER BY 1")]
+    touched = [
+        row["id"]
+        for row in office.rows("SELECT @hex(queue_id) AS id FROM audit_deliveries ORDER BY 1")
+    ]
     assert (matched, touched) == (4, ids[:4])
     if name == "hold":
         assert office.states(ids) == [*["held"] * 4, "queued"]
@@ -178,7 +209,8 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(office: Office) -> 
     assert counts[0] == counts[1] == (6 if office.spell.postgresql else 5)
 
 
-# A verb, its filter, the state that a delivery is in, and what another session makes of it meanwhile.
+# A verb, its filter, the state that a delivery is in, and what another session makes of it
+# meanwhile.
 MEANWHILE = {
     "drop what was released": ("drop", Filter(states=("held",)), State.HELD, "state = 'queued', due_at = @now"),
     "bounce what was released": ("bounce", Filter(states=("held",)), State.HELD, "state = 'queued', due_at = @now"),
@@ -192,7 +224,8 @@ MEANWHILE = {
 
 @pytest.mark.parametrize("case", MEANWHILE)
 def test_the_whole_filter_counts_when_the_row_is_locked(office: Office, case: str) -> None:
-    """Another session has the oldest row, and changes it so that it is meant no longer while the verb waits for it."""
+    """Another session has the oldest row, and changes it so that it is meant no longer while the
+    verb waits for it."""
     name, wanted, state, change = MEANWHILE[case]
     ids = sorted(one_in(office, state) for _ in range(3))
     office.change("UPDATE deliveries SET last_reply = 'first'")
@@ -201,7 +234,9 @@ def test_the_whole_filter_counts_when_the_row_is_locked(office: Office, case: st
         of_the_oldest = "WHERE queue_id = @id(:id)"
         sql = f"UPDATE deliveries SET {change} {of_the_oldest} RETURNING *"
         (changed,) = connection.execute(text(office.spell(sql)), {"id": dashed(ids[0])}).mappings()
-        applied = another.submit(queue.apply, verbs.OPERATIONS[name], wanted, actor="me@here", reason="", limit=2)
+        applied = another.submit(
+            queue.apply, verbs.OPERATIONS[name], wanted, actor="me@here", reason="", limit=2
+        )
         until(lambda: _waits(office) or applied.done(), what="the verb waits for the row")
         assert not applied.done()
     touched, _ = applied.result()
@@ -212,18 +247,29 @@ def test_the_whole_filter_counts_when_the_row_is_locked(office: Office, case: st
 
 
 def _waits(office: Office) -> bool:
-    """Whether a session waits for a lock: for a row on PostgreSQL, for its turn to write on SQLite."""
+    """Whether a session waits for a lock: for a row on PostgreSQL, for its turn to write on
+    SQLite."""
     if office.spell.postgresql:
-        return bool(office.rows("SELECT 1 FROM pg_stat_activity WHERE cardinality(pg_blocking_pids(pid)) > 0"))
-    waiting = (line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" in line)
+        return bool(
+            office.rows(
+                "SELECT 1 FROM pg_stat_activity WHERE cardinality(pg_blocking_pids(pid)) > 0"
+            )
+        )
+    waiting = (
+        line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" in line
+    )
     return any("FLOCK" in words and str(os.getpid()) in words for words in waiting)
 
 
-def test_more_than_one_needs_a_yes(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_one_needs_a_yes(
+    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = [office.accept("a@example.org"), office.accept("a@example.org")]
     refused = typed("drop", "--recipient", "a@example.org", status=2)
     assert "drop 2 deliveries (2 queued)? Say --yes" in refused.stderr
-    monkeypatch.setattr("commands.ops.modify.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setattr(
+        "commands.ops.modify.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    )
     typed("drop", "--recipient", "a@example.org", answer="n\n", status=1)
     assert office.states(ids) == ["queued", "queued"]
     assert office.rows("SELECT * FROM audit") == []
@@ -245,7 +291,9 @@ def test_nothing_is_done_to_everything_by_mistake(office: Office, typed: Typed) 
 def test_a_dry_run_shows_whom_it_would_touch(office: Office, typed: Typed) -> None:
     queue_id = office.accept("a@example.org", "b@example.org", "bulk:c@example.org")
     done = typed("hold", "--recipient", "b@example.org", "--dry-run", "--json")
-    assert [row["recipient"] for row in lines(done)] == ["a@example.org", "b@example.org"], "one request carries both"
+    assert [row["recipient"] for row in lines(done)] == ["a@example.org", "b@example.org"], (
+        "one request carries both"
+    )
     assert "would hold 1 delivery (1 queued)" in done.stderr
     assert {office.state(queue_id), office.state(queue_id, 2)} == {"queued"}
     assert office.rows("SELECT * FROM audit") == []
@@ -254,7 +302,12 @@ def test_a_dry_run_shows_whom_it_would_touch(office: Office, typed: Typed) -> No
 def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
     queue_id = office.accept()
     done = typed("hold", "--id", queue_id, "--reason", "it's\nspam", "--json")
-    assert json.loads(done.stdout) == {"verb": "hold", "deliveries": 1, "were": {"queued": 1}, "bodies_removed": 0}
+    assert json.loads(done.stdout) == {
+        "verb": "hold",
+        "deliveries": 1,
+        "were": {"queued": 1},
+        "bodies_removed": 0,
+    }
     (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM audit")
     assert "@" in action["actor"]
     assert (action["verb"], action["reason"], action["matched"]) == ("hold", "it's\nspam", 1)
@@ -263,10 +316,14 @@ def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
     assert held_by == f"held by {action['actor']}: it's\\nspam"
     assert typed("why", queue_id).stdout.startswith(f"b@example.org: {held_by}. It stays")
     typed("bounce", "--id", queue_id, "--reason", "not here")
-    assert office.delivery(queue_id)["last_reply"] == "bounced by an operator: not here", "the sender reads it"
+    assert office.delivery(queue_id)["last_reply"] == "bounced by an operator: not here", (
+        "the sender reads it"
+    )
     deferred = one_in(office, State.DEFERRED)
     typed("bounce", deferred, "--reason", "they moved")
-    assert "ago, because bounced by an operator: they moved; a notice" in typed("why", deferred).stdout
+    assert (
+        "ago, because bounced by an operator: they moved; a notice" in typed("why", deferred).stdout
+    )
 
 
 def test_bodies_go_when_nobody_needs_them(office: Office, spool: Spool, typed: Typed) -> None:
@@ -286,7 +343,9 @@ def test_bodies_go_when_nobody_needs_them(office: Office, spool: Spool, typed: T
     assert there == {kept, told}, "another delivery needs the one, a notice that is owed the other"
 
 
-def test_where_the_spool_is_not_mounted_bodies_stay(office: Office, spool: Spool, typed: Typed) -> None:
+def test_where_the_spool_is_not_mounted_bodies_stay(
+    office: Office, spool: Spool, typed: Typed
+) -> None:
     queue_id = office.accept()
     spool.store(queue_id, [BODY])
     (spool.directory / "spool-id").write_text("f" * 32)
@@ -297,26 +356,39 @@ def test_where_the_spool_is_not_mounted_bodies_stay(office: Office, spool: Spool
     assert "not at hand" in typed("fsck", status=3).stderr
 
 
-def test_rerouting(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch, spool: Spool) -> None:
+def test_rerouting(
+    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch, spool: Spool
+) -> None:
     queued, delivered = office.accept("old:a@example.org"), one_in(office, State.DELIVERED)
-    deferred, held = office.accept("old:b@example.com", "old:c@example.org"), one_in(office, State.HELD, "old:d@x.org")
+    deferred, held = (
+        office.accept("old:b@example.com", "old:c@example.org"),
+        one_in(office, State.HELD, "old:d@x.org"),
+    )
     (claim,) = office.claim(deferred, room={"old": 1})
     office.record(claim, Outcome.DEFERRED)
     routes = spool.directory / "routes.toml"
     routes.write_text('[com]\nrecipients = ["*@example.com"]\nservers = ["a"]\n')
     monkeypatch.setenv("RELAY_ROUTES", str(routes))
     typed("retry", "--reroute", "--route", "old", "--yes")
-    found = {i: (office.delivery(i)["route"], office.state(i)) for i in (queued, deferred, held, delivered)}
+    found = {
+        i: (office.delivery(i)["route"], office.state(i))
+        for i in (queued, deferred, held, delivered)
+    }
     assert found == {
         queued: ("default", "queued"), deferred: ("old", "split"), held: ("default", "held"),
         delivered: ("default", "delivered"),
     }  # fmt: skip
     pieces = [office.delivery(deferred, number) for number in (2, 3)]
-    assert [(piece["route"], piece["state"]) for piece in pieces] == [("com", "queued"), ("default", "queued")]
+    assert [(piece["route"], piece["state"]) for piece in pieces] == [
+        ("com", "queued"),
+        ("default", "queued"),
+    ]
     assert office.rows("SELECT verb FROM audit")[0]["verb"] == "reroute"
 
 
-def test_a_limit_takes_the_oldest(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_takes_the_oldest(
+    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(actions, "CHUNK", 2)
     office.intake.commit([new_message("x@example.org", "y@example.org") for _ in range(6)])
     ids = sorted({row["queue_id"] for row in lines(typed("list", "--json"))})
@@ -333,7 +405,10 @@ def test_a_limit_takes_the_oldest(office: Office, typed: Typed, monkeypatch: pyt
 
 def test_pauses(office: Office, typed: Typed) -> None:
     queue_id = office.accept()
-    assert "known are route:default" in typed("pause", "--server", "192.0.2.7", "--reason", "disk swap").stderr
+    assert (
+        "known are route:default"
+        in typed("pause", "--server", "192.0.2.7", "--reason", "disk swap").stderr
+    )
     typed("pause", "--server", "192.0.2.7:628", status=1)
     assert not typed("pause", "--route", "default", "--reason", "disk swap").stderr
     assert {row["subject"] for row in lines(typed("stats", "--json")) if row["kind"] == "pause"} == {

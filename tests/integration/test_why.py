@@ -1,4 +1,5 @@
-"""`why` says one cause, which holds: what workers have written down, whatever the settings of who asks."""
+"""`why` says one cause, which holds: what workers have written down, whatever the settings of who
+asks."""
 
 import re
 
@@ -41,7 +42,10 @@ def test_a_paused_server_is_named_with_who_and_why(office: Office, typed: Typed)
     office.sweeps.publish_open_circuits(other, {TWO: "no connection: Connection refused"})
     both = told(typed, queue_id)
     assert f"server {ONE} is paused" in both
-    assert f" and server {TWO} is left alone until it is tried again, within a minute (no connection: Conn" in both
+    assert (
+        f" and server {TWO} is left alone until it is tried again, within a minute (no connection: Conn"
+        in both
+    )
     third = office.hire()
     office.sweeps.publish_routes(third, {"default": [TWO]})
     assert "left alone" not in told(typed, queue_id), "one of those who know it would send there"
@@ -50,14 +54,23 @@ def test_a_paused_server_is_named_with_who_and_why(office: Office, typed: Typed)
 def test_what_is_wrong_with_a_route(office: Office, typed: Typed) -> None:
     queue_id = overdue(office)
     office.claim(office.accept())
-    assert re.search(r"overdue for 5\ds: its turn has not come: 1 worker is busy with 1 other,", told(typed, queue_id))
+    assert re.search(
+        r"overdue for 5\ds: its turn has not come: 1 worker is busy with 1 other,",
+        told(typed, queue_id),
+    )
     office.sweeps.publish_routes(office.worker, {"default": []})
-    assert told(typed, queue_id).endswith("no QMQP server is configured for route default (RELAY_QMQP_SERVERS).")
+    assert told(typed, queue_id).endswith(
+        "no QMQP server is configured for route default (RELAY_QMQP_SERVERS)."
+    )
     office.sweeps.publish_routes(office.worker, {"bulk": [ONE]})
-    assert "no worker knows a route default: `retry --reroute` gives it another" in told(typed, queue_id)
+    assert "no worker knows a route default: `retry --reroute` gives it another" in told(
+        typed, queue_id
+    )
     typed("pause", "--server", "192.0.2.99")
     office.change("UPDATE workers SET lease_expires_at = @ago(1)")
-    assert "because no worker is alive, and server 192.0.2.99:628 is paused until" in told(typed, queue_id)
+    assert "because no worker is alive, and server 192.0.2.99:628 is paused until" in told(
+        typed, queue_id
+    )
 
 
 def test_since_when_it_is_being_sent_comes_from_its_worker(office: Office, typed: Typed) -> None:
@@ -72,9 +85,18 @@ def test_since_when_it_is_being_sent_comes_from_its_worker(office: Office, typed
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        ("no connection: 127.0.0.1:6280 Connection refused", "no server took a connection: 127.0.0.1:6280 Connection"),
-        ("mx:628 is left alone for a while: 450 go away", "because mx:628 is left alone for a while: 450 go"),
-        ("no QMQP server configured (RELAY_QMQP_SERVERS)", "because no QMQP server configured (RELAY"),
+        (
+            "no connection: 127.0.0.1:6280 Connection refused",
+            "no server took a connection: 127.0.0.1:6280 Connection",
+        ),
+        (
+            "mx:628 is left alone for a while: 450 go away",
+            "because mx:628 is left alone for a while: 450 go",
+        ),
+        (
+            "no QMQP server configured (RELAY_QMQP_SERVERS)",
+            "because no QMQP server configured (RELAY",
+        ),
     ],
 )
 def test_no_connection_is_said_once(office: Office, typed: Typed, reply: str, words: str) -> None:
@@ -95,23 +117,34 @@ def refused(office: Office, queue_id: str, reply: str = "550 go away") -> None:
     office.record(office.claim(queue_id)[0], Outcome.REJECTED, reply=reply)
 
 
-def test_what_became_of_a_notice_and_what_it_is_about(office: Office, spool: Spool, typed: Typed) -> None:
+def test_what_became_of_a_notice_and_what_it_is_about(
+    office: Office, spool: Spool, typed: Typed
+) -> None:
     debts = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
     queue_id = office.accept(ret="FULL")
     spool.store(queue_id, [b"Subject: x\n\n".ljust(100, b"x")])
     refused(office, queue_id)
     (full,) = debts.settle(5)
-    assert told(typed, queue_id).endswith(f"refused it: 550 go away; the sender is told by {full}, which is queued.")
+    assert told(typed, queue_id).endswith(
+        f"refused it: 550 go away; the sender is told by {full}, which is queued."
+    )
     assert f"notice of: {queue_id} and encloses the whole message\n" in typed("show", full).stdout
-    assert told(typed, full).endswith(f"; it is a notice about {queue_id} and encloses the whole message.")
+    assert told(typed, full).endswith(
+        f"; it is a notice about {queue_id} and encloses the whole message."
+    )
     refused(office, full, "no viruses")
     pending = "; a worker makes one with less of the original in its place, or gives it up; it is a notice about"
     assert pending in told(typed, full)
     (header,) = debts.settle(5)
     again = f"notice {full} is bounced, because qmqp.example.net:628 refused it: no viruses, and a notice with less of"
     again += " the original was made in its place"
-    assert told(typed, queue_id).endswith(f"{again}; the sender is told by {header}, which is queued.")
-    assert "; a notice with less of the original was made in its place; it is a notice about" in told(typed, full)
+    assert told(typed, queue_id).endswith(
+        f"{again}; the sender is told by {header}, which is queued."
+    )
+    assert (
+        "; a notice with less of the original was made in its place; it is a notice about"
+        in told(typed, full)
+    )
     refused(office, header)
     (none,) = debts.settle(5)
     assert f"; it is a notice about {queue_id} and encloses nothing of it." in told(typed, none)
@@ -132,7 +165,9 @@ def test_a_notice_that_was_given_up(office: Office, spool: Spool, typed: Typed) 
     assert told(typed, queue_id).endswith(
         f"notice {notice} is bounced, because qmqp.example.net:628 refused it: no bounces, and {given_up}."
     )
-    assert f"refused it: no bounces; {given_up}; it is a notice about {queue_id}" in told(typed, notice)
+    assert f"refused it: no bounces; {given_up}; it is a notice about {queue_id}" in told(
+        typed, notice
+    )
 
 
 @pytest.mark.parametrize(("recipient", "sender", "words"), [
@@ -150,4 +185,6 @@ def test_why_a_sender_is_not_told(
     queue_id = office.accept(recipient, sender=sender, client_trusted=False)
     refused(office, queue_id)
     assert debts.settle(5) == []
-    assert told(typed, queue_id).endswith(f"refused it: 550 go away; the sender is not told: {words}.")
+    assert told(typed, queue_id).endswith(
+        f"refused it: 550 go away; the sender is not told: {words}."
+    )

@@ -1,4 +1,5 @@
-"""The worker as a process under Celery: `celery -A worker.app worker` and `qmqp-relay worker`, signals and faults."""
+"""The worker as a process under Celery: `celery -A worker.app worker` and `qmqp-relay worker`,
+signals and faults."""
 
 import os
 import signal
@@ -46,14 +47,18 @@ class House:
 
     def start(self, *command: str, **given: Any) -> subprocess.Popen[Any]:
         with self._log.open("ab") as log:
-            return self._spawn(command or WORKER, env=self.environment(**given), stdout=log, stderr=log)
+            return self._spawn(
+                command or WORKER, env=self.environment(**given), stdout=log, stderr=log
+            )
 
     def said(self) -> str:
         return self._log.read_text()[-3000:]
 
 
 @pytest.fixture
-def house(sqlite_url: str, spool: Spool, tmp_path: Path, spawn: Spawn) -> Iterator[Callable[..., House]]:
+def house(
+    sqlite_url: str, spool: Spool, tmp_path: Path, spawn: Spawn
+) -> Iterator[Callable[..., House]]:
     opened: list[Mailroom] = []
 
     def open_(port: int, broker_url: str, **given: Any) -> House:
@@ -74,7 +79,9 @@ def house(sqlite_url: str, spool: Spool, tmp_path: Path, spawn: Spawn) -> Iterat
         one.close()
 
 
-def test_a_server_that_refused_us_before_the_pattern_was_known_is_left_alone(house: Callable[..., House]) -> None:
+def test_a_server_that_refused_us_before_the_pattern_was_known_is_left_alone(
+    house: Callable[..., House],
+) -> None:
     with running_sink() as sink:
         at = house(sink.port, "redis://127.0.0.1:1/0")
         queue_id = at.mail.accept()
@@ -97,13 +104,17 @@ def test_importing_the_application_needs_nothing(tmp_path: Path) -> None:
         "RELAY_BROKER_URL": "redis://127.0.0.1:1/0",
     }
     program = "import threading, worker.app as a; print(sorted(a.app.tasks)[-1], threading.active_count())"
-    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert found.stdout.split() == ["deliver", "1"]
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("command", [WORKER, RUN], ids=["celery", "run"])
-def test_hints_are_delivered_and_sigterm_ends_it(house: Any, broker: Broker, command: tuple[str, ...]) -> None:
+def test_hints_are_delivered_and_sigterm_ends_it(
+    house: Any, broker: Broker, command: tuple[str, ...]
+) -> None:
     with running_sink() as sink:
         home = house(sink.port, broker.url, grace=600.0)  # so that only a hint can be the reason
         ids = [home.mail.accept() for _ in range(30)]
@@ -113,7 +124,9 @@ def test_hints_are_delivered_and_sigterm_ends_it(house: Any, broker: Broker, com
         hints.offer(ids)
         until(lambda: home.mail.states() == {"delivered"}, 30, what=home.said)
         hints.close()
-        assert "Umask:\t0077\n" in Path(f"/proc/{worker.pid}/status").read_text(), "whatever it makes is ours alone"
+        assert "Umask:\t0077\n" in Path(f"/proc/{worker.pid}/status").read_text(), (
+            "whatever it makes is ours alone"
+        )
         assert services.end(worker) == 0
     assert sink.count == len(ids)
     assert home.mail.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
@@ -155,7 +168,9 @@ def test_sigterm_records_what_it_cannot_wait_for(house: Any, broker: Broker) -> 
     assert (found["state"], found["last_outcome"]) == ("deferred", "uncertain")
 
 
-def test_B39_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(house: Any, broker: Broker) -> None:
+def test_B39_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(
+    house: Any, broker: Broker
+) -> None:
     with running_sink(Rule(Answer(raw=b"", end="stay"), times=1)) as sink:
         home = house(sink.port, broker.url)
         queue_id = home.mail.accept()
@@ -173,7 +188,11 @@ def test_B39_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(house
         (("--pool", "solo"), {}, "only the threads pool"),
         ((), {"QMQP_SERVERS": "no:such:port"}, "bad QMQP server"),
         ((), {"LEASE": "soon"}, "RELAY_LEASE"),
-        ((), {"ROUTES": "/nowhere/routes.toml"}, "RELAY_ROUTES: /nowhere/routes.toml: No such file"),
+        (
+            (),
+            {"ROUTES": "/nowhere/routes.toml"},
+            "RELAY_ROUTES: /nowhere/routes.toml: No such file",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
@@ -186,7 +205,8 @@ def test_what_cannot_work_is_refused_in_one_line(
 
 
 def test_a_defect_at_the_start_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Celery only logs what a signal's receiver raises: such a worker would take hints and send nothing."""
+    """Celery only logs what a signal's receiver raises: such a worker would take hints and send
+    nothing."""
     process = object.__new__(Process)
     process.settings, process.app = load(WorkerSettings), Celery(set_as_current=False)
     monkeypatch.setattr(Process, "start", lambda _: 1 / 0)
@@ -208,7 +228,11 @@ def test_inspect_answers(house: Any, broker: Broker) -> None:
 
     def ping() -> bool:
         answer = subprocess.run(
-            [*CELERY, "inspect", "ping"], env=home.environment(), capture_output=True, text=True, check=False
+            [*CELERY, "inspect", "ping"],
+            env=home.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return "pong" in answer.stdout
 

@@ -1,10 +1,12 @@
-"""What becomes of mail when its worker or its machine fails, phase by phase, as `docs/delivery.md` tells it.
+"""What becomes of mail when its worker or its machine fails, phase by phase, as `docs/delivery.md`
+tells it.
 
-A real worker process has five messages under way, one in each phase: connecting; in the middle of the body; after the
-last byte and before the reply; after the reply and before its record is committed; and one whose claim waits to be
-committed. Servers that do not move until they are told hold it there, and so does whoever has the turn to write to the
-database. Then the worker is killed, stopped, or loses its lease. Another worker delivers what is left, to a server that
-takes everything, and then it is counted who has what twice. RELAY_TESTS_WRITE=1 writes the table anew.
+A real worker process has five messages under way, one in each phase: connecting; in the middle of
+the body; after the last byte and before the reply; after the reply and before its record is
+committed; and one whose claim waits to be committed. Servers that do not move until they are told
+hold it there, and so does whoever has the turn to write to the database. Then the worker is killed,
+stopped, or loses its lease. Another worker delivers what is left, to a server that takes
+everything, and then it is counted who has what twice. RELAY_TESTS_WRITE=1 writes the table anew.
 """
 
 import errno
@@ -42,7 +44,9 @@ UNCLAIMED, CONNECTING, MIDDLE, WAITING, ANSWERED, LATE = (
 )  # fmt: skip
 PHASES = (UNCLAIMED, CONNECTING, MIDDLE, WAITING, LATE, ANSWERED)
 LEASE = 4  # seconds
-LONG = b"Subject: long\n\n" + bytes(12_000_000)  # more than the kernel keeps for a peer that does not read
+LONG = b"Subject: long\n\n" + bytes(
+    12_000_000
+)  # more than the kernel keeps for a peer that does not read
 
 
 class Gate:
@@ -109,7 +113,9 @@ class Scene:
         return f'"event": "{event}"' in self.house._log.read_text()
 
     def begin(self, phase: str) -> None:
-        self.ids[phase] = self.mail.accept(f"b@{place(phase)}.test", body=LONG if phase == MIDDLE else BODY)
+        self.ids[phase] = self.mail.accept(
+            f"b@{place(phase)}.test", body=LONG if phase == MIDDLE else BODY
+        )
 
     def tried(self, phase: str, times: int) -> bool:
         return len(self.mail.attempts(self.ids[phase])) == times
@@ -132,9 +138,14 @@ class Scene:
 
     def rows(self, fault: str) -> list[str]:
         """A line for each phase: what the database says now, and who has what in the end."""
-        found = {phase: (self.mail.attempts(i), self.mail.delivery(i)) for phase, i in self.ids.items()}
+        found = {
+            phase: (self.mail.attempts(i), self.mail.delivery(i)) for phase, i in self.ids.items()
+        }
         again = delivered_by_another(self.mail)
-        until(lambda: not any(self.mail.spool.path(i).exists() for i in self.ids.values()), what="no body is left")
+        until(
+            lambda: not any(self.mail.spool.path(i).exists() for i in self.ids.values()),
+            what="no body is left",
+        )
         lines = []
         for phase in filter(self.ids.__contains__, PHASES):
             queue_id = self.ids[phase]
@@ -154,7 +165,13 @@ def waits_for_its_turn(pid: int) -> bool:
     return any(words[1] == "->" and words[5] == str(pid) for words in found)
 
 
-def line(fault: str, phase: str, tries: list[tuple[str | None, str]], delivery: dict[str, Any], times: int) -> str:
+def line(
+    fault: str,
+    phase: str,
+    tries: list[tuple[str | None, str]],
+    delivery: dict[str, Any],
+    times: int,
+) -> str:
     recorded = ", ".join(f"`{outcome}`" for _, outcome in tries) or "none"
     assert delivery["state"] != "deferred" or delivery["last_outcome"] == "uncertain"
     following = {
@@ -167,7 +184,8 @@ def line(fault: str, phase: str, tries: list[tuple[str | None, str]], delivery: 
 
 
 def delivered_by_another(mail: Mailroom) -> Counter[str]:
-    """Let another worker send what is left, to a server that takes everything; what that got, by message."""
+    """Let another worker send what is left, to a server that takes everything; what that got, by
+    message."""
     with running_sink() as good:
         routes = write_routes(mail.settings.state_dir / "good.toml", {})
         other = Mailroom(
@@ -175,11 +193,16 @@ def delivered_by_another(mail: Mailroom) -> Counter[str]:
             qmqp_servers=(f"127.0.0.1:{good.port}",), routes=routes,
         )  # fmt: skip
         with other.working():
-            other.change("UPDATE deliveries SET due_at = @now, state = 'queued' WHERE state = 'deferred'")
+            other.change(
+                "UPDATE deliveries SET due_at = @now, state = 'queued' WHERE state = 'deferred'"
+            )
             other.change("UPDATE deliveries SET route = 'default' WHERE state = 'queued'")
             until(lambda: other.states() <= {"delivered", "held"}, 30)
         other.close()
-    names = {row["address"]: row["id"] for row in mail.rows("SELECT address, @hex(queue_id) AS id FROM recipients")}
+    names = {
+        row["address"]: row["id"]
+        for row in mail.rows("SELECT address, @hex(queue_id) AS id FROM recipients")
+    }
     return Counter(names[got.recipients[0].decode()] for got in good.received)
 
 
@@ -198,10 +221,15 @@ def write_routes(path: Path, ports: dict[str, int]) -> Path:
 
 
 @contextmanager
-def scene(database_url: str, directory: Path, spawn: Callable[..., Any], *more: str) -> Iterator[Scene]:
+def scene(
+    database_url: str, directory: Path, spawn: Callable[..., Any], *more: str
+) -> Iterator[Scene]:
     directory.mkdir()
     (directory / "spool").mkdir(mode=0o700)
-    gates = {MIDDLE: Gate(20_000), **{phase: Gate() for phase in (WAITING, *more, ANSWERED, UNCLAIMED)}}
+    gates = {
+        MIDDLE: Gate(20_000),
+        **{phase: Gate() for phase in (WAITING, *more, ANSWERED, UNCLAIMED)},
+    }
     gates[UNCLAIMED].open.set()
     with deaf() as port, ExitStack() as stack:
         for gate in gates.values():
@@ -214,7 +242,12 @@ def scene(database_url: str, directory: Path, spawn: Callable[..., Any], *more: 
         )  # fmt: skip
         stack.callback(mail.close)
         house = House(mail, spawn, directory / "worker.log")
-        patience = {"CONNECT_TIMEOUT": "5m", "IO_TIMEOUT": "5m", "DRAIN_TIMEOUT": "3s", "LEASE": f"{LEASE}s"}
+        patience = {
+            "CONNECT_TIMEOUT": "5m",
+            "IO_TIMEOUT": "5m",
+            "DRAIN_TIMEOUT": "3s",
+            "LEASE": f"{LEASE}s",
+        }
         yield Scene(house, house.start(**patience, ROUTES=str(routes)), gates)
 
 
@@ -242,7 +275,8 @@ def stopped(scene: Scene) -> list[str]:
 
 
 def bereft(scene: Scene) -> list[str]:
-    """It stands still until it is buried, and wakes up; the reply that it waits for is there by then."""
+    """It stands still until it is buried, and wakes up; the reply that it waits for is there by
+    then."""
     with scene.in_every_phase():
         scene.worker.send_signal(signal.SIGSTOP)
         until(lambda: stands_still(scene.worker.pid))
@@ -270,7 +304,10 @@ def with_files(mail: Mailroom, sink: Sink) -> list[str]:
     os.truncate(mail.spool.path(short), 5)
     with mail.working():
         until(lambda: mail.states() == {"held"})
-    for queue_id, fault in ((missing, "the body file is missing"), (short, "the body file has another size")):
+    for queue_id, fault in (
+        (missing, "the body file is missing"),
+        (short, "the body file has another size"),
+    ):
         lines.append(line(fault, "opening", mail.attempts(queue_id), mail.delivery(queue_id), 0))
 
     def unopened(queue_id: str, size: int) -> int:
@@ -322,7 +359,11 @@ def test_the_matrix_of_workers_and_machines_that_fail_is_what_the_page_says(
             return faulty(one)
 
     with ThreadPoolExecutor(3) as pool:
-        parts = [pool.submit(played, killed), pool.submit(played, stopped, LATE), pool.submit(played, bereft)]
+        parts = [
+            pool.submit(played, killed),
+            pool.submit(played, stopped, LATE),
+            pool.submit(played, bereft),
+        ]
         lines = [one for part in parts for one in part.result()]
     with running_sink(Rule(Answer())) as sink:
         mail = Mailroom(sqlite_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{sink.port}",))

@@ -1,4 +1,5 @@
-"""The command line as people type it, in this process: a start of Python for each command would take too long."""
+"""The command line as people type it, in this process: a start of Python for each command would
+take too long."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +29,9 @@ def typed_at(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> T
         done = CliRunner().invoke(main, words, input=answer)
         if done.exception and not isinstance(done.exception, SystemExit):
             raise done.exception
-        assert status is None or done.exit_code == status, f"{words}: {done.exit_code} {done.output}"
+        assert status is None or done.exit_code == status, (
+            f"{words}: {done.exit_code} {done.output}"
+        )
         return done
 
     return typed

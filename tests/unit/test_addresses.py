@@ -115,7 +115,13 @@ def test_C14_what_is_no_address(path: str) -> None:
 
 @pytest.mark.parametrize("byte", [*range(32), 127])
 def test_C15_no_control_byte_passes(byte: int) -> None:
-    for place in (b"TO:<a%cb@c.example>", b"TO:<a@c%c.example>", b'TO:<"a%cb"@c>', b'TO:<"a\\%cb"@c>', b"TO:<a@b>%c"):
+    for place in (
+        b"TO:<a%cb@c.example>",
+        b"TO:<a@c%c.example>",
+        b'TO:<"a%cb"@c>',
+        b'TO:<"a\\%cb"@c>',
+        b"TO:<a@b>%c",
+    ):
         assert refusal(place % byte).startswith(b"501")
         assert refusal(b"FROM" + (place % byte)[2:]).startswith(b"501")
 
@@ -143,8 +149,12 @@ def test_a_quoted_local_part_comes_out_as_it_went_in(local: str) -> None:
 
 @pytest.mark.parametrize("path", ['<"<x"@b.test>', '<"\\<x"@b.test>', '<"<"@b.test>'])
 def test_an_address_that_no_request_takes_is_refused(path: str) -> None:
-    assert refusal(f"FROM:{path}".encode()).startswith(b"501 5.1.7 Bad sender address: it begins with <")
-    assert refusal(f"TO:{path}".encode()).startswith(b"501 5.1.3 Bad recipient address: it begins with <")
+    assert refusal(f"FROM:{path}".encode()).startswith(
+        b"501 5.1.7 Bad sender address: it begins with <"
+    )
+    assert refusal(f"TO:{path}".encode()).startswith(
+        b"501 5.1.3 Bad recipient address: it begins with <"
+    )
 
 
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=30))
@@ -178,7 +188,9 @@ def test_a_trusted_client_may_write_addresses_as_one_network_does(path: str, add
     assert found.path.replace('"', "") == address
 
 
-@pytest.mark.parametrize("path", ["<a@>", "<@b>", "<a@b..>", "<a@-b_c>", "<a@[_]>", '<"">', '<"<a">', "<>x"])
+@pytest.mark.parametrize(
+    "path", ["<a@>", "<@b>", "<a@b..>", "<a@-b_c>", "<a@[_]>", '<"">', '<"<a">', "<>x"]
+)
 def test_a_trusted_client_may_not_write_anything(path: str) -> None:
     assert refusal(f"FROM:{path}".encode(), trusted=True).startswith(b"501 5.1.7")
     assert refusal(f"TO:{path}".encode(), trusted=True).startswith(b"501 5.1.3")
@@ -206,14 +218,28 @@ def test_qmails_magic_senders_cannot_be_said(magic: str) -> None:
 
 
 def test_a_path_that_would_take_a_bad_pattern_for_ever_is_refused_at_once() -> None:
-    for evil in (b"a." * 1000, b"a-" * 1000, b"@a," * 600, b'"' + b"\\" * 1500, b"a@" + b"_" * 2000 + b"-"):
+    for evil in (
+        b"a." * 1000,
+        b"a-" * 1000,
+        b"@a," * 600,
+        b'"' + b"\\" * 1500,
+        b"a@" + b"_" * 2000 + b"-",
+    ):
         assert refusal(b"TO:<" + evil + b">").startswith(b"501")
         assert refusal(b"TO:<" + evil + b">", trusted=True).startswith(b"501")
 
 
 def test_parameters_of_mail_are_kept() -> None:
-    _, values = parse_sender(b"FROM:<a@b> size=1000 BODY=8bitmime RET=hdrs  ENVID=Qq+2B314 AUTH=<> smtputf8", HOST)
-    known = {b"SIZE": "1000", b"BODY": "8BITMIME", b"RET": "HDRS", b"ENVID": "Qq+2B314", b"AUTH": "<>"}
+    _, values = parse_sender(
+        b"FROM:<a@b> size=1000 BODY=8bitmime RET=hdrs  ENVID=Qq+2B314 AUTH=<> smtputf8", HOST
+    )
+    known = {
+        b"SIZE": "1000",
+        b"BODY": "8BITMIME",
+        b"RET": "HDRS",
+        b"ENVID": "Qq+2B314",
+        b"AUTH": "<>",
+    }
     assert values == known | {b"SMTPUTF8": ""}
 
 

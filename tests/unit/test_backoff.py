@@ -10,7 +10,9 @@ FRACTION = st.floats(0, 1, exclude_max=True)
 
 
 @given(st.integers(-5, 10_000), st.floats(0.01, 1e4), st.floats(1, 1e4), FRACTION)
-def test_never_shorter_than_the_least_nor_longer_than_the_most(step: int, least: float, ratio: float, x: float) -> None:
+def test_never_shorter_than_the_least_nor_longer_than_the_most(
+    step: int, least: float, ratio: float, x: float
+) -> None:
     most = least * ratio
     assert least <= delay(step, least=least, most=most, draw=lambda: x) <= most
 

@@ -1,4 +1,5 @@
-"""What the benchmark makes of its runs: turns, ratios, failures. That it measures, `.ci/bench` proves."""
+"""What the benchmark makes of its runs: turns, ratios, failures. That it measures, `.ci/bench`
+proves."""
 
 import dataclasses
 from pathlib import Path
@@ -37,12 +38,18 @@ def test_a_run_that_fails_costs_no_other_its_figure(tmp_path: Path):
 
 
 def test_ratios_are_between_runs_of_the_same_turn(tmp_path: Path):
-    ours, theirs = Recorded("ours", tmp_path, 8.0, OSError(), 6.0), Recorded(PEER, tmp_path, OSError(), 1.0, 2.0)
+    ours, theirs = (
+        Recorded("ours", tmp_path, 8.0, OSError(), 6.0),
+        Recorded(PEER, tmp_path, OSError(), 1.0, 2.0),
+    )
     assert measured(ours, theirs).ratio("accepted", "ours") == 3.0
 
 
 def test_less_is_better_turns_a_ratio_over(tmp_path: Path):
-    ours, theirs = Recorded("ours", tmp_path, 8.0, 8.0, 8.0), Recorded(PEER, tmp_path, 2.0, 2.0, 2.0)
+    ours, theirs = (
+        Recorded("ours", tmp_path, 8.0, 8.0, 8.0),
+        Recorded(PEER, tmp_path, 2.0, 2.0, 2.0),
+    )
     assert measured(ours, theirs, more_is_better=False).ratio("accepted", "ours") == 0.25
 
 
@@ -53,7 +60,10 @@ def test_there_is_no_ratio_without_the_peer_or_of_too_little(tmp_path: Path):
     dead = Recorded(PEER, tmp_path, OSError(), OSError(), OSError())
     assert measured(ours(), dead).ratio("accepted", "ours") is None
     name = "out" + NO_RATIO
-    assert measured(ours(), Recorded(PEER, tmp_path, 1.0, 1.0, 1.0), name=name).ratio(name, "ours") is None
+    assert (
+        measured(ours(), Recorded(PEER, tmp_path, 1.0, 1.0, 1.0), name=name).ratio(name, "ours")
+        is None
+    )
 
 
 def test_a_disk_that_was_not_still_is_told(tmp_path: Path):
@@ -63,7 +73,10 @@ def test_a_disk_that_was_not_still_is_told(tmp_path: Path):
 
 
 def test_table_file_and_plot_bear_gaps(tmp_path: Path):
-    result = measured(Recorded("ours", tmp_path, 1.0, OSError("gone"), 3.0), Recorded(PEER, tmp_path, *[OSError()] * 3))
+    result = measured(
+        Recorded("ours", tmp_path, 1.0, OSError("gone"), 3.0),
+        Recorded(PEER, tmp_path, *[OSError()] * 3),
+    )
     assert "FAILED run 2, ours: OSError: gone" in report.table(result, ["ours", PEER])
     document = report.as_json([result], {"when": "now"})
     assert document["parts"][0]["figures"] == {"accepted": {"ours": [1.0, None, 3.0]}}
@@ -71,4 +84,6 @@ def test_table_file_and_plot_bear_gaps(tmp_path: Path):
         part = dataclasses.replace(result.part, name=name)
         document["parts"] += report.as_json([dataclasses.replace(result, part=part)], {})["parts"]
     drawn = plot.draw(document)
-    assert all(unit in drawn for unit in ("messages a second", "MB a second", "ms, one", "MiB resident"))
+    assert all(
+        unit in drawn for unit in ("messages a second", "MB a second", "ms, one", "MiB resident")
+    )

@@ -24,10 +24,17 @@ def test_a_steady_rate_is_level_up_to_now() -> None:
 
 
 def test_a_bar_is_told_in_words_and_stands_on_the_axis() -> None:
-    rows = [row(0, "unreachable", 1), row(0, "delivered", 2), row(0, "rejected", 3), row(0, "malformed", 4)]
+    rows = [
+        row(0, "unreachable", 1),
+        row(0, "delivered", 2),
+        row(0, "rejected", 3),
+        row(0, "malformed", 4),
+    ]
     ((words, bars),) = charts.rate(NOW, rows, 300, 72).steps
     clock = NOW.astimezone()
-    assert words == f"{clock:%H}:29 to {clock:%H}:34: 2 delivered, 1 deferred, 3 failed, 4 uncertain"
+    assert (
+        words == f"{clock:%H}:29 to {clock:%H}:34: 2 delivered, 1 deferred, 3 failed, 4 uncertain"
+    )
     assert [kind for kind, *_ in bars] == list(charts.KINDS)
     floor = float(charts.HEIGHT - charts.BOTTOM)
     for _, _, y, _, high in bars:
@@ -44,7 +51,12 @@ def test_hours_stand_where_they_began() -> None:
 
 
 def test_latency_is_joined_where_nothing_is_missing() -> None:
-    rows = [row(0, "delivered", 1, 0.01), row(1, "delivered", 1, 0.1), row(3, "delivered", 1), row(2, "deferred", 9)]
+    rows = [
+        row(0, "delivered", 1, 0.01),
+        row(1, "delivered", 1, 0.1),
+        row(3, "delivered", 1),
+        row(2, "deferred", 9),
+    ]
     graph = charts.latency(NOW, rows, 300, 72)
     assert len(graph.dots) == 3
     assert len(graph.lines) == 1
@@ -53,7 +65,12 @@ def test_latency_is_joined_where_nothing_is_missing() -> None:
 
 
 def test_hour_by_hour() -> None:
-    rows = [row(0, "delivered", 1, 1.0), row(11, "delivered", 3, 2.0), row(12, "deferred", 5), row(71, "rejected", 7)]
+    rows = [
+        row(0, "delivered", 1, 1.0),
+        row(11, "delivered", 3, 2.0),
+        row(12, "deferred", 5),
+        row(71, "rejected", 7),
+    ]
     hours = charts.hourly(NOW, rows, 300, 72)
     assert [(sum(hour.tries.values()), hour.seconds) for hour in hours] == [
         (4, 1.75), (5, None), (0, None), (0, None), (0, None), (7, None)

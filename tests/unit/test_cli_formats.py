@@ -1,4 +1,5 @@
-"""How the command line prints: what people read, what pipes read, and what may never happen to either."""
+"""How the command line prints: what people read, what pipes read, and what may never happen to
+either."""
 
 import io
 import json
@@ -11,7 +12,10 @@ from commands import output as tables
 from commands.output import Columns, Row, ago, cut, size, span, write
 
 COLUMNS: Columns = {"NAME": lambda row: str(row["name"])[:3], "AGE": lambda row: ago(row["at"])}
-ROWS: list[Row] = [{"name": "one\ttwo", "at": datetime(2026, 11, 22, 12, 0, tzinfo=UTC)}, {"name": "three", "at": None}]
+ROWS: list[Row] = [
+    {"name": "one\ttwo", "at": datetime(2026, 11, 22, 12, 0, tzinfo=UTC)},
+    {"name": "three", "at": None},
+]
 
 
 class Terminal(io.StringIO):
@@ -35,7 +39,16 @@ def test_an_address_fits_and_keeps_its_domain(address: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0s"), (-3, "0s"), (0.6, "1s"), (59, "59s"), (60, "1m"), (200, "3m 20s"), (3600, "1h"), (187200, "2d 4h")],
+    [
+        (0, "0s"),
+        (-3, "0s"),
+        (0.6, "1s"),
+        (59, "59s"),
+        (60, "1m"),
+        (200, "3m 20s"),
+        (3600, "1h"),
+        (187200, "2d 4h"),
+    ],
 )
 def test_a_span_has_its_two_largest_units(seconds: float, shown: str) -> None:
     assert span(seconds) == shown
@@ -46,7 +59,8 @@ def test_a_span_leaves_out_what_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"), [(0, "0"), (1023, "1023"), (1024, "1.0K"), (25 << 20, "25.0M"), (3 << 40, "3.0T")]
+    ("count", "shown"),
+    [(0, "0"), (1023, "1023"), (1024, "1.0K"), (25 << 20, "25.0M"), (3 << 40, "3.0T")],
 )
 def test_sizes(count: int, shown: str) -> None:
     assert size(count) == shown
@@ -72,7 +86,10 @@ def test_a_pipe_gets_whole_values_between_tabs(capsys: pytest.CaptureFixture[str
 def test_a_program_gets_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert write(ROWS, COLUMNS, json_lines=True) == 2
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert found == [{"name": "one\ttwo", "at": "2026-11-22T12:00:00.000+00:00"}, {"name": "three", "at": None}]
+    assert found == [
+        {"name": "one\ttwo", "at": "2026-11-22T12:00:00.000+00:00"},
+        {"name": "three", "at": None},
+    ]
 
 
 def test_people_get_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +130,10 @@ def test_rows_go_out_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("short", ["    short"]),
         ("sixteen columns!", ["    sixteen columns!"]),
-        ("addresses like somebody-else@a.org stay", ["    addresses like", "    somebody-else@a.", "    org stay"]),
+        (
+            "addresses like somebody-else@a.org stay",
+            ["    addresses like", "    somebody-else@a.", "    org stay"],
+        ),
         ("", ["    "]),
     ],
 )
@@ -130,5 +150,7 @@ def test_a_lone_value_stands_beside_the_others_if_it_fits(monkeypatch: pytest.Mo
     write(rows[:1], columns)
     assert terminal.getvalue().splitlines()[1] == "m" * 44 + "  0"
     write(rows, columns)
-    assert terminal.getvalue().splitlines()[3:5] == ["m" * 44, "    0"], "long words want more room than is there"
+    assert terminal.getvalue().splitlines()[3:5] == ["m" * 44, "    0"], (
+        "long words want more room than is there"
+    )
     assert max(map(len, terminal.getvalue().splitlines())) <= 60

@@ -1,4 +1,5 @@
-"""docker-compose.yml, Dockerfile and the settings agree; what they do together, `.ci/compose` proves with an engine."""
+"""docker-compose.yml, Dockerfile and the settings agree; what they do together, `.ci/compose`
+proves with an engine."""
 
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ from relay.settings import SmtpdSettings, load, names, seconds
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
-CODE = "\n".join(line for line in TEXT.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+CODE = "\n".join(
+    line for line in TEXT.splitlines() if line.strip() and not line.lstrip().startswith("#")
+)
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
 # What the image settles for all its containers; the spool is below STATE_DIR.
@@ -75,31 +78,42 @@ def test_compose_1_29_can_read_it_and_services_can_be_scaled(newer: str):
 def test_nothing_newer_stands_at_the_top_and_secrets_are_files():
     assert [name for name in TOP if not name.startswith("x-")] == ["services", "secrets", "volumes"]
     assert {name: fields(secret) for name, secret in fields(TOP["secrets"]).items()} == {
-        file.name: {"file": f"${{SECRETS_DIR:-./compose}}/{file.name}"} for file in (ROOT / "compose").iterdir()
+        file.name: {"file": f"${{SECRETS_DIR:-./compose}}/{file.name}"}
+        for file in (ROOT / "compose").iterdir()
     }
 
 
 def test_only_smtp_is_published_and_the_page_to_this_host():
-    assert {name: service["ports"].split() for name, service in SERVICES.items() if "ports" in service} == {
+    assert {
+        name: service["ports"].split() for name, service in SERVICES.items() if "ports" in service
+    } == {
         "smtpd": ["-", '"${RELAY_PUBLISH:-127.0.0.1:2525}:2525"'],
         "web": ["-", '"127.0.0.1:8025:8025"'],
     }
-    profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
+    profiles = {
+        name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service
+    }
     assert profiles == {"web": "[web]", "page-login": "[web]", "sink": "[demo]"}
 
 
 def test_every_service_is_started_again_and_its_log_bounded():
     again = {name: service["restart"] for name, service in SERVICES.items()}
-    assert again == dict.fromkeys(SERVICES, "unless-stopped") | dict.fromkeys(["migrate", "page-login"], "on-failure")
+    assert again == dict.fromkeys(SERVICES, "unless-stopped") | dict.fromkeys(
+        ["migrate", "page-login"], "on-failure"
+    )
     assert {service["logging"] for service in SERVICES.values()} == {"*logging"}
     assert re.search(r"max-size: 20m\n +max-file: \"5\"", TOP["x-logging"])
 
 
 def test_services_may_write_nothing_but_volumes_and_may_do_nothing_else():
-    confined = {"read_only": "true", "cap_drop": "[ALL]", "security_opt": '["no-new-privileges:true"]'}
-    assert {name: {key: service.get(key) for key in confined} for name, service in SERVICES.items()} == dict.fromkeys(
-        SERVICES, confined
-    )
+    confined = {
+        "read_only": "true",
+        "cap_drop": "[ALL]",
+        "security_opt": '["no-new-privileges:true"]',
+    }
+    assert {
+        name: {key: service.get(key) for key in confined} for name, service in SERVICES.items()
+    } == dict.fromkeys(SERVICES, confined)
     assert "cap_add" not in CODE
     assert set(OURS) == {"migrate", "smtpd", "worker", "sink", "web"}
     assert {SERVICES[name]["init"] for name in OURS} == {"true"}
@@ -124,8 +138,13 @@ def test_the_page_has_a_login_of_its_own_and_no_message():
     page, settings = SERVICES["web"], fields(TOP["x-settings"])
     assert (page["secrets"], page["volumes"]) == ("[page-url]", "[]")
     environment = fields(page["environment"])
-    assert (environment["<<"], environment["RELAY_DATABASE_URL_FILE"]) == ("*settings", "/run/secrets/page-url")
-    assert not {"RELAY_DATABASE_URL_FILE", "RELAY_BROKER_URL_FILE", "RELAY_BROKER_URL"} & set(settings)
+    assert (environment["<<"], environment["RELAY_DATABASE_URL_FILE"]) == (
+        "*settings",
+        "/run/secrets/page-url",
+    )
+    assert not {"RELAY_DATABASE_URL_FILE", "RELAY_BROKER_URL_FILE", "RELAY_BROKER_URL"} & set(
+        settings
+    )
     assert "GRANT qmqp_relay_reader TO page;" in SERVICES["page-login"]["entrypoint"]
 
 
@@ -147,7 +166,11 @@ def test_what_serves_is_healthy_within_five_seconds():
     every = fields(TOP["x-health"])
     assert seconds(every["interval"]) == 4
     assert int(every["retries"]) * 4 >= 60, "a busy minute makes none unhealthy"
-    checks = {name: service["healthcheck"] for name, service in SERVICES.items() if "healthcheck" in service}
+    checks = {
+        name: service["healthcheck"]
+        for name, service in SERVICES.items()
+        if "healthcheck" in service
+    }
     assert set(checks) == {"postgres", "redis", "smtpd", "worker"}
     for check in checks.values():
         assert fields(check)["<<"] == "*health"

@@ -1,4 +1,5 @@
-"""The DATA decoder against a slow and simple model of it, whatever way the network cuts the bytes."""
+"""The DATA decoder against a slow and simple model of it, whatever way the network cuts the
+bytes."""
 
 import itertools
 import re
@@ -16,11 +17,15 @@ LIMIT = 1 << 20
 def encode(text: bytes) -> bytes:
     """What a client sends for LF text: CRLF, stuffed dots, the end."""
     lines = text.split(b"\n")[:-1]
-    return b"".join((b"." if line.startswith(b".") else b"") + line + b"\r\n" for line in lines) + b".\r\n"
+    return (
+        b"".join((b"." if line.startswith(b".") else b"") + line + b"\r\n" for line in lines)
+        + b".\r\n"
+    )
 
 
 def model(wire: bytes, *, strip_cr: bool = False) -> tuple[bytes | None, bytes] | None:
-    """Decodes line by line: the text (None: a bare CR or LF in it) and the rest; None if there is no end."""
+    """Decodes line by line: the text (None: a bare CR or LF in it) and the rest; None if there is
+    no end."""
     end = (b"\r\n" + wire).find(b"\r\n.\r\n")
     if end < 0:
         return None
@@ -82,20 +87,36 @@ def test_every_sequence_of_cr_lf_and_dot_as_the_model_has_it(length: int, strip_
 @given(
     st.lists(
         st.sampled_from(
-            [b"\r", b"\n", b".", b"\r\n", b"\r\r\n", b"\r\n.", b"\r\n.\r\n", b"\r\r\n.\r\r\n", b"text", b"\0\xff"]
+            [
+                b"\r",
+                b"\n",
+                b".",
+                b"\r\n",
+                b"\r\r\n",
+                b"\r\n.",
+                b"\r\n.\r\n",
+                b"\r\r\n.\r\r\n",
+                b"text",
+                b"\0\xff",
+            ]
         ),
         max_size=12,
     ),
     st.lists(st.integers(1, 40), max_size=6),
     st.booleans(),
 )
-def test_any_bytes_in_any_blocks_as_the_model_has_it(pieces: list[bytes], places: list[int], strip_cr: bool) -> None:
+def test_any_bytes_in_any_blocks_as_the_model_has_it(
+    pieces: list[bytes], places: list[int], strip_cr: bool
+) -> None:
     wire = b"".join(pieces) + b"\r\n.\r\n"
     edges = [0, *sorted({min(place, len(wire)) for place in places}), len(wire)]
     check(wire, [wire[a:b] for a, b in itertools.pairwise(edges)], strip_cr=strip_cr)
 
 
-@given(st.lists(st.binary(max_size=20).map(lambda line: re.sub(rb"[\r\n]", b".", line)), max_size=8), st.data())
+@given(
+    st.lists(st.binary(max_size=20).map(lambda line: re.sub(rb"[\r\n]", b".", line)), max_size=8),
+    st.data(),
+)
 def test_a_text_comes_out_as_it_was_encoded(lines: list[bytes], data: st.DataObject) -> None:
     text = b"".join(line + b"\n" for line in lines)
     wire = encode(text)
@@ -109,7 +130,9 @@ def test_C1_crlf_is_stored_as_lf() -> None:
     assert (text, rest, content.octets) == (b"Subject: x\n\nbody\n", b"", 20)
 
 
-@pytest.mark.parametrize("fake", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r\n", b"\r.\r", b"\r\n.\r"])
+@pytest.mark.parametrize(
+    "fake", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r\n", b"\r.\r", b"\r\n.\r"]
+)
 def test_C2_a_smuggled_end_is_no_end(fake: bytes) -> None:
     wire = b"a" + fake + b"MAIL FROM:<x@y>\r\nb\r\n.\r\n"
     for blocks in cuts(wire):
@@ -118,7 +141,9 @@ def test_C2_a_smuggled_end_is_no_end(fake: bytes) -> None:
         assert rest == b""
 
 
-@pytest.mark.parametrize("bare", [b"a\rb", b"\ra", b"a\r\r\nb", b"a\nb", b"\n", b"\n\r\n", b"a\r\n\rb", b"\r"])
+@pytest.mark.parametrize(
+    "bare", [b"a\rb", b"\ra", b"a\r\r\nb", b"a\nb", b"\n", b"\n\r\n", b"a\r\n\rb", b"\r"]
+)
 def test_C3_a_bare_cr_or_lf_is_refused_and_the_session_stays_in_step(bare: bytes) -> None:
     wire = bare + b"\r\n.\r\nNOOP\r\n"
     for blocks in cuts(wire):
@@ -145,10 +170,16 @@ def test_stripping_bare_crs_makes_no_end(fake: bytes, kept: bytes) -> None:
     wire = b"a" + fake + b"MAIL FROM:<x@y>\r\nb\r\n.\r\nNOOP\r\n"
     for blocks in cuts(wire):
         content, text, rest = decode(blocks, strip_cr=True)
-        assert (text, rest, content.fault) == (b"a" + kept + b"MAIL FROM:<x@y>\nb\n", b"NOOP\r\n", None)
+        assert (text, rest, content.fault) == (
+            b"a" + kept + b"MAIL FROM:<x@y>\nb\n",
+            b"NOOP\r\n",
+            None,
+        )
 
 
-@pytest.mark.parametrize("fake", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r\r\n.\n", b"\n\r.\r\n", b"\n\r\r\n"])
+@pytest.mark.parametrize(
+    "fake", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r\r\n.\n", b"\n\r.\r\n", b"\n\r\r\n"]
+)
 def test_a_bare_lf_is_refused_where_bare_crs_are_stripped(fake: bytes) -> None:
     wire = b"a" + fake + b"MAIL FROM:<x@y>\r\nb\r\n.\r\nNOOP\r\n"
     for blocks in cuts(wire):
@@ -160,7 +191,11 @@ def test_a_client_that_sends_two_crs_is_understood() -> None:
     wire = b"Message-ID: <a@b>\r\r\n\r\r\nhello\r\r\n..x\r\r\n.\r\nQUIT\r\n"
     for blocks in cuts(wire):
         content, text, rest = decode(blocks, strip_cr=True)
-        assert (text, rest, content.fault) == (b"Message-ID: <a@b>\n\nhello\n.x\n", b"QUIT\r\n", None)
+        assert (text, rest, content.fault) == (
+            b"Message-ID: <a@b>\n\nhello\n.x\n",
+            b"QUIT\r\n",
+            None,
+        )
         assert content.header_message_id == "<a@b>"
 
 
@@ -181,7 +216,10 @@ def test_C5_the_end_is_found_however_it_is_cut() -> None:
     for length in range(1, 4):
         for places in itertools.combinations(range(1, len(wire)), length):
             edges = [0, *places, len(wire)]
-            assert decode(wire[a:b] for a, b in itertools.pairwise(edges))[1:] == (b"a\n", b"RSET\r\n")
+            assert decode(wire[a:b] for a, b in itertools.pairwise(edges))[1:] == (
+                b"a\n",
+                b"RSET\r\n",
+            )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +238,9 @@ def test_C6_empty_header_only_body_only_blank_first_line(wire: bytes, text: byte
         assert (decoded, rest, content.fault, content.octets) == (text, b"", None, len(wire) - 3)
 
 
-@pytest.mark.parametrize("first", [b"From someone Mon Jan  1\r\n", b" indented\r\n", b"\tindented\r\n"])
+@pytest.mark.parametrize(
+    "first", [b"From someone Mon Jan  1\r\n", b" indented\r\n", b"\tindented\r\n"]
+)
 def test_C8_an_odd_first_line_passes_as_it_is(first: bytes) -> None:
     assert decode([first + b".\r\n"])[1] == first.replace(b"\r\n", b"\n")
 
@@ -220,7 +260,9 @@ def test_C10_eight_bits_and_nul_are_kept() -> None:
 
 
 @pytest.mark.parametrize(("limit", "fault"), [(10, Fault.TOO_BIG), (11, None), (12, None)])
-def test_C12_the_limit_counts_line_ends_as_two_and_stuffed_dots_not(limit: int, fault: Fault | None) -> None:
+def test_C12_the_limit_counts_line_ends_as_two_and_stuffed_dots_not(
+    limit: int, fault: Fault | None
+) -> None:
     for blocks in cuts(b"12345\r\n..3\r\n.\r\nQUIT\r\n"):
         content, _, rest = decode(blocks, limit)
         assert (content.fault, rest) == (fault, b"QUIT\r\n")
@@ -234,7 +276,9 @@ def test_C12_nothing_is_decoded_past_the_limit() -> None:
     assert content.feed(b"\r\n.\r\nNOOP\r\n") == (b"", b"NOOP\r\n")
 
 
-@pytest.mark.parametrize(("fields", "fault"), [(MAX_RECEIVED, None), (MAX_RECEIVED + 1, Fault.LOOP)])
+@pytest.mark.parametrize(
+    ("fields", "fault"), [(MAX_RECEIVED, None), (MAX_RECEIVED + 1, Fault.LOOP)]
+)
 def test_C29_too_many_received_fields_are_a_loop(fields: int, fault: Fault | None) -> None:
     header = b"X: received: no\r\n" + b"rEceived: from a\r\n\tby b\r\n" * fields + b"Subject: x\r\n"
     wire = header + b"\r\n" + b"Received: in the body\r\n" * 50 + b".\r\n"
@@ -266,7 +310,12 @@ def test_the_message_id_is_read_from_the_header_alone(header: bytes, found: str 
 
 @pytest.mark.parametrize("blank", [b" ", b"\t"])
 def test_content_that_begins_with_a_continuation_has_no_header(blank: bytes) -> None:
-    wire = blank + b"by bank.example\r\n" + b"Received: x\r\n" * 101 + b"Message-ID: <a@b>\r\n\r\n.\r\n"
+    wire = (
+        blank
+        + b"by bank.example\r\n"
+        + b"Received: x\r\n" * 101
+        + b"Message-ID: <a@b>\r\n\r\n.\r\n"
+    )
     for size in (1, 3, len(wire)):
         content, _, _ = decode(wire[i : i + size] for i in range(0, len(wire), size))
         assert (content.header_message_id, content.fault) == (None, None)

@@ -21,6 +21,8 @@ def test_index_lists_every_record_in_order():
 def test_record_has_its_number_status_and_parts(record: Path):
     page = record.read_text()
     assert page.startswith(f"# {record.name[:4]}: ")
-    assert re.search(r"^Status: (accepted, 20\d\d-\d\d-\d\d|superseded by \d{4})", page, re.MULTILINE)
+    assert re.search(
+        r"^Status: (accepted, 20\d\d-\d\d-\d\d|superseded by \d{4})", page, re.MULTILINE
+    )
     parts = re.findall(r"^## (.+)$", page, re.MULTILINE)
     assert parts == ["Context", "Decision", "Consequences", "Alternatives"]

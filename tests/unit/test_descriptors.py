@@ -17,7 +17,9 @@ def limits() -> Iterator[None]:
 
 
 def soft(limit: int) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
 
 
 def test_the_limit_is_raised_to_what_is_needed() -> None:

@@ -8,7 +8,9 @@ import pytest
 from relay.settings import ROLES, load, names
 
 LINES = (Path(__file__).parents[2] / ".env.example").read_text().splitlines()
-GIVEN = [found.groups() for line in LINES if (found := re.fullmatch(r"#(RELAY_[A-Z_]+)=(.*)", line))]
+GIVEN = [
+    found.groups() for line in LINES if (found := re.fullmatch(r"#(RELAY_[A-Z_]+)=(.*)", line))
+]
 
 
 def test_every_setting_is_there_once():
@@ -29,4 +31,6 @@ def test_one_line_says_what_it_is_for(name: str):
     place = next(n for n, line in enumerate(LINES) if line.startswith(f"#{name}="))
     assert re.fullmatch(r"# \S.*\. Twin: \S.*", LINES[place - 1])
     assert not LINES[place - 2].startswith("# ") or LINES[place - 2].startswith("# ---")
-    assert all(len(line) <= 120 for line in LINES if line.startswith("# "))  # a default is as long as it is
+    assert all(
+        len(line) <= 120 for line in LINES if line.startswith("# ")
+    )  # a default is as long as it is

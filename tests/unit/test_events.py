@@ -6,14 +6,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
-# Events that are no literal where they are logged: states and outcomes of deliveries, and warnings about settings.
+# Events that are no literal where they are logged: states and outcomes of deliveries, and warnings
+# about settings.
 SPOKEN = {
     "no QMQP server configured (RELAY_QMQP_SERVERS)", "ignoring RELAY_...", "handed back", "uncertain", "malformed",
     "delivered", "deferred", "bounced", "expired", "held", "split", "dropped", "queued",
 }  # fmt: skip
 
 
-ROWS = re.findall(r"^\| `([^`]+)` \| (\w+) \|", (ROOT / "docs" / "events.md").read_text(), re.MULTILINE)
+ROWS = re.findall(
+    r"^\| `([^`]+)` \| (\w+) \|", (ROOT / "docs" / "events.md").read_text(), re.MULTILINE
+)
 
 
 def logged() -> dict[str, set[str]]:
@@ -27,7 +30,9 @@ def logged() -> dict[str, set[str]]:
                         func=ast.Attribute(value=ast.Name(id="log"), attr=level),
                         args=[ast.Constant(value=str(event)), *_],
                     ) if level in LEVELS:
-                        found.setdefault(event, set()).add("error" if level == "exception" else level)
+                        found.setdefault(event, set()).add(
+                            "error" if level == "exception" else level
+                        )
     return found
 
 
@@ -40,4 +45,6 @@ def test_the_list_is_the_code():
 
 def test_the_levels_are_those_of_the_code():
     listed, code = dict(ROWS), logged()
-    assert {event: {listed[event]} for event in code if event in listed} == {e: code[e] for e in code if e in listed}
+    assert {event: {listed[event]} for event in code if event in listed} == {
+        e: code[e] for e in code if e in listed
+    }

@@ -26,7 +26,12 @@ def with_body(text: bytes) -> bytes:
 
 
 def test_ids_are_taken_and_nothing_else() -> None:
-    said: dict[str, Any] = {"eta": "2099-01-01T00:00:00", "expires": "soon", "timelimit": 7, "callbacks": [{}]}
+    said: dict[str, Any] = {
+        "eta": "2099-01-01T00:00:00",
+        "expires": "soon",
+        "timelimit": 7,
+        "callbacks": [{}],
+    }
     assert hinted(entry(lambda made: made["headers"].update(said)), 3) == {"bulk": IDS}
     again = json.loads(entry_of({"bulk": IDS}, "retry"))
     assert again["headers"]["eta"] is again["headers"]["expires"] is None
@@ -70,7 +75,12 @@ def test_everything_else_is_refused(bad: bytes) -> None:
 
 def test_a_body_is_not_unpacked() -> None:
     bomb = base64.b64encode(gzip.compress(bytes(1_000_000))).decode()
-    packed = entry(lambda made: (made.update(body=bomb), made["headers"].update(compression="application/x-gzip")))
+    packed = entry(
+        lambda made: (
+            made.update(body=bomb),
+            made["headers"].update(compression="application/x-gzip"),
+        )
+    )
     with pytest.raises(NoHint, match="compressed"):
         hinted(packed, 5)
 

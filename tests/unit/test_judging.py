@@ -6,7 +6,9 @@ from relay.db.schema import TRANSITIONS, Outcome, State
 from relay.settings import WorkerSettings, load, unwanted
 from worker.delivery import ABOUT_AN_ADDRESS, OUTCOME_POLICY, next_state
 
-SETTINGS = load(WorkerSettings, retry_min=30, retry_max=3600, uncertain_delay=900, uncertain="retry")
+SETTINGS = load(
+    WorkerSettings, retry_min=30, retry_max=3600, uncertain_delay=900, uncertain="retry"
+)
 HOLD = load(WorkerSettings, uncertain="hold")
 
 
@@ -28,7 +30,9 @@ def test_every_outcome_leads_somewhere_that_the_schema_allows() -> None:
         (Outcome.UNSENDABLE, State.HELD, 2, 0, 0),
     ],
 )
-def test_outcome(outcome: Outcome, state: State, step: int, shortest: float, longest: float) -> None:
+def test_outcome(
+    outcome: Outcome, state: State, step: int, shortest: float, longest: float
+) -> None:
     found = next_state(outcome, SETTINGS, 2)
     assert (found[0], found[2]) == (state, step)
     assert shortest <= found[1] <= longest

@@ -30,7 +30,13 @@ def test_an_event_is_a_line_of_json_with_its_fields(said: Callable[[], str]) -> 
     get_logger("reception.receiver").info("accepted", id="0" * 32, size=100, sender="a@example.com")
     (line,) = lines(said)
     assert line.pop("timestamp")
-    assert line == {"event": "accepted", "level": "info", "id": "0" * 32, "size": 100, "sender": "a@example.com"}
+    assert line == {
+        "event": "accepted",
+        "level": "info",
+        "id": "0" * 32,
+        "size": 100,
+        "sender": "a@example.com",
+    }
 
 
 def test_other_libraries_speak_in_the_same_lines(said: Callable[[], str]) -> None:
@@ -43,7 +49,10 @@ def test_other_libraries_speak_in_the_same_lines(said: Callable[[], str]) -> Non
 
 def test_a_line_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     went_on = False
-    with suppress(OSError), Path("/dev/full").open("w") as full:  # closing it writes once more, and fails
+    with (
+        suppress(OSError),
+        Path("/dev/full").open("w") as full,
+    ):  # closing it writes once more, and fails
         monkeypatch.setattr("sys.stderr", full)
         configure(load(Settings))
         get_logger("x").error("database away")
@@ -72,7 +81,9 @@ def test_addresses_can_be_left_out(said: Callable[[], str]) -> None:
     configure(load(Settings, log_addresses="redacted"))
     get_logger("x").info("accepted", sender="ann@example.com", recipient="bob@example.org", size=1)
     get_logger("x").info("accepted", sender="")
-    get_logger("x").info("bounced", reply='no such mailbox: <bob@example.org>, "b o b"@example.net (#5.1.1)')
+    get_logger("x").info(
+        "bounced", reply='no such mailbox: <bob@example.org>, "b o b"@example.net (#5.1.1)'
+    )
     logging.getLogger("celery").warning("lost ann@example.com")
     first, second, third, fourth = lines(said)
     assert (first["sender"], first["recipient"]) == ("...@example.com", "...@example.org")
@@ -100,7 +111,9 @@ def test_leaving_out_is_linear(piece: str) -> None:
     def redact(text: str) -> None:
         _redact(None, "info", {"reply": text})
 
-    assert growth(redact, piece * 1000 + " @", piece * 16_000 + " @") < 64, "16 times as long, not 256"
+    assert growth(redact, piece * 1000 + " @", piece * 16_000 + " @") < 64, (
+        "16 times as long, not 256"
+    )
 
 
 def test_people_get_plain_lines(said: Callable[[], str]) -> None:
@@ -119,8 +132,13 @@ def test_escaped(raw: bytes | str, text: str) -> None:
     assert escaped(raw) == text
 
 
-@given(st.one_of(st.binary(), st.binary().map(lambda raw: raw.decode("utf-8", "surrogateescape"))), st.integers(5, 50))
-def test_whatever_a_peer_says_becomes_a_short_printable_line(raw: bytes | str, longest: int) -> None:
+@given(
+    st.one_of(st.binary(), st.binary().map(lambda raw: raw.decode("utf-8", "surrogateescape"))),
+    st.integers(5, 50),
+)
+def test_whatever_a_peer_says_becomes_a_short_printable_line(
+    raw: bytes | str, longest: int
+) -> None:
     text = escaped(raw, longest)
     assert len(text) <= longest
     assert text.isascii()
@@ -130,5 +148,8 @@ def test_whatever_a_peer_says_becomes_a_short_printable_line(raw: bytes | str, l
 def test_first_line_of_an_error() -> None:
     assert first_line(ValueError("\nwhy\nSQL: secret")) == "why"
     assert first_line(ValueError()) == "ValueError"
-    assert first_line(OSError("redis://:s3cret@host:6379/0 refused")) == "redis://:***@host:6379/0 refused"
+    assert (
+        first_line(OSError("redis://:s3cret@host:6379/0 refused"))
+        == "redis://:***@host:6379/0 refused"
+    )
     assert len(first_line(ValueError("x" * 1000))) == 300

@@ -1,4 +1,5 @@
-"""Counting is bounded and cheap; a scrape is answered whatever is away; the address is a matter of what is free."""
+"""Counting is bounded and cheap; a scrape is answered whatever is away; the address is a matter of
+what is free."""
 
 import socket
 import threading
@@ -78,7 +79,9 @@ def test_a_spool_that_is_gone_leaves_the_rest(tmp_path: Path):
     assert "relay_database_up" in text
 
 
-def test_a_database_that_is_silent_delays_no_scrape(queue: QueueMetrics, monkeypatch: pytest.MonkeyPatch):
+def test_a_database_that_is_silent_delays_no_scrape(
+    queue: QueueMetrics, monkeypatch: pytest.MonkeyPatch
+):
     looks, go_on = [], threading.Event()
 
     def silent() -> list[Metric]:
@@ -132,7 +135,9 @@ def test_requests_that_are_not_finished_are_few_and_end(monkeypatch: pytest.Monk
             client.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
         server_reply = [client.recv(100) for client in reversed(clients)]
         assert threading.active_count() <= before + 1 + listener.THREADS
-        assert [one[:12] for one in server_reply] == [b"HTTP/1.0 503"] * 2 * listener.THREADS + [b""] * listener.THREADS
+        assert [one[:12] for one in server_reply] == [b"HTTP/1.0 503"] * 2 * listener.THREADS + [
+            b""
+        ] * listener.THREADS
         until(lambda: threading.active_count() == before + 1)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             assert b"relay_accept_seconds_count" in answer.read()

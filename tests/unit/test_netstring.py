@@ -1,4 +1,5 @@
-"""The codec: what it writes, what it refuses, and that it does not matter how a stream is cut up."""
+"""The codec: what it writes, what it refuses, and that it does not matter how a stream is cut
+up."""
 
 import itertools
 
@@ -6,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmqp.netstring import Decoder, FormatError, SizeError, TruncatedError, encode, length_of, read_length
+from qmqp.netstring import (
+    Decoder,
+    FormatError,
+    SizeError,
+    TruncatedError,
+    encode,
+    length_of,
+    read_length,
+)
 
 BOUNDARIES = [0, 1, 9, 10, 99, 100, 999, 1000, 9999, 10_000, 99_999, 100_000, 1_000_000]
 

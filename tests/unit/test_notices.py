@@ -1,6 +1,8 @@
-"""Notices, read back with the standard library's parser: what the RFCs ask for, and nobody's tricks.
+"""Notices, read back with the standard library's parser: what the RFCs ask for, and nobody's
+tricks.
 
-RFC 3461 (NOTIFY, RET, ENVID, ORCPT), 3464 (the status part), 6522 (the report), 3834 (what machines say of themselves).
+RFC 3461 (NOTIFY, RET, ENVID, ORCPT), 3464 (the status part), 6522 (the report), 3834 (what machines
+say of themselves).
 """
 
 import re
@@ -28,7 +30,10 @@ CONTENT = b"Received: by here\nSubject: hello\nFrom: a@example.com\n\nbody\n.\n-
 
 
 def written(
-    *failures: Failure, original: Original = ORIGINAL, content: bytes | None = CONTENT, full: bool = True
+    *failures: Failure,
+    original: Original = ORIGINAL,
+    content: bytes | None = CONTENT,
+    full: bool = True,
 ) -> bytes:
     return compose(ID, "relay.example", NOW, original, failures or (FAILED,), content, full=full)
 
@@ -65,8 +70,14 @@ def test_a_report_has_three_parts_and_says_that_a_machine_wrote_it() -> None:
     kinds = [part.get_content_type() for part in report.iter_parts()]
     assert kinds == ["text/plain", "message/delivery-status", "message/rfc822"]
     assert report["Auto-Submitted"] == "auto-replied"  # RFC 3834
-    assert (report["From"], report["To"]) == ("Mail Delivery System <MAILER-DAEMON@relay.example>", "a@example.com")
-    assert (report["Message-ID"], report["References"]) == (f"<{ID}@relay.example>", "<1@client.example>")
+    assert (report["From"], report["To"]) == (
+        "Mail Delivery System <MAILER-DAEMON@relay.example>",
+        "a@example.com",
+    )
+    assert (report["Message-ID"], report["References"]) == (
+        f"<{ID}@relay.example>",
+        "<1@client.example>",
+    )
     assert parsedate_to_datetime(report["Date"]) == NOW
     assert report["MIME-Version"] == "1.0"
     assert wire.startswith(b"Received: ")
@@ -83,7 +94,10 @@ def test_a_person_understands_it() -> None:
 
 def test_the_status_part_of_a_bounce() -> None:
     about, recipient = groups(written())
-    assert about == {"Reporting-MTA": "dns; relay.example", "Arrival-Date": "Sun, 22 Nov 2026 16:00:00 +0000"}
+    assert about == {
+        "Reporting-MTA": "dns; relay.example",
+        "Arrival-Date": "Sun, 22 Nov 2026 16:00:00 +0000",
+    }
     assert recipient == {
         "Final-Recipient": "rfc822; b@example.org",
         "Action": "failed",
@@ -95,7 +109,9 @@ def test_the_status_part_of_a_bounce() -> None:
 
 
 def test_a_delay_is_no_failure() -> None:
-    wire = written(replace(FAILED, kind=Kind.DELAYED, reply="busy (#4.3.2)", outcome="deferred"), full=False)
+    wire = written(
+        replace(FAILED, kind=Kind.DELAYED, reply="busy (#4.3.2)", outcome="deferred"), full=False
+    )
     recipient = groups(wire)[1]
     assert (recipient["Action"], recipient["Status"]) == ("delayed", "4.3.2")
     assert recipient["Will-Retry-Until"] == "Thu, 26 Nov 2026 17:00:00 +0000"
@@ -114,14 +130,18 @@ def test_an_expired_message_says_what_was_heard_last() -> None:
 
 @pytest.mark.parametrize("kind", Kind)
 def test_what_may_have_arrived_is_not_called_undelivered(kind: Kind) -> None:
-    """Three recipients: one whose last try got no answer, one of which that is so of an earlier try, one without."""
+    """Three recipients: one whose last try got no answer, one of which that is so of an earlier
+    try, one without."""
     ours = "connection closed by the server after the commit point"
     doubtful = replace(FAILED, kind=kind, outcome="uncertain", reply=ours, doubt=True)
     earlier = replace(doubtful, outcome="deferred", reply="busy")
     wire = written(doubtful, earlier)
     said = " ".join(words(wire).split())
     assert said.count("It may have arrived all the same") == 2
-    assert ["Diagnostic-Code" in group for group in groups(wire)[1:]] == [False, kind is not Kind.BOUNCED]
+    assert ["Diagnostic-Code" in group for group in groups(wire)[1:]] == [
+        False,
+        kind is not Kind.BOUNCED,
+    ]
     assert (ours in said) == (kind is not Kind.BOUNCED)
     if kind is not Kind.DELAYED:
         assert "or nobody knows whether it was" in said
@@ -160,13 +180,19 @@ def test_an_operator_is_not_a_server(outcome: str, reply: str, said: str) -> Non
 
 
 def test_what_is_not_returned_is_said() -> None:
-    wire = compose(ID, "relay.example", NOW, ORIGINAL, [FAILED], None, full=True, left_out="It is too long.")
+    wire = compose(
+        ID, "relay.example", NOW, ORIGINAL, [FAILED], None, full=True, left_out="It is too long."
+    )
     assert "\nIt is too long.\n" in words(wire)
 
 
 def test_several_recipients_stand_in_one_notice() -> None:
-    wire = written(*(replace(FAILED, address=f"{n}@example.org", reply=f"why {n}") for n in range(50)))
-    assert [group["Final-Recipient"] for group in groups(wire)[1:]] == [f"rfc822; {n}@example.org" for n in range(50)]
+    wire = written(
+        *(replace(FAILED, address=f"{n}@example.org", reply=f"why {n}") for n in range(50))
+    )
+    assert [group["Final-Recipient"] for group in groups(wire)[1:]] == [
+        f"rfc822; {n}@example.org" for n in range(50)
+    ]
     assert all(f"why {n}" in words(wire) for n in range(50))
 
 
@@ -219,7 +245,9 @@ def test_an_8_bit_original_is_told_as_such_and_not_touched() -> None:
     (Kind.BOUNCED, "5.1.1234", "5.0.0"),
     (Kind.BOUNCED, "550 5.1.1. No such user", "5.1.1"), (Kind.BOUNCED, "no mail from 192.5.1.10", "5.0.0"),
 ])  # fmt: skip
-def test_the_servers_status_code_is_kept_if_its_class_fits(kind: Kind, reply: str, status: str) -> None:
+def test_the_servers_status_code_is_kept_if_its_class_fits(
+    kind: Kind, reply: str, status: str
+) -> None:
     assert status_of(kind, reply) == status
 
 
@@ -263,9 +291,9 @@ def test_no_words_of_others_add_a_line_or_a_field(
     assert parsed(wire).keys() == parsed(calm).keys()
     assert len(parts(wire)) == 3
     assert max(map(len, wire.splitlines())) < 998
-    assert re.findall(rb"(?m)^--=_.*$", wire.replace(CONTENT, b"")) == [b"--=_" + ID.encode()] * 3 + [
-        b"--=_" + ID.encode() + b"--"
-    ]
+    assert re.findall(rb"(?m)^--=_.*$", wire.replace(CONTENT, b"")) == [
+        b"--=_" + ID.encode()
+    ] * 3 + [b"--=_" + ID.encode() + b"--"]
     assert all(len(line) <= 998 for line in words(wire).splitlines())
 
 
@@ -283,7 +311,10 @@ def test_the_server_is_named_if_it_has_a_name(server: str | None, remote: str | 
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    wire = written(replace(FAILED, attempted_at=None, reply=""), original=replace(ORIGINAL, header_message_id=None))
+    wire = written(
+        replace(FAILED, attempted_at=None, reply=""),
+        original=replace(ORIGINAL, header_message_id=None),
+    )
     assert not {"Last-Attempt-Date", "Diagnostic-Code"} & set(groups(wire)[1])
     assert parsed(wire)["References"] is None
     assert "gave no reason" in words(wire)

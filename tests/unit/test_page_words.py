@@ -1,4 +1,5 @@
-"""Words of peers on the page: no line ends inside an address, at a cost that is linear in their length."""
+"""Words of peers on the page: no line ends inside an address, at a cost that is linear in their
+length."""
 
 import pytest
 
@@ -22,4 +23,6 @@ def test_hyphens_are_joined_to_what_follows(text: str, html: str) -> None:
 
 @pytest.mark.parametrize("piece", ["-", "-:", "a-", "- ", "-<", "-&"])
 def test_joining_is_linear(piece: str) -> None:
-    assert growth(unbroken, piece * 1000, piece * 16_000) < 64, "16 times as much takes 16 times as long, not 256"
+    assert growth(unbroken, piece * 1000, piece * 16_000) < 64, (
+        "16 times as much takes 16 times as long, not 256"
+    )

@@ -23,7 +23,9 @@ from smtpd.addresses import CommandRefused, Recipient, parse_recipient
 
 
 def client(tmp_path: Path, peer: str, **settings: Any) -> ClientPolicy:
-    made = load(SmtpdSettings, state_dir=tmp_path, spool_dir=tmp_path, hostname="relay.example", **settings)
+    made = load(
+        SmtpdSettings, state_dir=tmp_path, spool_dir=tmp_path, hostname="relay.example", **settings
+    )
     return Policy(made).client(peer)
 
 
@@ -100,25 +102,42 @@ ROUTED = [
 
 
 @pytest.mark.parametrize("path", ROUTED)
-def test_a_recipient_with_a_route_in_it_is_refused_to_strangers(tmp_path: Path, path: bytes) -> None:
+def test_a_recipient_with_a_route_in_it_is_refused_to_strangers(
+    tmp_path: Path, path: bytes
+) -> None:
     recipient = parse_recipient(b"TO:" + path, "relay.example")
     domains = ("allowed.test", ".below.test", "relay.example")
     stranger = client(tmp_path, "192.0.2.1", recipient_domains=domains)
     assert (refusal(stranger.check_recipient, recipient, 0) or b"").startswith(b"550 5.7.1")
     assert refusal(client(tmp_path, "127.0.0.1").check_recipient, recipient, 0) is None
-    allowing = client(tmp_path, "192.0.2.1", recipient_domains=domains, allow_untrusted_routing=True)
+    allowing = client(
+        tmp_path, "192.0.2.1", recipient_domains=domains, allow_untrusted_routing=True
+    )
     assert refusal(allowing.check_recipient, recipient, 0) is None
 
 
-@pytest.mark.parametrize("path", [b"<a+b=c.test@allowed.test>", b'<"a b"@allowed.test>', b"<postmaster>"])
-def test_an_unusual_local_part_without_a_route_is_taken_from_strangers(tmp_path: Path, path: bytes) -> None:
+@pytest.mark.parametrize(
+    "path", [b"<a+b=c.test@allowed.test>", b'<"a b"@allowed.test>', b"<postmaster>"]
+)
+def test_an_unusual_local_part_without_a_route_is_taken_from_strangers(
+    tmp_path: Path, path: bytes
+) -> None:
     stranger = client(tmp_path, "192.0.2.1", recipient_domains=("allowed.test",))
-    assert refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0) is None
+    assert (
+        refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0)
+        is None
+    )
 
 
-@pytest.mark.parametrize("path", [b"<a@[192.0.2.9]>", b"<@allowed.test:a@evil.test>", b"<postmaster@[127.0.0.1]>"])
-def test_neither_a_literal_nor_a_source_route_leads_past_the_domains(tmp_path: Path, path: bytes) -> None:
-    stranger = client(tmp_path, "192.0.2.1", recipient_domains=("allowed.test",), allow_untrusted_routing=True)
+@pytest.mark.parametrize(
+    "path", [b"<a@[192.0.2.9]>", b"<@allowed.test:a@evil.test>", b"<postmaster@[127.0.0.1]>"]
+)
+def test_neither_a_literal_nor_a_source_route_leads_past_the_domains(
+    tmp_path: Path, path: bytes
+) -> None:
+    stranger = client(
+        tmp_path, "192.0.2.1", recipient_domains=("allowed.test",), allow_untrusted_routing=True
+    )
     reply = refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0)
     assert (reply or b"").startswith(b"554 5.7.1")
 
@@ -133,7 +152,9 @@ def test_C16_past_the_limit_452_for_the_extra_recipients_only(tmp_path: Path) ->
     ("peer", "setting", "strips"),
     [("127.0.0.1", "strip", True), ("127.0.0.1", "reject", False), ("192.0.2.1", "strip", False)],
 )
-def test_bare_crs_are_stripped_for_trusted_clients_alone(tmp_path: Path, peer: str, setting: str, strips: bool) -> None:
+def test_bare_crs_are_stripped_for_trusted_clients_alone(
+    tmp_path: Path, peer: str, setting: str, strips: bool
+) -> None:
     assert client(tmp_path, peer, bare_cr=setting).strips_cr is strips
     assert not client(tmp_path, peer).strips_cr
 
@@ -144,7 +165,9 @@ def test_C12_a_declared_size_over_the_limit_is_refused_at_mail(tmp_path: Path) -
     assert (refusal(trusted.check_sender, 1001) or b"").startswith(b"552 5.3.4")
 
 
-def test_C22_no_room_is_452_at_mail_and_asked_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_C22_no_room_is_452_at_mail_and_asked_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, free, asked = 100.0, ROOM_KEPT_FREE + 1000, 0
 
     def statvfs(_path: Path) -> SimpleNamespace:
@@ -165,7 +188,9 @@ def test_C22_no_room_is_452_at_mail_and_asked_once_a_second(tmp_path: Path, monk
     assert asked == 2
 
 
-def test_room_without_files_left_or_without_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_without_files_left_or_without_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert FreeSpace(tmp_path / "nowhere").holds(1)
     found = SimpleNamespace(f_files=10, f_favail=0, f_bavail=1 << 40, f_frsize=1)
     monkeypatch.setattr(os, "statvfs", lambda _path: found)
@@ -201,7 +226,9 @@ def test_unfinished_messages_of_strangers_take_a_quarter_each_and_leave_one(
     assert room.holds(2000)
 
 
-def test_octets_are_counted_once_whether_stored_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_octets_are_counted_once_whether_stored_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
     claim = room.claim(0, "")
     assert claim.grow(3000)
@@ -260,7 +287,11 @@ def test_a_client_is_counted_by_the_network_it_has(tmp_path: Path) -> None:
     first, second = client(tmp_path, "2001:db8::1"), client(tmp_path, "2001:db8::ffff:1")
     assert first.network == second.network == "2001:db8::/64"
     assert client(tmp_path, "2001:db8:0:1::1").network == "2001:db8:0:1::/64"
-    assert client(tmp_path, "192.0.2.1").network == client(tmp_path, "::ffff:192.0.2.1").network == "192.0.2.1"
+    assert (
+        client(tmp_path, "192.0.2.1").network
+        == client(tmp_path, "::ffff:192.0.2.1").network
+        == "192.0.2.1"
+    )
 
 
 @pytest.mark.parametrize("publish", ["", "127.0.0.1:2525", "[::1]:25", "localhost:2525"])
@@ -271,7 +302,9 @@ def test_connected_means_our_own_subnets(publish: str) -> None:
     assert set(connected_networks()) < set(networks) | {ip_network("192.0.2.0/25")}
 
 
-@pytest.mark.parametrize("publish", ["2525", "0.0.0.0:2525", "192.0.2.1:25", "[::]:25", "mail.example:25"])
+@pytest.mark.parametrize(
+    "publish", ["2525", "0.0.0.0:2525", "192.0.2.1:25", "[::]:25", "mail.example:25"]
+)
 def test_connected_is_refused_for_a_published_port(publish: str) -> None:
     with pytest.raises(PolicyError, match=r"RELAY_CLIENT_NETWORKS.*RELAY_PUBLISH"):
         client_networks(["connected"], publish)

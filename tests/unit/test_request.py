@@ -1,4 +1,5 @@
-"""Requests and replies as bytes: the golden vectors, both parsers, and the one against the other."""
+"""Requests and replies as bytes: the golden vectors, both parsers, and the one against the
+other."""
 
 import itertools
 
@@ -11,7 +12,9 @@ from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
 from qmqp.request import MAX_ADDRESS, BadAddress, NoRecipients, Request, RequestParser
 
 NO_SUCH_ADDRESS = b"sorry, I can't accept addresses like that (#5.1.3)"
-ADDRESSES = st.binary(min_size=1, max_size=60).filter(lambda a: not set(a) & set(b"\0\r\n") and a[:1] != b"<")
+ADDRESSES = st.binary(min_size=1, max_size=60).filter(
+    lambda a: not set(a) & set(b"\0\r\n") and a[:1] != b"<"
+)
 
 
 def wire_of(body: bytes, sender: bytes, *recipients: bytes) -> bytes:
@@ -44,7 +47,11 @@ class Reading:
     ("body", "envelope", "wire"),
     [
         (b"", [b"", b"a@b"], b"12:0:,0:,3:a@b,,"),
-        (b"test\n", [b"a@example.com", b"b@example.com"], b"42:5:test\n,13:a@example.com,13:b@example.com,,"),
+        (
+            b"test\n",
+            [b"a@example.com", b"b@example.com"],
+            b"42:5:test\n,13:a@example.com,13:b@example.com,,",
+        ),
         (b"From: <s@\n", [b"s@x.test", b"r@y.test"], b"36:10:From: <s@\n,8:s@x.test,8:r@y.test,,"),
     ],
 )
@@ -76,7 +83,9 @@ def test_B28_the_null_sender():
     assert Request(0, b"", [b"r@y"]).tail == b",0:,3:r@y,,"
 
 
-@pytest.mark.parametrize("address", [b"a\0b@c", b"a\nb@c", b"a\rb@c", b"<a@b>", b"a" * (MAX_ADDRESS + 1), b"a@b\n"])
+@pytest.mark.parametrize(
+    "address", [b"a\0b@c", b"a\nb@c", b"a\rb@c", b"<a@b>", b"a" * (MAX_ADDRESS + 1), b"a@b\n"]
+)
 def test_B29_addresses_that_a_server_would_misread(address):
     with pytest.raises(BadAddress):
         Request(1, address, [b"r@y"])
@@ -138,7 +147,12 @@ def test_whatever_way_tcp_cuts_a_request_a_server_reads_the_same(body, sender, r
     reading = Reading()
     assert reading.feed(*pieces(wire, cuts))
     parser = reading.parser
-    assert (reading.body, parser.sender, parser.recipients, parser.extra) == (body, sender, recipients, 0)
+    assert (reading.body, parser.sender, parser.recipients, parser.extra) == (
+        body,
+        sender,
+        recipients,
+        0,
+    )
     assert parser.size == len(body)
 
 
@@ -172,7 +186,8 @@ def test_A17_inner_strings_that_run_past_the_outer(wire):
 
 
 @pytest.mark.parametrize(
-    "wire", [b"13:0:,0:,3:a@b,,", b"14:0:,0:,3:a@b,xx,", b"13:0:,0:,3:a@b,\n,", b"13:0:,0:,3:a@b,x,"]
+    "wire",
+    [b"13:0:,0:,3:a@b,,", b"14:0:,0:,3:a@b,xx,", b"13:0:,0:,3:a@b,\n,", b"13:0:,0:,3:a@b,x,"],
 )
 def test_A18_slack_between_the_inner_and_the_outer(wire):
     with pytest.raises(FormatError):
@@ -196,7 +211,12 @@ def test_a_request_without_recipients_is_for_the_server_to_judge():
 
 
 def test_A8_a_server_refuses_leading_zeros_everywhere():
-    for wire in (b"012:0:,0:,3:a@b,,", b"13:00:,0:,3:a@b,,", b"13:0:,00:,3:a@b,,", b"13:0:,0:,03:a@b,,"):
+    for wire in (
+        b"012:0:,0:,3:a@b,,",
+        b"13:00:,0:,3:a@b,,",
+        b"13:0:,00:,3:a@b,,",
+        b"13:0:,0:,03:a@b,,",
+    ):
         with pytest.raises(FormatError):
             Reading().feed(wire)
 
@@ -245,12 +265,15 @@ def test_B1_B2_B6_golden_replies(wire, status, text):
     assert ReplyParser().feed(wire) == Reply(status, text)
 
 
-@given(st.sampled_from([b"K", b"Z", b"D"]), st.binary(max_size=200), st.binary(max_size=5), st.data())
+@given(
+    st.sampled_from([b"K", b"Z", b"D"]), st.binary(max_size=200), st.binary(max_size=5), st.data()
+)
 def test_B4_B11_whatever_way_a_reply_is_cut_it_says_the_same(status, text, extra, data):
     wire = encode(status + text) + extra
     parser = ReplyParser()
     replies = [
-        parser.feed(piece) for piece in pieces(wire, data.draw(st.lists(st.integers(0, len(wire)), max_size=20)))
+        parser.feed(piece)
+        for piece in pieces(wire, data.draw(st.lists(st.integers(0, len(wire)), max_size=20)))
     ]
     assert replies[-1] == Reply(status, text)
     assert parser.extra == len(extra)
@@ -276,7 +299,8 @@ def test_B8_a_reply_of_an_unknown_kind(wire):
 
 
 @pytest.mark.parametrize(
-    "banner", [b"220 mx.example.com ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", b"HTTP/1.0 400 Bad\r\n"]
+    "banner",
+    [b"220 mx.example.com ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", b"HTTP/1.0 400 Bad\r\n"],
 )
 def test_B9_another_protocol(banner):
     with pytest.raises(MalformedReply) as caught:
@@ -287,7 +311,9 @@ def test_B9_another_protocol(banner):
 def test_B10_a_long_text_is_bounded_and_still_a_K():
     parser = ReplyParser()
     text = bytes(range(256)) * 400
-    replies = [parser.feed(piece) for piece in pieces(encode(b"K" + text), list(range(0, 100_000, 4096)))]
+    replies = [
+        parser.feed(piece) for piece in pieces(encode(b"K" + text), list(range(0, 100_000, 4096)))
+    ]
     assert replies[-1] == Reply(b"K", text[:KEPT_TEXT])
     assert not any(replies[:-1])
 
@@ -319,7 +345,9 @@ def test_a_reply_that_does_not_end_where_it_says():
         ReplyParser().feed(b"3:KOk;")
 
 
-@pytest.mark.parametrize(("address", "shown"), [(b"a\r\xffb@x", r"a\\r\\xffb@x"), (b"<a@x", "<a@x"), (b"", "<>")])
+@pytest.mark.parametrize(
+    ("address", "shown"), [(b"a\r\xffb@x", r"a\\r\\xffb@x"), (b"<a@x", "<a@x"), (b"", "<>")]
+)
 def test_the_reason_is_words_and_not_a_literal_of_python(address: bytes, shown: str) -> None:
     with pytest.raises(BadAddress, match=rf"^no server can be trusted with the recipient {shown}$"):
         Request(1, b"a@example.com", [address])

@@ -21,7 +21,9 @@ def room(*routes: Route, places: int = 10, connections: int = 16) -> tuple[Capac
 
 
 def claims(name: str, count: int) -> list[Claim]:
-    return [Claim(f"{n:032x}", 1, 1, name, "", 1, ("b@example.org",), 0, 0, 0.0) for n in range(count)]
+    return [
+        Claim(f"{n:032x}", 1, 1, name, "", 1, ("b@example.org",), 0, 0, 0.0) for n in range(count)
+    ]
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
@@ -95,7 +97,8 @@ def test_routes_that_share_a_server_share_its_places() -> None:
 
 @given(st.integers(0, 2**32))
 def test_what_is_claimed_has_a_place(seed: int) -> None:
-    """Whatever routes there are that share all of their servers, some or none, and whatever is claimed and ends."""
+    """Whatever routes there are that share all of their servers, some or none, and whatever is
+    claimed and ends."""
     chance = Random(seed)
     lists = chance.choices([(A,), (B,), (A, B), (C,), (A, B, C)], k=chance.randint(1, 6))
     limits = [chance.choice([None, 1, 3]) if len(one) == 1 else None for one in lists]
@@ -106,12 +109,18 @@ def test_what_is_claimed_has_a_place(seed: int) -> None:
         hinted, together = found.offer(chance.randint(1, 9))
         claimed: Counter[str] = Counter()
         for name, most in hinted.items():
-            shared = [left - sum(claimed[other] for other in them) for them, left in together if name in them]
+            shared = [
+                left - sum(claimed[other] for other in them)
+                for them, left in together
+                if name in them
+            ]
             claimed[name] = chance.randint(0, max(0, min([most, *shared])))
         looked = found.look(20, routes)
         taken = {name: chance.randint(0, most) for name, most in looked.items()}
         for promised, got in ((hinted, Counter(claimed)), (looked, taken)):
-            found.settle(promised, [claim for name, count in got.items() for claim in claims(name, count)])
+            found.settle(
+                promised, [claim for name, count in got.items() for claim in claims(name, count)]
+            )
             claimed.update(taken if got is taken else {})
         for name in sorted(claimed.elements(), key=lambda name: len(routes[name].servers)):
             place = servers.take(routes[name])

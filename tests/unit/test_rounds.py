@@ -1,4 +1,5 @@
-"""Group commit: nothing lost, nothing answered twice, one bad row alone, and who cannot wait is told so."""
+"""Group commit: nothing lost, nothing answered twice, one bad row alone, and who cannot wait is
+told so."""
 
 import queue
 import threading
@@ -41,7 +42,9 @@ class Desk:
     def __init__(self, database: Database, **options: Any) -> None:
         self.posts: queue.Queue[Callable[[], None]] = queue.Queue()
         self.answers: dict[Any, Any] = {}
-        self.writer: CommitThread[Any, str] = CommitThread("test", database.commit, post=self.posts.put, **options)
+        self.writer: CommitThread[Any, str] = CommitThread(
+            "test", database.commit, post=self.posts.put, **options
+        )
 
     def put(self, item: Any, **options: Any) -> None:
         self.writer.put(item, lambda answer: self._answer(item, answer), **options)
@@ -77,7 +80,9 @@ def desk(database: Database) -> Iterator[Desk]:
     desk.writer.close(20)
 
 
-def test_what_gathers_while_a_round_is_committed_is_the_next_round(desk: Desk, database: Database) -> None:
+def test_what_gathers_while_a_round_is_committed_is_the_next_round(
+    desk: Desk, database: Database
+) -> None:
     database.go_on.clear()
     desk.writer.start()
     desk.put("first")
@@ -135,7 +140,9 @@ def test_an_error_without_words_does_not_end_the_writer(desk: Desk, database: Da
     assert desk.wait()["next"] == "next done"
 
 
-def test_a_round_is_run_again_whole_until_the_database_is_back(desk: Desk, database: Database) -> None:
+def test_a_round_is_run_again_whole_until_the_database_is_back(
+    desk: Desk, database: Database
+) -> None:
     tries: list[list[Any]] = []
 
     def fault(items: list[Any]) -> None:
@@ -185,7 +192,9 @@ def away(items: list[Any]) -> None:
     raise outage()
 
 
-def test_closing_while_the_database_is_away_gives_up_in_the_end(desk: Desk, database: Database) -> None:
+def test_closing_while_the_database_is_away_gives_up_in_the_end(
+    desk: Desk, database: Database
+) -> None:
     database.fault = away
     desk.put("never")
     desk.writer.start()
@@ -194,7 +203,9 @@ def test_closing_while_the_database_is_away_gives_up_in_the_end(desk: Desk, data
     assert isinstance(desk.wait()["never"], CommitUnknown)
 
 
-def test_a_database_that_comes_back_while_we_close_gets_everything(desk: Desk, database: Database) -> None:
+def test_a_database_that_comes_back_while_we_close_gets_everything(
+    desk: Desk, database: Database
+) -> None:
     """The last outcomes of a worker are worth waiting for."""
     database.fault = away
     desk.put("outcome")

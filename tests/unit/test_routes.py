@@ -98,7 +98,9 @@ def test_a_file_of_routes(file: Path) -> None:
     ("x@a.example.net", "lists"), ("x@example.net", DEFAULT), ("news@example.com", "lists"),
     ("old-news@example.com", DEFAULT), ("a@b@lists.example.org", "lists"), ("postmaster", DEFAULT), ("", DEFAULT),
 ])  # fmt: skip
-def test_the_first_route_that_matches_has_the_recipient(file: Path, address: str, name: str) -> None:
+def test_the_first_route_that_matches_has_the_recipient(
+    file: Path, address: str, name: str
+) -> None:
     assert Routes.load(load(Settings, routes=file)).route_for(address) == name
 
 

@@ -31,7 +31,8 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write(file: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write the file with a time of its own, and let everybody look at once and take it as it is."""
+    """Write the file with a time of its own, and let everybody look at once and take it as it
+    is."""
     monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
     monkeypatch.setattr(module, "SETTLED", 0.0)
     stamps = iter(range(10**9, 10**9 + 100))
@@ -95,7 +96,9 @@ def test_a_file_that_is_not_there_stops_the_start(file: Path) -> None:
         loaded(file)
 
 
-def test_it_is_looked_at_once_a_second_at_most(file: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_looked_at_once_a_second_at_most(
+    file: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     routes = loaded(file)
     monkeypatch.setattr(module, "_LOOK_EVERY", 1000.0)
     write(ONE.replace("one", "uno"))
@@ -131,7 +134,9 @@ def test_a_change_is_taken_when_it_has_settled(file: Path) -> None:
     other.write_text(ONE.replace("one", "uno"))
     os.utime(other, ns=(file.stat().st_mtime_ns, file.stat().st_mtime_ns))
     other.rename(file)
-    assert [after(1.0), after(1.0)] == [("one", DEFAULT), ("uno", DEFAULT)], "same time, same size, another file"
+    assert [after(1.0), after(1.0)] == [("one", DEFAULT), ("uno", DEFAULT)], (
+        "same time, same size, another file"
+    )
 
 
 def test_what_is_written_while_it_is_read_is_not_taken(
@@ -152,7 +157,9 @@ def test_what_is_written_while_it_is_read_is_not_taken(
     assert routes.names() == ("uno", DEFAULT)
 
 
-def test_what_changed_between_the_start_and_the_first_look_is_seen(file: Path, write: Write) -> None:
+def test_what_changed_between_the_start_and_the_first_look_is_seen(
+    file: Path, write: Write
+) -> None:
     settings = load(Settings, routes=file)
     read = module._stamp(file)
     write(ONE.replace("one", "uno"))
@@ -168,9 +175,17 @@ def test_the_default_route_may_have_servers_in_the_file(file: Path, write: Write
 
 
 def test_a_pattern_is_an_address_or_a_domain() -> None:
-    route = Route("r", (A,), ("example.org", "*.example.net", "news-*@example.com", "*@lists.example.com"))
+    route = Route(
+        "r", (A,), ("example.org", "*.example.net", "news-*@example.com", "*@lists.example.com")
+    )
     takes = ["x@example.org", "x@a.b.example.net", "News-1@EXAMPLE.com", "any@lists.example.com"]
-    leaves = ["x@sub.example.org", "x@example.net", "old@example.com", "x@example.org.evil", "example.org@other"]
+    leaves = [
+        "x@sub.example.org",
+        "x@example.net",
+        "old@example.com",
+        "x@example.org.evil",
+        "example.org@other",
+    ]
     assert [address for address in takes + leaves if route.takes(address)] == takes
 
 
@@ -187,11 +202,14 @@ def test_a_route_has_its_own_schedule() -> None:
     waits = [next_state(Outcome.DEFERRED, settings, step, route=quick)[1] for step in range(20)]
     assert 1.0 <= waits[0] <= 2.0
     assert all(2.0 <= wait <= 4.0 for wait in waits[3:])
-    assert next_state(Outcome.DEFERRED, settings, 5, route=slow)[1] == 7200.0, "a longest below the least is the least"
+    assert next_state(Outcome.DEFERRED, settings, 5, route=slow)[1] == 7200.0, (
+        "a longest below the least is the least"
+    )
     assert 1.0 <= next_state(Outcome.UNREACHABLE, settings, 9, route=quick)[1] <= 1.5
 
 
-# --- sizes --------------------------------------------------------------------------------------------------
+# --- sizes
+# --------------------------------------------------------------------------------------------------
 
 
 def sized(*sizes: str) -> Routes:
@@ -218,11 +236,15 @@ def test_the_head_room_holds_our_trace_field_and_a_long_envelope() -> None:
         assert least - size_offered(1 << 40, routes) >= 4096 + least / 20 - 1
 
 
-# --- `qmqp-relay check` -------------------------------------------------------------------------------------
+# --- `qmqp-relay check`
+# -------------------------------------------------------------------------------------
 
 
 def test_check_shows_routes_and_servers_in_order(file: Path, write: Write) -> None:
-    write(ONE + '[two]\nrecipients = ["*.two.example", "x@y"]\nservers = ["b.example:629", "unix:/run/q"]\n')
+    write(
+        ONE
+        + '[two]\nrecipients = ["*.two.example", "x@y"]\nservers = ["b.example:629", "unix:/run/q"]\n'
+    )
     said = {finding.what: finding.words for finding in check._routes(loaded(file))}
     assert said == {
         "route one": "one.example -> a.example:628",
@@ -232,7 +254,9 @@ def test_check_shows_routes_and_servers_in_order(file: Path, write: Write) -> No
     assert list(said) == ["route one", "route two", "route default"]
 
 
-def test_check_refuses_a_bad_number(file: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_refuses_a_bad_number(
+    file: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(ONE + "retry_min = -5\n")
     monkeypatch.setenv("RELAY_ROUTES", str(file))
     (finding,) = check.look()
@@ -240,7 +264,9 @@ def test_check_refuses_a_bad_number(file: Path, write: Write, monkeypatch: pytes
     assert "[one] retry_min: -5 is not a duration above 0" in finding.words
 
 
-def test_check_says_what_is_wrong_with_the_file(file: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_says_what_is_wrong_with_the_file(
+    file: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write("[one]\nrecipients = ['one.example']\nservers = ['a:0']\n")
     monkeypatch.setenv("RELAY_ROUTES", str(file))
     (finding,) = check.look()

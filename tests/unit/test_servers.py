@@ -6,7 +6,14 @@ import pytest
 
 from relay.routes import Route, parse_server
 from worker.backoff import delay
-from worker.circuit_breaker import FAILURES_TO_OPEN, FRESH, OPEN_MAX, REST_AWAITED, ConnectionSlot, ServerPool
+from worker.circuit_breaker import (
+    FAILURES_TO_OPEN,
+    FRESH,
+    OPEN_MAX,
+    REST_AWAITED,
+    ConnectionSlot,
+    ServerPool,
+)
 
 A, B = parse_server("a.example"), parse_server("b.example:2628")
 ONE, BOTH, NONE = Route("one", (A,)), Route("both", (A, B)), Route("none", ())
@@ -73,7 +80,9 @@ def test_failures_in_a_row_open_the_breaker(servers: ServerPool) -> None:
     assert A.name in servers.why(BOTH)
 
 
-def test_one_probe_at_a_time_and_its_success_ends_the_rest(servers: ServerPool, clock: Clock) -> None:
+def test_one_probe_at_a_time_and_its_success_ends_the_rest(
+    servers: ServerPool, clock: Clock
+) -> None:
     trip(servers)
     clock.now += 1.0
     assert (servers.room(ONE), servers.down(ONE)) == (1, False)
@@ -87,7 +96,9 @@ def test_one_probe_at_a_time_and_its_success_ends_the_rest(servers: ServerPool, 
     assert not servers.succeeded(A)
 
 
-def test_a_probe_that_fails_rests_the_server_for_longer_and_never_too_long(servers: ServerPool, clock: Clock) -> None:
+def test_a_probe_that_fails_rests_the_server_for_longer_and_never_too_long(
+    servers: ServerPool, clock: Clock
+) -> None:
     rests = [trip(servers)]
     for _ in range(10):
         clock.now += rests[-1] or 0
@@ -99,7 +110,9 @@ def test_a_probe_that_fails_rests_the_server_for_longer_and_never_too_long(serve
     assert rests[-1] == OPEN_MAX
 
 
-def test_a_probe_of_our_own_that_said_nothing_makes_way_for_another(servers: ServerPool, clock: Clock) -> None:
+def test_a_probe_of_our_own_that_said_nothing_makes_way_for_another(
+    servers: ServerPool, clock: Clock
+) -> None:
     trip(servers)
     clock.now += 1.0
     probe = servers.take(ONE)
@@ -113,7 +126,9 @@ def test_failures_that_began_before_the_rest_do_not_lengthen_it(servers: ServerP
     assert servers.failed(A, "refused") is None
 
 
-def test_a_server_that_refuses_us_rests_for_longer_than_the_mail_that_it_refused_waits(clock: Clock) -> None:
+def test_a_server_that_refuses_us_rests_for_longer_than_the_mail_that_it_refused_waits(
+    clock: Clock,
+) -> None:
     least, most = 30.0, 300.0
     servers = ServerPool(2, clock=clock, draw=lambda: 0.0, backoff=(least, most))
     servers.awaited = frozenset({A.name})
@@ -124,13 +139,17 @@ def test_a_server_that_refuses_us_rests_for_longer_than_the_mail_that_it_refused
         assert rest >= delay(step, least=least, most=most, draw=lambda: 0.999)
         clock.now += rest - 0.1
         assert servers.free(A) == 0, "also if mail waits for it"
-        assert servers.failed(A, "not authorized", at_once=True) is None, "that transfer began before the rest"
+        assert servers.failed(A, "not authorized", at_once=True) is None, (
+            "that transfer began before the rest"
+        )
         clock.now += 0.1
         assert servers.free(A) == 1
     assert rest == most
 
 
-def test_a_server_that_fails_and_then_refuses_us_rests_for_as_long_as_any_that_refuses_us(clock: Clock) -> None:
+def test_a_server_that_fails_and_then_refuses_us_rests_for_as_long_as_any_that_refuses_us(
+    clock: Clock,
+) -> None:
     servers = ServerPool(2, clock=clock, draw=lambda: 0.0, backoff=(30.0, 300.0))
     trip(servers)
     assert servers.failed(A, "not authorized", at_once=True) == 60.0
@@ -138,7 +157,9 @@ def test_a_server_that_fails_and_then_refuses_us_rests_for_as_long_as_any_that_r
     assert trip(servers, 1) == 1.0, "it fails again, and that is all"
 
 
-def test_a_server_that_mail_waits_for_is_tried_every_few_seconds(servers: ServerPool, clock: Clock) -> None:
+def test_a_server_that_mail_waits_for_is_tried_every_few_seconds(
+    servers: ServerPool, clock: Clock
+) -> None:
     for _ in range(10):
         trip(servers)
         clock.now += OPEN_MAX
@@ -173,7 +194,9 @@ def test_a_server_works_while_its_last_reply_is_fresh(servers: ServerPool, clock
     assert not servers.works(BOTH)
 
 
-def test_the_last_byte_is_held_back_where_the_last_connection_was_closed_at_once(servers: ServerPool) -> None:
+def test_the_last_byte_is_held_back_where_the_last_connection_was_closed_at_once(
+    servers: ServerPool,
+) -> None:
     assert servers.holds_back(A) == 0
     servers.closed(A, 0.02)
     assert 0.04 <= servers.holds_back(A) < 0.06
@@ -209,7 +232,9 @@ def test_what_others_send_there_does_not_count_for_a_routes_own_limit() -> None:
     place.release()
     for _ in range(5):
         servers.take(BOTH)
-    assert (servers.room(narrow), servers.take(narrow)) == (0, None), "there is no place for anybody"
+    assert (servers.room(narrow), servers.take(narrow)) == (0, None), (
+        "there is no place for anybody"
+    )
 
 
 def test_what_is_paused_is_passed_over_and_is_not_down(servers: ServerPool) -> None:
@@ -223,7 +248,8 @@ def test_what_is_paused_is_passed_over_and_is_not_down(servers: ServerPool) -> N
 
 
 def test_a_rest_that_has_run_out_is_none(clock: Clock) -> None:
-    """Also if nobody has mail for the server; and one that was taken out of the routes is nobody's."""
+    """Also if nobody has mail for the server; and one that was taken out of the routes is
+    nobody's."""
     routed = {A.name, B.name}
     servers = ServerPool(2, clock=clock, draw=lambda: 1.0, routed=lambda: routed)
     trip(servers)

@@ -1,4 +1,5 @@
-"""Dialogues with the SMTP state machine: what is said, what is answered, and what is told to the server."""
+"""Dialogues with the SMTP state machine: what is said, what is answered, and what is told to the
+server."""
 
 import itertools
 
@@ -98,13 +99,40 @@ DATA = b"DATA\r\n"
     [
         # C17: order
         [(RCPT, b"503 5.5.1")],
-        [(MAIL, b"503 5.5.1"), (DATA, b"503 5.5.1"), (b"HELO x\r\n", b"250 relay.example"), (MAIL, b"250 2.1.0")],
+        [
+            (MAIL, b"503 5.5.1"),
+            (DATA, b"503 5.5.1"),
+            (b"HELO x\r\n", b"250 relay.example"),
+            (MAIL, b"250 2.1.0"),
+        ],
         [(EHLO, b"250 DSN"), (RCPT, b"503 5.5.1"), (DATA, b"503 5.5.1")],
-        [(EHLO, b"250 DSN"), (MAIL, b"250 2.1.0"), (MAIL, b"503 5.5.1"), (RCPT, b"250 2.1.5"), (MAIL, b"503 5.5.1")],
-        [(EHLO, b"250 DSN"), (MAIL, b"250 2.1.0"), (b"RSET\r\n", b"250 2.0.0"), (RCPT, b"503 5.5.1")],
-        [(EHLO, b"250 DSN"), (MAIL, b"250 2.1.0"), (RCPT, b"250 2.1.5"), (EHLO, b"250 DSN"), (DATA, b"503 5.5.1")],
+        [
+            (EHLO, b"250 DSN"),
+            (MAIL, b"250 2.1.0"),
+            (MAIL, b"503 5.5.1"),
+            (RCPT, b"250 2.1.5"),
+            (MAIL, b"503 5.5.1"),
+        ],
+        [
+            (EHLO, b"250 DSN"),
+            (MAIL, b"250 2.1.0"),
+            (b"RSET\r\n", b"250 2.0.0"),
+            (RCPT, b"503 5.5.1"),
+        ],
+        [
+            (EHLO, b"250 DSN"),
+            (MAIL, b"250 2.1.0"),
+            (RCPT, b"250 2.1.5"),
+            (EHLO, b"250 DSN"),
+            (DATA, b"503 5.5.1"),
+        ],
         # C18: no recipient left
-        [(EHLO, b"250 DSN"), (MAIL, b"250 2.1.0"), (b"RCPT TO:<a@denied>\r\n", b"554 5.7.1"), (DATA, b"554 5.5.1")],
+        [
+            (EHLO, b"250 DSN"),
+            (MAIL, b"250 2.1.0"),
+            (b"RCPT TO:<a@denied>\r\n", b"554 5.7.1"),
+            (DATA, b"554 5.5.1"),
+        ],
         # what may come at any time
         [
             (b"NOOP\r\n", b"250 2.0.0"),
@@ -115,22 +143,38 @@ DATA = b"DATA\r\n"
             (b"QUIT\r\n", b"221 2.0.0"),
         ],
         # arguments
-        [(b"HELO\r\n", b"501 5.5.4"), (b"EHLO \r\n", b"501 5.5.4"), (b"EHLO a b\r\n", b"501 5.5.4")],
+        [
+            (b"HELO\r\n", b"501 5.5.4"),
+            (b"EHLO \r\n", b"501 5.5.4"),
+            (b"EHLO a b\r\n", b"501 5.5.4"),
+        ],
         [
             (b"HELO \xff\r\n", b"501 5.5.4"),
             (b"EHLO a\tb\r\n", b"501 5.5.4"),
             (b"HELO " + b"x" * 256 + b"\r\n", b"501 5.5.4"),
         ],
-        [(b"RSET now\r\n", b"501 5.5.4"), (b"QUIT now\r\n", b"501 5.5.4"), (b"QUIT \r\n", b"221 2.0.0")],
+        [
+            (b"RSET now\r\n", b"501 5.5.4"),
+            (b"QUIT now\r\n", b"501 5.5.4"),
+            (b"QUIT \r\n", b"221 2.0.0"),
+        ],
         [
             (b"EHLO [IPv6:::1]\r\n", b"250 DSN"),
             (b"mail from:<>\r\n", b"250 2.1.0"),
             (b"rcpt to:<C@d>\r\n", b"250 2.1.5"),
         ],
         # C12: SIZE at MAIL
-        [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> SIZE=1001\r\n", b"552 5.3.4"), (MAIL, b"250 2.1.0")],
+        [
+            (EHLO, b"250 DSN"),
+            (b"MAIL FROM:<a@b> SIZE=1001\r\n", b"552 5.3.4"),
+            (MAIL, b"250 2.1.0"),
+        ],
         # C11, C14
-        [(EHLO, b"250 DSN"), (b"MAIL FROM:<a@b> FUTURE8\r\n", b"555 5.5.4"), (b"MAIL FROM:a@b\r\n", b"501 5.1.7")],
+        [
+            (EHLO, b"250 DSN"),
+            (b"MAIL FROM:<a@b> FUTURE8\r\n", b"555 5.5.4"),
+            (b"MAIL FROM:a@b\r\n", b"501 5.1.7"),
+        ],
         [
             (EHLO, b"250 DSN"),
             ("MAIL FROM:<\xfc@b> SMTPUTF8\r\n".encode(), b"553 5.6.7"),
@@ -139,8 +183,16 @@ DATA = b"DATA\r\n"
             (RCPT, b"250 2.1.5"),
         ],
         # C27: lines
-        [(b"\r\n", b"500 5.5.2"), (b"FOO\r\n", b"500 5.5.2"), (b"MAILFROM:<a@b>\r\n", b"500 5.5.2")],
-        [(b"NOOP\n", b"500 5.5.2"), (b"\x00\xff\x01\r\n", b"500 5.5.2"), (b"NO\rOP\r\n", b"500 5.5.2")],
+        [
+            (b"\r\n", b"500 5.5.2"),
+            (b"FOO\r\n", b"500 5.5.2"),
+            (b"MAILFROM:<a@b>\r\n", b"500 5.5.2"),
+        ],
+        [
+            (b"NOOP\n", b"500 5.5.2"),
+            (b"\x00\xff\x01\r\n", b"500 5.5.2"),
+            (b"NO\rOP\r\n", b"500 5.5.2"),
+        ],
     ],
 )
 def test_C17_dialogues(dialogue: list[tuple[bytes, bytes]]) -> None:
@@ -158,8 +210,12 @@ def test_the_extensions() -> None:
 
 def test_a_message_with_its_envelope() -> None:
     talk = Talk()
-    talk.say(EHLO, b"MAIL FROM:<> BODY=8BITMIME RET=HDRS ENVID=aB\r\n", b"RCPT TO:<c@d> NOTIFY=NEVER\r\n")
-    assert talk.say(b"RCPT TO:<@x:e@f> ORCPT=rfc822;E@f\r\n", DATA).endswith(b"354 End data with <CR><LF>.<CR><LF>\r\n")
+    talk.say(
+        EHLO, b"MAIL FROM:<> BODY=8BITMIME RET=HDRS ENVID=aB\r\n", b"RCPT TO:<c@d> NOTIFY=NEVER\r\n"
+    )
+    assert talk.say(b"RCPT TO:<@x:e@f> ORCPT=rfc822;E@f\r\n", DATA).endswith(
+        b"354 End data with <CR><LF>.<CR><LF>\r\n"
+    )
     assert not talk.session.idle
     assert talk.say(b"Message-ID: <m@i>\r\n\r\n..dot\r\n.\r\n") == b""
     assert talk.waiting
@@ -205,7 +261,12 @@ def test_C19_commands_behind_a_message_wait_for_its_answer() -> None:
     assert talk.say(b"x\r\n.\r\n" + MAIL + RCPT) == b""
     assert talk.say(DATA) == b""
     assert talk.session.backlog == len(MAIL + RCPT + DATA)
-    assert codes(talk.answer(b"451 4.3.0 Later\r\n")) == [b"451 4.3.0", b"250 2.1.0", b"250 2.1.5", b"354 End"]
+    assert codes(talk.answer(b"451 4.3.0 Later\r\n")) == [
+        b"451 4.3.0",
+        b"250 2.1.0",
+        b"250 2.1.5",
+        b"354 End",
+    ]
     assert talk.say(b"y\r\n.\r\nQUIT\r\n") == b""
     assert talk.session.quit_pending()
     assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
@@ -264,7 +325,9 @@ def test_a_client_that_waits_for_the_reply_to_data_may_go_on() -> None:
 @pytest.mark.parametrize("before", [b"", EHLO, EHLO + MAIL, EHLO + MAIL + RCPT])
 @pytest.mark.parametrize("bdat", [b"BDAT 29 LAST\r\n", b"bdat 29\n", b"BDAT\r\n"])
 @pytest.mark.parametrize("together", [True, False])
-def test_bdat_closes_the_session_and_its_content_is_not_obeyed(before: bytes, bdat: bytes, together: bool) -> None:
+def test_bdat_closes_the_session_and_its_content_is_not_obeyed(
+    before: bytes, bdat: bytes, together: bool
+) -> None:
     talk = Talk()
     talk.say(before)
     content = b"MAIL FROM:<x@y>\r\nRCPT TO:<a@b>\r\n"
@@ -385,7 +448,9 @@ def test_C27_the_length_of_a_line(hello: bytes) -> None:
 def test_the_longest_address_fits_a_line(hello: bytes) -> None:
     talk = Talk()
     path = b'"' + b"\\l" * 989 + b'"@b.example'
-    assert codes(talk.say(hello + b"MAIL FROM:<" + path + b">\r\nRCPT TO:<" + path + b">\r\n"))[1:] == [
+    assert codes(talk.say(hello + b"MAIL FROM:<" + path + b">\r\nRCPT TO:<" + path + b">\r\n"))[
+        1:
+    ] == [
         b"250 2.1.0",
         b"250 2.1.5",
     ]
@@ -394,10 +459,15 @@ def test_the_longest_address_fits_a_line(hello: bytes) -> None:
 def test_names_without_a_domain_are_those_of_this_host_for_trusted_clients() -> None:
     assert codes(Talk().say(EHLO, b"MAIL FROM:<root>\r\n"))[1:] == [b"501 5.1.7"]
     talk = Talk(trusted=True)
-    assert codes(talk.say(EHLO, b"MAIL FROM:<root>\r\n", b"RCPT TO:<cron>\r\n", DATA))[-1] == b"354 End"
+    assert (
+        codes(talk.say(EHLO, b"MAIL FROM:<root>\r\n", b"RCPT TO:<cron>\r\n", DATA))[-1]
+        == b"354 End"
+    )
     [begin] = talk.told(MailStarted)
     assert begin.envelope.sender == "root@relay.example"
-    assert begin.envelope.recipients == [Recipient("cron@relay.example", "cron@relay.example", "relay.example")]
+    assert begin.envelope.recipients == [
+        Recipient("cron@relay.example", "cron@relay.example", "relay.example")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +516,11 @@ def test_what_comes_behind_quit_is_not_read() -> None:
 
 
 @given(
-    st.lists(st.sampled_from([EHLO, MAIL, RCPT, DATA, b"RSET\r\n", b"x\r\n", b".\r\n", b"\n", b"\xff", b"RCPT TO:<"]))
+    st.lists(
+        st.sampled_from(
+            [EHLO, MAIL, RCPT, DATA, b"RSET\r\n", b"x\r\n", b".\r\n", b"\n", b"\xff", b"RCPT TO:<"]
+        )
+    )
 )
 def test_every_reply_but_hello_and_354_has_an_enhanced_code(pieces: list[bytes]) -> None:
     talk = Talk()
@@ -503,7 +577,9 @@ def test_an_answer_that_is_not_read_leads_to_no_more_commands() -> None:
 
 
 @pytest.mark.parametrize("command", [NOOP, b"RSET\r\n", EHLO, b"VRFY a\r\n"])
-def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection(command: bytes) -> None:
+def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection(
+    command: bytes,
+) -> None:
     talk = Talk(trusted=False)
     for _ in range(FREE_COMMANDS):
         talk.say(command)
@@ -557,7 +633,9 @@ def test_recipients_of_an_open_transaction_are_no_waste() -> None:
     for number in range(1000):
         assert codes(talk.say(b"RCPT TO:<c%d@d>\r\n" % number)) == [b"250 2.1.5"]
         assert talk.pause() is None
-    assert codes(talk.say(b"RSET\r\n")) == [b"250 2.0.0", b"421 4.7.0"], "without a message they are"
+    assert codes(talk.say(b"RSET\r\n")) == [b"250 2.0.0", b"421 4.7.0"], (
+        "without a message they are"
+    )
 
 
 def test_C27_a_line_without_an_end_ends_the_session() -> None:

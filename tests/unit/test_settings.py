@@ -1,4 +1,5 @@
-"""Settings: every spelling that operators use, and an error that names what is wrong before anything is touched."""
+"""Settings: every spelling that operators use, and an error that names what is wrong before
+anything is touched."""
 
 import inspect
 import os
@@ -49,14 +50,32 @@ def test_the_defaults_of_the_design() -> None:
     smtpd, worker = load(SmtpdSettings), load(WorkerSettings)
     assert smtpd.smtp_listen == (("127.0.0.1", 2525),)
     assert smtpd.client_networks == ("127.0.0.0/8", "::1")
-    assert (smtpd.max_message_size, smtpd.max_recipients, smtpd.max_connections) == (25 << 20, 1000, 1000)
-    assert (smtpd.smtp_timeout, smtpd.accept_deadline, smtpd.grace, smtpd.batch_size) == (300, 60, 5, 64)
+    assert (smtpd.max_message_size, smtpd.max_recipients, smtpd.max_connections) == (
+        25 << 20,
+        1000,
+        1000,
+    )
+    assert (smtpd.smtp_timeout, smtpd.accept_deadline, smtpd.grace, smtpd.batch_size) == (
+        300,
+        60,
+        5,
+        64,
+    )
     assert (worker.connect_timeout, worker.io_timeout, worker.reply_timeout) == (10, 60, 600)
     assert (worker.session_timeout, worker.block_size, worker.lease) == (3600, 64 << 10, 60)
-    assert (worker.worker_connections, worker.server_connections, worker.drain_timeout) == (128, 50, 30)
+    assert (worker.worker_connections, worker.server_connections, worker.drain_timeout) == (
+        128,
+        50,
+        30,
+    )
     assert (worker.retry_min, worker.retry_max, worker.queue_lifetime) == (30, 3600, 5 * 86400)
     assert (worker.uncertain, worker.uncertain_delay, worker.poison_limit) == ("retry", 900, 5)
-    assert (worker.bounces, worker.delay_warning, worker.retention, worker.metrics_listen) == ("dsn", None, 2592000, ())
+    assert (worker.bounces, worker.delay_warning, worker.retention, worker.metrics_listen) == (
+        "dsn",
+        None,
+        2592000,
+        (),
+    )
 
 
 def test_everything_is_read_from_the_environment(environment: pytest.MonkeyPatch) -> None:
@@ -72,7 +91,11 @@ def test_everything_is_read_from_the_environment(environment: pytest.MonkeyPatch
     assert found.database_url == "sqlite:////var/lib/relay/relay.db"
     assert found.qmqp_servers == ("a", "b:629", "[::1]:628", "unix:/run/q")
     assert found.smtp_listen == (("0.0.0.0", 25), ("::", 25))
-    assert (found.max_message_size, found.queue_lifetime, found.metrics_listen) == (10 << 20, 172800.0, ())
+    assert (found.max_message_size, found.queue_lifetime, found.metrics_listen) == (
+        10 << 20,
+        172800.0,
+        (),
+    )
     assert found.client_networks == ("10.0.0.0/8", "192.168.0.0/16")
     assert found.grace == 5.0, "empty is not given"
 
@@ -131,14 +154,19 @@ def test_every_bad_value_has_a_line(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RELAY_GRACE", "later")
     with pytest.raises(SettingsError) as caught:
         load(WorkerSettings)
-    assert sorted(line.partition(" ")[0] for line in str(caught.value).splitlines()) == ["RELAY_GRACE", "RELAY_LEASE"]
+    assert sorted(line.partition(" ")[0] for line in str(caught.value).splitlines()) == [
+        "RELAY_GRACE",
+        "RELAY_LEASE",
+    ]
     environment.delenv("RELAY_LEASE")
     load(SmtpdSettings, grace=1.0)
 
 
 def test_values_that_do_not_go_together(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RELAY_RETRY_MIN", "2h")
-    with pytest.raises(SettingsError, match="RELAY_RETRY_MAX must not be less than RELAY_RETRY_MIN"):
+    with pytest.raises(
+        SettingsError, match="RELAY_RETRY_MAX must not be less than RELAY_RETRY_MIN"
+    ):
         load(WorkerSettings)
 
 
@@ -156,7 +184,9 @@ def test_every_role_refuses_what_one_refuses(
     for name in named:
         environment.delenv(name)
     environment.setenv("RELAY_ROUTES", str(tmp_path / "missing.toml"))
-    with pytest.raises(SettingsError, match=r"^RELAY_ROUTES: .*missing.toml: No such file .*; write that file, or "):
+    with pytest.raises(
+        SettingsError, match=r"^RELAY_ROUTES: .*missing.toml: No such file .*; write that file, or "
+    ):
         load(role)
 
 
@@ -189,14 +219,23 @@ def test_what_cannot_be_meant_is_named_with_what_to_write(
 
 
 @pytest.mark.parametrize("blank", [", ", " ", ",,", "\t", "\r\n", " \n"])
-def test_commas_and_blanks_of_any_kind_stand_between_words(environment: pytest.MonkeyPatch, blank: str) -> None:
-    environment.setenv("RELAY_RECIPIENT_DOMAINS", f"{blank}example.org{blank}.example.net{blank}[192.0.2.1]{blank}")
+def test_commas_and_blanks_of_any_kind_stand_between_words(
+    environment: pytest.MonkeyPatch, blank: str
+) -> None:
+    environment.setenv(
+        "RELAY_RECIPIENT_DOMAINS", f"{blank}example.org{blank}.example.net{blank}[192.0.2.1]{blank}"
+    )
     environment.setenv("RELAY_QMQP_SERVERS", blank)
     found = load(SmtpdSettings)
-    assert (found.recipient_domains, found.qmqp_servers) == (("example.org", ".example.net", "[192.0.2.1]"), ())
+    assert (found.recipient_domains, found.qmqp_servers) == (
+        ("example.org", ".example.net", "[192.0.2.1]"),
+        (),
+    )
 
 
-@pytest.mark.parametrize("name", ["relay", "Relay-1.example.org", "my_host.localdomain", "[192.0.2.1]", "[IPv6:::1]"])
+@pytest.mark.parametrize(
+    "name", ["relay", "Relay-1.example.org", "my_host.localdomain", "[192.0.2.1]", "[IPv6:::1]"]
+)
 def test_host_names(name: str) -> None:
     assert load(Settings, hostname=name).hostname == name
 
@@ -210,9 +249,15 @@ def test_secrets_come_from_files(environment: pytest.MonkeyPatch, tmp_path: Path
     assert load(Settings).database_url == "sqlite:////x.db", "what is given itself counts more"
 
 
-def test_files_that_cannot_be_read_are_named(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_named(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for path, words in ((tmp_path / "missing", "No such file"), (tmp_path, "directory"), (tmp_path / "binary", "text")):
+    for path, words in (
+        (tmp_path / "missing", "No such file"),
+        (tmp_path, "directory"),
+        (tmp_path / "binary", "text"),
+    ):
         environment.setenv("RELAY_DATABASE_URL_FILE", str(path))
         with pytest.raises(SettingsError) as caught:
             load(Settings)
@@ -238,11 +283,15 @@ def test_unknown_names_are_told_with_the_nearest_known() -> None:
 
 
 def test_passwords_are_never_shown(environment: pytest.MonkeyPatch) -> None:
-    assert redacted("postgresql://relay:s3cret@db/relay?x=1") == "postgresql://relay:***@db/relay?x=***"
+    assert (
+        redacted("postgresql://relay:s3cret@db/relay?x=1")
+        == "postgresql://relay:***@db/relay?x=***"
+    )
     assert redacted("redis://:s3cret@host:6379/0") == "redis://:***@host:6379/0"
     assert redacted("postgresql://relay:p@ss/w:rd@db/relay") == "postgresql://relay:***@db/relay"
     assert (
-        redacted("postgresql://relay@db/relay?password=s3cret&x=1") == "postgresql://relay@db/relay?password=***&x=***"
+        redacted("postgresql://relay@db/relay?password=s3cret&x=1")
+        == "postgresql://relay@db/relay?password=***&x=***"
     )
     assert redacted("sqlite:////var/relay.db") == "sqlite:////var/relay.db"
     environment.setenv("RELAY_LEASE", "soon")
@@ -276,12 +325,18 @@ def test_whatever_may_be_a_secret_is_not_shown(url: str, shown: str) -> None:
 def test_no_piece_of_a_password_is_shown(inside: str, user: str) -> None:
     secret = f"XX{inside}XX"
     assert "X" not in redacted(f"postgresql://{user}:{secret}@db:5432/relay")
-    assert "X" not in redacted(f"postgresql://{user}@db:5432/relay?a=1&pw={secret.replace('&', '')}")
+    assert "X" not in redacted(
+        f"postgresql://{user}@db:5432/relay?a=1&pw={secret.replace('&', '')}"
+    )
 
 
 def test_every_setting_can_be_named() -> None:
     assert {"RELAY_STATE_DIR", "RELAY_SMTP_LISTEN", "RELAY_LEASE"} <= names()
-    assert all(role in ROLES for _, role in inspect.getmembers(module, inspect.isclass) if issubclass(role, Settings))
+    assert all(
+        role in ROLES
+        for _, role in inspect.getmembers(module, inspect.isclass)
+        if issubclass(role, Settings)
+    )
 
 
 @pytest.mark.parametrize("url", [
@@ -294,6 +349,8 @@ def test_a_broker_that_is_none_is_not_shown(url: str) -> None:
     assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["redis://localhost", "rediss://u:a%2Fb@[::1]:6380/1", "redis+socket:///run/b.sock"])
+@pytest.mark.parametrize(
+    "url", ["redis://localhost", "rediss://u:a%2Fb@[::1]:6380/1", "redis+socket:///run/b.sock"]
+)
 def test_brokers(url: str) -> None:
     assert load(Settings, broker_url=url).broker_url == url

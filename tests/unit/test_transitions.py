@@ -51,8 +51,11 @@ def test_what_the_words_of_the_design_are() -> None:
 
 def test_a_delivery_stands_in_one_index_by_due_at_for_each_state() -> None:
     indexes = [index for index in deliveries.indexes if "due_at" in index.columns]
-    where = {str(index.name): str(index.dialect_options["postgresql"]["where"]) for index in indexes}
-    # Mail that waits for a route stands in one more. No other write of a state may cost two entries.
+    where = {
+        str(index.name): str(index.dialect_options["postgresql"]["where"]) for index in indexes
+    }
+    # Mail that waits for a route stands in one more. No other write of a state may cost two
+    # entries.
     assert where.pop("deliveries_waiting") == "state = 'deferred' AND waiting_for IS NOT NULL"
     found = [state for condition in where.values() for state in State if f"'{state}'" in condition]
     assert sorted(found) == sorted(set(found))
