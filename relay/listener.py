@@ -69,9 +69,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 def listen(host: str, port: int) -> WSGIServer:
     """Serve the metrics on an address ('' is every IPv4 one), in threads; raises OSError if it is
     taken."""
-    found = socket.getaddrinfo(
-        host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )  # noqa: S104
+    host = host or "0.0.0.0"  # noqa: S104  (an empty host in RELAY_METRICS_LISTEN means every address)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = found[0]
 
     class BoundedServer(_Server):

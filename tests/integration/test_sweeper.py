@@ -85,7 +85,7 @@ class Scene:
             mail.sweeps,
             debts,
             self.engine,  # type: ignore[arg-type]
-            self.hints,  # type: ignore[arg-type]
+            self.hints,
             clock=self.clock,
         )
 
