@@ -31,15 +31,16 @@ import pytest
 import uvloop
 from sqlalchemy import create_engine, text
 
-from reception.policy import ROOM_KEPT_FREE, Policy
-from reception.receiver import AHEAD, BLOCK, Openings, Receiver, Threads
+from reception.policy import Policy
+from reception.receiver import BLOCK, MAX_BUFFERED, BodyDescriptors, DiskThreads, Receiver
+from reception.space import MIN_FREE
 from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
 from relay.db.engine import connect, reading, writing
 from relay.queue.accept import NewMessage
 from relay.settings import SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
-from smtpd.server import LATE, ListenError, SmtpConnection, SmtpServer
+from smtpd.server import LATE_TICK, ListenError, SmtpConnection, SmtpServer
 from smtpd.session import ENDLESS, Greeting
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
@@ -94,8 +95,8 @@ class Running:
             lambda _address: "default",
             "relay.example",
             self.settings.accept_deadline,
-            Threads(4),
-            Openings(self.bodies_at_once),
+            DiskThreads(4),
+            BodyDescriptors(self.bodies_at_once),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = SmtpServer(
@@ -125,10 +126,8 @@ class Running:
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()
-        room = self.server.policy.room
-        assert (room._claimed, room._stored, room._strange, room._strangers) == (0, 0, 0, {}), (
-            "every claim ended"
-        )
+        space = self.server.policy.space
+        assert (space.claimed, space.stored, space.untrusted) == (0, 0, 0), "every claim ended"
 
     def bodies(self) -> list[str]:
         return [path.name for path in self.spool.directory.glob("*/*")]
@@ -609,10 +608,10 @@ def test_a_slow_disk_stops_the_client_not_the_memory(
         )
         sender.start()
         [connection] = running.server.connections
-        until(lambda: connection._paused)
-        reception = connection._reception
+        until(lambda: connection.reading_paused)
+        reception = connection.reception
         assert reception is not None
-        assert reception._held_size + reception._moving < AHEAD + 5 * BLOCK
+        assert reception.in_memory < MAX_BUFFERED + 5 * BLOCK
         gate.set()
         client.hears(b"250 2.0.0")
         sender.join()
@@ -656,7 +655,7 @@ def test_C26_a_quarter_of_the_connections_is_kept_for_clients_that_are_trusted(
             another.hears(b"421 4.3.2")
         strangers[0].say(b"QUIT", b"221")
         assert strangers[0].closed()
-        until(lambda: running.server.strangers == 2)
+        until(lambda: running.server.untrusted == 2)
         stack.enter_context(talking(running, "127.0.0.3")).hears(b"220")
 
 
@@ -665,11 +664,11 @@ def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., Runnin
     server, client = running.server, running.server.policy.client
     let_in = [client("2001:db8::1"), client("2001:db8::2"), client("2001:db8:0:1::1")]
     assert server.admit(let_in[0]) is server.admit(let_in[1]) is None
-    assert (server.admit(client("2001:db8:0:0:ffff::3")) or b"").startswith(b"421 4.7.0")
+    assert (server.admit(client("2001:db8:0:0:ffff::3")) or "").startswith("421 4.7.0")
     assert server.admit(let_in[2]) is None
     for one in let_in:
-        server.dismiss(one)
-    assert (server.admitted, server.strangers, server.clients) == (0, 0, {})
+        server.count(one, -1)
+    assert (server.admitted, server.untrusted, server.clients) == (0, 0, {})
 
 
 def test_large_messages_wait_for_a_descriptor(run: Callable[..., Running]) -> None:
@@ -682,14 +681,14 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., Running]) -> No
         until(running.bodies)
         gone.begin()
         gone.send(content[: 3 * BLOCK])
-        until(lambda: running.receiver.openings._waiting)
+        until(lambda: running.receiver.descriptors.waiting)
         gone.close()
-        until(lambda: not running.receiver.openings._waiting)
+        until(lambda: not running.receiver.descriptors.waiting)
         second.begin()
         sender = threading.Thread(target=second.send, args=(content + b".\r\n",))
         sender.start()
         stack.callback(sender.join)
-        until(lambda: any(one._paused for one in tuple(running.server.connections)))
+        until(lambda: any(one.reading_paused for one in tuple(running.server.connections)))
         small.begin()
         small.say(b"x\r\n.", b"250")
         assert len(running.bodies()) == 2
@@ -700,7 +699,7 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., Running]) -> No
         3_996_000,
         3_996_000,
     ]
-    until(lambda: running.receiver.openings._free == 1)
+    until(lambda: running.receiver.descriptors.free == 1)
 
 
 def test_C26_a_silent_client_is_sent_away(run: Callable[..., Running]) -> None:
@@ -715,7 +714,7 @@ def test_C26_a_silent_client_is_sent_away(run: Callable[..., Running]) -> None:
 
 
 def has_sent(connection: SmtpConnection, octets: int) -> bool:
-    return connection._octets == octets
+    return connection.octets == octets
 
 
 STRANGER = "127.0.0.2"
@@ -731,21 +730,20 @@ def test_strangers_that_never_end_their_messages_leave_room_for_clients(
     def statvfs(_path: Path) -> SimpleNamespace:
         used = sum(path.stat().st_size for path in running.spool.directory.glob("*/*"))
         return SimpleNamespace(
-            f_files=0, f_favail=0, f_bavail=capacity + ROOM_KEPT_FREE - used, f_frsize=1
+            f_files=0, f_favail=0, f_bavail=capacity + MIN_FREE - used, f_frsize=1
         )
 
-    monkeypatch.setattr("reception.policy.os.statvfs", statvfs)
+    monkeypatch.setattr("reception.space.os.statvfs", statvfs)
     with ExitStack() as stack:
         strangers = [stack.enter_context(talking(running, f"127.0.1.{n}")) for n in range(1, 9)]
         for n, stranger in enumerate(strangers, 1):
             stranger.begin()
             [connection] = [
-                one for one in running.server.connections if one._client == f"127.0.1.{n}"
+                one for one in running.server.connections if one.client.address == f"127.0.1.{n}"
             ]
             stranger.send((b"x" * 998 + b"\r\n") * 800)
             until(partial(has_sent, connection, 800_000))
-        room = running.server.policy.room
-        assert room._strange <= capacity * 3 / 4, "all of them"
+        assert running.server.policy.space.untrusted <= capacity * 3 / 4, "all of them"
         again = stack.enter_context(talking(running, "127.0.1.1"))
         again.hears(b"220")
         again.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=300000\r\n")
@@ -772,8 +770,8 @@ def test_content_that_cannot_be_kept_is_not_read_for_ever(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
-    found = SimpleNamespace(f_files=0, f_favail=0, f_bavail=ROOM_KEPT_FREE + 100_000, f_frsize=1)
-    monkeypatch.setattr("reception.policy.os.statvfs", lambda _path: found)
+    found = SimpleNamespace(f_files=0, f_favail=0, f_bavail=MIN_FREE + 100_000, f_frsize=1)
+    monkeypatch.setattr("reception.space.os.statvfs", lambda _path: found)
     with talking(running) as client:
         client.begin()
         with suppress(ConnectionError):
@@ -826,7 +824,7 @@ def test_C26_a_transaction_has_an_end(run: Callable[..., Running]) -> None:
         for _ in range(3):  # each has its own time
             idle.say(b"MAIL FROM:<a@b.example>", b"250")
             [connection] = running.server.connections
-            assert connection._began > time.monotonic() - 0.4
+            assert connection.transaction_started > time.monotonic() - 0.4
             idle.say(b"RSET", b"250")
     until(lambda: not running.bodies())
 
@@ -845,7 +843,7 @@ def test_C26_a_stranger_must_send_at_some_rate(
             client.hears(b"421 4.4.2 Message comes too slowly")
             assert client.closed()
         else:
-            until(lambda: time.monotonic() > connection._window + 3.0)
+            until(lambda: time.monotonic() > connection.window_started + 3.0)
             client.say(b"\r\n.", b"250")
 
 
@@ -853,20 +851,20 @@ def test_what_has_arrived_is_read_before_a_deadline_counts(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
-    overdue, sent, tick = threading.Event(), threading.Event(), SmtpServer._tick
+    overdue, sent, tick = threading.Event(), threading.Event(), SmtpServer.tick
 
     def ticked(server: SmtpServer) -> None:
         [connection] = server.connections
         if not overdue.is_set():
-            connection._until = 0.0
+            connection.deadline = 0.0
             overdue.set()
             sent.wait(10)
-            server._due = math.inf  # this machine may be as slow as it likes
+            server.next_tick = math.inf  # this machine may be as slow as it likes
         tick(server)
 
     with talking(running) as client:
         client.hears(b"220")
-        monkeypatch.setattr(SmtpServer, "_tick", ticked)
+        monkeypatch.setattr(SmtpServer, "tick", ticked)
         assert overdue.wait(10)
         client.send(b"NOOP\r\n")
         sent.set()
@@ -878,7 +876,7 @@ def test_a_tick_that_comes_late_ends_nothing(
 ) -> None:
     run(smtp_timeout=2.0)
     seen: list[str] = []
-    tick, look = SmtpServer._tick, SmtpServer._look_at_clock
+    tick, look = SmtpServer.tick, SmtpServer.check_deadlines
 
     def ticked(server: SmtpServer) -> None:
         seen.append("tick")
@@ -888,12 +886,12 @@ def test_a_tick_that_comes_late_ends_nothing(
         look(server, now)
         if "stopped" not in seen:
             seen.append("stopped")
-            threading.Event().wait(LATE + 1.0)
+            threading.Event().wait(LATE_TICK + 1.0)
         else:
             seen.append("look")
 
-    monkeypatch.setattr(SmtpServer, "_tick", ticked)
-    monkeypatch.setattr(SmtpServer, "_look_at_clock", looked)
+    monkeypatch.setattr(SmtpServer, "tick", ticked)
+    monkeypatch.setattr(SmtpServer, "check_deadlines", looked)
     until(lambda: "look" in seen)
     assert seen[seen.index("stopped") + 1 :][:2] == ["tick", "tick"], "the first one was late"
 
@@ -901,7 +899,7 @@ def test_a_tick_that_comes_late_ends_nothing(
 def test_C26_a_client_that_never_reads_is_stopped_and_aborted(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smtpd.server.LINGER", 0.1)
+    monkeypatch.setattr("smtpd.server.LINGER_TIMEOUT", 0.1)
     running = run(smtp_timeout=0.4)
     with talking(running) as client:
         client.hears(b"220")
@@ -936,7 +934,7 @@ def test_a_flood_of_commands_keeps_nobody_waiting(
     assert flood.stdout is not None
     assert flood.stdout.readline() == b"flooding\n"
     until(
-        lambda: sum(one._session.lines > 10_000 for one in tuple(running.server.connections)) == 4,
+        lambda: sum(one.session.lines > 10_000 for one in tuple(running.server.connections)) == 4,
         60,
     )
     for _ in range(5):
@@ -959,9 +957,9 @@ def test_replies_that_are_not_read_are_no_more_than_a_turn_beyond_the_buffer(
         client.socket.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.send(b"EHLO client.example\r\n" * 5_000_000)
-        until(lambda: connection._stuck and connection._paused)
-        assert connection._transport.get_write_buffer_size() < (64 + 16) * 1024
-        assert connection._session.backlog < 1024 * 1024
+        until(lambda: connection.writing_paused and connection.reading_paused)
+        assert connection.transport.get_write_buffer_size() < (64 + 16) * 1024
+        assert connection.session.backlog < 1024 * 1024
         server_reply = 0
         client.socket.settimeout(10)
         client.socket.shutdown(socket.SHUT_WR)
@@ -1080,7 +1078,7 @@ class Program:
     def events(self, name: str) -> list[dict[str, Any]]:
         return [e for e in map(json.loads, self.log.read_text().splitlines()) if e["event"] == name]
 
-    def keepers(self) -> list[int]:
+    def spoolers(self) -> list[int]:
         return [
             int(pid)
             for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
@@ -1088,11 +1086,11 @@ class Program:
             .split()
         ]
 
-    def replace_keeper(self) -> None:
+    def replace_spooler(self) -> None:
         """Kill it, and wait for the next."""
-        [keeper] = until(self.keepers)
-        os.kill(keeper, signal.SIGKILL)
-        until(lambda: self.keepers() not in ([], [keeper]))
+        [spooler] = until(self.spoolers)
+        os.kill(spooler, signal.SIGKILL)
+        until(lambda: self.spoolers() not in ([], [spooler]))
 
     def send(self, *recipients: str, lines: int = 1) -> None:
         with smtplib.SMTP("127.0.0.1", self.port) as client:
@@ -1115,7 +1113,7 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     database_url: str, program: Program
 ) -> None:
     program.send("b@example.org", "c@example.org")
-    for process in (program.process.pid, *program.keepers()):
+    for process in (program.process.pid, *program.spoolers()):
         assert "Umask:\t0077\n" in Path(f"/proc/{process}/status").read_text(), (
             "whatever is made is ours alone"
         )
@@ -1134,34 +1132,30 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     assert program.process.wait(20) == 0
 
 
-def test_a_keeper_that_is_killed_leaves_nobody_without_an_answer_and_is_replaced(
+def test_a_spooler_that_is_killed_leaves_nobody_without_an_answer_and_is_replaced(
     program: Program,
 ) -> None:
-    [keeper] = until(program.keepers)
-    os.kill(keeper, signal.SIGSTOP)
+    [spooler] = until(program.spoolers)
+    os.kill(spooler, signal.SIGSTOP)
     with closing(Client("127.0.0.1", program.port)) as client:
         client.begin()
         client.send(b"x\r\n.\r\n")
-        client.send(b"NOOP\r\n")  # the message is with the keeper when this was read
-        os.kill(keeper, signal.SIGKILL)
+        client.send(b"NOOP\r\n")  # the message is with the spooler when this was read
+        os.kill(spooler, signal.SIGKILL)
         client.hears(b"451 4.3.0", b"250 2.0.0")
-    until(lambda: program.keepers() not in ([], [keeper]))
+    until(lambda: program.spoolers() not in ([], [spooler]))
     program.send("b@example.org")
-    assert (
-        len(program.events("keeper died, starting it again"))
-        == len(program.events("accepted"))
-        == 1
-    )
+    assert len(program.events("spooler restarted")) == len(program.events("accepted")) == 1
 
 
-def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Program) -> None:
+def test_a_spooler_ends_when_its_program_is_killed_and_not_before(program: Program) -> None:
     program.send("b@example.org")
-    [keeper] = program.keepers()
-    os.kill(keeper, signal.SIGINT)
-    os.kill(keeper, signal.SIGTERM)
+    [spooler] = program.spoolers()
+    os.kill(spooler, signal.SIGINT)
+    os.kill(spooler, signal.SIGTERM)
     program.send("b@example.org")
-    assert program.keepers() == [keeper], "only the end of its orders ends it"
-    handle = os.pidfd_open(keeper)
+    assert program.spoolers() == [spooler], "only the end of its orders ends it"
+    handle = os.pidfd_open(spooler)
     try:
         program.process.kill()
         assert select.select([handle], [], [], 10)[0], "it is still there"
@@ -1176,8 +1170,8 @@ def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
     free_port: Callable[[], int],
 ) -> None:
     program = Program(tmp_path, database_url, spawn, free_port(), accept_deadline="4s")
-    [keeper] = program.keepers()
-    os.kill(keeper, signal.SIGSTOP)
+    [spooler] = program.spoolers()
+    os.kill(spooler, signal.SIGSTOP)
     engine = create_engine(database_url)
     with closing(Client("127.0.0.1", program.port)) as client, engine.connect() as connection:
         client.begin()
@@ -1190,7 +1184,7 @@ def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
             later.say(b"NOOP", b"250")
         program.process.send_signal(signal.SIGSTOP)
         until(lambda: stands_still(program.process.pid))
-        os.kill(keeper, signal.SIGCONT)
+        os.kill(spooler, signal.SIGCONT)
 
         def kept() -> bool:
             with connection.begin():
@@ -1275,12 +1269,12 @@ def test_a_spool_that_is_unmounted_below_the_program_is_451_until_it_is_back(
         with mounted("--bind", str(disk), str(place)):
             program = Program(tmp_path, database_url, spawn, free_port())
             program.send("b@example.org")
-        for _ in range(2):  # with a keeper from before, and with one that was started since
+        for _ in range(2):  # with a spooler from before, and with one that was started since
             for lines in (1, BLOCK):
                 with pytest.raises(smtplib.SMTPDataError) as caught:
                     program.send("b@example.org", lines=lines)
                 assert caught.value.smtp_code == 451
-            program.replace_keeper()
+            program.replace_spooler()
         assert [*place.iterdir()] == []
         with mounted("--bind", str(disk), str(place)):
             program.send("b@example.org")

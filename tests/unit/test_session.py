@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smtpd.addresses import CommandRefused, Recipient
-from smtpd.events import DataComplete, DataReceived, DataRejected, Event, MailStarted, Refusal
+from reception.envelope import Recipient, Refused
 from smtpd.session import (
     COMMAND_LIMIT,
     ENDLESS,
@@ -17,7 +16,13 @@ from smtpd.session import (
     LINE_LIMIT,
     TARPIT,
     TURN,
+    DataComplete,
+    DataReceived,
+    DataRejected,
+    Event,
     Greeting,
+    MailStarted,
+    Refusal,
     Session,
     SessionState,
 )
@@ -33,13 +38,13 @@ class OpenRules:
 
     def check_sender(self, size: int) -> None:
         if size > 1000:
-            raise CommandRefused(b"552 5.3.4 Too big\r\n")
+            raise Refused("552 5.3.4 Too big")
 
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
         if recipient.domain == "denied":
-            raise CommandRefused(b"554 5.7.1 Relay access denied\r\n")
+            raise Refused("554 5.7.1 Relay access denied")
         if accepted >= 3:
-            raise CommandRefused(b"452 4.5.3 Too many recipients\r\n")
+            raise Refused("452 4.5.3 Too many recipients")
 
 
 class Talk:
@@ -62,17 +67,17 @@ class Talk:
     def pause(self) -> float | None:
         return self.session.pause
 
-    def go_on(self) -> bytes:
-        self.events += self.session.go_on()
+    def resume(self) -> bytes:
+        self.events += self.session.resume()
         return self.session.replies()
 
-    def answer(self, reply: bytes = b"250 2.0.0 Ok\r\n") -> bytes:
-        self.events += self.session.answer(reply)
+    def answer(self, reply: str = "250 2.0.0 Ok") -> bytes:
+        self.events += self.session.reply(reply)
         return self.session.replies()
 
     @property
     def waiting(self) -> bool:
-        return self.session._state is SessionState.AWAIT_REPLY
+        return self.session.state is SessionState.AWAIT_REPLY
 
     def told[Kind](self, kind: type[Kind]) -> list[Kind]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -229,7 +234,7 @@ def test_a_message_with_its_envelope() -> None:
     ]
     assert talk.text() == b"Message-ID: <m@i>\n\n.dot\n"
     assert talk.events[-1] == DataComplete("<m@i>")
-    assert talk.answer(b"250 2.0.0 Ok: queued as 1\r\n") == b"250 2.0.0 Ok: queued as 1\r\n"
+    assert talk.answer("250 2.0.0 Ok: queued as 1") == b"250 2.0.0 Ok: queued as 1\r\n"
     assert talk.session.idle
 
 
@@ -261,14 +266,14 @@ def test_C19_commands_behind_a_message_wait_for_its_answer() -> None:
     assert talk.say(b"x\r\n.\r\n" + MAIL + RCPT) == b""
     assert talk.say(DATA) == b""
     assert talk.session.backlog == len(MAIL + RCPT + DATA)
-    assert codes(talk.answer(b"451 4.3.0 Later\r\n")) == [
+    assert codes(talk.answer("451 4.3.0 Later")) == [
         b"451 4.3.0",
         b"250 2.1.0",
         b"250 2.1.5",
         b"354 End",
     ]
     assert talk.say(b"y\r\n.\r\nQUIT\r\n") == b""
-    assert talk.session.quit_pending()
+    assert talk.session.quit_pending
     assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
     assert talk.session.closed
     assert [type(event) for event in talk.events] == [
@@ -379,7 +384,7 @@ def test_bare_crs_are_stripped_where_the_rules_say_so() -> None:
 
 def test_C29_a_loop_is_refused() -> None:
     talk = Talk()
-    talk.session._greeting = Greeting("relay.example", 1 << 20)
+    talk.session.greeting = Greeting("relay.example", 1 << 20)
     talk.say(EHLO, MAIL + RCPT + DATA)
     assert codes(talk.say(b"Received: x\r\n" * 101 + b"\r\n.\r\n")) == [b"554 5.4.6"]
 
@@ -499,7 +504,7 @@ def test_an_accepted_message_forgives_errors() -> None:
         talk.answer()
     assert not talk.session.closed
     talk.say(b"FOO\r\n" * (ERROR_LIMIT - 1), MAIL + RCPT + DATA, b".\r\n")
-    talk.answer(b"451 4.3.0 Later\r\n")
+    talk.answer("451 4.3.0 Later")
     assert codes(talk.say(b"FOO\r\n")) == [b"500 5.5.2", b"421 4.7.0"]
 
 
@@ -541,8 +546,8 @@ def test_a_turn_has_so_many_commands_and_the_rest_waits() -> None:
     assert talk.pause() == 0.0
     assert talk.say(NOOP) == b"", "what comes before the next turn is kept for it"
     assert talk.session.backlog == (TURN + 2) * len(NOOP)
-    assert codes(talk.go_on()) == [b"250 2.0.0"] * TURN
-    assert codes(talk.go_on()) == [b"250 2.0.0"] * 2
+    assert codes(talk.resume()) == [b"250 2.0.0"] * TURN
+    assert codes(talk.resume()) == [b"250 2.0.0"] * 2
     assert talk.pause() is None
     assert talk.say(NOOP * TURN)
     assert talk.pause() is None, "a turn that has obeyed everything leaves nothing for another"
@@ -552,8 +557,8 @@ def test_a_turn_is_cut_anywhere_in_a_transaction_and_loses_nothing() -> None:
     talk = Talk()
     replies = talk.say(EHLO + NOOP * (TURN - 3) + MAIL + RCPT + DATA + b"x\r\n.\r\nQUIT\r\n")
     assert codes(replies)[-2:] == [b"250 2.1.0", b"250 2.1.5"]
-    assert talk.session.quit_pending(), "it has finished, and may have closed its half"
-    assert codes(talk.go_on()) == [b"354 End"]
+    assert talk.session.quit_pending, "it has finished, and may have closed its half"
+    assert codes(talk.resume()) == [b"354 End"]
     assert talk.text() == b"x\n"
     assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
 
@@ -562,9 +567,9 @@ def test_nothing_is_obeyed_while_replies_are_not_read() -> None:
     talk = Talk()
     talk.session.halted = True
     assert talk.say(EHLO, NOOP) == b""
-    assert talk.go_on() == b""
+    assert talk.resume() == b""
     talk.session.halted = False
-    assert codes(talk.go_on()) == [b"250 DSN", b"250 2.0.0"]
+    assert codes(talk.resume()) == [b"250 DSN", b"250 2.0.0"]
 
 
 def test_an_answer_that_is_not_read_leads_to_no_more_commands() -> None:
@@ -573,7 +578,7 @@ def test_an_answer_that_is_not_read_leads_to_no_more_commands() -> None:
     talk.session.halted = True
     assert codes(talk.answer()) == [b"250 2.0.0"]
     talk.session.halted = False
-    assert codes(talk.go_on()) == [b"250 2.0.0"] * 5
+    assert codes(talk.resume()) == [b"250 2.0.0"] * 5
 
 
 @pytest.mark.parametrize("command", [NOOP, b"RSET\r\n", EHLO, b"VRFY a\r\n"])
@@ -589,7 +594,7 @@ def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection
         assert talk.pause() == TARPIT
         assert talk.say(command * 3) == b""
         talk.session._input = b""
-        assert talk.go_on() == b""
+        assert talk.resume() == b""
     assert codes(talk.say(command))[-1] == b"421 4.7.0"
     assert talk.session.closed
     assert len(talk.told(Refusal)) == 1
@@ -599,11 +604,11 @@ def test_a_stranger_that_pipelines_is_slowed_down_too() -> None:
     talk = Talk(trusted=False)
     talk.say(NOOP * (FREE_COMMANDS + 10))
     while talk.pause() == 0.0:
-        talk.go_on()
+        talk.resume()
     assert talk.pause() == TARPIT
     for left in range(9, 0, -1):
         assert talk.session.backlog == left * len(NOOP)
-        assert codes(talk.go_on()) == [b"250 2.0.0"], "one command a second"
+        assert codes(talk.resume()) == [b"250 2.0.0"], "one command a second"
 
 
 def test_commands_of_a_trusted_client_cost_nothing() -> None:
@@ -615,7 +620,7 @@ def test_commands_of_a_trusted_client_cost_nothing() -> None:
 
 def test_an_accepted_message_begins_the_count_anew() -> None:
     talk = Talk(trusted=False)
-    for verdict in (b"250 2.0.0 Ok\r\n", b"250 2.0.0 Ok\r\n", b"451 4.3.0 Later\r\n"):
+    for verdict in ("250 2.0.0 Ok", "250 2.0.0 Ok", "451 4.3.0 Later"):
         for _ in range(FREE_COMMANDS - 4):
             talk.say(NOOP)
         talk.say(EHLO, MAIL, RCPT, DATA)
@@ -649,18 +654,18 @@ def test_C27_a_line_without_an_end_ends_the_session() -> None:
 @pytest.mark.parametrize(
     ("content", "reply"),
     [
-        (b"bare\n", b"421 4.6.11 Message contains a bare CR or LF, closing connection\r\n"),
-        (b"x" * 1001, b"421 4.3.4 Message exceeds the size limit, closing connection\r\n"),
-        (b"", b"421 4.3.0 Message cannot be taken, closing connection\r\n"),
+        (b"bare\n", "421 4.6.11 Message contains a bare CR or LF, closing connection"),
+        (b"x" * 1001, "421 4.3.4 Message exceeds the size limit, closing connection"),
+        (b"", "421 4.3.0 Message cannot be taken, closing connection"),
     ],
 )
-def test_content_that_is_not_kept_must_end(content: bytes, reply: bytes) -> None:
+def test_content_that_is_not_kept_must_end(content: bytes, reply: str) -> None:
     talk = Talk()
-    talk.session._greeting = Greeting("relay.example", 1000 if content else 1 << 30)
+    talk.session.greeting = Greeting("relay.example", 1000 if content else 1 << 30)
     talk.say(EHLO, MAIL + RCPT + DATA, content)
     if not content:
         talk.session.refuse_content()
     assert talk.say(*[b"x" * 4096] * (ENDLESS // 4096)) == b""
-    assert talk.say(b"x") == reply
+    assert talk.say(b"x") == f"{reply}\r\n".encode()
     assert talk.session.closed
     assert talk.told(Refusal)[-1].reply == reply

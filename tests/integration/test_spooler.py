@@ -13,11 +13,11 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from reception.spooler import Spooler
-from reception.spooler_client import PATIENCE, Launch, SpoolerClient, SpoolerError
+from reception.spooler_client import HANG_TIMEOUT, Launch, SpoolerClient, SpoolerError
 from reception.spooler_protocol import (
     BatchReply,
     Cancelled,
-    Frames,
+    FrameDecoder,
     RowRefused,
     StoreRequest,
     frame,
@@ -46,7 +46,7 @@ class Desk:
         self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
         self.fault: BaseException | None = None
-        self.frames, self.reports = Frames(), list[BatchReply]()
+        self.frames, self.reports = FrameDecoder(), list[BatchReply]()
         self.numbers = iter(range(1, 100))
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -69,11 +69,11 @@ class Desk:
         if not body:
             self.spool.store(message.id, [b"text"])
         order = StoreRequest(next(self.numbers), message, [b"text"] if body else None, deadline)
-        self.ours.sendall(frame(order.plain()))
+        self.ours.sendall(order.encode())
         return order
 
-    def withdraw(self, order: StoreRequest) -> None:
-        self.ours.sendall(frame(StoreRequest(order.number).plain()))
+    def cancel(self, order: StoreRequest) -> None:
+        self.ours.sendall(StoreRequest(order.number).encode())
 
     def busy(self) -> list[StoreRequest]:
         """One that is being committed, and one that is stored and waits: no more is taken."""
@@ -116,8 +116,8 @@ def desk(spool: Spool) -> Iterator[Desk]:
 def test_at_the_end_what_was_ordered_is_kept_and_what_was_withdrawn_is_told(desk: Desk) -> None:
     kept = desk.busy()
     streamed, small = desk.order(body=False), desk.order()
-    desk.withdraw(streamed)
-    desk.withdraw(small)
+    desk.cancel(streamed)
+    desk.cancel(small)
     desk.ours.shutdown(socket.SHUT_WR)
     desk.gate.set()
     results = desk.results()
@@ -203,7 +203,7 @@ class Shop:
         return await self.lives.pop(0)(channel)
 
     def put(self, body: bytes = b"text", deadline: float = 1e9) -> int:
-        return self.store.put(new_message(), [body], deadline, self._answered)
+        return self.store.store(new_message(), [body], deadline, self._answered)
 
     def _answered(self, answer: Exception | None) -> None:
         self.answers.append(answer)
@@ -249,7 +249,7 @@ async def impossible(_: socket.socket) -> object:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reception.spooler_client.PAUSE", 0.05)
+    monkeypatch.setattr("reception.spooler_client.RESTART_DELAY", 0.05)
 
 
 def test_a_keeper_that_cannot_be_started_is_said_at_the_start() -> None:
@@ -281,10 +281,10 @@ def test_a_keeper_that_hangs_is_ended_and_replaced(spool: Spool) -> None:
         shop = Shop(deaf, sound(spool))
         await shop.store.start()
         shop.put(deadline=100.0)
-        shop.store.look_at_clock(100.0 + PATIENCE - 1)
+        shop.store.check_deadlines(100.0 + HANG_TIMEOUT - 1)
         await asyncio.sleep(0)
         assert shop.answers == []
-        shop.store.look_at_clock(100.0 + PATIENCE + 1)
+        shop.store.check_deadlines(100.0 + HANG_TIMEOUT + 1)
         assert [type(answer) for answer in await shop.answered(1)] == [CommitUnknown]
         shop.put()
         assert (await shop.answered(2))[1:] == [None]
@@ -304,7 +304,7 @@ def test_while_the_keeper_reads_nothing_orders_can_be_taken_back_and_no_more_is_
         orders += [shop.put(bytes(1 << 20)) for _ in range(50)]
         held = transport.get_write_buffer_size()
         for order in orders[8:]:
-            shop.store.withdraw(order)
+            shop.store.cancel(order)
         assert [type(answer) for answer in await shop.answered(50)] == [Cancelled] * 50
         assert transport.get_write_buffer_size() <= held <= 8 * (1 << 20) + 4096
         await shop.store.close(0.1)
@@ -321,7 +321,7 @@ def test_every_answer_comes_although_one_cannot_be_taken(spool: Spool) -> None:
         def gone(_: Exception | None) -> None:
             raise RuntimeError("gone")
 
-        shop.store.put(new_message(), [b"text"], 1e9, gone)
+        shop.store.store(new_message(), [b"text"], 1e9, gone)
         shop.put()
         assert await shop.answered(1) == [None]
         await shop.store.close(10)
@@ -330,7 +330,11 @@ def test_every_answer_comes_although_one_cannot_be_taken(spool: Spool) -> None:
 
 
 def test_frames_survive_any_cut() -> None:
-    frames, data, found = Frames(), b"".join(frame((n, b"x" * n)) for n in range(40)), list[Any]()
+    frames, data, found = (
+        FrameDecoder(),
+        b"".join(frame((n, b"x" * n)) for n in range(40)),
+        list[Any](),
+    )
     for n in range(len(data)):
         found += frames.feed(data[n : n + 1])
     assert found == [(n, b"x" * n) for n in range(40)]
