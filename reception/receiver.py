@@ -28,14 +28,14 @@ from relay.db.group_commit import CommitUnknown
 from relay.ids import new_id
 from relay.log import get_logger
 from relay.queue.accept import NewMessage, NewRecipient
+from relay.settings import SmtpdSettings
 from relay.spool.store import BodyWriter, Spool
 
 BLOCK = 64 * 1024
 """Octets from which on a message streams to its file."""
 MAX_BUFFERED = 8 * BLOCK
 """Octets of one message in memory above which its connection stops reading."""
-THREADS = 8
-"""For large messages and for removing bodies."""
+THREADS = 8  # for large messages and for removing bodies
 
 _LOCAL_FAULT = "451 4.3.0 Cannot take the message now, try again later"
 
@@ -102,14 +102,13 @@ class BodyDescriptors:
 
 @dataclass(slots=True)
 class Receiver:
-    """What receptions share. `deadline`: seconds from the end of a message to its reply."""
+    """What receptions share."""
 
     loop: asyncio.AbstractEventLoop
     spool: Spool
     spooler: SpoolerClient
     route_for: Callable[[str], str]
-    hostname: str
-    deadline: float
+    settings: SmtpdSettings
     threads: DiskThreads
     descriptors: BodyDescriptors
 
@@ -139,7 +138,7 @@ class Reception:
         self._claim = client.claim(int(envelope.parameters.get(b"SIZE", "0")))
         self._started = self._ended = time.monotonic()
         when = date(int(time.time()))
-        trace = received_field(envelope, client.address, receiver.hostname, self.id, when)
+        trace = received_field(envelope, client.address, receiver.settings.hostname, self.id, when)
         self._blocks = [trace]
         self._buffered = len(trace)  # octets of the blocks
         self._writing = 0  # octets that a thread has
@@ -150,7 +149,7 @@ class Reception:
         self._header_message_id: str | None = None
         self._complete = False
         self._cancelled = False
-        self._error: Exception | None = None
+        self.error: Exception | None = None  # why it cannot be stored
         self._request = 0  # the number of the request to the spooler
 
     @property
@@ -158,17 +157,12 @@ class Reception:
         """Octets that are not written yet."""
         return self._buffered + self._writing
 
-    @property
-    def failed(self) -> bool:
-        """Whether the message cannot be stored; the reply to its end will say so."""
-        return self._error is not None
-
     def append(self, text: bytes) -> None:
         """Takes decoded content."""
-        if self._cancelled or self._error is not None:
+        if self._cancelled or self.error is not None:
             return
         if not self._claim.grow(len(text)):
-            self._error = OSError(errno.ENOSPC, "no space for more of an unfinished message")
+            self.error = OSError(errno.ENOSPC, "no space for more of an unfinished message")
             self._blocks = []
             self._buffered = 0
             if not self._busy:
@@ -186,13 +180,13 @@ class Reception:
     def complete(self, header_message_id: str | None) -> None:
         """The message has ended, so a reply is due. `header_message_id` is None without one."""
         self._ended = time.monotonic()
-        self.deadline = self._ended + self._receiver.deadline
+        self.deadline = self._ended + self._receiver.settings.accept_deadline
         self._header_message_id = header_message_id
         self._complete = True
         if self._busy:
             return  # `_written` goes on
-        if self._error is not None:
-            self._refuse(self._error)
+        if self.error is not None:
+            self._refuse(self.error)
         elif self._body is None:
             self._separate()
             self._size = self._buffered
@@ -202,13 +196,7 @@ class Reception:
 
     def expire(self) -> None:
         """The deadline has passed."""
-        log.error(
-            "not accepted",
-            id=self.id,
-            client=self._client.address,
-            reason="RELAY_ACCEPT_DEADLINE passed",
-        )
-        self._send(_LOCAL_FAULT)
+        self._refuse(TimeoutError("RELAY_ACCEPT_DEADLINE passed"))
         self.cancel()
 
     def cancel(self) -> None:
@@ -261,10 +249,10 @@ class Reception:
         self._busy = False
         self._claim.store(self._writing)
         self._writing = 0
-        if self._cancelled or self._error is not None:
+        if self._cancelled or self.error is not None:
             self._discard()
-            if self._error is not None and self._complete:
-                self._refuse(self._error)
+            if self.error is not None and self._complete:
+                self._refuse(self.error)
         elif finished:
             self._spool(None)
         elif self._complete:
@@ -276,7 +264,7 @@ class Reception:
     def _fail(self, error: Exception) -> None:
         """The body could not be written; `BodyWriter` has removed what there was of it."""
         self._busy = False
-        self._error = error
+        self.error = error
         self._body = None
         self._blocks = []
         self._buffered = self._writing = 0

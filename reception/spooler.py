@@ -38,8 +38,7 @@ from relay.log import configure, first_line
 from relay.queue.accept import Acceptor, NewMessage
 from relay.spool.store import Spool
 
-MAX_BATCH = 64
-"""Messages."""
+MAX_BATCH = 64  # messages
 GATHER_TIME = 0.004
 """Seconds in which requests may gather while there are many. A row in a batch of eight costs half
 of what it costs in a batch of four."""

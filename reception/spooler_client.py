@@ -32,8 +32,7 @@ from relay.spool.store import Spool
 log = get_logger(__name__)
 RESTART_DELAY = 1.0
 """Seconds before a spooler is restarted that ran for less than MIN_UPTIME."""
-MIN_UPTIME = 10.0
-"""Seconds."""
+MIN_UPTIME = 10.0  # seconds
 HANG_TIMEOUT = 60.0
 """Seconds past the deadline of a request after which its missing result proves that the spooler
 hangs."""
@@ -57,7 +56,7 @@ class SpoolerClient(asyncio.Protocol):
         # Requests without a result, in the order of `store`.
         self._pending: dict[int, PendingItem[NewMessage]] = {}
         self._unsent: dict[int, bytes] = {}  # frames of those that no spooler has
-        self._transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport | None = None
         self._writable = False  # the spooler has started and reads
         self._decoder = FrameDecoder()
         self._disconnected = asyncio.Event()
@@ -88,8 +87,8 @@ class SpoolerClient(asyncio.Protocol):
         """Cancels a request if it is not too late for that."""
         if self._unsent.pop(number, None) is not None:
             asyncio.get_running_loop().call_soon(self._resolve, number, Cancelled())
-        elif self._transport is not None:
-            self._transport.write(StoreRequest(number).encode())
+        elif self.transport is not None:
+            self.transport.write(StoreRequest(number).encode())
 
     def check_deadlines(self, now: float) -> None:
         """Ends a spooler that hangs. Its clients have had 451; a new spooler may work."""
@@ -105,18 +104,15 @@ class SpoolerClient(asyncio.Protocol):
         self._closing = True
         for number in [*self._unsent]:
             self._resolve(number, Cancelled())
-        if self._transport is not None:
-            self._transport.write_eof()
+        if self.transport is not None:
+            self.transport.write_eof()
         if self._task is not None:
             await asyncio.wait([self._task], timeout=seconds)
             if self._process is not None:
                 self._process.cancel()
             await asyncio.wait([self._task], timeout=1.0)
 
-    # The methods of asyncio.Protocol.
-
     def data_received(self, data: bytes) -> None:
-        """Handles replies."""
         reply: BatchReply
         for reply in self._decoder.feed(data):
             if not reply.results:  # the spooler has started
@@ -136,25 +132,22 @@ class SpoolerClient(asyncio.Protocol):
                 self._on_stored([*stored_ids], route)
 
     def pause_writing(self) -> None:
-        """The spooler does not read."""
         self._writable = False
 
     def resume_writing(self) -> None:
-        """The spooler reads again."""
         self._writable = True
         self._send()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The spooler has ended."""
-        self._transport = None
+        self.transport = None
         self._writable = False
         for number in [number for number in self._pending if number not in self._unsent]:
             self._resolve(number, CommitUnknown())
         self._disconnected.set()
 
     def _send(self) -> None:
-        while self._unsent and self._writable and self._transport is not None:
-            self._transport.write(self._unsent.pop(next(iter(self._unsent))))
+        while self._unsent and self._writable and self.transport is not None:
+            self.transport.write(self._unsent.pop(next(iter(self._unsent))))
 
     def _resolve(self, number: int, result: Exception | None) -> None:
         self._unsent.pop(number, None)
@@ -186,7 +179,7 @@ class SpoolerClient(asyncio.Protocol):
         with theirs:
             self._decoder = FrameDecoder()
             self._disconnected.clear()
-            self._transport, _ = await asyncio.get_running_loop().create_unix_connection(
+            self.transport, _ = await asyncio.get_running_loop().create_unix_connection(
                 lambda: self, sock=ours
             )
             self._process = asyncio.create_task(self._launch(theirs))

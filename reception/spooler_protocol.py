@@ -78,15 +78,13 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> list[Any]:
         """The values whose frames are complete with these bytes."""
-        self._buffer += data
+        buffer = self._buffer
+        buffer += data
         values: list[Any] = []
-        start = 0
-        while len(self._buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, start)
-            end = start + _LENGTH.size + length
-            if len(self._buffer) < end:
+        while len(buffer) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
+            if len(buffer) < end:
                 break
-            values.append(pickle.loads(memoryview(self._buffer)[start + _LENGTH.size : end]))  # noqa: S301  (see above)
-            start = end
-        del self._buffer[:start]
+            values.append(pickle.loads(buffer[_LENGTH.size : end]))  # noqa: S301  (see above)
+            del buffer[:end]
         return values

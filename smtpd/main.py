@@ -64,15 +64,9 @@ async def _serve(
     spooler = SpoolerClient(launcher(settings, state.spool), hints.offer)
     threads = DiskThreads(THREADS)
     last_descriptor, bodies = reserve_descriptors(settings.max_connections)
+    descriptors = BodyDescriptors(bodies)
     receiver = Receiver(
-        loop,
-        state.spool,
-        spooler,
-        routes.route_for,
-        settings.hostname,
-        settings.accept_deadline,
-        threads,
-        BodyDescriptors(bodies),
+        loop, state.spool, spooler, routes.route_for, settings, threads, descriptors
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
     policy.max_message_size = size_limit()

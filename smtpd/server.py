@@ -38,6 +38,7 @@ from smtpd.session import (
     MailStarted,
     Refusal,
     Session,
+    SessionState,
 )
 
 LISTEN_BACKLOG = 1024
@@ -55,8 +56,7 @@ MIN_RATE = 500
 """Octets a second of content from an untrusted client, on average over RATE_WINDOW. Without it, 5
 octets in five minutes would hold a connection and the space of a message for years. Modems of 1990
 were faster."""
-RATE_WINDOW = 60.0
-"""Seconds."""
+RATE_WINDOW = 60.0  # seconds
 
 _STOPPING = "421 4.3.2 Service is stopping"
 
@@ -211,7 +211,7 @@ class SmtpServer:
         if not self._listeners and not self.stopping and not resuming:
             self._resume()
         late = now > self.next_tick + LATE_TICK
-        pause = min(1.0, self.settings.smtp_timeout / 4, self.receiver.deadline / 4)
+        pause = min(1.0, self.settings.smtp_timeout / 4, self.settings.accept_deadline / 4)
         self.next_tick = now + pause
         if late:
             for connection in self.connections:
@@ -246,7 +246,6 @@ class SmtpConnection(asyncio.Protocol):
         self._turn: asyncio.Handle | None = None  # the session's next one
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Sends the banner, or the refusal of the connection."""
         self.transport = transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         server = self._server
@@ -275,34 +274,30 @@ class SmtpConnection(asyncio.Protocol):
             transport.write(self.session.replies())
 
     def data_received(self, data: bytes) -> None:
-        """Passes input to the session."""
         if self._closing:
             return
         lines = self.session.lines
         self.octets += len(data)
         events = self.session.receive(data)
-        if self.session.receiving or self.session.lines != lines:
+        if self.session.state is SessionState.CONTENT or self.session.lines != lines:
             # The timeout runs for a whole command (RFC 5321, 4.5.3.2.7), not between its octets.
             self._extend()
         self._handle(events)
 
     def eof_received(self) -> bool:
-        """Keeps the connection if QUIT waits behind a message: the client may still read."""
+        # If QUIT waits behind a message the client has finished and may still read.
         return self.session.quit_pending
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Cancels the message."""
         self._closing = True
         self._cancel()
         self._server.remove(self, self._admitted)
 
     def pause_writing(self) -> None:
-        """The client does not read: the session runs no command."""
         self.writing_paused = self.session.halted = True
         self._throttle()
 
     def resume_writing(self) -> None:
-        """The client reads again."""
         self.writing_paused = self.session.halted = False
         self._schedule(0.0)
         self._throttle()
@@ -321,7 +316,7 @@ class SmtpConnection(asyncio.Protocol):
             self.transaction_started + self._server.settings.session_timeout
         ):
             self._refuse("421 4.4.2 Transaction takes too long, closing connection")
-        elif self.session.receiving and not self.client.trusted:
+        elif self.session.state is SessionState.CONTENT and not self.client.trusted:
             self._check_rate(now)
 
     def _check_rate(self, now: float) -> None:
@@ -380,7 +375,7 @@ class SmtpConnection(asyncio.Protocol):
                     self._start_reception(event.envelope)
                 case DataReceived() if self.reception is not None:
                     self.reception.append(event.data)
-                    if self.reception.failed:
+                    if self.reception.error:
                         session.refuse_content()
                 case DataComplete() if self.reception is not None:
                     self.reception.complete(event.header_message_id)
@@ -439,7 +434,7 @@ class SmtpConnection(asyncio.Protocol):
     def _throttle(self) -> None:
         """Pauses or resumes reading."""
         congested = self.reception is not None and self.reception.in_memory > MAX_BUFFERED
-        pause = self.writing_paused or congested or self.session.backlog > INPUT_LIMIT
+        pause = self.writing_paused or congested or len(self.session.input) > INPUT_LIMIT
         if pause is self.reading_paused or self._closing:
             return
         self.reading_paused = pause

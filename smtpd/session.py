@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
 
-from reception.envelope import Envelope, Recipient, Refused
+from reception.envelope import Envelope, Refused
+from reception.policy import ClientPolicy
 from smtpd.addresses import parse_recipient, parse_sender
 from smtpd.content import Content
 
@@ -34,10 +34,8 @@ FREE_COMMANDS = 100
 Postfix' smtpd_junk_command_limit is 100. Only an accepted message resets the count, as in Postfix;
 RSET does not, because a client could repeat it for ever. Recipients of the open transaction do not
 count: a server must accept at least 100 (RFC 5321, 4.5.3.1.8), and MAX_RECIPIENTS may be more."""
-COMMAND_LIMIT = 200
-"""Such commands, after which the connection is closed."""
-TARPIT = 1.0
-"""Seconds."""
+COMMAND_LIMIT = 200  # of these, after which the connection is closed
+TARPIT = 1.0  # seconds
 ENDLESS = 1 << 20
 """Octets of a line, or of content that is not stored, after which its end is not awaited."""
 
@@ -98,29 +96,6 @@ class SessionState(IntEnum):
     CLOSED = 7
 
 
-class Rules(Protocol):
-    """What a session asks about its client; `reception.policy.ClientPolicy` answers."""
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the client is one of ours: its addresses may be short, its commands cost it
-        nothing."""
-        ...
-
-    @property
-    def strips_cr(self) -> bool:
-        """Whether bare CRs in its content are dropped and not refused."""
-        ...
-
-    def check_sender(self, size: int) -> None:
-        """Raises Refused."""
-        ...
-
-    def check_recipient(self, recipient: Recipient, accepted: int) -> None:
-        """Raises Refused."""
-        ...
-
-
 class Greeting:
     """The replies that name this host and its extensions."""
 
@@ -153,11 +128,11 @@ class Session:
     input waits until then. The driver sets `halted` while the client does not read.
     """
 
-    def __init__(self, greeting: Greeting, rules: Rules) -> None:
+    def __init__(self, greeting: Greeting, client: ClientPolicy) -> None:
         self.greeting = greeting
-        self._rules = rules
+        self.client = client
         self.state = SessionState.PRE_BANNER
-        self._input = b""
+        self.input = b""  # that waits
         self._replies: list[str] = []
         self._events: list[Event] = []
         self._errors = 0
@@ -166,7 +141,7 @@ class Session:
         self._deferred = False  # this transaction had a temporary refusal
         self._skipping = False  # the rest of a line that was too long
         self._pipelined = False  # there is input behind this command
-        self._helo = ""
+        self._client_name = ""
         self._protocol = "SMTP"
         self._envelope: Envelope | None = None
         self._positions: dict[str, int] = {}  # of a mailbox among the recipients
@@ -190,21 +165,11 @@ class Session:
         return self.state in (SessionState.START, SessionState.READY, SessionState.PRE_BANNER)
 
     @property
-    def receiving(self) -> bool:
-        """Whether content is arriving, be it stored or not."""
-        return self.state is SessionState.CONTENT
-
-    @property
-    def backlog(self) -> int:
-        """Octets of input that wait."""
-        return len(self._input)
-
-    @property
     def quit_pending(self) -> bool:
         """Whether QUIT waits behind a message or a pause: the client has finished, it did not
         abort."""
         waits = self.state is SessionState.AWAIT_REPLY or self.pause is not None or self.halted
-        return waits and b"QUIT\r\n" in self._input.upper()
+        return waits and b"QUIT\r\n" in self.input.upper()
 
     def start(self) -> None:
         """Sends the banner."""
@@ -213,7 +178,7 @@ class Session:
 
     def receive(self, data: bytes) -> list[Event]:
         """Takes bytes from the client; returns the events in order."""
-        self._input = self._input + data if self._input else data
+        self.input = self.input + data if self.input else data
         return self._advance()
 
     def resume(self) -> list[Event]:
@@ -254,9 +219,9 @@ class Session:
         commands."""
         self._events = []
         self._commands_left = TURN
-        while self._input and not self.halted and self.pause is None:
+        while self.input and not self.halted and self.pause is None:
             if self.state <= SessionState.RECIPIENTS:
-                if self.state is SessionState.START and self._input.startswith(_TLS_HANDSHAKE):
+                if self.state is SessionState.START and self.input.startswith(_TLS_HANDSHAKE):
                     self._refuse_and_close(_NOT_SMTP)
                 elif not self._read_commands():
                     break
@@ -267,12 +232,12 @@ class Session:
             else:
                 if self.state is SessionState.PRE_BANNER:
                     self._refuse_and_close("554 5.5.0 The client must wait for the banner")
-                self._input = b""
+                self.input = b""
         return self._events
 
     def _read_commands(self) -> bool:
         """Runs the whole lines of the input until the turn ends; False if more input is needed."""
-        data, start, end = self._input, 0, 0
+        data, start, end = self.input, 0, 0
         while self.state <= SessionState.RECIPIENTS and self.pause is None:
             end = data.find(b"\n", start)
             if end < 0:
@@ -292,15 +257,15 @@ class Session:
             self._commands += 1
             if self._commands > FREE_COMMANDS:
                 self._charge()
-        self._input = data[start:]
-        if end < 0 and (self._skipping or len(self._input) > LINE_LIMIT):
+        self.input = data[start:]
+        if end < 0 and (self._skipping or len(self.input) > LINE_LIMIT):
             self._skip()
         return end >= 0
 
     def _charge(self) -> None:
         """Slows down an untrusted client that sends no messages, and in the end closes its
         connection."""
-        if self._rules.trusted or self.state > SessionState.RECIPIENTS:
+        if self.client.trusted or self.state > SessionState.RECIPIENTS:
             return
         recipients = len(self._envelope.recipients) if self._envelope is not None else 0
         if self._commands - recipients > COMMAND_LIMIT:
@@ -316,8 +281,8 @@ class Session:
             self._skipping = True
             self._wasted = 0
             self._refuse(_TOO_LONG)
-        self._wasted += len(self._input)
-        self._input = b""
+        self._wasted += len(self.input)
+        self.input = b""
         if self._wasted > ENDLESS and not self.closed:
             self._refuse_and_close("421 4.5.2 Line does not end, closing connection")
 
@@ -374,34 +339,30 @@ class Session:
         if not _NAME.fullmatch(name):
             raise Refused("501 5.5.4 A host name or address literal is needed")
         self._reset()
-        self._helo = name.decode("ascii")
+        self._client_name = name.decode("ascii")
         self._protocol = protocol
         self._replies.append(reply)
 
-    def helo(self, argument: bytes) -> None:
-        """HELO."""
+    def _helo(self, argument: bytes) -> None:
         self._greet(argument, "SMTP", self.greeting.helo)
 
-    def ehlo(self, argument: bytes) -> None:
-        """EHLO."""
+    def _ehlo(self, argument: bytes) -> None:
         self._greet(argument, "ESMTP", self.greeting.ehlo)
 
-    def mail(self, argument: bytes) -> None:
-        """MAIL."""
-        trusted = self._rules.trusted
+    def _mail(self, argument: bytes) -> None:
+        trusted = self.client.trusted
         sender, parameters = parse_sender(argument, self.greeting.hostname, trusted=trusted)
-        self._rules.check_sender(int(parameters.get(b"SIZE", "0")))
+        self.client.check_sender(int(parameters.get(b"SIZE", "0")))
         # The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8.
         protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
-        self._envelope = Envelope(sender, parameters, self._helo, protocol)
+        self._envelope = Envelope(sender, parameters, self._client_name, protocol)
         self.transactions += 1
         self.state = SessionState.SENDER
         self._replies.append("250 2.1.0 Ok")
 
-    def rcpt(self, argument: bytes) -> None:
-        """RCPT."""
+    def _rcpt(self, argument: bytes) -> None:
         assert self._envelope is not None
-        recipient = parse_recipient(argument, self.greeting.hostname, trusted=self._rules.trusted)
+        recipient = parse_recipient(argument, self.greeting.hostname, trusted=self.client.trusted)
         recipients = self._envelope.recipients
         position = self._positions.get(recipient.mailbox)
         if position is not None:
@@ -409,17 +370,16 @@ class Session:
             # reply is 250, because the message goes there. A repeat counts towards no limit.
             recipients[position] = recipients[position].merge(recipient)
         else:
-            self._rules.check_recipient(recipient, len(recipients))
+            self.client.check_recipient(recipient, len(recipients))
             self._positions[recipient.mailbox] = len(recipients)
             recipients.append(recipient)
         self.state = SessionState.RECIPIENTS
         self._replies.append("250 2.1.5 Ok")
 
-    def data(self, argument: bytes) -> None:
-        """DATA."""
+    def _data(self, argument: bytes) -> None:
         assert self._envelope is not None
         _require_none(argument)
-        self._content = Content(self.greeting.max_message_size, strip_cr=self._rules.strips_cr)
+        self._content = Content(self.greeting.max_message_size, strip_cr=self.client.strips_cr)
         self._rejected = self._unwanted = False
         self._wasted = 0
         self.state = SessionState.CONTENT
@@ -429,9 +389,9 @@ class Session:
     def _read_content(self) -> None:
         content = self._content
         assert content is not None
-        size = len(self._input)
-        text, rest = content.feed(self._input)
-        self._input = rest or b""
+        size = len(self.input)
+        text, rest = content.feed(self.input)
+        self.input = rest or b""
         if self._rejected or self._unwanted:
             self._wasted += size
         if content.fault is not None and not self._rejected:
@@ -456,20 +416,17 @@ class Session:
             self.state = SessionState.AWAIT_REPLY
             self._events.append(DataComplete(content.header_message_id))
 
-    def rset(self, argument: bytes) -> None:
-        """RSET."""
+    def _rset(self, argument: bytes) -> None:
         _require_none(argument)
         if self.state is not SessionState.START:
             self._reset()
         self._replies.append(_OK)
 
-    def quit(self, argument: bytes) -> None:
-        """QUIT."""
+    def _quit(self, argument: bytes) -> None:
         _require_none(argument)
         self.close("221 2.0.0 Bye")
 
-    def http(self, _argument: bytes) -> None:
-        """A method of HTTP."""
+    def _http(self, _argument: bytes) -> None:
         self._refuse_and_close(_NOT_SMTP)
 
 
@@ -484,16 +441,16 @@ _NO_SENDER = "503 5.5.1 Send MAIL first"
 _NESTED = "503 5.5.1 A sender was given already"
 COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
     #        START     READY         SENDER                           RECIPIENTS
-    b"MAIL": (_NO_HELO, Session.mail, _NESTED, _NESTED),
-    b"RCPT": (_NO_HELO, _NO_SENDER, Session.rcpt, Session.rcpt),
-    b"DATA": (_NO_HELO, _NO_SENDER, "554 5.5.1 No valid recipients", Session.data),
-    b"HELO": (Session.helo,) * 4,
-    b"EHLO": (Session.ehlo,) * 4,
-    b"RSET": (Session.rset,) * 4,
-    b"QUIT": (Session.quit,) * 4,
+    b"MAIL": (_NO_HELO, Session._mail, _NESTED, _NESTED),
+    b"RCPT": (_NO_HELO, _NO_SENDER, Session._rcpt, Session._rcpt),
+    b"DATA": (_NO_HELO, _NO_SENDER, "554 5.5.1 No valid recipients", Session._data),
+    b"HELO": (Session._helo,) * 4,
+    b"EHLO": (Session._ehlo,) * 4,
+    b"RSET": (Session._rset,) * 4,
+    b"QUIT": (Session._quit,) * 4,
     b"NOOP": (_OK,) * 4,
     b"VRFY": ("252 2.1.5 Cannot verify; send some mail and see",) * 4,
     b"HELP": ("214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
-    **dict.fromkeys(_HTTP_METHODS, (Session.http,) * 4),
+    **dict.fromkeys(_HTTP_METHODS, (Session._http,) * 4),
 }
 """What a command does in each state, or its reply there."""

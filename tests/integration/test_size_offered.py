@@ -60,9 +60,7 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     async def scenario() -> None:
         policy = Policy(settings)
-        receiver = SimpleNamespace(
-            deadline=60.0, spooler=SpoolerClient(never, lambda _ids, _route: None)
-        )
+        receiver = SimpleNamespace(spooler=SpoolerClient(never, lambda _ids, _route: None))
         server = SmtpServer(
             asyncio.get_running_loop(), settings, cast(Any, receiver), policy,
             Greeting(settings.hostname, 1), lambda: offered_size(settings.max_message_size, routes),

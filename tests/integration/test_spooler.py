@@ -1,5 +1,5 @@
-"""The keeper and its store: whatever dies, hangs or comes too late, each is answered once and
-nothing is done twice."""
+"""The spooler and its client: whatever dies, hangs or is late, every request gets one result and no
+row is committed twice."""
 
 import asyncio
 import socket
@@ -35,8 +35,8 @@ def new_message() -> NewMessage:
     )
 
 
-class Desk:
-    """A keeper in a thread, with a database that is a list, and the other end of its line."""
+class SpoolerHarness:
+    """A spooler in a thread, whose database is a list, and our end of its channel."""
 
     def __init__(self, spool: Spool) -> None:
         self.ours, self.theirs = socket.socketpair()
@@ -46,7 +46,7 @@ class Desk:
         self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
         self.fault: BaseException | None = None
-        self.frames, self.reports = FrameDecoder(), list[BatchReply]()
+        self.frames, self.replies = FrameDecoder(), list[BatchReply]()
         self.numbers = iter(range(1, 100))
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -63,24 +63,24 @@ class Desk:
         self.committed += [message.id for message in messages]
         return [None] * len(messages)
 
-    def order(self, *, body: bool = True, deadline: float | None = None) -> StoreRequest:
-        """Send an order; without a `body` it is there already."""
+    def request(self, *, body: bool = True, deadline: float | None = None) -> StoreRequest:
+        """Send a request; without a `body` its file is synced already."""
         message = new_message()
         if not body:
             self.spool.store(message.id, [b"text"])
-        order = StoreRequest(next(self.numbers), message, [b"text"] if body else None, deadline)
-        self.ours.sendall(order.encode())
-        return order
+        request = StoreRequest(next(self.numbers), message, [b"text"] if body else None, deadline)
+        self.ours.sendall(request.encode())
+        return request
 
-    def cancel(self, order: StoreRequest) -> None:
-        self.ours.sendall(StoreRequest(order.number).encode())
+    def cancel(self, request: StoreRequest) -> None:
+        self.ours.sendall(StoreRequest(request.number).encode())
 
     def busy(self) -> list[StoreRequest]:
-        """One that is being committed, and one that is stored and waits: no more is taken."""
+        """One request that is being committed, and one whose body is synced. No other is read."""
         self.gate.clear()
-        first = self.order()
+        first = self.request()
         assert self.entered.wait(10)
-        second = self.order()
+        second = self.request()
         until(lambda: self.bodies() == 2)
         return [first, second]
 
@@ -88,13 +88,13 @@ class Desk:
         return len([*self.spool.ids()])
 
     def results(self) -> dict[int, Any]:
-        """Everything that is answered until the keeper closes."""
+        """All results until the spooler closes its end."""
         with suppress(ConnectionResetError):
             while data := self.ours.recv(1 << 16):
-                self.reports += self.frames.feed(data)
-        found = [result for report in self.reports for result in report.results]
-        assert len(found) == len(dict(found)), "answered twice"
-        return dict(found)
+                self.replies += self.frames.feed(data)
+        results = [result for reply in self.replies for result in reply.results]
+        assert len(results) == len(dict(results)), "two results for a request"
+        return dict(results)
 
     def ended(self) -> bool:
         self._thread.join(10)
@@ -107,135 +107,133 @@ class Desk:
 
 
 @pytest.fixture
-def desk(spool: Spool) -> Iterator[Desk]:
-    desk = Desk(spool)
-    yield desk
-    desk.close()
+def harness(spool: Spool) -> Iterator[SpoolerHarness]:
+    harness = SpoolerHarness(spool)
+    yield harness
+    harness.close()
 
 
-def test_at_the_end_what_was_ordered_is_kept_and_what_was_withdrawn_is_told(desk: Desk) -> None:
-    kept = desk.busy()
-    streamed, small = desk.order(body=False), desk.order()
-    desk.cancel(streamed)
-    desk.cancel(small)
-    desk.ours.shutdown(socket.SHUT_WR)
-    desk.gate.set()
-    results = desk.results()
-    assert [results[order.number] for order in kept] == [None, None]
-    assert {type(results[order.number]) for order in (streamed, small)} == {Cancelled}
-    assert (desk.bodies(), len(desk.committed)) == (2, 2)
-    assert desk.ended()
+def test_at_the_end_requests_are_stored_and_cancelled_requests_get_cancelled(
+    harness: SpoolerHarness,
+) -> None:
+    kept = harness.busy()
+    streamed, small = harness.request(body=False), harness.request()
+    harness.cancel(streamed)
+    harness.cancel(small)
+    harness.ours.shutdown(socket.SHUT_WR)
+    harness.gate.set()
+    results = harness.results()
+    assert [results[request.number] for request in kept] == [None, None]
+    assert {type(results[request.number]) for request in (streamed, small)} == {Cancelled}
+    assert (harness.bodies(), len(harness.committed)) == (2, 2)
+    assert harness.ended()
 
 
-def test_who_has_heard_451_gets_nothing_committed_or_stored(desk: Desk) -> None:
-    desk.gate.clear()
-    first = desk.order()
-    assert desk.entered.wait(10)
+def test_a_request_past_its_deadline_is_neither_committed_nor_stored(
+    harness: SpoolerHarness,
+) -> None:
+    harness.gate.clear()
+    first = harness.request()
+    assert harness.entered.wait(10)
     soon = time.monotonic() + 0.3
-    waits = desk.order(deadline=soon)
-    until(lambda: desk.bodies() == 2)
-    unread = desk.order(deadline=soon)
+    waits = harness.request(deadline=soon)
+    until(lambda: harness.bodies() == 2)
+    unread = harness.request(deadline=soon)
     until(lambda: time.monotonic() > soon)
-    desk.gate.set()
-    desk.ours.shutdown(socket.SHUT_WR)
-    results = desk.results()
+    harness.gate.set()
+    harness.ours.shutdown(socket.SHUT_WR)
+    results = harness.results()
     assert results[first.number] is None
-    assert {type(results[order.number]) for order in (waits, unread)} == {RowRefused}
-    assert (desk.bodies(), len(desk.committed)) == (1, 1)
+    assert {type(results[request.number]) for request in (waits, unread)} == {RowRefused}
+    assert (harness.bodies(), len(harness.committed)) == (1, 1)
 
 
-def test_with_nobody_left_to_answer_nothing_new_is_committed(desk: Desk) -> None:
-    first, _ = desk.busy()
-    desk.order()
-    desk.ours.close()  # as when smtpd is killed: its clients lose their connections and send again
-    desk.gate.set()
-    assert desk.ended()
+def test_without_smtpd_no_further_batch_is_committed(harness: SpoolerHarness) -> None:
+    first, _ = harness.busy()
+    harness.request()
+    harness.ours.close()  # like a killed smtpd, whose clients send again
+    harness.gate.set()
+    assert harness.ended()
     assert first.message is not None
-    assert desk.committed == [first.message.id]
-    assert desk.bodies() == 1
+    assert harness.committed == [first.message.id]
+    assert harness.bodies() == 1
 
 
 @pytest.mark.parametrize(
-    ("fault", "answer", "bodies"),
+    ("fault", "error", "bodies"),
     [
         (OperationalError(None, None, ConnectionRefusedError()), RowRefused, 0),
         (OperationalError("INSERT", {}, ConnectionResetError()), CommitUnknown, 1),
     ],
 )
-def test_only_what_a_commit_may_hold_keeps_its_body(
-    desk: Desk, fault: Exception, answer: type, bodies: int
+def test_only_an_unknown_commit_keeps_its_body(
+    harness: SpoolerHarness, fault: Exception, error: type, bodies: int
 ) -> None:
-    desk.fault = fault
-    order = desk.order(deadline=time.monotonic() + 0.2)
-    until(desk.entered.is_set)
-    until(lambda: desk.bodies() == bodies)
-    desk.ours.shutdown(socket.SHUT_WR)
-    assert type(desk.results()[order.number]) is answer
-    assert (desk.bodies(), desk.committed) == (bodies, [])
+    harness.fault = fault
+    request = harness.request(deadline=time.monotonic() + 0.2)
+    until(harness.entered.is_set)
+    until(lambda: harness.bodies() == bodies)
+    harness.ours.shutdown(socket.SHUT_WR)
+    assert type(harness.results()[request.number]) is error
+    assert (harness.bodies(), harness.committed) == (bodies, [])
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_committer_that_breaks_ends_the_keeper(desk: Desk) -> None:
-    desk.fault = (
-        MemoryError()
-    )  # which `GroupCommitter` takes for the row's fault, and so is answered
-    refused = desk.order()
-    desk.entered.wait(10)
-    desk.fault = SystemExit()
-    desk.order()
-    assert desk.ended()
-    assert str(desk.results()[refused.number]) == "MemoryError"
+def test_an_unexpected_error_of_the_committer_ends_the_spooler(harness: SpoolerHarness) -> None:
+    harness.fault = MemoryError()  # `GroupCommitter` blames the row, so this is a result
+    refused = harness.request()
+    harness.entered.wait(10)
+    harness.fault = SystemExit()
+    harness.request()
+    assert harness.ended()
+    assert str(harness.results()[refused.number]) == "MemoryError"
 
 
-# --- the store
-# --------------------------------------------------------------------------------------------
+class ClientHarness:
+    """A client on a loop. Each launch of a spooler runs the next one of `launches`."""
 
-
-class Shop:
-    """A store on a loop; every launch of a keeper does what `lives` says next."""
-
-    def __init__(self, *lives: Launch) -> None:
-        self.lives, self.kept, self.answers = list(lives), list[str](), list[Any]()
-        self.store = SpoolerClient(self._launch, lambda ids, _route: self.kept.extend(ids))
+    def __init__(self, *launches: Launch) -> None:
+        self.launches, self.stored, self.results = list(launches), list[str](), list[Any]()
+        self.spooler = SpoolerClient(self._launch, lambda ids, _route: self.stored.extend(ids))
         self._changed = asyncio.Event()
 
     async def _launch(self, channel: socket.socket) -> object:
-        return await self.lives.pop(0)(channel)
+        return await self.launches.pop(0)(channel)
 
-    def put(self, body: bytes = b"text", deadline: float = 1e9) -> int:
-        return self.store.store(new_message(), [body], deadline, self._answered)
+    def store(self, body: bytes = b"text", deadline: float = 1e9) -> int:
+        return self.spooler.store(new_message(), [body], deadline, self._done)
 
-    def _answered(self, answer: Exception | None) -> None:
-        self.answers.append(answer)
+    def _done(self, result: Exception | None) -> None:
+        self.results.append(result)
         self._changed.set()
 
-    async def answered(self, count: int) -> list[Any]:
+    async def wait_for(self, count: int) -> list[Any]:
         async with asyncio.timeout(10):
-            while len(self.answers) < count:
+            while len(self.results) < count:
                 self._changed.clear()
                 await self._changed.wait()
-        return self.answers
+        return self.results
 
 
-def sound(spool: Spool) -> Launch:
+def working(spool: Spool) -> Launch:
     async def launch(channel: socket.socket) -> object:
         with channel:
-            keeper = Spooler(channel, spool, lambda messages, _: [None] * len(messages))
-            await asyncio.to_thread(keeper.run)
+            spooler = Spooler(channel, spool, lambda messages, _: [None] * len(messages))
+            await asyncio.to_thread(spooler.run)
         return 0
 
     return launch
 
 
-async def deaf(channel: socket.socket) -> object:
-    """It says that it is there, and never anything else."""
+async def hanging(channel: socket.socket) -> object:
+    """It starts and never sends a result."""
     with channel:
         channel.sendall(frame(BatchReply([], 0.0)))
         return await asyncio.Event().wait()
 
 
-async def mortal(channel: socket.socket) -> object:
-    """It is there, takes one order in, and dies."""
+async def dying(channel: socket.socket) -> object:
+    """It starts, reads a request, and dies."""
     with channel:
         channel.sendall(frame(BatchReply([], 0.0)))
         channel.setblocking(False)
@@ -243,98 +241,96 @@ async def mortal(channel: socket.socket) -> object:
     return -9
 
 
-async def impossible(_: socket.socket) -> object:
+async def failing(_: socket.socket) -> object:
     raise BlockingIOError(11, "no process to spare")
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reception.spooler_client.RESTART_DELAY", 0.05)
 
 
-def test_a_keeper_that_cannot_be_started_is_said_at_the_start() -> None:
+def test_start_raises_if_the_first_spooler_cannot_start() -> None:
     async def run() -> None:
         with pytest.raises(SpoolerError, match="no process to spare"):
-            await Shop(impossible).store.start()
+            await ClientHarness(failing).spooler.start()
 
     asyncio.run(run())
 
 
-@pytest.mark.usefixtures("hasty")
-def test_whatever_ends_a_keeper_the_next_one_takes_what_waited(spool: Spool) -> None:
+@pytest.mark.usefixtures("no_delay")
+def test_the_next_spooler_takes_the_requests_that_waited(spool: Spool) -> None:
     async def run() -> None:
-        shop = Shop(mortal, impossible, impossible, sound(spool))
-        await shop.store.start()
-        shop.put()
-        assert [type(answer) for answer in await shop.answered(1)] == [CommitUnknown]
-        shop.put()  # nobody is there to take it, for two launches
-        assert (await shop.answered(2))[1:] == [None]
-        assert len(shop.kept) == 1
-        await shop.store.close(10)
+        client = ClientHarness(dying, failing, failing, working(spool))
+        await client.spooler.start()
+        client.store()
+        assert [type(result) for result in await client.wait_for(1)] == [CommitUnknown]
+        client.store()  # the next two launches fail
+        assert (await client.wait_for(2))[1:] == [None]
+        assert len(client.stored) == 1
+        await client.spooler.close(10)
 
     asyncio.run(run())
 
 
-@pytest.mark.usefixtures("hasty")
-def test_a_keeper_that_hangs_is_ended_and_replaced(spool: Spool) -> None:
+@pytest.mark.usefixtures("no_delay")
+def test_a_spooler_that_hangs_is_replaced(spool: Spool) -> None:
     async def run() -> None:
-        shop = Shop(deaf, sound(spool))
-        await shop.store.start()
-        shop.put(deadline=100.0)
-        shop.store.check_deadlines(100.0 + HANG_TIMEOUT - 1)
+        client = ClientHarness(hanging, working(spool))
+        await client.spooler.start()
+        client.store(deadline=100.0)
+        client.spooler.check_deadlines(100.0 + HANG_TIMEOUT - 1)
         await asyncio.sleep(0)
-        assert shop.answers == []
-        shop.store.check_deadlines(100.0 + HANG_TIMEOUT + 1)
-        assert [type(answer) for answer in await shop.answered(1)] == [CommitUnknown]
-        shop.put()
-        assert (await shop.answered(2))[1:] == [None]
-        await shop.store.close(10)
+        assert client.results == []
+        client.spooler.check_deadlines(100.0 + HANG_TIMEOUT + 1)
+        assert [type(result) for result in await client.wait_for(1)] == [CommitUnknown]
+        client.store()
+        assert (await client.wait_for(2))[1:] == [None]
+        await client.spooler.close(10)
 
     asyncio.run(run())
 
 
-def test_while_the_keeper_reads_nothing_orders_can_be_taken_back_and_no_more_is_held() -> None:
+def test_while_the_spooler_does_not_read_requests_can_be_cancelled_and_memory_is_bounded() -> None:
     async def run() -> None:
-        shop = Shop(deaf)
-        await shop.store.start()
-        transport = shop.store._transport
+        client = ClientHarness(hanging)
+        await client.spooler.start()
+        transport = client.spooler.transport
         assert transport is not None
-        orders = [shop.put(bytes(1 << 20)) for _ in range(8)]
+        requests = [client.store(bytes(1 << 20)) for _ in range(8)]
         await asyncio.sleep(0)
-        orders += [shop.put(bytes(1 << 20)) for _ in range(50)]
+        requests += [client.store(bytes(1 << 20)) for _ in range(50)]
         held = transport.get_write_buffer_size()
-        for order in orders[8:]:
-            shop.store.cancel(order)
-        assert [type(answer) for answer in await shop.answered(50)] == [Cancelled] * 50
+        for request in requests[8:]:
+            client.spooler.cancel(request)
+        assert [type(result) for result in await client.wait_for(50)] == [Cancelled] * 50
         assert transport.get_write_buffer_size() <= held <= 8 * (1 << 20) + 4096
-        await shop.store.close(0.1)
-        assert len(await shop.answered(58)) == 58
+        await client.spooler.close(0.1)
+        assert len(await client.wait_for(58)) == 58
 
     asyncio.run(run())
 
 
-def test_every_answer_comes_although_one_cannot_be_taken(spool: Spool) -> None:
+def test_every_result_is_delivered_although_one_callback_raises(spool: Spool) -> None:
     async def run() -> None:
-        shop = Shop(sound(spool))
-        await shop.store.start()
+        client = ClientHarness(working(spool))
+        await client.spooler.start()
 
-        def gone(_: Exception | None) -> None:
+        def raising(_: Exception | None) -> None:
             raise RuntimeError("gone")
 
-        shop.store.store(new_message(), [b"text"], 1e9, gone)
-        shop.put()
-        assert await shop.answered(1) == [None]
-        await shop.store.close(10)
+        client.spooler.store(new_message(), [b"text"], 1e9, raising)
+        client.store()
+        assert await client.wait_for(1) == [None]
+        await client.spooler.close(10)
 
     asyncio.run(run())
 
 
-def test_frames_survive_any_cut() -> None:
-    frames, data, found = (
-        FrameDecoder(),
-        b"".join(frame((n, b"x" * n)) for n in range(40)),
-        list[Any](),
-    )
+def test_frames_may_be_cut_anywhere() -> None:
+    decoder = FrameDecoder()
+    data = b"".join(frame((n, b"x" * n)) for n in range(40))
+    values: list[Any] = []
     for n in range(len(data)):
-        found += frames.feed(data[n : n + 1])
-    assert found == [(n, b"x" * n) for n in range(40)]
+        values += decoder.feed(data[n : n + 1])
+    assert values == [(n, b"x" * n) for n in range(40)]

@@ -22,7 +22,7 @@ def soft(limit: int) -> None:
     )
 
 
-def test_the_limit_is_raised_to_what_is_needed() -> None:
+def test_the_limit_is_raised_to_the_needed_value() -> None:
     soft(256)
     assert reserve_descriptors(100 + RESERVE) == Descriptors(100 + RESERVE, 100 + RESERVE)
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 2 * (100 + RESERVE) + RESERVE
@@ -34,7 +34,7 @@ def test_a_higher_limit_stays() -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1000
 
 
-def test_a_limit_that_cannot_be_raised_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_cannot_be_raised_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _which: (256, 500))
     raised: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _which, limits: raised.append(limits))

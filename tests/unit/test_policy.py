@@ -66,7 +66,7 @@ def test_client_networks(tmp_path: Path, networks: str, peer: str, trusted: bool
     assert client(tmp_path, peer, client_networks=words).trusted is trusted
 
 
-def test_the_client_is_named_plainly(tmp_path: Path) -> None:
+def test_an_ipv4_mapped_address_is_shown_as_ipv4(tmp_path: Path) -> None:
     assert client(tmp_path, "::ffff:192.0.2.1").address == "192.0.2.1"
 
 
@@ -102,9 +102,7 @@ ROUTED = [
 
 
 @pytest.mark.parametrize("path", ROUTED)
-def test_a_recipient_with_a_route_in_it_is_refused_to_strangers(
-    tmp_path: Path, path: bytes
-) -> None:
+def test_untrusted_clients_may_not_use_routing_in_a_local_part(tmp_path: Path, path: bytes) -> None:
     recipient = parse_recipient(b"TO:" + path, "relay.example")
     domains = ("allowed.test", ".below.test", "relay.example")
     stranger = client(tmp_path, "192.0.2.1", recipient_domains=domains)
@@ -119,9 +117,7 @@ def test_a_recipient_with_a_route_in_it_is_refused_to_strangers(
 @pytest.mark.parametrize(
     "path", [b"<a+b=c.test@allowed.test>", b'<"a b"@allowed.test>', b"<postmaster>"]
 )
-def test_an_unusual_local_part_without_a_route_is_taken_from_strangers(
-    tmp_path: Path, path: bytes
-) -> None:
+def test_untrusted_clients_may_use_unusual_local_parts(tmp_path: Path, path: bytes) -> None:
     stranger = client(tmp_path, "192.0.2.1", recipient_domains=("allowed.test",))
     assert (
         refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0)
@@ -165,7 +161,7 @@ def test_C12_a_declared_size_over_the_limit_is_refused_at_mail(tmp_path: Path) -
     assert (refusal(trusted.check_sender, 1001) or "").startswith("552 5.3.4")
 
 
-def test_C22_no_room_is_452_at_mail_and_asked_once_a_second(
+def test_C22_no_space_is_452_at_mail_and_measured_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, free, asked = 100.0, MIN_FREE + 1000, 0
@@ -188,7 +184,7 @@ def test_C22_no_room_is_452_at_mail_and_asked_once_a_second(
     assert asked == 2
 
 
-def test_room_without_files_left_or_without_an_answer(
+def test_space_without_inodes_or_without_a_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert FreeSpace(tmp_path / "nowhere").has(1)
@@ -209,7 +205,7 @@ class Disk:
         return SimpleNamespace(f_files=0, f_favail=0, f_bavail=self.free, f_frsize=1)
 
 
-def test_unfinished_messages_of_strangers_take_a_quarter_each_and_leave_one(
+def test_unfinished_messages_of_untrusted_networks_take_a_quarter_each_and_leave_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
@@ -226,7 +222,7 @@ def test_unfinished_messages_of_strangers_take_a_quarter_each_and_leave_one(
     assert room.has(2000)
 
 
-def test_octets_are_counted_once_whether_stored_or_not(
+def test_octets_are_counted_once_in_memory_or_in_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
@@ -244,7 +240,7 @@ def test_octets_are_counted_once_whether_stored_or_not(
     assert room.has(1000, "a"), "a stranger's part is one of the room without unfinished messages"
 
 
-def test_what_was_declared_is_claimed_and_what_is_more_comes_on_top(
+def test_the_declared_size_is_claimed_and_further_octets_are_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Disk(monkeypatch, 4000)
@@ -258,7 +254,7 @@ def test_what_was_declared_is_claimed_and_what_is_more_comes_on_top(
     assert not room.claim(1, "").octets
 
 
-def test_what_is_thrown_away_is_free_at_once_and_what_is_kept_at_the_next_look(
+def test_a_discarded_message_is_free_at_once_and_a_finished_one_at_the_next_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
@@ -283,7 +279,7 @@ def test_what_is_thrown_away_is_free_at_once_and_what_is_kept_at_the_next_look(
     assert room.has(2500)
 
 
-def test_a_client_is_counted_by_the_network_it_has(tmp_path: Path) -> None:
+def test_a_client_is_counted_by_its_network(tmp_path: Path) -> None:
     first, second = client(tmp_path, "2001:db8::1"), client(tmp_path, "2001:db8::ffff:1")
     assert first.network == second.network == "2001:db8::/64"
     assert client(tmp_path, "2001:db8:0:1::1").network == "2001:db8:0:1::/64"
@@ -295,7 +291,7 @@ def test_a_client_is_counted_by_the_network_it_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("publish", ["", "127.0.0.1:2525", "[::1]:25", "localhost:2525"])
-def test_connected_means_our_own_subnets(publish: str) -> None:
+def test_connected_means_the_subnets_of_this_machine(publish: str) -> None:
     networks = client_networks(["connected", "192.0.2.0/24"], publish)
     assert ip_network("127.0.0.0/8") in networks
     assert ip_network("192.0.2.0/24") in networks

@@ -2,12 +2,14 @@
 server."""
 
 import itertools
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reception.envelope import Recipient, Refused
+from reception.policy import ClientPolicy
 from smtpd.session import (
     COMMAND_LIMIT,
     ENDLESS,
@@ -35,6 +37,7 @@ class OpenRules:
 
     def __init__(self, *, trusted: bool = False) -> None:
         self.trusted = self.strips_cr = trusted
+        self.accepts_all = False
 
     def check_sender(self, size: int) -> None:
         if size > 1000:
@@ -43,7 +46,7 @@ class OpenRules:
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
         if recipient.domain == "denied":
             raise Refused("554 5.7.1 Relay access denied")
-        if accepted >= 3:
+        if accepted >= 3 and not self.accepts_all:
             raise Refused("452 4.5.3 Too many recipients")
 
 
@@ -51,7 +54,8 @@ class Talk:
     """A session, what it has answered, and what it has told."""
 
     def __init__(self, *, start: bool = True, trusted: bool = False) -> None:
-        self.session = Session(GREETING, OpenRules(trusted=trusted))
+        self.rules = OpenRules(trusted=trusted)
+        self.session = Session(GREETING, cast(ClientPolicy, self.rules))
         self.events: list[Event] = []
         if start:
             self.session.start()
@@ -265,7 +269,7 @@ def test_C19_commands_behind_a_message_wait_for_its_answer() -> None:
     talk.say(EHLO, MAIL + RCPT + DATA)
     assert talk.say(b"x\r\n.\r\n" + MAIL + RCPT) == b""
     assert talk.say(DATA) == b""
-    assert talk.session.backlog == len(MAIL + RCPT + DATA)
+    assert len(talk.session.input) == len(MAIL + RCPT + DATA)
     assert codes(talk.answer("451 4.3.0 Later")) == [
         b"451 4.3.0",
         b"250 2.1.0",
@@ -286,14 +290,14 @@ def test_C19_commands_behind_a_message_wait_for_its_answer() -> None:
     ]
 
 
-def test_C19_talking_before_the_banner_is_refused() -> None:
+def test_C19_the_session_refuses_input_before_the_banner() -> None:
     talk = Talk(start=False)
     assert codes(talk.say(EHLO + MAIL)) == [b"554 5.5.0"]
     assert talk.session.closed
     assert talk.say(b"NOOP\r\n") == b""
 
 
-def test_C19_input_behind_a_refused_data_is_not_obeyed() -> None:
+def test_C19_input_behind_a_refused_data_is_not_run() -> None:
     talk = Talk()
     talk.say(EHLO, MAIL)
     replies = talk.say(DATA + b"RCPT TO:<c@d>\r\n.\r\n")
@@ -313,7 +317,7 @@ def test_C19_input_behind_a_refused_data_is_not_obeyed() -> None:
         b"DATA " + b" " * LINE_LIMIT + b"\r\n",
     ],
 )
-def test_content_behind_any_refused_data_is_not_obeyed(data: bytes) -> None:
+def test_content_behind_any_refused_data_is_not_run(data: bytes) -> None:
     talk = Talk()
     talk.say(EHLO, MAIL, RCPT)
     assert codes(talk.say(data + b"RSET\r\n" + MAIL))[1:] == [b"421 4.5.0"]
@@ -321,7 +325,7 @@ def test_content_behind_any_refused_data_is_not_obeyed(data: bytes) -> None:
     assert not talk.told(MailStarted)
 
 
-def test_a_client_that_waits_for_the_reply_to_data_may_go_on() -> None:
+def test_a_client_that_waits_for_the_reply_to_data_may_continue() -> None:
     talk = Talk()
     talk.say(EHLO, MAIL, RCPT)
     assert codes(talk.say(b"DATA\n", DATA)) == [b"500 5.5.2", b"354 End"]
@@ -330,7 +334,7 @@ def test_a_client_that_waits_for_the_reply_to_data_may_go_on() -> None:
 @pytest.mark.parametrize("before", [b"", EHLO, EHLO + MAIL, EHLO + MAIL + RCPT])
 @pytest.mark.parametrize("bdat", [b"BDAT 29 LAST\r\n", b"bdat 29\n", b"BDAT\r\n"])
 @pytest.mark.parametrize("together", [True, False])
-def test_bdat_closes_the_session_and_its_content_is_not_obeyed(
+def test_bdat_closes_the_session_and_its_content_is_not_run(
     before: bytes, bdat: bytes, together: bool
 ) -> None:
     talk = Talk()
@@ -341,13 +345,13 @@ def test_bdat_closes_the_session_and_its_content_is_not_obeyed(
     assert talk.session.closed
 
 
-def test_an_answer_that_is_not_due_is_a_mistake_of_ours() -> None:
+def test_a_reply_that_is_not_due_raises() -> None:
     with pytest.raises(RuntimeError):
         Talk().answer()
 
 
 @given(st.lists(st.integers(1, 200), max_size=8))
-def test_C19_the_cuts_of_tcp_change_nothing(places: list[int]) -> None:
+def test_C19_the_segments_of_tcp_do_not_matter(places: list[int]) -> None:
     wire = EHLO + MAIL + b"RCPT TO:<bad>\r\n" + RCPT + DATA + b"S: x\r\n\r\n..\r\n.\r\n"
     edges = [0, *sorted({min(place, len(wire)) for place in places}), len(wire)]
     talk = Talk()
@@ -365,7 +369,7 @@ def test_C19_the_cuts_of_tcp_change_nothing(places: list[int]) -> None:
         (b"x" * 999 + b"\r\n", b"552 5.3.4"),
     ],
 )
-def test_C2_C12_content_at_fault_is_read_to_its_end(content: bytes, code: bytes) -> None:
+def test_C2_C12_rejected_content_is_read_to_its_end(content: bytes, code: bytes) -> None:
     talk = Talk()
     talk.say(EHLO, MAIL + RCPT + DATA)
     replies = talk.say(*(bytes([byte]) for byte in content + b".\r\nNOOP\r\n"))
@@ -398,7 +402,7 @@ def test_C16_past_the_recipient_limit_452_without_being_an_error() -> None:
     assert len(talk.told(MailStarted)[0].envelope.recipients) == 3
 
 
-def test_a_repeated_recipient_is_taken_once_and_counts_once() -> None:
+def test_a_repeated_recipient_counts_once() -> None:
     talk = Talk(trusted=True)
     talk.say(EHLO, MAIL)
     repeats = [b"c@d", b"c@D", b'"c"@d', b'"\\c"@d.', b"@relay:c@d"]
@@ -427,7 +431,9 @@ def test_a_repeated_recipient_is_taken_once_and_counts_once() -> None:
         (b"", b" NOTIFY=SUCCESS", "DELAY,FAILURE,SUCCESS"),
     ],
 )
-def test_a_repeat_takes_no_notice_away(first: bytes, second: bytes, both: str | None) -> None:
+def test_a_repeated_recipient_keeps_every_requested_dsn(
+    first: bytes, second: bytes, both: str | None
+) -> None:
     talk = Talk()
     orcpt = b" ORCPT=rfc822;x@y"
     talk.say(EHLO, MAIL, b"RCPT TO:<c@d>%b\r\nRCPT TO:<c@d>%b%b\r\n" % (first, second, orcpt), DATA)
@@ -445,7 +451,7 @@ def test_C27_the_length_of_a_line(hello: bytes) -> None:
     # Without an end it is refused as soon as it is too long, once, and none of it is kept.
     assert codes(talk.say(b"NOOP " + b"x" * limit)) == [b"500 5.5.2"]
     assert talk.say(*([b"x" * limit] * 50)) == b""
-    assert talk.session.backlog <= limit
+    assert len(talk.session.input) <= limit
     assert codes(talk.say(b"end\r\nNOOP\r\n")) == [b"250 2.0.0"]
 
 
@@ -461,7 +467,7 @@ def test_the_longest_address_fits_a_line(hello: bytes) -> None:
     ]
 
 
-def test_names_without_a_domain_are_those_of_this_host_for_trusted_clients() -> None:
+def test_trusted_clients_may_omit_the_domain() -> None:
     assert codes(Talk().say(EHLO, b"MAIL FROM:<root>\r\n"))[1:] == [b"501 5.1.7"]
     talk = Talk(trusted=True)
     assert (
@@ -483,7 +489,7 @@ def test_names_without_a_domain_are_those_of_this_host_for_trusted_clients() -> 
         b"POST / HTTP/1.0\r\n\r\nMAIL",
     ],
 )
-def test_C27_tls_and_http_are_sent_away(garbage: bytes) -> None:
+def test_C27_tls_and_http_close_the_session(garbage: bytes) -> None:
     talk = Talk()
     assert codes(talk.say(garbage)) == [b"500 5.5.1"]
     assert talk.session.closed
@@ -496,7 +502,7 @@ def test_C27_too_many_errors() -> None:
     assert talk.session.closed
 
 
-def test_an_accepted_message_forgives_errors() -> None:
+def test_an_accepted_message_resets_the_error_count() -> None:
     talk = Talk()
     talk.say(EHLO)
     for _ in range(3):
@@ -508,14 +514,14 @@ def test_an_accepted_message_forgives_errors() -> None:
     assert codes(talk.say(b"FOO\r\n")) == [b"500 5.5.2", b"421 4.7.0"]
 
 
-def test_a_health_probe_is_no_abuse() -> None:
+def test_a_health_check_is_not_refused() -> None:
     talk = Talk()
     assert codes(talk.say(b"QUIT\r\n")) == [b"221 2.0.0"]
     assert talk.session.closed
     assert talk.events == []
 
 
-def test_what_comes_behind_quit_is_not_read() -> None:
+def test_input_behind_quit_is_not_read() -> None:
     talk = Talk()
     assert codes(talk.say(b"QUIT\r\nNOOP\r\n", b"NOOP\r\n")) == [b"221 2.0.0"]
 
@@ -540,12 +546,12 @@ def test_every_reply_but_hello_and_354_has_an_enhanced_code(pieces: list[bytes])
 NOOP = b"NOOP\r\n"
 
 
-def test_a_turn_has_so_many_commands_and_the_rest_waits() -> None:
+def test_a_turn_runs_a_limited_number_of_commands() -> None:
     talk = Talk(trusted=True)
     assert codes(talk.say(NOOP * (2 * TURN + 1))) == [b"250 2.0.0"] * TURN
     assert talk.pause() == 0.0
     assert talk.say(NOOP) == b"", "what comes before the next turn is kept for it"
-    assert talk.session.backlog == (TURN + 2) * len(NOOP)
+    assert len(talk.session.input) == (TURN + 2) * len(NOOP)
     assert codes(talk.resume()) == [b"250 2.0.0"] * TURN
     assert codes(talk.resume()) == [b"250 2.0.0"] * 2
     assert talk.pause() is None
@@ -553,7 +559,7 @@ def test_a_turn_has_so_many_commands_and_the_rest_waits() -> None:
     assert talk.pause() is None, "a turn that has obeyed everything leaves nothing for another"
 
 
-def test_a_turn_is_cut_anywhere_in_a_transaction_and_loses_nothing() -> None:
+def test_a_turn_may_end_anywhere_in_a_transaction() -> None:
     talk = Talk()
     replies = talk.say(EHLO + NOOP * (TURN - 3) + MAIL + RCPT + DATA + b"x\r\n.\r\nQUIT\r\n")
     assert codes(replies)[-2:] == [b"250 2.1.0", b"250 2.1.5"]
@@ -563,7 +569,7 @@ def test_a_turn_is_cut_anywhere_in_a_transaction_and_loses_nothing() -> None:
     assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
 
 
-def test_nothing_is_obeyed_while_replies_are_not_read() -> None:
+def test_no_command_runs_while_replies_are_not_read() -> None:
     talk = Talk()
     talk.session.halted = True
     assert talk.say(EHLO, NOOP) == b""
@@ -572,7 +578,7 @@ def test_nothing_is_obeyed_while_replies_are_not_read() -> None:
     assert codes(talk.resume()) == [b"250 DSN", b"250 2.0.0"]
 
 
-def test_an_answer_that_is_not_read_leads_to_no_more_commands() -> None:
+def test_no_command_runs_after_a_reply_that_is_not_read() -> None:
     talk = Talk()
     talk.say(EHLO, MAIL + RCPT + DATA + b"x\r\n.\r\n" + NOOP * 5)
     talk.session.halted = True
@@ -582,7 +588,7 @@ def test_an_answer_that_is_not_read_leads_to_no_more_commands() -> None:
 
 
 @pytest.mark.parametrize("command", [NOOP, b"RSET\r\n", EHLO, b"VRFY a\r\n"])
-def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection(
+def test_commands_without_a_message_are_tarpitted_and_then_close_the_session(
     command: bytes,
 ) -> None:
     talk = Talk(trusted=False)
@@ -593,32 +599,32 @@ def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection
         assert codes(talk.say(command))[0][:1] == b"2"
         assert talk.pause() == TARPIT
         assert talk.say(command * 3) == b""
-        talk.session._input = b""
+        talk.session.input = b""
         assert talk.resume() == b""
     assert codes(talk.say(command))[-1] == b"421 4.7.0"
     assert talk.session.closed
     assert len(talk.told(Refusal)) == 1
 
 
-def test_a_stranger_that_pipelines_is_slowed_down_too() -> None:
+def test_pipelined_commands_are_tarpitted_too() -> None:
     talk = Talk(trusted=False)
     talk.say(NOOP * (FREE_COMMANDS + 10))
     while talk.pause() == 0.0:
         talk.resume()
     assert talk.pause() == TARPIT
     for left in range(9, 0, -1):
-        assert talk.session.backlog == left * len(NOOP)
+        assert len(talk.session.input) == left * len(NOOP)
         assert codes(talk.resume()) == [b"250 2.0.0"], "one command a second"
 
 
-def test_commands_of_a_trusted_client_cost_nothing() -> None:
+def test_commands_of_a_trusted_client_are_not_tarpitted() -> None:
     talk = Talk(trusted=True)
     for _ in range(3 * COMMAND_LIMIT):
         assert codes(talk.say(NOOP)) == [b"250 2.0.0"]
         assert talk.pause() is None
 
 
-def test_an_accepted_message_begins_the_count_anew() -> None:
+def test_only_an_accepted_message_resets_the_command_count() -> None:
     talk = Talk(trusted=False)
     for verdict in ("250 2.0.0 Ok", "250 2.0.0 Ok", "451 4.3.0 Later"):
         for _ in range(FREE_COMMANDS - 4):
@@ -631,9 +637,9 @@ def test_an_accepted_message_begins_the_count_anew() -> None:
     assert talk.pause() == TARPIT, "a message that was not accepted does not"
 
 
-def test_recipients_of_an_open_transaction_are_no_waste() -> None:
+def test_recipients_of_the_open_transaction_do_not_count() -> None:
     talk = Talk(trusted=False)
-    talk.session._rules.check_recipient = lambda recipient, accepted: None  # type: ignore[method-assign]
+    talk.rules.accepts_all = True
     talk.say(EHLO, MAIL)
     for number in range(1000):
         assert codes(talk.say(b"RCPT TO:<c%d@d>\r\n" % number)) == [b"250 2.1.5"]
@@ -659,7 +665,7 @@ def test_C27_a_line_without_an_end_ends_the_session() -> None:
         (b"", "421 4.3.0 Message cannot be taken, closing connection"),
     ],
 )
-def test_content_that_is_not_kept_must_end(content: bytes, reply: str) -> None:
+def test_content_that_is_not_stored_must_end(content: bytes, reply: str) -> None:
     talk = Talk()
     talk.session.greeting = Greeting("relay.example", 1000 if content else 1 << 30)
     talk.say(EHLO, MAIL + RCPT + DATA, content)
