@@ -129,10 +129,7 @@ def _mailbox(
 
 def _is_literal(text: str) -> bool:
     try:
-        if text[:5].upper() == "IPV6:":
-            IPv6Address(text[5:])
-        else:
-            IPv4Address(text)
+        IPv6Address(text[5:]) if text[:5].upper() == "IPV6:" else IPv4Address(text)
     except AddressValueError:
         return False
     return True

@@ -23,7 +23,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
-from reception.envelope import Envelope
 from reception.policy import ClientPolicy, Policy
 from reception.receiver import MAX_BUFFERED, Receiver, Reception
 from relay import metrics
@@ -372,7 +371,11 @@ class SmtpConnection(asyncio.Protocol):
         for event in events:
             match event:
                 case MailStarted():
-                    self._start_reception(event.envelope)
+                    receiver = self._server.receiver
+                    self.reception = Reception(
+                        receiver, event.envelope, self.client, self._reply, self._throttle
+                    )
+                    self.restart_rate(time.monotonic())
                 case DataReceived() if self.reception is not None:
                     self.reception.append(event.data)
                     if self.reception.error:
@@ -396,11 +399,6 @@ class SmtpConnection(asyncio.Protocol):
                 self._schedule(session.pause)
             if self.reading_paused or self.reception is not None or session.pause is not None:
                 self._throttle()
-
-    def _start_reception(self, envelope: Envelope) -> None:
-        receiver = self._server.receiver
-        self.reception = Reception(receiver, envelope, self.client, self._reply, self._throttle)
-        self.restart_rate(time.monotonic())
 
     def _reply(self, reply: str) -> None:
         if not reply.startswith("2"):

@@ -335,6 +335,12 @@ class Session:
         self._deferred = False
         self.state = SessionState.READY
 
+    def _helo(self, argument: bytes) -> None:
+        self._greet(argument, "SMTP", self.greeting.helo)
+
+    def _ehlo(self, argument: bytes) -> None:
+        self._greet(argument, "ESMTP", self.greeting.ehlo)
+
     def _greet(self, name: bytes, protocol: str, reply: str) -> None:
         if not _NAME.fullmatch(name):
             raise Refused("501 5.5.4 A host name or address literal is needed")
@@ -342,12 +348,6 @@ class Session:
         self._client_name = name.decode("ascii")
         self._protocol = protocol
         self._replies.append(reply)
-
-    def _helo(self, argument: bytes) -> None:
-        self._greet(argument, "SMTP", self.greeting.helo)
-
-    def _ehlo(self, argument: bytes) -> None:
-        self._greet(argument, "ESMTP", self.greeting.ehlo)
 
     def _mail(self, argument: bytes) -> None:
         trusted = self.client.trusted

@@ -47,7 +47,7 @@ from tests.services import ServiceError
 from tests.waiting import stands_still, until
 
 
-class Database:
+class FakeDatabase:
     """Commits to a list. While `gate` is closed a COMMIT waits; `error` is raised by it."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class ServerHarness:
 
     def __init__(self, spool: Spool, settings: SmtpdSettings, bodies_at_once: int) -> None:
         self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
-        self.database = Database()
+        self.database = FakeDatabase()
         self.hints: list[str] = []
         self.loop = uvloop.new_event_loop()
         self._ready, self._stop = threading.Event(), asyncio.Event()
@@ -131,11 +131,11 @@ class ServerHarness:
     def bodies(self) -> list[str]:
         return [path.name for path in self.spool.directory.glob("*/*")]
 
-    def client(self, source: str = "127.0.0.1") -> "SmtpClient":
-        return SmtpClient(self.host, self.port, source)
+    def client(self, source: str = "127.0.0.1") -> "RawClient":
+        return RawClient(self.host, self.port, source)
 
 
-class SmtpClient:
+class RawClient:
     """A client that sends and expects bytes."""
 
     def __init__(self, host: str, port: int, source: str = "127.0.0.1") -> None:
@@ -202,7 +202,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
 
 
 @contextmanager
-def talking(running: ServerHarness, source: str = "127.0.0.1") -> Iterator[SmtpClient]:
+def talking(running: ServerHarness, source: str = "127.0.0.1") -> Iterator[RawClient]:
     client = running.client(source)
     try:
         yield client
@@ -1141,7 +1141,7 @@ def test_a_killed_spooler_is_replaced_and_every_client_gets_a_reply(
 ) -> None:
     [spooler] = until(program.spoolers)
     os.kill(spooler, signal.SIGSTOP)
-    with closing(SmtpClient("127.0.0.1", program.port)) as client:
+    with closing(RawClient("127.0.0.1", program.port)) as client:
         client.begin()
         client.send(b"x\r\n.\r\n")
         client.send(b"NOOP\r\n")  # when this is read, the spooler has the message
@@ -1177,12 +1177,12 @@ def test_smtpd_that_was_stopped_past_the_deadline_sends_250_for_a_committed_mess
     [spooler] = program.spoolers()
     os.kill(spooler, signal.SIGSTOP)
     engine = create_engine(database_url)
-    with closing(SmtpClient("127.0.0.1", program.port)) as client, engine.connect() as connection:
+    with closing(RawClient("127.0.0.1", program.port)) as client, engine.connect() as connection:
         client.begin()
         client.send(b"x\r\n.\r\nNOOP\r\n")
         ended = time.monotonic()
         with closing(
-            SmtpClient("127.0.0.1", program.port)
+            RawClient("127.0.0.1", program.port)
         ) as later:  # what came before it has been read by now
             later.expect(b"220")
             later.say(b"NOOP", b"250")
@@ -1214,7 +1214,7 @@ def test_without_free_descriptors_clients_wait_and_are_not_dropped(
     assert (warning["limit"], warning["max_connections"]) == (160, 1000)
     with ExitStack() as stack:
         clients = [
-            stack.enter_context(closing(SmtpClient("127.0.0.1", program.port))) for _ in range(120)
+            stack.enter_context(closing(RawClient("127.0.0.1", program.port))) for _ in range(120)
         ]
         until(lambda: program.events("accepting paused"))
         clients[0].begin()

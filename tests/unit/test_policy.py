@@ -1,4 +1,4 @@
-"""Who may relay what to whom."""
+"""The policy: which client may send to which recipient, and in how much space."""
 
 import os
 from collections.abc import Callable
@@ -193,8 +193,8 @@ def test_space_without_inodes_or_without_a_measurement(
     assert not FreeSpace(tmp_path).has(1)
 
 
-class Disk:
-    """A file system of so many octets, and a clock."""
+class FakeDisk:
+    """A file system with `free` octets, and a clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free, self.now = MIN_FREE + free, 100.0
@@ -208,75 +208,75 @@ class Disk:
 def test_unfinished_messages_of_untrusted_networks_take_a_quarter_each_and_leave_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
-    assert room.has(1000, "a")
-    assert not room.has(1001, "a")
-    claims = [room.claim(1000, one) for one in "abc"]
-    assert not room.has(1, "a")
-    assert not room.has(1, "d"), "the last quarter is for clients that are trusted"
-    assert room.has(1000)
-    assert not room.has(1001)
+    disk, space = FakeDisk(monkeypatch, 4000), FreeSpace(tmp_path)
+    assert space.has(1000, "a")
+    assert not space.has(1001, "a")
+    claims = [space.claim(1000, one) for one in "abc"]
+    assert not space.has(1, "a")
+    assert not space.has(1, "d"), "the last quarter is for clients that are trusted"
+    assert space.has(1000)
+    assert not space.has(1001)
     claims[0].end()
     disk.now += 1.0
-    assert room.has(1000, "d")
-    assert room.has(2000)
+    assert space.has(1000, "d")
+    assert space.has(2000)
 
 
 def test_octets_are_counted_once_in_memory_or_in_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
-    claim = room.claim(0, "")
+    disk, space = FakeDisk(monkeypatch, 4000), FreeSpace(tmp_path)
+    claim = space.claim(0, "")
     assert claim.grow(3000)
     claim.store(2000)
     disk.free -= 2000
-    assert room.has(1000), "before the next look"
-    assert not room.has(1001)
+    assert space.has(1000), "before the next measurement"
+    assert not space.has(1001)
     disk.now += 1.0
-    assert room.has(1000), "and after it"
-    assert not room.has(1001)
+    assert space.has(1000), "and after it"
+    assert not space.has(1001)
     assert not claim.grow(1001)
-    assert room.has(250, "a")
-    assert room.has(1000, "a"), "a stranger's part is one of the room without unfinished messages"
+    assert space.has(250, "a")
+    assert space.has(1000, "a"), "the quarter is one of the space without unfinished messages"
 
 
 def test_the_declared_size_is_claimed_and_further_octets_are_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Disk(monkeypatch, 4000)
-    room = FreeSpace(tmp_path)
-    claim = room.claim(3000, "")
-    assert not room.has(1001)
+    FakeDisk(monkeypatch, 4000)
+    space = FreeSpace(tmp_path)
+    claim = space.claim(3000, "")
+    assert not space.has(1001)
     assert claim.grow(3000)
-    assert room.has(1000)
+    assert space.has(1000)
     assert claim.grow(1000)
     assert not claim.grow(1)
-    assert not room.claim(1, "").octets
+    assert not space.claim(1, "").octets
 
 
 def test_a_discarded_message_is_free_at_once_and_a_finished_one_at_the_next_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
+    disk, space = FakeDisk(monkeypatch, 4000), FreeSpace(tmp_path)
     for _ in range(5):  # claims that begin and end do not add up until the next look
-        room.claim(3000, "").end()
-        assert room.has(4000)
-    kept = room.claim(2000, "")
+        space.claim(3000, "").end()
+        assert space.has(4000)
+    kept = space.claim(2000, "")
     assert kept.grow(1500)
     kept.end(kept=True)
     kept.end()
-    assert room.has(2500)
-    assert not room.has(2501)
+    assert space.has(2500)
+    assert not space.has(2501)
     disk.free, disk.now = disk.free - 1500, disk.now + 1.0
-    gone = room.claim(1000, "")
+    gone = space.claim(1000, "")
     assert gone.grow(1000)
     gone.store(1000)
     disk.free, disk.now = disk.free - 1000, disk.now + 1.0
-    assert not room.has(1501)
+    assert not space.has(1501)
     gone.end()
-    assert not room.has(1501), "its file may be there yet"
+    assert not space.has(1501), "its file may be there yet"
     disk.free, disk.now = disk.free + 1000, disk.now + 1.0
-    assert room.has(2500)
+    assert space.has(2500)
 
 
 def test_a_client_is_counted_by_its_network(tmp_path: Path) -> None:
