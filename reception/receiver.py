@@ -76,7 +76,7 @@ class DiskThreads:
 
 @dataclass(slots=True)
 class BodyDescriptors:
-    """How many more bodies may be open at a time. Other receptions wait, first come first served."""
+    """`free`: how many more bodies may be open. Other receptions wait, first come first served."""
 
     free: int
     waiting: "dict[Reception, None]" = field(default_factory=dict)

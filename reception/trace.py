@@ -1,4 +1,4 @@
-"""The trace field that the relay puts before a message, and what keeps it apart from the content."""
+"""The trace field that the relay puts before a message, and its separation from the content."""
 
 import re
 from email.utils import formatdate
@@ -22,7 +22,7 @@ def received_field(
 ) -> bytes:
     """The Received field (RFC 5321, 4.4) with LF line ends.
 
-    It names the recipient only if there is one, because it would disclose Bcc recipients.
+    It names the recipient of a message that has one. More names would disclose Bcc recipients.
     """
     literal = f"IPv6:{client}" if ":" in client else client
     recipients = envelope.recipients

@@ -23,8 +23,8 @@ _DOMAIN = rb"%b(?:\.%b)*" % (_LABEL, _LABEL)
 _LOCAL_LABEL = rb"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _LOCAL_DOMAIN = rb"%b(?:\.%b)*" % (_LOCAL_LABEL, _LOCAL_LABEL)
 _MAILBOX = (
-    rb"(?P<local>%b(?:\.%b)*|\"(?:[ !#-\[\]-~]|\\[ -~])*\")(?:@(?:(?P<domain>%b)\.?|(?P<literal>\[[A-Za-z0-9.:]+\])))?"
-    % (_ATOM, _ATOM, _LOCAL_DOMAIN)
+    rb"(?P<local>%b(?:\.%b)*|\"(?:[ !#-\[\]-~]|\\[ -~])*\")"
+    rb"(?:@(?:(?P<domain>%b)\.?|(?P<literal>\[[A-Za-z0-9.:]+\])))?" % (_ATOM, _ATOM, _LOCAL_DOMAIN)
 )
 # The grammar has no space after the colon, but much older software sends one.
 _ARGUMENT = re.compile(
