@@ -55,7 +55,7 @@ ROUND_SIZE = Histogram(
 ROUND_SECONDS = Histogram(
     "relay_round_seconds", "what committing them took", ["writer"], buckets=_QUICK
 )
-KEEPERS = Counter("relay_keeper_deaths", "keepers that died and were started again")
+SPOOLER_RESTARTS = Counter("relay_spooler_restarts", "spoolers that died and were restarted")
 HINTS = Counter("relay_hints", "hints published", ["queue"])
 HINTS_REFUSED = Counter(
     "relay_hints_refused", "entries of the broker's lists that are no hints", ["queue"]
@@ -86,9 +86,9 @@ def rounds(writer: str) -> Callable[[int, float], None]:
     return observe
 
 
-def refused(reply: bytes) -> None:
+def refused(reply: str) -> None:
     """Count a refusal by the codes of its reply (`554 5.7.1`), never by its words."""
-    words = reply[:20].decode("ascii", "replace").split()
+    words = reply[:20].split()
     REFUSALS.labels(
         " ".join(words[:2] if len(words) > 1 and words[1][1:2] == "." else words[:1])
     ).inc()

@@ -47,7 +47,7 @@ CASES: list[Case] = [
     ("RelaySpoolIsFull", {ROOM + '{job="a"}': "5e9x20", ROOM + '{job="b"}': "9e8x20"}, [2], [0]),
     ("RelayDatabaseIsAway", {UP + '{job="a"}': "1x20", UP + '{job="b"}': "1x5 0x15"}, [8], [6]),
     ("RelayIsSilent", {UP: "1x5 stale"}, [9], [7]),
-    ("RelayKeeperDied", {"relay_keeper_deaths_total": "0x5 1x40"}, [7, 19], [5, 25]),
+    ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
     ("RelayBrokerListGrows", {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"}, [12], [10]),
     ("RelayServerIsLeftAlone", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
     # The first refusal that a worker meets is the birth of its series.

@@ -33,13 +33,13 @@ def scraped(collector: QueueMetrics) -> str:
 @pytest.mark.parametrize(
     ("reply", "label"),
     [
-        (b"554 5.7.1 Relay access denied\r\n", "554 5.7.1"),
-        (b"550 5.6.11 Message contains a bare CR or LF\r\n", "550 5.6.11"),
-        (b"502 What the client said: \xff\r\n", "502"),
-        (b"421\r\n", "421"),
+        ("554 5.7.1 Relay access denied", "554 5.7.1"),
+        ("550 5.6.11 Message contains a bare CR or LF", "550 5.6.11"),
+        ("502 What the client sent", "502"),
+        ("421", "421"),
     ],
 )
-def test_refusal_is_counted_by_its_codes(reply: bytes, label: str):
+def test_refusal_is_counted_by_its_codes(reply: str, label: str):
     before = sample("relay_smtp_refusals_total", reply=label)
     metrics.refused(reply)
     assert sample("relay_smtp_refusals_total", reply=label) == before + 1

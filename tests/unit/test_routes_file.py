@@ -13,7 +13,7 @@ from relay import routes as module
 from relay.db.schema import Outcome
 from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
 from relay.settings import Settings, SettingsError, WorkerSettings, load
-from smtpd.main import size_offered
+from smtpd.main import offered_size
 from worker.capacity import Capacity
 from worker.circuit_breaker import ServerPool
 from worker.delivery import next_state
@@ -225,7 +225,7 @@ def sized(*sizes: str) -> Routes:
     (("25M",), (25 << 20) - (25 << 20) // 20 - 4096), (("1K",), 1),
 ])  # fmt: skip
 def test_size_is_the_least_with_head_room(sizes: tuple[str, ...], offered: int) -> None:
-    assert size_offered(25 << 20, sized(*sizes)) == offered
+    assert offered_size(25 << 20, sized(*sizes)) == offered
 
 
 def test_the_head_room_holds_our_trace_field_and_a_long_envelope() -> None:
@@ -233,7 +233,7 @@ def test_the_head_room_holds_our_trace_field_and_a_long_envelope() -> None:
         routes = sized(limit)
         least = routes.max_size()
         assert least is not None
-        assert least - size_offered(1 << 40, routes) >= 4096 + least / 20 - 1
+        assert least - offered_size(1 << 40, routes) >= 4096 + least / 20 - 1
 
 
 # --- `qmqp-relay check`
