@@ -41,14 +41,14 @@ from qmqp.body import BodyChanged, BodyFault, BodyReader
 from qmqp.connection import Unreachable, connect
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
 from qmqp.request import Request
-from qmqp.result import Outcome, Result, words_of
+from qmqp.result import Result, SendOutcome, words_of
 from qmqp.wakeup import Stopped, Wakeup
 
 __all__ = [
     "BLOCK_SIZE",
     "BodyChanged",
     "BodyFault",
-    "Outcome",
+    "SendOutcome",
     "Result",
     "Timeouts",
     "ClientConnection",
@@ -63,7 +63,7 @@ _READ_SIZE = 4096
 _AT_ONCE = 1.0
 _UNREAD = 65536
 _NO_FLAGS: frozenset[str] = frozenset()
-_BY_STATUS = {b"K": Outcome.DELIVERED, b"Z": Outcome.DEFERRED, b"D": Outcome.REJECTED}
+_BY_STATUS = {b"K": SendOutcome.DELIVERED, b"Z": SendOutcome.DEFERRED, b"D": SendOutcome.REJECTED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +132,13 @@ class ClientConnection:
         try:
             return self._replied(await self._converse())
         except Unreachable as error:
-            return self._result(Outcome.UNREACHABLE, str(error).encode())
+            return self._result(SendOutcome.UNREACHABLE, str(error).encode())
         except MalformedReply as error:
             return self._result(
-                Outcome.MALFORMED, b"%b: %b" % (str(error).encode(), error.received)
+                SendOutcome.MALFORMED, b"%b: %b" % (str(error).encode(), error.received)
             )
         except Stopped as error:
-            return self._result(Outcome.INTERRUPTED, str(error).encode(), ours=True)
+            return self._result(SendOutcome.INTERRUPTED, str(error).encode(), ours=True)
         except ReplyLost as error:
             return self._lost(str(error))
 
@@ -347,7 +347,10 @@ class ClientConnection:
         if not self.committed:
             flags |= {"early-reply"}
             if reply.status == b"K":
-                outcome, text = Outcome.MALFORMED, b"accepted before the request was sent: " + text
+                outcome, text = (
+                    SendOutcome.MALFORMED,
+                    b"accepted before the request was sent: " + text,
+                )
         return self._result(outcome, text, flags)
 
     def _lost(self, why: str) -> Result:
@@ -355,18 +358,18 @@ class ClientConnection:
         flags = frozenset({"closed-at-once"}) if self._closed_at_once else _NO_FLAGS
         if not self.committed:
             return self._result(
-                Outcome.INTERRUPTED, f"{why} before the commit point".encode(), flags
+                SendOutcome.INTERRUPTED, f"{why} before the commit point".encode(), flags
             )
         if reply is not None and reply.status == b"K":
             return self._replied(reply)
         began = b"; the reply began: " + self._parser.received if self._parser.received else b""
         return self._result(
-            Outcome.UNCERTAIN, f"{why} after the commit point".encode() + began, flags
+            SendOutcome.UNCERTAIN, f"{why} after the commit point".encode() + began, flags
         )
 
     def _result(
         self,
-        outcome: Outcome,
+        outcome: SendOutcome,
         text: bytes,
         flags: frozenset[str] = _NO_FLAGS,
         *,

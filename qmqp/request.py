@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 from qmqp.netstring import MAX_LENGTH, FormatError, length_of, read_length
 
-NO_REQUEST = "no request can be made of it"  # how the reason begins when an envelope cannot be sent
 MAX_ADDRESS = 999
 """The longest address that every server takes: qmail-qmqpd refuses a thousand bytes, Postfix more
 than 2048."""

@@ -23,7 +23,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 
-class Outcome(StrEnum):
+class SendOutcome(StrEnum):
     """What became of an attempt."""
 
     DELIVERED = "delivered"
@@ -33,7 +33,6 @@ class Outcome(StrEnum):
     INTERRUPTED = "interrupted"
     UNCERTAIN = "uncertain"
     MALFORMED = "malformed"
-    UNSENDABLE = "unsendable"  # never a result: the caller's word for a BodyFault
 
 
 class Result(NamedTuple):
@@ -46,7 +45,7 @@ class Result(NamedTuple):
     reply), "closed-at-once" (the server closed the connection within a second, without a reply, and
     may have read nothing)."""
 
-    outcome: Outcome
+    outcome: SendOutcome
     text: bytes
     committed: bool
     ours: bool
