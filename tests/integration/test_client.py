@@ -19,8 +19,7 @@ import pytest
 import uvloop
 
 from qmqp import body as body_module
-from qmqp import connection
-from qmqp import resolver as names
+from qmqp import connection, resolver
 from qmqp.client import (
     BodyChanged,
     BodyFault,
@@ -28,7 +27,6 @@ from qmqp.client import (
     Result,
     SendOutcome,
     Timeouts,
-    send,
 )
 from qmqp.request import Request
 from qmqp.sink import Answer, Rule, Sink, running_sink
@@ -40,6 +38,11 @@ LARGE = 12_000_000  # more than two kernels keep between them
 
 type Run = Callable[[Coroutine[Any, Any, Any]], Any]
 type Body = Callable[[bytes | int], int]
+
+
+async def send(**options: Any) -> Result:
+    """The result of a new connection."""
+    return await ClientConnection(**options).run()
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -450,12 +453,12 @@ async def send_by_name(found: list[tuple[Any, Any]] | Exception, options: dict[s
             raise found
         return [(family, socket.SOCK_STREAM, 6, "", address) for family, address in found]
 
-    with resolver(getaddrinfo):
+    with resolving(getaddrinfo):
         return await send(host="mx.example.com", **options)
 
 
 @contextmanager
-def resolver(answer: Callable[..., Any]) -> Iterator[None]:
+def resolving(answer: Callable[..., Any]) -> Iterator[None]:
     """A resolver that answers so, or raises, for everything that is a name; nothing is known
     beforehand."""
     real = socket.getaddrinfo
@@ -467,10 +470,10 @@ def resolver(answer: Callable[..., Any]) -> Iterator[None]:
             else answer(host, port)
         )
 
-    names._known.clear()
+    resolver.cache.clear()
     with patch.object(socket, "getaddrinfo", getaddrinfo):
         yield
-    names._known.clear()
+    resolver.cache.clear()
 
 
 def test_B23_connection_refused(run, hello):
@@ -523,7 +526,7 @@ def test_B23_a_name_server_that_does_not_answer_holds_up_no_other_name(run, hell
         found = await send(host="good.example.com", port=sink.port, **hello)
         return found, await asyncio.gather(*lost)
 
-    with running_sink() as sink, resolver(getaddrinfo):
+    with running_sink() as sink, resolving(getaddrinfo):
         found, lost = run(scenario())
         gate.set()
     assert found.outcome is SendOutcome.DELIVERED
@@ -550,10 +553,10 @@ def test_a_name_is_asked_for_again_after_a_while_and_at_once_after_a_failure(
             for _ in range(count)
         ]
 
-    with running_sink() as sink, resolver(getaddrinfo):
+    with running_sink() as sink, resolving(getaddrinfo):
         assert run(outcomes(4)) == [SendOutcome.UNREACHABLE, *[SendOutcome.DELIVERED] * 3]
         assert len(asked) == 2
-        monkeypatch.setattr(names, "FRESH", 0.0)
+        monkeypatch.setattr(resolver, "CACHE_TTL", 0.0)
         run(outcomes(2))
         assert len(asked) == 4
 

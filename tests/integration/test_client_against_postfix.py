@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from qmqp.client import Result, SendOutcome, Timeouts, send
+from qmqp.client import ClientConnection, Result, SendOutcome, Timeouts
 from qmqp.netstring import encode
 from qmqp.request import Request
 from qmqp.sink import running_sink
@@ -52,14 +52,14 @@ def deliver(tmp_path: Path) -> Deliver:
 
         async def scenario() -> list[Result]:
             sendings = [
-                send(
+                ClientConnection(
                     host="127.0.0.1",
                     port=port,
                     request=request,
                     fd=fd,
                     block_size=block_size,
                     timeouts=Timeouts(reply=20),
-                )
+                ).run()
                 for _ in range(times)
             ]
             return await asyncio.gather(*sendings)

@@ -24,7 +24,7 @@ from tests.waiting import until
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody here takes a second to say that it does not want us."""
-    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(module, "REFUSAL_DELAY", 0.1)
 
 
 def ask(port: int = 0, path: str | None = None, reply: float = 5.0) -> ProbeResult:
@@ -309,7 +309,7 @@ def test_no_byte_of_a_server_reaches_the_terminal() -> None:
 
 def test_a_postfix_that_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """qmqpd_error_delay: a second passes before it says no."""
-    monkeypatch.setattr(module, "_PATIENCE", 1.5)
+    monkeypatch.setattr(module, "REFUSAL_DELAY", 1.5)
     with running_sink(Rule(Answer(b"D", b"Error: x is not authorized to use this service", at=0, delay=0.5)),
                       preset=Preset()) as sink:  # fmt: skip
         assert ask(sink.port).allowed is False
