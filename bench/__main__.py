@@ -123,7 +123,7 @@ def main() -> int:
             # After each part: what comes later may fail, or take somebody's patience.
             about |= {"load after": " ".join(f"{value:.1f}" for value in os.getloadavg())}
             report.write(file, results, about)
-            file.with_suffix(".svg").write_text(plot.draw(report.as_json(results, about)))
+            plot.draw(report.as_json(results, about), file.with_suffix(".svg"))
     print(f"\n{file}\n{file.with_suffix('.svg')}\n{time.monotonic() - began:.0f} s")
     return 1 if any(result.failures for result in results) else 0
 
