@@ -1,5 +1,4 @@
-"""The client against a server that does as it is told: every way a transfer can end, and that it
-ends."""
+"""The client against a sink that misbehaves by rule: every way in which a transfer ends."""
 
 import asyncio
 import errno
@@ -103,7 +102,7 @@ def test_B1_accepted(deliver):
     assert (sink.received[0].sender, sink.received[0].recipients) == (b"s@x.test", (b"r@y.test",))
 
 
-def test_B2_a_K_without_words(deliver):
+def test_B2_a_K_without_text(deliver):
     with running_sink(Rule(Answer(raw=b"1:K,"))) as sink:
         assert deliver(sink)[:2] == (SendOutcome.DELIVERED, b"")
 
@@ -273,7 +272,7 @@ def test_B17_an_early_reply_byte_by_byte(deliver):
         assert deliver(sink, LARGE, timeouts=Timeouts())[:2] == (SendOutcome.REJECTED, b"enough")
 
 
-def test_B18_an_early_K_is_no_K(deliver):
+def test_B18_an_early_K_is_malformed(deliver):
     with running_sink(
         Rule(Answer(b"K", b"sure", at=1000, end="stay")), receive_buffer=4096
     ) as sink:
@@ -285,13 +284,13 @@ def test_B18_an_early_K_is_no_K(deliver):
     )
 
 
-def test_an_early_reply_that_never_ends(deliver):
+def test_an_early_reply_without_an_end_interrupts(deliver):
     with running_sink(Rule(Answer(raw=b"5:K", at=1000, end="stay")), receive_buffer=4096) as sink:
         result = deliver(sink, LARGE)
     assert (result.outcome, result.committed) == (SendOutcome.INTERRUPTED, False)
 
 
-def test_early_nonsense(deliver):
+def test_early_bytes_that_are_no_reply_are_malformed(deliver):
     with running_sink(
         Rule(Answer(raw=b"220 hello\r\n", at=1000, end="stay")), receive_buffer=4096
     ) as sink:
@@ -330,7 +329,7 @@ def test_B21_a_server_that_reads_too_slowly_for_the_session(deliver):
         SendOutcome.INTERRUPTED,
         b"session not over in 0.4 s before the commit point",
     )
-    assert result.seconds < 5, "news that never stops is no reason to go on"
+    assert result.seconds < 5, "data that never stops does not extend the session"
 
 
 def test_B22_a_server_that_never_replies(deliver):
@@ -428,7 +427,7 @@ def hello(body: Body) -> dict[str, Any]:
 
 @pytest.fixture
 def deaf_port() -> Iterator[int]:
-    """A port whose backlog is full, so that nobody gets an answer."""
+    """A port with a full backlog: connections to it get no answer."""
     with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -510,7 +509,7 @@ def test_B23_a_name_that_is_not_found(run, hello, code):
 
 
 def test_B23_a_name_server_that_does_not_answer_holds_up_no_other_name(run, hello):
-    """Fifty wait for it, with one look-up; another name is found meanwhile."""
+    """Fifty connections wait with one lookup; another name is resolved meanwhile."""
     asked, gate = list[str](), threading.Event()
 
     def getaddrinfo(host: str, port: int) -> list[tuple[Any, ...]]:
@@ -561,7 +560,7 @@ def test_a_name_is_asked_for_again_after_a_while_and_at_once_after_a_failure(
         assert len(asked) == 4
 
 
-def test_B23_a_name_that_is_none(run, hello):
+def test_B23_an_invalid_name_is_unreachable(run, hello):
     result = run(send(host="a" * 64 + ".example.com", **hello))
     assert result.outcome is SendOutcome.UNREACHABLE
 
@@ -578,7 +577,7 @@ def test_B25_every_address_of_a_name_is_tried_in_time(run, hello, deaf_port):
     assert result.outcome is SendOutcome.DELIVERED
 
 
-def test_B25_the_failure_of_every_address_is_told(run, hello):
+def test_B25_the_failure_of_every_address_is_named(run, hello):
     dead = free_port()
     found = [(socket.AF_INET, ("127.0.0.1", dead)), (socket.AF_INET, ("127.0.0.2", dead))]
     result = run(send_by_name(found, hello | {"port": dead}))
@@ -612,7 +611,7 @@ def test_B26_a_unix_socket(run, hello, tmp_path):
         assert run(send(path=path, **hello)).outcome is SendOutcome.DELIVERED
 
 
-def test_B26_a_unix_socket_that_nobody_listens_to(run, hello, tmp_path):
+def test_B26_a_unix_socket_without_a_listener(run, hello, tmp_path):
     path = str(tmp_path / "qmqp")
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(path)
@@ -662,7 +661,7 @@ class Sockets:
         return getattr(socket, name)
 
 
-def test_no_sockets_to_spare_is_a_fault_of_ours(run, hello, monkeypatch):
+def test_a_lack_of_sockets_is_an_error_of_this_process(run, hello, monkeypatch):
     def full(*_: object) -> socket.socket:
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -777,7 +776,7 @@ def test_B36_a_body_that_cannot_be_read(run, tmp_path):
     assert not isinstance(caught.value, BodyChanged)
 
 
-def test_a_body_is_read_by_a_thread_where_it_cannot_be_had_at_once(deliver, monkeypatch):
+def test_a_body_outside_the_page_cache_is_read_by_a_thread(deliver, monkeypatch):
     monkeypatch.setattr(body_module, "_NOWAIT", 0)
     data = os.urandom(5 * BLOCK + 7)
     with running_sink() as sink:
@@ -785,7 +784,7 @@ def test_a_body_is_read_by_a_thread_where_it_cannot_be_had_at_once(deliver, monk
         assert sink.received[0].size == len(data)
 
 
-def test_a_body_of_which_only_a_part_is_in_the_page_cache(deliver, monkeypatch):
+def test_a_body_partly_in_the_page_cache_is_read_whole(deliver, monkeypatch):
     preadv = os.preadv
 
     def half_cached(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
@@ -830,7 +829,7 @@ def test_B38_commit_is_asked_once_and_last(run, hello):
     assert transfer.committed
 
 
-def test_a_fault_in_may_commit_is_not_swallowed(deliver):
+def test_an_exception_of_may_commit_is_raised(deliver):
     def broken() -> bool:
         raise LookupError("no lease")
 

@@ -1,4 +1,4 @@
-"""The client against servers that somebody else wrote: Postfix' qmqp-sink and a real qmqpd."""
+"""The client against Postfix' qmqp-sink and a real qmqpd."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ def qmqp_sink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QmqpSink]:
 
 @pytest.fixture
 def deliver(tmp_path: Path) -> Deliver:
-    """Send a message, some times at once; return one of the results, which must all be alike."""
+    """Send a message `times` times at once; return one of the results, which must be equal."""
     path = tmp_path / "body"
 
     def deliver(
@@ -109,7 +109,7 @@ def test_qmqpd_takes_many_at_once(deliver, postfix):
     assert deliver(postfix.port, HEADER + b"\nhello\n", times=30).outcome is SendOutcome.DELIVERED
 
 
-def test_B28_qmqpd_takes_a_notice_from_nobody(deliver, postfix):
+def test_B28_qmqpd_accepts_the_null_sender(deliver, postfix):
     result = deliver(postfix.port, HEADER + b"\nhello\n", sender=b"")
     assert result.outcome is SendOutcome.DELIVERED
     assert b"sender: \n" in postfix.queued(result.text.split()[-1].decode())
@@ -137,7 +137,7 @@ def test_B6_qmqpd_refuses_by_content(deliver, postfix, subject, outcome):
 
 
 def exchange(port: int, data: bytes) -> bytes:
-    """What a server says until it closes."""
+    """All bytes that a server sends until it closes."""
     with socket.create_connection(("127.0.0.1", port), 20) as server:
         server.sendall(data)
         server.shutdown(socket.SHUT_WR)
@@ -167,9 +167,9 @@ def test_B29_what_the_reference_says_about_addresses_and_line_ends_in_postfix(po
         postfix.port, encode(encode(body) + encode(b"s@x.test") + encode(recipient))
     )
     queued = postfix.queued(server_reply.split()[-1].removesuffix(b",").decode())
-    assert b"\nrecipient: r@y.test\n" in queued, "whom we did not mean"
+    assert b"\nrecipient: r@y.test\n" in queued, "a recipient that was not meant"
     assert b"z.test" not in queued
-    assert b" \n \nNo: header \n" in queued, "the line between header and body is none any more"
+    assert b" \n \nNo: header \n" in queued, "the line between header and body is no longer empty"
 
 
 def test_our_sink_takes_what_qmqp_source_sends():

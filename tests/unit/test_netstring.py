@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from qmqp.netstring import FormatError, SizeError, encode, length_of, read_length
 from qmqp.reply import MalformedReply, Reply, ReplyParser
-from qmqp.request import RequestParser
 
 BOUNDARIES = [0, 1, 9, 10, 99, 100, 999, 1000, 9999, 10_000, 99_999, 100_000, 1_000_000]
 
@@ -145,19 +144,6 @@ def test_A16_a_stream_that_ends_before_the_status_is_no_reply(wire):
     parser = ReplyParser()
     assert parser.feed(wire) is None
     assert parser.eof() is None
-
-
-@given(st.binary(max_size=40))
-def test_any_bytes_are_an_exact_request_or_an_error(data):
-    pieces: list[bytes] = []
-    parser = RequestParser(lambda piece: pieces.append(bytes(piece)))
-    try:
-        complete = parser.feed(data)
-    except (FormatError, SizeError):
-        return
-    if complete:
-        strings = (b"".join(pieces), parser.sender, *parser.recipients)
-        assert encode(b"".join(map(encode, strings))) == data[: len(data) - parser.extra]
 
 
 def test_a_length_is_read_from_the_middle_of_a_buffer():
