@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from qmqp import client
-from qmqp.request import NO_REQUEST, Request
+from qmqp.request import Request
 from relay import metrics
 from relay.db.schema import LONGEST_TEXT, Outcome, State
 from relay.log import escaped, first_line, get_logger
 from relay.queue.model import Attempt, Claim, Completion, waits_for
+from relay.queue.outcome import NO_REQUEST
 from relay.queue.split import TOO_MANY_RECIPIENTS, can_carry
 from relay.routes import NO_SERVER, Route, Server
 from relay.settings import WorkerSettings, unwanted
@@ -283,11 +284,11 @@ class DeliveryTask:
         """What a result is recorded as. A server that closes before it reads, as it did the last
         time, refuses the connection as one does on which nothing listens."""
         if "closed-at-once" not in result.flags:
-            return result.outcome
+            return Outcome(result.outcome)
         servers = self._terms.servers
         refused = servers.holds_back(server) > 0 and not result.committed
         servers.closed(server, result.seconds)
-        return Outcome.UNREACHABLE if refused else result.outcome
+        return Outcome.UNREACHABLE if refused else Outcome(result.outcome)
 
     def _may_split(self, result: client.Result) -> bool:
         """Whether a D may be about some of the recipients only, or about their number

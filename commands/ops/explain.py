@@ -13,9 +13,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from commands.output import Row, ago, span, stamp
-from qmqp.request import NO_REQUEST
 from relay.db.schema import UNFINISHED, Outcome, State
 from relay.dsn.message import BY_OPERATOR, Enclosure, Withheld
+from relay.queue.outcome import NO_REQUEST
 from relay.report.queries import QueueReader
 from relay.routes import NO_SERVER, Routes
 from relay.settings import Settings, SettingsError

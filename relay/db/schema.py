@@ -20,7 +20,7 @@ and whole microseconds since 1970 here.
 
 from enum import StrEnum
 
-from qmqp.result import Outcome as Outcome  # what stands in `attempts.outcome`
+from relay.queue.outcome import Outcome as Outcome
 
 
 class State(StrEnum):

@@ -26,8 +26,8 @@ from datetime import datetime
 from email.utils import format_datetime
 from enum import StrEnum
 
-from qmqp.result import Outcome
 from relay.log import escaped
+from relay.queue.outcome import Outcome
 
 _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 _HEX = re.compile(r"\+([0-9A-F]{2})")

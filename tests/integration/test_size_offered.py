@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from qmqp.client import Outcome
+from qmqp.client import SendOutcome
 from reception.policy import Policy
 from reception.spooler_client import SpoolerClient
 from relay import routes as module
@@ -109,8 +109,8 @@ def test_Postfix_takes_what_is_offered(postfix: Postfix, deliver: Deliver, width
     body = HEADER + b"\n" + line * ((offered - len(HEADER) - 1) // len(line))
     recipients = [b"recipient%d@example.org" % n for n in range(10)]
     result = deliver(postfix.port, body, *recipients)
-    assert result.outcome is Outcome.DELIVERED, result.text
+    assert result.outcome is SendOutcome.DELIVERED, result.text
     over = deliver(
         postfix.port, body + line * ((postfix.size_limit - offered) // len(line)), *recipients
     )
-    assert over.outcome is Outcome.REJECTED, "as it does with any larger one"
+    assert over.outcome is SendOutcome.REJECTED, "as it does with any larger one"
