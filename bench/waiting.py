@@ -62,7 +62,7 @@ class RelayQueue:
         self.sweeps.expire_stuck_transfers()
         self.sweeps.expired_leases()
         self.sweeps.rescue_unowned()
-        self.debts.settle(256)
+        self.debts.generate(256)
         self.debts.warn(256)
         self.ledger.commit([ClaimRequest(self.worker, None, {"default": 64})])
 

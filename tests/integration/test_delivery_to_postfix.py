@@ -48,7 +48,7 @@ def notice_about(mail: Mailroom, queue_id: str) -> str:
     """The notice that a sweeper makes then."""
     (notice,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
-    ).settle(10)
+    ).generate(10)
     return mail.spool.path(notice).read_text()
 
 
@@ -145,9 +145,9 @@ def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(
     debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
     replies = []
     for state in ("bounced", "bounced", "delivered"):
-        (notice,) = debts.settle(10)
+        (notice,) = debts.generate(10)
         replies.append(become(mail, notice, state))
-    assert debts.settle(10) == []
+    assert debts.generate(10) == []
     assert "go away" in replies[0]
     assert "not even enclosed" in replies[1]
     shown = postfix.queued(replies[2].split()[-1])
