@@ -114,23 +114,23 @@ def test_the_default_route_can_be_tuned_and_keeps_the_servers_of_the_settings() 
 
 @pytest.mark.parametrize(("text", "words"), [
     ("x = 1", "x: a route is a table"),
-    ("[a]\nservers = ['s']", "[a] recipients: at least one"),
-    ("[a]\nrecipients = ['r']", "[a] servers: at least one"),
-    ("[a]\nrecipients = 'r'\nservers = ['s']", "[a] recipients: must be a list"),
-    ("[a]\nrecipients = ['r']\nservers = ['s:0']", "[a] servers: bad port"),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nconnections = 0", "[a] connections: 0 is not"),
-    *((f"[a]\nrecipients = ['r']\nservers = ['s']\n{key} = {value}", f"[a] {key}: {words}") for key, value, words in (
-        ("connections", "true", "True is not a whole number"), ("connections", "2.5", "2.5 is not a whole number"),
-        ("retry_min", "-5", "-5 is not a duration above 0"), ("retry_min", "0", "0 is not a duration above 0"),
-        ("retry_max", "inf", "inf is not a duration above 0"), ("retry_max", "nan", "nan is not a duration above 0"),
-        ("retry_min", "true", "True is not a duration: write"), ("retry_max", "[1]", "[1] is not a duration: write"),
-        ("max_size", "0", "0 is not a size above 0"), ("max_size", "-1", "-1 is not a size above 0"),
-        ("max_size", "'0K'", "'0K' is not a size above 0"), ("max_size", "1.5", "1.5 is not a size: write"),
-        ("max_size", "false", "False is not a size: write"), ("max_size", "'big'", "is not a size: write"),
+    ("[a]\nservers = ['s']", "[a] recipients: write at least one"),
+    ("[a]\nrecipients = ['r']", "[a] servers: write at least one"),
+    ("[a]\nrecipients = 'r'\nservers = ['s']", "[a] recipients = 'r': must be a list"),
+    ("[a]\nrecipients = ['r']\nservers = ['s:0']", "[a] servers = ['s:0']: bad port"),
+    ("[a]\nrecipients = ['r']\nservers = ['s']\nconnections = 0", "[a] connections = 0: Input should be greater than 0"),
+    *((f"[a]\nrecipients = ['r']\nservers = ['s']\n{key} = {value}", f"[a] {key} = {words}") for key, value, words in (
+        ("connections", "true", "True: Input should be a valid integer"), ("connections", "2.5", "2.5: Input should be a valid integer"),
+        ("retry_min", "-5", "-5: Input should be greater than 0"), ("retry_min", "0", "0: Input should be greater than 0"),
+        ("retry_max", "inf", "inf: Input should be a finite number"), ("retry_max", "nan", "nan: Input should be a finite number"),
+        ("retry_min", "true", "True: Input should be a valid number"), ("retry_max", "[1]", "[1]: Input should be a valid number"),
+        ("max_size", "0", "0: Input should be greater than 0"), ("max_size", "-1", "-1: Input should be greater than 0"),
+        ("max_size", "'0K'", "'0K': Input should be greater than 0"), ("max_size", "1.5", "1.5: Input should be a valid integer"),
+        ("max_size", "false", "False: Input should be a valid integer"), ("max_size", "'big'", "'big': is not a size: write"),
     )),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = 'soon'", "[a] retry_min: is not a duration"),
+    ("[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = 'soon'", "[a] retry_min = 'soon': is not a duration"),
     ("[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = '2h'\nretry_max = '1h'", "[a] retry_max: must not"),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nbisect = 'on'", "[a] bisect: 'on' is neither"),
+    ("[a]\nrecipients = ['r']\nservers = ['s']\nbisect = 'on'", "[a] bisect = 'on': must be off or address"),
     ("[a]\ncolour = 'red'", "[a] colour: no such key"),
     ("[a", "Expected ']'"),
 ])  # fmt: skip
@@ -143,8 +143,8 @@ def test_what_is_wrong_with_a_file_is_said(text: str, words: str, file: Path) ->
 
 
 def test_a_file_that_changes_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
-    monkeypatch.setattr(module, "SETTLED", 0.0)
+    monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
+    monkeypatch.setattr(module, "STABLE_FOR", 0.0)
     routes = Routes.load(load(Settings, routes=file, qmqp_servers=("z",)))
 
     def change(text: str, *, stamp: int) -> Callable[[], object]:

@@ -33,8 +33,8 @@ def file(tmp_path: Path) -> Path:
 def write(file: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write the file with a time of its own, and let everybody look at once and take it as it
     is."""
-    monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
-    monkeypatch.setattr(module, "SETTLED", 0.0)
+    monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
+    monkeypatch.setattr(module, "STABLE_FOR", 0.0)
     stamps = iter(range(10**9, 10**9 + 100))
 
     def write(text: str) -> None:
@@ -77,7 +77,7 @@ def test_a_mistake_changes_nothing_and_is_said_once(
         assert routes.names() == ("one", DEFAULT)
     said = capsys.readouterr()
     assert (said.out + said.err).count("routes not changed") == 1
-    assert "[two] servers: must be a list of texts" in said.out + said.err
+    assert "[two] servers = 5: must be a list of texts" in said.out + said.err
     write(ONE)
     assert routes.names() == ("one", DEFAULT)
     write(ONE.replace("one", "uno"))
@@ -100,7 +100,7 @@ def test_it_is_looked_at_once_a_second_at_most(
     file: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     routes = loaded(file)
-    monkeypatch.setattr(module, "_LOOK_EVERY", 1000.0)
+    monkeypatch.setattr(module, "POLL_INTERVAL", 1000.0)
     write(ONE.replace("one", "uno"))
     assert routes.names() == ("one", DEFAULT)
 
@@ -146,8 +146,8 @@ def test_what_is_written_while_it_is_read_is_not_taken(
 
     def cut_off(text: str) -> list[Route]:
         monkeypatch.undo()
-        monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
-        monkeypatch.setattr(module, "SETTLED", 0.0)
+        monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
+        monkeypatch.setattr(module, "STABLE_FOR", 0.0)
         file.write_text(ONE.replace("one", "uno"))
         return parse(text)
 
@@ -261,7 +261,7 @@ def test_check_refuses_a_bad_number(
     monkeypatch.setenv("RELAY_ROUTES", str(file))
     (finding,) = check.look()
     assert (finding.what, finding.verdict) == ("settings", "fail")
-    assert "[one] retry_min: -5 is not a duration above 0" in finding.words
+    assert "[one] retry_min = -5: Input should be greater than 0" in finding.words
 
 
 def test_check_says_what_is_wrong_with_the_file(
@@ -271,4 +271,4 @@ def test_check_says_what_is_wrong_with_the_file(
     monkeypatch.setenv("RELAY_ROUTES", str(file))
     (finding,) = check.look()
     assert (finding.what, finding.verdict) == ("settings", "fail")
-    assert "[one] servers: bad port in QMQP server 'a:0'" in finding.words
+    assert "bad port in QMQP server 'a:0'" in finding.words

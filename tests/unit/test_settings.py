@@ -277,8 +277,8 @@ def test_unknown_names_are_told_with_the_nearest_known() -> None:
         "RELAY_TEST_POSTGRES_URL": "x", "HOME": "/",
     }  # fmt: skip
     assert unknown_names(given) == [
-        "ignoring RELAY_QMQP_SERVER, which is no setting; did you mean RELAY_QMQP_SERVERS?",
-        "ignoring RELAY_XYZZY, which is no setting",
+        "ignoring RELAY_QMQP_SERVER, which is not a setting; did you mean RELAY_QMQP_SERVERS?",
+        "ignoring RELAY_XYZZY, which is not a setting",
     ]
 
 
