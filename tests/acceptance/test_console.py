@@ -116,7 +116,7 @@ def test_everybody_tells_the_same(console: Console) -> None:
     registry.register(Collected(console.office.engine, console.spool))
     by_state = {s: registry.get_sample_value("relay_deliveries", {"state": s}) for s in UNFINISHED}
     assert by_state == {state: deliveries[state] for state in UNFINISHED}
-    assert registry.get_sample_value("relay_notices_owed") == made.owed
+    assert registry.get_sample_value("relay_dsns_pending") == made.owed
     assert registry.get_sample_value("relay_workers_alive") == 1
     assert registry.get_sample_value("relay_uncertain_attempts") == len(made.doubtful)
 

@@ -83,7 +83,7 @@ def test_queue(database_url: str, tmp_path: Path):
     assert by_state("oldest_age_seconds")["deferred"] == pytest.approx(3600, abs=120)
     assert by_state("oldest_age_seconds")["queued"] == pytest.approx(0, abs=120)
     assert seen("relay_deliveries", {"state": "bounced"}) is None
-    assert seen("relay_notices_owed") == 1
+    assert seen("relay_dsns_pending") == 1
     assert seen("relay_workers_alive") == 1
     assert seen("relay_uncertain_attempts") == 1
     paused = [
@@ -105,7 +105,7 @@ def test_an_empty_queue_has_zeros(database_url: str, tmp_path: Path):
 def test_database_down_and_back(
     postgres_url: str, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(metrics, "FRESH", 0.0)
+    monkeypatch.setattr(metrics, "MIN_INTERVAL", 0.0)
     engine = database.connect(postgres_url)
     queue = QueueMetrics(engine, Spool(tmp_path), lambda: {"fresh": 3})
 

@@ -89,13 +89,13 @@ def test_a_database_that_is_silent_delays_no_scrape(
         go_on.wait(30)
         return [metrics._gauge("database_up", "", 1)]
 
-    monkeypatch.setattr(metrics, "PATIENCE", 0.05)
+    monkeypatch.setattr(metrics, "SCRAPE_TIMEOUT", 0.05)
     monkeypatch.setattr(queue, "_database", silent)
     assert "relay_database_up 0.0" in scraped(queue)
     assert "relay_database_up 0.0" in scraped(queue)
     assert len(looks) == 1, "one look at a time"
     go_on.set()
-    monkeypatch.setattr(metrics, "PATIENCE", 10.0)
+    monkeypatch.setattr(metrics, "SCRAPE_TIMEOUT", 10.0)
     assert "relay_database_up 1.0" in scraped(queue), "what came late is there for the next"
     assert len(looks) == 1, "and good for a while"
 
