@@ -171,7 +171,7 @@ def test_a_page_of_what_an_index_finds_is_no_cursor(office: Office) -> None:
 def test_what_no_index_finds_is_looked_for_so_far_and_then_further(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay.report.queries.LOOKED_AT", 3)
+    monkeypatch.setattr("relay.report.queries.SCAN_LIMIT", 3)
     monkeypatch.setattr("relay.report.queries._FEW", 2)
     queue = QueueReader(office.engine)
     senders = ["one@example.com" if n == 2 else "many@example.com" for n in range(8)]
@@ -486,10 +486,10 @@ def test_a_server_that_is_left_alone_says_why(
 
 
 @pytest.mark.parametrize(
-    "pending_operation", [Filter(), Filter(route="default")], ids=["everything", "a route"]
+    "wanted", [Filter(), Filter(route="default")], ids=["everything", "a route"]
 )
 def test_lines_say_what_rows_say(office: Office, wanted: Filter) -> None:
-    """Whoever makes the text: the database for pipes and programs, or Python from the same rows."""
+    """The database makes the text for pipes and programs; Python makes it from the same rows."""
     queue = QueueReader(office.engine)
     office.accept('"100%s \\t\\n"@example.org', "b@example.org")
     office.accept("c@example.org")

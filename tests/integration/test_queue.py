@@ -131,8 +131,8 @@ def test_ids_by_any_unique_end(office: Office, queue: QueueReader) -> None:
     for text, words in (
         ("f" * 32, "no message"),
         ("ffff", "no message"),
-        ("abc", "no queue id"),
-        ("%", "no queue id"),
+        ("abc", "not a queue id"),
+        ("%", "not a queue id"),
     ):
         with pytest.raises(NoSuchMessage, match=words):
             queue.resolve(text)
