@@ -157,7 +157,7 @@ def compose(
 ) -> bytes:
     """The whole DSN, lines ending in LF.
 
-    `content`: the original (or, unless `full`, its header); None if there is none. `left_out`: a
+    `content`: the original (or, unless `full`, its header); None if it cannot be read. `left_out`: a
     sentence that says which part of the original is missing, and why.
     """
     delayed = all(failure.kind is Kind.DELAYED for failure in failures)

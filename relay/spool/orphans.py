@@ -116,7 +116,7 @@ class OrphanScanner:
             }
 
     def _newest_age(self) -> float:
-        """Seconds since the newest message was received; infinite if there is none."""
+        """Seconds since the newest message was received; infinite without messages."""
         with reading(self._engine) as connection:
             newest = "SELECT @since(received_at) FROM messages ORDER BY id DESC LIMIT 1"
             age = self._sql.run(connection, newest).scalar()

@@ -79,7 +79,7 @@ def _inode(status: os.stat_result) -> tuple[int, int]:
 
 
 def _identity_in(root: int) -> str:
-    """The identity that is written in a spool; empty if there is none."""
+    """The identity that is written in a spool; empty if it is missing."""
     try:
         with open(_IDENTITY, "rb", opener=partial(os.open, dir_fd=root)) as file:
             return file.read(100).decode("ascii", "replace").strip()
@@ -169,7 +169,7 @@ class Spool:
 
     @property
     def handle(self) -> int:
-        """The descriptor that all calls use; opens it if there is none, and may raise OSError."""
+        """The descriptor that all calls use; opens it first if needed, and may raise OSError."""
         if self._handle < 0:
             with self._opening:
                 if self._handle < 0:
@@ -178,7 +178,7 @@ class Spool:
 
     @property
     def identity(self) -> str:
-        """The identity that is written in the directory, empty if there is none; raises OSError as
+        """The identity that is written in the directory, empty if it is missing; raises OSError as
         `handle`."""
         return self._identity if self.handle >= 0 else ""
 
