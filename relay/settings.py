@@ -80,19 +80,6 @@ def parse_listen(text: str) -> tuple[str, int]:
     return match["v6"] or match["host"], int(match["port"])
 
 
-def _listens(value: object) -> object:
-    parts = _words(value)
-    if not isinstance(parts, tuple):
-        return parts
-    return tuple(parse_listen(part) if isinstance(part, str) else part for part in parts)
-
-
-def _positive(value: float) -> float:
-    if value <= 0:
-        raise ValueError("must be more than 0")
-    return value
-
-
 def parse_network(text: str) -> Network:
     """A network or an address of CLIENT_NETWORKS; raises ValueError.
 
@@ -115,11 +102,10 @@ def parse_network(text: str) -> Network:
     )
 
 
-def _networks(value: tuple[str, ...]) -> tuple[str, ...]:
-    for word in value:
-        if word != "connected":
-            parse_network(word)
-    return value
+def _network(word: str) -> str:
+    if word != "connected":
+        parse_network(word)
+    return word
 
 
 def _hostname(value: str) -> str:
@@ -134,40 +120,50 @@ def _hostname(value: str) -> str:
     return value
 
 
-def _domains(value: tuple[str, ...]) -> tuple[str, ...]:
-    for word in value:
-        if (
-            not (_DOMAIN.fullmatch(word.removeprefix(".")) or _LITERAL.fullmatch(word))
-            or len(word) > _DOMAIN_LIMIT
-        ):
-            raise ValueError(
-                f"{word!r} is not a domain: write example.org, or .example.org for every domain below it,"
-                " with a comma or a blank between two"
-            )
-    return value
+def _domain(word: str) -> str:
+    name = word.removeprefix(".")
+    if not (_DOMAIN.fullmatch(name) or _LITERAL.fullmatch(word)) or len(word) > _DOMAIN_LIMIT:
+        raise ValueError(
+            f"{word!r} is not a domain: write example.org, or .example.org for every domain below it,"
+            " with a comma or a blank between two"
+        )
+    return word
 
 
-Duration = Annotated[float, BeforeValidator(seconds), AfterValidator(_positive)]
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
+def _patterns(value: object) -> object:
+    """The texts between semicolons."""
+    if not isinstance(value, str):
+        return value
+    return tuple(text.strip() for text in value.split(";") if text.strip())
+
+
+Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
 Span = Annotated[float, BeforeValidator(seconds), Field(ge=0)]
 Size = Annotated[int, BeforeValidator(size), Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
-
-
-def _patterns(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    patterns = tuple(text.strip() for text in value.split(";") if text.strip())
-    for text in patterns:
-        try:
-            re.compile(text)
-        except re.error as error:
-            raise ValueError(f"{text!r} is not a regular expression: {error}") from None
-    return patterns
-
-
-Patterns = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_patterns)]
-Listens = Annotated[tuple[tuple[str, int], ...], NoDecode, BeforeValidator(_listens)]
+Networks = Annotated[
+    tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_words)
+]
+Domains = Annotated[
+    tuple[Annotated[str, AfterValidator(_domain)], ...], NoDecode, BeforeValidator(_words)
+]
+Patterns = Annotated[
+    tuple[Annotated[str, AfterValidator(_pattern)], ...], NoDecode, BeforeValidator(_patterns)
+]
+_Listen = Annotated[
+    tuple[str, int],
+    BeforeValidator(lambda value: parse_listen(value) if isinstance(value, str) else value),
+]
+Listens = Annotated[tuple[_Listen, ...], NoDecode, BeforeValidator(_words)]
 
 
 def _broker(value: str) -> str:
@@ -259,8 +255,8 @@ class SmtpdSettings(Settings):
 
     smtp_listen: Listens = (("127.0.0.1", 2525),)
     publish: str = ""
-    client_networks: Annotated[Words, AfterValidator(_networks)] = ("127.0.0.0/8", "::1")
-    recipient_domains: Annotated[Words, AfterValidator(_domains)] = ()
+    client_networks: Networks = ("127.0.0.0/8", "::1")
+    recipient_domains: Domains = ()
     allow_untrusted_routing: bool = False
     bare_cr: Literal["reject", "strip"] = "reject"
     max_message_size: Size = 25 << 20

@@ -124,7 +124,7 @@ def test_any_text_parses_or_raises_value_error(text: str) -> None:
 
 @pytest.mark.parametrize(("name", "value", "role", "words"), [
     ("RELAY_LEASE", "soon", WorkerSettings, "is not a duration"),
-    ("RELAY_LEASE", "0", WorkerSettings, "more than 0"),
+    ("RELAY_LEASE", "0", WorkerSettings, "greater than 0"),
     ("RELAY_LEASE", "-5s", WorkerSettings, "is not a duration"),
     ("RELAY_MAX_MESSAGE_SIZE", "25X", SmtpdSettings, "is not a size"),
     ("RELAY_MAX_MESSAGE_SIZE", "0", SmtpdSettings, "greater than 0"),
