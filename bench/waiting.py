@@ -61,7 +61,7 @@ class RelayQueue:
         self.rescuer.expire_stuck_transfers()
         self.rescuer.expired_leases()
         self.rescuer.rescue_unowned()
-        self.generator.settle(256)
+        self.generator.generate(256)
         self.generator.warn(256)
         self.queue.commit([ClaimRequest(self.worker, None, {"default": 64})])
 

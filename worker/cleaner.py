@@ -30,7 +30,7 @@ from relay.dsn.generator import LIMIT
 from relay.ids import dashed
 from relay.log import first_line, get_logger
 from relay.settings import Settings
-from relay.spool.orphans import SETTLED, OrphanScanner
+from relay.spool.orphans import MIN_ORPHAN_AGE, OrphanScanner
 from relay.spool.retention import body_deletable
 from relay.spool.store import Spool
 
@@ -153,7 +153,7 @@ class Cleaner:
         purged = self._strays.purge(
             self._retention
         )  # before anything is put aside, and never in the same pass
-        for stray in self._strays.found(self._closing):
+        for stray in self._strays.scan(self._closing):
             if stray.row:
                 deletable_bodies += self._strays.remove(stray)
             elif (
@@ -163,7 +163,7 @@ class Cleaner:
             ):
                 log.error("a body without a message was put aside", id=stray.name)
                 orphans += 1
-        settled = self._strays.now() - SETTLED
+        settled = self._strays.now() - MIN_ORPHAN_AGE
         for directory in self._spool.directories():
             self._spool.remove_directory(directory, settled)
         if deletable_bodies or orphans or purged:

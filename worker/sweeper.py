@@ -190,7 +190,7 @@ class Sweeper:
 
     def _tell_senders(self) -> None:
         """Make the notices that are owed; what hinders them (a full spool) hinders nothing else."""
-        for tell in (self._debts.settle, self._debts.warn):
+        for tell in (self._debts.generate, self._debts.warn):
             try:
                 self._hints.offer(tell(BATCH))
             except Exception as error:

@@ -113,7 +113,7 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
     elif faults:
         verdict: Literal["warn", "fail"] = "warn" if settings.unsafe_durability else "fail"
         yield CheckResult(
-            what, verdict, f"would forget mail at a power cut: {', '.join(faults)}", "turn that on"
+            what, verdict, f"would lose mail at a power cut: {', '.join(faults)}", "turn that on"
         )
     else:
         yield CheckResult(what, "ok", f"{url} at revision {revision}, durable")

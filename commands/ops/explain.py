@@ -44,14 +44,14 @@ def gather(queue: QueueReader, queue_id: str, settings: Settings) -> Facts:
     """Look at everything that a reason may be found in."""
     workers = queue.workers()
     rests: dict[str, dict[str, str]] = {}
-    for row in queue.rests():
+    for row in queue.open_circuits():
         rests.setdefault(row["server"], {})[row["worker"]] = row["why"]
     return Facts(
         workers,
         {row["subject"]: row for row in queue.pauses()},
         _routes(workers, settings),
         rests,
-        queue.notices(queue_id),
+        queue.dsns(queue_id),
     )
 
 

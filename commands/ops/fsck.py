@@ -36,7 +36,7 @@ from relay.queue.audit import CHUNK, FIRST, PICKED, THESE, AuditEntry
 from relay.queue.rescue import Rescuer
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
-from relay.spool.orphans import LATE, OrphanFile, OrphanScanner
+from relay.spool.orphans import REMOVAL_GRACE, OrphanFile, OrphanScanner
 from relay.spool.store import BodyUnsendable, Spool, SpoolError
 
 VERY_LATE = 4 * 3600.0  # what waits for a free connection, while others are sent
@@ -126,7 +126,7 @@ class Fsck:
         self._settings, self._engine, self._spool = settings, engine, spool
         self._sweeps, self._strays = Rescuer(engine, settings), OrphanScanner(engine, spool)
         self._sql = Statements(
-            engine, late=LATE, very_late=VERY_LATE, lifetime=settings.queue_lifetime
+            engine, late=REMOVAL_GRACE, very_late=VERY_LATE, lifetime=settings.queue_lifetime
         )
 
     def findings(self) -> Iterator[Inconsistency]:
@@ -159,7 +159,7 @@ class Fsck:
 
     def _files(self) -> Iterator[Inconsistency]:
         """Files without a row, and bodies that no row needs any more."""
-        for stray in self._strays.found():
+        for stray in self._strays.scan():
             if stray.row:
                 what, remedy, mend = "file that nobody needs", "remove it", self._strays.remove
             else:

@@ -272,7 +272,7 @@ class Pages:
             if line[0] not in ("id", "why") and not line[0].startswith("delivery")
         ]
         notices, actions = (
-            self._queue.notices(found["queue_id"]),
+            self._queue.dsns(found["queue_id"]),
             self._queue.actions_on(found["queue_id"]),
         )
         return self._page(

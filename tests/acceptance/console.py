@@ -77,7 +77,7 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     made.made("expired", *late)
     made.made("bounced", *(tried(Outcome.REJECTED, reply=f"550 5.1.1 {HOSTILE}") for _ in range(4)))
     debts = DsnGenerator(office.engine, spool, office.settings, lambda _address: "notices")
-    notices = debts.settle(5)  # of seven: two are owed
+    notices = debts.generate(5)  # of seven: two are owed
     made.owed, made.told = 2, len(notices)
     made.made("queued", *notices)
     made.made(

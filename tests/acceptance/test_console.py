@@ -116,7 +116,7 @@ def test_everybody_tells_the_same(console: Console) -> None:
     registry.register(Collected(console.office.engine, console.spool))
     by_state = {s: registry.get_sample_value("relay_deliveries", {"state": s}) for s in UNFINISHED}
     assert by_state == {state: deliveries[state] for state in UNFINISHED}
-    assert registry.get_sample_value("relay_notices_owed") == made.owed
+    assert registry.get_sample_value("relay_dsns_pending") == made.owed
     assert registry.get_sample_value("relay_workers_alive") == 1
     assert registry.get_sample_value("relay_uncertain_attempts") == len(made.doubtful)
 
@@ -319,7 +319,7 @@ def test_pages(console: Console) -> None:
     assert "notice of" in browser.get(f"/message/{doubtful}").words
     for path, words in {
         f"/search?id={made.ids['held'][0][-12:]}": "1", "/search?sender=nobody@example.com": "Nothing is like that",
-        "/search?id=zz": "is no queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
+        "/search?id=zz": "is not a queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
         f"/search?id={dashed(made.ids['sending'][0])}": "sending",
         "/search?sender=%3C%3E": "queued", "/search?reply=greylisted": "451 4.7.1", "/search?header_message_id=7@example.com":
         "sender7@example.com", "/search?recipient=many2@*": "many2@example.org",
@@ -340,7 +340,7 @@ def test_older_pages_are_found_by_key(console: Console, monkeypatch: pytest.Monk
     assert ids == sorted(ids, reverse=True)
     twice = {i for i, count in Counter(ids).items() if count > 1}
     assert len(twice) == 2, "two messages have more than one recipient"
-    monkeypatch.setattr("relay.report.queries.LOOKED_AT", 5)
+    monkeypatch.setattr("relay.report.queries.SCAN_LIMIT", 5)
     assert found(console.browser, "/search") == ids
     oldest = "/search?reply=busy"  # nothing newer has these words
     assert "Nothing is like that among what came since" in console.browser.get(oldest).words

@@ -167,7 +167,7 @@ def test_what_a_person_sees(
     made, browser = seen
     shown = {
         "/": "The oldest unfinished message", "/search": HOSTILE[-9:], f"/search?sender={LONG}": "sub.example.com",
-        "/search?sender=nobody": "Nothing is like that", "/nothing": "Not here", "/search?id=zz": "is no queue id",
+        "/search?sender=nobody": "Nothing is like that", "/nothing": "Not here", "/search?id=zz": "is not a queue id",
     } | {f"/message/{ids[-1]}": state for state, ids in made.ids.items()}  # fmt: skip
     for path, words in shown.items():
         chromium.look(browser.root + path, width, scheme)

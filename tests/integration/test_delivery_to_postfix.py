@@ -47,7 +47,7 @@ def dsn_about(mail: Mailroom, queue_id: str) -> str:
     """The text of the DSN that a sweeper then makes."""
     (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
-    ).settle(10)
+    ).generate(10)
     return mail.spool.path(dsn).read_text()
 
 
@@ -142,9 +142,9 @@ def test_a_dsn_refused_for_its_enclosure_arrives_without_it(room: Open, postfix:
     generator = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
     replies = []
     for state in ("bounced", "bounced", "delivered"):
-        (dsn,) = generator.settle(10)
+        (dsn,) = generator.generate(10)
         replies.append(become(mail, dsn, state))
-    assert generator.settle(10) == []
+    assert generator.generate(10) == []
     assert "go away" in replies[0]
     assert "not even enclosed" in replies[1]
     shown = postfix.queued(replies[2].split()[-1])

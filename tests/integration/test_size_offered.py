@@ -46,8 +46,8 @@ async def say(port: int, *lines: str) -> list[str]:
 
 
 def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
-    monkeypatch.setattr(module, "SETTLED", 0.0)
+    monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
+    monkeypatch.setattr(module, "STABLE_FOR", 0.0)
     file = tmp_path / "routes.toml"
     file.write_text(ROUTE % "1M")
     settings = load(

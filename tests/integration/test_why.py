@@ -124,7 +124,7 @@ def test_what_became_of_a_notice_and_what_it_is_about(
     queue_id = office.accept(ret="FULL")
     spool.store(queue_id, [b"Subject: x\n\n".ljust(100, b"x")])
     refused(office, queue_id)
-    (full,) = debts.settle(5)
+    (full,) = debts.generate(5)
     assert told(typed, queue_id).endswith(
         f"refused it: 550 go away; the sender is told by {full}, which is queued."
     )
@@ -135,7 +135,7 @@ def test_what_became_of_a_notice_and_what_it_is_about(
     refused(office, full, "no viruses")
     pending = "; a worker makes one with less of the original in its place, or gives it up; it is a notice about"
     assert pending in told(typed, full)
-    (header,) = debts.settle(5)
+    (header,) = debts.generate(5)
     again = f"notice {full} is bounced, because qmqp.example.net:628 refused it: no viruses, and a notice with less of"
     again += " the original was made in its place"
     assert told(typed, queue_id).endswith(
@@ -146,7 +146,7 @@ def test_what_became_of_a_notice_and_what_it_is_about(
         in told(typed, full)
     )
     refused(office, header)
-    (none,) = debts.settle(5)
+    (none,) = debts.generate(5)
     assert f"; it is a notice about {queue_id} and encloses nothing of it." in told(typed, none)
     (claim,) = office.claim(none)
     office.record(claim, Outcome.DELIVERED)
@@ -158,9 +158,9 @@ def test_a_notice_that_was_given_up(office: Office, spool: Spool, typed: Typed) 
     debts = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
     queue_id = office.accept()
     refused(office, queue_id)
-    (notice,) = debts.settle(5)  # without its body, which never was
+    (notice,) = debts.generate(5)  # without its body, which never was
     refused(office, notice, "no bounces")
-    assert debts.settle(5) == []
+    assert debts.generate(5) == []
     given_up = "it was given up: the sender of the original is not told by it"
     assert told(typed, queue_id).endswith(
         f"notice {notice} is bounced, because qmqp.example.net:628 refused it: no bounces, and {given_up}."
@@ -181,10 +181,10 @@ def test_why_a_sender_is_not_told(
     debts = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
     before = office.accept(client_trusted=False)
     refused(office, before)
-    assert len(debts.settle(5)) == 1
+    assert len(debts.generate(5)) == 1
     queue_id = office.accept(recipient, sender=sender, client_trusted=False)
     refused(office, queue_id)
-    assert debts.settle(5) == []
+    assert debts.generate(5) == []
     assert told(typed, queue_id).endswith(
         f"refused it: 550 go away; the sender is not told: {words}."
     )
