@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from commands.errors import DONE, OUT_OF_REACH, say
-from commands.ops.show import everything_about, facts, opened
+from commands.ops.show import described, message_with_reasons, opened
 from commands.output import ago, cut, plain, size, span, stamp
 from commands.web import charts
 from commands.web.timeline import timeline
@@ -263,12 +263,14 @@ class Pages:
     def message(self, request: Request) -> Response:
         """Everything about one message."""
         try:
-            found = everything_about(self._queue, self._settings, request.path_params["queue_id"])
+            found = message_with_reasons(
+                self._queue, self._settings, request.path_params["queue_id"]
+            )
         except NoSuchMessage as error:
             raise HTTPException(404, str(error)) from None
         known = [
             line
-            for line in facts(found)
+            for line in described(found)
             if line[0] not in ("id", "why") and not line[0].startswith("delivery")
         ]
         notices, actions = (
