@@ -95,7 +95,7 @@ class Up:
     def start(self) -> None:
         """Start it and wait for the banner."""
         self.begin()
-        until(lambda: "Ctrl-C stops" in self.said() or not self.running, STARTING, what=self.said)
+        until(lambda: "Ctrl-C to stop" in self.said() or not self.running, STARTING, what=self.said)
         assert self.running, self.said()
 
     @property

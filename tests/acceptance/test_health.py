@@ -74,7 +74,7 @@ def test_a_banner_and_a_goodbye_are_healthy(banner: bytes):
         ([b"220 mx"], "closed"),
         ([b"220 mx\r\n", b"500 what?\r\n"], "500 what?"),
         ([b"220 mx\r\n", b""], "closed"),
-        ([b"220-" + b"x" * 5000], "without an end"),
+        ([b"220-" + b"x" * 5000], "does not end"),
         ([b"\xff\x00\r\n"], "xff"),
     ],
 )
@@ -142,21 +142,23 @@ def test_the_real_smtpd_takes_no_offence(
 
 
 @pytest.mark.parametrize(("age", "status"), [(0, 0), (50, 0), (70, 1), (-30, 0), (-70, 1)])
-def test_a_worker_is_as_healthy_as_its_tick_is_young(age: int, status: int, tmp_path: Path):
-    tick = tmp_path / "tick"
-    tick.touch()
+def test_a_worker_is_healthy_while_its_heartbeat_is_young(age: int, status: int, tmp_path: Path):
+    heartbeat = tmp_path / "heartbeat"
+    heartbeat.touch()
     moment = time.time() - age
-    os.utime(tick, (moment, moment))
-    done = check("worker", RELAY_HEALTH_FILE=str(tick))
+    os.utime(heartbeat, (moment, moment))
+    done = check("worker", RELAY_HEALTH_FILE=str(heartbeat))
     assert (done.returncode, done.stderr) == (status, "")
     assert "ago" in done.stdout
 
 
-def test_no_tick_at_all(tmp_path: Path):
-    assert "has not begun" in check("worker", RELAY_HEALTH_FILE=str(tmp_path / "tick")).stdout
+def test_no_heartbeat_file_is_unhealthy(tmp_path: Path):
+    assert (
+        "has not started" in check("worker", RELAY_HEALTH_FILE=str(tmp_path / "heartbeat")).stdout
+    )
     assert "RELAY_HEALTH_FILE" in check("worker").stdout
     assert {
-        check("worker", RELAY_HEALTH_FILE=str(tmp_path / "tick")).returncode,
+        check("worker", RELAY_HEALTH_FILE=str(tmp_path / "heartbeat")).returncode,
         check("worker").returncode,
     } == {1}
 
@@ -168,10 +170,10 @@ def test_wrong_use_is_unhealthy_and_not_the_status_that_docker_reserves():
 def test_the_real_worker_is_healthy_while_it_runs_though_no_broker_does(
     spawn: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ):
-    tick = tmp_path / "tick"
+    heartbeat = tmp_path / "heartbeat"
     settings = {
         "STATE_DIR": str(tmp_path / "var"),
-        "HEALTH_FILE": str(tick),
+        "HEALTH_FILE": str(heartbeat),
         "BROKER_URL": f"redis://127.0.0.1:{free_port()}/0",
     }
     assert command("migrate", **settings).returncode == 0
@@ -184,9 +186,11 @@ def test_the_real_worker_is_healthy_while_it_runs_though_no_broker_does(
             stderr=output,
         )
     until(
-        lambda: check("worker", RELAY_HEALTH_FILE=str(tick)).returncode == 0, 60, what=log.read_text
+        lambda: check("worker", RELAY_HEALTH_FILE=str(heartbeat)).returncode == 0,
+        60,
+        what=log.read_text,
     )
     end(worker, signal.SIGTERM, timeout=60)
-    done = check("worker", RELAY_HEALTH_FILE=str(tick))
+    done = check("worker", RELAY_HEALTH_FILE=str(heartbeat))
     assert done.returncode == 1
     assert "stopping" in done.stdout

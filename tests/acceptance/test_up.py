@@ -15,7 +15,7 @@ from tests.services import free_port
 from tests.waiting import until
 
 
-def test_mail_goes_in_and_out_whatever_dies_and_ctrl_c_ends_it(start_up: StartUp) -> None:
+def test_mail_is_delivered_after_every_process_was_killed(start_up: StartUp) -> None:
     up = start_up("--demo")
     said = up.said()
     assert "DEMO" in said
@@ -76,7 +76,7 @@ def paste(word: str, up: Up, directory: Path) -> None:
     assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
 
 
-def test_the_next_start_delivers_what_a_killed_one_had(start_up: StartUp) -> None:
+def test_the_next_start_delivers_the_mail_of_a_killed_one(start_up: StartUp) -> None:
     first = start_up()  # no server: mail waits
     assert len(processes_of(first.state_dir)) == 5  # up, valkey, smtpd and its keeper, worker
     first.send("you@example.org")
@@ -90,7 +90,7 @@ def test_the_next_start_delivers_what_a_killed_one_had(start_up: StartUp) -> Non
     assert second.end(signal.SIGINT) == 0
 
 
-def test_two_cannot_run_on_one_directory(tmp_path: Path) -> None:
+def test_a_second_up_in_one_directory_is_refused(tmp_path: Path) -> None:
     up = Up(tmp_path / "var")
     up.begin()
     lock = up.state_dir / "up.lock"
@@ -114,7 +114,7 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "var").iterdir()} == {"up.lock"}
 
 
-def test_a_child_that_cannot_use_its_settings_ends_it(tmp_path: Path) -> None:
+def test_a_child_that_refuses_its_settings_ends_up(tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     spool.chmod(0o777)
@@ -125,16 +125,14 @@ def test_a_child_that_cannot_use_its_settings_ends_it(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert f"RELAY_SPOOL_DIR: {spool} is writable by everybody" in refused.stderr
     assert (
-        "cannot run here, so it is not started again; the reason stands above"
+        "cannot run here, so it is not started again; the reason is above"
         in refused.stderr.splitlines()[-1]
     )
     assert "child died" not in refused.stdout + refused.stderr
     assert processes_of(tmp_path / "var") == []
 
 
-def test_a_worker_alone_says_by_its_status_that_no_restart_helps(
-    sqlite_url: str, tmp_path: Path
-) -> None:
+def test_the_status_of_a_worker_says_that_no_restart_helps(sqlite_url: str, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     spool.chmod(0o777)
@@ -145,7 +143,7 @@ def test_a_worker_alone_says_by_its_status_that_no_restart_helps(
     assert f"qmqp-relay worker: RELAY_SPOOL_DIR: {spool} is writable by everybody" in refused.stderr
 
 
-def test_a_port_that_another_program_has_taken_meanwhile_ends_it(start_up: StartUp) -> None:
+def test_a_port_that_another_program_took_ends_up(start_up: StartUp) -> None:
     """The smtpd that crashed is started again, and says that it cannot listen."""
     up = start_up()
     smtpd = up.child("smtpd")
@@ -180,7 +178,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert "RELAY_STATE_DIR" in refused.stderr
 
 
-def test_a_broker_that_is_given_is_used(start_up: StartUp, broker_url: str) -> None:
+def test_a_configured_broker_is_used(start_up: StartUp, broker_url: str) -> None:
     up = start_up("--demo", BROKER_URL=broker_url)
     assert up.child("valkey-server") is up.child("redis-server") is None
     up.send("you@example.org")

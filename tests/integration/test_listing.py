@@ -484,7 +484,7 @@ def test_a_server_that_is_left_alone_says_why(
 
 
 @pytest.mark.parametrize(
-    "pending_operation", [Filter(), Filter(route="default")], ids=["everything", "a route"]
+    "wanted", [Filter(), Filter(route="default")], ids=["everything", "a route"]
 )
 def test_lines_say_what_rows_say(office: Office, wanted: Filter) -> None:
     """Whoever makes the text: the database for pipes and programs, or Python from the same rows."""
