@@ -154,7 +154,7 @@ def seen(
         office.change("INSERT INTO open_circuits VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
             id=office.worker)  # fmt: skip
         with browsing(office) as browser:
-            yield made, browser
+            yield created, browser
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def seen(
 def test_what_a_person_sees(
     chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str
 ) -> None:
-    made, browser = seen
+    created, browser = seen
     shown = {
         "/": "The oldest unfinished message", "/search": HOSTILE[-9:], f"/search?sender={LONG}": "sub.example.com",
         "/search?sender=nobody": "No mail matches", "/nothing": "Not found", "/search?id=zz": "is no queue id",
@@ -183,7 +183,7 @@ def test_what_a_person_sees(
 
 
 def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browser]) -> None:
-    made, browser = seen
+    created, browser = seen
     chromium.look(f"{browser.root}/", 1280, "light")
 
     def pressed(key: str) -> str:

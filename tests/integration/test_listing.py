@@ -399,12 +399,12 @@ def test_the_shell_completes_routes_and_servers(
         office.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]}
     )
     typed("pause", "--route", "gone")
-    monkeypatch.setattr(completion, "PATIENCE", 30.0)
+    monkeypatch.setattr(completion, "TIMEOUT", 30.0)
     assert completed("qmqp-relay list --route ") == {"default", "bulk", "gone"}
     assert completed("qmqp-relay pause --server mx") == {"mx1:628", "mx2:628"}
     monkeypatch.setenv("RELAY_DATABASE_URL", "postgresql://127.0.0.1:1/x")
     assert completed("qmqp-relay list --route ") == set()
-    monkeypatch.setattr(completion, "PATIENCE", 0.0)
+    monkeypatch.setattr(completion, "TIMEOUT", 0.0)
     monkeypatch.setattr(completion, "_known", lambda kind: threading.Event().wait(60))
     assert completed("qmqp-relay list --route ") == set()
 
