@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import signal
+import smtplib
 import socket
 import sys
 import time
@@ -221,14 +222,10 @@ def _refuse_taken(addresses: Iterable[tuple[str, int]], setting: str) -> None:
 
 def _bind_error(host: str, port: int) -> OSError | None:
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
+        for family, *_, address in socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
+            socket.create_server(address[:2], family=family).close()
     except OSError as error:
         return error
     return None
@@ -238,9 +235,8 @@ def free_port(preferred: int = 0) -> int:
     """A free port of this machine: the preferred one if it is free."""
     if preferred and not _bind_error("127.0.0.1", preferred):
         return preferred
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 async def _until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -254,10 +250,8 @@ async def _until(condition: Callable[[], bool], seconds: float) -> bool:
 
 def smtp_answers(host: str, port: int) -> bool:
     """Whether an SMTP server accepts connections there."""
-    with contextlib.suppress(OSError), socket.create_connection((host, port), 5) as client:
-        greeting = client.recv(1000)
-        client.sendall(b"QUIT\r\n")
-        return greeting.startswith(b"220 ") and bool(client.recv(1000))
+    with contextlib.suppress(OSError), smtplib.SMTP(host, port, timeout=5):  # 220, then QUIT
+        return True
     return False
 
 

@@ -1,5 +1,4 @@
-"""What becomes of a message is what its server said, server by server and try by try, and all of it
-is on record."""
+"""The state of a message follows from the replies of its servers, and every attempt is recorded."""
 
 import re
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from tests.waiting import until
 class Scene:
     """An installation whose routes are named by the recipient's domain.
 
-    `sink.test` goes to `sink`, which does as magic recipients say; `second.test` to a port where
-    nobody listens and then to `sink`; `lost.test` to `forgetful`, which closes without a reply
+    `sink.test` goes to `sink`, which obeys magic recipients; `second.test` to a closed port and
+    then to `sink`; `lost.test` to `forgetful`, which closes without a reply
     once, and then to `sink`; `late.test` to `late_port` alone. Everything else has no server.
     """
 
@@ -47,7 +46,7 @@ def scene(install: Install, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         )  # fmt: skip
         worker = relay.worker(wait=False)
         relay.smtpd()
-        relay.until_signed_on(worker)
+        relay.until_registered(worker)
         yield Scene(relay, sink, forgetful, dead, late)
 
 

@@ -1,5 +1,5 @@
-"""The main road: 2,000 messages in by SMTP and out by QMQP, to servers and from clients that others
-wrote."""
+"""2,000 messages received by SMTP and delivered by QMQP, from clients and to servers that are not
+ours."""
 
 import re
 import smtplib
@@ -24,7 +24,7 @@ LETTER = b"From: me@example.com\nTo: you@sink.test\nSubject: client\n\n.one dot\
 
 
 class CountingSink(QmqpSink):
-    """`qmqp-sink -c`, which writes how many messages it has taken whenever it takes one."""
+    """`qmqp-sink -c`, which prints its count whenever it accepts a message."""
 
     def _command(self) -> list[str]:
         program, *rest = super()._command()
@@ -88,7 +88,7 @@ def relay(
     relay = install("postgresql", QMQP_SERVERS=f"127.0.0.1:{qmqp_sink.port}", ROUTES=str(routes))
     worker = relay.worker(wait=False)
     relay.smtpd()
-    relay.until_signed_on(worker)
+    relay.until_registered(worker)
     return relay
 
 
@@ -170,7 +170,7 @@ def test_clients_talk_to_it_without_complaint(
                 ]
             )
             assert "queued as" in said
-            assert "** " not in said  # how it marks what went wrong
+            assert "** " not in said  # marks an error of swaks
         case _:
             message = EmailMessage()
             message["Subject"] = "client"
@@ -193,8 +193,7 @@ def test_many_messages_over_one_connection(relay: Installation) -> None:
 
 
 def run(command: list[str]) -> str:
-    """Run a client to its end; what it said. Saying something on its standard error counts as a
-    complaint."""
+    """Run a client to its end; its output. Output on standard error is a failure."""
     done = subprocess.run(
         [installed(command[0]), *command[1:]],
         capture_output=True,
