@@ -2,7 +2,8 @@
 1 is not; Docker reserves 2.
 
     smtp    connects to RELAY_SMTP_LISTEN, reads the banner, sends QUIT
-    worker  reads the age of the heartbeat file (RELAY_HEALTH_FILE), which the sweeper touches every second
+    worker  reads the age of the heartbeat file (RELAY_HEALTH_FILE), which the sweeper touches
+            every second
 
 It runs often in every container, so it is one file that imports only the standard library and
 starts in milliseconds; asking Celery costs most of a second of CPU, and needs the broker. What must
@@ -45,7 +46,7 @@ def smtp(listen: str) -> str:
 
 
 def _reply(client: socket.socket, deadline: float) -> str:
-    """The last line of one reply (RFC 5321 section 4.2.1: `220-` is continued, `220 ` is the last line)."""
+    """The last line of one reply (RFC 5321 section 4.2.1: `220-` is continued, `220 ` is last)."""
     data = b""
     while len(data) < _LONGEST_BANNER:
         client.settimeout(max(0.001, deadline - time.monotonic()))

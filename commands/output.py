@@ -23,7 +23,7 @@ BATCH = 50  # rows of a table written at once: a write costs more than a row
 
 
 def cut(address: str, width: int) -> str:
-    """An address in at most `width` columns, with its domain and the beginning of its local part."""
+    """An address in at most `width` columns: its domain and the beginning of its local part."""
     if len(address) <= width:
         return address
     tail = min(len(address) - max(address.rfind("@"), 0), width * 2 // 3)

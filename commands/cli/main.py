@@ -128,8 +128,8 @@ def sink(
 
 @main.command()
 def demo() -> None:
-    """Send messages through a temporary relay. Prints the state of each, and whether it is the
-    expected one."""
+    """Send messages through a temporary relay. Prints their states, and whether they are as
+    expected."""
     from commands.standalone.demo import run
 
     raise typer.Exit(run())
@@ -137,7 +137,8 @@ def demo() -> None:
 
 @command(main)
 def check(json_lines: Json = False) -> int:
-    """Check whether the relay can work here: settings, database, spool, broker and QMQP servers."""
+    """Check whether the relay can work here. Checks settings, database, spool, broker and QMQP
+    servers."""
     from commands.ops.check import run
 
     return run(json_lines=json_lines)
@@ -151,8 +152,8 @@ def probe(
         float, typer.Option(help="Seconds to wait for the connection, and for a reply.")
     ] = 5.0,
 ) -> int:
-    """Test whether a QMQP server accepts this client, and which software it is. No message is
-    sent."""
+    """Test whether a QMQP server accepts this client. Also finds out which software it is. No
+    message is sent."""
     from commands.ops.probe import run
 
     return run(server, json_lines=json_lines, timeout=timeout)
@@ -163,8 +164,8 @@ def fsck(
     repair: Annotated[bool, typer.Option("--repair", help="Repair what can be repaired.")] = False,
     json_lines: Json = False,
 ) -> int:
-    """Compare spool, database and broker, and print every inconsistency. Mail may flow meanwhile.
-    Exits with status 1 if one remains."""
+    """Compare spool, database and broker. Prints every inconsistency, and exits with status 1 if one
+    remains. Mail may flow meanwhile."""
     from commands.ops.fsck import run
 
     return run(repair=repair, json_lines=json_lines)
@@ -172,7 +173,7 @@ def fsck(
 
 @command(main, warn=False)
 def web() -> int:
-    """Serve web pages that show the queue, read only, on RELAY_WEB_LISTEN."""
+    """Serve web pages that show the queue. Read only, on RELAY_WEB_LISTEN."""
     from commands.web.app import run
     from relay.log import configure
     from relay.settings import Settings, load

@@ -173,7 +173,7 @@ def list_(
 
 @command(queue)
 def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
-    """Show a message: its envelope, its deliveries, and every try with the server's reply."""
+    """Show everything about a message. Envelope, deliveries, and every try with the server's reply."""
     from commands.ops.show import show_message, watched
 
     return watched(watch, lambda: show_message(queue_id, json_lines=json_lines))
@@ -205,7 +205,7 @@ def body(queue_id: Id) -> int:
 
 @command(queue)
 def stats(watch: Watch = None, json_lines: Json = False) -> int:
-    """Count the queue by state and age. Also shows workers, servers, rates and the slowest tries."""
+    """Count the queue by state and age. Also shows workers, servers, rates and slow tries."""
     from commands.ops.show import show_stats, watched
 
     return watched(watch, lambda: show_stats(json_lines=json_lines))
@@ -214,9 +214,15 @@ def stats(watch: Watch = None, json_lines: Json = False) -> int:
 @queue.command()
 @filtered
 def retry(
-    filter_: "Filter", everything: Everything = False, dry_run: DryRun = False, yes: Yes = False, reason: Reason = "",
-    reroute: Reroute = False, limit: Limit = None, json_lines: Json = False,
-) -> int:  # fmt: skip
+    filter_: "Filter",
+    everything: Everything = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    reason: Reason = "",
+    reroute: Reroute = False,
+    limit: Limit = None,
+    json_lines: Json = False,
+) -> int:
     """Try deferred deliveries now, whenever they are due."""
     from commands.ops.modify import ChangeRequest, change
 
@@ -228,9 +234,14 @@ def _operation(name: str, help_: str) -> None:
     """Add the command for an operation of `relay.queue.operations.OPERATIONS`."""
 
     def run(
-        filter_: "Filter", everything: Everything = False, dry_run: DryRun = False, yes: Yes = False,
-        reason: Reason = "", limit: Limit = None, json_lines: Json = False,
-    ) -> int:  # fmt: skip
+        filter_: "Filter",
+        everything: Everything = False,
+        dry_run: DryRun = False,
+        yes: Yes = False,
+        reason: Reason = "",
+        limit: Limit = None,
+        json_lines: Json = False,
+    ) -> int:
         from commands.ops.modify import ChangeRequest, change
 
         request = ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
@@ -245,7 +256,7 @@ _operation(
     " held after its try.",
 )
 _operation("release", "Queue held deliveries.")
-_operation("bounce", "Give up deliveries, and tell the senders, with the text of --reason.")
+_operation("bounce", "Give up deliveries, and tell the senders. The text of --reason is sent too.")
 _operation("drop", "Give up deliveries without telling the senders.")
 
 Server = Annotated[

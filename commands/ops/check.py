@@ -124,7 +124,7 @@ def _spool(settings: Settings, known: str | None) -> tuple[Literal["ok", "warn",
     marker = directory / "spool-id"
     identity = marker.read_text().strip() if os.access(marker, os.R_OK) else None
     if identity != known:
-        words = f"{directory} is spool {identity or '(none)'}, the database belongs to {known or 'none'}"
+        words = f"{directory} is spool {identity}, the database belongs to spool {known}"
         return "fail", words, "set RELAY_SPOOL_DIR to the spool of this database"
     if not known:
         return "ok", f"{directory}: smtpd or the worker will create it", ""
@@ -165,7 +165,7 @@ def _broker(settings: Settings) -> CheckResult:
     try:
         _redis(settings).ping()
     except (RedisError, OSError, ValueError) as error:
-        remedy = "start it, or correct RELAY_BROKER_URL; mail is delivered without it, some seconds later"
+        remedy = "start it, or correct RELAY_BROKER_URL; without it mail is some seconds late"
         return CheckResult("broker", "away", f"{url}: {first_line(error)}", remedy)
     return CheckResult("broker", "ok", url)
 

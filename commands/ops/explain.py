@@ -161,8 +161,8 @@ def _held(row: Row, _message: Row, _facts: Facts) -> str:
 
 
 def _delivered(row: Row, _message: Row, _facts: Facts) -> str:
-    tries = f"try {row['claim_count']}"
-    return f"delivered {ago(row['finished_at'])} ago to {row['last_server']} ({tries}): {row['last_reply']}"
+    to = f"{row['last_server']} (try {row['claim_count']})"
+    return f"delivered {ago(row['finished_at'])} ago to {to}: {row['last_reply']}"
 
 
 def _failed(row: Row, message: Row, facts: Facts) -> str:
@@ -243,7 +243,7 @@ _OUTCOMES = {
     Outcome.REJECTED: "{server} refused it: {reply}",
     Outcome.INTERRUPTED: "the transfer to {server} broke off: {reply}",
     Outcome.UNCERTAIN: "it is unknown whether {server} accepted it: {reply}",
-    Outcome.MALFORMED: "it is unknown whether {server} accepted it, because its reply is invalid: {reply}",
+    Outcome.MALFORMED: "it is unknown whether {server} accepted it, its reply is invalid: {reply}",
 }
 
 

@@ -80,9 +80,13 @@ _WORKER = "EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker{})"
 _NO_RECIPIENT = """NOT EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = d.queue_id
     AND r.delivery = d.number)"""
 _ROW_CHECKS = (
-    RowCheck("no due time", "due_at IS NULL AND state IN ('queued', 'deferred')", "make it due now", "due_at = @now"),
     RowCheck(
-        "useless due time", "due_at IS NOT NULL AND state IN ('held', 'split', 'delivered', 'dropped')",
+        "no due time", "due_at IS NULL AND state IN ('queued', 'deferred')",
+        "make it due now", "due_at = @now",
+    ),
+    RowCheck(
+        "useless due time",
+        "due_at IS NOT NULL AND state IN ('held', 'split', 'delivered', 'dropped')",
         "clear the time", "due_at = NULL",
     ),
     RowCheck(
@@ -103,7 +107,8 @@ _ROW_CHECKS = (
         "restore the row of its message from a backup",
     ),
     RowCheck(
-        "sent by an ended worker", f"d.state = 'sending' AND {_WORKER.format(' AND w.ended_at < @ago(:late)')}",
+        "sent by an ended worker",
+        f"d.state = 'sending' AND {_WORKER.format(' AND w.ended_at < @ago(:late)')}",
         "record it as uncertain", uncertain="the worker stopped while it was sending",
     ),
     RowCheck(
@@ -111,23 +116,28 @@ _ROW_CHECKS = (
         "record it as uncertain", uncertain="the worker that was sending it is not known",
     ),
 )  # fmt: skip
-_UNASSIGNED = """SELECT r.queue_id, r.delivery FROM recipients r LEFT JOIN deliveries d ON d.queue_id = r.queue_id
-    AND d.number = r.delivery WHERE d.number IS NULL"""
+_UNASSIGNED = """SELECT r.queue_id, r.delivery FROM recipients r
+    LEFT JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
+    WHERE d.number IS NULL"""
 _ASSIGN = f"""INSERT INTO deliveries (queue_id, number, route, state, expires_at, last_reply)
-    SELECT DISTINCT s.queue_id, s.delivery, 'default', 'held', @later(:lifetime), '{BY_FSCK}it had no delivery'
+    SELECT DISTINCT s.queue_id, s.delivery, 'default', 'held', @later(:lifetime),
+        '{BY_FSCK}it had no delivery'
     FROM ({_UNASSIGNED}) s WHERE true ORDER BY s.queue_id, s.delivery LIMIT :most
     ON CONFLICT DO NOTHING RETURNING queue_id, number"""
 _WITHOUT_RECIPIENTS = """SELECT @hex(m.id) FROM messages m
     WHERE NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = m.id)
     AND NOT EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = m.id) ORDER BY m.id LIMIT 10000"""
-_NEEDED_BODIES = f"""SELECT m.id, m.size, min(d.state), max(d.state) FROM deliveries d JOIN messages m
-    ON m.id = d.queue_id WHERE d.state IN ({words(UNFINISHED)}) AND m.id > @id(:after)
+_NEEDED_BODIES = f"""SELECT m.id, m.size, min(d.state), max(d.state)
+    FROM deliveries d JOIN messages m ON m.id = d.queue_id
+    WHERE d.state IN ({words(UNFINISHED)}) AND m.id > @id(:after)
     GROUP BY m.id, m.size ORDER BY m.id LIMIT {BATCH}"""
 _BODY_NEEDED = f"SELECT 1 FROM deliveries WHERE queue_id = @id(:id) AND {NEEDS_BODY}"
 _HOLD = f"""UPDATE deliveries AS d SET state = 'held', due_at = NULL, last_outcome = 'unsendable',
     last_reply = :reply {THESE}"""
-_EXPIRED_LEASES = """SELECT @hex(w.id), w.host, w.pid, CAST(w.lease_expires_at AS text), @since(w.lease_expires_at),
-    (SELECT count(*) FROM deliveries d WHERE d.state = 'sending' AND d.worker = w.id) FROM workers w
+_EXPIRED_LEASES = """SELECT @hex(w.id), w.host, w.pid, CAST(w.lease_expires_at AS text),
+    @since(w.lease_expires_at),
+    (SELECT count(*) FROM deliveries d WHERE d.state = 'sending' AND d.worker = w.id)
+    FROM workers w
     WHERE w.ended_at IS NULL AND w.lease_expires_at < @ago(:long)"""
 _ALIVE = "SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at > @now"
 # A queued delivery may wait for a free connection while others are sent, and an operator may have
@@ -167,8 +177,13 @@ class Fsck:
 
     def _entry(self, reason: str, filter_shown: str = "") -> AuditEntry:
         return AuditEntry(
-            self._engine, self._sql, actor=actor(), verb="fsck", reason=reason, filter_shown=filter_shown
-        )  # fmt: skip
+            self._engine,
+            self._sql,
+            actor=actor(),
+            verb="fsck",
+            reason=reason,
+            filter_shown=filter_shown,
+        )
 
     def _change(
         self,

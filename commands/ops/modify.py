@@ -86,9 +86,13 @@ def _change(
         if not typer.confirm(f"{summary}?"):
             return NOTHING_MATCHED
     chunks = operations.in_chunks(
-        operation, filter_, actor=actor(), reason=request.reason, limit=limit,
+        operation,
+        filter_,
+        actor=actor(),
+        reason=request.reason,
+        limit=limit,
         route_for=Routes.load(settings).route_for if operation is REROUTE else None,
-    )  # fmt: skip
+    )
     spool, changed, removed, interrupted = mounted_spool(settings, queue), Counter[str](), 0, True
     with suppress(KeyboardInterrupt):
         for counts, bodies in chunks:

@@ -107,6 +107,11 @@ _SERVERS: Columns = {
     "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in _OUTCOMES if row[name]),
     "NOW": _circuit,
 }
+_SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")
+_PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
+_RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
+_RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
+_SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
 _AGES: Columns = {
     **_columns(
         f"RECIPIENTS=waiting {' '.join(f'{age.replace("under", "<")}={age}' for age in AGES)} older"
@@ -330,19 +335,17 @@ def show_stats(*, json_lines: bool) -> int:
     with opened(load(Settings)) as engine:
         queue = QueueReader(engine)
         statistics = Statistics(queue)
+        workers = [row for row in queue.workers() if row["ended_at"] is None]
         parts: tuple[tuple[str, str, Sequence[Row], Columns], ...] = (
-            ("queue", "queue", queue.summary(),
-             _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")),
+            ("queue", "queue", queue.summary(), _SUMMARY),
             ("age", "unfinished recipients by age and domain", statistics.ages(), _AGES),
-            ("worker", "workers", [row for row in queue.workers() if row["ended_at"] is None], _WORKERS),
+            ("worker", "workers", workers, _WORKERS),
             ("server", "servers", queue.servers(), _SERVERS),
-            ("pause", "pauses", queue.pauses(), _columns("PAUSED=subject SINCE=since_at BY=actor REASON")),
-            ("received", "received messages", [statistics.received()], _columns("LAST_MINUTE LAST_HOUR BYTES")),
-            ("rate", "tries of the last hour", statistics.rates(),
-             _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")),
-            ("slowest", "slowest tries of the last hour", statistics.slowest(),
-             _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")),
-        )  # fmt: skip
+            ("pause", "pauses", queue.pauses(), _PAUSES),
+            ("received", "received messages", [statistics.received()], _RECEIVED),
+            ("rate", "tries of the last hour", statistics.rates(), _RATES),
+            ("slowest", "slowest tries of the last hour", statistics.slowest(), _SLOWEST),
+        )
     for kind, heading, rows, columns in parts:
         if not json_lines:
             typer.echo(f"{'' if kind == 'queue' else chr(10)}{heading}:{'' if rows else ' none'}")

@@ -1,4 +1,4 @@
-"""`make demo`: a relay on free ports in a temporary directory delivers real mail, in about a minute.
+"""`make demo`: a relay on free ports in a temporary directory delivers real mail in a minute.
 
 The demo starts `qmqp-relay up --demo` as a user would, sends messages over SMTP, prints their
 states from the database, and compares what the sink received with what was sent. The exit status
@@ -68,8 +68,14 @@ def run() -> int:
         }
         command = [sys.executable, "-P", "-m", "commands.cli.main", "up", "--demo"]
         with log.open("wb") as output:
-            up = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True,
-                                  preexec_fn=die_with_parent())  # fmt: skip
+            up = subprocess.Popen(
+                command,
+                env=environ,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+            )
         try:
             faults = list(_play(port, Path(scratch)))
         except (OSError, smtplib.SMTPException, DBAPIError) as error:
@@ -129,8 +135,9 @@ def _watch(
             address, now = row["recipient"], (row["state"], row["attempts"])
             if actual.get(address) != now:
                 actual[address] = now
-                line = f"{names[address]:12} {address:20} {now[0]:10} try {now[1]}  {row['reason'] or ''}"
-                typer.echo(f"{time.monotonic() - began:5.1f}s  {line.rstrip()}")
+                line = f"{names[address]:12} {address:20} {now[0]:10} try {now[1]}"
+                reason = f"  {row['reason']}" if row["reason"] else ""
+                typer.echo(f"{time.monotonic() - began:5.1f}s  {line}{reason}")
         time.sleep(0.05)
     engine.dispose()
     return actual

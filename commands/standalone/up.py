@@ -197,8 +197,8 @@ def _locked(state_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             pid = file.read().strip() or "unknown"
             raise UpError(
-                f"{state_dir} is in use by another `qmqp-relay up`, pid {pid}: stop that one, or set"
-                " RELAY_STATE_DIR to another directory"
+                f"{state_dir} is in use by another `qmqp-relay up`, pid {pid}: stop that one,"
+                " or set RELAY_STATE_DIR to another directory"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
@@ -217,7 +217,7 @@ def _refuse_taken(addresses: Iterable[tuple[str, int]], setting: str) -> None:
                 continue
             why = "is taken by another program" if taken else f"cannot be used: {error.strerror}"
             other = f"{setting}={shown(host, port + 1 if port > 1023 else 2525)}"
-            raise UpError(f"{shown(host, port)} {why}; choose another address, such as {other}")
+            raise UpError(f"{shown(host, port)} {why}; choose another, such as {other}")
 
 
 def _bind_error(host: str, port: int) -> OSError | None:
@@ -279,11 +279,12 @@ def banner(stack: Stack) -> str:
     servers = " ".join(stack.worker.qmqp_servers)
     demo = ""
     if stack.demo:
-        servers = f"{stack.sink_address}, a test server that keeps mail in {_short(stack.state_dir / 'sink')}"
+        dump = _short(stack.state_dir / "sink")
+        servers = f"{stack.sink_address}, a test server that keeps mail in {dump}"
         demo = (
-            "The recipient decides what the test server does: defer-2@ (or any number) is deferred twice and\n"
-            "then accepted, reject@ is refused, slow@ is accepted late, drop-reply@ gets no reply, and any\n"
-            "other is accepted.\n"
+            "The recipient decides what the test server does: defer-2@ (or any number) is\n"
+            "deferred twice and then accepted, reject@ is refused, slow@ is accepted late,\n"
+            "drop-reply@ gets no reply, and any other is accepted.\n"
         )
     facts = {
         "SMTP": " ".join(shown(*address) for address in stack.smtpd.smtp_listen),
@@ -300,7 +301,8 @@ def banner(stack: Stack) -> str:
         "qmqp-relay is up" + (": DEMO, no mail leaves this machine" if stack.demo else ""),
         *(f"  {name:9} {value}" for name, value in facts.items()),
         f"{demo}Send a message (--crlf gives curl's text the line ends of SMTP):",
-        f"  curl --crlf smtp://{url} --mail-from me@example.com --mail-rcpt you@example.org -T README.md",
+        f"  curl --crlf smtp://{url} --mail-from me@example.com --mail-rcpt you@example.org"
+        " -T README.md",
         "See its state:",
         *(f"  {command}" for command in commands),
         "Press Ctrl-C to stop.",

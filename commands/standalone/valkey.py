@@ -62,7 +62,8 @@ def command(program: str, state_dir: Path) -> list[str]:
     owner = path.parent.lstat()
     if path.parent != state_dir and (owner.st_uid != os.getuid() or owner.st_mode & 0o077):
         raise PermissionError(
-            f"other users have access to {path.parent}: remove it, or set RELAY_STATE_DIR to a shorter path"
+            f"other users have access to {path.parent}: remove it, or set RELAY_STATE_DIR to a"
+            " shorter path"
         )
     options = {
         "port": "0", "unixsocket": str(path), "unixsocketperm": "600", "dir": str(state_dir),

@@ -16,7 +16,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,11 +50,12 @@ log = get_logger(__name__)
 PAGES = Path(__file__).with_name("templates")
 PAGE_ROWS = 50
 OVERVIEW_AGE = 5.0  # seconds that an overview is kept
-UNFINISHED_TIMEOUT = 10.0  # seconds for a request to arrive, and for the client to read the answer
+# Seconds for a request to arrive, and for the client to read the answer.
+UNFINISHED_TIMEOUT = 10.0
 STEP, STEPS = 300, 72  # seconds of a bar, and number of bars: six hours
 HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none';"
-    " frame-ancestors 'none'",
+    "content-security-policy": "default-src 'none'; style-src 'self'; form-action 'self';"
+    " base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
@@ -98,10 +98,11 @@ class TimedProtocol(H11Protocol):
             self.transport.abort()
 
     def _answering(self) -> bool:
-        """Whether the client waits for us: the request is complete, and the database has time limits
-        of its own."""
+        """Whether the client waits for us: the request is complete, and the database has time
+        limits of its own."""
         cycle = self.cycle
-        if cycle is None or cycle.more_body:  # type: ignore[redundant-expr]  # None before the first request
+        # None before the first request.
+        if cycle is None or cycle.more_body:  # type: ignore[redundant-expr]
             return False
         return not cycle.response_complete and not self.flow.write_paused
 
@@ -110,8 +111,8 @@ class Guard:
     """Adds HEADERS to every answer, and refuses a request for a host name that is not ours (DNS
     rebinding).
 
-    It is the outermost layer: Starlette raises an exception again after `Pages.failed` has answered,
-    and it is logged here.
+    It is the outermost layer: Starlette raises an exception again after `Pages.failed` has
+    answered, and it is logged here.
     """
 
     def __init__(self, app: ASGIApp, hostname: str) -> None:
@@ -159,9 +160,13 @@ class Pages:
         self._queue = QueueReader(engine)
         self._settings = settings
         self._templates = Environment(
-            loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-            lstrip_blocks=True, finalize=lambda value: plain(value) if type(value) is str else value,
-        )  # fmt: skip
+            loader=FileSystemLoader(PAGES),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=lambda value: plain(value) if type(value) is str else value,
+        )
         self._templates.globals |= {
             "ago": ago,
             "cut": cut,
@@ -213,11 +218,11 @@ class Pages:
         }
 
     def search(self, request: Request) -> Response:
-        """Mail that matches, newest first, a page at a time. Without an index a page covers a bounded
-        number of messages."""
+        """Mail that matches, newest first, a page at a time. Without an index a page covers a
+        bounded number of messages."""
         fields = {name: request.query_params.get(name, "").strip() for name in FIELDS}
         after = request.query_params.get("after", "")
-        fault, rows, more, horizon = "", list[Row](), "", None
+        fault, older, rows, horizon = "", "", list[Row](), None
         try:
             filter_, last = self._filter(fields), self._last_row(after)
             horizon = self._queue.horizon(filter_, last)
@@ -233,21 +238,20 @@ class Pages:
         except (NoSuchMessage, ValueError) as error:
             fault = str(error)
         if len(rows) > PAGE_ROWS:
-            more, horizon = (
-                f"{rows[PAGE_ROWS - 1]['queue_id']}.{rows[PAGE_ROWS - 1]['position']}",
-                None,
-            )
+            horizon = None
+            older = f"{rows[PAGE_ROWS - 1]['queue_id']}.{rows[PAGE_ROWS - 1]['position']}"
         elif horizon:
-            more = f"{horizon}.0"
-        query = (
-            urlencode({name: value for name, value in fields.items() if value} | {"after": more})
-            if more
-            else ""
-        )
+            older = f"{horizon}.0"
+        values = {name: value for name, value in fields.items() if value}
         return self._page(
-            "search.html", fields=fields, rows=rows[:PAGE_ROWS], more=query, fault=fault, later=after,
-            until=stamp(datetime.fromtimestamp(int(horizon[:12], 16) / 1000, UTC)) if horizon else "",
-        )  # fmt: skip
+            "search.html",
+            fields=fields,
+            rows=rows[:PAGE_ROWS],
+            more=urlencode(values | {"after": older}) if older else "",
+            fault=fault,
+            later=after,
+            until=_received(horizon) if horizon else "",
+        )
 
     def _last_row(self, after: str) -> tuple[str, int] | None:
         """The last row of the page before; raises NoSuchMessage, and ValueError for a link that is
@@ -315,6 +319,11 @@ class Pages:
         return HTMLResponse(text, status)
 
 
+def _received(queue_id: str) -> str:
+    """The time in a queue id (UUIDv7: its first 48 bits are milliseconds)."""
+    return stamp(datetime.fromtimestamp(int(queue_id[:12], 16) / 1000, UTC))
+
+
 def due(when: datetime | None) -> str:
     """How long until then, or how late it is."""
     return ago(when) + (" late" if when is not None and when < datetime.now(UTC) else "")
@@ -341,12 +350,13 @@ def address(text: str) -> Markup:
 def application(engine: Engine, settings: Settings) -> ASGIApp:
     """The ASGI application."""
     pages = Pages(engine, settings)
-    routes: list[tuple[str, Callable[[Request], Response]]] = [
-        ("/", pages.overview), ("/search", pages.search), ("/message/{queue_id}", pages.message),
-        ("/style.css", pages.style),
-    ]  # fmt: skip
     app = Starlette(
-        routes=[Route(path, endpoint) for path, endpoint in routes],
+        routes=[
+            Route("/", pages.overview),
+            Route("/search", pages.search),
+            Route("/message/{queue_id}", pages.message),
+            Route("/style.css", pages.style),
+        ],
         exception_handlers={HTTPException: pages.failed, Exception: pages.failed},
     )
     return Guard(app, settings.hostname)
@@ -355,9 +365,16 @@ def application(engine: Engine, settings: Settings) -> ASGIApp:
 def server(engine: Engine, settings: Settings) -> uvicorn.Server:
     """The server; its `run` takes the listening sockets."""
     config = uvicorn.Config(
-        application(engine, settings), http=TimedProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, limit_concurrency=100, timeout_graceful_shutdown=3,
-    )  # fmt: skip
+        application(engine, settings),
+        http=TimedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=100,
+        timeout_graceful_shutdown=3,
+    )
     return uvicorn.Server(config)
 
 

@@ -1,7 +1,7 @@
-"""Graphs as numbers: the positions of bars, lines and grid of a page's SVG. The templates draw them.
+"""Graphs as numbers: the positions of bars, lines and grid of a page's SVG, for the templates.
 
-Horizontal positions are in hundredths of the width, vertical ones in pixels, so a narrow screen gets
-narrower bars and the same text. Time is divided into steps that end now, not at a full clock time:
+Horizontal positions are in hundredths of the width, vertical ones in pixels, so a narrow screen
+gets narrower bars and the same text. Time is divided into steps that end now, not at a full hour:
 the newest bar covers a whole step, because a step that has just begun would look like mail that has
 stopped. The style sheet sets colours and patterns; text always repeats what a colour says.
 """
