@@ -164,8 +164,8 @@ def fsck(
     repair: Annotated[bool, typer.Option("--repair", help="Repair what can be repaired.")] = False,
     json_lines: Json = False,
 ) -> int:
-    """Compare spool, database and broker. Prints every inconsistency, and exits with status 1 if one
-    remains. Mail may flow meanwhile."""
+    """Compare spool, database and broker. Prints every inconsistency, and exits with status 1 if
+    one remains. Mail may flow meanwhile."""
     from commands.ops.fsck import run
 
     return run(repair=repair, json_lines=json_lines)

@@ -173,7 +173,7 @@ def list_(
 
 @command(queue)
 def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
-    """Show everything about a message. Envelope, deliveries, and every try with the server's reply."""
+    """Show everything about a message. Envelope, deliveries, and every try with its reply."""
     from commands.ops.show import show_message, watched
 
     return watched(watch, lambda: show_message(queue_id, json_lines=json_lines))

@@ -82,8 +82,8 @@ class Installation:
         return child
 
     def until_accepting(self, smtpd: subprocess.Popen[Any]) -> None:
-        until(lambda: self._accepts() or smtpd.poll() is not None, STARTING, what=self.said)
-        assert smtpd.poll() is None, self.said()
+        until(lambda: self._accepts() or smtpd.poll() is not None, STARTING, what=self.log_text)
+        assert smtpd.poll() is None, self.log_text()
 
     def _accepts(self) -> bool:
         try:
@@ -97,16 +97,16 @@ class Installation:
         until(
             lambda: self.rows(registered, pid=worker.pid) or worker.poll() is not None,
             STARTING,
-            what=self.said,
+            what=self.log_text,
         )
-        assert worker.poll() is None, self.said()
+        assert worker.poll() is None, self.log_text()
 
     def end(self, child: subprocess.Popen[Any], number: int = signal.SIGTERM) -> int:
         """Signal a child and wait for its end; its exit status."""
         self.children.remove(child)
         return end(child, number)
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         """The processes that ended, and the last lines of the log without those about each message."""
         ended = [
             f"{child!r} (pid {child.pid})" for child in self.children if child.poll() is not None
@@ -166,7 +166,7 @@ class Installation:
         until(
             lambda: self.to(recipient).state == state,
             timeout,
-            what=lambda: f"{self.to(recipient)} {self.said()}",
+            what=lambda: f"{self.to(recipient)} {self.log_text()}",
         )
         return self.to(recipient)
 
@@ -184,7 +184,7 @@ class Installation:
             "SELECT queue_id, recipient, state, attempts, reason, next_at FROM mail_queue LIMIT 5"
         )
         states = self.rows("SELECT state, count(*) FROM deliveries GROUP BY state")
-        return f"{states}, such as {rows}\n{self.said()}"
+        return f"{states}, such as {rows}\n{self.log_text()}"
 
     def bodies(self) -> list[Path]:
         """The bodies in the spool."""

@@ -94,8 +94,12 @@ class Up:
     def start(self) -> None:
         """Start it and wait for the banner."""
         self.begin()
-        until(lambda: "Ctrl-C to stop" in self.said() or not self.running, STARTING, what=self.said)
-        assert self.running, self.said()
+        until(
+            lambda: "Ctrl-C to stop" in self.log_text() or not self.running,
+            STARTING,
+            what=self.log_text,
+        )
+        assert self.running, self.log_text()
 
     @property
     def running(self) -> bool:
@@ -106,7 +110,7 @@ class Up:
         assert self.process is not None
         return self.process.pid
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         """Everything that it and its children have written."""
         return self.log.read_text(errors="replace")
 
@@ -152,7 +156,7 @@ class Up:
         until(
             lambda: self.states().get(recipient) == state,
             timeout,
-            what=lambda: f"{self.states()}\n{self.said()}",
+            what=lambda: f"{self.states()}\n{self.log_text()}",
         )
 
 

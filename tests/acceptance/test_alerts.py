@@ -60,9 +60,9 @@ def promtool(*words: str | Path) -> str:
     program = shutil.which("promtool")
     if program is None:
         pytest.skip("no promtool on PATH (Debian: package prometheus)")
-    said = subprocess.run([program, *words], capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stdout + said.stderr
-    return said.stdout
+    result = subprocess.run([program, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def test_promtool_accepts_the_rules():

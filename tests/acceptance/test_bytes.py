@@ -93,14 +93,14 @@ def data_phase(relay: Installation, recipient: str, size: int = 0) -> Iterator[s
     """A connection on which content may be sent."""
     with socket.create_connection(("127.0.0.1", relay.port), 60) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        said = connection.makefile("rb")
-        assert said.readline().startswith(b"220 ")
+        replies = connection.makefile("rb")
+        assert replies.readline().startswith(b"220 ")
         parameter = f" SIZE={size}" if size else ""
         connection.sendall(
             f"EHLO client.example.com\r\nMAIL FROM:<me@example.com>{parameter}\r\n"
             f"RCPT TO:<{recipient}>\r\nDATA\r\n".encode()
         )
-        until(lambda: said.readline().startswith(b"354 "), what="DATA is answered")
+        until(lambda: replies.readline().startswith(b"354 "), what="DATA is answered")
         yield connection
 
 

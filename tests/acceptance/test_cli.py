@@ -90,9 +90,9 @@ def test_a_database_out_of_reach(tmp_path: Path) -> None:
     assert looked.returncode == 3
     checked = command("check", "--json", STATE_DIR=str(tmp_path), DATABASE_URL=url)
     assert checked.returncode == 3
-    for said in (looked.stderr, checked.stdout, checked.stderr):
-        assert "secret" not in said
-        assert "Traceback" not in said
+    for text in (looked.stderr, checked.stdout, checked.stderr):
+        assert "secret" not in text
+        assert "Traceback" not in text
 
 
 def test_what_is_made_is_closed_to_others_and_check_names_what_is_not(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_every_command_refuses_a_setting_that_one_refuses(
 
 
 @pytest.mark.parametrize(
-    ("words", "settings", "said"),
+    ("words", "settings", "text"),
     [
         (("up",), {"SMTP_LISTEN": "nonsense"}, "RELAY_SMTP_LISTEN"),
         (("up",), {"RETRY_MIN": "soon"}, "RELAY_RETRY_MIN"),
@@ -197,7 +197,7 @@ def test_wrong_use_is_named(
     monkeypatch: pytest.MonkeyPatch,
     words: tuple[str, ...],
     settings: dict[str, str],
-    said: str,
+    text: str,
 ) -> None:
     for name, value in {"STATE_DIR": str(tmp_path / "var"), **settings}.items():
         monkeypatch.setenv(f"RELAY_{name}", value)
@@ -208,7 +208,7 @@ def test_wrong_use_is_named(
         main, words
     )  # in this process: a dozen starts of Python would take a while
     assert refused.exit_code == 2, refused.output
-    assert said in refused.output
+    assert text in refused.output
 
 
 def test_migrate_twice(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Scene:
         recipient = f"{name}@long.test"
         self.relay.send(recipient, body=LONG)
         self.accepted.add(recipient)
-        until(lambda: self.mire.connections > connections, 20, what=self.relay.said)
+        until(lambda: self.mire.connections > connections, 20, what=self.relay.log_text)
         self.depth.deep = False  # for the next connection
         pid = self.relay.rows(
             "SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker WHERE d.route = 'long'"
@@ -137,7 +137,7 @@ def scene(
 def until_expired(relay: Installation, pid: int) -> float:
     """Wait until the worker of that process is expired; the seconds since its last renewal."""
     sql = """SELECT @micros(ended_at) - @micros(lease_expires_at) FROM workers WHERE pid = :pid AND end_reason = 'vanished'"""
-    late = until(lambda: relay.rows(sql, pid=pid), 30, what=relay.said)[0][0]
+    late = until(lambda: relay.rows(sql, pid=pid), 30, what=relay.log_text)[0][0]
     return float(late) / 1_000_000 + LEASE
 
 

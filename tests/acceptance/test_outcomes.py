@@ -72,7 +72,7 @@ def test_d_bounces_with_the_words_of_the_server_and_a_notice(scene: Scene) -> No
     ]
     until(
         lambda: relay.rows("SELECT 1 FROM mail_history WHERE dsn_of = :id", id=queue_id),
-        what=relay.said,
+        what=relay.log_text,
     )
     notice = relay.until_state("author@sink.test", "delivered")
     assert (notice.sender, notice.dsn_of) == ("", queue_id)
@@ -121,9 +121,9 @@ def test_without_a_server_mail_waits_for_the_setting(scene: Scene) -> None:
     relay = scene.relay
     relay.send("you@nowhere.test")
     reason = "no QMQP server configured (RELAY_QMQP_SERVERS)"
-    until(lambda: relay.to("you@nowhere.test").reason == reason, 30, what=relay.said)
+    until(lambda: relay.to("you@nowhere.test").reason == reason, 30, what=relay.log_text)
     assert relay.to("you@nowhere.test").state in ("deferred", "queued", "sending")
-    assert re.search(re.escape(reason), relay.said())
+    assert re.search(re.escape(reason), relay.log_text())
     worker = relay.children[0]
     assert relay.end(worker) == 0
     relay.worker(wait=False, QMQP_SERVERS=f"127.0.0.1:{scene.sink.port}")

@@ -87,27 +87,26 @@ class Chromium:
         self._number += 1
         command = {"id": self._number, "method": method, "params": params} | self._session
         os.write(self._to, json.dumps(command).encode() + b"\0")
-        while (said := self._heard()).get("id") != self._number:
+        while (message := self._read_message()).get("id") != self._number:
             pass
-        return said["result"]
+        return message["result"]
 
     def until_loaded(self, before: int) -> None:
-        """Wait until more pages were loaded than `before`: that may have been told between other
-        answers."""
+        """Wait until more pages were loaded than `before`."""
         while self.loads == before:
-            self._heard()
+            self._read_message()
 
-    def _heard(self) -> Any:
+    def _read_message(self) -> Any:
         while b"\0" not in self._read:
-            assert select.select([self._from], [], [], 30)[0], "the browser says nothing"
+            assert select.select([self._from], [], [], 30)[0], "the browser sends nothing"
             more = os.read(self._from, 1 << 16)
-            assert more, "the browser has gone"
+            assert more, "the browser has ended"
             self._read += more
         one, _, self._read = self._read.partition(b"\0")
-        said = json.loads(one)
-        assert said.get("method") != "Page.javascriptDialogOpening", "a script of a peer runs"
-        self.loads += said.get("method") == "Page.loadEventFired"
-        return said
+        message = json.loads(one)
+        assert message.get("method") != "Page.javascriptDialogOpening", "a script of a peer runs"
+        self.loads += message.get("method") == "Page.loadEventFired"
+        return message
 
     def look(self, url: str, width: int, scheme: str) -> None:
         self.call(

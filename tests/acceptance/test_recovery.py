@@ -40,7 +40,7 @@ def accept(relay: Installation, count: int) -> None:
             relay.count("d.last_outcome = 'unreachable' AND d.claim_count > 0") >= before + count
         ),
         60,
-        what=relay.said,
+        what=relay.log_text,
     )
     assert (
         relay.count("d.waiting_for = 'route:default' AND d.state = 'deferred'")
@@ -73,7 +73,7 @@ def test_all_that_waits_for_a_server_is_sent_when_it_returns(
     relay.worker()
     accept(relay, MANY)
     with running_sink(port=port) as sink:
-        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.said)
+        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.log_text)
         relay.until_all_delivered()
         assert span(relay) < PROMPT
         assert sink.count == MANY
@@ -89,7 +89,7 @@ def test_a_worker_that_sees_a_server_work_sends_what_others_deferred(
     relay.end(ended)
     with running_sink(port=port) as sink:
         relay.worker()
-        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.said)
+        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.log_text)
         relay.until_all_delivered()
         assert span(relay) < PROMPT
 
@@ -104,7 +104,7 @@ def test_the_first_mail_of_a_relay_whose_server_comes_a_moment_later(
     relay.worker()
     accept(relay, 1)
     with running_sink(port=port) as sink:
-        until(lambda: sink.count == 1, RESTART_TIMEOUT, what=relay.said)
+        until(lambda: sink.count == 1, RESTART_TIMEOUT, what=relay.log_text)
 
 
 def test_mail_of_a_route_without_a_server_is_sent_when_it_gets_one(
@@ -118,7 +118,7 @@ def test_mail_of_a_route_without_a_server_is_sent_when_it_gets_one(
     accept(relay, MANY)
     with running_sink(port=port) as sink:
         routes.write_text(f'[default]\nservers = ["127.0.0.1:{port}"]\n')
-        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.said)
+        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.log_text)
         relay.until_all_delivered()
         assert span(relay) < PROMPT
 
@@ -142,7 +142,7 @@ def test_mail_that_was_deferred_before_a_pause_is_sent_when_that_ends(
             command("resume", "--server", server, "--reason", "a test", **relay.settings).returncode
             == 0
         )
-        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.said)
+        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.log_text)
         relay.until_all_delivered()
         assert span(relay) < PROMPT
         assert sink.count == MANY

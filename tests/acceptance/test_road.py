@@ -106,7 +106,7 @@ def test_two_thousand_through_up(start_up: StartUp, qmqp_sink: CountingSink) -> 
         until(
             lambda: {state for state, *_ in states()} == {"delivered"},
             60,
-            what=lambda: f"{states()}{up.said()}",
+            what=lambda: f"{states()}{up.log_text()}",
         )
         assert states() == [("delivered", 1, MANY)]
     assert qmqp_sink.count == before + MANY
@@ -156,7 +156,7 @@ def test_clients_talk_to_it_without_complaint(
             run(["curl", "-sS", "--crlf", f"smtp://{address}", "--mail-from", "me@example.com", "--mail-rcpt",
                  recipient, "-T", str(letter)])  # fmt: skip
         case "swaks":
-            said = run(
+            output = run(
                 [
                     "swaks",
                     "--server",
@@ -169,8 +169,8 @@ def test_clients_talk_to_it_without_complaint(
                     f"@{letter}",
                 ]
             )
-            assert "queued as" in said
-            assert "** " not in said  # marks an error of swaks
+            assert "queued as" in output
+            assert "** " not in output  # marks an error of swaks
         case _:
             message = EmailMessage()
             message["Subject"] = "client"

@@ -17,8 +17,8 @@ from tests.waiting import until
 
 def test_mail_is_delivered_after_every_process_was_killed(start_up: StartUp) -> None:
     up = start_up("--demo")
-    said = up.said()
-    assert "DEMO" in said
+    output = up.log_text()
+    assert "DEMO" in output
     for word in (
         f"smtp://127.0.0.1:{up.port}",
         "curl",
@@ -28,7 +28,7 @@ def test_mail_is_delivered_after_every_process_was_killed(start_up: StartUp) -> 
         "slow@",
         "drop-reply@",
     ):
-        assert word in said
+        assert word in output
     up.send("you@example.org", "reject@example.org", sender="")
     up.until_state("reject@example.org", "bounced")
     up.send("you@example.org")
@@ -38,8 +38,8 @@ def test_mail_is_delivered_after_every_process_was_killed(start_up: StartUp) -> 
         pid = up.child(name) or up.child(f"{name}-server") or up.child("redis-server")
         assert pid, name
         os.kill(pid, signal.SIGKILL)
-    until(lambda: up.said().count("starting it again") >= 3, 10, what=up.said)
-    until(lambda: _listens(up.port), STARTING, what=up.said)
+    until(lambda: up.log_text().count("starting it again") >= 3, 10, what=up.log_text)
+    until(lambda: _listens(up.port), STARTING, what=up.log_text)
     up.send("me@example.org")
     up.until_state("me@example.org", "delivered")
     assert up.end(signal.SIGINT) == 0
@@ -52,8 +52,8 @@ def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(
     deep = tmp_path / ("d" * 100) / "var"  # longer than the path of a socket may be
     deep.parent.mkdir()
     up = start_up("--demo", QMQP_SERVER="mail.example.com", STATE_DIR=str(deep))
-    assert up.said().count("ignoring RELAY_QMQP_SERVER,") == 1
-    assert "did you mean RELAY_QMQP_SERVERS?" in up.said()
+    assert up.log_text().count("ignoring RELAY_QMQP_SERVER,") == 1
+    assert "did you mean RELAY_QMQP_SERVERS?" in up.log_text()
     (tmp_path / "README.md").write_text("# Heading\n\n.dots\n")
     paste("curl", up, tmp_path)
     up.until_state("you@example.org", "delivered")
@@ -68,7 +68,7 @@ def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(
 def paste(word: str, up: Up, directory: Path) -> None:
     """Run the line of the banner that has this word, as a person would."""
     line = next(
-        line for line in up.said().splitlines() if line.startswith("  ") and f"{word} " in line
+        line for line in up.log_text().splitlines() if line.startswith("  ") and f"{word} " in line
     )
     done = subprocess.run(
         line, shell=True, cwd=directory, capture_output=True, text=True, timeout=30, check=False
@@ -94,7 +94,7 @@ def test_a_second_up_in_one_directory_is_refused(tmp_path: Path) -> None:
     up = Up(tmp_path / "var")
     up.begin()
     lock = up.state_dir / "up.lock"
-    until(lambda: lock.exists() and lock.read_text(), STARTING, what=up.said)
+    until(lambda: lock.exists() and lock.read_text(), STARTING, what=up.log_text)
     second = command("up", STATE_DIR=str(up.state_dir), SMTP_LISTEN=f"127.0.0.1:{free_port()}")
     assert second.returncode == 2
     assert f"pid {up.pid}" in second.stderr
@@ -154,11 +154,11 @@ def test_a_port_that_another_program_took_ends_up(start_up: StartUp) -> None:
         )  # beside connections that have just ended
         os.kill(smtpd, signal.SIGKILL)
         until(lambda: _takes(other, up.port), what="the port of the dead smtpd")
-        until(lambda: not up.running, STARTING, what=up.said)
+        until(lambda: not up.running, STARTING, what=up.log_text)
     assert up.process is not None
     assert up.process.wait() == 2
-    assert f"cannot listen on 127.0.0.1:{up.port}: Address already in use" in up.said()
-    assert "smtpd cannot run here, so it is not started again" in up.said()
+    assert f"cannot listen on 127.0.0.1:{up.port}: Address already in use" in up.log_text()
+    assert "smtpd cannot run here, so it is not started again" in up.log_text()
     assert processes_of(up.state_dir) == []
 
 
@@ -193,10 +193,14 @@ def test_a_second_ctrl_c_kills(start_up: StartUp) -> None:
         with connection:
             until(lambda: connection.recv(65536).endswith(b","), what="the whole request")
             os.kill(up.pid, signal.SIGINT)
-            until(lambda: "stopping" in up.said() and up.child("smtpd") is None, 10, what=up.said)
+            until(
+                lambda: "stopping" in up.log_text() and up.child("smtpd") is None,
+                10,
+                what=up.log_text,
+            )
             assert up.running
             # Within half a second a signal counts as the same one, so ask until it is another.
-            until(lambda: _interrupted(up.pid) or not up.running, 10, what=up.said)
+            until(lambda: _interrupted(up.pid) or not up.running, 10, what=up.log_text)
     assert up.end(signal.SIGCONT) == 0
     assert processes_of(up.state_dir) == []
 
