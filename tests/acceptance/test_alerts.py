@@ -1,5 +1,4 @@
-"""The alert rules: promtool accepts them, they speak of metrics that there are, and docs/operate.md
-lists both."""
+"""The alert rules: promtool accepts them, their metrics exist, and docs/operate.md lists both."""
 
 import json
 import re
@@ -50,7 +49,7 @@ CASES: list[Case] = [
     ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
     ("RelayBrokerListGrows", {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"}, [12], [10]),
     ("RelayServerIsLeftAlone", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
-    # The first refusal that a worker meets is the birth of its series.
+    # The series of a worker begins with its first refusal.
     ("RelayServerDoesNotWantUs", {RESTS % "refuses us": "_x30 1x60"}, [31], [29, 60]),
     ("RelaySlowToAccept", {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"}, [12], [5]),
     ("RelaySlowToAccept", {ACCEPT % "0.1": "0+9x60", ACCEPT % "+Inf": "0+9x60"}, [], [30]),
@@ -61,9 +60,9 @@ def promtool(*words: str | Path) -> str:
     program = shutil.which("promtool")
     if program is None:
         pytest.skip("no promtool on PATH (Debian: package prometheus)")
-    said = subprocess.run([program, *words], capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stdout + said.stderr
-    return said.stdout
+    result = subprocess.run([program, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def test_promtool_accepts_the_rules():
@@ -71,7 +70,7 @@ def test_promtool_accepts_the_rules():
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
-def test_it_fires_when_it_should_and_only_then(case: Case, tmp_path: Path):
+def test_an_alert_fires_only_when_it_should(case: Case, tmp_path: Path):
     alert, series, fires, silent = case
     firing = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
     expected = [(minute, [{"value": 1}]) for minute in fires] + [(minute, []) for minute in silent]

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from commands.cli import completion
 from commands.cli.main import main
-from commands.ops import show as inspect
+from commands.ops import show
 from commands.output import write, write_lines
 from relay.db.engine import connect, reading
 from relay.db.schema import Outcome
@@ -265,10 +265,10 @@ def test_filter_by_message_finds_finished_mail(office: Office, typed: Typed) -> 
         assert [row["state"] for row in lines(typed("list", "--json", *words))] == ["delivered"]
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     hint = typed("list", "--recipient", "b@example.org", status=1).stderr
-    assert hint == "qmqp-relay: nothing like that is unfinished; --all looks further\n"
+    assert hint == "qmqp-relay: no unfinished mail matches; try --all\n"
     assert (
         typed("list", "--all", "--recipient", "x", status=1).stderr
-        == "qmqp-relay: nothing like that\n"
+        == "qmqp-relay: no mail matches\n"
     )
 
 
@@ -334,7 +334,7 @@ def test_a_queue_fits_the_terminal(
     office.record(office.claim(queue_id)[0], Outcome.DEFERRED, reply=reply)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
-    assert write(QueueReader(office.engine).rows(Filter()), inspect.COLUMNS) == 1
+    assert write(QueueReader(office.engine).rows(Filter()), show.COLUMNS) == 1
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= width
     assert queue_id[-12:] in shown
@@ -350,9 +350,9 @@ def test_watch_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> N
         if len(looks) == 3:
             raise KeyboardInterrupt
 
-    assert inspect.watched(2.0, lambda: 1, pause) == 1
+    assert show.watched(2.0, lambda: 1, pause) == 1
     assert looks == [2.0, 2.0, 2.0]
-    assert inspect.watched(None, lambda: 0, pause) == 0
+    assert show.watched(None, lambda: 0, pause) == 0
     assert len(looks) == 3
 
 
@@ -373,12 +373,12 @@ def test_an_outage_does_not_end_a_watch(
             raise KeyboardInterrupt
 
     url = os.environ["RELAY_DATABASE_URL"]
-    assert inspect.watched(0.5, lambda: inspect.show_why(queue_id, json_lines=False), pause) == 0
+    assert show.watched(0.5, lambda: show.show_why(queue_id, json_lines=False), pause) == 0
     shown = capsys.readouterr()
     assert shown.out.count("b@example.org: queued") == 2
     assert shown.err.startswith("qmqp-relay: database: connection")
     with pytest.raises(NoSuchMessage):
-        inspect.watched(0.5, lambda: inspect.show_message("f" * 32, json_lines=False), pause)
+        show.watched(0.5, lambda: show.show_message("f" * 32, json_lines=False), pause)
 
 
 def completed(line: str) -> set[str]:
@@ -399,12 +399,12 @@ def test_shell_completes_routes_and_servers(
         office.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]}
     )
     typed("pause", "--route", "gone")
-    monkeypatch.setattr(completion, "PATIENCE", 30.0)
+    monkeypatch.setattr(completion, "TIMEOUT", 30.0)
     assert completed("qmqp-relay list --route ") == {"default", "bulk", "gone"}
     assert completed("qmqp-relay pause --server mx") == {"mx1:628", "mx2:628"}
     monkeypatch.setenv("RELAY_DATABASE_URL", "postgresql://127.0.0.1:1/x")
     assert completed("qmqp-relay list --route ") == set()
-    monkeypatch.setattr(completion, "PATIENCE", 0.0)
+    monkeypatch.setattr(completion, "TIMEOUT", 0.0)
     monkeypatch.setattr(completion, "_known", lambda kind: threading.Event().wait(60))
     assert completed("qmqp-relay list --route ") == set()
 
@@ -421,9 +421,7 @@ def test_stored_control_characters_are_escaped_on_a_terminal(
     queue_id = office.accept()
     spool.store(queue_id, [b"Subject: \x1b]0;x\x07\n\n\xff\x1b[2J\n".ljust(100, b"x")])
     assert b"\x1b" in typed("body", queue_id).stdout_bytes
-    monkeypatch.setattr(
-        inspect, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
-    )
+    monkeypatch.setattr(show, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
     assert "\x1b" not in typed("body", queue_id).stdout
     assert "\\x1b]0;x\\x07" in typed("headers", queue_id).stdout
 
@@ -447,9 +445,9 @@ def test_stats_counts_the_rows_that_it_leaves_out(
     assert (ages[-1]["under_5m"], ages[-1]["older"]) == (6, 0)
     for _ in range(3):
         office.hire()
-    monkeypatch.setattr(inspect, "MANY", 2)
+    monkeypatch.setattr(show, "MAX_WORKERS", 2)
     shown = typed("stats").stdout
-    assert "\nand 2 more, which are sending 0\n" in shown
+    assert "\nand 2 more workers, which are sending 0 deliveries\n" in shown
     assert len([row for row in lines(typed("stats", "--json")) if row["kind"] == "worker"]) == 4
 
 
@@ -480,9 +478,9 @@ def test_open_circuit_is_listed_with_its_reason(
 ) -> None:
     office.sweeps.publish_open_circuits(office.worker, {"192.0.2.7:628": "450 too busy"})
     typed("pause", "--server", "192.0.2.8")
-    now = {row["server"]: inspect._now(row) for row in QueueReader(office.engine).servers()}
+    now = {row["server"]: show._circuit(row) for row in QueueReader(office.engine).servers()}
     assert now.pop("192.0.2.8:628").startswith("paused for ")
-    assert now == {"192.0.2.7:628": "left alone: 450 too busy"}
+    assert now == {"192.0.2.7:628": "circuit open: 450 too busy"}
 
 
 @pytest.mark.parametrize(

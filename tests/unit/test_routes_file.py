@@ -244,7 +244,7 @@ def test_check_shows_routes_and_servers_in_order(file: Path, write: Write) -> No
         ONE
         + '[two]\nrecipients = ["*.two.example", "x@y"]\nservers = ["b.example:629", "unix:/run/q"]\n'
     )
-    said = {finding.what: finding.words for finding in check._routes(loaded(file))}
+    said = {finding.what: finding.words for finding in check.check_routes(loaded(file))}
     assert said == {
         "route one": "one.example -> a.example:628",
         "route two": "*.two.example, x@y -> b.example:629, unix:/run/q",
@@ -258,7 +258,7 @@ def test_check_refuses_a_bad_number(
 ) -> None:
     write(ONE + "retry_min = -5\n")
     monkeypatch.setenv("RELAY_ROUTES", str(file))
-    (finding,) = check.look()
+    (finding,) = check.check_all()
     assert (finding.what, finding.verdict) == ("settings", "fail")
     assert "[one] retry_min = -5: Input should be greater than 0" in finding.words
 
@@ -268,6 +268,6 @@ def test_check_reports_an_error_in_the_file(
 ) -> None:
     write("[one]\nrecipients = ['one.example']\nservers = ['a:0']\n")
     monkeypatch.setenv("RELAY_ROUTES", str(file))
-    (finding,) = check.look()
+    (finding,) = check.check_all()
     assert (finding.what, finding.verdict) == ("settings", "fail")
     assert "bad port in QMQP server 'a:0'" in finding.words
