@@ -48,11 +48,9 @@ from relay.settings import WorkerSettings
 from relay.spool.store import BodyUnsendable, Spool
 from relay.startup import new_loop
 from worker.body_io import BodyIo, Opened
-from worker.capacity import Capacity
 from worker.circuit_breaker import ServerPool
 from worker.delivery import DeliveryTask, TransferConfig
-from worker.hint_queue import HintBatch
-from worker.producer import Producer
+from worker.producer import ClaimsHandler, HintBatch, Producer
 
 log = get_logger(__name__)
 LONGEST_FAULT_PAUSE = 30.0
@@ -96,10 +94,7 @@ class Engine:
         self.ready = threading.Event()
         self._renewed = float("-inf")  # when the last renewal that succeeded was asked for
         self._renewing = False
-        self._room = Capacity(
-            routes, self._servers, settings.worker_connections, settings.batch_size
-        )
-        self._demand = Producer(settings, routes, self._room, self._wish)
+        self.producer = Producer(settings, routes, self._servers, self._wish)
         self._active: dict[DeliveryTask, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
         self._opening = 0
@@ -203,8 +198,8 @@ class Engine:
             stood > STANDSTILL
         ):  # nothing could move meanwhile: that time is no reason to give anything up
             self._exclusive_until += stood
-            self._demand.stood_still(stood)
-        self._demand.drop_hints(unless_moved_since=now - self._settings.grace)
+            self.producer.extend_waits(stood)
+        self.producer.drop_hints(unless_moved_since=now - self._settings.grace)
         if self._quarantine and now >= self._exclusive_until:
             self._quarantine_timeout(now)
         self._poll()
@@ -260,9 +255,9 @@ class Engine:
     # Claiming
 
     def _offered(self, ticket: HintBatch, ids: Sequence[str], lane: str, route: str) -> None:
-        self._demand.hint(ticket, ids, lane, route)
+        self.producer.add(ticket, ids, lane, route)
         if self._stopping:
-            self._demand.drop_hints()
+            self.producer.drop_hints()
         self._poll()
 
     def _may_claim(self, now: float) -> bool:
@@ -277,20 +272,20 @@ class Engine:
         if self._quarantine:
             self._start_exclusive()
         if self._may_claim(now):
-            self._demand.ask(self.worker, now)
+            self.producer.produce(self.worker, now)
 
     def _look(self) -> None:
-        self._demand.look_now()
+        self.producer.poll_now()
         self._poll()
 
-    def _wish(self, wish: ClaimRequest, done: Callable[[Sequence[Claim]], None]) -> None:
+    def _wish(self, wish: ClaimRequest, done: ClaimsHandler) -> None:
         self._opening += 1
         self._writer.put(wish, partial(self._claimed, wish, done))
 
     def _claimed(
         self,
         wish: ClaimRequest,
-        done: Callable[[Sequence[Claim]], None],
+        done: ClaimsHandler,
         result: CommandResult | Exception,
     ) -> None:
         """A wish came back: open the bodies of what was claimed."""
@@ -308,7 +303,7 @@ class Engine:
         for claim, handle in zip(claims, opened.result(), strict=True):
             transfer = DeliveryTask(
                 claim, worker, handle if isinstance(handle, int) else -1, self._routes.get(claim.route), self._terms,
-                partial(self._room.slot_taken, claim.route),
+                partial(self.producer.capacity.slot_taken, claim.route),
             )  # fmt: skip
             if isinstance(handle, BodyUnsendable):
                 log.critical("body unsendable", id=claim.queue_id, reason=str(handle))
@@ -358,7 +353,7 @@ class Engine:
     def _ended(self, transfer: DeliveryTask, record: Completion) -> None:
         """Give the connection back and have the outcome recorded."""
         transfer.close()
-        self._room.ended()
+        self.producer.capacity.ended()
         if transfer is self._exclusive:
             self._exclusive = None
         self._unrecorded += 1
@@ -430,7 +425,7 @@ class Engine:
 
     async def _drain(self, seconds: float) -> bool:
         self._stopping = True
-        self._demand.drop_hints()
+        self.producer.drop_hints()
         self._release_quarantine(DeliveryTask.requeued)
         await asyncio.sleep(0)  # what was started just now begins, so that it can be stopped
         for transfer in [*self._active]:

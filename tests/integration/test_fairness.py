@@ -526,7 +526,7 @@ def test_hints_of_a_dead_route_neither_hold_a_task_nor_delay_another_route(
             dead = [mail.accept(f"d{n}@other.example") for n in range(8)]
             for queue_id in dead:  # until the circuit of its server is open
                 engine.offer([queue_id], route="other").wait(5)
-            until(lambda: engine._room.closed("other"), 10)
+            until(lambda: engine.producer.capacity.closed("other"), 10)
             assert engine.offer([mail.accept("d@other.example")], route="other").wait(2)
             ids = [mail.accept() for _ in range(20)]
             engine.offer(ids, route="default")
@@ -540,4 +540,4 @@ def test_a_hint_of_an_unknown_route_may_be_for_any(beside: Callable[..., Mailroo
         with mail.working() as engine:
             engine.offer([mail.accept()], route="of another settings file")
             until(lambda: mail.states() == {"delivered"}, 10)
-            assert list(engine._demand._lanes) == [""]
+            assert list(engine.producer.hints) == [""]
