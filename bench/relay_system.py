@@ -134,7 +134,7 @@ class RelaySystem:
         self._dismiss()
 
     def release(self) -> None:
-        self._workers = self._commands("worker", "signed on", self._arranged[0])
+        self._workers = self._commands("worker", "worker registered", self._arranged[0])
 
     def rest(self) -> None:
         if self._postgres is not None:

@@ -81,26 +81,23 @@ class Process:
             state = ready(settings)
         except (SettingsError, DatabaseError, SpoolError) as error:
             _refuse(str(error))
-        ledger = WorkerQueue(state.engine, settings)
+        queue = WorkerQueue(state.engine, settings)
         servers = ServerPool(
             settings.server_connections,
             routed=lambda: {one.name for route in routes.all() for one in route.servers},
             backoff=(settings.retry_min, settings.retry_max),
         )
-        self.engine = Engine(settings, ledger, state.spool, routes, servers=servers)
+        self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
         self._hints = Hints(self.app, RETRY, settings.batch_size)
-        debts = DsnGenerator(
-            state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers)
+        generator = DsnGenerator(
+            state.engine, state.spool, settings, routes.route_for, partial(_not_authorized, servers)
         )
-        sweeps = Rescuer(state.engine, settings)
-        self.engine.pause(retry_until_available(sweeps.paused))
-        self._sweeper = Sweeper(
-            settings, sweeps, debts, self.engine, self._hints,
-            open_circuits=servers.open_circuits, known=routes.servers, routes=routes.all,
-        )  # fmt: skip
+        rescuer = Rescuer(state.engine, settings)
+        servers.pauses = retry_until_available(rescuer.paused)
+        self._sweeper = Sweeper(settings, rescuer, generator, self.engine, self._hints)
         self._housekeeper = Cleaner(settings, state.engine, state.spool)
-        verbs = QueueOperations(state.engine, notices=settings.bounces == "dsn")
-        self._rerouter = Rerouter(sweeps, verbs, routes)
+        operations = QueueOperations(state.engine, notices=settings.bounces == "dsn")
+        self._rerouter = Rerouter(rescuer, operations, routes)
         # Celery's own handler comes later; a SIGTERM before that would leave what the engine sends
         # by then in doubt.
         signal.signal(signal.SIGTERM, self._on_shutting_down)
@@ -156,7 +153,7 @@ class Process:
             self._ended.wait()
 
 
-def _forgiven(servers: ServerPool, name: str, reply: str) -> None:
+def _not_authorized(servers: ServerPool, name: str, reply: str) -> None:
     record_failure(servers, parse_server(name), reply, unwanted=True)
 
 

@@ -36,6 +36,7 @@ OPEN_MAX = 60.0
 # Less than 5 s, within which mail is to be on its way after the server is back: a sweep and a look
 # take a second each.
 REST_AWAITED = 3.0
+MAX_WOKEN = 1024  # deliveries of a route that may be due and not claimed yet
 FRESH = 5.0  # so long a whole reply tells that a server works (seconds)
 HELD_BACK_LEAST, HELD_BACK_MOST = 0.01, 1.0  # seconds
 
@@ -144,6 +145,16 @@ class ServerPool:
                 known.probing = known.probing or probe
                 return ConnectionSlot(server, route.name, known, probe)
         return None
+
+    def wake_limits(self, routes: Collection[Route]) -> dict[str, int]:
+        """How many deferred deliveries of each route may be made due now: many where a server works,
+        one where a server may be probed. From now on these servers are probed sooner. Thread-safe."""
+        self.awaited = frozenset(server.name for route in routes for server in route.servers)
+        limits = {
+            route.name: MAX_WOKEN if self.works(route) else min(1, self.room(route))
+            for route in routes
+        }
+        return {name: limit for name, limit in limits.items() if limit}
 
     def works(self, route: Route) -> bool:
         """Whether one of its servers has just given a whole reply, and none of them is paused or

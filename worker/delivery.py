@@ -436,3 +436,20 @@ class DeliveryTask:
             step,
             tries,
         )
+
+
+def log_outcome(task: DeliveryTask, completion: Completion) -> None:
+    """Log what became of a claim, and observe how long a delivered message took."""
+    seconds = time.monotonic() - task.started
+    if completion.state is State.DELIVERED:
+        metrics.DELIVERY_SECONDS.observe(task.claim.received_ago + seconds)
+    event = "requeued" if completion.state is State.QUEUED else str(completion.state)
+    if completion.outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
+        event = str(completion.outcome)
+    level = log.warning if completion.state is State.HELD or event == "uncertain" else log.info
+    again = {"again_in": round(completion.delay, 1)} if completion.delay else {}
+    level(
+        event, id=completion.queue_id, delivery=completion.number, server=completion.server,
+        reply=completion.reply, ms=round(seconds * 1000),
+        bytes=sum(attempt.bytes_sent for attempt in completion.tries), tries=len(completion.tries), **again,
+    )  # fmt: skip

@@ -264,7 +264,7 @@ def test_a_Z_waits_also_if_the_next_server_has_no_place(room: Open) -> None:
     with answering(Answer(b"Z", b"busy")) as busy, running_sink() as good:
         mail = room(busy, good, retry_min=100.0, retry_max=200.0)
         queue_id, engine = mail.accept(), mail.engine()
-        engine.pause(frozenset({f"server:127.0.0.1:{good.port}"}))
+        engine.servers.pauses = frozenset({f"server:127.0.0.1:{good.port}"})
         engine.start()
         until(lambda: mail.state(queue_id) == "deferred")
         assert engine.drain(5)
@@ -419,10 +419,7 @@ def test_no_commit_point_is_passed_without_a_fresh_lease(
     look_up = mail.spool.open
 
     def stall(queue_id: str, size: int) -> int:
-        engine._renewed, engine._renewing = (
-            float("-inf"),
-            True,
-        )  # as if no renewal had come back for a LEASE
+        engine.lease.renewed_at = float("-inf")  # as if no renewal had succeeded for a LEASE
         return look_up(queue_id, size)
 
     monkeypatch.setattr(mail.spool, "open", stall)
@@ -431,7 +428,6 @@ def test_no_commit_point_is_passed_without_a_fresh_lease(
     until(lambda: mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "interrupted")])
     assert (mail.state(queue_id), sink.count) == ("queued", 0)
     monkeypatch.undo()
-    engine._renewing = False
     until(lambda: mail.state(queue_id) == "delivered")
     assert engine.drain(5)
 
@@ -512,11 +508,11 @@ def test_nothing_is_sent_to_what_is_paused(room: Open, sink: Sink) -> None:
     mail = room(sink)
     queue_id = mail.accept()
     engine = mail.engine()
-    engine.pause(frozenset({"route:default"}))
+    engine.servers.pauses = frozenset({"route:default"})
     engine.start()
     assert engine.offer([queue_id]).wait(10)  # left to the database, where it waits
     assert (mail.state(queue_id), sink.connections) == ("queued", 0)
-    engine.pause(frozenset())
+    engine.servers.pauses = frozenset()
     until(lambda: mail.state(queue_id) == "delivered")
     assert engine.drain(5)
 
@@ -524,9 +520,9 @@ def test_nothing_is_sent_to_what_is_paused(room: Open, sink: Sink) -> None:
 def test_a_worker_that_was_declared_dead_goes_on_under_another_name(room: Open, sink: Sink) -> None:
     mail = room(sink, lease=0.4)
     with mail.working() as engine:
-        first = engine.worker
+        first = engine.lease.worker
         mail.change("UPDATE workers SET ended_at = @now, end_reason = 'vanished'")
-        until(lambda: engine.worker not in ("", first))
+        until(lambda: engine.lease.worker not in ("", first))
         queue_id = mail.accept()
         until(lambda: mail.state(queue_id) == "delivered")
     assert mail.rows("SELECT count(*) AS n FROM workers") == [{"n": 2}]

@@ -22,7 +22,7 @@ from tests.integration.mailroom import Mailroom
 from tests.integration.office import Office
 from tests.services import free_port
 from tests.waiting import until
-from worker import engine as module
+from worker import quarantine
 from worker.sweeper import BATCH, BATCHES
 
 type Open = Callable[..., Mailroom]
@@ -290,8 +290,8 @@ def test_D14_what_workers_vanished_over_twice_is_sent_alone(room: Open) -> None:
 def test_D14_a_tarpit_does_not_keep_suspects_from_being_sent_nor_them_the_rest(
     room: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "QUARANTINE_TIMEOUT", 0.5)
-    monkeypatch.setattr(module, "QUARANTINE_PAUSE", 0.5)
+    monkeypatch.setattr(quarantine, "QUARANTINE_TIMEOUT", 0.5)
+    monkeypatch.setattr(quarantine, "QUARANTINE_PAUSE", 0.5)
     with running_sink(Rule(Answer(raw=b"", end="stay"), b"tarpit@")) as sink:
         mail = room(sink, retry_min=0.1, retry_max=0.2)
         tarpit = mail.accept("tarpit@example.org")
@@ -404,7 +404,7 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) 
         verbs = QueueOperations(mail.database, notices=True)
 
         def obeyed(engine: Any) -> None:
-            engine.pause(mail.sweeps.paused())  # as a sweeper does at each turn
+            engine.servers.pauses = mail.sweeps.paused()  # as a sweeper does at each turn
 
         with mail.working() as engine:
             assert verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="maintenance")
@@ -454,7 +454,7 @@ def test_what_is_under_way_to_a_server_ends_though_it_is_paused(room: Open) -> N
         with mail.working() as engine:
             engine.offer([queue_id])
             assert gate.wait(10)
-            engine.pause(frozenset({f"server:127.0.0.1:{sink.port}"}))
+            engine.servers.pauses = frozenset({f"server:127.0.0.1:{sink.port}"})
             until(lambda: mail.state(queue_id) == "delivered")
 
 

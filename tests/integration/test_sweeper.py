@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from tests.integration.mailroom import BODY, Mailroom
 from tests.waiting import until
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import YOUNG, Cleaner
+from worker.lease import Lease
 from worker.rerouter import EVERY, LOOK_EVERY, PATIENCE, Rerouter
 from worker.sweeper import LeaseMonitor, Sweeper, heartbeat_file
 
@@ -49,41 +50,45 @@ class FakeHints(Hints):
         self.offered += ids
 
 
-class FakeEngine:
-    """As much of an engine as a sweeper looks at."""
+class FakeServers(ServerPool):
+    """Servers of which the test says how much may be woken."""
 
     waiting: list[str]
-    window = looks = 0
+    limit = 0
 
-    def __init__(self, worker: str) -> None:
-        self.worker, self.renewed, self.heartbeat = worker, float("inf"), time.monotonic()
+    def wake_limits(self, routes: Collection[Route]) -> dict[str, int]:
+        self.waiting = [route.name for route in routes]
+        return {name: self.limit for name in self.waiting if self.limit}
 
-    def pause(self, subjects: frozenset[str]) -> None:
-        self.paused = subjects
 
-    def routes(self) -> tuple[str, ...]:
-        return ("default",)
+class FakeEngine:
+    """As much of an engine as a sweeper uses."""
 
-    def awaited(self, names: list[str]) -> dict[str, int]:
-        self.waiting = names
-        return {name: self.window for name in names if self.window}
+    polls = 0
 
-    def look(self) -> None:
-        self.looks += 1
+    def __init__(self, mail: Mailroom) -> None:
+        self.lease = Lease(mail.ledger, mail.settings.lease, NotImplemented)
+        self.lease.renewed_at = float("inf")
+        self.heartbeat = time.monotonic()
+        self.routes = Routes([Route("default", ())])
+        self.servers = FakeServers(5)
 
-    def renewed_since(self, moment: float) -> bool:
-        return self.renewed >= moment
+    def poll_now(self) -> None:
+        self.polls += 1
 
 
 class Scene:
     def __init__(self, mail: Mailroom) -> None:
         self.mail, self.clock, self.hints = mail, Clock(), FakeHints()
-        self.engine = FakeEngine(self.worker())
-        debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
+        self.engine = FakeEngine(mail)
+        self.engine.lease.worker = self.worker()
+        generator = DsnGenerator(
+            mail.database, mail.spool, mail.settings, lambda address: "default"
+        )
         self.sweeper = Sweeper(
             mail.settings,
             mail.sweeps,
-            debts,
+            generator,
             self.engine,  # type: ignore[arg-type]
             self.hints,
             clock=self.clock,
@@ -151,12 +156,14 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
         scene.mail.change(change, id=queue_id)
     scene.mail.change("UPDATE deliveries SET due_at = @later(3600) WHERE queue_id = :id", id=ids[1])
     slow = Route("slow", (), retry_max=3000.0)
-    scene.sweeper._routes = lambda: (slow, Route("default", ()))
+    scene.engine.routes = Routes([slow, Route("default", ())])
     scene.sweeper.sweep()
     assert scene.hints.offered == [ids[0]], (
         "an hour is what the slow route may wait, with its spread"
     )
-    (claims,) = scene.mail.ledger.commit([ClaimRequest(scene.engine.worker, None, {"default": 5})])
+    (claims,) = scene.mail.ledger.commit(
+        [ClaimRequest(scene.engine.lease.worker, None, {"default": 5})]
+    )
     assert isinstance(claims, list)
     assert len(claims) == 1
 
@@ -175,18 +182,18 @@ def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene
         return [str(row["queue_id"]).replace("-", "") for row in scene.mail.rows(queued)]
 
     scene.sweeper.sweep()
-    assert (scene.engine.waiting, overdue(), scene.engine.looks) == (["default"], [], 0)
-    scene.engine.window = 2
+    assert (scene.engine.servers.waiting, overdue(), scene.engine.polls) == (["default"], [], 0)
+    scene.engine.servers.limit = 2
     scene.sweeper.sweep()
     scene.sweeper.sweep()
-    assert (overdue(), scene.engine.looks) == ([ids[3], ids[1]], 1), (
+    assert (overdue(), scene.engine.polls) == ([ids[3], ids[1]], 1), (
         "no more than the window is overdue at a time"
     )
-    scene.engine.window = 10
+    scene.engine.servers.limit = 10
     scene.sweeper.sweep()
     assert set(overdue()) == set(ids[:4])
     scene.sweeper.sweep()
-    assert (scene.engine.waiting, scene.mail.state(ids[4])) == ([], "deferred")
+    assert (scene.engine.servers.waiting, scene.mail.state(ids[4])) == ([], "deferred")
     assert scene.hints.offered == []
 
 
@@ -241,7 +248,7 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
     with monkeypatch.context() as away:
         away.setattr(scene.mail.sweeps, "requeue_due", lambda limit: 1 / 0)
         scene.sweeper.sweep()
-    scene.engine.renewed = scene.clock.now - 1
+    scene.engine.lease.renewed_at = scene.clock.now - 1
     scene.clock.now += scene.mail.settings.lease + 1
     due = scene.mail.accept()
     scene.mail.change(
@@ -249,7 +256,7 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
     )
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "deferred"  # our own engine has not renewed yet
-    scene.engine.renewed = scene.clock.now
+    scene.engine.lease.renewed_at = scene.clock.now
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "queued"
     assert scene.mail.rows("SELECT ended_at FROM workers WHERE id = :id", id=slow) == [
@@ -258,8 +265,7 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
 
 
 def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene) -> None:
-    servers, mx = ServerPool(5), parse_server("mx.example.net")
-    scene.sweeper._resting = servers.open_circuits
+    servers, mx = scene.engine.servers, parse_server("mx.example.net")
     QueueOperations(scene.mail.database, notices=True).pause(
         "server:other:628", actor="me", reason=""
     )
@@ -290,21 +296,21 @@ def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene)
 
 
 def test_a_worker_says_which_routes_it_knows_and_how_long_a_claim_is_for(scene: Scene) -> None:
-    routes: dict[str, tuple[str, ...]] = {"default": ("mx.example.net:628",)}
-    scene.sweeper._known = routes.copy
+    default = Route("default", (parse_server("mx.example.net"),))
+    scene.engine.routes = Routes([default])
     shown = "SELECT routes, claim_seconds AS far FROM workers"
     settings = scene.mail.settings
     (row,) = scene.mail.rows(shown)
     assert row == {"routes": None, "far": 2 * settings.session_timeout + 2 * settings.lease}
     scene.sweeper.sweep()
-    routes["bulk"] = ()
+    scene.engine.routes = Routes([Route("bulk", ()), default])
     assert json.loads(scene.mail.rows(shown)[0]["routes"]) == {"default": ["mx.example.net:628"]}
     scene.sweeper.sweep()
     assert json.loads(scene.mail.rows(shown)[0]["routes"]) == {
         "default": ["mx.example.net:628"],
         "bulk": [],
     }
-    scene.engine.worker = scene.worker()  # declared dead, and there again under another id
+    scene.engine.lease.worker = scene.worker()  # declared dead, and there again under another id
     scene.sweeper.sweep()
     assert all("bulk" in row["routes"] for row in scene.mail.rows(shown))
 
@@ -339,20 +345,20 @@ def test_a_full_spool_keeps_only_notices_waiting(
 
 def test_no_worker_buries_itself() -> None:
     clock = Clock()
-    watch = LeaseMonitor(10.0, clock)
+    monitor = LeaseMonitor(10.0, clock)
     leases = [("own", "1"), ("other", "1")]
-    assert watch.look(leases, "own") == []
+    assert monitor.observe(leases, "own") == []
     found = []
     for _ in range(4):
         clock.now += 2.5
-        found = watch.look(leases, "own")
+        found = monitor.observe(leases, "own")
     assert found == [("other", "1")]
-    watch.forget()
-    assert watch.look(leases, "own") == []
+    monitor.reset()
+    assert monitor.observe(leases, "own") == []
 
 
 def test_a_stuck_transfer_becomes_uncertain(scene: Scene) -> None:
-    queue_id = scene.sending(scene.engine.worker)
+    queue_id = scene.sending(scene.engine.lease.worker)
     scene.mail.change("UPDATE deliveries SET due_at = @ago(1) WHERE queue_id = :id", id=queue_id)
     scene.sweeper.sweep()
     assert scene.mail.delivery(queue_id)["last_outcome"] == "uncertain"
@@ -367,7 +373,7 @@ def test_the_tick_file_tells_that_both_threads_turn(scene: Scene) -> None:
     scene.sweeper.close()
     assert not tick.exists()
     scene.engine.heartbeat -= 2 * HOUR
-    scene.sweeper._tick()
+    scene.sweeper.touch_heartbeat()
     assert not tick.exists()
 
 

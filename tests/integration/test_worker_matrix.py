@@ -286,7 +286,7 @@ def bereft(scene: Scene) -> list[str]:
     scene.worker.send_signal(signal.SIGCONT)
     for phase in (WAITING, ANSWERED, UNCLAIMED):
         until_it_is(scene.mail, scene.ids[phase], "delivered")
-    until(lambda: scene.said("this worker was declared dead; it starts again under another id"))
+    until(lambda: scene.said("own lease lost"))
     for phase in (CONNECTING, MIDDLE):
         until(partial(scene.tried, phase, 2), what=scene.house.said)
     services.end(scene.worker)
