@@ -41,7 +41,7 @@ from relay.startup import ready, retry_until_available
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
-from worker.delivery import record_failure
+from worker.delivery import report_failure
 from worker.engine import RECORDING_TIME, Engine
 from worker.rerouter import Rerouter
 from worker.sweeper import Sweeper
@@ -154,7 +154,7 @@ class Process:
 
 
 def _not_authorized(servers: ServerPool, name: str, reply: str) -> None:
-    record_failure(servers, parse_server(name), reply, unwanted=True)
+    report_failure(servers, parse_server(name), reply, unauthorized=True)
 
 
 def _refuse(why: str) -> NoReturn:

@@ -116,16 +116,16 @@ def longest_wait(settings: WorkerSettings, routes: Iterable[Route]) -> float:
     return jitter(max(waits), draw=lambda: 1.0)
 
 
-def record_failure(servers: ServerPool, server: Server, reply: str, *, unwanted: bool) -> None:
-    """A server failed, or (`unwanted`) said that it is not for us: tell its breaker, the metrics
-    and the log."""
-    if unwanted:
-        log.critical("server does not want us", server=server.name, reply=reply)
-    rest = servers.failed(server, reply, at_once=unwanted)
-    if rest is not None:
-        metrics.rests(server.name, "refuses us" if unwanted else "failing").inc()
-        metrics.RESTING.labels(server.name).set_function(partial(servers.rests, server.name))
-        log.warning("server left alone", server=server.name, seconds=round(rest, 1), reason=reply)
+def report_failure(servers: ServerPool, server: Server, reply: str, *, unauthorized: bool) -> None:
+    """Record, count and log that a server failed or (`unauthorized`) does not authorize us."""
+    name = server.name
+    if unauthorized:
+        log.critical("relay not authorized", server=name, reply=reply)
+    seconds = servers.record_failure(server, reply, unauthorized=unauthorized)
+    if seconds is not None:
+        metrics.CIRCUIT_OPENED.labels(name, "unauthorized" if unauthorized else "failing").inc()
+        metrics.CIRCUIT_OPEN.labels(name).set_function(partial(servers.circuit_open, name))
+        log.warning("circuit opened", server=name, seconds=round(seconds, 1), reason=reply)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ class DeliveryTask:
         self._current = client.ClientConnection(
             host=server.host, port=server.port, path=server.path, request=request, fd=self._handle,
             block_size=self._terms.settings.block_size, timeouts=self._terms.timeouts, may_commit=self._may_commit,
-            hold_back=self._terms.servers.holds_back(server),
+            hold_back=self._terms.servers.hold_back(server),
         )  # fmt: skip
         try:
             result = await self._current.run()
@@ -285,8 +285,8 @@ class DeliveryTask:
         if "closed-at-once" not in result.flags:
             return result.outcome
         servers = self._terms.servers
-        refused = servers.holds_back(server) > 0 and not result.committed
-        servers.closed(server, result.seconds)
+        refused = servers.hold_back(server) > 0 and not result.committed
+        servers.record_close(server, result.seconds)
         return Outcome.UNREACHABLE if refused else result.outcome
 
     def _may_split(self, result: client.Result) -> bool:
@@ -309,14 +309,14 @@ class DeliveryTask:
 
     def _health(self, server: Server, outcome: Outcome, reply: str, unwanted: bool) -> None:
         if outcome in _WHOLE_REPLY and not unwanted:
-            if self._terms.servers.succeeded(server):
-                log.info("server is back", server=server.name)
+            if self._terms.servers.record_success(server):
+                log.info("circuit closed", server=server.name)
             return
         if outcome is Outcome.UNREACHABLE:
             log.warning(
                 "connect failed", host=server.host or server.path, port=server.port, reason=reply
             )
-        record_failure(self._terms.servers, server, reply, unwanted=unwanted)
+        report_failure(self._terms.servers, server, reply, unauthorized=unwanted)
 
     def _note(
         self, server: Server, outcome: Outcome, reply: str, sent: int, started: float
@@ -329,7 +329,11 @@ class DeliveryTask:
         """No server is left to be tried."""
         if not self._route.servers:
             return self._waiting(self._record(Outcome.UNREACHABLE, None, NO_SERVER))
-        server, outcome, reply = None, Outcome.UNREACHABLE, self._terms.servers.why(self._route)
+        server, outcome, reply = (
+            None,
+            Outcome.UNREACHABLE,
+            self._terms.servers.open_reason(self._route),
+        )
         if self._tries:  # of equal ones the last
             server, outcome, reply = max(
                 reversed(self._tries), key=lambda one: _MOVES_ON.index(one[1])

@@ -218,7 +218,7 @@ class Capacity:
             return self._batch_size if overdue else 0
         if (route := self._routes.get(name)) is None:
             return 0
-        own = self._servers.room(route) - self._without_slot[name]
+        own = self._servers.capacity(route) - self._without_slot[name]
         return min([own, *map(self._free_slots, self._groups_of[name])])
 
     def _free_slots(self, name: str) -> int:

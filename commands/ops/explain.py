@@ -260,7 +260,7 @@ def _last(row: Row) -> str:
 
 def _unreachable(reply: str) -> str:
     """Why there was no connection; some replies say what they are about."""
-    if reply == NO_SERVER or "is left alone" in reply:
+    if reply == NO_SERVER or reply.startswith("the circuit of "):
         return reply
     return f"no server took a connection: {reply.removeprefix('no connection: ')}"
 

@@ -141,14 +141,14 @@ def _server(port: int) -> Server:
 
 
 async def _carried(
-    case: Case, servers: tuple[Server, ...], health: ServerPool, path: Path
+    case: Case, servers: tuple[Server, ...], pool: ServerPool, path: Path
 ) -> Completion:
     """What becomes of one message."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(handle, case.size)
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
     claim = Claim("01" * 16, 1, 1, "r", "a@example.com", case.size, recipients, 0, 0, 0.0)
-    terms = TransferConfig.of(SETTINGS, health, lambda worker: case.may_commit)
+    terms = TransferConfig.of(SETTINGS, pool, lambda worker: case.may_commit)
     transfer = DeliveryTask(claim, "02" * 16, handle, Route("r", servers), terms)
     os.ftruncate(handle, case.size - case.cut)
     run = asyncio.create_task(transfer.run())
@@ -176,7 +176,7 @@ async def _until(condition: Callable[[], bool]) -> None:
             await turned.wait()
 
 
-def _next(alone: Completion, spare: Completion, health: ServerPool, server: Server) -> str:
+def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server) -> str:
     """What happens then, in words."""
     words = []
     if len(spare.tries) > 1:
@@ -207,7 +207,7 @@ def _next(alone: Completion, spare: Completion, health: ServerPool, server: Serv
                 else "again after RETRY_MIN, as often as it takes"
             )
             assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max
-    if health.health(server).open_until is not None:
+    if pool.state(server).breaker.open_until is not None:
         words.append("(the server's breaker opens)")
     return " ".join(words)
 
@@ -218,18 +218,18 @@ async def _row(case: Case, number: int, directory: Path) -> str:
         good = Sink([MagicRecipients()])
         await good.start()
         stack.push_async_callback(good.close)
-        health, other = ServerPool(50), ServerPool(50)
+        pool, other = ServerPool(50), ServerPool(50)
         alone, spare = await asyncio.gather(
-            _carried(case, (server,), health, directory / f"{number}-alone"),
+            _carried(case, (server,), pool, directory / f"{number}-alone"),
             _carried(case, (server, _server(good.port)), other, directory / f"{number}-spare"),
         )
-        failed = health.health(server).failures
+        failed = pool.state(server).breaker.failures
         assert good.count == (1 if len(spare.tries) > 1 else 0)
         with suppress(IndexError):
             assert alone.tries[0].server == server.name
         blamed = "yes" if failed else "no"
         tried = alone.tries[-1].outcome if alone.tries else alone.outcome
-        then = _next(alone, spare, health, server)
+        then = _next(alone, spare, pool, server)
         return f"| {case.phase} | {case.fault} | `{tried}` | `{alone.state}` | {then} | {blamed} |"
 
 

@@ -330,7 +330,7 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
     ids = [mail.accept() for _ in range(10)]
     with mail.working():
         open_circuits = partial(
-            REGISTRY.get_sample_value, "relay_server_resting", {"server": f"127.0.0.1:{dead_port}"}
+            REGISTRY.get_sample_value, "relay_circuit_open", {"server": f"127.0.0.1:{dead_port}"}
         )
         until(lambda: open_circuits() == 1)
         until(lambda: mail.states() == {"deferred"})

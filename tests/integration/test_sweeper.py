@@ -281,15 +281,15 @@ def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene)
 
     paused = {"other:628": (0, 0, None, True)}
     assert health() == paused
-    servers.failed(mx, "not authorized to use this service", at_once=True)
+    servers.record_failure(mx, "not authorized to use this service", unauthorized=True)
     assert (
         health()
         == {"mx.example.net:628": (0, 1, "not authorized to use this service", False)} | paused
     )
     assert health() == health(), "nothing is said twice"
-    servers.succeeded(mx)
+    servers.record_success(mx)
     assert health() == paused
-    servers.failed(mx, "again", at_once=True)
+    servers.record_failure(mx, "again", unauthorized=True)
     assert len(health()) == 2
     scene.mail.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
     assert health() == paused, "whoever has ended leaves nothing alone"

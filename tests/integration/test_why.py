@@ -90,8 +90,8 @@ def test_since_when_it_is_being_sent_comes_from_its_worker(office: Office, typed
             "no server took a connection: 127.0.0.1:6280 Connection",
         ),
         (
-            "mx:628 is left alone for a while: 450 go away",
-            "because mx:628 is left alone for a while: 450 go",
+            "the circuit of mx:628 is open: 450 go away",
+            "because the circuit of mx:628 is open: 450 go",
         ),
         (
             "no QMQP server configured (RELAY_QMQP_SERVERS)",

@@ -63,7 +63,7 @@ def test_unused_capacity_is_returned() -> None:
 def test_routes_with_all_servers_down_get_a_batch_from_polls_only() -> None:
     capacity, servers = opened(Route("one", (A,)))
     for _ in range(3):
-        servers.failed(A, "refused")
+        servers.record_failure(A, "refused")
     assert capacity.all_servers_down("one")
     assert capacity.reserve_any(100, capacity.free) == ({}, [])
     assert capacity.reserve(["one"], 100) == {}
