@@ -31,7 +31,7 @@ from relay.queue.model import (
     CompletionResult,
     Renewal,
 )
-from relay.routes import NO_SERVER, Routes
+from relay.routes import NO_SERVER, Route, Routes
 from relay.settings import WorkerSettings
 from relay.spool.store import BodyUnsendable, Spool
 from relay.startup import new_loop
@@ -215,7 +215,7 @@ class Engine:
         """Send a claim whose body was opened: `body` is a file descriptor or the error."""
         slot_taken = partial(self.producer.capacity.slot_taken, claim.route)
         fd = body if isinstance(body, int) else -1
-        route = self.routes.get(claim.route)
+        route = self.routes.get(claim.route) or Route(claim.route, ())  # it is gone
         task = DeliveryTask(claim, worker, fd, route, self._config, slot_taken)
         if isinstance(body, BodyUnsendable):
             log.critical("body unsendable", id=claim.queue_id, reason=str(body))

@@ -148,23 +148,19 @@ async def _carried(
     os.ftruncate(handle, case.size)
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
     claim = Claim("01" * 16, 1, 1, "r", "a@example.com", case.size, recipients, 0, 0, 0.0)
-    terms = TransferConfig.of(SETTINGS, pool, lambda worker: case.may_commit)
-    transfer = DeliveryTask(claim, "02" * 16, handle, Route("r", servers), terms)
+    config = TransferConfig.of(SETTINGS, pool, lambda worker: case.may_commit)
+    transfer = DeliveryTask(claim, "02" * 16, handle, Route("r", servers), config)
     os.ftruncate(handle, case.size - case.cut)
     run = asyncio.create_task(transfer.run())
     if case.stop_when:
         await _until(
-            lambda: transfer.committed if case.stop_when == "committed" else _sending(transfer)
+            lambda: transfer.committed if case.stop_when == "committed" else transfer.bytes_sent > 0
         )
         if transfer.committed:
             run.cancel()  # the end of a drain
         else:
             transfer.abort()
     return await run
-
-
-def _sending(transfer: DeliveryTask) -> bool:
-    return transfer._current is not None and transfer._current.bytes_sent > 0
 
 
 async def _until(condition: Callable[[], bool]) -> None:

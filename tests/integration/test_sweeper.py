@@ -23,7 +23,7 @@ from tests.waiting import until
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import YOUNG, Cleaner
 from worker.lease import Lease
-from worker.rerouter import EVERY, LOOK_EVERY, PATIENCE, Rerouter
+from worker.rerouter import CHECK_INTERVAL, MIN_GONE, SCAN_INTERVAL, Rerouter
 from worker.sweeper import LeaseMonitor, Sweeper, heartbeat_file
 
 HOUR = 3600.0
@@ -572,7 +572,7 @@ def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> 
     now = [0.0]
     rerouter = rerouting(mail, Routes([Route("default", ())]), lambda: now[0])
     assert rerouter.turn() == 0, "it may come back"
-    now[0] += PATIENCE
+    now[0] += MIN_GONE
     assert rerouter.turn() == 1
     assert mail.rows("SELECT route FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [
         {"route": "default"}
@@ -593,19 +593,19 @@ def test_a_route_that_comes_back_keeps_its_mail(mail: Mailroom, tmp_path: Path) 
 
     def turns(seconds: float) -> int:
         moved = 0
-        for _ in range(round(seconds / LOOK_EVERY)):
-            now[0] += LOOK_EVERY
+        for _ in range(round(seconds / CHECK_INTERVAL)):
+            now[0] += CHECK_INTERVAL
             moved += rerouter.turn()
         return moved
 
     for _ in range(3):
         file.write_text("")
-        assert turns(PATIENCE - 10) == 0
+        assert turns(MIN_GONE - 10) == 0
         assert routes.names() == ("default",)
         file.write_text(whole)
         assert turns(20) == 0
     file.write_text("")
-    assert turns(PATIENCE + 10) == 1
+    assert turns(MIN_GONE + 10) == 1
     assert mail.rows("SELECT route FROM deliveries") == [{"route": "default"}]
 
 
@@ -620,7 +620,7 @@ def test_a_route_that_another_worker_knows_is_not_gone(mail: Mailroom) -> None:
     rerouter = rerouting(mail, Routes([Route("default", ())]), lambda: now[0])
 
     def turn_later() -> int:
-        now[0] += EVERY
+        now[0] += SCAN_INTERVAL
         return rerouter.turn()
 
     assert [turn_later() for _ in range(3)] == [0, 0, 0]

@@ -56,7 +56,7 @@ def test_doubt_may_be_held_for_a_person(outcome: Outcome) -> None:
 
 
 def test_a_refusal_of_us_defers_the_mail() -> None:
-    assert next_state(Outcome.REJECTED, SETTINGS, 0, unwanted=True)[0] is State.DEFERRED
+    assert next_state(Outcome.REJECTED, SETTINGS, 0, unauthorized=True)[0] is State.DEFERRED
 
 
 @pytest.mark.parametrize(
