@@ -9,15 +9,15 @@ What must stay true: only waiting deliveries are rerouted, by the same operation
 and the audit records it; a route that another living worker knows is not gone.
 """
 
-import threading
 import time
 from collections.abc import Callable
 
-from relay.log import first_line, get_logger
+from relay.log import get_logger
 from relay.queue.operations import REROUTE, QueueOperations
 from relay.queue.rescue import Rescuer
 from relay.report.filters import Filter
 from relay.routes import Routes
+from worker.periodic import PeriodicThread
 
 log = get_logger(__name__)
 CHECK_INTERVAL = 2.0  # seconds: for a change of the routes' names
@@ -25,8 +25,8 @@ SCAN_INTERVAL = 600.0  # seconds: for mail that others accepted under old names
 MIN_GONE = 300.0  # seconds
 
 
-class Rerouter:
-    """`start`, then `close`; `turn` is one check."""
+class Rerouter(PeriodicThread):
+    """Looks for mail of routes that are gone."""
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class Rerouter:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__("rerouter", CHECK_INTERVAL)
         self._rescuer = rescuer
         self._operations = operations
         self._routes = routes
@@ -43,23 +44,6 @@ class Rerouter:
         self._names: tuple[str, ...] = ()
         self._next_at = 0.0
         self._gone_since: dict[str, float] = {}  # by route, if mail waits for it
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rerouting", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop after the current check."""
-        self._closing.set()
-
-    def _run(self) -> None:
-        while not self._closing.wait(CHECK_INTERVAL):
-            try:
-                self.turn()
-            except Exception as error:
-                log.warning("rerouting put off", reason=first_line(error))
 
     def turn(self) -> int:
         """Reroute mail whose route is gone, if a scan is due; the number of deliveries."""

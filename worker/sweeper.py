@@ -13,7 +13,6 @@ heartbeat file is touched only while this thread and the engine's loop both run.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from relay.queue.rescue import Rescuer
 from relay.settings import WorkerSettings
 from worker.delivery import longest_wait
 from worker.engine import Engine
+from worker.periodic import PeriodicThread
 
 log = get_logger(__name__)
 BATCH = 256
@@ -69,8 +69,8 @@ class LeaseMonitor:
         return [lease for lease, seconds in self._seconds.items() if seconds >= self._lease]
 
 
-class Sweeper:
-    """`start`, then `close`; `sweep` is one turn."""
+class Sweeper(PeriodicThread):
+    """Sweeps and touches the heartbeat file."""
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class Sweeper:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__("sweeper", min(1.0, settings.lease / 8))
         self._settings = settings
         self._rescuer = rescuer
         self._generator = generator
@@ -93,25 +94,19 @@ class Sweeper:
         self._monitor = LeaseMonitor(settings.lease, clock)
         self._away_at: float | None = None  # when the database was last found away
         self._heartbeat_file = heartbeat_file(settings)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
 
     def close(self) -> None:
-        """Stop after the current batch."""
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(1.0)
+        """End after the current batch, and remove the heartbeat file."""
+        super().close()
+        if self.is_alive():
+            self.join(1.0)
         self._heartbeat_file.unlink(missing_ok=True)
 
-    def _run(self) -> None:
-        while not self._closing.wait(min(1.0, self._settings.lease / 8)):
-            self.sweep()
-            if not self._closing.is_set():
-                self.touch_heartbeat()
+    def turn(self) -> None:
+        """Sweep, and show that this thread runs."""
+        self.sweep()
+        if not self.closing.is_set():
+            self.touch_heartbeat()
 
     def sweep(self) -> None:
         """Do what is due. Nothing happens while the database is away, or before this worker has
@@ -162,7 +157,7 @@ class Sweeper:
         for _ in range(BATCHES):
             ids = self._rescuer.requeue_due(BATCH)
             self._hints.offer(ids)
-            if not ids or self._closing.is_set():
+            if not ids or self.closing.is_set():
                 break
 
     def _wake(self) -> None:

@@ -21,7 +21,7 @@ from relay.spool.store import Spool
 from tests.integration.mailroom import BODY, Mailroom
 from tests.waiting import until
 from worker.circuit_breaker import ServerPool
-from worker.cleaner import YOUNG, Cleaner
+from worker.cleaner import MIN_ORPHAN_AGE, Cleaner
 from worker.lease import Lease
 from worker.rerouter import CHECK_INTERVAL, MIN_GONE, SCAN_INTERVAL, Rerouter
 from worker.sweeper import LeaseMonitor, Sweeper, heartbeat_file
@@ -387,7 +387,7 @@ def test_the_tick_file_may_be_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def keeper(mail: Mailroom) -> Cleaner:
+def cleaner(mail: Mailroom) -> Cleaner:
     return Cleaner(mail.settings, mail.database, mail.spool)
 
 
@@ -419,10 +419,10 @@ def finished(mail: Mailroom) -> Callable[..., str]:
 
 
 def test_finished_messages_go_after_their_retention(
-    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]
+    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     old, young, waiting = finished(age=31 * DAY), finished(age=29 * DAY), mail.accept()
-    assert keeper.clean() == 1
+    assert cleaner.clean() == 1
     assert {row["id"] for row in mail.rows("SELECT @hex(id) AS id FROM messages")} == {
         young,
         waiting,
@@ -433,11 +433,11 @@ def test_finished_messages_go_after_their_retention(
 
 
 def test_old_mail_that_is_not_finished_stays(
-    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]
+    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     old = finished(age=31 * DAY)
     mail.change("UPDATE deliveries SET state = 'held' WHERE queue_id = :id", id=old)
-    assert keeper.clean() == 0
+    assert cleaner.clean() == 0
 
 
 def _aged(path: Path, seconds: float) -> None:
@@ -445,18 +445,18 @@ def _aged(path: Path, seconds: float) -> None:
 
 
 def test_bodies_that_nobody_needs_are_removed(
-    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]
+    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     done, fresh, waiting = finished(age=2 * DAY), finished(age=2 * DAY), mail.accept()
     _aged(mail.spool.path(done), 2 * HOUR)
     _aged(mail.spool.path(waiting), 40 * DAY)
-    assert keeper.clean_spool() == (1, 0)
+    assert cleaner.clean_spool() == (1, 0)
     assert [mail.spool.path(i).exists() for i in (done, fresh, waiting)] == [False, True, True]
 
 
 @pytest.mark.parametrize("lost", ["deliveries", "deliveries and recipients", "one delivery of two"])
 def test_a_message_with_a_row_missing_keeps_its_body(
-    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str], lost: str
+    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str], lost: str
 ) -> None:
     old = finished(age=31 * DAY)
     if lost == "one delivery of two":
@@ -465,96 +465,98 @@ def test_a_message_with_a_row_missing_keeps_its_body(
         if table in lost:
             mail.change(f"DELETE FROM {table} WHERE queue_id = :id", id=old)
     _aged(mail.spool.path(old), 31 * DAY)
-    assert (keeper.clean(), keeper.clean_spool()) == (0, (0, 0))
+    assert (cleaner.clean(), cleaner.clean_spool()) == (0, (0, 0))
     assert mail.spool.path(old).exists()
 
 
 def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(
-    mail: Mailroom, keeper: Cleaner
+    mail: Mailroom, cleaner: Cleaner
 ) -> None:
     orphan, young = new_id(), new_id()
-    for one, age in ((orphan, YOUNG + 60), (young, YOUNG - 60)):
+    for one, age in ((orphan, MIN_ORPHAN_AGE + 60), (young, MIN_ORPHAN_AGE - 60)):
         mail.spool.store(one, [b"x"])
         _aged(mail.spool.path(one), age)
-    assert keeper.clean_spool() == (0, 0)  # no row at all: a database that was restored, perhaps
+    assert cleaner.clean_spool() == (0, 0)  # no row at all: a database that was restored, perhaps
     restored = mail.accept()
     mail.change(
-        "UPDATE messages SET received_at = @ago(:age) WHERE id = :id", id=restored, age=YOUNG + 120
+        "UPDATE messages SET received_at = @ago(:age) WHERE id = :id",
+        id=restored,
+        age=MIN_ORPHAN_AGE + 120,
     )
-    assert keeper.clean_spool() == (0, 0)
+    assert cleaner.clean_spool() == (0, 0)
     mail.accept()
-    assert keeper.clean_spool() == (0, 1)
+    assert cleaner.clean_spool() == (0, 1)
     assert (mail.spool.directory / "orphans" / orphan).read_bytes() == b"x"
     assert mail.spool.path(young).exists()
 
 
 @pytest.mark.parametrize("wrong", ["the worker's", "the file system's", "the database's"])
 def test_one_clock_that_is_wrong_takes_no_body(
-    mail: Mailroom, keeper: Cleaner, monkeypatch: pytest.MonkeyPatch, wrong: str
+    mail: Mailroom, cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     """It is 40 days ahead, while a message is received and another one is there to prove the
     database."""
     mail.spool.store(received := new_id(), [b"x"])
     mail.accept()
-    now, clock, macros = time.time, mail.spool.clock, keeper._strays._sql._spell.macros
+    now, clock, macros = time.time, mail.spool.clock, cleaner._orphans._sql._spell.macros
     if wrong == "the worker's":
         monkeypatch.setattr(time, "time", lambda: now() + 40 * DAY)
     elif wrong == "the file system's":
         monkeypatch.setattr(mail.spool, "clock", lambda: clock() + 40 * DAY)
     else:
         monkeypatch.setitem(macros, "now", lambda _: macros["later"](str(40 * DAY)))
-    assert keeper.clean_spool() == (0, 0)
+    assert cleaner.clean_spool() == (0, 0)
     assert mail.spool.path(received).exists()
 
 
 def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
-    keeper = Cleaner(
+    cleaner = Cleaner(
         mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
     )
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 40 * DAY)
     mail.accept()
-    assert keeper.clean_spool() == (0, 1)
+    assert cleaner.clean_spool() == (0, 1)
     assert (mail.spool.directory / "orphans" / orphan).exists()
-    assert keeper.clean_spool() == (0, 0)
+    assert cleaner.clean_spool() == (0, 0)
     assert not (mail.spool.directory / "orphans" / orphan).exists()
 
 
 def test_the_wait_of_what_is_put_aside_begins_with_the_move(
-    mail: Mailroom, keeper: Cleaner
+    mail: Mailroom, cleaner: Cleaner
 ) -> None:
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 400 * DAY)
     mail.accept()
-    assert [keeper.clean_spool() for _ in range(2)] == [(0, 1), (0, 0)]
+    assert [cleaner.clean_spool() for _ in range(2)] == [(0, 1), (0, 0)]
     assert (mail.spool.directory / "orphans" / orphan).exists()
 
 
 def test_what_a_row_needs_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
     """Its row came when it was put aside already."""
-    keeper = Cleaner(
+    cleaner = Cleaner(
         mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
     )
     queue_id = mail.accept()
     mail.spool.move_to_orphans(queue_id)
-    keeper.clean_spool()
+    cleaner.clean_spool()
     os.close(mail.spool.open(queue_id, len(BODY)))
 
 
-def test_only_directories_of_bodies_are_removed(mail: Mailroom, keeper: Cleaner) -> None:
+def test_only_directories_of_bodies_are_removed(mail: Mailroom, cleaner: Cleaner) -> None:
     ours, theirs = mail.spool.directory / "01a2b3c4", mail.spool.directory / "lost+found"
     for directory in (ours, theirs):
         directory.mkdir()
         _aged(directory, 2 * HOUR)
-    keeper.clean_spool()
+    cleaner.clean_spool()
     assert [ours.exists(), theirs.exists()] == [False, True]
 
 
-def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Cleaner) -> None:
+def test_only_one_keeps_house_at_a_time(mail: Mailroom, cleaner: Cleaner) -> None:
     other = Cleaner(mail.settings, mail.database, mail.spool)
-    with keeper._alone() as first, other._alone() as second:
+    with cleaner.exclusive() as first, other.exclusive() as second:
         assert (first, second) == (True, False)
-    with other._alone() as second:
+    with other.exclusive() as second:
         assert second
 
 

@@ -21,7 +21,7 @@ from tests import services
 from tests.integration.mailroom import Mailroom
 from tests.services import Broker
 from tests.waiting import until
-from worker.app import Process
+from worker.app import WorkerProcess
 
 type Spawn = Callable[..., subprocess.Popen[Any]]
 CELERY = (sys.executable, "-m", "celery", "-A", "worker.app")
@@ -207,11 +207,11 @@ def test_what_cannot_work_is_refused_in_one_line(
 def test_a_defect_at_the_start_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Celery only logs what a signal's receiver raises: such a worker would take hints and send
     nothing."""
-    process = object.__new__(Process)
+    process = object.__new__(WorkerProcess)
     process.settings, process.app = load(WorkerSettings), Celery(set_as_current=False)
-    monkeypatch.setattr(Process, "start", lambda _: 1 / 0)
+    monkeypatch.setattr(WorkerProcess, "start", lambda _: 1 / 0)
     with pytest.raises(SystemExit):
-        process._on_init(SimpleNamespace(app=process.app, pool_cls="threads"))
+        process.on_init(SimpleNamespace(app=process.app, pool_cls="threads"))
 
 
 def test_on_a_spool_of_another_database_it_refuses_to_start(house: Any) -> None:
