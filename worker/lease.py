@@ -37,7 +37,7 @@ class Lease:
         self._queue = queue
         self._duration = duration
         self._renew = renew
-        self.worker = ""  # the id of our row in `workers`; empty while there is none
+        self.worker = ""  # the id of our row in `workers`; empty before registration
         self.registered = threading.Event()
         self.renewed_at = NEVER  # when the last successful renewal was requested (monotonic)
 

@@ -1,4 +1,4 @@
-"""What a sweeper does: due rows, dead workers, its tick; and housekeeping."""
+"""The sweeper, the cleaner and the rerouter, each by its turns."""
 
 import json
 import os
@@ -31,7 +31,7 @@ DAY = 24 * HOUR
 
 
 class Clock:
-    """A clock that we turn."""
+    """A clock that the test sets."""
 
     now = 1000.0
 
@@ -40,7 +40,7 @@ class Clock:
 
 
 class FakeHints(Hints):
-    """Keeps what it was told."""
+    """Keeps the ids that were offered."""
 
     def __init__(self) -> None:
         self.offered: list[str] = []
@@ -133,7 +133,7 @@ def scene(mail: Mailroom) -> Scene:
     return Scene(mail)
 
 
-def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
+def test_due_mail_is_queued_and_hints_are_published(scene: Scene) -> None:
     due, later = scene.mail.accept(), scene.mail.accept()
     scene.mail.change(
         "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due
@@ -158,9 +158,7 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
     slow = Route("slow", (), retry_max=3000.0)
     scene.engine.routes = Routes([slow, Route("default", ())])
     scene.sweeper.sweep()
-    assert scene.hints.offered == [ids[0]], (
-        "an hour is what the slow route may wait, with its spread"
-    )
+    assert scene.hints.offered == [ids[0]], "the slow route may wait an hour, with jitter"
     (claims,) = scene.mail.ledger.commit(
         [ClaimRequest(scene.engine.lease.worker, None, {"default": 5})]
     )
@@ -168,7 +166,7 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
     assert len(claims) == 1
 
 
-def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene: Scene) -> None:
+def test_mail_that_waits_for_a_route_is_woken_in_due_order_up_to_the_limit(scene: Scene) -> None:
     ids = [scene.mail.accept() for _ in range(5)]
     defer = "UPDATE deliveries SET state = 'deferred', due_at = @later(:wait), waiting_for = :what WHERE queue_id = :id"
     for queue_id, wait in zip(ids, (50, 30, 40, 20, 10), strict=True):
@@ -187,7 +185,7 @@ def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene
     scene.sweeper.sweep()
     scene.sweeper.sweep()
     assert (overdue(), scene.engine.polls) == ([ids[3], ids[1]], 1), (
-        "no more than the window is overdue at a time"
+        "no more than the limit is overdue at a time"
     )
     scene.engine.servers.limit = 10
     scene.sweeper.sweep()
@@ -197,7 +195,9 @@ def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene
     assert scene.hints.offered == []
 
 
-def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> None:
+def test_a_dead_worker_is_expired_after_its_lease_was_seen_expired_for_a_lease(
+    scene: Scene,
+) -> None:
     dead = scene.worker()
     queue_id = scene.sending(dead)
     scene.run_out(dead)
@@ -215,7 +215,7 @@ def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> 
 
 
 def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: Scene) -> None:
-    """What stopped it may have stopped the others too: they get their time to renew."""
+    """The others may have been stopped with it; they get time to renew."""
     slow = scene.worker()
     queue_id = scene.sending(slow)
     scene.run_out(slow)
@@ -228,7 +228,7 @@ def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: Scene
     assert scene.mail.state(queue_id) == "deferred"
 
 
-def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
+def test_a_worker_that_renews_in_between_is_not_expired(scene: Scene) -> None:
     slow = scene.worker()
     queue_id = scene.sending(slow)
     scene.run_out(slow)
@@ -241,7 +241,9 @@ def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
     assert scene.mail.state(queue_id) == "sending"
 
 
-def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_of_the_database_expires_no_worker(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = scene.worker()
     scene.run_out(slow)
     scene.sweeper.sweep()
@@ -264,7 +266,7 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
     ]
 
 
-def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene) -> None:
+def test_server_health_shows_open_circuits_and_pauses(scene: Scene) -> None:
     servers, mx = scene.engine.servers, parse_server("mx.example.net")
     QueueOperations(scene.mail.database, notices=True).pause(
         "server:other:628", actor="me", reason=""
@@ -286,16 +288,16 @@ def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene)
         health()
         == {"mx.example.net:628": (0, 1, "not authorized to use this service", False)} | paused
     )
-    assert health() == health(), "nothing is said twice"
+    assert health() == health(), "nothing is written twice"
     servers.record_success(mx)
     assert health() == paused
     servers.record_failure(mx, "again", unauthorized=True)
     assert len(health()) == 2
     scene.mail.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
-    assert health() == paused, "whoever has ended leaves nothing alone"
+    assert health() == paused, "a worker that has ended has no open circuits"
 
 
-def test_a_worker_says_which_routes_it_knows_and_how_long_a_claim_is_for(scene: Scene) -> None:
+def test_a_worker_publishes_its_routes_and_how_long_a_claim_lasts(scene: Scene) -> None:
     default = Route("default", (parse_server("mx.example.net"),))
     scene.engine.routes = Routes([default])
     shown = "SELECT routes, claim_seconds AS far FROM workers"
@@ -310,12 +312,12 @@ def test_a_worker_says_which_routes_it_knows_and_how_long_a_claim_is_for(scene: 
         "default": ["mx.example.net:628"],
         "bulk": [],
     }
-    scene.engine.lease.worker = scene.worker()  # declared dead, and there again under another id
+    scene.engine.lease.worker = scene.worker()  # expired, and registered under another id
     scene.sweeper.sweep()
     assert all("bulk" in row["routes"] for row in scene.mail.rows(shown))
 
 
-def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
+def test_a_pending_dsn_is_generated_and_its_hint_published(scene: Scene) -> None:
     queue_id = scene.mail.accept()
     scene.mail.change(
         "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
@@ -326,9 +328,7 @@ def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
     assert scene.mail.delivery(queue_id)["due_at"] is None
 
 
-def test_a_full_spool_keeps_only_notices_waiting(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_spool_delays_only_dsns(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     owing = scene.mail.accept()
     scene.mail.change(
         "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
@@ -343,7 +343,7 @@ def test_a_full_spool_keeps_only_notices_waiting(
     assert scene.mail.delivery(owing)["due_at"] is not None
 
 
-def test_no_worker_buries_itself() -> None:
+def test_no_worker_expires_itself() -> None:
     clock = Clock()
     monitor = LeaseMonitor(10.0, clock)
     leases = [("own", "1"), ("other", "1")]
@@ -364,26 +364,26 @@ def test_a_stuck_transfer_becomes_uncertain(scene: Scene) -> None:
     assert scene.mail.delivery(queue_id)["last_outcome"] == "uncertain"
 
 
-def test_the_tick_file_tells_that_both_threads_turn(scene: Scene) -> None:
-    tick = heartbeat_file(scene.mail.settings)
-    assert tick == scene.mail.settings.state_dir / f"worker-{os.getpid()}.tick"
+def test_the_heartbeat_file_exists_while_both_threads_run(scene: Scene) -> None:
+    heartbeat = heartbeat_file(scene.mail.settings)
+    assert heartbeat == scene.mail.settings.state_dir / f"worker-{os.getpid()}.tick"
     scene.engine.heartbeat = time.monotonic() + HOUR
     scene.sweeper.start()
-    until(tick.exists)
+    until(heartbeat.exists)
     scene.sweeper.close()
-    assert not tick.exists()
+    assert not heartbeat.exists()
     scene.engine.heartbeat -= 2 * HOUR
     scene.sweeper.touch_heartbeat()
-    assert not tick.exists()
+    assert not heartbeat.exists()
 
 
-def test_the_tick_file_may_be_elsewhere(tmp_path: Path) -> None:
+def test_the_heartbeat_file_may_be_elsewhere(tmp_path: Path) -> None:
     assert (
         heartbeat_file(load(WorkerSettings, health_file=tmp_path / "health")) == tmp_path / "health"
     )
 
 
-# Housekeeping
+# The cleaner
 
 
 @pytest.fixture
@@ -418,7 +418,7 @@ def finished(mail: Mailroom) -> Callable[..., str]:
     return make
 
 
-def test_finished_messages_go_after_their_retention(
+def test_finished_messages_are_removed_after_their_retention(
     mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     old, young, waiting = finished(age=31 * DAY), finished(age=29 * DAY), mail.accept()
@@ -432,7 +432,7 @@ def test_finished_messages_go_after_their_retention(
     assert not mail.spool.path(old).exists()
 
 
-def test_old_mail_that_is_not_finished_stays(
+def test_old_unfinished_mail_stays(
     mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     old = finished(age=31 * DAY)
@@ -444,7 +444,7 @@ def _aged(path: Path, seconds: float) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_bodies_that_nobody_needs_are_removed(
+def test_deletable_bodies_are_removed(
     mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     done, fresh, waiting = finished(age=2 * DAY), finished(age=2 * DAY), mail.accept()
@@ -455,7 +455,7 @@ def test_bodies_that_nobody_needs_are_removed(
 
 
 @pytest.mark.parametrize("lost", ["deliveries", "deliveries and recipients", "one delivery of two"])
-def test_a_message_with_a_row_missing_keeps_its_body(
+def test_a_message_with_a_missing_row_keeps_its_body(
     mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str], lost: str
 ) -> None:
     old = finished(age=31 * DAY)
@@ -469,9 +469,7 @@ def test_a_message_with_a_row_missing_keeps_its_body(
     assert mail.spool.path(old).exists()
 
 
-def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(
-    mail: Mailroom, cleaner: Cleaner
-) -> None:
+def test_orphans_are_moved_once_a_newer_row_exists(mail: Mailroom, cleaner: Cleaner) -> None:
     orphan, young = new_id(), new_id()
     for one, age in ((orphan, MIN_ORPHAN_AGE + 60), (young, MIN_ORPHAN_AGE - 60)):
         mail.spool.store(one, [b"x"])
@@ -491,11 +489,10 @@ def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(
 
 
 @pytest.mark.parametrize("wrong", ["the worker's", "the file system's", "the database's"])
-def test_one_clock_that_is_wrong_takes_no_body(
+def test_one_wrong_clock_removes_no_body(
     mail: Mailroom, cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    """It is 40 days ahead, while a message is received and another one is there to prove the
-    database."""
+    """It is 40 days ahead, while one message is being received and a newer row exists."""
     mail.spool.store(received := new_id(), [b"x"])
     mail.accept()
     now, clock, macros = time.time, mail.spool.clock, cleaner._orphans._sql._spell.macros
@@ -509,7 +506,7 @@ def test_one_clock_that_is_wrong_takes_no_body(
     assert mail.spool.path(received).exists()
 
 
-def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
+def test_a_moved_orphan_is_purged_by_a_later_pass(mail: Mailroom) -> None:
     cleaner = Cleaner(
         mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
     )
@@ -522,9 +519,7 @@ def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
     assert not (mail.spool.directory / "orphans" / orphan).exists()
 
 
-def test_the_wait_of_what_is_put_aside_begins_with_the_move(
-    mail: Mailroom, cleaner: Cleaner
-) -> None:
+def test_the_retention_of_an_orphan_begins_with_the_move(mail: Mailroom, cleaner: Cleaner) -> None:
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 400 * DAY)
     mail.accept()
@@ -532,8 +527,8 @@ def test_the_wait_of_what_is_put_aside_begins_with_the_move(
     assert (mail.spool.directory / "orphans" / orphan).exists()
 
 
-def test_what_a_row_needs_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
-    """Its row came when it was put aside already."""
+def test_a_moved_body_with_a_row_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
+    """Its row came after the move."""
     cleaner = Cleaner(
         mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
     )
@@ -552,7 +547,7 @@ def test_only_directories_of_bodies_are_removed(mail: Mailroom, cleaner: Cleaner
     assert [ours.exists(), theirs.exists()] == [False, True]
 
 
-def test_only_one_keeps_house_at_a_time(mail: Mailroom, cleaner: Cleaner) -> None:
+def test_only_one_worker_cleans_at_a_time(mail: Mailroom, cleaner: Cleaner) -> None:
     other = Cleaner(mail.settings, mail.database, mail.spool)
     with cleaner.exclusive() as first, other.exclusive() as second:
         assert (first, second) == (True, False)
@@ -560,20 +555,20 @@ def test_only_one_keeps_house_at_a_time(mail: Mailroom, cleaner: Cleaner) -> Non
         assert second
 
 
-# --- rerouting
+# The rerouter
 
 
 def rerouting(mail: Mailroom, routes: Routes, clock: Callable[[], float]) -> Rerouter:
     return Rerouter(mail.sweeps, QueueOperations(mail.database, notices=True), routes, clock=clock)
 
 
-def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> None:
+def test_mail_of_a_gone_route_is_rerouted(mail: Mailroom) -> None:
     queue_id = mail.accept()
     with writing(mail.database) as connection:
         connection.execute(text("UPDATE deliveries SET route = 'gone'"))
     now = [0.0]
     rerouter = rerouting(mail, Routes([Route("default", ())]), lambda: now[0])
-    assert rerouter.turn() == 0, "it may come back"
+    assert rerouter.turn() == 0, "the route may come back"
     now[0] += MIN_GONE
     assert rerouter.turn() == 1
     assert mail.rows("SELECT route FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [
@@ -584,7 +579,7 @@ def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> 
 
 
 def test_a_route_that_comes_back_keeps_its_mail(mail: Mailroom, tmp_path: Path) -> None:
-    """A file that is cut off for a moment is a file without routes."""
+    """A file that is cut off for a moment has no routes."""
     file, now = tmp_path / "routes.toml", [100.0]
     whole = '[bulk]\nrecipients = ["lists.test"]\nservers = ["a"]\n'
     file.write_text(whole)
