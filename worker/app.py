@@ -1,10 +1,8 @@
 """The worker as a Celery application: `celery -A worker.app worker`, or `qmqp-relay worker`.
 
-The one task, `deliver(ids)`, offers its messages to the engine of this process and returns when
-their hints were used. Engine, sweeper, cleaner and rerouter run from the signal `worker_init` on,
-with or without a broker (`worker_ready` never comes if the broker refuses connections), until
-SIGTERM. Importing this module starts nothing and connects to nothing, because `celery inspect` and
-Flower import it too.
+The one task, `deliver(ids)`, offers its messages to the engine of this process. Engine, sweeper,
+cleaner and rerouter run from the signal `worker_init` on, with or without a broker, until SIGTERM.
+Importing this module starts nothing: `celery inspect` and Flower import it too.
 
 What must stay true: only the threads pool is used, because every other pool forks, patches or
 blocks what the engine's threads need; no REMAP_SIGTERM and no soft shutdown, which crash that pool.

@@ -1,15 +1,9 @@
 """The QMQP servers of the routes, as one worker sees them: order, connection limits, circuits.
 
-A route tries its servers in the order of its list. A worker holds at most SERVER_CONNECTIONS
-connections to a server, for all routes together; `connections` of a route limits its own share. A
-server that has no free slot, is paused or has an open circuit is passed over.
-
-Failures in a row open the circuit of a server for a time that doubles up to a minute. Then one
-transfer probes the server, and its outcome closes the circuit or opens it for longer. While mail
-waits for the server (`awaited`) it is probed after MAX_PROBE_DELAY at the latest. Any whole reply,
-also Z or D, is a success: the circuit is about the server and not about the mail. A server that does
-not authorize this relay opens its circuit at once, for the longest backoff of mail that it refused
-as often and up to half as much again, so that this mail goes to the next server of the route.
+A route tries its servers in the order of its list and passes over those that have no free slot, are
+paused or have an open circuit. Failures in a row open the circuit of a server for a time that
+doubles up to a minute; then one transfer probes it and closes the circuit or opens it for longer.
+Any whole reply is a success, also Z or D: the circuit is about the server and not about the mail.
 
 What must stay true: a slot is released exactly once; no I/O, and no clock but the one given. All of
 it belongs to the engine's loop, but the sweeper's thread sets `pauses` and `awaited` and reports
@@ -80,7 +74,8 @@ class ConnectionSlot:
 class ServerPool:
     """The state of every server that this worker has met, by name. Routes share it.
 
-    `routed` gives the names of all servers that are in a route; `backoff` is RETRY_MIN, RETRY_MAX.
+    `limit` is SERVER_CONNECTIONS, `backoff` RETRY_MIN and RETRY_MAX; `routed` gives the names of
+    all servers that are in a route.
     """
 
     def __init__(
@@ -164,8 +159,9 @@ class ServerPool:
         )
 
     def wake_limits(self, routes: Collection[Route]) -> dict[str, int]:
-        """How many deferred deliveries of each route may be made due now: many where a server works,
-        one where a server may be probed. From now on these servers are probed sooner. Thread-safe."""
+        """How many deferred deliveries of each route may be made due now: many where a server
+        works, one where a server may be probed. From now on these servers are probed sooner.
+        Thread-safe."""
         self.awaited = frozenset(server.name for route in routes for server in route.servers)
         limits = {
             route.name: MAX_WOKEN if self.works(route) else min(1, self.capacity(route))
@@ -197,6 +193,9 @@ class ServerPool:
 
         Returns the seconds for which this opened the circuit. None if it did not: a failure while
         the circuit is open comes from a transfer that began earlier and proves nothing new.
+
+        A server that does not authorize this relay opens its circuit at once, and for longer than
+        any mail waits that it refused as often, so that this mail goes to the next server.
         """
         breaker = self.state(server).breaker
         breaker.failures += 1
@@ -234,16 +233,17 @@ class ServerPool:
 
         A server that refuses connections by closing them (tcprules deny) does so a moment after the
         connection was made. By then a small request has left as a whole, and the close looks like
-        that of a server that took the message and failed. Where the last connection ended like this,
-        the last byte of the next request, its commit point, waits for twice as long and a little
-        more.
+        that of a server that took the message and failed. Where the last connection ended like
+        this, the last byte of the next request, its commit point, waits for twice as long and a
+        little more.
         """
         after = self.state(server).breaker.closed_after
         return min(MAX_HOLD_BACK, MIN_HOLD_BACK + 2 * after) if after else 0.0
 
     def circuit_open(self, name: str) -> bool:
         """Whether the circuit of the server of that name is open: until it may be probed, and while
-        it is probed. Without traffic an open circuit counts as closed after its time. Thread-safe."""
+        it is probed. Without traffic an open circuit counts as closed after its time.
+        Thread-safe."""
         state = self._states.get(name)
         if state is None or state.breaker.open_until is None:
             return False

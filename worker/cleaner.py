@@ -1,14 +1,12 @@
 """The cleaner: removes finished messages and bodies that no delivery needs, one worker at a time.
 
-Every ten minutes the worker that gets the lock removes, in bounded batches, the rows of messages
-that have been finished for RETENTION and of workers that ended as long ago. Every six hours it also
-scans the spool (`relay.spool.orphans`): it removes bodies that no delivery needs, and moves files
-without a row, which may be all that is left of a message whose rows were lost, to `orphans/`.
+Every ten minutes it removes the rows of messages that have been finished for RETENTION, and every
+six hours it scans the spool (`relay.spool.orphans`) for deletable bodies and for files without a
+row, which may be all that is left of a message whose rows were lost: these go to `orphans/`.
 
-What must stay true: nothing without a row is touched before it is MIN_ORPHAN_AGE old (by the clocks
-of `relay.spool.orphans`) and some row is newer. In the spool only files with names that the relay
-gives are touched. The body is removed before the rows, so that a crash in between loses neither. A
-message with a missing row (`relay.spool.retention`) counts as unfinished and waits for `fsck`.
+What must stay true: nothing without a row is touched before it is MIN_ORPHAN_AGE old and some row
+is newer; only files with names that the relay gives are touched; the body is removed before the
+rows, so that a crash in between leaves a row to find it by; a message with a missing row waits for `fsck`.
 """
 
 import fcntl

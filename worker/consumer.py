@@ -2,8 +2,8 @@
 
 Anybody who reaches the broker can put anything into its lists. kombu decodes an entry with
 `json.loads`, whose errors end the process; an entry may also name a compression, a time, callbacks.
-So each entry is checked first. Only the ids of a hint are taken from it, and Celery gets a new entry
-with them; every other entry is dropped and counted.
+So each entry is checked first. Only the ids of a hint are taken from it, and Celery gets a new
+entry with them; every other entry is dropped and counted.
 
 Any other failure of the consumer is handled like a lost connection, from which Celery recovers.
 What must stay true: no entry ends the consumer, and no failure of the consumer ends the process,

@@ -1,14 +1,12 @@
 """One claim under way: which servers are tried, and what the outcome means.
 
-A delivery tries the servers of its route in order. What fails before the commit point is tried at
-the next server at once; so is a Z, and a D about this relay, because nothing was accepted. After
-the commit point a try without a whole reply ends the delivery: only its server can know whether the
-message was accepted. Every delivery ends with one `Completion`: the next state, and a row for each
-attempt. `OUTCOME_POLICY` says what an outcome leads to, and only `next_state` reads it.
+What fails before the commit point is tried at the next server of the route at once; so is a Z, and
+a D about this relay, because nothing was accepted. After the commit point only a whole reply
+decides. Every delivery ends with one `Completion`: the next state, and a row for each attempt.
 
 What must stay true: only a whole reply that says that nothing was accepted allows another try after
 a commit point; only a whole D bounces; no local fault (a body, an error of this machine, a stop)
-counts against the mail.
+counts against the mail; only `next_state` reads `OUTCOME_POLICY`.
 """
 
 import enum
@@ -386,8 +384,8 @@ class DeliveryTask:
         if not self.route.servers:
             reply = NO_SERVER
         elif self._tries:  # the one that tells most; of equal ones the last
-            told = max(reversed(self._tries), key=lambda one: _FAILOVER.index(one.outcome))
-            server, outcome, reply = told.server, told.outcome, told.reply
+            best = max(reversed(self._tries), key=lambda tried: _FAILOVER.index(tried.outcome))
+            server, outcome, reply = best.server, best.outcome, best.reply
         down = self.config.servers.down(self.route, self._tried)
         if outcome not in _ABOUT_THE_MAIL and not down:
             # A server is only full or paused. (After a Z the delivery waits all the same, or the

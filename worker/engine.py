@@ -1,14 +1,13 @@
 """The engine of a worker process: one event loop that owns every connection to a QMQP server.
 
-The road of a message: `offer` queues hints; `_poll` asks the producer for claim requests; `_request`
-hands each to the commit thread; `_claimed` opens the bodies; `_opened` starts a `DeliveryTask` for
-each; `_complete` records what became of it; `_recorded` removes the body.
+The road of a message: `offer` queues hints; `_poll` has the producer make claim requests;
+`_request` gives each to the commit thread; `_claimed` opens the bodies; `_start` runs a
+`DeliveryTask` for each claim; `_complete` has its outcome recorded; `_recorded` removes the body.
 
-What must stay true:
-- all state belongs to the loop; other threads call only `offer`, `poll_now`, `drain`;
-- completions are committed before the renewal that follows them, so that a worker with a fresh
-  lease has told what it did;
-- a local fault (an unreadable body, no sockets) pauses claiming and never counts against the mail.
+What must stay true: all state belongs to the loop, and other threads call only `start`, `offer`,
+`poll_now` and `drain`; completions are committed before the renewal that follows them, so that a
+worker with a fresh lease has recorded what it did; a local fault (an unreadable body, no sockets)
+pauses claiming and never counts against the mail.
 """
 
 import asyncio
@@ -69,9 +68,13 @@ class Engine:
         self._loop = new_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._commands: CommitThread[Command, CommandResult] = CommitThread(
-            "outcomes", queue.commit, post=self._loop.call_soon_threadsafe, largest=512, gather=GATHER,
+            "outcomes",
+            queue.commit,
+            post=self._loop.call_soon_threadsafe,
+            largest=512,
+            gather=GATHER,
             rounds_of=metrics.rounds("outcomes"),
-        )  # fmt: skip
+        )
         self.lease = Lease(queue, settings.lease, self._renew)
         self.producer = Producer(settings, routes, self.servers, self._request)
         self._bodies = BodyIo(self._loop, spool)

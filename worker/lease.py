@@ -4,8 +4,8 @@ Other workers expire a worker whose lease ran out. What it was sending becomes u
 worker registers again under another id.
 
 What must stay true: `may_commit` is true only while the request for the last successful renewal is
-younger than LEASE less a quarter, and only for the id of the worker that holds the claim. Belongs to
-the engine's loop; `worker`, `registered` and `renewed_since` may be read from other threads.
+younger than LEASE less a quarter, and only for the id of the worker that holds the claim. Belongs
+to the engine's loop; `worker`, `registered` and `renewed_since` may be read from other threads.
 """
 
 import asyncio

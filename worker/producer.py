@@ -1,14 +1,12 @@
 """The producer: which deliveries a worker asks the database for, and when.
 
-Two sources take turns. Hints wait in a `HintQueue` for each route; hints without a known route have
-a queue of their own and may be for any route. The overdue poll asks the database for overdue
-deliveries, once a second for each route, and at once while a route has more. Either becomes a
-`ClaimRequest` for as many deliveries as there is capacity (`Capacity`).
+Two sources take turns. Hints wait in a `HintQueue` for each route, or in one for hints that may be
+for any route. The overdue poll asks for overdue deliveries, once a second for each route, and at
+once while a route has more. Either becomes a `ClaimRequest` within the `Capacity` of the routes.
 
-What must stay true: at most one request for each hint queue and one poll are under way; capacity
-that was reserved for a request is returned when its claims arrive, whatever they are; the capacity
-of one route alone decides what happens to its hints. All of it belongs to the engine's loop; only
-`HintBatch.wait` is for other threads.
+What must stay true: at most one request for each hint queue and one poll are under way; reserved
+capacity is returned when the claims arrive, whatever they are; only the capacity of its own route
+decides what happens to a hint. All but `HintBatch.wait` belongs to the engine's loop.
 """
 
 import itertools
@@ -105,16 +103,17 @@ class HintQueue:
 
 
 class Capacity:
-    """How many deliveries of each route may be claimed now, so that no claim waits for a connection.
+    """How many deliveries of each route may be claimed now, so that no claim waits for a
+    connection.
 
-    A route has as much capacity as its servers have free slots, less the slots that are reserved for
-    claims without a slot; all routes together have WORKER_CONNECTIONS. `busy` counts the deliveries
-    that are reserved or claimed and have not ended.
+    A route has as much capacity as its servers have free slots, less the slots that are reserved
+    for claims without a slot; all routes together have WORKER_CONNECTIONS. `busy` counts the
+    deliveries that are reserved or claimed and have not ended.
 
     Routes may share servers. The slots of a route's servers also serve every route whose servers
-    are all among them (its group), and a reservation counts against every group of its route. This is
-    exact where routes share all of their servers or none. Where lists overlap in part, or a route
-    with its own limit has several servers, a claim may find its slot taken; it is requeued.
+    are all among them (its group), and a reservation counts against every group of its route. This
+    is exact where routes share all of their servers or none. Where lists overlap in part, or a
+    route with its own limit has several servers, a claim may find its slot taken; it is requeued.
 
     A route has no capacity for hints while all its servers are down. The poll still claims a batch
     of its mail, so that each message records why it waits and expires in the end.

@@ -1,15 +1,13 @@
 """The sweeper: a thread in every worker that does what is due in the database, about once a second.
 
-It queues deferred deliveries whose time has come and publishes hints for them, wakes deliveries
-whose route works again, ends transfers that are stuck, expires workers, and has DSNs generated. All
-of it happens in due order and in bounded batches. Any number of workers sweep at the same time;
-each skips the rows that another has locked.
+Any number of workers sweep at the same time, in due order and in bounded batches; each skips the
+rows that another has locked. After an outage of the database nothing is swept before this worker
+has renewed its own lease, and so has recorded its outcomes.
 
-What must stay true: a worker is expired only after its lease was seen expired, unchanged, twice,
-LEASE apart by this machine's monotonic clock, with the database reachable in between. Neither a
-clock that jumps nor an outage that stops all renewals expires a worker that runs. After an outage
-nothing is swept before this worker has renewed its own lease, and so has recorded its outcomes. The
-heartbeat file is touched only while this thread and the engine's loop both run.
+What must stay true: a worker is expired only after its lease was seen expired, unchanged, for a
+LEASE by this machine's monotonic clock, with the database reachable. Neither a clock that jumps nor
+an outage expires a worker that runs. The heartbeat file is touched only while this thread and the
+engine's loop both run.
 """
 
 import os
