@@ -6,7 +6,8 @@ row, which may be all that is left of a message whose rows were lost: these go t
 
 What must stay true: nothing without a row is touched before it is MIN_ORPHAN_AGE old and some row
 is newer; only files with names that the relay gives are touched; the body is removed before the
-rows, so that a crash in between leaves a row to find it by; a message with a missing row waits for `fsck`.
+rows, so that a crash in between leaves a row to find it by; a message with a missing row waits for
+`fsck`.
 """
 
 import fcntl

@@ -113,7 +113,8 @@ class Engine:
 
     def poll_now(self) -> None:
         """Claim overdue deliveries now. Thread-safe."""
-        self._loop.call_soon_threadsafe(self._poll_now)
+        self._loop.call_soon_threadsafe(self.producer.poll_now)
+        self._loop.call_soon_threadsafe(self._poll)
 
     def drain(self, timeout: float) -> bool:
         """Stop: close what may be closed, wait `timeout` seconds for the rest, record everything,
@@ -174,10 +175,6 @@ class Engine:
         self.producer.add(batch, ids, queue, route)
         if self._stopping:
             self.producer.drop_hints()
-        self._poll()
-
-    def _poll_now(self) -> None:
-        self.producer.poll_now()
         self._poll()
 
     def _poll(self) -> None:
