@@ -117,7 +117,7 @@ class RelaySystem:
         self._workers = []
 
     def release(self) -> None:
-        self._workers = self._start("worker", "signed on", self._arranged[0])
+        self._workers = self._start("worker", "worker registered", self._arranged[0])
 
     def flush(self) -> None:
         if self._postgres is not None:

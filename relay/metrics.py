@@ -65,12 +65,14 @@ DELIVERY_SECONDS = Histogram(
     "relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG
 )
 TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers under way in this worker")
-RESTS = Counter(
-    "relay_server_rests", "times that a server was left alone for a while", ["server", "why"]
+CIRCUIT_OPENED = Counter(
+    "relay_circuit_opened", "times that the circuit of a server opened", ["server", "why"]
 )
-RESTING = Gauge("relay_server_resting", "1 while this worker leaves a server alone", ["server"])
+CIRCUIT_OPEN = Gauge(
+    "relay_circuit_open", "1 while the circuit of a server is open in this worker", ["server"]
+)
 
-attempts, hints, rests = cache(ATTEMPTS.labels), cache(HINTS.labels), cache(RESTS.labels)
+attempts, hints = cache(ATTEMPTS.labels), cache(HINTS.labels)
 
 
 @cache

@@ -26,7 +26,7 @@ OVERDUE, SENDING, PAUSED = (
 )
 ROOM, UP = "relay_spool_free_bytes", "relay_database_up"
 RESTS, ACCEPT = (
-    'relay_server_rests_total{server="mx:628", why="%s"}',
+    'relay_circuit_opened_total{server="mx:628", why="%s"}',
     'relay_accept_seconds_bucket{le="%s"}',
 )
 CASES: list[Case] = [
@@ -45,12 +45,12 @@ CASES: list[Case] = [
     ("RelayHeld", {'relay_deliveries{state="held"}': "0x5 1x30"}, [22], [20]),
     ("RelaySpoolIsFull", {ROOM + '{job="a"}': "5e9x20", ROOM + '{job="b"}': "9e8x20"}, [2], [0]),
     ("RelayDatabaseIsAway", {UP + '{job="a"}': "1x20", UP + '{job="b"}': "1x5 0x15"}, [8], [6]),
-    ("RelayIsSilent", {UP: "1x5 stale"}, [9], [7]),
+    ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
     ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
     ("RelayBrokerListGrows", {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"}, [12], [10]),
-    ("RelayServerIsLeftAlone", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
+    ("RelayCircuitOpen", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
     # The series of a worker begins with its first refusal.
-    ("RelayServerDoesNotWantUs", {RESTS % "refuses us": "_x30 1x60"}, [31], [29, 60]),
+    ("RelayUnauthorized", {RESTS % "unauthorized": "_x30 1x60"}, [31], [29, 60]),
     ("RelaySlowToAccept", {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"}, [12], [5]),
     ("RelaySlowToAccept", {ACCEPT % "0.1": "0+9x60", ACCEPT % "+Inf": "0+9x60"}, [], [30]),
 ]  # fmt: skip

@@ -90,8 +90,8 @@ def test_the_start_of_a_transfer_is_that_of_its_worker(office: Office, typed: Ty
             "no server accepted a connection: 127.0.0.1:6280 Connection",
         ),
         (
-            "mx:628: circuit open: 450 go away",
-            "because mx:628: circuit open: 450 go",
+            "the circuit of mx:628 is open: 450 go away",
+            "because the circuit of mx:628 is open: 450 go",
         ),
         (
             "no QMQP server configured (RELAY_QMQP_SERVERS)",

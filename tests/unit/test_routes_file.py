@@ -14,9 +14,9 @@ from relay.db.schema import Outcome
 from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
 from relay.settings import Settings, SettingsError, WorkerSettings, load
 from smtpd.main import offered_size
-from worker.capacity import Capacity
 from worker.circuit_breaker import ServerPool
 from worker.delivery import next_state
+from worker.producer import Capacity
 
 A, B = parse_server("a.example"), parse_server("b.example")
 ONE = '[one]\nrecipients = ["one.example"]\nservers = ["a.example"]\n'
@@ -59,10 +59,10 @@ def test_servers_are_looked_up_at_each_attempt(file: Path, write: Write) -> None
 
 def test_change_reaches_a_running_worker(file: Path, write: Write) -> None:
     routes, servers = loaded(file), ServerPool(10)
-    room = Capacity(routes, servers, 20, 5)
-    assert set(room.offer(20)[0]) == {"one", DEFAULT}
+    capacity = Capacity(routes, servers, 20, 5)
+    assert set(capacity.reserve_any(20, 20)[0]) == {"one", DEFAULT}
     write(ONE + '[two]\nrecipients = ["two.example"]\nservers = ["b.example"]\nconnections = 2\n')
-    later, _ = Capacity(routes, servers, 20, 5).offer(20)
+    later, _ = Capacity(routes, servers, 20, 5).reserve_any(20, 20)
     assert set(later) == {"one", "two", DEFAULT}
     assert later["two"] == 2
 
