@@ -2,7 +2,7 @@
 
 `python -m bench --help` (`make bench` with all defaults). A *system* (`systems`, `relay_system`,
 `postfix_system`) is everything between an SMTP port and a sink; it is started for the run and ended
-afterwards. A *part* (`parts`) puts one kind of load on a system and returns figures. `runs` measures
-each part on all systems in turns. `report` and `plot` show medians, spread and ratios. No test
-asserts a speed: it would test the machine.
+afterwards. A *part* (`parts`) puts one kind of load on a system and returns figures. `runs`
+measures each part on all systems in turns. `report` and `plot` show medians, spread and ratios. No
+test asserts a speed: it would test the machine.
 """

@@ -1,4 +1,4 @@
-"""`python -m bench`: start the chosen systems, measure the chosen parts, print and write the results.
+"""`python -m bench`: start the chosen systems, measure the chosen parts, write the results.
 
 The exit status is 1 if a run failed.
 """

@@ -22,30 +22,36 @@ from relay.ids import dashed, new_id
 
 _SERIES = {
     True: "SELECT n FROM generate_series(1, {rows}) AS n",
-    False: "WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {rows}) SELECT n FROM s",
+    False: """WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {rows})
+        SELECT n FROM s""",
 }
 _HEX = {True: "lpad(to_hex({}), {}, '0')", False: "printf('%0{1}x', {0})"}
 _AT = {True: "to_timestamp(({}) / 1000.0)", False: "({}) * 1000"}
 _INSERTS = (
-    """INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol, header_message_id)
-        SELECT {id}, 'sender' || n % 1000 || '@example.com', 4096, {arrival}, '192.0.2.1', 'client.example.com',
-        'ESMTP', '<' || n || '@client.example.com>' FROM numbers""",
+    """INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol,
+        header_message_id)
+    SELECT {id}, 'sender' || n % 1000 || '@example.com', 4096, {arrival}, '192.0.2.1',
+        'client.example.com', 'ESMTP', '<' || n || '@client.example.com>'
+    FROM numbers""",
     """INSERT INTO recipients (queue_id, position, address, delivery)
-        SELECT {id}, 1, 'recipient' || n || '@d' || n % 97 || '.example.org', 1 FROM numbers""",
-    """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, claim_count, last_outcome, last_reply,
-        last_server, finished_at) SELECT {id}, 1, 'default', state, CASE WHEN state = 'deferred' THEN {soon} END,
-        {soon}, 1, CASE state WHEN 'delivered' THEN 'delivered' WHEN 'bounced' THEN 'rejected' ELSE 'deferred' END,
-        {reply}, {server}, CASE WHEN state IN ('delivered', 'bounced') THEN {arrival} END FROM numbers""",
-    """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at, outcome, reply,
-        bytes_sent) SELECT {id}, 1, 1, 1, {worker}, {server}, {arrival}, {arrival},
-        CASE state WHEN 'delivered' THEN 'delivered' WHEN 'bounced' THEN 'rejected' ELSE 'deferred' END, {reply}, 4200
-        FROM numbers""",
+    SELECT {id}, 1, 'recipient' || n || '@d' || n % 97 || '.example.org', 1
+    FROM numbers""",
+    """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, claim_count,
+        last_outcome, last_reply, last_server, finished_at)
+    SELECT {id}, 1, 'default', state, CASE WHEN state = 'deferred' THEN {soon} END, {soon}, 1,
+        {outcome}, {reply}, {server},
+        CASE WHEN state IN ('delivered', 'bounced') THEN {arrival} END
+    FROM numbers""",
+    """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at,
+        finished_at, outcome, reply, bytes_sent)
+    SELECT {id}, 1, 1, 1, {worker}, {server}, {arrival}, {arrival}, {outcome}, {reply}, 4200
+    FROM numbers""",
 )
 
 
 def fill(url: str, rows: int, *, finished: int = 0, seconds: float = 3600) -> None:
-    """Make the schema and `rows` messages of one recipient each, which arrived in the last `seconds`
-    seconds."""
+    """Make the schema and `rows` messages of one recipient each, which arrived in the last
+    `seconds` seconds."""
     migrate(url)
     engine = connect(url)
     postgresql = engine.dialect.name == "postgresql"
@@ -53,20 +59,25 @@ def fill(url: str, rows: int, *, finished: int = 0, seconds: float = 3600) -> No
     step = max(1, round(seconds * 1000 / rows))
     arrived = f"({round(time.time() * 1000) - rows * step} + n * {step})"
     hexed = _HEX[postgresql].format(arrived, 12)
-    uuid = f"substr({hexed}, 1, 8) || '-' || substr({hexed}, 9, 4) || '-7abc-8def-' || {_HEX[postgresql].format('n', 12)}"
+    number = _HEX[postgresql].format("n", 12)
+    uuid = f"substr({hexed}, 1, 8) || '-' || substr({hexed}, 9, 4) || '-7abc-8def-' || {number}"
     parameters = {
         "id": f"CAST({uuid} AS uuid)" if postgresql else uuid,
         "arrival": _AT[postgresql].format(arrived),
         "soon": spell("@later(3600)"),
         "worker": f"'{dashed(new_id())}'",
+        "outcome": "CASE state WHEN 'delivered' THEN 'delivered' WHEN 'bounced' THEN 'rejected'"
+        " ELSE 'deferred' END",
         "server": "'192.0.2.' || n % 4 || ':628'",
         "reply": "CASE state WHEN 'delivered' THEN 'ok ' || n ELSE '451 4.7.1 recipient' || n"
         " || '@example.org is greylisted, come back later' END",
     }
     if postgresql:
         parameters["worker"] = f"CAST({parameters['worker']} AS uuid)"
-    state = f"""CASE WHEN n % 100 < {finished} AND n % 50 = 0 THEN 'bounced' WHEN n % 100 < {finished} THEN 'delivered'
-        WHEN n % 1000 = 999 THEN 'held' ELSE 'deferred' END AS state"""
+    state = f"""CASE WHEN n % 100 < {finished} AND n % 50 = 0 THEN 'bounced'
+        WHEN n % 100 < {finished} THEN 'delivered'
+        WHEN n % 1000 = 999 THEN 'held'
+        ELSE 'deferred' END AS state"""
     numbers = f"SELECT n, {state} FROM ({_SERIES[postgresql].format(rows=rows)}) AS all_of_them"
     with writing(engine) as connection:
         if postgresql:

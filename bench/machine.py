@@ -54,8 +54,8 @@ def allow_open_files(count: int) -> int:
 
 
 class Disk:
-    """The disk of a directory, for one run. `busy` counts how often it was not idle within `timeout`
-    seconds."""
+    """The disk of a directory, for one run. `busy` counts how often it was not idle within
+    `timeout` seconds."""
 
     def __init__(self, directory: Path, timeout: float) -> None:
         self._directory = directory

@@ -24,8 +24,8 @@ type Figures = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The size of the loads: numbers of messages, of large ones, of single ones, and of deliveries to
-    the slow server.
+    """The size of the loads: numbers of messages, of large ones, of single ones, and of deliveries
+    to the slow server.
 
     `connections` goes up to the default of RELAY_MAX_CONNECTIONS. `volume`: bytes that pass while
     memory is measured. `disk_timeout`: seconds to wait for an idle disk. `overdue`: seconds that a

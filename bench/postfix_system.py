@@ -2,8 +2,8 @@
 
 It has good conditions: its defaults for durability (each queue file is synced before the 250), no
 DNS, no rewriting by tables, no count of clients (anvil), no brake on incoming mail (in_flow_delay),
-and enough processes (250, and an smtpd for each connection). Its own postlogd logs to a file, as the
-relay does.
+and enough processes (250, and an smtpd for each connection). Its own postlogd logs to a file, as
+the relay does.
 
 It needs root, because Postfix changes to the user `postfix` itself. An installed Postfix lends its
 programs and is not changed.

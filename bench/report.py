@@ -12,8 +12,8 @@ _ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source", 
 
 
 def table(result: Measurement, systems: Sequence[str]) -> str:
-    """A part as a table: a line for each figure, a column for each system; the median, the lowest and
-    highest run, and the ratio to Postfix."""
+    """A part as a table: a line for each figure, a column for each system; the median, the lowest
+    and highest run, and the ratio to Postfix."""
     part = result.part
     lines = [
         f"\n{part.name}: {part.title} ({part.unit}; x: times better than {PEER})",
@@ -61,8 +61,8 @@ def facts(about: Mapping[str, str]) -> str:
 
 
 def as_json(results: Sequence[Measurement], about: Mapping[str, Any]) -> dict[str, Any]:
-    """All figures of all runs: `{"about": {...}, "parts": [{"name", "unit", "figures": {name: {system:
-    [...]}}}]}`. A run that failed is null."""
+    """All figures of all runs: `{"about": {...}, "parts": [{"name", "unit", "figures": {name:
+    {system: [...]}}}]}`. A run that failed is null."""
     parts = [
         {
             "name": result.part.name, "words": result.part.title, "unit": result.part.unit,

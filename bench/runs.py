@@ -1,4 +1,4 @@
-"""Runs a part on all systems in turns, so that a slow minute of the machine falls on all of them."""
+"""Runs a part on all systems in turns, so that a slow minute affects all of them."""
 
 import statistics
 from collections.abc import Sequence

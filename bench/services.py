@@ -1,8 +1,8 @@
 """The servers that the benchmark starts: PostgreSQL from its wheel, and Valkey or Redis.
 
 All of them are children of this process, and the kernel ends them with it (PR_SET_PDEATHSIG).
-PostgreSQL refuses to run as root. As root it therefore runs as `nobody`, from a copy of its programs
-that this user can read.
+PostgreSQL refuses to run as root. As root it therefore runs as `nobody`, from a copy of its
+programs that this user can read.
 """
 
 import ctypes

@@ -1,5 +1,5 @@
-"""`python -m bench.sink HOST:PORT DELAY`: our QMQP sink with a running counter on standard output, as
-qmqp-sink writes it."""
+"""`python -m bench.sink HOST:PORT DELAY`: our QMQP sink with a running counter on standard output,
+as qmqp-sink writes it."""
 
 import asyncio
 import os

@@ -1,8 +1,8 @@
-"""`python -m bench.source -s SESSIONS -m MESSAGES -l BYTES [-d] -f FROM -t TO HOST:PORT`: the part of
-smtp-source that the benchmark needs, for machines without Postfix.
+"""`python -m bench.source -s SESSIONS -m MESSAGES -l BYTES [-d] -f FROM -t TO HOST:PORT`: the part
+of smtp-source that the benchmark needs, for machines without Postfix.
 
-It uses several times the CPU of smtp-source, so only runs with the same source can be compared. FROM
-and TO are ignored.
+It uses several times the CPU of smtp-source, so only runs with the same source can be compared.
+FROM and TO are ignored.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""`python -m bench.waiting`: what waiting mail costs an idle relay and a busy one, on both databases.
+"""`python -m bench.waiting`: the cost of waiting mail for an idle relay and a busy one.
 
 Half of the rows are overdue on a route whose server is down, half are deferred for long. A turn is
 what a worker asks each second while it is idle: the sweeper's statements, and a poll for overdue
 mail of another route. Then messages of that other route are accepted, claimed and completed in
-rounds. Each figure is measured with an empty queue and then with the rows. The CPU time of SQLite is
-that of this process, the CPU time of PostgreSQL that of all its processes.
+rounds. Each figure is measured with an empty queue and then with the rows. The CPU time of SQLite
+is that of this process, the CPU time of PostgreSQL that of all its processes.
 """
 
 import os
@@ -100,8 +100,10 @@ def add_overdue_rows(engine: Engine) -> None:
     with writing(engine) as connection:
         if spell.postgresql:
             connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        sql = """UPDATE deliveries SET state = 'queued', route = 'dead', due_at = @ago(3600 * (1 + @chance))
-            WHERE state = 'deferred' AND queue_id IN (SELECT id FROM messages WHERE sender < 'sender5')"""
+        sql = """UPDATE deliveries
+            SET state = 'queued', route = 'dead', due_at = @ago(3600 * (1 + @chance))
+            WHERE state = 'deferred'
+                AND queue_id IN (SELECT id FROM messages WHERE sender < 'sender5')"""
         connection.execute(text(spell(sql)))
     analyze(engine)
 
@@ -149,7 +151,8 @@ def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
         relay.engine.dispose()
     for figure, value in empty.items():
         print(
-            f"{name:12}{figure:32}{value:10.2f}{full[figure]:12.2f}{full[figure] / max(value, 0.01):8.2f}",
+            f"{name:12}{figure:32}{value:10.2f}{full[figure]:12.2f}"
+            f"{full[figure] / max(value, 0.01):8.2f}",
             flush=True,
         )
 

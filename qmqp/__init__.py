@@ -9,28 +9,28 @@ reply. Every unit is a netstring: a length in decimal digits, a colon, that many
     -> 42:5:test\\n,13:a@example.com,13:b@example.com,,
     <- 18:KReceived 5 bytes.,
 
-The session. The client connects to TCP port 628 or to a Unix socket, sends the request and reads the
-reply; the server closes [Q]. A connection carries one request: Postfix ignores a second one [seen].
-There is no greeting, no negotiation, no authentication and no TLS: every client that can connect may
-relay anywhere [qmail-qmqpd(8)].
+The session. The client connects to TCP port 628 or to a Unix socket, sends the request and reads
+the reply; the server closes [Q]. A connection carries one request: Postfix ignores a second one
+[seen]. There is no greeting, no negotiation, no authentication and no TLS: every client that can
+connect may relay anywhere [qmail-qmqpd(8)].
 
-The request. The outer length is the exact sum of all that is inside, so the size of the message must
-be known before its first byte is sent [Q]. If it is wrong, qmail-qmqpd closes without a reply;
-Postfix ignores it [seen]. Lines of the message end with LF, not CR LF [Q]. A CR is an ordinary byte,
-and Postfix changes it to a space, so that the empty line after the header is no longer empty [seen].
-Bytes are not changed, 8-bit and NUL included [T 5]. Addresses are octets without brackets or quoting
-[T 8]; an empty sender is the null sender, `0:,`. There is at least one recipient [Q].
+The request. The outer length is the exact sum of all that is inside, so the size of the message
+must be known before its first byte is sent [Q]. If it is wrong, qmail-qmqpd closes without a reply;
+Postfix ignores it [seen]. Lines of the message end with LF, not CR LF [Q]. A CR is an ordinary
+byte, and Postfix changes it to a space, so that the empty line after the header is no longer empty
+[seen]. Bytes are not changed, 8-bit and NUL included [T 5]. Addresses are octets without brackets
+or quoting [T 8]; an empty sender is the null sender, `0:,`. There is at least one recipient [Q].
 
 The reply holds for all recipients [Q]. K: the server answers for every one of them. Z: not now; the
 same request may be sent again. D: never; no recipient got it. The text that follows is for people,
 of any length and any bytes (qmqp/reply.py).
 
-The commit point is the last byte of the request, its closing comma. Before it, the client may close,
-and the server must throw the message away. After it, only the reply tells the outcome; without one
-the client tries again later, and the message may arrive twice [Q]. Most of this package makes sure
-on which side of that byte a failure fell (qmqp/result.py). A server must not reply before the commit
-point, but it may close at any time, and "high-quality servers will try to send a response first"
-[Q]: so a client must read and honour an early Z or D.
+The commit point is the last byte of the request, its closing comma. Before it, the client may
+close, and the server must throw the message away. After it, only the reply tells the outcome;
+without one the client tries again later, and the message may arrive twice [Q]. Most of this package
+makes sure on which side of that byte a failure fell (qmqp/result.py). A server must not reply
+before the commit point, but it may close at any time, and "high-quality servers will try to send a
+response first" [Q]: so a client must read and honour an early Z or D.
 
 What a client must not do.
 

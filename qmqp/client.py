@@ -1,7 +1,7 @@
 """Sends one request to one server and reports exactly how it ended.
 
-    connection = ClientConnection(host="192.0.2.1", fd=body, request=Request(size, sender, recipients))
-    result = await connection.run()
+    connection = ClientConnection(host="192.0.2.1", fd=body, request=Request(size, sender,
+    recipients)) result = await connection.run()
 
 A `ClientConnection` connects, writes, reads the reply, and returns a `Result`. It uses a socket
 rather than a transport, because a transport hides three facts: how many bytes the kernel has taken
@@ -69,8 +69,8 @@ _OUTCOMES = {
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds: `connect` for all addresses of a name together; `io` without any progress in writing;
-    `reply` from the commit point to the end of the reply; `session` for everything."""
+    """Seconds: `connect` for all addresses of a name together; `io` without any progress in
+    writing; `reply` from the commit point to the end of the reply; `session` for everything."""
 
     connect: float = 10.0
     io: float = 60.0
@@ -213,8 +213,8 @@ class ClientConnection:
         return reading.result()
 
     async def _push(self, parts: list[bytes | memoryview], *, last: bool) -> bool:
-        """Write the parts; `last`: the request ends with them. False if the connection breaks or the
-        server replies."""
+        """Write the parts; `last`: the request ends with them. False if the connection breaks or
+        the server replies."""
         deadline = monotonic() + self.timeouts.io
         while True:
             if last and self.may_commit is not None and not self.may_commit():
@@ -305,10 +305,10 @@ class ClientConnection:
     def _check_again(self, deadline: float) -> bool:
         """Whether the kernel has data or room, once for each deadline that has passed.
 
-        An event loop may run timers before it polls its sockets (libuv does), so a deadline can come
-        before the data that arrived in time. A reply that has arrived must not become `uncertain`,
-        which sends the message twice. Only once: a server that never stops sending cannot extend
-        its deadline without end.
+        An event loop may run timers before it polls its sockets (libuv does), so a deadline can
+        come before the data that arrived in time. A reply that has arrived must not become
+        `uncertain`, which sends the message twice. Only once: a server that never stops sending
+        cannot extend its deadline without end.
         """
         if deadline <= self._extended:
             return False

@@ -6,7 +6,8 @@ The decoder is as strict as netstrings.txt: a length has digits only, without a 
 leading zero (`0` itself excepted). It never trusts a length. The tenth digit is refused before
 anything is allocated, because no reader must accept more than 999,999,999 bytes. A length above the
 reader's own limit is refused when it is announced. A peer of another protocol fails at its first
-wrong byte, so the reader does not wait for more. The result does not depend on how the bytes are cut.
+wrong byte, so the reader does not wait for more. The result does not depend on how the bytes are
+cut.
 """
 
 MAX_LENGTH = 999_999_999  # the longest string that every reader must accept (netstrings.txt, 3)

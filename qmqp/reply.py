@@ -5,9 +5,9 @@
     D   never: no recipient got it
 
 The text after the status may hold any bytes: NUL, line ends, any charset (the text of QMTP, section
-5, about the same replies: "the client should be ready for arbitrary bytes"). A reply has any length.
-The parser accepts all of it and keeps a bounded part: a client that refuses a long K sends the
-message twice. An empty reply, another first byte, and bytes that are not a netstring are not a
+5, about the same replies: "the client should be ready for arbitrary bytes"). A reply has any
+length. The parser accepts all of it and keeps a bounded part: a client that refuses a long K sends
+the message twice. An empty reply, another first byte, and bytes that are not a netstring are not a
 verdict. A client must not search the bytes for the first K, Z or D (qmail-qmqpc.c does):
 `SSH-2.0-OpenSSH_9.2p1 Debian` has one. Bytes after the reply mean nothing; some servers send a line
 feed.

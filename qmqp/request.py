@@ -1,8 +1,8 @@
 """A request as bytes, without any I/O.
 
-`Request` knows the whole length before the first byte is sent, so that a client can stream a message
-of any size from a file: a head, `size` bytes of the message, a tail. The last byte of the tail is
-the commit point. It refuses addresses that some server would misread.
+`Request` knows the whole length before the first byte is sent, so that a client can stream a
+message of any size from a file: a head, `size` bytes of the message, a tail. The last byte of the
+tail is the commit point. It refuses addresses that some server would misread.
 
 `RequestParser` is the other side. It reads a request as a strict server does, passes the message on
 in pieces as they come, and never buffers more than an address.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 from qmqp.netstring import MAX_LENGTH, FormatError, length_of, read_length
 
-# The longest address that every server accepts: qmail-qmqpd refuses 1,000 bytes, Postfix over 2,048.
+# Every server accepts an address of this length: qmail-qmqpd refuses 1,000 bytes, Postfix 2,049.
 MAX_ADDRESS = 999
 
 _SENDABLE = re.compile(rb"[^\0\r\n<][^\0\r\n]{0,%d}" % (MAX_ADDRESS - 1)).fullmatch

@@ -3,10 +3,11 @@
 A lookup takes as long as the resolver likes and cannot be cancelled. Each name is therefore looked
 up in a thread of its own, and all connections to that name wait for the same result. The threads of
 an event loop are few: with them, one name server that does not answer would block every other name.
-Addresses are cached for CACHE_TTL, so that a busy client does not ask for every message and a change
-of the DNS is soon seen.
+Addresses are cached for CACHE_TTL, so that a busy client does not ask for every message and a
+change of the DNS is soon seen.
 
-What must stay true: a connection waits only for the name that it asked for; failures are not cached.
+What must stay true: a connection waits only for the name that it asked for; a failure is not
+cached.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ _pending: dict[tuple[asyncio.AbstractEventLoop, str, int], asyncio.Future[Lookup
 
 
 def lookup(host: str, port: int) -> asyncio.Future[Lookup]:
-    """The addresses of a name in the resolver's order, or the OSError or UnicodeError of the lookup.
+    """The addresses of a name in the resolver's order, or the OSError or UnicodeError instead.
 
     Several connections may wait for the same future: do not cancel it."""
     loop = asyncio.get_running_loop()

@@ -38,11 +38,11 @@ class Result(NamedTuple):
     """How a request ended, and why.
 
     `text` is the server's text without the status byte (bounded, any bytes) if the reply was valid,
-    else our own. `committed`: the last byte of the request has left. `ours`: `may_commit` or `abort`
-    ended the transfer, not the server. `flags`: "early-reply" (before the commit point),
+    else our own. `committed`: the last byte of the request has left. `ours`: `may_commit` or
+    `abort` ended the transfer, not the server. `flags`: "early-reply" (before the commit point),
     "truncated-reply" (a K whose text was cut off), "extra-bytes" (after the reply),
-    "closed-at-once" (the server closed the connection within a second, without a reply, and may have
-    read nothing)."""
+    "closed-at-once" (the server closed the connection within a second, without a reply, and may
+    have read nothing)."""
 
     outcome: SendOutcome
     text: bytes

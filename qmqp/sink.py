@@ -1,4 +1,4 @@
-"""A strict QMQP server that replies, or misbehaves, by rule: for demonstrations, benchmarks and tests.
+"""A strict QMQP server that replies, or misbehaves, by rule: for trials, benchmarks and tests.
 
 It reads every request exactly as the protocol has it (each length exact, nothing between the inner
 and the outer netstring, no leading zeros), streams the message past a digest and on request into a
@@ -61,8 +61,9 @@ class Received:
 
 
 class Sink:
-    """The server. `received` holds the last `keep` complete requests, `faults` the reasons why others
-    were bad; `count` is the number of all complete requests, `connections` that of all connections.
+    """The server. `received` holds the last `keep` complete requests, `faults` the reasons why
+    others were bad; `count` is the number of all complete requests, `connections` that of all
+    connections.
 
     `dump`: write each message to a numbered file in that directory, and its envelope beside it as
     JSON. `receive_buffer`: bytes that the kernel may hold unread.
@@ -125,7 +126,7 @@ class Sink:
             return self.changed.wait_for(lambda: self.count >= count, timeout)
 
     def wait_for_fault(self, timeout: float) -> bool:
-        """Wait, in another thread, for a request that is bad or breaks off; False after `timeout`."""
+        """Wait, in another thread, for a bad or broken request; False after `timeout` seconds."""
         with self.changed:
             return self.changed.wait_for(lambda: bool(self.faults), timeout)
 
@@ -133,7 +134,7 @@ class Sink:
         try:
             sock, _ = self._listener.accept()
         except OSError:
-            return  # the client has gone, or this process has too many sockets: the loop calls again
+            return  # the client has gone, or no socket is free: then the loop calls again
         sock.setblocking(False)
         self.connections += 1
         task = asyncio.get_running_loop().create_task(SinkConnection(self, sock).serve())
@@ -178,8 +179,8 @@ class SinkConnection:
                 self._part.unlink(missing_ok=True)
 
     async def _read(self, answer: Answer, rules: Sequence[Chooser]) -> Answer:
-        """Read the request as `answer` says. Returns the answer of the first rule that applies, else
-        `answer`."""
+        """Read the request as `answer` says. Returns the answer of the first rule that applies,
+        else `answer`."""
         count = 0
         while answer.at is None or count < answer.at:
             left = MAX_LENGTH if answer.at is None else answer.at - count
