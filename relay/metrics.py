@@ -89,10 +89,10 @@ def rounds(writer: str) -> Callable[[int, float], None]:
 
 def refused(reply: str) -> None:
     """Count a refusal by the codes of its reply (`554 5.7.1`), without its text."""
-    words = reply[:20].split()
-    REFUSALS.labels(
-        " ".join(words[:2] if len(words) > 1 and words[1][1:2] == "." else words[:1])
-    ).inc()
+    codes = reply[:20].split()[:2]
+    if len(codes) > 1 and codes[1][1:2] != ".":
+        codes.pop()
+    REFUSALS.labels(" ".join(codes)).inc()
 
 
 # Each part has an index of its own, so no history is scanned.

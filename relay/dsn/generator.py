@@ -170,9 +170,7 @@ class DsnGenerator:
         limit = self._settings.delay_warning
         if limit is None or self._settings.bounces == "off" or time.monotonic() < self._next_round:
             return []
-        late = self._late(limit, most)
-        put_off = self._not_yet()
-        return self._generate_each([key for key in late if _hex(key) not in put_off], Kind.DELAYED)
+        return self._generate_each(self._late(limit, most), Kind.DELAYED)
 
     def _late(self, limit: float, most: int) -> dict[Any, None]:
         """Go on with the scan; at most `most` ids of late messages, as the database writes them."""
@@ -222,7 +220,8 @@ class DsnGenerator:
     def _generate_each(self, keys: Iterable[Any], kind: Kind) -> list[str]:
         """Generate a DSN about each of these messages, in a transaction each; their queue ids."""
         generated: list[str] = []
-        for queue_id in dict.fromkeys(map(_hex, keys)):
+        put_off = self._not_yet()
+        for queue_id in dict.fromkeys(key for key in map(_hex, keys) if key not in put_off):
             try:
                 generated += self._generate(queue_id, kind)
             except Exception as error:

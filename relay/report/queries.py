@@ -17,7 +17,7 @@ from itertools import batched, chain
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, CursorResult, Engine
+from sqlalchemy import CursorResult, Engine
 
 from relay.db.engine import reading
 from relay.db.schema import UNFINISHED, VIEWS, State, words
@@ -208,21 +208,17 @@ class QueueReader:
             raise NoSuchMessage(
                 f"{text!r} is not a queue id: write its 32 hex digits, or at least the last 4"
             )
-        with reading(self._engine) as connection:
-            ids = self._like_id(connection, digits)
+        end = dashed(digits.rjust(32)).lstrip(" -")
+        where = f"substr(CAST(id AS text), {37 - len(end)}) = :end"
+        if len(digits) == 32:
+            where = "id = @id(:end)"
+        sql = f"SELECT @hex(id) AS id FROM messages WHERE {where} ORDER BY id LIMIT 5"
+        ids = [str(row["id"]) for row in self.all(sql, end=end)]
         if not ids:
             raise NoSuchMessage(f"no message has an id that is or ends in {digits}")
         if len(ids) > 1:
             raise NoSuchMessage(f"more than one id ends in {digits}: {', '.join(ids)}")
         return ids[0]
-
-    def _like_id(self, connection: Connection, digits: str) -> list[str]:
-        if len(digits) == 32:
-            sql = "SELECT @hex(id) FROM messages WHERE id = @id(:id)"
-            return [row[0] for row in self._sql.run(connection, sql, id=dashed(digits))]
-        end = dashed(digits.rjust(32)).lstrip(" -")
-        sql = f"SELECT @hex(id) FROM messages WHERE substr(CAST(id AS text), {37 - len(end)}) = :end ORDER BY id LIMIT 5"
-        return [row[0] for row in self._sql.run(connection, sql, end=end)]
 
     def message(self, queue_id: str) -> Row | None:
         """The row of one message with its `recipients`, `deliveries` and `attempts`, oldest first."""
