@@ -6,13 +6,12 @@ point a try without a whole reply ends the transfer, because only its server can
 the message. Whatever happens, a transfer ends with a `Completion`: the state that the delivery
 should have next, and a row for each try.
 
-What an outcome leads to stands in one table (`OUTCOME_POLICY`), and `next_state` is the only place
+What an outcome leads to stands in one table (`states.OUTCOME_POLICY`), and `next_state` is the only place
 that reads it. What must stay true: only a whole reply that says that nothing was accepted lets
 another try follow one that was past its commit point; only a D that came whole bounces; no fault of
 ours (a body, a local error, our own stop) is ever held against the mail.
 """
 
-import enum
 import os
 import re
 import time
@@ -24,10 +23,11 @@ from functools import partial
 from qmqp import client
 from qmqp.request import NO_REQUEST, Request
 from relay import metrics
-from relay.db.schema import LONGEST_TEXT, Outcome, State
+from relay.db.schema import LONGEST_TEXT
 from relay.log import escaped, first_line, get_logger
 from relay.queue.model import Attempt, Claim, Completion, waits_for
 from relay.queue.split import TOO_MANY_RECIPIENTS, can_carry
+from relay.queue.states import OUTCOME_POLICY, Outcome, State, Wait
 from relay.routes import NO_SERVER, Route, Server
 from relay.settings import WorkerSettings, unwanted
 from worker.backoff import delay, jitter
@@ -40,25 +40,6 @@ log = get_logger(__name__)
 ABOUT_AN_ADDRESS = re.compile(rb"(?<![\w.])[45]\.1\.\d{1,3}(?!\.?\w)")
 
 
-class Wait(enum.Enum):
-    """How long a deferred delivery waits."""
-
-    NONE = enum.auto()
-    BACKOFF = enum.auto()  # longer every time
-    HEALTH = enum.auto()  # for the server, not for the mail: never longer
-    UNCERTAIN = enum.auto()  # long enough for a twin to show up downstream
-
-
-OUTCOME_POLICY: dict[Outcome, tuple[State, Wait]] = {
-    Outcome.DELIVERED: (State.DELIVERED, Wait.NONE),
-    Outcome.DEFERRED: (State.DEFERRED, Wait.BACKOFF),
-    Outcome.REJECTED: (State.BOUNCED, Wait.NONE),
-    Outcome.UNREACHABLE: (State.DEFERRED, Wait.HEALTH),
-    Outcome.INTERRUPTED: (State.DEFERRED, Wait.BACKOFF),
-    Outcome.UNCERTAIN: (State.DEFERRED, Wait.UNCERTAIN),
-    Outcome.MALFORMED: (State.DEFERRED, Wait.UNCERTAIN),
-    Outcome.UNSENDABLE: (State.HELD, Wait.NONE),
-}
 # What goes on to the next server, before its commit point or (a Z, a D about us) also after it. The
 # more a try tells about the mail, the later it stands: what is recorded when no server is left.
 _MOVES_ON = (

@@ -20,40 +20,10 @@ and whole microseconds since 1970 here.
 
 from enum import StrEnum
 
-from qmqp.result import Outcome as Outcome  # what stands in `attempts.outcome`
-
-
-class State(StrEnum):
-    """Where a delivery is."""
-
-    QUEUED = "queued"
-    SENDING = "sending"
-    DEFERRED = "deferred"
-    HELD = "held"
-    SPLIT = "split"
-    DELIVERED = "delivered"
-    BOUNCED = "bounced"
-    EXPIRED = "expired"
-    DROPPED = "dropped"
-
-
-UNFINISHED = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD)
-FINAL = (State.DELIVERED, State.BOUNCED, State.EXPIRED, State.DROPPED)
-
-# A recorded K goes to DELIVERED from anywhere and stands outside this table.
-TRANSITIONS: dict[State, frozenset[State]] = {
-    State.QUEUED: frozenset({State.SENDING, State.HELD, State.SPLIT, State.BOUNCED, State.DROPPED}),
-    State.SENDING: frozenset(State) - {State.SENDING},
-    State.DEFERRED: frozenset(
-        {State.QUEUED, State.HELD, State.SPLIT, State.BOUNCED, State.DROPPED}
-    ),
-    State.HELD: frozenset({State.QUEUED, State.SPLIT, State.BOUNCED, State.DROPPED}),
-    State.BOUNCED: frozenset({State.DEFERRED}),
-    State.SPLIT: frozenset(),
-    State.DELIVERED: frozenset(),
-    State.EXPIRED: frozenset(),
-    State.DROPPED: frozenset(),
-}
+from relay.queue.states import FINAL as FINAL
+from relay.queue.states import UNFINISHED as UNFINISHED
+from relay.queue.states import Outcome as Outcome
+from relay.queue.states import State as State
 
 
 def words(values: tuple[str, ...] | type[StrEnum]) -> str:

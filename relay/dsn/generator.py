@@ -384,7 +384,8 @@ class DsnGenerator:
         for number, row in sorted(about_us.items()):
             self._sql.run(
                 connection,
-                """UPDATE deliveries SET state = 'deferred', due_at = @later(:gather), finished_at = NULL
+                """-- event: reclassified
+                UPDATE deliveries SET state = 'deferred', due_at = @later(:gather), finished_at = NULL
                 WHERE queue_id = @id(:id) AND number = :number AND state = 'bounced'""",
                 id=dashed(queue_id),
                 number=number,

@@ -71,7 +71,8 @@ PARTS = (
     SELECT queue_id, position, address, delivery, notify, orcpt FROM @rows(:recipients; queue_id uuid, position int,
         address text, delivery int, notify text, orcpt text) WHERE true
     ON CONFLICT DO NOTHING""",
-    """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
+    """-- event: accepted
+    INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
     SELECT queue_id, number, route, 'queued', @later(:grace), @later(:lifetime)
     FROM @rows(:deliveries; queue_id uuid, number int, route text) WHERE true
     ON CONFLICT DO NOTHING""",

@@ -23,7 +23,7 @@ from typing import Any, cast
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import writing
-from relay.db.schema import DSN_PENDING, NEEDS_BODY, TRANSITIONS, Outcome, State
+from relay.db.schema import DSN_PENDING, NEEDS_BODY
 from relay.db.sql import Statements
 from relay.ids import dashed
 from relay.queue.model import (
@@ -38,12 +38,14 @@ from relay.queue.model import (
 )
 from relay.queue.overdue import OverduePoll
 from relay.queue.split import Splitter
+from relay.queue.states import Outcome, State, successors
 from relay.settings import WorkerSettings
 from relay.spool.retention import body_needed, deletable_bodies
 
 type Key = tuple[str, int]
 KEYS = "d.queue_id = p.queue_id AND d.number = p.number"
-WANTED = """CASE d.pending_operation WHEN 'hold' THEN 'held' WHEN 'drop' THEN 'dropped' WHEN 'bounce' THEN 'bounced'
+WANTED = """-- event: pending operation
+    CASE d.pending_operation WHEN 'hold' THEN 'held' WHEN 'drop' THEN 'dropped' WHEN 'bounce' THEN 'bounced'
     ELSE 'queued' END"""
 DUE = f"""CASE WHEN p.final = 'deferred' THEN @later(p.delay) WHEN p.final = 'queued' THEN @later(:grace)
     WHEN p.final IN ('bounced', 'expired') THEN {DSN_PENDING} END"""
@@ -58,20 +60,23 @@ FINISHED = "CASE WHEN p.final IN ('delivered', 'bounced', 'expired', 'dropped') 
 _NAMED = (
     "d.queue_id IN (SELECT queue_id FROM @rows(:ids; queue_id uuid)) AND d.state || '' = 'queued'"
 )
-_CLAIM_SET = """SET state = 'sending', worker = :worker, claim_count = claim_count + 1, pending_operation = NULL,
+_CLAIM_SET = """-- event: claimed
+    SET state = 'sending', worker = :worker, claim_count = claim_count + 1, pending_operation = NULL,
     pending_reason = NULL, waiting_for = NULL, due_at = @later(:far)"""
 _ENVELOPE = "@hex(c.queue_id), c.number, c.claim_count, c.route, m.sender, m.size, c.backoff_step, c.crash_count"
 
 _RECORD_ROWS = """@rows(:records; queue_id uuid, number int, claim int, state text, delay float8, backoff_step int,
     outcome text, reply text, server text, waiting_for text)"""
 _FINALS = f"""SELECT d.queue_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server, x.waiting_for,
+    -- event: completed, late K
     CASE WHEN x.outcome = 'delivered' THEN 'delivered' WHEN d.pending_operation IS NOT NULL THEN {WANTED}
          WHEN x.state = 'deferred' AND d.expires_at <= @now THEN 'expired' ELSE x.state END AS final
     FROM {_RECORD_ROWS} JOIN deliveries d ON d.queue_id = x.queue_id AND d.number = x.number
     WHERE (d.state = 'sending' AND d.worker = :worker AND d.claim_count = x.claim)
        OR (x.outcome = 'delivered' AND d.state <> 'delivered')
     ORDER BY d.queue_id, d.number"""
-_RECORD_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
+_RECORD_SET = f"""-- event: completed, pending operation, late K
+    SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
     pending_reason = NULL,
     crash_count = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable' THEN d.crash_count ELSE 0 END,
     backoff_step = p.backoff_step, last_outcome = coalesce(p.outcome, d.last_outcome),
@@ -213,7 +218,8 @@ class WorkerQueue:
             ]
             self._sql.run(
                 connection,
-                """UPDATE deliveries SET state = 'queued', worker = NULL, due_at = @now
+                """-- event: claim returned
+                UPDATE deliveries SET state = 'queued', worker = NULL, due_at = @now
                 WHERE state = 'sending' AND worker = :worker AND NOT EXISTS (
                     SELECT 1 FROM @rows(:held; queue_id uuid, number int, claim int) WHERE x.claim = deliveries.claim_count
                     AND x.queue_id = deliveries.queue_id AND x.number = deliveries.number)""",
@@ -352,7 +358,8 @@ class WorkerQueue:
             elif not self._splitter.cut(connection, key, number, record.reply):
                 self._sql.run(
                     connection,
-                    f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, due_at = {DSN_PENDING}
+                    f"""-- event: cut refused
+                    UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, due_at = {DSN_PENDING}
                     WHERE queue_id = @id(:id) AND number = :number""",
                     id=key,
                     number=number,
@@ -376,7 +383,7 @@ def _claim(row: Any, recipients: Sequence[str]) -> Claim:
 
 
 def _record_row(record: Completion) -> dict[str, Any]:
-    if record.state not in TRANSITIONS[State.SENDING]:
+    if record.state not in successors(State.SENDING):
         raise ValueError(f"no way from sending to {record.state}")
     if record.state is State.DELIVERED and record.outcome is not Outcome.DELIVERED:
         raise ValueError(f"{record.outcome} is no reason for delivered")

@@ -19,11 +19,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading, writing
-from relay.db.schema import DSN_PENDING, State, words
+from relay.db.schema import DSN_PENDING, words
 from relay.db.sql import Statements
 from relay.log import escaped
 from relay.queue.audit import PICKED, THESE, AuditEntry
 from relay.queue.split import Splitter
+from relay.queue.states import TRANSITIONS, State
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 from relay.spool.retention import deletable_bodies
@@ -31,40 +32,42 @@ from relay.spool.retention import deletable_bodies
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A verb: the states that it takes a delivery from, the state it makes of them, and what else
-    it sets."""
+    """What an operator may do to deliveries. `name` is also the event of the transition.
+
+    `takes`: the states that it applies to; `state`: the state after it; `sets`: SQL expressions by
+    column. `wanted`: the pending operation that a delivery gets which is being sent; `cancels`: the
+    pending operation that it loses.
+    """
 
     name: str
     takes: tuple[State, ...]
     state: State
     sets: dict[str, str]
-    wanted: str | None = None  # what a delivery is told that is being sent
-    cancels: str | None = None  # what it is told no longer
+    wanted: str | None = None
+    cancels: str | None = None
 
 
-_WAITING = (State.QUEUED, State.DEFERRED)
+def _operation(
+    name: str, sets: dict[str, str], wanted: str | None = None, cancels: str | None = None
+) -> Operation:
+    """An operation that takes each delivery along the rows of its name in `TRANSITIONS`."""
+    rows = [row for row in TRANSITIONS if row.event == name]
+    takes = tuple(row.before for row in rows if row.before)
+    return Operation(name, takes, rows[0].after, sets, wanted, cancels)
+
+
 OPERATIONS = {
-    verb.name: verb
-    for verb in (
-        Operation(
-            "retry",
-            (State.DEFERRED,),
-            State.QUEUED,
-            {"due_at": "@now", "backoff_step": "0"},
-            "retry",
-        ),
-        Operation("hold", _WAITING, State.HELD, {"due_at": "NULL", "last_reply": ":why"}, "hold"),
-        Operation(
+    operation.name: operation
+    for operation in (
+        _operation("retry", {"due_at": "@now", "backoff_step": "0"}, "retry"),
+        _operation("hold", {"due_at": "NULL", "last_reply": ":why"}, "hold"),
+        _operation(
             "release",
-            (State.HELD,),
-            State.QUEUED,
             {"due_at": "@now", "backoff_step": "0", "crash_count": "0"},
             cancels="hold",
         ),
-        Operation(
+        _operation(
             "bounce",
-            (*_WAITING, State.HELD),
-            State.BOUNCED,
             {
                 "due_at": DSN_PENDING,
                 "finished_at": "@now",
@@ -73,20 +76,14 @@ OPERATIONS = {
             },
             "bounce",
         ),
-        Operation(
-            "drop",
-            (*_WAITING, State.HELD),
-            State.DROPPED,
-            {"due_at": "NULL", "finished_at": "@now", "last_reply": ":why"},
-            "drop",
-        ),
+        _operation("drop", {"due_at": "NULL", "finished_at": "@now", "last_reply": ":why"}, "drop"),
     )
 }
-# Routes are given when a message is accepted; who has corrected them since has this. What is not
-# held is tried at once.
+# A route is chosen when a message is accepted. This chooses again, with the routes of today. What
+# is not held is tried at once.
 REROUTE = Operation(
     "reroute",
-    (*_WAITING, State.HELD),
+    (State.QUEUED, State.DEFERRED, State.HELD),
     State.QUEUED,
     {
         "state": "CASE WHEN d.state = 'held' THEN d.state ELSE 'queued' END",
@@ -156,7 +153,10 @@ class QueueOperations:
         """Do it as `apply` does, while it is iterated: what each chunk came to, when that is
         committed."""
         where, given = _meant(verb, wanted)
-        change, why = f"UPDATE deliveries AS d SET {_sets(verb)} {THESE}", _why(verb, actor, reason)
+        change, why = (
+            f"-- event: {verb.name}\nUPDATE deliveries AS d SET {_sets(verb)} {THESE}",
+            _why(verb, actor, reason),
+        )
 
         def do(connection: Connection, keys: str) -> None:
             self._sql.run(connection, change, keys=keys, why=why)

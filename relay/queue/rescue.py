@@ -30,10 +30,12 @@ from relay.queue.model import waits_for
 from relay.settings import WorkerSettings
 
 _LOST = f"""SELECT d.queue_id, d.number, d.claim_count, d.worker, :delay * (1 + @chance / 2) AS delay,
+    -- event: worker lost
     CASE WHEN d.pending_operation IS NOT NULL THEN {WANTED} WHEN d.crash_count + 1 >= :poison OR :hold THEN 'held'
          WHEN d.expires_at <= @now THEN 'expired' ELSE 'deferred' END AS final
     FROM deliveries d @by(deliveries_sending) WHERE d.state = 'sending' AND"""
-_LOST_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
+_LOST_SET = f"""-- event: worker lost, pending operation
+    SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
     pending_reason = NULL, crash_count = d.crash_count + 1, last_outcome = 'uncertain', last_reply = {SAID.format(":why")}"""
 _LOST_ATTEMPT = """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at,
         outcome, reply, bytes_sent)
@@ -227,6 +229,7 @@ class Rescuer:
                 LIMIT (SELECT :most - count(*) FROM (SELECT 1 FROM deliveries
                     WHERE state = 'queued' AND route = :route AND due_at <= @now LIMIT :most) q) @skip_locked),
             p AS MATERIALIZED (SELECT queue_id, number, row_number() OVER (ORDER BY due_at) AS rank FROM w)
+            -- event: route available
             UPDATE deliveries AS d SET state = 'queued', due_at = @ago((:most - p.rank) / 1000.0) FROM p WHERE {KEYS}
             RETURNING 1"""
         with writing(self._engine) as connection:
@@ -244,8 +247,10 @@ class Rescuer:
         with writing(self._engine) as connection:
             if self._sql.postgresql:
                 sql = f"""WITH p AS MATERIALIZED ({picked} @skip_locked) UPDATE deliveries d
+                    -- event: due
                     SET state = 'queued', due_at = @later(:grace) FROM p WHERE {KEYS} RETURNING @hex(d.queue_id)"""
             else:
-                sql = f"""UPDATE deliveries SET state = 'queued', due_at = @later(:grace)
+                sql = f"""-- event: due
+                    UPDATE deliveries SET state = 'queued', due_at = @later(:grace)
                     WHERE (queue_id, number) IN ({picked}) RETURNING @hex(queue_id)"""
             return list(dict.fromkeys(row[0] for row in self._sql.run(connection, sql, most=limit)))

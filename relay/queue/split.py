@@ -54,14 +54,16 @@ _OFFSPRING = """WITH RECURSIVE line(number) AS (
         SELECT number FROM deliveries WHERE queue_id = @id(:id) AND parent = :root
         UNION SELECT d.number FROM deliveries d JOIN line ON d.parent = line.number WHERE d.queue_id = @id(:id))
     SELECT number FROM line"""
-_CHILDREN = """INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at)
+_CHILDREN = """-- event: child inserted
+    INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at)
     SELECT queue_id, :child, number, route, 'queued', @now, expires_at FROM deliveries
     WHERE queue_id = @id(:id) AND number = :number"""
 _GIVE = """UPDATE recipients SET delivery = :child WHERE queue_id = @id(:id) AND delivery = :number
     AND position <= :until"""
 _ADDRESSES = """SELECT position, address FROM recipients WHERE queue_id = @id(:id) AND delivery = :number
     ORDER BY position"""
-_PIECE = """INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at, crash_count,
+_PIECE = """-- event: divided by route
+    INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at, crash_count,
         last_outcome, last_reply, last_server)
     SELECT queue_id, :child, number, :route, state, due_at, expires_at, crash_count,
         last_outcome, last_reply, last_server
@@ -70,11 +72,14 @@ _REMEMBERED = """INSERT INTO audit_deliveries (queue_id, delivery, action) SELEC
     WHERE queue_id = @id(:id) AND delivery = :number ON CONFLICT DO NOTHING"""
 _HAND_OVER = """UPDATE recipients SET delivery = :child WHERE queue_id = @id(:id)
     AND position IN (SELECT position FROM @rows(:positions; position int))"""
-_DIVIDED = """UPDATE deliveries SET state = 'split', due_at = NULL, claim_count = claim_count + 1
+_DIVIDED = """-- event: divided by route
+    UPDATE deliveries SET state = 'split', due_at = NULL, claim_count = claim_count + 1
     WHERE queue_id = @id(:id) AND number = :number"""
-_TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, pending_operation = NULL,
+_TAKEN = """-- event: late K
+    UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, pending_operation = NULL,
     pending_reason = NULL WHERE queue_id = @id(:id)"""
-_REFUSED = f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
+_REFUSED = f"""-- event: sibling refused
+    UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
     last_reply = :reply, due_at = {DSN_PENDING} WHERE queue_id = @id(:id)"""
 
 

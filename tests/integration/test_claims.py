@@ -13,7 +13,6 @@ import pytest
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import OperationalError
 
-from relay.db.schema import TRANSITIONS, Outcome, State
 from relay.dsn.message import BY_OPERATOR
 from relay.ids import dashed
 from relay.queue.claim import WorkerQueue
@@ -26,6 +25,7 @@ from relay.queue.model import (
     CompletionResult,
     Renewal,
 )
+from relay.queue.states import Outcome, State, successors
 from tests.integration.office import OUTCOME_POLICY, PLENTY, Office, opened
 from tests.waiting import until
 
@@ -374,7 +374,7 @@ def test_last_deliveries_recorded_in_one_round_free_the_body(office: Office) -> 
 def test_no_record_makes_a_state_that_sending_does_not_lead_to(office: Office) -> None:
     queue_id = office.accept()
     (claim,) = office.claim(queue_id)
-    for state in set(State) - TRANSITIONS[State.SENDING]:
+    for state in set(State) - successors(State.SENDING):
         with pytest.raises(ValueError, match="sending"):
             office.record(claim, Outcome.DEFERRED, state=state)
     with pytest.raises(ValueError, match="delivered"):
