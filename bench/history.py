@@ -29,9 +29,9 @@ _INSERTS = (
     """INSERT INTO recipients (queue_id, position, address, delivery)
         SELECT {id}, 1, 'recipient' || n || '@d' || n % 97 || '.example.org', 1 FROM numbers""",
     """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, claim_count, last_outcome, last_reply,
-        last_server, finished_at) SELECT {id}, 1, 'default', state, CASE WHEN state = 'deferred' THEN {soon} END,
+        reason_source, last_server, finished_at) SELECT {id}, 1, 'default', state, CASE WHEN state = 'deferred' THEN {soon} END,
         {soon}, 1, CASE state WHEN 'delivered' THEN 'delivered' WHEN 'bounced' THEN 'rejected' ELSE 'deferred' END,
-        {reply}, {server}, CASE WHEN state IN ('delivered', 'bounced') THEN {arrival} END FROM numbers""",
+        {reply}, 'server', {server}, CASE WHEN state IN ('delivered', 'bounced') THEN {arrival} END FROM numbers""",
     """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at, outcome, reply,
         bytes_sent) SELECT {id}, 1, 1, 1, {worker}, {server}, {arrival}, {arrival},
         CASE state WHEN 'delivered' THEN 'delivered' WHEN 'bounced' THEN 'rejected' ELSE 'deferred' END, {reply}, 4200

@@ -13,9 +13,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from commands.output import Row, ago, span, stamp
-from qmqp.request import NO_REQUEST
-from relay.db.schema import UNFINISHED, Outcome, State
-from relay.dsn.message import BY_OPERATOR, Enclosure, Withheld
+from relay.dsn.message import Enclosure, Withheld
+from relay.queue.split import can_carry
+from relay.queue.states import UNFINISHED, Outcome, ReasonSource, State
 from relay.report.queries import QueueReader
 from relay.routes import NO_SERVER, Routes
 from relay.settings import Settings, SettingsError
@@ -138,15 +138,16 @@ def _deferred(row: Row, _message: Row, facts: Facts) -> str:
     return words + (f"; and now {cause}" if cause else "")
 
 
-def _held(row: Row, _message: Row, _facts: Facts) -> str:
+def _held(row: Row, message: Row, _facts: Facts) -> str:
     reply, outcome = row["last_reply"] or "", row["last_outcome"]
-    if reply.startswith("held by "):
+    if row["reason_source"] == ReasonSource.OPERATOR:
         cause = reply
     elif outcome == Outcome.UNSENDABLE:
+        mine = [r["address"] for r in message["recipients"] if r["delivery"] == row["number"]]
         advice = (
-            "release it: what can be sent is sent, and the rest bounces"
-            if reply.startswith(NO_REQUEST)
-            else "put the file back and release it, or drop it"
+            "put the file back and release it, or drop it"
+            if all(map(can_carry, [*mine, message["sender"]]))
+            else "release it: what can be sent is sent, and the rest bounces"
         )
         cause = f"held because it cannot be sent: {reply}; {advice}"
     elif row["crash_count"] > 1:
@@ -202,7 +203,7 @@ def _after(notice: Row, content: str | None) -> str:
     if (
         refused
         and content in (Enclosure.FULL, Enclosure.HEADER)
-        and not notice["last_reply"].startswith(BY_OPERATOR)
+        and notice["reason_source"] == ReasonSource.SERVER
     ):
         return "a notice with less of the original was made in its place"
     return "it was given up: the sender of the original is not told by it"
@@ -221,13 +222,7 @@ _WITHHELD = {
 
 
 def _dropped(row: Row, _message: Row, _facts: Facts) -> str:
-    reply = row["last_reply"] or ""
-    words = (
-        reply
-        if reply.startswith("dropped by ")
-        else "dropped by an operator while it was being sent"
-    )
-    return f"{words}, {ago(row['finished_at'])} ago; nobody is told"
+    return f"{row['last_reply'] or 'dropped by an operator'}, {ago(row['finished_at'])} ago; nobody is told"
 
 
 _REASONS = {
@@ -245,7 +240,7 @@ _REASONS = {
 def _last(row: Row) -> str:
     """What the last try came to."""
     server, reply = row["last_server"] or "a server", row["last_reply"] or "no words"
-    if reply.startswith("bounced by "):
+    if row["reason_source"] == ReasonSource.OPERATOR:
         return reply
     told = {
         Outcome.DEFERRED: f"{server} deferred it: {reply}",

@@ -82,7 +82,10 @@ _IMPOSSIBLE = (
     ),
     (
         "delivery without recipient", f"state IN ('queued', 'deferred') AND {_NO_RECIPIENT}",
-        "hold it", f"-- event: fsck\nstate = 'held', due_at = NULL, last_reply = '{BY_FSCK}it has no recipient'",
+        "hold it",
+        f"""-- event: fsck
+        state = 'held', due_at = NULL, last_reply = '{BY_FSCK}it has no recipient',
+        reason_source = 'operator'""",
     ),
     (
         "delivery without message",
@@ -105,8 +108,8 @@ _LOST = (
 _STRAY = """SELECT r.queue_id, r.delivery FROM recipients r LEFT JOIN deliveries d ON d.queue_id = r.queue_id
     AND d.number = r.delivery WHERE d.number IS NULL"""
 _ADOPT = f"""-- event: fsck
-    INSERT INTO deliveries (queue_id, number, route, state, expires_at, last_reply)
-    SELECT DISTINCT s.queue_id, s.delivery, 'default', 'held', @later(:lifetime), '{BY_FSCK}it had no delivery'
+    INSERT INTO deliveries (queue_id, number, route, state, expires_at, last_reply, reason_source)
+    SELECT DISTINCT s.queue_id, s.delivery, 'default', 'held', @later(:lifetime), '{BY_FSCK}it had no delivery', 'operator'
     FROM ({_STRAY}) s WHERE true ORDER BY s.queue_id, s.delivery LIMIT :most
     ON CONFLICT DO NOTHING RETURNING queue_id, number"""
 _BARE = """SELECT @hex(m.id) FROM messages m
@@ -228,7 +231,7 @@ class Fsck:
     def _hold(self, name: str, size: int) -> bool:
         hold = f"""-- event: fsck
             UPDATE deliveries AS d SET state = 'held', due_at = NULL, last_outcome = 'unsendable',
-            last_reply = :words {THESE}"""
+            last_reply = :words, reason_source = 'operator' {THESE}"""
         if not (fault := self._fault(name, size)):
             return False
 

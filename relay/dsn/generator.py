@@ -58,10 +58,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import is_outage, reading, writing
-from relay.db.schema import Outcome, State
 from relay.db.sql import Statements
 from relay.dsn.message import (
-    BY_OPERATOR,
     Enclosure,
     Failure,
     Kind,
@@ -74,6 +72,7 @@ from relay.ids import dashed, new_id
 from relay.log import first_line, get_logger
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.split import can_carry
+from relay.queue.states import Outcome, ReasonSource, State
 from relay.settings import Settings, unwanted
 from relay.spool.retention import deletable_bodies
 from relay.spool.store import BodyUnsendable, Spool
@@ -119,7 +118,7 @@ _LOOK = f"""SELECT {{keys}}, d.age, d.age >= :late AND NOT {_WARNED.format("d.qu
 # The states in which a delivery may be late, and the columns of the index of each.
 _WALK = {State.DEFERRED: "due_at", State.QUEUED: "route, due_at", State.SENDING: "worker, due_at"}
 _ABOUT = """SELECT @hex(m.id) AS id, m.sender, m.size, m.header_message_id, m.envid, m.ret,
-        @micros(m.received_at) AS received_at, r.address, r.orcpt, r.notify, d.number, d.state, d.last_reply,
+        @micros(m.received_at) AS received_at, r.address, r.orcpt, r.notify, d.number, d.state, d.last_reply, d.reason_source,
         d.last_server, d.last_outcome, m.client_trusted, m.dsn_content, @hex(m.dsn_of) AS dsn_of,
         @micros(d.expires_at) AS expires_at,
         (SELECT @micros(max(a.finished_at)) FROM attempts a
@@ -414,7 +413,7 @@ class DsnGenerator:
             Failure(
                 row["address"], row["orcpt"], Kind.DELAYED if delayed else Kind(row["state"]), row["last_reply"] or "",
                 row["last_server"], _moment(row["attempted_at"]) if row["attempted_at"] else None,
-                _moment(row["expires_at"]), row["last_outcome"], row["number"] in doubtful,
+                _moment(row["expires_at"]), row["last_outcome"], row["reason_source"], row["number"] in doubtful,
             )
             for row in rows
         ]  # fmt: skip
@@ -524,9 +523,9 @@ def _wants(row: Any, what: str) -> bool:
 
 
 def _is_refused(row: Any) -> bool:
-    """Whether a server's D made it bounce, and no operator or fault of its envelope."""
-    refused = row["state"] == State.BOUNCED and row["last_outcome"] == Outcome.REJECTED
-    return refused and not (row["last_reply"] or "").startswith(BY_OPERATOR)
+    """Whether it bounced because a server replied D. An operator or a bad envelope is not that."""
+    found = (row["state"], row["last_outcome"], row["reason_source"])
+    return found == (State.BOUNCED, Outcome.REJECTED, ReasonSource.SERVER)
 
 
 def _is_strangers(row: Any) -> bool:

@@ -28,13 +28,11 @@ from enum import StrEnum
 
 from qmqp.result import Outcome
 from relay.log import escaped
+from relay.queue.states import ReasonSource
 
 _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 _HEX = re.compile(r"\+([0-9A-F]{2})")
-BY_OPERATOR = (
-    "bounced by an operator"  # what stands for the server's words when nobody asked a server
-)
-HELD_BY = "held by "  # and who did that, until the next try
+BY_OPERATOR = "bounced by an operator"  # how the reason of such a bounce begins
 POSSIBLY_DELIVERED = "It may have arrived all the same: all of it was sent to a server once, and no valid answer came."
 _EIGHT = "\nContent-Transfer-Encoding: 8bit"
 _TEXT, _STATUS_PART, _HEADERS = (
@@ -85,8 +83,8 @@ _REDUCED = {
 class Failure:
     """One recipient that a notice is about, and the last that is known of its delivery.
 
-    `outcome`: of the last try, None if there was none; `reply`: the server's words about it, or
-    ours, or an operator's; `doubt`: some try of it ended so that it may have arrived.
+    `outcome`: of the last try, None if there was none; `reply`: why the delivery is where it is, and
+    `reason_source` says whose text that is; `doubt`: some try of it ended so that it may have arrived.
     """
 
     address: str
@@ -97,22 +95,18 @@ class Failure:
     attempted_at: datetime | None
     expires_at: datetime
     outcome: str | None
+    reason_source: str | None
     doubt: bool = False
 
     @property
     def server_reply(self) -> str:
-        """The server's words; empty if there are none."""
-        said = self.outcome in (Outcome.DEFERRED, Outcome.REJECTED) and not self.bounced_by_operator
-        return self.reply if said and not self.reply.startswith(HELD_BY) else ""
+        """The server's reply; empty if the text is not a server's."""
+        return self.reply if self.reason_source == ReasonSource.SERVER else ""
 
     @property
     def bounced_by_operator(self) -> bool:
-        """Whether an operator bounced it, and no server."""
-        ours = self.reply.startswith(BY_OPERATOR) or self.outcome not in (
-            Outcome.REJECTED,
-            Outcome.UNSENDABLE,
-        )
-        return self.kind is Kind.BOUNCED and ours
+        """Whether an operator bounced it, and not a server."""
+        return self.kind is Kind.BOUNCED and self.reason_source == ReasonSource.OPERATOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +277,7 @@ def _why(failure: Failure) -> str:
     """What happened to one recipient, in a sentence or two."""
     server_reply, ours = escaped(failure.server_reply, 1000), escaped(failure.reply, 1000)
     if failure.bounced_by_operator:
-        reason = ours.removeprefix(BY_OPERATOR) if ours.startswith(BY_OPERATOR) else "."
+        reason = ours.removeprefix(BY_OPERATOR) or "."
         return f"It was sent back by an operator of this relay{reason}"
     if failure.kind is Kind.BOUNCED and failure.outcome == Outcome.UNSENDABLE:
         return "It was not sent: no mail server can be given this address."
@@ -299,7 +293,7 @@ def _why(failure: Failure) -> str:
         last = "It was not tried yet."
     else:
         last = "The last try failed" + (
-            f": {ours}" if ours and not ours.startswith(HELD_BY) else "."
+            f": {ours}" if ours and failure.reason_source != ReasonSource.OPERATOR else "."
         )
     if failure.kind is Kind.DELAYED:
         return f"Retried until {format_datetime(failure.expires_at)}. {last}"

@@ -49,10 +49,15 @@ WANTED = """-- event: pending operation
     ELSE 'queued' END"""
 DUE = f"""CASE WHEN p.final = 'deferred' THEN @later(p.delay) WHEN p.final = 'queued' THEN @later(:grace)
     WHEN p.final IN ('bounced', 'expired') THEN {DSN_PENDING} END"""
-# What stands as the last words when a wish is honoured: not the server's, who said them to
+# When a pending operation takes effect, the reason is the operator's. The server replied to
 # something else.
-SAID = """CASE WHEN d.pending_operation IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'
-    THEN coalesce(d.pending_reason, p.final || ' by an operator') ELSE {} END"""
+_BY_OPERATOR = "d.pending_operation IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'"
+REASON = f"""last_reply = CASE WHEN {_BY_OPERATOR} THEN coalesce(d.pending_reason, p.final || ' by an operator')
+        ELSE {{reply}} END,
+    reason_source = CASE WHEN {_BY_OPERATOR} THEN 'operator' ELSE {{source}} END"""
+_REPLY = "CASE WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END"
+_SOURCE = """CASE WHEN p.outcome IS NULL THEN d.reason_source
+        WHEN p.outcome IN ('delivered', 'deferred', 'rejected') THEN 'server' ELSE 'relay' END"""
 FINISHED = "CASE WHEN p.final IN ('delivered', 'bounced', 'expired', 'dropped') THEN @now END"
 
 # Hints name keys. Spelt like this, the state does not let a plan that was made for a short queue
@@ -80,7 +85,7 @@ _RECORD_SET = f"""-- event: completed, pending operation, late K
     pending_reason = NULL,
     crash_count = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable' THEN d.crash_count ELSE 0 END,
     backoff_step = p.backoff_step, last_outcome = coalesce(p.outcome, d.last_outcome),
-    last_reply = {SAID.format("CASE WHEN p.outcome IS NULL THEN d.last_reply ELSE p.reply END")},
+    {REASON.format(reply=_REPLY, source=_SOURCE)},
     last_server = coalesce(p.server, d.last_server),
     waiting_for = CASE WHEN p.final = 'deferred' THEN p.waiting_for END"""
 _ATTEMPTS = """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at, outcome,

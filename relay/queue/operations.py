@@ -56,11 +56,12 @@ def _operation(
     return Operation(name, takes, rows[0].after, sets, wanted, cancels)
 
 
+_REASON = {"last_reply": ":why", "reason_source": "'operator'"}
 OPERATIONS = {
     operation.name: operation
     for operation in (
         _operation("retry", {"due_at": "@now", "backoff_step": "0"}, "retry"),
-        _operation("hold", {"due_at": "NULL", "last_reply": ":why"}, "hold"),
+        _operation("hold", {"due_at": "NULL"} | _REASON, "hold"),
         _operation(
             "release",
             {"due_at": "@now", "backoff_step": "0", "crash_count": "0"},
@@ -71,12 +72,12 @@ OPERATIONS = {
             {
                 "due_at": DSN_PENDING,
                 "finished_at": "@now",
-                "last_reply": ":why",
                 "last_outcome": "coalesce(d.last_outcome, 'rejected')",
-            },
+            }
+            | _REASON,
             "bounce",
         ),
-        _operation("drop", {"due_at": "NULL", "finished_at": "@now", "last_reply": ":why"}, "drop"),
+        _operation("drop", {"due_at": "NULL", "finished_at": "@now"} | _REASON, "drop"),
     )
 }
 # A route is chosen when a message is accepted. This chooses again, with the routes of today. What

@@ -25,7 +25,7 @@ from sqlalchemy import Connection, Engine
 from relay.db.engine import reading, writing
 from relay.db.sql import Statements
 from relay.ids import dashed
-from relay.queue.claim import DUE, FINISHED, KEYS, SAID, WANTED, longest_claim
+from relay.queue.claim import DUE, FINISHED, KEYS, REASON, WANTED, longest_claim
 from relay.queue.model import waits_for
 from relay.settings import WorkerSettings
 
@@ -36,7 +36,7 @@ _LOST = f"""SELECT d.queue_id, d.number, d.claim_count, d.worker, :delay * (1 + 
     FROM deliveries d @by(deliveries_sending) WHERE d.state = 'sending' AND"""
 _LOST_SET = f"""-- event: worker lost, pending operation
     SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
-    pending_reason = NULL, crash_count = d.crash_count + 1, last_outcome = 'uncertain', last_reply = {SAID.format(":why")}"""
+    pending_reason = NULL, crash_count = d.crash_count + 1, last_outcome = 'uncertain', {REASON.format(reply=":why", source="'relay'")}"""
 _LOST_ATTEMPT = """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at,
         outcome, reply, bytes_sent)
     SELECT queue_id, number, claim_count, 0, worker, NULL, @now, @now, 'uncertain', :why, 0 FROM"""

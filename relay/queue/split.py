@@ -49,7 +49,7 @@ _FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.queue_i
     FROM deliveries d WHERE d.queue_id = @id(:id) AND d.number = :number"""
 _TWIN = """SELECT number FROM deliveries WHERE queue_id = @id(:id) AND parent = :parent AND number <> :number
     AND route = (SELECT o.route FROM deliveries o WHERE o.queue_id = @id(:id) AND o.number = :number)
-    AND state IN ('split', 'bounced') AND last_outcome = 'rejected' AND last_reply = :reply"""
+    AND state IN ('split', 'bounced') AND last_outcome = 'rejected' AND reason_source = 'server' AND last_reply = :reply"""
 _OFFSPRING = """WITH RECURSIVE line(number) AS (
         SELECT number FROM deliveries WHERE queue_id = @id(:id) AND parent = :root
         UNION SELECT d.number FROM deliveries d JOIN line ON d.parent = line.number WHERE d.queue_id = @id(:id))
@@ -64,9 +64,9 @@ _ADDRESSES = """SELECT position, address FROM recipients WHERE queue_id = @id(:i
     ORDER BY position"""
 _PIECE = """-- event: divided by route
     INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at, crash_count,
-        last_outcome, last_reply, last_server)
+        last_outcome, last_reply, reason_source, last_server)
     SELECT queue_id, :child, number, :route, state, due_at, expires_at, crash_count,
-        last_outcome, last_reply, last_server
+        last_outcome, last_reply, reason_source, last_server
     FROM deliveries WHERE queue_id = @id(:id) AND number = :number"""
 _REMEMBERED = """INSERT INTO audit_deliveries (queue_id, delivery, action) SELECT queue_id, :child, action FROM audit_deliveries
     WHERE queue_id = @id(:id) AND delivery = :number ON CONFLICT DO NOTHING"""
@@ -80,7 +80,7 @@ _TAKEN = """-- event: late K
     pending_reason = NULL WHERE queue_id = @id(:id)"""
 _REFUSED = f"""-- event: sibling refused
     UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
-    last_reply = :reply, due_at = {DSN_PENDING} WHERE queue_id = @id(:id)"""
+    last_reply = :reply, reason_source = 'server', due_at = {DSN_PENDING} WHERE queue_id = @id(:id)"""
 
 
 def can_carry(address: str) -> bool:

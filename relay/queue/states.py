@@ -39,6 +39,14 @@ class Wait(Enum):
     UNCERTAIN = auto()  # long enough for a duplicate to be seen downstream
 
 
+class ReasonSource(StrEnum):
+    """Where the text in `deliveries.last_reply` comes from (`deliveries.reason_source`)."""
+
+    SERVER = "server"
+    RELAY = "relay"
+    OPERATOR = "operator"
+
+
 class Transition(NamedTuple):
     """One way between two states. `before` is None when the event inserts the row."""
 

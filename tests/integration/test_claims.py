@@ -222,7 +222,11 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(office: Office) -> 
         row = office.delivery(queue_id)
         assert (row["state"], row["pending_operation"]) == (expected, None)
         if wanted != "retry" and expected is not State.DELIVERED:
-            assert row["last_reply"] == f"{state} by an operator", "not in the server's mouth"
+            assert row["last_reply"] == f"{state} by an operator", "not the server's reply"
+            assert row["reason_source"] == "operator"
+        else:
+            replied = outcome in (Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED)
+            assert row["reason_source"] == ("server" if replied else "relay")
         if expected is State.BOUNCED:
             assert row["last_reply"] == BY_OPERATOR
         assert (row["finished_at"] is not None) == (expected in FINISHED)

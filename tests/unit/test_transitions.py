@@ -131,7 +131,7 @@ def _written(text: str) -> set[str]:
         return set(re.findall(r"(?:THEN|ELSE) '(\w+)'", case[1]))
     if "INSERT INTO deliveries" in text:
         chosen = text.partition("SELECT")[2].partition("FROM")[0]
-        return set(re.findall(r"'(\w+)'", chosen)) - {"default"}
+        return set(re.findall(r"'(\w+)'", chosen)) - {"default", "operator"}
     return set(re.findall(r"\bstate = '(\w+)'", text.partition("WHERE")[0]))
 
 
