@@ -940,7 +940,7 @@ def office(
 ) -> Iterator[Office]:
     monkeypatch.setattr("relay.dsn.generator.GATHER", GATHER)
     monkeypatch.setattr(
-        sweeps, "_LOST", sweeps._LOST.replace("@chance", "0")
+        sweeps, "_IN_FLIGHT", sweeps._IN_FLIGHT.replace("@chance", "0")
     )  # the model knows when each is due
     made = Office(
         clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,
