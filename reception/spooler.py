@@ -71,7 +71,7 @@ class Spooler:
         longest: float = 0.0,
     ) -> None:
         self._channel, self._spool, self._longest = channel, spool, longest
-        self._rounds = GroupCommitter(commit, rest=self._rest, late=deliver_results)
+        self._rounds = GroupCommitter(commit, wait=self._rest, expired=deliver_results)
         self._frames = Frames()
         self._orders: dict[int, StoreRequest] = {}  # read, and not begun
         self._withdrawn: list[StoreRequest] = []

@@ -90,7 +90,7 @@ class Engine:
         self._files = BodyIo(self._loop, spool)
         self._writer: CommitThread[Command, CommandResult] = CommitThread(
             "outcomes", ledger.commit, post=self._loop.call_soon_threadsafe, largest=512, gather=GATHER,
-            rounds_of=metrics.rounds("outcomes"),
+            observe=metrics.rounds("outcomes"),
         )  # fmt: skip
         self.worker = ""  # our row in `workers`; empty until there is one
         self.ready = threading.Event()

@@ -490,7 +490,7 @@ def test_one_clock_that_is_wrong_takes_no_body(
     database."""
     mail.spool.store(received := new_id(), [b"x"])
     mail.accept()
-    now, clock, macros = time.time, mail.spool.clock, keeper._strays._sql._spell.macros
+    now, clock, macros = time.time, mail.spool.clock, keeper._strays._sql._dialect.macros
     if wrong == "the worker's":
         monkeypatch.setattr(time, "time", lambda: now() + 40 * DAY)
     elif wrong == "the file system's":
