@@ -34,7 +34,7 @@ class NewRecipient(NamedTuple):
 class NewMessage(NamedTuple):
     """A message whose body is safe on disk. `size` is that body's, in bytes.
 
-    `client_trusted`: whether the policy trusts the client (None: there is none). `dsn_content`:
+    `client_trusted`: whether the policy trusts the client (None: no policy). `dsn_content`:
     what a DSN encloses.
     """
 

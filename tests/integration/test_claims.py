@@ -408,7 +408,7 @@ def test_only_queued_is_claimed_and_only_deferred_wakes_up(office: Office) -> No
 def test_a_lease_is_renewed_while_its_worker_is_not_declared_dead(office: Office) -> None:
     office.pass_time(100)
     assert [worker for worker, _ in office.sweeps.expired_leases()] == [office.worker]
-    assert office.renew(), "late, but nobody has buried it"
+    assert office.renew(), "late, but no sweeper has expired it"
     assert office.sweeps.expired_leases() == []
     office.pass_time(100)
     office.expire_worker(office.worker)
@@ -432,7 +432,7 @@ def test_a_worker_may_be_registered_twice(office: Office) -> None:
 
 
 def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: Office) -> None:
-    """Both want the worker's row and its deliveries; whoever comes second waits, and is told what
+    """Both want the worker's row and its deliveries; the second waits, and is told what
     it lost."""
     office = postgres_office
     claims = office.claim(*(office.accept() for _ in range(3)))
@@ -461,11 +461,11 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: O
     with ThreadPoolExecutor(2) as pool:
         outcome = pool.submit(office.ledger.commit, [*notes, Renewal(office.worker)])
         assert reached.wait(20)
-        buried = pool.submit(expire_worker)
+        expiry = pool.submit(expire_worker)
         until(someone_waits)
         go_on.set()
         assert outcome.result(20)[-1] is False
-        assert buried.result(20) == 3
+        assert expiry.result(20) == 3
     assert {office.delivery(c.queue_id)["last_outcome"] for c in claims} == {"uncertain"}
 
 
@@ -479,7 +479,7 @@ class Lost(Exception):
 
 @contextmanager
 def lost_commit(ledger: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The next commit of this ledger is done, and nobody learns of it."""
+    """The next commit of this ledger is done, and its worker never learns that."""
     from relay.db.engine import writing
     from relay.queue import claim as claims
 

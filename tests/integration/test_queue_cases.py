@@ -170,8 +170,8 @@ def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
             engine.offer([queue_id])
             until(lambda: mail.states() == {"bounced"})
         assert sink.connections == 0
-    debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
-    assert debts.settle(5) == [] == debts.settle(5)
+    generator = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
+    assert generator.settle(5) == [] == generator.settle(5)
     row = mail.delivery(queue_id)
     assert (row["due_at"], row["dsn_withheld"]) == (None, "address")
     assert row["last_reply"].startswith("no request can be made of it (#5.1.7): ")
@@ -359,7 +359,7 @@ def test_D4_what_a_worker_held_that_is_gone(office: Office, ending: str) -> None
         assert office.sweeps.rescue_unowned() == 1
     row = office.delivery(claim.queue_id)
     assert (row["state"], row["last_outcome"]) == ("deferred", "uncertain"), (
-        "nobody can say how far it was"
+        "how far it was is unknown"
     )
 
 

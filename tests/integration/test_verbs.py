@@ -84,7 +84,7 @@ def test_what_is_being_sent_is_told(office: Office, typed: Typed, verb: str, the
     office.record(one, Outcome.DEFERRED)
     office.record(two, Outcome.DELIVERED)
     assert office.states([one.queue_id, two.queue_id]) == [then, "delivered"], (
-        "a K beats every wish"
+        "a K beats every request"
     )
     assert office.delivery(two.queue_id)["last_reply"] == "its words"
 
