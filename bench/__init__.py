@@ -1,9 +1,8 @@
-"""Benchmarks: what the relay does in a second, what a message costs, and the same load through
-Postfix beside it.
+"""Benchmarks: messages a second, the cost of a message, and the same load through Postfix.
 
 `python -m bench --help` (`make bench` with all defaults). A *system* (`systems`, `relay_system`,
-`postfix_system`) is everything between an SMTP port and a sink, started for the run and ended after
-it. A *part* (`parts`) puts one kind of load on one system and gives figures. `runs` alternates the
-systems, part by part, so that a slow minute of the machine falls on all; `report`, `plot` show
-medians, spread and ratios. Nothing asserts a speed: that would test the machine.
+`postfix_system`) is everything between an SMTP port and a sink; it is started for the run and ended
+afterwards. A *part* (`parts`) puts one kind of load on a system and returns figures. `runs`
+measures each part on all systems in turns. `report` and `plot` show medians, spread and ratios. No
+test asserts a speed: it would test the machine.
 """

@@ -1,9 +1,10 @@
-"""`python -m bench`: choose, start the systems, measure, print, write the results. Exit status 1:
-some runs failed."""
+"""`python -m bench`: start the chosen systems, measure the chosen parts, write the results.
+
+The exit status is 1 if a run failed.
+"""
 
 import argparse
 import dataclasses
-import os
 import sys
 import tempfile
 import time
@@ -12,120 +13,114 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench import machine, plot, report
-from bench.parts import PARTS, QUICK, SMOKE, Part, Scale
+from bench.parts import PARTS, QUICK, SMOKE, Scale
 from bench.postfix_system import PostfixSystem, missing
 from bench.relay_system import RelaySystem
 from bench.runs import measure
-from bench.systems import System, program
-from tests.services import temporary_directory
+from bench.systems import System, find_program
 
 RESULTS = Path(__file__).parent / "results"
 SYSTEMS = ("postgresql", "sqlite", "postfix")
+_SCALE_OPTIONS = {
+    "runs": "how often each part is run on each system",
+    "messages": "messages of a load",
+    "sessions": "SMTP sessions at once",
+    "size": "bytes of a message",
+    "singles": "messages one at a time, for latency",
+    "large": "messages of 20 MB",
+}
 
 
-def options(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Measure the relay, beside Postfix."
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a few minutes: one run of each part, small loads"
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="a minute: every part runs; its figures mean nothing"
-    )
-    parser.add_argument(
-        "--parts", default="", help=f"some of {','.join(part.name for part in PARTS)}"
-    )
-    parser.add_argument("--systems", default="", help=f"some of {','.join(SYSTEMS)}")
-    parser.add_argument("--runs", type=int, help="how often each part is run on each system")
-    parser.add_argument("--messages", type=int, help="messages of a load")
-    parser.add_argument("--sessions", type=int, help="SMTP sessions at once")
-    parser.add_argument("--size", type=int, help="bytes of a message")
-    parser.add_argument("--singles", type=int, help="messages one at a time, for latency")
-    parser.add_argument("--large", type=int, help="messages of 20 MB")
-    parser.add_argument(
-        "--directory",
-        type=Path,
-        default=Path("/var/tmp"),
-        help="where everything is written (a disk)",
-    )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="where the JSON file and the plot go"
-    )
-    parser.add_argument("--no-postfix-log", action="store_true", help="let Postfix log to nowhere")
-    given = parser.parse_args(words)
-    for name, known in (("parts", {part.name for part in PARTS}), ("systems", set(SYSTEMS))):
-        chosen = [word for word in getattr(given, name).split(",") if word]
-        if unknown := set(chosen) - known:
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few minutes: one run of each part, small loads")
+    add("--smoke", action="store_true", help="a minute: every part runs; its figures mean nothing")
+    choices = {"parts": [part.name for part in PARTS], "systems": list(SYSTEMS)}
+    for name, known in choices.items():
+        add(f"--{name}", default=",".join(known), help=f"some of {','.join(known)}")
+    for name, text in _SCALE_OPTIONS.items():
+        add(f"--{name}", type=int, help=text)
+    add("--directory", type=Path, default=Path("/var/tmp"), help="a directory on the disk to use")
+    add("--results", type=Path, default=RESULTS, help="where the JSON file and the plot go")
+    add("--no-postfix-log", action="store_true", help="let Postfix write no log")
+    options = parser.parse_args(arguments)
+    for name, known in choices.items():
+        chosen = getattr(options, name).split(",")
+        if unknown := set(chosen) - set(known):
             parser.error(f"--{name}: there is no {', '.join(sorted(unknown))}")
-        setattr(given, name, chosen or sorted(known))
-    return given
+        setattr(options, name, chosen)
+    return options
 
 
-def scale_of(given: argparse.Namespace) -> Scale:
-    names = ("runs", "messages", "sessions", "size", "singles", "large")
-    changes = {name: value for name in names if (value := getattr(given, name))}
-    scale = dataclasses.replace(
-        SMOKE if given.smoke else QUICK if given.quick else Scale(), **changes
-    )
-    files = machine.open_files(max(scale.connections) + 200)
-    if fewer := tuple(count for count in scale.connections if count + 200 > files):
-        print(
-            f"without {', '.join(map(str, fewer))} connections: at most {files} files may be open"
-        )
-    return dataclasses.replace(
-        scale, connections=tuple(n for n in scale.connections if n not in fewer)
-    )
+def scale_of(options: argparse.Namespace) -> Scale:
+    changes = {name: value for name in _SCALE_OPTIONS if (value := getattr(options, name))}
+    scale = SMOKE if options.smoke else QUICK if options.quick else Scale()
+    files = machine.allow_open_files(max(scale.connections) + 200)
+    connections = tuple(count for count in scale.connections if count + 200 <= files)
+    if connections != scale.connections:
+        print(f"at most {max(connections)} connections: only {files} files may be open")
+    return dataclasses.replace(scale, connections=connections, **changes)
 
 
 @contextmanager
-def running(given: argparse.Namespace, directory: Path) -> Iterator[list[System]]:
-    """The chosen systems that this machine can run, all started; ended again afterwards."""
-    chosen: list[System] = [
-        RelaySystem(kind, directory) for kind in SYSTEMS[:2] if kind in given.systems
+def running(options: argparse.Namespace, directory: Path) -> Iterator[list[System]]:
+    """The chosen systems that this machine can run; they are stopped at the end."""
+    systems: list[System] = [
+        RelaySystem(kind, directory) for kind in SYSTEMS[:2] if kind in options.systems
     ]
-    if "postfix" in given.systems:
-        if why := missing():
-            print(f"without Postfix: {why}")
+    if "postfix" in options.systems:
+        if reason := missing():
+            print(f"without Postfix: {reason}")
         else:
-            chosen.append(PostfixSystem(directory, log=not given.no_postfix_log))
+            systems.append(PostfixSystem(directory, log=not options.no_postfix_log))
     with ExitStack() as stack:
-        for system in chosen:
+        for system in systems:
             system.start()
             stack.callback(system.stop)
-        yield chosen
+        yield systems
 
 
-def main() -> int:
-    given = options()
-    scale, began = scale_of(given), time.monotonic()
-    parts: list[Part] = [part for part in PARTS if part.name in given.parts]
-    # Everything that the run writes is below one directory, which goes when the run is over and not
-    # before.
-    tempfile.tempdir = str(given.directory.resolve())
-    directory = temporary_directory()
-    directory.chmod(0o755)
-    tempfile.tempdir = str(directory)
-    about: dict[str, str] = machine.describe(directory)
-    with running(given, directory) as systems:
+def run(options: argparse.Namespace, directory: Path) -> bool:
+    """Measure, print and write; whether no run failed."""
+    scale = scale_of(options)
+    about = machine.describe(directory)
+    file = options.results / f"{about['when'].replace(':', '')}.json"
+    results = []
+    with running(options, directory) as systems:
         for system in systems:
             about |= {f"{system.name}: {name}": value for name, value in system.facts().items()}
-        about["source, sinks"] = "Postfix' tools" if program("smtp-source") else "our own"
+        about["source, sinks"] = "Postfix' tools" if find_program("smtp-source") else "our own"
         about["command"] = "python -m bench " + " ".join(sys.argv[1:])
         about["scale"] = ", ".join(
             f"{name} {value}" for name, value in dataclasses.asdict(scale).items()
         )
         print(report.facts(about), flush=True)
-        file, results = given.results / f"{about['when'].replace(':', '')}.json", []
-        for part in parts:
+        for part in PARTS:
+            if part.name not in options.parts:
+                continue
             results.append(measure(part, systems, scale))
             print(report.table(results[-1], [system.name for system in systems]), flush=True)
-            # After each part: what comes later may fail, or take somebody's patience.
-            about |= {"load after": " ".join(f"{value:.1f}" for value in os.getloadavg())}
+            # After each part, because a later one may fail or be interrupted.
+            about["load after"] = machine.load_average()
             report.write(file, results, about)
-            file.with_suffix(".svg").write_text(plot.draw(report.as_json(results, about)))
-    print(f"\n{file}\n{file.with_suffix('.svg')}\n{time.monotonic() - began:.0f} s")
-    return 1 if any(result.failures for result in results) else 0
+            plot.draw(report.as_json(results, about), file.with_suffix(".svg"))
+    print(f"\n{file}\n{file.with_suffix('.svg')}")
+    return not any(result.failures for result in results)
+
+
+def main() -> int:
+    options = parse_options()
+    began = time.monotonic()
+    # All files of the run are below one directory, which is removed after the last measurement.
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.directory.resolve()) as name:
+        directory = Path(name)
+        directory.chmod(0o755)  # other users run PostgreSQL and Postfix
+        succeeded = run(options, directory)
+    print(f"{time.monotonic() - began:.0f} s")
+    return 0 if succeeded else 1
 
 
 if __name__ == "__main__":

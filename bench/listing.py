@@ -1,11 +1,10 @@
-"""`python -m bench.listing`: how long `qmqp-relay list` takes over a long queue, on both databases.
+"""`python -m bench.listing`: how long `qmqp-relay list` takes on a long queue, on both databases.
 
-The queue is filled by SQL, as it would look when a server was down for an hour: every row deferred,
-with words of the server. Each way to look is a process of its own from its start to its end: NDJSON
-and text into a pipe that is read as quickly as it fills, and a table on a terminal of 120 columns.
+SQL fills the queue as it would look after a server was down for an hour: every row is deferred with
+a reply of the server. Each form of the list is measured as a process from start to end: NDJSON and
+text through a pipe that is read as fast as it fills, and a table on a terminal of 120 columns.
 """
 
-import argparse
 import fcntl
 import os
 import pty
@@ -17,66 +16,55 @@ import termios
 import time
 from contextlib import suppress
 
-from bench.history import fill, on_each
+from bench.history import fill, on_each_database
+from bench.systems import clean_environment
 
-WAYS = {
+FORMS = {
     "list --json | ...": (["list", "--json"], False),
     "list | ...": (["list"], False),
     "list on a terminal": (["list"], True),
 }
 
 
-def look(words: list[str], environ: dict[str, str], *, terminal: bool) -> tuple[float, float, int]:
-    """Run the command to its end: (seconds, seconds of CPU, lines that came)."""
-    ours, theirs = pty.openpty() if terminal else os.pipe()
+def list_once(
+    arguments: list[str], environ: dict[str, str], *, terminal: bool
+) -> tuple[float, float, int]:
+    """Run the command to its end: (seconds, seconds of CPU, lines)."""
+    reader, writer = pty.openpty() if terminal else os.pipe()
     if terminal:
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    began, lines = time.monotonic(), 0
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    began = time.monotonic()
+    lines = 0
     child = subprocess.Popen(
-        [sys.executable, "-m", "commands.cli.main", *words], env=environ, stdout=theirs
+        [sys.executable, "-m", "commands.cli.main", *arguments], env=environ, stdout=writer
     )
-    os.close(theirs)
+    os.close(writer)
     with suppress(OSError):  # the end of a terminal
-        while data := os.read(ours, 1 << 16):
+        while data := os.read(reader, 1 << 16):
             lines += data.count(b"\n")
-    os.close(ours)
-    _, status, used = os.wait4(child.pid, 0)
+    os.close(reader)
+    _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with {child.returncode}")
-    return time.monotonic() - began, used.ru_utime + used.ru_stime, lines
+        raise SystemExit(f"{' '.join(arguments)} ended with {child.returncode}")
+    return time.monotonic() - began, usage.ru_utime + usage.ru_stime, lines
 
 
 def measure(name: str, url: str, rows: int, runs: int) -> None:
-    """Print a line for each way: the least and the median of some runs."""
+    """Print a line for each form: the least and the median time, and the least CPU time."""
     fill(url, rows)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
-    environ |= {"RELAY_DATABASE_URL": url, "TERM": "xterm"}
-    for words, (command, terminal) in WAYS.items():
-        found = [look(command, environ, terminal=terminal) for _ in range(runs)]
-        if any(lines < rows for _, _, lines in found):
-            raise SystemExit(f"{name}, {words}: rows are missing")
-        seconds, cpu = ([run[n] for run in found] for n in (0, 1))
-        middle = statistics.median(seconds)
+    environ = clean_environment() | {"RELAY_DATABASE_URL": url, "TERM": "xterm"}
+    for form, (arguments, terminal) in FORMS.items():
+        results = [list_once(arguments, environ, terminal=terminal) for _ in range(runs)]
+        seconds, cpu, lines = zip(*results, strict=True)
+        if min(lines) < rows:
+            raise SystemExit(f"{name}, {form}: rows are missing")
+        median = statistics.median(seconds)
         print(
-            f"{name:12}{words:22}{min(seconds):7.2f} s{middle:9.2f} s{min(cpu):9.2f} s", flush=True
+            f"{name:12}{form:22}{min(seconds):7.2f} s{median:9.2f} s{min(cpu):9.2f} s", flush=True
         )
 
 
-def main() -> None:
-    """Both databases, each filled anew below a directory that goes with it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.listing", description="Measure `list` on a long queue."
-    )
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--runs", type=int, default=5)
-    given = parser.parse_args()
-
-    print(
-        f"{given.rows} rows, load {os.getloadavg()[0]:.1f}\n{'':34}{'least':>9}{'median':>11}{'CPU':>11}"
-    )
-    on_each(lambda name, url: measure(name, url, given.rows, given.runs))
-
-
 if __name__ == "__main__":
-    main()
+    heading = f"{'':34}{'least':>9}{'median':>11}{'CPU':>11}"
+    on_each_database(measure, "bench.listing", heading, rows=100_000, runs=5)

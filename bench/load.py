@@ -1,23 +1,24 @@
-"""Loads: many messages as smtp-source sends them, one at a time with a clock in hand, connections
-that do nothing."""
+"""Loads: many messages at once, one message at a time with its times, and idle connections."""
 
 import os
+import smtplib
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from bench.systems import ROOT, program
+from bench.systems import ROOT, find_program
 
-SENDER, RECIPIENT = "a@example.com", "b@example.org"
+SENDER = "a@example.com"
+RECIPIENT = "b@example.org"
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """When sending began and ended (time.perf_counter), and the CPU seconds of who sent."""
+    """Begin and end of sending (time.perf_counter), and the CPU seconds of the sender."""
 
     began: float
     ended: float
@@ -29,79 +30,70 @@ class Sent:
 
 
 def send(port: int, messages: int, size: int, *, sessions: int = 20, reuse: bool = False) -> Sent:
-    """Send so many messages of so many bytes, `sessions` at once, on a connection each or on kept
-    ones.
+    """Send so many messages of `size` bytes in `sessions` at once; `reuse`: on kept connections.
 
-    By smtp-source if it is installed, else by our own; raises CalledProcessError when a message was
-    not accepted.
+    smtp-source sends if it is installed, else our own source. Raises CalledProcessError when a
+    message was not accepted.
     """
-    where, counts = f"127.0.0.1:{port}", ["-s", str(sessions), "-m", str(messages), "-l", str(size)]
-    tool = program("smtp-source")
+    tool = find_program("smtp-source")
     command = [tool] if tool else [sys.executable, "-m", "bench.source"]
-    command += [*counts, *(["-d"] if reuse else []), "-f", SENDER, "-t", RECIPIENT, where]
+    command += [
+        "-s",
+        str(sessions),
+        "-m",
+        str(messages),
+        "-l",
+        str(size),
+        *(["-d"] if reuse else []),
+    ]
+    command += ["-f", SENDER, "-t", RECIPIENT, f"127.0.0.1:{port}"]
     began = time.perf_counter()
     child = subprocess.Popen(command, cwd=ROOT)
-    _, status, used = os.wait4(child.pid, 0)
+    _, status, usage = os.wait4(child.pid, 0)
     ended = time.perf_counter()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command)
-    return Sent(began, ended, used.ru_utime + used.ru_stime)
+    return Sent(began, ended, usage.ru_utime + usage.ru_stime)
 
 
-class SmtpClient:
-    """One SMTP connection, used one command at a time."""
+def connect(port: int) -> smtplib.SMTP:
+    """A session after EHLO."""
+    client = smtplib.SMTP("127.0.0.1", port, "client.example.com", 30)
+    assert client.sock is not None
+    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _expect(250, client.ehlo())
+    return client
 
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), 30)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._replies = self._socket.makefile("rb")
-        self._expect(b"2")
-        self.say(b"EHLO client.example.com", b"2")
 
-    def say(self, command: bytes, code: bytes) -> None:
-        self._socket.sendall(command + b"\r\n")
-        self._expect(code)
+def deliver(client: smtplib.SMTP, text: bytes) -> tuple[float, float]:
+    """Send a message; return when its last byte was sent and when the 250 came
+    (time.perf_counter)."""
+    _expect(250, client.docmd(f"MAIL FROM:<{SENDER}>"))
+    _expect(250, client.docmd(f"RCPT TO:<{RECIPIENT}>"))
+    _expect(354, client.docmd("DATA"))
+    client.send(text + b"\r\n.\r\n")
+    sent = time.perf_counter()
+    _expect(250, client.getreply())
+    return sent, time.perf_counter()
 
-    def _expect(self, code: bytes) -> None:
-        while (line := self._replies.readline())[3:4] == b"-":
-            pass
-        if not line.startswith(code):
-            raise RuntimeError(f"expected {code!r}, heard {line!r}")
 
-    def message(self, text: bytes) -> tuple[float, float]:
-        """Send a message; when its last byte was sent and when the 250 was there
-        (time.perf_counter)."""
-        self.say(f"MAIL FROM:<{SENDER}>".encode(), b"2")
-        self.say(f"RCPT TO:<{RECIPIENT}>".encode(), b"2")
-        self.say(b"DATA", b"354")
-        self._socket.sendall(text + b"\r\n.\r\n")
-        sent = time.perf_counter()
-        self._expect(b"2")
-        return sent, time.perf_counter()
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._socket.sendall(b"QUIT\r\n")
-        self._replies.close()
-        self._socket.close()
+def _expect(code: int, reply: tuple[int, bytes]) -> None:
+    if reply[0] != code:
+        raise smtplib.SMTPResponseException(*reply)
 
 
 @contextmanager
-def connected(port: int, count: int) -> Iterator[list[SmtpClient]]:
-    """So many sessions that have said EHLO and nothing more."""
-    clients: list[SmtpClient] = []
-    try:
-        while len(clients) < count:
-            clients.append(SmtpClient(port))
-        yield clients
-    finally:
-        for client in clients:
-            client.close()
+def idle_connections(port: int, count: int) -> Iterator[None]:
+    """So many sessions that send nothing after EHLO."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(connect(port))
+        yield
 
 
 def text_of(size: int) -> bytes:
-    """A message of about so many bytes in lines of 80, without its end."""
+    """A message of about `size` bytes in lines of 80, without its end."""
     head = f"From: <{SENDER}>\r\nTo: <{RECIPIENT}>\r\nSubject: test\r\n\r\n".encode()
     line = b"x" * 78 + b"\r\n"
     return head + line * max(1, (size - len(head)) // len(line)) + b"end"

@@ -1,111 +1,115 @@
-"""The machine that figures come from, and a disk that has come to rest before they are taken.
+"""The machine that the figures come from, and its disk, which must be idle before a measurement.
 
-A file system mounted with `discard` pays for every deletion once more when its journal commits;
-figures taken meanwhile are somebody else's. So nothing is deleted between two measurements, and
-each waits until the disk is still; when its patience ends first, the result says so.
+A file system mounted with `discard` pays for every deletion once more when its journal commits, and
+would spoil a later figure. So nothing is deleted between two measurements, and each measurement
+waits until the disk is idle. If that takes too long, the result says so.
 """
 
 import datetime
 import os
 import platform
 import resource
-import shutil
 import sqlite3
 import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
+
+from bench.systems import ROOT
+
 _PACKAGES = ("celery", "kombu", "redis", "sqlalchemy", "psycopg", "uvloop", "structlog")
-STILL = 0.4  # seconds without any transfer
+IDLE = 0.4  # seconds without any transfer
 
 
 def describe(directory: Path) -> dict[str, str]:
-    """What a reader must know to compare figures."""
+    """The facts that a reader needs to compare figures."""
     return {
         "qmqp-relay": f"{version('qmqp-relay')}, {_commit()}",
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": f"{os.cpu_count()} x {_field('/proc/cpuinfo', 'model name') or platform.processor()}",
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "processor": f"{os.cpu_count()} x {_processor()}",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
-        "disk": _mount(directory),
-        "load before": " ".join(f"{value:.1f}" for value in os.getloadavg()),
+        "disk": _file_system(directory),
+        "load before": load_average(),
         "Python": platform.python_version(),
         "SQLite": sqlite3.sqlite_version,
         "packages": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
     }
 
 
-def open_files(wanted: int) -> int:
-    """Let this process and its children have so many files open, if they may; how many they can
-    have."""
+def load_average() -> str:
+    return " ".join(f"{value:.1f}" for value in os.getloadavg())
+
+
+def allow_open_files(count: int) -> int:
+    """Let this process and its children have `count` files open, if they may; return how many they
+    can."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        soft = min(wanted, hard)
+    if soft < count:
+        soft = min(count, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return soft
 
 
 class Disk:
-    """The disk of a directory, for one run. `restless`: how often it was not still when `patience`
-    (seconds) ended."""
+    """The disk of a directory, for one run. `busy` counts how often it was not idle within
+    `timeout` seconds."""
 
-    def __init__(self, directory: Path, patience: float) -> None:
-        self._directory, self._patience = directory, patience
-        self.restless = 0
+    def __init__(self, directory: Path, timeout: float) -> None:
+        self._directory = directory
+        self._timeout = timeout
+        self.busy = 0
 
-    def settle(self) -> None:
-        """Write everything out and wait until the disk is still."""
+    def wait_until_idle(self) -> None:
+        """Write everything out, then wait until the disk is idle."""
         began = time.perf_counter()
         os.sync()
-        seen, since = _transfers(self._directory), time.perf_counter()
-        while (now := time.perf_counter()) - since < STILL:
-            if now - began >= self._patience:
-                self.restless += 1
+        counters = _transfers(self._directory)
+        idle_since = time.perf_counter()
+        while (now := time.perf_counter()) - idle_since < IDLE:
+            if now - began >= self._timeout:
+                self.busy += 1
                 return
             time.sleep(0.05)
-            if (counts := _transfers(self._directory)) != seen:
-                seen, since = counts, now
+            if (latest := _transfers(self._directory)) != counters:
+                counters = latest
+                idle_since = now
 
 
-def _transfers(directory: Path) -> list[str]:
-    """Counters of the device: reads, writes, discards, and what is in flight."""
+def _transfers(directory: Path) -> str:
+    """The counters of the device: reads, writes, discards, and transfers in flight."""
     device = directory.stat().st_dev
-    try:
-        return (
-            Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
-        )
-    except OSError:  # a container or another system: sync is all that can be done
-        return []
+    file = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
+    # A container may not have the file: then the sync alone must do.
+    return file.read_text() if file.exists() else ""
 
 
 def _commit() -> str:
-    """Which source: git's name for it, with `-dirty` when files were changed since."""
-    git, here = shutil.which("git"), Path(__file__).parent
-    command = [git or "", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    said = (
-        subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        if git
-        else ""
-    )
-    return f"commit {said}" if said else "no git commit"
-
-
-def _field(file: str, name: str) -> str:
+    """The commit of the source, with `-dirty` when files were changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        lines = Path(file).read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+        name = subprocess.check_output(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no git commit"
+    return f"commit {name}"
 
 
-def _mount(directory: Path) -> str:
-    real, best = os.path.realpath(directory), ("", "an unknown file system")
-    try:
-        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    except OSError:
-        return best[1]
-    for _, place, kind, options, *_ in mounts:
-        if (real + "/").startswith(place.rstrip("/") + "/") and len(place) >= len(best[0]):
-            best = place, f"{kind} ({options})"
-    return best[1]
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _file_system(directory: Path) -> str:
+    mounts = [
+        mount
+        for mount in psutil.disk_partitions(all=True)
+        if directory.resolve().is_relative_to(mount.mountpoint)
+    ]
+    mount = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
+    return f"{mount.fstype} ({mount.opts})" if mount else "an unknown file system"

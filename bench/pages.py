@@ -1,22 +1,23 @@
-"""`python -m bench.pages`: how long the page takes to answer over a million messages, on both
+"""`python -m bench.pages`: how long the web page takes to answer over a million messages, on both
 databases.
 
-Nine of ten are finished, a tenth waits (`bench.history`). `qmqp-relay web` runs as people run it,
-and each look is one HTTP request, from its first byte to its last.
+Nine messages of ten are finished, one waits (`bench.history`). `qmqp-relay web` runs as in
+production, and each measurement is one HTTP request, from its first byte to its last.
 """
 
-import argparse
-import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
-from bench.history import fill, on_each
+from bench.history import fill, on_each_database
+from bench.processes import wait
+from bench.services import end, free_port, spawn
+from bench.systems import clean_environment
 from relay.db.engine import connect, reading
 from relay.db.sql import dialect_of
 
@@ -27,38 +28,22 @@ SEARCHES = (
 )  # fmt: skip
 
 
-def answered(url: str) -> float:
-    """Seconds until the whole page is there."""
+def fetch(url: str) -> float:
+    """Seconds until the whole page has come."""
     began = time.monotonic()
-    with urllib.request.urlopen(url, timeout=120) as answer:
-        answer.read()
+    with urllib.request.urlopen(url, timeout=120) as response:
+        response.read()
     return time.monotonic() - began
 
 
-def serve(url: str, port: int, state: Path) -> subprocess.Popen[bytes]:
-    """The page of that database, ready."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
-    environ |= {
-        "RELAY_DATABASE_URL": url,
-        "RELAY_WEB_LISTEN": f"127.0.0.1:{port}",
-        "RELAY_STATE_DIR": str(state),
-    }
-    child = subprocess.Popen(
-        [sys.executable, "-m", "commands.cli.main", "web"], env=environ, stderr=subprocess.DEVNULL
-    )
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return child
-        except OSError:
-            if child.poll() is not None:
-                raise SystemExit(f"the page ended with {child.returncode}") from None
-            time.sleep(0.05)
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def measure(name: str, url: str, rows: int, runs: int) -> None:
-    """Print a line for each page: the first look and the median of some; the overview is kept for a
-    moment."""
+    """Print a line for each page: the time of the first request and the median. (The overview is
+    cached for a moment.)"""
     began = time.monotonic()
     fill(url, rows, finished=90, seconds=3 * 86400)
     print(f"{name}: {rows} messages, filled in {time.monotonic() - began:.0f} s", flush=True)
@@ -69,35 +54,27 @@ def measure(name: str, url: str, rows: int, runs: int) -> None:
         )
         queue_id = connection.exec_driver_sql(middle).scalar()
     engine.dispose()
-    with socket.create_server(("127.0.0.1", 0)) as free, tempfile.TemporaryDirectory() as state:
-        port = free.getsockname()[1]
-        free.close()
-        child = serve(url, port, Path(state))
+    searches = [f"search?{query}" for query in (*SEARCHES, f"id={queue_id}")]
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as state_dir:
+        environ = clean_environment() | {
+            "RELAY_DATABASE_URL": url, "RELAY_WEB_LISTEN": address, "RELAY_STATE_DIR": state_dir,
+        }  # fmt: skip
+        with Path(state_dir, "web.log").open("wb") as log:
+            child = spawn(
+                [sys.executable, "-m", "commands.cli.main", "web"], env=environ, stderr=log
+            )
         try:
-            for path in (
-                "",
-                *(f"search?{words}" for words in SEARCHES),
-                f"search?id={queue_id}",
-                f"message/{queue_id}",
-            ):
-                found = [answered(f"http://127.0.0.1:{port}/{path}") for _ in range(runs)]
-                print(f"  {found[0]:7.3f} s {statistics.median(found):7.3f} s  /{path}", flush=True)
+            wait(partial(_listens, port), f"the page is ready, see {log.name}")
+            for path in ("", *searches, f"message/{queue_id}"):
+                seconds = [fetch(f"http://{address}/{path}") for _ in range(runs)]
+                median = statistics.median(seconds)
+                print(f"  {seconds[0]:7.3f} s {median:7.3f} s  /{path}", flush=True)
         finally:
-            child.terminate()
-            child.wait(20)
-
-
-def main() -> None:
-    """Both databases, one after the other."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.pages", description="Measure the page on a long history."
-    )
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--runs", type=int, default=5)
-    given = parser.parse_args()
-    print(f"load {os.getloadavg()[0]:.1f}; the first of {given.runs} looks, and their median")
-    on_each(lambda name, url: measure(name, url, given.rows, given.runs))
+            end(child)
 
 
 if __name__ == "__main__":
-    main()
+    heading = "the first request to each page, and the median"
+    on_each_database(measure, "bench.pages", heading, rows=1_000_000, runs=5)

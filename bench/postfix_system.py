@@ -1,12 +1,12 @@
 """Postfix as a system: a private instance, smtpd -> queue -> smtp -> smtp-sink, on loopback ports.
 
-It gets what it wants: its defaults for durability (each queue file is synced before the 250), no
-DNS, no rewriting by tables, no counting of clients (anvil), no brake on what comes in faster than
-it leaves (in_flow_delay), enough processes (250, and an smtpd for each connection). It logs to a
-file by its own postlogd, as the relay logs to a file.
+It has good conditions: its defaults for durability (each queue file is synced before the 250), no
+DNS, no rewriting by tables, no count of clients (anvil), no brake on incoming mail (in_flow_delay),
+and enough processes (250, and an smtpd for each connection). Its own postlogd logs to a file, as
+the relay does.
 
-Needs root: Postfix runs its parts as the user `postfix` itself. Nothing of an installed Postfix is
-touched or used but its programs.
+It needs root, because Postfix changes to the user `postfix` itself. An installed Postfix lends its
+programs and is not changed.
 """
 
 import os
@@ -14,12 +14,14 @@ import pwd
 import signal
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from bench.processes import trees, wait
-from bench.systems import CONCURRENCY, SinkProcess, program
-from tests.services import end, free_port, spawn
+import psutil
+
+from bench.processes import tree, wait
+from bench.services import end, free_port, spawn
+from bench.systems import CONCURRENCY, SinkProcess, find_program
 
 _MAIN = """
 compatibility_level = 3.6
@@ -77,55 +79,48 @@ _QUEUES = ("incoming", "active", "deferred", "maildrop")
 
 
 def missing() -> str:
-    """Why Postfix cannot be measured here; empty if it can."""
+    """The reason why Postfix cannot be measured here; empty if it can."""
     needed = ("postfix", "postconf", "smtp-source", "smtp-sink")
-    if absent := [name for name in needed if program(name) is None]:
+    if absent := [name for name in needed if find_program(name) is None]:
         return f"not installed: {', '.join(absent)}"
     return "" if os.geteuid() == 0 else "Postfix must be started by root"
 
 
 class PostfixSystem:
-    """One instance in a directory of its own."""
+    """A Postfix in a directory of its own."""
 
-    name = "PostfixSystem"
+    name = "Postfix"
 
     def __init__(self, directory: Path, *, log: bool = True) -> None:
         self.directory = directory / "postfix"
         self.smtp_port = free_port()
         self._log = log
-        self._master: subprocess.Popen[Any]
 
     def start(self) -> None:
         config = self.directory / "config"
         self.directory.mkdir(mode=0o755)
-        for place in ("config", "queue", "data"):
-            (self.directory / place).mkdir(mode=0o755)
+        for name in ("config", "queue", "data"):
+            (self.directory / name).mkdir(mode=0o755)
         os.chown(self.directory / "data", pwd.getpwnam("postfix").pw_uid, -1)
         self._sink = SinkProcess("smtp-sink", self.directory)
-        maillog = self.directory / "mail.log" if self._log else ""
-        given = {
-            "top": self.directory,
-            "sink": self._sink.port,
-            "concurrency": CONCURRENCY,
-            "maillog": maillog,
-        }
-        (config / "main.cf").write_text(_MAIN.format(**given))
+        main = _MAIN.format(
+            top=self.directory,
+            sink=self._sink.port,
+            concurrency=CONCURRENCY,
+            maillog=self.directory / "mail.log" if self._log else "",
+        )
+        (config / "main.cf").write_text(main)
         (config / "master.cf").write_text(_MASTER.format(port=self.smtp_port))
-        command = [program("postfix") or "", "-c", str(config), "check"]
-        check = subprocess.run(command, capture_output=True, text=True, check=False)
-        if check.returncode:
-            raise RuntimeError(f"postfix check: {check.stdout}{check.stderr}")
+        subprocess.run([find_program("postfix") or "", "-c", config, "check"], check=True)
         master = Path(_setting("daemon_directory")) / "master"
-        said = self.directory / "master.out"
-        with said.open("wb") as lines:
+        output = self.directory / "master.out"
+        with output.open("wb") as lines:
             self._master = spawn([master, "-d", "-c", config], stdout=lines, stderr=lines)
-        wait(lambda: self._listens() or self._master.poll() is not None, "Postfix listens")
-        if self._master.poll() is not None:
-            raise RuntimeError(f"master ended: {said.read_text()}")
-
-    def _listens(self) -> bool:
-        wanted = f":{self.smtp_port:04X} 00000000:0000 0A"
-        return wanted in Path("/proc/net/tcp").read_text()
+        listening = f":{self.smtp_port:04X} 00000000:0000 0A"
+        wait(
+            lambda: listening in Path("/proc/net/tcp").read_text(),
+            f"Postfix listens, see {output}",
+        )
 
     def stop(self) -> None:
         self.release()
@@ -136,7 +131,7 @@ class PostfixSystem:
         return workers == 1 and not slow
 
     def processes(self) -> Mapping[str, list[int]]:
-        return {"PostfixSystem": [self._master.pid], "sink": [self._sink.pid]}
+        return {"Postfix": [self._master.pid], "sink": [self._sink.pid]}
 
     def delivered(self) -> int:
         return self._sink.count()
@@ -146,30 +141,24 @@ class PostfixSystem:
         return not any(files for name in _QUEUES for _, _, files in os.walk(queue / name))
 
     def hold(self) -> None:
-        self._tell_qmgr(signal.SIGSTOP)
+        self._signal_qmgr(signal.SIGSTOP)
 
     def release(self) -> None:
-        self._tell_qmgr(signal.SIGCONT)
+        self._signal_qmgr(signal.SIGCONT)
 
-    def _tell_qmgr(self, number: int) -> None:
-        for pid in trees([self._master.pid]):
-            try:
-                if Path(f"/proc/{pid}/comm").read_text().strip() == "qmgr":
-                    os.kill(pid, number)
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+    def _signal_qmgr(self, number: int) -> None:
+        for process in tree([self._master.pid]):
+            with suppress(psutil.NoSuchProcess):
+                if process.name() == "qmgr":
+                    process.send_signal(number)
 
-    def rest(self) -> None:
-        """Nothing: what it has written is synced, or in the page cache as anybody's."""
+    def flush(self) -> None:
+        """Do nothing: all that it has written is synced or in the page cache."""
 
     def facts(self) -> dict[str, str]:
-        return {
-            "PostfixSystem": f"{_setting('mail_version')}, fsync of each queue file before the 250"
-        }
+        return {"Postfix": f"{_setting('mail_version')}, fsync of each queue file before the 250"}
 
 
 def _setting(name: str) -> str:
-    found = subprocess.run(
-        [program("postconf") or "", "-dh", name], capture_output=True, text=True, check=True
-    )
-    return found.stdout.strip()
+    command = [find_program("postconf") or "", "-dh", name]
+    return subprocess.check_output(command, text=True).strip()

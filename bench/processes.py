@@ -1,83 +1,65 @@
-"""What processes use, as /proc tells it: CPU time and memory of whole trees of processes.
+"""The CPU time and memory of trees of processes.
 
-A child that has ended and was waited for still counts: its time is in its parent's. Linux only, as
-Postfix's comparison is; without /proc there are no cost tables.
+The time of a child that has ended and was waited for is in its parent's. Linux only: other systems
+have no proportional set size.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from contextlib import suppress
 
-_TICK = os.sysconf("SC_CLK_TCK")
+import psutil
 
 
 class Stuck(Exception):
-    """A load did not end; the text says what was waited for."""
+    """A load did not end; the text names the condition that was waited for."""
 
 
-def _stat(pid: int | str) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; empty for a process that is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def trees(roots: Iterable[int]) -> list[int]:
-    """These processes and all that descend from them."""
-    children: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal() and (fields := _stat(entry.name)):
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, left = [], list(roots)
-    while left:
-        pid = left.pop()
-        found.append(pid)
-        left += children.get(pid, [])
-    return found
+def tree(roots: Iterable[int]) -> list[psutil.Process]:
+    """These processes and all their descendants."""
+    processes = []
+    for pid in roots:
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            processes += [root, *root.children(recursive=True)]
+    return processes
 
 
 def cpu_seconds(roots: Mapping[str, Iterable[int]]) -> dict[str, float]:
-    """CPU time that each role's processes have used until now, ended children included."""
-    return {role: sum(_cpu(pid) for pid in trees(pids)) for role, pids in roots.items()}
+    """CPU time that the processes of each role have used so far, ended children included."""
+    return {role: sum(map(_cpu, tree(pids))) for role, pids in roots.items()}
 
 
-def _cpu(pid: int) -> float:
-    fields = _stat(pid)
-    return sum(map(int, fields[11:15])) / _TICK if fields else 0.0
+def _cpu(process: psutil.Process) -> float:
+    with suppress(psutil.NoSuchProcess):
+        times = process.cpu_times()
+        return float(times.user + times.system + times.children_user + times.children_system)
+    return 0.0
 
 
 def machine_cpu_seconds() -> float:
-    """CPU time that the whole machine was not idle: the kernel's own threads, and everybody else's
-    work too."""
-    user, nice, system, _idle, _wait, interrupts, soft, *_ = (
-        Path("/proc/stat").read_text().split("\n")[0].split()[1:]
-    )
-    return sum(map(int, (user, nice, system, interrupts, soft))) / _TICK
+    """CPU time for which the whole machine was not idle, the kernel's own threads included."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
 def resident_bytes(roots: Iterable[int]) -> int:
-    """Memory of whole trees, with what processes share counted once (the sum of their proportional
-    sets)."""
+    """The sum of the proportional set sizes: memory that processes share is counted once."""
     total = 0
-    for pid in trees(roots):
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    for process in tree(roots):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            total += process.memory_full_info().pss
     return total
 
 
 def wait(
-    condition: Callable[[], bool], what: str, *, patience: float = 60.0, pause: float = 0.004
+    condition: Callable[[], bool], what: str, *, timeout: float = 60.0, pause: float = 0.004
 ) -> float:
-    """Wait until it is so; the moment (time.perf_counter). Raises Stuck after `patience`
+    """Wait for the condition; return the time (time.perf_counter). Raises Stuck after `timeout`
     seconds."""
-    limit = time.perf_counter() + patience
+    limit = time.perf_counter() + timeout
     while not condition():
         if time.perf_counter() > limit:
-            raise Stuck(f"not so after {patience:g} s: {what}")
+            raise Stuck(f"not so after {timeout:g} s: {what}")
         time.sleep(pause)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Results for people (tables) and for programs (JSON)."""
+"""Results as tables and as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ _ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source", 
 
 
 def table(result: Measurement, systems: Sequence[str]) -> str:
-    """One part: a line a figure, a column a system; median, lowest and highest, and the ratio to
-    Postfix."""
+    """A part as a table: a line for each figure, a column for each system; the median, the lowest
+    and highest run, and the ratio to Postfix."""
     part = result.part
     lines = [
-        f"\n{part.name}: {part.words} ({part.unit}; x: times better than {PEER})",
+        f"\n{part.name}: {part.title} ({part.unit}; x: times better than {PEER})",
         _line("", systems),
     ]
     rates = [name for name in result.figures if not name.startswith(COST)]
@@ -28,7 +28,7 @@ def table(result: Measurement, systems: Sequence[str]) -> str:
             _line(f"  {name.removeprefix(COST)}", [_cost(result, name, s) for s in systems])
             for name in costs
         ]
-    lines += [f"  the disk was not still before it: {run}" for run in result.restless]
+    lines += [f"  the disk was busy before it: {run}" for run in result.busy_disk]
     return "\n".join(lines + [f"  FAILED {failure}" for failure in result.failures])
 
 
@@ -37,15 +37,13 @@ def _line(head: str, cells: Sequence[str]) -> str:
 
 
 def _cell(result: Measurement, name: str, system: str) -> str:
-    values, median, ratio = (
-        result.values(name, system),
-        result.median(name, system),
-        result.ratio(name, system),
-    )
+    median = result.median(name, system)
     if median is None:
         return "-"
-    jitter = f" ({_number(min(values))}-{_number(max(values))})" if len(values) > 1 else ""
-    return f"{_number(median)}{jitter}" + (f"  {ratio:.2f}x" if ratio is not None else "")
+    values = result.values(name, system)
+    ratio = result.ratio(name, system)
+    spread = f" ({_number(min(values))}-{_number(max(values))})" if len(values) > 1 else ""
+    return f"{_number(median)}{spread}" + (f"  {ratio:.2f}x" if ratio is not None else "")
 
 
 def _cost(result: Measurement, name: str, system: str) -> str:
@@ -58,21 +56,18 @@ def _number(value: float) -> str:
 
 
 def facts(about: Mapping[str, str]) -> str:
-    """What the figures depend on, a line each."""
+    """The facts that the figures depend on, a line each."""
     return "\n".join(f"  {name:<38}{value}" for name, value in about.items())
 
 
 def as_json(results: Sequence[Measurement], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, every run: `{"about": {...}, "parts": [{"name", "unit", "figures": {name:
-    {system: [...]}}}]}`.
-
-    Of each system there is a figure a turn, null where that run failed.
-    """
+    """All figures of all runs: `{"about": {...}, "parts": [{"name", "unit", "figures": {name:
+    {system: [...]}}}]}`. A run that failed is null."""
     parts = [
         {
-            "name": result.part.name, "words": result.part.words, "unit": result.part.unit,
+            "name": result.part.name, "words": result.part.title, "unit": result.part.unit,
             "more_is_better": result.part.more_is_better, "figures": result.figures, "failures": result.failures,
-            "disk_not_still": result.restless,
+            "disk_not_still": result.busy_disk,
             "times_better_than_postfix": {
                 name: {s: round(ratio, 3) for s in systems if (ratio := result.ratio(name, s)) is not None}
                 for name, systems in result.figures.items()
@@ -84,6 +79,6 @@ def as_json(results: Sequence[Measurement], about: Mapping[str, Any]) -> dict[st
 
 
 def write(file: Path, results: Sequence[Measurement], about: Mapping[str, Any]) -> None:
-    """Write the JSON file."""
+    """Write the results as a JSON file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(as_json(results, about), indent=1) + "\n")

@@ -1,5 +1,4 @@
-"""Runs parts on systems by turns: every system once, then every system again, so that no one gets
-the quiet minutes."""
+"""Runs a part on all systems in turns, so that a slow minute affects all of them."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,18 +13,18 @@ PEER = "Postfix"
 
 @dataclass(slots=True)
 class Measurement:
-    """Figures of one part: by name, by system, one for each turn, None where that run failed.
+    """The figures of one part by name and system: one for each turn, None where that run failed.
 
-    `restless` are the runs in which the disk was not still before what was measured.
+    `failures` names the runs that failed, `busy_disk` those before which the disk was not idle.
     """
 
     part: Part
     figures: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    restless: list[str] = field(default_factory=list)
+    busy_disk: list[str] = field(default_factory=list)
 
     def values(self, name: str, system: str) -> list[float]:
-        """What the runs that did not fail gave."""
+        """The figures of the runs that did not fail."""
         return [value for value in self.figures[name].get(system, []) if value is not None]
 
     def median(self, name: str, system: str) -> float | None:
@@ -33,36 +32,33 @@ class Measurement:
         return statistics.median(values) if values else None
 
     def ratio(self, name: str, system: str) -> float | None:
-        """How many times better than Postfix: the median of the ratios of those turns in which
-        neither failed."""
-        of = self.figures[name]
-        turns = zip(
-            of.get(system, []), of.get(PEER, []), strict=False
-        )  # one of them may have nothing at all
-        ratios = [our / their for our, their in turns if our is not None and their]
-        if system == PEER or not ratios or name.endswith(NO_RATIO):
+        """How many times better than Postfix: the median over the turns in which neither failed."""
+        if system == PEER or name.endswith(NO_RATIO):
+            return None
+        runs = self.figures[name]
+        pairs = zip(runs.get(system, []), runs.get(PEER, []), strict=False)  # one may be missing
+        ratios = [own / peer for own, peer in pairs if own is not None and peer]
+        if not ratios:
             return None
         ratio = statistics.median(ratios)
         return ratio if self.part.more_is_better or not ratio else 1 / ratio
 
 
 def measure(part: Part, systems: Sequence[System], scale: Scale) -> Measurement:
-    """Run one part on all systems as often as `scale` says."""
+    """Run a part `scale.runs` times on each system."""
     result = Measurement(part)
     for turn in range(scale.runs):
-        # Who comes first in one turn comes last in the next.
+        # The system that is first in one turn is last in the next.
         for system in systems if turn % 2 == 0 else systems[::-1]:
-            run, disk = f"run {turn + 1}, {system.name}", Disk(system.directory, scale.patience)
+            run, disk = f"run {turn + 1}, {system.name}", Disk(system.directory, scale.disk_timeout)
             try:
                 figures = part.run(system, scale, disk)
-            except Exception as error:  # whatever it met, the other runs keep their figures
+            except Exception as error:  # any fault of this run: the others keep their figures
                 result.failures.append(f"{run}: {type(error).__name__}: {error}")
                 continue
-            if disk.restless:
-                result.restless.append(run)
+            if disk.busy:
+                result.busy_disk.append(run)
             for name, value in figures.items():
-                of = result.figures.setdefault(name, {}).setdefault(
-                    system.name, [None] * scale.runs
-                )
-                of[turn] = value
+                runs = result.figures.setdefault(name, {})
+                runs.setdefault(system.name, [None] * scale.runs)[turn] = value
     return result

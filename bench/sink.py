@@ -1,33 +1,29 @@
-"""`python -m bench.sink HOST:PORT DELAY`: our QMQP sink, with a running counter on standard output
-as qmqp-sink has."""
+"""`python -m bench.sink HOST:PORT DELAY`: our QMQP sink with a running counter on standard output,
+as qmqp-sink writes it."""
 
 import asyncio
 import os
 import sys
 
+import uvloop
+
 from qmqp.sink import Answer, Rule, Sink
 
-TELL_EVERY = 0.002
-"""Seconds between two looks at the count."""
+INTERVAL = 0.002  # seconds between two reads of the count
 
 
 async def _serve(host: str, port: int, delay: float) -> None:
-    sink, told = Sink([Rule(Answer(delay=delay))], keep=1), 0
+    sink = Sink([Rule(Answer(delay=delay))], keep=1)
     await sink.start(host, port)
+    written = 0
     while True:
-        await asyncio.sleep(TELL_EVERY)
-        if sink.count != told:
-            told = sink.count
-            os.write(1, b"%d\r" % told)
-
-
-def main() -> None:
-    import uvloop
-
-    where, delay = sys.argv[1:]
-    host, _, port = where.rpartition(":")
-    uvloop.run(_serve(host, int(port), float(delay)))
+        await asyncio.sleep(INTERVAL)
+        if sink.count != written:
+            written = sink.count
+            os.write(1, b"%d\r" % written)
 
 
 if __name__ == "__main__":
-    main()
+    address, seconds = sys.argv[1:]
+    listen_host, _, listen_port = address.rpartition(":")
+    uvloop.run(_serve(listen_host, int(listen_port), float(seconds)))

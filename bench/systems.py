@@ -1,24 +1,22 @@
-"""What is measured: everything between an SMTP port and a sink."""
+"""A system: everything between an SMTP port and a sink."""
 
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from tests.services import end, free_port, spawn
+from bench.services import end, free_port, spawn
 
 ROOT = Path(__file__).parent.parent
+# Deliveries to one server at once: the default of RELAY_SERVER_CONNECTIONS, for Postfix too.
 CONCURRENCY = 50
-"""Deliveries to one server at once: RELAY_SERVER_CONNECTIONS' default, and Postfix gets as many."""
 
 
 class System(Protocol):
-    """A relay that is running. `name` is its column; `comparable` systems take part where a peer
-    can."""
+    """A running relay; `name` is its column in the tables."""
 
     name: str
     smtp_port: int
@@ -28,72 +26,71 @@ class System(Protocol):
     def stop(self) -> None: ...
 
     def arrange(self, workers: int = 1, *, slow: bool = False) -> bool:
-        """Deliver by so many workers, to the sink that answers at once or to the slow one; False:
-        it cannot do that."""
+        """Deliver with so many workers to the fast or the slow sink; False: not supported."""
 
     def processes(self) -> Mapping[str, list[int]]:
-        """The processes of each role, for the cost table."""
+        """The process ids of each role."""
 
     def delivered(self) -> int:
-        """How many messages the sink has acknowledged since it was started."""
+        """How many messages the sink has accepted since its start."""
 
     def empty(self) -> bool:
-        """Whether nothing is left in the queue, its records included."""
+        """Whether the queue is empty and all outcomes are committed."""
 
     def hold(self) -> None:
-        """Accept and do not deliver."""
+        """Accept messages without delivering them."""
 
     def release(self) -> None: ...
 
-    def rest(self) -> None:
-        """Write out what is to be written some time, so that it does not fall into a
-        measurement."""
+    def flush(self) -> None:
+        """Write out what a later write-back would otherwise add to a measurement."""
 
     def facts(self) -> dict[str, str]:
         """Versions and durability settings."""
 
 
-def program(name: str) -> str | None:
-    """Where a mail server's tool is; they are not on everybody's PATH."""
+def find_program(name: str) -> str | None:
+    """The path of a mail server's tool, which may be outside PATH."""
     return shutil.which(name) or shutil.which(
         name, path="/usr/sbin:/sbin:/usr/local/sbin:/usr/libexec/postfix"
     )
 
 
-class SinkProcess:
-    """A sink in a process of its own that writes a running counter, read from its file without
-    disturbing it.
+def clean_environment() -> dict[str, str]:
+    """The environment without settings of a relay."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
 
-    Postfix's tools where they are (they cost least), else, or with a `delay` (seconds), our own.
+
+class SinkProcess:
+    """A sink in a process of its own. It writes a running counter to a file, so that reading the
+    counter does not disturb it.
+
+    Postfix' tools are used where they are installed, because they cost least; with a `delay`
+    (seconds) always our own sink.
     """
 
     def __init__(self, kind: str, directory: Path, delay: float = 0.0) -> None:
         self.port = free_port()
-        where = f"127.0.0.1:{self.port}"
+        address = f"127.0.0.1:{self.port}"
         self._file = directory / f"{kind}-{self.port}.count"
-        tool = None if delay else program(kind)
+        tool = None if delay else find_program(kind)
         if tool:
-            # As root smtp-sink wants to know whom to become.
+            # As root, smtp-sink must be told which user to become.
             user = ["-u", "nobody"] if kind == "smtp-sink" and os.geteuid() == 0 else []
-            command = [tool, "-c", *user, where, "1000"]
-        elif kind == "qmqp-sink":
-            command = [sys.executable, "-m", "bench.sink", where, str(delay)]
+            command = [tool, "-c", *user, address, "1000"]
         else:
-            raise FileNotFoundError(f"{kind} is not installed")
+            command = [sys.executable, "-m", "bench.sink", address, str(delay)]
         with self._file.open("wb") as counter:
-            self._child: subprocess.Popen[Any] = spawn(command, stdout=counter, cwd=ROOT)
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
+            self._child = spawn(command, stdout=counter, cwd=ROOT)
+        self.pid = self._child.pid
 
     def count(self) -> int:
-        """Messages acknowledged so far: the last number written."""
+        """Accepted messages so far: the last number in the file."""
         with self._file.open("rb") as counter:
-            size = counter.seek(0, 2)
+            size = counter.seek(0, os.SEEK_END)
             counter.seek(max(0, size - 100))
-            found = re.findall(rb"(\d+)[\r\n]", counter.read())
-        return int(found[-1]) if found else 0
+            numbers = re.findall(rb"(\d+)[\r\n]", counter.read())
+        return int(numbers[-1]) if numbers else 0
 
     def stop(self) -> None:
         end(self._child)

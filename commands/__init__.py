@@ -1,2 +1,1 @@
-"""What people type: the command line, the supervisor of a single machine, the demo, and the
-checks."""
+"""The command line `qmqp-relay`: the queue, the checks, the web pages and the standalone relay."""

@@ -1,16 +1,14 @@
-"""The health check of a container: `python -I -S health.py smtp|worker`. Exit status 0 is healthy,
-1 is not.
+"""The health check of a container: `python -I -S healthcheck.py smtp|worker`. Status 0 is healthy,
+1 is not; Docker reserves 2.
 
-    smtp    connect to RELAY_SMTP_LISTEN, read the banner, say QUIT
-    worker  look how old the tick file is (RELAY_HEALTH_FILE), which the sweeper touches about once a second
+    smtp    connects to RELAY_SMTP_LISTEN, reads the banner, sends QUIT
+    worker  reads the age of the heartbeat file (RELAY_HEALTH_FILE), which the sweeper touches
+            every second
 
-It runs in every container again and again, so it is one file of the standard library that imports
-no other of ours: it starts in milliseconds, where asking Celery costs most of a second of CPU and
-the broker's good health.
-
-What must stay true: the whole check ends within TIMEOUT, whatever the peer does; once we have
-begun, a broker, database or QMQP server that is away makes nobody unhealthy, because restarting us
-would not mend it. Docker reserves the status 2.
+It runs often in every container, so it is one file that imports only the standard library and
+starts in milliseconds; asking Celery costs most of a second of CPU, and needs the broker. What must
+stay true: the check ends within TIMEOUT, whatever the peer does; a broker, database or QMQP server
+that is out of reach makes no container unhealthy, because a restart would not help.
 """
 
 import os
@@ -19,21 +17,21 @@ import sys
 import time
 
 TIMEOUT = 5.0
-# A sweep may wait this long for a database that does not answer (seconds); see
+# Seconds that a sweep may wait for a database that does not answer; see
 # relay.db.engine.STATEMENT_TIMEOUT.
 MAX_HEARTBEAT_AGE = 60.0
 _LONGEST_BANNER = 4096
 
 
 class Unhealthy(Exception):
-    """The text says why."""
+    """The text is the reason."""
 
 
 def smtp(listen: str) -> str:
-    """Banner and QUIT at the first address of a list of `host:port`; raises Unhealthy or
+    """Check the first address of a list of `host:port`, and return the banner; raises Unhealthy or
     OSError."""
     host, _, port = listen.replace(",", " ").split()[0].rpartition(":")
-    # The address that means all of a host's own reaches that host when it is connected to.
+    # A connection to the address that means all addresses of a host reaches that host.
     address = host.strip("[]") or "localhost", int(port)
     deadline = time.monotonic() + TIMEOUT
     with socket.create_connection(address, TIMEOUT) as client:
@@ -41,57 +39,57 @@ def smtp(listen: str) -> str:
         if not banner.startswith("220"):
             raise Unhealthy(f"the banner is {banner!r}")
         client.sendall(b"QUIT\r\n")
-        goodbye = _reply(client, deadline)
-        if not goodbye.startswith("221"):
-            raise Unhealthy(f"QUIT is answered {goodbye!r}")
+        reply = _reply(client, deadline)
+        if not reply.startswith("221"):
+            raise Unhealthy(f"the reply to QUIT is {reply!r}")
     return banner
 
 
 def _reply(client: socket.socket, deadline: float) -> str:
-    """The last line of one reply (RFC 5321 section 4.2.1: `220-` goes on, `220 ` ends it)."""
-    said = b""
-    while len(said) < _LONGEST_BANNER:
+    """The last line of one reply (RFC 5321 section 4.2.1: `220-` is continued, `220 ` is last)."""
+    data = b""
+    while len(data) < _LONGEST_BANNER:
         client.settimeout(max(0.001, deadline - time.monotonic()))
         more = client.recv(_LONGEST_BANNER)
         if not more:
-            raise Unhealthy(f"the connection was closed after {said!r}")
-        said += more
-        last = said.split(b"\r\n")[-2] if said.endswith(b"\r\n") else b"-" * 4
+            raise Unhealthy(f"the connection was closed after {data!r}")
+        data += more
+        last = data.split(b"\r\n")[-2] if data.endswith(b"\r\n") else b"-" * 4
         if last[3:4] != b"-":
             return last.decode("ascii", "backslashreplace")
-    raise Unhealthy(f"a reply without an end: {said[:80]!r}...")
+    raise Unhealthy(f"the reply does not end: {data[:80]!r}...")
 
 
 def worker(file: str) -> str:
-    """Whether the tick file is young; raises Unhealthy."""
+    """Check the age of the heartbeat file; raises Unhealthy."""
     if not file:
         raise Unhealthy("RELAY_HEALTH_FILE is not set")
     try:
         handle = os.open(file, os.O_RDONLY)
     except FileNotFoundError:
-        raise Unhealthy(f"no {file}: the worker has not begun, or is stopping") from None
+        raise Unhealthy(f"no {file}: the worker has not started yet, or is stopping") from None
     age = time.time() - os.fstat(handle).st_mtime
     os.close(handle)
-    # A clock that was set back makes the file seem to come from the future until its next tick.
+    # After a clock was set back, the file is from the future until the next heartbeat.
     if abs(age) > MAX_HEARTBEAT_AGE:
-        raise Unhealthy(f"the last tick was {age:.0f} s ago")
-    return f"the last tick was {age:.1f} s ago"
+        raise Unhealthy(f"the last heartbeat was {age:.0f} s ago")
+    return f"the last heartbeat was {age:.1f} s ago"
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """The exit status for these arguments."""
     try:
-        match words:
+        match arguments:
             case ["smtp"]:
-                said = smtp(os.environ.get("RELAY_SMTP_LISTEN") or "127.0.0.1:2525")
+                text = smtp(os.environ.get("RELAY_SMTP_LISTEN") or "127.0.0.1:2525")
             case ["worker"]:
-                said = worker(os.environ.get("RELAY_HEALTH_FILE", ""))
+                text = worker(os.environ.get("RELAY_HEALTH_FILE", ""))
             case _:
-                raise Unhealthy("usage: health.py smtp|worker")
+                raise Unhealthy("usage: healthcheck.py smtp|worker")
     except (Unhealthy, OSError, ValueError) as error:
         print(f"unhealthy: {error}")
         return 1
-    print(said)
+    print(text)
     return 0
 
 

@@ -1,9 +1,7 @@
-"""How rows are printed: a table for people at a terminal, tab-separated text for pipes, NDJSON for
-programs.
+"""How rows are printed: a table on a terminal, tab-separated text in a pipe, NDJSON with --json.
 
-Nothing waits for the last row: a table takes its widths from the first SAMPLE rows and goes on with
-them. Only the table shortens anything. What must stay true: no byte of a peer reaches a terminal as
-anything but itself.
+Rows are printed as they come: a table takes its widths from the first SAMPLE rows. Only the table
+shortens values. What must stay true: no text of a peer controls the terminal.
 """
 
 import functools
@@ -18,16 +16,14 @@ from typing import Any
 type Row = Mapping[str, Any]
 type Columns = Mapping[str, Callable[[Row], str]]
 SAMPLE = 200
-SPARED = ("SIZE", "SENDER")  # columns that a narrow terminal does without, in this order
-LEAST = (
-    20  # columns of a terminal that the last one wants beside the others, if it is as wide as that
-)
-AT_ONCE = 50  # rows of a table that go to a terminal together: each write of its own costs more than its row
+OPTIONAL = ("SIZE", "SENDER")  # columns that a narrow terminal omits, in this order
+# The last column goes below the others if it would have fewer columns than this, and needs more.
+MIN_LAST = 20
+BATCH = 50  # rows of a table written at once: a write costs more than a row
 
 
 def cut(address: str, width: int) -> str:
-    """An address in at most `width` columns: the domain and the beginning of the local part say
-    most."""
+    """An address in at most `width` columns: its domain and the beginning of its local part."""
     if len(address) <= width:
         return address
     tail = min(len(address) - max(address.rfind("@"), 0), width * 2 // 3)
@@ -35,27 +31,27 @@ def cut(address: str, width: int) -> str:
 
 
 def counted(count: int) -> str:
-    """So many deliveries, in words."""
+    """`1 delivery`, `2 deliveries`."""
     return f"{count} {'delivery' if count == 1 else 'deliveries'}"
 
 
 def span(seconds: float | None) -> str:
-    """A length of time in its two largest units: `45s`, `3m 20s`, `2d 4h`; empty for none."""
+    """A length of time in its two largest units: `45s`, `3m 20s`, `2d 4h`; empty for None."""
     return "" if seconds is None else _span(max(0, round(seconds)))
 
 
 @functools.lru_cache(4096)  # in a long table most ages are the same
 def _span(rest: int) -> str:
-    words = list[str]()
+    parts = list[str]()
     for unit, letter in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
         count, rest = divmod(rest, unit)
-        if count or words:
-            words.append(f"{count}{letter}" if count else "")
-    return " ".join(filter(None, words[:2])) or "0s"
+        if count or parts:
+            parts.append(f"{count}{letter}" if count else "")
+    return " ".join(filter(None, parts[:2])) or "0s"
 
 
 def size(count: float | None) -> str:
-    """Bytes as `812`, `4.1K`, `25.0M`; empty for none."""
+    """Bytes as `812`, `4.1K`, `25.0M`; empty for None."""
     if count is None:
         return ""
     for unit in ("", "K", "M", "G"):
@@ -66,7 +62,7 @@ def size(count: float | None) -> str:
 
 
 def ago(when: datetime | None) -> str:
-    """How long since (`3m`) or until (`in 20s`), by this machine's clock; empty for never."""
+    """How long since (`3m`) or until (`in 20s`), by this machine's clock; empty for None."""
     if when is None:
         return ""
     seconds = (datetime.now(UTC) - when).total_seconds()
@@ -74,12 +70,12 @@ def ago(when: datetime | None) -> str:
 
 
 def stamp(when: datetime | None) -> str:
-    """A time as people read it: local, to the second; empty for never."""
+    """A time in the local zone, to the second; empty for None."""
     return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""
 
 
 def plain(text: str) -> str:
-    """Text that moves no cursor: what cannot be printed is shown as `\\xNN`."""
+    """Text that is safe on a terminal: a character that cannot be printed becomes `\\xNN`."""
     if text.isprintable():
         return text
     return "".join(
@@ -89,7 +85,7 @@ def plain(text: str) -> str:
 
 
 def as_json(row: Row) -> str:
-    """A row on one line; times in UTC."""
+    """A row as JSON on one line; times in UTC."""
     return _encode(
         {name: _plain(value) if type(value) is datetime else value for name, value in row.items()}
     )
@@ -99,8 +95,7 @@ _encode = json.JSONEncoder(default=lambda value: _plain(value)).encode
 
 
 def write(rows: Iterable[Row], columns: Columns, *, json_lines: bool = False) -> int:
-    """Print rows, and count them. `columns` are the table's: a heading, and what stands below
-    it."""
+    """Print rows and return their number. `columns` are those of the table."""
     if sys.stdout.isatty() and not json_lines:
         return _table(iter(rows), columns)
     count = 0
@@ -117,20 +112,20 @@ def write(rows: Iterable[Row], columns: Columns, *, json_lines: bool = False) ->
 
 
 def write_lines(batches: Iterable[Sequence[str]], *, json_lines: bool) -> int:
-    """Print rows that are text already, and count them; the first line names columns if they are no
-    JSON."""
+    """Print rows that are text already and return their number. Without --json the first line names
+    the columns."""
     count = 0 if json_lines else -1
     for lines in batches:
         count += len(lines)
         text = "\n".join(lines)
-        if not text.isascii() or text.encode().translate(None, _HARMLESS):
-            harmless = (lambda line: json.dumps(json.loads(line))) if json_lines else _plain_cells
-            text = "\n".join(map(harmless, lines))
+        if not text.isascii() or text.encode().translate(None, _PRINTABLE):
+            escape = (lambda line: json.dumps(json.loads(line))) if json_lines else _plain_cells
+            text = "\n".join(map(escape, lines))
         sys.stdout.write(text + "\n")
     return max(count, 0)
 
 
-_HARMLESS = bytes((*b"\t\n", *range(32, 127)))
+_PRINTABLE = bytes((*b"\t\n", *range(32, 127)))
 
 
 def _plain_cells(line: str) -> str:
@@ -146,42 +141,36 @@ def _plain(value: object) -> object:
 
 
 def _table(rows: Iterator[Row], columns: Columns) -> int:
-    """Columns as wide as the first rows want them; the last one is folded into what is left of the
-    line, or below it.
-
-    Where that is not enough, a terminal does without the columns in SPARED.
-    """
+    """Print columns as wide as the first rows need. The last column is folded into the rest of the
+    line, or below it. A terminal that is too narrow omits the columns in OPTIONAL."""
     first = list(islice(rows, SAMPLE))
     if not first:
         return 0
-    width, spared = shutil.get_terminal_size().columns, list(SPARED)
+    width = shutil.get_terminal_size().columns
     widest = {
         name: max(len(name), *(len(plain(of(row))) for row in first)) + 2
         for name, of in columns.items()
     }
     *fixed, last = columns
-    while spared and sum(widest[name] for name in fixed) > width:
-        fixed = [name for name in fixed if name != spared[0]]
-        del spared[0]
+    for optional in OPTIONAL:
+        if sum(widest[name] for name in fixed) > width:
+            fixed = [name for name in fixed if name != optional]
     indent = sum(widest[name] for name in fixed)
-    below = indent + min(LEAST, widest[last] - 2) > width
-    cells, forms = (
-        "".join(f"%-{widest[name]}s" for name in fixed),
-        [columns[name] for name in fixed],
-    )
+    below = indent + min(MIN_LAST, widest[last] - 2) > width
+    cells = "".join(f"%-{widest[name]}s" for name in fixed)
+    forms = [columns[name] for name in fixed]
     count, lines = 0, [(cells % tuple(fixed) + last).rstrip()]
     for count, row in enumerate(chain(first, rows), 1):
         line = cells % tuple([of(row) for of in forms])
         if not line.isprintable():
             line = cells % tuple([plain(of(row)) for of in forms])
-        if words := plain(columns[last](row)):
-            line = (
-                f"{line.rstrip()}\n{folded(words, 4, width)}"
-                if below
-                else line + folded(words, indent, width)[indent:]
-            )
+        text = plain(columns[last](row))
+        if text and below:
+            line = f"{line.rstrip()}\n{folded(text, 4, width)}"
+        elif text:
+            line += folded(text, indent, width)[indent:]
         lines.append(line.rstrip())
-        if not count % AT_ONCE:
+        if not count % BATCH:
             sys.stdout.write("\n".join(lines) + "\n")
             lines.clear()
     if lines:
@@ -189,12 +178,14 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
     return count
 
 
-def folded(words: str, indent: int, width: int) -> str:
-    """Words in lines of at most `width`, each indented, whose addresses and ids stay whole where
-    they can."""
-    space, room, lines = " " * indent, max(1, width - indent), list[str]()
-    while len(words) > room:
-        end = words.rfind(" ", 1, room + 1)
-        lines.append(words[: end if end > 0 else room].rstrip())
-        words = words[end if end > 0 else room :].lstrip()
-    return "\n".join([space + line for line in (*lines, words)])
+def folded(text: str, indent: int, width: int) -> str:
+    """Text in indented lines of at most `width`. A word is broken only if it is longer than a
+    line."""
+    space, size, lines = " " * indent, max(1, width - indent), list[str]()
+    while len(text) > size:
+        end = text.rfind(" ", 1, size + 1)
+        if end <= 0:
+            end = size
+        lines.append(text[:end].rstrip())
+        text = text[end:].lstrip()
+    return "\n".join([space + line for line in (*lines, text)])

@@ -1,8 +1,7 @@
-"""The Quick Mail Queueing Protocol: codec, client and server, and nothing of the relay.
+"""The Quick Mail Queueing Protocol: codec, client and server. It knows nothing of the relay.
 
-QMQP hands one message with its whole envelope to a mail server over one connection and gets one
-reply. Every unit of it is a netstring: a length in decimal digits, a colon, that many bytes, a
-comma.
+A QMQP client gives one message with its envelope to a mail server over one connection and gets one
+reply. Every unit is a netstring: a length in decimal digits, a colon, that many bytes, a comma.
 
     request      = netstring( message sender 1*recipient )   each of them a netstring too
     reply        = netstring( ("K" / "Z" / "D") *OCTET )
@@ -10,37 +9,36 @@ comma.
     -> 42:5:test\\n,13:a@example.com,13:b@example.com,,
     <- 18:KReceived 5 bytes.,
 
-How it goes. The client connects to port 628 (TCP) or to a Unix socket, sends the request, reads the
-reply; the server closes [Q]. One request for a connection: Postfix ignores a second one [seen].
-There is no greeting, no negotiation, no authentication and no TLS: who may connect may relay
-anywhere [qmail-qmqpd(8)].
+The session. The client connects to TCP port 628 or to a Unix socket, sends the request and reads
+the reply; the server closes [Q]. A connection carries one request: Postfix ignores a second one
+[seen]. There is no greeting, no negotiation, no authentication and no TLS: every client that can
+connect may relay anywhere [qmail-qmqpd(8)].
 
-The request. The outer length is exact: the sum of all that is inside, so the size of the message
-must be known before its first byte is sent [Q]; qmail-qmqpd closes without a word if it is wrong,
-Postfix does not look at it [seen]. The message is lines that end with LF, not CR LF [Q]: a CR is a
-byte like any other, and Postfix makes a space of it, so that the empty line after the header is
-none any more [seen]. Bytes are not changed, 8-bit and NUL included [T 5]. Addresses are bare
-octets, no brackets, no quoting [T 8]; an empty sender is the null sender, `0:,`. There is at least
-one recipient [Q].
+The request. The outer length is the exact sum of all that is inside, so the size of the message
+must be known before its first byte is sent [Q]. If it is wrong, qmail-qmqpd closes without a reply;
+Postfix ignores it [seen]. Lines of the message end with LF, not CR LF [Q]. A CR is an ordinary
+byte, and Postfix changes it to a space, so that the empty line after the header is no longer empty
+[seen]. Bytes are not changed, 8-bit and NUL included [T 5]. Addresses are octets without brackets
+or quoting [T 8]; an empty sender is the null sender, `0:,`. There is at least one recipient [Q].
 
-The reply is one for all recipients [Q]. K: the server answers for every one of them. Z: not now;
-the same may be sent again. D: never; nobody got it. The rest is words for people, of any length,
-and any bytes (qmqp/reply.py).
+The reply holds for all recipients [Q]. K: the server answers for every one of them. Z: not now; the
+same request may be sent again. D: never; no recipient got it. The text that follows is for people,
+of any length and any bytes (qmqp/reply.py).
 
-The commit point is the last byte of the request, the comma that ends it. Until it has been sent the
-client may close, and the server must throw the message away; from then on only its reply can tell
-what became of it, and no reply means try again later, and perhaps a double [Q]. Most of what this
-package does is about being exact on which side of that byte a failure fell (qmqp/result.py). A
-server must not reply before it, but may close at any time, and "high-quality servers will try to
-send a response first" [Q]: so an early Z or D is to be heard and honoured.
+The commit point is the last byte of the request, its closing comma. Before it, the client may
+close, and the server must throw the message away. After it, only the reply tells the outcome;
+without one the client tries again later, and the message may arrive twice [Q]. Most of this package
+makes sure on which side of that byte a failure fell (qmqp/result.py). A server must not reply
+before the commit point, but it may close at any time, and "high-quality servers will try to send a
+response first" [Q]: so a client must read and honour an early Z or D.
 
 What a client must not do.
 
     guess a length, or send another size than announced    it is read as another message [Q]
-    send no recipient                                      Postfix says D [seen]; qmail-qmqpd takes a message for nobody
+    send no recipient                                      Postfix says D [seen]; qmail-qmqpd accepts it
     send a NUL, CR or LF in an address                     Postfix delivers to what stands before the NUL [seen]
     send an address of more than 999 bytes                 qmail-qmqpd says D about the whole message
-    go on writing without listening                        Postfix says D early and closes: the write breaks [seen]
+    write without reading                                  Postfix says D early and closes: the write breaks [seen]
     take a missing, broken or unknown reply for a verdict  it is a temporary failure [Q]
     take the first K, Z or D of any bytes for a reply      a banner of SSH has one
     try another server after the commit point              the first may have taken it; before, it must not [Q]
@@ -59,22 +57,19 @@ What servers do.
     empty message   K                        K                                Z              K
     silence         closes after an hour     closes after 300 s               after an hour  waits
 
-[Q] https://cr.yp.to/proto/qmqp.html; netstrings: https://cr.yp.to/proto/netstrings.txt; [T] the
-text of QMTP and its section, by the same author with the same definitions:
+Sources. [Q] https://cr.yp.to/proto/qmqp.html; netstrings: https://cr.yp.to/proto/netstrings.txt;
+[T n] section n of QMTP, by the same author with the same definitions:
 https://cr.yp.to/proto/qmtp.txt. Servers, by their source: qmail-qmqpd.c (notqmail), qmqpd(8) and
-qmqp-sink(1) of Postfix, protocol-qmqp.c of mailfront. [seen]: with Postfix 3.7.11; the tests ask
-one too.
+qmqp-sink(1) of Postfix, protocol-qmqp.c of mailfront. [seen]: observed with Postfix 3.7.11; the
+tests ask a Postfix too.
 
     netstring    the codec: exact lengths, strict and bounded decoding
     request      a request as bytes of known length, and a strict reader of requests; no I/O
     reply        a reader of replies; no I/O
-    client       sends one request; with `body` (a file, in blocks), `names`, `connection`, `waiting` and `result`
-    probe        asks a server what it is, without giving it a message
-    sink         a strict server that answers, or misbehaves, by `rules`
+    client       sends one request; with `body` (a file, in blocks), `resolver`, `connection`, `wakeup` and `result`
+    probe        finds out the family of a server without giving it a message
+    sink         a strict server that replies, or misbehaves, by `sink_rules`
 """
 
-PORT = 628
-"""TCP, as IANA has it."""
-
-LONGEST_SESSION = 3600.0
-"""Seconds after which both sides close."""
+PORT = 628  # TCP, as IANA assigns it
+LONGEST_SESSION = 3600.0  # seconds after which both sides close

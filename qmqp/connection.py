@@ -1,12 +1,11 @@
-"""A connection to a server: found by name, tried at every address, in time.
+"""Connects to a server: by name or address, at every address, within a deadline.
 
-The servers of the protocol are listed by address and tried one after the other (qmail-qmqpc(8));
-this one also takes names, and all addresses that a name has, in the order of the resolver, each
-with an equal part of the time that is left. Sockets of the Unix family are taken too: qrelay and
-Postfix listen on them.
+The servers of the protocol are tried one after the other (qmail-qmqpc(8)). Here a server may also
+be a name: all its addresses are tried in the resolver's order, each with an equal part of the time
+that is left. It may be a Unix socket too: qrelay and Postfix listen on them.
 
-A connection is closed with a reset: when a transfer ends before the commit point, nothing that
-still lies in the send buffer may follow, or the server might get the last byte after all.
+A connection is closed with a reset. When a transfer ends before the commit point, nothing that is
+still in the send buffer may follow, or the server could get the last byte after all.
 """
 
 import asyncio
@@ -18,112 +17,101 @@ from struct import pack
 from time import monotonic
 from typing import Any
 
-from qmqp.resolver import Address, addresses
-from qmqp.result import words_of
+from qmqp.resolver import Address, lookup
+from qmqp.result import describe
 from qmqp.wakeup import Wakeup
 
-_STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-_RESET_ON_CLOSE = pack("ii", 1, 0)
+RESET_ON_CLOSE = pack("ii", 1, 0)  # the value of SO_LINGER
+_NON_BLOCKING = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 _OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_BACKLOG_POLL = 0.02  # seconds; nobody tells when the full backlog of a Unix socket has room again
+_BACKLOG_POLL = 0.02  # seconds; no event tells when the full backlog of a Unix socket has room
 
 
 class Unreachable(Exception):
-    """There is no connection to any address; the text says why, for each."""
+    """No address could be connected to; the text names the reason for each."""
 
 
 async def connect(
-    host: str, port: int, path: str | None, deadline: float, waiting: Wakeup
+    host: str, port: int, path: str | None, deadline: float, wakeup: Wakeup
 ) -> socket.socket:
     """Connect to `host` and `port`, or to the Unix socket `path`.
 
-    Raises Unreachable, Stopped, and OSError when this process has no socket to spare (EMFILE and
-    the like)."""
+    Raises Unreachable, Stopped, and OSError when this process cannot open another socket (EMFILE
+    and the like)."""
     try:
-        found = (
-            [(int(socket.AF_UNIX), path)]
-            if path is not None
-            else await _found(host, port, deadline, waiting)
-        )
+        if path is not None:
+            addresses: list[Address] = [(int(socket.AF_UNIX), path)]
+        else:
+            addresses = await _resolve(host, port, deadline, wakeup)
     except (OSError, UnicodeError) as error:
-        raise Unreachable(f"no connection: {_name(host, port)} {_why(error)}") from None
-    tried = []
-    for left, (family, where) in zip(range(len(found), 0, -1), found, strict=True):
+        raise Unreachable(f"no connection: {_name(host, port)} {_reason(error)}") from None
+    failures = []
+    for left, (family, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
         now = monotonic()
         try:
-            return await _try(family, where, now + (deadline - now) / left, waiting)
+            return await _connect(family, address, now + (deadline - now) / left, wakeup)
         except OSError as error:
             if error.errno in _OUT_OF_SOCKETS:
                 raise
-            name = f"unix:{path}" if path is not None else _name(host, port, where[0])
-            tried.append(f"{name} {_why(error)}")
-    raise Unreachable(f"no connection: {'; '.join(tried)}")
+            name = f"unix:{path}" if path is not None else _name(host, port, address[0])
+            failures.append(f"{name} {_reason(error)}")
+    raise Unreachable(f"no connection: {'; '.join(failures)}")
 
 
-async def _found(host: str, port: int, deadline: float, waiting: Wakeup) -> list[Address]:
+async def _resolve(host: str, port: int, deadline: float, wakeup: Wakeup) -> list[Address]:
     if literal := _literal(host, port):
         return [literal]
-    lookup = addresses(host, port)
-    lookup.add_done_callback(waiting.wake)
+    future = lookup(host, port)
+    future.add_done_callback(wakeup.notify)
     try:
-        while not lookup.done():
-            await waiting.until(deadline)
+        while not future.done():
+            await wakeup.wait(deadline)
     finally:
-        lookup.remove_done_callback(waiting.wake)
-    found = lookup.result()
-    if isinstance(found, Exception):
-        raise found
-    return found
+        future.remove_done_callback(wakeup.notify)
+    result = future.result()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-async def _try(family: int, where: Any, deadline: float, waiting: Wakeup) -> socket.socket:
+async def _connect(family: int, address: Any, deadline: float, wakeup: Wakeup) -> socket.socket:
     """A connection to one address. Raises OSError, Stopped."""
-    sock = socket.socket(family, _STREAM)
+    sock = socket.socket(family, _NON_BLOCKING)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        while (code := sock.connect_ex(where)) not in (0, errno.EISCONN):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        while (code := sock.connect_ex(address)) not in (0, errno.EISCONN):
             if code == errno.EALREADY:
-                await _writable(sock, deadline, waiting)
+                await wakeup.wait_writable(sock, deadline)
             elif code == errno.EAGAIN:
-                asyncio.get_running_loop().call_later(_BACKLOG_POLL, waiting.wake)
-                await waiting.until(deadline)
-            elif (
-                code != errno.EINPROGRESS
-            ):  # then it is asked again: on the loopback the handshake is over by now
+                asyncio.get_running_loop().call_later(_BACKLOG_POLL, wakeup.notify)
+                await wakeup.wait(deadline)
+            elif code != errno.EINPROGRESS:
                 raise OSError(code, os.strerror(code))
+            # EINPROGRESS is asked again at once: on loopback the handshake is over by now.
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-async def _writable(sock: socket.socket, deadline: float, waiting: Wakeup) -> None:
-    loop = asyncio.get_running_loop()
-    loop.add_writer(sock.fileno(), waiting.wake)
-    try:
-        await waiting.until(deadline)
-    finally:
-        loop.remove_writer(sock.fileno())
-
-
 @lru_cache(maxsize=1024)
 def _literal(host: str, port: int) -> Address | None:
-    """The address that `host` is in itself, without asking anybody; None for a name."""
+    """The address if `host` is one, without a lookup; None for a name."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):
         return None
-    return found[0][0], found[0][4]
+    return infos[0][0], infos[0][4]
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-    return words_of(error)
+    return describe(error)
 
 
 def _name(host: str, port: int, address: str | None = None) -> str:
-    """An address as people write it; one of a name as Postfix does, `name[address]:port`."""
+    """The usual notation of an address; for an address of a name Postfix's `name[address]:port`."""
     if address is not None and not _literal(host, port):
         return f"{host}[{address}]:{port}"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,11 +1,11 @@
 """A request as bytes, without any I/O.
 
-`Request` knows the length of everything before the first byte is sent, which is what lets a client
-stream a message of any size from a file: a head, `size` bytes that somebody else supplies, a tail.
-The last byte of the tail is the commit point. It refuses what some server would misread.
+`Request` knows the whole length before the first byte is sent, so that a client can stream a
+message of any size from a file: a head, `size` bytes of the message, a tail. The last byte of the
+tail is the commit point. It refuses addresses that some server would misread.
 
-`RequestParser` is the other side: it reads a request as a strict server does, hands the message on
-in pieces as it comes, and never holds more than an address of it.
+`RequestParser` is the other side. It reads a request as a strict server does, passes the message on
+in pieces as they come, and never buffers more than an address.
 """
 
 import re
@@ -13,28 +13,25 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 from qmqp.netstring import MAX_LENGTH, FormatError, length_of, read_length
 
-NO_REQUEST = "no request can be made of it"  # how the reason begins when an envelope cannot be sent
+# Every server accepts an address of this length: qmail-qmqpd refuses 1,000 bytes, Postfix 2,049.
 MAX_ADDRESS = 999
-"""The longest address that every server takes: qmail-qmqpd refuses a thousand bytes, Postfix more
-than 2048."""
 
-_GOOD_ADDRESS = re.compile(rb"[^\0\r\n<][^\0\r\n]{0,%d}" % (MAX_ADDRESS - 1)).fullmatch
+_SENDABLE = re.compile(rb"[^\0\r\n<][^\0\r\n]{0,%d}" % (MAX_ADDRESS - 1)).fullmatch
 
 
 def is_sendable(address: bytes) -> bool:
-    """Whether every server reads this address as it was meant: what `Request` takes as a recipient,
-    or as a sender that is not the null sender. Those that accept mail ask this too, so that nothing
-    is accepted that can never be sent."""
-    return _GOOD_ADDRESS(address) is not None
+    """Whether every server reads this address as it was meant, as a recipient or as a sender. (The
+    null sender is empty, and valid as a sender only.)"""
+    return _SENDABLE(address) is not None
 
 
 class BadAddress(ValueError):
-    """An address that some server would misread: NUL, CR or LF (Postfix delivers what stands before
-    a NUL), a leading angle bracket, more than MAX_ADDRESS bytes, or a recipient that is empty."""
+    """An address that some server would misread: NUL, CR or LF (Postfix delivers to what stands
+    before a NUL), a leading angle bracket, more than MAX_ADDRESS bytes, or an empty recipient."""
 
 
 class NoRecipients(ValueError):
-    """A request without a recipient: qmail-qmqpd takes a message for nobody, Postfix refuses it."""
+    """A request without a recipient: qmail-qmqpd accepts and discards it, Postfix refuses it."""
 
 
 class Request:
@@ -66,18 +63,18 @@ class Request:
 
 
 def _shown(address: bytes) -> str:
-    """The beginning of an address, in which what cannot be printed is `\\xNN`."""
+    """The beginning of an address; bytes that cannot be printed are `\\xNN`."""
     return repr(address[:80])[2:-1] or "<>"
 
 
 class RequestParser:
-    """Reads one request as a strict server does: every length exact, no slack between the inner and
-    the outer string.
+    """Reads one request as a strict server does: every length is exact, and nothing stands between
+    the inner strings and the end of the outer one.
 
-    `body` is called with each piece of the message: a view that is valid only during the call. When
-    `feed` has returned True, `size`, `sender` and `recipients` (which may be empty: that is for the
-    server to judge) are known, and `extra` counts the bytes that came after the request. `where`
-    says what is being read, in Postfix' words."""
+    `body` is called with each piece of the message, a view that is valid only during the call. Once
+    `feed` has returned True, `size`, `sender` and `recipients` (perhaps empty: the server decides
+    about that) are known, and `extra` counts the bytes after the request. `where` names what is
+    being read, in Postfix' words."""
 
     def __init__(
         self,
@@ -85,25 +82,27 @@ class RequestParser:
         max_size: int = MAX_LENGTH,
         max_address: int = 2048,
     ) -> None:
-        self._body, self._max_size, self._max_address = body, max_size, max_address
+        self._body = body
+        self._max_size = max_size
+        self._max_address = max_address
         self.where = "QMQP packet header"
         self.size = self.extra = 0
         self.sender = b""
         self.recipients: list[bytes] = []
         self.complete = False
-        self._data = memoryview(b"")  # come, and not read
-        self._left = MAX_LENGTH  # bytes of the outer string that are not read
+        self._data = memoryview(b"")  # received and not yet read
+        self._left = MAX_LENGTH  # bytes of the outer string that are not yet read
         self._steps = self._read()
 
     def feed(self, data: bytes | memoryview) -> bool:
-        """Take the next bytes; True once the request is whole. Raises FormatError, SizeError."""
+        """Take the next bytes; True once the request is complete. Raises FormatError, SizeError."""
         self._data = memoryview(bytes(self._data) + data if self._data else data)
         next(self._steps)
         self._data = memoryview(bytes(self._data))
         return self.complete
 
     def _read(self) -> Iterator[None]:
-        """The request from its first byte to its last; it stops wherever more bytes must come."""
+        """Read the whole request; yield wherever more bytes must come."""
         self._left = yield from self._length(MAX_LENGTH)
         self.where = "message content"
         self.size = missing = yield from self._length_inside(self._max_size)
@@ -128,14 +127,15 @@ class RequestParser:
             yield
 
     def _length(self, limit: int) -> Generator[None, None, int]:
-        while (
-            found := read_length(head := bytes(self._data[: min(self._left, 11)]), 0, limit)
-        ) is None:
+        while True:
+            head = bytes(self._data[: min(self._left, 11)])
+            if (header := read_length(head, 0, limit)) is not None:
+                length, begin = header
+                self._skip(begin)
+                return length
             if len(head) == self._left:
                 raise FormatError("a length runs past the end of the request")
             yield
-        self._skip(found[1])
-        return found[0]
 
     def _length_inside(self, limit: int) -> Generator[None, None, int]:
         """The length of a string that must end, with its comma, before the request does."""

@@ -1,13 +1,13 @@
-"""The addresses of names, looked up once for all who ask at about the same time.
+"""Looks up the addresses of a host name, once for all connections that ask at the same time.
 
-How it works. A look-up may take as long as the resolver likes and cannot be called off, so it runs
-in a thread of its own: one for a name, however many transfers wait for it. Event loops have a few
-threads for this and would let one name server that does not answer hold up every other name. What
-was found is used for FRESH seconds, so that a busy client does not ask for each message, and a
-change is seen at once for all that matters.
+A lookup takes as long as the resolver likes and cannot be cancelled. Each name is therefore looked
+up in a thread of its own, and all connections to that name wait for the same result. The threads of
+an event loop are few: with them, one name server that does not answer would block every other name.
+Addresses are cached for CACHE_TTL, so that a busy client does not ask for every message and a
+change of the DNS is soon seen.
 
-What must stay true: nothing waits for a look-up but those who asked for that name; a failure is not
-remembered.
+What must stay true: a connection waits only for the name that it asked for; a failure is not
+cached.
 """
 
 import asyncio
@@ -16,43 +16,42 @@ import threading
 from time import monotonic
 from typing import Any
 
-FRESH = 5.0  # seconds
+CACHE_TTL = 5.0  # seconds
 
-type Address = tuple[int, Any]  # family, and what connect() wants
-type Found = list[Address] | Exception
+type Address = tuple[int, Any]  # family, and the argument of connect()
+type Lookup = list[Address] | Exception
 
-_known: dict[tuple[str, int], tuple[float, list[Address]]] = {}
-_asked: dict[tuple[asyncio.AbstractEventLoop, str, int], asyncio.Future[Found]] = {}
+cache: dict[tuple[str, int], tuple[float, list[Address]]] = {}
+_pending: dict[tuple[asyncio.AbstractEventLoop, str, int], asyncio.Future[Lookup]] = {}
 
 
-def addresses(host: str, port: int) -> asyncio.Future[Found]:
-    """The addresses of a name, in the resolver's order, or the OSError or UnicodeError that there
-    are instead.
+def lookup(host: str, port: int) -> asyncio.Future[Lookup]:
+    """The addresses of a name in the resolver's order, or the OSError or UnicodeError instead.
 
-    Others wait for the same future: do not cancel it."""
+    Several connections may wait for the same future: do not cancel it."""
     loop = asyncio.get_running_loop()
-    answer = _asked.get((loop, host, port))
-    if answer is None:
-        answer = loop.create_future()
-        moment, found = _known.get((host, port), (0.0, []))
-        if found and monotonic() - moment < FRESH:
-            answer.set_result(found)
+    result = _pending.get((loop, host, port))
+    if result is None:
+        result = loop.create_future()
+        looked_up_at, addresses = cache.get((host, port), (0.0, []))
+        if addresses and monotonic() - looked_up_at < CACHE_TTL:
+            result.set_result(addresses)
         else:
-            _asked[loop, host, port] = answer
+            _pending[loop, host, port] = result
             threading.Thread(
-                target=_ask, args=(loop, host, port), name=f"resolver {host}", daemon=True
+                target=_look_up, args=(loop, host, port), name=f"resolver {host}", daemon=True
             ).start()
-    return answer
+    return result
 
 
-def _ask(loop: asyncio.AbstractEventLoop, host: str, port: int) -> None:
-    found: Found
+def _look_up(loop: asyncio.AbstractEventLoop, host: str, port: int) -> None:
+    result: Lookup
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        found = list(dict.fromkeys((int(info[0]), info[4]) for info in infos))
-        _known[host, port] = monotonic(), found
+        result = list(dict.fromkeys((int(info[0]), info[4]) for info in infos))
+        cache[host, port] = monotonic(), result
     except (OSError, UnicodeError) as error:
-        found = error
-    answer = _asked.pop((loop, host, port))
+        result = error
+    future = _pending.pop((loop, host, port))
     if not loop.is_closed():
-        loop.call_soon_threadsafe(answer.set_result, found)
+        loop.call_soon_threadsafe(future.set_result, result)

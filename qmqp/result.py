@@ -1,21 +1,20 @@
-"""What became of an attempt, in words that leave no room for guessing.
+"""The result of a request.
 
-A client of this protocol needs more than "sent" and "failed", as what may be done next hangs on two
-things: what the server said, and on which side of the commit point (see the package) the connection
-ended.
+A client of this protocol needs more than "sent" and "failed". What it may do next depends on the
+server's reply, and on which side of the commit point (see the package) the connection ended.
 
-    outcome       happened                                           then
-    DELIVERED     K                                                  done: the server answers for every recipient
-    DEFERRED      Z                                                  try again later
-    REJECTED      D                                                  give up: no recipient will get it
+    outcome       what happened                                      what may follow
+    DELIVERED     K                                                  nothing: the server answers for every recipient
+    DEFERRED      Z                                                  the same request, later
+    REJECTED      D                                                  nothing: no recipient will get it
     UNREACHABLE   no connection                                      another server, at once
-    INTERRUPTED   it ended before the commit point, without reply    another server, at once: no server may keep it
-    UNCERTAIN     it ended after the commit point, without reply     later, and it may be a double
-    MALFORMED     what came is no reply, or a K that came too early  before the commit point as INTERRUPTED,
+    INTERRUPTED   the end before the commit point, without a reply   another server, at once: no server may keep it
+    UNCERTAIN     the end after the commit point, without a reply    the same request, later; it may be a duplicate
+    MALFORMED     bytes that are not a reply, or a K too early       before the commit point as INTERRUPTED,
                                                                      after it as UNCERTAIN
 
 Source: qmqp.html, "Any response not received by the client indicates a temporary failure", and that
-the server must throw away what was not received whole.
+the server must throw away a request that it did not receive wholly.
 """
 
 import errno
@@ -23,8 +22,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 
-class Outcome(StrEnum):
-    """What became of an attempt."""
+class SendOutcome(StrEnum):
+    """How a request ended."""
 
     DELIVERED = "delivered"
     DEFERRED = "deferred"
@@ -33,20 +32,19 @@ class Outcome(StrEnum):
     INTERRUPTED = "interrupted"
     UNCERTAIN = "uncertain"
     MALFORMED = "malformed"
-    UNSENDABLE = "unsendable"  # never a result: the caller's word for a BodyFault
 
 
 class Result(NamedTuple):
-    """What happened.
+    """How a request ended, and why.
 
-    `text` is the server's words without the status byte (bounded, any bytes) if it gave a valid
-    reply, else our own. `committed`: the last byte of the request has left. `ours`: interrupted by
-    `may_commit` or `abort`, not by the server. `flags`: "early-reply" (before the commit point),
-    "truncated-reply" (a K whose words were cut off), "extra-bytes" (something came after the
-    reply), "closed-at-once" (the server closed the connection within a second, without a reply, and
-    may have read nothing)."""
+    `text` is the server's text without the status byte (bounded, any bytes) if the reply was valid,
+    else our own. `committed`: the last byte of the request has left. `ours`: `may_commit` or
+    `abort` ended the transfer, not the server. `flags`: "early-reply" (before the commit point),
+    "truncated-reply" (a K whose text was cut off), "extra-bytes" (after the reply),
+    "closed-at-once" (the server closed the connection within a second, without a reply, and may
+    have read nothing)."""
 
-    outcome: Outcome
+    outcome: SendOutcome
     text: bytes
     committed: bool
     ours: bool
@@ -55,8 +53,8 @@ class Result(NamedTuple):
     flags: frozenset[str]
 
 
-def words_of(error: BaseException) -> str:
-    """An error by its symbolic name and its words: `ECONNREFUSED (Connection refused)`."""
+def describe(error: BaseException) -> str:
+    """The symbolic name of an error and its text: `ECONNREFUSED (Connection refused)`."""
     code = error.errno if isinstance(error, OSError) else None
     name = errno.errorcode.get(code or 0, type(error).__name__)
     return f"{name} ({getattr(error, 'strerror', None) or error})"

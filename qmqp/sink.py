@@ -1,18 +1,16 @@
-"""A strict QMQP server that answers, or misbehaves, by rule: for demonstrations, benchmarks, and
-for testing clients.
+"""A strict QMQP server that replies, or misbehaves, by rule: for trials, benchmarks and tests.
 
-It reads every request exactly as the protocol has it (each length exact, nothing between inner and
-outer netstring, no leading zeros), streams the message past a digest and into a file if asked, and
-keeps no body in memory. What it answers is an `Answer`; which answer a connection gets is decided
-by rules, read from the first to the last:
+It reads every request exactly as the protocol has it (each length exact, nothing between the inner
+and the outer netstring, no leading zeros), streams the message past a digest and on request into a
+file, and keeps no message in memory. The first rule that applies to a connection chooses its
+`Answer`:
 
     with running_sink(Rule(Answer(b"Z", b"busy"), times=2)) as sink:   # Z twice, K from then on
         ...
         sink.wait_for(1, timeout=5)
 
-A preset (qmqp/sink_rules.py) says what happens to a request that is no good. What must stay true,
-as of any server: nothing is counted, kept or answered with K before the last comma has been read;
-what is broken off before it leaves nothing.
+A preset (qmqp/sink_rules.py) decides about bad requests. What must stay true: a request is counted,
+kept and accepted only after its last comma was read; one that breaks off before leaves nothing.
 """
 
 import asyncio
@@ -25,13 +23,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from struct import pack
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any
 
 from qmqp import LONGEST_SESSION
-from qmqp.netstring import NetstringError, SizeError, encode
+from qmqp.connection import RESET_ON_CLOSE
+from qmqp.netstring import MAX_LENGTH, NetstringError, SizeError, encode
 from qmqp.request import RequestParser
 from qmqp.sink_rules import PRESETS, Answer, Chooser, MagicRecipients, Preset, Rule
 from qmqp.wakeup import Wakeup
@@ -52,7 +50,7 @@ _BUFFER_SIZE = 262144
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A request that was read whole. `reply` is what was answered, status byte first."""
+    """A complete request. `reply` is the answer to it, status byte first."""
 
     number: int
     sender: bytes
@@ -63,11 +61,12 @@ class Received:
 
 
 class Sink:
-    """The server. `received` holds the last `keep` requests that were read whole, `faults` why the
-    last of the others were not; `count` and `connections` count the former and everybody.
+    """The server. `received` holds the last `keep` complete requests, `faults` the reasons why
+    others were bad; `count` is the number of all complete requests, `connections` that of all
+    connections.
 
     `dump`: write each message to a numbered file in that directory, and its envelope beside it as
-    JSON. `receive_buffer`: bytes that the kernel may hold of what has not been read.
+    JSON. `receive_buffer`: bytes that the kernel may hold unread.
     """
 
     def __init__(
@@ -96,30 +95,21 @@ class Sink:
         self, host: str = "127.0.0.1", port: int = 0, *, path: str | None = None
     ) -> None:
         """Listen on `host` and `port` (0: any; then see `port`) or on the Unix socket `path`."""
-        family = (
-            socket.AF_UNIX
-            if path is not None
-            else socket.AF_INET6
-            if ":" in host
-            else socket.AF_INET
-        )
-        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if path is not None:
+            listener = socket.create_server(path, family=socket.AF_UNIX, backlog=1024)
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, port), family=family, backlog=1024)
+            self.port = listener.getsockname()[1]
+        listener.setblocking(False)
         if self.receive_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
-        try:
-            listener.bind((host, port) if path is None else path)
-            listener.listen(1024)
-        except OSError:
-            listener.close()
-            raise
-        if path is None:
-            self.port = listener.getsockname()[1]
-        self._listener, self._path = listener, Path(path) if path else None
+        self._listener = listener
+        self._path = Path(path) if path else None
         asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
 
     async def close(self) -> None:
-        """Stop listening and reset what is open."""
+        """Stop listening and reset all open connections."""
         asyncio.get_running_loop().remove_reader(self._listener.fileno())
         self._listener.close()
         if self._path is not None:
@@ -130,45 +120,45 @@ class Sink:
             await asyncio.wait(self.open)
 
     def wait_for(self, count: int, timeout: float) -> bool:
-        """Wait, in another thread, until `count` requests have been read whole; False if that takes
-        too long."""
+        """Wait, in another thread, until `count` requests are complete; False after `timeout`
+        seconds."""
         with self.changed:
             return self.changed.wait_for(lambda: self.count >= count, timeout)
 
     def wait_for_fault(self, timeout: float) -> bool:
-        """Wait, in another thread, until a request has been no good or was broken off."""
+        """Wait, in another thread, for a bad or broken request; False after `timeout` seconds."""
         with self.changed:
             return self.changed.wait_for(lambda: bool(self.faults), timeout)
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except (
-            OSError
-        ):  # the client has gone, or no socket is to spare: then the loop asks until one is
-            return
+        except OSError:
+            return  # the client has gone, or no socket is free: then the loop calls again
         sock.setblocking(False)
         self.connections += 1
-        task = asyncio.get_running_loop().create_task(_Connection(self, sock).serve())
+        task = asyncio.get_running_loop().create_task(SinkConnection(self, sock).serve())
         self.open.add(task)
         task.add_done_callback(self.open.discard)
         task.add_done_callback(lambda _: sock.close())
 
 
-class _Connection:
-    """One client of a sink, from its first byte to the end."""
+class SinkConnection:
+    """One connection of a client to a sink."""
 
     def __init__(self, sink: Sink, sock: socket.socket) -> None:
-        self._sink, self._sock = sink, sock
+        self._sink = sink
+        self._sock = sock
         self._parser = RequestParser(self._keep, sink.preset.max_size)
         self._digest = sha256()
         self._number = 0
-        self._waiting = Wakeup()
+        self._wakeup = Wakeup()
         self._end = monotonic() + LONGEST_SESSION
         self._part = sink.dump / f".{os.getpid()}-{id(self)}" if sink.dump is not None else None
 
     async def serve(self) -> None:
-        rules, answer = self._sink.rules, Answer()
+        rules: Sequence[Chooser] = self._sink.rules
+        answer = Answer()
         for index, rule in enumerate(rules):
             if (opening := rule.opening()) is not None:
                 rules, answer = rules[:index], opening
@@ -176,7 +166,7 @@ class _Connection:
         end = "reset"
         try:
             answer = await self._read(answer, rules)
-            await self._say(answer)
+            await self._reply(answer)
             if answer.end == "stay":
                 await self._stay()
             end = answer.end
@@ -184,19 +174,17 @@ class _Connection:
             end = "close"
         finally:
             if end == "reset":
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, pack("ii", 1, 0))
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             if self._part is not None:
                 self._part.unlink(missing_ok=True)
 
     async def _read(self, answer: Answer, rules: Sequence[Chooser]) -> Answer:
-        """Read the request, as `answer` says; what it is answered: what the `rules` say, else
-        `answer`."""
+        """Read the request as `answer` says. Returns the answer of the first rule that applies,
+        else `answer`."""
         count = 0
         while answer.at is None or count < answer.at:
-            size = (
-                answer.read_size if answer.at is None else min(answer.read_size, answer.at - count)
-            )
-            data = await self._receive(size)
+            left = MAX_LENGTH if answer.at is None else answer.at - count
+            data = await self._receive(min(answer.read_size, left))
             if not data:
                 self._fault(f"connection lost while receiving {self._parser.where}")
                 raise ConnectionResetError
@@ -205,28 +193,29 @@ class _Connection:
                 if self._parser.feed(data):
                     return self._received(answer, rules)
             except NetstringError as error:
-                return self._refusal(error)
+                return self._refuse(error)
             if answer.read_pause:
                 await asyncio.sleep(answer.read_pause)
         return answer
 
     async def _receive(self, size: int) -> memoryview:
-        """What has come, in the buffer that all share, so to be used before anything else is waited
-        for; empty at the end."""
-        buffer, loop = self._sink.buffer[:size], asyncio.get_running_loop()
+        """At most `size` bytes, empty at the end. They lie in a buffer that all connections share,
+        so they must be used before the next await."""
+        buffer = self._sink.buffer[:size]
+        loop = asyncio.get_running_loop()
         while True:
             try:
                 return buffer[: self._sock.recv_into(buffer)]
             except BlockingIOError:
-                loop.add_reader(self._sock.fileno(), self._waiting.wake)
+                loop.add_reader(self._sock.fileno(), self._wakeup.notify)
                 try:
-                    await self._waiting.until(self._end)
+                    await self._wakeup.wait(self._end)
                 finally:
                     loop.remove_reader(self._sock.fileno())
             except OSError:
                 return buffer[:0]
 
-    def _refusal(self, error: NetstringError) -> Answer:
+    def _refuse(self, error: NetstringError) -> Answer:
         kind = "length exceeds storage limit" if isinstance(error, SizeError) else "format error"
         text = f"netstring {kind} while receiving {self._parser.where}"
         self._fault(f"{text}: {error}")
@@ -234,7 +223,7 @@ class _Connection:
         return Answer(b"D", text.encode(), b"" if preset.silent else None, preset.error_delay)
 
     def _received(self, answer: Answer, rules: Sequence[Chooser]) -> Answer:
-        """The request is whole: decide what it gets, and remember it."""
+        """Choose the answer to a complete request, and record both."""
         sink, recipients = self._sink, tuple(self._parser.recipients)
         sender, digest = self._parser.sender, self._digest.hexdigest()
         if any(
@@ -250,7 +239,12 @@ class _Connection:
         with sink.changed:
             sink.count = self._number = sink.count + 1
             received = Received(
-                self._number, sender, recipients, self._parser.size, digest, self._words(answer)
+                self._number,
+                sender,
+                recipients,
+                self._parser.size,
+                digest,
+                self._reply_text(answer),
             )
             if self._part is not None:
                 _store(received, self._part)
@@ -258,16 +252,16 @@ class _Connection:
             sink.changed.notify_all()
         return answer
 
-    def _words(self, answer: Answer) -> bytes:
+    def _reply_text(self, answer: Answer) -> bytes:
         """The reply without its frame."""
         if answer.raw is not None:
             return answer.raw
-        words = answer.status + answer.text
-        return b"KOk: queued as %d" % self._number if words == b"K" else words
+        text = answer.status + answer.text
+        return b"KOk: queued as %d" % self._number if text == b"K" else text
 
-    async def _say(self, answer: Answer) -> None:
+    async def _reply(self, answer: Answer) -> None:
         loop = asyncio.get_running_loop()
-        wire = encode(self._words(answer)) if answer.raw is None else answer.raw
+        wire = encode(self._reply_text(answer)) if answer.raw is None else answer.raw
         if answer.delay:
             await asyncio.sleep(answer.delay)
         while answer.drip and len(wire) > 1:
@@ -277,7 +271,7 @@ class _Connection:
         await loop.sock_sendall(self._sock, wire)
 
     async def _stay(self) -> None:
-        """Say nothing more until the client goes; what it had not been asked for is not read."""
+        """Wait until the client closes, without reading what the answer did not ask for."""
         if not self._parser.complete:
             await asyncio.get_running_loop().create_future()
         while await self._receive(4096):
@@ -314,7 +308,7 @@ def running_sink(
     new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     **options: Any,
 ) -> Iterator[Sink]:
-    """A sink with a thread and an event loop of its own; `options` as `Sink` takes them."""
+    """A sink in a thread and an event loop of its own; `options` are those of `Sink`."""
     sink = Sink(rules, **options)
     loop = new_loop()
     thread = Thread(target=loop.run_forever, name="qmqp-sink", daemon=True)

@@ -1,5 +1,4 @@
-"""What a sink does about a connection: answers, the rules that choose one, and characters of
-servers."""
+"""The behaviour of a sink: answers, rules that choose one, and presets of known servers."""
 
 import re
 from collections import Counter
@@ -12,13 +11,13 @@ from qmqp.netstring import MAX_LENGTH
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a connection is answered: `status` and `text` (a K without text gets `Ok: queued as N`)
-    as a netstring, or the bytes `raw` as they are (b"": nothing is said); `delay` seconds late,
+    """An answer to a connection: `status` and `text` as a netstring (a K without a text gets `Ok:
+    queued as N`), or the bytes `raw` as they are (b"": no reply). It is sent `delay` seconds late,
     with `drip` seconds between single bytes.
 
-    `at`: as soon as so many bytes of the request have been read, and no more are; None: when the
-    request is whole. `read_size`, `read_pause`: read at most so many bytes at a time, and wait so
-    many seconds in between. `end`: what then becomes of the connection."""
+    `at`: answer as soon as so many bytes of the request have been read, and read no more; None:
+    answer when the request is complete. `read_size`, `read_pause`: read at most so many bytes at a
+    time, and wait so many seconds in between. `end`: how the connection ends."""
 
     status: bytes = b"K"
     text: bytes = b""
@@ -33,8 +32,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What is done about a request that is no good. `silent`: close without a word. Sizes in bytes,
-    `error_delay` in seconds before a D."""
+    """The treatment of a bad request. `silent`: close without a reply. Sizes are bytes;
+    `error_delay` is the seconds before a D."""
 
     silent: bool = False
     max_size: int = MAX_LENGTH
@@ -42,19 +41,19 @@ class Preset:
     error_delay: float = 0.0
 
 
+# strict replies D and the reason. qmail closes without a reply, as qmail-qmqpd.c does. postfix
+# replies D after a second (qmqpd_error_delay) and closes while the client still writes, so that a
+# reset follows.
 PRESETS = {
     "strict": Preset(),
     "qmail": Preset(silent=True, max_address=999),
     "postfix": Preset(max_size=10_240_000, error_delay=1.0),
 }
-"""`strict` says D and why; `qmail` closes without a word, as qmail-qmqpd.c does; `postfix` says D
-after a second (qmqpd_error_delay) and closes while the client is still writing, so that a reset
-follows."""
 
 
 class Chooser(Protocol):
-    """A rule: `opening` is asked when a connection is accepted, `answer` when a request is
-    whole."""
+    """A rule. `opening` is called when a connection is accepted, `answer` when a request is
+    complete. None: the rule does not apply."""
 
     def opening(self) -> Answer | None: ...
     def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None: ...
@@ -62,10 +61,10 @@ class Chooser(Protocol):
 
 @dataclass(slots=True)
 class Rule:
-    """Give `what` to requests that have a recipient beginning with `recipient` (empty: to every
-    connection), `times` times if that is given.
+    """Gives the answer `what` to requests that have a recipient beginning with `recipient` (empty:
+    to every connection), at most `times` times.
 
-    Without `recipient` it holds for a connection from its first byte, so its answer may also come
+    Without `recipient` the rule holds from the first byte of a connection, so its answer may be
     early (`at`) or say how to read."""
 
     what: Answer
@@ -89,8 +88,9 @@ class Rule:
 
 @dataclass(slots=True)
 class MagicRecipients:
-    """The recipient says what happens: `defer-3@` is Z the first three times for each message,
-    `reject@` D, `slow@` K after `slow` seconds, `drop-reply@` taken and never answered."""
+    """Answers as the recipient's address says: `defer-3@` is Z three times for each message and
+    then K, `reject@` D, `slow@` K after `slow` seconds, `drop-reply@` is accepted without a
+    reply."""
 
     slow: float = 5.0
     seen: Counter[tuple[str, bytes]] = field(default_factory=Counter)

@@ -1,61 +1,73 @@
-"""What a transfer waits for: one piece of news at a time, and never for ever."""
+"""A wakeup: a coroutine waits for it with a deadline, and callbacks notify it."""
 
 import asyncio
+import socket
 from time import monotonic
 
-LATE = 1.0  # seconds; a timer that is late by more than this tells that the process stood still
+LATE = 1.0  # seconds; a timer that is later than this shows that the process was stopped
 
 
 class Stopped(Exception):
-    """Somebody here wants no more of it."""
+    """This side has ended the transfer."""
 
 
 class Wakeup:
-    """A place to wait. Whoever has news calls `wake`, which says nothing but that it is worth
-    looking again: whoever waits looks at its own conditions before and after."""
+    """Wakes one waiting coroutine. A notification carries no data: the coroutine checks its own
+    conditions before it waits and after it wakes."""
 
-    __slots__ = ("_news", "stopped")
+    __slots__ = ("_future", "stopped")
 
     def __init__(self) -> None:
-        self._news: asyncio.Future[bool] | None = None
+        self._future: asyncio.Future[bool] | None = None
         self.stopped = False
 
-    def wake(self, *_: object) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(True)
+    def notify(self, *_: object) -> None:
+        """End the present wait. Takes and ignores the arguments of a callback."""
+        if self._future is not None and not self._future.done():
+            self._future.set_result(True)
 
     def stop(self) -> None:
         """Let the present wait and all later ones raise Stopped."""
         self.stopped = True
-        self.wake()
+        self.notify()
 
-    async def until(self, deadline: float) -> None:
-        """Wait for news. Raises TimeoutError when `monotonic()` comes to `deadline`, Stopped."""
+    async def wait(self, deadline: float) -> None:
+        """Wait for a notification. Raises TimeoutError when `monotonic()` reaches `deadline`, and
+        Stopped."""
         if not self.stopped:
             seconds = deadline - monotonic()
-            if seconds <= 0:  # news may come as quickly as we wait: only the clock ends that
+            if seconds <= 0:  # notifications may come without a pause: only the clock ends the loop
                 raise TimeoutError
             loop = asyncio.get_running_loop()
-            self._news = news = loop.create_future()
-            alarm = loop.call_later(seconds, _expire, news, deadline)
+            self._future = future = loop.create_future()
+            timer = loop.call_later(seconds, _expire, future, deadline)
             try:
-                if not await news:
+                if not await future:
                     raise TimeoutError
             finally:
-                alarm.cancel()
+                timer.cancel()
         if self.stopped:
             raise Stopped("stopped before the commit point")
 
+    async def wait_writable(self, sock: socket.socket, deadline: float) -> None:
+        """Wait until the kernel has room for more bytes, or for a notification."""
+        loop = asyncio.get_running_loop()
+        loop.add_writer(sock.fileno(), self.notify)
+        try:
+            await self.wait(deadline)
+        finally:
+            loop.remove_writer(sock.fileno())
 
-def _expire(news: asyncio.Future[bool], deadline: float) -> None:
-    if news.done():
+
+def _expire(future: asyncio.Future[bool], deadline: float) -> None:
+    if future.done():
         return
     now = monotonic()
     if now - deadline > LATE:
-        # A process that was stopped (SIGSTOP, a paused machine) has not looked at its sockets for
-        # all that time, and what its peers sent meanwhile may still be on its way: RFC 6298 spaces
-        # retransmissions by a second and more. So such a timer says nothing about the peer, and the
-        # deadline counts only after another second of listening.
-        news.get_loop().call_later(LATE, _expire, news, now + LATE)
+        # A process that was stopped (SIGSTOP, a paused machine) has not read its sockets meanwhile,
+        # and what its peers sent may still be on its way: RFC 6298 spaces retransmissions by a
+        # second and more. Such a timer says nothing about the peer, so the deadline counts only
+        # after another second of listening.
+        future.get_loop().call_later(LATE, _expire, future, now + LATE)
     else:
-        news.set_result(False)
+        future.set_result(False)

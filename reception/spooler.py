@@ -1,18 +1,13 @@
-"""The keeper: a process of its own in which small bodies are synced and every row is committed.
+"""The spooler: the process that writes and syncs small bodies, and commits every row.
 
-Why a process: storing is nothing but system calls, and each of them gives up the interpreter's lock
-and fights for it again. Beside a busy event loop that costs more than the calls themselves; alone
-it costs nothing.
+Storing is all system calls, each of which gives up the interpreter's lock and waits for it again;
+beside a busy event loop that costs more than the calls. The spooler reads the requests that are
+there (a batch) and syncs their bodies together; a thread commits their rows in one transaction and
+sends one reply. One batch is committed and one waits. Requests not read yet can be cancelled.
 
-How it works: `store.SpoolerClient` sends an order a message over a Unix socket. The keeper takes
-all that is there (a lot) and syncs the bodies together; a thread commits the rows of a lot in one
-transaction and sends its answers in one piece. One lot is committed, one is being stored or waits,
-and no more is read: what has not been read can still be taken back.
-
-What must stay true: every order is answered once; a row is committed only when its body is safe,
-and no try to do so begins when smtpd is not there to answer it, or could end after its client has
-heard 451; what is not kept leaves no body. Whatever breaks here ends the process, so that a sound
-one takes its place; it ends by itself when who sends the orders does.
+What must stay true: every request gets one result; a row is committed after its body is synced, and
+never without smtpd or later than its client's 451; a message that is not stored leaves no body. An
+unexpected error ends the process, and smtpd starts another. It also ends when smtpd does.
 """
 
 import pickle
@@ -24,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 
@@ -32,7 +27,7 @@ from reception.spooler_protocol import (
     FIELDS,
     BatchReply,
     Cancelled,
-    Frames,
+    FrameDecoder,
     RowRefused,
     StoreRequest,
     frame,
@@ -43,24 +38,26 @@ from relay.log import configure, first_line
 from relay.queue.accept import Acceptor, NewMessage
 from relay.spool.store import Spool
 
-LARGEST, GATHER = 64, 0.004
-"""Messages in a round at most; seconds that they are let gather while they come in numbers."""
-_READ = 1 << 20
-_TOO_LATE = "no time was left before RELAY_ACCEPT_DEADLINE"
+MAX_BATCH = 64  # messages
+GATHER_TIME = 0.004
+"""Seconds in which requests may gather while there are many. A row in a batch of eight costs half
+of what it costs in a batch of four."""
+_TOO_LATE = database.TooLate("no time was left before RELAY_ACCEPT_DEADLINE")
 
 
 @dataclass(slots=True)
 class Batch:
-    """What goes from one stage to the other: entries to be committed, and what is decided
-    already."""
+    """Rows to be committed, and the results that are known already."""
 
-    entries: list[PendingItem[NewMessage]]
-    results: list[tuple[int, Exception | None]]
+    rows: list[PendingItem[NewMessage]] = field(default_factory=list)
+    results: list[tuple[int, Exception | None]] = field(default_factory=list)
 
 
 class Spooler:
-    """Obeys the orders that come over `channel`; `commit` is what `GroupCommitter` runs, for
-    `longest` seconds at most."""
+    """Serves the requests that come over `channel`.
+
+    `commit` is what `GroupCommitter` runs; it takes at most `commit_timeout` seconds.
+    """
 
     def __init__(
         self,
@@ -68,159 +65,155 @@ class Spooler:
         spool: Spool,
         commit: Callable[[Sequence[NewMessage], float], Sequence[None]],
         *,
-        longest: float = 0.0,
+        commit_timeout: float = 0.0,
     ) -> None:
-        self._channel, self._spool, self._longest = channel, spool, longest
-        self._rounds = GroupCommitter(commit, wait=self._rest, expired=deliver_results)
-        self._frames = Frames()
-        self._orders: dict[int, StoreRequest] = {}  # read, and not begun
-        self._withdrawn: list[StoreRequest] = []
-        self._lots = SimpleQueue[Batch | None]()
-        self._room = threading.Semaphore(1)  # no lot waits for the committer
+        self._channel = channel
+        self._spool = spool
+        self._commit_timeout = commit_timeout
+        self._committer = GroupCommitter(commit, wait=self._wait, expired=deliver_results)
+        self._decoder = FrameDecoder()
+        self._requests: dict[int, StoreRequest] = {}  # read, and in no batch yet
+        self._cancelled: list[StoreRequest] = []
+        self._batches = SimpleQueue[Batch | None]()
+        self._may_queue = threading.Semaphore(1)  # no batch waits for the committer
         self._failed = False  # the committer
-        self._end = select.poll()
-        self._end.register(channel, select.POLLRDHUP)
+        self._peer = select.poll()
+        self._peer.register(channel, select.POLLRDHUP)
 
     def run(self) -> None:
-        """Until the other end closes, or something breaks: then who sent the orders starts another
-        keeper."""
-        committer = threading.Thread(target=self._commit_all, name="committer")
+        """Serves until smtpd closes its end, or until an unexpected error."""
+        committer = threading.Thread(target=self._commit_batches, name="committer")
         committer.start()
         busy = False
         try:
-            self._report([], 0.0)
-            while self._room.acquire() and not self._failed and self._read(gather=busy):
-                count = min(len(self._orders), LARGEST)
-                busy = count > 1
-                self._lots.put(
-                    self._store([self._orders.pop(number) for number in [*self._orders][:count]])
-                )
+            self._reply([], 0.0)
+            while self._may_queue.acquire() and not self._failed and self._read(gather=busy):
+                numbers = [*self._requests][:MAX_BATCH]
+                busy = len(numbers) > 1
+                self._batches.put(self._store([self._requests.pop(number) for number in numbers]))
         finally:
-            self._lots.put(None)
+            self._batches.put(None)
             committer.join()
 
     def _read(self, *, gather: bool) -> bool:
-        """Take in what has come, and wait until that is something; False at the end."""
-        if gather and len(self._orders) < LARGEST:
-            time.sleep(GATHER)
-        while len(self._orders) < LARGEST:
-            idle = not self._orders and not self._withdrawn
+        """Reads what has come, and waits until there is something; False at the end."""
+        if gather and len(self._requests) < MAX_BATCH:
+            time.sleep(GATHER_TIME)
+        while len(self._requests) < MAX_BATCH:
+            idle = not self._requests and not self._cancelled
             try:
-                data = self._channel.recv(_READ, 0 if idle else socket.MSG_DONTWAIT)
+                data = self._channel.recv(1 << 20, 0 if idle else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except ConnectionResetError:
                 data = b""
             if not data:
                 return not idle
-            for order in map(StoreRequest.of, self._frames.feed(data)):
-                if order.message is not None:
-                    self._orders[order.number] = order
-                elif taken_back := self._orders.pop(order.number, None):
-                    self._withdrawn.append(taken_back)
+            for request in map(StoreRequest.decode, self._decoder.feed(data)):
+                if request.message is not None:
+                    self._requests[request.number] = request
+                elif cancelled := self._requests.pop(request.number, None):
+                    self._cancelled.append(cancelled)
         return True
 
-    def _store(self, orders: list[StoreRequest]) -> Batch:
-        """Sync the bodies; what may be committed, and what is decided."""
-        lot, now = Batch([], []), time.monotonic()
-        late = [order for order in orders if self._begin_by(order) <= now]
-        for order in self._withdrawn:
-            self._settled(order, lot, Cancelled())
-        self._withdrawn.clear()
-        for order in late:
-            self._settled(order, lot, database.TooLate(_TOO_LATE))
-        orders = [order for order in orders if order not in late]
-        whole = [
-            (order.number, order.message, order.body)
-            for order in orders
-            if order.message and order.body
-        ]
+    def _store(self, requests: list[StoreRequest]) -> Batch:
+        """Syncs the bodies of a batch."""
+        batch = Batch()
+        now = time.monotonic()
+        for request in self._cancelled:
+            self._resolve(request, batch, Cancelled())
+        self._cancelled.clear()
+        in_time: list[StoreRequest] = []
+        for request in requests:
+            if self._commit_by(request) > now:
+                in_time.append(request)
+            else:
+                self._resolve(request, batch, _TOO_LATE)
+        small = [request for request in in_time if request.body]
+        bodies = [(one.message.id, one.body) for one in small if one.message and one.body]
         try:
-            found = self._spool.store_all([(message.id, body) for _, message, body in whole])
-        except Exception as error:  # of ours: nobody may be left without an answer
-            found = [OSError(first_line(error))] * len(whole)
-        failed = {
-            number: one
-            for (number, _, _), one in zip(whole, found, strict=True)
-            if isinstance(one, Exception)
-        }
-        lot.results += failed.items()
-        for order in orders:
-            if order.message and order.number not in failed:
-                done = partial(self._settled, order, lot)
-                lot.entries.append(PendingItem(order.message, done, self._begin_by(order)))
-        return lot
+            stored = self._spool.store_all(bodies)
+        except Exception as error:  # unexpected; every request needs a result
+            stored = [OSError(first_line(error))] * len(small)
+        for request, fault in zip(small, stored, strict=True):
+            if isinstance(fault, Exception):
+                batch.results.append((request.number, fault))
+                in_time.remove(request)
+        for request in in_time:
+            if request.message:
+                done = partial(self._resolve, request, batch)
+                batch.rows.append(PendingItem(request.message, done, self._commit_by(request)))
+        return batch
 
-    def _begin_by(self, order: StoreRequest) -> float:
-        """When the last try to commit must begin, to have ended when the client hears 451
-        (monotonic)."""
-        return float("inf") if order.deadline is None else order.deadline - self._longest
+    def _commit_by(self, request: StoreRequest) -> float:
+        """The latest moment (monotonic) to begin a transaction that ends before the client's
+        451."""
+        if request.deadline is None:
+            return float("inf")
+        return request.deadline - self._commit_timeout
 
-    def _commit_all(self) -> None:
+    def _commit_batches(self) -> None:
         try:
-            while (lot := self._lots.get()) is not None:
-                self._room.release()
-                self._commit(lot)
+            while (batch := self._batches.get()) is not None:
+                self._may_queue.release()
+                self._commit(batch)
         except BaseException:
             self._failed = True
             self._channel.shutdown(socket.SHUT_RDWR)
-            self._room.release()
+            self._may_queue.release()
             raise
 
-    def _commit(self, lot: Batch) -> None:
+    def _commit(self, batch: Batch) -> None:
         started = time.monotonic()
-        alone = any(events & select.POLLHUP for _, events in self._end.poll(0))
-        # Their clients hear 451, or have lost the connection, and send again: what is committed now
-        # is delivered twice.
-        late = [
-            one
-            for one in lot.entries
-            if alone or (one.deadline is not None and one.deadline <= started)
-        ]
-        deliver_results(
-            [(entry, Cancelled() if alone else database.TooLate(_TOO_LATE)) for entry in late]
-        )
-        deliver_results(self._rounds.settle([entry for entry in lot.entries if entry not in late]))
-        if lot.results:
-            self._report(lot.results, time.monotonic() - started)
+        # Without smtpd, or after 451, the client sends the message again. A row that is committed
+        # now would be a second copy.
+        orphaned = any(events & select.POLLHUP for _, events in self._peer.poll(0))
+        in_time: list[PendingItem[NewMessage]] = []
+        for row in batch.rows:
+            if orphaned:
+                row.done(Cancelled())
+            elif row.deadline is not None and row.deadline <= started:
+                row.done(_TOO_LATE)
+            else:
+                in_time.append(row)
+        deliver_results(self._committer.settle(in_time))
+        if batch.results:
+            self._reply(batch.results, time.monotonic() - started)
 
-    def _settled(self, order: StoreRequest, lot: Batch, result: Exception | None) -> None:
+    def _resolve(self, request: StoreRequest, batch: Batch, result: Exception | None) -> None:
         if result is not None and not isinstance(result, CommitUnknown):
-            if order.message:
-                self._spool.remove(order.message.id)
+            if request.message:
+                self._spool.remove(request.message.id)
             if not isinstance(result, Cancelled):
                 result = RowRefused(first_line(result))
-        lot.results.append((order.number, result))
+        batch.results.append((request.number, result))
 
-    def _report(self, results: list[tuple[int, Exception | None]], seconds: float) -> None:
-        with suppress(OSError):  # nobody is there to hear it, and the next read ends us
+    def _reply(self, results: list[tuple[int, Exception | None]], seconds: float) -> None:
+        with suppress(OSError):  # smtpd has ended; the next read ends this process
             self._channel.sendall(frame(BatchReply(results, seconds)))
 
-    def _rest(self, pause: float) -> bool:
-        return not self._end.poll(pause * 1000)
+    def _wait(self, seconds: float) -> bool:
+        """Waits before the database is tried again; False when smtpd has closed its end."""
+        return not self._peer.poll(seconds * 1000)
 
 
 def main() -> None:
-    """The process: its settings on standard input; its arguments are the descriptors of socket and
-    spool directory."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # the end of the orders ends it, and nothing else
+    """The process: its settings come on standard input; its arguments are the descriptors of the
+    socket and of the spool directory."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # only the end of the channel ends it
         signal.signal(number, signal.SIG_IGN)
-    fields, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (ours)
+    fields, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our smtpd)
     if fields != FIELDS:
         sys.exit("this program was replaced while it ran: start smtpd again")
     configure(settings)
-    # A try that begins just in time must have ended when its client hears 451. A quarter of that
-    # time is plenty for one statement, and leaves three to wait for a database that is away.
-    longest = min(database.STATEMENT_TIMEOUT, settings.accept_deadline / 4)
-    engine = database.connect(settings.database_url, hot=True, timeout=longest)
-    intake = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
+    # A transaction that begins in time must have ended when its client gets 451. A quarter of that
+    # time is enough for one statement, and leaves three to wait for a database that is away.
+    timeout = min(database.STATEMENT_TIMEOUT, settings.accept_deadline / 4)
+    engine = database.connect(settings.database_url, hot=True, timeout=timeout)
+    acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
-        Spooler(
-            channel, Spool(settings.spool_dir, int(sys.argv[2])), intake.commit, longest=longest
-        ).run()
+        spool = Spool(settings.spool_dir, int(sys.argv[2]))
+        Spooler(channel, spool, acceptor.commit, commit_timeout=timeout).run()
     engine.dispose()
 
 

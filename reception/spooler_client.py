@@ -1,14 +1,13 @@
-"""The store: where the event loop hands in messages, and hears when they are safe.
+"""The spooler's client: the event loop hands messages in and learns when they are stored.
 
-How it works: `put` makes an order of a message. Orders go to the keeper, a process of its own
-(reception/spooler.py), as long as it takes them in; the others wait here, where they can be taken
-back. The keeper's reports come for a whole round at once. One that dies, or that owes an answer for
-far too long, is replaced; what it had been told is in doubt.
+`store` makes a request of a message. Requests go to the spooler (reception/spooler.py) while it
+reads; the others wait here, where they can be cancelled. A reply brings the results of a whole
+batch. A spooler that dies, or is far too late with a reply, is replaced.
 
-What must stay true: everything that was put is answered exactly once: None when it is safe,
-`Cancelled` when nothing of it was kept, `CommitUnknown` when nobody knows, else the reason. Only
-then comes the hint: it wakes a thread, and clients need not wait for that. While the keeper reads
-nothing, no more is held than clients wait for.
+What must stay true: every request gets one result: None when the message is safe, `Cancelled` when
+nothing was stored, `CommitUnknown` when the spooler died over it, else the error. The hint follows
+the result, so clients do not wait for it. While the spooler reads nothing, memory holds no more
+than the messages that clients wait for.
 """
 
 import asyncio
@@ -20,21 +19,22 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from reception.spooler_protocol import FIELDS, BatchReply, Cancelled, Frames, StoreRequest, frame
+from reception.spooler_protocol import FIELDS, BatchReply, Cancelled, FrameDecoder, StoreRequest
 from relay import metrics
-from relay.db.group_commit import CommitUnknown
+from relay.db.group_commit import CommitUnknown, PendingItem, deliver_results
 from relay.log import first_line, get_logger
 from relay.queue.accept import NewMessage
 from relay.settings import SmtpdSettings
 from relay.spool.store import Spool
 
 log = get_logger(__name__)
-PAUSE, YOUNG = 1.0, 10.0
-"""Seconds before a keeper that died before the age of YOUNG seconds is started again."""
-PATIENCE = 60.0
-"""Seconds past its deadline after which an order that has no answer proves that the keeper
+RESTART_DELAY = 1.0
+"""Seconds before a spooler is restarted that ran for less than MIN_UPTIME."""
+MIN_UPTIME = 10.0  # seconds
+HANG_TIMEOUT = 60.0
+"""Seconds past the deadline of a request after which its missing result proves that the spooler
 hangs."""
 
 type Launch = Callable[[socket.socket], Coroutine[Any, Any, object]]
@@ -42,186 +42,175 @@ type Done = Callable[[Exception | None], None]
 
 
 class SpoolerError(Exception):
-    """No keeper can be started."""
-
-
-class _Pending(NamedTuple):
-    id: str
-    routes: tuple[str, ...]
-    deadline: float
-    done: Done
+    """The first spooler has not started."""
 
 
 class SpoolerClient(asyncio.Protocol):
-    """Belongs to the loop. `launch` runs a keeper on its end of a socket until that ends;
-    cancelled, it ends it.
+    """Belongs to the loop. `launch` runs a spooler on its end of a socket until the spooler ends,
+    and ends it when cancelled. `on_stored` gets the ids of stored messages, and their route."""
 
-    `kept` hears the ids of messages that are safe, and their route.
-    """
-
-    def __init__(self, launch: Launch, kept: Callable[[list[str], str], None]) -> None:
-        self._launch, self._kept = launch, kept
+    def __init__(self, launch: Launch, on_stored: Callable[[list[str], str], None]) -> None:
+        self._launch = launch
+        self._on_stored = on_stored
         self._number = 0
-        self._pending: dict[int, _Pending] = {}  # in the order in which they were put
-        self._waiting: dict[int, bytes] = {}  # those that no keeper was told of
-        self._transport: asyncio.Transport | None = None
-        self._open = False  # the keeper is there and takes orders in
-        self._frames, self._lost = Frames(), asyncio.Event()
-        self._life: asyncio.Task[object] | None = None
-        self._first: asyncio.Future[None] | None = None
+        # Requests without a result, in the order of `store`.
+        self._pending: dict[int, PendingItem[NewMessage]] = {}
+        self._unsent: dict[int, bytes] = {}  # frames of those that no spooler has
+        self.transport: asyncio.Transport | None = None
+        self._writable = False  # the spooler has started and reads
+        self._decoder = FrameDecoder()
+        self._disconnected = asyncio.Event()
+        self._process: asyncio.Task[object] | None = None
+        self._first_start: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._observe = metrics.rounds("intake")
 
     async def start(self) -> None:
-        """Start a keeper and wait until it is there; raises KeeperError if the first one ends
-        instead."""
-        self._first = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._run())
-        await self._first
+        """Starts a spooler and waits for it. Raises SpoolerError if it ends instead."""
+        self._first_start = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._supervise())
+        await self._first_start
 
-    def put(
+    def store(
         self, message: NewMessage, body: list[bytes] | None, deadline: float, done: Done
     ) -> int:
-        """Have a message kept; `body` is None when it is stored already. The order's number."""
+        """Requests to store a message; `body` is None if its file is synced. `done` gets the
+        result. Returns the number of the request."""
         self._number += 1
-        routes = tuple({recipient.route: None for recipient in message.recipients})
-        self._pending[self._number] = _Pending(message.id, routes, deadline, done)
-        self._waiting[self._number] = frame(
-            StoreRequest(self._number, message, body, deadline).plain()
-        )
+        self._pending[self._number] = PendingItem(message, done, deadline)
+        self._unsent[self._number] = StoreRequest(self._number, message, body, deadline).encode()
         self._send()
         return self._number
 
-    def withdraw(self, number: int) -> None:
-        """Take an order back, if that can still be done."""
-        if self._waiting.pop(number, None) is not None:
-            asyncio.get_running_loop().call_soon(self._settle, number, Cancelled())
-        elif self._transport is not None:
-            self._transport.write(frame(StoreRequest(number).plain()))
+    def cancel(self, number: int) -> None:
+        """Cancels a request if it is not too late for that."""
+        if self._unsent.pop(number, None) is not None:
+            asyncio.get_running_loop().call_soon(self._resolve, number, Cancelled())
+        elif self.transport is not None:
+            self.transport.write(StoreRequest(number).encode())
 
-    def look_at_clock(self, now: float) -> None:
-        """End a keeper that hangs: another one may do better, and this one's clients have long
-        heard 451."""
-        oldest = next(
-            (one for number, one in self._pending.items() if number not in self._waiting), None
-        )
-        if oldest is not None and self._life is not None and now > oldest.deadline + PATIENCE:
-            log.error("keeper hangs, ending it", id=oldest.id)
-            self._life.cancel()
+    def check_deadlines(self, now: float) -> None:
+        """Ends a spooler that hangs. Its clients have had 451; a new spooler may work."""
+        sent = (request for number, request in self._pending.items() if number not in self._unsent)
+        oldest = next(sent, None)
+        deadline = oldest.deadline if oldest is not None else None
+        if oldest and deadline is not None and self._process and now > deadline + HANG_TIMEOUT:
+            log.error("spooler hung", id=oldest.item.id)
+            self._process.cancel()
 
-    async def close(self, patience: float) -> None:
-        """Let the keeper finish what it has, for `patience` seconds at most."""
+    async def close(self, seconds: float) -> None:
+        """Lets the spooler finish what it has, for at most so many `seconds`."""
         self._closing = True
-        for number in [*self._waiting]:
-            self._settle(number, Cancelled())
-        if self._transport is not None:
-            self._transport.write_eof()
+        for number in [*self._unsent]:
+            self._resolve(number, Cancelled())
+        if self.transport is not None:
+            self.transport.write_eof()
         if self._task is not None:
-            await asyncio.wait([self._task], timeout=patience)
-            if self._life is not None:
-                self._life.cancel()
+            await asyncio.wait([self._task], timeout=seconds)
+            if self._process is not None:
+                self._process.cancel()
             await asyncio.wait([self._task], timeout=1.0)
 
-    # -- told by the line to the keeper
-    # -------------------------------------------------------------------------
-
     def data_received(self, data: bytes) -> None:
-        report: BatchReply
-        for report in self._frames.feed(data):
-            if not report.results:  # its first words
+        reply: BatchReply
+        for reply in self._decoder.feed(data):
+            if not reply.results:  # the spooler has started
                 self.resume_writing()
-                if self._first is not None and not self._first.done():
-                    self._first.set_result(None)
-            kept = [self._pending[number] for number, result in report.results if result is None]
-            for number, result in report.results:
-                self._settle(number, result)
-            if kept:
-                self._observe(len(kept), report.seconds)
-                for route in {route: None for one in kept for route in one.routes}:
-                    self._kept([one.id for one in kept if route in one.routes], route)
+                if self._first_start is not None and not self._first_start.done():
+                    self._first_start.set_result(None)
+            stored = [self._pending[number] for number, result in reply.results if result is None]
+            for number, result in reply.results:
+                self._resolve(number, result)
+            if stored:
+                self._observe(len(stored), reply.seconds)
+            ids: dict[str, dict[str, None]] = {}  # of each route, once and in order
+            for message in (request.item for request in stored):
+                for recipient in message.recipients:
+                    ids.setdefault(recipient.route, {})[message.id] = None
+            for route, stored_ids in ids.items():
+                self._on_stored([*stored_ids], route)
 
     def pause_writing(self) -> None:
-        self._open = False
+        self._writable = False
 
     def resume_writing(self) -> None:
-        self._open = True
+        self._writable = True
         self._send()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._transport, self._open = None, False
-        for number in [number for number in self._pending if number not in self._waiting]:
-            self._settle(number, CommitUnknown())
-        self._lost.set()
-
-    # -- inside
-    # -------------------------------------------------------------------------------------------------
+        self.transport = None
+        self._writable = False
+        for number in [number for number in self._pending if number not in self._unsent]:
+            self._resolve(number, CommitUnknown())
+        self._disconnected.set()
 
     def _send(self) -> None:
-        while self._waiting and self._open and self._transport is not None:
-            self._transport.write(self._waiting.pop(next(iter(self._waiting))))
+        while self._unsent and self._writable and self.transport is not None:
+            self.transport.write(self._unsent.pop(next(iter(self._unsent))))
 
-    def _settle(self, number: int, result: Exception | None) -> None:
-        self._waiting.pop(number, None)
-        pending = self._pending.pop(number, None)
-        if pending is not None:
-            try:
-                pending.done(result)
-            except Exception:  # the others still wait for theirs
-                log.exception("answer not taken")
+    def _resolve(self, number: int, result: Exception | None) -> None:
+        self._unsent.pop(number, None)
+        request = self._pending.pop(number, None)
+        if request is not None:
+            deliver_results([(request, result)])
 
-    async def _run(self) -> None:
+    async def _supervise(self) -> None:
+        """Runs one spooler after another until `close`."""
         while True:
             started = time.monotonic()
             try:
-                ended = await self._live()
-            except Exception as error:  # no process or no socket to spare: there may be one later
-                ended = first_line(error)
+                status = await self._run_spooler()
+            except Exception as error:  # no process or socket to spare; there may be one later
+                status = first_line(error)
             if self._closing:
                 return None
-            if self._first is not None and not self._first.done():
-                return self._first.set_exception(
-                    SpoolerError(f"the keeper ended when it was started: {ended}")
-                )
-            pause = PAUSE if time.monotonic() - started < YOUNG else 0.0
-            metrics.KEEPERS.inc()
-            log.error("keeper died, starting it again", status=ended, seconds=pause)
-            await asyncio.sleep(pause)
+            if self._first_start is not None and not self._first_start.done():
+                text = f"the spooler ended when it was started: {status}"
+                return self._first_start.set_exception(SpoolerError(text))
+            delay = RESTART_DELAY if time.monotonic() - started < MIN_UPTIME else 0.0
+            metrics.SPOOLER_RESTARTS.inc()
+            log.error("spooler restarted", status=status, seconds=delay)
+            await asyncio.sleep(delay)
 
-    async def _live(self) -> object:
-        """The life of one keeper; what it ended with."""
+    async def _run_spooler(self) -> object:
+        """Runs one spooler until it ends; its exit status."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self._frames, self._lost = Frames(), asyncio.Event()
-            self._transport, _ = await asyncio.get_running_loop().create_unix_connection(
+            self._decoder = FrameDecoder()
+            self._disconnected.clear()
+            self.transport, _ = await asyncio.get_running_loop().create_unix_connection(
                 lambda: self, sock=ours
             )
-            self._life = asyncio.create_task(self._launch(theirs))
-            await asyncio.wait([self._life])
-        await self._lost.wait()
-        return "killed" if self._life.cancelled() else self._life.result()
+            self._process = asyncio.create_task(self._launch(theirs))
+            await asyncio.wait([self._process])
+        await self._disconnected.wait()
+        return "killed" if self._process.cancelled() else self._process.result()
 
 
-def launching(settings: SmtpdSettings, spool: Spool) -> Launch:
-    """Launches keepers as processes. They get our descriptor of the spool, for its path may name
-    another by then."""
-    # They run this code, and nothing that lies about where we were started.
+def launcher(settings: SmtpdSettings, spool: Spool) -> Launch:
+    """Launches spoolers as processes. A spooler inherits our descriptor of the spool directory,
+    because the path may lead to another directory by then."""
+    # A spooler runs this code, and no module of the directory that smtpd was started in.
     path = os.pathsep.join(
         filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
     )
 
     async def launch(channel: socket.socket) -> object:
         with channel:
-            keeper = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "reception.spooler", str(channel.fileno()), str(spool.handle)),
-                stdin=subprocess.PIPE, pass_fds=[channel.fileno(), spool.handle],
-                env=os.environ | {"PYTHONPATH": path}, start_new_session=True,
-            )  # fmt: skip
+            handles = (channel.fileno(), spool.handle)
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "reception.spooler", *map(str, handles)),
+                stdin=subprocess.PIPE,
+                pass_fds=handles,
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,
+            )
         try:
-            await keeper.communicate(pickle.dumps((FIELDS, settings)))
+            await process.communicate(pickle.dumps((FIELDS, settings)))
         finally:
-            if keeper.returncode is None:
-                keeper.kill()
-        return keeper.returncode
+            if process.returncode is None:
+                process.kill()
+        return process.returncode
 
     return launch

@@ -1,8 +1,7 @@
-"""What passes between the store and its keeper: orders one way, reports the other, each in a frame
-of its own.
+"""The protocol between smtpd and its spooler: requests one way, replies the other, in frames.
 
-A frame is a length (four bytes, of this machine) and a pickle, which is safe here: both ends are
-this program, on a socket that nobody else has.
+A frame is a length (four bytes in this machine's order) and a pickle. Pickle is safe here: both
+ends are this program, on a socket pair that no other process has.
 """
 
 import pickle
@@ -13,49 +12,44 @@ from relay.queue.accept import NewMessage, NewRecipient
 
 _LENGTH = struct.Struct("=I")
 FIELDS = (NewMessage._fields, NewRecipient._fields)
-"""What an order's tuples mean: a keeper of another version must not guess."""
+"""What the tuples of a request mean. A spooler of another version refuses to start."""
 
 
 class StoreRequest(NamedTuple):
-    """Keep this message, and the body if that is not stored yet; without a message: forget the
-    order of that number."""
+    """Asks to store a message, and its body unless that is synced already (None).
+
+    Without a message it cancels the request of the same number.
+    """
 
     number: int
     message: NewMessage | None = None
     body: list[bytes] | None = None
     deadline: float | None = None
 
-    def plain(self) -> tuple[Any, ...]:
-        """As it crosses the socket: named tuples take ten times as long to pickle."""
-        number, message, body, deadline = self
+    def encode(self) -> bytes:
+        """The frame of this request. Plain tuples pickle ten times as fast as named ones."""
+        message = self.message
         if message is None:
-            return (number,)
-        return (
-            number,
-            (*message[:3], [tuple(one) for one in message.recipients], *message[4:]),
-            body,
-            deadline,
-        )
+            return frame((self.number,))
+        recipients = [tuple(recipient) for recipient in message.recipients]
+        fields = (*message[:3], recipients, *message[4:])
+        return frame((self.number, fields, self.body, self.deadline))
 
     @classmethod
-    def of(cls, plain: tuple[Any, ...]) -> "StoreRequest":
-        """The order that `plain` gave."""
-        if len(plain) == 1:
-            return cls(*plain)
-        number, (key, sender, size, recipients, *rest), body, deadline = plain
-        return cls(
-            number,
-            NewMessage(key, sender, size, [NewRecipient(*one) for one in recipients], *rest),
-            body,
-            deadline,
-        )
+    def decode(cls, values: tuple[Any, ...]) -> "StoreRequest":
+        """The request whose frame held `values`."""
+        if len(values) == 1:
+            return cls(*values)
+        number, (queue_id, sender, size, rows, *rest), body, deadline = values
+        recipients = [NewRecipient(*row) for row in rows]
+        return cls(number, NewMessage(queue_id, sender, size, recipients, *rest), body, deadline)
 
 
 class BatchReply(NamedTuple):
-    """What became of the orders of a round, by number (None: kept), and what committing it took in
-    seconds.
+    """The results of a batch by the requests' numbers (None: stored), and the seconds that its
+    COMMIT took.
 
-    The first that a keeper sends has no results: it is there.
+    The first reply of a spooler has no results: the spooler has started.
     """
 
     results: list[tuple[int, Exception | None]]
@@ -63,36 +57,34 @@ class BatchReply(NamedTuple):
 
 
 class Cancelled(Exception):
-    """The order was taken back in time: nothing was stored."""
+    """The request was cancelled in time: nothing was stored."""
 
 
 class RowRefused(Exception):
-    """The database did not take this row, or was not there to; the body is gone."""
+    """The database refused the row or was away. The body was removed."""
 
 
-def frame(thing: object) -> bytes:
-    """Anything of ours as it crosses the socket."""
-    data = pickle.dumps(thing, pickle.HIGHEST_PROTOCOL)
+def frame(value: object) -> bytes:
+    """A value as it crosses the socket."""
+    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(data)) + data
 
 
-class Frames:
-    """Bytes in, what was framed out."""
+class FrameDecoder:
+    """Decodes a stream of frames."""
 
     def __init__(self) -> None:
-        self._rest = bytearray()
+        self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Any]:
-        """What is whole with these bytes."""
-        self._rest += data
-        found: list[Any] = []
-        start = 0
-        while len(self._rest) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._rest, start)
-            end = start + _LENGTH.size + length
-            if len(self._rest) < end:
+        """The values whose frames are complete with these bytes."""
+        buffer = self._buffer
+        buffer += data
+        values: list[Any] = []
+        while len(buffer) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
+            if len(buffer) < end:
                 break
-            found.append(pickle.loads(memoryview(self._rest)[start + _LENGTH.size : end]))  # noqa: S301  (see above)
-            start = end
-        del self._rest[:start]
-        return found
+            values.append(pickle.loads(buffer[_LENGTH.size : end]))  # noqa: S301  (see above)
+            del buffer[:end]
+        return values

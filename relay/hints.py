@@ -1,14 +1,12 @@
-"""The broker: a Celery application, and hints.
+"""Hints: Celery tasks that name messages which may be ready to send.
 
-A hint is one task `deliver(ids)` that names messages which may be ready to send, by route:
-`{"default": [id, ...]}`. So a worker takes as many of each route as that route has room for; the
-ids of a route without a name may be of any. It carries no truth: workers find the same in SQL a few
-seconds later, so a hint may be lost, doubled or stale, and whoever publishes one gives up at once
-when the broker is away. Nothing is ever scheduled with a countdown, an eta or a retry: Redis'
-visibility timeout would make duplicates of them.
+A hint is one task `deliver(ids)` with ids by route, `{"default": [id, ...]}`, so that a worker
+takes as many of each route as the route has capacity for; ids of a route without a name may be of
+any. Workers find the same messages in SQL a few seconds later, so a hint may be lost, doubled or
+late. No hint has a countdown, an eta or a retry: Redis' visibility timeout would duplicate it.
 
-What must stay true: `Hints.offer` never blocks; no broker holds up the reply to an SMTP client or
-the end of a process.
+What must stay true: `Hints.offer` never blocks; a broker in an outage delays no reply to an SMTP
+client and no process that ends.
 """
 
 import threading
@@ -28,18 +26,18 @@ log = get_logger(__name__)
 TASK = "deliver"
 FRESH, RETRY = "fresh", "retry"
 QUEUES = (FRESH, RETRY)
-# Longer lists than this are left to SQL (Celery messages).
+# While the list is longer than this (Celery messages) no hint is published: workers poll SQL.
 WINDOW = 200
-# A hint costs the broker's machinery milliseconds, whatever is in it. So a busy publisher lets more
-# gather the more there was: nothing below some 200 messages a second, up to PACE above (seconds;
-# seconds a message of the last hint).
+# A hint takes milliseconds of Celery, whatever its size. So a busy publisher waits PACE_EACH seconds
+# for each message of its last hint, at most PACE; below some 200 messages a second it does not
+# wait.
 PACE, PACE_EACH = 0.1, 0.005
-_LOOK_EVERY = 1.0
+_LENGTH_INTERVAL = 1.0
 
 
 def celery_app(settings: Settings) -> Celery:
-    """The application that both halves use; connects to nothing yet. Sources of the values:
-    docs/design.md."""
+    """The application of publisher and worker, without a connection. docs/design.md has the sources
+    of the values."""
     app = Celery("qmqp-relay", set_as_current=True)
     app.conf.update(
         broker_url=settings.broker_url,
@@ -79,13 +77,15 @@ class Hints:
     """Publishes hints to one queue from a thread of its own."""
 
     def __init__(self, app: Celery, queue: str, batch_size: int) -> None:
-        self._app, self._queue, self._batch = app, queue, batch_size
+        self._app = app
+        self._queue = queue
+        self._batch = batch_size
         self._waiting: deque[tuple[str, str]] = deque(maxlen=WINDOW * batch_size)
         self._changed = threading.Condition()
         self._closing = False
-        self.away = False  # the broker does not answer
-        self.full = False  # the list is longer than the window: hinting has stopped for now
-        self._looked = 0.0
+        self.away = False  # whether the broker does not answer
+        self.full = False  # whether the list is longer than WINDOW
+        self._measured = 0.0
         self._length: int | None = None
         self.published = 0
         self._thread = threading.Thread(target=self._run, name=f"hints-{queue}", daemon=True)
@@ -95,8 +95,8 @@ class Hints:
         self._thread.start()
 
     def offer(self, ids: Iterable[str], route: str = "") -> None:
-        """Hint at these messages of a route (empty: not known) if that can be done; never blocks,
-        any thread."""
+        """Queue a hint for these messages of a route (empty: unknown), unless the broker is away or the
+        list is full; never blocks, any thread."""
         if self.away or self.full:
             return
         with self._changed:
@@ -104,11 +104,11 @@ class Hints:
             self._changed.notify()
 
     def lists(self) -> dict[str, float]:
-        """How long the list is, if that is known, by the queue's name."""
+        """The length of the list by the queue's name; empty if it is not known."""
         return {} if self._length is None else {self._queue: float(self._length)}
 
     def close(self) -> None:
-        """Publish nothing more."""
+        """Stop publishing."""
         with self._changed:
             self._closing = True
             self._waiting.clear()
@@ -120,7 +120,7 @@ class Hints:
             try:
                 with self._app.connection_for_write() as connection:
                     self._serve(connection)
-            except Exception as error:  # whatever it says: hints are worth nothing but a new try
+            except Exception as error:  # any error: a hint is worth no more than a reconnection
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -129,48 +129,47 @@ class Hints:
         self.away, self._length = True, None
         with self._changed:
             self._waiting.clear()
-            self._changed.wait_for(lambda: self._closing, _LOOK_EVERY)
+            self._changed.wait_for(lambda: self._closing, _LENGTH_INTERVAL)
 
     def _serve(self, connection: Any) -> None:
-        """Publish over one connection until it breaks or we close."""
+        """Publish over one connection until it breaks or `close` is called."""
         options = self._app.conf.broker_transport_options
         connection.transport_options.update(options | {"socket_timeout": 2, "max_retries": 0})
-        _ = (
-            self._app.backend
-        )  # there is none, but finding that out takes the first message 0.1 s of imports
-        producer, published = self._app.amqp.Producer(connection), metrics.hints(self._queue)
-        self._look(connection)
+        _ = self._app.backend  # its imports take 0.1 s, which the first message would wait for
+        producer = self._app.amqp.Producer(connection)
+        published = metrics.hints(self._queue)
+        self._measure(connection)
         if self.away:
             log.info("broker back", queue=self._queue)
             self.away = False
         while not self._closing:
-            taken = self._take()
-            self._look(connection)
-            if not taken or self.full:
+            batch = self._take()
+            self._measure(connection)
+            if not batch or self.full:
                 continue
             ids: dict[str, list[str]] = {}
-            for route, queue_id in taken:
+            for route, queue_id in batch:
                 ids.setdefault(route, []).append(queue_id)
             self._app.send_task(TASK, args=[ids], queue=self._queue, producer=producer, retry=False)
             self.published += 1
             published.inc()
-            if len(taken) > 1:
+            if len(batch) > 1:
                 with self._changed:
-                    pace = min(PACE, PACE_EACH * len(taken))
+                    pace = min(PACE, PACE_EACH * len(batch))
                     self._changed.wait_for(
                         lambda: self._closing or len(self._waiting) >= self._batch, pace
                     )
 
     def _take(self) -> list[tuple[str, str]]:
-        """Up to a batch of routes and ids; none after a while, to look whether the list is still
-        too long."""
+        """Up to a batch of routes and ids; none after _LENGTH_INTERVAL, so that the list is measured
+        again."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing, _LOOK_EVERY)
+            self._changed.wait_for(lambda: self._waiting or self._closing, _LENGTH_INTERVAL)
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch))]
 
-    def _look(self, connection: Any) -> None:
+    def _measure(self, connection: Any) -> None:
         now = time.monotonic()
-        if now - self._looked >= _LOOK_EVERY:
-            self._looked = now
+        if now - self._measured >= _LENGTH_INTERVAL:
+            self._measured = now
             self._length = connection.default_channel.client.llen(self._queue)
             self.full = self._length > WINDOW

@@ -1,7 +1,7 @@
-"""Message ids: UUIDv7, made by us (neither Python before 3.14 nor PostgreSQL before 18 makes them).
+"""Queue ids: UUIDv7, made here because Python before 3.14 and PostgreSQL before 18 do not make them.
 
 In Python, file names, logs, replies and hints an id is 32 lower-case hex digits; only the database
-spells it dashed. They sort by time, so new rows go to the end of every index.
+has dashes in it. Ids sort by time, so new rows go to the end of every index.
 """
 
 import secrets
@@ -9,14 +9,14 @@ import time
 
 
 def new_id() -> str:
-    """A UUIDv7 (RFC 9562 5.7) as 32 hex digits: 48 bits of milliseconds, then chance."""
-    chance = secrets.randbits(74)
+    """A UUIDv7 (RFC 9562 5.7) as 32 hex digits: 48 bits of milliseconds, then random bits."""
+    random = secrets.randbits(74)
     stamp = time.time_ns() // 1_000_000
-    value = stamp << 80 | 0x7 << 76 | (chance >> 62) << 64 | 0b10 << 62 | chance & (1 << 62) - 1
+    value = stamp << 80 | 0x7 << 76 | (random >> 62) << 64 | 0b10 << 62 | random & (1 << 62) - 1
     return f"{value:032x}"
 
 
 def dashed(queue_id: str) -> str:
-    """An id as the database spells it."""
+    """An id in the database's form."""
     i = queue_id
     return f"{i[:8]}-{i[8:12]}-{i[12:16]}-{i[16:20]}-{i[20:]}"

@@ -1,9 +1,8 @@
-"""Where Prometheus asks: an HTTP server with a bound on its threads and on the time of a request.
+"""The HTTP server of the metrics, with a limit on its threads and on the time of a request.
 
-Each request has a thread, and all of it, from the first byte to the last of the answer, must be
-over in TIMEOUT seconds; then the connection is closed below the thread, which ends. More than
-THREADS at a time hear 503. Without these bounds a peer that opens connections and sends nothing
-makes a thread for each of them, in smtpd and in the workers.
+Each request has a thread. A request that is not finished after TIMEOUT seconds, from its first byte
+to the last byte of the response, is closed. While THREADS requests are open, others get 503. Without
+these limits a peer that opens connections and sends nothing would start a thread for each of them.
 """
 
 import socket
@@ -28,7 +27,7 @@ log = get_logger(__name__)
 
 class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Nothing: a scrape is no event."""
+        """Log nothing: a scrape is not an event."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -36,7 +35,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     request_queue_size = 64
 
     def __init__(self, *arguments: Any) -> None:
-        self._deadlines: dict[socket.socket, float] = {}  # of requests that have a thread
+        self._deadlines: dict[socket.socket, float] = {}  # of the requests that have a thread
         super().__init__(*arguments)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -45,16 +44,16 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().process_request(request, client_address)
             return
         with suppress(OSError):
-            request.send(_BUSY)  # a fresh connection takes that at once
+            request.send(_BUSY)  # the buffer of a new connection is empty
         self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
-        """The request is over, in whatever way."""
+        """The request has ended."""
         self._deadlines.pop(request, None)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Called between requests, and twice a second."""
+        """Close requests that are past their deadline; called between requests, and twice a second."""
         now = time.monotonic()
         for request, deadline in self._deadlines.copy().items():
             if now > deadline:
@@ -62,16 +61,16 @@ class _Server(ThreadingMixIn, WSGIServer):
                     request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The peer has gone, or took too long."""
+        """The peer has disconnected, or took too long."""
         log.debug("metrics not taken", reason=first_line(sys.exception()))
 
 
 def listen(host: str, port: int) -> WSGIServer:
-    """Serve the metrics on an address ('' is every IPv4 one), in threads; raises OSError if it is
-    taken."""
+    """Serve the metrics on an address (an empty host: every IPv4 address); raises OSError if it is
+    in use."""
     host = host or "0.0.0.0"  # noqa: S104  (an empty host in RELAY_METRICS_LISTEN means every address)
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, _, _, _, address = found[0]
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = addresses[0]
 
     class BoundedServer(_Server):
         address_family = family

@@ -1,10 +1,10 @@
-"""Logs: structlog, one event a line, JSON when nobody watches a terminal.
+"""Logs: structlog, one event a line, as JSON unless standard error is a terminal.
 
-An event is a short fixed phrase and keyword fields; `id` is the queue id and joins everything about
-one message, from the SMTP session to the QMQP reply (docs/events.md lists the events). Other
-libraries' records pass through the same lines. What must stay true: bytes from peers never reach a
-terminal raw, and no secret is a field; a line that cannot be written (a full disk, a pipe that
-nobody reads) stops no mail.
+An event is a short fixed phrase with fields; `id` is the queue id, from the SMTP session to the
+QMQP reply. docs/events.md lists the events. Records of other libraries become the same lines.
+
+What must stay true: bytes from peers never reach a terminal raw; no field is a secret; a line that
+cannot be written (a full disk, a closed pipe) stops no mail.
 """
 
 import json
@@ -14,6 +14,7 @@ import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from relay.settings import Settings, redacted
@@ -23,25 +24,25 @@ if TYPE_CHECKING:
 
 _ADDRESSES = ("sender", "recipient")
 _ADDRESS = re.compile(r'"[^"]*"@|[^\s<>()\[\],;:"]+')
-"""A quoted local part, or a whole word, which may hold an address. Each character of a text is read
-once or twice: a pattern that looks for `@` behind a word tries again at each character of a word
-without one, and peers write words."""
+"""A quoted local part, or a word that may contain an address. The pattern reads each character once
+or twice. A pattern with the `@` in it would start again at each character of a word without one,
+and a peer may send such words."""
 
 
 class _Logger:
-    """structlog's, made for the first event: a command that says nothing starts a tenth sooner
-    without it."""
+    """structlog's logger, made for the first event: commands that log nothing start a tenth sooner."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._made: Any = None
+
+    @cached_property
+    def _logger(self) -> Any:
+        from structlog.stdlib import get_logger
+
+        return get_logger(self._name)
 
     def __getattr__(self, level: str) -> Any:
-        if self._made is None:
-            from structlog.stdlib import get_logger as make
-
-            self._made = make(self._name)
-        return getattr(self._made, level)
+        return getattr(self._logger, level)
 
 
 def get_logger(name: str) -> "BoundLogger":
@@ -64,9 +65,8 @@ def escaped(data: bytes | str, longest: int = 500) -> str:
 
 
 def first_line(error: BaseException | None) -> str:
-    """What an error says, as one bounded line; SQLAlchemy's put statement and parameters below
-    theirs."""
-    # Cut only then: without its `@` a password would not be known for one.
+    """The first line of an error's text, bounded; SQLAlchemy puts statement and parameters below it."""
+    # `redacted` needs the `@` behind a password, so the text is cut after it.
     return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
@@ -76,7 +76,7 @@ def _redact(
     for name, value in event.items():
         if isinstance(value, str) and value and name in _ADDRESSES:
             event[name] = "...@" + value.rpartition("@")[2]
-        elif isinstance(value, str) and "@" in value:  # words of a server or of a library
+        elif isinstance(value, str) and "@" in value:  # a reply or a text of a library
             event[name] = _ADDRESS.sub(_without_local_part, value)
     return event
 
@@ -86,7 +86,7 @@ def _without_local_part(word: re.Match[str]) -> str:
     return f"...@{domain}" if local else word[0]
 
 
-_ENCODER = json.JSONEncoder(default=repr)  # json.dumps would make one for every event
+_ENCODER = json.JSONEncoder(default=repr)  # json.dumps would make an encoder for every event
 
 
 def _json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
@@ -94,8 +94,8 @@ def _json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
 
 
 def _stamp(_logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What every event has; one step does for structlog's three, since three lines are written for
-    each message."""
+    """Add level, time and traceback. One step takes the place of structlog's three, because each
+    message writes three lines."""
     event["level"] = "error" if method == "exception" else method
     event["timestamp"] = datetime.now(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
     if not event.get("exc_info"):
@@ -105,8 +105,8 @@ def _stamp(_logger: Any, method: str, event: MutableMapping[str, Any]) -> Mutabl
     return format_exc_info(_logger, method, event)
 
 
-class _Lines:
-    """What structlog writes to."""
+class _LineWriter:
+    """The logger that structlog writes to; an error of the file is ignored."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -120,15 +120,15 @@ class _Lines:
 
 
 def configure(settings: Settings) -> None:
-    """Set up this process' logs as LOG_LEVEL, LOG_FORMAT and LOG_ADDRESSES say."""
+    """Set up this process' logs by LOG_LEVEL, LOG_FORMAT and LOG_ADDRESSES."""
     import structlog
 
-    people = settings.log_format == "console" or (
+    terminal = settings.log_format == "console" or (
         settings.log_format == "auto" and sys.stderr.isatty()
     )
     before: list[Any] = [_redact] if settings.log_addresses == "redacted" else []
     last: Any = _json
-    if people:
+    if terminal:
         before += [
             structlog.stdlib.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
@@ -140,7 +140,7 @@ def configure(settings: Settings) -> None:
     structlog.configure(
         processors=[*before, last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: _Lines(sys.stderr),
+        logger_factory=lambda *_: _LineWriter(sys.stderr),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)

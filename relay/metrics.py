@@ -1,15 +1,14 @@
-"""Metrics for Prometheus: what smtpd and worker count, and what the queue looks like
-(docs/alerts.yml has rules).
+"""Metrics for Prometheus: counters of smtpd and worker, and the state of the queue (docs/alerts.yml
+has rules).
 
-Counters and histograms are module objects; on the road of a message their children are bound
-beforehand (`attempts`, `hints`, `rests`, `rounds`), so that counting costs a look-up. The queue is
-not counted but read: `QueueMetrics` asks the database when Prometheus asks us, at most every FRESH
-seconds and for at most a twentieth of the time; to count what waits takes at most a two-hundredth.
-Every process tells of the same queue: take the `max` of those series, never the `sum`.
+Counters and histograms are module objects; on the hot path their children are bound beforehand.
+The queue is read from the database when Prometheus asks, at most every MIN_INTERVAL seconds and for
+at most a twentieth of the time; counting it takes at most a two-hundredth. Every process reports
+the same queue: take the `max` of those series, not the `sum`.
 
-What must stay true: a scrape is answered in time whatever is away, with `relay_database_up 0` and
-no stale numbers; metrics never stop mail; labels take values from settings and from our own tables,
-never from the network.
+What must stay true: a scrape is answered in time in every outage, with `relay_database_up 0` and no
+stale values; metrics never stop mail; labels come from settings and from the tables, never from the
+network.
 """
 
 import threading
@@ -33,13 +32,13 @@ from relay.settings import Settings
 from relay.spool.store import Spool
 
 log = get_logger(__name__)
-FRESH = 5.0
-COUNTING = 200  # times as long as counting what waits took, until it is counted again
-PATIENCE = 2.0  # seconds that a scrape waits for the database
+MIN_INTERVAL = 5.0  # seconds between two reads of the database
+COUNT_INTERVAL = 200  # between two counts of the queue, in units of what the last count took
+SCRAPE_TIMEOUT = 2.0  # seconds that a scrape waits for the database
 _QUICK = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _LONG = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 7200, 43200, 172800)
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
+disable_created_metrics()  # type: ignore[no-untyped-call]  # they would add a series for each counter
 SESSIONS = Counter("relay_smtp_sessions", "SMTP connections taken")
 SESSIONS_OPEN = Gauge("relay_smtp_sessions_open", "SMTP connections open now")
 REFUSALS = Counter(
@@ -53,30 +52,32 @@ ROUND_SIZE = Histogram(
     "relay_round_size", "rows committed at once", ["writer"], buckets=[2**n for n in range(10)]
 )
 ROUND_SECONDS = Histogram(
-    "relay_round_seconds", "what committing them took", ["writer"], buckets=_QUICK
+    "relay_round_seconds", "seconds that their commit took", ["writer"], buckets=_QUICK
 )
-KEEPERS = Counter("relay_keeper_deaths", "keepers that died and were started again")
+SPOOLER_RESTARTS = Counter("relay_spooler_restarts", "spoolers that died and were restarted")
 HINTS = Counter("relay_hints", "hints published", ["queue"])
 HINTS_REFUSED = Counter(
     "relay_hints_refused", "entries of the broker's lists that are no hints", ["queue"]
 )
-ATTEMPTS = Counter("relay_attempts", "tries at a server", ["server", "outcome"])
+ATTEMPTS = Counter("relay_attempts", "attempts at a server", ["server", "outcome"])
 SENT_BYTES = Counter("relay_sent_bytes", "bytes of QMQP requests sent")
 DELIVERY_SECONDS = Histogram(
     "relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG
 )
 TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers under way in this worker")
-RESTS = Counter(
-    "relay_server_rests", "times that a server was left alone for a while", ["server", "why"]
+CIRCUIT_OPENED = Counter(
+    "relay_circuit_opened", "times that the circuit of a server opened", ["server", "why"]
 )
-RESTING = Gauge("relay_server_resting", "1 while this worker leaves a server alone", ["server"])
+CIRCUIT_OPEN = Gauge(
+    "relay_circuit_open", "1 while the circuit of a server is open in this worker", ["server"]
+)
 
-attempts, hints, rests = cache(ATTEMPTS.labels), cache(HINTS.labels), cache(RESTS.labels)
+attempts, hints = cache(ATTEMPTS.labels), cache(HINTS.labels)
 
 
 @cache
 def rounds(writer: str) -> Callable[[int, float], None]:
-    """What a `rounds.CommitThread` of that name tells its rounds to: rows, seconds."""
+    """A function that observes a group commit of this writer: rows, seconds."""
     size, seconds = ROUND_SIZE.labels(writer), ROUND_SECONDS.labels(writer)
 
     def observe(rows: int, took: float) -> None:
@@ -86,15 +87,15 @@ def rounds(writer: str) -> Callable[[int, float], None]:
     return observe
 
 
-def refused(reply: bytes) -> None:
-    """Count a refusal by the codes of its reply (`554 5.7.1`), never by its words."""
-    words = reply[:20].decode("ascii", "replace").split()
-    REFUSALS.labels(
-        " ".join(words[:2] if len(words) > 1 and words[1][1:2] == "." else words[:1])
-    ).inc()
+def refused(reply: str) -> None:
+    """Count a refusal by the codes of its reply (`554 5.7.1`), without its text."""
+    codes = reply[:20].split()[:2]
+    if len(codes) > 1 and codes[1][1:2] != ".":
+        codes.pop()
+    REFUSALS.labels(" ".join(codes)).inc()
 
 
-# Each part has an index of its own, so that no long history is walked through.
+# Each part has an index of its own, so no history is scanned.
 _PARTS = " UNION ALL ".join(
     f"SELECT state, queue_id, due_at FROM deliveries WHERE {where}"
     for where in (
@@ -114,75 +115,80 @@ SELECT (SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at
 _UP = ("database_up", "whether the database answers")
 
 
-def _gauge(name: str, words: str, value: float | Mapping[str, float], label: str = "") -> Metric:
-    family = GaugeMetricFamily(f"relay_{name}", words, labels=[label] if label else None)
+def _gauge(name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Metric:
+    family = GaugeMetricFamily(f"relay_{name}", text, labels=[label] if label else None)
     for key, number in value.items() if isinstance(value, Mapping) else [("", value)]:
         family.add_metric([key] if label else [], float(number))
     return family
 
 
 class QueueMetrics(Collector):
-    """The queue in the database, the room for bodies, the broker's lists (`lists` gives what is
-    known, at once)."""
+    """The queue in the database, the free space of the spool, the broker's lists (`lists` must return
+    at once)."""
 
     def __init__(
         self, engine: Engine, spool: Spool, lists: Callable[[], Mapping[str, float]] = dict
     ) -> None:
-        self._engine, self._spool, self._lists, self._sql = engine, spool, lists, Statements(engine)
-        self._lock, self._looked = threading.Lock(), threading.Event()
-        self._look_at, self._seen = 0.0, list[Metric]()
-        self._count_at, self._counted = 0.0, dict[str, list[Any]]()
+        self._engine = engine
+        self._spool = spool
+        self._lists = lists
+        self._sql = Statements(engine)
+        self._lock = threading.Lock()
+        self._is_read = threading.Event()
+        self._read_at = self._count_at = 0.0
+        self._metrics: list[Metric] = []
+        self._counted: dict[str, list[Any]] = {}
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: to register a collector looks at no database."""
+        """Nothing, so that registration reads no database."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """What is known by now; a look that takes longer than PATIENCE is there for the next
+        """The values of the last read; one that takes longer than SCRAPE_TIMEOUT is for the next
         scrape."""
         with self._lock:
-            if time.monotonic() >= self._look_at:
-                self._look_at = float("inf")
-                self._looked.clear()
-                threading.Thread(target=self._look, name="metrics", daemon=True).start()
-        return self._seen if self._looked.wait(PATIENCE) else [_gauge(*_UP, 0)]
+            if time.monotonic() >= self._read_at:
+                self._read_at = float("inf")
+                self._is_read.clear()
+                threading.Thread(target=self._read, name="metrics", daemon=True).start()
+        return self._metrics if self._is_read.wait(SCRAPE_TIMEOUT) else [_gauge(*_UP, 0)]
 
-    def _look(self) -> None:
-        began, seen = time.monotonic(), list[Metric]()
-        for part, without in (
+    def _read(self) -> None:
+        began = time.monotonic()
+        metrics: list[Metric] = []
+        for part, fallback in (
             (self._database, [_gauge(*_UP, 0)]),
-            (self._room, []),
+            (self._disk, []),
             (self._broker, []),
         ):
             try:
-                seen += part()
-            except (
-                Exception
-            ) as error:  # whatever is away is missing from the answer, and nothing else is
+                metrics += part()
+            except Exception as error:  # a part that fails leaves the others
                 log.debug("metrics incomplete", reason=str(error)[:200])
-                seen += without
-        ended, self._seen = time.monotonic(), seen
-        self._look_at = ended + max(FRESH, 20 * (ended - began))
-        self._looked.set()
+                metrics += fallback
+        ended = time.monotonic()
+        self._metrics = metrics
+        self._read_at = ended + max(MIN_INTERVAL, 20 * (ended - began))
+        self._is_read.set()
 
     def _database(self) -> list[Metric]:
         with reading(self._engine) as connection:
-            found = self._counts(connection)
+            states = self._counts(connection)
             workers, uncertain = self._sql.run(connection, _OTHERS).one()
             pauses = {
                 subject: 1.0
                 for (subject,) in self._sql.run(connection, "SELECT subject FROM pauses")
             }
         counts, overdue, oldest = (
-            {str(s): found.get(s, (0, 0, 0))[n] for s in UNFINISHED} for n in range(3)
+            {str(s): states.get(s, (0, 0, 0))[n] for s in UNFINISHED} for n in range(3)
         )
-        owed = sum(values[0] for state, values in found.items() if state not in counts)
+        pending = sum(values[0] for state, values in states.items() if state not in counts)
         return [
             _gauge(*_UP, 1),
             _gauge("deliveries", "unfinished deliveries", counts, "state"),
             _gauge(
                 "overdue",
-                "deliveries past the time when somebody was to look at them",
+                "deliveries that a worker should have claimed by now",
                 overdue,
                 "state",
             ),
@@ -192,54 +198,49 @@ class QueueMetrics(Collector):
                 oldest,
                 "state",
             ),
-            _gauge("notices_owed", "failed deliveries whose sender was not told yet", owed),
+            _gauge("dsns_pending", "failed deliveries whose DSN is not generated yet", pending),
             _gauge("workers_alive", "workers whose lease has not run out", workers),
+            _gauge("paused", "routes and servers that are paused", pauses, "subject"),
             _gauge(
-                "paused", "routes and servers that nothing is sent to for now", pauses, "subject"
-            ),
-            _gauge(
-                "uncertain_attempts", "tries of the last hour whose end nobody knows", uncertain
+                "uncertain_attempts", "attempts of the last hour with an unknown end", uncertain
             ),
         ]
 
     def _counts(self, connection: Connection) -> dict[str, list[Any]]:
-        """By state: how many deliveries, overdue ones, the age of the oldest. To count many takes
-        long, so it is seldom done."""
+        """For each state: the number of deliveries, of overdue ones, the age of the oldest. Counting a
+        long queue takes long, so the counts are kept for COUNT_INTERVAL."""
         if (began := time.monotonic()) >= self._count_at:
             self._counted = {state: values for state, *values in self._sql.run(connection, _QUEUE)}
             ended = time.monotonic()
-            self._count_at = ended + COUNTING * (ended - began)
+            self._count_at = ended + COUNT_INTERVAL * (ended - began)
         return self._counted
 
-    def _room(self) -> list[Metric]:
-        return [_gauge("spool_free_bytes", "room for bodies", self._spool.free_bytes())]
+    def _disk(self) -> list[Metric]:
+        return [_gauge("spool_free_bytes", "free space for bodies", self._spool.free_bytes())]
 
     def _broker(self) -> list[Metric]:
-        return [
-            _gauge("broker_list_length", "hints that wait at the broker", self._lists(), "queue")
-        ]
+        return [_gauge("broker_list_length", "hints in the broker's list", self._lists(), "queue")]
 
 
 def serve(settings: Settings, *collectors: Collector) -> Callable[[], None]:
-    """Answer Prometheus on the first address of METRICS_LISTEN that is free; the function returned
-    ends that.
+    """Serve metrics on the first free address of METRICS_LISTEN; the function returned stops it.
 
-    Processes on one machine share a list of addresses that way. When none is free there is a
-    warning, and no metrics.
+    Processes on one machine share a list of addresses. If no address is free, a warning is logged
+    and nothing is served.
     """
-    taken = []
+    in_use = []
     for host, port in settings.metrics_listen:
         try:
             server = listen(host, port)
         except OSError as error:
-            taken.append(f"{host}:{port}: {error.strerror}")
+            in_use.append(f"{host}:{port}: {error.strerror}")
             continue
         for collector in collectors:
             REGISTRY.register(collector)
         log.info("metrics", host=host, port=server.server_port)
         return partial(_stop, server, collectors)
-    if taken:
-        log.warning("metrics not served", reason="; ".join(taken))
+    if in_use:
+        log.warning("metrics not served", reason="; ".join(in_use))
     return lambda: None
 
 

@@ -1,46 +1,35 @@
-"""Routes: which servers a recipient's mail goes to. What, not how healthy: that the worker knows.
+"""Routes: which servers a recipient's mail goes to.
 
-A delivery gets the name of its route when it is accepted; the servers behind the name are looked up
-at each attempt, so that a change of the settings reaches mail that is queued already. QMQP_SERVERS
-are the servers of the route `default`, which takes what no other route asks for. ROUTES names a
-TOML file with the others:
+A delivery gets the name of its route when it is accepted; the servers of the route are looked up at
+each attempt, so a change of the settings reaches queued mail. QMQP_SERVERS are the servers of the
+route `default`, which takes what no other route takes. ROUTES names a TOML file with the other
+routes (`Route` has the keys; docs/operate.md has an example). The first route whose pattern matches
+takes the recipient.
 
-    [bulk]                                    # the name that is stored
-    recipients = ["lists.example.org", "*@*.example.net", "news@example.com"]
-    servers = ["10.0.0.5", "[::1]:628", "unix:/run/qmqpd"]
-    connections = 20                          # of this route to each of its servers, from each worker
-    retry_min = "10s"
-    retry_max = "30m"
-    max_size = "10M"
-    bisect = "off"
-
-The first route whose pattern matches has the recipient. The file is read again when it changes; one
-that cannot be used is refused in the log, and what was read before stays.
-
-Half a TOML file is often a whole one, with fewer routes. So a change is taken only when the file
-has looked the same for SETTLED, by our own clock (its times may be another machine's), and still
-does when it has been read.
+What must stay true: a file that cannot be used changes nothing. Half a TOML file is often valid, so
+a change counts when the file has stayed the same for STABLE_FOR, by this process' clock.
 """
 
 import fnmatch
-import math
 import re
 import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from relay.log import get_logger
-from relay.settings import Settings, SettingsError, seconds, size
+from relay.settings import Settings, SettingsError, reason, seconds, size
 
 log = get_logger(__name__)
 DEFAULT_PORT = 628  # IANA's, /etc/services
 DEFAULT = "default"
 NO_SERVER = "no QMQP server configured (RELAY_QMQP_SERVERS)"
-_LOOK_EVERY = 1.0
-SETTLED = 1.0
+POLL_INTERVAL = 1.0
+STABLE_FOR = 1.0
 _HOST = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?"
 _SERVER = re.compile(
     rf"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>{_HOST}))(?::(?P<port>\d+))?"
@@ -49,8 +38,7 @@ _SERVER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One QMQP server; `name` is how logs and tables show it. Either host and port or the path of a
-    Unix socket."""
+    """One QMQP server: host and port, or the path of a Unix socket. Logs and tables show `name`."""
 
     name: str
     host: str | None
@@ -59,40 +47,63 @@ class Server:
 
 
 def parse_server(text: str) -> Server:
-    """`host`, `host:port`, `[v6]:port` or `unix:/path`; raises ValueError that names what is
-    wrong."""
+    """`host`, `host:port`, `[v6]:port` or `unix:/path`; raises ValueError with the reason."""
     if text.startswith("unix:"):
         if not text[5:].startswith("/"):
             raise ValueError(f"bad QMQP server {text!r}: unix: needs an absolute path")
         return Server(text, None, 0, text[5:])
-    found = _SERVER.fullmatch(text)
-    if not found:
+    match = _SERVER.fullmatch(text)
+    if not match:
         raise ValueError(
             f"bad QMQP server {text!r}: write host, host:port, [v6]:port or unix:/path"
         )
-    port = int(found["port"] or DEFAULT_PORT)
+    port = int(match["port"] or DEFAULT_PORT)
     if not 0 < port < 65536:
         raise ValueError(f"bad port in QMQP server {text!r}: 1 to 65535")
-    host = found["v6"] or found["host"]
-    return Server(f"[{host}]:{port}" if found["v6"] else f"{host}:{port}", host, port)
+    host = match["v6"] or match["host"]
+    return Server(f"[{host}]:{port}" if match["v6"] else f"{host}:{port}", host, port)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ValueError("must be a list of texts")
+    return tuple(value)
+
+
+def _servers(value: object) -> tuple[Server, ...]:
+    return tuple(dict.fromkeys(map(parse_server, _texts(value))))
+
+
+def _bisect(value: object) -> object:
+    if value not in ("off", "address"):
+        raise ValueError("must be off or address")
+    return value == "address"
+
+
+_Count = Annotated[int, Field(gt=0, strict=True)]
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+_Duration = Annotated[_Seconds | None, BeforeValidator(seconds)]
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Servers in the order of preference, and what is special about sending to them (None: as the
-    settings say)."""
+    """Servers in the order of preference, and how mail is sent to them (None: as the settings say).
+
+    All fields but `name` are keys of the file. `recipients`: addresses, domains, and shell patterns
+    of both; `connections`: to each server from each worker.
+    """
 
     name: str
-    servers: tuple[Server, ...]
-    recipients: tuple[str, ...] = ()
-    connections: int | None = None
-    retry_min: float | None = None
-    retry_max: float | None = None
-    max_size: int | None = None
-    bisect: bool = True
+    servers: Annotated[tuple[Server, ...], BeforeValidator(_servers)] = ()
+    recipients: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
+    connections: _Count | None = None
+    retry_min: _Duration = None
+    retry_max: _Duration = None
+    max_size: Annotated[_Count | None, BeforeValidator(size)] = None
+    bisect: Annotated[bool, BeforeValidator(_bisect)] = True
 
     def takes(self, address: str) -> bool:
-        """Whether one of its patterns is this address, its domain, or a shell pattern of either."""
+        """Whether a pattern matches this address or its domain."""
         address = address.lower()
         domain = address.rpartition("@")[2]
         return any(
@@ -100,93 +111,48 @@ class Route:
         )
 
 
-def _seconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not a duration: write 30s, 5m, 2h or 5d")
-    found = float(str(seconds(value)))
-    if not 0 < found < math.inf:
-        raise ValueError(f"{value!r} is not a duration above 0")
-    return found
-
-
-def _size(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"{value!r} is not a size: write 64K, 25M or a number of bytes")
-    found = int(str(size(value)))
-    if found < 1:
-        raise ValueError(f"{value!r} is not a size above 0")
-    return found
-
-
-def _count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} is not a whole number above 0")
-    return value
-
-
-def _texts(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError("must be a list of texts")
-    return tuple(value)
-
-
-def _bisect(value: object) -> bool:
-    if value not in ("off", "address"):
-        raise ValueError(f"{value!r} is neither off nor address")
-    return value == "address"
-
-
-_KEYS: dict[str, Callable[[object], Any]] = {
-    "servers": lambda value: tuple(dict.fromkeys(parse_server(text) for text in _texts(value))),
-    "recipients": _texts,
-    "connections": _count,
-    "retry_min": _seconds,
-    "retry_max": _seconds,
-    "max_size": _size,
-    "bisect": _bisect,
-}
+_ROUTE = TypeAdapter(Route)
+_KEYS = tuple(Route.__dataclass_fields__)[1:]
 
 
 def parse_routes(text: str) -> list[Route]:
     """The routes of a TOML file, in its order; raises ValueError that names route and key."""
-    found = []
+    routes = []
     for name, table in tomllib.loads(text).items():
         if not isinstance(table, dict):
             raise ValueError(f"{name}: a route is a table: [{name}]")
-        made: dict[str, Any] = {}
-        for key, value in table.items():
-            if key not in _KEYS:
-                raise ValueError(f"[{name}] {key}: no such key; there are {', '.join(_KEYS)}")
-            try:
-                made[key] = _KEYS[key](value)
-            except ValueError as error:
-                raise ValueError(f"[{name}] {key}: {error}") from None
-        if name != DEFAULT and not made.get("recipients"):
-            raise ValueError(
-                f"[{name}] recipients: at least one pattern is needed, or nothing comes this way"
-            )
-        if name != DEFAULT and not made.get("servers"):
-            raise ValueError(f"[{name}] servers: at least one is needed")
-        if made.get("retry_min", 0) > made.get("retry_max", float("inf")):
+        for key in table.keys() - set(_KEYS):
+            raise ValueError(f"[{name}] {key}: no such key; there are {', '.join(_KEYS)}")
+        try:
+            route = _ROUTE.validate_python({**table, "name": name})
+        except ValidationError as error:
+            detail = error.errors()[0]
+            key = detail["loc"][0]
+            raise ValueError(f"[{name}] {key} = {table[key]!r}: {reason(detail)}") from None
+        if name != DEFAULT and not route.recipients:
+            raise ValueError(f"[{name}] recipients: write at least one pattern")
+        if name != DEFAULT and not route.servers:
+            raise ValueError(f"[{name}] servers: write at least one")
+        if route.retry_min and route.retry_max and route.retry_min > route.retry_max:
             raise ValueError(f"[{name}] retry_max: must not be less than retry_min")
-        found.append(Route(name, **({"servers": ()} | made)))
-    return found
+        routes.append(route)
+    return routes
 
 
 type Stamp = tuple[int, int, int]
 
 
 def _stamp(path: Path | None) -> Stamp | None:
-    """What tells one state of a file from another; None for one that is not there."""
+    """Inode, time and size of a file, which tell a change; None if there is no file."""
     try:
-        found = path.stat() if path else None
+        status = path.stat() if path else None
     except OSError:
         return None
-    return (found.st_ino, found.st_mtime_ns, found.st_size) if found else None
+    return (status.st_ino, status.st_mtime_ns, status.st_size) if status else None
 
 
 class Routes:
-    """Every route there is; any thread."""
+    """All routes; any thread."""
 
     def __init__(
         self,
@@ -197,27 +163,30 @@ class Routes:
         read: Stamp | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._path, self._default, self._clock = path, default or Route(DEFAULT, ()), clock
-        self._read = read  # how the file looked before it was read
-        self._seen, self._since = read, clock()  # how it looks, and since when
-        self._looked = clock()
+        self._path = path
+        self._default = default or Route(DEFAULT)
+        self._clock = clock
+        self._read = read  # the stamp of the file before it was read
+        self._seen = read  # the stamp at the last poll, and since when it is the same
+        self._since = self._polled = clock()
         self._use(routes)
 
     @classmethod
     def load(cls, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> "Routes":
-        """The routes of the settings; raises SettingsError for what cannot be read."""
+        """The routes of the settings; raises SettingsError if they cannot be read."""
         try:
-            servers = tuple(dict.fromkeys(parse_server(text) for text in settings.qmqp_servers))
-        except ValueError as error:
-            raise SettingsError(f"RELAY_QMQP_SERVERS: {error}") from None
+            default = _ROUTE.validate_python({"name": DEFAULT, "servers": settings.qmqp_servers})
+        except ValidationError as error:
+            raise SettingsError(f"RELAY_QMQP_SERVERS: {reason(error.errors()[0])}") from None
         read = _stamp(settings.routes)
         try:
             routes = parse_routes(settings.routes.read_text()) if settings.routes else []
         except (ValueError, OSError) as error:
-            remedy = "write that file, or leave RELAY_ROUTES empty"
-            why = f"{error.strerror}; {remedy}" if isinstance(error, OSError) else error
+            why = str(error)
+            if isinstance(error, OSError):
+                why = f"{error.strerror}; write that file, or leave RELAY_ROUTES empty"
             raise SettingsError(f"RELAY_ROUTES: {settings.routes}: {why}") from None
-        return cls(routes, settings.routes, Route(DEFAULT, servers), read=read, clock=clock)
+        return cls(routes, settings.routes, default, read=read, clock=clock)
 
     def route_for(self, address: str) -> str:
         """The name of a recipient's route."""
@@ -232,7 +201,7 @@ class Routes:
         return tuple(self._now())
 
     def all(self) -> tuple[Route, ...]:
-        """All routes, in the order in which they are asked; the last one takes the rest."""
+        """All routes in the order in which they are tried; the last one takes the rest."""
         return tuple(self._now().values())
 
     def servers(self) -> dict[str, tuple[str, ...]]:
@@ -243,10 +212,9 @@ class Routes:
         }
 
     def max_size(self) -> int | None:
-        """The least that a route takes, in bytes; None if none says."""
-        return min(
-            (route.max_size for route in self._now().values() if route.max_size), default=None
-        )
+        """The smallest limit of a route, in bytes; None if there is no limit."""
+        limits = [route.max_size for route in self._now().values() if route.max_size]
+        return min(limits, default=None)
 
     def _use(self, routes: list[Route]) -> None:
         named = {route.name: route for route in routes}
@@ -256,15 +224,15 @@ class Routes:
         self._routes = named | {DEFAULT: default}
 
     def _now(self) -> dict[str, Route]:
-        """The routes, read again if the file has changed and settled; looked at once a second at
-        most."""
+        """The routes, read again if the file has changed; checked every POLL_INTERVAL."""
         now = self._clock()
-        if self._path is not None and now - self._looked >= _LOOK_EVERY:
-            self._looked = now
+        if self._path is not None and now - self._polled >= POLL_INTERVAL:
+            self._polled = now
             stamp = _stamp(self._path)
             if stamp != self._seen:
-                self._seen, self._since = stamp, now
-            if stamp is not None and stamp != self._read and now - self._since >= SETTLED:
+                self._seen = stamp
+                self._since = now
+            if stamp is not None and stamp != self._read and now - self._since >= STABLE_FOR:
                 self._read_again(self._path, stamp)
         return self._routes
 
@@ -275,7 +243,7 @@ class Routes:
             log.error("routes not changed", file=str(path), reason=str(error))
         else:
             if _stamp(path) != stamp:
-                return  # somebody has begun to write it
+                return  # it is being written
             self._use(routes)
             log.info("routes read", routes=list(self._routes))
         self._read = stamp

@@ -1,14 +1,14 @@
-"""Settings: RELAY_* environment variables, one class a role.
+"""Settings: RELAY_* environment variables, one class for each role.
 
-How it works: a field of a class below is a setting; its variable is the field's name in capitals
-after `RELAY_`. `RELAY_X_FILE` names a file that X is read from, for secrets. Durations are written
-`30s 5m 2h 5d` and become seconds, sizes `64K 25M` and become bytes. What is not given is derived:
-database, spool and worker files stand below STATE_DIR.
+A field of a class below is a setting; its variable is RELAY_ and the field's name in capitals.
+`RELAY_X_FILE` names a file from which X is read, for secrets. Durations are written `30s 5m 2h 5d`
+and become seconds; sizes are written `64K 25M` and become bytes, of 1024 each (pydantic's ByteSize
+counts 1000). The database, the spool and the workers' files stand below STATE_DIR by default.
 
 What must stay true: a bad value stops the process before it touches anything, and the error names
-the variable, the value and what would do; `load` is the one validation, so what one command
-refuses, every command refuses; an unknown RELAY_ name is never silently ignored (`unknown_names`);
-no password is ever shown (`redacted`).
+the variable, the value and what to write; `load` validates all roles, so every command refuses the
+same settings; an unknown RELAY_ name is reported (`unknown_names`); no password is printed
+(`redacted`).
 """
 
 import difflib
@@ -40,66 +40,51 @@ _DOMAIN_LIMIT = 255  # octets, RFC 5321 section 4.5.3.1.2
 
 
 class SettingsError(ValueError):
-    """What is wrong with the settings, a line for each variable."""
+    """Settings that cannot be used; the text has a line for each variable."""
 
 
 def seconds(value: object) -> object:
     """`30s 5m 2h 5d` (or a bare number of seconds) as seconds."""
     if not isinstance(value, str):
         return value
-    found = _DURATION.fullmatch(value.strip())
-    if not found:
+    match = _DURATION.fullmatch(value.strip())
+    if not match:
         raise ValueError("is not a duration: write 30s, 5m, 2h or 5d")
-    return float(found[1]) * _SECONDS[found[2]]
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def size(value: object) -> object:
     """`64K 25M 1G` (or a bare number) as bytes."""
     if not isinstance(value, str):
         return value
-    found = _SIZE.fullmatch(value.strip())
-    if not found:
+    match = _SIZE.fullmatch(value.strip())
+    if not match:
         raise ValueError("is not a size: write 64K, 25M or a number of bytes")
-    return int(found[1]) * _FACTOR[found[2].upper()]
+    return int(match[1]) * _FACTOR[match[2].upper()]
 
 
 def _words(value: object) -> object:
-    """The words between commas, blanks and line ends."""
+    """The parts between commas, blanks and line ends."""
     return tuple(re.findall(r"[^,\s]+", value)) if isinstance(value, str) else value
 
 
 def parse_listen(text: str) -> tuple[str, int]:
     """`host:port`, `[v6]:port` or `:port` (all addresses) as a pair; raises ValueError."""
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:\[\]\s]*)):(?P<port>\d{1,5})", text
     )
-    if not found or int(found["port"]) > 65535:
+    if not match or int(match["port"]) > 65535:
         raise ValueError(
             f"{text!r} is not an address to listen on: write 127.0.0.1:2525 or [::1]:2525"
         )
-    return found["v6"] or found["host"], int(found["port"])
-
-
-def _listens(value: object) -> object:
-    words = _words(value)
-    return (
-        tuple(parse_listen(word) if isinstance(word, str) else word for word in words)
-        if isinstance(words, tuple)
-        else words
-    )
-
-
-def _positive(value: float) -> float:
-    if value <= 0:
-        raise ValueError("must be more than 0")
-    return value
+    return match["v6"] or match["host"], int(match["port"])
 
 
 def parse_network(text: str) -> Network:
     """A network or an address of CLIENT_NETWORKS; raises ValueError.
 
-    Bits of the host are refused, as Postfix does in mynetworks: 10.0.0.1/8 may mean one address or
-    16 million.
+    Host bits are refused, as Postfix does in mynetworks: 10.0.0.1/8 may mean one address or 16
+    million.
     """
     try:
         return ip_network(text)
@@ -117,18 +102,16 @@ def parse_network(text: str) -> Network:
     )
 
 
-def _networks(value: tuple[str, ...]) -> tuple[str, ...]:
-    for word in value:
-        if word != "connected":
-            parse_network(word)
-    return value
+def _network(word: str) -> str:
+    if word != "connected":
+        parse_network(word)
+    return word
 
 
 def _hostname(value: str) -> str:
-    """A name that stands in the banner, in Received fields and behind `postmaster@`: RFC 5321 4.2
-    and 4.4.
+    """The name in the banner, in Received fields and after `postmaster@` (RFC 5321 4.2 and 4.4).
 
-    The underscore is beyond that grammar, and names of containers have it.
+    The underscore is not in that grammar, but in names of containers.
     """
     if not (_DOMAIN.fullmatch(value) or _LITERAL.fullmatch(value)) or len(value) > _DOMAIN_LIMIT:
         raise ValueError(
@@ -137,45 +120,55 @@ def _hostname(value: str) -> str:
     return value
 
 
-def _domains(value: tuple[str, ...]) -> tuple[str, ...]:
-    for word in value:
-        if (
-            not (_DOMAIN.fullmatch(word.removeprefix(".")) or _LITERAL.fullmatch(word))
-            or len(word) > _DOMAIN_LIMIT
-        ):
-            raise ValueError(
-                f"{word!r} is not a domain: write example.org, or .example.org for every domain below it,"
-                " with a comma or a blank between two"
-            )
-    return value
+def _domain(word: str) -> str:
+    name = word.removeprefix(".")
+    if not (_DOMAIN.fullmatch(name) or _LITERAL.fullmatch(word)) or len(word) > _DOMAIN_LIMIT:
+        raise ValueError(
+            f"{word!r} is not a domain: write example.org, or .example.org for every domain below it,"
+            " with a comma or a blank between two"
+        )
+    return word
 
 
-Duration = Annotated[float, BeforeValidator(seconds), AfterValidator(_positive)]
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
+def _patterns(value: object) -> object:
+    """The texts between semicolons."""
+    if not isinstance(value, str):
+        return value
+    return tuple(text.strip() for text in value.split(";") if text.strip())
+
+
+Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
 Span = Annotated[float, BeforeValidator(seconds), Field(ge=0)]
 Size = Annotated[int, BeforeValidator(size), Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
-
-
-def _patterns(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    found = tuple(text.strip() for text in value.split(";") if text.strip())
-    for text in found:
-        try:
-            re.compile(text)
-        except re.error as error:
-            raise ValueError(f"{text!r} is no regular expression: {error}") from None
-    return found
-
-
-Patterns = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_patterns)]
-Listens = Annotated[tuple[tuple[str, int], ...], NoDecode, BeforeValidator(_listens)]
+Networks = Annotated[
+    tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_words)
+]
+Domains = Annotated[
+    tuple[Annotated[str, AfterValidator(_domain)], ...], NoDecode, BeforeValidator(_words)
+]
+Patterns = Annotated[
+    tuple[Annotated[str, AfterValidator(_pattern)], ...], NoDecode, BeforeValidator(_patterns)
+]
+_Listen = Annotated[
+    tuple[str, int],
+    BeforeValidator(lambda value: parse_listen(value) if isinstance(value, str) else value),
+]
+Listens = Annotated[tuple[_Listen, ...], NoDecode, BeforeValidator(_words)]
 
 
 def _broker(value: str) -> str:
-    """A URL that the broker's client reads as it was meant; the error must not show it, for it may
-    hold a password."""
+    """A URL that the broker's client can read. The error does not show it, because it may contain a
+    password."""
     try:
         url = urlsplit(value)
         known = (
@@ -183,7 +176,7 @@ def _broker(value: str) -> str:
             if url.scheme == "redis+socket"
             else url.scheme in ("redis", "rediss") and url.hostname
         )
-        _ = url.port  # raises for one that is no number
+        _ = url.port  # raises if it is not a number
     except ValueError:
         known = None
     if not known:
@@ -203,7 +196,7 @@ def _switch(value: object) -> object:
 
 
 class Settings(BaseSettings):
-    """What every role needs."""
+    """The settings of every role."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True
@@ -228,7 +221,7 @@ class Settings(BaseSettings):
     unauthorized_replies: Patterns = (
         "not authori[sz]ed to use",
         "client (host )?(is )?not (allowed|authori[sz]ed)",
-        # mailfront says these to a client that may not relay, whatever the recipient is.
+        # mailfront's replies to a client that may not relay, for any recipient
         "not configured to accept that recipient",
         "not allowed to use this mail server",
     )
@@ -262,8 +255,8 @@ class SmtpdSettings(Settings):
 
     smtp_listen: Listens = (("127.0.0.1", 2525),)
     publish: str = ""
-    client_networks: Annotated[Words, AfterValidator(_networks)] = ("127.0.0.0/8", "::1")
-    recipient_domains: Annotated[Words, AfterValidator(_domains)] = ()
+    client_networks: Networks = ("127.0.0.0/8", "::1")
+    recipient_domains: Domains = ()
     allow_untrusted_routing: bool = False
     bare_cr: Literal["reject", "strip"] = "reject"
     max_message_size: Size = 25 << 20
@@ -294,7 +287,7 @@ class WorkerSettings(Settings):
     retry_max: Duration = 3600.0
     uncertain: Literal["retry", "hold"] = "retry"
     uncertain_delay: Span = 900.0
-    poison_limit: Annotated[int, Field(ge=3)] = 5  # the third is the first that was sent alone
+    poison_limit: Annotated[int, Field(ge=3)] = 5  # a delivery is sent alone from the third time on
     remote_control: bool = False
 
     @model_validator(mode="after")
@@ -308,104 +301,96 @@ ROLES: tuple[type[Settings], ...] = (Settings, SmtpdSettings, WorkerSettings)
 
 
 def names() -> set[str]:
-    """Every variable that some role reads."""
+    """The variables of all roles."""
     return {PREFIX + field.upper() for role in ROLES for field in role.model_fields}
 
 
 def _from_files() -> dict[str, str]:
-    """What RELAY_X_FILE variables name, by field; a file that cannot be read is an error that names
-    both."""
-    found = {}
+    """The contents of the files that RELAY_X_FILE variables name, by field; raises SettingsError."""
+    contents = {}
     for name, path in os.environ.items():
         target = name.removesuffix("_FILE")
         if name.endswith("_FILE") and target in names() and name not in names():
             try:
-                found[target.removeprefix(PREFIX).lower()] = Path(path).read_text().strip()
+                contents[target.removeprefix(PREFIX).lower()] = Path(path).read_text().strip()
             except (OSError, UnicodeDecodeError) as error:
                 why = error.strerror if isinstance(error, OSError) else "it is not text"
                 raise SettingsError(f"{name}: cannot read {path}: {why}") from None
-    return found
+    return contents
 
 
 def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     """Read the settings of a role from the environment; raises SettingsError, a line for each bad
     variable.
 
-    Those of the other roles are validated too, and the file of routes: what one process would
-    refuse must not pass in another, for `check` would call it good, and half of a relay would run.
+    The settings of the other roles and the file of routes are validated too: settings that one
+    process refuses must not pass in another, or half of a relay would run.
     """
     from relay.routes import Routes  # which imports this module
 
-    lines: dict[str, None] = {}  # a variable that roles share has one
-    found: dict[type[Settings], Settings] = {}
-    for one in ROLES:
+    lines: dict[str, None] = {}  # roles share variables, and a variable has one line
+    loaded: dict[type[Settings], Settings] = {}
+    for each in ROLES:
+        fields = {name: value for name, value in overrides.items() if name in each.model_fields}
         try:
-            found[one] = one(
-                **{name: value for name, value in overrides.items() if name in one.model_fields}
-            )
+            loaded[each] = each(**fields)
         except ValidationError as error:
             lines |= dict.fromkeys(map(_line, error.errors()))
     if lines:
         raise SettingsError("\n".join(lines))
-    Routes.load(found[role])
-    return cast(Role, found[role])
+    Routes.load(loaded[role])
+    return cast(Role, loaded[role])
+
+
+def reason(detail: Mapping[str, Any]) -> str:
+    """The text of one of pydantic's errors."""
+    return str(detail["msg"]).removeprefix("Value error, ")
 
 
 def _line(detail: Mapping[str, Any]) -> str:
-    words = str(detail["msg"]).removeprefix("Value error, ")
     if not detail["loc"]:
-        return words
-    field = str(detail["loc"][0])
-    given = (
-        detail["input"]
-        if len(detail["loc"]) == 1
-        else os.environ.get(PREFIX + field.upper(), detail["input"])
-    )
-    shown = f" = {given!r}" if "url" not in field else ""
-    return f"{PREFIX}{field.upper()}{shown}: {words}"
+        return reason(detail)
+    name = f"{PREFIX}{detail['loc'][0]}".upper()
+    value = detail["input"]
+    if len(detail["loc"]) > 1:  # one of several values
+        value = os.environ.get(name, value)
+    return f"{name}{'' if 'URL' in name else f' = {value!r}'}: {reason(detail)}"
 
 
 def unwanted(settings: Settings) -> re.Pattern[str]:
-    """What a D says that is about us and not about the mail; matches nothing if there are no
-    patterns.
+    """A pattern for replies about this relay and not about the mail; matches nothing if there are
+    no patterns.
 
-    A server that does not want *us* says so with the D that was meant for the mail: Postfix
-    "host[ip] is not authorized to use this service", others in the same spirit.
+    A server that does not authorize the relay answers with the same D as for a bad recipient:
+    Postfix says "host[ip] is not authorized to use this service".
     """
     return re.compile("|".join(settings.unauthorized_replies) or r"(?!)", re.IGNORECASE)
 
 
 def unknown_names(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """A warning for each RELAY_ variable that nobody reads, with the nearest one that somebody
-    does."""
+    """A warning for each unknown RELAY_ variable, with the most similar known one."""
     known = names() | {name + "_FILE" for name in names()}
-    unknown = sorted(
-        n
-        for n in environ
-        if n.startswith(PREFIX) and n not in known and not n.startswith("RELAY_TEST")
-    )
-    return [_advice(name, difflib.get_close_matches(name, known, 1)) for name in unknown]
-
-
-def _advice(name: str, near: list[str]) -> str:
-    return f"ignoring {name}, which is no setting" + (f"; did you mean {near[0]}?" if near else "")
+    warnings = []
+    for name in sorted(environ.keys() - known):
+        if name.startswith(PREFIX) and not name.startswith("RELAY_TEST"):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            warnings.append(f"ignoring {name}, which is not a setting{hint}")
+    return warnings
 
 
 def redacted(text: str) -> str:
-    """A URL, or words with one in them, without its password and the values of its parameters, fit
-    to be printed.
+    """A URL, or a text with one, without the password and the values of the parameters.
 
-    A password may hold anything, also what should have been escaped: it reaches to the last `@`.
-    Any parameter may be one that a driver takes for a secret (`sslpassword`). What cannot be told
-    from a secret is not shown.
+    A password may contain characters that should have been escaped, so it reaches to the last `@`.
+    Any parameter may be a secret of a driver (`sslpassword`), so no value is shown.
     """
     start, scheme, rest = text.partition("://")
     user, colon, secret = rest.partition(":")
     secret, at, host = secret.rpartition("@")
     if colon and at:
-        if (
-            "=" in secret.partition("?")[2].rpartition("&")[2]
-        ):  # the `@` may stand in the value of a parameter
+        # the `@` may belong to the value of a parameter
+        if "=" in secret.partition("?")[2].rpartition("&")[2]:
             host = host.partition("&")[2]
         rest = f"{user}:***@{host}"
     return _PASSWORD.sub("***", start) + scheme + _PASSWORD.sub("***", _VALUE.sub(r"\1***", rest))

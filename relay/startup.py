@@ -1,8 +1,7 @@
-"""What smtpd and worker do before they touch mail: database reachable and durable, schema ours,
-spool the right one.
+"""Startup of smtpd and worker: the database is reachable and durable, the schema is current, and the
+spool is the right one.
 
-Nothing here gives up because something is away: services start in any order, also after a host
-reboot.
+An outage does not end a start: services start in any order, for example after a reboot.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DurableState:
-    """The durable state, checked."""
+    """The database and the spool, both checked."""
 
     engine: Engine
     spool: Spool
@@ -33,7 +32,7 @@ def ready(settings: Settings) -> DurableState:
     """Wait for the database, then check it and the spool; raises DatabaseError or SpoolError."""
     for warning in unknown_names():
         log.warning(warning)
-    os.umask(0o077)  # as commands do, for a worker that `celery` started
+    os.umask(0o077)  # commands do this too; a worker that `celery` starts is not one
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = database.connect(settings.database_url, hot=True)
     return retry_until_available(lambda: _checked(settings, engine))
@@ -44,7 +43,7 @@ def _checked(settings: Settings, engine: Engine) -> DurableState:
     faults = [] if settings.unsafe_durability else database.check_durable(engine)
     if faults:
         raise database.DatabaseError(
-            f"{redacted(settings.database_url)} would forget mail at a power cut: {', '.join(faults)};"
+            f"{redacted(settings.database_url)} would lose mail at a power cut: {', '.join(faults)};"
             " turn it on, or set RELAY_UNSAFE_DURABILITY=1 for a test"
         )
     spool = Spool(settings.spool_dir)
@@ -53,8 +52,7 @@ def _checked(settings: Settings, engine: Engine) -> DurableState:
 
 
 def retry_until_available[Answer](ask: Callable[[], Answer]) -> Answer:
-    """Ask the database until it answers: who starts in the middle of an outage waits for its
-    end."""
+    """Call `ask` until no outage of the database interrupts it; other errors are raised."""
     while True:
         try:
             return ask()
@@ -68,7 +66,7 @@ def retry_until_available[Answer](ask: Callable[[], Answer]) -> Answer:
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """An event loop: uvloop's, where there is a wheel of it; else slower, not different."""
+    """An event loop: uvloop's if it is installed, or asyncio's, which is slower."""
     try:
         import uvloop
     except ImportError:

@@ -1,9 +1,9 @@
-"""Check the English of the pages with proselint: `python scripts/prose.py [FILE ...]`, all pages
-unless some are named.
+"""Checks the English of the pages with proselint: `python scripts/prose.py [FILE ...]`. Without
+arguments it checks all pages.
 
-proselint reads plain text, so everything in a page that is not prose is masked first: code, links'
-targets and HTML comments. The mask keeps every line and column, so that a finding stands where the
-page has it. The exit status is 1 when there is a finding, and 2 when a file cannot be read.
+proselint reads plain text, so the script first masks all that is not prose: code, targets of links
+and HTML comments. The mask keeps lines and columns, so that a finding names the right position. The
+exit status is 1 when there is a finding, and 2 when a file cannot be read.
 """
 
 import re
@@ -19,7 +19,7 @@ PAGES = ("*.md", "docs/*.md", "docs/decisions/*.md")
 
 # The checks of proselint that are off here. Each has its reason; a new one needs a reason too.
 OFF = {
-    "typography.symbols.curly_quotes",  # pages are ASCII, so that what is copied from one can be typed and grepped
+    "typography.symbols.curly_quotes",  # pages are ASCII, so that their text can be typed and grepped
     "typography.symbols.ellipsis",  # the same
     "typography.symbols.multiplication",  # the same
     "typography.diacritical_marks",  # the command `resume` and the verb are not a résumé
@@ -28,14 +28,15 @@ OFF = {
 # Code between fences; a line that is indented as code; code in a line; the target of a link; an
 # HTML comment.
 NOT_PROSE = re.compile(
-    r"^(?P<fence>```+|~~~+).*?^(?P=fence)|^ {4}.*?$|(?P<ticks>`+).+?(?P=ticks)(?!`)|(?<=\])\([^)\s]*\)|<!--.*?-->",
+    r"^(?P<fence>```+|~~~+).*?^(?P=fence)|^ {4}.*?$|(?P<ticks>`+).+?(?P=ticks)(?!`)"
+    r"|(?<=\])\([^)\s]*\)|<!--.*?-->",
     re.MULTILINE | re.DOTALL,
 )
 
 
 def masked(page: str) -> str:
     """The page with a `~` for each character that is not prose."""
-    return NOT_PROSE.sub(lambda found: re.sub(r"\S", "~", found[0]), page)
+    return NOT_PROSE.sub(lambda match: re.sub(r"\S", "~", match[0]), page)
 
 
 def cuts_a_word(text: str, end: int) -> bool:
@@ -44,17 +45,14 @@ def cuts_a_word(text: str, end: int) -> bool:
 
 
 def main(names: list[str]) -> int:
-    """Print a line for each finding; the exit status."""
-    checks = dict.fromkeys(OFF, False) | DEFAULT["checks"]  # the first that fits counts
+    """Print a line for each finding; return the exit status."""
+    checks = dict.fromkeys(OFF, False) | DEFAULT["checks"]  # the first match counts
     config = Config(max_errors=DEFAULT["max_errors"], checks=checks)
     CheckRegistry().register_many(__register__)
     root = Path(__file__).parents[1]
     count = 0
-    for path in (
-        map(Path, names)
-        if names
-        else (path for pattern in PAGES for path in sorted(root.glob(pattern)))
-    ):
+    pages = [path for pattern in PAGES for path in sorted(root.glob(pattern))]
+    for path in map(Path, names) if names else pages:
         try:
             page = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -62,11 +60,11 @@ def main(names: list[str]) -> int:
             return 2
         prose = LintFile(path, masked(page))
         for finding in prose.lint(config):
-            found = finding.check_result
-            if not cuts_a_word(prose.content, found.span[1]):
+            result = finding.check_result
+            if not cuts_a_word(prose.content, result.span[1]):
                 line, column = finding.pos
                 print(
-                    f"{path}:{line}:{column}: {found.check_path}: {' '.join(found.message.split())}"
+                    f"{path}:{line}:{column}: {result.check_path}: {' '.join(result.message.split())}"
                 )
                 count += 1
     return 1 if count else 0

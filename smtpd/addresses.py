@@ -1,29 +1,21 @@
-"""Paths and parameters of MAIL and RCPT, by the grammar of RFC 5321 section 4.1.2 and a few forms
-that clients need.
+"""Paths and parameters of MAIL and RCPT: the grammar of RFC 5321, 4.1.2, and three deviations.
 
-All clients may end a domain with a dot, which is dropped. Trusted clients may leave the domain out
-(the `root` of a cron job gets that of this host) and may use `_` in it, as the names of many hosts
-in private networks do; a program on such a host could not send its mail otherwise. For other
-clients both are errors, as on the Internet.
+Every client may end a domain with a dot, which is dropped. Trusted clients may leave the domain out
+(mail to `root` from a cron job gets this host's domain) and may use `_` in it, because hosts of
+private networks have such names. For other clients both are errors.
 
-An address leaves here in the form that QMQP carries: bare, its local part without SMTP's quoting
-(`"a b"@x` becomes `a b@x`), without a source route, the null sender as the empty string. It was
-checked to be printable ASCII with a non-empty local part and a real domain or address literal, so
-that nothing downstream can see a line end, a NUL or one of qmail's magic senders (`#@[]`,
-`list-@host-@[]`): an empty literal is no domain. Domains and local parts keep their case. No
-address leaves here that `qmqp.request` refuses, because a message with one could never be sent. The
-parameters are checked, and kept as they were written: ENVID and ORCPT are case-significant (RFC
-3461).
-
-Every refusal is a `CommandRefused` that carries the whole reply.
+A parsed address has the form that QMQP carries: no quoting, no source route, '' for the null
+sender. It is printable ASCII with a non-empty local part and a real domain or address literal, and
+`qmqp.request` accepts it. So no line end, NUL or magic sender of qmail (`#@[]`) gets further.
+Case is kept. Parameters are checked and kept in capitals, except ENVID and ORCPT (RFC 3461).
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from qmqp.request import MAX_ADDRESS, is_sendable
+from reception.envelope import Recipient, Refused
 
 _ATOM = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _LABEL = rb"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
@@ -31,10 +23,10 @@ _DOMAIN = rb"%b(?:\.%b)*" % (_LABEL, _LABEL)
 _LOCAL_LABEL = rb"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _LOCAL_DOMAIN = rb"%b(?:\.%b)*" % (_LOCAL_LABEL, _LOCAL_LABEL)
 _MAILBOX = (
-    rb"(?P<local>%b(?:\.%b)*|\"(?:[ !#-\[\]-~]|\\[ -~])*\")(?:@(?:(?P<domain>%b)\.?|(?P<literal>\[[A-Za-z0-9.:]+\])))?"
-    % (_ATOM, _ATOM, _LOCAL_DOMAIN)
+    rb"(?P<local>%b(?:\.%b)*|\"(?:[ !#-\[\]-~]|\\[ -~])*\")"
+    rb"(?:@(?:(?P<domain>%b)\.?|(?P<literal>\[[A-Za-z0-9.:]+\])))?" % (_ATOM, _ATOM, _LOCAL_DOMAIN)
 )
-# One space after the colon is no part of the grammar, and much older software sends it.
+# The grammar has no space after the colon, but much older software sends one.
 _ARGUMENT = re.compile(
     rb"(?i:(?P<word>FROM|TO): ?)<(?:(?:@%b(?:,@%b)*:)?%b)?>(?P<rest> .*)?"
     % (_DOMAIN, _DOMAIN, _MAILBOX),
@@ -43,165 +35,101 @@ _ARGUMENT = re.compile(
 _QUOTED_PAIR = re.compile(rb"\\(.)")
 _PARAMETER = re.compile(rb"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([!-<>-~]+))?")
 _XTEXT = rb"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"
-_WISH = rb"(?:SUCCESS|FAILURE|DELAY)"
+_CONDITION = rb"(?:SUCCESS|FAILURE|DELAY)"
 _SENDER_PARAMETERS = {
     b"SIZE": re.compile(rb"[0-9]{1,20}"),
     b"BODY": re.compile(rb"(?i)7BIT|8BITMIME"),
     b"RET": re.compile(rb"(?i)FULL|HDRS"),
     b"ENVID": re.compile(rb"%b{1,100}" % _XTEXT),
-    # RFC 4954 section 5: says who first submitted it; nobody authenticates here, so it is read and
-    # forgotten.
+    # RFC 4954 section 5: the first submitter. There is no AUTH here, so the value is not used.
     b"AUTH": re.compile(rb"<>|%b{1,500}" % _XTEXT),
     # RFC 6531, 3.4: it has no value.
     b"SMTPUTF8": re.compile(rb""),
 }
 _RECIPIENT_PARAMETERS = {
-    b"NOTIFY": re.compile(rb"(?i)NEVER|%b(?:,%b){0,2}" % (_WISH, _WISH)),
+    b"NOTIFY": re.compile(rb"(?i)NEVER|%b(?:,%b){0,2}" % (_CONDITION, _CONDITION)),
     b"ORCPT": re.compile(rb"[A-Za-z0-9][A-Za-z0-9-]{0,63};%b{1,500}" % _XTEXT),
 }
-_CASE_COUNTS = (b"ENVID", b"ORCPT")
+_CASE_SENSITIVE = (b"ENVID", b"ORCPT")
+_BAD_PARAMETER = "501 5.5.4 Bad or repeated parameter"
 
 DOMAIN_LIMIT = 255
-"""Octets, RFC 5321 section 4.5.3.1.2. The 64 of a local part and the 256 of a path there are what
-must be taken at least. VERP and SRS make longer ones, and a bounce to such a sender would be lost.
-MAX_ADDRESS limits the address."""
-
-
-class CommandRefused(Exception):
-    """A command that cannot be obeyed; `reply` is the whole answer, line end included."""
-
-    def __init__(self, reply: bytes) -> None:
-        super().__init__(reply.decode("ascii").rstrip())
-        self.reply = reply
-
-
-_UNKNOWN_PARAMETER = b"555 5.5.4 Parameter not recognized or not implemented\r\n"
-_BAD_PARAMETER = b"501 5.5.4 Bad or repeated parameter\r\n"
-_NO_SMTPUTF8 = b"553 5.6.7 Only ASCII addresses are accepted here\r\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Recipient:
-    """One mailbox: `address` as QMQP carries it, `path` as SMTP writes it (quoted, no brackets),
-    and what RCPT said."""
-
-    address: str
-    path: str
-    domain: str
-    notify: str | None = None
-    orcpt: str | None = None
-
-    @property
-    def local(self) -> str:
-        """The local part without SMTP's quoting."""
-        return self.address[: -len(self.domain) - 1]
-
-    @property
-    def mailbox(self) -> str:
-        """Equal for two recipients that are the same one: capitals count in the local part alone
-        (RFC 5321, 2.4)."""
-        return self.address[: -len(self.domain)] + self.domain.lower()
-
-    def with_repeat(self, repeat: "Recipient") -> "Recipient":
-        """This recipient after the client has named it once more.
-
-        The sender is told of everything that either asked for, because a notice too many harms less
-        than one that is missed (RFC 3461 does not say what a repeat means). What is asked for if
-        nothing is said is FAILURE and DELAY.
-        """
-        if self.notify == repeat.notify:
-            notify = self.notify
-        else:
-            asked = {
-                wish
-                for one in (self, repeat)
-                for wish in (one.notify or "FAILURE,DELAY").split(",")
-            } - {"NEVER"}
-            notify = ",".join(sorted(asked))
-        return replace(self, notify=notify, orcpt=self.orcpt or repeat.orcpt)
+"""Octets of a domain (RFC 5321, 4.5.3.1.2). That section's 64 octets of a local part and 256 of a
+path are no limit here: a server must accept at least as many, VERP and SRS need more, and a bounce
+to such a sender would be lost. MAX_ADDRESS limits the whole address."""
 
 
 def parse_sender(
     argument: bytes, hostname: str, *, trusted: bool = False
 ) -> tuple[str, dict[bytes, str]]:
-    """Reads the argument of MAIL (`FROM:<path> parameters`): the sender ('' if null) and the
-    parameters by name.
+    """Parses the argument of MAIL (`FROM:<path> parameters`) into the sender, '' if it is null, and
+    its parameters by name.
 
-    A name without a domain is one of `hostname`, if the client is `trusted`. Raises Refused. Words
-    are in capitals, only ENVID is as it came.
+    For a `trusted` client `hostname` is the domain of a name that has none. Raises Refused.
     """
-    match = _match(argument, b"FROM", b"501 5.1.7 Bad sender address syntax\r\n")
+    match = _match(argument, b"FROM", "501 5.1.7 Bad sender address syntax")
     address = ""
     if match["local"] is not None:
-        address, _, _ = _mailbox(
-            match, b"501 5.1.7 Bad sender address", hostname if trusted else None, trusted=trusted
-        )
+        default = hostname if trusted else None
+        address, _, _ = _mailbox(match, "501 5.1.7 Bad sender address", default, trusted=trusted)
     return address, _parameters(match["rest"], _SENDER_PARAMETERS)
 
 
 def parse_recipient(argument: bytes, hostname: str, *, trusted: bool = False) -> Recipient:
-    """Reads the argument of RCPT. Raises Refused.
+    """Parses the argument of RCPT (`TO:<path> parameters`).
 
-    A bare `<Postmaster>` (RFC 5321, 4.1.1.3) is that of `hostname`, and so is any name from a
-    `trusted` client.
+    `hostname` is the domain of a bare `<Postmaster>` (RFC 5321, 4.1.1.3), and of every name without
+    a domain from a `trusted` client. Raises Refused.
     """
-    match = _match(argument, b"TO", b"501 5.1.3 Bad recipient address syntax\r\n")
+    match = _match(argument, b"TO", "501 5.1.3 Bad recipient address syntax")
     if match["local"] is None:
-        raise CommandRefused(b"501 5.1.3 A recipient cannot be empty\r\n")
-    home = hostname if trusted or match["local"].lower() == b"postmaster" else None
-    address, path, domain = _mailbox(
-        match, b"501 5.1.3 Bad recipient address", home, trusted=trusted
-    )
+        raise Refused("501 5.1.3 A recipient cannot be empty")
+    default = hostname if trusted or match["local"].lower() == b"postmaster" else None
+    mailbox = _mailbox(match, "501 5.1.3 Bad recipient address", default, trusted=trusted)
     values = _parameters(match["rest"], _RECIPIENT_PARAMETERS)
-    return Recipient(address, path, domain, values.get(b"NOTIFY"), values.get(b"ORCPT"))
+    return Recipient(*mailbox, values.get(b"NOTIFY"), values.get(b"ORCPT"))
 
 
-def _match(argument: bytes, word: bytes, refusal: bytes) -> re.Match[bytes]:
+def _match(argument: bytes, keyword: bytes, refusal: str) -> re.Match[bytes]:
     match = _ARGUMENT.fullmatch(argument)
-    if match is None or match["word"].upper() != word:
-        raise CommandRefused(refusal if argument.isascii() else _NO_SMTPUTF8)
+    if match is None or match["word"].upper() != keyword:
+        ascii_only = "553 5.6.7 Only ASCII addresses are accepted here"
+        raise Refused(refusal if argument.isascii() else ascii_only)
     return match
 
 
 def _mailbox(
-    match: re.Match[bytes], refusal: bytes, home: str | None, *, trusted: bool
+    match: re.Match[bytes], refusal: str, default: str | None, *, trusted: bool
 ) -> tuple[str, str, str]:
-    """Address, path and domain. `home`: the domain of a name that has none, None if it needs
-    one."""
+    """Address, path and domain. `default` is the domain of a name that has none; None refuses such
+    a name."""
     local, domain, literal = match.group("local", "domain", "literal")
     if literal is not None:
         domain = literal
         if not _is_literal(domain[1:-1].decode("ascii")):
-            raise CommandRefused(refusal + b": bad address literal\r\n")
+            raise Refused(f"{refusal}: bad address literal")
     elif domain is None:
-        if home is None:
-            raise CommandRefused(refusal + b": a domain is needed\r\n")
-        domain = home.encode("ascii")
+        if default is None:
+            raise Refused(f"{refusal}: a domain is needed")
+        domain = default.encode("ascii")
         if local.lower() == b"postmaster":
-            local = b"postmaster"  # capitals mean nothing in this one (RFC 5321, 4.5.1)
-    elif not trusted and 0x5F in domain:
-        raise CommandRefused(refusal + b": _ in the domain\r\n")
+            local = b"postmaster"  # this local part is not case-sensitive (RFC 5321, 4.5.1)
+    elif not trusted and b"_" in domain:
+        raise Refused(f"{refusal}: _ in the domain")
     if len(domain) > DOMAIN_LIMIT:
-        raise CommandRefused(refusal + b": the domain is too long\r\n")
-    bare = local if local[0] != 0x22 else _QUOTED_PAIR.sub(rb"\1", local[1:-1])
+        raise Refused(f"{refusal}: the domain is too long")
+    bare = _QUOTED_PAIR.sub(rb"\1", local[1:-1]) if local.startswith(b'"') else local
     if not bare:
-        raise CommandRefused(refusal + b": empty local part\r\n")
-    address = bare + b"@" + domain
-    if not is_sendable(address):
-        raise CommandRefused(
-            refusal + b": it begins with < or is longer than %d octets\r\n" % MAX_ADDRESS
-        )
-    text = address.decode("ascii")
-    name = text[len(bare) + 1 :]
-    return text, text if bare is local else f"{local.decode('ascii')}@{name}", name
+        raise Refused(f"{refusal}: empty local part")
+    if not is_sendable(bare + b"@" + domain):
+        raise Refused(f"{refusal}: it begins with < or is longer than {MAX_ADDRESS} octets")
+    name = domain.decode("ascii")
+    return f"{bare.decode('ascii')}@{name}", f"{local.decode('ascii')}@{name}", name
 
 
 def _is_literal(text: str) -> bool:
     try:
-        if text[:5].upper() == "IPV6:":
-            IPv6Address(text[5:])
-        else:
-            IPv4Address(text)
+        IPv6Address(text[5:]) if text[:5].upper() == "IPV6:" else IPv4Address(text)
     except AddressValueError:
         return False
     return True
@@ -212,12 +140,12 @@ def _parameters(text: bytes | None, known: Mapping[bytes, re.Pattern[bytes]]) ->
     for word in filter(None, (text or b"").split(b" ")):
         match = _PARAMETER.fullmatch(word)
         if match is None:
-            raise CommandRefused(_BAD_PARAMETER)
+            raise Refused(_BAD_PARAMETER)
         name = match[1].upper()
         if name not in known:
-            raise CommandRefused(_UNKNOWN_PARAMETER)
+            raise Refused("555 5.5.4 Parameter not recognized or not implemented")
         value = match[2] or b""
         if name in values or not known[name].fullmatch(value):
-            raise CommandRefused(_BAD_PARAMETER)
-        values[name] = (value if name in _CASE_COUNTS else value.upper()).decode("ascii")
+            raise Refused(_BAD_PARAMETER)
+        values[name] = (value if name in _CASE_SENSITIVE else value.upper()).decode("ascii")
     return values

@@ -1,23 +1,12 @@
-"""What follows DATA: from SMTP's dotted CRLF lines to the LF text that QMQP carries, a block at a
-time.
+"""The decoder of what follows DATA: from dotted CRLF lines to the LF text that QMQP carries.
 
-Nothing here goes line by line: a block is searched and translated whole, in C. Bytes that may be
-the beginning of the end (`CR LF . CR LF`, cut anywhere) wait in a carry of at most four bytes for
-the next block. The first line is made like every other by a carry that starts as CR LF; the LF that
-this yields is taken off again.
+A block is searched and translated whole, in C, never line by line. Bytes that may begin the end
+(`CR LF . CR LF`, cut anywhere) wait in a carry of at most four bytes for the next block. The carry
+starts as CR LF, so that the first line is like every other; the LF that this yields is dropped.
 
-Only <CRLF>.<CRLF> ends a message (RFC 5321, 4.1.1.4). A CR or LF on its own is never taken for a
-line end, neither here nor by the next hop: LF alone is the line end of the stored form, so a bare
-one could not be told from a real one (that is how mail is smuggled), and turning CRLF into LF would
-not be reversible. Such content is read to its real end and refused. So is content over the limit
-and content that has been through too many hops; from the first fault on nothing is decoded any
-more, only the end is looked for, and the session stays in step with its client.
-
-Bare CRs may be stripped instead (`strip_cr`), for clients that send CR CR LF. The end and the
-stuffed dots are found first, on the bytes as they came: `CR LF . CR CR LF` and `CR LF CR . CR LF`
-are no ends, although they look like one without the bare CR, and the dot of the latter is no
-stuffed one. A CR before a LF always stays, so stripping can neither make nor hide a bare LF, which
-is refused all the same.
+Only <CRLF>.<CRLF> ends a message (RFC 5321, 4.1.1.4). Content with a bare CR or LF is read to its
+real end and refused, because the stored form could not tell it from a line end (SMTP smuggling). So
+is content that is too large or loops. After a fault nothing is decoded, only the end is searched.
 """
 
 import re
@@ -25,28 +14,32 @@ from enum import Enum
 from io import IncrementalNewlineDecoder
 
 MAX_RECEIVED = 100
-"""Trace fields a message may carry (RFC 5321, 6.3: at least 100)."""
+"""Trace fields that a message may carry (RFC 5321, 6.3: at least 100)."""
 
 _END = b"\r\n.\r\n"
-_BEGINNINGS = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r")
+_PARTIAL_ENDS = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r")
 _MESSAGE_ID = re.compile(rb"(?i)\nmessage-id:(?:\n?[ \t])*(<[!-;=?-~]{1,500}>)")
-_KEPT_LINE = 1000
+_MAX_TAIL = 1000
 
 
 class Fault(Enum):
-    """Why content is refused, as the reply that is due once its end has come."""
+    """Why content is refused: the reply to its end."""
 
-    BARE = b"550 5.6.11 Message contains a bare CR or LF\r\n"
-    TOO_BIG = b"552 5.3.4 Message exceeds the size limit\r\n"
-    LOOP = b"554 5.4.6 Too many hops, this mail is looping\r\n"
+    BARE = "550 5.6.11 Message contains a bare CR or LF"
+    TOO_BIG = "552 5.3.4 Message exceeds the size limit"
+    LOOP = "554 5.4.6 Too many hops, this mail is looping"
 
 
 class Content:
-    """Decodes one message. `limit` is in octets as SMTP counts them: line ends are two, stuffed
-    dots and the end none. `strip_cr`: drop bare CRs (they count towards the limit).
+    """Decodes one message.
 
-    After the end (`feed` gave a rest): `fault`, `octets` and `header_message_id` (the header's,
-    brackets included, at most 502 characters) are final.
+    `limit` is in octets as SMTP counts them: a line end has two, stuffed dots and the end have
+    none. `strip_cr` drops bare CRs, which count towards the limit, for clients that send CR CR LF.
+    The end and the stuffed dots are searched before that, in the bytes as they came, so stripping
+    makes neither. A CR before a LF stays, so stripping never hides a bare LF, which is refused.
+
+    `fault`, `octets` and `header_message_id` (brackets included, at most 502 characters) are final
+    when `feed` has returned a rest.
     """
 
     __slots__ = ("_carry", "_header", "_limit", "_started", "_strip_cr", "fault", "octets")
@@ -65,8 +58,8 @@ class Content:
         return self._header.header_message_id
 
     def feed(self, data: bytes) -> tuple[bytes, bytes | None]:
-        """Takes what came from the network; returns decoded text, and what came after the end
-        (None: no end yet)."""
+        """Takes bytes from the network; returns the decoded text, and the bytes after the end (None
+        if the end has not come)."""
         block = self._carry + data
         rest = None
         dot = block.find(b"\r\n.")
@@ -74,12 +67,9 @@ class Content:
         if end >= 0:
             rest = block[end + 5 :]
             block = block[: end + 2]
-        elif block.endswith(_BEGINNINGS):
-            kept = next(len(beginning) for beginning in _BEGINNINGS if block.endswith(beginning))
-            self._carry = block[-kept:]
-            block = block[:-kept]
         else:
-            self._carry = b""
+            self._carry = next(filter(block.endswith, _PARTIAL_ENDS), b"")
+            block = block.removesuffix(self._carry)
         if self.fault is not None or not block:
             return b"", rest
         return self._decode(block, stuffed=dot >= 0), rest
@@ -99,9 +89,8 @@ class Content:
             self.fault = Fault.TOO_BIG
             return b""
         if not self._started and text[1:2] in (b" ", b"\t"):
-            self._header.complete = (
-                True  # a first line that continues nothing: the receiver ends the header before it
-            )
+            # The receiver ends the header before a first line that begins with a blank.
+            self._header.complete = True
         if not self._header.complete:
             self._header.feed(text)
             if self._header.received > MAX_RECEIVED:
@@ -114,11 +103,10 @@ class Content:
 
 
 class HeaderScan:
-    """Reads a header as it passes: counts Received fields, finds the Message-ID. Keeps one
-    unfinished line, bounded.
+    """Counts the Received fields of a header and finds its Message-ID, block by block.
 
-    The text must begin with a LF that stands before the first line, so that every field is found as
-    `LF name`.
+    It keeps one unfinished line of at most `_MAX_TAIL` octets. The text must begin with a LF before
+    its first line, so that every field is found as `LF name`.
     """
 
     __slots__ = ("_tail", "complete", "header_message_id", "received")
@@ -133,7 +121,7 @@ class HeaderScan:
         window = self._tail + text
         end = window.find(b"\n\n")
         self.complete = end >= 0
-        # The last line may still grow: it is looked at when it is whole.
+        # The last line may still grow: it is searched when it is complete.
         cut = end if self.complete else window.rfind(b"\n")
         lines = window[:cut].lower()
         if self.header_message_id is None:
@@ -142,8 +130,8 @@ class HeaderScan:
                 match = _MESSAGE_ID.match(window, at, end if self.complete else len(window))
                 if match is not None:
                     self.header_message_id = match[1].decode("ascii")
-                elif not self.complete and len(window) - at < _KEPT_LINE:
+                elif not self.complete and len(window) - at < _MAX_TAIL:
                     cut = at
                     lines = lines[:at]
         self.received += lines.count(b"\nreceived:")
-        self._tail = window[cut : cut + _KEPT_LINE]
+        self._tail = window[cut : cut + _MAX_TAIL]

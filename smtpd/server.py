@@ -1,20 +1,13 @@
-"""Sockets, and every limit in time and number.
+"""The SMTP server: sockets, and every limit of time and number.
 
-A connection is a plain protocol object, not a task: what arrives goes through its session, the
-replies leave in one write, and a message that is complete is answered by a callback. One clock tick
-a second looks at all connections, so that none needs a timer: each only notes until when it may
-stay silent, and every command and every byte of content moves that on.
+A connection is a protocol object, not a task: input goes through its session, the replies leave in
+one write, and a callback brings the reply to a message. One clock tick a second checks the
+deadlines of all connections, so that no connection needs a timer.
 
-A deadline counts when what has arrived was read after it: timers run before sockets, and a process
-that was kept from running would find every deadline passed, and say 451 about messages that are
-kept.
-
-A session obeys a turn of commands; what is left it obeys in the next turn of the loop, so that a
-client that sends commands without an end has no more of the process than each of the others. It
-obeys none while its replies are not read.
-
-Reading stops while the client does not read our replies, while the disk is behind with its message,
-and while it has sent too much behind what is not answered yet.
+What must stay true: a deadline counts only after the input that had arrived by then was read.
+Timers run before sockets, so a process that was stopped would find every deadline passed, and would
+send 451 for messages that are stored. Reading stops while the client does not read our replies,
+while the disk is behind with its message, and while too much input waits behind a message.
 """
 
 import asyncio
@@ -22,116 +15,109 @@ import fcntl
 import math
 import os
 import socket
-import struct
 import termios
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import cast
 
 from reception.policy import ClientPolicy, Policy
-from reception.receiver import Receiver, Reception
+from reception.receiver import MAX_BUFFERED, Receiver, Reception
 from relay import metrics
 from relay.log import get_logger
 from relay.settings import SmtpdSettings
-from smtpd.events import (
+from smtpd.session import (
     DataComplete,
     DataReceived,
     DataRejected,
-    Envelope,
     Event,
+    Greeting,
     MailStarted,
     Refusal,
+    Session,
+    SessionState,
 )
-from smtpd.session import Greeting, Session
 
-BACKLOG = 1024
+LISTEN_BACKLOG = 1024
 """Connections that wait to be accepted."""
-BACKLOG_LIMIT = 64 * 1024
-"""Octets a client may send behind a message that is not answered yet."""
-LINGER = 10.0
+INPUT_LIMIT = 64 * 1024
+"""Octets that a client may send behind a message whose reply is due."""
+LINGER_TIMEOUT = 10.0
 """Seconds for the last reply to leave."""
-LATE = 1.0
-"""Seconds by which a clock tick may be late: behind one that is later the process, or its machine,
-stood still, and neither the clients nor the keeper can be blamed for the time."""
-READING = 0.01
-"""Seconds from a tick to the look at deadlines: the loop reads what has arrived in between."""
-MIN_RATE, RATE_WINDOW = 500, 60.0
-"""Octets a second that content must come with, over so many seconds, from a client that is not
-trusted. Without it 5 octets in five minutes keep a connection and the room of a message for years.
-Modems of 1990 were quicker."""
+LATE_TICK = 1.0
+"""Seconds that a clock tick may be late. After a later one the process, or its machine, has stood
+still, and the lost time counts against neither the clients nor the spooler."""
+READ_DELAY = 0.01
+"""Seconds from a tick to the check of deadlines: the loop reads in between what has arrived."""
+MIN_RATE = 500
+"""Octets a second of content from an untrusted client, on average over RATE_WINDOW. Without it, 5
+octets in five minutes would hold a connection and the space of a message for years. Modems of 1990
+were faster."""
+RATE_WINDOW = 60.0  # seconds
 
-_BUSY = b"421 4.3.2 Too many connections, try again later\r\n"
-_BUSY_CLIENT = b"421 4.7.0 Too many connections from your address\r\n"
-_STOPPING = b"421 4.3.2 Service is stopping\r\n"
-_TIMEOUT = b"421 4.4.2 Timeout, closing connection\r\n"
-_TOO_SLOW = b"421 4.4.2 Message comes too slowly, closing connection\r\n"
-_TOO_LONG = b"421 4.4.2 Transaction takes too long, closing connection\r\n"
+_STOPPING = "421 4.3.2 Service is stopping"
 
 log = get_logger(__name__)
 
 
 class ListenError(Exception):
-    """An address cannot be listened on; the text names it and the setting."""
+    """An address cannot be listened on. The text names the address and the setting."""
 
 
 @dataclass(slots=True)
 class SmtpServer:
-    """Everything that connections share."""
+    """What connections share. `size_limit` is asked every second if the routes may change it.
+
+    A connection whose descriptor is `last_descriptor` or higher pauses accepting.
+    """
 
     loop: asyncio.AbstractEventLoop
     settings: SmtpdSettings
     receiver: Receiver
     policy: Policy
     greeting: Greeting
-    largest: Callable[[], int] | None = None  # the size limit of now, where routes may change it
-    last_descriptor: float = math.inf  # of a connection; with it, or a higher one, accepting pauses
+    size_limit: Callable[[], int] | None = None
+    last_descriptor: float = math.inf
     connections: "set[SmtpConnection]" = field(default_factory=set)
-    clients: Counter[str] = field(
-        default_factory=Counter
-    )  # connections that were let in, by network
+    clients: Counter[str] = field(default_factory=Counter)  # admitted connections by network
     admitted: int = 0
-    strangers: int = 0  # of those
+    untrusted: int = 0  # of the admitted ones
     stopping: bool = False
+    next_tick: float = math.inf
     _listeners: list[asyncio.Server] = field(default_factory=list)
-    _sockets: list[socket.socket] = field(
-        default_factory=list
-    )  # the same; they stay open while accepting pauses
+    _sockets: list[socket.socket] = field(default_factory=list)  # open while accepting pauses
     _resuming: asyncio.Task[None] | None = None
     _clock: asyncio.TimerHandle | None = None
-    _due: float = math.inf  # the next tick
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def listen(self, addresses: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Listens on these addresses ('' is every one, port 0 any free one); the ones it got.
-        Raises ListenError."""
-        found: list[tuple[str, int]] = []
+        """Listens on these addresses ('' means every one, port 0 any free port); returns those in
+        use. Raises ListenError."""
         for host, port in addresses:
             try:
                 listener = await self.loop.create_server(
-                    lambda: SmtpConnection(self), host or None, port, backlog=BACKLOG
+                    lambda: SmtpConnection(self), host or None, port, backlog=LISTEN_BACKLOG
                 )
             except OSError as error:
                 await self.stop(0.0)
                 reason = os.strerror(error.errno) if error.errno else str(error)
-                text = f"cannot listen on {shown(host, port)}: {reason}; RELAY_SMTP_LISTEN sets the address"
-                raise ListenError(text) from error
+                raise ListenError(
+                    f"cannot listen on {format_address(host, port)}: {reason};"
+                    " RELAY_SMTP_LISTEN sets the address"
+                ) from error
             self._listeners.append(listener)
-            self._sockets += [
-                socket.socket(fileno=os.dup(one.fileno())) for one in listener.sockets
-            ]
-            found.extend(one.getsockname()[:2] for one in listener.sockets)
-        self._tick()
-        return found
+            self._sockets += [socket.socket(fileno=os.dup(s.fileno())) for s in listener.sockets]
+        self.tick()
+        return [listening.getsockname()[:2] for listening in self._sockets]
 
     async def stop(self, drain: float) -> None:
-        """Ends every session; transactions in progress may take `drain` seconds."""
+        """Ends every session. Transactions in progress have `drain` seconds to finish."""
         self.stopping = True
         self._close_listeners()
-        for one in self._sockets:
-            one.close()
+        for listening in self._sockets:
+            listening.close()
         for connection in tuple(self.connections):
             connection.stop(idle=True)
         if self.connections and drain > 0:
@@ -139,64 +125,70 @@ class SmtpServer:
                 await asyncio.wait_for(self._empty.wait(), drain)
             except TimeoutError:
                 log.warning("stopping with sessions open", sessions=len(self.connections))
-                await asyncio.sleep(READING)
+                await asyncio.sleep(READ_DELAY)
         for connection in tuple(self.connections):
             connection.stop()
         if self._clock is not None:
             self._clock.cancel()
 
-    def admit(self, client: ClientPolicy) -> bytes | None:
-        """Counts another connection of a client, or gives the reply that refuses it.
+    def admit(self, client: ClientPolicy) -> str | None:
+        """Counts a connection, or returns the reply that refuses it.
 
-        A quarter of the connections is kept for clients that are trusted. One that is refused is
-        not counted: a burst of them must not take the places of others until all have heard it.
+        A quarter of the connections is reserved for trusted clients. A refused connection is not
+        counted, so that a burst of them takes no slots while their replies leave.
         """
-        most = self.settings.max_connections
+        limit = self.settings.max_connections
         if self.stopping:
             return _STOPPING
-        if self.admitted >= most or (not client.trusted and self.strangers >= most - most // 4):
-            return _BUSY
+        if self.admitted >= limit or (not client.trusted and self.untrusted >= limit - limit // 4):
+            return "421 4.3.2 Too many connections, try again later"
         if self.clients[client.network] >= self.settings.max_connections_per_client:
-            return _BUSY_CLIENT
-        self.clients[client.network] += 1
-        self.admitted += 1
-        self.strangers += not client.trusted
+            return "421 4.7.0 Too many connections from your address"
+        self.count(client, 1)
         return None
 
-    def dismiss(self, client: ClientPolicy) -> None:
-        """A connection that was counted has ended."""
-        self.admitted -= 1
-        self.strangers -= not client.trusted
-        self.clients[client.network] -= 1
+    def remove(self, connection: "SmtpConnection", admitted: ClientPolicy | None) -> None:
+        """A connection has ended; `admitted` is its client if it was counted."""
+        if admitted is not None:
+            self.count(admitted, -1)
+        self.connections.discard(connection)
+        if self.stopping and not self.connections:
+            self._empty.set()
+
+    def count(self, client: ClientPolicy, change: int) -> None:
+        """Adds to the admitted connections of a client, or takes one away."""
+        self.admitted += change
+        self.untrusted += 0 if client.trusted else change
+        self.clients[client.network] += change
         if not self.clients[client.network]:
             del self.clients[client.network]
 
     def pause(self) -> None:
-        """Accepts nothing more until there are descriptors. Clients wait in the listen queue, which
-        stays."""
+        """Accepts no more until descriptors are free. Clients wait in the listen queue of the
+        kernel, because the sockets stay open."""
         if self._listeners and not self.stopping:
             self._close_listeners()
             log.warning("accepting paused", sessions=len(self.connections))
 
     def _resume(self) -> None:
-        """Accepts again, if there are descriptors; a new one tells, since it has the least number
-        that is free."""
+        """Accepts again if descriptors are free. A new descriptor shows that, because it has the
+        lowest free number."""
         copies: list[socket.socket] = []
-        try:
-            copies.extend(one.dup() for one in self._sockets)
-        except OSError:
-            enough = False
-        else:
-            enough = copies[-1].fileno() < self.last_descriptor
-        if enough:
+        with suppress(OSError):
+            copies.extend(listening.dup() for listening in self._sockets)
+        if len(copies) == len(self._sockets) and copies[-1].fileno() < self.last_descriptor:
             self._resuming = self.loop.create_task(self._accept_again(copies))
         else:
-            for one in copies:
-                one.close()
+            for copy in copies:
+                copy.close()
 
     async def _accept_again(self, copies: list[socket.socket]) -> None:
-        create = partial(self.loop.create_server, lambda: SmtpConnection(self), backlog=BACKLOG)
-        self._listeners = [await create(sock=one) for one in copies]
+        for copy in copies:
+            self._listeners.append(
+                await self.loop.create_server(
+                    lambda: SmtpConnection(self), sock=copy, backlog=LISTEN_BACKLOG
+                )
+            )
         if self.stopping:
             self._close_listeners()
         else:
@@ -207,74 +199,62 @@ class SmtpServer:
             listener.close()
         self._listeners.clear()
 
-    def forget(self, connection: "SmtpConnection") -> None:
-        self.connections.discard(connection)
-        if self.stopping and not self.connections:
-            self._empty.set()
-
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """The clock: once a second, or more often for short timeouts."""
         now = time.monotonic()
-        if self.largest is not None and (size := self.largest()) != self.greeting.max_message_size:
-            # Sessions that were offered another limit keep it for what they send.
-            self.greeting, self.policy.max_message_size = (
-                Greeting(self.settings.hostname, size),
-                size,
-            )
-        if (
-            not self._listeners
-            and not self.stopping
-            and (self._resuming is None or self._resuming.done())
-        ):
+        if self.size_limit and (size := self.size_limit()) != self.greeting.max_message_size:
+            # Open sessions keep the limit that they were offered.
+            self.greeting = Greeting(self.settings.hostname, size)
+            self.policy.max_message_size = size
+        resuming = self._resuming is not None and not self._resuming.done()
+        if not self._listeners and not self.stopping and not resuming:
             self._resume()
-        late = now > self._due + LATE
-        pause = min(1.0, self.settings.smtp_timeout / 4, self.receiver.deadline / 4)
-        self._due = now + pause
+        late = now > self.next_tick + LATE_TICK
+        pause = min(1.0, self.settings.smtp_timeout / 4, self.settings.accept_deadline / 4)
+        self.next_tick = now + pause
         if late:
             for connection in self.connections:
-                connection.measure(now)
-            self._clock = self.loop.call_later(pause, self._tick)
+                connection.restart_rate(now)
+            self._clock = self.loop.call_later(pause, self.tick)
         else:
-            self._clock = self.loop.call_later(READING, self._look_at_clock, now)
+            self._clock = self.loop.call_later(READ_DELAY, self.check_deadlines, now)
 
-    def _look_at_clock(self, now: float) -> None:
-        """Ends what was overdue at the time of the tick, and is still."""
+    def check_deadlines(self, now: float) -> None:
+        """Ends what was overdue at the tick, `now`, and still is."""
         for connection in tuple(self.connections):
-            connection.look_at_clock(now)
-        self.receiver.store.look_at_clock(now)
-        self._clock = self.loop.call_later(max(0.0, self._due - time.monotonic()), self._tick)
+            connection.check_deadlines(now)
+        self.receiver.spooler.check_deadlines(now)
+        self._clock = self.loop.call_later(max(0.0, self.next_tick - time.monotonic()), self.tick)
 
 
 class SmtpConnection(asyncio.Protocol):
-    """One client."""
+    """One client's connection."""
 
     def __init__(self, server: SmtpServer) -> None:
         self._server = server
-        self._client, self._trusted = "", False
-        self._reception: Reception | None = None
-        self._paused = False  # we do not read
-        self._stuck = False  # the client does not
+        self.reception: Reception | None = None
+        self.reading_paused = False
+        self.writing_paused = False  # the client does not read
+        self.deadline = 0.0  # of the client's silence, or of the last reply (monotonic)
+        self.transaction_started = 0.0
+        self.octets = 0  # of content, since the window began
+        self.window_started = 0.0
+        self._transactions = 0  # the number of the open one
         self._closing = False
-        self._admitted = False
-        self._until = 0.0
-        self._transactions, self._began = (
-            0,
-            0.0,
-        )  # the number of the one that is open, and when it began
-        self._octets, self._window = 0, 0.0  # came since
-        self._turn: asyncio.Handle | None = None  # of the session, when it has one before it
+        self._admitted: ClientPolicy | None = None
+        self._turn: asyncio.Handle | None = None  # the session's next one
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = self._transport = cast(asyncio.Transport, transport)
+        self.transport = transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         server = self._server
-        # No peer: it was gone before we had it.
-        client = self._rules = server.policy.client(peer[0] if peer else "::")
-        self._client = client.address
+        # Without a peer the client has gone already.
+        self.client = server.policy.client(peer[0] if peer else "::")
         server.connections.add(self)
         metrics.SESSIONS.inc()
-        self._until = time.monotonic() + server.settings.smtp_timeout
-        self._session = Session(server.greeting, client)
-        log.debug("connection", client=self._client)
+        self._extend()
+        self.session = Session(server.greeting, self.client)
+        log.debug("connection", client=self.client.address)
         if not peer:
             self._closing = True
             transport.abort()
@@ -282,203 +262,193 @@ class SmtpConnection(asyncio.Protocol):
         connection = transport.get_extra_info("socket")
         if connection.fileno() >= server.last_descriptor:
             server.pause()
-        refusal = server.admit(client)
-        self._admitted = refusal is None
+        refusal = server.admit(self.client)
         if refusal is not None:
             self._refuse(refusal)
-        elif _has_input(connection):
-            # What it has sent before the banner meets a session that has not started, and is
-            # refused there.
             return
-        else:
-            self._session.start()
-            self._transport.write(self._session.replies())
+        self._admitted = self.client
+        # A session that has not started refuses input that came before the banner.
+        if not _has_input(connection):
+            self.session.start()
+            transport.write(self.session.replies())
 
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        session, lines = self._session, self._session.lines
-        self._octets += len(data)
-        events = session.receive(data)
-        if session.receiving or session.lines != lines:
-            # A command has so long from its first octet to its last (RFC 5321, 4.5.3.2.7), not from
-            # one to the next.
-            self._until = time.monotonic() + self._server.settings.smtp_timeout
-        self._follow(events)
+        lines = self.session.lines
+        self.octets += len(data)
+        events = self.session.receive(data)
+        if self.session.state is SessionState.CONTENT or self.session.lines != lines:
+            # The timeout runs for a whole command (RFC 5321, 4.5.3.2.7), not between its octets.
+            self._extend()
+        self._handle(events)
 
     def eof_received(self) -> bool:
-        # With a QUIT behind its message the client has finished and may still be reading; else it
-        # has left.
-        return self._session.quit_pending()
+        # If QUIT waits behind a message the client has finished and may still read.
+        return self.session.quit_pending
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
-        self._give_up()
-        if self._admitted:
-            self._server.dismiss(self._rules)
-        self._server.forget(self)
+        self._cancel()
+        self._server.remove(self, self._admitted)
 
     def pause_writing(self) -> None:
-        self._stuck = self._session.halted = True
+        self.writing_paused = self.session.halted = True
         self._throttle()
 
     def resume_writing(self) -> None:
-        self._stuck = self._session.halted = False
-        if self._turn is None:
-            self._turn = self._server.loop.call_soon(self._go_on)
+        self.writing_paused = self.session.halted = False
+        self._schedule(0.0)
         self._throttle()
 
-    def look_at_clock(self, now: float) -> None:
-        """Ends what has taken too long: the client's silence, our own answer, the last reply's way
-        out."""
-        reception = self._reception
+    def check_deadlines(self, now: float) -> None:
+        """Ends what takes too long: the last reply, our reply to a message, the client."""
         if self._closing:
-            if now > self._until:
-                self._transport.abort()
-        elif reception is not None and reception.deadline is not None:
-            if now > reception.deadline:
-                reception.expire()
-        elif now > self._until:
-            self._refuse(_TIMEOUT)
-        elif not self._session.idle and now > self._began + self._server.settings.session_timeout:
-            self._refuse(_TOO_LONG)
-        elif self._session.receiving and not self._rules.trusted:
-            self._look_at_rate(now)
+            if now > self.deadline:
+                self.transport.abort()
+        elif self.reception is not None and self.reception.deadline is not None:
+            if now > self.reception.deadline:
+                self.reception.expire()
+        elif now > self.deadline:
+            self._refuse("421 4.4.2 Timeout, closing connection")
+        elif not self.session.idle and now > (
+            self.transaction_started + self._server.settings.session_timeout
+        ):
+            self._refuse("421 4.4.2 Transaction takes too long, closing connection")
+        elif self.session.state is SessionState.CONTENT and not self.client.trusted:
+            self._check_rate(now)
 
-    def _look_at_rate(self, now: float) -> None:
-        if self._paused:  # the disk is behind, not the client
-            self.measure(now)
-        elif now >= self._window + RATE_WINDOW:
-            slow = self._octets < MIN_RATE * (now - self._window)
-            self.measure(now)
+    def _check_rate(self, now: float) -> None:
+        seconds = now - self.window_started
+        if self.reading_paused:  # the disk is slow, not the client
+            self.restart_rate(now)
+        elif seconds >= RATE_WINDOW:
+            slow = self.octets < MIN_RATE * seconds
+            self.restart_rate(now)
             if slow:
-                self._refuse(_TOO_SLOW)
+                self._refuse("421 4.4.2 Message comes too slowly, closing connection")
 
-    def measure(self, now: float) -> None:
-        """Begins to count anew what comes in a time."""
-        self._octets, self._window = 0, now
+    def restart_rate(self, now: float) -> None:
+        """Begins a new window for MIN_RATE."""
+        self.octets = 0
+        self.window_started = now
 
     def stop(self, *, idle: bool = False) -> None:
-        """Ends the session, or does so only if it is `idle`; a message without an answer is taken
-        back if possible."""
-        if idle and (self._closing or not self._session.idle):
+        """Ends the session, with `idle` only if no transaction is open."""
+        if idle and (self._closing or not self.session.idle):
             return
-        if self._reception is not None and self._reception.deadline is not None:
-            self._reception.expire()
+        if self.reception is not None and self.reception.deadline is not None:
+            self.reception.expire()
         if self._closing:
-            self._transport.abort()
+            self.transport.abort()
         else:
             self._refuse(_STOPPING)
 
-    def _go_on(self) -> None:
-        """The session's next turn."""
-        self._turn = None
-        if not (
-            self._closing or self._stuck
-        ):  # else there is none, or the client has to read first
-            self._until = time.monotonic() + self._server.settings.smtp_timeout
-            self._follow(self._session.go_on())
+    def _extend(self) -> None:
+        """The client has been active: its timeout begins again."""
+        self.deadline = time.monotonic() + self._server.settings.smtp_timeout
 
-    def _follow(self, events: Sequence[Event]) -> None:
-        """Does what the session found, then sends what it says."""
-        if self._session.transactions != self._transactions:
-            self._transactions, self._began = self._session.transactions, time.monotonic()
+    def _schedule(self, pause: float) -> None:
+        """Gives the session a turn after so many seconds, unless it has one before that."""
+        if self._turn is None:
+            loop = self._server.loop
+            self._turn = (
+                loop.call_later(pause, self._resume) if pause else loop.call_soon(self._resume)
+            )
+
+    def _resume(self) -> None:
+        self._turn = None
+        if not (self._closing or self.writing_paused):
+            self._extend()
+            self._handle(self.session.resume())
+
+    def _handle(self, events: Sequence[Event]) -> None:
+        """Acts on the session's events, then sends its replies."""
+        session = self.session
+        if session.transactions != self._transactions:
+            self._transactions = session.transactions
+            self.transaction_started = time.monotonic()
         for event in events:
             match event:
                 case MailStarted():
-                    self._begin(event.envelope)
-                case DataReceived() if self._reception is not None:
-                    self._reception.append(event.data)
-                    if self._reception.failed:
-                        self._session.refuse_content()
-                case DataComplete() if self._reception is not None:
-                    self._reception.complete(event.header_message_id)
+                    receiver = self._server.receiver
+                    self.reception = Reception(
+                        receiver, event.envelope, self.client, self._reply, self._throttle
+                    )
+                    self.restart_rate(time.monotonic())
+                case DataReceived() if self.reception is not None:
+                    self.reception.append(event.data)
+                    if self.reception.error:
+                        session.refuse_content()
+                case DataComplete() if self.reception is not None:
+                    self.reception.complete(event.header_message_id)
                 case DataRejected():
-                    self._give_up()
+                    self._cancel()
                 case Refusal():
                     self._log(event.reply)
-        said = self._session.replies()
-        if said:
-            self._transport.write(said)
-        if self._session.closed:
-            self._give_up()
+        replies = session.replies()
+        if replies:
+            self.transport.write(replies)
+        if session.closed:
+            self._cancel()
             self._close()
-        elif self._server.stopping and self._session.idle:
+        elif self._server.stopping and session.idle:
             self._refuse(_STOPPING)
         else:
-            pause = self._session.pause
-            if pause is not None and self._turn is None:
-                loop = self._server.loop
-                self._turn = (
-                    loop.call_later(pause, self._go_on) if pause else loop.call_soon(self._go_on)
-                )
-            if self._paused or self._reception is not None or pause is not None:
+            if session.pause is not None:
+                self._schedule(session.pause)
+            if self.reading_paused or self.reception is not None or session.pause is not None:
                 self._throttle()
 
-    def _begin(self, envelope: Envelope) -> None:
-        claim = self._rules.claim(int(envelope.parameters.get(b"SIZE", "0")))
-        receiver = self._server.receiver
-        self._reception = Reception(
-            receiver,
-            envelope,
-            self._client,
-            claim,
-            self._answer,
-            self._throttle,
-            trusted=self._rules.trusted,
-        )
-        self.measure(time.monotonic())
-
-    def _answer(self, reply: bytes) -> None:
-        if not reply.startswith(b"2"):
+    def _reply(self, reply: str) -> None:
+        if not reply.startswith("2"):
             metrics.refused(reply)
-        self._reception = None
-        self._until = time.monotonic() + self._server.settings.smtp_timeout
-        self._follow(self._session.answer(reply))
+        self.reception = None
+        self._extend()
+        self._handle(self.session.reply(reply))
 
-    def _refuse(self, reply: bytes) -> None:
-        """Says goodbye, from our side and with a reason."""
+    def _refuse(self, reply: str) -> None:
+        """Closes the connection with a reply."""
         self._log(reply)
-        self._give_up()
-        self._session.close(reply)
-        self._transport.write(self._session.replies())
+        self._cancel()
+        self.session.close(reply)
+        self.transport.write(self.session.replies())
         self._close()
 
-    def _give_up(self) -> None:
-        reception, self._reception = self._reception, None
+    def _cancel(self) -> None:
+        reception, self.reception = self.reception, None
         if reception is not None:
-            reception.abandon()
+            reception.cancel()
 
-    def _log(self, reply: bytes) -> None:
+    def _log(self, reply: str) -> None:
         metrics.refused(reply)
-        words = reply[4:].rstrip().decode("ascii")
-        log.info("refused", client=self._client, code=int(reply[:3]), reason=words)
+        log.info("refused", client=self.client.address, code=int(reply[:3]), reason=reply[4:])
 
     def _close(self) -> None:
         self._closing = True
-        self._until = time.monotonic() + LINGER
-        self._transport.close()
+        self.deadline = time.monotonic() + LINGER_TIMEOUT
+        self.transport.close()
 
     def _throttle(self) -> None:
-        reception = self._reception
-        congested = reception is not None and reception.congested
-        wait = self._stuck or congested or self._session.backlog > BACKLOG_LIMIT
-        if wait is self._paused or self._closing:
+        """Pauses or resumes reading."""
+        congested = self.reception is not None and self.reception.in_memory > MAX_BUFFERED
+        pause = self.writing_paused or congested or len(self.session.input) > INPUT_LIMIT
+        if pause is self.reading_paused or self._closing:
             return
-        self._paused = wait
-        if wait:
-            self._transport.pause_reading()
+        self.reading_paused = pause
+        if pause:
+            self.transport.pause_reading()
         else:
-            self._until = time.monotonic() + self._server.settings.smtp_timeout
-            self._transport.resume_reading()
+            self._extend()
+            self.transport.resume_reading()
 
 
 def _has_input(connection: socket.socket) -> bool:
-    """Whether a client has talked before it was spoken to (nothing is read)."""
-    waiting = fcntl.ioctl(connection.fileno(), termios.FIONREAD, b"\0\0\0\0")
-    return bool(struct.unpack("i", waiting)[0])
+    """Whether the client has sent something; nothing is read."""
+    available = fcntl.ioctl(connection.fileno(), termios.FIONREAD, b"\0\0\0\0")
+    return available != b"\0\0\0\0"
 
 
-def shown(host: str, port: int) -> str:
-    """An address as it is written in settings."""
+def format_address(host: str, port: int) -> str:
+    """An address as settings write it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

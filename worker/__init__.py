@@ -1,7 +1,7 @@
 """Delivery: from a stored message to a recorded outcome.
 
-A worker process is a Celery worker whose one task hands message ids to an engine, and the engine:
-one event loop that drives every connection to the QMQP servers. The rows of the database say what
-is to be done; the task only says that now would be a good moment. Knows `relay` and `qmqp`, and
-nothing of the SMTP side.
+A worker process is a Celery worker with one task, `deliver`, and an engine. The engine is one event
+loop that drives all connections to QMQP servers. The rows of the database say what has to be done;
+a task is only a hint that now is a good moment. This package knows `relay` and `qmqp`, and nothing
+of the SMTP side.
 """

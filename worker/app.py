@@ -1,15 +1,13 @@
-"""The worker as Celery knows it: `celery -A worker.app worker`, or `qmqp-relay worker`.
+"""The worker as a Celery application: `celery -A worker.app worker`, or `qmqp-relay worker`.
 
-The one task, `deliver(ids)`, offers its messages to this process' engine and returns when the last
-one is out of its hands. Engine, sweeper and housekeeper live from the signal `worker_init` on,
-whether there is a broker or not (with one that refuses connections `worker_ready` never comes), and
-end with SIGTERM. Importing this module starts nothing and connects to nothing: `celery inspect` and
-Flower import it too.
+The one task, `deliver(ids)`, offers its messages to the engine of this process. Engine, sweeper,
+cleaner and rerouter run from the signal `worker_init` on, with or without a broker, until SIGTERM.
+Importing this module starts nothing: `celery inspect` and Flower import it too.
 
-What must stay true: the threads pool only, because every other pool forks, patches or blocks what
-the engine's threads stand on; no REMAP_SIGTERM and no soft shutdown, which that pool answers with a
-crash. SIGTERM drains, and a thread that waits for it from the start ends the process when Celery
-does not: a broker that is silent hangs it for minutes.
+What must stay true: only the threads pool is used, because every other pool forks, patches or
+blocks what the engine's threads need; no REMAP_SIGTERM and no soft shutdown, which crash that pool.
+SIGTERM drains. A thread waits for it from the start and ends the process if Celery does not: a
+silent broker can block Celery for minutes.
 """
 
 import logging
@@ -18,6 +16,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -41,97 +40,107 @@ from relay.startup import ready, retry_until_available
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
-from worker.delivery import record_failure
+from worker.delivery import report_failure
 from worker.engine import RECORDING_TIME, Engine
+from worker.periodic import PeriodicThread
 from worker.rerouter import Rerouter
 from worker.sweeper import Sweeper
 
 log = get_logger(__name__)
-CONCURRENCY = 4  # tasks only wait; what limits sending is WORKER_CONNECTIONS
+CONCURRENCY = 4  # tasks only wait; WORKER_CONNECTIONS limits sending
 WRONG_USE = 2  # the exit status of a command for a bad setting (commands.errors)
-CELERY_TIME = 3.0  # for Celery to end by itself once we have (seconds)
+CELERY_TIME = 3.0  # seconds for Celery to end by itself after the drain
+OPTIONS = (
+    "--quiet", "worker", "--pool", "threads", "--concurrency", str(CONCURRENCY),
+    "--queues", ",".join(QUEUES), "--without-gossip", "--without-mingle",
+)  # fmt: skip
 
 
-class Process:
-    """What lives in a worker process beside Celery."""
+class WorkerProcess:
+    """What runs in a worker process beside Celery."""
 
     def __init__(self, settings: WorkerSettings, app: Celery) -> None:
-        self.settings, self.app = settings, app
+        self.settings = settings
+        self.app = app
         self.engine: Engine | None = None
-        self._asked, self._ended = threading.Event(), threading.Event()
-        # Strong references: a signal would forget a bound method that nobody else holds.
-        signals.setup_logging.connect(self._on_setup_logging, weak=False)
-        signals.worker_init.connect(self._on_init, weak=False)
-        signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
-        signals.worker_shutdown.connect(self._on_shutdown, weak=False)
+        self._stop_requested = threading.Event()
+        self._drained = threading.Event()
+        # Strong references: a signal drops a bound method to which there is no other reference.
+        signals.setup_logging.connect(self.on_setup_logging, weak=False)
+        signals.worker_init.connect(self.on_init, weak=False)
+        signals.worker_shutting_down.connect(self.on_shutting_down, weak=False)
+        signals.worker_shutdown.connect(self.on_shutdown, weak=False)
 
-    def deliver(self, ids: dict[str, list[str]], lane: str) -> None:
-        """Hand messages, by route, to the engine; returns when none of them waits for it any
-        more."""
+    def deliver(self, ids: dict[str, list[str]], queue: str) -> None:
+        """Offer messages, by route, to the engine; returns when their hints were used."""
         if self.engine is not None:
-            for ticket in [self.engine.offer(some, lane, route) for route, some in ids.items()]:
-                ticket.wait()
+            for batch in [self.engine.offer(some, queue, route) for route, some in ids.items()]:
+                batch.wait()
 
     def start(self) -> None:
-        """Check database and spool, then start everything; raises SystemExit for what waiting will
-        not mend."""
+        """Check database and spool, then start everything. Raises SystemExit for a fault that
+        another start would meet again."""
         settings = self.settings
         try:
             routes = Routes.load(settings)
             state = ready(settings)
         except (SettingsError, DatabaseError, SpoolError) as error:
             _refuse(str(error))
-        ledger = WorkerQueue(state.engine, settings)
         servers = ServerPool(
             settings.server_connections,
-            routed=lambda: {one.name for route in routes.all() for one in route.servers},
+            routed=lambda: {server.name for route in routes.all() for server in route.servers},
             backoff=(settings.retry_min, settings.retry_max),
         )
-        self.engine = Engine(settings, ledger, state.spool, routes, servers=servers)
-        self._hints = Hints(self.app, RETRY, settings.batch_size)
-        debts = DsnGenerator(
-            state.engine, state.spool, settings, routes.route_for, partial(_forgiven, servers)
+        queue = WorkerQueue(state.engine, settings)
+        rescuer = Rescuer(state.engine, settings)
+        operations = QueueOperations(state.engine, notices=settings.bounces == "dsn")
+        not_authorized = partial(_report_unauthorized, servers)
+        generator = DsnGenerator(
+            state.engine, state.spool, settings, routes.route_for, not_authorized
         )
-        sweeps = Rescuer(state.engine, settings)
-        self.engine.pause(retry_until_available(sweeps.paused))
-        self._sweeper = Sweeper(
-            settings, sweeps, debts, self.engine, self._hints,
-            open_circuits=servers.open_circuits, known=routes.servers, routes=routes.all,
-        )  # fmt: skip
-        self._housekeeper = Cleaner(settings, state.engine, state.spool)
-        verbs = QueueOperations(state.engine, notices=settings.bounces == "dsn")
-        self._rerouter = Rerouter(sweeps, verbs, routes)
-        # Celery's own handler comes later; a SIGTERM before that would leave what the engine sends
-        # by then in doubt.
-        signal.signal(signal.SIGTERM, self._on_shutting_down)
-        for part in (self.engine, self._hints, self._sweeper, self._housekeeper, self._rerouter):
+        servers.pauses = retry_until_available(rescuer.paused)
+        self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
+        hints = Hints(self.app, RETRY, settings.batch_size)
+        parts = (
+            Sweeper(settings, rescuer, generator, self.engine, hints),
+            Cleaner(settings, state.engine, state.spool),
+            Rerouter(rescuer, operations, routes),
+            hints,
+        )
+        # Celery installs its own handler later. A SIGTERM before that would make uncertain what the
+        # engine is sending.
+        signal.signal(signal.SIGTERM, self.on_shutting_down)
+        self.engine.start()
+        for part in parts:
             part.start()
-        metrics.serve(settings, metrics.QueueMetrics(state.engine, state.spool, self._hints.lists))
-        threading.Thread(target=self._wait_for_the_end, name="end", daemon=True).start()
+        metrics.serve(settings, metrics.QueueMetrics(state.engine, state.spool, hints.lists))
+        end = threading.Thread(target=self._drain, args=(self.engine, parts), name="end")
+        end.daemon = True
+        end.start()
 
-    def _wait_for_the_end(self) -> None:
-        self._asked.wait()
+    def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints]) -> None:
+        self._stop_requested.wait()
         limit = self.settings.drain_timeout + 2 * RECORDING_TIME
-        last = threading.Timer(limit, _leave, args=("could not drain in time",))
-        last.daemon = True
-        last.start()
-        self._sweeper.close()
-        self._housekeeper.close()
-        self._rerouter.close()
-        self._hints.close()
-        recorded = self.engine is None or self.engine.drain(self.settings.drain_timeout)
+        timer = threading.Timer(limit, _leave, args=("the drain took too long",))
+        timer.daemon = True
+        timer.start()
+        for part in parts:
+            part.close()
+        recorded = engine.drain(self.settings.drain_timeout)
         log.info("drained", recorded=recorded)
-        last.cancel()
-        self._ended.set()
+        timer.cancel()
+        self._drained.set()
         if not threading.Event().wait(CELERY_TIME):
             _leave("Celery did not end by itself", 0 if recorded else 1)
 
     # Signals
 
-    def _on_setup_logging(self, **_: Any) -> None:
+    def on_setup_logging(self, **_: Any) -> None:
+        """Take the place of Celery's logging."""
         configure(self.settings)
 
-    def _on_init(self, sender: Any, **_: Any) -> None:
+    def on_init(self, sender: Any, **_: Any) -> None:
+        """Start, or end the process."""
         if sender.app is not self.app:
             return
         if not issubclass(get_implementation(sender.pool_cls), TaskPool):
@@ -141,81 +150,64 @@ class Process:
         configure(self.settings)
         try:
             self.start()
-        except (
-            Exception
-        ):  # Celery would log it and go on, a worker that takes hints and sends nothing
+        except Exception:  # Celery would go on, with a worker that takes hints and sends nothing
             log.exception("worker not started")
             sys.exit(1)
 
-    def _on_shutting_down(self, *_: Any, **__: Any) -> None:
-        self._asked.set()  # in a signal handler: nothing more than that
+    def on_shutting_down(self, *_: Any, **__: Any) -> None:
+        """Request the drain. It is a signal handler, so it does no more."""
+        self._stop_requested.set()
 
-    def _on_shutdown(self, **_: Any) -> None:
+    def on_shutdown(self, **_: Any) -> None:
+        """Let Celery end after the drain."""
         if self.engine is not None:
-            self._asked.set()
-            self._ended.wait()
+            self._stop_requested.set()
+            self._drained.wait()
 
 
-def _forgiven(servers: ServerPool, name: str, reply: str) -> None:
-    record_failure(servers, parse_server(name), reply, unwanted=True)
+def _report_unauthorized(servers: ServerPool, name: str, reply: str) -> None:
+    report_failure(servers, parse_server(name), reply, unauthorized=True)
 
 
-def _refuse(why: str) -> NoReturn:
-    """End the process for what another start would meet again; `up` knows that by the status."""
-    sys.stderr.write(f"qmqp-relay worker: {why}\n")
+def _refuse(reason: str) -> NoReturn:
+    """End the process for a fault that another start would meet again; `up` knows the status."""
+    sys.stderr.write(f"qmqp-relay worker: {reason}\n")
     sys.exit(WRONG_USE)
 
 
-def _leave(why: str, code: int = 1) -> None:
-    """End the process, whatever other threads are in the middle of."""
-    log.warning("leaving", reason=why)
+def _leave(reason: str, status: int = 1) -> None:
+    """End the process without waiting for other threads."""
+    log.warning("leaving", reason=reason)
     logging.shutdown()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(status)
 
 
 def build(settings: WorkerSettings) -> Celery:
     """The Celery application of a worker with these settings."""
-    made = celery_app(settings)
-    made.conf.update(
-        broker_transport_options=made.conf.broker_transport_options
-        | {LARGEST: settings.batch_size},
+    application = celery_app(settings)
+    transport = application.conf.broker_transport_options | {LARGEST: settings.batch_size}
+    application.conf.update(
+        broker_transport_options=transport,
         worker_consumer="worker.consumer:Consumer",
         worker_enable_remote_control=settings.remote_control,
     )
-    process = Process(settings, made)
+    process = WorkerProcess(settings, application)
 
     def deliver(task: Task, ids: dict[str, list[str]]) -> None:
         process.deliver(ids, (task.request.delivery_info or {}).get("routing_key", ""))
 
-    made.task(deliver, name=TASK, bind=True, shared=False)
-    return made
+    application.task(deliver, name=TASK, bind=True, shared=False)
+    return application
 
 
 def run(settings: WorkerSettings, *options: str) -> int:
-    """A worker in the foreground until SIGTERM or SIGINT; `options` are more of Celery's. The exit
-    code."""
-    # It is about pickle, which we do not accept; who runs the relay as root has been told by other
-    # means.
+    """Run a worker in the foreground until SIGTERM or SIGINT, with more of Celery's options; the
+    exit status."""
+    # Celery warns root about pickle, which the relay does not accept.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    argv = [
-        "--quiet",
-        "worker",
-        "--pool",
-        "threads",
-        "--concurrency",
-        str(CONCURRENCY),
-        "--queues",
-        ",".join(QUEUES),
-    ]
-    argv += [
-        "--without-gossip",
-        "--without-mingle",
-        "--hostname",
-        f"worker-{os.getpid()}@%h",
-        *options,
-    ]
-    return build(settings).start(argv=argv) or 0
+    name = f"worker-{os.getpid()}@%h"
+    return build(settings).start(argv=[*OPTIONS, "--hostname", name, *options]) or 0
 
 
 def _settings() -> WorkerSettings:

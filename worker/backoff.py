@@ -1,18 +1,16 @@
-"""How long to wait before the next attempt.
+"""How long a deferred delivery waits.
 
-A delay doubles with every try that a server deferred, from RETRY_MIN to RETRY_MAX, and is drawn at
-random from the upper half of its step: what was deferred in one second does not come back in one
-second, and a thousand messages for one slow server spread over the whole step. Delays are
-durations, never times of day: the database adds them to its own clock, so that the worker's clock
-does not matter.
+A delay doubles with every deferral, from RETRY_MIN to RETRY_MAX, and is drawn at random from the
+upper half of its step, so that messages which were deferred together are not retried together.
+Delays are durations and no times of day: the database adds them to its own clock, so the worker's
+clock does not matter.
 """
 
 import random
 from collections.abc import Callable
 
-# Beyond this many doublings any sensible RETRY_MIN has reached RETRY_MAX; it keeps the power from
-# overflowing.
-_STEPS = 32
+# After so many doublings any sensible RETRY_MIN has reached RETRY_MAX; the power cannot overflow.
+MAX_DOUBLINGS = 32
 
 
 def delay(
@@ -23,12 +21,12 @@ def delay(
 
     Never shorter than `least`, never longer than `most`; `draw` gives numbers in [0, 1).
     """
-    ceiling = min(most, least * 2.0 ** (min(max(step, 0), _STEPS) + 1))
+    ceiling = min(most, least * 2.0 ** (min(max(step, 0), MAX_DOUBLINGS) + 1))
     floor = max(min(least, ceiling), ceiling / 2)
     return floor + draw() * (ceiling - floor)
 
 
 def jitter(seconds: float, *, draw: Callable[[], float] = random.random) -> float:
-    """`seconds` and up to half as much again, for waits that do not grow but must not end all at
-    once."""
+    """`seconds` and up to half as much again, for waits that do not grow and must not end
+    together."""
     return seconds * (1 + draw() / 2)

@@ -1,8 +1,7 @@
-"""Bodies, opened and removed off the loop: a disk may be slow, and connections must not wait for
-it.
+"""Opens and removes bodies in threads, because a slow disk must not stop the event loop.
 
-What must stay true: what is to be removed gathers while others are being removed, and the last of
-it goes at `close`.
+What must stay true: bodies to remove gather while others are being removed, and `close` removes the
+rest.
 """
 
 import asyncio
@@ -19,41 +18,42 @@ class BodyIo:
     """The bodies of one worker; belongs to its loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, spool: Spool) -> None:
-        self._loop, self._spool = loop, spool
+        self._loop = loop
+        self._spool = spool
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="bodies")
-        self._unneeded: list[str] = []
+        self._deletable: list[str] = []
         self._removing = False
 
     def open(self, claims: Sequence[Claim]) -> asyncio.Future[Opened]:
-        """The bodies of these claims, as file descriptors or errors."""
-        return self._loop.run_in_executor(self._threads, self._open, claims)
+        """The body of each claim, as a file descriptor or the error of opening it."""
+        return self._loop.run_in_executor(
+            self._threads, lambda: [self._open(claim) for claim in claims]
+        )
 
     def remove(self, queue_id: str) -> None:
-        """Remove a body that nobody needs."""
-        self._unneeded.append(queue_id)
+        """Remove a body that no delivery needs."""
+        self._deletable.append(queue_id)
         if not self._removing:
             self._remove_all()
 
     def close(self) -> None:
-        """Blocks until everything is done; the loop has stopped."""
+        """Remove what is left. Blocks; the loop has stopped."""
         self._threads.shutdown()
-        for queue_id in self._unneeded:
+        self._spool_remove(self._deletable)
+
+    def _open(self, claim: Claim) -> int | Exception:
+        try:
+            return self._spool.open(claim.queue_id, claim.size)
+        except (BodyUnsendable, OSError) as error:
+            return error
+
+    def _spool_remove(self, ids: Sequence[str]) -> None:
+        for queue_id in ids:
             self._spool.remove(queue_id)
 
-    def _open(self, claims: Sequence[Claim]) -> Opened:
-        handles: Opened = []
-        for claim in claims:
-            try:
-                handles.append(self._spool.open(claim.queue_id, claim.size))
-            except (BodyUnsendable, OSError) as error:
-                handles.append(error)
-        return handles
-
     def _remove_all(self, _: object = None) -> None:
-        ids, self._unneeded = self._unneeded, []
+        ids, self._deletable = self._deletable, []
         self._removing = bool(ids)
         if ids:
-            removed = self._loop.run_in_executor(
-                self._threads, lambda: [self._spool.remove(i) for i in ids]
-            )
+            removed = self._loop.run_in_executor(self._threads, self._spool_remove, ids)
             removed.add_done_callback(self._remove_all)

@@ -1,13 +1,13 @@
-"""Celery's consumer, as this worker uses it: the broker is nobody's master.
+"""Celery's consumer as this worker uses it: no broker can end the worker or tell it what to do.
 
-Whoever reaches the broker can put anything into its lists. kombu decodes an entry with
-`json.loads`, and what that raises ends the process; an entry may also name a compression, a time,
-callbacks. So each entry is read here first: the ids of a hint are all that is taken from it, and
-Celery gets a new entry around them. Everything else is dropped and counted.
+Anybody who reaches the broker can put anything into its lists. kombu decodes an entry with
+`json.loads`, whose errors end the process; an entry may also name a compression, a time, callbacks.
+So each entry is checked first. Only the ids of a hint are taken from it, and Celery gets a new
+entry with them; every other entry is dropped and counted.
 
-Whatever else fails in the consumer is taken for a lost connection, from which Celery recovers by
-itself. What must stay true: no entry ends the consumer, and nothing in it ends the process: engine
-and sweeper go on.
+Any other failure of the consumer is handled like a lost connection, from which Celery recovers.
+What must stay true: no entry ends the consumer, and no failure of the consumer ends the process,
+because engine and sweeper must go on.
 """
 
 import base64
@@ -26,27 +26,25 @@ from relay.hints import QUEUES, TASK
 from relay.log import first_line, get_logger
 
 log = get_logger(__name__)
-LOG_EVERY = 60.0  # seconds between two lines about entries that were dropped
-SHORTEST_PAUSE, LONGEST_PAUSE = (
-    1.0,
-    30.0,
-)  # before the consumer starts again after a failure of its own (seconds)
+LOG_INTERVAL = 60.0  # seconds between two lines about dropped entries
+# Seconds before the consumer starts again after a failure that is not a lost connection. The pause
+# doubles while it fails again within 2 MAX_PAUSE.
+MIN_PAUSE = 1.0
+MAX_PAUSE = 30.0
 LARGEST = "largest_hint"  # the transport option that says how many ids a hint may have
-_ENVELOPE, _EACH = (
-    8192,
-    64,
-)  # bytes of an entry: around its ids, and for each (43 in JSON and base64)
+# Bytes of an entry: in all but its ids, and for each id (43 in JSON and base64).
+_FIXED_BYTES = 8192
+_BYTES_PER_ID = 64
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
 class NoHint(ValueError):
-    """An entry of the broker's list is no hint; the text says why."""
+    """An entry of the broker's list is not a hint; the text says why."""
 
 
 def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
-    """The ids of a hint by route, as Celery writes it, of at most so many; raises NoHint. Unpacks
-    nothing."""
-    if len(entry) > _ENVELOPE + _EACH * most:
+    """The ids of a hint by route, at most so many. Raises NoHint; decompresses nothing."""
+    if len(entry) > _FIXED_BYTES + _BYTES_PER_ID * most:
         raise NoHint(f"{len(entry)} bytes")
     try:
         message = json.loads(entry)
@@ -60,86 +58,89 @@ def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise NoHint("not written by Celery") from None
-    ids = ids if isinstance(ids, dict) else {"": ids}
-    if (
-        not all(isinstance(some, list) for some in ids.values())
-        or not 0 < sum(map(len, ids.values())) <= most
-    ):
-        raise NoHint("no list of ids, or a longer one than BATCH_SIZE")
-    if not all(
-        isinstance(one, str) and _ID.fullmatch(one) for some in ids.values() for one in some
-    ):
-        raise NoHint("an id is not 32 hex digits")
+    if not isinstance(ids, dict):
+        ids = {"": ids}
+    if not all(isinstance(some, list) for some in ids.values()):
+        raise NoHint("no list of ids")
+    if not 0 < sum(map(len, ids.values())) <= most:
+        raise NoHint("no ids, or more than BATCH_SIZE")
+    for queue_id in (queue_id for some in ids.values() for queue_id in some):
+        if not (isinstance(queue_id, str) and _ID.fullmatch(queue_id)):
+            raise NoHint("an id is not 32 hex digits")
     return ids
 
 
 def entry_of(ids: dict[str, list[str]], queue: str) -> bytes:
-    """An entry for these ids, in which nothing was said by anybody else."""
+    """A new entry for these ids, as Celery writes it."""
     task_id = uuid()
     headers = {
-        "lang": "py", "task": TASK, "id": task_id, "root_id": task_id, "parent_id": None, "group": None, "eta": None,
-        "expires": None, "retries": 0, "timelimit": [None, None], "argsrepr": "", "kwargsrepr": "{}", "origin": "",
+        "lang": "py", "task": TASK, "id": task_id, "root_id": task_id, "parent_id": None,
+        "group": None, "eta": None, "expires": None, "retries": 0, "timelimit": [None, None],
+        "argsrepr": "", "kwargsrepr": "{}", "origin": "",
     }  # fmt: skip
     properties = {
-        "correlation_id": task_id, "delivery_mode": 2, "delivery_tag": uuid(), "priority": 0, "body_encoding": "base64",
-        "delivery_info": {"exchange": "", "routing_key": queue},
+        "correlation_id": task_id, "delivery_mode": 2, "delivery_tag": uuid(), "priority": 0,
+        "body_encoding": "base64", "delivery_info": {"exchange": "", "routing_key": queue},
     }  # fmt: skip
-    body = base64.b64encode(json.dumps([[ids], {}, {}]).encode()).decode()
-    return json.dumps({
-        "body": body, "content-encoding": "utf-8", "content-type": "application/json", "headers": headers,
+    message = {
+        "body": base64.b64encode(json.dumps([[ids], {}, {}]).encode()).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": headers,
         "properties": properties,
-    }).encode()  # fmt: skip
+    }
+    return json.dumps(message).encode()
 
 
-class Refusals:
-    """Counts entries that are no hints, and logs them now and then."""
+class DroppedEntries:
+    """Counts entries that are not hints, and logs them now and then."""
 
     def __init__(self) -> None:
-        self._logged, self._since = float("-inf"), 0
+        self._logged_at = float("-inf")
+        self._count = 0
 
     def add(self, queue: str, reason: str) -> None:
-        """One more."""
+        """Count one more."""
         metrics.HINTS_REFUSED.labels(queue).inc()
-        self._since += 1
-        if (now := time.monotonic()) - self._logged >= LOG_EVERY:
-            log.warning("hints refused", queue=queue, reason=reason, count=self._since)
-            self._logged, self._since = now, 0
+        self._count += 1
+        if (now := time.monotonic()) - self._logged_at >= LOG_INTERVAL:
+            log.warning("hints refused", queue=queue, reason=reason, count=self._count)
+            self._logged_at = now
+            self._count = 0
 
 
-_refusals = Refusals()
+_dropped = DroppedEntries()
 
 
 class _Client(redis.PrefixedStrictRedis):
-    """Answers a BRPOP with a hint, or as if none had come."""
+    """Replies to a BRPOP with a hint, or as if the list had been empty."""
 
-    def __init__(self, *args: Any, most: int, refusals: Refusals, **given: Any) -> None:
-        super().__init__(*args, **given)  # type: ignore[no-untyped-call]
-        self._most, self._refusals = most, refusals
+    def __init__(self, *args: Any, most: int, **options: Any) -> None:
+        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+        self._most = most
 
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
-        """What the broker answers; `celery inspect` waits for its own lists in the same way."""
-        found = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
-        if command_name != "BRPOP" or not found:
-            return found
-        key, entry = found
+        """The broker's reply. (`celery inspect` uses BRPOP on lists of its own.)"""
+        reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
+        if command_name != "BRPOP" or not reply:
+            return reply
+        key, entry = reply
         queue = key.decode("ascii", "replace").partition(redis.Channel.sep)[0]
         if queue not in QUEUES:
-            return found
+            return reply
         try:
             return key, entry_of(hinted(entry, self._most), queue)
         except NoHint as error:
-            self._refusals.add(queue, str(error))
+            _dropped.add(queue, str(error))
             return None
 
 
 class HintChannel(redis.Channel):
-    """A channel on which hints arrive and nothing else does."""
+    """A channel on which only hints arrive."""
 
     def _get_client(self) -> Any:
         most = self.connection.client.transport_options[LARGEST]
-        return partial(
-            _Client, global_keyprefix=self.global_keyprefix, most=most, refusals=_refusals
-        )
+        return partial(_Client, global_keyprefix=self.global_keyprefix, most=most)
 
 
 class Transport(redis.Transport):
@@ -149,44 +150,42 @@ class Transport(redis.Transport):
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]
-    """Starts again whatever it failed of, and consumes what it was started for."""
+    """A consumer that starts again after any failure and never stops consuming its queues."""
 
-    def __init__(self, *args: Any, **given: Any) -> None:
-        super().__init__(*args, **given)
-        self._losses: tuple[type[BaseException], ...] = self.connection_errors  # type: ignore[has-type]
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._lost_connection: tuple[type[BaseException], ...] = self.connection_errors  # type: ignore[has-type]
         self.connection_errors = (Exception,)
-        self._failed, self._pause = float("-inf"), SHORTEST_PAUSE
+        self._failed_at = float("-inf")
+        self._pause = MIN_PAUSE
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
-        """A connection over which hints arrive; whatever scheme the URL has, it is Redis."""
+        """A connection over which hints arrive; it is Redis, whatever the scheme of the URL."""
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         connection.transport_cls = Transport
         return self.ensure_connected(connection)
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
-        """Celery is about to try again."""
+        """Celery tries again after this."""
         super().on_connection_error_before_connected(exc)
-        self._rest_after(exc)
+        self._wait_after(exc)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Celery is about to connect again."""
+        """Celery connects again after this."""
         super().on_connection_error_after_connected(exc)
-        self._rest_after(exc)
+        self._wait_after(exc)
 
-    def _rest_after(self, exc: Exception) -> None:
-        if isinstance(exc, self._losses):  # Celery has pauses of its own for these
+    def _wait_after(self, exc: Exception) -> None:
+        if isinstance(exc, self._lost_connection):  # Celery has pauses of its own for these
             return
         now = time.monotonic()
-        self._pause = (
-            min(LONGEST_PAUSE, 2 * self._pause)
-            if now - self._failed < 2 * LONGEST_PAUSE
-            else SHORTEST_PAUSE
-        )
-        self._failed = now
+        again = now - self._failed_at < 2 * MAX_PAUSE
+        self._pause = min(MAX_PAUSE, 2 * self._pause) if again else MIN_PAUSE
+        self._failed_at = now
         log.error("consumer failed", reason=first_line(exc), seconds=self._pause)
         time.sleep(self._pause)
 
     def cancel_task_queue(self, queue: Any) -> None:
-        """Go on: without hints mail waits for the next look at the database, and nothing would say
-        why."""
+        """Ignore a remote command to stop consuming: mail would wait for the next overdue poll, and
+        no message would say why."""
         log.warning("consumer not cancelled", queue=str(queue))

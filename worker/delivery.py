@@ -1,15 +1,12 @@
-"""One claim on its way: which servers it is tried at, and what its outcome means.
+"""One claim under way: which servers are tried, and what the outcome means.
 
-A transfer goes through the servers of its route in order. What fails before the commit point goes
-on to the next one at once, and so does a Z, or a D about us: nothing was accepted. After the commit
-point a try without a whole reply ends the transfer, because only its server can tell what became of
-the message. Whatever happens, a transfer ends with a `Completion`: the state that the delivery
-should have next, and a row for each try.
+What fails before the commit point is tried at the next server of the route at once; so is a Z, and
+a D about this relay, because nothing was accepted. After the commit point only a whole reply
+decides. Every delivery ends with one `Completion`: the next state, and a row for each attempt.
 
-What an outcome leads to stands in one table (`states.OUTCOME_POLICY`), and `next_state` is the only place
-that reads it. What must stay true: only a whole reply that says that nothing was accepted lets
-another try follow one that was past its commit point; only a D that came whole bounces; no fault of
-ours (a body, a local error, our own stop) is ever held against the mail.
+What must stay true: only a whole reply that says that nothing was accepted allows another try after
+a commit point; only a whole D bounces; no local fault (a body, an error of this machine, a stop)
+counts against the mail; only `next_state` reads `OUTCOME_POLICY`.
 """
 
 import os
@@ -17,15 +14,17 @@ import re
 import time
 from asyncio import CancelledError
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from qmqp import client
-from qmqp.request import NO_REQUEST, Request
+from qmqp.request import Request
 from relay import metrics
 from relay.db.schema import LONGEST_TEXT
 from relay.log import escaped, first_line, get_logger
 from relay.queue.model import Attempt, Claim, Completion, waits_for
+from relay.queue.outcome import NO_REQUEST
 from relay.queue.split import TOO_MANY_RECIPIENTS, can_carry
 from relay.queue.states import OUTCOME_POLICY, Outcome, State, Wait
 from relay.routes import NO_SERVER, Route, Server
@@ -35,21 +34,21 @@ from worker.circuit_breaker import ConnectionSlot, ServerPool
 
 log = get_logger(__name__)
 
-# RFC 3463: x.1.y is about an address. What is part of a longer number is an IP address or a
-# version.
+# RFC 3463: x.1.y is about an address. A part of a longer number is an IP address or a version.
 ABOUT_AN_ADDRESS = re.compile(rb"(?<![\w.])[45]\.1\.\d{1,3}(?!\.?\w)")
 
 
-# What goes on to the next server, before its commit point or (a Z, a D about us) also after it. The
-# more a try tells about the mail, the later it stands: what is recorded when no server is left.
-_MOVES_ON = (
+# These allow a try at the next server: the first three before the commit point only. The later one
+# stands, the more it tells about the mail; the last is recorded when no server is left.
+_FAILOVER = (
     Outcome.UNREACHABLE,
     Outcome.MALFORMED,
     Outcome.INTERRUPTED,
     Outcome.REJECTED,
     Outcome.DEFERRED,
 )
-_SAYS_LATER = {Outcome.REJECTED, Outcome.DEFERRED}  # of those
+_BEFORE_COMMIT = _FAILOVER[:3]
+_ABOUT_THE_MAIL = {Outcome.REJECTED, Outcome.DEFERRED}
 _WHOLE_REPLY = {Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED}
 
 
@@ -60,31 +59,30 @@ def next_state(
     *,
     route: Route | None = None,
     committed: bool = True,
-    unwanted: bool = False,
+    unauthorized: bool = False,
 ) -> tuple[State, float, int]:
-    """The next state of a delivery after `step` deferrals in a row, the seconds until it is due,
-    the next step.
+    """The next state after `step` deferrals in a row, the seconds until it is due, the next step.
 
-    `route` may have delays of its own; `committed`: the try was past its commit point; `unwanted`:
-    a D that was about us and not about the mail.
+    `route` may have delays of its own; `committed`: the try was past its commit point;
+    `unauthorized`: a D about this relay and not about the mail.
     """
     least = (route and route.retry_min) or settings.retry_min
     most = max(least, (route and route.retry_max) or settings.retry_max)
-    if unwanted:
+    if unauthorized:
         outcome = Outcome.DEFERRED
     if outcome is Outcome.MALFORMED and not committed:
         outcome = Outcome.INTERRUPTED
     state, wait = OUTCOME_POLICY[outcome]
-    growing = delay(step, least=least, most=most)
+    backoff = delay(step, least=least, most=most)
     match wait:
         case Wait.BACKOFF:
-            return state, growing, step + 1
-        case Wait.HEALTH:
+            return state, backoff, step + 1
+        case Wait.SERVER:
             return state, jitter(least), step
         case Wait.UNCERTAIN if settings.uncertain == "hold":
             return State.HELD, 0.0, step
         case Wait.UNCERTAIN:
-            return state, max(jitter(settings.uncertain_delay), growing), step + 1
+            return state, max(jitter(settings.uncertain_delay), backoff), step + 1
         case _:
             return state, 0.0, step
 
@@ -97,33 +95,34 @@ def longest_wait(settings: WorkerSettings, routes: Iterable[Route]) -> float:
     return jitter(max(waits), draw=lambda: 1.0)
 
 
-def record_failure(servers: ServerPool, server: Server, reply: str, *, unwanted: bool) -> None:
-    """A server failed, or (`unwanted`) said that it is not for us: tell its breaker, the metrics
-    and the log."""
-    if unwanted:
-        log.critical("server does not want us", server=server.name, reply=reply)
-    rest = servers.failed(server, reply, at_once=unwanted)
-    if rest is not None:
-        metrics.rests(server.name, "refuses us" if unwanted else "failing").inc()
-        metrics.RESTING.labels(server.name).set_function(partial(servers.rests, server.name))
-        log.warning("server left alone", server=server.name, seconds=round(rest, 1), reason=reply)
+def report_failure(servers: ServerPool, server: Server, reply: str, *, unauthorized: bool) -> None:
+    """Record, count and log that a server failed or (`unauthorized`) does not authorize us."""
+    name = server.name
+    if unauthorized:
+        log.critical("relay not authorized", server=name, reply=reply)
+    seconds = servers.record_failure(server, reply, unauthorized=unauthorized)
+    if seconds is not None:
+        metrics.CIRCUIT_OPENED.labels(name, "unauthorized" if unauthorized else "failing").inc()
+        metrics.CIRCUIT_OPEN.labels(name).set_function(partial(servers.circuit_open, name))
+        log.warning("circuit opened", server=name, seconds=round(seconds, 1), reason=reply)
 
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    """What all transfers of a worker share. `may_commit` is asked, with the id of the worker that
-    holds the claim, just before the last bytes of a request leave."""
+    """What all deliveries of a worker share. `may_commit` is asked just before the last bytes of a
+    request leave, with the id of the worker that holds the claim."""
 
     settings: WorkerSettings
     timeouts: client.Timeouts
     servers: ServerPool
     may_commit: Callable[[str], bool]
-    not_wanted: re.Pattern[str]
+    unauthorized: re.Pattern[str]
 
     @classmethod
     def of(
         cls, settings: WorkerSettings, servers: ServerPool, may_commit: Callable[[str], bool]
     ) -> "TransferConfig":
+        """The configuration that these settings give."""
         timeouts = client.Timeouts(
             connect=settings.connect_timeout,
             io=settings.io_timeout,
@@ -133,67 +132,74 @@ class TransferConfig:
         return cls(settings, timeouts, servers, may_commit, unwanted(settings))
 
 
-class DeliveryTask:
-    """One claim and the open body `handle` (-1: none), which it closes when it ends.
+class _Try(NamedTuple):
+    """One try at one server; times are monotonic."""
 
-    `slot_taken` is called once, as soon as the transfer holds a place at a server or will never
-    hold one.
+    server: str
+    outcome: Outcome
+    reply: str
+    bytes_sent: int
+    started: float
+    finished: float
+
+
+@dataclass(slots=True, eq=False)
+class DeliveryTask:
+    """One claim, and its open body as a file descriptor (-1: none), which is closed at the end.
+
+    `slot_taken` is called once, when the delivery has its first slot or will never have one.
     """
 
-    __slots__ = ("_aborted", "_current", "_handle", "_placed", "_route", "_terms", "_tried", "_tries", "claim",
-                 "started", "worker")  # fmt: skip
-
-    def __init__(
-        self,
-        claim: Claim,
-        worker: str,
-        handle: int,
-        route: Route | None,
-        terms: TransferConfig,
-        slot_taken: Callable[[], object] | None = None,
-    ) -> None:
-        self.claim, self.worker = claim, worker
-        self._handle, self._terms = handle, terms
-        self._route = route or Route(claim.route, ())  # one that vanished has no servers
-        self._placed = slot_taken
-        self._current: client.ClientConnection | None = None
-        self._aborted = False
-        self._tried: set[str] = set()
-        self._tries: list[tuple[Server, Outcome, str, int, float, float]] = []
-        self.started = time.monotonic()
+    claim: Claim
+    worker: str
+    body: int
+    route: Route
+    config: TransferConfig
+    slot_taken: Callable[[], object] | None = None
+    started: float = field(default_factory=time.monotonic, init=False)
+    _connection: client.ClientConnection | None = field(default=None, init=False)
+    _aborted: bool = field(default=False, init=False)
+    _tried: set[str] = field(default_factory=set, init=False)
+    _tries: list[_Try] = field(default_factory=list, init=False)
 
     @property
     def committed(self) -> bool:
         """Whether the last bytes of the request may have left."""
-        return self._current is not None and self._current.committed
+        return self._connection is not None and self._connection.committed
+
+    @property
+    def bytes_sent(self) -> int:
+        """How much of the current request has left."""
+        return self._connection.bytes_sent if self._connection else 0
 
     def abort(self) -> None:
-        """Close now if that is before the commit point; after it nothing happens."""
+        """Close the connection before the commit point; after it nothing happens."""
         self._aborted = True
-        if self._current is not None:
-            self._current.abort()
+        if self._connection is not None:
+            self._connection.abort()
 
     def close(self) -> None:
-        """Let go of the body and of the room that was kept for it."""
-        self._report_slot_taken()
-        if self._handle >= 0:
-            handle, self._handle = self._handle, -1
-            os.close(handle)
-
-    def _report_slot_taken(self) -> None:
-        if self._placed is not None:
-            slot_taken, self._placed = self._placed, None
-            slot_taken()
+        """Close the body and return the capacity that was reserved. May be called again."""
+        self._report_slot()
+        if self.body >= 0:
+            os.close(self.body)
+            self.body = -1
 
     async def run(self) -> Completion:
-        """Send, at one server after the other; what became of it. Raises OSError for a fault of
-        this machine."""
+        """Send to one server after the other. Raises OSError for a local fault."""
         try:
             return await self._send()
         except client.BodyChanged as error:
             return self.unsendable(f"the body changed while it was read: {error}")
         finally:
             self.close()
+
+    def _report_slot(self) -> None:
+        if report := self.slot_taken:
+            self.slot_taken = None
+            report()
+
+    # Trying servers
 
     async def _send(self) -> Completion:
         claim = self.claim
@@ -203,217 +209,242 @@ class DeliveryTask:
         except ValueError as error:
             return self._no_request(error)
         while not self._aborted:
-            place = self._terms.servers.take(self._route, self._tried)
-            self._report_slot_taken()
-            if place is None:
-                return self._nowhere()
+            slot = self.config.servers.take(self.route, self._tried)
+            self._report_slot()
+            if slot is None:
+                return self._no_server_left()
             try:
-                record = await self._at(place, request)
+                completion = await self._try(slot, request)
             finally:
-                place.release()
-            if record is not None:
-                return record
+                slot.release()
+            if completion is not None:
+                return completion
         return self.requeued()
 
-    async def _at(self, place: ConnectionSlot, request: Request) -> Completion | None:
-        """One try; None when the next server is to be tried."""
-        server, started = place.server, time.monotonic()
+    async def _try(self, slot: ConnectionSlot, request: Request) -> Completion | None:
+        """Try one server; None if the next is to be tried."""
+        server, started = slot.server, time.monotonic()
         self._tried.add(server.name)
         log.debug("sending", id=self.claim.queue_id, delivery=self.claim.number, server=server.name)
-        self._current = client.ClientConnection(
-            host=server.host, port=server.port, path=server.path, request=request, fd=self._handle,
-            block_size=self._terms.settings.block_size, timeouts=self._terms.timeouts, may_commit=self._may_commit,
-            hold_back=self._terms.servers.holds_back(server),
-        )  # fmt: skip
-        try:
-            result = await self._current.run()
-        except CancelledError:
-            # Only the end of a drain cancels: nobody will hear the reply any more.
-            outcome = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
-            self._note(
-                server, outcome, "stopped before the reply came", self._current.bytes_sent, started
-            )
-            return self._record(outcome, server) if self.committed else self.requeued()
-        except Exception as error:
-            if sent := self._current.bytes_sent:  # our fault, but a try all the same
-                doubt = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
-                self._note(server, doubt, first_line(error), sent, started)
-            raise
-        outcome, reply = self._outcome(server, result), escaped(result.text, LONGEST_TEXT)
-        # A server that is away is tried every few seconds while mail waits for it. Such a try says
-        # nothing about the message that it is made with, and a row for each would come to tens of
-        # thousands a day.
-        if not (place.probe and outcome is Outcome.UNREACHABLE):
-            self._note(server, outcome, reply, result.bytes_sent, started)
-        if result.ours:
-            return self.requeued()
-        unwanted = outcome is Outcome.REJECTED and self._terms.not_wanted.search(reply) is not None
-        self._health(server, outcome, reply, unwanted)
-        if (
-            unwanted
-            or outcome is Outcome.DEFERRED
-            or (outcome in _MOVES_ON[:3] and not result.committed)
-        ):
-            return None
-        record = self._record(outcome, server, committed=result.committed)
-        if record.state is State.BOUNCED and self._may_split(result):
-            record.state = State.SPLIT
-        return record
-
-    def _outcome(self, server: Server, result: client.Result) -> Outcome:
-        """What a result is recorded as. A server that closes before it reads, as it did the last
-        time, refuses the connection as one does on which nothing listens."""
-        if "closed-at-once" not in result.flags:
-            return result.outcome
-        servers = self._terms.servers
-        refused = servers.holds_back(server) > 0 and not result.committed
-        servers.closed(server, result.seconds)
-        return Outcome.UNREACHABLE if refused else result.outcome
-
-    def _may_split(self, result: client.Result) -> bool:
-        """Whether a D may be about some of the recipients only, or about their number
-        (relay/queue/split.py).
-
-        An early one has not seen them. One recipient cannot be cut, but a piece of a message (never
-        its first delivery) may decide what becomes of the other pieces.
-        """
-        cut = self._route.bisect and (len(self.claim.recipients) > 1 or self.claim.number > 1)
-        too_many = TOO_MANY_RECIPIENTS.search(result.text.decode("latin-1"))
-        return (
-            cut
-            and result.committed
-            and (ABOUT_AN_ADDRESS.search(result.text) or too_many) is not None
+        self._connection = client.ClientConnection(
+            host=server.host,
+            port=server.port,
+            path=server.path,
+            request=request,
+            fd=self.body,
+            block_size=self.config.settings.block_size,
+            timeouts=self.config.timeouts,
+            may_commit=self._may_commit,
+            hold_back=self.config.servers.hold_back(server),
         )
+        try:
+            result = await self._connection.run()
+        except CancelledError:  # the end of a drain: the reply could not be recorded any more
+            self._record(server, self._broken_off(), "stopped before the reply came", started)
+            if not self.committed:
+                return self.requeued()
+            return self._decide(Outcome.UNCERTAIN, server.name)
+        except Exception as error:
+            if self.bytes_sent:
+                self._record(server, self._broken_off(), first_line(error), started)
+            raise
+        return self._evaluate(slot, result, started)
 
     def _may_commit(self) -> bool:
-        return not self._aborted and self._terms.may_commit(self.worker)
+        return not self._aborted and self.config.may_commit(self.worker)
 
-    def _health(self, server: Server, outcome: Outcome, reply: str, unwanted: bool) -> None:
-        if outcome in _WHOLE_REPLY and not unwanted:
-            if self._terms.servers.succeeded(server):
-                log.info("server is back", server=server.name)
+    def _evaluate(
+        self, slot: ConnectionSlot, result: client.Result, started: float
+    ) -> Completion | None:
+        """What the result of a try means; None if the next server is to be tried."""
+        server, outcome = slot.server, self._outcome(slot.server, result)
+        reply = escaped(result.text, LONGEST_TEXT)
+        # While mail waits for a server that is away, it is probed every few seconds. Such a probe
+        # proves nothing about the message that it sends, and a row for each would make tens of
+        # thousands a day.
+        if not (slot.probe and outcome is Outcome.UNREACHABLE):
+            self._record(server, outcome, reply, started)
+        if result.ours:
+            return self.requeued()
+        unauthorized = outcome is Outcome.REJECTED and bool(self.config.unauthorized.search(reply))
+        self._report_health(server, outcome, reply, unauthorized)
+        if (
+            unauthorized
+            or outcome is Outcome.DEFERRED
+            or (outcome in _BEFORE_COMMIT and not result.committed)
+        ):
+            return None
+        completion = self._decide(outcome, server.name, committed=result.committed)
+        if completion.state is State.BOUNCED and self._may_split(result):
+            completion.state = State.SPLIT
+        return completion
+
+    def _outcome(self, server: Server, result: client.Result) -> Outcome:
+        """The outcome to record. A server that closes before it reads, as it did the last time,
+        refuses the connection like one on which nothing listens."""
+        if "closed-at-once" not in result.flags:
+            return Outcome(result.outcome)
+        refused = self.config.servers.hold_back(server) > 0 and not result.committed
+        self.config.servers.record_close(server, result.seconds)
+        return Outcome.UNREACHABLE if refused else Outcome(result.outcome)
+
+    def _may_split(self, result: client.Result) -> bool:
+        """Whether a D may be about some of the recipients, or about their number
+        (relay/queue/split.py).
+
+        A server that says D early has not seen the recipients. One recipient cannot be split, but a
+        part of a message (never its first delivery) may decide what happens to the other parts.
+        """
+        divisible = len(self.claim.recipients) > 1 or self.claim.number > 1
+        if not (self.route.bisect and divisible and result.committed):
+            return False
+        too_many = TOO_MANY_RECIPIENTS.search(result.text.decode("latin-1"))
+        return bool(too_many or ABOUT_AN_ADDRESS.search(result.text))
+
+    def _report_health(
+        self, server: Server, outcome: Outcome, reply: str, unauthorized: bool
+    ) -> None:
+        servers = self.config.servers
+        if outcome in _WHOLE_REPLY and not unauthorized:
+            if servers.record_success(server):
+                log.info("circuit closed", server=server.name)
             return
         if outcome is Outcome.UNREACHABLE:
-            log.warning(
-                "connect failed", host=server.host or server.path, port=server.port, reason=reply
-            )
-        record_failure(self._terms.servers, server, reply, unwanted=unwanted)
+            host = server.host or server.path
+            log.warning("connect failed", host=host, port=server.port, reason=reply)
+        report_failure(servers, server, reply, unauthorized=unauthorized)
 
-    def _note(
-        self, server: Server, outcome: Outcome, reply: str, sent: int, started: float
-    ) -> None:
-        self._tries.append((server, outcome, reply, sent, started, time.monotonic()))
+    def _broken_off(self) -> Outcome:
+        """The outcome of a try that ended without a result."""
+        return Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
+
+    def _record(self, server: Server, outcome: Outcome, reply: str, started: float) -> None:
+        sent = self.bytes_sent
+        self._tries.append(_Try(server.name, outcome, reply, sent, started, time.monotonic()))
         metrics.attempts(server.name, outcome).inc()
         metrics.SENT_BYTES.inc(sent)
 
-    def _nowhere(self) -> Completion:
-        """No server is left to be tried."""
-        if not self._route.servers:
-            return self._waiting(self._record(Outcome.UNREACHABLE, None, NO_SERVER))
-        server, outcome, reply = None, Outcome.UNREACHABLE, self._terms.servers.why(self._route)
-        if self._tries:  # of equal ones the last
-            server, outcome, reply = max(
-                reversed(self._tries), key=lambda one: _MOVES_ON.index(one[1])
-            )[:3]
-        if outcome not in _SAYS_LATER and not self._terms.servers.down(self._route, self._tried):
-            # One is merely full, or paused. After a Z it is the backoff that is waited for all the
-            # same: the server that asked for it would have the message again at once.
-            return self.requeued()
-        return self._waiting(
-            self._record(
-                outcome, server, reply, committed=False, unwanted=outcome is Outcome.REJECTED
-            )
-        )
-
-    def _waiting(self, record: Completion) -> Completion:
-        """Nothing is known against the mail of such a record, if no server had it: it waits for its
-        route alone."""
-        if record.outcome in (Outcome.UNREACHABLE, Outcome.REJECTED):
-            record.waiting_for = waits_for(self.claim.route)
-        return record
-
-    def _record(
-        self, outcome: Outcome, server: Server | None, reply: str = "", **how: bool
-    ) -> Completion:
-        state, wait, step = self._judged(outcome, **how)
-        reply = reply or (self._tries[-1][2] if self._tries else "")
-        return self._made(state, outcome, reply, server.name if server else None, wait, step)
-
-    def _judged(
-        self, outcome: Outcome, *, committed: bool = True, unwanted: bool = False
-    ) -> tuple[State, float, int]:
-        step, settings = self.claim.backoff_step, self._terms.settings
-        return next_state(
-            outcome, settings, step, route=self._route, committed=committed, unwanted=unwanted
-        )
+    # Completions
 
     def requeued(self) -> Completion:
-        """Nothing was decided, and not for the mail's sake: `queued` again at once."""
-        return self._made(State.QUEUED, None, "", None, 0.0, self.claim.backoff_step)
+        """Nothing was decided, for a reason that is not the mail's: `queued` again at once."""
+        return self._completion(State.QUEUED)
 
     def postponed(self) -> Completion:
-        """Not for the mail's sake, and not at once: deferred for longer each time."""
-        state, wait, step = self._judged(Outcome.DEFERRED)
-        return self._made(state, None, "", None, wait, step)
+        """Nothing was decided: deferred, for longer each time."""
+        settings, step = self.config.settings, self.claim.backoff_step
+        state, wait, step = next_state(Outcome.DEFERRED, settings, step, route=self.route)
+        return self._completion(state, delay=wait, step=step)
 
     def broken(self) -> Completion:
-        """Our own program failed."""
-        outcome = Outcome.UNCERTAIN if self.committed else Outcome.INTERRUPTED
-        return self._record(outcome, None, "internal error, see the log", committed=self.committed)
+        """A defect of the program."""
+        reply = "internal error, see the log"
+        return self._decide(self._broken_off(), None, reply, committed=self.committed)
 
-    def unsendable(self, why: str) -> Completion:
-        """It can never be sent as it is: held, for a person to look at."""
-        return self._made(State.HELD, Outcome.UNSENDABLE, why, None, 0.0, self.claim.backoff_step)
+    def unsendable(self, reason: str) -> Completion:
+        """It can never be sent as it is: held until an operator decides."""
+        return self._completion(State.HELD, Outcome.UNSENDABLE, reason)
 
     def _no_request(self, error: ValueError) -> Completion:
-        """The envelope cannot be sent. Waiting mends no address, so none of it is held: it bounces,
-        and recipients that can be sent to are cut off and sent. A person has to look only where
-        recipients are missing."""
-        claim, carried = self.claim, [can_carry(one) for one in self.claim.recipients]
+        """The envelope cannot be sent, and waiting does not change an address. It bounces, or is
+        split so that the other recipients get the message. It is held only without recipients."""
+        claim = self.claim
+        sendable = [can_carry(address) for address in claim.recipients]
         if claim.sender and not can_carry(claim.sender):
             state, code = State.BOUNCED, "5.1.7"  # RFC 3463: bad sender's mailbox address syntax
-        elif not all(carried):
-            state, code = (
-                State.SPLIT if any(carried) else State.BOUNCED,
-                "5.1.3",
-            )  # bad destination address syntax
+        elif not all(sendable):
+            state = State.SPLIT if any(sendable) else State.BOUNCED
+            code = "5.1.3"  # RFC 3463: bad destination mailbox address syntax
         else:
             return self.unsendable(f"{NO_REQUEST}: {error}")
-        return self._made(
-            state,
-            Outcome.UNSENDABLE,
-            f"{NO_REQUEST} (#{code}): {error}",
-            None,
-            0.0,
-            claim.backoff_step,
-        )
+        return self._completion(state, Outcome.UNSENDABLE, f"{NO_REQUEST} (#{code}): {error}")
 
-    def _made(
+    def _no_server_left(self) -> Completion:
+        """All servers were tried, or none has a free slot."""
+        server: str | None = None
+        outcome, reply = Outcome.UNREACHABLE, self.config.servers.open_reason(self.route)
+        if not self.route.servers:
+            reply = NO_SERVER
+        elif self._tries:  # the one that tells most; of equal ones the last
+            best = max(reversed(self._tries), key=lambda tried: _FAILOVER.index(tried.outcome))
+            server, outcome, reply = best.server, best.outcome, best.reply
+        down = self.config.servers.down(self.route, self._tried)
+        if outcome not in _ABOUT_THE_MAIL and not down:
+            # A server is only full or paused. (After a Z the delivery waits all the same, or the
+            # server that deferred it would get it again at once.)
+            return self.requeued()
+        unauthorized = outcome is Outcome.REJECTED
+        completion = self._decide(
+            outcome, server, reply, committed=False, unauthorized=unauthorized
+        )
+        if unauthorized or outcome is Outcome.UNREACHABLE:
+            completion.waiting_for = waits_for(self.claim.route)
+        return completion
+
+    def _decide(
+        self,
+        outcome: Outcome,
+        server: str | None,
+        reply: str = "",
+        *,
+        committed: bool = True,
+        unauthorized: bool = False,
+    ) -> Completion:
+        """The completion that an outcome leads to; without a reply that of the last try."""
+        state, wait, step = next_state(
+            outcome,
+            self.config.settings,
+            self.claim.backoff_step,
+            route=self.route,
+            committed=committed,
+            unauthorized=unauthorized,
+        )
+        reply = reply or (self._tries[-1].reply if self._tries else "")
+        return self._completion(state, outcome, reply, server, wait, step)
+
+    def _completion(
         self,
         state: State,
-        outcome: Outcome | None,
-        reply: str,
-        server: str | None,
-        wait: float,
-        step: int,
+        outcome: Outcome | None = None,
+        reply: str = "",
+        server: str | None = None,
+        delay: float = 0.0,
+        step: int | None = None,
     ) -> Completion:
         claim, now = self.claim, time.monotonic()
-        tries = [
-            Attempt(attempt_index, one.name, outcome_, words, sent, now - began, now - ended)
-            for attempt_index, (one, outcome_, words, sent, began, ended) in enumerate(
-                self._tries, 1
+        if step is None:
+            step = claim.backoff_step
+        attempts = [
+            Attempt(
+                n, one.server, one.outcome, one.reply, one.bytes_sent,
+                now - one.started, now - one.finished,
             )
-        ]
+            for n, one in enumerate(self._tries, 1)
+        ]  # fmt: skip
         return Completion(
-            self.worker,
-            claim.queue_id,
-            claim.number,
-            claim.claim,
-            state,
-            outcome,
-            reply,
-            server,
-            wait,
-            step,
-            tries,
-        )
+            self.worker, claim.queue_id, claim.number, claim.claim, state, outcome, reply, server,
+            delay, step, attempts,
+        )  # fmt: skip
+
+
+def log_outcome(task: DeliveryTask, completion: Completion) -> None:
+    """Log what became of a claim, and observe how long a delivered message took."""
+    seconds = time.monotonic() - task.started
+    if completion.state is State.DELIVERED:
+        metrics.DELIVERY_SECONDS.observe(task.claim.received_ago + seconds)
+    event = "requeued" if completion.state is State.QUEUED else str(completion.state)
+    if completion.outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
+        event = str(completion.outcome)
+    level = log.warning if completion.state is State.HELD or event == "uncertain" else log.info
+    again = {"again_in": round(completion.delay, 1)} if completion.delay else {}
+    level(
+        event,
+        id=completion.queue_id,
+        delivery=completion.number,
+        server=completion.server,
+        reply=completion.reply,
+        ms=round(seconds * 1000),
+        bytes=sum(attempt.bytes_sent for attempt in completion.tries),
+        tries=len(completion.tries),
+        **again,
+    )

@@ -1,97 +1,77 @@
-"""Rerouting: mail that waits for a route which has gone gets the one that its recipients have
-today.
+"""The rerouter: mail of a route that is gone gets the route that its recipients have today.
 
-Nobody claims for a route that no settings name, so such mail would wait until it expires. At its
-start, whenever the names of the routes change, and every ten minutes for what others have accepted
-under the old names, each worker looks for such mail. It moves what has been without a route for
-PATIENCE: a route that is missing for a moment, from a file that was cut off or is being put right,
-is no reason to send its mail elsewhere, and there is no way back.
+No worker claims mail of a route that no settings name; it would wait until it expires. Each worker
+looks for such mail when it starts, whenever the names of its routes change, and every ten minutes.
+It reroutes mail whose route has been gone for MIN_GONE: a route may be missing for a moment, while
+its file is being edited, and rerouting cannot be undone.
 
-What must stay true: only waiting deliveries move, by the same chunked verb that operators use, and
-it is recorded among their actions; a route that another living worker says it knows is not gone.
+What must stay true: only waiting deliveries are rerouted, by the same operation that operators use,
+and the audit records it; a route that another living worker knows is not gone.
 """
 
-import threading
 import time
 from collections.abc import Callable
 
-from relay.log import first_line, get_logger
+from relay.log import get_logger
 from relay.queue.operations import REROUTE, QueueOperations
 from relay.queue.rescue import Rescuer
 from relay.report.filters import Filter
 from relay.routes import Routes
+from worker.periodic import PeriodicThread
 
 log = get_logger(__name__)
-LOOK_EVERY = 2.0
-EVERY = 600.0
-PATIENCE = 300.0
+CHECK_INTERVAL = 2.0  # seconds: for a change of the routes' names
+SCAN_INTERVAL = 600.0  # seconds: for mail that others accepted under old names
+MIN_GONE = 300.0  # seconds
 
 
-class Rerouter:
-    """`start`, then `close`; `turn` is one look."""
+class Rerouter(PeriodicThread):
+    """Looks for mail of routes that are gone."""
 
     def __init__(
         self,
-        sweeps: Rescuer,
-        verbs: QueueOperations,
+        rescuer: Rescuer,
+        operations: QueueOperations,
         routes: Routes,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._sweeps, self._verbs, self._routes, self._clock = sweeps, verbs, routes, clock
+        super().__init__("rerouter", CHECK_INTERVAL)
+        self._rescuer = rescuer
+        self._operations = operations
+        self._routes = routes
+        self._clock = clock
         self._names: tuple[str, ...] = ()
-        self._at = 0.0
-        self._gone: dict[str, float] = {}  # routes that mail waits for and nobody knows: since when
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rerouting", daemon=True)
-
-    def start(self) -> None:
-        """Start looking."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Look no more."""
-        self._closing.set()
-
-    def _run(self) -> None:
-        while not self._closing.wait(LOOK_EVERY):
-            try:
-                self.turn()
-            except Exception as error:
-                log.warning("rerouting put off", reason=first_line(error))
+        self._next_at = 0.0
+        self._gone_since: dict[str, float] = {}  # by route, if mail waits for it
 
     def turn(self) -> int:
-        """Move what waits for a route that is gone, if it is time to look; how many deliveries that
-        were."""
-        names, now = self._routes.names(), self._clock()
-        if names == self._names and now < self._at:
+        """Reroute mail whose route is gone, if a scan is due; the number of deliveries."""
+        names = self._routes.names()
+        now = self._clock()
+        if names == self._names and now < self._next_at:
             return 0
-        self._gone = {
-            route: self._gone.get(route, now) for route in self._sweeps.unknown_routes(names)
-        }
-        due = [route for route, since in self._gone.items() if now - since >= PATIENCE]
-        moved = sum(map(self._move, due))
-        for route in self._gone.keys() - set(due):
-            log.warning(
-                "route gone", route=route, seconds=round(PATIENCE + self._gone[route] - now)
-            )
+        unknown = self._rescuer.unknown_routes(names)
+        self._gone_since = {route: self._gone_since.get(route, now) for route in unknown}
+        rerouted = 0
+        self._next_at = now + SCAN_INTERVAL
+        for route, since in self._gone_since.items():
+            left = since + MIN_GONE - now
+            if left <= 0:
+                rerouted += self._reroute(route)
+            else:
+                log.warning("route gone", route=route, seconds=round(left))
+                self._next_at = min(self._next_at, now + left)
         self._names = names
-        self._at = min(
-            [
-                now + EVERY,
-                *(since + PATIENCE for route, since in self._gone.items() if route not in due),
-            ]
-        )
-        return moved
+        return rerouted
 
-    def _move(self, gone: str) -> int:
-        reason = f"the route {gone} is gone"
-        touched, _ = self._verbs.apply(
+    def _reroute(self, route: str) -> int:
+        touched, _ = self._operations.apply(
             REROUTE,
-            Filter(route=gone),
+            Filter(route=route),
             actor="worker",
-            reason=reason,
+            reason=f"the route {route} is gone",
             route_for=self._routes.route_for,
         )
-        log.warning("rerouted", route=gone, deliveries=touched.total())
+        log.warning("rerouted", route=route, deliveries=touched.total())
         return touched.total()

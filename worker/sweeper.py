@@ -1,20 +1,16 @@
-"""The sweeper: a thread in every worker that does what is due in the database.
+"""The sweeper: a thread in every worker that does what is due in the database, about once a second.
 
-About once a second it makes deferred deliveries whose time has come `queued` and hints at them, in
-due order and in bounded batches, wakes what waits for a server that is back, gives up transfers
-that take longer than any session may, and watches the other workers. Any number of workers sweep at
-once: rows that one has locked the others skip, and none is in charge.
+Any number of workers sweep at the same time, in due order and in bounded batches; each skips the
+rows that another has locked. After an outage of the database nothing is swept before this worker
+has renewed its own lease, and so has recorded its outcomes.
 
-What must stay true: a worker is declared dead only after its lease was seen to have run out,
-unchanged, twice, LEASE apart by this machine's monotonic clock, with the database reachable at
-every look between: so that neither a clock that jumped, nor an outage that kept everybody from
-renewing, buries the living. After an outage nothing is swept before this worker's own engine has
-renewed its lease, and thereby recorded what it knows. The tick file is touched only while both this
-thread and the engine's loop go round: its age is the worker's health.
+What must stay true: a worker is expired only after its lease was seen expired, unchanged, for a
+LEASE by this machine's monotonic clock, with the database reachable. Neither a clock that jumps nor
+an outage expires a worker that runs. The heartbeat file is touched only while this thread and the
+engine's loop both run.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,191 +19,182 @@ from relay.dsn.generator import DsnGenerator
 from relay.hints import Hints
 from relay.log import first_line, get_logger
 from relay.queue.rescue import Rescuer
-from relay.routes import Route
 from relay.settings import WorkerSettings
 from worker.delivery import longest_wait
 from worker.engine import Engine
+from worker.periodic import PeriodicThread
 
 log = get_logger(__name__)
 BATCH = 256
-BATCHES = 8  # a sweep, so that the watch over workers is kept however much is due
-MAX_HEARTBEAT_AGE = 10.0  # of an engine that is alive (seconds)
+BATCHES = 8  # in one sweep, so that workers are watched however much is due
+MAX_HEARTBEAT_AGE = 10.0  # seconds, of an engine that runs
 
 
 def heartbeat_file(settings: WorkerSettings, pid: int | None = None) -> Path:
-    """The file whose age tells whether this worker is alive."""
+    """The file whose age tells whether a worker process is healthy."""
     return settings.health_file or settings.state_dir / f"worker-{pid or os.getpid()}.tick"
 
 
 class LeaseMonitor:
-    """Who is dead: leases that ran out, and for how long they have been seen so.
+    """How long the expired leases of other workers have been seen unchanged.
 
-    The time between two looks counts as LEASE / 4 at most. A watcher that was stopped has seen
-    nothing meanwhile, and what stopped it (a paused machine) may have stopped the others too, which
-    renew as soon as they are awake: at the latest after LEASE / 4, and so before they have been
-    seen for a LEASE.
+    The time between two observations counts as LEASE / 4 at most. If this process was stopped it
+    observed nothing, and the others may have been stopped with it (a paused machine). They renew
+    within LEASE / 4 when they run again, so before the monitor has seen their leases for a LEASE.
     """
 
     def __init__(self, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lease, self._clock = lease, clock
-        self._seen: dict[tuple[str, str], float] = {}  # for how many seconds
-        self._looked = clock()
+        self._lease = lease
+        self._clock = clock
+        self._seconds: dict[tuple[str, str], float] = {}
+        self._observed_at = clock()
 
-    def forget(self) -> None:
-        """The database was away: begin again."""
-        self._seen.clear()
+    def reset(self) -> None:
+        """Begin again: the database was away."""
+        self._seconds.clear()
 
-    def look(self, expired_leases: list[tuple[str, str]], own: str) -> list[tuple[str, str]]:
-        """Those of the leases (worker, end) that have been seen like this for a LEASE; never our
-        own."""
+    def observe(self, expired: Sequence[tuple[str, str]], own: str) -> list[tuple[str, str]]:
+        """Those of the expired leases (worker, end) that have been seen for a LEASE; never our own
+        worker's."""
         now = self._clock()
-        passed, self._looked = min(now - self._looked, self._lease / 4), now
-        others = [lease for lease in expired_leases if lease[0] != own]
-        self._seen = {
-            lease: self._seen[lease] + passed if lease in self._seen else 0.0 for lease in others
+        elapsed = min(now - self._observed_at, self._lease / 4)
+        self._observed_at = now
+        self._seconds = {
+            lease: self._seconds[lease] + elapsed if lease in self._seconds else 0.0
+            for lease in expired
+            if lease[0] != own
         }
-        return [lease for lease, seen in self._seen.items() if seen >= self._lease]
+        return [lease for lease, seconds in self._seconds.items() if seconds >= self._lease]
 
 
-class Sweeper:
-    """`start`, then `close`; `sweep` is one turn."""
+class Sweeper(PeriodicThread):
+    """Sweeps and touches the heartbeat file."""
 
     def __init__(
         self,
         settings: WorkerSettings,
-        sweeps: Rescuer,
-        debts: DsnGenerator,
+        rescuer: Rescuer,
+        generator: DsnGenerator,
         engine: Engine,
         hints: Hints,
         *,
-        open_circuits: Callable[[], Mapping[str, str]] = dict,
-        known: Callable[[], Mapping[str, Sequence[str]]] = dict,
-        routes: Callable[[], Sequence[Route]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._sweeps, self._debts = settings, sweeps, debts
-        self._engine, self._hints, self._clock = engine, hints, clock
-        self._resting, self._known, self._routes = open_circuits, known, routes
-        self._said: tuple[str, Mapping[str, str]] = ("", {})  # as who, which servers rest
-        self._told: tuple[str, Mapping[str, Sequence[str]]] = (
-            "",
-            {},
-        )  # as who, which routes there are
-        self._watch = LeaseMonitor(settings.lease, clock)
-        self._away_until: float | None = None  # when the database was last found away
-        self._tick_file = heartbeat_file(settings)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
-
-    def start(self) -> None:
-        """Start sweeping."""
-        self._thread.start()
+        super().__init__("sweeper", min(1.0, settings.lease / 8))
+        self._settings = settings
+        self._rescuer = rescuer
+        self._generator = generator
+        self._engine = engine
+        self._hints = hints
+        self._clock = clock
+        self._published_routes: tuple[str, Mapping[str, Sequence[str]]] = ("", {})
+        self._published_circuits: tuple[str, Mapping[str, str]] = ("", {})
+        self._monitor = LeaseMonitor(settings.lease, clock)
+        self._away_at: float | None = None  # when the database was last found away
+        self._heartbeat_file = heartbeat_file(settings)
 
     def close(self) -> None:
-        """Sweep no more."""
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(1.0)
-        self._tick_file.unlink(missing_ok=True)
+        """End after the current batch, and remove the heartbeat file."""
+        super().close()
+        if self.is_alive():
+            self.join(1.0)
+        self._heartbeat_file.unlink(missing_ok=True)
 
-    def _run(self) -> None:
-        while not self._closing.wait(min(1.0, self._settings.lease / 8)):
-            self.sweep()
-            if not self._closing.is_set():
-                self._tick()
+    def turn(self) -> None:
+        """Sweep, and show that this thread runs."""
+        self.sweep()
+        if not self.closing.is_set():
+            self.touch_heartbeat()
 
     def sweep(self) -> None:
-        """Do what is due, unless the database is away or this worker has not told yet what it did
-        before it was."""
-        if not self._engine.worker:
-            self._watch.forget()
+        """Do what is due. Nothing happens while the database is away, or before this worker has
+        renewed its lease after that."""
+        lease = self._engine.lease
+        if not lease.worker:
+            self._monitor.reset()
             return
-        if self._away_until is not None and not self._engine.renewed_since(self._away_until):
+        if self._away_at is not None and not lease.renewed_since(self._away_at):
             return
         try:
-            self._engine.pause(self._sweeps.paused())
-            self._say_what_it_knows()
-            self._bring_near()
-            self._requeue()
+            self._engine.servers.pauses = self._rescuer.paused()
+            self._publish(lease.worker)
+            self._limit_waits()
+            self._queue_due()
             self._wake()
-            self._sweeps.expire_stuck_transfers()
-            self._bury()
+            self._rescuer.expire_stuck_transfers()
+            self._expire_workers(lease.worker)
         except Exception as error:
-            if self._away_until is None:
+            if self._away_at is None:
                 log.warning("not swept", reason=first_line(error))
-            self._away()
+            self._away_at = self._clock()
+            self._monitor.reset()
         else:
-            self._away_until = None
-            self._tell_senders()
+            self._away_at = None
+            self._generate_dsns()
 
-    def _say_what_it_knows(self) -> None:
-        known = self._engine.worker, self._known()
-        if known != self._told and (known[1] or self._told[1]):
-            self._sweeps.publish_routes(*known)
-            self._told = known
-        found = self._engine.worker, self._resting()
-        if found != self._said and (found[1] or self._said[1]):
-            self._sweeps.publish_open_circuits(*found)
-            self._said = found
+    def _publish(self, worker: str) -> None:
+        """Record for operators which routes this worker knows, and which circuits are open."""
+        routes = worker, self._engine.routes.servers()
+        if routes != self._published_routes:
+            self._rescuer.publish_routes(*routes)
+            self._published_routes = routes
+        circuits = worker, self._engine.servers.open_circuits()
+        if circuits != self._published_circuits and (circuits[1] or self._published_circuits[1]):
+            self._rescuer.publish_open_circuits(*circuits)
+            self._published_circuits = circuits
 
-    def _away(self) -> None:
-        self._away_until = self._clock()
-        self._watch.forget()
-
-    def _bring_near(self) -> None:
-        """Make due what a clock that was set back has put off."""
-        routes = self._routes()
+    def _limit_waits(self) -> None:
+        """Make due what waits longer than any wait can be: a clock was set back."""
+        routes = self._engine.routes.all()
         names = [route.name for route in routes]
-        if moved := self._sweeps.bring_near(
-            BATCH * BATCHES, longest_wait(self._settings, routes), names
-        ):
+        longest = longest_wait(self._settings, routes)
+        if moved := self._rescuer.bring_near(BATCH * BATCHES, longest, names):
             log.warning("due times too far ahead", deliveries=moved)
 
-    def _requeue(self) -> None:
-        """Make queued what is due."""
+    def _queue_due(self) -> None:
         for _ in range(BATCHES):
-            ids = self._sweeps.requeue_due(BATCH)
+            ids = self._rescuer.requeue_due(BATCH)
             self._hints.offer(ids)
-            if not ids or self._closing.is_set():
+            if not ids or self.closing.is_set():
                 break
 
     def _wake(self) -> None:
-        """Make due what waits for a route that works again; of what waits for one that may work,
-        the oldest.
+        """Make due what waits only for a route that works again, and the oldest delivery of a route
+        that may be probed.
 
-        Whichever worker sees a route work wakes its mail, whoever deferred it. Where all mail of a
-        route is deferred nothing else would be sent there, and none would see it.
+        Any worker that sees a route work wakes its mail, even if another worker deferred it: where
+        all mail of a route is deferred nothing else would be sent there.
         """
-        woken = 0
-        for route, most in self._engine.awaited(
-            self._sweeps.waiting(self._engine.routes())
-        ).items():
-            woken += (count := self._sweeps.wake(route, most))
+        known = map(self._engine.routes.get, self._rescuer.waiting(self._engine.routes.names()))
+        limits = self._engine.servers.wake_limits([route for route in known if route])
+        woken = {route: self._rescuer.wake(route, most) for route, most in limits.items()}
+        for route, count in woken.items():
             if count > 1:
                 log.info("deferred mail due", route=route, deliveries=count)
-        if woken:
-            self._engine.look()
+        if any(woken.values()):
+            self._engine.poll_now()
 
-    def _tell_senders(self) -> None:
-        """Make the notices that are owed; what hinders them (a full spool) hinders nothing else."""
-        for tell in (self._debts.settle, self._debts.warn):
+    def _expire_workers(self, own: str) -> None:
+        for worker, ended_at in self._monitor.observe(self._rescuer.expired_leases(), own):
+            uncertain = self._rescuer.expire_worker(worker, ended_at)
+            if uncertain is not None:
+                log.error("worker expired", worker=worker, uncertain=uncertain)
+        self._rescuer.rescue_unowned()
+
+    def _generate_dsns(self) -> None:
+        """Generate pending DSNs and delay warnings. A failure here (a full spool) stops nothing
+        else."""
+        for generate in (self._generator.generate, self._generator.warn):
             try:
-                self._hints.offer(tell(BATCH))
+                self._hints.offer(generate(BATCH))
             except Exception as error:
                 log.error("notices put off", reason=first_line(error))
 
-    def _bury(self) -> None:
-        for worker, until in self._watch.look(self._sweeps.expired_leases(), self._engine.worker):
-            lost = self._sweeps.expire_worker(worker, until)
-            if lost is not None:
-                log.error("worker vanished", worker=worker, uncertain=lost)
-        self._sweeps.rescue_unowned()
-
-    def _tick(self) -> None:
+    def touch_heartbeat(self) -> None:
+        """Touch the heartbeat file if the engine's loop runs."""
         if time.monotonic() - self._engine.heartbeat < MAX_HEARTBEAT_AGE:
             try:
-                self._tick_file.touch()
+                self._heartbeat_file.touch()
             except OSError as error:
-                log.error(
-                    "health file not touched", path=str(self._tick_file), reason=error.strerror
-                )
+                path = str(self._heartbeat_file)
+                log.error("heartbeat file not touched", path=path, reason=error.strerror)

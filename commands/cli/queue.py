@@ -1,8 +1,8 @@
-"""The commands that look at the queue and change it, all with one set of filters.
+"""The commands that read and change the queue, all with the same filters.
 
-Each is a thin function over `commands.ops.show` or `commands.ops.modify`. `filtered` gives a
-command the options of `_filter`, so that a filter means the same everywhere. Heavy modules are
-imported when a command runs: `--help` and completion answer at once.
+A command is a thin function over `commands.ops.show` or `commands.ops.modify`. `filtered` gives it
+the options of `_filter`, so that a filter means the same in every command. Heavy modules are
+imported when a command runs, so that `--help` and completion answer at once.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.errors import explained
+from commands.errors import command, explained
 
 if TYPE_CHECKING:
     from relay.report.filters import Filter
@@ -26,22 +26,23 @@ def _states(incomplete: str) -> list[str]:
     return [state for state in State if state.startswith(incomplete)]
 
 
-def _routes(incomplete: str) -> list[str]:
-    from commands.cli.completion import offered
+def _names(kind: str) -> Callable[[str], list[str]]:
+    def names(incomplete: str) -> list[str]:
+        from commands.cli.completion import offered
 
-    return offered("route", incomplete)
+        return offered(kind, incomplete)
+
+    return names
 
 
-def _servers(incomplete: str) -> list[str]:
-    from commands.cli.completion import offered
-
-    return offered("server", incomplete)
+Route = Annotated[
+    str | None, typer.Option(help="Name of the route.", autocompletion=_names("route"))
+]
+_ID_HELP = "A queue id, or a unique end of one."
 
 
 def _filter(
-    queue_id: Annotated[
-        str | None, typer.Option("--id", help="A queue id, or as much of its end as is unique.")
-    ] = None,
+    queue_id: Annotated[str | None, typer.Option("--id", help=_ID_HELP)] = None,
     state: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,19 +50,18 @@ def _filter(
         ),
     ] = None,
     sender: Annotated[
-        str | None, typer.Option(help="<> is the null sender. * stands for anything.")
+        str | None, typer.Option(help="<> is the null sender. * matches anything.")
     ] = None,
     recipient: Annotated[
-        str | None, typer.Option(help="Capitals count only before the @. * stands for anything.")
+        str | None,
+        typer.Option(help="Only the part before the @ is case-sensitive. * matches anything."),
     ] = None,
-    route: Annotated[
-        str | None, typer.Option(help="Name of the route.", autocompletion=_routes)
-    ] = None,
+    route: Route = None,
     server: Annotated[
         str | None,
         typer.Option(
             help="Server of the last try: host, host:port, [v6]:port, unix:/path.",
-            autocompletion=_servers,
+            autocompletion=_names("server"),
         ),
     ] = None,
     older_than: Annotated[
@@ -72,18 +72,21 @@ def _filter(
         typer.Option("--message-id", help="Message-ID of the header, with or without <>."),
     ] = None,
     reply: Annotated[
-        str | None, typer.Option(help="A part of the server's words at the last try.")
+        str | None, typer.Option(help="A part of the server's reply to the last try.")
     ] = None,
-    one: Annotated[str | None, typer.Argument(metavar="ID", help="The same as --id.")] = None,
+    positional_id: Annotated[
+        str | None, typer.Argument(metavar="ID", help="The same as --id.")
+    ] = None,
 ) -> "Filter":
-    """What the options mean; raises BadParameter."""
+    """The filter that the options mean; raises BadParameter."""
     from relay.db.schema import State
     from relay.report.filters import Filter, bracketed
     from relay.routes import parse_server
     from relay.settings import seconds
 
     if unknown := sorted(set(state or ()) - set(State)):
-        raise typer.BadParameter(f"no state {', '.join(unknown)}: there are {', '.join(State)}")
+        states = ", ".join(State)
+        raise typer.BadParameter(f"no state {', '.join(unknown)}: choose one of {states}")
     try:
         age = float(str(seconds(older_than))) if older_than else None
     except ValueError as error:
@@ -99,190 +102,184 @@ def _filter(
         route,
         server,
         age,
-        queue_id or one,
+        queue_id or positional_id,
         reply,
         bracketed(header_message_id) if header_message_id else None,
     )
 
 
-def filtered(command: Callable[..., int]) -> Callable[..., None]:
-    """Give a command the options of `_filter`; it gets the Filter as its first argument, and
-    returns its status."""
+def filtered(function: Callable[..., int]) -> Callable[..., None]:
+    """Give a command the options of `_filter`. The function gets the Filter as its first argument
+    and returns an exit status."""
     options = inspect.signature(_filter).parameters
-    own = list(inspect.signature(command).parameters.values())[1:]
+    own = list(inspect.signature(function).parameters.values())[1:]
+    parameters = [*options.values(), *own]
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
         with explained():
-            wanted = _filter(**{name: given.pop(name) for name in options})
-            raise typer.Exit(command(wanted, **given))
+            filter_ = _filter(**{name: values.pop(name) for name in options})
+            raise typer.Exit(function(filter_, **values))
 
-    both = [*options.values(), *own]
-    vars(run)["__signature__"] = inspect.Signature(both)
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in both}
+    vars(run)["__signature__"] = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-Id = Annotated[
-    str, typer.Argument(metavar="ID", help="A queue id, or as much of its end as is unique.")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help=_ID_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")]
 Watch = Annotated[
-    float | None, typer.Option(min=0.2, metavar="SECONDS", help="Again and again, until Ctrl-C.")
+    float | None,
+    typer.Option(min=0.2, metavar="SECONDS", help="Repeat at this interval until Ctrl-C."),
 ]
-Reason = Annotated[str, typer.Option(help="Why; kept in the table `actions`.")]
+Reason = Annotated[
+    str, typer.Option(help="Why you do it. It is recorded with your name and the time.")
+]
 Everything = Annotated[
-    bool, typer.Option("--all", help="Every delivery: needed when no filter is given.")
+    bool, typer.Option("--all", help="Every delivery: required when no filter is given.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would be touched, and change nothing.")
+    bool, typer.Option("--dry-run", help="Show which deliveries would change, and change nothing.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many deliveries, oldest first.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most this many deliveries, the oldest.")]
 Reroute = Annotated[
-    bool, typer.Option("--reroute", help="By today's routes; takes what is queued and held too.")
+    bool,
+    typer.Option("--reroute", help="Use the current routes; also for queued and held deliveries."),
 ]
 Yes = Annotated[
-    bool, typer.Option("--yes", "-y", help="Do not ask before more than one is touched.")
+    bool, typer.Option("--yes", "-y", help="Do not ask before more than one delivery changes.")
 ]
 
 
 @queue.command("list")
 @filtered
 def list_(
-    wanted: "Filter",
-    everything: Annotated[bool, typer.Option("--all", help="What is finished as well.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many lines.")] = None,
+    filter_: "Filter",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also deliveries that are finished.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many lines.")] = None,
     watch: Watch = None,
     json_lines: Json = False,
 ) -> int:
-    """List the queue, a line a recipient, oldest first."""
-    from commands.ops import show as inspect
+    """List the queue, a line for each recipient, oldest first."""
+    from commands.ops.show import list_queue, watched
 
-    return inspect.watched(
+    return watched(
         watch,
-        lambda: inspect.list_queue(
-            wanted, everything=everything, limit=limit, json_lines=json_lines
-        ),
+        lambda: list_queue(filter_, everything=everything, limit=limit, json_lines=json_lines),
     )
 
 
-@queue.command()
-def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
-    """Show all that is known about a message. Envelope, deliveries, and every try with the server's
-    words."""
-    with explained():
-        from commands.ops import show as inspect
+@command(queue)
+def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
+    """Show everything about a message. Envelope, deliveries, and every try with its reply."""
+    from commands.ops.show import show_message, watched
 
-        raise typer.Exit(
-            inspect.watched(watch, lambda: inspect.show_message(queue_id, json_lines=json_lines))
-        )
+    return watched(watch, lambda: show_message(queue_id, json_lines=json_lines))
 
 
-@queue.command()
-def why(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> None:
+@command(queue)
+def why(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
     """Say why a message is not being sent now, and when it will be."""
-    with explained():
-        from commands.ops import show as inspect
+    from commands.ops.show import show_why, watched
 
-        raise typer.Exit(
-            inspect.watched(watch, lambda: inspect.show_why(queue_id, json_lines=json_lines))
-        )
+    return watched(watch, lambda: show_why(queue_id, json_lines=json_lines))
 
 
-@queue.command()
-def headers(queue_id: Id) -> None:
+@command(queue)
+def headers(queue_id: Id) -> int:
     """Print the header of a message that is still in the spool."""
-    with explained():
-        from commands.ops import show as inspect
+    from commands.ops.show import show_body
 
-        raise typer.Exit(inspect.show_body(queue_id, header_only=True))
-
-
-@queue.command()
-def body(queue_id: Id) -> None:
-    """Print a message as it is in the spool, header and all."""
-    with explained():
-        from commands.ops import show as inspect
-
-        raise typer.Exit(inspect.show_body(queue_id, header_only=False))
+    return show_body(queue_id, header_only=True)
 
 
-@queue.command()
-def stats(watch: Watch = None, json_lines: Json = False) -> None:
-    """Count the queue by state and by age. Shows workers, servers, rates and the slowest tries,
-    too."""
-    with explained():
-        from commands.ops import show as inspect
+@command(queue)
+def body(queue_id: Id) -> int:
+    """Print a message that is still in the spool: header and body."""
+    from commands.ops.show import show_body
 
-        raise typer.Exit(inspect.watched(watch, lambda: inspect.show_stats(json_lines=json_lines)))
+    return show_body(queue_id, header_only=False)
+
+
+@command(queue)
+def stats(watch: Watch = None, json_lines: Json = False) -> int:
+    """Count the queue by state and age. Also shows workers, servers, rates and slow tries."""
+    from commands.ops.show import show_stats, watched
+
+    return watched(watch, lambda: show_stats(json_lines=json_lines))
 
 
 @queue.command()
 @filtered
 def retry(
-    wanted: "Filter", everything: Everything = False, dry_run: DryRun = False, yes: Yes = False, reason: Reason = "",
-    reroute: Reroute = False, limit: Limit = None, json_lines: Json = False,
-) -> int:  # fmt: skip
-    """Try what is deferred at once, whatever its time."""
+    filter_: "Filter",
+    everything: Everything = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    reason: Reason = "",
+    reroute: Reroute = False,
+    limit: Limit = None,
+    json_lines: Json = False,
+) -> int:
+    """Try deferred deliveries now, whenever they are due."""
     from commands.ops.modify import ChangeRequest, change
 
-    return change(
-        "reroute" if reroute else "retry",
-        wanted,
-        ChangeRequest(everything, dry_run, yes, reason, json_lines, limit),
-    )
+    request = ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
+    return change("reroute" if reroute else "retry", filter_, request)
 
 
-def _verb(name: str, words: str) -> None:
-    """Add the command for another one of `relay.queue.operations.OPERATIONS`."""
+def _operation(name: str, help_: str) -> None:
+    """Add the command for an operation of `relay.queue.operations.OPERATIONS`."""
 
-    def command(
-        wanted: "Filter", everything: Everything = False, dry_run: DryRun = False, yes: Yes = False,
-        reason: Reason = "", limit: Limit = None, json_lines: Json = False,
-    ) -> int:  # fmt: skip
+    def run(
+        filter_: "Filter",
+        everything: Everything = False,
+        dry_run: DryRun = False,
+        yes: Yes = False,
+        reason: Reason = "",
+        limit: Limit = None,
+        json_lines: Json = False,
+    ) -> int:
         from commands.ops.modify import ChangeRequest, change
 
-        return change(
-            name, wanted, ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
-        )
+        request = ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
+        return change(name, filter_, request)
 
-    command.__doc__ = words
-    queue.command(name)(filtered(command))
+    queue.command(name, help=help_)(filtered(run))
 
 
-_verb(
+_operation(
     "hold",
-    "Keep what is queued or deferred until it is released. What is being sent follows after its try.",
+    "Keep queued and deferred deliveries until they are released. A delivery that is being sent is"
+    " held after its try.",
 )
-_verb("release", "Queue what is held.")
-_verb("bounce", "Give up, and tell the sender; --reason is told too.")
-_verb("drop", "Give up, and tell nobody.")
+_operation("release", "Queue held deliveries.")
+_operation("bounce", "Give up deliveries, and tell the senders. The text of --reason is sent too.")
+_operation("drop", "Give up deliveries without telling the senders.")
 
-Route = Annotated[str | None, typer.Option(help="Name of the route.", autocompletion=_routes)]
 Server = Annotated[
     str | None,
-    typer.Option(help="A server, as RELAY_QMQP_SERVERS spells it.", autocompletion=_servers),
+    typer.Option(help="A server, as in RELAY_QMQP_SERVERS.", autocompletion=_names("server")),
 ]
 
 
-@queue.command()
+@command(queue)
 def pause(
     route: Route = None, server: Server = None, reason: Reason = "", json_lines: Json = False
-) -> None:
-    """Send nothing by a route or to a server until `resume`. Mail is taken all the same, and
-    waits."""
-    with explained():
-        from commands.ops.modify import pause
+) -> int:
+    """Send nothing on a route or to a server until `resume`. Mail is still accepted, and waits."""
+    from commands.ops.modify import pause
 
-        raise typer.Exit(pause(route, server, reason=reason, resume=False, json_lines=json_lines))
+    return pause(route, server, reason=reason, resume=False, json_lines=json_lines)
 
 
-@queue.command()
+@command(queue)
 def resume(
     route: Route = None, server: Server = None, reason: Reason = "", json_lines: Json = False
-) -> None:
-    """Send there again."""
-    with explained():
-        from commands.ops.modify import pause
+) -> int:
+    """Send on a paused route, or to a paused server, again."""
+    from commands.ops.modify import pause
 
-        raise typer.Exit(pause(route, server, reason=reason, resume=True, json_lines=json_lines))
+    return pause(route, server, reason=reason, resume=True, json_lines=json_lines)

@@ -1,10 +1,11 @@
-"""Why a delivery is where it is: one sentence, from what the tables and the clock say.
+"""Why a delivery is in its state: one sentence, made from the tables and the clock.
 
-It answers what people ask before anything else: is it being sent, if not why not, and when will it
-be. The broker is never the reason: it carries hints, and workers find the mail without them. Which
-servers a route has, which of them rest, and how long a claim is for, workers have written down; the
-settings of who asks may be others, and count only while no worker is alive. What must stay true:
-one cause is told, and it is one that a table holds.
+`why` answers what people ask first: is the mail being sent, if not why not, and when will it be
+sent. The broker is never the reason: it carries hints, and workers find mail without them. Workers
+publish their routes, their open circuits and how long a claim lasts. The settings of the process
+that asks may differ, so they count only while no worker is alive.
+
+What must stay true: the sentence names one cause, and a table holds that cause.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,28 +13,30 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from commands.output import Row, ago, span, stamp
+from commands.output import Row, ago, counted, span, stamp
 from relay.dsn.message import Enclosure, Withheld
 from relay.queue.split import can_carry
 from relay.queue.states import UNFINISHED, Outcome, ReasonSource, State
 from relay.report.queries import QueueReader
-from relay.routes import NO_SERVER, Routes
+from relay.routes import Routes
 from relay.settings import Settings, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What else there is to know.
+    """What a reason may depend on beside the rows of the message.
 
-    `routes` are the servers of each route, as all living workers together know them; `rests` says
-    of a server by which workers it is left alone, and why.
+    `pauses` are keyed by subject (`route:NAME`, `server:NAME`). `routes` are the servers of each
+    route, as all living workers together know them. `open_circuits` says for a server which workers
+    do not try it now, and why. `dsns` are the DSNs about the message.
     """
 
     workers: Sequence[Row]
     pauses: Mapping[str, Row]
     routes: Mapping[str, Sequence[str]]
-    rests: Mapping[str, Mapping[str, str]]
-    notices: Sequence[Row]
+    open_circuits: Mapping[str, Mapping[str, str]]
+    dsns: Sequence[Row]
+    sends_dsns: bool
 
     @property
     def living(self) -> list[Row]:
@@ -41,101 +44,100 @@ class Facts:
 
 
 def gather(queue: QueueReader, queue_id: str, settings: Settings) -> Facts:
-    """Look at everything that a reason may be found in."""
+    """Read everything that a reason may depend on."""
     workers = queue.workers()
-    rests: dict[str, dict[str, str]] = {}
-    for row in queue.rests():
-        rests.setdefault(row["server"], {})[row["worker"]] = row["why"]
+    open_circuits: dict[str, dict[str, str]] = {}
+    for row in queue.open_circuits():
+        open_circuits.setdefault(row["server"], {})[row["worker"]] = row["why"]
     return Facts(
         workers,
         {row["subject"]: row for row in queue.pauses()},
         _routes(workers, settings),
-        rests,
-        queue.notices(queue_id),
+        open_circuits,
+        queue.dsns(queue_id),
+        settings.bounces == "dsn",
     )
 
 
 def _routes(workers: Sequence[Row], settings: Settings) -> Mapping[str, Sequence[str]]:
-    """The servers of each route as the living workers know them, in order; as our settings do where
-    none is alive."""
+    """The servers of each route, in order: those of the living workers, or of our settings while no
+    worker is alive."""
     living = [worker for worker in workers if worker["alive"]]
-    routes: dict[str, list[str]] = {}
+    if not living:
+        try:
+            return Routes.load(settings).servers()
+        except SettingsError:
+            return {}  # `check` reports it
+    routes: dict[str, dict[str, None]] = {}  # a dict without values is a set in order
     for worker in living:
         for name, servers in (worker["routes"] or {}).items():
-            known = routes.setdefault(name, [])
-            known += [server for server in servers if server not in known]
-    if living:
-        return routes
-    try:
-        return Routes.load(settings).servers()
-    except SettingsError:
-        return {}  # `check` tells of it
+            routes.setdefault(name, {}).update(dict.fromkeys(servers))
+    return {name: list(servers) for name, servers in routes.items()}
 
 
 def sentences(message: dict[str, Any], facts: Facts) -> Iterator[tuple[Row, str]]:
-    """For each delivery that was not split: (its row, why it is where it is)."""
-    rows = [row for row in message["deliveries"] if row["state"] != State.SPLIT]
-    for row in rows:
-        people = [r["address"] for r in message["recipients"] if r["delivery"] == row["number"]]
-        whom = people[0] if people else "nobody"
-        more = f" and {len(people) - 1} more" if len(people) > 1 else ""
-        words = _REASONS[State(row["state"])](row, message, facts)
-        notice = f"; it is a notice about {about(message)}" if message["dsn_of"] else ""
-        yield row, f"{whom}{more}: {words}{notice}."
+    """For each delivery that was not split: (its row, why it is in its state)."""
+    for row in message["deliveries"]:
+        if row["state"] == State.SPLIT:
+            continue
+        to = [r["address"] for r in message["recipients"] if r["delivery"] == row["number"]]
+        recipients = to[0] if to else "no recipient"
+        if len(to) > 1:
+            recipients += f" and {len(to) - 1} more"
+        reason = _REASONS[State(row["state"])](row, message, facts)
+        dsn = f"; it is a DSN about {about(message)}" if message["dsn_of"] else ""
+        yield row, f"{recipients}: {reason}{dsn}."
 
 
 def about(message: Row) -> str:
-    """Which message a notice is about, and what it encloses of it."""
+    """The message that a DSN is about, and how much of it the DSN encloses."""
     content = message["dsn_content"]
     return str(message["dsn_of"]) + (f" and encloses {_ENCLOSED[content]}" if content else "")
 
 
 def _queued(row: Row, _message: Row, facts: Facts) -> str:
-    if cause := _hindrance(row["route"], facts):
+    if cause := _obstacle(row["route"], facts):
         return f"queued, and not sent because {cause}"
     late = (datetime.now(UTC) - row["due_at"]).total_seconds()
     if late <= 0:
-        return (
-            f"queued: a worker takes it when it is hinted at, and without a hint in {span(-late)}"
-        )
-    sending, count = sum(worker["sending"] for worker in facts.living), len(facts.living)
-    workers = "1 worker is" if count == 1 else f"{count} workers are"
+        return f"queued: a worker claims it when a hint arrives, or in {span(-late)} without one"
+    sending = sum(worker["sending"] for worker in facts.living)
+    alive = len(facts.living)
+    workers = "1 worker is" if alive == 1 else f"{alive} workers are"
+    cause = f"{workers} alive and reported no reason; read the workers' logs"
     if sending:
-        others = f"{sending} other{'s' * (sending > 1)}"
-        cause = f"its turn has not come: {workers} busy with {others}, and what is due longest comes first"
-    else:
-        cause = (
-            f"{workers} alive and nothing hinders them that they have told of: look at their logs"
-        )
+        cause = f"{workers} busy with {counted(sending)}, and mail that waits longer is sent first"
     return f"queued, and overdue for {span(late)}: {cause}"
 
 
 def _sending(row: Row, _message: Row, facts: Facts) -> str:
+    text = f"being sent by worker {row['worker'][-12:]}"
     worker = next((w for w in facts.workers if w["id"] == row["worker"]), None)
-    who = (
-        f"{row['worker'][-12:]} ({worker['host']} {worker['pid']})"
-        if worker
-        else row["worker"][-12:]
-    )
-    words = f"being sent by worker {who}"
+    if worker:
+        text += f" ({worker['host']} {worker['pid']})"
     if worker and worker["claim_seconds"]:
         since = row["due_at"] - timedelta(seconds=worker["claim_seconds"])
-        words += f" since {stamp(since)} ({ago(min(since, datetime.now(UTC)))})"
+        text += f" since {stamp(since)} ({ago(min(since, datetime.now(UTC)))})"
     if worker is None or not worker["alive"]:
-        words += ", which does not renew its lease: another one will declare it dead and call this try uncertain"
+        text += (
+            "; this worker does not renew its lease, so another worker will record the attempt as"
+            " uncertain"
+        )
     if row["pending_operation"]:
-        words += f"; unless it is accepted, then comes what an operator wants: {row['pending_operation']}"
-    return words
+        text += f"; {row['pending_operation']} follows unless the server accepts it"
+    return text
 
 
-def _deferred(row: Row, _message: Row, facts: Facts) -> str:
-    when = row["due_at"]
-    words = f"deferred until {stamp(when)} ({ago(when)})"
-    if when <= datetime.now(UTC):
-        words = f"deferred, and due for {ago(when)}"
-    words += f", because {_last(row)} (try {row['claim_count']}); a failure after {stamp(row['expires_at'])} is the last"
-    cause = _hindrance(row["route"], facts)
-    return words + (f"; and now {cause}" if cause else "")
+def _deferred(row: Row, message: Row, facts: Facts) -> str:
+    due = row["due_at"]
+    text = f"deferred until {stamp(due)} ({ago(due)})"
+    if due <= datetime.now(UTC):
+        text = f"deferred, and due for {ago(due)}"
+    text += f", because {_last(row)} (try {row['claim_count']})"
+    if cause := _obstacle(row["route"], facts):
+        text += f"; now {cause}"
+    told = "and the sender is told" if message["sender"] and facts.sends_dsns else "without a DSN"
+    return f"{text}. If it still fails after {stamp(row['expires_at'])} it expires, {told}"
 
 
 def _held(row: Row, message: Row, _facts: Facts) -> str:
@@ -144,69 +146,67 @@ def _held(row: Row, message: Row, _facts: Facts) -> str:
         cause = reply
     elif outcome == Outcome.UNSENDABLE:
         mine = [r["address"] for r in message["recipients"] if r["delivery"] == row["number"]]
-        advice = (
-            "put the file back and release it, or drop it"
-            if all(map(can_carry, [*mine, message["sender"]]))
-            else "release it: what can be sent is sent, and the rest bounces"
-        )
+        advice = "put the file back and release it, or drop it"
+        if not all(map(can_carry, [*mine, message["sender"]])):
+            advice = "release it: what can be sent is sent, and the rest bounces"
         cause = f"held because it cannot be sent: {reply}; {advice}"
     elif row["crash_count"] > 1:
-        cause = f"held because {row['crash_count']} workers in a row were lost over it"
+        cause = (
+            f"held because {row['crash_count']} workers in a row ended while they were sending it"
+        )
     elif outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
         cause = f"held because {_last(row)}"
     else:
-        cause = "held, and nothing says by whom" + (
-            f"; before that {_last(row)}" if outcome else ""
-        )
-    return f"{cause}. It stays until it is released, bounced or dropped"
+        cause = "held, and no reason is recorded" + (f"; before, {_last(row)}" if outcome else "")
+    return f"{cause}. It stays until an operator releases, bounces or drops it"
 
 
 def _delivered(row: Row, _message: Row, _facts: Facts) -> str:
-    tries = f"try {row['claim_count']}"
-    return f"delivered {ago(row['finished_at'])} ago to {row['last_server']} ({tries}): {row['last_reply']}"
+    to = f"{row['last_server']} (try {row['claim_count']})"
+    return f"delivered {ago(row['finished_at'])} ago to {to}: {row['last_reply']}"
 
 
 def _failed(row: Row, message: Row, facts: Facts) -> str:
-    words = f"{row['state']} {ago(row['finished_at'])} ago, because {_last(row)}"
-    if row["due_at"] is not None and message["dsn_content"]:
-        return f"{words}; a worker makes one with less of the original in its place, or gives it up"
+    told = _sender_is_told(row, message, facts)
+    return f"{row['state']} {ago(row['finished_at'])} ago, because {_last(row)}; {told}"
+
+
+def _sender_is_told(row: Row, message: Row, facts: Facts) -> str:
+    """What the sender learns of a failed delivery. `due_at` is set while its DSN is pending."""
     if row["due_at"] is not None:
-        makes = "a worker makes it" if facts.living else "no worker is alive to make it"
-        return f"{words}; a notice to the sender is owed since {ago(row['due_at'])}, and {makes}"
+        if message["dsn_content"]:
+            return "a worker replaces it with a DSN that encloses less, or gives up"
+        generated = "a worker generates it" if facts.living else "no worker is alive to generate it"
+        return f"its DSN has been pending for {ago(row['due_at'])}, and {generated}"
     if row["dsn_withheld"]:
-        return f"{words}; the sender is not told: {_WITHHELD[row['dsn_withheld']]}"
-    if facts.notices:
-        return "; ".join([words, *map(_notice, facts.notices)])
+        return f"the sender is not told: {_WITHHELD[row['dsn_withheld']]}"
+    if facts.dsns:
+        return "; ".join(map(_dsn, facts.dsns))
     if message["dsn_content"]:
-        return f"{words}; {_after(row, message['dsn_content'])}"
-    return (
-        words + "; nobody is told" + (", it has the null sender" if not message["sender"] else "")
-    )
+        return _after(row, message["dsn_content"])
+    return "no DSN is sent" + ("" if message["sender"] else ", because the sender is null")
 
 
-def _notice(notice: Row) -> str:
-    """What became of a notice to the sender."""
-    queue_id, state = notice["queue_id"], notice["state"]
+def _dsn(dsn: Row) -> str:
+    """What became of a DSN."""
+    queue_id, state = dsn["queue_id"], dsn["state"]
     if state == State.DELIVERED:
         return f"the sender was told by {queue_id}"
     if state in UNFINISHED:
         return f"the sender is told by {queue_id}, which is {state}"
-    words = f"notice {queue_id} is {state}, because {_last(notice)}"
-    if state == State.DROPPED or notice["due_at"] is not None:
-        return words
-    return f"{words}, and {_after(notice, notice['dsn_content'])}"
+    text = f"DSN {queue_id} is {state}, because {_last(dsn)}"
+    if state == State.DROPPED or dsn["due_at"] is not None:
+        return text
+    return f"{text}, and {_after(dsn, dsn['dsn_content'])}"
 
 
-def _after(notice: Row, content: str | None) -> str:
-    """What followed when a notice had failed (relay/dsn/generator.py)."""
-    refused = notice["state"] == State.BOUNCED and notice["last_outcome"] == Outcome.REJECTED
-    if (
-        refused
-        and content in (Enclosure.FULL, Enclosure.HEADER)
-        and notice["reason_source"] == ReasonSource.SERVER
-    ):
-        return "a notice with less of the original was made in its place"
-    return "it was given up: the sender of the original is not told by it"
+def _after(dsn: Row, content: str | None) -> str:
+    """What followed when a DSN had failed (relay/dsn/generator.py)."""
+    refused = dsn["state"] == State.BOUNCED and dsn["last_outcome"] == Outcome.REJECTED
+    reducible = content in (Enclosure.FULL, Enclosure.HEADER)
+    if refused and reducible and dsn["reason_source"] == ReasonSource.SERVER:
+        return "a DSN that encloses less replaced it"
+    return "no other DSN replaces it: the sender of the original is not told by it"
 
 
 _ENCLOSED = {
@@ -215,14 +215,16 @@ _ENCLOSED = {
     Enclosure.NONE: "nothing of it",
 }
 _WITHHELD = {
-    Withheld.RATE: "it had a notice about mail from an untrusted client less than a minute before",
+    Withheld.RATE: "less than a minute before, a DSN about mail from an untrusted client was sent"
+    " to this address",
     Withheld.POSTMASTER: "the mail came from an untrusted client and was for our own postmaster",
-    Withheld.ADDRESS: "no mail server can be given its address",
+    Withheld.ADDRESS: "no mail server accepts its address",
 }
 
 
 def _dropped(row: Row, _message: Row, _facts: Facts) -> str:
-    return f"{row['last_reply'] or 'dropped by an operator'}, {ago(row['finished_at'])} ago; nobody is told"
+    reply = row["last_reply"] or "dropped by an operator"
+    return f"{reply}, {ago(row['finished_at'])} ago; no DSN is sent"
 
 
 _REASONS = {
@@ -235,71 +237,63 @@ _REASONS = {
     State.EXPIRED: _failed,
     State.DROPPED: _dropped,
 }
+_OUTCOMES = {
+    Outcome.DEFERRED: "{server} deferred it: {reply}",
+    Outcome.REJECTED: "{server} refused it: {reply}",
+    Outcome.INTERRUPTED: "the transfer to {server} broke off: {reply}",
+    Outcome.UNCERTAIN: "it is unknown whether {server} accepted it: {reply}",
+    Outcome.MALFORMED: "it is unknown whether {server} accepted it, its reply is invalid: {reply}",
+}
 
 
 def _last(row: Row) -> str:
-    """What the last try came to."""
-    server, reply = row["last_server"] or "a server", row["last_reply"] or "no words"
+    """What the last attempt came to."""
+    server, reply = row["last_server"] or "a server", row["last_reply"] or "no reply"
     if row["reason_source"] == ReasonSource.OPERATOR:
         return reply
-    told = {
-        Outcome.DEFERRED: f"{server} deferred it: {reply}",
-        Outcome.REJECTED: f"{server} refused it: {reply}",
-        Outcome.UNREACHABLE: _unreachable(reply),
-        Outcome.INTERRUPTED: f"the transfer to {server} broke off: {reply}",
-        Outcome.UNCERTAIN: f"nobody knows whether {server} has it: {reply}",
-        Outcome.MALFORMED: f"nobody knows whether {server} has it, its reply is none: {reply}",
-    }
-    return told.get(row["last_outcome"], reply)
+    if row["last_outcome"] == Outcome.UNREACHABLE and reply.startswith("no connection: "):
+        return f"no server accepted a connection: {reply.removeprefix('no connection: ')}"
+    return _OUTCOMES.get(row["last_outcome"], "{reply}").format(server=server, reply=reply)
 
 
-def _unreachable(reply: str) -> str:
-    """Why there was no connection; some replies say what they are about."""
-    if reply == NO_SERVER or "is left alone" in reply:
-        return reply
-    return f"no server took a connection: {reply.removeprefix('no connection: ')}"
-
-
-def _hindrance(route: str, facts: Facts) -> str:
-    """What keeps mail of that route from being sent, whatever its time; empty when nothing does."""
+def _obstacle(route: str, facts: Facts) -> str:
+    """What keeps mail of that route from being sent now; empty when it can be sent."""
     if pause := facts.pauses.get(f"route:{route}"):
-        return f"route {route} is paused until `resume` {_by(pause)}"
+        return f"route {route} is paused until `resume` {_paused_by(pause)}"
     if not facts.living:
-        besides = _way(route, facts)
-        return "no worker is alive" + (f", and {besides}" if besides else "")
+        servers = _obstacle_at_servers(route, facts)
+        return "no worker is alive" + (f", and {servers}" if servers else "")
     if not any(worker["routes"] for worker in facts.living):
-        return ""  # they have just begun, and not said yet
-    return _way(route, facts)
+        return ""  # the workers have just started, and have not published their routes
+    return _obstacle_at_servers(route, facts)
 
 
-def _way(route: str, facts: Facts) -> str:
-    """What is wrong with a route and its servers; empty when one of them takes mail."""
+def _obstacle_at_servers(route: str, facts: Facts) -> str:
+    """Why no server of a route can be tried now; empty when one can."""
     if route not in facts.routes:
-        return f"no worker knows a route {route}: `retry --reroute` gives it another"
+        return f"no worker knows a route {route}: `retry --reroute` gives the mail another"
     if not facts.routes[route]:
         return f"no QMQP server is configured for route {route} (RELAY_QMQP_SERVERS)"
-    causes = [_without(server, facts) for server in facts.routes[route]]
+    causes = [_obstacle_at(server, facts) for server in facts.routes[route]]
     return " and ".join(causes) if all(causes) else ""
 
 
-def _without(server: str, facts: Facts) -> str:
-    """Why nothing is sent to a server; empty when some worker would."""
+def _obstacle_at(server: str, facts: Facts) -> str:
+    """Why a server is not tried now; empty when a worker would try it."""
     if pause := facts.pauses.get(f"server:{server}"):
-        return f"server {server} is paused until `resume` {_by(pause)}"
-    wary = facts.rests.get(server, {})
-    if not wary or any(
-        worker["id"] not in wary for worker in facts.living if _knows(worker, server)
-    ):
+        return f"server {server} is paused until `resume` {_paused_by(pause)}"
+    reasons = facts.open_circuits.get(server, {})
+    knowing = [
+        worker["id"]
+        for worker in facts.living
+        if any(server in servers for servers in (worker["routes"] or {}).values())
+    ]
+    if not reasons or any(worker not in reasons for worker in knowing):
         return ""
-    return f"server {server} is left alone until it is tried again, within a minute ({max(wary.values())})"
+    reason = max(reasons.values())
+    return f"the circuit to server {server} is open: it is tried again within a minute ({reason})"
 
 
-def _knows(worker: Row, server: str) -> bool:
-    return any(server in servers for servers in (worker["routes"] or {}).values())
-
-
-def _by(pause: Row) -> str:
-    """Who paused it, when and why."""
-    return f"(by {pause['actor']} {ago(pause['since_at'])} ago" + (
-        f": {pause['reason']})" if pause["reason"] else ")"
-    )
+def _paused_by(pause: Row) -> str:
+    reason = f": {pause['reason']}" if pause["reason"] else ""
+    return f"(by {pause['actor']} {ago(pause['since_at'])} ago{reason})"

@@ -1,9 +1,9 @@
-"""Changing the queue: what `retry`, `hold`, `release`, `bounce`, `drop`, `pause` and `resume` do
-around `relay.queue.operations`.
+"""The commands that change the queue: `retry`, `hold`, `release`, `bounce`, `drop`, `pause` and
+`resume`, around `relay.queue.operations`.
 
-What must stay true: nothing is touched by an empty filter unless --all says so, nor more than one
-delivery unless somebody said yes; every change is recorded with who asked for it and why; who stops
-a verb in its middle is told how far it came.
+What must stay true: an empty filter changes nothing without --all; more than one delivery changes
+only after a confirmation or with --yes; every change is recorded with its actor and reason; after
+Ctrl-C the command says how many deliveries it changed.
 """
 
 import getpass
@@ -11,14 +11,15 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import typer
 from sqlalchemy import Engine
 
 from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, say
-from commands.ops.show import COLUMNS, at_hand, opened, resolved
+from commands.ops.show import COLUMNS, mounted_spool, opened, resolved
 from commands.output import as_json, counted, write
 from relay.db.schema import State
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
@@ -26,12 +27,11 @@ from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 from relay.routes import Routes, parse_server
 from relay.settings import Settings, load
-from relay.spool.store import Spool
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeRequest:
-    """What the operator said beside the verb and the filter."""
+    """The options of a command beside its filter."""
 
     everything: bool = False
     dry_run: bool = False
@@ -42,114 +42,85 @@ class ChangeRequest:
 
 
 def actor() -> str:
-    """Who is asking, as `actions` keeps it."""
+    """The user who runs the command, as `audit` records it."""
     try:
         user = getpass.getuser()
-    except (OSError, KeyError):  # a container's uid has no name
+    except (OSError, KeyError):  # the uid of a container may have no name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
 
 
-def change(name: str, wanted: Filter, order: ChangeRequest) -> int:
-    """Do what a verb does to all that a filter means; the exit status."""
+def change(name: str, filter_: Filter, request: ChangeRequest) -> int:
+    """Apply an operation to the deliveries that the filter matches; the exit status."""
     settings = load(Settings)
-    if not wanted.shown() and not order.everything:
+    if not filter_.shown() and not request.everything:
         say(f"{name} everything? Give a filter, or --all")
         return WRONG_USE
     with opened(settings) as engine:
-        return _change(name, settings, engine, wanted, order)
+        return _change(name, settings, engine, filter_, request)
 
 
 def _change(
-    name: str, settings: Settings, engine: Engine, wanted: Filter, order: ChangeRequest
+    name: str, settings: Settings, engine: Engine, filter_: Filter, request: ChangeRequest
 ) -> int:
-    queue, verb = QueueReader(engine), OPERATIONS.get(name, REROUTE)
-    verbs = QueueOperations(engine, notices=settings.bounces == "dsn")
-    wanted = resolved(queue, wanted)
-    matched = verbs.matching(verb, wanted)
+    queue, operation = QueueReader(engine), OPERATIONS.get(name, REROUTE)
+    operations = QueueOperations(engine, notices=settings.bounces == "dsn")
+    filter_ = resolved(queue, filter_)
+    matched = operations.matching(operation, filter_)
     if not matched:
-        say(f"nothing there to {name}: it takes what is {' or '.join(verb.takes)}")
+        say(f"no delivery to {name}: it takes what is {' or '.join(operation.takes)}")
         return NOTHING_MATCHED
-    if order.dry_run:
-        write(verbs.touched(verb, wanted, limit=order.limit), COLUMNS, json_lines=order.json_lines)
-        say(f"would {name} {_limited(matched, order.limit)}")
+    limit = request.limit
+    summary = f"{name} {_counts(matched)}"
+    if limit is not None and limit < matched.total():
+        summary = f"{name} the oldest {limit} of {_counts(matched)}"
+    if request.dry_run:
+        rows = operations.touched(operation, filter_, limit=limit)
+        write(rows, COLUMNS, json_lines=request.json_lines)
+        say(f"would {summary}")
         return DONE
-    meant = f"{name} {_limited(matched, order.limit)}"
-    if (
-        min(matched.total(), order.limit or 2) > 1
-        and not order.yes
-        and (refusal := _refusal(meant)) is not None
-    ):
-        return refusal
-    route_for = Routes.load(settings).route_for if verb is REROUTE else None
-    chunks = verbs.in_chunks(
-        verb, wanted, actor=actor(), reason=order.reason, route_for=route_for, limit=order.limit
+    if min(matched.total(), limit or 2) > 1 and not request.yes:
+        if not sys.stdin.isatty():
+            say(f"{summary}? Add --yes to change more than one")
+            return WRONG_USE
+        if not typer.confirm(f"{summary}?"):
+            return NOTHING_MATCHED
+    chunks = operations.in_chunks(
+        operation,
+        filter_,
+        actor=actor(),
+        reason=request.reason,
+        limit=limit,
+        route_for=Routes.load(settings).route_for if operation is REROUTE else None,
     )
-    touched, removed, interrupted = _done(chunks, at_hand(settings, queue))
-    if order.json_lines:
-        typer.echo(
-            as_json(
-                {
-                    "verb": name,
-                    "deliveries": touched.total(),
-                    "were": touched,
-                    "bodies_removed": removed,
-                }
-            )
-        )
+    spool, changed, removed, interrupted = mounted_spool(settings, queue), Counter[str](), 0, True
+    with suppress(KeyboardInterrupt):
+        for counts, bodies in chunks:
+            changed.update(counts)
+            removed += sum(map(spool.remove, bodies)) if spool else 0
+        interrupted = False
+    if request.json_lines:
+        row = {"verb": name, "deliveries": changed.total(), "were": changed}
+        typer.echo(as_json(row | {"bodies_removed": removed}))
     else:
         typer.echo(
-            f"{name}: {_told(touched)}" + (f", bodies removed: {removed}" if removed else "")
+            f"{name}: {_counts(changed)}" + (f", bodies removed: {removed}" if removed else "")
         )
-    if sending := touched[State.SENDING]:
-        wished = f"{name} comes after this try, unless the server accepts"
-        say(
-            f"{sending} being sent: {wished if verb.wanted else 'not held after this try any more'}"
-        )
+    if sending := changed[State.SENDING]:
+        after = "they are no longer held after this try"
+        if operation.wanted:
+            after = f"{name} follows after this try, unless the server accepts"
+        say(f"{sending} being sent: {after}")
     if interrupted:
-        say(
-            f"interrupted after {touched.total()} of {counted(matched.total())}; the rest is as it was"
-        )
+        total = counted(matched.total())
+        say(f"interrupted after {changed.total()} of {total}; the others are unchanged")
         return INTERRUPTED
-    return DONE if touched else NOTHING_MATCHED
+    return DONE if changed else NOTHING_MATCHED
 
 
-def _done(
-    chunks: Iterator[tuple[Counter[str], list[str]]], spool: Spool | None
-) -> tuple[Counter[str], int, bool]:
-    """Do it, removing bodies meanwhile; the deliveries touched by state, bodies removed, whether it
-    was interrupted."""
-    touched, removed = Counter[str](), 0
-    try:
-        for counts, free in chunks:
-            touched.update(counts)
-            removed += sum(map(spool.remove, free)) if spool else 0
-    except KeyboardInterrupt:
-        return touched, removed, True
-    return touched, removed, False
-
-
-def _refusal(question: str) -> int | None:
-    """Ask on a terminal; the exit status if it is not to be done."""
-    if not sys.stdin.isatty():
-        say(f"{question}? Say --yes for more than one")
-        return WRONG_USE
-    return None if typer.confirm(f"{question}?") else NOTHING_MATCHED
-
-
-def _limited(counts: Mapping[str, int], limit: int | None) -> str:
-    """What would be touched, if that is not all of it."""
-    return (
-        _told(counts)
-        if limit is None or limit >= sum(counts.values())
-        else f"the oldest {limit} of {_told(counts)}"
-    )
-
-
-def _told(counts: Mapping[str, int]) -> str:
-    total = sum(counts.values())
+def _counts(counts: Mapping[str, int]) -> str:
     parts = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    return f"{counted(total)} ({parts})" if total else "nothing"
+    return f"{counted(sum(counts.values()))} ({parts})" if parts else "nothing"
 
 
 def pause(
@@ -166,33 +137,27 @@ def pause(
         say(str(error))
         return WRONG_USE
     with opened(settings) as engine:
-        verbs, known = (
-            QueueOperations(engine, notices=False),
-            _subjects(settings, QueueReader(engine)),
-        )
-        done = (verbs.resume if resume else verbs.pause)(subject, actor=actor(), reason=reason)
-    words = "resumed" if resume else "paused"
+        operations = QueueOperations(engine, notices=False)
+        known = _subjects(settings, QueueReader(engine))
+        operation = operations.resume if resume else operations.pause
+        done = operation(subject, actor=actor(), reason=reason)
     if json_lines:
-        typer.echo(
-            as_json({"verb": "resume" if resume else "pause", "subject": subject, "done": done})
-        )
-    if done:
-        if not json_lines:
-            typer.echo(f"{subject} {words}")
-        if not resume and subject not in known:
-            say(
-                f"not in these settings, nor tried in the last hour; known are {', '.join(sorted(known))}"
-            )
-        return DONE
-    if resume:
+        row = {"verb": "resume" if resume else "pause", "subject": subject, "done": done}
+        typer.echo(as_json(row))
+    elif done:
+        typer.echo(f"{subject} {'resumed' if resume else 'paused'}")
+    if not done and resume:
         say(f"{subject} is not paused; `qmqp-relay stats` shows what is")
-    else:
-        say(f"{subject} is paused already")
-    return NOTHING_MATCHED
+    elif not done:
+        say(f"{subject} is already paused")
+    elif not resume and subject not in known:
+        names = ", ".join(sorted(known))
+        say(f"{subject} is not configured, and was not tried in the last hour; known are {names}")
+    return DONE if done else NOTHING_MATCHED
 
 
 def _subjects(settings: Settings, queue: QueueReader) -> set[str]:
-    """What can be paused, as far as our settings and the last hour tell."""
+    """The routes and servers that our settings name, and the servers that were tried lately."""
     known = {f"server:{row['server']}" for row in queue.servers() if row["attempts"]}
     for route in Routes.load(settings).all():
         known |= {f"route:{route.name}", *(f"server:{server.name}" for server in route.servers)}

@@ -1,10 +1,9 @@
-"""`make demo`: the whole relay on free ports in a temporary directory, with real mail, in about a
-minute.
+"""`make demo`: a relay on free ports in a temporary directory delivers real mail in a minute.
 
-It starts `qmqp-relay up --demo` as anybody would, hands it messages over SMTP, shows their states
-as SQL tells them, and compares what the sink got with what was sent. The exit status is 0 only if
-every message reached the state that it should, after as many tries as it should, once, and byte by
-byte. Nothing is left behind.
+The demo starts `qmqp-relay up --demo` as a user would, sends messages over SMTP, prints their
+states from the database, and compares what the sink received with what was sent. The exit status
+is 0 only if every message reached the expected state after the expected number of tries, and was
+received once, byte for byte. No file is left behind.
 """
 
 import os
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 from base64 import encodebytes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import typer
@@ -27,7 +26,7 @@ from relay.db import engine as database
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 
-PATIENCE = 100.0  # seconds for the whole of it
+TIMEOUT = 100.0  # seconds for the whole demo
 LARGE = (25 << 20) - 4096  # bytes: just below MAX_MESSAGE_SIZE with the trace header
 RECEIVED = re.compile(rb"Received:[^\n]*\n(?:[ \t][^\n]*\n)*")
 SETTINGS = {
@@ -36,8 +35,8 @@ SETTINGS = {
     "RELAY_GRACE": "1s",
     "RELAY_UNSAFE_DURABILITY": "1",  # the temporary directory may be in memory
 }
-# What it is, sender, recipients, and the state and the number of tries that it must come to.
-TRIALS = (
+# Name, sender, recipients, and the expected end: state and number of tries.
+MESSAGES = (
     ("ordinary", "me@example.com", ("you@example.org",), ("delivered", 1)),
     ("8-bit, dots", "me@example.com", ("dots@example.org",), ("delivered", 1)),
     ("25 MB", "me@example.com", ("large@example.org",), ("delivered", 1)),
@@ -54,7 +53,7 @@ TRIALS = (
 
 
 def run() -> int:
-    """Play it; the exit status."""
+    """Run the demo; the exit status."""
     with tempfile.TemporaryDirectory(
         prefix="qmqp-relay-demo-", ignore_cleanup_errors=True
     ) as scratch:
@@ -69,71 +68,83 @@ def run() -> int:
         }
         command = [sys.executable, "-P", "-m", "commands.cli.main", "up", "--demo"]
         with log.open("wb") as output:
-            up = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True,
-                                  preexec_fn=die_with_parent())  # fmt: skip
+            up = subprocess.Popen(
+                command,
+                env=environ,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+            )
         try:
-            wrong = list(_play(port, Path(scratch)))
+            faults = list(_play(port, Path(scratch)))
         except (OSError, smtplib.SMTPException, DBAPIError) as error:
-            wrong = [f"{type(error).__name__}: {error}"]
+            faults = [f"{type(error).__name__}: {error}"]
         finally:
             up.terminate()
             status = up.wait()
-        wrong += [f"up ended with status {status}"] if status else []
-        last = [
-            "The relay's last words:",
-            *log.read_text(errors="replace").splitlines()[-40:],
-            "FAILED",
-        ]
-        good = ["Every message reached the state that it should, byte by byte."]
-        typer.echo("\n".join([*(f"WRONG  {fault}" for fault in wrong), *(last if wrong else good)]))
-        return 1 if wrong else 0
+        if status:
+            faults.append(f"`qmqp-relay up` ended with status {status}")
+        if not faults:
+            typer.echo("Every message reached the expected state, byte for byte.")
+            return 0
+        lines = log.read_text(errors="replace").splitlines()[-40:]
+        faults = [f"WRONG  {fault}" for fault in faults]
+        typer.echo("\n".join([*faults, "The last lines of the relay's log:", *lines, "FAILED"]))
+        return 1
 
 
 def _play(port: int, state_dir: Path) -> Iterator[str]:
-    """Send everything and watch it; what is wrong, a line each."""
+    """Send every message and watch it; yields a line for each fault."""
     began = time.monotonic()
     while not (state_dir / "relay.db").exists() or not smtp_answers("127.0.0.1", port):
-        if time.monotonic() > began + PATIENCE:
+        if time.monotonic() > began + TIMEOUT:
             yield "the relay did not start"
             return
         time.sleep(0.1)
-    typer.echo(f"{time.monotonic() - began:5.1f}s  the relay is up in {state_dir}")
-    bodies = {name: _body(name) for name, *_ in TRIALS}
-    for name, sender, recipients, _ in TRIALS:
+    typer.echo(f"{time.monotonic() - began:5.1f}s  the relay runs in {state_dir}")
+    bodies = {name: _body(name) for name, *_ in MESSAGES}
+    for name, sender, recipients, _ in MESSAGES:
         with smtplib.SMTP("127.0.0.1", port, "demo.example.com", timeout=60) as client:
             client.sendmail(sender, recipients, bodies[name], ["BODY=8BITMIME"])
-    names = {recipient: name for name, _, recipients, _ in TRIALS for recipient in recipients}
-    wanted = {recipient: end for _, _, recipients, end in TRIALS for recipient in recipients}
-    engine = database.connect(f"sqlite:///{state_dir}/relay.db")
-    seen: dict[str, tuple[str, int]] = {}
-    while seen != wanted and time.monotonic() < began + PATIENCE:
-        for row in QueueReader(engine).rows(Filter(recipient="*@example.org"), finished=True):
-            whom, now = row["recipient"], (row["state"], row["attempts"])
-            if seen.get(whom) != now:
-                seen[whom] = now
-                line = f"{names[whom]:12} {whom:20} {now[0]:10} try {now[1]}  {row['reason'] or ''}"
-                typer.echo(f"{time.monotonic() - began:5.1f}s  {line.rstrip()}")
-        time.sleep(0.05)
-    engine.dispose()
-    yield from (
-        f"{whom} is {seen.get(whom)}, not {end}"
-        for whom, end in wanted.items()
-        if seen.get(whom) != end
-    )
-    got = [
+    expected = {address: end for _, _, recipients, end in MESSAGES for address in recipients}
+    actual = _watch(state_dir, expected, began)
+    for address, end in expected.items():
+        if actual.get(address) != end:
+            yield f"{address} is {actual.get(address)}, not {end}"
+    received = [
         RECEIVED.sub(b"", file.read_bytes(), count=1) for file in (state_dir / "sink").glob("*.eml")
     ]
-    for name, _, _, (state, tries) in TRIALS:
-        times, due = (
-            got.count(bodies[name].replace(b"\r\n", b"\n")),
-            tries if state == "delivered" else 1,
-        )
-        if times != due:
-            yield f"{name}: the sink got these bytes {times} times, not {due}"
+    for name, _, _, (state, tries) in MESSAGES:
+        count = received.count(bodies[name].replace(b"\r\n", b"\n"))
+        due = tries if state == "delivered" else 1
+        if count != due:
+            yield f"{name}: the sink received these bytes {count} times, not {due}"
+
+
+def _watch(
+    state_dir: Path, expected: Mapping[str, tuple[str, int]], began: float
+) -> dict[str, tuple[str, int]]:
+    """Print each change of state until all are as expected or time is up; state and tries by
+    recipient."""
+    names = {address: name for name, _, recipients, _ in MESSAGES for address in recipients}
+    engine = database.connect(f"sqlite:///{state_dir}/relay.db")
+    actual: dict[str, tuple[str, int]] = {}
+    while actual != expected and time.monotonic() < began + TIMEOUT:
+        for row in QueueReader(engine).rows(Filter(recipient="*@example.org"), finished=True):
+            address, now = row["recipient"], (row["state"], row["attempts"])
+            if actual.get(address) != now:
+                actual[address] = now
+                line = f"{names[address]:12} {address:20} {now[0]:10} try {now[1]}"
+                reason = f"  {row['reason']}" if row["reason"] else ""
+                typer.echo(f"{time.monotonic() - began:5.1f}s  {line}{reason}")
+        time.sleep(0.05)
+    engine.dispose()
+    return actual
 
 
 def _body(name: str) -> bytes:
-    """A message, which says what it is."""
+    """The message of that name."""
     head = f"From: me@example.com\r\nSubject: {name}\r\n\r\n".encode()
     if name == "8-bit, dots":
         return head + b".\r\n..\r\n.dot\r\n" + bytes(range(128, 256)) + b"\r\n"

@@ -1,8 +1,8 @@
-"""Child processes: started, started again when they crash, stopped in order, and never left behind.
+"""Child processes: started, restarted when they crash, and stopped in order.
 
-What must stay true: no child outlives this process, also when it is killed (Linux:
-PR_SET_PDEATHSIG, which is about the thread that starts the child: start them from the main thread
-alone); nobody else is ever signalled.
+What must stay true: no child outlives this process, even when it is killed. Linux does that by
+PR_SET_PDEATHSIG, which follows the thread that starts the child, so only the main thread starts
+children. No other process is ever signalled.
 """
 
 import asyncio
@@ -20,19 +20,21 @@ from relay.log import get_logger
 
 log = get_logger(__name__)
 PR_SET_PDEATHSIG = 1  # prctl(2)
-SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before a child that died is started again
-YOUNG = 60.0  # who dies before this age (seconds) has a trouble that haste does not mend
+MIN_PAUSE, MAX_PAUSE = 1.0, 30.0  # seconds before a child that died is started again
+# A child that dies before this age (seconds) has a fault that an early restart does not cure.
+MIN_UPTIME = 60.0
 _libc = ctypes.CDLL(None)
 
 
 def die_with_parent() -> Callable[[], None]:
-    """What to do between fork and exec to be killed when this process dies, however it does."""
+    """A function to call between fork and exec: the kernel then kills the child when this process
+    dies."""
     parent = os.getpid()
 
     def arrange() -> None:
         if sys.platform == "linux":
             _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died before we asked
+            if os.getppid() != parent:  # the parent died before the call
                 os._exit(1)
 
     return arrange
@@ -40,17 +42,17 @@ def die_with_parent() -> Callable[[], None]:
 
 @dataclass(slots=True)
 class Child:
-    """One process; `patience` is how many seconds it has to end by itself when it is stopped."""
+    """One process. `stop_timeout` is how many seconds it has to end after SIGTERM."""
 
     name: str
     command: Sequence[str]
     environ: Mapping[str, str]
-    patience: float
+    stop_timeout: float
     process: asyncio.subprocess.Process | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> None:
-        """Start it in a session of its own: the terminal's Ctrl-C is not for it."""
+        """Start it in a session of its own, so that a Ctrl-C of the terminal does not reach it."""
         self.process = await asyncio.create_subprocess_exec(
             *self.command,
             env=self.environ,
@@ -60,15 +62,15 @@ class Child:
         )
 
     async def wait(self) -> int:
-        """Its exit status (negative: the signal that ended it)."""
+        """Its exit status; negative if a signal ended it."""
         return await self.process.wait() if self.process else 0
 
     async def keep(self, refusal: int | None = None) -> int:
-        """Start it again whenever it dies, until it is told to stop or ends with the status
-        `refusal`; its last status.
+        """Restart it whenever it dies, until it is stopped or exits with the status `refusal`; its
+        last status.
 
-        A child says by that status that the next one would end for the same reason: a bad setting,
-        a port in use.
+        By that status a child says that a restart would fail for the same reason: a bad setting, a
+        port in use.
         """
         pause = 0.0
         while not self.stopping.is_set():
@@ -77,8 +79,8 @@ class Child:
             status = await self.wait()
             if self.stopping.is_set() or status == refusal:
                 return status
-            young = time.monotonic() - started < YOUNG
-            pause = min(max(pause * 2, SHORTEST_PAUSE), LONGEST_PAUSE) if young else SHORTEST_PAUSE
+            early = time.monotonic() - started < MIN_UPTIME
+            pause = min(max(pause * 2, MIN_PAUSE), MAX_PAUSE) if early else MIN_PAUSE
             log.error(
                 "child died, starting it again", child=self.name, status=status, seconds=pause
             )
@@ -86,20 +88,18 @@ class Child:
         return 0
 
     async def stop(self) -> None:
-        """SIGTERM, then SIGKILL when its patience is over."""
+        """SIGTERM, and SIGKILL after `stop_timeout`."""
         self.stopping.set()
-        if self.process is None:
-            return
         self.signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(self.process.wait(), self.patience)
+            await asyncio.wait_for(self.wait(), self.stop_timeout)
         except TimeoutError:
-            log.error("child did not stop, killing it", child=self.name, seconds=self.patience)
+            log.error("child did not stop, killing it", child=self.name, seconds=self.stop_timeout)
             self.signal(signal.SIGKILL)
-            await self.process.wait()
+            await self.wait()
 
     def signal(self, number: int) -> None:
-        """Send it a signal if it is still there."""
+        """Send it a signal if it still runs."""
         if self.process and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)

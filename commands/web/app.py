@@ -1,13 +1,13 @@
-"""`qmqp-relay web`: the queue on a page, read only, for a browser on this machine.
+"""`qmqp-relay web`: pages that show the queue, read only, for a browser on this machine.
 
-How it works: every page is one request, answered from `relay.report.queries` by a template; graphs
-are SVG that is drawn here. There is no script, no cookie, no password and nothing from elsewhere.
-What costs a scan (the overview) is kept for some seconds, and for longer where it took long.
+A page is one request, answered by a template from `relay.report.queries`. Graphs are SVG drawn
+here. There is no script, cookie, password or file from another site. The overview scans tables, so
+it is kept for some seconds, and for longer if it took long.
 
-What must stay true: nothing is changed, whoever asks; whatever peers wrote is text (templates
-escape everything, characters that turn the direction of ours too, and the policy that is sent along
-allows a style sheet of ours and nothing else); a page of another site can neither frame nor read
-this one, nor reach it by a name that it has pointed here.
+What must stay true: no request changes anything. Text of peers stays text: templates escape it and
+characters that change the direction of writing, and the content security policy allows only our
+style sheet. A page of another site can neither frame nor read these pages, nor reach them through a
+name that it has pointed to this machine.
 """
 
 import asyncio
@@ -16,7 +16,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from commands.errors import DONE, OUT_OF_REACH, say
-from commands.ops.show import everything_about, facts, opened
+from commands.ops.show import described, message_with_reasons, opened
 from commands.output import ago, cut, plain, size, span, stamp
 from commands.web import charts
 from commands.web.timeline import timeline
@@ -49,13 +48,14 @@ from relay.settings import Settings
 
 log = get_logger(__name__)
 PAGES = Path(__file__).with_name("templates")
-A_PAGE = 50  # rows
-FRESH = 5.0  # seconds that an overview is shown again
-UNFINISHED_TIMEOUT = 10.0  # seconds for a request to come, and for the visitor to take its answer
-STEP, STEPS = 300, 72  # seconds of a bar, and bars: six hours
+PAGE_ROWS = 50
+OVERVIEW_AGE = 5.0  # seconds that an overview is kept
+# Seconds for a request to arrive, and for the client to read the answer.
+UNFINISHED_TIMEOUT = 10.0
+STEP, STEPS = 300, 72  # seconds of a bar, and number of bars: six hours
 HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none';"
-    " frame-ancestors 'none'",
+    "content-security-policy": "default-src 'none'; style-src 'self'; form-action 'self';"
+    " base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
@@ -65,19 +65,17 @@ FIELDS = ("id", "sender", "recipient", "header_message_id", "state", "reply")
 OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 
 
-class Visit(H11Protocol):
-    """A connection that ends when a request does not come whole in time, or its answer is not
-    taken.
+class TimedProtocol(H11Protocol):
+    """A connection that ends when a request does not arrive, or its answer is not read, in time.
 
-    uvicorn times out a connection only that is silent behind an answer, and has no more than 100 of
-    them.
+    uvicorn limits only the silence after an answer, and accepts no more than 100 connections.
     """
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        self._restart_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
@@ -86,51 +84,58 @@ class Visit(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._wait()
+        self._restart_timer()
 
-    def _wait(self) -> None:
+    def _restart_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self.loop.call_later(UNFINISHED_TIMEOUT, self._look)
+        self._timer = self.loop.call_later(UNFINISHED_TIMEOUT, self._on_timeout)
 
-    def _look(self) -> None:
+    def _on_timeout(self) -> None:
         if self._answering():
-            self._wait()
+            self._restart_timer()
         else:
             self.transport.abort()
 
     def _answering(self) -> bool:
-        """The request is whole, and what is late is ours: the database has time-outs of its own."""
+        """Whether the client waits for us: the request is complete, and the database has time
+        limits of its own."""
         cycle = self.cycle
-        if cycle is None or cycle.more_body:  # type: ignore[redundant-expr]  # there is none before the first request
+        # None before the first request.
+        if cycle is None or cycle.more_body:  # type: ignore[redundant-expr]
             return False
         return not cycle.response_complete and not self.flow.write_paused
 
 
 class Guard:
-    """Adds HEADERS to every answer, and answers nobody who came by a name that is not ours (DNS
+    """Adds HEADERS to every answer, and refuses a request for a host name that is not ours (DNS
     rebinding).
 
-    It stands around all else: what could not be answered comes through here as an exception, after
-    `Pages.failed` has told the visitor, and is logged.
+    It is the outermost layer: Starlette raises an exception again after `Pages.failed` has
+    answered, and it is logged here.
     """
 
     def __init__(self, app: ASGIApp, hostname: str) -> None:
-        self._app, self._names = app, {"localhost", hostname.lower()}
+        self._app = app
+        self._names = {"localhost", hostname.lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
 
-        async def sent(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                given = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = {**message, "headers": [*message["headers"], *given]}
+                headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *headers]}
             await send(message)
 
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        app = self._app if self._ours(host) else Response("Not a name of this relay.\n", 421)
+        app = (
+            self._app
+            if self._ours(host)
+            else Response("This host name is not one of this relay.\n", 421)
+        )
         try:
-            await app(scope, receive, sent)
+            await app(scope, receive, send_with_headers)
         except Exception as error:
             if is_outage(error):
                 log.warning(
@@ -149,14 +154,19 @@ class Guard:
 
 
 class Pages:
-    """What is served; one for each process."""
+    """The pages; one object for each process."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._queue, self._settings = QueueReader(engine), settings
+        self._queue = QueueReader(engine)
+        self._settings = settings
         self._templates = Environment(
-            loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-            lstrip_blocks=True, finalize=lambda value: plain(value) if type(value) is str else value,
-        )  # fmt: skip
+            loader=FileSystemLoader(PAGES),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=lambda value: plain(value) if type(value) is str else value,
+        )
         self._templates.globals |= {
             "ago": ago,
             "cut": cut,
@@ -168,20 +178,21 @@ class Pages:
             "outcomes": OUTCOMES,
         }
         self._templates.filters |= {"unbroken": unbroken, "address": address}
-        self._kept: dict[str, Any] = {}
-        self._until, self._lock = 0.0, threading.Lock()
+        self._overview: dict[str, Any] = {}
+        self._overview_expires_at = 0.0
+        self._lock = threading.Lock()
 
     def overview(self, _request: Request) -> Response:
         """The whole queue at a glance."""
-        with self._lock:  # who comes meanwhile gets the same
+        with self._lock:  # requests that arrive meanwhile get the same overview
             began = time.monotonic()
-            if began >= self._until:
-                self._kept = self._look()
+            if began >= self._overview_expires_at:
+                self._overview = self._read_overview()
                 took = time.monotonic() - began
-                self._until = began + took + max(FRESH, 20 * took)
-        return self._page("overview.html", **self._kept)
+                self._overview_expires_at = began + took + max(OVERVIEW_AGE, 20 * took)
+        return self._page("overview.html", **self._overview)
 
-    def _look(self) -> dict[str, Any]:
+    def _read_overview(self) -> dict[str, Any]:
         summary = self._queue.summary()
         order = {str(state): n for n, state in enumerate(State)}
         counts = {
@@ -207,90 +218,98 @@ class Pages:
         }
 
     def search(self, request: Request) -> Response:
-        """Mail that is looked for, newest first, a page at a time, and what no index finds in so
-        many messages."""
-        given = {name: request.query_params.get(name, "").strip() for name in FIELDS}
+        """Mail that matches, newest first, a page at a time. Without an index a page covers a
+        bounded number of messages."""
+        fields = {name: request.query_params.get(name, "").strip() for name in FIELDS}
         after = request.query_params.get("after", "")
-        trouble, rows, more, horizon = "", list[Row](), "", None
+        fault, older, rows, horizon = "", "", list[Row](), None
         try:
-            wanted = self._filter(given)
-            behind = self._behind(after)
-            horizon = self._queue.horizon(wanted, behind)
-            found = self._queue.rows(
-                wanted, finished=True, newest=True, after=behind, down_to=horizon, limit=A_PAGE + 1
+            filter_, last = self._filter(fields), self._last_row(after)
+            horizon = self._queue.horizon(filter_, last)
+            matching = self._queue.rows(
+                filter_,
+                finished=True,
+                newest=True,
+                after=last,
+                down_to=horizon,
+                limit=PAGE_ROWS + 1,
             )
-            rows = list(found)
+            rows = list(matching)
         except (NoSuchMessage, ValueError) as error:
-            trouble = str(error)
-        if len(rows) > A_PAGE:
-            more, horizon = f"{rows[A_PAGE - 1]['queue_id']}.{rows[A_PAGE - 1]['position']}", None
+            fault = str(error)
+        if len(rows) > PAGE_ROWS:
+            horizon = None
+            older = f"{rows[PAGE_ROWS - 1]['queue_id']}.{rows[PAGE_ROWS - 1]['position']}"
         elif horizon:
-            more = f"{horizon}.0"
-        query = (
-            urlencode({name: value for name, value in given.items() if value} | {"after": more})
-            if more
-            else ""
-        )
+            older = f"{horizon}.0"
+        values = {name: value for name, value in fields.items() if value}
         return self._page(
-            "search.html", given=given, rows=rows[:A_PAGE], more=query, trouble=trouble, later=after,
-            until=stamp(datetime.fromtimestamp(int(horizon[:12], 16) / 1000, UTC)) if horizon else "",
-        )  # fmt: skip
+            "search.html",
+            fields=fields,
+            rows=rows[:PAGE_ROWS],
+            more=urlencode(values | {"after": older}) if older else "",
+            fault=fault,
+            later=after,
+            until=_received(horizon) if horizon else "",
+        )
 
-    def _behind(self, after: str) -> tuple[str, int] | None:
-        """The row behind which to go on; raises NoSuchMessage, and ValueError for what no link of
-        ours says."""
+    def _last_row(self, after: str) -> tuple[str, int] | None:
+        """The last row of the page before; raises NoSuchMessage, and ValueError for a link that is
+        not ours."""
         if not after:
             return None
-        named = re.fullmatch(
+        row = re.fullmatch(
             r"([0-9a-f]{32})\.([0-9]{1,9})", after
         )  # a position is an integer of 32 bits
-        if named is None:
-            raise ValueError("the link to older ones is not whole")
-        return self._queue.resolve(named[1]), int(named[2])
+        if row is None:
+            raise ValueError("this link to older mail is not complete")
+        return self._queue.resolve(row[1]), int(row[2])
 
-    def _filter(self, given: dict[str, str]) -> Filter:
-        if any("\0" in value for value in given.values()):
-            raise ValueError("no mail has a zero byte there")  # PostgreSQL takes none in a text
-        if given["state"] and given["state"] not in list(State):
-            raise ValueError(f"there is no state {given['state']}")
-        sender = "" if given["sender"] == "<>" else given["sender"] or None
+    def _filter(self, fields: dict[str, str]) -> Filter:
+        """The filter that the fields mean; raises NoSuchMessage and ValueError."""
+        if any("\0" in value for value in fields.values()):
+            raise ValueError("no mail has a zero byte in this field")  # PostgreSQL accepts none
+        if fields["state"] and fields["state"] not in list(State):
+            raise ValueError(f"there is no state {fields['state']}")
+        queue_id, header = fields["id"], fields["header_message_id"]
         return Filter(
-            states=(given["state"],) if given["state"] else (), sender=sender, recipient=given["recipient"] or None,
-            id=self._queue.resolve(given["id"]) if given["id"] else None, reply=given["reply"] or None,
-            header_message_id=bracketed(given["header_message_id"]) if given["header_message_id"] else None,
-        )  # fmt: skip
+            states=(fields["state"],) if fields["state"] else (),
+            sender="" if fields["sender"] == "<>" else fields["sender"] or None,
+            recipient=fields["recipient"] or None,
+            id=self._queue.resolve(queue_id) if queue_id else None,
+            reply=fields["reply"] or None,
+            header_message_id=bracketed(header) if header else None,
+        )
 
     def message(self, request: Request) -> Response:
         """Everything about one message."""
         try:
-            found = everything_about(self._queue, self._settings, request.path_params["queue_id"])
+            message = message_with_reasons(
+                self._queue, self._settings, request.path_params["queue_id"]
+            )
         except NoSuchMessage as error:
             raise HTTPException(404, str(error)) from None
-        known = [
-            line
-            for line in facts(found)
-            if line[0] not in ("id", "why") and not line[0].startswith("delivery")
+        lines = [
+            (name, text)
+            for name, text in described(message)
+            if name not in ("id", "why") and not name.startswith("delivery")
         ]
-        notices, actions = (
-            self._queue.notices(found["queue_id"]),
-            self._queue.actions_on(found["queue_id"]),
-        )
-        return self._page(
-            "message.html", message=found, facts=known, timeline=timeline(found, notices, actions)
-        )
+        dsns = self._queue.dsns(message["queue_id"])
+        events = timeline(message, dsns, self._queue.actions_on(message["queue_id"]))
+        return self._page("message.html", message=message, lines=lines, timeline=events)
 
     def style(self, _request: Request) -> Response:
         """The one style sheet."""
         return Response((PAGES / "style.css").read_text(), media_type="text/css")
 
     def failed(self, _request: Request, error: Exception) -> Response:
-        """What could not be answered, and why; a fault of ours in no more than a sentence."""
+        """The page for an error. It says of a fault of our own only that it is in the log."""
         if isinstance(error, HTTPException):
             return self._page("failed.html", status=error.status_code, words=error.detail)
         if is_outage(error):
-            words = "The database does not answer, or not in time. `qmqp-relay check` looks closer."
+            words = "The database does not answer in time. Run `qmqp-relay check`."
             return self._page("failed.html", status=503, words=words)
-        words = "This page has a fault, which the log of `qmqp-relay web` tells of. No mail is touched by it."
+        words = "This page failed. Read the log of `qmqp-relay web`. No mail is affected."
         return self._page("failed.html", status=500, words=words)
 
     def _page(self, name: str, *, status: int = 200, **values: Any) -> Response:
@@ -300,16 +319,21 @@ class Pages:
         return HTMLResponse(text, status)
 
 
+def _received(queue_id: str) -> str:
+    """The time in a queue id (UUIDv7: its first 48 bits are milliseconds)."""
+    return stamp(datetime.fromtimestamp(int(queue_id[:12], 16) / 1000, UTC))
+
+
 def due(when: datetime | None) -> str:
     """How long until then, or how late it is."""
     return ago(when) + (" late" if when is not None and when < datetime.now(UTC) else "")
 
 
 def unbroken(text: str) -> Markup:
-    """Text in which no line ends at a hyphen or colon: an address that does looks like another
-    one."""
-    # A run is tried from its beginning only, and in its whole length only: the time is linear in
-    # what peers write.
+    """Text in which no line ends at a hyphen or colon: an address that is cut there looks like
+    another one."""
+    # A run matches only from its beginning and only as a whole, so the time is linear in the length
+    # of what peers wrote.
     joined = re.sub(
         r"(?<![-:])[-:]++(&[#\w]+;|[^\s&:-])",
         r'<span class="joined">\g<0></span>',
@@ -319,35 +343,43 @@ def unbroken(text: str) -> Markup:
 
 
 def address(text: str) -> Markup:
-    """The same, which is broken before its @ or a dot if it must be."""
+    """The same, with line breaks allowed before the @ and before dots."""
     return Markup(re.sub(r"[@.]", r"<wbr>\g<0>", unbroken(text)))  # noqa: S704 - it was escaped
 
 
 def application(engine: Engine, settings: Settings) -> ASGIApp:
     """The ASGI application."""
     pages = Pages(engine, settings)
-    routes: list[tuple[str, Callable[[Request], Response]]] = [
-        ("/", pages.overview), ("/search", pages.search), ("/message/{queue_id}", pages.message),
-        ("/style.css", pages.style),
-    ]  # fmt: skip
-    served = Starlette(
-        routes=[Route(path, endpoint) for path, endpoint in routes],
+    app = Starlette(
+        routes=[
+            Route("/", pages.overview),
+            Route("/search", pages.search),
+            Route("/message/{queue_id}", pages.message),
+            Route("/style.css", pages.style),
+        ],
         exception_handlers={HTTPException: pages.failed, Exception: pages.failed},
     )
-    return Guard(served, settings.hostname)
+    return Guard(app, settings.hostname)
 
 
 def server(engine: Engine, settings: Settings) -> uvicorn.Server:
-    """The server, which serves on sockets that it is given."""
+    """The server; its `run` takes the listening sockets."""
     config = uvicorn.Config(
-        application(engine, settings), http=Visit, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, limit_concurrency=100, timeout_graceful_shutdown=3,
-    )  # fmt: skip
+        application(engine, settings),
+        http=TimedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=100,
+        timeout_graceful_shutdown=3,
+    )
     return uvicorn.Server(config)
 
 
 def run(settings: Settings) -> int:
-    """Serve until told to stop; the exit status."""
+    """Serve until a signal stops it; the exit status."""
     sockets = []
     for host, port in settings.web_listen:
         try:

@@ -1,9 +1,9 @@
-"""Graphs as numbers: where the bars, lines and grid of a page's SVG stand. The templates draw them.
+"""Graphs as numbers: the positions of bars, lines and grid of a page's SVG, for the templates.
 
-What lies across is in hundredths of the width, what stands up in pixels: a narrow screen gets
-narrower bars and the same words. Time is cut into steps that end now and not with the clock, so
-that the newest bar is as long as all others: one of a step that has just begun would look like mail
-that has stopped. Colours and patterns are the style sheet's; whatever a colour says, words say too.
+Horizontal positions are in hundredths of the width, vertical ones in pixels, so a narrow screen
+gets narrower bars and the same text. Time is divided into steps that end now, not at a full hour:
+the newest bar covers a whole step, because a step that has just begun would look like mail that has
+stopped. The style sheet sets colours and patterns; text always repeats what a colour says.
 """
 
 import math
@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from commands.output import Row
 
 HEIGHT, TOP, BOTTOM = 180, 8, 22
-KINDS = {  # of outcomes, from the axis up
+KINDS = {  # of outcomes, in the order of the bars from the axis up
     "delivered": ("delivered",),
     "deferred": ("deferred", "unreachable", "interrupted"),
     "failed": ("rejected", "unsendable"),
@@ -27,11 +27,8 @@ type Bar = tuple[str, float, float, float, float]  # kind, x, y, width, height
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """`keys`: (kind, words); `steps`: (words, bars); `dots`: (words, x, y); `lines`: (x, y, x, y)
-    between those.
-
-    `marks` and `hours`: (place, words) of the axes.
-    """
+    """`keys`: (kind, text); `steps`: (text, bars); `dots`: (text, x, y); `lines`: (x, y, x, y)
+    between dots; `marks` and `hours`: (position, text) on the axes."""
 
     title: str
     keys: list[tuple[str, str]]
@@ -44,8 +41,7 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Hour:
-    """The same for those who want figures: tries by kind, and mean seconds of those that were
-    accepted."""
+    """The numbers of one hour: tries by kind, and mean seconds of those that delivered."""
 
     begin: str
     end: str
@@ -54,69 +50,72 @@ class Hour:
 
 
 def rate(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
-    """Tries a minute, by what became of them."""
-    found: dict[int, dict[str, int]] = {}
+    """Tries a minute by kind of outcome."""
+    by_step: dict[int, dict[str, int]] = {}
     for row in rows:
-        tries = found.setdefault(row["step"], dict.fromkeys(KINDS, 0))
+        tries = by_step.setdefault(row["step"], dict.fromkeys(KINDS, 0))
         tries[KIND[row["outcome"]]] += row["tries"]
-    highest = _above(max((sum(tries.values()) for tries in found.values()), default=0) * 60 / step)
+    highest = _above(
+        max((sum(tries.values()) for tries in by_step.values()), default=0) * 60 / step
+    )
     drawn = []
-    for ago, tries in sorted(found.items(), reverse=True):
+    for ago, tries in sorted(by_step.items(), reverse=True):
         floor, bars = _y(0), list[Bar]()
         for kind, count in tries.items():
             if count:
-                high = count * 60 / step / highest * (_y(0) - _y(1))
-                floor -= high
+                height = count * 60 / step / highest * (_y(0) - _y(1))
+                floor -= height
                 bars.append(
-                    (kind, _x(ago, steps), round(floor, 1), round(80 / steps, 2), round(high, 1))
+                    (kind, _x(ago, steps), round(floor, 1), round(80 / steps, 2), round(height, 1))
                 )
-        drawn.append((f"{_between(now, ago, step)}: {_told(tries)}", bars))
-    sums = {kind: sum(tries[kind] for tries in found.values()) for kind in KINDS}
+        drawn.append((f"{_between(now, ago, step)}: {_counts(tries)}", bars))
+    sums = {kind: sum(tries[kind] for tries in by_step.values()) for kind in KINDS}
     keys = [(kind, f"{count} {kind}") for kind, count in sums.items() if count]
     marks = [(_y(part / 2), f"{highest * part / 2:g}") for part in (0, 1, 2)]
     return Graph("Tries a minute", keys, marks, _hours(now, step * steps), drawn)
 
 
 def latency(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
-    """Mean seconds of a try that was accepted, from connection to reply; the scale is logarithmic,
+    """Mean seconds of a try that delivered, from connection to reply, on a logarithmic scale from
     1 ms to 1000 s."""
-    found = {row["step"]: row["seconds"] for row in rows if row["outcome"] == "delivered"}
-    at = {
+    means = {row["step"]: row["seconds"] for row in rows if row["outcome"] == "delivered"}
+    points = {
         ago: (round(_x(ago, steps) + 40 / steps, 2), _y(_log(seconds)))
-        for ago, seconds in found.items()
+        for ago, seconds in means.items()
     }
     dots = [
-        (f"{_between(now, ago, step)}: {seconds:.3f} s", *at[ago])
-        for ago, seconds in sorted(found.items())
+        (f"{_between(now, ago, step)}: {seconds:.3f} s", *points[ago])
+        for ago, seconds in sorted(means.items())
     ]
-    lines = [(*at[ago + 1], *at[ago]) for ago in sorted(found) if ago + 1 in found]
+    lines = [(*points[ago + 1], *points[ago]) for ago in sorted(means) if ago + 1 in means]
     marks = [
         (_y(_log(seconds)), words)
         for seconds, words in ((0.001, "1 ms"), (0.1, "0.1 s"), (10, "10 s"), (1000, "1000 s"))
     ]
-    keys = [("delivered", f"lately {found[min(found)]:.3f} s")] if found else []
+    keys = [("delivered", f"lately {means[min(means)]:.3f} s")] if means else []
     return Graph(
         "Seconds to be delivered", keys, marks, _hours(now, step * steps), dots=dots, lines=lines
     )
 
 
 def hourly(now: datetime, rows: Sequence[Row], step: int, steps: int) -> list[Hour]:
-    """What the graphs show, hour by hour, the newest first."""
-    many, hours = 3600 // step, list[Hour]()
-    for first in range(0, steps, many):
-        of = [row for row in rows if first <= row["step"] < first + many]
+    """The numbers of the graphs by hour, the newest first."""
+    size, hours = 3600 // step, list[Hour]()
+    for first in range(0, steps, size):
+        some = [row for row in rows if first <= row["step"] < first + size]
         tries = {
-            kind: sum(row["tries"] for row in of if KIND[row["outcome"]] == kind) for kind in KINDS
+            kind: sum(row["tries"] for row in some if KIND[row["outcome"]] == kind)
+            for kind in KINDS
         }
-        spent = sum(row["seconds"] * row["tries"] for row in of if row["outcome"] == "delivered")
+        spent = sum(row["seconds"] * row["tries"] for row in some if row["outcome"] == "delivered")
         mean = spent / tries["delivered"] if tries["delivered"] else None
         hours.append(
-            Hour(_clock(now, (first + many) * step), _clock(now, first * step), tries, mean)
+            Hour(_clock(now, (first + size) * step), _clock(now, first * step), tries, mean)
         )
     return hours
 
 
-def _told(tries: dict[str, int]) -> str:
+def _counts(tries: dict[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in tries.items() if count)
 
 
@@ -125,7 +124,7 @@ def _log(seconds: float) -> float:
 
 
 def _above(value: float) -> float:
-    """The next round number."""
+    """The next round number above."""
     if value <= 1:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(value))
@@ -141,14 +140,14 @@ def _y(part: float) -> float:
 
 
 def _hours(now: datetime, seconds: int) -> list[tuple[float, str]]:
-    """Where the hours begin, but for those too near to an edge."""
+    """Where the hours begin, without those too near to an edge."""
     began = now.astimezone().replace(minute=0, second=0, microsecond=0)
-    places = []
+    positions = []
     for n in range(seconds // 3600 + 1):
         x = 100 - ((now - began).total_seconds() + n * 3600) / seconds * 100
         if 6 < x < 94:
-            places.append((round(x, 2), _clock(began, n * 3600)))
-    return places
+            positions.append((round(x, 2), _clock(began, n * 3600)))
+    return positions
 
 
 def _between(now: datetime, ago: int, step: int) -> str:

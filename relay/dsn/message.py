@@ -1,21 +1,13 @@
-"""Notices: what a sender is told about mail that could not be delivered, or not yet (RFC 3461,
-3464, 6522, 3834).
+"""The text of a DSN or a delay warning (RFC 3461, 3464, 6522, 3834).
 
-A notice is a message from the null sender: words for people, a `message/delivery-status` for
-programs, and the original or its header. This module only writes the text; when one is owed, and
-that it is made exactly once, is `relay.dsn.generator`.
+A DSN is a message from the null sender: a text for people, a `message/delivery-status` part for
+programs, and the original or its header. `reduced` makes it again from its own text with less of
+the original, which has left the spool by then. The MIME structure is written here and not by
+`email.message`, because its generator changes bare CRs of the original.
 
-A server may refuse a notice for what it encloses. `reduced` makes it again from its own text, with
-less of the original, which is gone from the spool by then.
-
-Two things it is careful about. When a try ended without an answer nobody knows whether the message
-arrived: it says so, and not that it could not be delivered. And what we say of a server is not what
-the server said: only its own words become a `Diagnostic-Code`, ours are for people, and an
-operator's name is for nobody.
-
-What must stay true: the server's words are quoted as printable ASCII in bounded lines and can add
-neither a line nor a header of their own; nothing is ever said about a notice (the null sender, and
-qmail's `#@[]`).
+What must stay true: a server's reply is quoted as printable ASCII in bounded lines and can add no
+line and no field; only a server's reply becomes a `Diagnostic-Code`; an operator is never named; a
+message that may have been delivered is not called undelivered.
 """
 
 import re
@@ -26,25 +18,26 @@ from datetime import datetime
 from email.utils import format_datetime
 from enum import StrEnum
 
-from qmqp.result import Outcome
 from relay.log import escaped
-from relay.queue.states import ReasonSource
+from relay.queue.states import Outcome, ReasonSource
 
 _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
-_HEX = re.compile(r"\+([0-9A-F]{2})")
+_XTEXT_HEX = re.compile(r"\+([0-9A-F]{2})")
 BY_OPERATOR = "bounced by an operator"  # how the reason of such a bounce begins
-POSSIBLY_DELIVERED = "It may have arrived all the same: all of it was sent to a server once, and no valid answer came."
-_EIGHT = "\nContent-Transfer-Encoding: 8bit"
-_TEXT, _STATUS_PART, _HEADERS = (
-    "text/plain; charset=us-ascii",
-    "message/delivery-status",
-    "text/rfc822-headers",
+POSSIBLY_DELIVERED = (
+    "It may have been delivered all the same: the whole message was sent to a server once, and no"
+    " valid reply came."
 )
-_LINE = 900  # of a header, well below RFC 5322's 998
+_8BIT = "\nContent-Transfer-Encoding: 8bit"
+_TEXT = "text/plain; charset=us-ascii"
+_STATUS_PART = "message/delivery-status"
+_HEADERS = "text/rfc822-headers"
+_LONGEST_LINE = 900  # of a header, well below RFC 5322's 998
+_ATOMS = re.compile(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*", re.ASCII)
 
 
 class Kind(StrEnum):
-    """What a notice is about."""
+    """What a DSN reports."""
 
     BOUNCED = "bounced"
     EXPIRED = "expired"
@@ -52,7 +45,7 @@ class Kind(StrEnum):
 
 
 class Enclosure(StrEnum):
-    """What a notice encloses of the original (`messages.dsn_content`)."""
+    """The part of the original that a DSN encloses (`messages.dsn_content`)."""
 
     FULL = "full"
     HEADER = "header"
@@ -60,13 +53,13 @@ class Enclosure(StrEnum):
 
     @property
     def less(self) -> "Enclosure | None":
-        """What a notice encloses that is made again because this was refused; None if nothing is
-        left to drop."""
+        """The part that the next DSN encloses after a server refused this one; None if nothing is
+        left to leave out."""
         return {Enclosure.FULL: Enclosure.HEADER, Enclosure.HEADER: Enclosure.NONE}.get(self)
 
 
 class Withheld(StrEnum):
-    """Why a sender gets no notice that is due (`deliveries.dsn_withheld`)."""
+    """Why a sender gets no DSN that is pending (`deliveries.dsn_withheld`)."""
 
     RATE = "rate"
     POSTMASTER = "postmaster"
@@ -81,10 +74,11 @@ _REDUCED = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One recipient that a notice is about, and the last that is known of its delivery.
+    """One recipient that a DSN reports, and the last state of its delivery.
 
-    `outcome`: of the last try, None if there was none; `reply`: why the delivery is where it is, and
-    `reason_source` says whose text that is; `doubt`: some try of it ended so that it may have arrived.
+    `reply`: the last server's reply, or the relay's or an operator's reason, as `reason_source` says;
+    `outcome`: of the last attempt, None before the first; `possibly_delivered`: a server may have
+    accepted the message.
     """
 
     address: str
@@ -96,11 +90,11 @@ class Failure:
     expires_at: datetime
     outcome: str | None
     reason_source: str | None
-    doubt: bool = False
+    possibly_delivered: bool = False
 
     @property
     def server_reply(self) -> str:
-        """The server's reply; empty if the text is not a server's."""
+        """The server's reply; empty if the reason is not a server's."""
         return self.reply if self.reason_source == ReasonSource.SERVER else ""
 
     @property
@@ -111,7 +105,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """The message that a notice is about."""
+    """The message that a DSN is about."""
 
     id: str
     sender: str
@@ -122,35 +116,30 @@ class Original:
 
 def unxtext(text: str) -> str:
     """Decode xtext (RFC 3461 4), as one line of printable ASCII."""
-    return escaped(
-        _HEX.sub(lambda found: chr(int(found[1], 16)), text).encode("latin-1", "replace"), _LINE
-    )
+    decoded = _XTEXT_HEX.sub(lambda match: chr(int(match[1], 16)), text)
+    return escaped(decoded.encode("latin-1", "replace"), _LONGEST_LINE)
 
 
 def status_of(kind: Kind, reply: str) -> str:
-    """The enhanced status code (RFC 3463): the server's own if its class fits, else the
-    plainest."""
+    """The enhanced status code (RFC 3463): the server's own if its class fits, else X.0.0."""
     if kind is Kind.EXPIRED:
         return "5.4.7"
-    wanted = "5" if kind is Kind.BOUNCED else "4"
-    found = next((f for f in _STATUS.finditer(reply) if f[1] == wanted), None)
-    return f"{found[1]}.{int(found[2])}.{int(found[3])}" if found else f"{wanted}.0.0"
+    class_ = "5" if kind is Kind.BOUNCED else "4"
+    match = next((match for match in _STATUS.finditer(reply) if match[1] == class_), None)
+    return f"{class_}.{int(match[2])}.{int(match[3])}" if match else f"{class_}.0.0"
 
 
 def quoted(address: str) -> str:
-    """A stored address as a mail path spells it: QMQP's local parts are bare, RFC 5321's may need
-    quotes."""
-    address = escaped(address, _LINE)
+    """An address as an RFC 5321 path; a stored local part, as QMQP's, has no quotes."""
+    address = escaped(address, _LONGEST_LINE)
     local, at, domain = address.rpartition("@")
-    if not at or re.fullmatch(
-        r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*", local, re.ASCII
-    ):
+    if not at or _ATOMS.fullmatch(local):
         return address
     return '"' + re.sub(r'(["\\])', r"\\\1", local) + '"@' + domain
 
 
 def compose(
-    notice_id: str,
+    dsn_id: str,
     hostname: str,
     now: datetime,
     original: Original,
@@ -160,121 +149,102 @@ def compose(
     full: bool,
     left_out: str = "",
 ) -> bytes:
-    """The whole notice in LF form.
+    """The whole DSN, lines ending in LF.
 
-    `content`: the original (or, unless `full`, its header); None if it is not there. `left_out`:
-    what is said of what is not returned.
+    `content`: the original (or, unless `full`, its header); None if it cannot be read. `left_out`: a
+    sentence that says which part of the original is missing, and why.
     """
     delayed = all(failure.kind is Kind.DELAYED for failure in failures)
-    words = _words(hostname, original, failures, left_out, delayed=delayed)
+    text = _text(hostname, original, failures, left_out, delayed=delayed)
     parts = [
-        (_TEXT, words.encode("ascii")),
+        (_TEXT, text.encode("ascii")),
         (_STATUS_PART, _report(hostname, original, failures).encode("ascii")),
     ]
     if content is not None:
         parts.append(("message/rfc822" if full else _HEADERS, content))
-    eight = content is not None and not content.isascii()
     subject = "Undelivered mail returned to sender"
     if delayed:
         subject = "Delayed mail (still being retried)"
-    elif all(failure.doubt for failure in failures):
+    elif all(failure.possibly_delivered for failure in failures):
         subject = "Mail that may not have been delivered"
-    return _joined(
-        notice_id,
-        _header(notice_id, hostname, now, original, subject, eight=eight).encode("ascii"),
-        parts,
-    )
-
-
-def reduced(wire: bytes, notice_id: str, new_id: str, content: Enclosure) -> bytes:
-    """The notice `notice_id`, whose text is `wire`, as another one that encloses `content` of the
-    original and no more.
-
-    Raises ValueError if `wire` is no notice of ours.
-    """
-    # The original cannot hold the boundary: it came before the id was made that the boundary
-    # consists of.
-    pieces = wire.removesuffix(f"\n--=_{notice_id}--\n".encode()).split(
-        f"\n--=_{notice_id}\n".encode(), 3
-    )
-    head, words, report, *originals = (
-        pieces[0],
-        *(piece.partition(b"\n\n")[2] for piece in pieces[1:]),
-    )
-    told, last, number = words.rpartition(b"\nQueue id:")
-    left_out = "\n".join(["", "", *textwrap.wrap(_REDUCED[content], 76), ""]).encode("ascii")
-    parts = [(_TEXT, told + last + number.partition(b"\n")[0] + left_out), (_STATUS_PART, report)]
-    if content is Enclosure.HEADER:
-        parts.append((_HEADERS, originals[0].partition(b"\n\n")[0] + b"\n"))
-    if all(body.isascii() for _, body in parts):
-        head = head.replace(_EIGHT.encode("ascii"), b"")
-    return _joined(new_id, head.replace(notice_id.encode("ascii"), new_id.encode("ascii")), parts)
-
-
-def _joined(notice_id: str, head: bytes, parts: Sequence[tuple[str, bytes]]) -> bytes:
-    """A notice from its header and its parts, each a type and a body."""
-    made = [head]
-    for kind, body in parts:
-        encoding = "" if body.isascii() else _EIGHT
-        made.append(f"\n--=_{notice_id}\nContent-Type: {kind}{encoding}\n\n".encode() + body)
-    return b"".join(made) + f"\n--=_{notice_id}--\n".encode()
-
-
-def _header(
-    notice_id: str, hostname: str, now: datetime, original: Original, subject: str, *, eight: bool
-) -> str:
     date = format_datetime(now)
     lines = [
-        f"Received: by {hostname} (qmqp-relay) id {notice_id};\n\t{date}",
+        f"Received: by {hostname} (qmqp-relay) id {dsn_id};\n\t{date}",
         f"Date: {date}",
         f"From: Mail Delivery System <MAILER-DAEMON@{hostname}>",
         f"To: {quoted(original.sender)}",
         f"Subject: {subject}",
-        f"Message-ID: <{notice_id}@{hostname}>",
+        f"Message-ID: <{dsn_id}@{hostname}>",
         "Auto-Submitted: auto-replied",
         "MIME-Version: 1.0",
-        f'Content-Type: multipart/report; report-type=delivery-status;\n\tboundary="=_{notice_id}"',
+        f'Content-Type: multipart/report; report-type=delivery-status;\n\tboundary="=_{dsn_id}"',
     ]
     if original.header_message_id:
-        lines.insert(6, f"References: {escaped(original.header_message_id, _LINE)}")
-    if eight:
-        lines[-1] += _EIGHT
-    return "\n".join([*lines, "", "This is a MIME-encapsulated message.", ""])
+        lines.insert(6, f"References: {escaped(original.header_message_id, _LONGEST_LINE)}")
+    head = "\n".join(lines) + ("" if content is None or content.isascii() else _8BIT)
+    head += "\n\nThis is a MIME-encapsulated message.\n"
+    return _joined(dsn_id, head.encode("ascii"), parts)
 
 
-def _words(
+def reduced(wire: bytes, dsn_id: str, new_id: str, content: Enclosure) -> bytes:
+    """The DSN `dsn_id`, whose text is `wire`, as the DSN `new_id` that encloses no more than
+    `content` of the original.
+
+    Raises ValueError if `wire` is not a DSN of this relay.
+    """
+    # The original cannot contain the boundary: it was received before the id in the boundary was
+    # made.
+    wire = wire.removesuffix(f"\n--=_{dsn_id}--\n".encode())
+    head, *parts_before = wire.split(f"\n--=_{dsn_id}\n".encode(), 3)
+    text, report, *originals = (part.partition(b"\n\n")[2] for part in parts_before)
+    before, label, after = text.rpartition(b"\nQueue id:")
+    text = before + label + after.partition(b"\n")[0]
+    left_out = "\n".join(["", "", *textwrap.wrap(_REDUCED[content], 76), ""])
+    parts = [(_TEXT, text + left_out.encode("ascii")), (_STATUS_PART, report)]
+    if content is Enclosure.HEADER:
+        parts.append((_HEADERS, originals[0].partition(b"\n\n")[0] + b"\n"))
+    if all(body.isascii() for _, body in parts):
+        head = head.replace(_8BIT.encode("ascii"), b"")
+    return _joined(new_id, head.replace(dsn_id.encode("ascii"), new_id.encode("ascii")), parts)
+
+
+def _joined(dsn_id: str, head: bytes, parts: Sequence[tuple[str, bytes]]) -> bytes:
+    """A DSN from its header and its parts, each a type and a body."""
+    pieces = [head]
+    for kind, body in parts:
+        encoding = "" if body.isascii() else _8BIT
+        pieces.append(f"\n--=_{dsn_id}\nContent-Type: {kind}{encoding}\n\n".encode() + body)
+    return b"".join(pieces) + f"\n--=_{dsn_id}--\n".encode()
+
+
+def _text(
     hostname: str, original: Original, failures: Sequence[Failure], left_out: str, *, delayed: bool
 ) -> str:
+    """The part for people."""
+    opening = "Your message could not be delivered to the recipients below"
     if delayed:
         opening = "Your message could not be delivered yet. It is still being retried; you need not send it again."
-    elif any(failure.doubt for failure in failures):
-        opening = (
-            "Your message could not be delivered to the recipients below, or nobody knows whether it was. It will not"
-            " be tried again for them."
-        )
+    elif any(failure.possibly_delivered for failure in failures):
+        opening += ", or the relay cannot know whether it was. It will not be tried again for them."
     else:
-        opening = "Your message could not be delivered to the recipients below. It will not be tried again for them."
+        opening += ". It will not be tried again for them."
     lines = [f"This is the mail relay at {hostname}.", "", *textwrap.wrap(opening, 76), ""]
     for failure in failures:
-        why = f"{_why(failure)} {POSSIBLY_DELIVERED}" if failure.doubt else _why(failure)
-        lines += [
-            f"<{quoted(failure.address)}>",
-            *textwrap.wrap(why, 72, initial_indent="    ", subsequent_indent="    "),
-            "",
-        ]
+        why = _why(failure) + (f" {POSSIBLY_DELIVERED}" if failure.possibly_delivered else "")
+        indented = textwrap.wrap(why, 72, initial_indent="    ", subsequent_indent="    ")
+        lines += [f"<{quoted(failure.address)}>", *indented, ""]
     lines += [
         f"Received here: {format_datetime(original.received_at)}",
         f"Queue id:      {original.id}",
         "",
     ]
-    lines += (
-        [*textwrap.wrap(left_out, 76), ""] if left_out else []
-    )  # the last: `reduced` puts other words there
+    if left_out:  # stands last: `reduced` replaces it
+        lines += [*textwrap.wrap(left_out, 76), ""]
     return "\n".join(lines)
 
 
 def _why(failure: Failure) -> str:
-    """What happened to one recipient, in a sentence or two."""
+    """The state of one recipient in one or two sentences."""
     server_reply, ours = escaped(failure.server_reply, 1000), escaped(failure.reply, 1000)
     if failure.bounced_by_operator:
         reason = ours.removeprefix(BY_OPERATOR) or "."
@@ -288,22 +258,20 @@ def _why(failure: Failure) -> str:
             else "The mail server refused it and gave no reason."
         )
     if server_reply:
-        last = f"The last thing heard was: {server_reply}"
+        last = f"The last reply was: {server_reply}"
     elif failure.outcome is None:
-        last = "It was not tried yet."
+        last = "It has not been tried yet."
     else:
-        last = "The last try failed" + (
+        last = "The last attempt failed" + (
             f": {ours}" if ours and failure.reason_source != ReasonSource.OPERATOR else "."
         )
     if failure.kind is Kind.DELAYED:
         return f"Retried until {format_datetime(failure.expires_at)}. {last}"
-    return (
-        f"{'Nobody confirmed it' if failure.doubt else 'It could not be delivered'} in time. {last}"
-    )
+    return f"{'No server confirmed it' if failure.possibly_delivered else 'It could not be delivered'} in time. {last}"
 
 
 def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> str:
-    """The machine-readable part (RFC 3464 2): a group about the message, one about each
+    """The part for programs (RFC 3464 2): a group about the message, and one about each
     recipient."""
     about = [
         f"Reporting-MTA: dns; {hostname}",
@@ -322,7 +290,9 @@ def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> s
         if failure.server and not failure.server.startswith("unix:"):
             lines.append(f"Remote-MTA: dns; {failure.server.rpartition(':')[0]}")
         if failure.server_reply:
-            lines.append(f"Diagnostic-Code: x-qmqp; {escaped(failure.server_reply, _LINE - 50)}")
+            lines.append(
+                f"Diagnostic-Code: x-qmqp; {escaped(failure.server_reply, _LONGEST_LINE - 50)}"
+            )
         if failure.attempted_at:
             lines.append(f"Last-Attempt-Date: {format_datetime(failure.attempted_at)}")
         if failure.kind is Kind.DELAYED:

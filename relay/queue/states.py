@@ -13,7 +13,7 @@ every state (`LATE_K`), and no event leads away from `delivered`.
 from enum import Enum, StrEnum, auto
 from typing import NamedTuple
 
-from qmqp.result import Outcome as Outcome  # what stands in `attempts.outcome`
+from relay.queue.outcome import Outcome as Outcome
 
 
 class State(StrEnum):
@@ -35,7 +35,7 @@ class Wait(Enum):
 
     NONE = auto()
     BACKOFF = auto()  # longer every time
-    HEALTH = auto()  # the server is at fault and not the mail: never longer
+    SERVER = auto()  # for a server; the mail is not at fault, so it never grows
     UNCERTAIN = auto()  # long enough for a duplicate to be seen downstream
 
 
@@ -64,7 +64,7 @@ OUTCOME_POLICY: dict[Outcome, tuple[State, Wait]] = {
     Outcome.DELIVERED: (State.DELIVERED, Wait.NONE),
     Outcome.DEFERRED: (State.DEFERRED, Wait.BACKOFF),
     Outcome.REJECTED: (State.BOUNCED, Wait.NONE),
-    Outcome.UNREACHABLE: (State.DEFERRED, Wait.HEALTH),
+    Outcome.UNREACHABLE: (State.DEFERRED, Wait.SERVER),
     Outcome.INTERRUPTED: (State.DEFERRED, Wait.BACKOFF),
     Outcome.UNCERTAIN: (State.DEFERRED, Wait.UNCERTAIN),
     Outcome.MALFORMED: (State.DEFERRED, Wait.UNCERTAIN),

@@ -1,8 +1,6 @@
-"""Which deliveries are meant: one set of filters, for whoever looks at the queue and whoever
-changes it.
+"""The filter of deliveries that every command uses, to list them and to change them.
 
-A `Filter` becomes a condition over the columns of `mail_history`, with everything that people wrote
-as parameters.
+A `Filter` becomes a condition over the columns of `mail_history`; all values are parameters.
 """
 
 import re
@@ -17,10 +15,10 @@ from relay.ids import dashed
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which deliveries are meant; everything that is given must hold.
+    """The deliveries for which all given fields match.
 
-    `sender` ('' or <>: the null sender) and `recipient` are whole addresses, whose domains are the
-    same in capitals, or patterns with `*`, to which all is.
+    `sender` ('' or <>: the null sender) and `recipient` are whole addresses, whose domain is
+    case-insensitive, or patterns with `*`, which are case-insensitive as a whole.
     """
 
     states: tuple[str, ...] = ()
@@ -30,13 +28,13 @@ class Filter:
     server: str | None = None
     older_than: float | None = None  # seconds since it was received
     id: str | None = None  # 32 digits
-    reply: str | None = None  # a part of the server's words
+    reply: str | None = None  # a part of the last reply
     header_message_id: str | None = None
 
     def where(self) -> tuple[str, dict[str, Any]]:
         """The condition over the columns of `mail_history`, and its parameters."""
         parts: list[str] = []
-        given: dict[str, Any] = {}
+        parameters: dict[str, Any] = {}
         if self.states:
             parts.append(
                 f"state IN ({words(tuple(map(State, self.states)))})"
@@ -47,65 +45,63 @@ class Filter:
                 continue
             if "*" in value:
                 parts.append(f"{column} @like :{column} ESCAPE '\\'")
-                given[column] = _like(value)
+                parameters[column] = _like(value)
             elif column in ("sender", "recipient"):
                 where, more = address_is(column, value)
                 parts.append(where)
-                given |= more
+                parameters |= more
             else:
                 parts.append(f"{column} = :{column}")
-                given[column] = value
+                parameters[column] = value
         if self.reply is not None:
             parts.append("reason @like :reply ESCAPE '\\'")
-            given["reply"] = _like(f"*{self.reply}*")
+            parameters["reply"] = _like(f"*{self.reply}*")
         if self.older_than is not None:
             parts.append("queue_uuid < @id(:oldest)")
-            given["oldest"] = id_at(self.older_than)
+            parameters["oldest"] = id_at(self.older_than)
         if self.id is not None:
             parts.append("queue_uuid = @id(:id)")
-            given["id"] = dashed(self.id)
-        return " AND ".join(parts) or "1 = 1", given
+            parameters["id"] = dashed(self.id)
+        return " AND ".join(parts) or "1 = 1", parameters
 
     def is_history(self) -> bool:
-        """Whether it is looked for among finished mail, too: who names a message or a state means
-        it, ended or not."""
+        """Whether it covers finished mail too: a message or a state is meant whether or not it is
+        finished."""
         return bool(self.states or self.id or self.header_message_id)
 
     def shown(self) -> str:
         """The filter as an operator would type it; empty for everything."""
-        words = [f"--state {state}" for state in self.states]
+        options = [f"--state {state}" for state in self.states]
         for name in (field for field in self.__dataclass_fields__ if field != "states"):
             value = getattr(self, name)
             if value is not None:
                 option = name.removeprefix("header_").replace("_", "-")
-                words.append(
+                options.append(
                     f"--{option} {shlex.quote(f'{value:g}s' if name == 'older_than' else value)}"
                 )
-        return " ".join(words)
+        return " ".join(options)
 
 
 def address_is(column: str, address: str) -> tuple[str, dict[str, str]]:
-    """The condition that a column holds this address, and its parameters; the domain's capitals are
-    no matter.
+    """The condition that a column is this address, with a case-insensitive domain; its parameters.
 
-    All spellings of a domain stand together in an index on the column's bytes, behind the local
-    part and its @.
+    In an index on the column's bytes all spellings of a domain are neighbours, after the local part
+    and its @.
     """
     if "@" not in address:
         return f"{column} = :{column}", {column: "" if address == "<>" else address}
     local = address[: address.rfind("@")]
-    given = {
+    parameters = {
         column: address,
         f"{column}_from": f"{local}@",
         f"{column}_to": f"{local}A",
     }  # A comes next to @
     among = f"{column} @at_least :{column}_from AND {column} @below :{column}_to"
-    return f"{among} AND lower({column}) = lower(:{column})", given
+    return f"{among} AND lower({column}) = lower(:{column})", parameters
 
 
 def bracketed(header_message_id: str) -> str:
-    """A Message-ID as headers spell it, whether or not it was given with its <>; `*` stands for
-    them too."""
+    """A Message-ID with its <>, which may be missing in the argument; `*` matches them too."""
     head = "" if header_message_id.startswith(("<", "*")) else "<"
     return head + header_message_id + ("" if header_message_id.endswith((">", "*")) else ">")
 
@@ -115,6 +111,6 @@ def _like(pattern: str) -> str:
 
 
 def id_at(seconds_ago: float) -> str:
-    """The smallest id that a message received then could have: ids begin with milliseconds."""
+    """The smallest id of a message that was received then: ids begin with milliseconds."""
     stamp = int((datetime.now(UTC).timestamp() - seconds_ago) * 1000)
     return dashed(f"{max(stamp, 0):012x}" + "0" * 20)

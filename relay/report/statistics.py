@@ -1,9 +1,8 @@
-"""What all mail comes to, for `stats` and the overview: rates, latency, the slowest, and how old is
-what waits.
+"""Statistics of the mail for `stats` and the overview: rates, latency, the slowest, ages.
 
-Counts by state, route and server are views (`relay.report.queries`); these are questions that no
-view answers. What must stay true: each looks at the last hours, or at what waits, and never at all
-of a long history.
+Counts by state, route and server are views (`relay.report.queries`); no view answers these
+questions. What must stay true: each query reads the last hours or unfinished mail, never the whole
+history.
 """
 
 from datetime import datetime
@@ -20,19 +19,19 @@ AGES = {
     "under_4h": 14400.0,
     "under_1d": 86400.0,
 }
-# What stands behind the last @: one expression that both databases understand.
+# The part after the last @: one expression that both databases understand.
 DOMAIN = "lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))"
 
 
 class Statistics:
-    """What may be asked of a queue as a whole."""
+    """Questions about the queue as a whole."""
 
     def __init__(self, queue: QueueReader) -> None:
         self._queue = queue
 
     def rates(self) -> list[Row]:
-        """Tries of the last hour by outcome: how many, how many of them in the last minute, bytes,
-        mean seconds."""
+        """Attempts of the last hour by outcome: the number, the number in the last minute, bytes, mean
+        seconds."""
         return self._queue.all(
             """SELECT outcome, count(*) AS last_hour, sum(CASE WHEN finished_at > @ago(60) THEN 1 ELSE 0 END) AS
                 last_minute, sum(bytes_sent) AS bytes_sent, CAST(avg(@micros(finished_at) - @micros(started_at)) AS
@@ -41,7 +40,7 @@ class Statistics:
         )
 
     def slowest(self, most: int = 5) -> list[Row]:
-        """The tries of the last hour that took longest."""
+        """The longest attempts of the last hour."""
         return self._queue.all(
             """SELECT @hex(queue_id) AS queue_id, server, outcome, bytes_sent, reply,
                 (@micros(finished_at) - @micros(started_at)) / CAST(1e6 AS float8) AS seconds
@@ -50,16 +49,16 @@ class Statistics:
         )
 
     def ages(self, most: int = 20) -> list[Row]:
-        """How long unfinished mail has waited, by the recipients' domain, the longest queues first.
+        """The ages of unfinished mail by the recipients' domain, the longest queues first.
 
-        A row has `domain`, `domains` (1), `waiting`, and how many of those are younger than each of
-        AGES and than all of them: `under_5m` ... `older`; the name of a column is its upper end.
-        Behind the first `most` one more row has the sum of all others: no `domain`, and how many
-        `domains` there are.
+        A row has `domain`, `domains` (1), `waiting`, and the numbers in each range of ages, named
+        by its upper end: `under_5m` ... `older`. After `most` rows one more has the sums of all
+        other domains: `domain` None, and their number in `domains`.
         """
         ids = [id_at(seconds) for seconds in AGES.values()]
         bounds = {f"bound{n}": bound for n, bound in enumerate(ids)}
-        columns, above = list[str](), "1 = 1"
+        columns: list[str] = []
+        above = "1 = 1"
         for n, name in enumerate(AGES):
             columns.append(
                 f"sum(CASE WHEN {above} AND queue_uuid >= @id(:bound{n}) THEN 1 ELSE 0 END) AS {name}"
@@ -68,17 +67,17 @@ class Statistics:
         columns.append(f"sum(CASE WHEN {above} THEN 1 ELSE 0 END) AS older")
         sql = f"""SELECT {DOMAIN} AS domain, 1 AS domains, count(*) AS waiting, {", ".join(columns)}
             FROM mail_queue GROUP BY 1 ORDER BY 3 DESC, 1"""
-        found = self._queue.select(sql, bounds)
-        rows, others = list(islice(found, most)), dict[str, Any]()
-        for row in found:
+        stream = self._queue.select(sql, bounds)
+        rows = list(islice(stream, most))
+        others: dict[str, Any] = {}
+        for row in stream:
             row["domain"] = None
             others = {name: value and value + others.get(name, 0) for name, value in row.items()}
         return [*rows, others] if others else rows
 
     def received(self) -> Row:
-        """What was accepted (notices are not): messages of the last minute and hour, bytes of the
-        last hour."""
-        # Ids begin with smtpd's time, and are indexed; ten minutes for clocks that disagree.
+        """Accepted messages, without DSNs: of the last minute and hour, bytes of the last hour."""
+        # Ids begin with the time of smtpd's clock, which may differ by ten minutes.
         (row,) = self._queue.all(
             """SELECT coalesce(sum(CASE WHEN received_at > @ago(60) THEN 1 ELSE 0 END), 0) AS last_minute,
                 count(*) AS last_hour, coalesce(sum(size), 0) AS bytes FROM messages
@@ -88,10 +87,10 @@ class Statistics:
         return row
 
     def history(self, seconds: int, step: int) -> tuple[datetime, list[Row]]:
-        """Tries by outcome in steps of so many seconds: (the time now, rows).
+        """Attempts by outcome in steps of so many seconds: (the time now, rows).
 
-        A row has `step` (how many whole ones ago: 0 is the newest, and has ended now), `outcome`,
-        `tries`, and `seconds`, their mean length.
+        A row has `step` (0 is the newest), `outcome`, `tries` (their number), and `seconds`, their
+        mean length.
         """
         rows = self._queue.all(
             """SELECT (@micros(@now) - @micros(finished_at)) / CAST(:step AS bigint) AS step, outcome,

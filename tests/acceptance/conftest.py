@@ -1,4 +1,4 @@
-"""The relay as people start it; what still runs when the test, or its module, ends is killed.
+"""The relay as people start it. Processes that run when the test, or its module, ends are killed.
 
 start_up    `qmqp-relay up` in the directory of the test
 install     smtpd and workers on "sqlite" or "postgresql", for the tests of a module to share
@@ -21,9 +21,9 @@ from tests.waiting import until
 
 
 @pytest.fixture(scope="session", autouse=True)
-def the_sink_of_a_demo_has_a_port_of_its_own() -> Iterator[None]:
-    """Two that start at the same moment would both find the usual one free, and one would get the
-    other's mail."""
+def the_usual_port_of_the_sink_is_taken() -> Iterator[None]:
+    """Two demos that start at the same moment would share the usual port, and one would receive the
+    mail of the other."""
     with socket.socket() as holder, suppress(OSError):
         holder.bind(("127.0.0.1", SINK_PORT))
         yield
@@ -57,8 +57,8 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
 def install(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path
 ) -> Iterator[Install]:
-    """`install("postgresql", QMQP_SERVERS=...)`: an installation in which nothing but the broker
-    runs yet."""
+    """`install("postgresql", QMQP_SERVERS=...)`: an installation in which only the broker
+    runs."""
     with ExitStack() as stack:
 
         def make(database: str, **settings: str) -> Installation:
@@ -71,8 +71,8 @@ def install(
                 name = databases.create()
                 url = databases.url(name)
                 stack.callback(databases.drop, name)
-            made = Installation(directory, url, **settings)
-            stack.callback(made.close)
-            return made
+            installation = Installation(directory, url, **settings)
+            stack.callback(installation.close)
+            return installation
 
         yield make

@@ -1,5 +1,4 @@
-"""Some fifty messages in every state there is, with words from people who mean harm, and a page to
-look at them."""
+"""Some fifty messages in all states, with hostile text from peers, and a browser for the pages."""
 
 import re
 import socket
@@ -32,34 +31,35 @@ SERVER = "qmqp.example.net:628"
 
 @dataclass(slots=True)
 class Scenario:
-    """What was made: recipients by the state of their delivery, ids by state, and what else is
-    counted."""
+    """What was created: recipients by the state of their delivery, ids by state, and other counts."""
 
     recipients: Counter[str] = field(default_factory=Counter)
     ids: dict[str, list[str]] = field(default_factory=dict)
-    owed: int = 0
-    doubtful: list[str] = field(default_factory=list)  # ids of what nobody knows the end of
-    told: int = 0  # notices that were made
+    dsns_pending: int = 0
+    possibly_delivered: list[str] = field(default_factory=list)  # ids with an uncertain attempt
+    dsns: int = 0  # that were generated
     actions: Counter[str] = field(default_factory=Counter)  # by verb
     overdue: Counter[str] = field(default_factory=Counter)
 
-    def made(self, state: str, *ids: str, recipients: int = 1) -> None:
+    def add(self, state: str, *ids: str, recipients: int = 1) -> None:
         self.recipients[state] += recipients * len(ids)
         self.ids.setdefault(state, []).extend(ids)
 
 
 def scenario(office: Office, spool: Spool) -> Scenario:
-    """Make it in an empty office."""
-    made, verbs = Scenario(), QueueOperations(office.engine, notices=True)
+    """Create it in an empty office."""
+    created, operations = Scenario(), QueueOperations(office.engine, notices=True)
     numbers = iter(range(1, 100))
 
     def accept(*addresses: str, **more: object) -> str:
         number = next(numbers)
-        given = {
+        message = {
             "sender": f"sender{number}@example.com",
             "header_message_id": f"<{number}@example.com>",
         } | more
-        queue_id = office.accept(*(addresses or (f"r{number}@d{number % 3}.example.org",)), **given)
+        queue_id = office.accept(
+            *(addresses or (f"r{number}@d{number % 3}.example.org",)), **message
+        )
         spool.store(queue_id, [b"Subject: x\n\n" + b"x" * 88])
         return queue_id
 
@@ -68,62 +68,69 @@ def scenario(office: Office, spool: Spool) -> Scenario:
         office.record(office.claim(queue_id)[0], outcome, **more)
         return queue_id
 
-    made.made("delivered", *(tried(Outcome.DELIVERED) for _ in range(12)))
+    created.add("delivered", *(tried(Outcome.DELIVERED) for _ in range(12)))
     late = [tried(Outcome.DEFERRED) for _ in range(3)]
-    office.pass_time(2000, only=late)  # older than the lifetime: the next failure is the last
+    office.pass_time(2000, only=late)  # older than the lifetime: the next failure expires them
     office.sweeps.requeue_due(10)
     for claim in office.claim(*late):
         office.record(claim, Outcome.DEFERRED, reply="451 still busy")
-    made.made("expired", *late)
-    made.made("bounced", *(tried(Outcome.REJECTED, reply=f"550 5.1.1 {HOSTILE}") for _ in range(4)))
-    debts = DsnGenerator(office.engine, spool, office.settings, lambda _address: "notices")
-    notices = debts.settle(5)  # of seven: two are owed
-    made.owed, made.told = 2, len(notices)
-    made.made("queued", *notices)
-    made.made(
+    created.add("expired", *late)
+    created.add(
+        "bounced", *(tried(Outcome.REJECTED, reply=f"550 5.1.1 {HOSTILE}") for _ in range(4))
+    )
+    generator = DsnGenerator(office.engine, spool, office.settings, lambda _address: "notices")
+    dsns = generator.generate(5)  # of seven: two stay pending
+    created.dsns_pending, created.dsns = 2, len(dsns)
+    created.add("queued", *dsns)
+    created.add(
         "deferred", *(tried(Outcome.DEFERRED, reply="451 4.7.1 greylisted") for _ in range(4))
     )
-    made.doubtful = [tried(Outcome.UNCERTAIN, reply="connection closed") for _ in range(2)]
-    made.made("deferred", *made.doubtful)
-    made.made("deferred", tried(Outcome.UNREACHABLE, reply="connection refused"))
-    made.made("held", tried(Outcome.UNSENDABLE, reply=f"no body file {TURNED}"))
+    created.possibly_delivered = [
+        tried(Outcome.UNCERTAIN, reply="connection closed") for _ in range(2)
+    ]
+    created.add("deferred", *created.possibly_delivered)
+    created.add("deferred", tried(Outcome.UNREACHABLE, reply="connection refused"))
+    created.add("held", tried(Outcome.UNSENDABLE, reply=f"no body file {TURNED}"))
     for verb, state in (("hold", "held"), ("drop", "dropped")):
         ids = [accept() for _ in range(3)]
         for queue_id in ids:
-            verbs.apply(
+            operations.apply(
                 OPERATIONS[verb], Filter(id=queue_id), actor=f"{HOSTILE}@here", reason=HOSTILE
             )
-            made.actions[verb] += 1
-        made.made(state, *ids)
+            created.actions[verb] += 1
+        created.add(state, *ids)
     cut = accept("good@example.org", "bad@example.org", "fine@example.org")
     office.record(
         office.claim(cut)[0], Outcome.REJECTED, state=State.SPLIT, reply="550 5.1.1 no such user"
     )
     for claim in office.claim(cut):
         office.record(claim, Outcome.DELIVERED)
-    made.made("delivered", cut, recipients=3)
-    made.made(
+    created.add("delivered", cut, recipients=3)
+    created.add(
         "queued",
         accept(
             f"{HOSTILE}@example.org", sender=HOSTILE, header_message_id=f"<{HOSTILE}>", helo=HOSTILE
         ),
     )
-    made.made("queued", accept(LONG, sender=LONG), *(accept(sender="") for _ in range(2)))
-    made.made("queued", accept("many1@example.org", "many2@example.org"), recipients=2)
+    created.add("queued", accept(LONG, sender=LONG), *(accept(sender="") for _ in range(2)))
+    created.add("queued", accept("many1@example.org", "many2@example.org"), recipients=2)
     sending = [accept() for _ in range(4)]
     office.claim(*sending)
-    made.made("sending", *sending)
-    for state, overdue in (("deferred", made.ids["deferred"][:2]), ("queued", made.ids["queued"])):
-        office.pass_time(100, only=overdue)  # nobody has looked at them since they were due
-        made.overdue[state] = len(overdue)
+    created.add("sending", *sending)
+    for state, overdue in (
+        ("deferred", created.ids["deferred"][:2]),
+        ("queued", created.ids["queued"]),
+    ):
+        office.pass_time(100, only=overdue)  # no worker has handled them since they were due
+        created.overdue[state] = len(overdue)
     office.pass_time(
-        -10_000, only=made.ids["deferred"][2:]
+        -10_000, only=created.ids["deferred"][2:]
     )  # however long the tests take, these are not
-    return made
+    return created
 
 
 def questions(database: str) -> list[list[str]]:
-    """The statements in which docs/inspect.md puts each of its questions to that database."""
+    """The statements of docs/inspect.md for each of its questions, for that database."""
     text = (
         (Path(__file__).parents[2] / "docs" / "inspect.md").read_text().split("\n## Questions\n")[1]
     )
@@ -134,7 +141,7 @@ def questions(database: str) -> list[list[str]]:
 
 @dataclass(slots=True)
 class Page:
-    """An answer: its status, its headers, its text, and the words that a person would see."""
+    """An answer: its status, its headers, its text, and the words that a person sees."""
 
     status: int
     headers: dict[str, str]
@@ -142,12 +149,12 @@ class Page:
 
     @property
     def words(self) -> str:
-        text = re.sub(r"<wbr>|</?span[^>]*>", "", self.text)  # they part no words
+        text = re.sub(r"<wbr>|</?span[^>]*>", "", self.text)  # they separate no words
         return unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)))
 
 
 class Browser:
-    """Somebody who looks at the pages."""
+    """A client of the pages."""
 
     def __init__(self, root: str) -> None:
         self.root = root

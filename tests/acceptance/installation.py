@@ -1,8 +1,7 @@
-"""smtpd and workers as they run on a server: processes of their own on one database, one broker and
-one spool.
+"""smtpd and workers as they run on a server: processes on one database, one broker and one spool.
 
-What a test learns of them it learns as an operator does: from the database, from the replies to
-SMTP clients, and from what QMQP servers received. `Feeder` is a crowd of such clients.
+A test observes them as an operator does: in the database, in the replies to SMTP clients, and in
+what QMQP servers received. `Feeder` is a group of such clients.
 """
 
 import re
@@ -79,12 +78,12 @@ class Installation:
     def worker(self, *, wait: bool = True, **settings: str) -> subprocess.Popen[Any]:
         child = self.begin("commands.cli.main", "worker", **settings)
         if wait:
-            self.until_signed_on(child)
+            self.until_registered(child)
         return child
 
     def until_accepting(self, smtpd: subprocess.Popen[Any]) -> None:
-        until(lambda: self._accepts() or smtpd.poll() is not None, STARTING, what=self.said)
-        assert smtpd.poll() is None, self.said()
+        until(lambda: self._accepts() or smtpd.poll() is not None, STARTING, what=self.log_text)
+        assert smtpd.poll() is None, self.log_text()
 
     def _accepts(self) -> bool:
         try:
@@ -93,23 +92,22 @@ class Installation:
             return False
         return True
 
-    def until_signed_on(self, worker: subprocess.Popen[Any]) -> None:
-        signed_on = "SELECT id FROM workers WHERE pid = :pid AND ended_at IS NULL"
+    def until_registered(self, worker: subprocess.Popen[Any]) -> None:
+        registered = "SELECT id FROM workers WHERE pid = :pid AND ended_at IS NULL"
         until(
-            lambda: self.rows(signed_on, pid=worker.pid) or worker.poll() is not None,
+            lambda: self.rows(registered, pid=worker.pid) or worker.poll() is not None,
             STARTING,
-            what=self.said,
+            what=self.log_text,
         )
-        assert worker.poll() is None, self.said()
+        assert worker.poll() is None, self.log_text()
 
     def end(self, child: subprocess.Popen[Any], number: int = signal.SIGTERM) -> int:
         """Signal a child and wait for its end; its exit status."""
         self.children.remove(child)
         return end(child, number)
 
-    def said(self) -> str:
-        """Who has ended and how, and their last words, but for what is said about each message when
-        all is well."""
+    def log_text(self) -> str:
+        """The processes that ended, and the last lines of the log without those about each message."""
         ended = [
             f"{child!r} (pid {child.pid})" for child in self.children if child.poll() is not None
         ]
@@ -124,7 +122,7 @@ class Installation:
     def smtp_source(
         self, count: int, recipient: str, *options: str, sender: str = "a@example.com"
     ) -> None:
-        """Have Postfix' smtp-source send so many messages; all of them must be accepted."""
+        """Send messages with smtp-source of Postfix; all must be accepted."""
         smtp_source(self.port, count, recipient, *options, sender=sender)
 
     def send(
@@ -133,26 +131,26 @@ class Installation:
         sender: str = "me@example.com",
         body: bytes = b"Subject: x\n\nHello.\n",
     ) -> str:
-        """Hand a message over by SMTP; its queue id."""
+        """Send a message by SMTP; its queue id."""
         with smtplib.SMTP(
             "127.0.0.1", self.port, local_hostname="client.example.com", timeout=30
         ) as client:
             return submit(client, *recipients, sender=sender, body=body)
 
-    # Looking
+    # Queries
 
-    def rows(self, sql: str, **given: Any) -> list[Any]:
-        """What a SELECT finds (macros of `relay.db.sql.Dialect` work)."""
+    def rows(self, sql: str, **parameters: Any) -> list[Any]:
+        """The rows of a SELECT (macros of `relay.db.sql.Dialect` work)."""
         with reading(self.database) as connection:
-            return list(connection.execute(text(self.spell(sql)), given).all())
+            return list(connection.execute(text(self.spell(sql)), parameters).all())
 
     def count(self, where: str = "1 = 1") -> int:
-        """How many deliveries there are of which that is so."""
+        """How many deliveries match."""
         return int(self.rows(f"SELECT count(*) FROM deliveries d WHERE {where}")[0][0])
 
     def to(self, recipient: str) -> Any:
-        """The row of `mail_history` of a recipient (`%` stands for anything), the last if there are
-        several."""
+        """The row of `mail_history` of a recipient (`%` matches anything); the last row if
+        there are several."""
         return self.rows(
             "SELECT * FROM mail_history WHERE recipient LIKE :r ORDER BY queue_id", r=recipient
         )[-1]
@@ -168,12 +166,12 @@ class Installation:
         until(
             lambda: self.to(recipient).state == state,
             timeout,
-            what=lambda: f"{self.to(recipient)} {self.said()}",
+            what=lambda: f"{self.to(recipient)} {self.log_text()}",
         )
         return self.to(recipient)
 
     def until_all_delivered(self, timeout: float = 60.0) -> None:
-        """Wait until nothing else is left in the tables, and no body in the spool."""
+        """Wait until every delivery is delivered, and the spool has no body."""
         until(lambda: not self.count("d.state <> 'delivered'"), timeout, what=self.unfinished)
         until(
             lambda: not self.bodies(),
@@ -186,7 +184,7 @@ class Installation:
             "SELECT queue_id, recipient, state, attempts, reason, next_at FROM mail_queue LIMIT 5"
         )
         states = self.rows("SELECT state, count(*) FROM deliveries GROUP BY state")
-        return f"{states}, such as {rows}\n{self.said()}"
+        return f"{states}, such as {rows}\n{self.log_text()}"
 
     def bodies(self) -> list[Path]:
         """The bodies in the spool."""
@@ -199,7 +197,7 @@ type Install = Callable[..., Installation]
 def smtp_source(
     port: int, count: int, recipient: str, *options: str, sender: str = "a@example.com"
 ) -> None:
-    """Postfix' smtp-source; what it says is an error."""
+    """Run smtp-source of Postfix; any output is an error."""
     command = [
         installed("smtp-source"),
         *options,
@@ -216,7 +214,7 @@ def smtp_source(
 
 
 def installed(name: str) -> str:
-    """The path of a program that somebody else wrote; the test is skipped where there is none."""
+    """The path of a program that is not ours; the test is skipped if it is not installed."""
     try:
         return program(name)
     except ServiceError as error:
@@ -229,19 +227,20 @@ def submit(client: smtplib.SMTP, *recipients: str, sender: str, body: bytes) -> 
     text = body.replace(b"\n", b"\r\n")
     for code, words in (client.mail(sender), *map(client.rcpt, recipients), client.data(text)):
         assert code == 250, words
-    found = QUEUED_AS.search(words)
-    assert found, words
-    return found[1].decode()
+    queued = QUEUED_AS.search(words)
+    assert queued, words
+    return queued[1].decode()
 
 
 class Feeder:
-    """SMTP clients that send without a pause worth mentioning, each message to a recipient of its
-    own, and note whose message was accepted. What breaks off in between is not sent again: it may
-    arrive or not, but never twice."""
+    """SMTP clients that send all the time, each message to a recipient of its own, and note which
+    were accepted. A message whose connection broke is not sent again: it may arrive or not, but never
+    twice."""
 
     def __init__(self, port: int, clients: int = 4, *, name: str = "") -> None:
         self.accepted: set[str] = set()
-        self._port, self._name = port, name
+        self._port = port
+        self._name = name
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(target=partial(self._run, number), daemon=True)
@@ -257,13 +256,13 @@ class Feeder:
         self.stop()
 
     def stop(self) -> None:
-        """Send no more; returns when what is under way is answered."""
+        """Stop sending; returns when the open transactions are answered."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
 
     def until_accepted(self, more: int, timeout: float = 30.0) -> None:
-        """Wait until so many more messages are accepted than there are now."""
+        """Wait until this many more messages are accepted."""
         goal = len(self.accepted) + more
         until(lambda: len(self.accepted) >= goal, timeout, what=f"{goal} messages are accepted")
 
@@ -285,30 +284,27 @@ class Feeder:
                         )
                         self.accepted.add(recipient)
             except (OSError, smtplib.SMTPException, AssertionError):
-                self._stopping.wait(0.1)  # it was away or had a fault: begin again
+                self._stopping.wait(0.1)  # smtpd was out of reach or failed: connect again
 
 
-def taken(*sinks: Sink) -> Counter[str]:
-    """How often these sinks took a message, by recipient: said K, whether or not somebody was there
-    to hear it."""
-    received = (one for sink in sinks for one in list(sink.received))
-    return Counter(
-        r.decode() for one in received if one.reply.startswith(b"K") for r in one.recipients
-    )
+def accepted_by(*sinks: Sink) -> Counter[str]:
+    """How often these sinks replied K, by recipient, whether or not a worker read the reply."""
+    messages = (message for sink in sinks for message in list(sink.received))
+    return Counter(r.decode() for m in messages if m.reply.startswith(b"K") for r in m.recipients)
 
 
-def reckon(installation: Installation, accepted: Iterable[str], *sinks: Sink) -> None:
-    """Nothing that was accepted is lost, and only what an uncertain try explains was taken more
-    than once."""
-    got = taken(*sinks)
-    lost = set(accepted) - got.keys()
-    assert not lost, f"accepted with 250 and never at a server: {sorted(lost)[:10]}"
-    doubtful = Counter(
+def assert_none_lost(installation: Installation, accepted: Iterable[str], *sinks: Sink) -> None:
+    """Assert that no accepted message is lost, and that a server accepted a message twice only after
+    an uncertain attempt."""
+    received = accepted_by(*sinks)
+    lost = set(accepted) - received.keys()
+    assert not lost, f"accepted with 250 and never accepted by a server: {sorted(lost)[:10]}"
+    uncertain = Counter(
         row[0]
         for row in installation.rows(
             "SELECT r.address FROM attempts a JOIN recipients r ON r.queue_id = a.queue_id"
             " WHERE a.outcome = 'uncertain'"
         )
     )
-    twice = {recipient: n for recipient, n in got.items() if n > 1 + doubtful[recipient]}
-    assert not twice, f"taken more often than uncertain outcomes explain: {twice}"
+    twice = {recipient: n for recipient, n in received.items() if n > 1 + uncertain[recipient]}
+    assert not twice, f"accepted more often than uncertain attempts explain: {twice}"

@@ -1,5 +1,5 @@
-"""The relay as people start it: `qmqp-relay` in a process of its own, and what is left of it
-afterwards."""
+"""`qmqp-relay` as people start it, in a process of its own, and the processes that it leaves
+running."""
 
 import os
 import re
@@ -44,14 +44,13 @@ def command(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 
 def processes_of(state_dir: Path) -> list[int]:
-    """Every process that was started for this STATE_DIR and still runs, itself and whoever reads it
-    excepted."""
+    """The processes that were started for this STATE_DIR and still run, without this one."""
     return list(_running(state_dir))
 
 
 def _running(state_dir: Path) -> dict[int, list[bytes]]:
-    """The words of each of them, by pid: one that ends while it is looked at is not among them."""
-    found = {}
+    """Their command lines by pid, without those that end meanwhile."""
+    running = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             environ, command_line = (
@@ -66,8 +65,8 @@ def _running(state_dir: Path) -> dict[int, list[bytes]]:
             and not dead
             and int(directory.name) != os.getpid()
         ):
-            found[int(directory.name)] = command_line.split(b"\0")
-    return found
+            running[int(directory.name)] = command_line.split(b"\0")
+    return running
 
 
 class Up:
@@ -95,8 +94,12 @@ class Up:
     def start(self) -> None:
         """Start it and wait for the banner."""
         self.begin()
-        until(lambda: "Ctrl-C stops" in self.said() or not self.running, STARTING, what=self.said)
-        assert self.running, self.said()
+        until(
+            lambda: "Ctrl-C to stop" in self.log_text() or not self.running,
+            STARTING,
+            what=self.log_text,
+        )
+        assert self.running, self.log_text()
 
     @property
     def running(self) -> bool:
@@ -107,7 +110,7 @@ class Up:
         assert self.process is not None
         return self.process.pid
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         """Everything that it and its children have written."""
         return self.log.read_text(errors="replace")
 
@@ -135,23 +138,25 @@ class Up:
                 assert client.rcpt(recipient)[0] == 250
             code, words = client.data(body)
         assert code == 250, words
-        found = re.search(rb"queued as ([0-9a-f]{32})", words)
-        assert found, words
-        return found[1].decode()
+        queued = re.search(rb"queued as ([0-9a-f]{32})", words)
+        assert queued, words
+        return queued[1].decode()
 
     def states(self) -> dict[str, str]:
         """The state of every recipient, by address."""
         with sqlite3.connect(f"file:{self.state_dir}/relay.db?mode=ro", uri=True) as connection:
-            found = dict(connection.execute("SELECT recipient, state FROM mail_history").fetchall())
+            states = dict(
+                connection.execute("SELECT recipient, state FROM mail_history").fetchall()
+            )
         connection.close()
-        return found
+        return states
 
     def until_state(self, recipient: str, state: str, timeout: float = 30.0) -> None:
         """Wait until that recipient's delivery is in that state."""
         until(
             lambda: self.states().get(recipient) == state,
             timeout,
-            what=lambda: f"{self.states()}\n{self.said()}",
+            what=lambda: f"{self.states()}\n{self.log_text()}",
         )
 
 

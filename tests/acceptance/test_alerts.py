@@ -1,5 +1,4 @@
-"""The alert rules: promtool accepts them, they speak of metrics that there are, and docs/operate.md
-lists both."""
+"""The alert rules: promtool accepts them, their metrics exist, and docs/operate.md lists both."""
 
 import json
 import re
@@ -27,7 +26,7 @@ OVERDUE, SENDING, PAUSED = (
 )
 ROOM, UP = "relay_spool_free_bytes", "relay_database_up"
 RESTS, ACCEPT = (
-    'relay_server_rests_total{server="mx:628", why="%s"}',
+    'relay_circuit_opened_total{server="mx:628", why="%s"}',
     'relay_accept_seconds_bucket{le="%s"}',
 )
 CASES: list[Case] = [
@@ -46,12 +45,12 @@ CASES: list[Case] = [
     ("RelayHeld", {'relay_deliveries{state="held"}': "0x5 1x30"}, [22], [20]),
     ("RelaySpoolIsFull", {ROOM + '{job="a"}': "5e9x20", ROOM + '{job="b"}': "9e8x20"}, [2], [0]),
     ("RelayDatabaseIsAway", {UP + '{job="a"}': "1x20", UP + '{job="b"}': "1x5 0x15"}, [8], [6]),
-    ("RelayIsSilent", {UP: "1x5 stale"}, [9], [7]),
-    ("RelayKeeperDied", {"relay_keeper_deaths_total": "0x5 1x40"}, [7, 19], [5, 25]),
+    ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
+    ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
     ("RelayBrokerListGrows", {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"}, [12], [10]),
-    ("RelayServerIsLeftAlone", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
-    # The first refusal that a worker meets is the birth of its series.
-    ("RelayServerDoesNotWantUs", {RESTS % "refuses us": "_x30 1x60"}, [31], [29, 60]),
+    ("RelayCircuitOpen", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
+    # The series of a worker begins with its first refusal.
+    ("RelayUnauthorized", {RESTS % "unauthorized": "_x30 1x60"}, [31], [29, 60]),
     ("RelaySlowToAccept", {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"}, [12], [5]),
     ("RelaySlowToAccept", {ACCEPT % "0.1": "0+9x60", ACCEPT % "+Inf": "0+9x60"}, [], [30]),
 ]  # fmt: skip
@@ -61,9 +60,9 @@ def promtool(*words: str | Path) -> str:
     program = shutil.which("promtool")
     if program is None:
         pytest.skip("no promtool on PATH (Debian: package prometheus)")
-    said = subprocess.run([program, *words], capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stdout + said.stderr
-    return said.stdout
+    result = subprocess.run([program, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def test_promtool_accepts_the_rules():
@@ -71,7 +70,7 @@ def test_promtool_accepts_the_rules():
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
-def test_it_fires_when_it_should_and_only_then(case: Case, tmp_path: Path):
+def test_an_alert_fires_only_when_it_should(case: Case, tmp_path: Path):
     alert, series, fires, silent = case
     firing = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
     expected = [(minute, [{"value": 1}]) for minute in fires] + [(minute, []) for minute in silent]

@@ -1,9 +1,8 @@
-"""The broker is a disposable hint: whatever becomes of it, all that is queued is delivered, and
-soon.
+"""The broker carries only hints: whatever happens to it, queued mail is delivered within 2 x GRACE.
 
-Half of a thousand messages are accepted before the fault and half after it; only then a worker
-starts, so that every one of them is known to SQL alone. Soon is 2 x GRACE after there was both the
-message and a worker with free connections, by the times that the database has recorded.
+Half of a thousand messages are accepted before the fault and half after it. Only then a worker
+starts, so it knows them from SQL alone. The time counts from when the database had the message and
+a worker had a free connection.
 """
 
 import signal
@@ -44,7 +43,7 @@ def accepting(request: pytest.FixtureRequest, install: Install, server: QmqpSink
 
 @pytest.fixture
 def relay(accepting: Installation) -> Iterator[Installation]:
-    """With a broker that is well and has nothing in its lists, and no worker."""
+    """With a working broker whose lists are empty, and no worker."""
     accepting.broker.resume()
     accepting.broker.start()
     assert accepting.broker.ask("FLUSHALL") == b"+OK"
@@ -63,7 +62,7 @@ def hints(relay: Installation) -> int:
 
 
 def nothing(relay: Installation) -> None:
-    """What is at fault here comes with the worker."""
+    """The fault of this case comes with the worker."""
 
 
 WORKER = ["commands.cli.main", "worker"]
@@ -90,7 +89,7 @@ def test_all_is_delivered_without_hints(
     fault(relay)
     relay.smtp_source(HALF, "b@example.org", "-s", "10")
     assert relay.count("d.state = 'queued'") == relay.count() - before == 2 * HALF
-    if fault is flush:  # and what was hinted at since is gone as well
+    if fault is flush:  # the later hints are removed too
         flush(relay)
     worker = relay.begin(*consumer)
     relay.until_all_delivered()
@@ -102,10 +101,9 @@ def test_all_is_delivered_without_hints(
         pid=worker.pid,
     )  # fmt: skip
     assert len(tries) == 2 * HALF
-    # Until as many tries have begun as there are connections one is free; then each needs that
-    # another has ended.
+    # The first tries find a free connection; each later one needs that another has ended.
     freed = [0] * CONNECTIONS + sorted(one.finished for one in tries)
     waits = [one.started - max(one.ready, free) for one, free in zip(tries, freed, strict=False)]
     assert max(waits) < 2 * GRACE * 1_000_000
     if consumer[0] == "celery":
-        assert hints(relay) > 0  # nobody wanted them
+        assert hints(relay) > 0  # no worker read them

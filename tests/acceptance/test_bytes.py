@@ -49,7 +49,7 @@ def sink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sink]:
 
 @pytest.fixture(scope="module")
 def vast() -> Iterator[Sink]:
-    """A sink that keeps nothing."""
+    """A sink that stores no message."""
     with running_sink() as sink:
         yield sink
 
@@ -65,12 +65,12 @@ def relay(
     )
     worker = relay.worker(wait=False)
     relay.smtpd()
-    relay.until_signed_on(worker)
+    relay.until_registered(worker)
     return relay
 
 
 def content(size: int, *, header: bool) -> bytes:
-    """So many octets in LF form, full of what is easily broken."""
+    """Content of that many octets in LF form, with bytes that programs often break."""
     head = HEADER if header else b""
     lines = (
         LINES * ((size - len(head)) // len(LINES) + 1) if size < MB else LINES * (MB // len(LINES))
@@ -93,14 +93,14 @@ def data_phase(relay: Installation, recipient: str, size: int = 0) -> Iterator[s
     """A connection on which content may be sent."""
     with socket.create_connection(("127.0.0.1", relay.port), 60) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        said = connection.makefile("rb")
-        assert said.readline().startswith(b"220 ")
+        replies = connection.makefile("rb")
+        assert replies.readline().startswith(b"220 ")
         parameter = f" SIZE={size}" if size else ""
         connection.sendall(
             f"EHLO client.example.com\r\nMAIL FROM:<me@example.com>{parameter}\r\n"
             f"RCPT TO:<{recipient}>\r\nDATA\r\n".encode()
         )
-        until(lambda: said.readline().startswith(b"354 "), what="DATA is answered")
+        until(lambda: replies.readline().startswith(b"354 "), what="DATA is answered")
         yield connection
 
 
@@ -199,7 +199,7 @@ def test_memory_stays_flat_while_sixteen_of_a_hundred_megabytes_pass(
     """All sixteen at once, first through smtpd, then, as it stood still until then, through the
     worker."""
     worker, smtpd = relay.children
-    for n in range(AT_ONCE):  # what any mail makes them keep is there before
+    for n in range(AT_ONCE):  # the processes allocate what any mail needs
         relay.send(f"warm-{n}@vast.test")
     relay.until_all_delivered()
     wire = on_the_wire(content(100 * MB, header=True))

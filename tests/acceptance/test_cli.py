@@ -48,7 +48,7 @@ def test_looking_at_a_relay(start_up: StartUp, tmp_path: Path) -> None:
         "delivered",
         "delivered",
         "Ok: queued as",
-        "gone",
+        "removed",
     ):
         assert word in shown.stdout
     whole = json.loads(command("show", deferred, "--json", STATE_DIR=var).stdout)
@@ -90,9 +90,9 @@ def test_a_database_out_of_reach(tmp_path: Path) -> None:
     assert looked.returncode == 3
     checked = command("check", "--json", STATE_DIR=str(tmp_path), DATABASE_URL=url)
     assert checked.returncode == 3
-    for said in (looked.stderr, checked.stdout, checked.stderr):
-        assert "secret" not in said
-        assert "Traceback" not in said
+    for text in (looked.stderr, checked.stdout, checked.stderr):
+        assert "secret" not in text
+        assert "Traceback" not in text
 
 
 def test_what_is_made_is_closed_to_others_and_check_names_what_is_not(tmp_path: Path) -> None:
@@ -108,16 +108,16 @@ def test_what_is_made_is_closed_to_others_and_check_names_what_is_not(tmp_path: 
     made = [*state.iterdir()]
     assert state / "relay.db" in made
     assert not any(stat.S_IMODE(file.stat().st_mode) & 0o077 for file in made)
-    assert "files\tok\tclosed to others" in command("check", STATE_DIR=str(state)).stdout
+    assert "files\tok\tother users have no access" in command("check", STATE_DIR=str(state)).stdout
     (state / "relay.db").chmod(0o644)
     assert (
-        f"files\twarn\topen to others: {state / 'relay.db'}\t"
+        f"files\twarn\tother users have access to: {state / 'relay.db'}\t"
         in command("check", STATE_DIR=str(state)).stdout
     )
     state.chmod(0o700)
-    assert "files\tok\tclosed to others" in command("check", STATE_DIR=str(state)).stdout, (
-        "no other user gets there"
-    )
+    assert (
+        "files\tok\tother users have no access" in command("check", STATE_DIR=str(state)).stdout
+    ), "no other user gets there"
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,7 @@ def test_a_file_that_is_no_database_is_a_sentence(tmp_path: Path, words: tuple[s
     file.write_text("this is text " * 100)
     looked = command(*words, STATE_DIR=str(tmp_path), DATABASE_URL=f"sqlite:///{file}")
     assert looked.returncode == 3
-    assert (
-        looked.stderr
-        == "qmqp-relay: database: file is not a database (`qmqp-relay check` looks closer)\n"
-    )
+    assert looked.stderr == "qmqp-relay: database: file is not a database; run `qmqp-relay check`\n"
 
 
 # For each command that reads settings, one of the other roles' as well.
@@ -165,7 +162,7 @@ def test_every_command_refuses_a_setting_that_one_refuses(
 
 
 @pytest.mark.parametrize(
-    ("words", "settings", "said"),
+    ("words", "settings", "text"),
     [
         (("up",), {"SMTP_LISTEN": "nonsense"}, "RELAY_SMTP_LISTEN"),
         (("up",), {"RETRY_MIN": "soon"}, "RELAY_RETRY_MIN"),
@@ -200,7 +197,7 @@ def test_wrong_use_is_named(
     monkeypatch: pytest.MonkeyPatch,
     words: tuple[str, ...],
     settings: dict[str, str],
-    said: str,
+    text: str,
 ) -> None:
     for name, value in {"STATE_DIR": str(tmp_path / "var"), **settings}.items():
         monkeypatch.setenv(f"RELAY_{name}", value)
@@ -211,7 +208,7 @@ def test_wrong_use_is_named(
         main, words
     )  # in this process: a dozen starts of Python would take a while
     assert refused.exit_code == 2, refused.output
-    assert said in refused.output
+    assert text in refused.output
 
 
 def test_migrate_twice(tmp_path: Path) -> None:

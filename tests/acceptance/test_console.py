@@ -1,4 +1,4 @@
-"""One scenario of some fifty messages in all states: SQL, command line, page and metrics tell the
+"""One scenario of some fifty messages in all states: SQL, command line, pages and metrics show the
 same numbers."""
 
 import re
@@ -36,13 +36,13 @@ from tests.integration.typed import Typed, lines, typed_at
 
 @dataclass(slots=True)
 class Console:
-    """The scenario, and every way to look at it."""
+    """The scenario, and every interface that shows it."""
 
     office: Office
     spool: Spool
     typed: Typed
     browser: Browser
-    made: Scenario
+    scenario: Scenario
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
@@ -63,14 +63,14 @@ def console(
             url = databases.url(name)
         office, spool = stack.enter_context(opened(url)), Spool(directory / "spool")
         typed = typed_at(office, spool, stack.enter_context(pytest.MonkeyPatch.context()))
-        made = scenario(office, spool)
-        yield Console(office, spool, typed, stack.enter_context(browsing(office)), made)
+        created = scenario(office, spool)
+        yield Console(office, spool, typed, stack.enter_context(browsing(office)), created)
 
 
-def test_everybody_tells_the_same(console: Console) -> None:
-    made, wanted = console.made, console.made.recipients
+def test_every_interface_shows_the_same_numbers(console: Console) -> None:
+    created, wanted = console.scenario, console.scenario.recipients
     assert set(wanted) == set(State) - {"split"}
-    assert 45 <= sum(map(len, made.ids.values())) <= 60
+    assert 45 <= sum(map(len, created.ids.values())) <= 60
 
     by_sql = console.office.rows("SELECT state, count(*) AS n FROM mail_history GROUP BY state")
     assert {row["state"]: row["n"] for row in by_sql} == wanted
@@ -82,7 +82,7 @@ def test_everybody_tells_the_same(console: Console) -> None:
         Counter(row["state"] for row in lines(console.typed("list", "--all", "--json"))) == wanted
     )
     assert Counter(row["state"] for row in lines(console.typed("list", "--json"))) == unfinished
-    for state, ids in made.ids.items():
+    for state, ids in created.ids.items():
         assert {
             row["queue_id"] for row in lines(console.typed("list", "--state", state, "--json"))
         } == set(ids)
@@ -110,24 +110,24 @@ def test_everybody_tells_the_same(console: Console) -> None:
     servers = re.findall(r'class="server">(.*?)</th>.*"Tries">(\d+)</td>', overview)
     assert {re.sub("<[^>]*>", "", server): int(attempts) for server, attempts in servers} == health
     for state, count in wanted.items():
-        assert len(found(console.browser, f"/search?state={state}")) == count
+        assert len(ids_on(console.browser, f"/search?state={state}")) == count
 
     registry = CollectorRegistry()
     registry.register(Collected(console.office.engine, console.spool))
     by_state = {s: registry.get_sample_value("relay_deliveries", {"state": s}) for s in UNFINISHED}
     assert by_state == {state: deliveries[state] for state in UNFINISHED}
-    assert registry.get_sample_value("relay_notices_owed") == made.owed
+    assert registry.get_sample_value("relay_dsns_pending") == created.dsns_pending
     assert registry.get_sample_value("relay_workers_alive") == 1
-    assert registry.get_sample_value("relay_uncertain_attempts") == len(made.doubtful)
+    assert registry.get_sample_value("relay_uncertain_attempts") == len(created.possibly_delivered)
 
 
-def test_everybody_knows_how_old_and_how_late_it_is(console: Console) -> None:
-    made, spell = console.made, console.office.spell
+def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> None:
+    created, spell = console.scenario, console.office.spell
     messages = console.office.rows(
         "SELECT @hex(id) AS id, @when(received_at) AS received_at FROM messages"
     )
     received = {row["id"]: row["received_at"] for row in messages}
-    oldest = {state: min(received[i] for i in made.ids[state]) for state in UNFINISHED}
+    oldest = {state: min(received[i] for i in created.ids[state]) for state in UNFINISHED}
 
     def ages() -> dict[str, float]:
         sql = "SELECT @since(min(received_at)) AS age FROM messages WHERE @when(received_at) = :at"
@@ -155,20 +155,20 @@ def test_everybody_knows_how_old_and_how_late_it_is(console: Console) -> None:
     by_state: Counter[str] = Counter()
     for row in stats:
         by_state[row["state"]] += row["overdue"]
-    assert +by_state == made.overdue
-    assert {state: count for state, count in late.items() if count} == made.overdue
-    assert f" {made.overdue.total()} deliveries are overdue." in overview
+    assert +by_state == created.overdue
+    assert {state: count for state, count in late.items() if count} == created.overdue
+    assert f" {created.overdue.total()} deliveries are overdue." in overview
     assert spell.postgresql or all("." in at for at in oldest.values())
 
 
 def test_the_twenty_questions_are_answered(console: Console) -> None:
-    """docs/inspect.md puts them; the scenario knows what the answers are."""
-    made, recipients = console.made, console.made.recipients
-    ids = {state: set(some) for state, some in made.ids.items()}
-    unfinished = sorted(i for state in UNFINISHED for i in made.ids[state])
+    """docs/inspect.md asks them; the scenario has the answers."""
+    created, recipients = console.scenario, console.scenario.recipients
+    ids = {state: set(some) for state, some in created.ids.items()}
+    unfinished = sorted(i for state in UNFINISHED for i in created.ids[state])
     named = {
         "you@example.org": "many2@example.org", "news@example.com": "sender1@example.com",
-        "<4711@app.example.com>": "<7@example.com>", "019ab3f0-c1d2-7a31-b1f3-a44be53c7f10": dashed(made.doubtful[0]),
+        "<4711@app.example.com>": "<7@example.com>", "019ab3f0-c1d2-7a31-b1f3-a44be53c7f10": dashed(created.possibly_delivered[0]),
     }  # fmt: skip
 
     def ask(query: str) -> list[tuple[Any, ...]]:
@@ -195,7 +195,7 @@ def test_the_twenty_questions_are_answered(console: Console) -> None:
     assert {s: deliveries[s] for s in ids if s != "delivered"} == {
         s: len(i) for s, i in ids.items() if s != "delivered"
     }
-    assert (deliveries["split"], +overdue) == (1, made.overdue)
+    assert (deliveries["split"], +overdue) == (1, created.overdue)
     for state, _outcome, _reason, count, _oldest in answers[2]:
         waiting[state] += count
     assert waiting == {state: recipients[state] for state in UNFINISHED}
@@ -207,14 +207,14 @@ def test_the_twenty_questions_are_answered(console: Console) -> None:
     assert {"d0.example.org", "d1.example.org", "d2.example.org"} <= {row[0] for row in answers[7]}
     assert (answers[8][0][0], len(answers[8])) == (unfinished[0], 10)
     assert {row[1] for row in answers[9]} == ids["deferred"]
-    assert {row[1] for row in answers[9][:2]} == set(made.ids["deferred"][:2])
+    assert {row[1] for row in answers[9][:2]} == set(created.ids["deferred"][:2])
     assert {(row[0], row[3]) for row in answers[10]} == {(i, "host") for i in ids["sending"]}
     assert {row[0] for row in answers[11]} == ids["held"]
     assert [(HOSTILE in row[1], row[2]) for row in answers[12]] == [(True, recipients["bounced"])]
-    assert {row[0] for row in answers[13]} == set(made.doubtful)
+    assert {row[0] for row in answers[13]} == set(created.possibly_delivered)
     (tries,) = console.office.rows("SELECT count(*) AS n FROM attempts")
     assert [(row[0], row[1], row[6]) for row in answers[14]] == [
-        (SERVER, tries["n"], len(made.doubtful))
+        (SERVER, tries["n"], len(created.possibly_delivered))
     ]
     ((server, mean, longest),) = answers[15]
     assert (server, *(round(seconds(some), 1) for some in (mean, longest))) == (SERVER, 0.4, 0.4)
@@ -223,11 +223,11 @@ def test_the_twenty_questions_are_answered(console: Console) -> None:
     assert sum(row[1] for row in answers[17]) == sum(map(len, ids.values()))
     assert {row[1] for row in answers[18]} <= ids["queued"] | ids["deferred"]
     assert [row[0] for row in answers[18]] == sorted(row[0] for row in answers[18])
-    assert len(answers[19]) == made.told
+    assert len(answers[19]) == created.dsns
     assert {row[0] for row in answers[19]} <= ids["bounced"] | ids["expired"]
     assert {row[1] for row in answers[19]} <= ids["queued"]
-    assert Counter(row[2] for row in answers[20]) == made.actions
-    assert (warned, touched, paused) == ([], [], []), "nobody touched the doubtful one"
+    assert Counter(row[2] for row in answers[20]) == created.actions
+    assert (warned, touched, paused) == ([], [], []), "no operation changed it"
 
 
 def seconds(length: float | timedelta) -> float:
@@ -235,72 +235,72 @@ def seconds(length: float | timedelta) -> float:
     return length.total_seconds() if isinstance(length, timedelta) else float(length)
 
 
-def found(browser: Browser, path: str) -> list[str]:
-    """The ids on a page and on those behind it."""
+def ids_on(browser: Browser, path: str) -> list[str]:
+    """The ids on a page and on the pages with older mail."""
     page = browser.get(path)
     assert page.status == 200
     ids = re.findall(r'href="/message/([0-9a-f]{32})"', page.text)
     older = re.search(r'href="(/search\?[^"]*)" rel="next"', page.text)
-    return ids + (found(browser, older[1].replace("&amp;", "&")) if older else [])
+    return ids + (ids_on(browser, older[1].replace("&amp;", "&")) if older else [])
 
 
-def test_why(console: Console) -> None:
-    made = console.made
+def test_why_explains_every_state(console: Console) -> None:
+    created = console.scenario
     told = {
         state: [line for i in ids for line in console.typed("why", i).stdout.splitlines()]
-        for state, ids in console.made.ids.items()
+        for state, ids in console.scenario.ids.items()
     }
     words = {
-        "queued": r"queued(: a worker takes it when it is hinted at|, and overdue for [\w ]+: its turn has not)",
+        "queued": r"queued(: a worker claims it when a hint arrives|, and overdue for [\w ]+: 1 worker is busy)",
         "sending": r"being sent by worker \w{12} \(host 1\)",
-        "held": r"held (by .*here|because it cannot be sent: no body).* It stays until it is released, bounced or drop",
+        "held": r"held (by .*here|because it cannot be sent: no body).* It stays until an operator releases, bounces or drops it",
         "delivered": r"delivered \w+ ago to qmqp\.example\.net:628 \(try 1\): its words",
-        "dropped": r"dropped by .*here: .*, \w+ ago; nobody is told",
-        "deferred": r"deferred(, and due for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\); a failure after"
-        r" [-:0-9 ]+ is the last",
-        "expired": r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (a notice|the send)",
-        "bounced": r"bounced \w+ ago, because qmqp\.example\.net:628 refused it: 550 5\.1\.1 .*; (a notice|the sender)",
+        "dropped": r"dropped by .*here: .*, \w+ ago; no DSN is sent",
+        "deferred": r"deferred(, and due for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\)\. If it still fails"
+        r" after [-:0-9 ]+ it expires, (and the sender is told|without a DSN)",
+        "expired": r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its DSN|the send)",
+        "bounced": r"bounced \w+ ago, because qmqp\.example\.net:628 refused it: 550 5\.1\.1 .*; (its DSN|the sender)",
     }
     for state, sentences in told.items():
         for sentence in sentences:
             assert re.search(f": ({words[state]}).*\\.$", sentence), sentence
     assert (
-        sum("is owed since" in sentence for sentence in told["bounced"] + told["expired"])
-        == console.made.owed
+        sum("has been pending for" in sentence for sentence in told["bounced"] + told["expired"])
+        == console.scenario.dsns_pending
     )
-    assert sum("nobody knows whether" in sentence for sentence in told["deferred"]) == len(
-        console.made.doubtful
+    assert sum("it is unknown whether" in sentence for sentence in told["deferred"]) == len(
+        console.scenario.possibly_delivered
     )
     assert (
         sum("the sender is told by" in sentence for sentence in told["bounced"] + told["expired"])
-        == made.told
+        == created.dsns
     )
 
 
 def test_show(console: Console) -> None:
-    doubtful = next(
-        i for i in console.made.ids["deferred"] if "nobody knows" in console.typed("why", i).stdout
+    uncertain = next(
+        i
+        for i in console.scenario.ids["deferred"]
+        if "it is unknown" in console.typed("why", i).stdout
     )
-    shown = console.typed("show", doubtful[-12:]).stdout
+    shown = console.typed("show", uncertain[-12:]).stdout
     (header_id,) = console.office.rows(
-        "SELECT header_message_id AS h FROM messages WHERE id = @id(:id)", id=doubtful
+        "SELECT header_message_id AS h FROM messages WHERE id = @id(:id)", id=uncertain
     )
-    twin = (
-        f" twin: perhaps on qmqp.example.net:628: look there for {doubtful} or {header_id['h']}\n"
-    )
-    for words in (doubtful, twin, "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
+    duplicate = f" duplicate: possibly delivered to qmqp.example.net:628: search there for {uncertain} or {header_id['h']}\n"
+    for words in (uncertain, duplicate, "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
         assert words in shown
-    (whole,) = lines(console.typed("show", doubtful, "--json"))
+    (whole,) = lines(console.typed("show", uncertain, "--json"))
     assert (whole["file_size"], whole["spool_at_hand"]) == (100, True)
     assert [(row["outcome"], row["bytes_sent"]) for row in whole["attempts"]] == [("uncertain", 90)]
-    sending = console.made.ids["sending"][0]
+    sending = console.scenario.ids["sending"][0]
     assert f"by worker {console.office.worker[-12:]}" in console.typed("show", sending).stdout
-    for state, ids in console.made.ids.items():
+    for state, ids in console.scenario.ids.items():
         assert state in console.typed("show", ids[0]).stdout
 
 
 def test_the_stored_message(console: Console) -> None:
-    queue_id = console.made.ids["queued"][-1]
+    queue_id = console.scenario.ids["queued"][-1]
     assert console.typed("headers", queue_id).stdout == "Subject: x\n"
     assert console.typed("body", queue_id).stdout_bytes == b"Subject: x\n\n" + b"x" * 88
     console.spool.remove(queue_id)
@@ -308,19 +308,19 @@ def test_the_stored_message(console: Console) -> None:
 
 
 def test_pages(console: Console) -> None:
-    browser, made = console.browser, console.made
-    for state, ids in made.ids.items():
+    browser, created = console.browser, console.scenario
+    for state, ids in created.ids.items():
         page = browser.get(f"/message/{ids[0]}")
         assert page.status == 200
         assert ids[0] in page.words
         assert state in page.words
         assert "accepted from" in page.words
-    doubtful = made.ids["queued"][0]
-    assert "notice of" in browser.get(f"/message/{doubtful}").words
+    uncertain = created.ids["queued"][0]
+    assert "DSN of" in browser.get(f"/message/{uncertain}").words
     for path, words in {
-        f"/search?id={made.ids['held'][0][-12:]}": "1", "/search?sender=nobody@example.com": "Nothing is like that",
+        f"/search?id={created.ids['held'][0][-12:]}": "1", "/search?sender=nobody@example.com": "No mail matches",
         "/search?id=zz": "is no queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
-        f"/search?id={dashed(made.ids['sending'][0])}": "sending",
+        f"/search?id={dashed(created.ids['sending'][0])}": "sending",
         "/search?sender=%3C%3E": "queued", "/search?reply=greylisted": "451 4.7.1", "/search?header_message_id=7@example.com":
         "sender7@example.com", "/search?recipient=many2@*": "many2@example.org",
     }.items():  # fmt: skip
@@ -333,21 +333,23 @@ def test_pages(console: Console) -> None:
     assert browser.get("/nothing").status == 404
 
 
-def test_older_pages_are_found_by_key(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("commands.web.app.A_PAGE", 7)
-    ids = found(console.browser, "/search")
-    assert len(ids) == sum(console.made.recipients.values())
+def test_pages_with_older_mail_continue_by_key(
+    console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("commands.web.app.PAGE_ROWS", 7)
+    ids = ids_on(console.browser, "/search")
+    assert len(ids) == sum(console.scenario.recipients.values())
     assert ids == sorted(ids, reverse=True)
     twice = {i for i, count in Counter(ids).items() if count > 1}
     assert len(twice) == 2, "two messages have more than one recipient"
-    monkeypatch.setattr("relay.report.queries.LOOKED_AT", 5)
-    assert found(console.browser, "/search") == ids
+    monkeypatch.setattr("relay.report.queries.SCAN_LIMIT", 5)
+    assert ids_on(console.browser, "/search") == ids
     oldest = "/search?reply=busy"  # nothing newer has these words
-    assert "Nothing is like that among what came since" in console.browser.get(oldest).words
-    assert set(found(console.browser, oldest)) == set(console.made.ids["expired"])
+    assert "No mail received since" in console.browser.get(oldest).words
+    assert set(ids_on(console.browser, oldest)) == set(console.scenario.ids["expired"])
 
 
-def test_what_peers_wrote_is_text(console: Console) -> None:
+def test_what_peers_wrote_stays_text(console: Console) -> None:
     paths = [
         "/",
         "/search",
@@ -360,7 +362,7 @@ def test_what_peers_wrote_is_text(console: Console) -> None:
         f"/search?state={quote(HOSTILE)}",
         f"/message/{quote(HOSTILE, safe='')}",
     ]
-    paths += [f"/message/{ids[n]}" for ids in console.made.ids.values() for n in (0, -1)]
+    paths += [f"/message/{ids[n]}" for ids in console.scenario.ids.values() for n in (0, -1)]
     seen = 0
     for path in paths:
         text = console.browser.get(path).text
@@ -372,12 +374,12 @@ def test_what_peers_wrote_is_text(console: Console) -> None:
     assert seen >= 8
     assert (
         r"no body file \xe2\x80\xaegpj.exe"
-        in console.browser.get(f"/message/{console.made.ids['held'][0]}").text
+        in console.browser.get(f"/message/{console.scenario.ids['held'][0]}").text
     )
     assert f'title="{LONG}"' in console.browser.get(f"/search?recipient={LONG}").text
 
 
-def test_a_page_is_for_this_machine(console: Console) -> None:
+def test_a_page_is_served_only_under_a_name_of_this_machine(console: Console) -> None:
     browser = console.browser
     page = browser.get("/")
     policy = page.headers["content-security-policy"]
@@ -406,13 +408,13 @@ def test_an_empty_relay_and_one_without_database(
         with browsing(office) as browser:
             overview = browser.get("/").words
             for words in (
-                "Nothing waits",
-                "No mail has come yet",
+                "No mail waits",
+                "No mail was received yet",
                 "No worker is alive",
-                "Nothing was tried",
+                "No server was tried",
             ):
                 assert words in overview
-            assert "Nothing is like that" in browser.get("/search").words
+            assert "No mail matches" in browser.get("/search").words
             office.change("ALTER TABLE messages RENAME TO elsewhere")
             page = browser.get("/search")
             assert (page.status, "does not answer" in page.words) == (503, True)

@@ -1,5 +1,5 @@
-"""The health check of the containers, run as Docker runs it: against fakes that misbehave, and the
-real thing."""
+"""The health check of the containers, run as Docker runs it, against faulty servers and the real
+ones."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ SCRIPT = ROOT / "commands" / "healthcheck.py"
 
 
 def check(role: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The check in an interpreter that sees nothing but the standard library."""
+    """The check in an interpreter with only the standard library."""
     return subprocess.run(
         [sys.executable, "-I", "-S", SCRIPT, role],
         env={"PATH": os.environ["PATH"], **environ}, capture_output=True, text=True, timeout=60, check=False,
@@ -32,8 +32,8 @@ def check(role: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def server(*says: bytes, stays: bool = False) -> Iterator[str]:
-    """A server for one connection: says the first at once, each other after it was told something,
-    then closes."""
+    """A server for one connection: sends the first line at once, each other after it received
+    something, then closes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         done = threading.Event()
 
@@ -59,7 +59,7 @@ def server(*says: bytes, stays: bool = False) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("banner", [b"220 mx ESMTP\r\n", b"220-mx\r\n220 at your service\r\n"])
-def test_a_banner_and_a_goodbye_are_healthy(banner: bytes):
+def test_a_banner_and_a_reply_to_quit_are_healthy(banner: bytes):
     with server(banner, b"221 2.0.0 Bye\r\n") as address:
         done = check("smtp", RELAY_SMTP_LISTEN=f"{address},127.0.0.1:1")
     assert (done.returncode, done.stderr) == (0, "")
@@ -74,11 +74,11 @@ def test_a_banner_and_a_goodbye_are_healthy(banner: bytes):
         ([b"220 mx"], "closed"),
         ([b"220 mx\r\n", b"500 what?\r\n"], "500 what?"),
         ([b"220 mx\r\n", b""], "closed"),
-        ([b"220-" + b"x" * 5000], "without an end"),
+        ([b"220-" + b"x" * 5000], "does not end"),
         ([b"\xff\x00\r\n"], "xff"),
     ],
 )
-def test_anything_else_is_not(says: list[bytes], why: str):
+def test_any_other_dialogue_is_unhealthy(says: list[bytes], why: str):
     with server(*says) as address:
         done = check("smtp", RELAY_SMTP_LISTEN=address)
     assert (done.returncode, done.stderr) == (1, "")
@@ -86,7 +86,7 @@ def test_anything_else_is_not(says: list[bytes], why: str):
     assert why in done.stdout
 
 
-def test_a_server_that_keeps_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+def test_a_silent_server_is_unhealthy_in_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(health, "TIMEOUT", 0.2)
     began = time.monotonic()
     with server(b"220-and so", stays=True) as address, pytest.raises(TimeoutError):
@@ -97,7 +97,7 @@ def test_a_server_that_keeps_silent_is_not_waited_for(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "listen", ["127.0.0.1:{port}", "0.0.0.0:{port}", ":{port}", "nonsense", "127.0.0.1:high"]
 )
-def test_nobody_there(listen: str):
+def test_a_closed_port_is_unhealthy(listen: str):
     done = check("smtp", RELAY_SMTP_LISTEN=listen.format(port=free_port()))
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -110,7 +110,7 @@ def test_every_address_means_this_machine(host: str):
         )
 
 
-def test_the_real_smtpd_takes_no_offence(
+def test_the_real_smtpd_is_healthy_and_logs_no_client(
     spawn: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ):
     port = free_port()
@@ -142,36 +142,38 @@ def test_the_real_smtpd_takes_no_offence(
 
 
 @pytest.mark.parametrize(("age", "status"), [(0, 0), (50, 0), (70, 1), (-30, 0), (-70, 1)])
-def test_a_worker_is_as_healthy_as_its_tick_is_young(age: int, status: int, tmp_path: Path):
-    tick = tmp_path / "tick"
-    tick.touch()
+def test_a_worker_is_healthy_while_its_heartbeat_is_young(age: int, status: int, tmp_path: Path):
+    heartbeat = tmp_path / "heartbeat"
+    heartbeat.touch()
     moment = time.time() - age
-    os.utime(tick, (moment, moment))
-    done = check("worker", RELAY_HEALTH_FILE=str(tick))
+    os.utime(heartbeat, (moment, moment))
+    done = check("worker", RELAY_HEALTH_FILE=str(heartbeat))
     assert (done.returncode, done.stderr) == (status, "")
     assert "ago" in done.stdout
 
 
-def test_no_tick_at_all(tmp_path: Path):
-    assert "has not begun" in check("worker", RELAY_HEALTH_FILE=str(tmp_path / "tick")).stdout
+def test_no_heartbeat_file_is_unhealthy(tmp_path: Path):
+    assert (
+        "has not started" in check("worker", RELAY_HEALTH_FILE=str(tmp_path / "heartbeat")).stdout
+    )
     assert "RELAY_HEALTH_FILE" in check("worker").stdout
     assert {
-        check("worker", RELAY_HEALTH_FILE=str(tmp_path / "tick")).returncode,
+        check("worker", RELAY_HEALTH_FILE=str(tmp_path / "heartbeat")).returncode,
         check("worker").returncode,
     } == {1}
 
 
-def test_wrong_use_is_unhealthy_and_not_the_status_that_docker_reserves():
+def test_wrong_use_exits_with_1_not_with_the_reserved_2():
     assert check("everything").returncode == 1
 
 
-def test_the_real_worker_is_healthy_while_it_runs_though_no_broker_does(
+def test_the_real_worker_is_healthy_without_a_broker(
     spawn: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ):
-    tick = tmp_path / "tick"
+    heartbeat = tmp_path / "heartbeat"
     settings = {
         "STATE_DIR": str(tmp_path / "var"),
-        "HEALTH_FILE": str(tick),
+        "HEALTH_FILE": str(heartbeat),
         "BROKER_URL": f"redis://127.0.0.1:{free_port()}/0",
     }
     assert command("migrate", **settings).returncode == 0
@@ -184,9 +186,11 @@ def test_the_real_worker_is_healthy_while_it_runs_though_no_broker_does(
             stderr=output,
         )
     until(
-        lambda: check("worker", RELAY_HEALTH_FILE=str(tick)).returncode == 0, 60, what=log.read_text
+        lambda: check("worker", RELAY_HEALTH_FILE=str(heartbeat)).returncode == 0,
+        60,
+        what=log.read_text,
     )
     end(worker, signal.SIGTERM, timeout=60)
-    done = check("worker", RELAY_HEALTH_FILE=str(tick))
+    done = check("worker", RELAY_HEALTH_FILE=str(heartbeat))
     assert done.returncode == 1
     assert "stopping" in done.stdout

@@ -1,11 +1,10 @@
-"""Whatever is killed in mid-flow, nothing that was answered 250 is lost or stuck, and only doubt
-doubles.
+"""Any process may be killed while mail flows: no message that was answered 250 is lost or stuck, and
+only an uncertain attempt leads to a duplicate.
 
-Mail flows all the time from clients who note what was accepted, through two workers, to a server
-that takes a tenth of a second to reply, so that at any moment some is before its commit point and
-some after it. One more message is on its way to a server that has all but stopped reading: that one
-is held before its commit point by whoever sends it, and is how a test finds a worker that has
-something to lose. The oracle is what the servers received.
+Clients send all the time and note what was accepted. Two workers deliver it to a server that replies
+after a tenth of a second, so that at any moment some transfers are before their commit point and
+some after it. One more message goes to a server that hardly reads: its transfer stays before the
+commit point, and shows which worker to kill. The servers' records decide what arrived.
 """
 
 import fcntl
@@ -20,7 +19,13 @@ from typing import Any
 import pytest
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from tests.acceptance.installation import Feeder, Install, Installation, reckon, taken
+from tests.acceptance.installation import (
+    Feeder,
+    Install,
+    Installation,
+    accepted_by,
+    assert_none_lost,
+)
 from tests.acceptance.stack import command
 from tests.services import Postgres
 from tests.waiting import stands_still, until
@@ -32,13 +37,13 @@ SETTINGS = {
 }  # fmt: skip
 LONG = (
     b"Subject: long\n\n" + (b"z" * 990 + b"\n") * 12_000
-)  # more than the kernel keeps for a peer that does not read
+)  # more than the kernel buffers for a peer that does not read
 
 
 @dataclass(slots=True)
 class Scene:
-    """`example.org` goes to `sink`; `long.test` to `mire`, which as long as `Mire.deep` hardly
-    reads at all."""
+    """`example.org` goes to `sink`; `long.test` to `mire`, which hardly reads while
+    `Mire.deep`."""
 
     relay: Installation
     sink: Sink
@@ -47,56 +52,55 @@ class Scene:
     smtpd: subprocess.Popen[Any]
     workers: list[subprocess.Popen[Any]]
     accepted: set[str] = field(default_factory=set)
-    forgiven: set[str] = field(default_factory=set)  # bodies that were left for the housekeeper
+    ignored: set[str] = field(default_factory=set)  # bodies that the cleaner removes later
 
     def hold(self, name: str) -> subprocess.Popen[Any]:
-        """Send one message into the mire; the worker that is stuck with it."""
+        """Send one message to `mire`; the worker whose transfer hangs."""
         self.depth.deep, connections = True, self.mire.connections
         recipient = f"{name}@long.test"
         self.relay.send(recipient, body=LONG)
         self.accepted.add(recipient)
-        until(lambda: self.mire.connections > connections, 20, what=self.relay.said)
-        self.depth.deep = False  # for whoever comes next
+        until(lambda: self.mire.connections > connections, 20, what=self.relay.log_text)
+        self.depth.deep = False  # for the next connection
         pid = self.relay.rows(
             "SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker WHERE d.route = 'long'"
         )[0][0]
         return next(worker for worker in self.workers if worker.pid == pid)
 
     def replace(self, worker: subprocess.Popen[Any]) -> None:
-        """Another worker for one that has ended."""
+        """Start a worker for one that has ended."""
         self.workers.remove(worker)
         self.workers.append(self.relay.worker(wait=False))
 
-    def settle(self, feeder: Feeder, *, killed: int = 0, orphans: bool = False) -> None:
-        """Stop the flow, wait until all is delivered, and reckon.
+    def finish(self, feeder: Feeder, *, killed: int = 0, orphans: bool = False) -> None:
+        """Stop the clients, wait until all is delivered, and compare.
 
-        No body may be left but those that are the housekeeper's: of messages that the worker
-        `killed` (a pid) delivered and had no time to remove, and, if there may be `orphans`,
-        without a row.
+        No body may remain, except those that the cleaner removes: bodies that the worker `killed`
+        (a pid) delivered and did not remove, and, with `orphans`, bodies without a row.
         """
         feeder.stop()
         self.accepted |= feeder.accepted
         relay = self.relay
         until(lambda: not relay.count("d.state <> 'delivered'"), 60, what=relay.unfinished)
-        reckon(relay, self.accepted, self.sink, self.mire)
+        assert_none_lost(relay, self.accepted, self.sink, self.mire)
         known = {row[0] for row in relay.rows("SELECT @hex(id) FROM messages")}
-        his = {row[0] for row in relay.rows(
+        of_killed = {row[0] for row in relay.rows(
             "SELECT @hex(a.queue_id) FROM attempts a JOIN workers w ON w.id = a.worker WHERE w.pid = :pid", pid=killed
         )}  # fmt: skip
 
-        def left() -> set[str]:
-            return {body.name for body in relay.bodies()} - his - self.forgiven
+        def remaining() -> set[str]:
+            return {body.name for body in relay.bodies()} - of_killed - self.ignored
 
         until(
-            lambda: left() <= (left() - known if orphans else set()),
-            what=lambda: f"bodies left: {left()}",
+            lambda: remaining() <= (remaining() - known if orphans else set()),
+            what=lambda: f"bodies remain: {remaining()}",
         )
-        self.forgiven |= {body.name for body in relay.bodies()}
+        self.ignored |= {body.name for body in relay.bodies()}
 
 
 @dataclass(slots=True)
 class Mire:
-    """A rule: how a connection that is opened now will be read."""
+    """A rule of the sink: how fast it reads a connection that opens now."""
 
     deep: bool = False
 
@@ -126,21 +130,19 @@ def scene(
         workers = [relay.worker(wait=False) for _ in range(2)]
         smtpd = relay.smtpd()
         for worker in workers:
-            relay.until_signed_on(worker)
+            relay.until_registered(worker)
         yield Scene(relay, sink, mire, depth, smtpd, workers)
 
 
-def buried(relay: Installation, pid: int) -> float:
-    """Wait until the worker of that process is declared dead; seconds from its last renewal to
-    that."""
+def until_expired(relay: Installation, pid: int) -> float:
+    """Wait until the worker of that process is expired; the seconds since its last renewal."""
     sql = """SELECT @micros(ended_at) - @micros(lease_expires_at) FROM workers WHERE pid = :pid AND end_reason = 'vanished'"""
-    late = until(lambda: relay.rows(sql, pid=pid), 30, what=relay.said)[0][0]
+    late = until(lambda: relay.rows(sql, pid=pid), 30, what=relay.log_text)[0][0]
     return float(late) / 1_000_000 + LEASE
 
 
-def stop_between_rounds(relay: Installation, worker: subprocess.Popen[Any]) -> None:
-    """SIGSTOP, but not in the middle of a transaction: what it has locked then nobody else gets
-    at."""
+def stop_outside_transactions(relay: Installation, worker: subprocess.Popen[Any]) -> None:
+    """SIGSTOP, but not within a transaction, whose locks would stop all other processes."""
 
     def stopped() -> bool:
         worker.send_signal(signal.SIGSTOP)
@@ -152,11 +154,11 @@ def stop_between_rounds(relay: Installation, worker: subprocess.Popen[Any]) -> N
             return False
         return True
 
-    until(stopped, what="it stands still between two rounds")
+    until(stopped, what="it is stopped outside transactions")
 
 
 def writing(relay: Installation) -> bool:
-    """Whether somebody has a transaction open."""
+    """Whether a transaction is open."""
     if relay.database.dialect.name == "postgresql":
         return bool(relay.rows(
             "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -170,94 +172,94 @@ def writing(relay: Installation) -> bool:
     return False
 
 
-def test_a_worker_is_killed(scene: Scene) -> None:
+def test_mail_of_a_killed_worker_is_delivered(scene: Scene) -> None:
     with Feeder(scene.relay.port, name="worker-") as feeder:
         victim = scene.hold("killed")
         feeder.until_accepted(50)
         scene.relay.end(victim, signal.SIGKILL)
         scene.replace(victim)
-        assert buried(scene.relay, victim.pid) < 3 * LEASE
+        assert until_expired(scene.relay, victim.pid) < 3 * LEASE
         feeder.until_accepted(50)
-        scene.settle(feeder, killed=victim.pid)
+        scene.finish(feeder, killed=victim.pid)
     assert [what for _, what, _ in scene.relay.attempts("killed@long.test")] == [
         "uncertain",
         "delivered",
     ]
 
 
-def test_a_worker_stands_still_past_its_lease_and_wakes_up(scene: Scene) -> None:
+def test_a_worker_that_sleeps_past_its_lease_sends_nothing_twice(scene: Scene) -> None:
     with Feeder(scene.relay.port, name="still-") as feeder:
         victim = scene.hold("still")
         feeder.until_accepted(50)
-        stop_between_rounds(scene.relay, victim)
+        stop_outside_transactions(scene.relay, victim)
         try:
-            assert buried(scene.relay, victim.pid) < 3 * LEASE
+            assert until_expired(scene.relay, victim.pid) < 3 * LEASE
         finally:
             victim.send_signal(signal.SIGCONT)
-        scene.relay.until_signed_on(victim)  # under another id
+        scene.relay.until_registered(victim)  # with another id
         feeder.until_accepted(50)
-        scene.settle(feeder)
+        scene.finish(feeder)
     outcomes = [what for _, what, _ in scene.relay.attempts("still@long.test")]
     assert outcomes.count("uncertain") == outcomes.count("delivered") == 1
-    # It was not past its commit point when it stood still, and did not pass it when it woke up
-    # without its lease.
-    assert taken(scene.mire)["still@long.test"] == 1
+    # It was stopped before its commit point, and did not pass that point after it woke up without its
+    # lease.
+    assert accepted_by(scene.mire)["still@long.test"] == 1
 
 
-def test_a_worker_is_told_to_stop_in_mid_transfer(scene: Scene) -> None:
+def test_a_worker_that_stops_within_a_transfer_requeues_it(scene: Scene) -> None:
     with Feeder(scene.relay.port, name="stop-") as feeder:
         victim = scene.hold("stopped")
         feeder.until_accepted(50)
         assert scene.relay.end(victim, signal.SIGTERM) == 0
         scene.replace(victim)
         feeder.until_accepted(50)
-        scene.settle(feeder)
-    # It is not past its commit point, so nobody is in doubt about it and nobody waits for a lease.
+        scene.finish(feeder)
+    # It was before its commit point, so the attempt is not uncertain, and no lease has to expire.
     assert "uncertain" not in [what for _, what, _ in scene.relay.attempts("stopped@long.test")]
     last = "SELECT end_reason FROM workers WHERE pid = :pid ORDER BY started_at DESC LIMIT 1"
     assert scene.relay.rows(last, pid=victim.pid) == [("stopped",)]
 
 
-def test_smtpd_is_killed(scene: Scene) -> None:
+def test_accepted_mail_survives_a_killed_smtpd(scene: Scene) -> None:
     with Feeder(scene.relay.port, name="smtpd-") as feeder:
         feeder.until_accepted(50)
         scene.relay.end(scene.smtpd, signal.SIGKILL)
         scene.smtpd = scene.relay.smtpd()
         feeder.until_accepted(50)
-        scene.settle(feeder, orphans=True)
+        scene.finish(feeder, orphans=True)
 
 
-def test_the_keeper_is_killed(scene: Scene) -> None:
+def test_accepted_mail_survives_a_killed_spooler(scene: Scene) -> None:
     children = Path(f"/proc/{scene.smtpd.pid}/task/{scene.smtpd.pid}/children")
-    with Feeder(scene.relay.port, name="keeper-") as feeder:
+    with Feeder(scene.relay.port, name="spooler-") as feeder:
         for _ in range(3):
             feeder.until_accepted(50)
-            (keeper,) = map(int, children.read_text().split())
-            os.kill(keeper, signal.SIGKILL)
+            (spooler,) = map(int, children.read_text().split())
+            os.kill(spooler, signal.SIGKILL)
         feeder.until_accepted(50)
-        scene.settle(feeder, orphans=True)
+        scene.finish(feeder, orphans=True)
 
 
 @pytest.mark.parametrize("scene", ["sqlite"], indirect=True)
-def test_the_broker_is_killed(scene: Scene) -> None:
+def test_mail_is_delivered_when_the_broker_is_killed(scene: Scene) -> None:
     with Feeder(scene.relay.port, name="broker-") as feeder:
         feeder.until_accepted(50)
         scene.relay.broker.kill()
         feeder.until_accepted(50)
         scene.relay.broker.start()
         feeder.until_accepted(50)
-        scene.settle(feeder)
+        scene.finish(feeder)
 
 
 @pytest.mark.parametrize("scene", ["postgresql"], indirect=True)
-def test_the_database_is_killed(scene: Scene, postgres: Postgres) -> None:
+def test_accepted_mail_survives_a_killed_database(scene: Scene, postgres: Postgres) -> None:
     with Feeder(scene.relay.port, name="database-") as feeder:
         feeder.until_accepted(50)
         postgres.kill()
         postgres.start()
-        scene.relay.database.dispose()  # our own connections are gone as well
+        scene.relay.database.dispose()  # our own connections are broken too
         feeder.until_accepted(50)
-        scene.settle(feeder, orphans=True)
+        scene.finish(feeder, orphans=True)
 
 
 @pytest.mark.parametrize("scene", ["sqlite"], indirect=True)

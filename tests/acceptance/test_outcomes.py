@@ -1,5 +1,4 @@
-"""What becomes of a message is what its server said, server by server and try by try, and all of it
-is on record."""
+"""The state of a message follows from the replies of its servers, and every attempt is recorded."""
 
 import re
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from tests.waiting import until
 class Scene:
     """An installation whose routes are named by the recipient's domain.
 
-    `sink.test` goes to `sink`, which does as magic recipients say; `second.test` to a port where
-    nobody listens and then to `sink`; `lost.test` to `forgetful`, which closes without a reply
+    `sink.test` goes to `sink`, which obeys magic recipients; `second.test` to a closed port and
+    then to `sink`; `lost.test` to `forgetful`, which closes without a reply
     once, and then to `sink`; `late.test` to `late_port` alone. Everything else has no server.
     """
 
@@ -47,7 +46,7 @@ def scene(install: Install, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         )  # fmt: skip
         worker = relay.worker(wait=False)
         relay.smtpd()
-        relay.until_signed_on(worker)
+        relay.until_registered(worker)
         yield Scene(relay, sink, forgetful, dead, late)
 
 
@@ -73,7 +72,7 @@ def test_d_bounces_with_the_words_of_the_server_and_a_notice(scene: Scene) -> No
     ]
     until(
         lambda: relay.rows("SELECT 1 FROM mail_history WHERE dsn_of = :id", id=queue_id),
-        what=relay.said,
+        what=relay.log_text,
     )
     notice = relay.until_state("author@sink.test", "delivered")
     assert (notice.sender, notice.dsn_of) == ("", queue_id)
@@ -122,9 +121,9 @@ def test_without_a_server_mail_waits_for_the_setting(scene: Scene) -> None:
     relay = scene.relay
     relay.send("you@nowhere.test")
     reason = "no QMQP server configured (RELAY_QMQP_SERVERS)"
-    until(lambda: relay.to("you@nowhere.test").reason == reason, 30, what=relay.said)
+    until(lambda: relay.to("you@nowhere.test").reason == reason, 30, what=relay.log_text)
     assert relay.to("you@nowhere.test").state in ("deferred", "queued", "sending")
-    assert re.search(re.escape(reason), relay.said())
+    assert re.search(re.escape(reason), relay.log_text())
     worker = relay.children[0]
     assert relay.end(worker) == 0
     relay.worker(wait=False, QMQP_SERVERS=f"127.0.0.1:{scene.sink.port}")

@@ -38,11 +38,12 @@ def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[Office, Browser])
     behind = [f"{queue_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
     for after in (*behind, queue_id, f"{queue_id[-8:]}.1", ".", "x.y", "%00"):
         page = browser.get(f"/search?after={after}")
-        assert (page.status, "the link to older ones is not whole" in page.words) == (200, True), (
-            after
-        )
+        assert (page.status, "this link to older mail is not complete" in page.words) == (
+            200,
+            True,
+        ), after
     assert "no message has an id" in browser.get(f"/search?after={new_id()}.1").words
-    assert "There are no older ones" in browser.get(f"/search?after={queue_id}.1").words
+    assert "There is no older mail" in browser.get(f"/search?after={queue_id}.1").words
     assert browser.get(f"/search?after={queue_id}.999999999").status == 200
 
 
@@ -53,7 +54,10 @@ def test_a_zero_byte_is_no_outage(at_the_page: tuple[Office, Browser], name: str
     _, browser = at_the_page
     for value in ("%00", "a%00b@example.com", "*%00"):
         page = browser.get(f"/search?{name}={value}")
-        assert (page.status, "no mail has a zero byte there" in page.words) == (200, True), value
+        assert (page.status, "no mail has a zero byte in this field" in page.words) == (
+            200,
+            True,
+        ), value
     assert browser.get("/message/%00").status == 404
 
 
@@ -69,7 +73,7 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
     with capture_logs() as logged:
         page = browser.get("/")
     assert page.status == 500
-    assert "This page has a fault" in page.words
+    assert "This page failed" in page.words
     assert "inside" not in page.text
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     assert [(line["event"], line["log_level"]) for line in logged] == [("page failed", "error")]

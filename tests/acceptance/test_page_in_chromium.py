@@ -87,27 +87,26 @@ class Chromium:
         self._number += 1
         command = {"id": self._number, "method": method, "params": params} | self._session
         os.write(self._to, json.dumps(command).encode() + b"\0")
-        while (said := self._heard()).get("id") != self._number:
+        while (message := self._read_message()).get("id") != self._number:
             pass
-        return said["result"]
+        return message["result"]
 
     def until_loaded(self, before: int) -> None:
-        """Wait until more pages were loaded than `before`: that may have been told between other
-        answers."""
+        """Wait until more pages were loaded than `before`."""
         while self.loads == before:
-            self._heard()
+            self._read_message()
 
-    def _heard(self) -> Any:
+    def _read_message(self) -> Any:
         while b"\0" not in self._read:
-            assert select.select([self._from], [], [], 30)[0], "the browser says nothing"
+            assert select.select([self._from], [], [], 30)[0], "the browser sends nothing"
             more = os.read(self._from, 1 << 16)
-            assert more, "the browser has gone"
+            assert more, "the browser has ended"
             self._read += more
         one, _, self._read = self._read.partition(b"\0")
-        said = json.loads(one)
-        assert said.get("method") != "Page.javascriptDialogOpening", "a script of a peer runs"
-        self.loads += said.get("method") == "Page.loadEventFired"
-        return said
+        message = json.loads(one)
+        assert message.get("method") != "Page.javascriptDialogOpening", "a script of a peer runs"
+        self.loads += message.get("method") == "Page.loadEventFired"
+        return message
 
     def look(self, url: str, width: int, scheme: str) -> None:
         self.call(
@@ -147,14 +146,14 @@ def seen(
 ) -> Iterator[tuple[Scenario, Browser]]:
     with opened(sqlite_url) as office:
         typed_at(office, spool, monkeypatch)
-        made = scenario(office, spool)
+        created = scenario(office, spool)
         usual = office.accept(PEOPLE[1], sender=PEOPLE[0])
         office.record(office.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
-        made.made("deferred", usual)
+        created.add("deferred", usual)
         office.change("INSERT INTO open_circuits VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
             id=office.worker)  # fmt: skip
         with browsing(office) as browser:
-            yield made, browser
+            yield created, browser
 
 
 @pytest.mark.parametrize(
@@ -164,11 +163,11 @@ def seen(
 def test_what_a_person_sees(
     chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str
 ) -> None:
-    made, browser = seen
+    created, browser = seen
     shown = {
         "/": "The oldest unfinished message", "/search": HOSTILE[-9:], f"/search?sender={LONG}": "sub.example.com",
-        "/search?sender=nobody": "Nothing is like that", "/nothing": "Not here", "/search?id=zz": "is no queue id",
-    } | {f"/message/{ids[-1]}": state for state, ids in made.ids.items()}  # fmt: skip
+        "/search?sender=nobody": "No mail matches", "/nothing": "Not found", "/search?id=zz": "is no queue id",
+    } | {f"/message/{ids[-1]}": state for state, ids in created.ids.items()}  # fmt: skip
     for path, words in shown.items():
         chromium.look(browser.root + path, width, scheme)
         assert words in chromium.tells("document.body.innerText"), path
@@ -183,7 +182,7 @@ def test_what_a_person_sees(
 
 
 def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browser]) -> None:
-    made, browser = seen
+    created, browser = seen
     chromium.look(f"{browser.root}/", 1280, "light")
 
     def pressed(key: str) -> str:
@@ -203,13 +202,13 @@ def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browse
     before = chromium.loads
     pressed("Enter")
     chromium.until_loaded(before)
-    assert made.ids["queued"][0][-12:] in chromium.tells("document.body.innerText")
+    assert created.ids["queued"][0][-12:] in chromium.tells("document.body.innerText")
     pressed("Tab")
     pressed("Enter")
     assert chromium.tells("document.activeElement.id") == "main", "one is where one skipped to"
 
 
-def test_what_was_found_is_near_and_its_reason_is_seen(
+def test_results_and_reasons_are_visible_without_scrolling(
     chromium: Chromium, seen: tuple[Scenario, Browser]
 ) -> None:
     _, browser = seen
@@ -217,13 +216,13 @@ def test_what_was_found_is_near_and_its_reason_is_seen(
         chromium.look(f"{browser.root}/search?reply=greylisted", width, "light")
         left, right, wide, high = (
             chromium.tells("""(({left, right, width, height}) => [left, right, width, height])
-            (document.querySelector('.found td.reason').getBoundingClientRect())""")
+            (document.querySelector('.results td.reason').getBoundingClientRect())""")
         )
         assert 0 <= left < right <= width, "the reason is on the screen"
         assert wide > 250, "and not in a gutter"
         assert high < 200
         assert (
-            chromium.tells("document.querySelector('.found tbody').getBoundingClientRect().top")
+            chromium.tells("document.querySelector('.results tbody').getBoundingClientRect().top")
             < furthest
         )
     chromium.look(f"{browser.root}/search?reply=greylisted", 360, "light")

@@ -1,6 +1,6 @@
-"""What waits only for a server, a route or a pause is on its way within seconds of the end of that.
+"""Mail that waits for a server, a route or a pause is sent within seconds of its end.
 
-RETRY_MIN is long here, so that nothing comes due by itself within the test.
+RETRY_MIN is so long that no retry comes due within the test.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ from tests.waiting import until
 MANY = 80
 DATABASES = ("sqlite", "postgresql")
 PROMPT = 5.0  # seconds
-STARTING_AGAIN = (
+RESTART_TIMEOUT = (
     8.0  # until the first is sent: a rest of 3 s at most, a sweep, and a machine that is busy
 )
 SLOW = {"RETRY_MIN": "3m", "RETRY_MAX": "1h", "GRACE": "5s"}
@@ -31,7 +31,7 @@ def port() -> int:
 
 
 def accept(relay: Installation, count: int) -> None:
-    """Accept mail, of which every message has been tried, or refused a try, and waits."""
+    """Accept mail and wait until every message was tried and is deferred."""
     before = relay.count()
     for _ in range(count):
         relay.send("b@example.org")
@@ -40,7 +40,7 @@ def accept(relay: Installation, count: int) -> None:
             relay.count("d.last_outcome = 'unreachable' AND d.claim_count > 0") >= before + count
         ),
         60,
-        what=relay.said,
+        what=relay.log_text,
     )
     assert (
         relay.count("d.waiting_for = 'route:default' AND d.state = 'deferred'")
@@ -49,11 +49,11 @@ def accept(relay: Installation, count: int) -> None:
 
 
 def sweep(relay: Installation, worker: subprocess.Popen[Any]) -> None:
-    """Wait until a worker has swept twice: a whole sweep began after now."""
-    tick = relay.directory / "var" / f"worker-{worker.pid}.tick"
+    """Wait until a worker has swept twice, so that a whole sweep began after now."""
+    heartbeat = relay.directory / "var" / f"worker-{worker.pid}.tick"
     for _ in range(2):
-        last = tick.stat().st_mtime_ns
-        until(lambda last=last: tick.stat().st_mtime_ns > last)  # type: ignore[misc]
+        last = heartbeat.stat().st_mtime_ns
+        until(lambda last=last: heartbeat.stat().st_mtime_ns > last)  # type: ignore[misc]
 
 
 def span(relay: Installation) -> float:
@@ -73,7 +73,7 @@ def test_all_that_waits_for_a_server_is_sent_when_it_returns(
     relay.worker()
     accept(relay, MANY)
     with running_sink(port=port) as sink:
-        until(lambda: sink.count > 0, STARTING_AGAIN, what=relay.said)
+        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.log_text)
         relay.until_all_delivered()
         assert span(relay) < PROMPT
         assert sink.count == MANY
@@ -84,12 +84,12 @@ def test_a_worker_that_sees_a_server_work_sends_what_others_deferred(
 ) -> None:
     relay = install("postgresql", QMQP_SERVERS=f"127.0.0.1:{port}", **SLOW)
     relay.smtpd()
-    gone = relay.worker()
+    ended = relay.worker()
     accept(relay, MANY)
-    relay.end(gone)
+    relay.end(ended)
     with running_sink(port=port) as sink:
         relay.worker()
-        until(lambda: sink.count > 0, STARTING_AGAIN, what=relay.said)
+        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.log_text)
         relay.until_all_delivered()
         assert span(relay) < PROMPT
 
@@ -104,7 +104,7 @@ def test_the_first_mail_of_a_relay_whose_server_comes_a_moment_later(
     relay.worker()
     accept(relay, 1)
     with running_sink(port=port) as sink:
-        until(lambda: sink.count == 1, STARTING_AGAIN, what=relay.said)
+        until(lambda: sink.count == 1, RESTART_TIMEOUT, what=relay.log_text)
 
 
 def test_mail_of_a_route_without_a_server_is_sent_when_it_gets_one(
@@ -118,7 +118,7 @@ def test_mail_of_a_route_without_a_server_is_sent_when_it_gets_one(
     accept(relay, MANY)
     with running_sink(port=port) as sink:
         routes.write_text(f'[default]\nservers = ["127.0.0.1:{port}"]\n')
-        until(lambda: sink.count > 0, STARTING_AGAIN, what=relay.said)
+        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.log_text)
         relay.until_all_delivered()
         assert span(relay) < PROMPT
 
@@ -142,7 +142,7 @@ def test_mail_that_was_deferred_before_a_pause_is_sent_when_that_ends(
             command("resume", "--server", server, "--reason", "a test", **relay.settings).returncode
             == 0
         )
-        until(lambda: sink.count > 0, STARTING_AGAIN, what=relay.said)
+        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.log_text)
         relay.until_all_delivered()
         assert span(relay) < PROMPT
         assert sink.count == MANY

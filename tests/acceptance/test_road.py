@@ -1,5 +1,5 @@
-"""The main road: 2,000 messages in by SMTP and out by QMQP, to servers and from clients that others
-wrote."""
+"""2,000 messages received by SMTP and delivered by QMQP, from clients and to servers that are not
+ours."""
 
 import re
 import smtplib
@@ -24,7 +24,7 @@ LETTER = b"From: me@example.com\nTo: you@sink.test\nSubject: client\n\n.one dot\
 
 
 class CountingSink(QmqpSink):
-    """`qmqp-sink -c`, which writes how many messages it has taken whenever it takes one."""
+    """`qmqp-sink -c`, which prints its count whenever it accepts a message."""
 
     def _command(self) -> list[str]:
         program, *rest = super()._command()
@@ -88,7 +88,7 @@ def relay(
     relay = install("postgresql", QMQP_SERVERS=f"127.0.0.1:{qmqp_sink.port}", ROUTES=str(routes))
     worker = relay.worker(wait=False)
     relay.smtpd()
-    relay.until_signed_on(worker)
+    relay.until_registered(worker)
     return relay
 
 
@@ -106,7 +106,7 @@ def test_two_thousand_through_up(start_up: StartUp, qmqp_sink: CountingSink) -> 
         until(
             lambda: {state for state, *_ in states()} == {"delivered"},
             60,
-            what=lambda: f"{states()}{up.said()}",
+            what=lambda: f"{states()}{up.log_text()}",
         )
         assert states() == [("delivered", 1, MANY)]
     assert qmqp_sink.count == before + MANY
@@ -156,7 +156,7 @@ def test_clients_talk_to_it_without_complaint(
             run(["curl", "-sS", "--crlf", f"smtp://{address}", "--mail-from", "me@example.com", "--mail-rcpt",
                  recipient, "-T", str(letter)])  # fmt: skip
         case "swaks":
-            said = run(
+            output = run(
                 [
                     "swaks",
                     "--server",
@@ -169,8 +169,8 @@ def test_clients_talk_to_it_without_complaint(
                     f"@{letter}",
                 ]
             )
-            assert "queued as" in said
-            assert "** " not in said  # how it marks what went wrong
+            assert "queued as" in output
+            assert "** " not in output  # marks an error of swaks
         case _:
             message = EmailMessage()
             message["Subject"] = "client"
@@ -193,8 +193,7 @@ def test_many_messages_over_one_connection(relay: Installation) -> None:
 
 
 def run(command: list[str]) -> str:
-    """Run a client to its end; what it said. Saying something on its standard error counts as a
-    complaint."""
+    """Run a client to its end; its output. Output on standard error is a failure."""
     done = subprocess.run(
         [installed(command[0]), *command[1:]],
         capture_output=True,

@@ -1,5 +1,5 @@
-"""A server that takes every connection and never replies costs the connections that it may have,
-and nothing else."""
+"""A server that accepts every connection and never replies occupies its own connections, and no
+others."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from tests.acceptance.installation import Install, reckon
+from tests.acceptance.installation import Install, assert_none_lost
 from tests.services import free_port
 from tests.waiting import until
 
@@ -21,7 +21,9 @@ def good() -> Iterator[Sink]:
         yield sink
 
 
-def test_a_tarpit(install: Install, good: Sink, tmp_path: Path) -> None:
+def test_a_server_that_never_replies_delays_no_other_mail(
+    install: Install, good: Sink, tmp_path: Path
+) -> None:
     port = free_port()
     routes = tmp_path / "routes.toml"
     routes.write_text(f"""
@@ -39,7 +41,7 @@ def test_a_tarpit(install: Install, good: Sink, tmp_path: Path) -> None:
     )  # fmt: skip
     worker = relay.worker(wait=False)
     relay.smtpd()
-    relay.until_signed_on(worker)
+    relay.until_registered(worker)
     recipients = [
         f"{n}@{domain}" for n in range(EACH) for domain in ("only.test", "pair.test", "well.test")
     ]
@@ -66,6 +68,6 @@ def test_a_tarpit(install: Install, good: Sink, tmp_path: Path) -> None:
         assert relay.count(waiting) == EACH - stuck(b"@only.test")
     with running_sink(port=port) as better:
         relay.until_all_delivered()
-        reckon(relay, recipients, good, better)
+        assert_none_lost(relay, recipients, good, better)
     uncertain = relay.rows("SELECT count(*) FROM attempts WHERE outcome = 'uncertain'")[0][0]
-    assert uncertain == CONNECTIONS  # those that the tarpit had and did not answer for
+    assert uncertain == CONNECTIONS  # the tarpit never replied to them

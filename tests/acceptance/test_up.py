@@ -15,10 +15,10 @@ from tests.services import free_port
 from tests.waiting import until
 
 
-def test_mail_goes_in_and_out_whatever_dies_and_ctrl_c_ends_it(start_up: StartUp) -> None:
+def test_mail_is_delivered_after_every_process_was_killed(start_up: StartUp) -> None:
     up = start_up("--demo")
-    said = up.said()
-    assert "DEMO" in said
+    output = up.log_text()
+    assert "DEMO" in output
     for word in (
         f"smtp://127.0.0.1:{up.port}",
         "curl",
@@ -28,7 +28,7 @@ def test_mail_goes_in_and_out_whatever_dies_and_ctrl_c_ends_it(start_up: StartUp
         "slow@",
         "drop-reply@",
     ):
-        assert word in said
+        assert word in output
     up.send("you@example.org", "reject@example.org", sender="")
     up.until_state("reject@example.org", "bounced")
     up.send("you@example.org")
@@ -38,8 +38,8 @@ def test_mail_goes_in_and_out_whatever_dies_and_ctrl_c_ends_it(start_up: StartUp
         pid = up.child(name) or up.child(f"{name}-server") or up.child("redis-server")
         assert pid, name
         os.kill(pid, signal.SIGKILL)
-    until(lambda: up.said().count("starting it again") >= 3, 10, what=up.said)
-    until(lambda: _listens(up.port), STARTING, what=up.said)
+    until(lambda: up.log_text().count("starting it again") >= 3, 10, what=up.log_text)
+    until(lambda: _listens(up.port), STARTING, what=up.log_text)
     up.send("me@example.org")
     up.until_state("me@example.org", "delivered")
     assert up.end(signal.SIGINT) == 0
@@ -52,8 +52,8 @@ def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(
     deep = tmp_path / ("d" * 100) / "var"  # longer than the path of a socket may be
     deep.parent.mkdir()
     up = start_up("--demo", QMQP_SERVER="mail.example.com", STATE_DIR=str(deep))
-    assert up.said().count("ignoring RELAY_QMQP_SERVER,") == 1
-    assert "did you mean RELAY_QMQP_SERVERS?" in up.said()
+    assert up.log_text().count("ignoring RELAY_QMQP_SERVER,") == 1
+    assert "did you mean RELAY_QMQP_SERVERS?" in up.log_text()
     (tmp_path / "README.md").write_text("# Heading\n\n.dots\n")
     paste("curl", up, tmp_path)
     up.until_state("you@example.org", "delivered")
@@ -68,7 +68,7 @@ def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(
 def paste(word: str, up: Up, directory: Path) -> None:
     """Run the line of the banner that has this word, as a person would."""
     line = next(
-        line for line in up.said().splitlines() if line.startswith("  ") and f"{word} " in line
+        line for line in up.log_text().splitlines() if line.startswith("  ") and f"{word} " in line
     )
     done = subprocess.run(
         line, shell=True, cwd=directory, capture_output=True, text=True, timeout=30, check=False
@@ -76,7 +76,7 @@ def paste(word: str, up: Up, directory: Path) -> None:
     assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
 
 
-def test_the_next_start_delivers_what_a_killed_one_had(start_up: StartUp) -> None:
+def test_the_next_start_delivers_the_mail_of_a_killed_one(start_up: StartUp) -> None:
     first = start_up()  # no server: mail waits
     assert len(processes_of(first.state_dir)) == 5  # up, valkey, smtpd and its keeper, worker
     first.send("you@example.org")
@@ -90,11 +90,11 @@ def test_the_next_start_delivers_what_a_killed_one_had(start_up: StartUp) -> Non
     assert second.end(signal.SIGINT) == 0
 
 
-def test_two_cannot_run_on_one_directory(tmp_path: Path) -> None:
+def test_a_second_up_in_one_directory_is_refused(tmp_path: Path) -> None:
     up = Up(tmp_path / "var")
     up.begin()
     lock = up.state_dir / "up.lock"
-    until(lambda: lock.exists() and lock.read_text(), STARTING, what=up.said)
+    until(lambda: lock.exists() and lock.read_text(), STARTING, what=up.log_text)
     second = command("up", STATE_DIR=str(up.state_dir), SMTP_LISTEN=f"127.0.0.1:{free_port()}")
     assert second.returncode == 2
     assert f"pid {up.pid}" in second.stderr
@@ -114,7 +114,7 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "var").iterdir()} == {"up.lock"}
 
 
-def test_a_child_that_cannot_use_its_settings_ends_it(tmp_path: Path) -> None:
+def test_a_child_that_refuses_its_settings_ends_up(tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     spool.chmod(0o777)
@@ -125,16 +125,14 @@ def test_a_child_that_cannot_use_its_settings_ends_it(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert f"RELAY_SPOOL_DIR: {spool} is writable by everybody" in refused.stderr
     assert (
-        "cannot run here, so it is not started again; the reason stands above"
+        "cannot run here, so it is not started again; the reason is above"
         in refused.stderr.splitlines()[-1]
     )
     assert "child died" not in refused.stdout + refused.stderr
     assert processes_of(tmp_path / "var") == []
 
 
-def test_a_worker_alone_says_by_its_status_that_no_restart_helps(
-    sqlite_url: str, tmp_path: Path
-) -> None:
+def test_the_status_of_a_worker_says_that_no_restart_helps(sqlite_url: str, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     spool.chmod(0o777)
@@ -145,7 +143,7 @@ def test_a_worker_alone_says_by_its_status_that_no_restart_helps(
     assert f"qmqp-relay worker: RELAY_SPOOL_DIR: {spool} is writable by everybody" in refused.stderr
 
 
-def test_a_port_that_another_program_has_taken_meanwhile_ends_it(start_up: StartUp) -> None:
+def test_a_port_that_another_program_took_ends_up(start_up: StartUp) -> None:
     """The smtpd that crashed is started again, and says that it cannot listen."""
     up = start_up()
     smtpd = up.child("smtpd")
@@ -156,11 +154,11 @@ def test_a_port_that_another_program_has_taken_meanwhile_ends_it(start_up: Start
         )  # beside connections that have just ended
         os.kill(smtpd, signal.SIGKILL)
         until(lambda: _takes(other, up.port), what="the port of the dead smtpd")
-        until(lambda: not up.running, STARTING, what=up.said)
+        until(lambda: not up.running, STARTING, what=up.log_text)
     assert up.process is not None
     assert up.process.wait() == 2
-    assert f"cannot listen on 127.0.0.1:{up.port}: Address already in use" in up.said()
-    assert "smtpd cannot run here, so it is not started again" in up.said()
+    assert f"cannot listen on 127.0.0.1:{up.port}: Address already in use" in up.log_text()
+    assert "smtpd cannot run here, so it is not started again" in up.log_text()
     assert processes_of(up.state_dir) == []
 
 
@@ -180,7 +178,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert "RELAY_STATE_DIR" in refused.stderr
 
 
-def test_a_broker_that_is_given_is_used(start_up: StartUp, broker_url: str) -> None:
+def test_a_configured_broker_is_used(start_up: StartUp, broker_url: str) -> None:
     up = start_up("--demo", BROKER_URL=broker_url)
     assert up.child("valkey-server") is up.child("redis-server") is None
     up.send("you@example.org")
@@ -195,10 +193,14 @@ def test_a_second_ctrl_c_kills(start_up: StartUp) -> None:
         with connection:
             until(lambda: connection.recv(65536).endswith(b","), what="the whole request")
             os.kill(up.pid, signal.SIGINT)
-            until(lambda: "stopping" in up.said() and up.child("smtpd") is None, 10, what=up.said)
+            until(
+                lambda: "stopping" in up.log_text() and up.child("smtpd") is None,
+                10,
+                what=up.log_text,
+            )
             assert up.running
             # Within half a second a signal counts as the same one, so ask until it is another.
-            until(lambda: _interrupted(up.pid) or not up.running, 10, what=up.said)
+            until(lambda: _interrupted(up.pid) or not up.running, 10, what=up.log_text)
     assert up.end(signal.SIGCONT) == 0
     assert processes_of(up.state_dir) == []
 

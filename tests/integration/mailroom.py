@@ -107,7 +107,7 @@ class Mailroom:
         engine = self.engine(**options)
         engine.start()
         try:
-            assert engine.ready.wait(10)
+            assert engine.lease.registered.wait(10)
             yield engine
         finally:
             assert engine.drain(5)

@@ -1,5 +1,5 @@
-"""Hints against a real broker: in batches, within a window, and never in anybody's way when the
-broker is not well."""
+"""Hints with a real broker: in batches, up to a limit, and without delay in an outage of the
+broker."""
 
 import base64
 import json
@@ -58,7 +58,7 @@ def hinted(broker: Broker, queue: str = FRESH) -> list[list[str]]:
     return found
 
 
-def test_what_was_offered_together_is_one_hint(broker: Broker, hints: Callable[..., Hints]) -> None:
+def test_ids_offered_together_are_one_hint(broker: Broker, hints: Callable[..., Hints]) -> None:
     ids = [new_id() for _ in range(20)]
     publisher = hints()
     publisher.offer(ids)
@@ -66,7 +66,7 @@ def test_what_was_offered_together_is_one_hint(broker: Broker, hints: Callable[.
     assert hinted(broker) == [ids[:8], ids[8:16], ids[16:]]
 
 
-def test_a_hint_tells_the_routes_apart(broker: Broker, hints: Callable[..., Hints]) -> None:
+def test_hint_groups_ids_by_route(broker: Broker, hints: Callable[..., Hints]) -> None:
     ids = [new_id() for _ in range(4)]
     publisher = hints()
     with publisher._changed:  # as one round of smtpd's offers them
@@ -78,7 +78,7 @@ def test_a_hint_tells_the_routes_apart(broker: Broker, hints: Callable[..., Hint
     assert args == [{"default": ids[:3], "bulk": ids[2:]}]
 
 
-def test_queues_are_apart(broker: Broker, hints: Callable[..., Hints]) -> None:
+def test_queues_are_separate(broker: Broker, hints: Callable[..., Hints]) -> None:
     one, two = new_id(), new_id()
     hints(FRESH).offer([one])
     hints(RETRY).offer([two])
@@ -86,7 +86,7 @@ def test_queues_are_apart(broker: Broker, hints: Callable[..., Hints]) -> None:
     assert (hinted(broker, FRESH), hinted(broker, RETRY)) == ([[one]], [[two]])
 
 
-def test_a_long_list_stops_the_hints_until_it_is_shorter(
+def test_long_list_stops_hints_until_it_is_shorter(
     broker: Broker, hints: Callable[..., Hints]
 ) -> None:
     broker.ask("RPUSH", KEY(FRESH), *("x" for _ in range(WINDOW + 1)))
@@ -100,7 +100,7 @@ def test_a_long_list_stops_the_hints_until_it_is_shorter(
     until(lambda: length(broker) == 1)
 
 
-def test_a_broker_that_refuses_is_given_up_and_found_again(
+def test_refusing_broker_is_given_up_and_found_again(
     broker: Broker, hints: Callable[..., Hints]
 ) -> None:
     publisher = hints()
@@ -118,16 +118,14 @@ def test_a_broker_that_refuses_is_given_up_and_found_again(
     until(lambda: any(last in batch for batch in hinted(broker)))
 
 
-def test_a_broker_that_says_nothing_is_given_up_in_seconds(
-    broker: Broker, hints: Callable[..., Hints]
-) -> None:
+def test_silent_broker_is_given_up_in_seconds(broker: Broker, hints: Callable[..., Hints]) -> None:
     publisher = hints()
     publisher.offer([new_id()])
     until(lambda: publisher.published == 1)
     broker.pause()
     began = time.monotonic()
     publisher.offer([new_id()])
-    assert time.monotonic() - began < 0.5, "whoever offers does not wait"
+    assert time.monotonic() - began < 0.5, "offer does not wait"
     until(lambda: publisher.away)
     assert time.monotonic() - began < 6
     broker.resume()
@@ -135,7 +133,7 @@ def test_a_broker_that_says_nothing_is_given_up_in_seconds(
     until(lambda: offered(publisher, new_id()) and (publisher.published > 1))
 
 
-def test_a_broker_that_comes_late(broker: Broker, hints: Callable[..., Hints]) -> None:
+def test_broker_may_start_later(broker: Broker, hints: Callable[..., Hints]) -> None:
     broker.stop()
     publisher = hints()
     until(lambda: publisher.away)
@@ -144,7 +142,7 @@ def test_a_broker_that_comes_late(broker: Broker, hints: Callable[..., Hints]) -
     until(lambda: offered(publisher, new_id()) and publisher.published)
 
 
-def test_closing_does_not_wait_for_a_silent_broker(
+def test_close_does_not_wait_for_a_silent_broker(
     broker: Broker, hints: Callable[..., Hints]
 ) -> None:
     publisher = hints()
@@ -157,7 +155,7 @@ def test_closing_does_not_wait_for_a_silent_broker(
     assert time.monotonic() - began < 2
 
 
-def test_an_error_of_the_broker_does_not_end_the_hints(
+def test_error_of_the_broker_does_not_end_hints(
     broker: Broker, hints: Callable[..., Hints]
 ) -> None:
     """A list of the wrong type, a broker out of memory: it answers, but with an error."""
@@ -170,7 +168,7 @@ def test_an_error_of_the_broker_does_not_end_the_hints(
     assert length(broker) >= 1
 
 
-def test_nothing_connects_before_it_is_asked_to(broker: Broker) -> None:
+def test_application_connects_only_on_use(broker: Broker) -> None:
     app = celery_app(load(Settings, broker_url="redis+socket:///nowhere/broker.sock"))
     assert app.conf.task_default_queue == FRESH
     assert not app.conf.task_acks_late

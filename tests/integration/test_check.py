@@ -1,5 +1,5 @@
-"""What `check` says about QMQP servers: a connection that is taken is not yet a server that takes
-our mail."""
+"""What `check` says about QMQP servers: a server that accepts a connection may still refuse our
+mail."""
 
 import json
 import socket
@@ -16,10 +16,10 @@ from tests.integration.typed import typed_at
 from tests.postfix import Postfix
 
 
-def found(
+def verdicts_on(
     office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch, *servers: str
 ) -> dict[str, tuple[str, str]]:
-    """The verdict on each of these servers, and its words."""
+    """The verdict on each of these servers, and its text."""
     monkeypatch.setattr(probe, "_PATIENCE", 0.3)
     monkeypatch.setenv("RELAY_QMQP_SERVERS", ",".join(servers))
     typed = typed_at(office, spool, monkeypatch)
@@ -32,7 +32,7 @@ def found(
     }
 
 
-def test_servers_that_take_our_mail_and_servers_that_refuse_us(
+def test_servers_that_refuse_us_or_are_out_of_reach_fail(
     office: Office, spool: Spool, postfix: Postfix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "qmqp")
@@ -45,11 +45,11 @@ def test_servers_that_take_our_mail_and_servers_that_refuse_us(
         closed.bind(("127.0.0.1", 0))
         ports = (postfix.port, postfix.closed_port, denied, smtp, closed.getsockname()[1])
         names = [f"127.0.0.1:{port}" for port in ports]
-        verdicts = found(office, spool, monkeypatch, *names, f"unix:{path}")
+        verdicts = verdicts_on(office, spool, monkeypatch, *names, f"unix:{path}")
         assert sink.count == 0
     assert [verdicts[name][0] for name in names] == ["ok", "fail", "fail", "fail", "away"]
     assert verdicts[f"unix:{path}"][0] == "ok"
-    assert "takes connections from us (postfix)" in verdicts[names[0]][1]
+    assert "accepts connections from this machine (postfix)" in verdicts[names[0]][1]
     assert "is not authorized to use this service" in verdicts[names[1]][1]
     assert "closed before anything was sent" in verdicts[names[2]][1]
     assert "no QMQP reply" in verdicts[names[3]][1]

@@ -1,4 +1,4 @@
-"""The client against servers that somebody else wrote: Postfix' qmqp-sink and a real qmqpd."""
+"""The client against Postfix' qmqp-sink and a real qmqpd."""
 
 import asyncio
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from qmqp.client import Outcome, Result, Timeouts, send
+from qmqp.client import ClientConnection, Result, SendOutcome, Timeouts
 from qmqp.netstring import encode
 from qmqp.request import Request
 from qmqp.sink import running_sink
@@ -35,7 +35,7 @@ def qmqp_sink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QmqpSink]:
 
 @pytest.fixture
 def deliver(tmp_path: Path) -> Deliver:
-    """Send a message, some times at once; return one of the results, which must all be alike."""
+    """Send a message `times` times at once; return one of the results, which must be equal."""
     path = tmp_path / "body"
 
     def deliver(
@@ -52,14 +52,14 @@ def deliver(tmp_path: Path) -> Deliver:
 
         async def scenario() -> list[Result]:
             sendings = [
-                send(
+                ClientConnection(
                     host="127.0.0.1",
                     port=port,
                     request=request,
                     fd=fd,
                     block_size=block_size,
                     timeouts=Timeouts(reply=20),
-                )
+                ).run()
                 for _ in range(times)
             ]
             return await asyncio.gather(*sendings)
@@ -78,26 +78,26 @@ def deliver(tmp_path: Path) -> Deliver:
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 65535, 65536, 65537, 200_000, 3_000_000])
 def test_B40_qmqp_sink_takes_every_size(deliver, qmqp_sink, size):
     result = deliver(qmqp_sink.port, bytes(size), times=20)
-    assert result[:3] == (Outcome.DELIVERED, b"Ok", True)
+    assert result[:3] == (SendOutcome.DELIVERED, b"Ok", True)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 4096])
 def test_B40_qmqp_sink_takes_blocks_of_any_size(deliver, qmqp_sink, block_size):
     assert (
         deliver(qmqp_sink.port, bytes(300), times=20, block_size=block_size).outcome
-        is Outcome.DELIVERED
+        is SendOutcome.DELIVERED
     )
 
 
 def test_B30_qmqp_sink_takes_an_envelope_larger_than_the_message(deliver, qmqp_sink):
     recipients = [b"%d@y.test" % number for number in range(100_000)]
-    assert deliver(qmqp_sink.port, b"hello\n", *recipients).outcome is Outcome.DELIVERED
+    assert deliver(qmqp_sink.port, b"hello\n", *recipients).outcome is SendOutcome.DELIVERED
 
 
 def test_qmqpd_accepts_and_keeps_what_was_sent(deliver, postfix):
     data = HEADER + b"Subject: hello\n\nFirst line\n.\n..two dots\n\xff 8 bit\n"
     result = deliver(postfix.port, data, b"r@y.test", b"q@z.test")
-    assert result.outcome is Outcome.DELIVERED
+    assert result.outcome is SendOutcome.DELIVERED
     assert result.text.startswith(b"Ok: queued as ")
     queued = postfix.queued(result.text.split()[-1].decode())
     assert data.partition(b"\n\n")[2] in queued
@@ -106,30 +106,30 @@ def test_qmqpd_accepts_and_keeps_what_was_sent(deliver, postfix):
 
 
 def test_qmqpd_takes_many_at_once(deliver, postfix):
-    assert deliver(postfix.port, HEADER + b"\nhello\n", times=30).outcome is Outcome.DELIVERED
+    assert deliver(postfix.port, HEADER + b"\nhello\n", times=30).outcome is SendOutcome.DELIVERED
 
 
-def test_B28_qmqpd_takes_a_notice_from_nobody(deliver, postfix):
+def test_B28_qmqpd_accepts_the_null_sender(deliver, postfix):
     result = deliver(postfix.port, HEADER + b"\nhello\n", sender=b"")
-    assert result.outcome is Outcome.DELIVERED
+    assert result.outcome is SendOutcome.DELIVERED
     assert b"sender: \n" in postfix.queued(result.text.split()[-1].decode())
 
 
 @pytest.mark.parametrize("size", [250_000, 3_000_000, 30_000_000])
 def test_B16_qmqpd_refuses_a_large_message_before_it_has_come(deliver, postfix, size):
     result = deliver(postfix.port, b"x" * 70 + b"\n" + bytes(size))
-    assert result.outcome is Outcome.REJECTED
+    assert result.outcome is SendOutcome.REJECTED
     assert b"length exceeds storage limit" in result.text
 
 
 def test_B17_qmqpd_refuses_a_client_that_is_not_authorized(deliver, postfix):
     result = deliver(postfix.closed_port, HEADER + b"\nhello\n")
-    assert result.outcome is Outcome.REJECTED
+    assert result.outcome is SendOutcome.REJECTED
     assert b"is not authorized to use this service" in result.text
 
 
 @pytest.mark.parametrize(
-    ("subject", "outcome"), [(b"refuse", Outcome.REJECTED), (b"later", Outcome.DEFERRED)]
+    ("subject", "outcome"), [(b"refuse", SendOutcome.REJECTED), (b"later", SendOutcome.DEFERRED)]
 )
 def test_B6_qmqpd_refuses_by_content(deliver, postfix, subject, outcome):
     result = deliver(postfix.port, HEADER + b"Subject: " + subject + b"\n\nhello\n")
@@ -137,7 +137,7 @@ def test_B6_qmqpd_refuses_by_content(deliver, postfix, subject, outcome):
 
 
 def exchange(port: int, data: bytes) -> bytes:
-    """What a server says until it closes."""
+    """All bytes that a server sends until it closes."""
     with socket.create_connection(("127.0.0.1", port), 20) as server:
         server.sendall(data)
         server.shutdown(socket.SHUT_WR)
@@ -167,9 +167,9 @@ def test_B29_what_the_reference_says_about_addresses_and_line_ends_in_postfix(po
         postfix.port, encode(encode(body) + encode(b"s@x.test") + encode(recipient))
     )
     queued = postfix.queued(server_reply.split()[-1].removesuffix(b",").decode())
-    assert b"\nrecipient: r@y.test\n" in queued, "whom we did not mean"
+    assert b"\nrecipient: r@y.test\n" in queued, "a recipient that was not meant"
     assert b"z.test" not in queued
-    assert b" \n \nNo: header \n" in queued, "the line between header and body is none any more"
+    assert b" \n \nNo: header \n" in queued, "the line between header and body is no longer empty"
 
 
 def test_our_sink_takes_what_qmqp_source_sends():

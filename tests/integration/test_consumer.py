@@ -123,7 +123,7 @@ def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_no_command_from_outside_stops_the_consuming(
+def test_no_remote_command_stops_consuming(
     house: Callable[..., House], broker: Broker, allowed: bool
 ) -> None:
     with running_sink() as sink:

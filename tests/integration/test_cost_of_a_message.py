@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine, event
 
 from qmqp.sink import running_sink
 from reception.spooler import Spooler
-from reception.spooler_protocol import BatchReply, Frames, StoreRequest, frame
+from reception.spooler_protocol import BatchReply, FrameDecoder, StoreRequest
 from relay.db.engine import reading
 from relay.db.schema import Outcome, State
 from relay.hints import FRESH, Hints, celery_app
@@ -145,29 +145,27 @@ def test_failures_cost_no_more_statements_than_successes(office: Office) -> None
 
 
 @pytest.mark.parametrize("size", ROUNDS)
-def test_what_a_keeper_finds_is_synced_and_committed_as_one(
+def test_a_spooler_syncs_and_commits_a_batch_as_one(
     office: Office, spool: Spool, syncs: Counter[str], size: int
 ) -> None:
-    """As in production: orders come over a socket, bodies and rows are made safe, one report goes
-    back."""
+    """As in production: requests come over a socket, bodies are synced and rows committed, and one
+    reply goes back."""
     spool.store(first := new_id(), [b"the directory is made by the first\n"])
     syncs.clear()
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
     for number in range(size):
         message = new_message(queue_id=f"{first[:16]}{number:016x}")
-        ours.sendall(
-            frame(StoreRequest(number, message, [b"Subject: test\n", b"\nhello\n"]).plain())
-        )
+        ours.sendall(StoreRequest(number, message, [b"Subject: test\n", b"\nhello\n"]).encode())
     with counted(office.engine) as counts, theirs:
-        keeper = threading.Thread(target=Spooler(theirs, spool, office.intake.commit).run)
-        keeper.start()
-        reports, frames = list[BatchReply](), Frames()
-        while sum(len(report.results) for report in reports) < size:
-            reports += frames.feed(ours.recv(1 << 16))
+        spooler = threading.Thread(target=Spooler(theirs, spool, office.intake.commit).run)
+        spooler.start()
+        replies, frames = list[BatchReply](), FrameDecoder()
+        while sum(len(reply.results) for reply in replies) < size:
+            replies += frames.feed(ours.recv(1 << 16))
         ours.close()
-        keeper.join(10)
-    assert [len(report.results) for report in reports] == [0, size]
+        spooler.join(10)
+    assert [len(reply.results) for reply in replies] == [0, size]
     assert counts == {"statements": INTAKE[kind(office)], "commits": 1}
     assert syncs == {"fdatasync": size, "fsync": 1}
 

@@ -1,5 +1,4 @@
-"""The engine against a real Postfix qmqpd: what its words lead to, from the database's row to the
-notice."""
+"""The engine against a real Postfix qmqpd: its replies, and the rows and DSNs that follow."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -37,19 +36,19 @@ def room(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
 
 
 def become(mail: Mailroom, queue_id: str, state: str) -> str:
-    """Send it and wait for the state; the words of the last reply."""
+    """Send a message and wait for the state; return the last reply."""
     with mail.working() as engine:
         engine.offer([queue_id])
         until(lambda: mail.state(queue_id) == state, 20, what=lambda: str(mail.delivery(queue_id)))
     return str(mail.delivery(queue_id)["last_reply"])
 
 
-def notice_about(mail: Mailroom, queue_id: str) -> str:
-    """The notice that a sweeper makes then."""
-    (notice,) = DsnGenerator(
+def dsn_about(mail: Mailroom, queue_id: str) -> str:
+    """The text of the DSN that a sweeper then makes."""
+    (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
-    ).settle(10)
-    return mail.spool.path(notice).read_text()
+    ).generate(10)
+    return mail.spool.path(dsn).read_text()
 
 
 def test_a_delivery_is_queued_there_under_the_id_that_it_names(
@@ -63,7 +62,7 @@ def test_a_delivery_is_queued_there_under_the_id_that_it_names(
 
 
 @pytest.mark.parametrize("size", [250_000, 20_000_000])
-def test_an_oversize_message_bounces_with_its_words(
+def test_an_oversize_message_bounces_with_the_reply(
     room: Open, postfix: Postfix, size: int
 ) -> None:
     mail = room(postfix.port)
@@ -73,12 +72,12 @@ def test_an_oversize_message_bounces_with_its_words(
     words = become(mail, queue_id, "bounced")
     assert "length exceeds storage limit" in words
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["rejected"]
-    text = notice_about(mail, queue_id)
+    text = dsn_about(mail, queue_id)
     assert "length exceeds storage limit" in " ".join(text.split())
-    assert text.count("Final-Recipient: ") == 2, "an early D was said about all of them"
+    assert text.count("Final-Recipient: ") == 2, "an early D holds for all recipients"
 
 
-def test_who_is_not_authorized_waits_and_rings_the_alarm(
+def test_mail_waits_while_postfix_does_not_authorize_this_client(
     room: Open, postfix: Postfix, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mail = room(postfix.closed_port)
@@ -92,17 +91,17 @@ def test_who_is_not_authorized_waits_and_rings_the_alarm(
         until(lambda: mail.state(second) == "deferred", 20)
     tried = mail.rows("SELECT count(*) AS n FROM attempts")[0]["n"]
     said = capsys.readouterr().out
-    assert said.count("server does not want us") == tried
-    assert "server left alone" in said, "its breaker is open"
+    assert said.count("relay not authorized") == tried
+    assert "circuit opened" in said
     assert mail.rows("SELECT due_at FROM deliveries WHERE state = 'bounced'") == []
 
 
-def test_the_next_server_has_the_mail_when_one_does_not_want_us(
+def test_the_next_server_gets_the_mail_when_one_does_not_authorize(
     room: Open, postfix: Postfix
 ) -> None:
-    """In the same claim; and what comes later goes there at once."""
+    """In the same claim; later mail goes there at once."""
     mail = room(postfix.closed_port, postfix.port)
-    # A clock that stands still: the rest of the first server does not end while we look.
+    # The clock stands still, so that the circuit of the first server stays open.
     with mail.working(servers=ServerPool(50, clock=lambda: 0.0)) as engine:
         engine.offer([first := mail.accept("r@y.test", body=HEADER + b"\nhello\n")])
         until(lambda: mail.state(first) == "delivered", 20)
@@ -127,14 +126,12 @@ def test_header_checks_bounce_or_defer(
     assert mail.delivery(queue_id)["last_outcome"] == (
         "rejected" if state == "bounced" else "deferred"
     )
-    assert len(mail.attempts(queue_id)) == 1, "content is not cut into halves"
+    assert len(mail.attempts(queue_id)) == 1, "a reply about the content does not split"
     if state == "bounced":
-        assert "go away" in notice_about(mail, queue_id)
+        assert "go away" in dsn_about(mail, queue_id)
 
 
-def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(
-    room: Open, postfix: Postfix
-) -> None:
+def test_a_dsn_refused_for_its_enclosure_arrives_without_it(room: Open, postfix: Postfix) -> None:
     """header_checks are nested_header_checks too, so that Postfix refuses the bounce for the words
     of the original; body_checks read the header that a second notice encloses."""
     mail = room(postfix.port)
@@ -142,12 +139,12 @@ def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(
         "r@y.test", body=HEADER + b"Subject: refuse\n\nhello\n", sender="s@x.test"
     )
     become(mail, original, "bounced")
-    debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
+    generator = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
     replies = []
     for state in ("bounced", "bounced", "delivered"):
-        (notice,) = debts.settle(10)
-        replies.append(become(mail, notice, state))
-    assert debts.settle(10) == []
+        (dsn,) = generator.generate(10)
+        replies.append(become(mail, dsn, state))
+    assert generator.generate(10) == []
     assert "go away" in replies[0]
     assert "not even enclosed" in replies[1]
     shown = postfix.queued(replies[2].split()[-1])
@@ -158,7 +155,7 @@ def test_a_notice_that_is_refused_for_what_it_encloses_arrives_without_it(
     assert [row["dsn_content"] for row in contents] == ["full", "header", "none"]
 
 
-def test_soft_bounce_makes_every_d_a_z(room: Open, postfix: Postfix) -> None:
+def test_soft_bounce_makes_each_D_a_Z(room: Open, postfix: Postfix) -> None:
     mail = room(postfix.soft_port)
     queue_id = mail.accept("r@y.test", body=HEADER + b"\n" + bytes(300_000))
     assert "length exceeds storage limit" in become(mail, queue_id, "deferred")
@@ -171,18 +168,18 @@ def test_soft_bounce_makes_every_d_a_z(room: Open, postfix: Postfix) -> None:
     (encode(b"5:hello;"), b"netstring format error while receiving message"),
     (encode(encode(b"hello\n") + encode(b"s@x.test")), b"no recipients specified"),
 ])  # fmt: skip
-def test_its_words_for_what_is_no_request_would_bounce_and_name_the_framing(
+def test_postfix_rejects_a_broken_frame_and_names_it(
     postfix: Postfix, request_: bytes, words: bytes
 ) -> None:
-    """We never send such; should framing ever break, its words say so and the notice quotes
-    them."""
+    """The client never sends such bytes. If its framing broke, the reply would say so, and the DSN
+    would quote it."""
     parser = ReplyParser()
     with socket.create_connection(("127.0.0.1", postfix.port), 10) as server:
         server.sendall(request_)
         reply = None
         while reply is None:
             data = server.recv(4096)
-            assert data, "it closed without a word"
+            assert data, "it closed without a reply"
             reply = parser.feed(data)
     assert reply.status == b"D"
     assert words in reply.text

@@ -32,8 +32,8 @@ def room(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
         return opened[-1]
 
     yield open_
-    for one in opened:
-        one.close()
+    for mail in opened:
+        mail.close()
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def sink() -> Iterator[Sink]:
 
 @pytest.fixture
 def dead_port() -> Iterator[int]:
-    """A port that refuses: bound, and nobody listens."""
+    """A port that refuses connections: bound, without a listener."""
     with socket.socket() as taken:
         taken.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
@@ -72,7 +72,7 @@ def test_a_hint_is_enough_to_deliver(room: Open, sink: Sink) -> None:
     assert not mail.spool.path(queue_id).exists()
 
 
-def test_hints_find_room_whatever_their_routes(room: Open, sink: Sink, tmp_path: Path) -> None:
+def test_hints_find_capacity_for_any_route(room: Open, sink: Sink, tmp_path: Path) -> None:
     mail = room(
         sink, grace=60.0, routes=two_more_routes(tmp_path, sink)
     )  # nothing is overdue within the test
@@ -81,18 +81,18 @@ def test_hints_find_room_whatever_their_routes(room: Open, sink: Sink, tmp_path:
             "a@one.test",
             "b@two.test",
             "c@example.org",
-        ):  # one at a time, which is room for one
+        ):  # one at a time
             engine.offer([mail.accept(recipient)])
             until(lambda: mail.states() == {"delivered"}, what=recipient)
 
 
-def test_a_route_with_little_room_is_emptied_without_a_pause(
+def test_a_route_with_little_capacity_is_emptied_without_a_pause(
     room: Open, sink: Sink, tmp_path: Path
 ) -> None:
     mail = room(sink, grace=1.0, server_connections=2, routes=two_more_routes(tmp_path, sink))
     for _ in range(60):
         mail.accept("a@one.test")
-    with mail.working():  # other routes have room and nothing to send all the while
+    with mail.working():  # other routes have capacity and nothing to send
         until(lambda: mail.states() == {"delivered"}, what="all is delivered")
     (took,) = mail.rows(
         "SELECT @micros(max(started_at)) - @micros(min(started_at)) AS micros FROM attempts"
@@ -115,32 +115,32 @@ def test_without_any_hint_overdue_mail_is_found(room: Open, sink: Sink) -> None:
     assert sink.count == len(ids)
 
 
-def test_hints_that_are_stale_doubled_or_unknown_do_no_harm(room: Open, sink: Sink) -> None:
+def test_stale_doubled_and_unknown_hints_are_harmless(room: Open, sink: Sink) -> None:
     mail = room(sink, grace=60.0)
     ids = [mail.accept() for _ in range(20)]
     with mail.working() as engine:
-        tickets = [engine.offer([*ids, "0" * 32], lane) for lane in ("fresh", "retry", "fresh")]
-        assert all(ticket.wait(10) for ticket in tickets)
+        batchs = [engine.offer([*ids, "0" * 32], lane) for lane in ("fresh", "retry", "fresh")]
+        assert all(batch.wait(10) for batch in batchs)
         until(lambda: mail.states() == {"delivered"})
         assert engine.offer(ids).wait(10)
     assert sink.count == len(ids)
 
 
-def test_hints_get_their_time_when_the_worker_was_stopped(room: Open) -> None:
-    with answering(Answer(delay=8.0)) as sink:  # the one place is taken all the while
+def test_hints_are_kept_while_the_worker_is_stopped(room: Open) -> None:
+    with answering(Answer(delay=8.0)) as sink:  # the only slot is taken meanwhile
         mail = room(sink, grace=3.0, server_connections=1, reply_timeout=20.0)
         with mail.working() as engine:
             engine.offer([mail.accept()])
             until(lambda: sink.count == 1)
-            ticket = engine.offer([mail.accept()])
+            batch = engine.offer([mail.accept()])
             stalled = threading.Event()
             engine._loop.call_soon_threadsafe(threading.Event().wait, 4.0)
             engine._loop.call_soon_threadsafe(stalled.set)
             assert stalled.wait(10)
-            assert not ticket.wait(1.5), "it was given up for a time in which nothing could move"
+            assert not batch.wait(1.5), "the time in which the worker was stopped counted"
 
 
-def test_two_workers_share_without_doubles(room: Open, sink: Sink) -> None:
+def test_two_workers_send_no_duplicates(room: Open, sink: Sink) -> None:
     mail = room(sink)
     ids = [mail.accept() for _ in range(60)]
     other = room(sink)
@@ -151,7 +151,7 @@ def test_two_workers_share_without_doubles(room: Open, sink: Sink) -> None:
     assert sink.count == len(ids)
 
 
-def test_deferred_then_delivered_each_try_a_row(room: Open) -> None:
+def test_each_attempt_has_a_row(room: Open) -> None:
     with answering(Rule(Answer(b"Z", b"later"), times=1)) as sink:
         mail = room(sink)
         queue_id = mail.accept()
@@ -163,7 +163,7 @@ def test_deferred_then_delivered_each_try_a_row(room: Open) -> None:
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["deferred", "delivered"]
 
 
-def test_a_refusal_bounces_with_the_servers_words(room: Open) -> None:
+def test_a_rejection_bounces_with_the_servers_reply(room: Open) -> None:
     with answering(Answer(b"D", b"no \xff such mailbox")) as sink:
         mail = room(sink)
         queue_id = mail.accept()
@@ -171,12 +171,12 @@ def test_a_refusal_bounces_with_the_servers_words(room: Open) -> None:
             until(lambda: mail.state(queue_id) == "bounced")
     found = mail.delivery(queue_id)
     assert (found["last_outcome"], found["last_reply"]) == ("rejected", "no \\xff such mailbox")
-    assert found["due_at"] is not None  # a notice is owed
+    assert found["due_at"] is not None  # a DSN is pending
 
 
-def test_a_refusal_of_us_defers_and_rests_the_server(room: Open) -> None:
-    words = b"Error: relay.example[192.0.2.1] is not authorized to use this service"
-    with answering(Answer(b"D", words)) as sink:
+def test_an_unauthorized_relay_defers_the_mail(room: Open) -> None:
+    reply = b"Error: relay.example[192.0.2.1] is not authorized to use this service"
+    with answering(Answer(b"D", reply)) as sink:
         mail = room(sink)
         queue_id = mail.accept()
         with mail.working():
@@ -184,7 +184,7 @@ def test_a_refusal_of_us_defers_and_rests_the_server(room: Open) -> None:
     assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "rejected")]
 
 
-def test_a_dead_server_is_passed_over_and_both_tries_are_kept(
+def test_a_dead_server_is_passed_over_and_both_attempts_are_kept(
     room: Open, sink: Sink, dead_port: int
 ) -> None:
     mail = room(dead_port, sink, grace=60.0)
@@ -237,8 +237,8 @@ def test_a_server_that_accepts_nothing_is_passed_over_in_the_same_claim(
     assert mail.delivery(queue_id)["claim_count"] == 1
 
 
-def test_a_Z_is_recorded_before_a_server_that_is_out_of_reach(room: Open, dead_port: int) -> None:
-    """Whichever comes last: it is the word of a server about the mail."""
+def test_a_Z_is_recorded_rather_than_an_unreachable_server(room: Open, dead_port: int) -> None:
+    """In either order: only the Z says something about the mail."""
     with answering(Answer(b"Z", b"busy")) as busy:
         for servers in ((busy, dead_port), (dead_port, busy)):
             mail = room(*servers, retry_min=100.0, retry_max=200.0)
@@ -259,20 +259,20 @@ def test_a_Z_is_recorded_before_a_server_that_is_out_of_reach(room: Open, dead_p
             assert found["last_server"] == f"127.0.0.1:{busy.port}"
 
 
-def test_a_Z_waits_also_if_the_next_server_has_no_place(room: Open) -> None:
-    """Or the first would have the message again and again."""
+def test_a_Z_waits_although_the_next_server_has_no_slot(room: Open) -> None:
+    """Otherwise the first server would get the message again and again."""
     with answering(Answer(b"Z", b"busy")) as busy, running_sink() as good:
         mail = room(busy, good, retry_min=100.0, retry_max=200.0)
         queue_id, engine = mail.accept(), mail.engine()
-        engine.pause(frozenset({f"server:127.0.0.1:{good.port}"}))
+        engine.servers.pauses = frozenset({f"server:127.0.0.1:{good.port}"})
         engine.start()
         until(lambda: mail.state(queue_id) == "deferred")
         assert engine.drain(5)
     assert (busy.count, good.count) == (1, 0)
 
 
-def test_a_server_that_closes_before_it_reads_is_one_that_refuses(room: Open, sink: Sink) -> None:
-    """As tcpserver does where its rules deny: from the second time on that is known before the
+def test_a_server_that_closes_before_it_reads_is_unreachable(room: Open, sink: Sink) -> None:
+    """As tcpserver does where its rules deny. From the second time on the worker knows it before the
     commit point."""
     with denying() as port:
         mail = room(port, grace=60.0, uncertain_delay=1000.0)
@@ -303,7 +303,7 @@ def denying() -> Iterator[int]:
         thread.join()
 
 
-def test_uncertain_mail_is_held_if_told_so(room: Open) -> None:
+def test_uncertain_mail_is_held_if_the_setting_says_so(room: Open) -> None:
     with answering(Answer(raw=b"7:garbage,")) as sink:
         mail = room(sink, uncertain="hold")
         queue_id = mail.accept()
@@ -330,7 +330,7 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
     ids = [mail.accept() for _ in range(10)]
     with mail.working():
         open_circuits = partial(
-            REGISTRY.get_sample_value, "relay_server_resting", {"server": f"127.0.0.1:{dead_port}"}
+            REGISTRY.get_sample_value, "relay_circuit_open", {"server": f"127.0.0.1:{dead_port}"}
         )
         until(lambda: open_circuits() == 1)
         until(lambda: mail.states() == {"deferred"})
@@ -346,7 +346,7 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
             assert open_circuits() == 0
 
 
-def test_a_tarpit_holds_no_more_than_its_share(room: Open, sink: Sink) -> None:
+def test_a_tarpit_holds_only_its_share_of_connections(room: Open, sink: Sink) -> None:
     with answering(Answer(raw=b"", end="stay")) as tarpit:
         mail = room(tarpit, sink, server_connections=3, worker_connections=8, drain_timeout=0.1)
         for _ in range(40):
@@ -360,7 +360,7 @@ def test_a_tarpit_holds_no_more_than_its_share(room: Open, sink: Sink) -> None:
     assert [tuple(row.values()) for row in held] == [("deferred", "uncertain")] * 3
 
 
-def test_a_defect_of_ours_after_the_last_byte_is_a_doubtful_try_all_the_same(
+def test_a_defect_after_the_last_byte_is_recorded_as_uncertain(
     room: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ReplyParser, "feed", lambda *_: 1 // 0)
@@ -372,7 +372,7 @@ def test_a_defect_of_ours_after_the_last_byte_is_a_doubtful_try_all_the_same(
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["uncertain"]
 
 
-def test_B38_draining_hands_back_what_is_not_committed(room: Open) -> None:
+def test_B38_draining_requeues_what_is_before_its_commit_point(room: Open) -> None:
     with answering(Answer(read_size=1024, read_pause=5.0)) as slow:
         mail = room(slow)
         queue_id = mail.accept(body=b"x" * 20_000_000)
@@ -395,12 +395,12 @@ def test_B36_a_missing_body_is_held_and_never_bounced(room: Open, sink: Sink) ->
     assert {mail.delivery(i)["last_outcome"] for i in (missing, cut)} == {"unsendable"}
 
 
-def test_B36_a_fault_of_this_machine_costs_the_mail_nothing(room: Open, sink: Sink) -> None:
+def test_B36_a_local_fault_does_not_count_against_the_mail(room: Open, sink: Sink) -> None:
     mail = room(sink)
     queue_id = mail.accept()
     body = mail.spool.path(queue_id)
     aside = body.rename(body.with_suffix(".aside"))
-    body.symlink_to(body)  # ELOOP: no message is missing, this machine cannot read
+    body.symlink_to(body)  # ELOOP: the body is there, but this machine cannot read it
     with mail.working():
         until(
             lambda: mail.delivery(queue_id)["claim_count"] == 1 and mail.state(queue_id) == "queued"
@@ -419,10 +419,7 @@ def test_no_commit_point_is_passed_without_a_fresh_lease(
     look_up = mail.spool.open
 
     def stall(queue_id: str, size: int) -> int:
-        engine._renewed, engine._renewing = (
-            float("-inf"),
-            True,
-        )  # as if no renewal had come back for a LEASE
+        engine.lease.renewed_at = float("-inf")  # as if no renewal had succeeded for a LEASE
         return look_up(queue_id, size)
 
     monkeypatch.setattr(mail.spool, "open", stall)
@@ -431,12 +428,11 @@ def test_no_commit_point_is_passed_without_a_fresh_lease(
     until(lambda: mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "interrupted")])
     assert (mail.state(queue_id), sink.count) == ("queued", 0)
     monkeypatch.undo()
-    engine._renewing = False
     until(lambda: mail.state(queue_id) == "delivered")
     assert engine.drain(5)
 
 
-def test_outcomes_wait_for_a_database_that_is_away(
+def test_outcomes_wait_while_the_database_is_away(
     postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path
 ) -> None:
     with answering(Answer(delay=1.0)) as slow:
@@ -455,7 +451,7 @@ def test_outcomes_wait_for_a_database_that_is_away(
         mail.close()
 
 
-def test_one_bad_recipient_is_found_and_the_others_get_their_mail(room: Open) -> None:
+def test_one_bad_recipient_bounces_and_the_others_get_their_mail(room: Open) -> None:
     with answering(Rule(Answer(b"D", b"no such mailbox (#5.1.1)"), b"bad@")) as sink:
         mail = room(sink)
         queue_id = mail.accept("b@example.org", "bad@example.org", "c@example.org")
@@ -497,7 +493,7 @@ def test_too_many_recipients_are_sent_in_parts(room: Open) -> None:
         assert sorted(taken) == [name.encode() for name in names]
 
 
-def test_a_list_that_is_refused_as_such_costs_three_sends(room: Open) -> None:
+def test_a_message_that_is_rejected_for_all_recipients_costs_three_sends(room: Open) -> None:
     with answering(Answer(b"D", b"your list is not welcome (#5.1.8)")) as sink:
         mail = room(sink, worker_connections=1)
         mail.accept(
@@ -508,31 +504,31 @@ def test_a_list_that_is_refused_as_such_costs_three_sends(room: Open) -> None:
         assert sink.count == 3
 
 
-def test_nothing_is_sent_to_what_is_paused(room: Open, sink: Sink) -> None:
+def test_nothing_is_sent_to_a_paused_route(room: Open, sink: Sink) -> None:
     mail = room(sink)
     queue_id = mail.accept()
     engine = mail.engine()
-    engine.pause(frozenset({"route:default"}))
+    engine.servers.pauses = frozenset({"route:default"})
     engine.start()
-    assert engine.offer([queue_id]).wait(10)  # left to the database, where it waits
+    assert engine.offer([queue_id]).wait(10)  # dropped; the delivery waits in the database
     assert (mail.state(queue_id), sink.connections) == ("queued", 0)
-    engine.pause(frozenset())
+    engine.servers.pauses = frozenset()
     until(lambda: mail.state(queue_id) == "delivered")
     assert engine.drain(5)
 
 
-def test_a_worker_that_was_declared_dead_goes_on_under_another_name(room: Open, sink: Sink) -> None:
+def test_an_expired_worker_registers_under_another_id(room: Open, sink: Sink) -> None:
     mail = room(sink, lease=0.4)
     with mail.working() as engine:
-        first = engine.worker
+        first = engine.lease.worker
         mail.change("UPDATE workers SET ended_at = @now, end_reason = 'vanished'")
-        until(lambda: engine.worker not in ("", first))
+        until(lambda: engine.lease.worker not in ("", first))
         queue_id = mail.accept()
         until(lambda: mail.state(queue_id) == "delivered")
     assert mail.rows("SELECT count(*) AS n FROM workers") == [{"n": 2}]
 
 
-def test_mail_that_workers_vanished_over_is_sent_alone(room: Open, sink: Sink) -> None:
+def test_quarantined_mail_is_delivered(room: Open, sink: Sink) -> None:
     mail = room(sink)
     ids = [mail.accept() for _ in range(5)]
     mail.change("UPDATE deliveries SET crash_count = 2 WHERE queue_id = :id", id=ids[2])

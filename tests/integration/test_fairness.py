@@ -1,5 +1,5 @@
-"""Who waits for whom: fresh mail and retries, a hundred thousand due at once, tarpits, poison, and
-what is paused."""
+"""Fairness: fresh mail and retries, a hundred thousand due at once, tarpits, the quarantine, routes
+that share a server, and pauses."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ from tests.integration.mailroom import Mailroom
 from tests.integration.office import Office
 from tests.services import free_port
 from tests.waiting import until
-from worker import engine as module
+from worker import quarantine
 from worker.sweeper import BATCH, BATCHES
 
 type Open = Callable[..., Mailroom]
@@ -61,7 +61,7 @@ def test_free_connections_alternate_between_fresh_mail_and_retries(room: Open) -
     assert arrived(sink) in (["f", "r"] * 8, ["r", "f"] * 8)
 
 
-def test_hints_and_what_is_overdue_alternate(room: Open) -> None:
+def test_hints_and_overdue_deliveries_alternate(room: Open) -> None:
     with running_sink() as sink:
         mail = room(sink, grace=60.0, worker_connections=1, batch_size=1)
         overdue = [mail.accept(f"o{n}@example.org") for n in range(8)]
@@ -95,8 +95,8 @@ def fill(office: Office) -> None:
     """MANY deferred deliveries, due in another order than that of their ids: the higher n * 7919 %
     MANY, the longer.
 
-    Only those that will be looked at have a message and a recipient: writing them takes most of the
-    time.
+    Only those that will be queued have a message and a recipient, because writing them takes most
+    of the time.
     """
     name = office.engine.dialect.name
     key, numbers = _KEY[name].format(n="s.n"), _NUMBERS[name]
@@ -159,21 +159,21 @@ def overdue(office: Office, claims: int) -> None:
         office.change("ANALYZE")
 
 
-def looks_until(office: Office, queue_id: str, most: int) -> int:
-    """How many looks with room for four it takes until a message is claimed."""
+def polls_until(office: Office, queue_id: str, most: int) -> int:
+    """How many polls with capacity for four it takes until a message is claimed."""
     for n in range(1, most + 1):
         claims = office.claim(room={"default": 4})
-        assert len(claims) == 4, "the backlog has what the other kind leaves"
+        assert len(claims) == 4, "the backlog fills what the other kind leaves"
         if queue_id in [claim.queue_id for claim in claims]:
             return n
-    raise AssertionError(f"not in {most} looks")
+    raise AssertionError(f"not in {most} polls")
 
 
 @pytest.mark.parametrize("backlog", ["retries", "fresh mail"])
 def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(
     office: Office, backlog: str
 ) -> None:
-    """The broker is away, or its list is long: that is when so much is due at once."""
+    """So much is due at once when the broker is away or its list is long."""
     fill(office)
     overdue(office, 3 if backlog == "retries" else 0)
     other = {"claim_count": 0 if backlog == "retries" else 3}
@@ -184,10 +184,10 @@ def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(
                       id=queue_id, **other)  # fmt: skip
         return queue_id
 
-    assert looks_until(office, one_more(), MANY // WINDOW + 1) > 1, (
+    assert polls_until(office, one_more(), MANY // WINDOW + 1) > 1, (
         "the backlog is walked through once, by the window"
     )
-    assert looks_until(office, one_more(), 1) == 1
+    assert polls_until(office, one_more(), 1) == 1
 
 
 def test_without_hints_a_single_connection_is_shared_by_fresh_mail_and_retries(room: Open) -> None:
@@ -214,7 +214,7 @@ TARPITS = {
 
 
 @pytest.mark.parametrize("kind", TARPITS)
-def test_B20_B21_B22_a_tarpit_stops_nobody_else(room: Open, kind: str) -> None:
+def test_B20_B21_B22_a_tarpit_delays_no_other_server(room: Open, kind: str) -> None:
     with running_sink() as good, ExitStack() as open_for_now:
         tarpit = open_for_now.enter_context(running_sink(Rule(TARPITS[kind]), receive_buffer=4096))
         mail = room(
@@ -229,13 +229,13 @@ def test_B20_B21_B22_a_tarpit_stops_nobody_else(room: Open, kind: str) -> None:
         with mail.working() as engine:
             until(lambda: tarpit.connections == 2)
             engine.offer([mail.accept(f"s{n}@example.org") for n in range(30)])
-            assert good.wait_for(30, 30), "all that it does not hold"
+            assert good.wait_for(30, 30), "every message that the tarpit does not hold"
             assert [mail.state(queue_id) for queue_id in ids] == ["sending", "sending"]
             assert tarpit.connections == 2, "ever"
             open_for_now.close()
 
             def through() -> bool:
-                """What it held goes elsewhere."""
+                """Its messages go to the other server."""
                 mail.sweeps.requeue_due(10)
                 return mail.states() == {"delivered"}
 
@@ -249,12 +249,12 @@ def test_B20_B21_B22_a_tarpit_stops_nobody_else(room: Open, kind: str) -> None:
 
 
 class Witness:
-    """Sees who was there together with `alone`: a rule for a sink that answers it late and
-    everybody a little late."""
+    """Counts the connections beside a transfer to the recipient `exclusive`, which is answered
+    late."""
 
-    def __init__(self, alone: bytes) -> None:
-        self.alone, self.sink = alone, Sink()
-        self.company: list[int] = []
+    def __init__(self, exclusive: bytes) -> None:
+        self.exclusive, self.sink = exclusive, Sink()
+        self.connections: list[int] = []
         self.busy_until = 0.0
         self.intruders = 0
 
@@ -263,14 +263,14 @@ class Witness:
         return None
 
     def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
-        if recipients[0] != self.alone:
+        if recipients[0] != self.exclusive:
             return Answer(delay=0.05)
-        self.company.append(len(self.sink.open))
+        self.connections.append(len(self.sink.open))
         self.busy_until = time.monotonic() + 0.3
         return Answer(delay=0.35)
 
 
-def test_D14_what_workers_vanished_over_twice_is_sent_alone(room: Open) -> None:
+def test_D14_a_delivery_that_crashed_two_workers_is_sent_exclusively(room: Open) -> None:
     witness = Witness(b"poison@example.org")
     with running_sink(witness) as sink:
         witness.sink = sink
@@ -282,31 +282,31 @@ def test_D14_what_workers_vanished_over_twice_is_sent_alone(room: Open) -> None:
         with mail.working() as engine:
             engine.offer([*ids[:20], poison, *ids[20:]])
             until(lambda: mail.states() == {"delivered"}, 20)
-    assert witness.company == [1], "nobody was there with it"
-    assert witness.intruders == 0, "and nobody came until it was over"
+    assert witness.connections == [1], "no other transfer was under way"
+    assert witness.intruders == 0, "no other transfer began meanwhile"
     assert mail.delivery(poison)["crash_count"] == 0
 
 
-def test_D14_a_tarpit_does_not_keep_suspects_from_being_sent_nor_them_the_rest(
+def test_D14_a_tarpit_does_not_block_the_quarantine_nor_the_quarantine_other_mail(
     room: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "QUARANTINE_TIMEOUT", 0.5)
-    monkeypatch.setattr(module, "QUARANTINE_PAUSE", 0.5)
+    monkeypatch.setattr(quarantine, "QUARANTINE_TIMEOUT", 0.5)
+    monkeypatch.setattr(quarantine, "QUARANTINE_PAUSE", 0.5)
     with running_sink(Rule(Answer(raw=b"", end="stay"), b"tarpit@")) as sink:
         mail = room(sink, retry_min=0.1, retry_max=0.2)
         tarpit = mail.accept("tarpit@example.org")
         with mail.working() as engine:
             engine.offer([tarpit])
             until(lambda: sink.count == 1)
-            suspects = [mail.accept("suspect@example.org") for _ in range(3)]
+            quarantined = [mail.accept("quarantined@example.org") for _ in range(3)]
             mail.change(
                 "UPDATE deliveries SET crash_count = 2 WHERE queue_id <> @id(:id)", id=tarpit
             )
-            engine.offer(suspects)
+            engine.offer(quarantined)
 
             def sent() -> bool:
                 mail.sweeps.requeue_due(10)
-                return all(mail.state(queue_id) == "delivered" for queue_id in suspects)
+                return all(mail.state(queue_id) == "delivered" for queue_id in quarantined)
 
             until(sent, 20)
             engine.offer([fresh := mail.accept()])
@@ -314,7 +314,7 @@ def test_D14_a_tarpit_does_not_keep_suspects_from_being_sent_nor_them_the_rest(
             assert mail.state(tarpit) == "sending"
 
 
-def test_D14_once_is_no_reason_to_be_alone(room: Open) -> None:
+def test_D14_one_crash_does_not_quarantine(room: Open) -> None:
     with running_sink(Rule(Answer(delay=1.0))) as sink:
         mail = room(sink)
         for _ in range(3):
@@ -324,7 +324,7 @@ def test_D14_once_is_no_reason_to_be_alone(room: Open) -> None:
             until(lambda: len(sink.open) == 3)
 
 
-def test_D14_alone_and_deadly_until_the_limit_then_held(clean_sqlite_url: str) -> None:
+def test_D14_a_delivery_is_held_at_the_poison_limit(clean_sqlite_url: str) -> None:
     office = Office(clean_sqlite_url, poison_limit=4)
     queue_id = office.accept()
     states = []
@@ -357,11 +357,10 @@ def routes_to(sink: Sink, directory: Path, count: int, more: str = "") -> Path:
 
 
 @pytest.mark.parametrize("hinted", [False, True])
-def test_nothing_is_claimed_for_places_that_another_route_has(
+def test_no_delivery_is_claimed_for_slots_of_another_route(
     room: Open, tmp_path: Path, hinted: bool
 ) -> None:
-    """Eight routes, one server, four places: each message is claimed once, whoever of them had a
-    place to promise."""
+    """Eight routes, one server, four slots: each message is claimed once."""
     with running_sink(Rule(Answer(delay=0.02))) as sink:
         mail = room(
             sink,
@@ -380,8 +379,8 @@ def test_nothing_is_claimed_for_places_that_another_route_has(
     assert claims == {"all_of_them": 120, "most": 1}
 
 
-def test_a_narrow_route_to_a_busy_server_has_its_share(room: Open, tmp_path: Path) -> None:
-    """It waited until the other had nothing left to send."""
+def test_a_route_with_a_limit_gets_its_share_of_a_busy_server(room: Open, tmp_path: Path) -> None:
+    """It does not wait until the other route has nothing left to send."""
     with running_sink(Rule(Answer(delay=0.05))) as sink:
         routes = routes_to(sink, tmp_path, 1, "connections = 2\n")
         mail = room(sink, routes=routes, server_connections=8, grace=0.2)
@@ -403,41 +402,41 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) 
         mail = room(first, second)
         verbs = QueueOperations(mail.database, notices=True)
 
-        def obeyed(engine: Any) -> None:
-            engine.pause(mail.sweeps.paused())  # as a sweeper does at each turn
+        def apply_pauses(engine: Any) -> None:
+            engine.servers.pauses = mail.sweeps.paused()  # as the sweeper does at each turn
 
         with mail.working() as engine:
             assert verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="maintenance")
             assert not verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="again")
-            obeyed(engine)
+            apply_pauses(engine)
             ids = [mail.accept() for _ in range(5)]
             engine.offer(ids)
             assert second.wait_for(5, 10)
             assert first.connections == 0
             verbs.pause("route:default", actor="me", reason="all of it")
-            obeyed(engine)
+            apply_pauses(engine)
             waiting = mail.accept()
             mail.change(
                 "UPDATE deliveries SET due_at = @ago(10) WHERE queue_id = @id(:id)", id=waiting
             )
             assert engine.offer([waiting]).wait(10)
-            assert mail.state(waiting) == "queued", (
-                "it is not claimed, so that nothing is held against it"
-            )
+            assert mail.state(waiting) == "queued", "a paused delivery is not claimed"
             assert verbs.resume("route:default", actor="me", reason="")
-            obeyed(engine)
+            apply_pauses(engine)
             until(lambda: mail.state(waiting) == "delivered")
             assert first.connections == 0
             assert verbs.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
             assert not verbs.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
-            obeyed(engine)
+            apply_pauses(engine)
             engine.offer([mail.accept()])
             assert first.wait_for(1, 10)
     said = [row["verb"].split()[0] for row in mail.rows("SELECT verb FROM audit ORDER BY at, id")]
-    assert said == ["pause", "pause", "resume", "resume"], "what changed nothing is not recorded"
+    assert said == ["pause", "pause", "resume", "resume"], (
+        "an operation that changes nothing is not recorded"
+    )
 
 
-def test_what_is_under_way_to_a_server_ends_though_it_is_paused(room: Open) -> None:
+def test_a_pause_does_not_interrupt_transfers_under_way(room: Open) -> None:
     gate = threading.Event()
 
     class Slow:
@@ -454,7 +453,7 @@ def test_what_is_under_way_to_a_server_ends_though_it_is_paused(room: Open) -> N
         with mail.working() as engine:
             engine.offer([queue_id])
             assert gate.wait(10)
-            engine.pause(frozenset({f"server:127.0.0.1:{sink.port}"}))
+            engine.servers.pauses = frozenset({f"server:127.0.0.1:{sink.port}"})
             until(lambda: mail.state(queue_id) == "delivered")
 
 
@@ -463,7 +462,7 @@ def test_what_is_under_way_to_a_server_ends_though_it_is_paused(room: Open) -> N
 
 
 @pytest.mark.parametrize(("policy", "state"), [("retry", "deferred"), ("hold", "held")])
-def test_the_policy_for_doubt(room: Open, policy: str, state: str) -> None:
+def test_the_policy_for_uncertain_deliveries(room: Open, policy: str, state: str) -> None:
     with running_sink(Rule(Answer(raw=b""))) as sink, running_sink() as other:
         mail = room(sink, other, uncertain=policy, uncertain_delay=500.0)
         queue_id = mail.accept()
@@ -505,8 +504,7 @@ def latencies(mail: Mailroom) -> list[float]:
 
 
 def test_an_idle_route_takes_no_hints_from_another(beside: Callable[..., Mailroom]) -> None:
-    """As long as hints are lost only the next look after GRACE finds the mail, and that is ten
-    minutes away."""
+    """If a hint is lost the mail waits for the overdue poll after GRACE, which is ten minutes away."""
     with running_sink() as sink, running_sink() as idle:
         mail = beside(sink, idle.port)
         with mail.working() as engine:
@@ -516,7 +514,7 @@ def test_an_idle_route_takes_no_hints_from_another(beside: Callable[..., Mailroo
         assert max(latencies(mail)) < 5
 
 
-def test_hints_of_a_dead_route_neither_hold_a_task_nor_delay_another_route(
+def test_hints_of_a_dead_route_block_no_task_and_no_other_route(
     beside: Callable[..., Mailroom],
 ) -> None:
     with running_sink() as sink:
@@ -526,7 +524,7 @@ def test_hints_of_a_dead_route_neither_hold_a_task_nor_delay_another_route(
             dead = [mail.accept(f"d{n}@other.example") for n in range(8)]
             for queue_id in dead:  # until the circuit of its server is open
                 engine.offer([queue_id], route="other").wait(5)
-            until(lambda: engine._room.closed("other"), 10)
+            until(lambda: engine.producer.capacity.closed("other"), 10)
             assert engine.offer([mail.accept("d@other.example")], route="other").wait(2)
             ids = [mail.accept() for _ in range(20)]
             engine.offer(ids, route="default")
@@ -540,4 +538,4 @@ def test_a_hint_of_an_unknown_route_may_be_for_any(beside: Callable[..., Mailroo
         with mail.working() as engine:
             engine.offer([mail.accept()], route="of another settings file")
             until(lambda: mail.states() == {"delivered"}, 10)
-            assert list(engine._demand._lanes) == [""]
+            assert list(engine.producer.hints) == [""]

@@ -1,5 +1,5 @@
-"""fsck on both databases: it finds what is wrong, mends it only when told to, and finds nothing in
-a healthy relay."""
+"""fsck on both databases: it finds what is wrong, repairs it only with --repair, and finds nothing
+in a healthy relay."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from relay.db.engine import writing
 from relay.db.schema import Outcome
 from relay.hints import QUEUES, celery_app
 from relay.ids import dashed, new_id
-from relay.queue import audit as actions
+from relay.queue import audit
 from relay.settings import Settings, load
 from relay.spool.store import Spool
 from tests.integration.office import Office
@@ -48,22 +48,22 @@ def orphan(spool: Spool, seconds: float = OLD) -> Path:
     return aged(spool.path(name), seconds)
 
 
-def found(typed: Typed, *words: str) -> list[tuple[str, str]]:
-    """What is found, and whether it was repaired."""
+def fsck_rows(typed: Typed, *words: str) -> list[tuple[str, str]]:
+    """What fsck reports, and whether it was repaired."""
     done = typed("fsck", "--json", *words, status=None)
     rows = [(row["found"], row["repaired"]) for row in lines(done)]
     assert done.exit_code == any(repaired != "yes" for _, repaired in rows)
     return rows
 
 
-def mended(typed: Typed, what: str) -> None:
-    """It is found, changes nothing by being found, is repaired, and is gone then."""
-    assert found(typed) == found(typed) == [(what, "no")]
-    assert found(typed, "--repair") == [(what, "yes")]
-    assert found(typed) == []
+def assert_repairable(typed: Typed, what: str) -> None:
+    """fsck reports it, changes nothing without --repair, repairs it, and reports it no more."""
+    assert fsck_rows(typed) == fsck_rows(typed) == [(what, "no")]
+    assert fsck_rows(typed, "--repair") == [(what, "yes")]
+    assert fsck_rows(typed) == []
 
 
-def test_a_busy_relay_is_healthy(office: Office, spool: Spool, typed: Typed) -> None:
+def test_a_busy_relay_has_no_inconsistency(office: Office, spool: Spool, typed: Typed) -> None:
     for outcome in (
         Outcome.DELIVERED,
         Outcome.DEFERRED,
@@ -81,30 +81,30 @@ def test_a_busy_relay_is_healthy(office: Office, spool: Spool, typed: Typed) -> 
     aged(spool.path(finished))
     orphan(spool, 60)  # its message is about to be committed
     office.ledger.retire(office.hire())
-    assert found(typed, "--repair") == []
-    assert "everything is as it should be" in typed("fsck").stderr
+    assert fsck_rows(typed, "--repair") == []
+    assert "no inconsistency found" in typed("fsck").stderr
 
 
-def test_a_file_without_a_row_is_put_aside(office: Office, spool: Spool, typed: Typed) -> None:
+def test_a_file_without_a_row_is_moved(office: Office, spool: Spool, typed: Typed) -> None:
     stored(office, spool)
     path = orphan(spool)
-    mended(typed, "file without row")
+    assert_repairable(typed, "file without row")
     assert (spool.directory / "orphans" / path.name).read_bytes() == b"lost"
 
 
 def test_a_restored_database_has_no_orphans(office: Office, spool: Spool, typed: Typed) -> None:
     path = orphan(spool)
-    assert found(typed, "--repair") == [("file without row", "-")], "there is no row at all"
+    assert fsck_rows(typed, "--repair") == [("file without row", "-")], "there is no row at all"
     stored(office, spool)
     earlier = (
         "received_at - interval '1 day'" if office.spell.postgresql else "received_at - 86400000000"
     )
     office.change(f"UPDATE messages SET received_at = {earlier}")
-    assert found(typed, "--repair") == [("file without row", "-")]
+    assert fsck_rows(typed, "--repair") == [("file without row", "-")]
     assert path.exists()
 
 
-def test_a_file_that_nobody_needs_is_removed(office: Office, spool: Spool, typed: Typed) -> None:
+def test_a_body_that_is_not_needed_is_removed(office: Office, spool: Spool, typed: Typed) -> None:
     queue_id = stored(office, spool)
     office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
     earlier = (
@@ -112,7 +112,7 @@ def test_a_file_that_nobody_needs_is_removed(office: Office, spool: Spool, typed
     )
     office.change(f"UPDATE deliveries SET finished_at = {earlier}")
     aged(spool.path(queue_id))
-    mended(typed, "file that nobody needs")
+    assert_repairable(typed, "body not needed")
     assert not spool.path(queue_id).exists()
 
 
@@ -129,45 +129,45 @@ def test_a_body_whose_delivery_is_missing_stays(office: Office, spool: Spool, ty
     office.change(f"UPDATE deliveries SET finished_at = {earlier}")
     for queue_id in (alone, beside):
         aged(spool.path(queue_id))
-    assert found(typed, "--repair") == [("recipient without delivery", "yes")]
+    assert fsck_rows(typed, "--repair") == [("recipient without delivery", "yes")]
     assert [office.state(alone), office.state(beside, 2)] == ["held", "held"]
-    assert found(typed, "--repair") == [], "the bodies are there"
+    assert fsck_rows(typed, "--repair") == [], "the bodies are there"
 
 
 @pytest.mark.parametrize("body", [None, b"too short"])
-def test_what_cannot_be_sent_is_held(
+def test_a_delivery_that_cannot_be_sent_is_held(
     office: Office, spool: Spool, typed: Typed, body: bytes | None
 ) -> None:
     whole, broken = stored(office, spool), office.accept()
     if body:
         spool.store(broken, [body])
     what = "body of another size" if body else "body missing"
-    assert found(typed) == [(what, "no")]
-    assert "--repair would mend 1" in typed("fsck", status=1).stderr
-    assert found(typed, "--repair") == [(what, "yes")]
+    assert fsck_rows(typed) == [(what, "no")]
+    assert "--repair would repair 1" in typed("fsck", status=1).stderr
+    assert fsck_rows(typed, "--repair") == [(what, "yes")]
     assert office.states([whole, broken]) == ["queued", "held"]
     assert office.delivery(broken)["last_outcome"] == "unsendable"
-    assert found(typed, "--repair") == [(what, "-")], "it stays a finding until somebody decides"
+    assert fsck_rows(typed, "--repair") == [(what, "-")], "it is reported until an operator decides"
     assert "put the file back and release it" in typed("why", broken).stdout
 
 
-def test_a_body_that_is_gone_for_a_reason_is_no_finding(
+def test_a_body_of_a_delivery_that_finishes_meanwhile_is_no_inconsistency(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = stored(office, spool)
-    look = Fsck._fault
+    fault = Fsck._fault
 
     def delivered_meanwhile(self: Fsck, name: str, size: int) -> str:
         if office.state(queue_id) == "queued":
             office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
             spool.remove(queue_id)
-        return look(self, name, size)
+        return fault(self, name, size)
 
     monkeypatch.setattr(Fsck, "_fault", delivered_meanwhile)
-    assert found(typed, "--repair") == []
+    assert fsck_rows(typed, "--repair") == []
 
 
-def test_a_spool_that_vanishes_meanwhile_is_no_reason_to_hold(
+def test_a_spool_that_changes_meanwhile_holds_nothing(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = office.accept()
@@ -181,7 +181,7 @@ def test_a_spool_that_vanishes_meanwhile_is_no_reason_to_hold(
     assert office.state(queue_id) == "queued"
 
 
-def test_a_dead_worker_is_buried_only_if_its_lease_stays(
+def test_a_worker_is_expired_only_if_its_lease_stays_expired(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id, other = stored(office, spool), stored(office, spool)
@@ -196,28 +196,30 @@ def test_a_dead_worker_is_buried_only_if_its_lease_stays(
         office.renew()
 
     monkeypatch.setattr(fsck, "wait", wait)
-    mended(typed, "dead worker")
+    assert_repairable(typed, "dead worker")
     assert set(waits) == {60.0}
     assert office.states([queue_id, other]) == ["deferred", "sending"]
     assert office.attempts(queue_id) == [(1, 0, "uncertain")]
 
 
-def test_a_worker_that_nobody_knows(office: Office, spool: Spool, typed: Typed) -> None:
+def test_a_delivery_of_an_unknown_worker_is_uncertain(
+    office: Office, spool: Spool, typed: Typed
+) -> None:
     queue_id = stored(office, spool)
     office.claim(queue_id)
     office.change("DELETE FROM workers")
-    mended(typed, "sent by nobody")
+    assert_repairable(typed, "sent by an unknown worker")
     assert office.state(queue_id) == "deferred"
 
 
-def test_what_is_late(office: Office, spool: Spool, typed: Typed) -> None:
+def test_overdue_deliveries_are_reported(office: Office, spool: Spool, typed: Typed) -> None:
     (one,), (two,), _ = (office.claim(stored(office, spool)) for _ in range(3))
     office.record(one, Outcome.DEFERRED)
     office.record(two, Outcome.REJECTED)
     stored(office, spool, "slow:x@example.org")
     office.pass_time(1200)
     office.renew()
-    assert found(typed) == [("notice owed", "-"), ("overdue", "-")], (
+    assert fsck_rows(typed) == [("DSN pending", "-"), ("overdue", "-")], (
         "others are sent: it may wait for a connection"
     )
     office.pass_time(20000)
@@ -230,19 +232,19 @@ def test_what_is_late(office: Office, spool: Spool, typed: Typed) -> None:
         "1 sending",
     ]
     typed("pause", "--route", "slow")
-    assert len(found(typed)) == 3
+    assert len(fsck_rows(typed)) == 3
 
 
-def test_recipients_that_nobody_carries(office: Office, spool: Spool, typed: Typed) -> None:
+def test_recipients_without_a_delivery_are_held(office: Office, spool: Spool, typed: Typed) -> None:
     queue_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
     office.change("DELETE FROM deliveries WHERE number = 2")
-    mended(typed, "recipient without delivery")
+    assert_repairable(typed, "recipient without delivery")
     assert office.state(queue_id, 2) == "held"
     office.change("DELETE FROM recipients WHERE delivery = 1")
-    assert found(typed, "--repair") == [("delivery without recipient", "yes")]
-    assert office.state(queue_id) == "held", "nobody is told of what ends unseen"
-    assert found(typed, "--repair") == [("delivery without recipient", "-")], (
-        "until somebody decides"
+    assert fsck_rows(typed, "--repair") == [("delivery without recipient", "yes")]
+    assert office.state(queue_id) == "held", "no sender is told of mail that ends unseen"
+    assert fsck_rows(typed, "--repair") == [("delivery without recipient", "-")], (
+        "until an operator decides"
     )
     said = [office.delivery(queue_id, number)["last_reply"] for number in (2, 1)]
     assert said == ["held by fsck: it had no delivery", "held by fsck: it has no recipient"]
@@ -253,9 +255,9 @@ def test_recipients_that_nobody_carries(office: Office, spool: Spool, typed: Typ
     office.change("DELETE FROM messages")
     stored(office, spool)
     aged(spool.path(queue_id))
-    assert ("delivery without message", "-") in (rows := found(typed, "--repair"))
+    assert ("delivery without message", "-") in (rows := fsck_rows(typed, "--repair"))
     assert ("file without row", "yes") not in rows, (
-        "what is left of it says that the body may be needed"
+        "the rows that remain say that the body may be needed"
     )
 
 
@@ -266,38 +268,38 @@ def test_a_message_that_lost_all_its_rows_keeps_its_body(
     for table in ("recipients", "deliveries"):
         office.change(f"DELETE FROM {table}")
     aged(spool.path(queue_id))
-    assert found(typed, "--repair") == [("message without recipients", "-")]
+    assert fsck_rows(typed, "--repair") == [("message without recipients", "-")]
     assert queue_id in typed("fsck", status=1).stdout
     assert spool.path(queue_id).exists()
 
 
-def test_repairs_are_on_record(office: Office, spool: Spool, typed: Typed) -> None:
-    lost, broken, nobody = stored(office, spool), office.accept(), stored(office, spool)
-    office.claim(nobody)
+def test_repairs_are_recorded(office: Office, spool: Spool, typed: Typed) -> None:
+    lost, broken, unknown = stored(office, spool), office.accept(), stored(office, spool)
+    office.claim(unknown)
     office.change("DELETE FROM workers")
     office.change("DELETE FROM deliveries WHERE queue_id = @id(:id)", id=lost)
     path = orphan(spool)
     stored(office, spool)
-    assert len(found(typed)) == 4
+    assert len(fsck_rows(typed)) == 4
     assert office.rows("SELECT * FROM audit") == []
-    assert {repaired for _, repaired in found(typed, "--repair")} == {"yes"}
+    assert {repaired for _, repaired in fsck_rows(typed, "--repair")} == {"yes"}
     sql = """SELECT a.reason, a.filter, a.matched, @hex(t.queue_id) AS id FROM audit a
         LEFT JOIN audit_deliveries t ON t.action = a.id WHERE a.verb = 'fsck' AND a.actor LIKE '%@%' ORDER BY a.id"""
     assert [tuple(row.values()) for row in office.rows(sql)] == [
-        ("sent by nobody", "", 1, nobody),
+        ("sent by an unknown worker", "", 1, unknown),
         ("recipient without delivery", "", 1, lost),
         ("file without row", f"--id {path.name}", 0, None),
         (f"no body file {broken}", f"--id {broken}", 1, broken),
     ]
-    assert office.attempts(nobody) == [(1, 0, "uncertain")], "it may have been sent"
+    assert office.attempts(unknown) == [(1, 0, "uncertain")], "it may have been sent"
 
 
-def test_who_was_buried_is_on_record(office: Office, spool: Spool, typed: Typed) -> None:
+def test_an_expired_worker_is_recorded(office: Office, spool: Spool, typed: Typed) -> None:
     queue_id = stored(office, spool)
     office.claim(queue_id, worker=(dead := office.hire()))
     office.ask(queue_id, "hold")
     office.change("UPDATE workers SET lease_expires_at = @ago(1000) WHERE id = @id(:id)", id=dead)
-    assert found(typed, "--repair") == [("dead worker", "yes")]
+    assert fsck_rows(typed, "--repair") == [("dead worker", "yes")]
     assert [row["reason"] for row in office.rows("SELECT reason FROM audit")] == [
         f"dead worker {dead}"
     ]
@@ -308,36 +310,37 @@ def test_who_was_buried_is_on_record(office: Office, spool: Spool, typed: Typed)
 
 
 @pytest.mark.parametrize(
-    "what", ["sent by nobody", "delivery without recipient", "recipient without delivery"]
+    "what",
+    ["sent by an unknown worker", "delivery without recipient", "recipient without delivery"],
 )
-def test_many_are_mended_in_chunks(
+def test_many_rows_are_repaired_in_chunks(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    for module in (actions, fsck):
+    for module in (audit, fsck):
         monkeypatch.setattr(module, "CHUNK", 2)
-    chunks, note = list[int](), actions.AuditEntry.note
+    chunks, note = list[int](), audit.AuditEntry.note
 
-    def noting(self: actions.AuditEntry, connection: Connection, matched: int, *keys: str) -> None:
+    def noting(self: audit.AuditEntry, connection: Connection, matched: int, *keys: str) -> None:
         chunks.append(matched)
         note(self, connection, matched, *keys)
 
-    monkeypatch.setattr(actions.AuditEntry, "note", noting)
+    monkeypatch.setattr(audit.AuditEntry, "note", noting)
     ids = [stored(office, spool) for _ in range(5)]
-    if what == "sent by nobody":
+    if what == "sent by an unknown worker":
         office.claim(*ids)
         office.ask(ids[0], "bounce")
-    gone = {"sent by nobody": "workers", "delivery without recipient": "recipients"}.get(
+    gone = {"sent by an unknown worker": "workers", "delivery without recipient": "recipients"}.get(
         what, "deliveries"
     )
     office.change(f"DELETE FROM {gone}")
-    assert found(typed, "--repair") == [(what, "yes")]
+    assert fsck_rows(typed, "--repair") == [(what, "yes")]
     assert chunks == [2, 2, 1]
     assert [tuple(row.values()) for row in office.rows("SELECT reason, matched FROM audit")] == [
         (what, 5)
     ]
-    if what == "sent by nobody":
+    if what == "sent by an unknown worker":
         assert office.states(ids) == ["bounced", *["deferred"] * 4], (
-            "what an operator wanted comes first"
+            "the pending operation comes first"
         )
     else:
         assert set(office.states(ids)) == {"held"}
@@ -346,12 +349,12 @@ def test_many_are_mended_in_chunks(
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ("due_at = NULL", "not due"),
-        ("state = 'held'", "due for nothing"),
-        ("state = 'bounced', due_at = NULL", "end without time"),
+        ("due_at = NULL", "no due time"),
+        ("state = 'held'", "useless due time"),
+        ("state = 'bounced', due_at = NULL", "no finish time"),
     ],
 )
-def test_impossible_rows(
+def test_impossible_rows_are_repaired(
     office: Office, spool: Spool, typed: Typed, change: str, what: str
 ) -> None:
     stored(office, spool)
@@ -365,21 +368,23 @@ def test_impossible_rows(
         connection.execute(text(f"UPDATE deliveries SET {change}"))
         if not office.spell.postgresql:
             connection.execute(text("PRAGMA ignore_check_constraints = OFF"))
-    mended(typed, what)
+    assert_repairable(typed, what)
 
 
-def test_a_stuffed_broker(office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lists_at_the_broker_are_reported(
+    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fsck, "broker_lists", lambda _settings: {"fresh": 5000, "retry": 3})
     assert [row["words"] for row in lines(typed("fsck", "--json", status=1))] == [
         "5000 hints in fresh"
     ]
     monkeypatch.setattr(fsck, "broker_lists", lambda _settings: {})
-    assert "the broker does not answer: mail moves without it" in typed("fsck").stderr, (
-        "which is no fault of the queue"
+    assert "the broker does not answer: mail is delivered without it" in typed("fsck").stderr, (
+        "which is no inconsistency of the queue"
     )
 
 
-def test_what_waits_at_the_broker(broker_url: str) -> None:
+def test_the_lists_at_the_broker_are_counted(broker_url: str) -> None:
     settings = load(Settings, broker_url=broker_url)
     celery_app(settings).send_task("deliver", args=[[new_id()]], queue=QUEUES[0], retry=False)
     assert broker_lists(settings) == {"fresh": 1, "retry": 0}
@@ -388,7 +393,7 @@ def test_what_waits_at_the_broker(broker_url: str) -> None:
     )
 
 
-def test_ids_are_told(office: Office, spool: Spool, typed: Typed) -> None:
+def test_ids_are_printed_as_people_see_them(office: Office, spool: Spool, typed: Typed) -> None:
     queue_id = office.accept()
     assert queue_id in typed("fsck", status=1).stdout
     assert dashed(queue_id) not in typed("fsck", status=1).stdout

@@ -1,5 +1,5 @@
-"""A long queue on the command line: read by one statement, held by nobody; and what a terminal and
-a shell get."""
+"""A long queue on the command line: read by one statement, never held in memory; and the output on
+a terminal and in a shell."""
 
 import io
 import itertools
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from commands.cli import completion
 from commands.cli.main import main
-from commands.ops import show as inspect
+from commands.ops import show
 from commands.output import write, write_lines
 from relay.db.engine import connect, reading
 from relay.db.schema import Outcome
@@ -39,7 +39,7 @@ def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Type
 
 @pytest.fixture
 def statements(office: Office) -> Iterator[list[str]]:
-    """What the office's engine is asked from here on."""
+    """The statements that the engine executes from now on."""
     asked: list[str] = []
 
     def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
@@ -50,7 +50,7 @@ def statements(office: Office) -> Iterator[list[str]]:
     event.remove(office.engine, "before_cursor_execute", note)
 
 
-def test_a_long_queue_is_one_statement_and_a_little_memory(
+def test_long_queue_takes_one_statement_and_little_memory(
     office: Office, statements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     addresses = [f"recipient{n}@example.org" for n in range(100)]
@@ -78,7 +78,7 @@ def test_a_long_queue_is_one_statement_and_a_little_memory(
     assert peak < 5 << 20, "all the rows are fifteen megabytes"
 
 
-def test_pages_are_the_same_however_they_are_found(office: Office) -> None:
+def test_pages_do_not_depend_on_the_plan(office: Office) -> None:
     queue = QueueReader(office.engine)
     office.intake.commit(
         [new_message("a@example.org", "b@example.org") for _ in range(1001)]
@@ -112,7 +112,7 @@ def test_sqlite_finds_a_page_in_order_without_sorting(clean_sqlite_url: str) -> 
     assert {row[-1] for row in plan[3:]} <= {"USE TEMP B-TREE FOR RIGHT PART OF ORDER BY"}
 
 
-def test_sqlite_looks_at_what_is_held_or_being_sent_and_at_nothing_else(
+def test_sqlite_reads_only_held_or_sending_deliveries(
     clean_sqlite_url: str,
 ) -> None:
     engine = connect(clean_sqlite_url)
@@ -128,7 +128,7 @@ def test_sqlite_looks_at_what_is_held_or_being_sent_and_at_nothing_else(
     engine.dispose()
 
 
-def test_postgresql_goes_on_where_a_page_ended(clean_postgres_url: str) -> None:
+def test_postgresql_starts_a_page_where_the_last_one_ended(clean_postgres_url: str) -> None:
     with opened(clean_postgres_url) as office:
         queue_id = [office.accept() for _ in range(9)][4]
         office.change("ANALYZE")
@@ -146,7 +146,7 @@ def test_postgresql_goes_on_where_a_page_ended(clean_postgres_url: str) -> None:
     assert len(begins) == 3, "in each of the three tables"
 
 
-def test_a_page_of_what_an_index_finds_is_no_cursor(office: Office) -> None:
+def test_page_that_an_index_finds_uses_no_cursor(office: Office) -> None:
     """PostgreSQL would plan it as if a tenth of its rows were wanted."""
     queue_id, streamed = office.accept(), list[bool]()
 
@@ -168,10 +168,10 @@ def test_a_page_of_what_an_index_finds_is_no_cursor(office: Office) -> None:
     assert streamed == [False, True, True]
 
 
-def test_what_no_index_finds_is_looked_for_so_far_and_then_further(
+def test_page_without_an_index_scans_a_bounded_part(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay.report.queries.LOOKED_AT", 3)
+    monkeypatch.setattr("relay.report.queries.SCAN_LIMIT", 3)
     monkeypatch.setattr("relay.report.queries._FEW", 2)
     queue = QueueReader(office.engine)
     senders = ["one@example.com" if n == 2 else "many@example.com" for n in range(8)]
@@ -199,7 +199,7 @@ def test_what_no_index_finds_is_looked_for_so_far_and_then_further(
     assert seen == ids[::-1]
 
 
-def test_limits_and_filters_mean_the_same_everywhere(office: Office, typed: Typed) -> None:
+def test_limits_and_filters_mean_the_same_in_every_output(office: Office, typed: Typed) -> None:
     office.accept("a@example.org", header_message_id="<1@example.com>")
     office.accept("b@example.org", header_message_id="<2@example.com>", sender="")
     for words, expected in {
@@ -212,7 +212,7 @@ def test_limits_and_filters_mean_the_same_everywhere(office: Office, typed: Type
     assert [row["recipient"] for row in lines(dry)] == ["b@example.org"]
 
 
-def test_the_domain_of_an_address_has_no_capitals(office: Office, typed: Typed) -> None:
+def test_domain_of_an_address_is_case_insensitive(office: Office, typed: Typed) -> None:
     for address in (
         "You@Example.ORG",
         "You@example.org",
@@ -235,7 +235,7 @@ def test_the_domain_of_an_address_has_no_capitals(office: Office, typed: Typed) 
     )
 
 
-def test_an_address_is_found_by_its_index(office: Office) -> None:
+def test_address_is_found_by_its_index(office: Office) -> None:
     for column, table in (("sender", "messages"), ("address", "recipients")):
         where, given = address_is(column, "You@Example.org")
         explain = "EXPLAIN" if office.spell.postgresql else "EXPLAIN QUERY PLAN"
@@ -245,7 +245,7 @@ def test_an_address_is_found_by_its_index(office: Office) -> None:
         assert re.search(rf"{table}_{column}\b.*(~>=~|>\?)", plan), plan
 
 
-def test_a_server_is_spelt_as_pause_spells_it(office: Office, typed: Typed) -> None:
+def test_server_filter_takes_the_spelling_of_pause(office: Office, typed: Typed) -> None:
     queue_id = office.accept()
     office.record(office.claim(queue_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
     for spelt in ("127.0.0.1", "127.0.0.1:628", "127.*"):
@@ -256,7 +256,7 @@ def test_a_server_is_spelt_as_pause_spells_it(office: Office, typed: Typed) -> N
     assert "bad QMQP server" in typed("list", "--server", "host:port", status=2).output
 
 
-def test_who_names_a_message_finds_it_finished_too(office: Office, typed: Typed) -> None:
+def test_filter_by_message_finds_finished_mail(office: Office, typed: Typed) -> None:
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     assert typed("list", "--all", status=1).stderr == "qmqp-relay: no mail is kept\n"
     queue_id = office.accept(header_message_id="<1@example.com>")
@@ -265,15 +265,15 @@ def test_who_names_a_message_finds_it_finished_too(office: Office, typed: Typed)
         assert [row["state"] for row in lines(typed("list", "--json", *words))] == ["delivered"]
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     hint = typed("list", "--recipient", "b@example.org", status=1).stderr
-    assert hint == "qmqp-relay: nothing like that is unfinished; --all looks further\n"
+    assert hint == "qmqp-relay: no unfinished mail matches; try --all\n"
     assert (
         typed("list", "--all", "--recipient", "x", status=1).stderr
-        == "qmqp-relay: nothing like that\n"
+        == "qmqp-relay: no mail matches\n"
     )
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_database_without_our_tables_says_what_to_do(
+def test_database_without_tables_is_explained(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     (tmp_path / "empty.db").touch()
@@ -299,7 +299,7 @@ def test_a_database_without_our_tables_says_what_to_do(
         )
 
 
-def test_a_long_table_begins_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_table_is_printed_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdout", screen)
@@ -334,7 +334,7 @@ def test_a_queue_fits_the_terminal(
     office.record(office.claim(queue_id)[0], Outcome.DEFERRED, reply=reply)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
-    assert write(QueueReader(office.engine).rows(Filter()), inspect.COLUMNS) == 1
+    assert write(QueueReader(office.engine).rows(Filter()), show.COLUMNS) == 1
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= width
     assert queue_id[-12:] in shown
@@ -342,7 +342,7 @@ def test_a_queue_fits_the_terminal(
     assert ("SENDER" in shown) == (width > 100)
 
 
-def test_watching_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[float] = []
 
     def pause(seconds: float) -> None:
@@ -350,9 +350,9 @@ def test_watching_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -
         if len(looks) == 3:
             raise KeyboardInterrupt
 
-    assert inspect.watched(2.0, lambda: 1, pause) == 1
+    assert show.watched(2.0, lambda: 1, pause) == 1
     assert looks == [2.0, 2.0, 2.0]
-    assert inspect.watched(None, lambda: 0, pause) == 0
+    assert show.watched(None, lambda: 0, pause) == 0
     assert len(looks) == 3
 
 
@@ -373,16 +373,16 @@ def test_an_outage_does_not_end_a_watch(
             raise KeyboardInterrupt
 
     url = os.environ["RELAY_DATABASE_URL"]
-    assert inspect.watched(0.5, lambda: inspect.show_why(queue_id, json_lines=False), pause) == 0
+    assert show.watched(0.5, lambda: show.show_why(queue_id, json_lines=False), pause) == 0
     shown = capsys.readouterr()
     assert shown.out.count("b@example.org: queued") == 2
     assert shown.err.startswith("qmqp-relay: database: connection")
     with pytest.raises(NoSuchMessage):
-        inspect.watched(0.5, lambda: inspect.show_message("f" * 32, json_lines=False), pause)
+        show.watched(0.5, lambda: show.show_message("f" * 32, json_lines=False), pause)
 
 
 def completed(line: str) -> set[str]:
-    """What the shell is offered at the end of the line."""
+    """The completions that the shell gets at the end of the line."""
     words = line.split(" ")
     environ = {
         "_QMQP_RELAY_COMPLETE": "complete_bash",
@@ -392,43 +392,41 @@ def completed(line: str) -> set[str]:
     return set(CliRunner().invoke(main, [], env=environ, prog_name="qmqp-relay").output.split())
 
 
-def test_the_shell_completes_routes_and_servers(
+def test_shell_completes_routes_and_servers(
     office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     office.sweeps.publish_routes(
         office.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]}
     )
     typed("pause", "--route", "gone")
-    monkeypatch.setattr(completion, "PATIENCE", 30.0)
+    monkeypatch.setattr(completion, "TIMEOUT", 30.0)
     assert completed("qmqp-relay list --route ") == {"default", "bulk", "gone"}
     assert completed("qmqp-relay pause --server mx") == {"mx1:628", "mx2:628"}
     monkeypatch.setenv("RELAY_DATABASE_URL", "postgresql://127.0.0.1:1/x")
     assert completed("qmqp-relay list --route ") == set()
-    monkeypatch.setattr(completion, "PATIENCE", 0.0)
+    monkeypatch.setattr(completion, "TIMEOUT", 0.0)
     monkeypatch.setattr(completion, "_known", lambda kind: threading.Event().wait(60))
     assert completed("qmqp-relay list --route ") == set()
 
 
-def test_the_shell_completes_commands_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shell_completes_commands_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"retry", "release", "resume"} <= completed("qmqp-relay re")
     assert completed("qmqp-relay list --state d") == {"deferred", "delivered", "dropped"}
     assert "--older-than" in completed("qmqp-relay drop --o")
 
 
-def test_on_a_terminal_a_stored_message_moves_no_cursor(
+def test_stored_control_characters_are_escaped_on_a_terminal(
     office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = office.accept()
     spool.store(queue_id, [b"Subject: \x1b]0;x\x07\n\n\xff\x1b[2J\n".ljust(100, b"x")])
     assert b"\x1b" in typed("body", queue_id).stdout_bytes
-    monkeypatch.setattr(
-        inspect, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
-    )
+    monkeypatch.setattr(show, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
     assert "\x1b" not in typed("body", queue_id).stdout
     assert "\\x1b]0;x\\x07" in typed("headers", queue_id).stdout
 
 
-def test_what_stats_cuts_it_counts(
+def test_stats_counts_the_rows_that_it_leaves_out(
     office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     office.intake.commit(
@@ -447,13 +445,13 @@ def test_what_stats_cuts_it_counts(
     assert (ages[-1]["under_5m"], ages[-1]["older"]) == (6, 0)
     for _ in range(3):
         office.hire()
-    monkeypatch.setattr(inspect, "MANY", 2)
+    monkeypatch.setattr(show, "MAX_WORKERS", 2)
     shown = typed("stats").stdout
-    assert "\nand 2 more, which are sending 0\n" in shown
+    assert "\nand 2 more workers, which are sending 0 deliveries\n" in shown
     assert len([row for row in lines(typed("stats", "--json")) if row["kind"] == "worker"]) == 4
 
 
-def test_stats_tells_what_came_in(office: Office, typed: Typed) -> None:
+def test_stats_reports_accepted_mail(office: Office, typed: Typed) -> None:
     for _ in range(3):
         office.accept()
     notice = office.accept(sender="", dsn_of=office.accept())
@@ -475,21 +473,21 @@ def test_stats_tells_what_came_in(office: Office, typed: Typed) -> None:
     assert received() == (0, 0, 0)
 
 
-def test_a_server_that_is_left_alone_says_why(
+def test_open_circuit_is_listed_with_its_reason(
     office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     office.sweeps.publish_open_circuits(office.worker, {"192.0.2.7:628": "450 too busy"})
     typed("pause", "--server", "192.0.2.8")
-    now = {row["server"]: inspect._now(row) for row in QueueReader(office.engine).servers()}
+    now = {row["server"]: show._circuit(row) for row in QueueReader(office.engine).servers()}
     assert now.pop("192.0.2.8:628").startswith("paused for ")
-    assert now == {"192.0.2.7:628": "left alone: 450 too busy"}
+    assert now == {"192.0.2.7:628": "circuit open: 450 too busy"}
 
 
 @pytest.mark.parametrize(
-    "pending_operation", [Filter(), Filter(route="default")], ids=["everything", "a route"]
+    "wanted", [Filter(), Filter(route="default")], ids=["everything", "a route"]
 )
-def test_lines_say_what_rows_say(office: Office, wanted: Filter) -> None:
-    """Whoever makes the text: the database for pipes and programs, or Python from the same rows."""
+def test_lines_equal_rows(office: Office, wanted: Filter) -> None:
+    """The database makes the text for pipes and programs; Python makes it from the same rows."""
     queue = QueueReader(office.engine)
     office.accept('"100%s \\t\\n"@example.org', "b@example.org")
     office.accept("c@example.org")

@@ -1,5 +1,4 @@
-"""What the collector says is what the tables hold, on either database, and it says when there is
-none."""
+"""The queue's metrics equal the tables, on both databases, and report an outage of the database."""
 
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def message(queue_id: str) -> NewMessage:
     )
 
 
-def test_queue(database_url: str, tmp_path: Path):
+def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
     settings = WorkerSettings(database_url=database_url, grace=0.001)
     engine = database.connect(database_url, hot=True)
     ids = sorted(new_id() for _ in range(6))
@@ -83,7 +82,7 @@ def test_queue(database_url: str, tmp_path: Path):
     assert by_state("oldest_age_seconds")["deferred"] == pytest.approx(3600, abs=120)
     assert by_state("oldest_age_seconds")["queued"] == pytest.approx(0, abs=120)
     assert seen("relay_deliveries", {"state": "bounced"}) is None
-    assert seen("relay_notices_owed") == 1
+    assert seen("relay_dsns_pending") == 1
     assert seen("relay_workers_alive") == 1
     assert seen("relay_uncertain_attempts") == 1
     paused = [
@@ -94,7 +93,7 @@ def test_queue(database_url: str, tmp_path: Path):
     engine.dispose()
 
 
-def test_an_empty_queue_has_zeros(database_url: str, tmp_path: Path):
+def test_empty_queue_has_zeros(database_url: str, tmp_path: Path):
     engine = database.connect(database_url)
     seen = scrape(QueueMetrics(engine, Spool(tmp_path))).get_sample_value
     assert [seen("relay_deliveries", {"state": "held"}), seen("relay_workers_alive")] == [0, 0]
@@ -102,10 +101,10 @@ def test_an_empty_queue_has_zeros(database_url: str, tmp_path: Path):
     engine.dispose()
 
 
-def test_database_down_and_back(
+def test_outage_of_the_database_is_reported(
     postgres_url: str, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(metrics, "FRESH", 0.0)
+    monkeypatch.setattr(metrics, "MIN_INTERVAL", 0.0)
     engine = database.connect(postgres_url)
     queue = QueueMetrics(engine, Spool(tmp_path), lambda: {"fresh": 3})
 

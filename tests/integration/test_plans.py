@@ -147,14 +147,14 @@ def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) ->
         DsnGenerator(crowded.engine, spool, settings, lambda _: "idle"),
     )
     assert len(crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)) == 1
-    generator._next_round = float("inf")  # nothing is late: test_debts has what a round looks at
+    generator._next_round = float("inf")  # nothing is late: test_dsn_generator tests the scan
     with server_reply(crowded) as statements:
         sweeps.paused()
         assert sweeps.bring_near(10, 3600.0, ["dead", "idle"]) == 0
         assert sweeps.requeue_due(10) == []
         assert sweeps.expire_stuck_transfers() == sweeps.rescue_unowned() == 0
         assert sweeps.expired_leases() == []
-        assert generator.settle(10) == generator.warn(10) == []
+        assert generator.generate(10) == generator.warn(10) == []
         lease = str(
             crowded.rows("SELECT CAST(lease_expires_at AS text) AS lease_expires_at FROM workers")[
                 0

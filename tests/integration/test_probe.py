@@ -1,5 +1,4 @@
-"""What a probe finds out about a server: our sink in its characters, a real Postfix, and whatever
-else may listen."""
+"""The results of a probe: of the sink with its presets, of a real Postfix, and of other servers."""
 
 import asyncio
 import json
@@ -23,8 +22,8 @@ from tests.waiting import until
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody here takes a second to say that it does not want us."""
-    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    """Do not wait for a late refusal: the servers here refuse at once."""
+    monkeypatch.setattr(module, "REFUSAL_DELAY", 0.1)
 
 
 def ask(port: int = 0, path: str | None = None, reply: float = 5.0) -> ProbeResult:
@@ -42,8 +41,8 @@ def typed(*words: str) -> Result:
 def speaking(
     first: bytes, *, then: bytes | None = None, close: bool = False
 ) -> Iterator[tuple[int, list[bytes]]]:
-    """A server that says `first` to everybody, `then` to whoever says something; its port, and what
-    it heard."""
+    """A server that sends `first` to each client, and `then` after each read; its port, and the bytes
+    that it read."""
     server_reply: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
@@ -72,7 +71,7 @@ def speaking(
 @pytest.mark.parametrize(
     ("preset", "family"), [("strict", "postfix"), ("postfix", "postfix"), ("qmail", "qmail")]
 )
-def test_the_characters_of_our_sink(preset: str, family: str) -> None:
+def test_the_presets_of_the_sink_are_told_apart(preset: str, family: str) -> None:
     with running_sink(preset=preset) as sink:
         found = ask(sink.port)
         assert (found.reachable, found.allowed, found.family) == (True, True, family), found
@@ -100,8 +99,8 @@ def netstring(text: bytes) -> bytes:
 
 @contextmanager
 def serving(answer: Callable[[bytes], bytes | None]) -> Iterator[int]:
-    """A server that closes a connection with what `answer` makes of all that came, as soon as that
-    is not None; its port."""
+    """A server that passes all bytes so far to `answer`, and closes with its result once that is not
+    None; its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
 
@@ -128,7 +127,7 @@ def serving(answer: Callable[[bytes], bytes | None]) -> Iterator[int]:
 
 
 def qmail_ldap(server_reply: bytes) -> bytes | None:
-    """Its saferead, made with QMQP_COMPRESS: what is no digit begins zlib's data."""
+    """Its saferead, built with QMQP_COMPRESS: a byte that is no digit begins zlib data."""
     try:
         zlib.decompressobj().decompress(server_reply)
     except zlib.error as error:
@@ -139,7 +138,7 @@ def qmail_ldap(server_reply: bytes) -> bytes | None:
 
 
 def qrelay(server_reply: bytes) -> bytes | None:
-    """It closes when a length is none, and parses the message when the netstring is whole."""
+    """It closes at a bad length, and parses the message when the netstring is complete."""
     if server_reply and not server_reply[:1].isdigit():
         return b""
     return netstring(b"Dmalformed input") if server_reply.endswith(b",") else None
@@ -152,7 +151,7 @@ def mailfront(server_reply: bytes) -> bytes | None:
 @pytest.mark.parametrize(("server", "family"), [
     (qmail_ldap, "qmail-ldap"), (qrelay, "qrelay"), (mailfront, "mailfront"),
 ])  # fmt: skip
-def test_families_that_answer_in_words_of_their_own(
+def test_families_with_replies_of_their_own(
     server: Callable[[bytes], bytes | None], family: str
 ) -> None:
     with serving(server) as port:
@@ -160,25 +159,25 @@ def test_families_that_answer_in_words_of_their_own(
     assert (found.reachable, found.allowed, found.family) == (True, True, family), found
 
 
-def test_a_real_qmqpd_that_lets_us_in(postfix: Postfix) -> None:
+def test_a_real_qmqpd_that_allows_this_client(postfix: Postfix) -> None:
     found = ask(postfix.port)
     assert (found.reachable, found.allowed, found.family) == (True, True, "postfix"), found
     assert b"netstring format error" in found.said
 
 
-def test_a_real_qmqpd_that_does_not(postfix: Postfix) -> None:
+def test_a_real_qmqpd_that_does_not_allow_this_client(postfix: Postfix) -> None:
     found = ask(postfix.closed_port)
     assert (found.reachable, found.allowed, found.family) == (True, False, "postfix"), found
     assert b"is not authorized to use this service" in found.said
 
 
-def test_a_real_qmqpd_that_never_says_d(postfix: Postfix) -> None:
+def test_a_real_qmqpd_with_soft_bounce(postfix: Postfix) -> None:
     found = ask(postfix.soft_port)
     assert (found.allowed, found.family) == (True, "postfix"), found
     assert "soft_bounce" in found.words
 
 
-def test_nothing_is_in_the_queue_of_any_of_them(postfix: Postfix) -> None:
+def test_a_probe_leaves_no_message_in_postfix(postfix: Postfix) -> None:
     queue = postfix.directory / "queue/incoming"
     before = set(queue.iterdir())
     for port in (postfix.port, postfix.closed_port, postfix.soft_port):
@@ -188,7 +187,7 @@ def test_nothing_is_in_the_queue_of_any_of_them(postfix: Postfix) -> None:
     )  # what it begins and throws away may be there for a moment
 
 
-def test_a_server_that_is_silent() -> None:
+def test_a_silent_server_is_of_no_known_family() -> None:
     with speaking(b"") as (port, server_reply):
         found = ask(port, reply=0.2)
     assert (found.reachable, found.allowed, found.family) == (True, None, "other")
@@ -214,7 +213,7 @@ def test_a_server_of_another_protocol(banner: bytes) -> None:
     assert "no QMQP reply" in found.words
 
 
-def test_an_acceptance_of_nothing_is_no_good_sign() -> None:
+def test_a_K_to_no_message_is_of_no_known_family() -> None:
     with speaking(b"", then=b"3:KOk,") as (port, _):
         found = ask(port)
     assert (found.allowed, found.family) == (None, "other")
@@ -225,27 +224,29 @@ def test_a_server_that_closes_at_once() -> None:
     with speaking(b"", close=True) as (port, _):
         found = ask(port)
     assert (found.reachable, found.allowed, found.family) == (True, None, "other")
-    assert "before anything was sent" in found.words, "as a tcpserver does that does not let us in"
+    assert "before anything was sent" in found.words, (
+        "as tcpserver does to a client that is not allowed"
+    )
 
 
-def test_a_chatterbox_is_cut_short() -> None:
+def test_a_long_answer_is_cut() -> None:
     with speaking(b"y" * 100_000) as (port, _):
         assert len(ask(port, reply=0.5).said) <= 8192
 
 
-def test_a_name_that_nobody_has() -> None:
+def test_an_unknown_name_is_unreachable() -> None:
     found = asyncio.run(probe(host="nonesuch.invalid", connect=5.0))
     assert (found.reachable, found.family) == (False, "none")
     assert "Unknown error" not in found.words
 
 
-def test_a_name_that_can_be_none() -> None:
+def test_an_invalid_name_is_unreachable() -> None:
     found = asyncio.run(probe(host="a" * 64 + ".example.com", connect=5.0))
     assert (found.reachable, found.family) == (False, "none")
 
 
 def test_a_qmail_of_before_2022_takes_any_byte_for_a_digit() -> None:
-    """It closes at the tenth, when the length that it makes of them is too long."""
+    """It closes at the tenth byte, when the length that it has read is too large."""
     server_reply = b""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -276,7 +277,7 @@ def test_nothing_listens() -> None:
 # ------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_it_in_words_and_by_its_status(postfix: Postfix) -> None:
+def test_the_command_reports_by_text_and_exit_status(postfix: Postfix) -> None:
     done = typed(f"127.0.0.1:{postfix.port}")
     assert done.exit_code == 0
     assert "postfix" in done.stdout
@@ -287,19 +288,19 @@ def test_the_command_says_it_in_words_and_by_its_status(postfix: Postfix) -> Non
     assert "not authorized" in row["said"]
 
 
-def test_the_command_and_a_server_that_is_not_there(tmp_path: Path) -> None:
+def test_the_command_fails_for_a_missing_server(tmp_path: Path) -> None:
     done = typed(f"unix:{tmp_path}/none", "--json")
     assert done.exit_code == 3
     assert json.loads(done.stdout)["reachable"] is False
 
 
-def test_the_command_names_what_is_no_server() -> None:
+def test_the_command_names_an_invalid_server() -> None:
     done = typed("host:port")
     assert done.exit_code == 2
     assert "host:port" in done.output
 
 
-def test_no_byte_of_a_server_reaches_the_terminal() -> None:
+def test_bytes_of_a_server_are_escaped() -> None:
     with speaking(b"\x1b[31m\xffred\r\n") as (port, _):
         done = typed(f"127.0.0.1:{port}", "--timeout", "0.3")
     assert done.stdout.isascii()
@@ -307,9 +308,9 @@ def test_no_byte_of_a_server_reaches_the_terminal() -> None:
     assert done.exit_code == 1
 
 
-def test_a_postfix_that_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """qmqpd_error_delay: a second passes before it says no."""
-    monkeypatch.setattr(module, "_PATIENCE", 1.5)
+def test_a_late_refusal_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """qmqpd_error_delay: Postfix refuses after a second."""
+    monkeypatch.setattr(module, "REFUSAL_DELAY", 1.5)
     with running_sink(Rule(Answer(b"D", b"Error: x is not authorized to use this service", at=0, delay=0.5)),
                       preset=Preset()) as sink:  # fmt: skip
         assert ask(sink.port).allowed is False

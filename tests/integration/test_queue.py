@@ -1,5 +1,5 @@
-"""Looking at the queue, on both databases: every filter, ids by their end, and a long queue without
-holding it."""
+"""The queue reader on both databases: every filter, ids by their end, and long queues that are
+streamed."""
 
 import itertools
 from collections.abc import Generator
@@ -23,7 +23,7 @@ def found(queue: QueueReader, **wanted: object) -> list[str]:
     return [row["queue_id"] for row in queue.rows(Filter(**wanted))]  # type: ignore[arg-type]
 
 
-def test_every_filter(office: Office, queue: QueueReader) -> None:
+def test_every_filter_selects_its_rows(office: Office, queue: QueueReader) -> None:
     one = office.accept("ann@example.org", sender="news@example.com", header_message_id="<1@x>")
     two = office.accept("bulk:bob_1@example.net", sender="")
     three = office.accept("bobX1@EXAMPLE.net", sender="it's 100%@example.com")
@@ -53,7 +53,7 @@ def test_every_filter(office: Office, queue: QueueReader) -> None:
     assert found(queue, sender="*\\*") == []
 
 
-def test_older_than(office: Office, queue: QueueReader) -> None:
+def test_older_than_filters_by_age(office: Office, queue: QueueReader) -> None:
     old = f"{int((datetime.now(UTC).timestamp() - 7200) * 1000):012x}7" + "0" * 19
     office.intake.commit([new_message(queue_id=old)])
     young = office.accept()
@@ -72,7 +72,7 @@ def test_finished_rows_are_history(office: Office, queue: QueueReader) -> None:
     assert row["finished_at"] <= datetime.now(UTC)
 
 
-def test_a_row_has_what_people_ask_for(office: Office, queue: QueueReader) -> None:
+def test_row_has_the_columns_of_the_view(office: Office, queue: QueueReader) -> None:
     queue_id = office.accept(
         "x@example.org", sender="s@example.com", dsn_of=office.accept("other@example.org")
     )
@@ -96,14 +96,14 @@ def test_a_row_has_what_people_ask_for(office: Office, queue: QueueReader) -> No
     assert len(row["dsn_of"]) == 32
 
 
-def test_a_long_queue_is_streamed(office: Office, queue: QueueReader) -> None:
+def test_long_queue_is_streamed(office: Office, queue: QueueReader) -> None:
     office.intake.commit(
         [new_message(*(f"r{n}@example.org" for n in range(10))) for _ in range(300)]
     )
     rows = queue.rows(Filter())
     first = list(itertools.islice(rows, 5))
     assert [row["position"] for row in first] == [1, 2, 3, 4, 5]
-    office.claim(first[0]["queue_id"])  # nobody is locked out meanwhile
+    office.claim(first[0]["queue_id"])  # the stream locks no row
     assert len(list(rows)) == 2995
     assert len(list(queue.rows(Filter(), limit=7))) == 7
     half_read = queue.rows(Filter())
@@ -112,7 +112,7 @@ def test_a_long_queue_is_streamed(office: Office, queue: QueueReader) -> None:
     half_read.close()
 
 
-def test_ids_by_any_unique_end(office: Office, queue: QueueReader) -> None:
+def test_id_is_found_by_any_unique_end(office: Office, queue: QueueReader) -> None:
     queue_id = office.accept()
     twin = queue_id[:10] + "0000" + queue_id[14:]
     office.intake.commit([new_message(queue_id=twin)])
@@ -131,14 +131,14 @@ def test_ids_by_any_unique_end(office: Office, queue: QueueReader) -> None:
     for text, words in (
         ("f" * 32, "no message"),
         ("ffff", "no message"),
-        ("abc", "no queue id"),
-        ("%", "no queue id"),
+        ("abc", "not a queue id"),
+        ("%", "not a queue id"),
     ):
         with pytest.raises(NoSuchMessage, match=words):
             queue.resolve(text)
 
 
-def test_everything_about_a_message(office: Office, queue: QueueReader) -> None:
+def test_message_has_recipients_deliveries_and_attempts(office: Office, queue: QueueReader) -> None:
     queue_id = office.accept("x@example.org", "bulk:y@example.org", "z@example.org")
     office.record(office.claim(queue_id)[0], Outcome.DEFERRED)
     office.pass_time(60)
@@ -161,7 +161,7 @@ def test_everything_about_a_message(office: Office, queue: QueueReader) -> None:
     assert queue.message("f" * 32) is None
 
 
-def test_what_the_whole_looks_like(office: Office, queue: QueueReader) -> None:
+def test_summary_and_servers_count_the_queue(office: Office, queue: QueueReader) -> None:
     assert (queue.summary(), queue.servers()) == ([], [])
     office.accept("x@example.org", "bulk:y@example.org")
     (late,) = office.claim(office.accept())
@@ -184,7 +184,7 @@ def test_what_the_whole_looks_like(office: Office, queue: QueueReader) -> None:
     )
 
 
-def test_workers(office: Office, queue: QueueReader) -> None:
+def test_workers_are_listed(office: Office, queue: QueueReader) -> None:
     office.claim(office.accept(), office.accept())
     gone = office.hire()
     office.ledger.retire(gone)
@@ -198,7 +198,7 @@ def test_workers(office: Office, queue: QueueReader) -> None:
     assert (ended["id"], bool(ended["alive"]), ended["end_reason"]) == (gone, False, "stopped")
 
 
-def test_a_filter_as_it_would_be_typed() -> None:
+def test_filter_is_shown_as_options() -> None:
     assert Filter().shown() == ""
     wanted = Filter(states=("held", "queued"), sender="", older_than=60.0)
     assert wanted.shown() == "--state held --state queued --sender '' --older-than 60s"

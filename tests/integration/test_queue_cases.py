@@ -95,7 +95,7 @@ def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> No
     assert mail.rows("SELECT reply FROM attempts") == [{"reply": reply}]
     (notice,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
-    ).settle(5)
+    ).generate(5)
     lines = mail.spool.path(notice).read_bytes().split(b"\n")
     assert not any(line.startswith(b"From: forged") for line in lines)
     assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
@@ -133,7 +133,7 @@ def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it
     assert row["last_reply"].startswith("no request can be made of it (#5.1.3): ")
     (notice,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
-    ).settle(5)
+    ).generate(5)
     wire = mail.spool.path(notice).read_text()
     assert wire.count("Final-Recipient") == wire.count("\nStatus: 5.1.3\n") == 1
     assert "It was not sent: no mail server can be given this address." in " ".join(wire.split())
@@ -153,7 +153,7 @@ def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> N
         len(
             DsnGenerator(
                 mail.database, mail.spool, mail.settings, lambda address: "default"
-            ).settle(5)
+            ).generate(5)
         )
         == 1
     )
@@ -171,12 +171,12 @@ def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
             until(lambda: mail.states() == {"bounced"})
         assert sink.connections == 0
     generator = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
-    assert generator.settle(5) == [] == generator.settle(5)
+    assert generator.generate(5) == [] == generator.generate(5)
     row = mail.delivery(queue_id)
     assert (row["due_at"], row["dsn_withheld"]) == (None, "address")
     assert row["last_reply"].startswith("no request can be made of it (#5.1.7): ")
     assert not mail.spool.path(queue_id).exists()
-    assert capsys.readouterr().out.count("notice withheld") == 1
+    assert capsys.readouterr().out.count("dsn withheld") == 1
 
 
 def test_a_message_whose_recipients_are_missing_is_held_for_a_person(room: Open) -> None:
@@ -241,7 +241,7 @@ def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
     assert {outcome for _, outcome in mail.attempts(queue_id)} == {"uncertain"}
     (notice,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
-    ).settle(5)
+    ).generate(5)
     assert "connection closed by the server after the commit point" in " ".join(
         mail.spool.path(notice).read_text().split()
     )
@@ -293,7 +293,7 @@ def test_B44_busy_for_ever(room: Open) -> None:
     assert (row["state"], row["last_reply"]) == ("expired", "busy for ever")
     (notice,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
-    ).settle(5)
+    ).generate(5)
     assert "busy for ever" in mail.spool.path(notice).read_text()
 
 

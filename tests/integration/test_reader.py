@@ -1,5 +1,5 @@
-"""The role that may look and change nothing: who gets it, what it may do, and what happens where it
-cannot be made."""
+"""The role that may only read: when it is made, its privileges, and a database where it cannot be
+made."""
 
 import re
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def cluster(postgres_databases: Databases) -> Iterator[Cluster]:
     postgres_databases.execute("ALTER ROLE {} RENAME TO {}", f"{ROLE}_away", ROLE)
 
 
-def test_who_may_make_roles_makes_one_that_only_reads(
+def test_migration_makes_a_role_that_only_reads(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.do("ALTER ROLE keeper CREATEROLE")
@@ -83,7 +83,7 @@ def test_who_may_make_roles_makes_one_that_only_reads(
     assert CliRunner().invoke(main, ["pause", "--route", "default"]).exit_code != 0
 
 
-def test_who_may_not_make_roles_goes_without_until_somebody_makes_it(cluster: Cluster) -> None:
+def test_migration_without_privileges_works_without_the_role(cluster: Cluster) -> None:
     with capture_logs() as logs:
         migrate(cluster.login("keeper"))
     assert [(one["event"], one["role"]) for one in logs] == [("no read-only role", ROLE)]
@@ -91,7 +91,7 @@ def test_who_may_not_make_roles_goes_without_until_somebody_makes_it(cluster: Cl
     assert cluster.may_look(ROLE)
 
 
-def test_a_role_that_is_there_is_used_and_outlives_a_schema(cluster: Cluster) -> None:
+def test_existing_role_is_used_and_outlives_a_schema(cluster: Cluster) -> None:
     cluster.do(f"CREATE ROLE {ROLE} NOLOGIN")
     migrate(cluster.login("keeper"))
     assert cluster.may_look(ROLE)

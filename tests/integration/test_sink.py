@@ -1,4 +1,4 @@
-"""The sink: a strict server, its rules and presets, and what it leaves on disk."""
+"""The sink: a strict server, its rules and presets, and the files that it writes."""
 
 import asyncio
 import itertools
@@ -50,7 +50,7 @@ def answers(
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_what_was_sent_is_what_was_received(new_loop):
+def test_a_message_is_received_unchanged(new_loop):
     body = os.urandom(300_000)
     with running_sink(new_loop=new_loop) as sink:
         assert talk(sink, wire_of(b"r@y.test", b"q@z.test", body=body)) == b"16:KOk: queued as 1,"
@@ -66,7 +66,7 @@ def test_what_was_sent_is_what_was_received(new_loop):
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 60), max_size=6))
-def test_whatever_way_tcp_cuts_a_request_it_is_received(one_sink, cuts):
+def test_a_request_cut_in_any_way_is_received(one_sink, cuts):
     wire = wire_of(b"r@y.test", b"q@z.test")
     edges = [0, *sorted(cut for cut in cuts if cut < len(wire)), len(wire)]
     server_reply = talk(one_sink, *[wire[a:b] for a, b in itertools.pairwise(edges)])
@@ -103,7 +103,7 @@ def test_A18_B7_every_wrong_length_is_refused():
         assert len(sink.faults) == len(wires)
 
 
-def test_a_request_that_is_broken_off_is_thrown_away():
+def test_a_request_that_breaks_off_is_discarded():
     with running_sink() as sink:
         assert talk(sink, wire_of()[:-1], then_end=True) == b""
         assert sink.wait_for_fault(5)
@@ -193,7 +193,7 @@ def test_magic_recipients():
         assert time.monotonic() - started >= 0.1
 
 
-def test_preset_strict_wants_recipients():
+def test_preset_strict_rejects_a_request_without_recipients():
     with running_sink() as sink:
         assert (
             talk(sink, encode(encode(b"hello") + encode(b"")))
@@ -201,7 +201,7 @@ def test_preset_strict_wants_recipients():
         )
 
 
-def test_preset_qmail_says_nothing_about_a_bad_request():
+def test_preset_qmail_closes_without_a_reply_to_a_bad_request():
     with running_sink(preset="qmail") as sink:
         assert talk(sink, b"20:hello") in (b"", None)
         assert talk(sink, encode(encode(b"hello") + encode(b""))) == b"16:KOk: queued as 1,"
@@ -226,7 +226,7 @@ def test_A14_an_address_beyond_any_limit():
     assert b"length exceeds storage limit while receiving recipient address" in server_reply
 
 
-def test_what_is_dumped(tmp_path: Path):
+def test_a_dump_holds_messages_and_envelopes(tmp_path: Path):
     for number in (1, 2):  # the numbers go on where they ended
         with running_sink(dump=tmp_path) as sink:
             talk(sink, wire_of(b"r\xff@y.test", body=b"hello %d\n" % number))
@@ -263,7 +263,7 @@ def test_a_unix_socket(tmp_path: Path):
         assert peer.recv(100) == b"16:KOk: queued as 1,"
 
 
-def test_a_port_that_is_taken():
+def test_a_port_in_use_raises():
     with (
         running_sink() as sink,
         pytest.raises(OSError, match="in use"),
@@ -272,7 +272,7 @@ def test_a_port_that_is_taken():
         pass
 
 
-def test_only_the_last_are_remembered():
+def test_only_the_last_requests_are_kept():
     with running_sink(keep=2) as sink:
         for _ in range(3):
             talk(sink, wire_of())
@@ -280,12 +280,12 @@ def test_only_the_last_are_remembered():
         assert [received.number for received in sink.received] == [2, 3]
 
 
-def test_waiting_ends_when_nothing_comes():
+def test_wait_for_returns_false_after_its_timeout():
     with running_sink() as sink:
         assert not sink.wait_for(1, 0.01)
 
 
-def test_what_is_open_is_closed_with_the_sink():
+def test_open_connections_are_closed_with_the_sink():
     for _ in range(20):
         with running_sink() as sink:
             peer = socket.create_connection(("127.0.0.1", sink.port), timeout=10)

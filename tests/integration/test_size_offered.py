@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from qmqp.client import Outcome
+from qmqp.client import SendOutcome
 from reception.policy import Policy
 from reception.spooler_client import SpoolerClient
 from relay import routes as module
 from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
-from smtpd.main import size_offered
+from smtpd.main import offered_size
 from smtpd.server import SmtpServer
 from smtpd.session import Greeting
 from tests.integration.test_client_against_postfix import HEADER, Deliver, deliver
@@ -28,7 +28,7 @@ ROUTE = '[small]\nrecipients = ["small.example"]\nservers = ["a"]\nmax_size = "%
 
 
 async def never(_: object) -> None:
-    """No keeper is launched here: no message comes."""
+    """No spooler is launched here: no message comes."""
 
 
 async def say(port: int, *lines: str) -> list[str]:
@@ -46,8 +46,8 @@ async def say(port: int, *lines: str) -> list[str]:
 
 
 def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
-    monkeypatch.setattr(module, "SETTLED", 0.0)
+    monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
+    monkeypatch.setattr(module, "STABLE_FOR", 0.0)
     file = tmp_path / "routes.toml"
     file.write_text(ROUTE % "1M")
     settings = load(
@@ -55,17 +55,15 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         smtp_timeout=60.0,
     )  # fmt: skip
     routes = Routes.load(settings)
-    offered = size_offered(settings.max_message_size, routes)
+    offered = offered_size(settings.max_message_size, routes)
     assert offered == (1 << 20) - (1 << 20) // 20 - 4096
 
     async def scenario() -> None:
         policy = Policy(settings)
-        receiver = SimpleNamespace(
-            deadline=60.0, store=SpoolerClient(never, lambda _ids, _route: None)
-        )
+        receiver = SimpleNamespace(spooler=SpoolerClient(never, lambda _ids, _route: None))
         server = SmtpServer(
             asyncio.get_running_loop(), settings, cast(Any, receiver), policy,
-            Greeting(settings.hostname, 1), lambda: size_offered(settings.max_message_size, routes),
+            Greeting(settings.hostname, 1), lambda: offered_size(settings.max_message_size, routes),
         )  # fmt: skip
         [(_, port)] = await server.listen([("127.0.0.1", 0)])
         hello, big, fits = await say(
@@ -78,11 +76,11 @@ def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (big[:3], fits[:3]) == ("552", "250")
         file.write_text(ROUTE % "2M")
         os.utime(file, ns=(1, 1))
-        server._tick()
+        server.tick()
         (hello,) = await say(port, "EHLO client")
         assert f"SIZE {(2 << 20) - (2 << 20) // 20 - 4096}\r\n" in hello
         file.write_text("[broken")
-        server._tick()
+        server.tick()
         (again,) = await say(port, "EHLO client")
         assert again == hello
         await server.stop(0.0)
@@ -106,13 +104,13 @@ def postfix(request: pytest.FixtureRequest) -> Iterator[Postfix]:
 def test_Postfix_takes_what_is_offered(postfix: Postfix, deliver: Deliver, width: int) -> None:
     """It counts more than we do, by the line and by the recipient; what it calls too large
     bounces."""
-    offered = size_offered(1 << 40, Routes([Route("r", (), max_size=postfix.size_limit)]))
+    offered = offered_size(1 << 40, Routes([Route("r", (), max_size=postfix.size_limit)]))
     line = b"x" * width + b"\n"
     body = HEADER + b"\n" + line * ((offered - len(HEADER) - 1) // len(line))
     recipients = [b"recipient%d@example.org" % n for n in range(10)]
     result = deliver(postfix.port, body, *recipients)
-    assert result.outcome is Outcome.DELIVERED, result.text
+    assert result.outcome is SendOutcome.DELIVERED, result.text
     over = deliver(
         postfix.port, body + line * ((postfix.size_limit - offered) // len(line)), *recipients
     )
-    assert over.outcome is Outcome.REJECTED, "as it does with any larger one"
+    assert over.outcome is SendOutcome.REJECTED, "as it does with any larger one"

@@ -1,7 +1,7 @@
-"""The front end over real TCP: what a client hears, what is on disk, what was committed.
+"""smtpd over real TCP: its replies, its files and its rows.
 
-Most tests run the server in a thread, with a real spool, a real writer and a database that is a
-list; the last ones run the whole program on a real database.
+Most tests run the server in a thread, with a real spool and spooler, and a list for a database. The
+last ones run the whole program on a real database.
 """
 
 import asyncio
@@ -31,23 +31,24 @@ import pytest
 import uvloop
 from sqlalchemy import create_engine, text
 
-from reception.policy import ROOM_KEPT_FREE, Policy
-from reception.receiver import AHEAD, BLOCK, Openings, Receiver, Threads
+from reception.policy import Policy
+from reception.receiver import BLOCK, MAX_BUFFERED, BodyDescriptors, DiskThreads, Receiver
+from reception.space import MIN_FREE
 from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
 from relay.db.engine import connect, reading, writing
 from relay.queue.accept import NewMessage
 from relay.settings import SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
-from smtpd.server import LATE, ListenError, SmtpConnection, SmtpServer
+from smtpd.server import LATE_TICK, ListenError, SmtpConnection, SmtpServer
 from smtpd.session import ENDLESS, Greeting
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
 from tests.waiting import stands_still, until
 
 
-class Database:
-    """Commits to a list. `gate` closed: does not answer. `error`: refuses."""
+class FakeDatabase:
+    """Commits to a list. While `gate` is closed a COMMIT waits; `error` is raised by it."""
 
     def __init__(self) -> None:
         self.messages: list[NewMessage] = []
@@ -65,12 +66,12 @@ class Database:
         return [None] * len(messages)
 
 
-class Running:
-    """A server in a thread of its own."""
+class ServerHarness:
+    """A server in a thread."""
 
     def __init__(self, spool: Spool, settings: SmtpdSettings, bodies_at_once: int) -> None:
         self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
-        self.database = Database()
+        self.database = FakeDatabase()
         self.hints: list[str] = []
         self.loop = uvloop.new_event_loop()
         self._ready, self._stop = threading.Event(), asyncio.Event()
@@ -85,17 +86,16 @@ class Running:
         self.loop.close()
 
     async def _serve(self) -> None:
-        self.store = SpoolerClient(self._keep, lambda ids, _route: self.hints.extend(ids))
-        await self.store.start()
+        self.spooler = SpoolerClient(self._keep, lambda ids, _route: self.hints.extend(ids))
+        await self.spooler.start()
         self.receiver = Receiver(
             self.loop,
             self.spool,
-            self.store,
+            self.spooler,
             lambda _address: "default",
-            "relay.example",
-            self.settings.accept_deadline,
-            Threads(4),
-            Openings(self.bodies_at_once),
+            self.settings,
+            DiskThreads(4),
+            BodyDescriptors(self.bodies_at_once),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = SmtpServer(
@@ -107,7 +107,7 @@ class Running:
         await self.server.stop(self.drain)
         self.database.gate.set()
         await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
-        await self.store.close(10.0)
+        await self.spooler.close(10.0)
         await self.server.stop(0.0)
 
     async def _keep(self, channel: socket.socket) -> None:
@@ -125,20 +125,18 @@ class Running:
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()
-        room = self.server.policy.room
-        assert (room._claimed, room._stored, room._strange, room._strangers) == (0, 0, 0, {}), (
-            "every claim ended"
-        )
+        space = self.server.policy.space
+        assert (space.claimed, space.stored, space.untrusted) == (0, 0, 0), "every claim ended"
 
     def bodies(self) -> list[str]:
         return [path.name for path in self.spool.directory.glob("*/*")]
 
-    def client(self, source: str = "127.0.0.1") -> "Client":
-        return Client(self.host, self.port, source)
+    def client(self, source: str = "127.0.0.1") -> "RawClient":
+        return RawClient(self.host, self.port, source)
 
 
-class Client:
-    """A socket that speaks bytes."""
+class RawClient:
+    """A client that sends and expects bytes."""
 
     def __init__(self, host: str, port: int, source: str = "127.0.0.1") -> None:
         self.socket = socket.create_connection((host, port), timeout=10, source_address=(source, 0))
@@ -147,8 +145,8 @@ class Client:
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
 
-    def hears(self, *replies: bytes) -> None:
-        """The next replies begin so; one each, their continuation lines taken as one."""
+    def expect(self, *replies: bytes) -> None:
+        """The next replies begin with these bytes. A reply of several lines counts as one."""
         for expected in replies:
             found = self.reply()
             assert found.startswith(expected), found
@@ -169,25 +167,25 @@ class Client:
 
     def say(self, line: bytes, *replies: bytes) -> None:
         self.send(line + b"\r\n")
-        self.hears(*replies)
+        self.expect(*replies)
 
     def begin(self, *recipients: bytes) -> None:
-        """Up to the 354."""
+        """Sends commands up to DATA, and expects the 354."""
         lines = [b"EHLO client.example", b"MAIL FROM:<a@example.com>"]
         lines += [b"RCPT TO:<" + one + b">" for one in recipients or [b"b@example.org"]] + [b"DATA"]
-        self.hears(b"220")
+        self.expect(b"220")
         self.send(b"\r\n".join(lines) + b"\r\n")
-        self.hears(*([b"250"] * (len(lines) - 1)), b"354")
+        self.expect(*([b"250"] * (len(lines) - 1)), b"354")
 
     def close(self) -> None:
         self.socket.close()
 
 
 @pytest.fixture
-def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    running: list[Running] = []
+def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
+    running: list[ServerHarness] = []
 
-    def start(bodies_at_once: int = 100, **settings: Any) -> Running:
+    def start(bodies_at_once: int = 100, **settings: Any) -> ServerHarness:
         made = load(
             SmtpdSettings,
             state_dir=tmp_path,
@@ -195,7 +193,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Running]]:
             hostname="relay.example",
             **settings,
         )
-        running.append(Running(spool, made, bodies_at_once))
+        running.append(ServerHarness(spool, made, bodies_at_once))
         return running[-1]
 
     yield start
@@ -204,7 +202,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 
 @contextmanager
-def talking(running: Running, source: str = "127.0.0.1") -> Iterator[Client]:
+def talking(running: ServerHarness, source: str = "127.0.0.1") -> Iterator[RawClient]:
     client = running.client(source)
     try:
         yield client
@@ -219,8 +217,8 @@ TRACE = re.compile(
 )
 
 
-def stored(running: Running, message: NewMessage) -> bytes:
-    """The body without its one trace field, which must be right."""
+def stored(running: ServerHarness, message: NewMessage) -> bytes:
+    """The body without its trace field, which is checked."""
     body = running.spool.path(message.id).read_bytes()
     assert message.size == len(body)
     trace = TRACE.match(body)
@@ -234,7 +232,9 @@ SIZES = [0, 1, 100, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3_000_000]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_C1_C6_bytes_are_stored_as_they_were_sent(run: Callable[..., Running], size: int) -> None:
+def test_C1_C6_bytes_are_stored_as_they_were_sent(
+    run: Callable[..., ServerHarness], size: int
+) -> None:
     running = run()
     line = b".text that needs stuffing \xff\0"
     body = (line + b"\n") * (size // (len(line) + 1)) + b"x" * (size % (len(line) + 1))
@@ -252,7 +252,7 @@ def test_C1_C6_bytes_are_stored_as_they_were_sent(run: Callable[..., Running], s
     assert running.hints == [message.id]
 
 
-def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., Running]) -> None:
+def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., ServerHarness]) -> None:
     running = run()
     with smtplib.SMTP(running.host, running.port, local_hostname="client.example") as client:
         client.ehlo()
@@ -285,14 +285,14 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., Running]) 
         ("strip", ("127.0.0.1",), b"250"),
     ],
 )
-def test_a_client_that_sends_cr_cr_lf_is_refused_or_understood(
-    run: Callable[..., Running], setting: str, networks: tuple[str, ...], reply: bytes
+def test_cr_cr_lf_is_refused_or_stripped_as_the_setting_says(
+    run: Callable[..., ServerHarness], setting: str, networks: tuple[str, ...], reply: bytes
 ) -> None:
     running = run(bare_cr=setting, client_networks=networks, recipient_domains=("example.org",))
     with talking(running) as client:
         client.begin()
         client.send(b"Subject: x\r\r\n\r\r\nhello\r\r\n.\r\r\nRSET\r\n.\r\n")
-        client.hears(reply)
+        client.expect(reply)
     kept = [stored(running, message) for message in running.database.messages]
     assert kept == ([b"Subject: x\n\nhello\n\nRSET\n"] if reply == b"250" else [])
 
@@ -317,23 +317,25 @@ MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
         (b"\n indented\n", b"\n indented\n"),
     ],
 )  # fmt: skip
-def test_the_first_line_of_the_content_is_no_part_of_our_field(
-    run: Callable[..., Running], beginning: bytes, kept: bytes, size: int
+def test_the_first_line_of_the_content_never_continues_the_trace_field(
+    run: Callable[..., ServerHarness], beginning: bytes, kept: bytes, size: int
 ) -> None:
     running = run()
     rest = b"\n" + b"From x\n\ty\n" * (size // 10)
     wire = (beginning + rest).replace(b"\n", b"\r\n") + b".\r\n"
     with talking(running) as client:
         client.begin()
-        for at in range(8):  # however the network cuts it
+        for at in range(8):  # in segments of one octet
             client.send(wire[at : at + 1])
         client.send(wire[8:])
-        client.hears(b"250")
+        client.expect(b"250")
     [message] = running.database.messages
     assert stored(running, message) == kept + rest
 
 
-def test_a_long_recipient_is_taken_and_left_out_of_the_trace(run: Callable[..., Running]) -> None:
+def test_a_long_recipient_is_accepted_and_omitted_from_the_trace_field(
+    run: Callable[..., ServerHarness],
+) -> None:
     running = run()
     long = b"srs0=" + b"x" * 950 + b"@example.org"
     with talking(running) as client:
@@ -346,22 +348,22 @@ def test_a_long_recipient_is_taken_and_left_out_of_the_trace(run: Callable[..., 
     assert max(map(len, trace.split(b"\n"))) <= 998
 
 
-def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., Running]) -> None:
+def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., ServerHarness]) -> None:
     running = run()
     with talking(running) as client:
-        client.hears(b"220")
+        client.expect(b"220")
         client.say(b"HELO app_1", b"250")
         client.send(b"MAIL FROM:<cron@app_1>\r\nRCPT TO:<root>\r\nDATA\r\n.\r\n")
-        client.hears(b"250", b"250", b"354", b"250")
+        client.expect(b"250", b"250", b"354", b"250")
     [message] = running.database.messages
     assert message.sender == "cron@app_1"
     assert [one.address for one in message.recipients] == ["root@relay.example"]
 
 
-def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., Running]) -> None:
+def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., ServerHarness]) -> None:
     running = run(client_networks=(), recipient_domains=("relay.example",))
     with talking(running) as client:
-        client.hears(b"220")
+        client.expect(b"220")
         client.say(b"HELO app", b"250")
         client.say(b"MAIL FROM:<cron>", b"501 5.1.7 Bad sender address: a domain is needed")
         client.say(b"MAIL FROM:<cron@app>", b"250")
@@ -369,7 +371,9 @@ def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., Running]) ->
         client.say(b"RCPT TO:<root@relay.example.>", b"250")
 
 
-def test_a_header_in_utf_8_passes_and_an_address_does_not(run: Callable[..., Running]) -> None:
+def test_a_header_in_utf_8_passes_and_an_address_does_not(
+    run: Callable[..., ServerHarness],
+) -> None:
     running = run()
     mail = EmailMessage(policy=policy.SMTPUTF8)
     mail["From"], mail["To"], mail["Subject"] = (
@@ -413,8 +417,8 @@ def postfix_client() -> Iterator[Callable[[int], PostfixClient]]:
         one.stop()
 
 
-def test_what_postfix_sendmail_takes_with_utf_8_in_its_header_arrives(
-    run: Callable[..., Running], postfix_client: Callable[[int], PostfixClient]
+def test_a_utf_8_header_from_postfix_sendmail_arrives(
+    run: Callable[..., ServerHarness], postfix_client: Callable[[int], PostfixClient]
 ) -> None:
     running = run()
     content = "Subject: Gr\xfc\xdfe \u2603\nMessage-ID: <m@i>\n\nhello\n".encode()
@@ -426,15 +430,15 @@ def test_what_postfix_sendmail_takes_with_utf_8_in_its_header_arrives(
     assert "Subject: Gr\xfc\xdfe \u2603\n".encode() in running.spool.path(message.id).read_bytes()
 
 
-def test_the_trace_names_no_one_of_several_and_escapes_the_client(
-    run: Callable[..., Running],
+def test_the_trace_field_omits_several_recipients_and_escapes_the_client(
+    run: Callable[..., ServerHarness],
 ) -> None:
     running = run()
     with talking(running) as client:
-        client.hears(b"220")
+        client.expect(b"220")
         client.say(b"HELO evil(host)", b"250")
         client.send(b'MAIL FROM:<>\r\nRCPT TO:<"b c"@d>\r\nDATA\r\n')
-        client.hears(b"250", b"250", b"354")
+        client.expect(b"250", b"250", b"354")
         client.say(b".", b"250")
     [message] = running.database.messages
     body = running.spool.path(message.id).read_bytes()
@@ -445,16 +449,16 @@ def test_the_trace_names_no_one_of_several_and_escapes_the_client(
     assert (message.sender, message.helo) == ("", "evil(host)")
 
 
-def test_C19_two_messages_in_one_packet(run: Callable[..., Running]) -> None:
+def test_C19_two_messages_in_one_packet(run: Callable[..., ServerHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
         again = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.org>\r\nDATA\r\n"
         client.send(b"one\r\n.\r\n" + again)
-        client.hears(b"250 2.0.0", b"250 2.1.0", b"250 2.1.5", b"354")
+        client.expect(b"250 2.0.0", b"250 2.1.0", b"250 2.1.5", b"354")
         client.send(b"two\r\n.\r\nQUIT\r\n")
         client.socket.shutdown(socket.SHUT_WR)
-        client.hears(b"250 2.0.0", b"221 2.0.0")
+        client.expect(b"250 2.0.0", b"221 2.0.0")
         assert client.closed()
     assert [stored(running, message) for message in running.database.messages] == [
         b"one\n",
@@ -462,29 +466,31 @@ def test_C19_two_messages_in_one_packet(run: Callable[..., Running]) -> None:
     ]
 
 
-def test_C2_smuggled_content_leaves_nothing_behind(run: Callable[..., Running]) -> None:
+def test_C2_smuggled_content_leaves_no_body(run: Callable[..., ServerHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
         client.send(b"x" * 3 * BLOCK + b"\n.\r\nMAIL FROM:<evil@example.com>\r\n.\r\nNOOP\r\n")
-        client.hears(b"550 5.6.11", b"250 2.0.0")
+        client.expect(b"550 5.6.11", b"250 2.0.0")
     until(lambda: not running.bodies())
     assert running.database.messages == []
 
 
-def test_C12_content_over_the_limit_is_removed(run: Callable[..., Running]) -> None:
+def test_C12_content_over_the_limit_is_removed(run: Callable[..., ServerHarness]) -> None:
     running = run(max_message_size=4 * BLOCK)
     with talking(running) as client:
         client.begin()
         client.send(b"x" * 5 * BLOCK)
         client.send(b"x" * 5 * BLOCK + b"\r\n.\r\n")
-        client.hears(b"552 5.3.4")
+        client.expect(b"552 5.3.4")
         client.say(b"MAIL FROM:<a@b> SIZE=%d" % (4 * BLOCK + 1), b"552 5.3.4")
         client.say(b"MAIL FROM:<a@b>", b"250 2.1.0")
     until(lambda: not running.bodies())
 
 
-def test_C20_a_client_that_goes_in_the_middle_leaves_nothing(run: Callable[..., Running]) -> None:
+def test_C20_a_client_that_disconnects_in_its_message_leaves_no_body(
+    run: Callable[..., ServerHarness],
+) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
@@ -494,7 +500,9 @@ def test_C20_a_client_that_goes_in_the_middle_leaves_nothing(run: Callable[..., 
     assert running.database.messages == []
 
 
-def test_C21_a_client_that_goes_before_its_message_was_taken(run: Callable[..., Running]) -> None:
+def test_C21_a_client_disconnects_before_its_message_is_committed(
+    run: Callable[..., ServerHarness],
+) -> None:
     running = run()
     running.database.gate.clear()
     with talking(running) as first, talking(running) as second, talking(running) as third:
@@ -511,8 +519,8 @@ def test_C21_a_client_that_goes_before_its_message_was_taken(run: Callable[..., 
         third.close()
         until(lambda: len(running.server.connections) == 2)
         running.database.gate.set()
-        first.hears(b"250 2.0.0")
-        second.hears(b"250 2.0.0")
+        first.expect(b"250 2.0.0")
+        second.expect(b"250 2.0.0")
     assert [stored(running, message) for message in running.database.messages] == [
         b"first\n",
         b"second\n",
@@ -520,8 +528,8 @@ def test_C21_a_client_that_goes_before_its_message_was_taken(run: Callable[..., 
     assert len(running.bodies()) == 2
 
 
-def test_C23_past_the_deadline_451_and_only_what_is_in_doubt_is_kept(
-    run: Callable[..., Running],
+def test_C23_after_the_deadline_451_and_only_an_unknown_commit_keeps_its_body(
+    run: Callable[..., ServerHarness],
 ) -> None:
     running = run(accept_deadline=0.5)
     running.database.gate.clear()
@@ -531,8 +539,8 @@ def test_C23_past_the_deadline_451_and_only_what_is_in_doubt_is_kept(
         assert running.database.taken.wait(10)
         second.begin()
         second.send(b"second\r\n.\r\nNOOP\r\n")
-        second.hears(b"451 4.3.0", b"250 2.0.0")
-        first.hears(b"451 4.3.0")
+        second.expect(b"451 4.3.0", b"250 2.0.0")
+        first.expect(b"451 4.3.0")
         running.database.gate.set()
         until(lambda: len(running.bodies()) == 1)
     [message] = running.database.messages
@@ -540,7 +548,7 @@ def test_C23_past_the_deadline_451_and_only_what_is_in_doubt_is_kept(
 
 
 def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(
-    run: Callable[..., Running],
+    run: Callable[..., ServerHarness],
 ) -> None:
     running = run()
     running.database.error = ValueError("secret reason")
@@ -562,8 +570,8 @@ def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(
 )
 @pytest.mark.parametrize("size", [100, 3 * BLOCK])
 @pytest.mark.parametrize("call", ["write", "fdatasync", "create"])
-def test_C22_disk_faults_are_temporary_and_leave_nothing(
-    run: Callable[..., Running],
+def test_C22_disk_faults_are_temporary_and_leave_no_body(
+    run: Callable[..., ServerHarness],
     monkeypatch: pytest.MonkeyPatch,
     number: int,
     reply: bytes,
@@ -589,8 +597,8 @@ def test_C22_disk_faults_are_temporary_and_leave_nothing(
     assert running.database.messages == []
 
 
-def test_a_slow_disk_stops_the_client_not_the_memory(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+def test_a_slow_disk_pauses_reading_so_memory_stays_bounded(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
     append = BodyWriter.append
@@ -609,70 +617,70 @@ def test_a_slow_disk_stops_the_client_not_the_memory(
         )
         sender.start()
         [connection] = running.server.connections
-        until(lambda: connection._paused)
-        reception = connection._reception
+        until(lambda: connection.reading_paused)
+        reception = connection.reception
         assert reception is not None
-        assert reception._held_size + reception._moving < AHEAD + 5 * BLOCK
+        assert reception.in_memory < MAX_BUFFERED + 5 * BLOCK
         gate.set()
-        client.hears(b"250 2.0.0")
+        client.expect(b"250 2.0.0")
         sender.join()
     [message] = running.database.messages
     assert len(stored(running, message)) == size // 1000 * 999
 
 
-def test_C26_limits_on_connections(run: Callable[..., Running]) -> None:
+def test_C26_limits_on_connections(run: Callable[..., ServerHarness]) -> None:
     running = run(max_connections=3, max_connections_per_client=2)
     with talking(running) as one, talking(running) as two:
-        one.hears(b"220")
-        two.hears(b"220")
+        one.expect(b"220")
+        two.expect(b"220")
         with talking(running) as three:
-            three.hears(b"421 4.7.0")
+            three.expect(b"421 4.7.0")
             assert three.closed()
         until(lambda: len(running.server.connections) == 2)
     until(lambda: not running.server.connections and not running.server.clients)
 
 
-def test_C26_over_all_connections(run: Callable[..., Running]) -> None:
+def test_C26_over_all_connections(run: Callable[..., ServerHarness]) -> None:
     running = run(max_connections=1)
     with talking(running) as one, talking(running) as two:
-        one.hears(b"220")
-        two.hears(b"421 4.3.2")
+        one.expect(b"220")
+        two.expect(b"421 4.3.2")
         assert two.closed()
 
 
-def test_C26_a_quarter_of_the_connections_is_kept_for_clients_that_are_trusted(
-    run: Callable[..., Running],
+def test_C26_a_quarter_of_the_connections_is_reserved_for_trusted_clients(
+    run: Callable[..., ServerHarness],
 ) -> None:
     running = run(max_connections=4, **CLOSED)
     with ExitStack() as stack:
         strangers = [stack.enter_context(talking(running, STRANGER)) for _ in range(3)]
         for stranger in strangers:
-            stranger.hears(b"220")
+            stranger.expect(b"220")
         with talking(running, "127.0.0.3") as another:
-            another.hears(b"421 4.3.2")
+            another.expect(b"421 4.3.2")
         client = stack.enter_context(talking(running))
-        client.hears(b"220")
+        client.expect(b"220")
         with talking(running) as another:
-            another.hears(b"421 4.3.2")
+            another.expect(b"421 4.3.2")
         strangers[0].say(b"QUIT", b"221")
         assert strangers[0].closed()
-        until(lambda: running.server.strangers == 2)
-        stack.enter_context(talking(running, "127.0.0.3")).hears(b"220")
+        until(lambda: running.server.untrusted == 2)
+        stack.enter_context(talking(running, "127.0.0.3")).expect(b"220")
 
 
-def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., Running]) -> None:
+def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., ServerHarness]) -> None:
     running = run(max_connections_per_client=2)
     server, client = running.server, running.server.policy.client
     let_in = [client("2001:db8::1"), client("2001:db8::2"), client("2001:db8:0:1::1")]
     assert server.admit(let_in[0]) is server.admit(let_in[1]) is None
-    assert (server.admit(client("2001:db8:0:0:ffff::3")) or b"").startswith(b"421 4.7.0")
+    assert (server.admit(client("2001:db8:0:0:ffff::3")) or "").startswith("421 4.7.0")
     assert server.admit(let_in[2]) is None
     for one in let_in:
-        server.dismiss(one)
-    assert (server.admitted, server.strangers, server.clients) == (0, 0, {})
+        server.count(one, -1)
+    assert (server.admitted, server.untrusted, server.clients) == (0, 0, {})
 
 
-def test_large_messages_wait_for_a_descriptor(run: Callable[..., Running]) -> None:
+def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness]) -> None:
     running = run(bodies_at_once=1)
     content = (b"x" * 998 + b"\r\n") * 4000
     with ExitStack() as stack:
@@ -682,48 +690,48 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., Running]) -> No
         until(running.bodies)
         gone.begin()
         gone.send(content[: 3 * BLOCK])
-        until(lambda: running.receiver.openings._waiting)
+        until(lambda: running.receiver.descriptors.waiting)
         gone.close()
-        until(lambda: not running.receiver.openings._waiting)
+        until(lambda: not running.receiver.descriptors.waiting)
         second.begin()
         sender = threading.Thread(target=second.send, args=(content + b".\r\n",))
         sender.start()
         stack.callback(sender.join)
-        until(lambda: any(one._paused for one in tuple(running.server.connections)))
+        until(lambda: any(one.reading_paused for one in tuple(running.server.connections)))
         small.begin()
         small.say(b"x\r\n.", b"250")
         assert len(running.bodies()) == 2
         first.say(b".", b"250")
-        second.hears(b"250")
+        second.expect(b"250")
     assert [len(stored(running, one)) for one in running.database.messages] == [
         2,
         3_996_000,
         3_996_000,
     ]
-    until(lambda: running.receiver.openings._free == 1)
+    until(lambda: running.receiver.descriptors.free == 1)
 
 
-def test_C26_a_silent_client_is_sent_away(run: Callable[..., Running]) -> None:
+def test_C26_a_silent_client_gets_421(run: Callable[..., ServerHarness]) -> None:
     running = run(smtp_timeout=0.3)
     with talking(running) as silent, talking(running) as halfway:
         halfway.begin()
         halfway.send(b"x" * 3 * BLOCK)
-        silent.hears(b"220", b"421 4.4.2")
+        silent.expect(b"220", b"421 4.4.2")
         assert silent.closed()
-        halfway.hears(b"421 4.4.2")
+        halfway.expect(b"421 4.4.2")
     until(lambda: not running.server.connections and not running.bodies())
 
 
 def has_sent(connection: SmtpConnection, octets: int) -> bool:
-    return connection._octets == octets
+    return connection.octets == octets
 
 
 STRANGER = "127.0.0.2"
 CLOSED = {"client_networks": ("127.0.0.1",), "recipient_domains": ("example.org",)}
 
 
-def test_strangers_that_never_end_their_messages_leave_room_for_clients(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+def test_unfinished_messages_of_strangers_leave_space_for_trusted_clients(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run(**CLOSED)
     capacity = 4_000_000
@@ -731,33 +739,32 @@ def test_strangers_that_never_end_their_messages_leave_room_for_clients(
     def statvfs(_path: Path) -> SimpleNamespace:
         used = sum(path.stat().st_size for path in running.spool.directory.glob("*/*"))
         return SimpleNamespace(
-            f_files=0, f_favail=0, f_bavail=capacity + ROOM_KEPT_FREE - used, f_frsize=1
+            f_files=0, f_favail=0, f_bavail=capacity + MIN_FREE - used, f_frsize=1
         )
 
-    monkeypatch.setattr("reception.policy.os.statvfs", statvfs)
+    monkeypatch.setattr("reception.space.os.statvfs", statvfs)
     with ExitStack() as stack:
         strangers = [stack.enter_context(talking(running, f"127.0.1.{n}")) for n in range(1, 9)]
         for n, stranger in enumerate(strangers, 1):
             stranger.begin()
             [connection] = [
-                one for one in running.server.connections if one._client == f"127.0.1.{n}"
+                one for one in running.server.connections if one.client.address == f"127.0.1.{n}"
             ]
             stranger.send((b"x" * 998 + b"\r\n") * 800)
             until(partial(has_sent, connection, 800_000))
-        room = running.server.policy.room
-        assert room._strange <= capacity * 3 / 4, "all of them"
+        assert running.server.policy.space.untrusted <= capacity * 3 / 4, "all of them"
         again = stack.enter_context(talking(running, "127.0.1.1"))
-        again.hears(b"220")
+        again.expect(b"220")
         again.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=300000\r\n")
-        again.hears(b"250", b"452 4.3.1")
+        again.expect(b"250", b"452 4.3.1")
         client = stack.enter_context(talking(running))
-        client.hears(b"220")
+        client.expect(b"220")
         client.send(
             b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=900000\r\nRCPT TO:<b@example.org>\r\nDATA\r\n"
         )
-        client.hears(b"250", b"250", b"250", b"354")
+        client.expect(b"250", b"250", b"250", b"354")
         client.send(b"x" * 900_000 + b"\r\n.\r\n")
-        client.hears(b"250 2.0.0")
+        client.expect(b"250 2.0.0")
         for stranger in strangers:
             stranger.send(b".\r\n")
         assert (
@@ -768,38 +775,38 @@ def test_strangers_that_never_end_their_messages_leave_room_for_clients(
     until(lambda: len(running.bodies()) == 4)
 
 
-def test_content_that_cannot_be_kept_is_not_read_for_ever(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+def test_content_that_cannot_be_stored_is_not_read_for_ever(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
-    found = SimpleNamespace(f_files=0, f_favail=0, f_bavail=ROOM_KEPT_FREE + 100_000, f_frsize=1)
-    monkeypatch.setattr("reception.policy.os.statvfs", lambda _path: found)
+    found = SimpleNamespace(f_files=0, f_favail=0, f_bavail=MIN_FREE + 100_000, f_frsize=1)
+    monkeypatch.setattr("reception.space.os.statvfs", lambda _path: found)
     with talking(running) as client:
         client.begin()
         with suppress(ConnectionError):
             client.send((b"x" * 998 + b"\r\n") * 3000)
-        client.hears(b"421 4.3.0")
+        client.expect(b"421 4.3.0")
         assert client.closed()
     until(lambda: not running.bodies())
 
 
-def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., Running]) -> None:
+def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., ServerHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
         client.send(b"bare\n" + b"x" * ENDLESS)
         with suppress(ConnectionError):
             client.send(b"x" * ENDLESS)
-        client.hears(b"421 4.6.11")
+        client.expect(b"421 4.6.11")
         assert client.closed()
 
 
-def test_C26_a_command_has_so_long_from_its_beginning_to_its_end(
-    run: Callable[..., Running],
+def test_C26_the_timeout_covers_a_whole_command(
+    run: Callable[..., ServerHarness],
 ) -> None:
     running = run(smtp_timeout=1.0)
     with talking(running) as client:
-        client.hears(b"220")
+        client.expect(b"220")
         ended = threading.Event()
 
         def drip() -> None:
@@ -809,31 +816,31 @@ def test_C26_a_command_has_so_long_from_its_beginning_to_its_end(
 
         dripping = threading.Thread(target=drip)
         dripping.start()
-        client.hears(b"421 4.4.2")
+        client.expect(b"421 4.4.2")
         ended.set()
         dripping.join()
 
 
-def test_C26_a_transaction_has_an_end(run: Callable[..., Running]) -> None:
+def test_C26_a_transaction_has_a_time_limit(run: Callable[..., ServerHarness]) -> None:
     running = run(session_timeout=0.5)
     with talking(running) as idle, talking(running) as endless:
         endless.begin()
-        idle.hears(b"220")
+        idle.expect(b"220")
         endless.send(b"x" * 3 * BLOCK)
-        endless.hears(b"421 4.4.2 Transaction takes too long")
+        endless.expect(b"421 4.4.2 Transaction takes too long")
         assert endless.closed()
         idle.say(b"EHLO x", b"250")
-        for _ in range(3):  # each has its own time
+        for _ in range(3):  # each transaction has its own time
             idle.say(b"MAIL FROM:<a@b.example>", b"250")
             [connection] = running.server.connections
-            assert connection._began > time.monotonic() - 0.4
+            assert connection.transaction_started > time.monotonic() - 0.4
             idle.say(b"RSET", b"250")
     until(lambda: not running.bodies())
 
 
 @pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
-def test_C26_a_stranger_must_send_at_some_rate(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, source: str
+def test_C26_an_untrusted_client_must_send_at_the_minimum_rate(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.setattr("smtpd.server.RATE_WINDOW", 0.5)
     running = run(**CLOSED)
@@ -842,43 +849,43 @@ def test_C26_a_stranger_must_send_at_some_rate(
         [connection] = running.server.connections
         client.send(b"x" * 100)
         if source == STRANGER:
-            client.hears(b"421 4.4.2 Message comes too slowly")
+            client.expect(b"421 4.4.2 Message comes too slowly")
             assert client.closed()
         else:
-            until(lambda: time.monotonic() > connection._window + 3.0)
+            until(lambda: time.monotonic() > connection.window_started + 3.0)
             client.say(b"\r\n.", b"250")
 
 
-def test_what_has_arrived_is_read_before_a_deadline_counts(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+def test_input_that_has_arrived_is_read_before_a_deadline_counts(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
-    overdue, sent, tick = threading.Event(), threading.Event(), SmtpServer._tick
+    overdue, sent, tick = threading.Event(), threading.Event(), SmtpServer.tick
 
     def ticked(server: SmtpServer) -> None:
         [connection] = server.connections
         if not overdue.is_set():
-            connection._until = 0.0
+            connection.deadline = 0.0
             overdue.set()
             sent.wait(10)
-            server._due = math.inf  # this machine may be as slow as it likes
+            server.next_tick = math.inf  # this machine may be as slow as it likes
         tick(server)
 
     with talking(running) as client:
-        client.hears(b"220")
-        monkeypatch.setattr(SmtpServer, "_tick", ticked)
+        client.expect(b"220")
+        monkeypatch.setattr(SmtpServer, "tick", ticked)
         assert overdue.wait(10)
         client.send(b"NOOP\r\n")
         sent.set()
-        client.hears(b"250 2.0.0")
+        client.expect(b"250 2.0.0")
 
 
-def test_a_tick_that_comes_late_ends_nothing(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+def test_a_late_clock_tick_ends_no_session(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(smtp_timeout=2.0)
     seen: list[str] = []
-    tick, look = SmtpServer._tick, SmtpServer._look_at_clock
+    tick, look = SmtpServer.tick, SmtpServer.check_deadlines
 
     def ticked(server: SmtpServer) -> None:
         seen.append("tick")
@@ -888,23 +895,23 @@ def test_a_tick_that_comes_late_ends_nothing(
         look(server, now)
         if "stopped" not in seen:
             seen.append("stopped")
-            threading.Event().wait(LATE + 1.0)
+            threading.Event().wait(LATE_TICK + 1.0)
         else:
             seen.append("look")
 
-    monkeypatch.setattr(SmtpServer, "_tick", ticked)
-    monkeypatch.setattr(SmtpServer, "_look_at_clock", looked)
+    monkeypatch.setattr(SmtpServer, "tick", ticked)
+    monkeypatch.setattr(SmtpServer, "check_deadlines", looked)
     until(lambda: "look" in seen)
     assert seen[seen.index("stopped") + 1 :][:2] == ["tick", "tick"], "the first one was late"
 
 
-def test_C26_a_client_that_never_reads_is_stopped_and_aborted(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+def test_C26_a_client_that_never_reads_is_aborted(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smtpd.server.LINGER", 0.1)
+    monkeypatch.setattr("smtpd.server.LINGER_TIMEOUT", 0.1)
     running = run(smtp_timeout=0.4)
     with talking(running) as client:
-        client.hears(b"220")
+        client.expect(b"220")
         client.socket.settimeout(0.2)
         with pytest.raises(OSError):
             client.send(b"HELP\r\n" * 20_000_000)
@@ -928,60 +935,58 @@ while True:
 """
 
 
-def test_a_flood_of_commands_keeps_nobody_waiting(
-    run: Callable[..., Running], spawn: Callable[..., subprocess.Popen[Any]]
+def test_a_flood_of_commands_does_not_delay_other_clients(
+    run: Callable[..., ServerHarness], spawn: Callable[..., subprocess.Popen[Any]]
 ) -> None:
     running = run()
     flood = spawn([sys.executable, "-c", FLOOD, str(running.port)], stdout=subprocess.PIPE)
     assert flood.stdout is not None
     assert flood.stdout.readline() == b"flooding\n"
     until(
-        lambda: sum(one._session.lines > 10_000 for one in tuple(running.server.connections)) == 4,
+        lambda: sum(one.session.lines > 10_000 for one in tuple(running.server.connections)) == 4,
         60,
     )
     for _ in range(5):
         with talking(running) as client:
-            client.socket.settimeout(
-                5
-            )  # a process that obeys all that it has read takes a multiple of it
-            client.hears(b"220")
+            client.socket.settimeout(5)  # without turns it would take a multiple of this
+            client.expect(b"220")
             client.say(b"EHLO client.example", b"250")
             client.say(b"NOOP", b"250")
 
 
-def test_replies_that_are_not_read_are_no_more_than_a_turn_beyond_the_buffer(
-    run: Callable[..., Running],
+def test_unread_replies_exceed_the_buffer_by_at_most_one_turn(
+    run: Callable[..., ServerHarness],
 ) -> None:
     running = run()
     with talking(running) as client:
-        client.hears(b"220")
+        client.expect(b"220")
         [connection] = running.server.connections
         client.socket.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.send(b"EHLO client.example\r\n" * 5_000_000)
-        until(lambda: connection._stuck and connection._paused)
-        assert connection._transport.get_write_buffer_size() < (64 + 16) * 1024
-        assert connection._session.backlog < 1024 * 1024
+        until(lambda: connection.writing_paused and connection.reading_paused)
+        assert connection.transport.get_write_buffer_size() < (64 + 16) * 1024
+        assert len(connection.session.input) < 1024 * 1024
         server_reply = 0
         client.socket.settimeout(10)
         client.socket.shutdown(socket.SHUT_WR)
         while data := client.socket.recv(1 << 20):
             server_reply += data.count(b"250 DSN")
-        assert server_reply > 5000, "and whoever reads at last has them"
+        assert server_reply > 5000, "the client can still read all of them"
 
 
-def test_C19_an_early_talker_is_refused(run: Callable[..., Running]) -> None:
+def test_C19_input_before_the_banner_is_refused(run: Callable[..., ServerHarness]) -> None:
     running = run()
     held = threading.Event()
     running.loop.call_soon_threadsafe(held.wait, 10)
     with talking(running) as client:
         client.send(b"EHLO early\r\n")
         held.set()
-        client.hears(b"554 5.5.0")
+        client.expect(b"554 5.5.0")
         assert client.closed()
 
 
-def test_C28_a_stranger_cannot_relay(run: Callable[..., Running]) -> None:
+def test_C28_a_stranger_cannot_relay(run: Callable[..., ServerHarness]) -> None:
     running = run(client_networks=("192.0.2.0/24",), recipient_domains=("ours.example",))
     with smtplib.SMTP(running.host, running.port) as client:
         with pytest.raises(smtplib.SMTPRecipientsRefused) as caught:
@@ -991,43 +996,43 @@ def test_C28_a_stranger_cannot_relay(run: Callable[..., Running]) -> None:
     assert [message.client_trusted for message in running.database.messages] == [False]
 
 
-def test_whether_the_client_is_trusted_is_kept(run: Callable[..., Running]) -> None:
+def test_the_row_says_whether_the_client_is_trusted(run: Callable[..., ServerHarness]) -> None:
     running = run()
     with smtplib.SMTP(running.host, running.port) as client:
         client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
     assert [message.client_trusted for message in running.database.messages] == [True]
 
 
-def test_stopping_lets_a_transaction_finish_and_sends_idle_clients_away(
-    run: Callable[..., Running],
+def test_stopping_lets_a_transaction_finish_and_closes_idle_sessions(
+    run: Callable[..., ServerHarness],
 ) -> None:
     running = run()
     with talking(running) as idle, talking(running) as busy:
-        idle.hears(b"220")
+        idle.expect(b"220")
         busy.begin()
         running.ask_to_stop(drain=20.0)
-        idle.hears(b"421 4.3.2")
+        idle.expect(b"421 4.3.2")
         assert idle.closed()
         busy.send(b"last\r\n.\r\n")
-        busy.hears(b"250 2.0.0", b"421 4.3.2")
+        busy.expect(b"250 2.0.0", b"421 4.3.2")
         assert busy.closed()
     running.close()
     assert len(running.database.messages) == 1
 
 
-def test_stopping_does_not_wait_for_ever(run: Callable[..., Running]) -> None:
+def test_stopping_does_not_wait_for_ever(run: Callable[..., ServerHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
         client.send(b"x" * 3 * BLOCK)
         until(running.bodies)
         running.ask_to_stop(drain=0.1)
-        client.hears(b"421 4.3.2")
+        client.expect(b"421 4.3.2")
         running.close()
     until(lambda: not running.bodies())
 
 
-def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., Running]) -> None:
+def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., ServerHarness]) -> None:
     running = run()
     listening = asyncio.run_coroutine_threadsafe(
         running.server.listen([(running.host, running.port)]), running.loop
@@ -1035,9 +1040,6 @@ def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., Runni
     with pytest.raises(ListenError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
         listening.result(10)
 
-
-# --- the whole program
-# ------------------------------------------------------------------------------------
 
 PROGRAM = """
 from relay.log import configure
@@ -1080,7 +1082,7 @@ class Program:
     def events(self, name: str) -> list[dict[str, Any]]:
         return [e for e in map(json.loads, self.log.read_text().splitlines()) if e["event"] == name]
 
-    def keepers(self) -> list[int]:
+    def spoolers(self) -> list[int]:
         return [
             int(pid)
             for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
@@ -1088,11 +1090,11 @@ class Program:
             .split()
         ]
 
-    def replace_keeper(self) -> None:
-        """Kill it, and wait for the next."""
-        [keeper] = until(self.keepers)
-        os.kill(keeper, signal.SIGKILL)
-        until(lambda: self.keepers() not in ([], [keeper]))
+    def replace_spooler(self) -> None:
+        """Kills the spooler, and waits for the next one."""
+        [spooler] = until(self.spoolers)
+        os.kill(spooler, signal.SIGKILL)
+        until(lambda: self.spoolers() not in ([], [spooler]))
 
     def send(self, *recipients: str, lines: int = 1) -> None:
         with smtplib.SMTP("127.0.0.1", self.port) as client:
@@ -1115,7 +1117,7 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     database_url: str, program: Program
 ) -> None:
     program.send("b@example.org", "c@example.org")
-    for process in (program.process.pid, *program.keepers()):
+    for process in (program.process.pid, *program.spoolers()):
         assert "Umask:\t0077\n" in Path(f"/proc/{process}/status").read_text(), (
             "whatever is made is ours alone"
         )
@@ -1134,34 +1136,30 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     assert program.process.wait(20) == 0
 
 
-def test_a_keeper_that_is_killed_leaves_nobody_without_an_answer_and_is_replaced(
+def test_a_killed_spooler_is_replaced_and_every_client_gets_a_reply(
     program: Program,
 ) -> None:
-    [keeper] = until(program.keepers)
-    os.kill(keeper, signal.SIGSTOP)
-    with closing(Client("127.0.0.1", program.port)) as client:
+    [spooler] = until(program.spoolers)
+    os.kill(spooler, signal.SIGSTOP)
+    with closing(RawClient("127.0.0.1", program.port)) as client:
         client.begin()
         client.send(b"x\r\n.\r\n")
-        client.send(b"NOOP\r\n")  # the message is with the keeper when this was read
-        os.kill(keeper, signal.SIGKILL)
-        client.hears(b"451 4.3.0", b"250 2.0.0")
-    until(lambda: program.keepers() not in ([], [keeper]))
+        client.send(b"NOOP\r\n")  # when this is read, the spooler has the message
+        os.kill(spooler, signal.SIGKILL)
+        client.expect(b"451 4.3.0", b"250 2.0.0")
+    until(lambda: program.spoolers() not in ([], [spooler]))
     program.send("b@example.org")
-    assert (
-        len(program.events("keeper died, starting it again"))
-        == len(program.events("accepted"))
-        == 1
-    )
+    assert len(program.events("spooler restarted")) == len(program.events("accepted")) == 1
 
 
-def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Program) -> None:
+def test_a_spooler_ends_only_when_smtpd_is_killed(program: Program) -> None:
     program.send("b@example.org")
-    [keeper] = program.keepers()
-    os.kill(keeper, signal.SIGINT)
-    os.kill(keeper, signal.SIGTERM)
+    [spooler] = program.spoolers()
+    os.kill(spooler, signal.SIGINT)
+    os.kill(spooler, signal.SIGTERM)
     program.send("b@example.org")
-    assert program.keepers() == [keeper], "only the end of its orders ends it"
-    handle = os.pidfd_open(keeper)
+    assert program.spoolers() == [spooler], "only the end of its orders ends it"
+    handle = os.pidfd_open(spooler)
     try:
         program.process.kill()
         assert select.select([handle], [], [], 10)[0], "it is still there"
@@ -1169,28 +1167,28 @@ def test_a_keeper_ends_when_its_program_is_killed_and_not_before(program: Progra
         os.close(handle)
 
 
-def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
+def test_smtpd_that_was_stopped_past_the_deadline_sends_250_for_a_committed_message(
     database_url: str,
     tmp_path: Path,
     spawn: Callable[..., subprocess.Popen[Any]],
     free_port: Callable[[], int],
 ) -> None:
     program = Program(tmp_path, database_url, spawn, free_port(), accept_deadline="4s")
-    [keeper] = program.keepers()
-    os.kill(keeper, signal.SIGSTOP)
+    [spooler] = program.spoolers()
+    os.kill(spooler, signal.SIGSTOP)
     engine = create_engine(database_url)
-    with closing(Client("127.0.0.1", program.port)) as client, engine.connect() as connection:
+    with closing(RawClient("127.0.0.1", program.port)) as client, engine.connect() as connection:
         client.begin()
         client.send(b"x\r\n.\r\nNOOP\r\n")
         ended = time.monotonic()
         with closing(
-            Client("127.0.0.1", program.port)
+            RawClient("127.0.0.1", program.port)
         ) as later:  # what came before it has been read by now
-            later.hears(b"220")
+            later.expect(b"220")
             later.say(b"NOOP", b"250")
         program.process.send_signal(signal.SIGSTOP)
         until(lambda: stands_still(program.process.pid))
-        os.kill(keeper, signal.SIGCONT)
+        os.kill(spooler, signal.SIGCONT)
 
         def kept() -> bool:
             with connection.begin():
@@ -1199,11 +1197,11 @@ def test_smtpd_that_stood_still_past_the_deadline_says_250_about_what_was_kept(
         until(kept)
         until(lambda: time.monotonic() > ended + 4.5)
         program.process.send_signal(signal.SIGCONT)
-        client.hears(b"250 2.0.0 Ok: queued", b"250 2.0.0")
+        client.expect(b"250 2.0.0 Ok: queued", b"250 2.0.0")
     engine.dispose()
 
 
-def test_without_descriptors_clients_wait_and_none_is_dropped(
+def test_without_free_descriptors_clients_wait_and_are_not_dropped(
     database_url: str,
     tmp_path: Path,
     spawn: Callable[..., subprocess.Popen[Any]],
@@ -1216,29 +1214,28 @@ def test_without_descriptors_clients_wait_and_none_is_dropped(
     assert (warning["limit"], warning["max_connections"]) == (160, 1000)
     with ExitStack() as stack:
         clients = [
-            stack.enter_context(closing(Client("127.0.0.1", program.port))) for _ in range(120)
+            stack.enter_context(closing(RawClient("127.0.0.1", program.port))) for _ in range(120)
         ]
         until(lambda: program.events("accepting paused"))
         clients[0].begin()
         clients[0].send(
             b"x\r\n" * 200_000 + b".\r\n"
         )  # there are descriptors left for a large message
-        clients[0].hears(b"250 2.0.0 Ok: queued")
+        clients[0].expect(b"250 2.0.0 Ok: queued")
         for client in clients[1:]:  # all in turn, as those before them leave
-            client.hears(b"220")
+            client.expect(b"220")
             client.say(b"QUIT", b"221")
             client.close()
     until(lambda: program.events("accepting resumed"))
 
 
-def test_what_was_answered_451_is_not_delivered_by_the_same_try(
+def test_a_message_that_got_451_is_not_committed(
     database_url: str,
     tmp_path: Path,
     spawn: Callable[..., subprocess.Popen[Any]],
     free_port: Callable[[], int],
 ) -> None:
-    """Somebody holds a lock for longer than the deadline, and less long than a statement may take
-    elsewhere."""
+    """A lock is held for longer than the deadline, but not as long as the statement timeout."""
     program = Program(tmp_path, database_url, spawn, free_port(), ACCEPT_DEADLINE="2s")
     engine = connect(database_url)
     with writing(engine) as connection:
@@ -1247,7 +1244,7 @@ def test_what_was_answered_451_is_not_delivered_by_the_same_try(
         with pytest.raises(smtplib.SMTPDataError) as caught:
             program.send("refused@example.org")
         assert caught.value.smtp_code == 451
-    program.send("taken@example.org")  # there is one committer, and it goes by turns
+    program.send("taken@example.org")  # the one committer has finished the first message
     with reading(engine) as connection:
         assert connection.execute(text("SELECT address FROM recipients")).scalars().all() == [
             "taken@example.org"
@@ -1275,12 +1272,12 @@ def test_a_spool_that_is_unmounted_below_the_program_is_451_until_it_is_back(
         with mounted("--bind", str(disk), str(place)):
             program = Program(tmp_path, database_url, spawn, free_port())
             program.send("b@example.org")
-        for _ in range(2):  # with a keeper from before, and with one that was started since
+        for _ in range(2):  # with the first spooler, and with a new one
             for lines in (1, BLOCK):
                 with pytest.raises(smtplib.SMTPDataError) as caught:
                     program.send("b@example.org", lines=lines)
                 assert caught.value.smtp_code == 451
-            program.replace_keeper()
+            program.replace_spooler()
         assert [*place.iterdir()] == []
         with mounted("--bind", str(disk), str(place)):
             program.send("b@example.org")

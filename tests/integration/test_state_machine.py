@@ -633,7 +633,7 @@ class History(RuleBasedStateMachine):
         """A sweeper tells senders; it may be killed between body and COMMIT, or after that."""
         last = chance.choice(["", "", "store", "remove"]) if last is None else last
         most, owing = chance.choice([1, 2, 100]), self._owing()
-        made = self._made(last, lambda generator: generator.settle(most))
+        made = self._made(last, lambda generator: generator.generate(most))
         settled = [queue_id for queue_id, mine in owing.items() if not all(map(self._owes, mine))]
         assert made is None or len(settled) == len(owing) or most < sum(map(len, owing.values()))
         notices = [

@@ -1,9 +1,9 @@
-"""What a sweeper does: due rows, dead workers, its tick; and housekeeping."""
+"""The sweeper, the cleaner and the rerouter, each by its turns."""
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,9 @@ from relay.spool.store import Spool
 from tests.integration.mailroom import BODY, Mailroom
 from tests.waiting import until
 from worker.circuit_breaker import ServerPool
-from worker.cleaner import YOUNG, Cleaner
-from worker.rerouter import EVERY, LOOK_EVERY, PATIENCE, Rerouter
+from worker.cleaner import ORPHAN_MOVE_AGE, Cleaner
+from worker.lease import Lease
+from worker.rerouter import CHECK_INTERVAL, MIN_GONE, SCAN_INTERVAL, Rerouter
 from worker.sweeper import LeaseMonitor, Sweeper, heartbeat_file
 
 HOUR = 3600.0
@@ -30,7 +31,7 @@ DAY = 24 * HOUR
 
 
 class Clock:
-    """A clock that we turn."""
+    """A clock that the test sets."""
 
     now = 1000.0
 
@@ -39,7 +40,7 @@ class Clock:
 
 
 class FakeHints(Hints):
-    """Keeps what it was told."""
+    """Keeps the ids that were offered."""
 
     def __init__(self) -> None:
         self.offered: list[str] = []
@@ -49,41 +50,45 @@ class FakeHints(Hints):
         self.offered += ids
 
 
-class FakeEngine:
-    """As much of an engine as a sweeper looks at."""
+class FakeServers(ServerPool):
+    """Servers of which the test says how much may be woken."""
 
     waiting: list[str]
-    window = looks = 0
+    limit = 0
 
-    def __init__(self, worker: str) -> None:
-        self.worker, self.renewed, self.heartbeat = worker, float("inf"), time.monotonic()
+    def wake_limits(self, routes: Collection[Route]) -> dict[str, int]:
+        self.waiting = [route.name for route in routes]
+        return {name: self.limit for name in self.waiting if self.limit}
 
-    def pause(self, subjects: frozenset[str]) -> None:
-        self.paused = subjects
 
-    def routes(self) -> tuple[str, ...]:
-        return ("default",)
+class FakeEngine:
+    """As much of an engine as a sweeper uses."""
 
-    def awaited(self, names: list[str]) -> dict[str, int]:
-        self.waiting = names
-        return {name: self.window for name in names if self.window}
+    polls = 0
 
-    def look(self) -> None:
-        self.looks += 1
+    def __init__(self, mail: Mailroom) -> None:
+        self.lease = Lease(mail.ledger, mail.settings.lease, NotImplemented)
+        self.lease.renewed_at = float("inf")
+        self.heartbeat = time.monotonic()
+        self.routes = Routes([Route("default", ())])
+        self.servers = FakeServers(5)
 
-    def renewed_since(self, moment: float) -> bool:
-        return self.renewed >= moment
+    def poll_now(self) -> None:
+        self.polls += 1
 
 
 class Scene:
     def __init__(self, mail: Mailroom) -> None:
         self.mail, self.clock, self.hints = mail, Clock(), FakeHints()
-        self.engine = FakeEngine(self.worker())
-        debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
+        self.engine = FakeEngine(mail)
+        self.engine.lease.worker = self.worker()
+        generator = DsnGenerator(
+            mail.database, mail.spool, mail.settings, lambda address: "default"
+        )
         self.sweeper = Sweeper(
             mail.settings,
             mail.sweeps,
-            debts,
+            generator,
             self.engine,  # type: ignore[arg-type]
             self.hints,
             clock=self.clock,
@@ -128,7 +133,7 @@ def scene(mail: Mailroom) -> Scene:
     return Scene(mail)
 
 
-def test_due_mail_is_queued_and_hinted_at(scene: Scene) -> None:
+def test_due_mail_is_queued_and_hints_are_published(scene: Scene) -> None:
     due, later = scene.mail.accept(), scene.mail.accept()
     scene.mail.change(
         "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due
@@ -151,17 +156,17 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
         scene.mail.change(change, id=queue_id)
     scene.mail.change("UPDATE deliveries SET due_at = @later(3600) WHERE queue_id = :id", id=ids[1])
     slow = Route("slow", (), retry_max=3000.0)
-    scene.sweeper._routes = lambda: (slow, Route("default", ()))
+    scene.engine.routes = Routes([slow, Route("default", ())])
     scene.sweeper.sweep()
-    assert scene.hints.offered == [ids[0]], (
-        "an hour is what the slow route may wait, with its spread"
+    assert scene.hints.offered == [ids[0]], "the slow route may wait an hour, with jitter"
+    (claims,) = scene.mail.ledger.commit(
+        [ClaimRequest(scene.engine.lease.worker, None, {"default": 5})]
     )
-    (claims,) = scene.mail.ledger.commit([ClaimRequest(scene.engine.worker, None, {"default": 5})])
     assert isinstance(claims, list)
     assert len(claims) == 1
 
 
-def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene: Scene) -> None:
+def test_mail_that_waits_for_a_route_is_woken_in_due_order_up_to_the_limit(scene: Scene) -> None:
     ids = [scene.mail.accept() for _ in range(5)]
     defer = "UPDATE deliveries SET state = 'deferred', due_at = @later(:wait), waiting_for = :what WHERE queue_id = :id"
     for queue_id, wait in zip(ids, (50, 30, 40, 20, 10), strict=True):
@@ -175,22 +180,24 @@ def test_what_waits_for_a_route_becomes_due_in_order_as_the_queue_has_room(scene
         return [str(row["queue_id"]).replace("-", "") for row in scene.mail.rows(queued)]
 
     scene.sweeper.sweep()
-    assert (scene.engine.waiting, overdue(), scene.engine.looks) == (["default"], [], 0)
-    scene.engine.window = 2
+    assert (scene.engine.servers.waiting, overdue(), scene.engine.polls) == (["default"], [], 0)
+    scene.engine.servers.limit = 2
     scene.sweeper.sweep()
     scene.sweeper.sweep()
-    assert (overdue(), scene.engine.looks) == ([ids[3], ids[1]], 1), (
-        "no more than the window is overdue at a time"
+    assert (overdue(), scene.engine.polls) == ([ids[3], ids[1]], 1), (
+        "no more than the limit is overdue at a time"
     )
-    scene.engine.window = 10
+    scene.engine.servers.limit = 10
     scene.sweeper.sweep()
     assert set(overdue()) == set(ids[:4])
     scene.sweeper.sweep()
-    assert (scene.engine.waiting, scene.mail.state(ids[4])) == ([], "deferred")
+    assert (scene.engine.servers.waiting, scene.mail.state(ids[4])) == ([], "deferred")
     assert scene.hints.offered == []
 
 
-def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> None:
+def test_a_dead_worker_is_expired_after_its_lease_was_seen_expired_for_a_lease(
+    scene: Scene,
+) -> None:
     dead = scene.worker()
     queue_id = scene.sending(dead)
     scene.run_out(dead)
@@ -208,7 +215,7 @@ def test_a_dead_worker_is_buried_after_two_looks_a_lease_apart(scene: Scene) -> 
 
 
 def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: Scene) -> None:
-    """What stopped it may have stopped the others too: they get their time to renew."""
+    """The others may have been stopped with it; they get time to renew."""
     slow = scene.worker()
     queue_id = scene.sending(slow)
     scene.run_out(slow)
@@ -221,7 +228,7 @@ def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: Scene
     assert scene.mail.state(queue_id) == "deferred"
 
 
-def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
+def test_a_worker_that_renews_in_between_is_not_expired(scene: Scene) -> None:
     slow = scene.worker()
     queue_id = scene.sending(slow)
     scene.run_out(slow)
@@ -234,14 +241,16 @@ def test_a_worker_that_renews_between_the_looks_lives(scene: Scene) -> None:
     assert scene.mail.state(queue_id) == "sending"
 
 
-def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_of_the_database_expires_no_worker(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = scene.worker()
     scene.run_out(slow)
     scene.sweeper.sweep()
     with monkeypatch.context() as away:
         away.setattr(scene.mail.sweeps, "requeue_due", lambda limit: 1 / 0)
         scene.sweeper.sweep()
-    scene.engine.renewed = scene.clock.now - 1
+    scene.engine.lease.renewed_at = scene.clock.now - 1
     scene.clock.now += scene.mail.settings.lease + 1
     due = scene.mail.accept()
     scene.mail.change(
@@ -249,7 +258,7 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
     )
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "deferred"  # our own engine has not renewed yet
-    scene.engine.renewed = scene.clock.now
+    scene.engine.lease.renewed_at = scene.clock.now
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "queued"
     assert scene.mail.rows("SELECT ended_at FROM workers WHERE id = :id", id=slow) == [
@@ -257,9 +266,8 @@ def test_nobody_is_buried_for_an_outage(scene: Scene, monkeypatch: pytest.Monkey
     ]
 
 
-def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene) -> None:
-    servers, mx = ServerPool(5), parse_server("mx.example.net")
-    scene.sweeper._resting = servers.open_circuits
+def test_server_health_shows_open_circuits_and_pauses(scene: Scene) -> None:
+    servers, mx = scene.engine.servers, parse_server("mx.example.net")
     QueueOperations(scene.mail.database, notices=True).pause(
         "server:other:628", actor="me", reason=""
     )
@@ -275,41 +283,41 @@ def test_server_health_shows_what_is_left_alone_and_what_is_paused(scene: Scene)
 
     paused = {"other:628": (0, 0, None, True)}
     assert health() == paused
-    servers.failed(mx, "not authorized to use this service", at_once=True)
+    servers.record_failure(mx, "not authorized to use this service", unauthorized=True)
     assert (
         health()
         == {"mx.example.net:628": (0, 1, "not authorized to use this service", False)} | paused
     )
-    assert health() == health(), "nothing is said twice"
-    servers.succeeded(mx)
+    assert health() == health(), "nothing is written twice"
+    servers.record_success(mx)
     assert health() == paused
-    servers.failed(mx, "again", at_once=True)
+    servers.record_failure(mx, "again", unauthorized=True)
     assert len(health()) == 2
     scene.mail.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
-    assert health() == paused, "whoever has ended leaves nothing alone"
+    assert health() == paused, "a worker that has ended has no open circuits"
 
 
-def test_a_worker_says_which_routes_it_knows_and_how_long_a_claim_is_for(scene: Scene) -> None:
-    routes: dict[str, tuple[str, ...]] = {"default": ("mx.example.net:628",)}
-    scene.sweeper._known = routes.copy
+def test_a_worker_publishes_its_routes_and_how_long_a_claim_lasts(scene: Scene) -> None:
+    default = Route("default", (parse_server("mx.example.net"),))
+    scene.engine.routes = Routes([default])
     shown = "SELECT routes, claim_seconds AS far FROM workers"
     settings = scene.mail.settings
     (row,) = scene.mail.rows(shown)
     assert row == {"routes": None, "far": 2 * settings.session_timeout + 2 * settings.lease}
     scene.sweeper.sweep()
-    routes["bulk"] = ()
+    scene.engine.routes = Routes([Route("bulk", ()), default])
     assert json.loads(scene.mail.rows(shown)[0]["routes"]) == {"default": ["mx.example.net:628"]}
     scene.sweeper.sweep()
     assert json.loads(scene.mail.rows(shown)[0]["routes"]) == {
         "default": ["mx.example.net:628"],
         "bulk": [],
     }
-    scene.engine.worker = scene.worker()  # declared dead, and there again under another id
+    scene.engine.lease.worker = scene.worker()  # expired, and registered under another id
     scene.sweeper.sweep()
     assert all("bulk" in row["routes"] for row in scene.mail.rows(shown))
 
 
-def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
+def test_a_pending_dsn_is_generated_and_its_hint_published(scene: Scene) -> None:
     queue_id = scene.mail.accept()
     scene.mail.change(
         "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
@@ -320,9 +328,7 @@ def test_a_notice_that_is_owed_is_made_and_hinted_at(scene: Scene) -> None:
     assert scene.mail.delivery(queue_id)["due_at"] is None
 
 
-def test_a_full_spool_keeps_only_notices_waiting(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_spool_delays_only_dsns(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     owing = scene.mail.accept()
     scene.mail.change(
         "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
@@ -337,51 +343,51 @@ def test_a_full_spool_keeps_only_notices_waiting(
     assert scene.mail.delivery(owing)["due_at"] is not None
 
 
-def test_no_worker_buries_itself() -> None:
+def test_no_worker_expires_itself() -> None:
     clock = Clock()
-    watch = LeaseMonitor(10.0, clock)
+    monitor = LeaseMonitor(10.0, clock)
     leases = [("own", "1"), ("other", "1")]
-    assert watch.look(leases, "own") == []
+    assert monitor.observe(leases, "own") == []
     found = []
     for _ in range(4):
         clock.now += 2.5
-        found = watch.look(leases, "own")
+        found = monitor.observe(leases, "own")
     assert found == [("other", "1")]
-    watch.forget()
-    assert watch.look(leases, "own") == []
+    monitor.reset()
+    assert monitor.observe(leases, "own") == []
 
 
 def test_a_stuck_transfer_becomes_uncertain(scene: Scene) -> None:
-    queue_id = scene.sending(scene.engine.worker)
+    queue_id = scene.sending(scene.engine.lease.worker)
     scene.mail.change("UPDATE deliveries SET due_at = @ago(1) WHERE queue_id = :id", id=queue_id)
     scene.sweeper.sweep()
     assert scene.mail.delivery(queue_id)["last_outcome"] == "uncertain"
 
 
-def test_the_tick_file_tells_that_both_threads_turn(scene: Scene) -> None:
-    tick = heartbeat_file(scene.mail.settings)
-    assert tick == scene.mail.settings.state_dir / f"worker-{os.getpid()}.tick"
+def test_the_heartbeat_file_exists_while_both_threads_run(scene: Scene) -> None:
+    heartbeat = heartbeat_file(scene.mail.settings)
+    assert heartbeat == scene.mail.settings.state_dir / f"worker-{os.getpid()}.tick"
     scene.engine.heartbeat = time.monotonic() + HOUR
     scene.sweeper.start()
-    until(tick.exists)
+    until(heartbeat.exists)
     scene.sweeper.close()
-    assert not tick.exists()
+    assert not heartbeat.exists()
     scene.engine.heartbeat -= 2 * HOUR
-    scene.sweeper._tick()
-    assert not tick.exists()
+    scene.sweeper.touch_heartbeat()
+    assert not heartbeat.exists()
 
 
-def test_the_tick_file_may_be_elsewhere(tmp_path: Path) -> None:
+def test_the_heartbeat_file_may_be_elsewhere(tmp_path: Path) -> None:
     assert (
         heartbeat_file(load(WorkerSettings, health_file=tmp_path / "health")) == tmp_path / "health"
     )
 
 
-# Housekeeping
+# The cleaner
 
 
 @pytest.fixture
-def keeper(mail: Mailroom) -> Cleaner:
+def cleaner(mail: Mailroom) -> Cleaner:
     return Cleaner(mail.settings, mail.database, mail.spool)
 
 
@@ -412,11 +418,11 @@ def finished(mail: Mailroom) -> Callable[..., str]:
     return make
 
 
-def test_finished_messages_go_after_their_retention(
-    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]
+def test_finished_messages_are_removed_after_their_retention(
+    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     old, young, waiting = finished(age=31 * DAY), finished(age=29 * DAY), mail.accept()
-    assert keeper.clean() == 1
+    assert cleaner.clean() == 1
     assert {row["id"] for row in mail.rows("SELECT @hex(id) AS id FROM messages")} == {
         young,
         waiting,
@@ -426,31 +432,31 @@ def test_finished_messages_go_after_their_retention(
     assert not mail.spool.path(old).exists()
 
 
-def test_old_mail_that_is_not_finished_stays(
-    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]
+def test_old_unfinished_mail_stays(
+    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     old = finished(age=31 * DAY)
     mail.change("UPDATE deliveries SET state = 'held' WHERE queue_id = :id", id=old)
-    assert keeper.clean() == 0
+    assert cleaner.clean() == 0
 
 
 def _aged(path: Path, seconds: float) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_bodies_that_nobody_needs_are_removed(
-    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str]
+def test_deletable_bodies_are_removed(
+    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     done, fresh, waiting = finished(age=2 * DAY), finished(age=2 * DAY), mail.accept()
     _aged(mail.spool.path(done), 2 * HOUR)
     _aged(mail.spool.path(waiting), 40 * DAY)
-    assert keeper.clean_spool() == (1, 0)
+    assert cleaner.clean_spool() == (1, 0)
     assert [mail.spool.path(i).exists() for i in (done, fresh, waiting)] == [False, True, True]
 
 
 @pytest.mark.parametrize("lost", ["deliveries", "deliveries and recipients", "one delivery of two"])
-def test_a_message_with_a_row_missing_keeps_its_body(
-    mail: Mailroom, keeper: Cleaner, finished: Callable[..., str], lost: str
+def test_a_message_with_a_missing_row_keeps_its_body(
+    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str], lost: str
 ) -> None:
     old = finished(age=31 * DAY)
     if lost == "one delivery of two":
@@ -459,114 +465,111 @@ def test_a_message_with_a_row_missing_keeps_its_body(
         if table in lost:
             mail.change(f"DELETE FROM {table} WHERE queue_id = :id", id=old)
     _aged(mail.spool.path(old), 31 * DAY)
-    assert (keeper.clean(), keeper.clean_spool()) == (0, (0, 0))
+    assert (cleaner.clean(), cleaner.clean_spool()) == (0, (0, 0))
     assert mail.spool.path(old).exists()
 
 
-def test_orphans_are_put_aside_once_a_newer_message_proves_the_database(
-    mail: Mailroom, keeper: Cleaner
-) -> None:
+def test_orphans_are_moved_once_a_newer_row_exists(mail: Mailroom, cleaner: Cleaner) -> None:
     orphan, young = new_id(), new_id()
-    for one, age in ((orphan, YOUNG + 60), (young, YOUNG - 60)):
+    for one, age in ((orphan, ORPHAN_MOVE_AGE + 60), (young, ORPHAN_MOVE_AGE - 60)):
         mail.spool.store(one, [b"x"])
         _aged(mail.spool.path(one), age)
-    assert keeper.clean_spool() == (0, 0)  # no row at all: a database that was restored, perhaps
+    assert cleaner.clean_spool() == (0, 0)  # no row at all: a database that was restored, perhaps
     restored = mail.accept()
     mail.change(
-        "UPDATE messages SET received_at = @ago(:age) WHERE id = :id", id=restored, age=YOUNG + 120
+        "UPDATE messages SET received_at = @ago(:age) WHERE id = :id",
+        id=restored,
+        age=ORPHAN_MOVE_AGE + 120,
     )
-    assert keeper.clean_spool() == (0, 0)
+    assert cleaner.clean_spool() == (0, 0)
     mail.accept()
-    assert keeper.clean_spool() == (0, 1)
+    assert cleaner.clean_spool() == (0, 1)
     assert (mail.spool.directory / "orphans" / orphan).read_bytes() == b"x"
     assert mail.spool.path(young).exists()
 
 
 @pytest.mark.parametrize("wrong", ["the worker's", "the file system's", "the database's"])
-def test_one_clock_that_is_wrong_takes_no_body(
-    mail: Mailroom, keeper: Cleaner, monkeypatch: pytest.MonkeyPatch, wrong: str
+def test_one_wrong_clock_removes_no_body(
+    mail: Mailroom, cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    """It is 40 days ahead, while a message is received and another one is there to prove the
-    database."""
+    """It is 40 days ahead, while one message is being received and a newer row exists."""
     mail.spool.store(received := new_id(), [b"x"])
     mail.accept()
-    now, clock, macros = time.time, mail.spool.clock, keeper._strays._sql._dialect.macros
+    now, clock, macros = time.time, mail.spool.clock, cleaner._orphans._sql._dialect.macros
     if wrong == "the worker's":
         monkeypatch.setattr(time, "time", lambda: now() + 40 * DAY)
     elif wrong == "the file system's":
         monkeypatch.setattr(mail.spool, "clock", lambda: clock() + 40 * DAY)
     else:
         monkeypatch.setitem(macros, "now", lambda _: macros["later"](str(40 * DAY)))
-    assert keeper.clean_spool() == (0, 0)
+    assert cleaner.clean_spool() == (0, 0)
     assert mail.spool.path(received).exists()
 
 
-def test_what_is_put_aside_is_purged_by_a_later_pass(mail: Mailroom) -> None:
-    keeper = Cleaner(
+def test_a_moved_orphan_is_purged_by_a_later_pass(mail: Mailroom) -> None:
+    cleaner = Cleaner(
         mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
     )
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 40 * DAY)
     mail.accept()
-    assert keeper.clean_spool() == (0, 1)
+    assert cleaner.clean_spool() == (0, 1)
     assert (mail.spool.directory / "orphans" / orphan).exists()
-    assert keeper.clean_spool() == (0, 0)
+    assert cleaner.clean_spool() == (0, 0)
     assert not (mail.spool.directory / "orphans" / orphan).exists()
 
 
-def test_the_wait_of_what_is_put_aside_begins_with_the_move(
-    mail: Mailroom, keeper: Cleaner
-) -> None:
+def test_the_retention_of_an_orphan_begins_with_the_move(mail: Mailroom, cleaner: Cleaner) -> None:
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 400 * DAY)
     mail.accept()
-    assert [keeper.clean_spool() for _ in range(2)] == [(0, 1), (0, 0)]
+    assert [cleaner.clean_spool() for _ in range(2)] == [(0, 1), (0, 0)]
     assert (mail.spool.directory / "orphans" / orphan).exists()
 
 
-def test_what_a_row_needs_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
-    """Its row came when it was put aside already."""
-    keeper = Cleaner(
+def test_a_moved_body_with_a_row_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
+    """Its row came after the move."""
+    cleaner = Cleaner(
         mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
     )
     queue_id = mail.accept()
     mail.spool.move_to_orphans(queue_id)
-    keeper.clean_spool()
+    cleaner.clean_spool()
     os.close(mail.spool.open(queue_id, len(BODY)))
 
 
-def test_only_directories_of_bodies_are_removed(mail: Mailroom, keeper: Cleaner) -> None:
+def test_only_directories_of_bodies_are_removed(mail: Mailroom, cleaner: Cleaner) -> None:
     ours, theirs = mail.spool.directory / "01a2b3c4", mail.spool.directory / "lost+found"
     for directory in (ours, theirs):
         directory.mkdir()
         _aged(directory, 2 * HOUR)
-    keeper.clean_spool()
+    cleaner.clean_spool()
     assert [ours.exists(), theirs.exists()] == [False, True]
 
 
-def test_only_one_keeps_house_at_a_time(mail: Mailroom, keeper: Cleaner) -> None:
+def test_only_one_worker_cleans_at_a_time(mail: Mailroom, cleaner: Cleaner) -> None:
     other = Cleaner(mail.settings, mail.database, mail.spool)
-    with keeper._alone() as first, other._alone() as second:
+    with cleaner.exclusive() as first, other.exclusive() as second:
         assert (first, second) == (True, False)
-    with other._alone() as second:
+    with other.exclusive() as second:
         assert second
 
 
-# --- rerouting
+# The rerouter
 
 
 def rerouting(mail: Mailroom, routes: Routes, clock: Callable[[], float]) -> Rerouter:
     return Rerouter(mail.sweeps, QueueOperations(mail.database, notices=True), routes, clock=clock)
 
 
-def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> None:
+def test_mail_of_a_gone_route_is_rerouted(mail: Mailroom) -> None:
     queue_id = mail.accept()
     with writing(mail.database) as connection:
         connection.execute(text("UPDATE deliveries SET route = 'gone'"))
     now = [0.0]
     rerouter = rerouting(mail, Routes([Route("default", ())]), lambda: now[0])
-    assert rerouter.turn() == 0, "it may come back"
-    now[0] += PATIENCE
+    assert rerouter.turn() == 0, "the route may come back"
+    now[0] += MIN_GONE
     assert rerouter.turn() == 1
     assert mail.rows("SELECT route FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [
         {"route": "default"}
@@ -576,7 +579,7 @@ def test_mail_for_a_route_that_is_gone_gets_the_one_of_today(mail: Mailroom) -> 
 
 
 def test_a_route_that_comes_back_keeps_its_mail(mail: Mailroom, tmp_path: Path) -> None:
-    """A file that is cut off for a moment is a file without routes."""
+    """A file that is cut off for a moment has no routes."""
     file, now = tmp_path / "routes.toml", [100.0]
     whole = '[bulk]\nrecipients = ["lists.test"]\nservers = ["a"]\n'
     file.write_text(whole)
@@ -587,19 +590,19 @@ def test_a_route_that_comes_back_keeps_its_mail(mail: Mailroom, tmp_path: Path) 
 
     def turns(seconds: float) -> int:
         moved = 0
-        for _ in range(round(seconds / LOOK_EVERY)):
-            now[0] += LOOK_EVERY
+        for _ in range(round(seconds / CHECK_INTERVAL)):
+            now[0] += CHECK_INTERVAL
             moved += rerouter.turn()
         return moved
 
     for _ in range(3):
         file.write_text("")
-        assert turns(PATIENCE - 10) == 0
+        assert turns(MIN_GONE - 10) == 0
         assert routes.names() == ("default",)
         file.write_text(whole)
         assert turns(20) == 0
     file.write_text("")
-    assert turns(PATIENCE + 10) == 1
+    assert turns(MIN_GONE + 10) == 1
     assert mail.rows("SELECT route FROM deliveries") == [{"route": "default"}]
 
 
@@ -614,7 +617,7 @@ def test_a_route_that_another_worker_knows_is_not_gone(mail: Mailroom) -> None:
     rerouter = rerouting(mail, Routes([Route("default", ())]), lambda: now[0])
 
     def turn_later() -> int:
-        now[0] += EVERY
+        now[0] += SCAN_INTERVAL
         return rerouter.turn()
 
     assert [turn_later() for _ in range(3)] == [0, 0, 0]

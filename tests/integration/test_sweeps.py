@@ -321,4 +321,4 @@ def test_a_notice_is_owed_at_once_all_the_same(office: Office, tmp_path: Path) -
     office.record(claim, Outcome.REJECTED)
     office.pass_time(-BACK, only=[claim.queue_id])
     generator = DsnGenerator(office.engine, spool, office.settings, lambda _: "default")
-    assert len(generator.settle(10)) == 1
+    assert len(generator.generate(10)) == 1

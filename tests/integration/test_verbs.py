@@ -125,7 +125,7 @@ def test_release_takes_back_a_hold_that_was_only_wanted(office: Office, typed: T
     typed("drop", dropped.queue_id)
     done = typed("release", "--all")
     assert "release: 1 delivery (1 sending)" in done.stdout
-    assert "1 being sent: not held after this try any more" in done.stderr
+    assert "1 being sent: they are no longer held after this try" in done.stderr
     rows = [office.delivery(claim.queue_id) for claim in (held, dropped)]
     assert [(row["state"], row["pending_operation"]) for row in rows] == [
         ("sending", None),
@@ -267,7 +267,7 @@ def test_more_than_one_needs_a_yes(
 ) -> None:
     ids = [office.accept("a@example.org"), office.accept("a@example.org")]
     refused = typed("drop", "--recipient", "a@example.org", status=2)
-    assert "drop 2 deliveries (2 queued)? Say --yes" in refused.stderr
+    assert "drop 2 deliveries (2 queued)? Add --yes" in refused.stderr
     monkeypatch.setattr(
         "commands.ops.modify.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
     )
@@ -323,7 +323,7 @@ def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
     deferred = one_in(office, State.DEFERRED)
     typed("bounce", deferred, "--reason", "they moved")
     assert (
-        "ago, because bounced by an operator: they moved; a notice" in typed("why", deferred).stdout
+        "ago, because bounced by an operator: they moved; its DSN" in typed("why", deferred).stdout
     )
 
 
@@ -348,7 +348,7 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     (claim,) = office.claim(greylisted)
     office.record(claim, Outcome.DEFERRED, reply="held by greylist for 300 seconds")
     office.pass_time(100)
-    texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.settle(10)]
+    texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
     assert len(texts) == 2
     assert sum(f"The mail server refused it: {reply}" in text for text in texts) == 1
     assert sum(f"Diagnostic-Code: x-qmqp; {reply}" in text for text in texts) == 1
@@ -380,9 +380,9 @@ def test_where_the_spool_is_not_mounted_bodies_stay(
     (spool.directory / "spool-id").write_text("f" * 32)
     assert "removed" not in typed("drop", "--id", queue_id).stdout
     assert spool.path(queue_id).exists()
-    assert "not at hand" in typed("body", queue_id, status=3).stderr
-    assert "not at hand" in typed("show", queue_id).stdout
-    assert "not at hand" in typed("fsck", status=3).stderr
+    assert "not mounted" in typed("body", queue_id, status=3).stderr
+    assert "not mounted" in typed("show", queue_id).stdout
+    assert "not mounted" in typed("fsck", status=3).stderr
 
 
 def test_rerouting(

@@ -21,7 +21,7 @@ from tests import services
 from tests.integration.mailroom import Mailroom
 from tests.services import Broker
 from tests.waiting import until
-from worker.app import Process
+from worker.app import WorkerProcess
 
 type Spawn = Callable[..., subprocess.Popen[Any]]
 CELERY = (sys.executable, "-m", "celery", "-A", "worker.app")
@@ -79,7 +79,7 @@ def house(
         one.close()
 
 
-def test_a_server_that_refused_us_before_the_pattern_was_known_is_left_alone(
+def test_an_unauthorized_reply_from_before_the_setting_opens_the_circuit(
     house: Callable[..., House],
 ) -> None:
     with running_sink() as sink:
@@ -92,8 +92,8 @@ def test_a_server_that_refused_us_before_the_pattern_was_known_is_left_alone(
         )  # fmt: skip
         worker = at.start(UNAUTHORIZED_REPLIES="shall not pass")
         until(lambda: at.mail.state(queue_id) == "deferred", 30, what=at.said)
-        until(lambda: "server left alone" in at.said(), what=at.said)
-        assert "server does not want us" in at.said()
+        until(lambda: "circuit opened" in at.said(), what=at.said)
+        assert "relay not authorized" in at.said()
         assert services.end(worker, signal.SIGTERM) == 0
 
 
@@ -112,7 +112,7 @@ def test_importing_the_application_needs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [WORKER, RUN], ids=["celery", "run"])
-def test_hints_are_delivered_and_sigterm_ends_it(
+def test_hints_are_delivered_and_sigterm_ends_the_worker(
     house: Any, broker: Broker, command: tuple[str, ...]
 ) -> None:
     with running_sink() as sink:
@@ -133,7 +133,7 @@ def test_hints_are_delivered_and_sigterm_ends_it(
     assert list(home.mail.settings.state_dir.glob("*.tick")) == []
 
 
-def test_without_a_broker_mail_is_delivered_all_the_same(house: Any) -> None:
+def test_mail_is_delivered_without_a_broker(house: Any) -> None:
     with running_sink() as sink:
         home = house(sink.port, f"redis://127.0.0.1:{services.free_port()}/0")
         ids = [home.mail.accept() for _ in range(10)]
@@ -143,7 +143,7 @@ def test_without_a_broker_mail_is_delivered_all_the_same(house: Any) -> None:
     assert sink.count == len(ids)
 
 
-def test_a_silent_broker_does_not_hold_up_the_end(house: Any, broker: Broker) -> None:
+def test_a_silent_broker_does_not_delay_the_end(house: Any, broker: Broker) -> None:
     with running_sink() as sink:
         home = house(sink.port, broker.url)
         worker = home.start()
@@ -157,7 +157,7 @@ def test_a_silent_broker_does_not_hold_up_the_end(house: Any, broker: Broker) ->
     assert home.mail.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
 
 
-def test_sigterm_records_what_it_cannot_wait_for(house: Any, broker: Broker) -> None:
+def test_sigterm_records_deliveries_that_do_not_end_in_time(house: Any, broker: Broker) -> None:
     with running_sink(Rule(Answer(raw=b"", end="stay"))) as silent:
         home = house(silent.port, broker.url)
         queue_id = home.mail.accept()
@@ -168,7 +168,7 @@ def test_sigterm_records_what_it_cannot_wait_for(house: Any, broker: Broker) -> 
     assert (found["state"], found["last_outcome"]) == ("deferred", "uncertain")
 
 
-def test_B39_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(
+def test_B39_deliveries_of_a_killed_worker_are_uncertain_and_retried(
     house: Any, broker: Broker
 ) -> None:
     with running_sink(Rule(Answer(raw=b"", end="stay"), times=1)) as sink:
@@ -195,7 +195,7 @@ def test_B39_what_a_killed_worker_was_sending_is_uncertain_and_tried_again(
         ),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(
+def test_a_setup_that_cannot_work_is_refused_in_one_line(
     house: Any, options: tuple[str, ...], given: dict[str, str], words: str
 ) -> None:
     home = house(1, "redis://127.0.0.1:1/0")
@@ -204,17 +204,17 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert words in home.said().strip().splitlines()[-1]
 
 
-def test_a_defect_at_the_start_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_at_startup_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Celery only logs what a signal's receiver raises: such a worker would take hints and send
     nothing."""
-    process = object.__new__(Process)
+    process = object.__new__(WorkerProcess)
     process.settings, process.app = load(WorkerSettings), Celery(set_as_current=False)
-    monkeypatch.setattr(Process, "start", lambda _: 1 / 0)
+    monkeypatch.setattr(WorkerProcess, "start", lambda _: 1 / 0)
     with pytest.raises(SystemExit):
-        process._on_init(SimpleNamespace(app=process.app, pool_cls="threads"))
+        process.on_init(SimpleNamespace(app=process.app, pool_cls="threads"))
 
 
-def test_on_a_spool_of_another_database_it_refuses_to_start(house: Any) -> None:
+def test_a_worker_refuses_the_spool_of_another_database(house: Any) -> None:
     home = house(1, "redis://127.0.0.1:1/0")
     (home.mail.settings.spool_dir / "spool-id").write_text("0" * 32 + "\n")
     worker = home.start()
@@ -222,7 +222,7 @@ def test_on_a_spool_of_another_database_it_refuses_to_start(house: Any) -> None:
     assert "is not the spool of this database" in home.said()
 
 
-def test_inspect_answers(house: Any, broker: Broker) -> None:
+def test_celery_inspect_works(house: Any, broker: Broker) -> None:
     home = house(1, broker.url)
     home.start(REMOTE_CONTROL="true")
 

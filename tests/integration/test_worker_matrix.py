@@ -3,8 +3,8 @@ tells it.
 
 A real worker process has five messages under way, one in each phase: connecting; in the middle of
 the body; after the last byte and before the reply; after the reply and before its record is
-committed; and one whose claim waits to be committed. Servers that do not move until they are told
-hold it there, and so does whoever has the turn to write to the database. Then the worker is killed,
+committed; and one whose claim waits to be committed. Servers that do not move until the test opens them
+hold it there, and so does a writer that keeps the lock of the database. Then the worker is killed,
 stopped, or loses its lease. Another worker delivers what is left, to a server that takes
 everything, and then it is counted who has what twice. RELAY_TESTS_WRITE=1 writes the table anew.
 """
@@ -274,9 +274,9 @@ def stopped(scene: Scene) -> list[str]:
     return scene.rows("the worker is told to stop (SIGTERM)")
 
 
-def bereft(scene: Scene) -> list[str]:
-    """It stands still until it is buried, and wakes up; the reply that it waits for is there by
-    then."""
+def expired_while_stopped(scene: Scene) -> list[str]:
+    """The worker is stopped until another has expired it. When it runs again, the reply that it waits
+    for has arrived."""
     with scene.in_every_phase():
         scene.worker.send_signal(signal.SIGSTOP)
         until(lambda: stands_still(scene.worker.pid))
@@ -286,7 +286,7 @@ def bereft(scene: Scene) -> list[str]:
     scene.worker.send_signal(signal.SIGCONT)
     for phase in (WAITING, ANSWERED, UNCLAIMED):
         until_it_is(scene.mail, scene.ids[phase], "delivered")
-    until(lambda: scene.said("this worker was declared dead; it starts again under another id"))
+    until(lambda: scene.said("own lease lost"))
     for phase in (CONNECTING, MIDDLE):
         until(partial(scene.tried, phase, 2), what=scene.house.said)
     services.end(scene.worker)
@@ -349,7 +349,7 @@ def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path
     return [line("the database is away and comes back", ANSWERED, tries, delivery, gate.taken)]
 
 
-def test_the_matrix_of_workers_and_machines_that_fail_is_what_the_page_says(
+def test_the_matrix_of_failing_workers_is_that_of_the_page(
     sqlite_url: str, sqlite_template: Path, postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path,
     spawn: Callable[..., Any],
 ) -> None:  # fmt: skip
@@ -362,7 +362,7 @@ def test_the_matrix_of_workers_and_machines_that_fail_is_what_the_page_says(
         parts = [
             pool.submit(played, killed),
             pool.submit(played, stopped, LATE),
-            pool.submit(played, bereft),
+            pool.submit(played, expired_while_stopped),
         ]
         lines = [one for part in parts for one in part.result()]
     with running_sink(Rule(Answer())) as sink:

@@ -1,5 +1,4 @@
-"""The command line as people type it, in this process: a start of Python for each command would
-take too long."""
+"""The command line in this process, because a start of Python for each command takes too long."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +15,7 @@ type Typed = Callable[..., Result]
 
 
 def typed_at(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
-    """`typed("list", "--json")`: run a command on the office's database and this spool."""
+    """`typed("list", "--json")` runs a command on the office's database and this spool."""
     settings = {
         "STATE_DIR": str(spool.directory.parent), "SPOOL_DIR": str(spool.directory), "UNSAFE_DURABILITY": "1",
         "DATABASE_URL": office.engine.url.render_as_string(hide_password=False),
@@ -26,17 +25,17 @@ def typed_at(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> T
     spool.prepare(office.engine, unsafe=True)
 
     def typed(*words: str, status: int | None = 0, answer: str | None = None) -> Result:
-        done = CliRunner().invoke(main, words, input=answer)
-        if done.exception and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        assert status is None or done.exit_code == status, (
-            f"{words}: {done.exit_code} {done.output}"
+        result = CliRunner().invoke(main, words, input=answer)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert status is None or result.exit_code == status, (
+            f"{words}: {result.exit_code} {result.output}"
         )
-        return done
+        return result
 
     return typed
 
 
-def lines(done: Result) -> list[dict[str, Any]]:
+def lines(result: Result) -> list[dict[str, Any]]:
     """The NDJSON that a command printed."""
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in result.stdout.splitlines()]

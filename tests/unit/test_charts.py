@@ -1,4 +1,4 @@
-"""The numbers of the page's graphs."""
+"""The positions and texts in the graphs of the pages."""
 
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -23,7 +23,7 @@ def test_a_steady_rate_is_level_up_to_now() -> None:
     assert graph.keys == [("delivered", "3600 delivered")]
 
 
-def test_a_bar_is_told_in_words_and_stands_on_the_axis() -> None:
+def test_a_bar_has_a_text_and_stands_on_the_axis() -> None:
     rows = [
         row(0, "unreachable", 1),
         row(0, "delivered", 2),
@@ -42,7 +42,7 @@ def test_a_bar_is_told_in_words_and_stands_on_the_axis() -> None:
         floor = y
 
 
-def test_hours_stand_where_they_began() -> None:
+def test_hours_are_marked_where_they_begin() -> None:
     hours = charts.rate(NOW, [], 300, 72).hours
     assert [words[3:] for _, words in hours] == ["00"] * len(hours)
     assert 5 <= len(hours) <= 6
@@ -50,7 +50,7 @@ def test_hours_stand_where_they_began() -> None:
     assert gaps == {16.7}
 
 
-def test_latency_is_joined_where_nothing_is_missing() -> None:
+def test_latency_lines_join_only_adjacent_steps() -> None:
     rows = [
         row(0, "delivered", 1, 0.01),
         row(1, "delivered", 1, 0.1),
@@ -64,7 +64,7 @@ def test_latency_is_joined_where_nothing_is_missing() -> None:
     assert charts.latency(NOW, [], 300, 72).keys == []
 
 
-def test_hour_by_hour() -> None:
+def test_hours_sum_tries_and_average_seconds() -> None:
     rows = [
         row(0, "delivered", 1, 1.0),
         row(11, "delivered", 3, 2.0),

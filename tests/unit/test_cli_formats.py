@@ -1,5 +1,4 @@
-"""How the command line prints: what people read, what pipes read, and what may never happen to
-either."""
+"""How the command line prints rows on a terminal, in a pipe and as JSON."""
 
 import io
 import json
@@ -8,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from commands import output as tables
+from commands import output
 from commands.output import Columns, Row, ago, cut, size, span, write
 
 COLUMNS: Columns = {"NAME": lambda row: str(row["name"])[:3], "AGE": lambda row: ago(row["at"])}
@@ -54,7 +53,7 @@ def test_a_span_has_its_two_largest_units(seconds: float, shown: str) -> None:
     assert span(seconds) == shown
 
 
-def test_a_span_leaves_out_what_is_none() -> None:
+def test_a_span_omits_a_unit_that_is_zero() -> None:
     assert span(86400 + 60) == "1d"
 
 
@@ -66,7 +65,7 @@ def test_sizes(count: int, shown: str) -> None:
     assert size(count) == shown
 
 
-def test_times_are_told_from_now() -> None:
+def test_times_are_relative_to_now() -> None:
     now = datetime.now(UTC)
     assert ago(None) == ""
     assert ago(now - timedelta(seconds=200)) == "3m 20s"
@@ -85,14 +84,14 @@ def test_a_pipe_gets_whole_values_between_tabs(capsys: pytest.CaptureFixture[str
 
 def test_a_program_gets_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert write(ROWS, COLUMNS, json_lines=True) == 2
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert found == [
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
         {"name": "one\ttwo", "at": "2026-11-22T12:00:00.000+00:00"},
         {"name": "three", "at": None},
     ]
 
 
-def test_people_get_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
@@ -106,7 +105,7 @@ def test_people_get_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_markup_in_a_reply_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
-    tables.write([{"name": "[red]x[/]"}], {"REPLY": lambda row: str(row["name"])})
+    output.write([{"name": "[red]x[/]"}], {"REPLY": lambda row: str(row["name"])})
     assert "[red]x[/]" in terminal.getvalue()
 
 
@@ -116,7 +115,7 @@ def test_nothing_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_rows_go_out_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_printed_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
     def rows() -> Iterator[Row]:
         yield {"n": 1}
         assert capsys.readouterr().out == '{"n": 1}\n'
@@ -137,11 +136,11 @@ def test_rows_go_out_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
         ("", ["    "]),
     ],
 )
-def test_words_are_folded_between_words_where_that_can_be(words: str, shown: list[str]) -> None:
-    assert tables.folded(words, 4, 20).split("\n") == shown
+def test_text_is_folded_between_words(words: str, shown: list[str]) -> None:
+    assert output.folded(words, 4, 20).split("\n") == shown
 
 
-def test_a_lone_value_stands_beside_the_others_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_column_stays_on_the_line_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr("sys.stdout", terminal)
@@ -151,6 +150,6 @@ def test_a_lone_value_stands_beside_the_others_if_it_fits(monkeypatch: pytest.Mo
     assert terminal.getvalue().splitlines()[1] == "m" * 44 + "  0"
     write(rows, columns)
     assert terminal.getvalue().splitlines()[3:5] == ["m" * 44, "    0"], (
-        "long words want more room than is there"
+        "a long text needs more columns than are left"
     )
     assert max(map(len, terminal.getvalue().splitlines())) <= 60

@@ -2,6 +2,7 @@
 proves with an engine."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,10 @@ def test_the_lock_names_what_the_image_leaves_behind():
     assert listed
     locked = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert set(listed[1].split()) <= set(locked)
+
+
+def test_the_image_is_made_of_every_package_of_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert [name for name in packages if f"!{name}" not in ignored] == []

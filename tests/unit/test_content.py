@@ -133,7 +133,7 @@ def test_C1_crlf_is_stored_as_lf() -> None:
 @pytest.mark.parametrize(
     "fake", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r\n", b"\r.\r", b"\r\n.\r"]
 )
-def test_C2_a_smuggled_end_is_no_end(fake: bytes) -> None:
+def test_C2_a_smuggled_end_does_not_end_the_message(fake: bytes) -> None:
     wire = b"a" + fake + b"MAIL FROM:<x@y>\r\nb\r\n.\r\n"
     for blocks in cuts(wire):
         content, _, rest = decode(blocks)
@@ -187,7 +187,7 @@ def test_a_bare_lf_is_refused_where_bare_crs_are_stripped(fake: bytes) -> None:
         assert (content.fault, rest) == (Fault.BARE, b"NOOP\r\n")
 
 
-def test_a_client_that_sends_two_crs_is_understood() -> None:
+def test_cr_cr_lf_becomes_one_line_end() -> None:
     wire = b"Message-ID: <a@b>\r\r\n\r\r\nhello\r\r\n..x\r\r\n.\r\nQUIT\r\n"
     for blocks in cuts(wire):
         content, text, rest = decode(blocks, strip_cr=True)
@@ -204,7 +204,7 @@ def test_crs_that_are_stripped_count_towards_the_limit() -> None:
     assert decode([b"\r" * 51, b"a\r\n.\r\n"], 53, strip_cr=True)[0].fault is Fault.TOO_BIG
 
 
-def test_C4_exactly_one_leading_dot_is_taken_off() -> None:
+def test_C4_exactly_one_leading_dot_is_removed() -> None:
     wire = b"..\r\n.x\r\n...\r\nx.\r\n..x\r\n.\r\n"
     for blocks in cuts(wire):
         content, text, rest = decode(blocks)
@@ -241,12 +241,12 @@ def test_C6_empty_header_only_body_only_blank_first_line(wire: bytes, text: byte
 @pytest.mark.parametrize(
     "first", [b"From someone Mon Jan  1\r\n", b" indented\r\n", b"\tindented\r\n"]
 )
-def test_C8_an_odd_first_line_passes_as_it_is(first: bytes) -> None:
+def test_C8_an_odd_first_line_passes_unchanged(first: bytes) -> None:
     assert decode([first + b".\r\n"])[1] == first.replace(b"\r\n", b"\n")
 
 
 @pytest.mark.parametrize("length", [998, 999, 1000, 300_000])
-def test_C9_a_long_line_passes_without_being_gathered(length: int) -> None:
+def test_C9_a_long_line_is_decoded_block_by_block(length: int) -> None:
     content = Content(LIMIT)
     sizes = [len(content.feed(b"x" * 1000)[0]) for _ in range(length // 1000)]
     assert all(size == 1000 for size in sizes)

@@ -13,12 +13,12 @@ GIVEN = [
 ]
 
 
-def test_every_setting_is_there_once():
+def test_every_setting_is_listed_once():
     assert sorted(name for name, _ in GIVEN) == sorted(names())
 
 
 @pytest.mark.parametrize(("name", "value"), GIVEN)
-def test_it_gives_the_default(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
+def test_value_is_the_default(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
     for known in names():
         monkeypatch.delenv(known, raising=False)
     usual = [load(role) for role in ROLES]
@@ -27,7 +27,7 @@ def test_it_gives_the_default(name: str, value: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", [name for name, _ in GIVEN])
-def test_one_line_says_what_it_is_for(name: str):
+def test_every_setting_has_one_line_of_explanation(name: str):
     place = next(n for n, line in enumerate(LINES) if line.startswith(f"#{name}="))
     assert re.fullmatch(r"# \S.*\. Twin: \S.*", LINES[place - 1])
     assert not LINES[place - 2].startswith("# ") or LINES[place - 2].startswith("# ---")

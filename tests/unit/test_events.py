@@ -9,7 +9,7 @@ LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
 # Events that are no literal where they are logged: states and outcomes of deliveries, and warnings
 # about settings.
 SPOKEN = {
-    "no QMQP server configured (RELAY_QMQP_SERVERS)", "ignoring RELAY_...", "handed back", "uncertain", "malformed",
+    "no QMQP server configured (RELAY_QMQP_SERVERS)", "ignoring RELAY_...", "requeued", "uncertain", "malformed",
     "delivered", "deferred", "bounced", "expired", "held", "split", "dropped", "queued",
 }  # fmt: skip
 
@@ -36,14 +36,14 @@ def logged() -> dict[str, set[str]]:
     return found
 
 
-def test_the_list_is_the_code():
+def test_events_of_the_list_and_of_the_code_are_the_same():
     listed = {event for event, _ in ROWS}
     code = set(logged()) | SPOKEN
     assert listed - code == set(), "listed, but never logged"
     assert code - listed == set(), "logged, but not listed"
 
 
-def test_the_levels_are_those_of_the_code():
+def test_levels_of_the_list_and_of_the_code_are_the_same():
     listed, code = dict(ROWS), logged()
     assert {event: {listed[event]} for event in code if event in listed} == {
         e: code[e] for e in code if e in listed

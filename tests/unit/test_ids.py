@@ -1,4 +1,4 @@
-"""Ids: UUIDv7 by the letter of RFC 9562, in the order of time, and never the same twice."""
+"""Ids: UUIDv7 as in RFC 9562, unique, and in the order of time."""
 
 import re
 import time
@@ -7,7 +7,7 @@ import uuid
 from relay.ids import dashed, new_id
 
 
-def test_an_id_is_a_uuid_of_version_7() -> None:
+def test_id_is_a_uuid_of_version_7() -> None:
     before = time.time_ns() // 1_000_000
     made = new_id()
     after = time.time_ns() // 1_000_000
@@ -25,7 +25,7 @@ def test_ids_differ_and_sort_by_time() -> None:
     assert [i[:12] for i in sorted(made)] == [i[:12] for i in made]
 
 
-def test_every_bit_of_chance_is_used() -> None:
+def test_every_random_bit_is_used() -> None:
     ones, zeros = 0, 0
     for _ in range(500):
         value = int(new_id(), 16)
@@ -35,6 +35,6 @@ def test_every_bit_of_chance_is_used() -> None:
     assert ones & chance == chance == zeros & chance
 
 
-def test_dashes_are_where_the_database_puts_them() -> None:
+def test_dashed_has_the_form_of_the_database() -> None:
     made = new_id()
     assert dashed(made) == str(uuid.UUID(made))

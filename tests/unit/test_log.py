@@ -1,4 +1,4 @@
-"""Logs: one event a line, JSON unless somebody watches, and never a raw byte of a peer's."""
+"""Logs: one event a line, JSON unless on a terminal, and never a raw byte from a peer."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from tests.scaling import growth
 
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    """Gives what was written to standard error since."""
+    """Returns what was written to standard error since the last call."""
     return lambda: capsys.readouterr().err
 
 
@@ -25,7 +25,7 @@ def lines(said: Callable[[], str]) -> list[dict[str, object]]:
     return [json.loads(line) for line in said().splitlines()]
 
 
-def test_an_event_is_a_line_of_json_with_its_fields(said: Callable[[], str]) -> None:
+def test_event_is_a_line_of_json_with_its_fields(said: Callable[[], str]) -> None:
     configure(load(Settings))
     get_logger("reception.receiver").info("accepted", id="0" * 32, size=100, sender="a@example.com")
     (line,) = lines(said)
@@ -39,7 +39,7 @@ def test_an_event_is_a_line_of_json_with_its_fields(said: Callable[[], str]) -> 
     }
 
 
-def test_other_libraries_speak_in_the_same_lines(said: Callable[[], str]) -> None:
+def test_records_of_other_libraries_become_the_same_lines(said: Callable[[], str]) -> None:
     configure(load(Settings))
     logging.getLogger("celery.worker").warning("connection %s", "lost")
     logging.getLogger("celery.worker").info("chatter")
@@ -47,7 +47,7 @@ def test_other_libraries_speak_in_the_same_lines(said: Callable[[], str]) -> Non
     assert (line["event"], line["level"]) == ("connection lost", "warning")
 
 
-def test_a_line_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_that_cannot_be_written_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     went_on = False
     with (
         suppress(OSError),
@@ -60,14 +60,14 @@ def test_a_line_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyP
     assert went_on
 
 
-def test_levels(said: Callable[[], str]) -> None:
+def test_level_hides_lower_events(said: Callable[[], str]) -> None:
     configure(load(Settings, log_level="warning"))
     get_logger("x").info("quiet")
     get_logger("x").warning("heard")
     assert [line["event"] for line in lines(said)] == ["heard"]
 
 
-def test_errors_bring_their_traceback_in_one_line(said: Callable[[], str]) -> None:
+def test_traceback_is_a_field_of_the_line(said: Callable[[], str]) -> None:
     configure(load(Settings))
     try:
         raise ValueError("why")
@@ -77,7 +77,7 @@ def test_errors_bring_their_traceback_in_one_line(said: Callable[[], str]) -> No
     assert "ValueError: why" in str(line["exception"])
 
 
-def test_addresses_can_be_left_out(said: Callable[[], str]) -> None:
+def test_addresses_are_redacted(said: Callable[[], str]) -> None:
     configure(load(Settings, log_addresses="redacted"))
     get_logger("x").info("accepted", sender="ann@example.com", recipient="bob@example.org", size=1)
     get_logger("x").info("accepted", sender="")
@@ -102,12 +102,12 @@ def test_addresses_can_be_left_out(said: Callable[[], str]) -> None:
         ("<a-b@c>,d@e", "<...@c>,...@e"),
     ],
 )
-def test_odd_addresses_are_left_out_too(words: str, shown: str) -> None:
+def test_odd_addresses_are_redacted(words: str, shown: str) -> None:
     assert _redact(None, "info", {"reply": words}) == {"reply": shown}
 
 
 @pytest.mark.parametrize("piece", ["a", "a@", '"', '"a', 'a"@', "a "])
-def test_leaving_out_is_linear(piece: str) -> None:
+def test_redaction_takes_linear_time(piece: str) -> None:
     def redact(text: str) -> None:
         _redact(None, "info", {"reply": text})
 
@@ -116,7 +116,7 @@ def test_leaving_out_is_linear(piece: str) -> None:
     )
 
 
-def test_people_get_plain_lines(said: Callable[[], str]) -> None:
+def test_console_format_is_not_json(said: Callable[[], str]) -> None:
     configure(load(Settings, log_format="console"))
     get_logger("x").info("accepted", id="abc")
     line = said()
@@ -128,7 +128,7 @@ def test_people_get_plain_lines(said: Callable[[], str]) -> None:
     (b"250 ok", "250 ok"), (b"a\nb", r"a\nb"), (b"\x1b[31mred", r"\x1b[31mred"), (b"\xff\x00", r"\xff\x00"),
     ("é", r"\xc3\xa9"), ("\udcff", r"\xff"), ("", ""), ("back\\slash", "back\\slash"),
 ])  # fmt: skip
-def test_escaped(raw: bytes | str, text: str) -> None:
+def test_escaped_is_printable_ascii(raw: bytes | str, text: str) -> None:
     assert escaped(raw) == text
 
 
@@ -136,16 +136,14 @@ def test_escaped(raw: bytes | str, text: str) -> None:
     st.one_of(st.binary(), st.binary().map(lambda raw: raw.decode("utf-8", "surrogateescape"))),
     st.integers(5, 50),
 )
-def test_whatever_a_peer_says_becomes_a_short_printable_line(
-    raw: bytes | str, longest: int
-) -> None:
+def test_escaped_bounds_any_bytes_of_a_peer(raw: bytes | str, longest: int) -> None:
     text = escaped(raw, longest)
     assert len(text) <= longest
     assert text.isascii()
     assert text.isprintable()
 
 
-def test_first_line_of_an_error() -> None:
+def test_first_line_of_an_error_is_bounded_and_redacted() -> None:
     assert first_line(ValueError("\nwhy\nSQL: secret")) == "why"
     assert first_line(ValueError()) == "ValueError"
     assert (

@@ -1,5 +1,5 @@
-"""Counting is bounded and cheap; a scrape is answered whatever is away; the address is a matter of
-what is free."""
+"""Metrics: labels are bounded, a scrape is answered in every outage, and the first free address is
+used."""
 
 import socket
 import threading
@@ -33,13 +33,13 @@ def scraped(collector: QueueMetrics) -> str:
 @pytest.mark.parametrize(
     ("reply", "label"),
     [
-        (b"554 5.7.1 Relay access denied\r\n", "554 5.7.1"),
-        (b"550 5.6.11 Message contains a bare CR or LF\r\n", "550 5.6.11"),
-        (b"502 What the client said: \xff\r\n", "502"),
-        (b"421\r\n", "421"),
+        ("554 5.7.1 Relay access denied", "554 5.7.1"),
+        ("550 5.6.11 Message contains a bare CR or LF", "550 5.6.11"),
+        ("502 What the client sent", "502"),
+        ("421", "421"),
     ],
 )
-def test_refusal_is_counted_by_its_codes(reply: bytes, label: str):
+def test_refusal_is_counted_by_its_codes(reply: str, label: str):
     before = sample("relay_smtp_refusals_total", reply=label)
     metrics.refused(reply)
     assert sample("relay_smtp_refusals_total", reply=label) == before + 1
@@ -58,20 +58,20 @@ def test_round_is_observed_by_size_and_seconds():
 
 @pytest.fixture
 def queue(tmp_path: Path) -> Iterator[QueueMetrics]:
-    """On a database that has no tables."""
+    """Metrics of a database without tables."""
     engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
     yield QueueMetrics(engine, Spool(tmp_path))
     engine.dispose()
 
 
-def test_a_database_that_fails_leaves_the_rest(queue: QueueMetrics):
+def test_failing_database_leaves_the_other_parts(queue: QueueMetrics):
     text = scraped(queue)
     assert "relay_database_up 0.0" in text
     assert "relay_spool_free_bytes" in text
     assert "relay_deliveries" not in text
 
 
-def test_a_spool_that_is_gone_leaves_the_rest(tmp_path: Path):
+def test_missing_spool_leaves_the_other_parts(tmp_path: Path):
     engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
     text = scraped(QueueMetrics(engine, Spool(tmp_path / "gone")))
     engine.dispose()
@@ -79,9 +79,7 @@ def test_a_spool_that_is_gone_leaves_the_rest(tmp_path: Path):
     assert "relay_database_up" in text
 
 
-def test_a_database_that_is_silent_delays_no_scrape(
-    queue: QueueMetrics, monkeypatch: pytest.MonkeyPatch
-):
+def test_silent_database_delays_no_scrape(queue: QueueMetrics, monkeypatch: pytest.MonkeyPatch):
     looks, go_on = [], threading.Event()
 
     def silent() -> list[Metric]:
@@ -89,24 +87,24 @@ def test_a_database_that_is_silent_delays_no_scrape(
         go_on.wait(30)
         return [metrics._gauge("database_up", "", 1)]
 
-    monkeypatch.setattr(metrics, "PATIENCE", 0.05)
+    monkeypatch.setattr(metrics, "SCRAPE_TIMEOUT", 0.05)
     monkeypatch.setattr(queue, "_database", silent)
     assert "relay_database_up 0.0" in scraped(queue)
     assert "relay_database_up 0.0" in scraped(queue)
     assert len(looks) == 1, "one look at a time"
     go_on.set()
-    monkeypatch.setattr(metrics, "PATIENCE", 10.0)
+    monkeypatch.setattr(metrics, "SCRAPE_TIMEOUT", 10.0)
     assert "relay_database_up 1.0" in scraped(queue), "what came late is there for the next"
     assert len(looks) == 1, "and good for a while"
 
 
-def test_not_served_unless_asked():
+def test_metrics_are_off_by_default():
     before = threading.active_count()
     serve(Settings())()
     assert threading.active_count() == before
 
 
-def test_serves_on_the_first_free_address(queue: QueueMetrics, free_port):
+def test_metrics_are_served_on_the_first_free_address(queue: QueueMetrics, free_port):
     first, second = free_port(), free_port()
     settings = Settings(metrics_listen=(("127.0.0.1", first), ("127.0.0.1", second)))
     stop_first, stop_second = serve(settings, queue), serve(settings)
@@ -121,7 +119,7 @@ def test_serves_on_the_first_free_address(queue: QueueMetrics, free_port):
     serve(settings, queue)()  # both can be had again
 
 
-def test_requests_that_are_not_finished_are_few_and_end(monkeypatch: pytest.MonkeyPatch, free_port):
+def test_unfinished_requests_are_bounded_and_closed(monkeypatch: pytest.MonkeyPatch, free_port):
     monkeypatch.setattr(listener, "TIMEOUT", 3.0)
     before, port = threading.active_count(), free_port()
     stop = serve(Settings(metrics_listen=(("127.0.0.1", port),)))

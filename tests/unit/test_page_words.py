@@ -1,5 +1,4 @@
-"""Words of peers on the page: no line ends inside an address, at a cost that is linear in their
-length."""
+"""Text of peers on the pages: no line ends inside an address, in time linear in its length."""
 
 import pytest
 

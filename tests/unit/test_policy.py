@@ -1,4 +1,4 @@
-"""Who may relay what to whom."""
+"""The policy: which client may send to which recipient, and in how much space."""
 
 import os
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
+from reception.envelope import Recipient, Refused
 from reception.policy import (
-    ROOM_KEPT_FREE,
     ClientPolicy,
-    FreeSpace,
     Policy,
     PolicyError,
     client_networks,
     connected_networks,
 )
+from reception.space import MIN_FREE, FreeSpace
 from relay.settings import SmtpdSettings, load
-from smtpd.addresses import CommandRefused, Recipient, parse_recipient
+from smtpd.addresses import parse_recipient
 
 
 def client(tmp_path: Path, peer: str, **settings: Any) -> ClientPolicy:
@@ -29,10 +29,10 @@ def client(tmp_path: Path, peer: str, **settings: Any) -> ClientPolicy:
     return Policy(made).client(peer)
 
 
-def refusal(check: Callable[..., None], *arguments: object) -> bytes | None:
+def refusal(check: Callable[..., None], *arguments: object) -> str | None:
     try:
         check(*arguments)
-    except CommandRefused as refused:
+    except Refused as refused:
         return refused.reply
     return None
 
@@ -47,7 +47,7 @@ def test_C28_closed_by_default(tmp_path: Path) -> None:
     for stranger in ("192.0.2.1", "2001:db8::1", "10.0.0.1"):
         reply = refusal(client(tmp_path, stranger).check_recipient, to("a@b.example"), 0)
         assert reply is not None
-        assert reply.startswith(b"554 5.7.1")
+        assert reply.startswith("554 5.7.1")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_client_networks(tmp_path: Path, networks: str, peer: str, trusted: bool
     assert client(tmp_path, peer, client_networks=words).trusted is trusted
 
 
-def test_the_client_is_named_plainly(tmp_path: Path) -> None:
+def test_an_ipv4_mapped_address_is_shown_as_ipv4(tmp_path: Path) -> None:
     assert client(tmp_path, "::ffff:192.0.2.1").address == "192.0.2.1"
 
 
@@ -102,13 +102,11 @@ ROUTED = [
 
 
 @pytest.mark.parametrize("path", ROUTED)
-def test_a_recipient_with_a_route_in_it_is_refused_to_strangers(
-    tmp_path: Path, path: bytes
-) -> None:
+def test_untrusted_clients_may_not_use_routing_in_a_local_part(tmp_path: Path, path: bytes) -> None:
     recipient = parse_recipient(b"TO:" + path, "relay.example")
     domains = ("allowed.test", ".below.test", "relay.example")
     stranger = client(tmp_path, "192.0.2.1", recipient_domains=domains)
-    assert (refusal(stranger.check_recipient, recipient, 0) or b"").startswith(b"550 5.7.1")
+    assert (refusal(stranger.check_recipient, recipient, 0) or "").startswith("550 5.7.1")
     assert refusal(client(tmp_path, "127.0.0.1").check_recipient, recipient, 0) is None
     allowing = client(
         tmp_path, "192.0.2.1", recipient_domains=domains, allow_untrusted_routing=True
@@ -119,9 +117,7 @@ def test_a_recipient_with_a_route_in_it_is_refused_to_strangers(
 @pytest.mark.parametrize(
     "path", [b"<a+b=c.test@allowed.test>", b'<"a b"@allowed.test>', b"<postmaster>"]
 )
-def test_an_unusual_local_part_without_a_route_is_taken_from_strangers(
-    tmp_path: Path, path: bytes
-) -> None:
+def test_untrusted_clients_may_use_unusual_local_parts(tmp_path: Path, path: bytes) -> None:
     stranger = client(tmp_path, "192.0.2.1", recipient_domains=("allowed.test",))
     assert (
         refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0)
@@ -139,13 +135,13 @@ def test_neither_a_literal_nor_a_source_route_leads_past_the_domains(
         tmp_path, "192.0.2.1", recipient_domains=("allowed.test",), allow_untrusted_routing=True
     )
     reply = refusal(stranger.check_recipient, parse_recipient(b"TO:" + path, "relay.example"), 0)
-    assert (reply or b"").startswith(b"554 5.7.1")
+    assert (reply or "").startswith("554 5.7.1")
 
 
 def test_C16_past_the_limit_452_for_the_extra_recipients_only(tmp_path: Path) -> None:
     trusted = client(tmp_path, "127.0.0.1", max_recipients=100)
     assert refusal(trusted.check_recipient, to("a@b"), 99) is None
-    assert (refusal(trusted.check_recipient, to("a@b"), 100) or b"").startswith(b"452 4.5.3")
+    assert (refusal(trusted.check_recipient, to("a@b"), 100) or "").startswith("452 4.5.3")
 
 
 @pytest.mark.parametrize(
@@ -162,13 +158,13 @@ def test_bare_crs_are_stripped_for_trusted_clients_alone(
 def test_C12_a_declared_size_over_the_limit_is_refused_at_mail(tmp_path: Path) -> None:
     trusted = client(tmp_path, "127.0.0.1", max_message_size=1000)
     assert refusal(trusted.check_sender, 1000) is None
-    assert (refusal(trusted.check_sender, 1001) or b"").startswith(b"552 5.3.4")
+    assert (refusal(trusted.check_sender, 1001) or "").startswith("552 5.3.4")
 
 
-def test_C22_no_room_is_452_at_mail_and_asked_once_a_second(
+def test_C22_no_space_is_452_at_mail_and_measured_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, free, asked = 100.0, ROOM_KEPT_FREE + 1000, 0
+    now, free, asked = 100.0, MIN_FREE + 1000, 0
 
     def statvfs(_path: Path) -> SimpleNamespace:
         nonlocal asked
@@ -176,114 +172,114 @@ def test_C22_no_room_is_452_at_mail_and_asked_once_a_second(
         return SimpleNamespace(f_files=10, f_favail=5, f_bavail=free, f_frsize=1)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
-    monkeypatch.setattr("reception.policy.time.monotonic", lambda: now)
+    monkeypatch.setattr("reception.space.time.monotonic", lambda: now)
     sender = client(tmp_path, "127.0.0.1")
     assert refusal(sender.check_sender, 1000) is None
-    assert (refusal(sender.check_sender, 1001) or b"").startswith(b"452 4.3.1")
+    assert (refusal(sender.check_sender, 1001) or "").startswith("452 4.3.1")
     free = 0
     assert refusal(sender.check_sender, 0) is None
     assert asked == 1
     now += 1.0
-    assert (refusal(sender.check_sender, 0) or b"").startswith(b"452 4.3.1")
+    assert (refusal(sender.check_sender, 0) or "").startswith("452 4.3.1")
     assert asked == 2
 
 
-def test_room_without_files_left_or_without_an_answer(
+def test_space_without_inodes_or_without_a_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert FreeSpace(tmp_path / "nowhere").holds(1)
+    assert FreeSpace(tmp_path / "nowhere").has(1)
     found = SimpleNamespace(f_files=10, f_favail=0, f_bavail=1 << 40, f_frsize=1)
     monkeypatch.setattr(os, "statvfs", lambda _path: found)
-    assert not FreeSpace(tmp_path).holds(1)
+    assert not FreeSpace(tmp_path).has(1)
 
 
-class Disk:
-    """A file system of so many octets, and a clock."""
+class FakeDisk:
+    """A file system with `free` octets, and a clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-        self.free, self.now = ROOM_KEPT_FREE + free, 100.0
+        self.free, self.now = MIN_FREE + free, 100.0
         monkeypatch.setattr(os, "statvfs", self._statvfs)
-        monkeypatch.setattr("reception.policy.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("reception.space.time.monotonic", lambda: self.now)
 
     def _statvfs(self, _path: Path) -> SimpleNamespace:
         return SimpleNamespace(f_files=0, f_favail=0, f_bavail=self.free, f_frsize=1)
 
 
-def test_unfinished_messages_of_strangers_take_a_quarter_each_and_leave_one(
+def test_unfinished_messages_of_untrusted_networks_take_a_quarter_each_and_leave_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
-    assert room.holds(1000, "a")
-    assert not room.holds(1001, "a")
-    claims = [room.claim(1000, one) for one in "abc"]
-    assert not room.holds(1, "a")
-    assert not room.holds(1, "d"), "the last quarter is for clients that are trusted"
-    assert room.holds(1000)
-    assert not room.holds(1001)
+    disk, space = FakeDisk(monkeypatch, 4000), FreeSpace(tmp_path)
+    assert space.has(1000, "a")
+    assert not space.has(1001, "a")
+    claims = [space.claim(1000, one) for one in "abc"]
+    assert not space.has(1, "a")
+    assert not space.has(1, "d"), "the last quarter is for clients that are trusted"
+    assert space.has(1000)
+    assert not space.has(1001)
     claims[0].end()
     disk.now += 1.0
-    assert room.holds(1000, "d")
-    assert room.holds(2000)
+    assert space.has(1000, "d")
+    assert space.has(2000)
 
 
-def test_octets_are_counted_once_whether_stored_or_not(
+def test_octets_are_counted_once_in_memory_or_in_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
-    claim = room.claim(0, "")
+    disk, space = FakeDisk(monkeypatch, 4000), FreeSpace(tmp_path)
+    claim = space.claim(0, "")
     assert claim.grow(3000)
     claim.store(2000)
     disk.free -= 2000
-    assert room.holds(1000), "before the next look"
-    assert not room.holds(1001)
+    assert space.has(1000), "before the next measurement"
+    assert not space.has(1001)
     disk.now += 1.0
-    assert room.holds(1000), "and after it"
-    assert not room.holds(1001)
+    assert space.has(1000), "and after it"
+    assert not space.has(1001)
     assert not claim.grow(1001)
-    assert room.holds(250, "a")
-    assert room.holds(1000, "a"), "a stranger's part is one of the room without unfinished messages"
+    assert space.has(250, "a")
+    assert space.has(1000, "a"), "the quarter is one of the space without unfinished messages"
 
 
-def test_what_was_declared_is_claimed_and_what_is_more_comes_on_top(
+def test_the_declared_size_is_claimed_and_further_octets_are_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Disk(monkeypatch, 4000)
-    room = FreeSpace(tmp_path)
-    claim = room.claim(3000, "")
-    assert not room.holds(1001)
+    FakeDisk(monkeypatch, 4000)
+    space = FreeSpace(tmp_path)
+    claim = space.claim(3000, "")
+    assert not space.has(1001)
     assert claim.grow(3000)
-    assert room.holds(1000)
+    assert space.has(1000)
     assert claim.grow(1000)
     assert not claim.grow(1)
-    assert not room.claim(1, "").octets
+    assert not space.claim(1, "").octets
 
 
-def test_what_is_thrown_away_is_free_at_once_and_what_is_kept_at_the_next_look(
+def test_a_discarded_message_is_free_at_once_and_a_finished_one_at_the_next_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, room = Disk(monkeypatch, 4000), FreeSpace(tmp_path)
+    disk, space = FakeDisk(monkeypatch, 4000), FreeSpace(tmp_path)
     for _ in range(5):  # claims that begin and end do not add up until the next look
-        room.claim(3000, "").end()
-        assert room.holds(4000)
-    kept = room.claim(2000, "")
+        space.claim(3000, "").end()
+        assert space.has(4000)
+    kept = space.claim(2000, "")
     assert kept.grow(1500)
     kept.end(kept=True)
     kept.end()
-    assert room.holds(2500)
-    assert not room.holds(2501)
+    assert space.has(2500)
+    assert not space.has(2501)
     disk.free, disk.now = disk.free - 1500, disk.now + 1.0
-    gone = room.claim(1000, "")
+    gone = space.claim(1000, "")
     assert gone.grow(1000)
     gone.store(1000)
     disk.free, disk.now = disk.free - 1000, disk.now + 1.0
-    assert not room.holds(1501)
+    assert not space.has(1501)
     gone.end()
-    assert not room.holds(1501), "its file may be there yet"
+    assert not space.has(1501), "its file may be there yet"
     disk.free, disk.now = disk.free + 1000, disk.now + 1.0
-    assert room.holds(2500)
+    assert space.has(2500)
 
 
-def test_a_client_is_counted_by_the_network_it_has(tmp_path: Path) -> None:
+def test_a_client_is_counted_by_its_network(tmp_path: Path) -> None:
     first, second = client(tmp_path, "2001:db8::1"), client(tmp_path, "2001:db8::ffff:1")
     assert first.network == second.network == "2001:db8::/64"
     assert client(tmp_path, "2001:db8:0:1::1").network == "2001:db8:0:1::/64"
@@ -295,7 +291,7 @@ def test_a_client_is_counted_by_the_network_it_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("publish", ["", "127.0.0.1:2525", "[::1]:25", "localhost:2525"])
-def test_connected_means_our_own_subnets(publish: str) -> None:
+def test_connected_means_the_subnets_of_this_machine(publish: str) -> None:
     networks = client_networks(["connected", "192.0.2.0/24"], publish)
     assert ip_network("127.0.0.0/8") in networks
     assert ip_network("192.0.2.0/24") in networks

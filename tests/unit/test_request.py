@@ -1,5 +1,4 @@
-"""Requests and replies as bytes: the golden vectors, both parsers, and the one against the
-other."""
+"""Requests and replies as bytes: golden vectors, both parsers, and each side against the other."""
 
 import itertools
 
@@ -30,7 +29,7 @@ def pieces(wire: bytes, cuts: list[int]) -> list[bytes]:
 
 
 class Reading:
-    """A request being read, and the body that has come."""
+    """A request that is being read, and the body so far."""
 
     def __init__(self, **limits: int) -> None:
         self.body = b""
@@ -119,7 +118,7 @@ def test_B30_any_number_of_recipients(count):
     assert reading.parser.recipients == recipients
 
 
-def test_B31_doubles_are_sent_as_they_are():
+def test_B31_duplicate_recipients_are_sent_unchanged():
     reading = Reading()
     assert reading.feed(wire_of(b"hello", b"s@x", *[b"r@y"] * 10_000))
     assert len(reading.parser.recipients) == 10_000
@@ -141,7 +140,7 @@ def test_B33_a_message_of_more_than_4_gib_has_an_exact_length():
     st.lists(ADDRESSES, min_size=1, max_size=6),
     st.data(),
 )
-def test_whatever_way_tcp_cuts_a_request_a_server_reads_the_same(body, sender, recipients, data):
+def test_a_request_cut_in_any_way_reads_the_same(body, sender, recipients, data):
     wire = wire_of(body, sender, *recipients)
     cuts = data.draw(st.lists(st.integers(0, len(wire)), max_size=25))
     reading = Reading()
@@ -164,7 +163,7 @@ def test_a_request_byte_by_byte():
     assert reading.body == b"hello\n"
 
 
-def test_what_comes_after_a_request_is_counted():
+def test_bytes_after_a_request_are_counted():
     reading = Reading()
     assert reading.feed(wire_of(b"", b"", b"r@y") + b"12:", b"more")
     assert reading.parser.extra == 7
@@ -194,7 +193,7 @@ def test_A18_slack_between_the_inner_and_the_outer(wire):
         Reading().feed(wire, b"," * 4)
 
 
-def test_a_server_wants_the_comma_at_the_end():
+def test_a_request_must_end_with_a_comma():
     with pytest.raises(FormatError):
         Reading().feed(b"12:0:,0:,3:a@b,;")
 
@@ -204,7 +203,7 @@ def test_a_request_without_a_sender():
         Reading().feed(b"3:0:,,")
 
 
-def test_a_request_without_recipients_is_for_the_server_to_judge():
+def test_a_request_without_recipients_is_complete():
     reading = Reading()
     assert reading.feed(b"6:0:,0:,,")
     assert reading.parser.recipients == []
@@ -236,7 +235,7 @@ def test_A14_a_server_refuses_an_address_when_it_is_announced():
 
 
 @given(st.binary(max_size=60))
-def test_whatever_comes_a_server_reads_it_or_raises_a_netstring_error(data):
+def test_any_bytes_are_a_request_or_a_netstring_error(data):
     reading = Reading()
     try:
         whole = reading.feed(data)
@@ -268,7 +267,7 @@ def test_B1_B2_B6_golden_replies(wire, status, text):
 @given(
     st.sampled_from([b"K", b"Z", b"D"]), st.binary(max_size=200), st.binary(max_size=5), st.data()
 )
-def test_B4_B11_whatever_way_a_reply_is_cut_it_says_the_same(status, text, extra, data):
+def test_B4_B11_a_reply_cut_in_any_way_reads_the_same(status, text, extra, data):
     wire = encode(status + text) + extra
     parser = ReplyParser()
     replies = [
@@ -286,13 +285,13 @@ def test_B3_bytes_after_a_reply_are_counted():
     assert parser.extra == 5
 
 
-def test_B7_an_empty_reply():
+def test_B7_an_empty_reply_is_malformed():
     with pytest.raises(MalformedReply, match="empty"):
         ReplyParser().feed(b"0:,")
 
 
 @pytest.mark.parametrize("wire", [b"3:Xab,", b"3:kok,", b"2:\0K,"])
-def test_B8_a_reply_of_an_unknown_kind(wire):
+def test_B8_an_unknown_status_is_malformed(wire):
     with pytest.raises(MalformedReply) as caught:
         ReplyParser().feed(wire)
     assert caught.value.received == wire[2:-1]
@@ -302,7 +301,7 @@ def test_B8_a_reply_of_an_unknown_kind(wire):
     "banner",
     [b"220 mx.example.com ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", b"HTTP/1.0 400 Bad\r\n"],
 )
-def test_B9_another_protocol(banner):
+def test_B9_another_protocol_is_malformed(banner):
     with pytest.raises(MalformedReply) as caught:
         ReplyParser().feed(banner)
     assert caught.value.received == banner
@@ -327,20 +326,20 @@ def test_B12_an_announced_gigabyte_is_not_allocated():
 
 
 @pytest.mark.parametrize("wire", [b"5:KO", b"5:K", b"2:KO"])
-def test_B14_a_truncated_K_says_that_it_is_one(wire):
+def test_B14_a_truncated_K_is_returned_as_truncated(wire):
     parser = ReplyParser()
     assert parser.feed(wire) is None
     assert parser.eof() == Reply(b"K", wire[3:], truncated=True)
 
 
 @pytest.mark.parametrize("wire", [b"", b"5", b"5:"])
-def test_B14_before_its_status_byte_a_reply_says_nothing(wire):
+def test_B14_a_reply_cut_before_its_status_is_no_reply(wire):
     parser = ReplyParser()
     assert parser.feed(wire) is None
     assert parser.eof() is None
 
 
-def test_a_reply_that_does_not_end_where_it_says():
+def test_a_reply_without_its_comma_is_malformed():
     with pytest.raises(MalformedReply, match="comma"):
         ReplyParser().feed(b"3:KOk;")
 
@@ -348,6 +347,6 @@ def test_a_reply_that_does_not_end_where_it_says():
 @pytest.mark.parametrize(
     ("address", "shown"), [(b"a\r\xffb@x", r"a\\r\\xffb@x"), (b"<a@x", "<a@x"), (b"", "<>")]
 )
-def test_the_reason_is_words_and_not_a_literal_of_python(address: bytes, shown: str) -> None:
+def test_the_error_shows_the_address_without_python_quoting(address: bytes, shown: str) -> None:
     with pytest.raises(BadAddress, match=rf"^no server can be trusted with the recipient {shown}$"):
         Request(1, b"a@example.com", [address])

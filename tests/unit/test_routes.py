@@ -1,4 +1,4 @@
-"""Routes: how servers are written, who goes where, and files that change while we run."""
+"""Routes: the syntax of servers, the matching of recipients, and a file that changes."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from relay.settings import Settings, load
     ("host.", Server("host.:628", "host.", 628)),
     ("unix:/run/qmqpd", Server("unix:/run/qmqpd", None, 0, "/run/qmqpd")),
 ])  # fmt: skip
-def test_B26_servers(text: str, server: Server) -> None:
+def test_B26_server_is_parsed(text: str, server: Server) -> None:
     assert parse_server(text) == server
     assert parse_server(server.name) == server, "what is shown can be written"
 
@@ -32,14 +32,14 @@ def test_B26_servers(text: str, server: Server) -> None:
     "", "host:", "host:0", "host:65536", "host:x", "::1", "[::1", "[::1]:", "host name", "-host", "unix:run", "unix:",
     "host:25:26", "http://host", "[host]:628", "ho/st",
 ])  # fmt: skip
-def test_B26_what_is_no_server_is_named(text: str) -> None:
+def test_B26_invalid_server_is_named(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_server(text)
     assert repr(text) in str(caught.value)
 
 
 @given(st.text(max_size=30))
-def test_no_text_makes_a_server_that_cannot_be_written_again(text: str) -> None:
+def test_name_of_any_server_parses_to_the_same_server(text: str) -> None:
     try:
         server = parse_server(text)
     except ValueError:
@@ -47,7 +47,7 @@ def test_no_text_makes_a_server_that_cannot_be_written_again(text: str) -> None:
     assert parse_server(server.name) == server
 
 
-def test_without_a_file_everything_goes_by_default() -> None:
+def test_without_a_file_all_mail_takes_the_default_route() -> None:
     routes = Routes.load(load(Settings, qmqp_servers=("a", "b:629", "a:628")))
     assert routes.names() == (DEFAULT,)
     assert routes.route_for("x@example.org") == DEFAULT
@@ -82,7 +82,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_of_routes(file: Path) -> None:
+def test_file_of_routes_is_read(file: Path) -> None:
     routes = Routes.load(load(Settings, routes=file, qmqp_servers=("z",)))
     route = routes.get("lists")
     assert route is not None
@@ -98,13 +98,11 @@ def test_a_file_of_routes(file: Path) -> None:
     ("x@a.example.net", "lists"), ("x@example.net", DEFAULT), ("news@example.com", "lists"),
     ("old-news@example.com", DEFAULT), ("a@b@lists.example.org", "lists"), ("postmaster", DEFAULT), ("", DEFAULT),
 ])  # fmt: skip
-def test_the_first_route_that_matches_has_the_recipient(
-    file: Path, address: str, name: str
-) -> None:
+def test_first_matching_route_takes_the_recipient(file: Path, address: str, name: str) -> None:
     assert Routes.load(load(Settings, routes=file)).route_for(address) == name
 
 
-def test_the_default_route_can_be_tuned_and_keeps_the_servers_of_the_settings() -> None:
+def test_default_route_in_the_file_keeps_the_servers_of_the_settings() -> None:
     tuned = parse_routes('[default]\nconnections = 3\nbisect = "off"')
     routes = Routes(tuned, None, Route(DEFAULT, (parse_server("a"),)))
     route = routes.get(DEFAULT)
@@ -114,27 +112,27 @@ def test_the_default_route_can_be_tuned_and_keeps_the_servers_of_the_settings() 
 
 @pytest.mark.parametrize(("text", "words"), [
     ("x = 1", "x: a route is a table"),
-    ("[a]\nservers = ['s']", "[a] recipients: at least one"),
-    ("[a]\nrecipients = ['r']", "[a] servers: at least one"),
-    ("[a]\nrecipients = 'r'\nservers = ['s']", "[a] recipients: must be a list"),
-    ("[a]\nrecipients = ['r']\nservers = ['s:0']", "[a] servers: bad port"),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nconnections = 0", "[a] connections: 0 is not"),
-    *((f"[a]\nrecipients = ['r']\nservers = ['s']\n{key} = {value}", f"[a] {key}: {words}") for key, value, words in (
-        ("connections", "true", "True is not a whole number"), ("connections", "2.5", "2.5 is not a whole number"),
-        ("retry_min", "-5", "-5 is not a duration above 0"), ("retry_min", "0", "0 is not a duration above 0"),
-        ("retry_max", "inf", "inf is not a duration above 0"), ("retry_max", "nan", "nan is not a duration above 0"),
-        ("retry_min", "true", "True is not a duration: write"), ("retry_max", "[1]", "[1] is not a duration: write"),
-        ("max_size", "0", "0 is not a size above 0"), ("max_size", "-1", "-1 is not a size above 0"),
-        ("max_size", "'0K'", "'0K' is not a size above 0"), ("max_size", "1.5", "1.5 is not a size: write"),
-        ("max_size", "false", "False is not a size: write"), ("max_size", "'big'", "is not a size: write"),
+    ("[a]\nservers = ['s']", "[a] recipients: write at least one"),
+    ("[a]\nrecipients = ['r']", "[a] servers: write at least one"),
+    ("[a]\nrecipients = 'r'\nservers = ['s']", "[a] recipients = 'r': must be a list"),
+    ("[a]\nrecipients = ['r']\nservers = ['s:0']", "[a] servers = ['s:0']: bad port"),
+    ("[a]\nrecipients = ['r']\nservers = ['s']\nconnections = 0", "[a] connections = 0: Input should be greater than 0"),
+    *((f"[a]\nrecipients = ['r']\nservers = ['s']\n{key} = {value}", f"[a] {key} = {words}") for key, value, words in (
+        ("connections", "true", "True: Input should be a valid integer"), ("connections", "2.5", "2.5: Input should be a valid integer"),
+        ("retry_min", "-5", "-5: Input should be greater than 0"), ("retry_min", "0", "0: Input should be greater than 0"),
+        ("retry_max", "inf", "inf: Input should be a finite number"), ("retry_max", "nan", "nan: Input should be a finite number"),
+        ("retry_min", "true", "True: Input should be a valid number"), ("retry_max", "[1]", "[1]: Input should be a valid number"),
+        ("max_size", "0", "0: Input should be greater than 0"), ("max_size", "-1", "-1: Input should be greater than 0"),
+        ("max_size", "'0K'", "'0K': Input should be greater than 0"), ("max_size", "1.5", "1.5: Input should be a valid integer"),
+        ("max_size", "false", "False: Input should be a valid integer"), ("max_size", "'big'", "'big': is not a size: write"),
     )),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = 'soon'", "[a] retry_min: is not a duration"),
+    ("[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = 'soon'", "[a] retry_min = 'soon': is not a duration"),
     ("[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = '2h'\nretry_max = '1h'", "[a] retry_max: must not"),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nbisect = 'on'", "[a] bisect: 'on' is neither"),
+    ("[a]\nrecipients = ['r']\nservers = ['s']\nbisect = 'on'", "[a] bisect = 'on': must be off or address"),
     ("[a]\ncolour = 'red'", "[a] colour: no such key"),
     ("[a", "Expected ']'"),
 ])  # fmt: skip
-def test_what_is_wrong_with_a_file_is_said(text: str, words: str, file: Path) -> None:
+def test_error_in_a_file_names_route_and_key(text: str, words: str, file: Path) -> None:
     file.write_text(text)
     with pytest.raises(ValueError) as caught:
         Routes.load(load(Settings, routes=file))
@@ -142,9 +140,9 @@ def test_what_is_wrong_with_a_file_is_said(text: str, words: str, file: Path) ->
     assert words in str(caught.value)
 
 
-def test_a_file_that_changes_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
-    monkeypatch.setattr(module, "SETTLED", 0.0)
+def test_changed_file_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
+    monkeypatch.setattr(module, "STABLE_FOR", 0.0)
     routes = Routes.load(load(Settings, routes=file, qmqp_servers=("z",)))
 
     def change(text: str, *, stamp: int) -> Callable[[], object]:

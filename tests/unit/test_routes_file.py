@@ -1,4 +1,4 @@
-"""The file of routes while we run: what a change reaches, and what a mistake does not."""
+"""The file of routes at run time: changes take effect, mistakes do not."""
 
 import os
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from relay import routes as module
 from relay.db.schema import Outcome
 from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
 from relay.settings import Settings, SettingsError, WorkerSettings, load
-from smtpd.main import size_offered
-from worker.capacity import Capacity
+from smtpd.main import offered_size
 from worker.circuit_breaker import ServerPool
 from worker.delivery import next_state
+from worker.producer import Capacity
 
 A, B = parse_server("a.example"), parse_server("b.example")
 ONE = '[one]\nrecipients = ["one.example"]\nservers = ["a.example"]\n'
@@ -31,10 +31,9 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write(file: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write the file with a time of its own, and let everybody look at once and take it as it
-    is."""
-    monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
-    monkeypatch.setattr(module, "SETTLED", 0.0)
+    """Write the file with a new time; it is polled at once and counts as stable."""
+    monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
+    monkeypatch.setattr(module, "STABLE_FOR", 0.0)
     stamps = iter(range(10**9, 10**9 + 100))
 
     def write(text: str) -> None:
@@ -58,17 +57,17 @@ def test_servers_are_looked_up_at_each_attempt(file: Path, write: Write) -> None
     assert route.servers == (B,)
 
 
-def test_a_change_reaches_a_worker_that_runs(file: Path, write: Write) -> None:
+def test_change_reaches_a_running_worker(file: Path, write: Write) -> None:
     routes, servers = loaded(file), ServerPool(10)
-    room = Capacity(routes, servers, 20, 5)
-    assert set(room.offer(20)[0]) == {"one", DEFAULT}
+    capacity = Capacity(routes, servers, 20, 5)
+    assert set(capacity.reserve_any(20, 20)[0]) == {"one", DEFAULT}
     write(ONE + '[two]\nrecipients = ["two.example"]\nservers = ["b.example"]\nconnections = 2\n')
-    later, _ = Capacity(routes, servers, 20, 5).offer(20)
+    later, _ = Capacity(routes, servers, 20, 5).reserve_any(20, 20)
     assert set(later) == {"one", "two", DEFAULT}
     assert later["two"] == 2
 
 
-def test_a_mistake_changes_nothing_and_is_said_once(
+def test_mistake_changes_nothing_and_is_logged_once(
     file: Path, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     routes = loaded(file)
@@ -77,35 +76,35 @@ def test_a_mistake_changes_nothing_and_is_said_once(
         assert routes.names() == ("one", DEFAULT)
     said = capsys.readouterr()
     assert (said.out + said.err).count("routes not changed") == 1
-    assert "[two] servers: must be a list of texts" in said.out + said.err
+    assert "[two] servers = 5: must be a list of texts" in said.out + said.err
     write(ONE)
     assert routes.names() == ("one", DEFAULT)
     write(ONE.replace("one", "uno"))
     assert routes.names() == ("uno", DEFAULT)
 
 
-def test_a_file_that_is_no_text_changes_nothing(file: Path, write: Write) -> None:
+def test_binary_file_changes_nothing(file: Path, write: Write) -> None:
     routes = loaded(file)
     file.write_bytes(b"\xff\xfe\0")
     os.utime(file, ns=(1, 1))
     assert routes.names() == ("one", DEFAULT)
 
 
-def test_a_file_that_is_not_there_stops_the_start(file: Path) -> None:
+def test_missing_file_stops_the_start(file: Path) -> None:
     with pytest.raises(SettingsError, match=r"RELAY_ROUTES: .*routes\.toml: No such file"):
         loaded(file)
 
 
-def test_it_is_looked_at_once_a_second_at_most(
+def test_file_is_polled_at_intervals(
     file: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     routes = loaded(file)
-    monkeypatch.setattr(module, "_LOOK_EVERY", 1000.0)
+    monkeypatch.setattr(module, "POLL_INTERVAL", 1000.0)
     write(ONE.replace("one", "uno"))
     assert routes.names() == ("one", DEFAULT)
 
 
-def test_a_change_is_taken_when_it_has_settled(file: Path) -> None:
+def test_change_counts_when_it_is_stable(file: Path) -> None:
     """Half a file is often a whole one with fewer routes, and an empty one always is."""
     file.write_text(ONE)
     now, stamps = [100.0], iter(range(10**9, 10**10, 10**9))
@@ -139,15 +138,15 @@ def test_a_change_is_taken_when_it_has_settled(file: Path) -> None:
     )
 
 
-def test_what_is_written_while_it_is_read_is_not_taken(
+def test_file_that_changes_while_it_is_read_is_not_used(
     file: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     routes, parse = loaded(file), parse_routes
 
     def cut_off(text: str) -> list[Route]:
         monkeypatch.undo()
-        monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
-        monkeypatch.setattr(module, "SETTLED", 0.0)
+        monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
+        monkeypatch.setattr(module, "STABLE_FOR", 0.0)
         file.write_text(ONE.replace("one", "uno"))
         return parse(text)
 
@@ -157,9 +156,7 @@ def test_what_is_written_while_it_is_read_is_not_taken(
     assert routes.names() == ("uno", DEFAULT)
 
 
-def test_what_changed_between_the_start_and_the_first_look_is_seen(
-    file: Path, write: Write
-) -> None:
+def test_change_before_the_first_poll_is_seen(file: Path, write: Write) -> None:
     settings = load(Settings, routes=file)
     read = module._stamp(file)
     write(ONE.replace("one", "uno"))
@@ -167,14 +164,14 @@ def test_what_changed_between_the_start_and_the_first_look_is_seen(
     assert routes.names() == ("uno", DEFAULT)
 
 
-def test_the_default_route_may_have_servers_in_the_file(file: Path, write: Write) -> None:
+def test_default_route_may_have_servers_in_the_file(file: Path, write: Write) -> None:
     write('[default]\nservers = ["b.example"]\n')
     route = loaded(file).get(DEFAULT)
     assert route is not None
     assert route.servers == (B,)
 
 
-def test_a_pattern_is_an_address_or_a_domain() -> None:
+def test_pattern_is_an_address_or_a_domain() -> None:
     route = Route(
         "r", (A,), ("example.org", "*.example.net", "news-*@example.com", "*@lists.example.com")
     )
@@ -190,13 +187,13 @@ def test_a_pattern_is_an_address_or_a_domain() -> None:
 
 
 @given(st.emails(), st.text(max_size=20))
-def test_no_address_and_no_pattern_is_too_odd(address: str, pattern: str) -> None:
+def test_any_address_and_pattern_have_a_route(address: str, pattern: str) -> None:
     routes = Routes([Route("r", (A,), (pattern,)), Route("all", (B,), ("*",))])
     assert routes.route_for(address) in {"r", "all"}
     assert Routes([Route("r", (A,), (address.lower(),))]).route_for(address) in {"r", DEFAULT}
 
 
-def test_a_route_has_its_own_schedule() -> None:
+def test_route_has_its_own_backoff() -> None:
     settings = load(WorkerSettings, retry_min=30.0, retry_max=3600.0)
     quick, slow = Route("q", (A,), retry_min=1.0, retry_max=4.0), Route("s", (A,), retry_min=7200.0)
     waits = [next_state(Outcome.DEFERRED, settings, step, route=quick)[1] for step in range(20)]
@@ -224,16 +221,18 @@ def sized(*sizes: str) -> Routes:
     (("10M", "20M", ""), (10 << 20) - (10 << 20) // 20 - 4096),
     (("25M",), (25 << 20) - (25 << 20) // 20 - 4096), (("1K",), 1),
 ])  # fmt: skip
-def test_size_is_the_least_with_head_room(sizes: tuple[str, ...], offered: int) -> None:
-    assert size_offered(25 << 20, sized(*sizes)) == offered
+def test_size_offered_is_the_smallest_limit_with_head_room(
+    sizes: tuple[str, ...], offered: int
+) -> None:
+    assert offered_size(25 << 20, sized(*sizes)) == offered
 
 
-def test_the_head_room_holds_our_trace_field_and_a_long_envelope() -> None:
+def test_head_room_holds_the_trace_field_and_a_long_envelope() -> None:
     for limit in ("200000", "10M", "1G"):
         routes = sized(limit)
         least = routes.max_size()
         assert least is not None
-        assert least - size_offered(1 << 40, routes) >= 4096 + least / 20 - 1
+        assert least - offered_size(1 << 40, routes) >= 4096 + least / 20 - 1
 
 
 # --- `qmqp-relay check`
@@ -245,7 +244,7 @@ def test_check_shows_routes_and_servers_in_order(file: Path, write: Write) -> No
         ONE
         + '[two]\nrecipients = ["*.two.example", "x@y"]\nservers = ["b.example:629", "unix:/run/q"]\n'
     )
-    said = {finding.what: finding.words for finding in check._routes(loaded(file))}
+    said = {finding.what: finding.words for finding in check.check_routes(loaded(file))}
     assert said == {
         "route one": "one.example -> a.example:628",
         "route two": "*.two.example, x@y -> b.example:629, unix:/run/q",
@@ -259,16 +258,16 @@ def test_check_refuses_a_bad_number(
 ) -> None:
     write(ONE + "retry_min = -5\n")
     monkeypatch.setenv("RELAY_ROUTES", str(file))
-    (finding,) = check.look()
+    (finding,) = check.check_all()
     assert (finding.what, finding.verdict) == ("settings", "fail")
-    assert "[one] retry_min: -5 is not a duration above 0" in finding.words
+    assert "[one] retry_min = -5: Input should be greater than 0" in finding.words
 
 
-def test_check_says_what_is_wrong_with_the_file(
+def test_check_reports_an_error_in_the_file(
     file: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write("[one]\nrecipients = ['one.example']\nservers = ['a:0']\n")
     monkeypatch.setenv("RELAY_ROUTES", str(file))
-    (finding,) = check.look()
+    (finding,) = check.check_all()
     assert (finding.what, finding.verdict) == ("settings", "fail")
-    assert "[one] servers: bad port in QMQP server 'a:0'" in finding.words
+    assert "bad port in QMQP server 'a:0'" in finding.words

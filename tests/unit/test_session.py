@@ -1,14 +1,14 @@
-"""Dialogues with the SMTP state machine: what is said, what is answered, and what is told to the
-server."""
+"""Dialogues with the SMTP state machine: its replies and its events."""
 
 import itertools
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smtpd.addresses import CommandRefused, Recipient
-from smtpd.events import DataComplete, DataReceived, DataRejected, Event, MailStarted, Refusal
+from reception.envelope import Recipient, Refused
+from reception.policy import ClientPolicy
 from smtpd.session import (
     COMMAND_LIMIT,
     ENDLESS,
@@ -17,7 +17,13 @@ from smtpd.session import (
     LINE_LIMIT,
     TARPIT,
     TURN,
+    DataComplete,
+    DataReceived,
+    DataRejected,
+    Event,
     Greeting,
+    MailStarted,
+    Refusal,
     Session,
     SessionState,
 )
@@ -25,60 +31,62 @@ from smtpd.session import (
 GREETING = Greeting("relay.example", 1000)
 
 
-class OpenRules:
-    """Takes everything, but for a few words."""
+class FakePolicy:
+    """Accepts everything but a large SIZE, the domain `denied`, and a fourth recipient."""
 
     def __init__(self, *, trusted: bool = False) -> None:
         self.trusted = self.strips_cr = trusted
+        self.accepts_all = False
 
     def check_sender(self, size: int) -> None:
         if size > 1000:
-            raise CommandRefused(b"552 5.3.4 Too big\r\n")
+            raise Refused("552 5.3.4 Too big")
 
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
         if recipient.domain == "denied":
-            raise CommandRefused(b"554 5.7.1 Relay access denied\r\n")
-        if accepted >= 3:
-            raise CommandRefused(b"452 4.5.3 Too many recipients\r\n")
+            raise Refused("554 5.7.1 Relay access denied")
+        if accepted >= 3 and not self.accepts_all:
+            raise Refused("452 4.5.3 Too many recipients")
 
 
-class Talk:
-    """A session, what it has answered, and what it has told."""
+class Dialogue:
+    """A session and its events; each call returns the replies to it."""
 
     def __init__(self, *, start: bool = True, trusted: bool = False) -> None:
-        self.session = Session(GREETING, OpenRules(trusted=trusted))
+        self.policy = FakePolicy(trusted=trusted)
+        self.session = Session(GREETING, cast(ClientPolicy, self.policy))
         self.events: list[Event] = []
         if start:
             self.session.start()
             assert self.session.replies() == b"220 relay.example ESMTP qmqp-relay\r\n"
 
-    def say(self, *pieces: bytes) -> bytes:
-        said = b""
+    def send(self, *pieces: bytes) -> bytes:
+        replies = b""
         for piece in pieces:
             self.events += self.session.receive(piece)
-            said += self.session.replies()
-        return said
+            replies += self.session.replies()
+        return replies
 
     def pause(self) -> float | None:
         return self.session.pause
 
-    def go_on(self) -> bytes:
-        self.events += self.session.go_on()
+    def resume(self) -> bytes:
+        self.events += self.session.resume()
         return self.session.replies()
 
-    def answer(self, reply: bytes = b"250 2.0.0 Ok\r\n") -> bytes:
-        self.events += self.session.answer(reply)
+    def reply(self, reply: str = "250 2.0.0 Ok") -> bytes:
+        self.events += self.session.reply(reply)
         return self.session.replies()
 
     @property
     def waiting(self) -> bool:
-        return self.session._state is SessionState.AWAIT_REPLY
+        return self.session.state is SessionState.AWAIT_REPLY
 
-    def told[Kind](self, kind: type[Kind]) -> list[Kind]:
+    def events_of[Kind](self, kind: type[Kind]) -> list[Kind]:
         return [event for event in self.events if isinstance(event, kind)]
 
     def text(self) -> bytes:
-        return b"".join(event.data for event in self.told(DataReceived))
+        return b"".join(event.data for event in self.events_of(DataReceived))
 
 
 def codes(replies: bytes) -> list[bytes]:
@@ -95,7 +103,7 @@ DATA = b"DATA\r\n"
 
 
 @pytest.mark.parametrize(
-    "dialogue",
+    "steps",
     [
         # C17: order
         [(RCPT, b"503 5.5.1")],
@@ -195,31 +203,31 @@ DATA = b"DATA\r\n"
         ],
     ],
 )
-def test_C17_dialogues(dialogue: list[tuple[bytes, bytes]]) -> None:
-    talk = Talk()
-    for said, expected in dialogue:
-        assert codes(talk.say(said)) == [expected]
+def test_C17_dialogues(steps: list[tuple[bytes, bytes]]) -> None:
+    dialogue = Dialogue()
+    for command, code in steps:
+        assert codes(dialogue.send(command)) == [code]
 
 
 def test_the_extensions() -> None:
-    assert Talk().say(EHLO) == (
+    assert Dialogue().send(EHLO) == (
         b"250-relay.example\r\n250-PIPELINING\r\n250-SIZE 1000\r\n250-8BITMIME\r\n"
         b"250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN\r\n"
     )
 
 
 def test_a_message_with_its_envelope() -> None:
-    talk = Talk()
-    talk.say(
+    dialogue = Dialogue()
+    dialogue.send(
         EHLO, b"MAIL FROM:<> BODY=8BITMIME RET=HDRS ENVID=aB\r\n", b"RCPT TO:<c@d> NOTIFY=NEVER\r\n"
     )
-    assert talk.say(b"RCPT TO:<@x:e@f> ORCPT=rfc822;E@f\r\n", DATA).endswith(
+    assert dialogue.send(b"RCPT TO:<@x:e@f> ORCPT=rfc822;E@f\r\n", DATA).endswith(
         b"354 End data with <CR><LF>.<CR><LF>\r\n"
     )
-    assert not talk.session.idle
-    assert talk.say(b"Message-ID: <m@i>\r\n\r\n..dot\r\n.\r\n") == b""
-    assert talk.waiting
-    [begin] = talk.told(MailStarted)
+    assert not dialogue.session.idle
+    assert dialogue.send(b"Message-ID: <m@i>\r\n\r\n..dot\r\n.\r\n") == b""
+    assert dialogue.waiting
+    [begin] = dialogue.events_of(MailStarted)
     envelope = begin.envelope
     assert (envelope.sender, envelope.helo, envelope.protocol) == ("", "client.example", "ESMTP")
     assert envelope.parameters == {b"BODY": "8BITMIME", b"RET": "HDRS", b"ENVID": "aB"}
@@ -227,51 +235,56 @@ def test_a_message_with_its_envelope() -> None:
         Recipient("c@d", "c@d", "d", notify="NEVER"),
         Recipient("e@f", "e@f", "f", orcpt="rfc822;E@f"),
     ]
-    assert talk.text() == b"Message-ID: <m@i>\n\n.dot\n"
-    assert talk.events[-1] == DataComplete("<m@i>")
-    assert talk.answer(b"250 2.0.0 Ok: queued as 1\r\n") == b"250 2.0.0 Ok: queued as 1\r\n"
-    assert talk.session.idle
+    assert dialogue.text() == b"Message-ID: <m@i>\n\n.dot\n"
+    assert dialogue.events[-1] == DataComplete("<m@i>")
+    assert dialogue.reply("250 2.0.0 Ok: queued as 1") == b"250 2.0.0 Ok: queued as 1\r\n"
+    assert dialogue.session.idle
 
 
 def test_helo_is_plain_smtp() -> None:
-    talk = Talk()
-    talk.say(b"HELO client\r\n", MAIL, RCPT, DATA)
-    assert talk.told(MailStarted)[0].envelope.protocol == "SMTP"
+    dialogue = Dialogue()
+    dialogue.send(b"HELO client\r\n", MAIL, RCPT, DATA)
+    assert dialogue.events_of(MailStarted)[0].envelope.protocol == "SMTP"
 
 
 def test_a_message_that_asks_for_smtputf8_came_by_utf8smtp() -> None:
-    talk = Talk()
-    talk.say(EHLO, b"MAIL FROM:<a@b> SMTPUTF8\r\n", RCPT, DATA, "Subject: \xfc\r\n.\r\n".encode())
-    talk.answer()
-    talk.say(MAIL, RCPT, DATA)
-    assert [begin.envelope.protocol for begin in talk.told(MailStarted)] == ["UTF8SMTP", "ESMTP"]
-    assert talk.text() == "Subject: \xfc\n".encode()
+    dialogue = Dialogue()
+    dialogue.send(
+        EHLO, b"MAIL FROM:<a@b> SMTPUTF8\r\n", RCPT, DATA, "Subject: \xfc\r\n.\r\n".encode()
+    )
+    dialogue.reply()
+    dialogue.send(MAIL, RCPT, DATA)
+    assert [begin.envelope.protocol for begin in dialogue.events_of(MailStarted)] == [
+        "UTF8SMTP",
+        "ESMTP",
+    ]
+    assert dialogue.text() == "Subject: \xfc\n".encode()
 
 
 def test_C19_a_pipelined_group_is_answered_in_one_piece() -> None:
-    talk = Talk()
-    talk.say(EHLO)
-    replies = talk.say(MAIL + RCPT + b"RCPT TO:<a@denied>\r\n" + b"RCPT TO:<e@f>\r\n" + DATA)
+    dialogue = Dialogue()
+    dialogue.send(EHLO)
+    replies = dialogue.send(MAIL + RCPT + b"RCPT TO:<a@denied>\r\n" + b"RCPT TO:<e@f>\r\n" + DATA)
     assert codes(replies) == [b"250 2.1.0", b"250 2.1.5", b"554 5.7.1", b"250 2.1.5", b"354 End"]
 
 
 def test_C19_commands_behind_a_message_wait_for_its_answer() -> None:
-    talk = Talk()
-    talk.say(EHLO, MAIL + RCPT + DATA)
-    assert talk.say(b"x\r\n.\r\n" + MAIL + RCPT) == b""
-    assert talk.say(DATA) == b""
-    assert talk.session.backlog == len(MAIL + RCPT + DATA)
-    assert codes(talk.answer(b"451 4.3.0 Later\r\n")) == [
+    dialogue = Dialogue()
+    dialogue.send(EHLO, MAIL + RCPT + DATA)
+    assert dialogue.send(b"x\r\n.\r\n" + MAIL + RCPT) == b""
+    assert dialogue.send(DATA) == b""
+    assert len(dialogue.session.input) == len(MAIL + RCPT + DATA)
+    assert codes(dialogue.reply("451 4.3.0 Later")) == [
         b"451 4.3.0",
         b"250 2.1.0",
         b"250 2.1.5",
         b"354 End",
     ]
-    assert talk.say(b"y\r\n.\r\nQUIT\r\n") == b""
-    assert talk.session.quit_pending()
-    assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
-    assert talk.session.closed
-    assert [type(event) for event in talk.events] == [
+    assert dialogue.send(b"y\r\n.\r\nQUIT\r\n") == b""
+    assert dialogue.session.quit_pending
+    assert codes(dialogue.reply()) == [b"250 2.0.0", b"221 2.0.0"]
+    assert dialogue.session.closed
+    assert [type(event) for event in dialogue.events] == [
         MailStarted,
         DataReceived,
         DataComplete,
@@ -281,19 +294,19 @@ def test_C19_commands_behind_a_message_wait_for_its_answer() -> None:
     ]
 
 
-def test_C19_talking_before_the_banner_is_refused() -> None:
-    talk = Talk(start=False)
-    assert codes(talk.say(EHLO + MAIL)) == [b"554 5.5.0"]
-    assert talk.session.closed
-    assert talk.say(b"NOOP\r\n") == b""
+def test_C19_the_session_refuses_input_before_the_banner() -> None:
+    dialogue = Dialogue(start=False)
+    assert codes(dialogue.send(EHLO + MAIL)) == [b"554 5.5.0"]
+    assert dialogue.session.closed
+    assert dialogue.send(b"NOOP\r\n") == b""
 
 
-def test_C19_input_behind_a_refused_data_is_not_obeyed() -> None:
-    talk = Talk()
-    talk.say(EHLO, MAIL)
-    replies = talk.say(DATA + b"RCPT TO:<c@d>\r\n.\r\n")
+def test_C19_input_behind_a_refused_data_is_not_run() -> None:
+    dialogue = Dialogue()
+    dialogue.send(EHLO, MAIL)
+    replies = dialogue.send(DATA + b"RCPT TO:<c@d>\r\n.\r\n")
     assert codes(replies) == [b"554 5.5.1", b"421 4.5.0"]
-    assert talk.session.closed
+    assert dialogue.session.closed
 
 
 @pytest.mark.parametrize(
@@ -308,48 +321,48 @@ def test_C19_input_behind_a_refused_data_is_not_obeyed() -> None:
         b"DATA " + b" " * LINE_LIMIT + b"\r\n",
     ],
 )
-def test_content_behind_any_refused_data_is_not_obeyed(data: bytes) -> None:
-    talk = Talk()
-    talk.say(EHLO, MAIL, RCPT)
-    assert codes(talk.say(data + b"RSET\r\n" + MAIL))[1:] == [b"421 4.5.0"]
-    assert talk.session.closed
-    assert not talk.told(MailStarted)
+def test_content_behind_any_refused_data_is_not_run(data: bytes) -> None:
+    dialogue = Dialogue()
+    dialogue.send(EHLO, MAIL, RCPT)
+    assert codes(dialogue.send(data + b"RSET\r\n" + MAIL))[1:] == [b"421 4.5.0"]
+    assert dialogue.session.closed
+    assert not dialogue.events_of(MailStarted)
 
 
-def test_a_client_that_waits_for_the_reply_to_data_may_go_on() -> None:
-    talk = Talk()
-    talk.say(EHLO, MAIL, RCPT)
-    assert codes(talk.say(b"DATA\n", DATA)) == [b"500 5.5.2", b"354 End"]
+def test_a_client_that_waits_for_the_reply_to_data_may_continue() -> None:
+    dialogue = Dialogue()
+    dialogue.send(EHLO, MAIL, RCPT)
+    assert codes(dialogue.send(b"DATA\n", DATA)) == [b"500 5.5.2", b"354 End"]
 
 
 @pytest.mark.parametrize("before", [b"", EHLO, EHLO + MAIL, EHLO + MAIL + RCPT])
 @pytest.mark.parametrize("bdat", [b"BDAT 29 LAST\r\n", b"bdat 29\n", b"BDAT\r\n"])
 @pytest.mark.parametrize("together", [True, False])
-def test_bdat_closes_the_session_and_its_content_is_not_obeyed(
+def test_bdat_closes_the_session_and_its_content_is_not_run(
     before: bytes, bdat: bytes, together: bool
 ) -> None:
-    talk = Talk()
-    talk.say(before)
+    dialogue = Dialogue()
+    dialogue.send(before)
     content = b"MAIL FROM:<x@y>\r\nRCPT TO:<a@b>\r\n"
-    replies = talk.say(bdat + content) if together else talk.say(bdat, content)
+    replies = dialogue.send(bdat + content) if together else dialogue.send(bdat, content)
     assert codes(replies) == [b"500 5.5.2", b"421 4.5.0"]
-    assert talk.session.closed
+    assert dialogue.session.closed
 
 
-def test_an_answer_that_is_not_due_is_a_mistake_of_ours() -> None:
+def test_a_reply_that_is_not_due_raises() -> None:
     with pytest.raises(RuntimeError):
-        Talk().answer()
+        Dialogue().reply()
 
 
 @given(st.lists(st.integers(1, 200), max_size=8))
-def test_C19_the_cuts_of_tcp_change_nothing(places: list[int]) -> None:
+def test_C19_the_segments_of_tcp_do_not_matter(places: list[int]) -> None:
     wire = EHLO + MAIL + b"RCPT TO:<bad>\r\n" + RCPT + DATA + b"S: x\r\n\r\n..\r\n.\r\n"
     edges = [0, *sorted({min(place, len(wire)) for place in places}), len(wire)]
-    talk = Talk()
-    replies = talk.say(*(wire[a:b] for a, b in itertools.pairwise(edges)))
+    dialogue = Dialogue()
+    replies = dialogue.send(*(wire[a:b] for a, b in itertools.pairwise(edges)))
     assert codes(replies) == [b"250 DSN", b"250 2.1.0", b"501 5.1.3", b"250 2.1.5", b"354 End"]
-    assert talk.text() == b"S: x\n\n.\n"
-    assert talk.waiting
+    assert dialogue.text() == b"S: x\n\n.\n"
+    assert dialogue.waiting
 
 
 @pytest.mark.parametrize(
@@ -360,55 +373,59 @@ def test_C19_the_cuts_of_tcp_change_nothing(places: list[int]) -> None:
         (b"x" * 999 + b"\r\n", b"552 5.3.4"),
     ],
 )
-def test_C2_C12_content_at_fault_is_read_to_its_end(content: bytes, code: bytes) -> None:
-    talk = Talk()
-    talk.say(EHLO, MAIL + RCPT + DATA)
-    replies = talk.say(*(bytes([byte]) for byte in content + b".\r\nNOOP\r\n"))
+def test_C2_C12_rejected_content_is_read_to_its_end(content: bytes, code: bytes) -> None:
+    dialogue = Dialogue()
+    dialogue.send(EHLO, MAIL + RCPT + DATA)
+    replies = dialogue.send(*(bytes([byte]) for byte in content + b".\r\nNOOP\r\n"))
     assert codes(replies) == [code, b"250 2.0.0"]
-    assert talk.told(DataRejected) == [DataRejected()]
-    assert not talk.told(DataComplete)
-    assert codes(talk.say(MAIL)) == [b"250 2.1.0"]
+    assert dialogue.events_of(DataRejected) == [DataRejected()]
+    assert not dialogue.events_of(DataComplete)
+    assert codes(dialogue.send(MAIL)) == [b"250 2.1.0"]
 
 
 def test_bare_crs_are_stripped_where_the_rules_say_so() -> None:
-    talk = Talk(trusted=True)
-    talk.say(EHLO, MAIL + RCPT + DATA, b"a\r\r\n.\r\r\nb\r\n.\r\n")
-    assert talk.waiting
-    assert talk.text() == b"a\n\nb\n"
+    dialogue = Dialogue(trusted=True)
+    dialogue.send(EHLO, MAIL + RCPT + DATA, b"a\r\r\n.\r\r\nb\r\n.\r\n")
+    assert dialogue.waiting
+    assert dialogue.text() == b"a\n\nb\n"
 
 
 def test_C29_a_loop_is_refused() -> None:
-    talk = Talk()
-    talk.session._greeting = Greeting("relay.example", 1 << 20)
-    talk.say(EHLO, MAIL + RCPT + DATA)
-    assert codes(talk.say(b"Received: x\r\n" * 101 + b"\r\n.\r\n")) == [b"554 5.4.6"]
+    dialogue = Dialogue()
+    dialogue.session.greeting = Greeting("relay.example", 1 << 20)
+    dialogue.send(EHLO, MAIL + RCPT + DATA)
+    assert codes(dialogue.send(b"Received: x\r\n" * 101 + b"\r\n.\r\n")) == [b"554 5.4.6"]
 
 
 def test_C16_past_the_recipient_limit_452_without_being_an_error() -> None:
-    talk = Talk()
-    talk.say(EHLO, MAIL, RCPT, b"RCPT TO:<e@d>\r\nRCPT TO:<f@d>\r\n")
-    assert codes(talk.say(b"RCPT TO:<g@d>\r\n" * TURN)) == [b"452 4.5.3"] * TURN
-    assert len(talk.told(Refusal)) == 1
-    assert codes(talk.say(DATA)) == [b"354 End"]
-    assert len(talk.told(MailStarted)[0].envelope.recipients) == 3
+    dialogue = Dialogue()
+    dialogue.send(EHLO, MAIL, RCPT, b"RCPT TO:<e@d>\r\nRCPT TO:<f@d>\r\n")
+    assert codes(dialogue.send(b"RCPT TO:<g@d>\r\n" * TURN)) == [b"452 4.5.3"] * TURN
+    assert len(dialogue.events_of(Refusal)) == 1
+    assert codes(dialogue.send(DATA)) == [b"354 End"]
+    assert len(dialogue.events_of(MailStarted)[0].envelope.recipients) == 3
 
 
-def test_a_repeated_recipient_is_taken_once_and_counts_once() -> None:
-    talk = Talk(trusted=True)
-    talk.say(EHLO, MAIL)
+def test_a_repeated_recipient_counts_once() -> None:
+    dialogue = Dialogue(trusted=True)
+    dialogue.send(EHLO, MAIL)
     repeats = [b"c@d", b"c@D", b'"c"@d', b'"\\c"@d.', b"@relay:c@d"]
     for path in repeats * 200:
-        assert codes(talk.say(b"RCPT TO:<%b>\r\n" % path)) == [b"250 2.1.5"]
-    assert codes(talk.say(b"RCPT TO:<C@d>\r\nRCPT TO:<c@d.e>\r\n", RCPT, b"RCPT TO:<c@e>\r\n")) == [
+        assert codes(dialogue.send(b"RCPT TO:<%b>\r\n" % path)) == [b"250 2.1.5"]
+    assert codes(
+        dialogue.send(b"RCPT TO:<C@d>\r\nRCPT TO:<c@d.e>\r\n", RCPT, b"RCPT TO:<c@e>\r\n")
+    ) == [
         *[b"250 2.1.5"] * 3,
         b"452 4.5.3",
     ]
-    talk.say(DATA, b".\r\n")
-    [begin] = talk.told(MailStarted)
+    dialogue.send(DATA, b".\r\n")
+    [begin] = dialogue.events_of(MailStarted)
     assert [one.address for one in begin.envelope.recipients] == ["c@d", "C@d", "c@d.e"]
-    talk.answer()
-    talk.say(MAIL + RCPT + DATA)
-    assert [one.address for one in talk.told(MailStarted)[1].envelope.recipients] == ["c@d"]
+    dialogue.reply()
+    dialogue.send(MAIL + RCPT + DATA)
+    assert [one.address for one in dialogue.events_of(MailStarted)[1].envelope.recipients] == [
+        "c@d"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -422,48 +439,52 @@ def test_a_repeated_recipient_is_taken_once_and_counts_once() -> None:
         (b"", b" NOTIFY=SUCCESS", "DELAY,FAILURE,SUCCESS"),
     ],
 )
-def test_a_repeat_takes_no_notice_away(first: bytes, second: bytes, both: str | None) -> None:
-    talk = Talk()
+def test_a_repeated_recipient_keeps_every_requested_dsn(
+    first: bytes, second: bytes, both: str | None
+) -> None:
+    dialogue = Dialogue()
     orcpt = b" ORCPT=rfc822;x@y"
-    talk.say(EHLO, MAIL, b"RCPT TO:<c@d>%b\r\nRCPT TO:<c@d>%b%b\r\n" % (first, second, orcpt), DATA)
-    [begin] = talk.told(MailStarted)
+    dialogue.send(
+        EHLO, MAIL, b"RCPT TO:<c@d>%b\r\nRCPT TO:<c@d>%b%b\r\n" % (first, second, orcpt), DATA
+    )
+    [begin] = dialogue.events_of(MailStarted)
     assert begin.envelope.recipients == [Recipient("c@d", "c@d", "d", both, "rfc822;x@y")]
 
 
 @pytest.mark.parametrize("hello", [b"HELO x\r\n", EHLO])
 def test_C27_the_length_of_a_line(hello: bytes) -> None:
-    talk, limit = Talk(), LINE_LIMIT
-    talk.say(hello)
+    dialogue, limit = Dialogue(), LINE_LIMIT
+    dialogue.send(hello)
     fits = b"NOOP " + b"x" * (limit - 7) + b"\r\n"
-    assert codes(talk.say(fits)) == [b"250 2.0.0"]
-    assert codes(talk.say(b"x" + fits)) == [b"500 5.5.2"]
+    assert codes(dialogue.send(fits)) == [b"250 2.0.0"]
+    assert codes(dialogue.send(b"x" + fits)) == [b"500 5.5.2"]
     # Without an end it is refused as soon as it is too long, once, and none of it is kept.
-    assert codes(talk.say(b"NOOP " + b"x" * limit)) == [b"500 5.5.2"]
-    assert talk.say(*([b"x" * limit] * 50)) == b""
-    assert talk.session.backlog <= limit
-    assert codes(talk.say(b"end\r\nNOOP\r\n")) == [b"250 2.0.0"]
+    assert codes(dialogue.send(b"NOOP " + b"x" * limit)) == [b"500 5.5.2"]
+    assert dialogue.send(*([b"x" * limit] * 50)) == b""
+    assert len(dialogue.session.input) <= limit
+    assert codes(dialogue.send(b"end\r\nNOOP\r\n")) == [b"250 2.0.0"]
 
 
 @pytest.mark.parametrize("hello", [b"HELO x\r\n", EHLO])
 def test_the_longest_address_fits_a_line(hello: bytes) -> None:
-    talk = Talk()
+    dialogue = Dialogue()
     path = b'"' + b"\\l" * 989 + b'"@b.example'
-    assert codes(talk.say(hello + b"MAIL FROM:<" + path + b">\r\nRCPT TO:<" + path + b">\r\n"))[
-        1:
-    ] == [
+    assert codes(
+        dialogue.send(hello + b"MAIL FROM:<" + path + b">\r\nRCPT TO:<" + path + b">\r\n")
+    )[1:] == [
         b"250 2.1.0",
         b"250 2.1.5",
     ]
 
 
-def test_names_without_a_domain_are_those_of_this_host_for_trusted_clients() -> None:
-    assert codes(Talk().say(EHLO, b"MAIL FROM:<root>\r\n"))[1:] == [b"501 5.1.7"]
-    talk = Talk(trusted=True)
+def test_trusted_clients_may_omit_the_domain() -> None:
+    assert codes(Dialogue().send(EHLO, b"MAIL FROM:<root>\r\n"))[1:] == [b"501 5.1.7"]
+    dialogue = Dialogue(trusted=True)
     assert (
-        codes(talk.say(EHLO, b"MAIL FROM:<root>\r\n", b"RCPT TO:<cron>\r\n", DATA))[-1]
+        codes(dialogue.send(EHLO, b"MAIL FROM:<root>\r\n", b"RCPT TO:<cron>\r\n", DATA))[-1]
         == b"354 End"
     )
-    [begin] = talk.told(MailStarted)
+    [begin] = dialogue.events_of(MailStarted)
     assert begin.envelope.sender == "root@relay.example"
     assert begin.envelope.recipients == [
         Recipient("cron@relay.example", "cron@relay.example", "relay.example")
@@ -478,41 +499,41 @@ def test_names_without_a_domain_are_those_of_this_host_for_trusted_clients() -> 
         b"POST / HTTP/1.0\r\n\r\nMAIL",
     ],
 )
-def test_C27_tls_and_http_are_sent_away(garbage: bytes) -> None:
-    talk = Talk()
-    assert codes(talk.say(garbage)) == [b"500 5.5.1"]
-    assert talk.session.closed
+def test_C27_tls_and_http_close_the_session(garbage: bytes) -> None:
+    dialogue = Dialogue()
+    assert codes(dialogue.send(garbage)) == [b"500 5.5.1"]
+    assert dialogue.session.closed
 
 
 def test_C27_too_many_errors() -> None:
-    talk = Talk()
-    replies = talk.say(b"\x00\x01\r\n" * 1000)
+    dialogue = Dialogue()
+    replies = dialogue.send(b"\x00\x01\r\n" * 1000)
     assert codes(replies) == [b"500 5.5.2"] * ERROR_LIMIT + [b"421 4.7.0"]
-    assert talk.session.closed
+    assert dialogue.session.closed
 
 
-def test_an_accepted_message_forgives_errors() -> None:
-    talk = Talk()
-    talk.say(EHLO)
+def test_an_accepted_message_resets_the_error_count() -> None:
+    dialogue = Dialogue()
+    dialogue.send(EHLO)
     for _ in range(3):
-        talk.say(b"FOO\r\n" * (ERROR_LIMIT - 1), MAIL + RCPT + DATA, b".\r\n")
-        talk.answer()
-    assert not talk.session.closed
-    talk.say(b"FOO\r\n" * (ERROR_LIMIT - 1), MAIL + RCPT + DATA, b".\r\n")
-    talk.answer(b"451 4.3.0 Later\r\n")
-    assert codes(talk.say(b"FOO\r\n")) == [b"500 5.5.2", b"421 4.7.0"]
+        dialogue.send(b"FOO\r\n" * (ERROR_LIMIT - 1), MAIL + RCPT + DATA, b".\r\n")
+        dialogue.reply()
+    assert not dialogue.session.closed
+    dialogue.send(b"FOO\r\n" * (ERROR_LIMIT - 1), MAIL + RCPT + DATA, b".\r\n")
+    dialogue.reply("451 4.3.0 Later")
+    assert codes(dialogue.send(b"FOO\r\n")) == [b"500 5.5.2", b"421 4.7.0"]
 
 
-def test_a_health_probe_is_no_abuse() -> None:
-    talk = Talk()
-    assert codes(talk.say(b"QUIT\r\n")) == [b"221 2.0.0"]
-    assert talk.session.closed
-    assert talk.events == []
+def test_a_health_check_is_not_refused() -> None:
+    dialogue = Dialogue()
+    assert codes(dialogue.send(b"QUIT\r\n")) == [b"221 2.0.0"]
+    assert dialogue.session.closed
+    assert dialogue.events == []
 
 
-def test_what_comes_behind_quit_is_not_read() -> None:
-    talk = Talk()
-    assert codes(talk.say(b"QUIT\r\nNOOP\r\n", b"NOOP\r\n")) == [b"221 2.0.0"]
+def test_input_behind_quit_is_not_read() -> None:
+    dialogue = Dialogue()
+    assert codes(dialogue.send(b"QUIT\r\nNOOP\r\n", b"NOOP\r\n")) == [b"221 2.0.0"]
 
 
 @given(
@@ -523,144 +544,144 @@ def test_what_comes_behind_quit_is_not_read() -> None:
     )
 )
 def test_every_reply_but_hello_and_354_has_an_enhanced_code(pieces: list[bytes]) -> None:
-    talk = Talk()
+    dialogue = Dialogue()
     for piece in pieces:
-        for line in talk.say(piece).split(b"\r\n")[:-1]:
+        for line in dialogue.send(piece).split(b"\r\n")[:-1]:
             plain = line[:3] == b"354" or (piece == EHLO and line[:3] == b"250")
             assert plain or line[4:6] == line[:1] + b"."
-        if talk.waiting:
-            talk.answer()
+        if dialogue.waiting:
+            dialogue.reply()
 
 
 NOOP = b"NOOP\r\n"
 
 
-def test_a_turn_has_so_many_commands_and_the_rest_waits() -> None:
-    talk = Talk(trusted=True)
-    assert codes(talk.say(NOOP * (2 * TURN + 1))) == [b"250 2.0.0"] * TURN
-    assert talk.pause() == 0.0
-    assert talk.say(NOOP) == b"", "what comes before the next turn is kept for it"
-    assert talk.session.backlog == (TURN + 2) * len(NOOP)
-    assert codes(talk.go_on()) == [b"250 2.0.0"] * TURN
-    assert codes(talk.go_on()) == [b"250 2.0.0"] * 2
-    assert talk.pause() is None
-    assert talk.say(NOOP * TURN)
-    assert talk.pause() is None, "a turn that has obeyed everything leaves nothing for another"
+def test_a_turn_runs_a_limited_number_of_commands() -> None:
+    dialogue = Dialogue(trusted=True)
+    assert codes(dialogue.send(NOOP * (2 * TURN + 1))) == [b"250 2.0.0"] * TURN
+    assert dialogue.pause() == 0.0
+    assert dialogue.send(NOOP) == b"", "input waits for the next turn"
+    assert len(dialogue.session.input) == (TURN + 2) * len(NOOP)
+    assert codes(dialogue.resume()) == [b"250 2.0.0"] * TURN
+    assert codes(dialogue.resume()) == [b"250 2.0.0"] * 2
+    assert dialogue.pause() is None
+    assert dialogue.send(NOOP * TURN)
+    assert dialogue.pause() is None, "a turn that has run all the input needs no other turn"
 
 
-def test_a_turn_is_cut_anywhere_in_a_transaction_and_loses_nothing() -> None:
-    talk = Talk()
-    replies = talk.say(EHLO + NOOP * (TURN - 3) + MAIL + RCPT + DATA + b"x\r\n.\r\nQUIT\r\n")
+def test_a_turn_may_end_anywhere_in_a_transaction() -> None:
+    dialogue = Dialogue()
+    replies = dialogue.send(EHLO + NOOP * (TURN - 3) + MAIL + RCPT + DATA + b"x\r\n.\r\nQUIT\r\n")
     assert codes(replies)[-2:] == [b"250 2.1.0", b"250 2.1.5"]
-    assert talk.session.quit_pending(), "it has finished, and may have closed its half"
-    assert codes(talk.go_on()) == [b"354 End"]
-    assert talk.text() == b"x\n"
-    assert codes(talk.answer()) == [b"250 2.0.0", b"221 2.0.0"]
+    assert dialogue.session.quit_pending, "the client has finished, and may have closed its half"
+    assert codes(dialogue.resume()) == [b"354 End"]
+    assert dialogue.text() == b"x\n"
+    assert codes(dialogue.reply()) == [b"250 2.0.0", b"221 2.0.0"]
 
 
-def test_nothing_is_obeyed_while_replies_are_not_read() -> None:
-    talk = Talk()
-    talk.session.halted = True
-    assert talk.say(EHLO, NOOP) == b""
-    assert talk.go_on() == b""
-    talk.session.halted = False
-    assert codes(talk.go_on()) == [b"250 DSN", b"250 2.0.0"]
+def test_no_command_runs_while_replies_are_not_read() -> None:
+    dialogue = Dialogue()
+    dialogue.session.halted = True
+    assert dialogue.send(EHLO, NOOP) == b""
+    assert dialogue.resume() == b""
+    dialogue.session.halted = False
+    assert codes(dialogue.resume()) == [b"250 DSN", b"250 2.0.0"]
 
 
-def test_an_answer_that_is_not_read_leads_to_no_more_commands() -> None:
-    talk = Talk()
-    talk.say(EHLO, MAIL + RCPT + DATA + b"x\r\n.\r\n" + NOOP * 5)
-    talk.session.halted = True
-    assert codes(talk.answer()) == [b"250 2.0.0"]
-    talk.session.halted = False
-    assert codes(talk.go_on()) == [b"250 2.0.0"] * 5
+def test_no_command_runs_after_a_reply_that_is_not_read() -> None:
+    dialogue = Dialogue()
+    dialogue.send(EHLO, MAIL + RCPT + DATA + b"x\r\n.\r\n" + NOOP * 5)
+    dialogue.session.halted = True
+    assert codes(dialogue.reply()) == [b"250 2.0.0"]
+    dialogue.session.halted = False
+    assert codes(dialogue.resume()) == [b"250 2.0.0"] * 5
 
 
 @pytest.mark.parametrize("command", [NOOP, b"RSET\r\n", EHLO, b"VRFY a\r\n"])
-def test_commands_without_a_message_cost_a_stranger_time_and_then_the_connection(
+def test_commands_without_a_message_are_tarpitted_and_then_close_the_session(
     command: bytes,
 ) -> None:
-    talk = Talk(trusted=False)
+    dialogue = Dialogue(trusted=False)
     for _ in range(FREE_COMMANDS):
-        talk.say(command)
-        assert talk.pause() is None
+        dialogue.send(command)
+        assert dialogue.pause() is None
     for _ in range(COMMAND_LIMIT - FREE_COMMANDS):
-        assert codes(talk.say(command))[0][:1] == b"2"
-        assert talk.pause() == TARPIT
-        assert talk.say(command * 3) == b""
-        talk.session._input = b""
-        assert talk.go_on() == b""
-    assert codes(talk.say(command))[-1] == b"421 4.7.0"
-    assert talk.session.closed
-    assert len(talk.told(Refusal)) == 1
+        assert codes(dialogue.send(command))[0][:1] == b"2"
+        assert dialogue.pause() == TARPIT
+        assert dialogue.send(command * 3) == b""
+        dialogue.session.input = b""
+        assert dialogue.resume() == b""
+    assert codes(dialogue.send(command))[-1] == b"421 4.7.0"
+    assert dialogue.session.closed
+    assert len(dialogue.events_of(Refusal)) == 1
 
 
-def test_a_stranger_that_pipelines_is_slowed_down_too() -> None:
-    talk = Talk(trusted=False)
-    talk.say(NOOP * (FREE_COMMANDS + 10))
-    while talk.pause() == 0.0:
-        talk.go_on()
-    assert talk.pause() == TARPIT
+def test_pipelined_commands_are_tarpitted_too() -> None:
+    dialogue = Dialogue(trusted=False)
+    dialogue.send(NOOP * (FREE_COMMANDS + 10))
+    while dialogue.pause() == 0.0:
+        dialogue.resume()
+    assert dialogue.pause() == TARPIT
     for left in range(9, 0, -1):
-        assert talk.session.backlog == left * len(NOOP)
-        assert codes(talk.go_on()) == [b"250 2.0.0"], "one command a second"
+        assert len(dialogue.session.input) == left * len(NOOP)
+        assert codes(dialogue.resume()) == [b"250 2.0.0"], "one command a second"
 
 
-def test_commands_of_a_trusted_client_cost_nothing() -> None:
-    talk = Talk(trusted=True)
+def test_commands_of_a_trusted_client_are_not_tarpitted() -> None:
+    dialogue = Dialogue(trusted=True)
     for _ in range(3 * COMMAND_LIMIT):
-        assert codes(talk.say(NOOP)) == [b"250 2.0.0"]
-        assert talk.pause() is None
+        assert codes(dialogue.send(NOOP)) == [b"250 2.0.0"]
+        assert dialogue.pause() is None
 
 
-def test_an_accepted_message_begins_the_count_anew() -> None:
-    talk = Talk(trusted=False)
-    for verdict in (b"250 2.0.0 Ok\r\n", b"250 2.0.0 Ok\r\n", b"451 4.3.0 Later\r\n"):
+def test_only_an_accepted_message_resets_the_command_count() -> None:
+    dialogue = Dialogue(trusted=False)
+    for reply in ("250 2.0.0 Ok", "250 2.0.0 Ok", "451 4.3.0 Later"):
         for _ in range(FREE_COMMANDS - 4):
-            talk.say(NOOP)
-        talk.say(EHLO, MAIL, RCPT, DATA)
-        assert talk.pause() is None
-        talk.say(b".\r\n")
-        talk.answer(verdict)
-    talk.say(NOOP)
-    assert talk.pause() == TARPIT, "a message that was not accepted does not"
+            dialogue.send(NOOP)
+        dialogue.send(EHLO, MAIL, RCPT, DATA)
+        assert dialogue.pause() is None
+        dialogue.send(b".\r\n")
+        dialogue.reply(reply)
+    dialogue.send(NOOP)
+    assert dialogue.pause() == TARPIT, "a message that was not accepted does not"
 
 
-def test_recipients_of_an_open_transaction_are_no_waste() -> None:
-    talk = Talk(trusted=False)
-    talk.session._rules.check_recipient = lambda recipient, accepted: None  # type: ignore[method-assign]
-    talk.say(EHLO, MAIL)
+def test_recipients_of_the_open_transaction_do_not_count() -> None:
+    dialogue = Dialogue(trusted=False)
+    dialogue.policy.accepts_all = True
+    dialogue.send(EHLO, MAIL)
     for number in range(1000):
-        assert codes(talk.say(b"RCPT TO:<c%d@d>\r\n" % number)) == [b"250 2.1.5"]
-        assert talk.pause() is None
-    assert codes(talk.say(b"RSET\r\n")) == [b"250 2.0.0", b"421 4.7.0"], (
+        assert codes(dialogue.send(b"RCPT TO:<c%d@d>\r\n" % number)) == [b"250 2.1.5"]
+        assert dialogue.pause() is None
+    assert codes(dialogue.send(b"RSET\r\n")) == [b"250 2.0.0", b"421 4.7.0"], (
         "without a message they are"
     )
 
 
 def test_C27_a_line_without_an_end_ends_the_session() -> None:
-    talk = Talk()
-    assert codes(talk.say(b"x" * 4096)) == [b"500 5.5.2"]
-    assert talk.say(*[b"x" * 4096] * (ENDLESS // 4096 - 1)) == b""
-    assert codes(talk.say(b"x")) == [b"421 4.5.2"]
-    assert talk.session.closed
+    dialogue = Dialogue()
+    assert codes(dialogue.send(b"x" * 4096)) == [b"500 5.5.2"]
+    assert dialogue.send(*[b"x" * 4096] * (ENDLESS // 4096 - 1)) == b""
+    assert codes(dialogue.send(b"x")) == [b"421 4.5.2"]
+    assert dialogue.session.closed
 
 
 @pytest.mark.parametrize(
     ("content", "reply"),
     [
-        (b"bare\n", b"421 4.6.11 Message contains a bare CR or LF, closing connection\r\n"),
-        (b"x" * 1001, b"421 4.3.4 Message exceeds the size limit, closing connection\r\n"),
-        (b"", b"421 4.3.0 Message cannot be taken, closing connection\r\n"),
+        (b"bare\n", "421 4.6.11 Message contains a bare CR or LF, closing connection"),
+        (b"x" * 1001, "421 4.3.4 Message exceeds the size limit, closing connection"),
+        (b"", "421 4.3.0 Message cannot be taken, closing connection"),
     ],
 )
-def test_content_that_is_not_kept_must_end(content: bytes, reply: bytes) -> None:
-    talk = Talk()
-    talk.session._greeting = Greeting("relay.example", 1000 if content else 1 << 30)
-    talk.say(EHLO, MAIL + RCPT + DATA, content)
+def test_content_that_is_not_stored_must_end(content: bytes, reply: str) -> None:
+    dialogue = Dialogue()
+    dialogue.session.greeting = Greeting("relay.example", 1000 if content else 1 << 30)
+    dialogue.send(EHLO, MAIL + RCPT + DATA, content)
     if not content:
-        talk.session.refuse_content()
-    assert talk.say(*[b"x" * 4096] * (ENDLESS // 4096)) == b""
-    assert talk.say(b"x") == reply
-    assert talk.session.closed
-    assert talk.told(Refusal)[-1].reply == reply
+        dialogue.session.refuse_content()
+    assert dialogue.send(*[b"x" * 4096] * (ENDLESS // 4096)) == b""
+    assert dialogue.send(b"x") == f"{reply}\r\n".encode()
+    assert dialogue.session.closed
+    assert dialogue.events_of(Refusal)[-1].reply == reply

@@ -1,5 +1,5 @@
-"""Settings: every spelling that operators use, and an error that names what is wrong before
-anything is touched."""
+"""Settings: every spelling that operators use, and errors that name the variable, the value and what
+to write."""
 
 import inspect
 import os
@@ -29,13 +29,13 @@ from relay.settings import (
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No RELAY_ variable of whoever runs the tests."""
+    """An environment without RELAY_ variables."""
     for name in [name for name in os.environ if name.startswith("RELAY_")]:
         monkeypatch.delenv(name)
     return monkeypatch
 
 
-def test_every_setting_has_a_default_that_is_allowed() -> None:
+def test_every_default_is_valid() -> None:
     for role in ROLES:
         found = load(role)
         assert found.state_dir == Path("var").absolute()
@@ -46,7 +46,7 @@ def test_every_setting_has_a_default_that_is_allowed() -> None:
         assert found.qmqp_servers == ()
 
 
-def test_the_defaults_of_the_design() -> None:
+def test_defaults_are_those_of_the_design() -> None:
     smtpd, worker = load(SmtpdSettings), load(WorkerSettings)
     assert smtpd.smtp_listen == (("127.0.0.1", 2525),)
     assert smtpd.client_networks == ("127.0.0.0/8", "::1")
@@ -78,7 +78,7 @@ def test_the_defaults_of_the_design() -> None:
     )
 
 
-def test_everything_is_read_from_the_environment(environment: pytest.MonkeyPatch) -> None:
+def test_settings_are_read_from_the_environment(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RELAY_STATE_DIR", "/var/lib/relay")
     environment.setenv("RELAY_QMQP_SERVERS", "a, b:629,[::1]:628\n unix:/run/q")
     environment.setenv("RELAY_SMTP_LISTEN", "0.0.0.0:25,[::]:25")
@@ -103,7 +103,7 @@ def test_everything_is_read_from_the_environment(environment: pytest.MonkeyPatch
 @pytest.mark.parametrize(("text", "value"), [
     ("30s", 30), ("5m", 300), ("2h", 7200), ("5d", 432000), ("45", 45), ("1.5h", 5400), ("250ms", 0.25), (" 7 s ", 7),
 ])  # fmt: skip
-def test_durations(text: str, value: float) -> None:
+def test_duration_becomes_seconds(text: str, value: float) -> None:
     assert seconds(text) == value
 
 
@@ -111,12 +111,12 @@ def test_durations(text: str, value: float) -> None:
     ("64K", 65536), ("25M", 25 << 20), ("1G", 1 << 30), ("512", 512), ("10m", 10 << 20), ("3KiB", 3072),
     ("2MB", 2 << 20),
 ])  # fmt: skip
-def test_sizes(text: str, value: int) -> None:
+def test_size_becomes_bytes(text: str, value: int) -> None:
     assert size(text) == value
 
 
 @given(st.text())
-def test_no_text_does_worse_than_a_value_error(text: str) -> None:
+def test_any_text_parses_or_raises_value_error(text: str) -> None:
     for read in (seconds, size, parse_listen):
         with suppress(ValueError):
             read(text)
@@ -124,7 +124,7 @@ def test_no_text_does_worse_than_a_value_error(text: str) -> None:
 
 @pytest.mark.parametrize(("name", "value", "role", "words"), [
     ("RELAY_LEASE", "soon", WorkerSettings, "is not a duration"),
-    ("RELAY_LEASE", "0", WorkerSettings, "more than 0"),
+    ("RELAY_LEASE", "0", WorkerSettings, "greater than 0"),
     ("RELAY_LEASE", "-5s", WorkerSettings, "is not a duration"),
     ("RELAY_MAX_MESSAGE_SIZE", "25X", SmtpdSettings, "is not a size"),
     ("RELAY_MAX_MESSAGE_SIZE", "0", SmtpdSettings, "greater than 0"),
@@ -138,7 +138,7 @@ def test_no_text_does_worse_than_a_value_error(text: str) -> None:
     ("RELAY_LOG_LEVEL", "loud", Settings, "debug"),
     ("RELAY_UNSAFE_DURABILITY", "perhaps", Settings, "boolean"),
 ])  # fmt: skip
-def test_a_bad_value_names_itself(
+def test_error_names_the_bad_value(
     environment: pytest.MonkeyPatch, name: str, value: str, role: type[Settings], words: str
 ) -> None:
     environment.setenv(name, value)
@@ -149,7 +149,7 @@ def test_a_bad_value_names_itself(
     assert words in line
 
 
-def test_every_bad_value_has_a_line(environment: pytest.MonkeyPatch) -> None:
+def test_every_bad_value_has_a_line_in_the_error(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RELAY_LEASE", "soon")
     environment.setenv("RELAY_GRACE", "later")
     with pytest.raises(SettingsError) as caught:
@@ -162,7 +162,7 @@ def test_every_bad_value_has_a_line(environment: pytest.MonkeyPatch) -> None:
     load(SmtpdSettings, grace=1.0)
 
 
-def test_values_that_do_not_go_together(environment: pytest.MonkeyPatch) -> None:
+def test_contradicting_values_are_refused(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RELAY_RETRY_MIN", "2h")
     with pytest.raises(
         SettingsError, match="RELAY_RETRY_MAX must not be less than RELAY_RETRY_MIN"
@@ -171,7 +171,7 @@ def test_values_that_do_not_go_together(environment: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_every_role_refuses_what_one_refuses(
+def test_every_role_refuses_the_same_settings(
     environment: pytest.MonkeyPatch, tmp_path: Path, role: type[Settings]
 ) -> None:
     environment.setenv("RELAY_LEASE", "soon")
@@ -207,7 +207,7 @@ def test_every_role_refuses_what_one_refuses(
     ("RECIPIENT_DOMAINS", "*.example.org", "write example.org, or .example.org for every domain below it"),
     ("RECIPIENT_DOMAINS", "example.org;example.net", "with a comma or a blank between two"),
 ])  # fmt: skip
-def test_what_cannot_be_meant_is_named_with_what_to_write(
+def test_error_says_what_to_write(
     environment: pytest.MonkeyPatch, name: str, value: str, words: str
 ) -> None:
     environment.setenv(f"RELAY_{name}", value)
@@ -219,9 +219,7 @@ def test_what_cannot_be_meant_is_named_with_what_to_write(
 
 
 @pytest.mark.parametrize("blank", [", ", " ", ",,", "\t", "\r\n", " \n"])
-def test_commas_and_blanks_of_any_kind_stand_between_words(
-    environment: pytest.MonkeyPatch, blank: str
-) -> None:
+def test_commas_and_blanks_separate_words(environment: pytest.MonkeyPatch, blank: str) -> None:
     environment.setenv(
         "RELAY_RECIPIENT_DOMAINS", f"{blank}example.org{blank}.example.net{blank}[192.0.2.1]{blank}"
     )
@@ -236,11 +234,11 @@ def test_commas_and_blanks_of_any_kind_stand_between_words(
 @pytest.mark.parametrize(
     "name", ["relay", "Relay-1.example.org", "my_host.localdomain", "[192.0.2.1]", "[IPv6:::1]"]
 )
-def test_host_names(name: str) -> None:
+def test_host_name_is_accepted(name: str) -> None:
     assert load(Settings, hostname=name).hostname == name
 
 
-def test_secrets_come_from_files(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_secret_is_read_from_a_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     secret = tmp_path / "url"
     secret.write_text("postgresql://relay:secret@db/relay\n")
     environment.setenv("RELAY_DATABASE_URL_FILE", str(secret))
@@ -249,9 +247,7 @@ def test_secrets_come_from_files(environment: pytest.MonkeyPatch, tmp_path: Path
     assert load(Settings).database_url == "sqlite:////x.db", "what is given itself counts more"
 
 
-def test_files_that_cannot_be_read_are_named(
-    environment: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unreadable_file_is_named(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path, words in (
         (tmp_path / "missing", "No such file"),
@@ -265,24 +261,24 @@ def test_files_that_cannot_be_read_are_named(
         assert words in str(caught.value)
 
 
-def test_a_name_that_ends_in_file_is_a_setting_of_its_own(environment: pytest.MonkeyPatch) -> None:
+def test_setting_whose_name_ends_in_file_is_not_a_file(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RELAY_HEALTH_FILE", "/run/relay/tick")
     assert load(WorkerSettings).health_file == Path("/run/relay/tick")
     assert unknown_names() == []
 
 
-def test_unknown_names_are_told_with_the_nearest_known() -> None:
+def test_unknown_name_is_reported_with_the_most_similar_one() -> None:
     given = {
         "RELAY_QMQP_SERVER": "x", "RELAY_LEASE": "1m", "RELAY_DATABASE_URL_FILE": "/f", "RELAY_XYZZY": "1",
         "RELAY_TEST_POSTGRES_URL": "x", "HOME": "/",
     }  # fmt: skip
     assert unknown_names(given) == [
-        "ignoring RELAY_QMQP_SERVER, which is no setting; did you mean RELAY_QMQP_SERVERS?",
-        "ignoring RELAY_XYZZY, which is no setting",
+        "ignoring RELAY_QMQP_SERVER, which is not a setting; did you mean RELAY_QMQP_SERVERS?",
+        "ignoring RELAY_XYZZY, which is not a setting",
     ]
 
 
-def test_passwords_are_never_shown(environment: pytest.MonkeyPatch) -> None:
+def test_password_is_never_shown(environment: pytest.MonkeyPatch) -> None:
     assert (
         redacted("postgresql://relay:s3cret@db/relay?x=1")
         == "postgresql://relay:***@db/relay?x=***"
@@ -301,7 +297,7 @@ def test_passwords_are_never_shown(environment: pytest.MonkeyPatch) -> None:
     assert "s3cret" not in str(caught.value)
 
 
-def test_settings_cannot_be_changed() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(Settings).grace = 1.0  # type: ignore[misc]
 
@@ -317,12 +313,12 @@ def test_settings_cannot_be_changed() -> None:
     ("no redis://:s3 cret@host:6379/0 there", "no redis://:***@host:6379/0 there"),
     ("host=db password=s3cret", "host=db password=***"),
 ])  # fmt: skip
-def test_whatever_may_be_a_secret_is_not_shown(url: str, shown: str) -> None:
+def test_possible_secret_is_not_shown(url: str, shown: str) -> None:
     assert redacted(url) == shown
 
 
 @given(st.text(st.sampled_from("s:/?&=@# é"), max_size=12), st.sampled_from(["u", ""]))
-def test_no_piece_of_a_password_is_shown(inside: str, user: str) -> None:
+def test_part_of_a_password_is_not_shown(inside: str, user: str) -> None:
     secret = f"XX{inside}XX"
     assert "X" not in redacted(f"postgresql://{user}:{secret}@db:5432/relay")
     assert "X" not in redacted(
@@ -330,7 +326,7 @@ def test_no_piece_of_a_password_is_shown(inside: str, user: str) -> None:
     )
 
 
-def test_every_setting_can_be_named() -> None:
+def test_names_lists_every_setting() -> None:
     assert {"RELAY_STATE_DIR", "RELAY_SMTP_LISTEN", "RELAY_LEASE"} <= names()
     assert all(
         role in ROLES
@@ -343,7 +339,7 @@ def test_every_setting_can_be_named() -> None:
     "redis://:s3cret/x@host:6379/0", "redis://:s3cret#x@host/0", "s3cret@host", "redis://host:s3cret/0",
     "amqp://u:s3cret@host", "redis://", "redis+socket://",
 ])  # fmt: skip
-def test_a_broker_that_is_none_is_not_shown(url: str) -> None:
+def test_invalid_broker_url_is_not_shown(url: str) -> None:
     with pytest.raises(SettingsError, match=r"^RELAY_BROKER_URL: is not a broker URL") as caught:
         load(Settings, broker_url=url)
     assert "s3cret" not in str(caught.value)
@@ -352,5 +348,5 @@ def test_a_broker_that_is_none_is_not_shown(url: str) -> None:
 @pytest.mark.parametrize(
     "url", ["redis://localhost", "rediss://u:a%2Fb@[::1]:6380/1", "redis+socket:///run/b.sock"]
 )
-def test_brokers(url: str) -> None:
+def test_broker_url_is_accepted(url: str) -> None:
     assert load(Settings, broker_url=url).broker_url == url

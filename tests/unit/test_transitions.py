@@ -22,7 +22,9 @@ from relay.queue.states import (
 
 ROOT = Path(__file__).parents[2]
 # An assignment of a state, or the CASE that computes it, up to the next column.
-_ASSIGNS = re.compile(r"SET state = |\bstate = 'held', due_at|INSERT INTO deliveries|END AS final")
+_ASSIGNS = re.compile(
+    r"SET state = |\bstate = '(?:held|deferred)', due_at|INSERT INTO deliveries|END AS final"
+)
 _EVENT = re.compile(r"-- event: (.*)")
 
 

@@ -1,5 +1,5 @@
-"""Debts, on both databases: every notice that is owed is made once, whoever is killed where, and
-nothing else is."""
+"""The DSN generator, on both databases: every pending DSN is generated exactly once, wherever a
+worker is killed, and no other."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from typing import Any, cast
@@ -18,7 +18,8 @@ from sqlalchemy.exc import OperationalError
 
 from relay.db.schema import NEEDS_BODY, Outcome, State
 from relay.dsn.generator import GATHER, LONGEST_RETURNED, PUT_OFF, DsnGenerator
-from relay.ids import dashed, new_id
+from relay.dsn.message import compose
+from relay.ids import new_id
 from relay.queue.accept import NewMessage, NewRecipient
 from relay.queue.model import Attempt, Claim, CompletionResult
 from relay.queue.operations import OPERATIONS, QueueOperations
@@ -34,20 +35,20 @@ ROOM = {"default": 100, "bulk": 100, "other": 100}
 
 
 class Post:
-    """An office with bodies, and a sweeper that settles its debts."""
+    """A queue with bodies, and a DSN generator."""
 
     def __init__(self, office: Office, spool: Spool) -> None:
         self.office, self.spool = office, spool
-        self.debts = self.another()
+        self.generator = self.another()
 
     def another(self) -> DsnGenerator:
-        """Debts as another process settles them."""
+        """The generator of another process."""
         return DsnGenerator(
             self.office.engine, self.spool, self.office.settings, lambda address: "default"
         )
 
     def accept(self, *addresses: str, body: bytes = BODY, **given: Any) -> str:
-        """A message with its body; `route:address` says which way."""
+        """A message with its body; `route:address` gives the route."""
         queue_id = new_id()
         self.spool.store(queue_id, [body])
         ways = [address.rpartition(":") for address in addresses or ("b@example.org",)]
@@ -63,14 +64,14 @@ class Post:
         return queue_id
 
     def fail(self, queue_id: str, outcome: Outcome = Outcome.REJECTED, **more: Any) -> list[Claim]:
-        """Every delivery of it that is queued ends so."""
+        """Every queued delivery of it ends with this outcome."""
         claims = self.office.claim(queue_id, room=ROOM)
         for claim in claims:
             self.office.record(claim, outcome, **more)
         return claims
 
-    def notices(self, queue_id: str | None = None) -> list[str]:
-        """The notices there are, about a message or about anything."""
+    def dsns(self, queue_id: str | None = None) -> list[str]:
+        """The queue ids of the DSNs, about one message or all."""
         rows = self.office.rows(
             "SELECT @hex(id) AS id, @hex(dsn_of) AS about FROM messages ORDER BY id"
         )
@@ -80,33 +81,33 @@ class Post:
             if row["about"] is not None and queue_id in (None, row["about"])
         ]
 
-    def text(self, notice: str) -> EmailMessage:
-        return message_from_bytes(self.spool.path(notice).read_bytes(), policy=policy.default)
+    def text(self, dsn: str) -> EmailMessage:
+        return message_from_bytes(self.spool.path(dsn).read_bytes(), policy=policy.default)
 
-    def told(self, notice: str) -> list[tuple[str, str]]:
-        """Recipient and action of each group of a notice."""
-        status = cast(list[Any], self.text(notice).get_payload())[1]
+    def reported(self, dsn: str) -> list[tuple[str, str]]:
+        """Recipient and action of each group of a DSN."""
+        status = cast(list[Any], self.text(dsn).get_payload())[1]
         groups = [dict(group.items()) for group in status.get_payload()][1:]
         return [(g["Final-Recipient"].removeprefix("rfc822; "), g["Action"]) for g in groups if g]
 
-    def owing(self, queue_id: str) -> bool:
+    def pending(self, queue_id: str) -> bool:
         sql = "SELECT due_at FROM deliveries WHERE queue_id = @id(:id) AND state IN ('bounced', 'expired')"
         return any(row["due_at"] is not None for row in self.office.rows(sql, id=queue_id))
 
-    def grow_old(self, queue_id: str, seconds: float = 5 * HOUR) -> None:
-        """It was received so long ago."""
+    def age(self, queue_id: str, seconds: float = 5 * HOUR) -> None:
+        """Sets its arrival to that many seconds ago."""
         aged = "UPDATE messages SET received_at = @ago(:s) WHERE id = @id(:id)"
         self.office.change(aged, s=seconds, id=queue_id)
 
-    def whole(self, notice: str) -> bool:
-        """Whether a notice's file stands there and is what its row says."""
-        (row,) = self.office.rows("SELECT size FROM messages WHERE id = @id(:id)", id=notice)
-        return self.spool.path(notice).stat().st_size == int(row["size"])
+    def whole(self, dsn: str) -> bool:
+        """Whether a DSN's file has the size of its row."""
+        (row,) = self.office.rows("SELECT size FROM messages WHERE id = @id(:id)", id=dsn)
+        return self.spool.path(dsn).stat().st_size == int(row["size"])
 
     def files(self) -> set[str]:
         return {name for name, _ in self.spool.ids()}
 
-    def kept(self, queue_id: str) -> bool:
+    def has_body(self, queue_id: str) -> bool:
         return self.spool.path(queue_id).exists()
 
 
@@ -129,41 +130,41 @@ def with_settings(clean_url: str, spool: Spool) -> Iterator[Any]:
         context.__exit__(None, None, None)
 
 
-def test_a_notice_is_made_once_and_is_a_message_like_any_other(post: Post) -> None:
+def test_dsn_is_generated_once_and_is_a_message_like_any_other(post: Post) -> None:
     queue_id = post.accept(header_message_id="<1@client>")
     post.fail(queue_id)
-    assert post.owing(queue_id)
-    (notice,) = post.debts.settle(10)
-    assert post.debts.settle(10) == [] == post.another().settle(10)
-    assert post.notices() == [notice]
-    assert not post.owing(queue_id)
-    (row,) = post.office.rows("SELECT * FROM messages WHERE id = @id(:id)", id=notice)
+    assert post.pending(queue_id)
+    (dsn,) = post.generator.generate(10)
+    assert post.generator.generate(10) == [] == post.another().generate(10)
+    assert post.dsns() == [dsn]
+    assert not post.pending(queue_id)
+    (row,) = post.office.rows("SELECT * FROM messages WHERE id = @id(:id)", id=dsn)
     assert (row["sender"], row["protocol"], row["size"]) == (
         "",
         "NOTICE",
-        post.spool.path(notice).stat().st_size,
+        post.spool.path(dsn).stat().st_size,
     )
-    (claim,) = post.office.claim(notice)
+    (claim,) = post.office.claim(dsn)
     assert (claim.sender, claim.recipients, claim.size) == ("", ("a@example.com",), row["size"])
-    assert post.text(notice)["To"] == "a@example.com"
-    assert post.told(notice) == [("b@example.org", "failed")]
+    assert post.text(dsn)["To"] == "a@example.com"
+    assert post.reported(dsn) == [("b@example.org", "failed")]
 
 
-def test_an_expired_message_is_told_of_too(post: Post) -> None:
+def test_expired_message_is_reported(post: Post) -> None:
     queue_id = post.accept()
     claims = post.office.claim(queue_id)
     post.office.pass_time(2000)
     post.office.record(claims[0], Outcome.DEFERRED)
     assert post.office.state(queue_id) == "expired"
-    (notice,) = post.debts.settle(10)
-    assert "5.4.7" in post.spool.path(notice).read_text()
+    (dsn,) = post.generator.generate(10)
+    assert "5.4.7" in post.spool.path(dsn).read_text()
 
 
 @pytest.mark.parametrize(("outcome", "sent", "doubt"), [
     (Outcome.UNCERTAIN, 0, True), (Outcome.MALFORMED, 2 * len(BODY), True), (Outcome.MALFORMED, 3, False),
     (Outcome.DEFERRED, 2 * len(BODY), False),
 ])  # fmt: skip
-def test_what_expires_after_doubt_may_have_arrived(
+def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
     post: Post, outcome: Outcome, sent: int, doubt: bool
 ) -> None:
     queue_id = post.accept()
@@ -172,14 +173,14 @@ def test_what_expires_after_doubt_may_have_arrived(
     tried = Attempt(1, "mx.example.net:628", outcome, "words", sent, 0.5, 0.1)
     post.office.record(claim, outcome, reply="words", tries=[tried])
     assert post.office.state(queue_id) == "expired"
-    (notice,) = post.debts.settle(10)
-    words = " ".join(post.spool.path(notice).read_text().split())
-    assert ("It may have arrived all the same" in words) == doubt
+    (dsn,) = post.generator.generate(10)
+    words = " ".join(post.spool.path(dsn).read_text().split())
+    assert ("It may have been delivered all the same" in words) == doubt
     assert ("It could not be delivered in time" in words) == (not doubt)
     assert ("Diagnostic-Code: x-qmqp; words" in words) == (outcome is Outcome.DEFERRED)
 
 
-def test_doubt_about_a_whole_is_doubt_about_its_halves(post: Post) -> None:
+def test_parts_of_an_uncertain_delivery_may_have_been_delivered(post: Post) -> None:
     queue_id = post.accept("x@example.org", "y@example.org", "bulk:z@example.org")
     for outcome, state in ((Outcome.UNCERTAIN, State.DEFERRED), (Outcome.REJECTED, State.SPLIT)):
         for claim in post.office.claim(queue_id, room=ROOM):
@@ -194,34 +195,34 @@ def test_doubt_about_a_whole_is_doubt_about_its_halves(post: Post) -> None:
     post.office.pass_time(2000)
     for _ in range(2):  # the halves, and what waits for another route
         post.fail(queue_id, Outcome.DEFERRED)
-    (notice,) = post.debts.settle(10)
-    assert len(post.told(notice)) == 3
-    words = " ".join(post.spool.path(notice).read_text().split())
-    assert words.count("It may have arrived all the same") == 2
+    (dsn,) = post.generator.generate(10)
+    assert len(post.reported(dsn)) == 3
+    words = " ".join(post.spool.path(dsn).read_text().split())
+    assert words.count("It may have been delivered all the same") == 2
 
 
-def test_the_original_stays_until_its_notice_is_made(post: Post) -> None:
+def test_original_stays_until_its_dsn_is_generated(post: Post) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     needed = f"SELECT 1 FROM deliveries WHERE queue_id = @id(:id) AND {NEEDS_BODY}"
     assert post.office.rows(needed, id=queue_id)
-    assert post.kept(queue_id)
-    (notice,) = post.debts.settle(10)
-    assert BODY in post.spool.path(notice).read_bytes()
-    assert not post.kept(queue_id)
+    assert post.has_body(queue_id)
+    (dsn,) = post.generator.generate(10)
+    assert BODY in post.spool.path(dsn).read_bytes()
+    assert not post.has_body(queue_id)
     assert not post.office.rows(needed, id=queue_id)
 
 
-def test_an_original_that_another_delivery_needs_stays(post: Post) -> None:
+def test_original_stays_while_another_delivery_needs_it(post: Post) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org")
     first, second = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
     post.office.record(first, Outcome.REJECTED)
     post.office.record(second, Outcome.DEFERRED, delay=1e6)
-    assert len(post.debts.settle(10)) == 1
-    assert post.kept(queue_id)
+    assert len(post.generator.generate(10)) == 1
+    assert post.has_body(queue_id)
 
 
-def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
+def test_original_is_removed_when_its_last_deliveries_end_together(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(clean_postgres_url) as office:
@@ -234,9 +235,9 @@ def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
         stored: list[str] = []
         store = spool.store
 
-        def note_it(notice: str, parts: Any) -> int:
-            stored.append(notice)
-            return store(notice, parts)
+        def note_it(dsn: str, parts: Any) -> int:
+            stored.append(dsn)
+            return store(dsn, parts)
 
         def deliver(_: Connection) -> None:
             if not met and stored:
@@ -244,14 +245,12 @@ def test_an_original_whose_last_deliveries_end_at_the_same_moment_goes(
                 met[0] = office.record(second, Outcome.DELIVERED)
 
         monkeypatch.setattr(spool, "store", note_it)
-        event.listen(
-            office.engine, "commit", deliver
-        )  # just before the COMMIT that clears the debt
-        assert len(post.debts.settle(10)) == 1
+        event.listen(office.engine, "commit", deliver)  # just before the COMMIT that clears due_at
+        assert len(post.generator.generate(10)) == 1
         assert met == [CompletionResult(State.DELIVERED, body_deletable=False)], (
-            "it does not see the debt being cleared"
+            "it does not see due_at being cleared"
         )
-        assert not post.kept(queue_id)
+        assert not post.has_body(queue_id)
 
 
 class Killed(BaseException):
@@ -259,31 +258,31 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("half", [True, False])
-def test_killed_before_the_commit_the_next_makes_the_notice_and_the_file_that_is_left_is_an_orphan(
+def test_kill_before_commit_leaves_an_orphan_and_the_next_worker_generates_the_dsn(
     post: Post, monkeypatch: pytest.MonkeyPatch, half: bool
 ) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     store = post.spool.store
 
-    def killed(notice: str, parts: Any) -> int:
-        store(notice, [b"half"] if half else parts)
+    def killed(dsn: str, parts: Any) -> int:
+        store(dsn, [b"half"] if half else parts)
         raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(post.spool, "store", killed)
         with pytest.raises(Killed):
-            post.debts.settle(10)
-    assert post.owing(queue_id)
-    assert post.kept(queue_id)
-    assert post.notices() == []
+            post.generator.generate(10)
+    assert post.pending(queue_id)
+    assert post.has_body(queue_id)
+    assert post.dsns() == []
     (left,) = post.files() - {queue_id}
-    (notice,) = post.another().settle(10)
-    assert post.told(notice) == [("b@example.org", "failed")]
-    assert post.whole(notice)
+    (dsn,) = post.another().generate(10)
+    assert post.reported(dsn) == [("b@example.org", "failed")]
+    assert post.whole(dsn)
     os.utime(post.spool.path(left), (time.time() - 40 * HOUR,) * 2)
     assert Cleaner(post.office.settings, post.office.engine, post.spool).clean_spool() == (0, 1)
-    assert post.files() == {notice}
+    assert post.files() == {dsn}
 
 
 # Where a sweeper may stand still for so long that PostgreSQL ends its session.
@@ -291,7 +290,7 @@ STALLS = ("open", "before store", "store", "commit")
 
 
 @pytest.mark.parametrize("at", STALLS)
-def test_a_sweeper_that_stalls_takes_nothing_from_the_one_that_came_after_it(
+def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     with opened(clean_postgres_url) as office, opened(clean_postgres_url) as theirs:
@@ -305,8 +304,8 @@ def test_a_sweeper_that_stalls_takes_nothing_from_the_one_that_came_after_it(
                 ended = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()
                     AND datname = current_database() AND state = 'idle in transaction'"""
                 assert theirs.rows(ended), "its session ends, and its locks"
-                made.extend(until(lambda: other.debts.settle(10)))
-                assert not other.kept(queue_id)
+                made.extend(until(lambda: other.generator.generate(10)))
+                assert not other.has_body(queue_id)
 
         def stalling(call: Any, *, first: bool) -> Any:
             def stalls(*given: Any) -> Any:
@@ -324,15 +323,15 @@ def test_a_sweeper_that_stalls_takes_nothing_from_the_one_that_came_after_it(
             name = at.rpartition(" ")[2]
             monkeypatch.setattr(spool, name, stalling(getattr(spool, name), first=at != "store"))
         with pytest.raises(OperationalError):
-            post.debts.settle(10)
-        assert post.notices() == made
+            post.generator.generate(10)
+        assert post.dsns() == made
         assert post.whole(made[0])
-        assert not post.owing(queue_id)
+        assert not post.pending(queue_id)
         left = post.files() - set(made)
         assert len(left) == (at == "commit"), "only where it cannot know whether it has committed"
 
 
-def test_a_commit_in_doubt_leaves_the_file(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncertain_commit_leaves_the_file(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
 
@@ -341,50 +340,50 @@ def test_a_commit_in_doubt_leaves_the_file(post: Post, monkeypatch: pytest.Monke
             raise RuntimeError("stands for a connection that breaks in the COMMIT")
 
     event.listen(post.office.engine, "commit", breaks)
-    assert post.debts.settle(10) == []
+    assert post.generator.generate(10) == []
     event.remove(post.office.engine, "commit", breaks)
     assert len(post.files() - {queue_id}) == 1
-    (notice,) = post.another().settle(10)
-    assert post.whole(notice)
-    assert post.notices() == [notice]
+    (dsn,) = post.another().generate(10)
+    assert post.whole(dsn)
+    assert post.dsns() == [dsn]
 
 
-def test_killed_after_the_commit_there_is_one_and_the_body_is_for_housekeeping(
+def test_kill_after_commit_leaves_one_dsn_and_the_original_body(
     post: Post, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     monkeypatch.setattr(post.spool, "remove", lambda queue_id: False)
-    (notice,) = post.debts.settle(10)
-    assert post.another().settle(10) == []
-    assert post.notices() == [notice]
-    assert post.kept(queue_id)
+    (dsn,) = post.generator.generate(10)
+    assert post.another().generate(10) == []
+    assert post.dsns() == [dsn]
+    assert post.has_body(queue_id)
 
 
-def test_two_sweepers_make_each_notice_once(post: Post) -> None:
+def test_two_generators_generate_each_dsn_once(post: Post) -> None:
     ids = [post.accept("x@example.org", "bulk:y@example.org") for _ in range(15)]
     for queue_id in ids:
         post.fail(queue_id)
     barrier = threading.Barrier(2)
 
-    def settle(debts: DsnGenerator) -> list[str]:
+    def generate(generator: DsnGenerator) -> list[str]:
         barrier.wait(10)
-        return [notice for _ in range(3) for notice in debts.settle(10)]
+        return [dsn for _ in range(3) for dsn in generator.generate(10)]
 
     with ThreadPoolExecutor(2) as pool:
         made = [
-            notice for part in pool.map(settle, (post.debts, post.another())) for notice in part
+            dsn for part in pool.map(generate, (post.generator, post.another())) for dsn in part
         ]
-    made += post.debts.settle(50)
-    assert sorted(made) == post.notices()
+    made += post.generator.generate(50)
+    assert sorted(made) == post.dsns()
     for queue_id in ids:
-        told = [address for notice in post.notices(queue_id) for address, _ in post.told(notice)]
+        told = [address for dsn in post.dsns(queue_id) for address, _ in post.reported(dsn)]
         assert sorted(told) == ["x@example.org", "y@example.org"], (
-            "each recipient in exactly one notice"
+            "each recipient in exactly one dsn"
         )
 
 
-def test_a_second_sweeper_skips_what_the_first_is_at(
+def test_second_generator_skips_locked_messages(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(clean_postgres_url) as office:
@@ -396,138 +395,141 @@ def test_a_second_sweeper_skips_what_the_first_is_at(
         def other() -> None:
             if not meanwhile:
                 meanwhile.append([])
-                meanwhile[0] = post.another().settle(10)
+                meanwhile[0] = post.another().generate(10)
 
         store = spool.store
 
-        def store_with_company(notice: str, parts: Any) -> int:
+        def store_after_other(dsn: str, parts: Any) -> int:
             other()
-            return store(notice, parts)
+            return store(dsn, parts)
 
-        monkeypatch.setattr(spool, "store", store_with_company)
-        (notice,) = post.debts.settle(10)
+        monkeypatch.setattr(spool, "store", store_after_other)
+        (dsn,) = post.generator.generate(10)
         assert meanwhile == [[]], "it did not wait, and had nothing to do"
-        assert post.notices() == [notice]
+        assert post.dsns() == [dsn]
 
 
-def test_two_sweepers_warn_once_and_of_what_a_worker_has_locked_as_well(
+def test_two_generators_warn_once_and_report_locked_deliveries(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as office:
         post = Post(office, spool)
         queue_id = post.accept("x@example.org", "bulk:y@example.org")
-        post.grow_old(queue_id)
+        post.age(queue_id)
         busy = office.engine.connect()  # a worker that records something of the first
         busy.execute(text("SELECT 1 FROM deliveries WHERE number = 1 FOR UPDATE"))
         meanwhile: list[list[str]] = []
         store = spool.store
 
-        def store_with_company(notice: str, parts: Any) -> int:
+        def store_after_other(dsn: str, parts: Any) -> int:
             busy.close()
             if not meanwhile:
                 meanwhile.append([])
                 meanwhile[0] = post.another().warn(10)
-            return store(notice, parts)
+            return store(dsn, parts)
 
-        monkeypatch.setattr(spool, "store", store_with_company)
-        (warning,) = post.debts.warn(10)
+        monkeypatch.setattr(spool, "store", store_after_other)
+        (warning,) = post.generator.warn(10)
         assert meanwhile == [[]]
-        assert post.told(warning) == [("x@example.org", "delayed"), ("y@example.org", "delayed")]
+        assert post.reported(warning) == [
+            ("x@example.org", "delayed"),
+            ("y@example.org", "delayed"),
+        ]
         assert post.another().warn(10) == []
-        assert post.notices(queue_id) == [warning]
+        assert post.dsns(queue_id) == [warning]
 
 
-def test_what_is_locked_as_a_whole_is_warned_of_the_next_time(
+def test_message_that_is_locked_is_warned_of_in_the_next_round(
     clean_postgres_url: str, spool: Spool
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as office:
         post = Post(office, spool)
         queue_id = post.accept()
-        post.grow_old(queue_id)
+        post.age(queue_id)
         with office.engine.connect() as busy:
             busy.execute(text("SELECT 1 FROM deliveries FOR UPDATE"))
-            assert post.debts.warn(10) == []
-        assert len(post.debts.warn(10)) == 1
+            assert post.generator.warn(10) == []
+        assert len(post.generator.warn(10)) == 1
 
 
-def test_deliveries_of_one_message_stand_in_one_notice(post: Post) -> None:
+def test_deliveries_of_one_message_share_a_dsn(post: Post) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org", "other:z@example.org")
     one, two, three = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
     post.office.record(one, Outcome.REJECTED)
-    assert post.debts.settle(10) == [], "the others are about to be decided"
+    assert post.generator.generate(10) == [], "the others are about to be decided"
     post.office.record(two, Outcome.DELIVERED)
     post.office.record(three, Outcome.REJECTED)
-    (notice,) = post.debts.settle(10)
-    assert post.told(notice) == [("x@example.org", "failed"), ("z@example.org", "failed")]
+    (dsn,) = post.generator.generate(10)
+    assert post.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
 
 
-def test_a_debt_does_not_wait_long_for_the_others(post: Post) -> None:
+def test_dsn_waits_for_other_deliveries_only_for_a_moment(post: Post) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org")
     first, second = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
     post.office.record(first, Outcome.REJECTED)
     post.office.pass_time(GATHER + 5)
-    (early,) = post.debts.settle(10)
-    assert post.told(early) == [("x@example.org", "failed")]
-    assert post.kept(queue_id)
+    (early,) = post.generator.generate(10)
+    assert post.reported(early) == [("x@example.org", "failed")]
+    assert post.has_body(queue_id)
     post.office.record(second, Outcome.REJECTED)
-    (late,) = post.debts.settle(10)
+    (late,) = post.generator.generate(10)
     assert late != early
-    assert post.told(late) == [("y@example.org", "failed")]
+    assert post.reported(late) == [("y@example.org", "failed")]
 
 
 @pytest.mark.parametrize("sender", ["", "#@[]"])
-def test_nothing_is_said_about_a_notice(post: Post, sender: str) -> None:
+def test_null_sender_gets_no_dsn(post: Post, sender: str) -> None:
     queue_id = post.accept(sender=sender)
     post.fail(queue_id)
-    assert not post.owing(queue_id)
-    assert post.debts.settle(10) == []
-    # ... not even if a debt stands in the database for some reason.
+    assert not post.pending(queue_id)
+    assert post.generator.generate(10) == []
+    # ... not even if due_at is set in the database for some reason.
     post.office.change("UPDATE deliveries SET due_at = @ago(100)")
-    assert post.debts.settle(10) == []
-    assert not post.owing(queue_id)
-    assert post.notices() == []
+    assert post.generator.generate(10) == []
+    assert not post.pending(queue_id)
+    assert post.dsns() == []
 
 
-# --- a notice that is refused
+# --- a DSN that is refused
 # --------------------------------------------------------------------------------
 
 
-def enclosed(post: Post, notice: str) -> tuple[str, str | None]:
-    """What a notice says that it encloses, and the type of the part that does."""
-    (row,) = post.office.rows("SELECT dsn_content FROM messages WHERE id = @id(:id)", id=notice)
-    parts = list(post.text(notice).iter_parts())
+def enclosed(post: Post, dsn: str) -> tuple[str, str | None]:
+    """`dsn_content` of a DSN, and the type of its third part."""
+    (row,) = post.office.rows("SELECT dsn_content FROM messages WHERE id = @id(:id)", id=dsn)
+    parts = list(post.text(dsn).iter_parts())
     return row["dsn_content"], parts[2].get_content_type() if len(parts) > 2 else None
 
 
-def test_a_notice_that_is_refused_is_made_again_with_less_until_nothing_is_left(
+def test_refused_dsn_is_built_again_with_less_of_the_original(
     post: Post, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = post.accept("x@example.org", header_message_id="<1@client>", envid="an-id")
     post.fail(original, reply="5.1.1 unknown")
-    (full,) = post.debts.settle(10)
-    assert not post.kept(original), "what is made again comes from the notice itself"
+    (full,) = post.generator.generate(10)
+    assert not post.has_body(original), "what is made again comes from the dsn itself"
     chain = [full]
     for content in (("header", "text/rfc822-headers"), ("none", None)):
         refused = chain[-1]
         post.fail(refused, reply="550 5.7.1 your message has a virus")
-        assert post.kept(refused)
-        assert post.owing(refused)
-        (notice,) = post.debts.settle(10)
-        chain.append(notice)
-        assert post.debts.settle(10) == [] == post.another().settle(10)
-        assert not post.kept(refused)
-        assert not post.owing(refused)
-        assert post.notices(original) == chain
-        assert enclosed(post, notice) == content
+        assert post.has_body(refused)
+        assert post.pending(refused)
+        (dsn,) = post.generator.generate(10)
+        chain.append(dsn)
+        assert post.generator.generate(10) == [] == post.another().generate(10)
+        assert not post.has_body(refused)
+        assert not post.pending(refused)
+        assert post.dsns(original) == chain
+        assert enclosed(post, dsn) == content
         (row,) = post.office.rows("SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
-                                  " r.queue_id = m.id WHERE m.id = @id(:id)", id=notice)  # fmt: skip
+                                  " r.queue_id = m.id WHERE m.id = @id(:id)", id=dsn)  # fmt: skip
         assert (row["sender"], row["address"], row["notify"]) == ("", "a@example.com", "NEVER")
-        assert post.whole(notice)
-        named = f"<{notice}@{post.office.settings.hostname}>"
-        assert post.text(notice)["Message-ID"] == row["header_message_id"] == named
-        assert post.text(notice)["References"] == "<1@client>"
-        assert post.told(notice) == [("x@example.org", "failed")]
-        wire = post.spool.path(notice).read_bytes()
+        assert post.whole(dsn)
+        named = f"<{dsn}@{post.office.settings.hostname}>"
+        assert post.text(dsn)["Message-ID"] == row["header_message_id"] == named
+        assert post.text(dsn)["References"] == "<1@client>"
+        assert post.reported(dsn) == [("x@example.org", "failed")]
+        wire = post.spool.path(dsn).read_bytes()
         assert b"Original-Envelope-Id: an-id" in wire
         assert b"Diagnostic-Code: x-qmqp; 5.1.1 unknown" in wire
         assert b"x" * 61 not in wire
@@ -535,79 +537,81 @@ def test_a_notice_that_is_refused_is_made_again_with_less_until_nothing_is_left(
         assert (b"Subject: original" in wire) == (content[1] is not None)
         assert b"a mail server refused this notice with" in b" ".join(wire.split())
     post.fail(chain[-1], reply="550 not this one either")
-    assert post.owing(chain[-1]), "so that the log tells of it"
-    assert post.debts.settle(10) == []
-    assert not post.owing(chain[-1])
-    assert not post.kept(chain[-1])
-    assert len(post.notices()) == 3
-    assert capsys.readouterr().out.count("notice given up") == 1
+    assert post.pending(chain[-1]), "so that the log reports it"
+    assert post.generator.generate(10) == []
+    assert not post.pending(chain[-1])
+    assert not post.has_body(chain[-1])
+    assert len(post.dsns()) == 3
+    assert capsys.readouterr().out.count("dsn given up") == 1
 
 
-def test_a_warning_that_is_refused_is_made_again_without_the_header(late: Post) -> None:
+def test_refused_warning_is_built_again_without_the_header(late: Post) -> None:
     queue_id = late.accept()
-    late.grow_old(queue_id)
-    (warning,) = late.debts.warn(10)
+    late.age(queue_id)
+    (warning,) = late.generator.warn(10)
     late.fail(warning)
-    (again,) = late.debts.settle(10)
+    (again,) = late.generator.generate(10)
     assert enclosed(late, again) == ("none", None)
-    assert late.told(again) == [("b@example.org", "delayed")]
-    assert late.debts.warn(10) == []
+    assert late.reported(again) == [("b@example.org", "delayed")]
+    assert late.generator.warn(10) == []
 
 
-def test_an_8_bit_notice_that_is_made_again_without_what_was_8_bit_is_7_bit(post: Post) -> None:
+def test_rebuilt_dsn_without_8_bit_content_is_7_bit(post: Post) -> None:
     post.fail(post.accept(body=BODY + b"\xff\n"))
-    (full,) = post.debts.settle(10)
+    (full,) = post.generator.generate(10)
     post.fail(full)
-    (header,) = post.debts.settle(10)
+    (header,) = post.generator.generate(10)
     (row,) = post.office.rows("SELECT body_type FROM messages WHERE id = @id(:id)", id=header)
     assert row["body_type"] == "7BIT"
     assert post.text(header)["Content-Transfer-Encoding"] is None
 
 
 @pytest.mark.parametrize("how", ["expired", "by an operator", "about us", "of an older version"])
-def test_only_a_refusal_of_what_it_encloses_makes_a_notice_again(
+def test_dsn_that_failed_for_another_reason_is_not_built_again(
     post: Post, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     post.fail(post.accept())
-    (notice,) = post.debts.settle(10)
+    (dsn,) = post.generator.generate(10)
     match how:
         case "expired":
-            (claim,) = post.office.claim(notice)
+            (claim,) = post.office.claim(dsn)
             post.office.pass_time(2000)
             post.office.record(claim, Outcome.DEFERRED)
         case "by an operator":
             verbs = QueueOperations(post.office.engine, notices=True)
-            verbs.apply(OPERATIONS["bounce"], Filter(id=notice), actor="me", reason="")
+            verbs.apply(OPERATIONS["bounce"], Filter(id=dsn), actor="me", reason="")
         case "about us":
-            post.fail(notice, reply=US)
+            post.fail(dsn, reply=US)
         case _:
             post.office.change("UPDATE messages SET dsn_content = NULL")
-            post.fail(notice)
-    assert post.debts.settle(10) == []
-    assert post.office.state(notice) == {"expired": "expired", "about us": "deferred"}.get(
+            post.fail(dsn)
+    assert post.generator.generate(10) == []
+    assert post.office.state(dsn) == {"expired": "expired", "about us": "deferred"}.get(
         how, "bounced"
     )
-    assert not post.owing(notice)
-    given_up = capsys.readouterr().out.count("notice given up")
+    assert not post.pending(dsn)
+    given_up = capsys.readouterr().out.count("dsn given up")
     assert given_up == (how in ("expired", "by an operator"))
 
 
-def test_a_notice_that_is_gone_is_given_up(post: Post, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_dsn_without_a_body_is_given_up(
+    post: Post, capsys: pytest.CaptureFixture[str]
+) -> None:
     post.fail(post.accept())
-    (notice,) = post.debts.settle(10)
-    post.fail(notice)
-    post.spool.path(notice).unlink()
-    assert post.debts.settle(10) == []
-    assert not post.owing(notice)
-    assert capsys.readouterr().out.count("notice given up") == 1
+    (dsn,) = post.generator.generate(10)
+    post.fail(dsn)
+    post.spool.path(dsn).unlink()
+    assert post.generator.generate(10) == []
+    assert not post.pending(dsn)
+    assert capsys.readouterr().out.count("dsn given up") == 1
 
 
-def test_a_disk_that_fails_leaves_the_refused_notice_pending(
+def test_disk_error_leaves_the_refused_dsn_pending(
     post: Post, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post.fail(post.accept())
-    (notice,) = post.debts.settle(10)
-    post.fail(notice)
+    (dsn,) = post.generator.generate(10)
+    post.fail(dsn)
 
     def fails(*_: Any) -> int:
         raise OSError(5, "Input/output error")
@@ -615,49 +619,48 @@ def test_a_disk_that_fails_leaves_the_refused_notice_pending(
     with monkeypatch.context() as patched:
         patched.setattr(Spool, "open", fails)
         with pytest.raises(OSError, match="Input/output"):
-            post.debts.settle(10)
-    assert post.owing(notice)
-    assert len(post.another().settle(10)) == 1
+            post.generator.generate(10)
+    assert post.pending(dsn)
+    assert len(post.another().generate(10)) == 1
 
 
-def test_a_refused_notice_and_the_next_change_in_one_transaction(
-    post: Post, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_dsn_and_its_successor_change_in_one_transaction(post: Post) -> None:
     post.fail(post.accept())
-    (notice,) = post.debts.settle(10)
-    post.fail(notice)
+    (dsn,) = post.generator.generate(10)
+    post.fail(dsn)
 
-    def fails(*_: Any) -> None:
-        raise ValueError("stands for a kill")
+    def fails(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "SET due_at = NULL" in statement:
+            raise ValueError("stands for a kill")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(post.debts, "_set", fails)
-        assert post.debts.settle(10) == []
-    assert post.owing(notice)
-    assert (post.notices(), post.files()) == ([notice], {notice})
-    (again,) = post.another().settle(10)
+    event.listen(post.office.engine, "before_cursor_execute", fails)
+    assert post.generator.generate(10) == []
+    event.remove(post.office.engine, "before_cursor_execute", fails)
+    assert post.pending(dsn)
+    assert (post.dsns(), post.files()) == ([dsn], {dsn})
+    (again,) = post.another().generate(10)
     assert post.files() == {again}
 
 
-# --- mail from strangers
+# --- mail of untrusted clients
 # ---------------------------------------------------------------------------------------
 
 
-def test_a_notice_about_a_strangers_mail_carries_the_header_alone(post: Post) -> None:
-    """Or a stranger has us send a text of his to a victim, whom he names as the sender."""
+def test_dsn_about_mail_of_an_untrusted_client_encloses_the_header_alone(post: Post) -> None:
+    """Otherwise the client could send a text to a victim by naming it as the sender."""
     ids = [post.accept(sender=f"a{trusted}@example.com", ret="FULL", client_trusted=trusted)
            for trusted in (False, True, None)]  # fmt: skip
     for queue_id in ids:
         post.fail(queue_id)
-    notices = post.debts.settle(10)
-    kinds = {post.text(n)["To"]: enclosed(post, n) for n in notices}
+    dsns = post.generator.generate(10)
+    kinds = {post.text(n)["To"]: enclosed(post, n) for n in dsns}
     full = ("full", "message/rfc822")
     assert kinds == {"aFalse@example.com": ("header", "text/rfc822-headers"), "aTrue@example.com": full,
                      "aNone@example.com": full}  # fmt: skip
-    assert [b"x" * 61 in post.spool.path(n).read_bytes() for n in notices] == [False, True, True]
+    assert [b"x" * 61 in post.spool.path(n).read_bytes() for n in dsns] == [False, True, True]
 
 
-def test_a_sender_gets_one_notice_a_minute_about_mail_of_strangers(
+def test_sender_gets_one_dsn_a_minute_about_mail_of_untrusted_clients(
     post: Post, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = [post.accept(sender=sender, client_trusted=trusted) for sender, trusted in [
@@ -665,31 +668,29 @@ def test_a_sender_gets_one_notice_a_minute_about_mail_of_strangers(
     ]]  # fmt: skip
     for queue_id in ids:
         post.fail(queue_id)
-    made = post.debts.settle(10)
-    assert [len(post.notices(queue_id)) for queue_id in ids] == [1, 0, 1, 1]
+    made = post.generator.generate(10)
+    assert [len(post.dsns(queue_id)) for queue_id in ids] == [1, 0, 1, 1]
     assert len(made) == 3
-    assert not any(post.owing(queue_id) or post.kept(queue_id) for queue_id in ids)
+    assert not any(post.pending(queue_id) or post.has_body(queue_id) for queue_id in ids)
     withheld = [post.office.delivery(queue_id)["dsn_withheld"] for queue_id in ids]
     assert withheld == [None, "rate", None, None]
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "notice withheld" in line)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "dsn withheld" in line)
     assert ids[1] in line
     post.office.change("UPDATE dsn_limits SET last_at = @ago(61)")
     later = post.accept(client_trusted=False)
     post.fail(later)
-    assert len(post.another().settle(10)) == 1
+    assert len(post.another().generate(10)) == 1
 
 
-def test_a_clock_that_has_stepped_back_silences_no_sender(post: Post) -> None:
+def test_clock_set_back_withholds_no_dsn(post: Post) -> None:
     post.fail(post.accept(client_trusted=False))
-    assert len(post.debts.settle(10)) == 1
+    assert len(post.generator.generate(10)) == 1
     post.office.change("UPDATE dsn_limits SET last_at = @later(7200)")
     post.fail(post.accept(client_trusted=False))
-    assert len(post.debts.settle(10)) == 1
+    assert len(post.generator.generate(10)) == 1
 
 
-def test_two_sweepers_make_one_notice_a_minute_together(
-    clean_postgres_url: str, spool: Spool
-) -> None:
+def test_limit_holds_for_all_generators_together(clean_postgres_url: str, spool: Spool) -> None:
     """The second waits for the COMMIT of the first, and then sees that the sender was told a moment
     ago."""
     with opened(clean_postgres_url) as office:
@@ -699,12 +700,12 @@ def test_two_sweepers_make_one_notice_a_minute_together(
             post.fail(queue_id)
         sweepers = [post.another() for _ in range(4)]
         with ThreadPoolExecutor(4) as threads:
-            made = list(threads.map(lambda sweeper: sweeper.settle(10), sweepers))
+            made = list(threads.map(lambda sweeper: sweeper.generate(10), sweepers))
         assert sum(map(len, made)) == 1
-        assert not any(map(post.owing, ids))
+        assert not any(map(post.pending, ids))
 
 
-def test_a_stranger_has_no_notice_made_about_mail_to_our_postmaster(post: Post) -> None:
+def test_untrusted_client_gets_no_dsn_about_mail_to_our_postmaster(post: Post) -> None:
     ours = f"Postmaster@{post.office.settings.hostname}"
     alone, mixed, trusted = (
         post.accept(ours, sender="a1@example.com", client_trusted=False),
@@ -715,8 +716,8 @@ def test_a_stranger_has_no_notice_made_about_mail_to_our_postmaster(post: Post) 
     )
     for queue_id in (alone, mixed, trusted):
         post.fail(queue_id)
-    made = post.debts.settle(10)
-    assert {post.text(notice)["To"]: post.told(notice) for notice in made} == {
+    made = post.generator.generate(10)
+    assert {post.text(dsn)["To"]: post.reported(dsn) for dsn in made} == {
         "a2@example.com": [("b@example.org", "failed")], "a3@example.com": [(ours, "failed")],
     }  # fmt: skip
     assert [post.office.delivery(one)["dsn_withheld"] for one in (alone, mixed, trusted)] == [
@@ -724,24 +725,24 @@ def test_a_stranger_has_no_notice_made_about_mail_to_our_postmaster(post: Post) 
         None,
         None,
     ]
-    assert not any(map(post.owing, (alone, mixed, trusted)))
+    assert not any(map(post.pending, (alone, mixed, trusted)))
 
 
-def test_a_warning_about_a_strangers_mail_counts_too(late: Post) -> None:
+def test_warning_about_mail_of_an_untrusted_client_counts_for_the_limit(late: Post) -> None:
     ids = [late.accept(client_trusted=False) for _ in range(2)]
     for queue_id in ids:
-        late.grow_old(queue_id)
-    assert len(late.debts.warn(10)) == 1
-    assert late.debts.warn(10) == [], "what was withheld is not asked about again"
+        late.age(queue_id)
+    assert len(late.generator.warn(10)) == 1
+    assert late.generator.warn(10) == [], "a withheld warning is not repeated"
     late.fail(ids[0])
-    assert late.debts.settle(10) == []
+    assert late.generator.generate(10) == []
     assert late.office.delivery(ids[0])["dsn_withheld"] == "rate"
 
 
-def test_housekeeping_removes_limits_that_are_over(post: Post) -> None:
+def test_cleaner_removes_limits_that_are_over(post: Post) -> None:
     for sender in ("a@example.com", "b@example.com"):
         post.fail(post.accept(sender=sender, client_trusted=False))
-    assert len(post.debts.settle(10)) == 2
+    assert len(post.generator.generate(10)) == 2
     post.office.change(
         "UPDATE dsn_limits SET last_at = @ago(1000) WHERE sender = :old", old="a@example.com"
     )
@@ -749,32 +750,34 @@ def test_housekeeping_removes_limits_that_are_over(post: Post) -> None:
     assert post.office.rows("SELECT sender FROM dsn_limits") == [{"sender": "b@example.com"}]
 
 
-def test_without_bounces_nothing_is_owed(with_settings: Any) -> None:
+def test_without_bounces_no_dsn_is_pending(with_settings: Any) -> None:
     post = with_settings(bounces="off")
     queue_id = post.accept()
     post.fail(queue_id)
-    assert not post.owing(queue_id)
-    assert post.debts.settle(10) == []
+    assert not post.pending(queue_id)
+    assert post.generator.generate(10) == []
 
 
 @pytest.mark.parametrize(("notify", "told"), [
     (None, True), ("FAILURE", True), ("SUCCESS,FAILURE", True), ("failure,delay", True), ("NEVER", False),
     ("DELAY", False), ("SUCCESS", False),
 ])  # fmt: skip
-def test_NOTIFY_says_who_wants_to_know(post: Post, notify: str | None, told: bool) -> None:
+def test_NOTIFY_decides_whether_a_dsn_is_generated(
+    post: Post, notify: str | None, told: bool
+) -> None:
     queue_id = post.accept(notify=notify)
     post.fail(queue_id)
-    assert len(post.debts.settle(10)) == told
-    assert not post.owing(queue_id)
-    assert not post.kept(queue_id)
+    assert len(post.generator.generate(10)) == told
+    assert not post.pending(queue_id)
+    assert not post.has_body(queue_id)
 
 
 def test_NOTIFY_is_for_each_recipient(post: Post) -> None:
     queue_id = post.accept("x@example.org", "y@example.org", "z@example.org")
     post.office.change("UPDATE recipients SET notify = 'NEVER' WHERE position = 2")
     post.fail(queue_id)
-    (notice,) = post.debts.settle(10)
-    assert post.told(notice) == [("x@example.org", "failed"), ("z@example.org", "failed")]
+    (dsn,) = post.generator.generate(10)
+    assert post.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
 
 
 @pytest.mark.parametrize(("ret", "body", "kind"), [
@@ -782,62 +785,66 @@ def test_NOTIFY_is_for_each_recipient(post: Post) -> None:
     (None, BODY + b"x" * LONGEST_RETURNED, "text/rfc822-headers"),
     ("HDRS", b"X-Long: " + b"x" * 100 + b"\n" + b"X: y\n" * LONGEST_RETURNED, "text/rfc822-headers"),
 ])  # fmt: skip
-def test_RET_says_how_much_comes_back(post: Post, ret: str | None, body: bytes, kind: str) -> None:
+def test_RET_decides_what_a_dsn_encloses(
+    post: Post, ret: str | None, body: bytes, kind: str
+) -> None:
     queue_id = post.accept(ret=ret, body=body)
     post.fail(queue_id)
-    (notice,) = post.debts.settle(10)
-    last = list(post.text(notice).iter_parts())[-1]
+    (dsn,) = post.generator.generate(10)
+    last = list(post.text(dsn).iter_parts())[-1]
     assert last.get_content_type() == kind
-    wire = post.spool.path(notice).read_bytes()
+    wire = post.spool.path(dsn).read_bytes()
     assert (body in wire) == (kind == "message/rfc822")
     assert body.split(b"\n")[0] in wire
     assert len(wire) < LONGEST_RETURNED + 5000
 
 
-def test_ENVID_and_ORCPT_reach_the_notice(post: Post) -> None:
+def test_ENVID_and_ORCPT_are_in_the_dsn(post: Post) -> None:
     queue_id = post.accept(envid="an+2Did", orcpt="rfc822;first+40example.org")
     post.fail(queue_id)
-    (notice,) = post.debts.settle(10)
-    wire = post.spool.path(notice).read_text()
+    (dsn,) = post.generator.generate(10)
+    wire = post.spool.path(dsn).read_text()
     assert "\nOriginal-Envelope-Id: an-id\n" in wire
     assert "\nOriginal-Recipient: rfc822; first@example.org\n" in wire
 
 
-def test_an_original_that_is_gone_or_cut_is_not_returned_and_hinders_nothing(post: Post) -> None:
+def test_original_that_is_missing_or_truncated_is_not_returned(post: Post) -> None:
     gone, cut = post.accept(), post.accept()
     for queue_id in (gone, cut):
         post.fail(queue_id)
     post.spool.path(gone).unlink()
     os.truncate(post.spool.path(cut), 5)
-    notices = post.debts.settle(10)
-    assert [len(list(post.text(notice).iter_parts())) for notice in notices] == [2, 2]
+    dsns = post.generator.generate(10)
+    assert [len(list(post.text(dsn).iter_parts())) for dsn in dsns] == [2, 2]
 
 
-def test_an_8_bit_original_is_declared_as_such(post: Post) -> None:
+def test_8_bit_original_is_declared(post: Post) -> None:
     for body in (BODY, BODY + b"\xff\n"):
         post.fail(post.accept(body=body))
-    plain, eight = post.debts.settle(10)
+    plain, eight = post.generator.generate(10)
     types = post.office.rows(
         "SELECT @hex(id) AS id, body_type FROM messages WHERE dsn_of IS NOT NULL"
     )
     assert {row["id"]: row["body_type"] for row in types} == {plain: "7BIT", eight: "8BITMIME"}
 
 
-# --- what was refused for our sake
+# --- refused because of the relay
 # ------------------------------------------------------------------------
 
 
 US = "Error: relay.example[192.0.2.1] is not authorized to use this service"
 
 
-def test_what_was_refused_for_our_sake_is_deferred_and_nobody_is_told(post: Post) -> None:
+def test_delivery_that_was_refused_because_of_the_relay_is_deferred_without_a_dsn(
+    post: Post,
+) -> None:
     queue_id = post.accept()
     (claim,) = post.fail(queue_id, reply=US)
-    assert post.debts.settle(10) == []
+    assert post.generator.generate(10) == []
     row = post.office.delivery(queue_id)
     assert (row["state"], row["finished_at"]) == ("deferred", None)
     assert row["due_in"] == pytest.approx(GATHER, abs=20)
-    assert post.kept(queue_id)
+    assert post.has_body(queue_id)
     post.office.pass_time(100)
     post.office.sweeps.requeue_due(10)
     (again,) = post.office.claim(queue_id)
@@ -845,28 +852,28 @@ def test_what_was_refused_for_our_sake_is_deferred_and_nobody_is_told(post: Post
     assert post.office.record(again, Outcome.DELIVERED).state is State.DELIVERED
 
 
-def test_only_what_was_refused_for_our_sake_is_deferred(post: Post) -> None:
+def test_only_deliveries_refused_because_of_the_relay_are_deferred(post: Post) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org")
     first, second = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
     post.office.record(first, Outcome.REJECTED, reply=US)
     post.office.record(second, Outcome.REJECTED)
-    made = post.debts.settle(10) + post.debts.settle(10)
-    assert [post.told(notice) for notice in made] == [[("y@example.org", "failed")]]
+    made = post.generator.generate(10) + post.generator.generate(10)
+    assert [post.reported(dsn) for dsn in made] == [[("y@example.org", "failed")]]
     assert post.office.state(queue_id, 1) == "deferred"
 
 
-def test_what_we_were_not_let_in_with_until_it_expired_is_told_of(post: Post) -> None:
+def test_delivery_that_expired_unauthorized_is_reported(post: Post) -> None:
     queue_id = post.accept()
     (claim,) = post.office.claim(queue_id)
     post.office.pass_time(2000)
     post.office.record(claim, Outcome.REJECTED, state=State.DEFERRED, reply=US)
     assert post.office.state(queue_id) == "expired"
-    (notice,) = post.debts.settle(10)
-    assert post.told(notice) == [("b@example.org", "failed")]
-    assert not post.owing(queue_id)
+    (dsn,) = post.generator.generate(10)
+    assert post.reported(dsn) == [("b@example.org", "failed")]
+    assert not post.pending(queue_id)
 
 
-def test_what_an_operator_sends_back_is_not_put_into_the_servers_mouth(post: Post) -> None:
+def test_bounce_by_an_operator_is_not_reported_as_a_reply(post: Post) -> None:
     queue_id = post.accept()
     post.fail(queue_id, Outcome.DEFERRED, reply=US)
     QueueOperations(post.office.engine, notices=True).apply(
@@ -875,21 +882,21 @@ def test_what_an_operator_sends_back_is_not_put_into_the_servers_mouth(post: Pos
         actor="me",
         reason="spam run, not authorized to use this service",
     )
-    (notice,) = post.debts.settle(10)
-    words = " ".join(post.spool.path(notice).read_text().split())
+    (dsn,) = post.generator.generate(10)
+    words = " ".join(post.spool.path(dsn).read_text().split())
     assert "It was sent back by an operator of this relay: spam run, not authorized" in words
     assert "refused" not in words
     assert "Diagnostic-Code" not in words
 
 
-def test_a_notice_that_was_made_is_not_taken_back(post: Post) -> None:
+def test_reported_bounce_is_not_reclassified(post: Post) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
-    assert len(post.debts.settle(10)) == 1
+    assert len(post.generator.generate(10)) == 1
     post.office.change(
         "UPDATE deliveries SET last_reply = :us WHERE queue_id = @id(:id)", us=US, id=queue_id
     )
-    assert post.debts.settle(10) == []
+    assert post.generator.generate(10) == []
     assert post.office.state(queue_id) == "bounced"
 
 
@@ -899,66 +906,66 @@ def test_a_notice_that_was_made_is_not_taken_back(post: Post) -> None:
 
 @pytest.fixture
 def late(with_settings: Any) -> Post:
-    """Where mail is late after four hours."""
+    """A queue whose mail is late after four hours."""
     post: Post = with_settings(delay_warning=4 * HOUR)
     return post
 
 
-def test_a_delay_is_told_once(late: Post) -> None:
+def test_delay_is_reported_once(late: Post) -> None:
     queue_id = late.accept()
     late.fail(queue_id, Outcome.DEFERRED, reply="busy (#4.3.2)")
-    late.grow_old(queue_id, 3 * HOUR)
+    late.age(queue_id, 3 * HOUR)
     assert late.another().warn(10) == []
-    late.grow_old(queue_id)
-    (warning,) = late.debts.warn(10)
-    assert late.debts.warn(10) == [] == late.another().warn(10)
-    assert late.told(warning) == [("b@example.org", "delayed")]
+    late.age(queue_id)
+    (warning,) = late.generator.warn(10)
+    assert late.generator.warn(10) == [] == late.another().warn(10)
+    assert late.reported(warning) == [("b@example.org", "delayed")]
     assert [part.get_content_type() for part in late.text(warning).iter_parts()][
         2
     ] == "text/rfc822-headers"
     assert late.office.state(queue_id) == "deferred"
     assert late.office.delivery(queue_id)["due_in"] > 0
-    assert late.kept(queue_id)
+    assert late.has_body(queue_id)
 
 
 def test_a_warning_and_then_a_bounce(late: Post) -> None:
     queue_id = late.accept()
     late.fail(queue_id, Outcome.DEFERRED)
-    late.grow_old(queue_id)
-    (warning,) = late.debts.warn(10)
+    late.age(queue_id)
+    (warning,) = late.generator.warn(10)
     late.office.pass_time(100)
     late.office.sweeps.requeue_due(10)
     late.fail(queue_id)
-    (bounce,) = late.debts.settle(10)
-    assert [late.told(notice)[0][1] for notice in (warning, bounce)] == ["delayed", "failed"]
+    (bounce,) = late.generator.generate(10)
+    assert [late.reported(dsn)[0][1] for dsn in (warning, bounce)] == ["delayed", "failed"]
 
 
-def test_what_is_being_sent_again_is_late_too(late: Post) -> None:
+def test_delivery_that_is_being_sent_can_be_late(late: Post) -> None:
     queue_id = late.accept()
-    late.grow_old(queue_id)
+    late.age(queue_id)
     (claim,) = late.office.claim(queue_id)
-    assert len(late.debts.warn(10)) == 1
+    assert len(late.generator.warn(10)) == 1
     assert late.office.record(claim, Outcome.DELIVERED).state is State.DELIVERED
-    assert late.debts.warn(10) == []
+    assert late.generator.warn(10) == []
 
 
-def test_what_was_never_tried_is_late_too(late: Post) -> None:
-    late.grow_old(late.accept())
-    (warning,) = late.debts.warn(10)
-    assert "was not tried yet" in " ".join(late.spool.path(warning).read_text().split())
+def test_delivery_without_attempts_can_be_late(late: Post) -> None:
+    late.age(late.accept())
+    (warning,) = late.generator.warn(10)
+    assert "has not been tried yet" in " ".join(late.spool.path(warning).read_text().split())
 
 
-def test_a_kill_between_retry_and_warning_loses_nothing(late: Post) -> None:
+def test_kill_between_retry_and_warning_loses_no_warning(late: Post) -> None:
     queue_id = late.accept()
     late.fail(queue_id, Outcome.DEFERRED)
-    late.grow_old(queue_id)
+    late.age(queue_id)
     late.office.pass_time(100)
     late.office.sweeps.requeue_due(10)  # and killed
     late.fail(queue_id, Outcome.DEFERRED)
     assert len(late.another().warn(10)) == 1
 
 
-def test_the_clock_of_a_worker_makes_no_mail_late(
+def test_lateness_does_not_depend_on_the_clock_of_a_worker(
     late: Post, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late.accept()
@@ -969,124 +976,123 @@ def test_the_clock_of_a_worker_makes_no_mail_late(
             return datetime.now(tz) + timedelta(hours=5)
 
     monkeypatch.setattr("relay.dsn.generator.datetime", Fast)
-    assert late.debts.warn(10) == []
+    assert late.generator.warn(10) == []
 
 
-def test_what_is_held_is_warned_of_when_it_is_released(late: Post) -> None:
+def test_held_mail_is_warned_of_after_its_release(late: Post) -> None:
     queue_id = late.accept()
-    late.grow_old(queue_id)
+    late.age(queue_id)
     verbs = QueueOperations(late.office.engine, notices=True)
     verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="ann@host", reason="looks odd")
     assert late.another().warn(10) == []
     verbs.apply(OPERATIONS["release"], Filter(id=queue_id), actor="ann@host", reason="")
-    (warning,) = late.debts.warn(10)
+    (warning,) = late.generator.warn(10)
     assert "ann@host" not in late.spool.path(warning).read_text()
 
 
-def test_a_warning_names_who_waits_and_wants_to_know_and_halves_are_not_told_again(
+def test_warning_reports_the_waiting_recipients_and_is_not_repeated_after_a_split(
     late: Post,
 ) -> None:
     queue_id = late.accept(*(f"{n}@example.org" for n in "pqrs"), "bulk:done@example.org")
     late.office.change("UPDATE recipients SET notify = 'FAILURE' WHERE position = 2")
     claims = {claim.route: claim for claim in late.office.claim(queue_id, room=ROOM)}
     late.office.record(claims["bulk"], Outcome.DELIVERED)
-    late.grow_old(queue_id)
-    (warning,) = late.debts.warn(10)
-    assert late.told(warning) == [(f"{n}@example.org", "delayed") for n in "prs"]
+    late.age(queue_id)
+    (warning,) = late.generator.warn(10)
+    assert late.reported(warning) == [(f"{n}@example.org", "delayed") for n in "prs"]
     late.office.record(
         claims["default"], Outcome.REJECTED, state=State.SPLIT, reply="unknown (#5.1.1)"
     )
     assert late.office.state(queue_id, 1) == "split"
-    assert late.debts.warn(10) == [] == late.another().warn(10)
+    assert late.generator.warn(10) == [] == late.another().warn(10)
 
 
-def test_a_long_queue_is_gone_through_a_part_at_a_time(
-    late: Post, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("relay.dsn.generator.LOOKED_AT", 3)
+def test_long_queue_is_scanned_in_parts(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.dsn.generator.LATE_CHECKS", 3)
     ids = [late.accept() for _ in range(10)]
     same = "UPDATE deliveries SET due_at = @later(600) WHERE queue_id IN (SELECT queue_id FROM deliveries LIMIT 5)"
     late.office.change(same)  # as one statement makes them
     for queue_id in ids[1:]:
-        late.grow_old(queue_id)
-    made = [late.debts.warn(2) for _ in range(8)]
+        late.age(queue_id)
+    made = [late.generator.warn(2) for _ in range(8)]
     assert max(map(len, made)) <= 2
     assert sum(map(len, made)) == 9
-    late.grow_old(ids[0])
-    assert sum(len(debts.warn(2)) for debts in [late.another()] for _ in range(5)) == 1
-    assert [len(late.notices(queue_id)) for queue_id in ids] == [1] * 10
+    late.age(ids[0])
+    assert sum(len(generator.warn(2)) for generator in [late.another()] for _ in range(5)) == 1
+    assert [len(late.dsns(queue_id)) for queue_id in ids] == [1] * 10
 
 
-def test_looking_for_late_mail_scans_no_table(late: Post) -> None:
+def test_scan_for_late_mail_reads_indexes_and_no_table(
+    late: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.dsn.generator.LATE_CHECKS", 1)  # every state is entered twice
     seen: list[tuple[str, Any]] = []
 
     def see(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
         seen.append((statement, parameters))
 
-    late.accept()
+    deferred, sending, _ = (late.accept() for _ in range(3))
+    late.fail(deferred, Outcome.DEFERRED)
+    late.office.claim(sending)
     event.listen(late.office.engine, "before_cursor_execute", see)
-    due = datetime(2001, 1, 1, tzinfo=UTC) if late.office.spell.postgresql else 0
-    for key in ((), (due, dashed("0" * 32), 1)):
-        debts = late.another()
-        debts._behind = key
-        debts.warn(10)
+    for _ in range(4):
+        late.generator.warn(10)
     event.remove(late.office.engine, "before_cursor_execute", see)
-    looks = [
+    scans = [
         (sql, parameters) for sql, parameters in seen if "due_at, queue_id, number LIMIT" in sql
     ]
     explain = "EXPLAIN" if late.office.spell.postgresql else "EXPLAIN QUERY PLAN"
     with late.office.engine.connect() as connection:
         plans = [
             connection.exec_driver_sql(f"{explain} {sql}", parameters).all()
-            for sql, parameters in looks
+            for sql, parameters in scans
         ]
-    found = [re.findall("deliveries_(?!key)[a-z]+", str(plan)) for plan in plans]
-    assert found == [["deliveries_deferred"], ["deliveries_queued"], ["deliveries_sending"]] * 2
+    indexes = [re.findall("deliveries_(?!key)[a-z]+", str(plan)) for plan in plans]
+    states = ("deferred", "queued", "sending")
+    assert indexes == [[f"deliveries_{state}"] for state in states for _ in range(2)]
     assert not re.search("Seq Scan|SCAN (deliveries|[mor]) ?'", str(plans))
 
 
-def test_nothing_is_looked_at_before_something_can_be_late(
-    late: Post, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scan_pauses_until_mail_can_be_late(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [late.accept() for _ in range(2)]
     late.fail(ids[0], Outcome.DEFERRED)
-    late.grow_old(ids[0], 3.5 * HOUR)
+    late.age(ids[0], 3.5 * HOUR)
     looked: list[str] = []
 
     def see(_: Any, __: Any, statement: str, *___: Any) -> None:
         looked.extend(["look"] * statement.startswith("SELECT"))
 
     event.listen(late.office.engine, "before_cursor_execute", see)
-    assert late.debts.warn(10) == []
+    assert late.generator.warn(10) == []
     assert len(looked) == 3, "one look at each state"
-    assert late.debts.warn(10) == []
+    assert late.generator.warn(10) == []
     assert len(looked) == 3
-    late.grow_old(ids[0])
+    late.age(ids[0])
     now = time.monotonic()
     monkeypatch.setattr("relay.dsn.generator.time.monotonic", lambda: now + 0.5 * HOUR)
-    assert len(late.debts.warn(10)) == 1
+    assert len(late.generator.warn(10)) == 1
 
 
 @pytest.mark.parametrize(("settings", "given"), [
     ({"delay_warning": None}, {}), ({"delay_warning": 6 * HOUR}, {}), ({"bounces": "off"}, {}),
     ({}, {"notify": "NEVER"}), ({}, {"notify": "FAILURE"}), ({}, {"sender": ""}), ({}, {"sender": "#@[]"}),
 ])  # fmt: skip
-def test_who_hears_of_no_delay(
+def test_delay_is_not_reported_where_no_warning_is_wanted(
     with_settings: Any, settings: dict[str, Any], given: dict[str, Any]
 ) -> None:
     post = with_settings(**({"delay_warning": 4 * HOUR} | settings))
     queue_id = post.accept(**given)
     post.fail(queue_id, Outcome.DEFERRED)
-    post.grow_old(queue_id)
-    assert post.debts.warn(10) == []
-    assert post.notices() == []
+    post.age(queue_id)
+    assert post.generator.warn(10) == []
+    assert post.dsns() == []
 
 
-# --- what fails here
+# --- failures
 # --------------------------------------------------------------------------------------
 
 
-def test_an_original_that_cannot_be_read_is_not_returned(
+def test_original_that_cannot_be_read_is_not_returned(
     post: Post, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad, good = post.accept(), post.accept()
@@ -1102,50 +1108,46 @@ def test_an_original_that_cannot_be_read_is_not_returned(
         return handle
 
     monkeypatch.setattr(post.spool, "open", fails)
-    first, second = post.debts.settle(10)
-    assert [len(list(post.text(notice).iter_parts())) for notice in (first, second)] == [2, 3]
+    first, second = post.generator.generate(10)
+    assert [len(list(post.text(dsn).iter_parts())) for dsn in (first, second)] == [2, 3]
     assert "could not be read" in " ".join(post.spool.path(first).read_text().split())
 
 
-def test_a_message_that_fails_holds_up_no_other(
-    late: Post, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However often, and though it is the oldest and there is a bound on how many are looked at."""
+def test_message_that_fails_delays_no_other(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although it is the oldest, and a call handles a bounded number of messages."""
     ids = [late.accept() for _ in range(5)]
     for queue_id in ids[:4]:
         late.fail(queue_id)
         late.office.pass_time(1)
-    bad, makes = {ids[0], ids[1], ids[4]}, late.debts._make
+    bad = {ids[0], ids[1], ids[4]}
 
-    def fails(connection: Any, notice: str, rows: Any, **given: Any) -> None:
-        if rows[0]["id"] in bad:
-            raise ValueError("stands for a defect of ours")
-        makes(connection, notice, rows, **given)
+    def fails(*parameters: Any, **more: Any) -> bytes:
+        if parameters[3].id in bad:
+            raise ValueError("stands for a defect of the relay")
+        return compose(*parameters, **more)
 
-    monkeypatch.setattr(late.debts, "_make", fails)
-    late.grow_old(ids[4])
-    assert [len(late.debts.settle(2)) for _ in range(3)] == [0, 2, 0]
-    assert late.debts.warn(10) == []
-    assert [late.owing(queue_id) for queue_id in ids] == [True, True, False, False, False]
+    monkeypatch.setattr("relay.dsn.generator.compose", fails)
+    late.age(ids[4])
+    assert [len(late.generator.generate(2)) for _ in range(3)] == [0, 2, 0]
+    assert late.generator.warn(10) == []
+    assert [late.pending(queue_id) for queue_id in ids] == [True, True, False, False, False]
     bad.clear()
-    assert late.debts.settle(2) == [] == late.debts.warn(2), "they had their turn a moment ago"
+    assert late.generator.generate(2) == [] == late.generator.warn(2), "they failed a moment ago"
     now = time.monotonic()
     monkeypatch.setattr("relay.dsn.generator.time.monotonic", lambda: now + PUT_OFF)
-    assert len(late.debts.settle(2)) == 2
-    assert len(late.debts.warn(2)) == 1
+    assert len(late.generator.generate(2)) == 2
+    assert len(late.generator.warn(2)) == 1
 
 
-def test_a_debt_about_nobody_is_cleared(post: Post) -> None:
+def test_pending_dsn_without_recipients_is_cleared(post: Post) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     post.office.change("DELETE FROM recipients")
-    assert post.debts.settle(10) == []
-    assert not post.owing(queue_id)
+    assert post.generator.generate(10) == []
+    assert not post.pending(queue_id)
 
 
-def test_a_full_spool_leaves_the_debt_as_it_was(
-    post: Post, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_spool_leaves_the_dsn_pending(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
 
@@ -1155,13 +1157,13 @@ def test_a_full_spool_leaves_the_debt_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(post.spool, "store", full)
         with pytest.raises(OSError, match="No space"):
-            post.debts.settle(10)
-    assert post.owing(queue_id)
-    assert post.kept(queue_id)
-    assert len(post.another().settle(10)) == 1
+            post.generator.generate(10)
+    assert post.pending(queue_id)
+    assert post.has_body(queue_id)
+    assert len(post.another().generate(10)) == 1
 
 
-def test_a_debt_and_its_notice_change_in_one_transaction(post: Post) -> None:
+def test_due_at_and_the_dsn_change_in_one_transaction(post: Post) -> None:
     """A fault at any statement of it leaves either nothing or everything."""
     for at in range(1, 40):
         queue_id = post.accept()
@@ -1175,17 +1177,17 @@ def test_a_debt_and_its_notice_change_in_one_transaction(post: Post) -> None:
 
         event.listen(post.office.engine, "before_cursor_execute", fault)
         try:
-            finished = len(post.another().settle(10)) == 1
+            finished = len(post.another().generate(10)) == 1
         except RuntimeError:
             finished = False
         finally:
             event.remove(post.office.engine, "before_cursor_execute", fault)
-        assert len(post.notices(queue_id)) == (not post.owing(queue_id))
+        assert len(post.dsns(queue_id)) == (not post.pending(queue_id))
         if finished:
             return
-        assert post.kept(queue_id)
-        if post.notices(queue_id):  # after the COMMIT: the body stays for housekeeping
+        assert post.has_body(queue_id)
+        if post.dsns(queue_id):  # after the COMMIT: the body stays for housekeeping
             continue
-        assert post.files() <= {queue_id, *post.notices()}
-        assert len(post.another().settle(10)) == 1
+        assert post.files() <= {queue_id, *post.dsns()}
+        assert len(post.another().generate(10)) == 1
     raise AssertionError("it never came through")

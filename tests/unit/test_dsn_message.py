@@ -1,8 +1,7 @@
-"""Notices, read back with the standard library's parser: what the RFCs ask for, and nobody's
-tricks.
+"""DSNs, read back with the standard library's parser.
 
-RFC 3461 (NOTIFY, RET, ENVID, ORCPT), 3464 (the status part), 6522 (the report), 3834 (what machines
-say of themselves).
+RFC 3461 (NOTIFY, RET, ENVID, ORCPT), 3464 (the status part), 6522 (the report), 3834 (automatic
+messages).
 """
 
 import re
@@ -63,7 +62,7 @@ def words(wire: bytes) -> str:
     return str(parts(wire)[0].get_content())
 
 
-def test_a_report_has_three_parts_and_says_that_a_machine_wrote_it() -> None:
+def test_report_has_three_parts_and_is_marked_as_automatic() -> None:
     wire = written()
     report = parsed(wire)
     assert report.get_content_type() == "multipart/report"
@@ -84,7 +83,7 @@ def test_a_report_has_three_parts_and_says_that_a_machine_wrote_it() -> None:
     assert wire.startswith(b"Received: ")
 
 
-def test_a_person_understands_it() -> None:
+def test_text_for_people_names_recipient_reason_and_queue_id() -> None:
     text = words(written())
     assert "could not be delivered" in text
     assert "<b@example.org>" in text
@@ -93,7 +92,7 @@ def test_a_person_understands_it() -> None:
     assert all(len(line) <= 78 for line in text.splitlines())
 
 
-def test_the_status_part_of_a_bounce() -> None:
+def test_status_part_of_a_bounce() -> None:
     about, recipient = groups(written())
     assert about == {
         "Reporting-MTA": "dns; relay.example",
@@ -109,7 +108,7 @@ def test_the_status_part_of_a_bounce() -> None:
     }
 
 
-def test_a_delay_is_no_failure() -> None:
+def test_delay_is_not_reported_as_a_failure() -> None:
     wire = written(
         replace(FAILED, kind=Kind.DELAYED, reply="busy (#4.3.2)", outcome="deferred"), full=False
     )
@@ -120,22 +119,25 @@ def test_a_delay_is_no_failure() -> None:
     assert "need not send it again" in " ".join(words(wire).split())
 
 
-def test_an_expired_message_says_what_was_heard_last() -> None:
+def test_expired_message_quotes_the_last_reply() -> None:
     wire = written(replace(FAILED, kind=Kind.EXPIRED, reply="busy (#4.3.2)", outcome="deferred"))
     assert groups(wire)[1]["Status"] == "5.4.7"
     assert groups(wire)[1]["Diagnostic-Code"] == "x-qmqp; busy (#4.3.2)"
-    said = " ".join(words(wire).split())
-    assert "It could not be delivered in time. The last thing heard was: busy (#4.3.2)" in said
-    assert "may have arrived" not in said
+    expected = " ".join(words(wire).split())
+    assert "It could not be delivered in time. The last reply was: busy (#4.3.2)" in expected
+    assert "may have arrived" not in expected
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_what_may_have_arrived_is_not_called_undelivered(kind: Kind) -> None:
+def test_possibly_delivered_is_not_called_undelivered(kind: Kind) -> None:
     """Three recipients: one whose last try got no answer, one of which that is so of an earlier
     try, one without."""
     ours = "connection closed by the server after the commit point"
     bounced = replace(
-        FAILED, reply="bounced by an operator", reason_source=ReasonSource.OPERATOR, doubt=True
+        FAILED,
+        reply="bounced by an operator",
+        reason_source=ReasonSource.OPERATOR,
+        possibly_delivered=True,
     )
     doubtful = replace(
         bounced, kind=kind, outcome="uncertain", reply=ours, reason_source=ReasonSource.RELAY
@@ -144,51 +146,53 @@ def test_what_may_have_arrived_is_not_called_undelivered(kind: Kind) -> None:
     if kind is Kind.BOUNCED:
         doubtful = earlier = bounced
     wire = written(doubtful, earlier)
-    said = " ".join(words(wire).split())
-    assert said.count("It may have arrived all the same") == 2
+    expected = " ".join(words(wire).split())
+    assert expected.count("It may have been delivered all the same") == 2
     assert ["Diagnostic-Code" in group for group in groups(wire)[1:]] == [
         False,
         kind is not Kind.BOUNCED,
     ]
-    assert (ours in said) == (kind is not Kind.BOUNCED)
+    assert (ours in expected) == (kind is not Kind.BOUNCED)
     if kind is not Kind.DELAYED:
-        assert "or nobody knows whether it was" in said
+        assert "or the relay cannot know whether it was" in expected
         assert parsed(wire)["Subject"] == "Mail that may not have been delivered"
         both = written(doubtful, replace(FAILED, reply="no"))
         assert parsed(both)["Subject"] == "Undelivered mail returned to sender"
 
 
-@pytest.mark.parametrize(("outcome", "reply", "source", "said"), [
-    ("deferred", "busy", "server", "The last thing heard was: busy"),
-    ("rejected", "not you", "server", "The last thing heard was: not you"),
-    ("deferred", "held by greylist", "server", "The last thing heard was: held by greylist"),
-    ("unreachable", "ECONNREFUSED (refused)", "relay", "The last try failed: ECONNREFUSED (refused)"),
-    ("malformed", "no QMQP reply: 220 mx", "relay", "The last try failed: no QMQP reply: 220 mx"),
-    ("interrupted", "", "relay", "The last try failed."),
-    ("deferred", "held by ann@host: looks odd", "operator", "The last try failed."),
-    (None, "held by ann@host: looks odd", "operator", "It was not tried yet."),
-    (None, "", None, "It was not tried yet."),
+@pytest.mark.parametrize(("outcome", "reply", "source", "expected"), [
+    ("deferred", "busy", "server", "The last reply was: busy"),
+    ("rejected", "not you", "server", "The last reply was: not you"),
+    ("deferred", "held by greylist", "server", "The last reply was: held by greylist"),
+    ("unreachable", "ECONNREFUSED (refused)", "relay", "The last attempt failed: ECONNREFUSED (refused)"),
+    ("malformed", "no QMQP reply: 220 mx", "relay", "The last attempt failed: no QMQP reply: 220 mx"),
+    ("interrupted", "", "relay", "The last attempt failed."),
+    ("deferred", "held by ann@host: looks odd", "operator", "The last attempt failed."),
+    (None, "held by ann@host: looks odd", "operator", "It has not been tried yet."),
+    (None, "", None, "It has not been tried yet."),
 ])  # fmt: skip
-def test_only_the_words_of_a_server_are_a_diagnostic_code(
-    outcome: str | None, reply: str, source: str | None, said: str
+def test_only_a_reply_of_a_server_is_a_diagnostic_code(
+    outcome: str | None, reply: str, source: str | None, expected: str
 ) -> None:
     failure = replace(FAILED, kind=Kind.DELAYED, outcome=outcome, reply=reply, reason_source=source)
     wire = written(failure)
     diagnostic = f"x-qmqp; {reply}" if source == "server" else None
     assert groups(wire)[1].get("Diagnostic-Code") == diagnostic
-    assert said in " ".join(words(wire).split())
+    assert expected in " ".join(words(wire).split())
     assert "ann" not in words(wire)
 
 
-@pytest.mark.parametrize(("outcome", "reply", "said"), [
+@pytest.mark.parametrize(("outcome", "reply", "expected"), [
     ("rejected", "bounced by an operator: spam run", "It was sent back by an operator of this relay: spam run"),
     ("uncertain", "bounced by an operator", "It was sent back by an operator of this relay."),
     ("rejected", "", "The mail server refused it and gave no reason."),
 ])  # fmt: skip
-def test_an_operator_is_not_a_server(outcome: str, reply: str, said: str) -> None:
+def test_bounce_by_an_operator_is_not_attributed_to_a_server(
+    outcome: str, reply: str, expected: str
+) -> None:
     source = ReasonSource.OPERATOR if reply else ReasonSource.SERVER
     wire = written(replace(FAILED, outcome=outcome, reply=reply, reason_source=source))
-    assert said in " ".join(words(wire).split())
+    assert expected in " ".join(words(wire).split())
     assert "Diagnostic-Code" not in groups(wire)[1]
 
 
@@ -199,14 +203,14 @@ def test_a_server_that_replies_like_an_operator_is_a_server() -> None:
     assert groups(wire)[1]["Diagnostic-Code"] == f"x-qmqp; {reply}"
 
 
-def test_what_is_not_returned_is_said() -> None:
+def test_left_out_content_is_explained() -> None:
     wire = compose(
         ID, "relay.example", NOW, ORIGINAL, [FAILED], None, full=True, left_out="It is too long."
     )
     assert "\nIt is too long.\n" in words(wire)
 
 
-def test_several_recipients_stand_in_one_notice() -> None:
+def test_several_recipients_share_a_dsn() -> None:
     wire = written(
         *(replace(FAILED, address=f"{n}@example.org", reply=f"why {n}") for n in range(50))
     )
@@ -216,7 +220,7 @@ def test_several_recipients_stand_in_one_notice() -> None:
     assert all(f"why {n}" in words(wire) for n in range(50))
 
 
-def test_ENVID_and_ORCPT_come_back_decoded() -> None:
+def test_ENVID_and_ORCPT_are_decoded() -> None:
     wire = written(
         replace(FAILED, orcpt="rfc822;B+40first+2Bdomain@example.org"),
         original=replace(ORIGINAL, envid="QQ+2B314+3D159"),
@@ -228,25 +232,25 @@ def test_ENVID_and_ORCPT_come_back_decoded() -> None:
     assert recipient["Original-Recipient"] == "rfc822; B@first+domain@example.org"
 
 
-def test_RET_HDRS_returns_the_header_alone() -> None:
+def test_RET_HDRS_encloses_the_header_alone() -> None:
     header = CONTENT.partition(b"\n\n")[0] + b"\n"
     last = parts(written(content=header, full=False))[-1]
     assert last.get_content_type() == "text/rfc822-headers"
     assert b"Subject: hello" in cast(bytes, last.get_payload(decode=True))
 
 
-def test_RET_FULL_returns_the_original_as_it_was() -> None:
+def test_RET_FULL_encloses_the_original_unchanged() -> None:
     wire = written()
     assert b"\n\n" + CONTENT + b"\n--" in wire
     (inner,) = cast(list[EmailMessage], parts(wire)[2].get_payload())
     assert inner["Subject"] == "hello"
 
 
-def test_an_original_that_is_gone_takes_only_its_part_along() -> None:
+def test_dsn_without_the_original_lacks_only_that_part() -> None:
     assert len(parts(written(content=None))) == 2
 
 
-def test_an_8_bit_original_is_told_as_such_and_not_touched() -> None:
+def test_8_bit_original_is_declared_and_unchanged() -> None:
     content = b"Subject: caf\xc3\xa9\n\n\xff\xfe \x80 latin-1 \xe9\n"
     wire = written(content=content)
     assert content in wire
@@ -276,11 +280,11 @@ def test_the_servers_status_code_is_kept_if_its_class_fits(
     ('q"u\\o@c', '"q\\"u\\\\o"@c'), (".dot@c", '".dot"@c'), ("x+y=z@c", "x+y=z@c"), ("postmaster", "postmaster"),
     ("b\n@c", '"b\\\\n"@c'),
 ])  # fmt: skip
-def test_addresses_are_quoted_again(address: str, path: str) -> None:
+def test_addresses_are_quoted(address: str, path: str) -> None:
     assert quoted(address) == path
 
 
-def test_unxtext_decodes_and_stays_in_its_line() -> None:
+def test_unxtext_decodes_to_one_line() -> None:
     assert unxtext("a+2Bb+3Dc") == "a+b=c"
     assert unxtext("a+0D+0AX-Evil:+20yes") == "a\\x0d\\nX-Evil: yes"
     assert unxtext("+E9+00") == "\\xe9\\x00"
@@ -294,7 +298,7 @@ HOSTILE = st.text(st.characters(max_codepoint=0x2FF), max_size=200).map(
 
 @settings(max_examples=15)
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-def test_no_words_of_others_add_a_line_or_a_field(
+def test_hostile_values_add_no_line_and_no_field(
     reply: str, address: str, orcpt: str, envid: str, queue_id: str
 ) -> None:
     failure = replace(FAILED, reply=reply, address=address, orcpt=f"{orcpt};{orcpt}")
@@ -317,7 +321,7 @@ def test_no_words_of_others_add_a_line_or_a_field(
     assert all(len(line) <= 998 for line in words(wire).splitlines())
 
 
-def test_long_words_are_bounded() -> None:
+def test_long_replies_are_bounded() -> None:
     wire = written(replace(FAILED, reply="x" * 100_000, address="y" * 5000 + "@example.org"))
     assert len(wire) < 10_000
     assert max(map(len, wire.splitlines())) < 998
@@ -326,11 +330,11 @@ def test_long_words_are_bounded() -> None:
 @pytest.mark.parametrize(("server", "remote"), [
     ("[::1]:628", "dns; [::1]"), ("unix:/run/qmqpd", None), (None, None), ("10.0.0.1:629", "dns; 10.0.0.1"),
 ])  # fmt: skip
-def test_the_server_is_named_if_it_has_a_name(server: str | None, remote: str | None) -> None:
+def test_server_is_named_if_it_has_a_host_name(server: str | None, remote: str | None) -> None:
     assert groups(written(replace(FAILED, server=server)))[1].get("Remote-MTA") == remote
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_unknown_fields_are_left_out() -> None:
     wire = written(
         replace(FAILED, attempted_at=None, reply=""),
         original=replace(ORIGINAL, header_message_id=None),

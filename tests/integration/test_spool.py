@@ -1,5 +1,5 @@
-"""The spool: what returned is on disk, what failed left nothing, and no other directory is taken
-for it."""
+"""The spool: a stored body is on disk, a failed one leaves nothing, and no other directory is taken
+for the spool."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from sqlalchemy import Engine, text
 
 from relay.db.engine import connect, reading
 from relay.ids import new_id
-from relay.spool import store as bodies
+from relay.spool import store
 from relay.spool.store import BodyMissing, BodyWrongSize, Spool, SpoolError, file_system
 
 LIMIT = 1 << 20
@@ -34,7 +34,7 @@ def engine(clean_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is synced, in order: the paths."""
+    """The paths that were synced, in order."""
     paths: list[str] = []
 
     def watched(real: Callable[[int], None]) -> Callable[[int], None]:
@@ -50,7 +50,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @contextmanager
-def no_room(limit: int = LIMIT) -> Iterator[None]:
+def full_disk(limit: int = LIMIT) -> Iterator[None]:
     """No file may grow past the limit: writing answers EFBIG, as a full disk answers ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -79,14 +79,16 @@ def failing(number: int) -> Callable[..., Any]:
 # ----------------------------------------------------------------------------------------------
 
 
-def test_a_stored_body_is_there_and_synced(spool: Spool, synced: list[str]) -> None:
+def test_stored_body_is_synced_with_its_directory(spool: Spool, synced: list[str]) -> None:
     queue_id = new_id()
     assert spool.store(queue_id, [b"Received: x\n", b"Subject: y\n", b"\nbody\n"]) == 29
     path = spool.path(queue_id)
     assert path.read_bytes() == b"Received: x\nSubject: y\n\nbody\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert synced.index(str(path)) < synced.index(str(path.parent)), "the file, then its name"
+    assert synced.index(str(path)) < synced.index(str(path.parent)), (
+        "the file before its directory entry"
+    )
     assert str(spool.directory) in synced, "and the directory that was made for it"
     synced.clear()
     other = queue_id[:8] + new_id()[8:]
@@ -94,20 +96,18 @@ def test_a_stored_body_is_there_and_synced(spool: Spool, synced: list[str]) -> N
     assert synced == [str(spool.path(other)), str(path.parent)]
 
 
-def test_a_directory_that_another_process_made_is_synced_too(
-    spool: Spool, synced: list[str]
-) -> None:
-    """It may have been made a moment ago by somebody who has not synced it yet."""
+def test_directory_of_another_process_is_synced(spool: Spool, synced: list[str]) -> None:
+    """The other process may not have synced it yet."""
     queue_id = new_id()
     spool.path(queue_id).parent.mkdir()
     spool.store(queue_id, [b"x"])
     assert str(spool.directory) in synced
 
 
-def test_a_large_body_is_synced_as_it_comes(
+def test_large_body_is_synced_while_it_arrives(
     spool: Spool, synced: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "SYNC_EVERY", 1000)
+    monkeypatch.setattr(store, "SYNC_EVERY", 1000)
     queue_id = new_id()
     body = spool.create(queue_id)
     path = str(spool.path(queue_id))
@@ -121,7 +121,7 @@ def test_a_large_body_is_synced_as_it_comes(
     assert spool.path(queue_id).stat().st_size == 2000
 
 
-def test_a_discarded_body_is_gone(spool: Spool) -> None:
+def test_discarded_body_is_removed(spool: Spool) -> None:
     body = spool.create(new_id())
     body.append(b"half")
     body.discard()
@@ -129,13 +129,13 @@ def test_a_discarded_body_is_gone(spool: Spool) -> None:
     assert files(spool) == []
 
 
-def test_an_empty_body(spool: Spool) -> None:
+def test_empty_body_is_stored(spool: Spool) -> None:
     queue_id = new_id()
     assert spool.store(queue_id, [b""]) == 0
     os.close(spool.open(queue_id, 0))
 
 
-def test_an_id_has_one_body(spool: Spool) -> None:
+def test_queue_id_has_one_body(spool: Spool) -> None:
     queue_id = new_id()
     spool.store(queue_id, [b"first"])
     with pytest.raises(FileExistsError):
@@ -143,7 +143,7 @@ def test_an_id_has_one_body(spool: Spool) -> None:
     assert spool.path(queue_id).read_bytes() == b"first"
 
 
-def test_many_threads_store_at_once(spool: Spool) -> None:
+def test_many_threads_store_concurrently(spool: Spool) -> None:
     ids = [new_id() for _ in range(200)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda i: spool.store(i, [i.encode()]), ids))
@@ -151,7 +151,7 @@ def test_many_threads_store_at_once(spool: Spool) -> None:
     assert {name for name, _ in spool.ids()} == set(ids)
 
 
-def test_a_directory_that_housekeeping_removed_is_made_again(spool: Spool) -> None:
+def test_removed_directory_is_made_again(spool: Spool) -> None:
     first = new_id()
     spool.store(first, [b"x"])
     spool.remove(first)
@@ -164,32 +164,32 @@ def test_a_directory_that_housekeeping_removed_is_made_again(spool: Spool) -> No
 # -------------------------------------------------------------------------------
 
 
-def test_no_room_for_a_small_body(spool: Spool) -> None:
-    with no_room(), pytest.raises(OSError) as caught:
+def test_full_disk_leaves_nothing_of_a_small_body(spool: Spool) -> None:
+    with full_disk(), pytest.raises(OSError) as caught:
         spool.store(new_id(), [b"x" * LIMIT, b"y"])
     assert caught.value.errno == errno.EFBIG
     assert files(spool) == []
 
 
-def test_no_room_for_the_rest_of_a_large_body(spool: Spool) -> None:
+def test_full_disk_leaves_nothing_of_a_large_body(spool: Spool) -> None:
     body = spool.create(new_id())
     body.append(b"x" * (LIMIT - 10))
-    with no_room(), pytest.raises(OSError):
+    with full_disk(), pytest.raises(OSError):
         body.append(b"x" * 20)
     assert files(spool) == []
     body.discard()
 
 
-def test_no_permission(spool: Spool) -> None:
-    """As root, another user tries; else the directory is made read-only."""
+def test_missing_permission_leaves_nothing(spool: Spool) -> None:
+    """Root becomes another user; otherwise the directory is made read-only."""
     queue_id = new_id()
-    with nobody(spool.directory), pytest.raises(PermissionError):
+    with unprivileged(spool.directory), pytest.raises(PermissionError):
         spool.store(queue_id, [b"x"])
     assert files(spool) == []
 
 
 @contextmanager
-def nobody(directory: Path) -> Iterator[None]:
+def unprivileged(directory: Path) -> Iterator[None]:
     if os.geteuid() == 0:
         os.seteuid(65534)
         try:
@@ -205,11 +205,10 @@ def nobody(directory: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "fsync"])
-def test_what_cannot_be_synced_is_removed(
+def test_body_whose_sync_fails_is_removed(
     spool: Spool, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """After an fsync error the kernel may have dropped the pages: nothing but starting anew is
-    right."""
+    """After an fsync error the kernel may have dropped the pages, so the file is useless."""
     spool.store(new_id(), [b"the directory exists"])
     before = files(spool)
     monkeypatch.setattr(os, call, failing(errno.EIO))
@@ -223,10 +222,10 @@ def test_what_cannot_be_synced_is_removed(
     assert files(spool) == before
 
 
-def test_a_large_body_whose_sync_fails_halfway_is_removed(
+def test_large_body_whose_sync_fails_halfway_is_removed(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "SYNC_EVERY", 10)
+    monkeypatch.setattr(store, "SYNC_EVERY", 10)
     body = spool.create(new_id())
     monkeypatch.setattr(os, "fdatasync", failing(errno.ENOSPC))
     with pytest.raises(OSError):
@@ -234,10 +233,8 @@ def test_a_large_body_whose_sync_fails_halfway_is_removed(
     assert files(spool) == []
 
 
-def test_what_cannot_be_closed_is_removed_all_the_same(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Closing may be what tells of a full disk on NFS."""
+def test_body_whose_close_fails_is_removed(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS `close` may report a full disk."""
     body = spool.create(new_id())
     close = os.close
 
@@ -251,13 +248,13 @@ def test_what_cannot_be_closed_is_removed_all_the_same(
     assert files(spool) == []
 
 
-def test_no_descriptor_leaks(spool: Spool) -> None:
+def test_failures_leak_no_descriptor(spool: Spool) -> None:
     def open_files() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
     assert spool.free_bytes() > 0  # from now on the directory is held
     before = open_files()
-    with no_room():
+    with full_disk():
         for _ in range(5):
             with pytest.raises(OSError):
                 spool.store(new_id(), [b"x" * LIMIT, b"y"])
@@ -275,17 +272,17 @@ def test_no_descriptor_leaks(spool: Spool) -> None:
 # ---------------------------------------------------------------------------------
 
 
-def test_reading(spool: Spool) -> None:
+def test_body_is_read_while_it_is_removed(spool: Spool) -> None:
     queue_id = new_id()
     spool.store(queue_id, [b"hello"])
     handle = spool.open(queue_id, 5)
     assert os.read(handle, 10) == b"hello"
-    assert spool.remove(queue_id), "also while somebody reads it"
+    assert spool.remove(queue_id), "also while it is open"
     os.close(handle)
     assert not spool.remove(queue_id)
 
 
-def test_a_body_that_is_not_there_or_not_right(spool: Spool) -> None:
+def test_missing_body_and_wrong_size_are_told_apart(spool: Spool) -> None:
     queue_id = new_id()
     with pytest.raises(BodyMissing, match=queue_id):
         spool.open(queue_id, 5)
@@ -295,7 +292,7 @@ def test_a_body_that_is_not_there_or_not_right(spool: Spool) -> None:
             spool.open(queue_id, size)
 
 
-def test_a_spool_that_is_not_there_is_no_fault_of_the_body(spool: Spool) -> None:
+def test_missing_spool_is_not_a_missing_body(spool: Spool) -> None:
     """An unmounted volume must not condemn every message in the queue."""
     queue_id = new_id()
     spool.store(queue_id, [b"hello"])
@@ -309,9 +306,7 @@ def test_a_spool_that_is_not_there_is_no_fault_of_the_body(spool: Spool) -> None
             spool.directory.mkdir()  # the empty mount point
 
 
-def test_a_spool_that_was_changed_behind_our_back_is_no_fault_of_the_body(
-    spool: Spool, engine: Engine, tmp_path: Path
-) -> None:
+def test_replaced_spool_is_not_a_missing_body(spool: Spool, engine: Engine, tmp_path: Path) -> None:
     spool.prepare(engine, unsafe=True)
     queue_id = new_id()
     spool.directory.rename(tmp_path / "right")
@@ -325,13 +320,13 @@ def test_a_spool_that_was_changed_behind_our_back_is_no_fault_of_the_body(
     assert caught.value.errno == errno.ESTALE
 
 
-def test_nothing_is_stored_where_the_spool_is_not(spool: Spool, tmp_path: Path) -> None:
+def test_nothing_is_stored_in_a_bare_mount_point(spool: Spool, tmp_path: Path) -> None:
     """The bare mount point: a body that is stored there is gone when the file system is back."""
     spool.store(first := new_id(), [b"hello"])
     spool.directory.rename(tmp_path / "elsewhere")
     for absent in (True, False):
-        (found,) = spool.store_all([(new_id(), [b"lost"])])
-        assert isinstance(found, FileNotFoundError)
+        (result,) = spool.store_all([(new_id(), [b"lost"])])
+        assert isinstance(result, FileNotFoundError)
         with pytest.raises(FileNotFoundError):
             spool.create(new_id())
         if absent:
@@ -343,8 +338,8 @@ def test_nothing_is_stored_where_the_spool_is_not(spool: Spool, tmp_path: Path) 
     assert files(spool) == sorted([first, second])
 
 
-def test_a_spool_that_was_mounted_again_is_ours_by_its_mark(spool: Spool, tmp_path: Path) -> None:
-    """To the kernel it is another directory, with network file systems for one."""
+def test_remounted_spool_is_known_by_its_identity(spool: Spool, tmp_path: Path) -> None:
+    """The kernel may report another inode, for example on a network file system."""
     spool.store(first := new_id(), [b"hello"])
     shutil.copytree(spool.directory, tmp_path / "again")
     spool.directory.rename(tmp_path / "before")
@@ -354,10 +349,8 @@ def test_a_spool_that_was_mounted_again_is_ours_by_its_mark(spool: Spool, tmp_pa
     assert {name for name, _ in spool.ids()} == {first, second}
 
 
-def test_a_body_is_looked_for_again_when_its_directory_has_proved_to_be_ours(
-    spool: Spool, tmp_path: Path
-) -> None:
-    """The mount came between the look and the proof."""
+def test_body_is_opened_again_after_the_identity_was_checked(spool: Spool, tmp_path: Path) -> None:
+    """The file system was mounted between the two."""
     queue_id = new_id()
     assert spool.free_bytes() > 0  # from now on the directory is held
     shutil.copytree(spool.directory, tmp_path / "again")
@@ -367,8 +360,8 @@ def test_a_body_is_looked_for_again_when_its_directory_has_proved_to_be_ours(
     os.close(spool.open(queue_id, 5))
 
 
-def test_a_body_that_was_put_aside_is_found_and_removed(spool: Spool) -> None:
-    """Its row came later than housekeeping looked for it, or came back from a backup."""
+def test_body_in_orphans_is_opened_and_removed(spool: Spool) -> None:
+    """Its row appeared after the cleaner had moved the file, or came back from a backup."""
     spool.store(queue_id := new_id(), [b"hello"])
     spool.move_to_orphans(queue_id)
     assert not spool.path(queue_id).exists()
@@ -389,7 +382,7 @@ def known(engine: Engine) -> list[str]:
         ]
 
 
-def test_a_new_spool_gets_an_identity(engine: Engine, tmp_path: Path, synced: list[str]) -> None:
+def test_new_spool_gets_an_identity(engine: Engine, tmp_path: Path, synced: list[str]) -> None:
     spool = Spool(tmp_path / "deep" / "spool")
     spool.prepare(engine, unsafe=True)
     identity = (spool.directory / "spool-id").read_text().strip()
@@ -401,12 +394,12 @@ def test_a_new_spool_gets_an_identity(engine: Engine, tmp_path: Path, synced: li
     assert sorted(path.name for path in spool.directory.iterdir()) == ["spool-id"]
 
 
-def test_another_spool_is_refused_and_not_touched(engine: Engine, tmp_path: Path) -> None:
+def test_other_spool_is_refused_and_not_touched(engine: Engine, tmp_path: Path) -> None:
     Spool(tmp_path / "right").prepare(engine, unsafe=True)
     for marker in (None, f"{new_id()}\n", ""):
         wrong = tmp_path / f"wrong-{marker!s:.4}".strip()
         wrong.mkdir()
-        (wrong / "mail").write_text("somebody's")
+        (wrong / "mail").write_text("mail")
         if marker is not None:
             (wrong / "spool-id").write_text(marker)
         before = sorted((p.name, p.read_text()) for p in wrong.iterdir())
@@ -416,8 +409,8 @@ def test_another_spool_is_refused_and_not_touched(engine: Engine, tmp_path: Path
     assert len(known(engine)) == 1
 
 
-def test_a_spool_that_is_not_there_is_not_made_again(engine: Engine, tmp_path: Path) -> None:
-    """Its file system is not mounted yet, after a reboot for one."""
+def test_missing_spool_is_not_made_again(engine: Engine, tmp_path: Path) -> None:
+    """Its file system may not be mounted yet, for example after a reboot."""
     place = tmp_path / "mount" / "spool"
     Spool(place).prepare(engine, unsafe=True)
     place.parent.rename(tmp_path / "elsewhere")
@@ -426,19 +419,19 @@ def test_a_spool_that_is_not_there_is_not_made_again(engine: Engine, tmp_path: P
     assert not place.parent.exists()
 
 
-def test_a_spool_that_was_marked_when_the_database_went_away(engine: Engine, spool: Spool) -> None:
+def test_identity_that_the_database_lacks_is_recorded(engine: Engine, spool: Spool) -> None:
     identity = (spool.directory / "spool-id").read_text().strip()
     spool.prepare(engine, unsafe=True)
     assert known(engine) == [identity]
 
 
-def test_a_mark_that_was_cut_short_is_made_again(engine: Engine, spool: Spool) -> None:
+def test_truncated_identity_is_written_again(engine: Engine, spool: Spool) -> None:
     (spool.directory / "spool-id").write_text("")
     spool.prepare(engine, unsafe=True)
     assert known(engine) == [(spool.directory / "spool-id").read_text().strip()]
 
 
-def test_all_services_may_start_at_once_on_a_new_spool(engine: Engine, tmp_path: Path) -> None:
+def test_services_may_start_together_on_a_new_spool(engine: Engine, tmp_path: Path) -> None:
     barrier = threading.Barrier(4)
 
     def start(_: int) -> None:
@@ -450,7 +443,7 @@ def test_all_services_may_start_at_once_on_a_new_spool(engine: Engine, tmp_path:
     assert known(engine) == [(tmp_path / "new" / "spool-id").read_text().strip()]
 
 
-def test_directories_that_cannot_be_used(
+def test_unusable_directory_is_refused(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     public = tmp_path / "public"
@@ -461,13 +454,13 @@ def test_directories_that_cannot_be_used(
     (tmp_path / "file").write_text("")
     with pytest.raises(SpoolError, match="RELAY_SPOOL_DIR"):
         Spool(tmp_path / "file" / "spool").prepare(engine, unsafe=True)
-    monkeypatch.setattr(bodies, "file_system", lambda _: "tmpfs")
-    with pytest.raises(SpoolError, match="forgets mail"):
+    monkeypatch.setattr(store, "file_system", lambda _: "tmpfs")
+    with pytest.raises(SpoolError, match="loses mail"):
         Spool(tmp_path / "memory").prepare(engine)
     Spool(tmp_path / "memory").prepare(engine, unsafe=True)
 
 
-def test_an_unreadable_mark_is_explained(engine: Engine, spool: Spool) -> None:
+def test_unreadable_identity_is_explained(engine: Engine, spool: Spool) -> None:
     (spool.directory / "spool-id").unlink()
     (spool.directory / "spool-id").mkdir()
     with pytest.raises(SpoolError, match="RELAY_SPOOL_DIR"):
@@ -475,10 +468,10 @@ def test_an_unreadable_mark_is_explained(engine: Engine, spool: Spool) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux'")
-def test_file_systems_are_known_by_name(tmp_path: Path) -> None:
+def test_file_system_has_its_name(tmp_path: Path) -> None:
     assert file_system(Path("/proc")) == "proc"
     assert file_system(tmp_path / "not" / "there" / "yet") == file_system(tmp_path)
 
 
-def test_free_room(spool: Spool) -> None:
+def test_free_bytes_are_reported(spool: Spool) -> None:
     assert spool.free_bytes() > 0

@@ -1,4 +1,4 @@
-"""What an outcome leads to: the table of section 6 of the design, row by row."""
+"""What an outcome leads to, row by row of the table in the design."""
 
 import pytest
 
@@ -25,37 +25,37 @@ HOLD = load(WorkerSettings, uncertain="hold")
         (Outcome.UNSENDABLE, State.HELD, 2, 0, 0),
     ],
 )
-def test_outcome(
+def test_an_outcome_leads_to_its_state_wait_and_step(
     outcome: Outcome, state: State, step: int, shortest: float, longest: float
 ) -> None:
-    found = next_state(outcome, SETTINGS, 2)
-    assert (found[0], found[2]) == (state, step)
-    assert shortest <= found[1] <= longest
+    next_, delay, next_step = next_state(outcome, SETTINGS, 2)
+    assert (next_, next_step) == (state, step)
+    assert shortest <= delay <= longest
 
 
 def test_a_malformed_reply_before_the_commit_point_is_an_interruption() -> None:
     assert next_state(Outcome.MALFORMED, SETTINGS, 0, committed=False)[1] <= 60
 
 
-def test_what_came_into_doubt_together_does_not_come_back_together() -> None:
+def test_retries_of_uncertain_deliveries_are_spread() -> None:
     assert len({next_state(Outcome.UNCERTAIN, SETTINGS, 0)[1] for _ in range(20)}) > 10
 
 
-def test_doubt_grows_too_so_that_doubles_become_rare() -> None:
+def test_the_wait_of_an_uncertain_delivery_grows() -> None:
     assert next_state(Outcome.UNCERTAIN, SETTINGS, 30)[1] >= 1800
 
 
 @pytest.mark.parametrize("outcome", [Outcome.UNCERTAIN, Outcome.MALFORMED])
-def test_doubt_may_be_held_for_a_person(outcome: Outcome) -> None:
+def test_an_uncertain_delivery_may_be_held(outcome: Outcome) -> None:
     assert next_state(outcome, HOLD, 0)[0] is State.HELD
 
 
-def test_a_refusal_of_us_defers_the_mail() -> None:
-    assert next_state(Outcome.REJECTED, SETTINGS, 0, unwanted=True)[0] is State.DEFERRED
+def test_an_unauthorized_relay_defers_the_mail() -> None:
+    assert next_state(Outcome.REJECTED, SETTINGS, 0, unauthorized=True)[0] is State.DEFERRED
 
 
 @pytest.mark.parametrize(
-    ("words", "about_us"),
+    ("reply", "unauthorized"),
     [
         ("Error: host.example[192.0.2.1] is not authorized to use this service", True),
         ("client not allowed", True),
@@ -66,12 +66,12 @@ def test_a_refusal_of_us_defers_the_mail() -> None:
         ("sender not authorized to post to this list", False),
     ],
 )
-def test_which_refusals_are_about_us(words: str, about_us: bool) -> None:
-    assert bool(unwanted(load(WorkerSettings)).search(words)) is about_us
+def test_which_rejections_are_about_this_relay(reply: str, unauthorized: bool) -> None:
+    assert bool(unwanted(load(WorkerSettings)).search(reply)) is unauthorized
 
 
 @pytest.mark.parametrize(
-    ("words", "so"),
+    ("reply", "about_one"),
     [
         ("sorry, no mailbox here by that name (#5.1.1)", True),
         ("550 5.1.10 Null MX", True),
@@ -82,10 +82,10 @@ def test_which_refusals_are_about_us(words: str, about_us: bool) -> None:
         ("refused by filter-5.1.2b", False),
     ],
 )
-def test_which_refusals_may_be_about_one_recipient(words: str, so: bool) -> None:
-    assert bool(ABOUT_AN_ADDRESS.search(words.encode())) is so
+def test_which_rejections_may_be_about_one_recipient(reply: str, about_one: bool) -> None:
+    assert bool(ABOUT_AN_ADDRESS.search(reply.encode())) is about_one
 
 
-def test_no_patterns_no_refusal_is_about_us(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_patterns_no_rejection_is_about_this_relay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELAY_UNAUTHORIZED_REPLIES", ";")
     assert not unwanted(load(WorkerSettings)).search("client not allowed")

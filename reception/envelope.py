@@ -1,0 +1,68 @@
+"""The envelope of a message, and the refusal of a part of it: the terms that every door shares.
+
+A door parses its protocol into these classes, `policy` judges them, and `receiver` stores them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+
+class Refused(Exception):
+    """A command, a sender or a recipient is refused.
+
+    `reply` is the text of the reply without its line end: code, enhanced code (RFC 3463) and words.
+    """
+
+    def __init__(self, reply: str) -> None:
+        super().__init__(reply)
+        self.reply = reply
+
+
+@dataclass(frozen=True, slots=True)
+class Recipient:
+    """One mailbox: `address` as QMQP carries it, `path` as SMTP writes it (quoted, no brackets).
+
+    `notify` and `orcpt` are the parameters of RCPT (RFC 3461), None if they were not sent.
+    """
+
+    address: str
+    path: str
+    domain: str
+    notify: str | None = None
+    orcpt: str | None = None
+
+    @property
+    def local(self) -> str:
+        """The local part without SMTP's quoting."""
+        return self.address[: -len(self.domain) - 1]
+
+    @property
+    def mailbox(self) -> str:
+        """Equal for two recipients that are the same mailbox: only the local part is case-sensitive
+        (RFC 5321, 2.4)."""
+        return self.address[: -len(self.domain)] + self.domain.lower()
+
+    def merge(self, repeat: "Recipient") -> "Recipient":
+        """This recipient after the client has named it again.
+
+        The result asks for every DSN that either of them asks for, because an unneeded DSN harms
+        less than a missing one (RFC 3461 does not define a repeat). Without NOTIFY a recipient asks
+        for FAILURE and DELAY.
+        """
+        notify = self.notify
+        if notify != repeat.notify:
+            both = f"{notify or 'FAILURE,DELAY'},{repeat.notify or 'FAILURE,DELAY'}"
+            notify = ",".join(sorted(set(both.split(",")) - {"NEVER"}))
+        return replace(self, notify=notify, orcpt=self.orcpt or repeat.orcpt)
+
+
+@dataclass(slots=True)
+class Envelope:
+    """One transaction: `sender` is '' if it is null, `parameters` are those of MAIL, and `protocol`
+    is the keyword of the trace field (RFC 3848)."""
+
+    sender: str
+    parameters: Mapping[bytes, str]
+    helo: str
+    protocol: str
+    recipients: list[Recipient] = field(default_factory=list)
