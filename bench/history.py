@@ -37,9 +37,9 @@ _INSERTS = (
     SELECT {id}, 1, 'recipient' || n || '@d' || n % 97 || '.example.org', 1
     FROM numbers""",
     """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, claim_count,
-        last_outcome, last_reply, last_server, finished_at)
+        last_outcome, last_reply, reason_source, last_server, finished_at)
     SELECT {id}, 1, 'default', state, CASE WHEN state = 'deferred' THEN {soon} END, {soon}, 1,
-        {outcome}, {reply}, {server},
+        {outcome}, {reply}, 'server', {server},
         CASE WHEN state IN ('delivered', 'bounced') THEN {arrival} END
     FROM numbers""",
     """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at,

@@ -148,6 +148,7 @@ deliveries = Table(
         Text,
         comment="why its sender gets no DSN: rate, postmaster or address; empty: no such reason",
     ),
+    Column("reason_source", Text, comment="where last_reply comes from: server, relay or operator"),
     PrimaryKeyConstraint("queue_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
     CheckConstraint(

@@ -70,7 +70,7 @@ class Spooler:
         self._channel = channel
         self._spool = spool
         self._commit_timeout = commit_timeout
-        self._committer = GroupCommitter(commit, rest=self._wait, late=deliver_results)
+        self._committer = GroupCommitter(commit, wait=self._wait, expired=deliver_results)
         self._decoder = FrameDecoder()
         self._requests: dict[int, StoreRequest] = {}  # read, and in no batch yet
         self._cancelled: list[StoreRequest] = []

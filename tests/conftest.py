@@ -33,7 +33,7 @@ from sqlalchemy.engine import make_url
 
 from relay.ids import new_id
 from relay.spool.store import Spool
-from tests import services
+from tests import services, state_guard
 from tests.services import Broker, Postgres
 
 # A slow moment of a shared machine is no failure of the code; the time of a whole test is bounded
@@ -58,6 +58,7 @@ def _migrate(url: str) -> None:
     from relay.db.engine import migrate  # slow to import, and most unit tests need none of it
 
     migrate(url)
+    state_guard.install(url)
 
 
 # --- databases

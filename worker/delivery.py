@@ -9,7 +9,6 @@ a commit point; only a whole D bounces; no local fault (a body, an error of this
 counts against the mail; only `next_state` reads `OUTCOME_POLICY`.
 """
 
-import enum
 import os
 import re
 import time
@@ -22,11 +21,12 @@ from typing import NamedTuple
 from qmqp import client
 from qmqp.request import Request
 from relay import metrics
-from relay.db.schema import LONGEST_TEXT, Outcome, State
+from relay.db.schema import LONGEST_TEXT
 from relay.log import escaped, first_line, get_logger
 from relay.queue.model import Attempt, Claim, Completion, waits_for
 from relay.queue.outcome import NO_REQUEST
 from relay.queue.split import TOO_MANY_RECIPIENTS, can_carry
+from relay.queue.states import OUTCOME_POLICY, Outcome, State, Wait
 from relay.routes import NO_SERVER, Route, Server
 from relay.settings import WorkerSettings, unwanted
 from worker.backoff import delay, jitter
@@ -38,25 +38,6 @@ log = get_logger(__name__)
 ABOUT_AN_ADDRESS = re.compile(rb"(?<![\w.])[45]\.1\.\d{1,3}(?!\.?\w)")
 
 
-class Wait(enum.Enum):
-    """How long a deferred delivery waits."""
-
-    NONE = enum.auto()
-    BACKOFF = enum.auto()  # longer every time
-    SERVER = enum.auto()  # for a server; the mail is not at fault, so it never grows
-    UNCERTAIN = enum.auto()  # long enough to notice a duplicate downstream
-
-
-OUTCOME_POLICY: dict[Outcome, tuple[State, Wait]] = {
-    Outcome.DELIVERED: (State.DELIVERED, Wait.NONE),
-    Outcome.DEFERRED: (State.DEFERRED, Wait.BACKOFF),
-    Outcome.REJECTED: (State.BOUNCED, Wait.NONE),
-    Outcome.UNREACHABLE: (State.DEFERRED, Wait.SERVER),
-    Outcome.INTERRUPTED: (State.DEFERRED, Wait.BACKOFF),
-    Outcome.UNCERTAIN: (State.DEFERRED, Wait.UNCERTAIN),
-    Outcome.MALFORMED: (State.DEFERRED, Wait.UNCERTAIN),
-    Outcome.UNSENDABLE: (State.HELD, Wait.NONE),
-}
 # These allow a try at the next server: the first three before the commit point only. The later one
 # stands, the more it tells about the mail; the last is recorded when no server is left.
 _FAILOVER = (

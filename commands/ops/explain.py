@@ -14,9 +14,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from commands.output import Row, ago, counted, span, stamp
-from relay.db.schema import UNFINISHED, Outcome, State
-from relay.dsn.message import BY_OPERATOR, Enclosure, Withheld
-from relay.queue.outcome import NO_REQUEST
+from relay.dsn.message import Enclosure, Withheld
+from relay.queue.split import can_carry
+from relay.queue.states import UNFINISHED, Outcome, ReasonSource, State
 from relay.report.queries import QueueReader
 from relay.routes import Routes
 from relay.settings import Settings, SettingsError
@@ -140,13 +140,14 @@ def _deferred(row: Row, message: Row, facts: Facts) -> str:
     return f"{text}. If it still fails after {stamp(row['expires_at'])} it expires, {told}"
 
 
-def _held(row: Row, _message: Row, _facts: Facts) -> str:
+def _held(row: Row, message: Row, _facts: Facts) -> str:
     reply, outcome = row["last_reply"] or "", row["last_outcome"]
-    if reply.startswith("held by "):
+    if row["reason_source"] == ReasonSource.OPERATOR:
         cause = reply
     elif outcome == Outcome.UNSENDABLE:
+        mine = [r["address"] for r in message["recipients"] if r["delivery"] == row["number"]]
         advice = "put the file back and release it, or drop it"
-        if reply.startswith(NO_REQUEST):
+        if not all(map(can_carry, [*mine, message["sender"]])):
             advice = "release it: what can be sent is sent, and the rest bounces"
         cause = f"held because it cannot be sent: {reply}; {advice}"
     elif row["crash_count"] > 1:
@@ -203,7 +204,7 @@ def _after(dsn: Row, content: str | None) -> str:
     """What followed when a DSN had failed (relay/dsn/generator.py)."""
     refused = dsn["state"] == State.BOUNCED and dsn["last_outcome"] == Outcome.REJECTED
     reducible = content in (Enclosure.FULL, Enclosure.HEADER)
-    if refused and reducible and not dsn["last_reply"].startswith(BY_OPERATOR):
+    if refused and reducible and dsn["reason_source"] == ReasonSource.SERVER:
         return "a DSN that encloses less replaced it"
     return "no other DSN replaces it: the sender of the original is not told by it"
 
@@ -222,9 +223,7 @@ _WITHHELD = {
 
 
 def _dropped(row: Row, _message: Row, _facts: Facts) -> str:
-    reply = row["last_reply"] or ""
-    if not reply.startswith("dropped by "):
-        reply = "dropped by an operator while it was being sent"
+    reply = row["last_reply"] or "dropped by an operator"
     return f"{reply}, {ago(row['finished_at'])} ago; no DSN is sent"
 
 
@@ -250,7 +249,7 @@ _OUTCOMES = {
 def _last(row: Row) -> str:
     """What the last attempt came to."""
     server, reply = row["last_server"] or "a server", row["last_reply"] or "no reply"
-    if reply.startswith("bounced by "):
+    if row["reason_source"] == ReasonSource.OPERATOR:
         return reply
     if row["last_outcome"] == Outcome.UNREACHABLE and reply.startswith("no connection: "):
         return f"no server accepted a connection: {reply.removeprefix('no connection: ')}"

@@ -99,7 +99,10 @@ _ROW_CHECKS = (
     ),
     RowCheck(
         "delivery without recipient", f"state IN ('queued', 'deferred') AND {_NO_RECIPIENT}",
-        "hold it", f"state = 'held', due_at = NULL, last_reply = '{BY_FSCK}it has no recipient'",
+        "hold it",
+        f"""-- event: fsck
+        state = 'held', due_at = NULL, last_reply = '{BY_FSCK}it has no recipient',
+        reason_source = 'operator'""",
     ),
     RowCheck(
         "delivery without message",
@@ -119,9 +122,10 @@ _ROW_CHECKS = (
 _UNASSIGNED = """SELECT r.queue_id, r.delivery FROM recipients r
     LEFT JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
     WHERE d.number IS NULL"""
-_ASSIGN = f"""INSERT INTO deliveries (queue_id, number, route, state, expires_at, last_reply)
+_ASSIGN = f"""-- event: fsck
+    INSERT INTO deliveries (queue_id, number, route, state, expires_at, last_reply, reason_source)
     SELECT DISTINCT s.queue_id, s.delivery, 'default', 'held', @later(:lifetime),
-        '{BY_FSCK}it had no delivery'
+        '{BY_FSCK}it had no delivery', 'operator'
     FROM ({_UNASSIGNED}) s WHERE true ORDER BY s.queue_id, s.delivery LIMIT :most
     ON CONFLICT DO NOTHING RETURNING queue_id, number"""
 _WITHOUT_RECIPIENTS = """SELECT @hex(m.id) FROM messages m
@@ -132,8 +136,9 @@ _NEEDED_BODIES = f"""SELECT m.id, m.size, min(d.state), max(d.state)
     WHERE d.state IN ({words(UNFINISHED)}) AND m.id > @id(:after)
     GROUP BY m.id, m.size ORDER BY m.id LIMIT {BATCH}"""
 _BODY_NEEDED = f"SELECT 1 FROM deliveries WHERE queue_id = @id(:id) AND {NEEDS_BODY}"
-_HOLD = f"""UPDATE deliveries AS d SET state = 'held', due_at = NULL, last_outcome = 'unsendable',
-    last_reply = :reply {THESE}"""
+_HOLD = f"""-- event: fsck
+    UPDATE deliveries AS d SET state = 'held', due_at = NULL, last_outcome = 'unsendable',
+    last_reply = :reply, reason_source = 'operator' {THESE}"""
 _EXPIRED_LEASES = """SELECT @hex(w.id), w.host, w.pid, CAST(w.lease_expires_at AS text),
     @since(w.lease_expires_at),
     (SELECT count(*) FROM deliveries d WHERE d.state = 'sending' AND d.worker = w.id)

@@ -51,7 +51,17 @@ ADDED = {
         "TEXT",
         "why its sender gets no DSN: rate, postmaster or address; empty: no such reason",
     ),
+    "deliveries.reason_source": (
+        "TEXT",
+        "where last_reply comes from: server, relay or operator",
+    ),
 }
+# Before this column the beginning of `last_reply` was all that told.
+REASON_SOURCE = """UPDATE deliveries SET reason_source = CASE
+        WHEN substr(last_reply, 1, 11) IN ('bounced by ', 'dropped by ') OR substr(last_reply, 1, 8) = 'held by '
+            THEN 'operator'
+        WHEN last_outcome IN ('delivered', 'deferred', 'rejected') THEN 'server' ELSE 'relay' END
+    WHERE last_reply IS NOT NULL"""
 INDEXES = {
     "deliveries_queued": "(route, due_at) WHERE state = 'queued'",
     "deliveries_sending": "(worker, due_at) WHERE state = 'sending'",
@@ -91,6 +101,7 @@ def upgrade() -> None:
         connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
         if postgresql:
             connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
+    connection.exec_driver_sql(REASON_SOURCE)
     _replace(connection, BEFORE, INDEXES)
     connection.exec_driver_sql(
         DSN_LIMITS.format(instant="TIMESTAMP WITH TIME ZONE" if postgresql else "BIGINT")

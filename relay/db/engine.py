@@ -1,12 +1,11 @@
-"""The database: engines, transactions, outages, and the schema that it must have (`relay.db.sql`
-has our SQL).
+"""The database: engines, transactions, outages and migrations (`relay.db.sql` has our SQL).
 
-How it works: `writing()` is a write transaction. On SQLite it first takes an exclusive `flock` on a
-file beside the database and then BEGIN IMMEDIATE, because four writers that meet under SQLite's own
-busy handler stall each other for seconds.
+`writing()` is a write transaction. On SQLite it first takes an exclusive `flock` on a file beside
+the database and then BEGIN IMMEDIATE: four writers that meet in SQLite's own busy handler stall
+each other for seconds.
 
-What must stay true: nothing here keeps a transaction open while a network peer is waited for; a
-database that would forget a commit is refused (`check_durable`).
+What must stay true: no transaction stays open while the relay waits for a network peer; a database
+that could lose a commit is refused (`check_durable`).
 """
 
 import errno
@@ -34,32 +33,30 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 OLDEST_SQLITE = (3, 38)
-# A statement that takes longer than this has met a dead host or a lock that nobody lets go of
-# (seconds).
+# Seconds. A statement that takes longer waits for a dead host or for a lock that is not released.
 STATEMENT_TIMEOUT = 30
 
 
 class TooLate(Exception):
-    """Nothing was written: the time to begin had passed before there was a connection and a turn to
-    write."""
+    """Nothing was written: the connection or the turn to write came after the time to begin."""
 
 
 class DatabaseError(Exception):
-    """The database cannot be used as it is; the text says why and what to do."""
+    """The database cannot be used; the text says why and what to do."""
 
 
 def normalized(url: str) -> URL:
-    """The URL with our drivers named; raises DatabaseError for a database that we do not speak."""
+    """The URL with our driver. Raises DatabaseError for a database that is not supported."""
     try:
-        made = make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # a port that is no number, for one
+        parsed = make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # for example a port that is not a number
         hint = "write postgresql://user@host/name or sqlite:///path"
         raise DatabaseError(f"RELAY_DATABASE_URL is not a database URL: {hint}") from None
-    if made.get_backend_name() == "postgresql":
-        return made.set(drivername="postgresql+psycopg")
-    if made.get_backend_name() == "sqlite" and made.database not in (None, "", ":memory:"):
-        return made
-    kind = made.get_backend_name()
+    if parsed.get_backend_name() == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
+        return parsed
+    kind = parsed.get_backend_name()
     raise DatabaseError(
         f"RELAY_DATABASE_URL: {kind} is not supported; use PostgreSQL or an SQLite file"
     )
@@ -70,13 +67,13 @@ def connect(
 ) -> Engine:
     """An engine for one process; opens no connection yet.
 
-    `hot`: for the statements that each message passes; `timeout`: seconds for a statement
+    `hot`: for the statements that run for every message; `timeout`: seconds for a statement
     (PostgreSQL).
     """
-    made = normalized(url)
-    if made.get_backend_name() == "postgresql":
+    parsed = normalized(url)
+    if parsed.get_backend_name() == "postgresql":
         engine = sqlalchemy.create_engine(
-            made,
+            parsed,
             pool_size=pool,
             max_overflow=2,
             pool_timeout=STATEMENT_TIMEOUT,
@@ -90,7 +87,7 @@ def connect(
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: 3.38 or newer is needed")
     engine = sqlalchemy.create_engine(
-        made, pool_size=pool, max_overflow=2, connect_args={"timeout": 10}
+        parsed, pool_size=pool, max_overflow=2, connect_args={"timeout": 10}
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -98,18 +95,17 @@ def connect(
 
 
 def _prepare_postgresql(timeout: float, connection: Any, _record: Any) -> None:
-    most = max(1, int(timeout * 1000))  # 0 would be no limit
+    milliseconds = max(1, int(timeout * 1000))  # 0 would be no limit
     connection.execute(
-        f"SELECT set_config('jit', 'off', false), set_config('statement_timeout', '{most}ms', false),"
+        f"SELECT set_config('jit', 'off', false), set_config('statement_timeout', '{milliseconds}ms', false),"
         " set_config('idle_in_transaction_session_timeout', '60s', false)"
     )
     connection.commit()
 
 
 def _prepare_hot(connection: Any, _record: Any) -> None:
-    # Plans that psycopg prepares while a table is empty would go on scanning it when it has filled
-    # up. And a process that is stopped in the middle of a transaction must not hold its rows for as
-    # long as a lease.
+    # psycopg prepares plans while a table is empty; they would still scan it when it is full. And
+    # a process that is stopped within a transaction must not lock its rows for as long as a lease.
     connection.execute(
         "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_hashjoin', 'off', false),"
         " set_config('enable_mergejoin', 'off', false), set_config('idle_in_transaction_session_timeout', '15s', false)"
@@ -118,7 +114,7 @@ def _prepare_hot(connection: Any, _record: Any) -> None:
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by `_begin_sqlite` alone
+    connection.isolation_level = None  # only `_begin_sqlite` begins transactions
     for pragma in (
         "journal_mode=WAL",
         "synchronous=FULL",
@@ -134,7 +130,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 @contextmanager
-def _turn(engine: Engine) -> Iterator[None]:
+def write_lock(engine: Engine) -> Iterator[None]:
     """Wait for this thread's turn to write (SQLite only)."""
     if engine.dialect.name != "sqlite":
         yield
@@ -151,7 +147,7 @@ def _turn(engine: Engine) -> Iterator[None]:
 def writing(engine: Engine) -> Iterator[Connection]:
     """One write transaction; committed at the end, rolled back by an exception."""
     with (
-        _turn(engine),
+        write_lock(engine),
         engine.connect().execution_options(relay_writing=True) as connection,
         connection.begin(),
     ):
@@ -160,8 +156,8 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def writing_once(engine: Engine) -> Iterator[Connection]:
-    """As `writing`, for what is one statement on PostgreSQL: the statement is its own transaction
-    and round trip."""
+    """As `writing`, for a single statement: on PostgreSQL it is its own transaction, in one round
+    trip."""
     if engine.dialect.name == "sqlite":
         with writing(engine) as connection:
             yield connection
@@ -178,8 +174,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the database was away or not fit, and not the data at fault: the same statement may
-    do later."""
+    """Whether the database is at fault and not the data: the same statement may succeed later."""
     if not isinstance(error, DBAPIError):
         return isinstance(error, sqlalchemy.exc.TimeoutError | OSError | TooLate)
     if state := getattr(error.orig, "sqlstate", None):
@@ -187,9 +182,8 @@ def is_outage(error: BaseException) -> bool:
         # of resources, 55: a lock, 57: cancelled or shutting down, 58: its disk. psycopg's classes
         # say less: a value too long for its index is an OperationalError too.
         return state[:2] in {"08", "25", "40", "42", "53", "55", "57", "58"}
-    # A file that reads as malformed does so for every row, also while a disk fails or loses its
-    # power: the rows that are to be written are not at fault, and must be kept until it can be read
-    # again.
+    # SQLite reports a malformed file also while a disk fails or loses power. The rows to be written
+    # are not at fault, and are kept until the file can be read again.
     return (
         error.connection_invalidated
         or isinstance(error, OperationalError | InterfaceError)
@@ -198,7 +192,7 @@ def is_outage(error: BaseException) -> bool:
 
 
 def committed_nothing(error: BaseException) -> bool:
-    """Whether an outage is known to have come before a COMMIT could be asked for.
+    """Whether an outage certainly came before the COMMIT was sent.
 
     PostgreSQL undoes the transaction with an ERROR; a FATAL may follow a COMMIT. Without a
     connection no statement ran, but a connection that breaks leaves everything open. SQLite opens,
@@ -223,47 +217,45 @@ def committed_nothing(error: BaseException) -> bool:
 
 
 def is_no_database(error: DBAPIError) -> bool:
-    """Whether the file is none of SQLite's, or broken."""
+    """Whether the file is not an SQLite database, or is broken."""
     code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 
 def lacks_schema(error: DBAPIError) -> bool:
-    """Whether a table or a column is not there that this version has."""
+    """Whether a table or a column of this version does not exist."""
     if state := getattr(error.orig, "sqlstate", None):
         return state in ("42P01", "42703")  # undefined_table, undefined_column
     return str(error.orig).startswith(("no such table", "no such column"))
 
 
 def wait_until_ready(engine: Engine) -> None:
-    """Wait for the database to answer and to have our schema: nothing depends on the order that
-    services start in."""
-    said = ""
+    """Wait until the database answers and has our schema. Services may start in any order."""
+    reported = ""
     while True:
         try:
             with reading(engine) as connection:
-                found = connection.exec_driver_sql(
+                revision = connection.exec_driver_sql(
                     "SELECT version_num FROM alembic_version"
                 ).scalar()
-            if found == REVISION:
+            if revision == REVISION:
                 return
-            reason = f"schema revision is {found}, this program needs {REVISION}: run `qmqp-relay migrate`"
+            reason = f"schema revision is {revision}, this program needs {REVISION}: run `qmqp-relay migrate`"
         except DBAPIError as error:
             missing = "alembic_version" in str(error.orig)
             reason = (
                 "no schema yet: run `qmqp-relay migrate`" if missing else first_line(error.orig)
             )
-        if reason != said:
+        if reason != reported:
             log.warning("waiting for the database", reason=reason)
-            said = reason
+            reported = reason
         time.sleep(1.0)
 
 
 def migrate(url: str, patience: float = 0.0) -> str:
-    """Bring the schema up to date, under a lock that makes a second caller wait; the revision that
-    it has then.
+    """Migrate the schema to the newest revision and return that; a second caller waits.
 
-    A database that is away is waited for, `patience` seconds at most; then its error is raised.
+    During an outage it tries again for `patience` seconds, then raises the error.
     """
     engine = connect(url, pool=1)
     try:
@@ -279,7 +271,7 @@ def migrate(url: str, patience: float = 0.0) -> str:
 
 
 def _wait_until_there(engine: Engine, deadline: float) -> None:
-    said = False
+    reported = False
     while True:
         try:
             with reading(engine):
@@ -287,9 +279,9 @@ def _wait_until_there(engine: Engine, deadline: float) -> None:
         except DBAPIError as error:
             if not is_outage(error) or time.monotonic() >= deadline:
                 raise
-            if not said:
+            if not reported:
                 log.warning("waiting for the database", reason=first_line(error.orig))
-            said = True
+            reported = True
         time.sleep(0.5)
 
 
@@ -304,20 +296,20 @@ def alembic_config(url: str) -> "Config":
 
 
 def check_durable(engine: Engine) -> list[str]:
-    """What would make this database forget a commit; empty when it keeps its word."""
+    """The settings that could make this database lose a commit; empty if there are none."""
     with reading(engine) as connection:
         if engine.dialect.name == "sqlite":
-            found = {
+            settings = {
                 p: connection.exec_driver_sql(f"PRAGMA {p}").scalar()
                 for p in ("journal_mode", "synchronous")
             }
-            sound: dict[str, set[Any]] = {
+            durable: dict[str, set[Any]] = {
                 "journal_mode": {"wal", "delete", "truncate", "persist"}, "synchronous": {2, 3}
             }  # fmt: skip
             return [
                 f"SQLite {name} is {value}"
-                for name, value in found.items()
-                if value not in sound[name]
+                for name, value in settings.items()
+                if value not in durable[name]
             ]
         rows = connection.exec_driver_sql(
             "SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes')"

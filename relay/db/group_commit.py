@@ -1,18 +1,13 @@
-"""Group commit: whatever has gathered is committed at once, and all of it is answered at once.
+"""Group commit: items that gathered while a batch was written become the next batch.
 
-How it works: all that is there is a round, and goes into one transaction; meanwhile the next round
-gathers. A round of one is as quick as a plain commit, and under load a commit is shared by dozens.
-`GroupCommitter` settles a round; `CommitThread` is a thread that does so with what is put from any
-other, and hands the answers over in one call of `post`.
+A batch is one transaction. A batch of one is as quick as a plain commit, and under load dozens of
+items share a commit. If the database refuses a batch for its data, it runs again row by row, so
+that a bad row fails alone. If the connection breaks, the whole batch runs again until the database
+is back: the statements are idempotent, so that settles a COMMIT of unknown outcome. An item whose
+deadline passes gets `CommitUnknown`, or the database's error if no try got as far as a COMMIT.
 
-A round that the database refuses for its data is run again row by row, so that one bad row fails
-alone. A round whose connection broke is run again whole until the database is back: the statements
-are idempotent and their keys are ours, so that a COMMIT in doubt is settled by asking again. Who
-cannot wait gives a deadline and is then answered `CommitUnknown`; or with the database's error, if
-no try came as far as a COMMIT: then no row can come, and nothing is kept for it.
-
-What must stay true: an item is answered exactly once; the order of items is kept; an item is never
-forgotten while its deadline has not passed.
+What must stay true: an item gets exactly one result; the order of items is kept; no item is dropped
+before its deadline.
 """
 
 import threading
@@ -30,109 +25,113 @@ _LONGEST_PAUSE = 2.0
 
 
 class CommitUnknown(Exception):
-    """The database did not say in time whether the row is there: it may be, so whatever it needs
-    must stay."""
+    """The database did not confirm the COMMIT in time. The row may exist, so what it needs must
+    stay."""
 
 
 class PendingItem[Item]:
-    """One item on its way; `done` takes its answer, `deadline` (monotonic) is when its owner cannot
-    wait any longer."""
+    """An item without a result. `done` takes the result; after `deadline` (monotonic) the owner
+    cannot wait any longer."""
 
     __slots__ = ("deadline", "done", "item")
 
     def __init__(
         self, item: Item, done: Callable[[Any], None], deadline: float | None = None
     ) -> None:
-        self.item, self.done, self.deadline = item, done, deadline
+        self.item = item
+        self.done = done
+        self.deadline = deadline
 
 
 type Answers[Item] = list[tuple[PendingItem[Item], Any]]
 
 
 def deliver_results[Item](answers: Answers[Item]) -> None:
-    """Give every entry its answer."""
-    for entry, result in answers:
+    """Pass every result to its owner."""
+    for pending, result in answers:
         try:
-            entry.done(result)
-        except Exception:  # the others of this round still wait for theirs
+            pending.done(result)
+        except Exception:  # the other owners still wait for their results
             log.exception("answer not taken")
 
 
 class GroupCommitter[Item, Result]:
-    """Commits one round after the other, whatever it takes.
+    """Commits batches, one after the other.
 
-    `commit` takes a round's items and gives their results in the same order, in one transaction; it
-    writes nothing when it gets to that only after the moment (monotonic) which is the earliest
-    deadline of them. While the database is away `rest` waits so many seconds, and says False when
-    it is time to give up; `late` gets those whose deadline has passed meanwhile.
+    `commit` writes the items of a batch in one transaction and returns their results in the same
+    order; it writes nothing if it cannot begin before the earliest deadline (monotonic). During an
+    outage `wait` waits so many seconds and returns False to give up; `expired` gets the items whose
+    deadline has passed.
     """
 
     def __init__(
         self,
         commit: Callable[[Sequence[Item], float], Sequence[Result]],
         *,
-        rest: Callable[[float], bool],
-        late: Callable[[Answers[Item]], object],
+        wait: Callable[[float], bool],
+        expired: Callable[[Answers[Item]], object],
     ) -> None:
-        self._commit, self._rest, self._late = commit, rest, late
+        self._commit = commit
+        self._wait = wait
+        self._expired = expired
         self.stuck = False  # the database is away
 
-    def settle(self, round_: list[PendingItem[Item]], *, doubt: bool = False) -> Answers[Item]:
-        """Commit a round; the answers, one an entry: its result, its row's error, an outage's, or
-        Unsettled.
+    def settle(self, batch: list[PendingItem[Item]], *, doubt: bool = False) -> Answers[Item]:
+        """Commit a batch. For each item: its result, the error of its row or of the outage, or
+        CommitUnknown.
 
-        `doubt`: a try before this one may have committed it.
+        `doubt`: an earlier try may have committed it.
         """
         pause = _PAUSE
-        while round_:
+        while batch:
             begin_by = min(
-                (entry.deadline for entry in round_ if entry.deadline is not None),
+                (pending.deadline for pending in batch if pending.deadline is not None),
                 default=float("inf"),
             )
             try:
-                results = self._commit([entry.item for entry in round_], begin_by)
+                results = self._commit([pending.item for pending in batch], begin_by)
             except Exception as error:
                 if not is_outage(error):
-                    return self._one_by_one(round_, error, doubt=doubt)
-                self._say(error)
+                    return self._row_by_row(batch, error, doubt=doubt)
+                self._log_outage(error)
                 doubt = doubt or not committed_nothing(error)
                 fault = CommitUnknown() if doubt else error
             else:
                 self.stuck = False
-                return list(zip(round_, results, strict=True))
-            if not self._rest(pause):
-                return [(entry, fault) for entry in round_]
-            late = [
-                entry
-                for entry in round_
-                if entry.deadline is not None and entry.deadline <= time.monotonic()
+                return list(zip(batch, results, strict=True))
+            if not self._wait(pause):
+                return [(pending, fault) for pending in batch]
+            expired = [
+                pending
+                for pending in batch
+                if pending.deadline is not None and pending.deadline <= time.monotonic()
             ]
-            self._late([(entry, fault) for entry in late])
-            round_ = [entry for entry in round_ if entry not in late]
+            self._expired([(pending, fault) for pending in expired])
+            batch = [pending for pending in batch if pending not in expired]
             pause = min(pause * 2, _LONGEST_PAUSE)
         return []
 
-    def _one_by_one(
-        self, round_: list[PendingItem[Item]], error: Exception, *, doubt: bool
+    def _row_by_row(
+        self, batch: list[PendingItem[Item]], error: Exception, *, doubt: bool
     ) -> Answers[Item]:
-        if len(round_) == 1:
+        if len(batch) == 1:
             log.error("row refused by the database", reason=first_line(error))
-            return [(round_[0], error)]
-        return [answer for entry in round_ for answer in self.settle([entry], doubt=doubt)]
+            return [(batch[0], error)]
+        return [answer for pending in batch for answer in self.settle([pending], doubt=doubt)]
 
-    def _say(self, error: Exception) -> None:
+    def _log_outage(self, error: Exception) -> None:
         if not self.stuck:
             log.error("database away", reason=first_line(error))
         self.stuck = True
 
 
 class CommitThread[Item, Result]:
-    """A thread that commits what has gathered.
+    """A thread that commits batches.
 
-    `commit` is as in `GroupCommitter`, but for the moment; `post` runs a function where the answers
-    belong (an event loop's `call_soon_threadsafe`); `largest` bounds a round. While items come in
-    numbers, they are let gather for `gather` seconds: a row in a round of eight costs half of what
-    it costs in a round of four.
+    `commit` is as in `GroupCommitter`, without the deadline; `post` runs a function in the owners'
+    thread (an event loop's `call_soon_threadsafe`); `largest` bounds a batch. After a batch of more
+    than one the thread waits `gather` seconds for the next: a row in a batch of eight costs half of
+    what it costs in a batch of four.
     """
 
     def __init__(
@@ -143,13 +142,13 @@ class CommitThread[Item, Result]:
         post: Callable[[Callable[[], None]], object],
         largest: int = 256,
         gather: float = 0.0,
-        rounds_of: Callable[[int, float], None] | None = None,
+        observe: Callable[[int, float], None] | None = None,
     ) -> None:
-        self.rounds = GroupCommitter(
-            lambda items, _: commit(items), rest=self._rest, late=self._answer
+        self.committer = GroupCommitter(
+            lambda items, _: commit(items), wait=self._wait, expired=self._answer
         )
         self._post, self._largest, self._gather = post, largest, gather
-        self._observe = rounds_of
+        self._observe = observe
         self._waiting: deque[PendingItem[Item]] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -163,18 +162,18 @@ class CommitThread[Item, Result]:
     def put(
         self, item: Item, done: Callable[[Result | Exception], None], deadline: float | None = None
     ) -> None:
-        """Hand an item over; `done` gets its result, its row's error, or Unsettled or an outage's
-        after `deadline`."""
-        entry = PendingItem(item, done, deadline)
+        """Add an item. `done` gets its result, the error of its row, or after `deadline`
+        CommitUnknown or the error of the outage."""
+        pending = PendingItem(item, done, deadline)
         with self._changed:
-            self._waiting.append(entry)
+            self._waiting.append(pending)
             if len(self._waiting) == 1:
                 self._changed.notify()
 
     def close(self, timeout: float) -> bool:
-        """Commit what is there and stop; False when that took longer than `timeout` seconds.
+        """Commit what has gathered and stop; False if that took longer than `timeout` seconds.
 
-        A database that is away is asked again for half of the time.
+        During an outage it tries again for half of that time.
         """
         with self._changed:
             self._closing, self._give_up_at = True, time.monotonic() + timeout / 2
@@ -187,7 +186,7 @@ class CommitThread[Item, Result]:
         while taken := self._take(self._gather if busy else 0.0):
             busy = len(taken) > 1
             started = time.monotonic()
-            answers = self.rounds.settle(taken)
+            answers = self.committer.settle(taken)
             if self._observe:
                 self._observe(len(taken), time.monotonic() - started)
             self._answer(answers)
@@ -201,7 +200,7 @@ class CommitThread[Item, Result]:
                 )
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._largest))]
 
-    def _rest(self, pause: float) -> bool:
+    def _wait(self, pause: float) -> bool:
         with self._changed:
             closing = self._closing
             self._changed.wait_for(

@@ -1,59 +1,21 @@
-"""The tables: what is true about every message, and the states that a delivery may be in.
+"""The schema: constants of the tables, and the views.
 
-`messages` and `recipients` are written once. `deliveries` is the queue: a row is one QMQP request
-to get across, hot and narrow, and the only thing that changes. `attempts` is what happened, kept
-until the message is. `due_at` says when somebody must look at a delivery again; who moves it on
-changes the state with it, and whoever is final and owes nothing has none. Each state that is
-searched has a partial index of its own, so that no search walks through another state's rows:
-`queued` by route and `due_at`, `sending` by worker, `deferred` and notices that are owed by
-`due_at`, `held` by id; what is finished is only counted, by state and route. `migrations/tables.py`
-has them column by column.
+`messages` and `recipients` are insert-only. `deliveries` is the queue: a row is one QMQP request,
+hot and narrow. `attempts` are kept as long as their message. `due_at` is when a delivery must be
+handled again, and changes together with the state. Each state that is searched has a partial index
+of its own (`migrations/tables.py`), so that no search walks through the rows of another state.
 
-What must stay true: only `queued` can be claimed; TRANSITIONS are the only ways between states; a K
-beats all of them. There are no foreign keys on the hot tables: they cost half as much again as the
-writes themselves, and every row is written in the transaction that makes its message (`fsck` looks
-for what should not be).
-
-Ids are UUIDv7: the type `uuid` on PostgreSQL, dashed text on SQLite. Times are `timestamptz` there
-and whole microseconds since 1970 here.
+What must stay true: no foreign keys on the hot tables, because they cost half as much again as the
+writes themselves; `fsck` finds what they would refuse. Ids are UUIDv7 (`uuid` on PostgreSQL, dashed
+text on SQLite). Times are `timestamptz`, on SQLite whole microseconds since 1970.
 """
 
 from enum import StrEnum
 
-from relay.queue.outcome import Outcome as Outcome
-
-
-class State(StrEnum):
-    """Where a delivery is."""
-
-    QUEUED = "queued"
-    SENDING = "sending"
-    DEFERRED = "deferred"
-    HELD = "held"
-    SPLIT = "split"
-    DELIVERED = "delivered"
-    BOUNCED = "bounced"
-    EXPIRED = "expired"
-    DROPPED = "dropped"
-
-
-UNFINISHED = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD)
-FINAL = (State.DELIVERED, State.BOUNCED, State.EXPIRED, State.DROPPED)
-
-# A recorded K goes to DELIVERED from anywhere and stands outside this table.
-TRANSITIONS: dict[State, frozenset[State]] = {
-    State.QUEUED: frozenset({State.SENDING, State.HELD, State.SPLIT, State.BOUNCED, State.DROPPED}),
-    State.SENDING: frozenset(State) - {State.SENDING},
-    State.DEFERRED: frozenset(
-        {State.QUEUED, State.HELD, State.SPLIT, State.BOUNCED, State.DROPPED}
-    ),
-    State.HELD: frozenset({State.QUEUED, State.SPLIT, State.BOUNCED, State.DROPPED}),
-    State.BOUNCED: frozenset({State.DEFERRED}),
-    State.SPLIT: frozenset(),
-    State.DELIVERED: frozenset(),
-    State.EXPIRED: frozenset(),
-    State.DROPPED: frozenset(),
-}
+from relay.queue.states import FINAL as FINAL
+from relay.queue.states import UNFINISHED as UNFINISHED
+from relay.queue.states import Outcome as Outcome
+from relay.queue.states import State as State
 
 
 def words(values: tuple[str, ...] | type[StrEnum]) -> str:
@@ -63,8 +25,8 @@ def words(values: tuple[str, ...] | type[StrEnum]) -> str:
 
 NEEDS_BODY = f"(state IN ({words(UNFINISHED)}) OR due_at IS NOT NULL)"
 REVISION = "0003"  # the newest migration
-# When a delivery (as d) that fails now is due: at once if a notice is owed, or if it was one, which
-# may be made again. `:notices`: BOUNCES is not off.
+# The `due_at` of a delivery (as d) that fails now: at once if a DSN is pending, or if it was a DSN,
+# which may be generated again with less. `:notices`: BOUNCES is not off.
 DSN_PENDING = """CASE WHEN :notices AND (SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
     FROM messages m
     WHERE m.id = d.queue_id) THEN @now END"""

@@ -1,10 +1,9 @@
-"""The few places where PostgreSQL and SQLite spell things differently, and how our SQL gets around
-them.
+"""One SQL text for PostgreSQL and SQLite, with macros for what differs.
 
-SQL is written once, with macros (`@now`, `@later(x)`, `@rows(...)`) that `Dialect` spells for
-either database; `Statements` runs it. A batch of rows travels as one JSON parameter, so that a
-round is a handful of statements whatever its size. What must stay true: a macro means the same on
-both; the clock is the database's, in every statement.
+`Dialect` expands the macros (`@now`, `@later(x)`, `@rows(...)`) for one database; `Statements` runs
+statements. The rows of a batch are one JSON parameter, so a batch is a few statements whatever its
+size. What must stay true: a macro means the same on both databases; the clock is the database's in
+every statement.
 """
 
 import re
@@ -15,15 +14,15 @@ from sqlalchemy import Connection, Engine, TextClause, text
 
 
 class Dialect:
-    """Spells the macros of our SQL for one database.
+    """Expands the macros of our SQL for one database.
 
     `@now`: the time; `@later(s)`, `@ago(s)`: s seconds after or before it; `@since(t)`: seconds
-    since t; `@when(t)`: t as people read it; `@iso(w)`: what `@when` made, as RFC 3339 has it;
+    since t; `@when(t)`: t as people read it; `@iso(w)`: a result of `@when` in the form of RFC 3339;
     `@micros(t)`: t as microseconds since 1970; `@hex(id)`: an id as 32 digits; `@id(:name)`: an id
-    parameter; `@like`: LIKE to which capitals are the same; `@at_least`, `@below`: >= and < by
+    parameter; `@like`: LIKE that ignores case; `@at_least`, `@below`: >= and < by
     bytes; `@chance`: a number in [0, 1); `@skip_locked`, `@locked(table)`; `@rows(:name; column
-    type, ...)`: the rows of a JSON array parameter, as x; `@by(index)`: the index that SQLite is to
-    use, which has no figures about its tables.
+    type, ...)`: the rows of a JSON array parameter, as x; `@by(index)`: the index that SQLite must
+    use, because it has no statistics.
     """
 
     _MACRO = re.compile(r"@(\w+)(?:\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?")
@@ -35,11 +34,11 @@ class Dialect:
         )
 
     def __call__(self, sql: str) -> str:
-        return self._MACRO.sub(lambda found: self.macros[found[1]](self(found[2] or "")), sql)
+        return self._MACRO.sub(lambda match: self.macros[match[1]](self(match[2] or "")), sql)
 
     def _postgresql(self) -> dict[str, Callable[[str], str]]:
-        def rows(given: str) -> str:
-            name, columns = given.split(";")
+        def rows(arguments: str) -> str:
+            name, columns = arguments.split(";")
             return f"json_to_recordset(CAST({name.strip()} AS json)) AS x({columns.strip()})"
 
         return {
@@ -69,8 +68,8 @@ class Dialect:
         # back exactly.
         now = "(CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) * 1000)"
 
-        def rows(given: str) -> str:
-            name, columns = given.split(";")
+        def rows(arguments: str) -> str:
+            name, columns = arguments.split(";")
             picked = ", ".join(
                 f"value ->> '$.{c.split()[0]}' AS {c.split()[0]}" for c in columns.split(",")
             )
@@ -105,19 +104,18 @@ def dialect_of(engine: Engine) -> Dialect:
 
 
 class Statements:
-    """Runs our SQL: spells it once for the engine's database, and adds the parameters that all
-    statements share."""
+    """Runs our SQL: expands a statement once, and adds the parameters that all statements share."""
 
     def __init__(self, engine: Engine, **common: Any) -> None:
-        self._spell, self._common = dialect_of(engine), common
-        self._spelt: dict[str, TextClause] = {}
-        self.postgresql = self._spell.postgresql
+        self._dialect, self._common = dialect_of(engine), common
+        self._expanded: dict[str, TextClause] = {}
+        self.postgresql = self._dialect.postgresql
 
     def run(self, connection: Connection, sql: str, **parameters: Any) -> Any:
         """Execute a statement with macros and `:name` parameters."""
-        statement = self._spelt.get(sql)
+        statement = self._expanded.get(sql)
         if statement is None:
-            statement = self._spelt[sql] = text(self._spell(sql))
+            statement = self._expanded[sql] = text(self._dialect(sql))
         return connection.execute(statement, self._common | parameters)
 
     def copied(self, connection: Connection, sql: str, **parameters: Any) -> Iterator[Any]:
@@ -125,12 +123,12 @@ class Statements:
 
         The server goes on while we work, where a cursor waits for each lot to be asked for.
         """
-        query = f"COPY ({text(self._spell(sql)).compile(dialect=connection.dialect)}) TO STDOUT"
-        given = self._common | parameters
+        query = f"COPY ({text(self._dialect(sql)).compile(dialect=connection.dialect)}) TO STDOUT"
+        values = self._common | parameters
         cursor: Any = connection.connection.cursor()
         with (
             cursor,
-            cursor.copy(query, given) if given else cursor.copy(query % ()) as copy,
+            cursor.copy(query, values) if values else cursor.copy(query % ()) as copy,
         ):  # %% is % in either
             for (value,) in copy.rows():
                 yield value

@@ -22,10 +22,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import is_outage, reading, writing
-from relay.db.schema import Outcome, State
 from relay.db.sql import Statements
 from relay.dsn.message import (
-    BY_OPERATOR,
     Enclosure,
     Failure,
     Kind,
@@ -38,6 +36,7 @@ from relay.ids import dashed, new_id
 from relay.log import first_line, get_logger
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.split import can_carry
+from relay.queue.states import Outcome, ReasonSource, State
 from relay.settings import Settings, unwanted
 from relay.spool.retention import deletable_bodies
 from relay.spool.store import BodyUnsendable, Spool
@@ -89,6 +88,7 @@ _SCANNED = {
 }
 _RECIPIENTS = """SELECT @hex(m.id) AS id, m.sender, m.size, m.header_message_id, m.envid, m.ret,
         @micros(m.received_at) AS received_at, r.address, r.orcpt, r.notify, d.number, d.state, d.last_reply,
+        d.reason_source,
         d.last_server, d.last_outcome, m.client_trusted, m.dsn_content, @hex(m.dsn_of) AS dsn_of,
         @micros(d.expires_at) AS expires_at,
         (SELECT @micros(max(a.finished_at)) FROM attempts a
@@ -324,7 +324,8 @@ class DsnGenerator:
             if _is_refused(row) and self._unauthorized.search(row["last_reply"] or "")
         }
         if about_us:
-            change = "state = 'deferred', due_at = @later(:gather), finished_at = NULL"
+            change = """-- event: reclassified
+                state = 'deferred', due_at = @later(:gather), finished_at = NULL"""
             self._update(connection, queue_id, set(about_us), change)
         for _, row in sorted(about_us.items()):
             log.critical("unauthorized reply reclassified", id=queue_id, reply=row["last_reply"])
@@ -357,6 +358,7 @@ class DsnGenerator:
                 _utc(row["attempted_at"]) if row["attempted_at"] else None,
                 _utc(row["expires_at"]),
                 row["last_outcome"],
+                row["reason_source"],
                 row["number"] in possibly_delivered,
             )
             for row in reported
@@ -484,10 +486,10 @@ def _wants(row: Any, what: str) -> bool:
 
 
 def _is_refused(row: Any) -> bool:
-    """Whether a server's D made it bounce; not an operator, and not an address that cannot be
-    sent."""
-    refused = row["state"] == State.BOUNCED and row["last_outcome"] == Outcome.REJECTED
-    return refused and not (row["last_reply"] or "").startswith(BY_OPERATOR)
+    """Whether it bounced because a server replied D; not an operator, and not an address that
+    cannot be sent."""
+    found = (row["state"], row["last_outcome"], row["reason_source"])
+    return found == (State.BOUNCED, Outcome.REJECTED, ReasonSource.SERVER)
 
 
 def _is_strangers(row: Any) -> bool:

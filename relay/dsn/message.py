@@ -19,14 +19,11 @@ from email.utils import format_datetime
 from enum import StrEnum
 
 from relay.log import escaped
-from relay.queue.outcome import Outcome
+from relay.queue.states import Outcome, ReasonSource
 
 _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 _XTEXT_HEX = re.compile(r"\+([0-9A-F]{2})")
-BY_OPERATOR = (
-    "bounced by an operator"  # what stands for the server's words when nobody asked a server
-)
-HELD_BY = "held by "  # and who did that, until the next try
+BY_OPERATOR = "bounced by an operator"  # how the reason of such a bounce begins
 POSSIBLY_DELIVERED = (
     "It may have been delivered all the same: the whole message was sent to a server once, and no"
     " valid reply came."
@@ -79,8 +76,9 @@ _REDUCED = {
 class Failure:
     """One recipient that a DSN reports, and the last state of its delivery.
 
-    `reply`: the last server's reply, or the relay's or an operator's reason; `outcome`: of the last
-    attempt, None before the first; `possibly_delivered`: a server may have accepted the message.
+    `reply`: the last server's reply, or the relay's or an operator's reason, as `reason_source` says;
+    `outcome`: of the last attempt, None before the first; `possibly_delivered`: a server may have
+    accepted the message.
     """
 
     address: str
@@ -91,22 +89,18 @@ class Failure:
     attempted_at: datetime | None
     expires_at: datetime
     outcome: str | None
+    reason_source: str | None
     possibly_delivered: bool = False
 
     @property
     def server_reply(self) -> str:
-        """The server's reply; empty if the last attempt got none."""
-        said = self.outcome in (Outcome.DEFERRED, Outcome.REJECTED) and not self.bounced_by_operator
-        return self.reply if said and not self.reply.startswith(HELD_BY) else ""
+        """The server's reply; empty if the reason is not a server's."""
+        return self.reply if self.reason_source == ReasonSource.SERVER else ""
 
     @property
     def bounced_by_operator(self) -> bool:
         """Whether an operator bounced it, and not a server."""
-        ours = self.reply.startswith(BY_OPERATOR) or self.outcome not in (
-            Outcome.REJECTED,
-            Outcome.UNSENDABLE,
-        )
-        return self.kind is Kind.BOUNCED and ours
+        return self.kind is Kind.BOUNCED and self.reason_source == ReasonSource.OPERATOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +247,7 @@ def _why(failure: Failure) -> str:
     """The state of one recipient in one or two sentences."""
     server_reply, ours = escaped(failure.server_reply, 1000), escaped(failure.reply, 1000)
     if failure.bounced_by_operator:
-        reason = ours.removeprefix(BY_OPERATOR) if ours.startswith(BY_OPERATOR) else "."
+        reason = ours.removeprefix(BY_OPERATOR) or "."
         return f"It was sent back by an operator of this relay{reason}"
     if failure.kind is Kind.BOUNCED and failure.outcome == Outcome.UNSENDABLE:
         return "It was not sent: no mail server can be given this address."
@@ -269,7 +263,7 @@ def _why(failure: Failure) -> str:
         last = "It has not been tried yet."
     else:
         last = "The last attempt failed" + (
-            f": {ours}" if ours and not ours.startswith(HELD_BY) else "."
+            f": {ours}" if ours and failure.reason_source != ReasonSource.OPERATOR else "."
         )
     if failure.kind is Kind.DELAYED:
         return f"Retried until {format_datetime(failure.expires_at)}. {last}"

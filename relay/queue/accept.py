@@ -1,12 +1,11 @@
-"""Acceptance: what makes a message ours.
+"""Acceptance: the statement that makes the relay responsible for a message.
 
-How it works: one statement inserts a round's messages, recipients and deliveries (on SQLite three
-in one transaction). When it has committed, and the bodies were synced before it began, the relay
-has taken responsibility and may say 250.
+One statement inserts the messages, recipients and deliveries of a batch (on SQLite three statements
+in one transaction). The bodies are synced before it begins. After its COMMIT smtpd may say 250.
 
-What must stay true: every insert says ON CONFLICT DO NOTHING and every key was made by us, so that
-running a round again is how a COMMIT in doubt is settled: the repeat waits for the first
-transaction and then changes nothing.
+What must stay true: every insert says ON CONFLICT DO NOTHING and the relay chooses every key. After
+a COMMIT of unknown outcome the same batch runs again: the repeat waits for the first transaction
+and then changes nothing.
 """
 
 import json
@@ -24,7 +23,7 @@ from relay.log import escaped
 
 
 class NewRecipient(NamedTuple):
-    """One RCPT: the address as QMQP wants it, and what DSN said of it."""
+    """One RCPT: the address as QMQP wants it, its DSN parameters (RFC 3461) and its route."""
 
     address: str
     notify: str | None = None
@@ -35,7 +34,7 @@ class NewRecipient(NamedTuple):
 class NewMessage(NamedTuple):
     """A message whose body is safe on disk. `size` is that body's, in bytes.
 
-    `client_trusted`: whether the policy trusts the client (None: there is none). `dsn_content`:
+    `client_trusted`: whether the policy trusts the client (None: no policy). `dsn_content`:
     what a DSN encloses.
     """
 
@@ -63,7 +62,7 @@ _MESSAGE_COLUMNS = (
 )
 _MESSAGE_NAMES = ", ".join(column.split()[0] for column in _MESSAGE_COLUMNS.split(","))
 
-PARTS = (
+_INSERTS = (
     f"""INSERT INTO messages (id, received_at, {_MESSAGE_NAMES})
     SELECT id, @now, {_MESSAGE_NAMES} FROM @rows(:messages; id uuid, {_MESSAGE_COLUMNS}) WHERE true
     ON CONFLICT DO NOTHING""",
@@ -71,7 +70,8 @@ PARTS = (
     SELECT queue_id, position, address, delivery, notify, orcpt FROM @rows(:recipients; queue_id uuid, position int,
         address text, delivery int, notify text, orcpt text) WHERE true
     ON CONFLICT DO NOTHING""",
-    """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
+    """-- event: accepted
+    INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
     SELECT queue_id, number, route, 'queued', @later(:grace), @later(:lifetime)
     FROM @rows(:deliveries; queue_id uuid, number int, route text) WHERE true
     ON CONFLICT DO NOTHING""",
@@ -79,21 +79,21 @@ PARTS = (
 
 
 class Acceptor:
-    """Accepts messages; `commit` is what `rounds.GroupCommitter` runs."""
+    """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs."""
 
     def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
-        spell = dialect_of(engine)
+        dialect = dialect_of(engine)
         self._engine, self._lifetime, self._grace = engine, lifetime, grace
-        if spell.postgresql:
-            one = f"WITH m AS ({PARTS[0]}), r AS ({PARTS[1]}) {PARTS[2]}"
-            self._statements = [text(spell(one))]
+        if dialect.postgresql:
+            one = f"WITH m AS ({_INSERTS[0]}), r AS ({_INSERTS[1]}) {_INSERTS[2]}"
+            self._statements = [text(dialect(one))]
         else:
-            self._statements = [text(spell(part)) for part in PARTS]
+            self._statements = [text(dialect(part)) for part in _INSERTS]
 
     def commit(self, messages: Sequence[NewMessage], begin_by: float = float("inf")) -> list[None]:
-        """Insert a round of messages in one transaction; raises the database's errors.
+        """Insert a batch of messages in one transaction; raises the database's errors.
 
-        Raises TooLate when there is a connection, and a turn to write, only after `begin_by`
+        Raises TooLate if a connection and the turn to write come only after `begin_by`
         (monotonic).
         """
         with writing_once(self._engine) as connection:
@@ -103,7 +103,7 @@ class Acceptor:
         return [None] * len(messages)
 
     def insert(self, connection: Connection, messages: Sequence[NewMessage]) -> None:
-        """Insert messages in a transaction of the caller's."""
+        """Insert messages in the caller's transaction."""
         parameters = self._parameters(messages)
         for statement in self._statements:
             connection.execute(statement, parameters)

@@ -1,9 +1,9 @@
-"""What passes between a worker and the ledger, and waits in a round to be done with others
-(`relay.queue.claim`).
+"""Commands of a worker to the queue, and their results (`relay.queue.claim` executes them).
 
-A worker asks for claims (`ClaimRequest`), tells what became of them (`Completion`) and renews its
-lease (`Renewal`); it gets claims, the state that each delivery has now (`CompletionResult`), or
-whether it still has its lease.
+A worker asks for deliveries (`ClaimRequest`), reports what became of a claim (`Completion`) and
+renews its lease (`Renewal`). It gets the claims, the state that a delivery has now
+(`CompletionResult`), or whether it still holds its lease. Commands wait in a batch and are executed
+together.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,8 +14,8 @@ from relay.db.schema import Outcome, State
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A delivery that is ours to send, with its envelope. `claim` numbers the try; `received_ago`
-    is in seconds."""
+    """A delivery that this worker may send, with its envelope. `claim` is the number of the claim;
+    `received_ago` is in seconds."""
 
     queue_id: str
     number: int
@@ -45,7 +45,7 @@ class Attempt:
 
 @dataclass(slots=True)
 class Completion:
-    """What became of a claim: the state it should have next, due after `delay` seconds."""
+    """What became of a claim: the next state of the delivery, due after `delay` seconds."""
 
     worker: str
     queue_id: str
@@ -58,13 +58,13 @@ class Completion:
     delay: float = 0.0
     backoff_step: int = 0
     tries: list[Attempt] = field(default_factory=list)
-    waiting_for: str | None = None  # what alone it is deferred for
+    waiting_for: str | None = None  # the delivery becomes due when this works again
 
 
 @dataclass(slots=True)
 class ClaimRequest:
-    """Please claim, of these messages or (ids None) of what is overdue, at most `room` deliveries
-    of each route, and of some routes `together` at most so many."""
+    """Claim at most `room` deliveries of each route, of these messages or (ids None) of what is
+    overdue. `together` limits sets of routes that share servers."""
 
     worker: str
     ids: Sequence[str] | None
@@ -74,22 +74,22 @@ class ClaimRequest:
 
 @dataclass(slots=True)
 class Renewal:
-    """Please renew the lease of a worker."""
+    """Renew the lease of a worker."""
 
     worker: str
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionResult:
-    """The state that a delivery has now (None: a later claim has it), and whether nobody needs the
-    body any more."""
+    """The state that a delivery has now (None: a later claim has it), and whether its body can be
+    deleted."""
 
     state: State | None
     body_deletable: bool
 
 
 def waits_for(route: str) -> str:
-    """What stands in `waiting_for` of a delivery that only its route keeps waiting."""
+    """The value of `waiting_for` for a delivery that waits for a server of its route."""
     return f"route:{route}"
 
 

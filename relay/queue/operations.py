@@ -1,14 +1,13 @@
-"""What operators do to the queue: retry, hold, release, bounce, drop, reroute, and pause what it is
-sent to.
+"""What operators do to the queue: retry, hold, release, bounce, drop, reroute, pause and resume.
 
-How it works: a verb goes through the deliveries that a filter means in chunks, each with its record
-(`relay.queue.audit`). What is being sent cannot be changed under its worker: the row is told what
-is `wanted`, by whom and why, and whatever becomes of the transfer but a K honours it. `release`
-takes such a wish back.
+An operation goes through the deliveries that a filter matches in chunks, each with its record
+(`relay.queue.audit`). A delivery in flight is not changed under its worker: the operation becomes
+its `pending_operation`, which takes effect after every outcome except a K. `release` cancels a
+pending hold.
 
-What must stay true: only transitions of `schema.TRANSITIONS` happen; every verb that changed
-something leaves a row in `actions`; a filter on recipients acts on the whole delivery that carries
-them.
+What must stay true: an operation follows its rows in `states.TRANSITIONS`; every operation that
+changed something has a row in `audit`; a filter on recipients selects the whole delivery that
+carries them.
 """
 
 from collections import Counter
@@ -19,11 +18,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading, writing
-from relay.db.schema import DSN_PENDING, State, words
+from relay.db.schema import DSN_PENDING, words
 from relay.db.sql import Statements
 from relay.log import escaped
 from relay.queue.audit import PICKED, THESE, AuditEntry
 from relay.queue.split import Splitter
+from relay.queue.states import TRANSITIONS, State
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 from relay.spool.retention import deletable_bodies
@@ -31,62 +31,59 @@ from relay.spool.retention import deletable_bodies
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A verb: the states that it takes a delivery from, the state it makes of them, and what else
-    it sets."""
+    """What an operator may do to deliveries. `name` is also the event of the transition.
+
+    `takes`: the states that it applies to; `state`: the state after it; `sets`: SQL expressions by
+    column. `wanted`: the pending operation that a delivery gets which is being sent; `cancels`: the
+    pending operation that it loses.
+    """
 
     name: str
     takes: tuple[State, ...]
     state: State
     sets: dict[str, str]
-    wanted: str | None = None  # what a delivery is told that is being sent
-    cancels: str | None = None  # what it is told no longer
+    wanted: str | None = None
+    cancels: str | None = None
 
 
-_WAITING = (State.QUEUED, State.DEFERRED)
+def _operation(
+    name: str, sets: dict[str, str], wanted: str | None = None, cancels: str | None = None
+) -> Operation:
+    """An operation that takes each delivery along the rows of its name in `TRANSITIONS`."""
+    rows = [row for row in TRANSITIONS if row.event == name]
+    takes = tuple(row.before for row in rows if row.before)
+    return Operation(name, takes, rows[0].after, sets, wanted, cancels)
+
+
+_REASON = {"last_reply": ":why", "reason_source": "'operator'"}
 OPERATIONS = {
-    verb.name: verb
-    for verb in (
-        Operation(
-            "retry",
-            (State.DEFERRED,),
-            State.QUEUED,
-            {"due_at": "@now", "backoff_step": "0"},
-            "retry",
-        ),
-        Operation("hold", _WAITING, State.HELD, {"due_at": "NULL", "last_reply": ":why"}, "hold"),
-        Operation(
+    operation.name: operation
+    for operation in (
+        _operation("retry", {"due_at": "@now", "backoff_step": "0"}, "retry"),
+        _operation("hold", {"due_at": "NULL"} | _REASON, "hold"),
+        _operation(
             "release",
-            (State.HELD,),
-            State.QUEUED,
             {"due_at": "@now", "backoff_step": "0", "crash_count": "0"},
             cancels="hold",
         ),
-        Operation(
+        _operation(
             "bounce",
-            (*_WAITING, State.HELD),
-            State.BOUNCED,
             {
                 "due_at": DSN_PENDING,
                 "finished_at": "@now",
-                "last_reply": ":why",
                 "last_outcome": "coalesce(d.last_outcome, 'rejected')",
-            },
+            }
+            | _REASON,
             "bounce",
         ),
-        Operation(
-            "drop",
-            (*_WAITING, State.HELD),
-            State.DROPPED,
-            {"due_at": "NULL", "finished_at": "@now", "last_reply": ":why"},
-            "drop",
-        ),
+        _operation("drop", {"due_at": "NULL", "finished_at": "@now"} | _REASON, "drop"),
     )
 }
-# Routes are given when a message is accepted; who has corrected them since has this. What is not
-# held is tried at once.
+# A route is chosen when a message is accepted. This chooses again, with the routes of today. What
+# is not held is tried at once.
 REROUTE = Operation(
     "reroute",
-    (*_WAITING, State.HELD),
+    (State.QUEUED, State.DEFERRED, State.HELD),
     State.QUEUED,
     {
         "state": "CASE WHEN d.state = 'held' THEN d.state ELSE 'queued' END",
@@ -97,52 +94,55 @@ REROUTE = Operation(
 
 
 class QueueOperations:
-    """The queue as an operator changes it."""
+    """The operations of an operator on the queue."""
 
     def __init__(self, engine: Engine, *, notices: bool) -> None:
         self._engine, self._queue = engine, QueueReader(engine)
         self._sql = Statements(engine, notices=notices)
         self._splitter = Splitter(self._sql)
 
-    def matching(self, verb: Operation, wanted: Filter) -> Counter[str]:
-        """How many deliveries the verb would touch, by state; nothing is changed."""
-        where, given = _meant(verb, wanted)
+    def matching(self, operation: Operation, wanted: Filter) -> Counter[str]:
+        """How many deliveries the operation would change, by state. It changes nothing."""
+        where, parameters = _condition(operation, wanted)
         sql = f"SELECT d.state, count(*) FROM deliveries d WHERE {where} GROUP BY d.state"
         with reading(self._engine) as connection:
-            return Counter(dict(self._sql.run(connection, sql, **given).all()))
+            return Counter(dict(self._sql.run(connection, sql, **parameters).all()))
 
     def touched(
-        self, verb: Operation, wanted: Filter, *, limit: int | None = None
+        self, operation: Operation, wanted: Filter, *, limit: int | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Rows of `mail_history` that the verb would touch, all recipients of a delivery among
+        """Rows of `mail_history` that the operation would touch, all recipients of a delivery among
         them; streamed.
 
         `limit`: those of the oldest so many deliveries.
         """
-        where, given = _meant(verb, wanted)
+        where, parameters = _condition(operation, wanted)
         if limit is not None:
             oldest = f"SELECT d.queue_id, d.number FROM deliveries d WHERE {where} ORDER BY 1, 2 LIMIT :limit"
-            where, given = f"(d.queue_id, d.number) IN ({oldest})", given | {"limit": limit}
+            where, parameters = (
+                f"(d.queue_id, d.number) IN ({oldest})",
+                parameters | {"limit": limit},
+            )
         return self._queue.select(
             f"""SELECT v.* FROM mail_history v WHERE EXISTS (SELECT 1 FROM deliveries d WHERE
                 d.queue_id = v.queue_uuid AND d.number = v.delivery AND {where}) ORDER BY v.queue_uuid, v.position""",
-            given,
+            parameters,
         )
 
     def apply(
-        self, verb: Operation, wanted: Filter, *, actor: str, reason: str,
+        self, operation: Operation, wanted: Filter, *, actor: str, reason: str,
         route_for: Callable[[str], str] | None = None, limit: int | None = None,
     ) -> tuple[Counter[str], list[str]]:  # fmt: skip
-        """Do it; the deliveries touched by the state they were in, and the ids of messages that
-        need no body now.
+        """Change the deliveries; their number by the state before, and the ids of messages whose body
+        can be deleted.
 
         `route_for` gives each delivery the route that its recipients have today, or divides it if
-        they have several. `limit`: so many deliveries, the oldest first.
+        they have several. `limit`: at most so many deliveries, the oldest first.
         """
         all_touched: Counter[str] = Counter()
         free: list[str] = []
         chunks = self.in_chunks(
-            verb, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit
+            operation, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit
         )
         for touched, ids in chunks:
             all_touched.update(touched)
@@ -150,34 +150,42 @@ class QueueOperations:
         return all_touched, free
 
     def in_chunks(
-        self, verb: Operation, wanted: Filter, *, actor: str, reason: str,
+        self, operation: Operation, wanted: Filter, *, actor: str, reason: str,
         route_for: Callable[[str], str] | None = None, limit: int | None = None,
     ) -> Iterator[tuple[Counter[str], list[str]]]:  # fmt: skip
-        """Do it as `apply` does, while it is iterated: what each chunk came to, when that is
-        committed."""
-        where, given = _meant(verb, wanted)
-        change, why = f"UPDATE deliveries AS d SET {_sets(verb)} {THESE}", _why(verb, actor, reason)
+        """Change the deliveries as `apply` does, chunk by chunk; the result of each after its
+        COMMIT."""
+        where, parameters = _condition(operation, wanted)
+        change, why = (
+            f"-- event: {operation.name}\nUPDATE deliveries AS d SET {_sets(operation)} {THESE}",
+            _reason(operation, actor, reason),
+        )
 
         def do(connection: Connection, keys: str) -> None:
             self._sql.run(connection, change, keys=keys, why=why)
             if route_for:
-                self._move(connection, keys, route_for)
+                self._reroute(connection, keys, route_for)
 
         shown = wanted.shown() if limit is None else f"{wanted.shown()} --limit {limit}".lstrip()
-        action = AuditEntry(
-            self._engine, self._sql, actor=actor, verb=verb.name, reason=reason, filter_shown=shown
+        entry = AuditEntry(
+            self._engine,
+            self._sql,
+            actor=actor,
+            verb=operation.name,
+            reason=reason,
+            filter_shown=shown,
         )
-        for rows in action.through(where, do, limit=limit, **given):
+        for rows in entry.through(where, do, limit=limit, **parameters):
             ended = {queue_id for queue_id, _, was in rows if was != State.SENDING}
             free = (
                 deletable_bodies(self._engine, self._sql, ended)
-                if verb.state in (State.DROPPED, State.BOUNCED)
+                if operation.state in (State.DROPPED, State.BOUNCED)
                 else []
             )
             yield Counter(was for _, _, was in rows), free
 
     def pause(self, subject: str, *, actor: str, reason: str) -> bool:
-        """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if that is so
+        """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if it is paused
         already."""
         with writing(self._engine) as connection:
             sql = """INSERT INTO pauses (subject, since, actor, reason) VALUES (:subject, @now, :actor, :reason)
@@ -186,25 +194,25 @@ class QueueOperations:
                 self._sql.run(connection, sql, subject=subject, actor=actor, reason=reason).rowcount
             )
             if done:
-                action = AuditEntry(
+                entry = AuditEntry(
                     self._engine, self._sql, actor=actor, verb=f"pause {subject}", reason=reason
                 )
-                action.note(connection, 1)
+                entry.note(connection, 1)
         return done
 
     def resume(self, subject: str, *, actor: str, reason: str) -> bool:
-        """Send there again; False if it was not paused."""
+        """End a pause; False if there was none."""
         with writing(self._engine) as connection:
             sql = "DELETE FROM pauses WHERE subject = :subject"
             done = bool(self._sql.run(connection, sql, subject=subject).rowcount)
             if done:
-                action = AuditEntry(
+                entry = AuditEntry(
                     self._engine, self._sql, actor=actor, verb=f"resume {subject}", reason=reason
                 )
-                action.note(connection, 1)
+                entry.note(connection, 1)
         return done
 
-    def _move(self, connection: Connection, keys: str, route_for: Callable[[str], str]) -> None:
+    def _reroute(self, connection: Connection, keys: str, route_for: Callable[[str], str]) -> None:
         """Give these deliveries, which the caller has locked, the routes that their recipients have
         today."""
         addressed = """SELECT position, address FROM recipients WHERE queue_id = @id(:id) AND delivery = :number
@@ -219,39 +227,40 @@ class QueueOperations:
                 self._splitter.divide(connection, str(queue_id), number, ways)
 
 
-def _meant(verb: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
-    """The deliveries (as d) that a filter means and the verb may touch."""
-    where, given = wanted.where()
-    takes = f"d.state IN ({words(verb.takes)})"
-    if verb.wanted or verb.cancels:
-        wish = f" AND d.pending_operation = '{verb.cancels}'" if verb.cancels else ""
-        takes = f"({takes} OR d.state = 'sending'{wish})"
-    one = (
+def _condition(operation: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
+    """The condition for deliveries (as d) that a filter matches and the operation applies to."""
+    where, parameters = wanted.where()
+    takes = f"d.state IN ({words(operation.takes)})"
+    if operation.wanted or operation.cancels:
+        pending = f" AND d.pending_operation = '{operation.cancels}'" if operation.cancels else ""
+        takes = f"({takes} OR d.state = 'sending'{pending})"
+    by_id = (
         " AND d.queue_id = @id(:id)" if wanted.id is not None else ""
-    )  # else SQLite looks at every delivery
+    )  # without it SQLite scans every delivery
     meant = f"""{takes} AND EXISTS (
-        SELECT 1 FROM mail_history h WHERE h.queue_uuid = d.queue_id AND h.delivery = d.number AND {where}){one}"""
-    return meant, given
+        SELECT 1 FROM mail_history h WHERE h.queue_uuid = d.queue_id AND h.delivery = d.number AND {where}){by_id}"""
+    return meant, parameters
 
 
-def _why(verb: Operation, actor: str, reason: str) -> str:
-    """What stands in `last_reply` of a delivery that an operator has stopped; the sender of a
-    bounce reads it too."""
-    who = "an operator" if verb.state is State.BOUNCED else actor
-    done = "retried" if verb.state is State.QUEUED else verb.state
-    return escaped(f"{done} by {who}" + (f": {reason}" if reason else ""))
+def _reason(operation: Operation, actor: str, reason: str) -> str:
+    """The reason in `last_reply`. The DSN of a bounce quotes it, so it does not name the operator."""
+    by = "an operator" if operation.state is State.BOUNCED else actor
+    done = "retried" if operation.state is State.QUEUED else operation.state
+    return escaped(f"{done} by {by}" + (f": {reason}" if reason else ""))
 
 
-def _sets(verb: Operation) -> str:
-    """The SET list: what is being sent is only told what is wanted of it, or no longer wanted."""
-    values = {"state": f"'{verb.state}'"} | verb.sets
-    if not (verb.wanted or verb.cancels):
+def _sets(operation: Operation) -> str:
+    """The SET list. A delivery in flight only gets or loses its pending operation."""
+    values = {"state": f"'{operation.state}'"} | operation.sets
+    if not (operation.wanted or operation.cancels):
         return ", ".join(f"{column} = {value}" for column, value in values.items())
-    wish = (
-        {"pending_operation": f"'{verb.wanted}'", "pending_reason": ":why"} if verb.wanted else {}
+    pending = (
+        {"pending_operation": f"'{operation.wanted}'", "pending_reason": ":why"}
+        if operation.wanted
+        else {}
     )
     kept = {column: f"d.{column}" for column in values} | {
-        c: wish.get(c, "NULL") for c in ("pending_operation", "pending_reason")
+        c: pending.get(c, "NULL") for c in ("pending_operation", "pending_reason")
     }
     return ", ".join(
         f"{column} = CASE WHEN d.state = 'sending' THEN {while_sending} ELSE {values.get(column, 'NULL')} END"

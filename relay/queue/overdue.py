@@ -1,17 +1,14 @@
-"""Looks: in which order a route's overdue mail is claimed, straight from the database.
+"""The overdue poll: the order in which a route's overdue mail is claimed without hints.
 
-The longest due comes first; but a hundred thousand retries that became due together, while no hints
-come, must not have all the room before fresh mail has any, nor a backlog of fresh mail before a
-retry has. So half of the room goes by `due_at`, and the other half to the kind (never claimed
-before, or claimed) that the first half had less of. What that kind leaves goes by `due_at` again.
+Overdue means that a worker should have claimed it by now. The longest due comes first. But a
+hundred thousand retries that are due at once must not take all the capacity from fresh mail, and a
+backlog of fresh mail must not take it from a retry. So half of the capacity goes by `due_at`, the
+other half to the kind (never claimed before, or claimed) that the first half had less of, and what
+that kind leaves goes by `due_at` again. The rarer kind stands somewhere behind the other in the
+index: a poll searches WINDOW rows from a cursor, and the next poll continues there.
 
-The rarer kind stands somewhere behind the other in the route's part of the index. It is searched
-for WINDOW rows at a time, and where it was not the next look goes on: nothing is walked through
-twice, and the present is reached in so many looks as the backlog has windows. What comes to stand
-before that mark, because its COMMIT was slow or an operator released it, has its turn by `due_at`.
-
-What must stay true: all the room is used if there is that much mail; a mark is only ever a matter
-of order.
+What must stay true: all the capacity is used if there is that much mail; a cursor changes only the
+order.
 """
 
 from collections.abc import Callable
@@ -22,7 +19,7 @@ from sqlalchemy import Connection
 from relay.db.sql import Statements
 from relay.queue.model import Claim
 
-WINDOW = 1000  # rows; some 20 ms on SQLite, which lets nobody else write meanwhile
+WINDOW = 1000  # rows; some 20 ms on SQLite, where no other process can write meanwhile
 OVERDUE = "d.state = 'queued' AND d.due_at <= @now"
 _KINDS = {True: "AND d.claim_count = 0", False: "AND d.claim_count > 0"}  # by whether it is fresh
 _BOUND = f"""SELECT due_at FROM deliveries d WHERE {OVERDUE} AND route = :route {{}}
@@ -30,7 +27,7 @@ _BOUND = f"""SELECT due_at FROM deliveries d WHERE {OVERDUE} AND route = :route 
 
 
 class OverduePoll:
-    """What one worker remembers of its looks; used by one thread."""
+    """The cursors of one worker's polls; used by one thread."""
 
     def __init__(self, sql: Statements) -> None:
         self._sql = sql
@@ -38,14 +35,14 @@ class OverduePoll:
             str, bool
         ] = {}  # by route: whether the half by `due_at` is the larger one, if they differ
         self._rarer: dict[str, bool] = {}  # by route: whether that is the fresh mail
-        self._marks: dict[
+        self._cursors: dict[
             tuple[str, bool], Any
-        ] = {}  # by route and kind: up to which `due_at` there is none
+        ] = {}  # by route and kind: the `due_at` up to which the kind was searched
 
     def claim(
         self, connection: Connection, route: str, room: int, claim: "Callable[..., list[Claim]]"
     ) -> "list[Claim]":
-        """Claim overdue mail of a route; `claim` does it, given a condition, how many, and
+        """Claim at most `room` overdue deliveries of a route. `claim` takes a condition, a limit and
         parameters."""
         self._odd[route] = odd = not self._odd.get(route, False)
         half = (room + odd) // 2
@@ -60,21 +57,26 @@ class OverduePoll:
     def _search(
         self, connection: Connection, route: str, most: int, claim: "Callable[..., list[Claim]]"
     ) -> "list[Claim]":
-        """Claim what a window holds of the rarer kind, and move its mark on if that was all."""
+        """Claim the rarer kind within the window; move its cursor on if the window has no more."""
         if not most:
             return []
         kind = self._rarer.get(route, True)
-        given = {"mark": mark} if (mark := self._marks.get((route, kind))) is not None else {}
-        behind = "AND d.due_at > :mark" if given else ""
+        parameters = (
+            {"cursor": cursor} if (cursor := self._cursors.get((route, kind))) is not None else {}
+        )
+        behind = "AND d.due_at > :cursor" if parameters else ""
         bound = self._sql.run(
-            connection, _BOUND.format(behind), route=route, window=WINDOW, **given
+            connection, _BOUND.format(behind), route=route, window=WINDOW, **parameters
         ).scalar()
         window = OVERDUE
         if (
             bound is not None
-        ):  # it takes the place of the time now: SQLite searches an index for one end only
-            window, given = "d.state = 'queued' AND d.due_at <= :bound", given | {"bound": bound}
-        found = claim(f"{window} {behind} {_KINDS[kind]}", most, **given)
-        if bound is not None and len(found) < most:
-            self._marks[route, kind] = bound
-        return found
+        ):  # `:bound` replaces the time now: SQLite uses an index for one upper end only
+            window, parameters = (
+                "d.state = 'queued' AND d.due_at <= :bound",
+                parameters | {"bound": bound},
+            )
+        claims = claim(f"{window} {behind} {_KINDS[kind]}", most, **parameters)
+        if bound is not None and len(claims) < most:
+            self._cursors[route, kind] = bound
+        return claims

@@ -1,19 +1,13 @@
-"""What a sweeper does to the queue: wake what is due, and find out who is gone.
+"""What a sweeper does to the queue: wake what is due, and end what expired workers were sending.
 
-Any number of workers sweep at once: each takes what nobody else has locked, in bounded batches,
-longest due first. A worker is dead when its lease has run out, and a sweeper has seen that same
-lease run out for long enough by its own clock (`expire_worker`); then whatever it was sending
-becomes `uncertain`, in one transaction that fails if the worker renewed.
+Workers sweep side by side: each takes rows that are not locked, in bounded batches, longest due
+first. A worker is expired when a sweeper has seen the same lease run out for long enough by its own
+clock; its deliveries become `uncertain` in a transaction that fails if the worker renewed. A
+`due_at` further ahead than any wait was written before the clock was set back, and counts as due
+(`bring_near`). A delivery with `waiting_for` is woken when a server of its route works (`wake`).
 
-Every `due_at` is the database's time when it was written and a wait. If the clock of the database
-is set back, what was written before is further ahead than any wait: then it is no answer to when,
-and counts as due (`bring_near`). What is deferred only because no server of its route could be
-reached has `waiting_for` set to `route:NAME`. It becomes due before its time when a server of the
-route answers again, the route gets one, or a pause ends (`wake`).
-
-What must stay true: nobody is declared dead because the database was away; what was in flight when
-a worker was lost is never quietly sent again: it gets an attempt of outcome `uncertain` first
-(attempt_index 0).
+What must stay true: an outage of the database expires no worker; a delivery that was in flight gets
+an attempt with the outcome `uncertain` (attempt_index 0) before it is sent again.
 """
 
 import json
@@ -25,25 +19,25 @@ from sqlalchemy import Connection, Engine
 from relay.db.engine import reading, writing
 from relay.db.sql import Statements
 from relay.ids import dashed
-from relay.queue.claim import DUE, FINISHED, KEYS, SAID, WANTED, longest_claim
+from relay.queue.claim import DUE, FINISHED, KEYS, REASON, WANTED, longest_claim
 from relay.queue.model import waits_for
 from relay.settings import WorkerSettings
 
-_LOST = f"""SELECT d.queue_id, d.number, d.claim_count, d.worker, :delay * (1 + @chance / 2) AS delay,
+_IN_FLIGHT = f"""SELECT d.queue_id, d.number, d.claim_count, d.worker, :delay * (1 + @chance / 2) AS delay,
+    -- event: worker lost
     CASE WHEN d.pending_operation IS NOT NULL THEN {WANTED} WHEN d.crash_count + 1 >= :poison OR :hold THEN 'held'
          WHEN d.expires_at <= @now THEN 'expired' ELSE 'deferred' END AS final
     FROM deliveries d @by(deliveries_sending) WHERE d.state = 'sending' AND"""
-_LOST_SET = f"""SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
-    pending_reason = NULL, crash_count = d.crash_count + 1, last_outcome = 'uncertain', last_reply = {SAID.format(":why")}"""
-_LOST_ATTEMPT = """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at,
+_UNCERTAIN_SET = f"""-- event: worker lost, pending operation
+    SET state = p.final, due_at = {DUE}, finished_at = {FINISHED}, worker = NULL, pending_operation = NULL,
+    pending_reason = NULL, crash_count = d.crash_count + 1, last_outcome = 'uncertain', {REASON.format(reply=":why", source="'relay'")}"""
+_UNCERTAIN_ATTEMPT = """INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at, finished_at,
         outcome, reply, bytes_sent)
     SELECT queue_id, number, claim_count, 0, worker, NULL, @now, @now, 'uncertain', :why, 0 FROM"""
 
 
-SLACK = (
-    60.0  # seconds by which a wait may be longer than it was meant to be: statements, slow commits
-)
-_TURNED_BACK = {
+SLACK = 60.0  # seconds that slow statements and commits may add to a wait
+_TOO_FAR_AHEAD = {
     "queued": "route IN (SELECT route FROM @rows(:routes; route text)) AND due_at > @later(:grace + :slack)",
     "deferred": "due_at > @later(:longest + :slack)",
     "sending": "due_at > @later(:far + :slack)",
@@ -51,7 +45,7 @@ _TURNED_BACK = {
 
 
 class Rescuer:
-    """The queue as one sweeper uses it."""
+    """The operations of one sweeper on the queue."""
 
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
         self._engine = engine
@@ -67,23 +61,23 @@ class Rescuer:
         )
 
     def mark_uncertain(
-        self, connection: Connection, where: str, why: str, **given: Any
+        self, connection: Connection, where: str, why: str, **parameters: Any
     ) -> Sequence[Any]:
-        """Turn what somebody was sending into `uncertain`; rows of message id and number, as the
-        database has them."""
-        lost = f"{_LOST} {where} ORDER BY d.queue_id, d.number"
+        """Make deliveries in flight `uncertain`; rows of queue id and number, in the database's
+        types."""
+        lost = f"{_IN_FLIGHT} {where} ORDER BY d.queue_id, d.number"
         if self._sql.postgresql:
-            sql = f"""WITH p AS MATERIALIZED ({lost} @locked(d)), a AS ({_LOST_ATTEMPT} p ON CONFLICT DO NOTHING)
-                UPDATE deliveries d {_LOST_SET} FROM p WHERE {KEYS} RETURNING d.queue_id, d.number"""
-            return list(self._sql.run(connection, sql, why=why, **given))
+            sql = f"""WITH p AS MATERIALIZED ({lost} @locked(d)), a AS ({_UNCERTAIN_ATTEMPT} p ON CONFLICT DO NOTHING)
+                UPDATE deliveries d {_UNCERTAIN_SET} FROM p WHERE {KEYS} RETURNING d.queue_id, d.number"""
+            return list(self._sql.run(connection, sql, why=why, **parameters))
         self._sql.run(
             connection,
-            f"{_LOST_ATTEMPT} ({lost}) WHERE true ON CONFLICT DO NOTHING",
+            f"{_UNCERTAIN_ATTEMPT} ({lost}) WHERE true ON CONFLICT DO NOTHING",
             why=why,
-            **given,
+            **parameters,
         )
-        sql = f"UPDATE deliveries AS d {_LOST_SET} FROM ({lost}) AS p WHERE {KEYS} RETURNING queue_id, number"
-        return list(self._sql.run(connection, sql, why=why, **given))
+        sql = f"UPDATE deliveries AS d {_UNCERTAIN_SET} FROM ({lost}) AS p WHERE {KEYS} RETURNING queue_id, number"
+        return list(self._sql.run(connection, sql, why=why, **parameters))
 
     def expired_leases(self) -> list[tuple[str, str]]:
         """Workers whose lease has run out: (id, the lease's end, as an opaque text).
@@ -93,12 +87,12 @@ class Rescuer:
         it is seen twice.
         """
         with writing(self._engine) as connection:
-            found = self._sql.run(
+            rows = self._sql.run(
                 connection,
                 "SELECT @hex(id), CAST(lease_expires_at AS text) FROM workers"
                 " WHERE ended_at IS NULL AND (lease_expires_at < @now OR lease_expires_at > @later(claim_seconds / 2))",
             )
-            return [(worker, until) for worker, until in found]
+            return [(worker, until) for worker, until in rows]
 
     def expire_worker(
         self,
@@ -106,19 +100,18 @@ class Rescuer:
         until: str,
         note: Callable[[Connection, Sequence[Any]], object] | None = None,
     ) -> int | None:
-        """Declare a worker dead and make what it was sending `uncertain`; None if it renewed its
-        lease after all.
+        """End a worker and make what it was sending `uncertain`; None if it renewed its lease.
 
-        `note` is called in the same transaction, with what `mark_uncertain` answered.
+        `note` is called in the same transaction, with the rows of `mark_uncertain`.
         """
         with writing(self._engine) as connection:
-            dead = self._sql.run(
+            expired = self._sql.run(
                 connection,
                 "UPDATE workers SET ended_at = @now, end_reason = 'vanished'"
                 " WHERE id = :worker AND ended_at IS NULL AND CAST(lease_expires_at AS text) = :until",
                 worker=dashed(worker), until=until,
             ).rowcount  # fmt: skip
-            if not dead:
+            if not expired:
                 return None
             why = "the worker vanished while it was sending"
             lost = self.mark_uncertain(connection, "d.worker = :worker", why, worker=dashed(worker))
@@ -137,18 +130,17 @@ class Rescuer:
             )
 
     def rescue_unowned(self) -> int:
-        """Make `uncertain` what a worker that has ended was still sending; how many there were."""
+        """Make `uncertain` what a worker was sending that has ended; the number of deliveries."""
         with writing(self._engine) as connection:
-            gone = (
+            ended = (
                 "EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)"
             )
             return len(
-                self.mark_uncertain(connection, gone, "the worker stopped while it was sending")
+                self.mark_uncertain(connection, ended, "the worker stopped while it was sending")
             )
 
-    def publish_open_circuits(self, worker: str, rests: Mapping[str, str]) -> None:
-        """Say which servers a worker leaves alone for now, and why: for those who look at
-        `server_health`."""
+    def publish_open_circuits(self, worker: str, circuits: Mapping[str, str]) -> None:
+        """Publish the open circuits of a worker, by server, with their reasons (`server_health`)."""
         with writing(self._engine) as connection:
             self._sql.run(
                 connection,
@@ -156,18 +148,17 @@ class Rescuer:
                 worker=dashed(worker),
             )
             add = "INSERT INTO open_circuits (worker, server, why) VALUES (:worker, :server, :why)"
-            for server, why in rests.items():
+            for server, why in circuits.items():
                 self._sql.run(connection, add, worker=dashed(worker), server=server, why=why)
 
     def publish_routes(self, worker: str, routes: Mapping[str, Sequence[str]]) -> None:
-        """Say which routes a worker knows, with their servers: `why` has the settings of who looks,
-        and not these."""
+        """Publish the routes of a worker with their servers. `why` may run with other settings."""
         with writing(self._engine) as connection:
             sql = "UPDATE workers SET routes = :routes WHERE id = :worker"
             self._sql.run(connection, sql, worker=dashed(worker), routes=json.dumps(routes))
 
     def paused(self) -> frozenset[str]:
-        """What nothing is to be sent to: `route:NAME` and `server:NAME`."""
+        """The paused subjects: `route:NAME` and `server:NAME`."""
         with reading(self._engine) as connection:
             return frozenset(
                 row[0] for row in self._sql.run(connection, "SELECT subject FROM pauses")
@@ -180,22 +171,22 @@ class Rescuer:
         sql = f"{waiting.format('queued')} UNION {waiting.format('deferred')}"
         others = "SELECT routes FROM workers WHERE ended_at IS NULL AND routes IS NOT NULL"
         with reading(self._engine) as connection:
-            found = {row[0] for row in self._sql.run(connection, sql)} - set(known)
+            rows = {row[0] for row in self._sql.run(connection, sql)} - set(known)
             return sorted(
-                found.difference(*(json.loads(row[0]) for row in self._sql.run(connection, others)))
+                rows.difference(*(json.loads(row[0]) for row in self._sql.run(connection, others)))
             )
 
     def bring_near(self, limit: int, longest: float, routes: Sequence[str]) -> int:
-        """Make due what the clock, set back, has put off; how many there were.
+        """Make due what was written before the clock was set back; the number of deliveries.
 
         `longest`: the most seconds that a deferred delivery waits. `routes`: those whose queued
         mail is looked at, by name, because their index leads with it. What is being sent gets the
         time of a new claim: its worker may live.
         """
-        names, moved = json.dumps([{"route": route} for route in routes]), 0
-        given = {"most": limit, "longest": longest, "routes": names}
+        routes_json, moved = json.dumps([{"route": route} for route in routes]), 0
+        parameters = {"most": limit, "longest": longest, "routes": routes_json}
         with writing(self._engine) as connection:
-            for state, ahead in _TURNED_BACK.items():
+            for state, ahead in _TOO_FAR_AHEAD.items():
                 due = "@later(:far)" if state == "sending" else "@now"
                 picked = f"SELECT queue_id, number FROM deliveries WHERE state = '{state}' AND {ahead} LIMIT :most"
                 if self._sql.postgresql:
@@ -203,7 +194,7 @@ class Rescuer:
                         FROM p WHERE {KEYS}"""
                 else:
                     sql = f"UPDATE deliveries SET due_at = {due} WHERE (queue_id, number) IN ({picked})"
-                moved += self._sql.run(connection, sql, **given).rowcount
+                moved += self._sql.run(connection, sql, **parameters).rowcount
         return moved
 
     def waiting(self, routes: Iterable[str]) -> list[str]:
@@ -227,6 +218,7 @@ class Rescuer:
                 LIMIT (SELECT :most - count(*) FROM (SELECT 1 FROM deliveries
                     WHERE state = 'queued' AND route = :route AND due_at <= @now LIMIT :most) q) @skip_locked),
             p AS MATERIALIZED (SELECT queue_id, number, row_number() OVER (ORDER BY due_at) AS rank FROM w)
+            -- event: route available
             UPDATE deliveries AS d SET state = 'queued', due_at = @ago((:most - p.rank) / 1000.0) FROM p WHERE {KEYS}
             RETURNING 1"""
         with writing(self._engine) as connection:
@@ -244,8 +236,10 @@ class Rescuer:
         with writing(self._engine) as connection:
             if self._sql.postgresql:
                 sql = f"""WITH p AS MATERIALIZED ({picked} @skip_locked) UPDATE deliveries d
+                    -- event: due
                     SET state = 'queued', due_at = @later(:grace) FROM p WHERE {KEYS} RETURNING @hex(d.queue_id)"""
             else:
-                sql = f"""UPDATE deliveries SET state = 'queued', due_at = @later(:grace)
+                sql = f"""-- event: due
+                    UPDATE deliveries SET state = 'queued', due_at = @later(:grace)
                     WHERE (queue_id, number) IN ({picked}) RETURNING @hex(queue_id)"""
             return list(dict.fromkeys(row[0] for row in self._sql.run(connection, sql, most=limit)))

@@ -1,33 +1,16 @@
-"""Bisection: finding the recipient that a server refused a whole message for.
+"""Bisection: finding the recipient because of which a server refused a whole message.
 
-QMQP has one answer for all recipients, so one bad address in a list has it refused as a whole. A D
-accepted nothing, so sending the halves again is safe: the delivery becomes `split`, and two new
-deliveries on the same body carry half of its recipients each. This goes on until the bad one stands
-alone; it alone bounces.
+QMQP has one reply for all recipients. A D accepted nothing, so sending the halves again is safe: the
+delivery becomes `split`, and two children on the same body get half of its recipients each, until
+the bad recipient is alone and bounces. That is worth trying while the refusal is about an address
+(RFC 3463 x.1.y): if both first halves are refused with the same text, or a message has LARGEST
+pieces, everything bounces. x.5.3 (too many recipients) is cut until the server takes the pieces.
+`part` separates recipients that no QMQP request can carry; `divide` follows changed routes.
 
-That is only worth trying while the refusal is about an address (RFC 3463 x.1.y). If both first
-halves were refused in the same words by servers of one route it was not, and everything bounces; so
-it does once a message has been cut into LARGEST pieces. A refusal because there are too many
-recipients (x.5.3) is another matter: both halves may be refused in the same words and yet their own
-halves not, so it is cut until the server takes it or a recipient stands alone.
-
-A delivery may also have recipients that no QMQP request can carry: rows of an older version, or of
-another door. Then one child has those, the other the rest: the first bounces when it is claimed,
-the second is sent.
-
-Who gives waiting mail the routes of today (relay/queue/operations.py) divides it in the same way
-where they differ: two by two, until each piece has one. No new delivery is without a parent, so
-that numbers of children stay the parent's alone to give, and a K that comes late for the whole
-holds for its pieces. Dividing counts as a claim: whoever has an older one comes too late.
-
-What must stay true: parent, children and recipients change in the transaction that records the D,
-fenced as every record is, or that has locked what it divides; the children together have the
-recipients of the parent, each once.
-
-That transaction has locked what it records in key order, so from then on it must not wait for
-anybody. Nor does it: children have numbers that only their parent can give, however many of its
-message are cut at the same time; relatives that somebody else has locked are skipped, or, where
-that would not do, the whole round is run again.
+What must stay true: parent, children and recipients change in the transaction that records the D or
+has locked the parent; the children have the recipients of the parent, each once. Numbers of
+children depend on the parent alone. It never waits for a lock: relatives that another transaction
+has locked are skipped, or the whole batch runs again.
 """
 
 import json
@@ -47,35 +30,40 @@ _FAMILY = """SELECT d.parent, (SELECT count(*) FROM deliveries o WHERE o.queue_i
         (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id AND o.parent IS NULL) AS roots,
         (SELECT p.parent FROM deliveries p WHERE p.queue_id = d.queue_id AND p.number = d.parent) AS grandparent
     FROM deliveries d WHERE d.queue_id = @id(:id) AND d.number = :number"""
-_TWIN = """SELECT number FROM deliveries WHERE queue_id = @id(:id) AND parent = :parent AND number <> :number
+_SIBLING = """SELECT number FROM deliveries WHERE queue_id = @id(:id) AND parent = :parent AND number <> :number
     AND route = (SELECT o.route FROM deliveries o WHERE o.queue_id = @id(:id) AND o.number = :number)
-    AND state IN ('split', 'bounced') AND last_outcome = 'rejected' AND last_reply = :reply"""
-_OFFSPRING = """WITH RECURSIVE line(number) AS (
+    AND state IN ('split', 'bounced') AND last_outcome = 'rejected' AND reason_source = 'server' AND last_reply = :reply"""
+_DESCENDANTS = """WITH RECURSIVE line(number) AS (
         SELECT number FROM deliveries WHERE queue_id = @id(:id) AND parent = :root
         UNION SELECT d.number FROM deliveries d JOIN line ON d.parent = line.number WHERE d.queue_id = @id(:id))
     SELECT number FROM line"""
-_CHILDREN = """INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at)
+_CHILDREN = """-- event: child inserted
+    INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at)
     SELECT queue_id, :child, number, route, 'queued', @now, expires_at FROM deliveries
     WHERE queue_id = @id(:id) AND number = :number"""
-_GIVE = """UPDATE recipients SET delivery = :child WHERE queue_id = @id(:id) AND delivery = :number
+_ASSIGN = """UPDATE recipients SET delivery = :child WHERE queue_id = @id(:id) AND delivery = :number
     AND position <= :until"""
 _ADDRESSES = """SELECT position, address FROM recipients WHERE queue_id = @id(:id) AND delivery = :number
     ORDER BY position"""
-_PIECE = """INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at, crash_count,
-        last_outcome, last_reply, last_server)
+_DIVIDED_CHILD = """-- event: divided by route
+    INSERT INTO deliveries (queue_id, number, parent, route, state, due_at, expires_at, crash_count,
+        last_outcome, last_reply, reason_source, last_server)
     SELECT queue_id, :child, number, :route, state, due_at, expires_at, crash_count,
-        last_outcome, last_reply, last_server
+        last_outcome, last_reply, reason_source, last_server
     FROM deliveries WHERE queue_id = @id(:id) AND number = :number"""
-_REMEMBERED = """INSERT INTO audit_deliveries (queue_id, delivery, action) SELECT queue_id, :child, action FROM audit_deliveries
+_COPY_AUDIT = """INSERT INTO audit_deliveries (queue_id, delivery, action) SELECT queue_id, :child, action FROM audit_deliveries
     WHERE queue_id = @id(:id) AND delivery = :number ON CONFLICT DO NOTHING"""
-_HAND_OVER = """UPDATE recipients SET delivery = :child WHERE queue_id = @id(:id)
+_ASSIGN_POSITIONS = """UPDATE recipients SET delivery = :child WHERE queue_id = @id(:id)
     AND position IN (SELECT position FROM @rows(:positions; position int))"""
-_DIVIDED = """UPDATE deliveries SET state = 'split', due_at = NULL, claim_count = claim_count + 1
+_SPLIT = """-- event: divided by route
+    UPDATE deliveries SET state = 'split', due_at = NULL, claim_count = claim_count + 1
     WHERE queue_id = @id(:id) AND number = :number"""
-_TAKEN = """UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, pending_operation = NULL,
+_LATE_K = """-- event: late K
+    UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @now, worker = NULL, pending_operation = NULL,
     pending_reason = NULL WHERE queue_id = @id(:id)"""
-_REFUSED = f"""UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
-    last_reply = :reply, due_at = {DSN_PENDING} WHERE queue_id = @id(:id)"""
+_REFUSED = f"""-- event: sibling refused
+    UPDATE deliveries AS d SET state = 'bounced', finished_at = @now, last_outcome = 'rejected',
+    last_reply = :reply, reason_source = 'server', due_at = {DSN_PENDING} WHERE queue_id = @id(:id)"""
 
 
 def can_carry(address: str) -> bool:
@@ -88,7 +76,7 @@ def can_carry(address: str) -> bool:
 
 
 class Splitter:
-    """Cuts refused deliveries in two, in the transaction of whoever records the refusal."""
+    """Cuts deliveries, in the transaction of the caller, which has locked them."""
 
     def __init__(self, sql: Statements) -> None:
         self._sql = sql
@@ -118,7 +106,7 @@ class Splitter:
         first = _first_child(roots, number)
         for child, until in ((first, middle), (first + 1, positions[-1])):
             self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
-            self._sql.run(connection, _GIVE, id=key, number=number, child=child, until=until)
+            self._sql.run(connection, _ASSIGN, id=key, number=number, child=child, until=until)
         return True
 
     def part(self, connection: Connection, key: str, number: int) -> None:
@@ -139,39 +127,46 @@ class Splitter:
         for child, positions in enumerate(parts.values(), first):
             self._sql.run(connection, _CHILDREN, id=key, number=number, child=child)
             listed = json.dumps([{"position": position} for position in positions])
-            self._sql.run(connection, _HAND_OVER, id=key, child=child, positions=listed)
+            self._sql.run(connection, _ASSIGN_POSITIONS, id=key, child=child, positions=listed)
 
     def divide(
-        self, connection: Connection, key: str, number: int, ways: Mapping[str, list[int]]
+        self, connection: Connection, key: str, number: int, routes: Mapping[str, list[int]]
     ) -> None:
         """Give the recipients of a delivery that waits, by position, the routes that they have in
-        `ways`.
+        `routes`.
 
         The caller has locked the delivery. What becomes of it is due when it was.
         """
-        if len(ways) == 1:
+        if len(routes) == 1:
             sql = "UPDATE deliveries SET route = :route WHERE queue_id = @id(:id) AND number = :number"
-            self._sql.run(connection, sql, id=key, number=number, route=next(iter(ways)))
+            self._sql.run(connection, sql, id=key, number=number, route=next(iter(routes)))
             return
         roots = self._sql.run(connection, _FAMILY, id=key, number=number).one()[2]
-        names, middle, first = list(ways), (len(ways) + 1) // 2, _first_child(roots, number)
-        for child, part in ((first, names[:middle]), (first + 1, names[middle:])):
-            self._sql.run(connection, _PIECE, id=key, number=number, child=child, route=part[0])
-            self._sql.run(connection, _REMEMBERED, id=key, number=number, child=child)
+        route_names, middle, first = (
+            list(routes),
+            (len(routes) + 1) // 2,
+            _first_child(roots, number),
+        )
+        for child, part in ((first, route_names[:middle]), (first + 1, route_names[middle:])):
+            self._sql.run(
+                connection, _DIVIDED_CHILD, id=key, number=number, child=child, route=part[0]
+            )
+            self._sql.run(connection, _COPY_AUDIT, id=key, number=number, child=child)
             if len(part) > 1:
-                self.divide(connection, key, child, {name: ways[name] for name in part})
+                self.divide(connection, key, child, {name: routes[name] for name in part})
             else:
-                positions = json.dumps([{"position": position} for position in ways[part[0]]])
-                self._sql.run(connection, _HAND_OVER, id=key, child=child, positions=positions)
-        self._sql.run(connection, _DIVIDED, id=key, number=number)
+                positions = json.dumps([{"position": position} for position in routes[part[0]]])
+                self._sql.run(
+                    connection, _ASSIGN_POSITIONS, id=key, child=child, positions=positions
+                )
+        self._sql.run(connection, _SPLIT, id=key, number=number)
 
     def taken(self, connection: Connection, key: str, number: int) -> None:
-        """An earlier claim of a delivery was accepted after all: what it was cut into is delivered
-        with it."""
-        line = self._offspring(
+        """A late K for a delivery: what it was cut into is delivered with it."""
+        descendants = self._descendants(
             connection, key, number, "state NOT IN ('delivered', 'split')", "NOWAIT"
         )
-        self._change(connection, _TAKEN, line, id=key)
+        self._change(connection, _LATE_K, descendants, id=key)
 
     def _positions(self, connection: Connection, key: str, number: int) -> list[int]:
         sql = "SELECT position FROM recipients WHERE queue_id = @id(:id) AND delivery = :number ORDER BY position"
@@ -180,35 +175,36 @@ class Splitter:
     def _both_refused(
         self, connection: Connection, key: str, number: int, parent: int, reply: str
     ) -> bool:
-        """Whether the other first half was refused in the same words; then what is left of it
+        """Whether the other first half was refused with the same text; then what is left of it
         bounces as well."""
-        twin = self._sql.run(
-            connection, _TWIN, id=key, parent=parent, number=number, reply=reply
+        sibling = self._sql.run(
+            connection, _SIBLING, id=key, parent=parent, number=number, reply=reply
         ).scalar()
-        if twin is None:
+        if sibling is None:
             return False
-        # Whoever has locked one of them is about to send it, or has: that costs a send, and no
-        # more.
-        line = self._offspring(
-            connection, key, twin, "state IN ('queued', 'deferred')", "SKIP LOCKED"
+        # A worker that has locked one of them sends it, or has sent it: that costs one send.
+        descendants = self._descendants(
+            connection, key, sibling, "state IN ('queued', 'deferred')", "SKIP LOCKED"
         )
-        self._change(connection, _REFUSED, line, id=key, reply=reply)
+        self._change(connection, _REFUSED, descendants, id=key, reply=reply)
         return True
 
-    def _offspring(
-        self, connection: Connection, key: str, root: int, which: str, unless: str
+    def _descendants(
+        self, connection: Connection, key: str, root: int, which: str, if_locked: str
     ) -> list[int]:
-        """Lock what a delivery was cut into; its numbers. `unless` somebody else has one: what
-        PostgreSQL does then."""
-        lock = f"FOR UPDATE {unless}" if self._sql.postgresql else ""
-        sql = f"""SELECT number FROM deliveries WHERE queue_id = @id(:id) AND {which} AND number IN ({_OFFSPRING})
+        """Lock what a delivery was cut into; its numbers. `if_locked`: what PostgreSQL does
+        when another transaction has locked one."""
+        lock = f"FOR UPDATE {if_locked}" if self._sql.postgresql else ""
+        sql = f"""SELECT number FROM deliveries WHERE queue_id = @id(:id) AND {which} AND number IN ({_DESCENDANTS})
             ORDER BY number {lock}"""
         return [row[0] for row in self._sql.run(connection, sql, id=key, root=root)]
 
-    def _change(self, connection: Connection, sql: str, numbers: list[int], **given: str) -> None:
+    def _change(
+        self, connection: Connection, sql: str, numbers: list[int], **parameters: str
+    ) -> None:
         if numbers:
             listed = ", ".join(str(int(number)) for number in numbers)
-            self._sql.run(connection, f"{sql} AND number IN ({listed})", **given)
+            self._sql.run(connection, f"{sql} AND number IN ({listed})", **parameters)
 
 
 def _first_child(roots: int, number: int) -> int:

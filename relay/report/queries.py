@@ -239,7 +239,8 @@ class QueueReader:
             ),
             "deliveries": self.all(
                 "SELECT number, parent, route, state, @when(due_at) AS due_at, @when(expires_at) AS expires_at, claim_count,"
-                " @hex(worker) AS worker, backoff_step, crash_count, pending_operation, last_outcome, last_reply, last_server,"
+                " @hex(worker) AS worker, backoff_step, crash_count, pending_operation, last_outcome, last_reply,"
+                " reason_source, last_server,"
                 f" dsn_withheld, @when(finished_at) AS finished_at {of.format('deliveries')} number",
                 **key,
             ),
@@ -265,7 +266,7 @@ class QueueReader:
         return self.all(
             """SELECT @hex(n.id) AS queue_id, @when(n.received_at) AS received_at, n.dsn_content, d.state,
                 @when(d.due_at) AS due_at, @when(d.finished_at) AS finished_at, d.last_outcome, d.last_reply,
-                d.last_server
+                d.reason_source, d.last_server
             FROM messages m JOIN recipients r ON r.address = m.sender JOIN messages n ON n.id = r.queue_id
             JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
             WHERE m.id = @id(:id) AND n.dsn_of = m.id ORDER BY 1""",

@@ -17,6 +17,7 @@ from relay.queue.rescue import Rescuer
 from relay.routes import Routes
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
+from tests.state_guard import unguarded
 from worker.circuit_breaker import ServerPool
 from worker.engine import Engine
 
@@ -78,7 +79,7 @@ class Mailroom:
         """Run an UPDATE; how many rows it changed."""
         if "id" in given:
             given["id"] = dashed(given["id"])
-        with writing(self.database) as connection:
+        with writing(self.database) as connection, unguarded(connection):
             return connection.execute(text(self.spell(sql)), given).rowcount
 
     def delivery(self, queue_id: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import pytest
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import OperationalError
 
-from relay.db.schema import TRANSITIONS, Outcome, State
 from relay.dsn.message import BY_OPERATOR
 from relay.ids import dashed
 from relay.queue.claim import WorkerQueue
@@ -26,6 +25,7 @@ from relay.queue.model import (
     CompletionResult,
     Renewal,
 )
+from relay.queue.states import Outcome, State, successors
 from tests.integration.office import OUTCOME_POLICY, PLENTY, Office, opened
 from tests.waiting import until
 
@@ -222,7 +222,11 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(office: Office) -> 
         row = office.delivery(queue_id)
         assert (row["state"], row["pending_operation"]) == (expected, None)
         if wanted != "retry" and expected is not State.DELIVERED:
-            assert row["last_reply"] == f"{state} by an operator", "not in the server's mouth"
+            assert row["last_reply"] == f"{state} by an operator", "not the server's reply"
+            assert row["reason_source"] == "operator"
+        else:
+            replied = outcome in (Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED)
+            assert row["reason_source"] == ("server" if replied else "relay")
         if expected is State.BOUNCED:
             assert row["last_reply"] == BY_OPERATOR
         assert (row["finished_at"] is not None) == (expected in FINISHED)
@@ -374,7 +378,7 @@ def test_last_deliveries_recorded_in_one_round_free_the_body(office: Office) -> 
 def test_no_record_makes_a_state_that_sending_does_not_lead_to(office: Office) -> None:
     queue_id = office.accept()
     (claim,) = office.claim(queue_id)
-    for state in set(State) - TRANSITIONS[State.SENDING]:
+    for state in set(State) - successors(State.SENDING):
         with pytest.raises(ValueError, match="sending"):
             office.record(claim, Outcome.DEFERRED, state=state)
     with pytest.raises(ValueError, match="delivered"):
@@ -404,7 +408,7 @@ def test_only_queued_is_claimed_and_only_deferred_wakes_up(office: Office) -> No
 def test_a_lease_is_renewed_while_its_worker_is_not_declared_dead(office: Office) -> None:
     office.pass_time(100)
     assert [worker for worker, _ in office.sweeps.expired_leases()] == [office.worker]
-    assert office.renew(), "late, but nobody has buried it"
+    assert office.renew(), "late, but no sweeper has expired it"
     assert office.sweeps.expired_leases() == []
     office.pass_time(100)
     office.expire_worker(office.worker)
@@ -428,7 +432,7 @@ def test_a_worker_may_be_registered_twice(office: Office) -> None:
 
 
 def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: Office) -> None:
-    """Both want the worker's row and its deliveries; whoever comes second waits, and is told what
+    """Both want the worker's row and its deliveries; the second waits, and is told what
     it lost."""
     office = postgres_office
     claims = office.claim(*(office.accept() for _ in range(3)))
@@ -457,11 +461,11 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_office: O
     with ThreadPoolExecutor(2) as pool:
         outcome = pool.submit(office.ledger.commit, [*notes, Renewal(office.worker)])
         assert reached.wait(20)
-        buried = pool.submit(expire_worker)
+        expiry = pool.submit(expire_worker)
         until(someone_waits)
         go_on.set()
         assert outcome.result(20)[-1] is False
-        assert buried.result(20) == 3
+        assert expiry.result(20) == 3
     assert {office.delivery(c.queue_id)["last_outcome"] for c in claims} == {"uncertain"}
 
 
@@ -475,7 +479,7 @@ class Lost(Exception):
 
 @contextmanager
 def lost_commit(ledger: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The next commit of this ledger is done, and nobody learns of it."""
+    """The next commit of this ledger is done, and its worker never learns that."""
     from relay.db.engine import writing
     from relay.queue import claim as claims
 

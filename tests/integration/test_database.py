@@ -279,7 +279,7 @@ def test_a_statement_may_take_as_long_as_the_engine_says(clean_postgres_url: str
 
 
 def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: Path) -> None:
-    """Nobody gives up because the database comes later, or is migrated later."""
+    """No process gives up when the database starts or is migrated later."""
     url = f"sqlite:///{tmp_path}/late.db"
     engine = connect(url)
     waiting = threading.Thread(target=database.wait_until_ready, args=(engine,))
@@ -380,7 +380,7 @@ engine.dispose()
 
 
 def test_sqlite_writers_of_several_processes_do_not_stall(sqlite_url: str) -> None:
-    """Under SQLite's own busy handler one of four would wait for many seconds; in turns nobody
+    """Under SQLite's own busy handler one of four would wait for many seconds; in turns none
     waits for long."""
     writers = [
         subprocess.Popen(

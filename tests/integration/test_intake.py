@@ -32,7 +32,7 @@ class Front:
             "test",
             office.intake.commit,
             post=lambda call: call(),
-            rounds_of=lambda n, _: self.rounds.append(n),
+            observe=lambda n, _: self.rounds.append(n),
         )
 
     def put(self, message: NewMessage, deadline: float | None = None) -> None:
@@ -227,12 +227,12 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(
         front.put(hurried, deadline=0.0)
         until(lambda: front.answers)
         assert isinstance(front.answers[hurried.id], CommitUnknown)
-        assert front.writer.rounds.stuck
+        assert front.writer.committer.stuck
         assert list(front.answers) == [hurried.id]
         postgres.start()
         until(lambda: patient.id in front.answers)
         assert front.answers[patient.id] is None
-        until(lambda: not front.writer.rounds.stuck)
+        until(lambda: not front.writer.committer.stuck)
         assert front.writer.close(10)
 
 

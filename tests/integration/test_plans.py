@@ -142,19 +142,19 @@ def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) ->
     spool = Spool(tmp_path)
     spool.prepare(crowded.engine, unsafe=True)
     settings = crowded.settings.model_copy(update={"delay_warning": 4 * 3600.0})
-    sweeps, debts = (
+    sweeps, generator = (
         Rescuer(crowded.engine, settings),
         DsnGenerator(crowded.engine, spool, settings, lambda _: "idle"),
     )
     assert len(crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)) == 1
-    debts._next_round = float("inf")  # nothing is late: test_dsn_generator tests the scan
+    generator._next_round = float("inf")  # nothing is late: test_dsn_generator tests the scan
     with server_reply(crowded) as statements:
         sweeps.paused()
         assert sweeps.bring_near(10, 3600.0, ["dead", "idle"]) == 0
         assert sweeps.requeue_due(10) == []
         assert sweeps.expire_stuck_transfers() == sweeps.rescue_unowned() == 0
         assert sweeps.expired_leases() == []
-        assert debts.generate(10) == debts.warn(10) == []
+        assert generator.generate(10) == generator.warn(10) == []
         lease = str(
             crowded.rows("SELECT CAST(lease_expires_at AS text) AS lease_expires_at FROM workers")[
                 0

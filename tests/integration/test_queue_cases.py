@@ -8,23 +8,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.engine import writing
 from relay.db.group_commit import CommitThread
-from relay.db.schema import TRANSITIONS, UNFINISHED, Outcome, State
 from relay.dsn.generator import DsnGenerator
 from relay.hints import celery_app
 from relay.ids import dashed
 from relay.queue.model import Claim, Command, CommandResult
 from relay.queue.operations import OPERATIONS, QueueOperations
+from relay.queue.states import UNFINISHED, Outcome, State, successors
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.mailroom import Mailroom
@@ -169,8 +170,8 @@ def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
             engine.offer([queue_id])
             until(lambda: mail.states() == {"bounced"})
         assert sink.connections == 0
-    debts = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
-    assert debts.generate(5) == [] == debts.generate(5)
+    generator = DsnGenerator(mail.database, mail.spool, mail.settings, lambda address: "default")
+    assert generator.generate(5) == [] == generator.generate(5)
     row = mail.delivery(queue_id)
     assert (row["due_at"], row["dsn_withheld"]) == (None, "address")
     assert row["last_reply"].startswith("no request can be made of it (#5.1.7): ")
@@ -358,7 +359,7 @@ def test_D4_what_a_worker_held_that_is_gone(office: Office, ending: str) -> None
         assert office.sweeps.rescue_unowned() == 1
     row = office.delivery(claim.queue_id)
     assert (row["state"], row["last_outcome"]) == ("deferred", "uncertain"), (
-        "nobody can say how far it was"
+        "how far it was is unknown"
     )
 
 
@@ -473,6 +474,24 @@ def test_D8_a_route_that_is_not_to_be_cut(room: Open, tmp_path: Path) -> None:
         assert sink.count == 1
 
 
+def test_D9_the_guard_of_the_tests_refuses_what_the_table_does_not_name(office: Office) -> None:
+    changes = [(before, after) for before in State for after in State if after is not State.SENDING]
+    for before, after in changes:
+        queue_id = office.accept()
+        worker = "(SELECT id FROM workers)" if before is State.SENDING else "NULL"
+        office.change(
+            f"UPDATE deliveries SET state = :state, worker = {worker} WHERE queue_id = @id(:id)",
+            state=before, id=queue_id,
+        )  # fmt: skip
+        change = "UPDATE deliveries SET state = :state, worker = NULL WHERE queue_id = @id(:id)"
+        parameters = {"state": after, "id": dashed(queue_id)}
+        named = after is before or after in successors(before)
+        refused = nullcontext() if named else pytest.raises(DBAPIError, match="TRANSITIONS")
+        with refused, writing(office.engine) as connection:
+            connection.execute(text(office.spell(change)), parameters)
+        assert office.state(queue_id) == (after if named else before)
+
+
 def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office) -> None:
     verbs = QueueOperations(office.engine, notices=True)
     for verb in OPERATIONS.values():
@@ -493,7 +512,7 @@ def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office)
                     verb.wanted if touched else None
                 )
             elif touched:
-                assert after in TRANSITIONS[state] | {state}
+                assert after in successors(state) | {state}
             else:
                 assert after is state
             assert not touched or state in UNFINISHED, "what is final stays so"

@@ -347,7 +347,7 @@ def test_a_late_K_holds_for_what_was_divided_since(office: Office) -> None:
     (old,) = office.claim(queue_id, room={"bulk": 1})
     office.record(old, Outcome.UNCERTAIN)
     reroute(office)
-    assert office.record(old, Outcome.DEFERRED).state is None, "the whole is nobody's any more"
+    assert office.record(old, Outcome.DEFERRED).state is None, "the whole was split"
     assert office.record(old, Outcome.DELIVERED).state is State.DELIVERED
     assert [row["state"] for row in family(office, queue_id)] == ["delivered"] * 3
     assert office.claim(queue_id, room={"a": 1, "b": 1}) == [], "never again after a K"

@@ -2,7 +2,7 @@
 databases.
 
 Hypothesis makes up histories: mail is accepted, workers claim, report, vanish and wake up, leases
-run out, times come, senders are told and whoever tells them is killed, operators meddle. A small
+run out, times come, DSNs are generated and their generator is killed, operators meddle. A small
 Python model says what must be so after each step, and at last everything is brought to its end. The
 model also knows what no database can know: whether the server really took a message, and whom the
 bytes of a notice name. Time passes by `Office.pass_time` alone, in steps so large, and so unlike
@@ -136,7 +136,7 @@ class Delivery:
     wanted: str | None = None
     k: bool = False
     taken: int = 0  # how often the server really took it
-    doubts: set[int] = field(default_factory=set)  # claims of which nobody knows
+    doubts: set[int] = field(default_factory=set)  # claims of unknown outcome
     outcome: str | None = None  # of the last try, and the words that stand there
     reply: str = ""
     about: str = ""  # of a notice: the message, whom it names, and what it encloses
@@ -260,12 +260,12 @@ class History(RuleBasedStateMachine):
         self.leases[worker] = self.clock + LEASE
 
     def work(self, chance: Random) -> None:
-        """One round of a worker, dead or alive: outcomes, a renewal, wishes; perhaps told twice."""
+        """One round of a worker, dead or alive: outcomes, a renewal, requests; perhaps told twice."""
         worker = chance.choice(list(self.leases))
         mine = [transfer for transfer in self.transfers if transfer.worker == worker]
         ends = some(chance, mine, 0.4)
-        wishes = self._wishes(worker, chance) if self.leases[worker] is not None else []
-        self._round(worker, ends, wishes, chance)
+        requests = self._claim_requests(worker, chance) if self.leases[worker] is not None else []
+        self._round(worker, ends, requests, chance)
 
     def wake_up_late(self, chance: Random) -> None:
         """A worker reports on a transfer that was taken from it."""
@@ -282,7 +282,7 @@ class History(RuleBasedStateMachine):
         self,
         worker: str,
         ends: list[Transfer],
-        wishes: list[ClaimRequest],
+        requests: list[ClaimRequest],
         chance: Random,
         *,
         last: bool = False,
@@ -290,19 +290,19 @@ class History(RuleBasedStateMachine):
         records = [self._report(transfer, chance, last=last) for transfer in ends]
         renew = chance.random() < 0.5
         renewals = [Renewal(worker)] if renew else []
-        items: list[Command] = [*wishes, *records, *renewals]
+        items: list[Command] = [*requests, *records, *renewals]
         results = self.ledger.commit(items)
         assert len(results) == len(items)
         if renew:
             assert results[-1] is (self.leases[worker] is not None)
             if self.leases[worker] is not None:
                 self.leases[worker] = self.clock + LEASE
-        self._recorded(list(zip(ends, records, results[len(wishes) :], strict=False)))
-        for record, result in zip(records, results[len(wishes) :], strict=False):
+        self._recorded(list(zip(ends, records, results[len(requests) :], strict=False)))
+        for record, result in zip(records, results[len(requests) :], strict=False):
             if isinstance(result, CompletionResult) and result.body_deletable:
                 self.spool.remove(record.queue_id)
-        for wish, result in zip(wishes, results, strict=False):
-            self._claimed(wish, result, chance)
+        for request, result in zip(requests, results, strict=False):
+            self._claimed(request, result, chance)
         if records and chance.random() < 0.3:
             for record, result in zip(records, self.ledger.commit(records), strict=True):
                 delivery = self.queue[record.queue_id, record.number]
@@ -430,32 +430,32 @@ class History(RuleBasedStateMachine):
         parent = self.queue[key].parent
         return [key] if parent is None else [key, *self._line((key[0], parent))]
 
-    def _wishes(self, worker: str, chance: Random) -> list[ClaimRequest]:
+    def _claim_requests(self, worker: str, chance: Random) -> list[ClaimRequest]:
         """A hint, a look at what is overdue, both or none."""
-        wishes = []
+        requests = []
         for hinted in chance.choice([(), (True,), (False,), (True, False)]):
             room = {route: chance.randint(0, 6) for route in ROUTES}
             known = dict.fromkeys(queue_id for queue_id, _ in self.queue)
             ids = ["0" * 32, *some(chance, list(known), 0.7)] if hinted else None
-            wishes.append(ClaimRequest(worker, ids, room))
-        return wishes
+            requests.append(ClaimRequest(worker, ids, room))
+        return requests
 
-    def _claimed(self, wish: ClaimRequest, claims: Any, chance: Random) -> None:
+    def _claimed(self, request: ClaimRequest, claims: Any, chance: Random) -> None:
         assert isinstance(claims, list)
         got = {(claim.queue_id, claim.number): claim for claim in claims}
         assert len(got) == len(claims)
-        for route, room in wish.room.items():
+        for route, room in request.room.items():
             fit = {
                 key: delivery for key, delivery in self.queue.items()
                 if delivery.route == route and delivery.state is State.QUEUED and delivery.due is not None
-                and (key[0] in wish.ids if wish.ids is not None else delivery.due <= self.clock)
+                and (key[0] in request.ids if request.ids is not None else delivery.due <= self.clock)
             }  # fmt: skip
             mine = [key for key in got if self.queue[key].route == route]
             assert set(mine) <= set(fit)
             assert len(mine) == min(room, len(fit)), (
                 "all there is, and no more than there is room for"
             )
-            if wish.ids is None and mine:
+            if request.ids is None and mine:
                 left = [
                     delivery.due
                     for key, delivery in fit.items()
@@ -475,11 +475,11 @@ class History(RuleBasedStateMachine):
             assert (claim.recipients, claim.sender, claim.route) == (
                 delivery.recipients, delivery.sender, delivery.route,
             )  # fmt: skip
-            delivery.state, delivery.worker, delivery.wanted = State.SENDING, wish.worker, None
+            delivery.state, delivery.worker, delivery.wanted = State.SENDING, request.worker, None
             delivery.due = self.clock + 2 * (SESSION + LEASE)
             took = chance.random() < 0.5
             delivery.taken += took
-            self.transfers.append(Transfer(wish.worker, claim, took))
+            self.transfers.append(Transfer(request.worker, claim, took))
 
     # --- sweepers
     # ---------------------------------------------------------------------------------------------
@@ -539,7 +539,7 @@ class History(RuleBasedStateMachine):
         for delivery in lost:
             delivery.doubts.add(delivery.claims)
             delivery.crash_count += 1
-            delivery.outcome, delivery.reply = "uncertain", "nobody knows"
+            delivery.outcome, delivery.reply = "uncertain", "unknown"
             if delivery.wanted:
                 state = WANTED[delivery.wanted]
             elif delivery.crash_count >= POISON or self.hold:
@@ -633,7 +633,7 @@ class History(RuleBasedStateMachine):
         """A sweeper tells senders; it may be killed between body and COMMIT, or after that."""
         last = chance.choice(["", "", "store", "remove"]) if last is None else last
         most, owing = chance.choice([1, 2, 100]), self._owing()
-        made = self._made(last, lambda debts: debts.generate(most))
+        made = self._made(last, lambda generator: generator.generate(most))
         settled = [queue_id for queue_id, mine in owing.items() if not all(map(self._owes, mine))]
         assert made is None or len(settled) == len(owing) or most < sum(map(len, owing.values()))
         notices = [
@@ -656,7 +656,7 @@ class History(RuleBasedStateMachine):
         """A sweeper tells senders of late mail; it may be killed between body and COMMIT."""
         last = chance.choice(["", "", "store"]) if last is None else last
         most, late = chance.choice([1, 2, 100]), self._late()
-        made = self._made(last, lambda debts: debts.warn(most))
+        made = self._made(last, lambda generator: generator.warn(most))
         new = {queue_id: self._new_notices(queue_id) for queue_id in late}
         told = {queue_id: notices for queue_id, notices in new.items() if notices}
         assert len(told) == (min(most, len(late)) if made is not None else 0)
@@ -745,11 +745,11 @@ class History(RuleBasedStateMachine):
 
     def _settled(self, queue_id: str, mine: dict[Key, Delivery]) -> list[str]:
         """The model's side of it; the notice, if there is to be one."""
-        if forgiven := {
+        if reclassified := {
             key: d for key, d in mine.items() if d.about_us and d.state is State.BOUNCED
         }:
             for key, delivery in mine.items():
-                if key in forgiven:
+                if key in reclassified:
                     self._end(delivery, State.DEFERRED)
                     delivery.due = self.clock + GATHER
                     self.finished.discard(key)
@@ -805,7 +805,7 @@ class History(RuleBasedStateMachine):
         self.leases |= dict.fromkeys(alive, self.clock + LEASE)
 
     def vanish(self, chance: Random) -> None:
-        """A worker with something under way is not heard of for so long that it is buried; the
+        """A worker with something under way is not heard of for so long that it expires; the
         others are well."""
         busy = [t.worker for t in self.transfers if self.leases[t.worker] is not None]
         if busy:
@@ -906,7 +906,7 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_sender_is_told_once(self) -> None:
-        """Of each recipient that failed, in one notice, unless nobody wants to know; of a notice
+        """Of each recipient that failed, in one notice, unless no sender wants to know; of a notice
         never. Those that are made in the place of a refused one do not count."""
         for (queue_id, _), delivery in self.queue.items():
             for address in delivery.recipients:
@@ -940,7 +940,7 @@ def office(
 ) -> Iterator[Office]:
     monkeypatch.setattr("relay.dsn.generator.GATHER", GATHER)
     monkeypatch.setattr(
-        sweeps, "_LOST", sweeps._LOST.replace("@chance", "0")
+        sweeps, "_IN_FLIGHT", sweeps._IN_FLIGHT.replace("@chance", "0")
     )  # the model knows when each is due
     made = Office(
         clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,

@@ -495,7 +495,7 @@ def test_one_wrong_clock_removes_no_body(
     """It is 40 days ahead, while one message is being received and a newer row exists."""
     mail.spool.store(received := new_id(), [b"x"])
     mail.accept()
-    now, clock, macros = time.time, mail.spool.clock, cleaner._orphans._sql._spell.macros
+    now, clock, macros = time.time, mail.spool.clock, cleaner._orphans._sql._dialect.macros
     if wrong == "the worker's":
         monkeypatch.setattr(time, "time", lambda: now() + 40 * DAY)
     elif wrong == "the file system's":

@@ -26,7 +26,7 @@ def deferred(office: Office, count: int) -> list[str]:
 
 
 def vanish(office: Office, worker: str = "") -> int | None:
-    """Let a worker's lease run out, and bury it."""
+    """Let a worker's lease run out, and expire it."""
     office.pass_time(office.settings.lease + 1)
     return office.expire_worker(worker or office.worker)
 
@@ -251,8 +251,8 @@ def test_a_burial_and_a_late_k_at_the_same_time(office: Office) -> None:
             office.record(claim, Outcome.DELIVERED)
 
     with ThreadPoolExecutor(2) as pool:
-        buried, finished = pool.submit(expire_worker), pool.submit(finish)
-        assert buried.result(30) is not None
+        expiry, finished = pool.submit(expire_worker), pool.submit(finish)
+        assert expiry.result(30) is not None
         finished.result(30)
     assert set(office.states(claim.queue_id for claim in claims)) == {"delivered"}
 
@@ -320,5 +320,5 @@ def test_a_notice_is_owed_at_once_all_the_same(office: Office, tmp_path: Path) -
     (claim,) = office.claim(office.accept())
     office.record(claim, Outcome.REJECTED)
     office.pass_time(-BACK, only=[claim.queue_id])
-    debts = DsnGenerator(office.engine, spool, office.settings, lambda _: "default")
-    assert len(debts.generate(10)) == 1
+    generator = DsnGenerator(office.engine, spool, office.settings, lambda _: "default")
+    assert len(generator.generate(10)) == 1

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from relay.db.engine import writing
 from relay.db.schema import Outcome, State
+from relay.dsn.generator import DsnGenerator
 from relay.ids import dashed
 from relay.queue import audit as actions
 from relay.queue import operations as verbs
@@ -83,7 +84,7 @@ def test_what_is_being_sent_is_told(office: Office, typed: Typed, verb: str, the
     office.record(one, Outcome.DEFERRED)
     office.record(two, Outcome.DELIVERED)
     assert office.states([one.queue_id, two.queue_id]) == [then, "delivered"], (
-        "a K beats every wish"
+        "a K beats every request"
     )
     assert office.delivery(two.queue_id)["last_reply"] == "its words"
 
@@ -324,6 +325,34 @@ def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
     assert (
         "ago, because bounced by an operator: they moved; its DSN" in typed("why", deferred).stdout
     )
+
+
+def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
+    office: Office, spool: Spool, typed: Typed
+) -> None:
+    generator = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
+    bounced, greylisted = office.accept(), office.accept("c@example.org")
+    reply = "bounced by an operator: x"
+    for queue_id, outcome, words in (
+        (bounced, Outcome.REJECTED, reply),
+        (greylisted, Outcome.DEFERRED, "held by greylist for 300 seconds"),
+    ):
+        spool.store(queue_id, [BODY])
+        office.record(office.claim(queue_id)[0], outcome, reply=words)
+        assert office.delivery(queue_id)["reason_source"] == "server"
+    assert f"refused it: {reply}" in typed("why", bounced).stdout
+    office.change(
+        "UPDATE deliveries SET expires_at = @ago(1) WHERE queue_id = @id(:id)", id=greylisted
+    )
+    typed("retry", greylisted)
+    (claim,) = office.claim(greylisted)
+    office.record(claim, Outcome.DEFERRED, reply="held by greylist for 300 seconds")
+    office.pass_time(100)
+    texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
+    assert len(texts) == 2
+    assert sum(f"The mail server refused it: {reply}" in text for text in texts) == 1
+    assert sum(f"Diagnostic-Code: x-qmqp; {reply}" in text for text in texts) == 1
+    assert sum("Diagnostic-Code: x-qmqp; held by greylist" in text for text in texts) == 1
 
 
 def test_bodies_go_when_nobody_needs_them(office: Office, spool: Spool, typed: Typed) -> None:

@@ -106,7 +106,7 @@ def test_no_connection_is_named_once(office: Office, typed: Typed, reply: str, w
 
 
 def test_what_to_do_about_an_envelope_that_no_server_accepts(office: Office, typed: Typed) -> None:
-    queue_id = office.accept()
+    queue_id = office.accept("x\n@example.org")
     reply = "no request can be made of it: no server can be trusted with the recipient <x"
     office.record(office.claim(queue_id)[0], Outcome.UNSENDABLE, reply=reply)
     advice = "release it: what can be sent is sent, and the rest bounces. It stays"

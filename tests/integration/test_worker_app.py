@@ -87,7 +87,7 @@ def test_an_unauthorized_reply_from_before_the_setting_opens_the_circuit(
         queue_id = at.mail.accept()
         at.mail.change(
             """UPDATE deliveries SET state = 'bounced', due_at = @ago(60), finished_at = @now, last_outcome =
-                'rejected', last_reply = 'you shall not pass', last_server = :server WHERE queue_id = :id""",
+                'rejected', last_reply = 'you shall not pass', reason_source = 'server', last_server = :server WHERE queue_id = :id""",
             id=queue_id, server=f"127.0.0.1:{sink.port}",
         )  # fmt: skip
         worker = at.start(UNAUTHORIZED_REPLIES="shall not pass")

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.db.engine import _turn
+from relay.db.engine import write_lock
 from relay.spool.store import Spool
 from tests import services
 from tests.integration.mailroom import BODY, Mailroom
@@ -129,7 +129,7 @@ class Scene:
         for phase, gate in gates.items():
             assert gate.reached.wait(30), (phase, self.house.said())
         until(lambda: self.mail.state(self.ids[CONNECTING]) == "sending")
-        with _turn(self.mail.database):
+        with write_lock(self.mail.database):
             self.gates[ANSWERED].open.set()
             until(lambda: self.said("delivered"), what=self.house.said)  # told, and not recorded
             self.ids[UNCLAIMED] = self.mail.accept(f"b@{place(UNCLAIMED)}.test", has_turn=True)

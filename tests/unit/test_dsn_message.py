@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.dsn.message import Failure, Kind, Original, compose, quoted, status_of, unxtext
+from relay.queue.states import ReasonSource
 
 NOW = datetime(2026, 11, 22, 17, 0, 0, tzinfo=UTC)
 ID, ABOUT = "01a20439a5b371daae4d9cd848026382", "01a20439a5b371daae4d9cd848026111"
 ORIGINAL = Original(ABOUT, "a@example.com", NOW - timedelta(hours=1), "<1@client.example>", None)
 FAILED = Failure(
     "b@example.org", None, Kind.BOUNCED, "no mailbox here by that name (#5.1.1)", "mx.example.net:628",
-    NOW - timedelta(minutes=1), NOW + timedelta(days=4), "rejected",
+    NOW - timedelta(minutes=1), NOW + timedelta(days=4), "rejected", ReasonSource.SERVER,
 )  # fmt: skip
 CONTENT = b"Received: by here\nSubject: hello\nFrom: a@example.com\n\nbody\n.\n--=_not-a-boundary\n"
 
@@ -132,8 +133,18 @@ def test_possibly_delivered_is_not_called_undelivered(kind: Kind) -> None:
     """Three recipients: one whose last try got no answer, one of which that is so of an earlier
     try, one without."""
     ours = "connection closed by the server after the commit point"
-    doubtful = replace(FAILED, kind=kind, outcome="uncertain", reply=ours, possibly_delivered=True)
-    earlier = replace(doubtful, outcome="deferred", reply="busy")
+    bounced = replace(
+        FAILED,
+        reply="bounced by an operator",
+        reason_source=ReasonSource.OPERATOR,
+        possibly_delivered=True,
+    )
+    doubtful = replace(
+        bounced, kind=kind, outcome="uncertain", reply=ours, reason_source=ReasonSource.RELAY
+    )
+    earlier = replace(doubtful, outcome="deferred", reply="busy", reason_source=ReasonSource.SERVER)
+    if kind is Kind.BOUNCED:
+        doubtful = earlier = bounced
     wire = written(doubtful, earlier)
     expected = " ".join(words(wire).split())
     assert expected.count("It may have been delivered all the same") == 2
@@ -149,35 +160,47 @@ def test_possibly_delivered_is_not_called_undelivered(kind: Kind) -> None:
         assert parsed(both)["Subject"] == "Undelivered mail returned to sender"
 
 
-@pytest.mark.parametrize(("outcome", "reply", "diagnostic", "expected"), [
-    ("deferred", "busy", True, "The last reply was: busy"),
-    ("rejected", "not you", True, "The last reply was: not you"),
-    ("unreachable", "ECONNREFUSED (refused)", False, "The last attempt failed: ECONNREFUSED (refused)"),
-    ("malformed", "no QMQP reply: 220 mx", False, "The last attempt failed: no QMQP reply: 220 mx"),
-    ("interrupted", "", False, "The last attempt failed."),
-    ("deferred", "held by ann@host: looks odd", False, "The last attempt failed."),
-    (None, "held by ann@host: looks odd", False, "It has not been tried yet."), (None, "", False, "It has not been tried yet."),
+@pytest.mark.parametrize(("outcome", "reply", "source", "expected"), [
+    ("deferred", "busy", "server", "The last reply was: busy"),
+    ("rejected", "not you", "server", "The last reply was: not you"),
+    ("deferred", "held by greylist", "server", "The last reply was: held by greylist"),
+    ("unreachable", "ECONNREFUSED (refused)", "relay", "The last attempt failed: ECONNREFUSED (refused)"),
+    ("malformed", "no QMQP reply: 220 mx", "relay", "The last attempt failed: no QMQP reply: 220 mx"),
+    ("interrupted", "", "relay", "The last attempt failed."),
+    ("deferred", "held by ann@host: looks odd", "operator", "The last attempt failed."),
+    (None, "held by ann@host: looks odd", "operator", "It has not been tried yet."),
+    (None, "", None, "It has not been tried yet."),
 ])  # fmt: skip
 def test_only_a_reply_of_a_server_is_a_diagnostic_code(
-    outcome: str | None, reply: str, diagnostic: bool, expected: str
+    outcome: str | None, reply: str, source: str | None, expected: str
 ) -> None:
-    wire = written(replace(FAILED, kind=Kind.DELAYED, outcome=outcome, reply=reply))
-    assert groups(wire)[1].get("Diagnostic-Code") == (f"x-qmqp; {reply}" if diagnostic else None)
+    failure = replace(FAILED, kind=Kind.DELAYED, outcome=outcome, reply=reply, reason_source=source)
+    wire = written(failure)
+    diagnostic = f"x-qmqp; {reply}" if source == "server" else None
+    assert groups(wire)[1].get("Diagnostic-Code") == diagnostic
     assert expected in " ".join(words(wire).split())
     assert "ann" not in words(wire)
 
 
 @pytest.mark.parametrize(("outcome", "reply", "expected"), [
     ("rejected", "bounced by an operator: spam run", "It was sent back by an operator of this relay: spam run"),
-    ("uncertain", "the worker vanished while it was sending", "It was sent back by an operator of this relay."),
+    ("uncertain", "bounced by an operator", "It was sent back by an operator of this relay."),
     ("rejected", "", "The mail server refused it and gave no reason."),
 ])  # fmt: skip
 def test_bounce_by_an_operator_is_not_attributed_to_a_server(
     outcome: str, reply: str, expected: str
 ) -> None:
-    wire = written(replace(FAILED, outcome=outcome, reply=reply))
+    source = ReasonSource.OPERATOR if reply else ReasonSource.SERVER
+    wire = written(replace(FAILED, outcome=outcome, reply=reply, reason_source=source))
     assert expected in " ".join(words(wire).split())
     assert "Diagnostic-Code" not in groups(wire)[1]
+
+
+def test_a_server_that_replies_like_an_operator_is_a_server() -> None:
+    reply = "bounced by an operator: x"
+    wire = written(replace(FAILED, outcome="rejected", reply=reply))
+    assert f"The mail server refused it: {reply}" in " ".join(words(wire).split())
+    assert groups(wire)[1]["Diagnostic-Code"] == f"x-qmqp; {reply}"
 
 
 def test_left_out_content_is_explained() -> None:

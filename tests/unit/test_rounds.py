@@ -105,7 +105,7 @@ def test_all_answers_of_a_round_are_one_post(desk: Desk) -> None:
 
 def test_rounds_are_bounded_and_told_of(database: Database) -> None:
     told: list[int] = []
-    desk = Desk(database, largest=4, rounds_of=lambda size, seconds: told.append(size))
+    desk = Desk(database, largest=4, observe=lambda size, seconds: told.append(size))
     for n in range(10):
         desk.put(n)
     desk.writer.start()
@@ -156,7 +156,7 @@ def test_a_round_is_run_again_whole_until_the_database_is_back(
     desk.writer.start()
     assert desk.wait() == {n: f"{n} done" for n in range(3)}
     assert tries == [[0, 1, 2]] * 3
-    assert not desk.writer.rounds.stuck
+    assert not desk.writer.committer.stuck
 
 
 def test_who_cannot_wait_is_told_and_the_others_wait_on(desk: Desk, database: Database) -> None:
@@ -168,7 +168,7 @@ def test_who_cannot_wait_is_told_and_the_others_wait_on(desk: Desk, database: Da
     answers = desk.wait()
     assert list(answers) == ["hurried"]
     assert isinstance(answers["hurried"], CommitUnknown)
-    assert desk.writer.rounds.stuck
+    assert desk.writer.committer.stuck
     database.fault = lambda items: None
     assert desk.wait()["patient"] == "patient done"
     assert desk.answers["less"] == "less done"
@@ -198,7 +198,7 @@ def test_closing_while_the_database_is_away_gives_up_in_the_end(
     database.fault = away
     desk.put("never")
     desk.writer.start()
-    until(lambda: desk.writer.rounds.stuck)
+    until(lambda: desk.writer.committer.stuck)
     assert desk.writer.close(0.5)
     assert isinstance(desk.wait()["never"], CommitUnknown)
 
@@ -210,7 +210,7 @@ def test_a_database_that_comes_back_while_we_close_gets_everything(
     database.fault = away
     desk.put("outcome")
     desk.writer.start()
-    until(lambda: desk.writer.rounds.stuck)
+    until(lambda: desk.writer.committer.stuck)
     closing = threading.Thread(target=desk.writer.close, args=(20,))
     closing.start()
     seen, failures = threading.Event(), iter((True, True))

@@ -1,52 +1,154 @@
-"""The table of transitions: what it says of itself, and that the code's own lists agree with it."""
+"""The table of transitions, the statements that change a state, and the diagram made from it."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
 
 from migrations.tables import deliveries
-from relay.db.schema import FINAL, NEEDS_BODY, TRANSITIONS, UNFINISHED, Outcome, State, words
+from relay.db.schema import NEEDS_BODY, words
 from relay.queue.operations import OPERATIONS
+from relay.queue.states import (
+    FINAL,
+    LATE_K,
+    OUTCOME_POLICY,
+    TRANSITIONS,
+    UNFINISHED,
+    Outcome,
+    State,
+    successors,
+)
+
+ROOT = Path(__file__).parents[2]
+# An assignment of a state, or the CASE that computes it, up to the next column.
+_ASSIGNS = re.compile(
+    r"SET state = |\bstate = '(?:held|deferred)', due_at|INSERT INTO deliveries|END AS final"
+)
+_EVENT = re.compile(r"-- event: (.*)")
 
 
 def test_every_state_is_in_the_table() -> None:
-    assert set(TRANSITIONS) == set(State)
-    assert set().union(*TRANSITIONS.values()) <= set(State)
-    assert all(state not in TRANSITIONS[state] for state in State)
+    assert {row.after for row in TRANSITIONS} == set(State)
+    assert all(row.before is not row.after for row in TRANSITIONS)
+    assert len(set(TRANSITIONS)) == len(TRANSITIONS)
     assert set(UNFINISHED) | set(FINAL) | {State.SPLIT} == set(State)
 
 
 def test_only_queued_becomes_sending() -> None:
-    assert [state for state in State if State.SENDING in TRANSITIONS[state]] == [State.QUEUED]
+    assert [state for state in State if State.SENDING in successors(state)] == [State.QUEUED]
 
 
-def test_only_sending_is_delivered() -> None:
-    assert [state for state in State if State.DELIVERED in TRANSITIONS[state]] == [State.SENDING]
+def test_only_sending_becomes_delivered() -> None:
+    assert [state for state in State if State.DELIVERED in successors(state)] == [State.SENDING]
 
 
-def test_what_is_final_stays_but_for_a_bounce_that_an_operator_takes_back() -> None:
-    assert {state: TRANSITIONS[state] for state in (*FINAL, State.SPLIT) if TRANSITIONS[state]} == {
-        State.BOUNCED: frozenset({State.DEFERRED})
+def test_final_states_stay_unless_a_bounce_is_reclassified() -> None:
+    assert {state: successors(state) for state in FINAL if successors(state)} == {
+        State.BOUNCED: {State.DEFERRED}
     }
+    assert successors(State.SPLIT) == {State.BOUNCED}, "in the transaction that could not cut it"
 
 
-def test_everything_unfinished_leads_to_an_end() -> None:
+def test_every_unfinished_state_leads_to_a_final_one() -> None:
     reached = set(FINAL)
-    while more := {state for state in State if TRANSITIONS[state] & reached} - reached:
+    while more := {state for state in State if successors(state) & reached} - reached:
         reached |= more
     assert set(UNFINISHED) <= reached
 
 
-def test_operators_verbs_are_transitions() -> None:
-    for verb in OPERATIONS.values():
-        for state in verb.takes:
-            assert verb.state in TRANSITIONS[state], f"{verb.name} from {state}"
-        if verb.wanted:
-            assert verb.state in TRANSITIONS[State.SENDING]
+def test_operations_on_a_delivery_in_flight_lead_from_sending() -> None:
+    pending = {row.after for row in TRANSITIONS if row.event == "pending operation"}
+    assert {operation.state for operation in OPERATIONS.values() if operation.wanted} == pending
 
 
-def test_what_the_words_of_the_design_are() -> None:
+def test_every_outcome_has_a_next_state_that_the_table_names() -> None:
+    assert set(OUTCOME_POLICY) == set(Outcome)
+    assert {state for state, _ in OUTCOME_POLICY.values()} <= successors(State.SENDING)
+
+
+def test_values_are_their_names_in_lower_case() -> None:
     assert [str(outcome) for outcome in Outcome] == [outcome.name.lower() for outcome in Outcome]
     assert [str(state) for state in State] == [state.name.lower() for state in State]
     assert words(("a", "b")) == "'a', 'b'"
     for state in State:
         assert (f"'{state}'" in NEEDS_BODY) == (state in UNFINISHED)
+
+
+def _statements() -> dict[str, str]:
+    """Every string of the program that writes a state, by file and line; `{}` stands for a value
+    that is put in."""
+    found = {}
+    for room in ("relay", "worker", "reception", "smtpd", "commands"):
+        for file in (ROOT / room).rglob("*.py"):
+            tree = ast.parse(file.read_text())
+            inner = {
+                part
+                for node in ast.walk(tree)
+                if isinstance(node, ast.JoinedStr)
+                for part in node.values
+            }
+            for node in ast.walk(tree):
+                if isinstance(node, ast.JoinedStr):
+                    text = "".join(
+                        str(part.value) if isinstance(part, ast.Constant) else "{}"
+                        for part in node.values
+                    )
+                elif isinstance(node, ast.Constant) and node not in inner:
+                    text = str(node.value)
+                else:
+                    continue
+                if _ASSIGNS.search(text):
+                    found[f"{file.relative_to(ROOT)}:{node.lineno}"] = text
+    return found
+
+
+STATEMENTS = _statements()
+
+
+def test_the_statements_that_write_a_state_are_found() -> None:
+    assert len(STATEMENTS) >= 14
+    named = {name for text in STATEMENTS.values() for name in _events(text)}
+    assert named | set(OPERATIONS) | {"reroute"} == {row.event for row in TRANSITIONS} | {LATE_K}
+
+
+@pytest.mark.parametrize("where", STATEMENTS)
+def test_a_statement_writes_only_states_that_its_events_lead_to(where: str) -> None:
+    text = STATEMENTS[where]
+    events = _events(text)
+    assert events, "an `-- event:` comment names the event"
+    after = {row.after for row in TRANSITIONS if row.event in events}
+    if LATE_K in events:
+        after.add(State.DELIVERED)
+    assert _written(text) <= after
+
+
+def _events(text: str) -> set[str]:
+    return {name for line in _EVENT.findall(text) for name in line.split(", ")}
+
+
+def _written(text: str) -> set[str]:
+    """The states that stand as literals where a statement assigns `state`."""
+    if case := re.search(r"CASE (.*?) END AS final", text, re.DOTALL):
+        return set(re.findall(r"(?:THEN|ELSE) '(\w+)'", case[1]))
+    if "INSERT INTO deliveries" in text:
+        chosen = text.partition("SELECT")[2].partition("FROM")[0]
+        return set(re.findall(r"'(\w+)'", chosen)) - {"default", "operator"}
+    return set(re.findall(r"\bstate = '(\w+)'", text.partition("WHERE")[0]))
+
+
+def _diagram() -> str:
+    """The table as mermaid has it: an arrow for each pair of states, with all events."""
+    events: dict[tuple[str, str], list[str]] = {}
+    for event, before, after in TRANSITIONS:
+        events.setdefault((before or "[*]", after), []).append(event)
+    arrows = [f"    {a} --> {b}: {', '.join(names)}" for (a, b), names in events.items()]
+    ends = [f"    {state} --> [*]" for state in FINAL]
+    return "\n".join(["```mermaid", "stateDiagram-v2", *arrows, *ends, "```"])
+
+
+def test_the_diagram_in_the_docs_is_the_table() -> None:
+    assert _diagram() in (ROOT / "docs/design.md").read_text()
 
 
 def test_a_delivery_stands_in_one_index_by_due_at_for_each_state() -> None:
