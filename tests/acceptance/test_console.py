@@ -319,7 +319,7 @@ def test_pages(console: Console) -> None:
     assert "DSN of" in browser.get(f"/message/{uncertain}").words
     for path, words in {
         f"/search?id={created.ids['held'][0][-12:]}": "1", "/search?sender=nobody@example.com": "No mail matches",
-        "/search?id=zz": "is no queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
+        "/search?id=zz": "is not a queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
         f"/search?id={dashed(created.ids['sending'][0])}": "sending",
         "/search?sender=%3C%3E": "queued", "/search?reply=greylisted": "451 4.7.1", "/search?header_message_id=7@example.com":
         "sender7@example.com", "/search?recipient=many2@*": "many2@example.org",

@@ -166,7 +166,7 @@ def test_what_a_person_sees(
     created, browser = seen
     shown = {
         "/": "The oldest unfinished message", "/search": HOSTILE[-9:], f"/search?sender={LONG}": "sub.example.com",
-        "/search?sender=nobody": "No mail matches", "/nothing": "Not found", "/search?id=zz": "is no queue id",
+        "/search?sender=nobody": "No mail matches", "/nothing": "Not found", "/search?id=zz": "is not a queue id",
     } | {f"/message/{ids[-1]}": state for state, ids in created.ids.items()}  # fmt: skip
     for path, words in shown.items():
         chromium.look(browser.root + path, width, scheme)

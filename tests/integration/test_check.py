@@ -20,7 +20,7 @@ def verdicts_on(
     office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch, *servers: str
 ) -> dict[str, tuple[str, str]]:
     """The verdict on each of these servers, and its text."""
-    monkeypatch.setattr(probe, "_PATIENCE", 0.3)
+    monkeypatch.setattr(probe, "REFUSAL_DELAY", 0.3)
     monkeypatch.setenv("RELAY_QMQP_SERVERS", ",".join(servers))
     typed = typed_at(office, spool, monkeypatch)
     rows = [json.loads(line) for line in typed("check", "--json", status=None).stdout.splitlines()]
