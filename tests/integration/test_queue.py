@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from relay.db.schema import Outcome, State
-from relay.ids import dashed
+from relay.ids import dashed, new_id
 from relay.report.filters import Filter
 from relay.report.queries import NoSuchMessage, QueueReader
 from tests.integration.office import Office, new_message
@@ -24,9 +24,13 @@ def found(queue: QueueReader, **wanted: object) -> list[str]:
 
 
 def test_every_filter_selects_its_rows(office: Office, queue: QueueReader) -> None:
-    one = office.accept("ann@example.org", sender="news@example.com", header_message_id="<1@x>")
-    two = office.accept("bulk:bob_1@example.net", sender="")
-    three = office.accept("bobX1@EXAMPLE.net", sender="it's 100%@example.com")
+    # Ids that are made in one millisecond are in no order.
+    one, two, three = sorted(new_id() for _ in range(3))
+    office.accept(
+        "ann@example.org", sender="news@example.com", header_message_id="<1@x>", queue_id=one
+    )
+    office.accept("bulk:bob_1@example.net", sender="", queue_id=two)
+    office.accept("bobX1@EXAMPLE.net", sender="it's 100%@example.com", queue_id=three)
     (claim,) = office.claim(one)
     office.record(claim, Outcome.DEFERRED, reply="451 4.2.0 mailbox_full (#1)", server="a:628")
     assert found(queue) == [one, two, three], "oldest first"
