@@ -7,7 +7,9 @@ every statement.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from sqlalchemy import Connection, Engine, TextClause, text
@@ -132,3 +134,50 @@ class Statements:
         ):  # %% is % in either
             for (value,) in copy.rows():
                 yield value
+
+
+_NAME = re.compile(r"^-- name: (\w+)$", re.M)
+_COMMENT_OR_STRING = re.compile(r"(--[^\n]*)|'(?:[^']|'')*'")
+
+
+@cache
+def named_statements(module: str, database: str) -> Mapping[str, tuple[TextClause, ...]]:
+    """The statements of `<module>.<database>.sql`, by name.
+
+    A name stands alone in a line `-- name: claim_hinted`. Its statements follow, each ended by a
+    semicolon at the end of a line. Comments stay behind; a database shows each statement with its
+    module and name. Raises ValueError for a name that stands twice or has no whole statement.
+    """
+    package, _, subject = module.rpartition(".")
+    source = files(package).joinpath(f"{subject}.{database}.sql").read_text()
+    named: dict[str, tuple[TextClause, ...]] = {}
+    _, *parts = _NAME.split(source)
+    for name, body in zip(parts[::2], parts[1::2], strict=True):
+        # A colon inside of a string is not the beginning of a parameter.
+        plain = _COMMENT_OR_STRING.sub(lambda m: "" if m[1] else m[0].replace(":", r"\:"), body)
+        *statements, rest = re.split(r";\s*$", plain, flags=re.M)
+        if name in named or not statements or rest.strip():
+            raise ValueError(f"{subject}.{database}.sql: {name} stands twice or is not whole")
+        title = f"-- {module} {name}\n"
+        named[name] = tuple(text(title + statement.strip()) for statement in statements)
+    return named
+
+
+class Queries:
+    """The named statements of one module for an engine's database.
+
+    `Queries(engine, __name__, grace=60.0)` reads the file beside the module. The keywords are
+    parameters that its statements share.
+    """
+
+    def __init__(self, engine: Engine, module: str, **common: Any) -> None:
+        self._statements = named_statements(module, engine.dialect.name)
+        self._common = common
+
+    def run(self, connection: Connection, name: str, **parameters: Any) -> Any:
+        """Run the statements of a name, one after the other; the result of the last one."""
+        *first, last = self._statements[name]
+        values = self._common | parameters
+        for statement in first:
+            connection.execute(statement, values)
+        return connection.execute(last, values)
