@@ -20,7 +20,7 @@ from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.report.filters import Filter
 from relay.settings import Settings, load
 from relay.spool.store import Spool
-from tests.integration.office import Office
+from tests.integration.queue_harness import QueueHarness
 from tests.waiting import until
 
 HOSTILE = "<script>alert('x')</script>\"'&amp;{{7*7}}"
@@ -46,9 +46,9 @@ class Scenario:
         self.ids.setdefault(state, []).extend(ids)
 
 
-def scenario(office: Office, spool: Spool) -> Scenario:
-    """Create it in an empty office."""
-    created, operations = Scenario(), QueueOperations(office.engine, notices=True)
+def scenario(queue: QueueHarness, spool: Spool) -> Scenario:
+    """Create it in an empty queue."""
+    created, operations = Scenario(), QueueOperations(queue.engine, notices=True)
     numbers = iter(range(1, 100))
 
     def accept(*addresses: str, **more: object) -> str:
@@ -57,7 +57,7 @@ def scenario(office: Office, spool: Spool) -> Scenario:
             "sender": f"sender{number}@example.com",
             "header_message_id": f"<{number}@example.com>",
         } | more
-        queue_id = office.accept(
+        queue_id = queue.accept(
             *(addresses or (f"r{number}@d{number % 3}.example.org",)), **message
         )
         spool.store(queue_id, [b"Subject: x\n\n" + b"x" * 88])
@@ -65,20 +65,20 @@ def scenario(office: Office, spool: Spool) -> Scenario:
 
     def tried(outcome: Outcome, **more: Any) -> str:
         queue_id = accept()
-        office.record(office.claim(queue_id)[0], outcome, **more)
+        queue.record(queue.claim(queue_id)[0], outcome, **more)
         return queue_id
 
     created.add("delivered", *(tried(Outcome.DELIVERED) for _ in range(12)))
     late = [tried(Outcome.DEFERRED) for _ in range(3)]
-    office.pass_time(2000, only=late)  # older than the lifetime: the next failure expires them
-    office.sweeps.requeue_due(10)
-    for claim in office.claim(*late):
-        office.record(claim, Outcome.DEFERRED, reply="451 still busy")
+    queue.pass_time(2000, only=late)  # older than the lifetime: the next failure expires them
+    queue.rescuer.requeue_due(10)
+    for claim in queue.claim(*late):
+        queue.record(claim, Outcome.DEFERRED, reply="451 still busy")
     created.add("expired", *late)
     created.add(
         "bounced", *(tried(Outcome.REJECTED, reply=f"550 5.1.1 {HOSTILE}") for _ in range(4))
     )
-    generator = DsnGenerator(office.engine, spool, office.settings, lambda _address: "notices")
+    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda _address: "notices")
     dsns = generator.generate(5)  # of seven: two stay pending
     created.dsns_pending, created.dsns = 2, len(dsns)
     created.add("queued", *dsns)
@@ -100,11 +100,11 @@ def scenario(office: Office, spool: Spool) -> Scenario:
             created.actions[verb] += 1
         created.add(state, *ids)
     cut = accept("good@example.org", "bad@example.org", "fine@example.org")
-    office.record(
-        office.claim(cut)[0], Outcome.REJECTED, state=State.SPLIT, reply="550 5.1.1 no such user"
+    queue.record(
+        queue.claim(cut)[0], Outcome.REJECTED, state=State.SPLIT, reply="550 5.1.1 no such user"
     )
-    for claim in office.claim(cut):
-        office.record(claim, Outcome.DELIVERED)
+    for claim in queue.claim(cut):
+        queue.record(claim, Outcome.DELIVERED)
     created.add("delivered", cut, recipients=3)
     created.add(
         "queued",
@@ -115,15 +115,15 @@ def scenario(office: Office, spool: Spool) -> Scenario:
     created.add("queued", accept(LONG, sender=LONG), *(accept(sender="") for _ in range(2)))
     created.add("queued", accept("many1@example.org", "many2@example.org"), recipients=2)
     sending = [accept() for _ in range(4)]
-    office.claim(*sending)
+    queue.claim(*sending)
     created.add("sending", *sending)
     for state, overdue in (
         ("deferred", created.ids["deferred"][:2]),
         ("queued", created.ids["queued"]),
     ):
-        office.pass_time(100, only=overdue)  # no worker has handled them since they were due
+        queue.pass_time(100, only=overdue)  # no worker has handled them since they were due
         created.overdue[state] = len(overdue)
-    office.pass_time(
+    queue.pass_time(
         -10_000, only=created.ids["deferred"][2:]
     )  # however long the tests take, these are not
     return created
@@ -174,10 +174,10 @@ class Browser:
 
 
 @contextmanager
-def browsing(office: Office) -> Iterator[Browser]:
-    """The pages of an office's database, served by a real server."""
+def browsing(queue: QueueHarness) -> Iterator[Browser]:
+    """The pages of a database, served by a real server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = web.server(office.engine, load(Settings))
+        server = web.server(queue.engine, load(Settings))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

@@ -40,7 +40,7 @@ class Installation:
         self.broker = Broker(temporary_directory())
         self.broker.start()
         self.database = connect(database_url)
-        self.spell = dialect_of(self.database)
+        self.dialect = dialect_of(self.database)
         self.spool = directory / "var" / "spool"
         self.settings = {
             "STATE_DIR": str(directory / "var"), "DATABASE_URL": database_url, "BROKER_URL": self.broker.url,
@@ -142,7 +142,7 @@ class Installation:
     def rows(self, sql: str, **parameters: Any) -> list[Any]:
         """The rows of a SELECT (macros of `relay.db.sql.Dialect` work)."""
         with reading(self.database) as connection:
-            return list(connection.execute(text(self.spell(sql)), parameters).all())
+            return list(connection.execute(text(self.dialect(sql)), parameters).all())
 
     def count(self, where: str = "1 = 1") -> int:
         """How many deliveries match."""

@@ -30,7 +30,7 @@ from tests.acceptance.console import (
     questions,
     scenario,
 )
-from tests.integration.office import Office, opened
+from tests.integration.queue_harness import QueueHarness, opened
 from tests.integration.typed import Typed, lines, typed_at
 
 
@@ -38,7 +38,7 @@ from tests.integration.typed import Typed, lines, typed_at
 class Console:
     """The scenario, and every interface that shows it."""
 
-    office: Office
+    queue: QueueHarness
     spool: Spool
     typed: Typed
     browser: Browser
@@ -61,10 +61,10 @@ def console(
             name = databases.create()
             stack.callback(databases.drop, name)
             url = databases.url(name)
-        office, spool = stack.enter_context(opened(url)), Spool(directory / "spool")
-        typed = typed_at(office, spool, stack.enter_context(pytest.MonkeyPatch.context()))
-        created = scenario(office, spool)
-        yield Console(office, spool, typed, stack.enter_context(browsing(office)), created)
+        queue, spool = stack.enter_context(opened(url)), Spool(directory / "spool")
+        typed = typed_at(queue, spool, stack.enter_context(pytest.MonkeyPatch.context()))
+        created = scenario(queue, spool)
+        yield Console(queue, spool, typed, stack.enter_context(browsing(queue)), created)
 
 
 def test_every_interface_shows_the_same_numbers(console: Console) -> None:
@@ -72,10 +72,10 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
     assert set(wanted) == set(State) - {"split"}
     assert 45 <= sum(map(len, created.ids.values())) <= 60
 
-    by_sql = console.office.rows("SELECT state, count(*) AS n FROM mail_history GROUP BY state")
+    by_sql = console.queue.rows("SELECT state, count(*) AS n FROM mail_history GROUP BY state")
     assert {row["state"]: row["n"] for row in by_sql} == wanted
     unfinished = {state: count for state, count in wanted.items() if state in UNFINISHED}
-    by_sql = console.office.rows("SELECT state, count(*) AS n FROM mail_queue GROUP BY state")
+    by_sql = console.queue.rows("SELECT state, count(*) AS n FROM mail_queue GROUP BY state")
     assert {row["state"]: row["n"] for row in by_sql} == unfinished
 
     assert (
@@ -87,7 +87,7 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
             row["queue_id"] for row in lines(console.typed("list", "--state", state, "--json"))
         } == set(ids)
 
-    deliveries = Counter({row["state"]: row["n"] for row in console.office.rows(
+    deliveries = Counter({row["state"]: row["n"] for row in console.queue.rows(
         "SELECT state, count(*) AS n FROM deliveries GROUP BY state")})  # fmt: skip
     stats = lines(console.typed("stats", "--json"))
     told: Counter[str] = Counter()
@@ -96,7 +96,7 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
     assert +told == deliveries
     assert sum(row["waiting"] for row in stats if row["kind"] == "age") == sum(unfinished.values())
     assert sum(row["under_5m"] for row in stats if row["kind"] == "age") == sum(unfinished.values())
-    (tries,) = console.office.rows("SELECT count(*) AS n FROM attempts")
+    (tries,) = console.queue.rows("SELECT count(*) AS n FROM attempts")
     assert sum(row["last_minute"] for row in stats if row["kind"] == "rate") == tries["n"]
     assert [row["sending"] for row in stats if row["kind"] == "worker"] == [wanted["sending"]]
 
@@ -104,7 +104,7 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
     tiles = re.findall(r"<b>(\d+)</b> <span class=\"state (\w+)\">", overview)
     assert {state: int(count) for count, state in tiles} == deliveries
     health = {
-        row["server"]: row["attempts"] for row in console.office.rows("SELECT * FROM server_health")
+        row["server"]: row["attempts"] for row in console.queue.rows("SELECT * FROM server_health")
     }
     assert {row["server"]: row["attempts"] for row in stats if row["kind"] == "server"} == health
     servers = re.findall(r'class="server">(.*?)</th>.*"Tries">(\d+)</td>', overview)
@@ -113,7 +113,7 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
         assert len(ids_on(console.browser, f"/search?state={state}")) == count
 
     registry = CollectorRegistry()
-    registry.register(Collected(console.office.engine, console.spool))
+    registry.register(Collected(console.queue.engine, console.spool))
     by_state = {s: registry.get_sample_value("relay_deliveries", {"state": s}) for s in UNFINISHED}
     assert by_state == {state: deliveries[state] for state in UNFINISHED}
     assert registry.get_sample_value("relay_dsns_pending") == created.dsns_pending
@@ -122,8 +122,8 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
 
 
 def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> None:
-    created, spell = console.scenario, console.office.spell
-    messages = console.office.rows(
+    created, dialect = console.scenario, console.queue.dialect
+    messages = console.queue.rows(
         "SELECT @hex(id) AS id, @when(received_at) AS received_at FROM messages"
     )
     received = {row["id"]: row["received_at"] for row in messages}
@@ -131,20 +131,20 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
 
     def ages() -> dict[str, float]:
         sql = "SELECT @since(min(received_at)) AS age FROM messages WHERE @when(received_at) = :at"
-        return {state: console.office.rows(sql, at=at)[0]["age"] for state, at in oldest.items()}
+        return {state: console.queue.rows(sql, at=at)[0]["age"] for state, at in oldest.items()}
 
     before = ages()
     stats = [row for row in lines(console.typed("stats", "--json")) if row["kind"] == "queue"]
     overview = console.browser.get("/").words
     registry = CollectorRegistry()
-    registry.register(Collected(console.office.engine, console.spool))
+    registry.register(Collected(console.queue.engine, console.spool))
     by_metric = {
         s: registry.get_sample_value("relay_oldest_age_seconds", {"state": s}) for s in UNFINISHED
     }
     late = {s: registry.get_sample_value("relay_overdue", {"state": s}) for s in UNFINISHED}
     after = ages()
 
-    by_sql = console.office.rows(
+    by_sql = console.queue.rows(
         "SELECT state, min(oldest_at) AS at FROM queue_summary GROUP BY state"
     )
     assert {row["state"]: row["at"] for row in by_sql if row["at"]} == oldest
@@ -158,7 +158,7 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
     assert +by_state == created.overdue
     assert {state: count for state, count in late.items() if count} == created.overdue
     assert f" {created.overdue.total()} deliveries are overdue." in overview
-    assert spell.postgresql or all("." in at for at in oldest.values())
+    assert dialect.postgresql or all("." in at for at in oldest.values())
 
 
 def test_the_twenty_questions_are_answered(console: Console) -> None:
@@ -174,12 +174,12 @@ def test_the_twenty_questions_are_answered(console: Console) -> None:
     def ask(query: str) -> list[tuple[Any, ...]]:
         for example, ours in named.items():
             query = query.replace(example, ours)
-        with reading(console.office.engine) as connection:
+        with reading(console.queue.engine) as connection:
             return [
                 tuple(row) for row in connection.exec_driver_sql(query.replace("%", "%%")).all()
             ]
 
-    asked = questions("postgresql" if console.office.spell.postgresql else "sqlite")
+    asked = questions("postgresql" if console.queue.dialect.postgresql else "sqlite")
     answers: dict[int, Any] = {
         n: [ask(query) for query in queries] for n, queries in enumerate(asked, 1)
     }
@@ -212,7 +212,7 @@ def test_the_twenty_questions_are_answered(console: Console) -> None:
     assert {row[0] for row in answers[11]} == ids["held"]
     assert [(HOSTILE in row[1], row[2]) for row in answers[12]] == [(True, recipients["bounced"])]
     assert {row[0] for row in answers[13]} == set(created.possibly_delivered)
-    (tries,) = console.office.rows("SELECT count(*) AS n FROM attempts")
+    (tries,) = console.queue.rows("SELECT count(*) AS n FROM attempts")
     assert [(row[0], row[1], row[6]) for row in answers[14]] == [
         (SERVER, tries["n"], len(created.possibly_delivered))
     ]
@@ -284,7 +284,7 @@ def test_show(console: Console) -> None:
         if "it is unknown" in console.typed("why", i).stdout
     )
     shown = console.typed("show", uncertain[-12:]).stdout
-    (header_id,) = console.office.rows(
+    (header_id,) = console.queue.rows(
         "SELECT header_message_id AS h FROM messages WHERE id = @id(:id)", id=uncertain
     )
     duplicate = f" duplicate: possibly delivered to qmqp.example.net:628: search there for {uncertain} or {header_id['h']}\n"
@@ -294,7 +294,7 @@ def test_show(console: Console) -> None:
     assert (whole["file_size"], whole["spool_at_hand"]) == (100, True)
     assert [(row["outcome"], row["bytes_sent"]) for row in whole["attempts"]] == [("uncertain", 90)]
     sending = console.scenario.ids["sending"][0]
-    assert f"by worker {console.office.worker[-12:]}" in console.typed("show", sending).stdout
+    assert f"by worker {console.queue.worker[-12:]}" in console.typed("show", sending).stdout
     for state, ids in console.scenario.ids.items():
         assert state in console.typed("show", ids[0]).stdout
 
@@ -402,10 +402,10 @@ def test_a_page_is_served_only_under_a_name_of_this_machine(console: Console) ->
 def test_an_empty_relay_and_one_without_database(
     database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(database_url) as office:
-        typed_at(office, spool, monkeypatch)
-        office.ledger.retire(office.worker)
-        with browsing(office) as browser:
+    with opened(database_url) as queue:
+        typed_at(queue, spool, monkeypatch)
+        queue.worker_queue.retire(queue.worker)
+        with browsing(queue) as browser:
             overview = browser.get("/").words
             for words in (
                 "No mail waits",
@@ -415,7 +415,7 @@ def test_an_empty_relay_and_one_without_database(
             ):
                 assert words in overview
             assert "No mail matches" in browser.get("/search").words
-            office.change("ALTER TABLE messages RENAME TO elsewhere")
+            queue.change("ALTER TABLE messages RENAME TO elsewhere")
             page = browser.get("/search")
             assert (page.status, "does not answer" in page.words) == (503, True)
             assert "messages" not in page.text, "what the database said is for the log"

@@ -18,23 +18,23 @@ from relay.report.queries import QueueReader
 from relay.report.statistics import Statistics
 from relay.spool.store import Spool
 from tests.acceptance.console import Browser, browsing
-from tests.integration.office import Office, opened
+from tests.integration.queue_harness import QueueHarness, opened
 from tests.integration.typed import typed_at
 
 
 @pytest.fixture
 def at_the_page(
     database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Office, Browser]]:
-    with opened(database_url) as office:
-        typed_at(office, spool, monkeypatch)
-        with browsing(office) as browser:
-            yield office, browser
+) -> Iterator[tuple[QueueHarness, Browser]]:
+    with opened(database_url) as queue:
+        typed_at(queue, spool, monkeypatch)
+        with browsing(queue) as browser:
+            yield queue, browser
 
 
-def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[Office, Browser]) -> None:
-    office, browser = at_the_page
-    queue_id = office.accept()
+def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[QueueHarness, Browser]) -> None:
+    queue, browser = at_the_page
+    queue_id = queue.accept()
     behind = [f"{queue_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
     for after in (*behind, queue_id, f"{queue_id[-8:]}.1", ".", "x.y", "%00"):
         page = browser.get(f"/search?after={after}")
@@ -50,7 +50,7 @@ def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[Office, Browser])
 @pytest.mark.parametrize(
     "name", ["id", "sender", "recipient", "header_message_id", "state", "reply"]
 )
-def test_a_zero_byte_is_no_outage(at_the_page: tuple[Office, Browser], name: str) -> None:
+def test_a_zero_byte_is_no_outage(at_the_page: tuple[QueueHarness, Browser], name: str) -> None:
     _, browser = at_the_page
     for value in ("%00", "a%00b@example.com", "*%00"):
         page = browser.get(f"/search?{name}={value}")
@@ -62,7 +62,7 @@ def test_a_zero_byte_is_no_outage(at_the_page: tuple[Office, Browser], name: str
 
 
 def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
-    at_the_page: tuple[Office, Browser], monkeypatch: pytest.MonkeyPatch
+    at_the_page: tuple[QueueHarness, Browser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, browser = at_the_page
 
@@ -81,34 +81,36 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
 
 
 def did(
-    office: Office, verb: str, reason: str, seconds_ago: float, *touched: tuple[str, int]
+    queue: QueueHarness, verb: str, reason: str, seconds_ago: float, *touched: tuple[str, int]
 ) -> None:
     """A row of `actions`, and what it touched."""
     action = new_id()
-    office.change(
+    queue.change(
         "INSERT INTO audit VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x', :matched)",
         id=action, ago=seconds_ago, actor="ops@mx-1", verb=verb, reason=reason, matched=len(touched),
     )  # fmt: skip
     for queue_id, number in touched:
         sql = "INSERT INTO audit_deliveries VALUES (@id(:id), :number, @id(:action))"
-        office.change(sql, id=queue_id, number=number, action=dashed(action))
+        queue.change(sql, id=queue_id, number=number, action=dashed(action))
 
 
-def test_what_operators_did_stands_in_the_timeline(at_the_page: tuple[Office, Browser]) -> None:
-    office, browser = at_the_page
-    mine, other = office.accept("b@example.org", "other:c@example.org"), office.accept()
+def test_what_operators_did_stands_in_the_timeline(
+    at_the_page: tuple[QueueHarness, Browser],
+) -> None:
+    queue, browser = at_the_page
+    mine, other = queue.accept("b@example.org", "other:c@example.org"), queue.accept()
     moved = "UPDATE messages SET received_at = @ago(1000) WHERE id = @id(:id)"
-    assert office.change(moved, id=mine) == 1
-    office.record(office.claim(mine)[0], Outcome.DEFERRED)
-    did(office, "pause route:other", "before it came", 2000)
-    did(office, "hold", "the customer <b>asked</b>", 900, (mine, 1), (mine, 2), (other, 1))
-    did(office, "pause route:other", "maintenance", 800)
-    did(office, "pause route:nowhere", "not its way", 800)
-    did(office, "resume route:other", "", 700)
-    did(office, "release", "", 600, (mine, 2))
-    did(office, "drop", "not ours", 500, (other, 1))
-    did(office, "pause server:qmqp.example.net:628", "it was tried there", 400)
-    found = QueueReader(office.engine).actions_on(mine)
+    assert queue.change(moved, id=mine) == 1
+    queue.record(queue.claim(mine)[0], Outcome.DEFERRED)
+    did(queue, "pause route:other", "before it came", 2000)
+    did(queue, "hold", "the customer <b>asked</b>", 900, (mine, 1), (mine, 2), (other, 1))
+    did(queue, "pause route:other", "maintenance", 800)
+    did(queue, "pause route:nowhere", "not its way", 800)
+    did(queue, "resume route:other", "", 700)
+    did(queue, "release", "", 600, (mine, 2))
+    did(queue, "drop", "not ours", 500, (other, 1))
+    did(queue, "pause server:qmqp.example.net:628", "it was tried there", 400)
+    found = QueueReader(queue.engine).actions_on(mine)
     assert [(row["verb"], row["delivery"]) for row in found] == [
         ("hold", 1), ("hold", 2), ("pause route:other", None), ("resume route:other", None), ("release", 2),
         ("pause server:qmqp.example.net:628", None),
@@ -126,17 +128,17 @@ def test_what_operators_did_stands_in_the_timeline(at_the_page: tuple[Office, Br
     assert places == sorted(places)
     for words in ("before it came", "not its way", "not ours"):
         assert words not in shown
-    office.change("UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
+    queue.change("UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
                   " queue_id = @id(:id)", id=mine)  # fmt: skip
-    assert [row["verb"] for row in QueueReader(office.engine).actions_on(mine)][-2:] == [
+    assert [row["verb"] for row in QueueReader(queue.engine).actions_on(mine)][-2:] == [
         "resume route:other",
         "release",
     ]
 
 
-def test_what_is_counted_is_said(at_the_page: tuple[Office, Browser]) -> None:
-    office, browser = at_the_page
-    office.accept("a@example.org", "b@example.org", "c@example.org")
+def test_what_is_counted_is_said(at_the_page: tuple[QueueHarness, Browser]) -> None:
+    queue, browser = at_the_page
+    queue.accept("a@example.org", "b@example.org", "c@example.org")
     overview = browser.get("/")
     assert "Deliveries by state" in overview.words
     assert re.search(r"<b>1</b> <span class=\"state queued\">", overview.text)
@@ -144,17 +146,17 @@ def test_what_is_counted_is_said(at_the_page: tuple[Office, Browser]) -> None:
     assert "1 recipient, newest first" in browser.get("/search?recipient=a@example.org").words
 
 
-def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[Office, Browser]) -> None:
+def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[QueueHarness, Browser]) -> None:
     """Tries of a moment ago and of nearly five minutes ago are in one step, whatever the clock
     says."""
-    office, _ = at_the_page
-    queue_id = office.accept()
+    queue, _ = at_the_page
+    queue_id = queue.accept()
     for attempt_index, ago in enumerate((1, 150, 298, 302, 21_000), 1):
-        office.change(
+        queue.change(
             "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'delivered',"
-            " '', 1)", id=queue_id, attempt_index=attempt_index, ago=ago, w=dashed(office.worker),
+            " '', 1)", id=queue_id, attempt_index=attempt_index, ago=ago, w=dashed(queue.worker),
         )  # fmt: skip
-    now, rows = Statistics(QueueReader(office.engine)).history(21_600, 300)
+    now, rows = Statistics(QueueReader(queue.engine)).history(21_600, 300)
     assert now.tzinfo is not None
     assert [(row["step"], row["tries"]) for row in rows] == [(0, 3), (1, 1), (70, 1)]
     assert {round(row["seconds"], 2) for row in rows} == {0.5}

@@ -14,7 +14,7 @@ import pytest
 from relay.db.schema import Outcome
 from relay.spool.store import Spool
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
-from tests.integration.office import opened
+from tests.integration.queue_harness import opened
 from tests.integration.typed import typed_at
 from tests.services import end, spawn
 
@@ -144,15 +144,15 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 def seen(
     sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Scenario, Browser]]:
-    with opened(sqlite_url) as office:
-        typed_at(office, spool, monkeypatch)
-        created = scenario(office, spool)
-        usual = office.accept(PEOPLE[1], sender=PEOPLE[0])
-        office.record(office.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
+    with opened(sqlite_url) as queue:
+        typed_at(queue, spool, monkeypatch)
+        created = scenario(queue, spool)
+        usual = queue.accept(PEOPLE[1], sender=PEOPLE[0])
+        queue.record(queue.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
         created.add("deferred", usual)
-        office.change("INSERT INTO open_circuits VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
-            id=office.worker)  # fmt: skip
-        with browsing(office) as browser:
+        queue.change("INSERT INTO open_circuits VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
+            id=queue.worker)  # fmt: skip
+        with browsing(queue) as browser:
             yield created, browser
 
 

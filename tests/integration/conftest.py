@@ -12,7 +12,7 @@ from sqlalchemy import text
 from migrations.tables import metadata
 from relay.db.engine import connect, writing
 from tests.conftest import Databases
-from tests.integration.office import Office, opened
+from tests.integration.queue_harness import QueueHarness, opened
 from tests.postfix import Postfix
 from tests.services import ServiceError
 
@@ -66,15 +66,15 @@ def clean_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def office(clean_url: str) -> Iterator[Office]:
-    with opened(clean_url) as office:
-        yield office
+def queue(clean_url: str) -> Iterator[QueueHarness]:
+    with opened(clean_url) as queue:
+        yield queue
 
 
 @pytest.fixture
-def postgres_office(clean_postgres_url: str) -> Iterator[Office]:
-    with opened(clean_postgres_url) as office:
-        yield office
+def postgres_queue(clean_postgres_url: str) -> Iterator[QueueHarness]:
+    with opened(clean_postgres_url) as queue:
+        yield queue
 
 
 @dataclass

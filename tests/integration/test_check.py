@@ -10,19 +10,19 @@ import pytest
 from qmqp import probe
 from qmqp.sink import running_sink
 from relay.spool.store import Spool
-from tests.integration.office import Office
+from tests.integration.queue_harness import QueueHarness
 from tests.integration.test_probe import speaking
 from tests.integration.typed import typed_at
 from tests.postfix import Postfix
 
 
 def verdicts_on(
-    office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch, *servers: str
+    queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch, *servers: str
 ) -> dict[str, tuple[str, str]]:
     """The verdict on each of these servers, and its text."""
     monkeypatch.setattr(probe, "REFUSAL_DELAY", 0.3)
     monkeypatch.setenv("RELAY_QMQP_SERVERS", ",".join(servers))
-    typed = typed_at(office, spool, monkeypatch)
+    typed = typed_at(queue, spool, monkeypatch)
     rows = [json.loads(line) for line in typed("check", "--json", status=None).stdout.splitlines()]
     what = "QMQP server "
     return {
@@ -33,7 +33,11 @@ def verdicts_on(
 
 
 def test_servers_that_refuse_us_or_are_out_of_reach_fail(
-    office: Office, spool: Spool, postfix: Postfix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness,
+    spool: Spool,
+    postfix: Postfix,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = str(tmp_path / "qmqp")
     with (
@@ -45,7 +49,7 @@ def test_servers_that_refuse_us_or_are_out_of_reach_fail(
         closed.bind(("127.0.0.1", 0))
         ports = (postfix.port, postfix.closed_port, denied, smtp, closed.getsockname()[1])
         names = [f"127.0.0.1:{port}" for port in ports]
-        verdicts = verdicts_on(office, spool, monkeypatch, *names, f"unix:{path}")
+        verdicts = verdicts_on(queue, spool, monkeypatch, *names, f"unix:{path}")
         assert sink.count == 0
     assert [verdicts[name][0] for name in names] == ["ok", "fail", "fail", "fail", "away"]
     assert verdicts[f"unix:{path}"][0] == "ok"

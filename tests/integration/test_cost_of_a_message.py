@@ -27,8 +27,8 @@ from relay.ids import new_id
 from relay.queue.model import Attempt, ClaimRequest, Completion
 from relay.settings import Settings, load
 from relay.spool.store import Spool
-from tests.integration.mailroom import Mailroom
-from tests.integration.office import Office, new_message
+from tests.integration.engine_harness import EngineHarness
+from tests.integration.queue_harness import QueueHarness, new_message
 from tests.services import Broker
 from tests.waiting import until
 
@@ -77,57 +77,57 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def kind(office: Office) -> str:
-    return office.engine.dialect.name
+def kind(queue: QueueHarness) -> str:
+    return queue.engine.dialect.name
 
 
-def accepted(office: Office, count: int) -> list[str]:
+def accepted(queue: QueueHarness, count: int) -> list[str]:
     messages = [new_message() for _ in range(count)]
-    office.intake.commit(messages)
+    queue.acceptor.commit(messages)
     return [message.id for message in messages]
 
 
 @pytest.mark.parametrize("size", ROUNDS)
-def test_intake(office: Office, size: int) -> None:
+def test_intake(queue: QueueHarness, size: int) -> None:
     messages = [new_message("b@example.org", "c@example.org") for _ in range(size)]
-    with counted(office.engine) as counts:
-        office.intake.commit(messages)
-    assert counts == {"statements": INTAKE[kind(office)], "commits": 1}
+    with counted(queue.engine) as counts:
+        queue.acceptor.commit(messages)
+    assert counts == {"statements": INTAKE[kind(queue)], "commits": 1}
 
 
 @pytest.mark.parametrize("size", ROUNDS)
-def test_claim(office: Office, size: int) -> None:
-    ids = accepted(office, size)
-    with counted(office.engine) as counts:
-        assert len(office.claim(*ids)) == size
-    assert counts == {"statements": CLAIM[kind(office)], "commits": 1}
+def test_claim(queue: QueueHarness, size: int) -> None:
+    ids = accepted(queue, size)
+    with counted(queue.engine) as counts:
+        assert len(queue.claim(*ids)) == size
+    assert counts == {"statements": CLAIM[kind(queue)], "commits": 1}
 
 
 @pytest.mark.parametrize("size", ROUNDS)
-def test_record(office: Office, size: int) -> None:
-    claims = office.claim(*accepted(office, size))
-    records = [office.note(claim, Outcome.DELIVERED) for claim in claims]
-    with counted(office.engine) as counts:
-        office.ledger.commit(records)
-    assert counts == {"statements": RECORD[kind(office)], "commits": 1}
+def test_record(queue: QueueHarness, size: int) -> None:
+    claims = queue.claim(*accepted(queue, size))
+    records = [queue.note(claim, Outcome.DELIVERED) for claim in claims]
+    with counted(queue.engine) as counts:
+        queue.worker_queue.commit(records)
+    assert counts == {"statements": RECORD[kind(queue)], "commits": 1}
 
 
 @pytest.mark.parametrize("size", ROUNDS)
-def test_outcomes_and_the_next_claims_share_a_commit(office: Office, size: int) -> None:
-    claims, ids = office.claim(*accepted(office, size)), accepted(office, size)
+def test_outcomes_and_the_next_claims_share_a_commit(queue: QueueHarness, size: int) -> None:
+    claims, ids = queue.claim(*accepted(queue, size)), accepted(queue, size)
     items: list[Completion | ClaimRequest] = [
-        office.note(claim, Outcome.DELIVERED) for claim in claims
+        queue.note(claim, Outcome.DELIVERED) for claim in claims
     ]
-    items.append(ClaimRequest(office.worker, ids, {"default": size}))
-    with counted(office.engine) as counts:
-        claimed = office.ledger.commit(items)[-1]
+    items.append(ClaimRequest(queue.worker, ids, {"default": size}))
+    with counted(queue.engine) as counts:
+        claimed = queue.worker_queue.commit(items)[-1]
     assert isinstance(claimed, list)
     assert len(claimed) == size
-    assert counts == {"statements": CLAIM[kind(office)] + RECORD[kind(office)], "commits": 1}
+    assert counts == {"statements": CLAIM[kind(queue)] + RECORD[kind(queue)], "commits": 1}
 
 
-def test_failures_cost_no_more_statements_than_successes(office: Office) -> None:
-    claims = office.claim(*accepted(office, 64))
+def test_failures_cost_no_more_statements_than_successes(queue: QueueHarness) -> None:
+    claims = queue.claim(*accepted(queue, 64))
     outcomes = (Outcome.DELIVERED, Outcome.DEFERRED, Outcome.REJECTED, Outcome.UNCERTAIN)
     tries = [
         Attempt(
@@ -135,18 +135,18 @@ def test_failures_cost_no_more_statements_than_successes(office: Office) -> None
         )
         for attempt_index in (1, 2, 3)
     ]
-    records = [office.note(claim, outcomes[n % 4], tries=tries) for n, claim in enumerate(claims)]
-    with counted(office.engine) as counts:
-        office.ledger.commit(records)
-    assert counts == {"statements": RECORD[kind(office)], "commits": 1}
-    assert set(office.states(claim.queue_id for claim in claims)) == {
+    records = [queue.note(claim, outcomes[n % 4], tries=tries) for n, claim in enumerate(claims)]
+    with counted(queue.engine) as counts:
+        queue.worker_queue.commit(records)
+    assert counts == {"statements": RECORD[kind(queue)], "commits": 1}
+    assert set(queue.states(claim.queue_id for claim in claims)) == {
         State.DELIVERED, State.DEFERRED, State.BOUNCED
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("size", ROUNDS)
 def test_a_spooler_syncs_and_commits_a_batch_as_one(
-    office: Office, spool: Spool, syncs: Counter[str], size: int
+    queue: QueueHarness, spool: Spool, syncs: Counter[str], size: int
 ) -> None:
     """As in production: requests come over a socket, bodies are synced and rows committed, and one
     reply goes back."""
@@ -157,8 +157,8 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
     for number in range(size):
         message = new_message(queue_id=f"{first[:16]}{number:016x}")
         ours.sendall(StoreRequest(number, message, [b"Subject: test\n", b"\nhello\n"]).encode())
-    with counted(office.engine) as counts, theirs:
-        spooler = threading.Thread(target=Spooler(theirs, spool, office.intake.commit).run)
+    with counted(queue.engine) as counts, theirs:
+        spooler = threading.Thread(target=Spooler(theirs, spool, queue.acceptor.commit).run)
         spooler.start()
         replies, frames = list[BatchReply](), FrameDecoder()
         while sum(len(reply.results) for reply in replies) < size:
@@ -166,37 +166,37 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
         ours.close()
         spooler.join(10)
     assert [len(reply.results) for reply in replies] == [0, size]
-    assert counts == {"statements": INTAKE[kind(office)], "commits": 1}
+    assert counts == {"statements": INTAKE[kind(queue)], "commits": 1}
     assert syncs == {"fdatasync": size, "fsync": 1}
 
 
 def test_hot_statements_scan_no_table_however_it_grows(postgres_url: str) -> None:
     """psycopg prepares them after a few executions, when the tables are empty: a plan that scans
     would stay."""
-    office = Office(postgres_url)
+    queue = QueueHarness(postgres_url)
     for _ in range(12):  # prepared, and planned once for all
-        for claim in office.claim(*accepted(office, 1)):
-            office.record(claim, Outcome.DELIVERED)
-        office.sweeps.waiting(["default"])
-        office.sweeps.wake("default", 64)
-    before = scans(office)
+        for claim in queue.claim(*accepted(queue, 1)):
+            queue.record(claim, Outcome.DELIVERED)
+        queue.rescuer.waiting(["default"])
+        queue.rescuer.wake("default", 64)
+    before = scans(queue)
     for _ in range(12):
-        for claim in office.claim(*accepted(office, 1)):
-            office.record(claim, Outcome.DELIVERED)
-        office.sweeps.requeue_due(64)
-        office.sweeps.waiting(["default"])
-        office.sweeps.wake("default", 64)
-        office.claim()
-    assert scans(office) == before
-    office.engine.dispose()
+        for claim in queue.claim(*accepted(queue, 1)):
+            queue.record(claim, Outcome.DELIVERED)
+        queue.rescuer.requeue_due(64)
+        queue.rescuer.waiting(["default"])
+        queue.rescuer.wake("default", 64)
+        queue.claim()
+    assert scans(queue) == before
+    queue.engine.dispose()
 
 
-def scans(office: Office) -> dict[str, int]:
+def scans(queue: QueueHarness) -> dict[str, int]:
     """How often each table was read from end to end."""
-    with reading(office.engine) as connection:
+    with reading(queue.engine) as connection:
         connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
     sql = "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname IN ('messages', 'recipients', 'deliveries')"
-    with reading(office.engine) as connection:
+    with reading(queue.engine) as connection:
         return {row.relname: row.seq_scan for row in connection.exec_driver_sql(sql)}
 
 
@@ -232,7 +232,7 @@ def test_delivering_syncs_nothing(
     database_url: str, spool: Spool, tmp_path: Path, syncs: Counter[str]
 ) -> None:
     with running_sink() as sink:
-        mail = Mailroom(
+        mail = EngineHarness(
             database_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{sink.port}",), grace=60.0
         )
         ids = [mail.accept() for _ in range(64)]

@@ -10,24 +10,26 @@ from qmqp.netstring import encode
 from qmqp.reply import ReplyParser
 from relay.dsn.generator import DsnGenerator
 from relay.spool.store import Spool
-from tests.integration.mailroom import Mailroom
+from tests.integration.engine_harness import EngineHarness
 from tests.postfix import Postfix
 from tests.waiting import until
 from worker.circuit_breaker import ServerPool
 
 HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
 
-type Open = Callable[..., Mailroom]
+type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
 def room(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
-    opened: list[Mailroom] = []
+    opened: list[EngineHarness] = []
 
-    def open_(*ports: int, **settings: object) -> Mailroom:
+    def open_(*ports: int, **settings: object) -> EngineHarness:
         servers = tuple(f"127.0.0.1:{port}" for port in ports)
         given = {"retry_min": 60.0, "retry_max": 60.0} | settings
-        opened.append(Mailroom(clean_sqlite_url, spool, tmp_path, qmqp_servers=servers, **given))
+        opened.append(
+            EngineHarness(clean_sqlite_url, spool, tmp_path, qmqp_servers=servers, **given)
+        )
         return opened[-1]
 
     yield open_
@@ -35,7 +37,7 @@ def room(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
         one.close()
 
 
-def become(mail: Mailroom, queue_id: str, state: str) -> str:
+def become(mail: EngineHarness, queue_id: str, state: str) -> str:
     """Send a message and wait for the state; return the last reply."""
     with mail.working() as engine:
         engine.offer([queue_id])
@@ -43,7 +45,7 @@ def become(mail: Mailroom, queue_id: str, state: str) -> str:
     return str(mail.delivery(queue_id)["last_reply"])
 
 
-def dsn_about(mail: Mailroom, queue_id: str) -> str:
+def dsn_about(mail: EngineHarness, queue_id: str) -> str:
     """The text of the DSN that a sweeper then makes."""
     (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"

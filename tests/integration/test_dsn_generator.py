@@ -25,7 +25,7 @@ from relay.queue.model import Attempt, Claim, CompletionResult
 from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.office import Office, opened
+from tests.integration.queue_harness import QueueHarness, opened
 from tests.waiting import until
 from worker.cleaner import Cleaner
 
@@ -37,14 +37,14 @@ ROOM = {"default": 100, "bulk": 100, "other": 100}
 class Post:
     """A queue with bodies, and a DSN generator."""
 
-    def __init__(self, office: Office, spool: Spool) -> None:
-        self.office, self.spool = office, spool
+    def __init__(self, queue: QueueHarness, spool: Spool) -> None:
+        self.queue, self.spool = queue, spool
         self.generator = self.another()
 
     def another(self) -> DsnGenerator:
         """The generator of another process."""
         return DsnGenerator(
-            self.office.engine, self.spool, self.office.settings, lambda address: "default"
+            self.queue.engine, self.spool, self.queue.settings, lambda address: "default"
         )
 
     def accept(self, *addresses: str, body: bytes = BODY, **given: Any) -> str:
@@ -60,19 +60,19 @@ class Post:
         message = NewMessage(
             queue_id, sender, len(body), recipients, "192.0.2.1", "client", "ESMTP", **given
         )
-        self.office.intake.commit([message])
+        self.queue.acceptor.commit([message])
         return queue_id
 
     def fail(self, queue_id: str, outcome: Outcome = Outcome.REJECTED, **more: Any) -> list[Claim]:
         """Every queued delivery of it ends with this outcome."""
-        claims = self.office.claim(queue_id, room=ROOM)
+        claims = self.queue.claim(queue_id, room=ROOM)
         for claim in claims:
-            self.office.record(claim, outcome, **more)
+            self.queue.record(claim, outcome, **more)
         return claims
 
     def dsns(self, queue_id: str | None = None) -> list[str]:
         """The queue ids of the DSNs, about one message or all."""
-        rows = self.office.rows(
+        rows = self.queue.rows(
             "SELECT @hex(id) AS id, @hex(dsn_of) AS about FROM messages ORDER BY id"
         )
         return [
@@ -92,16 +92,16 @@ class Post:
 
     def pending(self, queue_id: str) -> bool:
         sql = "SELECT due_at FROM deliveries WHERE queue_id = @id(:id) AND state IN ('bounced', 'expired')"
-        return any(row["due_at"] is not None for row in self.office.rows(sql, id=queue_id))
+        return any(row["due_at"] is not None for row in self.queue.rows(sql, id=queue_id))
 
     def age(self, queue_id: str, seconds: float = 5 * HOUR) -> None:
         """Sets its arrival to that many seconds ago."""
         aged = "UPDATE messages SET received_at = @ago(:s) WHERE id = @id(:id)"
-        self.office.change(aged, s=seconds, id=queue_id)
+        self.queue.change(aged, s=seconds, id=queue_id)
 
     def whole(self, dsn: str) -> bool:
         """Whether a DSN's file has the size of its row."""
-        (row,) = self.office.rows("SELECT size FROM messages WHERE id = @id(:id)", id=dsn)
+        (row,) = self.queue.rows("SELECT size FROM messages WHERE id = @id(:id)", id=dsn)
         return self.spool.path(dsn).stat().st_size == int(row["size"])
 
     def files(self) -> set[str]:
@@ -112,8 +112,8 @@ class Post:
 
 
 @pytest.fixture
-def post(office: Office, spool: Spool) -> Post:
-    return Post(office, spool)
+def post(queue: QueueHarness, spool: Spool) -> Post:
+    return Post(queue, spool)
 
 
 @pytest.fixture
@@ -138,13 +138,13 @@ def test_dsn_is_generated_once_and_is_a_message_like_any_other(post: Post) -> No
     assert post.generator.generate(10) == [] == post.another().generate(10)
     assert post.dsns() == [dsn]
     assert not post.pending(queue_id)
-    (row,) = post.office.rows("SELECT * FROM messages WHERE id = @id(:id)", id=dsn)
+    (row,) = post.queue.rows("SELECT * FROM messages WHERE id = @id(:id)", id=dsn)
     assert (row["sender"], row["protocol"], row["size"]) == (
         "",
         "NOTICE",
         post.spool.path(dsn).stat().st_size,
     )
-    (claim,) = post.office.claim(dsn)
+    (claim,) = post.queue.claim(dsn)
     assert (claim.sender, claim.recipients, claim.size) == ("", ("a@example.com",), row["size"])
     assert post.text(dsn)["To"] == "a@example.com"
     assert post.reported(dsn) == [("b@example.org", "failed")]
@@ -152,10 +152,10 @@ def test_dsn_is_generated_once_and_is_a_message_like_any_other(post: Post) -> No
 
 def test_expired_message_is_reported(post: Post) -> None:
     queue_id = post.accept()
-    claims = post.office.claim(queue_id)
-    post.office.pass_time(2000)
-    post.office.record(claims[0], Outcome.DEFERRED)
-    assert post.office.state(queue_id) == "expired"
+    claims = post.queue.claim(queue_id)
+    post.queue.pass_time(2000)
+    post.queue.record(claims[0], Outcome.DEFERRED)
+    assert post.queue.state(queue_id) == "expired"
     (dsn,) = post.generator.generate(10)
     assert "5.4.7" in post.spool.path(dsn).read_text()
 
@@ -168,11 +168,11 @@ def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
     post: Post, outcome: Outcome, sent: int, doubt: bool
 ) -> None:
     queue_id = post.accept()
-    (claim,) = post.office.claim(queue_id)
-    post.office.pass_time(2000)
+    (claim,) = post.queue.claim(queue_id)
+    post.queue.pass_time(2000)
     tried = Attempt(1, "mx.example.net:628", outcome, "words", sent, 0.5, 0.1)
-    post.office.record(claim, outcome, reply="words", tries=[tried])
-    assert post.office.state(queue_id) == "expired"
+    post.queue.record(claim, outcome, reply="words", tries=[tried])
+    assert post.queue.state(queue_id) == "expired"
     (dsn,) = post.generator.generate(10)
     words = " ".join(post.spool.path(dsn).read_text().split())
     assert ("It may have been delivered all the same" in words) == doubt
@@ -183,16 +183,16 @@ def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
 def test_parts_of_an_uncertain_delivery_may_have_been_delivered(post: Post) -> None:
     queue_id = post.accept("x@example.org", "y@example.org", "bulk:z@example.org")
     for outcome, state in ((Outcome.UNCERTAIN, State.DEFERRED), (Outcome.REJECTED, State.SPLIT)):
-        for claim in post.office.claim(queue_id, room=ROOM):
+        for claim in post.queue.claim(queue_id, room=ROOM):
             mine = claim.route == "default"
-            post.office.record(
+            post.queue.record(
                 claim,
                 outcome if mine else Outcome.DEFERRED,
                 state=state if mine else State.DEFERRED,
             )
-        post.office.pass_time(500)
-        post.office.sweeps.requeue_due(10)
-    post.office.pass_time(2000)
+        post.queue.pass_time(500)
+        post.queue.rescuer.requeue_due(10)
+    post.queue.pass_time(2000)
     for _ in range(2):  # the halves, and what waits for another route
         post.fail(queue_id, Outcome.DEFERRED)
     (dsn,) = post.generator.generate(10)
@@ -205,19 +205,19 @@ def test_original_stays_until_its_dsn_is_generated(post: Post) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     needed = f"SELECT 1 FROM deliveries WHERE queue_id = @id(:id) AND {NEEDS_BODY}"
-    assert post.office.rows(needed, id=queue_id)
+    assert post.queue.rows(needed, id=queue_id)
     assert post.has_body(queue_id)
     (dsn,) = post.generator.generate(10)
     assert BODY in post.spool.path(dsn).read_bytes()
     assert not post.has_body(queue_id)
-    assert not post.office.rows(needed, id=queue_id)
+    assert not post.queue.rows(needed, id=queue_id)
 
 
 def test_original_stays_while_another_delivery_needs_it(post: Post) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.office.record(first, Outcome.REJECTED)
-    post.office.record(second, Outcome.DEFERRED, delay=1e6)
+    first, second = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    post.queue.record(first, Outcome.REJECTED)
+    post.queue.record(second, Outcome.DEFERRED, delay=1e6)
     assert len(post.generator.generate(10)) == 1
     assert post.has_body(queue_id)
 
@@ -225,12 +225,12 @@ def test_original_stays_while_another_delivery_needs_it(post: Post) -> None:
 def test_original_is_removed_when_its_last_deliveries_end_together(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(clean_postgres_url) as office:
-        post = Post(office, spool)
+    with opened(clean_postgres_url) as queue:
+        post = Post(queue, spool)
         queue_id = post.accept("x@example.org", "bulk:y@example.org")
-        first, second = sorted(office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-        office.record(first, Outcome.REJECTED)
-        office.pass_time(GATHER + 5)
+        first, second = sorted(queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+        queue.record(first, Outcome.REJECTED)
+        queue.pass_time(GATHER + 5)
         met: list[CompletionResult] = []
         stored: list[str] = []
         store = spool.store
@@ -242,10 +242,10 @@ def test_original_is_removed_when_its_last_deliveries_end_together(
         def deliver(_: Connection) -> None:
             if not met and stored:
                 met.append(CompletionResult(None, body_deletable=False))
-                met[0] = office.record(second, Outcome.DELIVERED)
+                met[0] = queue.record(second, Outcome.DELIVERED)
 
         monkeypatch.setattr(spool, "store", note_it)
-        event.listen(office.engine, "commit", deliver)  # just before the COMMIT that clears due_at
+        event.listen(queue.engine, "commit", deliver)  # just before the COMMIT that clears due_at
         assert len(post.generator.generate(10)) == 1
         assert met == [CompletionResult(State.DELIVERED, body_deletable=False)], (
             "it does not see due_at being cleared"
@@ -281,7 +281,7 @@ def test_kill_before_commit_leaves_an_orphan_and_the_next_worker_generates_the_d
     assert post.reported(dsn) == [("b@example.org", "failed")]
     assert post.whole(dsn)
     os.utime(post.spool.path(left), (time.time() - 40 * HOUR,) * 2)
-    assert Cleaner(post.office.settings, post.office.engine, post.spool).clean_spool() == (0, 1)
+    assert Cleaner(post.queue.settings, post.queue.engine, post.spool).clean_spool() == (0, 1)
     assert post.files() == {dsn}
 
 
@@ -293,8 +293,8 @@ STALLS = ("open", "before store", "store", "commit")
 def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    with opened(clean_postgres_url) as office, opened(clean_postgres_url) as theirs:
-        post, other = Post(office, spool), Post(theirs, Spool(spool.directory))
+    with opened(clean_postgres_url) as queue, opened(clean_postgres_url) as theirs:
+        post, other = Post(queue, spool), Post(theirs, Spool(spool.directory))
         queue_id = post.accept()
         post.fail(queue_id)
         made: list[str] = []
@@ -318,7 +318,7 @@ def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
             return stalls
 
         if at == "commit":
-            event.listen(office.engine, "commit", stall)
+            event.listen(queue.engine, "commit", stall)
         else:
             name = at.rpartition(" ")[2]
             monkeypatch.setattr(spool, name, stalling(getattr(spool, name), first=at != "store"))
@@ -339,9 +339,9 @@ def test_uncertain_commit_leaves_the_file(post: Post, monkeypatch: pytest.Monkey
         if len(post.files()) > 1:
             raise RuntimeError("stands for a connection that breaks in the COMMIT")
 
-    event.listen(post.office.engine, "commit", breaks)
+    event.listen(post.queue.engine, "commit", breaks)
     assert post.generator.generate(10) == []
-    event.remove(post.office.engine, "commit", breaks)
+    event.remove(post.queue.engine, "commit", breaks)
     assert len(post.files() - {queue_id}) == 1
     (dsn,) = post.another().generate(10)
     assert post.whole(dsn)
@@ -386,8 +386,8 @@ def test_two_generators_generate_each_dsn_once(post: Post) -> None:
 def test_second_generator_skips_locked_messages(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(clean_postgres_url) as office:
-        post = Post(office, spool)
+    with opened(clean_postgres_url) as queue:
+        post = Post(queue, spool)
         queue_id = post.accept()
         post.fail(queue_id)
         meanwhile: list[list[str]] = []
@@ -412,11 +412,11 @@ def test_second_generator_skips_locked_messages(
 def test_two_generators_warn_once_and_report_locked_deliveries(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(clean_postgres_url, delay_warning=4 * HOUR) as office:
-        post = Post(office, spool)
+    with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
+        post = Post(queue, spool)
         queue_id = post.accept("x@example.org", "bulk:y@example.org")
         post.age(queue_id)
-        busy = office.engine.connect()  # a worker that records something of the first
+        busy = queue.engine.connect()  # a worker that records something of the first
         busy.execute(text("SELECT 1 FROM deliveries WHERE number = 1 FOR UPDATE"))
         meanwhile: list[list[str]] = []
         store = spool.store
@@ -442,11 +442,11 @@ def test_two_generators_warn_once_and_report_locked_deliveries(
 def test_message_that_is_locked_is_warned_of_in_the_next_round(
     clean_postgres_url: str, spool: Spool
 ) -> None:
-    with opened(clean_postgres_url, delay_warning=4 * HOUR) as office:
-        post = Post(office, spool)
+    with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
+        post = Post(queue, spool)
         queue_id = post.accept()
         post.age(queue_id)
-        with office.engine.connect() as busy:
+        with queue.engine.connect() as busy:
             busy.execute(text("SELECT 1 FROM deliveries FOR UPDATE"))
             assert post.generator.warn(10) == []
         assert len(post.generator.warn(10)) == 1
@@ -454,24 +454,24 @@ def test_message_that_is_locked_is_warned_of_in_the_next_round(
 
 def test_deliveries_of_one_message_share_a_dsn(post: Post) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org", "other:z@example.org")
-    one, two, three = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.office.record(one, Outcome.REJECTED)
+    one, two, three = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    post.queue.record(one, Outcome.REJECTED)
     assert post.generator.generate(10) == [], "the others are about to be decided"
-    post.office.record(two, Outcome.DELIVERED)
-    post.office.record(three, Outcome.REJECTED)
+    post.queue.record(two, Outcome.DELIVERED)
+    post.queue.record(three, Outcome.REJECTED)
     (dsn,) = post.generator.generate(10)
     assert post.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
 
 
 def test_dsn_waits_for_other_deliveries_only_for_a_moment(post: Post) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.office.record(first, Outcome.REJECTED)
-    post.office.pass_time(GATHER + 5)
+    first, second = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    post.queue.record(first, Outcome.REJECTED)
+    post.queue.pass_time(GATHER + 5)
     (early,) = post.generator.generate(10)
     assert post.reported(early) == [("x@example.org", "failed")]
     assert post.has_body(queue_id)
-    post.office.record(second, Outcome.REJECTED)
+    post.queue.record(second, Outcome.REJECTED)
     (late,) = post.generator.generate(10)
     assert late != early
     assert post.reported(late) == [("y@example.org", "failed")]
@@ -484,7 +484,7 @@ def test_null_sender_gets_no_dsn(post: Post, sender: str) -> None:
     assert not post.pending(queue_id)
     assert post.generator.generate(10) == []
     # ... not even if due_at is set in the database for some reason.
-    post.office.change("UPDATE deliveries SET due_at = @ago(100)")
+    post.queue.change("UPDATE deliveries SET due_at = @ago(100)")
     assert post.generator.generate(10) == []
     assert not post.pending(queue_id)
     assert post.dsns() == []
@@ -496,7 +496,7 @@ def test_null_sender_gets_no_dsn(post: Post, sender: str) -> None:
 
 def enclosed(post: Post, dsn: str) -> tuple[str, str | None]:
     """`dsn_content` of a DSN, and the type of its third part."""
-    (row,) = post.office.rows("SELECT dsn_content FROM messages WHERE id = @id(:id)", id=dsn)
+    (row,) = post.queue.rows("SELECT dsn_content FROM messages WHERE id = @id(:id)", id=dsn)
     parts = list(post.text(dsn).iter_parts())
     return row["dsn_content"], parts[2].get_content_type() if len(parts) > 2 else None
 
@@ -521,11 +521,11 @@ def test_refused_dsn_is_built_again_with_less_of_the_original(
         assert not post.pending(refused)
         assert post.dsns(original) == chain
         assert enclosed(post, dsn) == content
-        (row,) = post.office.rows("SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
+        (row,) = post.queue.rows("SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
                                   " r.queue_id = m.id WHERE m.id = @id(:id)", id=dsn)  # fmt: skip
         assert (row["sender"], row["address"], row["notify"]) == ("", "a@example.com", "NEVER")
         assert post.whole(dsn)
-        named = f"<{dsn}@{post.office.settings.hostname}>"
+        named = f"<{dsn}@{post.queue.settings.hostname}>"
         assert post.text(dsn)["Message-ID"] == row["header_message_id"] == named
         assert post.text(dsn)["References"] == "<1@client>"
         assert post.reported(dsn) == [("x@example.org", "failed")]
@@ -561,7 +561,7 @@ def test_rebuilt_dsn_without_8_bit_content_is_7_bit(post: Post) -> None:
     (full,) = post.generator.generate(10)
     post.fail(full)
     (header,) = post.generator.generate(10)
-    (row,) = post.office.rows("SELECT body_type FROM messages WHERE id = @id(:id)", id=header)
+    (row,) = post.queue.rows("SELECT body_type FROM messages WHERE id = @id(:id)", id=header)
     assert row["body_type"] == "7BIT"
     assert post.text(header)["Content-Transfer-Encoding"] is None
 
@@ -574,19 +574,19 @@ def test_dsn_that_failed_for_another_reason_is_not_built_again(
     (dsn,) = post.generator.generate(10)
     match how:
         case "expired":
-            (claim,) = post.office.claim(dsn)
-            post.office.pass_time(2000)
-            post.office.record(claim, Outcome.DEFERRED)
+            (claim,) = post.queue.claim(dsn)
+            post.queue.pass_time(2000)
+            post.queue.record(claim, Outcome.DEFERRED)
         case "by an operator":
-            verbs = QueueOperations(post.office.engine, notices=True)
+            verbs = QueueOperations(post.queue.engine, notices=True)
             verbs.apply(OPERATIONS["bounce"], Filter(id=dsn), actor="me", reason="")
         case "about us":
             post.fail(dsn, reply=US)
         case _:
-            post.office.change("UPDATE messages SET dsn_content = NULL")
+            post.queue.change("UPDATE messages SET dsn_content = NULL")
             post.fail(dsn)
     assert post.generator.generate(10) == []
-    assert post.office.state(dsn) == {"expired": "expired", "about us": "deferred"}.get(
+    assert post.queue.state(dsn) == {"expired": "expired", "about us": "deferred"}.get(
         how, "bounced"
     )
     assert not post.pending(dsn)
@@ -633,9 +633,9 @@ def test_refused_dsn_and_its_successor_change_in_one_transaction(post: Post) -> 
         if "SET due_at = NULL" in statement:
             raise ValueError("stands for a kill")
 
-    event.listen(post.office.engine, "before_cursor_execute", fails)
+    event.listen(post.queue.engine, "before_cursor_execute", fails)
     assert post.generator.generate(10) == []
-    event.remove(post.office.engine, "before_cursor_execute", fails)
+    event.remove(post.queue.engine, "before_cursor_execute", fails)
     assert post.pending(dsn)
     assert (post.dsns(), post.files()) == ([dsn], {dsn})
     (again,) = post.another().generate(10)
@@ -672,11 +672,11 @@ def test_sender_gets_one_dsn_a_minute_about_mail_of_untrusted_clients(
     assert [len(post.dsns(queue_id)) for queue_id in ids] == [1, 0, 1, 1]
     assert len(made) == 3
     assert not any(post.pending(queue_id) or post.has_body(queue_id) for queue_id in ids)
-    withheld = [post.office.delivery(queue_id)["dsn_withheld"] for queue_id in ids]
+    withheld = [post.queue.delivery(queue_id)["dsn_withheld"] for queue_id in ids]
     assert withheld == [None, "rate", None, None]
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "dsn withheld" in line)
     assert ids[1] in line
-    post.office.change("UPDATE dsn_limits SET last_at = @ago(61)")
+    post.queue.change("UPDATE dsn_limits SET last_at = @ago(61)")
     later = post.accept(client_trusted=False)
     post.fail(later)
     assert len(post.another().generate(10)) == 1
@@ -685,7 +685,7 @@ def test_sender_gets_one_dsn_a_minute_about_mail_of_untrusted_clients(
 def test_clock_set_back_withholds_no_dsn(post: Post) -> None:
     post.fail(post.accept(client_trusted=False))
     assert len(post.generator.generate(10)) == 1
-    post.office.change("UPDATE dsn_limits SET last_at = @later(7200)")
+    post.queue.change("UPDATE dsn_limits SET last_at = @later(7200)")
     post.fail(post.accept(client_trusted=False))
     assert len(post.generator.generate(10)) == 1
 
@@ -693,8 +693,8 @@ def test_clock_set_back_withholds_no_dsn(post: Post) -> None:
 def test_limit_holds_for_all_generators_together(clean_postgres_url: str, spool: Spool) -> None:
     """The second waits for the COMMIT of the first, and then sees that the sender was told a moment
     ago."""
-    with opened(clean_postgres_url) as office:
-        post = Post(office, spool)
+    with opened(clean_postgres_url) as queue:
+        post = Post(queue, spool)
         ids = [post.accept(client_trusted=False) for _ in range(8)]
         for queue_id in ids:
             post.fail(queue_id)
@@ -706,7 +706,7 @@ def test_limit_holds_for_all_generators_together(clean_postgres_url: str, spool:
 
 
 def test_untrusted_client_gets_no_dsn_about_mail_to_our_postmaster(post: Post) -> None:
-    ours = f"Postmaster@{post.office.settings.hostname}"
+    ours = f"Postmaster@{post.queue.settings.hostname}"
     alone, mixed, trusted = (
         post.accept(ours, sender="a1@example.com", client_trusted=False),
         post.accept(
@@ -720,7 +720,7 @@ def test_untrusted_client_gets_no_dsn_about_mail_to_our_postmaster(post: Post) -
     assert {post.text(dsn)["To"]: post.reported(dsn) for dsn in made} == {
         "a2@example.com": [("b@example.org", "failed")], "a3@example.com": [(ours, "failed")],
     }  # fmt: skip
-    assert [post.office.delivery(one)["dsn_withheld"] for one in (alone, mixed, trusted)] == [
+    assert [post.queue.delivery(one)["dsn_withheld"] for one in (alone, mixed, trusted)] == [
         "postmaster",
         None,
         None,
@@ -736,18 +736,18 @@ def test_warning_about_mail_of_an_untrusted_client_counts_for_the_limit(late: Po
     assert late.generator.warn(10) == [], "a withheld warning is not repeated"
     late.fail(ids[0])
     assert late.generator.generate(10) == []
-    assert late.office.delivery(ids[0])["dsn_withheld"] == "rate"
+    assert late.queue.delivery(ids[0])["dsn_withheld"] == "rate"
 
 
 def test_cleaner_removes_limits_that_are_over(post: Post) -> None:
     for sender in ("a@example.com", "b@example.com"):
         post.fail(post.accept(sender=sender, client_trusted=False))
     assert len(post.generator.generate(10)) == 2
-    post.office.change(
+    post.queue.change(
         "UPDATE dsn_limits SET last_at = @ago(1000) WHERE sender = :old", old="a@example.com"
     )
-    Cleaner(post.office.settings, post.office.engine, post.spool).clean()
-    assert post.office.rows("SELECT sender FROM dsn_limits") == [{"sender": "b@example.com"}]
+    Cleaner(post.queue.settings, post.queue.engine, post.spool).clean()
+    assert post.queue.rows("SELECT sender FROM dsn_limits") == [{"sender": "b@example.com"}]
 
 
 def test_without_bounces_no_dsn_is_pending(with_settings: Any) -> None:
@@ -774,7 +774,7 @@ def test_NOTIFY_decides_whether_a_dsn_is_generated(
 
 def test_NOTIFY_is_for_each_recipient(post: Post) -> None:
     queue_id = post.accept("x@example.org", "y@example.org", "z@example.org")
-    post.office.change("UPDATE recipients SET notify = 'NEVER' WHERE position = 2")
+    post.queue.change("UPDATE recipients SET notify = 'NEVER' WHERE position = 2")
     post.fail(queue_id)
     (dsn,) = post.generator.generate(10)
     assert post.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
@@ -822,7 +822,7 @@ def test_8_bit_original_is_declared(post: Post) -> None:
     for body in (BODY, BODY + b"\xff\n"):
         post.fail(post.accept(body=body))
     plain, eight = post.generator.generate(10)
-    types = post.office.rows(
+    types = post.queue.rows(
         "SELECT @hex(id) AS id, body_type FROM messages WHERE dsn_of IS NOT NULL"
     )
     assert {row["id"]: row["body_type"] for row in types} == {plain: "7BIT", eight: "8BITMIME"}
@@ -841,33 +841,33 @@ def test_delivery_that_was_refused_because_of_the_relay_is_deferred_without_a_ds
     queue_id = post.accept()
     (claim,) = post.fail(queue_id, reply=US)
     assert post.generator.generate(10) == []
-    row = post.office.delivery(queue_id)
+    row = post.queue.delivery(queue_id)
     assert (row["state"], row["finished_at"]) == ("deferred", None)
     assert row["due_in"] == pytest.approx(GATHER, abs=20)
     assert post.has_body(queue_id)
-    post.office.pass_time(100)
-    post.office.sweeps.requeue_due(10)
-    (again,) = post.office.claim(queue_id)
+    post.queue.pass_time(100)
+    post.queue.rescuer.requeue_due(10)
+    (again,) = post.queue.claim(queue_id)
     assert (again.claim, again.recipients) == (2, claim.recipients)
-    assert post.office.record(again, Outcome.DELIVERED).state is State.DELIVERED
+    assert post.queue.record(again, Outcome.DELIVERED).state is State.DELIVERED
 
 
 def test_only_deliveries_refused_because_of_the_relay_are_deferred(post: Post) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(post.office.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.office.record(first, Outcome.REJECTED, reply=US)
-    post.office.record(second, Outcome.REJECTED)
+    first, second = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    post.queue.record(first, Outcome.REJECTED, reply=US)
+    post.queue.record(second, Outcome.REJECTED)
     made = post.generator.generate(10) + post.generator.generate(10)
     assert [post.reported(dsn) for dsn in made] == [[("y@example.org", "failed")]]
-    assert post.office.state(queue_id, 1) == "deferred"
+    assert post.queue.state(queue_id, 1) == "deferred"
 
 
 def test_delivery_that_expired_unauthorized_is_reported(post: Post) -> None:
     queue_id = post.accept()
-    (claim,) = post.office.claim(queue_id)
-    post.office.pass_time(2000)
-    post.office.record(claim, Outcome.REJECTED, state=State.DEFERRED, reply=US)
-    assert post.office.state(queue_id) == "expired"
+    (claim,) = post.queue.claim(queue_id)
+    post.queue.pass_time(2000)
+    post.queue.record(claim, Outcome.REJECTED, state=State.DEFERRED, reply=US)
+    assert post.queue.state(queue_id) == "expired"
     (dsn,) = post.generator.generate(10)
     assert post.reported(dsn) == [("b@example.org", "failed")]
     assert not post.pending(queue_id)
@@ -876,7 +876,7 @@ def test_delivery_that_expired_unauthorized_is_reported(post: Post) -> None:
 def test_bounce_by_an_operator_is_not_reported_as_a_reply(post: Post) -> None:
     queue_id = post.accept()
     post.fail(queue_id, Outcome.DEFERRED, reply=US)
-    QueueOperations(post.office.engine, notices=True).apply(
+    QueueOperations(post.queue.engine, notices=True).apply(
         OPERATIONS["bounce"],
         Filter(id=queue_id),
         actor="me",
@@ -893,11 +893,11 @@ def test_reported_bounce_is_not_reclassified(post: Post) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     assert len(post.generator.generate(10)) == 1
-    post.office.change(
+    post.queue.change(
         "UPDATE deliveries SET last_reply = :us WHERE queue_id = @id(:id)", us=US, id=queue_id
     )
     assert post.generator.generate(10) == []
-    assert post.office.state(queue_id) == "bounced"
+    assert post.queue.state(queue_id) == "bounced"
 
 
 # --- warnings
@@ -923,8 +923,8 @@ def test_delay_is_reported_once(late: Post) -> None:
     assert [part.get_content_type() for part in late.text(warning).iter_parts()][
         2
     ] == "text/rfc822-headers"
-    assert late.office.state(queue_id) == "deferred"
-    assert late.office.delivery(queue_id)["due_in"] > 0
+    assert late.queue.state(queue_id) == "deferred"
+    assert late.queue.delivery(queue_id)["due_in"] > 0
     assert late.has_body(queue_id)
 
 
@@ -933,8 +933,8 @@ def test_a_warning_and_then_a_bounce(late: Post) -> None:
     late.fail(queue_id, Outcome.DEFERRED)
     late.age(queue_id)
     (warning,) = late.generator.warn(10)
-    late.office.pass_time(100)
-    late.office.sweeps.requeue_due(10)
+    late.queue.pass_time(100)
+    late.queue.rescuer.requeue_due(10)
     late.fail(queue_id)
     (bounce,) = late.generator.generate(10)
     assert [late.reported(dsn)[0][1] for dsn in (warning, bounce)] == ["delayed", "failed"]
@@ -943,9 +943,9 @@ def test_a_warning_and_then_a_bounce(late: Post) -> None:
 def test_delivery_that_is_being_sent_can_be_late(late: Post) -> None:
     queue_id = late.accept()
     late.age(queue_id)
-    (claim,) = late.office.claim(queue_id)
+    (claim,) = late.queue.claim(queue_id)
     assert len(late.generator.warn(10)) == 1
-    assert late.office.record(claim, Outcome.DELIVERED).state is State.DELIVERED
+    assert late.queue.record(claim, Outcome.DELIVERED).state is State.DELIVERED
     assert late.generator.warn(10) == []
 
 
@@ -959,8 +959,8 @@ def test_kill_between_retry_and_warning_loses_no_warning(late: Post) -> None:
     queue_id = late.accept()
     late.fail(queue_id, Outcome.DEFERRED)
     late.age(queue_id)
-    late.office.pass_time(100)
-    late.office.sweeps.requeue_due(10)  # and killed
+    late.queue.pass_time(100)
+    late.queue.rescuer.requeue_due(10)  # and killed
     late.fail(queue_id, Outcome.DEFERRED)
     assert len(late.another().warn(10)) == 1
 
@@ -982,7 +982,7 @@ def test_lateness_does_not_depend_on_the_clock_of_a_worker(
 def test_held_mail_is_warned_of_after_its_release(late: Post) -> None:
     queue_id = late.accept()
     late.age(queue_id)
-    verbs = QueueOperations(late.office.engine, notices=True)
+    verbs = QueueOperations(late.queue.engine, notices=True)
     verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="ann@host", reason="looks odd")
     assert late.another().warn(10) == []
     verbs.apply(OPERATIONS["release"], Filter(id=queue_id), actor="ann@host", reason="")
@@ -994,16 +994,16 @@ def test_warning_reports_the_waiting_recipients_and_is_not_repeated_after_a_spli
     late: Post,
 ) -> None:
     queue_id = late.accept(*(f"{n}@example.org" for n in "pqrs"), "bulk:done@example.org")
-    late.office.change("UPDATE recipients SET notify = 'FAILURE' WHERE position = 2")
-    claims = {claim.route: claim for claim in late.office.claim(queue_id, room=ROOM)}
-    late.office.record(claims["bulk"], Outcome.DELIVERED)
+    late.queue.change("UPDATE recipients SET notify = 'FAILURE' WHERE position = 2")
+    claims = {claim.route: claim for claim in late.queue.claim(queue_id, room=ROOM)}
+    late.queue.record(claims["bulk"], Outcome.DELIVERED)
     late.age(queue_id)
     (warning,) = late.generator.warn(10)
     assert late.reported(warning) == [(f"{n}@example.org", "delayed") for n in "prs"]
-    late.office.record(
+    late.queue.record(
         claims["default"], Outcome.REJECTED, state=State.SPLIT, reply="unknown (#5.1.1)"
     )
-    assert late.office.state(queue_id, 1) == "split"
+    assert late.queue.state(queue_id, 1) == "split"
     assert late.generator.warn(10) == [] == late.another().warn(10)
 
 
@@ -1011,7 +1011,7 @@ def test_long_queue_is_scanned_in_parts(late: Post, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("relay.dsn.generator.LATE_CHECKS", 3)
     ids = [late.accept() for _ in range(10)]
     same = "UPDATE deliveries SET due_at = @later(600) WHERE queue_id IN (SELECT queue_id FROM deliveries LIMIT 5)"
-    late.office.change(same)  # as one statement makes them
+    late.queue.change(same)  # as one statement makes them
     for queue_id in ids[1:]:
         late.age(queue_id)
     made = [late.generator.warn(2) for _ in range(8)]
@@ -1033,16 +1033,16 @@ def test_scan_for_late_mail_reads_indexes_and_no_table(
 
     deferred, sending, _ = (late.accept() for _ in range(3))
     late.fail(deferred, Outcome.DEFERRED)
-    late.office.claim(sending)
-    event.listen(late.office.engine, "before_cursor_execute", see)
+    late.queue.claim(sending)
+    event.listen(late.queue.engine, "before_cursor_execute", see)
     for _ in range(4):
         late.generator.warn(10)
-    event.remove(late.office.engine, "before_cursor_execute", see)
+    event.remove(late.queue.engine, "before_cursor_execute", see)
     scans = [
         (sql, parameters) for sql, parameters in seen if "due_at, queue_id, number LIMIT" in sql
     ]
-    explain = "EXPLAIN" if late.office.spell.postgresql else "EXPLAIN QUERY PLAN"
-    with late.office.engine.connect() as connection:
+    explain = "EXPLAIN" if late.queue.dialect.postgresql else "EXPLAIN QUERY PLAN"
+    with late.queue.engine.connect() as connection:
         plans = [
             connection.exec_driver_sql(f"{explain} {sql}", parameters).all()
             for sql, parameters in scans
@@ -1062,7 +1062,7 @@ def test_scan_pauses_until_mail_can_be_late(late: Post, monkeypatch: pytest.Monk
     def see(_: Any, __: Any, statement: str, *___: Any) -> None:
         looked.extend(["look"] * statement.startswith("SELECT"))
 
-    event.listen(late.office.engine, "before_cursor_execute", see)
+    event.listen(late.queue.engine, "before_cursor_execute", see)
     assert late.generator.warn(10) == []
     assert len(looked) == 3, "one look at each state"
     assert late.generator.warn(10) == []
@@ -1118,7 +1118,7 @@ def test_message_that_fails_delays_no_other(late: Post, monkeypatch: pytest.Monk
     ids = [late.accept() for _ in range(5)]
     for queue_id in ids[:4]:
         late.fail(queue_id)
-        late.office.pass_time(1)
+        late.queue.pass_time(1)
     bad = {ids[0], ids[1], ids[4]}
 
     def fails(*parameters: Any, **more: Any) -> bytes:
@@ -1142,7 +1142,7 @@ def test_message_that_fails_delays_no_other(late: Post, monkeypatch: pytest.Monk
 def test_pending_dsn_without_recipients_is_cleared(post: Post) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
-    post.office.change("DELETE FROM recipients")
+    post.queue.change("DELETE FROM recipients")
     assert post.generator.generate(10) == []
     assert not post.pending(queue_id)
 
@@ -1175,13 +1175,13 @@ def test_due_at_and_the_dsn_change_in_one_transaction(post: Post) -> None:
             if counted[0] == at:
                 raise RuntimeError("stands for a connection that breaks")
 
-        event.listen(post.office.engine, "before_cursor_execute", fault)
+        event.listen(post.queue.engine, "before_cursor_execute", fault)
         try:
             finished = len(post.another().generate(10)) == 1
         except RuntimeError:
             finished = False
         finally:
-            event.remove(post.office.engine, "before_cursor_execute", fault)
+            event.remove(post.queue.engine, "before_cursor_execute", fault)
         assert len(post.dsns(queue_id)) == (not post.pending(queue_id))
         if finished:
             return

@@ -15,20 +15,22 @@ from qmqp.reply import ReplyParser
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.routes import NO_SERVER
 from relay.spool.store import Spool
-from tests.integration.mailroom import BODY, Mailroom
+from tests.integration.engine_harness import BODY, EngineHarness
 from tests.services import Postgres
 from tests.waiting import until
 
-type Open = Callable[..., Mailroom]
+type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
 def room(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
-    opened: list[Mailroom] = []
+    opened: list[EngineHarness] = []
 
-    def open_(*sinks: Sink | int, **settings: object) -> Mailroom:
+    def open_(*sinks: Sink | int, **settings: object) -> EngineHarness:
         servers = tuple(f"127.0.0.1:{one if isinstance(one, int) else one.port}" for one in sinks)
-        opened.append(Mailroom(database_url, spool, tmp_path, qmqp_servers=servers, **settings))
+        opened.append(
+            EngineHarness(database_url, spool, tmp_path, qmqp_servers=servers, **settings)
+        )
         return opened[-1]
 
     yield open_
@@ -158,7 +160,7 @@ def test_each_attempt_has_a_row(room: Open) -> None:
         with mail.working():
             until(lambda: mail.state(queue_id) == "deferred")
             assert mail.delivery(queue_id)["last_reply"] == "later"
-            until(lambda: mail.sweeps.requeue_due(10) == [queue_id])
+            until(lambda: mail.rescuer.requeue_due(10) == [queue_id])
             until(lambda: mail.state(queue_id) == "delivered")
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["deferred", "delivered"]
 
@@ -321,7 +323,7 @@ def test_without_a_server_mail_waits_with_its_reason(room: Open, sink: Sink) -> 
     assert mail.attempts(queue_id) == []
     later = room(sink)
     with later.working():
-        until(lambda: later.sweeps.requeue_due(10) == [queue_id])
+        until(lambda: later.rescuer.requeue_due(10) == [queue_id])
         until(lambda: later.state(queue_id) == "delivered")
 
 
@@ -338,7 +340,7 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
         with running_sink(port=dead_port) as sink:
 
             def delivered() -> bool:
-                mail.sweeps.requeue_due(10)
+                mail.rescuer.requeue_due(10)
                 return mail.states() == {"delivered"}
 
             until(delivered, 20)
@@ -436,7 +438,7 @@ def test_outcomes_wait_while_the_database_is_away(
     postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path
 ) -> None:
     with answering(Answer(delay=1.0)) as slow:
-        mail = Mailroom(
+        mail = EngineHarness(
             postgres_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{slow.port}",), lease=60.0
         )
         queue_id = mail.accept()

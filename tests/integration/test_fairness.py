@@ -18,23 +18,25 @@ from relay.db.schema import Outcome, State
 from relay.queue.operations import QueueOperations
 from relay.queue.overdue import WINDOW
 from relay.spool.store import Spool
-from tests.integration.mailroom import Mailroom
-from tests.integration.office import Office
+from tests.integration.engine_harness import EngineHarness
+from tests.integration.queue_harness import QueueHarness
 from tests.services import free_port
 from tests.waiting import until
 from worker import quarantine
 from worker.sweeper import BATCH, BATCHES
 
-type Open = Callable[..., Mailroom]
+type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
 def room(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
-    opened: list[Mailroom] = []
+    opened: list[EngineHarness] = []
 
-    def open_(*sinks: Sink, **settings: object) -> Mailroom:
+    def open_(*sinks: Sink, **settings: object) -> EngineHarness:
         servers = tuple(f"127.0.0.1:{sink.port}" for sink in sinks)
-        opened.append(Mailroom(clean_sqlite_url, spool, tmp_path, qmqp_servers=servers, **settings))
+        opened.append(
+            EngineHarness(clean_sqlite_url, spool, tmp_path, qmqp_servers=servers, **settings)
+        )
         return opened[-1]
 
     yield open_
@@ -91,14 +93,14 @@ _NUMBERS = {
 }
 
 
-def fill(office: Office) -> None:
+def fill(queue: QueueHarness) -> None:
     """MANY deferred deliveries, due in another order than that of their ids: the higher n * 7919 %
     MANY, the longer.
 
     Only those that will be queued have a message and a recipient, because writing them takes most
     of the time.
     """
-    name = office.engine.dialect.name
+    name = queue.engine.dialect.name
     key, numbers = _KEY[name].format(n="s.n"), _NUMBERS[name]
     messages = """INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol)
         SELECT {key}, 'a', 1, @now, '', '', '' FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
@@ -106,12 +108,12 @@ def fill(office: Office) -> None:
         SELECT {key}, 1, 'b', 1 FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
     deliveries = """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
         SELECT {key}, 1, 'default', 'deferred', @ago(1 + s.n * 7919 % :many * 0.1), @later(100000) FROM {numbers}"""
-    with writing(office.engine) as connection:
+    with writing(queue.engine) as connection:
         for sql in (messages, recipients, deliveries):
             given = {"many": MANY} | ({"looked_at": BATCH * BATCHES} if ":looked_at" in sql else {})
-            connection.execute(text(office.spell(sql.format(key=key, numbers=numbers))), given)
+            connection.execute(text(queue.dialect(sql.format(key=key, numbers=numbers))), given)
     if name == "postgresql":
-        office.change("ANALYZE")
+        queue.change("ANALYZE")
 
 
 def rank(queue_id: str) -> int:
@@ -119,14 +121,14 @@ def rank(queue_id: str) -> int:
 
 
 def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(
-    office: Office,
+    queue: QueueHarness,
 ) -> None:
-    fill(office)
-    fresh = office.accept()
+    fill(queue)
+    fresh = queue.accept()
     began = time.monotonic()
     woken: list[str] = []
     for _ in range(BATCHES):
-        batch = office.sweeps.requeue_due(BATCH)
+        batch = queue.rescuer.requeue_due(BATCH)
         assert len(batch) == BATCH
         woken += batch
     ranks = [rank(queue_id) for queue_id in woken]
@@ -137,32 +139,32 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(
         assert min(ranks[start : start + BATCH]) > max(
             ranks[start + BATCH : start + 2 * BATCH], default=-1
         )
-    (claim,) = office.claim(fresh)
+    (claim,) = queue.claim(fresh)
     assert claim.queue_id == fresh, "fresh mail waits for none of them"
-    office.pass_time(office.settings.grace + 1)
-    taken = office.claim(room={"default": 50})
+    queue.pass_time(queue.settings.grace + 1)
+    taken = queue.claim(room={"default": 50})
     assert len(taken) == 50, "as many as there are connections"
     for one in taken:
-        assert office.record(one, Outcome.DELIVERED).state is State.DELIVERED
-    left = office.rows("SELECT state, count(*) AS n FROM deliveries GROUP BY state")
+        assert queue.record(one, Outcome.DELIVERED).state is State.DELIVERED
+    left = queue.rows("SELECT state, count(*) AS n FROM deliveries GROUP BY state")
     assert {row["state"]: row["n"] for row in left} == {
         "deferred": MANY - BATCH * BATCHES, "queued": BATCH * BATCHES - 50, "delivered": 50, "sending": 1,
     }  # fmt: skip
     assert time.monotonic() - began < 10
 
 
-def overdue(office: Office, claims: int) -> None:
+def overdue(queue: QueueHarness, claims: int) -> None:
     """All of them are queued, overdue, and were claimed so often."""
     sql = "UPDATE deliveries SET state = 'queued', claim_count = :claim_count WHERE state = 'deferred'"
-    assert office.change(sql, claim_count=claims) == MANY
-    if office.spell.postgresql:
-        office.change("ANALYZE")
+    assert queue.change(sql, claim_count=claims) == MANY
+    if queue.dialect.postgresql:
+        queue.change("ANALYZE")
 
 
-def polls_until(office: Office, queue_id: str, most: int) -> int:
+def polls_until(queue: QueueHarness, queue_id: str, most: int) -> int:
     """How many polls with capacity for four it takes until a message is claimed."""
     for n in range(1, most + 1):
-        claims = office.claim(room={"default": 4})
+        claims = queue.claim(room={"default": 4})
         assert len(claims) == 4, "the backlog fills what the other kind leaves"
         if queue_id in [claim.queue_id for claim in claims]:
             return n
@@ -171,23 +173,23 @@ def polls_until(office: Office, queue_id: str, most: int) -> int:
 
 @pytest.mark.parametrize("backlog", ["retries", "fresh mail"])
 def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(
-    office: Office, backlog: str
+    queue: QueueHarness, backlog: str
 ) -> None:
     """So much is due at once when the broker is away or its list is long."""
-    fill(office)
-    overdue(office, 3 if backlog == "retries" else 0)
+    fill(queue)
+    overdue(queue, 3 if backlog == "retries" else 0)
     other = {"claim_count": 0 if backlog == "retries" else 3}
 
     def one_more() -> str:
-        queue_id = office.accept()
-        office.change("UPDATE deliveries SET due_at = @now, claim_count = :claim_count WHERE queue_id = @id(:id)",
+        queue_id = queue.accept()
+        queue.change("UPDATE deliveries SET due_at = @now, claim_count = :claim_count WHERE queue_id = @id(:id)",
                       id=queue_id, **other)  # fmt: skip
         return queue_id
 
-    assert polls_until(office, one_more(), MANY // WINDOW + 1) > 1, (
+    assert polls_until(queue, one_more(), MANY // WINDOW + 1) > 1, (
         "the backlog is walked through once, by the window"
     )
-    assert polls_until(office, one_more(), 1) == 1
+    assert polls_until(queue, one_more(), 1) == 1
 
 
 def test_without_hints_a_single_connection_is_shared_by_fresh_mail_and_retries(room: Open) -> None:
@@ -236,7 +238,7 @@ def test_B20_B21_B22_a_tarpit_delays_no_other_server(room: Open, kind: str) -> N
 
             def through() -> bool:
                 """Its messages go to the other server."""
-                mail.sweeps.requeue_due(10)
+                mail.rescuer.requeue_due(10)
                 return mail.states() == {"delivered"}
 
             until(through, 45, what=lambda: f"{kind}: {mail.states()}")
@@ -305,7 +307,7 @@ def test_D14_a_tarpit_does_not_block_the_quarantine_nor_the_quarantine_other_mai
             engine.offer(quarantined)
 
             def sent() -> bool:
-                mail.sweeps.requeue_due(10)
+                mail.rescuer.requeue_due(10)
                 return all(mail.state(queue_id) == "delivered" for queue_id in quarantined)
 
             until(sent, 20)
@@ -325,22 +327,22 @@ def test_D14_one_crash_does_not_quarantine(room: Open) -> None:
 
 
 def test_D14_a_delivery_is_held_at_the_poison_limit(clean_sqlite_url: str) -> None:
-    office = Office(clean_sqlite_url, poison_limit=4)
-    queue_id = office.accept()
+    queue = QueueHarness(clean_sqlite_url, poison_limit=4)
+    queue_id = queue.accept()
     states = []
     for _ in range(4):
-        worker = office.hire()
-        (claim,) = office.claim(queue_id, worker=worker)
-        office.pass_time(100)
-        office.renew()
-        office.expire_worker(worker)
-        states.append((claim.crash_count, office.state(queue_id)))
-        office.pass_time(100)
-        office.sweeps.requeue_due(10)
+        worker = queue.register_worker()
+        (claim,) = queue.claim(queue_id, worker=worker)
+        queue.pass_time(100)
+        queue.renew()
+        queue.expire_worker(worker)
+        states.append((claim.crash_count, queue.state(queue_id)))
+        queue.pass_time(100)
+        queue.rescuer.requeue_due(10)
     assert states == [(0, "deferred"), (1, "deferred"), (2, "deferred"), (3, "held")]
-    assert "vanished" in office.delivery(queue_id)["last_reply"]
-    assert office.claim(queue_id, worker=office.hire()) == []
-    office.engine.dispose()
+    assert "vanished" in queue.delivery(queue_id)["last_reply"]
+    assert queue.claim(queue_id, worker=queue.register_worker()) == []
+    queue.engine.dispose()
 
 
 # --- routes that share a server
@@ -403,7 +405,7 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) 
         verbs = QueueOperations(mail.database, notices=True)
 
         def apply_pauses(engine: Any) -> None:
-            engine.servers.pauses = mail.sweeps.paused()  # as the sweeper does at each turn
+            engine.servers.pauses = mail.rescuer.paused()  # as the sweeper does at each turn
 
         with mail.working() as engine:
             assert verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="maintenance")
@@ -480,11 +482,11 @@ def test_the_policy_for_uncertain_deliveries(room: Open, policy: str, state: str
 
 
 @pytest.fixture
-def beside(room: Open, tmp_path: Path) -> Callable[..., Mailroom]:
+def beside(room: Open, tmp_path: Path) -> Callable[..., EngineHarness]:
     """Two routes: `default`, of whose server two connections may be used, and `other`, with this
     server."""
 
-    def open_(sink: Sink, other: int) -> Mailroom:
+    def open_(sink: Sink, other: int) -> EngineHarness:
         file = tmp_path / "routes.toml"
         file.write_text(
             f'[other]\nrecipients = ["other.example"]\nservers = ["127.0.0.1:{other}"]\n'
@@ -494,7 +496,7 @@ def beside(room: Open, tmp_path: Path) -> Callable[..., Mailroom]:
     return open_
 
 
-def latencies(mail: Mailroom) -> list[float]:
+def latencies(mail: EngineHarness) -> list[float]:
     """Seconds from the acceptance of each message to the reply of its server."""
     rows = mail.rows(
         """SELECT (@micros(d.finished_at) - @micros(m.received_at)) / 1000000.0 AS s FROM deliveries d
@@ -503,7 +505,7 @@ def latencies(mail: Mailroom) -> list[float]:
     return [float(row["s"]) for row in rows]
 
 
-def test_an_idle_route_takes_no_hints_from_another(beside: Callable[..., Mailroom]) -> None:
+def test_an_idle_route_takes_no_hints_from_another(beside: Callable[..., EngineHarness]) -> None:
     """If a hint is lost the mail waits for the overdue poll after GRACE, which is ten minutes away."""
     with running_sink() as sink, running_sink() as idle:
         mail = beside(sink, idle.port)
@@ -515,7 +517,7 @@ def test_an_idle_route_takes_no_hints_from_another(beside: Callable[..., Mailroo
 
 
 def test_hints_of_a_dead_route_block_no_task_and_no_other_route(
-    beside: Callable[..., Mailroom],
+    beside: Callable[..., EngineHarness],
 ) -> None:
     with running_sink() as sink:
         mail = beside(sink, free_port())
@@ -532,7 +534,7 @@ def test_hints_of_a_dead_route_block_no_task_and_no_other_route(
         assert max(latencies(mail)) < 5
 
 
-def test_a_hint_of_an_unknown_route_may_be_for_any(beside: Callable[..., Mailroom]) -> None:
+def test_a_hint_of_an_unknown_route_may_be_for_any(beside: Callable[..., EngineHarness]) -> None:
     with running_sink() as sink:
         mail = beside(sink, free_port())
         with mail.working() as engine:

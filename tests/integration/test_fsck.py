@@ -18,7 +18,7 @@ from relay.ids import dashed, new_id
 from relay.queue import audit
 from relay.settings import Settings, load
 from relay.spool.store import Spool
-from tests.integration.office import Office
+from tests.integration.queue_harness import QueueHarness
 from tests.integration.typed import Typed, lines, typed_at
 
 BODY = b"b" * 100
@@ -26,13 +26,13 @@ OLD = 7200.0
 
 
 @pytest.fixture
-def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
+def typed(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
     monkeypatch.setattr(fsck, "wait", lambda _seconds: None)
-    return typed_at(office, spool, monkeypatch)
+    return typed_at(queue, spool, monkeypatch)
 
 
-def stored(office: Office, spool: Spool, *addresses: str, **more: object) -> str:
-    queue_id = office.accept(*addresses, **more)
+def stored(queue: QueueHarness, spool: Spool, *addresses: str, **more: object) -> str:
+    queue_id = queue.accept(*addresses, **more)
     spool.store(queue_id, [BODY])
     return queue_id
 
@@ -63,7 +63,7 @@ def assert_repairable(typed: Typed, what: str) -> None:
     assert fsck_rows(typed) == []
 
 
-def test_a_busy_relay_has_no_inconsistency(office: Office, spool: Spool, typed: Typed) -> None:
+def test_a_busy_relay_has_no_inconsistency(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
     for outcome in (
         Outcome.DELIVERED,
         Outcome.DEFERRED,
@@ -71,95 +71,107 @@ def test_a_busy_relay_has_no_inconsistency(office: Office, spool: Spool, typed: 
         Outcome.UNCERTAIN,
         Outcome.UNREACHABLE,
     ):
-        queue_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
-        office.record(office.claim(queue_id, room={"default": 1})[0], outcome)
+        queue_id = stored(queue, spool, "a@example.org", "bulk:b@example.org")
+        queue.record(queue.claim(queue_id, room={"default": 1})[0], outcome)
         aged(spool.path(queue_id))
-    stored(office, spool)
-    office.claim(stored(office, spool))
-    finished = stored(office, spool)  # its worker is about to remove the body
-    office.record(office.claim(finished)[0], Outcome.DELIVERED)
+    stored(queue, spool)
+    queue.claim(stored(queue, spool))
+    finished = stored(queue, spool)  # its worker is about to remove the body
+    queue.record(queue.claim(finished)[0], Outcome.DELIVERED)
     aged(spool.path(finished))
     orphan(spool, 60)  # its message is about to be committed
-    office.ledger.retire(office.hire())
+    queue.worker_queue.retire(queue.register_worker())
     assert fsck_rows(typed, "--repair") == []
     assert "no inconsistency found" in typed("fsck").stderr
 
 
-def test_a_file_without_a_row_is_moved(office: Office, spool: Spool, typed: Typed) -> None:
-    stored(office, spool)
+def test_a_file_without_a_row_is_moved(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
+    stored(queue, spool)
     path = orphan(spool)
     assert_repairable(typed, "file without row")
     assert (spool.directory / "orphans" / path.name).read_bytes() == b"lost"
 
 
-def test_a_restored_database_has_no_orphans(office: Office, spool: Spool, typed: Typed) -> None:
+def test_a_restored_database_has_no_orphans(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
     path = orphan(spool)
     assert fsck_rows(typed, "--repair") == [("file without row", "-")], "there is no row at all"
-    stored(office, spool)
+    stored(queue, spool)
     earlier = (
-        "received_at - interval '1 day'" if office.spell.postgresql else "received_at - 86400000000"
+        "received_at - interval '1 day'"
+        if queue.dialect.postgresql
+        else "received_at - 86400000000"
     )
-    office.change(f"UPDATE messages SET received_at = {earlier}")
+    queue.change(f"UPDATE messages SET received_at = {earlier}")
     assert fsck_rows(typed, "--repair") == [("file without row", "-")]
     assert path.exists()
 
 
-def test_a_body_that_is_not_needed_is_removed(office: Office, spool: Spool, typed: Typed) -> None:
-    queue_id = stored(office, spool)
-    office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
+def test_a_body_that_is_not_needed_is_removed(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
+    queue_id = stored(queue, spool)
+    queue.record(queue.claim(queue_id)[0], Outcome.DELIVERED)
     earlier = (
-        "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
+        "finished_at - interval '1 hour'"
+        if queue.dialect.postgresql
+        else "finished_at - 3600000000"
     )
-    office.change(f"UPDATE deliveries SET finished_at = {earlier}")
+    queue.change(f"UPDATE deliveries SET finished_at = {earlier}")
     aged(spool.path(queue_id))
     assert_repairable(typed, "body not needed")
     assert not spool.path(queue_id).exists()
 
 
-def test_a_body_whose_delivery_is_missing_stays(office: Office, spool: Spool, typed: Typed) -> None:
+def test_a_body_whose_delivery_is_missing_stays(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
     alone, beside = (
-        stored(office, spool),
-        stored(office, spool, "a@example.org", "bulk:b@example.org"),
+        stored(queue, spool),
+        stored(queue, spool, "a@example.org", "bulk:b@example.org"),
     )
-    office.record(office.claim(beside, room={"default": 1})[0], Outcome.DELIVERED)
-    office.change("DELETE FROM deliveries WHERE state = 'queued'")
+    queue.record(queue.claim(beside, room={"default": 1})[0], Outcome.DELIVERED)
+    queue.change("DELETE FROM deliveries WHERE state = 'queued'")
     earlier = (
-        "finished_at - interval '1 hour'" if office.spell.postgresql else "finished_at - 3600000000"
+        "finished_at - interval '1 hour'"
+        if queue.dialect.postgresql
+        else "finished_at - 3600000000"
     )
-    office.change(f"UPDATE deliveries SET finished_at = {earlier}")
+    queue.change(f"UPDATE deliveries SET finished_at = {earlier}")
     for queue_id in (alone, beside):
         aged(spool.path(queue_id))
     assert fsck_rows(typed, "--repair") == [("recipient without delivery", "yes")]
-    assert [office.state(alone), office.state(beside, 2)] == ["held", "held"]
+    assert [queue.state(alone), queue.state(beside, 2)] == ["held", "held"]
     assert fsck_rows(typed, "--repair") == [], "the bodies are there"
 
 
 @pytest.mark.parametrize("body", [None, b"too short"])
 def test_a_delivery_that_cannot_be_sent_is_held(
-    office: Office, spool: Spool, typed: Typed, body: bytes | None
+    queue: QueueHarness, spool: Spool, typed: Typed, body: bytes | None
 ) -> None:
-    whole, broken = stored(office, spool), office.accept()
+    whole, broken = stored(queue, spool), queue.accept()
     if body:
         spool.store(broken, [body])
     what = "body of another size" if body else "body missing"
     assert fsck_rows(typed) == [(what, "no")]
     assert "--repair would repair 1" in typed("fsck", status=1).stderr
     assert fsck_rows(typed, "--repair") == [(what, "yes")]
-    assert office.states([whole, broken]) == ["queued", "held"]
-    assert office.delivery(broken)["last_outcome"] == "unsendable"
+    assert queue.states([whole, broken]) == ["queued", "held"]
+    assert queue.delivery(broken)["last_outcome"] == "unsendable"
     assert fsck_rows(typed, "--repair") == [(what, "-")], "it is reported until an operator decides"
     assert "put the file back and release it" in typed("why", broken).stdout
 
 
 def test_a_body_of_a_delivery_that_finishes_meanwhile_is_no_inconsistency(
-    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue_id = stored(office, spool)
+    queue_id = stored(queue, spool)
     fault = Fsck._fault
 
     def delivered_meanwhile(self: Fsck, name: str, size: int) -> str:
-        if office.state(queue_id) == "queued":
-            office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
+        if queue.state(queue_id) == "queued":
+            queue.record(queue.claim(queue_id)[0], Outcome.DELIVERED)
             spool.remove(queue_id)
         return fault(self, name, size)
 
@@ -168,9 +180,9 @@ def test_a_body_of_a_delivery_that_finishes_meanwhile_is_no_inconsistency(
 
 
 def test_a_spool_that_changes_meanwhile_holds_nothing(
-    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue_id = office.accept()
+    queue_id = queue.accept()
 
     def unmounted(_self: Fsck) -> list[Inconsistency]:
         (spool.directory / "spool-id").write_text("another")
@@ -178,52 +190,52 @@ def test_a_spool_that_changes_meanwhile_holds_nothing(
 
     monkeypatch.setattr(Fsck, "_files", unmounted)
     assert "another spool" in typed("fsck", "--repair", status=2).stderr
-    assert office.state(queue_id) == "queued"
+    assert queue.state(queue_id) == "queued"
 
 
 def test_a_worker_is_expired_only_if_its_lease_stays_expired(
-    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue_id, other = stored(office, spool), stored(office, spool)
-    dead = office.hire()
-    office.claim(queue_id, worker=dead)
-    office.claim(other)
-    office.pass_time(400)
+    queue_id, other = stored(queue, spool), stored(queue, spool)
+    dead = queue.register_worker()
+    queue.claim(queue_id, worker=dead)
+    queue.claim(other)
+    queue.pass_time(400)
     waits: list[float] = []
 
     def wait(seconds: float) -> None:
         waits.append(seconds)
-        office.renew()
+        queue.renew()
 
     monkeypatch.setattr(fsck, "wait", wait)
     assert_repairable(typed, "dead worker")
     assert set(waits) == {60.0}
-    assert office.states([queue_id, other]) == ["deferred", "sending"]
-    assert office.attempts(queue_id) == [(1, 0, "uncertain")]
+    assert queue.states([queue_id, other]) == ["deferred", "sending"]
+    assert queue.attempts(queue_id) == [(1, 0, "uncertain")]
 
 
 def test_a_delivery_of_an_unknown_worker_is_uncertain(
-    office: Office, spool: Spool, typed: Typed
+    queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    queue_id = stored(office, spool)
-    office.claim(queue_id)
-    office.change("DELETE FROM workers")
+    queue_id = stored(queue, spool)
+    queue.claim(queue_id)
+    queue.change("DELETE FROM workers")
     assert_repairable(typed, "sent by an unknown worker")
-    assert office.state(queue_id) == "deferred"
+    assert queue.state(queue_id) == "deferred"
 
 
-def test_overdue_deliveries_are_reported(office: Office, spool: Spool, typed: Typed) -> None:
-    (one,), (two,), _ = (office.claim(stored(office, spool)) for _ in range(3))
-    office.record(one, Outcome.DEFERRED)
-    office.record(two, Outcome.REJECTED)
-    stored(office, spool, "slow:x@example.org")
-    office.pass_time(1200)
-    office.renew()
+def test_overdue_deliveries_are_reported(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
+    (one,), (two,), _ = (queue.claim(stored(queue, spool)) for _ in range(3))
+    queue.record(one, Outcome.DEFERRED)
+    queue.record(two, Outcome.REJECTED)
+    stored(queue, spool, "slow:x@example.org")
+    queue.pass_time(1200)
+    queue.renew()
     assert fsck_rows(typed) == [("DSN pending", "-"), ("overdue", "-")], (
         "others are sent: it may wait for a connection"
     )
-    office.pass_time(20000)
-    office.renew()
+    queue.pass_time(20000)
+    queue.renew()
     late = lines(typed("fsck", "--json", status=1))
     assert [row["words"].split(",")[0] for row in late] == [
         "1 bounced",
@@ -235,25 +247,27 @@ def test_overdue_deliveries_are_reported(office: Office, spool: Spool, typed: Ty
     assert len(fsck_rows(typed)) == 3
 
 
-def test_recipients_without_a_delivery_are_held(office: Office, spool: Spool, typed: Typed) -> None:
-    queue_id = stored(office, spool, "a@example.org", "bulk:b@example.org")
-    office.change("DELETE FROM deliveries WHERE number = 2")
+def test_recipients_without_a_delivery_are_held(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
+    queue_id = stored(queue, spool, "a@example.org", "bulk:b@example.org")
+    queue.change("DELETE FROM deliveries WHERE number = 2")
     assert_repairable(typed, "recipient without delivery")
-    assert office.state(queue_id, 2) == "held"
-    office.change("DELETE FROM recipients WHERE delivery = 1")
+    assert queue.state(queue_id, 2) == "held"
+    queue.change("DELETE FROM recipients WHERE delivery = 1")
     assert fsck_rows(typed, "--repair") == [("delivery without recipient", "yes")]
-    assert office.state(queue_id) == "held", "no sender is told of mail that ends unseen"
+    assert queue.state(queue_id) == "held", "no sender is told of mail that ends unseen"
     assert fsck_rows(typed, "--repair") == [("delivery without recipient", "-")], (
         "until an operator decides"
     )
-    said = [office.delivery(queue_id, number)["last_reply"] for number in (2, 1)]
+    said = [queue.delivery(queue_id, number)["last_reply"] for number in (2, 1)]
     assert said == ["held by fsck: it had no delivery", "held by fsck: it has no recipient"]
     assert (
         "b@example.org: held by fsck: it had no delivery. It stays until"
         in typed("why", queue_id).stdout
     )
-    office.change("DELETE FROM messages")
-    stored(office, spool)
+    queue.change("DELETE FROM messages")
+    stored(queue, spool)
     aged(spool.path(queue_id))
     assert ("delivery without message", "-") in (rows := fsck_rows(typed, "--repair"))
     assert ("file without row", "yes") not in rows, (
@@ -262,49 +276,49 @@ def test_recipients_without_a_delivery_are_held(office: Office, spool: Spool, ty
 
 
 def test_a_message_that_lost_all_its_rows_keeps_its_body(
-    office: Office, spool: Spool, typed: Typed
+    queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    queue_id = stored(office, spool)
+    queue_id = stored(queue, spool)
     for table in ("recipients", "deliveries"):
-        office.change(f"DELETE FROM {table}")
+        queue.change(f"DELETE FROM {table}")
     aged(spool.path(queue_id))
     assert fsck_rows(typed, "--repair") == [("message without recipients", "-")]
     assert queue_id in typed("fsck", status=1).stdout
     assert spool.path(queue_id).exists()
 
 
-def test_repairs_are_recorded(office: Office, spool: Spool, typed: Typed) -> None:
-    lost, broken, unknown = stored(office, spool), office.accept(), stored(office, spool)
-    office.claim(unknown)
-    office.change("DELETE FROM workers")
-    office.change("DELETE FROM deliveries WHERE queue_id = @id(:id)", id=lost)
+def test_repairs_are_recorded(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
+    lost, broken, unknown = stored(queue, spool), queue.accept(), stored(queue, spool)
+    queue.claim(unknown)
+    queue.change("DELETE FROM workers")
+    queue.change("DELETE FROM deliveries WHERE queue_id = @id(:id)", id=lost)
     path = orphan(spool)
-    stored(office, spool)
+    stored(queue, spool)
     assert len(fsck_rows(typed)) == 4
-    assert office.rows("SELECT * FROM audit") == []
+    assert queue.rows("SELECT * FROM audit") == []
     assert {repaired for _, repaired in fsck_rows(typed, "--repair")} == {"yes"}
     sql = """SELECT a.reason, a.filter, a.matched, @hex(t.queue_id) AS id FROM audit a
         LEFT JOIN audit_deliveries t ON t.action = a.id WHERE a.verb = 'fsck' AND a.actor LIKE '%@%' ORDER BY a.id"""
-    assert [tuple(row.values()) for row in office.rows(sql)] == [
+    assert [tuple(row.values()) for row in queue.rows(sql)] == [
         ("sent by an unknown worker", "", 1, unknown),
         ("recipient without delivery", "", 1, lost),
         ("file without row", f"--id {path.name}", 0, None),
         (f"no body file {broken}", f"--id {broken}", 1, broken),
     ]
-    assert office.attempts(unknown) == [(1, 0, "uncertain")], "it may have been sent"
+    assert queue.attempts(unknown) == [(1, 0, "uncertain")], "it may have been sent"
 
 
-def test_an_expired_worker_is_recorded(office: Office, spool: Spool, typed: Typed) -> None:
-    queue_id = stored(office, spool)
-    office.claim(queue_id, worker=(dead := office.hire()))
-    office.ask(queue_id, "hold")
-    office.change("UPDATE workers SET lease_expires_at = @ago(1000) WHERE id = @id(:id)", id=dead)
+def test_an_expired_worker_is_recorded(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
+    queue_id = stored(queue, spool)
+    queue.claim(queue_id, worker=(dead := queue.register_worker()))
+    queue.ask(queue_id, "hold")
+    queue.change("UPDATE workers SET lease_expires_at = @ago(1000) WHERE id = @id(:id)", id=dead)
     assert fsck_rows(typed, "--repair") == [("dead worker", "yes")]
-    assert [row["reason"] for row in office.rows("SELECT reason FROM audit")] == [
+    assert [row["reason"] for row in queue.rows("SELECT reason FROM audit")] == [
         f"dead worker {dead}"
     ]
     assert (
-        len(office.rows("SELECT 1 FROM audit_deliveries WHERE queue_id = @id(:id)", id=queue_id))
+        len(queue.rows("SELECT 1 FROM audit_deliveries WHERE queue_id = @id(:id)", id=queue_id))
         == 1
     )
 
@@ -314,7 +328,7 @@ def test_an_expired_worker_is_recorded(office: Office, spool: Spool, typed: Type
     ["sent by an unknown worker", "delivery without recipient", "recipient without delivery"],
 )
 def test_many_rows_are_repaired_in_chunks(
-    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
+    queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     for module in (audit, fsck):
         monkeypatch.setattr(module, "CHUNK", 2)
@@ -325,25 +339,25 @@ def test_many_rows_are_repaired_in_chunks(
         note(self, connection, matched, *keys)
 
     monkeypatch.setattr(audit.AuditEntry, "note", noting)
-    ids = [stored(office, spool) for _ in range(5)]
+    ids = [stored(queue, spool) for _ in range(5)]
     if what == "sent by an unknown worker":
-        office.claim(*ids)
-        office.ask(ids[0], "bounce")
+        queue.claim(*ids)
+        queue.ask(ids[0], "bounce")
     gone = {"sent by an unknown worker": "workers", "delivery without recipient": "recipients"}.get(
         what, "deliveries"
     )
-    office.change(f"DELETE FROM {gone}")
+    queue.change(f"DELETE FROM {gone}")
     assert fsck_rows(typed, "--repair") == [(what, "yes")]
     assert chunks == [2, 2, 1]
-    assert [tuple(row.values()) for row in office.rows("SELECT reason, matched FROM audit")] == [
+    assert [tuple(row.values()) for row in queue.rows("SELECT reason, matched FROM audit")] == [
         (what, 5)
     ]
     if what == "sent by an unknown worker":
-        assert office.states(ids) == ["bounced", *["deferred"] * 4], (
+        assert queue.states(ids) == ["bounced", *["deferred"] * 4], (
             "the pending operation comes first"
         )
     else:
-        assert set(office.states(ids)) == {"held"}
+        assert set(queue.states(ids)) == {"held"}
 
 
 @pytest.mark.parametrize(
@@ -355,24 +369,24 @@ def test_many_rows_are_repaired_in_chunks(
     ],
 )
 def test_impossible_rows_are_repaired(
-    office: Office, spool: Spool, typed: Typed, change: str, what: str
+    queue: QueueHarness, spool: Spool, typed: Typed, change: str, what: str
 ) -> None:
-    stored(office, spool)
-    with writing(office.engine) as connection:  # no statement of ours gets past the constraints
+    stored(queue, spool)
+    with writing(queue.engine) as connection:  # no statement of ours gets past the constraints
         loosen = (
             "ALTER TABLE deliveries DROP CONSTRAINT IF EXISTS deliveries_due_where_the_state_needs_it"
-            if office.spell.postgresql
+            if queue.dialect.postgresql
             else "PRAGMA ignore_check_constraints = ON"
         )
         connection.execute(text(loosen))
         connection.execute(text(f"UPDATE deliveries SET {change}"))
-        if not office.spell.postgresql:
+        if not queue.dialect.postgresql:
             connection.execute(text("PRAGMA ignore_check_constraints = OFF"))
     assert_repairable(typed, what)
 
 
 def test_long_lists_at_the_broker_are_reported(
-    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fsck, "broker_lists", lambda _settings: {"fresh": 5000, "retry": 3})
     assert [row["words"] for row in lines(typed("fsck", "--json", status=1))] == [
@@ -393,7 +407,9 @@ def test_the_lists_at_the_broker_are_counted(broker_url: str) -> None:
     )
 
 
-def test_ids_are_printed_as_people_see_them(office: Office, spool: Spool, typed: Typed) -> None:
-    queue_id = office.accept()
+def test_ids_are_printed_as_people_see_them(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
+    queue_id = queue.accept()
     assert queue_id in typed("fsck", status=1).stdout
     assert dashed(queue_id) not in typed("fsck", status=1).stdout

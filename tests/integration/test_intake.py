@@ -16,7 +16,7 @@ from relay.db.group_commit import CommitThread, CommitUnknown
 from relay.db.schema import Outcome
 from relay.ids import new_id
 from relay.queue.accept import NewMessage
-from tests.integration.office import Office, new_message, opened
+from tests.integration.queue_harness import QueueHarness, new_message, opened
 from tests.services import Postgres
 from tests.waiting import until
 
@@ -25,12 +25,12 @@ class Front:
     """A writer of messages, and what it answered: the first answer to each id; a second one is an
     error."""
 
-    def __init__(self, office: Office) -> None:
+    def __init__(self, queue: QueueHarness) -> None:
         self.answers: dict[str, Any] = {}
         self.rounds: list[int] = []
         self.writer: CommitThread[NewMessage, None] = CommitThread(
             "test",
-            office.intake.commit,
+            queue.acceptor.commit,
             post=lambda call: call(),
             observe=lambda n, _: self.rounds.append(n),
         )
@@ -51,16 +51,16 @@ class Front:
         return self.answers
 
 
-def counts(office: Office) -> list[int]:
+def counts(queue: QueueHarness) -> list[int]:
     """Rows of messages, recipients and deliveries."""
     return [
-        office.rows(f"SELECT count(*) AS n FROM {t}")[0]["n"]
+        queue.rows(f"SELECT count(*) AS n FROM {t}")[0]["n"]
         for t in ("messages", "recipients", "deliveries")
     ]
 
 
-def test_everything_that_was_said_is_kept(office: Office) -> None:
-    about = office.accept()
+def test_everything_that_was_said_is_kept(queue: QueueHarness) -> None:
+    about = queue.accept()
     message = new_message(
         "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
         header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", dsn_of=about,
@@ -69,8 +69,8 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
     message.recipients[0] = message.recipients[0]._replace(
         notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org"
     )
-    office.intake.commit([message])
-    (row,) = office.rows("SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
+    queue.acceptor.commit([message])
+    (row,) = queue.rows("SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
                          " WHERE id = @id(:id)", id=message.id)  # fmt: skip
     assert (row["sender"], row["size"], row["client_address"], row["helo"]) == (
         "",
@@ -93,70 +93,70 @@ def test_everything_that_was_said_is_kept(office: Office) -> None:
     assert 0 <= row["ago"] < 60
     sql = "SELECT * FROM recipients WHERE queue_id = @id(:id) ORDER BY position"
     fields = ("position", "address", "delivery", "notify", "orcpt")
-    assert [tuple(row[f] for f in fields) for row in office.rows(sql, id=message.id)] == [
+    assert [tuple(row[f] for f in fields) for row in queue.rows(sql, id=message.id)] == [
         (1, "Zoe@example.org", 1, "FAILURE,DELAY", "rfc822;zoe@example.org"),
         (2, "adam@example.org", 2, None, None),
         (3, "mia@example.org", 1, None, None),
     ]
-    first, second = office.delivery(message.id, 1), office.delivery(message.id, 2)
+    first, second = queue.delivery(message.id, 1), queue.delivery(message.id, 2)
     assert (first["route"], second["route"], first["state"], first["claim_count"]) == (
         "default",
         "bulk",
         "queued",
         0,
     )
-    assert first["due_in"] == pytest.approx(office.settings.grace, abs=4)
-    assert first["expires_in"] == pytest.approx(office.settings.queue_lifetime, abs=30)
+    assert first["due_in"] == pytest.approx(queue.settings.grace, abs=4)
+    assert first["expires_in"] == pytest.approx(queue.settings.queue_lifetime, abs=30)
 
 
-def test_told_twice_is_accepted_once(office: Office) -> None:
+def test_told_twice_is_accepted_once(queue: QueueHarness) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
-    office.intake.commit(messages)
-    office.record(office.claim(messages[0].id)[0], Outcome.DELIVERED)
-    before = office.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
-    office.intake.commit([*messages, new_message()])
-    after = office.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
+    queue.acceptor.commit(messages)
+    queue.record(queue.claim(messages[0].id)[0], Outcome.DELIVERED)
+    before = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
+    queue.acceptor.commit([*messages, new_message()])
+    after = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
     assert after[:-1] == before, "also what is finished stays so"
-    assert counts(office) == [4, 7, 7]
+    assert counts(queue) == [4, 7, 7]
 
 
-def test_bytes_from_peers_cannot_break_the_round(office: Office) -> None:
+def test_bytes_from_peers_cannot_break_the_round(queue: QueueHarness) -> None:
     long = "<" + "x" * 5000 + "@x>"
-    office.intake.commit([new_message(helo="nul\0 and \udcff and é", header_message_id=long)])
-    (row,) = office.rows("SELECT helo, header_message_id FROM messages")
+    queue.acceptor.commit([new_message(helo="nul\0 and \udcff and é", header_message_id=long)])
+    (row,) = queue.rows("SELECT helo, header_message_id FROM messages")
     assert row["helo"] == r"nul\x00 and \xff and \xc3\xa9"
     assert len(row["header_message_id"]) == 1000
 
 
-def test_one_bad_row_fails_alone(office: Office) -> None:
+def test_one_bad_row_fails_alone(queue: QueueHarness) -> None:
     good = [new_message() for _ in range(4)]
     bad = new_message()._replace(sender=None)  # type: ignore[arg-type]
-    front = Front(office)
+    front = Front(queue)
     answers = front.take(*good[:2], bad, *good[2:])
     assert [answers[m.id] for m in good] == [None] * 4
     assert isinstance(answers[bad.id], DBAPIError)
     assert front.rounds == [5]
-    assert counts(office) == [4, 4, 4]
+    assert counts(queue) == [4, 4, 4]
 
 
 def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(
-    postgres_office: Office,
+    postgres_queue: QueueHarness,
 ) -> None:
     good, nul = new_message(), new_message(sender="nul\0")
     long = new_message(sender="".join(new_id() for _ in range(1000)))  # nothing that compresses
-    answers = Front(postgres_office).take(nul, good, long)
+    answers = Front(postgres_queue).take(nul, good, long)
     assert answers[good.id] is None
     assert isinstance(answers[nul.id], DBAPIError)
     assert isinstance(answers[long.id], DBAPIError), "longer than an index takes"
-    assert counts(postgres_office) == [1, 1, 1]
+    assert counts(postgres_queue) == [1, 1, 1]
 
 
-def test_all_of_a_message_or_nothing(office: Office) -> None:
+def test_all_of_a_message_or_nothing(queue: QueueHarness) -> None:
     message = new_message("x@example.org", "y@example.org")
     message.recipients[1] = message.recipients[1]._replace(route=None)  # type: ignore[arg-type]
     with pytest.raises(DBAPIError):
-        office.intake.commit([message])
-    assert counts(office) == [0, 0, 0]
+        queue.acceptor.commit([message])
+    assert counts(queue) == [0, 0, 0]
 
 
 # --- COMMIT in doubt
@@ -164,7 +164,7 @@ def test_all_of_a_message_or_nothing(office: Office) -> None:
 
 
 @contextmanager
-def killed(office: Office, *, after: bool) -> Iterator[None]:
+def killed(queue: QueueHarness, *, after: bool) -> Iterator[None]:
     """The server process is killed just before the next statement that inserts, or when it has
     committed unheard.
 
@@ -176,50 +176,52 @@ def killed(office: Office, *, after: bool) -> Iterator[None]:
         if done or "INSERT INTO messages" not in statement:
             return
         done.append(connection.connection.driver_connection.info.backend_pid)
-        with office.engine.connect() as other:
+        with queue.engine.connect() as other:
             other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": done[0]})
         if after:
             connection.invalidate()
             raise OperationalError("COMMIT", {}, ConnectionResetError())
 
     moment = "after_cursor_execute" if after else "before_cursor_execute"
-    event.listen(office.engine, moment, kill)
+    event.listen(queue.engine, moment, kill)
     yield
     assert done
-    event.remove(office.engine, moment, kill)
+    event.remove(queue.engine, moment, kill)
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_commit_in_doubt_is_settled_by_asking_again(postgres_office: Office, after: bool) -> None:
+def test_a_commit_in_doubt_is_settled_by_asking_again(
+    postgres_queue: QueueHarness, after: bool
+) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
-    with killed(postgres_office, after=after):
-        answers = Front(postgres_office).take(*messages)
+    with killed(postgres_queue, after=after):
+        answers = Front(postgres_queue).take(*messages)
     assert answers == dict.fromkeys((m.id for m in messages), None)
-    assert counts(postgres_office) == [3, 6, 6]
+    assert counts(postgres_queue) == [3, 6, 6]
 
 
-def test_a_commit_in_doubt_whose_transaction_still_runs(postgres_office: Office) -> None:
+def test_a_commit_in_doubt_whose_transaction_still_runs(postgres_queue: QueueHarness) -> None:
     """The repeat waits for the first transaction to end, and then does what is right either way."""
-    office = postgres_office
+    queue = postgres_queue
     kept, undone = new_message(), new_message()
     for message, keep in ((kept, True), (undone, False)):
-        first = office.engine.connect()
+        first = queue.engine.connect()
         first.begin()
-        office.intake.insert(first, [message])
-        again = threading.Thread(target=office.intake.commit, args=([message],))
+        queue.acceptor.insert(first, [message])
+        again = threading.Thread(target=queue.acceptor.commit, args=([message],))
         again.start()
-        until(lambda: office.rows("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        until(lambda: queue.rows("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
         first.commit() if keep else first.rollback()
         first.close()
         again.join(20)
-    assert counts(office) == [2, 2, 2]
+    assert counts(queue) == [2, 2, 2]
 
 
 def test_a_database_that_is_away_answers_nobody_until_it_is_back(
     postgres: Postgres, clean_postgres_url: str
 ) -> None:
-    with opened(clean_postgres_url) as office:
-        front = Front(office)
+    with opened(clean_postgres_url) as queue:
+        front = Front(queue)
         postgres.stop()
         front.writer.start()
         patient, hurried = new_message(), new_message()
@@ -236,11 +238,13 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(
         assert front.writer.close(10)
 
 
-def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(office: Office) -> None:
+def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(
+    queue: QueueHarness,
+) -> None:
     """No try came to a COMMIT, so its body need not stay."""
     sql = (
         "SET default_transaction_read_only = {}"
-        if office.spell.postgresql
+        if queue.dialect.postgresql
         else "PRAGMA query_only = {}"
     )
     mode = ["on"]
@@ -249,9 +253,9 @@ def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(offi
         connection.execute(sql.format(mode[0]))
         connection.commit()
 
-    office.engine.dispose()
-    event.listen(office.engine, "checkout", prepare)
-    front = Front(office)
+    queue.engine.dispose()
+    event.listen(queue.engine, "checkout", prepare)
+    front = Front(queue)
     front.writer.start()
     patient, hurried = new_message(), new_message()
     front.put(patient)
@@ -262,10 +266,10 @@ def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(offi
     mode[0] = "off"
     until(lambda: patient.id in front.answers)
     assert front.writer.close(10)
-    assert [row["id"] for row in office.rows("SELECT @hex(id) AS id FROM messages")] == [patient.id]
+    assert [row["id"] for row in queue.rows("SELECT @hex(id) AS id FROM messages")] == [patient.id]
 
 
-def test_nothing_is_written_when_the_turn_comes_too_late(office: Office) -> None:
+def test_nothing_is_written_when_the_turn_comes_too_late(queue: QueueHarness) -> None:
     with pytest.raises(TooLate):
-        office.intake.commit([new_message()], time.monotonic() - 1)
-    assert counts(office) == [0, 0, 0]
+        queue.acceptor.commit([new_message()], time.monotonic() - 1)
+    assert counts(queue) == [0, 0, 0]

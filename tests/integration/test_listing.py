@@ -28,33 +28,33 @@ from relay.db.sql import dialect_of
 from relay.report.filters import Filter, address_is
 from relay.report.queries import NoSuchMessage, QueueReader
 from relay.spool.store import Spool
-from tests.integration.office import Office, new_message, opened
+from tests.integration.queue_harness import QueueHarness, new_message, opened
 from tests.integration.typed import Typed, lines, typed_at
 
 
 @pytest.fixture
-def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
-    return typed_at(office, spool, monkeypatch)
+def typed(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
+    return typed_at(queue, spool, monkeypatch)
 
 
 @pytest.fixture
-def statements(office: Office) -> Iterator[list[str]]:
+def statements(queue: QueueHarness) -> Iterator[list[str]]:
     """The statements that the engine executes from now on."""
     asked: list[str] = []
 
     def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
         asked.append(statement)
 
-    event.listen(office.engine, "before_cursor_execute", note)
+    event.listen(queue.engine, "before_cursor_execute", note)
     yield asked
-    event.remove(office.engine, "before_cursor_execute", note)
+    event.remove(queue.engine, "before_cursor_execute", note)
 
 
 def test_long_queue_takes_one_statement_and_little_memory(
-    office: Office, statements: list[str], monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, statements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     addresses = [f"recipient{n}@example.org" for n in range(100)]
-    office.intake.commit([new_message(*addresses) for _ in range(50)])
+    queue.acceptor.commit([new_message(*addresses) for _ in range(50)])
     statements.clear()
 
     class Nowhere(io.StringIO):
@@ -65,28 +65,28 @@ def test_long_queue_takes_one_statement_and_little_memory(
     tracemalloc.start()
     try:
         assert (
-            write_lines(QueueReader(office.engine).lines(Filter(), objects=True), json_lines=True)
+            write_lines(QueueReader(queue.engine).lines(Filter(), objects=True), json_lines=True)
             == 5_000
         )
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    copied = office.engine.dialect.name == "postgresql"  # COPY passes the driver alone
+    copied = queue.engine.dialect.name == "postgresql"  # COPY passes the driver alone
     assert len([one for one in statements if "LIMIT 0" not in one and "FROM" in one]) == (
         0 if copied else 1
     )
     assert peak < 5 << 20, "all the rows are fifteen megabytes"
 
 
-def test_pages_do_not_depend_on_the_plan(office: Office) -> None:
-    queue = QueueReader(office.engine)
-    office.intake.commit(
+def test_pages_do_not_depend_on_the_plan(queue: QueueHarness) -> None:
+    reader = QueueReader(queue.engine)
+    queue.acceptor.commit(
         [new_message("a@example.org", "b@example.org") for _ in range(1001)]
     )  # many: another plan
-    everything = [(row["queue_id"], row["position"]) for row in queue.rows(Filter())]
+    everything = [(row["queue_id"], row["position"]) for row in reader.rows(Filter())]
     paged: list[tuple[str, int]] = []
     while page := list(
-        queue.rows(Filter(), newest=True, limit=701, after=paged[-1] if paged else None)
+        reader.rows(Filter(), newest=True, limit=701, after=paged[-1] if paged else None)
     ):
         paged += [(row["queue_id"], row["position"]) for row in page]
     assert paged == everything[::-1]
@@ -129,16 +129,16 @@ def test_sqlite_reads_only_held_or_sending_deliveries(
 
 
 def test_postgresql_starts_a_page_where_the_last_one_ended(clean_postgres_url: str) -> None:
-    with opened(clean_postgres_url) as office:
-        queue_id = [office.accept() for _ in range(9)][4]
-        office.change("ANALYZE")
-        listed = QueueReader(office.engine)._listing(
+    with opened(clean_postgres_url) as queue:
+        queue_id = [queue.accept() for _ in range(9)][4]
+        queue.change("ANALYZE")
+        listed = QueueReader(queue.engine)._listing(
             "*", Filter(), limit=50, finished=True, newest=True, after=(queue_id, 1)
         )
-        with reading(office.engine) as connection:
+        with reading(queue.engine) as connection:
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
             plan = (
-                connection.execute(text("EXPLAIN " + office.spell(listed[0])), listed[1])
+                connection.execute(text("EXPLAIN " + queue.dialect(listed[0])), listed[1])
                 .scalars()
                 .all()
             )
@@ -146,9 +146,9 @@ def test_postgresql_starts_a_page_where_the_last_one_ended(clean_postgres_url: s
     assert len(begins) == 3, "in each of the three tables"
 
 
-def test_page_that_an_index_finds_uses_no_cursor(office: Office) -> None:
+def test_page_that_an_index_finds_uses_no_cursor(queue: QueueHarness) -> None:
     """PostgreSQL would plan it as if a tenth of its rows were wanted."""
-    queue_id, streamed = office.accept(), list[bool]()
+    queue_id, streamed = queue.accept(), list[bool]()
 
     def note(
         _connection: object,
@@ -161,36 +161,36 @@ def test_page_that_an_index_finds_uses_no_cursor(office: Office) -> None:
         if "ORDER BY" in statement:
             streamed.append(bool(context.execution_options.get("stream_results")))
 
-    event.listen(office.engine, "before_cursor_execute", note)
+    event.listen(queue.engine, "before_cursor_execute", note)
     for given in ({"limit": 50}, {"limit": 50, "down_to": queue_id}, {}):
-        assert len(list(QueueReader(office.engine).rows(Filter(), **given))) == 1
-    event.remove(office.engine, "before_cursor_execute", note)
+        assert len(list(QueueReader(queue.engine).rows(Filter(), **given))) == 1
+    event.remove(queue.engine, "before_cursor_execute", note)
     assert streamed == [False, True, True]
 
 
 def test_page_without_an_index_scans_a_bounded_part(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.report.queries.SCAN_LIMIT", 3)
     monkeypatch.setattr("relay.report.queries._FEW", 2)
-    queue = QueueReader(office.engine)
+    reader = QueueReader(queue.engine)
     senders = ["one@example.com" if n == 2 else "many@example.com" for n in range(8)]
     ids = sorted(
-        office.accept(sender=sender) for sender in senders
+        queue.accept(sender=sender) for sender in senders
     )  # within a millisecond ids have no order
     for found in (Filter(sender="one@example.com"), Filter(id=ids[0]), Filter(states=("queued",))):
-        assert queue.horizon(found) is None
+        assert reader.horizon(found) is None
     for everything in (
         Filter(),
         Filter(sender="many@example.com"),
         Filter(sender="*"),
         Filter(states=("delivered",)),
     ):
-        assert queue.horizon(everything) == ids[4]
+        assert reader.horizon(everything) == ids[4]
     seen, after = list[str](), None
     while True:
-        horizon = queue.horizon(Filter(), after)
-        rows = list(queue.rows(Filter(), newest=True, finished=True, after=after, down_to=horizon))
+        horizon = reader.horizon(Filter(), after)
+        rows = list(reader.rows(Filter(), newest=True, finished=True, after=after, down_to=horizon))
         assert len(rows) <= 4
         seen += [row["queue_id"] for row in rows]
         if horizon is None:
@@ -199,9 +199,11 @@ def test_page_without_an_index_scans_a_bounded_part(
     assert seen == ids[::-1]
 
 
-def test_limits_and_filters_mean_the_same_in_every_output(office: Office, typed: Typed) -> None:
-    office.accept("a@example.org", header_message_id="<1@example.com>")
-    office.accept("b@example.org", header_message_id="<2@example.com>", sender="")
+def test_limits_and_filters_mean_the_same_in_every_output(
+    queue: QueueHarness, typed: Typed
+) -> None:
+    queue.accept("a@example.org", header_message_id="<1@example.com>")
+    queue.accept("b@example.org", header_message_id="<2@example.com>", sender="")
     for words, expected in {
         ("--message-id", "2@example.com"): ["b@example.org"], ("--message-id", "<1@example.com>"): ["a@example.org"],
         ("--message-id", "*@example.com"): ["a@example.org", "b@example.org"], ("--sender", ""): ["b@example.org"],
@@ -212,7 +214,7 @@ def test_limits_and_filters_mean_the_same_in_every_output(office: Office, typed:
     assert [row["recipient"] for row in lines(dry)] == ["b@example.org"]
 
 
-def test_domain_of_an_address_is_case_insensitive(office: Office, typed: Typed) -> None:
+def test_domain_of_an_address_is_case_insensitive(queue: QueueHarness, typed: Typed) -> None:
     for address in (
         "You@Example.ORG",
         "You@example.org",
@@ -220,7 +222,7 @@ def test_domain_of_an_address_is_case_insensitive(office: Office, typed: Typed) 
         "You@example.org.uk",
         "a@b@Example.org",
     ):
-        office.accept(address, sender=address)
+        queue.accept(address, sender=address)
     twice = ["You@Example.ORG", "You@example.org"]
     for spelt, expected in {
         "You@EXAMPLE.org": twice, "You@example.org": twice, "you@Example.org": ["you@example.org"],
@@ -235,19 +237,19 @@ def test_domain_of_an_address_is_case_insensitive(office: Office, typed: Typed) 
     )
 
 
-def test_address_is_found_by_its_index(office: Office) -> None:
+def test_address_is_found_by_its_index(queue: QueueHarness) -> None:
     for column, table in (("sender", "messages"), ("address", "recipients")):
         where, given = address_is(column, "You@Example.org")
-        explain = "EXPLAIN" if office.spell.postgresql else "EXPLAIN QUERY PLAN"
-        with reading(office.engine) as connection:
-            sql = office.spell(f"{explain} SELECT 1 FROM {table} WHERE {where}")
+        explain = "EXPLAIN" if queue.dialect.postgresql else "EXPLAIN QUERY PLAN"
+        with reading(queue.engine) as connection:
+            sql = queue.dialect(f"{explain} SELECT 1 FROM {table} WHERE {where}")
             plan = " ".join(str(row) for row in connection.execute(text(sql), given))
         assert re.search(rf"{table}_{column}\b.*(~>=~|>\?)", plan), plan
 
 
-def test_server_filter_takes_the_spelling_of_pause(office: Office, typed: Typed) -> None:
-    queue_id = office.accept()
-    office.record(office.claim(queue_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
+def test_server_filter_takes_the_spelling_of_pause(queue: QueueHarness, typed: Typed) -> None:
+    queue_id = queue.accept()
+    queue.record(queue.claim(queue_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
     for spelt in ("127.0.0.1", "127.0.0.1:628", "127.*"):
         assert [row["queue_id"] for row in lines(typed("list", "--json", "--server", spelt))] == [
             queue_id
@@ -256,11 +258,11 @@ def test_server_filter_takes_the_spelling_of_pause(office: Office, typed: Typed)
     assert "bad QMQP server" in typed("list", "--server", "host:port", status=2).output
 
 
-def test_filter_by_message_finds_finished_mail(office: Office, typed: Typed) -> None:
+def test_filter_by_message_finds_finished_mail(queue: QueueHarness, typed: Typed) -> None:
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     assert typed("list", "--all", status=1).stderr == "qmqp-relay: no mail is kept\n"
-    queue_id = office.accept(header_message_id="<1@example.com>")
-    office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
+    queue_id = queue.accept(header_message_id="<1@example.com>")
+    queue.record(queue.claim(queue_id)[0], Outcome.DELIVERED)
     for words in ((queue_id,), ("--id", queue_id[-12:]), ("--message-id", "1@example.com")):
         assert [row["state"] for row in lines(typed("list", "--json", *words))] == ["delivered"]
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
@@ -325,16 +327,19 @@ def test_long_table_is_printed_while_it_is_read(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_a_queue_fits_the_terminal(
-    office: Office, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+    queue: QueueHarness,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    width: int,
 ) -> None:
-    queue_id = office.accept(
+    queue_id = queue.accept(
         "somebody.whose.name.is.long@a.sub.domain.example.org", sender=f"{'s' * 30}@example.com"
     )
     reply = "451 4.7.1 somebody-else@example.net is greylisted"
-    office.record(office.claim(queue_id)[0], Outcome.DEFERRED, reply=reply)
+    queue.record(queue.claim(queue_id)[0], Outcome.DEFERRED, reply=reply)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
-    assert write(QueueReader(office.engine).rows(Filter()), show.COLUMNS) == 1
+    assert write(QueueReader(queue.engine).rows(Filter()), show.COLUMNS) == 1
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= width
     assert queue_id[-12:] in shown
@@ -357,12 +362,12 @@ def test_watch_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_outage_does_not_end_a_watch(
-    office: Office,
+    queue: QueueHarness,
     typed: Typed,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    queue_id, looks = office.accept(), list[float]()
+    queue_id, looks = queue.accept(), list[float]()
 
     def pause(seconds: float) -> None:
         looks.append(seconds)
@@ -393,10 +398,10 @@ def completed(line: str) -> set[str]:
 
 
 def test_shell_completes_routes_and_servers(
-    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    office.sweeps.publish_routes(
-        office.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]}
+    queue.rescuer.publish_routes(
+        queue.worker, {"default": ["mx1:628"], "bulk": ["mx2:628", "other:628"]}
     )
     typed("pause", "--route", "gone")
     monkeypatch.setattr(completion, "TIMEOUT", 30.0)
@@ -416,9 +421,9 @@ def test_shell_completes_commands_and_states(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_stored_control_characters_are_escaped_on_a_terminal(
-    office: Office, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue_id = office.accept()
+    queue_id = queue.accept()
     spool.store(queue_id, [b"Subject: \x1b]0;x\x07\n\n\xff\x1b[2J\n".ljust(100, b"x")])
     assert b"\x1b" in typed("body", queue_id).stdout_bytes
     monkeypatch.setattr(show, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
@@ -427,12 +432,12 @@ def test_stored_control_characters_are_escaped_on_a_terminal(
 
 
 def test_stats_counts_the_rows_that_it_leaves_out(
-    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    office.intake.commit(
+    queue.acceptor.commit(
         [new_message(f"a@d{n}.example.org", f"b@d{n}.example.org") for n in range(23)]
     )
-    office.accept("c@d7.example.org")
+    queue.accept("c@d7.example.org")
     stats = lines(typed("stats", "--json"))
     ages = [row for row in stats if row["kind"] == "age"]
     assert [row["domain"] for row in ages[:2]] == ["d7.example.org", "d0.example.org"]
@@ -444,17 +449,17 @@ def test_stats_counts_the_rows_that_it_leaves_out(
     )
     assert (ages[-1]["under_5m"], ages[-1]["older"]) == (6, 0)
     for _ in range(3):
-        office.hire()
+        queue.register_worker()
     monkeypatch.setattr(show, "MAX_WORKERS", 2)
     shown = typed("stats").stdout
     assert "\nand 2 more workers, which are sending 0 deliveries\n" in shown
     assert len([row for row in lines(typed("stats", "--json")) if row["kind"] == "worker"]) == 4
 
 
-def test_stats_reports_accepted_mail(office: Office, typed: Typed) -> None:
+def test_stats_reports_accepted_mail(queue: QueueHarness, typed: Typed) -> None:
     for _ in range(3):
-        office.accept()
-    notice = office.accept(sender="", dsn_of=office.accept())
+        queue.accept()
+    notice = queue.accept(sender="", dsn_of=queue.accept())
     assert notice
 
     def received() -> tuple[int, ...]:
@@ -462,23 +467,21 @@ def test_stats_reports_accepted_mail(office: Office, typed: Typed) -> None:
         return row["last_minute"], row["last_hour"], row["bytes"]
 
     assert received() == (4, 4, 400)
-    ago = "- :s * interval '1 second'" if office.spell.postgresql else "- :s * 1000000"
-    office.change(
-        f"UPDATE messages SET received_at = received_at {ago} WHERE dsn_of IS NULL", s=120
-    )
+    ago = "- :s * interval '1 second'" if queue.dialect.postgresql else "- :s * 1000000"
+    queue.change(f"UPDATE messages SET received_at = received_at {ago} WHERE dsn_of IS NULL", s=120)
     assert received() == (0, 4, 400)
-    office.change(
+    queue.change(
         f"UPDATE messages SET received_at = received_at {ago} WHERE dsn_of IS NULL", s=3600
     )
     assert received() == (0, 0, 0)
 
 
 def test_open_circuit_is_listed_with_its_reason(
-    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    office.sweeps.publish_open_circuits(office.worker, {"192.0.2.7:628": "450 too busy"})
+    queue.rescuer.publish_open_circuits(queue.worker, {"192.0.2.7:628": "450 too busy"})
     typed("pause", "--server", "192.0.2.8")
-    now = {row["server"]: show._circuit(row) for row in QueueReader(office.engine).servers()}
+    now = {row["server"]: show._circuit(row) for row in QueueReader(queue.engine).servers()}
     assert now.pop("192.0.2.8:628").startswith("paused for ")
     assert now == {"192.0.2.7:628": "circuit open: 450 too busy"}
 
@@ -486,18 +489,18 @@ def test_open_circuit_is_listed_with_its_reason(
 @pytest.mark.parametrize(
     "wanted", [Filter(), Filter(route="default")], ids=["everything", "a route"]
 )
-def test_lines_equal_rows(office: Office, wanted: Filter) -> None:
+def test_lines_equal_rows(queue: QueueHarness, wanted: Filter) -> None:
     """The database makes the text for pipes and programs; Python makes it from the same rows."""
-    queue = QueueReader(office.engine)
-    office.accept('"100%s \\t\\n"@example.org', "b@example.org")
-    office.accept("c@example.org")
-    rows = list(queue.rows(wanted))
-    head, *listed = [line for lines in queue.lines(wanted) for line in lines]
+    reader = QueueReader(queue.engine)
+    queue.accept('"100%s \\t\\n"@example.org', "b@example.org")
+    queue.accept("c@example.org")
+    rows = list(reader.rows(wanted))
+    head, *listed = [line for lines in reader.lines(wanted) for line in lines]
     assert [line.split("\t")[: len(rows[0])] for line in listed] == [
         ["" if value is None else told(value) for value in row.values()] for row in rows
     ]
     assert head.split("\t") == list(rows[0])
-    objects = [json.loads(line) for lines in queue.lines(wanted, objects=True) for line in lines]
+    objects = [json.loads(line) for lines in reader.lines(wanted, objects=True) for line in lines]
     assert [[told(value) for value in one.values()] for one in objects] == [
         [told(v) for v in row.values()] for row in rows
     ]

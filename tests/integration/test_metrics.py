@@ -39,9 +39,9 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
     ids = sorted(new_id() for _ in range(6))
     Acceptor(engine, lifetime=1e6, grace=1000).commit([message(i) for i in ids])
     worker = new_id()
-    ledger = WorkerQueue(engine, settings)
-    ledger.register(worker, "host", 1)
-    (claims,) = ledger.commit([ClaimRequest(worker, ids[:5], {"default": 5})])
+    worker_queue = WorkerQueue(engine, settings)
+    worker_queue.register(worker, "host", 1)
+    (claims,) = worker_queue.commit([ClaimRequest(worker, ids[:5], {"default": 5})])
     assert isinstance(claims, list)
     wanted = [
         (State.DEFERRED, Outcome.UNCERTAIN, -60.0),
@@ -49,7 +49,7 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
         (State.HELD, Outcome.UNSENDABLE, 0.0),
         (State.BOUNCED, Outcome.REJECTED, 0.0),
     ]
-    ledger.commit([
+    worker_queue.commit([
         Completion(worker, claim.queue_id, claim.number, claim.claim, state, outcome, "words", delay=delay,
                tries=[Attempt(1, "mx:628", outcome, "words", 9, 2.0, 1.0)])
         for claim, (state, outcome, delay) in zip(claims[:4], wanted, strict=True)

@@ -21,7 +21,7 @@ from relay.db.schema import Outcome
 from relay.dsn.generator import DsnGenerator
 from relay.queue.rescue import Rescuer
 from relay.spool.store import Spool
-from tests.integration.office import Office, new_message
+from tests.integration.queue_harness import QueueHarness, new_message
 
 WAITING = 1500  # rows of each kind
 FEW = 40  # rows that a statement about one message may look at in vain
@@ -31,28 +31,28 @@ IDLE = {"idle": 10}
 
 
 @pytest.fixture
-def crowded(office: Office) -> Office:
+def crowded(queue: QueueHarness) -> QueueHarness:
     """Beside `idle`, a route without mail: overdue mail of a dead server, retries far ahead, a long
     history."""
     overdue, ahead, done = (
         [new_message(f"dead:{n}@example.org") for n in range(WAITING)] for _ in range(3)
     )
     for messages in (overdue, ahead, done):
-        office.intake.commit(messages)
-    office.change("UPDATE deliveries SET due_at = @ago(3600 * (1 + @chance))")
+        queue.acceptor.commit(messages)
+    queue.change("UPDATE deliveries SET due_at = @ago(3600 * (1 + @chance))")
     for messages, state, due in ((ahead, "deferred", "@later(3000)"), (done, "delivered", "NULL")):
         first, last = messages[0].id, messages[-1].id
-        office.change(
+        queue.change(
             f"""UPDATE deliveries SET state = '{state}', due_at = {due}, claim_count = 1
             WHERE queue_id >= @id(:id) AND queue_id <= @id(:last)""",
             id=first, last=f"{last[:8]}-{last[8:12]}-{last[12:16]}-{last[16:20]}-{last[20:]}",
         )  # fmt: skip
-    office.change("ANALYZE")
-    return office
+    queue.change("ANALYZE")
+    return queue
 
 
 @contextmanager
-def server_reply(office: Office) -> Iterator[list[tuple[str, Any]]]:
+def server_reply(queue: QueueHarness) -> Iterator[list[tuple[str, Any]]]:
     """The statements that run meanwhile, with their parameters."""
     statements: list[tuple[str, Any]] = []
 
@@ -62,9 +62,9 @@ def server_reply(office: Office) -> Iterator[list[tuple[str, Any]]]:
         if not words.startswith("BEGIN"):
             statements.append((words, parameters))
 
-    event.listen(office.engine, "before_cursor_execute", hear)
+    event.listen(queue.engine, "before_cursor_execute", hear)
     yield statements
-    event.remove(office.engine, "before_cursor_execute", hear)
+    event.remove(queue.engine, "before_cursor_execute", hear)
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -73,12 +73,12 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(below)
 
 
-def scans(office: Office, statements: list[tuple[str, Any]]) -> list[str]:
+def scans(queue: QueueHarness, statements: list[tuple[str, Any]]) -> list[str]:
     """What those statements do that grows with the rows that wait."""
     found: list[str] = []
-    with office.engine.connect() as connection:
+    with queue.engine.connect() as connection:
         for words, parameters in statements:
-            scans_of = _scans_of_postgresql if office.spell.postgresql else _scans_of_sqlite
+            scans_of = _scans_of_postgresql if queue.dialect.postgresql else _scans_of_sqlite
             found += scans_of(connection, words, parameters)
             connection.rollback()
     return found
@@ -108,13 +108,13 @@ def _scans_of_sqlite(connection: Connection, words: str, parameters: Any) -> Ite
         yield f"{sum(steps)} steps: {words}"
 
 
-def test_the_road_of_a_message_walks_through_nothing(crowded: Office) -> None:
+def test_the_road_of_a_message_walks_through_nothing(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         queue_id = crowded.accept("idle:b@example.org")
         (claim,) = crowded.claim(queue_id, room=IDLE)
         crowded.record(claim, Outcome.DEFERRED)
         crowded.pass_time(60, only=[queue_id])
-        assert crowded.sweeps.requeue_due(10) == [queue_id]
+        assert crowded.rescuer.requeue_due(10) == [queue_id]
         (claim,) = crowded.claim(queue_id, room=IDLE)
         crowded.record(claim, Outcome.DELIVERED)
         crowded.renew()
@@ -122,7 +122,7 @@ def test_the_road_of_a_message_walks_through_nothing(crowded: Office) -> None:
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_a_look_at_a_route_without_mail_walks_through_nothing(crowded: Office) -> None:
+def test_a_look_at_a_route_without_mail_walks_through_nothing(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         for _ in range(2):
             assert crowded.claim(room=IDLE) == []
@@ -130,7 +130,7 @@ def test_a_look_at_a_route_without_mail_walks_through_nothing(crowded: Office) -
 
 
 def test_a_look_at_a_route_with_much_mail_walks_through_a_window(
-    crowded: Office, monkeypatch: pytest.MonkeyPatch
+    crowded: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.queue.overdue.WINDOW", FEW)
     with server_reply(crowded) as statements:
@@ -138,39 +138,39 @@ def test_a_look_at_a_route_with_much_mail_walks_through_a_window(
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_an_idle_sweep_walks_through_nothing(crowded: Office, tmp_path: Path) -> None:
+def test_an_idle_sweep_walks_through_nothing(crowded: QueueHarness, tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.prepare(crowded.engine, unsafe=True)
     settings = crowded.settings.model_copy(update={"delay_warning": 4 * 3600.0})
-    sweeps, generator = (
+    rescuer, generator = (
         Rescuer(crowded.engine, settings),
         DsnGenerator(crowded.engine, spool, settings, lambda _: "idle"),
     )
     assert len(crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)) == 1
     generator._next_round = float("inf")  # nothing is late: test_dsn_generator tests the scan
     with server_reply(crowded) as statements:
-        sweeps.paused()
-        assert sweeps.bring_near(10, 3600.0, ["dead", "idle"]) == 0
-        assert sweeps.requeue_due(10) == []
-        assert sweeps.expire_stuck_transfers() == sweeps.rescue_unowned() == 0
-        assert sweeps.expired_leases() == []
+        rescuer.paused()
+        assert rescuer.bring_near(10, 3600.0, ["dead", "idle"]) == 0
+        assert rescuer.requeue_due(10) == []
+        assert rescuer.expire_stuck_transfers() == rescuer.rescue_unowned() == 0
+        assert rescuer.expired_leases() == []
         assert generator.generate(10) == generator.warn(10) == []
         lease = str(
             crowded.rows("SELECT CAST(lease_expires_at AS text) AS lease_expires_at FROM workers")[
                 0
             ]["lease_expires_at"]
         )
-        assert sweeps.expire_worker(crowded.worker, lease) == 1
+        assert rescuer.expire_worker(crowded.worker, lease) == 1
     assert len(statements) > 7
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_what_looks_at_all_that_waits_leaves_the_history_alone(crowded: Office) -> None:
+def test_what_looks_at_all_that_waits_leaves_the_history_alone(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
-        assert crowded.sweeps.unknown_routes(["idle"]) == ["dead"]
+        assert crowded.rescuer.unknown_routes(["idle"]) == ["dead"]
         metrics.QueueMetrics(crowded.engine, cast(Any, None))._database()
     with crowded.engine.connect() as connection:
         for words, parameters in statements:
-            explain = "EXPLAIN" if crowded.spell.postgresql else "EXPLAIN QUERY PLAN"
+            explain = "EXPLAIN" if crowded.dialect.postgresql else "EXPLAIN QUERY PLAN"
             plan = str(connection.exec_driver_sql(f"{explain} {words}", parameters).all())
             assert not re.search(r"Seq Scan on deliveries|SCAN deliveries(?! USING)", plan), plan

@@ -11,77 +11,77 @@ from relay.db.schema import Outcome, State
 from relay.ids import dashed, new_id
 from relay.report.filters import Filter
 from relay.report.queries import NoSuchMessage, QueueReader
-from tests.integration.office import Office, new_message
+from tests.integration.queue_harness import QueueHarness, new_message
 
 
 @pytest.fixture
-def queue(office: Office) -> QueueReader:
-    return QueueReader(office.engine)
+def reader(queue: QueueHarness) -> QueueReader:
+    return QueueReader(queue.engine)
 
 
-def found(queue: QueueReader, **wanted: object) -> list[str]:
-    return [row["queue_id"] for row in queue.rows(Filter(**wanted))]  # type: ignore[arg-type]
+def found(reader: QueueReader, **wanted: object) -> list[str]:
+    return [row["queue_id"] for row in reader.rows(Filter(**wanted))]  # type: ignore[arg-type]
 
 
-def test_every_filter_selects_its_rows(office: Office, queue: QueueReader) -> None:
+def test_every_filter_selects_its_rows(queue: QueueHarness, reader: QueueReader) -> None:
     # Ids that are made in one millisecond are in no order.
     one, two, three = sorted(new_id() for _ in range(3))
-    office.accept(
+    queue.accept(
         "ann@example.org", sender="news@example.com", header_message_id="<1@x>", queue_id=one
     )
-    office.accept("bulk:bob_1@example.net", sender="", queue_id=two)
-    office.accept("bobX1@EXAMPLE.net", sender="it's 100%@example.com", queue_id=three)
-    (claim,) = office.claim(one)
-    office.record(claim, Outcome.DEFERRED, reply="451 4.2.0 mailbox_full (#1)", server="a:628")
-    assert found(queue) == [one, two, three], "oldest first"
-    assert found(queue, states=("deferred",)) == [one]
-    assert found(queue, states=("deferred", "queued")) == [one, two, three]
-    assert found(queue, sender="") == [two]
-    assert found(queue, sender="*@example.com") == [one, three]
-    assert found(queue, sender="it's 100%*") == [three]
-    assert found(queue, sender="100%") == []
-    assert found(queue, recipient="ann@example.org") == [one]
-    assert found(queue, recipient="bob_1@*") == [two], "only * stands for something"
-    assert found(queue, recipient="*@example.net") == [two, three], (
+    queue.accept("bulk:bob_1@example.net", sender="", queue_id=two)
+    queue.accept("bobX1@EXAMPLE.net", sender="it's 100%@example.com", queue_id=three)
+    (claim,) = queue.claim(one)
+    queue.record(claim, Outcome.DEFERRED, reply="451 4.2.0 mailbox_full (#1)", server="a:628")
+    assert found(reader) == [one, two, three], "oldest first"
+    assert found(reader, states=("deferred",)) == [one]
+    assert found(reader, states=("deferred", "queued")) == [one, two, three]
+    assert found(reader, sender="") == [two]
+    assert found(reader, sender="*@example.com") == [one, three]
+    assert found(reader, sender="it's 100%*") == [three]
+    assert found(reader, sender="100%") == []
+    assert found(reader, recipient="ann@example.org") == [one]
+    assert found(reader, recipient="bob_1@*") == [two], "only * stands for something"
+    assert found(reader, recipient="*@example.net") == [two, three], (
         "domains are the same in capitals"
     )
-    assert found(queue, route="bulk") == [two]
-    assert found(queue, server="a:628") == [one]
-    assert found(queue, reply="mailbox_full") == [one]
-    assert found(queue, reply="mailbox%full") == []
-    assert found(queue, header_message_id="<1@x>") == [one]
-    assert found(queue, id=three) == [three]
-    assert found(queue, sender="*@example.com", states=("queued",)) == [three], (
+    assert found(reader, route="bulk") == [two]
+    assert found(reader, server="a:628") == [one]
+    assert found(reader, reply="mailbox_full") == [one]
+    assert found(reader, reply="mailbox%full") == []
+    assert found(reader, header_message_id="<1@x>") == [one]
+    assert found(reader, id=three) == [three]
+    assert found(reader, sender="*@example.com", states=("queued",)) == [three], (
         "everything must hold"
     )
-    assert found(queue, sender="*\\*") == []
+    assert found(reader, sender="*\\*") == []
 
 
-def test_older_than_filters_by_age(office: Office, queue: QueueReader) -> None:
+def test_older_than_filters_by_age(queue: QueueHarness, reader: QueueReader) -> None:
     old = f"{int((datetime.now(UTC).timestamp() - 7200) * 1000):012x}7" + "0" * 19
-    office.intake.commit([new_message(queue_id=old)])
-    young = office.accept()
-    assert found(queue, older_than=3600.0) == [old]
-    assert found(queue, older_than=0.0) in ([old], [old, young])
-    assert found(queue, older_than=1e12) == []
+    queue.acceptor.commit([new_message(queue_id=old)])
+    young = queue.accept()
+    assert found(reader, older_than=3600.0) == [old]
+    assert found(reader, older_than=0.0) in ([old], [old, young])
+    assert found(reader, older_than=1e12) == []
 
 
-def test_finished_rows_are_history(office: Office, queue: QueueReader) -> None:
-    queue_id = office.accept()
-    office.record(office.claim(queue_id)[0], Outcome.DELIVERED)
-    assert found(queue) == []
-    assert found(queue, states=("delivered",)) == [queue_id]
-    (row,) = queue.rows(Filter(), finished=True)
+def test_finished_rows_are_history(queue: QueueHarness, reader: QueueReader) -> None:
+    queue_id = queue.accept()
+    queue.record(queue.claim(queue_id)[0], Outcome.DELIVERED)
+    assert found(reader) == []
+    assert found(reader, states=("delivered",)) == [queue_id]
+    (row,) = reader.rows(Filter(), finished=True)
     assert row["state"] == State.DELIVERED
     assert row["finished_at"] <= datetime.now(UTC)
 
 
-def test_row_has_the_columns_of_the_view(office: Office, queue: QueueReader) -> None:
-    queue_id = office.accept(
-        "x@example.org", sender="s@example.com", dsn_of=office.accept("other@example.org")
+def test_row_has_the_columns_of_the_view(queue: QueueHarness, reader: QueueReader) -> None:
+    queue_id = queue.accept(
+        "x@example.org", sender="s@example.com", dsn_of=queue.accept("other@example.org")
     )
-    office.record(office.claim(queue_id)[0], Outcome.DEFERRED)
-    (row,) = queue.rows(Filter(id=queue_id))
+    queue.record(queue.claim(queue_id)[0], Outcome.DEFERRED)
+    (row,) = reader.rows(Filter(id=queue_id))
     assert (row["queue_id"], row["queue_uuid"]) == (queue_id, dashed(queue_id))
     assert (row["sender"], row["recipient"], row["size"], row["attempts"]) == (
         "s@example.com",
@@ -100,26 +100,26 @@ def test_row_has_the_columns_of_the_view(office: Office, queue: QueueReader) -> 
     assert len(row["dsn_of"]) == 32
 
 
-def test_long_queue_is_streamed(office: Office, queue: QueueReader) -> None:
-    office.intake.commit(
+def test_long_queue_is_streamed(queue: QueueHarness, reader: QueueReader) -> None:
+    queue.acceptor.commit(
         [new_message(*(f"r{n}@example.org" for n in range(10))) for _ in range(300)]
     )
-    rows = queue.rows(Filter())
+    rows = reader.rows(Filter())
     first = list(itertools.islice(rows, 5))
     assert [row["position"] for row in first] == [1, 2, 3, 4, 5]
-    office.claim(first[0]["queue_id"])  # the stream locks no row
+    queue.claim(first[0]["queue_id"])  # the stream locks no row
     assert len(list(rows)) == 2995
-    assert len(list(queue.rows(Filter(), limit=7))) == 7
-    half_read = queue.rows(Filter())
+    assert len(list(reader.rows(Filter(), limit=7))) == 7
+    half_read = reader.rows(Filter())
     next(half_read)
     assert isinstance(half_read, Generator)
     half_read.close()
 
 
-def test_id_is_found_by_any_unique_end(office: Office, queue: QueueReader) -> None:
-    queue_id = office.accept()
+def test_id_is_found_by_any_unique_end(queue: QueueHarness, reader: QueueReader) -> None:
+    queue_id = queue.accept()
     twin = queue_id[:10] + "0000" + queue_id[14:]
-    office.intake.commit([new_message(queue_id=twin)])
+    queue.acceptor.commit([new_message(queue_id=twin)])
     for text in (
         queue_id,
         queue_id.upper(),
@@ -127,9 +127,9 @@ def test_id_is_found_by_any_unique_end(office: Office, queue: QueueReader) -> No
         queue_id[-20:],
         dashed(queue_id)[-24:],
     ):
-        assert queue.resolve(text) == queue_id
+        assert reader.resolve(text) == queue_id
     with pytest.raises(NoSuchMessage, match="more than one") as caught:
-        queue.resolve(queue_id[-4:])
+        reader.resolve(queue_id[-4:])
     assert queue_id in str(caught.value)
     assert twin in str(caught.value)
     for text, words in (
@@ -139,16 +139,18 @@ def test_id_is_found_by_any_unique_end(office: Office, queue: QueueReader) -> No
         ("%", "not a queue id"),
     ):
         with pytest.raises(NoSuchMessage, match=words):
-            queue.resolve(text)
+            reader.resolve(text)
 
 
-def test_message_has_recipients_deliveries_and_attempts(office: Office, queue: QueueReader) -> None:
-    queue_id = office.accept("x@example.org", "bulk:y@example.org", "z@example.org")
-    office.record(office.claim(queue_id)[0], Outcome.DEFERRED)
-    office.pass_time(60)
-    office.sweeps.requeue_due(10)
-    office.record(office.claim(queue_id)[0], Outcome.REJECTED)
-    message = queue.message(queue_id)
+def test_message_has_recipients_deliveries_and_attempts(
+    queue: QueueHarness, reader: QueueReader
+) -> None:
+    queue_id = queue.accept("x@example.org", "bulk:y@example.org", "z@example.org")
+    queue.record(queue.claim(queue_id)[0], Outcome.DEFERRED)
+    queue.pass_time(60)
+    queue.rescuer.requeue_due(10)
+    queue.record(queue.claim(queue_id)[0], Outcome.REJECTED)
+    message = reader.message(queue_id)
     assert message is not None
     assert [row["address"] for row in message["recipients"]] == [
         "x@example.org",
@@ -159,19 +161,19 @@ def test_message_has_recipients_deliveries_and_attempts(office: Office, queue: Q
         (1, "bounced", 2), (2, "queued", 0)
     ]  # fmt: skip
     assert [(row["claim"], row["outcome"], row["worker"]) for row in message["attempts"]] == [
-        (1, "deferred", office.worker), (2, "rejected", office.worker)
+        (1, "deferred", queue.worker), (2, "rejected", queue.worker)
     ]  # fmt: skip
     assert message["attempts"][0]["started_at"].tzinfo is UTC
-    assert queue.message("f" * 32) is None
+    assert reader.message("f" * 32) is None
 
 
-def test_summary_and_servers_count_the_queue(office: Office, queue: QueueReader) -> None:
-    assert (queue.summary(), queue.servers()) == ([], [])
-    office.accept("x@example.org", "bulk:y@example.org")
-    (late,) = office.claim(office.accept())
-    office.record(late, Outcome.UNCERTAIN)
-    office.pass_time(60, only=[late.queue_id])
-    summary = {(row["state"], row["route"]): row for row in queue.summary()}
+def test_summary_and_servers_count_the_queue(queue: QueueHarness, reader: QueueReader) -> None:
+    assert (reader.summary(), reader.servers()) == ([], [])
+    queue.accept("x@example.org", "bulk:y@example.org")
+    (late,) = queue.claim(queue.accept())
+    queue.record(late, Outcome.UNCERTAIN)
+    queue.pass_time(60, only=[late.queue_id])
+    summary = {(row["state"], row["route"]): row for row in reader.summary()}
     assert {key: (row["deliveries"], row["bytes"], row["overdue"]) for key, row in summary.items()} == {
         ("deferred", "default"): (1, 100, 1), ("queued", "bulk"): (1, 100, 0), ("queued", "default"): (1, 100, 0),
     }  # fmt: skip
@@ -179,7 +181,7 @@ def test_summary_and_servers_count_the_queue(office: Office, queue: QueueReader)
         0 <= row["oldest_seconds"] < 60 and row["oldest_at"].tzinfo is UTC
         for row in summary.values()
     )
-    (server,) = queue.servers()
+    (server,) = reader.servers()
     assert (server["attempts"], server["uncertain"], server["delivered"], server["bytes_sent"]) == (
         1,
         1,
@@ -188,13 +190,13 @@ def test_summary_and_servers_count_the_queue(office: Office, queue: QueueReader)
     )
 
 
-def test_workers_are_listed(office: Office, queue: QueueReader) -> None:
-    office.claim(office.accept(), office.accept())
-    gone = office.hire()
-    office.ledger.retire(gone)
-    (alive, ended) = queue.workers()
+def test_workers_are_listed(queue: QueueHarness, reader: QueueReader) -> None:
+    queue.claim(queue.accept(), queue.accept())
+    gone = queue.register_worker()
+    queue.worker_queue.retire(gone)
+    (alive, ended) = reader.workers()
     assert (alive["id"], bool(alive["alive"]), alive["sending"], alive["ended_at"]) == (
-        office.worker,
+        queue.worker,
         True,
         2,
         None,

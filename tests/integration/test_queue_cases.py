@@ -28,21 +28,21 @@ from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.queue.states import UNFINISHED, Outcome, State, successors
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.mailroom import Mailroom
-from tests.integration.office import Office
+from tests.integration.engine_harness import EngineHarness
+from tests.integration.queue_harness import QueueHarness
 from tests.waiting import until
 from worker.sweeper import BATCH
 
-type Open = Callable[..., Mailroom]
+type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
 def room(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
-    opened: list[Mailroom] = []
+    opened: list[EngineHarness] = []
 
-    def open_(*sinks: Sink | int, **settings: object) -> Mailroom:
+    def open_(*sinks: Sink | int, **settings: object) -> EngineHarness:
         servers = tuple(f"127.0.0.1:{one if isinstance(one, int) else one.port}" for one in sinks)
-        opened.append(Mailroom(clean_url, spool, tmp_path, qmqp_servers=servers, **settings))
+        opened.append(EngineHarness(clean_url, spool, tmp_path, qmqp_servers=servers, **settings))
         return opened[-1]
 
     yield open_
@@ -50,16 +50,16 @@ def room(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
         one.close()
 
 
-def vanish(office: Office, worker: str) -> None:
+def vanish(queue: QueueHarness, worker: str) -> None:
     """A worker's lease runs out, and a sweeper has seen it for long enough."""
-    office.pass_time(office.settings.lease + 1)
-    office.expire_worker(worker)
+    queue.pass_time(queue.settings.lease + 1)
+    queue.expire_worker(worker)
 
 
-def wake(office: Office, seconds: float = 100.0) -> None:
+def wake(queue: QueueHarness, seconds: float = 100.0) -> None:
     """The time of what is deferred comes."""
-    office.pass_time(seconds)
-    office.sweeps.requeue_due(100)
+    queue.pass_time(seconds)
+    queue.rescuer.requeue_due(100)
 
 
 # --- B: cases of the client that only a queue can tell
@@ -101,7 +101,7 @@ def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> No
     assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
 
 
-def became(mail: Mailroom, queue_id: str) -> dict[str, str]:
+def became(mail: EngineHarness, queue_id: str) -> dict[str, str]:
     """The state of each recipient."""
     sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d ON d.queue_id = r.queue_id
         AND d.number = r.delivery WHERE r.queue_id = :id"""
@@ -208,19 +208,19 @@ def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(
     assert mail.spool.path(queue_id).exists()
 
 
-def test_B39_a_worker_killed_between_the_last_byte_and_the_record(office: Office) -> None:
-    (claim,) = office.claim(office.accept())
-    vanish(office, office.worker)
-    row = office.delivery(claim.queue_id)
+def test_B39_a_worker_killed_between_the_last_byte_and_the_record(queue: QueueHarness) -> None:
+    (claim,) = queue.claim(queue.accept())
+    vanish(queue, queue.worker)
+    row = queue.delivery(claim.queue_id)
     assert (row["state"], row["last_outcome"], row["crash_count"]) == ("deferred", "uncertain", 1)
     assert (
         0
-        < row["due_in"] - office.settings.uncertain_delay + 5
-        <= 5 + office.settings.uncertain_delay / 2
+        < row["due_in"] - queue.settings.uncertain_delay + 5
+        <= 5 + queue.settings.uncertain_delay / 2
     )
-    assert office.claim(claim.queue_id) == []
-    wake(office)
-    (again,) = office.claim(claim.queue_id, worker=office.hire())
+    assert queue.claim(claim.queue_id) == []
+    wake(queue)
+    (again,) = queue.claim(claim.queue_id, worker=queue.register_worker())
     assert again.crash_count == 1
 
 
@@ -248,21 +248,21 @@ def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
 
 
 def test_B43_D10_no_clock_of_a_worker_matters(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue_id = office.accept()
+    queue_id = queue.accept()
     for years in (-5, 5):
         with monkeypatch.context() as skewed:
             now = time.time() + years * 365 * 86400
             skewed.setattr(time, "time", lambda now=now: now)
-            (claim,) = office.claim(queue_id)
-            assert office.renew()
-            assert office.sweeps.expired_leases() == []
-            assert office.record(claim, Outcome.DEFERRED, delay=30.0).state is State.DEFERRED
-        row = office.delivery(queue_id)
+            (claim,) = queue.claim(queue_id)
+            assert queue.renew()
+            assert queue.rescuer.expired_leases() == []
+            assert queue.record(claim, Outcome.DEFERRED, delay=30.0).state is State.DEFERRED
+        row = queue.delivery(queue_id)
         assert row["due_in"] == pytest.approx(30, abs=20)
         assert row["expires_in"] == pytest.approx(1000, abs=300)
-        wake(office)
+        wake(queue)
 
 
 def test_B44_busy_for_ever(room: Open) -> None:
@@ -301,20 +301,22 @@ def test_B44_busy_for_ever(room: Open) -> None:
 # ----------------------------------------------------------------------------------
 
 
-def test_D1_one_task_delivered_twice_at_once(office: Office) -> None:
-    ids = [office.accept() for _ in range(30)]
+def test_D1_one_task_delivered_twice_at_once(queue: QueueHarness) -> None:
+    ids = [queue.accept() for _ in range(30)]
     barrier = threading.Barrier(2)
 
     def task(worker: str) -> list[Claim]:
-        ledger = office.another_ledger()
+        worker_queue = queue.another_worker_queue()
         barrier.wait(10)
-        return office.claim(*ids, worker=worker, ledger=ledger)
+        return queue.claim(*ids, worker=worker, worker_queue=worker_queue)
 
     with ThreadPoolExecutor(2) as pool:
         both = [
-            claim for claims in pool.map(task, (office.hire(), office.hire())) for claim in claims
+            claim
+            for claims in pool.map(task, (queue.register_worker(), queue.register_worker()))
+            for claim in claims
         ]
-    both += office.claim(*ids)  # what each left to the other
+    both += queue.claim(*ids)  # what each left to the other
     assert sorted(claim.queue_id for claim in both) == sorted(ids)
     assert {claim.claim for claim in both} == {1}
 
@@ -331,14 +333,14 @@ def test_D2_a_task_for_what_is_unknown_or_finished(room: Open) -> None:
     assert mail.attempts(done) == [(f"127.0.0.1:{sink.port}", "delivered")]
 
 
-def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(office: Office) -> None:
-    queue_id = office.accept()
-    (claim,) = office.claim(queue_id)
+def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(queue: QueueHarness) -> None:
+    queue_id = queue.accept()
+    (claim,) = queue.claim(queue_id)
     for _ in range(3):  # whatever its visibility timeout makes of a session that takes an hour
-        office.pass_time(1200)
-        assert office.renew()
-        assert office.claim(queue_id, worker=office.hire()) == []
-    assert office.record(claim, Outcome.DELIVERED).state is State.DELIVERED
+        queue.pass_time(1200)
+        assert queue.renew()
+        assert queue.claim(queue_id, worker=queue.register_worker()) == []
+    assert queue.record(claim, Outcome.DELIVERED).state is State.DELIVERED
 
 
 def test_D3_no_task_waits_for_its_session() -> None:
@@ -350,49 +352,49 @@ def test_D3_no_task_waits_for_its_session() -> None:
 
 
 @pytest.mark.parametrize("ending", ["vanished", "stopped"])
-def test_D4_what_a_worker_held_that_is_gone(office: Office, ending: str) -> None:
-    (claim,) = office.claim(office.accept())
+def test_D4_what_a_worker_held_that_is_gone(queue: QueueHarness, ending: str) -> None:
+    (claim,) = queue.claim(queue.accept())
     if ending == "vanished":
-        vanish(office, office.worker)
+        vanish(queue, queue.worker)
     else:
-        office.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
-        assert office.sweeps.rescue_unowned() == 1
-    row = office.delivery(claim.queue_id)
+        queue.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
+        assert queue.rescuer.rescue_unowned() == 1
+    row = queue.delivery(claim.queue_id)
     assert (row["state"], row["last_outcome"]) == ("deferred", "uncertain"), (
         "how far it was is unknown"
     )
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
-def test_D5_who_lost_its_lease_reports_late(office: Office, outcome: Outcome) -> None:
-    (old,) = office.claim(office.accept())
-    stale = office.worker
-    vanish(office, stale)
-    wake(office)
-    fresh = office.hire()
-    (new,) = office.claim(old.queue_id, worker=fresh)
-    recorded = office.record(old, outcome, worker=stale)
-    assert (old.claim, 1, outcome) in office.attempts(old.queue_id), "what happened is kept"
+def test_D5_who_lost_its_lease_reports_late(queue: QueueHarness, outcome: Outcome) -> None:
+    (old,) = queue.claim(queue.accept())
+    stale = queue.worker
+    vanish(queue, stale)
+    wake(queue)
+    fresh = queue.register_worker()
+    (new,) = queue.claim(old.queue_id, worker=fresh)
+    recorded = queue.record(old, outcome, worker=stale)
+    assert (old.claim, 1, outcome) in queue.attempts(old.queue_id), "what happened is kept"
     if outcome is Outcome.DELIVERED:
         assert recorded.state is State.DELIVERED
-        assert office.record(new, Outcome.DEFERRED, worker=fresh).state is State.DELIVERED
-        wake(office)
-        assert office.claim(old.queue_id, worker=fresh) == [], "never again after a K"
+        assert queue.record(new, Outcome.DEFERRED, worker=fresh).state is State.DELIVERED
+        wake(queue)
+        assert queue.claim(old.queue_id, worker=fresh) == [], "never again after a K"
     else:
         assert recorded.state is None
-        assert office.state(old.queue_id) == "sending"
-        assert office.record(new, Outcome.DELIVERED, worker=fresh).state is State.DELIVERED
+        assert queue.state(old.queue_id) == "sending"
+        assert queue.record(new, Outcome.DELIVERED, worker=fresh).state is State.DELIVERED
 
 
-def test_D6_a_k_waits_for_a_database_that_is_locked(office: Office) -> None:
-    (claim,) = office.claim(office.accept())
+def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None:
+    (claim,) = queue.claim(queue.accept())
     held, go_on = threading.Event(), threading.Event()
 
     def lock() -> None:
-        with writing(office.engine) as connection:
+        with writing(queue.engine) as connection:
             connection.execute(
                 text(
-                    office.spell(
+                    queue.dialect(
                         "UPDATE deliveries SET pending_operation = pending_operation WHERE number = 1"
                     )
                 )
@@ -403,15 +405,15 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(office: Office) -> None:
     with ThreadPoolExecutor(2) as pool:
         locking = pool.submit(lock)
         assert held.wait(10)
-        recording = pool.submit(office.record, claim, Outcome.DELIVERED)
+        recording = pool.submit(queue.record, claim, Outcome.DELIVERED)
         assert not recording.done()
         go_on.set()
         assert recording.result(20).state is State.DELIVERED
         locking.result(20)
 
 
-def test_D6_a_k_is_told_until_the_database_has_taken_it(office: Office) -> None:
-    (claim,) = office.claim(office.accept())
+def test_D6_a_k_is_told_until_the_database_has_taken_it(queue: QueueHarness) -> None:
+    (claim,) = queue.claim(queue.accept())
     faults = iter(
         [OperationalError("", {}, Exception("deadlock detected"), connection_invalidated=True)] * 2
     )
@@ -419,7 +421,7 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(office: Office) -> None:
     def commit(items: Any) -> list[CommandResult]:
         if fault := next(faults, None):
             raise fault
-        return office.ledger.commit(items)
+        return queue.worker_queue.commit(items)
 
     answers: list[Any] = []
     answered = threading.Event()
@@ -430,18 +432,18 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(office: Office) -> None:
 
     writer: CommitThread[Command, CommandResult] = CommitThread("test", commit, post=post)
     writer.start()
-    writer.put(office.note(claim, Outcome.DELIVERED), answers.append)
+    writer.put(queue.note(claim, Outcome.DELIVERED), answers.append)
     assert answered.wait(20)
     assert writer.close(10)
     assert answers[0].state is State.DELIVERED
-    assert office.state(claim.queue_id) == "delivered"
+    assert queue.state(claim.queue_id) == "delivered"
 
 
 @pytest.mark.parametrize("sender", ["", "#@[]"])
-def test_D7_nothing_is_said_about_mail_of_nobody(office: Office, sender: str) -> None:
-    (claim,) = office.claim(office.accept(sender=sender))
-    assert office.record(claim, Outcome.REJECTED).state is State.BOUNCED
-    row = office.delivery(claim.queue_id)
+def test_D7_nothing_is_said_about_mail_of_nobody(queue: QueueHarness, sender: str) -> None:
+    (claim,) = queue.claim(queue.accept(sender=sender))
+    assert queue.record(claim, Outcome.REJECTED).state is State.BOUNCED
+    row = queue.delivery(claim.queue_id)
     assert row["due_at"] is None
     assert row["last_reply"] == "its words", "a dead letter that `list --state bounced` shows"
 
@@ -474,12 +476,14 @@ def test_D8_a_route_that_is_not_to_be_cut(room: Open, tmp_path: Path) -> None:
         assert sink.count == 1
 
 
-def test_D9_the_guard_of_the_tests_refuses_what_the_table_does_not_name(office: Office) -> None:
+def test_D9_the_guard_of_the_tests_refuses_what_the_table_does_not_name(
+    queue: QueueHarness,
+) -> None:
     changes = [(before, after) for before in State for after in State if after is not State.SENDING]
     for before, after in changes:
-        queue_id = office.accept()
+        queue_id = queue.accept()
         worker = "(SELECT id FROM workers)" if before is State.SENDING else "NULL"
-        office.change(
+        queue.change(
             f"UPDATE deliveries SET state = :state, worker = {worker} WHERE queue_id = @id(:id)",
             state=before, id=queue_id,
         )  # fmt: skip
@@ -487,28 +491,28 @@ def test_D9_the_guard_of_the_tests_refuses_what_the_table_does_not_name(office: 
         parameters = {"state": after, "id": dashed(queue_id)}
         named = after is before or after in successors(before)
         refused = nullcontext() if named else pytest.raises(DBAPIError, match="TRANSITIONS")
-        with refused, writing(office.engine) as connection:
-            connection.execute(text(office.spell(change)), parameters)
-        assert office.state(queue_id) == (after if named else before)
+        with refused, writing(queue.engine) as connection:
+            connection.execute(text(queue.dialect(change)), parameters)
+        assert queue.state(queue_id) == (after if named else before)
 
 
-def test_D9_verbs_make_only_what_the_table_of_transitions_allows(office: Office) -> None:
-    verbs = QueueOperations(office.engine, notices=True)
+def test_D9_verbs_make_only_what_the_table_of_transitions_allows(queue: QueueHarness) -> None:
+    verbs = QueueOperations(queue.engine, notices=True)
     for verb in OPERATIONS.values():
         for state in State:
-            queue_id = office.accept()
+            queue_id = queue.accept()
             worker = "(SELECT min(CAST(id AS text)) FROM workers)"
-            worker = f"CAST({worker} AS uuid)" if office.spell.postgresql else worker
-            office.change(
+            worker = f"CAST({worker} AS uuid)" if queue.dialect.postgresql else worker
+            queue.change(
                 f"""UPDATE deliveries SET state = :state, worker = {worker if state is State.SENDING else "NULL"}
                 WHERE queue_id = @id(:id)""",
                 state=state, id=queue_id,
             )  # fmt: skip
             touched, _ = verbs.apply(verb, Filter(id=queue_id), actor="me", reason="test")
-            after = State(office.state(queue_id))
+            after = State(queue.state(queue_id))
             if state is State.SENDING:
                 assert after is State.SENDING, "only told what is wanted"
-                assert office.delivery(queue_id)["pending_operation"] == (
+                assert queue.delivery(queue_id)["pending_operation"] == (
                     verb.wanted if touched else None
                 )
             elif touched:
@@ -533,10 +537,12 @@ def test_D12_a_body_that_cannot_be_removed_is_not_sent_again(
     assert mail.spool.path(queue_id).exists()  # housekeeping finds it (test_sweeper.py)
 
 
-def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(office: Office) -> None:
-    office.accept()
+def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
+    queue: QueueHarness,
+) -> None:
+    queue.accept()
     copies = 2000
-    dead = dashed(office.worker)
+    dead = dashed(queue.worker)
     key = (
         "printf('00000000-0000-7000-8000-%012x', s.n)",
         "('00000000-0000-7000-8000-' || lpad(to_hex(s.n), 12, '0'))::uuid",
@@ -545,38 +551,36 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(office:
         f"(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {copies}) SELECT n FROM s) AS s",
         f"generate_series(1, {copies}) AS s(n)",
     )
-    one = office.spell.postgresql
-    office.change(
+    one = queue.dialect.postgresql
+    queue.change(
         f"""INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol)
         SELECT {key[one]}, 'a', 1, @now, '', '', '' FROM {numbers[one]}"""
     )
-    office.change(
+    queue.change(
         f"""INSERT INTO deliveries (queue_id, number, route, state, worker, claim_count, due_at, expires_at)
         SELECT {key[one]}, 1, 'default', 'sending', @id(:dead), 1, @later(9000), @later(100000) FROM {numbers[one]}""",
         dead=dead,
     )
-    vanish(office, office.worker)
-    counts = office.rows(
+    vanish(queue, queue.worker)
+    counts = queue.rows(
         "SELECT state, last_outcome, count(*) AS n FROM deliveries GROUP BY state, last_outcome"
     )
     found = {(row["state"], row["last_outcome"]): row["n"] for row in counts}
     assert found[("deferred", "uncertain")] == copies
-    assert office.sweeps.requeue_due(BATCH) == [], "not before UNCERTAIN_DELAY"
-    office.pass_time(100)
-    assert len(office.sweeps.requeue_due(BATCH)) == BATCH, "a batch at a time"
-    assert len(office.claim(room={"default": 50}, worker=office.hire())) <= 50
+    assert queue.rescuer.requeue_due(BATCH) == [], "not before UNCERTAIN_DELAY"
+    queue.pass_time(100)
+    assert len(queue.rescuer.requeue_due(BATCH)) == BATCH, "a batch at a time"
+    assert len(queue.claim(room={"default": 50}, worker=queue.register_worker())) <= 50
 
 
-def test_D14_tries_are_counted_before_they_begin(office: Office) -> None:
-    queue_id = office.accept()
+def test_D14_tries_are_counted_before_they_begin(queue: QueueHarness) -> None:
+    queue_id = queue.accept()
     for n in range(1, 6):
-        worker = office.hire()
-        (claim,) = office.claim(queue_id, worker=worker)
-        assert office.delivery(queue_id)["claim_count"] == claim.claim == n, (
+        worker = queue.register_worker()
+        (claim,) = queue.claim(queue_id, worker=worker)
+        assert queue.delivery(queue_id)["claim_count"] == claim.claim == n, (
             "in the database before a byte is sent"
         )
-        vanish(office, worker)
-        assert office.state(queue_id) == (
-            "held" if n == office.settings.poison_limit else "deferred"
-        )
-        wake(office)
+        vanish(queue, worker)
+        assert queue.state(queue_id) == ("held" if n == queue.settings.poison_limit else "deferred")
+        wake(queue)

@@ -23,7 +23,7 @@ from relay.queue.model import Claim, CompletionResult
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
 from relay.queue.split import LARGEST, Splitter
 from relay.report.filters import Filter
-from tests.integration.office import Office
+from tests.integration.queue_harness import QueueHarness
 
 PLENTY = {"default": 1000}
 
@@ -53,68 +53,70 @@ class Server:
         return None
 
 
-def deliver(office: Office, queue_id: str, server: Server, *, one_by_one: bool = False) -> None:
+def deliver(
+    queue: QueueHarness, queue_id: str, server: Server, *, one_by_one: bool = False
+) -> None:
     """Send until nothing is left to be sent."""
     room = {"default": 1} if one_by_one else PLENTY
-    while claims := office.claim(queue_id, room=room):
+    while claims := queue.claim(queue_id, room=room):
         for claim in claims:
-            if refuse(office, claim, server) is None:
-                assert office.record(claim, Outcome.DELIVERED).state is State.DELIVERED
+            if refuse(queue, claim, server) is None:
+                assert queue.record(claim, Outcome.DELIVERED).state is State.DELIVERED
 
 
-def refuse(office: Office, claim: Claim, server: Server) -> str | None:
+def refuse(queue: QueueHarness, claim: Claim, server: Server) -> str | None:
     """Send, and record a D that is about an address as a worker does; None for a K, which is not
     recorded."""
     reply = server.answer(claim)
     if reply is not None:
         whole = len(claim.recipients) == 1 and claim.number == 1  # as in worker/delivery.py
         state = State.BOUNCED if whole else State.SPLIT
-        assert office.record(claim, Outcome.REJECTED, reply=reply, state=state).state in (
+        assert queue.record(claim, Outcome.REJECTED, reply=reply, state=state).state in (
             state,
             State.BOUNCED,
         )
     return reply
 
 
-def became(office: Office, queue_id: str) -> dict[str, str]:
+def became(queue: QueueHarness, queue_id: str) -> dict[str, str]:
     """The state of each recipient; asserts that each has one."""
     sql = """SELECT r.address, d.state FROM recipients r LEFT JOIN deliveries d
         ON d.queue_id = r.queue_id AND d.number = r.delivery WHERE r.queue_id = @id(:id)"""
-    rows = office.rows(sql, id=queue_id)
+    rows = queue.rows(sql, id=queue_id)
     found = {row["address"]: row["state"] for row in rows}
     assert len(found) == len(rows)
     return found
 
 
-def family(office: Office, queue_id: str) -> list[dict[str, Any]]:
+def family(queue: QueueHarness, queue_id: str) -> list[dict[str, Any]]:
     sql = "SELECT number, parent, state, due_at FROM deliveries WHERE queue_id = @id(:id) ORDER BY number"
-    return [dict(row) for row in office.rows(sql, id=queue_id)]
+    return [dict(row) for row in queue.rows(sql, id=queue_id)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 8, 30])
 @pytest.mark.parametrize("where", ["first", "last"])
-def test_the_one_bad_recipient_alone_bounces(office: Office, count: int, where: str) -> None:
+def test_the_one_bad_recipient_alone_bounces(queue: QueueHarness, count: int, where: str) -> None:
     names = addresses(count)
     bad = names[0] if where == "first" else names[-1]
-    queue_id, server = office.accept(*names), Server({bad})
-    deliver(office, queue_id, server)
-    assert became(office, queue_id) == {
+    queue_id, server = queue.accept(*names), Server({bad})
+    deliver(queue, queue_id, server)
+    assert became(queue, queue_id) == {
         name: "bounced" if name == bad else "delivered" for name in names
     }
     assert server.accepted == Counter(set(names) - {bad}), "each once"
-    owed = [row for row in family(office, queue_id) if row["due_at"] is not None]
+    owed = [row for row in family(queue, queue_id) if row["due_at"] is not None]
     assert [row["state"] for row in owed] == ["bounced"], "one notice, for one"
 
 
-def test_a_split_is_a_parent_and_two_children_that_are_due_now(office: Office) -> None:
-    queue_id = office.accept(*addresses(5))
-    (claim,) = office.claim(queue_id)
-    recorded = office.record(claim, Outcome.REJECTED, state=State.SPLIT)
+def test_a_split_is_a_parent_and_two_children_that_are_due_now(queue: QueueHarness) -> None:
+    queue_id = queue.accept(*addresses(5))
+    (claim,) = queue.claim(queue_id)
+    recorded = queue.record(claim, Outcome.REJECTED, state=State.SPLIT)
     assert recorded == CompletionResult(State.SPLIT, body_deletable=False)
-    assert [(row["number"], row["parent"], row["state"]) for row in family(office, queue_id)] == [
+    assert [(row["number"], row["parent"], row["state"]) for row in family(queue, queue_id)] == [
         (1, None, "split"), (2, 1, "queued"), (3, 1, "queued"),
     ]  # fmt: skip
-    parent, child = office.delivery(queue_id, 1), office.delivery(queue_id, 2)
+    parent, child = queue.delivery(queue_id, 1), queue.delivery(queue_id, 2)
     assert (parent["due_at"], parent["finished_at"]) == (None, None)
     assert child["due_in"] <= 0
     assert (child["route"], child["expires_at"], child["backoff_step"]) == (
@@ -122,132 +124,136 @@ def test_a_split_is_a_parent_and_two_children_that_are_due_now(office: Office) -
         parent["expires_at"],
         0,
     )
-    halves = [claim.recipients for claim in office.claim(queue_id)]
+    halves = [claim.recipients for claim in queue.claim(queue_id)]
     assert halves == [tuple(addresses(5)[:3]), tuple(addresses(5)[3:])]
 
 
-def test_a_record_that_is_repeated_cuts_once(office: Office) -> None:
-    queue_id = office.accept(*addresses(6))
-    (claim,) = office.claim(queue_id)
-    note = office.note(claim, Outcome.REJECTED, state=State.SPLIT)
-    first, again = office.ledger.commit([note]), office.ledger.commit([note])
+def test_a_record_that_is_repeated_cuts_once(queue: QueueHarness) -> None:
+    queue_id = queue.accept(*addresses(6))
+    (claim,) = queue.claim(queue_id)
+    note = queue.note(claim, Outcome.REJECTED, state=State.SPLIT)
+    first, again = queue.worker_queue.commit([note]), queue.worker_queue.commit([note])
     assert first == again == [CompletionResult(State.SPLIT, body_deletable=False)]
-    assert [row["state"] for row in family(office, queue_id)] == ["split", "queued", "queued"]
-    claims = office.claim(queue_id)
-    third = office.ledger.commit([note])
+    assert [row["state"] for row in family(queue, queue_id)] == ["split", "queued", "queued"]
+    claims = queue.claim(queue_id)
+    third = queue.worker_queue.commit([note])
     assert third == first
     assert sorted(address for claim in claims for address in claim.recipients) == addresses(6)
 
 
-def test_who_lost_its_claim_cuts_nothing(office: Office) -> None:
-    queue_id = office.accept(*addresses(4))
-    (old,) = office.claim(queue_id)
-    office.record(old, Outcome.INTERRUPTED, state=State.QUEUED)
-    (new,) = office.claim(queue_id, worker=office.hire())
-    assert office.record(old, Outcome.REJECTED, state=State.SPLIT).state is None
-    assert len(family(office, queue_id)) == 1
+def test_who_lost_its_claim_cuts_nothing(queue: QueueHarness) -> None:
+    queue_id = queue.accept(*addresses(4))
+    (old,) = queue.claim(queue_id)
+    queue.record(old, Outcome.INTERRUPTED, state=State.QUEUED)
+    (new,) = queue.claim(queue_id, worker=queue.register_worker())
+    assert queue.record(old, Outcome.REJECTED, state=State.SPLIT).state is None
+    assert len(family(queue, queue_id)) == 1
     assert new.recipients == tuple(addresses(4))
 
 
 @pytest.mark.parametrize("count", [4, 32])
-def test_both_first_halves_refused_in_the_same_words_bounce_all(office: Office, count: int) -> None:
+def test_both_first_halves_refused_in_the_same_words_bounce_all(
+    queue: QueueHarness, count: int
+) -> None:
     names = addresses(count)
     queue_id, server = (
-        office.accept(*names),
+        queue.accept(*names),
         Server(set(names), lambda _: "your list is not welcome (#5.1.8)"),
     )
-    deliver(office, queue_id, server)
-    assert set(became(office, queue_id).values()) == {"bounced"}
+    deliver(queue, queue_id, server)
+    assert set(became(queue, queue_id).values()) == {"bounced"}
     assert server.sends == 3, "the whole, and its halves"
     assert server.accepted == Counter()
-    states = Counter(row["state"] for row in family(office, queue_id))
+    states = Counter(row["state"] for row in family(queue, queue_id))
     assert states == {"split": 2, "bounced": 3}, (
         "the first half was cut before the second was heard of"
     )
     assert all(
         (row["due_at"] is not None) == (row["state"] == "bounced")
-        for row in family(office, queue_id)
+        for row in family(queue, queue_id)
     )
 
 
-def test_what_was_cut_already_bounces_with_the_other_half(office: Office) -> None:
+def test_what_was_cut_already_bounces_with_the_other_half(queue: QueueHarness) -> None:
     names = addresses(8)
-    queue_id, server = office.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
-    deliver(office, queue_id, server, one_by_one=True)
-    assert set(became(office, queue_id).values()) == {"bounced"}
+    queue_id, server = queue.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
+    deliver(queue, queue_id, server, one_by_one=True)
+    assert set(became(queue, queue_id).values()) == {"bounced"}
     assert server.accepted == Counter()
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_three_sends_do_whichever_half_is_refused_last(office: Office, count: int) -> None:
+def test_three_sends_do_whichever_half_is_refused_last(queue: QueueHarness, count: int) -> None:
     """Also if that half has a single recipient, while the other has been cut already."""
     names = addresses(count)
     for last in (0, 1):
-        queue_id, server = office.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
-        (whole,) = office.claim(queue_id)
-        refuse(office, whole, server)
-        halves = office.claim(queue_id)
-        refuse(office, halves[1 - last], server)
-        refuse(office, halves[last], server)
-        assert office.claim(queue_id) == []
+        queue_id, server = queue.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
+        (whole,) = queue.claim(queue_id)
+        refuse(queue, whole, server)
+        halves = queue.claim(queue_id)
+        refuse(queue, halves[1 - last], server)
+        refuse(queue, halves[last], server)
+        assert queue.claim(queue_id) == []
         assert server.sends == 3
-        assert became(office, queue_id) == dict.fromkeys(names, "bounced")
+        assert became(queue, queue_id) == dict.fromkeys(names, "bounced")
 
 
-def test_halves_may_be_cut_at_the_same_time(postgres_office: Office) -> None:
-    office, names = postgres_office, addresses(8)
-    queue_id, server = office.accept(*names), Server({names[0], names[7]})
-    (whole,) = office.claim(queue_id)
-    refuse(office, whole, server)
-    first, second = office.claim(queue_id)
-    elsewhere = Splitter(Statements(office.engine, notices=True))
-    with writing(office.engine) as connection:  # another worker is in the middle of its round
+def test_halves_may_be_cut_at_the_same_time(postgres_queue: QueueHarness) -> None:
+    queue, names = postgres_queue, addresses(8)
+    queue_id, server = queue.accept(*names), Server({names[0], names[7]})
+    (whole,) = queue.claim(queue_id)
+    refuse(queue, whole, server)
+    first, second = queue.claim(queue_id)
+    elsewhere = Splitter(Statements(queue.engine, notices=True))
+    with writing(queue.engine) as connection:  # another worker is in the middle of its round
         assert elsewhere.cut(connection, dashed(queue_id), first.number, "no")
-        refuse(office, second, server)
-    assert [row["number"] for row in family(office, queue_id)] == [1, 2, 3, 4, 5, 6, 7]
-    office.record(first, Outcome.REJECTED, state=State.SPLIT)
-    deliver(office, queue_id, server)
+        refuse(queue, second, server)
+    assert [row["number"] for row in family(queue, queue_id)] == [1, 2, 3, 4, 5, 6, 7]
+    queue.record(first, Outcome.REJECTED, state=State.SPLIT)
+    deliver(queue, queue_id, server)
     assert server.accepted == Counter(names[1:7])
 
 
-def test_a_round_waits_for_no_relatives(postgres_office: Office) -> None:
+def test_a_round_waits_for_no_relatives(postgres_queue: QueueHarness) -> None:
     """It has locked its own in key order: if it waited for more, two rounds could wait for each
     other."""
-    office, names = postgres_office, addresses(3)
-    queue_id, server = office.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
-    (whole,) = office.claim(queue_id)
-    refuse(office, whole, server)
-    two, one = office.claim(queue_id)
-    refuse(office, two, server)
-    with writing(office.engine) as connection:
+    queue, names = postgres_queue, addresses(3)
+    queue_id, server = queue.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
+    (whole,) = queue.claim(queue_id)
+    refuse(queue, whole, server)
+    two, one = queue.claim(queue_id)
+    refuse(queue, two, server)
+    with writing(queue.engine) as connection:
         lock(connection, queue_id, 4)
-        refuse(office, one, server)
-    assert [row["state"] for row in family(office, queue_id)] == [
+        refuse(queue, one, server)
+    assert [row["state"] for row in family(queue, queue_id)] == [
         "split",
         "split",
         "bounced",
         "queued",
         "bounced",
     ]
-    assert [claim.number for claim in office.claim(queue_id)] == [4]
+    assert [claim.number for claim in queue.claim(queue_id)] == [4]
 
 
-def test_a_late_K_waits_for_no_relatives_either_and_loses_none(postgres_office: Office) -> None:
-    office = postgres_office
-    queue_id = office.accept(*addresses(3))
-    (old,) = office.claim(queue_id)
-    office.record(old, Outcome.UNCERTAIN, delay=0.0)
-    office.sweeps.requeue_due(10)
-    (new,) = office.claim(queue_id)
-    office.record(new, Outcome.REJECTED, state=State.SPLIT)
-    late = office.note(old, Outcome.DELIVERED)
-    with writing(office.engine) as connection:
+def test_a_late_K_waits_for_no_relatives_either_and_loses_none(
+    postgres_queue: QueueHarness,
+) -> None:
+    queue = postgres_queue
+    queue_id = queue.accept(*addresses(3))
+    (old,) = queue.claim(queue_id)
+    queue.record(old, Outcome.UNCERTAIN, delay=0.0)
+    queue.rescuer.requeue_due(10)
+    (new,) = queue.claim(queue_id)
+    queue.record(new, Outcome.REJECTED, state=State.SPLIT)
+    late = queue.note(old, Outcome.DELIVERED)
+    with writing(queue.engine) as connection:
         lock(connection, queue_id, 2)
         with pytest.raises(OperationalError) as refused:
-            office.ledger.commit([late])
+            queue.worker_queue.commit([late])
     assert is_outage(refused.value), "the writer runs the round again"
-    office.ledger.commit([late])
-    assert [row["state"] for row in family(office, queue_id)] == ["delivered"] * 3
+    queue.worker_queue.commit([late])
+    assert [row["state"] for row in family(queue, queue_id)] == ["delivered"] * 3
 
 
 def lock(connection: Connection, queue_id: str, number: int) -> None:
@@ -264,205 +270,203 @@ def way(address: str) -> str:
     return address.rpartition("@")[2].removesuffix(".test")
 
 
-def reroute(office: Office, route: str = "bulk") -> int:
-    verbs = QueueOperations(office.engine, notices=True)
+def reroute(queue: QueueHarness, route: str = "bulk") -> int:
+    verbs = QueueOperations(queue.engine, notices=True)
     return verbs.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[
         0
     ].total()
 
 
-def ways(office: Office, queue_id: str) -> dict[str, tuple[int, str, str]]:
+def ways(queue: QueueHarness, queue_id: str) -> dict[str, tuple[int, str, str]]:
     """Number, state and route of each recipient's delivery."""
     sql = """SELECT r.address, d.number, d.state, d.route FROM recipients r JOIN deliveries d
         ON d.queue_id = r.queue_id AND d.number = r.delivery WHERE r.queue_id = @id(:id) ORDER BY r.position"""
     return {
         row["address"]: (row["number"], row["state"], row["route"])
-        for row in office.rows(sql, id=queue_id)
+        for row in queue.rows(sql, id=queue_id)
     }
 
 
 def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
-    office: Office,
+    queue: QueueHarness,
 ) -> None:
     """All would follow the first to servers that know nothing of the others, and bounce them."""
-    queue_id = office.accept(*(f"bulk:{n}@{'abac'[n]}.test" for n in range(4)), "default:z@d.test")
-    (claim,) = office.claim(queue_id, room={"bulk": 1})
-    office.record(claim, Outcome.DEFERRED, backoff_step=3)
-    office.change(
+    queue_id = queue.accept(*(f"bulk:{n}@{'abac'[n]}.test" for n in range(4)), "default:z@d.test")
+    (claim,) = queue.claim(queue_id, room={"bulk": 1})
+    queue.record(claim, Outcome.DEFERRED, backoff_step=3)
+    queue.change(
         "UPDATE deliveries SET crash_count = 2 WHERE queue_id = @id(:id) AND route = 'bulk'",
         id=queue_id,
     )
-    whole = office.delivery(queue_id)
-    assert reroute(office) == 1
-    found = ways(office, queue_id)
+    whole = queue.delivery(queue_id)
+    assert reroute(queue) == 1
+    found = ways(queue, queue_id)
     assert {address: (state, route) for address, (_, state, route) in found.items()} == {
         "0@a.test": ("queued", "a"), "1@b.test": ("queued", "b"), "2@a.test": ("queued", "a"),
         "3@c.test": ("queued", "c"), "z@d.test": ("queued", "default"),
     }  # fmt: skip
     assert found["0@a.test"][0] == found["2@a.test"][0], "one request for one route"
     assert len({number for number, _, _ in found.values()}) == 4
-    piece = office.delivery(queue_id, found["1@b.test"][0])
+    piece = queue.delivery(queue_id, found["1@b.test"][0])
     kept = ("expires_at", "crash_count", "last_outcome", "last_reply", "last_server")
     assert [piece[column] for column in kept] == [whole[column] for column in kept]
     assert (piece["claim_count"], piece["backoff_step"], piece["due_in"] <= 0) == (0, 0, True)
-    assert (office.state(queue_id), office.delivery(queue_id)["due_at"]) == ("split", None)
-    assert reroute(office) == reroute(office, "a") - 1 == 0, "there is nothing left to divide"
-    assert ways(office, queue_id) == found
-    claims = office.claim(queue_id, room=dict.fromkeys(["a", "b", "c", "default"], 9))
+    assert (queue.state(queue_id), queue.delivery(queue_id)["due_at"]) == ("split", None)
+    assert reroute(queue) == reroute(queue, "a") - 1 == 0, "there is nothing left to divide"
+    assert ways(queue, queue_id) == found
+    claims = queue.claim(queue_id, room=dict.fromkeys(["a", "b", "c", "default"], 9))
     assert sorted(claim.recipients for claim in claims) == [
         ("0@a.test", "2@a.test"), ("1@b.test",), ("3@c.test",), ("z@d.test",)
     ]  # fmt: skip
 
 
-def test_what_is_held_is_divided_and_stays_held(office: Office) -> None:
-    queue_id = office.accept("bulk:x@a.test", "bulk:y@b.test")
-    verbs = QueueOperations(office.engine, notices=True)
+def test_what_is_held_is_divided_and_stays_held(queue: QueueHarness) -> None:
+    queue_id = queue.accept("bulk:x@a.test", "bulk:y@b.test")
+    verbs = QueueOperations(queue.engine, notices=True)
     verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="me", reason="a look")
-    assert reroute(office) == 1
-    assert [(state, route) for _, state, route in ways(office, queue_id).values()] == [
+    assert reroute(queue) == 1
+    assert [(state, route) for _, state, route in ways(queue, queue_id).values()] == [
         ("held", "a"),
         ("held", "b"),
     ]
-    assert "a look" in office.delivery(queue_id, 2)["last_reply"]
+    assert "a look" in queue.delivery(queue_id, 2)["last_reply"]
     verbs.apply(OPERATIONS["release"], Filter(id=queue_id), actor="me", reason="")
-    assert len(office.claim(queue_id, room={"a": 1, "b": 1})) == 2
+    assert len(queue.claim(queue_id, room={"a": 1, "b": 1})) == 2
 
 
-def test_pieces_by_route_are_cut_like_any_other(office: Office) -> None:
+def test_pieces_by_route_are_cut_like_any_other(queue: QueueHarness) -> None:
     """Also when both are refused in the same words: two routes are no two witnesses."""
-    queue_id = office.accept(*(f"bulk:{n}@{'ab'[n % 2]}.test" for n in range(12)))
-    reroute(office)
+    queue_id = queue.accept(*(f"bulk:{n}@{'ab'[n % 2]}.test" for n in range(12)))
+    reroute(queue)
     server = Server({"0@a.test", "1@b.test"}, lambda _: "no such mailbox (#5.1.1)")
-    while claims := office.claim(queue_id, room={"a": 1, "b": 1}):
+    while claims := queue.claim(queue_id, room={"a": 1, "b": 1}):
         for claim in claims:
-            if refuse(office, claim, server) is None:
-                office.record(claim, Outcome.DELIVERED)
-    states = became(office, queue_id)
+            if refuse(queue, claim, server) is None:
+                queue.record(claim, Outcome.DELIVERED)
+    states = became(queue, queue_id)
     assert {name for name, state in states.items() if state != "delivered"} == server.bad
     assert set(server.accepted.values()) == {1}
 
 
-def test_a_late_K_holds_for_what_was_divided_since(office: Office) -> None:
-    queue_id = office.accept("bulk:x@a.test", "bulk:y@b.test")
-    (old,) = office.claim(queue_id, room={"bulk": 1})
-    office.record(old, Outcome.UNCERTAIN)
-    reroute(office)
-    assert office.record(old, Outcome.DEFERRED).state is None, "the whole was split"
-    assert office.record(old, Outcome.DELIVERED).state is State.DELIVERED
-    assert [row["state"] for row in family(office, queue_id)] == ["delivered"] * 3
-    assert office.claim(queue_id, room={"a": 1, "b": 1}) == [], "never again after a K"
+def test_a_late_K_holds_for_what_was_divided_since(queue: QueueHarness) -> None:
+    queue_id = queue.accept("bulk:x@a.test", "bulk:y@b.test")
+    (old,) = queue.claim(queue_id, room={"bulk": 1})
+    queue.record(old, Outcome.UNCERTAIN)
+    reroute(queue)
+    assert queue.record(old, Outcome.DEFERRED).state is None, "the whole was split"
+    assert queue.record(old, Outcome.DELIVERED).state is State.DELIVERED
+    assert [row["state"] for row in family(queue, queue_id)] == ["delivered"] * 3
+    assert queue.claim(queue_id, room={"a": 1, "b": 1}) == [], "never again after a K"
 
 
-def test_numbers_of_pieces_are_nobody_elses(postgres_office: Office) -> None:
+def test_numbers_of_pieces_are_nobody_elses(postgres_queue: QueueHarness) -> None:
     """While one delivery is divided by route another of the same message is cut, and neither waits
     for the other."""
-    office = postgres_office
-    queue_id = office.accept(*addresses(4), *(f"bulk:{n}@{n}.test" for n in range(5)))
-    (claim,) = office.claim(queue_id)
-    elsewhere = Splitter(Statements(office.engine, notices=True))
-    with writing(office.engine) as connection:
+    queue = postgres_queue
+    queue_id = queue.accept(*addresses(4), *(f"bulk:{n}@{n}.test" for n in range(5)))
+    (claim,) = queue.claim(queue_id)
+    elsewhere = Splitter(Statements(queue.engine, notices=True))
+    with writing(queue.engine) as connection:
         lock(connection, queue_id, 2)
         elsewhere.divide(connection, dashed(queue_id), 2, {str(n): [5 + n] for n in range(5)})
-        assert office.record(claim, Outcome.REJECTED, state=State.SPLIT).state is State.SPLIT
-        assert len(office.claim(queue_id)) == 2
+        assert queue.record(claim, Outcome.REJECTED, state=State.SPLIT).state is State.SPLIT
+        assert len(queue.claim(queue_id)) == 2
     assert [
-        address for address, (_, _, route) in ways(office, queue_id).items() if route == "default"
+        address for address, (_, _, route) in ways(queue, queue_id).items() if route == "default"
     ] == addresses(4)
-    assert [route for _, _, route in ways(office, queue_id).values()][4:] == list("01234")
-    numbers = [row["number"] for row in family(office, queue_id)]
+    assert [route for _, _, route in ways(queue, queue_id).values()][4:] == list("01234")
+    numbers = [row["number"] for row in family(queue, queue_id)]
     assert len(set(numbers)) == len(numbers) == 2 + 2 + 8
 
 
-def test_halves_refused_in_other_words_are_cut_further(office: Office) -> None:
+def test_halves_refused_in_other_words_are_cut_further(queue: QueueHarness) -> None:
     names = addresses(8)
-    queue_id, server = office.accept(*names), Server({names[0], names[7]})
-    deliver(office, queue_id, server)
-    states = became(office, queue_id)
+    queue_id, server = queue.accept(*names), Server({names[0], names[7]})
+    deliver(queue, queue_id, server)
+    states = became(queue, queue_id)
     assert [name for name, state in states.items() if state == "bounced"] == [names[0], names[7]]
 
 
-def test_two_recipients_who_are_both_bad_bounce_both(office: Office) -> None:
+def test_two_recipients_who_are_both_bad_bounce_both(queue: QueueHarness) -> None:
     names = addresses(2)
     for words in (lambda address: f"no {address} (#5.1.1)", lambda _: "same (#5.1.1)"):
-        queue_id, server = office.accept(*names), Server(set(names), words)
-        deliver(office, queue_id, server)
-        assert became(office, queue_id) == dict.fromkeys(names, "bounced")
+        queue_id, server = queue.accept(*names), Server(set(names), words)
+        deliver(queue, queue_id, server)
+        assert became(queue, queue_id) == dict.fromkeys(names, "bounced")
         assert server.sends == 3
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])
 def test_a_list_with_too_many_recipients_is_cut_until_the_server_takes_it(
-    office: Office, most: int
+    queue: QueueHarness, most: int
 ) -> None:
     """Every half is refused in the same words, and there are more pieces than LARGEST."""
     names = addresses(150)
-    queue_id, server = office.accept(*names), Server(set())
+    queue_id, server = queue.accept(*names), Server(set())
 
     def answer(claim: Claim) -> str | None:
         server.accepted.update(claim.recipients if len(claim.recipients) <= most else ())
         return "sorry, too many recipients (#5.5.3)" if len(claim.recipients) > most else None
 
     server.answer = answer  # type: ignore[method-assign]
-    deliver(office, queue_id, server)
-    assert became(office, queue_id) == dict.fromkeys(names, "delivered")
+    deliver(queue, queue_id, server)
+    assert became(queue, queue_id) == dict.fromkeys(names, "delivered")
     assert server.accepted == Counter(names), "each once"
-    assert (len(family(office, queue_id)) > LARGEST) == (most < 100)
+    assert (len(family(queue, queue_id)) > LARGEST) == (most < 100)
 
 
-def test_a_single_recipient_that_is_too_many_bounces(office: Office) -> None:
+def test_a_single_recipient_that_is_too_many_bounces(queue: QueueHarness) -> None:
     names = addresses(3)
-    queue_id, server = office.accept(*names), Server(set(names), lambda _: "5.5.3 too many")
-    deliver(office, queue_id, server)
-    assert became(office, queue_id) == dict.fromkeys(names, "bounced")
+    queue_id, server = queue.accept(*names), Server(set(names), lambda _: "5.5.3 too many")
+    deliver(queue, queue_id, server)
+    assert became(queue, queue_id) == dict.fromkeys(names, "bounced")
     assert server.sends == 5
 
 
-def test_no_more_than_so_many_pieces(office: Office) -> None:
+def test_no_more_than_so_many_pieces(queue: QueueHarness) -> None:
     names = addresses(300)
-    queue_id, server = office.accept(*names), Server(set(names[::2]))
-    deliver(office, queue_id, server)
-    pieces = family(office, queue_id)
+    queue_id, server = queue.accept(*names), Server(set(names[::2]))
+    deliver(queue, queue_id, server)
+    pieces = family(queue, queue_id)
     assert len(pieces) <= LARGEST
     assert server.sends <= LARGEST
-    assert set(became(office, queue_id).values()) <= {"bounced", "delivered"}
+    assert set(became(queue, queue_id).values()) <= {"bounced", "delivered"}
     assert set(server.accepted.values()) <= {1}
     assert not server.accepted.keys() & server.bad
 
 
-def test_other_routes_keep_their_recipients(office: Office) -> None:
-    queue_id = office.accept("bulk:x@example.org", *addresses(4), "bulk:y@example.org")
-    claims = {
-        claim.route: claim for claim in office.claim(queue_id, room={"default": 9, "bulk": 9})
-    }
-    office.record(claims["default"], Outcome.REJECTED, state=State.SPLIT)
-    assert office.record(claims["bulk"], Outcome.DELIVERED).state is State.DELIVERED
-    deliver(office, queue_id, Server({"0@example.org"}))
-    states = became(office, queue_id)
+def test_other_routes_keep_their_recipients(queue: QueueHarness) -> None:
+    queue_id = queue.accept("bulk:x@example.org", *addresses(4), "bulk:y@example.org")
+    claims = {claim.route: claim for claim in queue.claim(queue_id, room={"default": 9, "bulk": 9})}
+    queue.record(claims["default"], Outcome.REJECTED, state=State.SPLIT)
+    assert queue.record(claims["bulk"], Outcome.DELIVERED).state is State.DELIVERED
+    deliver(queue, queue_id, Server({"0@example.org"}))
+    states = became(queue, queue_id)
     assert [name for name, state in states.items() if state != "delivered"] == ["0@example.org"]
 
 
-def test_a_bounce_of_a_piece_owes_a_real_sender_only(office: Office) -> None:
-    queue_id = office.accept(*addresses(4), sender="")
-    deliver(office, queue_id, Server({"1@example.org"}))
-    assert all(row["due_at"] is None for row in family(office, queue_id))
+def test_a_bounce_of_a_piece_owes_a_real_sender_only(queue: QueueHarness) -> None:
+    queue_id = queue.accept(*addresses(4), sender="")
+    deliver(queue, queue_id, Server({"1@example.org"}))
+    assert all(row["due_at"] is None for row in family(queue, queue_id))
 
 
-def test_what_an_operator_wanted_comes_before_a_cut(office: Office) -> None:
-    queue_id = office.accept(*addresses(4))
-    (claim,) = office.claim(queue_id)
-    office.ask(queue_id, "hold")
-    assert office.record(claim, Outcome.REJECTED, state=State.SPLIT).state is State.HELD
-    assert len(family(office, queue_id)) == 1
+def test_what_an_operator_wanted_comes_before_a_cut(queue: QueueHarness) -> None:
+    queue_id = queue.accept(*addresses(4))
+    (claim,) = queue.claim(queue_id)
+    queue.ask(queue_id, "hold")
+    assert queue.record(claim, Outcome.REJECTED, state=State.SPLIT).state is State.HELD
+    assert len(family(queue, queue_id)) == 1
 
 
-def test_pieces_expire_with_the_message(office: Office) -> None:
-    queue_id = office.accept(*addresses(4))
-    (claim,) = office.claim(queue_id)
-    office.record(claim, Outcome.REJECTED, state=State.SPLIT)
-    office.pass_time(2000)
-    first, second = office.claim(queue_id)
-    assert office.record(first, Outcome.DEFERRED).state is State.EXPIRED
-    assert office.record(second, Outcome.DELIVERED).state is State.DELIVERED
+def test_pieces_expire_with_the_message(queue: QueueHarness) -> None:
+    queue_id = queue.accept(*addresses(4))
+    (claim,) = queue.claim(queue_id)
+    queue.record(claim, Outcome.REJECTED, state=State.SPLIT)
+    queue.pass_time(2000)
+    first, second = queue.claim(queue_id)
+    assert queue.record(first, Outcome.DEFERRED).state is State.EXPIRED
+    assert queue.record(second, Outcome.DELIVERED).state is State.DELIVERED
 
 
 @settings(
@@ -470,17 +474,17 @@ def test_pieces_expire_with_the_message(office: Office) -> None:
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )  # fmt: skip
 @given(data=st.data())
-def test_every_recipient_ends_once_whoever_is_bad(office: Office, data: st.DataObject) -> None:
+def test_every_recipient_ends_once_whoever_is_bad(queue: QueueHarness, data: st.DataObject) -> None:
     names = addresses(data.draw(st.integers(2, 24)))
     bad = set(data.draw(st.lists(st.sampled_from(names), max_size=4, unique=True)))
-    queue_id, server = office.accept(*names), Server(bad)
-    deliver(office, queue_id, server, one_by_one=data.draw(st.booleans()))
-    states = became(office, queue_id)
+    queue_id, server = queue.accept(*names), Server(bad)
+    deliver(queue, queue_id, server, one_by_one=data.draw(st.booleans()))
+    states = became(queue, queue_id)
     assert states == {name: "bounced" if name in bad else "delivered" for name in names}, (
         "few pieces, distinct words"
     )
     assert server.accepted == Counter(set(names) - bad)
     assert server.sends <= LARGEST
     assert (
-        Counter(row["state"] for row in family(office, queue_id))["split"] == (server.sends - 1) / 2
+        Counter(row["state"] for row in family(queue, queue_id))["split"] == (server.sends - 1) / 2
     )

@@ -30,12 +30,12 @@ from relay.db.schema import FINAL, UNFINISHED, Outcome, State
 from relay.dsn.generator import DsnGenerator
 from relay.dsn.message import POSSIBLY_DELIVERED
 from relay.ids import new_id
-from relay.queue import rescue as sweeps
+from relay.queue import rescue
 from relay.queue.model import Claim, ClaimRequest, Command, Completion, CompletionResult, Renewal
 from relay.queue.operations import OPERATIONS, REROUTE, Operation, QueueOperations
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.office import OUTCOME_POLICY, Office, new_message
+from tests.integration.queue_harness import OUTCOME_POLICY, QueueHarness, new_message
 
 type Key = tuple[str, int]
 
@@ -82,7 +82,7 @@ HAPPENINGS = [
     for what, often in {
         "work": 10, "accept": 6, "wait": 3, "wake": 3, "vanish": 2, "wake_up_late": 3, "meddle": 3, "settle": 4,
         "reroute": 1, "warn": 3,
-        "hire": 1, "expire_worker": 1, "bury_one_that_renewed": 1, "expire_stuck_transfers": 1, "rescue_unowned": 1,
+        "register_worker": 1, "expire_worker": 1, "bury_one_that_renewed": 1, "expire_stuck_transfers": 1, "rescue_unowned": 1,
     }.items()
     for _ in range(often)
 ]  # fmt: skip
@@ -165,21 +165,21 @@ class Transfer:
 class History(RuleBasedStateMachine):
     """`happens` is one thing after the other; the invariants are looked at after each."""
 
-    office: Office
+    harness: QueueHarness
     spool: Spool
 
     def __init__(self) -> None:
         super().__init__()
         self._empty()
-        self.verbs = QueueOperations(self.office.engine, notices=True)
+        self.verbs = QueueOperations(self.harness.engine, notices=True)
         self.clock = 0.0
         self.queue: dict[Key, Delivery] = {}
         self.transfers: list[Transfer] = []
         self.leases: dict[str, float | None] = {}  # until; None: dead
-        self.ledger = self.office.another_ledger()
+        self.worker_queue = self.harness.another_worker_queue()
         self.finished: set[Key] = set()
         self.said = itertools.count()
-        self.hold = self.office.settings.uncertain == "hold"
+        self.hold = self.harness.settings.uncertain == "hold"
         self.warned: set[str] = set()  # messages whose sender was told that they are late
         self.received: dict[str, float] = {}
         self.notify: dict[
@@ -189,10 +189,10 @@ class History(RuleBasedStateMachine):
             Counter()
         )  # by message and address: notices that name it
         for _ in range(2):
-            self.hire(Random())
+            self.register_worker(Random())
 
     def _empty(self) -> None:
-        with writing(self.office.engine) as connection:
+        with writing(self.harness.engine) as connection:
             for table in metadata.sorted_tables:
                 connection.execute(text(f"DELETE FROM {table.name}"))
 
@@ -239,7 +239,7 @@ class History(RuleBasedStateMachine):
             )
         self.received[queue_id] = self.clock
         for _ in range(chance.randint(1, 2)):
-            self.office.intake.commit([message])
+            self.harness.acceptor.commit([message])
         for number, route in enumerate(dict.fromkeys(routes), 1):
             mine = tuple(
                 address for address, way in zip(addresses, routes, strict=True) if way == route
@@ -251,12 +251,12 @@ class History(RuleBasedStateMachine):
     # --- workers
     # ----------------------------------------------------------------------------------------------
 
-    def hire(self, _: Random) -> None:
+    def register_worker(self, _: Random) -> None:
         """Another worker process starts."""
         if len(self._alive()) >= 4:
             return
         worker = new_id()
-        self.ledger.register(worker, "host", 1)
+        self.worker_queue.register(worker, "host", 1)
         self.leases[worker] = self.clock + LEASE
 
     def work(self, chance: Random) -> None:
@@ -291,7 +291,7 @@ class History(RuleBasedStateMachine):
         renew = chance.random() < 0.5
         renewals = [Renewal(worker)] if renew else []
         items: list[Command] = [*requests, *records, *renewals]
-        results = self.ledger.commit(items)
+        results = self.worker_queue.commit(items)
         assert len(results) == len(items)
         if renew:
             assert results[-1] is (self.leases[worker] is not None)
@@ -304,7 +304,7 @@ class History(RuleBasedStateMachine):
         for request, result in zip(requests, results, strict=False):
             self._claimed(request, result, chance)
         if records and chance.random() < 0.3:
-            for record, result in zip(records, self.ledger.commit(records), strict=True):
+            for record, result in zip(records, self.worker_queue.commit(records), strict=True):
                 delivery = self.queue[record.queue_id, record.number]
                 assert isinstance(result, CompletionResult)
                 assert result.state in (None, delivery.state)
@@ -336,7 +336,7 @@ class History(RuleBasedStateMachine):
         words = SAME if half else chance.choice([SAME, f"reply {next(self.said)}"])
         if outcome is Outcome.REJECTED and not half and chance.random() < 0.2:
             words = f"client not allowed, {words}"
-        return self.office.note(
+        return self.harness.note(
             transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=words
         )  # fmt: skip
 
@@ -491,7 +491,7 @@ class History(RuleBasedStateMachine):
             key: delivery.due for key, delivery in self.queue.items()
             if delivery.state is State.DEFERRED and delivery.due is not None and delivery.due <= self.clock
         }  # fmt: skip
-        ids = self.office.sweeps.requeue_due(limit)
+        ids = self.harness.rescuer.requeue_due(limit)
         woken = [key for key in due if self._row(key)["state"] == "queued"]
         assert len(woken) == min(limit, len(due))
         assert set(ids) == {queue_id for queue_id, _ in woken}
@@ -504,29 +504,29 @@ class History(RuleBasedStateMachine):
         expired_leases = {
             worker for worker in self._alive() if (self.leases[worker] or 0) < self.clock
         }
-        found = dict(self.office.sweeps.expired_leases())
+        found = dict(self.harness.rescuer.expired_leases())
         assert set(found) == expired_leases
         for worker in expired_leases:
-            lost = self.office.sweeps.expire_worker(worker, found[worker])
+            lost = self.harness.rescuer.expire_worker(worker, found[worker])
             self.leases[worker] = None
             assert lost == self._lost(lambda d, worker=worker: d.worker == worker)
 
     def bury_one_that_renewed(self, _: Random) -> None:
         """A sweeper looks, the worker renews, the sweeper comes too late."""
-        for worker, until in self.office.sweeps.expired_leases()[:1]:
-            assert self.ledger.commit([Renewal(worker)]) == [True]
+        for worker, until in self.harness.rescuer.expired_leases()[:1]:
+            assert self.worker_queue.commit([Renewal(worker)]) == [True]
             self.leases[worker] = self.clock + LEASE
-            assert self.office.sweeps.expire_worker(worker, until) is None
+            assert self.harness.rescuer.expire_worker(worker, until) is None
 
     def expire_stuck_transfers(self, chance: Random) -> None:
         """Transfers take longer than any session may, though their workers are alive."""
         self._pass(chance.choice([0, 5]) * STEP, alive=self._alive())
-        assert self.office.sweeps.expire_stuck_transfers() == self._lost(
+        assert self.harness.rescuer.expire_stuck_transfers() == self._lost(
             lambda d: d.due is not None and d.due <= self.clock
         )
 
     def rescue_unowned(self, _: Random) -> None:
-        assert self.office.sweeps.rescue_unowned() == self._lost(
+        assert self.harness.rescuer.rescue_unowned() == self._lost(
             lambda d: self.leases[str(d.worker)] is None
         )
 
@@ -646,7 +646,7 @@ class History(RuleBasedStateMachine):
         spool = Deadly(self.spool.directory, last)
         try:
             return tell(
-                DsnGenerator(self.office.engine, spool, self.office.settings, lambda _: "default")
+                DsnGenerator(self.harness.engine, spool, self.harness.settings, lambda _: "default")
             )
         except Killed:
             assert last
@@ -673,7 +673,7 @@ class History(RuleBasedStateMachine):
         """Messages whose senders are to be told that they are late, and the recipients that
         wait."""
         late: dict[str, list[str]] = {}
-        if self.office.settings.delay_warning is None:
+        if self.harness.settings.delay_warning is None:
             return late
         for (queue_id, _), delivery in self.queue.items():
             old = self.clock - self.received.get(queue_id, self.clock) >= WARNING
@@ -699,7 +699,7 @@ class History(RuleBasedStateMachine):
         """All of them: whom they name, how often in doubt, what they enclose, and whether another
         one was refused."""
         found: dict[str, tuple[list[str], int, str, bool]] = {}
-        for row in self.office.rows(
+        for row in self.harness.rows(
             "SELECT @hex(id) AS id, size, dsn_content FROM messages WHERE dsn_of = @id(:id)",
             id=queue_id,
         ):
@@ -794,14 +794,16 @@ class History(RuleBasedStateMachine):
         self._pass(chance.choice([1, 1, 2, 3, 6]) * STEP, alive=some(chance, self._alive(), 0.9))
 
     def _pass(self, seconds: float, *, alive: list[str]) -> None:
-        self.office.pass_time(seconds)
-        past = "interval '1 second'" if self.office.spell.postgresql else "1000000"
-        self.office.change(
+        self.harness.pass_time(seconds)
+        past = "interval '1 second'" if self.harness.dialect.postgresql else "1000000"
+        self.harness.change(
             f"UPDATE messages SET received_at = received_at - CAST(:s AS integer) * {past}",
             s=int(seconds),
         )
         self.clock += seconds
-        assert self.ledger.commit([Renewal(worker) for worker in alive]) == [True] * len(alive)
+        assert self.worker_queue.commit([Renewal(worker) for worker in alive]) == [True] * len(
+            alive
+        )
         self.leases |= dict.fromkeys(alive, self.clock + LEASE)
 
     def vanish(self, chance: Random) -> None:
@@ -820,7 +822,7 @@ class History(RuleBasedStateMachine):
         """Give it time, and everybody who matters: everything comes to its end."""
         chance = Random(0)
         self.leases[new := new_id()] = self.clock + LEASE
-        self.ledger.register(new, "host", 1)
+        self.worker_queue.register(new, "host", 1)
         for _ in range(20):
             for worker in self.leases:
                 self._round(
@@ -858,12 +860,12 @@ class History(RuleBasedStateMachine):
     # ------------------------------------------------------------------------------------
 
     def _row(self, key: Key) -> Any:
-        return self.office.delivery(*key)
+        return self.harness.delivery(*key)
 
     @invariant()
     def agrees(self) -> None:
         sql = "SELECT d.*, @hex(d.queue_id) AS id, @hex(d.worker) AS who, -@since(d.due_at) AS due_in FROM deliveries d"
-        rows = {(row["id"], row["number"]): row for row in self.office.rows(sql)}
+        rows = {(row["id"], row["number"]): row for row in self.harness.rows(sql)}
         assert rows.keys() == self.queue.keys()
         for key, row in rows.items():
             delivery = self.queue[key]
@@ -900,7 +902,7 @@ class History(RuleBasedStateMachine):
     def every_recipient_is_somewhere_once(self) -> None:
         sql = "SELECT @hex(queue_id) AS id, delivery, address FROM recipients ORDER BY queue_id, position"
         found: dict[Key, list[str]] = {key: [] for key in self.queue}
-        for row in self.office.rows(sql):
+        for row in self.harness.rows(sql):
             found[row["id"], row["delivery"]].append(row["address"])
         assert found == {key: list(delivery.recipients) for key, delivery in self.queue.items()}
 
@@ -925,7 +927,7 @@ class History(RuleBasedStateMachine):
         across halves."""
         sql = """SELECT @hex(queue_id) AS id, delivery, count(DISTINCT claim) AS n FROM attempts
             WHERE outcome = 'uncertain' GROUP BY queue_id, delivery"""
-        doubts = {(row["id"], row["delivery"]): row["n"] for row in self.office.rows(sql)}
+        doubts = {(row["id"], row["delivery"]): row["n"] for row in self.harness.rows(sql)}
         for key, delivery in self.queue.items():
             assert doubts.get(key, 0) == len(delivery.doubts)
             line = self._line(key)
@@ -935,14 +937,14 @@ class History(RuleBasedStateMachine):
 
 
 @pytest.fixture(params=VARIANTS)
-def office(
+def harness(
     clean_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[Office]:
+) -> Iterator[QueueHarness]:
     monkeypatch.setattr("relay.dsn.generator.GATHER", GATHER)
     monkeypatch.setattr(
-        sweeps, "_IN_FLIGHT", sweeps._IN_FLIGHT.replace("@chance", "0")
+        rescue, "_IN_FLIGHT", rescue._IN_FLIGHT.replace("@chance", "0")
     )  # the model knows when each is due
-    made = Office(
+    made = QueueHarness(
         clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,
         uncertain_delay=UNCERTAIN_DELAY, poison_limit=POISON, **VARIANTS[request.param],
     )  # fmt: skip
@@ -955,8 +957,8 @@ def _heard(told: Operation, wanted: str | None) -> bool:
     return told.wanted is not None or (told.cancels is not None and wanted == told.cancels)
 
 
-def test_the_queue_does_what_its_model_does(office: Office, spool: Spool) -> None:
-    machine: type[History] = type("History", (History,), {"office": office, "spool": spool})
+def test_the_queue_does_what_its_model_does(harness: QueueHarness, spool: Spool) -> None:
+    machine: type[History] = type("History", (History,), {"harness": harness, "spool": spool})
     # To have a failing history made shorter, which takes minutes, take `phases` away.
     checks: Sequence[HealthCheck] = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(

@@ -18,7 +18,7 @@ from relay.queue.operations import QueueOperations
 from relay.routes import Route, Routes, parse_server
 from relay.settings import Settings, WorkerSettings, load
 from relay.spool.store import Spool
-from tests.integration.mailroom import BODY, Mailroom
+from tests.integration.engine_harness import BODY, EngineHarness
 from tests.waiting import until
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import ORPHAN_MOVE_AGE, Cleaner
@@ -66,8 +66,8 @@ class FakeEngine:
 
     polls = 0
 
-    def __init__(self, mail: Mailroom) -> None:
-        self.lease = Lease(mail.ledger, mail.settings.lease, NotImplemented)
+    def __init__(self, mail: EngineHarness) -> None:
+        self.lease = Lease(mail.worker_queue, mail.settings.lease, NotImplemented)
         self.lease.renewed_at = float("inf")
         self.heartbeat = time.monotonic()
         self.routes = Routes([Route("default", ())])
@@ -78,7 +78,7 @@ class FakeEngine:
 
 
 class Scene:
-    def __init__(self, mail: Mailroom) -> None:
+    def __init__(self, mail: EngineHarness) -> None:
         self.mail, self.clock, self.hints = mail, Clock(), FakeHints()
         self.engine = FakeEngine(mail)
         self.engine.lease.worker = self.worker()
@@ -87,7 +87,7 @@ class Scene:
         )
         self.sweeper = Sweeper(
             mail.settings,
-            mail.sweeps,
+            mail.rescuer,
             generator,
             self.engine,  # type: ignore[arg-type]
             self.hints,
@@ -96,12 +96,12 @@ class Scene:
 
     def worker(self) -> str:
         worker = new_id()
-        self.mail.ledger.register(worker, "host", 1)
+        self.mail.worker_queue.register(worker, "host", 1)
         return worker
 
     def sending(self, worker: str) -> str:
         queue_id = self.mail.accept()
-        self.mail.ledger.commit([ClaimRequest(worker, [queue_id], {"default": 1})])
+        self.mail.worker_queue.commit([ClaimRequest(worker, [queue_id], {"default": 1})])
         assert self.mail.state(queue_id) == "sending"
         return queue_id
 
@@ -122,14 +122,14 @@ class Scene:
 
 
 @pytest.fixture
-def mail(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[Mailroom]:
-    made = Mailroom(database_url, spool, tmp_path)
+def mail(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[EngineHarness]:
+    made = EngineHarness(database_url, spool, tmp_path)
     yield made
     made.close()
 
 
 @pytest.fixture
-def scene(mail: Mailroom) -> Scene:
+def scene(mail: EngineHarness) -> Scene:
     return Scene(mail)
 
 
@@ -159,7 +159,7 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
     scene.engine.routes = Routes([slow, Route("default", ())])
     scene.sweeper.sweep()
     assert scene.hints.offered == [ids[0]], "the slow route may wait an hour, with jitter"
-    (claims,) = scene.mail.ledger.commit(
+    (claims,) = scene.mail.worker_queue.commit(
         [ClaimRequest(scene.engine.lease.worker, None, {"default": 5})]
     )
     assert isinstance(claims, list)
@@ -248,7 +248,7 @@ def test_an_outage_of_the_database_expires_no_worker(
     scene.run_out(slow)
     scene.sweeper.sweep()
     with monkeypatch.context() as away:
-        away.setattr(scene.mail.sweeps, "requeue_due", lambda limit: 1 / 0)
+        away.setattr(scene.mail.rescuer, "requeue_due", lambda limit: 1 / 0)
         scene.sweeper.sweep()
     scene.engine.lease.renewed_at = scene.clock.now - 1
     scene.clock.now += scene.mail.settings.lease + 1
@@ -387,12 +387,12 @@ def test_the_heartbeat_file_may_be_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cleaner(mail: Mailroom) -> Cleaner:
+def cleaner(mail: EngineHarness) -> Cleaner:
     return Cleaner(mail.settings, mail.database, mail.spool)
 
 
 @pytest.fixture
-def finished(mail: Mailroom) -> Callable[..., str]:
+def finished(mail: EngineHarness) -> Callable[..., str]:
     def make(*, age: float) -> str:
         queue_id = mail.accept()
         old = (
@@ -419,7 +419,7 @@ def finished(mail: Mailroom) -> Callable[..., str]:
 
 
 def test_finished_messages_are_removed_after_their_retention(
-    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
+    mail: EngineHarness, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     old, young, waiting = finished(age=31 * DAY), finished(age=29 * DAY), mail.accept()
     assert cleaner.clean() == 1
@@ -433,7 +433,7 @@ def test_finished_messages_are_removed_after_their_retention(
 
 
 def test_old_unfinished_mail_stays(
-    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
+    mail: EngineHarness, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     old = finished(age=31 * DAY)
     mail.change("UPDATE deliveries SET state = 'held' WHERE queue_id = :id", id=old)
@@ -445,7 +445,7 @@ def _aged(path: Path, seconds: float) -> None:
 
 
 def test_deletable_bodies_are_removed(
-    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str]
+    mail: EngineHarness, cleaner: Cleaner, finished: Callable[..., str]
 ) -> None:
     done, fresh, waiting = finished(age=2 * DAY), finished(age=2 * DAY), mail.accept()
     _aged(mail.spool.path(done), 2 * HOUR)
@@ -456,7 +456,7 @@ def test_deletable_bodies_are_removed(
 
 @pytest.mark.parametrize("lost", ["deliveries", "deliveries and recipients", "one delivery of two"])
 def test_a_message_with_a_missing_row_keeps_its_body(
-    mail: Mailroom, cleaner: Cleaner, finished: Callable[..., str], lost: str
+    mail: EngineHarness, cleaner: Cleaner, finished: Callable[..., str], lost: str
 ) -> None:
     old = finished(age=31 * DAY)
     if lost == "one delivery of two":
@@ -469,7 +469,7 @@ def test_a_message_with_a_missing_row_keeps_its_body(
     assert mail.spool.path(old).exists()
 
 
-def test_orphans_are_moved_once_a_newer_row_exists(mail: Mailroom, cleaner: Cleaner) -> None:
+def test_orphans_are_moved_once_a_newer_row_exists(mail: EngineHarness, cleaner: Cleaner) -> None:
     orphan, young = new_id(), new_id()
     for one, age in ((orphan, ORPHAN_MOVE_AGE + 60), (young, ORPHAN_MOVE_AGE - 60)):
         mail.spool.store(one, [b"x"])
@@ -490,7 +490,7 @@ def test_orphans_are_moved_once_a_newer_row_exists(mail: Mailroom, cleaner: Clea
 
 @pytest.mark.parametrize("wrong", ["the worker's", "the file system's", "the database's"])
 def test_one_wrong_clock_removes_no_body(
-    mail: Mailroom, cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch, wrong: str
+    mail: EngineHarness, cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     """It is 40 days ahead, while one message is being received and a newer row exists."""
     mail.spool.store(received := new_id(), [b"x"])
@@ -506,7 +506,7 @@ def test_one_wrong_clock_removes_no_body(
     assert mail.spool.path(received).exists()
 
 
-def test_a_moved_orphan_is_purged_by_a_later_pass(mail: Mailroom) -> None:
+def test_a_moved_orphan_is_purged_by_a_later_pass(mail: EngineHarness) -> None:
     cleaner = Cleaner(
         mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
     )
@@ -519,7 +519,9 @@ def test_a_moved_orphan_is_purged_by_a_later_pass(mail: Mailroom) -> None:
     assert not (mail.spool.directory / "orphans" / orphan).exists()
 
 
-def test_the_retention_of_an_orphan_begins_with_the_move(mail: Mailroom, cleaner: Cleaner) -> None:
+def test_the_retention_of_an_orphan_begins_with_the_move(
+    mail: EngineHarness, cleaner: Cleaner
+) -> None:
     mail.spool.store(orphan := new_id(), [b"x"])
     _aged(mail.spool.path(orphan), 400 * DAY)
     mail.accept()
@@ -527,7 +529,7 @@ def test_the_retention_of_an_orphan_begins_with_the_move(mail: Mailroom, cleaner
     assert (mail.spool.directory / "orphans" / orphan).exists()
 
 
-def test_a_moved_body_with_a_row_is_not_purged_and_can_be_sent(mail: Mailroom) -> None:
+def test_a_moved_body_with_a_row_is_not_purged_and_can_be_sent(mail: EngineHarness) -> None:
     """Its row came after the move."""
     cleaner = Cleaner(
         mail.settings.model_copy(update={"retention": -1.0}), mail.database, mail.spool
@@ -538,7 +540,7 @@ def test_a_moved_body_with_a_row_is_not_purged_and_can_be_sent(mail: Mailroom) -
     os.close(mail.spool.open(queue_id, len(BODY)))
 
 
-def test_only_directories_of_bodies_are_removed(mail: Mailroom, cleaner: Cleaner) -> None:
+def test_only_directories_of_bodies_are_removed(mail: EngineHarness, cleaner: Cleaner) -> None:
     ours, theirs = mail.spool.directory / "01a2b3c4", mail.spool.directory / "lost+found"
     for directory in (ours, theirs):
         directory.mkdir()
@@ -547,7 +549,7 @@ def test_only_directories_of_bodies_are_removed(mail: Mailroom, cleaner: Cleaner
     assert [ours.exists(), theirs.exists()] == [False, True]
 
 
-def test_only_one_worker_cleans_at_a_time(mail: Mailroom, cleaner: Cleaner) -> None:
+def test_only_one_worker_cleans_at_a_time(mail: EngineHarness, cleaner: Cleaner) -> None:
     other = Cleaner(mail.settings, mail.database, mail.spool)
     with cleaner.exclusive() as first, other.exclusive() as second:
         assert (first, second) == (True, False)
@@ -558,11 +560,11 @@ def test_only_one_worker_cleans_at_a_time(mail: Mailroom, cleaner: Cleaner) -> N
 # The rerouter
 
 
-def rerouting(mail: Mailroom, routes: Routes, clock: Callable[[], float]) -> Rerouter:
-    return Rerouter(mail.sweeps, QueueOperations(mail.database, notices=True), routes, clock=clock)
+def rerouting(mail: EngineHarness, routes: Routes, clock: Callable[[], float]) -> Rerouter:
+    return Rerouter(mail.rescuer, QueueOperations(mail.database, notices=True), routes, clock=clock)
 
 
-def test_mail_of_a_gone_route_is_rerouted(mail: Mailroom) -> None:
+def test_mail_of_a_gone_route_is_rerouted(mail: EngineHarness) -> None:
     queue_id = mail.accept()
     with writing(mail.database) as connection:
         connection.execute(text("UPDATE deliveries SET route = 'gone'"))
@@ -578,7 +580,7 @@ def test_mail_of_a_gone_route_is_rerouted(mail: Mailroom) -> None:
     assert rerouter.turn() == 0
 
 
-def test_a_route_that_comes_back_keeps_its_mail(mail: Mailroom, tmp_path: Path) -> None:
+def test_a_route_that_comes_back_keeps_its_mail(mail: EngineHarness, tmp_path: Path) -> None:
     """A file that is cut off for a moment has no routes."""
     file, now = tmp_path / "routes.toml", [100.0]
     whole = '[bulk]\nrecipients = ["lists.test"]\nservers = ["a"]\n'
@@ -606,12 +608,12 @@ def test_a_route_that_comes_back_keeps_its_mail(mail: Mailroom, tmp_path: Path) 
     assert mail.rows("SELECT route FROM deliveries") == [{"route": "default"}]
 
 
-def test_a_route_that_another_worker_knows_is_not_gone(mail: Mailroom) -> None:
+def test_a_route_that_another_worker_knows_is_not_gone(mail: EngineHarness) -> None:
     mail.accept()
     mail.change("UPDATE deliveries SET route = 'bulk'")
     worker, known = new_id(), json.dumps({"bulk": ["a:628"], "default": []})
     for one in (worker, new_id()):
-        mail.ledger.register(one, "elsewhere", 1)
+        mail.worker_queue.register(one, "elsewhere", 1)
     mail.change("UPDATE workers SET routes = :known WHERE id = @id(:id)", id=worker, known=known)
     now = [0.0]
     rerouter = rerouting(mail, Routes([Route("default", ())]), lambda: now[0])

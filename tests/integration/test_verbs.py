@@ -19,7 +19,7 @@ from relay.queue import audit as actions
 from relay.queue import operations as verbs
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.office import Office, new_message
+from tests.integration.queue_harness import QueueHarness, new_message
 from tests.integration.test_cost_of_a_message import counted
 from tests.integration.typed import Typed, lines, typed_at
 from tests.waiting import until
@@ -28,23 +28,23 @@ BODY = b"Subject: x\n\n" + b"b" * 88
 
 
 @pytest.fixture
-def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
-    return typed_at(office, spool, monkeypatch)
+def typed(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
+    return typed_at(queue, spool, monkeypatch)
 
 
-def one_in(office: Office, state: State, *addresses: str, **more: object) -> str:
+def one_in(queue: QueueHarness, state: State, *addresses: str, **more: object) -> str:
     """A message whose delivery is in that state."""
-    queue_id = office.accept(*addresses, **more)
+    queue_id = queue.accept(*addresses, **more)
     if state is State.HELD:
-        office.change(
+        queue.change(
             "UPDATE deliveries SET state = 'held', due_at = NULL WHERE queue_id = @id(:id)",
             id=queue_id,
         )
     elif state is not State.QUEUED:
-        (claim,) = office.claim(queue_id)
+        (claim,) = queue.claim(queue_id)
         if state is not State.SENDING:
             outcomes = {State.DEFERRED: Outcome.DEFERRED, State.DELIVERED: Outcome.DELIVERED}
-            office.record(claim, outcomes[state])
+            queue.record(claim, outcomes[state])
     return queue_id
 
 
@@ -58,19 +58,19 @@ AFTER = {
 
 
 @pytest.mark.parametrize("verb", AFTER)
-def test_every_verb_from_every_state(office: Office, typed: Typed, verb: str) -> None:
+def test_every_verb_from_every_state(queue: QueueHarness, typed: Typed, verb: str) -> None:
     states = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD, State.DELIVERED)
-    ids = {str(state): one_in(office, state) for state in states}
+    ids = {str(state): one_in(queue, state) for state in states}
     typed(verb, "--all", "--yes")
     for was, queue_id in ids.items():
-        delivery = office.delivery(queue_id)
+        delivery = queue.delivery(queue_id)
         assert delivery["state"] == AFTER[verb].get(was, was), was
         if was in AFTER[verb]:
             assert (delivery["due_in"] is None) == (delivery["state"] in ("held", "dropped"))
             assert (delivery["finished_at"] is not None) == (
                 delivery["state"] in ("bounced", "dropped")
             )
-    assert office.delivery(ids["sending"])["pending_operation"] == (
+    assert queue.delivery(ids["sending"])["pending_operation"] == (
         None if verb == "release" else verb
     )
 
@@ -78,80 +78,82 @@ def test_every_verb_from_every_state(office: Office, typed: Typed, verb: str) ->
 @pytest.mark.parametrize(
     ("verb", "then"), [("hold", "held"), ("drop", "dropped"), ("bounce", "bounced")]
 )
-def test_what_is_being_sent_is_told(office: Office, typed: Typed, verb: str, then: str) -> None:
-    (one,), (two,) = office.claim(office.accept()), office.claim(office.accept())
+def test_what_is_being_sent_is_told(
+    queue: QueueHarness, typed: Typed, verb: str, then: str
+) -> None:
+    (one,), (two,) = queue.claim(queue.accept()), queue.claim(queue.accept())
     assert "2 being sent" in typed(verb, "--all", "--yes").stderr
-    office.record(one, Outcome.DEFERRED)
-    office.record(two, Outcome.DELIVERED)
-    assert office.states([one.queue_id, two.queue_id]) == [then, "delivered"], (
+    queue.record(one, Outcome.DEFERRED)
+    queue.record(two, Outcome.DELIVERED)
+    assert queue.states([one.queue_id, two.queue_id]) == [then, "delivered"], (
         "a K beats every request"
     )
-    assert office.delivery(two.queue_id)["last_reply"] == "its words"
+    assert queue.delivery(two.queue_id)["last_reply"] == "its words"
 
 
 @pytest.mark.parametrize("verb", ["hold", "drop", "bounce"])
 @pytest.mark.parametrize("end", ["recorded", "vanished"])
 def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(
-    office: Office, typed: Typed, verb: str, end: str
+    queue: QueueHarness, typed: Typed, verb: str, end: str
 ) -> None:
     """The words are those that a waiting delivery gets."""
-    waiting, (claim,) = office.accept(), office.claim(office.accept())
+    waiting, (claim,) = queue.accept(), queue.claim(queue.accept())
     typed(verb, "--all", "--yes", "--reason", "they moved")
-    words = office.delivery(waiting)["last_reply"]
-    row = office.delivery(claim.queue_id)
+    words = queue.delivery(waiting)["last_reply"]
+    row = queue.delivery(claim.queue_id)
     assert (row["last_reply"], row["pending_reason"]) == (None, words)
     if end == "recorded":
-        office.record(claim, Outcome.DEFERRED)
+        queue.record(claim, Outcome.DEFERRED)
     else:
-        office.pass_time(400)
-        office.expire_worker(office.worker)
-    row = office.delivery(claim.queue_id)
+        queue.pass_time(400)
+        queue.expire_worker(queue.worker)
+    row = queue.delivery(claim.queue_id)
     assert (row["last_reply"], row["pending_reason"]) == (words, None)
     assert words.endswith(": they moved")
     assert words in typed("why", claim.queue_id).stdout
 
 
-def test_a_wish_of_retry_leaves_the_servers_words(office: Office, typed: Typed) -> None:
-    (claim,) = office.claim(office.accept())
+def test_a_wish_of_retry_leaves_the_servers_words(queue: QueueHarness, typed: Typed) -> None:
+    (claim,) = queue.claim(queue.accept())
     typed("retry", claim.queue_id, "--reason", "now")
-    office.record(claim, Outcome.DEFERRED)
-    row = office.delivery(claim.queue_id)
+    queue.record(claim, Outcome.DEFERRED)
+    row = queue.delivery(claim.queue_id)
     assert (row["state"], row["last_reply"], row["pending_reason"]) == ("queued", "its words", None)
 
 
-def test_release_takes_back_a_hold_that_was_only_wanted(office: Office, typed: Typed) -> None:
-    (held,), (dropped,) = office.claim(office.accept()), office.claim(office.accept())
+def test_release_takes_back_a_hold_that_was_only_wanted(queue: QueueHarness, typed: Typed) -> None:
+    (held,), (dropped,) = queue.claim(queue.accept()), queue.claim(queue.accept())
     typed("hold", held.queue_id)
     typed("drop", dropped.queue_id)
     done = typed("release", "--all")
     assert "release: 1 delivery (1 sending)" in done.stdout
     assert "1 being sent: they are no longer held after this try" in done.stderr
-    rows = [office.delivery(claim.queue_id) for claim in (held, dropped)]
+    rows = [queue.delivery(claim.queue_id) for claim in (held, dropped)]
     assert [(row["state"], row["pending_operation"]) for row in rows] == [
         ("sending", None),
         ("sending", "drop"),
     ]
     assert [row["pending_reason"] is None for row in rows] == [True, False]
-    office.record(held, Outcome.DEFERRED)
-    assert office.state(held.queue_id) == "deferred"
-    assert len(office.rows("SELECT * FROM audit_deliveries")) == 3
+    queue.record(held, Outcome.DEFERRED)
+    assert queue.state(held.queue_id) == "deferred"
+    assert len(queue.rows("SELECT * FROM audit_deliveries")) == 3
 
 
 def test_it_goes_in_chunks_and_misses_nobody(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actions, "CHUNK", 4)
-    office.intake.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
-    other = office.accept("other@example.com")
-    touched, free = verbs.QueueOperations(office.engine, notices=True).apply(
+    queue.acceptor.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
+    other = queue.accept("other@example.com")
+    touched, free = verbs.QueueOperations(queue.engine, notices=True).apply(
         verbs.OPERATIONS["hold"],
         Filter(recipient="*@example.org"),
         actor="me@here",
         reason="because",
     )
     assert (dict(touched), free) == ({"queued": 18}, [])
-    assert office.state(other) == "queued"
-    (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM audit")
+    assert queue.state(other) == "queued"
+    (action,) = queue.rows("SELECT actor, verb, reason, filter, matched FROM audit")
     assert tuple(action.values()) == (
         "me@here",
         "hold",
@@ -161,15 +163,15 @@ def test_it_goes_in_chunks_and_misses_nobody(
     )
     noted = """SELECT t.queue_id, t.delivery FROM audit_deliveries t JOIN audit a ON a.id = t.action
         JOIN deliveries d ON d.queue_id = t.queue_id AND d.number = t.delivery AND d.state = 'held'"""
-    assert len(office.rows(noted)) == len(office.rows("SELECT * FROM audit_deliveries")) == 18
+    assert len(queue.rows(noted)) == len(queue.rows("SELECT * FROM audit_deliveries")) == 18
 
 
 @pytest.mark.parametrize("name", ["hold", "drop", "retry --reroute"])
 def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
-    office: Office, typed: Typed, spool: Spool, monkeypatch: pytest.MonkeyPatch, name: str
+    queue: QueueHarness, typed: Typed, spool: Spool, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(actions, "CHUNK", 2)
-    ids = sorted(office.accept() for _ in range(5))
+    ids = sorted(queue.accept() for _ in range(5))
     for queue_id in ids:
         spool.store(queue_id, [BODY])
     note, calls = actions.AuditEntry.note, list[int]()
@@ -184,30 +186,30 @@ def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
     done = typed(*name.split(), "--all", "--yes", status=130)
     assert "4 deliveries (4 queued)" in done.stdout
     assert "interrupted after 4 of 5 deliveries" in done.stderr
-    ((matched,),) = (row.values() for row in office.rows("SELECT matched FROM audit"))
+    ((matched,),) = (row.values() for row in queue.rows("SELECT matched FROM audit"))
     touched = [
         row["id"]
-        for row in office.rows("SELECT @hex(queue_id) AS id FROM audit_deliveries ORDER BY 1")
+        for row in queue.rows("SELECT @hex(queue_id) AS id FROM audit_deliveries ORDER BY 1")
     ]
     assert (matched, touched) == (4, ids[:4])
     if name == "hold":
-        assert office.states(ids) == [*["held"] * 4, "queued"]
+        assert queue.states(ids) == [*["held"] * 4, "queued"]
     assert {i for i, _ in spool.ids()} == set(ids[4:] if name == "drop" else ids)
 
 
-def test_a_chunk_costs_the_same_statements_whatever_its_size(office: Office) -> None:
+def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness) -> None:
     """Whose body is free is one more question, asked when the chunk is committed."""
     counts = list[int]()
     for size in (1, 20):
         for _ in range(size):
-            office.accept(sender="")
-        with counted(office.engine) as count:
-            _, free = verbs.QueueOperations(office.engine, notices=True).apply(
+            queue.accept(sender="")
+        with counted(queue.engine) as count:
+            _, free = verbs.QueueOperations(queue.engine, notices=True).apply(
                 verbs.OPERATIONS["drop"], Filter(), actor="me@here", reason=""
             )
         assert len(free) == size
         counts.append(count["statements"])
-    assert counts[0] == counts[1] == (6 if office.spell.postgresql else 5)
+    assert counts[0] == counts[1] == (6 if queue.dialect.postgresql else 5)
 
 
 # A verb, its filter, the state that a delivery is in, and what another session makes of it
@@ -224,35 +226,35 @@ MEANWHILE = {
 
 
 @pytest.mark.parametrize("case", MEANWHILE)
-def test_the_whole_filter_counts_when_the_row_is_locked(office: Office, case: str) -> None:
+def test_the_whole_filter_counts_when_the_row_is_locked(queue: QueueHarness, case: str) -> None:
     """Another session has the oldest row, and changes it so that it is meant no longer while the
     verb waits for it."""
     name, wanted, state, change = MEANWHILE[case]
-    ids = sorted(one_in(office, state) for _ in range(3))
-    office.change("UPDATE deliveries SET last_reply = 'first'")
-    queue = verbs.QueueOperations(office.engine, notices=True)
-    with ThreadPoolExecutor(1) as another, writing(office.engine) as connection:
+    ids = sorted(one_in(queue, state) for _ in range(3))
+    queue.change("UPDATE deliveries SET last_reply = 'first'")
+    operations = verbs.QueueOperations(queue.engine, notices=True)
+    with ThreadPoolExecutor(1) as another, writing(queue.engine) as connection:
         of_the_oldest = "WHERE queue_id = @id(:id)"
         sql = f"UPDATE deliveries SET {change} {of_the_oldest} RETURNING *"
-        (changed,) = connection.execute(text(office.spell(sql)), {"id": dashed(ids[0])}).mappings()
+        (changed,) = connection.execute(text(queue.dialect(sql)), {"id": dashed(ids[0])}).mappings()
         applied = another.submit(
-            queue.apply, verbs.OPERATIONS[name], wanted, actor="me@here", reason="", limit=2
+            operations.apply, verbs.OPERATIONS[name], wanted, actor="me@here", reason="", limit=2
         )
-        until(lambda: _waits(office) or applied.done(), what="the verb waits for the row")
+        until(lambda: _waits(queue) or applied.done(), what="the verb waits for the row")
         assert not applied.done()
     touched, _ = applied.result()
     assert touched == {str(state): 2}, "the limit is filled with what is meant"
-    assert office.rows(f"SELECT * FROM deliveries {of_the_oldest}", id=ids[0]) == [dict(changed)]
-    noted = office.rows("SELECT @hex(queue_id) AS id FROM audit_deliveries ORDER BY 1")
+    assert queue.rows(f"SELECT * FROM deliveries {of_the_oldest}", id=ids[0]) == [dict(changed)]
+    noted = queue.rows("SELECT @hex(queue_id) AS id FROM audit_deliveries ORDER BY 1")
     assert [row["id"] for row in noted] == ids[1:]
 
 
-def _waits(office: Office) -> bool:
+def _waits(queue: QueueHarness) -> bool:
     """Whether a session waits for a lock: for a row on PostgreSQL, for its turn to write on
     SQLite."""
-    if office.spell.postgresql:
+    if queue.dialect.postgresql:
         return bool(
-            office.rows(
+            queue.rows(
                 "SELECT 1 FROM pg_stat_activity WHERE cardinality(pg_blocking_pids(pid)) > 0"
             )
         )
@@ -263,45 +265,45 @@ def _waits(office: Office) -> bool:
 
 
 def test_more_than_one_needs_a_yes(
-    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = [office.accept("a@example.org"), office.accept("a@example.org")]
+    ids = [queue.accept("a@example.org"), queue.accept("a@example.org")]
     refused = typed("drop", "--recipient", "a@example.org", status=2)
     assert "drop 2 deliveries (2 queued)? Add --yes" in refused.stderr
     monkeypatch.setattr(
         "commands.ops.modify.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
     )
     typed("drop", "--recipient", "a@example.org", answer="n\n", status=1)
-    assert office.states(ids) == ["queued", "queued"]
-    assert office.rows("SELECT * FROM audit") == []
+    assert queue.states(ids) == ["queued", "queued"]
+    assert queue.rows("SELECT * FROM audit") == []
     typed("drop", "--recipient", "a@example.org", answer="y\n")
-    assert office.states(ids) == ["dropped", "dropped"]
+    assert queue.states(ids) == ["dropped", "dropped"]
 
 
-def test_nothing_is_done_to_everything_by_mistake(office: Office, typed: Typed) -> None:
-    queue_id = office.accept()
+def test_nothing_is_done_to_everything_by_mistake(queue: QueueHarness, typed: Typed) -> None:
+    queue_id = queue.accept()
     assert "--all" in typed("drop", "--yes", status=2).stderr
-    assert office.state(queue_id) == "queued"
+    assert queue.state(queue_id) == "queued"
     assert "it takes what is held" in typed("release", "--all", status=1).stderr
     assert "no message" in typed("drop", "--id", "ffffffff", status=1).stderr
     typed("hold", queue_id[-12:])
     typed("drop", "--id", queue_id[-12:])
-    assert office.state(queue_id) == "dropped"
+    assert queue.state(queue_id) == "dropped"
 
 
-def test_a_dry_run_shows_whom_it_would_touch(office: Office, typed: Typed) -> None:
-    queue_id = office.accept("a@example.org", "b@example.org", "bulk:c@example.org")
+def test_a_dry_run_shows_whom_it_would_touch(queue: QueueHarness, typed: Typed) -> None:
+    queue_id = queue.accept("a@example.org", "b@example.org", "bulk:c@example.org")
     done = typed("hold", "--recipient", "b@example.org", "--dry-run", "--json")
     assert [row["recipient"] for row in lines(done)] == ["a@example.org", "b@example.org"], (
         "one request carries both"
     )
     assert "would hold 1 delivery (1 queued)" in done.stderr
-    assert {office.state(queue_id), office.state(queue_id, 2)} == {"queued"}
-    assert office.rows("SELECT * FROM audit") == []
+    assert {queue.state(queue_id), queue.state(queue_id, 2)} == {"queued"}
+    assert queue.rows("SELECT * FROM audit") == []
 
 
-def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
-    queue_id = office.accept()
+def test_who_did_what_and_why(queue: QueueHarness, typed: Typed) -> None:
+    queue_id = queue.accept()
     done = typed("hold", "--id", queue_id, "--reason", "it's\nspam", "--json")
     assert json.loads(done.stdout) == {
         "verb": "hold",
@@ -309,18 +311,18 @@ def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
         "were": {"queued": 1},
         "bodies_removed": 0,
     }
-    (action,) = office.rows("SELECT actor, verb, reason, filter, matched FROM audit")
+    (action,) = queue.rows("SELECT actor, verb, reason, filter, matched FROM audit")
     assert "@" in action["actor"]
     assert (action["verb"], action["reason"], action["matched"]) == ("hold", "it's\nspam", 1)
     assert action["filter"] == f"--id {queue_id}"
-    held_by = office.delivery(queue_id)["last_reply"]
+    held_by = queue.delivery(queue_id)["last_reply"]
     assert held_by == f"held by {action['actor']}: it's\\nspam"
     assert typed("why", queue_id).stdout.startswith(f"b@example.org: {held_by}. It stays")
     typed("bounce", "--id", queue_id, "--reason", "not here")
-    assert office.delivery(queue_id)["last_reply"] == "bounced by an operator: not here", (
+    assert queue.delivery(queue_id)["last_reply"] == "bounced by an operator: not here", (
         "the sender reads it"
     )
-    deferred = one_in(office, State.DEFERRED)
+    deferred = one_in(queue, State.DEFERRED)
     typed("bounce", deferred, "--reason", "they moved")
     assert (
         "ago, because bounced by an operator: they moved; its DSN" in typed("why", deferred).stdout
@@ -328,26 +330,26 @@ def test_who_did_what_and_why(office: Office, typed: Typed) -> None:
 
 
 def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
-    office: Office, spool: Spool, typed: Typed
+    queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    generator = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
-    bounced, greylisted = office.accept(), office.accept("c@example.org")
+    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda address: "default")
+    bounced, greylisted = queue.accept(), queue.accept("c@example.org")
     reply = "bounced by an operator: x"
     for queue_id, outcome, words in (
         (bounced, Outcome.REJECTED, reply),
         (greylisted, Outcome.DEFERRED, "held by greylist for 300 seconds"),
     ):
         spool.store(queue_id, [BODY])
-        office.record(office.claim(queue_id)[0], outcome, reply=words)
-        assert office.delivery(queue_id)["reason_source"] == "server"
+        queue.record(queue.claim(queue_id)[0], outcome, reply=words)
+        assert queue.delivery(queue_id)["reason_source"] == "server"
     assert f"refused it: {reply}" in typed("why", bounced).stdout
-    office.change(
+    queue.change(
         "UPDATE deliveries SET expires_at = @ago(1) WHERE queue_id = @id(:id)", id=greylisted
     )
     typed("retry", greylisted)
-    (claim,) = office.claim(greylisted)
-    office.record(claim, Outcome.DEFERRED, reply="held by greylist for 300 seconds")
-    office.pass_time(100)
+    (claim,) = queue.claim(greylisted)
+    queue.record(claim, Outcome.DEFERRED, reply="held by greylist for 300 seconds")
+    queue.pass_time(100)
     texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
     assert len(texts) == 2
     assert sum(f"The mail server refused it: {reply}" in text for text in texts) == 1
@@ -355,12 +357,12 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     assert sum("Diagnostic-Code: x-qmqp; held by greylist" in text for text in texts) == 1
 
 
-def test_bodies_go_when_nobody_needs_them(office: Office, spool: Spool, typed: Typed) -> None:
+def test_bodies_go_when_nobody_needs_them(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
     kept, told, null, split = (
-        office.accept("a@example.org", "bulk:b@example.org"),
-        office.accept("a@example.org"),
-        office.accept("a@example.org", sender=""),
-        office.accept("c@example.org", "bulk:c@example.org"),
+        queue.accept("a@example.org", "bulk:b@example.org"),
+        queue.accept("a@example.org"),
+        queue.accept("a@example.org", sender=""),
+        queue.accept("c@example.org", "bulk:c@example.org"),
     )
     for queue_id in (kept, told, null, split):
         spool.store(queue_id, [BODY])
@@ -373,9 +375,9 @@ def test_bodies_go_when_nobody_needs_them(office: Office, spool: Spool, typed: T
 
 
 def test_where_the_spool_is_not_mounted_bodies_stay(
-    office: Office, spool: Spool, typed: Typed
+    queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    queue_id = office.accept()
+    queue_id = queue.accept()
     spool.store(queue_id, [BODY])
     (spool.directory / "spool-id").write_text("f" * 32)
     assert "removed" not in typed("drop", "--id", queue_id).stdout
@@ -386,40 +388,39 @@ def test_where_the_spool_is_not_mounted_bodies_stay(
 
 
 def test_rerouting(
-    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch, spool: Spool
+    queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch, spool: Spool
 ) -> None:
-    queued, delivered = office.accept("old:a@example.org"), one_in(office, State.DELIVERED)
+    queued, delivered = queue.accept("old:a@example.org"), one_in(queue, State.DELIVERED)
     deferred, held = (
-        office.accept("old:b@example.com", "old:c@example.org"),
-        one_in(office, State.HELD, "old:d@x.org"),
+        queue.accept("old:b@example.com", "old:c@example.org"),
+        one_in(queue, State.HELD, "old:d@x.org"),
     )
-    (claim,) = office.claim(deferred, room={"old": 1})
-    office.record(claim, Outcome.DEFERRED)
+    (claim,) = queue.claim(deferred, room={"old": 1})
+    queue.record(claim, Outcome.DEFERRED)
     routes = spool.directory / "routes.toml"
     routes.write_text('[com]\nrecipients = ["*@example.com"]\nservers = ["a"]\n')
     monkeypatch.setenv("RELAY_ROUTES", str(routes))
     typed("retry", "--reroute", "--route", "old", "--yes")
     found = {
-        i: (office.delivery(i)["route"], office.state(i))
-        for i in (queued, deferred, held, delivered)
+        i: (queue.delivery(i)["route"], queue.state(i)) for i in (queued, deferred, held, delivered)
     }
     assert found == {
         queued: ("default", "queued"), deferred: ("old", "split"), held: ("default", "held"),
         delivered: ("default", "delivered"),
     }  # fmt: skip
-    pieces = [office.delivery(deferred, number) for number in (2, 3)]
+    pieces = [queue.delivery(deferred, number) for number in (2, 3)]
     assert [(piece["route"], piece["state"]) for piece in pieces] == [
         ("com", "queued"),
         ("default", "queued"),
     ]
-    assert office.rows("SELECT verb FROM audit")[0]["verb"] == "reroute"
+    assert queue.rows("SELECT verb FROM audit")[0]["verb"] == "reroute"
 
 
 def test_a_limit_takes_the_oldest(
-    office: Office, typed: Typed, monkeypatch: pytest.MonkeyPatch
+    queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actions, "CHUNK", 2)
-    office.intake.commit([new_message("x@example.org", "y@example.org") for _ in range(6)])
+    queue.acceptor.commit([new_message("x@example.org", "y@example.org") for _ in range(6)])
     ids = sorted({row["queue_id"] for row in lines(typed("list", "--json"))})
     dry = typed("hold", "--all", "--limit", "3", "--dry-run", "--json")
     assert [row["queue_id"] for row in lines(dry)] == [i for i in ids[:3] for _ in range(2)]
@@ -427,13 +428,13 @@ def test_a_limit_takes_the_oldest(
     assert "the oldest 3 of 6" in typed("hold", "--all", "--limit", "3", status=2).stderr
     for limit, held in (("3", 3), ("1", 4), ("9", 6)):
         typed("hold", "--all", "--yes", "--limit", limit)
-        assert office.states(ids) == ["held"] * held + ["queued"] * (6 - held)
-    shown = [row["filter"] for row in office.rows("SELECT filter FROM audit ORDER BY id")]
+        assert queue.states(ids) == ["held"] * held + ["queued"] * (6 - held)
+    shown = [row["filter"] for row in queue.rows("SELECT filter FROM audit ORDER BY id")]
     assert shown == ["--limit 3", "--limit 1", "--limit 9"]
 
 
-def test_pauses(office: Office, typed: Typed) -> None:
-    queue_id = office.accept()
+def test_pauses(queue: QueueHarness, typed: Typed) -> None:
+    queue_id = queue.accept()
     assert (
         "known are route:default"
         in typed("pause", "--server", "192.0.2.7", "--reason", "disk swap").stderr
@@ -450,6 +451,6 @@ def test_pauses(office: Office, typed: Typed) -> None:
     assert again == [{"verb": "resume", "subject": "route:default", "done": False}]
     for wrong in ((), ("--route", "x", "--server", "y"), ("--server", "host:port")):
         typed("pause", *wrong, status=2)
-    assert [row["verb"] for row in office.rows("SELECT verb FROM audit ORDER BY id")] == [
+    assert [row["verb"] for row in queue.rows("SELECT verb FROM audit ORDER BY id")] == [
         "pause server:192.0.2.7:628", "pause route:default", "resume route:default"
     ]  # fmt: skip

@@ -8,21 +8,21 @@ import pytest
 from relay.db.schema import Outcome
 from relay.dsn.generator import DsnGenerator
 from relay.spool.store import Spool
-from tests.integration.office import Office
+from tests.integration.queue_harness import QueueHarness
 from tests.integration.typed import Typed, typed_at
 
 ONE, TWO = "127.0.0.1:6280", "[::1]:628"
 
 
 @pytest.fixture
-def typed(office: Office, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
+def typed(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
     monkeypatch.setenv("RELAY_QMQP_SERVERS", "192.0.2.99")  # not what the workers know
-    return typed_at(office, spool, monkeypatch)
+    return typed_at(queue, spool, monkeypatch)
 
 
-def overdue(office: Office) -> str:
-    queue_id = office.accept()
-    office.pass_time(60, only=[queue_id])
+def overdue(queue: QueueHarness) -> str:
+    queue_id = queue.accept()
+    queue.pass_time(60, only=[queue_id])
     return queue_id
 
 
@@ -30,55 +30,55 @@ def why(typed: Typed, queue_id: str) -> str:
     return str(typed("why", queue_id).stdout).strip()
 
 
-def test_a_paused_server_is_named_with_actor_and_reason(office: Office, typed: Typed) -> None:
-    queue_id = overdue(office)
-    office.sweeps.publish_routes(office.worker, {"default": [ONE]})
+def test_a_paused_server_is_named_with_actor_and_reason(queue: QueueHarness, typed: Typed) -> None:
+    queue_id = overdue(queue)
+    queue.rescuer.publish_routes(queue.worker, {"default": [ONE]})
     typed("pause", "--server", ONE, "--reason", "new disk")
     words = rf"b@example\.org: queued, and not sent because server {ONE} is paused until `resume` "
     assert re.fullmatch(words + r"\(by \S+@\S+ \d+s ago: new disk\)\.", why(typed, queue_id))
-    other = office.hire()
-    office.sweeps.publish_routes(other, {"default": [ONE, TWO]})
+    other = queue.register_worker()
+    queue.rescuer.publish_routes(other, {"default": [ONE, TWO]})
     assert "paused" not in why(typed, queue_id), "another worker has another server"
-    office.sweeps.publish_open_circuits(other, {TWO: "no connection: Connection refused"})
+    queue.rescuer.publish_open_circuits(other, {TWO: "no connection: Connection refused"})
     both = why(typed, queue_id)
     assert f"server {ONE} is paused" in both
     assert (
         f" and the circuit to server {TWO} is open: it is tried again within a minute (no connection: Conn"
         in both
     )
-    third = office.hire()
-    office.sweeps.publish_routes(third, {"default": [TWO]})
+    third = queue.register_worker()
+    queue.rescuer.publish_routes(third, {"default": [TWO]})
     assert "circuit" not in why(typed, queue_id), "a worker that knows it would send there"
 
 
-def test_what_is_wrong_with_a_route(office: Office, typed: Typed) -> None:
-    queue_id = overdue(office)
-    office.claim(office.accept())
+def test_what_is_wrong_with_a_route(queue: QueueHarness, typed: Typed) -> None:
+    queue_id = overdue(queue)
+    queue.claim(queue.accept())
     assert re.search(
         r"overdue for 5\ds: 1 worker is busy with 1 delivery,",
         why(typed, queue_id),
     )
-    office.sweeps.publish_routes(office.worker, {"default": []})
+    queue.rescuer.publish_routes(queue.worker, {"default": []})
     assert why(typed, queue_id).endswith(
         "no QMQP server is configured for route default (RELAY_QMQP_SERVERS)."
     )
-    office.sweeps.publish_routes(office.worker, {"bulk": [ONE]})
+    queue.rescuer.publish_routes(queue.worker, {"bulk": [ONE]})
     assert "no worker knows a route default: `retry --reroute` gives the mail another" in why(
         typed, queue_id
     )
     typed("pause", "--server", "192.0.2.99")
-    office.change("UPDATE workers SET lease_expires_at = @ago(1)")
+    queue.change("UPDATE workers SET lease_expires_at = @ago(1)")
     assert "because no worker is alive, and server 192.0.2.99:628 is paused until" in why(
         typed, queue_id
     )
 
 
-def test_the_start_of_a_transfer_is_that_of_its_worker(office: Office, typed: Typed) -> None:
-    queue_id = office.accept()
-    office.claim(queue_id)
-    office.pass_time(120, only=[queue_id])
+def test_the_start_of_a_transfer_is_that_of_its_worker(queue: QueueHarness, typed: Typed) -> None:
+    queue_id = queue.accept()
+    queue.claim(queue_id)
+    queue.pass_time(120, only=[queue_id])
     assert re.search(r"\(host 1\) since [-:0-9 ]+ \(2m( \ds)?\)\.$", why(typed, queue_id))
-    office.change("UPDATE workers SET claim_seconds = claim_seconds - 60")
+    queue.change("UPDATE workers SET claim_seconds = claim_seconds - 60")
     assert re.search(r"since [-:0-9 ]+ \(1m( \ds)?\)\.$", why(typed, queue_id))
 
 
@@ -99,31 +99,35 @@ def test_the_start_of_a_transfer_is_that_of_its_worker(office: Office, typed: Ty
         ),
     ],
 )
-def test_no_connection_is_named_once(office: Office, typed: Typed, reply: str, words: str) -> None:
-    queue_id = office.accept()
-    office.record(office.claim(queue_id)[0], Outcome.UNREACHABLE, reply=reply, server=None)
+def test_no_connection_is_named_once(
+    queue: QueueHarness, typed: Typed, reply: str, words: str
+) -> None:
+    queue_id = queue.accept()
+    queue.record(queue.claim(queue_id)[0], Outcome.UNREACHABLE, reply=reply, server=None)
     assert f"{words}" in why(typed, queue_id)
 
 
-def test_what_to_do_about_an_envelope_that_no_server_accepts(office: Office, typed: Typed) -> None:
-    queue_id = office.accept("x\n@example.org")
+def test_what_to_do_about_an_envelope_that_no_server_accepts(
+    queue: QueueHarness, typed: Typed
+) -> None:
+    queue_id = queue.accept("x\n@example.org")
     reply = "no request can be made of it: no server can be trusted with the recipient <x"
-    office.record(office.claim(queue_id)[0], Outcome.UNSENDABLE, reply=reply)
+    queue.record(queue.claim(queue_id)[0], Outcome.UNSENDABLE, reply=reply)
     advice = "release it: what can be sent is sent, and the rest bounces. It stays"
     assert f"it cannot be sent: {reply}; {advice}" in why(typed, queue_id)
 
 
-def refused(office: Office, queue_id: str, reply: str = "550 go away") -> None:
-    office.record(office.claim(queue_id)[0], Outcome.REJECTED, reply=reply)
+def refused(queue: QueueHarness, queue_id: str, reply: str = "550 go away") -> None:
+    queue.record(queue.claim(queue_id)[0], Outcome.REJECTED, reply=reply)
 
 
 def test_what_became_of_a_dsn_and_what_it_is_about(
-    office: Office, spool: Spool, typed: Typed
+    queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    generator = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
-    queue_id = office.accept(ret="FULL")
+    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda address: "default")
+    queue_id = queue.accept(ret="FULL")
     spool.store(queue_id, [b"Subject: x\n\n".ljust(100, b"x")])
-    refused(office, queue_id)
+    refused(queue, queue_id)
     (full,) = generator.generate(5)
     assert why(typed, queue_id).endswith(
         f"refused it: 550 go away; the sender is told by {full}, which is queued."
@@ -132,7 +136,7 @@ def test_what_became_of_a_dsn_and_what_it_is_about(
     assert why(typed, full).endswith(
         f"; it is a DSN about {queue_id} and encloses the whole message."
     )
-    refused(office, full, "no viruses")
+    refused(queue, full, "no viruses")
     pending = "; a worker replaces it with a DSN that encloses less, or gives up; it is a DSN about"
     assert pending in why(typed, full)
     (header,) = generator.generate(5)
@@ -142,21 +146,23 @@ def test_what_became_of_a_dsn_and_what_it_is_about(
         f"{again}; the sender is told by {header}, which is queued."
     )
     assert "; a DSN that encloses less replaced it; it is a DSN about" in why(typed, full)
-    refused(office, header)
+    refused(queue, header)
     (none,) = generator.generate(5)
     assert f"; it is a DSN about {queue_id} and encloses nothing of it." in why(typed, none)
-    (claim,) = office.claim(none)
-    office.record(claim, Outcome.DELIVERED)
+    (claim,) = queue.claim(none)
+    queue.record(claim, Outcome.DELIVERED)
     assert why(typed, queue_id).endswith(f"; the sender was told by {none}.")
     assert f"the sender was told by {none}." in typed("show", queue_id).stdout
 
 
-def test_a_dsn_that_failed_and_is_not_replaced(office: Office, spool: Spool, typed: Typed) -> None:
-    generator = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
-    queue_id = office.accept()
-    refused(office, queue_id)
+def test_a_dsn_that_failed_and_is_not_replaced(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
+    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda address: "default")
+    queue_id = queue.accept()
+    refused(queue, queue_id)
     (dsn,) = generator.generate(5)  # without its body, which was never stored
-    refused(office, dsn, "no bounces")
+    refused(queue, dsn, "no bounces")
     assert generator.generate(5) == []
     not_replaced = "no other DSN replaces it: the sender of the original is not told by it"
     assert why(typed, queue_id).endswith(
@@ -173,14 +179,14 @@ def test_a_dsn_that_failed_and_is_not_replaced(office: Office, spool: Spool, typ
     ("b@example.org", "a@example.com", "less than a minute before, a DSN about mail from an untrusted client was sent to this address"),
 ])  # fmt: skip
 def test_the_reason_why_a_sender_is_not_told(
-    office: Office, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
+    queue: QueueHarness, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
 ) -> None:
-    generator = DsnGenerator(office.engine, spool, office.settings, lambda address: "default")
-    before = office.accept(client_trusted=False)
-    refused(office, before)
+    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda address: "default")
+    before = queue.accept(client_trusted=False)
+    refused(queue, before)
     assert len(generator.generate(5)) == 1
-    queue_id = office.accept(recipient, sender=sender, client_trusted=False)
-    refused(office, queue_id)
+    queue_id = queue.accept(recipient, sender=sender, client_trusted=False)
+    refused(queue, queue_id)
     assert generator.generate(5) == []
     assert why(typed, queue_id).endswith(
         f"refused it: 550 go away; the sender is not told: {words}."

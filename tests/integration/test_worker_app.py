@@ -18,7 +18,7 @@ from relay.hints import FRESH, Hints, celery_app
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
 from tests import services
-from tests.integration.mailroom import Mailroom
+from tests.integration.engine_harness import EngineHarness
 from tests.services import Broker
 from tests.waiting import until
 from worker.app import WorkerProcess
@@ -32,7 +32,7 @@ RUN = (sys.executable, "-c", "from worker.app import *; sys.exit(run(load(Worker
 class House:
     """A mailroom, and worker processes that see it."""
 
-    def __init__(self, mail: Mailroom, spawn: Spawn, log: Path) -> None:
+    def __init__(self, mail: EngineHarness, spawn: Spawn, log: Path) -> None:
         self.mail, self._spawn, self._log = mail, spawn, log
 
     def environment(self, **given: Any) -> dict[str, str]:
@@ -59,11 +59,11 @@ class House:
 def house(
     sqlite_url: str, spool: Spool, tmp_path: Path, spawn: Spawn
 ) -> Iterator[Callable[..., House]]:
-    opened: list[Mailroom] = []
+    opened: list[EngineHarness] = []
 
     def open_(port: int, broker_url: str, **given: Any) -> House:
         opened.append(
-            Mailroom(
+            EngineHarness(
                 sqlite_url,
                 spool,
                 tmp_path,

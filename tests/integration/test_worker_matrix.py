@@ -30,7 +30,7 @@ from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.engine import write_lock
 from relay.spool.store import Spool
 from tests import services
-from tests.integration.mailroom import BODY, Mailroom
+from tests.integration.engine_harness import BODY, EngineHarness
 from tests.integration.test_delivery_matrix import in_page
 from tests.integration.test_worker_app import House
 from tests.services import Postgres
@@ -106,7 +106,7 @@ class Scene:
     ids: dict[str, str] = field(default_factory=dict)
 
     @property
-    def mail(self) -> Mailroom:
+    def mail(self) -> EngineHarness:
         return self.house.mail
 
     def said(self, event: str) -> bool:
@@ -183,12 +183,12 @@ def line(
     return f"| {fault} | {phase} | {recorded} | `{delivery['state']}` | {following} | {twice} |"
 
 
-def delivered_by_another(mail: Mailroom) -> Counter[str]:
+def delivered_by_another(mail: EngineHarness) -> Counter[str]:
     """Let another worker send what is left, to a server that takes everything; what that got, by
     message."""
     with running_sink() as good:
         routes = write_routes(mail.settings.state_dir / "good.toml", {})
-        other = Mailroom(
+        other = EngineHarness(
             str(mail.settings.database_url), mail.spool, mail.settings.state_dir,
             qmqp_servers=(f"127.0.0.1:{good.port}",), routes=routes,
         )  # fmt: skip
@@ -206,7 +206,9 @@ def delivered_by_another(mail: Mailroom) -> Counter[str]:
     return Counter(names[got.recipients[0].decode()] for got in good.received)
 
 
-def until_it_is(mail: Mailroom, queue_id: str, state: str, *, claims: int = 0) -> dict[str, Any]:
+def until_it_is(
+    mail: EngineHarness, queue_id: str, state: str, *, claims: int = 0
+) -> dict[str, Any]:
     def so() -> dict[str, Any]:
         found = mail.delivery(queue_id)
         return found if found["state"] == state and found["claim_count"] >= claims else {}
@@ -236,7 +238,7 @@ def scene(
             stack.callback(gate.close)
         ports = {phase: gate.port for phase, gate in gates.items()} | {CONNECTING: port}
         routes = write_routes(directory / "routes.toml", ports)
-        mail = Mailroom(
+        mail = EngineHarness(
             database_url, Spool(directory / "spool"), directory, routes=routes, broker_url="redis://127.0.0.1:1/0",
             uncertain_delay=900.0,
         )  # fmt: skip
@@ -251,11 +253,11 @@ def scene(
         yield Scene(house, house.start(**patience, ROUTES=str(routes)), gates)
 
 
-def expire_worker(mail: Mailroom) -> None:
+def expire_worker(mail: EngineHarness) -> None:
     """What a sweeper does when the lease has run out."""
     mail.change("UPDATE workers SET lease_expires_at = @ago(1) WHERE ended_at IS NULL")
-    for worker, until_ in mail.sweeps.expired_leases():
-        assert mail.sweeps.expire_worker(worker, until_)
+    for worker, until_ in mail.rescuer.expired_leases():
+        assert mail.rescuer.expire_worker(worker, until_)
 
 
 def killed(scene: Scene) -> list[str]:
@@ -296,7 +298,7 @@ def expired_while_stopped(scene: Scene) -> list[str]:
 # What is at fault is the machine
 
 
-def with_files(mail: Mailroom, sink: Sink) -> list[str]:
+def with_files(mail: EngineHarness, sink: Sink) -> list[str]:
     """Bodies that cannot be sent, and bodies that cannot be read for now."""
     lines = []
     missing, short = mail.accept(), mail.accept()
@@ -335,7 +337,9 @@ def with_files(mail: Mailroom, sink: Sink) -> list[str]:
 
 def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path) -> list[str]:
     gate = Gate()
-    mail = Mailroom(url, spool, directory, qmqp_servers=(f"127.0.0.1:{gate.port}",), lease=60.0)
+    mail = EngineHarness(
+        url, spool, directory, qmqp_servers=(f"127.0.0.1:{gate.port}",), lease=60.0
+    )
     queue_id = mail.accept()
     with mail.working():
         assert gate.reached.wait(10)
@@ -366,7 +370,7 @@ def test_the_matrix_of_failing_workers_is_that_of_the_page(
         ]
         lines = [one for part in parts for one in part.result()]
     with running_sink(Rule(Answer())) as sink:
-        mail = Mailroom(sqlite_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{sink.port}",))
+        mail = EngineHarness(sqlite_url, spool, tmp_path, qmqp_servers=(f"127.0.0.1:{sink.port}",))
         lines += with_files(mail, sink)
         mail.close()
     lines += without_database(postgres, postgres_url, spool, tmp_path)

@@ -45,7 +45,7 @@ def new_message(
     return NewMessage(queue_id or new_id(), sender, 100, recipients, **given)
 
 
-class Office:
+class QueueHarness:
     """One database, and everybody who works on it."""
 
     def __init__(self, database_url: str, **given: Any) -> None:
@@ -57,27 +57,27 @@ class Office:
         }
         self.settings = load(WorkerSettings, **(quick | given))
         self.engine = connect(database_url, hot=True, pool=8)
-        self.spell = dialect_of(self.engine)
-        self.intake = Acceptor(
+        self.dialect = dialect_of(self.engine)
+        self.acceptor = Acceptor(
             self.engine, lifetime=self.settings.queue_lifetime, grace=self.settings.grace
         )
-        self.ledger = self.another_ledger()
-        self.sweeps = Rescuer(self.engine, self.settings)
-        self.worker = self.hire()
+        self.worker_queue = self.another_worker_queue()
+        self.rescuer = Rescuer(self.engine, self.settings)
+        self.worker = self.register_worker()
 
-    def another_ledger(self) -> WorkerQueue:
+    def another_worker_queue(self) -> WorkerQueue:
         """The ledger of another process."""
         return WorkerQueue(self.engine, self.settings)
 
-    def hire(self) -> str:
+    def register_worker(self) -> str:
         """Another worker."""
         worker = new_id()
-        self.ledger.register(worker, "host", 1)
+        self.worker_queue.register(worker, "host", 1)
         return worker
 
     def accept(self, *addresses: str, **more: Any) -> str:
         message = new_message(*addresses, **more)
-        self.intake.commit([message])
+        self.acceptor.commit([message])
         return message.id
 
     def claim(
@@ -85,10 +85,10 @@ class Office:
         *ids: str,
         worker: str = "",
         room: Mapping[str, int] = PLENTY,
-        ledger: WorkerQueue | None = None,
+        worker_queue: WorkerQueue | None = None,
     ) -> list[Claim]:
         """Claim deliveries of these messages, or without any what is overdue."""
-        (claims,) = (ledger or self.ledger).commit(
+        (claims,) = (worker_queue or self.worker_queue).commit(
             [ClaimRequest(worker or self.worker, list(ids) or None, room)]
         )
         assert isinstance(claims, list)
@@ -110,36 +110,38 @@ class Office:
         outcome: Outcome,
         *,
         worker: str = "",
-        ledger: WorkerQueue | None = None,
+        worker_queue: WorkerQueue | None = None,
         **more: Any,
     ) -> CompletionResult:
-        (recorded,) = (ledger or self.ledger).commit(
+        (recorded,) = (worker_queue or self.worker_queue).commit(
             [self.note(claim, outcome, worker=worker, **more)]
         )
         assert isinstance(recorded, CompletionResult)
         return recorded
 
     def renew(self, worker: str = "") -> bool:
-        (renewed,) = self.ledger.commit([Renewal(worker or self.worker)])
+        (renewed,) = self.worker_queue.commit([Renewal(worker or self.worker)])
         return renewed is True
 
     def expire_worker(self, worker: str) -> int | None:
         """Declare a worker dead whose lease has run out."""
-        return self.sweeps.expire_worker(worker, dict(self.sweeps.expired_leases())[worker])
+        return self.rescuer.expire_worker(worker, dict(self.rescuer.expired_leases())[worker])
 
     def rows(self, sql: str, **given: Any) -> list[Mapping[str, Any]]:
         """What a SELECT with macros finds; `id` is given as 32 digits."""
         if "id" in given:
             given["id"] = dashed(given["id"])
         with reading(self.engine) as connection:
-            return [dict(row._mapping) for row in connection.execute(text(self.spell(sql)), given)]
+            return [
+                dict(row._mapping) for row in connection.execute(text(self.dialect(sql)), given)
+            ]
 
     def change(self, sql: str, **given: Any) -> int:
         """Run what an operator or a fault would do; how many rows that changed."""
         if "id" in given:
             given["id"] = dashed(given["id"])
         with writing(self.engine) as connection, unguarded(connection):
-            return connection.execute(text(self.spell(sql)), given).rowcount
+            return connection.execute(text(self.dialect(sql)), given).rowcount
 
     def ask(self, queue_id: str, verb: str) -> None:
         """What an operator's verb does to a delivery that is being sent."""
@@ -179,12 +181,12 @@ class Office:
         ids = json.dumps([{"queue_id": dashed(i)} for i in only])
         ago = (
             "- :s * interval '1 second'"
-            if self.spell.postgresql
+            if self.dialect.postgresql
             else "- CAST(:s * 1000000 AS INTEGER)"
         )
         with writing(self.engine) as connection:
             sql = f"UPDATE deliveries SET due_at = due_at {ago}, expires_at = expires_at {ago} {these}"
-            connection.execute(text(self.spell(sql)), {"s": seconds, "ids": ids})
+            connection.execute(text(self.dialect(sql)), {"s": seconds, "ids": ids})
             if not only:
                 connection.execute(
                     text(f"UPDATE workers SET lease_expires_at = lease_expires_at {ago}"),
@@ -193,10 +195,10 @@ class Office:
 
 
 @contextmanager
-def opened(database_url: str, **given: Any) -> Iterator[Office]:
-    """An office that is closed at the end."""
-    office = Office(database_url, **given)
+def opened(database_url: str, **given: Any) -> Iterator[QueueHarness]:
+    """A harness that is closed at the end."""
+    queue = QueueHarness(database_url, **given)
     try:
-        yield office
+        yield queue
     finally:
-        office.engine.dispose()
+        queue.engine.dispose()

@@ -24,7 +24,7 @@ from worker.engine import Engine
 BODY = b"Subject: test\n\nhello\n"
 
 
-class Mailroom:
+class EngineHarness:
     """What was accepted, and engines to send it. Settings are quick ones, so that no test waits for
     a default."""
 
@@ -40,10 +40,10 @@ class Mailroom:
         }
         self.settings = load(WorkerSettings, **{**quick, **places, **given})
         self.database, self.spool = connect(database_url, hot=True), spool
-        self.spell = dialect_of(self.database)
+        self.dialect = dialect_of(self.database)
         self.spool.prepare(self.database, unsafe=True)
-        self.ledger = WorkerQueue(self.database, self.settings)
-        self.sweeps = Rescuer(self.database, self.settings)
+        self.worker_queue = WorkerQueue(self.database, self.settings)
+        self.rescuer = Rescuer(self.database, self.settings)
 
     def accept(
         self, *recipients: str, body: bytes = BODY, sender: str = "a@example.com", stored: bool = True,
@@ -58,14 +58,14 @@ class Mailroom:
         new = NewMessage(
             queue_id, sender, len(body), to, "127.0.0.1", "client.example.com", "ESMTP"
         )
-        intake = Acceptor(
+        acceptor = Acceptor(
             self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace
         )
         if has_turn:
             with self.database.begin() as connection:
-                intake.insert(connection, [new])
+                acceptor.insert(connection, [new])
         else:
-            intake.commit([new])
+            acceptor.commit([new])
         return queue_id
 
     def rows(self, sql: str, **given: Any) -> list[dict[str, Any]]:
@@ -73,14 +73,16 @@ class Mailroom:
         if "id" in given:
             given["id"] = dashed(given["id"])
         with reading(self.database) as connection:
-            return [dict(row._mapping) for row in connection.execute(text(self.spell(sql)), given)]
+            return [
+                dict(row._mapping) for row in connection.execute(text(self.dialect(sql)), given)
+            ]
 
     def change(self, sql: str, **given: Any) -> int:
         """Run an UPDATE; how many rows it changed."""
         if "id" in given:
             given["id"] = dashed(given["id"])
         with writing(self.database) as connection, unguarded(connection):
-            return connection.execute(text(self.spell(sql)), given).rowcount
+            return connection.execute(text(self.dialect(sql)), given).rowcount
 
     def delivery(self, queue_id: str) -> dict[str, Any]:
         return self.rows("SELECT d.* FROM deliveries d WHERE queue_id = :id", id=queue_id)[0]
@@ -98,7 +100,11 @@ class Mailroom:
 
     def engine(self, *, servers: ServerPool | None = None) -> Engine:
         return Engine(
-            self.settings, self.ledger, self.spool, Routes.load(self.settings), servers=servers
+            self.settings,
+            self.worker_queue,
+            self.spool,
+            Routes.load(self.settings),
+            servers=servers,
         )
 
     @contextmanager
