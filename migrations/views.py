@@ -13,6 +13,9 @@ from relay.db.schema import VIEWS
 from relay.db.sql import Dialect
 
 READER = "qmqp_relay_reader"
+# SQLite has no type for times and no function for the time in microseconds: our statements read it
+# from this view. Inside of a statement the time stands still.
+CLOCK = "clock"
 ABOUT = {
     "mail_queue": "what is unfinished: a row a recipient",
     "mail_history": "all mail, finished as well: a row a recipient",
@@ -23,7 +26,7 @@ ABOUT = {
 
 def drop_views(connection: Connection) -> None:
     """Drop every view, so that the tables below it can be changed."""
-    for view in VIEWS:
+    for view in (*VIEWS, CLOCK):
         connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view}")
 
 
@@ -39,6 +42,7 @@ def create_views(connection: Connection) -> None:
             )
         )
     if not dialect.postgresql:
+        connection.exec_driver_sql(f"CREATE VIEW {CLOCK} AS SELECT {dialect('@now')} AS now")
         return
     comments = {
         f"VIEW {view}": f"{text}; docs/inspect.md explains its columns"

@@ -23,6 +23,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from migrations.tables import VIEW_COLUMNS, metadata
+from migrations.views import CLOCK
 from relay.db.engine import alembic_config, connect, migrate, reading, wait_until_ready, writing
 from relay.db.schema import REVISION, VIEWS
 from relay.db.sql import dialect_of
@@ -88,12 +89,15 @@ def dump(url: str) -> list[str]:
 def described(url: str) -> None:
     """Make everything as `relay.db.schema` has it, without migrations."""
     engine = connect(url)
-    spell = dialect_of(engine)
+    dialect = dialect_of(engine)
     with writing(engine) as connection:
         metadata.create_all(connection)
-        for name, select in VIEWS.items():
-            connection.exec_driver_sql(f"CREATE VIEW {name} AS {spell(select)}")
-            for column, words in VIEW_COLUMNS[name].items() if spell.postgresql else ():
+        clock = {} if dialect.postgresql else {CLOCK: "SELECT @now AS now"}
+        for name, select in (VIEWS | clock).items():
+            connection.exec_driver_sql(f"CREATE VIEW {name} AS {dialect(select)}")
+            if name == CLOCK:
+                continue
+            for column, words in VIEW_COLUMNS[name].items() if dialect.postgresql else ():
                 quoted = words.replace("'", "''")
                 connection.exec_driver_sql(f"COMMENT ON COLUMN {name}.{column} IS '{quoted}'")
     engine.dispose()
