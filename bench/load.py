@@ -1,60 +1,40 @@
-"""Loads: many messages at once, one message at a time with its times, and idle connections."""
+"""Loads: many messages at once, and one message at a time with its times."""
 
-import os
 import smtplib
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
-from bench.systems import ROOT, find_program
+from bench.processes import children_cpu_seconds
+from bench.services import ROOT, find_program
 
 SENDER = "a@example.com"
 RECIPIENT = "b@example.org"
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """Begin and end of sending (time.perf_counter), and the CPU seconds of the sender."""
-
-    began: float
-    ended: float
-    cpu: float
-
-    @property
-    def seconds(self) -> float:
-        return self.ended - self.began
-
-
-def send(port: int, messages: int, size: int, *, sessions: int = 20, reuse: bool = False) -> Sent:
+def send(
+    port: int, messages: int, size: int, *, sessions: int = 20, reuse: bool = False
+) -> tuple[float, float, float]:
     """Send so many messages of `size` bytes in `sessions` at once; `reuse`: on kept connections.
 
+    Return when it began (time.perf_counter), and the seconds and the CPU seconds that it took.
     smtp-source sends if it is installed, else our own source. Raises CalledProcessError when a
     message was not accepted.
     """
-    tool = find_program("smtp-source")
-    command = [tool] if tool else [sys.executable, "-m", "bench.source"]
-    command += [
-        "-s",
-        str(sessions),
-        "-m",
-        str(messages),
-        "-l",
-        str(size),
-        *(["-d"] if reuse else []),
-    ]
-    command += ["-f", SENDER, "-t", RECIPIENT, f"127.0.0.1:{port}"]
+    command = [
+        sys.executable, "-m", "bench.source",
+        *map(str, (port, messages, size, sessions, int(reuse))),
+    ]  # fmt: skip
+    if tool := find_program("smtp-source"):
+        command = [
+            tool, "-s", str(sessions), "-m", str(messages), "-l", str(size), *["-d"] * reuse,
+            "-f", SENDER, "-t", RECIPIENT, f"127.0.0.1:{port}",
+        ]  # fmt: skip
+    cpu = children_cpu_seconds()
     began = time.perf_counter()
-    child = subprocess.Popen(command, cwd=ROOT)
-    _, status, usage = os.wait4(child.pid, 0)
-    ended = time.perf_counter()
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, command)
-    return Sent(began, ended, usage.ru_utime + usage.ru_stime)
+    subprocess.run(command, cwd=ROOT, check=True)
+    return began, time.perf_counter() - began, children_cpu_seconds() - cpu
 
 
 def connect(port: int) -> smtplib.SMTP:
@@ -62,7 +42,7 @@ def connect(port: int) -> smtplib.SMTP:
     client = smtplib.SMTP("127.0.0.1", port, "client.example.com", 30)
     assert client.sock is not None
     client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    _expect(250, client.ehlo())
+    client.ehlo_or_helo_if_needed()
     return client
 
 
@@ -81,15 +61,6 @@ def deliver(client: smtplib.SMTP, text: bytes) -> tuple[float, float]:
 def _expect(code: int, reply: tuple[int, bytes]) -> None:
     if reply[0] != code:
         raise smtplib.SMTPResponseException(*reply)
-
-
-@contextmanager
-def idle_connections(port: int, count: int) -> Iterator[None]:
-    """So many sessions that send nothing after EHLO."""
-    with ExitStack() as stack:
-        for _ in range(count):
-            stack.enter_context(connect(port))
-        yield
 
 
 def text_of(size: int) -> bytes:

@@ -8,6 +8,7 @@ waits until the disk is idle. If that takes too long, the result says so.
 import datetime
 import os
 import platform
+import re
 import resource
 import sqlite3
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.systems import ROOT
+from bench.services import ROOT
 
 _PACKAGES = ("celery", "kombu", "redis", "sqlalchemy", "psycopg", "uvloop", "structlog")
 IDLE = 0.4  # seconds without any transfer
@@ -25,10 +26,11 @@ IDLE = 0.4  # seconds without any transfer
 
 def describe(directory: Path) -> dict[str, str]:
     """The facts that a reader needs to compare figures."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "qmqp-relay": f"{version('qmqp-relay')}, {_commit()}",
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": f"{os.cpu_count()} x {_processor()}",
+        "processor": f"{os.cpu_count()} x {model[1] if model else platform.processor()}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
         "disk": _file_system(directory),
@@ -47,62 +49,40 @@ def allow_open_files(count: int) -> int:
     """Let this process and its children have `count` files open, if they may; return how many they
     can."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < count:
-        soft = min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return soft
+    allowed = max(soft, min(count, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
 
 
-class Disk:
-    """The disk of a directory, for one run. `busy` counts how often it was not idle within
-    `timeout` seconds."""
-
-    def __init__(self, directory: Path, timeout: float) -> None:
-        self._directory = directory
-        self._timeout = timeout
-        self.busy = 0
-
-    def wait_until_idle(self) -> None:
-        """Write everything out, then wait until the disk is idle."""
-        began = time.perf_counter()
-        os.sync()
-        counters = _transfers(self._directory)
-        idle_since = time.perf_counter()
-        while (now := time.perf_counter()) - idle_since < IDLE:
-            if now - began >= self._timeout:
-                self.busy += 1
-                return
-            time.sleep(0.05)
-            if (latest := _transfers(self._directory)) != counters:
-                counters = latest
-                idle_since = now
-
-
-def _transfers(directory: Path) -> str:
-    """The counters of the device: reads, writes, discards, and transfers in flight."""
+def wait_until_idle(directory: Path, timeout: float) -> bool:
+    """Write everything out, then wait until the disk of the directory is idle; whether it was
+    within `timeout` seconds."""
+    os.sync()
     device = directory.stat().st_dev
     file = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
-    # A container may not have the file: then the sync alone must do.
-    return file.read_text() if file.exists() else ""
+    began = idle_since = time.perf_counter()
+    counters = ""
+    while (now := time.perf_counter()) - idle_since < IDLE:
+        if now - began >= timeout:
+            return False
+        # Reads, writes, discards and transfers in flight. A container may not have the file: then
+        # the sync alone must do.
+        latest = file.read_text() if file.exists() else ""
+        if latest != counters:
+            counters = latest
+            idle_since = now
+        time.sleep(0.05)
+    return True
 
 
 def _commit() -> str:
     """The commit of the source, with `-dirty` when files were changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    command = ("git", "describe", "--always", "--dirty", "--exclude=*")
     try:
-        name = subprocess.check_output(
-            command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True
-        ).strip()
+        name = subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "no git commit"
-    return f"commit {name}"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    return f"commit {name.strip()}"
 
 
 def _file_system(directory: Path) -> str:

@@ -13,15 +13,13 @@ import os
 import pwd
 import signal
 import subprocess
-from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 
-from bench.processes import tree, wait
-from bench.services import end, free_port, spawn
-from bench.systems import CONCURRENCY, SinkProcess, find_program
+from bench.processes import free_port, listens, running, tree
+from bench.services import find_program, sink
 
 _MAIN = """
 compatibility_level = 3.6
@@ -87,54 +85,39 @@ def missing() -> str:
 
 
 class PostfixSystem:
-    """A Postfix in a directory of its own."""
+    """A Postfix in a directory of its own, with the methods of RelaySystem."""
 
     name = "Postfix"
 
-    def __init__(self, directory: Path, *, log: bool = True) -> None:
+    def __init__(self, directory: Path, stack: ExitStack, concurrency: int, *, log: bool) -> None:
         self.directory = directory / "postfix"
         self.smtp_port = free_port()
-        self._log = log
-
-    def start(self) -> None:
         config = self.directory / "config"
-        self.directory.mkdir(mode=0o755)
         for name in ("config", "queue", "data"):
-            (self.directory / name).mkdir(mode=0o755)
+            (self.directory / name).mkdir(mode=0o755, parents=True)
         os.chown(self.directory / "data", pwd.getpwnam("postfix").pw_uid, -1)
-        self._sink = SinkProcess("smtp-sink", self.directory)
+        self.sink = stack.enter_context(sink("smtp-sink", self.directory))
         main = _MAIN.format(
             top=self.directory,
-            sink=self._sink.port,
-            concurrency=CONCURRENCY,
-            maillog=self.directory / "mail.log" if self._log else "",
+            sink=self.sink.port,
+            concurrency=concurrency,
+            maillog=self.directory / "mail.log" if log else "",
         )
         (config / "main.cf").write_text(main)
         (config / "master.cf").write_text(_MASTER.format(port=self.smtp_port))
         subprocess.run([find_program("postfix") or "", "-c", config, "check"], check=True)
-        master = Path(_setting("daemon_directory")) / "master"
+        command = (Path(_setting("daemon_directory")) / "master", "-d", "-c", config)
         output = self.directory / "master.out"
-        with output.open("wb") as lines:
-            self._master = spawn([master, "-d", "-c", config], stdout=lines, stderr=lines)
-        listening = f":{self.smtp_port:04X} 00000000:0000 0A"
-        wait(
-            lambda: listening in Path("/proc/net/tcp").read_text(),
-            f"Postfix listens, see {output}",
-        )
+        master = running(command, output, lambda: listens(self.smtp_port))
+        self._master = stack.enter_context(master).pid
+        stack.callback(self.release)
+        self.roles = {"Postfix": [self._master], "sink": [self.sink.pid]}
+        self.facts = {
+            "Postfix": f"{_setting('mail_version')}, fsync of each queue file before the 250"
+        }
 
-    def stop(self) -> None:
-        self.release()
-        end(self._master)
-        self._sink.stop()
-
-    def arrange(self, workers: int = 1, *, slow: bool = False) -> bool:
+    def arrange(self, workers: int, *, slow: bool) -> bool:
         return workers == 1 and not slow
-
-    def processes(self) -> Mapping[str, list[int]]:
-        return {"Postfix": [self._master.pid], "sink": [self._sink.pid]}
-
-    def delivered(self) -> int:
-        return self._sink.count()
 
     def empty(self) -> bool:
         queue = self.directory / "queue"
@@ -147,16 +130,13 @@ class PostfixSystem:
         self._signal_qmgr(signal.SIGCONT)
 
     def _signal_qmgr(self, number: int) -> None:
-        for process in tree([self._master.pid]):
+        for process in tree([self._master]):
             with suppress(psutil.NoSuchProcess):
                 if process.name() == "qmgr":
                     process.send_signal(number)
 
     def flush(self) -> None:
         """Do nothing: all that it has written is synced or in the page cache."""
-
-    def facts(self) -> dict[str, str]:
-        return {"Postfix": f"{_setting('mail_version')}, fsync of each queue file before the 250"}
 
 
 def _setting(name: str) -> str:

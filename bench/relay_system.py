@@ -1,23 +1,26 @@
 """The relay as a system: a database and a broker of its own, smtpd, workers and QMQP sinks."""
 
 import itertools
-import subprocess
-import sys
-from collections.abc import Mapping
-from functools import partial
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-from sqlalchemy import Engine, text
+from bench import services
+from bench.processes import free_port, running
+from relay.db.engine import connect, migrate, reading
 
-from bench.processes import wait
-from bench.services import BenchBroker, BenchPostgres, end, free_port, spawn
-from bench.systems import CONCURRENCY, ROOT, SinkProcess, clean_environment
-from relay.db import engine as database
-
+# Deliveries to one server at once: the default of RELAY_SERVER_CONNECTIONS, for Postfix too.
+CONCURRENCY = 50
 SLOW = 0.1  # seconds that the slow sink takes for a message
-_PRAGMAS = ("journal_mode", "synchronous")
-_SETTINGS = ("server_version", "fsync", "synchronous_commit", "full_page_writes", "wal_sync_method")
-
+_DURABILITY = {
+    "sqlite": {name: f"PRAGMA {name}" for name in ("journal_mode", "synchronous")},
+    "postgresql": {
+        name: f"SHOW {name}"
+        for name in (
+            "server_version", "fsync", "synchronous_commit", "full_page_writes", "wal_sync_method",
+        )
+    },
+}  # fmt: skip
+_CHECKPOINT = {"sqlite": "PRAGMA wal_checkpoint(PASSIVE)", "postgresql": "CHECKPOINT"}
 # All deliveries that are not finished, each part by an index of its own.
 _UNFINISHED = """SELECT 1 FROM deliveries WHERE state = 'queued'
 UNION ALL SELECT 1 FROM deliveries WHERE state = 'sending'
@@ -27,122 +30,93 @@ LIMIT 1"""
 
 
 class RelaySystem:
-    """smtpd and workers on one database, `sqlite` or `postgresql`."""
+    """smtpd and workers on one database, `sqlite` or `postgresql`, until `stack` is closed.
 
-    def __init__(self, kind: str, directory: Path) -> None:
-        self.kind = kind
-        self.directory = directory / kind
+    `name` is its column in the tables; `roles` are the process ids of each role; `sink` is the sink
+    of the current arrangement; `facts` are versions and durability settings.
+    """
+
+    def __init__(self, kind: str, directory: Path, stack: ExitStack) -> None:
+        self._kind = kind
         self.name = "relay, PostgreSQL" if kind == "postgresql" else "relay, SQLite"
-        self.smtp_port = free_port()
-        self._postgres: BenchPostgres | None = None
-        self._workers: list[subprocess.Popen[bytes]] = []
-        self._arranged = (0, False)
-        self._log_numbers = itertools.count(1)
-
-    def start(self) -> None:
+        self.directory = directory / kind
         self.directory.mkdir(mode=0o700)
-        self._broker = BenchBroker(self.directory)
+        self.smtp_port = free_port()
+        broker = stack.enter_context(services.broker(self.directory))
+        self.roles = {"worker": list[int](), "broker": [broker.pid]}
         url = f"sqlite:///{self.directory}/relay.db"
-        if self.kind == "postgresql":
-            self._postgres = BenchPostgres(self.directory.with_name("postgres"))
-            self._postgres.execute("CREATE DATABASE relay")
-            url = self._postgres.url("relay")
-        database.migrate(url)
-        self._engine: Engine = database.connect(url)
+        if kind == "postgresql":
+            server = stack.enter_context(services.postgresql(directory / "postgres"))
+            self.roles["database"] = [server.pid]
+            url = server.url
+        migrate(url)
+        self._engine = connect(url, timeout=300.0)
+        stack.callback(self._engine.dispose)
         self._sinks = {
-            slow: SinkProcess("qmqp-sink", self.directory, SLOW if slow else 0.0)
+            slow: stack.enter_context(services.sink("qmqp-sink", self.directory, SLOW * slow))
             for slow in (False, True)
         }
-        self._environment = clean_environment() | {
-            "PYTHONPATH": str(ROOT), "RELAY_STATE_DIR": str(self.directory), "RELAY_DATABASE_URL": url,
-            "RELAY_BROKER_URL": self._broker.url, "RELAY_SMTP_LISTEN": f"127.0.0.1:{self.smtp_port}",
+        self._environment = services.clean_environment() | {
+            "PYTHONPATH": str(services.ROOT), "RELAY_STATE_DIR": str(self.directory), "RELAY_DATABASE_URL": url,
+            "RELAY_BROKER_URL": broker.url, "RELAY_SMTP_LISTEN": f"127.0.0.1:{self.smtp_port}",
             "RELAY_HOSTNAME": "relay.example.net", "RELAY_MAX_CONNECTIONS_PER_CLIENT": "1000",
             "RELAY_LOG_FORMAT": "json", "RELAY_SERVER_CONNECTIONS": str(CONCURRENCY),
         }  # fmt: skip
-        (self._smtpd,) = self._start("smtpd", "listening")
+        self._log_numbers = itertools.count(1)
+        self._start("smtpd", "listening", stack)
+        self._workers = stack.enter_context(ExitStack())
+        self._arranged = (0, False)
+        self.facts = self._read_facts() | {"broker": f"{broker.version}, nothing on disk"}
 
-    def _start(self, role: str, event: str, count: int = 1) -> list[subprocess.Popen[bytes]]:
-        """Start `count` processes of a role, and wait until each has logged `event`."""
-        started: list[tuple[subprocess.Popen[bytes], Path]] = []
-        for _ in range(count):
-            log = self.directory / f"{role}-{next(self._log_numbers)}.log"
-            command = [sys.executable, "-m", "commands.cli.main", role]
-            with log.open("wb") as lines:
-                child = spawn(command, env=self._environment, cwd=ROOT, stdout=lines, stderr=lines)
-            started.append((child, log))
-        for child, log in started:
-            wait(partial(_ready, child, log, event), f"{role} is ready, see {log}")
-            if child.poll() is not None:
-                raise RuntimeError(f"{role} ended: {log.read_text()[-2000:]}")
-        return [child for child, _ in started]
+    def _start(self, role: str, event: str, stack: ExitStack) -> None:
+        """Start a process of a role, and wait until it has logged `event`."""
+        log = self.directory / f"{role}-{next(self._log_numbers)}.log"
+        command = (*services.RELAY, role)
+        child = running(
+            command, log, lambda: event in log.read_text(), env=self._environment, cwd=services.ROOT
+        )
+        self.roles.setdefault(role, []).append(stack.enter_context(child).pid)
 
-    def stop(self) -> None:
-        self.hold()
-        end(self._smtpd)
-        for sink in self._sinks.values():
-            sink.stop()
-        self._engine.dispose()
-        self._broker.stop()
-        if self._postgres is not None:
-            self._postgres.stop()
-
-    def arrange(self, workers: int = 1, *, slow: bool = False) -> bool:
-        if self._arranged != (workers, slow):
-            self.hold()
-            self._arranged = workers, slow
-            self._environment["RELAY_QMQP_SERVERS"] = f"127.0.0.1:{self._sinks[slow].port}"
-            self.release()
-        return True
-
-    def processes(self) -> Mapping[str, list[int]]:
-        return {
-            "smtpd": [self._smtpd.pid],
-            "worker": [child.pid for child in self._workers],
-            **({"database": [self._postgres.pid]} if self._postgres is not None else {}),
-            "broker": [self._broker.pid],
-            "sink": [self._sinks[self._arranged[1]].pid],
-        }
-
-    def delivered(self) -> int:
-        return self._sinks[self._arranged[1]].count()
-
-    def empty(self) -> bool:
-        with database.reading(self._engine) as connection:
-            return connection.execute(text(_UNFINISHED)).scalar() is None
-
-    def hold(self) -> None:
-        # Not by SIGSTOP: on SQLite, a worker that is stopped while it writes would stop smtpd too.
-        for child in self._workers:
-            end(child)
-        self._workers = []
-
-    def release(self) -> None:
-        self._workers = self._start("worker", "worker registered", self._arranged[0])
-
-    def flush(self) -> None:
-        if self._postgres is not None:
-            self._postgres.execute("CHECKPOINT", "relay")
-        else:
-            with self._engine.connect() as connection:
-                connection.exec_driver_sql("COMMIT")
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
-                connection.exec_driver_sql("BEGIN")
-
-    def facts(self) -> dict[str, str]:
-        statements = {name: f"PRAGMA {name}" for name in _PRAGMAS}
-        if self._postgres is not None:
-            statements = {name: f"SHOW {name}" for name in _SETTINGS}
-        with database.reading(self._engine) as connection:
+    def _read_facts(self) -> dict[str, str]:
+        with reading(self._engine) as connection:
             settings = [
                 f"{name} {connection.exec_driver_sql(statement).scalar()}"
-                for name, statement in statements.items()
+                for name, statement in _DURABILITY[self._kind].items()
             ]
         return {
             "bodies": "fdatasync of the file, fsync of its directory",
-            "broker": f"{self._broker.version}, nothing on disk",
             self.name.removeprefix("relay, "): ", ".join(settings),
         }
 
+    def arrange(self, workers: int, *, slow: bool) -> bool:
+        """Deliver with so many workers to the fast or the slow sink; False: not supported."""
+        if self._arranged != (workers, slow):
+            self.hold()
+            self._arranged = (workers, slow)
+            self.sink = self._sinks[slow]
+            self.roles["sink"] = [self.sink.pid]
+            self._environment["RELAY_QMQP_SERVERS"] = f"127.0.0.1:{self.sink.port}"
+            self.release()
+        return True
 
-def _ready(child: subprocess.Popen[bytes], log: Path, event: str) -> bool:
-    return event in log.read_text() or child.poll() is not None
+    def empty(self) -> bool:
+        """Whether the queue is empty and all outcomes are committed."""
+        with reading(self._engine) as connection:
+            return connection.exec_driver_sql(_UNFINISHED).scalar() is None
+
+    def hold(self) -> None:
+        """Accept messages without delivering them."""
+        # Not by SIGSTOP: on SQLite, a worker that is stopped while it writes would stop smtpd too.
+        self._workers.close()
+        self.roles["worker"] = []
+
+    def release(self) -> None:
+        """Deliver again."""
+        for _ in range(self._arranged[0]):
+            self._start("worker", "worker registered", self._workers)
+
+    def flush(self) -> None:
+        """Write out what a later write-back would otherwise add to a measurement."""
+        # Without a transaction, which a checkpoint of SQLite would wait for.
+        with closing(self._engine.raw_connection()) as connection:
+            connection.cursor().execute(_CHECKPOINT[self._kind])

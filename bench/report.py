@@ -1,34 +1,25 @@
-"""Results as tables and as JSON."""
+"""Results as tables."""
 
-import json
+import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-from bench.runs import PEER, Measurement
+from bench.runs import PEER, Result, without_failures
 
 COST = "CPU "
-_ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source", "machine")
+ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source", "machine")
 
 
-def table(result: Measurement, systems: Sequence[str]) -> str:
+def table(result: Result, systems: Sequence[str]) -> str:
     """A part as a table: a line for each figure, a column for each system; the median, the lowest
     and highest run, and the ratio to Postfix."""
-    part = result.part
-    lines = [
-        f"\n{part.name}: {part.title} ({part.unit}; x: times better than {PEER})",
-        _line("", systems),
-    ]
-    rates = [name for name in result.figures if not name.startswith(COST)]
-    lines += [_line(name, [_cell(result, name, system) for system in systems]) for name in rates]
-    costs = [f"{COST}{role}" for role in _ROLES if f"{COST}{role}" in result.figures]
-    if costs:
-        lines.append(_line("CPU, us a message:", ["" for _ in systems]))
-        lines += [
-            _line(f"  {name.removeprefix(COST)}", [_cost(result, name, s) for s in systems])
-            for name in costs
-        ]
-    lines += [f"  the disk was busy before it: {run}" for run in result.busy_disk]
+    title = f"{result.name}: {result.words} ({result.unit}; x: times better than {PEER})"
+    rows = {name: name for name in result.figures if not name.startswith(COST)}
+    costs = {f"  {role}": name for role in ROLES if (name := f"{COST}{role}") in result.figures}
+    lines = [f"\n{title}", _line("", systems)]
+    lines += [_line(head, [_cell(result, rows[head], s) for s in systems]) for head in rows]
+    lines += ["  CPU, us a message:"] * bool(costs)
+    lines += [_line(head, [_cost(result, costs[head], s) for s in systems]) for head in costs]
+    lines += [f"  the disk was busy before it: {run}" for run in result.disk_not_still]
     return "\n".join(lines + [f"  FAILED {failure}" for failure in result.failures])
 
 
@@ -36,19 +27,19 @@ def _line(head: str, cells: Sequence[str]) -> str:
     return f"  {head:<32}" + "".join(f"{cell:>34}" for cell in cells)
 
 
-def _cell(result: Measurement, name: str, system: str) -> str:
-    median = result.median(name, system)
-    if median is None:
+def _cell(result: Result, name: str, system: str) -> str:
+    values = without_failures(result.figures[name].get(system, []))
+    if not values:
         return "-"
-    values = result.values(name, system)
-    ratio = result.ratio(name, system)
+    ratio = result.times_better_than_postfix.get(name, {}).get(system)
     spread = f" ({_number(min(values))}-{_number(max(values))})" if len(values) > 1 else ""
-    return f"{_number(median)}{spread}" + (f"  {ratio:.2f}x" if ratio is not None else "")
+    better = f"  {ratio:.2f}x" if ratio is not None else ""
+    return f"{_number(statistics.median(values))}{spread}{better}"
 
 
-def _cost(result: Measurement, name: str, system: str) -> str:
-    median = result.median(name, system)
-    return "-" if median is None else f"{median:.0f}"
+def _cost(result: Result, name: str, system: str) -> str:
+    values = without_failures(result.figures[name].get(system, []))
+    return f"{statistics.median(values):.0f}" if values else "-"
 
 
 def _number(value: float) -> str:
@@ -58,27 +49,3 @@ def _number(value: float) -> str:
 def facts(about: Mapping[str, str]) -> str:
     """The facts that the figures depend on, a line each."""
     return "\n".join(f"  {name:<38}{value}" for name, value in about.items())
-
-
-def as_json(results: Sequence[Measurement], about: Mapping[str, Any]) -> dict[str, Any]:
-    """All figures of all runs: `{"about": {...}, "parts": [{"name", "unit", "figures": {name:
-    {system: [...]}}}]}`. A run that failed is null."""
-    parts = [
-        {
-            "name": result.part.name, "words": result.part.title, "unit": result.part.unit,
-            "more_is_better": result.part.more_is_better, "figures": result.figures, "failures": result.failures,
-            "disk_not_still": result.busy_disk,
-            "times_better_than_postfix": {
-                name: {s: round(ratio, 3) for s in systems if (ratio := result.ratio(name, s)) is not None}
-                for name, systems in result.figures.items()
-            },
-        }
-        for result in results
-    ]  # fmt: skip
-    return {"about": dict(about), "parts": parts}
-
-
-def write(file: Path, results: Sequence[Measurement], about: Mapping[str, Any]) -> None:
-    """Write the results as a JSON file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(as_json(results, about), indent=1) + "\n")

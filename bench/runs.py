@@ -1,64 +1,75 @@
 """Runs a part on all systems in turns, so that a slow minute affects all of them."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from bench.machine import Disk
-from bench.parts import NO_RATIO, Part, Scale
-from bench.systems import System
+from bench.parts import NO_RATIO, Figures, Part, Run, Scale, System
 
 PEER = "Postfix"
 
+type Values = list[float | None]  # one for each turn; None where that run failed
+
 
 @dataclass(slots=True)
-class Measurement:
-    """The figures of one part by name and system: one for each turn, None where that run failed.
+class Result:
+    """The result of one part, as it is in the result file. `words` is its title.
 
-    `failures` names the runs that failed, `busy_disk` those before which the disk was not idle.
+    `figures` are by name and system. `failures` names the runs that failed, `disk_not_still` those
+    before which the disk was not idle. `times_better_than_postfix` is by name and system, too.
     """
 
-    part: Part
-    figures: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+    name: str
+    words: str
+    unit: str
+    more_is_better: bool
+    figures: dict[str, dict[str, Values]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    busy_disk: list[str] = field(default_factory=list)
-
-    def values(self, name: str, system: str) -> list[float]:
-        """The figures of the runs that did not fail."""
-        return [value for value in self.figures[name].get(system, []) if value is not None]
-
-    def median(self, name: str, system: str) -> float | None:
-        values = self.values(name, system)
-        return statistics.median(values) if values else None
-
-    def ratio(self, name: str, system: str) -> float | None:
-        """How many times better than Postfix: the median over the turns in which neither failed."""
-        if system == PEER or name.endswith(NO_RATIO):
-            return None
-        runs = self.figures[name]
-        pairs = zip(runs.get(system, []), runs.get(PEER, []), strict=False)  # one may be missing
-        ratios = [own / peer for own, peer in pairs if own is not None and peer]
-        if not ratios:
-            return None
-        ratio = statistics.median(ratios)
-        return ratio if self.part.more_is_better or not ratio else 1 / ratio
+    disk_not_still: list[str] = field(default_factory=list)
+    times_better_than_postfix: dict[str, Figures] = field(default_factory=dict)
 
 
-def measure(part: Part, systems: Sequence[System], scale: Scale) -> Measurement:
-    """Run a part `scale.runs` times on each system."""
-    result = Measurement(part)
+def without_failures(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def measure(part: Part, systems: Sequence[System], scale: Scale) -> Result:
+    """Run a part `scale.runs` times on each system that supports it."""
+    result = Result(part.name, part.title, part.unit, part.more_is_better)
     for turn in range(scale.runs):
         # The system that is first in one turn is last in the next.
         for system in systems if turn % 2 == 0 else systems[::-1]:
-            run, disk = f"run {turn + 1}, {system.name}", Disk(system.directory, scale.disk_timeout)
+            run = Run(system, scale)
+            figures: Figures = {}
             try:
-                figures = part.run(system, scale, disk)
+                for run.workers in part.workers:
+                    if system.arrange(run.workers, slow=part.slow):
+                        figures |= part.run(run)
             except Exception as error:  # any fault of this run: the others keep their figures
-                result.failures.append(f"{run}: {type(error).__name__}: {error}")
+                failure = f"run {turn + 1}, {system.name}: {type(error).__name__}: {error}"
+                result.failures.append(failure)
                 continue
-            if disk.busy:
-                result.busy_disk.append(run)
+            if run.busy:
+                result.disk_not_still.append(f"run {turn + 1}, {system.name}")
             for name, value in figures.items():
                 runs = result.figures.setdefault(name, {})
                 runs.setdefault(system.name, [None] * scale.runs)[turn] = value
+    result.times_better_than_postfix = {
+        name: _ratios(by_system, more_is_better=part.more_is_better)
+        for name, by_system in result.figures.items()
+        if not name.endswith(NO_RATIO)
+    }
     return result
+
+
+def _ratios(by_system: dict[str, Values], *, more_is_better: bool) -> Figures:
+    """How many times better than Postfix each system is: the median over the turns in which neither
+    failed."""
+    ratios: Figures = {}
+    for system in by_system.keys() - {PEER}:
+        pairs = zip(by_system[system], by_system.get(PEER, []), strict=False)  # it may be missing
+        turns = [own / peer for own, peer in pairs if own is not None and peer]
+        if turns:
+            ratio = statistics.median(turns)
+            ratios[system] = round(ratio if more_is_better or not ratio else 1 / ratio, 3)
+    return ratios

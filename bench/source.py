@@ -1,51 +1,35 @@
-"""`python -m bench.source -s SESSIONS -m MESSAGES -l BYTES [-d] -f FROM -t TO HOST:PORT`: the part
-of smtp-source that the benchmark needs, for machines without Postfix.
+"""`python -m bench.source PORT MESSAGES BYTES SESSIONS REUSE`: what smtp-source does for the
+benchmark, for machines without Postfix. REUSE is 0 or 1: send all messages of a session on one
+connection.
 
 It uses several times the CPU of smtp-source, so only runs with the same source can be compared.
-FROM and TO are ignored.
 """
 
-import argparse
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, SimpleQueue
 
 from bench.load import connect, deliver, text_of
 
 
-def send_all(port: int, messages: SimpleQueue[bytes], *, keep: bool) -> None:
-    """Send messages until the queue is empty, on one connection or on a new one for each."""
-    try:
-        while True:
-            text = messages.get_nowait()
-            with connect(port) as client:
+def _send_all(port: int, text: bytes, messages: Iterator[int], *, reuse: bool) -> None:
+    """Send messages until the iterator, which all sessions share, is empty."""
+    for _ in messages:
+        with connect(port) as client:
+            deliver(client, text)
+            for _ in messages if reuse else ():
                 deliver(client, text)
-                while keep:
-                    deliver(client, messages.get_nowait())
-    except Empty:
-        return
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("-s", dest="sessions", type=int, default=1)
-    parser.add_argument("-m", dest="messages", type=int, default=1)
-    parser.add_argument("-l", dest="size", type=int, default=1000)
-    parser.add_argument("-d", dest="keep", action="store_true")
-    parser.add_argument("-f")
-    parser.add_argument("-t")
-    parser.add_argument("address")
-    options = parser.parse_args()
-    port = int(options.address.rpartition(":")[2])
-    messages: SimpleQueue[bytes] = SimpleQueue()
-    text = text_of(options.size)
-    for _ in range(options.messages):
-        messages.put(text)
-    with ThreadPoolExecutor(options.sessions) as pool:
-        sessions = [
-            pool.submit(send_all, port, messages, keep=options.keep)
-            for _ in range(options.sessions)
+    port, messages, size, sessions, reuse = map(int, sys.argv[1:])
+    left = iter(range(messages))
+    with ThreadPoolExecutor(sessions) as pool:
+        started = [
+            pool.submit(_send_all, port, text_of(size), left, reuse=bool(reuse))
+            for _ in range(sessions)
         ]
-    for session in sessions:
+    for session in started:
         session.result()
 
 
