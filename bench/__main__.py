@@ -8,19 +8,17 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bench import machine, plot, report
+from bench import machine, plot
 from bench.parts import PARTS, QUICK, SMOKE, Scale, System
-from bench.postfix_system import PostfixSystem, missing
-from bench.relay_system import CONCURRENCY, RelaySystem
-from bench.runs import measure
+from bench.results import measure, table
 from bench.services import find_program
+from bench.systems import PostfixSystem, RelaySystem, missing
 
 RESULTS = Path(__file__).parent / "results"
 PART_NAMES = ",".join(part.name for part in PARTS)
@@ -44,23 +42,6 @@ def scale_of(base: Scale, **changes: int | None) -> Scale:
         print(f"at most {max(connections)} connections: only {files} files may be open")
     given = {name: value for name, value in changes.items() if value}
     return dataclasses.replace(base, connections=connections, **given)
-
-
-def start(
-    names: Iterable[str], directory: Path, stack: ExitStack, *, postfix_log: bool
-) -> list[System]:
-    """Start the chosen systems that this machine can run, until `stack` is closed."""
-    systems: list[System] = []
-    for name in SYSTEMS.split(","):
-        if name not in names:
-            continue
-        if name != "postfix":
-            systems.append(RelaySystem(name, directory, stack))
-        elif reason := missing():
-            print(f"without Postfix: {reason}")
-        else:
-            systems.append(PostfixSystem(directory, stack, CONCURRENCY, log=postfix_log))
-    return systems
 
 
 def main(
@@ -94,7 +75,15 @@ def main(
         top = Path(name)
         top.chmod(0o755)  # other users run PostgreSQL and Postfix
         about = machine.describe(top)
-        running = start(system_names, top, stack, postfix_log=not no_postfix_log)
+        running: list[System] = [
+            RelaySystem(kind, top, stack)
+            for kind in ("postgresql", "sqlite")
+            if kind in system_names
+        ]
+        if "postfix" in system_names and (reason := missing()):
+            print(f"without Postfix: {reason}")
+        elif "postfix" in system_names:
+            running.append(PostfixSystem(top, stack, log=not no_postfix_log))
         for system in running:
             about |= {f"{system.name}: {name}": value for name, value in system.facts.items()}
         about |= {
@@ -102,14 +91,14 @@ def main(
             "command": "python -m bench " + " ".join(sys.argv[1:]),
             "scale": ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(scale).items()),
         }  # fmt: skip
-        print(report.facts(about), flush=True)
+        print("\n".join(f"  {key:<38}{value}" for key, value in about.items()), flush=True)
         results.mkdir(parents=True, exist_ok=True)
         file = results / f"{about['when'].replace(':', '')}.json"
         for part in PARTS:
             if part.name not in part_names:
                 continue
             measured.append(measure(part, running, scale))
-            print(report.table(measured[-1], [system.name for system in running]), flush=True)
+            print(table(measured[-1], [system.name for system in running]), flush=True)
             # After each part, because a later one may fail or be interrupted.
             about["load after"] = machine.load_average()
             document = {

@@ -63,6 +63,6 @@ def on_each_database(
     with tempfile.TemporaryDirectory() as directory:
         top = Path(directory)
         top.chmod(0o755)  # another user may run PostgreSQL
-        with postgresql(top / "postgres") as server:
-            measure("postgresql", server.url, **options)
+        with postgresql(top / "postgres") as (_, url):
+            measure("postgresql", url, **options)
         measure("sqlite", f"sqlite:///{top.resolve()}/relay.db", **options)

@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 
 from bench.history import fill, on_each_database
-from bench.processes import children_cpu_seconds
+from bench.machine import children_cpu_seconds
 from bench.services import RELAY, clean_environment
 
 FORMS = {

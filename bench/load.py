@@ -1,12 +1,21 @@
-"""Loads: many messages at once, and one message at a time with its times."""
+"""Loads: many messages at once, and one message at a time with its times.
+
+`python -m bench.load PORT MESSAGES BYTES SESSIONS REUSE` does what smtp-source does for the
+benchmark, for machines without Postfix. REUSE is 0 or 1: send all messages of a session on one
+connection. It uses several times the CPU of smtp-source, so only runs with the same source can be
+compared.
+"""
 
 import smtplib
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from bench.processes import children_cpu_seconds
+from bench.machine import children_cpu_seconds
 from bench.services import ROOT, find_program
 
 SENDER = "a@example.com"
@@ -14,7 +23,7 @@ RECIPIENT = "b@example.org"
 
 
 def send(
-    port: int, messages: int, size: int, *, sessions: int = 20, reuse: bool = False
+    port: int, messages: int, size: int, *, sessions: int, reuse: bool
 ) -> tuple[float, float, float]:
     """Send so many messages of `size` bytes in `sessions` at once; `reuse`: on kept connections.
 
@@ -23,7 +32,7 @@ def send(
     message was not accepted.
     """
     command = [
-        sys.executable, "-m", "bench.source",
+        sys.executable, "-m", "bench.load",
         *map(str, (port, messages, size, sessions, int(reuse))),
     ]  # fmt: skip
     if tool := find_program("smtp-source"):
@@ -49,22 +58,36 @@ def connect(port: int) -> smtplib.SMTP:
 def deliver(client: smtplib.SMTP, text: bytes) -> tuple[float, float]:
     """Send a message; return when its last byte was sent and when the 250 came
     (time.perf_counter)."""
-    _expect(250, client.docmd(f"MAIL FROM:<{SENDER}>"))
-    _expect(250, client.docmd(f"RCPT TO:<{RECIPIENT}>"))
-    _expect(354, client.docmd("DATA"))
+    client.mail(SENDER)
+    client.rcpt(RECIPIENT)
+    client.docmd("DATA")
     client.send(text + b"\r\n.\r\n")
     sent = time.perf_counter()
-    _expect(250, client.getreply())
+    code, reply = client.getreply()
+    if code != 250:  # also after a refusal of the sender or the recipient
+        raise smtplib.SMTPResponseException(code, reply)
     return sent, time.perf_counter()
-
-
-def _expect(code: int, reply: tuple[int, bytes]) -> None:
-    if reply[0] != code:
-        raise smtplib.SMTPResponseException(*reply)
 
 
 def text_of(size: int) -> bytes:
     """A message of about `size` bytes in lines of 80, without its end."""
     head = f"From: <{SENDER}>\r\nTo: <{RECIPIENT}>\r\nSubject: test\r\n\r\n".encode()
-    line = b"x" * 78 + b"\r\n"
-    return head + line * max(1, (size - len(head)) // len(line)) + b"end"
+    return head + (b"x" * 78 + b"\r\n") * max(1, (size - len(head)) // 80) + b"end"
+
+
+def _send_all(port: int, text: bytes, messages: Iterator[int], *, reuse: bool) -> None:
+    """Send messages until the iterator, which all sessions share, is empty."""
+    for _ in messages:
+        with connect(port) as client:
+            deliver(client, text)
+            for _ in messages if reuse else ():
+                deliver(client, text)
+
+
+if __name__ == "__main__":
+    port, messages, size, sessions, reuse = map(int, sys.argv[1:])
+    share = partial(_send_all, port, text_of(size), iter(range(messages)), reuse=bool(reuse))
+    with ThreadPoolExecutor(sessions) as pool:
+        started = [pool.submit(share) for _ in range(sessions)]
+    for session in started:
+        session.result()

@@ -1,8 +1,11 @@
-"""The machine that the figures come from, and its disk, which must be idle before a measurement.
+"""The machine that the figures come from: its facts, its disk, and what processes cost on it.
 
 A file system mounted with `discard` pays for every deletion once more when its journal commits, and
 would spoil a later figure. So nothing is deleted between two measurements, and each measurement
 waits until the disk is idle. If that takes too long, the result says so.
+
+The CPU time of a child that has ended and was waited for is in its parent's. Linux only: other
+systems have no proportional set size.
 """
 
 import datetime
@@ -13,6 +16,8 @@ import resource
 import sqlite3
 import subprocess
 import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,14 +31,15 @@ IDLE = 0.4  # seconds without any transfer
 
 def describe(directory: Path) -> dict[str, str]:
     """The facts that a reader needs to compare figures."""
+    commit = _output("git", "describe", "--always", "--dirty", "--exclude=*")
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
-        "qmqp-relay": f"{version('qmqp-relay')}, {_commit()}",
+        "qmqp-relay": f"{version('qmqp-relay')}, commit {commit}",
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": f"{os.cpu_count()} x {model[1] if model else platform.processor()}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
-        "disk": _file_system(directory),
+        "disk": _output("findmnt", "-no", "FSTYPE,OPTIONS", "-T", str(directory)),
         "load before": load_average(),
         "Python": platform.python_version(),
         "SQLite": sqlite3.sqlite_version,
@@ -75,21 +81,43 @@ def wait_until_idle(directory: Path, timeout: float) -> bool:
     return True
 
 
-def _commit() -> str:
-    """The commit of the source, with `-dirty` when files were changed since."""
-    command = ("git", "describe", "--always", "--dirty", "--exclude=*")
-    try:
-        name = subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "no git commit"
-    return f"commit {name.strip()}"
+def _output(*command: str) -> str:
+    """What a command says about this source or machine; without it, `unknown`."""
+    with suppress(OSError):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return result.stdout.strip() or "unknown"
+    return "unknown"
 
 
-def _file_system(directory: Path) -> str:
-    mounts = [
-        mount
-        for mount in psutil.disk_partitions(all=True)
-        if directory.resolve().is_relative_to(mount.mountpoint)
-    ]
-    mount = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
-    return f"{mount.fstype} ({mount.opts})" if mount else "an unknown file system"
+def each_process[T](roots: Iterable[int], read: Callable[[psutil.Process], T]) -> list[T]:
+    """What `read` returns for each of these processes and their descendants that still exists."""
+    results = []
+    for pid in roots:
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            for process in (root, *root.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    results.append(read(process))
+    return results
+
+
+def cpu_seconds(roots: Iterable[int]) -> float:
+    """CPU time that these processes and their descendants have used so far."""
+    # User and system time, and that of the children that have ended.
+    return sum(each_process(roots, lambda process: sum(process.cpu_times()[:4])))
+
+
+def resident_bytes(roots: Iterable[int]) -> int:
+    """The sum of the proportional set sizes: memory that processes share is counted once."""
+    return sum(each_process(roots, lambda process: int(process.memory_full_info().pss)))
+
+
+def machine_cpu_seconds() -> float:
+    """CPU time for which the whole machine was not idle, the kernel's own threads included."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
+
+
+def children_cpu_seconds() -> float:
+    """CPU time of the children of this process that have ended."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

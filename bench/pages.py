@@ -12,8 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from bench.history import fill, on_each_database
-from bench.processes import free_port, listens, running
-from bench.services import RELAY, clean_environment
+from bench.services import RELAY, clean_environment, free_port, listens, running
 from relay.db.engine import connect, reading
 
 _MIDDLE = "SELECT CAST(id AS text) FROM messages ORDER BY id DESC LIMIT 1 OFFSET {}"

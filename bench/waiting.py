@@ -17,7 +17,7 @@ import psutil
 from sqlalchemy import Engine
 
 from bench import history
-from bench.processes import cpu_seconds
+from bench.machine import cpu_seconds
 from relay.db.engine import connect, migrate
 from relay.db.schema import Outcome, State
 from relay.dsn.generator import DsnGenerator

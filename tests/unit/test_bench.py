@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
-from bench import plot, report
+from bench import plot
 from bench.parts import NO_RATIO, Part, Run, Scale
-from bench.runs import PEER, Result, measure
+from bench.results import PEER, Result, measure, table
 
 
 class PreparedSystem:
@@ -35,7 +35,7 @@ def test_a_failed_run_leaves_the_figures_of_the_others(tmp_path: Path):
     result = measured(PreparedSystem("ours", tmp_path, 1.0, RuntimeError("heard 451"), 3.0))
     assert result.figures == {"accepted": {"ours": [1.0, None, 3.0]}}
     assert result.failures == ["run 2, ours: RuntimeError: heard 451"]
-    assert "2.00 (1.00-3.00)" in report.table(result, ["ours"])
+    assert "2.00 (1.00-3.00)" in table(result, ["ours"])
 
 
 def test_ratios_are_between_runs_of_the_same_turn(tmp_path: Path):
@@ -68,7 +68,7 @@ def test_there_is_no_ratio_without_the_peer_or_for_a_small_load(tmp_path: Path):
 def test_a_busy_disk_is_reported(tmp_path: Path):
     result = measured(PreparedSystem("ours", tmp_path, 1.0, 1.0, 1.0))
     assert result.disk_not_still == ["run 1, ours", "run 2, ours", "run 3, ours"]
-    assert "the disk was busy before it: run 2, ours" in report.table(result, ["ours"])
+    assert "the disk was busy before it: run 2, ours" in table(result, ["ours"])
 
 
 def test_table_file_and_plot_accept_failed_runs(tmp_path: Path):
@@ -76,7 +76,7 @@ def test_table_file_and_plot_accept_failed_runs(tmp_path: Path):
         PreparedSystem("ours", tmp_path, 1.0, OSError("gone"), 3.0),
         PreparedSystem(PEER, tmp_path, *[OSError()] * 3),
     )
-    assert "FAILED run 2, ours: OSError: gone" in report.table(result, ["ours", PEER])
+    assert "FAILED run 2, ours: OSError: gone" in table(result, ["ours", PEER])
     parts = [
         dataclasses.asdict(dataclasses.replace(result, name=name))
         for name in ("load", "large", "latency", "memory")

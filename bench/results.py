@@ -1,4 +1,4 @@
-"""Runs a part on all systems in turns, so that a slow minute affects all of them."""
+"""Results: a part is run on all systems in turns, so that a slow minute affects all of them."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from bench.parts import NO_RATIO, Figures, Part, Run, Scale, System
 
 PEER = "Postfix"
+COST = "CPU "
+ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source", "machine")
 
 type Values = list[float | None]  # one for each turn; None where that run failed
 
@@ -73,3 +75,42 @@ def _ratios(by_system: dict[str, Values], *, more_is_better: bool) -> Figures:
             ratio = statistics.median(turns)
             ratios[system] = round(ratio if more_is_better or not ratio else 1 / ratio, 3)
     return ratios
+
+
+def table(result: Result, systems: Sequence[str]) -> str:
+    """A part as a table: a line for each figure, a column for each system; the median, the lowest
+    and highest run, and the ratio to Postfix."""
+    title = f"{result.name}: {result.words} ({result.unit}; x: times better than {PEER})"
+    rows = {name: name for name in result.figures if not name.startswith(COST)}
+    costs = {f"  {role}": name for role in ROLES if (name := f"{COST}{role}") in result.figures}
+    heading = {"CPU, us a message:": ""} if costs else {}
+    lines = [f"\n{title}", _line("", systems)]
+    for head, name in (rows | heading | costs).items():
+        lines.append(_line(head, [_cell(result, name, system) for system in systems]))
+    lines += [f"  the disk was busy before it: {run}" for run in result.disk_not_still]
+    return "\n".join(lines + [f"  FAILED {failure}" for failure in result.failures])
+
+
+def _line(head: str, cells: Sequence[str]) -> str:
+    return f"  {head:<32}" + "".join(f"{cell:>34}" for cell in cells)
+
+
+def _cell(result: Result, name: str, system: str) -> str:
+    if not name:
+        return ""
+    values = without_failures(result.figures[name].get(system, []))
+    if not values or name.startswith(COST):
+        return f"{statistics.median(values):.0f}" if values else "-"
+    ratio = result.times_better_than_postfix.get(name, {}).get(system)
+    spread = f" ({_number(min(values))}-{_number(max(values))})" if len(values) > 1 else ""
+    better = f"  {ratio:.2f}x" if ratio is not None else ""
+    return f"{_number(statistics.median(values))}{spread}{better}"
+
+
+def _cost(result: Result, name: str, system: str) -> str:
+    values = without_failures(result.figures[name].get(system, []))
+    return f"{statistics.median(values):.0f}" if values else "-"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
