@@ -239,6 +239,13 @@ def test_C6_empty_header_only_body_only_blank_first_line(wire: bytes, text: byte
         assert (decoded, rest, content.fault, content.octets) == (text, b"", None, len(wire) - 3)
 
 
+@given(st.binary())
+def test_C7_content_ends_with_a_line_end(wire: bytes) -> None:
+    content, text, rest = decode([wire + b"\r\n.\r\n"])
+    assert rest is not None
+    assert content.fault is not None or text.endswith(b"\n")
+
+
 @pytest.mark.parametrize(
     "first", [b"From someone Mon Jan  1\r\n", b" indented\r\n", b"\tindented\r\n"]
 )
