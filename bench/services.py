@@ -154,7 +154,7 @@ def postgresql(directory: Path) -> Iterator[tuple[int, str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sink:
+class SinkProcess:
     """A running sink that writes a running counter to a file, so that reading the counter does not
     disturb it."""
 
@@ -172,7 +172,7 @@ class Sink:
 
 
 @contextmanager
-def sink(kind: str, directory: Path, delay: float = 0.0) -> Iterator[Sink]:
+def sink(kind: str, directory: Path, delay: float = 0.0) -> Iterator[SinkProcess]:
     """A `qmqp-sink` or `smtp-sink`.
 
     Postfix' tools are used where they are installed, because they cost least; with a `delay`
@@ -187,4 +187,4 @@ def sink(kind: str, directory: Path, delay: float = 0.0) -> Iterator[Sink]:
         command = [tool, "-c", *user, address, "1000"]
     counter = directory / f"{kind}-{port}.count"
     with running(command, counter, lambda: listens(port), cwd=ROOT) as child:
-        yield Sink(child.pid, port, counter)
+        yield SinkProcess(child.pid, port, counter)

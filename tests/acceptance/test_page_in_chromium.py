@@ -14,7 +14,7 @@ import pytest
 from relay.db.schema import Outcome
 from relay.spool.store import Spool
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
-from tests.integration.queue_harness import opened
+from tests.integration.harness import opened
 from tests.integration.typed import typed_at
 from tests.services import end, spawn
 
@@ -148,7 +148,7 @@ def seen(
         typed_at(queue, spool, monkeypatch)
         created = scenario(queue, spool)
         usual = queue.accept(PEOPLE[1], sender=PEOPLE[0])
-        queue.record(queue.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
+        queue.complete(queue.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
         created.add("deferred", usual)
         queue.change("INSERT INTO open_circuits VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
             id=queue.worker)  # fmt: skip

@@ -15,7 +15,7 @@ from qmqp.sink import running_sink
 from relay.hints import FRESH, Hints, celery_app
 from relay.ids import new_id
 from tests import services
-from tests.integration.test_worker_app import House, house
+from tests.integration.test_worker_app import WorkerProcesses, house
 from tests.services import Broker
 from tests.waiting import until
 from worker.consumer import entry_of
@@ -25,7 +25,7 @@ LIST = "qmqp-relay:fresh"
 PLENTY = {"GRACE": "10m", "LEASE": "1m"}  # so that only a hint can be the reason
 
 
-def hint(home: House, ids: list[str]) -> None:
+def hint(home: WorkerProcesses, ids: list[str]) -> None:
     hints = Hints(celery_app(home.mail.settings), FRESH, 64)
     hints.start()
     hints.offer(ids)
@@ -48,7 +48,7 @@ def bomb() -> str:
     return json.dumps(made | {"body": base64.b64encode(packed).decode()})
 
 
-def started(home: House, **given: str) -> Any:
+def started(home: WorkerProcesses, **given: str) -> Any:
     """A worker that consumes."""
     worker = home.start(**PLENTY, **given)
     first = home.mail.accept()
@@ -58,7 +58,7 @@ def started(home: House, **given: str) -> Any:
 
 
 def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
-    house: Callable[..., House], broker: Broker
+    house: Callable[..., WorkerProcesses], broker: Broker
 ) -> None:
     with running_sink() as sink:
         home = house(sink.port, broker.url, grace=600.0)
@@ -85,7 +85,9 @@ def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
         assert services.end(worker) == 0
 
 
-def test_a_compressed_bomb_takes_no_memory(house: Callable[..., House], broker: Broker) -> None:
+def test_a_compressed_bomb_takes_no_memory(
+    house: Callable[..., WorkerProcesses], broker: Broker
+) -> None:
     with running_sink() as sink:
         home = house(sink.port, broker.url, grace=600.0)
         worker = started(home)
@@ -99,7 +101,7 @@ def test_a_compressed_bomb_takes_no_memory(house: Callable[..., House], broker: 
 
 
 def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
-    house: Callable[..., House], broker: Broker
+    house: Callable[..., WorkerProcesses], broker: Broker
 ) -> None:
     """A key of another kind in the place of the list is an error that Celery does not recover from
     by itself."""
@@ -124,7 +126,7 @@ def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_no_remote_command_stops_consuming(
-    house: Callable[..., House], broker: Broker, allowed: bool
+    house: Callable[..., WorkerProcesses], broker: Broker, allowed: bool
 ) -> None:
     with running_sink() as sink:
         home = house(sink.port, broker.url, grace=600.0)

@@ -10,7 +10,7 @@ from qmqp.netstring import encode
 from qmqp.reply import ReplyParser
 from relay.dsn.generator import DsnGenerator
 from relay.spool.store import Spool
-from tests.integration.engine_harness import EngineHarness
+from tests.integration.harness import EngineHarness
 from tests.postfix import Postfix
 from tests.waiting import until
 from worker.circuit_breaker import ServerPool

@@ -15,7 +15,7 @@ from qmqp.reply import ReplyParser
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.routes import NO_SERVER
 from relay.spool.store import Spool
-from tests.integration.engine_harness import BODY, EngineHarness
+from tests.integration.harness import BODY, EngineHarness
 from tests.services import Postgres
 from tests.waiting import until
 

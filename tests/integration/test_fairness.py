@@ -18,8 +18,7 @@ from relay.db.schema import Outcome, State
 from relay.queue.operations import QueueOperations
 from relay.queue.overdue import WINDOW
 from relay.spool.store import Spool
-from tests.integration.engine_harness import EngineHarness
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import EngineHarness, QueueHarness
 from tests.services import free_port
 from tests.waiting import until
 from worker import quarantine
@@ -100,7 +99,7 @@ def fill(queue: QueueHarness) -> None:
     Only those that will be queued have a message and a recipient, because writing them takes most
     of the time.
     """
-    name = queue.engine.dialect.name
+    name = queue.database.dialect.name
     key, numbers = _KEY[name].format(n="s.n"), _NUMBERS[name]
     messages = """INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol)
         SELECT {key}, 'a', 1, @now, '', '', '' FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
@@ -108,7 +107,7 @@ def fill(queue: QueueHarness) -> None:
         SELECT {key}, 1, 'b', 1 FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
     deliveries = """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
         SELECT {key}, 1, 'default', 'deferred', @ago(1 + s.n * 7919 % :many * 0.1), @later(100000) FROM {numbers}"""
-    with writing(queue.engine) as connection:
+    with writing(queue.database) as connection:
         for sql in (messages, recipients, deliveries):
             given = {"many": MANY} | ({"looked_at": BATCH * BATCHES} if ":looked_at" in sql else {})
             connection.execute(text(queue.dialect(sql.format(key=key, numbers=numbers))), given)
@@ -145,7 +144,7 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(
     taken = queue.claim(room={"default": 50})
     assert len(taken) == 50, "as many as there are connections"
     for one in taken:
-        assert queue.record(one, Outcome.DELIVERED).state is State.DELIVERED
+        assert queue.complete(one, Outcome.DELIVERED).state is State.DELIVERED
     left = queue.rows("SELECT state, count(*) AS n FROM deliveries GROUP BY state")
     assert {row["state"]: row["n"] for row in left} == {
         "deferred": MANY - BATCH * BATCHES, "queued": BATCH * BATCHES - 50, "delivered": 50, "sending": 1,
@@ -250,7 +249,7 @@ def test_B20_B21_B22_a_tarpit_delays_no_other_server(room: Open, kind: str) -> N
 # -------------------------------------------------------------------------------------------------
 
 
-class Witness:
+class ConcurrencyCounter:
     """Counts the connections beside a transfer to the recipient `exclusive`, which is answered
     late."""
 
@@ -273,9 +272,9 @@ class Witness:
 
 
 def test_D14_a_delivery_that_crashed_two_workers_is_sent_exclusively(room: Open) -> None:
-    witness = Witness(b"poison@example.org")
-    with running_sink(witness) as sink:
-        witness.sink = sink
+    counter = ConcurrencyCounter(b"poison@example.org")
+    with running_sink(counter) as sink:
+        counter.sink = sink
         mail = room(sink)
         ids = [mail.accept() for _ in range(20)]
         poison = mail.accept("poison@example.org")
@@ -284,8 +283,8 @@ def test_D14_a_delivery_that_crashed_two_workers_is_sent_exclusively(room: Open)
         with mail.working() as engine:
             engine.offer([*ids[:20], poison, *ids[20:]])
             until(lambda: mail.states() == {"delivered"}, 20)
-    assert witness.connections == [1], "no other transfer was under way"
-    assert witness.intruders == 0, "no other transfer began meanwhile"
+    assert counter.connections == [1], "no other transfer was under way"
+    assert counter.intruders == 0, "no other transfer began meanwhile"
     assert mail.delivery(poison)["crash_count"] == 0
 
 
@@ -342,7 +341,7 @@ def test_D14_a_delivery_is_held_at_the_poison_limit(clean_sqlite_url: str) -> No
     assert states == [(0, "deferred"), (1, "deferred"), (2, "deferred"), (3, "held")]
     assert "vanished" in queue.delivery(queue_id)["last_reply"]
     assert queue.claim(queue_id, worker=queue.register_worker()) == []
-    queue.engine.dispose()
+    queue.database.dispose()
 
 
 # --- routes that share a server

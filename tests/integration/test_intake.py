@@ -16,12 +16,12 @@ from relay.db.group_commit import CommitThread, CommitUnknown
 from relay.db.schema import Outcome
 from relay.ids import new_id
 from relay.queue.accept import NewMessage
-from tests.integration.queue_harness import QueueHarness, new_message, opened
+from tests.integration.harness import QueueHarness, new_message, opened
 from tests.services import Postgres
 from tests.waiting import until
 
 
-class Front:
+class AcceptHarness:
     """A writer of messages, and what it answered: the first answer to each id; a second one is an
     error."""
 
@@ -112,7 +112,7 @@ def test_everything_that_was_said_is_kept(queue: QueueHarness) -> None:
 def test_told_twice_is_accepted_once(queue: QueueHarness) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
     queue.acceptor.commit(messages)
-    queue.record(queue.claim(messages[0].id)[0], Outcome.DELIVERED)
+    queue.complete(queue.claim(messages[0].id)[0], Outcome.DELIVERED)
     before = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
     queue.acceptor.commit([*messages, new_message()])
     after = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
@@ -131,7 +131,7 @@ def test_bytes_from_peers_cannot_break_the_round(queue: QueueHarness) -> None:
 def test_one_bad_row_fails_alone(queue: QueueHarness) -> None:
     good = [new_message() for _ in range(4)]
     bad = new_message()._replace(sender=None)  # type: ignore[arg-type]
-    front = Front(queue)
+    front = AcceptHarness(queue)
     answers = front.take(*good[:2], bad, *good[2:])
     assert [answers[m.id] for m in good] == [None] * 4
     assert isinstance(answers[bad.id], DBAPIError)
@@ -144,7 +144,7 @@ def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(
 ) -> None:
     good, nul = new_message(), new_message(sender="nul\0")
     long = new_message(sender="".join(new_id() for _ in range(1000)))  # nothing that compresses
-    answers = Front(postgres_queue).take(nul, good, long)
+    answers = AcceptHarness(postgres_queue).take(nul, good, long)
     assert answers[good.id] is None
     assert isinstance(answers[nul.id], DBAPIError)
     assert isinstance(answers[long.id], DBAPIError), "longer than an index takes"
@@ -176,17 +176,17 @@ def killed(queue: QueueHarness, *, after: bool) -> Iterator[None]:
         if done or "INSERT INTO messages" not in statement:
             return
         done.append(connection.connection.driver_connection.info.backend_pid)
-        with queue.engine.connect() as other:
+        with queue.database.connect() as other:
             other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": done[0]})
         if after:
             connection.invalidate()
             raise OperationalError("COMMIT", {}, ConnectionResetError())
 
     moment = "after_cursor_execute" if after else "before_cursor_execute"
-    event.listen(queue.engine, moment, kill)
+    event.listen(queue.database, moment, kill)
     yield
     assert done
-    event.remove(queue.engine, moment, kill)
+    event.remove(queue.database, moment, kill)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -195,7 +195,7 @@ def test_a_commit_in_doubt_is_settled_by_asking_again(
 ) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
     with killed(postgres_queue, after=after):
-        answers = Front(postgres_queue).take(*messages)
+        answers = AcceptHarness(postgres_queue).take(*messages)
     assert answers == dict.fromkeys((m.id for m in messages), None)
     assert counts(postgres_queue) == [3, 6, 6]
 
@@ -205,7 +205,7 @@ def test_a_commit_in_doubt_whose_transaction_still_runs(postgres_queue: QueueHar
     queue = postgres_queue
     kept, undone = new_message(), new_message()
     for message, keep in ((kept, True), (undone, False)):
-        first = queue.engine.connect()
+        first = queue.database.connect()
         first.begin()
         queue.acceptor.insert(first, [message])
         again = threading.Thread(target=queue.acceptor.commit, args=([message],))
@@ -221,7 +221,7 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(
     postgres: Postgres, clean_postgres_url: str
 ) -> None:
     with opened(clean_postgres_url) as queue:
-        front = Front(queue)
+        front = AcceptHarness(queue)
         postgres.stop()
         front.writer.start()
         patient, hurried = new_message(), new_message()
@@ -253,9 +253,9 @@ def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(
         connection.execute(sql.format(mode[0]))
         connection.commit()
 
-    queue.engine.dispose()
-    event.listen(queue.engine, "checkout", prepare)
-    front = Front(queue)
+    queue.database.dispose()
+    event.listen(queue.database, "checkout", prepare)
+    front = AcceptHarness(queue)
     front.writer.start()
     patient, hurried = new_message(), new_message()
     front.put(patient)

@@ -21,7 +21,7 @@ from relay.db.schema import Outcome
 from relay.dsn.generator import DsnGenerator
 from relay.queue.rescue import Rescuer
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness, new_message
+from tests.integration.harness import QueueHarness, new_message
 
 WAITING = 1500  # rows of each kind
 FEW = 40  # rows that a statement about one message may look at in vain
@@ -62,9 +62,9 @@ def server_reply(queue: QueueHarness) -> Iterator[list[tuple[str, Any]]]:
         if not words.startswith("BEGIN"):
             statements.append((words, parameters))
 
-    event.listen(queue.engine, "before_cursor_execute", hear)
+    event.listen(queue.database, "before_cursor_execute", hear)
     yield statements
-    event.remove(queue.engine, "before_cursor_execute", hear)
+    event.remove(queue.database, "before_cursor_execute", hear)
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -76,7 +76,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def scans(queue: QueueHarness, statements: list[tuple[str, Any]]) -> list[str]:
     """What those statements do that grows with the rows that wait."""
     found: list[str] = []
-    with queue.engine.connect() as connection:
+    with queue.database.connect() as connection:
         for words, parameters in statements:
             scans_of = _scans_of_postgresql if queue.dialect.postgresql else _scans_of_sqlite
             found += scans_of(connection, words, parameters)
@@ -112,11 +112,11 @@ def test_the_road_of_a_message_walks_through_nothing(crowded: QueueHarness) -> N
     with server_reply(crowded) as statements:
         queue_id = crowded.accept("idle:b@example.org")
         (claim,) = crowded.claim(queue_id, room=IDLE)
-        crowded.record(claim, Outcome.DEFERRED)
+        crowded.complete(claim, Outcome.DEFERRED)
         crowded.pass_time(60, only=[queue_id])
         assert crowded.rescuer.requeue_due(10) == [queue_id]
         (claim,) = crowded.claim(queue_id, room=IDLE)
-        crowded.record(claim, Outcome.DELIVERED)
+        crowded.complete(claim, Outcome.DELIVERED)
         crowded.renew()
     assert len(statements) > 5
     assert not (found := scans(crowded, statements)), "\n".join(found)
@@ -140,11 +140,11 @@ def test_a_look_at_a_route_with_much_mail_walks_through_a_window(
 
 def test_an_idle_sweep_walks_through_nothing(crowded: QueueHarness, tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    spool.prepare(crowded.engine, unsafe=True)
+    spool.prepare(crowded.database, unsafe=True)
     settings = crowded.settings.model_copy(update={"delay_warning": 4 * 3600.0})
     rescuer, generator = (
-        Rescuer(crowded.engine, settings),
-        DsnGenerator(crowded.engine, spool, settings, lambda _: "idle"),
+        Rescuer(crowded.database, settings),
+        DsnGenerator(crowded.database, spool, settings, lambda _: "idle"),
     )
     assert len(crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)) == 1
     generator._next_round = float("inf")  # nothing is late: test_dsn_generator tests the scan
@@ -168,8 +168,8 @@ def test_an_idle_sweep_walks_through_nothing(crowded: QueueHarness, tmp_path: Pa
 def test_what_looks_at_all_that_waits_leaves_the_history_alone(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         assert crowded.rescuer.unknown_routes(["idle"]) == ["dead"]
-        metrics.QueueMetrics(crowded.engine, cast(Any, None))._database()
-    with crowded.engine.connect() as connection:
+        metrics.QueueMetrics(crowded.database, cast(Any, None))._database()
+    with crowded.database.connect() as connection:
         for words, parameters in statements:
             explain = "EXPLAIN" if crowded.dialect.postgresql else "EXPLAIN QUERY PLAN"
             plan = str(connection.exec_driver_sql(f"{explain} {words}", parameters).all())

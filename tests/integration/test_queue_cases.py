@@ -28,8 +28,7 @@ from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.queue.states import UNFINISHED, Outcome, State, successors
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.engine_harness import EngineHarness
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import EngineHarness, QueueHarness
 from tests.waiting import until
 from worker.sweeper import BATCH
 
@@ -258,7 +257,7 @@ def test_B43_D10_no_clock_of_a_worker_matters(
             (claim,) = queue.claim(queue_id)
             assert queue.renew()
             assert queue.rescuer.expired_leases() == []
-            assert queue.record(claim, Outcome.DEFERRED, delay=30.0).state is State.DEFERRED
+            assert queue.complete(claim, Outcome.DEFERRED, delay=30.0).state is State.DEFERRED
         row = queue.delivery(queue_id)
         assert row["due_in"] == pytest.approx(30, abs=20)
         assert row["expires_in"] == pytest.approx(1000, abs=300)
@@ -340,7 +339,7 @@ def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(queue: QueueH
         queue.pass_time(1200)
         assert queue.renew()
         assert queue.claim(queue_id, worker=queue.register_worker()) == []
-    assert queue.record(claim, Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(claim, Outcome.DELIVERED).state is State.DELIVERED
 
 
 def test_D3_no_task_waits_for_its_session() -> None:
@@ -373,17 +372,17 @@ def test_D5_who_lost_its_lease_reports_late(queue: QueueHarness, outcome: Outcom
     wake(queue)
     fresh = queue.register_worker()
     (new,) = queue.claim(old.queue_id, worker=fresh)
-    recorded = queue.record(old, outcome, worker=stale)
-    assert (old.claim, 1, outcome) in queue.attempts(old.queue_id), "what happened is kept"
+    recorded = queue.complete(old, outcome, worker=stale)
+    assert (old.claim, 1, outcome) in queue.numbered_attempts(old.queue_id), "what happened is kept"
     if outcome is Outcome.DELIVERED:
         assert recorded.state is State.DELIVERED
-        assert queue.record(new, Outcome.DEFERRED, worker=fresh).state is State.DELIVERED
+        assert queue.complete(new, Outcome.DEFERRED, worker=fresh).state is State.DELIVERED
         wake(queue)
         assert queue.claim(old.queue_id, worker=fresh) == [], "never again after a K"
     else:
         assert recorded.state is None
         assert queue.state(old.queue_id) == "sending"
-        assert queue.record(new, Outcome.DELIVERED, worker=fresh).state is State.DELIVERED
+        assert queue.complete(new, Outcome.DELIVERED, worker=fresh).state is State.DELIVERED
 
 
 def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None:
@@ -391,7 +390,7 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None
     held, go_on = threading.Event(), threading.Event()
 
     def lock() -> None:
-        with writing(queue.engine) as connection:
+        with writing(queue.database) as connection:
             connection.execute(
                 text(
                     queue.dialect(
@@ -405,7 +404,7 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None
     with ThreadPoolExecutor(2) as pool:
         locking = pool.submit(lock)
         assert held.wait(10)
-        recording = pool.submit(queue.record, claim, Outcome.DELIVERED)
+        recording = pool.submit(queue.complete, claim, Outcome.DELIVERED)
         assert not recording.done()
         go_on.set()
         assert recording.result(20).state is State.DELIVERED
@@ -432,7 +431,7 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(queue: QueueHarness) -> 
 
     writer: CommitThread[Command, CommandResult] = CommitThread("test", commit, post=post)
     writer.start()
-    writer.put(queue.note(claim, Outcome.DELIVERED), answers.append)
+    writer.put(queue.completion(claim, Outcome.DELIVERED), answers.append)
     assert answered.wait(20)
     assert writer.close(10)
     assert answers[0].state is State.DELIVERED
@@ -442,7 +441,7 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(queue: QueueHarness) -> 
 @pytest.mark.parametrize("sender", ["", "#@[]"])
 def test_D7_nothing_is_said_about_mail_of_nobody(queue: QueueHarness, sender: str) -> None:
     (claim,) = queue.claim(queue.accept(sender=sender))
-    assert queue.record(claim, Outcome.REJECTED).state is State.BOUNCED
+    assert queue.complete(claim, Outcome.REJECTED).state is State.BOUNCED
     row = queue.delivery(claim.queue_id)
     assert row["due_at"] is None
     assert row["last_reply"] == "its words", "a dead letter that `list --state bounced` shows"
@@ -491,13 +490,13 @@ def test_D9_the_guard_of_the_tests_refuses_what_the_table_does_not_name(
         parameters = {"state": after, "id": dashed(queue_id)}
         named = after is before or after in successors(before)
         refused = nullcontext() if named else pytest.raises(DBAPIError, match="TRANSITIONS")
-        with refused, writing(queue.engine) as connection:
+        with refused, writing(queue.database) as connection:
             connection.execute(text(queue.dialect(change)), parameters)
         assert queue.state(queue_id) == (after if named else before)
 
 
 def test_D9_verbs_make_only_what_the_table_of_transitions_allows(queue: QueueHarness) -> None:
-    verbs = QueueOperations(queue.engine, notices=True)
+    verbs = QueueOperations(queue.database, notices=True)
     for verb in OPERATIONS.values():
         for state in State:
             queue_id = queue.accept()

@@ -5,7 +5,7 @@ Hypothesis makes up histories: mail is accepted, workers claim, report, vanish a
 run out, times come, DSNs are generated and their generator is killed, operators meddle. A small
 Python model says what must be so after each step, and at last everything is brought to its end. The
 model also knows what no database can know: whether the server really took a message, and whom the
-bytes of a notice name. Time passes by `Office.pass_time` alone, in steps so large, and so unlike
+bytes of a notice name. Time passes by `QueueHarness.pass_time` alone, in steps so large, and so unlike
 the delays, that the seconds which a run takes cannot matter.
 """
 
@@ -36,7 +36,7 @@ from relay.queue.model import Claim, ClaimRequest, Command, Completion, Completi
 from relay.queue.operations import OPERATIONS, REROUTE, Operation, QueueOperations
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.queue_harness import OUTCOME_POLICY, QueueHarness, new_message
+from tests.integration.harness import OUTCOME_POLICY, QueueHarness, new_message
 
 type Key = tuple[str, int]
 
@@ -102,7 +102,7 @@ class Killed(BaseException):
     was not committed."""
 
 
-class Deadly(Spool):
+class KilledSpool(Spool):
     """The spool of a process that is killed when half a body is written, or when one is to be
     removed."""
 
@@ -174,7 +174,7 @@ class History(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._empty()
-        self.verbs = QueueOperations(self.harness.engine, notices=True)
+        self.verbs = QueueOperations(self.harness.database, notices=True)
         self.clock = 0.0
         self.queue: dict[Key, Delivery] = {}
         self.transfers: list[Transfer] = []
@@ -195,7 +195,7 @@ class History(RuleBasedStateMachine):
             self.register_worker(Random())
 
     def _empty(self) -> None:
-        with writing(self.harness.engine) as connection:
+        with writing(self.harness.database) as connection:
             for table in metadata.sorted_tables:
                 connection.execute(text(f"DELETE FROM {table.name}"))
 
@@ -339,7 +339,7 @@ class History(RuleBasedStateMachine):
         words = SAME if half else chance.choice([SAME, f"reply {next(self.said)}"])
         if outcome is Outcome.REJECTED and not half and chance.random() < 0.2:
             words = f"client not allowed, {words}"
-        return self.harness.note(
+        return self.harness.completion(
             transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=words
         )  # fmt: skip
 
@@ -646,10 +646,12 @@ class History(RuleBasedStateMachine):
 
     def _made(self, last: str, tell: Callable[[DsnGenerator], list[str]]) -> list[str] | None:
         """The notices that a sweeper makes; None if it was killed."""
-        spool = Deadly(self.spool.directory, last)
+        spool = KilledSpool(self.spool.directory, last)
         try:
             return tell(
-                DsnGenerator(self.harness.engine, spool, self.harness.settings, lambda _: "default")
+                DsnGenerator(
+                    self.harness.database, spool, self.harness.settings, lambda _: "default"
+                )
             )
         except Killed:
             assert last
@@ -952,7 +954,7 @@ def harness(
         uncertain_delay=UNCERTAIN_DELAY, poison_limit=POISON, **VARIANTS[request.param],
     )  # fmt: skip
     yield made
-    made.engine.dispose()
+    made.database.dispose()
 
 
 def _heard(told: Operation, wanted: str | None) -> bool:

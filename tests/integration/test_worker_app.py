@@ -18,7 +18,7 @@ from relay.hints import FRESH, Hints, celery_app
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
 from tests import services
-from tests.integration.engine_harness import EngineHarness
+from tests.integration.harness import EngineHarness
 from tests.services import Broker
 from tests.waiting import until
 from worker.app import WorkerProcess
@@ -29,8 +29,8 @@ WORKER = (*CELERY, "worker", "--without-gossip", "--without-mingle")
 RUN = (sys.executable, "-c", "from worker.app import *; sys.exit(run(load(WorkerSettings)))")
 
 
-class House:
-    """A mailroom, and worker processes that see it."""
+class WorkerProcesses:
+    """A queue with a spool, and worker processes on it."""
 
     def __init__(self, mail: EngineHarness, spawn: Spawn, log: Path) -> None:
         self.mail, self._spawn, self.log = mail, spawn, log
@@ -58,10 +58,10 @@ class House:
 @pytest.fixture
 def house(
     sqlite_url: str, spool: Spool, tmp_path: Path, spawn: Spawn
-) -> Iterator[Callable[..., House]]:
+) -> Iterator[Callable[..., WorkerProcesses]]:
     opened: list[EngineHarness] = []
 
-    def open_(port: int, broker_url: str, **given: Any) -> House:
+    def open_(port: int, broker_url: str, **given: Any) -> WorkerProcesses:
         opened.append(
             EngineHarness(
                 sqlite_url,
@@ -72,7 +72,7 @@ def house(
                 **given,
             )
         )
-        return House(opened[-1], spawn, tmp_path / "worker.log")
+        return WorkerProcesses(opened[-1], spawn, tmp_path / "worker.log")
 
     yield open_
     for one in opened:
@@ -80,7 +80,7 @@ def house(
 
 
 def test_an_unauthorized_reply_from_before_the_setting_opens_the_circuit(
-    house: Callable[..., House],
+    house: Callable[..., WorkerProcesses],
 ) -> None:
     with running_sink() as sink:
         at = house(sink.port, "redis://127.0.0.1:1/0")

@@ -30,9 +30,9 @@ from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.engine import write_lock
 from relay.spool.store import Spool
 from tests import services
-from tests.integration.engine_harness import BODY, EngineHarness
+from tests.integration.harness import BODY, EngineHarness
 from tests.integration.test_delivery_matrix import in_page
-from tests.integration.test_worker_app import House
+from tests.integration.test_worker_app import WorkerProcesses
 from tests.services import Postgres
 from tests.waiting import stands_still, until
 
@@ -49,7 +49,7 @@ LONG = b"Subject: long\n\n" + bytes(
 )  # more than the kernel keeps for a peer that does not read
 
 
-class Gate:
+class GatedServer:
     """A QMQP server that reads `most` bytes of one request and answers K when it is told to."""
 
     def __init__(self, most: int = 1 << 40) -> None:
@@ -97,12 +97,12 @@ def deaf() -> Iterator[int]:
 
 
 @dataclass
-class Scene:
+class WorkerInEveryPhase:
     """A worker with a message in every phase."""
 
-    house: House
+    house: WorkerProcesses
     worker: subprocess.Popen[Any]
-    gates: dict[str, Gate]
+    gates: dict[str, GatedServer]
     ids: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -132,7 +132,7 @@ class Scene:
         with write_lock(self.mail.database):
             self.gates[ANSWERED].open.set()
             until(lambda: self.said("delivered"), what=self.house.said)  # told, and not recorded
-            self.ids[UNCLAIMED] = self.mail.accept(f"b@{place(UNCLAIMED)}.test", has_turn=True)
+            self.ids[UNCLAIMED] = self.mail.accept(f"b@{place(UNCLAIMED)}.test", has_lock=True)
             until(lambda: waits_for_its_turn(self.worker.pid))
             yield
 
@@ -225,12 +225,12 @@ def write_routes(path: Path, ports: dict[str, int]) -> Path:
 @contextmanager
 def scene(
     database_url: str, directory: Path, spawn: Callable[..., Any], *more: str
-) -> Iterator[Scene]:
+) -> Iterator[WorkerInEveryPhase]:
     directory.mkdir()
     (directory / "spool").mkdir(mode=0o700)
     gates = {
-        MIDDLE: Gate(20_000),
-        **{phase: Gate() for phase in (WAITING, *more, ANSWERED, UNCLAIMED)},
+        MIDDLE: GatedServer(20_000),
+        **{phase: GatedServer() for phase in (WAITING, *more, ANSWERED, UNCLAIMED)},
     }
     gates[UNCLAIMED].open.set()
     with deaf() as port, ExitStack() as stack:
@@ -243,14 +243,14 @@ def scene(
             uncertain_delay=900.0,
         )  # fmt: skip
         stack.callback(mail.close)
-        house = House(mail, spawn, directory / "worker.log")
+        house = WorkerProcesses(mail, spawn, directory / "worker.log")
         patience = {
             "CONNECT_TIMEOUT": "5m",
             "IO_TIMEOUT": "5m",
             "DRAIN_TIMEOUT": "3s",
             "LEASE": f"{LEASE}s",
         }
-        yield Scene(house, house.start(**patience, ROUTES=str(routes)), gates)
+        yield WorkerInEveryPhase(house, house.start(**patience, ROUTES=str(routes)), gates)
 
 
 def expire_worker(mail: EngineHarness) -> None:
@@ -260,14 +260,14 @@ def expire_worker(mail: EngineHarness) -> None:
         assert mail.rescuer.expire_worker(worker, until_)
 
 
-def killed(scene: Scene) -> list[str]:
+def killed(scene: WorkerInEveryPhase) -> list[str]:
     with scene.in_every_phase():
         services.end(scene.worker, signal.SIGKILL)
     expire_worker(scene.mail)
     return scene.rows("the worker is killed")
 
 
-def stopped(scene: Scene) -> list[str]:
+def stopped(scene: WorkerInEveryPhase) -> list[str]:
     with scene.in_every_phase():
         scene.worker.send_signal(signal.SIGTERM)
         until(lambda: scene.said("draining"), what=scene.house.said)
@@ -276,7 +276,7 @@ def stopped(scene: Scene) -> list[str]:
     return scene.rows("the worker is told to stop (SIGTERM)")
 
 
-def expired_while_stopped(scene: Scene) -> list[str]:
+def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
     """The worker is stopped until another has expired it. When it runs again, the reply that it waits
     for has arrived."""
     with scene.in_every_phase():
@@ -336,7 +336,7 @@ def with_files(mail: EngineHarness, sink: Sink) -> list[str]:
 
 
 def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path) -> list[str]:
-    gate = Gate()
+    gate = GatedServer()
     mail = EngineHarness(
         url, spool, directory, qmqp_servers=(f"127.0.0.1:{gate.port}",), lease=60.0
     )
@@ -357,7 +357,7 @@ def test_the_matrix_of_failing_workers_is_that_of_the_page(
     sqlite_url: str, sqlite_template: Path, postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path,
     spawn: Callable[..., Any],
 ) -> None:  # fmt: skip
-    def played(faulty: Callable[[Scene], list[str]], *more: str) -> list[str]:
+    def played(faulty: Callable[[WorkerInEveryPhase], list[str]], *more: str) -> list[str]:
         url = copied(sqlite_template, tmp_path / f"{faulty.__name__}-database")
         with scene(url, tmp_path / faulty.__name__, spawn, *more) as one:
             return faulty(one)
