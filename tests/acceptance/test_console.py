@@ -349,7 +349,7 @@ def test_pages_with_older_mail_continue_by_key(
     assert set(ids_on(console.browser, oldest)) == set(console.scenario.ids["expired"])
 
 
-def test_what_peers_wrote_stays_text(console: Console) -> None:
+def test_text_of_peers_is_escaped(console: Console) -> None:
     paths = [
         "/",
         "/search",

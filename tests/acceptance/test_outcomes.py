@@ -64,7 +64,7 @@ def test_z_then_k(scene: RoutedInstallation) -> None:
     assert reply == delivered.reason
 
 
-def test_d_bounces_with_the_words_of_the_server_and_a_notice(scene: RoutedInstallation) -> None:
+def test_d_bounces_with_the_reply_of_the_server_and_a_dsn(scene: RoutedInstallation) -> None:
     relay, words = scene.relay, "Error: no such mailbox: reject@sink.test"
     queue_id = relay.send("reject@sink.test", sender="author@sink.test")
     bounced = relay.until_state("reject@sink.test", "bounced")
@@ -105,7 +105,7 @@ def test_a_lost_reply_is_uncertain_and_never_failed_over(scene: RoutedInstallati
     assert not [one for one in list(scene.sink.received) if b"once@lost.test" in one.recipients]
 
 
-def test_a_server_that_comes_up_gets_what_waited(scene: RoutedInstallation) -> None:
+def test_a_server_that_recovers_gets_waiting_mail(scene: RoutedInstallation) -> None:
     relay = scene.relay
     relay.send("you@late.test")
     waiting = relay.until_state("you@late.test", "deferred")

@@ -32,7 +32,9 @@ def at_the_page(
             yield queue, browser
 
 
-def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[QueueHarness, Browser]) -> None:
+def test_an_incomplete_link_to_older_mail_is_explained(
+    at_the_page: tuple[QueueHarness, Browser],
+) -> None:
     queue, browser = at_the_page
     queue_id = queue.accept()
     behind = [f"{queue_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
@@ -94,7 +96,7 @@ def did(
         queue.change(sql, id=queue_id, number=number, action=dashed(action))
 
 
-def test_what_operators_did_stands_in_the_timeline(
+def test_timeline_shows_operations(
     at_the_page: tuple[QueueHarness, Browser],
 ) -> None:
     queue, browser = at_the_page
@@ -136,7 +138,7 @@ def test_what_operators_did_stands_in_the_timeline(
     ]
 
 
-def test_what_is_counted_is_said(at_the_page: tuple[QueueHarness, Browser]) -> None:
+def test_counts_are_labelled(at_the_page: tuple[QueueHarness, Browser]) -> None:
     queue, browser = at_the_page
     queue.accept("a@example.org", "b@example.org", "c@example.org")
     overview = browser.get("/")

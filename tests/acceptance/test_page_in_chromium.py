@@ -160,7 +160,7 @@ def seen(
     ("width", "scheme"),
     [(360, "light"), (375, "dark"), (800, "light"), (1280, "light"), (1280, "dark")],
 )
-def test_what_a_person_sees(
+def test_page_fits_the_screen_and_shows_its_content(
     chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str
 ) -> None:
     created, browser = seen

@@ -132,7 +132,7 @@ def test_a_child_that_refuses_its_settings_ends_up(tmp_path: Path) -> None:
     assert processes_of(tmp_path / "var") == []
 
 
-def test_the_status_of_a_worker_says_that_no_restart_helps(sqlite_url: str, tmp_path: Path) -> None:
+def test_a_worker_with_a_wrong_setting_exits_with_status_2(sqlite_url: str, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     spool.chmod(0o777)

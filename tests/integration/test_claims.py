@@ -177,7 +177,7 @@ def test_every_outcome_is_recorded(queue: QueueHarness) -> None:
         assert attempt["started_at"] < attempt["finished_at"]
 
 
-def test_a_notice_is_owed_to_a_real_sender_only(clean_url: str) -> None:
+def test_a_dsn_is_pending_for_a_real_sender_only(clean_url: str) -> None:
     for bounces, sender, owed in (
         ("dsn", "a@example.com", True), ("dsn", "", False), ("dsn", "#@[]", False), ("off", "a@example.com", False)
     ):  # fmt: skip
@@ -206,7 +206,7 @@ def test_expiry_is_decided_only_when_a_try_has_failed(queue: QueueHarness) -> No
     assert queue.complete(claims[split], Outcome.UNSENDABLE).state is State.HELD
 
 
-def test_every_outcome_but_k_honours_what_an_operator_wanted(queue: QueueHarness) -> None:
+def test_every_outcome_but_k_applies_a_pending_operation(queue: QueueHarness) -> None:
     verbs = {
         "hold": State.HELD,
         "drop": State.DROPPED,
@@ -232,7 +232,7 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(queue: QueueHarness
         assert (row["finished_at"] is not None) == (expected in FINISHED)
 
 
-def test_no_message_is_looked_up_for_what_owes_no_notice(queue: QueueHarness) -> None:
+def test_no_message_is_read_for_a_delivery_without_a_dsn(queue: QueueHarness) -> None:
     """Its row says to whom a notice would go, and nothing else that a record needs."""
     (one,), (two,) = (
         queue.claim(queue.accept()),
@@ -245,7 +245,7 @@ def test_no_message_is_looked_up_for_what_owes_no_notice(queue: QueueHarness) ->
     assert queue.state(two.queue_id) == "deferred"
 
 
-def test_what_was_wanted_of_an_earlier_claim_is_forgotten(queue: QueueHarness) -> None:
+def test_a_pending_operation_ends_with_its_claim(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     queue.request_operation(queue_id, "drop")
     assert queue.complete(queue.claim(queue_id)[0], Outcome.DEFERRED).state is State.DEFERRED
@@ -291,7 +291,7 @@ def test_a_k_is_never_undone(queue: QueueHarness) -> None:
     assert queue.numbered_attempts(queue_id)[0] == (1, 0, "uncertain")
 
 
-def test_a_late_k_for_what_was_split_since_holds_for_all_its_recipients(
+def test_a_late_k_of_a_split_delivery_counts_for_all_its_recipients(
     queue: QueueHarness,
 ) -> None:
     queue_id, other = (
@@ -318,7 +318,7 @@ def test_a_late_k_for_what_was_split_since_holds_for_all_its_recipients(
     assert queue.complete(kept, Outcome.REJECTED).state is State.DELIVERED
 
 
-def test_who_lost_the_claim_changes_nothing(queue: QueueHarness) -> None:
+def test_a_completion_without_the_claim_changes_nothing(queue: QueueHarness) -> None:
     other = queue.register_worker()
     for outcome in NOT_K:
         queue_id = queue.accept()
@@ -341,7 +341,7 @@ def test_who_lost_the_claim_changes_nothing(queue: QueueHarness) -> None:
         ], "what happened is kept"
 
 
-def test_one_record_says_it_all_and_twice_is_once(queue: QueueHarness) -> None:
+def test_a_completion_that_is_committed_twice_counts_once(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     note = queue.completion(queue.claim(queue_id)[0], Outcome.DEFERRED)
     (first,) = queue.worker_queue.commit([note])
@@ -498,7 +498,7 @@ def lost_commit(worker_queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> I
             yield
 
 
-def test_claims_that_nobody_heard_of_are_handed_back(
+def test_claims_without_a_reply_are_requeued(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [queue.accept() for _ in range(6)]
@@ -522,7 +522,7 @@ def test_claims_that_nobody_heard_of_are_handed_back(
     )
 
 
-def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
+def test_an_unknown_commit_that_requeued_and_claimed_a_delivery(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = queue.accept()
@@ -540,7 +540,7 @@ def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
     assert queue.complete(claims[0], Outcome.DELIVERED).state is State.DELIVERED
 
 
-def test_outcomes_in_doubt_are_recorded_once(
+def test_completions_of_an_unknown_commit_are_recorded_once(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = queue.claim(*(queue.accept() for _ in range(3)))
@@ -603,7 +603,7 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(
     assert found["deadlocks"] == 0
 
 
-def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_needs_the_body(
+def test_body_is_deletable_when_the_last_two_deliveries_finish_at_once(
     postgres_queue: QueueHarness,
 ) -> None:
     queue, other = postgres_queue, postgres_queue.another_worker_queue()
@@ -633,7 +633,7 @@ def test_a_delivery_whose_recipients_are_gone_harms_no_other(queue: QueueHarness
 
 
 @pytest.mark.parametrize("late_first", [True, False])
-def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(
+def test_a_late_K_beats_the_next_claim_in_the_same_batch(
     queue: QueueHarness, late_first: bool
 ) -> None:
     queue_id = queue.accept()

@@ -87,7 +87,7 @@ def accepted(queue: QueueHarness, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("size", ROUNDS)
-def test_intake(queue: QueueHarness, size: int) -> None:
+def test_cost_of_accepting(queue: QueueHarness, size: int) -> None:
     messages = [new_message("b@example.org", "c@example.org") for _ in range(size)]
     with counted(queue.database) as counts:
         queue.acceptor.commit(messages)

@@ -109,7 +109,7 @@ def two_more_routes(directory: Path, sink: Sink) -> Path:
     return path
 
 
-def test_without_any_hint_overdue_mail_is_found(room: Open, sink: Sink) -> None:
+def test_overdue_mail_is_claimed_without_hints(room: Open, sink: Sink) -> None:
     mail = room(sink)
     ids = [mail.accept() for _ in range(100)]
     with mail.working():

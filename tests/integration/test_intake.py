@@ -59,7 +59,7 @@ def counts(queue: QueueHarness) -> list[int]:
     ]
 
 
-def test_everything_that_was_said_is_kept(queue: QueueHarness) -> None:
+def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
     about = queue.accept()
     message = new_message(
         "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
@@ -109,7 +109,7 @@ def test_everything_that_was_said_is_kept(queue: QueueHarness) -> None:
     assert first["expires_in"] == pytest.approx(queue.settings.queue_lifetime, abs=30)
 
 
-def test_told_twice_is_accepted_once(queue: QueueHarness) -> None:
+def test_a_message_that_is_committed_twice_is_accepted_once(queue: QueueHarness) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
     queue.acceptor.commit(messages)
     queue.complete(queue.claim(messages[0].id)[0], Outcome.DELIVERED)
@@ -190,7 +190,7 @@ def killed(queue: QueueHarness, *, after: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_commit_in_doubt_is_settled_by_asking_again(
+def test_an_unknown_commit_is_settled_by_the_same_statement(
     postgres_queue: QueueHarness, after: bool
 ) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
@@ -200,7 +200,7 @@ def test_a_commit_in_doubt_is_settled_by_asking_again(
     assert counts(postgres_queue) == [3, 6, 6]
 
 
-def test_a_commit_in_doubt_whose_transaction_still_runs(postgres_queue: QueueHarness) -> None:
+def test_an_unknown_commit_whose_transaction_still_runs(postgres_queue: QueueHarness) -> None:
     """The repeat waits for the first transaction to end, and then does what is right either way."""
     queue = postgres_queue
     kept, undone = new_message(), new_message()
@@ -217,7 +217,7 @@ def test_a_commit_in_doubt_whose_transaction_still_runs(postgres_queue: QueueHar
     assert counts(queue) == [2, 2, 2]
 
 
-def test_a_database_that_is_away_answers_nobody_until_it_is_back(
+def test_messages_wait_while_the_database_is_away(
     postgres: Postgres, clean_postgres_url: str
 ) -> None:
     with opened(clean_postgres_url) as queue:
@@ -238,7 +238,7 @@ def test_a_database_that_is_away_answers_nobody_until_it_is_back(
         assert front.writer.close(10)
 
 
-def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(
+def test_a_refusal_of_a_read_only_database_is_certain(
     queue: QueueHarness,
 ) -> None:
     """No try came to a COMMIT, so its body need not stay."""

@@ -148,7 +148,7 @@ def test_the_program_knows_the_newest_revision() -> None:
     assert ScriptDirectory.from_config(alembic_config("sqlite:///x")).get_heads() == [REVISION]
 
 
-def test_the_database_says_which_revision_it_has(database_url: str) -> None:
+def test_the_database_has_its_revision(database_url: str) -> None:
     engine = connect(database_url)
     wait_until_ready(engine)
     engine.dispose()

@@ -122,14 +122,14 @@ def test_the_road_of_a_message_walks_through_nothing(crowded: QueueHarness) -> N
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_a_look_at_a_route_without_mail_walks_through_nothing(crowded: QueueHarness) -> None:
+def test_a_poll_of_a_route_without_mail_scans_nothing(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         for _ in range(2):
             assert crowded.claim(room=IDLE) == []
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_a_look_at_a_route_with_much_mail_walks_through_a_window(
+def test_a_poll_of_a_route_with_much_mail_reads_a_window(
     crowded: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.queue.overdue.WINDOW", FEW)
@@ -138,7 +138,7 @@ def test_a_look_at_a_route_with_much_mail_walks_through_a_window(
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_an_idle_sweep_walks_through_nothing(crowded: QueueHarness, tmp_path: Path) -> None:
+def test_an_idle_sweep_scans_nothing(crowded: QueueHarness, tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.prepare(crowded.database, unsafe=True)
     settings = crowded.settings.model_copy(update={"delay_warning": 4 * 3600.0})
@@ -165,7 +165,7 @@ def test_an_idle_sweep_walks_through_nothing(crowded: QueueHarness, tmp_path: Pa
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_what_looks_at_all_that_waits_leaves_the_history_alone(crowded: QueueHarness) -> None:
+def test_statements_on_waiting_mail_do_not_read_the_history(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         assert crowded.rescuer.unknown_routes(["idle"]) == ["dead"]
         metrics.QueueMetrics(crowded.database, cast(Any, None))._database()

@@ -80,7 +80,7 @@ def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> Non
     ]
 
 
-def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> None:
+def test_B11_hostile_replies_are_escaped_everywhere(room: Open) -> None:
     with running_sink(
         Rule(Answer(b"D", b"no\r\nFrom: forged@x\r\n\r\n\0\x1b[31m\xff\xc3\xa9"))
     ) as sink:
@@ -110,7 +110,7 @@ def became(mail: EngineHarness, queue_id: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "recipient", ["<b@example.org", "b" * 1000, "b\n@example.org", "b\u20ac@example.org"]
 )
-def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it(
+def test_B29_an_address_that_a_server_would_misread_bounces_alone(
     room: Open, recipient: str
 ) -> None:
     with running_sink() as sink:
@@ -158,7 +158,7 @@ def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> N
     )
 
 
-def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
+def test_a_sender_that_cannot_be_sent_bounces_without_a_dsn(
     room: Open, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A notice to it could not be sent either. The log says so, and the row."""
@@ -223,7 +223,7 @@ def test_B39_a_worker_killed_between_the_last_byte_and_the_record(queue: QueueHa
     assert again.crash_count == 1
 
 
-def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
+def test_B41_a_server_that_never_replies(room: Open) -> None:
     """As qmail-qmqpd does about whatever it does not like: only age ends it, and the notice says
     how it was."""
     with running_sink(Rule(Answer(raw=b""))) as sink:
@@ -320,7 +320,7 @@ def test_D1_one_task_delivered_twice_at_once(queue: QueueHarness) -> None:
     assert {claim.claim for claim in both} == {1}
 
 
-def test_D2_a_task_for_what_is_unknown_or_finished(room: Open) -> None:
+def test_D2_a_hint_for_an_unknown_or_finished_delivery(room: Open) -> None:
     with running_sink() as sink:
         mail = room(sink)
         done = mail.accept()
@@ -351,7 +351,7 @@ def test_D3_no_task_waits_for_its_session() -> None:
 
 
 @pytest.mark.parametrize("ending", ["vanished", "stopped"])
-def test_D4_what_a_worker_held_that_is_gone(queue: QueueHarness, ending: str) -> None:
+def test_D4_deliveries_of_a_lost_worker(queue: QueueHarness, ending: str) -> None:
     (claim,) = queue.claim(queue.accept())
     if ending == "vanished":
         vanish(queue, queue.worker)
@@ -365,7 +365,7 @@ def test_D4_what_a_worker_held_that_is_gone(queue: QueueHarness, ending: str) ->
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
-def test_D5_who_lost_its_lease_reports_late(queue: QueueHarness, outcome: Outcome) -> None:
+def test_D5_a_worker_without_its_lease_reports_late(queue: QueueHarness, outcome: Outcome) -> None:
     (old,) = queue.claim(queue.accept())
     stale = queue.worker
     vanish(queue, stale)
@@ -411,7 +411,7 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None
         locking.result(20)
 
 
-def test_D6_a_k_is_told_until_the_database_has_taken_it(queue: QueueHarness) -> None:
+def test_D6_a_k_is_committed_again_until_it_is_recorded(queue: QueueHarness) -> None:
     (claim,) = queue.claim(queue.accept())
     faults = iter(
         [OperationalError("", {}, Exception("deadlock detected"), connection_invalidated=True)] * 2
@@ -439,7 +439,7 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(queue: QueueHarness) -> 
 
 
 @pytest.mark.parametrize("sender", ["", "#@[]"])
-def test_D7_nothing_is_said_about_mail_of_nobody(queue: QueueHarness, sender: str) -> None:
+def test_D7_mail_from_the_null_sender_makes_no_dsn(queue: QueueHarness, sender: str) -> None:
     (claim,) = queue.claim(queue.accept(sender=sender))
     assert queue.complete(claim, Outcome.REJECTED).state is State.BOUNCED
     row = queue.delivery(claim.queue_id)
@@ -464,7 +464,7 @@ def test_D8_a_d_for_many(room: Open, words: bytes, states: set[str]) -> None:
         )
 
 
-def test_D8_a_route_that_is_not_to_be_cut(room: Open, tmp_path: Path) -> None:
+def test_D8_a_route_that_is_not_split(room: Open, tmp_path: Path) -> None:
     file = tmp_path / "routes.toml"
     file.write_text('[default]\nbisect = "off"\n')
     with running_sink(Rule(Answer(b"D", b"no such mailbox (#5.1.1)"), b"bad@")) as sink:
@@ -475,7 +475,7 @@ def test_D8_a_route_that_is_not_to_be_cut(room: Open, tmp_path: Path) -> None:
         assert sink.count == 1
 
 
-def test_D9_the_guard_of_the_tests_refuses_what_the_table_does_not_name(
+def test_D9_the_guard_of_the_tests_refuses_unknown_transitions(
     queue: QueueHarness,
 ) -> None:
     changes = [(before, after) for before in State for after in State if after is not State.SENDING]
@@ -495,7 +495,7 @@ def test_D9_the_guard_of_the_tests_refuses_what_the_table_does_not_name(
         assert queue.state(queue_id) == (after if named else before)
 
 
-def test_D9_verbs_make_only_what_the_table_of_transitions_allows(queue: QueueHarness) -> None:
+def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -> None:
     verbs = QueueOperations(queue.database, notices=True)
     for verb in OPERATIONS.values():
         for state in State:

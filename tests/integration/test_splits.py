@@ -141,7 +141,7 @@ def test_a_record_that_is_repeated_cuts_once(queue: QueueHarness) -> None:
     assert sorted(address for claim in claims for address in claim.recipients) == addresses(6)
 
 
-def test_who_lost_its_claim_cuts_nothing(queue: QueueHarness) -> None:
+def test_a_worker_without_its_claim_splits_nothing(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4))
     (old,) = queue.claim(queue_id)
     queue.complete(old, Outcome.INTERRUPTED, state=State.QUEUED)
@@ -152,7 +152,7 @@ def test_who_lost_its_claim_cuts_nothing(queue: QueueHarness) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 32])
-def test_both_first_halves_refused_in_the_same_words_bounce_all(
+def test_both_first_halves_refused_with_the_same_reply_bounce_all(
     queue: QueueHarness, count: int
 ) -> None:
     names = addresses(count)
@@ -174,7 +174,7 @@ def test_both_first_halves_refused_in_the_same_words_bounce_all(
     )
 
 
-def test_what_was_cut_already_bounces_with_the_other_half(queue: QueueHarness) -> None:
+def test_a_half_that_was_split_bounces_with_the_other_half(queue: QueueHarness) -> None:
     names = addresses(8)
     queue_id, server = queue.accept(*names), RefusingServer(set(names), lambda _: "same (#5.1.1)")
     deliver(queue, queue_id, server, one_by_one=True)
@@ -323,7 +323,7 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     ]  # fmt: skip
 
 
-def test_what_is_held_is_divided_and_stays_held(queue: QueueHarness) -> None:
+def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
     queue_id = queue.accept("bulk:x@a.test", "bulk:y@b.test")
     verbs = QueueOperations(queue.database, notices=True)
     verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="me", reason="a look")
@@ -351,7 +351,7 @@ def test_pieces_by_route_are_cut_like_any_other(queue: QueueHarness) -> None:
     assert set(server.accepted.values()) == {1}
 
 
-def test_a_late_K_holds_for_what_was_divided_since(queue: QueueHarness) -> None:
+def test_a_late_K_counts_for_a_delivery_that_was_split(queue: QueueHarness) -> None:
     queue_id = queue.accept("bulk:x@a.test", "bulk:y@b.test")
     (old,) = queue.claim(queue_id, room={"bulk": 1})
     queue.complete(old, Outcome.UNCERTAIN)
@@ -362,7 +362,7 @@ def test_a_late_K_holds_for_what_was_divided_since(queue: QueueHarness) -> None:
     assert queue.claim(queue_id, room={"a": 1, "b": 1}) == [], "never again after a K"
 
 
-def test_numbers_of_pieces_are_nobody_elses(postgres_queue: QueueHarness) -> None:
+def test_numbers_of_halves_are_unique(postgres_queue: QueueHarness) -> None:
     """While one delivery is divided by route another of the same message is cut, and neither waits
     for the other."""
     queue = postgres_queue
@@ -382,7 +382,7 @@ def test_numbers_of_pieces_are_nobody_elses(postgres_queue: QueueHarness) -> Non
     assert len(set(numbers)) == len(numbers) == 2 + 2 + 8
 
 
-def test_halves_refused_in_other_words_are_cut_further(queue: QueueHarness) -> None:
+def test_halves_refused_with_other_replies_are_split_further(queue: QueueHarness) -> None:
     names = addresses(8)
     queue_id, server = queue.accept(*names), RefusingServer({names[0], names[7]})
     deliver(queue, queue_id, server)
@@ -454,7 +454,7 @@ def test_a_bounce_of_a_piece_owes_a_real_sender_only(queue: QueueHarness) -> Non
     assert all(row["due_at"] is None for row in family(queue, queue_id))
 
 
-def test_what_an_operator_wanted_comes_before_a_cut(queue: QueueHarness) -> None:
+def test_a_pending_operation_comes_before_a_split(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4))
     (claim,) = queue.claim(queue_id)
     queue.request_operation(queue_id, "hold")

@@ -31,7 +31,7 @@ def vanish(queue: QueueHarness, worker: str = "") -> int | None:
     return queue.expire_worker(worker or queue.worker)
 
 
-def test_what_is_due_wakes_up_the_longest_due_first(queue: QueueHarness) -> None:
+def test_deliveries_are_requeued_in_due_order(queue: QueueHarness) -> None:
     ids = deferred(queue, 5)
     assert set(queue.rescuer.requeue_due(2)) == set(ids[:2])
     assert queue.states_of(ids) == ["queued"] * 2 + ["deferred"] * 3
@@ -53,7 +53,7 @@ def test_deliveries_of_one_message_are_hinted_once(queue: QueueHarness) -> None:
     assert {queue.state(queue_id, 1), queue.state(queue_id, 2)} == {"queued"}
 
 
-def test_two_sweepers_share_what_is_due(queue: QueueHarness) -> None:
+def test_two_sweepers_share_due_deliveries(queue: QueueHarness) -> None:
     ids = deferred(queue, 40)
     barrier = threading.Barrier(2)
 
@@ -82,7 +82,7 @@ def test_a_worker_that_is_alive_is_not_buried(queue: QueueHarness) -> None:
     assert queue.state(claim.queue_id) == "sending"
 
 
-def test_what_a_lost_worker_was_sending_is_uncertain(queue: QueueHarness) -> None:
+def test_deliveries_of_a_lost_worker_are_uncertain(queue: QueueHarness) -> None:
     kept = queue.register_worker()
     (theirs,) = queue.claim(queue.accept(), worker=kept)
     (claim,) = queue.claim(queue.accept())
@@ -113,7 +113,7 @@ def test_what_a_lost_worker_was_sending_is_uncertain(queue: QueueHarness) -> Non
     assert endings == {queue.worker: "vanished", kept: None}
 
 
-def test_what_a_vanished_worker_had_does_not_come_back_at_once(queue: QueueHarness) -> None:
+def test_deliveries_of_a_lost_worker_do_not_come_due_at_once(queue: QueueHarness) -> None:
     claims = queue.claim(*[queue.accept() for _ in range(20)])
     vanish(queue)
     assert len({queue.delivery(claim.queue_id)["due_at"] for claim in claims}) > 10
@@ -165,7 +165,7 @@ def test_uncertain_is_held_where_the_operator_wants_to_look(clean_url: str) -> N
         assert (row["state"], row["due_at"], row["last_outcome"]) == ("held", None, "uncertain")
 
 
-def test_what_an_operator_wanted_comes_first_and_lateness_counts(queue: QueueHarness) -> None:
+def test_pending_operations_come_first_and_lateness_counts(queue: QueueHarness) -> None:
     dropped, bounced, null, late = (
         queue.accept(),
         queue.accept(),
@@ -220,7 +220,7 @@ def test_stuck_transfers_are_given_up(queue: QueueHarness) -> None:
     assert queue.state(fresh) == "sending"
 
 
-def test_what_a_worker_that_ended_still_held_is_found(queue: QueueHarness) -> None:
+def test_deliveries_of_an_ended_worker_are_rescued(queue: QueueHarness) -> None:
     (claim,) = queue.claim(queue.accept())
     assert queue.rescuer.rescue_unowned() == 0
     queue.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
@@ -260,7 +260,7 @@ LONGEST = 3600.0
 BACK = 7200.0
 
 
-def test_what_is_deferred_beyond_the_longest_wait_is_due(queue: QueueHarness) -> None:
+def test_a_delivery_deferred_beyond_the_longest_wait_is_due(queue: QueueHarness) -> None:
     ids = deferred(queue, 3)
     queue.pass_time(-BACK, only=ids[1:])
     assert queue.rescuer.bring_near(10, LONGEST, ["default"]) == 2
@@ -276,7 +276,7 @@ def test_a_wait_that_may_be_is_kept(queue: QueueHarness) -> None:
     assert [queue.delivery(i)["due_at"] for i in (queue_id, queued, sending.queue_id)] == before
 
 
-def test_queued_mail_whose_hint_was_lost_is_found_again(queue: QueueHarness) -> None:
+def test_queued_mail_without_a_hint_is_claimed(queue: QueueHarness) -> None:
     near, far = queue.accept("x@example.org"), queue.accept("bulk:y@example.org")
     queue.pass_time(-BACK, only=[near, far])
     room = {"default": 5, "bulk": 5}
@@ -310,7 +310,7 @@ def test_a_lease_that_ends_later_than_any_has_run_out(queue: QueueHarness) -> No
     assert queue.rescuer.expired_leases() == [], "a living worker renews it"
 
 
-def test_a_notice_is_owed_at_once_all_the_same(queue: QueueHarness, tmp_path: Path) -> None:
+def test_a_dsn_is_pending_at_once(queue: QueueHarness, tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.prepare(queue.database, unsafe=True)
     (claim,) = queue.claim(queue.accept())

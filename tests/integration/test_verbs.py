@@ -58,7 +58,7 @@ AFTER = {
 
 
 @pytest.mark.parametrize("verb", AFTER)
-def test_every_verb_from_every_state(queue: QueueHarness, typed: Typed, verb: str) -> None:
+def test_every_operation_in_every_state(queue: QueueHarness, typed: Typed, verb: str) -> None:
     states = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD, State.DELIVERED)
     ids = {str(state): one_in(queue, state) for state in states}
     typed(verb, "--all", "--yes")
@@ -78,7 +78,7 @@ def test_every_verb_from_every_state(queue: QueueHarness, typed: Typed, verb: st
 @pytest.mark.parametrize(
     ("verb", "then"), [("hold", "held"), ("drop", "dropped"), ("bounce", "bounced")]
 )
-def test_what_is_being_sent_is_told(
+def test_operations_report_deliveries_that_are_being_sent(
     queue: QueueHarness, typed: Typed, verb: str, then: str
 ) -> None:
     (one,), (two,) = queue.claim(queue.accept()), queue.claim(queue.accept())
@@ -93,7 +93,7 @@ def test_what_is_being_sent_is_told(
 
 @pytest.mark.parametrize("verb", ["hold", "drop", "bounce"])
 @pytest.mark.parametrize("end", ["recorded", "vanished"])
-def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(
+def test_actor_and_reason_of_a_pending_operation_are_kept(
     queue: QueueHarness, typed: Typed, verb: str, end: str
 ) -> None:
     """The words are those that a waiting delivery gets."""
@@ -113,7 +113,7 @@ def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(
     assert words in typed("why", claim.queue_id).stdout
 
 
-def test_a_wish_of_retry_leaves_the_servers_words(queue: QueueHarness, typed: Typed) -> None:
+def test_a_pending_retry_keeps_the_reply_of_the_server(queue: QueueHarness, typed: Typed) -> None:
     (claim,) = queue.claim(queue.accept())
     typed("retry", claim.queue_id, "--reason", "now")
     queue.complete(claim, Outcome.DEFERRED)
@@ -139,7 +139,7 @@ def test_release_takes_back_a_hold_that_was_only_wanted(queue: QueueHarness, typ
     assert len(queue.rows("SELECT * FROM audit_deliveries")) == 3
 
 
-def test_it_goes_in_chunks_and_misses_nobody(
+def test_operations_run_in_batches_and_miss_no_delivery(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actions, "CHUNK", 4)
@@ -167,7 +167,7 @@ def test_it_goes_in_chunks_and_misses_nobody(
 
 
 @pytest.mark.parametrize("name", ["hold", "drop", "retry --reroute"])
-def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
+def test_an_interrupted_operation_is_in_the_audit(
     queue: QueueHarness, typed: Typed, spool: Spool, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(actions, "CHUNK", 2)
@@ -302,7 +302,7 @@ def test_a_dry_run_shows_whom_it_would_touch(queue: QueueHarness, typed: Typed) 
     assert queue.rows("SELECT * FROM audit") == []
 
 
-def test_who_did_what_and_why(queue: QueueHarness, typed: Typed) -> None:
+def test_audit_has_actor_operation_and_reason(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept()
     done = typed("hold", "--id", queue_id, "--reason", "it's\nspam", "--json")
     assert json.loads(done.stdout) == {
@@ -357,7 +357,9 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     assert sum("Diagnostic-Code: x-qmqp; held by greylist" in text for text in texts) == 1
 
 
-def test_bodies_go_when_nobody_needs_them(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
+def test_bodies_are_removed_when_no_delivery_needs_them(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
     kept, told, null, split = (
         queue.accept("a@example.org", "bulk:b@example.org"),
         queue.accept("a@example.org"),

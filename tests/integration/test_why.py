@@ -51,7 +51,7 @@ def test_a_paused_server_is_named_with_actor_and_reason(queue: QueueHarness, typ
     assert "circuit" not in why(typed, queue_id), "a worker that knows it would send there"
 
 
-def test_what_is_wrong_with_a_route(queue: QueueHarness, typed: Typed) -> None:
+def test_why_explains_a_route(queue: QueueHarness, typed: Typed) -> None:
     queue_id = overdue(queue)
     queue.claim(queue.accept())
     assert re.search(
@@ -107,9 +107,7 @@ def test_no_connection_is_named_once(
     assert f"{words}" in why(typed, queue_id)
 
 
-def test_what_to_do_about_an_envelope_that_no_server_accepts(
-    queue: QueueHarness, typed: Typed
-) -> None:
+def test_why_explains_an_envelope_that_no_server_accepts(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept("x\n@example.org")
     reply = "no request can be made of it: no server can be trusted with the recipient <x"
     queue.complete(queue.claim(queue_id)[0], Outcome.UNSENDABLE, reply=reply)
@@ -121,7 +119,7 @@ def refused(queue: QueueHarness, queue_id: str, reply: str = "550 go away") -> N
     queue.complete(queue.claim(queue_id)[0], Outcome.REJECTED, reply=reply)
 
 
-def test_what_became_of_a_dsn_and_what_it_is_about(
+def test_why_explains_a_dsn_and_its_message(
     queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
     generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")
@@ -178,7 +176,7 @@ def test_a_dsn_that_failed_and_is_not_replaced(
     ("b@example.org", "<a@example.com", "no mail server accepts its address"),
     ("b@example.org", "a@example.com", "less than a minute before, a DSN about mail from an untrusted client was sent to this address"),
 ])  # fmt: skip
-def test_the_reason_why_a_sender_is_not_told(
+def test_why_explains_a_missing_dsn(
     queue: QueueHarness, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
 ) -> None:
     generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")

@@ -100,7 +100,7 @@ def test_ids_of_all_routes_together_are_at_most_a_batch() -> None:
         hinted(routes, 5)
 
 
-def test_what_is_made_is_what_kombu_reads() -> None:
+def test_hints_are_what_kombu_reads() -> None:
     class Channel:
         no_ack_consumers: tuple[str, ...] = ()
 

@@ -80,7 +80,7 @@ def harness(database: Database) -> Iterator[CommitHarness]:
     harness.writer.close(20)
 
 
-def test_what_gathers_while_a_round_is_committed_is_the_next_round(
+def test_items_that_gather_within_a_commit_are_the_next_batch(
     harness: CommitHarness, database: Database
 ) -> None:
     database.go_on.clear()
@@ -103,7 +103,7 @@ def test_all_answers_of_a_round_are_one_post(harness: CommitHarness) -> None:
     assert harness.posts.empty()
 
 
-def test_rounds_are_bounded_and_told_of(database: Database) -> None:
+def test_batches_are_bounded_and_observed(database: Database) -> None:
     told: list[int] = []
     harness = CommitHarness(database, largest=4, observe=lambda size, seconds: told.append(size))
     for n in range(10):
@@ -127,7 +127,7 @@ def test_one_bad_row_fails_alone(harness: CommitHarness, database: Database) -> 
     assert answers == {1: "1 done", 2: "2 done"}
 
 
-def test_an_error_without_words_does_not_end_the_writer(
+def test_an_error_without_a_text_does_not_end_the_thread(
     harness: CommitHarness, database: Database
 ) -> None:
     def fault(items: list[Any]) -> None:
@@ -161,9 +161,7 @@ def test_a_round_is_run_again_whole_until_the_database_is_back(
     assert not harness.writer.committer.stuck
 
 
-def test_who_cannot_wait_is_told_and_the_others_wait_on(
-    harness: CommitHarness, database: Database
-) -> None:
+def test_an_item_expires_and_the_others_wait(harness: CommitHarness, database: Database) -> None:
     database.fault = away
     harness.put("patient")
     harness.put("hurried", deadline=time.monotonic())
@@ -185,7 +183,7 @@ def test_a_deadline_does_not_cancel_what_can_be_committed(harness: CommitHarness
     assert harness.wait() == {"late": "late done"}
 
 
-def test_closing_commits_what_is_there(harness: CommitHarness) -> None:
+def test_close_commits_waiting_items(harness: CommitHarness) -> None:
     for n in range(600):
         harness.put(n)
     harness.writer.start()
