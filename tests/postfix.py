@@ -1,9 +1,7 @@
-"""Postfix' own QMQP programs for tests and benchmarks: `qmqp-sink`, and a qmqpd under a private
-master.
+"""Postfix' own QMQP programs for tests: `qmqp-sink`, and a qmqpd under a private master.
 
-Both are real servers that somebody else wrote, which is what they are for. The private Postfix has
-its configuration, its queue and its data in a temporary directory; it runs nothing but qmqpd,
-cleanup and the address rewriter, so that what it accepts stays in its `incoming` queue, where
+The private Postfix has its configuration, its queue and its data in a temporary directory. It runs
+qmqpd, cleanup and the address rewriter only, so accepted mail stays in its `incoming` queue, where
 `queued` reads it. It needs root, as Postfix does. `PostfixClient` is the other side: Postfix'
 `sendmail`, queue and SMTP client.
 """

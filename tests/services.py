@@ -1,8 +1,8 @@
-"""Real servers for tests and benchmarks: PostgreSQL and Valkey as children of this process.
+"""Real servers for tests: PostgreSQL and Valkey as children of this process.
 
 Each is started in a directory of its own, listens on a Unix socket in it, and can be stopped,
-killed and paused as the fault tests want it. Nothing outlives the process that started it, however
-that one ends: `spawn` tells every child to `tests/reaper.py` before anything else is done with it.
+killed and paused. None outlives the process that started it, however that ends: `spawn` reports
+every child to `tests/reaper.py` first.
 
 PostgreSQL refuses to run as root. As root it therefore runs as `nobody`, from a copy of its
 programs in the temporary directory when that user cannot read the installed ones (a clone below

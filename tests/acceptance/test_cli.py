@@ -1,4 +1,4 @@
-"""The commands that look: on a relay that runs, on one that was never started, and on wrong use."""
+"""The commands that read: on a running relay, on one that was never started, and on wrong use."""
 
 import json
 import os

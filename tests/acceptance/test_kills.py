@@ -1,10 +1,11 @@
-"""Any process may be killed while mail flows: no message that was answered 250 is lost or stuck, and
-only an uncertain attempt leads to a duplicate.
+"""Any process may be killed while mail flows: no message that was answered 250 is lost or stuck,
+and only an uncertain attempt leads to a duplicate.
 
-Clients send all the time and note what was accepted. Two workers deliver it to a server that replies
-after a tenth of a second, so that at any moment some transfers are before their commit point and
-some after it. One more message goes to a server that hardly reads: its transfer stays before the
-commit point, and shows which worker to kill. The servers' records decide what arrived.
+Clients send all the time and note what was accepted. Two workers deliver it to a server that
+replies after a tenth of a second, so that at any moment some transfers are before their commit
+point and some after it. One more message goes to a server that hardly reads: its transfer stays
+before the commit point, and shows which worker to kill. The requests that the servers received
+decide what arrived.
 """
 
 import fcntl

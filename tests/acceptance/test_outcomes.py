@@ -76,8 +76,8 @@ def test_d_bounces_with_the_reply_of_the_server_and_a_dsn(scene: RoutedInstallat
         lambda: relay.rows("SELECT 1 FROM mail_history WHERE dsn_of = :id", id=queue_id),
         what=relay.log_text,
     )
-    notice = relay.until_state("author@sink.test", "delivered")
-    assert (notice.sender, notice.dsn_of) == ("", queue_id)
+    dsn = relay.until_state("author@sink.test", "delivered")
+    assert (dsn.sender, dsn.dsn_of) == ("", queue_id)
     assert (
         relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0
     )  # nothing is owed any more

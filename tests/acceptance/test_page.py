@@ -1,8 +1,7 @@
-"""The page when it is asked for what no link of it says, or is at fault itself; and what it tells
-of operators.
+"""The pages with addresses that no link of theirs has, with faults of their own, and with
+operations.
 
-What a person sees is in `test_page_in_chromium.py`, that its numbers are everybody's in
-`test_console.py`.
+`test_page_in_chromium.py` checks the layout, `test_console.py` the numbers.
 """
 
 import re

@@ -1,5 +1,4 @@
-"""The page as a person sees it: in a real browser, wide and narrow, light and dark, with hostile
-text everywhere."""
+"""The pages in a real browser, wide and narrow, light and dark, with hostile text everywhere."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Claiming and recording, on both databases: one owner at a time, a K above all, and nothing moved
-that must stay."""
+"""Claims and completions on both databases: one owner at a time, a K beats every state, and a stale
+completion changes nothing."""
 
 import itertools
 import threading
@@ -185,7 +185,7 @@ def test_a_dsn_is_pending_for_a_real_sender_only(clean_url: str) -> None:
             queue_id = queue.accept(sender=sender)
             recorded = queue.complete(queue.claim(queue_id)[0], Outcome.REJECTED)
             assert recorded == CompletionResult(State.BOUNCED, body_deletable=not owed), (
-                "a notice returns the header"
+                "a DSN returns the header"
             )
             assert (queue.delivery(queue_id)["due_in"] is not None) == owed
 
@@ -233,7 +233,7 @@ def test_every_outcome_but_k_applies_a_pending_operation(queue: QueueHarness) ->
 
 
 def test_no_message_is_read_for_a_delivery_without_a_dsn(queue: QueueHarness) -> None:
-    """Its row says to whom a notice would go, and nothing else that a record needs."""
+    """Its row says to whom a DSN would go, and nothing else that a record needs."""
     (one,), (two,) = (
         queue.claim(queue.accept()),
         queue.claim(queue.accept(), worker=(lost := queue.register_worker())),
@@ -363,7 +363,7 @@ def test_the_body_is_free_when_the_last_delivery_is_done(queue: QueueHarness) ->
     queue.rescuer.requeue_due(10)
     (again,) = queue.claim(queue_id, room=room)
     assert not queue.complete(again, Outcome.DELIVERED).body_deletable, (
-        "a notice is owed for the second"
+        "a DSN is pending for the second"
     )
     queue.change("UPDATE deliveries SET due_at = NULL WHERE number = 2")
     assert queue.complete(again, Outcome.DELIVERED).body_deletable
@@ -482,7 +482,7 @@ class Lost(Exception):
 
 @contextmanager
 def lost_commit(worker_queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The next commit of this ledger is done, and its worker never learns that."""
+    """The next commit of this queue is done, and its worker never learns that."""
     from relay.db.engine import writing
     from relay.queue import claim as claims
 

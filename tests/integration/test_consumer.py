@@ -1,5 +1,4 @@
-"""A broker that anybody can write to: a real Valkey, a real worker, and what is put in its
-lists."""
+"""The consumer with a real Valkey and a real worker: entries that are no hints do no harm."""
 
 import base64
 import json

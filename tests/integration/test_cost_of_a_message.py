@@ -1,9 +1,7 @@
-"""What a message costs, counted and not timed: statements, commits, syncs and hints, at rounds of 1
-and of 64.
+"""The cost of a message in statements, commits, syncs and hints, in batches of 1 and of 64.
 
-Speed is the machine's mood; these counts are ours. A round costs the same number of statements
-whatever its size, and that is what makes rounds worth while: a change that turns one statement a
-round into one a message fails here.
+These counts do not depend on the machine, as times do. A batch costs the same number of statements
+whatever its size, so a change that turns one statement a batch into one a message fails here.
 """
 
 import os

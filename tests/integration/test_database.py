@@ -1,5 +1,5 @@
-"""Where PostgreSQL and SQLite differ: every macro on both, outages told from bad data, durability,
-writers in turn."""
+"""Where PostgreSQL and SQLite differ: every macro on both, outages and errors in the data,
+durability, and writers in turn."""
 
 import json
 import sqlite3

@@ -1,8 +1,8 @@
-"""The matrix of faults and phases: what a worker makes of each, as `docs/delivery.md` tells it.
+"""The matrix of faults and phases of a transfer, as in `docs/delivery.md`.
 
-Every case is a real transfer to a server that misbehaves in one way in one phase, once with no
-other server and once with a good one behind it. The table in the document is what comes out;
-RELAY_TESTS_WRITE=1 writes it anew.
+Every case is a real transfer to a server that misbehaves in one way in one phase, once without
+another server and once with a working one behind it. The table in the document is the result;
+RELAY_TESTS_WRITE=1 writes it again.
 """
 
 import asyncio

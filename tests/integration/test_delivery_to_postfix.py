@@ -135,7 +135,7 @@ def test_header_checks_bounce_or_defer(
 
 def test_a_dsn_refused_for_its_enclosure_arrives_without_it(room: Open, postfix: Postfix) -> None:
     """header_checks are nested_header_checks too, so that Postfix refuses the bounce for the words
-    of the original; body_checks read the header that a second notice encloses."""
+    of the original; body_checks read the header that a second DSN encloses."""
     mail = room(postfix.port)
     original = mail.accept(
         "r@y.test", body=HEADER + b"Subject: refuse\n\nhello\n", sender="s@x.test"

@@ -580,8 +580,8 @@ def test_dsn_that_failed_for_another_reason_is_not_built_again(
             post.queue.pass_time(2000)
             post.queue.complete(claim, Outcome.DEFERRED)
         case "by an operator":
-            verbs = QueueOperations(post.queue.database, notices=True)
-            verbs.apply(OPERATIONS["bounce"], Filter(id=dsn), actor="me", reason="")
+            operations = QueueOperations(post.queue.database, notices=True)
+            operations.apply(OPERATIONS["bounce"], Filter(id=dsn), actor="me", reason="")
         case "about us":
             post.fail(dsn, reply=US)
         case _:
@@ -984,10 +984,10 @@ def test_lateness_does_not_depend_on_the_clock_of_a_worker(
 def test_held_mail_is_warned_of_after_its_release(late: DsnHarness) -> None:
     queue_id = late.accept()
     late.age(queue_id)
-    verbs = QueueOperations(late.queue.database, notices=True)
-    verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="ann@host", reason="looks odd")
+    operations = QueueOperations(late.queue.database, notices=True)
+    operations.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="ann@host", reason="looks odd")
     assert late.another().warn(10) == []
-    verbs.apply(OPERATIONS["release"], Filter(id=queue_id), actor="ann@host", reason="")
+    operations.apply(OPERATIONS["release"], Filter(id=queue_id), actor="ann@host", reason="")
     (warning,) = late.generator.warn(10)
     assert "ann@host" not in late.spool.path(warning).read_text()
 

@@ -401,20 +401,24 @@ def test_a_route_with_a_limit_gets_its_share_of_a_busy_server(room: Open, tmp_pa
 def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) -> None:
     with running_sink() as first, running_sink() as second:
         mail = room(first, second)
-        verbs = QueueOperations(mail.database, notices=True)
+        operations = QueueOperations(mail.database, notices=True)
 
         def apply_pauses(engine: Any) -> None:
             engine.servers.pauses = mail.rescuer.paused()  # as the sweeper does at each turn
 
         with mail.working() as engine:
-            assert verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="maintenance")
-            assert not verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="again")
+            assert operations.pause(
+                f"server:127.0.0.1:{first.port}", actor="me", reason="maintenance"
+            )
+            assert not operations.pause(
+                f"server:127.0.0.1:{first.port}", actor="me", reason="again"
+            )
             apply_pauses(engine)
             ids = [mail.accept() for _ in range(5)]
             engine.offer(ids)
             assert second.wait_for(5, 10)
             assert first.connections == 0
-            verbs.pause("route:default", actor="me", reason="all of it")
+            operations.pause("route:default", actor="me", reason="all of it")
             apply_pauses(engine)
             waiting = mail.accept()
             mail.change(
@@ -422,12 +426,12 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) 
             )
             assert engine.offer([waiting]).wait(10)
             assert mail.state(waiting) == "queued", "a paused delivery is not claimed"
-            assert verbs.resume("route:default", actor="me", reason="")
+            assert operations.resume("route:default", actor="me", reason="")
             apply_pauses(engine)
             until(lambda: mail.state(waiting) == "delivered")
             assert first.connections == 0
-            assert verbs.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
-            assert not verbs.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
+            assert operations.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
+            assert not operations.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
             apply_pauses(engine)
             engine.offer([mail.accept()])
             assert first.wait_for(1, 10)

@@ -1,5 +1,5 @@
-"""Acceptance, on both databases: all of a message or nothing, once however often it is told, and
-one bad row alone."""
+"""Acceptance on both databases: all of a message or nothing, once however often it is committed,
+and a bad row fails alone."""
 
 import threading
 import time

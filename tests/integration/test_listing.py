@@ -459,8 +459,8 @@ def test_stats_counts_the_rows_that_it_leaves_out(
 def test_stats_reports_accepted_mail(queue: QueueHarness, typed: Typed) -> None:
     for _ in range(3):
         queue.accept()
-    notice = queue.accept(sender="", dsn_of=queue.accept())
-    assert notice
+    dsn = queue.accept(sender="", dsn_of=queue.accept())
+    assert dsn
 
     def received() -> tuple[int, ...]:
         (row,) = [row for row in lines(typed("stats", "--json")) if row["kind"] == "received"]

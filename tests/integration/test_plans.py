@@ -1,9 +1,8 @@
-"""What the statements of the hot road and of an idle sweep walk through, beside a queue in which
-others wait.
+"""How many rows the statements of the hot path and of an idle sweep read, beside a long queue.
 
-The database plans them as it would for a worker. A statement that scans a table, or all of an index
-that grows with what waits, is found here: on PostgreSQL by the rows and pages that it touches, on
-SQLite by the steps of its program.
+The database plans them as it does for a worker. A statement that scans a table, or a whole index
+that grows with the queue, fails: on PostgreSQL by the rows and pages that it reads, on SQLite by
+the steps of its program.
 """
 
 import json

@@ -118,8 +118,8 @@ def test_long_queue_is_streamed(queue: QueueHarness, reader: QueueReader) -> Non
 
 def test_id_is_found_by_any_unique_end(queue: QueueHarness, reader: QueueReader) -> None:
     queue_id = queue.accept()
-    twin = queue_id[:10] + "0000" + queue_id[14:]
-    queue.acceptor.commit([new_message(queue_id=twin)])
+    similar = queue_id[:10] + "0000" + queue_id[14:]
+    queue.acceptor.commit([new_message(queue_id=similar)])
     for text in (
         queue_id,
         queue_id.upper(),
@@ -131,7 +131,7 @@ def test_id_is_found_by_any_unique_end(queue: QueueHarness, reader: QueueReader)
     with pytest.raises(NoSuchMessage, match="more than one") as caught:
         reader.resolve(queue_id[-4:])
     assert queue_id in str(caught.value)
-    assert twin in str(caught.value)
+    assert similar in str(caught.value)
     for text, words in (
         ("f" * 32, "no message"),
         ("ffff", "no message"),

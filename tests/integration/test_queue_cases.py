@@ -1,7 +1,6 @@
-"""The cases of the queue by their numbers (D1 to D14, and those of B that need a queue), on both
-databases.
+"""The numbered cases of the queue (D, and those of B that need a queue), on both databases.
 
-Many of them have whole modules of their own; here each is told once, as short as it can be.
+Many of them have modules of their own too; here each has one short test.
 """
 
 import threading
@@ -49,7 +48,7 @@ def room(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
         one.close()
 
 
-def vanish(queue: QueueHarness, worker: str) -> None:
+def lose_worker(queue: QueueHarness, worker: str) -> None:
     """A worker's lease runs out, and a sweeper has seen it for long enough."""
     queue.pass_time(queue.settings.lease + 1)
     queue.expire_worker(worker)
@@ -92,10 +91,10 @@ def test_B11_hostile_replies_are_escaped_everywhere(room: Open) -> None:
     reply = mail.delivery(queue_id)["last_reply"]
     assert reply == r"no\x0d\nFrom: forged@x\x0d\n\x0d\n\x00\x1b[31m\xff\xc3\xa9"
     assert mail.rows("SELECT reply FROM attempts") == [{"reply": reply}]
-    (notice,) = DsnGenerator(
+    (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
-    lines = mail.spool.path(notice).read_bytes().split(b"\n")
+    lines = mail.spool.path(dsn).read_bytes().split(b"\n")
     assert not any(line.startswith(b"From: forged") for line in lines)
     assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
 
@@ -130,10 +129,10 @@ def test_B29_an_address_that_a_server_would_misread_bounces_alone(
     (row,) = mail.rows(bounced)
     assert row["last_outcome"] == "unsendable"
     assert row["last_reply"].startswith("no request can be made of it (#5.1.3): ")
-    (notice,) = DsnGenerator(
+    (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
-    wire = mail.spool.path(notice).read_text()
+    wire = mail.spool.path(dsn).read_text()
     assert wire.count("Final-Recipient") == wire.count("\nStatus: 5.1.3\n") == 1
     assert "It was not sent: no mail server can be given this address." in " ".join(wire.split())
     assert "Diagnostic-Code" not in wire
@@ -161,7 +160,7 @@ def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> N
 def test_a_sender_that_cannot_be_sent_bounces_without_a_dsn(
     room: Open, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A notice to it could not be sent either. The log says so, and the row."""
+    """A DSN to it could not be sent either. The log says so, and the row."""
     with running_sink() as sink:
         mail = room(sink)
         queue_id = mail.accept("b@example.org", "<c@example.org", sender="<a@example.com")
@@ -209,7 +208,7 @@ def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(
 
 def test_B39_a_worker_killed_between_the_last_byte_and_the_record(queue: QueueHarness) -> None:
     (claim,) = queue.claim(queue.accept())
-    vanish(queue, queue.worker)
+    lose_worker(queue, queue.worker)
     row = queue.delivery(claim.queue_id)
     assert (row["state"], row["last_outcome"], row["crash_count"]) == ("deferred", "uncertain", 1)
     assert (
@@ -224,7 +223,7 @@ def test_B39_a_worker_killed_between_the_last_byte_and_the_record(queue: QueueHa
 
 
 def test_B41_a_server_that_never_replies(room: Open) -> None:
-    """As qmail-qmqpd does about whatever it does not like: only age ends it, and the notice says
+    """As qmail-qmqpd does about whatever it does not like: only age ends it, and the DSN says
     how it was."""
     with running_sink(Rule(Answer(raw=b""))) as sink:
         mail = room(sink, uncertain_delay=100.0)
@@ -238,11 +237,11 @@ def test_B41_a_server_that_never_replies(room: Open) -> None:
             engine.offer([queue_id])
             until(lambda: mail.state(queue_id) == "expired")
     assert {outcome for _, outcome in mail.attempts(queue_id)} == {"uncertain"}
-    (notice,) = DsnGenerator(
+    (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
     assert "connection closed by the server after the commit point" in " ".join(
-        mail.spool.path(notice).read_text().split()
+        mail.spool.path(dsn).read_text().split()
     )
 
 
@@ -290,10 +289,10 @@ def test_B44_busy_for_ever(room: Open) -> None:
         assert most / 2 - 30 <= wait <= most, "it doubles, with jitter, to the cap"
     row = mail.delivery(queue_id)
     assert (row["state"], row["last_reply"]) == ("expired", "busy for ever")
-    (notice,) = DsnGenerator(
+    (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
-    assert "busy for ever" in mail.spool.path(notice).read_text()
+    assert "busy for ever" in mail.spool.path(dsn).read_text()
 
 
 # --- D: queue, worker, SQL
@@ -354,7 +353,7 @@ def test_D3_no_task_waits_for_its_session() -> None:
 def test_D4_deliveries_of_a_lost_worker(queue: QueueHarness, ending: str) -> None:
     (claim,) = queue.claim(queue.accept())
     if ending == "vanished":
-        vanish(queue, queue.worker)
+        lose_worker(queue, queue.worker)
     else:
         queue.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
         assert queue.rescuer.rescue_unowned() == 1
@@ -368,7 +367,7 @@ def test_D4_deliveries_of_a_lost_worker(queue: QueueHarness, ending: str) -> Non
 def test_D5_a_worker_without_its_lease_reports_late(queue: QueueHarness, outcome: Outcome) -> None:
     (old,) = queue.claim(queue.accept())
     stale = queue.worker
-    vanish(queue, stale)
+    lose_worker(queue, stale)
     wake(queue)
     fresh = queue.register_worker()
     (new,) = queue.claim(old.queue_id, worker=fresh)
@@ -496,8 +495,8 @@ def test_D9_the_guard_of_the_tests_refuses_unknown_transitions(
 
 
 def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -> None:
-    verbs = QueueOperations(queue.database, notices=True)
-    for verb in OPERATIONS.values():
+    operations = QueueOperations(queue.database, notices=True)
+    for operation in OPERATIONS.values():
         for state in State:
             queue_id = queue.accept()
             worker = "(SELECT min(CAST(id AS text)) FROM workers)"
@@ -507,12 +506,12 @@ def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -
                 WHERE queue_id = @id(:id)""",
                 state=state, id=queue_id,
             )  # fmt: skip
-            touched, _ = verbs.apply(verb, Filter(id=queue_id), actor="me", reason="test")
+            touched, _ = operations.apply(operation, Filter(id=queue_id), actor="me", reason="test")
             after = State(queue.state(queue_id))
             if state is State.SENDING:
                 assert after is State.SENDING, "only told what is wanted"
                 assert queue.delivery(queue_id)["pending_operation"] == (
-                    verb.wanted if touched else None
+                    operation.wanted if touched else None
                 )
             elif touched:
                 assert after in successors(state) | {state}
@@ -560,7 +559,7 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
         SELECT {key[one]}, 1, 'default', 'sending', @id(:dead), 1, @later(9000), @later(100000) FROM {numbers[one]}""",
         dead=dead,
     )
-    vanish(queue, queue.worker)
+    lose_worker(queue, queue.worker)
     counts = queue.rows(
         "SELECT state, last_outcome, count(*) AS n FROM deliveries GROUP BY state, last_outcome"
     )
@@ -580,6 +579,6 @@ def test_D14_tries_are_counted_before_they_begin(queue: QueueHarness) -> None:
         assert queue.delivery(queue_id)["claim_count"] == claim.claim == n, (
             "in the database before a byte is sent"
         )
-        vanish(queue, worker)
+        lose_worker(queue, worker)
         assert queue.state(queue_id) == ("held" if n == queue.settings.poison_limit else "deferred")
         wake(queue)

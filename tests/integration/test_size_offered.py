@@ -1,5 +1,5 @@
-"""The size limit that the front end offers follows the routes, also while it runs, and a real
-Postfix takes it."""
+"""The size limit that smtpd offers follows the routes, also while it runs, and a real Postfix obeys
+it."""
 
 import asyncio
 import os

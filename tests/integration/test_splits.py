@@ -1,8 +1,8 @@
-"""Bisection, on both databases: the bad recipient is found by halves, and everybody else gets the
+"""Splits on both databases: bisection finds the bad recipient, and every other recipient gets the
 mail once.
 
-`RefusingServer` answers a whole request as a QMQP server does: D if any recipient is bad, K for the rest.
-What the queue makes of it is real, fenced and recorded as a worker would do it.
+`RefusingServer` answers a whole request as a QMQP server does: D if any recipient is bad, K
+otherwise. The queue's part is real, and fenced and recorded as a worker does it.
 """
 
 from collections import Counter
@@ -105,7 +105,7 @@ def test_the_one_bad_recipient_alone_bounces(queue: QueueHarness, count: int, wh
     }
     assert server.accepted == Counter(set(names) - {bad}), "each once"
     owed = [row for row in family(queue, queue_id) if row["due_at"] is not None]
-    assert [row["state"] for row in owed] == ["bounced"], "one notice, for one"
+    assert [row["state"] for row in owed] == ["bounced"], "one DSN, for one"
 
 
 def test_a_split_is_a_parent_and_two_children_that_are_due_now(queue: QueueHarness) -> None:
@@ -274,8 +274,8 @@ def way(address: str) -> str:
 
 
 def reroute(queue: QueueHarness, route: str = "bulk") -> int:
-    verbs = QueueOperations(queue.database, notices=True)
-    return verbs.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[
+    operations = QueueOperations(queue.database, notices=True)
+    return operations.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[
         0
     ].total()
 
@@ -325,15 +325,15 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
 
 def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
     queue_id = queue.accept("bulk:x@a.test", "bulk:y@b.test")
-    verbs = QueueOperations(queue.database, notices=True)
-    verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="me", reason="a look")
+    operations = QueueOperations(queue.database, notices=True)
+    operations.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="me", reason="a look")
     assert reroute(queue) == 1
     assert [(state, route) for _, state, route in ways(queue, queue_id).values()] == [
         ("held", "a"),
         ("held", "b"),
     ]
     assert "a look" in queue.delivery(queue_id, 2)["last_reply"]
-    verbs.apply(OPERATIONS["release"], Filter(id=queue_id), actor="me", reason="")
+    operations.apply(OPERATIONS["release"], Filter(id=queue_id), actor="me", reason="")
     assert len(queue.claim(queue_id, room={"a": 1, "b": 1})) == 2
 
 

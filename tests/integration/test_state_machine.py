@@ -1,12 +1,11 @@
-"""The queue against a model of it: whatever happens in whatever order, both say the same, on both
-databases.
+"""The queue against a model of it, on both databases, in random histories made by Hypothesis.
 
-Hypothesis makes up histories: mail is accepted, workers claim, report, vanish and wake up, leases
-run out, times come, DSNs are generated and their generator is killed, operators meddle. A small
-Python model says what must be so after each step, and at last everything is brought to its end. The
-model also knows what no database can know: whether the server really took a message, and whom the
-bytes of a notice name. Time passes by `QueueHarness.pass_time` alone, in steps so large, and so unlike
-the delays, that the seconds which a run takes cannot matter.
+In a history mail is accepted, workers claim, complete, crash and wake up, leases run out, DSNs are
+generated and their generator is killed, and operators act. A small Python model says what must be
+true after each step, and at the end everything is brought to its final state. The model also knows
+what no database can know: whether the server really took a message, and which recipients a DSN
+names. Time passes by `QueueHarness.pass_time` alone, in steps so large that the seconds of a run do
+not matter. `make soak` runs a thousand histories on each database.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The sweeper, the cleaner and the rerouter, each by its turns."""
+"""The sweeper, the cleaner and the rerouter, one pass at a time."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Sweeping, on both databases: what is due wakes up, who is gone is found out, and what was in
-flight is told of."""
+"""The rescuer on both databases: due deliveries are requeued, lost workers expire, and what they
+were sending becomes uncertain."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ def deferred(queue: QueueHarness, count: int) -> list[str]:
     return ids
 
 
-def vanish(queue: QueueHarness, worker: str = "") -> int | None:
+def lose_worker(queue: QueueHarness, worker: str = "") -> int | None:
     """Let a worker's lease run out, and expire it."""
     queue.pass_time(queue.settings.lease + 1)
     return queue.expire_worker(worker or queue.worker)
@@ -115,14 +115,14 @@ def test_deliveries_of_a_lost_worker_are_uncertain(queue: QueueHarness) -> None:
 
 def test_deliveries_of_a_lost_worker_do_not_come_due_at_once(queue: QueueHarness) -> None:
     claims = queue.claim(*[queue.accept() for _ in range(20)])
-    vanish(queue)
+    lose_worker(queue)
     assert len({queue.delivery(claim.queue_id)["due_at"] for claim in claims}) > 10
 
 
 def test_no_connection_is_no_proof_that_a_message_is_harmless(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     queue.claim(queue_id)
-    vanish(queue)
+    lose_worker(queue)
     queue.pass_time(100)
     queue.rescuer.requeue_due(10)
     (claim,) = queue.claim(queue_id, worker=(worker := queue.register_worker()))
@@ -137,7 +137,7 @@ def test_a_poison_message_is_held(clean_url: str) -> None:
             worker = queue.register_worker()
             (claim,) = queue.claim(queue_id, worker=worker)
             assert (claim.crash_count, claim.claim) == (lost - 1, lost)
-            vanish(queue, worker)
+            lose_worker(queue, worker)
             row = queue.delivery(queue_id)
             assert (row["crash_count"], row["state"]) == (lost, "held" if lost == 3 else "deferred")
             queue.pass_time(100)
@@ -148,7 +148,7 @@ def test_a_poison_message_is_held(clean_url: str) -> None:
 def test_an_outcome_ends_the_count_of_lost_workers(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     queue.claim(queue_id)
-    vanish(queue)
+    lose_worker(queue)
     queue.pass_time(100)
     queue.rescuer.requeue_due(10)
     worker = queue.register_worker()
@@ -160,7 +160,7 @@ def test_uncertain_is_held_where_the_operator_wants_to_look(clean_url: str) -> N
     with opened(clean_url, uncertain="hold") as queue:
         queue_id = queue.accept()
         queue.claim(queue_id)
-        assert vanish(queue) == 1
+        assert lose_worker(queue) == 1
         row = queue.delivery(queue_id)
         assert (row["state"], row["due_at"], row["last_outcome"]) == ("held", None, "uncertain")
 
@@ -177,7 +177,7 @@ def test_pending_operations_come_first_and_lateness_counts(queue: QueueHarness) 
         queue.request_operation(queue_id, verb)
     queue.pass_time(2000, only=[late])
     queue.change("UPDATE deliveries SET due_at = @later(100) WHERE queue_id = @id(:id)", id=late)
-    assert vanish(queue) == 4
+    assert lose_worker(queue) == 4
     assert queue.states_of([dropped, bounced, null, late]) == [
         "dropped",
         "bounced",
@@ -196,7 +196,7 @@ def test_pending_operations_come_first_and_lateness_counts(queue: QueueHarness) 
 @pytest.mark.parametrize("outcome", [Outcome.DELIVERED, Outcome.DEFERRED])
 def test_a_worker_that_wakes_up_late(queue: QueueHarness, outcome: Outcome) -> None:
     (claim,) = queue.claim(queue.accept())
-    vanish(queue)
+    lose_worker(queue)
     state = State.DELIVERED if outcome is Outcome.DELIVERED else State.DEFERRED
     assert queue.complete(claim, outcome).state is state
     row = queue.delivery(claim.queue_id)

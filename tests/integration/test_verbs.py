@@ -1,5 +1,4 @@
-"""What operators do to the queue, as they type it, on both databases: every verb from every state,
-and no accidents."""
+"""Operations as an operator types them, on both databases: every operation in every state."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""`why` names one cause, from what the workers have published, whatever the settings of the process
-that asks."""
+"""`why` names one cause, from what the workers have published, whatever its own settings are."""
 
 import re
 

@@ -1,12 +1,12 @@
-"""What becomes of mail when its worker or its machine fails, phase by phase, as `docs/delivery.md`
-tells it.
+"""The matrix of faults of a worker or its machine, by the phase of a transfer, as in
+`docs/delivery.md`.
 
-A real worker process has five messages under way, one in each phase: connecting; in the middle of
-the body; after the last byte and before the reply; after the reply and before its record is
-committed; and one whose claim waits to be committed. Servers that do not move until the test opens them
-hold it there, and so does a writer that keeps the lock of the database. Then the worker is killed,
-stopped, or loses its lease. Another worker delivers what is left, to a server that takes
-everything, and then it is counted who has what twice. RELAY_TESTS_WRITE=1 writes the table anew.
+A real worker process has five messages, one in each phase: connecting; within the body; after the
+last byte and before the reply; after the reply and before its completion is committed; and one
+whose claim waits for its commit. Servers that stop until the test opens them keep it there, and so
+does a writer that holds the write lock of the database. Then the worker is killed, stopped, or
+loses its lease. Another worker delivers the rest to a server that accepts everything, and the test
+counts duplicates. RELAY_TESTS_WRITE=1 writes the table again.
 """
 
 import errno

@@ -1,5 +1,4 @@
-"""docker-compose.yml, Dockerfile and the settings agree; what they do together, `.ci/compose`
-proves with an engine."""
+"""docker-compose.yml, Dockerfile and the settings agree. `.ci/compose` runs them with an engine."""
 
 import re
 import tomllib

@@ -1,5 +1,4 @@
-"""The DATA decoder against a slow and simple model of it, whatever way the network cuts the
-bytes."""
+"""The DATA decoder against a slow and simple model of it, however the network cuts the bytes."""
 
 import itertools
 import re

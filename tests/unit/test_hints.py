@@ -1,4 +1,4 @@
-"""What of a broker's list counts as a hint, and what is made of it."""
+"""Which entries of a broker's list are hints, and what they contain."""
 
 import base64
 import gzip

@@ -1,4 +1,4 @@
-"""scripts/prose.py: what it finds, where it says so, and what it does not read."""
+"""scripts/prose.py: its findings, their positions, and what it does not read."""
 
 import subprocess
 import sys

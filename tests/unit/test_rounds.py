@@ -1,5 +1,4 @@
-"""Group commit: nothing lost, nothing answered twice, one bad row alone, and who cannot wait is
-told so."""
+"""Group commit: no item is lost or answered twice, a bad row fails alone, and items may expire."""
 
 import queue
 import threading
