@@ -185,7 +185,7 @@ class PostfixClient(Postfix):
 
 
 def _listens(port: int) -> bool:
-    """Whether somebody listens on `port`, without connecting: qmqp-sink and qmqpd would take that
+    """Whether a program listens on `port`, without connecting: qmqp-sink and qmqpd would take that
     for a client."""
     listening = f"0100007F:{port:04X} 00000000:0000 0A"
     return listening in Path("/proc/net/tcp").read_text()

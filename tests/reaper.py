@@ -65,7 +65,7 @@ def serve(lines: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    # The run is told to stop by signals to its group or terminal; the reaper goes by the end of its
+    # The run is stopped by signals to its group or terminal; the reaper goes by the end of its
     # input alone.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

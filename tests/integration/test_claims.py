@@ -435,7 +435,7 @@ def test_a_worker_may_be_registered_twice(queue: QueueHarness) -> None:
 
 
 def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_queue: QueueHarness) -> None:
-    """Both want the worker's row and its deliveries; the second waits, and is told what
+    """Both want the worker's row and its deliveries; the second waits, and then reads what
     it lost."""
     queue = postgres_queue
     claims = queue.claim(*(queue.accept() for _ in range(3)))
@@ -556,7 +556,7 @@ def test_completions_of_an_unknown_commit_are_recorded_once(
     assert queue.rows("SELECT count(*) AS n FROM attempts") == [{"n": 3}]
 
 
-# --- everybody at once
+# --- many at once
 # ------------------------------------------------------------------------------------
 
 

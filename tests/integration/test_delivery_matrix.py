@@ -187,7 +187,7 @@ def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server
         case State.DELIVERED:
             words.append("the body is removed")
         case State.BOUNCED:
-            words.append("a notice to the sender")
+            words.append("a DSN to the sender")
         case State.SPLIT:
             words.append("each half is sent again at once")
         case State.HELD:

@@ -693,7 +693,7 @@ def test_clock_set_back_withholds_no_dsn(post: DsnHarness) -> None:
 
 
 def test_limit_holds_for_all_generators_together(clean_postgres_url: str, spool: Spool) -> None:
-    """The second waits for the COMMIT of the first, and then sees that the sender was told a moment
+    """The second waits for the COMMIT of the first, and then sees that a DSN was generated a moment
     ago."""
     with opened(clean_postgres_url) as queue:
         post = DsnHarness(queue, spool)

@@ -84,7 +84,7 @@ HAPPENINGS = [
     for what, often in {
         "work": 10, "accept": 6, "wait": 3, "wake": 3, "vanish": 2, "wake_up_late": 3, "meddle": 3, "settle": 4,
         "reroute": 1, "warn": 3,
-        "register_worker": 1, "expire_worker": 1, "bury_one_that_renewed": 1, "expire_stuck_transfers": 1, "rescue_unowned": 1,
+        "register_worker": 1, "expire_worker": 1, "expire_one_that_renewed": 1, "expire_stuck_transfers": 1, "rescue_unowned": 1,
     }.items()
     for _ in range(often)
 ]  # fmt: skip
@@ -223,7 +223,7 @@ class History(RuleBasedStateMachine):
     # -------------------------------------------------------------------------------------------------
 
     def accept(self, chance: Random) -> None:
-        """A message comes in, perhaps told twice for a COMMIT in doubt."""
+        """A message is accepted, perhaps committed twice because the first COMMIT is unknown."""
         routes, sender = (
             chance.choices(ROUTES, (3, 1), k=chance.randint(1, 8)),
             chance.choice(SENDERS),
@@ -262,7 +262,7 @@ class History(RuleBasedStateMachine):
         self.leases[worker] = self.clock + LEASE
 
     def work(self, chance: Random) -> None:
-        """One round of a worker, dead or alive: outcomes, a renewal, requests; perhaps told twice."""
+        """One round of a worker, dead or alive: outcomes, a renewal, requests; perhaps committed twice."""
         worker = chance.choice(list(self.leases))
         mine = [transfer for transfer in self.transfers if transfer.worker == worker]
         ends = some(chance, mine, 0.4)
@@ -513,7 +513,7 @@ class History(RuleBasedStateMachine):
             self.leases[worker] = None
             assert lost == self._lost(lambda d, worker=worker: d.worker == worker)
 
-    def bury_one_that_renewed(self, _: Random) -> None:
+    def expire_one_that_renewed(self, _: Random) -> None:
         """A sweeper looks, the worker renews, the sweeper comes too late."""
         for worker, until in self.harness.rescuer.expired_leases()[:1]:
             assert self.worker_queue.commit([Renewal(worker)]) == [True]
@@ -553,11 +553,11 @@ class History(RuleBasedStateMachine):
                 delivery.due = self.clock + UNCERTAIN_DELAY
         return len(lost)
 
-    # --- operators, notices and time
+    # --- operators, DSNs and time
     # --------------------------------------------------------------------------
 
     def meddle(self, chance: Random) -> None:
-        """An operator's verb on a message."""
+        """An operation on a message."""
         if not self.queue:
             return
         busy = [key for key, delivery in self.queue.items() if delivery.state is State.SENDING]
@@ -644,7 +644,7 @@ class History(RuleBasedStateMachine):
         assert made is None or sorted(made) == sorted(notices)
 
     def _made(self, last: str, tell: Callable[[DsnGenerator], list[str]]) -> list[str] | None:
-        """The notices that a sweeper makes; None if it was killed."""
+        """The DSNs that a sweeper generates; None if it was killed."""
         spool = KilledSpool(self.spool.directory, last)
         try:
             return tell(
@@ -674,7 +674,7 @@ class History(RuleBasedStateMachine):
             self.warned.add(queue_id)
 
     def _late(self) -> dict[str, list[str]]:
-        """Messages whose senders are to be told that they are late, and the recipients that
+        """Messages whose senders get a delay warning, and the recipients that
         wait."""
         late: dict[str, list[str]] = {}
         if self.harness.settings.delay_warning is None:
@@ -748,7 +748,7 @@ class History(RuleBasedStateMachine):
         return row["state"] in FAILED and row["due_at"] is not None
 
     def _settled(self, queue_id: str, mine: dict[Key, Delivery]) -> list[str]:
-        """The model's side of it; the notice, if there is to be one."""
+        """The model's side of it; the DSN, if one is pending."""
         if reclassified := {
             key: d for key, d in mine.items() if d.about_us and d.state is State.BOUNCED
         }:
@@ -774,7 +774,7 @@ class History(RuleBasedStateMachine):
         return list(made)
 
     def _made_again(self, failed: Delivery) -> list[str]:
-        """The model's side of a notice that failed: the one with less in its place, if a server
+        """The model's side of a DSN that failed: the one with less in its place, if a server
         refused it."""
         less = {"full": "header", "header": "none"}.get(str(failed.encloses))
         refused = (
@@ -811,7 +811,7 @@ class History(RuleBasedStateMachine):
         self.leases |= dict.fromkeys(alive, self.clock + LEASE)
 
     def vanish(self, chance: Random) -> None:
-        """A worker with something under way is not heard of for so long that it expires; the
+        """A worker with something under way does not renew its lease for so long that it expires; the
         others are well."""
         busy = [t.worker for t in self.transfers if self.leases[t.worker] is not None]
         if busy:
@@ -823,7 +823,7 @@ class History(RuleBasedStateMachine):
     # ----------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        """Give it time, and everybody who matters: everything comes to its end."""
+        """With time and working servers everything comes to its final state."""
         chance = Random(0)
         self.leases[new := new_id()] = self.clock + LEASE
         self.worker_queue.register(new, "host", 1)
@@ -912,7 +912,7 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_sender_is_told_once(self) -> None:
-        """Of each recipient that failed, in one notice, unless no sender wants to know; of a notice
+        """Of each recipient that failed, in one DSN, unless the sender wants none; of a DSN
         never. Those that are made in the place of a refused one do not count."""
         for (queue_id, _), delivery in self.queue.items():
             for address in delivery.recipients:
@@ -957,7 +957,7 @@ def harness(
 
 
 def _heard(told: Operation, wanted: str | None) -> bool:
-    """Whether a verb has something to say about a delivery that is being sent."""
+    """Whether an operation reports a delivery that is being sent."""
     return told.wanted is not None or (told.cancels is not None and wanted == told.cancels)
 
 

@@ -211,7 +211,7 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness
     assert counts[0] == counts[1] == (6 if queue.dialect.postgresql else 5)
 
 
-# A verb, its filter, the state that a delivery is in, and what another session makes of it
+# An operation, its filter, the state that a delivery is in, and what another session makes of it
 # meanwhile.
 MEANWHILE = {
     "drop what was released": ("drop", Filter(states=("held",)), State.HELD, "state = 'queued', due_at = @now"),

@@ -50,7 +50,7 @@ LONG = b"Subject: long\n\n" + bytes(
 
 
 class GatedServer:
-    """A QMQP server that reads `most` bytes of one request and answers K when it is told to."""
+    """A QMQP server that reads `most` bytes of one request and replies K when the test opens it."""
 
     def __init__(self, most: int = 1 << 40) -> None:
         self._listener, self._most = socket.socket(), most
@@ -137,7 +137,7 @@ class WorkerInEveryPhase:
             yield
 
     def rows(self, fault: str) -> list[str]:
-        """A line for each phase: what the database says now, and who has what in the end."""
+        """A line for each phase: what the database says now, and the duplicates in the end."""
         found = {
             phase: (self.mail.attempts(i), self.mail.delivery(i)) for phase, i in self.ids.items()
         }

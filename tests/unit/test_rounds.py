@@ -18,7 +18,7 @@ def outage() -> OperationalError:
 
 
 class Database:
-    """Commits what it is told, or does whatever `fault` does; remembers each round."""
+    """Commits every batch, unless `fault` raises an error; remembers each round."""
 
     def __init__(self) -> None:
         self.rounds: list[list[Any]] = []
