@@ -51,15 +51,6 @@ def load_average() -> str:
     return " ".join(f"{value:.1f}" for value in os.getloadavg())
 
 
-def allow_open_files(count: int) -> int:
-    """Let this process and its children have `count` files open, if they may; return how many they
-    can."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = max(soft, min(count, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return allowed
-
-
 def wait_until_idle(directory: Path, timeout: float) -> bool:
     """Write everything out, then wait until the disk of the directory is idle; whether it was
     within `timeout` seconds."""

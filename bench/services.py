@@ -28,19 +28,15 @@ _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl
 
 
-class Stuck(Exception):
-    """A load did not end; the text names the condition that was waited for."""
-
-
 def wait(
     condition: Callable[[], bool], what: str, *, timeout: float = 60.0, pause: float = 0.004
 ) -> float:
-    """Wait for the condition; return the time (time.perf_counter). Raises Stuck after `timeout`
+    """Wait for the condition; return the time (time.perf_counter). Raises TimeoutError after `timeout`
     seconds."""
     limit = time.perf_counter() + timeout
     while not condition():
         if time.perf_counter() > limit:
-            raise Stuck(f"not so after {timeout:g} s: {what}")
+            raise TimeoutError(f"not so after {timeout:g} s: {what}")
         time.sleep(pause)
     return time.perf_counter()
 
