@@ -14,12 +14,12 @@ from qmqp.sink import running_sink
 from relay.hints import FRESH, Hints, celery_app
 from relay.ids import new_id
 from tests import services
-from tests.integration.test_worker_app import WorkerProcesses, house
+from tests.integration.test_worker_app import WorkerProcesses, processes
 from tests.services import Broker
 from tests.waiting import until
 from worker.consumer import entry_of
 
-__all__ = ["house"]
+__all__ = ["processes"]
 LIST = "qmqp-relay:fresh"
 PLENTY = {"GRACE": "10m", "LEASE": "1m"}  # so that only a hint can be the reason
 
@@ -57,10 +57,10 @@ def started(home: WorkerProcesses, **given: str) -> Any:
 
 
 def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
-    house: Callable[..., WorkerProcesses], broker: Broker
+    processes: Callable[..., WorkerProcesses], broker: Broker
 ) -> None:
     with running_sink() as sink:
-        home = house(sink.port, broker.url, grace=600.0)
+        home = processes(sink.port, broker.url, grace=600.0)
         worker = started(home)
         wrong = entry_of({"": ["x" * 32]}, FRESH).decode()
         many = entry_of({"": [new_id() for _ in range(65)]}, FRESH).decode()
@@ -85,10 +85,10 @@ def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
 
 
 def test_a_compressed_bomb_takes_no_memory(
-    house: Callable[..., WorkerProcesses], broker: Broker
+    processes: Callable[..., WorkerProcesses], broker: Broker
 ) -> None:
     with running_sink() as sink:
-        home = house(sink.port, broker.url, grace=600.0)
+        home = processes(sink.port, broker.url, grace=600.0)
         worker = started(home)
         before = peak(worker.pid)
         broker.ask("LPUSH", LIST, bomb())
@@ -100,12 +100,12 @@ def test_a_compressed_bomb_takes_no_memory(
 
 
 def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
-    house: Callable[..., WorkerProcesses], broker: Broker
+    processes: Callable[..., WorkerProcesses], broker: Broker
 ) -> None:
     """A key of another kind in the place of the list is an error that Celery does not recover from
     by itself."""
     with running_sink() as sink:
-        home = house(sink.port, broker.url)
+        home = processes(sink.port, broker.url)
         worker = started(home)
         broker.ask("SET", LIST, "no list")
         until(lambda: "consumer failed" in home.said(), 20, what=home.said)
@@ -125,10 +125,10 @@ def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_no_remote_command_stops_consuming(
-    house: Callable[..., WorkerProcesses], broker: Broker, allowed: bool
+    processes: Callable[..., WorkerProcesses], broker: Broker, allowed: bool
 ) -> None:
     with running_sink() as sink:
-        home = house(sink.port, broker.url, grace=600.0)
+        home = processes(sink.port, broker.url, grace=600.0)
         worker = started(home, REMOTE_CONTROL=str(allowed).lower())
         with Celery(broker=broker.url, set_as_current=False) as app:
             app.conf.broker_transport_options = celery_app(

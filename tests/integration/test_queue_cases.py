@@ -35,7 +35,7 @@ type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
-def room(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+def harness_with(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
     opened: list[EngineHarness] = []
 
     def open_(*sinks: Sink | int, **settings: object) -> EngineHarness:
@@ -64,11 +64,11 @@ def wake(queue: QueueHarness, seconds: float = 100.0) -> None:
 # ------------------------------------------------------
 
 
-def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> None:
+def test_B24_the_first_server_is_down_and_the_second_delivers(harness_with: Open) -> None:
     with running_sink() as gone:
         dead = gone.port
     with running_sink() as sink:
-        mail = room(dead, sink)
+        mail = harness_with(dead, sink)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -79,11 +79,11 @@ def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> Non
     ]
 
 
-def test_B11_hostile_replies_are_escaped_everywhere(room: Open) -> None:
+def test_B11_hostile_replies_are_escaped_everywhere(harness_with: Open) -> None:
     with running_sink(
         Rule(Answer(b"D", b"no\r\nFrom: forged@x\r\n\r\n\0\x1b[31m\xff\xc3\xa9"))
     ) as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -110,10 +110,10 @@ def became(mail: EngineHarness, queue_id: str) -> dict[str, str]:
     "recipient", ["<b@example.org", "b" * 1000, "b\n@example.org", "b\u20ac@example.org"]
 )
 def test_B29_an_address_that_a_server_would_misread_bounces_alone(
-    room: Open, recipient: str
+    harness_with: Open, recipient: str
 ) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept("good@example.org", recipient, "fine@example.org")
         wanted = {
             "good@example.org": "delivered",
@@ -138,9 +138,9 @@ def test_B29_an_address_that_a_server_would_misread_bounces_alone(
     assert "Diagnostic-Code" not in wire
 
 
-def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> None:
+def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(harness_with: Open) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept("<b@example.org", "<c@example.org")
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -158,11 +158,11 @@ def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> N
 
 
 def test_a_sender_that_cannot_be_sent_bounces_without_a_dsn(
-    room: Open, capsys: pytest.CaptureFixture[str]
+    harness_with: Open, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A DSN to it could not be sent either. The log says so, and the row."""
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept("b@example.org", "<c@example.org", sender="<a@example.com")
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -177,9 +177,9 @@ def test_a_sender_that_cannot_be_sent_bounces_without_a_dsn(
     assert capsys.readouterr().out.count("dsn withheld") == 1
 
 
-def test_a_message_whose_recipients_are_missing_is_held_for_a_person(room: Open) -> None:
+def test_a_message_whose_recipients_are_missing_is_held_for_a_person(harness_with: Open) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         mail.change("DELETE FROM recipients")
         with mail.working() as engine:
@@ -190,12 +190,12 @@ def test_a_message_whose_recipients_are_missing_is_held_for_a_person(room: Open)
 
 @pytest.mark.parametrize("body", [b"", b"Subject", b"Subject: test\n\nhello\nmore"])
 def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(
-    room: Open, body: bytes
+    harness_with: Open, body: bytes
 ) -> None:
     """Its size is what we know of it; a file system that changes bytes must be asked by its own
     checksums."""
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         mail.spool.path(queue_id).write_bytes(body)
         with mail.working() as engine:
@@ -222,11 +222,11 @@ def test_B39_a_worker_killed_between_the_last_byte_and_the_record(queue: QueueHa
     assert again.crash_count == 1
 
 
-def test_B41_a_server_that_never_replies(room: Open) -> None:
+def test_B41_a_server_that_never_replies(harness_with: Open) -> None:
     """As qmail-qmqpd does about whatever it does not like: only age ends it, and the DSN says
     how it was."""
     with running_sink(Rule(Answer(raw=b""))) as sink:
-        mail = room(sink, uncertain_delay=100.0)
+        mail = harness_with(sink, uncertain_delay=100.0)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -263,9 +263,9 @@ def test_B43_D10_no_clock_of_a_worker_matters(
         wake(queue)
 
 
-def test_B44_busy_for_ever(room: Open) -> None:
+def test_B44_busy_for_ever(harness_with: Open) -> None:
     with running_sink(Rule(Answer(b"Z", b"busy for ever"))) as sink:
-        mail = room(sink, retry_min=100.0, retry_max=1000.0)
+        mail = harness_with(sink, retry_min=100.0, retry_max=1000.0)
         queue_id = mail.accept()
         waits = []
 
@@ -319,9 +319,9 @@ def test_D1_one_task_delivered_twice_at_once(queue: QueueHarness) -> None:
     assert {claim.claim for claim in both} == {1}
 
 
-def test_D2_a_hint_for_an_unknown_or_finished_delivery(room: Open) -> None:
+def test_D2_a_hint_for_an_unknown_or_finished_delivery(harness_with: Open) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         done = mail.accept()
         with mail.working() as engine:
             engine.offer([done])
@@ -449,9 +449,9 @@ def test_D7_mail_from_the_null_sender_makes_no_dsn(queue: QueueHarness, sender: 
 @pytest.mark.parametrize(("words", "states"), [
     (b"go away (#5.7.1)", {"bounced"}), (b"no such mailbox (#5.1.1)", {"split", "bounced"}),
 ])  # fmt: skip
-def test_D8_a_d_for_many(room: Open, words: bytes, states: set[str]) -> None:
+def test_D8_a_d_for_many(harness_with: Open, words: bytes, states: set[str]) -> None:
     with running_sink(Rule(Answer(b"D", words))) as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         mail.accept("x@example.org", "y@example.org", "z@example.org")
         with mail.working():
             until(lambda: mail.states() == states)
@@ -463,11 +463,11 @@ def test_D8_a_d_for_many(room: Open, words: bytes, states: set[str]) -> None:
         )
 
 
-def test_D8_a_route_that_is_not_split(room: Open, tmp_path: Path) -> None:
+def test_D8_a_route_that_is_not_split(harness_with: Open, tmp_path: Path) -> None:
     file = tmp_path / "routes.toml"
     file.write_text('[default]\nbisect = "off"\n')
     with running_sink(Rule(Answer(b"D", b"no such mailbox (#5.1.1)"), b"bad@")) as sink:
-        mail = room(sink, routes=file)
+        mail = harness_with(sink, routes=file)
         mail.accept("x@example.org", "bad@example.org")
         with mail.working():
             until(lambda: mail.states() == {"bounced"})
@@ -521,10 +521,10 @@ def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -
 
 
 def test_D12_a_body_that_cannot_be_removed_is_not_sent_again(
-    room: Open, monkeypatch: pytest.MonkeyPatch
+    harness_with: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         monkeypatch.setattr(mail.spool, "remove", lambda queue_id: False)
         with mail.working() as engine:

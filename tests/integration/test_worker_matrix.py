@@ -100,17 +100,17 @@ def deaf() -> Iterator[int]:
 class WorkerInEveryPhase:
     """A worker with a message in every phase."""
 
-    house: WorkerProcesses
+    processes: WorkerProcesses
     worker: subprocess.Popen[Any]
     gates: dict[str, GatedServer]
     ids: dict[str, str] = field(default_factory=dict)
 
     @property
     def mail(self) -> EngineHarness:
-        return self.house.mail
+        return self.processes.mail
 
     def said(self, event: str) -> bool:
-        return f'"event": "{event}"' in self.house.log.read_text()
+        return f'"event": "{event}"' in self.processes.log.read_text()
 
     def begin(self, phase: str) -> None:
         self.ids[phase] = self.mail.accept(
@@ -127,11 +127,13 @@ class WorkerInEveryPhase:
         for phase in (CONNECTING, *gates):
             self.begin(phase)
         for phase, gate in gates.items():
-            assert gate.reached.wait(30), (phase, self.house.said())
+            assert gate.reached.wait(30), (phase, self.processes.said())
         until(lambda: self.mail.state(self.ids[CONNECTING]) == "sending")
         with write_lock(self.mail.database):
             self.gates[ANSWERED].open.set()
-            until(lambda: self.said("delivered"), what=self.house.said)  # told, and not recorded
+            until(
+                lambda: self.said("delivered"), what=self.processes.said
+            )  # told, and not recorded
             self.ids[UNCLAIMED] = self.mail.accept(f"b@{place(UNCLAIMED)}.test", has_lock=True)
             until(lambda: waits_for_its_turn(self.worker.pid))
             yield
@@ -243,14 +245,14 @@ def scene(
             uncertain_delay=900.0,
         )  # fmt: skip
         stack.callback(mail.close)
-        house = WorkerProcesses(mail, spawn, directory / "worker.log")
+        processes = WorkerProcesses(mail, spawn, directory / "worker.log")
         patience = {
             "CONNECT_TIMEOUT": "5m",
             "IO_TIMEOUT": "5m",
             "DRAIN_TIMEOUT": "3s",
             "LEASE": f"{LEASE}s",
         }
-        yield WorkerInEveryPhase(house, house.start(**patience, ROUTES=str(routes)), gates)
+        yield WorkerInEveryPhase(processes, processes.start(**patience, ROUTES=str(routes)), gates)
 
 
 def expire_worker(mail: EngineHarness) -> None:
@@ -270,9 +272,9 @@ def killed(scene: WorkerInEveryPhase) -> list[str]:
 def stopped(scene: WorkerInEveryPhase) -> list[str]:
     with scene.in_every_phase():
         scene.worker.send_signal(signal.SIGTERM)
-        until(lambda: scene.said("draining"), what=scene.house.said)
+        until(lambda: scene.said("draining"), what=scene.processes.said)
         scene.gates[LATE].open.set()
-    assert services.end(scene.worker) == 0, scene.house.said()
+    assert services.end(scene.worker) == 0, scene.processes.said()
     return scene.rows("the worker is told to stop (SIGTERM)")
 
 
@@ -290,7 +292,7 @@ def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
         until_it_is(scene.mail, scene.ids[phase], "delivered")
     until(lambda: scene.said("own lease lost"))
     for phase in (CONNECTING, MIDDLE):
-        until(partial(scene.tried, phase, 2), what=scene.house.said)
+        until(partial(scene.tried, phase, 2), what=scene.processes.said)
     services.end(scene.worker)
     return scene.rows("the worker loses its lease, and comes back")
 
