@@ -162,7 +162,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 class Server:
-    """What both servers have in common: one child, its log, and the faults that can be done to
+    """A server: one child, its log, and the faults that can be done to
     it."""
 
     polite = signal.SIGTERM

@@ -132,7 +132,7 @@ def segments(seed: str) -> Iterator[int]:
 
 
 def arrived(relay: Installation, sink: Sink, recipient: str) -> tuple[bytes, bytes]:
-    """What the sink got for a recipient: its trace field, and what follows it. It must be the only
+    """The message at the sink for a recipient: its trace field, and the rest. It must be the only
     one."""
     relay.until_state(recipient, "delivered")
     (one,) = [one for one in list(sink.received) if one.recipients == (recipient.encode(),)]

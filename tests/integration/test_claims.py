@@ -34,7 +34,7 @@ FINISHED = ("delivered", "bounced", "expired", "dropped")
 
 
 def at_once[T](work: Callable[[int], T], count: int = 4) -> list[T]:
-    """What `work` gives in so many threads that begin together."""
+    """The results of `work` in so many threads that begin together."""
     barrier = threading.Barrier(count)
 
     def begin(n: int) -> T:

@@ -143,7 +143,7 @@ def _server(port: int) -> Server:
 async def _carried(
     case: Case, servers: tuple[Server, ...], pool: ServerPool, path: Path
 ) -> Completion:
-    """What becomes of one message."""
+    """The end of one message."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(handle, case.size)
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
@@ -173,7 +173,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server) -> str:
-    """What happens then, in words."""
+    """The text of the column `next`."""
     words = []
     if len(spare.tries) > 1:
         assert (spare.state, [one.outcome for one in spare.tries][1]) == (

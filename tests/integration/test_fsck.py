@@ -49,7 +49,7 @@ def orphan(spool: Spool, seconds: float = OLD) -> Path:
 
 
 def fsck_rows(typed: Typed, *words: str) -> list[tuple[str, str]]:
-    """What fsck reports, and whether it was repaired."""
+    """The inconsistencies that fsck reports, and whether each was repaired."""
     done = typed("fsck", "--json", *words, status=None)
     rows = [(row["found"], row["repaired"]) for row in lines(done)]
     assert done.exit_code == any(repaired != "yes" for _, repaired in rows)

@@ -73,7 +73,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def scans(queue: QueueHarness, statements: list[tuple[str, Any]]) -> list[str]:
-    """What those statements do that grows with the rows that wait."""
+    """The scans in those statements, whose cost grows with the queue."""
     found: list[str] = []
     with queue.database.connect() as connection:
         for words, parameters in statements:

@@ -338,7 +338,7 @@ def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
 
 
 def test_pieces_by_route_are_cut_like_any_other(queue: QueueHarness) -> None:
-    """Also when both are refused in the same words: two routes are no two witnesses."""
+    """Also when both get the same reply: halves on two routes are not compared."""
     queue_id = queue.accept(*(f"bulk:{n}@{'ab'[n % 2]}.test" for n in range(12)))
     reroute(queue)
     server = RefusingServer({"0@a.test", "1@b.test"}, lambda _: "no such mailbox (#5.1.1)")

@@ -123,7 +123,7 @@ class KilledSpool(Spool):
 
 @dataclass
 class Delivery:
-    """What the model knows of a delivery."""
+    """The model of a delivery."""
 
     sender: str
     route: str
@@ -373,7 +373,7 @@ class History(RuleBasedStateMachine):
             self._taken(key)
 
     def _ended(self, delivery: Delivery, record: Completion) -> State:
-        """What a worker says of what is still its own."""
+        """The state of a delivery after a completion that is not fenced."""
         state = WANTED[delivery.wanted] if delivery.wanted else record.state
         delivery.reply = BY_OPERATOR if delivery.wanted == "bounce" else record.reply
         if state is State.DEFERRED and delivery.expires <= self.clock:
@@ -423,7 +423,7 @@ class History(RuleBasedStateMachine):
         return False
 
     def _offspring(self, key: Key) -> list[Delivery]:
-        """What a delivery was cut into, and what those were."""
+        """The halves of a delivery, and their halves."""
         children = [(k, d) for k, d in self.queue.items() if k[0] == key[0] and d.parent == key[1]]
         return [d for k, child in children for d in (child, *self._offspring(k))]
 
@@ -729,7 +729,7 @@ class History(RuleBasedStateMachine):
         )  # fmt: skip
 
     def _owing(self) -> dict[str, dict[Key, Delivery]]:
-        """What is owed, by message, of which there is no more to come for now."""
+        """The pending DSNs by message; not while another of its deliveries may soon fail too."""
         owing: dict[str, dict[Key, Delivery]] = {}
         for key, delivery in self.queue.items():
             if delivery.state in FAILED and delivery.due is not None:
@@ -927,7 +927,7 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def no_send_is_hidden(self) -> None:
-        """Whatever was sent twice was uncertain in between, and says so: each recipient, also
+        """A message that was sent twice has an uncertain attempt in between: each recipient, also
         across halves."""
         sql = """SELECT @hex(queue_id) AS id, delivery, count(DISTINCT claim) AS n FROM attempts
             WHERE outcome = 'uncertain' GROUP BY queue_id, delivery"""

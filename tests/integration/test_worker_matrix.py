@@ -256,7 +256,7 @@ def scene(
 
 
 def expire_worker(mail: EngineHarness) -> None:
-    """What a sweeper does when the lease has run out."""
+    """Expire the worker as a sweeper does."""
     mail.change("UPDATE workers SET lease_expires_at = @ago(1) WHERE ended_at IS NULL")
     for worker, until_ in mail.rescuer.expired_leases():
         assert mail.rescuer.expire_worker(worker, until_)
