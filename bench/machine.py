@@ -98,11 +98,6 @@ def cpu_seconds(roots: Iterable[int]) -> float:
     return sum(each_process(roots, lambda process: sum(process.cpu_times()[:4])))
 
 
-def resident_bytes(roots: Iterable[int]) -> int:
-    """The sum of the proportional set sizes: memory that processes share is counted once."""
-    return sum(each_process(roots, lambda process: int(process.memory_full_info().pss)))
-
-
 def machine_cpu_seconds() -> float:
     """CPU time for which the whole machine was not idle, the kernel's own threads included."""
     times = psutil.cpu_times()
