@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.services import Server, ServiceError, free_port, temporary_directory
+from tests.services import ServerProcess, ServiceError, free_port, temporary_directory
 
 _MAIN = """\
 compatibility_level = 3.6
@@ -88,7 +88,7 @@ def program(name: str) -> str:
     return found
 
 
-class QmqpSink(Server):
+class QmqpSink(ServerProcess):
     """`qmqp-sink`: takes everything and says `3:KOk,`. What load is measured against; `port` on the
     loopback."""
 
@@ -103,7 +103,7 @@ class QmqpSink(Server):
         return _listens(self.port)
 
 
-class Postfix(Server):
+class Postfix(ServerProcess):
     """A qmqpd on `port`, one on `closed_port` that authorizes no client, one on `soft_port`
     that never says D."""
 

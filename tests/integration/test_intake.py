@@ -131,11 +131,11 @@ def test_bytes_from_peers_cannot_break_the_round(queue: QueueHarness) -> None:
 def test_one_bad_row_fails_alone(queue: QueueHarness) -> None:
     good = [new_message() for _ in range(4)]
     bad = new_message()._replace(sender=None)  # type: ignore[arg-type]
-    front = AcceptHarness(queue)
-    answers = front.take(*good[:2], bad, *good[2:])
+    harness = AcceptHarness(queue)
+    answers = harness.take(*good[:2], bad, *good[2:])
     assert [answers[m.id] for m in good] == [None] * 4
     assert isinstance(answers[bad.id], DBAPIError)
-    assert front.rounds == [5]
+    assert harness.rounds == [5]
     assert counts(queue) == [4, 4, 4]
 
 
@@ -221,21 +221,21 @@ def test_messages_wait_while_the_database_is_away(
     postgres: Postgres, clean_postgres_url: str
 ) -> None:
     with opened(clean_postgres_url) as queue:
-        front = AcceptHarness(queue)
+        harness = AcceptHarness(queue)
         postgres.stop()
-        front.writer.start()
+        harness.writer.start()
         patient, hurried = new_message(), new_message()
-        front.put(patient)
-        front.put(hurried, deadline=0.0)
-        until(lambda: front.answers)
-        assert isinstance(front.answers[hurried.id], CommitUnknown)
-        assert front.writer.committer.stuck
-        assert list(front.answers) == [hurried.id]
+        harness.put(patient)
+        harness.put(hurried, deadline=0.0)
+        until(lambda: harness.answers)
+        assert isinstance(harness.answers[hurried.id], CommitUnknown)
+        assert harness.writer.committer.stuck
+        assert list(harness.answers) == [hurried.id]
         postgres.start()
-        until(lambda: patient.id in front.answers)
-        assert front.answers[patient.id] is None
-        until(lambda: not front.writer.committer.stuck)
-        assert front.writer.close(10)
+        until(lambda: patient.id in harness.answers)
+        assert harness.answers[patient.id] is None
+        until(lambda: not harness.writer.committer.stuck)
+        assert harness.writer.close(10)
 
 
 def test_a_refusal_of_a_read_only_database_is_certain(
@@ -255,17 +255,17 @@ def test_a_refusal_of_a_read_only_database_is_certain(
 
     queue.database.dispose()
     event.listen(queue.database, "checkout", prepare)
-    front = AcceptHarness(queue)
-    front.writer.start()
+    harness = AcceptHarness(queue)
+    harness.writer.start()
     patient, hurried = new_message(), new_message()
-    front.put(patient)
-    front.put(hurried, deadline=0.0)
-    until(lambda: front.answers)
-    assert list(front.answers) == [hurried.id]
-    assert isinstance(front.answers[hurried.id], DBAPIError)
+    harness.put(patient)
+    harness.put(hurried, deadline=0.0)
+    until(lambda: harness.answers)
+    assert list(harness.answers) == [hurried.id]
+    assert isinstance(harness.answers[hurried.id], DBAPIError)
     mode[0] = "off"
-    until(lambda: patient.id in front.answers)
-    assert front.writer.close(10)
+    until(lambda: patient.id in harness.answers)
+    assert harness.writer.close(10)
     assert [row["id"] for row in queue.rows("SELECT @hex(id) AS id FROM messages")] == [patient.id]
 
 

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("relay", "reception", "smtpd", "worker", "qmqp", "commands", "migrations", "bench")
+ROOMS = (
+    "relay",
+    "reception",
+    "smtpd",
+    "worker",
+    "qmqp",
+    "commands",
+    "migrations",
+    "bench",
+    "tests",
+)
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
     for line in (ROOT / "docs" / "glossary.md").read_text().splitlines()
