@@ -44,8 +44,9 @@ def measure(part: Part, systems: Sequence[System], scale: Scale) -> PartResult:
             run = Run(system, scale)
             figures: Figures = {}
             try:
-                for run.workers in part.workers:
-                    if system.arrange(run.workers, slow=part.slow):
+                for workers in part.workers:
+                    run.workers = workers
+                    if system.arrange(workers, slow=part.slow):
                         figures |= part.run(run)
             except Exception as error:  # any fault of this run: the others keep their figures
                 failure = f"run {turn + 1}, {system.name}: {type(error).__name__}: {error}"
