@@ -189,7 +189,7 @@ def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server
         case State.DELIVERED:
             words.append("the body is removed")
         case State.BOUNCED:
-            words.append("the sender gets a DSN")
+            words.append("a DSN to the sender")
         case State.SPLIT:
             words.append("each half is sent again at once")
         case State.HELD:
