@@ -37,7 +37,7 @@ from tests.services import Postgres
 from tests.waiting import stands_still, until
 
 BEGIN = "<!-- made by tests/integration/test_worker_matrix.py: begin -->"
-HEAD = "| fault | phase | tries recorded | state | next | taken twice |\n|---|---|---|---|---|---|"
+HEAD = "| fault | phase | attempts recorded | state | next | accepted twice |\n|---|---|---|---|---|---|"
 UNCLAIMED, CONNECTING, MIDDLE, WAITING, ANSWERED, LATE = (
     "before its claim is committed", "connecting", "in the body", "after the last byte, before the reply",
     "after the reply (K), before its record", "after the last byte; K comes within DRAIN_TIMEOUT",
@@ -177,7 +177,7 @@ def line(
     recorded = ", ".join(f"`{outcome}`" for _, outcome in tries) or "none"
     assert delivery["state"] != "deferred" or delivery["last_outcome"] == "uncertain"
     following = {
-        "queued": "any worker sends it", "delivered": "the body is removed", "held": "a person looks at it",
+        "queued": "any worker sends it", "delivered": "the body is removed", "held": "an operator decides",
         "deferred": "again after UNCERTAIN_DELAY",
     }[delivery["state"]]  # fmt: skip
     assert times < 2 or "`uncertain`" in recorded, "no double is hidden"
@@ -275,7 +275,7 @@ def stopped(scene: WorkerInEveryPhase) -> list[str]:
         until(lambda: scene.said("draining"), what=scene.processes.said)
         scene.gates[LATE].open.set()
     assert services.end(scene.worker) == 0, scene.processes.said()
-    return scene.rows("the worker is told to stop (SIGTERM)")
+    return scene.rows("the worker gets SIGTERM")
 
 
 def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
@@ -294,7 +294,7 @@ def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
     for phase in (CONNECTING, MIDDLE):
         until(partial(scene.tried, phase, 2), what=scene.processes.said)
     services.end(scene.worker)
-    return scene.rows("the worker loses its lease, and comes back")
+    return scene.rows("the worker loses its lease, and continues")
 
 
 # What is at fault is the machine

@@ -49,7 +49,7 @@ def test_every_setting_reaches_the_containers_or_is_fixed_there():
             default = re.fullmatch(rf"\$\{{{name}:-(.*)\}}", value)
             settled[name] = default[1] if default else "fixed"
     assert passed | set(settled) == names()
-    told = re.findall(r"^# .* Twin: .*\. Compose: (.*)\n#(RELAY_[A-Z_]+)=", EXAMPLE, re.MULTILINE)
+    told = re.findall(r"^# .*\. Compose: (.*)\n#(RELAY_[A-Z_]+)=", EXAMPLE, re.MULTILINE)
     assert {name: mark for mark, name in told} == settled
 
 
@@ -191,7 +191,7 @@ def test_the_default_passwords_are_the_same_in_both_files():
 
 
 def test_the_example_names_the_files_with_passwords():
-    (names,) = re.findall(r"^# Your own (.*)\. Twin: none\n#SECRETS_DIR=", EXAMPLE, re.MULTILINE)
+    (names,) = re.findall(r"^# Directory with (.*)\.\n#SECRETS_DIR=", EXAMPLE, re.MULTILINE)
     assert set(names.split(", ")) == {file.name for file in (ROOT / "compose").iterdir()}
 
 
