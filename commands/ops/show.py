@@ -334,7 +334,7 @@ def show_stats(*, json_lines: bool) -> int:
     """Print counts, ages, workers, servers, pauses and rates; the exit status."""
     with opened(load(Settings)) as engine:
         queue = QueueReader(engine)
-        statistics = Statistics(queue)
+        statistics = Statistics(engine)
         workers = [row for row in queue.workers() if row["ended_at"] is None]
         parts: tuple[tuple[str, str, Sequence[Row], Columns], ...] = (
             ("queue", "queue", queue.summary(), _SUMMARY),

@@ -157,6 +157,7 @@ class Pages:
     """The pages; one object for each process."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
         self._queue = QueueReader(engine)
         self._settings = settings
         self._templates = Environment(
@@ -200,7 +201,7 @@ class Pages:
             for state in State
         }
         waiting = [row for row in summary if row["state"] in UNFINISHED]
-        now, steps = Statistics(self._queue).history(STEP * STEPS, STEP)
+        now, steps = Statistics(self._engine).history(STEP * STEPS, STEP)
         return {
             "summary": sorted(summary, key=lambda row: (order[row["state"]], row["route"])),
             "counts": {

@@ -103,7 +103,7 @@ class QueueOperations:
 
     def matching(self, operation: Operation, wanted: Filter) -> Counter[str]:
         """How many deliveries the operation would change, by state. It changes nothing."""
-        where, parameters = _condition(operation, wanted)
+        where, parameters = _condition(operation, wanted, self._engine.dialect.name)
         sql = f"SELECT d.state, count(*) FROM deliveries d WHERE {where} GROUP BY d.state"
         with reading(self._engine) as connection:
             return Counter(dict(self._sql.run(connection, sql, **parameters).all()))
@@ -116,7 +116,7 @@ class QueueOperations:
 
         `limit`: those of the oldest so many deliveries.
         """
-        where, parameters = _condition(operation, wanted)
+        where, parameters = _condition(operation, wanted, self._engine.dialect.name)
         if limit is not None:
             oldest = f"SELECT d.queue_id, d.number FROM deliveries d WHERE {where} ORDER BY 1, 2 LIMIT :limit"
             where, parameters = (
@@ -155,7 +155,7 @@ class QueueOperations:
     ) -> Iterator[tuple[Counter[str], list[str]]]:  # fmt: skip
         """Change the deliveries as `apply` does, chunk by chunk; the result of each after its
         COMMIT."""
-        where, parameters = _condition(operation, wanted)
+        where, parameters = _condition(operation, wanted, self._engine.dialect.name)
         change, why = (
             f"-- event: {operation.name}\nUPDATE deliveries AS d SET {_sets(operation)} {THESE}",
             _reason(operation, actor, reason),
@@ -227,15 +227,15 @@ class QueueOperations:
                 self._splitter.divide(connection, str(queue_id), number, ways)
 
 
-def _condition(operation: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
+def _condition(operation: Operation, wanted: Filter, database: str) -> tuple[str, dict[str, Any]]:
     """The condition for deliveries (as d) that a filter matches and the operation applies to."""
-    where, parameters = wanted.where()
+    where, parameters = wanted.where(database)
     takes = f"d.state IN ({words(operation.takes)})"
     if operation.wanted or operation.cancels:
         pending = f" AND d.pending_operation = '{operation.cancels}'" if operation.cancels else ""
         takes = f"({takes} OR d.state = 'sending'{pending})"
     by_id = (
-        " AND d.queue_id = @id(:id)" if wanted.id is not None else ""
+        " AND d.queue_id = :id" if wanted.id is not None else ""
     )  # without it SQLite scans every delivery
     meant = f"""{takes} AND EXISTS (
         SELECT 1 FROM mail_history h WHERE h.queue_uuid = d.queue_id AND h.delivery = d.number AND {where}){by_id}"""
