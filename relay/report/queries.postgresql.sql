@@ -72,8 +72,8 @@ WHERE m.id = CAST(:id AS uuid) AND n.dsn_of = m.id
 ORDER BY n.id;
 
 -- name: actions
--- The actions of operators on the deliveries of a message, and those on its routes and servers while
--- it was unfinished, which have no delivery.
+-- The actions of operators on the deliveries of a message, and those on its routes and servers
+-- while it was unfinished, which have no delivery.
 WITH d AS (
     SELECT route, state, finished_at FROM deliveries WHERE queue_id = CAST(:id AS uuid)
 ), s AS (

@@ -1,5 +1,5 @@
--- What operators read of the queue. Times of tables are whole microseconds since 1970, those of views
--- are text; a queue id is shown as 32 hex digits.
+-- What operators read of the queue. Times of tables are whole microseconds since 1970, those of
+-- views are text; a queue id is shown as 32 hex digits.
 
 -- name: view_definition
 -- The SELECT of a view, so that a listing can put conditions inside of it.
@@ -70,8 +70,8 @@ WHERE m.id = :id AND n.dsn_of = m.id
 ORDER BY n.id;
 
 -- name: actions
--- The actions of operators on the deliveries of a message, and those on its routes and servers while
--- it was unfinished, which have no delivery.
+-- The actions of operators on the deliveries of a message, and those on its routes and servers
+-- while it was unfinished, which have no delivery.
 WITH d AS (
     SELECT route, state, finished_at FROM deliveries WHERE queue_id = :id
 ), s AS (

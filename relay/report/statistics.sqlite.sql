@@ -21,8 +21,8 @@ ORDER BY seconds DESC
 LIMIT :most;
 
 -- name: ages
--- Unfinished mail by the domain of the recipient, the part after the last @, and by age: an id begins
--- with the time, so each age is an id. The domains after the first :most are one row.
+-- Unfinished mail by the domain of the recipient, the part after the last @, and by age: an id
+-- begins with the time, so each age is an id. The domains after the first :most are one row.
 WITH d AS (
     SELECT lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))
                AS domain,
@@ -47,8 +47,8 @@ GROUP BY 1, CASE WHEN place <= :most THEN place END
 ORDER BY min(place);
 
 -- name: received
--- Accepted messages, without DSNs. `:since` is an id, which the primary key finds; it is older than an
--- hour, because ids begin with the time of smtpd's clock, which may differ.
+-- Accepted messages, without DSNs. `:since` is an id, which the primary key finds; it is older than
+-- an hour, because ids begin with the time of smtpd's clock, which may differ.
 SELECT count(*) FILTER (WHERE received_at > (SELECT now FROM clock) - 60 * 1000000) AS last_minute,
        count(*) AS last_hour, coalesce(sum(size), 0) AS bytes
 FROM messages

@@ -100,6 +100,12 @@ def _statements() -> dict[str, str]:
                     continue
                 if _ASSIGNS.search(text):
                     found[f"{file.relative_to(ROOT)}:{node.lineno}"] = text
+        for file in (ROOT / room).rglob("*.sql"):
+            for name, text in re.findall(
+                r"^-- name: (\w+)\n(.*?;)$", file.read_text(), re.MULTILINE | re.DOTALL
+            ):
+                if _ASSIGNS.search(text):
+                    found[f"{file.relative_to(ROOT)}:{name}"] = text
     return found
 
 
