@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from commands.errors import DONE, OUT_OF_REACH, say
-from commands.ops.show import described, message_with_reasons, opened
+from commands.ops.show import described, opened, report_on
 from commands.output import ago, cut, plain, size, span, stamp
 from commands.web import charts
 from commands.web.timeline import timeline
@@ -42,7 +42,8 @@ from relay.db.engine import is_outage
 from relay.db.schema import UNFINISHED, State
 from relay.log import first_line, get_logger
 from relay.report.filters import Filter, bracketed
-from relay.report.queries import NoSuchMessage, QueueReader, Row
+from relay.report.queries import NoSuchMessage, QueueReader
+from relay.report.rows import Row
 from relay.report.statistics import Statistics
 from relay.settings import Settings
 
@@ -210,7 +211,7 @@ class Pages:
             "oldest": max((row["oldest_seconds"] for row in waiting), default=None),
             "overdue": sum(row["overdue"] for row in waiting),
             "servers": self._queue.servers(),
-            "workers": [row for row in self._queue.workers() if row["ended_at"] is None],
+            "workers": [row for row in self._queue.workers() if row.ended_at is None],
             "pauses": self._queue.pauses(),
             "rate": charts.rate(now, steps, STEP, STEPS),
             "latency": charts.latency(now, steps, STEP, STEPS),
@@ -285,19 +286,24 @@ class Pages:
     def message(self, request: Request) -> Response:
         """Everything about one message."""
         try:
-            message = message_with_reasons(
-                self._queue, self._settings, request.path_params["queue_id"]
-            )
+            report = report_on(self._queue, self._settings, request.path_params["queue_id"])
         except NoSuchMessage as error:
             raise HTTPException(404, str(error)) from None
         lines = [
             (name, text)
-            for name, text in described(message)
+            for name, text in described(report)
             if name not in ("id", "why") and not name.startswith("delivery")
         ]
-        dsns = self._queue.dsns(message["queue_id"])
-        events = timeline(message, dsns, self._queue.actions_on(message["queue_id"]))
-        return self._page("message.html", message=message, lines=lines, timeline=events)
+        message = report.message
+        dsns = self._queue.dsns(message.queue_id)
+        actions = self._queue.actions_on(message.queue_id)
+        return self._page(
+            "message.html",
+            message=message,
+            why=report.why,
+            lines=lines,
+            timeline=timeline(message, dsns, actions),
+        )
 
     def style(self, _request: Request) -> Response:
         """The one style sheet."""

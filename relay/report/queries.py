@@ -24,8 +24,17 @@ from relay.db.schema import UNFINISHED, State
 from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.report.filters import SPELLINGS, Filter, spelled
+from relay.report.rows import (
+    AttemptRow,
+    DeliveryRow,
+    DsnRow,
+    MessageRow,
+    PauseRow,
+    RecipientRow,
+    Row,
+    WorkerRow,
+)
 
-type Row = dict[str, Any]
 _FEW = 1000  # rows that are sorted, or held in memory, at once
 LIST_TIMEOUT = 3600  # seconds for the reader of a list, so that no snapshot stays open for good
 ENDED_WORKERS = 50  # workers that have ended and are still listed
@@ -234,14 +243,18 @@ class QueueReader(Reader):
             raise NoSuchMessage(f"more than one id ends in {digits}: {', '.join(ids)}")
         return ids[0]
 
-    def message(self, queue_id: str) -> Row | None:
-        """The row of one message with its `recipients`, `deliveries` and `attempts`, oldest first."""
+    def message(self, queue_id: str) -> MessageRow | None:
+        """One message with its recipients, deliveries and attempts; None if there is none."""
         key = dashed(queue_id)
         rows = self._read("message", id=key)
         if not rows:
             return None
-        parts = ("recipients", "deliveries", "attempts")
-        return rows[0] | {part: self._read(part, id=key) for part in parts}
+        return MessageRow(
+            **rows[0],
+            recipients=[RecipientRow(**row) for row in self._read("recipients", id=key)],
+            deliveries=[DeliveryRow(**row) for row in self._read("deliveries", id=key)],
+            attempts=[AttemptRow(**row) for row in self._read("attempts", id=key)],
+        )
 
     def summary(self) -> list[Row]:
         """Rows of `queue_summary`: counts, bytes and oldest by state and route."""
@@ -251,9 +264,9 @@ class QueueReader(Reader):
         """Rows of `server_health`: outcomes by server in the last hour."""
         return self._read("servers")
 
-    def dsns(self, queue_id: str) -> list[Row]:
-        """The DSNs about a message with their delivery, oldest first."""
-        return self._read("dsns", id=dashed(queue_id))
+    def dsns(self, queue_id: str) -> list[DsnRow]:
+        """The DSNs about a message, oldest first."""
+        return [DsnRow(**row) for row in self._read("dsns", id=dashed(queue_id))]
 
     def actions_on(self, queue_id: str) -> list[Row]:
         """The actions of operators on a message, oldest first: `delivery`, `acted_at`, `actor`,
@@ -269,20 +282,16 @@ class QueueReader(Reader):
             identity: str | None = self._queries.run(connection, "spool_id").scalar()
         return identity
 
-    def pauses(self) -> list[Row]:
+    def pauses(self) -> list[PauseRow]:
         """Paused routes and servers."""
-        return self._read("pauses")
+        return [PauseRow(**row) for row in self._read("pauses")]
 
-    def workers(self) -> list[Row]:
-        """Workers: first all that have not ended, then the last that have.
-
-        `sending` is the number of deliveries; `routes` has the servers of each route in the
-        worker's settings, and is None before the worker has written it.
-        """
-        return [
-            row | {"routes": json.loads(row["routes"]) if row["routes"] else None}
-            for row in self._read("workers", most=ENDED_WORKERS)
-        ]
+    def workers(self) -> list[WorkerRow]:
+        """Workers: first all that have not ended, then the last that have."""
+        rows = self._read("workers", most=ENDED_WORKERS)
+        for row in rows:  # SQLite has neither booleans nor JSON
+            row |= {"alive": bool(row["alive"]), "routes": json.loads(row["routes"] or "null")}
+        return [WorkerRow(**row) for row in rows]
 
     def open_circuits(self) -> list[Row]:
         """The open circuits of living workers: worker, server, why."""

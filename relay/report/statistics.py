@@ -8,7 +8,8 @@ reads the last hours or unfinished mail, never the whole history.
 from datetime import datetime
 
 from relay.report.filters import id_at
-from relay.report.queries import Reader, Row
+from relay.report.queries import Reader
+from relay.report.rows import Row
 
 # The columns of `ages` and their upper bounds in seconds; the last column is `older`.
 AGES = {"under_5m": 300, "under_20m": 1200, "under_1h": 3600, "under_4h": 14400, "under_1d": 86400}
