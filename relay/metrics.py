@@ -235,7 +235,7 @@ def serve(settings: Settings, *collectors: Collector) -> Callable[[], None]:
             continue
         for collector in collectors:
             REGISTRY.register(collector)
-        log.info("metrics", host=host, port=server.server_port)
+        log.info("metrics served", host=host, port=server.server_port)
         return partial(_stop, server, collectors)
     if in_use:
         log.warning("metrics not served", reason="; ".join(in_use))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Engine
 
-from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, say
+from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
 from commands.ops.check import broker_lists
 from commands.ops.modify import actor
 from commands.ops.show import mounted_spool, opened
@@ -332,8 +332,7 @@ def run(*, repair: bool, json_lines: bool) -> int:
         spool = mounted_spool(settings, QueueReader(engine))
         if spool is None:
             where = f"the spool of this database is not mounted in {settings.spool_dir}"
-            say(f"{where}: run this command where it is mounted")
-            return OUT_OF_REACH
+            raise CommandError(OUT_OF_REACH, f"{where}: run this command where it is mounted")
         write(rows(Fsck(settings, engine, spool)), _COLUMNS, json_lines=json_lines)
     if not json_lines:
         text = f"{counts.total()} found, {counts['yes']} repaired"

@@ -11,14 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import typer
 from sqlalchemy import Engine
 
-from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, explanation, say
+from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, explanation, say
 from commands.ops import explain
 from commands.output import (
     Columns,
@@ -27,6 +26,7 @@ from commands.output import (
     as_json,
     counted,
     cut,
+    due,
     folded,
     plain,
     size,
@@ -49,17 +49,12 @@ POSSIBLY_DELIVERED = (Outcome.UNCERTAIN, Outcome.MALFORMED)
 MAX_WORKERS = 50  # that a table shows
 
 
-def _due(when: datetime) -> str:
-    text = ago(when)
-    return text if text.startswith("in ") else f"{text} late"
-
-
 _CELLS: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("sender", "recipient"), lambda address: cut(address, 28)),
     **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-ID_DIGITS:])),
     **dict.fromkeys(("size", "bytes", "bytes_sent"), size),
     **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
-    "next_at": _due, "started_at": stamp, "oldest_seconds": span, "seconds": "{:.3f}s".format,
+    "next_at": due, "started_at": stamp, "oldest_seconds": span, "seconds": "{:.3f}s".format,
 }  # fmt: skip
 
 
@@ -102,10 +97,10 @@ _WORKERS: Columns = {
     "LEASE": lambda row: ago(row["lease_expires_at"]) if row["alive"] else "expired",
     **_columns("SENDING"),
 }
-_OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
+OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
     **_columns("SERVER TRIES=attempts LAST=last_at"),
-    "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in _OUTCOMES if row[name]),
+    "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in OUTCOMES if row[name]),
     "NOW": _circuit,
 }
 _SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")
@@ -323,22 +318,21 @@ def _wrapped(text: str, indent: int = 0) -> str:
     return folded(text, indent, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text
 
 
-def show_body(text: str, *, header_only: bool) -> int:
+def show_body(end: str, *, header_only: bool) -> int:
     """Print the stored message or its header: unchanged, but escaped on a terminal; the exit
     status."""
     settings = load(Settings)
     with opened(settings) as engine:
         queue = QueueReader(engine)
-        message, spool = queue.message(queue.resolve(text)), mounted_spool(settings, queue)
+        message, spool = queue.message(queue.resolve(end)), mounted_spool(settings, queue)
     if message is None or spool is None:
-        say(f"the spool of this database is not mounted in {settings.spool_dir}")
-        return OUT_OF_REACH
+        text = f"the spool of this database is not mounted in {settings.spool_dir}"
+        raise CommandError(OUT_OF_REACH, text)
     try:
         handle = spool.open(message.queue_id, message.size)
     except BodyUnsendable as error:
-        states = sorted({row.state for row in message.deliveries})
-        say(f"{error}; its deliveries are {', '.join(states)}")
-        return NOTHING_MATCHED
+        states = ", ".join(sorted({row.state for row in message.deliveries}))
+        raise CommandError(NOTHING_MATCHED, f"{error}; its deliveries are {states}") from None
     with os.fdopen(handle, "rb") as body:
         for line in body:
             if header_only and line == b"\n":

@@ -157,7 +157,7 @@ async def _supervise(stack: Stack) -> None:
         nonlocal first
         if not first:
             first = time.monotonic()
-            log.warning("stopping; once more to kill", drain_timeout=stack.worker.drain_timeout)
+            log.warning("stopping; a second signal kills", drain_timeout=stack.worker.drain_timeout)
             running.cancel()
         elif time.monotonic() > first + ONE_SIGNAL:
             stack.kill()

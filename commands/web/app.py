@@ -11,6 +11,7 @@ name that it has pointed to this machine.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import socket
@@ -33,9 +34,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from commands.errors import DONE, OUT_OF_REACH, say
-from commands.ops.show import described, opened, report_on
-from commands.output import ago, cut, plain, size, span, stamp
+from commands.errors import DONE, OUT_OF_REACH, CommandError
+from commands.ops.show import OUTCOMES, described, opened, report_on
+from commands.output import ago, cut, due, plain, size, span, stamp
 from commands.web import charts
 from commands.web.timeline import timeline
 from relay.db.engine import is_outage
@@ -63,7 +64,6 @@ HEADERS = {
     "cache-control": "no-store",
 }
 FIELDS = ("id", "sender", "recipient", "header_message_id", "state", "reply")
-OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 
 
 class TimedProtocol(H11Protocol):
@@ -311,13 +311,13 @@ class Pages:
 
     def failed(self, _request: Request, error: Exception) -> Response:
         """The page for an error. It says of a fault of our own only that it is in the log."""
-        if isinstance(error, HTTPException):
-            return self._page("failed.html", status=error.status_code, words=error.detail)
-        if is_outage(error):
-            words = "The database does not answer in time. Run `qmqp-relay check`."
-            return self._page("failed.html", status=503, words=words)
+        status = 500
         words = "This page failed. Read the log of `qmqp-relay web`. No mail is affected."
-        return self._page("failed.html", status=500, words=words)
+        if isinstance(error, HTTPException):
+            status, words = error.status_code, error.detail
+        elif is_outage(error):
+            status, words = 503, "The database does not answer in time. Run `qmqp-relay check`."
+        return self._page("failed.html", status=status, words=words)
 
     def _page(self, name: str, *, status: int = 200, **values: Any) -> Response:
         text = self._templates.get_template(name).render(
@@ -329,11 +329,6 @@ class Pages:
 def _received(queue_id: str) -> str:
     """The time in a queue id (UUIDv7: its first 48 bits are milliseconds)."""
     return stamp(datetime.fromtimestamp(int(queue_id[:12], 16) / 1000, UTC))
-
-
-def due(when: datetime | None) -> str:
-    """How long until then, or how late it is."""
-    return ago(when) + (" late" if when is not None and when < datetime.now(UTC) else "")
 
 
 def unbroken(text: str) -> Markup:
@@ -393,13 +388,11 @@ def run(settings: Settings) -> int:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             sockets.append(socket.create_server((host, port), family=family))
         except OSError as error:
-            say(f"RELAY_WEB_LISTEN: cannot listen on {host}:{port}: {error.strerror}")
-            return OUT_OF_REACH
+            text = f"RELAY_WEB_LISTEN: cannot listen on {host}:{port}: {error.strerror}"
+            raise CommandError(OUT_OF_REACH, text) from None
     with opened(settings) as engine:
         for host, port in settings.web_listen:
-            log.info("web", host=host, port=port)
-        try:
+            log.info("web pages served", host=host, port=port)
+        with contextlib.suppress(KeyboardInterrupt):
             server(engine, settings).run(sockets)
-        except KeyboardInterrupt:
-            return DONE
     return DONE
