@@ -33,7 +33,7 @@ from relay.db.schema import FINAL, NEEDS_BODY, UNFINISHED, words
 from relay.db.sql import Statements
 from relay.hints import WINDOW
 from relay.ids import dashed
-from relay.queue.audit import CHUNK, FIRST, PICKED, THESE, AuditEntry
+from relay.queue.audit import CHUNK, FIRST, THESE, AuditEntry
 from relay.queue.rescue import Rescuer
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
@@ -228,8 +228,7 @@ class Fsck:
             sql = f"UPDATE deliveries AS d SET {check.sets} {THESE}"
             self._sql.run(connection, sql, keys=keys)
         else:
-            these = f"(d.queue_id, d.number) IN ({PICKED})"
-            self._rescuer.mark_uncertain(connection, these, check.uncertain, keys=keys)
+            self._rescuer.mark_uncertain(connection, keys, check.uncertain)
 
     def _assign_recipients(self) -> bool:
         """Create held deliveries for recipients that have none."""
