@@ -23,7 +23,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import UUID
 
-from relay.db.schema import UNFINISHED, Outcome, State, words
+from relay.db.schema import words
+from relay.queue.outcome import Outcome
+from relay.queue.states import UNFINISHED, State
 
 metadata = MetaData(
     naming_convention={
@@ -156,7 +158,8 @@ deliveries = Table(
         name="due_where_the_state_needs_it",
     ),
     CheckConstraint("(worker IS NOT NULL) = (state = 'sending')", name="worker_while_sending"),
-    _some("queued", "state = 'queued'", "route", "due_at"),
+    _some("queued_fresh", "state = 'queued' AND claim_count = 0", "route", "due_at"),
+    _some("queued_retries", "state = 'queued' AND claim_count > 0", "route", "due_at"),
     _some("sending", "state = 'sending'", "worker", "due_at"),
     _some("deferred", "state = 'deferred'", "due_at"),
     _some("waiting", "state = 'deferred' AND waiting_for IS NOT NULL", "waiting_for", "due_at"),

@@ -9,7 +9,9 @@ FROM (
            count(*) FILTER (WHERE due_at < (SELECT now FROM clock)) AS overdue,
            min(queue_id) AS oldest
     FROM (
-        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued'
+        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued' AND claim_count = 0
+        UNION ALL
+        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued' AND claim_count > 0
         UNION ALL
         SELECT state, queue_id, due_at FROM deliveries WHERE state = 'sending'
         UNION ALL

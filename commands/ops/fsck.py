@@ -33,7 +33,7 @@ from relay.db.engine import reading, writing
 from relay.db.sql import Queries, Statements
 from relay.hints import WINDOW
 from relay.ids import dashed
-from relay.queue.audit import CHUNK, FIRST, PICKED, AuditEntry
+from relay.queue.audit import CHUNK, FIRST, AuditEntry
 from relay.queue.rescue import Rescuer
 from relay.queue.states import UNFINISHED
 from relay.report.queries import QueueReader
@@ -59,14 +59,14 @@ class Inconsistency:
 
 
 class RowCheck(NamedTuple):
-    """Rows that no statement of the relay creates, found and repaired by the statements
-    `find_NAME` and `repair_NAME`. `uncertain`: the repair only finds the deliveries, and their
-    attempts are recorded as uncertain with this text."""
+    """Rows that no statement of the relay creates: the names of the statements that find and repair
+    them. `uncertain`: the repair finds and locks the deliveries, and their attempts are recorded as
+    uncertain with this text."""
 
-    name: str
     what: str
+    find: str
     remedy: str
-    repairable: bool = True
+    repair: str = ""
     uncertain: str = ""
 
 
@@ -76,48 +76,56 @@ _COLUMNS = {
     "DETAILS": lambda row: f"{row['words']}; {row['remedy']}",
 }
 _ROW_CHECKS = (
-    RowCheck("no_due_time", "no due time", "make it due now"),
-    RowCheck("useless_due_time", "useless due time", "clear the time"),
+    RowCheck("no due time", "find_no_due_time", "make it due now", "repair_no_due_time"),
     RowCheck(
-        "no_finish_time",
+        "useless due time", "find_useless_due_time", "clear the time", "repair_useless_due_time"
+    ),
+    RowCheck(
         "no finish time",
+        "find_no_finish_time",
         "set it to now, so that the row is kept no longer than others",
+        "repair_no_finish_time",
     ),
     RowCheck(
-        "held_without_recipient",
         "delivery without recipient",
+        "find_held_without_recipient",
         "it is held: restore the rows of its recipients from a backup, and release it",
-        repairable=False,
     ),
-    RowCheck("without_recipient", "delivery without recipient", "hold it"),
     RowCheck(
-        "without_message",
+        "delivery without recipient",
+        "find_without_recipient",
+        "hold it",
+        "repair_without_recipient",
+    ),
+    RowCheck(
         "delivery without message",
+        "find_without_message",
         "restore the row of its message from a backup",
-        repairable=False,
     ),
     RowCheck(
-        "sent_by_ended_worker",
         "sent by an ended worker",
+        "find_sent_by_ended_worker",
         "record it as uncertain",
+        "repair_sent_by_ended_worker",
         uncertain="the worker stopped while it was sending",
     ),
     RowCheck(
-        "sent_by_unknown_worker",
         "sent by an unknown worker",
+        "find_sent_by_unknown_worker",
         "record it as uncertain",
+        "repair_sent_by_unknown_worker",
         uncertain="the worker that was sending it is not known",
     ),
     RowCheck(
-        "recipient_without_delivery",
         "recipient without delivery",
+        "find_recipient_without_delivery",
         "give it a delivery, which is held",
+        "repair_recipient_without_delivery",
     ),
     RowCheck(
-        "message_without_recipients",
         "message without recipients",
+        "find_message_without_recipients",
         "restore the rows of its recipients and deliveries from a backup; its body is kept",
-        repairable=False,
     ),
 )
 
@@ -165,8 +173,8 @@ class Fsck:
     def _rows(self) -> Iterator[Inconsistency]:
         """Rows that no statement of the relay creates."""
         for check in _ROW_CHECKS:
-            if rows := self._all(f"find_{check.name}", most=MAX_ROWS):
-                repair = partial(self._repair_rows, check) if check.repairable else None
+            if rows := self._all(check.find, most=MAX_ROWS):
+                repair = partial(self._repair_rows, check) if check.repair else None
                 yield Inconsistency(check.what, _listed(rows), check.remedy, repair)
 
     def _repair_rows(self, check: RowCheck) -> bool:
@@ -174,11 +182,10 @@ class Fsck:
         entry, repaired = self._entry(check.what), 0
         while True:
             with writing(self._engine) as connection:
-                rows = self._queries.run(connection, f"repair_{check.name}", most=CHUNK).all()
+                rows = self._queries.run(connection, check.repair, most=CHUNK).all()
                 if rows and check.uncertain:
                     keys = json.dumps([{"queue_id": str(key), "number": n} for key, n in rows])
-                    these = f"(d.queue_id, d.number) IN ({PICKED})"
-                    self._rescuer.mark_uncertain(connection, these, check.uncertain, keys=keys)
+                    self._rescuer.mark_uncertain(connection, keys, check.uncertain)
                 entry.note_rows(connection, rows)
             repaired += len(rows)
             if len(rows) < CHUNK:

@@ -1,5 +1,5 @@
--- The statements of fsck. `find_NAME` reads the rows that no statement of the relay creates, and
--- `repair_NAME` repairs at most :most of them; both return the keys of deliveries.
+-- The statements of fsck. Each `find_...` reads rows that no statement of the relay creates, and
+-- its `repair_...` repairs at most :most of them; both return the keys of deliveries.
 -- Times are microseconds.
 
 -- name: find_no_due_time
@@ -118,7 +118,7 @@ ORDER BY d.queue_id, d.number
 LIMIT :most;
 
 -- name: repair_sent_by_ended_worker
--- Which deliveries to record as uncertain.
+-- Their attempts are then recorded as uncertain.
 SELECT d.queue_id, d.number
 FROM deliveries d
 WHERE d.state = 'sending'
@@ -139,7 +139,7 @@ ORDER BY d.queue_id, d.number
 LIMIT :most;
 
 -- name: repair_sent_by_unknown_worker
--- Which deliveries to record as uncertain.
+-- Their attempts are then recorded as uncertain.
 SELECT d.queue_id, d.number
 FROM deliveries d
 WHERE d.state = 'sending' AND NOT EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker)
@@ -186,7 +186,7 @@ ORDER BY m.id
 LIMIT :most;
 
 -- name: body_needed
-SELECT count(*)
+SELECT count(*) AS count
 FROM deliveries
 WHERE queue_id = :id
   AND (state IN ('queued', 'sending', 'deferred', 'held') OR due_at IS NOT NULL);
@@ -212,12 +212,14 @@ WHERE w.ended_at IS NULL
   AND w.lease_expires_at < (SELECT now FROM clock) - CAST(:long * 1000000 AS INTEGER);
 
 -- name: workers_alive
-SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at > (SELECT now FROM clock);
+SELECT count(*) AS count
+FROM workers
+WHERE ended_at IS NULL AND lease_expires_at > (SELECT now FROM clock);
 
 -- name: overdue
 -- Deliveries that a worker should have handled long ago. A queued one may wait for a free
 -- connection while others are sent, and an operator may have paused its route.
-SELECT state, count(*), ((SELECT now FROM clock) - min(due_at)) / 1e6
+SELECT state, count(*) AS deliveries, ((SELECT now FROM clock) - min(due_at)) / 1e6 AS late
 FROM deliveries
 WHERE due_at < (SELECT now FROM clock) - CAST(:late * 1000000 AS INTEGER)
   AND NOT EXISTS (SELECT 1 FROM pauses p WHERE p.subject = 'route:' || route)

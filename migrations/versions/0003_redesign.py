@@ -63,7 +63,8 @@ REASON_SOURCE = """UPDATE deliveries SET reason_source = CASE
         WHEN last_outcome IN ('delivered', 'deferred', 'rejected') THEN 'server' ELSE 'relay' END
     WHERE last_reply IS NOT NULL"""
 INDEXES = {
-    "deliveries_queued": "(route, due_at) WHERE state = 'queued'",
+    "deliveries_queued_fresh": "(route, due_at) WHERE state = 'queued' AND claim_count = 0",
+    "deliveries_queued_retries": "(route, due_at) WHERE state = 'queued' AND claim_count > 0",
     "deliveries_sending": "(worker, due_at) WHERE state = 'sending'",
     "deliveries_deferred": "(due_at) WHERE state = 'deferred'",
     "deliveries_waiting": "(waiting_for, due_at) WHERE state = 'deferred' AND waiting_for IS NOT NULL",

@@ -3,7 +3,7 @@
 
 -- name: view_definition
 -- The SELECT of a view, so that a listing can put conditions inside of it.
-SELECT rtrim(pg_get_viewdef(CAST(:view AS regclass)), ';');
+SELECT rtrim(pg_get_viewdef(CAST(:view AS regclass)), ';') AS definition;
 
 -- name: listed_columns
 -- Only the names of the columns are read.
@@ -101,7 +101,7 @@ WITH d AS (
 SELECT delivery, at AS acted_at, actor, verb, reason, filter FROM x ORDER BY at, id, delivery;
 
 -- name: spool_id
-SELECT replace(CAST(id AS text), '-', '') FROM spool;
+SELECT replace(CAST(id AS text), '-', '') AS id FROM spool;
 
 -- name: pauses
 SELECT subject, since AS since_at, actor, reason FROM pauses ORDER BY subject;
@@ -132,7 +132,7 @@ ORDER BY c.server, c.worker;
 -- name: count_from_sender
 -- How many messages a sender has, counted up to a limit. The range is that of the index, which
 -- compares bytes.
-SELECT count(*)
+SELECT count(*) AS count
 FROM (
     SELECT 1
     FROM messages
@@ -142,7 +142,7 @@ FROM (
 
 -- name: count_to_recipient
 -- The same for a recipient.
-SELECT count(*)
+SELECT count(*) AS count
 FROM (
     SELECT 1
     FROM recipients

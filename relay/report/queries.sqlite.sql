@@ -3,7 +3,7 @@
 
 -- name: view_definition
 -- The SELECT of a view, so that a listing can put conditions inside of it.
-SELECT substr(sql, instr(sql, 'SELECT'))
+SELECT substr(sql, instr(sql, 'SELECT')) AS definition
 FROM sqlite_schema
 WHERE type = 'view' AND name = :view;
 
@@ -97,7 +97,7 @@ WITH d AS (
 SELECT delivery, at AS acted_at, actor, verb, reason, filter FROM x ORDER BY at, id, delivery;
 
 -- name: spool_id
-SELECT replace(id, '-', '') FROM spool;
+SELECT replace(id, '-', '') AS id FROM spool;
 
 -- name: pauses
 SELECT subject, since AS since_at, actor, reason FROM pauses ORDER BY subject;
@@ -128,7 +128,7 @@ ORDER BY c.server, c.worker;
 
 -- name: count_from_sender
 -- How many messages a sender has, counted up to a limit. The range is that of the index.
-SELECT count(*)
+SELECT count(*) AS count
 FROM (
     SELECT 1
     FROM messages
@@ -138,7 +138,7 @@ FROM (
 
 -- name: count_to_recipient
 -- The same for a recipient.
-SELECT count(*)
+SELECT count(*) AS count
 FROM (
     SELECT 1
     FROM recipients

@@ -941,9 +941,7 @@ def harness(
     clean_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[QueueHarness]:
     monkeypatch.setattr("relay.dsn.generator.GATHER", GATHER)
-    monkeypatch.setattr(
-        rescue, "_IN_FLIGHT", rescue._IN_FLIGHT.replace("@chance", "0")
-    )  # the model knows when each is due
+    monkeypatch.setattr(rescue, "JITTER", 0.0)  # the model knows when each is due
     made = QueueHarness(
         clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,
         uncertain_delay=UNCERTAIN_DELAY, poison_limit=POISON, **VARIANTS[request.param],
