@@ -72,7 +72,7 @@ def _columns(headings: str) -> Columns:
     return {heading.replace("_", " "): _cell(name or heading.lower()) for heading, name in pairs}
 
 
-def _circuit(row: Row) -> str:
+def circuit_of(row: Row) -> str:
     """Why nothing is sent to a server now; empty when it is sent to."""
     if row["paused_at"]:
         return f"paused for {ago(row['paused_at'])}"
@@ -101,7 +101,7 @@ OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "
 _SERVERS: Columns = {
     **_columns("SERVER TRIES=attempts LAST=last_at"),
     "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in OUTCOMES if row[name]),
-    "NOW": _circuit,
+    "NOW": circuit_of,
 }
 _SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")
 _PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
