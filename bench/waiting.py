@@ -20,14 +20,15 @@ from sqlalchemy import Engine, text
 from bench.history import analyze, fill, on_each_database
 from bench.processes import cpu_seconds
 from relay.db.engine import connect, migrate, writing
-from relay.db.schema import Outcome, State
 from relay.db.sql import dialect_of
 from relay.dsn.generator import DsnGenerator
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.claim import WorkerQueue
 from relay.queue.model import Attempt, ClaimRequest, Completion
+from relay.queue.outcome import Outcome
 from relay.queue.rescue import Rescuer
+from relay.queue.states import State
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
 

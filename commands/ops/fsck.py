@@ -29,12 +29,13 @@ from commands.ops.modify import actor
 from commands.ops.show import mounted_spool, opened
 from commands.output import counted, span, write
 from relay.db.engine import reading, writing
-from relay.db.schema import FINAL, NEEDS_BODY, UNFINISHED, words
+from relay.db.schema import NEEDS_BODY, words
 from relay.db.sql import Statements
 from relay.hints import WINDOW
 from relay.ids import dashed
 from relay.queue.audit import CHUNK, FIRST, THESE, AuditEntry
 from relay.queue.rescue import Rescuer
+from relay.queue.states import FINAL, UNFINISHED
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
 from relay.spool.orphans import REMOVAL_GRACE, OrphanFile, OrphanScanner
