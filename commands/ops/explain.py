@@ -14,8 +14,9 @@ from datetime import UTC, datetime, timedelta
 
 from commands.output import ago, counted, span, stamp
 from relay.dsn.message import Enclosure, Withheld
+from relay.queue.outcome import Outcome
 from relay.queue.split import can_carry
-from relay.queue.states import UNFINISHED, Outcome, ReasonSource, State
+from relay.queue.states import UNFINISHED, ReasonSource, State
 from relay.report.queries import QueueReader
 from relay.report.rows import DeliveryRow, DsnRow, MessageRow, PauseRow, WorkerRow
 from relay.routes import Routes

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from relay.db.schema import State, words
 from relay.ids import dashed
+from relay.queue.states import State
 
 
 class Spelling(NamedTuple):
@@ -69,7 +69,8 @@ class Filter:
         spelling = SPELLINGS[database]
         parts, parameters = ["1 = 1"], dict[str, Any]()
         if self.states:  # literals: a plan may depend on them
-            parts.append(f"state IN ({words(tuple(map(State, self.states)))})")
+            states = ", ".join(f"'{State(state)}'" for state in self.states)
+            parts.append(f"state IN ({states})")
         if self.older_than is not None:
             parts.append("queue_uuid < :oldest")
             parameters["oldest"] = id_at(self.older_than)

@@ -20,9 +20,9 @@ from uuid import UUID
 from sqlalchemy import CursorResult, Engine, text
 
 from relay.db.engine import reading
-from relay.db.schema import UNFINISHED, State
 from relay.db.sql import Queries
 from relay.ids import dashed
+from relay.queue.states import UNFINISHED, State
 from relay.report.filters import SPELLINGS, Filter, spelled
 from relay.report.rows import (
     AttemptRow,

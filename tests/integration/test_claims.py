@@ -25,7 +25,8 @@ from relay.queue.model import (
     CompletionResult,
     Renewal,
 )
-from relay.queue.states import Outcome, State, successors
+from relay.queue.outcome import Outcome
+from relay.queue.states import State, successors
 from tests.integration.queue_harness import OUTCOME_POLICY, PLENTY, QueueHarness, opened
 from tests.waiting import until
 

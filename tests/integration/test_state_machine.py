@@ -27,13 +27,14 @@ from sqlalchemy import text
 
 from migrations.tables import metadata
 from relay.db.engine import writing
-from relay.db.schema import FINAL, UNFINISHED, Outcome, State
 from relay.dsn.generator import DsnGenerator
 from relay.dsn.message import POSSIBLY_DELIVERED
 from relay.ids import new_id
 from relay.queue import rescue
 from relay.queue.model import Claim, ClaimRequest, Command, Completion, CompletionResult, Renewal
 from relay.queue.operations import OPERATIONS, REROUTE, Operation, QueueOperations
+from relay.queue.outcome import Outcome
+from relay.queue.states import FINAL, UNFINISHED, State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.queue_harness import OUTCOME_POLICY, QueueHarness, new_message

@@ -33,6 +33,8 @@ AFTER = {
     "sqlite": "((SELECT now FROM clock) + {} * 1000000)",
 }
 DUE = (State.QUEUED, State.SENDING, State.DEFERRED, State.BOUNCED, State.EXPIRED)
+# The name whose statements run before.
+BEFORE = {"create_views": "drop_views"}
 # Statements that one database alone needs, as (module, name).
 ONE_DATABASE: set[tuple[str, str]] = set()
 
@@ -268,7 +270,8 @@ def _run(connection: Connection, module: str, name: str, database: str) -> Any:
     """Run the statements of a name; what the last one gives: columns and number of rows."""
     examples = EXAMPLES | OWN_EXAMPLES.get(module, {})
     result: Any = None
-    for statement in named_statements(module, database)[name]:
+    statements = named_statements(module, database)
+    for statement in statements.get(BEFORE.get(name, ""), ()) + statements[name]:
         wanted = set(statement.compile().params)
         assert wanted <= set(examples), f"EXAMPLES lacks {sorted(wanted - set(examples))}"
         result = connection.execute(statement, examples)
