@@ -192,18 +192,18 @@ class QueueReader(Reader):
         """Whether an index finds the rows, and they are few."""
         if wanted.id is not None or "*" not in (wanted.header_message_id or "*"):
             return True
-        for name, address in (
-            ("count_from_sender", wanted.sender),
-            ("count_to_recipient", wanted.recipient),
-        ):
-            if address is not None and "*" not in address:
-                keys = ("address", "address_from", "address_to")
-                parameters = dict(zip(keys, spelled(address), strict=True))
-                with reading(self._engine) as connection:
-                    count = self._queries.run(connection, name, most=_FEW, **parameters).scalar()
-                if count < _FEW:
-                    return True
-        return False
+        return any(
+            address is not None and "*" not in address and self._count(name, address) < _FEW
+            for name, address in (
+                ("count_from_sender", wanted.sender),
+                ("count_to_recipient", wanted.recipient),
+            )
+        )
+
+    def _count(self, name: str, address: str) -> int:
+        whole, least, beyond = spelled(address)
+        rows = self._read(name, address=whole, address_from=least, address_to=beyond, most=_FEW)
+        return int(rows[0]["count"])
 
     def horizon(self, wanted: Filter, after: tuple[str, int] | None = None) -> str | None:
         """The queue id down to which to scan SCAN_LIMIT messages; None where an index finds what
@@ -278,9 +278,8 @@ class QueueReader(Reader):
 
     def spool_id(self) -> str | None:
         """The identity of the spool in this database; None before smtpd or a worker has run."""
-        with reading(self._engine) as connection:
-            identity: str | None = self._queries.run(connection, "spool_id").scalar()
-        return identity
+        rows = self._read("spool_id")
+        return str(rows[0]["id"]) if rows else None
 
     def pauses(self) -> list[PauseRow]:
         """Paused routes and servers."""
