@@ -40,7 +40,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED
 from relay.report.filters import Filter
 from relay.report.queries import NoSuchMessage, QueueReader
-from relay.report.rows import MessageRow
+from relay.report.rows import DsnRow, MessageRow
 from relay.report.statistics import AGES, Statistics
 from relay.settings import Settings, load
 from relay.spool.store import BodyUnsendable, Spool
@@ -196,13 +196,14 @@ def list_queue(filter_: Filter, *, everything: bool, limit: int | None, json_lin
 
 @dataclass(frozen=True, slots=True)
 class MessageReport:
-    """A message, its file (`file_size` in bytes, None without a file) and the reasons for the
-    states of its deliveries."""
+    """A message, its file (`file_size` in bytes, None without a file), the DSNs about it and the
+    reasons for the states of its deliveries."""
 
     message: MessageRow
     file: Path
     file_size: int | None
     spool_is_mounted: bool
+    dsns: Sequence[DsnRow]
     why: list[dict[str, Any]]
 
     def as_row(self) -> Row:
@@ -231,11 +232,12 @@ def report_on(queue: QueueReader, settings: Settings, text: str) -> MessageRepor
     file = Spool(settings.spool_dir).path(message.queue_id)
     with contextlib.suppress(OSError):
         file_size = file.stat().st_size if spool else None
+    facts = explain.gather(queue, message, settings)
     why = [
         {"delivery": row.number, "state": row.state, "why": reason}
-        for row, reason in explain.sentences(explain.gather(queue, message, settings))
+        for row, reason in explain.sentences(facts)
     ]
-    return MessageReport(message, file, file_size, spool is not None, why)
+    return MessageReport(message, file, file_size, spool is not None, facts.dsns, why)
 
 
 def show_message(text: str, *, json_lines: bool) -> int:

@@ -294,15 +294,13 @@ class Pages:
             for name, text in described(report)
             if name not in ("id", "why") and not name.startswith("delivery")
         ]
-        message = report.message
-        dsns = self._queue.dsns(message.queue_id)
-        actions = self._queue.actions_on(message.queue_id)
+        actions = self._queue.actions_on(report.message.queue_id)
         return self._page(
             "message.html",
-            message=message,
+            message=report.message,
             why=report.why,
             lines=lines,
-            timeline=timeline(message, dsns, actions),
+            timeline=timeline(report.message, report.dsns, actions),
         )
 
     def style(self, _request: Request) -> Response:
