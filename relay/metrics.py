@@ -99,9 +99,7 @@ def refused(reply: str) -> None:
 _PARTS = " UNION ALL ".join(
     f"SELECT state, queue_id, due_at FROM deliveries WHERE {where}"
     for where in (
-        "state = 'queued' AND claim_count = 0",
-        "state = 'queued' AND claim_count > 0",
-        *(f"state = '{state}'" for state in UNFINISHED[1:]),
+        *(f"state = '{state}'" for state in UNFINISHED),
         "state IN ('bounced', 'expired') AND due_at IS NOT NULL",
     )
 )

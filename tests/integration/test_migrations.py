@@ -109,6 +109,9 @@ def test_migrations_make_what_the_schema_describes(
     assert len(dump(migrated)) > 15
 
 
+# SQLAlchemy cannot read expressions of an index back from SQLite; the test above compares its text.
+@pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expression-based index")
+@pytest.mark.filterwarnings("ignore:autogenerate skipping metadata-specified expression-based")
 def test_alembic_finds_nothing_to_do(database_url: str) -> None:
     engine = connect(database_url)
     with reading(engine) as connection:
