@@ -113,6 +113,8 @@ EXAMPLES: dict[str, Any] = {
     "worker": WORKER,
     "workers": json.dumps([WORKER]),
 }  # fmt: skip
+# Statements whose rows are SQL text of the database's own.
+OWN_TEXT = {("relay.report.queries", "view_definition")}
 # By module, where a name means something else than elsewhere.
 OWN_EXAMPLES: dict[str, dict[str, Any]] = {
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
@@ -246,6 +248,8 @@ def test_a_statement_gives_the_same_on_both_databases(
         with writer.connect() as connection:
             results[database] = _run(connection, module, name, database)
             connection.rollback()
+    if (module, name) in OWN_TEXT:
+        results = {database: columns for database, (columns, _) in results.items()}
     first, *others = results.values()
     assert all(other == first for other in others)
 
