@@ -53,7 +53,7 @@ class _Recorded(NamedTuple):
     body_deletable: bool
 
 
-_NO_ROW = _Recorded(0, State.DROPPED, False)
+_NO_ROW = _Recorded(0, State.DROPPED, False)  # the numbers of claims begin with 1
 
 
 def longest_claim(settings: WorkerSettings) -> float:
