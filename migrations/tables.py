@@ -148,6 +148,11 @@ deliveries = Table(
         Text,
         comment="why its sender gets no DSN: rate, postmaster or address; empty: no such reason",
     ),
+    Column(
+        "warn_at",
+        Instant,
+        comment="when the sender is warned that it is late; empty: never, or it was done",
+    ),
     Column("reason_source", Text, comment="where last_reply comes from: server, relay or operator"),
     PrimaryKeyConstraint("queue_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
@@ -160,6 +165,11 @@ deliveries = Table(
     _some("sending", "state = 'sending'", "worker", "due_at"),
     _some("deferred", "state = 'deferred'", "due_at"),
     _some("waiting", "state = 'deferred' AND waiting_for IS NOT NULL", "waiting_for", "due_at"),
+    _some(
+        "unwarned",
+        "warn_at IS NOT NULL AND state IN ('queued', 'sending', 'deferred')",
+        "warn_at",
+    ),
     _some("owing", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
     _some("held", "state = 'held'", "queue_id"),
     _some("finished", f"state NOT IN ({words(UNFINISHED)})", "state", "route"),

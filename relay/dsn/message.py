@@ -74,16 +74,17 @@ _REDUCED = {
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One recipient that a DSN reports, and the last state of its delivery.
+    """A recipient, and the last state of its delivery.
 
-    `reply`: the last server's reply, or the relay's or an operator's reason, as `reason_source` says;
-    `outcome`: of the last attempt, None before the first; `possibly_delivered`: a server may have
-    accepted the message.
+    `kind`: what a DSN reports (None: nothing); `reply`: the last server's reply, or the relay's or
+    an operator's reason, as `reason_source` says; `outcome`: of the last attempt, None before the
+    first; `possibly_delivered`: a server may have accepted the message; `number`: of the delivery;
+    `warned`: the sender has had a delay warning.
     """
 
     address: str
     orcpt: str | None
-    kind: Kind
+    kind: Kind | None
     reply: str
     server: str | None
     attempted_at: datetime | None
@@ -91,6 +92,9 @@ class Failure:
     outcome: str | None
     reason_source: str | None
     possibly_delivered: bool = False
+    number: int = 1
+    notify: str | None = None
+    warned: bool = False
 
     @property
     def server_reply(self) -> str:
@@ -105,13 +109,28 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """The message that a DSN is about."""
+    """The message that a DSN is about.
+
+    `size`: of its body, in bytes; `client_trusted`: whether the policy trusts the client that sent
+    it (None: no policy, or a row of an older version); `dsn_content`, `dsn_of`: what it encloses,
+    and the message that it is about, if it is a DSN itself.
+    """
 
     id: str
     sender: str
     received_at: datetime
     header_message_id: str | None
     envid: str | None
+    size: int = 0
+    ret: str | None = None
+    client_trusted: bool | None = None
+    dsn_content: str | None = None
+    dsn_of: str | None = None
+
+    @property
+    def from_stranger(self) -> bool:
+        """Whether the policy does not trust the client that sent it."""
+        return self.client_trusted is not None and not self.client_trusted
 
 
 def unxtext(text: str) -> str:
@@ -120,7 +139,7 @@ def unxtext(text: str) -> str:
     return escaped(decoded.encode("latin-1", "replace"), _LONGEST_LINE)
 
 
-def status_of(kind: Kind, reply: str) -> str:
+def status_of(kind: Kind | None, reply: str) -> str:
     """The enhanced status code (RFC 3463): the server's own if its class fits, else X.0.0."""
     if kind is Kind.EXPIRED:
         return "5.4.7"

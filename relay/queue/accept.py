@@ -11,7 +11,7 @@ and then changes nothing.
 import json
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, text
 
@@ -71,9 +71,9 @@ _INSERTS = (
         address text, delivery int, notify text, orcpt text) WHERE true
     ON CONFLICT DO NOTHING""",
     """-- event: accepted
-    INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
-    SELECT queue_id, number, route, 'queued', @later(:grace), @later(:lifetime)
-    FROM @rows(:deliveries; queue_id uuid, number int, route text) WHERE true
+    INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, warn_at)
+    SELECT queue_id, number, route, 'queued', @later(:grace), @later(:lifetime), @later(warn_after)
+    FROM @rows(:deliveries; queue_id uuid, number int, route text, warn_after float8) WHERE true
     ON CONFLICT DO NOTHING""",
 )
 
@@ -81,8 +81,11 @@ _INSERTS = (
 class Acceptor:
     """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs."""
 
-    def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
+    def __init__(
+        self, engine: Engine, *, lifetime: float, grace: float, delay_warning: float | None = None
+    ) -> None:
         dialect = dialect_of(engine)
+        self._delay_warning = delay_warning
         self._engine, self._lifetime, self._grace = engine, lifetime, grace
         if dialect.postgresql:
             one = f"WITH m AS ({_INSERTS[0]}), r AS ({_INSERTS[1]}) {_INSERTS[2]}"
@@ -111,7 +114,7 @@ class Acceptor:
     def _parameters(self, messages: Sequence[NewMessage]) -> dict[str, object]:
         rows: list[dict[str, object]] = []
         recipients: list[dict[str, object]] = []
-        deliveries: list[dict[str, object]] = []
+        deliveries: list[dict[str, Any]] = []
         for message in messages:
             key = dashed(message.id)
             rows.append(_message_row(key, message))
@@ -122,9 +125,16 @@ class Acceptor:
                     "queue_id": key, "position": position, "address": recipient.address, "delivery": number,
                     "notify": recipient.notify, "orcpt": recipient.orcpt,
                 })  # fmt: skip
-            deliveries += [
-                {"queue_id": key, "number": n, "route": route} for route, n in numbers.items()
-            ]
+            added = {
+                number: {"queue_id": key, "number": number, "route": route}
+                for route, number in numbers.items()
+            }
+            if self._delay_warning is not None and message.sender not in ("", "#@[]"):
+                for recipient in message.recipients:
+                    if recipient.notify is None or "DELAY" in recipient.notify.upper():
+                        number = numbers[recipient.route]
+                        added[number]["warn_after"] = self._delay_warning
+            deliveries += added.values()
         return {
             "messages": json.dumps(rows), "recipients": json.dumps(recipients), "deliveries": json.dumps(deliveries),
             "grace": self._grace, "lifetime": self._lifetime,

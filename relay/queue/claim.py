@@ -125,7 +125,10 @@ class WorkerQueue:
             notices=settings.bounces == "dsn",
             far=seconds,
         )
-        self._splitter, self._overdue = Splitter(self._sql), OverduePoll(self._sql)
+        self._splitter, self._overdue = (
+            Splitter(engine, notices=settings.bounces == "dsn"),
+            OverduePoll(self._sql),
+        )
         self._held: dict[
             Key, tuple[str, int]
         ] = {}  # claims without a completion: key -> (worker, claim)
@@ -203,7 +206,7 @@ class WorkerQueue:
                 and not result.body_deletable
             ):
                 ended.setdefault(completion.queue_id, []).append(n)
-        for queue_id in deletable_bodies(self._engine, self._sql, ended):
+        for queue_id in deletable_bodies(self._engine, ended):
             for n in ended[queue_id]:
                 results[n] = replace(cast(CompletionResult, results[n]), body_deletable=True)
 

@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 
 from relay.db.engine import reading
 from relay.db.schema import NEEDS_BODY
-from relay.db.sql import Statements
+from relay.db.sql import Queries
 from relay.ids import dashed
 
 
@@ -26,24 +26,13 @@ def body_needed(message: str) -> str:
     return f"EXISTS (SELECT 1 FROM deliveries o WHERE o.queue_id = {message} AND {NEEDS_BODY})"
 
 
-def body_deletable(message: str) -> str:
-    """The SQL condition of the whole rule; `message`: SQL for the queue id."""
-    return f"""(EXISTS (SELECT 1 FROM deliveries o WHERE o.queue_id = {message})
-        AND NOT {body_needed(message)}
-        AND NOT EXISTS (SELECT 1 FROM recipients r LEFT JOIN deliveries o
-            ON o.queue_id = r.queue_id AND o.number = r.delivery
-            WHERE r.queue_id = {message} AND o.number IS NULL))"""
-
-
-_DELETABLE = (
-    f"SELECT @hex(x.queue_id) FROM @rows(:ids; queue_id uuid) WHERE {body_deletable('x.queue_id')}"
-)
-
-
-def deletable_bodies(engine: Engine, sql: Statements, ids: Iterable[str]) -> list[str]:
+def deletable_bodies(engine: Engine, ids: Iterable[str]) -> list[str]:
     """Those of these messages whose body may be deleted; queue ids of 32 digits, sorted."""
-    rows = [{"queue_id": dashed(queue_id)} for queue_id in sorted(ids)]
-    if not rows:
+    listed = [dashed(queue_id) for queue_id in ids]
+    if not listed:
         return []
     with reading(engine) as connection:
-        return sorted(row[0] for row in sql.run(connection, _DELETABLE, ids=json.dumps(rows)))
+        result = Queries(engine, __name__).run(
+            connection, "deletable_bodies", ids=json.dumps(listed)
+        )
+        return list(result.scalars())

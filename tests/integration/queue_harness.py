@@ -59,7 +59,10 @@ class QueueHarness:
         self.engine = connect(database_url, hot=True, pool=8)
         self.dialect = dialect_of(self.engine)
         self.acceptor = Acceptor(
-            self.engine, lifetime=self.settings.queue_lifetime, grace=self.settings.grace
+            self.engine,
+            lifetime=self.settings.queue_lifetime,
+            grace=self.settings.grace,
+            delay_warning=self.settings.delay_warning,
         )
         self.worker_queue = self.another_worker_queue()
         self.rescuer = Rescuer(self.engine, self.settings)
