@@ -37,8 +37,5 @@ DELETE FROM dsn_limits WHERE last_at < now() - :limits * interval '1 second';
 DELETE FROM workers WHERE ended_at < now() - :retention * interval '1 second';
 
 -- name: lock
--- The session has the lock until it unlocks or ends.
+-- The session has the lock until it ends.
 SELECT pg_try_advisory_lock(:key) AS locked;
-
--- name: unlock
-SELECT pg_advisory_unlock(:key);

@@ -74,15 +74,11 @@ class Cleaner(PeriodicThread):
                     yield True
             return
         with self._engine.connect() as connection:
+            connection.detach()  # the session ends here, and with it the lock
             locked = bool(self._queries.run(connection, "lock", key=LOCK_KEY).scalar())
             # The session keeps the lock; an open transaction would keep dead rows.
             connection.commit()
-            try:
-                yield locked
-            finally:
-                if locked:
-                    self._queries.run(connection, "unlock", key=LOCK_KEY)
-                    connection.commit()
+            yield locked
 
     def clean(self) -> int:
         """Remove the rows and bodies of messages that were finished RETENTION ago; how many."""

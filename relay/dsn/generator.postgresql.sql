@@ -1,9 +1,9 @@
 -- DSNs and delay warnings on PostgreSQL.
 
 -- name: pending
--- Deliveries with a pending DSN, longest pending first: those of messages without a delivery that
--- may fail soon, and those that have waited for `:gather` seconds. A `due_at` far ahead was set before
--- the clock of the database was set back.
+-- Deliveries with a pending DSN, longest pending first. Each waits `:gather` seconds for others of
+-- its message that may fail soon. A `due_at` far ahead was set before the database's clock was set
+-- back.
 SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id FROM deliveries d
 WHERE d.state IN ('bounced', 'expired') AND d.due_at IS NOT NULL
     AND (d.due_at <= now() OR d.due_at > now() + :gather * interval '1 second')

@@ -1,10 +1,10 @@
 """Generates the DSNs that are pending and the delay warnings, each exactly once.
 
 The transaction that makes a delivery `bounced` or `expired` sets its `due_at`: a DSN is pending.
-`warn_at` was set when the message was accepted. The generator locks the deliveries, writes the DSN's
-body, and in the same transaction inserts the DSN as a message and clears `due_at` or `warn_at`. Each
-attempt has a queue id, and so a file, of its own. Before the COMMIT a failed attempt removes its
-file. After an uncertain COMMIT the file stays: it is the body of a message, or an orphan.
+Acceptance sets `warn_at`. The generator locks the deliveries, writes the body of the DSN, and in
+the same transaction inserts the DSN as a message and clears `due_at` or `warn_at`. Each attempt has
+a queue id, and so a file, of its own. Before the COMMIT a failed attempt removes its file. After an
+uncertain COMMIT the file stays: it is the body of a message, or an orphan.
 
 What must stay true: `due_at` (or `warn_at`) and the DSN change in one transaction; only the attempt
 that made a file removes it, and only while its transaction cannot have been committed; no DSN goes
@@ -52,9 +52,9 @@ LIMIT = 60
 # A message whose DSN could not be generated is not tried again before this time (seconds).
 PUT_OFF = 60.0
 
-# Builds the DSN about a message in a transaction: (connection, queue id, id of the DSN) -> fields
-# for the log, empty if no DSN is wanted.
-type Build = Callable[[Connection, str, str], dict[str, Any]]
+# Builds the DSN about a message: (connection, id of the DSN, numbers of the deliveries that the
+# transaction has locked, message, all its recipients) -> fields for the log, empty without a DSN.
+type Build = Callable[[Connection, str, set[int], Original, list[Failure]], dict[str, Any]]
 
 
 class DsnGenerator:
@@ -90,7 +90,7 @@ class DsnGenerator:
         Raises the errors that stop all of them: an outage of the database, a spool that cannot be
         written.
         """
-        return self._generate_each("pending", most, self._bounce)
+        return self._generate_each("pending", "lock_pending", most, self._bounce)
 
     def warn(self, most: int) -> list[str]:
         """Warn the senders of at most `most` late deliveries; the queue ids of the warnings.
@@ -100,89 +100,46 @@ class DsnGenerator:
         """
         if self._settings.delay_warning is None or self._settings.bounces == "off":
             return []
-        return self._generate_each("late", most, self._warning)
+        return self._generate_each("late", "lock_unfinished", most, self._warning)
 
-    def _generate_each(self, name: str, most: int, build: Build) -> list[str]:
-        """Generate a DSN about each message that a statement selects, in a transaction each; their
-        queue ids."""
+    def _generate_each(self, select: str, lock: str, most: int, build: Build) -> list[str]:
+        """Generate a DSN about each message that the statement `select` gives, in a transaction
+        each; their queue ids. Deliveries that another worker has locked are left to it."""
         # Without a pause the messages that failed a moment ago would take the turn of others.
         now = time.monotonic()
         self._put_off = {key: until for key, until in self._put_off.items() if until > now}
         put_off = json.dumps([dashed(queue_id) for queue_id in self._put_off])
         with reading(self._engine) as connection:
-            selected = self._queries.run(connection, name, most=most, put_off=put_off)
+            selected = self._queries.run(connection, select, most=most, put_off=put_off)
             ids = dict.fromkeys(selected.scalars())
         generated: list[str] = []
         for queue_id in ids:
+            dsn_id = new_id()
+            committing = False
             try:
-                generated += self._generate(queue_id, build)
+                with writing(self._engine) as connection:
+                    locked = self._queries.run(connection, lock, id=dashed(queue_id)).scalars()
+                    fields: dict[str, Any] = {}
+                    if numbers := set(locked):
+                        message = self._read(connection, queue_id)
+                        fields = build(connection, dsn_id, numbers, *message)
+                    committing = True
+                # Two transactions that finish the last two deliveries cannot see each other, so the
+                # rows are checked again after the COMMIT.
+                if deletable_bodies(self._engine, [queue_id]):
+                    self._spool.remove(queue_id)
             except Exception as error:
                 self._put_off[queue_id] = time.monotonic() + PUT_OFF
+                if not committing:
+                    self._spool.remove(dsn_id)
                 if is_outage(error):
                     raise
                 log.error("dsn failed", id=queue_id, reason=first_line(error))
+            else:
+                if fields:
+                    log.info("dsn generated", id=dsn_id, **fields)
+                    generated.append(dsn_id)
         return generated
-
-    def _generate(self, queue_id: str, build: Build) -> list[str]:
-        """Generate the DSN about one message, unless another worker has locked it; its queue id, or
-        nothing if no DSN is wanted."""
-        dsn_id = new_id()
-        committing = False
-        try:
-            with writing(self._engine) as connection:
-                fields = build(connection, queue_id, dsn_id)
-                committing = True
-        except Exception:
-            if not committing:
-                self._spool.remove(dsn_id)
-            raise
-        # Two transactions that finish the last two deliveries cannot see each other, so the rows
-        # are checked again after the COMMIT.
-        if deletable_bodies(self._engine, [queue_id]):
-            self._spool.remove(queue_id)
-        if not fields:
-            return []
-        log.info("dsn generated", id=dsn_id, **fields)
-        return [dsn_id]
-
-    def _bounce(self, connection: Connection, queue_id: str, dsn_id: str) -> dict[str, Any]:
-        """Build the DSN that is pending about a message, if its sender wants one."""
-        numbers = self._lock(connection, "lock_pending", queue_id)
-        if not numbers:
-            return {}
-        original, recipients = self._read(connection, queue_id)
-        failed = [one for one in recipients if one.number in numbers]
-        if self._reclassify(connection, original, failed):
-            return {}
-        fields: dict[str, Any] = {}
-        if failed and self._settings.bounces != "off":
-            if wanted := [one for one in failed if _wants(original, one, "FAILURE")]:
-                fields = self._build(connection, dsn_id, original, wanted, Kind.BOUNCED)
-            elif original.dsn_content:
-                enclosed = Enclosure(original.dsn_content)
-                fields = self._rebuild(connection, dsn_id, original, failed[0], enclosed)
-        self._change(connection, "clear_pending", queue_id, numbers)
-        return fields
-
-    def _warning(self, connection: Connection, queue_id: str, dsn_id: str) -> dict[str, Any]:
-        """Build the delay warning about a message, if it is the first and a sender wants it."""
-        numbers = self._lock(connection, "lock_unfinished", queue_id)
-        if not numbers:
-            return {}
-        original, recipients = self._read(connection, queue_id)
-        # Deliveries that a worker has locked belong to it too: there is no second warning.
-        waiting = [one for one in recipients if one.kind is Kind.DELAYED]
-        wanted = [one for one in waiting if _wants(original, one, "DELAY")]
-        warned = any(one.warned for one in recipients)
-        # A withheld warning is marked too, or the next turn would find it again.
-        due = bool(wanted) and not warned
-        self._change(connection, "clear_warning", queue_id, numbers, warned=due)
-        return self._build(connection, dsn_id, original, wanted, Kind.DELAYED) if due else {}
-
-    def _lock(self, connection: Connection, name: str, queue_id: str) -> set[int]:
-        """Lock the message and such deliveries of it; the numbers of those that no other worker has
-        locked."""
-        return set(self._queries.run(connection, name, id=dashed(queue_id)).scalars())
 
     def _read(self, connection: Connection, queue_id: str) -> tuple[Original, list[Failure]]:
         """A message, and each of its recipients with the delivery that it has now."""
@@ -195,6 +152,47 @@ class DsnGenerator:
             times = {name: row[name] and _utc(row[name]) for name in ("attempted_at", "expires_at")}
             recipients.append(Failure(**{**row, "kind": kind, **times}))
         return original, recipients
+
+    def _bounce(
+        self,
+        connection: Connection,
+        dsn_id: str,
+        numbers: set[int],
+        original: Original,
+        recipients: list[Failure],
+    ) -> dict[str, Any]:
+        """Build the DSN that is pending about a message, if its sender wants one."""
+        failed = [one for one in recipients if one.number in numbers]
+        if self._reclassify(connection, original, failed):
+            return {}
+        fields: dict[str, Any] = {}
+        if failed and self._settings.bounces != "off":
+            if wanted := [one for one in failed if _wants(original, one, "FAILURE")]:
+                fields = self._build(connection, dsn_id, original, wanted, Kind.BOUNCED)
+            elif original.dsn_content:
+                enclosed = Enclosure(original.dsn_content)
+                fields = self._rebuild(connection, dsn_id, original, failed[0], enclosed)
+        self._change(connection, "clear_pending", original.id, numbers)
+        return fields
+
+    def _warning(
+        self,
+        connection: Connection,
+        dsn_id: str,
+        numbers: set[int],
+        original: Original,
+        recipients: list[Failure],
+    ) -> dict[str, Any]:
+        """Build the delay warning about a message, if it is the first and its sender wants it.
+
+        Deliveries that another worker has locked belong to it too: there is no second warning. A
+        warning that is withheld is marked as well, or the next turn would find it again.
+        """
+        waiting = [one for one in recipients if one.kind is Kind.DELAYED]
+        wanted = [one for one in waiting if _wants(original, one, "DELAY")]
+        due = bool(wanted) and not any(one.warned for one in recipients)
+        self._change(connection, "clear_warning", original.id, numbers, warned=due)
+        return self._build(connection, dsn_id, original, wanted, Kind.DELAYED) if due else {}
 
     def _allowed(
         self, connection: Connection, original: Original, recipients: Sequence[Failure]

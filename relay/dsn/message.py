@@ -33,6 +33,9 @@ _TEXT = "text/plain; charset=us-ascii"
 _STATUS_PART = "message/delivery-status"
 _HEADERS = "text/rfc822-headers"
 _LONGEST_LINE = 900  # of a header, well below RFC 5322's 998
+# An address cannot be folded, so this is the longest that a line can hold whole: RFC 5322 has 998
+# characters for it and its < >. QMQP has up to 999 octets.
+_LONGEST_PATH = 995
 _ATOMS = re.compile(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*", re.ASCII)
 
 
@@ -67,8 +70,10 @@ class Withheld(StrEnum):
 
 
 _REDUCED = {
-    Enclosure.HEADER: "Only its header is returned: a mail server refused this notice with the whole message.",
-    Enclosure.NONE: "Your message is not returned: a mail server refused this notice with its header.",
+    Enclosure.HEADER: "Only its header is returned: a mail server refused this notice with the whole"
+    " message.",
+    Enclosure.NONE: "Your message is not returned: a mail server refused this notice with its"
+    " header.",
 }
 
 
@@ -149,12 +154,19 @@ def status_of(kind: Kind | None, reply: str) -> str:
 
 
 def quoted(address: str) -> str:
-    """An address as an RFC 5321 path; a stored local part, as QMQP's, has no quotes."""
-    address = escaped(address, _LONGEST_LINE)
-    local, at, domain = address.rpartition("@")
-    if not at or _ATOMS.fullmatch(local):
-        return address
-    return '"' + re.sub(r'(["\\])', r"\\\1", local) + '"@' + domain
+    """An address as an RFC 5321 path; a stored local part, as QMQP's, has no quotes. A path of more
+    than _LONGEST_PATH characters is cut."""
+    local, at, domain = escaped(address, _LONGEST_PATH).rpartition("@")
+    if at and not _ATOMS.fullmatch(local):
+        local = '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
+    return escaped(local + at + domain, _LONGEST_PATH)
+
+
+def _addressed(field: str, address: str) -> str:
+    """A field that ends in an address, folded before it if it does not fit into one line."""
+    path = quoted(address)
+    gap = " " if len(field) + len(path) < _LONGEST_PATH else "\n "
+    return field + gap + path
 
 
 def compose(
@@ -170,8 +182,8 @@ def compose(
 ) -> bytes:
     """The whole DSN, lines ending in LF.
 
-    `content`: the original (or, unless `full`, its header); None if it cannot be read. `left_out`: a
-    sentence that says which part of the original is missing, and why.
+    `content`: the original (or, unless `full`, its header); None if it cannot be read. `left_out`:
+    a sentence that says which part of the original is missing, and why.
     """
     delayed = all(failure.kind is Kind.DELAYED for failure in failures)
     text = _text(hostname, original, failures, left_out, delayed=delayed)
@@ -191,7 +203,7 @@ def compose(
         f"Received: by {hostname} (qmqp-relay) id {dsn_id};\n\t{date}",
         f"Date: {date}",
         f"From: Mail Delivery System <MAILER-DAEMON@{hostname}>",
-        f"To: {quoted(original.sender)}",
+        _addressed("To:", original.sender),
         f"Subject: {subject}",
         f"Message-ID: <{dsn_id}@{hostname}>",
         "Auto-Submitted: auto-replied",
@@ -242,7 +254,10 @@ def _text(
     """The part for people."""
     opening = "Your message could not be delivered to the recipients below"
     if delayed:
-        opening = "Your message could not be delivered yet. It is still being retried; you need not send it again."
+        opening = (
+            "Your message could not be delivered yet. It is still being retried; you need not send"
+            " it again."
+        )
     elif any(failure.possibly_delivered for failure in failures):
         opening += ", or the relay cannot know whether it was. It will not be tried again for them."
     else:
@@ -286,7 +301,8 @@ def _why(failure: Failure) -> str:
         )
     if failure.kind is Kind.DELAYED:
         return f"Retried until {format_datetime(failure.expires_at)}. {last}"
-    return f"{'No server confirmed it' if failure.possibly_delivered else 'It could not be delivered'} in time. {last}"
+    what = "No server confirmed it" if failure.possibly_delivered else "It could not be delivered"
+    return f"{what} in time. {last}"
 
 
 def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> str:
@@ -300,7 +316,7 @@ def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> s
         about.insert(0, f"Original-Envelope-Id: {unxtext(original.envid)}")
     groups = ["\n".join(about)]
     for failure in failures:
-        lines = [f"Final-Recipient: rfc822; {quoted(failure.address)}"]
+        lines = [_addressed("Final-Recipient: rfc822;", failure.address)]
         if failure.orcpt and ";" in failure.orcpt:
             kind, _, address = failure.orcpt.partition(";")
             lines.insert(0, f"Original-Recipient: {escaped(kind, 64)}; {unxtext(address)}")

@@ -26,7 +26,7 @@ FIRST = "00000000-0000-0000-0000-000000000000"  # before every id
 
 
 class Change(NamedTuple):
-    """A delivery that an operation changed. `queue_id` has 32 digits, `before` is its state before."""
+    """A delivery that an operation changed. `queue_id` has 32 digits, `before` is the old state."""
 
     queue_id: str
     number: int
@@ -53,8 +53,8 @@ class AuditEntry:
         limit: int | None = None,
         **parameters: Any,
     ) -> Iterator[list[Change]]:
-        """Change the deliveries (as d) that the condition `which` matches, the oldest first, at most
-        `limit`. Yields the changes of each chunk after its COMMIT.
+        """Change the deliveries (as d) that the condition `which` matches, the oldest first, at
+        most `limit`. Yields the changes of each chunk after its COMMIT.
 
         `change` gets the keys of a locked chunk, as statements take them in `:keys`. The condition
         is SQL of this database. What a filter matches is known at run time only, so this selection

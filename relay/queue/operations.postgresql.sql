@@ -1,5 +1,5 @@
--- Operations of an operator on PostgreSQL. `:keys` names the deliveries of a chunk, which the
--- caller has locked. What is being sent gets or loses a pending operation, and nothing else changes.
+-- Operations of an operator on PostgreSQL. `:keys` names the deliveries of a chunk; the caller has
+-- locked them. What is being sent gets or loses a pending operation and does not change otherwise.
 
 -- name: request
 UPDATE deliveries AS d SET pending_operation = :operation, pending_reason = :why

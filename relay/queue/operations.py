@@ -104,21 +104,19 @@ class QueueOperations:
         self, operation: Operation, wanted: Filter, *, actor: str, reason: str,
         route_for: Callable[[str], str] | None = None, limit: int | None = None,
     ) -> tuple[Counter[str], list[str]]:  # fmt: skip
-        """Change the deliveries; their number by the state before, and the ids of messages whose body
-        can be deleted.
+        """Change the deliveries; their number by the state before, and the ids of messages whose
+        body can be deleted.
 
         `route_for` gives each delivery the route that its recipients have today, or divides it if
         they have several. `limit`: at most so many deliveries, the oldest first.
         """
-        all_touched: Counter[str] = Counter()
-        free: list[str] = []
-        chunks = self.in_chunks(
-            operation, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit
+        chunks = list(
+            self.in_chunks(
+                operation, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit
+            )
         )
-        for touched, ids in chunks:
-            all_touched.update(touched)
-            free += ids
-        return all_touched, free
+        touched = sum((counts for counts, _ in chunks), Counter[str]())
+        return touched, [queue_id for _, ids in chunks for queue_id in ids]
 
     def in_chunks(
         self, operation: Operation, wanted: Filter, *, actor: str, reason: str,
@@ -199,7 +197,7 @@ class QueueOperations:
 
 
 def _reason(operation: Operation, actor: str, reason: str) -> str:
-    """The reason in `last_reply`. The DSN of a bounce quotes it, so it does not name the operator."""
+    """The reason in `last_reply`. The DSN of a bounce quotes it, so it names no operator."""
     by = "an operator" if operation.state is State.BOUNCED else actor
     done = "retried" if operation.state is State.QUEUED else operation.state
     return escaped(f"{done} by {by}" + (f": {reason}" if reason else ""))

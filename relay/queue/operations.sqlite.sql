@@ -1,5 +1,5 @@
 -- Operations of an operator on SQLite. `:keys` names the deliveries of a chunk. What is being sent
--- gets or loses a pending operation, and nothing else changes.
+-- gets or loses a pending operation and does not change otherwise.
 
 -- name: request
 UPDATE deliveries AS d SET pending_operation = :operation, pending_reason = :why

@@ -2,7 +2,6 @@
 worker is killed, and no other."""
 
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator
