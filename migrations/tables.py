@@ -169,6 +169,7 @@ deliveries = Table(
         "unwarned",
         "warn_at IS NOT NULL AND state IN ('queued', 'sending', 'deferred')",
         "warn_at",
+        "queue_id",
     ),
     _some("owing", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
     _some("held", "state = 'held'", "queue_id"),

@@ -72,7 +72,7 @@ INDEXES = {
     "deliveries_sending": "(worker, due_at) WHERE state = 'sending'",
     "deliveries_deferred": "(due_at) WHERE state = 'deferred'",
     "deliveries_waiting": "(waiting_for, due_at) WHERE state = 'deferred' AND waiting_for IS NOT NULL",
-    "deliveries_unwarned": "(warn_at) WHERE warn_at IS NOT NULL AND state IN ('queued', 'sending', 'deferred')",
+    "deliveries_unwarned": "(warn_at, queue_id) WHERE warn_at IS NOT NULL AND state IN ('queued', 'sending', 'deferred')",
     "deliveries_owing": "(due_at) WHERE state IN ('bounced', 'expired') AND due_at IS NOT NULL",
 }
 BEFORE = {"deliveries_due_at": "(due_at) WHERE due_at IS NOT NULL"}

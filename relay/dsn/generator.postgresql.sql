@@ -15,13 +15,15 @@ WHERE d.state IN ('bounced', 'expired') AND d.due_at IS NOT NULL
 ORDER BY d.due_at LIMIT :most;
 
 -- name: late
--- Deliveries whose sender is to be warned now.
-SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id FROM deliveries d
-WHERE d.warn_at IS NOT NULL AND d.state IN ('queued', 'sending', 'deferred')
-    AND d.warn_at <= now()
-    AND d.queue_id NOT IN (
-        SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:put_off AS json)))
-ORDER BY d.warn_at LIMIT :most;
+-- Messages whose sender is to be warned now, the most overdue warning first.
+SELECT replace(CAST(l.queue_id AS text), '-', '') AS queue_id
+FROM (SELECT DISTINCT d.warn_at, d.queue_id FROM deliveries d
+    WHERE d.warn_at IS NOT NULL AND d.state IN ('queued', 'sending', 'deferred')
+        AND d.warn_at <= now()
+        AND d.queue_id NOT IN (
+            SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:put_off AS json)))
+    ORDER BY d.warn_at, d.queue_id LIMIT :most) AS l
+ORDER BY l.warn_at, l.queue_id;
 
 -- name: lock_pending
 -- The deliveries of a message with a pending DSN, unless another transaction has locked them.

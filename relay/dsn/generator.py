@@ -93,7 +93,7 @@ class DsnGenerator:
         return self._generate_each("pending", "lock_pending", most, self._bounce)
 
     def warn(self, most: int) -> list[str]:
-        """Warn the senders of at most `most` late deliveries; the queue ids of the warnings.
+        """Warn the senders of at most `most` late messages; the queue ids of the warnings.
 
         Late is a delivery that is unfinished, not held, and past its `warn_at` by the database's
         clock. Raises as `generate`.

@@ -22,30 +22,39 @@ JOIN deliveries s ON s.queue_id = d.queue_id AND s.parent = d.parent AND s.numbe
 WHERE d.queue_id = :id AND d.number = :number AND s.state IN ('split', 'bounced')
     AND s.last_outcome = 'rejected' AND s.reason_source = 'server' AND s.last_reply = :reply;
 
--- name: insert_child
--- event: child inserted
-INSERT INTO deliveries
-    (queue_id, number, parent, route, state, due_at, expires_at, warn_at, warned_at)
-SELECT queue_id, :child, number, route, 'queued', now(), expires_at, warn_at, warned_at
-FROM deliveries WHERE queue_id = :id AND number = :number;
-
--- name: insert_divided_child
--- The child has the history of its parent, and the operations on the parent count for it.
--- event: divided by route
-INSERT INTO deliveries
-    (queue_id, number, parent, route, state, due_at, expires_at, warn_at, warned_at, crash_count,
-    last_outcome, last_reply, reason_source, last_server)
-SELECT queue_id, :child, number, :route, state, due_at, expires_at, warn_at, warned_at, crash_count,
-    last_outcome, last_reply, reason_source, last_server
-FROM deliveries WHERE queue_id = :id AND number = :number;
-INSERT INTO audit_deliveries (queue_id, delivery, action)
-SELECT queue_id, :child, action FROM audit_deliveries WHERE queue_id = :id AND delivery = :number
-ON CONFLICT DO NOTHING;
-
 -- name: assign
 UPDATE recipients SET delivery = :child WHERE queue_id = :id
     AND position IN (
         SELECT CAST(value AS int) FROM json_array_elements_text(CAST(:positions AS json)));
+
+-- name: insert_child
+-- Its recipients are assigned before. It is late when its parent would have been, if one of them
+-- asks for that.
+-- event: child inserted
+INSERT INTO deliveries
+    (queue_id, number, parent, route, state, due_at, expires_at, warned_at, warn_at)
+SELECT d.queue_id, :child, d.number, d.route, 'queued', now(), d.expires_at, d.warned_at,
+    CASE WHEN EXISTS (
+        SELECT 1 FROM recipients r WHERE r.queue_id = d.queue_id AND r.delivery = :child
+        AND (r.notify IS NULL OR upper(r.notify) LIKE '%DELAY%')) THEN d.warn_at END
+FROM deliveries d WHERE d.queue_id = :id AND d.number = :number;
+
+-- name: insert_divided_child
+-- As `insert_child`, but the child has the history of its parent, and the operations on the parent
+-- count for it.
+-- event: divided by route
+INSERT INTO deliveries
+    (queue_id, number, parent, route, state, due_at, expires_at, crash_count, last_outcome,
+    last_reply, reason_source, last_server, warned_at, warn_at)
+SELECT d.queue_id, :child, d.number, :route, d.state, d.due_at, d.expires_at, d.crash_count,
+    d.last_outcome, d.last_reply, d.reason_source, d.last_server, d.warned_at,
+    CASE WHEN EXISTS (
+        SELECT 1 FROM recipients r WHERE r.queue_id = d.queue_id AND r.delivery = :child
+        AND (r.notify IS NULL OR upper(r.notify) LIKE '%DELAY%')) THEN d.warn_at END
+FROM deliveries d WHERE d.queue_id = :id AND d.number = :number;
+INSERT INTO audit_deliveries (queue_id, delivery, action)
+SELECT queue_id, :child, action FROM audit_deliveries WHERE queue_id = :id AND delivery = :number
+ON CONFLICT DO NOTHING;
 
 -- name: set_route
 UPDATE deliveries SET route = :route WHERE queue_id = :id AND number = :number;

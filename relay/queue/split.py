@@ -100,18 +100,12 @@ class Splitter:
         first = self._family(connection, key, number).first_child(number)
         middle = (len(names) + 1) // 2
         for child, part in ((first, names[:middle]), (first + 1, names[middle:])):
-            self._queries.run(
-                connection,
-                "insert_divided_child",
-                id=key,
-                number=number,
-                child=child,
-                route=part[0],
-            )
+            positions = [position for name in part for position in routes[name]]
+            self._assign(connection, key, child, positions)
+            parameters = {"id": key, "number": number, "child": child, "route": part[0]}
+            self._queries.run(connection, "insert_divided_child", **parameters)
             if len(part) > 1:
                 self.divide(connection, key, child, {name: routes[name] for name in part})
-            else:
-                self._assign(connection, key, child, routes[part[0]])
         self._queries.run(connection, "mark_divided", id=key, number=number)
 
     def taken(self, connection: Connection, key: str, number: int) -> None:
@@ -136,8 +130,8 @@ class Splitter:
     ) -> None:
         """Insert a child for the recipients of each part."""
         for child, positions in enumerate(parts, family.first_child(number)):
-            self._queries.run(connection, "insert_child", id=key, number=number, child=child)
             self._assign(connection, key, child, positions)
+            self._queries.run(connection, "insert_child", id=key, number=number, child=child)
 
     def _assign(self, connection: Connection, key: str, child: int, positions: list[int]) -> None:
         listed = json.dumps(positions)

@@ -188,7 +188,8 @@ class QueueHarness:
             else "- CAST(:s * 1000000 AS INTEGER)"
         )
         with writing(self.engine) as connection:
-            sql = f"UPDATE deliveries SET due_at = due_at {ago}, expires_at = expires_at {ago} {these}"
+            sql = f"""UPDATE deliveries SET due_at = due_at {ago}, expires_at = expires_at {ago},
+                warn_at = warn_at {ago} {these}"""
             connection.execute(text(self.dialect(sql)), {"s": seconds, "ids": ids})
             if not only:
                 connection.execute(
