@@ -23,7 +23,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import UUID
 
-from relay.db.schema import UNFINISHED, Outcome, State, words
+from relay.db.schema import words
+from relay.queue.outcome import Outcome
+from relay.queue.states import UNFINISHED, State
 
 metadata = MetaData(
     naming_convention={
@@ -37,9 +39,11 @@ Instant = DateTime(timezone=True).with_variant(BigInteger, "sqlite")
 
 
 def _some(name: str, where: str, *columns: str) -> Index:
-    """An index of those deliveries of which `where` is true."""
+    """An index of those deliveries of which `where` is true, by columns or expressions."""
+    expressions = [text(column) if column.startswith("(") else column for column in columns]
+    condition = text(where)
     return Index(
-        f"deliveries_{name}", *columns, postgresql_where=text(where), sqlite_where=text(where)
+        f"deliveries_{name}", *expressions, postgresql_where=condition, sqlite_where=condition
     )
 
 
@@ -161,7 +165,8 @@ deliveries = Table(
         name="due_where_the_state_needs_it",
     ),
     CheckConstraint("(worker IS NOT NULL) = (state = 'sending')", name="worker_while_sending"),
-    _some("queued", "state = 'queued'", "route", "due_at"),
+    # Retries and what was never claimed lie apart, each by `due_at`: a poll takes some of either.
+    _some("queued", "state = 'queued'", "route", "(CAST(claim_count > 0 AS integer))", "due_at"),
     _some("sending", "state = 'sending'", "worker", "due_at"),
     _some("deferred", "state = 'deferred'", "due_at"),
     _some("waiting", "state = 'deferred' AND waiting_for IS NOT NULL", "waiting_for", "due_at"),

@@ -24,10 +24,10 @@ from prometheus_client.registry import Collector
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading
-from relay.db.schema import UNFINISHED
 from relay.db.sql import Statements
 from relay.listener import listen
 from relay.log import get_logger
+from relay.queue.states import UNFINISHED
 from relay.settings import Settings
 from relay.spool.store import Spool
 

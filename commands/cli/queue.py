@@ -21,7 +21,7 @@ queue = typer.Typer(rich_markup_mode=None)
 
 
 def _states(incomplete: str) -> list[str]:
-    from relay.db.schema import State
+    from relay.queue.states import State
 
     return [state for state in State if state.startswith(incomplete)]
 
@@ -79,7 +79,7 @@ def _filter(
     ] = None,
 ) -> "Filter":
     """The filter that the options mean; raises BadParameter."""
-    from relay.db.schema import State
+    from relay.queue.states import State
     from relay.report.filters import Filter, bracketed
     from relay.routes import parse_server
     from relay.settings import seconds

@@ -15,8 +15,9 @@ from typing import Any
 
 from commands.output import Row, ago, counted, span, stamp
 from relay.dsn.message import Enclosure, Withheld
+from relay.queue.outcome import Outcome
 from relay.queue.split import can_carry
-from relay.queue.states import UNFINISHED, Outcome, ReasonSource, State
+from relay.queue.states import UNFINISHED, ReasonSource, State
 from relay.report.queries import QueueReader
 from relay.routes import Routes
 from relay.settings import Settings, SettingsError

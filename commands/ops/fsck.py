@@ -29,12 +29,13 @@ from commands.ops.modify import actor
 from commands.ops.show import mounted_spool, opened
 from commands.output import counted, span, write
 from relay.db.engine import reading, writing
-from relay.db.schema import FINAL, NEEDS_BODY, UNFINISHED, words
+from relay.db.schema import NEEDS_BODY, words
 from relay.db.sql import Statements, dialect_of
 from relay.hints import WINDOW
 from relay.ids import dashed
 from relay.queue.audit import CHUNK, FIRST, AuditEntry
 from relay.queue.rescue import Rescuer
+from relay.queue.states import FINAL, UNFINISHED
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
 from relay.spool.orphans import REMOVAL_GRACE, OrphanFile, OrphanScanner
@@ -228,8 +229,7 @@ class Fsck:
             sql = f"UPDATE deliveries AS d SET {check.sets} {THESE}"
             self._sql.run(connection, sql, keys=keys)
         else:
-            these = f"(d.queue_id, d.number) IN ({PICKED})"
-            self._rescuer.mark_uncertain(connection, these, check.uncertain, keys=keys)
+            self._rescuer.mark_uncertain(connection, keys, check.uncertain)
 
     def _assign_recipients(self) -> bool:
         """Create held deliveries for recipients that have none."""

@@ -21,8 +21,8 @@ from sqlalchemy import Engine
 from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, say
 from commands.ops.show import COLUMNS, mounted_spool, opened, resolved
 from commands.output import as_json, counted, write
-from relay.db.schema import State
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
+from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 from relay.routes import Routes, parse_server

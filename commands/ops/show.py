@@ -36,7 +36,8 @@ from commands.output import (
     write_lines,
 )
 from relay.db import engine as database
-from relay.db.schema import UNFINISHED, Outcome
+from relay.queue.outcome import Outcome
+from relay.queue.states import UNFINISHED
 from relay.report.filters import Filter
 from relay.report.queries import NoSuchMessage, QueueReader
 from relay.report.statistics import AGES, Statistics

@@ -39,8 +39,8 @@ from commands.output import ago, cut, plain, size, span, stamp
 from commands.web import charts
 from commands.web.timeline import timeline
 from relay.db.engine import is_outage
-from relay.db.schema import UNFINISHED, State
 from relay.log import first_line, get_logger
+from relay.queue.states import UNFINISHED, State
 from relay.report.filters import Filter, bracketed
 from relay.report.queries import NoSuchMessage, QueueReader, Row
 from relay.report.statistics import Statistics

@@ -6,6 +6,7 @@ name, after and before. Every view goes first, because none may name what is ren
 One index on `due_at` held every state and every route together: a claim for one route walked through the mail of all
 others that was due before, and a look for stuck transfers through everything overdue. Now each state that something
 looks for has an index of its own. A row is in one of them at a time, so a change of state costs what it did before.
+Queued mail that was never claimed lies apart from retries in its index, so that either is found by its time.
 """
 
 import importlib
@@ -68,7 +69,7 @@ REASON_SOURCE = """UPDATE deliveries SET reason_source = CASE
         WHEN last_outcome IN ('delivered', 'deferred', 'rejected') THEN 'server' ELSE 'relay' END
     WHERE last_reply IS NOT NULL"""
 INDEXES = {
-    "deliveries_queued": "(route, due_at) WHERE state = 'queued'",
+    "deliveries_queued": "(route, (CAST(claim_count > 0 AS integer)), due_at) WHERE state = 'queued'",
     "deliveries_sending": "(worker, due_at) WHERE state = 'sending'",
     "deliveries_deferred": "(due_at) WHERE state = 'deferred'",
     "deliveries_waiting": "(waiting_for, due_at) WHERE state = 'deferred' AND waiting_for IS NOT NULL",

@@ -34,8 +34,9 @@ from relay.dsn.message import (
 from relay.ids import dashed, new_id
 from relay.log import first_line, get_logger
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
+from relay.queue.outcome import Outcome
 from relay.queue.split import can_carry
-from relay.queue.states import Outcome, ReasonSource
+from relay.queue.states import ReasonSource
 from relay.settings import Settings, unwanted
 from relay.spool.retention import deletable_bodies
 from relay.spool.store import BodyUnsendable, Spool

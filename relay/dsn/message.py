@@ -19,7 +19,8 @@ from email.utils import format_datetime
 from enum import StrEnum
 
 from relay.log import escaped
-from relay.queue.states import Outcome, ReasonSource
+from relay.queue.outcome import Outcome
+from relay.queue.states import ReasonSource
 
 _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 _XTEXT_HEX = re.compile(r"\+([0-9A-F]{2})")

@@ -15,21 +15,24 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: retry
 UPDATE deliveries AS d SET state = 'queued', due_at = now(), backoff_step = 0
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state = 'deferred';
 
 -- name: hold
 -- event: hold
 UPDATE deliveries AS d
 SET state = 'held', due_at = NULL, last_reply = :why, reason_source = 'operator'
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state IN ('queued', 'deferred');
 
 -- name: release
 -- event: release
 UPDATE deliveries AS d
 SET state = 'queued', due_at = now(), backoff_step = 0, crash_count = 0
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state = 'held';
 
 -- name: bounce
 -- A DSN is pending if the sender can get one, or if this is a DSN that may be built with less.
@@ -41,7 +44,8 @@ SET state = 'bounced', finished_at = now(), last_outcome = coalesce(d.last_outco
         SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
         FROM messages m WHERE m.id = d.queue_id) THEN now() END
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state IN ('queued', 'deferred', 'held');
 
 -- name: drop
 -- event: drop
@@ -49,7 +53,8 @@ UPDATE deliveries AS d
 SET state = 'dropped', due_at = NULL, finished_at = now(), last_reply = :why,
     reason_source = 'operator'
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state IN ('queued', 'deferred', 'held');
 
 -- name: reroute
 -- A route is chosen when a message is accepted. This comes before a choice among the routes of
@@ -58,7 +63,8 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
 UPDATE deliveries AS d
 SET state = 'queued', due_at = now(), backoff_step = 0
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'held';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state IN ('queued', 'deferred');
 UPDATE deliveries AS d SET backoff_step = 0
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
 WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'held';

@@ -18,7 +18,8 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 UPDATE deliveries AS d SET state = 'queued', due_at = (SELECT now FROM clock), backoff_step = 0
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state = 'deferred';
 
 -- name: hold
 -- event: hold
@@ -26,7 +27,8 @@ UPDATE deliveries AS d
 SET state = 'held', due_at = NULL, last_reply = :why, reason_source = 'operator'
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state IN ('queued', 'deferred');
 
 -- name: release
 -- event: release
@@ -34,7 +36,8 @@ UPDATE deliveries AS d
 SET state = 'queued', due_at = (SELECT now FROM clock), backoff_step = 0, crash_count = 0
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state = 'held';
 
 -- name: bounce
 -- A DSN is pending if the sender can get one, or if this is a DSN that may be built with less.
@@ -48,7 +51,8 @@ SET state = 'bounced', finished_at = (SELECT now FROM clock),
         FROM messages m WHERE m.id = d.queue_id) THEN (SELECT now FROM clock) END
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state IN ('queued', 'deferred', 'held');
 
 -- name: drop
 -- event: drop
@@ -57,7 +61,8 @@ SET state = 'dropped', due_at = NULL, finished_at = (SELECT now FROM clock), las
     reason_source = 'operator'
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'sending';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state IN ('queued', 'deferred', 'held');
 
 -- name: reroute
 -- A route is chosen when a message is accepted. This comes before a choice among the routes of
@@ -67,7 +72,8 @@ UPDATE deliveries AS d
 SET state = 'queued', due_at = (SELECT now FROM clock), backoff_step = 0
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state <> 'held';
+WHERE d.queue_id = x.queue_id AND d.number = x.number
+    AND d.state IN ('queued', 'deferred');
 UPDATE deliveries AS d SET backoff_step = 0
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x

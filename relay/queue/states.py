@@ -13,7 +13,7 @@ every state (`LATE_K`), and no event leads away from `delivered`.
 from enum import Enum, StrEnum, auto
 from typing import NamedTuple
 
-from relay.queue.outcome import Outcome as Outcome
+from relay.queue.outcome import Outcome
 
 
 class State(StrEnum):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from relay.db.schema import State, words
+from relay.db.schema import words
 from relay.ids import dashed
+from relay.queue.states import State
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,10 @@ from uuid import UUID
 from sqlalchemy import CursorResult, Engine
 
 from relay.db.engine import reading
-from relay.db.schema import UNFINISHED, VIEWS, State, words
-from relay.db.sql import Statements
+from relay.db.schema import words
+from relay.db.sql import Statements, named_statements
 from relay.ids import dashed
+from relay.queue.states import UNFINISHED, State
 from relay.report.filters import Filter, address_is
 
 type Row = dict[str, Any]
@@ -55,6 +56,13 @@ def _plain(result: CursorResult[Any]) -> Iterator[Row]:
             if type(row[name]) is UUID:
                 row[name] = str(row[name])
         yield row
+
+
+def _view(engine: Engine, view: str) -> str:
+    """The SELECT of a view."""
+    made = named_statements("migrations.views", engine.dialect.name)["create_views"]
+    texts = (statement.text.partition(f"CREATE VIEW {view} AS\n")[2] for statement in made)
+    return next(filter(None, texts))
 
 
 def _in_order(view: str, wanted: Filter) -> str:
@@ -117,10 +125,10 @@ class QueueReader:
             parameters["down_to"] = dashed(down_to)
         if self._sql.postgresql and after is not None:
             # PostgreSQL starts there only in the tables that the condition names.
-            more = "AND" if "WHERE" in VIEWS[view] else "WHERE"
-            view = f"({VIEWS[view]} {more} r.queue_id {behind}= @id(:after) AND m.id {behind}= @id(:after)) AS v"
+            more = "AND" if "WHERE" in _view(self._engine, view) else "WHERE"
+            view = f"({_view(self._engine, view)} {more} r.queue_id {behind}= @id(:after) AND m.id {behind}= @id(:after)) AS v"
         elif not self._sql.postgresql and not self.few(wanted):
-            view = f"({_in_order(VIEWS[view], wanted)})"
+            view = f"({_in_order(_view(self._engine, view), wanted)})"
         sql = f"SELECT {columns} FROM {view} WHERE {where} ORDER BY queue_uuid {order}, position {order}"
         if limit is None:
             return sql, parameters

@@ -4,7 +4,8 @@ A body may be deleted when its message has deliveries, each of them is finished 
 pending, and every recipient has a delivery. The first and the last always hold for rows that this
 program makes. But the cleaner, `fsck` and the operations may meet a database that was restored,
 truncated or edited, and a missing row must not cost the mail. A worker that has just recorded an
-outcome asks `body_needed` alone, because the recipients cost tens of microseconds a message.
+outcome asks only whether a delivery needs the body (`relay.queue.claim`), because the recipients
+cost tens of microseconds a message.
 
 What must stay true: the rule is asked again after the COMMIT that finished a delivery, because two
 transactions that finish the last two deliveries cannot see each other.
@@ -16,14 +17,8 @@ from collections.abc import Iterable
 from sqlalchemy import Engine
 
 from relay.db.engine import reading
-from relay.db.schema import NEEDS_BODY
 from relay.db.sql import Queries
 from relay.ids import dashed
-
-
-def body_needed(message: str) -> str:
-    """The SQL condition that some delivery needs the body; `message`: SQL for the queue id."""
-    return f"EXISTS (SELECT 1 FROM deliveries o WHERE o.queue_id = {message} AND {NEEDS_BODY})"
 
 
 def deletable_bodies(engine: Engine, ids: Iterable[str]) -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from relay.db.schema import Outcome
 from relay.ids import dashed, new_id
+from relay.queue.outcome import Outcome
 from relay.report.queries import QueueReader
 from relay.report.statistics import Statistics
 from relay.spool.store import Spool

@@ -13,13 +13,14 @@ from typing import Any
 from sqlalchemy import text
 
 from relay.db.engine import connect, reading, writing
-from relay.db.schema import Outcome, State
 from relay.db.sql import dialect_of
 from relay.ids import dashed, new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.claim import WorkerQueue
 from relay.queue.model import Attempt, Claim, ClaimRequest, Completion, CompletionResult, Renewal
+from relay.queue.outcome import Outcome
 from relay.queue.rescue import Rescuer
+from relay.queue.states import State
 from relay.settings import WorkerSettings, load
 from tests.state_guard import unguarded
 

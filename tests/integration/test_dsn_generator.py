@@ -15,13 +15,15 @@ import pytest
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import OperationalError
 
-from relay.db.schema import NEEDS_BODY, Outcome, State
+from relay.db.schema import NEEDS_BODY
 from relay.dsn.generator import GATHER, LONGEST_RETURNED, PUT_OFF, DsnGenerator
 from relay.dsn.message import compose
 from relay.ids import new_id
 from relay.queue.accept import NewMessage, NewRecipient
 from relay.queue.model import Attempt, Claim, CompletionResult
 from relay.queue.operations import OPERATIONS, QueueOperations
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.queue_harness import QueueHarness, opened

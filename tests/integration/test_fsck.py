@@ -12,10 +12,10 @@ from commands.ops import fsck
 from commands.ops.check import broker_lists
 from commands.ops.fsck import Fsck, Inconsistency
 from relay.db.engine import writing
-from relay.db.schema import Outcome
 from relay.hints import QUEUES, celery_app
 from relay.ids import dashed, new_id
 from relay.queue import audit
+from relay.queue.outcome import Outcome
 from relay.settings import Settings, load
 from relay.spool.store import Spool
 from tests.integration.queue_harness import QueueHarness

@@ -23,8 +23,8 @@ from commands.cli.main import main
 from commands.ops import show
 from commands.output import write, write_lines
 from relay.db.engine import connect, reading
-from relay.db.schema import Outcome
 from relay.db.sql import dialect_of
+from relay.queue.outcome import Outcome
 from relay.report.filters import Filter, address_is
 from relay.report.queries import NoSuchMessage, QueueReader
 from relay.spool.store import Spool

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from relay.db.schema import Outcome, State
 from relay.ids import dashed, new_id
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.report.queries import NoSuchMessage, QueueReader
 from tests.integration.queue_harness import QueueHarness, new_message

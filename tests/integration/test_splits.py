@@ -16,11 +16,12 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
 from relay.db.engine import is_outage, writing
-from relay.db.schema import Outcome, State
 from relay.ids import dashed
 from relay.queue.model import Claim, CompletionResult
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
+from relay.queue.outcome import Outcome
 from relay.queue.split import LARGEST, Splitter
+from relay.queue.states import State
 from relay.report.filters import Filter
 from tests.integration.queue_harness import QueueHarness
 

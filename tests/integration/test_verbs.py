@@ -12,11 +12,12 @@ import pytest
 from sqlalchemy import text
 
 from relay.db.engine import writing
-from relay.db.schema import Outcome, State
 from relay.dsn.generator import DsnGenerator
 from relay.ids import dashed
 from relay.queue import audit as actions
 from relay.queue import operations as verbs
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.queue_harness import QueueHarness, new_message
