@@ -84,18 +84,25 @@ class Acceptor:
         recipients: list[dict[str, object]] = []
         deliveries: list[dict[str, object]] = []
         for message in messages:
-            key = dashed(message.id)
-            header_id = message.header_message_id
-            rows.append(message._asdict() | {
-                "id": key, "recipients": None, "helo": escaped(message.helo, 255),
+            key, header_id = dashed(message.id), message.header_message_id
+            rows.append({
+                "id": key, "sender": message.sender, "size": message.size,
+                "client_address": message.client_address, "helo": escaped(message.helo, 255),
+                "protocol": message.protocol, "auth_user": message.auth_user,
                 "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
+                "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
                 "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
+                "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
             })  # fmt: skip
             numbers: dict[str, int] = {}
-            for position, recipient in enumerate(message.recipients, 1):
-                number = numbers.setdefault(recipient.route, len(numbers) + 1)
-                own = {"queue_id": key, "position": position, "delivery": number}
-                recipients.append(recipient._asdict() | own)
+            recipients += [
+                {
+                    "queue_id": key, "position": position, "address": recipient.address,
+                    "delivery": numbers.setdefault(recipient.route, len(numbers) + 1),
+                    "notify": recipient.notify, "orcpt": recipient.orcpt,
+                }
+                for position, recipient in enumerate(message.recipients, 1)
+            ]  # fmt: skip
             late = _routes_to_warn_of(message) if self._delay_warning is not None else ()
             for route, number in numbers.items():
                 delivery: dict[str, Any] = {"queue_id": key, "number": number, "route": route}
