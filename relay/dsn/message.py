@@ -200,20 +200,20 @@ def compose(
     elif all(failure.possibly_delivered for failure in failures):
         subject = "Mail that may not have been delivered"
     date = format_datetime(now)
-    lines = [
+    message_id = original.header_message_id
+    head = _lines(
         f"Received: by {hostname} (qmqp-relay) id {dsn_id};\n\t{date}",
         f"Date: {date}",
         f"From: Mail Delivery System <MAILER-DAEMON@{hostname}>",
         _addressed("To:", original.sender),
         f"Subject: {subject}",
         f"Message-ID: <{dsn_id}@{hostname}>",
+        message_id and f"References: {escaped(message_id, _LONGEST_LINE)}",
         "Auto-Submitted: auto-replied",
         "MIME-Version: 1.0",
         f'Content-Type: multipart/report; report-type=delivery-status;\n\tboundary="=_{dsn_id}"',
-    ]
-    if original.header_message_id:
-        lines.insert(6, f"References: {escaped(original.header_message_id, _LONGEST_LINE)}")
-    head = "\n".join(lines) + ("" if content is None or content.isascii() else _8BIT)
+    )
+    head += "" if content is None or content.isascii() else _8BIT
     head += "\n\nThis is a MIME-encapsulated message.\n"
     return _joined(dsn_id, head.encode("ascii"), parts)
 
@@ -309,29 +309,35 @@ def _why(failure: Failure) -> str:
 def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> str:
     """The part for programs (RFC 3464 2): a group about the message, and one about each
     recipient."""
-    about = [
-        f"Reporting-MTA: dns; {hostname}",
-        f"Arrival-Date: {format_datetime(original.received_at)}",
+    envid = original.envid and unxtext(original.envid)
+    groups = [
+        _lines(
+            envid and f"Original-Envelope-Id: {envid}",
+            f"Reporting-MTA: dns; {hostname}",
+            f"Arrival-Date: {format_datetime(original.received_at)}",
+        )
     ]
-    if original.envid:
-        about.insert(0, f"Original-Envelope-Id: {unxtext(original.envid)}")
-    groups = ["\n".join(about)]
     for failure in failures:
-        lines = [_addressed("Final-Recipient: rfc822;", failure.address)]
-        if failure.orcpt and ";" in failure.orcpt:
-            kind, _, address = failure.orcpt.partition(";")
-            lines.insert(0, f"Original-Recipient: {escaped(kind, 64)}; {unxtext(address)}")
-        lines.append(f"Action: {'delayed' if failure.kind is Kind.DELAYED else 'failed'}")
-        lines.append(f"Status: {status_of(failure.kind, failure.reply)}")
-        if failure.server and not failure.server.startswith("unix:"):
-            lines.append(f"Remote-MTA: dns; {failure.server.rpartition(':')[0]}")
-        if failure.server_reply:
-            lines.append(
-                f"Diagnostic-Code: x-qmqp; {escaped(failure.server_reply, _LONGEST_LINE - 50)}"
+        delayed = failure.kind is Kind.DELAYED
+        kind, given, address = (failure.orcpt or "").partition(";")
+        server = failure.server or "unix:"
+        reply = escaped(failure.server_reply, _LONGEST_LINE - 50)
+        attempted_at = failure.attempted_at
+        groups.append(
+            _lines(
+                given and f"Original-Recipient: {escaped(kind, 64)}; {unxtext(address)}",
+                _addressed("Final-Recipient: rfc822;", failure.address),
+                f"Action: {'delayed' if delayed else 'failed'}",
+                f"Status: {status_of(failure.kind, failure.reply)}",
+                not server.startswith("unix:") and f"Remote-MTA: dns; {server.rpartition(':')[0]}",
+                reply and f"Diagnostic-Code: x-qmqp; {reply}",
+                attempted_at and f"Last-Attempt-Date: {format_datetime(attempted_at)}",
+                delayed and f"Will-Retry-Until: {format_datetime(failure.expires_at)}",
             )
-        if failure.attempted_at:
-            lines.append(f"Last-Attempt-Date: {format_datetime(failure.attempted_at)}")
-        if failure.kind is Kind.DELAYED:
-            lines.append(f"Will-Retry-Until: {format_datetime(failure.expires_at)}")
-        groups.append("\n".join(lines))
+        )
     return "\n\n".join(groups) + "\n"
+
+
+def _lines(*lines: object) -> str:
+    """Those of the values that are text and not empty, as lines."""
+    return "\n".join(line for line in lines if isinstance(line, str) and line)
