@@ -30,10 +30,10 @@ from commands.ops.show import mounted_spool, opened
 from commands.output import counted, span, write
 from relay.db.engine import reading, writing
 from relay.db.schema import NEEDS_BODY, words
-from relay.db.sql import Statements
+from relay.db.sql import Statements, dialect_of
 from relay.hints import WINDOW
 from relay.ids import dashed
-from relay.queue.audit import CHUNK, FIRST, THESE, AuditEntry
+from relay.queue.audit import CHUNK, FIRST, AuditEntry
 from relay.queue.rescue import Rescuer
 from relay.queue.states import FINAL, UNFINISHED
 from relay.report.queries import QueueReader
@@ -45,6 +45,10 @@ VERY_LATE = 4 * 3600.0  # seconds that a delivery may wait for a connection whil
 BATCH = 500
 SHOWN = 5  # ids in the text about many rows
 BY_FSCK = "held by fsck: "
+PICKED = "SELECT queue_id, number FROM @rows(:keys; queue_id uuid, number int)"
+# The end of an UPDATE of the deliveries (as d) in `:keys`.
+THESE = """FROM @rows(:keys; queue_id uuid, number int)
+    WHERE d.queue_id = x.queue_id AND d.number = x.number"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +186,7 @@ class Fsck:
             return list(self._sql.run(connection, sql, **parameters))
 
     def _entry(self, reason: str, filter_shown: str = "") -> AuditEntry:
-        return AuditEntry(
-            self._engine,
-            self._sql,
-            actor=actor(),
-            verb="fsck",
-            reason=reason,
-            filter_shown=filter_shown,
-        )
+        return AuditEntry(self._engine, actor(), "fsck", reason, filter_shown)
 
     def _change(
         self,
@@ -200,6 +197,9 @@ class Fsck:
     ) -> bool:
         """Change deliveries (as d) and record it, a transaction for each chunk; False if there were
         none."""
+        # The parameters that all statements share, as far as a condition names them.
+        parameters |= {"late": REMOVAL_GRACE}
+        where = dialect_of(self._engine)(where)
         return sum(len(rows) for rows in entry.through(where, change, **parameters)) > 0
 
     def _rows(self) -> Iterator[Inconsistency]:

@@ -52,6 +52,11 @@ ADDED = {
         "TEXT",
         "why its sender gets no DSN: rate, postmaster or address; empty: no such reason",
     ),
+    # NULL for what waits during the upgrade: a migration does not know DELAY_WARNING.
+    "deliveries.warn_at": (
+        "{instant}",
+        "when the sender is warned that it is late; empty: never, or it was done",
+    ),
     "deliveries.reason_source": (
         "TEXT",
         "where last_reply comes from: server, relay or operator",
@@ -68,6 +73,7 @@ INDEXES = {
     "deliveries_sending": "(worker, due_at) WHERE state = 'sending'",
     "deliveries_deferred": "(due_at) WHERE state = 'deferred'",
     "deliveries_waiting": "(waiting_for, due_at) WHERE state = 'deferred' AND waiting_for IS NOT NULL",
+    "deliveries_unwarned": "(warn_at, queue_id) WHERE warn_at IS NOT NULL AND state IN ('queued', 'sending', 'deferred')",
     "deliveries_owing": "(due_at) WHERE state IN ('bounced', 'expired') AND due_at IS NOT NULL",
 }
 BEFORE = {"deliveries_due_at": "(due_at) WHERE due_at IS NOT NULL"}
@@ -97,16 +103,17 @@ def upgrade() -> None:
     if postgresql:
         _rename_not_null(connection)
     _rename_outcome(connection, "accepted", "delivered")
+    instant = "TIMESTAMP WITH TIME ZONE" if postgresql else "BIGINT"
     for column, (kind, comment) in ADDED.items():
         table, name = column.split(".")
-        connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
+        connection.exec_driver_sql(
+            f"ALTER TABLE {table} ADD COLUMN {name} {kind.format(instant=instant)}"
+        )
         if postgresql:
             connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
     connection.exec_driver_sql(REASON_SOURCE)
     _replace(connection, BEFORE, INDEXES)
-    connection.exec_driver_sql(
-        DSN_LIMITS.format(instant="TIMESTAMP WITH TIME ZONE" if postgresql else "BIGINT")
-    )
+    connection.exec_driver_sql(DSN_LIMITS.format(instant=instant))
     for subject, comment in DSN_LIMITS_ABOUT.items() if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON {subject} IS '{comment}'")
     if (

@@ -11,7 +11,7 @@ and then changes nothing.
 import json
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine
 
@@ -56,10 +56,14 @@ class NewMessage(NamedTuple):
 
 
 class Acceptor:
-    """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs."""
+    """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs. `delay_warning`: after
+    so many seconds the sender is warned; None: never."""
 
-    def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
+    def __init__(
+        self, engine: Engine, *, lifetime: float, grace: float, delay_warning: float | None = None
+    ) -> None:
         self._engine = engine
+        self._delay_warning = delay_warning
         self._queries = Queries(engine, __name__, lifetime=lifetime, grace=grace)
 
     def commit(self, messages: Sequence[NewMessage], begin_by: float = float("inf")) -> list[None]:
@@ -99,9 +103,12 @@ class Acceptor:
                 }
                 for position, recipient in enumerate(message.recipients, 1)
             ]  # fmt: skip
-            deliveries += [
-                {"queue_id": key, "number": n, "route": route} for route, n in numbers.items()
-            ]
+            late = _routes_to_warn_of(message) if self._delay_warning is not None else ()
+            for route, number in numbers.items():
+                delivery: dict[str, Any] = {"queue_id": key, "number": number, "route": route}
+                if route in late:
+                    delivery["warn_after"] = self._delay_warning
+                deliveries.append(delivery)
         self._queries.run(
             connection,
             "accept",
@@ -109,3 +116,14 @@ class Acceptor:
             recipients=json.dumps(recipients),
             deliveries=json.dumps(deliveries),
         )
+
+
+def _routes_to_warn_of(message: NewMessage) -> set[str]:
+    """The routes of recipients about whom the sender wants a delay warning (RFC 3461 4.1)."""
+    if message.sender in ("", "#@[]"):
+        return set()
+    return {
+        recipient.route
+        for recipient in message.recipients
+        if recipient.notify is None or "DELAY" in recipient.notify.upper()
+    }

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import writing
-from relay.db.sql import Queries, Statements
+from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.queue.model import (
     Claim,
@@ -76,8 +76,7 @@ class WorkerQueue:
             notices=self._notices,
             far=self._far,
         )
-        self._others = Statements(engine, notices=self._notices)
-        self._splitter = Splitter(self._others)
+        self._splitter = Splitter(engine, notices=self._notices)
         # Claims without a completion, by key; the value is the number of the claim.
         self._held: dict[Key, int] = {}
         self._commit_unknown = False
@@ -150,7 +149,7 @@ class WorkerQueue:
             result = cast(CompletionResult, results[n])
             if result.state in _WITHOUT_DSN and not result.body_deletable:
                 ended.setdefault(completion.queue_id, []).append(n)
-        for queue_id in deletable_bodies(self._engine, self._others, ended):
+        for queue_id in deletable_bodies(self._engine, ended):
             for n in ended[queue_id]:
                 results[n] = replace(cast(CompletionResult, results[n]), body_deletable=True)
 

@@ -38,7 +38,7 @@ DUE = (State.QUEUED, State.SENDING, State.DEFERRED, State.BOUNCED, State.EXPIRED
 # The name whose statements run before.
 BEFORE = {"create_views": "drop_views"}
 # Statements that one database alone needs, as (module, name).
-ONE_DATABASE: set[tuple[str, str]] = set()
+ONE_DATABASE = {("worker.cleaner", "lock")}
 
 IDS = [f"00000000-0000-7000-8000-{n:012x}" for n in range(2 * len(State))]
 WORKER = "00000000-0000-7000-8000-0000000000f0"
@@ -54,6 +54,7 @@ def rows(**columns: Any) -> str:
 EXAMPLES: dict[str, Any] = {
     "action": ACTION,
     "actor": "me@example.com",
+    "bound": "ffffffff-0000-7000-8000-000000000000",
     "child": 9,
     "circuits": json.dumps({"192.0.2.1:628": "refused"}),
     "claim_seconds": 1000,
@@ -75,11 +76,13 @@ EXAMPLES: dict[str, Any] = {
     "id": SENDING,
     "ids": json.dumps(IDS),
     "jitter": 0.5,
+    "key": 1,
     "keys": rows(number=1),
     "late": 60.0,
     "lease": 60.0,
     "lifetime": 1000.0,
     "limit": 60.0,
+    "limits": 60.0,
     "longest": 3600.0,
     "matched": 3,
     "messages": json.dumps([
@@ -89,12 +92,17 @@ EXAMPLES: dict[str, Any] = {
     "most": 100,
     "notices": True,
     "number": 1,
+    "numbers": json.dumps([1]),
+    "operation": "hold",
     "parent": 1,
     "pid": 1,
     "poison": 4,
+    "positions": json.dumps([1, 2]),
+    "put_off": json.dumps(IDS[:1]),
     "reason": "because",
     "recipients": rows(position=9, address="c@example.org", delivery=1),
     "reply": "Dno such user",
+    "retention": 0.0,
     "retries": 50,
     "root": 1,
     "route": "default",
@@ -109,7 +117,9 @@ EXAMPLES: dict[str, Any] = {
     ),
     "until": "never",
     "verb": "hold",
+    "warned": True,
     "why": "a reason",
+    "withheld": "rate",
     "worker": WORKER,
     "workers": json.dumps([WORKER]),
 }  # fmt: skip
@@ -117,7 +127,9 @@ EXAMPLES: dict[str, Any] = {
 OWN_TEXT = {("relay.report.queries", "view_definition")}
 # By module, where a name means something else than elsewhere.
 OWN_EXAMPLES: dict[str, dict[str, Any]] = {
+    "relay.dsn.generator": {"id": IDS[2 * list(State).index(State.BOUNCED)]},
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
+    "relay.queue.split": {"id": IDS[2 * list(State).index(State.HELD)]},
 }
 
 
