@@ -67,16 +67,16 @@ class WorkerQueue:
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
         self._engine = engine
         self._far = longest_claim(settings)
-        self._notices = settings.bounces == "dsn"
+        notices = settings.bounces == "dsn"
         self._queries = Queries(
             engine,
             __name__,
             grace=settings.grace,
             lease=settings.lease,
-            notices=self._notices,
+            notices=notices,
             far=self._far,
         )
-        self._splitter = Splitter(engine, notices=self._notices)
+        self._splitter = Splitter(engine, notices=notices)
         # Claims without a completion, by key; the value is the number of the claim.
         self._held: dict[Key, int] = {}
         self._commit_unknown = False
