@@ -15,6 +15,14 @@ DONE, NOTHING_MATCHED, WRONG_USE, OUT_OF_REACH = range(4)
 INTERRUPTED = 130
 
 
+class CommandError(Exception):
+    """Ends a command with an exit status and a sentence that says why."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 def say(text: str) -> None:
     """Print a sentence on standard error."""
     typer.echo(f"qmqp-relay: {text}", err=True)
@@ -60,7 +68,6 @@ def explanation(error: Exception) -> tuple[int | None, str]:
     """The exit status and the sentence for an error; the status is None for a fault of our own."""
     from sqlalchemy.exc import DBAPIError
 
-    from commands.standalone.up import UpError
     from reception.policy import PolicyError
     from reception.spooler_client import SpoolerError
     from relay.db.engine import DatabaseError, is_outage, lacks_schema
@@ -71,26 +78,20 @@ def explanation(error: Exception) -> tuple[int | None, str]:
     from smtpd.server import ListenError
 
     match error:
+        case CommandError():
+            return error.status, str(error)
         case NoSuchMessage():
             return NOTHING_MATCHED, str(error)
-        case (
-            SettingsError()
-            | UpError()
-            | DatabaseError()
-            | SpoolError()
-            | PolicyError()
-            | ListenError()
-        ):
+        case SettingsError() | DatabaseError() | SpoolError() | PolicyError() | ListenError():
             return WRONG_USE, str(error)
         case SpoolerError():  # processes or memory are short: the next start may succeed
             return OUT_OF_REACH, str(error)
         case OSError(filename=str(name)):  # for example a spool of another user
             return OUT_OF_REACH, f"{name}: {error.strerror}"
+        case DBAPIError() if lacks_schema(error):
+            text = "the database has no tables of this version: run `qmqp-relay migrate`"
+            return OUT_OF_REACH, text
         case DBAPIError() if is_outage(error):
-            if lacks_schema(error):
-                return (
-                    OUT_OF_REACH,
-                    "the database has no tables of this version: run `qmqp-relay migrate`",
-                )
-            return OUT_OF_REACH, f"database: {first_line(error.orig)}; run `qmqp-relay check`"
+            text = f"database: {first_line(error.orig)}; run `qmqp-relay check`"
+            return OUT_OF_REACH, text
     return None, ""

@@ -69,6 +69,12 @@ def ago(when: datetime | None) -> str:
     return span(seconds) if seconds >= 0 else f"in {span(-seconds)}"
 
 
+def due(when: datetime | None) -> str:
+    """How long until then (`in 20s`), or how late it is (`3m late`); empty for None."""
+    text = ago(when)
+    return f"{text} late" if text and not text.startswith("in ") else text
+
+
 def stamp(when: datetime | None) -> str:
     """A time in the local zone, to the second; empty for None."""
     return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import typer
 from sqlalchemy import Engine
 
-from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, say
+from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, CommandError, say
 from commands.ops.show import COLUMNS, mounted_spool, opened, resolved
 from commands.output import as_json, counted, write
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
@@ -54,8 +54,7 @@ def change(name: str, filter_: Filter, request: ChangeRequest) -> int:
     """Apply an operation to the deliveries that the filter matches; the exit status."""
     settings = load(Settings)
     if not filter_.shown() and not request.everything:
-        say(f"{name} everything? Give a filter, or --all")
-        return WRONG_USE
+        raise CommandError(WRONG_USE, f"{name} everything? Give a filter, or --all")
     with opened(settings) as engine:
         return _change(name, settings, engine, filter_, request)
 
@@ -65,15 +64,13 @@ def _change(
 ) -> int:
     queue, operation = QueueReader(engine), OPERATIONS.get(name, REROUTE)
     operations = QueueOperations(engine, notices=settings.bounces == "dsn")
-    filter_ = resolved(queue, filter_)
+    filter_, limit = resolved(queue, filter_), request.limit
     matched = operations.matching(operation, filter_)
     if not matched:
-        say(f"no delivery to {name}: it takes what is {' or '.join(operation.takes)}")
-        return NOTHING_MATCHED
-    limit = request.limit
-    summary = f"{name} {_counts(matched)}"
-    if limit is not None and limit < matched.total():
-        summary = f"{name} the oldest {limit} of {_counts(matched)}"
+        states = " or ".join(operation.takes)
+        raise CommandError(NOTHING_MATCHED, f"no delivery to {name}: it takes what is {states}")
+    oldest = "" if limit is None or limit >= matched.total() else f"the oldest {limit} of "
+    summary = f"{name} {oldest}{_counts(matched)}"
     if request.dry_run:
         rows = operations.touched(operation, filter_, limit=limit)
         write(rows, COLUMNS, json_lines=request.json_lines)
@@ -81,8 +78,7 @@ def _change(
         return DONE
     if min(matched.total(), limit or 2) > 1 and not request.yes:
         if not sys.stdin.isatty():
-            say(f"{summary}? Add --yes to change more than one")
-            return WRONG_USE
+            raise CommandError(WRONG_USE, f"{summary}? Add --yes to change more than one")
         if not typer.confirm(f"{summary}?"):
             return NOTHING_MATCHED
     chunks = operations.in_chunks(
@@ -99,13 +95,11 @@ def _change(
             changed.update(counts)
             removed += sum(map(spool.remove, bodies)) if spool else 0
         interrupted = False
+    text = f"{name}: {_counts(changed)}" + (f", bodies removed: {removed}" if removed else "")
     if request.json_lines:
         row = {"verb": name, "deliveries": changed.total(), "were": changed}
-        typer.echo(as_json(row | {"bodies_removed": removed}))
-    else:
-        typer.echo(
-            f"{name}: {_counts(changed)}" + (f", bodies removed: {removed}" if removed else "")
-        )
+        text = as_json(row | {"bodies_removed": removed})
+    typer.echo(text)
     if sending := changed[State.SENDING]:
         after = "they are no longer held after this try"
         if operation.wanted:
@@ -113,8 +107,8 @@ def _change(
         say(f"{sending} being sent: {after}")
     if interrupted:
         total = counted(matched.total())
-        say(f"interrupted after {changed.total()} of {total}; the others are unchanged")
-        return INTERRUPTED
+        text = f"interrupted after {changed.total()} of {total}; the others are unchanged"
+        raise CommandError(INTERRUPTED, text)
     return DONE if changed else NOTHING_MATCHED
 
 
@@ -128,32 +122,29 @@ def pause(
 ) -> int:
     """Pause or resume a route or a server; the exit status."""
     if (route is None) == (server is None):
-        say("name one: --route NAME or --server HOST")
-        return WRONG_USE
+        raise CommandError(WRONG_USE, "name one: --route NAME or --server HOST")
     settings = load(Settings)
     try:
         subject = f"route:{route}" if server is None else f"server:{parse_server(server).name}"
     except ValueError as error:
-        say(str(error))
-        return WRONG_USE
+        raise CommandError(WRONG_USE, str(error)) from None
+    verb, after = ("resume", "resumed") if resume else ("pause", "paused")
     with opened(settings) as engine:
         operations = QueueOperations(engine, notices=False)
         known = _subjects(settings, QueueReader(engine))
         operation = operations.resume if resume else operations.pause
         done = operation(subject, actor=actor(), reason=reason)
     if json_lines:
-        row = {"verb": "resume" if resume else "pause", "subject": subject, "done": done}
-        typer.echo(as_json(row))
+        typer.echo(as_json({"verb": verb, "subject": subject, "done": done}))
     elif done:
-        typer.echo(f"{subject} {'resumed' if resume else 'paused'}")
-    if not done and resume:
-        say(f"{subject} is not paused; `qmqp-relay stats` shows what is")
-    elif not done:
-        say(f"{subject} is already paused")
-    elif not resume and subject not in known:
+        typer.echo(f"{subject} {after}")
+    if not done:
+        text = "not paused; `qmqp-relay stats` shows what is" if resume else "already paused"
+        raise CommandError(NOTHING_MATCHED, f"{subject} is {text}")
+    if not resume and subject not in known:
         names = ", ".join(sorted(known))
         say(f"{subject} is not configured, and was not tried in the last hour; known are {names}")
-    return DONE if done else NOTHING_MATCHED
+    return DONE
 
 
 def _subjects(settings: Settings, queue: QueueReader) -> set[str]:

@@ -58,19 +58,19 @@ def run() -> int:
         prefix="qmqp-relay-demo-", ignore_cleanup_errors=True
     ) as scratch:
         log, port = Path(scratch, "log"), free_port()
-        environ = {
+        others = {
             name: value for name, value in os.environ.items() if not name.startswith("RELAY_")
-        } | SETTINGS
-        environ |= {
-            "RELAY_STATE_DIR": scratch,
-            "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
-            "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, "-P", "-m", "commands.cli.main", "up", "--demo"]
         with log.open("wb") as output:
             up = subprocess.Popen(
-                command,
-                env=environ,
+                [sys.executable, "-P", "-m", "commands.cli.main", "up", "--demo"],
+                env=others
+                | SETTINGS
+                | {
+                    "RELAY_STATE_DIR": scratch,
+                    "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
+                    "PYTHONPATH": str(ROOT),
+                },
                 stdout=output,
                 stderr=output,
                 start_new_session=True,

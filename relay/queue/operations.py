@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine, text
 
 from relay.db.engine import reading, writing
 from relay.db.schema import words
-from relay.db.sql import Queries, dialect_of
+from relay.db.sql import Queries
 from relay.log import escaped
 from relay.queue.audit import AuditEntry
 from relay.queue.split import Splitter
@@ -179,7 +179,7 @@ class QueueOperations:
         What a filter matches is known at run time only, so this is put together here and does not
         stand in a file.
         """
-        where, parameters = wanted.where()
+        where, parameters = wanted.where(self._engine.dialect.name)
         takes = f"d.state IN ({words(operation.takes)})"
         if operation.wanted:
             takes = f"({takes} OR d.state = 'sending')"
@@ -191,7 +191,7 @@ class QueueOperations:
         return (
             f"""{takes} {by_id} AND EXISTS (SELECT 1 FROM mail_history h
             WHERE h.queue_uuid = d.queue_id AND h.delivery = d.number
-            AND {dialect_of(self._engine)(where)})""",
+            AND {where})""",
             parameters,
         )
 

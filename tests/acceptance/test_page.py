@@ -156,7 +156,7 @@ def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[QueueHarness
             "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'delivered',"
             " '', 1)", id=queue_id, attempt_index=attempt_index, ago=ago, w=dashed(queue.worker),
         )  # fmt: skip
-    now, rows = Statistics(QueueReader(queue.engine)).history(21_600, 300)
+    now, rows = Statistics(queue.engine).history(21_600, 300)
     assert now.tzinfo is not None
     assert [(row["step"], row["tries"]) for row in rows] == [(0, 3), (1, 1), (70, 1)]
     assert {round(row["seconds"], 2) for row in rows} == {0.5}

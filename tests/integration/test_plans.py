@@ -168,7 +168,7 @@ def test_an_idle_sweep_walks_through_nothing(crowded: QueueHarness, tmp_path: Pa
 def test_what_looks_at_all_that_waits_leaves_the_history_alone(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         assert crowded.rescuer.unknown_routes(["idle"]) == ["dead"]
-        metrics.QueueMetrics(crowded.engine, cast(Any, None))._database()
+        list(metrics.QueueMetrics(crowded.engine, cast(Any, None)).collect())
     with crowded.engine.connect() as connection:
         for words, parameters in statements:
             explain = "EXPLAIN" if crowded.dialect.postgresql else "EXPLAIN QUERY PLAN"

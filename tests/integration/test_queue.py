@@ -153,18 +153,18 @@ def test_message_has_recipients_deliveries_and_attempts(
     queue.record(queue.claim(queue_id)[0], Outcome.REJECTED)
     message = reader.message(queue_id)
     assert message is not None
-    assert [row["address"] for row in message["recipients"]] == [
+    assert [row.address for row in message.recipients] == [
         "x@example.org",
         "y@example.org",
         "z@example.org",
     ]
-    assert [(row["number"], row["state"], row["claim_count"]) for row in message["deliveries"]] == [
+    assert [(row.number, row.state, row.claim_count) for row in message.deliveries] == [
         (1, "bounced", 2), (2, "queued", 0)
     ]  # fmt: skip
-    assert [(row["claim"], row["outcome"], row["worker"]) for row in message["attempts"]] == [
+    assert [(row.claim, row.outcome, row.worker) for row in message.attempts] == [
         (1, "deferred", queue.worker), (2, "rejected", queue.worker)
     ]  # fmt: skip
-    assert message["attempts"][0]["started_at"].tzinfo is UTC
+    assert message.attempts[0].started_at.tzinfo is UTC
     assert reader.message("f" * 32) is None
 
 
@@ -196,13 +196,13 @@ def test_workers_are_listed(queue: QueueHarness, reader: QueueReader) -> None:
     gone = queue.register_worker()
     queue.worker_queue.retire(gone)
     (alive, ended) = reader.workers()
-    assert (alive["id"], bool(alive["alive"]), alive["sending"], alive["ended_at"]) == (
+    assert (alive.id, alive.alive, alive.sending, alive.ended_at) == (
         queue.worker,
         True,
         2,
         None,
     )
-    assert (ended["id"], bool(ended["alive"]), ended["end_reason"]) == (gone, False, "stopped")
+    assert (ended.id, ended.alive, ended.end_reason) == (gone, False, "stopped")
 
 
 def test_filter_is_shown_as_options() -> None:
