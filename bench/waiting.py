@@ -47,7 +47,10 @@ class RelayQueue:
         spool = Spool(directory)
         spool.prepare(self.engine, unsafe=True)
         self.acceptor = Acceptor(
-            self.engine, lifetime=settings.queue_lifetime, grace=settings.grace
+            self.engine,
+            lifetime=settings.queue_lifetime,
+            grace=settings.grace,
+            delay_warning=settings.delay_warning,
         )
         self.queue = WorkerQueue(self.engine, settings)
         self.rescuer = Rescuer(self.engine, settings)

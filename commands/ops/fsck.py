@@ -30,7 +30,7 @@ from commands.ops.modify import actor
 from commands.ops.show import mounted_spool, opened
 from commands.output import counted, span, write
 from relay.db.engine import reading, writing
-from relay.db.sql import Queries, Statements
+from relay.db.sql import Queries
 from relay.hints import WINDOW
 from relay.ids import dashed
 from relay.queue.audit import CHUNK, FIRST, AuditEntry
@@ -162,14 +162,7 @@ class Fsck:
             return list(self._queries.run(connection, name, **parameters))
 
     def _entry(self, reason: str, filter_shown: str = "") -> AuditEntry:
-        return AuditEntry(
-            self._engine,
-            Statements(self._engine),
-            actor=actor(),
-            verb="fsck",
-            reason=reason,
-            filter_shown=filter_shown,
-        )
+        return AuditEntry(self._engine, actor(), "fsck", reason, filter_shown)
 
     def _rows(self) -> Iterator[Inconsistency]:
         """Rows that no statement of the relay creates."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from relay.db.engine import committed_nothing, is_outage
@@ -29,18 +30,14 @@ class CommitUnknown(Exception):
     stay."""
 
 
+@dataclass(slots=True, eq=False)
 class PendingItem[Item]:
     """An item without a result. `done` takes the result; after `deadline` (monotonic) the owner
     cannot wait any longer."""
 
-    __slots__ = ("deadline", "done", "item")
-
-    def __init__(
-        self, item: Item, done: Callable[[Any], None], deadline: float | None = None
-    ) -> None:
-        self.item = item
-        self.done = done
-        self.deadline = deadline
+    item: Item
+    done: Callable[[Any], None]
+    deadline: float | None = None
 
 
 type Answers[Item] = list[tuple[PendingItem[Item], Any]]

@@ -22,10 +22,5 @@ def words(values: tuple[str, ...] | type[StrEnum]) -> str:
 
 NEEDS_BODY = f"(state IN ({words(UNFINISHED)}) OR due_at IS NOT NULL)"
 REVISION = "0003"  # the newest migration
-# The `due_at` of a delivery (as d) that fails now: at once if a DSN is pending, or if it was a DSN,
-# which may be generated again with less. `:notices`: BOUNCES is not off.
-DSN_PENDING = """CASE WHEN :notices AND (SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
-    FROM messages m
-    WHERE m.id = d.queue_id) THEN @now END"""
 LONGEST_INDEXED = 1000
 LONGEST_TEXT = 4000

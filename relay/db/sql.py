@@ -181,9 +181,3 @@ class Queries:
         for statement in first:
             connection.execute(statement, values)
         return connection.execute(last, values)
-
-    def rows[Row](
-        self, connection: Connection, name: str, row: Callable[..., Row], **parameters: Any
-    ) -> list[Row]:
-        """The rows that `run` gives; `row` makes one of its columns, which it takes in order."""
-        return [row(*columns) for columns in self.run(connection, name, **parameters)]

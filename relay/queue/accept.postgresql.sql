@@ -21,8 +21,9 @@ WITH m AS (
     ON CONFLICT DO NOTHING
 )
 -- event: accepted
-INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
+INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, warn_at)
 SELECT queue_id, number, route, 'queued', now() + :grace * interval '1 second',
-    now() + :lifetime * interval '1 second'
-FROM json_to_recordset(CAST(:deliveries AS json)) AS x(queue_id uuid, number int, route text)
+    now() + :lifetime * interval '1 second', now() + warn_after * interval '1 second'
+FROM json_to_recordset(CAST(:deliveries AS json)) AS x(
+    queue_id uuid, number int, route text, warn_after float8)
 ON CONFLICT DO NOTHING;

@@ -11,7 +11,7 @@ and then changes nothing.
 import json
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine
 
@@ -56,10 +56,14 @@ class NewMessage(NamedTuple):
 
 
 class Acceptor:
-    """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs."""
+    """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs. `delay_warning`: after
+    so many seconds the sender is warned; None: never."""
 
-    def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
+    def __init__(
+        self, engine: Engine, *, lifetime: float, grace: float, delay_warning: float | None = None
+    ) -> None:
         self._engine = engine
+        self._delay_warning = delay_warning
         self._queries = Queries(engine, __name__, lifetime=lifetime, grace=grace)
 
     def commit(self, messages: Sequence[NewMessage], begin_by: float = float("inf")) -> list[None]:
@@ -80,21 +84,31 @@ class Acceptor:
         recipients: list[dict[str, object]] = []
         deliveries: list[dict[str, object]] = []
         for message in messages:
-            key = dashed(message.id)
-            header_id = message.header_message_id
-            rows.append(message._asdict() | {
-                "id": key, "recipients": None, "helo": escaped(message.helo, 255),
+            key, header_id = dashed(message.id), message.header_message_id
+            rows.append({
+                "id": key, "sender": message.sender, "size": message.size,
+                "client_address": message.client_address, "helo": escaped(message.helo, 255),
+                "protocol": message.protocol, "auth_user": message.auth_user,
                 "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
+                "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
                 "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
+                "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
             })  # fmt: skip
             numbers: dict[str, int] = {}
-            for position, recipient in enumerate(message.recipients, 1):
-                number = numbers.setdefault(recipient.route, len(numbers) + 1)
-                own = {"queue_id": key, "position": position, "delivery": number}
-                recipients.append(recipient._asdict() | own)
-            deliveries += [
-                {"queue_id": key, "number": n, "route": route} for route, n in numbers.items()
-            ]
+            recipients += [
+                {
+                    "queue_id": key, "position": position, "address": recipient.address,
+                    "delivery": numbers.setdefault(recipient.route, len(numbers) + 1),
+                    "notify": recipient.notify, "orcpt": recipient.orcpt,
+                }
+                for position, recipient in enumerate(message.recipients, 1)
+            ]  # fmt: skip
+            late = _routes_to_warn_of(message) if self._delay_warning is not None else ()
+            for route, number in numbers.items():
+                delivery: dict[str, Any] = {"queue_id": key, "number": number, "route": route}
+                if route in late:
+                    delivery["warn_after"] = self._delay_warning
+                deliveries.append(delivery)
         self._queries.run(
             connection,
             "accept",
@@ -102,3 +116,14 @@ class Acceptor:
             recipients=json.dumps(recipients),
             deliveries=json.dumps(deliveries),
         )
+
+
+def _routes_to_warn_of(message: NewMessage) -> set[str]:
+    """The routes of recipients about whom the sender wants a delay warning (RFC 3461 4.1)."""
+    if message.sender in ("", "#@[]"):
+        return set()
+    return {
+        recipient.route
+        for recipient in message.recipients
+        if recipient.notify is None or "DELAY" in recipient.notify.upper()
+    }

@@ -19,9 +19,10 @@ SELECT value ->> '$.queue_id', value ->> '$.position', value ->> '$.address',
 FROM json_each(:recipients) WHERE true
 ON CONFLICT DO NOTHING;
 -- event: accepted
-INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
+INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, warn_at)
 SELECT value ->> '$.queue_id', value ->> '$.number', value ->> '$.route', 'queued',
     (SELECT now FROM clock) + CAST(:grace * 1000000 AS INTEGER),
-    (SELECT now FROM clock) + CAST(:lifetime * 1000000 AS INTEGER)
+    (SELECT now FROM clock) + CAST(:lifetime * 1000000 AS INTEGER),
+    (SELECT now FROM clock) + CAST(value ->> '$.warn_after' * 1000000 AS INTEGER)
 FROM json_each(:deliveries) WHERE true
 ON CONFLICT DO NOTHING;

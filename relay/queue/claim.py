@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import writing
-from relay.db.sql import Queries, Statements
+from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.queue.model import (
     Claim,
@@ -48,11 +48,12 @@ _WITHOUT_DSN = (State.DELIVERED, State.DROPPED)
 class _Recorded(NamedTuple):
     """What the database has of a delivery: `claim` is the number of its last claim."""
 
-    queue_id: str
-    number: int
     claim: int
     state: State
     body_deletable: bool
+
+
+_NO_ROW = _Recorded(0, State.DROPPED, False)  # the numbers of claims begin with 1
 
 
 def longest_claim(settings: WorkerSettings) -> float:
@@ -66,17 +67,16 @@ class WorkerQueue:
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
         self._engine = engine
         self._far = longest_claim(settings)
-        self._notices = settings.bounces == "dsn"
+        notices = settings.bounces == "dsn"
         self._queries = Queries(
             engine,
             __name__,
             grace=settings.grace,
             lease=settings.lease,
-            notices=self._notices,
+            notices=notices,
             far=self._far,
         )
-        self._others = Statements(engine, notices=self._notices)
-        self._splitter = Splitter(self._others)
+        self._splitter = Splitter(engine, notices=notices)
         # Claims without a completion, by key; the value is the number of the claim.
         self._held: dict[Key, int] = {}
         self._commit_unknown = False
@@ -132,8 +132,8 @@ class WorkerQueue:
         self._check_bodies_again(completions, results)
         self._commit_unknown = False
         for _, completion in completions:
-            if self._held.get(key := (completion.queue_id, completion.number)) == completion.claim:
-                del self._held[key]
+            if self._held.get(completion.key) == completion.claim:
+                del self._held[completion.key]
         self._held.update(claimed)
         return results
 
@@ -149,7 +149,7 @@ class WorkerQueue:
             result = cast(CompletionResult, results[n])
             if result.state in _WITHOUT_DSN and not result.body_deletable:
                 ended.setdefault(completion.queue_id, []).append(n)
-        for queue_id in deletable_bodies(self._engine, self._others, ended):
+        for queue_id in deletable_bodies(self._engine, ended):
             for n in ended[queue_id]:
                 results[n] = replace(cast(CompletionResult, results[n]), body_deletable=True)
 
@@ -194,57 +194,53 @@ class WorkerQueue:
     ) -> list[CompletionResult]:
         # A K beats the completion of another claim of the same delivery, also in one batch: an
         # UPDATE may match a row only once.
-        taken = {(r.queue_id, r.number) for r in completions if r.outcome is Outcome.DELIVERED}
-        rows = self._queries.rows(
+        taken = {r.key for r in completions if r.outcome is Outcome.DELIVERED}
+        after = self._rows(
             connection,
             "complete",
-            _Recorded,
-            completions=json.dumps([
+            completions=[
                 _completion_row(r)
                 for r in completions
-                if r.outcome is Outcome.DELIVERED or (r.queue_id, r.number) not in taken
-            ]),
-            tries=json.dumps([
-                one._asdict()
-                | {
+                if r.outcome is Outcome.DELIVERED or r.key not in taken
+            ],
+            tries=[
+                {
                     "worker": dashed(r.worker), "queue_id": dashed(r.queue_id),
-                    "delivery": r.number, "claim": r.claim,
+                    "delivery": r.number, "claim": r.claim, "attempt_index": one.attempt_index,
+                    "server": one.server, "started_ago": one.started_ago,
+                    "finished_ago": one.finished_ago, "outcome": one.outcome, "reply": one.reply,
+                    "bytes_sent": one.bytes_sent,
                 }
                 for r in completions
                 for one in r.tries
-            ]),
+            ],
         )  # fmt: skip
-        after = {(row.queue_id, row.number): row for row in rows}
-        missing = {(r.queue_id, r.number) for r in completions} - after.keys()
-        after |= self._recorded(connection, missing)
+        if missing := {r.key for r in completions} - after.keys():
+            after |= self._rows(connection, "recorded_states", keys=_keys(missing))
         split = {
-            (r.queue_id, r.number): r
+            r.key: r
             for r in completions
             if r.state is State.SPLIT
-            and (row := after.get((r.queue_id, r.number)))
+            and (row := after.get(r.key))
             and (row.claim, row.state) == (r.claim, State.SPLIT)
         }
         for completion in split.values():
             self._cut(connection, completion)
-        after |= self._recorded(connection, split)
-        results = []
+        if split:
+            after |= self._rows(connection, "recorded_states", keys=_keys(split))
         for completion in completions:
-            row = after.get((completion.queue_id, completion.number))
-            if row and row.claim > completion.claim and completion.outcome is Outcome.DELIVERED:
+            row = after.get(completion.key, _NO_ROW)
+            if row.claim > completion.claim and completion.outcome is Outcome.DELIVERED:
                 self._splitter.taken(connection, dashed(completion.queue_id), completion.number)
-            if row and (row.claim == completion.claim or row.state == State.DELIVERED):
-                results.append(CompletionResult(State(row.state), bool(row.body_deletable)))
-            else:
-                results.append(CompletionResult(None, False))
-        return results
+        return [_result(r, after.get(r.key, _NO_ROW)) for r in completions]
 
-    def _recorded(self, connection: Connection, keys: Iterable[Key]) -> dict[Key, _Recorded]:
-        """What the database has of these deliveries now."""
-        listed = [{"queue_id": dashed(queue_id), "number": number} for queue_id, number in keys]
-        if not listed:
-            return {}
-        rows = self._queries.rows(connection, "recorded_states", _Recorded, keys=json.dumps(listed))
-        return {(row.queue_id, row.number): row for row in rows}
+    def _rows(
+        self, connection: Connection, name: str, **lists: list[dict[str, Any]]
+    ) -> dict[Key, _Recorded]:
+        """What a statement gives for deliveries; its parameters are lists of rows."""
+        parameters = {parameter: json.dumps(rows) for parameter, rows in lists.items()}
+        found = self._queries.run(connection, name, **parameters)
+        return {(queue_id, number): _Recorded(*row) for queue_id, number, *row in found}
 
     def _cut(self, connection: Connection, completion: Completion) -> None:
         """Cut in two what was just completed as `split` (or see that it was done); what cannot be
@@ -261,6 +257,17 @@ def _claim(row: Any) -> Claim:
     columns, listed = list(row), row.recipients
     columns[6] = tuple(json.loads(listed) if isinstance(listed, str) else listed or ())
     return Claim(*columns)
+
+
+def _keys(keys: Iterable[Key]) -> list[dict[str, Any]]:
+    return [{"queue_id": dashed(queue_id), "number": number} for queue_id, number in keys]
+
+
+def _result(completion: Completion, row: _Recorded) -> CompletionResult:
+    """A K holds for every claim; another state only for the claim that made it."""
+    if row.claim == completion.claim or row.state == State.DELIVERED:
+        return CompletionResult(State(row.state), bool(row.body_deletable))
+    return CompletionResult(None, body_deletable=False)
 
 
 def _completion_row(completion: Completion) -> dict[str, Any]:

@@ -61,6 +61,11 @@ class Completion:
     tries: list[Attempt] = field(default_factory=list)
     waiting_for: str | None = None  # the delivery becomes due when this works again
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """The key of the delivery."""
+        return self.queue_id, self.number
+
 
 @dataclass(slots=True)
 class ClaimRequest:

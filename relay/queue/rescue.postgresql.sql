@@ -88,32 +88,20 @@ UPDATE workers SET routes = :routes WHERE id = :worker;
 SELECT subject FROM pauses;
 
 -- name: routes_of_waiting_mail
--- One arm for each index, which holds what the database needs to know.
-SELECT route FROM deliveries WHERE state = 'queued' AND claim_count = 0
-UNION SELECT route FROM deliveries WHERE state = 'queued' AND claim_count > 0
+-- One arm for each index.
+SELECT route FROM deliveries WHERE state = 'queued'
 UNION SELECT route FROM deliveries WHERE state = 'deferred';
 
 -- name: routes_of_workers
 SELECT routes FROM workers WHERE ended_at IS NULL AND routes IS NOT NULL;
 
--- name: bring_near_fresh
--- The four `bring_near` statements: a `due_at` further ahead than any wait was written before the
--- clock was set back.
+-- name: bring_near_queued
+-- The three `bring_near` statements: a `due_at` further ahead than any wait was written before the
+-- clock was set back. This one names both kinds of queued mail, because the index has them between
+-- the route and the time.
 WITH p AS MATERIALIZED (
     SELECT queue_id, number FROM deliveries
-    WHERE state = 'queued' AND claim_count = 0
-        AND route IN (SELECT value FROM json_array_elements_text(CAST(:routes AS json)))
-        AND due_at > now() + (:grace + :slack) * interval '1 second'
-    LIMIT :most
-    FOR UPDATE SKIP LOCKED
-)
-UPDATE deliveries d SET due_at = now()
-FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number;
-
--- name: bring_near_retries
-WITH p AS MATERIALIZED (
-    SELECT queue_id, number FROM deliveries
-    WHERE state = 'queued' AND claim_count > 0
+    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) IN (0, 1)
         AND route IN (SELECT value FROM json_array_elements_text(CAST(:routes AS json)))
         AND due_at > now() + (:grace + :slack) * interval '1 second'
     LIMIT :most
@@ -160,10 +148,10 @@ WITH w AS MATERIALIZED (
     LIMIT (
         SELECT :most - count(*) FROM (
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND claim_count = 0 AND route = :route AND due_at <= now()
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route AND due_at <= now()
             UNION ALL
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND claim_count > 0 AND route = :route AND due_at <= now()
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1 AND route = :route AND due_at <= now()
             LIMIT :most) AS overdue)
     FOR UPDATE SKIP LOCKED
 ), p AS MATERIALIZED (

@@ -24,12 +24,7 @@ from relay.settings import WorkerSettings
 
 JITTER = 0.5  # a retry of an uncertain delivery waits longer by up to this share
 SLACK = 60.0  # seconds that slow statements and commits may add to a wait
-_BRING_NEAR = (
-    "bring_near_fresh",
-    "bring_near_retries",
-    "bring_near_deferred",
-    "bring_near_sending",
-)
+_BRING_NEAR = ("bring_near_queued", "bring_near_deferred", "bring_near_sending")
 
 
 class Rescuer:

@@ -90,30 +90,21 @@ UPDATE workers SET routes = :routes WHERE id = :worker;
 SELECT subject FROM pauses;
 
 -- name: routes_of_waiting_mail
--- One arm for each index, which holds what the database needs to know.
-SELECT route FROM deliveries WHERE state = 'queued' AND claim_count = 0
-UNION SELECT route FROM deliveries WHERE state = 'queued' AND claim_count > 0
+-- One arm for each index.
+SELECT route FROM deliveries WHERE state = 'queued'
 UNION SELECT route FROM deliveries WHERE state = 'deferred';
 
 -- name: routes_of_workers
 SELECT routes FROM workers WHERE ended_at IS NULL AND routes IS NOT NULL;
 
--- name: bring_near_fresh
--- The four `bring_near` statements: a `due_at` further ahead than any wait was written before the
--- clock was set back.
+-- name: bring_near_queued
+-- The three `bring_near` statements: a `due_at` further ahead than any wait was written before the
+-- clock was set back. This one names both kinds of queued mail, because the index has them between
+-- the route and the time.
 UPDATE deliveries SET due_at = (SELECT now FROM clock)
 WHERE (queue_id, number) IN (
     SELECT queue_id, number FROM deliveries
-    WHERE state = 'queued' AND claim_count = 0
-        AND route IN (SELECT value FROM json_each(:routes))
-        AND due_at > (SELECT now FROM clock) + CAST((:grace + :slack) * 1000000 AS INTEGER)
-    LIMIT :most);
-
--- name: bring_near_retries
-UPDATE deliveries SET due_at = (SELECT now FROM clock)
-WHERE (queue_id, number) IN (
-    SELECT queue_id, number FROM deliveries
-    WHERE state = 'queued' AND claim_count > 0
+    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) IN (0, 1)
         AND route IN (SELECT value FROM json_each(:routes))
         AND due_at > (SELECT now FROM clock) + CAST((:grace + :slack) * 1000000 AS INTEGER)
     LIMIT :most);
@@ -151,11 +142,11 @@ WITH p AS MATERIALIZED (
     LIMIT (
         SELECT :most - count(*) FROM (
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND claim_count = 0 AND route = :route
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route
                 AND due_at <= (SELECT now FROM clock)
             UNION ALL
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND claim_count > 0 AND route = :route
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1 AND route = :route
                 AND due_at <= (SELECT now FROM clock)
             LIMIT :most) AS overdue)
 )

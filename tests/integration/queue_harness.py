@@ -60,7 +60,10 @@ class QueueHarness:
         self.engine = connect(database_url, hot=True, pool=8)
         self.dialect = dialect_of(self.engine)
         self.acceptor = Acceptor(
-            self.engine, lifetime=self.settings.queue_lifetime, grace=self.settings.grace
+            self.engine,
+            lifetime=self.settings.queue_lifetime,
+            grace=self.settings.grace,
+            delay_warning=self.settings.delay_warning,
         )
         self.worker_queue = self.another_worker_queue()
         self.rescuer = Rescuer(self.engine, self.settings)
@@ -186,7 +189,8 @@ class QueueHarness:
             else "- CAST(:s * 1000000 AS INTEGER)"
         )
         with writing(self.engine) as connection:
-            sql = f"UPDATE deliveries SET due_at = due_at {ago}, expires_at = expires_at {ago} {these}"
+            sql = f"""UPDATE deliveries SET due_at = due_at {ago}, expires_at = expires_at {ago},
+                warn_at = warn_at {ago} {these}"""
             connection.execute(text(self.dialect(sql)), {"s": seconds, "ids": ids})
             if not only:
                 connection.execute(

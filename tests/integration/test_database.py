@@ -21,16 +21,17 @@ from relay.db import engine as database
 from relay.db.engine import (
     DatabaseError,
     check_durable,
+    check_schema,
     committed_nothing,
     connect,
     is_outage,
     reading,
+    retry_until_available,
     writing,
 )
 from relay.db.schema import REVISION
 from relay.db.sql import Dialect, Statements
 from relay.ids import dashed, new_id
-from relay.startup import retry_until_available
 from tests.services import Postgres
 from tests.waiting import until
 
@@ -278,11 +279,15 @@ def test_a_statement_may_take_as_long_as_the_engine_says(clean_postgres_url: str
     engine.dispose()
 
 
+def wait_for_schema(engine: Engine) -> None:
+    retry_until_available(lambda: check_schema(engine))
+
+
 def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: Path) -> None:
     """No process gives up when the database starts or is migrated later."""
     url = f"sqlite:///{tmp_path}/late.db"
     engine = connect(url)
-    waiting = threading.Thread(target=database.wait_until_ready, args=(engine,))
+    waiting = threading.Thread(target=wait_for_schema, args=(engine,))
     waiting.start()
     assert waiting.is_alive()
     assert database.migrate(url) == REVISION
@@ -290,7 +295,7 @@ def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: P
     assert not waiting.is_alive()
     with writing(engine) as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'older'")
-    waiting = threading.Thread(target=database.wait_until_ready, args=(engine,))
+    waiting = threading.Thread(target=wait_for_schema, args=(engine,))
     waiting.start()
     with writing(engine) as connection:
         connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{REVISION}'")

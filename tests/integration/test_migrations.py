@@ -24,7 +24,7 @@ from sqlalchemy.exc import OperationalError
 
 from migrations.tables import VIEW_COLUMNS, metadata
 from migrations.views import VIEWS, create_views
-from relay.db.engine import alembic_config, connect, migrate, reading, wait_until_ready, writing
+from relay.db.engine import alembic_config, check_schema, connect, migrate, reading, writing
 from relay.db.schema import REVISION
 from tests.services import Postgres
 
@@ -109,6 +109,9 @@ def test_migrations_make_what_the_schema_describes(
     assert len(dump(migrated)) > 15
 
 
+# SQLAlchemy cannot read expressions of an index back from SQLite; the test above compares its text.
+@pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expression-based index")
+@pytest.mark.filterwarnings("ignore:autogenerate skipping metadata-specified expression-based")
 def test_alembic_finds_nothing_to_do(database_url: str) -> None:
     engine = connect(database_url)
     with reading(engine) as connection:
@@ -141,7 +144,7 @@ def test_the_program_knows_the_newest_revision() -> None:
 
 def test_the_database_says_which_revision_it_has(database_url: str) -> None:
     engine = connect(database_url)
-    wait_until_ready(engine)
+    check_schema(engine)
     engine.dispose()
 
 

@@ -16,7 +16,6 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
 from relay.db.engine import is_outage, writing
-from relay.db.sql import Statements
 from relay.ids import dashed
 from relay.queue.model import Claim, CompletionResult
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
@@ -205,7 +204,7 @@ def test_halves_may_be_cut_at_the_same_time(postgres_queue: QueueHarness) -> Non
     (whole,) = queue.claim(queue_id)
     refuse(queue, whole, server)
     first, second = queue.claim(queue_id)
-    elsewhere = Splitter(Statements(queue.engine, notices=True))
+    elsewhere = Splitter(queue.engine, notices=True)
     with writing(queue.engine) as connection:  # another worker is in the middle of its round
         assert elsewhere.cut(connection, dashed(queue_id), first.number, "no")
         refuse(queue, second, server)
@@ -366,7 +365,7 @@ def test_numbers_of_pieces_are_nobody_elses(postgres_queue: QueueHarness) -> Non
     queue = postgres_queue
     queue_id = queue.accept(*addresses(4), *(f"bulk:{n}@{n}.test" for n in range(5)))
     (claim,) = queue.claim(queue_id)
-    elsewhere = Splitter(Statements(queue.engine, notices=True))
+    elsewhere = Splitter(queue.engine, notices=True)
     with writing(queue.engine) as connection:
         lock(connection, queue_id, 2)
         elsewhere.divide(connection, dashed(queue_id), 2, {str(n): [5 + n] for n in range(5)})

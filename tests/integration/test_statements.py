@@ -1,7 +1,7 @@
 """Every named statement of every SQL file runs on both databases, against rows of every state.
 
 A statement must exist for both databases, must be named by some code, and must give the same
-columns and the same number of rows on both. A new parameter needs an example in EXAMPLES, or in
+columns and rows on both. A new parameter needs an example in EXAMPLES, or in
 OWN_EXAMPLES if the name means something else in one module.
 """
 
@@ -10,6 +10,8 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import datetime
+from decimal import Decimal
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ DUE = (State.QUEUED, State.SENDING, State.DEFERRED, State.BOUNCED, State.EXPIRED
 # The name whose statements run before.
 BEFORE = {"create_views": "drop_views"}
 # Statements that one database alone needs, as (module, name).
-ONE_DATABASE: set[tuple[str, str]] = set()
+ONE_DATABASE = {("worker.cleaner", "lock")}
 
 IDS = [f"00000000-0000-7000-8000-{n:012x}" for n in range(2 * len(State))]
 WORKER = "00000000-0000-7000-8000-0000000000f0"
@@ -56,6 +58,7 @@ EXAMPLES: dict[str, Any] = {
     "address_to": "aA",
     "after": IDS[-1],
     "actor": "me@example.com",
+    "bound": "ffffffff-0000-7000-8000-000000000000",
     "child": 9,
     "circuits": json.dumps({"192.0.2.1:628": "refused"}),
     "claim_seconds": 1000,
@@ -79,12 +82,14 @@ EXAMPLES: dict[str, Any] = {
     "id": SENDING,
     "ids": json.dumps(IDS),
     "jitter": 0.5,
+    "key": 1,
     "keys": rows(number=1),
     "late": 60.0,
     "lease": 60.0,
     "least": IDS[0],
     "lifetime": 1000.0,
     "limit": 60.0,
+    "limits": 60.0,
     "long": 180.0,
     "longest": 3600.0,
     "matched": 3,
@@ -95,12 +100,17 @@ EXAMPLES: dict[str, Any] = {
     "most": 100,
     "notices": True,
     "number": 1,
+    "numbers": json.dumps([1]),
+    "operation": "hold",
     "parent": 1,
     "pid": 1,
     "poison": 4,
+    "positions": json.dumps([1, 2]),
+    "put_off": json.dumps(IDS[:1]),
     "reason": "because",
     "recipients": rows(position=9, address="c@example.org", delivery=1),
     "reply": "Dno such user",
+    "retention": 0.0,
     "retries": 50,
     "root": 1,
     "route": "default",
@@ -124,15 +134,21 @@ EXAMPLES: dict[str, Any] = {
     "under_5m": IDS[5],
     "until": "never",
     "verb": "hold",
+    "warned": True,
     "very_late": 3600.0,
     "view": "mail_queue",
     "why": "a reason",
+    "withheld": "rate",
     "worker": WORKER,
     "workers": json.dumps([WORKER]),
 }  # fmt: skip
+# Statements whose rows are SQL text of the database's own.
+OWN_TEXT = {("relay.report.queries", "view_definition")}
 # By module, where a name means something else than elsewhere.
 OWN_EXAMPLES: dict[str, dict[str, Any]] = {
+    "relay.dsn.generator": {"id": IDS[2 * list(State).index(State.BOUNCED)]},
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
+    "relay.queue.split": {"id": IDS[2 * list(State).index(State.HELD)]},
 }
 
 
@@ -263,11 +279,14 @@ def test_a_statement_gives_the_same_on_both_databases(
         with writer.connect() as connection:
             results[database] = _run(connection, module, name, database)
             connection.rollback()
-    assert len({str(result) for result in results.values()}) == 1, results
+    if (module, name) in OWN_TEXT:
+        results = {database: columns for database, (columns, _) in results.items()}
+    first, *others = results.values()
+    assert all(other == first for other in others)
 
 
 def _run(connection: Connection, module: str, name: str, database: str) -> Any:
-    """Run the statements of a name; what the last one gives: columns and number of rows."""
+    """Run the statements of a name; what the last one gives: columns and rows, or their number."""
     examples = EXAMPLES | OWN_EXAMPLES.get(module, {})
     result: Any = None
     statements = named_statements(module, database)
@@ -277,6 +296,17 @@ def _run(connection: Connection, module: str, name: str, database: str) -> Any:
         result = connection.execute(statement, examples)
     if not result.returns_rows:
         return result.rowcount
-    columns = list(result.keys())
-    assert all(isinstance(column, str) for column in columns)
-    return columns, len(result.all())
+    return list(result.keys()), sorted([_comparable(value) for value in row] for row in result)
+
+
+def _comparable(value: Any) -> str:
+    """A value as both databases have it: SQLite has no dates, booleans and arrays, and fractions
+    depend on the time of the run."""
+    if isinstance(value, datetime) or (isinstance(value, int) and value > 10**14):
+        return "a time"
+    if isinstance(value, float | Decimal):
+        return "a number"
+    if isinstance(value, list):
+        return json.dumps(value, separators=(",", ":"))
+    text = str(int(value) if isinstance(value, bool) else value)
+    return "a time" if re.match(r"\d{4}-\d\d-\d\d[ T]\d\d:", text) else text

@@ -210,7 +210,7 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness
             )
         assert len(free) == size
         counts.append(count["statements"])
-    assert counts[0] == counts[1] == (6 if queue.dialect.postgresql else 5)
+    assert counts[0] == counts[1] == 6
 
 
 # A verb, its filter, the state that a delivery is in, and what another session makes of it

@@ -175,10 +175,8 @@ def test_a_delivery_stands_in_one_index_by_due_at_for_each_state() -> None:
     where = {
         str(index.name): str(index.dialect_options["postgresql"]["where"]) for index in indexes
     }
-    # Queued mail stands in one of two. Mail that waits for a route stands in one more. No other
-    # write of a state may cost two entries.
-    assert where.pop("deliveries_queued_retries") == "state = 'queued' AND claim_count > 0"
-    assert where["deliveries_queued_fresh"] == "state = 'queued' AND claim_count = 0"
+    # Mail that waits for a route stands in one more. No other write of a state may cost two
+    # entries.
     assert where.pop("deliveries_waiting") == "state = 'deferred' AND waiting_for IS NOT NULL"
     found = [state for condition in where.values() for state in State if f"'{state}'" in condition]
     assert sorted(found) == sorted(set(found))
