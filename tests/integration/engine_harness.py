@@ -9,7 +9,6 @@ from typing import Any
 from sqlalchemy import text
 
 from relay.db.engine import connect, reading, writing
-from relay.db.sql import dialect_of
 from relay.ids import dashed, new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.claim import WorkerQueue
@@ -17,6 +16,7 @@ from relay.queue.rescue import Rescuer
 from relay.routes import Routes
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
+from tests.dialect import dialect_of
 from tests.state_guard import unguarded
 from worker.circuit_breaker import ServerPool
 from worker.engine import Engine

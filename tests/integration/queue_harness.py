@@ -13,7 +13,6 @@ from typing import Any
 from sqlalchemy import text
 
 from relay.db.engine import connect, reading, writing
-from relay.db.sql import dialect_of
 from relay.ids import dashed, new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.claim import WorkerQueue
@@ -22,6 +21,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.rescue import Rescuer
 from relay.queue.states import State
 from relay.settings import WorkerSettings, load
+from tests.dialect import dialect_of
 from tests.state_guard import unguarded
 
 OUTCOME_POLICY = {
