@@ -80,10 +80,10 @@ class AuditEntry:
                 lock = " FOR UPDATE OF d" if postgresql else ""
                 rows = locked = connection.execute(text(picked + lock), parameters).all()
                 if locked and postgresql:
-                    again = parameters | {"keys": _keys(locked)}
+                    again = parameters | {"keys": keys_of(locked)}
                     rows = connection.execute(text(matching), again).all()
                 if rows:
-                    change(connection, _keys(rows))
+                    change(connection, keys_of(rows))
                     self.note_rows(connection, rows)
             if rows:
                 yield [
@@ -112,9 +112,9 @@ class AuditEntry:
     def note_rows(self, connection: Connection, rows: Sequence[Any]) -> None:
         """Record rows that begin with the key of a delivery; without rows nothing is recorded."""
         if rows:
-            self.note(connection, len(rows), _keys(rows))
+            self.note(connection, len(rows), keys_of(rows))
 
 
-def _keys(rows: Sequence[Sequence[Any]]) -> str:
+def keys_of(rows: Sequence[Sequence[Any]]) -> str:
     """Rows that begin with the key of a delivery, as statements take them in `:keys`."""
     return json.dumps([{"queue_id": str(row[0]), "number": row[1]} for row in rows])
