@@ -37,5 +37,5 @@ def _known(kind: str) -> set[str]:
         paused = {name for subject_kind, _, name in subjects if subject_kind == kind}
         if kind == "route":
             return paused.union(*routes)
-        tried = {row["server"] for row in queue.servers()}
+        tried = {row["server"] for row in queue.read("servers")}
         return paused.union(tried, *(servers for known in routes for servers in known.values()))

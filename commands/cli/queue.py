@@ -223,10 +223,18 @@ def retry(
     json_lines: Json = False,
 ) -> int:
     """Try deferred deliveries now, whenever they are due."""
-    from commands.ops.modify import ChangeRequest, change
+    from commands.ops.modify import change
 
-    request = ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
-    return change("reroute" if reroute else "retry", filter_, request)
+    return change(
+        "reroute" if reroute else "retry",
+        filter_,
+        everything=everything,
+        dry_run=dry_run,
+        yes=yes,
+        reason=reason,
+        limit=limit,
+        json_lines=json_lines,
+    )
 
 
 def _operation(name: str, help_: str) -> None:
@@ -241,10 +249,18 @@ def _operation(name: str, help_: str) -> None:
         limit: Limit = None,
         json_lines: Json = False,
     ) -> int:
-        from commands.ops.modify import ChangeRequest, change
+        from commands.ops.modify import change
 
-        request = ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
-        return change(name, filter_, request)
+        return change(
+            name,
+            filter_,
+            everything=everything,
+            dry_run=dry_run,
+            yes=yes,
+            reason=reason,
+            limit=limit,
+            json_lines=json_lines,
+        )
 
     run.__doc__ = help_
     command(queue, name)(filtered(run))

@@ -48,7 +48,7 @@ def gather(queue: QueueReader, message: MessageRow, settings: Settings) -> Facts
     workers = queue.workers()
     living = [worker for worker in workers if worker.alive]
     open_circuits: dict[str, dict[str, str]] = {}
-    for row in queue.open_circuits():
+    for row in queue.read("open_circuits"):
         open_circuits.setdefault(row["server"], {})[row["worker"]] = row["why"]
     return Facts(
         message,

@@ -45,6 +45,7 @@ VERY_LATE = 4 * 3600.0  # seconds that a delivery may wait for a connection whil
 BATCH = 500
 MAX_ROWS = 10_000  # that one check reports
 SHOWN = 5  # ids in the text about many rows
+wait = time.sleep  # living workers renew their leases meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,11 +297,6 @@ class Fsck:
             if length > 2 * WINDOW:
                 remedy = "no worker reads it; mail is delivered without it, and you may delete it"
                 yield Inconsistency("broker", f"{length} hints in {name}", remedy)
-
-
-def wait(seconds: float) -> None:
-    """Give living workers the time to renew their leases."""
-    time.sleep(seconds)
 
 
 def _listed(rows: list[Any]) -> str:

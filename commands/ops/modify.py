@@ -13,10 +13,8 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
 import typer
-from sqlalchemy import Engine
 
 from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, CommandError, say
 from commands.ops.show import COLUMNS, mounted_spool, opened, resolved
@@ -29,18 +27,6 @@ from relay.routes import Routes, parse_server
 from relay.settings import Settings, load
 
 
-@dataclass(frozen=True, slots=True)
-class ChangeRequest:
-    """The options of a command beside its filter."""
-
-    everything: bool = False
-    dry_run: bool = False
-    yes: bool = False
-    reason: str = ""
-    json_lines: bool = False
-    limit: int | None = None  # deliveries, oldest first
-
-
 def actor() -> str:
     """The user who runs the command, as `audit` records it."""
     try:
@@ -50,53 +36,59 @@ def actor() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def change(name: str, filter_: Filter, request: ChangeRequest) -> int:
-    """Apply an operation to the deliveries that the filter matches; the exit status."""
+def change(
+    name: str,
+    filter_: Filter,
+    *,
+    everything: bool = False,
+    dry_run: bool = False,
+    yes: bool = False,
+    reason: str = "",
+    limit: int | None = None,
+    json_lines: bool = False,
+) -> int:
+    """Apply an operation to the deliveries that the filter matches, the oldest `limit` of them; the
+    exit status."""
     settings = load(Settings)
-    if not filter_.shown() and not request.everything:
+    if not filter_.shown() and not everything:
         raise CommandError(WRONG_USE, f"{name} everything? Give a filter, or --all")
     with opened(settings) as engine:
-        return _change(name, settings, engine, filter_, request)
-
-
-def _change(
-    name: str, settings: Settings, engine: Engine, filter_: Filter, request: ChangeRequest
-) -> int:
-    queue, operation = QueueReader(engine), OPERATIONS.get(name, REROUTE)
-    operations = QueueOperations(engine, notices=settings.bounces == "dsn")
-    filter_, limit = resolved(queue, filter_), request.limit
-    matched = operations.matching(operation, filter_)
-    if not matched:
-        states = " or ".join(operation.takes)
-        raise CommandError(NOTHING_MATCHED, f"no delivery to {name}: it takes what is {states}")
-    oldest = "" if limit is None or limit >= matched.total() else f"the oldest {limit} of "
-    summary = f"{name} {oldest}{_counts(matched)}"
-    if request.dry_run:
-        rows = operations.touched(operation, filter_, limit=limit)
-        write(rows, COLUMNS, json_lines=request.json_lines)
-        say(f"would {summary}")
-        return DONE
-    if min(matched.total(), limit or 2) > 1 and not request.yes:
-        if not sys.stdin.isatty():
-            raise CommandError(WRONG_USE, f"{summary}? Add --yes to change more than one")
-        if not typer.confirm(f"{summary}?"):
-            return NOTHING_MATCHED
-    chunks = operations.in_chunks(
-        operation,
-        filter_,
-        actor=actor(),
-        reason=request.reason,
-        limit=limit,
-        route_for=Routes.load(settings).route_for if operation is REROUTE else None,
-    )
-    spool, changed, removed, interrupted = mounted_spool(settings, queue), Counter[str](), 0, True
-    with suppress(KeyboardInterrupt):
-        for counts, bodies in chunks:
-            changed.update(counts)
-            removed += sum(map(spool.remove, bodies)) if spool else 0
-        interrupted = False
+        queue, operation = QueueReader(engine), OPERATIONS.get(name, REROUTE)
+        operations = QueueOperations(engine, notices=settings.bounces == "dsn")
+        filter_ = resolved(queue, filter_)
+        matched = operations.matching(operation, filter_)
+        if not matched:
+            states = " or ".join(operation.takes)
+            raise CommandError(NOTHING_MATCHED, f"no delivery to {name}: it takes what is {states}")
+        oldest = "" if limit is None or limit >= matched.total() else f"the oldest {limit} of "
+        summary = f"{name} {oldest}{_counts(matched)}"
+        if dry_run:
+            rows = operations.touched(operation, filter_, limit=limit)
+            write(rows, COLUMNS, json_lines=json_lines)
+            say(f"would {summary}")
+            return DONE
+        if min(matched.total(), limit or 2) > 1 and not yes:
+            if not sys.stdin.isatty():
+                raise CommandError(WRONG_USE, f"{summary}? Add --yes to change more than one")
+            if not typer.confirm(f"{summary}?"):
+                return NOTHING_MATCHED
+        chunks = operations.in_chunks(
+            operation,
+            filter_,
+            actor=actor(),
+            reason=reason,
+            limit=limit,
+            route_for=Routes.load(settings).route_for if operation is REROUTE else None,
+        )
+        spool, changed, removed = mounted_spool(settings, queue), Counter[str](), 0
+        interrupted = True
+        with suppress(KeyboardInterrupt):
+            for counts, bodies in chunks:
+                changed.update(counts)
+                removed += sum(map(spool.remove, bodies)) if spool else 0
+            interrupted = False
     text = f"{name}: {_counts(changed)}" + (f", bodies removed: {removed}" if removed else "")
-    if request.json_lines:
+    if json_lines:
         row = {"verb": name, "deliveries": changed.total(), "were": changed}
         text = as_json(row | {"bodies_removed": removed})
     typer.echo(text)
@@ -149,7 +141,7 @@ def pause(
 
 def _subjects(settings: Settings, queue: QueueReader) -> set[str]:
     """The routes and servers that our settings name, and the servers that were tried lately."""
-    known = {f"server:{row['server']}" for row in queue.servers() if row["attempts"]}
+    known = {f"server:{row['server']}" for row in queue.read("servers") if row["attempts"]}
     for route in Routes.load(settings).all():
         known |= {f"route:{route.name}", *(f"server:{server.name}" for server in route.servers)}
     return known

@@ -355,14 +355,19 @@ def show_stats(*, json_lines: bool) -> int:
         statistics = Statistics(engine)
         workers = [asdict(row) for row in queue.workers() if row.ended_at is None]
         parts: tuple[tuple[str, str, Sequence[Row], Columns], ...] = (
-            ("queue", "queue", queue.summary(), _SUMMARY),
+            ("queue", "queue", queue.read("summary"), _SUMMARY),
             ("age", "unfinished recipients by age and domain", statistics.ages(), _AGES),
             ("worker", "workers", workers, _WORKERS),
-            ("server", "servers", queue.servers(), _SERVERS),
+            ("server", "servers", queue.read("servers"), _SERVERS),
             ("pause", "pauses", [asdict(row) for row in queue.pauses()], _PAUSES),
             ("received", "received messages", [statistics.received()], _RECEIVED),
-            ("rate", "tries of the last hour", statistics.rates(), _RATES),
-            ("slowest", "slowest tries of the last hour", statistics.slowest(), _SLOWEST),
+            ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
+            (
+                "slowest",
+                "slowest tries of the last hour",
+                statistics.read("slowest", most=5),
+                _SLOWEST,
+            ),
         )
     for kind, heading, rows, columns in parts:
         if not json_lines:

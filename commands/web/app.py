@@ -29,7 +29,7 @@ from sqlalchemy import Engine
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -195,7 +195,7 @@ class Pages:
         return self._page("overview.html", **self._overview)
 
     def _read_overview(self) -> dict[str, Any]:
-        summary = self._queue.summary()
+        summary = self._queue.read("summary")
         order = {str(state): n for n, state in enumerate(State)}
         counts = {
             state: sum(row["deliveries"] for row in summary if row["state"] == state)
@@ -210,7 +210,7 @@ class Pages:
             },
             "oldest": max((row["oldest_seconds"] for row in waiting), default=None),
             "overdue": sum(row["overdue"] for row in waiting),
-            "servers": self._queue.servers(),
+            "servers": self._queue.read("servers"),
             "workers": [row for row in self._queue.workers() if row.ended_at is None],
             "pauses": self._queue.pauses(),
             "rate": charts.rate(now, steps, STEP, STEPS),
@@ -303,10 +303,6 @@ class Pages:
             timeline=timeline(report.message, report.dsns, actions),
         )
 
-    def style(self, _request: Request) -> Response:
-        """The one style sheet."""
-        return Response((PAGES / "style.css").read_text(), media_type="text/css")
-
     def failed(self, _request: Request, error: Exception) -> Response:
         """The page for an error. It says of a fault of our own only that it is in the log."""
         status = 500
@@ -355,7 +351,7 @@ def application(engine: Engine, settings: Settings) -> ASGIApp:
             Route("/", pages.overview),
             Route("/search", pages.search),
             Route("/message/{queue_id}", pages.message),
-            Route("/style.css", pages.style),
+            Route("/style.css", lambda _request: FileResponse(PAGES / "style.css")),
         ],
         exception_handlers={HTTPException: pages.failed, Exception: pages.failed},
     )

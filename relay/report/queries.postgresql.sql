@@ -49,10 +49,11 @@ WHERE queue_id = CAST(:id AS uuid)
 ORDER BY delivery, claim, attempt_index;
 
 -- name: summary
+-- Counts, bytes and oldest by state and route.
 SELECT * FROM queue_summary ORDER BY state, route;
 
 -- name: servers
--- A sum of bigint is numeric, which becomes a Decimal in Python.
+-- Outcomes by server in the last hour. A sum of bigint is numeric, which becomes a Decimal in Python.
 SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
        CAST(bytes_sent AS bigint) AS bytes_sent, last_at, circuit_open_workers,
        circuit_open_reason, paused_at

@@ -73,13 +73,14 @@ def _moment(value: datetime | str | int) -> datetime:
 
 
 class Reader:
-    """Reads by the statements of the module in which its subclass is."""
+    """Reads by the statements of the module in which its subclass is. Those that need no Python, such
+    as `servers`, are only read by their name."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._queries = Queries(engine, type(self).__module__)
 
-    def _read(self, name: str, **parameters: Any) -> list[Row]:
+    def read(self, name: str, **parameters: Any) -> list[Row]:
         """All rows of a named statement."""
         with reading(self._engine) as connection:
             return list(as_rows(self._queries.run(connection, name, **parameters)))
@@ -202,7 +203,7 @@ class QueueReader(Reader):
 
     def _count(self, name: str, address: str) -> int:
         whole, least, beyond = spelled(address)
-        rows = self._read(name, address=whole, address_from=least, address_to=beyond, most=_FEW)
+        rows = self.read(name, address=whole, address_from=least, address_to=beyond, most=_FEW)
         return int(rows[0]["count"])
 
     def horizon(self, wanted: Filter, after: tuple[str, int] | None = None) -> str | None:
@@ -211,7 +212,7 @@ class QueueReader(Reader):
         if self.few(wanted) or (wanted.states and set(wanted.states) <= set(UNFINISHED)):
             return None
         newest = dashed(after[0] if after else _LAST_ID)
-        rows = self._read("message_below", after=newest, skip=SCAN_LIMIT)
+        rows = self.read("message_below", after=newest, skip=SCAN_LIMIT)
         return str(rows[0]["id"]) if rows else None
 
     def select(self, sql: str, parameters: dict[str, Any]) -> Iterator[Row]:
@@ -235,7 +236,7 @@ class QueueReader(Reader):
             )
         bounds = (digits, digits) if len(digits) == 32 else (_FIRST_ID, _LAST_ID)
         least, greatest = map(dashed, bounds)
-        rows = self._read("queue_ids", digits=digits, least=least, greatest=greatest)
+        rows = self.read("queue_ids", digits=digits, least=least, greatest=greatest)
         ids = [str(row["id"]) for row in rows]
         if not ids:
             raise NoSuchMessage(f"no message has an id that is or ends in {digits}")
@@ -246,27 +247,19 @@ class QueueReader(Reader):
     def message(self, queue_id: str) -> MessageRow | None:
         """One message with its recipients, deliveries and attempts; None if there is none."""
         key = dashed(queue_id)
-        rows = self._read("message", id=key)
+        rows = self.read("message", id=key)
         if not rows:
             return None
         return MessageRow(
             **rows[0],
-            recipients=[RecipientRow(**row) for row in self._read("recipients", id=key)],
-            deliveries=[DeliveryRow(**row) for row in self._read("deliveries", id=key)],
-            attempts=[AttemptRow(**row) for row in self._read("attempts", id=key)],
+            recipients=[RecipientRow(**row) for row in self.read("recipients", id=key)],
+            deliveries=[DeliveryRow(**row) for row in self.read("deliveries", id=key)],
+            attempts=[AttemptRow(**row) for row in self.read("attempts", id=key)],
         )
-
-    def summary(self) -> list[Row]:
-        """Rows of `queue_summary`: counts, bytes and oldest by state and route."""
-        return self._read("summary")
-
-    def servers(self) -> list[Row]:
-        """Rows of `server_health`: outcomes by server in the last hour."""
-        return self._read("servers")
 
     def dsns(self, queue_id: str) -> list[DsnRow]:
         """The DSNs about a message, oldest first."""
-        return [DsnRow(**row) for row in self._read("dsns", id=dashed(queue_id))]
+        return [DsnRow(**row) for row in self.read("dsns", id=dashed(queue_id))]
 
     def actions_on(self, queue_id: str) -> list[Row]:
         """The actions of operators on a message, oldest first: `delivery`, `acted_at`, `actor`,
@@ -274,27 +267,23 @@ class QueueReader(Reader):
 
         Actions on its routes and servers while it was unfinished have no `delivery`.
         """
-        return self._read("actions", id=dashed(queue_id))
+        return self.read("actions", id=dashed(queue_id))
 
     def spool_id(self) -> str | None:
         """The identity of the spool in this database; None before smtpd or a worker has run."""
-        rows = self._read("spool_id")
+        rows = self.read("spool_id")
         return str(rows[0]["id"]) if rows else None
 
     def pauses(self) -> list[PauseRow]:
         """Paused routes and servers."""
-        return [PauseRow(**row) for row in self._read("pauses")]
+        return [PauseRow(**row) for row in self.read("pauses")]
 
     def workers(self) -> list[WorkerRow]:
         """Workers: first all that have not ended, then the last that have."""
-        rows = self._read("workers", most=ENDED_WORKERS)
+        rows = self.read("workers", most=ENDED_WORKERS)
         for row in rows:  # SQLite has neither booleans nor JSON
             row |= {"alive": bool(row["alive"]), "routes": json.loads(row["routes"] or "null")}
         return [WorkerRow(**row) for row in rows]
-
-    def open_circuits(self) -> list[Row]:
-        """The open circuits of living workers: worker, server, why."""
-        return self._read("open_circuits")
 
 
 def _in_order(view: str, wanted: Filter) -> str:

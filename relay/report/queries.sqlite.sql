@@ -49,9 +49,11 @@ WHERE queue_id = :id
 ORDER BY delivery, claim, attempt_index;
 
 -- name: summary
+-- Counts, bytes and oldest by state and route.
 SELECT * FROM queue_summary ORDER BY state, route;
 
 -- name: servers
+-- Outcomes by server in the last hour.
 SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
        bytes_sent, last_at, circuit_open_workers, circuit_open_reason, paused_at
 FROM server_health

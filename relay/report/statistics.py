@@ -18,15 +18,6 @@ AGES = {"under_5m": 300, "under_20m": 1200, "under_1h": 3600, "under_4h": 14400,
 class Statistics(Reader):
     """Questions about the queue as a whole."""
 
-    def rates(self) -> list[Row]:
-        """Attempts of the last hour by outcome: the number, the number in the last minute, bytes, mean
-        seconds."""
-        return self._read("rates")
-
-    def slowest(self, most: int = 5) -> list[Row]:
-        """The longest attempts of the last hour."""
-        return self._read("slowest", most=most)
-
     def ages(self, most: int = 20) -> list[Row]:
         """The ages of unfinished mail by the recipients' domain, the longest queues first.
 
@@ -35,11 +26,11 @@ class Statistics(Reader):
         other domains: `domain` None, and their number in `domains`.
         """
         bounds = {name: id_at(seconds) for name, seconds in AGES.items()}
-        return self._read("ages", most=most, **bounds)
+        return self.read("ages", most=most, **bounds)
 
     def received(self) -> Row:
         """Accepted messages, without DSNs: of the last minute and hour, bytes of the last hour."""
-        return self._read("received", since=id_at(4200))[0]
+        return self.read("received", since=id_at(4200))[0]
 
     def history(self, seconds: int, step: int) -> tuple[datetime, list[Row]]:
         """Attempts by outcome in steps of so many seconds: (the time now, rows).
@@ -47,5 +38,5 @@ class Statistics(Reader):
         A row has `step` (0 is the newest), `outcome`, `tries` (their number), and `seconds`, their
         mean length.
         """
-        rows = self._read("history", step=step, seconds=seconds)
-        return self._read("now")[0]["now_at"], rows
+        rows = self.read("history", step=step, seconds=seconds)
+        return self.read("now")[0]["now_at"], rows

@@ -66,10 +66,10 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
 ) -> None:
     _, browser = at_the_page
 
-    def broken(_queue: QueueReader) -> Any:
+    def broken(_statistics: Statistics, *_spans: int) -> Any:
         raise RuntimeError("something inside")
 
-    monkeypatch.setattr(QueueReader, "summary", broken)
+    monkeypatch.setattr(Statistics, "history", broken)
     with capture_logs() as logged:
         page = browser.get("/")
     assert page.status == 500

@@ -480,7 +480,7 @@ def test_open_circuit_is_listed_with_its_reason(
 ) -> None:
     queue.rescuer.publish_open_circuits(queue.worker, {"192.0.2.7:628": "450 too busy"})
     typed("pause", "--server", "192.0.2.8")
-    now = {row["server"]: show.circuit_of(row) for row in QueueReader(queue.engine).servers()}
+    now = {row["server"]: show.circuit_of(row) for row in QueueReader(queue.engine).read("servers")}
     assert now.pop("192.0.2.8:628").startswith("paused for ")
     assert now == {"192.0.2.7:628": "circuit open: 450 too busy"}
 

@@ -169,12 +169,12 @@ def test_message_has_recipients_deliveries_and_attempts(
 
 
 def test_summary_and_servers_count_the_queue(queue: QueueHarness, reader: QueueReader) -> None:
-    assert (reader.summary(), reader.servers()) == ([], [])
+    assert (reader.read("summary"), reader.read("servers")) == ([], [])
     queue.accept("x@example.org", "bulk:y@example.org")
     (late,) = queue.claim(queue.accept())
     queue.record(late, Outcome.UNCERTAIN)
     queue.pass_time(60, only=[late.queue_id])
-    summary = {(row["state"], row["route"]): row for row in reader.summary()}
+    summary = {(row["state"], row["route"]): row for row in reader.read("summary")}
     assert {key: (row["deliveries"], row["bytes"], row["overdue"]) for key, row in summary.items()} == {
         ("deferred", "default"): (1, 100, 1), ("queued", "bulk"): (1, 100, 0), ("queued", "default"): (1, 100, 0),
     }  # fmt: skip
@@ -182,7 +182,7 @@ def test_summary_and_servers_count_the_queue(queue: QueueHarness, reader: QueueR
         0 <= row["oldest_seconds"] < 60 and row["oldest_at"].tzinfo is UTC
         for row in summary.values()
     )
-    (server,) = reader.servers()
+    (server,) = reader.read("servers")
     assert (server["attempts"], server["uncertain"], server["delivered"], server["bytes_sent"]) == (
         1,
         1,
