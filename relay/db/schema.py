@@ -12,15 +12,12 @@ text on SQLite). Times are `timestamptz`, on SQLite whole microseconds since 197
 
 from enum import StrEnum
 
-from relay.queue.states import UNFINISHED
-
 
 def words(values: tuple[str, ...] | type[StrEnum]) -> str:
     """The values as an SQL list of literals."""
     return ", ".join(f"'{value}'" for value in values)
 
 
-NEEDS_BODY = f"(state IN ({words(UNFINISHED)}) OR due_at IS NOT NULL)"
 REVISION = "0003"  # the newest migration
 LONGEST_INDEXED = 1000
 LONGEST_TEXT = 4000

@@ -18,7 +18,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine
 
@@ -107,51 +107,53 @@ class WorkerQueue:
         Raises the database's errors. Then nothing changed, or the outcome of the COMMIT is unknown
         and the same call settles it.
         """
-        results: list[CommandResult] = [False] * len(items)
-        claimed: dict[Key, int] = {}
-        completions = [(n, item) for n, item in enumerate(items) if isinstance(item, Completion)]
+        completions = [item for item in items if isinstance(item, Completion)]
+        requests = [item for item in items if isinstance(item, ClaimRequest)]
         commit_unknown, self._commit_unknown = self._commit_unknown, True
         with writing(self._engine) as connection:
             # `Rescuer.expire_worker` locks the worker first and then its deliveries, as here.
-            for n, item in enumerate(items):
-                if isinstance(item, Renewal):
-                    renewed = self._queries.run(
-                        connection, "renew_lease", worker=dashed(item.worker)
-                    )
-                    results[n] = bool(renewed.rowcount)
+            renewed = {
+                worker: self._queries.run(connection, "renew_lease", worker=dashed(worker)).rowcount
+                for worker in {item.worker for item in items if isinstance(item, Renewal)}
+            }
             if commit_unknown:
                 self._return_unknown_claims(connection, {item.worker for item in items})
-            if completions:
-                recorded = self._complete(connection, [item for _, item in completions])
-                for (n, _), result in zip(completions, recorded, strict=True):
-                    results[n] = result
-            for n, item in enumerate(items):
-                if isinstance(item, ClaimRequest):
-                    results[n] = claims = self._claim(connection, item)
-                    claimed.update({(c.queue_id, c.number): c.claim for c in claims})
-        self._check_bodies_again(completions, results)
-        self._commit_unknown = False
-        for _, completion in completions:
+            recorded = self._complete(connection, completions) if completions else []
+            claimed = [self._claim(connection, request) for request in requests]
+        completed = iter(self._bodies_checked(completions, recorded))
+        self._commit_unknown = False  # not before the last statement that an outage may end
+        for completion in completions:
             if self._held.get(completion.key) == completion.claim:
                 del self._held[completion.key]
-        self._held.update(claimed)
+        self._held.update({(c.queue_id, c.number): c.claim for claims in claimed for c in claims})
+        answered = iter(claimed)
+        results: list[CommandResult] = []
+        for item in items:
+            match item:
+                case Renewal():
+                    results.append(bool(renewed[item.worker]))
+                case Completion():
+                    results.append(next(completed))
+                case ClaimRequest():
+                    results.append(next(answered))
         return results
 
-    def _check_bodies_again(
-        self, completions: list[tuple[int, Completion]], results: list[CommandResult]
-    ) -> None:
+    def _bodies_checked(
+        self, completions: list[Completion], results: list[CompletionResult]
+    ) -> list[CompletionResult]:
         """Check after the COMMIT whether bodies can be deleted.
 
         Two transactions that finish the last two deliveries of a message cannot see each other.
         """
-        ended: dict[str, list[int]] = {}
-        for n, completion in completions:
-            result = cast(CompletionResult, results[n])
-            if result.state in _WITHOUT_DSN and not result.body_deletable:
-                ended.setdefault(completion.queue_id, []).append(n)
-        for queue_id in deletable_bodies(self._engine, ended):
-            for n in ended[queue_id]:
-                results[n] = replace(cast(CompletionResult, results[n]), body_deletable=True)
+        pairs = list(zip(completions, results, strict=True))
+        unsure = {c.queue_id for c, r in pairs if r.state in _WITHOUT_DSN and not r.body_deletable}
+        deletable = set(deletable_bodies(self._engine, unsure))
+        return [
+            replace(r, body_deletable=True)
+            if c.queue_id in deletable and r.state in _WITHOUT_DSN
+            else r
+            for c, r in pairs
+        ]
 
     def _return_unknown_claims(self, connection: Connection, workers: Iterable[str]) -> None:
         """Return the claims that a COMMIT of unknown outcome may have made."""
