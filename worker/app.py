@@ -26,7 +26,7 @@ from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
 
 from relay import metrics
-from relay.db.engine import DatabaseError
+from relay.db.engine import DatabaseError, retry_until_available
 from relay.dsn.generator import DsnGenerator
 from relay.hints import QUEUES, RETRY, TASK, Hints, celery_app
 from relay.log import configure, get_logger
@@ -36,7 +36,7 @@ from relay.queue.rescue import Rescuer
 from relay.routes import Routes, parse_server
 from relay.settings import SettingsError, WorkerSettings, load
 from relay.spool.store import SpoolError
-from relay.startup import ready, retry_until_available
+from relay.startup import ready
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner
 from worker.consumer import LARGEST

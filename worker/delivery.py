@@ -24,9 +24,9 @@ from relay import metrics
 from relay.db.schema import LONGEST_TEXT
 from relay.log import escaped, first_line, get_logger
 from relay.queue.model import Attempt, Claim, Completion, waits_for
-from relay.queue.outcome import NO_REQUEST
+from relay.queue.outcome import NO_REQUEST, Outcome
 from relay.queue.split import TOO_MANY_RECIPIENTS, can_carry
-from relay.queue.states import OUTCOME_POLICY, Outcome, State, Wait
+from relay.queue.states import OUTCOME_POLICY, State, Wait
 from relay.routes import NO_SERVER, Route, Server
 from relay.settings import WorkerSettings, unwanted
 from worker.backoff import delay, jitter

@@ -8,8 +8,10 @@ together.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from relay.db.schema import Outcome, State
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,7 @@ class Claim:
     received_ago: float
 
 
-@dataclass(slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One try at one server; `attempt_index` counts from 1 within the claim, times are seconds
     before now."""
 
@@ -59,6 +60,11 @@ class Completion:
     backoff_step: int = 0
     tries: list[Attempt] = field(default_factory=list)
     waiting_for: str | None = None  # the delivery becomes due when this works again
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The key of the delivery."""
+        return self.queue_id, self.number
 
 
 @dataclass(slots=True)

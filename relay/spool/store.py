@@ -21,10 +21,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from relay.db.engine import reading, writing
-from relay.db.sql import dialect_of
+from relay.db.sql import Queries
 from relay.ids import dashed, new_id
 
 SYNC_EVERY = 8 << 20
@@ -35,7 +35,6 @@ _VOLATILE = {"tmpfs", "ramfs"}
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _IDENTITY = "spool-id"
 _ORPHANS = "orphans"
-_KNOWN_IDENTITY = "SELECT @hex(id) FROM spool"
 
 
 class SpoolError(Exception):
@@ -421,7 +420,7 @@ class Spool:
         SpoolError."""
         setting = f"RELAY_SPOOL_DIR: {self.directory}"
         with reading(engine) as connection:
-            known = connection.execute(text(dialect_of(engine)(_KNOWN_IDENTITY))).scalar()
+            known = Queries(engine, __name__).run(connection, "known_identity").scalar()
         try:
             if known is None:  # otherwise the path may be a bare mount point, which must stay empty
                 self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -447,18 +446,13 @@ class Spool:
 
     def _identify(self, engine: Engine) -> str:
         """Record the identity of a new spool in the database, or compare it; the identity."""
-        spell = dialect_of(engine)
+        queries = Queries(engine, __name__)
         with writing(engine) as connection:
-            if spell.postgresql:  # services start together; writers of SQLite take turns anyway
-                connection.execute(text("LOCK TABLE spool IN EXCLUSIVE MODE"))
-            known = connection.execute(text(spell(_KNOWN_IDENTITY))).scalar()
+            known = queries.run(connection, "lock_identity").scalar()
             written = _identity_in(self.handle)
             if known is None:
                 written = written or self._write_identity()
-                connection.execute(
-                    text(spell("INSERT INTO spool (id, created_at) VALUES (:id, @now)")),
-                    {"id": dashed(written)},
-                )
+                queries.run(connection, "insert_identity", id=dashed(written))
             elif known != written:
                 raise SpoolError(
                     f"RELAY_SPOOL_DIR: {self.directory} is not the spool of this database: its identity is"

@@ -29,7 +29,7 @@ from qmqp.client import (
 )
 from qmqp.request import Request
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.db.schema import Outcome
+from relay.queue.outcome import Outcome
 
 QUICK = Timeouts(connect=0.3, io=0.3, reply=0.3, session=5)
 SILENCE = Answer(raw=b"", end="stay")

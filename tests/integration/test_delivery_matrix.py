@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmqp.sink import Answer, MagicRecipients, Rule, Sink
-from relay.db.schema import Outcome, State
 from relay.queue.model import Claim, Completion
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.routes import Route, Server
 from relay.settings import WorkerSettings, load
 from worker.circuit_breaker import ServerPool

@@ -24,7 +24,8 @@ from relay.hints import celery_app
 from relay.ids import dashed
 from relay.queue.model import Claim, Command, CommandResult
 from relay.queue.operations import OPERATIONS, QueueOperations
-from relay.queue.states import UNFINISHED, Outcome, State, successors
+from relay.queue.outcome import Outcome
+from relay.queue.states import UNFINISHED, State, successors
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.harness import EngineHarness, QueueHarness

@@ -16,12 +16,12 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
 from relay.db.engine import is_outage, writing
-from relay.db.schema import Outcome, State
-from relay.db.sql import Statements
 from relay.ids import dashed
 from relay.queue.model import Claim, CompletionResult
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
+from relay.queue.outcome import Outcome
 from relay.queue.split import LARGEST, Splitter
+from relay.queue.states import State
 from relay.report.filters import Filter
 from tests.integration.harness import QueueHarness
 
@@ -207,7 +207,7 @@ def test_halves_may_be_cut_at_the_same_time(postgres_queue: QueueHarness) -> Non
     (whole,) = queue.claim(queue_id)
     refuse(queue, whole, server)
     first, second = queue.claim(queue_id)
-    elsewhere = Splitter(Statements(queue.database, notices=True))
+    elsewhere = Splitter(queue.database, notices=True)
     with writing(queue.database) as connection:  # another worker is in the middle of its round
         assert elsewhere.cut(connection, dashed(queue_id), first.number, "no")
         refuse(queue, second, server)
@@ -368,7 +368,7 @@ def test_numbers_of_halves_are_unique(postgres_queue: QueueHarness) -> None:
     queue = postgres_queue
     queue_id = queue.accept(*addresses(4), *(f"bulk:{n}@{n}.test" for n in range(5)))
     (claim,) = queue.claim(queue_id)
-    elsewhere = Splitter(Statements(queue.database, notices=True))
+    elsewhere = Splitter(queue.database, notices=True)
     with writing(queue.database) as connection:
         lock(connection, queue_id, 2)
         elsewhere.divide(connection, dashed(queue_id), 2, {str(n): [5 + n] for n in range(5)})

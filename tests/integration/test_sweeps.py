@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from relay.db.schema import Outcome, State
 from relay.dsn.generator import DsnGenerator
 from relay.queue.model import Claim
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, opened
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from commands.ops import check
 from relay import routes as module
-from relay.db.schema import Outcome
+from relay.queue.outcome import Outcome
 from relay.routes import DEFAULT, Route, Routes, parse_routes, parse_server
 from relay.settings import Settings, SettingsError, WorkerSettings, load
 from smtpd.main import offered_size
