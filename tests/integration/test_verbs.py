@@ -143,7 +143,7 @@ def test_release_takes_back_a_hold_that_was_only_wanted(queue: QueueHarness, typ
 def test_it_goes_in_chunks_and_misses_nobody(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actions, "CHUNK", 4)
+    monkeypatch.setattr(verbs, "CHUNK", 4)
     queue.acceptor.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
     other = queue.accept("other@example.com")
     touched, free = verbs.QueueOperations(queue.engine, notices=True).apply(
@@ -171,7 +171,7 @@ def test_it_goes_in_chunks_and_misses_nobody(
 def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
     queue: QueueHarness, typed: Typed, spool: Spool, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(actions, "CHUNK", 2)
+    monkeypatch.setattr(verbs, "CHUNK", 2)
     ids = sorted(queue.accept() for _ in range(5))
     for queue_id in ids:
         spool.store(queue_id, [BODY])
@@ -420,7 +420,7 @@ def test_rerouting(
 def test_a_limit_takes_the_oldest(
     queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actions, "CHUNK", 2)
+    monkeypatch.setattr(verbs, "CHUNK", 2)
     queue.acceptor.commit([new_message("x@example.org", "y@example.org") for _ in range(6)])
     ids = sorted({row["queue_id"] for row in lines(typed("list", "--json"))})
     dry = typed("hold", "--all", "--limit", "3", "--dry-run", "--json")
