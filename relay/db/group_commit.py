@@ -90,7 +90,9 @@ class GroupCommitter[Item, Result]:
             except Exception as error:
                 if not is_outage(error):
                     return self._row_by_row(batch, error, doubt=doubt)
-                self._log_outage(error)
+                if not self.stuck:
+                    log.error("database away", reason=first_line(error))
+                self.stuck = True
                 doubt = doubt or not committed_nothing(error)
                 fault = CommitUnknown() if doubt else error
             else:
@@ -115,11 +117,6 @@ class GroupCommitter[Item, Result]:
             log.error("row refused by the database", reason=first_line(error))
             return [(batch[0], error)]
         return [answer for pending in batch for answer in self.settle([pending], doubt=doubt)]
-
-    def _log_outage(self, error: Exception) -> None:
-        if not self.stuck:
-            log.error("database away", reason=first_line(error))
-        self.stuck = True
 
 
 class CommitThread[Item, Result]:

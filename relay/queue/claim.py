@@ -113,9 +113,8 @@ class WorkerQueue:
         with writing(self._engine) as connection:
             # `Rescuer.expire_worker` locks the worker first and then its deliveries, as here.
             renewed = {
-                item.worker: self._renew(connection, item.worker)
-                for item in items
-                if isinstance(item, Renewal)
+                worker: self._queries.run(connection, "renew_lease", worker=dashed(worker)).rowcount
+                for worker in {item.worker for item in items if isinstance(item, Renewal)}
             }
             if commit_unknown:
                 self._return_unknown_claims(connection, {item.worker for item in items})
@@ -132,7 +131,7 @@ class WorkerQueue:
         for item in items:
             match item:
                 case Renewal():
-                    results.append(renewed[item.worker])
+                    results.append(bool(renewed[item.worker]))
                 case Completion():
                     results.append(next(completed))
                 case ClaimRequest():
@@ -155,9 +154,6 @@ class WorkerQueue:
             else r
             for c, r in pairs
         ]
-
-    def _renew(self, connection: Connection, worker: str) -> bool:
-        return bool(self._queries.run(connection, "renew_lease", worker=dashed(worker)).rowcount)
 
     def _return_unknown_claims(self, connection: Connection, workers: Iterable[str]) -> None:
         """Return the claims that a COMMIT of unknown outcome may have made."""

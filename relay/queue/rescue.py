@@ -24,6 +24,12 @@ from relay.settings import WorkerSettings
 
 JITTER = 0.5  # a retry of an uncertain delivery waits longer by up to this share
 SLACK = 60.0  # seconds that slow statements and commits may add to a wait
+# The statements that find lost deliveries, and what their attempts say.
+_LOST = {
+    "sending_by_worker": "the worker vanished while it was sending",
+    "sending_too_long": "the transfer took longer than any session may",
+    "sending_unowned": "the worker stopped while it was sending",
+}
 _BRING_NEAR = ("bring_near_queued", "bring_near_deferred", "bring_near_sending")
 
 
@@ -72,8 +78,7 @@ class Rescuer:
             )
             if not expired.rowcount:
                 return None
-            why = "the worker vanished while it was sending"
-            lost = self._rescue(connection, "sending_by_worker", why, worker=dashed(worker))
+            lost = self._rescue(connection, "sending_by_worker", worker=dashed(worker))
             if note:
                 note(connection, lost)
             return len(lost)
@@ -82,14 +87,12 @@ class Rescuer:
         """Make transfers `uncertain` that have taken longer than any session may; how many there
         were."""
         with writing(self._engine) as connection:
-            why = "the transfer took longer than any session may"
-            return len(self._rescue(connection, "sending_too_long", why))
+            return len(self._rescue(connection, "sending_too_long"))
 
     def rescue_unowned(self) -> int:
         """Make `uncertain` what a worker was sending that has ended; the number of deliveries."""
         with writing(self._engine) as connection:
-            why = "the worker stopped while it was sending"
-            return len(self._rescue(connection, "sending_unowned", why))
+            return len(self._rescue(connection, "sending_unowned"))
 
     def publish_open_circuits(self, worker: str, circuits: Mapping[str, str]) -> None:
         """Publish the open circuits of a worker, by server, with their reasons (`server_health`)."""
@@ -127,8 +130,8 @@ class Rescuer:
     def waiting(self, routes: Iterable[str]) -> list[str]:
         """Those of the routes that deferred mail waits for."""
         with reading(self._engine) as connection:
-            rows = self._queries.run(connection, "waiting_routes", routes=json.dumps(list(routes)))
-            return list(rows.scalars())
+            given = json.dumps(list(routes))
+            return list(self._queries.run(connection, "waiting_routes", routes=given).scalars())
 
     def wake(self, route: str, most: int) -> int:
         """Make mail that waits for a route `queued` and overdue, so that any worker with a free
@@ -144,21 +147,19 @@ class Rescuer:
         """Make deferred deliveries whose time has come `queued`, longest due first; the ids of
         their messages."""
         with writing(self._engine) as connection:
-            rows = self._queries.run(connection, "requeue_due", most=limit)
-            return list(dict.fromkeys(rows.scalars()))
+            ids = self._queries.run(connection, "requeue_due", most=limit).scalars()
+            return list(dict.fromkeys(ids))
 
     def mark_uncertain(self, connection: Connection, keys: str, why: str) -> None:
         """Make deliveries in flight `uncertain`; `keys` is JSON: a list of queue_id and number."""
         self._queries.run(connection, "mark_uncertain", keys=keys, why=why)
 
-    def _rescue(
-        self, connection: Connection, which: str, why: str, **parameters: Any
-    ) -> Sequence[Any]:
-        """Make `uncertain` what the statement `which` finds and locks; its rows, which are keys."""
+    def _rescue(self, connection: Connection, which: str, **parameters: Any) -> Sequence[Any]:
+        """Make `uncertain` what a statement of `_LOST` finds and locks; its rows, which are keys."""
         lost: Sequence[Any] = self._queries.run(connection, which, **parameters).all()
         if lost:
             keys = [{"queue_id": str(queue_id), "number": number} for queue_id, number in lost]
-            self.mark_uncertain(connection, json.dumps(keys), why)
+            self.mark_uncertain(connection, json.dumps(keys), _LOST[which])
         return lost
 
     def _publish(self, name: str, worker: str, **parameters: str) -> None:
