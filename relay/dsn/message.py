@@ -71,8 +71,8 @@ class Withheld(StrEnum):
 
 
 _REDUCED = {
-    Enclosure.HEADER: "Only its header is returned: a mail server refused this notice with the whole"
-    " message.",
+    Enclosure.HEADER: "Only its header is returned: a mail server refused this notice with the"
+    " whole message.",
     Enclosure.NONE: "Your message is not returned: a mail server refused this notice with its"
     " header.",
 }

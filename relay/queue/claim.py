@@ -229,7 +229,11 @@ class WorkerQueue:
         for completion in split.values():
             self._cut(connection, completion)
         if split:
-            after |= self._rows(connection, "recorded_states", keys=_keys(split))
+            # Another delivery of the message, completed in this batch, did not see the children:
+            # its row may say that the body can be deleted.
+            cut = {queue_id for queue_id, _ in split}
+            again = [key for key in after if key[0] in cut]
+            after |= self._rows(connection, "recorded_states", keys=_keys(again))
         for completion in completions:
             row = after.get(completion.key, _NO_ROW)
             if row.claim > completion.claim and completion.outcome is Outcome.DELIVERED:

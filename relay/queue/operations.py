@@ -1,7 +1,8 @@
 """What operators do to the queue: retry, hold, release, bounce, drop, reroute, pause and resume.
 
-An operation goes through the deliveries that a filter matches in chunks, each with its record
-(`relay.queue.audit`). A delivery in flight is not changed under its worker: the operation becomes
+An operation goes through the deliveries that a filter matches in key order, a chunk with its record
+(`relay.queue.audit`) a transaction, so that it never blocks the workers for long and never
+deadlocks with them. A delivery in flight is not changed under its worker: the operation becomes
 its `pending_operation`, which takes effect after every outcome except a K. `release` cancels a
 pending hold.
 
@@ -10,9 +11,9 @@ changed something has a row in `audit`; a filter on recipients selects the whole
 carries them.
 """
 
-import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from relay.db.engine import reading, writing
 from relay.db.schema import words
 from relay.db.sql import Queries
 from relay.log import escaped
-from relay.queue.audit import AuditEntry
+from relay.queue.audit import CHUNK, FIRST, AuditEntry, keys_of
 from relay.queue.split import Splitter
 from relay.queue.states import TRANSITIONS, State
 from relay.report.filters import Filter
@@ -126,25 +127,62 @@ class QueueOperations:
         COMMIT."""
         where, parameters = self._condition(operation, wanted)
         why = _reason(operation, actor, reason)
-
-        def change(connection: Connection, keys: str) -> None:
-            if operation.wanted:
-                asked = {"operation": operation.wanted, "why": why}
-                self._queries.run(connection, "request", keys=keys, **asked)
-            elif operation.cancels:
-                self._queries.run(connection, "cancel_request", keys=keys)
-            self._queries.run(connection, operation.name, keys=keys, why=why)
-            if route_for:
-                self._reroute(connection, keys, route_for)
-
         shown = wanted.shown() if limit is None else f"{wanted.shown()} --limit {limit}".lstrip()
         entry = AuditEntry(self._engine, actor, operation.name, reason, shown)
-        for changes in entry.through(where, change, limit=limit, **parameters):
-            free: list[str] = []
-            if operation.state in (State.DROPPED, State.BOUNCED):
-                ended = {row.queue_id for row in changes if row.before != State.SENDING}
-                free = deletable_bodies(self._engine, ended)
-            yield Counter(row.before for row in changes), free
+        parameters |= {"after": FIRST, "number": 0}
+        left = sys.maxsize if limit is None else limit
+        while left > 0:
+            parameters["most"] = min(CHUNK, left)
+            with writing(self._engine) as connection:
+                locked, rows = self._lock(connection, where, parameters)
+                if rows:
+                    self._change(connection, operation, keys_of(rows), why)
+                    if route_for:
+                        self._reroute(connection, rows, route_for)
+                    entry.note_rows(connection, rows)
+            if rows:
+                free: list[str] = []
+                if operation.state in (State.DROPPED, State.BOUNCED):
+                    ended = {str(key) for key, _, state in rows if state != State.SENDING}
+                    free = deletable_bodies(self._engine, (key.replace("-", "") for key in ended))
+                yield Counter(state for _, _, state in rows), free
+            left -= len(rows)
+            if len(locked) < parameters["most"]:
+                return
+            parameters |= {"after": str(locked[-1][0]), "number": locked[-1][1]}
+
+    def _lock(
+        self, connection: Connection, where: str, parameters: dict[str, Any]
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Lock the next chunk in key order; its rows (id, number, state), and those of them that
+        still match now that no other transaction can change them.
+
+        After FOR UPDATE has waited for a row, PostgreSQL tests the condition again, but only the
+        row itself is new: a view over the same row shows the old values (PostgreSQL manual, 13.2.1,
+        EvalPlanQual). The next statement of the transaction sees the new values. On SQLite the
+        transaction is the only writer from its beginning, so no row can have changed.
+        """
+        picked = f"""SELECT d.queue_id, d.number, d.state FROM deliveries d
+            WHERE {where} AND (d.queue_id, d.number) > (:after, :number)
+            ORDER BY d.queue_id, d.number LIMIT :most"""
+        if self._engine.dialect.name == "sqlite":
+            rows = connection.execute(text(picked), parameters).all()
+            return rows, rows
+        locked = connection.execute(text(f"{picked} FOR UPDATE OF d"), parameters).all()
+        matching = f"""SELECT d.queue_id, d.number, d.state FROM deliveries d
+            JOIN json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
+            ON d.queue_id = x.queue_id AND d.number = x.number
+            WHERE {where} ORDER BY d.queue_id, d.number"""
+        again = parameters | {"keys": keys_of(locked)}
+        return locked, connection.execute(text(matching), again).all()
+
+    def _change(self, connection: Connection, operation: Operation, keys: str, why: str) -> None:
+        if operation.wanted:
+            asked = {"operation": operation.wanted, "why": why}
+            self._queries.run(connection, "request", keys=keys, **asked)
+        elif operation.cancels:
+            self._queries.run(connection, "cancel_request", keys=keys)
+        self._queries.run(connection, operation.name, keys=keys, why=why)
 
     def pause(self, subject: str, *, actor: str, reason: str) -> bool:
         """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if it is paused
@@ -163,15 +201,19 @@ class QueueOperations:
                 AuditEntry(self._engine, actor, f"{verb} {subject}", reason).note(connection, 1)
         return done
 
-    def _reroute(self, connection: Connection, keys: str, route_for: Callable[[str], str]) -> None:
+    def _reroute(
+        self, connection: Connection, rows: Sequence[Any], route_for: Callable[[str], str]
+    ) -> None:
         """Give these deliveries, which the caller has locked, the routes that their recipients have
         today."""
-        for key, number in ((row["queue_id"], row["number"]) for row in json.loads(keys)):
+        for key, number, _ in rows:
             ways: dict[str, list[int]] = {}
-            for position, address in self._splitter.recipients(connection, key, number).items():
+            for position, address in self._splitter.recipients(
+                connection, str(key), number
+            ).items():
                 ways.setdefault(route_for(address), []).append(position)
             if ways:
-                self._splitter.divide(connection, key, number, ways)
+                self._splitter.divide(connection, str(key), number, ways)
 
     def _condition(self, operation: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
         """The condition for deliveries (as d) that a filter matches and the operation applies to.

@@ -2,10 +2,10 @@
 
 QMQP has one reply for all recipients. A D accepted nothing, so sending the halves again is safe:
 the delivery becomes `split`, and two children on the same body get half of its recipients each,
-until the bad recipient is alone and bounces. That is worth trying while the refusal is about an address
-(RFC 3463 x.1.y): if both first halves are refused with the same text, or a message has LARGEST
-pieces, everything bounces. x.5.3 (too many recipients) is cut until the server takes the pieces.
-`part` separates recipients that no QMQP request can carry; `divide` follows changed routes.
+until the bad recipient is alone and bounces. That is worth trying while the refusal is about an
+address (RFC 3463 x.1.y): if both first halves are refused with the same text, or a message has
+LARGEST pieces, everything bounces. x.5.3 (too many recipients) is cut until the server takes the
+pieces. `part` separates recipients that no QMQP request can carry; `divide` follows changed routes.
 
 What must stay true: parent, children and recipients change in the transaction that records the D or
 has locked the parent; the children have the recipients of the parent, each once. Numbers of

@@ -330,8 +330,7 @@ def test_an_expired_worker_is_recorded(queue: QueueHarness, spool: Spool, typed:
 def test_many_rows_are_repaired_in_chunks(
     queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    for module in (audit, fsck):
-        monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(fsck, "CHUNK", 2)
     chunks, note = list[int](), audit.AuditEntry.note
 
     def noting(self: audit.AuditEntry, connection: Connection, matched: int, *keys: str) -> None:

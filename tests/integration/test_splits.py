@@ -418,6 +418,24 @@ def test_a_list_with_too_many_recipients_is_cut_until_the_server_takes_it(
     assert (len(family(queue, queue_id)) > LARGEST) == (most < 100)
 
 
+@pytest.mark.parametrize("cut_first", [True, False])
+def test_body_stays_for_the_children_when_another_delivery_ends_in_the_batch(
+    queue: QueueHarness, cut_first: bool
+) -> None:
+    queue_id = queue.accept(*addresses(2), "bulk:x@example.org")
+    claims = {claim.route: claim for claim in queue.claim(queue_id, room={"default": 9, "bulk": 9})}
+    batch = [
+        queue.note(claims["default"], Outcome.REJECTED, state=State.SPLIT),
+        queue.note(claims["bulk"], Outcome.DELIVERED),
+    ]
+    results = queue.worker_queue.commit(batch if cut_first else batch[::-1])
+    assert {
+        (result.state, result.body_deletable)
+        for result in results
+        if isinstance(result, CompletionResult)
+    } == {(State.SPLIT, False), (State.DELIVERED, False)}
+
+
 def test_a_single_recipient_that_is_too_many_bounces(queue: QueueHarness) -> None:
     names = addresses(3)
     queue_id, server = queue.accept(*names), RefusingServer(set(names), lambda _: "5.5.3 too many")

@@ -142,7 +142,7 @@ def test_release_takes_back_a_hold_that_was_only_wanted(queue: QueueHarness, typ
 def test_operations_run_in_batches_and_miss_no_delivery(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actions, "CHUNK", 4)
+    monkeypatch.setattr(verbs, "CHUNK", 4)
     queue.acceptor.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
     other = queue.accept("other@example.com")
     touched, free = verbs.QueueOperations(queue.database, notices=True).apply(
@@ -170,7 +170,7 @@ def test_operations_run_in_batches_and_miss_no_delivery(
 def test_an_interrupted_operation_is_in_the_audit(
     queue: QueueHarness, typed: Typed, spool: Spool, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(actions, "CHUNK", 2)
+    monkeypatch.setattr(verbs, "CHUNK", 2)
     ids = sorted(queue.accept() for _ in range(5))
     for queue_id in ids:
         spool.store(queue_id, [BODY])
@@ -421,7 +421,7 @@ def test_rerouting(
 def test_a_limit_takes_the_oldest(
     queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actions, "CHUNK", 2)
+    monkeypatch.setattr(verbs, "CHUNK", 2)
     queue.acceptor.commit([new_message("x@example.org", "y@example.org") for _ in range(6)])
     ids = sorted({row["queue_id"] for row in lines(typed("list", "--json"))})
     dry = typed("hold", "--all", "--limit", "3", "--dry-run", "--json")
