@@ -68,7 +68,7 @@ tests ask a Postfix too.
     reply        a reader of replies; no I/O
     client       sends one request; with `body` (a file, in blocks), `resolver`, `connection`, `wakeup` and `result`
     probe        finds out the family of a server without giving it a message
-    sink         a strict server that replies, or misbehaves, by `sink_rules`
+    sink         a strict server that replies, or misbehaves, by rule
 """
 
 PORT = 628  # TCP, as IANA assigns it
