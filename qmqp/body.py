@@ -13,7 +13,7 @@ point: the server would read a wrong length as another message, or as none.
 import errno
 import os
 
-from qmqp.result import describe
+from qmqp.connection import describe
 
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read only what is in the page cache
 _MAX_SPARE = 64
