@@ -226,7 +226,6 @@ class ClientConnection:
                 if self.bytes_sent:  # the last chance to see an early reply
                     self._readable = True
             await self._push(parts, last=body.whole)
-        body.release()
 
     async def _hold_back(self, parts: list[bytes | memoryview]) -> None:
         """Write all but the last byte, and wait until it may follow."""
@@ -235,9 +234,7 @@ class ClientConnection:
         await self._push(parts, last=False)
         parts.append(tail[-1:])
         end = self._connected + self.hold_back
-        while monotonic() < end:
-            with suppress(TimeoutError):
-                await self._wakeup.wait(end)
+        while not await self._wait(end):
             self._look_for_reply()
 
     async def _read_block(self, body: BodyReader) -> memoryview:
@@ -245,13 +242,12 @@ class ClientConnection:
         reading = asyncio.get_running_loop().run_in_executor(None, body.read)
         reading.add_done_callback(self._wakeup.notify)
         deadline = monotonic() + self.timeouts.io
-        too_late = ""
         try:
             while not reading.done():
-                if too_late:
-                    raise ReplyLost(too_late)
                 too_late = await self._wait(deadline)
                 self._look_for_reply()
+                if too_late and not reading.done():
+                    raise ReplyLost(too_late)
         finally:
             reading.cancel()
         return reading.result()
@@ -369,14 +365,13 @@ class ClientConnection:
         return self._result(outcome, text, flags)
 
     def _lost(self, why: str) -> Result:
-        reply = self._parser.eof()
+        text = f"{why} {'after' if self.committed else 'before'} the commit point".encode()
         flags = {"closed-at-once": self._closed_at_once}
         if not self.committed:
-            text = f"{why} before the commit point".encode()
             return self._result(SendOutcome.INTERRUPTED, text, flags)
+        reply = self._parser.eof()
         if reply is not None and reply.status == b"K":
             return self._replied(reply)
-        text = f"{why} after the commit point".encode()
         if self._parser.received:
             text += b"; the reply began: " + self._parser.received
         return self._result(SendOutcome.UNCERTAIN, text, flags)
