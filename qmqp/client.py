@@ -130,7 +130,8 @@ class WriteEnded(Exception):
 
 
 class ReplyLost(Exception):
-    """No complete reply will come; the text says why."""
+    """No complete reply will come. The arguments: why, and whether the server has closed the
+    connection and may have read nothing."""
 
 
 # No slots: a default that is not changed stays in the class and need not be set.
@@ -162,7 +163,6 @@ class ClientConnection:
     _connected: float = field(default=0.0, init=False)
     _wakeup: Wakeup = field(default_factory=Wakeup, init=False)
     _readable: bool = field(default=False, init=False)
-    _closed_at_once: bool = field(default=False, init=False)
     _write_error: str = field(default="", init=False)
     _parser: ReplyParser = field(default_factory=ReplyParser, init=False)
     _reply: Reply | None = field(default=None, init=False)
@@ -186,7 +186,7 @@ class ClientConnection:
         except Stopped as error:
             return self._result(SendOutcome.INTERRUPTED, str(error).encode(), ours=True)
         except ReplyLost as error:
-            return self._lost(str(error))
+            return self._lost(*error.args)
 
     def abort(self) -> None:
         """Close the connection before the commit point (the result is interrupted, and ours); after
@@ -323,14 +323,13 @@ class ClientConnection:
         return True
 
     def _closed(self, why: str) -> ReplyLost:
-        """Note whether the server, which has closed the connection, may have read nothing."""
         (unacknowledged,) = struct.unpack("i", ioctl(self._sock, termios.TIOCOUTQ, bytes(4)))
-        self._closed_at_once = (
+        at_once = (
             not self._parser.received
             and monotonic() - self._connected < _AT_ONCE
             and self.bytes_sent - unacknowledged <= _UNREAD
         )
-        return ReplyLost(why)
+        return ReplyLost(why, at_once)
 
     async def _wait(self, deadline: float, writable: socket.socket | None = None) -> str:
         """Wait for the server, a thread, or room in the kernel for bytes of `writable`. Raises
@@ -364,9 +363,9 @@ class ClientConnection:
         }
         return self._result(outcome, text, flags)
 
-    def _lost(self, why: str) -> Result:
+    def _lost(self, why: str, closed_at_once: bool = False) -> Result:
         text = f"{why} {'after' if self.committed else 'before'} the commit point".encode()
-        flags = {"closed-at-once": self._closed_at_once}
+        flags = {"closed-at-once": closed_at_once}
         if not self.committed:
             return self._result(SendOutcome.INTERRUPTED, text, flags)
         reply = self._parser.eof()

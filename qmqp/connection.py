@@ -47,13 +47,10 @@ class Stopped(Exception):
 
 class Wakeup:
     """Wakes one waiting coroutine. A notification carries no data: the coroutine checks its own
-    conditions before it waits and after it wakes."""
+    conditions before it waits and after it wakes, and waits in a loop."""
 
-    __slots__ = ("_future", "stopped")
-
-    def __init__(self) -> None:
-        self._future: asyncio.Future[bool] | None = None
-        self.stopped = False
+    _future: asyncio.Future[bool] | None = None
+    stopped = False
 
     def notify(self, *_: object) -> None:
         """End the present wait. Takes and ignores the arguments of a callback."""
@@ -61,7 +58,7 @@ class Wakeup:
             self._future.set_result(True)
 
     def stop(self) -> None:
-        """Let the present wait and all later ones raise Stopped."""
+        """End the present wait, and let all later ones raise Stopped."""
         self.stopped = True
         self.notify()
 
@@ -84,7 +81,6 @@ class Wakeup:
             timer.cancel()
             if writable is not None:
                 loop.remove_writer(writable.fileno())
-        self.check()
 
     def check(self) -> None:
         """Raises Stopped."""

@@ -44,13 +44,10 @@ class ReplyParser:
     """Reads one reply, however it is cut up. `extra` counts the bytes after it, which mean nothing;
     `received` is the beginning of the reply, as far as it is kept."""
 
-    __slots__ = ("_head", "_total", "extra", "received")
-
-    def __init__(self) -> None:
-        self._head = b""  # the beginning of all bytes
-        self._total = 0  # the number of all bytes
-        self.extra = 0
-        self.received = b""
+    extra = 0
+    received = b""
+    _head = b""  # the beginning of all bytes
+    _total = 0  # the number of all bytes
 
     def feed(self, data: bytes) -> Reply | None:
         """Take the next bytes; return the reply once it is complete. Raises MalformedReply at the

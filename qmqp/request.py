@@ -21,24 +21,19 @@ _SENDABLE = re.compile(rb"[^\0\r\n<][^\0\r\n]{0,%d}" % (MAX_ADDRESS - 1)).fullma
 
 def is_sendable(address: bytes) -> bool:
     """Whether every server reads this address as it was meant, as a recipient or as a sender. (The
-    null sender is empty, and valid as a sender only.)"""
+    null sender is empty, and valid as a sender only.)
+
+    Some would misread NUL, CR or LF (Postfix delivers to what stands before a NUL), a leading angle
+    bracket, and more than MAX_ADDRESS bytes."""
     return _SENDABLE(address) is not None
-
-
-class BadAddress(ValueError):
-    """An address that some server would misread: NUL, CR or LF (Postfix delivers to what stands
-    before a NUL), a leading angle bracket, more than MAX_ADDRESS bytes, or an empty recipient."""
-
-
-class NoRecipients(ValueError):
-    """A request without a recipient: qmail-qmqpd accepts and discards it, Postfix refuses it."""
 
 
 class Request:
     """A message of `size` bytes to `recipients` from `sender` (empty: the null sender).
 
     On the wire it is `head`, then the `size` bytes of the message, then `tail`; `length` bytes in
-    all. Raises BadAddress, NoRecipients, and ValueError for a negative size.
+    all. Raises ValueError for a negative size, an address that is not sendable, and a request
+    without a recipient (qmail-qmqpd accepts and discards it, Postfix refuses it).
     """
 
     __slots__ = ("head", "length", "size", "tail")
@@ -47,12 +42,12 @@ class Request:
         if size < 0:
             raise ValueError(f"a message of {size} bytes")
         if not recipients:
-            raise NoRecipients("a request needs a recipient")
+            raise ValueError("a request needs a recipient")
         if sender and not is_sendable(sender):
-            raise BadAddress(f"no server can be trusted with the sender {_shown(sender)}")
+            raise ValueError(f"no server can be trusted with the sender {_shown(sender)}")
         for recipient in recipients:
             if not is_sendable(recipient):
-                raise BadAddress(f"no server can be trusted with the recipient {_shown(recipient)}")
+                raise ValueError(f"no server can be trusted with the recipient {_shown(recipient)}")
         envelope = b"".join(
             [b"%d:%b," % (len(address), address) for address in (sender, *recipients)]
         )

@@ -273,12 +273,15 @@ class SinkConnection:
                     return self._received(answer, rules)
             except NetstringError as error:
                 return self._refuse(error)
-            await asyncio.sleep(answer.read_pause)
+            if answer.read_pause:
+                await asyncio.sleep(answer.read_pause)
         return answer
 
     async def _receive(self, size: int) -> bytes:
         """At most `size` bytes; empty at the end of the connection."""
         try:
+            with suppress(BlockingIOError):
+                return self._sock.recv(size)
             return await asyncio.get_running_loop().sock_recv(self._sock, size)
         except ConnectionError:
             return b""
@@ -315,11 +318,12 @@ class SinkConnection:
 
     async def _reply(self, answer: Answer) -> None:
         wire = encode(answer.status + answer.text) if answer.raw is None else answer.raw
-        await asyncio.sleep(answer.delay)
-        pieces = [bytes([byte]) for byte in wire] if answer.drip else [wire]
-        for piece in pieces:
+        if answer.delay:
+            await asyncio.sleep(answer.delay)
+        for piece in [bytes([byte]) for byte in wire] if answer.drip else [wire]:
             await asyncio.get_running_loop().sock_sendall(self._sock, piece)
-            await asyncio.sleep(answer.drip)
+            if answer.drip:
+                await asyncio.sleep(answer.drip)
 
     def _keep(self, piece: memoryview) -> None:
         self._digest.update(piece)
