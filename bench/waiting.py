@@ -3,25 +3,25 @@
 Half of the rows are overdue on a route whose server is down, half are deferred for long. A turn is
 what a worker asks each second while it is idle: the sweeper's statements, and a poll for overdue
 mail of another route. Then messages of that other route are accepted, claimed and completed in
-rounds. Each figure is measured with an empty queue and then with the rows. The CPU time of SQLite
-is that of this process, the CPU time of PostgreSQL that of all its processes.
+rounds. Each figure is measured on a database with an empty queue and on one with the rows; the two
+take turns. The CPU time of SQLite is that of this process, the CPU time of PostgreSQL that of all
+its processes.
 """
 
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, make_url
 
-from bench.history import analyze, fill, on_each_database
-from bench.processes import cpu_seconds
-from relay.db.engine import connect, migrate, writing
+from bench import history
+from bench.machine import cpu_seconds
+from relay.db.engine import connect, migrate
 from relay.db.schema import Outcome, State
-from relay.db.sql import dialect_of
 from relay.dsn.generator import DsnGenerator
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
@@ -33,6 +33,7 @@ from relay.spool.store import Spool
 
 ROUND = 32
 ROUTES = ("default", "dead")
+BLOCK = 10  # idle turns between two looks at the CPU time, which has ticks of 10 ms
 
 
 class RelayQueue:
@@ -94,69 +95,74 @@ class RelayQueue:
         return accepted - began, time.perf_counter() - accepted
 
 
-def add_overdue_rows(engine: Engine) -> None:
-    """Make half of the deferred rows overdue on a route whose server is down."""
-    spell = dialect_of(engine)
-    with writing(engine) as connection:
-        if spell.postgresql:
-            connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        sql = """UPDATE deliveries
-            SET state = 'queued', route = 'dead', due_at = @ago(3600 * (1 + @chance))
-            WHERE state = 'deferred'
-                AND queue_id IN (SELECT id FROM messages WHERE sender < 'sender5')"""
-        connection.execute(text(spell(sql)))
-    analyze(engine)
-
-
-def database_cpu(engine: Engine) -> Callable[[], float]:
-    """A function that returns the CPU seconds that the database has used so far."""
+def database_cpu(engine: Engine) -> float:
+    """The CPU seconds that the database has used so far."""
     if engine.dialect.name == "sqlite":
-        return lambda: sum(os.times()[:2])
-    with engine.connect() as connection:
-        backend = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
-    parent = psutil.Process(backend).ppid()
-    return lambda: cpu_seconds({"database": [parent]})["database"]
+        return sum(os.times()[:2])
+    return cpu_seconds(child.pid for child in psutil.Process().children())
 
 
-def cost_now(relay: RelayQueue, turns: int, rounds: int) -> dict[str, float]:
-    """The cost of an idle second and of a message now."""
-    used = database_cpu(relay.engine)
-    for _ in range(10):  # plans and caches
-        relay.turn()
-        relay.round()
-    before = used()
-    began = time.perf_counter()
+def beside(url: str) -> str:
+    """The URL of a second, new database on the same server."""
+    other = make_url(url)
+    if other.get_backend_name() == "sqlite":
+        return f"{url}-waiting"
+    engine = connect(url)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("CREATE DATABASE waiting")
+    engine.dispose()
+    return other.set(database="waiting").render_as_string(hide_password=False)
+
+
+def costs(relays: Sequence[RelayQueue], turns: int, rounds: int) -> list[dict[str, float]]:
+    """The cost of an idle second and of a message for each of the relays. They take turns, so that
+    other load on the machine is the same for all."""
+    for relay in relays:
+        for _ in range(10):  # plans and caches
+            relay.turn()
+            relay.round()
+    idle = [0.0] * len(relays)
+    cpu = [0.0] * len(relays)
     for _ in range(turns):
-        relay.turn()
-    idle = time.perf_counter() - began
-    cpu = used() - before
-    times = [relay.round() for _ in range(rounds)]
-    return {
-        "an idle turn, ms": 1000 * idle / turns,
-        "its CPU in the database, ms": 1000 * cpu / turns,
-        "accepted a second": ROUND / statistics.median(accept for accept, _ in times),
-        "claimed and completed a second": ROUND
-        / statistics.median(deliver for _, deliver in times),
-    }
+        for n, relay in enumerate(relays):
+            used, began = database_cpu(relay.engine), time.perf_counter()
+            for _ in range(BLOCK):
+                relay.turn()
+            idle[n] += time.perf_counter() - began
+            cpu[n] += database_cpu(relay.engine) - used
+    times = [[relay.round() for relay in relays] for _ in range(rounds)]
+    return [
+        {
+            "an idle turn, ms": 1000 * idle[n] / turns / BLOCK,
+            "its CPU in the database, ms": 1000 * cpu[n] / turns / BLOCK,
+            "accepted a second": ROUND / statistics.median(one[n][0] for one in times),
+            "claimed and completed a second": ROUND / statistics.median(one[n][1] for one in times),
+        }
+        for n in range(len(relays))
+    ]
 
 
 def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
     """Print a line for each figure: with an empty queue, with the rows, and the ratio."""
     with tempfile.TemporaryDirectory() as directory:
-        relay = RelayQueue(url, Path(directory))
-        empty = cost_now(relay, turns, rounds)
-        fill(url, rows)
-        add_overdue_rows(relay.engine)
-        full = cost_now(relay, turns, rounds)
-        relay.engine.dispose()
+        relays = []
+        urls = (url, beside(url))
+        for number, database in enumerate(urls):
+            spool = Path(directory, str(number))
+            spool.mkdir()
+            relays.append(RelayQueue(database, spool))
+        history.fill(urls[1], rows)
+        history.run(urls[1], "make_overdue")
+        empty, waiting = costs(relays, turns, rounds)
+        for relay in relays:
+            relay.engine.dispose()
     for figure, value in empty.items():
-        print(
-            f"{name:12}{figure:32}{value:10.2f}{full[figure]:12.2f}"
-            f"{full[figure] / max(value, 0.01):8.2f}",
-            flush=True,
-        )
+        ratio = waiting[figure] / max(value, 0.01)
+        print(f"{name:12}{figure:32}{value:10.2f}{waiting[figure]:12.2f}{ratio:8.2f}", flush=True)
 
 
 if __name__ == "__main__":
     heading = f"{'':44}{'empty':>10}{'waiting':>12}{'ratio':>8}"
-    on_each_database(measure, "bench.waiting", heading, rows=1_000_000, turns=200, rounds=200)
+    history.on_each_database(
+        measure, "bench.waiting", heading, rows=1_000_000, turns=20, rounds=200
+    )
