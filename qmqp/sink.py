@@ -15,6 +15,7 @@ only after its last comma was read; one that breaks off before leaves nothing.
 
 import asyncio
 import json
+import math
 import os
 import re
 import socket
@@ -38,8 +39,8 @@ _READ_SIZE = 65536
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An answer to a connection: `status` and `text` as a netstring (a K without a text gets `Ok:
-    queued as N`), or the bytes `raw` as they are (b"": no reply). It is sent `delay` seconds late,
-    with `drip` seconds between single bytes.
+    queued as N` once the request is complete), or the bytes `raw` as they are (b"": no reply). It
+    is sent `delay` seconds late, with `drip` seconds between single bytes.
 
     `at`: answer as soon as so many bytes of the request have been read, and read no more; without
     it, when the request is complete. `read_size`, `read_pause`: read at most so many bytes at a
@@ -91,15 +92,14 @@ class Rule:
 
     what: Answer
     recipient: bytes = b""
-    times: int | None = None
+    times: float = math.inf
 
     def __call__(self, recipients: Sequence[bytes] | None, digest: str) -> Answer | None:
         begins = any(address.startswith(self.recipient) for address in recipients or ())
         applies = begins if self.recipient else recipients is None
-        if not applies or self.times == 0:
+        if not applies or not self.times:
             return None
-        if self.times is not None:
-            self.times -= 1
+        self.times -= 1
         return self.what
 
 
@@ -178,17 +178,16 @@ class Sink:
     ) -> None:
         """Listen on `host` and `port` (0: any; then see `port`) or on the Unix socket `path`."""
         if path is not None:
-            listener = socket.create_server(path, family=socket.AF_UNIX, backlog=1024)
+            self._listener = socket.create_server(path, family=socket.AF_UNIX, backlog=1024)
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=1024)
-            self.port = listener.getsockname()[1]
-        listener.setblocking(False)
-        if self.receive_buffer:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
-        self._listener = listener
+            self._listener = socket.create_server((host, port), family=family, backlog=1024)
+            self.port = self._listener.getsockname()[1]
         self._path = Path(path) if path else None
-        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
+        self._listener.setblocking(False)
+        if self.receive_buffer:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
+        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
 
     async def close(self) -> None:
         """Stop listening and reset all open connections."""
