@@ -44,7 +44,8 @@ def read_length(data: bytes, limit: int = MAX_LENGTH) -> tuple[int, int] | None:
     FormatError, and SizeError above `limit` or MAX_LENGTH."""
     digits, colon, _ = data[: _MAX_DIGITS + 1].partition(b":")
     if not digits.isdigit() and (digits or colon):
-        raise FormatError("a byte that is no digit in a length")
+        wrong = "a byte that is no digit in a length" if digits else "a length without digits"
+        raise FormatError(wrong)
     if digits.startswith(b"0") and len(digits) > 1:
         raise FormatError("a length with a leading zero")
     if len(digits) > _MAX_DIGITS:
