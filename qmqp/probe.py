@@ -4,16 +4,19 @@ The protocol has no command that only asks, so the probe breaks it at the first 
 begins with `x`, so no server can accept one. If the server then closes, a second connection brings
 a whole netstring that is too short for a message, `1:x,`. The answers tell the families apart:
 
-    Postfix     a D "netstring format error" after a second (a Z with soft_bounce); or, before anything is sent, a D
-                that this client is not authorized
+    Postfix     a D "netstring format error" after a second (a Z with soft_bounce); or, before
+                anything is sent, a D that this client is not authorized
     mailfront   a Z
-    qmail-ldap  a Z about compressed data: its qmqpd takes a byte that is no digit for zlib (without zlib it is as qmail)
-    qmail       closes without a reply, as qmqp-sink and all that follow the letter of the protocol do; its tcpserver
-                closes before anything is sent, if this client is not allowed. Before 2022 it took
-                any byte for a digit, as indimail's still does: it closes when it has seen too many
-                of them
-    qrelay      closes as qmail does; to the whole netstring it replies D "malformed input", where qmail closes again
-    others      an SMTP or SSH banner, a reply that is no netstring, a K (which no server may give here), or silence
+    qmail-ldap  a Z about compressed data: its qmqpd takes a byte that is no digit for zlib (without
+                zlib it is as qmail)
+    qmail       closes without a reply, as qmqp-sink and all that follow the letter of the protocol
+                do; its tcpserver closes before anything is sent, if this client is not allowed.
+                Before 2022 it took any byte for a digit, as indimail's still does: it closes when
+                it has seen too many of them
+    qrelay      closes as qmail does; to the whole netstring it replies D "malformed input", where
+                qmail closes again
+    others      an SMTP or SSH banner, a reply that is no netstring, a K (which no server may give
+                here), or silence
 
 A probe cannot find out how large a message may be: it would have to begin one. What must stay true:
 nothing is sent that can become a message. Sources: qmail-qmqpd.c (exits on a bad length before it
