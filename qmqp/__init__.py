@@ -66,7 +66,7 @@ tests ask a Postfix too.
     netstring    the codec: exact lengths, strict and bounded decoding
     request      a request as bytes of known length, and a strict reader of requests; no I/O
     reply        a reader of replies; no I/O
-    client       sends one request; with `body` (a file, in blocks) and `connection` (name, address, deadline)
+    client       sends one request; `body` reads its message, `connection` connects in time
     probe        finds out the family of a server without giving it a message
     sink         a strict server that replies, or misbehaves, by rule
 """
