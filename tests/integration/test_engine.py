@@ -488,18 +488,14 @@ def test_one_bad_recipient_bounces_and_the_others_get_their_mail(harness_with: O
     }
 
 
-class TwoAtMost:
+def two_at_most(recipients: Sequence[bytes] | None, digest: str) -> Answer | None:
     """A server that takes two recipients."""
-
-    def opening(self) -> None:
-        return None
-
-    def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
-        return Answer(b"D", b"too many recipients (#5.5.3)") if len(recipients) > 2 else None
+    too_many = recipients is not None and len(recipients) > 2
+    return Answer(b"D", b"too many recipients (#5.5.3)") if too_many else None
 
 
 def test_too_many_recipients_are_sent_in_parts(harness_with: Open) -> None:
-    with running_sink(TwoAtMost()) as sink:
+    with running_sink(two_at_most) as sink:
         mail = harness_with(sink)
         names = [f"{n}@example.org" for n in range(7)]
         mail.accept(*names)

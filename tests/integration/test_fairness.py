@@ -252,11 +252,10 @@ class ConcurrencyCounter:
         self.busy_until = 0.0
         self.intruders = 0
 
-    def opening(self) -> Answer | None:
-        self.intruders += time.monotonic() < self.busy_until
-        return None
-
-    def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
+    def __call__(self, recipients: Sequence[bytes] | None, digest: str) -> Answer | None:
+        if recipients is None:
+            self.intruders += time.monotonic() < self.busy_until
+            return None
         if recipients[0] != self.exclusive:
             return Answer(delay=0.05)
         self.connections.append(len(self.sink.open))
@@ -439,15 +438,11 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(harness_with
 def test_a_pause_does_not_interrupt_transfers_under_way(harness_with: Open) -> None:
     gate = threading.Event()
 
-    class Slow:
-        def opening(self) -> Answer | None:
-            gate.set()
-            return Answer(delay=0.3)
+    def slow(recipients: Sequence[bytes] | None, digest: str) -> Answer | None:
+        gate.set()
+        return Answer(delay=0.3) if recipients is None else None
 
-        def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
-            return None
-
-    with running_sink(Slow()) as sink:
+    with running_sink(slow) as sink:
         mail = harness_with(sink)
         queue_id = mail.accept()
         with mail.working() as engine:

@@ -425,8 +425,8 @@ def test_body_stays_for_the_children_when_another_delivery_ends_in_the_batch(
     queue_id = queue.accept(*addresses(2), "bulk:x@example.org")
     claims = {claim.route: claim for claim in queue.claim(queue_id, room={"default": 9, "bulk": 9})}
     batch = [
-        queue.note(claims["default"], Outcome.REJECTED, state=State.SPLIT),
-        queue.note(claims["bulk"], Outcome.DELIVERED),
+        queue.completion(claims["default"], Outcome.REJECTED, state=State.SPLIT),
+        queue.completion(claims["bulk"], Outcome.DELIVERED),
     ]
     results = queue.worker_queue.commit(batch if cut_first else batch[::-1])
     assert {
