@@ -1,5 +1,5 @@
-"""Migrations make what `migrations.tables` describes, on both databases, and any number may migrate
-at once."""
+"""Migrations make what `migrations/tables.py` describes, on both databases, and several processes
+may migrate at the same time."""
 
 import itertools
 import os
