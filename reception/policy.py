@@ -48,8 +48,7 @@ class Policy:
 
     def _client(self, peer: str) -> "ClientPolicy":
         address = plain_address(peer)
-        networks = [one for one in self._networks if one.version == address.version]
-        trusted = any(address in network for network in networks)
+        trusted = any(address in network for network in self._networks)
         return ClientPolicy(self, str(address), trusted, network_of(address))
 
     def serves(self, recipient: Recipient) -> bool:
@@ -87,8 +86,12 @@ class ClientPolicy:
             raise Refused("452 4.3.1 Insufficient system storage")
 
     def claim(self, size: int) -> SpaceClaim:
-        """The claim of a message that begins; `size` as in `check_sender`."""
-        return self.policy.space.claim(size, self._claims_as)
+        """The claim of a message that begins; `size` as in `check_sender`. The declared octets are
+        claimed at once, if they fit; what arrives is claimed in any case."""
+        claim = SpaceClaim(self.policy.space, self._claims_as)
+        if size:
+            claim.reserve(size)
+        return claim
 
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
         """`accepted` is the number of recipients of the transaction so far. Raises Refused."""

@@ -10,7 +10,7 @@ import signal
 from functools import partial
 
 from reception.policy import Policy
-from reception.receiver import THREADS, BodyDescriptors, DiskThreads, Receiver
+from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.spooler_client import SpoolerClient, launcher
 from relay import metrics
 from relay.hints import FRESH, Hints, celery_app
@@ -64,9 +64,8 @@ async def _serve(
     spooler = SpoolerClient(launcher(settings, state.spool), hints.offer)
     threads = DiskThreads(THREADS)
     last_descriptor, bodies = reserve_descriptors(settings.max_connections)
-    descriptors = BodyDescriptors(bodies)
     receiver = Receiver(
-        loop, state.spool, spooler, routes.route_for, settings, threads, descriptors
+        state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
     policy.max_message_size = size_limit()

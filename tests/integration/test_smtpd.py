@@ -34,7 +34,7 @@ import uvloop
 from sqlalchemy import create_engine, text
 
 from reception.policy import Policy
-from reception.receiver import BLOCK, MAX_BUFFERED, BodyDescriptors, DiskThreads, Receiver
+from reception.receiver import BLOCK, MAX_BUFFERED, DiskThreads, Receiver
 from reception.space import MIN_FREE
 from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
@@ -91,13 +91,12 @@ class ServerHarness:
         self.spooler = SpoolerClient(self._keep, lambda ids, _route: self.hints.extend(ids))
         await self.spooler.start()
         self.receiver = Receiver(
-            self.loop,
             self.spool,
             self.spooler,
             lambda _address: "default",
             self.settings,
             DiskThreads(4),
-            BodyDescriptors(self.bodies_at_once),
+            asyncio.Semaphore(self.bodies_at_once),
         )
         greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = SmtpServer(
@@ -108,8 +107,8 @@ class ServerHarness:
         await self._stop.wait()
         await self.server.stop(self.drain)
         self.database.gate.set()
-        await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
         await self.spooler.close(10.0)
+        await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
         await self.server.stop(0.0)
 
     async def _keep(self, channel: socket.socket) -> None:
@@ -690,11 +689,13 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
         first.begin()
         first.send(content)
         until(running.bodies)
+        others = {one for one in tuple(running.server.connections) if one.reception}
         gone.begin()
+        [connection] = {one for one in tuple(running.server.connections) if one.reception} - others
         gone.send(content[: 3 * BLOCK])
-        until(lambda: running.receiver.descriptors.waiting)
+        until(partial(has_read, connection, gone))
         gone.close()
-        until(lambda: not running.receiver.descriptors.waiting)
+        until(lambda: connection not in running.server.connections)
         second.begin()
         sender = threading.Thread(target=second.send, args=(content + b".\r\n",))
         sender.start()
@@ -710,7 +711,7 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
         3_996_000,
         3_996_000,
     ]
-    until(lambda: running.receiver.descriptors.free == 1)
+    until(lambda: running.receiver.descriptors.locked() is False)
 
 
 def test_C26_a_silent_client_gets_421(run: Callable[..., ServerHarness]) -> None:
