@@ -37,7 +37,6 @@ class Policy:
 
     def __init__(self, settings: SmtpdSettings) -> None:
         self.settings = settings
-        self.max_message_size = settings.max_message_size
         self.space = FreeSpace(settings.spool_dir)
         self._networks = client_networks(settings.client_networks, settings.publish)
         domains = [domain.lower() for domain in settings.recipient_domains]
@@ -80,8 +79,6 @@ class ClientPolicy:
 
     def check_sender(self, size: int) -> None:
         """`size` is the octets that SIZE declares (RFC 1870), 0 without it. Raises Refused."""
-        if size > self.policy.max_message_size:
-            raise Refused("552 5.3.4 Message exceeds the size limit")
         if not self.policy.space.has(size, self._claims_as):
             raise Refused("452 4.3.1 Insufficient system storage")
 

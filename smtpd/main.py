@@ -20,7 +20,6 @@ from relay.settings import SmtpdSettings
 from relay.startup import DurableState, new_loop, ready
 from smtpd.descriptors import reserve_descriptors
 from smtpd.server import SmtpServer, format_address
-from smtpd.session import Greeting
 
 log = get_logger(__name__)
 
@@ -68,9 +67,7 @@ async def _serve(
         state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
-    policy.max_message_size = size_limit()
-    greeting = Greeting(settings.hostname, policy.max_message_size)
-    server = SmtpServer(loop, settings, receiver, policy, greeting, size_limit, last_descriptor)
+    server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor)
     await spooler.start()
     addresses = await server.listen(settings.smtp_listen)
     hints.start()

@@ -18,7 +18,7 @@ from enum import IntEnum
 from reception.envelope import Envelope, Refused
 from reception.policy import ClientPolicy
 from smtpd.addresses import parse_recipient, parse_sender
-from smtpd.content import Content
+from smtpd.content import Content, Fault
 
 LINE_LIMIT = 2048
 """Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for at least 512, SIZE and DSN
@@ -41,6 +41,7 @@ ENDLESS = 1 << 20
 
 _OK = "250 2.0.0 Ok"
 _TOO_LONG = "500 5.5.2 Line too long"
+_NOT_TAKEN = "421 4.3.0 Message cannot be taken, closing connection"
 _NOT_SMTP = "500 5.5.1 This is an SMTP server"
 _NAME = re.compile(rb"[!-~]{1,255}")
 _TLS_HANDSHAKE = b"\x16\x03"
@@ -103,21 +104,19 @@ class Greeting:
         self.hostname = hostname
         self.max_message_size = max_message_size
         self.banner = f"220 {hostname} ESMTP qmqp-relay"
-        self.helo = f"250 {hostname}"
         # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this
         # is not offered. A QMQP server cannot be asked about addresses beyond ASCII, so those are
         # refused with 553 5.6.7.
-        self.ehlo = "\r\n".join(
-            (
-                f"250-{hostname}",
-                "250-PIPELINING",
-                f"250-SIZE {max_message_size}",
-                "250-8BITMIME",
-                "250-ENHANCEDSTATUSCODES",
-                "250-SMTPUTF8",
-                "250 DSN",
-            )
+        extensions = (
+            f"250-{hostname}",
+            "250-PIPELINING",
+            f"250-SIZE {max_message_size}",
+            "250-8BITMIME",
+            "250-ENHANCEDSTATUSCODES",
+            "250-SMTPUTF8",
+            "250 DSN",
         )
+        self.replies = {"SMTP": f"250 {hostname}", "ESMTP": "\r\n".join(extensions)}
 
 
 class Session:
@@ -201,9 +200,9 @@ class Session:
             self._errors = self._commands = 0
         return self._advance()
 
-    def close(self, reply: str) -> None:
-        """Ends the session with `reply` in any state."""
-        self._replies.append(reply)
+    def close(self, *reply: str) -> None:
+        """Ends the session with this reply in any state."""
+        self._replies += reply
         self.state = SessionState.CLOSED
 
     def replies(self) -> bytes:
@@ -336,23 +335,26 @@ class Session:
         self.state = SessionState.READY
 
     def _helo(self, argument: bytes) -> None:
-        self._greet(argument, "SMTP", self.greeting.helo)
+        self._greet(argument, "SMTP")
 
     def _ehlo(self, argument: bytes) -> None:
-        self._greet(argument, "ESMTP", self.greeting.ehlo)
+        self._greet(argument, "ESMTP")
 
-    def _greet(self, name: bytes, protocol: str, reply: str) -> None:
+    def _greet(self, name: bytes, protocol: str) -> None:
         if not _NAME.fullmatch(name):
             raise Refused("501 5.5.4 A host name or address literal is needed")
         self._reset()
         self._client_name = name.decode("ascii")
         self._protocol = protocol
-        self._replies.append(reply)
+        self._replies.append(self.greeting.replies[protocol])
 
     def _mail(self, argument: bytes) -> None:
         trusted = self.client.trusted
         sender, parameters = parse_sender(argument, self.greeting.hostname, trusted=trusted)
-        self.client.check_sender(int(parameters.get(b"SIZE", "0")))
+        size = int(parameters.get(b"SIZE", "0"))
+        if size > self.greeting.max_message_size:
+            raise Refused(Fault.TOO_BIG.value)
+        self.client.check_sender(size)
         # The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8.
         protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
         self._envelope = Envelope(sender, parameters, self._client_name, protocol)
@@ -400,21 +402,17 @@ class Session:
         if text:
             self._events.append(DataReceived(text))
         if rest is not None:
-            self._end_content(content)
+            self.lines += 1
+            self._content = None
+            self._reset()
+            if content.fault is not None:
+                self._refuse(content.fault.value)
+            else:
+                self.state = SessionState.AWAIT_REPLY
+                self._events.append(DataComplete(content.header_message_id))
         elif self._wasted > ENDLESS:
-            # Reading keeps the client in step, but must end. The reply names the fault.
-            fault = content.fault.value[5:] if content.fault else ".3.0 Message cannot be taken"
-            self._refuse_and_close(f"421 4{fault}, closing connection")
-
-    def _end_content(self, content: Content) -> None:
-        self.lines += 1
-        self._content = None
-        self._reset()
-        if content.fault is not None:
-            self._refuse(content.fault.value)
-        else:
-            self.state = SessionState.AWAIT_REPLY
-            self._events.append(DataComplete(content.header_message_id))
+            # Reading keeps the client in step, but must end.
+            self._refuse_and_close(content.fault.value if content.fault else _NOT_TAKEN)
 
     def _rset(self, argument: bytes) -> None:
         _require_none(argument)

@@ -43,7 +43,7 @@ from relay.queue.accept import NewMessage
 from relay.settings import SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
 from smtpd.server import LATE_TICK, ListenError, SmtpConnection, SmtpServer
-from smtpd.session import ENDLESS, Greeting
+from smtpd.session import ENDLESS
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
 from tests.waiting import stands_still, until
@@ -98,9 +98,12 @@ class ServerHarness:
             DiskThreads(4),
             asyncio.Semaphore(self.bodies_at_once),
         )
-        greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = SmtpServer(
-            self.loop, self.settings, self.receiver, Policy(self.settings), greeting
+            self.loop,
+            self.settings,
+            self.receiver,
+            Policy(self.settings),
+            lambda: self.settings.max_message_size,
         )
         [(self.host, self.port)] = await self.server.listen([("127.0.0.1", 0)])
         self._ready.set()
@@ -806,7 +809,7 @@ def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., ServerHa
         client.send(b"bare\n" + b"x" * ENDLESS)
         with suppress(ConnectionError):
             client.send(b"x" * ENDLESS)
-        client.expect(b"421 4.6.11")
+        client.expect(b"550 5.6.11")
         assert client.closed()
 
 
@@ -973,7 +976,7 @@ def test_unread_replies_exceed_the_buffer_by_at_most_one_turn(
         client.socket.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.send(b"EHLO client.example\r\n" * 5_000_000)
-        until(lambda: connection.writing_paused and connection.reading_paused)
+        until(lambda: connection.session.halted and connection.reading_paused)
         assert connection.transport.get_write_buffer_size() < (64 + 16) * 1024
         assert len(connection.session.input) < 1024 * 1024
         server_reply = 0

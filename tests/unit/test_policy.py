@@ -155,12 +155,6 @@ def test_bare_crs_are_stripped_for_trusted_clients_alone(
     assert not client(tmp_path, peer).strips_cr
 
 
-def test_C12_a_declared_size_over_the_limit_is_refused_at_mail(tmp_path: Path) -> None:
-    trusted = client(tmp_path, "127.0.0.1", max_message_size=1000)
-    assert refusal(trusted.check_sender, 1000) is None
-    assert (refusal(trusted.check_sender, 1001) or "").startswith("552 5.3.4")
-
-
 def test_C22_no_space_is_452_at_mail_and_measured_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
