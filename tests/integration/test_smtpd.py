@@ -27,7 +27,7 @@ from email.message import EmailMessage
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import uvloop
@@ -582,12 +582,17 @@ def test_C22_disk_faults_are_temporary_and_leave_no_body(
     call: str,
     size: int,
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object) -> NoReturn:
         raise OSError(number, "of the disk /secret/path")
 
     running = run()
+    real = os.open
+
+    def create(path: str, flags: int, *arguments: Any, **more: Any) -> int:
+        return fail() if flags & os.O_EXCL else real(path, flags, *arguments, **more)
+
     if call == "create":
-        monkeypatch.setattr(Spool, "_create", fail)
+        monkeypatch.setattr("relay.spool.store.os.open", create)
     else:
         monkeypatch.setattr(f"relay.spool.store.os.{call}", fail)
     with talking(running) as client:
