@@ -70,9 +70,10 @@ def first_line(error: BaseException | None) -> str:
     return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
-def _redact(
+def redact_addresses(
     _logger: Any, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
+    """Replace the local parts of all addresses of an event by `...`."""
     for name, value in event.items():
         if isinstance(value, str) and value and name in _ADDRESSES:
             event[name] = "...@" + value.rpartition("@")[2]
@@ -126,7 +127,7 @@ def configure(settings: Settings) -> None:
     terminal = settings.log_format == "console" or (
         settings.log_format == "auto" and sys.stderr.isatty()
     )
-    before: list[Any] = [_redact] if settings.log_addresses == "redacted" else []
+    before: list[Any] = [redact_addresses] if settings.log_addresses == "redacted" else []
     last: Any = _json
     if terminal:
         before += [

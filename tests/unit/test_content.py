@@ -325,4 +325,4 @@ def test_only_one_unfinished_header_line_is_kept_and_bounded() -> None:
     content = Content(LIMIT)
     for _ in range(20):
         content.feed(b"x" * 10_000)
-    assert len(content._header._tail) <= 1000
+    assert len(content.header_tail) <= 1000
