@@ -10,12 +10,8 @@ from dataclasses import dataclass, field, replace
 class Refused(Exception):
     """A command, a sender or a recipient is refused.
 
-    `reply` is the text of the reply without its line end: code, enhanced code (RFC 3463) and words.
+    Its text is the reply without its line end: code, enhanced code (RFC 3463) and words.
     """
-
-    def __init__(self, reply: str) -> None:
-        super().__init__(reply)
-        self.reply = reply
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,20 +19,16 @@ import psutil
 
 from reception.envelope import Recipient, Refused
 from reception.space import FreeSpace, SpaceClaim
-from relay.settings import Network, SmtpdSettings, parse_network
+from relay.settings import Network, SettingsError, SmtpdSettings, parse_network
 
 IPV6_PREFIX = 64
 """Bits of the smallest IPv6 network that one client has (RFC 6177). All of it counts as one."""
 
 
-class PolicyError(ValueError):
-    """A setting makes no policy; the text names the setting."""
-
-
 class Policy:
     """The rules for all clients; `client` returns those for one, by its IP address as text.
 
-    Raises PolicyError for settings that would make an open relay.
+    Raises SettingsError for settings that would make an open relay.
     """
 
     def __init__(self, settings: SmtpdSettings) -> None:
@@ -112,14 +108,14 @@ def client_networks(entries: Iterable[str], publish: str) -> tuple[Network, ...]
 
     `publish` is RELAY_PUBLISH, the address of the published port of a container. On such a port
     every client seems to come from the gateway, which is in a connected subnet, so `connected` is
-    only allowed if `publish` is loopback. Raises PolicyError.
+    only allowed if `publish` is loopback. Raises SettingsError.
     """
     networks: list[Network] = []
     for entry in entries:
         if entry != "connected":
             networks.append(parse_network(entry))
         elif publish and not _is_loopback(publish):
-            raise PolicyError(
+            raise SettingsError(
                 "RELAY_CLIENT_NETWORKS: `connected` would make an open relay of the port published"
                 f" on {publish} (RELAY_PUBLISH), where every client looks like the gateway; name"
                 " the networks that may relay"

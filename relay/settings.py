@@ -44,7 +44,7 @@ _DOMAIN = re.compile(rf"(?!.{{256}})(?:\.?{_NAME}|{_LITERAL})")
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be used; the text has a line for each variable."""
+    """Settings that cannot be used; the text has a line for each variable, which it names."""
 
 
 def seconds(text: str) -> float:
@@ -71,6 +71,11 @@ def parse_listen(text: str) -> tuple[str, int]:
             f"{text!r} is not an address to listen on: write 127.0.0.1:2525 or [::1]:2525"
         )
     return match[1] or match[2], int(match[3])
+
+
+def format_address(host: str, port: int) -> str:
+    """An address as `parse_listen` reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_network(text: str) -> Network:

@@ -16,10 +16,10 @@ from relay import metrics
 from relay.hints import FRESH, Hints, celery_app
 from relay.log import get_logger
 from relay.routes import Routes
-from relay.settings import SmtpdSettings
+from relay.settings import SmtpdSettings, format_address
 from relay.startup import DurableState, new_loop, ready
 from smtpd.descriptors import reserve_descriptors
-from smtpd.server import SmtpServer, format_address
+from smtpd.server import SmtpServer
 
 log = get_logger(__name__)
 
@@ -41,7 +41,7 @@ def offered_size(limit: int, routes: Routes) -> int:
 def run(settings: SmtpdSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status.
 
-    Raises SettingsError, PolicyError, ListenError, SpoolerError, and what `ready` raises.
+    Raises SettingsError, SpoolerError, and what `ready` raises.
     """
     policy = Policy(settings)
     routes = Routes.load(settings)

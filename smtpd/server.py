@@ -28,7 +28,7 @@ from reception.policy import ClientPolicy, Policy
 from reception.receiver import MAX_BUFFERED, Receiver, Reception
 from relay import metrics
 from relay.log import get_logger
-from relay.settings import SmtpdSettings
+from relay.settings import SettingsError, SmtpdSettings, format_address
 from smtpd.session import (
     DataComplete,
     DataReceived,
@@ -63,10 +63,6 @@ _STOPPING = "421 4.3.2 Service is stopping"
 log = get_logger(__name__)
 
 
-class ListenError(Exception):
-    """An address cannot be listened on. The text names the address and the setting."""
-
-
 @dataclass(slots=True)
 class SmtpServer:
     """What connections share. `size_limit` is called every second, because routes may change it.
@@ -95,7 +91,7 @@ class SmtpServer:
 
     async def listen(self, addresses: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
         """Listens on these addresses ('' means every one, port 0 any free port); returns those in
-        use. Raises ListenError."""
+        use. Raises SettingsError that names the address and the setting."""
         self._set_size_limit()
         for host, port in addresses:
             try:
@@ -105,7 +101,7 @@ class SmtpServer:
             except OSError as error:
                 await self.stop(0.0)
                 reason = os.strerror(error.errno) if error.errno else str(error)
-                raise ListenError(
+                raise SettingsError(
                     f"cannot listen on {format_address(host, port)}: {reason};"
                     " RELAY_SMTP_LISTEN sets the address"
                 ) from error
@@ -430,8 +426,3 @@ def _has_input(connection: socket.socket) -> bool:
     """Whether the client has sent something; nothing is read."""
     available = fcntl.ioctl(connection.fileno(), termios.FIONREAD, b"\0\0\0\0")
     return available != b"\0\0\0\0"
-
-
-def format_address(host: str, port: int) -> str:
-    """An address as settings write it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from reception.envelope import Envelope, Refused
 from reception.policy import ClientPolicy
@@ -97,26 +98,20 @@ class SessionState(IntEnum):
     CLOSED = 7
 
 
-class Greeting:
-    """The replies that name this host and its extensions."""
+# SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this is not
+# offered. A QMQP server cannot be asked about addresses beyond ASCII, so those are refused with
+# 553 5.6.7.
+_EHLO = (
+    "250-{0.hostname}\r\n250-PIPELINING\r\n250-SIZE {0.max_message_size}\r\n250-8BITMIME\r\n"
+    "250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN"
+)
 
-    def __init__(self, hostname: str, max_message_size: int) -> None:
-        self.hostname = hostname
-        self.max_message_size = max_message_size
-        self.banner = f"220 {hostname} ESMTP qmqp-relay"
-        # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this
-        # is not offered. A QMQP server cannot be asked about addresses beyond ASCII, so those are
-        # refused with 553 5.6.7.
-        extensions = (
-            f"250-{hostname}",
-            "250-PIPELINING",
-            f"250-SIZE {max_message_size}",
-            "250-8BITMIME",
-            "250-ENHANCEDSTATUSCODES",
-            "250-SMTPUTF8",
-            "250 DSN",
-        )
-        self.replies = {"SMTP": f"250 {hostname}", "ESMTP": "\r\n".join(extensions)}
+
+class Greeting(NamedTuple):
+    """What a session tells its client about this host."""
+
+    hostname: str
+    max_message_size: int
 
 
 class Session:
@@ -173,7 +168,7 @@ class Session:
     def start(self) -> None:
         """Sends the banner."""
         self.state = SessionState.START
-        self._replies.append(self.greeting.banner)
+        self._replies.append(f"220 {self.greeting.hostname} ESMTP qmqp-relay")
 
     def receive(self, data: bytes) -> list[Event]:
         """Takes bytes from the client; returns the events in order."""
@@ -303,7 +298,7 @@ class Session:
             else:
                 raise Refused(cell)
         except Refused as refused:
-            self._refuse(refused.reply)
+            self._refuse(str(refused))
             # A client waits for the reply to DATA, so input behind it shows that it did not wait,
             # and the input is content; the content of BDAT (RFC 3030) follows in any case. This is
             # so too for a command with a bare LF, a tab or a CR too many.
@@ -335,18 +330,18 @@ class Session:
         self.state = SessionState.READY
 
     def _helo(self, argument: bytes) -> None:
-        self._greet(argument, "SMTP")
+        self._greet(argument, "SMTP", f"250 {self.greeting.hostname}")
 
     def _ehlo(self, argument: bytes) -> None:
-        self._greet(argument, "ESMTP")
+        self._greet(argument, "ESMTP", _EHLO.format(self.greeting))
 
-    def _greet(self, name: bytes, protocol: str) -> None:
+    def _greet(self, name: bytes, protocol: str, reply: str) -> None:
         if not _NAME.fullmatch(name):
             raise Refused("501 5.5.4 A host name or address literal is needed")
         self._reset()
         self._client_name = name.decode("ascii")
         self._protocol = protocol
-        self._replies.append(self.greeting.replies[protocol])
+        self._replies.append(reply)
 
     def _mail(self, argument: bytes) -> None:
         trusted = self.client.trusted

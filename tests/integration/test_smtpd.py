@@ -40,9 +40,9 @@ from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
 from relay.db.engine import connect, reading, writing
 from relay.queue.accept import NewMessage
-from relay.settings import SmtpdSettings, load
+from relay.settings import SettingsError, SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
-from smtpd.server import LATE_TICK, ListenError, SmtpConnection, SmtpServer
+from smtpd.server import LATE_TICK, SmtpConnection, SmtpServer
 from smtpd.session import ENDLESS
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
@@ -1054,7 +1054,7 @@ def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., Serve
     listening = asyncio.run_coroutine_threadsafe(
         running.server.listen([(running.host, running.port)]), running.loop
     )
-    with pytest.raises(ListenError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
+    with pytest.raises(SettingsError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
         listening.result(10)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.log import redact_addresses, configure, escaped, first_line, get_logger
+from relay.log import configure, escaped, first_line, get_logger, redact_addresses
 from relay.settings import Settings, load
 from tests.scaling import growth
 

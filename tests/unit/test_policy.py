@@ -13,12 +13,11 @@ from reception.envelope import Recipient, Refused
 from reception.policy import (
     ClientPolicy,
     Policy,
-    PolicyError,
     client_networks,
     connected_networks,
 )
 from reception.space import MIN_FREE, FreeSpace, SpaceClaim
-from relay.settings import SmtpdSettings, load
+from relay.settings import SettingsError, SmtpdSettings, load
 from smtpd.addresses import parse_recipient
 
 
@@ -33,7 +32,7 @@ def refusal(check: Callable[..., None], *arguments: object) -> str | None:
     try:
         check(*arguments)
     except Refused as refused:
-        return refused.reply
+        return str(refused)
     return None
 
 
@@ -302,5 +301,5 @@ def test_connected_means_the_subnets_of_this_machine(publish: str) -> None:
     "publish", ["2525", "0.0.0.0:2525", "192.0.2.1:25", "[::]:25", "mail.example:25"]
 )
 def test_connected_is_refused_for_a_published_port(publish: str) -> None:
-    with pytest.raises(PolicyError, match=r"RELAY_CLIENT_NETWORKS.*RELAY_PUBLISH"):
+    with pytest.raises(SettingsError, match=r"RELAY_CLIENT_NETWORKS.*RELAY_PUBLISH"):
         client_networks(["connected"], publish)
