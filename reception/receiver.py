@@ -121,11 +121,9 @@ class Reception:
         self._on_backpressure = on_backpressure
         self._claim = client.claim(int(envelope.parameters.get(b"SIZE", "0")))
         self._started = self._ended = time.monotonic()
-        when = date(int(time.time()))
-        trace = received_field(envelope, client.address, receiver.settings.hostname, self.id, when)
-        self._blocks = [trace]
-        self._buffered = len(trace)  # octets of the blocks
-        self._writing = 0  # octets that a thread has
+        hostname, now = receiver.settings.hostname, date(int(time.time()))
+        self._blocks = [received_field(envelope, client.address, hostname, self.id, now)]
+        self.in_memory = len(self._blocks[0])  # octets that are not written yet
         self._stream: asyncio.Task[None] | None = None  # of a large message
         self._has_descriptor = False  # the stream may open the body
         self._changed = asyncio.Event()  # the stream has something to do
@@ -133,11 +131,6 @@ class Reception:
         self._size = 0
         self._header_message_id: str | None = None
         self._request = 0  # the number of the request to the spooler
-
-    @property
-    def in_memory(self) -> int:
-        """Octets that are not written yet."""
-        return self._buffered + self._writing
 
     def append(self, text: bytes) -> None:
         """Takes decoded content."""
@@ -147,8 +140,8 @@ class Reception:
             self._stop(OSError(errno.ENOSPC, "no space for more of an unfinished message"))
             return
         self._blocks.append(text)
-        self._buffered += len(text)
-        if self._buffered >= BLOCK:
+        self.in_memory += len(text)
+        if self.in_memory >= BLOCK:
             self._changed.set()
             if self._stream is None:
                 self._stream = asyncio.create_task(self._write_body())
@@ -164,7 +157,7 @@ class Reception:
             self._changed.set()
         else:
             self._separate()
-            self._size = self._buffered
+            self._size = sum(map(len, self._blocks))
             self._spool(self._blocks)
 
     def expire(self) -> None:
@@ -184,7 +177,7 @@ class Reception:
         """Nothing more is stored. The stream discards the body as soon as no thread has it."""
         self.error = self.error or error
         self._blocks = []
-        self._buffered = 0
+        self.in_memory = 0
         self._changed.set()
         if not self._has_descriptor:
             self._claim.end()
@@ -205,7 +198,6 @@ class Reception:
                     await self._write_blocks()
                     self._on_backpressure()
             except Exception as error:
-                self._writing = 0
                 self._stop(error)
             if self.error is not None:
                 self._discard()
@@ -218,8 +210,7 @@ class Reception:
     async def _write_blocks(self) -> None:
         blocks, finish = self._blocks, self.deadline is not None
         self._blocks = []
-        self._writing = self._buffered
-        self._buffered = 0
+        size = sum(map(len, blocks))
 
         def write() -> int:
             self._body = self._body or self._receiver.spool.create(self.id)
@@ -227,15 +218,14 @@ class Reception:
             return self._body.finish() if finish else 0
 
         self._size = await self._receiver.threads.run(write)
-        self._claim.store(self._writing)
-        self._writing = 0
+        self._claim.store(size)
+        self.in_memory = max(0, self.in_memory - size)
 
     def _separate(self) -> None:
         """Keeps the trace field and the client's header apart, before the first bytes are written.
         Content that begins with another character needs no change, and no copy."""
         if len(self._blocks) > 1 and self._blocks[1][0] in b" \t>F":
             self._blocks[1:] = [separate(b"".join(self._blocks[1:]))]
-            self._buffered = sum(map(len, self._blocks))
 
     def _spool(self, body: list[bytes] | None) -> None:
         """Has the spooler store and commit the message; `body` is None if its file is synced."""
@@ -264,18 +254,13 @@ class Reception:
 
     def _spooled(self, result: Exception | None) -> None:
         """The spooler has answered."""
-        if result is None:
-            self._accepted()
-        elif isinstance(result, CommitUnknown):
-            self._claim.end(kept=True)
+        self._claim.end(kept=result is None or isinstance(result, CommitUnknown))
+        if result is not None:
+            if not isinstance(result, CommitUnknown):
+                self._discard()
             self._refuse(result)
-        else:
-            self._discard()
-            self._refuse(result)
-
-    def _accepted(self) -> None:
+            return
         now = time.monotonic()
-        self._claim.end(kept=True)
         metrics.RECEIVED_BYTES.inc(self._size)
         metrics.ACCEPT_SECONDS.observe(now - self._ended)
         late = {} if self._reply else {"told": False}

@@ -128,15 +128,15 @@ def configure(settings: Settings) -> None:
         settings.log_format == "auto" and sys.stderr.isatty()
     )
     before: list[Any] = [redact_addresses] if settings.log_addresses == "redacted" else []
-    last: Any = _json
-    if terminal:
-        before += [
+    before += (
+        [
             structlog.stdlib.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
         ]
-        last = structlog.dev.ConsoleRenderer(pad_event_to=12)
-    else:
-        before.append(_stamp)
+        if terminal
+        else [_stamp]
+    )
+    last: Any = structlog.dev.ConsoleRenderer(pad_event_to=12) if terminal else _json
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     structlog.configure(
         processors=[*before, last],
@@ -149,6 +149,4 @@ def configure(settings: Settings) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[strip, last])
     )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(max(level, logging.WARNING))
+    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)

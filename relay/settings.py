@@ -329,9 +329,8 @@ def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     lines: dict[str, None] = {}  # roles share variables, and a variable has one line
     loaded: dict[type[Settings], Settings] = {}
     for each in ROLES:
-        fields = {name: value for name, value in overrides.items() if name in each.model_fields}
         try:
-            loaded[each] = each(**fields)
+            loaded[each] = each(**overrides)
         except ValidationError as error:
             lines |= dict.fromkeys(map(_line, error.errors()))
     if lines:

@@ -369,8 +369,11 @@ class SmtpConnection(asyncio.Protocol):
                     self.reception.complete(event.header_message_id)
                 case DataRejected():
                     self._cancel()
-                case Refusal():
-                    self._log(event.reply)
+                case Refusal(reply):
+                    metrics.refused(reply)
+                    log.info(
+                        "refused", client=self.client.address, code=int(reply[:3]), reason=reply[4:]
+                    )
         replies = session.replies()
         if replies:
             self.transport.write(replies)
@@ -395,18 +398,13 @@ class SmtpConnection(asyncio.Protocol):
 
     def _refuse(self, reply: str) -> None:
         """Closes the connection with a reply."""
-        self._log(reply)
         self.session.close(reply)
-        self._handle([])
+        self._handle([Refusal(reply)])
 
     def _cancel(self) -> None:
         reception, self.reception = self.reception, None
         if reception is not None:
             reception.cancel()
-
-    def _log(self, reply: str) -> None:
-        metrics.refused(reply)
-        log.info("refused", client=self.client.address, code=int(reply[:3]), reason=reply[4:])
 
     def _throttle(self) -> None:
         """Pauses or resumes reading."""

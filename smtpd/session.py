@@ -131,10 +131,8 @@ class Session:
         self._events: list[Event] = []
         self._errors = 0
         self._commands = 0  # since the last accepted message
-        self._commands_left = 0  # of this turn
         self._deferred = False  # this transaction had a temporary refusal
         self._skipping = False  # the rest of a line that was too long
-        self._pipelined = False  # there is input behind this command
         self._client_name = ""
         self._protocol = "SMTP"
         self._envelope: Envelope | None = None
@@ -210,9 +208,8 @@ class Session:
 
     def _advance(self) -> list[Event]:
         """Runs a turn. It ends with the input, at a message whose reply is due, and after TURN
-        commands."""
+        commands without content between them."""
         self._events = []
-        self._commands_left = TURN
         while self.input and not self.halted and self.pause is None:
             if self.state <= SessionState.RECIPIENTS:
                 if self.state is SessionState.START and self.input.startswith(_TLS_HANDSHAKE):
@@ -232,22 +229,21 @@ class Session:
     def _read_commands(self) -> bool:
         """Runs the whole lines of the input until the turn ends; False if more input is needed."""
         data, start, end = self.input, 0, 0
+        turn = self.lines + TURN
         while self.state <= SessionState.RECIPIENTS and self.pause is None:
             end = data.find(b"\n", start)
             if end < 0:
                 break
-            if not self._commands_left:
+            if self.lines == turn:
                 self.pause = 0.0
                 break
             line = data[start : end + 1]
             start = end + 1
-            self._pipelined = start < len(data)
-            self._commands_left -= 1
             self.lines += 1
             if self._skipping:
                 self._skipping = False
             else:
-                self._run(line)
+                self._run(line, pipelined=start < len(data))
             self._commands += 1
             if self._commands > FREE_COMMANDS:
                 self._charge()
@@ -280,8 +276,9 @@ class Session:
         if self._wasted > ENDLESS and not self.closed:
             self._refuse_and_close("421 4.5.2 Line does not end, closing connection")
 
-    def _run(self, line: bytes) -> None:
-        """Runs the command of a line, which includes its end."""
+    def _run(self, line: bytes, *, pipelined: bool) -> None:
+        """Runs the command of a line, which includes its end. `pipelined`: there is input behind
+        it."""
         word, _, argument = line[:-2].partition(b" ")
         try:
             if len(line) > LINE_LIMIT:
@@ -303,7 +300,7 @@ class Session:
             # and the input is content; the content of BDAT (RFC 3030) follows in any case. This is
             # so too for a command with a bare LF, a tab or a CR too many.
             meant = line.upper().split(None, 1)[:1]
-            content_follows = meant == [b"BDAT"] or (meant == [b"DATA"] and self._pipelined)
+            content_follows = meant == [b"BDAT"] or (meant == [b"DATA"] and pipelined)
             if content_follows and not self.closed:
                 self.close("421 4.5.0 Content behind a refused command, closing connection")
 
