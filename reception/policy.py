@@ -127,13 +127,15 @@ def client_networks(entries: Iterable[str], publish: str) -> tuple[Network, ...]
 
 def connected_networks() -> tuple[Network, ...]:
     """The subnets of this machine's interfaces."""
-    networks: set[Network] = set()
-    for interface in psutil.net_if_addrs().values():
-        for entry in interface:
-            if entry.family in (socket.AF_INET, socket.AF_INET6) and entry.netmask:
-                address = plain_address(entry.ptp or entry.address)
-                prefix = int(ip_address(entry.netmask)).bit_count()
-                networks.add(ip_network((address, prefix), strict=False))
+    networks: set[Network] = {
+        ip_network(
+            (plain_address(entry.ptp or entry.address), int(ip_address(entry.netmask)).bit_count()),
+            strict=False,
+        )
+        for interface in psutil.net_if_addrs().values()
+        for entry in interface
+        if entry.family in (socket.AF_INET, socket.AF_INET6) and entry.netmask
+    }
     return tuple(sorted(networks, key=str))
 
 

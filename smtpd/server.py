@@ -32,7 +32,6 @@ from relay.settings import SettingsError, SmtpdSettings, format_address
 from smtpd.session import (
     DataComplete,
     DataReceived,
-    DataRejected,
     Event,
     Greeting,
     MailStarted,
@@ -367,9 +366,8 @@ class SmtpConnection(asyncio.Protocol):
                         session.refuse_content()
                 case DataComplete() if self.reception is not None:
                     self.reception.complete(event.header_message_id)
-                case DataRejected():
-                    self._cancel()
                 case Refusal(reply):
+                    self._cancel()
                     metrics.refused(reply)
                     log.info(
                         "refused", client=self.client.address, code=int(reply[:3]), reason=reply[4:]

@@ -63,11 +63,6 @@ class DataReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class DataRejected:
-    """The content is at fault and is not stored. Its `Refusal` follows at its end."""
-
-
-@dataclass(frozen=True, slots=True)
 class DataComplete:
     """The message has ended; `Session.reply` is due."""
 
@@ -76,13 +71,13 @@ class DataComplete:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A command was refused. Of the temporary refusals of a transaction only the first is an
-    event."""
+    """A command was refused, or the content of a message, at its end. Of the temporary refusals of
+    a transaction only the first is an event."""
 
     reply: str
 
 
-type Event = MailStarted | DataReceived | DataRejected | DataComplete | Refusal
+type Event = MailStarted | DataReceived | DataComplete | Refusal
 
 
 class SessionState(IntEnum):
@@ -96,15 +91,6 @@ class SessionState(IntEnum):
     AWAIT_REPLY = 5  # the message has ended, its reply is due
     PRE_BANNER = 6  # the banner was not sent yet
     CLOSED = 7
-
-
-# SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this is not
-# offered. A QMQP server cannot be asked about addresses beyond ASCII, so those are refused with
-# 553 5.6.7.
-_EHLO = (
-    "250-{0.hostname}\r\n250-PIPELINING\r\n250-SIZE {0.max_message_size}\r\n250-8BITMIME\r\n"
-    "250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN"
-)
 
 
 class Greeting(NamedTuple):
@@ -138,7 +124,6 @@ class Session:
         self._envelope: Envelope | None = None
         self._positions: dict[str, int] = {}  # of a mailbox among the recipients
         self._content: Content | None = None
-        self._rejected = False  # DataRejected was returned
         self._unwanted = False  # the content cannot be stored
         self._wasted = 0  # octets of a line that is too long, or of content that is not stored
         self.halted = False
@@ -330,7 +315,16 @@ class Session:
         self._greet(argument, "SMTP", f"250 {self.greeting.hostname}")
 
     def _ehlo(self, argument: bytes) -> None:
-        self._greet(argument, "ESMTP", _EHLO.format(self.greeting))
+        # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this
+        # is not offered. A QMQP server cannot be asked about addresses beyond ASCII, so those are
+        # refused with 553 5.6.7.
+        self._greet(
+            argument,
+            "ESMTP",
+            f"250-{self.greeting.hostname}\r\n250-PIPELINING\r\n"
+            f"250-SIZE {self.greeting.max_message_size}\r\n250-8BITMIME\r\n"
+            "250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN",
+        )
 
     def _greet(self, name: bytes, protocol: str, reply: str) -> None:
         if not _NAME.fullmatch(name):
@@ -374,7 +368,7 @@ class Session:
         assert self._envelope is not None
         _require_none(argument)
         self._content = Content(self.greeting.max_message_size, strip_cr=self.client.strips_cr)
-        self._rejected = self._unwanted = False
+        self._unwanted = False
         self._wasted = 0
         self.state = SessionState.CONTENT
         self._replies.append("354 End data with <CR><LF>.<CR><LF>")
@@ -383,14 +377,10 @@ class Session:
     def _read_content(self) -> None:
         content = self._content
         assert content is not None
-        size = len(self.input)
+        if content.fault is not None or self._unwanted:
+            self._wasted += len(self.input)
         text, rest = content.feed(self.input)
         self.input = rest or b""
-        if self._rejected or self._unwanted:
-            self._wasted += size
-        if content.fault is not None and not self._rejected:
-            self._rejected = True
-            self._events.append(DataRejected())
         if text:
             self._events.append(DataReceived(text))
         if rest is not None:
