@@ -224,10 +224,8 @@ class SmtpConnection(asyncio.Protocol):
         self.reception: Reception | None = None
         self.reading_paused = False
         self.deadline = 0.0  # of the client's silence, or of the last reply (monotonic)
-        self.transaction_started = 0.0
         self.octets = 0  # of content, since the window began
         self.window_started = 0.0
-        self._transactions = 0  # the number of the open one
         self._admitted: ClientPolicy | None = None
         self._turn: asyncio.Handle | None = None  # the session's next one
 
@@ -298,8 +296,8 @@ class SmtpConnection(asyncio.Protocol):
                 self.reception.expire()
         elif now > self.deadline:
             self._refuse("421 4.4.2 Timeout, closing connection")
-        elif not self.session.idle and now > (
-            self.transaction_started + self._server.settings.session_timeout
+        elif (envelope := self.session.envelope) is not None and now > (
+            envelope.started + self._server.settings.session_timeout
         ):
             self._refuse("421 4.4.2 Transaction takes too long, closing connection")
         elif self.session.state is SessionState.CONTENT and not self.client.trusted:
@@ -349,9 +347,6 @@ class SmtpConnection(asyncio.Protocol):
     def _handle(self, events: Sequence[Event]) -> None:
         """Acts on the session's events, then sends its replies."""
         session = self.session
-        if session.transactions != self._transactions:
-            self._transactions = session.transactions
-            self.transaction_started = time.monotonic()
         for event in events:
             match event:
                 case MailStarted():

@@ -121,14 +121,13 @@ class Session:
         self._skipping = False  # the rest of a line that was too long
         self._client_name = ""
         self._protocol = "SMTP"
-        self._envelope: Envelope | None = None
+        self.envelope: Envelope | None = None  # of the open transaction
         self._positions: dict[str, int] = {}  # of a mailbox among the recipients
         self._content: Content | None = None
         self._unwanted = False  # the content cannot be stored
         self._wasted = 0  # octets of a line that is too long, or of content that is not stored
         self.halted = False
         self.lines = 0  # begun
-        self.transactions = 0  # begun
         self.pause: float | None = None
 
     @property
@@ -242,7 +241,7 @@ class Session:
         connection."""
         if self.client.trusted or self.state > SessionState.RECIPIENTS:
             return
-        recipients = len(self._envelope.recipients) if self._envelope is not None else 0
+        recipients = len(self.envelope.recipients) if self.envelope is not None else 0
         if self._commands - recipients > COMMAND_LIMIT:
             self._refuse_and_close(
                 "421 4.7.0 Too many commands without a message, closing connection"
@@ -306,7 +305,7 @@ class Session:
         self._refuse(reply)
 
     def _reset(self) -> None:
-        self._envelope = None
+        self.envelope = None
         self._positions = {}
         self._deferred = False
         self.state = SessionState.READY
@@ -343,15 +342,14 @@ class Session:
         self.client.check_sender(size)
         # The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8.
         protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
-        self._envelope = Envelope(sender, parameters, self._client_name, protocol)
-        self.transactions += 1
+        self.envelope = Envelope(sender, parameters, self._client_name, protocol)
         self.state = SessionState.SENDER
         self._replies.append("250 2.1.0 Ok")
 
     def _rcpt(self, argument: bytes) -> None:
-        assert self._envelope is not None
+        assert self.envelope is not None
         recipient = parse_recipient(argument, self.greeting.hostname, trusted=self.client.trusted)
-        recipients = self._envelope.recipients
+        recipients = self.envelope.recipients
         position = self._positions.get(recipient.mailbox)
         if position is not None:
             # Each recipient of a QMQP request is a copy of the message, so a repeat is dropped. The
@@ -365,14 +363,14 @@ class Session:
         self._replies.append("250 2.1.5 Ok")
 
     def _data(self, argument: bytes) -> None:
-        assert self._envelope is not None
+        assert self.envelope is not None
         _require_none(argument)
         self._content = Content(self.greeting.max_message_size, strip_cr=self.client.strips_cr)
         self._unwanted = False
         self._wasted = 0
         self.state = SessionState.CONTENT
         self._replies.append("354 End data with <CR><LF>.<CR><LF>")
-        self._events.append(MailStarted(self._envelope))
+        self._events.append(MailStarted(self.envelope))
 
     def _read_content(self) -> None:
         content = self._content
