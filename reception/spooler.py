@@ -15,12 +15,13 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from queue import SimpleQueue
 
 from reception.spooler_protocol import (
     FIELDS,
@@ -73,22 +74,26 @@ class Spooler:
         self._decoder = FrameDecoder()
         self._requests: dict[int, StoreRequest] = {}  # read, and in no batch yet
         self._batch = Batch()  # the next one
+        self._batches = SimpleQueue[Batch | None]()
+        self._may_queue = threading.Semaphore(1)  # no batch waits for the committer
+        self._failed = False  # the committer
         self._peer = select.poll()
         self._peer.register(channel, select.POLLRDHUP)
 
     def run(self) -> None:
-        """Serves until smtpd closes its end. An unexpected error ends it too, and is raised."""
+        """Serves until smtpd closes its end, or until an unexpected error."""
+        committer = threading.Thread(target=self._commit_batches, name="committer")
+        committer.start()
         taken = 0
-        with ThreadPoolExecutor(1, "committer") as committer:
-            previous = committer.submit(self._reply, [], 0.0)
-            while self._read(gather=taken > 1):
+        try:
+            self._reply([], 0.0)
+            while self._may_queue.acquire() and not self._failed and self._read(gather=taken > 1):
                 numbers = [*self._requests][:MAX_BATCH]
                 taken = len(numbers)
-                batch = self._store([self._requests.pop(number) for number in numbers])
-                current = committer.submit(self._commit, batch)
-                previous.result()
-                previous = current
-            previous.result()
+                self._batches.put(self._store([self._requests.pop(number) for number in numbers]))
+        finally:
+            self._batches.put(None)
+            committer.join()
 
     def _read(self, *, gather: bool) -> bool:
         """Reads what has come, and waits until there is something; False at the end."""
@@ -134,6 +139,17 @@ class Spooler:
         ]
         return batch
 
+    def _commit_batches(self) -> None:
+        try:
+            while (batch := self._batches.get()) is not None:
+                self._may_queue.release()
+                self._commit(batch)
+        except BaseException:
+            self._failed = True
+            self._channel.shutdown(socket.SHUT_RDWR)  # `run` may wait for requests
+            self._may_queue.release()
+            raise
+
     def _commit(self, batch: Batch) -> None:
         """Commits a batch and sends its results."""
         started = time.monotonic()
@@ -148,11 +164,7 @@ class Spooler:
                 row.done(_TOO_LATE)
             else:
                 in_time.append(row)
-        try:
-            deliver_results(self._committer.settle(in_time))
-        except BaseException:
-            self._channel.shutdown(socket.SHUT_RDWR)  # `run` may wait for requests
-            raise
+        deliver_results(self._committer.settle(in_time))
         self._reply(batch.results, time.monotonic() - started)
 
     def _resolve(self, request: StoreRequest, batch: Batch, result: Exception | None) -> None:
