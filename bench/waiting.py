@@ -3,25 +3,25 @@
 Half of the rows are overdue on a route whose server is down, half are deferred for long. A turn is
 what a worker asks each second while it is idle: the sweeper's statements, and a poll for overdue
 mail of another route. Then messages of that other route are accepted, claimed and completed in
-rounds. Each figure is measured with an empty queue and then with the rows. The CPU time of SQLite
-is that of this process, the CPU time of PostgreSQL that of all its processes.
+rounds. Each figure is measured on a database with an empty queue and on one with the rows; the two
+take turns. The CPU time of SQLite is that of this process, the CPU time of PostgreSQL that of all
+its processes.
 """
 
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, make_url
 
-from bench.history import analyze, fill, on_each_database
-from bench.processes import cpu_seconds
-from relay.db.engine import connect, migrate, writing
+from bench import history
+from bench.machine import cpu_seconds
+from relay.db.engine import connect, migrate
 from relay.db.schema import Outcome, State
-from relay.db.sql import dialect_of
 from relay.dsn.generator import DsnGenerator
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
@@ -33,10 +33,12 @@ from relay.spool.store import Spool
 
 ROUND = 32
 ROUTES = ("default", "dead")
+BLOCK = 10  # idle turns between two looks at the CPU time, which has ticks of 10 ms
 
 
 class RelayQueue:
-    """The statements of smtpd and of a worker, without either process."""
+    """The statements of smtpd and of a worker, without either process. `samples` are the values of
+    each figure."""
 
     def __init__(self, url: str, directory: Path) -> None:
         migrate(url)
@@ -52,6 +54,7 @@ class RelayQueue:
         self.generator = DsnGenerator(self.engine, spool, settings, lambda _: "default")
         self.worker = new_id()
         self.queue.register(self.worker, "bench", os.getpid())
+        self.samples: defaultdict[str, list[float]] = defaultdict(list)
 
     def turn(self) -> None:
         """Ask what an idle worker asks in a second."""
@@ -65,9 +68,17 @@ class RelayQueue:
         self.generator.warn(256)
         self.queue.commit([ClaimRequest(self.worker, None, {"default": 64})])
 
-    def round(self) -> tuple[float, float]:
-        """Accept, claim and complete ROUND messages: (seconds to accept, seconds to claim and
-        complete)."""
+    def block(self) -> None:
+        """Measure BLOCK idle turns."""
+        cpu, began = database_cpu(self.engine), time.perf_counter()
+        for _ in range(BLOCK):
+            self.turn()
+        self.samples["an idle turn, ms"].append(1000 * (time.perf_counter() - began) / BLOCK)
+        cpu = database_cpu(self.engine) - cpu
+        self.samples["its CPU in the database, ms"].append(1000 * cpu / BLOCK)
+
+    def round(self) -> None:
+        """Measure how ROUND messages are accepted, claimed and completed."""
         recipients = [NewRecipient("b@example.org")]
         messages = [
             NewMessage(new_id(), "a@example.com", 4096, recipients, "192.0.2.1", "c", "ESMTP")
@@ -91,72 +102,58 @@ class RelayQueue:
                 for claim in claims
             ]
         )  # fmt: skip
-        return accepted - began, time.perf_counter() - accepted
+        completed = time.perf_counter()
+        self.samples["accepted a second"].append(ROUND / (accepted - began))
+        self.samples["claimed and completed a second"].append(ROUND / (completed - accepted))
 
 
-def add_overdue_rows(engine: Engine) -> None:
-    """Make half of the deferred rows overdue on a route whose server is down."""
-    spell = dialect_of(engine)
-    with writing(engine) as connection:
-        if spell.postgresql:
-            connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        sql = """UPDATE deliveries
-            SET state = 'queued', route = 'dead', due_at = @ago(3600 * (1 + @chance))
-            WHERE state = 'deferred'
-                AND queue_id IN (SELECT id FROM messages WHERE sender < 'sender5')"""
-        connection.execute(text(spell(sql)))
-    analyze(engine)
-
-
-def database_cpu(engine: Engine) -> Callable[[], float]:
-    """A function that returns the CPU seconds that the database has used so far."""
+def database_cpu(engine: Engine) -> float:
+    """The CPU seconds that the database has used so far."""
     if engine.dialect.name == "sqlite":
-        return lambda: sum(os.times()[:2])
-    with engine.connect() as connection:
-        backend = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
-    parent = psutil.Process(backend).ppid()
-    return lambda: cpu_seconds({"database": [parent]})["database"]
+        return sum(os.times()[:2])
+    return cpu_seconds(child.pid for child in psutil.Process().children())
 
 
-def cost_now(relay: RelayQueue, turns: int, rounds: int) -> dict[str, float]:
-    """The cost of an idle second and of a message now."""
-    used = database_cpu(relay.engine)
-    for _ in range(10):  # plans and caches
-        relay.turn()
-        relay.round()
-    before = used()
-    began = time.perf_counter()
-    for _ in range(turns):
-        relay.turn()
-    idle = time.perf_counter() - began
-    cpu = used() - before
-    times = [relay.round() for _ in range(rounds)]
-    return {
-        "an idle turn, ms": 1000 * idle / turns,
-        "its CPU in the database, ms": 1000 * cpu / turns,
-        "accepted a second": ROUND / statistics.median(accept for accept, _ in times),
-        "claimed and completed a second": ROUND
-        / statistics.median(deliver for _, deliver in times),
-    }
+def beside(url: str) -> str:
+    """The URL of a second, new database on the same server."""
+    other = make_url(url)
+    if other.get_backend_name() == "sqlite":
+        return f"{url}-waiting"
+    engine = connect(url)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("CREATE DATABASE waiting")
+    engine.dispose()
+    return other.set(database="waiting").render_as_string(hide_password=False)
 
 
 def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
-    """Print a line for each figure: with an empty queue, with the rows, and the ratio."""
-    with tempfile.TemporaryDirectory() as directory:
-        relay = RelayQueue(url, Path(directory))
-        empty = cost_now(relay, turns, rounds)
-        fill(url, rows)
-        add_overdue_rows(relay.engine)
-        full = cost_now(relay, turns, rounds)
-        relay.engine.dispose()
-    for figure, value in empty.items():
-        print(
-            f"{name:12}{figure:32}{value:10.2f}{full[figure]:12.2f}"
-            f"{full[figure] / max(value, 0.01):8.2f}",
-            flush=True,
-        )
+    """Print a line for each figure: with an empty queue, with the rows, and the ratio. The two take
+    turns, so that other load on the machine is the same for both."""
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        full_url = beside(url)
+        empty, full = RelayQueue(url, Path(first)), RelayQueue(full_url, Path(second))
+        history.fill(full_url, rows)
+        history.run(full_url, "make_overdue")
+        for relay in (empty, full) * 10:  # plans and caches
+            relay.turn()
+            relay.round()
+        for relay in (empty, full):
+            relay.samples.clear()
+        for relay in (empty, full) * turns:
+            relay.block()
+        for relay in (empty, full) * rounds:
+            relay.round()
+        for relay in (empty, full):
+            relay.engine.dispose()
+    for figure, samples in empty.samples.items():
+        average = statistics.fmean if figure.endswith(", ms") else statistics.median
+        before, after = average(samples), average(full.samples[figure])
+        ratio = after / max(before, 0.01)
+        print(f"{name:12}{figure:32}{before:10.2f}{after:12.2f}{ratio:8.2f}", flush=True)
 
 
 if __name__ == "__main__":
     heading = f"{'':44}{'empty':>10}{'waiting':>12}{'ratio':>8}"
-    on_each_database(measure, "bench.waiting", heading, rows=1_000_000, turns=200, rounds=200)
+    history.on_each_database(
+        measure, "bench.waiting", heading, rows=1_000_000, turns=20, rounds=200
+    )

@@ -3,7 +3,7 @@
 A delivery gets the name of its route when it is accepted; the servers of the route are looked up at
 each attempt, so a change of the settings reaches queued mail. QMQP_SERVERS are the servers of the
 route `default`, which takes what no other route takes. ROUTES names a TOML file with the other
-routes (`Route` has the keys; docs/operate.md has an example). The first route whose pattern matches
+routes (`Route` has the keys; docs/delivery.md has an example). The first route whose pattern matches
 takes the recipient.
 
 What must stay true: a file that cannot be used changes nothing. Half a TOML file is often valid, so

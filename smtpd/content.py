@@ -45,13 +45,13 @@ class Content:
     __slots__ = (
         "_carry",
         "_header_complete",
+        "_header_tail",
         "_limit",
         "_received",
         "_started",
         "_strip_cr",
         "fault",
         "header_message_id",
-        "header_tail",
         "octets",
     )
 
@@ -59,7 +59,7 @@ class Content:
         self.fault: Fault | None = None
         self.octets = -2
         self.header_message_id: str | None = None
-        self.header_tail = b""  # the unfinished line, of at most _MAX_TAIL octets
+        self._header_tail = b""  # the unfinished line, of at most _MAX_TAIL octets
         self._header_complete = False
         self._received = 0  # trace fields
         self._limit = limit
@@ -114,7 +114,7 @@ class Content:
     def _scan_header(self, text: bytes) -> None:
         """Counts the Received fields and finds the Message-ID. The first text begins with a LF, so
         every field is found as `LF name`."""
-        window = self.header_tail + text
+        window = self._header_tail + text
         end = window.find(b"\n\n")
         self._header_complete = end >= 0
         # The last line may still grow: it is searched when it is complete.
@@ -129,4 +129,4 @@ class Content:
                 cut = at
                 lines = lines[:at]
         self._received += lines.count(b"\nreceived:")
-        self.header_tail = window[cut : cut + _MAX_TAIL]
+        self._header_tail = window[cut : cut + _MAX_TAIL]

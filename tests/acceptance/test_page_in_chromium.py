@@ -1,5 +1,4 @@
-"""The page as a person sees it: in a real browser, wide and narrow, light and dark, with hostile
-text everywhere."""
+"""The pages in a real browser, wide and narrow, light and dark, with hostile text everywhere."""
 
 import json
 import os
@@ -14,7 +13,7 @@ import pytest
 from relay.db.schema import Outcome
 from relay.spool.store import Spool
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
-from tests.integration.queue_harness import opened
+from tests.integration.harness import opened
 from tests.integration.typed import typed_at
 from tests.services import end, spawn
 
@@ -148,7 +147,7 @@ def seen(
         typed_at(queue, spool, monkeypatch)
         created = scenario(queue, spool)
         usual = queue.accept(PEOPLE[1], sender=PEOPLE[0])
-        queue.record(queue.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
+        queue.complete(queue.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
         created.add("deferred", usual)
         queue.change("INSERT INTO open_circuits VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
             id=queue.worker)  # fmt: skip
@@ -160,13 +159,13 @@ def seen(
     ("width", "scheme"),
     [(360, "light"), (375, "dark"), (800, "light"), (1280, "light"), (1280, "dark")],
 )
-def test_what_a_person_sees(
+def test_page_fits_the_screen_and_shows_its_content(
     chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str
 ) -> None:
     created, browser = seen
     shown = {
         "/": "The oldest unfinished message", "/search": HOSTILE[-9:], f"/search?sender={LONG}": "sub.example.com",
-        "/search?sender=nobody": "No mail matches", "/nothing": "Not found", "/search?id=zz": "is not a queue id",
+        "/search?sender=unknown": "No mail matches", "/nothing": "Not found", "/search?id=zz": "is not a queue id",
     } | {f"/message/{ids[-1]}": state for state, ids in created.ids.items()}  # fmt: skip
     for path, words in shown.items():
         chromium.look(browser.root + path, width, scheme)
@@ -229,7 +228,7 @@ def test_results_and_reasons_are_visible_without_scrolling(
     assert chromium.tells("document.querySelector('form').checkVisibility()") is False
     chromium.tells("document.querySelector('summary').click()")
     assert chromium.tells("document.querySelector('form').checkVisibility()") is True
-    chromium.look(f"{browser.root}/search?reply=nobody-said-that", 360, "light")
+    chromium.look(f"{browser.root}/search?reply=never-replied", 360, "light")
     assert chromium.tells("document.querySelector('form').checkVisibility()") is True
 
 

@@ -1,5 +1,5 @@
-"""The size limit that the front end offers follows the routes, also while it runs, and a real
-Postfix takes it."""
+"""The size limit that smtpd offers follows the routes, also while it runs, and a real Postfix obeys
+it."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ async def never(_: object) -> None:
 
 
 async def say(port: int, *lines: str) -> list[str]:
-    """What the server answers to each line, after the banner."""
+    """The replies of the server to each line, after the banner."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     replies = []
     for line in ("", *lines):
@@ -44,7 +44,7 @@ async def say(port: int, *lines: str) -> list[str]:
     return replies[1:]
 
 
-def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
     monkeypatch.setattr(module, "STABLE_FOR", 0.0)
     file = tmp_path / "routes.toml"

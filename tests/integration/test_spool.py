@@ -1,5 +1,5 @@
-"""The spool: a stored body is on disk, a failed one leaves nothing, and no other directory is taken
-for the spool."""
+"""The spool: a stored body is on disk, a failed one leaves no file, and another directory is never
+used as the spool."""
 
 import errno
 import os
@@ -443,7 +443,7 @@ def test_services_may_start_together_on_a_new_spool(engine: Engine, tmp_path: Pa
     assert known(engine) == [(tmp_path / "new" / "spool-id").read_text().strip()]
 
 
-def test_unusable_directory_is_refused(
+def test_C32_unusable_directory_is_refused(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     public = tmp_path / "public"

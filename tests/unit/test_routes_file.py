@@ -1,6 +1,8 @@
 """The file of routes at run time: changes take effect, mistakes do not."""
 
 import os
+import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +49,21 @@ def write(file: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 def loaded(file: Path) -> Routes:
     return Routes.load(load(Settings, routes=file, qmqp_servers=("z.example",)))
+
+
+def test_example_of_the_page_is_a_valid_file() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "delivery.md").read_text()
+    (example,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (route,) = parse_routes(example)
+    assert set(tomllib.loads(example)["lists"]) == set(Route.__dataclass_fields__) - {"name"}
+    assert [server.name for server in route.servers] == ["10.0.0.9:628", "10.0.0.10:628"]
+    assert (route.retry_min, route.retry_max, route.max_size) == (300.0, 14400.0, 10 * 2**20)
+    assert (route.connections, route.bisect) == (10, False)
+    assert [
+        address
+        for address in ("ann@lists.example.org", "bob@eu.example.net", "bulk-7@example.org")
+        if not route.takes(address)
+    ] == []
 
 
 def test_servers_are_looked_up_at_each_attempt(file: Path, write: Write) -> None:
@@ -157,10 +174,8 @@ def test_file_that_changes_while_it_is_read_is_not_used(
 
 
 def test_change_before_the_first_poll_is_seen(file: Path, write: Write) -> None:
-    settings = load(Settings, routes=file)
-    read = module._stamp(file)
+    routes = loaded(file)
     write(ONE.replace("one", "uno"))
-    routes = Routes(parse_routes(ONE), settings.routes, read=read)
     assert routes.names() == ("uno", DEFAULT)
 
 
