@@ -64,21 +64,19 @@ def explanation(error: Exception) -> tuple[int | None, str]:
     """The exit status and the sentence for an error; the status is None for a fault of our own."""
     from sqlalchemy.exc import DBAPIError
 
-    from reception.policy import PolicyError
     from reception.spooler_client import SpoolerError
     from relay.db.engine import DatabaseError, is_outage, lacks_schema
     from relay.log import first_line
     from relay.report.queries import NoSuchMessage
     from relay.settings import SettingsError
     from relay.spool.store import SpoolError
-    from smtpd.server import ListenError
 
     match error:
         case CommandError():
             return error.status, str(error)
         case NoSuchMessage():
             return NOTHING_MATCHED, str(error)
-        case SettingsError() | DatabaseError() | SpoolError() | PolicyError() | ListenError():
+        case SettingsError() | DatabaseError() | SpoolError():
             return WRONG_USE, str(error)
         case SpoolerError():  # processes or memory are short: the next start may succeed
             return OUT_OF_REACH, str(error)

@@ -22,7 +22,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from relay.log import get_logger
-from relay.settings import Settings, SettingsError, reason, seconds, size
+from relay.settings import Settings, SettingsError, from_text, reason, seconds, size
 
 log = get_logger(__name__)
 DEFAULT_PORT = 628  # IANA's, /etc/services
@@ -82,7 +82,7 @@ def _bisect(value: object) -> object:
 
 _Count = Annotated[int, Field(gt=0, strict=True)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-_Duration = Annotated[_Seconds | None, BeforeValidator(seconds)]
+_Duration = Annotated[_Seconds | None, from_text(seconds)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Route:
     connections: _Count | None = None
     retry_min: _Duration = None
     retry_max: _Duration = None
-    max_size: Annotated[_Count | None, BeforeValidator(size)] = None
+    max_size: Annotated[_Count | None, from_text(size)] = None
     bisect: Annotated[bool, BeforeValidator(_bisect)] = True
 
     def takes(self, address: str) -> bool:

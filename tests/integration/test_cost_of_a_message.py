@@ -4,6 +4,7 @@ These counts do not depend on the machine, as times do. A batch costs the same n
 whatever its size, so a change that turns one statement a batch into one a message fails here.
 """
 
+import math
 import os
 import socket
 import threading
@@ -154,9 +155,10 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
     syncs.clear()
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
-    for number in range(size):
-        message = new_message(queue_id=f"{first[:16]}{number:016x}")
-        ours.sendall(StoreRequest(number, message, [b"Subject: test\n", b"\nhello\n"]).encode())
+    messages = [new_message(queue_id=f"{first[:16]}{number:016x}") for number in range(size)]
+    body = [b"Subject: test\n", b"\nhello\n"]
+    requests = [StoreRequest(n, message, body, math.inf) for n, message in enumerate(messages)]
+    ours.sendall(b"".join(request.encode() for request in requests))
     with counted(queue.database) as counts, theirs:
         spooler = threading.Thread(target=Spooler(theirs, spool, queue.acceptor.commit).run)
         spooler.start()
