@@ -32,7 +32,7 @@ MAX_HEARTBEAT_AGE = 10.0  # seconds, of an engine that runs
 
 def heartbeat_file(settings: WorkerSettings, pid: int | None = None) -> Path:
     """The file whose age tells whether a worker process is healthy."""
-    return settings.health_file or settings.state_dir / f"worker-{pid or os.getpid()}.tick"
+    return settings.health_file or settings.state_dir / f"worker-{pid or os.getpid()}.heartbeat"
 
 
 class LeaseMonitor:
