@@ -136,7 +136,9 @@ class _Client(redis.PrefixedStrictRedis):
 
 
 class HintChannel(redis.Channel):
-    """A channel on which only hints arrive."""
+    """A channel on which only hints arrive. A hint that it leaves behind is lost."""
+
+    do_restore = False
 
     def _get_client(self) -> Any:
         most = self.connection.client.transport_options[LARGEST]
