@@ -47,18 +47,21 @@ class CircuitBreaker:
 class ServerState:
     """The connections to one server and its circuit breaker."""
 
-    used: Counter[str] = field(default_factory=Counter)  # slots by route
+    used: Counter[str] = field(default_factory=Counter)  # slots by route, the reserved ones too
+    reserved: int = 0
     probing: bool = False
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
 
 
 @dataclass(slots=True)
 class ConnectionSlot:
-    """The right to hold one connection to `server`, until it is released."""
+    """The right to open one connection to `server`, until it is released. `reserved`: for a
+    delivery that is not claimed yet; `probe`: the circuit of the server is open."""
 
     server: Server
     route: str
     state: ServerState
+    reserved: bool
     probe: bool
     _held: bool = True
 
@@ -67,6 +70,7 @@ class ConnectionSlot:
         if self._held:
             self._held = False
             self.state.used[self.route] -= 1
+            self.state.reserved -= self.reserved
             if self.probe:
                 self.state.probing = False
 
@@ -105,11 +109,11 @@ class ServerPool:
         if self._paused(server):
             return 0
         state = self.state(server)
-        slots = self._limit - state.used.total()
+        slots = self._limit - sum(state.used.values())
         if route is not None and route.connections is not None:
             slots = min(slots, route.connections - state.used[route.name])
         if state.breaker.open_until is not None:
-            slots = min(slots, int(self._may_probe(server.name, state)))
+            slots = min(slots, self._may_probe(server.name, state) - state.reserved)
         return max(0, slots)
 
     def capacity(self, route: Route) -> int:
@@ -118,15 +122,19 @@ class ServerPool:
             return 0
         return sum(self.free(server, route) for server in route.servers)
 
-    def take(self, route: Route, tried: Collection[str] = ()) -> ConnectionSlot | None:
-        """A slot at the first server with a free one that is not among the names `tried`."""
+    def take(
+        self, route: Route, tried: Collection[str] = (), *, reserve: bool = False
+    ) -> ConnectionSlot | None:
+        """A slot at the first server with a free one that is not among the names `tried`.
+        `reserve`: for a delivery that is to be claimed, which releases it and takes one again."""
         for server in route.servers:
             if server.name not in tried and self.free(server, route):
                 state = self.state(server)
+                probe = state.breaker.open_until is not None and not reserve
                 state.used[route.name] += 1
-                probe = state.breaker.open_until is not None
+                state.reserved += reserve
                 state.probing = state.probing or probe
-                return ConnectionSlot(server, route.name, state, probe)
+                return ConnectionSlot(server, route.name, state, reserve, probe)
         return None
 
     # What a route can expect

@@ -147,7 +147,7 @@ class _Try(NamedTuple):
 class DeliveryTask:
     """One claim, and its open body as a file descriptor (-1: none), which is closed at the end.
 
-    `slot_taken` is called once, when the delivery has its first slot or will never have one.
+    `slot`: the one that was reserved for it, then that of its present connection.
     """
 
     claim: Claim
@@ -155,7 +155,7 @@ class DeliveryTask:
     body: int
     route: Route
     config: TransferConfig
-    slot_taken: Callable[[], object] | None = None
+    slot: ConnectionSlot | None = None
     started: float = field(default_factory=time.monotonic, init=False)
     _connection: client.ClientConnection | None = field(default=None, init=False)
     _aborted: bool = field(default=False, init=False)
@@ -179,8 +179,8 @@ class DeliveryTask:
             self._connection.abort()
 
     def close(self) -> None:
-        """Close the body and return the capacity that was reserved. May be called again."""
-        self._report_slot()
+        """Close the body and release the slot. May be called again."""
+        self._release_slot()
         if self.body >= 0:
             os.close(self.body)
             self.body = -1
@@ -194,10 +194,9 @@ class DeliveryTask:
         finally:
             self.close()
 
-    def _report_slot(self) -> None:
-        if report := self.slot_taken:
-            self.slot_taken = None
-            report()
+    def _release_slot(self) -> None:
+        if self.slot is not None:
+            self.slot.release()
 
     # Trying servers
 
@@ -209,15 +208,11 @@ class DeliveryTask:
         except ValueError as error:
             return self._no_request(error)
         while not self._aborted:
-            slot = self.config.servers.take(self.route, self._tried)
-            self._report_slot()
-            if slot is None:
+            self._release_slot()
+            self.slot = self.config.servers.take(self.route, self._tried)
+            if self.slot is None:
                 return self._no_server_left()
-            try:
-                completion = await self._try(slot, request)
-            finally:
-                slot.release()
-            if completion is not None:
+            if completion := await self._try(self.slot, request):
                 return completion
         return self.requeued()
 

@@ -35,10 +35,10 @@ from relay.settings import WorkerSettings
 from relay.spool.store import BodyUnsendable, Spool
 from relay.startup import new_loop
 from worker.body_io import BodyIo, Opened
-from worker.circuit_breaker import ServerPool
+from worker.circuit_breaker import ConnectionSlot, ServerPool
 from worker.delivery import DeliveryTask, TransferConfig, log_outcome
 from worker.lease import Lease
-from worker.producer import ClaimsHandler, HintBatch, Producer
+from worker.producer import ClaimsHandler, HintBatch, Producer, Slots
 from worker.quarantine import MIN_CRASHES, Quarantine
 
 log = get_logger(__name__)
@@ -106,9 +106,11 @@ class Engine:
 
         `queue` is the Celery queue of the hints, `route` their route if it is known.
         """
-        batch = HintBatch(0 if self._stopping else len(ids))
-        if not batch.wait(0):
+        batch = HintBatch()
+        if ids and not self._stopping:
             self._loop.call_soon_threadsafe(self._offered, batch, ids, queue, route)
+        else:
+            batch.finish()
         return batch
 
     def poll_now(self) -> None:
@@ -198,25 +200,29 @@ class Engine:
     ) -> None:
         claims = result if isinstance(result, list) else []
         self._requested -= 1
-        handler(claims)
+        slots = handler(claims)
         if claims:
             self._requested += 1
-            self._bodies.open(claims).add_done_callback(partial(self._opened, worker, claims))
+            opened = partial(self._opened, worker, claims, slots)
+            self._bodies.open(claims).add_done_callback(opened)
         self._check_idle()
         self._poll()
 
-    def _opened(self, worker: str, claims: Sequence[Claim], opened: asyncio.Future[Opened]) -> None:
+    def _opened(
+        self, worker: str, claims: Sequence[Claim], slots: Slots, opened: asyncio.Future[Opened]
+    ) -> None:
         self._requested -= 1
-        for claim, body in zip(claims, opened.result(), strict=True):
-            self._start(claim, worker, body)
+        for claim, slot, body in zip(claims, slots, opened.result(), strict=True):
+            self._start(claim, worker, slot, body)
         self._poll()
 
-    def _start(self, claim: Claim, worker: str, body: int | Exception) -> None:
+    def _start(
+        self, claim: Claim, worker: str, slot: ConnectionSlot | None, body: int | Exception
+    ) -> None:
         """Send a claim whose body was opened: `body` is a file descriptor or the error."""
-        slot_taken = partial(self.producer.capacity.slot_taken, claim.route)
         fd = body if isinstance(body, int) else -1
         route = self.routes.get(claim.route) or Route(claim.route, ())  # it is gone
-        task = DeliveryTask(claim, worker, fd, route, self._config, slot_taken)
+        task = DeliveryTask(claim, worker, fd, route, self._config, slot)
         if isinstance(body, BodyUnsendable):
             log.critical("body unsendable", id=claim.queue_id, reason=str(body))
             self._complete(task, task.unsendable(str(body)))

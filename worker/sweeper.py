@@ -153,9 +153,10 @@ class Sweeper(PeriodicThread):
 
     def _queue_due(self) -> None:
         for _ in range(BATCHES):
-            ids = self._rescuer.requeue_due(BATCH)
-            self._hints.offer(ids)
-            if not ids or self.closing.is_set():
+            due = self._rescuer.requeue_due(BATCH)
+            for route, ids in due.items():
+                self._hints.offer(ids, route)
+            if not due or self.closing.is_set():
                 break
 
     def _wake(self) -> None:

@@ -237,13 +237,7 @@ class WorkerQueue:
     def _claim(self, connection: Connection, request: ClaimRequest) -> list[Claim]:
         claims: list[Claim] = []
         for route, most in request.room.items():
-            shared = [
-                left - sum(c.route in routes for c in claims)
-                for routes, left in request.together
-                if route in routes
-            ]
-            if (free := min([most, *shared])) > 0:
-                claims += self._claim_route(connection, request, route, free)
+            claims += self._claim_route(connection, request, route, most)
         return claims
 
     def _claim_route(

@@ -228,18 +228,22 @@ class Rescuer:
                 ).all()
             )
 
-    def requeue_due(self, limit: int) -> list[str]:
+    def requeue_due(self, limit: int) -> dict[str, list[str]]:
         """Make deferred deliveries whose time has come `queued`, longest due first; the ids of
-        their messages."""
+        their messages by route."""
         picked = """SELECT queue_id, number FROM deliveries WHERE state = 'deferred' AND due_at <= @now
             ORDER BY due_at LIMIT :most"""
         with writing(self._engine) as connection:
             if self._sql.postgresql:
                 sql = f"""WITH p AS MATERIALIZED ({picked} @skip_locked) UPDATE deliveries d
                     -- event: due
-                    SET state = 'queued', due_at = @later(:grace) FROM p WHERE {KEYS} RETURNING @hex(d.queue_id)"""
+                    SET state = 'queued', due_at = @later(:grace) FROM p WHERE {KEYS}
+                    RETURNING d.route, @hex(d.queue_id)"""
             else:
                 sql = f"""-- event: due
                     UPDATE deliveries SET state = 'queued', due_at = @later(:grace)
-                    WHERE (queue_id, number) IN ({picked}) RETURNING @hex(queue_id)"""
-            return list(dict.fromkeys(row[0] for row in self._sql.run(connection, sql, most=limit)))
+                    WHERE (queue_id, number) IN ({picked}) RETURNING route, @hex(queue_id)"""
+            ids: dict[str, list[str]] = {}
+            for route, queue_id in self._sql.run(connection, sql, most=limit):
+                ids.setdefault(route, []).append(queue_id)
+            return ids
