@@ -11,8 +11,11 @@ BIN := .venv/bin
 # A test waits more than it computes, so three at once are right for two cores. `make test TESTS="tests/unit -x"`.
 TESTS ?= tests
 PYTEST_WORKERS ?= 3
+# `make soak`: histories a database and variant, and the seconds that one of these four tests may take.
+EXAMPLES ?= 1000
+SOAK_TIMEOUT ?= 14400
 
-.PHONY: help setup run demo status test coverage lint fmt bench lock clean
+.PHONY: help setup run demo status test soak coverage lint fmt bench lock clean
 
 help: ## say what there is (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +38,11 @@ status: ## how many messages are where, of the relay that `make run` started
 test: ## all tests: SQLite, PostgreSQL, a real broker (TESTS=path to choose)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
+
+soak: ## the queue against its model, a thousand histories a database (EXAMPLES=n to choose; hours)
+	@scripts/setup dev
+	@RELAY_TESTS_EXAMPLES=$(EXAMPLES) exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --timeout $(SOAK_TIMEOUT) \
+	  tests/integration/test_state_machine.py
 
 coverage: ## the tests, and how many branches they run, in percent (TESTS=path to choose)
 	@scripts/setup dev

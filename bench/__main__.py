@@ -3,125 +3,113 @@
 The exit status is 1 if a run failed.
 """
 
-import argparse
 import dataclasses
+import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Annotated
 
-from bench import machine, plot, report
-from bench.parts import PARTS, QUICK, SMOKE, Scale
-from bench.postfix_system import PostfixSystem, missing
-from bench.relay_system import RelaySystem
-from bench.runs import measure
-from bench.systems import System, find_program
+import typer
+
+from bench import machine, plot
+from bench.parts import PARTS, QUICK, SMOKE, Scale, System
+from bench.results import measure, table
+from bench.services import find_program
+from bench.systems import PostfixSystem, RelaySystem, missing
 
 RESULTS = Path(__file__).parent / "results"
-SYSTEMS = ("postgresql", "sqlite", "postfix")
-_SCALE_OPTIONS = {
-    "runs": "how often each part is run on each system",
-    "messages": "messages of a load",
-    "sessions": "SMTP sessions at once",
-    "size": "bytes of a message",
-    "singles": "messages one at a time, for latency",
-    "large": "messages of 20 MB",
-}
+PART_NAMES = ",".join(part.name for part in PARTS)
+SYSTEMS = "postgresql,sqlite,postfix"
 
 
-def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Measure the relay, beside Postfix."
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a few minutes: one run of each part, small loads")
-    add("--smoke", action="store_true", help="a minute: every part runs; its figures mean nothing")
-    choices = {"parts": [part.name for part in PARTS], "systems": list(SYSTEMS)}
-    for name, known in choices.items():
-        add(f"--{name}", default=",".join(known), help=f"some of {','.join(known)}")
-    for name, text in _SCALE_OPTIONS.items():
-        add(f"--{name}", type=int, help=text)
-    add("--directory", type=Path, default=Path("/var/tmp"), help="a directory on the disk to use")
-    add("--results", type=Path, default=RESULTS, help="where the JSON file and the plot go")
-    add("--no-postfix-log", action="store_true", help="let Postfix write no log")
-    options = parser.parse_args(arguments)
-    for name, known in choices.items():
-        chosen = getattr(options, name).split(",")
-        if unknown := set(chosen) - set(known):
-            parser.error(f"--{name}: there is no {', '.join(sorted(unknown))}")
-        setattr(options, name, chosen)
-    return options
+def chosen(text: str, known: str) -> list[str]:
+    """The names of a list with commas. Raises typer.BadParameter for one that is not known."""
+    names = text.split(",")
+    if unknown := set(names) - set(known.split(",")):
+        raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}")
+    return names
 
 
-def scale_of(options: argparse.Namespace) -> Scale:
-    changes = {name: value for name in _SCALE_OPTIONS if (value := getattr(options, name))}
-    scale = SMOKE if options.smoke else QUICK if options.quick else Scale()
-    files = machine.allow_open_files(max(scale.connections) + 200)
-    connections = tuple(count for count in scale.connections if count + 200 <= files)
-    if connections != scale.connections:
+def scale_of(base: Scale, **changes: int | None) -> Scale:
+    """The scale with those changes that are given, and with no more connections than files may be
+    open."""
+    files = machine.allow_open_files(max(base.connections) + 200)
+    connections = tuple(count for count in base.connections if count + 200 <= files)
+    if connections != base.connections:
         print(f"at most {max(connections)} connections: only {files} files may be open")
-    return dataclasses.replace(scale, connections=connections, **changes)
+    given = {name: value for name, value in changes.items() if value}
+    return dataclasses.replace(base, connections=connections, **given)
 
 
-@contextmanager
-def running(options: argparse.Namespace, directory: Path) -> Iterator[list[System]]:
-    """The chosen systems that this machine can run; they are stopped at the end."""
-    systems: list[System] = [
-        RelaySystem(kind, directory) for kind in SYSTEMS[:2] if kind in options.systems
-    ]
-    if "postfix" in options.systems:
-        if reason := missing():
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes: one run of each part, small loads.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A minute: every part runs; its figures mean nothing.")] = False,
+    parts: Annotated[str, typer.Option(help="Some of the parts.")] = PART_NAMES,
+    systems: Annotated[str, typer.Option(help="Some of the systems.")] = SYSTEMS,
+    runs: Annotated[int | None, typer.Option(help="How often each part is run on each system.")] = None,
+    messages: Annotated[int | None, typer.Option(help="Messages of a load.")] = None,
+    sessions: Annotated[int | None, typer.Option(help="SMTP sessions at once.")] = None,
+    size: Annotated[int | None, typer.Option(help="Bytes of a message.")] = None,
+    singles: Annotated[int | None, typer.Option(help="Messages one at a time, for latency.")] = None,
+    large: Annotated[int | None, typer.Option(help="Messages of 20 MB.")] = None,
+    directory: Annotated[Path, typer.Option(help="A directory on the disk to use.")] = Path("/var/tmp"),
+    results: Annotated[Path, typer.Option(help="Where the JSON file and the plot go.")] = RESULTS,
+    no_postfix_log: Annotated[bool, typer.Option("--no-postfix-log", help="Let Postfix write no log.")] = False,
+) -> None:  # fmt: skip
+    """Measure the relay, beside Postfix."""
+    part_names, system_names = chosen(parts, PART_NAMES), chosen(systems, SYSTEMS)
+    scale = scale_of(
+        SMOKE if smoke else QUICK if quick else Scale(), runs=runs, messages=messages,
+        sessions=sessions, size=size, singles=singles, large=large,
+    )  # fmt: skip
+    began = time.monotonic()
+    measured = []
+    # All files of the run are below one directory, which is removed after the last measurement.
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", dir=directory.resolve()) as name,
+        ExitStack() as stack,
+    ):
+        top = Path(name)
+        top.chmod(0o755)  # other users run PostgreSQL and Postfix
+        about = machine.describe(top)
+        running: list[System] = [
+            RelaySystem(kind, top, stack)
+            for kind in ("postgresql", "sqlite")
+            if kind in system_names
+        ]
+        if "postfix" in system_names and (reason := missing()):
             print(f"without Postfix: {reason}")
-        else:
-            systems.append(PostfixSystem(directory, log=not options.no_postfix_log))
-    with ExitStack() as stack:
-        for system in systems:
-            system.start()
-            stack.callback(system.stop)
-        yield systems
-
-
-def run(options: argparse.Namespace, directory: Path) -> bool:
-    """Measure, print and write; whether no run failed."""
-    scale = scale_of(options)
-    about = machine.describe(directory)
-    file = options.results / f"{about['when'].replace(':', '')}.json"
-    results = []
-    with running(options, directory) as systems:
-        for system in systems:
-            about |= {f"{system.name}: {name}": value for name, value in system.facts().items()}
-        about["source, sinks"] = "Postfix' tools" if find_program("smtp-source") else "our own"
-        about["command"] = "python -m bench " + " ".join(sys.argv[1:])
-        about["scale"] = ", ".join(
-            f"{name} {value}" for name, value in dataclasses.asdict(scale).items()
-        )
-        print(report.facts(about), flush=True)
+        elif "postfix" in system_names:
+            running.append(PostfixSystem(top, stack, log=not no_postfix_log))
+        for system in running:
+            about |= {f"{system.name}: {name}": value for name, value in system.facts.items()}
+        about |= {
+            "source, sinks": "Postfix' tools" if find_program("smtp-source") else "our own",
+            "command": "python -m bench " + " ".join(sys.argv[1:]),
+            "scale": ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(scale).items()),
+        }  # fmt: skip
+        print("\n".join(f"  {key:<38}{value}" for key, value in about.items()), flush=True)
+        results.mkdir(parents=True, exist_ok=True)
+        file = results / f"{about['when'].replace(':', '')}.json"
         for part in PARTS:
-            if part.name not in options.parts:
+            if part.name not in part_names:
                 continue
-            results.append(measure(part, systems, scale))
-            print(report.table(results[-1], [system.name for system in systems]), flush=True)
+            measured.append(measure(part, running, scale))
+            print(table(measured[-1], [system.name for system in running]), flush=True)
             # After each part, because a later one may fail or be interrupted.
             about["load after"] = machine.load_average()
-            report.write(file, results, about)
-            plot.draw(report.as_json(results, about), file.with_suffix(".svg"))
-    print(f"\n{file}\n{file.with_suffix('.svg')}")
-    return not any(result.failures for result in results)
-
-
-def main() -> int:
-    options = parse_options()
-    began = time.monotonic()
-    # All files of the run are below one directory, which is removed after the last measurement.
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.directory.resolve()) as name:
-        directory = Path(name)
-        directory.chmod(0o755)  # other users run PostgreSQL and Postfix
-        succeeded = run(options, directory)
-    print(f"{time.monotonic() - began:.0f} s")
-    return 0 if succeeded else 1
+            document = {
+                "about": about,
+                "parts": [dataclasses.asdict(result) for result in measured],
+            }
+            file.write_text(json.dumps(document, indent=1) + "\n")
+            plot.draw(document, file.with_suffix(".svg"))
+    print(f"\n{file}\n{file.with_suffix('.svg')}\n{time.monotonic() - began:.0f} s")
+    sys.exit(any(result.failures for result in measured))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -5,19 +5,17 @@ a reply of the server. Each form of the list is measured as a process from start
 text through a pipe that is read as fast as it fills, and a table on a terminal of 120 columns.
 """
 
-import fcntl
 import os
 import pty
 import statistics
-import struct
 import subprocess
-import sys
 import termios
 import time
 from contextlib import suppress
 
 from bench.history import fill, on_each_database
-from bench.systems import clean_environment
+from bench.machine import children_cpu_seconds
+from bench.services import RELAY, clean_environment
 
 FORMS = {
     "list --json | ...": (["list", "--json"], False),
@@ -32,22 +30,19 @@ def list_once(
     """Run the command to its end: (seconds, seconds of CPU, lines)."""
     reader, writer = pty.openpty() if terminal else os.pipe()
     if terminal:
-        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+        termios.tcsetwinsize(writer, (40, 120))
+    cpu = children_cpu_seconds()
     began = time.monotonic()
     lines = 0
-    child = subprocess.Popen(
-        [sys.executable, "-m", "commands.cli.main", *arguments], env=environ, stdout=writer
-    )
+    child = subprocess.Popen([*RELAY, *arguments], env=environ, stdout=writer)
     os.close(writer)
     with suppress(OSError):  # the end of a terminal
         while data := os.read(reader, 1 << 16):
             lines += data.count(b"\n")
     os.close(reader)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
+    if child.wait():
         raise SystemExit(f"{' '.join(arguments)} ended with {child.returncode}")
-    return time.monotonic() - began, usage.ru_utime + usage.ru_stime, lines
+    return time.monotonic() - began, children_cpu_seconds() - cpu, lines
 
 
 def measure(name: str, url: str, rows: int, runs: int) -> None:
@@ -59,10 +54,8 @@ def measure(name: str, url: str, rows: int, runs: int) -> None:
         seconds, cpu, lines = zip(*results, strict=True)
         if min(lines) < rows:
             raise SystemExit(f"{name}, {form}: rows are missing")
-        median = statistics.median(seconds)
-        print(
-            f"{name:12}{form:22}{min(seconds):7.2f} s{median:9.2f} s{min(cpu):9.2f} s", flush=True
-        )
+        times = f"{min(seconds):7.2f} s{statistics.median(seconds):9.2f} s{min(cpu):9.2f} s"
+        print(f"{name:12}{form:22}{times}", flush=True)
 
 
 if __name__ == "__main__":

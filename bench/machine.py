@@ -1,23 +1,29 @@
-"""The machine that the figures come from, and its disk, which must be idle before a measurement.
+"""The machine that the figures come from: its facts, its disk, and what processes cost on it.
 
 A file system mounted with `discard` pays for every deletion once more when its journal commits, and
 would spoil a later figure. So nothing is deleted between two measurements, and each measurement
 waits until the disk is idle. If that takes too long, the result says so.
+
+The CPU time of a child that has ended and was waited for is in its parent's. Linux only: other
+systems have no proportional set size.
 """
 
 import datetime
 import os
 import platform
+import re
 import resource
 import sqlite3
 import subprocess
 import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
-from bench.systems import ROOT
+from bench.services import ROOT
 
 _PACKAGES = ("celery", "kombu", "redis", "sqlalchemy", "psycopg", "uvloop", "structlog")
 IDLE = 0.4  # seconds without any transfer
@@ -25,13 +31,15 @@ IDLE = 0.4  # seconds without any transfer
 
 def describe(directory: Path) -> dict[str, str]:
     """The facts that a reader needs to compare figures."""
+    commit = _output("git", "describe", "--always", "--dirty", "--exclude=*")
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
-        "qmqp-relay": f"{version('qmqp-relay')}, {_commit()}",
+        "qmqp-relay": f"{version('qmqp-relay')}, commit {commit}",
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": f"{os.cpu_count()} x {_processor()}",
+        "processor": f"{os.cpu_count()} x {model[1] if model else platform.processor()}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
-        "disk": _file_system(directory),
+        "disk": _output("findmnt", "-no", "FSTYPE,OPTIONS", "-T", str(directory)),
         "load before": load_average(),
         "Python": platform.python_version(),
         "SQLite": sqlite3.sqlite_version,
@@ -47,69 +55,69 @@ def allow_open_files(count: int) -> int:
     """Let this process and its children have `count` files open, if they may; return how many they
     can."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < count:
-        soft = min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return soft
+    allowed = max(soft, min(count, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
 
 
-class Disk:
-    """The disk of a directory, for one run. `busy` counts how often it was not idle within
-    `timeout` seconds."""
-
-    def __init__(self, directory: Path, timeout: float) -> None:
-        self._directory = directory
-        self._timeout = timeout
-        self.busy = 0
-
-    def wait_until_idle(self) -> None:
-        """Write everything out, then wait until the disk is idle."""
-        began = time.perf_counter()
-        os.sync()
-        counters = _transfers(self._directory)
-        idle_since = time.perf_counter()
-        while (now := time.perf_counter()) - idle_since < IDLE:
-            if now - began >= self._timeout:
-                self.busy += 1
-                return
-            time.sleep(0.05)
-            if (latest := _transfers(self._directory)) != counters:
-                counters = latest
-                idle_since = now
-
-
-def _transfers(directory: Path) -> str:
-    """The counters of the device: reads, writes, discards, and transfers in flight."""
+def wait_until_idle(directory: Path, timeout: float) -> bool:
+    """Write everything out, then wait until the disk of the directory is idle; whether it was
+    within `timeout` seconds."""
+    os.sync()
     device = directory.stat().st_dev
     file = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
-    # A container may not have the file: then the sync alone must do.
-    return file.read_text() if file.exists() else ""
+    began = idle_since = time.perf_counter()
+    counters = ""
+    while (now := time.perf_counter()) - idle_since < IDLE:
+        if now - began >= timeout:
+            return False
+        # Reads, writes, discards and transfers in flight. A container may not have the file: then
+        # the sync alone must do.
+        latest = file.read_text() if file.exists() else ""
+        if latest != counters:
+            counters = latest
+            idle_since = now
+        time.sleep(0.05)
+    return True
 
 
-def _commit() -> str:
-    """The commit of the source, with `-dirty` when files were changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        name = subprocess.check_output(
-            command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "no git commit"
-    return f"commit {name}"
+def _output(*command: str) -> str:
+    """What a command says about this source or machine; without it, `unknown`."""
+    with suppress(OSError):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return result.stdout.strip() or "unknown"
+    return "unknown"
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+def each_process[T](roots: Iterable[int], read: Callable[[psutil.Process], T]) -> list[T]:
+    """What `read` returns for each of these processes and their descendants that still exists."""
+    results = []
+    for pid in roots:
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            for process in (root, *root.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    results.append(read(process))
+    return results
 
 
-def _file_system(directory: Path) -> str:
-    mounts = [
-        mount
-        for mount in psutil.disk_partitions(all=True)
-        if directory.resolve().is_relative_to(mount.mountpoint)
-    ]
-    mount = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
-    return f"{mount.fstype} ({mount.opts})" if mount else "an unknown file system"
+def cpu_seconds(roots: Iterable[int]) -> float:
+    """CPU time that these processes and their descendants have used so far."""
+    # User and system time, and that of the children that have ended.
+    return sum(each_process(roots, lambda process: sum(process.cpu_times()[:4])))
+
+
+def resident_bytes(roots: Iterable[int]) -> int:
+    """The sum of the proportional set sizes: memory that processes share is counted once."""
+    return sum(each_process(roots, lambda process: int(process.memory_full_info().pss)))
+
+
+def machine_cpu_seconds() -> float:
+    """CPU time for which the whole machine was not idle, the kernel's own threads included."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
+
+
+def children_cpu_seconds() -> float:
+    """CPU time of the children of this process that have ended."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

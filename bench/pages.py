@@ -5,22 +5,17 @@ Nine messages of ten are finished, one waits (`bench.history`). `qmqp-relay web`
 production, and each measurement is one HTTP request, from its first byte to its last.
 """
 
-import socket
 import statistics
-import sys
 import tempfile
 import time
 import urllib.request
-from functools import partial
 from pathlib import Path
 
 from bench.history import fill, on_each_database
-from bench.processes import wait
-from bench.services import end, free_port, spawn
-from bench.systems import clean_environment
+from bench.services import RELAY, clean_environment, free_port, listens, running
 from relay.db.engine import connect, reading
-from relay.db.sql import dialect_of
 
+_MIDDLE = "SELECT CAST(id AS text) FROM messages ORDER BY id DESC LIMIT 1 OFFSET {}"
 SEARCHES = (
     "sender=sender77@example.com", "sender=*77@example.com", "recipient=recipient5000@d53.example.org",
     "recipient=*@d53.example.org", "header_message_id=5000@client.example.com", "reply=greylisted", "reply=never+said",
@@ -36,11 +31,6 @@ def fetch(url: str) -> float:
     return time.monotonic() - began
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
 def measure(name: str, url: str, rows: int, runs: int) -> None:
     """Print a line for each page: the time of the first request and the median. (The overview is
     cached for a moment.)"""
@@ -49,11 +39,9 @@ def measure(name: str, url: str, rows: int, runs: int) -> None:
     print(f"{name}: {rows} messages, filled in {time.monotonic() - began:.0f} s", flush=True)
     engine = connect(url)
     with reading(engine) as connection:
-        middle = dialect_of(engine)(
-            f"SELECT @hex(id) FROM messages ORDER BY id DESC LIMIT 1 OFFSET {rows // 2}"
-        )
-        queue_id = connection.exec_driver_sql(middle).scalar()
+        middle = connection.exec_driver_sql(_MIDDLE.format(rows // 2)).scalar_one()
     engine.dispose()
+    queue_id = middle.replace("-", "")
     searches = [f"search?{query}" for query in (*SEARCHES, f"id={queue_id}")]
     port = free_port()
     address = f"127.0.0.1:{port}"
@@ -61,18 +49,12 @@ def measure(name: str, url: str, rows: int, runs: int) -> None:
         environ = clean_environment() | {
             "RELAY_DATABASE_URL": url, "RELAY_WEB_LISTEN": address, "RELAY_STATE_DIR": state_dir,
         }  # fmt: skip
-        with Path(state_dir, "web.log").open("wb") as log:
-            child = spawn(
-                [sys.executable, "-m", "commands.cli.main", "web"], env=environ, stderr=log
-            )
-        try:
-            wait(partial(_listens, port), f"the page is ready, see {log.name}")
+        log = Path(state_dir, "web.log")
+        with running((*RELAY, "web"), log, lambda: listens(port), env=environ):
             for path in ("", *searches, f"message/{queue_id}"):
                 seconds = [fetch(f"http://{address}/{path}") for _ in range(runs)]
                 median = statistics.median(seconds)
                 print(f"  {seconds[0]:7.3f} s {median:7.3f} s  /{path}", flush=True)
-        finally:
-            end(child)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,21 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from bench.load import connect, deliver, idle_connections, send, text_of
-from bench.machine import Disk
-from bench.processes import cpu_seconds, machine_cpu_seconds, resident_bytes, wait
-from bench.systems import System
+from bench.load import connect, deliver, send, text_of
+from bench.machine import cpu_seconds, machine_cpu_seconds, resident_bytes, wait_until_idle
+from bench.services import wait
+from bench.systems import PostfixSystem, RelaySystem
 
 PAUSE = 0.1  # seconds between two single messages, so that the system is idle
 MIN_VOLUME = 240.0  # MB; less is sent in about a second, too short for a rate
 NO_RATIO = " (too little for a ratio)"
 
+type System = RelaySystem | PostfixSystem
 type Figures = dict[str, float]
 
 
@@ -55,89 +59,116 @@ SMOKE = Scale(
 )  # fmt: skip
 
 
+@dataclass(slots=True)
+class Run:
+    """One run of a part on a system with so many workers. `busy`: the disk was not idle within
+    `scale.disk_timeout`."""
+
+    system: System
+    scale: Scale
+    workers: int = 1
+    busy: bool = False
+
+    def prepare(self) -> int:
+        """Wait until the system and the disk are idle; return the sink's count."""
+        self.wait_until_empty()
+        self.system.flush()
+        self.wait_for_disk()
+        return self.system.sink.count()
+
+    def wait_for_disk(self) -> None:
+        self.busy |= not wait_until_idle(self.system.directory, self.scale.disk_timeout)
+
+    def wait_until_empty(self) -> float:
+        """Wait until all outcomes are committed; return the time."""
+        what = f"{self.system.name}: the queue is empty"
+        return wait(self.system.empty, what, timeout=120.0, pause=0.01)
+
+    def wait_for(self, count: int, *, pause: float = 0.004) -> float:
+        """Wait until the sink's count is `count`; return the time."""
+        what = f"{self.system.name}: {count} delivered"
+        return wait(lambda: self.system.sink.count() >= count, what, timeout=300.0, pause=pause)
+
+    def send(
+        self, messages: int, size: int = 0, *, sessions: int = 0, reuse: bool = False
+    ) -> tuple[float, float, float]:
+        """As `load.send`; the defaults are those of the scale."""
+        return send(
+            self.system.smtp_port, messages, size or self.scale.size,
+            sessions=sessions or self.scale.sessions, reuse=reuse,
+        )  # fmt: skip
+
+    def fill_queue(self, *load: int, **how: Any) -> float:
+        """Send messages that are not delivered until `system.release`; return the seconds that it
+        took to accept them."""
+        self.system.hold()
+        _, seconds, _ = self.send(*load, **how)
+        time.sleep(self.scale.overdue)
+        return seconds
+
+    def resident(self) -> float:
+        """MiB: the sum of PSS of the processes that receive and deliver, and of their children."""
+        roles = ("smtpd", "worker", "Postfix")
+        pids = [pid for role in roles for pid in self.system.roles.get(role, [])]
+        return resident_bytes(pids) / 2**20
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`run` returns the figures of one system in `unit`; those named "CPU ..." are microseconds a
-    message."""
+    """`run` returns the figures of one run in `unit`; those named "CPU ..." are microseconds a
+    message. It is called once for each number of `workers`; `slow`: with the slow server."""
 
     name: str
     title: str
     unit: str
-    run: Callable[[System, Scale, Disk], Figures]
+    run: Callable[[Run], Figures]
     more_is_better: bool = True
+    workers: tuple[int, ...] = (1,)
+    slow: bool = False
 
 
-def _prepare(system: System, disk: Disk) -> int:
-    """Wait until the system and the disk are idle; return the sink's count."""
-    wait(system.empty, f"{system.name}: the queue is empty", timeout=120.0, pause=0.05)
-    system.flush()
-    disk.wait_until_idle()
-    return system.delivered()
-
-
-def _wait_for(system: System, count: int, *, pause: float = 0.004) -> float:
-    """Wait until the sink's count is `count`; return the time."""
-    return wait(
-        lambda: system.delivered() >= count,
-        f"{system.name}: {count} delivered",
-        timeout=300.0,
-        pause=pause,
-    )
-
-
-def _load(system: System, scale: Scale, disk: Disk, *, reuse: bool, workers: int = 1) -> Figures:
-    if not system.arrange(workers):
-        return {}
-    count = scale.messages
+def _load(run: Run, *, reuse: bool) -> Figures:
+    system, count = run.system, run.scale.messages
     # First some messages for plans, caches and processes.
-    send(system.smtp_port, 100, scale.size, sessions=scale.sessions, reuse=reuse)
-    before = _prepare(system, disk)
-    roles = system.processes()
-    used = cpu_seconds(roles)
+    run.send(100, reuse=reuse)
+    before = run.prepare()
+    used = {role: cpu_seconds(pids) for role, pids in system.roles.items()}
     busy = machine_cpu_seconds()
-    sent = send(system.smtp_port, count, scale.size, sessions=scale.sessions, reuse=reuse)
-    delivered = _wait_for(system, before + count)
-    done = wait(system.empty, f"{system.name}: the queue is empty", pause=0.01)
-    cpu = {role: value - used[role] for role, value in cpu_seconds(roles).items()}
-    cpu |= {"source": sent.cpu, "machine": machine_cpu_seconds() - busy}
+    began, seconds, source = run.send(count, reuse=reuse)
+    delivered = run.wait_for(before + count)
+    done = run.wait_until_empty()
+    cpu = {role: cpu_seconds(pids) - used[role] for role, pids in system.roles.items()}
+    cpu |= {"source": source, "machine": machine_cpu_seconds() - busy}
     return {
-        "accepted": count / sent.seconds,
-        "delivered": count / (delivered - sent.began),
-        "done": count / (done - sent.began),
+        "accepted": count / seconds,
+        "delivered": count / (delivered - began),
+        "done": count / (done - began),
         **{f"CPU {role}": 1e6 * seconds / count for role, seconds in cpu.items()},
     }
 
 
-def _large(system: System, scale: Scale, disk: Disk) -> Figures:
-    if not system.arrange():
-        return {}
-    megabytes = scale.large * scale.large_size / 1e6
-    before = _prepare(system, disk)
-    system.hold()
-    sent = send(system.smtp_port, scale.large, scale.large_size, sessions=2, reuse=True)
-    time.sleep(scale.overdue)
-    disk.wait_until_idle()
-    system.release()
+def _large(run: Run) -> Figures:
+    megabytes = run.scale.large * run.scale.large_size / 1e6
+    before = run.prepare()
+    seconds = run.fill_queue(run.scale.large, run.scale.large_size, sessions=2, reuse=True)
+    run.wait_for_disk()
+    run.system.release()
     released = time.perf_counter()
-    delivered = _wait_for(system, before + scale.large)
+    delivered = run.wait_for(before + run.scale.large)
     out = "out" if megabytes > MIN_VOLUME else "out" + NO_RATIO
-    return {"in": megabytes / sent.seconds, out: megabytes / (delivered - released)}
+    return {"in": megabytes / seconds, out: megabytes / (delivered - released)}
 
 
-def _latency(system: System, scale: Scale, disk: Disk) -> Figures:
-    if not system.arrange():
-        return {}
-    text = text_of(scale.size)
+def _latency(run: Run) -> Figures:
+    text = text_of(run.scale.size)
     times: dict[str, list[float]] = {"from the dot to 250": [], "from 250 to the sink's yes": []}
-    before = _prepare(system, disk)
-    with connect(system.smtp_port) as client:
-        for number in range(1, scale.singles + 1):
+    before = run.prepare()
+    with connect(run.system.smtp_port) as client:
+        for number in range(1, run.scale.singles + 1):
             sent, accepted = deliver(client, text)
-            delivered = _wait_for(system, before + number, pause=0.0002)
-            for values, seconds in zip(
-                times.values(), (accepted - sent, delivered - accepted), strict=True
-            ):
-                values.append(1000 * seconds)
+            delivered = run.wait_for(before + number, pause=0.0002)
+            times["from the dot to 250"].append(1000 * (accepted - sent))
+            times["from 250 to the sink's yes"].append(1000 * (delivered - accepted))
             time.sleep(PAUSE)
     return {
         f"{name}, p{percent}": statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
@@ -146,67 +177,46 @@ def _latency(system: System, scale: Scale, disk: Disk) -> Figures:
     }
 
 
-def _slow(system: System, scale: Scale, disk: Disk, workers: int) -> Figures:
-    if not system.arrange(workers, slow=True):
-        return {}
-    count = scale.slow
-    before = _prepare(system, disk)
-    system.hold()
-    send(system.smtp_port, count, scale.size, sessions=scale.sessions)
-    time.sleep(scale.overdue)
-    system.release()
+def _slow(run: Run) -> Figures:
+    before = run.prepare()
+    run.fill_queue(run.scale.slow)
+    run.system.release()
     # The middle eight tenths: without the start and the last few.
-    low = _wait_for(system, before + count // 10)
-    first = system.delivered()
-    high = _wait_for(system, before + count * 9 // 10)
-    return {f"workers: {workers}": (system.delivered() - first) / (high - low)}
+    low = run.wait_for(before + run.scale.slow // 10)
+    first = run.system.sink.count()
+    high = run.wait_for(before + run.scale.slow * 9 // 10)
+    return {f"workers: {run.workers}": (run.system.sink.count() - first) / (high - low)}
 
 
-def _slow_twice(system: System, scale: Scale, disk: Disk) -> Figures:
-    return _slow(system, scale, disk, 1) | _slow(system, scale, disk, 2)
-
-
-def _memory(system: System, scale: Scale, disk: Disk) -> Figures:
-    if not system.arrange():
-        return {}
+def _memory(run: Run) -> Figures:
     figures: Figures = {}
-    for count in scale.connections:
-        _prepare(system, disk)
-        with idle_connections(system.smtp_port, count):
-            figures[f"{count} idle connections"] = _resident(system)
-    for size in (scale.size, 1_000_000, scale.large_size):
-        _prepare(system, disk)
-        figures[f"messages of {size:,} bytes"] = _highest(system, scale, size)
+    for count in run.scale.connections:
+        run.prepare()
+        with ExitStack() as stack:
+            for _ in range(count):
+                stack.enter_context(connect(run.system.smtp_port))
+            figures[f"{count} idle connections"] = run.resident()
+    for size in (run.scale.size, 1_000_000, run.scale.large_size):
+        count = max(4, min(400, run.scale.volume // size))
+        before = run.prepare()
+        # The highest memory while four messages at once pass.
+        samples = []
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(run.send, count, size, sessions=4, reuse=True)
+            while not sending.done():
+                samples.append(run.resident())
+        sending.result()
+        run.wait_for(before + count)
+        figures[f"messages of {size:,} bytes"] = max(*samples, run.resident())
     return figures
 
 
-def _highest(system: System, scale: Scale, size: int) -> float:
-    """The highest memory while four messages at once pass."""
-    count = max(4, min(400, scale.volume // size))
-    before = system.delivered()
-    highest = 0.0
-    with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(send, system.smtp_port, count, size, sessions=4, reuse=True)
-        while not sending.done():
-            highest = max(highest, _resident(system))
-        sending.result()
-    _wait_for(system, before + count)
-    return max(highest, _resident(system))
-
-
-def _resident(system: System) -> float:
-    """MiB: the sum of PSS of the processes that receive and deliver, and of their children."""
-    roles = system.processes()
-    pids = [pid for role in ("smtpd", "worker", "Postfix") for pid in roles.get(role, [])]
-    return resident_bytes(pids) / 2**20
-
-
 PARTS = (
-    Part("load", "a connection a message", "messages a second", lambda s, n, d: _load(s, n, d, reuse=False)),
-    Part("reuse", "connections kept", "messages a second", lambda s, n, d: _load(s, n, d, reuse=True)),
-    Part("two", "two workers, as load", "messages a second", lambda s, n, d: _load(s, n, d, reuse=False, workers=2)),
+    Part("load", "a connection a message", "messages a second", partial(_load, reuse=False)),
+    Part("reuse", "connections kept", "messages a second", partial(_load, reuse=True)),
+    Part("two", "two workers, as load", "messages a second", partial(_load, reuse=False), workers=(2,)),
     Part("large", "messages of 20 MB", "MB a second", _large),
     Part("latency", "one message at a time, on an idle system", "ms", _latency, more_is_better=False),
-    Part("slow", "to a server that takes 100 ms", "messages a second", _slow_twice),
+    Part("slow", "to a server that takes 100 ms", "messages a second", _slow, workers=(1, 2), slow=True),
     Part("memory", "resident, sum of PSS: smtpd, spooler, worker; all of Postfix", "MiB", _memory, more_is_better=False),
 )  # fmt: skip

@@ -17,6 +17,8 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from bench.results import COST, ROLES, without_failures
+
 # Title, and the parts of the panel with the prefix of their figures' names.
 _PANELS = {
     "messages a second": {
@@ -28,26 +30,24 @@ _PANELS = {
     "MiB resident, sum of PSS (less is better)": {"memory": ""},
 }  # fmt: skip
 _COST = "CPU a message, microseconds (a connection a message)"
-_ROLES = ("smtpd", "worker", "database", "broker", "Postfix", "sink", "source")
 
-type Runs = Mapping[str, Sequence[float]]  # by system; failed runs are left out
-type Figures = dict[str, Runs]  # by name
+type Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # by name and system
 
 
 def draw(document: Mapping[str, Any], file: Path) -> None:
-    """Write the plot of a `report.as_json` document to `file`; nothing while all runs failed."""
-    parts = {part["name"]: _without_failures(part["figures"]) for part in document["parts"]}
-    panels: dict[str, Figures] = {
+    """Write the plot of a result file to `file`; nothing while all runs failed."""
+    parts: dict[str, Figures] = {part["name"]: part["figures"] for part in document["parts"]}
+    panels = {
         title: {
-            f"{prefix}{name}": runs
+            f"{prefix}{name}": by_system
             for part, prefix in prefixes.items()
-            for name, runs in parts.get(part, {}).items()
-            if not name.startswith("CPU ")
+            for name, by_system in parts.get(part, {}).items()
+            if not name.startswith(COST)
         }
         for title, prefixes in _PANELS.items()
     }
     load = parts.get("load", {})
-    panels[_COST] = {role: load[f"CPU {role}"] for role in _ROLES if f"CPU {role}" in load}
+    panels[_COST] = {role: load[COST + role] for role in ROLES[:-1] if COST + role in load}
     panels = {title: figures for title, figures in panels.items() if figures}
     if not panels:
         return
@@ -66,32 +66,21 @@ def draw(document: Mapping[str, Any], file: Path) -> None:
     pyplot.close(figure)
 
 
-def _without_failures(figures: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figures:
-    return {
-        name: {
-            system: [run for run in runs if run is not None]
-            for system, runs in by_system.items()
-            if any(run is not None for run in runs)
-        }
-        for name, by_system in figures.items()
-    }
-
-
 def _draw_panel(axes: Axes, figures: Figures) -> None:
-    systems = list(dict.fromkeys(system for runs in figures.values() for system in runs))
-    height = 0.8 / max(1, len(systems))
+    systems = list(dict.fromkeys(system for by_system in figures.values() for system in by_system))
+    height = 0.8 / len(systems)
     for number, system in enumerate(systems):
-        rows = [
-            (row + number * height, by_system[system])
+        rows = {
+            row + number * height: without_failures(by_system[system])
             for row, by_system in enumerate(figures.values())
             if system in by_system
-        ]
-        medians = [statistics.median(runs) for _, runs in rows]
+        }
+        medians = [statistics.median(runs) for runs in rows.values()]
         spread = [
-            [median - min(runs) for median, (_, runs) in zip(medians, rows, strict=True)],
-            [max(runs) - median for median, (_, runs) in zip(medians, rows, strict=True)],
+            [median - min(runs) for median, runs in zip(medians, rows.values(), strict=True)],
+            [max(runs) - median for median, runs in zip(medians, rows.values(), strict=True)],
         ]
-        bars = axes.barh([y for y, _ in rows], medians, height, xerr=spread, label=system)
+        bars = axes.barh(list(rows), medians, height, xerr=spread, label=system)
         axes.bar_label(bars, fmt="%.4g", padding=4)
     axes.set_yticks(range(len(figures)), list(figures))
     axes.invert_yaxis()
@@ -99,10 +88,6 @@ def _draw_panel(axes: Axes, figures: Figures) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def main() -> None:
+if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
     draw(json.loads(source.read_text()), target)
-
-
-if __name__ == "__main__":
-    main()

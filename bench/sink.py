@@ -12,9 +12,10 @@ from qmqp.sink import Answer, Rule, Sink
 INTERVAL = 0.002  # seconds between two reads of the count
 
 
-async def _serve(host: str, port: int, delay: float) -> None:
-    sink = Sink([Rule(Answer(delay=delay))], keep=1)
-    await sink.start(host, port)
+async def _serve(address: str, delay: str) -> None:
+    host, _, port = address.rpartition(":")
+    sink = Sink([Rule(Answer(delay=float(delay)))], keep=1)
+    await sink.start(host, int(port))
     written = 0
     while True:
         await asyncio.sleep(INTERVAL)
@@ -24,6 +25,4 @@ async def _serve(host: str, port: int, delay: float) -> None:
 
 
 if __name__ == "__main__":
-    address, seconds = sys.argv[1:]
-    listen_host, _, listen_port = address.rpartition(":")
-    uvloop.run(_serve(listen_host, int(listen_port), float(seconds)))
+    uvloop.run(_serve(*sys.argv[1:]))

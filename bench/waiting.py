@@ -11,17 +11,15 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
-from bench.history import analyze, fill, on_each_database
-from bench.processes import cpu_seconds
-from relay.db.engine import connect, migrate, writing
+from bench import history
+from bench.machine import cpu_seconds
+from relay.db.engine import connect, migrate
 from relay.db.schema import Outcome, State
-from relay.db.sql import dialect_of
 from relay.dsn.generator import DsnGenerator
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
@@ -94,49 +92,30 @@ class RelayQueue:
         return accepted - began, time.perf_counter() - accepted
 
 
-def add_overdue_rows(engine: Engine) -> None:
-    """Make half of the deferred rows overdue on a route whose server is down."""
-    spell = dialect_of(engine)
-    with writing(engine) as connection:
-        if spell.postgresql:
-            connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        sql = """UPDATE deliveries
-            SET state = 'queued', route = 'dead', due_at = @ago(3600 * (1 + @chance))
-            WHERE state = 'deferred'
-                AND queue_id IN (SELECT id FROM messages WHERE sender < 'sender5')"""
-        connection.execute(text(spell(sql)))
-    analyze(engine)
-
-
-def database_cpu(engine: Engine) -> Callable[[], float]:
-    """A function that returns the CPU seconds that the database has used so far."""
+def database_cpu(engine: Engine) -> float:
+    """The CPU seconds that the database has used so far."""
     if engine.dialect.name == "sqlite":
-        return lambda: sum(os.times()[:2])
-    with engine.connect() as connection:
-        backend = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
-    parent = psutil.Process(backend).ppid()
-    return lambda: cpu_seconds({"database": [parent]})["database"]
+        return sum(os.times()[:2])
+    return cpu_seconds(child.pid for child in psutil.Process().children())
 
 
 def cost_now(relay: RelayQueue, turns: int, rounds: int) -> dict[str, float]:
     """The cost of an idle second and of a message now."""
-    used = database_cpu(relay.engine)
     for _ in range(10):  # plans and caches
         relay.turn()
         relay.round()
-    before = used()
+    cpu = database_cpu(relay.engine)
     began = time.perf_counter()
     for _ in range(turns):
         relay.turn()
     idle = time.perf_counter() - began
-    cpu = used() - before
-    times = [relay.round() for _ in range(rounds)]
+    cpu = database_cpu(relay.engine) - cpu
+    accepted, completed = zip(*[relay.round() for _ in range(rounds)], strict=True)
     return {
         "an idle turn, ms": 1000 * idle / turns,
         "its CPU in the database, ms": 1000 * cpu / turns,
-        "accepted a second": ROUND / statistics.median(accept for accept, _ in times),
-        "claimed and completed a second": ROUND
-        / statistics.median(deliver for _, deliver in times),
+        "accepted a second": ROUND / statistics.median(accepted),
+        "claimed and completed a second": ROUND / statistics.median(completed),
     }
 
 
@@ -145,18 +124,17 @@ def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         relay = RelayQueue(url, Path(directory))
         empty = cost_now(relay, turns, rounds)
-        fill(url, rows)
-        add_overdue_rows(relay.engine)
+        history.fill(url, rows)
+        history.run(url, "make_overdue")
         full = cost_now(relay, turns, rounds)
         relay.engine.dispose()
     for figure, value in empty.items():
-        print(
-            f"{name:12}{figure:32}{value:10.2f}{full[figure]:12.2f}"
-            f"{full[figure] / max(value, 0.01):8.2f}",
-            flush=True,
-        )
+        ratio = full[figure] / max(value, 0.01)
+        print(f"{name:12}{figure:32}{value:10.2f}{full[figure]:12.2f}{ratio:8.2f}", flush=True)
 
 
 if __name__ == "__main__":
     heading = f"{'':44}{'empty':>10}{'waiting':>12}{'ratio':>8}"
-    on_each_database(measure, "bench.waiting", heading, rows=1_000_000, turns=200, rounds=200)
+    history.on_each_database(
+        measure, "bench.waiting", heading, rows=1_000_000, turns=200, rounds=200
+    )

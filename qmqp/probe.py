@@ -122,7 +122,7 @@ async def _connected(
 async def _second_reply(
     host: str | None, port: int, path: str | None, connect: float, reply: float
 ) -> bytes:
-    """The answer to a whole netstring without a message; empty if there is none."""
+    """The reply to a whole netstring without a message; empty without a reply."""
     try:
         async with _connected(host, port, path, connect) as (reader, writer):
             writer.write(_NO_MESSAGE)

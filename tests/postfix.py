@@ -106,8 +106,8 @@ class QmqpSink(Server):
 
 
 class Postfix(Server):
-    """A qmqpd on `port`, one on `closed_port` that nobody may use, one on `soft_port` that never
-    says D."""
+    """A qmqpd on `port`, one on `closed_port` that authorizes no client, one on `soft_port`
+    that never says D."""
 
     main, master = _MAIN, _MASTER
 

@@ -142,12 +142,12 @@ _ports = itertools.islice(itertools.cycle(_PORTS), os.getpid() * 97 % len(_PORTS
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listened on a moment ago, and that the kernel gives to no connection
-    of its own accord.
+    """A TCP port on which no program listened a moment ago, and that the kernel gives to no
+    connection of its own accord.
 
-    Ports of the kernel's choice (0) come from the range of outgoing connections: one that a test
-    leaves free for a while may be somebody's by then. Ours are below, and each process that runs
-    tests begins elsewhere.
+    Ports of the kernel's choice (0) come from the range of outgoing connections, so another
+    connection may take one that a test leaves free for a while. These are below that range, and
+    each process that runs tests begins elsewhere.
     """
     for port in _ports:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -252,8 +252,8 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Is a process there that still does something? A zombie that nobody has waited for yet does
-    not count."""
+    """Whether a process still runs. A zombie, whose parent has not waited for it yet, does not
+    count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -149,7 +149,7 @@ def arrived(relay: Installation, sink: Sink, recipient: str) -> tuple[bytes, byt
 
 @pytest.mark.parametrize("header", [True, False], ids=["header", "bare"])
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 10 * MB])
-def test_bytes_arrive_as_they_were_sent(
+def test_C31_bytes_arrive_as_they_were_sent(
     relay: Installation, sink: Sink, size: int, header: bool
 ) -> None:
     text = content(size, header=header)

@@ -318,7 +318,7 @@ def test_pages(console: Console) -> None:
     uncertain = created.ids["queued"][0]
     assert "DSN of" in browser.get(f"/message/{uncertain}").words
     for path, words in {
-        f"/search?id={created.ids['held'][0][-12:]}": "1", "/search?sender=nobody@example.com": "No mail matches",
+        f"/search?id={created.ids['held'][0][-12:]}": "1", "/search?sender=unknown@example.com": "No mail matches",
         "/search?id=zz": "is not a queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
         f"/search?id={dashed(created.ids['sending'][0])}": "sending",
         "/search?sender=%3C%3E": "queued", "/search?reply=greylisted": "451 4.7.1", "/search?header_message_id=7@example.com":

@@ -229,7 +229,7 @@ def test_accepted_mail_survives_a_killed_smtpd(scene: Scene) -> None:
         scene.finish(feeder, orphans=True)
 
 
-def test_accepted_mail_survives_a_killed_spooler(scene: Scene) -> None:
+def test_C25_accepted_mail_survives_a_killed_spooler(scene: Scene) -> None:
     children = Path(f"/proc/{scene.smtpd.pid}/task/{scene.smtpd.pid}/children")
     with Feeder(scene.relay.port, name="spooler-") as feeder:
         for _ in range(3):

@@ -166,7 +166,7 @@ def test_what_a_person_sees(
     created, browser = seen
     shown = {
         "/": "The oldest unfinished message", "/search": HOSTILE[-9:], f"/search?sender={LONG}": "sub.example.com",
-        "/search?sender=nobody": "No mail matches", "/nothing": "Not found", "/search?id=zz": "is not a queue id",
+        "/search?sender=unknown": "No mail matches", "/nothing": "Not found", "/search?id=zz": "is not a queue id",
     } | {f"/message/{ids[-1]}": state for state, ids in created.ids.items()}  # fmt: skip
     for path, words in shown.items():
         chromium.look(browser.root + path, width, scheme)
@@ -229,7 +229,7 @@ def test_results_and_reasons_are_visible_without_scrolling(
     assert chromium.tells("document.querySelector('form').checkVisibility()") is False
     chromium.tells("document.querySelector('summary').click()")
     assert chromium.tells("document.querySelector('form').checkVisibility()") is True
-    chromium.look(f"{browser.root}/search?reply=nobody-said-that", 360, "light")
+    chromium.look(f"{browser.root}/search?reply=never-replied", 360, "light")
     assert chromium.tells("document.querySelector('form').checkVisibility()") is True
 
 

@@ -19,7 +19,7 @@ from tests.services import ServiceError
 
 @pytest.fixture(scope="session")
 def postfix() -> Iterator[Postfix]:
-    """Real qmqpds: one that takes mail, one that lets nobody in, one that never says D."""
+    """Real qmqpds: one that accepts mail, one that authorizes no client, one that never says D."""
     try:
         server = Postfix()
         server.start()

@@ -21,11 +21,14 @@ KEY = "qmqp-relay:{}".format
 
 @pytest.fixture
 def hints(broker: Broker) -> Iterator[Callable[..., Hints]]:
-    """Starts publishers to the broker; they are closed at the end."""
+    """Starts publishers to the broker, with ids that were offered before; they are closed at the
+    end."""
     started: list[Hints] = []
 
-    def start(queue: str = FRESH) -> Hints:
+    def start(queue: str = FRESH, *offers: tuple[list[str], str]) -> Hints:
         made = Hints(celery_app(load(Settings, broker_url=broker.url)), queue, BATCH)
+        for ids, route in offers:
+            made.offer(ids, route)
         made.start()
         started.append(made)
         return made
@@ -68,10 +71,7 @@ def test_ids_offered_together_are_one_hint(broker: Broker, hints: Callable[..., 
 
 def test_hint_groups_ids_by_route(broker: Broker, hints: Callable[..., Hints]) -> None:
     ids = [new_id() for _ in range(4)]
-    publisher = hints()
-    with publisher._changed:  # as one round of smtpd's offers them
-        publisher.offer(ids[:3], "default")
-        publisher.offer(ids[2:], "bulk")
+    publisher = hints(FRESH, (ids[:3], "default"), (ids[2:], "bulk"))
     until(lambda: publisher.published == 1)
     raw = broker.ask("LINDEX", KEY(FRESH), "0").partition(b"\r\n")[2]
     args, _, _ = json.loads(base64.b64decode(json.loads(raw)["body"]))

@@ -45,7 +45,7 @@ async def say(port: int, *lines: str) -> list[str]:
     return replies[1:]
 
 
-def test_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_INTERVAL", 0.0)
     monkeypatch.setattr(module, "STABLE_FOR", 0.0)
     file = tmp_path / "routes.toml"

@@ -443,7 +443,7 @@ def test_services_may_start_together_on_a_new_spool(engine: Engine, tmp_path: Pa
     assert known(engine) == [(tmp_path / "new" / "spool-id").read_text().strip()]
 
 
-def test_unusable_directory_is_refused(
+def test_C32_unusable_directory_is_refused(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     public = tmp_path / "public"

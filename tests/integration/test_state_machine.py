@@ -10,6 +10,7 @@ the delays, that the seconds which a run takes cannot matter.
 """
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ from relay.spool.store import Spool
 from tests.integration.queue_harness import OUTCOME_POLICY, QueueHarness, new_message
 
 type Key = tuple[str, int]
+
+EXAMPLES = int(os.environ.get("RELAY_TESTS_EXAMPLES", "10"))  # histories a database; `make soak`
 
 STEP = 13_700.0
 GRACE, DELAY, UNCERTAIN_DELAY, LEASE, SESSION, LIFETIME = (
@@ -964,7 +967,7 @@ def test_the_queue_does_what_its_model_does(harness: QueueHarness, spool: Spool)
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=10,
+            max_examples=EXAMPLES,
             stateful_step_count=50,
             deadline=None,
             phases=[Phase.reuse, Phase.generate],

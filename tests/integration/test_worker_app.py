@@ -33,7 +33,7 @@ class House:
     """A mailroom, and worker processes that see it."""
 
     def __init__(self, mail: EngineHarness, spawn: Spawn, log: Path) -> None:
-        self.mail, self._spawn, self._log = mail, spawn, log
+        self.mail, self._spawn, self.log = mail, spawn, log
 
     def environment(self, **given: Any) -> dict[str, str]:
         settings = self.mail.settings
@@ -46,13 +46,13 @@ class House:
         return {**{n: v for n, v in os.environ.items() if not n.startswith("RELAY_")}, **ours}
 
     def start(self, *command: str, **given: Any) -> subprocess.Popen[Any]:
-        with self._log.open("ab") as log:
+        with self.log.open("ab") as log:
             return self._spawn(
                 command or WORKER, env=self.environment(**given), stdout=log, stderr=log
             )
 
     def said(self) -> str:
-        return self._log.read_text()[-3000:]
+        return self.log.read_text()[-3000:]
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ class Scene:
         return self.house.mail
 
     def said(self, event: str) -> bool:
-        return f'"event": "{event}"' in self.house._log.read_text()
+        return f'"event": "{event}"' in self.house.log.read_text()
 
     def begin(self, phase: str) -> None:
         self.ids[phase] = self.mail.accept(

@@ -2,12 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from bench import plot, report
-from bench.machine import Disk
-from bench.parts import NO_RATIO, Part, Scale
-from bench.runs import PEER, Measurement, measure
+from bench import plot
+from bench.parts import NO_RATIO, Part, Run, Scale
+from bench.results import PEER, Result, measure, table
 
 
 class PreparedSystem:
@@ -16,16 +15,19 @@ class PreparedSystem:
     def __init__(self, name: str, directory: Path, *runs: float | Exception) -> None:
         self.name, self.directory, self.runs = name, directory, list(runs)
 
+    def arrange(self, workers: int, *, slow: bool) -> bool:
+        return workers == 1 and not slow
 
-def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted") -> Measurement:
-    def run(system: Any, _scale: Scale, disk: Disk) -> dict[str, float]:
-        disk.wait_until_idle()
-        figure = system.runs.pop(0)
+
+def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted") -> Result:
+    def run(run: Run) -> dict[str, float]:
+        run.wait_for_disk()
+        figure = cast(Any, run.system).runs.pop(0)
         if isinstance(figure, Exception):
             raise figure
         return {name: figure}
 
-    part = Part("load", "words", "unit", run, more_is_better)
+    part = Part("load", "words", "unit", run, more_is_better, workers=(1, 2))
     return measure(part, list(systems), Scale(runs=3, disk_timeout=0.0))
 
 
@@ -33,7 +35,7 @@ def test_a_failed_run_leaves_the_figures_of_the_others(tmp_path: Path):
     result = measured(PreparedSystem("ours", tmp_path, 1.0, RuntimeError("heard 451"), 3.0))
     assert result.figures == {"accepted": {"ours": [1.0, None, 3.0]}}
     assert result.failures == ["run 2, ours: RuntimeError: heard 451"]
-    assert result.median("accepted", "ours") == 2.0
+    assert "2.00 (1.00-3.00)" in table(result, ["ours"])
 
 
 def test_ratios_are_between_runs_of_the_same_turn(tmp_path: Path):
@@ -41,7 +43,7 @@ def test_ratios_are_between_runs_of_the_same_turn(tmp_path: Path):
         PreparedSystem("ours", tmp_path, 8.0, OSError(), 6.0),
         PreparedSystem(PEER, tmp_path, OSError(), 1.0, 2.0),
     )
-    assert measured(ours, theirs).ratio("accepted", "ours") == 3.0
+    assert measured(ours, theirs).times_better_than_postfix == {"accepted": {"ours": 3.0}}
 
 
 def test_a_ratio_is_inverted_where_less_is_better(tmp_path: Path):
@@ -49,7 +51,8 @@ def test_a_ratio_is_inverted_where_less_is_better(tmp_path: Path):
         PreparedSystem("ours", tmp_path, 8.0, 8.0, 8.0),
         PreparedSystem(PEER, tmp_path, 2.0, 2.0, 2.0),
     )
-    assert measured(ours, theirs, more_is_better=False).ratio("accepted", "ours") == 0.25
+    result = measured(ours, theirs, more_is_better=False)
+    assert result.times_better_than_postfix == {"accepted": {"ours": 0.25}}
 
 
 def test_there_is_no_ratio_without_the_peer_or_for_a_small_load(tmp_path: Path):
@@ -57,20 +60,15 @@ def test_there_is_no_ratio_without_the_peer_or_for_a_small_load(tmp_path: Path):
         return PreparedSystem("ours", tmp_path, 1.0, 1.0, 1.0)
 
     dead = PreparedSystem(PEER, tmp_path, OSError(), OSError(), OSError())
-    assert measured(ours(), dead).ratio("accepted", "ours") is None
-    name = "out" + NO_RATIO
-    assert (
-        measured(ours(), PreparedSystem(PEER, tmp_path, 1.0, 1.0, 1.0), name=name).ratio(
-            name, "ours"
-        )
-        is None
-    )
+    assert measured(ours(), dead).times_better_than_postfix == {"accepted": {}}
+    peer = PreparedSystem(PEER, tmp_path, 1.0, 1.0, 1.0)
+    assert measured(ours(), peer, name="out" + NO_RATIO).times_better_than_postfix == {}
 
 
 def test_a_busy_disk_is_reported(tmp_path: Path):
     result = measured(PreparedSystem("ours", tmp_path, 1.0, 1.0, 1.0))
-    assert result.busy_disk == ["run 1, ours", "run 2, ours", "run 3, ours"]
-    assert "the disk was busy before it: run 2, ours" in report.table(result, ["ours"])
+    assert result.disk_not_still == ["run 1, ours", "run 2, ours", "run 3, ours"]
+    assert "the disk was busy before it: run 2, ours" in table(result, ["ours"])
 
 
 def test_table_file_and_plot_accept_failed_runs(tmp_path: Path):
@@ -78,13 +76,13 @@ def test_table_file_and_plot_accept_failed_runs(tmp_path: Path):
         PreparedSystem("ours", tmp_path, 1.0, OSError("gone"), 3.0),
         PreparedSystem(PEER, tmp_path, *[OSError()] * 3),
     )
-    assert "FAILED run 2, ours: OSError: gone" in report.table(result, ["ours", PEER])
-    document = report.as_json([result], {"when": "now"})
-    assert document["parts"][0]["figures"] == {"accepted": {"ours": [1.0, None, 3.0]}}
-    for name in ("large", "latency", "memory"):
-        part = dataclasses.replace(result.part, name=name)
-        document["parts"] += report.as_json([dataclasses.replace(result, part=part)], {})["parts"]
-    plot.draw(document, tmp_path / "plot.svg")
+    assert "FAILED run 2, ours: OSError: gone" in table(result, ["ours", PEER])
+    parts = [
+        dataclasses.asdict(dataclasses.replace(result, name=name))
+        for name in ("load", "large", "latency", "memory")
+    ]
+    assert parts[0]["figures"] == {"accepted": {"ours": [1.0, None, 3.0]}}
+    plot.draw({"about": {"when": "now"}, "parts": parts}, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
     assert all(
         unit in drawn for unit in ("messages a second", "MB a second", "ms, one", "MiB resident")

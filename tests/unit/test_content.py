@@ -3,6 +3,7 @@ bytes."""
 
 import itertools
 import re
+import tracemalloc
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -238,6 +239,13 @@ def test_C6_empty_header_only_body_only_blank_first_line(wire: bytes, text: byte
         assert (decoded, rest, content.fault, content.octets) == (text, b"", None, len(wire) - 3)
 
 
+@given(st.binary())
+def test_C7_content_ends_with_a_line_end(wire: bytes) -> None:
+    content, text, rest = decode([wire + b"\r\n.\r\n"])
+    assert rest is not None
+    assert content.fault is not None or text.endswith(b"\n")
+
+
 @pytest.mark.parametrize(
     "first", [b"From someone Mon Jan  1\r\n", b" indented\r\n", b"\tindented\r\n"]
 )
@@ -323,6 +331,10 @@ def test_content_that_begins_with_a_continuation_has_no_header(blank: bytes) -> 
 
 def test_only_one_unfinished_header_line_is_kept_and_bounded() -> None:
     content = Content(LIMIT)
+    content.feed(b"x" * 10_000)
+    tracemalloc.start()
     for _ in range(20):
         content.feed(b"x" * 10_000)
-    assert len(content._header._tail) <= 1000
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 4_000

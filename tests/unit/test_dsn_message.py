@@ -298,7 +298,7 @@ HOSTILE = st.text(st.characters(max_codepoint=0x2FF), max_size=200).map(
 
 @settings(max_examples=15)
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-def test_hostile_values_add_no_line_and_no_field(
+def test_C30_hostile_values_add_no_line_and_no_field(
     reply: str, address: str, orcpt: str, envid: str, queue_id: str
 ) -> None:
     failure = replace(FAILED, reply=reply, address=address, orcpt=f"{orcpt};{orcpt}")

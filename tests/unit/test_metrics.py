@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from relay import listener, metrics
 from relay.db import engine as database
@@ -85,7 +85,7 @@ def test_silent_database_delays_no_scrape(queue: QueueMetrics, monkeypatch: pyte
     def silent() -> list[Metric]:
         looks.append(1)
         go_on.wait(30)
-        return [metrics._gauge("database_up", "", 1)]
+        return [GaugeMetricFamily("relay_database_up", "", 1)]
 
     monkeypatch.setattr(metrics, "SCRAPE_TIMEOUT", 0.05)
     monkeypatch.setattr(queue, "_database", silent)

@@ -261,7 +261,7 @@ def test_every_item_is_answered_once_under_load(database: Database) -> None:
         thread.join()
     answers = desk.finish()
     assert set(answers) == {(worker, n) for worker in range(4) for n in range(100)}
-    until(lambda: not desk.writer._thread.is_alive())
+    assert desk.writer.close(20), "the thread has ended"
     for worker in range(4):
         committed = [n for round_ in database.rounds for w, n in round_ if w == worker]
         assert committed == sorted(committed), "in the order they came"

@@ -156,10 +156,8 @@ def test_file_that_changes_while_it_is_read_is_not_used(
 
 
 def test_change_before_the_first_poll_is_seen(file: Path, write: Write) -> None:
-    settings = load(Settings, routes=file)
-    read = module._stamp(file)
+    routes = loaded(file)
     write(ONE.replace("one", "uno"))
-    routes = Routes(parse_routes(ONE), settings.routes, read=read)
     assert routes.names() == ("uno", DEFAULT)
 
 

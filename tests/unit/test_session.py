@@ -203,7 +203,7 @@ DATA = b"DATA\r\n"
         ],
     ],
 )
-def test_C17_dialogues(steps: list[tuple[bytes, bytes]]) -> None:
+def test_C17_C18_dialogues(steps: list[tuple[bytes, bytes]]) -> None:
     dialogue = Dialogue()
     for command, code in steps:
         assert codes(dialogue.send(command)) == [code]
