@@ -145,8 +145,8 @@ class ServerPool:
 
     def down(self, route: Route, tried: Collection[str] = ()) -> bool:
         """Whether all servers of the route but those `tried` have an open circuit; none is only
-        full or paused."""
-        return all(
+        full or paused, and neither is the route."""
+        return not self.paused(route) and all(
             self._blocked(server) and not self._paused(server)
             for server in route.servers
             if server.name not in tried
@@ -179,11 +179,15 @@ class ServerPool:
 
     def open_reason(self, route: Route) -> str:
         """Why the circuit of the first server that has an open one is open, for operators."""
-        for server in route.servers:
-            breaker = self.state(server).breaker
-            if breaker.open_until is not None:
-                return f"the circuit of {server.name} is open: {breaker.reason}"
-        return ""
+        breakers = ((server.name, self.state(server).breaker) for server in route.servers)
+        return next(
+            (
+                f"the circuit of {name} is open: {breaker.reason}"
+                for name, breaker in breakers
+                if breaker.open_until is not None
+            ),
+            "",
+        )
 
     # Circuits
 

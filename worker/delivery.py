@@ -180,7 +180,8 @@ class DeliveryTask:
 
     def close(self) -> None:
         """Close the body and release the slot. May be called again."""
-        self._release_slot()
+        if self.slot is not None:
+            self.slot.release()
         if self.body >= 0:
             os.close(self.body)
             self.body = -1
@@ -194,10 +195,6 @@ class DeliveryTask:
         finally:
             self.close()
 
-    def _release_slot(self) -> None:
-        if self.slot is not None:
-            self.slot.release()
-
     # Trying servers
 
     async def _send(self) -> Completion:
@@ -208,7 +205,8 @@ class DeliveryTask:
         except ValueError as error:
             return self._no_request(error)
         while not self._aborted:
-            self._release_slot()
+            if self.slot is not None:
+                self.slot.release()
             self.slot = self.config.servers.take(self.route, self._tried)
             if self.slot is None:
                 return self._no_server_left()

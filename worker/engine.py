@@ -82,12 +82,10 @@ class Engine:
         self._quarantine = Quarantine(self._send, self._complete)
         self._active: dict[DeliveryTask, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
-        self._requested = 0  # claim requests without an answer, and claims without a body yet
         self._unrecorded = 0  # completions that are not committed yet
         self._faults = 0  # in a row
         self._paused_until = 0.0
         self._stopping = False
-        self._idle = asyncio.Event()
         self.heartbeat = time.monotonic()  # when the loop last turned
 
     # From other threads
@@ -110,7 +108,7 @@ class Engine:
         if ids and not self._stopping:
             self._loop.call_soon_threadsafe(self._offered, batch, ids, queue, route)
         else:
-            batch.finish()
+            batch.set()
         return batch
 
     def poll_now(self) -> None:
@@ -180,7 +178,7 @@ class Engine:
         self._poll()
 
     def _poll(self) -> None:
-        if not self._active and not self._requested:
+        if self.producer.capacity.busy == self._quarantine.waiting:
             self._quarantine.send_next()
         now = time.monotonic()
         if (
@@ -192,26 +190,21 @@ class Engine:
             self.producer.produce(self.lease.worker, now)
 
     def _request(self, request: ClaimRequest, handler: ClaimsHandler) -> None:
-        self._requested += 1
         self._commands.put(request, partial(self._claimed, request.worker, handler))
 
     def _claimed(
         self, worker: str, handler: ClaimsHandler, result: CommandResult | Exception
     ) -> None:
         claims = result if isinstance(result, list) else []
-        self._requested -= 1
         slots = handler(claims)
         if claims:
-            self._requested += 1
             opened = partial(self._opened, worker, claims, slots)
             self._bodies.open(claims).add_done_callback(opened)
-        self._check_idle()
         self._poll()
 
     def _opened(
         self, worker: str, claims: Sequence[Claim], slots: Slots, opened: asyncio.Future[Opened]
     ) -> None:
-        self._requested -= 1
         for claim, slot, body in zip(claims, slots, opened.result(), strict=True):
             self._start(claim, worker, slot, body)
         self._poll()
@@ -271,7 +264,6 @@ class Engine:
 
     def _recorded(self, completion: Completion, result: CommandResult | Exception) -> None:
         self._unrecorded -= 1
-        self._check_idle()
         queue_id = completion.queue_id
         if isinstance(result, Exception):
             log.critical("outcome not recorded", id=queue_id, reason=first_line(result))
@@ -297,12 +289,9 @@ class Engine:
             _, late = await asyncio.wait(self._active.values(), timeout=seconds)
             for task in late:
                 task.cancel()
-        self._check_idle()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(RECORDING_TIME):
-                await self._idle.wait()
-        return self._idle.is_set()
-
-    def _check_idle(self) -> None:
-        if self._stopping and not (self._active or self._requested or self._unrecorded):
-            self._idle.set()
+        end = time.monotonic() + RECORDING_TIME
+        while self.producer.capacity.busy or self._unrecorded:
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(0.01)
+        return True

@@ -6,7 +6,7 @@ once while a route has more. Either becomes a `ClaimRequest` within the `Capacit
 
 What must stay true: at most one request for each hint queue and one poll are under way; reserved
 slots are released when the claims arrive, whatever they are; only the capacity of its own route
-decides what happens to a hint. All but `HintBatch.wait` belongs to the engine's loop.
+decides what happens to a hint. All but waiting for a `HintBatch` belongs to the engine's loop.
 """
 
 import itertools
@@ -30,30 +30,11 @@ type Slots = list[ConnectionSlot | None]  # None: for a claim that needs no conn
 type ClaimsHandler = Callable[[Sequence[Claim]], Slots]
 
 
-class HintBatch:
-    """The hints of one task. The task waits until each has become part of a claim request or was
-    dropped."""
+class HintBatch(threading.Event):
+    """The hints of one task. It is set, and the task ends, when each of them has become part of a
+    claim request or was dropped."""
 
-    __slots__ = ("_done", "left")
-
-    def __init__(self) -> None:
-        self.left = 0  # hints in queues and requests
-        self._done = threading.Event()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """True once all hints were used or dropped; False after `timeout` seconds. Thread-safe."""
-        return self._done.wait(timeout)
-
-    def use_one(self) -> bool:
-        """One hint was used; True when that was the last."""
-        self.left -= 1
-        if self.left <= 0:
-            self.finish()
-        return self.left <= 0
-
-    def finish(self) -> None:
-        """Release the task."""
-        self._done.set()
+    left = 0
 
 
 class HintQueue:
@@ -89,7 +70,9 @@ class HintQueue:
     def use(self, hints: Iterable[Hint]) -> None:
         """The claim request with these hints was answered."""
         for _, batch in hints:
-            if batch.use_one():
+            batch.left -= 1
+            if not batch.left:
+                batch.set()
                 self.batches.discard(batch)
 
     def drop(self) -> None:
@@ -97,7 +80,7 @@ class HintQueue:
         for hints in self._hints.values():
             hints.clear()
         for batch in self.batches:
-            batch.finish()
+            batch.set()
         self.batches.clear()
 
 
@@ -139,7 +122,7 @@ class Capacity:
         routes = [
             route
             for route in known
-            if self._servers.capacity(route) or (overdue and self._down(route))
+            if self._servers.capacity(route) or (overdue and self._servers.down(route))
         ]
         random.shuffle(routes)
         left = min(most, self.free)
@@ -168,19 +151,16 @@ class Capacity:
     def all_servers_down(self, name: str) -> bool:
         """Whether every server of a route that is not paused has an open circuit."""
         route = self._routes.get(name)
-        return route is not None and self._down(route)
+        return route is not None and self._servers.down(route)
 
     def closed(self, name: str) -> bool:
         """Whether hints are useless: the route is gone, paused, or all its servers are down."""
         route = self._routes.get(name)
         return route is None or self._servers.paused(route) or self._servers.down(route)
 
-    def _down(self, route: Route) -> bool:
-        return not self._servers.paused(route) and self._servers.down(route)
-
     def _slots(self, route: Route, count: int) -> Slots:
         """At most so many slots of a route that has capacity, or whose servers are all down."""
-        if self._down(route):
+        if self._servers.down(route):
             return [None] * min(count, self._batch_size)
         slots = (self._servers.take(route, reserve=True) for _ in range(count))
         return list(itertools.takewhile(bool, slots))

@@ -113,7 +113,7 @@ class Sweeper(PeriodicThread):
         if not lease.worker:
             self._monitor.reset()
             return
-        if self._away_at is not None and not lease.renewed_since(self._away_at):
+        if self._away_at is not None and lease.renewed_at < self._away_at:
             return
         try:
             self._engine.servers.pauses = self._rescuer.paused()
