@@ -18,6 +18,7 @@ from typing import NamedTuple
 from qmqp.netstring import NetstringError, read_length
 
 KEPT_TEXT = 4096  # bytes of a reply's text that are kept
+_KEPT = KEPT_TEXT + 16  # with length and status
 
 
 class MalformedReply(ValueError):
@@ -42,53 +43,48 @@ class ReplyParser:
     """Reads one reply, however it is cut up. `extra` counts the bytes after it, which mean nothing;
     `received` is the beginning of the reply, as far as it is kept."""
 
-    __slots__ = ("_left", "_reply", "complete", "extra", "received")
+    __slots__ = ("_begun", "_kept", "_total", "complete", "extra", "received")
 
     def __init__(self) -> None:
         self.received = b""
         self.complete = False
-        self._left = -1
-        self._reply: Reply | None = None
         self.extra = 0
+        self._begun = False  # whether a valid length and the status byte have come
+        self._kept = b""  # the beginning of the netstring
+        self._total = 0
 
     def feed(self, data: bytes) -> Reply | None:
         """Take the next bytes; return the reply once it is complete. Raises MalformedReply at the
         first wrong byte."""
-        if self._reply is not None:
-            self.extra += len(data)
-            return self._reply
-        if self._left < 0:
-            data = self.received + data
-            self.received = data[:KEPT_TEXT]
-            try:
-                header = read_length(data)
-            except NetstringError as error:
-                raise MalformedReply(str(error), self.received) from None
-            if header is None:
-                return None
-            self._left, begin = header
-            data = data[begin:]
-            self.received = b""
-            if not self._left:
-                raise MalformedReply("an empty reply", b"0:")
-        piece = data[: self._left]
-        if len(self.received) <= KEPT_TEXT:
-            self.received += piece[: KEPT_TEXT + 1 - len(self.received)]
-        if self.received and self.received[0] not in b"KZD":
-            raise MalformedReply("a reply that begins with none of K, Z, D", self.received)
-        self._left -= len(piece)
-        if self._left or len(data) == len(piece):
+        before = self._total
+        self._total += len(data)
+        self._kept += data[: _KEPT - len(self._kept)]
+        try:
+            header = read_length(self._kept)
+        except NetstringError as error:
+            raise MalformedReply(str(error), self._kept[:KEPT_TEXT]) from None
+        if header is None:
+            self.received = self._kept
             return None
-        if data[len(piece)] != 0x2C:
+        length, begin = header
+        if not length:
+            raise MalformedReply("an empty reply", b"0:")
+        end = begin + length
+        self.received = self._kept[begin : min(end, begin + 1 + KEPT_TEXT)]
+        self._begun = bool(self.received)
+        if self._begun and self.received[0] not in b"KZD":
+            raise MalformedReply("a reply that begins with none of K, Z, D", self.received)
+        if self._total <= end:
+            return None
+        if before <= end and data[end - before] != 0x2C:
             raise MalformedReply("a reply that does not end with a comma", self.received)
-        self.extra = len(data) - len(piece) - 1
+        self.extra = self._total - end - 1
         self.complete = True
-        self._reply = Reply(self.received[:1], self.received[1:])
-        return self._reply
+        return Reply(self.received[:1], self.received[1:])
 
     def eof(self) -> Reply | None:
         """The beginning of a reply that the connection cut off, marked truncated; None unless a
         valid length and the status byte have come."""
-        if self._left < 0 or not self.received:
+        if not self._begun:
             return None
         return Reply(self.received[:1], self.received[1:], truncated=True)

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from threading import Condition, Thread
-from time import monotonic
 from typing import Any
 
 from qmqp import LONGEST_SESSION
@@ -32,7 +31,6 @@ from qmqp.connection import RESET_ON_CLOSE
 from qmqp.netstring import MAX_LENGTH, NetstringError, SizeError, encode
 from qmqp.request import RequestParser
 from qmqp.sink_rules import PRESETS, Answer, Chooser, MagicRecipients, Preset, Rule
-from qmqp.wakeup import Wakeup
 
 __all__ = [
     "PRESETS",
@@ -45,7 +43,7 @@ __all__ = [
     "running_sink",
 ]
 
-_BUFFER_SIZE = 262144
+_READ_SIZE = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,6 @@ class Sink:
         self.faults: deque[str] = deque(maxlen=keep)
         self.count = self.connections = self.port = 0
         self.changed = Condition()
-        self.buffer = memoryview(bytearray(_BUFFER_SIZE))
         self.open: set[asyncio.Task[None]] = set()
         if dump is not None:
             dump.mkdir(parents=True, exist_ok=True)
@@ -152,8 +149,6 @@ class SinkConnection:
         self._parser = RequestParser(self._keep, sink.preset.max_size)
         self._digest = sha256()
         self._number = 0
-        self._wakeup = Wakeup()
-        self._end = monotonic() + LONGEST_SESSION
         self._part = sink.dump / f".{os.getpid()}-{id(self)}" if sink.dump is not None else None
 
     async def serve(self) -> None:
@@ -165,10 +160,11 @@ class SinkConnection:
                 break
         end = "reset"
         try:
-            answer = await self._read(answer, rules)
-            await self._reply(answer)
-            if answer.end == "stay":
-                await self._stay()
+            async with asyncio.timeout(LONGEST_SESSION):
+                answer = await self._read(answer, rules)
+                await self._reply(answer)
+                if answer.end == "stay":
+                    await self._stay()
             end = answer.end
         except OSError:
             end = "close"
@@ -198,22 +194,12 @@ class SinkConnection:
                 await asyncio.sleep(answer.read_pause)
         return answer
 
-    async def _receive(self, size: int) -> memoryview:
-        """At most `size` bytes, empty at the end. They lie in a buffer that all connections share,
-        so they must be used before the next await."""
-        buffer = self._sink.buffer[:size]
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                return buffer[: self._sock.recv_into(buffer)]
-            except BlockingIOError:
-                loop.add_reader(self._sock.fileno(), self._wakeup.notify)
-                try:
-                    await self._wakeup.wait(self._end)
-                finally:
-                    loop.remove_reader(self._sock.fileno())
-            except OSError:
-                return buffer[:0]
+    async def _receive(self, size: int) -> bytes:
+        """At most `size` bytes, empty at the end."""
+        try:
+            return await asyncio.get_running_loop().sock_recv(self._sock, min(size, _READ_SIZE))
+        except OSError:
+            return b""
 
     def _refuse(self, error: NetstringError) -> Answer:
         kind = "length exceeds storage limit" if isinstance(error, SizeError) else "format error"
