@@ -107,29 +107,23 @@ def report_failure(servers: ServerPool, server: Server, reply: str, *, unauthori
         log.warning("circuit opened", server=name, seconds=round(seconds, 1), reason=reply)
 
 
-@dataclass(frozen=True, slots=True)
 class TransferConfig:
     """What all deliveries of a worker share. `may_commit` is asked just before the last bytes of a
     request leave, with the id of the worker that holds the claim."""
 
-    settings: WorkerSettings
-    timeouts: client.Timeouts
-    servers: ServerPool
-    may_commit: Callable[[str], bool]
-    unauthorized: re.Pattern[str]
-
-    @classmethod
-    def of(
-        cls, settings: WorkerSettings, servers: ServerPool, may_commit: Callable[[str], bool]
-    ) -> "TransferConfig":
-        """The configuration that these settings give."""
-        timeouts = client.Timeouts(
+    def __init__(
+        self, settings: WorkerSettings, servers: ServerPool, may_commit: Callable[[str], bool]
+    ) -> None:
+        self.settings = settings
+        self.servers = servers
+        self.may_commit = may_commit
+        self.unauthorized = unwanted(settings)
+        self.timeouts = client.Timeouts(
             connect=settings.connect_timeout,
             io=settings.io_timeout,
             reply=settings.reply_timeout,
             session=settings.session_timeout,
         )
-        return cls(settings, timeouts, servers, may_commit, unwanted(settings))
 
 
 class _Try(NamedTuple):

@@ -78,7 +78,7 @@ class Engine:
         self.lease = Lease(queue, settings.lease, self._renew)
         self.producer = Producer(settings, routes, self.servers, self._request)
         self._bodies = BodyIo(self._loop, spool)
-        self._config = TransferConfig.of(settings, self.servers, self.lease.may_commit)
+        self._config = TransferConfig(settings, self.servers, self.lease.may_commit)
         self._quarantine = Quarantine(self._send, self._complete)
         self._active: dict[DeliveryTask, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))

@@ -128,7 +128,9 @@ def test_stale_doubled_and_unknown_hints_are_harmless(room: Open, sink: Sink) ->
     assert sink.count == len(ids)
 
 
-def test_hints_are_kept_while_the_worker_is_stopped(room: Open) -> None:
+def test_hints_are_kept_while_the_worker_is_stopped(
+    room: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with answering(Answer(delay=8.0)) as sink:  # the only slot is taken meanwhile
         mail = room(sink, grace=3.0, server_connections=1, reply_timeout=20.0)
         with mail.working() as engine:
@@ -136,8 +138,9 @@ def test_hints_are_kept_while_the_worker_is_stopped(room: Open) -> None:
             until(lambda: sink.count == 1)
             batch = engine.offer([mail.accept()])
             stalled = threading.Event()
-            engine._loop.call_soon_threadsafe(threading.Event().wait, 4.0)
-            engine._loop.call_soon_threadsafe(stalled.set)
+            for stall in (partial(threading.Event().wait, 4.0), stalled.set):
+                monkeypatch.setattr(engine.producer, "poll_now", stall)
+                engine.poll_now()  # calls it in the loop
             assert stalled.wait(10)
             assert not batch.wait(1.5), "the time in which the worker was stopped counted"
 
