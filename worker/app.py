@@ -10,6 +10,7 @@ SIGTERM drains. A thread waits for it from the start and ends the process if Cel
 silent broker can block Celery for minutes.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -117,6 +118,10 @@ class WorkerProcess:
         end = threading.Thread(target=self._drain, args=(self.engine, parts), name="end")
         end.daemon = True
         end.start()
+        # What exists now lives as long as the process. To visit it at each full collection takes 7 %
+        # of the engine's CPU.
+        gc.collect()
+        gc.freeze()
 
     def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints]) -> None:
         self._stop_requested.wait()
