@@ -155,15 +155,12 @@ class ServerPool:
     def works(self, route: Route) -> bool:
         """Whether a server of the route that is not paused gave a whole reply in the last seconds
         and has not failed since. Thread-safe."""
-        if self.paused(route):
-            return False
-        states = [
-            self._states.get(server.name) for server in route.servers if not self._paused(server)
+        breakers = [
+            self.state(server).breaker for server in route.servers if not self._paused(server)
         ]
-        return any(
-            not state.breaker.failures and self._clock() - state.breaker.replied_at < WORKING_TIME
-            for state in states
-            if state is not None
+        return not self.paused(route) and any(
+            not breaker.failures and self._clock() - breaker.replied_at < WORKING_TIME
+            for breaker in breakers
         )
 
     def wake_limits(self, routes: Collection[Route]) -> dict[str, int]:

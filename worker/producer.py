@@ -1,8 +1,8 @@
 """The producer: which deliveries a worker asks the database for, and when.
 
 Two sources take turns. Hints wait in a `HintQueue` for each route; those that may be for any route
-wait in all of them. The overdue poll asks for overdue deliveries, once a second for each route, and at
-once while a route has more. Either becomes a `ClaimRequest` within the `Capacity` of the routes.
+wait in all of them. The overdue poll asks for overdue deliveries, once a second for each route, and
+at once while a route has more. Either becomes a `ClaimRequest` within the `Capacity` of the routes.
 
 What must stay true: at most one request for each hint queue and one poll are under way; reserved
 slots are released when the claims arrive, whatever they are; only the capacity of its own route
@@ -118,11 +118,11 @@ class Capacity:
         The free connections are divided equally among the routes that have capacity. Their order is
         random, because the first gets all slots of a shared server. `settle` takes the result.
         """
-        known = [route for name in names if (route := self._routes.get(name))]
         routes = [
             route
-            for route in known
-            if self._servers.capacity(route) or (overdue and self._servers.down(route))
+            for name in names
+            if (route := self._routes.get(name))
+            and (self._servers.capacity(route) or (overdue and self._servers.down(route)))
         ]
         random.shuffle(routes)
         left = min(most, self.free)
