@@ -3,18 +3,20 @@
 Half of the rows are overdue on a route whose server is down, half are deferred for long. A turn is
 what a worker asks each second while it is idle: the sweeper's statements, and a poll for overdue
 mail of another route. Then messages of that other route are accepted, claimed and completed in
-rounds. Each figure is measured with an empty queue and then with the rows. The CPU time of SQLite
-is that of this process, the CPU time of PostgreSQL that of all its processes.
+rounds. Each figure is measured on a database with an empty queue and on one with the rows; the two
+take turns. The CPU time of SQLite is that of this process, the CPU time of PostgreSQL that of all
+its processes.
 """
 
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Engine
+from sqlalchemy import Engine, make_url
 
 from bench import history
 from bench.machine import cpu_seconds
@@ -31,6 +33,7 @@ from relay.spool.store import Spool
 
 ROUND = 32
 ROUTES = ("default", "dead")
+BLOCK = 10  # idle turns between two looks at the CPU time, which has ticks of 10 ms
 
 
 class RelayQueue:
@@ -99,42 +102,67 @@ def database_cpu(engine: Engine) -> float:
     return cpu_seconds(child.pid for child in psutil.Process().children())
 
 
-def cost_now(relay: RelayQueue, turns: int, rounds: int) -> dict[str, float]:
-    """The cost of an idle second and of a message now."""
-    for _ in range(10):  # plans and caches
-        relay.turn()
-        relay.round()
-    cpu = database_cpu(relay.engine)
-    began = time.perf_counter()
+def beside(url: str) -> str:
+    """The URL of a second, new database on the same server."""
+    other = make_url(url)
+    if other.get_backend_name() == "sqlite":
+        return f"{url}-waiting"
+    engine = connect(url)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("CREATE DATABASE waiting")
+    engine.dispose()
+    return other.set(database="waiting").render_as_string(hide_password=False)
+
+
+def costs(relays: Sequence[RelayQueue], turns: int, rounds: int) -> list[dict[str, float]]:
+    """The cost of an idle second and of a message for each of the relays. They take turns, so that
+    other load on the machine is the same for all."""
+    for relay in relays:
+        for _ in range(10):  # plans and caches
+            relay.turn()
+            relay.round()
+    idle = [0.0] * len(relays)
+    cpu = [0.0] * len(relays)
     for _ in range(turns):
-        relay.turn()
-    idle = time.perf_counter() - began
-    cpu = database_cpu(relay.engine) - cpu
-    accepted, completed = zip(*[relay.round() for _ in range(rounds)], strict=True)
-    return {
-        "an idle turn, ms": 1000 * idle / turns,
-        "its CPU in the database, ms": 1000 * cpu / turns,
-        "accepted a second": ROUND / statistics.median(accepted),
-        "claimed and completed a second": ROUND / statistics.median(completed),
-    }
+        for n, relay in enumerate(relays):
+            used, began = database_cpu(relay.engine), time.perf_counter()
+            for _ in range(BLOCK):
+                relay.turn()
+            idle[n] += time.perf_counter() - began
+            cpu[n] += database_cpu(relay.engine) - used
+    times = [[relay.round() for relay in relays] for _ in range(rounds)]
+    return [
+        {
+            "an idle turn, ms": 1000 * idle[n] / turns / BLOCK,
+            "its CPU in the database, ms": 1000 * cpu[n] / turns / BLOCK,
+            "accepted a second": ROUND / statistics.median(one[n][0] for one in times),
+            "claimed and completed a second": ROUND / statistics.median(one[n][1] for one in times),
+        }
+        for n in range(len(relays))
+    ]
 
 
 def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
     """Print a line for each figure: with an empty queue, with the rows, and the ratio."""
     with tempfile.TemporaryDirectory() as directory:
-        relay = RelayQueue(url, Path(directory))
-        empty = cost_now(relay, turns, rounds)
-        history.fill(url, rows)
-        history.run(url, "make_overdue")
-        full = cost_now(relay, turns, rounds)
-        relay.engine.dispose()
+        relays = []
+        urls = (url, beside(url))
+        for number, database in enumerate(urls):
+            spool = Path(directory, str(number))
+            spool.mkdir()
+            relays.append(RelayQueue(database, spool))
+        history.fill(urls[1], rows)
+        history.run(urls[1], "make_overdue")
+        empty, waiting = costs(relays, turns, rounds)
+        for relay in relays:
+            relay.engine.dispose()
     for figure, value in empty.items():
-        ratio = full[figure] / max(value, 0.01)
-        print(f"{name:12}{figure:32}{value:10.2f}{full[figure]:12.2f}{ratio:8.2f}", flush=True)
+        ratio = waiting[figure] / max(value, 0.01)
+        print(f"{name:12}{figure:32}{value:10.2f}{waiting[figure]:12.2f}{ratio:8.2f}", flush=True)
 
 
 if __name__ == "__main__":
     heading = f"{'':44}{'empty':>10}{'waiting':>12}{'ratio':>8}"
     history.on_each_database(
-        measure, "bench.waiting", heading, rows=1_000_000, turns=200, rounds=200
+        measure, "bench.waiting", heading, rows=1_000_000, turns=20, rounds=200
     )
