@@ -169,10 +169,18 @@ class ServerPool:
         Thread-safe."""
         self.awaited = frozenset(server.name for route in routes for server in route.servers)
         limits = {
-            route.name: MAX_WOKEN if self.works(route) else min(1, self.capacity(route))
+            route.name: MAX_WOKEN if self.works(route) else int(self._may_try(route))
             for route in routes
+            if not self.paused(route)
         }
         return {name: limit for name, limit in limits.items() if limit}
+
+    def _may_try(self, route: Route) -> bool:
+        # A poll reserves every slot for a moment; it must not hide from the sweeper that a server
+        # may be probed.
+        return any(
+            self.free(server, route) or self.state(server).reserved for server in route.servers
+        )
 
     def open_reason(self, route: Route) -> str:
         """Why the circuit of the first server that has an open one is open, for operators."""

@@ -213,7 +213,7 @@ class Producer:
                 self._hints_first = source != self._use_hints
 
     def _use_hints(self, worker: str, now: float) -> bool:
-        waiting = [name for name, hints in self.hints.items() if hints and not hints.requested]
+        waiting = [name for name, hints in self.hints.items() if not hints.requested and hints]
         random.shuffle(waiting)
         used = [
             self._use_hints_of(name, -(-self.capacity.free // (len(waiting) - n)), worker, now)
@@ -251,8 +251,10 @@ class Producer:
         return self.capacity.settle(reserved, claims)
 
     def _poll(self, worker: str, now: float) -> bool:
+        if self._polling:
+            return False
         due = [name for name in self._routes.names() if now >= self._poll_at.get(name, 0.0)]
-        if self._polling or not due:
+        if not due:
             return False
         reserved = self.capacity.reserve(due, self._settings.worker_connections, overdue=True)
         if not reserved:

@@ -118,6 +118,7 @@ def test_a_probe_is_reserved_once_and_does_not_count_as_a_probe_yet() -> None:
     assert capacity.reserve(["one"], 100, overdue=True) == {}
     assert not servers.circuit_open(A.name), "nothing is sent yet"
     assert not capacity.closed("one"), "other hints wait and are not dropped"
+    assert servers.wake_limits([one]) == {"one": 1}, "the sweeper may wake a delivery for it"
     (slot,) = capacity.settle(reserved, claims("one", 1))
     assert slot is not None
     slot.release()
