@@ -79,7 +79,7 @@ def test_all_that_waits_for_a_server_is_sent_when_it_returns(
         assert sink.count == MANY
 
 
-def test_a_worker_that_sees_a_server_work_sends_what_others_deferred(
+def test_a_worker_sends_what_others_deferred_when_a_server_works(
     install: Install, port: int
 ) -> None:
     relay = install("postgresql", QMQP_SERVERS=f"127.0.0.1:{port}", **SLOW)

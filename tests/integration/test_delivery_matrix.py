@@ -1,8 +1,8 @@
-"""The matrix of faults and phases: what a worker makes of each, as `docs/delivery.md` tells it.
+"""The matrix of faults and phases of a transfer, as in `docs/delivery.md`.
 
-Every case is a real transfer to a server that misbehaves in one way in one phase, once with no
-other server and once with a good one behind it. The table in the document is what comes out;
-RELAY_TESTS_WRITE=1 writes it anew.
+Every case is a real transfer to a server that misbehaves in one way in one phase, once without
+another server and once with a working one behind it. The table in the document is the result;
+RELAY_TESTS_WRITE=1 writes it again.
 """
 
 import asyncio
@@ -143,7 +143,7 @@ def _server(port: int) -> Server:
 async def _carried(
     case: Case, servers: tuple[Server, ...], pool: ServerPool, path: Path
 ) -> Completion:
-    """What becomes of one message."""
+    """The end of one message."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(handle, case.size)
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
@@ -173,7 +173,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server) -> str:
-    """What happens then, in words."""
+    """The text of the column `next`."""
     words = []
     if len(spare.tries) > 1:
         assert (spare.state, [one.outcome for one in spare.tries][1]) == (
@@ -187,7 +187,7 @@ def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server
         case State.DELIVERED:
             words.append("the body is removed")
         case State.BOUNCED:
-            words.append("a notice to the sender")
+            words.append("a DSN to the sender")
         case State.SPLIT:
             words.append("each half is sent again at once")
         case State.HELD:

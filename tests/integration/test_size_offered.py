@@ -1,5 +1,5 @@
-"""The size limit that the front end offers follows the routes, also while it runs, and a real
-Postfix takes it."""
+"""The size limit that smtpd offers follows the routes, also while it runs, and a real Postfix obeys
+it."""
 
 import asyncio
 import os
@@ -32,7 +32,7 @@ async def never(_: object) -> None:
 
 
 async def say(port: int, *lines: str) -> list[str]:
-    """What the server answers to each line, after the banner."""
+    """The replies of the server to each line, after the banner."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     replies = []
     for line in ("", *lines):

@@ -1,5 +1,5 @@
-"""The spooler and its client: whatever dies, hangs or is late, every request gets one result and no
-row is committed twice."""
+"""The spooler and its client: whatever crashes, hangs or is late, every request gets one result and
+no row is committed twice."""
 
 import asyncio
 import socket

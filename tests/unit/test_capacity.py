@@ -1,4 +1,4 @@
-"""Capacity: never more than there are connections, shared by the routes, and returned."""
+"""Capacity: never more than the connections, shared by the routes, and returned."""
 
 from collections import Counter
 from collections.abc import Mapping
