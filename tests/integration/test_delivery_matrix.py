@@ -151,7 +151,7 @@ async def _carried(
     os.ftruncate(handle, case.size)
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
     claim = Claim("01" * 16, 1, 1, "r", "a@example.com", case.size, recipients, 0, 0, 0.0)
-    config = TransferConfig.of(SETTINGS, pool, lambda worker: case.may_commit)
+    config = TransferConfig(SETTINGS, pool, lambda worker: case.may_commit)
     transfer = DeliveryTask(claim, "02" * 16, handle, Route("r", servers), config)
     os.ftruncate(handle, case.size - case.cut)
     run = asyncio.create_task(transfer.run())

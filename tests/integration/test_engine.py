@@ -171,7 +171,7 @@ def test_each_attempt_has_a_row(harness_with: Open) -> None:
         with mail.working():
             until(lambda: mail.state(queue_id) == "deferred")
             assert mail.delivery(queue_id)["last_reply"] == "later"
-            until(lambda: mail.rescuer.requeue_due(10) == [queue_id])
+            until(lambda: mail.rescuer.requeue_due(10) == {"default": [queue_id]})
             until(lambda: mail.state(queue_id) == "delivered")
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["deferred", "delivered"]
 
@@ -338,7 +338,7 @@ def test_without_a_server_mail_waits_with_its_reason(harness_with: Open, sink: S
     assert mail.attempts(queue_id) == []
     later = harness_with(sink)
     with later.working():
-        until(lambda: later.rescuer.requeue_due(10) == [queue_id])
+        until(lambda: later.rescuer.requeue_due(10) == {"default": [queue_id]})
         until(lambda: later.state(queue_id) == "delivered")
 
 

@@ -114,7 +114,7 @@ def test_the_road_of_a_message_walks_through_nothing(crowded: QueueHarness) -> N
         (claim,) = crowded.claim(queue_id, room=IDLE)
         crowded.complete(claim, Outcome.DEFERRED)
         crowded.pass_time(60, only=[queue_id])
-        assert crowded.rescuer.requeue_due(10) == [queue_id]
+        assert crowded.rescuer.requeue_due(10) == {"idle": [queue_id]}
         (claim,) = crowded.claim(queue_id, room=IDLE)
         crowded.complete(claim, Outcome.DELIVERED)
         crowded.renew()
@@ -150,7 +150,7 @@ def test_an_idle_sweep_scans_nothing(crowded: QueueHarness, tmp_path: Path) -> N
     with server_reply(crowded) as statements:
         rescuer.paused()
         assert rescuer.bring_near(10, 3600.0, ["dead", "idle"]) == 0
-        assert rescuer.requeue_due(10) == []
+        assert rescuer.requeue_due(10) == {}
         assert rescuer.expire_stuck_transfers() == rescuer.rescue_unowned() == 0
         assert rescuer.expired_leases() == []
         assert generator.generate(10) == generator.warn(10) == []

@@ -504,7 +504,7 @@ class History(RuleBasedStateMachine):
         ids = self.harness.rescuer.requeue_due(limit)
         woken = [key for key in due if self._row(key)["state"] == "queued"]
         assert len(woken) == min(limit, len(due))
-        assert set(ids) == {queue_id for queue_id, _ in woken}
+        assert {queue_id for some in ids.values() for queue_id in some} == {m for m, _ in woken}
         for key in woken:
             assert all(due[key] <= other + NEAR for left, other in due.items() if left not in woken)
             self.queue[key].state, self.queue[key].due = State.QUEUED, self.clock + GRACE

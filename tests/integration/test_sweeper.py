@@ -361,7 +361,7 @@ def test_a_stuck_transfer_becomes_uncertain(scene: SweeperHarness) -> None:
 
 def test_the_heartbeat_file_exists_while_both_threads_run(scene: SweeperHarness) -> None:
     heartbeat = heartbeat_file(scene.mail.settings)
-    assert heartbeat == scene.mail.settings.state_dir / f"worker-{os.getpid()}.tick"
+    assert heartbeat == scene.mail.settings.state_dir / f"worker-{os.getpid()}.heartbeat"
     scene.engine.heartbeat = time.monotonic() + HOUR
     scene.sweeper.start()
     until(heartbeat.exists)
