@@ -64,7 +64,10 @@ class QueueHarness:
         self.database = connect(database_url, hot=True, pool=8)
         self.dialect = dialect_of(self.database)
         self.acceptor = Acceptor(
-            self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace
+            self.database,
+            lifetime=self.settings.queue_lifetime,
+            grace=self.settings.grace,
+            delay_warning=self.settings.delay_warning,
         )
         self.worker_queue = self.another_worker_queue()
         self.rescuer = Rescuer(self.database, self.settings)
@@ -211,8 +214,8 @@ class QueueHarness:
         if self.dialect.postgresql:
             earlier = "- :s * interval '1 second'"
         statements = [
-            f"""UPDATE deliveries SET due_at = due_at {earlier}, expires_at = expires_at {earlier}
-                {chosen if only else ""}"""
+            f"""UPDATE deliveries SET due_at = due_at {earlier}, expires_at = expires_at {earlier},
+                warn_at = warn_at {earlier} {chosen if only else ""}"""
         ]
         if not only:
             statements.append(f"UPDATE workers SET lease_expires_at = lease_expires_at {earlier}")
