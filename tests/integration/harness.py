@@ -215,8 +215,7 @@ class QueueHarness:
             earlier = "- :s * interval '1 second'"
         statements = [
             f"""UPDATE deliveries SET due_at = due_at {earlier}, expires_at = expires_at {earlier},
-            warn_at = warn_at {earlier}
-                {chosen if only else ""}"""
+                warn_at = warn_at {earlier} {chosen if only else ""}"""
         ]
         if not only:
             statements.append(f"UPDATE workers SET lease_expires_at = lease_expires_at {earlier}")
