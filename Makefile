@@ -1,57 +1,57 @@
-# qmqp-relay: what can be done with a clone. `make` alone explains.
+# qmqp-relay: targets for users and developers. `make` alone lists them.
 #
-# Every target sets up what it needs first; that is quick when nothing has changed. Python's own tools do the work (venv
-# and pip with the locked hashes), so neither root nor a compiler nor Docker is needed.
+# Every target first sets up what it needs, which is quick when nothing has changed. It uses only venv, and pip with the
+# locked hashes, so you need no root, no compiler and no Docker.
 
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?=
 export PYTHON
 BIN := .venv/bin
-# A test waits more than it computes, so three at once are right for two cores. `make test TESTS="tests/unit -x"`.
+# A test waits more than it computes, so three at once are right for two cores. Example: make test TESTS="tests/unit -x"
 TESTS ?= tests
 PYTEST_WORKERS ?= 3
-# `make soak`: histories a database and variant, and the seconds that one of these four tests may take.
+# For `make soak`: the number of histories for each database and variant, and the most seconds for each of its four tests.
 EXAMPLES ?= 1000
 SOAK_TIMEOUT ?= 14400
 
 .PHONY: help setup run demo status test soak coverage lint fmt bench lock clean
 
-help: ## say what there is (the default)
+help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-setup: ## make .venv with the relay, its tests and linters
+setup: ## create .venv with the relay, its tests and linters
 	@scripts/setup dev
 
-run: ## the relay in the foreground, in ./var; --demo unless RELAY_QMQP_SERVERS is set
+run: ## run the relay in the foreground, in ./var; with --demo unless RELAY_QMQP_SERVERS is set
 	@scripts/setup
 	@exec $(BIN)/qmqp-relay up $(if $(RELAY_QMQP_SERVERS)$(RELAY_QMQP_SERVERS_FILE),,--demo)
 
-demo: ## send real messages through a relay of its own, and show what becomes of each (a minute)
+demo: ## send real messages through a temporary relay, and print the state of each (a minute)
 	@scripts/setup
 	@exec $(BIN)/qmqp-relay demo
 
-status: ## how many messages are where, of the relay that `make run` started
+status: ## show the queue of the relay that `make run` started
 	@scripts/setup
 	@exec $(BIN)/qmqp-relay stats
 
-test: ## all tests: SQLite, PostgreSQL, a real broker (TESTS=path to choose)
+test: ## run all tests: SQLite, PostgreSQL, a real broker (TESTS=path to choose)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
 
-soak: ## the queue against its model, a thousand histories a database (EXAMPLES=n to choose; hours)
+soak: ## test the queue against its model: a thousand histories for each database (EXAMPLES=n; an hour)
 	@scripts/setup dev
 	@RELAY_TESTS_EXAMPLES=$(EXAMPLES) exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --timeout $(SOAK_TIMEOUT) \
 	  tests/integration/test_state_machine.py
 
-coverage: ## the tests, and how many branches they run, in percent (TESTS=path to choose)
+coverage: ## run the tests and report their branch coverage (TESTS=path to choose)
 	@scripts/setup dev
 	@rm -rf .coverage
 	@$(BIN)/coverage run -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
-lint: ## ruff, strict mypy, the direction of imports, the English of the pages
+lint: ## check code (ruff, strict mypy), directions of imports, and the English of the pages
 	@scripts/setup dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -59,16 +59,16 @@ lint: ## ruff, strict mypy, the direction of imports, the English of the pages
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python scripts/prose.py
 
-fmt: ## format, and mend what ruff can mend
+fmt: ## format, and fix what ruff can fix
 	@scripts/setup dev
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-bench: ## messages per second on this machine
+bench: ## measure messages per second on this machine
 	@scripts/setup dev
 	@exec $(BIN)/python -m bench
 
-lock: ## choose newer dependencies (needs uv)
+lock: ## update the lock files to newer dependencies (needs uv)
 	@scripts/lock
 
 clean: ## remove .venv and caches; mail in ./var stays

@@ -5,6 +5,7 @@ The exit status is 1 if a run failed.
 
 import dataclasses
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -36,7 +37,9 @@ def chosen(text: str, known: str) -> list[str]:
 def scale_of(base: Scale, **changes: int | None) -> Scale:
     """The scale with those changes that are given, and with no more connections than files may be
     open."""
-    files = machine.allow_open_files(max(base.connections) + 200)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = max(soft, min(max(base.connections) + 200, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     connections = tuple(count for count in base.connections if count + 200 <= files)
     if connections != base.connections:
         print(f"at most {max(connections)} connections: only {files} files may be open")

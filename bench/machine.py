@@ -51,15 +51,6 @@ def load_average() -> str:
     return " ".join(f"{value:.1f}" for value in os.getloadavg())
 
 
-def allow_open_files(count: int) -> int:
-    """Let this process and its children have `count` files open, if they may; return how many they
-    can."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = max(soft, min(count, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return allowed
-
-
 def wait_until_idle(directory: Path, timeout: float) -> bool:
     """Write everything out, then wait until the disk of the directory is idle; whether it was
     within `timeout` seconds."""
@@ -105,11 +96,6 @@ def cpu_seconds(roots: Iterable[int]) -> float:
     """CPU time that these processes and their descendants have used so far."""
     # User and system time, and that of the children that have ended.
     return sum(each_process(roots, lambda process: sum(process.cpu_times()[:4])))
-
-
-def resident_bytes(roots: Iterable[int]) -> int:
-    """The sum of the proportional set sizes: memory that processes share is counted once."""
-    return sum(each_process(roots, lambda process: int(process.memory_full_info().pss)))
 
 
 def machine_cpu_seconds() -> float:

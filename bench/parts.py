@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from bench.load import connect, deliver, send, text_of
-from bench.machine import cpu_seconds, machine_cpu_seconds, resident_bytes, wait_until_idle
+from bench.machine import cpu_seconds, each_process, machine_cpu_seconds, wait_until_idle
 from bench.services import wait
 from bench.systems import PostfixSystem, RelaySystem
 
@@ -107,10 +107,11 @@ class Run:
         return seconds
 
     def resident(self) -> float:
-        """MiB: the sum of PSS of the processes that receive and deliver, and of their children."""
+        """MiB: the sum of PSS of the processes that receive and deliver, and of their children.
+        Memory that processes share is counted once."""
         roles = ("smtpd", "worker", "Postfix")
         pids = [pid for role in roles for pid in self.system.roles.get(role, [])]
-        return resident_bytes(pids) / 2**20
+        return sum(each_process(pids, lambda process: int(process.memory_full_info().pss))) / 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,18 +162,20 @@ def _large(run: Run) -> Figures:
 
 def _latency(run: Run) -> Figures:
     text = text_of(run.scale.size)
-    times: dict[str, list[float]] = {"from the dot to 250": [], "from 250 to the sink's yes": []}
+    times = []  # last byte sent, 250, sink
     before = run.prepare()
     with connect(run.system.smtp_port) as client:
         for number in range(1, run.scale.singles + 1):
             sent, accepted = deliver(client, text)
-            delivered = run.wait_for(before + number, pause=0.0002)
-            times["from the dot to 250"].append(1000 * (accepted - sent))
-            times["from 250 to the sink's yes"].append(1000 * (delivered - accepted))
+            times.append((sent, accepted, run.wait_for(before + number, pause=0.0002)))
             time.sleep(PAUSE)
+    steps = {
+        "from the dot to 250": [1000 * (accepted - sent) for sent, accepted, _ in times],
+        "from 250 to the sink's yes": [1000 * (sink - accepted) for _, accepted, sink in times],
+    }
     return {
         f"{name}, p{percent}": statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-        for name, values in times.items()
+        for name, values in steps.items()
         for percent in (50, 99)
     }
 

@@ -14,7 +14,7 @@ type Values = list[float | None]  # one for each turn; None where that run faile
 
 
 @dataclass(slots=True)
-class Result:
+class PartResult:
     """The result of one part, as it is in the result file. `words` is its title.
 
     `figures` are by name and system. `failures` names the runs that failed, `disk_not_still` those
@@ -35,17 +35,18 @@ def without_failures(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def measure(part: Part, systems: Sequence[System], scale: Scale) -> Result:
+def measure(part: Part, systems: Sequence[System], scale: Scale) -> PartResult:
     """Run a part `scale.runs` times on each system that supports it."""
-    result = Result(part.name, part.title, part.unit, part.more_is_better)
+    result = PartResult(part.name, part.title, part.unit, part.more_is_better)
     for turn in range(scale.runs):
         # The system that is first in one turn is last in the next.
         for system in systems if turn % 2 == 0 else systems[::-1]:
             run = Run(system, scale)
             figures: Figures = {}
             try:
-                for run.workers in part.workers:
-                    if system.arrange(run.workers, slow=part.slow):
+                for workers in part.workers:
+                    run.workers = workers
+                    if system.arrange(workers, slow=part.slow):
                         figures |= part.run(run)
             except Exception as error:  # any fault of this run: the others keep their figures
                 failure = f"run {turn + 1}, {system.name}: {type(error).__name__}: {error}"
@@ -77,7 +78,7 @@ def _ratios(by_system: dict[str, Values], *, more_is_better: bool) -> Figures:
     return ratios
 
 
-def table(result: Result, systems: Sequence[str]) -> str:
+def table(result: PartResult, systems: Sequence[str]) -> str:
     """A part as a table: a line for each figure, a column for each system; the median, the lowest
     and highest run, and the ratio to Postfix."""
     title = f"{result.name}: {result.words} ({result.unit}; x: times better than {PEER})"
@@ -95,7 +96,7 @@ def _line(head: str, cells: Sequence[str]) -> str:
     return f"  {head:<32}" + "".join(f"{cell:>34}" for cell in cells)
 
 
-def _cell(result: Result, name: str, system: str) -> str:
+def _cell(result: PartResult, name: str, system: str) -> str:
     if not name:
         return ""
     values = without_failures(result.figures[name].get(system, []))
@@ -107,7 +108,7 @@ def _cell(result: Result, name: str, system: str) -> str:
     return f"{_number(statistics.median(values))}{spread}{better}"
 
 
-def _cost(result: Result, name: str, system: str) -> str:
+def _cost(result: PartResult, name: str, system: str) -> str:
     values = without_failures(result.figures[name].get(system, []))
     return f"{statistics.median(values):.0f}" if values else "-"
 

@@ -28,19 +28,15 @@ _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl
 
 
-class Stuck(Exception):
-    """A load did not end; the text names the condition that was waited for."""
-
-
 def wait(
     condition: Callable[[], bool], what: str, *, timeout: float = 60.0, pause: float = 0.004
 ) -> float:
-    """Wait for the condition; return the time (time.perf_counter). Raises Stuck after `timeout`
+    """Wait for the condition; return the time (time.perf_counter). Raises TimeoutError after `timeout`
     seconds."""
     limit = time.perf_counter() + timeout
     while not condition():
         if time.perf_counter() > limit:
-            raise Stuck(f"not so after {timeout:g} s: {what}")
+            raise TimeoutError(f"not so after {timeout:g} s: {what}")
         time.sleep(pause)
     return time.perf_counter()
 
@@ -154,7 +150,7 @@ def postgresql(directory: Path) -> Iterator[tuple[int, str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sink:
+class SinkProcess:
     """A running sink that writes a running counter to a file, so that reading the counter does not
     disturb it."""
 
@@ -172,7 +168,7 @@ class Sink:
 
 
 @contextmanager
-def sink(kind: str, directory: Path, delay: float = 0.0) -> Iterator[Sink]:
+def sink(kind: str, directory: Path, delay: float = 0.0) -> Iterator[SinkProcess]:
     """A `qmqp-sink` or `smtp-sink`.
 
     Postfix' tools are used where they are installed, because they cost least; with a `delay`
@@ -187,4 +183,4 @@ def sink(kind: str, directory: Path, delay: float = 0.0) -> Iterator[Sink]:
         command = [tool, "-c", *user, address, "1000"]
     counter = directory / f"{kind}-{port}.count"
     with running(command, counter, lambda: listens(port), cwd=ROOT) as child:
-        yield Sink(child.pid, port, counter)
+        yield SinkProcess(child.pid, port, counter)

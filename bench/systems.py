@@ -16,7 +16,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 from bench import services
@@ -241,16 +241,13 @@ class PostfixSystem:
         queue = self.directory / "queue"
         return not any(files for name in _QUEUES for _, _, files in os.walk(queue / name))
 
-    def hold(self) -> None:
-        self._signal_qmgr(signal.SIGSTOP)
-
-    def release(self) -> None:
-        self._signal_qmgr(signal.SIGCONT)
-
     def _signal_qmgr(self, number: int) -> None:
         each_process(
             [self._master], lambda process: process.name() == "qmgr" and process.send_signal(number)
         )
+
+    hold = partialmethod(_signal_qmgr, signal.SIGSTOP)
+    release = partialmethod(_signal_qmgr, signal.SIGCONT)
 
     def flush(self) -> None:
         """Do nothing: all that it has written is synced or in the page cache."""

@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import defaultdict
 from pathlib import Path
 
 import psutil
@@ -38,7 +38,8 @@ BLOCK = 10  # idle turns between two looks at the CPU time, which has ticks of 1
 
 
 class RelayQueue:
-    """The statements of smtpd and of a worker, without either process."""
+    """The statements of smtpd and of a worker, without either process. `samples` are the values of
+    each figure."""
 
     def __init__(self, url: str, directory: Path) -> None:
         migrate(url)
@@ -57,6 +58,7 @@ class RelayQueue:
         self.generator = DsnGenerator(self.engine, spool, settings, lambda _: "default")
         self.worker = new_id()
         self.queue.register(self.worker, "bench", os.getpid())
+        self.samples: defaultdict[str, list[float]] = defaultdict(list)
 
     def turn(self) -> None:
         """Ask what an idle worker asks in a second."""
@@ -70,9 +72,17 @@ class RelayQueue:
         self.generator.warn(256)
         self.queue.commit([ClaimRequest(self.worker, None, {"default": 64})])
 
-    def round(self) -> tuple[float, float]:
-        """Accept, claim and complete ROUND messages: (seconds to accept, seconds to claim and
-        complete)."""
+    def block(self) -> None:
+        """Measure BLOCK idle turns."""
+        cpu, began = database_cpu(self.engine), time.perf_counter()
+        for _ in range(BLOCK):
+            self.turn()
+        self.samples["an idle turn, ms"].append(1000 * (time.perf_counter() - began) / BLOCK)
+        cpu = database_cpu(self.engine) - cpu
+        self.samples["its CPU in the database, ms"].append(1000 * cpu / BLOCK)
+
+    def round(self) -> None:
+        """Measure how ROUND messages are accepted, claimed and completed."""
         recipients = [NewRecipient("b@example.org")]
         messages = [
             NewMessage(new_id(), "a@example.com", 4096, recipients, "192.0.2.1", "c", "ESMTP")
@@ -96,7 +106,9 @@ class RelayQueue:
                 for claim in claims
             ]
         )  # fmt: skip
-        return accepted - began, time.perf_counter() - accepted
+        completed = time.perf_counter()
+        self.samples["accepted a second"].append(ROUND / (accepted - began))
+        self.samples["claimed and completed a second"].append(ROUND / (completed - accepted))
 
 
 def database_cpu(engine: Engine) -> float:
@@ -118,51 +130,30 @@ def beside(url: str) -> str:
     return other.set(database="waiting").render_as_string(hide_password=False)
 
 
-def costs(relays: Sequence[RelayQueue], turns: int, rounds: int) -> list[dict[str, float]]:
-    """The cost of an idle second and of a message for each of the relays. They take turns, so that
-    other load on the machine is the same for all."""
-    for relay in relays:
-        for _ in range(10):  # plans and caches
+def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
+    """Print a line for each figure: with an empty queue, with the rows, and the ratio. The two take
+    turns, so that other load on the machine is the same for both."""
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        full_url = beside(url)
+        empty, full = RelayQueue(url, Path(first)), RelayQueue(full_url, Path(second))
+        history.fill(full_url, rows)
+        history.run(full_url, "make_overdue")
+        for relay in (empty, full) * 10:  # plans and caches
             relay.turn()
             relay.round()
-    idle = [0.0] * len(relays)
-    cpu = [0.0] * len(relays)
-    for _ in range(turns):
-        for n, relay in enumerate(relays):
-            used, began = database_cpu(relay.engine), time.perf_counter()
-            for _ in range(BLOCK):
-                relay.turn()
-            idle[n] += time.perf_counter() - began
-            cpu[n] += database_cpu(relay.engine) - used
-    times = [[relay.round() for relay in relays] for _ in range(rounds)]
-    return [
-        {
-            "an idle turn, ms": 1000 * idle[n] / turns / BLOCK,
-            "its CPU in the database, ms": 1000 * cpu[n] / turns / BLOCK,
-            "accepted a second": ROUND / statistics.median(one[n][0] for one in times),
-            "claimed and completed a second": ROUND / statistics.median(one[n][1] for one in times),
-        }
-        for n in range(len(relays))
-    ]
-
-
-def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
-    """Print a line for each figure: with an empty queue, with the rows, and the ratio."""
-    with tempfile.TemporaryDirectory() as directory:
-        relays = []
-        urls = (url, beside(url))
-        for number, database in enumerate(urls):
-            spool = Path(directory, str(number))
-            spool.mkdir()
-            relays.append(RelayQueue(database, spool))
-        history.fill(urls[1], rows)
-        history.run(urls[1], "make_overdue")
-        empty, waiting = costs(relays, turns, rounds)
-        for relay in relays:
+        for relay in (empty, full):
+            relay.samples.clear()
+        for relay in (empty, full) * turns:
+            relay.block()
+        for relay in (empty, full) * rounds:
+            relay.round()
+        for relay in (empty, full):
             relay.engine.dispose()
-    for figure, value in empty.items():
-        ratio = waiting[figure] / max(value, 0.01)
-        print(f"{name:12}{figure:32}{value:10.2f}{waiting[figure]:12.2f}{ratio:8.2f}", flush=True)
+    for figure, samples in empty.samples.items():
+        average = statistics.fmean if figure.endswith(", ms") else statistics.median
+        before, after = average(samples), average(full.samples[figure])
+        ratio = after / max(before, 0.01)
+        print(f"{name:12}{figure:32}{before:10.2f}{after:12.2f}{ratio:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

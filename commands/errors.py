@@ -5,9 +5,8 @@ interrupted (Ctrl-C). What must stay true: an error that an operator can correct
 and no output contains a password.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import typer
 
@@ -31,58 +30,53 @@ def say(text: str) -> None:
 def command[**P](
     app: typer.Typer, name: str | None = None, *, warn: bool = True
 ) -> Callable[[Callable[P, int]], Callable[P, None]]:
-    """Add a function that returns an exit status to `app`, with its errors `explained`."""
+    """Add a function that returns an exit status to `app`.
+
+    The command warns about unknown settings, and turns an error that an operator can correct into a
+    sentence and an exit status.
+    """
 
     def add(function: Callable[P, int]) -> Callable[P, None]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            with explained(warn=warn):
-                raise typer.Exit(function(*args, **kwargs))
+            from relay.settings import unknown_names
+
+            for warning in unknown_names() if warn else ():
+                say(warning)
+            try:
+                status = function(*args, **kwargs)
+            except typer.BadParameter:
+                raise
+            except Exception as error:
+                known, text = explanation(error)
+                if known is None:
+                    raise
+                say(text)
+                status = known
+            raise typer.Exit(status)
 
         return app.command(name)(run)
 
     return add
 
 
-@contextlib.contextmanager
-def explained(*, warn: bool = True) -> Iterator[None]:
-    """Warn about unknown settings, and turn an error that an operator can correct into a sentence
-    and an exit status."""
-    from relay.settings import unknown_names
-
-    for warning in unknown_names() if warn else ():
-        say(warning)
-    try:
-        yield
-    except (typer.Exit, typer.BadParameter):
-        raise
-    except Exception as error:
-        status, text = explanation(error)
-        if status is None:
-            raise
-        say(text)
-        raise typer.Exit(status) from None
-
-
 def explanation(error: Exception) -> tuple[int | None, str]:
     """The exit status and the sentence for an error; the status is None for a fault of our own."""
     from sqlalchemy.exc import DBAPIError
 
-    from reception.policy import PolicyError
     from reception.spooler_client import SpoolerError
     from relay.db.engine import DatabaseError, is_outage, lacks_schema
     from relay.log import first_line
     from relay.report.queries import NoSuchMessage
     from relay.settings import SettingsError
     from relay.spool.store import SpoolError
-    from smtpd.server import ListenError
 
     match error:
         case CommandError():
             return error.status, str(error)
         case NoSuchMessage():
             return NOTHING_MATCHED, str(error)
-        case SettingsError() | DatabaseError() | SpoolError() | PolicyError() | ListenError():
+        case SettingsError() | DatabaseError() | SpoolError():
             return WRONG_USE, str(error)
         case SpoolerError():  # processes or memory are short: the next start may succeed
             return OUT_OF_REACH, str(error)

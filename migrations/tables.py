@@ -1,10 +1,9 @@
-"""The tables, column by column: what all migrations together come to, and what the columns of the
-views mean.
+"""The tables and columns after all migrations, and the meaning of the columns of the views.
 
-Only migrations need this: Alembic compares it with a database (tests do, after each migration), and
-its words are the comments on PostgreSQL and the lists in docs/inspect.md. The program itself speaks
-SQL. What must stay true: a change here has a migration, which does not look here, for it stays as
-it was when it was made.
+Only migrations and tests use this: tests let Alembic compare it with a database after the
+migrations, and `migrations.views` writes its comments to PostgreSQL. docs/inspect.md has the same
+texts. What must stay true: a change here comes with a migration. A migration takes nothing from
+here but the views and the comments, because it must not change later.
 """
 
 from sqlalchemy import (
@@ -56,25 +55,29 @@ messages = Table(
         "size",
         BigInteger,
         nullable=False,
-        comment="bytes of the stored body, LF form, trace header included",
+        comment="bytes of the stored body, with LF line ends and the Received field of the relay",
     ),
-    Column("received_at", Instant, nullable=False, comment="when the 250 was earned"),
+    Column("received_at", Instant, nullable=False, comment="when the message was accepted"),
     Column("client_address", Text, nullable=False, comment="address of the SMTP client"),
-    Column("helo", Text, nullable=False, comment="what the client called itself"),
-    Column("protocol", Text, nullable=False, comment="RFC 3848 keyword"),
+    Column("helo", Text, nullable=False, comment="name that the client gave in HELO or EHLO"),
+    Column("protocol", Text, nullable=False, comment="RFC 3848 keyword, such as ESMTP"),
     Column("auth_user", Text, comment="authenticated user"),
     Column("header_message_id", Text, comment="Message-ID of the header"),
     Column("body_type", Text, comment="BODY= of MAIL (RFC 6152)"),
     Column("ret", Text, comment="RET= of MAIL (RFC 3461)"),
     Column("envid", Text, comment="ENVID= of MAIL (RFC 3461), xtext"),
-    Column("dsn_of", Id, comment="the message that this notice is about"),
+    Column("dsn_of", Id, comment="the message that this DSN is about; empty for other mail"),
     Column(
         "client_trusted",
         Boolean,
-        comment="whether the client is in CLIENT_NETWORKS; empty: one of our own, or older",
+        comment="whether the client is in CLIENT_NETWORKS;"
+        " empty: a DSN, or a row from before this column",
     ),
     Column(
-        "dsn_content", Text, comment="what a DSN encloses of the original: full, header or none"
+        "dsn_content",
+        Text,
+        comment="how much of the original a DSN encloses: full, header or none;"
+        " empty for other mail",
     ),
     Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
@@ -84,15 +87,15 @@ messages = Table(
 recipients = Table(
     "recipients",
     metadata,
-    Column("queue_id", Id, nullable=False, comment="the message that goes to it"),
-    Column("position", Integer, nullable=False, comment="order of RCPT, from 1"),
+    Column("queue_id", Id, nullable=False, comment="the message that is sent to it"),
+    Column("position", Integer, nullable=False, comment="order of the RCPT command, from 1"),
     Column(
         "address",
         Text,
         nullable=False,
         comment="envelope recipient, local part without SMTP quoting",
     ),
-    Column("delivery", Integer, nullable=False, comment="number of the delivery that carries it"),
+    Column("delivery", Integer, nullable=False, comment="number of the delivery that has it"),
     Column("notify", Text, comment="NOTIFY= of RCPT (RFC 3461)"),
     Column("orcpt", Text, comment="ORCPT= of RCPT (RFC 3461), xtext"),
     PrimaryKeyConstraint("queue_id", "position"),
@@ -112,40 +115,52 @@ deliveries = Table(
         nullable=False,
         comment="name of the route; its servers are looked up at each attempt",
     ),
-    Column("state", Text, nullable=False, comment="where it is; docs/inspect.md lists the states"),
-    Column("due_at", Instant, comment="when somebody must look again; empty when nobody need"),
+    Column("state", Text, nullable=False, comment="its state; docs/inspect.md lists the states"),
+    Column("due_at", Instant, comment="when the delivery needs attention; empty if it needs none"),
     Column(
-        "expires_at", Instant, nullable=False, comment="a try that fails after this is the last"
+        "expires_at",
+        Instant,
+        nullable=False,
+        comment="an attempt that fails after this is the last",
     ),
-    Column("worker", Id, comment="who is sending it"),
+    Column("worker", Id, comment="the worker that is sending it"),
     Column(
         "claim_count",
         Integer,
         nullable=False,
         server_default="0",
-        comment="times it was claimed; numbers the tries",
+        comment="how often it was claimed; the number of the last claim",
     ),
     Column(
-        "backoff_step", Integer, nullable=False, server_default="0", comment="deferrals in a row"
+        "backoff_step",
+        Integer,
+        nullable=False,
+        server_default="0",
+        comment="how often in a row it was deferred",
     ),
     Column(
         "crash_count",
         Integer,
         nullable=False,
         server_default="0",
-        comment="workers lost over it in a row",
+        comment="how many workers in a row were lost while sending it",
     ),
     Column("pending_operation", Text, comment="what an operator asked for while it was being sent"),
-    Column("last_outcome", Text, comment="outcome of the last try"),
-    Column("last_reply", Text, comment="the server's words, or ours, at the last try"),
-    Column("last_server", Text, comment="server of the last try"),
-    Column("finished_at", Instant, comment="when it became final"),
-    Column("pending_reason", Text, comment="who asked for what is wanted, and why"),
-    Column("warned_at", Instant, comment="when the sender was told that it is late"),
+    Column("last_outcome", Text, comment="outcome of the last attempt"),
+    Column(
+        "last_reply",
+        Text,
+        comment="reply of the server at the last attempt, or the reason that the relay or"
+        " an operator gave; reason_source says which",
+    ),
+    Column("last_server", Text, comment="server of the last attempt"),
+    Column("finished_at", Instant, comment="when it became final; empty while it is not"),
+    Column("pending_reason", Text, comment="who asked for pending_operation, and why"),
+    Column("warned_at", Instant, comment="when a delay warning was generated"),
     Column(
         "waiting_for",
         Text,
-        comment="route:NAME: it becomes due when a server of that route answers",
+        comment="route:NAME: due as soon as a server of that route replies",
     ),
     Column(
         "dsn_withheld",
@@ -155,9 +170,9 @@ deliveries = Table(
     Column(
         "warn_at",
         Instant,
-        comment="when the sender is warned that it is late; empty: never, or it was done",
+        comment="when the sender is warned that the message is late; empty: never, or it was done",
     ),
-    Column("reason_source", Text, comment="where last_reply comes from: server, relay or operator"),
+    Column("reason_source", Text, comment="source of last_reply: server, relay or operator"),
     PrimaryKeyConstraint("queue_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
     CheckConstraint(
@@ -179,7 +194,7 @@ deliveries = Table(
     _some("owing", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
     _some("held", "state = 'held'", "queue_id"),
     _some("finished", f"state NOT IN ({words(UNFINISHED)})", "state", "route"),
-    comment="QMQP requests to get across: the queue",
+    comment="the queue: a row is one QMQP request",
     postgresql_with={
         "fillfactor": 80,
         "autovacuum_vacuum_scale_factor": 0.02,
@@ -190,59 +205,62 @@ deliveries = Table(
 attempts = Table(
     "attempts",
     metadata,
-    Column("queue_id", Id, nullable=False, comment="the message that was tried"),
+    Column("queue_id", Id, nullable=False, comment="the message of the delivery"),
     Column("delivery", Integer, nullable=False, comment="number of the delivery"),
-    Column("claim", Integer, nullable=False, comment="which claim of the delivery, from 1"),
+    Column("claim", Integer, nullable=False, comment="number of the claim, from 1"),
     Column(
         "attempt_index",
         Integer,
         nullable=False,
-        comment="which server within the claim, from 1; 0: the worker was lost",
+        comment="number of the attempt within the claim, from 1; 0: the worker was lost",
     ),
-    Column("worker", Id, nullable=False, comment="who tried"),
-    Column("server", Text, comment="where; empty when the worker was lost"),
+    Column("worker", Id, nullable=False, comment="the worker"),
+    Column("server", Text, comment="the server; empty if the worker was lost"),
     Column("started_at", Instant, nullable=False, comment="when it began to connect"),
-    Column(
-        "finished_at",
-        Instant,
-        nullable=False,
-        comment="when the reply was read, or the try given up",
-    ),
+    Column("finished_at", Instant, nullable=False, comment="when the attempt ended"),
     Column(
         "outcome",
         Text,
         nullable=False,
-        comment="what became of it; docs/inspect.md lists the outcomes",
+        comment="its outcome; docs/inspect.md lists the outcomes",
     ),
     Column(
         "reply",
         Text,
         nullable=False,
-        comment="the server's words, or ours; bytes outside ASCII as \\xNN",
+        comment="reply of the server, or the reason that the relay gave;"
+        " bytes outside printable ASCII as \\xNN",
     ),
-    Column("bytes_sent", BigInteger, nullable=False, comment="bytes of the request that left"),
+    Column(
+        "bytes_sent", BigInteger, nullable=False, comment="how many bytes of the request were sent"
+    ),
     PrimaryKeyConstraint("queue_id", "delivery", "claim", "attempt_index"),
     CheckConstraint(f"outcome IN ({words(Outcome)})", name="outcome"),
     Index("attempts_finished_at", "finished_at", postgresql_using="brin"),
-    comment="tries, each at one server",
+    comment="attempts, each at one server",
 )
 
 workers = Table(
     "workers",
     metadata,
-    Column("id", Id, primary_key=True, comment="what deliveries and attempts call it, UUIDv7"),
-    Column("host", Text, nullable=False, comment="machine that it runs on"),
-    Column("pid", Integer, nullable=False, comment="its process there"),
-    Column("started_at", Instant, nullable=False, comment="when it began"),
+    Column(
+        "id",
+        Id,
+        primary_key=True,
+        comment="UUIDv7; deliveries.worker and attempts.worker refer to it",
+    ),
+    Column("host", Text, nullable=False, comment="host name of its machine"),
+    Column("pid", Integer, nullable=False, comment="its process id"),
+    Column("started_at", Instant, nullable=False, comment="when it started"),
     Column(
         "lease_expires_at",
         Instant,
         nullable=False,
-        comment="the lease: renewed while the worker lives",
+        comment="end of the lease; the worker renews it",
     ),
-    Column("ended_at", Instant, comment="when it stopped or was declared dead"),
-    Column("end_reason", Text, comment="stopped or vanished"),
-    Column("claim_seconds", Integer, comment="from a claim of its to the due_at of the delivery"),
+    Column("ended_at", Instant, comment="when it stopped, or was expired by another worker"),
+    Column("end_reason", Text, comment="stopped, or vanished: its lease expired"),
+    Column("claim_seconds", Integer, comment="seconds from a claim to the due_at of the delivery"),
     Column(
         "routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"
     ),
@@ -252,55 +270,61 @@ workers = Table(
 audit = Table(
     "audit",
     metadata,
-    Column("id", Id, primary_key=True, comment="what audit_deliveries calls it, UUIDv7"),
-    Column("at", Instant, nullable=False, comment="when"),
-    Column("actor", Text, nullable=False, comment="user@host who asked"),
-    Column("verb", Text, nullable=False, comment="what was done"),
-    Column("reason", Text, nullable=False, comment="why, as the operator gave it"),
+    Column("id", Id, primary_key=True, comment="UUIDv7; audit_deliveries.action refers to it"),
+    Column("at", Instant, nullable=False, comment="when the operation ran"),
+    Column("actor", Text, nullable=False, comment="the operator, as user@host"),
     Column(
-        "filter", Text, nullable=False, comment="to which deliveries, as options of the command"
+        "verb",
+        Text,
+        nullable=False,
+        comment="the operation, such as retry; for pause and resume also the subject",
     ),
-    Column("matched", Integer, nullable=False, comment="how many deliveries it touched"),
-    comment="what operators did",
+    Column("reason", Text, nullable=False, comment="the reason that the operator gave"),
+    Column("filter", Text, nullable=False, comment="its filter, as options of the command"),
+    Column("matched", Integer, nullable=False, comment="how many deliveries it changed"),
+    comment="operations of operators",
 )
 
 audit_deliveries = Table(
     "audit_deliveries",
     metadata,
     Column("queue_id", Id, nullable=False, comment="the message of the delivery"),
-    Column("delivery", Integer, nullable=False, comment="its number"),
-    Column(
-        "action", Id, nullable=False, comment="the row of audit that tells who did what and why"
-    ),
+    Column("delivery", Integer, nullable=False, comment="number of the delivery"),
+    Column("action", Id, nullable=False, comment="the row of audit"),
     PrimaryKeyConstraint("queue_id", "delivery", "action"),
-    comment="which deliveries an action touched",
+    comment="the deliveries that an operation changed",
 )
 
 pauses = Table(
     "pauses",
     metadata,
     Column("subject", Text, primary_key=True, comment="route:NAME or server:NAME"),
-    Column("since", Instant, nullable=False, comment="since when"),
-    Column("actor", Text, nullable=False, comment="user@host who asked"),
-    Column("reason", Text, nullable=False, comment="why"),
-    comment="routes and servers that nothing is sent to for now",
+    Column("since", Instant, nullable=False, comment="when it was paused"),
+    Column("actor", Text, nullable=False, comment="the operator, as user@host"),
+    Column("reason", Text, nullable=False, comment="the reason that the operator gave"),
+    comment="routes and servers that operators have paused",
 )
 
 open_circuits = Table(
     "open_circuits",
     metadata,
-    Column("worker", Id, nullable=False, comment="who leaves it alone"),
-    Column("server", Text, nullable=False, comment="which, as the settings name it"),
-    Column("why", Text, nullable=False, comment="the server's words, or ours, when it failed last"),
+    Column("worker", Id, nullable=False, comment="the worker"),
+    Column("server", Text, nullable=False, comment="the server, as in the settings"),
+    Column(
+        "why",
+        Text,
+        nullable=False,
+        comment="reply of the server, or the reason that the relay gave, at the last failure",
+    ),
     PrimaryKeyConstraint("worker", "server"),
-    comment="servers that workers leave alone for now; who has ended does not count",
+    comment="circuits that are open in a worker; rows of ended workers do not count",
 )
 
 dsn_limits = Table(
     "dsn_limits",
     metadata,
     Column("sender", Text, primary_key=True, comment="envelope sender of the original"),
-    Column("last_at", Instant, nullable=False, comment="when the last such DSN was made"),
+    Column("last_at", Instant, nullable=False, comment="when the last such DSN was generated"),
     comment="senders that got a DSN about mail from an untrusted client in the last minute",
 )
 
@@ -308,62 +332,65 @@ spool = Table(
     "spool",
     metadata,
     Column("id", Id, primary_key=True, comment="also written in the spool directory, as spool-id"),
-    Column("created_at", Instant, nullable=False, comment="when it was made"),
+    Column("created_at", Instant, nullable=False, comment="when it was created"),
     comment="the one spool directory that this database knows",
 )
 
-# What the views' columns are, for docs/inspect.md and for the comments on PostgreSQL.
+# The meaning of the columns of the views, for docs/inspect.md and for the comments on PostgreSQL.
 _RECIPIENT_COLUMNS: dict[str, str] = {
-    "queue_id": "32 hex digits, as in the 250 reply, in logs and file names",
-    "queue_uuid": "the same as the tables keep it; sorts by arrival, and indexes find it",
+    "queue_id": "32 hex digits, as in the 250 reply, in logs and in names of files",
+    "queue_uuid": "the same id as in the tables; it sorts by arrival, and indexes find it",
     "position": "order of the RCPT command, from 1",
-    "delivery": "number of the QMQP request that carries this recipient; those of one message and route share it",
-    "state": "where it is; docs/inspect.md lists the states",
-    "sender": "envelope sender; empty is the null sender",
-    "recipient": "envelope recipient, without SMTP quoting",
-    "size": "bytes of the stored body, lines ending in LF, our Received field included",
+    "delivery": "number of the QMQP request that has this recipient;"
+    " at first the recipients of one message and route share a request",
+    "state": "state of the delivery; docs/inspect.md lists the states",
+    "sender": "envelope sender; empty: the null sender",
+    "recipient": "envelope recipient, local part without SMTP quoting",
+    "size": "bytes of the stored body, with LF line ends and the Received field of the relay",
     "route": "name of the route; its servers are looked up at each attempt",
-    "attempts": "times that a worker took it",
+    "attempts": "how often a worker has claimed the delivery",
     "last_outcome": "outcome of the last attempt; docs/inspect.md lists the outcomes",
-    "reason": "the server's words at the last attempt, or ours; bytes outside printable ASCII as \\xNN",
+    "reason": "reply of the server at the last attempt, or the reason that the relay or an operator"
+    " gave; bytes outside printable ASCII as \\xNN",
     "server": "server of the last attempt",
-    "received_at": "when it was accepted",
-    "next_at": "deferred: the next attempt; queued: when any worker takes it without a hint",
+    "received_at": "when the message was accepted",
+    "next_at": "deferred: the next attempt; queued: when any worker claims it without a hint",
     "expires_at": "an attempt that fails after this is the last",
     "finished_at": "when it became final; empty while it is not",
     "worker": "the worker that is sending it",
     "pending_operation": "what an operator asked for while it is being sent",
-    "client_address": "the SMTP client",
-    "helo": "what it called itself",
-    "protocol": "how it spoke (RFC 3848 keyword)",
+    "client_address": "address of the SMTP client",
+    "helo": "name that the client gave in HELO or EHLO",
+    "protocol": "RFC 3848 keyword, such as ESMTP",
     "header_message_id": "Message-ID of the header",
-    "dsn_of": "the queue id that this notice is about; empty for other mail",
+    "dsn_of": "queue id of the message that this DSN is about; empty for other mail",
 }
 VIEW_COLUMNS = {
     "mail_queue": _RECIPIENT_COLUMNS,
     "mail_history": _RECIPIENT_COLUMNS,
     "queue_summary": {
-        "state": "what is counted: where the deliveries are",
-        "route": "and which way they go",
-        "deliveries": "how many",
-        "bytes": "sum of the sizes of their messages; empty for finished ones, whose files are gone",
+        "state": "state of the deliveries",
+        "route": "route of the deliveries",
+        "deliveries": "how many deliveries",
+        "bytes": "sum of the sizes of their messages; empty for finished ones",
         "oldest_at": "when the oldest was received; empty for finished ones",
-        "oldest_seconds": "how long ago that is",
-        "overdue": "how many are past the time when somebody was to look at them",
+        "oldest_seconds": "seconds since oldest_at",
+        "overdue": "how many are overdue: a worker should have claimed or requeued them by now",
     },
     "server_health": {
         "server": "host:port, [v6]:port or unix:/path",
-        "attempts": "tries",
-        "delivered": "those with that outcome",
-        "deferred": "those with that outcome",
-        "rejected": "those with that outcome",
-        "unreachable": "those with that outcome",
-        "uncertain": "those that ended uncertain or malformed",
-        "interrupted": "those with that outcome",
+        "attempts": "attempts of the last hour",
+        "delivered": "attempts with this outcome",
+        "deferred": "attempts with this outcome",
+        "rejected": "attempts with this outcome",
+        "unreachable": "attempts with this outcome",
+        "uncertain": "attempts with the outcome uncertain or malformed",
+        "interrupted": "attempts with this outcome",
         "bytes_sent": "bytes of requests",
-        "last_at": "the end of the last one",
-        "circuit_open_workers": "how many workers send nothing there for now, because it fails or does not want us",
-        "circuit_open_reason": "what it said, or did, to one of them",
-        "paused_at": "since when an operator wants nothing sent there",
+        "last_at": "end of the last attempt",
+        "circuit_open_workers": "how many workers have an open circuit to it:"
+        " it fails, or does not authorize the relay",
+        "circuit_open_reason": "reason of one of these workers",
+        "paused_at": "when an operator paused it; empty if it is not paused",
     },
 }

@@ -3,6 +3,7 @@
 A door parses its protocol into these classes, `policy` judges them, and `receiver` stores them.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,12 +11,8 @@ from dataclasses import dataclass, field, replace
 class Refused(Exception):
     """A command, a sender or a recipient is refused.
 
-    `reply` is the text of the reply without its line end: code, enhanced code (RFC 3463) and words.
+    Its text is the reply without its line end: code, enhanced code (RFC 3463) and words.
     """
-
-    def __init__(self, reply: str) -> None:
-        super().__init__(reply)
-        self.reply = reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +55,12 @@ class Recipient:
 
 @dataclass(slots=True)
 class Envelope:
-    """One transaction: `sender` is '' if it is null, `parameters` are those of MAIL, and `protocol`
-    is the keyword of the trace field (RFC 3848)."""
+    """One transaction, `started` at this time (monotonic): `sender` is '' if it is null,
+    `parameters` are those of MAIL, and `protocol` is the keyword of the trace field (RFC 3848)."""
 
     sender: str
     parameters: Mapping[bytes, str]
     helo: str
     protocol: str
     recipients: list[Recipient] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)

@@ -19,25 +19,20 @@ import psutil
 
 from reception.envelope import Recipient, Refused
 from reception.space import FreeSpace, SpaceClaim
-from relay.settings import Network, SmtpdSettings, parse_network
+from relay.settings import Network, SettingsError, SmtpdSettings, parse_network
 
 IPV6_PREFIX = 64
 """Bits of the smallest IPv6 network that one client has (RFC 6177). All of it counts as one."""
 
 
-class PolicyError(ValueError):
-    """A setting makes no policy; the text names the setting."""
-
-
 class Policy:
     """The rules for all clients; `client` returns those for one, by its IP address as text.
 
-    Raises PolicyError for settings that would make an open relay.
+    Raises SettingsError for settings that would make an open relay.
     """
 
     def __init__(self, settings: SmtpdSettings) -> None:
         self.settings = settings
-        self.max_message_size = settings.max_message_size
         self.space = FreeSpace(settings.spool_dir)
         self._networks = client_networks(settings.client_networks, settings.publish)
         domains = [domain.lower() for domain in settings.recipient_domains]
@@ -48,8 +43,7 @@ class Policy:
 
     def _client(self, peer: str) -> "ClientPolicy":
         address = plain_address(peer)
-        networks = [one for one in self._networks if one.version == address.version]
-        trusted = any(address in network for network in networks)
+        trusted = any(address in network for network in self._networks)
         return ClientPolicy(self, str(address), trusted, network_of(address))
 
     def serves(self, recipient: Recipient) -> bool:
@@ -81,14 +75,16 @@ class ClientPolicy:
 
     def check_sender(self, size: int) -> None:
         """`size` is the octets that SIZE declares (RFC 1870), 0 without it. Raises Refused."""
-        if size > self.policy.max_message_size:
-            raise Refused("552 5.3.4 Message exceeds the size limit")
         if not self.policy.space.has(size, self._claims_as):
             raise Refused("452 4.3.1 Insufficient system storage")
 
     def claim(self, size: int) -> SpaceClaim:
-        """The claim of a message that begins; `size` as in `check_sender`."""
-        return self.policy.space.claim(size, self._claims_as)
+        """The claim of a message that begins; `size` as in `check_sender`. The declared octets are
+        claimed at once, if they fit; what arrives is claimed in any case."""
+        claim = SpaceClaim(self.policy.space, self._claims_as)
+        if size:
+            claim.reserve(size)
+        return claim
 
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
         """`accepted` is the number of recipients of the transaction so far. Raises Refused."""
@@ -112,14 +108,14 @@ def client_networks(entries: Iterable[str], publish: str) -> tuple[Network, ...]
 
     `publish` is RELAY_PUBLISH, the address of the published port of a container. On such a port
     every client seems to come from the gateway, which is in a connected subnet, so `connected` is
-    only allowed if `publish` is loopback. Raises PolicyError.
+    only allowed if `publish` is loopback. Raises SettingsError.
     """
     networks: list[Network] = []
     for entry in entries:
         if entry != "connected":
             networks.append(parse_network(entry))
         elif publish and not _is_loopback(publish):
-            raise PolicyError(
+            raise SettingsError(
                 "RELAY_CLIENT_NETWORKS: `connected` would make an open relay of the port published"
                 f" on {publish} (RELAY_PUBLISH), where every client looks like the gateway; name"
                 " the networks that may relay"
@@ -131,13 +127,15 @@ def client_networks(entries: Iterable[str], publish: str) -> tuple[Network, ...]
 
 def connected_networks() -> tuple[Network, ...]:
     """The subnets of this machine's interfaces."""
-    networks: set[Network] = set()
-    for interface in psutil.net_if_addrs().values():
-        for entry in interface:
-            if entry.family in (socket.AF_INET, socket.AF_INET6) and entry.netmask:
-                address = plain_address(entry.ptp or entry.address)
-                prefix = int(ip_address(entry.netmask)).bit_count()
-                networks.add(ip_network((address, prefix), strict=False))
+    networks: set[Network] = {
+        ip_network(
+            (plain_address(entry.ptp or entry.address), int(ip_address(entry.netmask)).bit_count()),
+            strict=False,
+        )
+        for interface in psutil.net_if_addrs().values()
+        for entry in interface
+        if entry.family in (socket.AF_INET, socket.AF_INET6) and entry.netmask
+    }
     return tuple(sorted(networks, key=str))
 
 

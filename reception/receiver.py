@@ -15,8 +15,10 @@ import errno
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
 from reception.envelope import Envelope
 from reception.policy import ClientPolicy
@@ -43,13 +45,13 @@ log = get_logger(__name__)
 
 
 class DiskThreads:
-    """Daemon threads for calls that block on the disk. A call must not raise.
+    """Daemon threads for calls that block on the disk.
 
     A ThreadPoolExecutor would wait at exit for a disk that hangs; these threads do not.
     """
 
     def __init__(self, count: int) -> None:
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"bodies-{number}", daemon=True)
             for number in range(count)
@@ -57,12 +59,14 @@ class DiskThreads:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Runs `call` in one of the threads."""
-        self._calls.put(call)
+    def run[Result](self, call: Callable[[], Result]) -> asyncio.Future[Result]:
+        """Runs `call` in one of the threads; the result, or the error that it raised."""
+        future: Future[Result] = Future()
+        self._calls.put((future, call))
+        return asyncio.wrap_future(future)
 
     def close(self, timeout: float) -> None:
-        """Waits for the submitted calls, for at most `timeout` seconds."""
+        """Waits for the calls so far, for at most `timeout` seconds."""
         deadline = time.monotonic() + timeout
         for _ in self._threads:
             self._calls.put(None)
@@ -70,47 +74,26 @@ class DiskThreads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call()
-
-
-@dataclass(slots=True)
-class BodyDescriptors:
-    """`free`: how many more bodies may be open. Other receptions wait, first come first served."""
-
-    free: int
-    waiting: "dict[Reception, None]" = field(default_factory=dict)
-
-    def acquire(self, reception: "Reception") -> bool:
-        """Whether the reception may open its body. If not, its `open` is called when it may."""
-        if not self.free:
-            self.waiting[reception] = None
-            return False
-        self.free -= 1
-        return True
-
-    def release(self, reception: "Reception", *, opened: bool) -> None:
-        """The reception has closed its body (`opened`), or no longer waits to open it."""
-        self.waiting.pop(reception, None)
-        self.free += opened
-        if self.free and self.waiting:
-            following = next(iter(self.waiting))
-            del self.waiting[following]
-            self.free -= 1
-            following.open()
+        while (work := self._calls.get()) is not None:
+            future, call = work
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except Exception as error:
+                    future.set_exception(error)
 
 
 @dataclass(slots=True)
 class Receiver:
-    """What receptions share."""
+    """What receptions share. `descriptors` are those of large messages; receptions wait for one,
+    first come first served."""
 
-    loop: asyncio.AbstractEventLoop
     spool: Spool
     spooler: SpoolerClient
     route_for: Callable[[str], str]
     settings: SmtpdSettings
     threads: DiskThreads
-    descriptors: BodyDescriptors
+    descriptors: asyncio.Semaphore
 
 
 class Reception:
@@ -130,6 +113,7 @@ class Reception:
     ) -> None:
         self.id = new_id()
         self.deadline: float | None = None  # of the reply (monotonic), after `complete`
+        self.error: Exception | None = None  # why it is not stored
         self._receiver = receiver
         self._envelope = envelope
         self._client = client
@@ -137,62 +121,44 @@ class Reception:
         self._on_backpressure = on_backpressure
         self._claim = client.claim(int(envelope.parameters.get(b"SIZE", "0")))
         self._started = self._ended = time.monotonic()
-        when = date(int(time.time()))
-        trace = received_field(envelope, client.address, receiver.settings.hostname, self.id, when)
-        self._blocks = [trace]
-        self._buffered = len(trace)  # octets of the blocks
-        self._writing = 0  # octets that a thread has
-        self._busy = False  # a thread has the body
-        self._opened = False  # the body has a descriptor
-        self._body: BodyWriter | None = None  # of a message that streams
+        hostname, now = receiver.settings.hostname, date(int(time.time()))
+        self._blocks = [received_field(envelope, client.address, hostname, self.id, now)]
+        self.in_memory = len(self._blocks[0])  # octets that are not written yet
+        self._stream: asyncio.Task[None] | None = None  # of a large message
+        self._has_descriptor = False  # the stream may open the body
+        self._changed = asyncio.Event()  # the stream has something to do
+        self._body: BodyWriter | None = None  # of the stream
         self._size = 0
         self._header_message_id: str | None = None
-        self._complete = False
-        self._cancelled = False
-        self.error: Exception | None = None  # why it cannot be stored
         self._request = 0  # the number of the request to the spooler
-
-    @property
-    def in_memory(self) -> int:
-        """Octets that are not written yet."""
-        return self._buffered + self._writing
 
     def append(self, text: bytes) -> None:
         """Takes decoded content."""
-        if self._cancelled or self.error is not None:
+        if self.error is not None:
             return
         if not self._claim.grow(len(text)):
-            self.error = OSError(errno.ENOSPC, "no space for more of an unfinished message")
-            self._blocks = []
-            self._buffered = 0
-            if not self._busy:
-                self._discard()
+            self._stop(OSError(errno.ENOSPC, "no space for more of an unfinished message"))
             return
         self._blocks.append(text)
-        self._buffered += len(text)
-        self._stream()
-
-    def open(self) -> None:
-        """A descriptor is free for the body."""
-        self._opened = True
-        self._stream()
+        self.in_memory += len(text)
+        if self.in_memory >= BLOCK:
+            self._changed.set()
+            if self._stream is None:
+                self._stream = asyncio.create_task(self._write_body())
 
     def complete(self, header_message_id: str | None) -> None:
         """The message has ended, so a reply is due. `header_message_id` is None without one."""
         self._ended = time.monotonic()
         self.deadline = self._ended + self._receiver.settings.accept_deadline
         self._header_message_id = header_message_id
-        self._complete = True
-        if self._busy:
-            return  # `_written` goes on
         if self.error is not None:
             self._refuse(self.error)
-        elif self._body is None:
-            self._separate()
-            self._size = self._buffered
-            self._spool(self._blocks)
+        elif self._stream is not None:
+            self._changed.set()
         else:
-            self._write(finish=True)
+            self._separate()
+            self._size = sum(map(len, self._blocks))
+            self._spool(self._blocks)
 
     def expire(self) -> None:
         """The deadline has passed."""
@@ -201,83 +167,69 @@ class Reception:
 
     def cancel(self) -> None:
         """No reply is wanted any more. The message is cancelled if it is not committed yet."""
-        self._cancelled = True
         self._reply = None
         if self._request:
             self._receiver.spooler.cancel(self._request)
-        elif not self._busy:
-            self._discard()
+        else:
+            self._stop(Cancelled())
 
-    def _stream(self) -> None:
-        """Writes the blocks if they are large enough and a descriptor is free."""
-        if self._buffered < BLOCK or self._busy:
-            return
-        self._opened = self._opened or self._receiver.descriptors.acquire(self)
-        if self._opened:
-            if self._body is None:
-                self._separate()
-            self._write()
+    def _stop(self, error: Exception) -> None:
+        """Nothing more is stored. The stream discards the body as soon as no thread has it."""
+        self.error = self.error or error
+        self._blocks = []
+        self.in_memory = 0
+        self._changed.set()
+        if not self._has_descriptor:
+            self._claim.end()
+            if self._stream is not None:
+                self._stream.cancel()
+
+    async def _write_body(self) -> None:
+        """Writes a large message to its file while it arrives, and has its row committed."""
+        async with self._receiver.descriptors:
+            self._has_descriptor = True
+            self._separate()
+            try:
+                while not self._size:
+                    await self._changed.wait()
+                    self._changed.clear()
+                    if self.error is not None:
+                        break
+                    await self._write_blocks()
+                    self._on_backpressure()
+            except Exception as error:
+                self._stop(error)
+            if self.error is not None:
+                self._discard()
+        if self.error is None:
+            self._spool(None)
+        elif self.deadline is not None:
+            self._refuse(self.error)
+        self._on_backpressure()
+
+    async def _write_blocks(self) -> None:
+        blocks, finish = self._blocks, self.deadline is not None
+        self._blocks = []
+        size = sum(map(len, blocks))
+
+        def write() -> int:
+            self._body = self._body or self._receiver.spool.create(self.id)
+            self._body.append(b"".join(blocks))
+            return self._body.finish() if finish else 0
+
+        self._size = await self._receiver.threads.run(write)
+        self._claim.store(size)
+        self.in_memory = max(0, self.in_memory - size)
 
     def _separate(self) -> None:
         """Keeps the trace field and the client's header apart, before the first bytes are written.
         Content that begins with another character needs no change, and no copy."""
         if len(self._blocks) > 1 and self._blocks[1][0] in b" \t>F":
             self._blocks[1:] = [separate(b"".join(self._blocks[1:]))]
-            self._buffered = sum(map(len, self._blocks))
-
-    def _write(self, *, finish: bool = False) -> None:
-        blocks, self._blocks = self._blocks, []
-        self._writing, self._buffered = self._buffered, 0
-        self._busy = True
-        self._receiver.threads.submit(lambda: self._write_in_thread(blocks, finish=finish))
-
-    def _write_in_thread(self, blocks: list[bytes], *, finish: bool) -> None:
-        call = self._receiver.loop.call_soon_threadsafe
-        try:
-            if self._body is None:
-                self._body = self._receiver.spool.create(self.id)
-            if blocks:
-                self._body.append(b"".join(blocks))
-            if finish:
-                self._size = self._body.finish()
-        except Exception as error:
-            call(self._fail, error)
-        else:
-            call(self._written, finish)
-
-    def _written(self, finished: bool) -> None:
-        self._busy = False
-        self._claim.store(self._writing)
-        self._writing = 0
-        if self._cancelled or self.error is not None:
-            self._discard()
-            if self.error is not None and self._complete:
-                self._refuse(self.error)
-        elif finished:
-            self._spool(None)
-        elif self._complete:
-            self._write(finish=True)
-        else:
-            self._stream()
-        self._on_backpressure()
-
-    def _fail(self, error: Exception) -> None:
-        """The body could not be written; `BodyWriter` has removed what there was of it."""
-        self._busy = False
-        self.error = error
-        self._body = None
-        self._blocks = []
-        self._buffered = self._writing = 0
-        self._discard()
-        if self._complete or self._cancelled:
-            self._refuse(error)
-        else:
-            self._on_backpressure()
 
     def _spool(self, body: list[bytes] | None) -> None:
         """Has the spooler store and commit the message; `body` is None if its file is synced."""
         assert self.deadline is not None
-        self._close()
         self._blocks = []
         envelope = self._envelope
         recipients = [
@@ -303,15 +255,11 @@ class Reception:
     def _spooled(self, result: Exception | None) -> None:
         """The spooler has answered."""
         self._claim.end(kept=result is None or isinstance(result, CommitUnknown))
-        if result is None:
-            self._accepted()
-            return
-        if not isinstance(result, CommitUnknown):
-            self._discard()
-        if not isinstance(result, Cancelled):
+        if result is not None:
+            if not isinstance(result, CommitUnknown):
+                self._discard()
             self._refuse(result)
-
-    def _accepted(self) -> None:
+            return
         now = time.monotonic()
         metrics.RECEIVED_BYTES.inc(self._size)
         metrics.ACCEPT_SECONDS.observe(now - self._ended)
@@ -340,19 +288,13 @@ class Reception:
         if reply is not None:
             reply(text)
 
-    def _close(self) -> None:
-        """The body has no descriptor any more and needs none."""
-        opened, self._opened = self._opened, False
-        self._receiver.descriptors.release(self, opened=opened)
-
     def _discard(self) -> None:
         """Gives back the claim, and removes the file of a message that streamed."""
         self._claim.end()
-        self._close()
-        body = self._body
-        if body is not None:
-            self._receiver.threads.submit(lambda: self._remove_in_thread(body))
+        if self._body is not None:
+            self._receiver.threads.run(self._remove)
 
-    def _remove_in_thread(self, body: BodyWriter) -> None:
-        body.discard()
+    def _remove(self) -> None:
+        if self._body is not None:
+            self._body.discard()
         self._receiver.spool.remove(self.id)

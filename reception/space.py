@@ -30,11 +30,11 @@ class FreeSpace:
         self._measured_until = 0.0
         self._free = 0  # octets, as measured
         self._total = 0  # octets that would be free without unfinished messages
-        self._taken = 0  # octets of the free ones
+        self._by_network: Counter[str] = Counter()  # octets of unfinished messages
+        self.taken = 0  # octets of the free ones
         self.stored = 0  # octets of unfinished messages in files
         self.claimed = 0  # octets of unfinished messages
         self.untrusted = 0  # of those, octets of untrusted clients
-        self._by_network: Counter[str] = Counter()  # the same by network
         self.measurements = 0
 
     def has(self, size: int, network: str = "") -> bool:
@@ -46,37 +46,22 @@ class FreeSpace:
         if now >= self._measured_until:
             self._measured_until = now + 1.0
             self._measure()
-        if self._free - self._taken < size + MIN_FREE:
+        if self._free - self.taken < size + MIN_FREE:
             return False
         part = self._total // UNTRUSTED_SHARE
         return not network or (
             self._by_network[network] + size <= part and self.untrusted + size <= self._total - part
         )
 
-    def claim(self, size: int, network: str) -> "SpaceClaim":
-        """Begins a message. The `size` that its client declared is claimed at once, if it fits;
-        what arrives is claimed in any case."""
-        claim = SpaceClaim(self, network)
-        if size and self.has(size, network):
-            self.take(size, network)
-            claim.octets = size
-        return claim
-
     def take(self, size: int, network: str) -> None:
         """Adds to the claimed octets; a negative `size` gives them back."""
         self.claimed += size
-        self._taken += size
+        self.taken += size
         if network:
             self.untrusted += size
             self._by_network[network] += size
             if not self._by_network[network]:
                 del self._by_network[network]
-
-    def store(self, size: int, taken: int = 0) -> None:
-        """Adds to the octets of unfinished messages in files, and to those taken of the free ones;
-        both may be negative."""
-        self.stored += size
-        self._taken += taken
 
     def _measure(self) -> None:
         self.measurements += 1
@@ -87,7 +72,7 @@ class FreeSpace:
         else:
             no_inodes = status.f_files > 0 and status.f_favail == 0
             self._free = 0 if no_inodes else status.f_bavail * status.f_frsize
-        self._taken = self.claimed - self.stored
+        self.taken = self.claimed - self.stored
         self._total = max(0, self._free + self.stored - MIN_FREE)
 
 
@@ -104,28 +89,31 @@ class SpaceClaim:
     measured: int = 0  # of the stored octets, those that the last measurement has seen
     measurement: int = 0
 
+    def reserve(self, size: int) -> bool:
+        """Claims octets, if they fit."""
+        fits = self.space.has(size, self.network)
+        if fits:
+            self.space.take(size, self.network)
+            self.octets += size
+        return fits
+
     def grow(self, size: int) -> bool:
         """Adds octets that have arrived; False if there is no space for them."""
         self.arrived += size
-        more = self.arrived - self.octets
-        if more > 0:
-            if not self.space.has(more, self.network):
-                return False
-            self.space.take(more, self.network)
-            self.octets += more
-        return True
+        return self.arrived <= self.octets or self.reserve(self.arrived - self.octets)
 
     def store(self, size: int) -> None:
         """Adds octets that were written to a file."""
         self._update()
         self.stored += size
-        self.space.store(size)
+        self.space.stored += size
 
     def end(self, *, kept: bool = False) -> None:
         """The message is finished and `kept`, or discarded. A second call changes nothing."""
         self._update()
         self.space.take(-self.octets, self.network)
-        self.space.store(-self.stored, self.arrived if kept else self.measured)
+        self.space.taken += self.arrived if kept else self.measured
+        self.space.stored -= self.stored
         self.octets = self.stored = self.arrived = self.measured = 0
 
     def _update(self) -> None:

@@ -73,7 +73,7 @@ class Spooler:
         self._committer = GroupCommitter(commit, wait=self._wait, expired=deliver_results)
         self._decoder = FrameDecoder()
         self._requests: dict[int, StoreRequest] = {}  # read, and in no batch yet
-        self._cancelled: list[StoreRequest] = []
+        self._batch = Batch()  # the next one
         self._batches = SimpleQueue[Batch | None]()
         self._may_queue = threading.Semaphore(1)  # no batch waits for the committer
         self._failed = False  # the committer
@@ -84,12 +84,12 @@ class Spooler:
         """Serves until smtpd closes its end, or until an unexpected error."""
         committer = threading.Thread(target=self._commit_batches, name="committer")
         committer.start()
-        busy = False
+        taken = 0
         try:
             self._reply([], 0.0)
-            while self._may_queue.acquire() and not self._failed and self._read(gather=busy):
+            while self._may_queue.acquire() and not self._failed and self._read(gather=taken > 1):
                 numbers = [*self._requests][:MAX_BATCH]
-                busy = len(numbers) > 1
+                taken = len(numbers)
                 self._batches.put(self._store([self._requests.pop(number) for number in numbers]))
         finally:
             self._batches.put(None)
@@ -100,7 +100,7 @@ class Spooler:
         if gather and len(self._requests) < MAX_BATCH:
             time.sleep(GATHER_TIME)
         while len(self._requests) < MAX_BATCH:
-            idle = not self._requests and not self._cancelled
+            idle = not self._requests and not self._batch.results
             try:
                 data = self._channel.recv(1 << 20, 0 if idle else socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -109,48 +109,35 @@ class Spooler:
                 data = b""
             if not data:
                 return not idle
-            for request in map(StoreRequest.decode, self._decoder.feed(data)):
-                if request.message is not None:
-                    self._requests[request.number] = request
-                elif cancelled := self._requests.pop(request.number, None):
-                    self._cancelled.append(cancelled)
+            for number, *values in self._decoder.feed(data):
+                if values:
+                    self._requests[number] = StoreRequest.decode(number, *values)
+                elif cancelled := self._requests.pop(number, None):
+                    self._resolve(cancelled, self._batch, Cancelled())
         return True
 
     def _store(self, requests: list[StoreRequest]) -> Batch:
         """Syncs the bodies of a batch."""
-        batch = Batch()
-        now = time.monotonic()
-        for request in self._cancelled:
-            self._resolve(request, batch, Cancelled())
-        self._cancelled.clear()
-        in_time: list[StoreRequest] = []
-        for request in requests:
-            if self._commit_by(request) > now:
-                in_time.append(request)
-            else:
-                self._resolve(request, batch, _TOO_LATE)
-        small = [request for request in in_time if request.body]
-        bodies = [(one.message.id, one.body) for one in small if one.message and one.body]
-        try:
-            stored = self._spool.store_all(bodies)
-        except Exception as error:  # unexpected; every request needs a result
-            stored = [OSError(first_line(error))] * len(small)
-        for request, fault in zip(small, stored, strict=True):
-            if isinstance(fault, Exception):
-                batch.results.append((request.number, fault))
-                in_time.remove(request)
-        for request in in_time:
-            if request.message:
-                done = partial(self._resolve, request, batch)
-                batch.rows.append(PendingItem(request.message, done, self._commit_by(request)))
+        batch, self._batch = self._batch, Batch()
+        small = [(one.number, one.message.id, one.body) for one in requests if one.body]
+        stored = self._spool.store_all([(queue_id, body) for _, queue_id, body in small])
+        faults = {
+            number: result
+            for (number, _, _), result in zip(small, stored, strict=True)
+            if isinstance(result, OSError)
+        }
+        batch.results += faults.items()
+        batch.rows += [
+            PendingItem(
+                request.message,
+                partial(self._resolve, request, batch),
+                # The latest moment to begin a transaction that ends before the client's 451.
+                request.deadline - self._commit_timeout,
+            )
+            for request in requests
+            if request.number not in faults
+        ]
         return batch
-
-    def _commit_by(self, request: StoreRequest) -> float:
-        """The latest moment (monotonic) to begin a transaction that ends before the client's
-        451."""
-        if request.deadline is None:
-            return float("inf")
-        return request.deadline - self._commit_timeout
 
     def _commit_batches(self) -> None:
         try:
@@ -159,11 +146,12 @@ class Spooler:
                 self._commit(batch)
         except BaseException:
             self._failed = True
-            self._channel.shutdown(socket.SHUT_RDWR)
+            self._channel.shutdown(socket.SHUT_RDWR)  # `run` may wait for requests
             self._may_queue.release()
             raise
 
     def _commit(self, batch: Batch) -> None:
+        """Commits a batch and sends its results."""
         started = time.monotonic()
         # Without smtpd, or after 451, the client sends the message again. A row that is committed
         # now would be a second copy.
@@ -177,13 +165,11 @@ class Spooler:
             else:
                 in_time.append(row)
         deliver_results(self._committer.settle(in_time))
-        if batch.results:
-            self._reply(batch.results, time.monotonic() - started)
+        self._reply(batch.results, time.monotonic() - started)
 
     def _resolve(self, request: StoreRequest, batch: Batch, result: Exception | None) -> None:
         if result is not None and not isinstance(result, CommitUnknown):
-            if request.message:
-                self._spool.remove(request.message.id)
+            self._spool.remove(request.message.id)
             if not isinstance(result, Cancelled):
                 result = RowRefused(first_line(result))
         batch.results.append((request.number, result))

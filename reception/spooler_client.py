@@ -11,6 +11,7 @@ than the messages that clients wait for.
 """
 
 import asyncio
+import itertools
 import os
 import pickle
 import socket
@@ -21,7 +22,14 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from reception.spooler_protocol import FIELDS, BatchReply, Cancelled, FrameDecoder, StoreRequest
+from reception.spooler_protocol import (
+    FIELDS,
+    BatchReply,
+    Cancelled,
+    FrameDecoder,
+    StoreRequest,
+    cancellation,
+)
 from relay import metrics
 from relay.db.group_commit import CommitUnknown, PendingItem, deliver_results
 from relay.log import first_line, get_logger
@@ -52,7 +60,7 @@ class SpoolerClient(asyncio.Protocol):
     def __init__(self, launch: Launch, on_stored: Callable[[list[str], str], None]) -> None:
         self._launch = launch
         self._on_stored = on_stored
-        self._number = 0
+        self._numbers = itertools.count(1)
         # Requests without a result, in the order of `store`.
         self._pending: dict[int, PendingItem[NewMessage]] = {}
         self._unsent: dict[int, bytes] = {}  # frames of those that no spooler has
@@ -61,43 +69,41 @@ class SpoolerClient(asyncio.Protocol):
         self._decoder = FrameDecoder()
         self._disconnected = asyncio.Event()
         self._process: asyncio.Task[object] | None = None
-        self._first_start: asyncio.Future[None] | None = None
+        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._observe = metrics.rounds("intake")
 
     async def start(self) -> None:
         """Starts a spooler and waits for it. Raises SpoolerError if it ends instead."""
-        self._first_start = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._supervise())
-        await self._first_start
+        await self._started
 
     def store(
         self, message: NewMessage, body: list[bytes] | None, deadline: float, done: Done
     ) -> int:
         """Requests to store a message; `body` is None if its file is synced. `done` gets the
         result. Returns the number of the request."""
-        self._number += 1
-        self._pending[self._number] = PendingItem(message, done, deadline)
-        self._unsent[self._number] = StoreRequest(self._number, message, body, deadline).encode()
+        number = next(self._numbers)
+        self._pending[number] = PendingItem(message, done, deadline)
+        self._unsent[number] = StoreRequest(number, message, body, deadline).encode()
         self._send()
-        return self._number
+        return number
 
     def cancel(self, number: int) -> None:
         """Cancels a request if it is not too late for that."""
         if self._unsent.pop(number, None) is not None:
             asyncio.get_running_loop().call_soon(self._resolve, number, Cancelled())
         elif self.transport is not None:
-            self.transport.write(StoreRequest(number).encode())
+            self.transport.write(cancellation(number))
 
     def check_deadlines(self, now: float) -> None:
         """Ends a spooler that hangs. Its clients have had 451; a new spooler may work."""
-        sent = (request for number, request in self._pending.items() if number not in self._unsent)
-        oldest = next(sent, None)
-        deadline = oldest.deadline if oldest is not None else None
-        if oldest and deadline is not None and self._process and now > deadline + HANG_TIMEOUT:
-            log.error("spooler hung", id=oldest.item.id)
-            self._process.cancel()
+        for number, oldest in itertools.islice(self._pending.items(), 1):
+            late = oldest.deadline is not None and now > oldest.deadline + HANG_TIMEOUT
+            if late and self._process is not None and number not in self._unsent:
+                log.error("spooler hung", id=oldest.item.id)
+                self._process.cancel()
 
     async def close(self, seconds: float) -> None:
         """Lets the spooler finish what it has, for at most so many `seconds`."""
@@ -117,8 +123,8 @@ class SpoolerClient(asyncio.Protocol):
         for reply in self._decoder.feed(data):
             if not reply.results:  # the spooler has started
                 self.resume_writing()
-                if self._first_start is not None and not self._first_start.done():
-                    self._first_start.set_result(None)
+                if not self._started.done():
+                    self._started.set_result(None)
             stored = [self._pending[number] for number, result in reply.results if result is None]
             for number, result in reply.results:
                 self._resolve(number, result)
@@ -165,9 +171,9 @@ class SpoolerClient(asyncio.Protocol):
                 status = first_line(error)
             if self._closing:
                 return None
-            if self._first_start is not None and not self._first_start.done():
+            if not self._started.done():
                 text = f"the spooler ended when it was started: {status}"
-                return self._first_start.set_exception(SpoolerError(text))
+                return self._started.set_exception(SpoolerError(text))
             delay = RESTART_DELAY if time.monotonic() - started < MIN_UPTIME else 0.0
             metrics.SPOOLER_RESTARTS.inc()
             log.error("spooler restarted", status=status, seconds=delay)

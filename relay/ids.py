@@ -18,5 +18,4 @@ def new_id() -> str:
 
 def dashed(queue_id: str) -> str:
     """An id in the database's form."""
-    i = queue_id
-    return f"{i[:8]}-{i[8:12]}-{i[12:16]}-{i[16:20]}-{i[20:]}"
+    return "-".join((queue_id[:8], queue_id[8:12], queue_id[12:16], queue_id[16:20], queue_id[20:]))

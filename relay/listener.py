@@ -34,9 +34,10 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
         self._deadlines: dict[socket.socket, float] = {}  # of the requests that have a thread
-        super().__init__(*arguments)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self._deadlines) < THREADS:
@@ -69,12 +70,7 @@ def listen(host: str, port: int) -> WSGIServer:
     """Serve the metrics on an address (an empty host: every IPv4 address); raises OSError if it is
     in use."""
     host = host or "0.0.0.0"  # noqa: S104  (an empty host in RELAY_METRICS_LISTEN means every address)
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, _, _, _, address = addresses[0]
-
-    class BoundedServer(_Server):
-        address_family = family
-
-    server = make_server(str(address[0]), port, make_wsgi_app(), BoundedServer, _Handler)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    server = make_server(str(found[0][4][0]), port, make_wsgi_app(), _Server, _Handler)
     threading.Thread(target=server.serve_forever, name="metrics listener", daemon=True).start()
     return server

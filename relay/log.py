@@ -70,9 +70,10 @@ def first_line(error: BaseException | None) -> str:
     return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
-def _redact(
+def redact_addresses(
     _logger: Any, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
+    """Replace the local parts of all addresses of an event by `...`."""
     for name, value in event.items():
         if isinstance(value, str) and value and name in _ADDRESSES:
             event[name] = "...@" + value.rpartition("@")[2]
@@ -126,16 +127,16 @@ def configure(settings: Settings) -> None:
     terminal = settings.log_format == "console" or (
         settings.log_format == "auto" and sys.stderr.isatty()
     )
-    before: list[Any] = [_redact] if settings.log_addresses == "redacted" else []
-    last: Any = _json
-    if terminal:
-        before += [
+    before: list[Any] = [redact_addresses] if settings.log_addresses == "redacted" else []
+    before += (
+        [
             structlog.stdlib.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
         ]
-        last = structlog.dev.ConsoleRenderer(pad_event_to=12)
-    else:
-        before.append(_stamp)
+        if terminal
+        else [_stamp]
+    )
+    last: Any = structlog.dev.ConsoleRenderer(pad_event_to=12) if terminal else _json
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     structlog.configure(
         processors=[*before, last],
@@ -148,6 +149,4 @@ def configure(settings: Settings) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[strip, last])
     )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(max(level, logging.WARNING))
+    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)

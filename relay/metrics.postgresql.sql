@@ -8,9 +8,7 @@ FROM (
     SELECT state, count(*) AS deliveries, count(*) FILTER (WHERE due_at < now()) AS overdue,
            min(CAST(queue_id AS text)) AS oldest
     FROM (
-        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued' AND claim_count = 0
-        UNION ALL
-        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued' AND claim_count > 0
+        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued'
         UNION ALL
         SELECT state, queue_id, due_at FROM deliveries WHERE state = 'sending'
         UNION ALL

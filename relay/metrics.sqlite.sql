@@ -9,9 +9,7 @@ FROM (
            count(*) FILTER (WHERE due_at < (SELECT now FROM clock)) AS overdue,
            min(queue_id) AS oldest
     FROM (
-        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued' AND claim_count = 0
-        UNION ALL
-        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued' AND claim_count > 0
+        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued'
         UNION ALL
         SELECT state, queue_id, due_at FROM deliveries WHERE state = 'sending'
         UNION ALL

@@ -3,7 +3,7 @@
 A delivery gets the name of its route when it is accepted; the servers of the route are looked up at
 each attempt, so a change of the settings reaches queued mail. QMQP_SERVERS are the servers of the
 route `default`, which takes what no other route takes. ROUTES names a TOML file with the other
-routes (`Route` has the keys; docs/operate.md has an example). The first route whose pattern matches
+routes (`Route` has the keys; docs/delivery.md has an example). The first route whose pattern matches
 takes the recipient.
 
 What must stay true: a file that cannot be used changes nothing. Half a TOML file is often valid, so
@@ -22,7 +22,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from relay.log import get_logger
-from relay.settings import Settings, SettingsError, reason, seconds, size
+from relay.settings import Settings, SettingsError, from_text, reason, seconds, size
 
 log = get_logger(__name__)
 DEFAULT_PORT = 628  # IANA's, /etc/services
@@ -82,7 +82,7 @@ def _bisect(value: object) -> object:
 
 _Count = Annotated[int, Field(gt=0, strict=True)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-_Duration = Annotated[_Seconds | None, BeforeValidator(seconds)]
+_Duration = Annotated[_Seconds | None, from_text(seconds)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Route:
     connections: _Count | None = None
     retry_min: _Duration = None
     retry_max: _Duration = None
-    max_size: Annotated[_Count | None, BeforeValidator(size)] = None
+    max_size: Annotated[_Count | None, from_text(size)] = None
     bisect: Annotated[bool, BeforeValidator(_bisect)] = True
 
     def takes(self, address: str) -> bool:
@@ -181,11 +181,13 @@ class Routes:
         read = _stamp(settings.routes)
         try:
             routes = parse_routes(settings.routes.read_text()) if settings.routes else []
-        except (ValueError, OSError) as error:
-            why = str(error)
-            if isinstance(error, OSError):
-                why = f"{error.strerror}; write that file, or leave RELAY_ROUTES empty"
-            raise SettingsError(f"RELAY_ROUTES: {settings.routes}: {why}") from None
+        except OSError as error:
+            raise SettingsError(
+                f"RELAY_ROUTES: {settings.routes}: {error.strerror};"
+                " write that file, or leave RELAY_ROUTES empty"
+            ) from None
+        except ValueError as error:
+            raise SettingsError(f"RELAY_ROUTES: {settings.routes}: {error}") from None
         return cls(routes, settings.routes, default, read=read, clock=clock)
 
     def route_for(self, address: str) -> str:

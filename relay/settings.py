@@ -15,10 +15,10 @@ import difflib
 import os
 import re
 import socket
-from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
@@ -30,54 +30,52 @@ PREFIX = "RELAY_"
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+)\s*([KMG]?)i?B?", re.IGNORECASE)
+_FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LISTEN = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]\s]*)):(\d{1,5})")
 _PASSWORD = re.compile(r"(?<=password=)[^&\s]+")
 _VALUE = re.compile(r"([?&][^=&?]*=)[^&]*")
-_FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
-_DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
-_LITERAL = re.compile(r"\[(?:[0-9.]+|(?i:IPv6:)[0-9A-Fa-f:.]+)\]")
-_DOMAIN_LIMIT = 255  # octets, RFC 5321 section 4.5.3.1.2
+_NAME = rf"{_LABEL}(?:\.{_LABEL})*"
+_LITERAL = r"\[(?:[0-9.]+|(?i:IPv6:)[0-9A-Fa-f:.]+)\]"
+# At most 255 octets (RFC 5321, 4.5.3.1.2). The underscore is not in that grammar, but in names of
+# containers.
+_HOST = re.compile(rf"(?!.{{256}})(?:{_NAME}|{_LITERAL})")
+_DOMAIN = re.compile(rf"(?!.{{256}})(?:\.?{_NAME}|{_LITERAL})")
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be used; the text has a line for each variable."""
+    """Settings that cannot be used; the text has a line for each variable, which it names."""
 
 
-def seconds(value: object) -> object:
-    """`30s 5m 2h 5d` (or a bare number of seconds) as seconds."""
-    if not isinstance(value, str):
-        return value
-    match = _DURATION.fullmatch(value.strip())
+def seconds(text: str) -> float:
+    """`30s 5m 2h 5d` (or a bare number of seconds) as seconds; raises ValueError."""
+    match = _DURATION.fullmatch(text.strip())
     if not match:
         raise ValueError("is not a duration: write 30s, 5m, 2h or 5d")
     return float(match[1]) * _SECONDS[match[2]]
 
 
-def size(value: object) -> object:
-    """`64K 25M 1G` (or a bare number) as bytes."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
+def size(text: str) -> int:
+    """`64K 25M 1G` (or a bare number) as bytes; raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
     if not match:
         raise ValueError("is not a size: write 64K, 25M or a number of bytes")
     return int(match[1]) * _FACTOR[match[2].upper()]
 
 
-def _words(value: object) -> object:
-    """The parts between commas, blanks and line ends."""
-    return tuple(re.findall(r"[^,\s]+", value)) if isinstance(value, str) else value
-
-
 def parse_listen(text: str) -> tuple[str, int]:
     """`host:port`, `[v6]:port` or `:port` (all addresses) as a pair; raises ValueError."""
-    match = re.fullmatch(
-        r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:\[\]\s]*)):(?P<port>\d{1,5})", text
-    )
-    if not match or int(match["port"]) > 65535:
+    match = _LISTEN.fullmatch(text)
+    if not match or int(match[3]) > 65535:
         raise ValueError(
             f"{text!r} is not an address to listen on: write 127.0.0.1:2525 or [::1]:2525"
         )
-    return match["v6"] or match["host"], int(match["port"])
+    return match[1] or match[2], int(match[3])
+
+
+def format_address(host: str, port: int) -> str:
+    """An address as `parse_listen` reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_network(text: str) -> Network:
@@ -87,112 +85,121 @@ def parse_network(text: str) -> Network:
     million.
     """
     try:
-        return ip_network(text)
-    except ValueError:
-        pass
-    try:
-        around = ip_network(text, strict=False)
+        network = ip_network(text, strict=False)
     except ValueError:
         raise ValueError(
-            f"{text!r} is not a network: write 192.0.2.0/24, 2001:db8::/32, one address, or connected"
+            f"{text!r} is not a network: write 192.0.2.0/24, 2001:db8::/32, one address, or"
+            " connected"
         ) from None
     address = text.partition("/")[0]
-    raise ValueError(
-        f"{text!r} is an address within a network: write {around}, or {address} for that address alone"
-    )
+    if ip_address(address) != network.network_address:
+        raise ValueError(
+            f"{text!r} is an address within a network: write {network}, or {address} for that"
+            " address alone"
+        )
+    return network
 
 
-def _network(word: str) -> str:
-    if word != "connected":
-        parse_network(word)
-    return word
+def from_text(parse: Callable[[str], object]) -> BeforeValidator:
+    """Parses a text; other values are valid as they are."""
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
-def _hostname(value: str) -> str:
-    """The name in the banner, in Received fields and after `postmaster@` (RFC 5321 4.2 and 4.4).
+def _checked(valid: Callable[[str], object], complaint: str = "") -> AfterValidator:
+    """Keeps a text that is valid: `valid` returns something true and raises no ValueError.
 
-    The underscore is not in that grammar, but in names of containers.
+    `{!r}` in the complaint is the text, which is not shown otherwise.
     """
-    if not (_DOMAIN.fullmatch(value) or _LITERAL.fullmatch(value)) or len(value) > _DOMAIN_LIMIT:
-        raise ValueError(
-            "is not a host name: write relay.example.org (letters, digits, - and _ between dots)"
-        )
-    return value
+
+    def check(text: str) -> str:
+        if not valid(text):
+            raise ValueError(complaint.format(text))
+        return text
+
+    return AfterValidator(check)
 
 
-def _domain(word: str) -> str:
-    name = word.removeprefix(".")
-    if not (_DOMAIN.fullmatch(name) or _LITERAL.fullmatch(word)) or len(word) > _DOMAIN_LIMIT:
-        raise ValueError(
-            f"{word!r} is not a domain: write example.org, or .example.org for every domain below it,"
-            " with a comma or a blank between two"
-        )
-    return word
-
-
-def _pattern(text: str) -> str:
+def _is_pattern(text: str) -> bool:
     try:
         re.compile(text)
     except re.error as error:
         raise ValueError(f"{text!r} is not a regular expression: {error}") from None
-    return text
+    return True
 
 
-def _patterns(value: object) -> object:
-    """The texts between semicolons."""
-    if not isinstance(value, str):
-        return value
-    return tuple(text.strip() for text in value.split(";") if text.strip())
+def _is_broker(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        host = url.scheme in ("redis", "rediss") and url.hostname and url.port != 0
+    except ValueError:
+        return False
+    return bool(url.path if url.scheme == "redis+socket" else host)
 
 
-Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
-Span = Annotated[float, BeforeValidator(seconds), Field(ge=0)]
-Size = Annotated[int, BeforeValidator(size), Field(gt=0)]
+def _word_list(text: str) -> tuple[str, ...]:
+    """The parts between commas, blanks and line ends."""
+    return tuple(re.findall(r"[^,\s]+", text))
+
+
+def _pattern_list(text: str) -> tuple[str, ...]:
+    """The parts between semicolons."""
+    return tuple(filter(None, map(str.strip, text.split(";"))))
+
+
+def _unless_off(text: str) -> float | None:
+    return None if text.strip().lower() in {"", "off", "no", "0"} else seconds(text)
+
+
+_WORDS = from_text(_word_list)
+Duration = Annotated[float, from_text(seconds), Field(gt=0)]
+Span = Annotated[float, from_text(seconds), Field(ge=0)]
+Size = Annotated[int, from_text(size), Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
-Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+Words = Annotated[tuple[str, ...], NoDecode, _WORDS]
+Listens = Annotated[
+    tuple[Annotated[tuple[str, int], from_text(parse_listen)], ...], NoDecode, _WORDS
+]
 Networks = Annotated[
-    tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_words)
+    tuple[Annotated[str, _checked(lambda word: word == "connected" or parse_network(word))], ...],
+    NoDecode,
+    _WORDS,
 ]
 Domains = Annotated[
-    tuple[Annotated[str, AfterValidator(_domain)], ...], NoDecode, BeforeValidator(_words)
+    tuple[
+        Annotated[
+            str,
+            _checked(
+                _DOMAIN.fullmatch,
+                "{!r} is not a domain: write example.org, or .example.org for every domain below"
+                " it, with a comma or a blank between two",
+            ),
+        ],
+        ...,
+    ],
+    NoDecode,
+    _WORDS,
 ]
 Patterns = Annotated[
-    tuple[Annotated[str, AfterValidator(_pattern)], ...], NoDecode, BeforeValidator(_patterns)
+    tuple[Annotated[str, _checked(_is_pattern)], ...], NoDecode, from_text(_pattern_list)
 ]
-_Listen = Annotated[
-    tuple[str, int],
-    BeforeValidator(lambda value: parse_listen(value) if isinstance(value, str) else value),
+# The name in the banner, in Received fields and after `postmaster@` (RFC 5321, 4.2 and 4.4).
+Hostname = Annotated[
+    str,
+    _checked(
+        _HOST.fullmatch,
+        "is not a host name: write relay.example.org (letters, digits, - and _ between dots)",
+    ),
 ]
-Listens = Annotated[tuple[_Listen, ...], NoDecode, BeforeValidator(_words)]
-
-
-def _broker(value: str) -> str:
-    """A URL that the broker's client can read. The error does not show it, because it may contain a
-    password."""
-    try:
-        url = urlsplit(value)
-        known = (
-            url.path
-            if url.scheme == "redis+socket"
-            else url.scheme in ("redis", "rediss") and url.hostname
-        )
-        _ = url.port  # raises if it is not a number
-    except ValueError:
-        known = None
-    if not known:
-        raise ValueError(
-            "is not a broker URL: write redis://:password@host:6379/0, rediss://... or redis+socket:///path;"
-            " in a password / # ? @ : % are spelt %2F %23 %3F %40 %3A %25"
-        )
-    return value
-
-
-def _switch(value: object) -> object:
-    return (
-        None
-        if isinstance(value, str) and value.strip().lower() in {"", "off", "no", "0"}
-        else seconds(value)
-    )
+# The error does not show the URL, because it may contain a password.
+Broker = Annotated[
+    str,
+    _checked(
+        _is_broker,
+        "is not a broker URL: write redis://:password@host:6379/0, rediss://... or"
+        " redis+socket:///path; in a password / # ? @ : % are spelt %2F %23 %3F %40 %3A %25",
+    ),
+]
+AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
 class Settings(BaseSettings):
@@ -201,22 +208,25 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True
     )
-    role: ClassVar[str] = "relay"
 
-    state_dir: Path = Path("var")
-    database_url: str = ""
-    broker_url: Annotated[str, AfterValidator(_broker)] = ""
-    spool_dir: Path = Path()
+    state_dir: AbsolutePath = Field(Path("var"), validate_default=True)
+    database_url: str = Field(
+        default_factory=lambda data: f"sqlite:///{data['state_dir']}/relay.db"
+    )
+    broker_url: Broker = Field(
+        default_factory=lambda data: f"redis+socket://{data['state_dir']}/broker.sock"
+    )
+    spool_dir: AbsolutePath = Field(default_factory=lambda data: data["state_dir"] / "spool")
     qmqp_servers: Words = ()
     routes: Path | None = None
-    hostname: Annotated[str, AfterValidator(_hostname)] = ""
+    hostname: Hostname = Field(default_factory=socket.gethostname, validate_default=True)
 
     batch_size: Count = 64
     grace: Duration = 5.0
     queue_lifetime: Duration = 5 * 86400.0
     retention: Duration = 30 * 86400.0
     bounces: Literal["dsn", "off"] = "dsn"
-    delay_warning: Annotated[float | None, BeforeValidator(_switch)] = None
+    delay_warning: Annotated[float | None, from_text(_unless_off)] = None
     unsafe_durability: bool = False
     unauthorized_replies: Patterns = (
         "not authori[sz]ed to use",
@@ -229,29 +239,23 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
     log_addresses: Literal["full", "redacted"] = "full"
-    metrics_listen: Listens = ()
+    metrics_listen: Annotated[
+        Listens, from_text(lambda text: () if text.strip().lower() == "off" else text)
+    ] = ()
     web_listen: Listens = (("127.0.0.1", 8025),)
     health_file: Path | None = None
 
+    session_timeout: Duration = 3600.0
+    drain_timeout: Duration = 30.0
+
     @model_validator(mode="before")
     @classmethod
-    def _derive(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = {**_from_files(), **values}
-        state = Path(values.get("state_dir") or "var").absolute()
-        values["state_dir"] = state
-        values["database_url"] = values.get("database_url") or f"sqlite:///{state / 'relay.db'}"
-        values["broker_url"] = values.get("broker_url") or f"redis+socket://{state / 'broker.sock'}"
-        values["spool_dir"] = Path(values.get("spool_dir") or state / "spool").absolute()
-        values["hostname"] = values.get("hostname") or socket.gethostname()
-        if str(values.get("metrics_listen", "")).strip().lower() == "off":
-            values["metrics_listen"] = ()
-        return values
+    def _with_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**_from_files(), **values}
 
 
 class SmtpdSettings(Settings):
     """The SMTP front end."""
-
-    role: ClassVar[str] = "smtpd"
 
     smtp_listen: Listens = (("127.0.0.1", 2525),)
     publish: str = ""
@@ -264,25 +268,19 @@ class SmtpdSettings(Settings):
     max_connections: Count = 1000
     max_connections_per_client: Count = 50
     smtp_timeout: Duration = 300.0
-    session_timeout: Duration = 3600.0
     accept_deadline: Duration = 60.0
-    drain_timeout: Duration = 30.0
 
 
 class WorkerSettings(Settings):
     """Delivery."""
 
-    role: ClassVar[str] = "worker"
-
     connect_timeout: Duration = 10.0
     io_timeout: Duration = 60.0
     reply_timeout: Duration = 600.0
-    session_timeout: Duration = 3600.0
-    block_size: Annotated[int, BeforeValidator(size), Field(ge=512, le=16 << 20)] = 64 << 10
+    block_size: Annotated[int, from_text(size), Field(ge=512, le=16 << 20)] = 64 << 10
     worker_connections: Count = 128
     server_connections: Count = 50
     lease: Duration = 60.0
-    drain_timeout: Duration = 30.0
     retry_min: Duration = 30.0
     retry_max: Duration = 3600.0
     uncertain: Literal["retry", "hold"] = "retry"
@@ -306,17 +304,17 @@ def names() -> set[str]:
 
 
 def _from_files() -> dict[str, str]:
-    """The contents of the files that RELAY_X_FILE variables name, by field; raises SettingsError."""
+    """The contents of the files that RELAY_X_FILE variables name, by field; raises SettingsError.
+    Like an empty variable, an empty file sets nothing."""
     contents = {}
-    for name, path in os.environ.items():
-        target = name.removesuffix("_FILE")
-        if name.endswith("_FILE") and target in names() and name not in names():
+    for name in names():
+        if path := os.environ.get(f"{name}_FILE"):
             try:
-                contents[target.removeprefix(PREFIX).lower()] = Path(path).read_text().strip()
+                contents[name.removeprefix(PREFIX).lower()] = Path(path).read_text().strip()
             except (OSError, UnicodeDecodeError) as error:
                 why = error.strerror if isinstance(error, OSError) else "it is not text"
-                raise SettingsError(f"{name}: cannot read {path}: {why}") from None
-    return contents
+                raise SettingsError(f"{name}_FILE: cannot read {path}: {why}") from None
+    return {field: text for field, text in contents.items() if text}
 
 
 def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
@@ -331,9 +329,8 @@ def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     lines: dict[str, None] = {}  # roles share variables, and a variable has one line
     loaded: dict[type[Settings], Settings] = {}
     for each in ROLES:
-        fields = {name: value for name, value in overrides.items() if name in each.model_fields}
         try:
-            loaded[each] = each(**fields)
+            loaded[each] = each(**overrides)
         except ValidationError as error:
             lines |= dict.fromkeys(map(_line, error.errors()))
     if lines:
@@ -369,7 +366,7 @@ def unwanted(settings: Settings) -> re.Pattern[str]:
 
 def unknown_names(environ: Mapping[str, str] = os.environ) -> list[str]:
     """A warning for each unknown RELAY_ variable, with the most similar known one."""
-    known = names() | {name + "_FILE" for name in names()}
+    known = names() | {f"{name}_FILE" for name in names()}
     warnings = []
     for name in sorted(environ.keys() - known):
         if name.startswith(PREFIX) and not name.startswith("RELAY_TEST"):

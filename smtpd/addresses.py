@@ -106,8 +106,7 @@ def _mailbox(
     local, domain, literal = match.group("local", "domain", "literal")
     if literal is not None:
         domain = literal
-        if not _is_literal(domain[1:-1].decode("ascii")):
-            raise Refused(f"{refusal}: bad address literal")
+        _check_literal(domain[1:-1].decode("ascii"), refusal)
     elif domain is None:
         if default is None:
             raise Refused(f"{refusal}: a domain is needed")
@@ -127,12 +126,11 @@ def _mailbox(
     return f"{bare.decode('ascii')}@{name}", f"{local.decode('ascii')}@{name}", name
 
 
-def _is_literal(text: str) -> bool:
+def _check_literal(text: str, refusal: str) -> None:
     try:
         IPv6Address(text[5:]) if text[:5].upper() == "IPV6:" else IPv4Address(text)
     except AddressValueError:
-        return False
-    return True
+        raise Refused(f"{refusal}: bad address literal") from None
 
 
 def _parameters(text: bytes | None, known: Mapping[bytes, re.Pattern[bytes]]) -> dict[bytes, str]:

@@ -42,20 +42,30 @@ class Content:
     when `feed` has returned a rest.
     """
 
-    __slots__ = ("_carry", "_header", "_limit", "_started", "_strip_cr", "fault", "octets")
+    __slots__ = (
+        "_carry",
+        "_header_complete",
+        "_header_tail",
+        "_limit",
+        "_received",
+        "_started",
+        "_strip_cr",
+        "fault",
+        "header_message_id",
+        "octets",
+    )
 
     def __init__(self, limit: int, *, strip_cr: bool = False) -> None:
         self.fault: Fault | None = None
         self.octets = -2
+        self.header_message_id: str | None = None
+        self._header_tail = b""  # the unfinished line, of at most _MAX_TAIL octets
+        self._header_complete = False
+        self._received = 0  # trace fields
         self._limit = limit
         self._strip_cr = strip_cr
         self._carry = b"\r\n"
         self._started = False
-        self._header = HeaderScan()
-
-    @property
-    def header_message_id(self) -> str | None:
-        return self._header.header_message_id
 
     def feed(self, data: bytes) -> tuple[bytes, bytes | None]:
         """Takes bytes from the network; returns the decoded text, and the bytes after the end (None
@@ -90,10 +100,10 @@ class Content:
             return b""
         if not self._started and text[1:2] in (b" ", b"\t"):
             # The receiver ends the header before a first line that begins with a blank.
-            self._header.complete = True
-        if not self._header.complete:
-            self._header.feed(text)
-            if self._header.received > MAX_RECEIVED:
+            self._header_complete = True
+        if not self._header_complete:
+            self._scan_header(text)
+            if self._received > MAX_RECEIVED:
                 self.fault = Fault.LOOP
                 return b""
         if not self._started:
@@ -101,37 +111,22 @@ class Content:
             text = text[1:]
         return text
 
-
-class HeaderScan:
-    """Counts the Received fields of a header and finds its Message-ID, block by block.
-
-    It keeps one unfinished line of at most `_MAX_TAIL` octets. The text must begin with a LF before
-    its first line, so that every field is found as `LF name`.
-    """
-
-    __slots__ = ("_tail", "complete", "header_message_id", "received")
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.header_message_id: str | None = None
-        self.complete = False
-        self._tail = b""
-
-    def feed(self, text: bytes) -> None:
-        window = self._tail + text
+    def _scan_header(self, text: bytes) -> None:
+        """Counts the Received fields and finds the Message-ID. The first text begins with a LF, so
+        every field is found as `LF name`."""
+        window = self._header_tail + text
         end = window.find(b"\n\n")
-        self.complete = end >= 0
+        self._header_complete = end >= 0
         # The last line may still grow: it is searched when it is complete.
-        cut = end if self.complete else window.rfind(b"\n")
+        cut = end if self._header_complete else window.rfind(b"\n")
         lines = window[:cut].lower()
-        if self.header_message_id is None:
-            at = lines.find(b"\nmessage-id:")
-            if at >= 0:
-                match = _MESSAGE_ID.match(window, at, end if self.complete else len(window))
-                if match is not None:
-                    self.header_message_id = match[1].decode("ascii")
-                elif not self.complete and len(window) - at < _MAX_TAIL:
-                    cut = at
-                    lines = lines[:at]
-        self.received += lines.count(b"\nreceived:")
-        self._tail = window[cut : cut + _MAX_TAIL]
+        at = -1 if self.header_message_id else lines.find(b"\nmessage-id:")
+        if at >= 0:
+            match = _MESSAGE_ID.match(window, at, end if self._header_complete else len(window))
+            if match is not None:
+                self.header_message_id = match[1].decode("ascii")
+            elif not self._header_complete and len(window) - at < _MAX_TAIL:
+                cut = at
+                lines = lines[:at]
+        self._received += lines.count(b"\nreceived:")
+        self._header_tail = window[cut : cut + _MAX_TAIL]

@@ -7,7 +7,6 @@ and smtpd pauses accepting in time; clients then wait in the listen queue of the
 """
 
 import resource
-from typing import NamedTuple
 
 from relay.log import get_logger
 
@@ -19,17 +18,14 @@ MIN_BODIES = 32
 log = get_logger(__name__)
 
 
-class Descriptors(NamedTuple):
-    """`last`: a connection with this descriptor or a higher one pauses accepting, because a new
-    descriptor has the lowest free number. `bodies`: large messages that may be open at a time."""
-
-    last: int
-    bodies: int
-
-
-def reserve_descriptors(connections: int) -> Descriptors:
+def reserve_descriptors(connections: int) -> tuple[int, int]:
     """Raises RLIMIT_NOFILE to what `connections` (RELAY_MAX_CONNECTIONS) need. Logs a warning if
-    that is not allowed."""
+    that is not allowed.
+
+    Returns the last descriptor and the number of large messages that may be open at a time. A
+    connection with this descriptor or a higher one pauses accepting, because a new descriptor has
+    the lowest free number.
+    """
     needed = 2 * connections + RESERVE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -45,4 +41,4 @@ def reserve_descriptors(connections: int) -> Descriptors:
             max_connections=connections,
         )
     bodies = max(MIN_BODIES, min(connections, limit - RESERVE - connections))
-    return Descriptors(limit - RESERVE - bodies, bodies)
+    return limit - RESERVE - bodies, bodies

@@ -10,17 +10,16 @@ import signal
 from functools import partial
 
 from reception.policy import Policy
-from reception.receiver import THREADS, BodyDescriptors, DiskThreads, Receiver
+from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.spooler_client import SpoolerClient, launcher
 from relay import metrics
 from relay.hints import FRESH, Hints, celery_app
 from relay.log import get_logger
 from relay.routes import Routes
-from relay.settings import SmtpdSettings
+from relay.settings import SmtpdSettings, format_address
 from relay.startup import DurableState, new_loop, ready
 from smtpd.descriptors import reserve_descriptors
-from smtpd.server import SmtpServer, format_address
-from smtpd.session import Greeting
+from smtpd.server import SmtpServer
 
 log = get_logger(__name__)
 
@@ -42,7 +41,7 @@ def offered_size(limit: int, routes: Routes) -> int:
 def run(settings: SmtpdSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status.
 
-    Raises SettingsError, PolicyError, ListenError, SpoolerError, and what `ready` raises.
+    Raises SettingsError, SpoolerError, and what `ready` raises.
     """
     policy = Policy(settings)
     routes = Routes.load(settings)
@@ -64,14 +63,11 @@ async def _serve(
     spooler = SpoolerClient(launcher(settings, state.spool), hints.offer)
     threads = DiskThreads(THREADS)
     last_descriptor, bodies = reserve_descriptors(settings.max_connections)
-    descriptors = BodyDescriptors(bodies)
     receiver = Receiver(
-        loop, state.spool, spooler, routes.route_for, settings, threads, descriptors
+        state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
-    policy.max_message_size = size_limit()
-    greeting = Greeting(settings.hostname, policy.max_message_size)
-    server = SmtpServer(loop, settings, receiver, policy, greeting, size_limit, last_descriptor)
+    server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor)
     await spooler.start()
     addresses = await server.listen(settings.smtp_listen)
     hints.start()

@@ -21,17 +21,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 from reception.policy import ClientPolicy, Policy
 from reception.receiver import MAX_BUFFERED, Receiver, Reception
 from relay import metrics
 from relay.log import get_logger
-from relay.settings import SmtpdSettings
+from relay.settings import SettingsError, SmtpdSettings, format_address
 from smtpd.session import (
     DataComplete,
     DataReceived,
-    DataRejected,
     Event,
     Greeting,
     MailStarted,
@@ -62,13 +62,9 @@ _STOPPING = "421 4.3.2 Service is stopping"
 log = get_logger(__name__)
 
 
-class ListenError(Exception):
-    """An address cannot be listened on. The text names the address and the setting."""
-
-
 @dataclass(slots=True)
 class SmtpServer:
-    """What connections share. `size_limit` is asked every second if the routes may change it.
+    """What connections share. `size_limit` is called every second, because routes may change it.
 
     A connection whose descriptor is `last_descriptor` or higher pauses accepting.
     """
@@ -77,8 +73,7 @@ class SmtpServer:
     settings: SmtpdSettings
     receiver: Receiver
     policy: Policy
-    greeting: Greeting
-    size_limit: Callable[[], int] | None = None
+    size_limit: Callable[[], int]
     last_descriptor: float = math.inf
     connections: "set[SmtpConnection]" = field(default_factory=set)
     clients: Counter[str] = field(default_factory=Counter)  # admitted connections by network
@@ -86,6 +81,7 @@ class SmtpServer:
     untrusted: int = 0  # of the admitted ones
     stopping: bool = False
     next_tick: float = math.inf
+    greeting: Greeting = field(init=False)
     _listeners: list[asyncio.Server] = field(default_factory=list)
     _sockets: list[socket.socket] = field(default_factory=list)  # open while accepting pauses
     _resuming: asyncio.Task[None] | None = None
@@ -94,16 +90,17 @@ class SmtpServer:
 
     async def listen(self, addresses: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
         """Listens on these addresses ('' means every one, port 0 any free port); returns those in
-        use. Raises ListenError."""
+        use. Raises SettingsError that names the address and the setting."""
+        self._set_size_limit()
         for host, port in addresses:
             try:
                 listener = await self.loop.create_server(
-                    lambda: SmtpConnection(self), host or None, port, backlog=LISTEN_BACKLOG
+                    partial(SmtpConnection, self), host or None, port, backlog=LISTEN_BACKLOG
                 )
             except OSError as error:
                 await self.stop(0.0)
                 reason = os.strerror(error.errno) if error.errno else str(error)
-                raise ListenError(
+                raise SettingsError(
                     f"cannot listen on {format_address(host, port)}: {reason};"
                     " RELAY_SMTP_LISTEN sets the address"
                 ) from error
@@ -170,25 +167,17 @@ class SmtpServer:
             self._close_listeners()
             log.warning("accepting paused", sessions=len(self.connections))
 
-    def _resume(self) -> None:
+    async def _resume(self) -> None:
         """Accepts again if descriptors are free. A new descriptor shows that, because it has the
         lowest free number."""
-        copies: list[socket.socket] = []
-        with suppress(OSError):
-            copies.extend(listening.dup() for listening in self._sockets)
-        if len(copies) == len(self._sockets) and copies[-1].fileno() < self.last_descriptor:
-            self._resuming = self.loop.create_task(self._accept_again(copies))
-        else:
-            for copy in copies:
-                copy.close()
-
-    async def _accept_again(self, copies: list[socket.socket]) -> None:
-        for copy in copies:
-            self._listeners.append(
-                await self.loop.create_server(
-                    lambda: SmtpConnection(self), sock=copy, backlog=LISTEN_BACKLOG
+        with suppress(OSError), self._sockets[0].dup() as lowest:
+            if lowest.fileno() + len(self._sockets) > self.last_descriptor:
+                return
+            for listening in self._sockets:
+                listener = await self.loop.create_server(
+                    partial(SmtpConnection, self), sock=listening.dup(), backlog=LISTEN_BACKLOG
                 )
-            )
+                self._listeners.append(listener)
         if self.stopping:
             self._close_listeners()
         else:
@@ -202,13 +191,9 @@ class SmtpServer:
     def tick(self) -> None:
         """The clock: once a second, or more often for short timeouts."""
         now = time.monotonic()
-        if self.size_limit and (size := self.size_limit()) != self.greeting.max_message_size:
-            # Open sessions keep the limit that they were offered.
-            self.greeting = Greeting(self.settings.hostname, size)
-            self.policy.max_message_size = size
-        resuming = self._resuming is not None and not self._resuming.done()
-        if not self._listeners and not self.stopping and not resuming:
-            self._resume()
+        self._set_size_limit()
+        if not self._listeners and not self.stopping:
+            self._resuming = self.loop.create_task(self._resume())
         late = now > self.next_tick + LATE_TICK
         pause = min(1.0, self.settings.smtp_timeout / 4, self.settings.accept_deadline / 4)
         self.next_tick = now + pause
@@ -218,6 +203,10 @@ class SmtpServer:
             self._clock = self.loop.call_later(pause, self.tick)
         else:
             self._clock = self.loop.call_later(READ_DELAY, self.check_deadlines, now)
+
+    def _set_size_limit(self) -> None:
+        """Open sessions keep the limit that they were offered."""
+        self.greeting = Greeting(self.settings.hostname, self.size_limit())
 
     def check_deadlines(self, now: float) -> None:
         """Ends what was overdue at the tick, `now`, and still is."""
@@ -234,13 +223,9 @@ class SmtpConnection(asyncio.Protocol):
         self._server = server
         self.reception: Reception | None = None
         self.reading_paused = False
-        self.writing_paused = False  # the client does not read
         self.deadline = 0.0  # of the client's silence, or of the last reply (monotonic)
-        self.transaction_started = 0.0
         self.octets = 0  # of content, since the window began
         self.window_started = 0.0
-        self._transactions = 0  # the number of the open one
-        self._closing = False
         self._admitted: ClientPolicy | None = None
         self._turn: asyncio.Handle | None = None  # the session's next one
 
@@ -256,7 +241,7 @@ class SmtpConnection(asyncio.Protocol):
         self.session = Session(server.greeting, self.client)
         log.debug("connection", client=self.client.address)
         if not peer:
-            self._closing = True
+            self.session.close()
             transport.abort()
             return
         connection = transport.get_extra_info("socket")
@@ -273,7 +258,7 @@ class SmtpConnection(asyncio.Protocol):
             transport.write(self.session.replies())
 
     def data_received(self, data: bytes) -> None:
-        if self._closing:
+        if self.session.closed:
             return
         lines = self.session.lines
         self.octets += len(data)
@@ -288,22 +273,22 @@ class SmtpConnection(asyncio.Protocol):
         return self.session.quit_pending
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._closing = True
+        self.session.close()
         self._cancel()
         self._server.remove(self, self._admitted)
 
     def pause_writing(self) -> None:
-        self.writing_paused = self.session.halted = True
+        self.session.halted = True
         self._throttle()
 
     def resume_writing(self) -> None:
-        self.writing_paused = self.session.halted = False
+        self.session.halted = False
         self._schedule(0.0)
         self._throttle()
 
     def check_deadlines(self, now: float) -> None:
         """Ends what takes too long: the last reply, our reply to a message, the client."""
-        if self._closing:
+        if self.session.closed:
             if now > self.deadline:
                 self.transport.abort()
         elif self.reception is not None and self.reception.deadline is not None:
@@ -311,8 +296,8 @@ class SmtpConnection(asyncio.Protocol):
                 self.reception.expire()
         elif now > self.deadline:
             self._refuse("421 4.4.2 Timeout, closing connection")
-        elif not self.session.idle and now > (
-            self.transaction_started + self._server.settings.session_timeout
+        elif (envelope := self.session.envelope) is not None and now > (
+            envelope.started + self._server.settings.session_timeout
         ):
             self._refuse("421 4.4.2 Transaction takes too long, closing connection")
         elif self.session.state is SessionState.CONTENT and not self.client.trusted:
@@ -335,11 +320,11 @@ class SmtpConnection(asyncio.Protocol):
 
     def stop(self, *, idle: bool = False) -> None:
         """Ends the session, with `idle` only if no transaction is open."""
-        if idle and (self._closing or not self.session.idle):
+        if idle and not self.session.idle:
             return
         if self.reception is not None and self.reception.deadline is not None:
             self.reception.expire()
-        if self._closing:
+        if self.session.closed:
             self.transport.abort()
         else:
             self._refuse(_STOPPING)
@@ -351,23 +336,17 @@ class SmtpConnection(asyncio.Protocol):
     def _schedule(self, pause: float) -> None:
         """Gives the session a turn after so many seconds, unless it has one before that."""
         if self._turn is None:
-            loop = self._server.loop
-            self._turn = (
-                loop.call_later(pause, self._resume) if pause else loop.call_soon(self._resume)
-            )
+            self._turn = self._server.loop.call_later(pause, self._resume)
 
     def _resume(self) -> None:
         self._turn = None
-        if not (self._closing or self.writing_paused):
+        if not (self.session.closed or self.session.halted):
             self._extend()
             self._handle(self.session.resume())
 
     def _handle(self, events: Sequence[Event]) -> None:
         """Acts on the session's events, then sends its replies."""
         session = self.session
-        if session.transactions != self._transactions:
-            self._transactions = session.transactions
-            self.transaction_started = time.monotonic()
         for event in events:
             match event:
                 case MailStarted():
@@ -382,16 +361,19 @@ class SmtpConnection(asyncio.Protocol):
                         session.refuse_content()
                 case DataComplete() if self.reception is not None:
                     self.reception.complete(event.header_message_id)
-                case DataRejected():
+                case Refusal(reply):
                     self._cancel()
-                case Refusal():
-                    self._log(event.reply)
+                    metrics.refused(reply)
+                    log.info(
+                        "refused", client=self.client.address, code=int(reply[:3]), reason=reply[4:]
+                    )
         replies = session.replies()
         if replies:
             self.transport.write(replies)
         if session.closed:
             self._cancel()
-            self._close()
+            self.deadline = time.monotonic() + LINGER_TIMEOUT
+            self.transport.close()
         elif self._server.stopping and session.idle:
             self._refuse(_STOPPING)
         else:
@@ -409,31 +391,19 @@ class SmtpConnection(asyncio.Protocol):
 
     def _refuse(self, reply: str) -> None:
         """Closes the connection with a reply."""
-        self._log(reply)
-        self._cancel()
         self.session.close(reply)
-        self.transport.write(self.session.replies())
-        self._close()
+        self._handle([Refusal(reply)])
 
     def _cancel(self) -> None:
         reception, self.reception = self.reception, None
         if reception is not None:
             reception.cancel()
 
-    def _log(self, reply: str) -> None:
-        metrics.refused(reply)
-        log.info("refused", client=self.client.address, code=int(reply[:3]), reason=reply[4:])
-
-    def _close(self) -> None:
-        self._closing = True
-        self.deadline = time.monotonic() + LINGER_TIMEOUT
-        self.transport.close()
-
     def _throttle(self) -> None:
         """Pauses or resumes reading."""
         congested = self.reception is not None and self.reception.in_memory > MAX_BUFFERED
-        pause = self.writing_paused or congested or len(self.session.input) > INPUT_LIMIT
-        if pause is self.reading_paused or self._closing:
+        pause = self.session.halted or congested or len(self.session.input) > INPUT_LIMIT
+        if pause is self.reading_paused or self.session.closed:
             return
         self.reading_paused = pause
         if pause:
@@ -447,8 +417,3 @@ def _has_input(connection: socket.socket) -> bool:
     """Whether the client has sent something; nothing is read."""
     available = fcntl.ioctl(connection.fileno(), termios.FIONREAD, b"\0\0\0\0")
     return available != b"\0\0\0\0"
-
-
-def format_address(host: str, port: int) -> str:
-    """An address as settings write it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

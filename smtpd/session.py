@@ -14,11 +14,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from reception.envelope import Envelope, Refused
 from reception.policy import ClientPolicy
 from smtpd.addresses import parse_recipient, parse_sender
-from smtpd.content import Content
+from smtpd.content import Content, Fault
 
 LINE_LIMIT = 2048
 """Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for at least 512, SIZE and DSN
@@ -41,6 +42,7 @@ ENDLESS = 1 << 20
 
 _OK = "250 2.0.0 Ok"
 _TOO_LONG = "500 5.5.2 Line too long"
+_NOT_TAKEN = "421 4.3.0 Message cannot be taken, closing connection"
 _NOT_SMTP = "500 5.5.1 This is an SMTP server"
 _NAME = re.compile(rb"[!-~]{1,255}")
 _TLS_HANDSHAKE = b"\x16\x03"
@@ -61,11 +63,6 @@ class DataReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class DataRejected:
-    """The content is at fault and is not stored. Its `Refusal` follows at its end."""
-
-
-@dataclass(frozen=True, slots=True)
 class DataComplete:
     """The message has ended; `Session.reply` is due."""
 
@@ -74,13 +71,13 @@ class DataComplete:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A command was refused. Of the temporary refusals of a transaction only the first is an
-    event."""
+    """A command was refused, or the content of a message, at its end. Of the temporary refusals of
+    a transaction only the first is an event."""
 
     reply: str
 
 
-type Event = MailStarted | DataReceived | DataRejected | DataComplete | Refusal
+type Event = MailStarted | DataReceived | DataComplete | Refusal
 
 
 class SessionState(IntEnum):
@@ -96,28 +93,11 @@ class SessionState(IntEnum):
     CLOSED = 7
 
 
-class Greeting:
-    """The replies that name this host and its extensions."""
+class Greeting(NamedTuple):
+    """What a session tells its client about this host."""
 
-    def __init__(self, hostname: str, max_message_size: int) -> None:
-        self.hostname = hostname
-        self.max_message_size = max_message_size
-        self.banner = f"220 {hostname} ESMTP qmqp-relay"
-        self.helo = f"250 {hostname}"
-        # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this
-        # is not offered. A QMQP server cannot be asked about addresses beyond ASCII, so those are
-        # refused with 553 5.6.7.
-        self.ehlo = "\r\n".join(
-            (
-                f"250-{hostname}",
-                "250-PIPELINING",
-                f"250-SIZE {max_message_size}",
-                "250-8BITMIME",
-                "250-ENHANCEDSTATUSCODES",
-                "250-SMTPUTF8",
-                "250 DSN",
-            )
-        )
+    hostname: str
+    max_message_size: int
 
 
 class Session:
@@ -137,21 +117,17 @@ class Session:
         self._events: list[Event] = []
         self._errors = 0
         self._commands = 0  # since the last accepted message
-        self._commands_left = 0  # of this turn
         self._deferred = False  # this transaction had a temporary refusal
         self._skipping = False  # the rest of a line that was too long
-        self._pipelined = False  # there is input behind this command
         self._client_name = ""
         self._protocol = "SMTP"
-        self._envelope: Envelope | None = None
+        self.envelope: Envelope | None = None  # of the open transaction
         self._positions: dict[str, int] = {}  # of a mailbox among the recipients
         self._content: Content | None = None
-        self._rejected = False  # DataRejected was returned
         self._unwanted = False  # the content cannot be stored
         self._wasted = 0  # octets of a line that is too long, or of content that is not stored
         self.halted = False
         self.lines = 0  # begun
-        self.transactions = 0  # begun
         self.pause: float | None = None
 
     @property
@@ -174,7 +150,7 @@ class Session:
     def start(self) -> None:
         """Sends the banner."""
         self.state = SessionState.START
-        self._replies.append(self.greeting.banner)
+        self._replies.append(f"220 {self.greeting.hostname} ESMTP qmqp-relay")
 
     def receive(self, data: bytes) -> list[Event]:
         """Takes bytes from the client; returns the events in order."""
@@ -201,9 +177,9 @@ class Session:
             self._errors = self._commands = 0
         return self._advance()
 
-    def close(self, reply: str) -> None:
-        """Ends the session with `reply` in any state."""
-        self._replies.append(reply)
+    def close(self, *reply: str) -> None:
+        """Ends the session with this reply in any state."""
+        self._replies += reply
         self.state = SessionState.CLOSED
 
     def replies(self) -> bytes:
@@ -216,9 +192,8 @@ class Session:
 
     def _advance(self) -> list[Event]:
         """Runs a turn. It ends with the input, at a message whose reply is due, and after TURN
-        commands."""
+        commands without content between them."""
         self._events = []
-        self._commands_left = TURN
         while self.input and not self.halted and self.pause is None:
             if self.state <= SessionState.RECIPIENTS:
                 if self.state is SessionState.START and self.input.startswith(_TLS_HANDSHAKE):
@@ -238,22 +213,21 @@ class Session:
     def _read_commands(self) -> bool:
         """Runs the whole lines of the input until the turn ends; False if more input is needed."""
         data, start, end = self.input, 0, 0
+        turn = self.lines + TURN
         while self.state <= SessionState.RECIPIENTS and self.pause is None:
             end = data.find(b"\n", start)
             if end < 0:
                 break
-            if not self._commands_left:
+            if self.lines == turn:
                 self.pause = 0.0
                 break
             line = data[start : end + 1]
             start = end + 1
-            self._pipelined = start < len(data)
-            self._commands_left -= 1
             self.lines += 1
             if self._skipping:
                 self._skipping = False
             else:
-                self._run(line)
+                self._run(line, pipelined=start < len(data))
             self._commands += 1
             if self._commands > FREE_COMMANDS:
                 self._charge()
@@ -267,7 +241,7 @@ class Session:
         connection."""
         if self.client.trusted or self.state > SessionState.RECIPIENTS:
             return
-        recipients = len(self._envelope.recipients) if self._envelope is not None else 0
+        recipients = len(self.envelope.recipients) if self.envelope is not None else 0
         if self._commands - recipients > COMMAND_LIMIT:
             self._refuse_and_close(
                 "421 4.7.0 Too many commands without a message, closing connection"
@@ -286,8 +260,9 @@ class Session:
         if self._wasted > ENDLESS and not self.closed:
             self._refuse_and_close("421 4.5.2 Line does not end, closing connection")
 
-    def _run(self, line: bytes) -> None:
-        """Runs the command of a line, which includes its end."""
+    def _run(self, line: bytes, *, pipelined: bool) -> None:
+        """Runs the command of a line, which includes its end. `pipelined`: there is input behind
+        it."""
         word, _, argument = line[:-2].partition(b" ")
         try:
             if len(line) > LINE_LIMIT:
@@ -304,12 +279,12 @@ class Session:
             else:
                 raise Refused(cell)
         except Refused as refused:
-            self._refuse(refused.reply)
+            self._refuse(str(refused))
             # A client waits for the reply to DATA, so input behind it shows that it did not wait,
             # and the input is content; the content of BDAT (RFC 3030) follows in any case. This is
             # so too for a command with a bare LF, a tab or a CR too many.
             meant = line.upper().split(None, 1)[:1]
-            content_follows = meant == [b"BDAT"] or (meant == [b"DATA"] and self._pipelined)
+            content_follows = meant == [b"BDAT"] or (meant == [b"DATA"] and pipelined)
             if content_follows and not self.closed:
                 self.close("421 4.5.0 Content behind a refused command, closing connection")
 
@@ -330,16 +305,25 @@ class Session:
         self._refuse(reply)
 
     def _reset(self) -> None:
-        self._envelope = None
+        self.envelope = None
         self._positions = {}
         self._deferred = False
         self.state = SessionState.READY
 
     def _helo(self, argument: bytes) -> None:
-        self._greet(argument, "SMTP", self.greeting.helo)
+        self._greet(argument, "SMTP", f"250 {self.greeting.hostname}")
 
     def _ehlo(self, argument: bytes) -> None:
-        self._greet(argument, "ESMTP", self.greeting.ehlo)
+        # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this
+        # is not offered. A QMQP server cannot be asked about addresses beyond ASCII, so those are
+        # refused with 553 5.6.7.
+        self._greet(
+            argument,
+            "ESMTP",
+            f"250-{self.greeting.hostname}\r\n250-PIPELINING\r\n"
+            f"250-SIZE {self.greeting.max_message_size}\r\n250-8BITMIME\r\n"
+            "250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN",
+        )
 
     def _greet(self, name: bytes, protocol: str, reply: str) -> None:
         if not _NAME.fullmatch(name):
@@ -352,18 +336,20 @@ class Session:
     def _mail(self, argument: bytes) -> None:
         trusted = self.client.trusted
         sender, parameters = parse_sender(argument, self.greeting.hostname, trusted=trusted)
-        self.client.check_sender(int(parameters.get(b"SIZE", "0")))
+        size = int(parameters.get(b"SIZE", "0"))
+        if size > self.greeting.max_message_size:
+            raise Refused(Fault.TOO_BIG.value)
+        self.client.check_sender(size)
         # The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8.
         protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
-        self._envelope = Envelope(sender, parameters, self._client_name, protocol)
-        self.transactions += 1
+        self.envelope = Envelope(sender, parameters, self._client_name, protocol)
         self.state = SessionState.SENDER
         self._replies.append("250 2.1.0 Ok")
 
     def _rcpt(self, argument: bytes) -> None:
-        assert self._envelope is not None
+        assert self.envelope is not None
         recipient = parse_recipient(argument, self.greeting.hostname, trusted=self.client.trusted)
-        recipients = self._envelope.recipients
+        recipients = self.envelope.recipients
         position = self._positions.get(recipient.mailbox)
         if position is not None:
             # Each recipient of a QMQP request is a copy of the message, so a repeat is dropped. The
@@ -377,44 +363,36 @@ class Session:
         self._replies.append("250 2.1.5 Ok")
 
     def _data(self, argument: bytes) -> None:
-        assert self._envelope is not None
+        assert self.envelope is not None
         _require_none(argument)
         self._content = Content(self.greeting.max_message_size, strip_cr=self.client.strips_cr)
-        self._rejected = self._unwanted = False
+        self._unwanted = False
         self._wasted = 0
         self.state = SessionState.CONTENT
         self._replies.append("354 End data with <CR><LF>.<CR><LF>")
-        self._events.append(MailStarted(self._envelope))
+        self._events.append(MailStarted(self.envelope))
 
     def _read_content(self) -> None:
         content = self._content
         assert content is not None
-        size = len(self.input)
+        if content.fault is not None or self._unwanted:
+            self._wasted += len(self.input)
         text, rest = content.feed(self.input)
         self.input = rest or b""
-        if self._rejected or self._unwanted:
-            self._wasted += size
-        if content.fault is not None and not self._rejected:
-            self._rejected = True
-            self._events.append(DataRejected())
         if text:
             self._events.append(DataReceived(text))
         if rest is not None:
-            self._end_content(content)
+            self.lines += 1
+            self._content = None
+            self._reset()
+            if content.fault is not None:
+                self._refuse(content.fault.value)
+            else:
+                self.state = SessionState.AWAIT_REPLY
+                self._events.append(DataComplete(content.header_message_id))
         elif self._wasted > ENDLESS:
-            # Reading keeps the client in step, but must end. The reply names the fault.
-            fault = content.fault.value[5:] if content.fault else ".3.0 Message cannot be taken"
-            self._refuse_and_close(f"421 4{fault}, closing connection")
-
-    def _end_content(self, content: Content) -> None:
-        self.lines += 1
-        self._content = None
-        self._reset()
-        if content.fault is not None:
-            self._refuse(content.fault.value)
-        else:
-            self.state = SessionState.AWAIT_REPLY
-            self._events.append(DataComplete(content.header_message_id))
+            # Reading keeps the client in step, but must end.
+            self._refuse_and_close(content.fault.value if content.fault else _NOT_TAKEN)
 
     def _rset(self, argument: bytes) -> None:
         _require_none(argument)

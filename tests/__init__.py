@@ -1,2 +1,2 @@
-"""Tests: `unit` needs nothing but Python, `integration` real databases and brokers, `acceptance`
-whole processes."""
+"""Tests: `unit` needs Python only, `integration` real databases and brokers, `acceptance` whole
+processes."""

@@ -1,9 +1,7 @@
-"""Postfix' own QMQP programs for tests and benchmarks: `qmqp-sink`, and a qmqpd under a private
-master.
+"""Postfix' own QMQP programs for tests: `qmqp-sink`, and a qmqpd under a private master.
 
-Both are real servers that somebody else wrote, which is what they are for. The private Postfix has
-its configuration, its queue and its data in a temporary directory; it runs nothing but qmqpd,
-cleanup and the address rewriter, so that what it accepts stays in its `incoming` queue, where
+The private Postfix has its configuration, its queue and its data in a temporary directory. It runs
+qmqpd, cleanup and the address rewriter only, so accepted mail stays in its `incoming` queue, where
 `queued` reads it. It needs root, as Postfix does. `PostfixClient` is the other side: Postfix'
 `sendmail`, queue and SMTP client.
 """
@@ -17,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.services import Server, ServiceError, free_port, temporary_directory
+from tests.services import ServerProcess, ServiceError, free_port, temporary_directory
 
 _MAIN = """\
 compatibility_level = 3.6
@@ -90,7 +88,7 @@ def program(name: str) -> str:
     return found
 
 
-class QmqpSink(Server):
+class QmqpSink(ServerProcess):
     """`qmqp-sink`: takes everything and says `3:KOk,`. What load is measured against; `port` on the
     loopback."""
 
@@ -105,7 +103,7 @@ class QmqpSink(Server):
         return _listens(self.port)
 
 
-class Postfix(Server):
+class Postfix(ServerProcess):
     """A qmqpd on `port`, one on `closed_port` that authorizes no client, one on `soft_port`
     that never says D."""
 
@@ -187,7 +185,7 @@ class PostfixClient(Postfix):
 
 
 def _listens(port: int) -> bool:
-    """Whether somebody listens on `port`, without connecting: qmqp-sink and qmqpd would take that
+    """Whether a program listens on `port`, without connecting: qmqp-sink and qmqpd would take that
     for a client."""
     listening = f"0100007F:{port:04X} 00000000:0000 0A"
     return listening in Path("/proc/net/tcp").read_text()

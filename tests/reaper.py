@@ -1,13 +1,12 @@
-"""A process that outlives the tests just long enough to end what they started.
+"""A process that outlives the tests and ends what they started.
 
 A test run may be killed with SIGKILL, and then no fixture runs. So every server and every command
-that a test starts is told to this process first; it learns of the run's end by the end of its own
-standard input, which the kernel closes however the run died. Then it ends what is left and removes
-the temporary directories.
+that a test starts is reported to this process first. The kernel closes its standard input when the
+run ends, however it ends. Then it ends what is left and removes the temporary directories.
 
-It is told lines of JSON, `[verb, argument, ...]`: `watch PID SIGNAL`, `forget PID`, `keep
-DIRECTORY` (to be removed at the end). It uses the standard library alone, as it is started by file
-name in an isolated interpreter.
+It reads lines of JSON, `[order, argument, ...]`: `watch PID SIGNAL`, `forget PID`, `keep DIRECTORY`
+(to be removed at the end). It uses the standard library alone, because it is started by file name
+in an isolated interpreter.
 """
 
 import contextlib
@@ -66,7 +65,7 @@ def serve(lines: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    # The run is told to stop by signals to its group or terminal; the reaper goes by the end of its
+    # The run is stopped by signals to its group or terminal; the reaper goes by the end of its
     # input alone.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

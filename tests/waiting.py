@@ -1,4 +1,4 @@
-"""Waiting for something to become true, the one way that tests do it.
+"""How tests wait, and a clock that they set.
 
 A test never sleeps for a guessed time: it names the condition and the longest time that it may
 take.
@@ -8,6 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+
+class SetClock:
+    """A clock that the test sets, in seconds."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def until[T](

@@ -113,9 +113,7 @@ class Cleaner(PeriodicThread):
             elif orphan and self._orphans.move_to_orphans(file):
                 log.error("orphan moved", id=file.name)
                 moved += 1
-        before = self._orphans.now() - MIN_ORPHAN_AGE
-        for directory in self._spool.directories():
-            self._spool.remove_directory(directory, before)
+        self._spool.remove_empty_directories(self._orphans.now() - MIN_ORPHAN_AGE)
         if removed or moved or purged:
             log.warning("spool cleaned", deletable_bodies=removed, orphans=moved, purged=purged)
         return removed, moved

@@ -88,7 +88,7 @@ def _filter(
         states = ", ".join(State)
         raise typer.BadParameter(f"no state {', '.join(unknown)}: choose one of {states}")
     try:
-        age = float(str(seconds(older_than))) if older_than else None
+        age = seconds(older_than) if older_than else None
     except ValueError as error:
         raise typer.BadParameter(f"--older-than {older_than} {error}") from None
     try:

@@ -25,7 +25,7 @@ from commands.ops.show import opened
 from commands.output import size, write
 from commands.standalone import valkey
 from qmqp.probe import probe
-from reception.policy import PolicyError, client_networks
+from reception.policy import client_networks
 from relay.db import engine as database
 from relay.db import schema
 from relay.hints import QUEUES
@@ -72,7 +72,7 @@ def check_all() -> Iterator[CheckResult]:
         smtpd, settings = load(SmtpdSettings), load(WorkerSettings)
         client_networks(smtpd.client_networks, smtpd.publish)
         routes = Routes.load(settings)
-    except (SettingsError, PolicyError) as error:
+    except SettingsError as error:
         faults = "; ".join(str(error).splitlines())
         yield CheckResult("settings", "fail", faults, "correct these variables")
         return

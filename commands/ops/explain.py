@@ -257,21 +257,16 @@ def _obstacle(route: str, facts: Facts) -> str:
     """What keeps mail of that route from being sent now; empty when it can be sent."""
     if paused := _pause(f"route:{route}", facts):
         return paused
-    causes = _obstacle_at_servers(route, facts)
-    if not facts.living:
-        return "no worker is alive" + (f", and {causes}" if causes else "")
-    # Workers that have just started have not published their routes.
-    return causes if any(worker.routes for worker in facts.living) else ""
-
-
-def _obstacle_at_servers(route: str, facts: Facts) -> str:
-    """Why no server of a route can be tried now; empty when one can."""
+    causes = [_obstacle_at(server, facts) for server in facts.routes.get(route, ())]
+    cause = " and ".join(causes) if all(causes) else ""
     if route not in facts.routes:
-        return f"no worker knows a route {route}: `retry --reroute` gives the mail another"
-    if not facts.routes[route]:
-        return f"no QMQP server is configured for route {route} (RELAY_QMQP_SERVERS)"
-    causes = [_obstacle_at(server, facts) for server in facts.routes[route]]
-    return " and ".join(causes) if all(causes) else ""
+        cause = f"no worker knows a route {route}: `retry --reroute` gives the mail another"
+    elif not causes:
+        cause = f"no QMQP server is configured for route {route} (RELAY_QMQP_SERVERS)"
+    if not facts.living:
+        return "no worker is alive" + (f", and {cause}" if cause else "")
+    # Workers that have just started have not published their routes.
+    return cause if any(worker.routes for worker in facts.living) else ""
 
 
 def _obstacle_at(server: str, facts: Facts) -> str:

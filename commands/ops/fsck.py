@@ -13,7 +13,6 @@ expired, unchanged, twice, LEASE apart.
 """
 
 import errno
-import json
 import os
 import time
 from collections import Counter
@@ -33,7 +32,7 @@ from relay.db.engine import reading, writing
 from relay.db.sql import Queries
 from relay.hints import WINDOW
 from relay.ids import dashed
-from relay.queue.audit import CHUNK, FIRST, AuditEntry
+from relay.queue.audit import CHUNK, FIRST, AuditEntry, keys_of
 from relay.queue.rescue import Rescuer
 from relay.queue.states import UNFINISHED
 from relay.report.queries import QueueReader
@@ -178,8 +177,7 @@ class Fsck:
             with writing(self._engine) as connection:
                 rows = self._queries.run(connection, check.repair, most=CHUNK).all()
                 if rows and check.uncertain:
-                    keys = json.dumps([{"queue_id": str(key), "number": n} for key, n in rows])
-                    self._rescuer.mark_uncertain(connection, keys, check.uncertain)
+                    self._rescuer.mark_uncertain(connection, keys_of(rows), check.uncertain)
                 entry.note_rows(connection, rows)
             repaired += len(rows)
             if len(rows) < CHUNK:

@@ -30,7 +30,14 @@ from commands.errors import WRONG_USE, CommandError
 from commands.standalone import valkey
 from commands.standalone.supervisor import Child
 from relay.log import configure, get_logger
-from relay.settings import SmtpdSettings, WorkerSettings, load, redacted, unknown_names
+from relay.settings import (
+    SmtpdSettings,
+    WorkerSettings,
+    format_address,
+    load,
+    redacted,
+    unknown_names,
+)
 
 log = get_logger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +121,7 @@ class Stack:
     async def _announce(self) -> None:
         address = self.smtpd.smtp_listen[0]
         if not await _until(lambda: smtp_answers(*_reachable(*address)), 60):
-            log.error("smtpd does not answer yet", address=shown(*address))
+            log.error("smtpd does not answer yet", address=format_address(*address))
         typer.echo(banner(self))
 
     async def _start_valkey(self, tasks: asyncio.TaskGroup) -> None:
@@ -212,8 +219,8 @@ def _refuse_taken(addresses: Iterable[tuple[str, int]], setting: str) -> None:
                 time.sleep(0.05)
                 continue
             why = "is taken by another program" if taken else f"cannot be used: {error.strerror}"
-            other = f"{setting}={shown(host, port + 1 if port > 1023 else 2525)}"
-            text = f"{shown(host, port)} {why}; choose another, such as {other}"
+            other = f"{setting}={format_address(host, port + 1 if port > 1023 else 2525)}"
+            text = f"{format_address(host, port)} {why}; choose another, such as {other}"
             raise CommandError(WRONG_USE, text)
 
 
@@ -260,11 +267,6 @@ def _reachable(host: str, port: int) -> tuple[str, int]:
     return "::1" if ":" in host else "127.0.0.1", port
 
 
-def shown(host: str, port: int) -> str:
-    """An address as it is written in settings."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _short(path: str | Path) -> str:
     """The path as one types it here: absolute or relative, whichever is shorter."""
     return min(str(path), os.path.relpath(path), key=len)
@@ -272,7 +274,10 @@ def _short(path: str | Path) -> str:
 
 def banner(stack: Stack) -> str:
     """What listens where, and which commands to try."""
-    url, database = shown(*_reachable(*stack.smtpd.smtp_listen[0])), stack.smtpd.database_url
+    url, database = (
+        format_address(*_reachable(*stack.smtpd.smtp_listen[0])),
+        stack.smtpd.database_url,
+    )
     servers = " ".join(stack.worker.qmqp_servers)
     demo = ""
     if stack.sink_address:
@@ -284,7 +289,7 @@ def banner(stack: Stack) -> str:
             "drop-reply@ gets no reply, and any other is accepted.\n"
         )
     facts = {
-        "SMTP": " ".join(shown(*address) for address in stack.smtpd.smtp_listen),
+        "SMTP": " ".join(format_address(*address) for address in stack.smtpd.smtp_listen),
         "QMQP": servers or "no server yet: mail waits until RELAY_QMQP_SERVERS names one",
         "database": redacted(database),
         "broker": redacted(valkey.url(stack.smtpd) or stack.smtpd.broker_url),

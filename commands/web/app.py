@@ -93,19 +93,14 @@ class TimedProtocol(H11Protocol):
         self._timer = self.loop.call_later(UNFINISHED_TIMEOUT, self._on_timeout)
 
     def _on_timeout(self) -> None:
-        if self._answering():
+        # The client waits for us when its request is complete and its answer is not: the database
+        # has time limits of its own. There is no cycle before the first request.
+        cycle = self.cycle
+        complete = cycle is not None and not cycle.more_body  # type: ignore[redundant-expr]
+        if complete and not cycle.response_complete and not self.flow.write_paused:
             self._restart_timer()
         else:
             self.transport.abort()
-
-    def _answering(self) -> bool:
-        """Whether the client waits for us: the request is complete, and the database has time
-        limits of its own."""
-        cycle = self.cycle
-        # None before the first request.
-        if cycle is None or cycle.more_body:  # type: ignore[redundant-expr]
-            return False
-        return not cycle.response_complete and not self.flow.write_paused
 
 
 class Guard:
@@ -343,8 +338,8 @@ def address(text: str) -> Markup:
     return Markup(re.sub(r"[@.]", r"<wbr>\g<0>", unbroken(text)))  # noqa: S704 - it was escaped
 
 
-def application(engine: Engine, settings: Settings) -> ASGIApp:
-    """The ASGI application."""
+def server(engine: Engine, settings: Settings) -> uvicorn.Server:
+    """The server of the pages; its `run` takes the listening sockets."""
     pages = Pages(engine, settings)
     app = Starlette(
         routes=[
@@ -355,13 +350,8 @@ def application(engine: Engine, settings: Settings) -> ASGIApp:
         ],
         exception_handlers={HTTPException: pages.failed, Exception: pages.failed},
     )
-    return Guard(app, settings.hostname)
-
-
-def server(engine: Engine, settings: Settings) -> uvicorn.Server:
-    """The server; its `run` takes the listening sockets."""
     config = uvicorn.Config(
-        application(engine, settings),
+        Guard(app, settings.hostname),
         http=TimedProtocol,
         ws="none",
         lifespan="off",

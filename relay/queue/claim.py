@@ -170,14 +170,7 @@ class WorkerQueue:
 
     def _claim(self, connection: Connection, request: ClaimRequest) -> list[Claim]:
         claims: list[Claim] = []
-        for route, most in request.room.items():
-            shared = [
-                left - sum(c.route in routes for c in claims)
-                for routes, left in request.together
-                if route in routes
-            ]
-            if (free := min([most, *shared])) <= 0:
-                continue
+        for route, free in request.room.items():
             parameters = {"worker": dashed(request.worker), "route": route, "free": free}
             if request.ids is not None:
                 ids = json.dumps([dashed(queue_id) for queue_id in request.ids])

@@ -6,7 +6,7 @@ renews its lease (`Renewal`). It gets the claims, the state that a delivery has 
 together.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -70,12 +70,11 @@ class Completion:
 @dataclass(slots=True)
 class ClaimRequest:
     """Claim at most `room` deliveries of each route, of these messages or (ids None) of what is
-    overdue. `together` limits sets of routes that share servers."""
+    overdue."""
 
     worker: str
     ids: Sequence[str] | None
     room: Mapping[str, int]
-    together: Sequence[tuple[Collection[str], int]] = ()
 
 
 @dataclass(slots=True)

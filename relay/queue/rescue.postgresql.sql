@@ -175,4 +175,4 @@ UPDATE deliveries d
 -- event: due
 SET state = 'queued', due_at = now() + :grace * interval '1 second'
 FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number
-RETURNING replace(CAST(d.queue_id AS text), '-', '') AS queue_id;
+RETURNING d.route, replace(CAST(d.queue_id AS text), '-', '') AS queue_id;

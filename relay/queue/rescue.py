@@ -143,12 +143,14 @@ class Rescuer:
         with writing(self._engine) as connection:
             return len(self._queries.run(connection, "wake", route=route, most=most).all())
 
-    def requeue_due(self, limit: int) -> list[str]:
+    def requeue_due(self, limit: int) -> dict[str, list[str]]:
         """Make deferred deliveries whose time has come `queued`, longest due first; the ids of
-        their messages."""
+        their messages by route."""
+        by_route: dict[str, list[str]] = {}
         with writing(self._engine) as connection:
-            ids = self._queries.run(connection, "requeue_due", most=limit).scalars()
-            return list(dict.fromkeys(ids))
+            for route, queue_id in self._queries.run(connection, "requeue_due", most=limit):
+                by_route.setdefault(route, []).append(queue_id)
+        return by_route
 
     def mark_uncertain(self, connection: Connection, keys: str, why: str) -> None:
         """Make deliveries in flight `uncertain`; `keys` is JSON: a list of queue_id and number."""

@@ -165,4 +165,4 @@ WHERE (queue_id, number) IN (
     SELECT queue_id, number FROM deliveries
     WHERE state = 'deferred' AND due_at <= (SELECT now FROM clock)
     ORDER BY due_at LIMIT :most)
-RETURNING replace(queue_id, '-', '') AS queue_id;
+RETURNING route, replace(queue_id, '-', '') AS queue_id;

@@ -245,7 +245,7 @@ class QueueReader(Reader):
         return ids[0]
 
     def message(self, queue_id: str) -> MessageRow | None:
-        """One message with its recipients, deliveries and attempts; None if there is none."""
+        """One message with its recipients, deliveries and attempts; None if the id is unknown."""
         key = dashed(queue_id)
         rows = self.read("message", id=key)
         if not rows:

@@ -96,7 +96,7 @@ class OrphanScanner:
         # ctime is the time of the move; the age of the file does not matter.
         old = [name for name, status in self._spool.orphans() if now - status.st_ctime >= wait]
         return sum(
-            self._spool.remove_orphan(name)
+            self._spool.remove(name)
             for batch in itertools.batched(old, BATCH)
             for name, (row, deletable) in self._states(batch).items()
             if deletable or not row

@@ -1,8 +1,5 @@
 -- The identity of the spool that this database knows, on PostgreSQL.
 
--- name: known_identity
-SELECT replace(CAST(id AS text), '-', '') AS id FROM spool;
-
 -- name: lock_identity
 -- Services start together, so each waits here until the one before it has recorded the identity.
 LOCK TABLE spool IN EXCLUSIVE MODE;

@@ -16,14 +16,14 @@ import re
 import stat
 import threading
 import weakref
-from collections.abc import Buffer, Iterator, Sequence
+from collections.abc import Buffer, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from sqlalchemy import Engine
 
-from relay.db.engine import reading, writing
+from relay.db.engine import writing
 from relay.db.sql import Queries
 from relay.ids import dashed, new_id
 
@@ -33,6 +33,7 @@ _DIRECTORY_NAME = re.compile(rf"[0-9a-f]{{{_DIRECTORY_DIGITS}}}")
 _FILE_NAME = re.compile(r"[0-9a-f]{32}")
 _VOLATILE = {"tmpfs", "ramfs"}
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _IDENTITY = "spool-id"
 _ORPHANS = "orphans"
 
@@ -54,27 +55,13 @@ class BodyWrongSize(BodyUnsendable):
 
 
 @contextmanager
-def _opened(name: str, root: int) -> Iterator[int]:
-    """A descriptor of a directory below `root`."""
-    handle = os.open(name, _DIRECTORY, dir_fd=root)
+def _opened(directory: Path | str, root: int | None = None) -> Iterator[int]:
+    """A descriptor of a directory, whose path may be relative to `root`."""
+    handle = os.open(directory, _DIRECTORY, dir_fd=root)
     try:
         yield handle
     finally:
         os.close(handle)
-
-
-def _sync_directory(name: str, root: int) -> OSError | None:
-    """Sync a directory below `root`; the error, if there is one."""
-    try:
-        with _opened(name, root) as handle:
-            os.fsync(handle)
-    except OSError as error:
-        return error
-    return None
-
-
-def _inode(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
 
 
 def _identity_in(root: int) -> str:
@@ -87,14 +74,19 @@ def _identity_in(root: int) -> str:
 
 
 class BodyWriter:
-    """A body that is being written. Calls block; one caller at a time."""
+    """A body that is being written. Calls block; one caller at a time.
 
-    def __init__(self, root: int, name: str, handle: int) -> None:
+    `sync_directory` syncs the directory of the file; it returns the error, if there is one.
+    """
+
+    def __init__(
+        self, root: int, name: str, handle: int, sync_directory: Callable[[str], OSError | None]
+    ) -> None:
         self._root = root
         self._name = name
         self._handle = handle
+        self._sync_directory = sync_directory
         self._unsynced = 0
-        self.directory = os.path.dirname(name)
         self.size = 0
 
     def append(self, data: Buffer) -> None:
@@ -118,38 +110,31 @@ class BodyWriter:
         """Make the kernel begin to write, without waiting for it."""
         os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def sync(self) -> None:
-        """Wait until the file's bytes are on disk; raises OSError, and then the file is gone."""
-        try:
-            os.fdatasync(self._handle)
-        except OSError:
-            self.discard()
-            raise
-
     def finish(self) -> int:
         """Sync file and directory, and close; the size in bytes. Raises OSError, and then the file
         is gone."""
-        self.sync()
-        if error := _sync_directory(self.directory, self._root):
+        try:
+            os.fdatasync(self._handle)
+            if error := self._sync_directory(os.path.dirname(self._name)):
+                raise error
+        except OSError:
             self.discard()
-            raise error
-        self.close()
+            raise
+        self._close()
         return self.size
 
     def discard(self) -> None:
         """Close and remove the file; never raises."""
         if self._handle >= 0:
-            self.close()
+            self._close()
             with suppress(OSError):  # the cleaner removes it later
                 os.unlink(self._name, dir_fd=self._root)
 
-    def close(self) -> None:
-        """Close a file that is synced, or that is going to be removed: an error of `close` tells
-        nothing new."""
-        handle = self._handle
-        self._handle = -1
+    def _close(self) -> None:
+        """An error of `close` tells nothing new: the file is synced, or is going to be removed."""
         with suppress(OSError):
-            os.close(handle)
+            os.close(self._handle)
+        self._handle = -1
 
 
 class Spool:
@@ -160,9 +145,6 @@ class Spool:
         self.directory = directory
         self._handle = -1
         self._opening = threading.Lock()
-        self._identity = ""
-        self._held_inode = (0, 0)
-        self._synced = ""  # the body directory whose own name was synced last
         if handle is not None:
             self._hold(handle)
 
@@ -170,9 +152,9 @@ class Spool:
     def handle(self) -> int:
         """The descriptor that all calls use; opens it first if needed, and may raise OSError."""
         if self._handle < 0:
-            with self._opening:
+            with self._opening, _opened(self.directory) as handle:
                 if self._handle < 0:
-                    self._hold(os.open(self.directory, _DIRECTORY))
+                    self._hold(handle)
         return self._handle
 
     @property
@@ -184,19 +166,14 @@ class Spool:
     def _hold(self, handle: int) -> None:
         """Use this directory from now on. The number of the descriptor stays, because other threads
         use it."""
-        try:
-            self._identity = _identity_in(handle)
-            self._held_inode = _inode(os.fstat(handle))
-        except OSError:
-            os.close(handle)
-            raise
+        self._identity = _identity_in(handle)
+        self._status = os.fstat(handle)
+        self._synced = ""  # the body directory whose own name was synced last
         if self._handle >= 0:
             os.dup2(handle, self._handle, inheritable=False)
-            os.close(handle)
         else:
-            self._handle = handle
-            weakref.finalize(self, os.close, handle).atexit = False
-        self._synced = ""
+            self._handle = os.dup(handle)
+            weakref.finalize(self, os.close, self._handle).atexit = False
 
     def _checked_handle(self) -> int:
         """The descriptor; raises OSError unless the path still leads to this spool, where readers
@@ -206,15 +183,10 @@ class Spool:
         identity decides.
         """
         root = self.handle
-        if _inode(os.stat(self.directory)) == self._held_inode:
-            return root
-        handle = os.open(self.directory, _DIRECTORY)
-        try:
-            self._check_identity(handle)
-        except OSError:
-            os.close(handle)
-            raise
-        self._hold(handle)
+        if not os.path.samestat(os.stat(self.directory), self._status):
+            with _opened(self.directory) as handle:
+                self._check_identity(handle)
+                self._hold(handle)
         return root
 
     def _check_identity(self, handle: int) -> None:
@@ -249,45 +221,37 @@ class Spool:
 
         The kernel begins to write all of them before the first sync waits, so one commit of the
         file system's journal does for many. This takes half of the CPU of a sync at a time, in
-        parallel or not. Each directory is synced once.
+        parallel or not. Each directory is synced once, after its first file.
         """
         try:
             root = self._checked_handle()
         except OSError as error:
             return [error] * len(bodies)
+        sync_directory = cache(self._sync_directory)
         written: list[BodyWriter | OSError] = []
         for queue_id, parts in bodies:
             try:
-                body = self._create(root, queue_id)
+                body = self._create(root, queue_id, sync_directory)
                 body.append(b"".join(parts))
                 body.begin_sync()
                 written.append(body)
             except OSError as error:
                 written.append(error)
-        for number, one in enumerate(written):
-            if isinstance(one, BodyWriter):
-                try:
-                    one.sync()
-                except OSError as error:
-                    written[number] = error
-        errors: dict[str, OSError | None] = {}
         results: list[int | OSError] = []
         for one in written:
-            if isinstance(one, BodyWriter):
-                if one.directory not in errors:
-                    errors[one.directory] = _sync_directory(one.directory, root)
-                failed = errors[one.directory]
-                (one.discard if failed else one.close)()
-                results.append(failed or one.size)
-            else:
-                results.append(one)
+            try:
+                results.append(one.finish() if isinstance(one, BodyWriter) else one)
+            except OSError as error:
+                results.append(error)
         return results
 
     def create(self, queue_id: str) -> BodyWriter:
         """Start a body; raises OSError (FileExistsError for an id that has one)."""
-        return self._create(self._checked_handle(), queue_id)
+        return self._create(self._checked_handle(), queue_id, self._sync_directory)
 
-    def _create(self, root: int, queue_id: str) -> BodyWriter:
+    def _create(
+        self, root: int, queue_id: str, sync_directory: Callable[[str], OSError | None]
+    ) -> BodyWriter:
         directory, name = queue_id[:_DIRECTORY_DIGITS], self._name(queue_id)
         while True:
             if self._synced != directory:  # another process may have made it and not synced it
@@ -296,15 +260,23 @@ class Spool:
                 os.fsync(root)
                 self._synced = directory
             try:
-                handle = os.open(
-                    name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root
+                return BodyWriter(
+                    root, name, os.open(name, _NEW, 0o600, dir_fd=root), sync_directory
                 )
             except FileNotFoundError:
                 if not self._synced:
                     raise
                 self._synced = ""  # the cleaner has removed it since
-            else:
-                return BodyWriter(root, name, handle)
+
+    def _sync_directory(self, name: str) -> OSError | None:
+        """Sync a directory of bodies; the error, if there is one. An error is not a matter for
+        another try, because the kernel reports it once."""
+        try:
+            with _opened(name, self.handle) as handle:
+                os.fsync(handle)
+        except OSError as error:
+            return error
+        return None
 
     def open(self, queue_id: str, size: int) -> int:
         """A read-only file descriptor; raises BodyUnsendable, or OSError if the fault is not the
@@ -340,13 +312,9 @@ class Spool:
     def remove(self, queue_id: str) -> bool:
         """Remove a body; False if there was none. Never raises: the cleaner tries again later."""
         for name in self._names(queue_id):
-            try:
+            with suppress(OSError):
                 os.unlink(name, dir_fd=self.handle)
-            except FileNotFoundError:
-                continue
-            except OSError:
-                return False
-            return True
+                return True
         return False
 
     def move_to_orphans(self, queue_id: str) -> None:
@@ -356,34 +324,23 @@ class Spool:
             os.mkdir(_ORPHANS, 0o700, dir_fd=root)
         os.rename(self._name(queue_id), f"{_ORPHANS}/{queue_id}", src_dir_fd=root, dst_dir_fd=root)
 
-    def remove_orphan(self, queue_id: str) -> bool:
-        """Remove a file from `orphans/`; False if there was none."""
-        try:
-            os.unlink(f"{_ORPHANS}/{queue_id}", dir_fd=self.handle)
-        except FileNotFoundError:
-            return False
-        return True
+    def remove_empty_directories(self, older_than: float) -> None:
+        """Remove empty directories of bodies that were last changed before a time of the file
+        system's clock."""
+        for name in self._directories():
+            with suppress(OSError):  # it holds bodies
+                if os.stat(name, dir_fd=self.handle).st_mtime <= older_than:
+                    os.rmdir(name, dir_fd=self.handle)
 
-    def directories(self) -> list[str]:
+    def _directories(self) -> list[str]:
         """The names of the directories of bodies, oldest first, without other directories such as
         `lost+found`."""
         with _opened(".", self.handle) as root:
             return sorted(filter(_DIRECTORY_NAME.fullmatch, os.listdir(root)))
 
-    def remove_directory(self, name: str, older_than: float) -> bool:
-        """Remove an empty directory of bodies that was last changed before a time of the file
-        system's clock."""
-        try:
-            if os.stat(name, dir_fd=self.handle).st_mtime > older_than:
-                return False
-            os.rmdir(name, dir_fd=self.handle)
-        except OSError:  # it holds bodies
-            return False
-        return True
-
     def ids(self) -> Iterator[tuple[str, os.stat_result]]:
         """Every body file, oldest directory first."""
-        for directory in self.directories():
+        for directory in self._directories():
             yield from self._files(directory)
 
     def orphans(self) -> Iterator[tuple[str, os.stat_result]]:
@@ -417,19 +374,36 @@ class Spool:
 
     def prepare(self, engine: Engine, *, unsafe: bool = False) -> None:
         """Make or check the directory, and that it is the one that this database knows; raises
-        SpoolError."""
+        SpoolError. The identity of a new spool is recorded in the database."""
+        queries = Queries(engine, __name__)
+        with writing(engine) as connection:
+            known = queries.run(connection, "lock_identity").scalar()
+            try:
+                if known is None:  # else the path may be a bare mount point, which must stay empty
+                    self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with _opened(self.directory) as handle:
+                    self._hold(handle)
+                self._check_usable(unsafe=unsafe)
+                if known is None:
+                    self._identity = self._identity or self._write_identity()
+                    queries.run(connection, "insert_identity", id=dashed(self._identity))
+            except OSError as error:
+                mount = (
+                    "; this database has a spool: mount it. Nothing was touched" if known else ""
+                )
+                raise SpoolError(
+                    f"RELAY_SPOOL_DIR: {self.directory}: {error.strerror}{mount}"
+                ) from None
+        if known not in (None, self._identity):
+            raise SpoolError(
+                f"RELAY_SPOOL_DIR: {self.directory} is not the spool of this database: its identity"
+                f" is {self._identity or 'missing'}, the database knows {known}. Mount the right"
+                " one; nothing was touched"
+            )
+
+    def _check_usable(self, *, unsafe: bool) -> None:
         setting = f"RELAY_SPOOL_DIR: {self.directory}"
-        with reading(engine) as connection:
-            known = Queries(engine, __name__).run(connection, "known_identity").scalar()
-        try:
-            if known is None:  # otherwise the path may be a bare mount point, which must stay empty
-                self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._hold(os.open(self.directory, _DIRECTORY))
-            mode = os.fstat(self.handle).st_mode
-        except OSError as error:
-            mount = "; this database has a spool: mount it. Nothing was touched" if known else ""
-            raise SpoolError(f"{setting}: {error.strerror}{mount}") from None
-        if mode & stat.S_IWOTH:
+        if os.fstat(self.handle).st_mode & stat.S_IWOTH:
             raise SpoolError(f"{setting} is writable by everybody: chmod o-w it")
         if not os.access(self.directory, os.W_OK | os.X_OK):
             raise SpoolError(f"{setting} is not writable by this user")
@@ -438,27 +412,6 @@ class Spool:
                 f"{setting} is on {kind}, which loses mail at a power cut;"
                 " choose a disk, or set RELAY_UNSAFE_DURABILITY=1 for a test"
             )
-        try:
-            self._identity = self._identify(engine)
-        except OSError as error:
-            path = error.filename or self.directory
-            raise SpoolError(f"RELAY_SPOOL_DIR: {path}: {error.strerror}") from None
-
-    def _identify(self, engine: Engine) -> str:
-        """Record the identity of a new spool in the database, or compare it; the identity."""
-        queries = Queries(engine, __name__)
-        with writing(engine) as connection:
-            known = queries.run(connection, "lock_identity").scalar()
-            written = _identity_in(self.handle)
-            if known is None:
-                written = written or self._write_identity()
-                queries.run(connection, "insert_identity", id=dashed(written))
-            elif known != written:
-                raise SpoolError(
-                    f"RELAY_SPOOL_DIR: {self.directory} is not the spool of this database: its identity is"
-                    f" {written or 'missing'}, the database knows {known}. Mount the right one; nothing was touched"
-                )
-        return written
 
     def _write_identity(self) -> str:
         """Give the directory an identity, whole or not at all."""
@@ -476,10 +429,8 @@ class Spool:
 
 def file_system(directory: Path) -> str:
     """The kernel's name for the type of a directory's file system; empty if it is not known."""
-    try:
-        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    except OSError:
-        return ""
+    import psutil  # an import that other calls need not wait for
+
     real = Path(os.path.realpath(directory))
-    above = [(mount[1], mount[2]) for mount in mounts if real.is_relative_to(mount[1])]
-    return max(above, key=lambda mount: len(mount[0]))[1] if above else ""
+    above = [m for m in psutil.disk_partitions(all=True) if real.is_relative_to(m.mountpoint)]
+    return max(above, key=lambda mount: len(mount.mountpoint)).fstype if above else ""

@@ -1,8 +1,5 @@
 -- The identity of the spool that this database knows, on SQLite.
 
--- name: known_identity
-SELECT replace(id, '-', '') AS id FROM spool;
-
 -- name: lock_identity
 -- The transaction is the only writer.
 SELECT replace(id, '-', '') AS id FROM spool;

@@ -21,7 +21,7 @@ from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.settings import Settings, load
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import QueueHarness
 from tests.waiting import until
 
 HOSTILE = "<script>alert('x')</script>\"'&amp;{{7*7}}"
@@ -32,7 +32,7 @@ SERVER = "qmqp.example.net:628"
 
 @dataclass(slots=True)
 class Scenario:
-    """What was created: recipients by the state of their delivery, ids by state, and other counts."""
+    """The created mail: recipients by the state of their delivery, ids by state, and other counts."""
 
     recipients: Counter[str] = field(default_factory=Counter)
     ids: dict[str, list[str]] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Scenario:
 
 def scenario(queue: QueueHarness, spool: Spool) -> Scenario:
     """Create it in an empty queue."""
-    created, operations = Scenario(), QueueOperations(queue.engine, notices=True)
+    created, operations = Scenario(), QueueOperations(queue.database, notices=True)
     numbers = iter(range(1, 100))
 
     def accept(*addresses: str, **more: object) -> str:
@@ -66,7 +66,7 @@ def scenario(queue: QueueHarness, spool: Spool) -> Scenario:
 
     def tried(outcome: Outcome, **more: Any) -> str:
         queue_id = accept()
-        queue.record(queue.claim(queue_id)[0], outcome, **more)
+        queue.complete(queue.claim(queue_id)[0], outcome, **more)
         return queue_id
 
     created.add("delivered", *(tried(Outcome.DELIVERED) for _ in range(12)))
@@ -74,12 +74,12 @@ def scenario(queue: QueueHarness, spool: Spool) -> Scenario:
     queue.pass_time(2000, only=late)  # older than the lifetime: the next failure expires them
     queue.rescuer.requeue_due(10)
     for claim in queue.claim(*late):
-        queue.record(claim, Outcome.DEFERRED, reply="451 still busy")
+        queue.complete(claim, Outcome.DEFERRED, reply="451 still busy")
     created.add("expired", *late)
     created.add(
         "bounced", *(tried(Outcome.REJECTED, reply=f"550 5.1.1 {HOSTILE}") for _ in range(4))
     )
-    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda _address: "notices")
+    generator = DsnGenerator(queue.database, spool, queue.settings, lambda _address: "notices")
     dsns = generator.generate(5)  # of seven: two stay pending
     created.dsns_pending, created.dsns = 2, len(dsns)
     created.add("queued", *dsns)
@@ -101,11 +101,11 @@ def scenario(queue: QueueHarness, spool: Spool) -> Scenario:
             created.actions[verb] += 1
         created.add(state, *ids)
     cut = accept("good@example.org", "bad@example.org", "fine@example.org")
-    queue.record(
+    queue.complete(
         queue.claim(cut)[0], Outcome.REJECTED, state=State.SPLIT, reply="550 5.1.1 no such user"
     )
     for claim in queue.claim(cut):
-        queue.record(claim, Outcome.DELIVERED)
+        queue.complete(claim, Outcome.DELIVERED)
     created.add("delivered", cut, recipients=3)
     created.add(
         "queued",
@@ -178,7 +178,7 @@ class Browser:
 def browsing(queue: QueueHarness) -> Iterator[Browser]:
     """The pages of a database, served by a real server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = web.server(queue.engine, load(Settings))
+        server = web.server(queue.database, load(Settings))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

@@ -1,8 +1,8 @@
-"""What a QMQP server gets is what the client sent, byte for byte, and no size of it makes a process
+"""A QMQP server gets the bytes that the client sent, and no size of a message makes a process
 large.
 
 The bytes at the sink are the trace field and the content as sent, with CRLF turned to LF and the
-dots unstuffed. A content has at least one octet in LF form when it is not empty, since SMTP knows
+dots unstuffed. A content that is not empty has at least one octet in LF form, because SMTP has
 whole lines only.
 """
 
@@ -132,7 +132,7 @@ def segments(seed: str) -> Iterator[int]:
 
 
 def arrived(relay: Installation, sink: Sink, recipient: str) -> tuple[bytes, bytes]:
-    """What the sink got for a recipient: its trace field, and what follows it. It must be the only
+    """The message at the sink for a recipient: its trace field, and the rest. It must be the only
     one."""
     relay.until_state(recipient, "delivered")
     (one,) = [one for one in list(sink.received) if one.recipients == (recipient.encode(),)]

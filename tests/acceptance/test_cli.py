@@ -1,4 +1,4 @@
-"""The commands that look: on a relay that runs, on one that was never started, and on wrong use."""
+"""The commands that read: on a running relay, on one that was never started, and on wrong use."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_a_database_out_of_reach(tmp_path: Path) -> None:
         assert "Traceback" not in text
 
 
-def test_what_is_made_is_closed_to_others_and_check_names_what_is_not(tmp_path: Path) -> None:
+def test_files_are_private_and_check_names_those_that_are_not(tmp_path: Path) -> None:
     """Also in a directory that was made for all, by a shell whose umask is 0."""
     state = tmp_path / "var"
     state.mkdir()

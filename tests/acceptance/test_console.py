@@ -30,7 +30,7 @@ from tests.acceptance.console import (
     questions,
     scenario,
 )
-from tests.integration.queue_harness import QueueHarness, opened
+from tests.integration.harness import QueueHarness, opened
 from tests.integration.typed import Typed, lines, typed_at
 
 
@@ -113,7 +113,7 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
         assert len(ids_on(console.browser, f"/search?state={state}")) == count
 
     registry = CollectorRegistry()
-    registry.register(Collected(console.queue.engine, console.spool))
+    registry.register(Collected(console.queue.database, console.spool))
     by_state = {s: registry.get_sample_value("relay_deliveries", {"state": s}) for s in UNFINISHED}
     assert by_state == {state: deliveries[state] for state in UNFINISHED}
     assert registry.get_sample_value("relay_dsns_pending") == created.dsns_pending
@@ -137,7 +137,7 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
     stats = [row for row in lines(console.typed("stats", "--json")) if row["kind"] == "queue"]
     overview = console.browser.get("/").words
     registry = CollectorRegistry()
-    registry.register(Collected(console.queue.engine, console.spool))
+    registry.register(Collected(console.queue.database, console.spool))
     by_metric = {
         s: registry.get_sample_value("relay_oldest_age_seconds", {"state": s}) for s in UNFINISHED
     }
@@ -174,7 +174,7 @@ def test_the_twenty_questions_are_answered(console: Console) -> None:
     def ask(query: str) -> list[tuple[Any, ...]]:
         for example, ours in named.items():
             query = query.replace(example, ours)
-        with reading(console.queue.engine) as connection:
+        with reading(console.queue.database) as connection:
             return [
                 tuple(row) for row in connection.exec_driver_sql(query.replace("%", "%%")).all()
             ]
@@ -349,7 +349,7 @@ def test_pages_with_older_mail_continue_by_key(
     assert set(ids_on(console.browser, oldest)) == set(console.scenario.ids["expired"])
 
 
-def test_what_peers_wrote_stays_text(console: Console) -> None:
+def test_text_of_peers_is_escaped(console: Console) -> None:
     paths = [
         "/",
         "/search",

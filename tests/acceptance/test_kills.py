@@ -1,10 +1,11 @@
-"""Any process may be killed while mail flows: no message that was answered 250 is lost or stuck, and
-only an uncertain attempt leads to a duplicate.
+"""Any process may be killed while mail flows: no message that was answered 250 is lost or stuck,
+and only an uncertain attempt leads to a duplicate.
 
-Clients send all the time and note what was accepted. Two workers deliver it to a server that replies
-after a tenth of a second, so that at any moment some transfers are before their commit point and
-some after it. One more message goes to a server that hardly reads: its transfer stays before the
-commit point, and shows which worker to kill. The servers' records decide what arrived.
+Clients send all the time and note what was accepted. Two workers deliver it to a server that
+replies after a tenth of a second, so that at any moment some transfers are before their commit
+point and some after it. One more message goes to a server that hardly reads: its transfer stays
+before the commit point, and shows which worker to kill. The requests that the servers received
+decide what arrived.
 """
 
 import fcntl
@@ -41,27 +42,27 @@ LONG = (
 
 
 @dataclass(slots=True)
-class Scene:
-    """`example.org` goes to `sink`; `long.test` to `mire`, which hardly reads while
-    `Mire.deep`."""
+class KillScenario:
+    """`example.org` goes to `sink`; `long.test` to `slow`, which hardly reads while
+    `SlowReader.slow_now`."""
 
     relay: Installation
     sink: Sink
-    mire: Sink
-    depth: "Mire"
+    slow: Sink
+    reader: "SlowReader"
     smtpd: subprocess.Popen[Any]
     workers: list[subprocess.Popen[Any]]
     accepted: set[str] = field(default_factory=set)
     ignored: set[str] = field(default_factory=set)  # bodies that the cleaner removes later
 
     def hold(self, name: str) -> subprocess.Popen[Any]:
-        """Send one message to `mire`; the worker whose transfer hangs."""
-        self.depth.deep, connections = True, self.mire.connections
+        """Send one message to `slow`; the worker whose transfer hangs."""
+        self.reader.slow_now, connections = True, self.slow.connections
         recipient = f"{name}@long.test"
         self.relay.send(recipient, body=LONG)
         self.accepted.add(recipient)
-        until(lambda: self.mire.connections > connections, 20, what=self.relay.log_text)
-        self.depth.deep = False  # for the next connection
+        until(lambda: self.slow.connections > connections, 20, what=self.relay.log_text)
+        self.reader.slow_now = False  # for the next connection
         pid = self.relay.rows(
             "SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker WHERE d.route = 'long'"
         )[0][0]
@@ -82,7 +83,7 @@ class Scene:
         self.accepted |= feeder.accepted
         relay = self.relay
         until(lambda: not relay.count("d.state <> 'delivered'"), 60, what=relay.unfinished)
-        assert_none_lost(relay, self.accepted, self.sink, self.mire)
+        assert_none_lost(relay, self.accepted, self.sink, self.slow)
         known = {row[0] for row in relay.rows("SELECT @hex(id) FROM messages")}
         of_killed = {row[0] for row in relay.rows(
             "SELECT @hex(a.queue_id) FROM attempts a JOIN workers w ON w.id = a.worker WHERE w.pid = :pid", pid=killed
@@ -99,30 +100,28 @@ class Scene:
 
 
 @dataclass(slots=True)
-class Mire:
+class SlowReader:
     """A rule of the sink: how fast it reads a connection that opens now."""
 
-    deep: bool = False
+    slow_now: bool = False
 
-    def opening(self) -> Answer | None:
-        return Answer(read_size=1024, read_pause=0.2) if self.deep else None
-
-    def answer(self, recipients: object, digest: str) -> Answer | None:
-        return None
+    def __call__(self, recipients: object, digest: str) -> Answer | None:
+        opened = recipients is None
+        return Answer(read_size=1024, read_pause=0.2) if self.slow_now and opened else None
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def scene(
     request: pytest.FixtureRequest, install: Install, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scene]:
-    depth = Mire()
+) -> Iterator[KillScenario]:
+    reader = SlowReader()
     with (
         running_sink(Rule(Answer(delay=0.1))) as sink,
-        running_sink(depth, receive_buffer=4096) as mire,
+        running_sink(reader, receive_buffer=4096) as slow,
     ):
         routes = tmp_path_factory.mktemp("routes") / "routes.toml"
         routes.write_text(
-            f'[long]\nrecipients = ["long.test"]\nservers = ["127.0.0.1:{mire.port}"]\n'
+            f'[long]\nrecipients = ["long.test"]\nservers = ["127.0.0.1:{slow.port}"]\n'
         )
         relay = install(
             request.param, QMQP_SERVERS=f"127.0.0.1:{sink.port}", ROUTES=str(routes), **SETTINGS
@@ -131,7 +130,7 @@ def scene(
         smtpd = relay.smtpd()
         for worker in workers:
             relay.until_registered(worker)
-        yield Scene(relay, sink, mire, depth, smtpd, workers)
+        yield KillScenario(relay, sink, slow, reader, smtpd, workers)
 
 
 def until_expired(relay: Installation, pid: int) -> float:
@@ -172,7 +171,7 @@ def writing(relay: Installation) -> bool:
     return False
 
 
-def test_mail_of_a_killed_worker_is_delivered(scene: Scene) -> None:
+def test_mail_of_a_killed_worker_is_delivered(scene: KillScenario) -> None:
     with Feeder(scene.relay.port, name="worker-") as feeder:
         victim = scene.hold("killed")
         feeder.until_accepted(50)
@@ -187,7 +186,7 @@ def test_mail_of_a_killed_worker_is_delivered(scene: Scene) -> None:
     ]
 
 
-def test_a_worker_that_sleeps_past_its_lease_sends_nothing_twice(scene: Scene) -> None:
+def test_a_worker_that_sleeps_past_its_lease_sends_nothing_twice(scene: KillScenario) -> None:
     with Feeder(scene.relay.port, name="still-") as feeder:
         victim = scene.hold("still")
         feeder.until_accepted(50)
@@ -203,10 +202,10 @@ def test_a_worker_that_sleeps_past_its_lease_sends_nothing_twice(scene: Scene) -
     assert outcomes.count("uncertain") == outcomes.count("delivered") == 1
     # It was stopped before its commit point, and did not pass that point after it woke up without its
     # lease.
-    assert accepted_by(scene.mire)["still@long.test"] == 1
+    assert accepted_by(scene.slow)["still@long.test"] == 1
 
 
-def test_a_worker_that_stops_within_a_transfer_requeues_it(scene: Scene) -> None:
+def test_a_worker_that_stops_within_a_transfer_requeues_it(scene: KillScenario) -> None:
     with Feeder(scene.relay.port, name="stop-") as feeder:
         victim = scene.hold("stopped")
         feeder.until_accepted(50)
@@ -220,7 +219,7 @@ def test_a_worker_that_stops_within_a_transfer_requeues_it(scene: Scene) -> None
     assert scene.relay.rows(last, pid=victim.pid) == [("stopped",)]
 
 
-def test_accepted_mail_survives_a_killed_smtpd(scene: Scene) -> None:
+def test_accepted_mail_survives_a_killed_smtpd(scene: KillScenario) -> None:
     with Feeder(scene.relay.port, name="smtpd-") as feeder:
         feeder.until_accepted(50)
         scene.relay.end(scene.smtpd, signal.SIGKILL)
@@ -229,7 +228,7 @@ def test_accepted_mail_survives_a_killed_smtpd(scene: Scene) -> None:
         scene.finish(feeder, orphans=True)
 
 
-def test_C25_accepted_mail_survives_a_killed_spooler(scene: Scene) -> None:
+def test_C25_accepted_mail_survives_a_killed_spooler(scene: KillScenario) -> None:
     children = Path(f"/proc/{scene.smtpd.pid}/task/{scene.smtpd.pid}/children")
     with Feeder(scene.relay.port, name="spooler-") as feeder:
         for _ in range(3):
@@ -241,7 +240,7 @@ def test_C25_accepted_mail_survives_a_killed_spooler(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("scene", ["sqlite"], indirect=True)
-def test_mail_is_delivered_when_the_broker_is_killed(scene: Scene) -> None:
+def test_mail_is_delivered_when_the_broker_is_killed(scene: KillScenario) -> None:
     with Feeder(scene.relay.port, name="broker-") as feeder:
         feeder.until_accepted(50)
         scene.relay.broker.kill()
@@ -252,7 +251,7 @@ def test_mail_is_delivered_when_the_broker_is_killed(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("scene", ["postgresql"], indirect=True)
-def test_accepted_mail_survives_a_killed_database(scene: Scene, postgres: Postgres) -> None:
+def test_accepted_mail_survives_a_killed_database(scene: KillScenario, postgres: Postgres) -> None:
     with Feeder(scene.relay.port, name="database-") as feeder:
         feeder.until_accepted(50)
         postgres.kill()
@@ -264,7 +263,7 @@ def test_accepted_mail_survives_a_killed_database(scene: Scene, postgres: Postgr
 
 @pytest.mark.parametrize("scene", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("role", ["smtpd", "worker"])
-def test_a_wrong_spool_directory_is_refused(scene: Scene, tmp_path: Path, role: str) -> None:
+def test_a_wrong_spool_directory_is_refused(scene: KillScenario, tmp_path: Path, role: str) -> None:
     spool = tmp_path / "spool"
     spool.mkdir(mode=0o700)
     settings = {**scene.relay.settings, "SPOOL_DIR": str(spool), "SMTP_LISTEN": "127.0.0.1:0"}

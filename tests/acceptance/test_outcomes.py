@@ -13,7 +13,7 @@ from tests.waiting import until
 
 
 @dataclass(slots=True)
-class Scene:
+class RoutedInstallation:
     """An installation whose routes are named by the recipient's domain.
 
     `sink.test` goes to `sink`, which obeys magic recipients; `second.test` to a closed port and
@@ -29,7 +29,9 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def scene(install: Install, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(
+    install: Install, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RoutedInstallation]:
     forget = Rule(Answer(raw=b""), recipient=b"once@", times=1)
     with running_sink(MagicRecipients()) as sink, running_sink(forget) as forgetful:
         dead, late = free_port(), free_port()
@@ -47,10 +49,10 @@ def scene(install: Install, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         worker = relay.worker(wait=False)
         relay.smtpd()
         relay.until_registered(worker)
-        yield Scene(relay, sink, forgetful, dead, late)
+        yield RoutedInstallation(relay, sink, forgetful, dead, late)
 
 
-def test_z_then_k(scene: Scene) -> None:
+def test_z_then_k(scene: RoutedInstallation) -> None:
     relay, server = scene.relay, f"127.0.0.1:{scene.sink.port}"
     relay.send("defer-2@sink.test")
     delivered = relay.until_state("defer-2@sink.test", "delivered")
@@ -62,7 +64,7 @@ def test_z_then_k(scene: Scene) -> None:
     assert reply == delivered.reason
 
 
-def test_d_bounces_with_the_words_of_the_server_and_a_notice(scene: Scene) -> None:
+def test_d_bounces_with_the_reply_of_the_server_and_a_dsn(scene: RoutedInstallation) -> None:
     relay, words = scene.relay, "Error: no such mailbox: reject@sink.test"
     queue_id = relay.send("reject@sink.test", sender="author@sink.test")
     bounced = relay.until_state("reject@sink.test", "bounced")
@@ -74,14 +76,14 @@ def test_d_bounces_with_the_words_of_the_server_and_a_notice(scene: Scene) -> No
         lambda: relay.rows("SELECT 1 FROM mail_history WHERE dsn_of = :id", id=queue_id),
         what=relay.log_text,
     )
-    notice = relay.until_state("author@sink.test", "delivered")
-    assert (notice.sender, notice.dsn_of) == ("", queue_id)
+    dsn = relay.until_state("author@sink.test", "delivered")
+    assert (dsn.sender, dsn.dsn_of) == ("", queue_id)
     assert (
         relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0
     )  # nothing is owed any more
 
 
-def test_the_second_server_when_the_first_is_dead(scene: Scene) -> None:
+def test_the_second_server_when_the_first_is_dead(scene: RoutedInstallation) -> None:
     relay = scene.relay
     relay.send("you@second.test")
     relay.until_state("you@second.test", "delivered")
@@ -92,7 +94,7 @@ def test_the_second_server_when_the_first_is_dead(scene: Scene) -> None:
     assert relay.to("you@second.test").attempts == 1  # one claim, two hops
 
 
-def test_a_lost_reply_is_uncertain_and_never_failed_over(scene: Scene) -> None:
+def test_a_lost_reply_is_uncertain_and_never_failed_over(scene: RoutedInstallation) -> None:
     relay, server = scene.relay, f"127.0.0.1:{scene.forgetful.port}"
     relay.send("once@lost.test")
     relay.until_state("once@lost.test", "delivered")
@@ -103,7 +105,7 @@ def test_a_lost_reply_is_uncertain_and_never_failed_over(scene: Scene) -> None:
     assert not [one for one in list(scene.sink.received) if b"once@lost.test" in one.recipients]
 
 
-def test_a_server_that_comes_up_gets_what_waited(scene: Scene) -> None:
+def test_a_server_that_recovers_gets_waiting_mail(scene: RoutedInstallation) -> None:
     relay = scene.relay
     relay.send("you@late.test")
     waiting = relay.until_state("you@late.test", "deferred")
@@ -117,7 +119,7 @@ def test_a_server_that_comes_up_gets_what_waited(scene: Scene) -> None:
     assert last[1] == "delivered"
 
 
-def test_without_a_server_mail_waits_for_the_setting(scene: Scene) -> None:
+def test_without_a_server_mail_waits_for_the_setting(scene: RoutedInstallation) -> None:
     relay = scene.relay
     relay.send("you@nowhere.test")
     reason = "no QMQP server configured (RELAY_QMQP_SERVERS)"

@@ -1,8 +1,7 @@
-"""The page when it is asked for what no link of it says, or is at fault itself; and what it tells
-of operators.
+"""The pages with addresses that no link of theirs has, with faults of their own, and with
+operations.
 
-What a person sees is in `test_page_in_chromium.py`, that its numbers are everybody's in
-`test_console.py`.
+`test_page_in_chromium.py` checks the layout, `test_console.py` the numbers.
 """
 
 import re
@@ -18,7 +17,7 @@ from relay.report.queries import QueueReader
 from relay.report.statistics import Statistics
 from relay.spool.store import Spool
 from tests.acceptance.console import Browser, browsing
-from tests.integration.queue_harness import QueueHarness, opened
+from tests.integration.harness import QueueHarness, opened
 from tests.integration.typed import typed_at
 
 
@@ -32,7 +31,9 @@ def at_the_page(
             yield queue, browser
 
 
-def test_a_link_that_is_not_ours_is_told_so(at_the_page: tuple[QueueHarness, Browser]) -> None:
+def test_an_incomplete_link_to_older_mail_is_explained(
+    at_the_page: tuple[QueueHarness, Browser],
+) -> None:
     queue, browser = at_the_page
     queue_id = queue.accept()
     behind = [f"{queue_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
@@ -94,14 +95,14 @@ def did(
         queue.change(sql, id=queue_id, number=number, action=dashed(action))
 
 
-def test_what_operators_did_stands_in_the_timeline(
+def test_timeline_shows_operations(
     at_the_page: tuple[QueueHarness, Browser],
 ) -> None:
     queue, browser = at_the_page
     mine, other = queue.accept("b@example.org", "other:c@example.org"), queue.accept()
     moved = "UPDATE messages SET received_at = @ago(1000) WHERE id = @id(:id)"
     assert queue.change(moved, id=mine) == 1
-    queue.record(queue.claim(mine)[0], Outcome.DEFERRED)
+    queue.complete(queue.claim(mine)[0], Outcome.DEFERRED)
     did(queue, "pause route:other", "before it came", 2000)
     did(queue, "hold", "the customer <b>asked</b>", 900, (mine, 1), (mine, 2), (other, 1))
     did(queue, "pause route:other", "maintenance", 800)
@@ -110,7 +111,7 @@ def test_what_operators_did_stands_in_the_timeline(
     did(queue, "release", "", 600, (mine, 2))
     did(queue, "drop", "not ours", 500, (other, 1))
     did(queue, "pause server:qmqp.example.net:628", "it was tried there", 400)
-    found = QueueReader(queue.engine).actions_on(mine)
+    found = QueueReader(queue.database).actions_on(mine)
     assert [(row["verb"], row["delivery"]) for row in found] == [
         ("hold", 1), ("hold", 2), ("pause route:other", None), ("resume route:other", None), ("release", 2),
         ("pause server:qmqp.example.net:628", None),
@@ -130,13 +131,13 @@ def test_what_operators_did_stands_in_the_timeline(
         assert words not in shown
     queue.change("UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
                   " queue_id = @id(:id)", id=mine)  # fmt: skip
-    assert [row["verb"] for row in QueueReader(queue.engine).actions_on(mine)][-2:] == [
+    assert [row["verb"] for row in QueueReader(queue.database).actions_on(mine)][-2:] == [
         "resume route:other",
         "release",
     ]
 
 
-def test_what_is_counted_is_said(at_the_page: tuple[QueueHarness, Browser]) -> None:
+def test_counts_are_labelled(at_the_page: tuple[QueueHarness, Browser]) -> None:
     queue, browser = at_the_page
     queue.accept("a@example.org", "b@example.org", "c@example.org")
     overview = browser.get("/")
@@ -156,7 +157,7 @@ def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[QueueHarness
             "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'delivered',"
             " '', 1)", id=queue_id, attempt_index=attempt_index, ago=ago, w=dashed(queue.worker),
         )  # fmt: skip
-    now, rows = Statistics(queue.engine).history(21_600, 300)
+    now, rows = Statistics(queue.database).history(21_600, 300)
     assert now.tzinfo is not None
     assert [(row["step"], row["tries"]) for row in rows] == [(0, 3), (1, 1), (70, 1)]
     assert {round(row["seconds"], 2) for row in rows} == {0.5}

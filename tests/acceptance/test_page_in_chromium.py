@@ -1,5 +1,4 @@
-"""The page as a person sees it: in a real browser, wide and narrow, light and dark, with hostile
-text everywhere."""
+"""The pages in a real browser, wide and narrow, light and dark, with hostile text everywhere."""
 
 import json
 import os
@@ -14,7 +13,7 @@ import pytest
 from relay.queue.outcome import Outcome
 from relay.spool.store import Spool
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
-from tests.integration.queue_harness import opened
+from tests.integration.harness import opened
 from tests.integration.typed import typed_at
 from tests.services import end, spawn
 
@@ -148,7 +147,7 @@ def seen(
         typed_at(queue, spool, monkeypatch)
         created = scenario(queue, spool)
         usual = queue.accept(PEOPLE[1], sender=PEOPLE[0])
-        queue.record(queue.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
+        queue.complete(queue.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
         created.add("deferred", usual)
         queue.change("INSERT INTO open_circuits VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
             id=queue.worker)  # fmt: skip
@@ -160,7 +159,7 @@ def seen(
     ("width", "scheme"),
     [(360, "light"), (375, "dark"), (800, "light"), (1280, "light"), (1280, "dark")],
 )
-def test_what_a_person_sees(
+def test_page_fits_the_screen_and_shows_its_content(
     chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str
 ) -> None:
     created, browser = seen

@@ -50,7 +50,7 @@ def accept(relay: Installation, count: int) -> None:
 
 def sweep(relay: Installation, worker: subprocess.Popen[Any]) -> None:
     """Wait until a worker has swept twice, so that a whole sweep began after now."""
-    heartbeat = relay.directory / "var" / f"worker-{worker.pid}.tick"
+    heartbeat = relay.directory / "var" / f"worker-{worker.pid}.heartbeat"
     for _ in range(2):
         last = heartbeat.stat().st_mtime_ns
         until(lambda last=last: heartbeat.stat().st_mtime_ns > last)  # type: ignore[misc]
@@ -79,7 +79,7 @@ def test_all_that_waits_for_a_server_is_sent_when_it_returns(
         assert sink.count == MANY
 
 
-def test_a_worker_that_sees_a_server_work_sends_what_others_deferred(
+def test_a_worker_sends_what_others_deferred_when_a_server_works(
     install: Install, port: int
 ) -> None:
     relay = install("postgresql", QMQP_SERVERS=f"127.0.0.1:{port}", **SLOW)

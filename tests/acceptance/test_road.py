@@ -1,5 +1,4 @@
-"""2,000 messages received by SMTP and delivered by QMQP, from clients and to servers that are not
-ours."""
+"""2,000 messages received by SMTP and delivered by QMQP, with foreign clients and servers."""
 
 import re
 import smtplib

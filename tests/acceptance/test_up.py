@@ -1,4 +1,4 @@
-"""`qmqp-relay up`, as people start, stop, break and start it again."""
+"""`qmqp-relay up`: starts, stops, crashes and restarts."""
 
 import os
 import signal
@@ -78,7 +78,7 @@ def paste(word: str, up: Up, directory: Path) -> None:
 
 def test_the_next_start_delivers_the_mail_of_a_killed_one(start_up: StartUp) -> None:
     first = start_up()  # no server: mail waits
-    assert len(processes_of(first.state_dir)) == 5  # up, valkey, smtpd and its keeper, worker
+    assert len(processes_of(first.state_dir)) == 5  # up, valkey, smtpd and its spooler, worker
     first.send("you@example.org")
     os.kill(first.pid, signal.SIGKILL)
     until(lambda: not processes_of(first.state_dir), 5, what="the children died with it")
@@ -132,7 +132,7 @@ def test_a_child_that_refuses_its_settings_ends_up(tmp_path: Path) -> None:
     assert processes_of(tmp_path / "var") == []
 
 
-def test_the_status_of_a_worker_says_that_no_restart_helps(sqlite_url: str, tmp_path: Path) -> None:
+def test_a_worker_with_a_wrong_setting_exits_with_status_2(sqlite_url: str, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     spool.chmod(0o777)

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from migrations.tables import metadata
 from relay.db.engine import connect, writing
 from tests.conftest import Databases
-from tests.integration.queue_harness import QueueHarness, opened
+from tests.integration.harness import QueueHarness, opened
 from tests.postfix import Postfix
 from tests.services import ServiceError
 
@@ -30,30 +30,30 @@ def postfix() -> Iterator[Postfix]:
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator["Made"]:
+def databases() -> Iterator["ModuleDatabases"]:
     with ExitStack() as stack:
-        yield Made({}, stack)
+        yield ModuleDatabases({}, stack)
 
 
 @pytest.fixture
 def clean_sqlite_url(
-    made: "Made", sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
+    databases: "ModuleDatabases", sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> str:
-    if "sqlite" not in made.urls:
+    if "sqlite" not in databases.urls:
         directory = tmp_path_factory.mktemp("sqlite")
         for file in sqlite_template.iterdir():
             (directory / file.name).write_bytes(file.read_bytes())
-        made.urls["sqlite"] = f"sqlite:///{directory}/relay.db"
-    return _emptied(made.urls["sqlite"])
+        databases.urls["sqlite"] = f"sqlite:///{directory}/relay.db"
+    return _emptied(databases.urls["sqlite"])
 
 
 @pytest.fixture
-def clean_postgres_url(made: "Made", postgres_databases: Databases) -> str:
-    if "postgresql" not in made.urls:
+def clean_postgres_url(databases: "ModuleDatabases", postgres_databases: Databases) -> str:
+    if "postgresql" not in databases.urls:
         name = postgres_databases.create()
-        made.stack.callback(postgres_databases.drop, name)
-        made.urls["postgresql"] = postgres_databases.url(name)
-    return _emptied(made.urls["postgresql"])
+        databases.stack.callback(postgres_databases.drop, name)
+        databases.urls["postgresql"] = postgres_databases.url(name)
+    return _emptied(databases.urls["postgresql"])
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -78,8 +78,8 @@ def postgres_queue(clean_postgres_url: str) -> Iterator[QueueHarness]:
 
 
 @dataclass
-class Made:
-    """The module's databases, made when the first test asks, and what drops them."""
+class ModuleDatabases:
+    """The module's databases, databases when the first test asks, and what drops them."""
 
     urls: dict[str, str]
     stack: ExitStack

@@ -100,7 +100,7 @@ def test_long_list_stops_hints_until_it_is_shorter(
     until(lambda: length(broker) == 1)
 
 
-def test_refusing_broker_is_given_up_and_found_again(
+def test_refusing_broker_is_given_up_and_used_again(
     broker: Broker, hints: Callable[..., Hints]
 ) -> None:
     publisher = hints()

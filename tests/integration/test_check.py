@@ -10,7 +10,7 @@ import pytest
 from qmqp import probe
 from qmqp.sink import running_sink
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import QueueHarness
 from tests.integration.test_probe import speaking
 from tests.integration.typed import typed_at
 from tests.postfix import Postfix

@@ -1,5 +1,5 @@
-"""Claiming and recording, on both databases: one owner at a time, a K above all, and nothing moved
-that must stay."""
+"""Claims and completions on both databases: one owner at a time, a K beats every state, and a stale
+completion changes nothing."""
 
 import itertools
 import threading
@@ -27,7 +27,7 @@ from relay.queue.model import (
 )
 from relay.queue.outcome import Outcome
 from relay.queue.states import State, successors
-from tests.integration.queue_harness import OUTCOME_POLICY, PLENTY, QueueHarness, opened
+from tests.integration.harness import OUTCOME_POLICY, PLENTY, QueueHarness, opened
 from tests.waiting import until
 
 NOT_K = [outcome for outcome in Outcome if outcome is not Outcome.DELIVERED]
@@ -35,7 +35,7 @@ FINISHED = ("delivered", "bounced", "expired", "dropped")
 
 
 def at_once[T](work: Callable[[int], T], count: int = 4) -> list[T]:
-    """What `work` gives in so many threads that begin together."""
+    """The results of `work` in so many threads that begin together."""
     barrier = threading.Barrier(count)
 
     def begin(n: int) -> T:
@@ -79,7 +79,7 @@ def test_a_claim_brings_the_envelope_and_belongs_to_one_worker(queue: QueueHarne
 def test_the_null_sender_and_unknown_or_finished_ids(queue: QueueHarness) -> None:
     bounce, done = queue.accept(sender=""), queue.accept()
     (claim,) = queue.claim(done)
-    queue.record(claim, Outcome.DELIVERED)
+    queue.complete(claim, Outcome.DELIVERED)
     assert [c.sender for c in queue.claim(bounce, done, "0" * 32, bounce)] == [""]
 
 
@@ -88,8 +88,8 @@ def test_claims_are_numbered(queue: QueueHarness) -> None:
     for number in (1, 2, 3):
         (claim,) = queue.claim(queue_id)
         assert claim.claim == number
-        assert queue.record(claim, Outcome.INTERRUPTED, state=State.QUEUED).state is State.QUEUED
-    assert [claim for claim, _, _ in queue.attempts(queue_id)] == [1, 2, 3]
+        assert queue.complete(claim, Outcome.INTERRUPTED, state=State.QUEUED).state is State.QUEUED
+    assert [claim for claim, _, _ in queue.numbered_attempts(queue_id)] == [1, 2, 3]
 
 
 def test_room_is_per_route(queue: QueueHarness) -> None:
@@ -143,7 +143,7 @@ def test_everything_is_claimed_once_by_workers_in_a_hurry(queue: QueueHarness) -
 def test_every_outcome_is_recorded(queue: QueueHarness) -> None:
     for outcome in Outcome:
         queue_id, state = queue.accept(), OUTCOME_POLICY[outcome]
-        recorded = queue.record(queue.claim(queue_id)[0], outcome, backoff_step=3)
+        recorded = queue.complete(queue.claim(queue_id)[0], outcome, backoff_step=3)
         assert recorded == CompletionResult(state, body_deletable=state is State.DELIVERED)
         row = queue.delivery(queue_id)
         assert (row["state"], row["worker"], row["pending_operation"], row["backoff_step"]) == (
@@ -178,15 +178,15 @@ def test_every_outcome_is_recorded(queue: QueueHarness) -> None:
         assert attempt["started_at"] < attempt["finished_at"]
 
 
-def test_a_notice_is_owed_to_a_real_sender_only(clean_url: str) -> None:
+def test_a_dsn_is_pending_for_a_real_sender_only(clean_url: str) -> None:
     for bounces, sender, owed in (
         ("dsn", "a@example.com", True), ("dsn", "", False), ("dsn", "#@[]", False), ("off", "a@example.com", False)
     ):  # fmt: skip
         with opened(clean_url, bounces=bounces) as queue:
             queue_id = queue.accept(sender=sender)
-            recorded = queue.record(queue.claim(queue_id)[0], Outcome.REJECTED)
+            recorded = queue.complete(queue.claim(queue_id)[0], Outcome.REJECTED)
             assert recorded == CompletionResult(State.BOUNCED, body_deletable=not owed), (
-                "a notice returns the header"
+                "a DSN returns the header"
             )
             assert (queue.delivery(queue_id)["due_in"] is not None) == owed
 
@@ -197,16 +197,17 @@ def test_expiry_is_decided_only_when_a_try_has_failed(queue: QueueHarness) -> No
     assert queue.state(waiting) == "queued", "a host that was off for days still tries"
     claims = {claim.queue_id: claim for claim in queue.claim()}
     assert len(claims) == 5
-    assert queue.record(claims[failed], Outcome.DEFERRED).state is State.EXPIRED
+    assert queue.complete(claims[failed], Outcome.DEFERRED).state is State.EXPIRED
     assert queue.delivery(failed)["due_in"] is not None, "the sender is told"
-    assert queue.record(claims[taken], Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(claims[taken], Outcome.DELIVERED).state is State.DELIVERED
     assert (
-        queue.record(claims[stopped], Outcome.INTERRUPTED, state=State.QUEUED).state is State.QUEUED
+        queue.complete(claims[stopped], Outcome.INTERRUPTED, state=State.QUEUED).state
+        is State.QUEUED
     )
-    assert queue.record(claims[split], Outcome.UNSENDABLE).state is State.HELD
+    assert queue.complete(claims[split], Outcome.UNSENDABLE).state is State.HELD
 
 
-def test_every_outcome_but_k_honours_what_an_operator_wanted(queue: QueueHarness) -> None:
+def test_every_outcome_but_k_applies_a_pending_operation(queue: QueueHarness) -> None:
     verbs = {
         "hold": State.HELD,
         "drop": State.DROPPED,
@@ -216,9 +217,9 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(queue: QueueHarness
     for (wanted, state), outcome in itertools.product(verbs.items(), Outcome):
         queue_id = queue.accept()
         (claim,) = queue.claim(queue_id)
-        queue.ask(queue_id, wanted)
+        queue.request_operation(queue_id, wanted)
         expected = State.DELIVERED if outcome is Outcome.DELIVERED else state
-        assert queue.record(claim, outcome).state is expected
+        assert queue.complete(claim, outcome).state is expected
         row = queue.delivery(queue_id)
         assert (row["state"], row["pending_operation"]) == (expected, None)
         if wanted != "retry" and expected is not State.DELIVERED:
@@ -232,23 +233,23 @@ def test_every_outcome_but_k_honours_what_an_operator_wanted(queue: QueueHarness
         assert (row["finished_at"] is not None) == (expected in FINISHED)
 
 
-def test_no_message_is_looked_up_for_what_owes_no_notice(queue: QueueHarness) -> None:
-    """Its row says to whom a notice would go, and nothing else that a record needs."""
+def test_no_message_is_read_for_a_delivery_without_a_dsn(queue: QueueHarness) -> None:
+    """Its row says to whom a DSN would go, and nothing else that a record needs."""
     (one,), (two,) = (
         queue.claim(queue.accept()),
         queue.claim(queue.accept(), worker=(lost := queue.register_worker())),
     )
     queue.change("DELETE FROM messages")
-    assert queue.record(one, Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(one, Outcome.DELIVERED).state is State.DELIVERED
     queue.pass_time(400)
     assert queue.expire_worker(lost) == 1
     assert queue.state(two.queue_id) == "deferred"
 
 
-def test_what_was_wanted_of_an_earlier_claim_is_forgotten(queue: QueueHarness) -> None:
+def test_a_pending_operation_ends_with_its_claim(queue: QueueHarness) -> None:
     queue_id = queue.accept()
-    queue.ask(queue_id, "drop")
-    assert queue.record(queue.claim(queue_id)[0], Outcome.DEFERRED).state is State.DEFERRED
+    queue.request_operation(queue_id, "drop")
+    assert queue.complete(queue.claim(queue_id)[0], Outcome.DEFERRED).state is State.DEFERRED
 
 
 def test_a_late_k_beats_every_state(queue: QueueHarness) -> None:
@@ -262,13 +263,13 @@ def test_a_late_k_beats_every_state(queue: QueueHarness) -> None:
             due_at = {"@now" if due else "NULL"} WHERE queue_id = @id(:id)""",
             state=state, worker=another if state is State.SENDING else None, id=queue_id,
         )  # fmt: skip
-        assert queue.record(claim, Outcome.DELIVERED) == CompletionResult(
+        assert queue.complete(claim, Outcome.DELIVERED) == CompletionResult(
             State.DELIVERED, body_deletable=True
         )
         row = queue.delivery(queue_id)
         assert (row["state"], row["due_at"], row["worker"]) == ("delivered", None, None)
         assert row["finished_at"] is not None
-        assert queue.attempts(queue_id) == [(1, 1, "delivered")]
+        assert queue.numbered_attempts(queue_id) == [(1, 1, "delivered")]
 
 
 def test_a_k_is_never_undone(queue: QueueHarness) -> None:
@@ -281,17 +282,17 @@ def test_a_k_is_never_undone(queue: QueueHarness) -> None:
     other = queue.register_worker()
     (second,) = queue.claim(queue_id, worker=other)
     assert second.claim == 2
-    assert queue.record(first, Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(first, Outcome.DELIVERED).state is State.DELIVERED
     for outcome in NOT_K:
-        assert queue.record(second, outcome, worker=other) == CompletionResult(
+        assert queue.complete(second, outcome, worker=other) == CompletionResult(
             State.DELIVERED, body_deletable=True
         )
         assert queue.state(queue_id) == "delivered"
     assert queue.claim(queue_id) == []
-    assert queue.attempts(queue_id)[0] == (1, 0, "uncertain")
+    assert queue.numbered_attempts(queue_id)[0] == (1, 0, "uncertain")
 
 
-def test_a_late_k_for_what_was_split_since_holds_for_all_its_recipients(
+def test_a_late_k_of_a_split_delivery_counts_for_all_its_recipients(
     queue: QueueHarness,
 ) -> None:
     queue_id, other = (
@@ -302,75 +303,79 @@ def test_a_late_k_for_what_was_split_since_holds_for_all_its_recipients(
     queue.change("UPDATE deliveries SET state = 'queued', worker = NULL")
     (second,) = queue.claim(queue_id, worker=other)
     assert (
-        queue.record(second, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
+        queue.complete(second, Outcome.REJECTED, worker=other, state=State.SPLIT).state
+        is State.SPLIT
     )
     (half,) = (claim for claim in queue.claim(queue_id, worker=other) if len(claim.recipients) == 2)
     assert (
-        queue.record(half, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
+        queue.complete(half, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
     )
     (kept,) = queue.claim(queue_id, room={"default": 1})
-    assert queue.record(first, Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(first, Outcome.DELIVERED).state is State.DELIVERED
     assert sorted(row["state"] for row in queue.rows("SELECT state FROM deliveries")) == [
         "delivered"
     ] * 4 + ["split"]
     assert queue.claim(queue_id) == [], "never after a K"
-    assert queue.record(kept, Outcome.REJECTED).state is State.DELIVERED
+    assert queue.complete(kept, Outcome.REJECTED).state is State.DELIVERED
 
 
-def test_who_lost_the_claim_changes_nothing(queue: QueueHarness) -> None:
+def test_a_completion_without_the_claim_changes_nothing(queue: QueueHarness) -> None:
     other = queue.register_worker()
     for outcome in NOT_K:
         queue_id = queue.accept()
         (old,) = queue.claim(queue_id)
-        queue.record(old, Outcome.INTERRUPTED, state=State.QUEUED, tries=[])
+        queue.complete(old, Outcome.INTERRUPTED, state=State.QUEUED, tries=[])
         (new,) = queue.claim(queue_id, worker=other)
         (before,) = queue.rows("SELECT * FROM deliveries WHERE queue_id = @id(:id)", id=queue_id)
-        assert queue.record(old, outcome) == CompletionResult(None, body_deletable=False), (
+        assert queue.complete(old, outcome) == CompletionResult(None, body_deletable=False), (
             "fenced by the claim"
         )
-        assert queue.record(new, outcome) == CompletionResult(
+        assert queue.complete(new, outcome) == CompletionResult(
             State.SENDING, body_deletable=False
         ), "fenced by the worker"
         assert queue.rows("SELECT * FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [
             before
         ]
-        assert [attempt[2] for attempt in queue.attempts(queue_id)] == [outcome, outcome], (
-            "what happened is kept"
-        )
+        assert [attempt[2] for attempt in queue.numbered_attempts(queue_id)] == [
+            outcome,
+            outcome,
+        ], "what happened is kept"
 
 
-def test_one_record_says_it_all_and_twice_is_once(queue: QueueHarness) -> None:
+def test_a_completion_that_is_committed_twice_counts_once(queue: QueueHarness) -> None:
     queue_id = queue.accept()
-    note = queue.note(queue.claim(queue_id)[0], Outcome.DEFERRED)
+    note = queue.completion(queue.claim(queue_id)[0], Outcome.DEFERRED)
     (first,) = queue.worker_queue.commit([note])
     row = dict(queue.delivery(queue_id))
     (again,) = queue.worker_queue.commit([note])
     assert first == again == CompletionResult(State.DEFERRED, body_deletable=False)
     assert dict(queue.delivery(queue_id))["due_at"] == row["due_at"]
-    assert queue.attempts(queue_id) == [(1, 1, "deferred")]
+    assert queue.numbered_attempts(queue_id) == [(1, 1, "deferred")]
 
 
 def test_the_body_is_free_when_the_last_delivery_is_done(queue: QueueHarness) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org", "slow:z@example.org")
     room = {"default": 9, "bulk": 9, "slow": 9}
     first, second, third = sorted(queue.claim(queue_id, room=room), key=lambda claim: claim.number)
-    assert not queue.record(first, Outcome.DELIVERED).body_deletable
-    assert not queue.record(second, Outcome.REJECTED).body_deletable
-    assert not queue.record(third, Outcome.DEFERRED).body_deletable
+    assert not queue.complete(first, Outcome.DELIVERED).body_deletable
+    assert not queue.complete(second, Outcome.REJECTED).body_deletable
+    assert not queue.complete(third, Outcome.DEFERRED).body_deletable
     queue.pass_time(60)
     queue.rescuer.requeue_due(10)
     (again,) = queue.claim(queue_id, room=room)
-    assert not queue.record(again, Outcome.DELIVERED).body_deletable, (
-        "a notice is owed for the second"
+    assert not queue.complete(again, Outcome.DELIVERED).body_deletable, (
+        "a DSN is pending for the second"
     )
     queue.change("UPDATE deliveries SET due_at = NULL WHERE number = 2")
-    assert queue.record(again, Outcome.DELIVERED).body_deletable
+    assert queue.complete(again, Outcome.DELIVERED).body_deletable
 
 
 def test_last_deliveries_recorded_in_one_round_free_the_body(queue: QueueHarness) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org")
     claims = queue.claim(queue_id, room={"default": 9, "bulk": 9})
-    results = queue.worker_queue.commit([queue.note(claim, Outcome.DELIVERED) for claim in claims])
+    results = queue.worker_queue.commit(
+        [queue.completion(claim, Outcome.DELIVERED) for claim in claims]
+    )
     assert results == [CompletionResult(State.DELIVERED, body_deletable=True)] * 2
 
 
@@ -379,9 +384,9 @@ def test_no_record_makes_a_state_that_sending_does_not_lead_to(queue: QueueHarne
     (claim,) = queue.claim(queue_id)
     for state in set(State) - successors(State.SENDING):
         with pytest.raises(ValueError, match="sending"):
-            queue.record(claim, Outcome.DEFERRED, state=state)
+            queue.complete(claim, Outcome.DEFERRED, state=state)
     with pytest.raises(ValueError, match="delivered"):
-        queue.record(claim, Outcome.DEFERRED, state=State.DELIVERED)
+        queue.complete(claim, Outcome.DEFERRED, state=State.DELIVERED)
     assert queue.state(queue_id) == "sending"
 
 
@@ -393,7 +398,8 @@ def test_only_queued_is_claimed_and_only_deferred_wakes_up(queue: QueueHarness) 
             f"UPDATE deliveries SET state = :state, due_at = @ago(1), worker = {worker} WHERE queue_id = @id(:id)",
             state=state, id=queue_id,
         )  # fmt: skip
-        assert queue.rescuer.requeue_due(10) == [queue_id] * (state is State.DEFERRED)
+        due = {"default": [queue_id]} if state is State.DEFERRED else {}
+        assert queue.rescuer.requeue_due(10) == due
         queue.pass_time(10)
         assert len(queue.claim() + queue.claim(queue_id)) == (
             state in (State.QUEUED, State.DEFERRED)
@@ -419,7 +425,7 @@ def test_a_worker_with_something_in_flight_is_not_signed_off(queue: QueueHarness
     (claim,) = queue.claim(queue.accept())
     queue.worker_queue.retire(queue.worker)
     assert queue.renew()
-    queue.record(claim, Outcome.DELIVERED)
+    queue.complete(claim, Outcome.DELIVERED)
     queue.worker_queue.retire(queue.worker)
     assert not queue.renew()
     assert queue.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
@@ -431,7 +437,7 @@ def test_a_worker_may_be_registered_twice(queue: QueueHarness) -> None:
 
 
 def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_queue: QueueHarness) -> None:
-    """Both want the worker's row and its deliveries; the second waits, and is told what
+    """Both want the worker's row and its deliveries; the second waits, and then reads what
     it lost."""
     queue = postgres_queue
     claims = queue.claim(*(queue.accept() for _ in range(3)))
@@ -455,8 +461,8 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_queue: Qu
             queue.rows("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
         )
 
-    event.listen(queue.engine, "before_cursor_execute", pause)
-    notes = [queue.note(claim, Outcome.DEFERRED) for claim in claims]
+    event.listen(queue.database, "before_cursor_execute", pause)
+    notes = [queue.completion(claim, Outcome.DEFERRED) for claim in claims]
     with ThreadPoolExecutor(2) as pool:
         outcome = pool.submit(queue.worker_queue.commit, [*notes, Renewal(queue.worker)])
         assert reached.wait(20)
@@ -478,7 +484,7 @@ class Lost(Exception):
 
 @contextmanager
 def lost_commit(worker_queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The next commit of this ledger is done, and its worker never learns that."""
+    """The next commit of this queue is done, and its worker never learns that."""
     from relay.db.engine import writing
     from relay.queue import claim as claims
 
@@ -494,7 +500,7 @@ def lost_commit(worker_queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> I
             yield
 
 
-def test_claims_that_nobody_heard_of_are_handed_back(
+def test_claims_without_a_reply_are_requeued(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [queue.accept() for _ in range(6)]
@@ -504,27 +510,27 @@ def test_claims_that_nobody_heard_of_are_handed_back(
     (foreign,) = queue.claim(ids[1], worker=other, worker_queue=theirs)
     with lost_commit(queue.worker_queue, monkeypatch):
         queue.claim(*ids[2:4])
-    assert queue.states(ids) == ["sending"] * 4 + ["queued"] * 2
+    assert queue.states_of(ids) == ["sending"] * 4 + ["queued"] * 2
     queue.renew()
-    assert queue.states(ids) == ["sending"] * 2 + ["queued"] * 4, (
+    assert queue.states_of(ids) == ["sending"] * 2 + ["queued"] * 4, (
         "what it knows of, and what is others', stays"
     )
     assert queue.delivery(ids[2])["due_in"] <= 0, "anybody may take it at once"
     assert {claim.queue_id for claim in queue.claim(*ids)} == set(ids[2:])
-    assert queue.record(known, Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(known, Outcome.DELIVERED).state is State.DELIVERED
     assert (
-        queue.record(foreign, Outcome.DELIVERED, worker=other, worker_queue=theirs).state
+        queue.complete(foreign, Outcome.DELIVERED, worker=other, worker_queue=theirs).state
         is State.DELIVERED
     )
 
 
-def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
+def test_an_unknown_commit_that_requeued_and_claimed_a_delivery(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = queue.accept()
     (claim,) = queue.claim(queue_id)
     round_: Sequence[Command] = [
-        queue.note(claim, Outcome.INTERRUPTED, state=State.QUEUED),
+        queue.completion(claim, Outcome.INTERRUPTED, state=State.QUEUED),
         ClaimRequest(queue.worker, [queue_id], PLENTY),
     ]
     with lost_commit(queue.worker_queue, monkeypatch):
@@ -533,14 +539,16 @@ def test_a_round_in_doubt_that_let_go_of_a_delivery_and_took_it_again(
     assert recorded == CompletionResult(None, body_deletable=False), "a later claim has had it"
     assert isinstance(claims, list)
     assert [c.claim for c in claims] == [3], "the second claim was handed back, not forgotten"
-    assert queue.record(claims[0], Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(claims[0], Outcome.DELIVERED).state is State.DELIVERED
 
 
-def test_outcomes_in_doubt_are_recorded_once(
+def test_completions_of_an_unknown_commit_are_recorded_once(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = queue.claim(*(queue.accept() for _ in range(3)))
-    notes: list[Command] = [queue.note(claim, o) for claim, o in zip(claims, NOT_K, strict=False)]
+    notes: list[Command] = [
+        queue.completion(claim, o) for claim, o in zip(claims, NOT_K, strict=False)
+    ]
     with lost_commit(queue.worker_queue, monkeypatch):
         queue.worker_queue.commit(notes)
     results = queue.worker_queue.commit(notes)
@@ -550,7 +558,7 @@ def test_outcomes_in_doubt_are_recorded_once(
     assert queue.rows("SELECT count(*) AS n FROM attempts") == [{"n": 3}]
 
 
-# --- everybody at once
+# --- many at once
 # ------------------------------------------------------------------------------------
 
 
@@ -568,7 +576,9 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(
         for turn in range(75):
             hints = ids[turn % 7 :: 1 + n % 2][:: -1 if n % 2 else 1]
             notes: list[Completion] = [
-                queue.note(claim, Outcome.INTERRUPTED, worker=worker, state=State.QUEUED, delay=0.0)
+                queue.completion(
+                    claim, Outcome.INTERRUPTED, worker=worker, state=State.QUEUED, delay=0.0
+                )
                 for claim in (reversed(mine) if turn % 2 else mine)
             ]
             results = worker_queue.commit(
@@ -595,7 +605,7 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(
     assert found["deadlocks"] == 0
 
 
-def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_needs_the_body(
+def test_body_is_deletable_when_the_last_two_deliveries_finish_at_once(
     postgres_queue: QueueHarness,
 ) -> None:
     queue, other = postgres_queue, postgres_queue.another_worker_queue()
@@ -608,10 +618,10 @@ def test_who_ends_the_last_two_deliveries_at_the_same_moment_sees_that_nobody_ne
     def meanwhile(_: Connection) -> None:
         if not met:
             met.append(CompletionResult(None, body_deletable=False))
-            met[0] = queue.record(second, Outcome.DELIVERED, worker_queue=other)
+            met[0] = queue.complete(second, Outcome.DELIVERED, worker_queue=other)
 
-    event.listen(queue.engine, "commit", meanwhile)  # just before the COMMIT of the first
-    assert queue.record(first, Outcome.DELIVERED) == CompletionResult(
+    event.listen(queue.database, "commit", meanwhile)  # just before the COMMIT of the first
+    assert queue.complete(first, Outcome.DELIVERED) == CompletionResult(
         State.DELIVERED, body_deletable=True
     )
     assert met == [CompletionResult(State.DELIVERED, body_deletable=False)]
@@ -625,7 +635,7 @@ def test_a_delivery_whose_recipients_are_gone_harms_no_other(queue: QueueHarness
 
 
 @pytest.mark.parametrize("late_first", [True, False])
-def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(
+def test_a_late_K_beats_the_next_claim_in_the_same_batch(
     queue: QueueHarness, late_first: bool
 ) -> None:
     queue_id = queue.accept()
@@ -635,7 +645,7 @@ def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(
     queue.pass_time(100)
     queue.rescuer.requeue_due(10)
     (again,) = queue.claim(queue_id)
-    records = [queue.note(lost, Outcome.DELIVERED), queue.note(again, Outcome.REJECTED)]
+    records = [queue.completion(lost, Outcome.DELIVERED), queue.completion(again, Outcome.REJECTED)]
     results = queue.worker_queue.commit(records if late_first else records[::-1])
     assert queue.state(queue_id) == "delivered"
     assert {
@@ -643,4 +653,4 @@ def test_a_late_K_beats_what_the_next_claim_came_to_in_the_same_round(
         for result in results
         if isinstance(result, CompletionResult)
     } == {(State.DELIVERED, True)}
-    assert [row[0] for row in queue.attempts(queue_id)] == [1, 1, 2]
+    assert [row[0] for row in queue.numbered_attempts(queue_id)] == [1, 1, 2]

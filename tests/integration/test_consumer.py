@@ -1,5 +1,4 @@
-"""A broker that anybody can write to: a real Valkey, a real worker, and what is put in its
-lists."""
+"""The consumer with a real Valkey and a real worker: entries that are no hints do no harm."""
 
 import base64
 import json
@@ -15,17 +14,17 @@ from qmqp.sink import running_sink
 from relay.hints import FRESH, Hints, celery_app
 from relay.ids import new_id
 from tests import services
-from tests.integration.test_worker_app import House, house
+from tests.integration.test_worker_app import WorkerProcesses, processes
 from tests.services import Broker
 from tests.waiting import until
 from worker.consumer import entry_of
 
-__all__ = ["house"]
+__all__ = ["processes"]
 LIST = "qmqp-relay:fresh"
 PLENTY = {"GRACE": "10m", "LEASE": "1m"}  # so that only a hint can be the reason
 
 
-def hint(home: House, ids: list[str]) -> None:
+def hint(home: WorkerProcesses, ids: list[str]) -> None:
     hints = Hints(celery_app(home.mail.settings), FRESH, 64)
     hints.start()
     hints.offer(ids)
@@ -48,7 +47,7 @@ def bomb() -> str:
     return json.dumps(made | {"body": base64.b64encode(packed).decode()})
 
 
-def started(home: House, **given: str) -> Any:
+def started(home: WorkerProcesses, **given: str) -> Any:
     """A worker that consumes."""
     worker = home.start(**PLENTY, **given)
     first = home.mail.accept()
@@ -58,10 +57,10 @@ def started(home: House, **given: str) -> Any:
 
 
 def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
-    house: Callable[..., House], broker: Broker
+    processes: Callable[..., WorkerProcesses], broker: Broker
 ) -> None:
     with running_sink() as sink:
-        home = house(sink.port, broker.url, grace=600.0)
+        home = processes(sink.port, broker.url, grace=600.0)
         worker = started(home)
         wrong = entry_of({"": ["x" * 32]}, FRESH).decode()
         many = entry_of({"": [new_id() for _ in range(65)]}, FRESH).decode()
@@ -85,9 +84,11 @@ def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
         assert services.end(worker) == 0
 
 
-def test_a_compressed_bomb_takes_no_memory(house: Callable[..., House], broker: Broker) -> None:
+def test_a_compressed_bomb_takes_no_memory(
+    processes: Callable[..., WorkerProcesses], broker: Broker
+) -> None:
     with running_sink() as sink:
-        home = house(sink.port, broker.url, grace=600.0)
+        home = processes(sink.port, broker.url, grace=600.0)
         worker = started(home)
         before = peak(worker.pid)
         broker.ask("LPUSH", LIST, bomb())
@@ -99,12 +100,12 @@ def test_a_compressed_bomb_takes_no_memory(house: Callable[..., House], broker: 
 
 
 def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
-    house: Callable[..., House], broker: Broker
+    processes: Callable[..., WorkerProcesses], broker: Broker
 ) -> None:
     """A key of another kind in the place of the list is an error that Celery does not recover from
     by itself."""
     with running_sink() as sink:
-        home = house(sink.port, broker.url)
+        home = processes(sink.port, broker.url)
         worker = started(home)
         broker.ask("SET", LIST, "no list")
         until(lambda: "consumer failed" in home.said(), 20, what=home.said)
@@ -124,10 +125,10 @@ def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_no_remote_command_stops_consuming(
-    house: Callable[..., House], broker: Broker, allowed: bool
+    processes: Callable[..., WorkerProcesses], broker: Broker, allowed: bool
 ) -> None:
     with running_sink() as sink:
-        home = house(sink.port, broker.url, grace=600.0)
+        home = processes(sink.port, broker.url, grace=600.0)
         worker = started(home, REMOTE_CONTROL=str(allowed).lower())
         with Celery(broker=broker.url, set_as_current=False) as app:
             app.conf.broker_transport_options = celery_app(

@@ -1,11 +1,10 @@
-"""What a message costs, counted and not timed: statements, commits, syncs and hints, at rounds of 1
-and of 64.
+"""The cost of a message in statements, commits, syncs and hints, in batches of 1 and of 64.
 
-Speed is the machine's mood; these counts are ours. A round costs the same number of statements
-whatever its size, and that is what makes rounds worth while: a change that turns one statement a
-round into one a message fails here.
+These counts do not depend on the machine, as times do. A batch costs the same number of statements
+whatever its size, so a change that turns one statement a batch into one a message fails here.
 """
 
+import math
 import os
 import socket
 import threading
@@ -28,8 +27,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.settings import Settings, load
 from relay.spool.store import Spool
-from tests.integration.engine_harness import EngineHarness
-from tests.integration.queue_harness import QueueHarness, new_message
+from tests.integration.harness import EngineHarness, QueueHarness, new_message
 from tests.services import Broker
 from tests.waiting import until
 
@@ -79,7 +77,7 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def kind(queue: QueueHarness) -> str:
-    return queue.engine.dialect.name
+    return queue.database.dialect.name
 
 
 def accepted(queue: QueueHarness, count: int) -> list[str]:
@@ -89,9 +87,9 @@ def accepted(queue: QueueHarness, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("size", ROUNDS)
-def test_intake(queue: QueueHarness, size: int) -> None:
+def test_cost_of_accepting(queue: QueueHarness, size: int) -> None:
     messages = [new_message("b@example.org", "c@example.org") for _ in range(size)]
-    with counted(queue.engine) as counts:
+    with counted(queue.database) as counts:
         queue.acceptor.commit(messages)
     assert counts == {"statements": INTAKE[kind(queue)], "commits": 1}
 
@@ -99,7 +97,7 @@ def test_intake(queue: QueueHarness, size: int) -> None:
 @pytest.mark.parametrize("size", ROUNDS)
 def test_claim(queue: QueueHarness, size: int) -> None:
     ids = accepted(queue, size)
-    with counted(queue.engine) as counts:
+    with counted(queue.database) as counts:
         assert len(queue.claim(*ids)) == size
     assert counts == {"statements": CLAIM[kind(queue)], "commits": 1}
 
@@ -107,8 +105,8 @@ def test_claim(queue: QueueHarness, size: int) -> None:
 @pytest.mark.parametrize("size", ROUNDS)
 def test_record(queue: QueueHarness, size: int) -> None:
     claims = queue.claim(*accepted(queue, size))
-    records = [queue.note(claim, Outcome.DELIVERED) for claim in claims]
-    with counted(queue.engine) as counts:
+    records = [queue.completion(claim, Outcome.DELIVERED) for claim in claims]
+    with counted(queue.database) as counts:
         queue.worker_queue.commit(records)
     assert counts == {"statements": RECORD[kind(queue)], "commits": 1}
 
@@ -117,10 +115,10 @@ def test_record(queue: QueueHarness, size: int) -> None:
 def test_outcomes_and_the_next_claims_share_a_commit(queue: QueueHarness, size: int) -> None:
     claims, ids = queue.claim(*accepted(queue, size)), accepted(queue, size)
     items: list[Completion | ClaimRequest] = [
-        queue.note(claim, Outcome.DELIVERED) for claim in claims
+        queue.completion(claim, Outcome.DELIVERED) for claim in claims
     ]
     items.append(ClaimRequest(queue.worker, ids, {"default": size}))
-    with counted(queue.engine) as counts:
+    with counted(queue.database) as counts:
         claimed = queue.worker_queue.commit(items)[-1]
     assert isinstance(claimed, list)
     assert len(claimed) == size
@@ -136,11 +134,13 @@ def test_failures_cost_no_more_statements_than_successes(queue: QueueHarness) ->
         )
         for attempt_index in (1, 2, 3)
     ]
-    records = [queue.note(claim, outcomes[n % 4], tries=tries) for n, claim in enumerate(claims)]
-    with counted(queue.engine) as counts:
+    records = [
+        queue.completion(claim, outcomes[n % 4], tries=tries) for n, claim in enumerate(claims)
+    ]
+    with counted(queue.database) as counts:
         queue.worker_queue.commit(records)
     assert counts == {"statements": RECORD[kind(queue)], "commits": 1}
-    assert set(queue.states(claim.queue_id for claim in claims)) == {
+    assert set(queue.states_of(claim.queue_id for claim in claims)) == {
         State.DELIVERED, State.DEFERRED, State.BOUNCED
     }  # fmt: skip
 
@@ -155,10 +155,11 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
     syncs.clear()
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
-    for number in range(size):
-        message = new_message(queue_id=f"{first[:16]}{number:016x}")
-        ours.sendall(StoreRequest(number, message, [b"Subject: test\n", b"\nhello\n"]).encode())
-    with counted(queue.engine) as counts, theirs:
+    messages = [new_message(queue_id=f"{first[:16]}{number:016x}") for number in range(size)]
+    body = [b"Subject: test\n", b"\nhello\n"]
+    requests = [StoreRequest(n, message, body, math.inf) for n, message in enumerate(messages)]
+    ours.sendall(b"".join(request.encode() for request in requests))
+    with counted(queue.database) as counts, theirs:
         spooler = threading.Thread(target=Spooler(theirs, spool, queue.acceptor.commit).run)
         spooler.start()
         replies, frames = list[BatchReply](), FrameDecoder()
@@ -177,27 +178,27 @@ def test_hot_statements_scan_no_table_however_it_grows(postgres_url: str) -> Non
     queue = QueueHarness(postgres_url)
     for _ in range(12):  # prepared, and planned once for all
         for claim in queue.claim(*accepted(queue, 1)):
-            queue.record(claim, Outcome.DELIVERED)
+            queue.complete(claim, Outcome.DELIVERED)
         queue.rescuer.waiting(["default"])
         queue.rescuer.wake("default", 64)
     before = scans(queue)
     for _ in range(12):
         for claim in queue.claim(*accepted(queue, 1)):
-            queue.record(claim, Outcome.DELIVERED)
+            queue.complete(claim, Outcome.DELIVERED)
         queue.rescuer.requeue_due(64)
         queue.rescuer.waiting(["default"])
         queue.rescuer.wake("default", 64)
         queue.claim()
     assert scans(queue) == before
-    queue.engine.dispose()
+    queue.database.dispose()
 
 
 def scans(queue: QueueHarness) -> dict[str, int]:
     """How often each table was read from end to end."""
-    with reading(queue.engine) as connection:
+    with reading(queue.database) as connection:
         connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
     sql = "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname IN ('messages', 'recipients', 'deliveries')"
-    with reading(queue.engine) as connection:
+    with reading(queue.database) as connection:
         return {row.relname: row.seq_scan for row in connection.exec_driver_sql(sql)}
 
 

@@ -1,5 +1,5 @@
-"""Where PostgreSQL and SQLite differ: every macro on both, outages told from bad data, durability,
-writers in turn."""
+"""Where PostgreSQL and SQLite differ: every macro on both, outages and errors in the data,
+durability, and writers in turn."""
 
 import json
 import sqlite3
@@ -139,7 +139,7 @@ def test_values_that_postgresql_refuses_are_no_outage(clean_postgres_url: str) -
     engine.dispose()
 
 
-def test_what_postgresql_says_when_it_is_away(postgres: Postgres) -> None:
+def test_outages_of_postgresql_are_recognised(postgres: Postgres) -> None:
     engine = connect(postgres.url())
     for sql, undone in (
         ("SELECT pg_terminate_backend(pg_backend_pid())", False),
@@ -158,7 +158,7 @@ def test_what_postgresql_says_when_it_is_away(postgres: Postgres) -> None:
     engine.dispose()
 
 
-def test_what_sqlite_says_when_it_is_away(tmp_path: Path) -> None:
+def test_outages_of_sqlite_are_recognised(tmp_path: Path) -> None:
     engine = connect(f"sqlite:///{tmp_path}/missing/relay.db")
     with pytest.raises(OSError) as lock, writing(engine):
         pass
@@ -230,9 +230,7 @@ def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: P
     engine.dispose()
 
 
-def test_who_starts_in_the_middle_of_an_outage_waits_for_its_end(
-    postgres: Postgres, postgres_url: str
-) -> None:
+def test_start_within_an_outage_waits_for_its_end(postgres: Postgres, postgres_url: str) -> None:
     """The database answered a moment ago; it is asked again until it does so once more."""
     engine = connect(postgres_url)
     asked = 0
@@ -262,7 +260,7 @@ def test_our_databases_keep_their_word(engine: Engine) -> None:
     assert check_durable(engine) == []
 
 
-def test_a_database_that_would_forget_is_found_out(postgres: Postgres, sqlite_url: str) -> None:
+def test_a_database_that_is_not_durable_is_refused(postgres: Postgres, sqlite_url: str) -> None:
     engine = connect(postgres.url())
     sqlalchemy.event.listen(
         engine, "connect", lambda c, _: (c.execute("SET synchronous_commit = off"), c.commit())

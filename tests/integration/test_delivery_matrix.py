@@ -1,8 +1,8 @@
-"""The matrix of faults and phases: what a worker makes of each, as `docs/delivery.md` tells it.
+"""The matrix of faults and phases of a transfer, as in `docs/delivery.md`.
 
-Every case is a real transfer to a server that misbehaves in one way in one phase, once with no
-other server and once with a good one behind it. The table in the document is what comes out;
-RELAY_TESTS_WRITE=1 writes it anew.
+Every case is a real transfer to a server that misbehaves in one way in one phase, once without
+another server and once with a working one behind it. The table in the document is the result;
+RELAY_TESTS_WRITE=1 writes it again.
 """
 
 import asyncio
@@ -68,12 +68,12 @@ def _early_cases(phase: str, at: int) -> list[Case]:
             BIG,
             recipients=4,
         ),
-        Case(phase, "D that we are not authorized", early(b"D", US, at), BIG),
+        Case(phase, "D: the relay is not authorized", early(b"D", US, at), BIG),
         Case(phase, "Z", early(b"Z", b"busy", at), BIG),
         Case(phase, "K", early(b"K", b"Ok", at), BIG),
         Case(
             phase,
-            "no QMQP reply (`220 ...`)",
+            "not a QMQP reply (`220 ...`)",
             Answer(raw=b"220 mx ESMTP\r\n", at=at, end="stay"),
             BIG,
         ),
@@ -90,27 +90,29 @@ CASES = [
     Case(
         BODY, "the server reads too slowly for IO_TIMEOUT", Answer(read_size=1, read_pause=5.0), BIG
     ),
-    Case(BODY, "we are stopped", Answer(read_size=512, read_pause=0.05), BIG, stop_when="sending"),
+    Case(
+        BODY, "the worker stops", Answer(read_size=512, read_pause=0.05), BIG, stop_when="sending"
+    ),
     Case(BODY, "the body file is shorter than it was", Answer(), cut=10, size=50_000),
-    Case(LAST, "our lease is not fresh enough", Answer(), may_commit=False),
+    Case(LAST, "the lease of the worker is too old", Answer(), may_commit=False),
     Case(REPLY, "K", Answer()),
     Case(REPLY, "K, and then a reset", Answer(end="reset")),
-    Case(REPLY, "K, cut off in its words", Answer(raw=b"20:KOk: qu")),
+    Case(REPLY, "K, whose text is cut off", Answer(raw=b"20:KOk: qu")),
     Case(REPLY, "Z", Answer(b"Z", b"busy")),
     Case(REPLY, "D about the mail", Answer(b"D", b"go away (#5.7.1)"), recipients=4),
     Case(REPLY, "D about an address, one recipient", Answer(b"D", NOBODY)),
     Case(REPLY, "D about an address, several recipients", Answer(b"D", NOBODY), recipients=4),
-    Case(REPLY, "D that we are not authorized", Answer(b"D", US)),
-    Case(REPLY, "D or Z, cut off in its words", Answer(raw=b"20:Dgo a")),
+    Case(REPLY, "D: the relay is not authorized", Answer(b"D", US)),
+    Case(REPLY, "D or Z, whose text is cut off", Answer(raw=b"20:Dgo a")),
     Case(REPLY, "the server closes", Answer(raw=b"")),
     Case(REPLY, "the server resets", Answer(raw=b"", end="reset")),
     Case(REPLY, "no reply in REPLY_TIMEOUT", Answer(raw=b"", end="stay")),
     Case(REPLY, "an empty reply (`0:,`)", Answer(raw=b"0:,")),
-    Case(REPLY, "no QMQP reply (`250 ok`)", Answer(raw=b"250 ok\r\n")),
+    Case(REPLY, "not a QMQP reply (`250 ok`)", Answer(raw=b"250 ok\r\n")),
     Case(REPLY, "a reply that begins with another letter", Answer(raw=b"3:Xab,")),
     Case(
         REPLY,
-        "we are stopped, the reply never comes",
+        "the worker stops before the reply",
         Answer(raw=b"", end="stay"),
         stop_when="committed",
     ),
@@ -144,12 +146,12 @@ def _server(port: int) -> Server:
 async def _carried(
     case: Case, servers: tuple[Server, ...], pool: ServerPool, path: Path
 ) -> Completion:
-    """What becomes of one message."""
+    """The end of one message."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(handle, case.size)
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
     claim = Claim("01" * 16, 1, 1, "r", "a@example.com", case.size, recipients, 0, 0, 0.0)
-    config = TransferConfig.of(SETTINGS, pool, lambda worker: case.may_commit)
+    config = TransferConfig(SETTINGS, pool, lambda worker: case.may_commit)
     transfer = DeliveryTask(claim, "02" * 16, handle, Route("r", servers), config)
     os.ftruncate(handle, case.size - case.cut)
     run = asyncio.create_task(transfer.run())
@@ -174,38 +176,38 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server) -> str:
-    """What happens then, in words."""
+    """The text of the column `next`."""
     words = []
     if len(spare.tries) > 1:
         assert (spare.state, [one.outcome for one in spare.tries][1]) == (
             State.DELIVERED,
             Outcome.DELIVERED,
         )
-        words.append("the next server at once; none left:")
+        words.append("the next server at once; if none is left,")
     else:
         assert spare.state is alone.state
     match alone.state:
         case State.DELIVERED:
             words.append("the body is removed")
         case State.BOUNCED:
-            words.append("a notice to the sender")
+            words.append("a DSN to the sender")
         case State.SPLIT:
             words.append("each half is sent again at once")
         case State.HELD:
-            words.append("a person looks at it")
+            words.append("an operator decides")
         case State.QUEUED:
-            words.append("anybody may send it at once")
+            words.append("any worker may send it at once")
         case _ if alone.delay >= SETTINGS.uncertain_delay:
             words.append("again after UNCERTAIN_DELAY, never another server at once")
         case _:
             words.append(
                 "again after a backoff"
                 if alone.backoff_step
-                else "again after RETRY_MIN, as often as it takes"
+                else "again after RETRY_MIN; the wait does not grow"
             )
             assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max
     if pool.state(server).breaker.open_until is not None:
-        words.append("(the server's breaker opens)")
+        words.append("(the circuit of the server opens)")
     return " ".join(words)
 
 
@@ -270,7 +272,7 @@ def test_only_faults_after_the_commit_point_are_uncertain_and_none_of_them_fails
             assert "UNCERTAIN_DELAY" not in following, fault
         else:  # only a reply that says that nothing was accepted lets another server have it
             assert ("next server at once" in following) == (
-                fault in ("Z", "D that we are not authorized")
+                fault in ("Z", "D: the relay is not authorized")
             ), fault
         if state in ("`bounced`", "`split`"):
             assert outcome == "`rejected`", fault

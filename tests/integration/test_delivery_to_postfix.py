@@ -10,7 +10,7 @@ from qmqp.netstring import encode
 from qmqp.reply import ReplyParser
 from relay.dsn.generator import DsnGenerator
 from relay.spool.store import Spool
-from tests.integration.engine_harness import EngineHarness
+from tests.integration.harness import EngineHarness
 from tests.postfix import Postfix
 from tests.waiting import until
 from worker.circuit_breaker import ServerPool
@@ -21,7 +21,7 @@ type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
-def room(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+def harness_with(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
     opened: list[EngineHarness] = []
 
     def open_(*ports: int, **settings: object) -> EngineHarness:
@@ -54,9 +54,9 @@ def dsn_about(mail: EngineHarness, queue_id: str) -> str:
 
 
 def test_a_delivery_is_queued_there_under_the_id_that_it_names(
-    room: Open, postfix: Postfix
+    harness_with: Open, postfix: Postfix
 ) -> None:
-    mail = room(postfix.port)
+    mail = harness_with(postfix.port)
     queue_id = mail.accept("r@y.test", body=HEADER + b"Subject: hello\n\nhello\n")
     words = become(mail, queue_id, "delivered")
     assert words.startswith("Ok: queued as ")
@@ -65,9 +65,9 @@ def test_a_delivery_is_queued_there_under_the_id_that_it_names(
 
 @pytest.mark.parametrize("size", [250_000, 20_000_000])
 def test_an_oversize_message_bounces_with_the_reply(
-    room: Open, postfix: Postfix, size: int
+    harness_with: Open, postfix: Postfix, size: int
 ) -> None:
-    mail = room(postfix.port)
+    mail = harness_with(postfix.port)
     queue_id = mail.accept(
         "r@y.test", "q@y.test", body=HEADER + b"\n" + b"x" * 70 + b"\n" + bytes(size)
     )
@@ -80,9 +80,9 @@ def test_an_oversize_message_bounces_with_the_reply(
 
 
 def test_mail_waits_while_postfix_does_not_authorize_this_client(
-    room: Open, postfix: Postfix, capsys: pytest.CaptureFixture[str]
+    harness_with: Open, postfix: Postfix, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mail = room(postfix.closed_port)
+    mail = harness_with(postfix.closed_port)
     first, second = mail.accept("r@y.test", body=HEADER + b"\nhello\n"), mail.accept("r@y.test")
     with mail.working() as engine:
         engine.offer([first])
@@ -99,10 +99,10 @@ def test_mail_waits_while_postfix_does_not_authorize_this_client(
 
 
 def test_the_next_server_gets_the_mail_when_one_does_not_authorize(
-    room: Open, postfix: Postfix
+    harness_with: Open, postfix: Postfix
 ) -> None:
     """In the same claim; later mail goes there at once."""
-    mail = room(postfix.closed_port, postfix.port)
+    mail = harness_with(postfix.closed_port, postfix.port)
     # The clock stands still, so that the circuit of the first server stays open.
     with mail.working(servers=ServerPool(50, clock=lambda: 0.0)) as engine:
         engine.offer([first := mail.accept("r@y.test", body=HEADER + b"\nhello\n")])
@@ -118,9 +118,9 @@ def test_the_next_server_gets_the_mail_when_one_does_not_authorize(
     (b"refuse", "bounced", "go away"), (b"later", "deferred", "not now"),
 ])  # fmt: skip
 def test_header_checks_bounce_or_defer(
-    room: Open, postfix: Postfix, subject: bytes, state: str, words: str
+    harness_with: Open, postfix: Postfix, subject: bytes, state: str, words: str
 ) -> None:
-    mail = room(postfix.port)
+    mail = harness_with(postfix.port)
     queue_id = mail.accept(
         "r@y.test", "q@y.test", body=HEADER + b"Subject: " + subject + b"\n\nhello\n"
     )
@@ -133,10 +133,12 @@ def test_header_checks_bounce_or_defer(
         assert "go away" in dsn_about(mail, queue_id)
 
 
-def test_a_dsn_refused_for_its_enclosure_arrives_without_it(room: Open, postfix: Postfix) -> None:
+def test_a_dsn_refused_for_its_enclosure_arrives_without_it(
+    harness_with: Open, postfix: Postfix
+) -> None:
     """header_checks are nested_header_checks too, so that Postfix refuses the bounce for the words
-    of the original; body_checks read the header that a second notice encloses."""
-    mail = room(postfix.port)
+    of the original; body_checks read the header that a second DSN encloses."""
+    mail = harness_with(postfix.port)
     original = mail.accept(
         "r@y.test", body=HEADER + b"Subject: refuse\n\nhello\n", sender="s@x.test"
     )
@@ -157,8 +159,8 @@ def test_a_dsn_refused_for_its_enclosure_arrives_without_it(room: Open, postfix:
     assert [row["dsn_content"] for row in contents] == ["full", "header", "none"]
 
 
-def test_soft_bounce_makes_each_D_a_Z(room: Open, postfix: Postfix) -> None:
-    mail = room(postfix.soft_port)
+def test_soft_bounce_makes_each_D_a_Z(harness_with: Open, postfix: Postfix) -> None:
+    mail = harness_with(postfix.soft_port)
     queue_id = mail.accept("r@y.test", body=HEADER + b"\n" + bytes(300_000))
     assert "length exceeds storage limit" in become(mail, queue_id, "deferred")
     assert mail.attempts(queue_id) == [(f"127.0.0.1:{postfix.soft_port}", "deferred")]

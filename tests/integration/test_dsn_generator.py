@@ -25,7 +25,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness, opened
+from tests.integration.harness import QueueHarness, opened
 from tests.waiting import until
 from worker.cleaner import Cleaner
 
@@ -34,7 +34,7 @@ HOUR = 3600.0
 ROOM = {"default": 100, "bulk": 100, "other": 100}
 
 
-class Post:
+class DsnHarness:
     """A queue with bodies, and a DSN generator."""
 
     def __init__(self, queue: QueueHarness, spool: Spool) -> None:
@@ -44,7 +44,7 @@ class Post:
     def another(self) -> DsnGenerator:
         """The generator of another process."""
         return DsnGenerator(
-            self.queue.engine, self.spool, self.queue.settings, lambda address: "default"
+            self.queue.database, self.spool, self.queue.settings, lambda address: "default"
         )
 
     def accept(self, *addresses: str, body: bytes = BODY, **given: Any) -> str:
@@ -67,7 +67,7 @@ class Post:
         """Every queued delivery of it ends with this outcome."""
         claims = self.queue.claim(queue_id, room=ROOM)
         for claim in claims:
-            self.queue.record(claim, outcome, **more)
+            self.queue.complete(claim, outcome, **more)
         return claims
 
     def dsns(self, queue_id: str | None = None) -> list[str]:
@@ -116,25 +116,25 @@ class Post:
 
 
 @pytest.fixture
-def post(queue: QueueHarness, spool: Spool) -> Post:
-    return Post(queue, spool)
+def post(queue: QueueHarness, spool: Spool) -> DsnHarness:
+    return DsnHarness(queue, spool)
 
 
 @pytest.fixture
 def with_settings(clean_url: str, spool: Spool) -> Iterator[Any]:
     opened_ones: list[Any] = []
 
-    def make(**given: Any) -> Post:
+    def make(**given: Any) -> DsnHarness:
         context = opened(clean_url, **given)
         opened_ones.append(context)
-        return Post(context.__enter__(), spool)
+        return DsnHarness(context.__enter__(), spool)
 
     yield make
     for context in opened_ones:
         context.__exit__(None, None, None)
 
 
-def test_dsn_is_generated_once_and_is_a_message_like_any_other(post: Post) -> None:
+def test_dsn_is_generated_once_and_is_a_message_like_any_other(post: DsnHarness) -> None:
     queue_id = post.accept(header_message_id="<1@client>")
     post.fail(queue_id)
     assert post.pending(queue_id)
@@ -154,11 +154,11 @@ def test_dsn_is_generated_once_and_is_a_message_like_any_other(post: Post) -> No
     assert post.reported(dsn) == [("b@example.org", "failed")]
 
 
-def test_expired_message_is_reported(post: Post) -> None:
+def test_expired_message_is_reported(post: DsnHarness) -> None:
     queue_id = post.accept()
     claims = post.queue.claim(queue_id)
     post.queue.pass_time(2000)
-    post.queue.record(claims[0], Outcome.DEFERRED)
+    post.queue.complete(claims[0], Outcome.DEFERRED)
     assert post.queue.state(queue_id) == "expired"
     (dsn,) = post.generator.generate(10)
     assert "5.4.7" in post.spool.path(dsn).read_text()
@@ -169,13 +169,13 @@ def test_expired_message_is_reported(post: Post) -> None:
     (Outcome.DEFERRED, 2 * len(BODY), False),
 ])  # fmt: skip
 def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
-    post: Post, outcome: Outcome, sent: int, doubt: bool
+    post: DsnHarness, outcome: Outcome, sent: int, doubt: bool
 ) -> None:
     queue_id = post.accept()
     (claim,) = post.queue.claim(queue_id)
     post.queue.pass_time(2000)
     tried = Attempt(1, "mx.example.net:628", outcome, "words", sent, 0.5, 0.1)
-    post.queue.record(claim, outcome, reply="words", tries=[tried])
+    post.queue.complete(claim, outcome, reply="words", tries=[tried])
     assert post.queue.state(queue_id) == "expired"
     (dsn,) = post.generator.generate(10)
     words = " ".join(post.spool.path(dsn).read_text().split())
@@ -184,12 +184,12 @@ def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
     assert ("Diagnostic-Code: x-qmqp; words" in words) == (outcome is Outcome.DEFERRED)
 
 
-def test_parts_of_an_uncertain_delivery_may_have_been_delivered(post: Post) -> None:
+def test_parts_of_an_uncertain_delivery_may_have_been_delivered(post: DsnHarness) -> None:
     queue_id = post.accept("x@example.org", "y@example.org", "bulk:z@example.org")
     for outcome, state in ((Outcome.UNCERTAIN, State.DEFERRED), (Outcome.REJECTED, State.SPLIT)):
         for claim in post.queue.claim(queue_id, room=ROOM):
             mine = claim.route == "default"
-            post.queue.record(
+            post.queue.complete(
                 claim,
                 outcome if mine else Outcome.DEFERRED,
                 state=state if mine else State.DEFERRED,
@@ -205,7 +205,7 @@ def test_parts_of_an_uncertain_delivery_may_have_been_delivered(post: Post) -> N
     assert words.count("It may have been delivered all the same") == 2
 
 
-def test_original_stays_until_its_dsn_is_generated(post: Post) -> None:
+def test_original_stays_until_its_dsn_is_generated(post: DsnHarness) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     needed = """SELECT 1 FROM deliveries WHERE queue_id = @id(:id)
@@ -218,11 +218,11 @@ def test_original_stays_until_its_dsn_is_generated(post: Post) -> None:
     assert not post.queue.rows(needed, id=queue_id)
 
 
-def test_original_stays_while_another_delivery_needs_it(post: Post) -> None:
+def test_original_stays_while_another_delivery_needs_it(post: DsnHarness) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org")
     first, second = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.queue.record(first, Outcome.REJECTED)
-    post.queue.record(second, Outcome.DEFERRED, delay=1e6)
+    post.queue.complete(first, Outcome.REJECTED)
+    post.queue.complete(second, Outcome.DEFERRED, delay=1e6)
     assert len(post.generator.generate(10)) == 1
     assert post.has_body(queue_id)
 
@@ -231,10 +231,10 @@ def test_original_is_removed_when_its_last_deliveries_end_together(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(clean_postgres_url) as queue:
-        post = Post(queue, spool)
+        post = DsnHarness(queue, spool)
         queue_id = post.accept("x@example.org", "bulk:y@example.org")
         first, second = sorted(queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-        queue.record(first, Outcome.REJECTED)
+        queue.complete(first, Outcome.REJECTED)
         queue.pass_time(GATHER + 5)
         met: list[CompletionResult] = []
         stored: list[str] = []
@@ -247,10 +247,10 @@ def test_original_is_removed_when_its_last_deliveries_end_together(
         def deliver(_: Connection) -> None:
             if not met and stored:
                 met.append(CompletionResult(None, body_deletable=False))
-                met[0] = queue.record(second, Outcome.DELIVERED)
+                met[0] = queue.complete(second, Outcome.DELIVERED)
 
         monkeypatch.setattr(spool, "store", note_it)
-        event.listen(queue.engine, "commit", deliver)  # just before the COMMIT that clears due_at
+        event.listen(queue.database, "commit", deliver)  # just before the COMMIT that clears due_at
         assert len(post.generator.generate(10)) == 1
         assert met == [CompletionResult(State.DELIVERED, body_deletable=False)], (
             "it does not see due_at being cleared"
@@ -258,13 +258,13 @@ def test_original_is_removed_when_its_last_deliveries_end_together(
         assert not post.has_body(queue_id)
 
 
-class Killed(BaseException):
+class GeneratorKilled(BaseException):
     """Stands for kill -9: nothing is caught, nothing is cleaned up, the database rolls back."""
 
 
 @pytest.mark.parametrize("half", [True, False])
 def test_kill_before_commit_leaves_an_orphan_and_the_next_worker_generates_the_dsn(
-    post: Post, monkeypatch: pytest.MonkeyPatch, half: bool
+    post: DsnHarness, monkeypatch: pytest.MonkeyPatch, half: bool
 ) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
@@ -272,11 +272,11 @@ def test_kill_before_commit_leaves_an_orphan_and_the_next_worker_generates_the_d
 
     def killed(dsn: str, parts: Any) -> int:
         store(dsn, [b"half"] if half else parts)
-        raise Killed
+        raise GeneratorKilled
 
     with monkeypatch.context() as patch:
         patch.setattr(post.spool, "store", killed)
-        with pytest.raises(Killed):
+        with pytest.raises(GeneratorKilled):
             post.generator.generate(10)
     assert post.pending(queue_id)
     assert post.has_body(queue_id)
@@ -286,7 +286,7 @@ def test_kill_before_commit_leaves_an_orphan_and_the_next_worker_generates_the_d
     assert post.reported(dsn) == [("b@example.org", "failed")]
     assert post.whole(dsn)
     os.utime(post.spool.path(left), (time.time() - 40 * HOUR,) * 2)
-    assert Cleaner(post.queue.settings, post.queue.engine, post.spool).clean_spool() == (0, 1)
+    assert Cleaner(post.queue.settings, post.queue.database, post.spool).clean_spool() == (0, 1)
     assert post.files() == {dsn}
 
 
@@ -299,7 +299,7 @@ def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     with opened(clean_postgres_url) as queue, opened(clean_postgres_url) as theirs:
-        post, other = Post(queue, spool), Post(theirs, Spool(spool.directory))
+        post, other = DsnHarness(queue, spool), DsnHarness(theirs, Spool(spool.directory))
         queue_id = post.accept()
         post.fail(queue_id)
         made: list[str] = []
@@ -323,7 +323,7 @@ def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
             return stalls
 
         if at == "commit":
-            event.listen(queue.engine, "commit", stall)
+            event.listen(queue.database, "commit", stall)
         else:
             name = at.rpartition(" ")[2]
             monkeypatch.setattr(spool, name, stalling(getattr(spool, name), first=at != "store"))
@@ -336,7 +336,9 @@ def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
         assert len(left) == (at == "commit"), "only where it cannot know whether it has committed"
 
 
-def test_uncertain_commit_leaves_the_file(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncertain_commit_leaves_the_file(
+    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
 
@@ -344,9 +346,9 @@ def test_uncertain_commit_leaves_the_file(post: Post, monkeypatch: pytest.Monkey
         if len(post.files()) > 1:
             raise RuntimeError("stands for a connection that breaks in the COMMIT")
 
-    event.listen(post.queue.engine, "commit", breaks)
+    event.listen(post.queue.database, "commit", breaks)
     assert post.generator.generate(10) == []
-    event.remove(post.queue.engine, "commit", breaks)
+    event.remove(post.queue.database, "commit", breaks)
     assert len(post.files() - {queue_id}) == 1
     (dsn,) = post.another().generate(10)
     assert post.whole(dsn)
@@ -354,7 +356,7 @@ def test_uncertain_commit_leaves_the_file(post: Post, monkeypatch: pytest.Monkey
 
 
 def test_kill_after_commit_leaves_one_dsn_and_the_original_body(
-    post: Post, monkeypatch: pytest.MonkeyPatch
+    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
@@ -365,7 +367,7 @@ def test_kill_after_commit_leaves_one_dsn_and_the_original_body(
     assert post.has_body(queue_id)
 
 
-def test_two_generators_generate_each_dsn_once(post: Post) -> None:
+def test_two_generators_generate_each_dsn_once(post: DsnHarness) -> None:
     ids = [post.accept("x@example.org", "bulk:y@example.org") for _ in range(15)]
     for queue_id in ids:
         post.fail(queue_id)
@@ -392,7 +394,7 @@ def test_second_generator_skips_locked_messages(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(clean_postgres_url) as queue:
-        post = Post(queue, spool)
+        post = DsnHarness(queue, spool)
         queue_id = post.accept()
         post.fail(queue_id)
         meanwhile: list[list[str]] = []
@@ -418,10 +420,10 @@ def test_two_generators_warn_once_and_report_locked_deliveries(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
-        post = Post(queue, spool)
+        post = DsnHarness(queue, spool)
         queue_id = post.accept("x@example.org", "bulk:y@example.org")
         post.age(queue_id)
-        busy = queue.engine.connect()  # a worker that records something of the first
+        busy = queue.database.connect()  # a worker that records something of the first
         busy.execute(text("SELECT 1 FROM deliveries WHERE number = 1 FOR UPDATE"))
         meanwhile: list[list[str]] = []
         store = spool.store
@@ -448,42 +450,42 @@ def test_message_that_is_locked_is_warned_of_in_the_next_round(
     clean_postgres_url: str, spool: Spool
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
-        post = Post(queue, spool)
+        post = DsnHarness(queue, spool)
         queue_id = post.accept()
         post.age(queue_id)
-        with queue.engine.connect() as busy:
+        with queue.database.connect() as busy:
             busy.execute(text("SELECT 1 FROM deliveries FOR UPDATE"))
             assert post.generator.warn(10) == []
         assert len(post.generator.warn(10)) == 1
 
 
-def test_deliveries_of_one_message_share_a_dsn(post: Post) -> None:
+def test_deliveries_of_one_message_share_a_dsn(post: DsnHarness) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org", "other:z@example.org")
     one, two, three = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.queue.record(one, Outcome.REJECTED)
+    post.queue.complete(one, Outcome.REJECTED)
     assert post.generator.generate(10) == [], "the others are about to be decided"
-    post.queue.record(two, Outcome.DELIVERED)
-    post.queue.record(three, Outcome.REJECTED)
+    post.queue.complete(two, Outcome.DELIVERED)
+    post.queue.complete(three, Outcome.REJECTED)
     (dsn,) = post.generator.generate(10)
     assert post.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
 
 
-def test_dsn_waits_for_other_deliveries_only_for_a_moment(post: Post) -> None:
+def test_dsn_waits_for_other_deliveries_only_for_a_moment(post: DsnHarness) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org")
     first, second = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.queue.record(first, Outcome.REJECTED)
+    post.queue.complete(first, Outcome.REJECTED)
     post.queue.pass_time(GATHER + 5)
     (early,) = post.generator.generate(10)
     assert post.reported(early) == [("x@example.org", "failed")]
     assert post.has_body(queue_id)
-    post.queue.record(second, Outcome.REJECTED)
+    post.queue.complete(second, Outcome.REJECTED)
     (late,) = post.generator.generate(10)
     assert late != early
     assert post.reported(late) == [("y@example.org", "failed")]
 
 
 @pytest.mark.parametrize("sender", ["", "#@[]"])
-def test_null_sender_gets_no_dsn(post: Post, sender: str) -> None:
+def test_null_sender_gets_no_dsn(post: DsnHarness, sender: str) -> None:
     queue_id = post.accept(sender=sender)
     post.fail(queue_id)
     assert not post.pending(queue_id)
@@ -499,7 +501,7 @@ def test_null_sender_gets_no_dsn(post: Post, sender: str) -> None:
 # --------------------------------------------------------------------------------
 
 
-def enclosed(post: Post, dsn: str) -> tuple[str, str | None]:
+def enclosed(post: DsnHarness, dsn: str) -> tuple[str, str | None]:
     """`dsn_content` of a DSN, and the type of its third part."""
     (row,) = post.queue.rows("SELECT dsn_content FROM messages WHERE id = @id(:id)", id=dsn)
     parts = list(post.text(dsn).iter_parts())
@@ -507,7 +509,7 @@ def enclosed(post: Post, dsn: str) -> tuple[str, str | None]:
 
 
 def test_refused_dsn_is_built_again_with_less_of_the_original(
-    post: Post, capsys: pytest.CaptureFixture[str]
+    post: DsnHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = post.accept("x@example.org", header_message_id="<1@client>", envid="an-id")
     post.fail(original, reply="5.1.1 unknown")
@@ -550,7 +552,7 @@ def test_refused_dsn_is_built_again_with_less_of_the_original(
     assert capsys.readouterr().out.count("dsn given up") == 1
 
 
-def test_refused_warning_is_built_again_without_the_header(late: Post) -> None:
+def test_refused_warning_is_built_again_without_the_header(late: DsnHarness) -> None:
     queue_id = late.accept()
     late.age(queue_id)
     (warning,) = late.generator.warn(10)
@@ -561,7 +563,7 @@ def test_refused_warning_is_built_again_without_the_header(late: Post) -> None:
     assert late.generator.warn(10) == []
 
 
-def test_rebuilt_dsn_without_8_bit_content_is_7_bit(post: Post) -> None:
+def test_rebuilt_dsn_without_8_bit_content_is_7_bit(post: DsnHarness) -> None:
     post.fail(post.accept(body=BODY + b"\xff\n"))
     (full,) = post.generator.generate(10)
     post.fail(full)
@@ -573,7 +575,7 @@ def test_rebuilt_dsn_without_8_bit_content_is_7_bit(post: Post) -> None:
 
 @pytest.mark.parametrize("how", ["expired", "by an operator", "about us", "of an older version"])
 def test_dsn_that_failed_for_another_reason_is_not_built_again(
-    post: Post, how: str, capsys: pytest.CaptureFixture[str]
+    post: DsnHarness, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     post.fail(post.accept())
     (dsn,) = post.generator.generate(10)
@@ -581,10 +583,10 @@ def test_dsn_that_failed_for_another_reason_is_not_built_again(
         case "expired":
             (claim,) = post.queue.claim(dsn)
             post.queue.pass_time(2000)
-            post.queue.record(claim, Outcome.DEFERRED)
+            post.queue.complete(claim, Outcome.DEFERRED)
         case "by an operator":
-            verbs = QueueOperations(post.queue.engine, notices=True)
-            verbs.apply(OPERATIONS["bounce"], Filter(id=dsn), actor="me", reason="")
+            operations = QueueOperations(post.queue.database, notices=True)
+            operations.apply(OPERATIONS["bounce"], Filter(id=dsn), actor="me", reason="")
         case "about us":
             post.fail(dsn, reply=US)
         case _:
@@ -600,7 +602,7 @@ def test_dsn_that_failed_for_another_reason_is_not_built_again(
 
 
 def test_refused_dsn_without_a_body_is_given_up(
-    post: Post, capsys: pytest.CaptureFixture[str]
+    post: DsnHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     post.fail(post.accept())
     (dsn,) = post.generator.generate(10)
@@ -612,7 +614,7 @@ def test_refused_dsn_without_a_body_is_given_up(
 
 
 def test_disk_error_leaves_the_refused_dsn_pending(
-    post: Post, monkeypatch: pytest.MonkeyPatch
+    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post.fail(post.accept())
     (dsn,) = post.generator.generate(10)
@@ -629,7 +631,7 @@ def test_disk_error_leaves_the_refused_dsn_pending(
     assert len(post.another().generate(10)) == 1
 
 
-def test_refused_dsn_and_its_successor_change_in_one_transaction(post: Post) -> None:
+def test_refused_dsn_and_its_successor_change_in_one_transaction(post: DsnHarness) -> None:
     post.fail(post.accept())
     (dsn,) = post.generator.generate(10)
     post.fail(dsn)
@@ -638,9 +640,9 @@ def test_refused_dsn_and_its_successor_change_in_one_transaction(post: Post) -> 
         if "SET due_at = NULL" in statement:
             raise ValueError("stands for a kill")
 
-    event.listen(post.queue.engine, "before_cursor_execute", fails)
+    event.listen(post.queue.database, "before_cursor_execute", fails)
     assert post.generator.generate(10) == []
-    event.remove(post.queue.engine, "before_cursor_execute", fails)
+    event.remove(post.queue.database, "before_cursor_execute", fails)
     assert post.pending(dsn)
     assert (post.dsns(), post.files()) == ([dsn], {dsn})
     (again,) = post.another().generate(10)
@@ -651,7 +653,7 @@ def test_refused_dsn_and_its_successor_change_in_one_transaction(post: Post) -> 
 # ---------------------------------------------------------------------------------------
 
 
-def test_dsn_about_mail_of_an_untrusted_client_encloses_the_header_alone(post: Post) -> None:
+def test_dsn_about_mail_of_an_untrusted_client_encloses_the_header_alone(post: DsnHarness) -> None:
     """Otherwise the client could send a text to a victim by naming it as the sender."""
     ids = [post.accept(sender=f"a{trusted}@example.com", ret="FULL", client_trusted=trusted)
            for trusted in (False, True, None)]  # fmt: skip
@@ -666,7 +668,7 @@ def test_dsn_about_mail_of_an_untrusted_client_encloses_the_header_alone(post: P
 
 
 def test_sender_gets_one_dsn_a_minute_about_mail_of_untrusted_clients(
-    post: Post, capsys: pytest.CaptureFixture[str]
+    post: DsnHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = [post.accept(sender=sender, client_trusted=trusted) for sender, trusted in [
         ("a@example.com", False), ("A@example.com", False), ("a@example.com", True), ("b@example.com", False),
@@ -687,7 +689,7 @@ def test_sender_gets_one_dsn_a_minute_about_mail_of_untrusted_clients(
     assert len(post.another().generate(10)) == 1
 
 
-def test_clock_set_back_withholds_no_dsn(post: Post) -> None:
+def test_clock_set_back_withholds_no_dsn(post: DsnHarness) -> None:
     post.fail(post.accept(client_trusted=False))
     assert len(post.generator.generate(10)) == 1
     post.queue.change("UPDATE dsn_limits SET last_at = @later(7200)")
@@ -696,10 +698,10 @@ def test_clock_set_back_withholds_no_dsn(post: Post) -> None:
 
 
 def test_limit_holds_for_all_generators_together(clean_postgres_url: str, spool: Spool) -> None:
-    """The second waits for the COMMIT of the first, and then sees that the sender was told a moment
+    """The second waits for the COMMIT of the first, and then sees that a DSN was generated a moment
     ago."""
     with opened(clean_postgres_url) as queue:
-        post = Post(queue, spool)
+        post = DsnHarness(queue, spool)
         ids = [post.accept(client_trusted=False) for _ in range(8)]
         for queue_id in ids:
             post.fail(queue_id)
@@ -710,7 +712,7 @@ def test_limit_holds_for_all_generators_together(clean_postgres_url: str, spool:
         assert not any(map(post.pending, ids))
 
 
-def test_untrusted_client_gets_no_dsn_about_mail_to_our_postmaster(post: Post) -> None:
+def test_untrusted_client_gets_no_dsn_about_mail_to_our_postmaster(post: DsnHarness) -> None:
     ours = f"Postmaster@{post.queue.settings.hostname}"
     alone, mixed, trusted = (
         post.accept(ours, sender="a1@example.com", client_trusted=False),
@@ -733,7 +735,7 @@ def test_untrusted_client_gets_no_dsn_about_mail_to_our_postmaster(post: Post) -
     assert not any(map(post.pending, (alone, mixed, trusted)))
 
 
-def test_warning_about_mail_of_an_untrusted_client_counts_for_the_limit(late: Post) -> None:
+def test_warning_about_mail_of_an_untrusted_client_counts_for_the_limit(late: DsnHarness) -> None:
     ids = [late.accept(client_trusted=False) for _ in range(2)]
     for queue_id in ids:
         late.age(queue_id)
@@ -744,14 +746,14 @@ def test_warning_about_mail_of_an_untrusted_client_counts_for_the_limit(late: Po
     assert late.queue.delivery(ids[0])["dsn_withheld"] == "rate"
 
 
-def test_cleaner_removes_limits_that_are_over(post: Post) -> None:
+def test_cleaner_removes_limits_that_are_over(post: DsnHarness) -> None:
     for sender in ("a@example.com", "b@example.com"):
         post.fail(post.accept(sender=sender, client_trusted=False))
     assert len(post.generator.generate(10)) == 2
     post.queue.change(
         "UPDATE dsn_limits SET last_at = @ago(1000) WHERE sender = :old", old="a@example.com"
     )
-    Cleaner(post.queue.settings, post.queue.engine, post.spool).clean()
+    Cleaner(post.queue.settings, post.queue.database, post.spool).clean()
     assert post.queue.rows("SELECT sender FROM dsn_limits") == [{"sender": "b@example.com"}]
 
 
@@ -768,7 +770,7 @@ def test_without_bounces_no_dsn_is_pending(with_settings: Any) -> None:
     ("DELAY", False), ("SUCCESS", False),
 ])  # fmt: skip
 def test_NOTIFY_decides_whether_a_dsn_is_generated(
-    post: Post, notify: str | None, told: bool
+    post: DsnHarness, notify: str | None, told: bool
 ) -> None:
     queue_id = post.accept(notify=notify)
     post.fail(queue_id)
@@ -777,7 +779,7 @@ def test_NOTIFY_decides_whether_a_dsn_is_generated(
     assert not post.has_body(queue_id)
 
 
-def test_NOTIFY_is_for_each_recipient(post: Post) -> None:
+def test_NOTIFY_is_for_each_recipient(post: DsnHarness) -> None:
     queue_id = post.accept("x@example.org", "y@example.org", "z@example.org")
     post.queue.change("UPDATE recipients SET notify = 'NEVER' WHERE position = 2")
     post.fail(queue_id)
@@ -791,7 +793,7 @@ def test_NOTIFY_is_for_each_recipient(post: Post) -> None:
     ("HDRS", b"X-Long: " + b"x" * 100 + b"\n" + b"X: y\n" * LONGEST_RETURNED, "text/rfc822-headers"),
 ])  # fmt: skip
 def test_RET_decides_what_a_dsn_encloses(
-    post: Post, ret: str | None, body: bytes, kind: str
+    post: DsnHarness, ret: str | None, body: bytes, kind: str
 ) -> None:
     queue_id = post.accept(ret=ret, body=body)
     post.fail(queue_id)
@@ -804,7 +806,7 @@ def test_RET_decides_what_a_dsn_encloses(
     assert len(wire) < LONGEST_RETURNED + 5000
 
 
-def test_ENVID_and_ORCPT_are_in_the_dsn(post: Post) -> None:
+def test_ENVID_and_ORCPT_are_in_the_dsn(post: DsnHarness) -> None:
     queue_id = post.accept(envid="an+2Did", orcpt="rfc822;first+40example.org")
     post.fail(queue_id)
     (dsn,) = post.generator.generate(10)
@@ -813,7 +815,7 @@ def test_ENVID_and_ORCPT_are_in_the_dsn(post: Post) -> None:
     assert "\nOriginal-Recipient: rfc822; first@example.org\n" in wire
 
 
-def test_original_that_is_missing_or_truncated_is_not_returned(post: Post) -> None:
+def test_original_that_is_missing_or_truncated_is_not_returned(post: DsnHarness) -> None:
     gone, cut = post.accept(), post.accept()
     for queue_id in (gone, cut):
         post.fail(queue_id)
@@ -823,7 +825,7 @@ def test_original_that_is_missing_or_truncated_is_not_returned(post: Post) -> No
     assert [len(list(post.text(dsn).iter_parts())) for dsn in dsns] == [2, 2]
 
 
-def test_8_bit_original_is_declared(post: Post) -> None:
+def test_8_bit_original_is_declared(post: DsnHarness) -> None:
     for body in (BODY, BODY + b"\xff\n"):
         post.fail(post.accept(body=body))
     plain, eight = post.generator.generate(10)
@@ -841,7 +843,7 @@ US = "Error: relay.example[192.0.2.1] is not authorized to use this service"
 
 
 def test_delivery_that_was_refused_because_of_the_relay_is_deferred_without_a_dsn(
-    post: Post,
+    post: DsnHarness,
 ) -> None:
     queue_id = post.accept()
     (claim,) = post.fail(queue_id, reply=US)
@@ -854,34 +856,34 @@ def test_delivery_that_was_refused_because_of_the_relay_is_deferred_without_a_ds
     post.queue.rescuer.requeue_due(10)
     (again,) = post.queue.claim(queue_id)
     assert (again.claim, again.recipients) == (2, claim.recipients)
-    assert post.queue.record(again, Outcome.DELIVERED).state is State.DELIVERED
+    assert post.queue.complete(again, Outcome.DELIVERED).state is State.DELIVERED
 
 
-def test_only_deliveries_refused_because_of_the_relay_are_deferred(post: Post) -> None:
+def test_only_deliveries_refused_because_of_the_relay_are_deferred(post: DsnHarness) -> None:
     queue_id = post.accept("x@example.org", "bulk:y@example.org")
     first, second = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.queue.record(first, Outcome.REJECTED, reply=US)
-    post.queue.record(second, Outcome.REJECTED)
+    post.queue.complete(first, Outcome.REJECTED, reply=US)
+    post.queue.complete(second, Outcome.REJECTED)
     made = post.generator.generate(10) + post.generator.generate(10)
     assert [post.reported(dsn) for dsn in made] == [[("y@example.org", "failed")]]
     assert post.queue.state(queue_id, 1) == "deferred"
 
 
-def test_delivery_that_expired_unauthorized_is_reported(post: Post) -> None:
+def test_delivery_that_expired_unauthorized_is_reported(post: DsnHarness) -> None:
     queue_id = post.accept()
     (claim,) = post.queue.claim(queue_id)
     post.queue.pass_time(2000)
-    post.queue.record(claim, Outcome.REJECTED, state=State.DEFERRED, reply=US)
+    post.queue.complete(claim, Outcome.REJECTED, state=State.DEFERRED, reply=US)
     assert post.queue.state(queue_id) == "expired"
     (dsn,) = post.generator.generate(10)
     assert post.reported(dsn) == [("b@example.org", "failed")]
     assert not post.pending(queue_id)
 
 
-def test_bounce_by_an_operator_is_not_reported_as_a_reply(post: Post) -> None:
+def test_bounce_by_an_operator_is_not_reported_as_a_reply(post: DsnHarness) -> None:
     queue_id = post.accept()
     post.fail(queue_id, Outcome.DEFERRED, reply=US)
-    QueueOperations(post.queue.engine, notices=True).apply(
+    QueueOperations(post.queue.database, notices=True).apply(
         OPERATIONS["bounce"],
         Filter(id=queue_id),
         actor="me",
@@ -894,7 +896,7 @@ def test_bounce_by_an_operator_is_not_reported_as_a_reply(post: Post) -> None:
     assert "Diagnostic-Code" not in words
 
 
-def test_reported_bounce_is_not_reclassified(post: Post) -> None:
+def test_reported_bounce_is_not_reclassified(post: DsnHarness) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     assert len(post.generator.generate(10)) == 1
@@ -910,13 +912,13 @@ def test_reported_bounce_is_not_reclassified(post: Post) -> None:
 
 
 @pytest.fixture
-def late(with_settings: Any) -> Post:
+def late(with_settings: Any) -> DsnHarness:
     """A queue whose mail is late after four hours."""
-    post: Post = with_settings(delay_warning=4 * HOUR)
+    post: DsnHarness = with_settings(delay_warning=4 * HOUR)
     return post
 
 
-def test_delay_is_reported_once(late: Post) -> None:
+def test_delay_is_reported_once(late: DsnHarness) -> None:
     queue_id = late.accept()
     late.fail(queue_id, Outcome.DEFERRED, reply="busy (#4.3.2)")
     late.age(queue_id, 3 * HOUR)
@@ -933,7 +935,7 @@ def test_delay_is_reported_once(late: Post) -> None:
     assert late.has_body(queue_id)
 
 
-def test_a_warning_and_then_a_bounce(late: Post) -> None:
+def test_a_warning_and_then_a_bounce(late: DsnHarness) -> None:
     queue_id = late.accept()
     late.fail(queue_id, Outcome.DEFERRED)
     late.age(queue_id)
@@ -945,22 +947,22 @@ def test_a_warning_and_then_a_bounce(late: Post) -> None:
     assert [late.reported(dsn)[0][1] for dsn in (warning, bounce)] == ["delayed", "failed"]
 
 
-def test_delivery_that_is_being_sent_can_be_late(late: Post) -> None:
+def test_delivery_that_is_being_sent_can_be_late(late: DsnHarness) -> None:
     queue_id = late.accept()
     late.age(queue_id)
     (claim,) = late.queue.claim(queue_id)
     assert len(late.generator.warn(10)) == 1
-    assert late.queue.record(claim, Outcome.DELIVERED).state is State.DELIVERED
+    assert late.queue.complete(claim, Outcome.DELIVERED).state is State.DELIVERED
     assert late.generator.warn(10) == []
 
 
-def test_delivery_without_attempts_can_be_late(late: Post) -> None:
+def test_delivery_without_attempts_can_be_late(late: DsnHarness) -> None:
     late.age(late.accept())
     (warning,) = late.generator.warn(10)
     assert "has not been tried yet" in " ".join(late.spool.path(warning).read_text().split())
 
 
-def test_kill_between_retry_and_warning_loses_no_warning(late: Post) -> None:
+def test_kill_between_retry_and_warning_loses_no_warning(late: DsnHarness) -> None:
     queue_id = late.accept()
     late.fail(queue_id, Outcome.DEFERRED)
     late.age(queue_id)
@@ -971,7 +973,7 @@ def test_kill_between_retry_and_warning_loses_no_warning(late: Post) -> None:
 
 
 def test_lateness_does_not_depend_on_the_clock_of_a_worker(
-    late: Post, monkeypatch: pytest.MonkeyPatch
+    late: DsnHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late.accept()
 
@@ -984,35 +986,35 @@ def test_lateness_does_not_depend_on_the_clock_of_a_worker(
     assert late.generator.warn(10) == []
 
 
-def test_held_mail_is_warned_of_after_its_release(late: Post) -> None:
+def test_held_mail_is_warned_of_after_its_release(late: DsnHarness) -> None:
     queue_id = late.accept()
     late.age(queue_id)
-    verbs = QueueOperations(late.queue.engine, notices=True)
-    verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="ann@host", reason="looks odd")
+    operations = QueueOperations(late.queue.database, notices=True)
+    operations.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="ann@host", reason="looks odd")
     assert late.another().warn(10) == []
-    verbs.apply(OPERATIONS["release"], Filter(id=queue_id), actor="ann@host", reason="")
+    operations.apply(OPERATIONS["release"], Filter(id=queue_id), actor="ann@host", reason="")
     (warning,) = late.generator.warn(10)
     assert "ann@host" not in late.spool.path(warning).read_text()
 
 
 def test_warning_reports_the_waiting_recipients_and_is_not_repeated_after_a_split(
-    late: Post,
+    late: DsnHarness,
 ) -> None:
     queue_id = late.accept(*(f"{n}@example.org" for n in "pqrs"), "bulk:done@example.org")
     late.queue.change("UPDATE recipients SET notify = 'FAILURE' WHERE position = 2")
     claims = {claim.route: claim for claim in late.queue.claim(queue_id, room=ROOM)}
-    late.queue.record(claims["bulk"], Outcome.DELIVERED)
+    late.queue.complete(claims["bulk"], Outcome.DELIVERED)
     late.age(queue_id)
     (warning,) = late.generator.warn(10)
     assert late.reported(warning) == [(f"{n}@example.org", "delayed") for n in "prs"]
-    late.queue.record(
+    late.queue.complete(
         claims["default"], Outcome.REJECTED, state=State.SPLIT, reply="unknown (#5.1.1)"
     )
     assert late.queue.state(queue_id, 1) == "split"
     assert late.generator.warn(10) == [] == late.another().warn(10)
 
 
-def test_a_call_warns_of_a_bounded_number_of_deliveries(late: Post) -> None:
+def test_a_call_warns_of_a_bounded_number_of_deliveries(late: DsnHarness) -> None:
     ids = [late.accept() for _ in range(10)]
     for queue_id in ids[1:]:
         late.age(queue_id)
@@ -1022,7 +1024,7 @@ def test_a_call_warns_of_a_bounded_number_of_deliveries(late: Post) -> None:
     assert [len(late.dsns(queue_id)) for queue_id in ids] == [1] * 10
 
 
-def test_parts_of_a_delivery_are_late_when_it_would_have_been(late: Post) -> None:
+def test_parts_of_a_delivery_are_late_when_it_would_have_been(late: DsnHarness) -> None:
     queue_id = late.accept(*(f"{n}@example.org" for n in "pq"))
     late.fail(queue_id, state=State.SPLIT)
     assert late.generator.warn(10) == []
@@ -1032,7 +1034,7 @@ def test_parts_of_a_delivery_are_late_when_it_would_have_been(late: Post) -> Non
     assert late.generator.warn(10) == []
 
 
-def test_part_of_a_delivery_whose_sender_was_warned_is_marked(late: Post) -> None:
+def test_part_of_a_delivery_whose_sender_was_warned_is_marked(late: DsnHarness) -> None:
     queue_id = late.accept(*(f"{n}@example.org" for n in "pq"))
     late.age(queue_id)
     assert len(late.generator.warn(10)) == 1
@@ -1045,10 +1047,10 @@ def test_delivery_that_was_locked_during_the_warning_is_not_warned_of_again(
     clean_postgres_url: str, spool: Spool
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
-        post = Post(queue, spool)
+        post = DsnHarness(queue, spool)
         queue_id = post.accept("x@example.org", "bulk:y@example.org")
         post.age(queue_id)
-        with queue.engine.connect() as busy:
+        with queue.database.connect() as busy:
             busy.execute(text("SELECT 1 FROM deliveries WHERE number = 1 FOR UPDATE"))
             assert len(post.generator.warn(10)) == 1
         assert queue.delivery(queue_id)["warn_at"] is not None
@@ -1076,7 +1078,7 @@ def test_delay_is_not_reported_where_no_warning_is_wanted(
 
 
 def test_original_that_cannot_be_read_is_not_returned(
-    post: Post, monkeypatch: pytest.MonkeyPatch
+    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad, good = post.accept(), post.accept()
     for queue_id in (bad, good):
@@ -1096,7 +1098,9 @@ def test_original_that_cannot_be_read_is_not_returned(
     assert "could not be read" in " ".join(post.spool.path(first).read_text().split())
 
 
-def test_message_that_fails_delays_no_other(late: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_that_fails_delays_no_other(
+    late: DsnHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Although it is the oldest, and a call handles a bounded number of messages."""
     ids = [late.accept() for _ in range(5)]
     for queue_id in ids[:4]:
@@ -1122,7 +1126,7 @@ def test_message_that_fails_delays_no_other(late: Post, monkeypatch: pytest.Monk
     assert len(late.generator.warn(2)) == 1
 
 
-def test_pending_dsn_without_recipients_is_cleared(post: Post) -> None:
+def test_pending_dsn_without_recipients_is_cleared(post: DsnHarness) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
     post.queue.change("DELETE FROM recipients")
@@ -1130,7 +1134,9 @@ def test_pending_dsn_without_recipients_is_cleared(post: Post) -> None:
     assert not post.pending(queue_id)
 
 
-def test_full_spool_leaves_the_dsn_pending(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_spool_leaves_the_dsn_pending(
+    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
 
@@ -1146,7 +1152,7 @@ def test_full_spool_leaves_the_dsn_pending(post: Post, monkeypatch: pytest.Monke
     assert len(post.another().generate(10)) == 1
 
 
-def test_due_at_and_the_dsn_change_in_one_transaction(post: Post) -> None:
+def test_due_at_and_the_dsn_change_in_one_transaction(post: DsnHarness) -> None:
     """A fault at any statement of it leaves either nothing or everything."""
     for at in range(1, 40):
         queue_id = post.accept()
@@ -1158,13 +1164,13 @@ def test_due_at_and_the_dsn_change_in_one_transaction(post: Post) -> None:
             if counted[0] == at:
                 raise RuntimeError("stands for a connection that breaks")
 
-        event.listen(post.queue.engine, "before_cursor_execute", fault)
+        event.listen(post.queue.database, "before_cursor_execute", fault)
         try:
             finished = len(post.another().generate(10)) == 1
         except RuntimeError:
             finished = False
         finally:
-            event.remove(post.queue.engine, "before_cursor_execute", fault)
+            event.remove(post.queue.database, "before_cursor_execute", fault)
         assert len(post.dsns(queue_id)) == (not post.pending(queue_id))
         if finished:
             return

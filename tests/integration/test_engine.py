@@ -3,6 +3,7 @@
 import hashlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,7 +16,7 @@ from qmqp.reply import ReplyParser
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.routes import NO_SERVER
 from relay.spool.store import Spool
-from tests.integration.engine_harness import BODY, EngineHarness
+from tests.integration.harness import BODY, EngineHarness
 from tests.services import Postgres
 from tests.waiting import until
 
@@ -23,7 +24,7 @@ type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
-def room(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+def harness_with(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
     opened: list[EngineHarness] = []
 
     def open_(*sinks: Sink | int, **settings: object) -> EngineHarness:
@@ -61,8 +62,8 @@ def answering(*answers: Answer | Rule) -> Iterator[Sink]:
         yield running
 
 
-def test_a_hint_is_enough_to_deliver(room: Open, sink: Sink) -> None:
-    mail = room(sink, grace=60.0)
+def test_a_hint_is_enough_to_deliver(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with(sink, grace=60.0)
     with mail.working() as engine:
         queue_id = mail.accept("b@example.org", "c@example.org")
         assert engine.offer([queue_id]).wait(10)
@@ -74,8 +75,8 @@ def test_a_hint_is_enough_to_deliver(room: Open, sink: Sink) -> None:
     assert not mail.spool.path(queue_id).exists()
 
 
-def test_hints_find_capacity_for_any_route(room: Open, sink: Sink, tmp_path: Path) -> None:
-    mail = room(
+def test_hints_find_capacity_for_any_route(harness_with: Open, sink: Sink, tmp_path: Path) -> None:
+    mail = harness_with(
         sink, grace=60.0, routes=two_more_routes(tmp_path, sink)
     )  # nothing is overdue within the test
     with mail.working() as engine:
@@ -89,9 +90,11 @@ def test_hints_find_capacity_for_any_route(room: Open, sink: Sink, tmp_path: Pat
 
 
 def test_a_route_with_little_capacity_is_emptied_without_a_pause(
-    room: Open, sink: Sink, tmp_path: Path
+    harness_with: Open, sink: Sink, tmp_path: Path
 ) -> None:
-    mail = room(sink, grace=1.0, server_connections=2, routes=two_more_routes(tmp_path, sink))
+    mail = harness_with(
+        sink, grace=1.0, server_connections=2, routes=two_more_routes(tmp_path, sink)
+    )
     for _ in range(60):
         mail.accept("a@one.test")
     with mail.working():  # other routes have capacity and nothing to send
@@ -109,16 +112,16 @@ def two_more_routes(directory: Path, sink: Sink) -> Path:
     return path
 
 
-def test_without_any_hint_overdue_mail_is_found(room: Open, sink: Sink) -> None:
-    mail = room(sink)
+def test_overdue_mail_is_claimed_without_hints(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with(sink)
     ids = [mail.accept() for _ in range(100)]
     with mail.working():
         until(lambda: mail.states() == {"delivered"}, 20)
     assert sink.count == len(ids)
 
 
-def test_stale_doubled_and_unknown_hints_are_harmless(room: Open, sink: Sink) -> None:
-    mail = room(sink, grace=60.0)
+def test_stale_doubled_and_unknown_hints_are_harmless(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with(sink, grace=60.0)
     ids = [mail.accept() for _ in range(20)]
     with mail.working() as engine:
         batchs = [engine.offer([*ids, "0" * 32], lane) for lane in ("fresh", "retry", "fresh")]
@@ -128,24 +131,32 @@ def test_stale_doubled_and_unknown_hints_are_harmless(room: Open, sink: Sink) ->
     assert sink.count == len(ids)
 
 
-def test_hints_are_kept_while_the_worker_is_stopped(room: Open) -> None:
+def test_hints_are_kept_while_the_worker_is_stopped(
+    harness_with: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with answering(Answer(delay=8.0)) as sink:  # the only slot is taken meanwhile
-        mail = room(sink, grace=3.0, server_connections=1, reply_timeout=20.0)
+        mail = harness_with(sink, grace=3.0, server_connections=1, reply_timeout=20.0)
         with mail.working() as engine:
             engine.offer([mail.accept()])
             until(lambda: sink.count == 1)
             batch = engine.offer([mail.accept()])
             stalled = threading.Event()
-            engine._loop.call_soon_threadsafe(threading.Event().wait, 4.0)
-            engine._loop.call_soon_threadsafe(stalled.set)
-            assert stalled.wait(10)
+
+            def stall() -> None:
+                time.sleep(4)
+                stalled.set()
+
+            with monkeypatch.context() as patch:  # runs on the engine's loop
+                patch.setattr(engine.producer, "poll_now", stall)
+                engine.poll_now()
+                assert stalled.wait(10)
             assert not batch.wait(1.5), "the time in which the worker was stopped counted"
 
 
-def test_two_workers_send_no_duplicates(room: Open, sink: Sink) -> None:
-    mail = room(sink)
+def test_two_workers_send_no_duplicates(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with(sink)
     ids = [mail.accept() for _ in range(60)]
-    other = room(sink)
+    other = harness_with(sink)
     with mail.working() as one, other.working() as two:
         one.offer(ids)
         two.offer(ids)
@@ -153,21 +164,21 @@ def test_two_workers_send_no_duplicates(room: Open, sink: Sink) -> None:
     assert sink.count == len(ids)
 
 
-def test_each_attempt_has_a_row(room: Open) -> None:
+def test_each_attempt_has_a_row(harness_with: Open) -> None:
     with answering(Rule(Answer(b"Z", b"later"), times=1)) as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         with mail.working():
             until(lambda: mail.state(queue_id) == "deferred")
             assert mail.delivery(queue_id)["last_reply"] == "later"
-            until(lambda: mail.rescuer.requeue_due(10) == [queue_id])
+            until(lambda: mail.rescuer.requeue_due(10) == {"default": [queue_id]})
             until(lambda: mail.state(queue_id) == "delivered")
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["deferred", "delivered"]
 
 
-def test_a_rejection_bounces_with_the_servers_reply(room: Open) -> None:
+def test_a_rejection_bounces_with_the_servers_reply(harness_with: Open) -> None:
     with answering(Answer(b"D", b"no \xff such mailbox")) as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         with mail.working():
             until(lambda: mail.state(queue_id) == "bounced")
@@ -176,10 +187,10 @@ def test_a_rejection_bounces_with_the_servers_reply(room: Open) -> None:
     assert found["due_at"] is not None  # a DSN is pending
 
 
-def test_an_unauthorized_relay_defers_the_mail(room: Open) -> None:
+def test_an_unauthorized_relay_defers_the_mail(harness_with: Open) -> None:
     reply = b"Error: relay.example[192.0.2.1] is not authorized to use this service"
     with answering(Answer(b"D", reply)) as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         with mail.working():
             until(lambda: mail.state(queue_id) == "deferred")
@@ -187,9 +198,9 @@ def test_an_unauthorized_relay_defers_the_mail(room: Open) -> None:
 
 
 def test_a_dead_server_is_passed_over_and_both_attempts_are_kept(
-    room: Open, sink: Sink, dead_port: int
+    harness_with: Open, sink: Sink, dead_port: int
 ) -> None:
-    mail = room(dead_port, sink, grace=60.0)
+    mail = harness_with(dead_port, sink, grace=60.0)
     queue_id = mail.accept()
     with mail.working() as engine:
         engine.offer([queue_id])
@@ -197,18 +208,18 @@ def test_a_dead_server_is_passed_over_and_both_attempts_are_kept(
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["unreachable", "delivered"]
 
 
-def test_B19_a_connection_that_breaks_early_fails_over(room: Open, sink: Sink) -> None:
+def test_B19_a_connection_that_breaks_early_fails_over(harness_with: Open, sink: Sink) -> None:
     with answering(Answer(raw=b"", at=1)) as rude:
-        mail = room(rude, sink)
+        mail = harness_with(rude, sink)
         queue_id = mail.accept(body=b"x" * 30_000_000)
         with mail.working():
             until(lambda: mail.state(queue_id) == "delivered")
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["interrupted", "delivered"]
 
 
-def test_B13_a_lost_reply_is_uncertain_and_never_fails_over(room: Open, sink: Sink) -> None:
+def test_B13_a_lost_reply_is_uncertain_and_never_fails_over(harness_with: Open, sink: Sink) -> None:
     with answering(Answer(raw=b"")) as silent:
-        mail = room(silent, sink)
+        mail = harness_with(silent, sink)
         queue_id = mail.accept()
         with mail.working():
             until(lambda: mail.state(queue_id) == "deferred")
@@ -224,10 +235,10 @@ def test_B13_a_lost_reply_is_uncertain_and_never_fails_over(room: Open, sink: Si
     ],
 )
 def test_a_server_that_accepts_nothing_is_passed_over_in_the_same_claim(
-    room: Open, sink: Sink, answer: Answer, outcome: str
+    harness_with: Open, sink: Sink, answer: Answer, outcome: str
 ) -> None:
     with answering(answer) as unwilling:
-        mail = room(unwilling, sink, grace=60.0)
+        mail = harness_with(unwilling, sink, grace=60.0)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -239,11 +250,13 @@ def test_a_server_that_accepts_nothing_is_passed_over_in_the_same_claim(
     assert mail.delivery(queue_id)["claim_count"] == 1
 
 
-def test_a_Z_is_recorded_rather_than_an_unreachable_server(room: Open, dead_port: int) -> None:
+def test_a_Z_is_recorded_rather_than_an_unreachable_server(
+    harness_with: Open, dead_port: int
+) -> None:
     """In either order: only the Z says something about the mail."""
     with answering(Answer(b"Z", b"busy")) as busy:
         for servers in ((busy, dead_port), (dead_port, busy)):
-            mail = room(*servers, retry_min=100.0, retry_max=200.0)
+            mail = harness_with(*servers, retry_min=100.0, retry_max=200.0)
             queue_id = mail.accept()
             with mail.working():
                 until(partial(mail.rows, "SELECT 1 FROM deliveries WHERE queue_id = :id AND claim_count = 1"
@@ -261,10 +274,10 @@ def test_a_Z_is_recorded_rather_than_an_unreachable_server(room: Open, dead_port
             assert found["last_server"] == f"127.0.0.1:{busy.port}"
 
 
-def test_a_Z_waits_although_the_next_server_has_no_slot(room: Open) -> None:
+def test_a_Z_waits_although_the_next_server_has_no_slot(harness_with: Open) -> None:
     """Otherwise the first server would get the message again and again."""
     with answering(Answer(b"Z", b"busy")) as busy, running_sink() as good:
-        mail = room(busy, good, retry_min=100.0, retry_max=200.0)
+        mail = harness_with(busy, good, retry_min=100.0, retry_max=200.0)
         queue_id, engine = mail.accept(), mail.engine()
         engine.servers.pauses = frozenset({f"server:127.0.0.1:{good.port}"})
         engine.start()
@@ -273,11 +286,13 @@ def test_a_Z_waits_although_the_next_server_has_no_slot(room: Open) -> None:
     assert (busy.count, good.count) == (1, 0)
 
 
-def test_a_server_that_closes_before_it_reads_is_unreachable(room: Open, sink: Sink) -> None:
+def test_a_server_that_closes_before_it_reads_is_unreachable(
+    harness_with: Open, sink: Sink
+) -> None:
     """As tcpserver does where its rules deny. From the second time on the worker knows it before the
     commit point."""
     with denying() as port:
-        mail = room(port, grace=60.0, uncertain_delay=1000.0)
+        mail = harness_with(port, grace=60.0, uncertain_delay=1000.0)
         first, second = mail.accept(), mail.accept()
         with mail.working() as engine:
             engine.offer([first])
@@ -305,30 +320,32 @@ def denying() -> Iterator[int]:
         thread.join()
 
 
-def test_uncertain_mail_is_held_if_the_setting_says_so(room: Open) -> None:
+def test_uncertain_mail_is_held_if_the_setting_says_so(harness_with: Open) -> None:
     with answering(Answer(raw=b"7:garbage,")) as sink:
-        mail = room(sink, uncertain="hold")
+        mail = harness_with(sink, uncertain="hold")
         queue_id = mail.accept()
         with mail.working():
             until(lambda: mail.state(queue_id) == "held")
     assert mail.delivery(queue_id)["last_outcome"] == "malformed"
 
 
-def test_without_a_server_mail_waits_with_its_reason(room: Open, sink: Sink) -> None:
-    mail = room()
+def test_without_a_server_mail_waits_with_its_reason(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with()
     queue_id = mail.accept()
     with mail.working():
         until(lambda: mail.state(queue_id) == "deferred")
     assert mail.delivery(queue_id)["last_reply"] == NO_SERVER
     assert mail.attempts(queue_id) == []
-    later = room(sink)
+    later = harness_with(sink)
     with later.working():
-        until(lambda: later.rescuer.requeue_due(10) == [queue_id])
+        until(lambda: later.rescuer.requeue_due(10) == {"default": [queue_id]})
         until(lambda: later.state(queue_id) == "delivered")
 
 
-def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port: int) -> None:
-    mail = room(dead_port)
+def test_a_server_that_is_down_delays_mail_until_it_is_up(
+    harness_with: Open, dead_port: int
+) -> None:
+    mail = harness_with(dead_port)
     ids = [mail.accept() for _ in range(10)]
     with mail.working():
         open_circuits = partial(
@@ -348,9 +365,11 @@ def test_a_server_that_is_down_delays_mail_until_it_is_up(room: Open, dead_port:
             assert open_circuits() == 0
 
 
-def test_a_tarpit_holds_only_its_share_of_connections(room: Open, sink: Sink) -> None:
+def test_a_tarpit_holds_only_its_share_of_connections(harness_with: Open, sink: Sink) -> None:
     with answering(Answer(raw=b"", end="stay")) as tarpit:
-        mail = room(tarpit, sink, server_connections=3, worker_connections=8, drain_timeout=0.1)
+        mail = harness_with(
+            tarpit, sink, server_connections=3, worker_connections=8, drain_timeout=0.1
+        )
         for _ in range(40):
             mail.accept()
         engine = mail.engine()
@@ -363,10 +382,10 @@ def test_a_tarpit_holds_only_its_share_of_connections(room: Open, sink: Sink) ->
 
 
 def test_a_defect_after_the_last_byte_is_recorded_as_uncertain(
-    room: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
+    harness_with: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ReplyParser, "feed", lambda *_: 1 // 0)
-    mail = room(sink, uncertain_delay=60.0)
+    mail = harness_with(sink, uncertain_delay=60.0)
     queue_id = mail.accept()
     with mail.working():
         until(lambda: mail.state(queue_id) == "deferred")
@@ -374,9 +393,9 @@ def test_a_defect_after_the_last_byte_is_recorded_as_uncertain(
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["uncertain"]
 
 
-def test_B38_draining_requeues_what_is_before_its_commit_point(room: Open) -> None:
+def test_B38_draining_requeues_what_is_before_its_commit_point(harness_with: Open) -> None:
     with answering(Answer(read_size=1024, read_pause=5.0)) as slow:
-        mail = room(slow)
+        mail = harness_with(slow)
         queue_id = mail.accept(body=b"x" * 20_000_000)
         engine = mail.engine()
         engine.start()
@@ -387,8 +406,8 @@ def test_B38_draining_requeues_what_is_before_its_commit_point(room: Open) -> No
     assert engine.offer([queue_id]).wait(0)
 
 
-def test_B36_a_missing_body_is_held_and_never_bounced(room: Open, sink: Sink) -> None:
-    mail = room(sink)
+def test_B36_a_missing_body_is_held_and_never_bounced(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with(sink)
     missing, cut, good = mail.accept(stored=False), mail.accept(), mail.accept()
     mail.spool.path(cut).write_bytes(BODY[:-1])
     with mail.working():
@@ -397,8 +416,8 @@ def test_B36_a_missing_body_is_held_and_never_bounced(room: Open, sink: Sink) ->
     assert {mail.delivery(i)["last_outcome"] for i in (missing, cut)} == {"unsendable"}
 
 
-def test_B36_a_local_fault_does_not_count_against_the_mail(room: Open, sink: Sink) -> None:
-    mail = room(sink)
+def test_B36_a_local_fault_does_not_count_against_the_mail(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with(sink)
     queue_id = mail.accept()
     body = mail.spool.path(queue_id)
     aside = body.rename(body.with_suffix(".aside"))
@@ -414,9 +433,9 @@ def test_B36_a_local_fault_does_not_count_against_the_mail(room: Open, sink: Sin
 
 
 def test_no_commit_point_is_passed_without_a_fresh_lease(
-    room: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
+    harness_with: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mail = room(sink)
+    mail = harness_with(sink)
     engine = mail.engine()
     look_up = mail.spool.open
 
@@ -453,9 +472,9 @@ def test_outcomes_wait_while_the_database_is_away(
         mail.close()
 
 
-def test_one_bad_recipient_bounces_and_the_others_get_their_mail(room: Open) -> None:
+def test_one_bad_recipient_bounces_and_the_others_get_their_mail(harness_with: Open) -> None:
     with answering(Rule(Answer(b"D", b"no such mailbox (#5.1.1)"), b"bad@")) as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept("b@example.org", "bad@example.org", "c@example.org")
         with mail.working():
             until(lambda: mail.states() == {"split", "bounced", "delivered"}, 20)
@@ -469,19 +488,15 @@ def test_one_bad_recipient_bounces_and_the_others_get_their_mail(room: Open) -> 
     }
 
 
-class TwoAtMost:
+def two_at_most(recipients: Sequence[bytes] | None, digest: str) -> Answer | None:
     """A server that takes two recipients."""
-
-    def opening(self) -> None:
-        return None
-
-    def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
-        return Answer(b"D", b"too many recipients (#5.5.3)") if len(recipients) > 2 else None
+    too_many = recipients is not None and len(recipients) > 2
+    return Answer(b"D", b"too many recipients (#5.5.3)") if too_many else None
 
 
-def test_too_many_recipients_are_sent_in_parts(room: Open) -> None:
-    with running_sink(TwoAtMost()) as sink:
-        mail = room(sink)
+def test_too_many_recipients_are_sent_in_parts(harness_with: Open) -> None:
+    with running_sink(two_at_most) as sink:
+        mail = harness_with(sink)
         names = [f"{n}@example.org" for n in range(7)]
         mail.accept(*names)
         with mail.working():
@@ -495,9 +510,11 @@ def test_too_many_recipients_are_sent_in_parts(room: Open) -> None:
         assert sorted(taken) == [name.encode() for name in names]
 
 
-def test_a_message_that_is_rejected_for_all_recipients_costs_three_sends(room: Open) -> None:
+def test_a_message_that_is_rejected_for_all_recipients_costs_three_sends(
+    harness_with: Open,
+) -> None:
     with answering(Answer(b"D", b"your list is not welcome (#5.1.8)")) as sink:
-        mail = room(sink, worker_connections=1)
+        mail = harness_with(sink, worker_connections=1)
         mail.accept(
             "b@example.org", "c@example.org", "d@example.org"
         )  # one half has a single recipient
@@ -506,8 +523,8 @@ def test_a_message_that_is_rejected_for_all_recipients_costs_three_sends(room: O
         assert sink.count == 3
 
 
-def test_nothing_is_sent_to_a_paused_route(room: Open, sink: Sink) -> None:
-    mail = room(sink)
+def test_nothing_is_sent_to_a_paused_route(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with(sink)
     queue_id = mail.accept()
     engine = mail.engine()
     engine.servers.pauses = frozenset({"route:default"})
@@ -519,8 +536,8 @@ def test_nothing_is_sent_to_a_paused_route(room: Open, sink: Sink) -> None:
     assert engine.drain(5)
 
 
-def test_an_expired_worker_registers_under_another_id(room: Open, sink: Sink) -> None:
-    mail = room(sink, lease=0.4)
+def test_an_expired_worker_registers_under_another_id(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with(sink, lease=0.4)
     with mail.working() as engine:
         first = engine.lease.worker
         mail.change("UPDATE workers SET ended_at = @now, end_reason = 'vanished'")
@@ -530,8 +547,8 @@ def test_an_expired_worker_registers_under_another_id(room: Open, sink: Sink) ->
     assert mail.rows("SELECT count(*) AS n FROM workers") == [{"n": 2}]
 
 
-def test_quarantined_mail_is_delivered(room: Open, sink: Sink) -> None:
-    mail = room(sink)
+def test_quarantined_mail_is_delivered(harness_with: Open, sink: Sink) -> None:
+    mail = harness_with(sink)
     ids = [mail.accept() for _ in range(5)]
     mail.change("UPDATE deliveries SET crash_count = 2 WHERE queue_id = :id", id=ids[2])
     mail.change("UPDATE deliveries SET crash_count = 2 WHERE queue_id = :id", id=ids[3])

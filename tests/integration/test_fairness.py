@@ -18,8 +18,7 @@ from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.spool.store import Spool
-from tests.integration.engine_harness import EngineHarness
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import EngineHarness, QueueHarness
 from tests.services import free_port
 from tests.waiting import until
 from worker import quarantine
@@ -29,7 +28,7 @@ type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
-def room(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+def harness_with(clean_sqlite_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
     opened: list[EngineHarness] = []
 
     def open_(*sinks: Sink, **settings: object) -> EngineHarness:
@@ -49,9 +48,9 @@ def arrived(sink: Sink) -> list[str]:
     return [received.recipients[0][:1].decode() for received in sink.received]
 
 
-def test_free_connections_alternate_between_fresh_mail_and_retries(room: Open) -> None:
+def test_free_connections_alternate_between_fresh_mail_and_retries(harness_with: Open) -> None:
     with running_sink() as sink:
-        mail = room(sink, grace=60.0, worker_connections=1, batch_size=1)
+        mail = harness_with(sink, grace=60.0, worker_connections=1, batch_size=1)
         fresh = [mail.accept(f"f{n}@example.org") for n in range(8)]
         retries = [mail.accept(f"r{n}@example.org") for n in range(8)]
         engine = mail.engine()
@@ -63,9 +62,9 @@ def test_free_connections_alternate_between_fresh_mail_and_retries(room: Open) -
     assert arrived(sink) in (["f", "r"] * 8, ["r", "f"] * 8)
 
 
-def test_hints_and_overdue_deliveries_alternate(room: Open) -> None:
+def test_hints_and_overdue_deliveries_alternate(harness_with: Open) -> None:
     with running_sink() as sink:
-        mail = room(sink, grace=60.0, worker_connections=1, batch_size=1)
+        mail = harness_with(sink, grace=60.0, worker_connections=1, batch_size=1)
         overdue = [mail.accept(f"o{n}@example.org") for n in range(8)]
         mail.change("UPDATE deliveries SET due_at = @ago(100)")
         hinted = [mail.accept(f"h{n}@example.org") for n in range(8)]
@@ -100,7 +99,7 @@ def fill(queue: QueueHarness) -> None:
     Only those that will be queued have a message and a recipient, because writing them takes most
     of the time.
     """
-    name = queue.engine.dialect.name
+    name = queue.database.dialect.name
     key, numbers = _KEY[name].format(n="s.n"), _NUMBERS[name]
     messages = """INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol)
         SELECT {key}, 'a', 1, @now, '', '', '' FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
@@ -108,7 +107,7 @@ def fill(queue: QueueHarness) -> None:
         SELECT {key}, 1, 'b', 1 FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
     deliveries = """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
         SELECT {key}, 1, 'default', 'deferred', @ago(1 + s.n * 7919 % :many * 0.1), @later(100000) FROM {numbers}"""
-    with writing(queue.engine) as connection:
+    with writing(queue.database) as connection:
         for sql in (messages, recipients, deliveries):
             given = {"many": MANY} | ({"looked_at": BATCH * BATCHES} if ":looked_at" in sql else {})
             connection.execute(text(queue.dialect(sql.format(key=key, numbers=numbers))), given)
@@ -128,7 +127,7 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(
     began = time.monotonic()
     woken: list[str] = []
     for _ in range(BATCHES):
-        batch = queue.rescuer.requeue_due(BATCH)
+        batch = queue.rescuer.requeue_due(BATCH)["default"]
         assert len(batch) == BATCH
         woken += batch
     ranks = [rank(queue_id) for queue_id in woken]
@@ -145,7 +144,7 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(
     taken = queue.claim(room={"default": 50})
     assert len(taken) == 50, "as many as there are connections"
     for one in taken:
-        assert queue.record(one, Outcome.DELIVERED).state is State.DELIVERED
+        assert queue.complete(one, Outcome.DELIVERED).state is State.DELIVERED
     left = queue.rows("SELECT state, count(*) AS n FROM deliveries GROUP BY state")
     assert {row["state"]: row["n"] for row in left} == {
         "deferred": MANY - BATCH * BATCHES, "queued": BATCH * BATCHES - 50, "delivered": 50, "sending": 1,
@@ -183,9 +182,11 @@ def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(
         assert queue_id in [claim.queue_id for claim in claims]
 
 
-def test_without_hints_a_single_connection_is_shared_by_fresh_mail_and_retries(room: Open) -> None:
+def test_without_hints_a_single_connection_is_shared_by_fresh_mail_and_retries(
+    harness_with: Open,
+) -> None:
     with running_sink() as sink:
-        mail = room(sink, grace=0.2, worker_connections=1, batch_size=1)
+        mail = harness_with(sink, grace=0.2, worker_connections=1, batch_size=1)
         for _ in range(60):
             mail.accept("r@example.org")
         mail.change("UPDATE deliveries SET claim_count = 3, backoff_step = 3, due_at = @ago(5)")
@@ -207,10 +208,10 @@ TARPITS = {
 
 
 @pytest.mark.parametrize("kind", TARPITS)
-def test_B20_B21_B22_a_tarpit_delays_no_other_server(room: Open, kind: str) -> None:
+def test_B20_B21_B22_a_tarpit_delays_no_other_server(harness_with: Open, kind: str) -> None:
     with running_sink() as good, ExitStack() as open_for_now:
         tarpit = open_for_now.enter_context(running_sink(Rule(TARPITS[kind]), receive_buffer=4096))
-        mail = room(
+        mail = harness_with(
             tarpit,
             good,
             server_connections=2,
@@ -241,7 +242,7 @@ def test_B20_B21_B22_a_tarpit_delays_no_other_server(room: Open, kind: str) -> N
 # -------------------------------------------------------------------------------------------------
 
 
-class Witness:
+class ConcurrencyCounter:
     """Counts the connections beside a transfer to the recipient `exclusive`, which is answered
     late."""
 
@@ -251,11 +252,10 @@ class Witness:
         self.busy_until = 0.0
         self.intruders = 0
 
-    def opening(self) -> Answer | None:
-        self.intruders += time.monotonic() < self.busy_until
-        return None
-
-    def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
+    def __call__(self, recipients: Sequence[bytes] | None, digest: str) -> Answer | None:
+        if recipients is None:
+            self.intruders += time.monotonic() < self.busy_until
+            return None
         if recipients[0] != self.exclusive:
             return Answer(delay=0.05)
         self.connections.append(len(self.sink.open))
@@ -263,11 +263,11 @@ class Witness:
         return Answer(delay=0.35)
 
 
-def test_D14_a_delivery_that_crashed_two_workers_is_sent_exclusively(room: Open) -> None:
-    witness = Witness(b"poison@example.org")
-    with running_sink(witness) as sink:
-        witness.sink = sink
-        mail = room(sink)
+def test_D14_a_delivery_that_crashed_two_workers_is_sent_exclusively(harness_with: Open) -> None:
+    counter = ConcurrencyCounter(b"poison@example.org")
+    with running_sink(counter) as sink:
+        counter.sink = sink
+        mail = harness_with(sink)
         ids = [mail.accept() for _ in range(20)]
         poison = mail.accept("poison@example.org")
         ids += [mail.accept() for _ in range(20)]
@@ -275,18 +275,18 @@ def test_D14_a_delivery_that_crashed_two_workers_is_sent_exclusively(room: Open)
         with mail.working() as engine:
             engine.offer([*ids[:20], poison, *ids[20:]])
             until(lambda: mail.states() == {"delivered"}, 20)
-    assert witness.connections == [1], "no other transfer was under way"
-    assert witness.intruders == 0, "no other transfer began meanwhile"
+    assert counter.connections == [1], "no other transfer was under way"
+    assert counter.intruders == 0, "no other transfer began meanwhile"
     assert mail.delivery(poison)["crash_count"] == 0
 
 
 def test_D14_a_tarpit_does_not_block_the_quarantine_nor_the_quarantine_other_mail(
-    room: Open, monkeypatch: pytest.MonkeyPatch
+    harness_with: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quarantine, "QUARANTINE_TIMEOUT", 0.5)
     monkeypatch.setattr(quarantine, "QUARANTINE_PAUSE", 0.5)
     with running_sink(Rule(Answer(raw=b"", end="stay"), b"tarpit@")) as sink:
-        mail = room(sink, retry_min=0.1, retry_max=0.2)
+        mail = harness_with(sink, retry_min=0.1, retry_max=0.2)
         tarpit = mail.accept("tarpit@example.org")
         with mail.working() as engine:
             engine.offer([tarpit])
@@ -307,9 +307,9 @@ def test_D14_a_tarpit_does_not_block_the_quarantine_nor_the_quarantine_other_mai
             assert mail.state(tarpit) == "sending"
 
 
-def test_D14_one_crash_does_not_quarantine(room: Open) -> None:
+def test_D14_one_crash_does_not_quarantine(harness_with: Open) -> None:
     with running_sink(Rule(Answer(delay=1.0))) as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         for _ in range(3):
             mail.accept()
         mail.change("UPDATE deliveries SET crash_count = 1")
@@ -333,7 +333,7 @@ def test_D14_a_delivery_is_held_at_the_poison_limit(clean_sqlite_url: str) -> No
     assert states == [(0, "deferred"), (1, "deferred"), (2, "deferred"), (3, "held")]
     assert "vanished" in queue.delivery(queue_id)["last_reply"]
     assert queue.claim(queue_id, worker=queue.register_worker()) == []
-    queue.engine.dispose()
+    queue.database.dispose()
 
 
 # --- routes that share a server
@@ -351,11 +351,11 @@ def routes_to(sink: Sink, directory: Path, count: int, more: str = "") -> Path:
 
 @pytest.mark.parametrize("hinted", [False, True])
 def test_no_delivery_is_claimed_for_slots_of_another_route(
-    room: Open, tmp_path: Path, hinted: bool
+    harness_with: Open, tmp_path: Path, hinted: bool
 ) -> None:
     """Eight routes, one server, four slots: each message is claimed once."""
     with running_sink(Rule(Answer(delay=0.02))) as sink:
-        mail = room(
+        mail = harness_with(
             sink,
             routes=routes_to(sink, tmp_path, 8),
             server_connections=4,
@@ -372,11 +372,13 @@ def test_no_delivery_is_claimed_for_slots_of_another_route(
     assert claims == {"all_of_them": 120, "most": 1}
 
 
-def test_a_route_with_a_limit_gets_its_share_of_a_busy_server(room: Open, tmp_path: Path) -> None:
+def test_a_route_with_a_limit_gets_its_share_of_a_busy_server(
+    harness_with: Open, tmp_path: Path
+) -> None:
     """It does not wait until the other route has nothing left to send."""
     with running_sink(Rule(Answer(delay=0.05))) as sink:
         routes = routes_to(sink, tmp_path, 1, "connections = 2\n")
-        mail = room(sink, routes=routes, server_connections=8, grace=0.2)
+        mail = harness_with(sink, routes=routes, server_connections=8, grace=0.2)
         for _ in range(200):
             mail.accept("o@example.org")
         small = [mail.accept("s@r0.test") for _ in range(4)]
@@ -390,23 +392,27 @@ def test_a_route_with_a_limit_gets_its_share_of_a_busy_server(room: Open, tmp_pa
 # -----------------------------------------------------------------------------------------
 
 
-def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) -> None:
+def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(harness_with: Open) -> None:
     with running_sink() as first, running_sink() as second:
-        mail = room(first, second)
-        verbs = QueueOperations(mail.database, notices=True)
+        mail = harness_with(first, second)
+        operations = QueueOperations(mail.database, notices=True)
 
         def apply_pauses(engine: Any) -> None:
             engine.servers.pauses = mail.rescuer.paused()  # as the sweeper does at each turn
 
         with mail.working() as engine:
-            assert verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="maintenance")
-            assert not verbs.pause(f"server:127.0.0.1:{first.port}", actor="me", reason="again")
+            assert operations.pause(
+                f"server:127.0.0.1:{first.port}", actor="me", reason="maintenance"
+            )
+            assert not operations.pause(
+                f"server:127.0.0.1:{first.port}", actor="me", reason="again"
+            )
             apply_pauses(engine)
             ids = [mail.accept() for _ in range(5)]
             engine.offer(ids)
             assert second.wait_for(5, 10)
             assert first.connections == 0
-            verbs.pause("route:default", actor="me", reason="all of it")
+            operations.pause("route:default", actor="me", reason="all of it")
             apply_pauses(engine)
             waiting = mail.accept()
             mail.change(
@@ -414,12 +420,12 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) 
             )
             assert engine.offer([waiting]).wait(10)
             assert mail.state(waiting) == "queued", "a paused delivery is not claimed"
-            assert verbs.resume("route:default", actor="me", reason="")
+            assert operations.resume("route:default", actor="me", reason="")
             apply_pauses(engine)
             until(lambda: mail.state(waiting) == "delivered")
             assert first.connections == 0
-            assert verbs.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
-            assert not verbs.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
+            assert operations.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
+            assert not operations.resume(f"server:127.0.0.1:{first.port}", actor="me", reason="")
             apply_pauses(engine)
             engine.offer([mail.accept()])
             assert first.wait_for(1, 10)
@@ -429,19 +435,15 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(room: Open) 
     )
 
 
-def test_a_pause_does_not_interrupt_transfers_under_way(room: Open) -> None:
+def test_a_pause_does_not_interrupt_transfers_under_way(harness_with: Open) -> None:
     gate = threading.Event()
 
-    class Slow:
-        def opening(self) -> Answer | None:
-            gate.set()
-            return Answer(delay=0.3)
+    def slow(recipients: Sequence[bytes] | None, digest: str) -> Answer | None:
+        gate.set()
+        return Answer(delay=0.3) if recipients is None else None
 
-        def answer(self, recipients: Sequence[bytes], digest: str) -> Answer | None:
-            return None
-
-    with running_sink(Slow()) as sink:
-        mail = room(sink)
+    with running_sink(slow) as sink:
+        mail = harness_with(sink)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -455,9 +457,9 @@ def test_a_pause_does_not_interrupt_transfers_under_way(room: Open) -> None:
 
 
 @pytest.mark.parametrize(("policy", "state"), [("retry", "deferred"), ("hold", "held")])
-def test_the_policy_for_uncertain_deliveries(room: Open, policy: str, state: str) -> None:
+def test_the_policy_for_uncertain_deliveries(harness_with: Open, policy: str, state: str) -> None:
     with running_sink(Rule(Answer(raw=b""))) as sink, running_sink() as other:
-        mail = room(sink, other, uncertain=policy, uncertain_delay=500.0)
+        mail = harness_with(sink, other, uncertain=policy, uncertain_delay=500.0)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -473,7 +475,7 @@ def test_the_policy_for_uncertain_deliveries(room: Open, policy: str, state: str
 
 
 @pytest.fixture
-def beside(room: Open, tmp_path: Path) -> Callable[..., EngineHarness]:
+def beside(harness_with: Open, tmp_path: Path) -> Callable[..., EngineHarness]:
     """Two routes: `default`, of whose server two connections may be used, and `other`, with this
     server."""
 
@@ -482,7 +484,7 @@ def beside(room: Open, tmp_path: Path) -> Callable[..., EngineHarness]:
         file.write_text(
             f'[other]\nrecipients = ["other.example"]\nservers = ["127.0.0.1:{other}"]\n'
         )
-        return room(sink, routes=file, grace=600.0, server_connections=2)
+        return harness_with(sink, routes=file, grace=600.0, server_connections=2)
 
     return open_
 
@@ -531,4 +533,4 @@ def test_a_hint_of_an_unknown_route_may_be_for_any(beside: Callable[..., EngineH
         with mail.working() as engine:
             engine.offer([mail.accept()], route="of another settings file")
             until(lambda: mail.states() == {"delivered"}, 10)
-            assert list(engine.producer.hints) == [""]
+            assert set(engine.producer.hints) == set(engine.routes.names()), "its name is not kept"

@@ -18,7 +18,7 @@ from relay.queue import audit
 from relay.queue.outcome import Outcome
 from relay.settings import Settings, load
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import QueueHarness
 from tests.integration.typed import Typed, lines, typed_at
 
 BODY = b"b" * 100
@@ -49,7 +49,7 @@ def orphan(spool: Spool, seconds: float = OLD) -> Path:
 
 
 def fsck_rows(typed: Typed, *words: str) -> list[tuple[str, str]]:
-    """What fsck reports, and whether it was repaired."""
+    """The inconsistencies that fsck reports, and whether each was repaired."""
     done = typed("fsck", "--json", *words, status=None)
     rows = [(row["found"], row["repaired"]) for row in lines(done)]
     assert done.exit_code == any(repaired != "yes" for _, repaired in rows)
@@ -72,12 +72,12 @@ def test_a_busy_relay_has_no_inconsistency(queue: QueueHarness, spool: Spool, ty
         Outcome.UNREACHABLE,
     ):
         queue_id = stored(queue, spool, "a@example.org", "bulk:b@example.org")
-        queue.record(queue.claim(queue_id, room={"default": 1})[0], outcome)
+        queue.complete(queue.claim(queue_id, room={"default": 1})[0], outcome)
         aged(spool.path(queue_id))
     stored(queue, spool)
     queue.claim(stored(queue, spool))
     finished = stored(queue, spool)  # its worker is about to remove the body
-    queue.record(queue.claim(finished)[0], Outcome.DELIVERED)
+    queue.complete(queue.claim(finished)[0], Outcome.DELIVERED)
     aged(spool.path(finished))
     orphan(spool, 60)  # its message is about to be committed
     queue.worker_queue.retire(queue.register_worker())
@@ -112,7 +112,7 @@ def test_a_body_that_is_not_needed_is_removed(
     queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
     queue_id = stored(queue, spool)
-    queue.record(queue.claim(queue_id)[0], Outcome.DELIVERED)
+    queue.complete(queue.claim(queue_id)[0], Outcome.DELIVERED)
     earlier = (
         "finished_at - interval '1 hour'"
         if queue.dialect.postgresql
@@ -131,7 +131,7 @@ def test_a_body_whose_delivery_is_missing_stays(
         stored(queue, spool),
         stored(queue, spool, "a@example.org", "bulk:b@example.org"),
     )
-    queue.record(queue.claim(beside, room={"default": 1})[0], Outcome.DELIVERED)
+    queue.complete(queue.claim(beside, room={"default": 1})[0], Outcome.DELIVERED)
     queue.change("DELETE FROM deliveries WHERE state = 'queued'")
     earlier = (
         "finished_at - interval '1 hour'"
@@ -157,7 +157,7 @@ def test_a_delivery_that_cannot_be_sent_is_held(
     assert fsck_rows(typed) == [(what, "no")]
     assert "--repair would repair 1" in typed("fsck", status=1).stderr
     assert fsck_rows(typed, "--repair") == [(what, "yes")]
-    assert queue.states([whole, broken]) == ["queued", "held"]
+    assert queue.states_of([whole, broken]) == ["queued", "held"]
     assert queue.delivery(broken)["last_outcome"] == "unsendable"
     assert fsck_rows(typed, "--repair") == [(what, "-")], "it is reported until an operator decides"
     assert "put the file back and release it" in typed("why", broken).stdout
@@ -171,7 +171,7 @@ def test_a_body_of_a_delivery_that_finishes_meanwhile_is_no_inconsistency(
 
     def delivered_meanwhile(self: Spool, name: str, size: int) -> int:
         if queue.state(queue_id) == "queued":
-            queue.record(queue.claim(queue_id)[0], Outcome.DELIVERED)
+            queue.complete(queue.claim(queue_id)[0], Outcome.DELIVERED)
             spool.remove(queue_id)
         return open_body(self, name, size)
 
@@ -210,8 +210,8 @@ def test_a_worker_is_expired_only_if_its_lease_stays_expired(
     monkeypatch.setattr(fsck, "wait", wait)
     assert_repairable(typed, "dead worker")
     assert set(waits) == {60.0}
-    assert queue.states([queue_id, other]) == ["deferred", "sending"]
-    assert queue.attempts(queue_id) == [(1, 0, "uncertain")]
+    assert queue.states_of([queue_id, other]) == ["deferred", "sending"]
+    assert queue.numbered_attempts(queue_id) == [(1, 0, "uncertain")]
 
 
 def test_a_delivery_of_an_unknown_worker_is_uncertain(
@@ -226,8 +226,8 @@ def test_a_delivery_of_an_unknown_worker_is_uncertain(
 
 def test_overdue_deliveries_are_reported(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
     (one,), (two,), _ = (queue.claim(stored(queue, spool)) for _ in range(3))
-    queue.record(one, Outcome.DEFERRED)
-    queue.record(two, Outcome.REJECTED)
+    queue.complete(one, Outcome.DEFERRED)
+    queue.complete(two, Outcome.REJECTED)
     stored(queue, spool, "slow:x@example.org")
     queue.pass_time(1200)
     queue.renew()
@@ -305,13 +305,13 @@ def test_repairs_are_recorded(queue: QueueHarness, spool: Spool, typed: Typed) -
         ("file without row", f"--id {path.name}", 0, None),
         (f"no body file {broken}", f"--id {broken}", 1, broken),
     ]
-    assert queue.attempts(unknown) == [(1, 0, "uncertain")], "it may have been sent"
+    assert queue.numbered_attempts(unknown) == [(1, 0, "uncertain")], "it may have been sent"
 
 
 def test_an_expired_worker_is_recorded(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
     queue_id = stored(queue, spool)
     queue.claim(queue_id, worker=(dead := queue.register_worker()))
-    queue.ask(queue_id, "hold")
+    queue.request_operation(queue_id, "hold")
     queue.change("UPDATE workers SET lease_expires_at = @ago(1000) WHERE id = @id(:id)", id=dead)
     assert fsck_rows(typed, "--repair") == [("dead worker", "yes")]
     assert [row["reason"] for row in queue.rows("SELECT reason FROM audit")] == [
@@ -341,7 +341,7 @@ def test_many_rows_are_repaired_in_chunks(
     ids = [stored(queue, spool) for _ in range(5)]
     if what == "sent by an unknown worker":
         queue.claim(*ids)
-        queue.ask(ids[0], "bounce")
+        queue.request_operation(ids[0], "bounce")
     gone = {"sent by an unknown worker": "workers", "delivery without recipient": "recipients"}.get(
         what, "deliveries"
     )
@@ -352,11 +352,11 @@ def test_many_rows_are_repaired_in_chunks(
         (what, 5)
     ]
     if what == "sent by an unknown worker":
-        assert queue.states(ids) == ["bounced", *["deferred"] * 4], (
+        assert queue.states_of(ids) == ["bounced", *["deferred"] * 4], (
             "the pending operation comes first"
         )
     else:
-        assert set(queue.states(ids)) == {"held"}
+        assert set(queue.states_of(ids)) == {"held"}
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_impossible_rows_are_repaired(
     queue: QueueHarness, spool: Spool, typed: Typed, change: str, what: str
 ) -> None:
     stored(queue, spool)
-    with writing(queue.engine) as connection:  # no statement of ours gets past the constraints
+    with writing(queue.database) as connection:  # no statement of ours gets past the constraints
         loosen = (
             "ALTER TABLE deliveries DROP CONSTRAINT IF EXISTS deliveries_due_where_the_state_needs_it"
             if queue.dialect.postgresql

@@ -1,5 +1,5 @@
-"""Acceptance, on both databases: all of a message or nothing, once however often it is told, and
-one bad row alone."""
+"""Acceptance on both databases: all of a message or nothing, once however often it is committed,
+and a bad row fails alone."""
 
 import threading
 import time
@@ -16,12 +16,12 @@ from relay.db.group_commit import CommitThread, CommitUnknown
 from relay.ids import new_id
 from relay.queue.accept import NewMessage
 from relay.queue.outcome import Outcome
-from tests.integration.queue_harness import QueueHarness, new_message, opened
+from tests.integration.harness import QueueHarness, new_message, opened
 from tests.services import Postgres
 from tests.waiting import until
 
 
-class Front:
+class AcceptHarness:
     """A writer of messages, and what it answered: the first answer to each id; a second one is an
     error."""
 
@@ -59,7 +59,7 @@ def counts(queue: QueueHarness) -> list[int]:
     ]
 
 
-def test_everything_that_was_said_is_kept(queue: QueueHarness) -> None:
+def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
     about = queue.accept()
     message = new_message(
         "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
@@ -109,10 +109,10 @@ def test_everything_that_was_said_is_kept(queue: QueueHarness) -> None:
     assert first["expires_in"] == pytest.approx(queue.settings.queue_lifetime, abs=30)
 
 
-def test_told_twice_is_accepted_once(queue: QueueHarness) -> None:
+def test_a_message_that_is_committed_twice_is_accepted_once(queue: QueueHarness) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
     queue.acceptor.commit(messages)
-    queue.record(queue.claim(messages[0].id)[0], Outcome.DELIVERED)
+    queue.complete(queue.claim(messages[0].id)[0], Outcome.DELIVERED)
     before = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
     queue.acceptor.commit([*messages, new_message()])
     after = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
@@ -131,11 +131,11 @@ def test_bytes_from_peers_cannot_break_the_round(queue: QueueHarness) -> None:
 def test_one_bad_row_fails_alone(queue: QueueHarness) -> None:
     good = [new_message() for _ in range(4)]
     bad = new_message()._replace(sender=None)  # type: ignore[arg-type]
-    front = Front(queue)
-    answers = front.take(*good[:2], bad, *good[2:])
+    harness = AcceptHarness(queue)
+    answers = harness.take(*good[:2], bad, *good[2:])
     assert [answers[m.id] for m in good] == [None] * 4
     assert isinstance(answers[bad.id], DBAPIError)
-    assert front.rounds == [5]
+    assert harness.rounds == [5]
     assert counts(queue) == [4, 4, 4]
 
 
@@ -144,7 +144,7 @@ def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(
 ) -> None:
     good, nul = new_message(), new_message(sender="nul\0")
     long = new_message(sender="".join(new_id() for _ in range(1000)))  # nothing that compresses
-    answers = Front(postgres_queue).take(nul, good, long)
+    answers = AcceptHarness(postgres_queue).take(nul, good, long)
     assert answers[good.id] is None
     assert isinstance(answers[nul.id], DBAPIError)
     assert isinstance(answers[long.id], DBAPIError), "longer than an index takes"
@@ -176,36 +176,36 @@ def killed(queue: QueueHarness, *, after: bool) -> Iterator[None]:
         if done or "INSERT INTO messages" not in statement:
             return
         done.append(connection.connection.driver_connection.info.backend_pid)
-        with queue.engine.connect() as other:
+        with queue.database.connect() as other:
             other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": done[0]})
         if after:
             connection.invalidate()
             raise OperationalError("COMMIT", {}, ConnectionResetError())
 
     moment = "after_cursor_execute" if after else "before_cursor_execute"
-    event.listen(queue.engine, moment, kill)
+    event.listen(queue.database, moment, kill)
     yield
     assert done
-    event.remove(queue.engine, moment, kill)
+    event.remove(queue.database, moment, kill)
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_commit_in_doubt_is_settled_by_asking_again(
+def test_an_unknown_commit_is_settled_by_the_same_statement(
     postgres_queue: QueueHarness, after: bool
 ) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
     with killed(postgres_queue, after=after):
-        answers = Front(postgres_queue).take(*messages)
+        answers = AcceptHarness(postgres_queue).take(*messages)
     assert answers == dict.fromkeys((m.id for m in messages), None)
     assert counts(postgres_queue) == [3, 6, 6]
 
 
-def test_a_commit_in_doubt_whose_transaction_still_runs(postgres_queue: QueueHarness) -> None:
+def test_an_unknown_commit_whose_transaction_still_runs(postgres_queue: QueueHarness) -> None:
     """The repeat waits for the first transaction to end, and then does what is right either way."""
     queue = postgres_queue
     kept, undone = new_message(), new_message()
     for message, keep in ((kept, True), (undone, False)):
-        first = queue.engine.connect()
+        first = queue.database.connect()
         first.begin()
         queue.acceptor.insert(first, [message])
         again = threading.Thread(target=queue.acceptor.commit, args=([message],))
@@ -217,28 +217,28 @@ def test_a_commit_in_doubt_whose_transaction_still_runs(postgres_queue: QueueHar
     assert counts(queue) == [2, 2, 2]
 
 
-def test_a_database_that_is_away_answers_nobody_until_it_is_back(
+def test_messages_wait_while_the_database_is_away(
     postgres: Postgres, clean_postgres_url: str
 ) -> None:
     with opened(clean_postgres_url) as queue:
-        front = Front(queue)
+        harness = AcceptHarness(queue)
         postgres.stop()
-        front.writer.start()
+        harness.writer.start()
         patient, hurried = new_message(), new_message()
-        front.put(patient)
-        front.put(hurried, deadline=0.0)
-        until(lambda: front.answers)
-        assert isinstance(front.answers[hurried.id], CommitUnknown)
-        assert front.writer.committer.stuck
-        assert list(front.answers) == [hurried.id]
+        harness.put(patient)
+        harness.put(hurried, deadline=0.0)
+        until(lambda: harness.answers)
+        assert isinstance(harness.answers[hurried.id], CommitUnknown)
+        assert harness.writer.committer.stuck
+        assert list(harness.answers) == [hurried.id]
         postgres.start()
-        until(lambda: patient.id in front.answers)
-        assert front.answers[patient.id] is None
-        until(lambda: not front.writer.committer.stuck)
-        assert front.writer.close(10)
+        until(lambda: patient.id in harness.answers)
+        assert harness.answers[patient.id] is None
+        until(lambda: not harness.writer.committer.stuck)
+        assert harness.writer.close(10)
 
 
-def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(
+def test_a_refusal_of_a_read_only_database_is_certain(
     queue: QueueHarness,
 ) -> None:
     """No try came to a COMMIT, so its body need not stay."""
@@ -253,19 +253,19 @@ def test_what_a_read_only_database_refused_in_time_is_known_not_to_be_there(
         connection.execute(sql.format(mode[0]))
         connection.commit()
 
-    queue.engine.dispose()
-    event.listen(queue.engine, "checkout", prepare)
-    front = Front(queue)
-    front.writer.start()
+    queue.database.dispose()
+    event.listen(queue.database, "checkout", prepare)
+    harness = AcceptHarness(queue)
+    harness.writer.start()
     patient, hurried = new_message(), new_message()
-    front.put(patient)
-    front.put(hurried, deadline=0.0)
-    until(lambda: front.answers)
-    assert list(front.answers) == [hurried.id]
-    assert isinstance(front.answers[hurried.id], DBAPIError)
+    harness.put(patient)
+    harness.put(hurried, deadline=0.0)
+    until(lambda: harness.answers)
+    assert list(harness.answers) == [hurried.id]
+    assert isinstance(harness.answers[hurried.id], DBAPIError)
     mode[0] = "off"
-    until(lambda: patient.id in front.answers)
-    assert front.writer.close(10)
+    until(lambda: patient.id in harness.answers)
+    assert harness.writer.close(10)
     assert [row["id"] for row in queue.rows("SELECT @hex(id) AS id FROM messages")] == [patient.id]
 
 

@@ -28,7 +28,7 @@ from relay.queue.outcome import Outcome
 from relay.report.filters import Filter, spelled
 from relay.report.queries import NoSuchMessage, QueueReader
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness, new_message, opened
+from tests.integration.harness import QueueHarness, new_message, opened
 from tests.integration.typed import Typed, lines, typed_at
 
 
@@ -45,9 +45,9 @@ def statements(queue: QueueHarness) -> Iterator[list[str]]:
     def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
         asked.append(statement)
 
-    event.listen(queue.engine, "before_cursor_execute", note)
+    event.listen(queue.database, "before_cursor_execute", note)
     yield asked
-    event.remove(queue.engine, "before_cursor_execute", note)
+    event.remove(queue.database, "before_cursor_execute", note)
 
 
 def test_long_queue_takes_one_statement_and_little_memory(
@@ -65,20 +65,20 @@ def test_long_queue_takes_one_statement_and_little_memory(
     tracemalloc.start()
     try:
         assert (
-            write_lines(QueueReader(queue.engine).lines(Filter(), objects=True), json_lines=True)
+            write_lines(QueueReader(queue.database).lines(Filter(), objects=True), json_lines=True)
             == 5_000
         )
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    copied = queue.engine.dialect.name == "postgresql"  # COPY passes the driver alone
+    copied = queue.database.dialect.name == "postgresql"  # COPY passes the driver alone
     reads = [one for one in statements if re.search("FROM deliveries|JOIN", one)]
     assert len(reads) == (0 if copied else 1)
     assert peak < 5 << 20, "all the rows are fifteen megabytes"
 
 
 def test_pages_do_not_depend_on_the_plan(queue: QueueHarness) -> None:
-    reader = QueueReader(queue.engine)
+    reader = QueueReader(queue.database)
     queue.acceptor.commit(
         [new_message("a@example.org", "b@example.org") for _ in range(1001)]
     )  # many: another plan
@@ -127,10 +127,10 @@ def test_postgresql_starts_a_page_where_the_last_one_ended(clean_postgres_url: s
     with opened(clean_postgres_url) as queue:
         queue_id = [queue.accept() for _ in range(9)][4]
         queue.change("ANALYZE")
-        listed = QueueReader(queue.engine).listing(
+        listed = QueueReader(queue.database).listing(
             "*", Filter(), limit=50, finished=True, newest=True, after=(queue_id, 1)
         )
-        with reading(queue.engine) as connection:
+        with reading(queue.database) as connection:
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
             plan = connection.execute(text(f"EXPLAIN {listed[0]}"), listed[1]).scalars().all()
     begins = [line for line in plan if "Index Cond" in line and "<=" in line]
@@ -152,10 +152,10 @@ def test_page_that_an_index_finds_uses_no_cursor(queue: QueueHarness) -> None:
         if "ORDER BY" in statement:
             streamed.append(bool(context.execution_options.get("stream_results")))
 
-    event.listen(queue.engine, "before_cursor_execute", note)
+    event.listen(queue.database, "before_cursor_execute", note)
     for given in ({"limit": 50}, {"limit": 50, "down_to": queue_id}, {}):
-        assert len(list(QueueReader(queue.engine).rows(Filter(), **given))) == 1
-    event.remove(queue.engine, "before_cursor_execute", note)
+        assert len(list(QueueReader(queue.database).rows(Filter(), **given))) == 1
+    event.remove(queue.database, "before_cursor_execute", note)
     assert streamed == [False, True, True]
 
 
@@ -164,7 +164,7 @@ def test_page_without_an_index_scans_a_bounded_part(
 ) -> None:
     monkeypatch.setattr("relay.report.queries.SCAN_LIMIT", 3)
     monkeypatch.setattr("relay.report.queries._FEW", 2)
-    reader = QueueReader(queue.engine)
+    reader = QueueReader(queue.database)
     senders = ["one@example.com" if n == 2 else "many@example.com" for n in range(8)]
     ids = sorted(
         queue.accept(sender=sender) for sender in senders
@@ -229,7 +229,7 @@ def test_domain_of_an_address_is_case_insensitive(queue: QueueHarness, typed: Ty
 
 
 def test_address_is_found_by_its_index(queue: QueueHarness) -> None:
-    database = queue.engine.dialect.name
+    database = queue.database.dialect.name
     explain = "EXPLAIN" if database == "postgresql" else "EXPLAIN QUERY PLAN"
     keys = ("address", "address_from", "address_to")
     parameters = dict(zip(keys, spelled("You@Example.org"), strict=True)) | {"most": 1}
@@ -239,7 +239,7 @@ def test_address_is_found_by_its_index(queue: QueueHarness) -> None:
         ("count_to_recipient", "recipients_address"),
     ):
         (statement,) = statements[name]
-        with reading(queue.engine) as connection:
+        with reading(queue.database) as connection:
             plan = " ".join(
                 str(row) for row in connection.execute(text(f"{explain} {statement}"), parameters)
             )
@@ -248,7 +248,7 @@ def test_address_is_found_by_its_index(queue: QueueHarness) -> None:
 
 def test_server_filter_takes_the_spelling_of_pause(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept()
-    queue.record(queue.claim(queue_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
+    queue.complete(queue.claim(queue_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
     for spelt in ("127.0.0.1", "127.0.0.1:628", "127.*"):
         assert [row["queue_id"] for row in lines(typed("list", "--json", "--server", spelt))] == [
             queue_id
@@ -261,7 +261,7 @@ def test_filter_by_message_finds_finished_mail(queue: QueueHarness, typed: Typed
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     assert typed("list", "--all", status=1).stderr == "qmqp-relay: no mail is kept\n"
     queue_id = queue.accept(header_message_id="<1@example.com>")
-    queue.record(queue.claim(queue_id)[0], Outcome.DELIVERED)
+    queue.complete(queue.claim(queue_id)[0], Outcome.DELIVERED)
     for words in ((queue_id,), ("--id", queue_id[-12:]), ("--message-id", "1@example.com")):
         assert [row["state"] for row in lines(typed("list", "--json", *words))] == ["delivered"]
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
@@ -335,10 +335,10 @@ def test_a_queue_fits_the_terminal(
         "somebody.whose.name.is.long@a.sub.domain.example.org", sender=f"{'s' * 30}@example.com"
     )
     reply = "451 4.7.1 somebody-else@example.net is greylisted"
-    queue.record(queue.claim(queue_id)[0], Outcome.DEFERRED, reply=reply)
+    queue.complete(queue.claim(queue_id)[0], Outcome.DEFERRED, reply=reply)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
-    assert write(QueueReader(queue.engine).rows(Filter()), show.COLUMNS) == 1
+    assert write(QueueReader(queue.database).rows(Filter()), show.COLUMNS) == 1
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= width
     assert queue_id[-12:] in shown
@@ -458,8 +458,8 @@ def test_stats_counts_the_rows_that_it_leaves_out(
 def test_stats_reports_accepted_mail(queue: QueueHarness, typed: Typed) -> None:
     for _ in range(3):
         queue.accept()
-    notice = queue.accept(sender="", dsn_of=queue.accept())
-    assert notice
+    dsn = queue.accept(sender="", dsn_of=queue.accept())
+    assert dsn
 
     def received() -> tuple[int, ...]:
         (row,) = [row for row in lines(typed("stats", "--json")) if row["kind"] == "received"]
@@ -480,7 +480,9 @@ def test_open_circuit_is_listed_with_its_reason(
 ) -> None:
     queue.rescuer.publish_open_circuits(queue.worker, {"192.0.2.7:628": "450 too busy"})
     typed("pause", "--server", "192.0.2.8")
-    now = {row["server"]: show.circuit_of(row) for row in QueueReader(queue.engine).read("servers")}
+    now = {
+        row["server"]: show.circuit_of(row) for row in QueueReader(queue.database).read("servers")
+    }
     assert now.pop("192.0.2.8:628").startswith("paused for ")
     assert now == {"192.0.2.7:628": "circuit open: 450 too busy"}
 
@@ -490,7 +492,7 @@ def test_open_circuit_is_listed_with_its_reason(
 )
 def test_lines_equal_rows(queue: QueueHarness, wanted: Filter) -> None:
     """The database makes the text for pipes and programs; Python makes it from the same rows."""
-    reader = QueueReader(queue.engine)
+    reader = QueueReader(queue.database)
     queue.accept('"100%s \\t\\n"@example.org', "b@example.org")
     queue.accept("c@example.org")
     rows = list(reader.rows(wanted))

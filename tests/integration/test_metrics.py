@@ -65,10 +65,10 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
             text(f"UPDATE messages SET received_at = {earlier} WHERE id = :id"),
             {"id": dashed(ids[0])},
         )
-    verbs = QueueOperations(engine, notices=True)
+    operations = QueueOperations(engine, notices=True)
     for subject in ("server:mx:628", "route:gone", "route:default"):
-        verbs.pause(subject, actor="me", reason="")
-    verbs.resume("route:gone", actor="me", reason="")
+        operations.pause(subject, actor="me", reason="")
+    operations.resume("route:gone", actor="me", reason="")
     seen = scrape(QueueMetrics(engine, Spool(tmp_path))).get_sample_value
 
     def by_state(name: str) -> dict[str, float | None]:

@@ -1,5 +1,5 @@
-"""Migrations make what `migrations.tables` describes, on both databases, and any number may migrate
-at once."""
+"""Migrations make what `migrations/tables.py` describes, on both databases, and several processes
+may migrate at the same time."""
 
 import itertools
 import os
@@ -142,7 +142,7 @@ def test_the_program_knows_the_newest_revision() -> None:
     assert ScriptDirectory.from_config(alembic_config("sqlite:///x")).get_heads() == [REVISION]
 
 
-def test_the_database_says_which_revision_it_has(database_url: str) -> None:
+def test_the_database_has_its_revision(database_url: str) -> None:
     engine = connect(database_url)
     check_schema(engine)
     engine.dispose()

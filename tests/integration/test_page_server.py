@@ -1,4 +1,4 @@
-"""The page's server when its visitors do not finish what they have begun."""
+"""The web server of the pages with clients that do not finish their requests."""
 
 import socket
 import threading

@@ -1,9 +1,8 @@
-"""What the statements of the hot road and of an idle sweep walk through, beside a queue in which
-others wait.
+"""How many rows the statements of the hot path and of an idle sweep read, beside a long queue.
 
-The database plans them as it would for a worker. A statement that scans a table, or all of an index
-that grows with what waits, is found here: on PostgreSQL by the rows and pages that it touches, on
-SQLite by the steps of its program.
+The database plans them as it does for a worker. A statement that scans a table, or a whole index
+that grows with the queue, fails: on PostgreSQL by the rows and pages that it reads, on SQLite by
+the steps of its program.
 """
 
 import json
@@ -21,7 +20,7 @@ from relay.dsn.generator import DsnGenerator
 from relay.queue.outcome import Outcome
 from relay.queue.rescue import Rescuer
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness, new_message
+from tests.integration.harness import QueueHarness, new_message
 
 WAITING = 1500  # rows of each kind
 FEW = 40  # rows that a statement about one message may look at in vain
@@ -63,9 +62,9 @@ def server_reply(queue: QueueHarness) -> Iterator[list[tuple[str, Any]]]:
         if not words.startswith("BEGIN"):
             statements.append((words, parameters))
 
-    event.listen(queue.engine, "before_cursor_execute", hear)
+    event.listen(queue.database, "before_cursor_execute", hear)
     yield statements
-    event.remove(queue.engine, "before_cursor_execute", hear)
+    event.remove(queue.database, "before_cursor_execute", hear)
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -75,9 +74,9 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def scans(queue: QueueHarness, statements: list[tuple[str, Any]]) -> list[str]:
-    """What those statements do that grows with the rows that wait."""
+    """The scans in those statements, whose cost grows with the queue."""
     found: list[str] = []
-    with queue.engine.connect() as connection:
+    with queue.database.connect() as connection:
         for words, parameters in statements:
             scans_of = _scans_of_postgresql if queue.dialect.postgresql else _scans_of_sqlite
             found += scans_of(connection, words, parameters)
@@ -113,17 +112,17 @@ def test_the_road_of_a_message_walks_through_nothing(crowded: QueueHarness) -> N
     with server_reply(crowded) as statements:
         queue_id = crowded.accept("idle:b@example.org")
         (claim,) = crowded.claim(queue_id, room=IDLE)
-        crowded.record(claim, Outcome.DEFERRED)
+        crowded.complete(claim, Outcome.DEFERRED)
         crowded.pass_time(60, only=[queue_id])
-        assert crowded.rescuer.requeue_due(10) == [queue_id]
+        assert crowded.rescuer.requeue_due(10) == {"idle": [queue_id]}
         (claim,) = crowded.claim(queue_id, room=IDLE)
-        crowded.record(claim, Outcome.DELIVERED)
+        crowded.complete(claim, Outcome.DELIVERED)
         crowded.renew()
     assert len(statements) > 5
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_a_look_at_a_route_without_mail_walks_through_nothing(crowded: QueueHarness) -> None:
+def test_a_poll_of_a_route_without_mail_scans_nothing(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         for _ in range(2):
             assert crowded.claim(room=IDLE) == []
@@ -139,19 +138,19 @@ def test_a_poll_of_a_route_with_much_mail_reads_only_what_it_may_claim(
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_an_idle_sweep_walks_through_nothing(crowded: QueueHarness, tmp_path: Path) -> None:
+def test_an_idle_sweep_scans_nothing(crowded: QueueHarness, tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    spool.prepare(crowded.engine, unsafe=True)
+    spool.prepare(crowded.database, unsafe=True)
     settings = crowded.settings.model_copy(update={"delay_warning": 4 * 3600.0})
     rescuer, generator = (
-        Rescuer(crowded.engine, settings),
-        DsnGenerator(crowded.engine, spool, settings, lambda _: "idle"),
+        Rescuer(crowded.database, settings),
+        DsnGenerator(crowded.database, spool, settings, lambda _: "idle"),
     )
     assert len(crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)) == 1
     with server_reply(crowded) as statements:
         rescuer.paused()
         assert rescuer.bring_near(10, 3600.0, ["dead", "idle"]) == 0
-        assert rescuer.requeue_due(10) == []
+        assert rescuer.requeue_due(10) == {}
         assert rescuer.expire_stuck_transfers() == rescuer.rescue_unowned() == 0
         assert rescuer.expired_leases() == []
         assert generator.generate(10) == generator.warn(10) == []
@@ -165,11 +164,11 @@ def test_an_idle_sweep_walks_through_nothing(crowded: QueueHarness, tmp_path: Pa
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
-def test_what_looks_at_all_that_waits_leaves_the_history_alone(crowded: QueueHarness) -> None:
+def test_statements_on_waiting_mail_do_not_read_the_history(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         assert crowded.rescuer.unknown_routes(["idle"]) == ["dead"]
-        list(metrics.QueueMetrics(crowded.engine, cast(Any, None)).collect())
-    with crowded.engine.connect() as connection:
+        list(metrics.QueueMetrics(crowded.database, cast(Any, None)).collect())
+    with crowded.database.connect() as connection:
         for words, parameters in statements:
             explain = "EXPLAIN" if crowded.dialect.postgresql else "EXPLAIN QUERY PLAN"
             plan = str(connection.exec_driver_sql(f"{explain} {words}", parameters).all())

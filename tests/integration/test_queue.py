@@ -12,12 +12,12 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.report.queries import NoSuchMessage, QueueReader
-from tests.integration.queue_harness import QueueHarness, new_message
+from tests.integration.harness import QueueHarness, new_message
 
 
 @pytest.fixture
 def reader(queue: QueueHarness) -> QueueReader:
-    return QueueReader(queue.engine)
+    return QueueReader(queue.database)
 
 
 def found(reader: QueueReader, **wanted: object) -> list[str]:
@@ -33,7 +33,7 @@ def test_every_filter_selects_its_rows(queue: QueueHarness, reader: QueueReader)
     queue.accept("bulk:bob_1@example.net", sender="", queue_id=two)
     queue.accept("bobX1@EXAMPLE.net", sender="it's 100%@example.com", queue_id=three)
     (claim,) = queue.claim(one)
-    queue.record(claim, Outcome.DEFERRED, reply="451 4.2.0 mailbox_full (#1)", server="a:628")
+    queue.complete(claim, Outcome.DEFERRED, reply="451 4.2.0 mailbox_full (#1)", server="a:628")
     assert found(reader) == [one, two, three], "oldest first"
     assert found(reader, states=("deferred",)) == [one]
     assert found(reader, states=("deferred", "queued")) == [one, two, three]
@@ -69,7 +69,7 @@ def test_older_than_filters_by_age(queue: QueueHarness, reader: QueueReader) -> 
 
 def test_finished_rows_are_history(queue: QueueHarness, reader: QueueReader) -> None:
     queue_id = queue.accept()
-    queue.record(queue.claim(queue_id)[0], Outcome.DELIVERED)
+    queue.complete(queue.claim(queue_id)[0], Outcome.DELIVERED)
     assert found(reader) == []
     assert found(reader, states=("delivered",)) == [queue_id]
     (row,) = reader.rows(Filter(), finished=True)
@@ -81,7 +81,7 @@ def test_row_has_the_columns_of_the_view(queue: QueueHarness, reader: QueueReade
     queue_id = queue.accept(
         "x@example.org", sender="s@example.com", dsn_of=queue.accept("other@example.org")
     )
-    queue.record(queue.claim(queue_id)[0], Outcome.DEFERRED)
+    queue.complete(queue.claim(queue_id)[0], Outcome.DEFERRED)
     (row,) = reader.rows(Filter(id=queue_id))
     assert (row["queue_id"], row["queue_uuid"]) == (queue_id, dashed(queue_id))
     assert (row["sender"], row["recipient"], row["size"], row["attempts"]) == (
@@ -119,8 +119,8 @@ def test_long_queue_is_streamed(queue: QueueHarness, reader: QueueReader) -> Non
 
 def test_id_is_found_by_any_unique_end(queue: QueueHarness, reader: QueueReader) -> None:
     queue_id = queue.accept()
-    twin = queue_id[:10] + "0000" + queue_id[14:]
-    queue.acceptor.commit([new_message(queue_id=twin)])
+    similar = queue_id[:10] + "0000" + queue_id[14:]
+    queue.acceptor.commit([new_message(queue_id=similar)])
     for text in (
         queue_id,
         queue_id.upper(),
@@ -132,7 +132,7 @@ def test_id_is_found_by_any_unique_end(queue: QueueHarness, reader: QueueReader)
     with pytest.raises(NoSuchMessage, match="more than one") as caught:
         reader.resolve(queue_id[-4:])
     assert queue_id in str(caught.value)
-    assert twin in str(caught.value)
+    assert similar in str(caught.value)
     for text, words in (
         ("f" * 32, "no message"),
         ("ffff", "no message"),
@@ -147,10 +147,10 @@ def test_message_has_recipients_deliveries_and_attempts(
     queue: QueueHarness, reader: QueueReader
 ) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org", "z@example.org")
-    queue.record(queue.claim(queue_id)[0], Outcome.DEFERRED)
+    queue.complete(queue.claim(queue_id)[0], Outcome.DEFERRED)
     queue.pass_time(60)
     queue.rescuer.requeue_due(10)
-    queue.record(queue.claim(queue_id)[0], Outcome.REJECTED)
+    queue.complete(queue.claim(queue_id)[0], Outcome.REJECTED)
     message = reader.message(queue_id)
     assert message is not None
     assert [row.address for row in message.recipients] == [
@@ -172,7 +172,7 @@ def test_summary_and_servers_count_the_queue(queue: QueueHarness, reader: QueueR
     assert (reader.read("summary"), reader.read("servers")) == ([], [])
     queue.accept("x@example.org", "bulk:y@example.org")
     (late,) = queue.claim(queue.accept())
-    queue.record(late, Outcome.UNCERTAIN)
+    queue.complete(late, Outcome.UNCERTAIN)
     queue.pass_time(60, only=[late.queue_id])
     summary = {(row["state"], row["route"]): row for row in reader.read("summary")}
     assert {key: (row["deliveries"], row["bytes"], row["overdue"]) for key, row in summary.items()} == {

@@ -1,7 +1,6 @@
-"""The cases of the queue by their numbers (D1 to D14, and those of B that need a queue), on both
-databases.
+"""The numbered cases of the queue (D, and those of B that need a queue), on both databases.
 
-Many of them have whole modules of their own; here each is told once, as short as it can be.
+Many of them have modules of their own too; here each has one short test.
 """
 
 import threading
@@ -29,8 +28,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED, State, successors
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.engine_harness import EngineHarness
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import EngineHarness, QueueHarness
 from tests.waiting import until
 from worker.sweeper import BATCH
 
@@ -38,7 +36,7 @@ type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
-def room(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+def harness_with(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
     opened: list[EngineHarness] = []
 
     def open_(*sinks: Sink | int, **settings: object) -> EngineHarness:
@@ -51,7 +49,7 @@ def room(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
         one.close()
 
 
-def vanish(queue: QueueHarness, worker: str) -> None:
+def lose_worker(queue: QueueHarness, worker: str) -> None:
     """A worker's lease runs out, and a sweeper has seen it for long enough."""
     queue.pass_time(queue.settings.lease + 1)
     queue.expire_worker(worker)
@@ -67,11 +65,11 @@ def wake(queue: QueueHarness, seconds: float = 100.0) -> None:
 # ------------------------------------------------------
 
 
-def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> None:
+def test_B24_the_first_server_is_down_and_the_second_delivers(harness_with: Open) -> None:
     with running_sink() as gone:
         dead = gone.port
     with running_sink() as sink:
-        mail = room(dead, sink)
+        mail = harness_with(dead, sink)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -82,11 +80,11 @@ def test_B24_the_first_server_is_down_and_the_second_delivers(room: Open) -> Non
     ]
 
 
-def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> None:
+def test_B11_hostile_replies_are_escaped_everywhere(harness_with: Open) -> None:
     with running_sink(
         Rule(Answer(b"D", b"no\r\nFrom: forged@x\r\n\r\n\0\x1b[31m\xff\xc3\xa9"))
     ) as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -94,10 +92,10 @@ def test_B11_hostile_words_are_escaped_wherever_they_are_shown(room: Open) -> No
     reply = mail.delivery(queue_id)["last_reply"]
     assert reply == r"no\x0d\nFrom: forged@x\x0d\n\x0d\n\x00\x1b[31m\xff\xc3\xa9"
     assert mail.rows("SELECT reply FROM attempts") == [{"reply": reply}]
-    (notice,) = DsnGenerator(
+    (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
-    lines = mail.spool.path(notice).read_bytes().split(b"\n")
+    lines = mail.spool.path(dsn).read_bytes().split(b"\n")
     assert not any(line.startswith(b"From: forged") for line in lines)
     assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
 
@@ -112,11 +110,11 @@ def became(mail: EngineHarness, queue_id: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "recipient", ["<b@example.org", "b" * 1000, "b\n@example.org", "b\u20ac@example.org"]
 )
-def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it(
-    room: Open, recipient: str
+def test_B29_an_address_that_a_server_would_misread_bounces_alone(
+    harness_with: Open, recipient: str
 ) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept("good@example.org", recipient, "fine@example.org")
         wanted = {
             "good@example.org": "delivered",
@@ -132,18 +130,18 @@ def test_B29_what_a_server_would_misread_bounces_and_the_other_recipients_get_it
     (row,) = mail.rows(bounced)
     assert row["last_outcome"] == "unsendable"
     assert row["last_reply"].startswith("no request can be made of it (#5.1.3): ")
-    (notice,) = DsnGenerator(
+    (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
-    wire = mail.spool.path(notice).read_text()
+    wire = mail.spool.path(dsn).read_text()
     assert wire.count("Final-Recipient") == wire.count("\nStatus: 5.1.3\n") == 1
     assert "It was not sent: no mail server can be given this address." in " ".join(wire.split())
     assert "Diagnostic-Code" not in wire
 
 
-def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> None:
+def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(harness_with: Open) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept("<b@example.org", "<c@example.org")
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -160,12 +158,12 @@ def test_a_message_of_which_nothing_can_be_sent_bounces_at_once(room: Open) -> N
     )
 
 
-def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
-    room: Open, capsys: pytest.CaptureFixture[str]
+def test_a_sender_that_cannot_be_sent_bounces_without_a_dsn(
+    harness_with: Open, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A notice to it could not be sent either. The log says so, and the row."""
+    """A DSN to it could not be sent either. The log says so, and the row."""
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept("b@example.org", "<c@example.org", sender="<a@example.com")
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -180,9 +178,9 @@ def test_a_sender_that_cannot_be_sent_bounces_and_is_told_by_no_notice(
     assert capsys.readouterr().out.count("dsn withheld") == 1
 
 
-def test_a_message_whose_recipients_are_missing_is_held_for_a_person(room: Open) -> None:
+def test_a_message_whose_recipients_are_missing_is_held_for_a_person(harness_with: Open) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         mail.change("DELETE FROM recipients")
         with mail.working() as engine:
@@ -193,12 +191,12 @@ def test_a_message_whose_recipients_are_missing_is_held_for_a_person(room: Open)
 
 @pytest.mark.parametrize("body", [b"", b"Subject", b"Subject: test\n\nhello\nmore"])
 def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(
-    room: Open, body: bytes
+    harness_with: Open, body: bytes
 ) -> None:
     """Its size is what we know of it; a file system that changes bytes must be asked by its own
     checksums."""
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         mail.spool.path(queue_id).write_bytes(body)
         with mail.working() as engine:
@@ -211,7 +209,7 @@ def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(
 
 def test_B39_a_worker_killed_between_the_last_byte_and_the_record(queue: QueueHarness) -> None:
     (claim,) = queue.claim(queue.accept())
-    vanish(queue, queue.worker)
+    lose_worker(queue, queue.worker)
     row = queue.delivery(claim.queue_id)
     assert (row["state"], row["last_outcome"], row["crash_count"]) == ("deferred", "uncertain", 1)
     assert (
@@ -225,11 +223,11 @@ def test_B39_a_worker_killed_between_the_last_byte_and_the_record(queue: QueueHa
     assert again.crash_count == 1
 
 
-def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
-    """As qmail-qmqpd does about whatever it does not like: only age ends it, and the notice says
+def test_B41_a_server_that_never_replies(harness_with: Open) -> None:
+    """As qmail-qmqpd does about whatever it does not like: only age ends it, and the DSN says
     how it was."""
     with running_sink(Rule(Answer(raw=b""))) as sink:
-        mail = room(sink, uncertain_delay=100.0)
+        mail = harness_with(sink, uncertain_delay=100.0)
         queue_id = mail.accept()
         with mail.working() as engine:
             engine.offer([queue_id])
@@ -240,11 +238,11 @@ def test_B41_a_server_that_never_says_a_word(room: Open) -> None:
             engine.offer([queue_id])
             until(lambda: mail.state(queue_id) == "expired")
     assert {outcome for _, outcome in mail.attempts(queue_id)} == {"uncertain"}
-    (notice,) = DsnGenerator(
+    (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
     assert "connection closed by the server after the commit point" in " ".join(
-        mail.spool.path(notice).read_text().split()
+        mail.spool.path(dsn).read_text().split()
     )
 
 
@@ -259,16 +257,16 @@ def test_B43_D10_no_clock_of_a_worker_matters(
             (claim,) = queue.claim(queue_id)
             assert queue.renew()
             assert queue.rescuer.expired_leases() == []
-            assert queue.record(claim, Outcome.DEFERRED, delay=30.0).state is State.DEFERRED
+            assert queue.complete(claim, Outcome.DEFERRED, delay=30.0).state is State.DEFERRED
         row = queue.delivery(queue_id)
         assert row["due_in"] == pytest.approx(30, abs=20)
         assert row["expires_in"] == pytest.approx(1000, abs=300)
         wake(queue)
 
 
-def test_B44_busy_for_ever(room: Open) -> None:
+def test_B44_busy_for_ever(harness_with: Open) -> None:
     with running_sink(Rule(Answer(b"Z", b"busy for ever"))) as sink:
-        mail = room(sink, retry_min=100.0, retry_max=1000.0)
+        mail = harness_with(sink, retry_min=100.0, retry_max=1000.0)
         queue_id = mail.accept()
         waits = []
 
@@ -292,10 +290,10 @@ def test_B44_busy_for_ever(room: Open) -> None:
         assert most / 2 - 30 <= wait <= most, "it doubles, with jitter, to the cap"
     row = mail.delivery(queue_id)
     assert (row["state"], row["last_reply"]) == ("expired", "busy for ever")
-    (notice,) = DsnGenerator(
+    (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
-    assert "busy for ever" in mail.spool.path(notice).read_text()
+    assert "busy for ever" in mail.spool.path(dsn).read_text()
 
 
 # --- D: queue, worker, SQL
@@ -322,9 +320,9 @@ def test_D1_one_task_delivered_twice_at_once(queue: QueueHarness) -> None:
     assert {claim.claim for claim in both} == {1}
 
 
-def test_D2_a_task_for_what_is_unknown_or_finished(room: Open) -> None:
+def test_D2_a_hint_for_an_unknown_or_finished_delivery(harness_with: Open) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         done = mail.accept()
         with mail.working() as engine:
             engine.offer([done])
@@ -341,7 +339,7 @@ def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(queue: QueueH
         queue.pass_time(1200)
         assert queue.renew()
         assert queue.claim(queue_id, worker=queue.register_worker()) == []
-    assert queue.record(claim, Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(claim, Outcome.DELIVERED).state is State.DELIVERED
 
 
 def test_D3_no_task_waits_for_its_session() -> None:
@@ -353,10 +351,10 @@ def test_D3_no_task_waits_for_its_session() -> None:
 
 
 @pytest.mark.parametrize("ending", ["vanished", "stopped"])
-def test_D4_what_a_worker_held_that_is_gone(queue: QueueHarness, ending: str) -> None:
+def test_D4_deliveries_of_a_lost_worker(queue: QueueHarness, ending: str) -> None:
     (claim,) = queue.claim(queue.accept())
     if ending == "vanished":
-        vanish(queue, queue.worker)
+        lose_worker(queue, queue.worker)
     else:
         queue.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
         assert queue.rescuer.rescue_unowned() == 1
@@ -367,24 +365,24 @@ def test_D4_what_a_worker_held_that_is_gone(queue: QueueHarness, ending: str) ->
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
-def test_D5_who_lost_its_lease_reports_late(queue: QueueHarness, outcome: Outcome) -> None:
+def test_D5_a_worker_without_its_lease_reports_late(queue: QueueHarness, outcome: Outcome) -> None:
     (old,) = queue.claim(queue.accept())
     stale = queue.worker
-    vanish(queue, stale)
+    lose_worker(queue, stale)
     wake(queue)
     fresh = queue.register_worker()
     (new,) = queue.claim(old.queue_id, worker=fresh)
-    recorded = queue.record(old, outcome, worker=stale)
-    assert (old.claim, 1, outcome) in queue.attempts(old.queue_id), "what happened is kept"
+    recorded = queue.complete(old, outcome, worker=stale)
+    assert (old.claim, 1, outcome) in queue.numbered_attempts(old.queue_id), "what happened is kept"
     if outcome is Outcome.DELIVERED:
         assert recorded.state is State.DELIVERED
-        assert queue.record(new, Outcome.DEFERRED, worker=fresh).state is State.DELIVERED
+        assert queue.complete(new, Outcome.DEFERRED, worker=fresh).state is State.DELIVERED
         wake(queue)
         assert queue.claim(old.queue_id, worker=fresh) == [], "never again after a K"
     else:
         assert recorded.state is None
         assert queue.state(old.queue_id) == "sending"
-        assert queue.record(new, Outcome.DELIVERED, worker=fresh).state is State.DELIVERED
+        assert queue.complete(new, Outcome.DELIVERED, worker=fresh).state is State.DELIVERED
 
 
 def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None:
@@ -392,7 +390,7 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None
     held, go_on = threading.Event(), threading.Event()
 
     def lock() -> None:
-        with writing(queue.engine) as connection:
+        with writing(queue.database) as connection:
             connection.execute(
                 text(
                     queue.dialect(
@@ -406,14 +404,14 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None
     with ThreadPoolExecutor(2) as pool:
         locking = pool.submit(lock)
         assert held.wait(10)
-        recording = pool.submit(queue.record, claim, Outcome.DELIVERED)
+        recording = pool.submit(queue.complete, claim, Outcome.DELIVERED)
         assert not recording.done()
         go_on.set()
         assert recording.result(20).state is State.DELIVERED
         locking.result(20)
 
 
-def test_D6_a_k_is_told_until_the_database_has_taken_it(queue: QueueHarness) -> None:
+def test_D6_a_k_is_committed_again_until_it_is_recorded(queue: QueueHarness) -> None:
     (claim,) = queue.claim(queue.accept())
     faults = iter(
         [OperationalError("", {}, Exception("deadlock detected"), connection_invalidated=True)] * 2
@@ -433,7 +431,7 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(queue: QueueHarness) -> 
 
     writer: CommitThread[Command, CommandResult] = CommitThread("test", commit, post=post)
     writer.start()
-    writer.put(queue.note(claim, Outcome.DELIVERED), answers.append)
+    writer.put(queue.completion(claim, Outcome.DELIVERED), answers.append)
     assert answered.wait(20)
     assert writer.close(10)
     assert answers[0].state is State.DELIVERED
@@ -441,9 +439,9 @@ def test_D6_a_k_is_told_until_the_database_has_taken_it(queue: QueueHarness) -> 
 
 
 @pytest.mark.parametrize("sender", ["", "#@[]"])
-def test_D7_nothing_is_said_about_mail_of_nobody(queue: QueueHarness, sender: str) -> None:
+def test_D7_mail_from_the_null_sender_makes_no_dsn(queue: QueueHarness, sender: str) -> None:
     (claim,) = queue.claim(queue.accept(sender=sender))
-    assert queue.record(claim, Outcome.REJECTED).state is State.BOUNCED
+    assert queue.complete(claim, Outcome.REJECTED).state is State.BOUNCED
     row = queue.delivery(claim.queue_id)
     assert row["due_at"] is None
     assert row["last_reply"] == "its words", "a dead letter that `list --state bounced` shows"
@@ -452,9 +450,9 @@ def test_D7_nothing_is_said_about_mail_of_nobody(queue: QueueHarness, sender: st
 @pytest.mark.parametrize(("words", "states"), [
     (b"go away (#5.7.1)", {"bounced"}), (b"no such mailbox (#5.1.1)", {"split", "bounced"}),
 ])  # fmt: skip
-def test_D8_a_d_for_many(room: Open, words: bytes, states: set[str]) -> None:
+def test_D8_a_d_for_many(harness_with: Open, words: bytes, states: set[str]) -> None:
     with running_sink(Rule(Answer(b"D", words))) as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         mail.accept("x@example.org", "y@example.org", "z@example.org")
         with mail.working():
             until(lambda: mail.states() == states)
@@ -466,18 +464,18 @@ def test_D8_a_d_for_many(room: Open, words: bytes, states: set[str]) -> None:
         )
 
 
-def test_D8_a_route_that_is_not_to_be_cut(room: Open, tmp_path: Path) -> None:
+def test_D8_a_route_that_is_not_split(harness_with: Open, tmp_path: Path) -> None:
     file = tmp_path / "routes.toml"
     file.write_text('[default]\nbisect = "off"\n')
     with running_sink(Rule(Answer(b"D", b"no such mailbox (#5.1.1)"), b"bad@")) as sink:
-        mail = room(sink, routes=file)
+        mail = harness_with(sink, routes=file)
         mail.accept("x@example.org", "bad@example.org")
         with mail.working():
             until(lambda: mail.states() == {"bounced"})
         assert sink.count == 1
 
 
-def test_D9_the_guard_of_the_tests_refuses_what_the_table_does_not_name(
+def test_D9_the_guard_of_the_tests_refuses_unknown_transitions(
     queue: QueueHarness,
 ) -> None:
     changes = [(before, after) for before in State for after in State if after is not State.SENDING]
@@ -492,14 +490,14 @@ def test_D9_the_guard_of_the_tests_refuses_what_the_table_does_not_name(
         parameters = {"state": after, "id": dashed(queue_id)}
         named = after is before or after in successors(before)
         refused = nullcontext() if named else pytest.raises(DBAPIError, match="TRANSITIONS")
-        with refused, writing(queue.engine) as connection:
+        with refused, writing(queue.database) as connection:
             connection.execute(text(queue.dialect(change)), parameters)
         assert queue.state(queue_id) == (after if named else before)
 
 
-def test_D9_verbs_make_only_what_the_table_of_transitions_allows(queue: QueueHarness) -> None:
-    verbs = QueueOperations(queue.engine, notices=True)
-    for verb in OPERATIONS.values():
+def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -> None:
+    operations = QueueOperations(queue.database, notices=True)
+    for operation in OPERATIONS.values():
         for state in State:
             queue_id = queue.accept()
             worker = "(SELECT min(CAST(id AS text)) FROM workers)"
@@ -509,12 +507,12 @@ def test_D9_verbs_make_only_what_the_table_of_transitions_allows(queue: QueueHar
                 WHERE queue_id = @id(:id)""",
                 state=state, id=queue_id,
             )  # fmt: skip
-            touched, _ = verbs.apply(verb, Filter(id=queue_id), actor="me", reason="test")
+            touched, _ = operations.apply(operation, Filter(id=queue_id), actor="me", reason="test")
             after = State(queue.state(queue_id))
             if state is State.SENDING:
                 assert after is State.SENDING, "only told what is wanted"
                 assert queue.delivery(queue_id)["pending_operation"] == (
-                    verb.wanted if touched else None
+                    operation.wanted if touched else None
                 )
             elif touched:
                 assert after in successors(state) | {state}
@@ -524,10 +522,10 @@ def test_D9_verbs_make_only_what_the_table_of_transitions_allows(queue: QueueHar
 
 
 def test_D12_a_body_that_cannot_be_removed_is_not_sent_again(
-    room: Open, monkeypatch: pytest.MonkeyPatch
+    harness_with: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_sink() as sink:
-        mail = room(sink)
+        mail = harness_with(sink)
         queue_id = mail.accept()
         monkeypatch.setattr(mail.spool, "remove", lambda queue_id: False)
         with mail.working() as engine:
@@ -562,15 +560,15 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
         SELECT {key[one]}, 1, 'default', 'sending', @id(:dead), 1, @later(9000), @later(100000) FROM {numbers[one]}""",
         dead=dead,
     )
-    vanish(queue, queue.worker)
+    lose_worker(queue, queue.worker)
     counts = queue.rows(
         "SELECT state, last_outcome, count(*) AS n FROM deliveries GROUP BY state, last_outcome"
     )
     found = {(row["state"], row["last_outcome"]): row["n"] for row in counts}
     assert found[("deferred", "uncertain")] == copies
-    assert queue.rescuer.requeue_due(BATCH) == [], "not before UNCERTAIN_DELAY"
+    assert queue.rescuer.requeue_due(BATCH) == {}, "not before UNCERTAIN_DELAY"
     queue.pass_time(100)
-    assert len(queue.rescuer.requeue_due(BATCH)) == BATCH, "a batch at a time"
+    assert len(queue.rescuer.requeue_due(BATCH)["default"]) == BATCH, "a batch at a time"
     assert len(queue.claim(room={"default": 50}, worker=queue.register_worker())) <= 50
 
 
@@ -582,6 +580,6 @@ def test_D14_tries_are_counted_before_they_begin(queue: QueueHarness) -> None:
         assert queue.delivery(queue_id)["claim_count"] == claim.claim == n, (
             "in the database before a byte is sent"
         )
-        vanish(queue, worker)
+        lose_worker(queue, worker)
         assert queue.state(queue_id) == ("held" if n == queue.settings.poison_limit else "deferred")
         wake(queue)

@@ -1,5 +1,5 @@
-"""The role that may only read: when it is made, its privileges, and a database where it cannot be
-made."""
+"""The database role that may only read: when it is made, its privileges, and a database that does
+not allow it."""
 
 import re
 from collections.abc import Iterator

@@ -1,5 +1,4 @@
-"""The servers of the tests themselves: what a fault test does to them must really happen, and leave
-nothing behind."""
+"""The servers of the tests: their faults really happen, and they leave nothing behind."""
 
 import os
 import signal

@@ -159,7 +159,7 @@ def test_B17_an_early_reply():
         assert talk(sink, wire_of()[:5]) == b"3:Dno,"
 
 
-def test_B20_B22_a_server_that_stays_and_says_nothing():
+def test_B20_B22_a_silent_server():
     with running_sink(Rule(Answer(raw=b"", end="stay"))) as sink, socket.socket() as peer:
         peer.connect(("127.0.0.1", sink.port))
         peer.settimeout(0.2)

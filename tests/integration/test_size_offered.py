@@ -1,5 +1,5 @@
-"""The size limit that the front end offers follows the routes, also while it runs, and a real
-Postfix takes it."""
+"""The size limit that smtpd offers follows the routes, also while it runs, and a real Postfix obeys
+it."""
 
 import asyncio
 import os
@@ -18,7 +18,6 @@ from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
 from smtpd.main import offered_size
 from smtpd.server import SmtpServer
-from smtpd.session import Greeting
 from tests.integration.test_client_against_postfix import HEADER, Deliver, deliver
 from tests.postfix import Postfix
 from tests.services import ServiceError
@@ -32,7 +31,7 @@ async def never(_: object) -> None:
 
 
 async def say(port: int, *lines: str) -> list[str]:
-    """What the server answers to each line, after the banner."""
+    """The replies of the server to each line, after the banner."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     replies = []
     for line in ("", *lines):
@@ -63,7 +62,7 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         receiver = SimpleNamespace(spooler=SpoolerClient(never, lambda _ids, _route: None))
         server = SmtpServer(
             asyncio.get_running_loop(), settings, cast(Any, receiver), policy,
-            Greeting(settings.hostname, 1), lambda: offered_size(settings.max_message_size, routes),
+            lambda: offered_size(settings.max_message_size, routes),
         )  # fmt: skip
         [(_, port)] = await server.listen([("127.0.0.1", 0)])
         hello, big, fits = await say(

@@ -27,23 +27,23 @@ from email.message import EmailMessage
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import uvloop
 from sqlalchemy import create_engine, text
 
 from reception.policy import Policy
-from reception.receiver import BLOCK, MAX_BUFFERED, BodyDescriptors, DiskThreads, Receiver
+from reception.receiver import BLOCK, MAX_BUFFERED, DiskThreads, Receiver
 from reception.space import MIN_FREE
 from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
 from relay.db.engine import connect, reading, writing
 from relay.queue.accept import NewMessage
-from relay.settings import SmtpdSettings, load
+from relay.settings import SettingsError, SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
-from smtpd.server import LATE_TICK, ListenError, SmtpConnection, SmtpServer
-from smtpd.session import ENDLESS, Greeting
+from smtpd.server import LATE_TICK, SmtpConnection, SmtpServer
+from smtpd.session import ENDLESS
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
 from tests.waiting import stands_still, until
@@ -91,25 +91,27 @@ class ServerHarness:
         self.spooler = SpoolerClient(self._keep, lambda ids, _route: self.hints.extend(ids))
         await self.spooler.start()
         self.receiver = Receiver(
-            self.loop,
             self.spool,
             self.spooler,
             lambda _address: "default",
             self.settings,
             DiskThreads(4),
-            BodyDescriptors(self.bodies_at_once),
+            asyncio.Semaphore(self.bodies_at_once),
         )
-        greeting = Greeting("relay.example", self.settings.max_message_size)
         self.server = SmtpServer(
-            self.loop, self.settings, self.receiver, Policy(self.settings), greeting
+            self.loop,
+            self.settings,
+            self.receiver,
+            Policy(self.settings),
+            lambda: self.settings.max_message_size,
         )
         [(self.host, self.port)] = await self.server.listen([("127.0.0.1", 0)])
         self._ready.set()
         await self._stop.wait()
         await self.server.stop(self.drain)
         self.database.gate.set()
-        await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
         await self.spooler.close(10.0)
+        await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
         await self.server.stop(0.0)
 
     async def _keep(self, channel: socket.socket) -> None:
@@ -580,12 +582,17 @@ def test_C22_disk_faults_are_temporary_and_leave_no_body(
     call: str,
     size: int,
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object) -> NoReturn:
         raise OSError(number, "of the disk /secret/path")
 
     running = run()
+    real = os.open
+
+    def create(path: str, flags: int, *arguments: Any, **more: Any) -> int:
+        return fail() if flags & os.O_EXCL else real(path, flags, *arguments, **more)
+
     if call == "create":
-        monkeypatch.setattr(Spool, "_create", fail)
+        monkeypatch.setattr("relay.spool.store.os.open", create)
     else:
         monkeypatch.setattr(f"relay.spool.store.os.{call}", fail)
     with talking(running) as client:
@@ -690,11 +697,13 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
         first.begin()
         first.send(content)
         until(running.bodies)
+        others = {one for one in tuple(running.server.connections) if one.reception}
         gone.begin()
+        [connection] = {one for one in tuple(running.server.connections) if one.reception} - others
         gone.send(content[: 3 * BLOCK])
-        until(lambda: running.receiver.descriptors.waiting)
+        until(partial(has_read, connection, gone))
         gone.close()
-        until(lambda: not running.receiver.descriptors.waiting)
+        until(lambda: connection not in running.server.connections)
         second.begin()
         sender = threading.Thread(target=second.send, args=(content + b".\r\n",))
         sender.start()
@@ -710,7 +719,7 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
         3_996_000,
         3_996_000,
     ]
-    until(lambda: running.receiver.descriptors.free == 1)
+    until(lambda: running.receiver.descriptors.locked() is False)
 
 
 def test_C26_a_silent_client_gets_421(run: Callable[..., ServerHarness]) -> None:
@@ -805,7 +814,7 @@ def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., ServerHa
         client.send(b"bare\n" + b"x" * ENDLESS)
         with suppress(ConnectionError):
             client.send(b"x" * ENDLESS)
-        client.expect(b"421 4.6.11")
+        client.expect(b"550 5.6.11")
         assert client.closed()
 
 
@@ -841,7 +850,9 @@ def test_C26_a_transaction_has_a_time_limit(run: Callable[..., ServerHarness]) -
         for _ in range(3):  # each transaction has its own time
             idle.say(b"MAIL FROM:<a@b.example>", b"250")
             [connection] = running.server.connections
-            assert connection.transaction_started > time.monotonic() - 0.4
+            envelope = connection.session.envelope
+            assert envelope is not None
+            assert envelope.started > time.monotonic() - 0.4
             idle.say(b"RSET", b"250")
     until(lambda: not running.bodies())
 
@@ -972,7 +983,7 @@ def test_unread_replies_exceed_the_buffer_by_at_most_one_turn(
         client.socket.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.send(b"EHLO client.example\r\n" * 5_000_000)
-        until(lambda: connection.writing_paused and connection.reading_paused)
+        until(lambda: connection.session.halted and connection.reading_paused)
         assert connection.transport.get_write_buffer_size() < (64 + 16) * 1024
         assert len(connection.session.input) < 1024 * 1024
         server_reply = 0
@@ -1045,7 +1056,7 @@ def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., Serve
     listening = asyncio.run_coroutine_threadsafe(
         running.server.listen([(running.host, running.port)]), running.loop
     )
-    with pytest.raises(ListenError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
+    with pytest.raises(SettingsError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
         listening.result(10)
 
 

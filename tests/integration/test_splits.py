@@ -1,8 +1,8 @@
-"""Bisection, on both databases: the bad recipient is found by halves, and everybody else gets the
+"""Splits on both databases: bisection finds the bad recipient, and every other recipient gets the
 mail once.
 
-`Server` answers a whole request as a QMQP server does: D if any recipient is bad, K for the rest.
-What the queue makes of it is real, fenced and recorded as a worker would do it.
+`RefusingServer` answers a whole request as a QMQP server does: D if any recipient is bad, K
+otherwise. The queue's part is real, and fenced and recorded as a worker does it.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.split import LARGEST, Splitter
 from relay.queue.states import State
 from relay.report.filters import Filter
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import QueueHarness
 
 PLENTY = {"default": 1000}
 
@@ -32,7 +32,7 @@ def addresses(count: int) -> list[str]:
     return [f"{n}@example.org" for n in range(count)]
 
 
-class Server:
+class RefusingServer:
     """Refuses whatever has a bad recipient, in the words that `words` gives for it."""
 
     def __init__(
@@ -54,24 +54,24 @@ class Server:
 
 
 def deliver(
-    queue: QueueHarness, queue_id: str, server: Server, *, one_by_one: bool = False
+    queue: QueueHarness, queue_id: str, server: RefusingServer, *, one_by_one: bool = False
 ) -> None:
     """Send until nothing is left to be sent."""
     room = {"default": 1} if one_by_one else PLENTY
     while claims := queue.claim(queue_id, room=room):
         for claim in claims:
             if refuse(queue, claim, server) is None:
-                assert queue.record(claim, Outcome.DELIVERED).state is State.DELIVERED
+                assert queue.complete(claim, Outcome.DELIVERED).state is State.DELIVERED
 
 
-def refuse(queue: QueueHarness, claim: Claim, server: Server) -> str | None:
+def refuse(queue: QueueHarness, claim: Claim, server: RefusingServer) -> str | None:
     """Send, and record a D that is about an address as a worker does; None for a K, which is not
     recorded."""
     reply = server.answer(claim)
     if reply is not None:
         whole = len(claim.recipients) == 1 and claim.number == 1  # as in worker/delivery.py
         state = State.BOUNCED if whole else State.SPLIT
-        assert queue.record(claim, Outcome.REJECTED, reply=reply, state=state).state in (
+        assert queue.complete(claim, Outcome.REJECTED, reply=reply, state=state).state in (
             state,
             State.BOUNCED,
         )
@@ -98,20 +98,20 @@ def family(queue: QueueHarness, queue_id: str) -> list[dict[str, Any]]:
 def test_the_one_bad_recipient_alone_bounces(queue: QueueHarness, count: int, where: str) -> None:
     names = addresses(count)
     bad = names[0] if where == "first" else names[-1]
-    queue_id, server = queue.accept(*names), Server({bad})
+    queue_id, server = queue.accept(*names), RefusingServer({bad})
     deliver(queue, queue_id, server)
     assert became(queue, queue_id) == {
         name: "bounced" if name == bad else "delivered" for name in names
     }
     assert server.accepted == Counter(set(names) - {bad}), "each once"
     owed = [row for row in family(queue, queue_id) if row["due_at"] is not None]
-    assert [row["state"] for row in owed] == ["bounced"], "one notice, for one"
+    assert [row["state"] for row in owed] == ["bounced"], "one DSN, for one"
 
 
 def test_a_split_is_a_parent_and_two_children_that_are_due_now(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(5))
     (claim,) = queue.claim(queue_id)
-    recorded = queue.record(claim, Outcome.REJECTED, state=State.SPLIT)
+    recorded = queue.complete(claim, Outcome.REJECTED, state=State.SPLIT)
     assert recorded == CompletionResult(State.SPLIT, body_deletable=False)
     assert [(row["number"], row["parent"], row["state"]) for row in family(queue, queue_id)] == [
         (1, None, "split"), (2, 1, "queued"), (3, 1, "queued"),
@@ -131,7 +131,7 @@ def test_a_split_is_a_parent_and_two_children_that_are_due_now(queue: QueueHarne
 def test_a_record_that_is_repeated_cuts_once(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(6))
     (claim,) = queue.claim(queue_id)
-    note = queue.note(claim, Outcome.REJECTED, state=State.SPLIT)
+    note = queue.completion(claim, Outcome.REJECTED, state=State.SPLIT)
     first, again = queue.worker_queue.commit([note]), queue.worker_queue.commit([note])
     assert first == again == [CompletionResult(State.SPLIT, body_deletable=False)]
     assert [row["state"] for row in family(queue, queue_id)] == ["split", "queued", "queued"]
@@ -141,24 +141,24 @@ def test_a_record_that_is_repeated_cuts_once(queue: QueueHarness) -> None:
     assert sorted(address for claim in claims for address in claim.recipients) == addresses(6)
 
 
-def test_who_lost_its_claim_cuts_nothing(queue: QueueHarness) -> None:
+def test_a_worker_without_its_claim_splits_nothing(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4))
     (old,) = queue.claim(queue_id)
-    queue.record(old, Outcome.INTERRUPTED, state=State.QUEUED)
+    queue.complete(old, Outcome.INTERRUPTED, state=State.QUEUED)
     (new,) = queue.claim(queue_id, worker=queue.register_worker())
-    assert queue.record(old, Outcome.REJECTED, state=State.SPLIT).state is None
+    assert queue.complete(old, Outcome.REJECTED, state=State.SPLIT).state is None
     assert len(family(queue, queue_id)) == 1
     assert new.recipients == tuple(addresses(4))
 
 
 @pytest.mark.parametrize("count", [4, 32])
-def test_both_first_halves_refused_in_the_same_words_bounce_all(
+def test_both_first_halves_refused_with_the_same_reply_bounce_all(
     queue: QueueHarness, count: int
 ) -> None:
     names = addresses(count)
     queue_id, server = (
         queue.accept(*names),
-        Server(set(names), lambda _: "your list is not welcome (#5.1.8)"),
+        RefusingServer(set(names), lambda _: "your list is not welcome (#5.1.8)"),
     )
     deliver(queue, queue_id, server)
     assert set(became(queue, queue_id).values()) == {"bounced"}
@@ -174,9 +174,9 @@ def test_both_first_halves_refused_in_the_same_words_bounce_all(
     )
 
 
-def test_what_was_cut_already_bounces_with_the_other_half(queue: QueueHarness) -> None:
+def test_a_half_that_was_split_bounces_with_the_other_half(queue: QueueHarness) -> None:
     names = addresses(8)
-    queue_id, server = queue.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
+    queue_id, server = queue.accept(*names), RefusingServer(set(names), lambda _: "same (#5.1.1)")
     deliver(queue, queue_id, server, one_by_one=True)
     assert set(became(queue, queue_id).values()) == {"bounced"}
     assert server.accepted == Counter()
@@ -187,7 +187,10 @@ def test_three_sends_do_whichever_half_is_refused_last(queue: QueueHarness, coun
     """Also if that half has a single recipient, while the other has been cut already."""
     names = addresses(count)
     for last in (0, 1):
-        queue_id, server = queue.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
+        queue_id, server = (
+            queue.accept(*names),
+            RefusingServer(set(names), lambda _: "same (#5.1.1)"),
+        )
         (whole,) = queue.claim(queue_id)
         refuse(queue, whole, server)
         halves = queue.claim(queue_id)
@@ -200,16 +203,16 @@ def test_three_sends_do_whichever_half_is_refused_last(queue: QueueHarness, coun
 
 def test_halves_may_be_cut_at_the_same_time(postgres_queue: QueueHarness) -> None:
     queue, names = postgres_queue, addresses(8)
-    queue_id, server = queue.accept(*names), Server({names[0], names[7]})
+    queue_id, server = queue.accept(*names), RefusingServer({names[0], names[7]})
     (whole,) = queue.claim(queue_id)
     refuse(queue, whole, server)
     first, second = queue.claim(queue_id)
-    elsewhere = Splitter(queue.engine, notices=True)
-    with writing(queue.engine) as connection:  # another worker is in the middle of its round
+    elsewhere = Splitter(queue.database, notices=True)
+    with writing(queue.database) as connection:  # another worker is in the middle of its round
         assert elsewhere.cut(connection, dashed(queue_id), first.number, "no")
         refuse(queue, second, server)
     assert [row["number"] for row in family(queue, queue_id)] == [1, 2, 3, 4, 5, 6, 7]
-    queue.record(first, Outcome.REJECTED, state=State.SPLIT)
+    queue.complete(first, Outcome.REJECTED, state=State.SPLIT)
     deliver(queue, queue_id, server)
     assert server.accepted == Counter(names[1:7])
 
@@ -218,12 +221,12 @@ def test_a_round_waits_for_no_relatives(postgres_queue: QueueHarness) -> None:
     """It has locked its own in key order: if it waited for more, two rounds could wait for each
     other."""
     queue, names = postgres_queue, addresses(3)
-    queue_id, server = queue.accept(*names), Server(set(names), lambda _: "same (#5.1.1)")
+    queue_id, server = queue.accept(*names), RefusingServer(set(names), lambda _: "same (#5.1.1)")
     (whole,) = queue.claim(queue_id)
     refuse(queue, whole, server)
     two, one = queue.claim(queue_id)
     refuse(queue, two, server)
-    with writing(queue.engine) as connection:
+    with writing(queue.database) as connection:
         lock(connection, queue_id, 4)
         refuse(queue, one, server)
     assert [row["state"] for row in family(queue, queue_id)] == [
@@ -242,12 +245,12 @@ def test_a_late_K_waits_for_no_relatives_either_and_loses_none(
     queue = postgres_queue
     queue_id = queue.accept(*addresses(3))
     (old,) = queue.claim(queue_id)
-    queue.record(old, Outcome.UNCERTAIN, delay=0.0)
+    queue.complete(old, Outcome.UNCERTAIN, delay=0.0)
     queue.rescuer.requeue_due(10)
     (new,) = queue.claim(queue_id)
-    queue.record(new, Outcome.REJECTED, state=State.SPLIT)
-    late = queue.note(old, Outcome.DELIVERED)
-    with writing(queue.engine) as connection:
+    queue.complete(new, Outcome.REJECTED, state=State.SPLIT)
+    late = queue.completion(old, Outcome.DELIVERED)
+    with writing(queue.database) as connection:
         lock(connection, queue_id, 2)
         with pytest.raises(OperationalError) as refused:
             queue.worker_queue.commit([late])
@@ -271,8 +274,8 @@ def way(address: str) -> str:
 
 
 def reroute(queue: QueueHarness, route: str = "bulk") -> int:
-    verbs = QueueOperations(queue.engine, notices=True)
-    return verbs.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[
+    operations = QueueOperations(queue.database, notices=True)
+    return operations.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[
         0
     ].total()
 
@@ -293,7 +296,7 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     """All would follow the first to servers that know nothing of the others, and bounce them."""
     queue_id = queue.accept(*(f"bulk:{n}@{'abac'[n]}.test" for n in range(4)), "default:z@d.test")
     (claim,) = queue.claim(queue_id, room={"bulk": 1})
-    queue.record(claim, Outcome.DEFERRED, backoff_step=3)
+    queue.complete(claim, Outcome.DEFERRED, backoff_step=3)
     queue.change(
         "UPDATE deliveries SET crash_count = 2 WHERE queue_id = @id(:id) AND route = 'bulk'",
         id=queue_id,
@@ -320,56 +323,56 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     ]  # fmt: skip
 
 
-def test_what_is_held_is_divided_and_stays_held(queue: QueueHarness) -> None:
+def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
     queue_id = queue.accept("bulk:x@a.test", "bulk:y@b.test")
-    verbs = QueueOperations(queue.engine, notices=True)
-    verbs.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="me", reason="a look")
+    operations = QueueOperations(queue.database, notices=True)
+    operations.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="me", reason="a look")
     assert reroute(queue) == 1
     assert [(state, route) for _, state, route in ways(queue, queue_id).values()] == [
         ("held", "a"),
         ("held", "b"),
     ]
     assert "a look" in queue.delivery(queue_id, 2)["last_reply"]
-    verbs.apply(OPERATIONS["release"], Filter(id=queue_id), actor="me", reason="")
+    operations.apply(OPERATIONS["release"], Filter(id=queue_id), actor="me", reason="")
     assert len(queue.claim(queue_id, room={"a": 1, "b": 1})) == 2
 
 
 def test_pieces_by_route_are_cut_like_any_other(queue: QueueHarness) -> None:
-    """Also when both are refused in the same words: two routes are no two witnesses."""
+    """Also when both get the same reply: halves on two routes are not compared."""
     queue_id = queue.accept(*(f"bulk:{n}@{'ab'[n % 2]}.test" for n in range(12)))
     reroute(queue)
-    server = Server({"0@a.test", "1@b.test"}, lambda _: "no such mailbox (#5.1.1)")
+    server = RefusingServer({"0@a.test", "1@b.test"}, lambda _: "no such mailbox (#5.1.1)")
     while claims := queue.claim(queue_id, room={"a": 1, "b": 1}):
         for claim in claims:
             if refuse(queue, claim, server) is None:
-                queue.record(claim, Outcome.DELIVERED)
+                queue.complete(claim, Outcome.DELIVERED)
     states = became(queue, queue_id)
     assert {name for name, state in states.items() if state != "delivered"} == server.bad
     assert set(server.accepted.values()) == {1}
 
 
-def test_a_late_K_holds_for_what_was_divided_since(queue: QueueHarness) -> None:
+def test_a_late_K_counts_for_a_delivery_that_was_split(queue: QueueHarness) -> None:
     queue_id = queue.accept("bulk:x@a.test", "bulk:y@b.test")
     (old,) = queue.claim(queue_id, room={"bulk": 1})
-    queue.record(old, Outcome.UNCERTAIN)
+    queue.complete(old, Outcome.UNCERTAIN)
     reroute(queue)
-    assert queue.record(old, Outcome.DEFERRED).state is None, "the whole was split"
-    assert queue.record(old, Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(old, Outcome.DEFERRED).state is None, "the whole was split"
+    assert queue.complete(old, Outcome.DELIVERED).state is State.DELIVERED
     assert [row["state"] for row in family(queue, queue_id)] == ["delivered"] * 3
     assert queue.claim(queue_id, room={"a": 1, "b": 1}) == [], "never again after a K"
 
 
-def test_numbers_of_pieces_are_nobody_elses(postgres_queue: QueueHarness) -> None:
+def test_numbers_of_halves_are_unique(postgres_queue: QueueHarness) -> None:
     """While one delivery is divided by route another of the same message is cut, and neither waits
     for the other."""
     queue = postgres_queue
     queue_id = queue.accept(*addresses(4), *(f"bulk:{n}@{n}.test" for n in range(5)))
     (claim,) = queue.claim(queue_id)
-    elsewhere = Splitter(queue.engine, notices=True)
-    with writing(queue.engine) as connection:
+    elsewhere = Splitter(queue.database, notices=True)
+    with writing(queue.database) as connection:
         lock(connection, queue_id, 2)
         elsewhere.divide(connection, dashed(queue_id), 2, {str(n): [5 + n] for n in range(5)})
-        assert queue.record(claim, Outcome.REJECTED, state=State.SPLIT).state is State.SPLIT
+        assert queue.complete(claim, Outcome.REJECTED, state=State.SPLIT).state is State.SPLIT
         assert len(queue.claim(queue_id)) == 2
     assert [
         address for address, (_, _, route) in ways(queue, queue_id).items() if route == "default"
@@ -379,9 +382,9 @@ def test_numbers_of_pieces_are_nobody_elses(postgres_queue: QueueHarness) -> Non
     assert len(set(numbers)) == len(numbers) == 2 + 2 + 8
 
 
-def test_halves_refused_in_other_words_are_cut_further(queue: QueueHarness) -> None:
+def test_halves_refused_with_other_replies_are_split_further(queue: QueueHarness) -> None:
     names = addresses(8)
-    queue_id, server = queue.accept(*names), Server({names[0], names[7]})
+    queue_id, server = queue.accept(*names), RefusingServer({names[0], names[7]})
     deliver(queue, queue_id, server)
     states = became(queue, queue_id)
     assert [name for name, state in states.items() if state == "bounced"] == [names[0], names[7]]
@@ -390,7 +393,7 @@ def test_halves_refused_in_other_words_are_cut_further(queue: QueueHarness) -> N
 def test_two_recipients_who_are_both_bad_bounce_both(queue: QueueHarness) -> None:
     names = addresses(2)
     for words in (lambda address: f"no {address} (#5.1.1)", lambda _: "same (#5.1.1)"):
-        queue_id, server = queue.accept(*names), Server(set(names), words)
+        queue_id, server = queue.accept(*names), RefusingServer(set(names), words)
         deliver(queue, queue_id, server)
         assert became(queue, queue_id) == dict.fromkeys(names, "bounced")
         assert server.sends == 3
@@ -402,7 +405,7 @@ def test_a_list_with_too_many_recipients_is_cut_until_the_server_takes_it(
 ) -> None:
     """Every half is refused in the same words, and there are more pieces than LARGEST."""
     names = addresses(150)
-    queue_id, server = queue.accept(*names), Server(set())
+    queue_id, server = queue.accept(*names), RefusingServer(set())
 
     def answer(claim: Claim) -> str | None:
         server.accepted.update(claim.recipients if len(claim.recipients) <= most else ())
@@ -422,8 +425,8 @@ def test_body_stays_for_the_children_when_another_delivery_ends_in_the_batch(
     queue_id = queue.accept(*addresses(2), "bulk:x@example.org")
     claims = {claim.route: claim for claim in queue.claim(queue_id, room={"default": 9, "bulk": 9})}
     batch = [
-        queue.note(claims["default"], Outcome.REJECTED, state=State.SPLIT),
-        queue.note(claims["bulk"], Outcome.DELIVERED),
+        queue.completion(claims["default"], Outcome.REJECTED, state=State.SPLIT),
+        queue.completion(claims["bulk"], Outcome.DELIVERED),
     ]
     results = queue.worker_queue.commit(batch if cut_first else batch[::-1])
     assert {
@@ -435,7 +438,7 @@ def test_body_stays_for_the_children_when_another_delivery_ends_in_the_batch(
 
 def test_a_single_recipient_that_is_too_many_bounces(queue: QueueHarness) -> None:
     names = addresses(3)
-    queue_id, server = queue.accept(*names), Server(set(names), lambda _: "5.5.3 too many")
+    queue_id, server = queue.accept(*names), RefusingServer(set(names), lambda _: "5.5.3 too many")
     deliver(queue, queue_id, server)
     assert became(queue, queue_id) == dict.fromkeys(names, "bounced")
     assert server.sends == 5
@@ -443,7 +446,7 @@ def test_a_single_recipient_that_is_too_many_bounces(queue: QueueHarness) -> Non
 
 def test_no_more_than_so_many_pieces(queue: QueueHarness) -> None:
     names = addresses(300)
-    queue_id, server = queue.accept(*names), Server(set(names[::2]))
+    queue_id, server = queue.accept(*names), RefusingServer(set(names[::2]))
     deliver(queue, queue_id, server)
     pieces = family(queue, queue_id)
     assert len(pieces) <= LARGEST
@@ -456,35 +459,35 @@ def test_no_more_than_so_many_pieces(queue: QueueHarness) -> None:
 def test_other_routes_keep_their_recipients(queue: QueueHarness) -> None:
     queue_id = queue.accept("bulk:x@example.org", *addresses(4), "bulk:y@example.org")
     claims = {claim.route: claim for claim in queue.claim(queue_id, room={"default": 9, "bulk": 9})}
-    queue.record(claims["default"], Outcome.REJECTED, state=State.SPLIT)
-    assert queue.record(claims["bulk"], Outcome.DELIVERED).state is State.DELIVERED
-    deliver(queue, queue_id, Server({"0@example.org"}))
+    queue.complete(claims["default"], Outcome.REJECTED, state=State.SPLIT)
+    assert queue.complete(claims["bulk"], Outcome.DELIVERED).state is State.DELIVERED
+    deliver(queue, queue_id, RefusingServer({"0@example.org"}))
     states = became(queue, queue_id)
     assert [name for name, state in states.items() if state != "delivered"] == ["0@example.org"]
 
 
 def test_a_bounce_of_a_piece_owes_a_real_sender_only(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4), sender="")
-    deliver(queue, queue_id, Server({"1@example.org"}))
+    deliver(queue, queue_id, RefusingServer({"1@example.org"}))
     assert all(row["due_at"] is None for row in family(queue, queue_id))
 
 
-def test_what_an_operator_wanted_comes_before_a_cut(queue: QueueHarness) -> None:
+def test_a_pending_operation_comes_before_a_split(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4))
     (claim,) = queue.claim(queue_id)
-    queue.ask(queue_id, "hold")
-    assert queue.record(claim, Outcome.REJECTED, state=State.SPLIT).state is State.HELD
+    queue.request_operation(queue_id, "hold")
+    assert queue.complete(claim, Outcome.REJECTED, state=State.SPLIT).state is State.HELD
     assert len(family(queue, queue_id)) == 1
 
 
 def test_pieces_expire_with_the_message(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4))
     (claim,) = queue.claim(queue_id)
-    queue.record(claim, Outcome.REJECTED, state=State.SPLIT)
+    queue.complete(claim, Outcome.REJECTED, state=State.SPLIT)
     queue.pass_time(2000)
     first, second = queue.claim(queue_id)
-    assert queue.record(first, Outcome.DEFERRED).state is State.EXPIRED
-    assert queue.record(second, Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(first, Outcome.DEFERRED).state is State.EXPIRED
+    assert queue.complete(second, Outcome.DELIVERED).state is State.DELIVERED
 
 
 @settings(
@@ -495,7 +498,7 @@ def test_pieces_expire_with_the_message(queue: QueueHarness) -> None:
 def test_every_recipient_ends_once_whoever_is_bad(queue: QueueHarness, data: st.DataObject) -> None:
     names = addresses(data.draw(st.integers(2, 24)))
     bad = set(data.draw(st.lists(st.sampled_from(names), max_size=4, unique=True)))
-    queue_id, server = queue.accept(*names), Server(bad)
+    queue_id, server = queue.accept(*names), RefusingServer(bad)
     deliver(queue, queue_id, server, one_by_one=data.draw(st.booleans()))
     states = became(queue, queue_id)
     assert states == {name: "bounced" if name in bad else "delivered" for name in names}, (

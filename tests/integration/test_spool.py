@@ -1,5 +1,5 @@
-"""The spool: a stored body is on disk, a failed one leaves nothing, and no other directory is taken
-for the spool."""
+"""The spool: a stored body is on disk, a failed one leaves no file, and another directory is never
+used as the spool."""
 
 import errno
 import os

@@ -1,12 +1,11 @@
-"""The queue against a model of it: whatever happens in whatever order, both say the same, on both
-databases.
+"""The queue against a model of it, on both databases, in random histories made by Hypothesis.
 
-Hypothesis makes up histories: mail is accepted, workers claim, report, vanish and wake up, leases
-run out, times come, DSNs are generated and their generator is killed, operators meddle. A small
-Python model says what must be so after each step, and at last everything is brought to its end. The
-model also knows what no database can know: whether the server really took a message, and whom the
-bytes of a notice name. Time passes by `Office.pass_time` alone, in steps so large, and so unlike
-the delays, that the seconds which a run takes cannot matter.
+In a history mail is accepted, workers claim, complete, crash and wake up, leases run out, DSNs are
+generated and their generator is killed, and operators act. A small Python model says what must be
+true after each step, and at the end everything is brought to its final state. The model also knows
+what no database can know: whether the server really took a message, and which recipients a DSN
+names. Time passes by `QueueHarness.pass_time` alone, in steps so large that the seconds of a run do
+not matter. `make soak` runs a thousand histories on each database.
 """
 
 import itertools
@@ -37,7 +36,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import FINAL, UNFINISHED, State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.queue_harness import OUTCOME_POLICY, QueueHarness, new_message
+from tests.integration.harness import OUTCOME_POLICY, QueueHarness, new_message
 
 type Key = tuple[str, int]
 
@@ -63,12 +62,17 @@ NOT_TOOK = (
     Outcome.REJECTED,
     Outcome.REJECTED,
 )
-WANTED = {"hold": State.HELD, "drop": State.DROPPED, "bounce": State.BOUNCED, "retry": State.QUEUED}
+OPERATION_STATES = {
+    "hold": State.HELD,
+    "drop": State.DROPPED,
+    "bounce": State.BOUNCED,
+    "retry": State.QUEUED,
+}
 ROUTES = ("default", "bulk")
 FAILED = (State.BOUNCED, State.EXPIRED)
 WAITING = (State.QUEUED, State.SENDING, State.DEFERRED)
 SENDERS = ["a@example.com", "a@example.com", "", "#@[]"]
-# What that asks to hear of.
+# The DSNs that it asks for.
 NOTIFY: dict[str | None, frozenset[str]] = {
     None: frozenset({"failure", "delay"}), "FAILURE": frozenset({"failure"}), "DELAY": frozenset({"delay"}),
     "NEVER": frozenset(),
@@ -84,9 +88,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 HAPPENINGS = [
     what
     for what, often in {
-        "work": 10, "accept": 6, "wait": 3, "wake": 3, "vanish": 2, "wake_up_late": 3, "meddle": 3, "settle": 4,
+        "work": 10, "accept": 6, "wait": 3, "wake": 3, "crash": 2, "wake_up_late": 3, "operate": 3, "generate": 4,
         "reroute": 1, "warn": 3,
-        "register_worker": 1, "expire_worker": 1, "bury_one_that_renewed": 1, "expire_stuck_transfers": 1, "rescue_unowned": 1,
+        "register_worker": 1, "expire_worker": 1, "expire_one_that_renewed": 1, "expire_stuck_transfers": 1, "rescue_unowned": 1,
     }.items()
     for _ in range(often)
 ]  # fmt: skip
@@ -94,7 +98,7 @@ HAPPENINGS = [
 CHANCE = st.randoms(use_true_random=True)
 
 
-def some[T](chance: Random, these: Sequence[T], share: float) -> list[T]:
+def sample_of[T](chance: Random, these: Sequence[T], share: float) -> list[T]:
     return [one for one in these if chance.random() < share]
 
 
@@ -103,7 +107,7 @@ class Killed(BaseException):
     was not committed."""
 
 
-class Deadly(Spool):
+class KilledSpool(Spool):
     """The spool of a process that is killed when half a body is written, or when one is to be
     removed."""
 
@@ -125,7 +129,7 @@ class Deadly(Spool):
 
 @dataclass
 class Delivery:
-    """What the model knows of a delivery."""
+    """The model of a delivery."""
 
     sender: str
     route: str
@@ -137,13 +141,13 @@ class Delivery:
     worker: str | None = None
     claims: int = 0
     crash_count: int = 0
-    wanted: str | None = None
+    pending: str | None = None
     k: bool = False
     taken: int = 0  # how often the server really took it
-    doubts: set[int] = field(default_factory=set)  # claims of unknown outcome
+    uncertain: set[int] = field(default_factory=set)  # claims of unknown outcome
     outcome: str | None = None  # of the last try, and the words that stand there
     reply: str = ""
-    about: str = ""  # of a notice: the message, whom it names, and what it encloses
+    about: str = ""  # of a DSN: the message, whom it names, and what it encloses
     names: tuple[str, ...] = ()
     encloses: str | None = None
 
@@ -175,7 +179,7 @@ class History(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._empty()
-        self.verbs = QueueOperations(self.harness.engine, notices=True)
+        self.operations = QueueOperations(self.harness.database, notices=True)
         self.clock = 0.0
         self.queue: dict[Key, Delivery] = {}
         self.transfers: list[Transfer] = []
@@ -184,19 +188,19 @@ class History(RuleBasedStateMachine):
         self.finished: set[Key] = set()
         self.said = itertools.count()
         self.hold = self.harness.settings.uncertain == "hold"
-        self.warned: set[str] = set()  # messages whose sender was told that they are late
+        self.warned: set[str] = set()  # messages whose sender got a delay warning
         self.received: dict[str, float] = {}
         self.notify: dict[
             tuple[str, str], frozenset[str]
         ] = {}  # by message and address: what its sender asked for
-        self.told: Counter[tuple[str, str]] = (
+        self.reported: Counter[tuple[str, str]] = (
             Counter()
-        )  # by message and address: notices that name it
+        )  # by message and address: DSNs that name it
         for _ in range(2):
             self.register_worker(Random())
 
     def _empty(self) -> None:
-        with writing(self.harness.engine) as connection:
+        with writing(self.harness.database) as connection:
             for table in metadata.sorted_tables:
                 connection.execute(text(f"DELETE FROM {table.name}"))
 
@@ -210,7 +214,7 @@ class History(RuleBasedStateMachine):
             State.QUEUED: self.clock + GRACE, State.BOUNCED: self.clock if owed else None,
             State.EXPIRED: self.clock if owed else None,
         }  # fmt: skip
-        delivery.state, delivery.due, delivery.worker, delivery.wanted = (
+        delivery.state, delivery.due, delivery.worker, delivery.pending = (
             state,
             due.get(state),
             None,
@@ -225,7 +229,7 @@ class History(RuleBasedStateMachine):
     # -------------------------------------------------------------------------------------------------
 
     def accept(self, chance: Random) -> None:
-        """A message comes in, perhaps told twice for a COMMIT in doubt."""
+        """A message is accepted, perhaps committed twice because the first COMMIT is unknown."""
         routes, sender = (
             chance.choices(ROUTES, (3, 1), k=chance.randint(1, 8)),
             chance.choice(SENDERS),
@@ -264,10 +268,10 @@ class History(RuleBasedStateMachine):
         self.leases[worker] = self.clock + LEASE
 
     def work(self, chance: Random) -> None:
-        """One round of a worker, dead or alive: outcomes, a renewal, requests; perhaps told twice."""
+        """One round of a worker, dead or alive: outcomes, a renewal, requests; perhaps committed twice."""
         worker = chance.choice(list(self.leases))
         mine = [transfer for transfer in self.transfers if transfer.worker == worker]
-        ends = some(chance, mine, 0.4)
+        ends = sample_of(chance, mine, 0.4)
         requests = self._claim_requests(worker, chance) if self.leases[worker] is not None else []
         self._round(worker, ends, requests, chance)
 
@@ -324,7 +328,9 @@ class History(RuleBasedStateMachine):
         self.transfers.remove(transfer)
         delivery = self.queue[transfer.key]
         outcome = chance.choice(TOOK if transfer.took else NOT_TOOK)
-        half = delivery.parent is not None and chance.random() < 0.7  # refused as its twin may be
+        half = (
+            delivery.parent is not None and chance.random() < 0.7
+        )  # refused as its sibling may be
         if last or (half and not transfer.took):
             outcome = Outcome.DELIVERED if transfer.took else Outcome.REJECTED
         state = OUTCOME_POLICY[outcome]
@@ -335,20 +341,20 @@ class History(RuleBasedStateMachine):
         if outcome is Outcome.MALFORMED:
             outcome = Outcome.UNCERTAIN
         if outcome is Outcome.UNCERTAIN:
-            delivery.doubts.add(transfer.claim.claim)
+            delivery.uncertain.add(transfer.claim.claim)
             state = State.HELD if self.hold else state
         words = SAME if half else chance.choice([SAME, f"reply {next(self.said)}"])
         if outcome is Outcome.REJECTED and not half and chance.random() < 0.2:
             words = f"client not allowed, {words}"
-        return self.harness.note(
+        return self.harness.completion(
             transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=words
         )  # fmt: skip
 
-    def _recorded(self, told: list[tuple[Transfer, Completion, Any]]) -> None:
+    def _recorded(self, completions: list[tuple[Transfer, Completion, Any]]) -> None:
         """The model's side of a round of outcomes: what each does, then halves, then what a late K
         does to them."""
         cuts, late = [], []
-        for transfer, record, _ in told:
+        for transfer, record, _ in completions:
             delivery, accepted = self.queue[transfer.key], record.outcome is Outcome.DELIVERED
             owner = (delivery.state, delivery.worker, delivery.claims)
             if accepted and not delivery.k:
@@ -366,7 +372,7 @@ class History(RuleBasedStateMachine):
                 delivery.crash_count = 0
         for key in cuts:
             self._cut(key, self.queue[key])
-        for transfer, record, result in told:
+        for transfer, record, result in completions:
             delivery = self.queue[transfer.key]
             expected = delivery.state if delivery.claims == record.claim or delivery.k else None
             assert isinstance(result, CompletionResult)
@@ -375,9 +381,9 @@ class History(RuleBasedStateMachine):
             self._taken(key)
 
     def _ended(self, delivery: Delivery, record: Completion) -> State:
-        """What a worker says of what is still its own."""
-        state = WANTED[delivery.wanted] if delivery.wanted else record.state
-        delivery.reply = BY_OPERATOR if delivery.wanted == "bounce" else record.reply
+        """The state of a delivery after a completion that is not fenced."""
+        state = OPERATION_STATES[delivery.pending] if delivery.pending else record.state
+        delivery.reply = BY_OPERATOR if delivery.pending == "bounce" else record.reply
         if state is State.DEFERRED and delivery.expires <= self.clock:
             state = State.EXPIRED
         self._end(delivery, state)
@@ -411,13 +417,13 @@ class History(RuleBasedStateMachine):
         left bounces."""
         if delivery.parent is None or self.queue[key[0], delivery.parent].parent is not None:
             return False
-        for twin, other in list(self.queue.items()):
+        for sibling, other in list(self.queue.items()):
             if (
-                twin[0] == key[0] and twin != key and other.parent == delivery.parent and other.route == delivery.route
+                sibling[0] == key[0] and sibling != key and other.parent == delivery.parent and other.route == delivery.route
                 and other.state in (State.SPLIT, State.BOUNCED)
                 and (other.outcome, other.reply) == ("rejected", delivery.reply)
             ):  # fmt: skip
-                for left in self._offspring(twin):
+                for left in self._offspring(sibling):
                     if left.state in (State.QUEUED, State.DEFERRED):
                         self._end(left, State.BOUNCED)
                         left.outcome, left.reply = "rejected", delivery.reply
@@ -425,7 +431,7 @@ class History(RuleBasedStateMachine):
         return False
 
     def _offspring(self, key: Key) -> list[Delivery]:
-        """What a delivery was cut into, and what those were."""
+        """The halves of a delivery, and their halves."""
         children = [(k, d) for k, d in self.queue.items() if k[0] == key[0] and d.parent == key[1]]
         return [d for k, child in children for d in (child, *self._offspring(k))]
 
@@ -440,7 +446,7 @@ class History(RuleBasedStateMachine):
         for hinted in chance.choice([(), (True,), (False,), (True, False)]):
             room = {route: chance.randint(0, 6) for route in ROUTES}
             known = dict.fromkeys(queue_id for queue_id, _ in self.queue)
-            ids = ["0" * 32, *some(chance, list(known), 0.7)] if hinted else None
+            ids = ["0" * 32, *sample_of(chance, list(known), 0.7)] if hinted else None
             requests.append(ClaimRequest(worker, ids, room))
         return requests
 
@@ -479,7 +485,7 @@ class History(RuleBasedStateMachine):
             assert (claim.recipients, claim.sender, claim.route) == (
                 delivery.recipients, delivery.sender, delivery.route,
             )  # fmt: skip
-            delivery.state, delivery.worker, delivery.wanted = State.SENDING, request.worker, None
+            delivery.state, delivery.worker, delivery.pending = State.SENDING, request.worker, None
             delivery.due = self.clock + 2 * (SESSION + LEASE)
             took = chance.random() < 0.5
             delivery.taken += took
@@ -498,7 +504,7 @@ class History(RuleBasedStateMachine):
         ids = self.harness.rescuer.requeue_due(limit)
         woken = [key for key in due if self._row(key)["state"] == "queued"]
         assert len(woken) == min(limit, len(due))
-        assert set(ids) == {queue_id for queue_id, _ in woken}
+        assert {queue_id for some in ids.values() for queue_id in some} == {m for m, _ in woken}
         for key in woken:
             assert all(due[key] <= other + NEAR for left, other in due.items() if left not in woken)
             self.queue[key].state, self.queue[key].due = State.QUEUED, self.clock + GRACE
@@ -515,7 +521,7 @@ class History(RuleBasedStateMachine):
             self.leases[worker] = None
             assert lost == self._lost(lambda d, worker=worker: d.worker == worker)
 
-    def bury_one_that_renewed(self, _: Random) -> None:
+    def expire_one_that_renewed(self, _: Random) -> None:
         """A sweeper looks, the worker renews, the sweeper comes too late."""
         for worker, until in self.harness.rescuer.expired_leases()[:1]:
             assert self.worker_queue.commit([Renewal(worker)]) == [True]
@@ -541,11 +547,11 @@ class History(RuleBasedStateMachine):
             if delivery.state is State.SENDING and which(delivery)
         ]
         for delivery in lost:
-            delivery.doubts.add(delivery.claims)
+            delivery.uncertain.add(delivery.claims)
             delivery.crash_count += 1
             delivery.outcome, delivery.reply = "uncertain", "unknown"
-            if delivery.wanted:
-                state = WANTED[delivery.wanted]
+            if delivery.pending:
+                state = OPERATION_STATES[delivery.pending]
             elif delivery.crash_count >= POISON or self.hold:
                 state = State.HELD
             else:
@@ -555,37 +561,40 @@ class History(RuleBasedStateMachine):
                 delivery.due = self.clock + UNCERTAIN_DELAY
         return len(lost)
 
-    # --- operators, notices and time
+    # --- operators, DSNs and time
     # --------------------------------------------------------------------------
 
-    def meddle(self, chance: Random) -> None:
-        """An operator's verb on a message."""
+    def operate(self, chance: Random) -> None:
+        """An operation on a message."""
         if not self.queue:
             return
         busy = [key for key, delivery in self.queue.items() if delivery.state is State.SENDING]
         queue_id = chance.choice(busy or list(self.queue))[0]
-        told: Operation = chance.choice(list(OPERATIONS.values()))
-        touched, free = self.verbs.apply(told, Filter(id=queue_id), actor="tester", reason="")
+        operation: Operation = chance.choice(list(OPERATIONS.values()))
+        touched, free = self.operations.apply(
+            operation, Filter(id=queue_id), actor="tester", reason=""
+        )
         mine = [delivery for key, delivery in self.queue.items() if key[0] == queue_id]
         met = [
             d
             for d in mine
-            if d.state in told.takes or (d.state is State.SENDING and _heard(told, d.wanted))
+            if d.state in operation.takes
+            or (d.state is State.SENDING and _reported(operation, d.pending))
         ]
         met = [delivery for delivery in met if delivery.recipients]
         assert touched.total() == len(met)
         for delivery in met:
             if delivery.state is State.SENDING:
-                delivery.wanted = told.wanted
+                delivery.pending = operation.wanted
                 continue
-            self._end(delivery, told.state)
-            if told.state is State.QUEUED:
+            self._end(delivery, operation.state)
+            if operation.state is State.QUEUED:
                 delivery.due = self.clock
             else:
                 delivery.reply = BY_OPERATOR
-            if told.name == "bounce":
+            if operation.name == "bounce":
                 delivery.outcome = delivery.outcome or "rejected"
-            if told.name == "release":
+            if operation.name == "release":
                 delivery.crash_count = 0
         for deletable_bodies in free:
             self.spool.remove(deletable_bodies)
@@ -595,7 +604,7 @@ class History(RuleBasedStateMachine):
         if not self.queue:
             return
         queue_id, today = chance.choice(list(self.queue))[0], dict[str, str]()
-        touched, _ = self.verbs.apply(
+        touched, _ = self.operations.apply(
             REROUTE, Filter(id=queue_id), actor="tester", reason="",
             route_for=lambda address: today.setdefault(address, chance.choice(ROUTES)),
         )  # fmt: skip
@@ -627,30 +636,40 @@ class History(RuleBasedStateMachine):
                     parent=key[1],
                     claims=0,
                     taken=0,
-                    doubts=set(),
+                    uncertain=set(),
                 )
                 self.queue[key[0], number] = piece
             self._end(delivery, State.SPLIT)
             delivery.recipients, delivery.claims = (), delivery.claims + 1
 
-    def settle(self, chance: Random, last: str | None = None) -> None:
+    def generate(self, chance: Random, last: str | None = None) -> None:
         """A sweeper tells senders; it may be killed between body and COMMIT, or after that."""
         last = chance.choice(["", "", "store", "remove"]) if last is None else last
-        most, owing = chance.choice([1, 2, 100]), self._owing()
+        most, pending_dsns = chance.choice([1, 2, 100]), self._pending_dsns()
         made = self._made(last, lambda generator: generator.generate(most))
-        settled = [queue_id for queue_id, mine in owing.items() if not all(map(self._owes, mine))]
-        assert made is None or len(settled) == len(owing) or most < sum(map(len, owing.values()))
-        notices = [
-            notice for queue_id in settled for notice in self._settled(queue_id, owing[queue_id])
+        settled = [
+            queue_id
+            for queue_id, mine in pending_dsns.items()
+            if not all(map(self._is_pending, mine))
         ]
-        assert made is None or sorted(made) == sorted(notices)
+        assert (
+            made is None
+            or len(settled) == len(pending_dsns)
+            or most < sum(map(len, pending_dsns.values()))
+        )
+        dsns = [
+            dsn for queue_id in settled for dsn in self._generated(queue_id, pending_dsns[queue_id])
+        ]
+        assert made is None or sorted(made) == sorted(dsns)
 
     def _made(self, last: str, tell: Callable[[DsnGenerator], list[str]]) -> list[str] | None:
-        """The notices that a sweeper makes; None if it was killed."""
-        spool = Deadly(self.spool.directory, last)
+        """The DSNs that a sweeper generates; None if it was killed."""
+        spool = KilledSpool(self.spool.directory, last)
         try:
             return tell(
-                DsnGenerator(self.harness.engine, spool, self.harness.settings, lambda _: "default")
+                DsnGenerator(
+                    self.harness.database, spool, self.harness.settings, lambda _: "default"
+                )
             )
         except Killed:
             assert last
@@ -662,19 +681,19 @@ class History(RuleBasedStateMachine):
         most, late = chance.choice([1, 2, 100]), self._late()
         made = self._made(last, lambda generator: generator.warn(most))
         new = {queue_id: self._new_notices(queue_id) for queue_id in late}
-        told = {queue_id: notices for queue_id, notices in new.items() if notices}
-        assert len(told) == (min(most, len(late)) if made is not None else 0)
+        warnings = {queue_id: dsns for queue_id, dsns in new.items() if dsns}
+        assert len(warnings) == (min(most, len(late)) if made is not None else 0)
         assert made is None or sorted(made) == sorted(
-            notice for notices in told.values() for notice in notices
+            dsn for dsns in warnings.values() for dsn in dsns
         )
-        for queue_id, notices in told.items():
-            assert [named for named, _ in notices.values()] == [late[queue_id]], (
+        for queue_id, dsns in warnings.items():
+            assert [named for named, _ in dsns.values()] == [late[queue_id]], (
                 "all that wait, in one"
             )
             self.warned.add(queue_id)
 
     def _late(self) -> dict[str, list[str]]:
-        """Messages whose senders are to be told that they are late, and the recipients that
+        """Messages whose senders get a delay warning, and the recipients that
         wait."""
         late: dict[str, list[str]] = {}
         if self.harness.settings.delay_warning is None:
@@ -693,10 +712,10 @@ class History(RuleBasedStateMachine):
         """Notices about a message that the model does not have yet: whom they name, and how often
         in doubt."""
         new: dict[str, tuple[list[str], int]] = {}
-        for notice, (names, doubts, content, again) in self._unknown(queue_id).items():
+        for dsn, (names, uncertain, content, again) in self._unknown(queue_id).items():
             if not again:
-                new[notice] = names, doubts
-                self._add_notice(notice, queue_id, names, content)
+                new[dsn] = names, uncertain
+                self._add_dsn(dsn, queue_id, names, content)
         return new
 
     def _unknown(self, queue_id: str) -> dict[str, tuple[list[str], int, str, bool]]:
@@ -721,34 +740,34 @@ class History(RuleBasedStateMachine):
             )
         return found
 
-    def _add_notice(self, notice: str, about: str, names: list[str], content: str) -> None:
+    def _add_dsn(self, dsn: str, about: str, names: list[str], content: str) -> None:
         sender = next(d.sender for key, d in self.queue.items() if key[0] == about)
-        self.queue[notice, 1] = Delivery(
+        self.queue[dsn, 1] = Delivery(
             "", "default", (sender,), self.clock + GRACE, self.clock + LIFETIME, about=about, names=tuple(names),
             encloses=content,
         )  # fmt: skip
 
-    def _owing(self) -> dict[str, dict[Key, Delivery]]:
-        """What is owed, by message, of which there is no more to come for now."""
-        owing: dict[str, dict[Key, Delivery]] = {}
+    def _pending_dsns(self) -> dict[str, dict[Key, Delivery]]:
+        """The pending DSNs by message; not while another of its deliveries may soon fail too."""
+        pending_dsns: dict[str, dict[Key, Delivery]] = {}
         for key, delivery in self.queue.items():
             if delivery.state in FAILED and delivery.due is not None:
-                owing.setdefault(key[0], {})[key] = delivery
+                pending_dsns.setdefault(key[0], {})[key] = delivery
         about_to_be_decided = {
             key[0] for key, d in self.queue.items() if d.state in (State.QUEUED, State.SENDING)
         }
         late = self.clock - GATHER
         return {
-            queue_id: mine for queue_id, mine in owing.items()
+            queue_id: mine for queue_id, mine in pending_dsns.items()
             if queue_id not in about_to_be_decided or any((d.due or 0.0) <= late for d in mine.values())
         }  # fmt: skip
 
-    def _owes(self, key: Key) -> bool:
+    def _is_pending(self, key: Key) -> bool:
         row = self._row(key)
         return row["state"] in FAILED and row["due_at"] is not None
 
-    def _settled(self, queue_id: str, mine: dict[Key, Delivery]) -> list[str]:
-        """The model's side of it; the notice, if there is to be one."""
+    def _generated(self, queue_id: str, mine: dict[Key, Delivery]) -> list[str]:
+        """The model's side of it; the DSN, if one is pending."""
         if reclassified := {
             key: d for key, d in mine.items() if d.about_us and d.state is State.BOUNCED
         }:
@@ -762,19 +781,21 @@ class History(RuleBasedStateMachine):
             delivery.due = None
         if (failed := self.queue[queue_id, 1]).encloses is not None:
             return self._made_again(failed)
-        wanted = {
-            address: any(self.queue[one].doubts for one in self._line(key))
+        expected = {
+            address: any(self.queue[one].uncertain for one in self._line(key))
             for key, delivery in mine.items()
             for address in delivery.recipients
             if "failure" in self.notify.get((queue_id, address), ())
         }
         made = self._new_notices(queue_id)
-        assert list(made.values()) == ([(sorted(wanted), sum(wanted.values()))] if wanted else [])
-        self.told.update((queue_id, address) for named, _ in made.values() for address in named)
+        assert list(made.values()) == (
+            [(sorted(expected), sum(expected.values()))] if expected else []
+        )
+        self.reported.update((queue_id, address) for named, _ in made.values() for address in named)
         return list(made)
 
     def _made_again(self, failed: Delivery) -> list[str]:
-        """The model's side of a notice that failed: the one with less in its place, if a server
+        """The model's side of a DSN that failed: the one with less in its place, if a server
         refused it."""
         less = {"full": "header", "header": "none"}.get(str(failed.encloses))
         refused = (
@@ -784,18 +805,20 @@ class History(RuleBasedStateMachine):
         )
         if not refused or less is None:
             return []
-        wanted = (list(failed.names), less, True)
-        notice = next(
-            notice for notice, (names, _, content, again) in self._unknown(failed.about).items()
-            if (names, content, again) == wanted
+        expected = (list(failed.names), less, True)
+        dsn = next(
+            dsn for dsn, (names, _, content, again) in self._unknown(failed.about).items()
+            if (names, content, again) == expected
         )  # fmt: skip
-        self._add_notice(notice, failed.about, list(failed.names), less)
-        return [notice]
+        self._add_dsn(dsn, failed.about, list(failed.names), less)
+        return [dsn]
 
     def wait(self, chance: Random) -> None:
         """Time passes; now and then so much that the workers would be taken for dead if they did
         not renew."""
-        self._pass(chance.choice([1, 1, 2, 3, 6]) * STEP, alive=some(chance, self._alive(), 0.9))
+        self._pass(
+            chance.choice([1, 1, 2, 3, 6]) * STEP, alive=sample_of(chance, self._alive(), 0.9)
+        )
 
     def _pass(self, seconds: float, *, alive: list[str]) -> None:
         self.harness.pass_time(seconds)
@@ -810,8 +833,8 @@ class History(RuleBasedStateMachine):
         )
         self.leases |= dict.fromkeys(alive, self.clock + LEASE)
 
-    def vanish(self, chance: Random) -> None:
-        """A worker with something under way is not heard of for so long that it expires; the
+    def crash(self, chance: Random) -> None:
+        """A worker with something under way does not renew its lease for so long that it expires; the
         others are well."""
         busy = [t.worker for t in self.transfers if self.leases[t.worker] is not None]
         if busy:
@@ -823,7 +846,7 @@ class History(RuleBasedStateMachine):
     # ----------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        """Give it time, and everybody who matters: everything comes to its end."""
+        """With time and working servers everything comes to its final state."""
         chance = Random(0)
         self.leases[new := new_id()] = self.clock + LEASE
         self.worker_queue.register(new, "host", 1)
@@ -841,20 +864,20 @@ class History(RuleBasedStateMachine):
             self._release()
             self.wake(chance, 1000)
             self._round(new, [], [ClaimRequest(new, None, dict.fromkeys(ROUTES, 1000))], chance)
-            self.settle(chance, "")
+            self.generate(chance, "")
             self.warn(chance, "")
             if all(d.state in (*FINAL, State.SPLIT) and d.due is None for d in self.queue.values()):
                 break
         self.agrees()
         self.every_recipient_is_somewhere_once()
         self.no_send_is_hidden()
-        self.every_sender_is_told_once()
+        self.every_sender_gets_one_dsn()
         assert not [
             key for key, d in self.queue.items() if d.state not in FINAL and d.recipients
         ], "all has an end"
 
     def _release(self) -> None:
-        self.verbs.apply(OPERATIONS["release"], Filter(), actor="tester", reason="")
+        self.operations.apply(OPERATIONS["release"], Filter(), actor="tester", reason="")
         for delivery in self.queue.values():
             if delivery.state is State.HELD:
                 self._end(delivery, State.QUEUED)
@@ -885,7 +908,7 @@ class History(RuleBasedStateMachine):
                 delivery.worker,
                 delivery.claims,
                 delivery.crash_count,
-                delivery.wanted,
+                delivery.pending,
             ), key
             if delivery.due is None:
                 assert row["due_in"] is None
@@ -911,32 +934,32 @@ class History(RuleBasedStateMachine):
         assert found == {key: list(delivery.recipients) for key, delivery in self.queue.items()}
 
     @invariant()
-    def every_sender_is_told_once(self) -> None:
-        """Of each recipient that failed, in one notice, unless no sender wants to know; of a notice
+    def every_sender_gets_one_dsn(self) -> None:
+        """Of each recipient that failed, in one DSN, unless the sender wants none; of a DSN
         never. Those that are made in the place of a refused one do not count."""
         for (queue_id, _), delivery in self.queue.items():
             for address in delivery.recipients:
                 settled = delivery.state in FAILED and delivery.due is None
-                wanted = "failure" in self.notify.get((queue_id, address), ())  # never for a notice
-                told = self.told[queue_id, address]
-                assert told == (wanted and settled) or (delivery.k and told == 1), (
-                    "K came after the notice"
+                wanted = "failure" in self.notify.get((queue_id, address), ())  # never for a DSN
+                reports = self.reported[queue_id, address]
+                assert reports == (wanted and settled) or (delivery.k and reports == 1), (
+                    "K came after the DSN"
                 )
         for queue_id in {key[0] for key in self.queue if self._needed(key[0])}:
             assert self.spool.path(queue_id).exists()
 
     @invariant()
     def no_send_is_hidden(self) -> None:
-        """Whatever was sent twice was uncertain in between, and says so: each recipient, also
+        """A message that was sent twice has an uncertain attempt in between: each recipient, also
         across halves."""
         sql = """SELECT @hex(queue_id) AS id, delivery, count(DISTINCT claim) AS n FROM attempts
             WHERE outcome = 'uncertain' GROUP BY queue_id, delivery"""
-        doubts = {(row["id"], row["delivery"]): row["n"] for row in self.harness.rows(sql)}
+        uncertain = {(row["id"], row["delivery"]): row["n"] for row in self.harness.rows(sql)}
         for key, delivery in self.queue.items():
-            assert doubts.get(key, 0) == len(delivery.doubts)
+            assert uncertain.get(key, 0) == len(delivery.uncertain)
             line = self._line(key)
             assert sum(self.queue[one].taken for one in line) <= 1 + sum(
-                doubts.get(one, 0) for one in line
+                uncertain.get(one, 0) for one in line
             )
 
 
@@ -951,12 +974,14 @@ def harness(
         uncertain_delay=UNCERTAIN_DELAY, poison_limit=POISON, **VARIANTS[request.param],
     )  # fmt: skip
     yield made
-    made.engine.dispose()
+    made.database.dispose()
 
 
-def _heard(told: Operation, wanted: str | None) -> bool:
-    """Whether a verb has something to say about a delivery that is being sent."""
-    return told.wanted is not None or (told.cancels is not None and wanted == told.cancels)
+def _reported(operation: Operation, pending: str | None) -> bool:
+    """Whether an operation reports a delivery that is being sent."""
+    return operation.wanted is not None or (
+        operation.cancels is not None and pending == operation.cancels
+    )
 
 
 def test_the_queue_does_what_its_model_does(harness: QueueHarness, spool: Spool) -> None:

@@ -1,4 +1,4 @@
-"""The sweeper, the cleaner and the rerouter, each by its turns."""
+"""The sweeper, the cleaner and the rerouter, one pass at a time."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from relay.queue.operations import QueueOperations
 from relay.routes import Route, Routes, parse_server
 from relay.settings import Settings, WorkerSettings, load
 from relay.spool.store import Spool
-from tests.integration.engine_harness import BODY, EngineHarness
-from tests.waiting import until
+from tests.integration.harness import BODY, EngineHarness
+from tests.waiting import SetClock, until
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import ORPHAN_MOVE_AGE, Cleaner
 from worker.lease import Lease
@@ -28,15 +28,6 @@ from worker.sweeper import LeaseMonitor, Sweeper, heartbeat_file
 
 HOUR = 3600.0
 DAY = 24 * HOUR
-
-
-class Clock:
-    """A clock that the test sets."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class FakeHints(Hints):
@@ -77,9 +68,9 @@ class FakeEngine:
         self.polls += 1
 
 
-class Scene:
+class SweeperHarness:
     def __init__(self, mail: EngineHarness) -> None:
-        self.mail, self.clock, self.hints = mail, Clock(), FakeHints()
+        self.mail, self.clock, self.hints = mail, SetClock(), FakeHints()
         self.engine = FakeEngine(mail)
         self.engine.lease.worker = self.worker()
         generator = DsnGenerator(
@@ -129,11 +120,11 @@ def mail(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[EngineHarn
 
 
 @pytest.fixture
-def scene(mail: EngineHarness) -> Scene:
-    return Scene(mail)
+def scene(mail: EngineHarness) -> SweeperHarness:
+    return SweeperHarness(mail)
 
 
-def test_due_mail_is_queued_and_hints_are_published(scene: Scene) -> None:
+def test_due_mail_is_queued_and_hints_are_published(scene: SweeperHarness) -> None:
     due, later = scene.mail.accept(), scene.mail.accept()
     scene.mail.change(
         "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due
@@ -147,7 +138,7 @@ def test_due_mail_is_queued_and_hints_are_published(scene: Scene) -> None:
     assert (scene.mail.state(due), scene.mail.state(later)) == ("queued", "deferred")
 
 
-def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
+def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: SweeperHarness) -> None:
     ids = [scene.mail.accept() for _ in range(3)]
     for queue_id, state in zip(ids, ("deferred", "deferred", "queued"), strict=True):
         change = (
@@ -166,7 +157,9 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: Scene) -> None:
     assert len(claims) == 1
 
 
-def test_mail_that_waits_for_a_route_is_woken_in_due_order_up_to_the_limit(scene: Scene) -> None:
+def test_mail_that_waits_for_a_route_is_woken_in_due_order_up_to_the_limit(
+    scene: SweeperHarness,
+) -> None:
     ids = [scene.mail.accept() for _ in range(5)]
     defer = "UPDATE deliveries SET state = 'deferred', due_at = @later(:wait), waiting_for = :what WHERE queue_id = :id"
     for queue_id, wait in zip(ids, (50, 30, 40, 20, 10), strict=True):
@@ -196,7 +189,7 @@ def test_mail_that_waits_for_a_route_is_woken_in_due_order_up_to_the_limit(scene
 
 
 def test_a_dead_worker_is_expired_after_its_lease_was_seen_expired_for_a_lease(
-    scene: Scene,
+    scene: SweeperHarness,
 ) -> None:
     dead = scene.worker()
     queue_id = scene.sending(dead)
@@ -214,7 +207,7 @@ def test_a_dead_worker_is_expired_after_its_lease_was_seen_expired_for_a_lease(
     assert scene.mail.attempts(queue_id) == [(None, "uncertain")]
 
 
-def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: Scene) -> None:
+def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: SweeperHarness) -> None:
     """The others may have been stopped with it; they get time to renew."""
     slow = scene.worker()
     queue_id = scene.sending(slow)
@@ -228,7 +221,7 @@ def test_a_sweeper_that_was_stopped_expires_no_worker_for_that_time(scene: Scene
     assert scene.mail.state(queue_id) == "deferred"
 
 
-def test_a_worker_that_renews_in_between_is_not_expired(scene: Scene) -> None:
+def test_a_worker_that_renews_in_between_is_not_expired(scene: SweeperHarness) -> None:
     slow = scene.worker()
     queue_id = scene.sending(slow)
     scene.run_out(slow)
@@ -242,7 +235,7 @@ def test_a_worker_that_renews_in_between_is_not_expired(scene: Scene) -> None:
 
 
 def test_an_outage_of_the_database_expires_no_worker(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    scene: SweeperHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = scene.worker()
     scene.run_out(slow)
@@ -266,7 +259,7 @@ def test_an_outage_of_the_database_expires_no_worker(
     ]
 
 
-def test_server_health_shows_open_circuits_and_pauses(scene: Scene) -> None:
+def test_server_health_shows_open_circuits_and_pauses(scene: SweeperHarness) -> None:
     servers, mx = scene.engine.servers, parse_server("mx.example.net")
     QueueOperations(scene.mail.database, notices=True).pause(
         "server:other:628", actor="me", reason=""
@@ -297,7 +290,7 @@ def test_server_health_shows_open_circuits_and_pauses(scene: Scene) -> None:
     assert health() == paused, "a worker that has ended has no open circuits"
 
 
-def test_a_worker_publishes_its_routes_and_how_long_a_claim_lasts(scene: Scene) -> None:
+def test_a_worker_publishes_its_routes_and_how_long_a_claim_lasts(scene: SweeperHarness) -> None:
     default = Route("default", (parse_server("mx.example.net"),))
     scene.engine.routes = Routes([default])
     shown = "SELECT routes, claim_seconds AS far FROM workers"
@@ -317,7 +310,7 @@ def test_a_worker_publishes_its_routes_and_how_long_a_claim_lasts(scene: Scene) 
     assert all("bulk" in row["routes"] for row in scene.mail.rows(shown))
 
 
-def test_a_pending_dsn_is_generated_and_its_hint_published(scene: Scene) -> None:
+def test_a_pending_dsn_is_generated_and_its_hint_published(scene: SweeperHarness) -> None:
     queue_id = scene.mail.accept()
     scene.mail.change(
         "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
@@ -328,7 +321,9 @@ def test_a_pending_dsn_is_generated_and_its_hint_published(scene: Scene) -> None
     assert scene.mail.delivery(queue_id)["due_at"] is None
 
 
-def test_a_full_spool_delays_only_dsns(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_spool_delays_only_dsns(
+    scene: SweeperHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owing = scene.mail.accept()
     scene.mail.change(
         "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
@@ -344,7 +339,7 @@ def test_a_full_spool_delays_only_dsns(scene: Scene, monkeypatch: pytest.MonkeyP
 
 
 def test_no_worker_expires_itself() -> None:
-    clock = Clock()
+    clock = SetClock()
     monitor = LeaseMonitor(10.0, clock)
     leases = [("own", "1"), ("other", "1")]
     assert monitor.observe(leases, "own") == []
@@ -357,16 +352,16 @@ def test_no_worker_expires_itself() -> None:
     assert monitor.observe(leases, "own") == []
 
 
-def test_a_stuck_transfer_becomes_uncertain(scene: Scene) -> None:
+def test_a_stuck_transfer_becomes_uncertain(scene: SweeperHarness) -> None:
     queue_id = scene.sending(scene.engine.lease.worker)
     scene.mail.change("UPDATE deliveries SET due_at = @ago(1) WHERE queue_id = :id", id=queue_id)
     scene.sweeper.sweep()
     assert scene.mail.delivery(queue_id)["last_outcome"] == "uncertain"
 
 
-def test_the_heartbeat_file_exists_while_both_threads_run(scene: Scene) -> None:
+def test_the_heartbeat_file_exists_while_both_threads_run(scene: SweeperHarness) -> None:
     heartbeat = heartbeat_file(scene.mail.settings)
-    assert heartbeat == scene.mail.settings.state_dir / f"worker-{os.getpid()}.tick"
+    assert heartbeat == scene.mail.settings.state_dir / f"worker-{os.getpid()}.heartbeat"
     scene.engine.heartbeat = time.monotonic() + HOUR
     scene.sweeper.start()
     until(heartbeat.exists)

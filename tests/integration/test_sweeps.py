@@ -1,5 +1,5 @@
-"""Sweeping, on both databases: what is due wakes up, who is gone is found out, and what was in
-flight is told of."""
+"""The rescuer on both databases: due deliveries are requeued, lost workers expire, and what they
+were sending becomes uncertain."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from relay.queue.model import Claim
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness, opened
+from tests.integration.harness import QueueHarness, opened
 
 
 def deferred(queue: QueueHarness, count: int) -> list[str]:
@@ -20,24 +20,24 @@ def deferred(queue: QueueHarness, count: int) -> list[str]:
     minute."""
     ids = [queue.accept() for _ in range(count)]
     for claim in queue.claim(*ids):
-        queue.record(claim, Outcome.DEFERRED, backoff_step=2)
+        queue.complete(claim, Outcome.DEFERRED, backoff_step=2)
     for n, queue_id in enumerate(ids):
         queue.pass_time(60 * (count - n - 1), only=[queue_id])
     return ids
 
 
-def vanish(queue: QueueHarness, worker: str = "") -> int | None:
+def lose_worker(queue: QueueHarness, worker: str = "") -> int | None:
     """Let a worker's lease run out, and expire it."""
     queue.pass_time(queue.settings.lease + 1)
     return queue.expire_worker(worker or queue.worker)
 
 
-def test_what_is_due_wakes_up_the_longest_due_first(queue: QueueHarness) -> None:
+def test_deliveries_are_requeued_in_due_order(queue: QueueHarness) -> None:
     ids = deferred(queue, 5)
-    assert set(queue.rescuer.requeue_due(2)) == set(ids[:2])
-    assert queue.states(ids) == ["queued"] * 2 + ["deferred"] * 3
-    assert set(queue.rescuer.requeue_due(10)) == set(ids[2:4]), "the last is not due yet"
-    assert queue.rescuer.requeue_due(10) == []
+    assert set(queue.rescuer.requeue_due(2)["default"]) == set(ids[:2])
+    assert queue.states_of(ids) == ["queued"] * 2 + ["deferred"] * 3
+    assert set(queue.rescuer.requeue_due(10)["default"]) == set(ids[2:4]), "the last is not due yet"
+    assert queue.rescuer.requeue_due(10) == {}
     row = queue.delivery(ids[0])
     assert row["due_in"] == pytest.approx(queue.settings.grace, abs=4), (
         "its hint has GRACE to arrive"
@@ -45,16 +45,16 @@ def test_what_is_due_wakes_up_the_longest_due_first(queue: QueueHarness) -> None
     assert row["backoff_step"] == 2
 
 
-def test_deliveries_of_one_message_are_hinted_once(queue: QueueHarness) -> None:
+def test_deliveries_of_one_message_are_hinted_by_route(queue: QueueHarness) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org")
     for claim in queue.claim(queue_id, room={"default": 1, "bulk": 1}):
-        queue.record(claim, Outcome.DEFERRED)
+        queue.complete(claim, Outcome.DEFERRED)
     queue.pass_time(60)
-    assert queue.rescuer.requeue_due(10) == [queue_id]
+    assert queue.rescuer.requeue_due(10) == {"default": [queue_id], "bulk": [queue_id]}
     assert {queue.state(queue_id, 1), queue.state(queue_id, 2)} == {"queued"}
 
 
-def test_two_sweepers_share_what_is_due(queue: QueueHarness) -> None:
+def test_two_sweepers_share_due_deliveries(queue: QueueHarness) -> None:
     ids = deferred(queue, 40)
     barrier = threading.Barrier(2)
 
@@ -62,7 +62,7 @@ def test_two_sweepers_share_what_is_due(queue: QueueHarness) -> None:
         barrier.wait(10)
         woken: list[str] = []
         while queue.rows("SELECT 1 FROM deliveries WHERE state = 'deferred' AND due_at <= @now"):
-            woken += queue.rescuer.requeue_due(3)
+            woken += queue.rescuer.requeue_due(3).get("default", [])
         return woken
 
     with ThreadPoolExecutor(2) as pool:
@@ -83,7 +83,7 @@ def test_a_worker_that_is_alive_is_not_buried(queue: QueueHarness) -> None:
     assert queue.state(claim.queue_id) == "sending"
 
 
-def test_what_a_lost_worker_was_sending_is_uncertain(queue: QueueHarness) -> None:
+def test_deliveries_of_a_lost_worker_are_uncertain(queue: QueueHarness) -> None:
     kept = queue.register_worker()
     (theirs,) = queue.claim(queue.accept(), worker=kept)
     (claim,) = queue.claim(queue.accept())
@@ -104,7 +104,7 @@ def test_what_a_lost_worker_was_sending_is_uncertain(queue: QueueHarness) -> Non
         queue.settings.uncertain_delay - 10 < row["due_in"] <= 1.5 * queue.settings.uncertain_delay
     )
     assert "vanished" in row["last_reply"]
-    assert queue.attempts(claim.queue_id) == [(1, 0, "uncertain")]
+    assert queue.numbered_attempts(claim.queue_id) == [(1, 0, "uncertain")]
     assert queue.state(theirs.queue_id) == "sending"
     assert queue.state(waiting) == "queued"
     endings = {
@@ -114,20 +114,20 @@ def test_what_a_lost_worker_was_sending_is_uncertain(queue: QueueHarness) -> Non
     assert endings == {queue.worker: "vanished", kept: None}
 
 
-def test_what_a_vanished_worker_had_does_not_come_back_at_once(queue: QueueHarness) -> None:
+def test_deliveries_of_a_lost_worker_do_not_come_due_at_once(queue: QueueHarness) -> None:
     claims = queue.claim(*[queue.accept() for _ in range(20)])
-    vanish(queue)
+    lose_worker(queue)
     assert len({queue.delivery(claim.queue_id)["due_at"] for claim in claims}) > 10
 
 
 def test_no_connection_is_no_proof_that_a_message_is_harmless(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     queue.claim(queue_id)
-    vanish(queue)
+    lose_worker(queue)
     queue.pass_time(100)
     queue.rescuer.requeue_due(10)
     (claim,) = queue.claim(queue_id, worker=(worker := queue.register_worker()))
-    queue.record(claim, Outcome.UNREACHABLE, worker=worker, tries=[], server=None)
+    queue.complete(claim, Outcome.UNREACHABLE, worker=worker, tries=[], server=None)
     assert queue.delivery(queue_id)["crash_count"] == 1
 
 
@@ -138,7 +138,7 @@ def test_a_poison_message_is_held(clean_url: str) -> None:
             worker = queue.register_worker()
             (claim,) = queue.claim(queue_id, worker=worker)
             assert (claim.crash_count, claim.claim) == (lost - 1, lost)
-            vanish(queue, worker)
+            lose_worker(queue, worker)
             row = queue.delivery(queue_id)
             assert (row["crash_count"], row["state"]) == (lost, "held" if lost == 3 else "deferred")
             queue.pass_time(100)
@@ -149,11 +149,11 @@ def test_a_poison_message_is_held(clean_url: str) -> None:
 def test_an_outcome_ends_the_count_of_lost_workers(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     queue.claim(queue_id)
-    vanish(queue)
+    lose_worker(queue)
     queue.pass_time(100)
     queue.rescuer.requeue_due(10)
     worker = queue.register_worker()
-    queue.record(queue.claim(queue_id, worker=worker)[0], Outcome.DEFERRED, worker=worker)
+    queue.complete(queue.claim(queue_id, worker=worker)[0], Outcome.DEFERRED, worker=worker)
     assert queue.delivery(queue_id)["crash_count"] == 0
 
 
@@ -161,12 +161,12 @@ def test_uncertain_is_held_where_the_operator_wants_to_look(clean_url: str) -> N
     with opened(clean_url, uncertain="hold") as queue:
         queue_id = queue.accept()
         queue.claim(queue_id)
-        assert vanish(queue) == 1
+        assert lose_worker(queue) == 1
         row = queue.delivery(queue_id)
         assert (row["state"], row["due_at"], row["last_outcome"]) == ("held", None, "uncertain")
 
 
-def test_what_an_operator_wanted_comes_first_and_lateness_counts(queue: QueueHarness) -> None:
+def test_pending_operations_come_first_and_lateness_counts(queue: QueueHarness) -> None:
     dropped, bounced, null, late = (
         queue.accept(),
         queue.accept(),
@@ -175,11 +175,11 @@ def test_what_an_operator_wanted_comes_first_and_lateness_counts(queue: QueueHar
     )
     queue.claim(dropped, bounced, null, late)
     for queue_id, verb in ((dropped, "drop"), (bounced, "bounce"), (null, "bounce")):
-        queue.ask(queue_id, verb)
+        queue.request_operation(queue_id, verb)
     queue.pass_time(2000, only=[late])
     queue.change("UPDATE deliveries SET due_at = @later(100) WHERE queue_id = @id(:id)", id=late)
-    assert vanish(queue) == 4
-    assert queue.states([dropped, bounced, null, late]) == [
+    assert lose_worker(queue) == 4
+    assert queue.states_of([dropped, bounced, null, late]) == [
         "dropped",
         "bounced",
         "bounced",
@@ -197,15 +197,15 @@ def test_what_an_operator_wanted_comes_first_and_lateness_counts(queue: QueueHar
 @pytest.mark.parametrize("outcome", [Outcome.DELIVERED, Outcome.DEFERRED])
 def test_a_worker_that_wakes_up_late(queue: QueueHarness, outcome: Outcome) -> None:
     (claim,) = queue.claim(queue.accept())
-    vanish(queue)
+    lose_worker(queue)
     state = State.DELIVERED if outcome is Outcome.DELIVERED else State.DEFERRED
-    assert queue.record(claim, outcome).state is state
+    assert queue.complete(claim, outcome).state is state
     row = queue.delivery(claim.queue_id)
     assert (row["state"], row["last_outcome"]) == (
         state,
         "delivered" if state == "delivered" else "uncertain",
     )
-    assert queue.attempts(claim.queue_id) == [(1, 0, "uncertain"), (1, 1, outcome)]
+    assert queue.numbered_attempts(claim.queue_id) == [(1, 0, "uncertain"), (1, 1, outcome)]
     assert not queue.renew()
 
 
@@ -221,13 +221,13 @@ def test_stuck_transfers_are_given_up(queue: QueueHarness) -> None:
     assert queue.state(fresh) == "sending"
 
 
-def test_what_a_worker_that_ended_still_held_is_found(queue: QueueHarness) -> None:
+def test_deliveries_of_an_ended_worker_are_rescued(queue: QueueHarness) -> None:
     (claim,) = queue.claim(queue.accept())
     assert queue.rescuer.rescue_unowned() == 0
     queue.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
     assert queue.rescuer.rescue_unowned() == 1
     assert queue.state(claim.queue_id) == "deferred"
-    assert queue.attempts(claim.queue_id) == [(1, 0, "uncertain")]
+    assert queue.numbered_attempts(claim.queue_id) == [(1, 0, "uncertain")]
     assert queue.rescuer.rescue_unowned() == 0
 
 
@@ -245,13 +245,13 @@ def test_a_burial_and_a_late_k_at_the_same_time(queue: QueueHarness) -> None:
     def finish() -> None:
         barrier.wait(10)
         for claim in reversed(claims):
-            queue.record(claim, Outcome.DELIVERED)
+            queue.complete(claim, Outcome.DELIVERED)
 
     with ThreadPoolExecutor(2) as pool:
         expiry, finished = pool.submit(expire_worker), pool.submit(finish)
         assert expiry.result(30) is not None
         finished.result(30)
-    assert set(queue.states(claim.queue_id for claim in claims)) == {"delivered"}
+    assert set(queue.states_of(claim.queue_id for claim in claims)) == {"delivered"}
 
 
 # --- the database's clock is set back
@@ -261,11 +261,11 @@ LONGEST = 3600.0
 BACK = 7200.0
 
 
-def test_what_is_deferred_beyond_the_longest_wait_is_due(queue: QueueHarness) -> None:
+def test_a_delivery_deferred_beyond_the_longest_wait_is_due(queue: QueueHarness) -> None:
     ids = deferred(queue, 3)
     queue.pass_time(-BACK, only=ids[1:])
     assert queue.rescuer.bring_near(10, LONGEST, ["default"]) == 2
-    assert set(queue.rescuer.requeue_due(10)) == set(ids)
+    assert set(queue.rescuer.requeue_due(10)["default"]) == set(ids)
 
 
 def test_a_wait_that_may_be_is_kept(queue: QueueHarness) -> None:
@@ -277,7 +277,7 @@ def test_a_wait_that_may_be_is_kept(queue: QueueHarness) -> None:
     assert [queue.delivery(i)["due_at"] for i in (queue_id, queued, sending.queue_id)] == before
 
 
-def test_queued_mail_whose_hint_was_lost_is_found_again(queue: QueueHarness) -> None:
+def test_queued_mail_without_a_hint_is_claimed(queue: QueueHarness) -> None:
     near, far = queue.accept("x@example.org"), queue.accept("bulk:y@example.org")
     queue.pass_time(-BACK, only=[near, far])
     room = {"default": 5, "bulk": 5}
@@ -295,7 +295,7 @@ def test_a_transfer_under_way_keeps_its_claim_and_gets_the_time_of_a_new_one(
     assert queue.rescuer.bring_near(10, LONGEST, ["default"]) == 1
     assert queue.delivery(claim.queue_id)["due_in"] == pytest.approx(far, abs=4)
     assert queue.rescuer.expire_stuck_transfers() == 0
-    assert queue.record(claim, Outcome.DELIVERED).state is State.DELIVERED
+    assert queue.complete(claim, Outcome.DELIVERED).state is State.DELIVERED
 
 
 def test_it_is_done_a_batch_at_a_time(queue: QueueHarness) -> None:
@@ -311,11 +311,11 @@ def test_a_lease_that_ends_later_than_any_has_run_out(queue: QueueHarness) -> No
     assert queue.rescuer.expired_leases() == [], "a living worker renews it"
 
 
-def test_a_notice_is_owed_at_once_all_the_same(queue: QueueHarness, tmp_path: Path) -> None:
+def test_a_dsn_is_pending_at_once(queue: QueueHarness, tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    spool.prepare(queue.engine, unsafe=True)
+    spool.prepare(queue.database, unsafe=True)
     (claim,) = queue.claim(queue.accept())
-    queue.record(claim, Outcome.REJECTED)
+    queue.complete(claim, Outcome.REJECTED)
     queue.pass_time(-BACK, only=[claim.queue_id])
-    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda _: "default")
+    generator = DsnGenerator(queue.database, spool, queue.settings, lambda _: "default")
     assert len(generator.generate(10)) == 1

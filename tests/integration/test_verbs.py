@@ -1,5 +1,4 @@
-"""What operators do to the queue, as they type it, on both databases: every verb from every state,
-and no accidents."""
+"""Operations as an operator types them, on both databases: every operation in every state."""
 
 import json
 import os
@@ -20,7 +19,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness, new_message
+from tests.integration.harness import QueueHarness, new_message
 from tests.integration.test_cost_of_a_message import counted
 from tests.integration.typed import Typed, lines, typed_at
 from tests.waiting import until
@@ -45,7 +44,7 @@ def one_in(queue: QueueHarness, state: State, *addresses: str, **more: object) -
         (claim,) = queue.claim(queue_id)
         if state is not State.SENDING:
             outcomes = {State.DEFERRED: Outcome.DEFERRED, State.DELIVERED: Outcome.DELIVERED}
-            queue.record(claim, outcomes[state])
+            queue.complete(claim, outcomes[state])
     return queue_id
 
 
@@ -59,7 +58,7 @@ AFTER = {
 
 
 @pytest.mark.parametrize("verb", AFTER)
-def test_every_verb_from_every_state(queue: QueueHarness, typed: Typed, verb: str) -> None:
+def test_every_operation_in_every_state(queue: QueueHarness, typed: Typed, verb: str) -> None:
     states = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD, State.DELIVERED)
     ids = {str(state): one_in(queue, state) for state in states}
     typed(verb, "--all", "--yes")
@@ -79,14 +78,14 @@ def test_every_verb_from_every_state(queue: QueueHarness, typed: Typed, verb: st
 @pytest.mark.parametrize(
     ("verb", "then"), [("hold", "held"), ("drop", "dropped"), ("bounce", "bounced")]
 )
-def test_what_is_being_sent_is_told(
+def test_operations_report_deliveries_that_are_being_sent(
     queue: QueueHarness, typed: Typed, verb: str, then: str
 ) -> None:
     (one,), (two,) = queue.claim(queue.accept()), queue.claim(queue.accept())
     assert "2 being sent" in typed(verb, "--all", "--yes").stderr
-    queue.record(one, Outcome.DEFERRED)
-    queue.record(two, Outcome.DELIVERED)
-    assert queue.states([one.queue_id, two.queue_id]) == [then, "delivered"], (
+    queue.complete(one, Outcome.DEFERRED)
+    queue.complete(two, Outcome.DELIVERED)
+    assert queue.states_of([one.queue_id, two.queue_id]) == [then, "delivered"], (
         "a K beats every request"
     )
     assert queue.delivery(two.queue_id)["last_reply"] == "its words"
@@ -94,7 +93,7 @@ def test_what_is_being_sent_is_told(
 
 @pytest.mark.parametrize("verb", ["hold", "drop", "bounce"])
 @pytest.mark.parametrize("end", ["recorded", "vanished"])
-def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(
+def test_actor_and_reason_of_a_pending_operation_are_kept(
     queue: QueueHarness, typed: Typed, verb: str, end: str
 ) -> None:
     """The words are those that a waiting delivery gets."""
@@ -104,7 +103,7 @@ def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(
     row = queue.delivery(claim.queue_id)
     assert (row["last_reply"], row["pending_reason"]) == (None, words)
     if end == "recorded":
-        queue.record(claim, Outcome.DEFERRED)
+        queue.complete(claim, Outcome.DEFERRED)
     else:
         queue.pass_time(400)
         queue.expire_worker(queue.worker)
@@ -114,10 +113,10 @@ def test_who_wanted_it_and_why_is_not_lost_while_it_is_sent(
     assert words in typed("why", claim.queue_id).stdout
 
 
-def test_a_wish_of_retry_leaves_the_servers_words(queue: QueueHarness, typed: Typed) -> None:
+def test_a_pending_retry_keeps_the_reply_of_the_server(queue: QueueHarness, typed: Typed) -> None:
     (claim,) = queue.claim(queue.accept())
     typed("retry", claim.queue_id, "--reason", "now")
-    queue.record(claim, Outcome.DEFERRED)
+    queue.complete(claim, Outcome.DEFERRED)
     row = queue.delivery(claim.queue_id)
     assert (row["state"], row["last_reply"], row["pending_reason"]) == ("queued", "its words", None)
 
@@ -135,18 +134,18 @@ def test_release_takes_back_a_hold_that_was_only_wanted(queue: QueueHarness, typ
         ("sending", "drop"),
     ]
     assert [row["pending_reason"] is None for row in rows] == [True, False]
-    queue.record(held, Outcome.DEFERRED)
+    queue.complete(held, Outcome.DEFERRED)
     assert queue.state(held.queue_id) == "deferred"
     assert len(queue.rows("SELECT * FROM audit_deliveries")) == 3
 
 
-def test_it_goes_in_chunks_and_misses_nobody(
+def test_operations_run_in_batches_and_miss_no_delivery(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verbs, "CHUNK", 4)
     queue.acceptor.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
     other = queue.accept("other@example.com")
-    touched, free = verbs.QueueOperations(queue.engine, notices=True).apply(
+    touched, free = verbs.QueueOperations(queue.database, notices=True).apply(
         verbs.OPERATIONS["hold"],
         Filter(recipient="*@example.org"),
         actor="me@here",
@@ -168,7 +167,7 @@ def test_it_goes_in_chunks_and_misses_nobody(
 
 
 @pytest.mark.parametrize("name", ["hold", "drop", "retry --reroute"])
-def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
+def test_an_interrupted_operation_is_in_the_audit(
     queue: QueueHarness, typed: Typed, spool: Spool, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(verbs, "CHUNK", 2)
@@ -194,7 +193,7 @@ def test_a_verb_that_is_interrupted_has_a_record_of_what_it_did(
     ]
     assert (matched, touched) == (4, ids[:4])
     if name == "hold":
-        assert queue.states(ids) == [*["held"] * 4, "queued"]
+        assert queue.states_of(ids) == [*["held"] * 4, "queued"]
     assert {i for i, _ in spool.ids()} == set(ids[4:] if name == "drop" else ids)
 
 
@@ -204,8 +203,8 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness
     for size in (1, 20):
         for _ in range(size):
             queue.accept(sender="")
-        with counted(queue.engine) as count:
-            _, free = verbs.QueueOperations(queue.engine, notices=True).apply(
+        with counted(queue.database) as count:
+            _, free = verbs.QueueOperations(queue.database, notices=True).apply(
                 verbs.OPERATIONS["drop"], Filter(), actor="me@here", reason=""
             )
         assert len(free) == size
@@ -213,7 +212,7 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness
     assert counts[0] == counts[1] == 6
 
 
-# A verb, its filter, the state that a delivery is in, and what another session makes of it
+# An operation, its filter, the state that a delivery is in, and what another session makes of it
 # meanwhile.
 MEANWHILE = {
     "drop what was released": ("drop", Filter(states=("held",)), State.HELD, "state = 'queued', due_at = @now"),
@@ -233,8 +232,8 @@ def test_the_whole_filter_counts_when_the_row_is_locked(queue: QueueHarness, cas
     name, wanted, state, change = MEANWHILE[case]
     ids = sorted(one_in(queue, state) for _ in range(3))
     queue.change("UPDATE deliveries SET last_reply = 'first'")
-    operations = verbs.QueueOperations(queue.engine, notices=True)
-    with ThreadPoolExecutor(1) as another, writing(queue.engine) as connection:
+    operations = verbs.QueueOperations(queue.database, notices=True)
+    with ThreadPoolExecutor(1) as another, writing(queue.database) as connection:
         of_the_oldest = "WHERE queue_id = @id(:id)"
         sql = f"UPDATE deliveries SET {change} {of_the_oldest} RETURNING *"
         (changed,) = connection.execute(text(queue.dialect(sql)), {"id": dashed(ids[0])}).mappings()
@@ -275,10 +274,10 @@ def test_more_than_one_needs_a_yes(
         "commands.ops.modify.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
     )
     typed("drop", "--recipient", "a@example.org", answer="n\n", status=1)
-    assert queue.states(ids) == ["queued", "queued"]
+    assert queue.states_of(ids) == ["queued", "queued"]
     assert queue.rows("SELECT * FROM audit") == []
     typed("drop", "--recipient", "a@example.org", answer="y\n")
-    assert queue.states(ids) == ["dropped", "dropped"]
+    assert queue.states_of(ids) == ["dropped", "dropped"]
 
 
 def test_nothing_is_done_to_everything_by_mistake(queue: QueueHarness, typed: Typed) -> None:
@@ -303,7 +302,7 @@ def test_a_dry_run_shows_whom_it_would_touch(queue: QueueHarness, typed: Typed) 
     assert queue.rows("SELECT * FROM audit") == []
 
 
-def test_who_did_what_and_why(queue: QueueHarness, typed: Typed) -> None:
+def test_audit_has_actor_operation_and_reason(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept()
     done = typed("hold", "--id", queue_id, "--reason", "it's\nspam", "--json")
     assert json.loads(done.stdout) == {
@@ -333,7 +332,7 @@ def test_who_did_what_and_why(queue: QueueHarness, typed: Typed) -> None:
 def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda address: "default")
+    generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")
     bounced, greylisted = queue.accept(), queue.accept("c@example.org")
     reply = "bounced by an operator: x"
     for queue_id, outcome, words in (
@@ -341,7 +340,7 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
         (greylisted, Outcome.DEFERRED, "held by greylist for 300 seconds"),
     ):
         spool.store(queue_id, [BODY])
-        queue.record(queue.claim(queue_id)[0], outcome, reply=words)
+        queue.complete(queue.claim(queue_id)[0], outcome, reply=words)
         assert queue.delivery(queue_id)["reason_source"] == "server"
     assert f"refused it: {reply}" in typed("why", bounced).stdout
     queue.change(
@@ -349,7 +348,7 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     )
     typed("retry", greylisted)
     (claim,) = queue.claim(greylisted)
-    queue.record(claim, Outcome.DEFERRED, reply="held by greylist for 300 seconds")
+    queue.complete(claim, Outcome.DEFERRED, reply="held by greylist for 300 seconds")
     queue.pass_time(100)
     texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
     assert len(texts) == 2
@@ -358,7 +357,9 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     assert sum("Diagnostic-Code: x-qmqp; held by greylist" in text for text in texts) == 1
 
 
-def test_bodies_go_when_nobody_needs_them(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
+def test_bodies_are_removed_when_no_delivery_needs_them(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
     kept, told, null, split = (
         queue.accept("a@example.org", "bulk:b@example.org"),
         queue.accept("a@example.org"),
@@ -397,7 +398,7 @@ def test_rerouting(
         one_in(queue, State.HELD, "old:d@x.org"),
     )
     (claim,) = queue.claim(deferred, room={"old": 1})
-    queue.record(claim, Outcome.DEFERRED)
+    queue.complete(claim, Outcome.DEFERRED)
     routes = spool.directory / "routes.toml"
     routes.write_text('[com]\nrecipients = ["*@example.com"]\nservers = ["a"]\n')
     monkeypatch.setenv("RELAY_ROUTES", str(routes))
@@ -429,7 +430,7 @@ def test_a_limit_takes_the_oldest(
     assert "the oldest 3 of 6" in typed("hold", "--all", "--limit", "3", status=2).stderr
     for limit, held in (("3", 3), ("1", 4), ("9", 6)):
         typed("hold", "--all", "--yes", "--limit", limit)
-        assert queue.states(ids) == ["held"] * held + ["queued"] * (6 - held)
+        assert queue.states_of(ids) == ["held"] * held + ["queued"] * (6 - held)
     shown = [row["filter"] for row in queue.rows("SELECT filter FROM audit ORDER BY id")]
     assert shown == ["--limit 3", "--limit 1", "--limit 9"]
 

@@ -1,5 +1,4 @@
-"""`why` names one cause, from what the workers have published, whatever the settings of the process
-that asks."""
+"""`why` names one cause, from what the workers have published, whatever its own settings are."""
 
 import re
 
@@ -8,7 +7,7 @@ import pytest
 from relay.dsn.generator import DsnGenerator
 from relay.queue.outcome import Outcome
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import QueueHarness
 from tests.integration.typed import Typed, typed_at
 
 ONE, TWO = "127.0.0.1:6280", "[::1]:628"
@@ -51,7 +50,7 @@ def test_a_paused_server_is_named_with_actor_and_reason(queue: QueueHarness, typ
     assert "circuit" not in why(typed, queue_id), "a worker that knows it would send there"
 
 
-def test_what_is_wrong_with_a_route(queue: QueueHarness, typed: Typed) -> None:
+def test_why_explains_a_route(queue: QueueHarness, typed: Typed) -> None:
     queue_id = overdue(queue)
     queue.claim(queue.accept())
     assert re.search(
@@ -103,28 +102,26 @@ def test_no_connection_is_named_once(
     queue: QueueHarness, typed: Typed, reply: str, words: str
 ) -> None:
     queue_id = queue.accept()
-    queue.record(queue.claim(queue_id)[0], Outcome.UNREACHABLE, reply=reply, server=None)
+    queue.complete(queue.claim(queue_id)[0], Outcome.UNREACHABLE, reply=reply, server=None)
     assert f"{words}" in why(typed, queue_id)
 
 
-def test_what_to_do_about_an_envelope_that_no_server_accepts(
-    queue: QueueHarness, typed: Typed
-) -> None:
+def test_why_explains_an_envelope_that_no_server_accepts(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept("x\n@example.org")
     reply = "no request can be made of it: no server can be trusted with the recipient <x"
-    queue.record(queue.claim(queue_id)[0], Outcome.UNSENDABLE, reply=reply)
+    queue.complete(queue.claim(queue_id)[0], Outcome.UNSENDABLE, reply=reply)
     advice = "release it: what can be sent is sent, and the rest bounces. It stays"
     assert f"it cannot be sent: {reply}; {advice}" in why(typed, queue_id)
 
 
 def refused(queue: QueueHarness, queue_id: str, reply: str = "550 go away") -> None:
-    queue.record(queue.claim(queue_id)[0], Outcome.REJECTED, reply=reply)
+    queue.complete(queue.claim(queue_id)[0], Outcome.REJECTED, reply=reply)
 
 
-def test_what_became_of_a_dsn_and_what_it_is_about(
+def test_why_explains_a_dsn_and_its_message(
     queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda address: "default")
+    generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")
     queue_id = queue.accept(ret="FULL")
     spool.store(queue_id, [b"Subject: x\n\n".ljust(100, b"x")])
     refused(queue, queue_id)
@@ -150,7 +147,7 @@ def test_what_became_of_a_dsn_and_what_it_is_about(
     (none,) = generator.generate(5)
     assert f"; it is a DSN about {queue_id} and encloses nothing of it." in why(typed, none)
     (claim,) = queue.claim(none)
-    queue.record(claim, Outcome.DELIVERED)
+    queue.complete(claim, Outcome.DELIVERED)
     assert why(typed, queue_id).endswith(f"; the sender was told by {none}.")
     assert f"the sender was told by {none}." in typed("show", queue_id).stdout
 
@@ -158,7 +155,7 @@ def test_what_became_of_a_dsn_and_what_it_is_about(
 def test_a_dsn_that_failed_and_is_not_replaced(
     queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda address: "default")
+    generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")
     queue_id = queue.accept()
     refused(queue, queue_id)
     (dsn,) = generator.generate(5)  # without its body, which was never stored
@@ -178,10 +175,10 @@ def test_a_dsn_that_failed_and_is_not_replaced(
     ("b@example.org", "<a@example.com", "no mail server accepts its address"),
     ("b@example.org", "a@example.com", "less than a minute before, a DSN about mail from an untrusted client was sent to this address"),
 ])  # fmt: skip
-def test_the_reason_why_a_sender_is_not_told(
+def test_why_explains_a_missing_dsn(
     queue: QueueHarness, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
 ) -> None:
-    generator = DsnGenerator(queue.engine, spool, queue.settings, lambda address: "default")
+    generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")
     before = queue.accept(client_trusted=False)
     refused(queue, before)
     assert len(generator.generate(5)) == 1

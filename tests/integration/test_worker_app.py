@@ -18,7 +18,7 @@ from relay.hints import FRESH, Hints, celery_app
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
 from tests import services
-from tests.integration.engine_harness import EngineHarness
+from tests.integration.harness import EngineHarness
 from tests.services import Broker
 from tests.waiting import until
 from worker.app import WorkerProcess
@@ -29,8 +29,8 @@ WORKER = (*CELERY, "worker", "--without-gossip", "--without-mingle")
 RUN = (sys.executable, "-c", "from worker.app import *; sys.exit(run(load(WorkerSettings)))")
 
 
-class House:
-    """A mailroom, and worker processes that see it."""
+class WorkerProcesses:
+    """A queue with a spool, and worker processes on it."""
 
     def __init__(self, mail: EngineHarness, spawn: Spawn, log: Path) -> None:
         self.mail, self._spawn, self.log = mail, spawn, log
@@ -56,12 +56,12 @@ class House:
 
 
 @pytest.fixture
-def house(
+def processes(
     sqlite_url: str, spool: Spool, tmp_path: Path, spawn: Spawn
-) -> Iterator[Callable[..., House]]:
+) -> Iterator[Callable[..., WorkerProcesses]]:
     opened: list[EngineHarness] = []
 
-    def open_(port: int, broker_url: str, **given: Any) -> House:
+    def open_(port: int, broker_url: str, **given: Any) -> WorkerProcesses:
         opened.append(
             EngineHarness(
                 sqlite_url,
@@ -72,7 +72,7 @@ def house(
                 **given,
             )
         )
-        return House(opened[-1], spawn, tmp_path / "worker.log")
+        return WorkerProcesses(opened[-1], spawn, tmp_path / "worker.log")
 
     yield open_
     for one in opened:
@@ -80,10 +80,10 @@ def house(
 
 
 def test_an_unauthorized_reply_from_before_the_setting_opens_the_circuit(
-    house: Callable[..., House],
+    processes: Callable[..., WorkerProcesses],
 ) -> None:
     with running_sink() as sink:
-        at = house(sink.port, "redis://127.0.0.1:1/0")
+        at = processes(sink.port, "redis://127.0.0.1:1/0")
         queue_id = at.mail.accept()
         at.mail.change(
             """UPDATE deliveries SET state = 'bounced', due_at = @ago(60), finished_at = @now, last_outcome =
@@ -113,10 +113,12 @@ def test_importing_the_application_needs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [WORKER, RUN], ids=["celery", "run"])
 def test_hints_are_delivered_and_sigterm_ends_the_worker(
-    house: Any, broker: Broker, command: tuple[str, ...]
+    processes: Any, broker: Broker, command: tuple[str, ...]
 ) -> None:
     with running_sink() as sink:
-        home = house(sink.port, broker.url, grace=600.0)  # so that only a hint can be the reason
+        home = processes(
+            sink.port, broker.url, grace=600.0
+        )  # so that only a hint can be the reason
         ids = [home.mail.accept() for _ in range(30)]
         worker = home.start(*command, GRACE="10m")
         hints = Hints(celery_app(home.mail.settings), FRESH, 10)
@@ -130,12 +132,12 @@ def test_hints_are_delivered_and_sigterm_ends_the_worker(
         assert services.end(worker) == 0
     assert sink.count == len(ids)
     assert home.mail.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
-    assert list(home.mail.settings.state_dir.glob("*.tick")) == []
+    assert list(home.mail.settings.state_dir.glob("*.heartbeat")) == []
 
 
-def test_mail_is_delivered_without_a_broker(house: Any) -> None:
+def test_mail_is_delivered_without_a_broker(processes: Any) -> None:
     with running_sink() as sink:
-        home = house(sink.port, f"redis://127.0.0.1:{services.free_port()}/0")
+        home = processes(sink.port, f"redis://127.0.0.1:{services.free_port()}/0")
         ids = [home.mail.accept() for _ in range(10)]
         worker = home.start()
         until(lambda: home.mail.states() == {"delivered"}, 30, what=home.said)
@@ -143,9 +145,9 @@ def test_mail_is_delivered_without_a_broker(house: Any) -> None:
     assert sink.count == len(ids)
 
 
-def test_a_silent_broker_does_not_delay_the_end(house: Any, broker: Broker) -> None:
+def test_a_silent_broker_does_not_delay_the_end(processes: Any, broker: Broker) -> None:
     with running_sink() as sink:
-        home = house(sink.port, broker.url)
+        home = processes(sink.port, broker.url)
         worker = home.start()
         home.mail.accept()
         until(lambda: home.mail.states() == {"delivered"}, 30, what=home.said)
@@ -157,9 +159,9 @@ def test_a_silent_broker_does_not_delay_the_end(house: Any, broker: Broker) -> N
     assert home.mail.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
 
 
-def test_sigterm_records_deliveries_that_do_not_end_in_time(house: Any, broker: Broker) -> None:
+def test_sigterm_records_deliveries_that_do_not_end_in_time(processes: Any, broker: Broker) -> None:
     with running_sink(Rule(Answer(raw=b"", end="stay"))) as silent:
-        home = house(silent.port, broker.url)
+        home = processes(silent.port, broker.url)
         queue_id = home.mail.accept()
         worker = home.start()
         until(lambda: silent.count == 1, 30, what=home.said)
@@ -169,10 +171,10 @@ def test_sigterm_records_deliveries_that_do_not_end_in_time(house: Any, broker: 
 
 
 def test_B39_deliveries_of_a_killed_worker_are_uncertain_and_retried(
-    house: Any, broker: Broker
+    processes: Any, broker: Broker
 ) -> None:
     with running_sink(Rule(Answer(raw=b"", end="stay"), times=1)) as sink:
-        home = house(sink.port, broker.url)
+        home = processes(sink.port, broker.url)
         queue_id = home.mail.accept()
         first = home.start(UNCERTAIN_DELAY="0s", RETRY_MIN="100ms")
         until(lambda: sink.count == 1, 30, what=home.said)
@@ -196,9 +198,9 @@ def test_B39_deliveries_of_a_killed_worker_are_uncertain_and_retried(
     ],
 )
 def test_a_setup_that_cannot_work_is_refused_in_one_line(
-    house: Any, options: tuple[str, ...], given: dict[str, str], words: str
+    processes: Any, options: tuple[str, ...], given: dict[str, str], words: str
 ) -> None:
-    home = house(1, "redis://127.0.0.1:1/0")
+    home = processes(1, "redis://127.0.0.1:1/0")
     worker = home.start(*WORKER, *options, **given)
     assert worker.wait(30) != 0
     assert words in home.said().strip().splitlines()[-1]
@@ -214,16 +216,16 @@ def test_a_defect_at_startup_ends_the_worker(monkeypatch: pytest.MonkeyPatch) ->
         process.on_init(SimpleNamespace(app=process.app, pool_cls="threads"))
 
 
-def test_a_worker_refuses_the_spool_of_another_database(house: Any) -> None:
-    home = house(1, "redis://127.0.0.1:1/0")
+def test_a_worker_refuses_the_spool_of_another_database(processes: Any) -> None:
+    home = processes(1, "redis://127.0.0.1:1/0")
     (home.mail.settings.spool_dir / "spool-id").write_text("0" * 32 + "\n")
     worker = home.start()
     assert worker.wait(30) != 0
     assert "is not the spool of this database" in home.said()
 
 
-def test_celery_inspect_works(house: Any, broker: Broker) -> None:
-    home = house(1, broker.url)
+def test_celery_inspect_works(processes: Any, broker: Broker) -> None:
+    home = processes(1, broker.url)
     home.start(REMOTE_CONTROL="true")
 
     def ping() -> bool:

@@ -1,12 +1,12 @@
-"""What becomes of mail when its worker or its machine fails, phase by phase, as `docs/delivery.md`
-tells it.
+"""The matrix of faults of a worker or its machine, by the phase of a transfer, as in
+`docs/delivery.md`.
 
-A real worker process has five messages under way, one in each phase: connecting; in the middle of
-the body; after the last byte and before the reply; after the reply and before its record is
-committed; and one whose claim waits to be committed. Servers that do not move until the test opens them
-hold it there, and so does a writer that keeps the lock of the database. Then the worker is killed,
-stopped, or loses its lease. Another worker delivers what is left, to a server that takes
-everything, and then it is counted who has what twice. RELAY_TESTS_WRITE=1 writes the table anew.
+A real worker process has five messages, one in each phase: connecting; within the body; after the
+last byte and before the reply; after the reply and before its completion is committed; and one
+whose claim waits for its commit. Servers that stop until the test opens them keep it there, and so
+does a writer that holds the write lock of the database. Then the worker is killed, stopped, or
+loses its lease. Another worker delivers the rest to a server that accepts everything, and the test
+counts duplicates. RELAY_TESTS_WRITE=1 writes the table again.
 """
 
 import errno
@@ -30,14 +30,14 @@ from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.engine import write_lock
 from relay.spool.store import Spool
 from tests import services
-from tests.integration.engine_harness import BODY, EngineHarness
+from tests.integration.harness import BODY, EngineHarness
 from tests.integration.test_delivery_matrix import in_page
-from tests.integration.test_worker_app import House
+from tests.integration.test_worker_app import WorkerProcesses
 from tests.services import Postgres
 from tests.waiting import stands_still, until
 
 BEGIN = "<!-- made by tests/integration/test_worker_matrix.py: begin -->"
-HEAD = "| fault | phase | tries recorded | state | next | taken twice |\n|---|---|---|---|---|---|"
+HEAD = "| fault | phase | attempts recorded | state | next | accepted twice |\n|---|---|---|---|---|---|"
 UNCLAIMED, CONNECTING, MIDDLE, WAITING, ANSWERED, LATE = (
     "before its claim is committed", "connecting", "in the body", "after the last byte, before the reply",
     "after the reply (K), before its record", "after the last byte; K comes within DRAIN_TIMEOUT",
@@ -49,8 +49,8 @@ LONG = b"Subject: long\n\n" + bytes(
 )  # more than the kernel keeps for a peer that does not read
 
 
-class Gate:
-    """A QMQP server that reads `most` bytes of one request and answers K when it is told to."""
+class GatedServer:
+    """A QMQP server that reads `most` bytes of one request and replies K when the test opens it."""
 
     def __init__(self, most: int = 1 << 40) -> None:
         self._listener, self._most = socket.socket(), most
@@ -97,20 +97,20 @@ def deaf() -> Iterator[int]:
 
 
 @dataclass
-class Scene:
+class WorkerInEveryPhase:
     """A worker with a message in every phase."""
 
-    house: House
+    processes: WorkerProcesses
     worker: subprocess.Popen[Any]
-    gates: dict[str, Gate]
+    gates: dict[str, GatedServer]
     ids: dict[str, str] = field(default_factory=dict)
 
     @property
     def mail(self) -> EngineHarness:
-        return self.house.mail
+        return self.processes.mail
 
     def said(self, event: str) -> bool:
-        return f'"event": "{event}"' in self.house.log.read_text()
+        return f'"event": "{event}"' in self.processes.log.read_text()
 
     def begin(self, phase: str) -> None:
         self.ids[phase] = self.mail.accept(
@@ -127,17 +127,19 @@ class Scene:
         for phase in (CONNECTING, *gates):
             self.begin(phase)
         for phase, gate in gates.items():
-            assert gate.reached.wait(30), (phase, self.house.said())
+            assert gate.reached.wait(30), (phase, self.processes.said())
         until(lambda: self.mail.state(self.ids[CONNECTING]) == "sending")
         with write_lock(self.mail.database):
             self.gates[ANSWERED].open.set()
-            until(lambda: self.said("delivered"), what=self.house.said)  # told, and not recorded
-            self.ids[UNCLAIMED] = self.mail.accept(f"b@{place(UNCLAIMED)}.test", has_turn=True)
+            until(
+                lambda: self.said("delivered"), what=self.processes.said
+            )  # told, and not recorded
+            self.ids[UNCLAIMED] = self.mail.accept(f"b@{place(UNCLAIMED)}.test", has_lock=True)
             until(lambda: waits_for_its_turn(self.worker.pid))
             yield
 
     def rows(self, fault: str) -> list[str]:
-        """A line for each phase: what the database says now, and who has what in the end."""
+        """A line for each phase: what the database says now, and the duplicates in the end."""
         found = {
             phase: (self.mail.attempts(i), self.mail.delivery(i)) for phase, i in self.ids.items()
         }
@@ -175,7 +177,7 @@ def line(
     recorded = ", ".join(f"`{outcome}`" for _, outcome in tries) or "none"
     assert delivery["state"] != "deferred" or delivery["last_outcome"] == "uncertain"
     following = {
-        "queued": "any worker sends it", "delivered": "the body is removed", "held": "a person looks at it",
+        "queued": "any worker sends it", "delivered": "the body is removed", "held": "an operator decides",
         "deferred": "again after UNCERTAIN_DELAY",
     }[delivery["state"]]  # fmt: skip
     assert times < 2 or "`uncertain`" in recorded, "no double is hidden"
@@ -225,12 +227,12 @@ def write_routes(path: Path, ports: dict[str, int]) -> Path:
 @contextmanager
 def scene(
     database_url: str, directory: Path, spawn: Callable[..., Any], *more: str
-) -> Iterator[Scene]:
+) -> Iterator[WorkerInEveryPhase]:
     directory.mkdir()
     (directory / "spool").mkdir(mode=0o700)
     gates = {
-        MIDDLE: Gate(20_000),
-        **{phase: Gate() for phase in (WAITING, *more, ANSWERED, UNCLAIMED)},
+        MIDDLE: GatedServer(20_000),
+        **{phase: GatedServer() for phase in (WAITING, *more, ANSWERED, UNCLAIMED)},
     }
     gates[UNCLAIMED].open.set()
     with deaf() as port, ExitStack() as stack:
@@ -243,40 +245,40 @@ def scene(
             uncertain_delay=900.0,
         )  # fmt: skip
         stack.callback(mail.close)
-        house = House(mail, spawn, directory / "worker.log")
+        processes = WorkerProcesses(mail, spawn, directory / "worker.log")
         patience = {
             "CONNECT_TIMEOUT": "5m",
             "IO_TIMEOUT": "5m",
             "DRAIN_TIMEOUT": "3s",
             "LEASE": f"{LEASE}s",
         }
-        yield Scene(house, house.start(**patience, ROUTES=str(routes)), gates)
+        yield WorkerInEveryPhase(processes, processes.start(**patience, ROUTES=str(routes)), gates)
 
 
 def expire_worker(mail: EngineHarness) -> None:
-    """What a sweeper does when the lease has run out."""
+    """Expire the worker as a sweeper does."""
     mail.change("UPDATE workers SET lease_expires_at = @ago(1) WHERE ended_at IS NULL")
     for worker, until_ in mail.rescuer.expired_leases():
         assert mail.rescuer.expire_worker(worker, until_)
 
 
-def killed(scene: Scene) -> list[str]:
+def killed(scene: WorkerInEveryPhase) -> list[str]:
     with scene.in_every_phase():
         services.end(scene.worker, signal.SIGKILL)
     expire_worker(scene.mail)
     return scene.rows("the worker is killed")
 
 
-def stopped(scene: Scene) -> list[str]:
+def stopped(scene: WorkerInEveryPhase) -> list[str]:
     with scene.in_every_phase():
         scene.worker.send_signal(signal.SIGTERM)
-        until(lambda: scene.said("draining"), what=scene.house.said)
+        until(lambda: scene.said("draining"), what=scene.processes.said)
         scene.gates[LATE].open.set()
-    assert services.end(scene.worker) == 0, scene.house.said()
-    return scene.rows("the worker is told to stop (SIGTERM)")
+    assert services.end(scene.worker) == 0, scene.processes.said()
+    return scene.rows("the worker gets SIGTERM")
 
 
-def expired_while_stopped(scene: Scene) -> list[str]:
+def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
     """The worker is stopped until another has expired it. When it runs again, the reply that it waits
     for has arrived."""
     with scene.in_every_phase():
@@ -290,9 +292,9 @@ def expired_while_stopped(scene: Scene) -> list[str]:
         until_it_is(scene.mail, scene.ids[phase], "delivered")
     until(lambda: scene.said("own lease lost"))
     for phase in (CONNECTING, MIDDLE):
-        until(partial(scene.tried, phase, 2), what=scene.house.said)
+        until(partial(scene.tried, phase, 2), what=scene.processes.said)
     services.end(scene.worker)
-    return scene.rows("the worker loses its lease, and comes back")
+    return scene.rows("the worker loses its lease, and continues")
 
 
 # What is at fault is the machine
@@ -336,7 +338,7 @@ def with_files(mail: EngineHarness, sink: Sink) -> list[str]:
 
 
 def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path) -> list[str]:
-    gate = Gate()
+    gate = GatedServer()
     mail = EngineHarness(
         url, spool, directory, qmqp_servers=(f"127.0.0.1:{gate.port}",), lease=60.0
     )
@@ -357,7 +359,7 @@ def test_the_matrix_of_failing_workers_is_that_of_the_page(
     sqlite_url: str, sqlite_template: Path, postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path,
     spawn: Callable[..., Any],
 ) -> None:  # fmt: skip
-    def played(faulty: Callable[[Scene], list[str]], *more: str) -> list[str]:
+    def played(faulty: Callable[[WorkerInEveryPhase], list[str]], *more: str) -> list[str]:
         url = copied(sqlite_template, tmp_path / f"{faulty.__name__}-database")
         with scene(url, tmp_path / faulty.__name__, spawn, *more) as one:
             return faulty(one)

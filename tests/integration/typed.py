@@ -9,20 +9,20 @@ from typer.testing import CliRunner, Result
 
 from commands.cli.main import main
 from relay.spool.store import Spool
-from tests.integration.queue_harness import QueueHarness
+from tests.integration.harness import QueueHarness
 
 type Typed = Callable[..., Result]
 
 
 def typed_at(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
-    """`typed("list", "--json")` runs a command on the office's database and this spool."""
+    """`typed("list", "--json")` runs a command on the harness's database and this spool."""
     settings = {
         "STATE_DIR": str(spool.directory.parent), "SPOOL_DIR": str(spool.directory), "UNSAFE_DURABILITY": "1",
-        "DATABASE_URL": queue.engine.url.render_as_string(hide_password=False),
+        "DATABASE_URL": queue.database.url.render_as_string(hide_password=False),
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(f"RELAY_{name}", value)
-    spool.prepare(queue.engine, unsafe=True)
+    spool.prepare(queue.database, unsafe=True)
 
     def typed(*words: str, status: int | None = 0, answer: str | None = None) -> Result:
         result = CliRunner().invoke(main, words, input=answer)

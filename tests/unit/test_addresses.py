@@ -1,4 +1,4 @@
-"""Paths and parameters by the grammar of RFC 5321, and what may not pass."""
+"""Paths and parameters by the grammar of RFC 5321, and what is refused."""
 
 import re
 
@@ -26,7 +26,7 @@ def refusal(argument: bytes, *, trusted: bool = False) -> str:
     try:
         found: object = parse(argument, HOST, trusted=trusted)
     except Refused as refused:
-        return refused.reply
+        return str(refused)
     raise AssertionError(f"accepted as {found}")
 
 

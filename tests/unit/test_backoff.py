@@ -32,7 +32,7 @@ def test_each_step_doubles_up_to_the_most(step: int, lowest: float, highest: flo
     assert delay(step, least=30, most=3600, draw=lambda: 1.0) == highest
 
 
-def test_what_was_deferred_together_comes_back_apart() -> None:
+def test_deliveries_deferred_together_come_due_apart() -> None:
     assert len({delay(0, least=30, most=3600) for _ in range(100)}) > 90
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from bench import plot
 from bench.parts import NO_RATIO, Part, Run, Scale
-from bench.results import PEER, Result, measure, table
+from bench.results import PEER, PartResult, measure, table
 
 
 class PreparedSystem:
@@ -19,7 +19,7 @@ class PreparedSystem:
         return workers == 1 and not slow
 
 
-def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted") -> Result:
+def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted") -> PartResult:
     def run(run: Run) -> dict[str, float]:
         run.wait_for_disk()
         figure = cast(Any, run.system).runs.pop(0)

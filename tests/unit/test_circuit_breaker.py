@@ -1,10 +1,9 @@
 """The servers of a worker: order, slots and circuits, on a clock that the test sets."""
 
-from dataclasses import dataclass
-
 import pytest
 
 from relay.routes import Route, parse_server
+from tests.waiting import SetClock
 from worker.backoff import delay
 from worker.circuit_breaker import (
     FAILURES_TO_OPEN,
@@ -19,21 +18,13 @@ A, B = parse_server("a.example"), parse_server("b.example:2628")
 ONE, BOTH, NONE = Route("one", (A,)), Route("both", (A, B)), Route("none", ())
 
 
-@dataclass
-class Clock:
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def clock() -> SetClock:
+    return SetClock()
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def servers(clock: Clock) -> ServerPool:
+def servers(clock: SetClock) -> ServerPool:
     return ServerPool(2, clock=clock, draw=lambda: 1.0)
 
 
@@ -81,7 +72,7 @@ def test_failures_in_a_row_open_the_circuit(servers: ServerPool) -> None:
 
 
 def test_there_is_one_probe_at_a_time_and_its_success_closes_the_circuit(
-    servers: ServerPool, clock: Clock
+    servers: ServerPool, clock: SetClock
 ) -> None:
     trip(servers)
     clock.now += 1.0
@@ -97,7 +88,7 @@ def test_there_is_one_probe_at_a_time_and_its_success_closes_the_circuit(
 
 
 def test_each_failed_probe_doubles_the_open_time_up_to_a_limit(
-    servers: ServerPool, clock: Clock
+    servers: ServerPool, clock: SetClock
 ) -> None:
     times = [trip(servers)]
     for _ in range(10):
@@ -110,7 +101,7 @@ def test_each_failed_probe_doubles_the_open_time_up_to_a_limit(
     assert times[-1] == OPEN_MAX
 
 
-def test_a_probe_without_a_result_allows_another(servers: ServerPool, clock: Clock) -> None:
+def test_a_probe_without_a_result_allows_another(servers: ServerPool, clock: SetClock) -> None:
     trip(servers)
     clock.now += 1.0
     probe = servers.take(ONE)
@@ -125,7 +116,7 @@ def test_failures_of_earlier_transfers_do_not_lengthen_the_open_time(servers: Se
 
 
 def test_an_unauthorized_relay_opens_the_circuit_for_longer_than_the_refused_mail_waits(
-    clock: Clock,
+    clock: SetClock,
 ) -> None:
     least, most = 30.0, 300.0
     servers = ServerPool(2, clock=clock, draw=lambda: 0.0, backoff=(least, most))
@@ -146,7 +137,7 @@ def test_an_unauthorized_relay_opens_the_circuit_for_longer_than_the_refused_mai
 
 
 def test_a_failing_server_that_becomes_unauthorized_opens_for_the_full_time(
-    clock: Clock,
+    clock: SetClock,
 ) -> None:
     servers = ServerPool(2, clock=clock, draw=lambda: 0.0, backoff=(30.0, 300.0))
     trip(servers)
@@ -155,7 +146,9 @@ def test_a_failing_server_that_becomes_unauthorized_opens_for_the_full_time(
     assert trip(servers, 1) == 1.0, "an ordinary failure again"
 
 
-def test_an_awaited_server_is_probed_every_few_seconds(servers: ServerPool, clock: Clock) -> None:
+def test_an_awaited_server_is_probed_every_few_seconds(
+    servers: ServerPool, clock: SetClock
+) -> None:
     for _ in range(10):
         trip(servers)
         clock.now += OPEN_MAX
@@ -174,7 +167,9 @@ def test_an_awaited_server_is_probed_every_few_seconds(servers: ServerPool, cloc
     assert MAX_PROBE_DELAY < 5
 
 
-def test_a_server_works_while_its_last_reply_is_recent(servers: ServerPool, clock: Clock) -> None:
+def test_a_server_works_while_its_last_reply_is_recent(
+    servers: ServerPool, clock: SetClock
+) -> None:
     assert not servers.works(BOTH)
     servers.record_success(B)
     assert (servers.works(BOTH), servers.works(ONE)) == (True, False)
@@ -241,7 +236,7 @@ def test_a_paused_server_is_passed_over_and_is_not_down(servers: ServerPool) -> 
     assert servers.down(ONE)
 
 
-def test_an_open_circuit_counts_as_closed_after_its_time(clock: Clock) -> None:
+def test_an_open_circuit_counts_as_closed_after_its_time(clock: SetClock) -> None:
     """Also without traffic; and a server that is in no route is forgotten."""
     routed = {A.name, B.name}
     servers = ServerPool(2, clock=clock, draw=lambda: 1.0, routed=lambda: routed)
@@ -263,7 +258,7 @@ def test_an_open_circuit_counts_as_closed_after_its_time(clock: Clock) -> None:
     assert servers.open_circuits() == {}
 
 
-def test_a_server_that_is_in_use_is_not_forgotten(clock: Clock) -> None:
+def test_a_server_that_is_in_use_is_not_forgotten(clock: SetClock) -> None:
     servers = ServerPool(2, clock=clock, routed=set)
     slot = servers.take(ONE)
     assert slot is not None

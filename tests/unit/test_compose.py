@@ -1,5 +1,4 @@
-"""docker-compose.yml, Dockerfile and the settings agree; what they do together, `.ci/compose`
-proves with an engine."""
+"""docker-compose.yml, Dockerfile and the settings agree. `.ci/compose` runs them with an engine."""
 
 import re
 import tomllib
@@ -40,7 +39,7 @@ SERVICES = {name: (RELAY if own.get("<<") == "*relay" else {}) | own for name, o
 OURS = [name for name, service in SERVICES.items() if "build" in service]
 
 
-def test_every_setting_reaches_the_containers_or_is_said_to_be_settled_there():
+def test_every_setting_reaches_the_containers_or_is_fixed_there():
     passed, settled = set[str](), dict.fromkeys(IN_THE_IMAGE, "fixed")
     for given, value in re.findall(r"^ +(RELAY_[A-Z_]+):(?: (.*))?$", CODE, re.MULTILINE):
         name = given if given in names() else given.removesuffix("_FILE")
@@ -50,16 +49,16 @@ def test_every_setting_reaches_the_containers_or_is_said_to_be_settled_there():
             default = re.fullmatch(rf"\$\{{{name}:-(.*)\}}", value)
             settled[name] = default[1] if default else "fixed"
     assert passed | set(settled) == names()
-    told = re.findall(r"^# .* Twin: .*\. Compose: (.*)\n#(RELAY_[A-Z_]+)=", EXAMPLE, re.MULTILINE)
+    told = re.findall(r"^# .*\. Compose: (.*)\n#(RELAY_[A-Z_]+)=", EXAMPLE, re.MULTILINE)
     assert {name: mark for mark, name in told} == settled
 
 
-def test_what_compose_alone_reads_is_in_the_example_with_its_default():
+def test_variables_of_compose_are_in_the_example_with_their_defaults():
     read = re.findall(r"\$\{(?!RELAY_)([A-Z_]+):-([^}]*)\}", CODE)
     assert set(read) == set(re.findall(r"^#((?!RELAY_)[A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE))
 
 
-def test_the_image_settles_what_it_is_said_to():
+def test_the_image_fixes_its_settings():
     assert set(re.findall(r"\bRELAY_[A-Z_]+", DOCKERFILE)) == IN_THE_IMAGE - {"RELAY_SPOOL_DIR"}
 
 
@@ -149,7 +148,7 @@ def test_the_page_has_a_login_of_its_own_and_no_message():
     assert "GRANT qmqp_relay_reader TO page;" in SERVICES["page-login"]["entrypoint"]
 
 
-def test_who_drains_has_the_time_for_it():
+def test_stop_grace_period_is_longer_than_the_drain_timeout():
     grace = {SERVICES[name]["stop_grace_period"] for name in OURS}
     assert grace == {"${STOP_GRACE:-45s}"}
     assert seconds("45s") == load(SmtpdSettings).drain_timeout + 15
@@ -163,7 +162,7 @@ def test_the_broker_keeps_nothing_and_forgets_nothing_that_it_has_taken():
     )
 
 
-def test_what_serves_is_healthy_within_five_seconds():
+def test_services_are_healthy_within_five_seconds():
     every = fields(TOP["x-health"])
     assert seconds(every["interval"]) == 4
     assert int(every["retries"]) * 4 >= 60, "a busy minute makes none unhealthy"
@@ -178,7 +177,7 @@ def test_what_serves_is_healthy_within_five_seconds():
         assert not {"interval", "retries"} & set(fields(check))
 
 
-def test_nobody_gives_up_because_another_is_late():
+def test_services_depend_on_started_services_only():
     assert set(re.findall(r"condition: (\w+)", CODE)) == {"service_started"}
 
 
@@ -192,7 +191,7 @@ def test_the_default_passwords_are_the_same_in_both_files():
 
 
 def test_the_example_names_the_files_with_passwords():
-    (names,) = re.findall(r"^# Your own (.*)\. Twin: none\n#SECRETS_DIR=", EXAMPLE, re.MULTILINE)
+    (names,) = re.findall(r"^# Directory with (.*)\.\n#SECRETS_DIR=", EXAMPLE, re.MULTILINE)
     assert set(names.split(", ")) == {file.name for file in (ROOT / "compose").iterdir()}
 
 

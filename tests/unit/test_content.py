@@ -1,5 +1,4 @@
-"""The DATA decoder against a slow and simple model of it, whatever way the network cuts the
-bytes."""
+"""The DATA decoder against a slow and simple model of it, however the network cuts the bytes."""
 
 import itertools
 import re
@@ -16,7 +15,7 @@ LIMIT = 1 << 20
 
 
 def encode(text: bytes) -> bytes:
-    """What a client sends for LF text: CRLF, stuffed dots, the end."""
+    """The bytes that a client sends for LF text: CRLF, stuffed dots, the end."""
     lines = text.split(b"\n")[:-1]
     return (
         b"".join((b"." if line.startswith(b".") else b"") + line + b"\r\n" for line in lines)

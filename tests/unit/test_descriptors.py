@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from smtpd.descriptors import MIN_BODIES, RESERVE, Descriptors, reserve_descriptors
+from smtpd.descriptors import MIN_BODIES, RESERVE, reserve_descriptors
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +24,13 @@ def soft(limit: int) -> None:
 
 def test_the_limit_is_raised_to_the_needed_value() -> None:
     soft(256)
-    assert reserve_descriptors(100 + RESERVE) == Descriptors(100 + RESERVE, 100 + RESERVE)
+    assert reserve_descriptors(100 + RESERVE) == (100 + RESERVE, 100 + RESERVE)
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 2 * (100 + RESERVE) + RESERVE
 
 
 def test_a_higher_limit_stays() -> None:
     soft(1000)
-    assert reserve_descriptors(100) == Descriptors(1000 - RESERVE - 100, 100)
+    assert reserve_descriptors(100) == (1000 - RESERVE - 100, 100)
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1000
 
 
@@ -39,7 +39,7 @@ def test_a_limit_that_cannot_be_raised_is_logged(monkeypatch: pytest.MonkeyPatch
     raised: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _which, limits: raised.append(limits))
     with capture_logs() as logged:
-        assert reserve_descriptors(1000) == Descriptors(500 - RESERVE - MIN_BODIES, MIN_BODIES)
+        assert reserve_descriptors(1000) == (500 - RESERVE - MIN_BODIES, MIN_BODIES)
     assert raised == [(500, 500)]
     [line] = logged
     assert line["event"] == "RLIMIT_NOFILE too low for RELAY_MAX_CONNECTIONS"

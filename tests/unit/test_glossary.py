@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("relay", "reception", "smtpd", "worker", "qmqp", "commands", "migrations", "bench")
+ROOMS = (
+    "relay",
+    "reception",
+    "smtpd",
+    "worker",
+    "qmqp",
+    "commands",
+    "migrations",
+    "bench",
+    "tests",
+)
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
     for line in (ROOT / "docs" / "glossary.md").read_text().splitlines()
@@ -51,7 +61,7 @@ def member_names(node: ast.AST) -> list[str]:
 
 @cache
 def names(path: Path) -> frozenset[str]:
-    """What a module defines; members of classes and columns of tables with the name before."""
+    """The names that a module defines; members of classes and columns of tables with the name before."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         for name in target_names(node):

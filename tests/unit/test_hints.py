@@ -1,4 +1,4 @@
-"""What of a broker's list counts as a hint, and what is made of it."""
+"""Which entries of a broker's list are hints, and what they contain."""
 
 import base64
 import gzip
@@ -100,7 +100,7 @@ def test_ids_of_all_routes_together_are_at_most_a_batch() -> None:
         hinted(routes, 5)
 
 
-def test_what_is_made_is_what_kombu_reads() -> None:
+def test_hints_are_what_kombu_reads() -> None:
     class Channel:
         no_ack_consumers: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.log import _redact, configure, escaped, first_line, get_logger
+from relay.log import configure, escaped, first_line, get_logger, redact_addresses
 from relay.settings import Settings, load
 from tests.scaling import growth
 
@@ -103,13 +103,13 @@ def test_addresses_are_redacted(said: Callable[[], str]) -> None:
     ],
 )
 def test_odd_addresses_are_redacted(words: str, shown: str) -> None:
-    assert _redact(None, "info", {"reply": words}) == {"reply": shown}
+    assert redact_addresses(None, "info", {"reply": words}) == {"reply": shown}
 
 
 @pytest.mark.parametrize("piece", ["a", "a@", '"', '"a', 'a"@', "a "])
 def test_redaction_takes_linear_time(piece: str) -> None:
     def redact(text: str) -> None:
-        _redact(None, "info", {"reply": text})
+        redact_addresses(None, "info", {"reply": text})
 
     assert growth(redact, piece * 1000 + " @", piece * 16_000 + " @") < 64, (
         "16 times as long, not 256"

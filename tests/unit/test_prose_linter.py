@@ -1,4 +1,4 @@
-"""scripts/prose.py: what it finds, where it says so, and what it does not read."""
+"""scripts/prose.py: its findings, their positions, and what it does not read."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def test_finding_has_its_line_and_column(tmp_path: Path):
     ]
 
 
-def test_what_is_not_prose_is_not_read(tmp_path: Path):
+def test_code_is_not_read(tmp_path: Path):
     page = """\
 A page with `the the` and ``the `the the` ``, a [link](the/the%20the), <!-- the the --> and
 

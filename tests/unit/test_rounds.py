@@ -1,5 +1,4 @@
-"""Group commit: nothing lost, nothing answered twice, one bad row alone, and who cannot wait is
-told so."""
+"""Group commit: no item is lost or answered twice, a bad row fails alone, and items may expire."""
 
 import queue
 import threading
@@ -19,7 +18,7 @@ def outage() -> OperationalError:
 
 
 class Database:
-    """Commits what it is told, or does whatever `fault` does; remembers each round."""
+    """Commits every batch, unless `fault` raises an error; remembers each round."""
 
     def __init__(self) -> None:
         self.rounds: list[list[Any]] = []
@@ -36,7 +35,7 @@ class Database:
         return [f"{item} done" for item in items]
 
 
-class Desk:
+class CommitHarness:
     """A writer whose answers come in through `posts`, as they do on an event loop."""
 
     def __init__(self, database: Database, **options: Any) -> None:
@@ -72,76 +71,78 @@ def database() -> Database:
 
 
 @pytest.fixture
-def desk(database: Database) -> Iterator[Desk]:
-    desk = Desk(database)
-    yield desk
+def harness(database: Database) -> Iterator[CommitHarness]:
+    harness = CommitHarness(database)
+    yield harness
     database.go_on.set()
     database.fault = lambda items: None
-    desk.writer.close(20)
+    harness.writer.close(20)
 
 
-def test_what_gathers_while_a_round_is_committed_is_the_next_round(
-    desk: Desk, database: Database
+def test_items_that_gather_within_a_commit_are_the_next_batch(
+    harness: CommitHarness, database: Database
 ) -> None:
     database.go_on.clear()
-    desk.writer.start()
-    desk.put("first")
+    harness.writer.start()
+    harness.put("first")
     assert database.entered.wait(20)
     for n in range(5):
-        desk.put(n)
+        harness.put(n)
     database.go_on.set()
-    assert desk.wait() == {"first": "first done"}
-    assert desk.wait() == {"first": "first done"} | {n: f"{n} done" for n in range(5)}
+    assert harness.wait() == {"first": "first done"}
+    assert harness.wait() == {"first": "first done"} | {n: f"{n} done" for n in range(5)}
     assert database.rounds == [["first"], [0, 1, 2, 3, 4]]
 
 
-def test_all_answers_of_a_round_are_one_post(desk: Desk) -> None:
+def test_all_answers_of_a_round_are_one_post(harness: CommitHarness) -> None:
     for n in range(100):
-        desk.put(n)
-    desk.writer.start()
-    assert len(desk.wait()) == 100
-    assert desk.posts.empty()
+        harness.put(n)
+    harness.writer.start()
+    assert len(harness.wait()) == 100
+    assert harness.posts.empty()
 
 
-def test_rounds_are_bounded_and_told_of(database: Database) -> None:
+def test_batches_are_bounded_and_observed(database: Database) -> None:
     told: list[int] = []
-    desk = Desk(database, largest=4, observe=lambda size, seconds: told.append(size))
+    harness = CommitHarness(database, largest=4, observe=lambda size, seconds: told.append(size))
     for n in range(10):
-        desk.put(n)
-    desk.writer.start()
-    assert list(desk.finish()) == list(range(10))
+        harness.put(n)
+    harness.writer.start()
+    assert list(harness.finish()) == list(range(10))
     assert [len(round_) for round_ in database.rounds] == told == [4, 4, 2]
 
 
-def test_one_bad_row_fails_alone(desk: Desk, database: Database) -> None:
+def test_one_bad_row_fails_alone(harness: CommitHarness, database: Database) -> None:
     def fault(items: list[Any]) -> None:
         if "bad" in items:
             raise IntegrityError("INSERT", {}, ValueError("bad"))
 
     database.fault = fault
     for item in (1, "bad", 2):
-        desk.put(item)
-    desk.writer.start()
-    answers = desk.finish()
+        harness.put(item)
+    harness.writer.start()
+    answers = harness.finish()
     assert isinstance(answers.pop("bad"), IntegrityError)
     assert answers == {1: "1 done", 2: "2 done"}
 
 
-def test_an_error_without_words_does_not_end_the_writer(desk: Desk, database: Database) -> None:
+def test_an_error_without_a_text_does_not_end_the_thread(
+    harness: CommitHarness, database: Database
+) -> None:
     def fault(items: list[Any]) -> None:
         if items == ["wordless"]:
             raise AssertionError
 
     database.fault = fault
-    desk.put("wordless")
-    desk.writer.start()
-    assert isinstance(desk.wait()["wordless"], AssertionError)
-    desk.put("next")
-    assert desk.wait()["next"] == "next done"
+    harness.put("wordless")
+    harness.writer.start()
+    assert isinstance(harness.wait()["wordless"], AssertionError)
+    harness.put("next")
+    assert harness.wait()["next"] == "next done"
 
 
 def test_a_round_is_run_again_whole_until_the_database_is_back(
-    desk: Desk, database: Database
+    harness: CommitHarness, database: Database
 ) -> None:
     tries: list[list[Any]] = []
 
@@ -152,40 +153,40 @@ def test_a_round_is_run_again_whole_until_the_database_is_back(
 
     database.fault = fault
     for n in range(3):
-        desk.put(n)
-    desk.writer.start()
-    assert desk.wait() == {n: f"{n} done" for n in range(3)}
+        harness.put(n)
+    harness.writer.start()
+    assert harness.wait() == {n: f"{n} done" for n in range(3)}
     assert tries == [[0, 1, 2]] * 3
-    assert not desk.writer.committer.stuck
+    assert not harness.writer.committer.stuck
 
 
-def test_who_cannot_wait_is_told_and_the_others_wait_on(desk: Desk, database: Database) -> None:
+def test_an_item_expires_and_the_others_wait(harness: CommitHarness, database: Database) -> None:
     database.fault = away
-    desk.put("patient")
-    desk.put("hurried", deadline=time.monotonic())
-    desk.put("less", deadline=time.monotonic() + 600)
-    desk.writer.start()
-    answers = desk.wait()
+    harness.put("patient")
+    harness.put("hurried", deadline=time.monotonic())
+    harness.put("less", deadline=time.monotonic() + 600)
+    harness.writer.start()
+    answers = harness.wait()
     assert list(answers) == ["hurried"]
     assert isinstance(answers["hurried"], CommitUnknown)
-    assert desk.writer.committer.stuck
+    assert harness.writer.committer.stuck
     database.fault = lambda items: None
-    assert desk.wait()["patient"] == "patient done"
-    assert desk.answers["less"] == "less done"
+    assert harness.wait()["patient"] == "patient done"
+    assert harness.answers["less"] == "less done"
     assert database.rounds == [["patient", "less"]]
 
 
-def test_a_deadline_does_not_cancel_what_can_be_committed(desk: Desk) -> None:
-    desk.put("late", deadline=time.monotonic() - 1)
-    desk.writer.start()
-    assert desk.wait() == {"late": "late done"}
+def test_a_deadline_does_not_cancel_what_can_be_committed(harness: CommitHarness) -> None:
+    harness.put("late", deadline=time.monotonic() - 1)
+    harness.writer.start()
+    assert harness.wait() == {"late": "late done"}
 
 
-def test_closing_commits_what_is_there(desk: Desk) -> None:
+def test_close_commits_waiting_items(harness: CommitHarness) -> None:
     for n in range(600):
-        desk.put(n)
-    desk.writer.start()
-    assert len(desk.finish()) == 600
+        harness.put(n)
+    harness.writer.start()
+    assert len(harness.finish()) == 600
 
 
 def away(items: list[Any]) -> None:
@@ -193,25 +194,25 @@ def away(items: list[Any]) -> None:
 
 
 def test_closing_while_the_database_is_away_gives_up_in_the_end(
-    desk: Desk, database: Database
+    harness: CommitHarness, database: Database
 ) -> None:
     database.fault = away
-    desk.put("never")
-    desk.writer.start()
-    until(lambda: desk.writer.committer.stuck)
-    assert desk.writer.close(0.5)
-    assert isinstance(desk.wait()["never"], CommitUnknown)
+    harness.put("never")
+    harness.writer.start()
+    until(lambda: harness.writer.committer.stuck)
+    assert harness.writer.close(0.5)
+    assert isinstance(harness.wait()["never"], CommitUnknown)
 
 
 def test_a_database_that_comes_back_while_we_close_gets_everything(
-    desk: Desk, database: Database
+    harness: CommitHarness, database: Database
 ) -> None:
     """The last outcomes of a worker are worth waiting for."""
     database.fault = away
-    desk.put("outcome")
-    desk.writer.start()
-    until(lambda: desk.writer.committer.stuck)
-    closing = threading.Thread(target=desk.writer.close, args=(20,))
+    harness.put("outcome")
+    harness.writer.start()
+    until(lambda: harness.writer.committer.stuck)
+    closing = threading.Thread(target=harness.writer.close, args=(20,))
     closing.start()
     seen, failures = threading.Event(), iter((True, True))
 
@@ -223,24 +224,24 @@ def test_a_database_that_comes_back_while_we_close_gets_everything(
     database.fault = back_at_the_third
     assert seen.wait(10)
     closing.join(10)
-    assert desk.wait() == {"outcome": "outcome done"}
+    assert harness.wait() == {"outcome": "outcome done"}
 
 
-def test_an_answer_that_fails_takes_no_other_with_it(desk: Desk) -> None:
+def test_an_answer_that_fails_takes_no_other_with_it(harness: CommitHarness) -> None:
     """A caller that is gone must not leave the rest of the round without its 250."""
 
     def gone(_: Any) -> None:
         raise RuntimeError("gone")
 
-    desk.put("before")
-    desk.writer.put("gone", gone)
-    desk.put("after")
-    desk.writer.start()
-    assert desk.wait() == {"before": "before done", "after": "after done"}
+    harness.put("before")
+    harness.writer.put("gone", gone)
+    harness.put("after")
+    harness.writer.start()
+    assert harness.wait() == {"before": "before done", "after": "after done"}
 
 
 def test_every_item_is_answered_once_under_load(database: Database) -> None:
-    desk = Desk(database, largest=16)
+    harness = CommitHarness(database, largest=16)
     broken = iter(range(1000))
 
     def fault(items: list[Any]) -> None:
@@ -248,20 +249,20 @@ def test_every_item_is_answered_once_under_load(database: Database) -> None:
             raise IntegrityError("INSERT", {}, ValueError("bad"))
 
     database.fault = fault
-    desk.writer.start()
+    harness.writer.start()
 
     def work(worker: int) -> None:
         for n in range(100):
-            desk.put((worker, n))
+            harness.put((worker, n))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    answers = desk.finish()
+    answers = harness.finish()
     assert set(answers) == {(worker, n) for worker in range(4) for n in range(100)}
-    assert desk.writer.close(20), "the thread has ended"
+    assert harness.writer.close(20), "the thread has ended"
     for worker in range(4):
         committed = [n for round_ in database.rounds for w, n in round_ if w == worker]
         assert committed == sorted(committed), "in the order they came"

@@ -1,5 +1,5 @@
-"""Settings: every spelling that operators use, and errors that name the variable, the value and what
-to write."""
+"""Settings: every spelling that operators use, and errors that name the variable, the value and
+what to write."""
 
 import inspect
 import os
