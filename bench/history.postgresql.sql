@@ -39,9 +39,10 @@ INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, 
 DROP TABLE numbers;
 
 -- name: make_overdue
--- Half of the deferred deliveries wait for a server that is down.
+-- Half of the deferred deliveries wait for a server that is down. Their senders will be warned.
 SET LOCAL statement_timeout = 0;
-UPDATE deliveries SET state = 'queued', route = 'dead', due_at = now() - (1 + random()) * interval '1 hour'
+UPDATE deliveries SET state = 'queued', route = 'dead', warn_at = now() + interval '3 hours',
+        due_at = now() - (1 + random()) * interval '1 hour'
     WHERE state = 'deferred' AND queue_id IN (SELECT id FROM messages WHERE sender < 'sender5');
 
 -- name: analyze

@@ -35,8 +35,8 @@ INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, 
 DROP TABLE numbers;
 
 -- name: make_overdue
--- Half of the deferred deliveries wait for a server that is down.
-UPDATE deliveries SET state = 'queued', route = 'dead',
+-- Half of the deferred deliveries wait for a server that is down. Their senders will be warned.
+UPDATE deliveries SET state = 'queued', route = 'dead', warn_at = due_at + 7200000000,
         due_at = due_at - 7200000000 - abs(random() % 3600) * 1000000
     WHERE state = 'deferred' AND queue_id IN (SELECT id FROM messages WHERE sender < 'sender5');
 

@@ -1,17 +1,10 @@
 -- Operations of an operator on PostgreSQL. `:keys` names the deliveries of a chunk; the caller has
 -- locked them. What is being sent gets or loses a pending operation and does not change otherwise.
 
--- name: request
-UPDATE deliveries AS d SET pending_operation = :operation, pending_reason = :why
-FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
-
--- name: cancel_request
-UPDATE deliveries AS d SET pending_operation = NULL, pending_reason = NULL
-FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
-
 -- name: retry
+UPDATE deliveries AS d SET pending_operation = 'retry', pending_reason = :why
+FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: retry
 UPDATE deliveries AS d SET state = 'queued', due_at = now(), backoff_step = 0
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
@@ -19,6 +12,9 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state = 'deferred';
 
 -- name: hold
+UPDATE deliveries AS d SET pending_operation = 'hold', pending_reason = :why
+FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: hold
 UPDATE deliveries AS d
 SET state = 'held', due_at = NULL, last_reply = :why, reason_source = 'operator'
@@ -27,6 +23,9 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state IN ('queued', 'deferred');
 
 -- name: release
+UPDATE deliveries AS d SET pending_operation = NULL, pending_reason = NULL
+FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: release
 UPDATE deliveries AS d
 SET state = 'queued', due_at = now(), backoff_step = 0, crash_count = 0
@@ -36,6 +35,9 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
 
 -- name: bounce
 -- A DSN is pending if the sender can get one, or if this is a DSN that may be built with less.
+UPDATE deliveries AS d SET pending_operation = 'bounce', pending_reason = :why
+FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: bounce
 UPDATE deliveries AS d
 SET state = 'bounced', finished_at = now(), last_outcome = coalesce(d.last_outcome, 'rejected'),
@@ -48,6 +50,9 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state IN ('queued', 'deferred', 'held');
 
 -- name: drop
+UPDATE deliveries AS d SET pending_operation = 'drop', pending_reason = :why
+FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: drop
 UPDATE deliveries AS d
 SET state = 'dropped', due_at = NULL, finished_at = now(), last_reply = :why,

@@ -136,7 +136,7 @@ class QueueOperations:
             with writing(self._engine) as connection:
                 locked, rows = self._lock(connection, where, parameters)
                 if rows:
-                    self._change(connection, operation, keys_of(rows), why)
+                    self._queries.run(connection, operation.name, keys=keys_of(rows), why=why)
                     if route_for:
                         self._reroute(connection, rows, route_for)
                     entry.note_rows(connection, rows)
@@ -175,14 +175,6 @@ class QueueOperations:
             WHERE {where} ORDER BY d.queue_id, d.number"""
         again = parameters | {"keys": keys_of(locked)}
         return locked, connection.execute(text(matching), again).all()
-
-    def _change(self, connection: Connection, operation: Operation, keys: str, why: str) -> None:
-        if operation.wanted:
-            asked = {"operation": operation.wanted, "why": why}
-            self._queries.run(connection, "request", keys=keys, **asked)
-        elif operation.cancels:
-            self._queries.run(connection, "cancel_request", keys=keys)
-        self._queries.run(connection, operation.name, keys=keys, why=why)
 
     def pause(self, subject: str, *, actor: str, reason: str) -> bool:
         """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if it is paused

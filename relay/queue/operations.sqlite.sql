@@ -1,19 +1,11 @@
 -- Operations of an operator on SQLite. `:keys` names the deliveries of a chunk. What is being sent
 -- gets or loses a pending operation and does not change otherwise.
 
--- name: request
-UPDATE deliveries AS d SET pending_operation = :operation, pending_reason = :why
-FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
-    FROM json_each(:keys)) AS x
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
-
--- name: cancel_request
-UPDATE deliveries AS d SET pending_operation = NULL, pending_reason = NULL
-FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
-    FROM json_each(:keys)) AS x
-WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
-
 -- name: retry
+UPDATE deliveries AS d SET pending_operation = 'retry', pending_reason = :why
+FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
+    FROM json_each(:keys)) AS x
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: retry
 UPDATE deliveries AS d SET state = 'queued', due_at = (SELECT now FROM clock), backoff_step = 0
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
@@ -22,6 +14,10 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state = 'deferred';
 
 -- name: hold
+UPDATE deliveries AS d SET pending_operation = 'hold', pending_reason = :why
+FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
+    FROM json_each(:keys)) AS x
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: hold
 UPDATE deliveries AS d
 SET state = 'held', due_at = NULL, last_reply = :why, reason_source = 'operator'
@@ -31,6 +27,10 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state IN ('queued', 'deferred');
 
 -- name: release
+UPDATE deliveries AS d SET pending_operation = NULL, pending_reason = NULL
+FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
+    FROM json_each(:keys)) AS x
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: release
 UPDATE deliveries AS d
 SET state = 'queued', due_at = (SELECT now FROM clock), backoff_step = 0, crash_count = 0
@@ -41,6 +41,10 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
 
 -- name: bounce
 -- A DSN is pending if the sender can get one, or if this is a DSN that may be built with less.
+UPDATE deliveries AS d SET pending_operation = 'bounce', pending_reason = :why
+FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
+    FROM json_each(:keys)) AS x
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: bounce
 UPDATE deliveries AS d
 SET state = 'bounced', finished_at = (SELECT now FROM clock),
@@ -55,6 +59,10 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state IN ('queued', 'deferred', 'held');
 
 -- name: drop
+UPDATE deliveries AS d SET pending_operation = 'drop', pending_reason = :why
+FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
+    FROM json_each(:keys)) AS x
+WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: drop
 UPDATE deliveries AS d
 SET state = 'dropped', due_at = NULL, finished_at = (SELECT now FROM clock), last_reply = :why,

@@ -28,16 +28,13 @@ TOO_MANY_RECIPIENTS = re.compile(r"(?<![\w.])[45]\.5\.3(?!\.?\w)")  # RFC 3463 x
 
 
 class Family(NamedTuple):
-    """The place of a delivery among the deliveries of its message."""
+    """The place of a delivery among the deliveries of its message; `first_child`: the number of its
+    first child."""
 
     parent: int | None
     grandparent: int | None
     pieces: int
-    roots: int
-
-    def first_child(self, number: int) -> int:
-        """As in a heap: no two deliveries of a message have a child of the same number."""
-        return self.roots + 2 * number - 1
+    first_child: int
 
 
 def can_carry(address: str) -> bool:
@@ -97,13 +94,19 @@ class Splitter:
         if len(names) == 1:
             self._queries.run(connection, "set_route", id=key, number=number, route=names[0])
             return
-        first = self._family(connection, key, number).first_child(number)
+        first = self._family(connection, key, number).first_child
         middle = (len(names) + 1) // 2
         for child, part in ((first, names[:middle]), (first + 1, names[middle:])):
             positions = [position for name in part for position in routes[name]]
-            self._assign(connection, key, child, positions)
-            parameters = {"id": key, "number": number, "child": child, "route": part[0]}
-            self._queries.run(connection, "insert_divided_child", **parameters)
+            self._queries.run(
+                connection,
+                "insert_divided_child",
+                id=key,
+                number=number,
+                child=child,
+                route=part[0],
+                positions=json.dumps(positions),
+            )
             if len(part) > 1:
                 self.divide(connection, key, child, {name: routes[name] for name in part})
         self._queries.run(connection, "mark_divided", id=key, number=number)
@@ -129,13 +132,9 @@ class Splitter:
         parts: Collection[list[int]],
     ) -> None:
         """Insert a child for the recipients of each part."""
-        for child, positions in enumerate(parts, family.first_child(number)):
-            self._assign(connection, key, child, positions)
-            self._queries.run(connection, "insert_child", id=key, number=number, child=child)
-
-    def _assign(self, connection: Connection, key: str, child: int, positions: list[int]) -> None:
-        listed = json.dumps(positions)
-        self._queries.run(connection, "assign", id=key, child=child, positions=listed)
+        for child, part in enumerate(parts, family.first_child):
+            parameters = {"id": key, "number": number, "positions": json.dumps(part)}
+            self._queries.run(connection, "insert_child", child=child, **parameters)
 
     def _both_refused(self, connection: Connection, key: str, number: int, reply: str) -> bool:
         """Whether the other first half was refused with the same text; then what is left of it

@@ -6,12 +6,14 @@ SELECT position, address FROM recipients
 WHERE queue_id = :id AND delivery = :number ORDER BY position;
 
 -- name: family
--- `roots`: the deliveries that were accepted; the numbers of children follow theirs.
+-- Children are numbered as in a heap, behind the deliveries that were accepted: no two deliveries of
+-- a message have a child of the same number.
 SELECT d.parent,
     (SELECT p.parent FROM deliveries p WHERE p.queue_id = d.queue_id AND p.number = d.parent)
         AS grandparent,
     (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id) AS pieces,
-    (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id AND o.parent IS NULL) AS roots
+    (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id AND o.parent IS NULL)
+        + 2 * d.number - 1 AS first_child
 FROM deliveries d WHERE d.queue_id = :id AND d.number = :number;
 
 -- name: sibling_refused_alike
@@ -22,13 +24,11 @@ JOIN deliveries s ON s.queue_id = d.queue_id AND s.parent = d.parent AND s.numbe
 WHERE d.queue_id = :id AND d.number = :number AND s.state IN ('split', 'bounced')
     AND s.last_outcome = 'rejected' AND s.reason_source = 'server' AND s.last_reply = :reply;
 
--- name: assign
+-- name: insert_child
+-- The recipients in `:positions` get a delivery of their own. It is late when its parent would have
+-- been, if one of them asks for that.
 UPDATE recipients SET delivery = :child WHERE queue_id = :id
     AND position IN (SELECT value FROM json_each(:positions));
-
--- name: insert_child
--- Its recipients are assigned before. It is late when its parent would have been, if one of them
--- asks for that.
 -- event: child inserted
 INSERT INTO deliveries
     (queue_id, number, parent, route, state, due_at, expires_at, warned_at, warn_at)
@@ -42,6 +42,8 @@ FROM deliveries d WHERE d.queue_id = :id AND d.number = :number;
 -- name: insert_divided_child
 -- As `insert_child`, but the child has the history of its parent, and the operations on the parent
 -- count for it.
+UPDATE recipients SET delivery = :child WHERE queue_id = :id
+    AND position IN (SELECT value FROM json_each(:positions));
 -- event: divided by route
 INSERT INTO deliveries
     (queue_id, number, parent, route, state, due_at, expires_at, crash_count, last_outcome,

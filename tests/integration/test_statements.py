@@ -101,7 +101,6 @@ EXAMPLES: dict[str, Any] = {
     "notices": True,
     "number": 1,
     "numbers": json.dumps([1]),
-    "operation": "hold",
     "parent": 1,
     "pid": 1,
     "poison": 4,
