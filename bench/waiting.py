@@ -21,13 +21,14 @@ from sqlalchemy import Engine, make_url
 from bench import history
 from bench.machine import cpu_seconds
 from relay.db.engine import connect, migrate
-from relay.db.schema import Outcome, State
 from relay.dsn.generator import DsnGenerator
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.claim import WorkerQueue
 from relay.queue.model import Attempt, ClaimRequest, Completion
+from relay.queue.outcome import Outcome
 from relay.queue.rescue import Rescuer
+from relay.queue.states import State
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
 
@@ -47,7 +48,10 @@ class RelayQueue:
         spool = Spool(directory)
         spool.prepare(self.engine, unsafe=True)
         self.acceptor = Acceptor(
-            self.engine, lifetime=settings.queue_lifetime, grace=settings.grace
+            self.engine,
+            lifetime=settings.queue_lifetime,
+            grace=settings.grace,
+            delay_warning=settings.delay_warning,
         )
         self.queue = WorkerQueue(self.engine, settings)
         self.rescuer = Rescuer(self.engine, settings)

@@ -5,14 +5,21 @@ interrupted (Ctrl-C). What must stay true: an error that an operator can correct
 and no output contains a password.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import typer
 
 DONE, NOTHING_MATCHED, WRONG_USE, OUT_OF_REACH = range(4)
 INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """Ends a command with an exit status and a sentence that says why."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def say(text: str) -> None:
@@ -23,44 +30,40 @@ def say(text: str) -> None:
 def command[**P](
     app: typer.Typer, name: str | None = None, *, warn: bool = True
 ) -> Callable[[Callable[P, int]], Callable[P, None]]:
-    """Add a function that returns an exit status to `app`, with its errors `explained`."""
+    """Add a function that returns an exit status to `app`.
+
+    The command warns about unknown settings, and turns an error that an operator can correct into a
+    sentence and an exit status.
+    """
 
     def add(function: Callable[P, int]) -> Callable[P, None]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            with explained(warn=warn):
-                raise typer.Exit(function(*args, **kwargs))
+            from relay.settings import unknown_names
+
+            for warning in unknown_names() if warn else ():
+                say(warning)
+            try:
+                status = function(*args, **kwargs)
+            except typer.BadParameter:
+                raise
+            except Exception as error:
+                known, text = explanation(error)
+                if known is None:
+                    raise
+                say(text)
+                status = known
+            raise typer.Exit(status)
 
         return app.command(name)(run)
 
     return add
 
 
-@contextlib.contextmanager
-def explained(*, warn: bool = True) -> Iterator[None]:
-    """Warn about unknown settings, and turn an error that an operator can correct into a sentence
-    and an exit status."""
-    from relay.settings import unknown_names
-
-    for warning in unknown_names() if warn else ():
-        say(warning)
-    try:
-        yield
-    except (typer.Exit, typer.BadParameter):
-        raise
-    except Exception as error:
-        status, text = explanation(error)
-        if status is None:
-            raise
-        say(text)
-        raise typer.Exit(status) from None
-
-
 def explanation(error: Exception) -> tuple[int | None, str]:
     """The exit status and the sentence for an error; the status is None for a fault of our own."""
     from sqlalchemy.exc import DBAPIError
 
-    from commands.standalone.up import UpError
     from reception.spooler_client import SpoolerError
     from relay.db.engine import DatabaseError, is_outage, lacks_schema
     from relay.log import first_line
@@ -69,19 +72,20 @@ def explanation(error: Exception) -> tuple[int | None, str]:
     from relay.spool.store import SpoolError
 
     match error:
+        case CommandError():
+            return error.status, str(error)
         case NoSuchMessage():
             return NOTHING_MATCHED, str(error)
-        case SettingsError() | UpError() | DatabaseError() | SpoolError():
+        case SettingsError() | DatabaseError() | SpoolError():
             return WRONG_USE, str(error)
         case SpoolerError():  # processes or memory are short: the next start may succeed
             return OUT_OF_REACH, str(error)
         case OSError(filename=str(name)):  # for example a spool of another user
             return OUT_OF_REACH, f"{name}: {error.strerror}"
+        case DBAPIError() if lacks_schema(error):
+            text = "the database has no tables of this version: run `qmqp-relay migrate`"
+            return OUT_OF_REACH, text
         case DBAPIError() if is_outage(error):
-            if lacks_schema(error):
-                return (
-                    OUT_OF_REACH,
-                    "the database has no tables of this version: run `qmqp-relay migrate`",
-                )
-            return OUT_OF_REACH, f"database: {first_line(error.orig)}; run `qmqp-relay check`"
+            text = f"database: {first_line(error.orig)}; run `qmqp-relay check`"
+            return OUT_OF_REACH, text
     return None, ""

@@ -69,6 +69,12 @@ def ago(when: datetime | None) -> str:
     return span(seconds) if seconds >= 0 else f"in {span(-seconds)}"
 
 
+def due(when: datetime | None) -> str:
+    """How long until then (`in 20s`), or how late it is (`3m late`); empty for None."""
+    text = ago(when)
+    return f"{text} late" if text and not text.startswith("in ") else text
+
+
 def stamp(when: datetime | None) -> str:
     """A time in the local zone, to the second; empty for None."""
     return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""
@@ -84,14 +90,16 @@ def plain(text: str) -> str:
     )
 
 
-def as_json(row: Row) -> str:
-    """A row as JSON on one line; times in UTC."""
-    return _encode(
-        {name: _plain(value) if type(value) is datetime else value for name, value in row.items()}
-    )
+def _plain(value: object) -> object:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="milliseconds")
+    if isinstance(value, Mapping):
+        return as_json(value)
+    return "" if value is None else value
 
 
-_encode = json.JSONEncoder(default=lambda value: _plain(value)).encode
+# A row as JSON on one line; times in UTC.
+as_json: Callable[[Row], str] = json.JSONEncoder(default=_plain).encode
 
 
 def write(rows: Iterable[Row], columns: Columns, *, json_lines: bool = False) -> int:
@@ -130,14 +138,6 @@ _PRINTABLE = bytes((*b"\t\n", *range(32, 127)))
 
 def _plain_cells(line: str) -> str:
     return "\t".join(map(plain, line.split("\t")))
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat(timespec="milliseconds")
-    if isinstance(value, Mapping):
-        return _encode(value)
-    return "" if value is None else value
 
 
 def _table(rows: Iterator[Row], columns: Columns) -> int:

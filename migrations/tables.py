@@ -22,7 +22,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import UUID
 
-from relay.db.schema import UNFINISHED, Outcome, State, words
+from relay.db.schema import words
+from relay.queue.outcome import Outcome
+from relay.queue.states import UNFINISHED, State
 
 metadata = MetaData(
     naming_convention={
@@ -36,9 +38,11 @@ Instant = DateTime(timezone=True).with_variant(BigInteger, "sqlite")
 
 
 def _some(name: str, where: str, *columns: str) -> Index:
-    """An index of those deliveries of which `where` is true."""
+    """An index of those deliveries of which `where` is true, by columns or expressions."""
+    expressions = [text(column) if column.startswith("(") else column for column in columns]
+    condition = text(where)
     return Index(
-        f"deliveries_{name}", *columns, postgresql_where=text(where), sqlite_where=text(where)
+        f"deliveries_{name}", *expressions, postgresql_where=condition, sqlite_where=condition
     )
 
 
@@ -163,6 +167,11 @@ deliveries = Table(
         Text,
         comment="why its sender gets no DSN: rate, postmaster or address; empty: no such reason",
     ),
+    Column(
+        "warn_at",
+        Instant,
+        comment="when the sender is warned that the message is late; empty: never, or it was done",
+    ),
     Column("reason_source", Text, comment="source of last_reply: server, relay or operator"),
     PrimaryKeyConstraint("queue_id", "number"),
     CheckConstraint(f"state IN ({words(State)})", name="state"),
@@ -171,10 +180,17 @@ deliveries = Table(
         name="due_where_the_state_needs_it",
     ),
     CheckConstraint("(worker IS NOT NULL) = (state = 'sending')", name="worker_while_sending"),
-    _some("queued", "state = 'queued'", "route", "due_at"),
+    # Retries and what was never claimed lie apart, each by `due_at`: a poll takes some of either.
+    _some("queued", "state = 'queued'", "route", "(CAST(claim_count > 0 AS integer))", "due_at"),
     _some("sending", "state = 'sending'", "worker", "due_at"),
     _some("deferred", "state = 'deferred'", "due_at"),
     _some("waiting", "state = 'deferred' AND waiting_for IS NOT NULL", "waiting_for", "due_at"),
+    _some(
+        "unwarned",
+        "warn_at IS NOT NULL AND state IN ('queued', 'sending', 'deferred')",
+        "warn_at",
+        "queue_id",
+    ),
     _some("owing", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
     _some("held", "state = 'held'", "queue_id"),
     _some("finished", f"state NOT IN ({words(UNFINISHED)})", "state", "route"),

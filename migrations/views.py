@@ -1,22 +1,18 @@
 """Views and comments, in one place for all migrations: they are made anew when the newest revision
 has been reached.
 
-A migration that changes a table drops the views first. `relay.db.schema.VIEWS` has their
-statements, `migrations.tables` what tables and columns mean. What must stay true: the role that
-only reads may read each of them.
+A migration that changes a table drops the views first. `views.postgresql.sql` and
+`views.sqlite.sql` have their statements, `migrations.tables` what tables and columns mean. What must
+stay true: the role that only reads may read each of them.
 """
 
 from sqlalchemy import Connection
 
 from migrations.tables import VIEW_COLUMNS, metadata
-from relay.db.schema import VIEWS
-from relay.db.sql import Dialect
+from relay.db.sql import Queries
 
 READER = "qmqp_relay_reader"
-# SQLite has no type for times and no function for the time in microseconds: our statements read it
-# from this view. Inside of a statement the time stands still.
-CLOCK = "clock"
-ABOUT = {
+VIEWS = {
     "mail_queue": "what is unfinished: a row a recipient",
     "mail_history": "all mail, finished as well: a row a recipient",
     "queue_summary": "deliveries by state and route",
@@ -26,27 +22,19 @@ ABOUT = {
 
 def drop_views(connection: Connection) -> None:
     """Drop every view, so that the tables below it can be changed."""
-    for view in (*VIEWS, CLOCK):
-        connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view}")
+    Queries(connection.engine, __name__).run(connection, "drop_views")
 
 
 def create_views(connection: Connection) -> None:
     """Make every view as this version has it, with comments and the reader's right on
     PostgreSQL."""
     drop_views(connection)
-    dialect = Dialect(connection.dialect.name)
-    for view, select in VIEWS.items():
-        connection.exec_driver_sql(
-            f"CREATE VIEW {view} AS {dialect(select)}".replace(
-                "%", "%%" if dialect.postgresql else "%"
-            )
-        )
-    if not dialect.postgresql:
-        connection.exec_driver_sql(f"CREATE VIEW {CLOCK} AS SELECT {dialect('@now')} AS now")
+    Queries(connection.engine, __name__).run(connection, "create_views")
+    if connection.dialect.name == "sqlite":
         return
     comments = {
         f"VIEW {view}": f"{text}; docs/inspect.md explains its columns"
-        for view, text in ABOUT.items()
+        for view, text in VIEWS.items()
     }
     for view, columns in VIEW_COLUMNS.items():
         comments |= {f"COLUMN {view}.{column}": meaning for column, meaning in columns.items()}

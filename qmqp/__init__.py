@@ -28,7 +28,7 @@ of any length and any bytes (qmqp/reply.py).
 The commit point is the last byte of the request, its closing comma. Before it, the client may
 close, and the server must throw the message away. After it, only the reply tells the outcome;
 without one the client tries again later, and the message may arrive twice [Q]. Most of this package
-makes sure on which side of that byte a failure fell (qmqp/result.py). A server must not reply
+makes sure on which side of that byte a failure fell (qmqp/client.py). A server must not reply
 before the commit point, but it may close at any time, and "high-quality servers will try to send a
 response first" [Q]: so a client must read and honour an early Z or D.
 
@@ -66,9 +66,9 @@ tests ask a Postfix too.
     netstring    the codec: exact lengths, strict and bounded decoding
     request      a request as bytes of known length, and a strict reader of requests; no I/O
     reply        a reader of replies; no I/O
-    client       sends one request; with `body` (a file, in blocks), `resolver`, `connection`, `wakeup` and `result`
+    client       sends one request; `body` reads its message, `connection` connects in time
     probe        finds out the family of a server without giving it a message
-    sink         a strict server that replies, or misbehaves, by `sink_rules`
+    sink         a strict server that replies, or misbehaves, by rule
 """
 
 PORT = 628  # TCP, as IANA assigns it

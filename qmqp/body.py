@@ -13,12 +13,9 @@ point: the server would read a wrong length as another message, or as none.
 import errno
 import os
 
-from qmqp.result import describe
+from qmqp.connection import describe
 
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read only what is in the page cache
-_MAX_SPARE = 64
-
-_spare: list[memoryview] = []  # blocks whose memory the kernel need not fetch and clear again
 
 
 class BodyFault(OSError):
@@ -40,8 +37,7 @@ class BodyReader:
     def __init__(self, fd: int, size: int, block_size: int) -> None:
         self._fd = fd
         self._size = size
-        spare = _spare and len(_spare[-1]) == block_size
-        self._block = _spare.pop() if spare else memoryview(bytearray(block_size))
+        self._block = memoryview(bytearray(min(size, block_size)))
         self._offset = 0
         self.whole = False
 
@@ -66,11 +62,6 @@ class BodyReader:
         except OSError as error:
             raise BodyFault(error.errno, f"the body cannot be read: {describe(error)}") from error
         return self._advance(view[:done])
-
-    def release(self) -> None:
-        """Give the block to another body. No thread may still write into it."""
-        if len(_spare) < _MAX_SPARE:
-            _spare.append(self._block)
 
     def _advance(self, view: memoryview) -> memoryview:
         self._offset += len(view)

@@ -24,23 +24,22 @@ What must stay true (the rules and their sources: see the package).
 """
 
 import asyncio
-import select
 import socket
 import struct
 import termios
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
 from fcntl import ioctl
 from time import monotonic
+from typing import NamedTuple
 
 from qmqp import LONGEST_SESSION, PORT
 from qmqp.body import BodyChanged, BodyFault, BodyReader
-from qmqp.connection import Unreachable, connect
+from qmqp.connection import Stopped, Unreachable, Wakeup, connect, describe
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
 from qmqp.request import Request
-from qmqp.result import Result, SendOutcome, describe
-from qmqp.wakeup import Stopped, Wakeup
 
 __all__ = [
     "BLOCK_SIZE",
@@ -59,12 +58,60 @@ _READ_SIZE = 4096
 # that does not read.
 _AT_ONCE = 1.0
 _UNREAD = 65536
-_NO_FLAGS: frozenset[str] = frozenset()
+
+
+class SendOutcome(StrEnum):
+    """How a request ended. What the client may do next depends on the server's reply, and on which
+    side of the commit point (see the package) the connection ended.
+
+    outcome       what happened                   what may follow
+    DELIVERED     K                               nothing: the server answers for every recipient
+    DEFERRED      Z                               the same request, later
+    REJECTED      D                               nothing: no recipient will get it
+    UNREACHABLE   no connection                   another server, at once
+    INTERRUPTED   the end before the commit       another server, at once: no server may keep it
+                  point, without a reply
+    UNCERTAIN     the end after the commit        the same request, later; it may be a duplicate
+                  point, without a reply
+    MALFORMED     bytes that are not a reply,     before the commit point as INTERRUPTED,
+                  or a K too early                after it as UNCERTAIN
+
+    Source: qmqp.html, "Any response not received by the client indicates a temporary failure", and
+    that the server must throw away a request that it did not receive wholly."""
+
+    DELIVERED = "delivered"
+    DEFERRED = "deferred"
+    REJECTED = "rejected"
+    UNREACHABLE = "unreachable"
+    INTERRUPTED = "interrupted"
+    UNCERTAIN = "uncertain"
+    MALFORMED = "malformed"
+
+
 _OUTCOMES = {
     b"K": SendOutcome.DELIVERED,
     b"Z": SendOutcome.DEFERRED,
     b"D": SendOutcome.REJECTED,
 }
+
+
+class Result(NamedTuple):
+    """How a request ended, and why.
+
+    `text` is the server's text without the status byte (bounded, any bytes) if the reply was valid,
+    else our own. `committed`: the last byte of the request has left. `ours`: `may_commit` or
+    `abort` ended the transfer, not the server. `flags`: "early-reply" (before the commit point),
+    "truncated-reply" (a K whose text was cut off), "extra-bytes" (after the reply),
+    "closed-at-once" (the server closed the connection within a second, without a reply, and may
+    have read nothing)."""
+
+    outcome: SendOutcome
+    text: bytes
+    committed: bool
+    ours: bool
+    bytes_sent: int
+    seconds: float
+    flags: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +125,13 @@ class Timeouts:
     session: float = LONGEST_SESSION
 
 
-DEFAULT_TIMEOUTS = Timeouts()
+class WriteEnded(Exception):
+    """The connection is broken, or the server has replied: nothing more is to be written."""
 
 
 class ReplyLost(Exception):
-    """No complete reply will come; the text says why."""
+    """No complete reply will come. The arguments: why, and whether the server has closed the
+    connection and may have read nothing."""
 
 
 # No slots: a default that is not changed stays in the class and need not be set.
@@ -102,7 +151,7 @@ class ClientConnection:
     port: int = PORT
     path: str | None = None
     block_size: int = BLOCK_SIZE
-    timeouts: Timeouts = DEFAULT_TIMEOUTS
+    timeouts: Timeouts = field(default_factory=Timeouts)
     may_commit: Callable[[], bool] | None = None
     hold_back: float = 0.0
     committed: bool = field(default=False, init=False)
@@ -110,12 +159,10 @@ class ClientConnection:
 
     _sock: socket.socket = field(init=False)
     _began: float = field(default=0.0, init=False)
+    _session_end: float = field(default=0.0, init=False)
     _connected: float = field(default=0.0, init=False)
     _wakeup: Wakeup = field(default_factory=Wakeup, init=False)
     _readable: bool = field(default=False, init=False)
-    _closed_at_once: bool = field(default=False, init=False)
-    # The last deadline that passed and was extended by `_check_again`.
-    _extended: float = field(default=0.0, init=False)
     _write_error: str = field(default="", init=False)
     _parser: ReplyParser = field(default_factory=ReplyParser, init=False)
     _reply: Reply | None = field(default=None, init=False)
@@ -127,6 +174,7 @@ class ClientConnection:
         Raises BodyFault, and OSError when this process cannot open another socket (EMFILE and the
         like). Cancelling before the commit point closes the connection."""
         self._began = monotonic()
+        self._session_end = self._began + self.timeouts.session
         try:
             return self._replied(await self._exchange())
         except Unreachable as error:
@@ -138,7 +186,7 @@ class ClientConnection:
         except Stopped as error:
             return self._result(SendOutcome.INTERRUPTED, str(error).encode(), ours=True)
         except ReplyLost as error:
-            return self._lost(str(error))
+            return self._lost(*error.args)
 
     def abort(self) -> None:
         """Close the connection before the commit point (the result is interrupted, and ours); after
@@ -147,7 +195,7 @@ class ClientConnection:
             self._wakeup.stop()
 
     async def _exchange(self) -> Reply:
-        deadline = self._began + min(self.timeouts.connect, self.timeouts.session)
+        deadline = min(self._began + self.timeouts.connect, self._session_end)
         self._sock = sock = await connect(
             self.host or "", self.port, self.path, deadline, self._wakeup
         )
@@ -157,110 +205,107 @@ class ClientConnection:
             if self.path is None and self.request.size > self.block_size:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             loop.add_reader(sock.fileno(), self._on_readable)
-            await self._write()
+            with suppress(WriteEnded):
+                await self._write()
             return await self._read_reply()
         finally:
             loop.remove_reader(sock.fileno())
             sock.close()
 
     async def _write(self) -> None:
-        """Write until the last byte has left, the connection breaks, or the server replies."""
+        """Write until the last byte has left. Raises WriteEnded, ReplyLost, Stopped."""
         body = BodyReader(self.fd, self.request.size, self.block_size)
         parts: list[bytes | memoryview] = [self.request.head]
         while not self.committed:
             view = body.cached()
-            if view is None and (view := await self._read_block(body)) is None:
-                return
-            parts.append(view)
+            parts.append(await self._read_block(body) if view is None else view)
             if body.whole:
                 parts.append(self.request.tail)
-                if self.hold_back and not await self._hold_back(parts):
-                    return
-                if self.bytes_sent and self._receive():  # the last chance to see an early reply
-                    return
-            if not await self._push(parts, last=body.whole):
-                return
-        body.release()
+                if self.hold_back:
+                    await self._hold_back(parts)
+                if self.bytes_sent:  # the last chance to see an early reply
+                    self._readable = True
+            await self._push(parts, last=body.whole)
 
-    async def _hold_back(self, parts: list[bytes | memoryview]) -> bool:
-        """Write all but the last byte, and wait until it may follow; False if the connection breaks
-        or the server replies."""
+    async def _hold_back(self, parts: list[bytes | memoryview]) -> None:
+        """Write all but the last byte, and wait until it may follow."""
         tail = self.request.tail
         parts[-1] = tail[:-1]
-        if not await self._push(parts, last=False):
-            return False
+        await self._push(parts, last=False)
         parts.append(tail[-1:])
         end = self._connected + self.hold_back
-        while monotonic() < end:
-            with suppress(TimeoutError):
-                await self._wakeup.wait(end)
-            if self._readable and self._receive():
-                return False
-        return True
+        while not await self._wait(end):
+            self._look_for_reply()
 
-    async def _read_block(self, body: BodyReader) -> memoryview | None:
-        """The next block, read by a thread; None if the server replies meanwhile."""
+    async def _read_block(self, body: BodyReader) -> memoryview:
+        """The next block, read by a thread."""
         reading = asyncio.get_running_loop().run_in_executor(None, body.read)
         reading.add_done_callback(self._wakeup.notify)
         deadline = monotonic() + self.timeouts.io
         try:
             while not reading.done():
-                await self._wait(deadline)
-                if self._readable and self._receive():
-                    return None
+                too_late = await self._wait(deadline)
+                self._look_for_reply()
+                if too_late and not reading.done():
+                    raise ReplyLost(too_late)
         finally:
             reading.cancel()
         return reading.result()
 
-    async def _push(self, parts: list[bytes | memoryview], *, last: bool) -> bool:
-        """Write the parts; `last`: the request ends with them. False if the connection breaks or
-        the server replies."""
+    async def _push(self, parts: list[bytes | memoryview], *, last: bool) -> None:
+        """Write the parts; `last`: the request ends with them."""
         deadline = monotonic() + self.timeouts.io
-        while True:
+        too_late = ""
+        while parts:
+            self._look_for_reply()
             if last and self.may_commit is not None and not self.may_commit():
                 raise Stopped("not allowed to pass the commit point")
-            if self._wakeup.stopped:
-                raise Stopped("stopped before the commit point")
+            self._wakeup.check()
             try:
                 sent = self._sock.sendmsg(parts)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
                 self._write_error = describe(error)
-                return False
+                raise WriteEnded from None
             self.bytes_sent += sent
             if self.bytes_sent == self.request.length:
                 self.committed = True
-                return True
+                return
+            if too_late and (not sent or self._session_end <= monotonic()):
+                raise ReplyLost(too_late)
             if sent:
                 deadline = monotonic() + self.timeouts.io
                 _advance(parts, sent)
             if parts:
-                await self._wait(deadline, writable=True)
+                too_late = await self._wait(deadline, self._sock)
             else:
                 await asyncio.sleep(0)
-            if self._readable and self._receive():
-                return False
-            if not parts:
-                return True
 
     async def _read_reply(self) -> Reply:
         deadline = monotonic() + (self.timeouts.reply if self.committed else self.timeouts.io)
+        too_late = ""
         while not (reply := self._reply):
-            if not self._write_error:  # after one, all that will ever come has come
-                try:
-                    await self._wait(deadline)
-                except asyncio.CancelledError:
-                    # A reply that has arrived wins over the end of this process.
-                    if not self._receive() or not self._parser.complete:
-                        raise
-                    continue
-            self._receive()
+            if too_late:
+                raise ReplyLost(too_late)
+            try:
+                if not self._write_error:  # after one, all that will ever come has come
+                    too_late = await self._wait(deadline)
+                self._receive()
+            except asyncio.CancelledError:
+                # A reply that has arrived wins over the end of this process.
+                if not (self._receive() and self._reply):
+                    raise
         return reply
 
     def _on_readable(self) -> None:
         self._readable = True
         self._wakeup.notify()
+
+    def _look_for_reply(self) -> None:
+        """Raises WriteEnded if bytes of the server have come."""
+        if self._readable and self._receive():
+            raise WriteEnded
 
     def _receive(self) -> bool:
         """Read what has come, without waiting; False if that is nothing. Raises ReplyLost,
@@ -278,90 +323,74 @@ class ClientConnection:
         return True
 
     def _closed(self, why: str) -> ReplyLost:
-        """Note whether the server, which has closed the connection, may have read nothing."""
-        if not self._parser.received and monotonic() - self._connected < _AT_ONCE:
-            (unacknowledged,) = struct.unpack("i", ioctl(self._sock, termios.TIOCOUTQ, bytes(4)))
-            self._closed_at_once = self.bytes_sent - unacknowledged <= _UNREAD
-        return ReplyLost(why)
-
-    async def _wait(self, deadline: float, *, writable: bool = False) -> None:
-        """Wait for the server, a thread, or (`writable`) room in the kernel; at most until
-        `deadline` or the end of the session. Raises ReplyLost, Stopped."""
-        session_end = self._began + self.timeouts.session
-        try:
-            if writable:
-                await self._wakeup.wait_writable(self._sock, min(deadline, session_end))
-            else:
-                await self._wakeup.wait(min(deadline, session_end))
-        except TimeoutError:
-            if self._check_again(min(deadline, session_end)):
-                return
-            if session_end <= deadline:
-                raise ReplyLost(f"session not over in {self.timeouts.session:g} s") from None
-            if self.committed:
-                raise ReplyLost(f"no whole reply in {self.timeouts.reply:g} s") from None
-            raise ReplyLost(f"no progress in {self.timeouts.io:g} s") from None
-
-    def _check_again(self, deadline: float) -> bool:
-        """Whether the kernel has data or room, once for each deadline that has passed.
-
-        An event loop may run timers before it polls its sockets (libuv does), so a deadline can
-        come before the data that arrived in time. A reply that has arrived must not become
-        `uncertain`, which sends the message twice. Only once: a server that never stops sending
-        cannot extend its deadline without end.
-        """
-        if deadline <= self._extended:
-            return False
-        self._extended = deadline
-        poll = select.poll()
-        poll.register(
-            self._sock, select.POLLIN if self.committed else select.POLLIN | select.POLLOUT
+        (unacknowledged,) = struct.unpack("i", ioctl(self._sock, termios.TIOCOUTQ, bytes(4)))
+        at_once = (
+            not self._parser.received
+            and monotonic() - self._connected < _AT_ONCE
+            and self.bytes_sent - unacknowledged <= _UNREAD
         )
-        events = sum(event for _, event in poll.poll(0))
-        self._readable = bool(events & ~select.POLLOUT)
-        return events != 0
+        return ReplyLost(why, at_once)
+
+    async def _wait(self, deadline: float, writable: socket.socket | None = None) -> str:
+        """Wait for the server, a thread, or room in the kernel for bytes of `writable`. Raises
+        Stopped.
+
+        Returns why it is too late to wait again, once `deadline` or the end of the session has
+        passed; else an empty text. An event loop may run timers before it polls its sockets (libuv
+        does), so a deadline can come before the data that arrived in time. A reply that has arrived
+        must not become `uncertain`, which sends the message twice. The caller therefore tries the
+        socket once more before it gives up.
+        """
+        try:
+            await self._wakeup.wait(min(deadline, self._session_end), writable)
+        except TimeoutError:
+            self._readable = True
+            if self._session_end <= deadline:
+                return f"session not over in {self.timeouts.session:g} s"
+            if self.committed:
+                return f"no whole reply in {self.timeouts.reply:g} s"
+            return f"no progress in {self.timeouts.io:g} s"
+        return ""
 
     def _replied(self, reply: Reply) -> Result:
-        flags = _NO_FLAGS
-        if reply.truncated:
-            flags |= {"truncated-reply"}
-        if self._parser.extra:
-            flags |= {"extra-bytes"}
         outcome, text = _OUTCOMES[reply.status], reply.text
-        if not self.committed:
-            flags |= {"early-reply"}
-            if reply.status == b"K":
-                outcome, text = (
-                    SendOutcome.MALFORMED,
-                    b"accepted before the request was sent: " + text,
-                )
+        if not self.committed and reply.status == b"K":
+            outcome, text = SendOutcome.MALFORMED, b"accepted before the request was sent: " + text
+        flags = {
+            "truncated-reply": reply.truncated,
+            "extra-bytes": self._parser.extra > 0,
+            "early-reply": not self.committed,
+        }
         return self._result(outcome, text, flags)
 
-    def _lost(self, why: str) -> Result:
-        reply = self._parser.eof()
-        flags = frozenset({"closed-at-once"}) if self._closed_at_once else _NO_FLAGS
+    def _lost(self, why: str, closed_at_once: bool = False) -> Result:
+        text = f"{why} {'after' if self.committed else 'before'} the commit point".encode()
+        flags = {"closed-at-once": closed_at_once}
         if not self.committed:
-            return self._result(
-                SendOutcome.INTERRUPTED, f"{why} before the commit point".encode(), flags
-            )
+            return self._result(SendOutcome.INTERRUPTED, text, flags)
+        reply = self._parser.eof()
         if reply is not None and reply.status == b"K":
             return self._replied(reply)
-        began = b"; the reply began: " + self._parser.received if self._parser.received else b""
-        return self._result(
-            SendOutcome.UNCERTAIN, f"{why} after the commit point".encode() + began, flags
-        )
+        if self._parser.received:
+            text += b"; the reply began: " + self._parser.received
+        return self._result(SendOutcome.UNCERTAIN, text, flags)
 
     def _result(
         self,
         outcome: SendOutcome,
         text: bytes,
-        flags: frozenset[str] = _NO_FLAGS,
+        flags: dict[str, bool] | None = None,
         *,
         ours: bool = False,
     ) -> Result:
-        seconds = monotonic() - self._began
         return Result(
-            outcome, text[:KEPT_TEXT], self.committed, ours, self.bytes_sent, seconds, flags
+            outcome,
+            text[:KEPT_TEXT],
+            self.committed,
+            ours,
+            self.bytes_sent,
+            monotonic() - self._began,
+            frozenset(flag for flag, given in (flags or {}).items() if given),
         )
 
 

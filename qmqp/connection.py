@@ -4,6 +4,11 @@ The servers of the protocol are tried one after the other (qmail-qmqpc(8)). Here
 be a name: all its addresses are tried in the resolver's order, each with an equal part of the time
 that is left. It may be a Unix socket too: qrelay and Postfix listen on them.
 
+A lookup takes as long as the resolver likes and cannot be cancelled, and the threads of an event
+loop are few. Each name is therefore looked up in a thread of its own, and all connections to that
+name wait for the same result: they wait for no other name. What was found is used for CACHE_TTL, so
+that a busy client does not ask for every message; a failure is not used again.
+
 A connection is closed with a reset. When a transfer ends before the commit point, nothing that is
 still in the send buffer may follow, or the server could get the last byte after all.
 """
@@ -12,23 +17,89 @@ import asyncio
 import errno
 import os
 import socket
+import threading
 from functools import lru_cache
 from struct import pack
 from time import monotonic
 from typing import Any
 
-from qmqp.resolver import Address, lookup
-from qmqp.result import describe
-from qmqp.wakeup import Wakeup
-
+CACHE_TTL = 5.0  # seconds
+LATE = 1.0  # seconds; a timer that is later than this shows that the process was stopped
 RESET_ON_CLOSE = pack("ii", 1, 0)  # the value of SO_LINGER
 _NON_BLOCKING = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 _OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _BACKLOG_POLL = 0.02  # seconds; no event tells when the full backlog of a Unix socket has room
 
+type Address = tuple[int, Any]  # family, and the argument of connect()
+type Lookup = asyncio.Future[list[Address] | Exception]
+
+# The last lookup of each name, and the time when it began.
+lookups: dict[tuple[asyncio.AbstractEventLoop, str, int], tuple[float, Lookup]] = {}
+
 
 class Unreachable(Exception):
     """No address could be connected to; the text names the reason for each."""
+
+
+class Stopped(Exception):
+    """This side has ended the transfer."""
+
+
+class Wakeup:
+    """Wakes one waiting coroutine. A notification carries no data: the coroutine checks its own
+    conditions before it waits and after it wakes, and waits in a loop."""
+
+    _future: asyncio.Future[bool] | None = None
+    stopped = False
+
+    def notify(self, *_: object) -> None:
+        """End the present wait. Takes and ignores the arguments of a callback."""
+        if self._future is not None and not self._future.done():
+            self._future.set_result(True)
+
+    def stop(self) -> None:
+        """End the present wait, and let all later ones raise Stopped."""
+        self.stopped = True
+        self.notify()
+
+    async def wait(self, deadline: float, writable: socket.socket | None = None) -> None:
+        """Wait for a notification, or until the kernel has room for bytes of `writable`. Raises
+        TimeoutError when `monotonic()` reaches `deadline`, and Stopped."""
+        self.check()
+        seconds = deadline - monotonic()
+        if seconds <= 0:  # notifications may come without a pause: only the clock ends the loop
+            raise TimeoutError
+        loop = asyncio.get_running_loop()
+        self._future = loop.create_future()
+        timer = loop.call_later(seconds, _expire, self._future, deadline)
+        if writable is not None:
+            loop.add_writer(writable.fileno(), self.notify)
+        try:
+            if not await self._future:
+                raise TimeoutError
+        finally:
+            timer.cancel()
+            if writable is not None:
+                loop.remove_writer(writable.fileno())
+
+    def check(self) -> None:
+        """Raises Stopped."""
+        if self.stopped:
+            raise Stopped("stopped before the commit point")
+
+
+def _expire(future: asyncio.Future[bool], deadline: float) -> None:
+    if future.done():
+        return
+    now = monotonic()
+    if now - deadline > LATE:
+        # A process that was stopped (SIGSTOP, a paused machine) has not read its sockets meanwhile,
+        # and what its peers sent may still be on its way: RFC 6298 spaces retransmissions by a
+        # second and more. Such a timer says nothing about the peer, so the deadline counts only
+        # after another second of listening.
+        future.get_loop().call_later(LATE, _expire, future, now + LATE)
+    else:
+        future.set_result(False)
 
 
 async def connect(
@@ -44,7 +115,7 @@ async def connect(
         else:
             addresses = await _resolve(host, port, deadline, wakeup)
     except (OSError, UnicodeError) as error:
-        raise Unreachable(f"no connection: {_name(host, port)} {_reason(error)}") from None
+        raise Unreachable(f"no connection: {_name(host, port)} {describe(error)}") from None
     failures = []
     for left, (family, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
         now = monotonic()
@@ -54,24 +125,48 @@ async def connect(
             if error.errno in _OUT_OF_SOCKETS:
                 raise
             name = f"unix:{path}" if path is not None else _name(host, port, address[0])
-            failures.append(f"{name} {_reason(error)}")
+            failures.append(f"{name} {describe(error)}")
     raise Unreachable(f"no connection: {'; '.join(failures)}")
 
 
 async def _resolve(host: str, port: int, deadline: float, wakeup: Wakeup) -> list[Address]:
     if literal := _literal(host, port):
         return [literal]
-    future = lookup(host, port)
-    future.add_done_callback(wakeup.notify)
-    try:
-        while not future.done():
-            await wakeup.wait(deadline)
-    finally:
-        future.remove_done_callback(wakeup.notify)
-    result = future.result()
+    lookup = look_up(host, port)
+    lookup.add_done_callback(wakeup.notify)
+    while not lookup.done():
+        await wakeup.wait(deadline)
+    result = lookup.result()
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def look_up(host: str, port: int) -> Lookup:
+    """The addresses of a name in the resolver's order, or the OSError or UnicodeError instead.
+
+    Several connections may wait for the same future: do not cancel it."""
+    loop = asyncio.get_running_loop()
+    began, lookup = lookups.get((loop, host, port), (0.0, None))
+    old = monotonic() - began >= CACHE_TTL
+    if not lookup or (lookup.done() and (old or isinstance(lookup.result(), Exception))):
+        lookup = loop.create_future()
+        lookups[loop, host, port] = monotonic(), lookup
+        threading.Thread(
+            target=_look_up, args=(lookup, host, port), name=f"resolver {host}", daemon=True
+        ).start()
+    return lookup
+
+
+def _look_up(lookup: Lookup, host: str, port: int) -> None:
+    result: list[Address] | Exception
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        result = list(dict.fromkeys((int(info[0]), info[4]) for info in infos))
+    except (OSError, UnicodeError) as error:
+        result = error
+    if not lookup.get_loop().is_closed():
+        lookup.get_loop().call_soon_threadsafe(lookup.set_result, result)
 
 
 async def _connect(family: int, address: Any, deadline: float, wakeup: Wakeup) -> socket.socket:
@@ -81,7 +176,7 @@ async def _connect(family: int, address: Any, deadline: float, wakeup: Wakeup) -
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         while (code := sock.connect_ex(address)) not in (0, errno.EISCONN):
             if code == errno.EALREADY:
-                await wakeup.wait_writable(sock, deadline)
+                await wakeup.wait(deadline, sock)
             elif code == errno.EAGAIN:
                 asyncio.get_running_loop().call_later(_BACKLOG_POLL, wakeup.notify)
                 await wakeup.wait(deadline)
@@ -104,14 +199,16 @@ def _literal(host: str, port: int) -> Address | None:
     return infos[0][0], infos[0][4]
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-    return describe(error)
-
-
 def _name(host: str, port: int, address: str | None = None) -> str:
     """The usual notation of an address; for an address of a name Postfix's `name[address]:port`."""
     if address is not None and not _literal(host, port):
         return f"{host}[{address}]:{port}"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def describe(error: BaseException) -> str:
+    """The symbolic name of an error and its text: `ECONNREFUSED (Connection refused)`."""
+    if isinstance(error, TimeoutError):
+        error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    name = errno.errorcode.get(getattr(error, "errno", None) or 0, type(error).__name__)
+    return f"{name} ({getattr(error, 'strerror', None) or error})"

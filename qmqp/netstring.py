@@ -37,26 +37,21 @@ def length_of(size: int) -> int:
     return len(str(size)) + size + 2
 
 
-def read_length(data: bytes, start: int = 0, limit: int = MAX_LENGTH) -> tuple[int, int] | None:
-    """Read the length that begins at `start`: (length, index of the first byte after the colon).
+def read_length(data: bytes, limit: int = MAX_LENGTH) -> tuple[int, int] | None:
+    """Read the length that `data` begins with: (length, index of the first byte after the colon).
 
     None while the colon is missing and all bytes may begin a length: at most nine bytes can. Raises
     FormatError, and SizeError above `limit` or MAX_LENGTH."""
-    colon = data.find(b":", start, start + _MAX_DIGITS + 1)
-    digits = data[start:colon] if colon >= 0 else data[start : start + _MAX_DIGITS + 1]
-    if not digits and colon < 0:
-        return None
-    if not digits:
-        raise FormatError("a length without digits")
-    if not digits.isdigit():
-        raise FormatError("a byte that is no digit in a length")
-    if digits[0] == 0x30 and len(digits) > 1:
+    digits, colon, _ = data[: _MAX_DIGITS + 1].partition(b":")
+    if not digits.isdigit() and (digits or colon):
+        wrong = "a byte that is no digit in a length" if digits else "a length without digits"
+        raise FormatError(wrong)
+    if digits.startswith(b"0") and len(digits) > 1:
         raise FormatError("a length with a leading zero")
     if len(digits) > _MAX_DIGITS:
         raise SizeError(f"a length of more than {_MAX_DIGITS} digits")
-    if colon < 0:
+    if not colon:
         return None
-    length = int(digits)
-    if length > limit:
+    if (length := int(digits)) > limit:
         raise SizeError(f"{length} bytes where at most {limit} are taken")
-    return length, colon + 1
+    return length, len(digits) + 1

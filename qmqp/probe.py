@@ -4,16 +4,19 @@ The protocol has no command that only asks, so the probe breaks it at the first 
 begins with `x`, so no server can accept one. If the server then closes, a second connection brings
 a whole netstring that is too short for a message, `1:x,`. The answers tell the families apart:
 
-    Postfix     a D "netstring format error" after a second (a Z with soft_bounce); or, before anything is sent, a D
-                that this client is not authorized
+    Postfix     a D "netstring format error" after a second (a Z with soft_bounce); or, before
+                anything is sent, a D that this client is not authorized
     mailfront   a Z
-    qmail-ldap  a Z about compressed data: its qmqpd takes a byte that is no digit for zlib (without zlib it is as qmail)
-    qmail       closes without a reply, as qmqp-sink and all that follow the letter of the protocol do; its tcpserver
-                closes before anything is sent, if this client is not allowed. Before 2022 it took
-                any byte for a digit, as indimail's still does: it closes when it has seen too many
-                of them
-    qrelay      closes as qmail does; to the whole netstring it replies D "malformed input", where qmail closes again
-    others      an SMTP or SSH banner, a reply that is no netstring, a K (which no server may give here), or silence
+    qmail-ldap  a Z about compressed data: its qmqpd takes a byte that is no digit for zlib (without
+                zlib it is as qmail)
+    qmail       closes without a reply, as qmqp-sink and all that follow the letter of the protocol
+                do; its tcpserver closes before anything is sent, if this client is not allowed.
+                Before 2022 it took any byte for a digit, as indimail's still does: it closes when
+                it has seen too many of them
+    qrelay      closes as qmail does; to the whole netstring it replies D "malformed input", where
+                qmail closes again
+    others      an SMTP or SSH banner, a reply that is no netstring, a K (which no server may give
+                here), or silence
 
 A probe cannot find out how large a message may be: it would have to begin one. What must stay true:
 nothing is sent that can become a message. Sources: qmail-qmqpd.c (exits on a bad length before it
@@ -23,13 +26,12 @@ qrelay.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 
 from qmqp import PORT
-from qmqp.reply import MalformedReply, Reply, ReplyParser
+from qmqp.reply import MalformedReply, ReplyParser
 
 _NO_LENGTH = b"x"
 _TOO_LONG = b"x" * 9  # after the first: ten are too long for qmail, whatever it takes an `x` for
@@ -40,9 +42,11 @@ _READ_SIZE = 4096
 # first (qmqpd_error_delay).
 REFUSAL_DELAY = 1.5
 
+type Verdict = tuple[bool | None, str, str]  # allowed, family, and both in words
+
 _REFUSED = (False, "postfix", "it does not let us in (in Postfix: qmqpd_authorized_clients)")
-# Status and text of a reply, and what they show (as `_classify` returns it). The first row holds.
-_REPLIES: tuple[tuple[bytes, bytes, tuple[bool | None, str, str]], ...] = (
+# Status and text of a reply, and what they show. The first row holds.
+_REPLIES: tuple[tuple[bytes, bytes, Verdict], ...] = (
     (b"KZD", b"not authorized", _REFUSED),
     (b"KZD", b"not authorised", _REFUSED),
     (b"K", b"", (None, "other", "it accepted what was no message: do not send mail there")),
@@ -54,6 +58,15 @@ _REPLIES: tuple[tuple[bytes, bytes, tuple[bool | None, str, str]], ...] = (
      (True, "qmail-ldap", "it takes what is no length for compressed data, as qmail-ldap does")),
     (b"Z", b"", (True, "mailfront", "it defers what is no request (Z), as mailfront does")),
 )  # fmt: skip
+# The same for a server without a reply: whether it was asked, and whether it has closed.
+_SILENCES: dict[tuple[bool, bool], Verdict] = {
+    (False, True): (None, "other", "it closed before anything was sent, as tcpserver does to a "
+                    "client that is not allowed"),
+    (True, True): (True, "qmail",
+                   "it closed without a word on what is no request, as qmail-qmqpd does"),
+    (True, False): (None, "other", "it said nothing and kept the connection open, which no known "
+                    "QMQP server does"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,87 +92,72 @@ async def probe(
 ) -> ProbeResult:
     """Probe the server at `host` and `port`, or at the Unix socket `path`. `connect` and `reply`
     are seconds. Errors of the network are results."""
-    started = monotonic()
+    server = (host, port, path, connect)
+    waits = {b"": min(REFUSAL_DELAY, reply), _NO_LENGTH: reply, _TOO_LONG: reply}
     try:
-        async with _connected(host, port, path, connect) as (reader, writer):
-            seconds = round(monotonic() - started, 6)
-            asked = False
-            received, closed = await _read_reply(reader, min(REFUSAL_DELAY, reply))
-            for text in (_NO_LENGTH, _TOO_LONG):
-                if not received and not closed:
-                    asked = True
-                    writer.write(text)
-                    received, closed = await _read_reply(reader, reply)
+        received, asked, seconds = await _ask(server, waits)
+        verdict = _classify(received, asked=asked)
+        result = ProbeResult(True, *verdict, received or b"", seconds)
     except UnicodeError:
         return ProbeResult(False, None, "none", "no connection: that is no host name")
     except OSError as error:
         known = error.errno is not None and error.errno > 0
         reason = os.strerror(error.errno or 0) if known else error.strerror or str(error)
         return ProbeResult(False, None, "none", f"no connection: {reason or 'timed out'}")
-    verdict = _classify(received, asked=asked, closed=closed)
-    result = ProbeResult(True, *verdict, received, seconds)
-    if (
-        result.family == "qmail"
-        and await _second_reply(host, port, path, connect, reply) == _QRELAY_REPLY
-    ):
-        words = "it says D to a netstring that holds no message, as qrelay does"
-        return replace(result, family="qrelay", words=words, said=_QRELAY_REPLY)
+    if result.family == "qmail":
+        with suppress(OSError):
+            received, _, _ = await _ask(server, {_NO_MESSAGE: reply})
+        if received == _QRELAY_REPLY:
+            words = "it says D to a netstring that holds no message, as qrelay does"
+            return replace(result, family="qrelay", words=words, said=_QRELAY_REPLY)
     return result
 
 
-@asynccontextmanager
-async def _connected(
-    host: str | None, port: int, path: str | None, seconds: float
-) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def _ask(
+    server: tuple[str | None, int, str | None, float], waits: dict[bytes, float]
+) -> tuple[bytes | None, bool, float]:
+    """Send one text after the other, and wait for so many seconds after each, until the server
+    replies or closes.
+
+    Returns what it said (b"": it closed, None: it did neither), whether a text that is not empty
+    was sent, and the seconds until it was connected."""
+    host, port, path, seconds = server
+    started = monotonic()
     opening = asyncio.open_unix_connection(path) if path else asyncio.open_connection(host, port)
     reader, writer = await asyncio.wait_for(opening, seconds)
+    connected = round(monotonic() - started, 6)
+    received, text = None, b""
     try:
-        yield reader, writer
+        for text, seconds in waits.items():
+            writer.write(text)
+            received = await _read_reply(reader, seconds)
+            if received is not None:
+                break
     finally:
         writer.transport.abort()
+    return received, text != b"", connected
 
 
-async def _second_reply(
-    host: str | None, port: int, path: str | None, connect: float, reply: float
-) -> bytes:
-    """The reply to a whole netstring without a message; empty without a reply."""
-    try:
-        async with _connected(host, port, path, connect) as (reader, writer):
-            writer.write(_NO_MESSAGE)
-            return (await _read_reply(reader, reply))[0]
-    except OSError:
-        return b""
-
-
-async def _read_reply(reader: asyncio.StreamReader, seconds: float) -> tuple[bytes, bool]:
-    """The bytes that come in that time, and whether the server has closed."""
+async def _read_reply(reader: asyncio.StreamReader, seconds: float) -> bytes | None:
+    """The bytes that come in that time; b"" if the server closed without any, None if it did not
+    close either."""
     received = b""
     try:
         async with asyncio.timeout(seconds):
             while len(received) < _READ_SIZE and not received.endswith(b","):
                 if not (data := await reader.read(_READ_SIZE)):
-                    return received, True
+                    break
                 received += data
     except TimeoutError:
-        return received, False
-    except OSError:
-        return received, True
-    return received, False
+        return received or None
+    except OSError:  # a reset
+        pass
+    return received
 
 
-def _classify(received: bytes, *, asked: bool, closed: bool) -> tuple[bool | None, str, str]:
-    """Whether this client is allowed, the family, and both in words."""
-    if not received and not asked:
-        words = (
-            "it closed before anything was sent, as tcpserver does to a client that is not allowed"
-        )
-        return None, "other", words
-    if not received and closed:
-        return True, "qmail", "it closed without a word on what is no request, as qmail-qmqpd does"
+def _classify(received: bytes | None, *, asked: bool) -> Verdict:
     if not received:
-        words = "it said nothing and kept the connection open, which no known QMQP server does"
-        return None, "other", words
-    reply: Reply | None
+        return _SILENCES[asked, received is not None]
     try:
         reply = ReplyParser().feed(received)
     except MalformedReply:

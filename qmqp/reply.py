@@ -15,9 +15,11 @@ feed.
 
 from typing import NamedTuple
 
-from qmqp.netstring import NetstringError, read_length
+from qmqp.netstring import MAX_LENGTH, NetstringError, read_length
 
 KEPT_TEXT = 4096  # bytes of a reply's text that are kept
+
+_KEPT = len(f"{MAX_LENGTH}:K") + KEPT_TEXT
 
 
 class MalformedReply(ValueError):
@@ -42,53 +44,40 @@ class ReplyParser:
     """Reads one reply, however it is cut up. `extra` counts the bytes after it, which mean nothing;
     `received` is the beginning of the reply, as far as it is kept."""
 
-    __slots__ = ("_left", "_reply", "complete", "extra", "received")
-
-    def __init__(self) -> None:
-        self.received = b""
-        self.complete = False
-        self._left = -1
-        self._reply: Reply | None = None
-        self.extra = 0
+    extra = 0
+    received = b""
+    _head = b""  # the beginning of all bytes
+    _total = 0  # the number of all bytes
 
     def feed(self, data: bytes) -> Reply | None:
         """Take the next bytes; return the reply once it is complete. Raises MalformedReply at the
         first wrong byte."""
-        if self._reply is not None:
-            self.extra += len(data)
-            return self._reply
-        if self._left < 0:
-            data = self.received + data
-            self.received = data[:KEPT_TEXT]
-            try:
-                header = read_length(data)
-            except NetstringError as error:
-                raise MalformedReply(str(error), self.received) from None
-            if header is None:
-                return None
-            self._left, begin = header
-            data = data[begin:]
-            self.received = b""
-            if not self._left:
-                raise MalformedReply("an empty reply", b"0:")
-        piece = data[: self._left]
-        if len(self.received) <= KEPT_TEXT:
-            self.received += piece[: KEPT_TEXT + 1 - len(self.received)]
+        self._head += data[: _KEPT - len(self._head)]
+        self._total += len(data)
+        self.received = self._head
+        try:
+            header = read_length(self._head)
+        except NetstringError as error:
+            raise MalformedReply(str(error), self._head[:KEPT_TEXT]) from None
+        if header is None:
+            return None
+        length, begin = header
+        self.received = self._head[begin : begin + min(length, KEPT_TEXT + 1)]
+        if not length:
+            raise MalformedReply("an empty reply", b"0:")
         if self.received and self.received[0] not in b"KZD":
             raise MalformedReply("a reply that begins with none of K, Z, D", self.received)
-        self._left -= len(piece)
-        if self._left or len(data) == len(piece):
+        extra = self._total - begin - length - 1
+        if extra < 0:
             return None
-        if data[len(piece)] != 0x2C:
+        if extra < len(data) and data[-extra - 1] != 0x2C:
             raise MalformedReply("a reply that does not end with a comma", self.received)
-        self.extra = len(data) - len(piece) - 1
-        self.complete = True
-        self._reply = Reply(self.received[:1], self.received[1:])
-        return self._reply
+        self.extra = extra
+        return Reply(self.received[:1], self.received[1:])
 
     def eof(self) -> Reply | None:
         """The beginning of a reply that the connection cut off, marked truncated; None unless a
         valid length and the status byte have come."""
-        if self._left < 0 or not self.received:
+        if self.received[:1] not in (b"K", b"Z", b"D"):
             return None
         return Reply(self.received[:1], self.received[1:], truncated=True)

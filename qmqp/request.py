@@ -21,24 +21,19 @@ _SENDABLE = re.compile(rb"[^\0\r\n<][^\0\r\n]{0,%d}" % (MAX_ADDRESS - 1)).fullma
 
 def is_sendable(address: bytes) -> bool:
     """Whether every server reads this address as it was meant, as a recipient or as a sender. (The
-    null sender is empty, and valid as a sender only.)"""
+    null sender is empty, and valid as a sender only.)
+
+    Some would misread NUL, CR or LF (Postfix delivers to what stands before a NUL), a leading angle
+    bracket, and more than MAX_ADDRESS bytes."""
     return _SENDABLE(address) is not None
-
-
-class BadAddress(ValueError):
-    """An address that some server would misread: NUL, CR or LF (Postfix delivers to what stands
-    before a NUL), a leading angle bracket, more than MAX_ADDRESS bytes, or an empty recipient."""
-
-
-class NoRecipients(ValueError):
-    """A request without a recipient: qmail-qmqpd accepts and discards it, Postfix refuses it."""
 
 
 class Request:
     """A message of `size` bytes to `recipients` from `sender` (empty: the null sender).
 
     On the wire it is `head`, then the `size` bytes of the message, then `tail`; `length` bytes in
-    all. Raises BadAddress, NoRecipients, and ValueError for a negative size.
+    all. Raises ValueError for a negative size, an address that is not sendable, and a request
+    without a recipient (qmail-qmqpd accepts and discards it, Postfix refuses it).
     """
 
     __slots__ = ("head", "length", "size", "tail")
@@ -47,12 +42,12 @@ class Request:
         if size < 0:
             raise ValueError(f"a message of {size} bytes")
         if not recipients:
-            raise NoRecipients("a request needs a recipient")
+            raise ValueError("a request needs a recipient")
         if sender and not is_sendable(sender):
-            raise BadAddress(f"no server can be trusted with the sender {_shown(sender)}")
+            raise ValueError(f"no server can be trusted with the sender {_shown(sender)}")
         for recipient in recipients:
             if not is_sendable(recipient):
-                raise BadAddress(f"no server can be trusted with the recipient {_shown(recipient)}")
+                raise ValueError(f"no server can be trusted with the recipient {_shown(recipient)}")
         envelope = b"".join(
             [b"%d:%b," % (len(address), address) for address in (sender, *recipients)]
         )
@@ -71,10 +66,9 @@ class RequestParser:
     """Reads one request as a strict server does: every length is exact, and nothing stands between
     the inner strings and the end of the outer one.
 
-    `body` is called with each piece of the message, a view that is valid only during the call. Once
-    `feed` has returned True, `size`, `sender` and `recipients` (perhaps empty: the server decides
-    about that) are known, and `extra` counts the bytes after the request. `where` names what is
-    being read, in Postfix' words."""
+    `body` is called with each piece of the message, in turn. Once `feed` has returned True, `size`,
+    `sender` and `recipients` (perhaps empty: the server decides about that) are known; bytes after
+    the request mean nothing. `where` names what is being read, in Postfix' words."""
 
     def __init__(
         self,
@@ -86,33 +80,31 @@ class RequestParser:
         self._max_size = max_size
         self._max_address = max_address
         self.where = "QMQP packet header"
-        self.size = self.extra = 0
+        self.size = 0
         self.sender = b""
         self.recipients: list[bytes] = []
         self.complete = False
         self._data = memoryview(b"")  # received and not yet read
-        self._left = MAX_LENGTH  # bytes of the outer string that are not yet read
+        self._left = 2 * MAX_LENGTH  # bytes of the outer string that are not yet read
         self._steps = self._read()
 
-    def feed(self, data: bytes | memoryview) -> bool:
+    def feed(self, data: bytes) -> bool:
         """Take the next bytes; True once the request is complete. Raises FormatError, SizeError."""
-        self._data = memoryview(bytes(self._data) + data if self._data else data)
-        next(self._steps)
-        self._data = memoryview(bytes(self._data))
+        self._data = memoryview(bytes(self._data) + data)
+        next(self._steps, None)
         return self.complete
 
     def _read(self) -> Iterator[None]:
         """Read the whole request; yield wherever more bytes must come."""
         self._left = yield from self._length(MAX_LENGTH)
         self.where = "message content"
-        self.size = missing = yield from self._length_inside(self._max_size)
+        self.size = missing = yield from self._length(self._max_size)
         while missing:
-            if piece := self._data[:missing]:
-                self._body(piece)
-                self._skip(len(piece))
-                missing -= len(piece)
-            else:
+            while not self._data:
                 yield
+            piece = yield from self._take(min(missing, len(self._data)))
+            self._body(piece)
+            missing -= len(piece)
         yield from self._comma()
         self.where = "sender address"
         self.sender = yield from self._address()
@@ -121,45 +113,33 @@ class RequestParser:
             self.recipients.append((yield from self._address()))
         yield from self._comma()
         self.complete = True
-        while True:
-            self.extra += len(self._data)
-            self._data = memoryview(b"")
-            yield
 
     def _length(self, limit: int) -> Generator[None, None, int]:
-        while True:
-            head = bytes(self._data[: min(self._left, 11)])
-            if (header := read_length(head, 0, limit)) is not None:
-                length, begin = header
-                self._skip(begin)
-                return length
-            if len(head) == self._left:
+        """The length of a string that must end, with its comma, before the request does."""
+        while (header := read_length(bytes(self._data[: min(self._left, 11)]), limit)) is None:
+            if len(self._data) >= self._left:
                 raise FormatError("a length runs past the end of the request")
             yield
-
-    def _length_inside(self, limit: int) -> Generator[None, None, int]:
-        """The length of a string that must end, with its comma, before the request does."""
-        length = yield from self._length(limit)
+        length, begin = header
+        yield from self._take(begin)
         if length >= self._left:
             raise FormatError("a string runs past the end of the request")
         return length
 
     def _address(self) -> Generator[None, None, bytes]:
-        length = yield from self._length_inside(self._max_address)
-        while len(self._data) < length:
-            yield
-        address = bytes(self._data[:length])
-        self._skip(length)
+        length = yield from self._length(self._max_address)
+        address = bytes((yield from self._take(length)))
         yield from self._comma()
         return address
 
     def _comma(self) -> Iterator[None]:
-        while not self._data:
-            yield
-        if self._data[0] != 0x2C:
+        if bytes((yield from self._take(1))) != b",":
             raise FormatError(f"no comma at the end: {self.where}")
-        self._skip(1)
 
-    def _skip(self, count: int) -> None:
+    def _take(self, count: int) -> Generator[None, None, memoryview]:
+        while len(self._data) < count:
+            yield
+        taken = self._data[:count]
         self._data = self._data[count:]
         self._left -= count
+        return taken

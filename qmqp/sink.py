@@ -9,43 +9,126 @@ file, and keeps no message in memory. The first rule that applies to a connectio
         ...
         sink.wait_for(1, timeout=5)
 
-A preset (qmqp/sink_rules.py) decides about bad requests. What must stay true: a request is counted,
-kept and accepted only after its last comma was read; one that breaks off before leaves nothing.
+A preset decides about bad requests. What must stay true: a request is counted, kept and accepted
+only after its last comma was read; one that breaks off before leaves nothing.
 """
 
 import asyncio
 import json
+import math
 import os
+import re
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from threading import Condition, Thread
-from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from qmqp import LONGEST_SESSION
 from qmqp.connection import RESET_ON_CLOSE
 from qmqp.netstring import MAX_LENGTH, NetstringError, SizeError, encode
 from qmqp.request import RequestParser
-from qmqp.sink_rules import PRESETS, Answer, Chooser, MagicRecipients, Preset, Rule
-from qmqp.wakeup import Wakeup
 
-__all__ = [
-    "PRESETS",
-    "Answer",
-    "MagicRecipients",
-    "Preset",
-    "Received",
-    "Rule",
-    "Sink",
-    "running_sink",
-]
+_READ_SIZE = 65536
 
-_BUFFER_SIZE = 262144
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to a connection: `status` and `text` as a netstring (a K without a text gets `Ok:
+    queued as N` once the request is complete), or the bytes `raw` as they are (b"": no reply). It
+    is sent `delay` seconds late, with `drip` seconds between single bytes.
+
+    `at`: answer as soon as so many bytes of the request have been read, and read no more; without
+    it, when the request is complete. `read_size`, `read_pause`: read at most so many bytes at a
+    time, and wait so many seconds in between. `end`: how the connection ends."""
+
+    status: bytes = b"K"
+    text: bytes = b""
+    raw: bytes | None = None
+    delay: float = 0.0
+    drip: float = 0.0
+    at: int = 2 * MAX_LENGTH
+    read_size: int = _READ_SIZE
+    read_pause: float = 0.0
+    end: Literal["close", "reset", "stay"] = "close"
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """The treatment of a bad request. `silent`: close without a reply. Sizes are bytes;
+    `error_delay` is the seconds before a D."""
+
+    silent: bool = False
+    max_size: int = MAX_LENGTH
+    max_address: int = 2048
+    error_delay: float = 0.0
+
+
+# strict replies D and the reason. qmail closes without a reply, as qmail-qmqpd.c does. postfix
+# replies D after a second (qmqpd_error_delay) and closes while the client still writes, so that a
+# reset follows.
+PRESETS = {
+    "strict": Preset(),
+    "qmail": Preset(silent=True, max_address=999),
+    "postfix": Preset(max_size=10_240_000, error_delay=1.0),
+}
+
+# A rule is called when a connection is accepted (with None), and when its request is complete, with
+# the recipients and the digest of the message. It returns None if it does not apply.
+type Chooser = Callable[[Sequence[bytes] | None, str], Answer | None]
+
+
+@dataclass(slots=True)
+class Rule:
+    """Gives the answer `what` to requests that have a recipient beginning with `recipient` (empty:
+    to every connection), at most `times` times.
+
+    Without `recipient` the rule holds from the first byte of a connection, so its answer may be
+    early (`at`) or say how to read."""
+
+    what: Answer
+    recipient: bytes = b""
+    times: float = math.inf
+
+    def __call__(self, recipients: Sequence[bytes] | None, digest: str) -> Answer | None:
+        begins = any(address.startswith(self.recipient) for address in recipients or ())
+        applies = begins if self.recipient else recipients is None
+        if not applies or not self.times:
+            return None
+        self.times -= 1
+        return self.what
+
+
+@dataclass(slots=True)
+class MagicRecipients:
+    """Answers as the recipient's address says: `defer-3@` is Z three times for each message and
+    then K, `reject@` D, `slow@` K after `slow` seconds, `drop-reply@` is accepted without a
+    reply."""
+
+    slow: float = 5.0
+    seen: Counter[tuple[str, bytes]] = field(default_factory=Counter)
+
+    def __call__(self, recipients: Sequence[bytes] | None, digest: str) -> Answer | None:
+        for recipient in recipients or ():
+            match re.split(rb"-(?=[0-9]{1,6}$)", recipient.partition(b"@")[0]):
+                case [b"reject"]:
+                    return Answer(b"D", b"Error: no such mailbox: " + recipient)
+                case [b"drop-reply"]:
+                    return Answer(raw=b"")
+                case [b"slow"]:
+                    return Answer(delay=self.slow)
+                case [b"defer", times]:
+                    self.seen[digest, recipient] += 1
+                    tries = self.seen[digest, recipient]
+                    if tries <= int(times):
+                        return Answer(
+                            b"Z", b"Error: %b is busy, try %d of %b" % (recipient, tries, times)
+                        )
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +146,7 @@ class Received:
 class Sink:
     """The server. `received` holds the last `keep` complete requests, `faults` the reasons why
     others were bad; `count` is the number of all complete requests, `connections` that of all
-    connections.
+    connections, `open` has one task for each connection that is open.
 
     `dump`: write each message to a numbered file in that directory, and its envelope beside it as
     JSON. `receive_buffer`: bytes that the kernel may hold unread.
@@ -85,7 +168,6 @@ class Sink:
         self.faults: deque[str] = deque(maxlen=keep)
         self.count = self.connections = self.port = 0
         self.changed = Condition()
-        self.buffer = memoryview(bytearray(_BUFFER_SIZE))
         self.open: set[asyncio.Task[None]] = set()
         if dump is not None:
             dump.mkdir(parents=True, exist_ok=True)
@@ -96,17 +178,16 @@ class Sink:
     ) -> None:
         """Listen on `host` and `port` (0: any; then see `port`) or on the Unix socket `path`."""
         if path is not None:
-            listener = socket.create_server(path, family=socket.AF_UNIX, backlog=1024)
+            self._listener = socket.create_server(path, family=socket.AF_UNIX, backlog=1024)
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=1024)
-            self.port = listener.getsockname()[1]
-        listener.setblocking(False)
-        if self.receive_buffer:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
-        self._listener = listener
+            self._listener = socket.create_server((host, port), family=family, backlog=1024)
+            self.port = self._listener.getsockname()[1]
         self._path = Path(path) if path else None
-        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
+        self._listener.setblocking(False)
+        if self.receive_buffer:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
+        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
 
     async def close(self) -> None:
         """Stop listening and reset all open connections."""
@@ -116,8 +197,7 @@ class Sink:
             self._path.unlink(missing_ok=True)
         for task in self.open:
             task.cancel()
-        if self.open:
-            await asyncio.wait(self.open)
+        await asyncio.gather(*self.open, return_exceptions=True)
 
     def wait_for(self, count: int, timeout: float) -> bool:
         """Wait, in another thread, until `count` requests are complete; False after `timeout`
@@ -131,16 +211,14 @@ class Sink:
             return self.changed.wait_for(lambda: bool(self.faults), timeout)
 
     def _accept(self) -> None:
-        try:
+        with suppress(OSError):  # the client has gone, or no socket is free: the loop calls again
             sock, _ = self._listener.accept()
-        except OSError:
-            return  # the client has gone, or no socket is free: then the loop calls again
-        sock.setblocking(False)
-        self.connections += 1
-        task = asyncio.get_running_loop().create_task(SinkConnection(self, sock).serve())
-        self.open.add(task)
-        task.add_done_callback(self.open.discard)
-        task.add_done_callback(lambda _: sock.close())
+            sock.setblocking(False)
+            self.connections += 1
+            task = asyncio.get_running_loop().create_task(SinkConnection(self, sock).serve())
+            self.open.add(task)
+            task.add_done_callback(self.open.discard)
+            task.add_done_callback(lambda _: sock.close())
 
 
 class SinkConnection:
@@ -151,24 +229,20 @@ class SinkConnection:
         self._sock = sock
         self._parser = RequestParser(self._keep, sink.preset.max_size)
         self._digest = sha256()
-        self._number = 0
-        self._wakeup = Wakeup()
-        self._end = monotonic() + LONGEST_SESSION
-        self._part = sink.dump / f".{os.getpid()}-{id(self)}" if sink.dump is not None else None
+        self._part = sink.dump and sink.dump / f".{os.getpid()}-{id(self)}"
 
     async def serve(self) -> None:
-        rules: Sequence[Chooser] = self._sink.rules
-        answer = Answer()
-        for index, rule in enumerate(rules):
-            if (opening := rule.opening()) is not None:
-                rules, answer = rules[:index], opening
-                break
+        """Read, reply, and end the connection as the answer says."""
         end = "reset"
         try:
-            answer = await self._read(answer, rules)
-            await self._reply(answer)
-            if answer.end == "stay":
-                await self._stay()
+            async with asyncio.timeout(LONGEST_SESSION):
+                answer = await self._read()
+                await self._reply(answer)
+                # A client that was answered early gets no more of its request read.
+                if answer.end == "stay" and not self._parser.complete:
+                    await asyncio.sleep(LONGEST_SESSION)
+                while answer.end == "stay" and await self._receive(_READ_SIZE):
+                    pass
             end = answer.end
         except OSError:
             end = "close"
@@ -178,17 +252,21 @@ class SinkConnection:
             if self._part is not None:
                 self._part.unlink(missing_ok=True)
 
-    async def _read(self, answer: Answer, rules: Sequence[Chooser]) -> Answer:
-        """Read the request as `answer` says. Returns the answer of the first rule that applies,
-        else `answer`."""
-        count = 0
-        while answer.at is None or count < answer.at:
-            left = MAX_LENGTH if answer.at is None else answer.at - count
+    async def _read(self) -> Answer:
+        """Read the request as the first rule says that applies to the connection. Returns the
+        answer of the first rule that applies to the request, else that one."""
+        rules, answer = self._sink.rules, Answer()
+        for index, rule in enumerate(rules):
+            if (opening := rule(None, "")) is not None:
+                rules, answer = rules[:index], opening
+                break
+        left = answer.at
+        while left:
             data = await self._receive(min(answer.read_size, left))
             if not data:
                 self._fault(f"connection lost while receiving {self._parser.where}")
                 raise ConnectionResetError
-            count += len(data)
+            left -= len(data)
             try:
                 if self._parser.feed(data):
                     return self._received(answer, rules)
@@ -198,22 +276,14 @@ class SinkConnection:
                 await asyncio.sleep(answer.read_pause)
         return answer
 
-    async def _receive(self, size: int) -> memoryview:
-        """At most `size` bytes, empty at the end. They lie in a buffer that all connections share,
-        so they must be used before the next await."""
-        buffer = self._sink.buffer[:size]
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                return buffer[: self._sock.recv_into(buffer)]
-            except BlockingIOError:
-                loop.add_reader(self._sock.fileno(), self._wakeup.notify)
-                try:
-                    await self._wakeup.wait(self._end)
-                finally:
-                    loop.remove_reader(self._sock.fileno())
-            except OSError:
-                return buffer[:0]
+    async def _receive(self, size: int) -> bytes:
+        """At most `size` bytes; empty at the end of the connection."""
+        try:
+            with suppress(BlockingIOError):
+                return self._sock.recv(size)
+            return await asyncio.get_running_loop().sock_recv(self._sock, size)
+        except ConnectionError:
+            return b""
 
     def _refuse(self, error: NetstringError) -> Answer:
         kind = "length exceeds storage limit" if isinstance(error, SizeError) else "format error"
@@ -224,58 +294,35 @@ class SinkConnection:
 
     def _received(self, answer: Answer, rules: Sequence[Chooser]) -> Answer:
         """Choose the answer to a complete request, and record both."""
-        sink, recipients = self._sink, tuple(self._parser.recipients)
-        sender, digest = self._parser.sender, self._digest.hexdigest()
-        if any(
-            len(address) > sink.preset.max_address or b"\0" in address
-            for address in (sender, *recipients)
-        ):
+        sink, preset, parser = self._sink, self._sink.preset, self._parser
+        recipients, digest = tuple(parser.recipients), self._digest.hexdigest()
+        longest = max(map(len, (parser.sender, *recipients)))
+        if longest > preset.max_address or b"\0" in parser.sender + b"".join(recipients):
             answer = Answer(b"D", b"sorry, I can't accept addresses like that (#5.1.3)")
-        elif not recipients and not sink.preset.silent:
-            answer = Answer(b"D", b"Error: no recipients specified", delay=sink.preset.error_delay)
+        elif not recipients and not preset.silent:
+            answer = Answer(b"D", b"Error: no recipients specified", delay=preset.error_delay)
         else:
-            choices = (rule.answer(recipients, digest) for rule in rules)
-            answer = next(filter(None, choices), answer)
+            answer = next(filter(None, (rule(recipients, digest) for rule in rules)), answer)
         with sink.changed:
-            sink.count = self._number = sink.count + 1
-            received = Received(
-                self._number,
-                sender,
-                recipients,
-                self._parser.size,
-                digest,
-                self._reply_text(answer),
-            )
+            sink.count += 1
+            if answer.status + answer.text == b"K":
+                answer = replace(answer, text=b"Ok: queued as %d" % sink.count)
+            reply = answer.status + answer.text if answer.raw is None else answer.raw
+            received = Received(sink.count, parser.sender, recipients, parser.size, digest, reply)
             if self._part is not None:
                 _store(received, self._part)
             sink.received.append(received)
             sink.changed.notify_all()
         return answer
 
-    def _reply_text(self, answer: Answer) -> bytes:
-        """The reply without its frame."""
-        if answer.raw is not None:
-            return answer.raw
-        text = answer.status + answer.text
-        return b"KOk: queued as %d" % self._number if text == b"K" else text
-
     async def _reply(self, answer: Answer) -> None:
-        loop = asyncio.get_running_loop()
-        wire = encode(self._reply_text(answer)) if answer.raw is None else answer.raw
+        wire = encode(answer.status + answer.text) if answer.raw is None else answer.raw
         if answer.delay:
             await asyncio.sleep(answer.delay)
-        while answer.drip and len(wire) > 1:
-            await loop.sock_sendall(self._sock, wire[:1])
-            await asyncio.sleep(answer.drip)
-            wire = wire[1:]
-        await loop.sock_sendall(self._sock, wire)
-
-    async def _stay(self) -> None:
-        """Wait until the client closes, without reading what the answer did not ask for."""
-        if not self._parser.complete:
-            await asyncio.get_running_loop().create_future()
-        while await self._receive(4096):
-            pass
+        for piece in [bytes([byte]) for byte in wire] if answer.drip else [wire]:
+            await asyncio.get_running_loop().sock_sendall(self._sock, piece)
+            if answer.drip:
+                await asyncio.sleep(answer.drip)
 
     def _keep(self, piece: memoryview) -> None:
         self._digest.update(piece)

@@ -196,7 +196,12 @@ def main() -> None:
     # time is enough for one statement, and leaves three to wait for a database that is away.
     timeout = min(database.STATEMENT_TIMEOUT, settings.accept_deadline / 4)
     engine = database.connect(settings.database_url, hot=True, timeout=timeout)
-    acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
+    acceptor = Acceptor(
+        engine,
+        lifetime=settings.queue_lifetime,
+        grace=settings.grace,
+        delay_warning=settings.delay_warning,
+    )
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         spool = Spool(settings.spool_dir, int(sys.argv[2]))
         Spooler(channel, spool, acceptor.commit, commit_timeout=timeout).run()

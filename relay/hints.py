@@ -66,7 +66,7 @@ def celery_app(settings: Settings) -> Celery:
             "socket_connect_timeout": 2,
             "socket_keepalive": True,
             "health_check_interval": 25,
-            "unacked_restore_throttle": 1,
+            "ack_emulation": False,
         },
         timezone="UTC",
     )

@@ -11,11 +11,12 @@ stale values; metrics never stop mail; labels come from settings and from the ta
 network.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from typing import Any
+from typing import NamedTuple
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
@@ -24,10 +25,10 @@ from prometheus_client.registry import Collector
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading
-from relay.db.schema import UNFINISHED
-from relay.db.sql import Statements
+from relay.db.sql import Queries
 from relay.listener import listen
 from relay.log import get_logger
+from relay.queue.states import UNFINISHED
 from relay.settings import Settings
 from relay.spool.store import Spool
 
@@ -95,23 +96,15 @@ def refused(reply: str) -> None:
     REFUSALS.labels(" ".join(codes)).inc()
 
 
-# Each part has an index of its own, so no history is scanned.
-_PARTS = " UNION ALL ".join(
-    f"SELECT state, queue_id, due_at FROM deliveries WHERE {where}"
-    for where in (
-        *(f"state = '{state}'" for state in UNFINISHED),
-        "state IN ('bounced', 'expired') AND due_at IS NOT NULL",
-    )
-)
-_QUEUE = f"""
-SELECT s.state, s.deliveries, s.overdue, @since(m.received_at) FROM (
-    SELECT state, count(*) AS deliveries, min(CAST(queue_id AS text)) AS oldest,
-           sum(CASE WHEN due_at < @now THEN 1 ELSE 0 END) AS overdue
-    FROM ({_PARTS}) d GROUP BY state) s
-JOIN messages m ON m.id = @id(s.oldest)"""
-_OTHERS = """
-SELECT (SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at > @now),
-       (SELECT count(*) FROM attempts WHERE finished_at > @ago(3600) AND outcome IN ('uncertain', 'malformed'))"""
+class StateCount(NamedTuple):
+    """The deliveries in one state; `age` is that of the oldest message, in seconds."""
+
+    state: str
+    deliveries: int
+    overdue: int
+    age: float
+
+
 _UP = ("database_up", "whether the database answers")
 
 
@@ -132,12 +125,12 @@ class QueueMetrics(Collector):
         self._engine = engine
         self._spool = spool
         self._lists = lists
-        self._sql = Statements(engine)
+        self._queries = Queries(engine, __name__)
         self._lock = threading.Lock()
         self._is_read = threading.Event()
         self._read_at = self._count_at = 0.0
         self._metrics: list[Metric] = []
-        self._counted: dict[str, list[Any]] = {}
+        self._counted: dict[str, StateCount] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, so that registration reads no database."""
@@ -174,43 +167,48 @@ class QueueMetrics(Collector):
     def _database(self) -> list[Metric]:
         with reading(self._engine) as connection:
             states = self._counts(connection)
-            workers, uncertain = self._sql.run(connection, _OTHERS).one()
-            pauses = {
-                subject: 1.0
-                for (subject,) in self._sql.run(connection, "SELECT subject FROM pauses")
-            }
-        counts, overdue, oldest = (
-            {str(s): states.get(s, (0, 0, 0))[n] for s in UNFINISHED} for n in range(3)
-        )
-        pending = sum(values[0] for state, values in states.items() if state not in counts)
+            totals = self._queries.run(connection, "totals").one()
+            paused = self._queries.run(connection, "paused").scalars().all()
+        unfinished = [states.get(state, StateCount(state, 0, 0, 0.0)) for state in UNFINISHED]
+        pending = sum(row.deliveries for row in states.values() if row.state not in UNFINISHED)
         return [
             _gauge(*_UP, 1),
-            _gauge("deliveries", "unfinished deliveries", counts, "state"),
+            _gauge(
+                "deliveries",
+                "unfinished deliveries",
+                {row.state: row.deliveries for row in unfinished},
+                "state",
+            ),
             _gauge(
                 "overdue",
                 "deliveries that a worker should have claimed by now",
-                overdue,
+                {row.state: row.overdue for row in unfinished},
                 "state",
             ),
             _gauge(
                 "oldest_age_seconds",
                 "age of the oldest message with such a delivery",
-                oldest,
+                {row.state: row.age for row in unfinished},
                 "state",
             ),
             _gauge("dsns_pending", "failed deliveries whose DSN is not generated yet", pending),
-            _gauge("workers_alive", "workers whose lease has not run out", workers),
-            _gauge("paused", "routes and servers that are paused", pauses, "subject"),
+            _gauge("workers_alive", "workers whose lease has not run out", totals.workers),
             _gauge(
-                "uncertain_attempts", "attempts of the last hour with an unknown end", uncertain
+                "paused", "routes and servers that are paused", dict.fromkeys(paused, 1), "subject"
+            ),
+            _gauge(
+                "uncertain_attempts",
+                "attempts of the last hour with an unknown end",
+                totals.uncertain,
             ),
         ]
 
-    def _counts(self, connection: Connection) -> dict[str, list[Any]]:
-        """For each state: the number of deliveries, of overdue ones, the age of the oldest. Counting a
-        long queue takes long, so the counts are kept for COUNT_INTERVAL."""
+    def _counts(self, connection: Connection) -> dict[str, StateCount]:
+        """The counts by state. Counting a long queue takes long, so they are kept for
+        COUNT_INTERVAL."""
         if (began := time.monotonic()) >= self._count_at:
-            self._counted = {state: values for state, *values in self._sql.run(connection, _QUEUE)}
+            rows = itertools.starmap(StateCount, self._queries.run(connection, "counts"))
+            self._counted = {row.state: row for row in rows}
             ended = time.monotonic()
             self._count_at = ended + COUNT_INTERVAL * (ended - began)
         return self._counted
@@ -237,7 +235,7 @@ def serve(settings: Settings, *collectors: Collector) -> Callable[[], None]:
             continue
         for collector in collectors:
             REGISTRY.register(collector)
-        log.info("metrics", host=host, port=server.server_port)
+        log.info("metrics served", host=host, port=server.server_port)
         return partial(_stop, server, collectors)
     if in_use:
         log.warning("metrics not served", reason="; ".join(in_use))

@@ -181,11 +181,13 @@ class Routes:
         read = _stamp(settings.routes)
         try:
             routes = parse_routes(settings.routes.read_text()) if settings.routes else []
-        except (ValueError, OSError) as error:
-            why = str(error)
-            if isinstance(error, OSError):
-                why = f"{error.strerror}; write that file, or leave RELAY_ROUTES empty"
-            raise SettingsError(f"RELAY_ROUTES: {settings.routes}: {why}") from None
+        except OSError as error:
+            raise SettingsError(
+                f"RELAY_ROUTES: {settings.routes}: {error.strerror};"
+                " write that file, or leave RELAY_ROUTES empty"
+            ) from None
+        except ValueError as error:
+            raise SettingsError(f"RELAY_ROUTES: {settings.routes}: {error}") from None
         return cls(routes, settings.routes, default, read=read, clock=clock)
 
     def route_for(self, address: str) -> str:

@@ -6,14 +6,12 @@ An outage does not end a start: services start in any order, for example after a
 
 import asyncio
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
 from relay.db import engine as database
-from relay.log import first_line, get_logger
+from relay.log import get_logger
 from relay.settings import Settings, redacted, unknown_names
 from relay.spool.store import Spool
 
@@ -35,11 +33,11 @@ def ready(settings: Settings) -> DurableState:
     os.umask(0o077)  # commands do this too; a worker that `celery` starts is not one
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = database.connect(settings.database_url, hot=True)
-    return retry_until_available(lambda: _checked(settings, engine))
+    return database.retry_until_available(lambda: _checked(settings, engine))
 
 
 def _checked(settings: Settings, engine: Engine) -> DurableState:
-    database.wait_until_ready(engine)
+    database.check_schema(engine)
     faults = [] if settings.unsafe_durability else database.check_durable(engine)
     if faults:
         raise database.DatabaseError(
@@ -49,20 +47,6 @@ def _checked(settings: Settings, engine: Engine) -> DurableState:
     spool = Spool(settings.spool_dir)
     spool.prepare(engine, unsafe=settings.unsafe_durability)
     return DurableState(engine, spool)
-
-
-def retry_until_available[Answer](ask: Callable[[], Answer]) -> Answer:
-    """Call `ask` until no outage of the database interrupts it; other errors are raised."""
-    while True:
-        try:
-            return ask()
-        except Exception as error:
-            if not database.is_outage(error):
-                raise
-            log.warning(
-                "waiting for the database", reason=first_line(getattr(error, "orig", error))
-            )
-        time.sleep(1.0)
 
 
 def new_loop() -> asyncio.AbstractEventLoop:

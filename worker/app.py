@@ -10,11 +10,13 @@ SIGTERM drains. A thread waits for it from the start and ends the process if Cel
 silent broker can block Celery for minutes.
 """
 
+import gc
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +28,7 @@ from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
 
 from relay import metrics
-from relay.db.engine import DatabaseError
+from relay.db.engine import DatabaseError, retry_until_available
 from relay.dsn.generator import DsnGenerator
 from relay.hints import QUEUES, RETRY, TASK, Hints, celery_app
 from relay.log import configure, get_logger
@@ -36,7 +38,7 @@ from relay.queue.rescue import Rescuer
 from relay.routes import Routes, parse_server
 from relay.settings import SettingsError, WorkerSettings, load
 from relay.spool.store import SpoolError
-from relay.startup import ready, retry_until_available
+from relay.startup import ready
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
@@ -114,9 +116,13 @@ class WorkerProcess:
         for part in parts:
             part.start()
         metrics.serve(settings, metrics.QueueMetrics(state.engine, state.spool, hints.lists))
-        end = threading.Thread(target=self._drain, args=(self.engine, parts), name="end")
-        end.daemon = True
-        end.start()
+        threading.Thread(
+            target=self._drain, args=(self.engine, parts), name="end", daemon=True
+        ).start()
+        # What exists now lives as long as the process. To visit it at each full collection takes
+        # 7 % of the engine's CPU.
+        gc.collect()
+        gc.freeze()
 
     def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints]) -> None:
         self._stop_requested.wait()
@@ -130,8 +136,8 @@ class WorkerProcess:
         log.info("drained", recorded=recorded)
         timer.cancel()
         self._drained.set()
-        if not threading.Event().wait(CELERY_TIME):
-            _leave("Celery did not end by itself", 0 if recorded else 1)
+        time.sleep(CELERY_TIME)
+        _leave("Celery did not end by itself", 0 if recorded else 1)
 
     # Signals
 

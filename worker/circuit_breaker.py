@@ -47,18 +47,21 @@ class CircuitBreaker:
 class ServerState:
     """The connections to one server and its circuit breaker."""
 
-    used: Counter[str] = field(default_factory=Counter)  # slots by route
+    used: Counter[str] = field(default_factory=Counter)  # slots by route, the reserved ones too
+    reserved: int = 0
     probing: bool = False
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
 
 
 @dataclass(slots=True)
 class ConnectionSlot:
-    """The right to hold one connection to `server`, until it is released."""
+    """The right to open one connection to `server`, until it is released. `reserved`: for a
+    delivery that is not claimed yet; `probe`: the circuit of the server is open."""
 
     server: Server
     route: str
     state: ServerState
+    reserved: bool
     probe: bool
     _held: bool = True
 
@@ -67,6 +70,7 @@ class ConnectionSlot:
         if self._held:
             self._held = False
             self.state.used[self.route] -= 1
+            self.state.reserved -= self.reserved
             if self.probe:
                 self.state.probing = False
 
@@ -105,11 +109,11 @@ class ServerPool:
         if self._paused(server):
             return 0
         state = self.state(server)
-        slots = self._limit - state.used.total()
+        slots = self._limit - sum(state.used.values())
         if route is not None and route.connections is not None:
             slots = min(slots, route.connections - state.used[route.name])
         if state.breaker.open_until is not None:
-            slots = min(slots, int(self._may_probe(server.name, state)))
+            slots = min(slots, self._may_probe(server.name, state) - state.reserved)
         return max(0, slots)
 
     def capacity(self, route: Route) -> int:
@@ -118,15 +122,19 @@ class ServerPool:
             return 0
         return sum(self.free(server, route) for server in route.servers)
 
-    def take(self, route: Route, tried: Collection[str] = ()) -> ConnectionSlot | None:
-        """A slot at the first server with a free one that is not among the names `tried`."""
+    def take(
+        self, route: Route, tried: Collection[str] = (), *, reserve: bool = False
+    ) -> ConnectionSlot | None:
+        """A slot at the first server with a free one that is not among the names `tried`.
+        `reserve`: for a delivery that is to be claimed, which releases it and takes one again."""
         for server in route.servers:
             if server.name not in tried and self.free(server, route):
                 state = self.state(server)
+                probe = state.breaker.open_until is not None and not reserve
                 state.used[route.name] += 1
-                probe = state.breaker.open_until is not None
+                state.reserved += reserve
                 state.probing = state.probing or probe
-                return ConnectionSlot(server, route.name, state, probe)
+                return ConnectionSlot(server, route.name, state, reserve, probe)
         return None
 
     # What a route can expect
@@ -137,8 +145,8 @@ class ServerPool:
 
     def down(self, route: Route, tried: Collection[str] = ()) -> bool:
         """Whether all servers of the route but those `tried` have an open circuit; none is only
-        full or paused."""
-        return all(
+        full or paused, and neither is the route."""
+        return not self.paused(route) and all(
             self._blocked(server) and not self._paused(server)
             for server in route.servers
             if server.name not in tried
@@ -147,15 +155,12 @@ class ServerPool:
     def works(self, route: Route) -> bool:
         """Whether a server of the route that is not paused gave a whole reply in the last seconds
         and has not failed since. Thread-safe."""
-        if self.paused(route):
-            return False
-        states = [
-            self._states.get(server.name) for server in route.servers if not self._paused(server)
+        breakers = [
+            self.state(server).breaker for server in route.servers if not self._paused(server)
         ]
-        return any(
-            not state.breaker.failures and self._clock() - state.breaker.replied_at < WORKING_TIME
-            for state in states
-            if state is not None
+        return not self.paused(route) and any(
+            not breaker.failures and self._clock() - breaker.replied_at < WORKING_TIME
+            for breaker in breakers
         )
 
     def wake_limits(self, routes: Collection[Route]) -> dict[str, int]:
@@ -164,18 +169,30 @@ class ServerPool:
         Thread-safe."""
         self.awaited = frozenset(server.name for route in routes for server in route.servers)
         limits = {
-            route.name: MAX_WOKEN if self.works(route) else min(1, self.capacity(route))
+            route.name: MAX_WOKEN if self.works(route) else int(self._may_try(route))
             for route in routes
+            if not self.paused(route)
         }
         return {name: limit for name, limit in limits.items() if limit}
 
+    def _may_try(self, route: Route) -> bool:
+        # A poll reserves every slot for a moment; it must not hide from the sweeper that a server
+        # may be probed.
+        return any(
+            self.free(server, route) or self.state(server).reserved for server in route.servers
+        )
+
     def open_reason(self, route: Route) -> str:
         """Why the circuit of the first server that has an open one is open, for operators."""
-        for server in route.servers:
-            breaker = self.state(server).breaker
-            if breaker.open_until is not None:
-                return f"the circuit of {server.name} is open: {breaker.reason}"
-        return ""
+        breakers = ((server.name, self.state(server).breaker) for server in route.servers)
+        return next(
+            (
+                f"the circuit of {name} is open: {breaker.reason}"
+                for name, breaker in breakers
+                if breaker.open_until is not None
+            ),
+            "",
+        )
 
     # Circuits
 

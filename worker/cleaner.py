@@ -17,16 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from relay.db.engine import reading, writing
-from relay.db.sql import Statements
+from relay.db.sql import Queries
 from relay.dsn.generator import LIMIT
 from relay.ids import dashed
 from relay.log import get_logger
 from relay.settings import Settings
 from relay.spool.orphans import MIN_ORPHAN_AGE, OrphanScanner
-from relay.spool.retention import body_deletable
 from relay.spool.store import Spool
 from worker.periodic import PeriodicThread
 
@@ -37,28 +36,6 @@ ORPHAN_MOVE_AGE = 36 * 3600.0  # seconds
 BATCH = 500
 LOCK_KEY = 7_126_280_001  # of the advisory lock; any number that nothing else uses
 
-FINISHED = f"""SELECT @hex(m.id) FROM messages m
-    WHERE m.id < :bound AND m.received_at < @ago(:retention) AND {body_deletable("m.id")}
-    AND NOT EXISTS (SELECT 1 FROM deliveries d
-        WHERE d.queue_id = m.id AND d.finished_at >= @ago(:retention))
-    ORDER BY m.id LIMIT :most"""
-KEYS = (
-    ("attempts", "queue_id"),
-    ("audit_deliveries", "queue_id"),
-    ("recipients", "queue_id"),
-    ("deliveries", "queue_id"),
-    ("messages", "id"),
-)
-DELETE_MESSAGES = [
-    f"DELETE FROM {table} WHERE {key} IN (SELECT queue_id FROM @rows(:ids; queue_id uuid))"
-    for table, key in KEYS
-]
-DELETE_OTHERS = (
-    "DELETE FROM open_circuits WHERE worker IN (SELECT id FROM workers WHERE ended_at IS NOT NULL)",
-    "DELETE FROM dsn_limits WHERE last_at < @ago(:limits)",
-    "DELETE FROM workers WHERE ended_at < @ago(:retention)",
-)
-
 
 class Cleaner(PeriodicThread):
     """`clean` and `clean_spool` are one turn each. The first turn comes early."""
@@ -68,7 +45,9 @@ class Cleaner(PeriodicThread):
         self._engine = engine
         self._spool = spool
         self._retention = settings.retention
-        self._sql = Statements(engine, retention=settings.retention, limits=2 * LIMIT, most=BATCH)
+        self._queries = Queries(
+            engine, __name__, retention=settings.retention, limits=2 * LIMIT, most=BATCH
+        )
         self._orphans = OrphanScanner(engine, spool)
         self._spool_at = 0.0
 
@@ -95,34 +74,26 @@ class Cleaner(PeriodicThread):
                     yield True
             return
         with self._engine.connect() as connection:
-            lock = text("SELECT pg_try_advisory_lock(:key)")
-            locked = bool(connection.execute(lock, {"key": LOCK_KEY}).scalar())
+            connection.detach()  # the session ends here, and with it the lock
+            locked = bool(self._queries.run(connection, "lock", key=LOCK_KEY).scalar())
             # The session keeps the lock; an open transaction would keep dead rows.
             connection.commit()
-            try:
-                yield locked
-            finally:
-                if locked:
-                    unlock = text("SELECT pg_advisory_unlock(:key)")
-                    connection.execute(unlock, {"key": LOCK_KEY})
-                    connection.commit()
+            yield locked
 
     def clean(self) -> int:
         """Remove the rows and bodies of messages that were finished RETENTION ago; how many."""
-        # Ids begin with their time, so the bound makes an index scan.
         bound = dashed(f"{int((time.time() - self._retention) * 1000) << 80:032x}")
         count = 0
         while not self.closing.is_set():
             with reading(self._engine) as connection:
-                ids = [row[0] for row in self._sql.run(connection, FINISHED, bound=bound)]
+                finished = self._queries.run(connection, "finished_messages", bound=bound)
+                ids = finished.scalars().all()
             for queue_id in ids:
                 self._spool.remove(queue_id)
-            rows = json.dumps([{"queue_id": dashed(queue_id)} for queue_id in ids])
+            listed = json.dumps([dashed(queue_id) for queue_id in ids])
             with writing(self._engine) as connection:
-                for sql in DELETE_MESSAGES:
-                    self._sql.run(connection, sql, ids=rows)
-                for sql in DELETE_OTHERS:
-                    self._sql.run(connection, sql)
+                self._queries.run(connection, "delete_messages", ids=listed)
+                self._queries.run(connection, "delete_ended")
             count += len(ids)
             if len(ids) < BATCH:
                 break

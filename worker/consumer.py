@@ -11,6 +11,7 @@ because engine and sweeper must go on.
 """
 
 import base64
+import itertools
 import json
 import re
 import time
@@ -64,9 +65,9 @@ def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
         raise NoHint("no list of ids")
     if not 0 < sum(map(len, ids.values())) <= most:
         raise NoHint("no ids, or more than BATCH_SIZE")
-    for queue_id in (queue_id for some in ids.values() for queue_id in some):
-        if not (isinstance(queue_id, str) and _ID.fullmatch(queue_id)):
-            raise NoHint("an id is not 32 hex digits")
+    flat = itertools.chain.from_iterable(ids.values())
+    if not all(isinstance(queue_id, str) and _ID.fullmatch(queue_id) for queue_id in flat):
+        raise NoHint("an id is not 32 hex digits")
     return ids
 
 
@@ -136,7 +137,9 @@ class _Client(redis.PrefixedStrictRedis):
 
 
 class HintChannel(redis.Channel):
-    """A channel on which only hints arrive."""
+    """A channel on which only hints arrive. A hint that it leaves behind is lost."""
+
+    do_restore = False
 
     def _get_client(self) -> Any:
         most = self.connection.client.transport_options[LARGEST]

@@ -24,9 +24,9 @@ from relay import metrics
 from relay.db.schema import LONGEST_TEXT
 from relay.log import escaped, first_line, get_logger
 from relay.queue.model import Attempt, Claim, Completion, waits_for
-from relay.queue.outcome import NO_REQUEST
+from relay.queue.outcome import NO_REQUEST, Outcome
 from relay.queue.split import TOO_MANY_RECIPIENTS, can_carry
-from relay.queue.states import OUTCOME_POLICY, Outcome, State, Wait
+from relay.queue.states import OUTCOME_POLICY, State, Wait
 from relay.routes import NO_SERVER, Route, Server
 from relay.settings import WorkerSettings, unwanted
 from worker.backoff import delay, jitter
@@ -107,29 +107,23 @@ def report_failure(servers: ServerPool, server: Server, reply: str, *, unauthori
         log.warning("circuit opened", server=name, seconds=round(seconds, 1), reason=reply)
 
 
-@dataclass(frozen=True, slots=True)
 class TransferConfig:
     """What all deliveries of a worker share. `may_commit` is asked just before the last bytes of a
     request leave, with the id of the worker that holds the claim."""
 
-    settings: WorkerSettings
-    timeouts: client.Timeouts
-    servers: ServerPool
-    may_commit: Callable[[str], bool]
-    unauthorized: re.Pattern[str]
-
-    @classmethod
-    def of(
-        cls, settings: WorkerSettings, servers: ServerPool, may_commit: Callable[[str], bool]
-    ) -> "TransferConfig":
-        """The configuration that these settings give."""
-        timeouts = client.Timeouts(
+    def __init__(
+        self, settings: WorkerSettings, servers: ServerPool, may_commit: Callable[[str], bool]
+    ) -> None:
+        self.settings = settings
+        self.servers = servers
+        self.may_commit = may_commit
+        self.unauthorized = unwanted(settings)
+        self.timeouts = client.Timeouts(
             connect=settings.connect_timeout,
             io=settings.io_timeout,
             reply=settings.reply_timeout,
             session=settings.session_timeout,
         )
-        return cls(settings, timeouts, servers, may_commit, unwanted(settings))
 
 
 class _Try(NamedTuple):
@@ -147,7 +141,7 @@ class _Try(NamedTuple):
 class DeliveryTask:
     """One claim, and its open body as a file descriptor (-1: none), which is closed at the end.
 
-    `slot_taken` is called once, when the delivery has its first slot or will never have one.
+    `slot`: the one that was reserved for it, then that of its present connection.
     """
 
     claim: Claim
@@ -155,7 +149,7 @@ class DeliveryTask:
     body: int
     route: Route
     config: TransferConfig
-    slot_taken: Callable[[], object] | None = None
+    slot: ConnectionSlot | None = None
     started: float = field(default_factory=time.monotonic, init=False)
     _connection: client.ClientConnection | None = field(default=None, init=False)
     _aborted: bool = field(default=False, init=False)
@@ -179,8 +173,9 @@ class DeliveryTask:
             self._connection.abort()
 
     def close(self) -> None:
-        """Close the body and return the capacity that was reserved. May be called again."""
-        self._report_slot()
+        """Close the body and release the slot. May be called again."""
+        if self.slot is not None:
+            self.slot.release()
         if self.body >= 0:
             os.close(self.body)
             self.body = -1
@@ -194,11 +189,6 @@ class DeliveryTask:
         finally:
             self.close()
 
-    def _report_slot(self) -> None:
-        if report := self.slot_taken:
-            self.slot_taken = None
-            report()
-
     # Trying servers
 
     async def _send(self) -> Completion:
@@ -209,15 +199,12 @@ class DeliveryTask:
         except ValueError as error:
             return self._no_request(error)
         while not self._aborted:
-            slot = self.config.servers.take(self.route, self._tried)
-            self._report_slot()
-            if slot is None:
+            if self.slot is not None:
+                self.slot.release()
+            self.slot = self.config.servers.take(self.route, self._tried)
+            if self.slot is None:
                 return self._no_server_left()
-            try:
-                completion = await self._try(slot, request)
-            finally:
-                slot.release()
-            if completion is not None:
+            if completion := await self._try(self.slot, request):
                 return completion
         return self.requeued()
 

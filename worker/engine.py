@@ -35,10 +35,10 @@ from relay.settings import WorkerSettings
 from relay.spool.store import BodyUnsendable, Spool
 from relay.startup import new_loop
 from worker.body_io import BodyIo, Opened
-from worker.circuit_breaker import ServerPool
+from worker.circuit_breaker import ConnectionSlot, ServerPool
 from worker.delivery import DeliveryTask, TransferConfig, log_outcome
 from worker.lease import Lease
-from worker.producer import ClaimsHandler, HintBatch, Producer
+from worker.producer import ClaimsHandler, HintBatch, Producer, Slots
 from worker.quarantine import MIN_CRASHES, Quarantine
 
 log = get_logger(__name__)
@@ -78,16 +78,14 @@ class Engine:
         self.lease = Lease(queue, settings.lease, self._renew)
         self.producer = Producer(settings, routes, self.servers, self._request)
         self._bodies = BodyIo(self._loop, spool)
-        self._config = TransferConfig.of(settings, self.servers, self.lease.may_commit)
+        self._config = TransferConfig(settings, self.servers, self.lease.may_commit)
         self._quarantine = Quarantine(self._send, self._complete)
         self._active: dict[DeliveryTask, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
-        self._requested = 0  # claim requests without an answer, and claims without a body yet
         self._unrecorded = 0  # completions that are not committed yet
         self._faults = 0  # in a row
         self._paused_until = 0.0
         self._stopping = False
-        self._idle = asyncio.Event()
         self.heartbeat = time.monotonic()  # when the loop last turned
 
     # From other threads
@@ -106,9 +104,11 @@ class Engine:
 
         `queue` is the Celery queue of the hints, `route` their route if it is known.
         """
-        batch = HintBatch(0 if self._stopping else len(ids))
-        if not batch.wait(0):
+        batch = HintBatch()
+        if ids and not self._stopping:
             self._loop.call_soon_threadsafe(self._offered, batch, ids, queue, route)
+        else:
+            batch.set()
         return batch
 
     def poll_now(self) -> None:
@@ -178,7 +178,7 @@ class Engine:
         self._poll()
 
     def _poll(self) -> None:
-        if not self._active and not self._requested:
+        if self.producer.capacity.busy == self._quarantine.waiting:
             self._quarantine.send_next()
         now = time.monotonic()
         if (
@@ -190,33 +190,32 @@ class Engine:
             self.producer.produce(self.lease.worker, now)
 
     def _request(self, request: ClaimRequest, handler: ClaimsHandler) -> None:
-        self._requested += 1
         self._commands.put(request, partial(self._claimed, request.worker, handler))
 
     def _claimed(
         self, worker: str, handler: ClaimsHandler, result: CommandResult | Exception
     ) -> None:
         claims = result if isinstance(result, list) else []
-        self._requested -= 1
-        handler(claims)
+        slots = handler(claims)
         if claims:
-            self._requested += 1
-            self._bodies.open(claims).add_done_callback(partial(self._opened, worker, claims))
-        self._check_idle()
+            opened = partial(self._opened, worker, claims, slots)
+            self._bodies.open(claims).add_done_callback(opened)
         self._poll()
 
-    def _opened(self, worker: str, claims: Sequence[Claim], opened: asyncio.Future[Opened]) -> None:
-        self._requested -= 1
-        for claim, body in zip(claims, opened.result(), strict=True):
-            self._start(claim, worker, body)
+    def _opened(
+        self, worker: str, claims: Sequence[Claim], slots: Slots, opened: asyncio.Future[Opened]
+    ) -> None:
+        for claim, slot, body in zip(claims, slots, opened.result(), strict=True):
+            self._start(claim, worker, slot, body)
         self._poll()
 
-    def _start(self, claim: Claim, worker: str, body: int | Exception) -> None:
+    def _start(
+        self, claim: Claim, worker: str, slot: ConnectionSlot | None, body: int | Exception
+    ) -> None:
         """Send a claim whose body was opened: `body` is a file descriptor or the error."""
-        slot_taken = partial(self.producer.capacity.slot_taken, claim.route)
         fd = body if isinstance(body, int) else -1
         route = self.routes.get(claim.route) or Route(claim.route, ())  # it is gone
-        task = DeliveryTask(claim, worker, fd, route, self._config, slot_taken)
+        task = DeliveryTask(claim, worker, fd, route, self._config, slot)
         if isinstance(body, BodyUnsendable):
             log.critical("body unsendable", id=claim.queue_id, reason=str(body))
             self._complete(task, task.unsendable(str(body)))
@@ -265,7 +264,6 @@ class Engine:
 
     def _recorded(self, completion: Completion, result: CommandResult | Exception) -> None:
         self._unrecorded -= 1
-        self._check_idle()
         queue_id = completion.queue_id
         if isinstance(result, Exception):
             log.critical("outcome not recorded", id=queue_id, reason=first_line(result))
@@ -291,12 +289,9 @@ class Engine:
             _, late = await asyncio.wait(self._active.values(), timeout=seconds)
             for task in late:
                 task.cancel()
-        self._check_idle()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(RECORDING_TIME):
-                await self._idle.wait()
-        return self._idle.is_set()
-
-    def _check_idle(self) -> None:
-        if self._stopping and not (self._active or self._requested or self._unrecorded):
-            self._idle.set()
+        end = time.monotonic() + RECORDING_TIME
+        while self.producer.capacity.busy or self._unrecorded:
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(0.01)
+        return True

@@ -5,7 +5,7 @@ worker registers again under another id.
 
 What must stay true: `may_commit` is true only while the request for the last successful renewal is
 younger than LEASE less a quarter, and only for the id of the worker that holds the claim. Belongs
-to the engine's loop; `worker`, `registered` and `renewed_since` may be read from other threads.
+to the engine's loop; `worker`, `registered` and `renewed_at` may be read from other threads.
 """
 
 import asyncio
@@ -45,10 +45,6 @@ class Lease:
         """Whether a claim of this worker may pass its commit point now."""
         fresh = time.monotonic() - self.renewed_at < self._duration * 0.75
         return fresh and worker == self.worker
-
-    def renewed_since(self, moment: float) -> bool:
-        """Whether a renewal that was requested after `moment` (monotonic) has succeeded."""
-        return self.renewed_at >= moment
 
     async def hold(self, registered: Callable[[], None], lost: Callable[[], None]) -> None:
         """Register and renew until cancelled. Calls `registered` when there is a new row, `lost`

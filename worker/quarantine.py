@@ -39,6 +39,11 @@ class Quarantine:
         self._deadline = 0.0
         self._next_at = 0.0
 
+    @property
+    def waiting(self) -> int:
+        """How many deliveries wait."""
+        return len(self._waiting)
+
     def blocks_claims(self, now: float) -> bool:
         """Whether nothing else may be claimed."""
         return bool(self._waiting) or (self._exclusive is not None and now < self._deadline)

@@ -32,7 +32,7 @@ MAX_HEARTBEAT_AGE = 10.0  # seconds, of an engine that runs
 
 def heartbeat_file(settings: WorkerSettings, pid: int | None = None) -> Path:
     """The file whose age tells whether a worker process is healthy."""
-    return settings.health_file or settings.state_dir / f"worker-{pid or os.getpid()}.tick"
+    return settings.health_file or settings.state_dir / f"worker-{pid or os.getpid()}.heartbeat"
 
 
 class LeaseMonitor:
@@ -113,7 +113,7 @@ class Sweeper(PeriodicThread):
         if not lease.worker:
             self._monitor.reset()
             return
-        if self._away_at is not None and not lease.renewed_since(self._away_at):
+        if self._away_at is not None and lease.renewed_at < self._away_at:
             return
         try:
             self._engine.servers.pauses = self._rescuer.paused()
@@ -153,9 +153,10 @@ class Sweeper(PeriodicThread):
 
     def _queue_due(self) -> None:
         for _ in range(BATCHES):
-            ids = self._rescuer.requeue_due(BATCH)
-            self._hints.offer(ids)
-            if not ids or self.closing.is_set():
+            due = self._rescuer.requeue_due(BATCH)
+            for route, ids in due.items():
+                self._hints.offer(ids, route)
+            if not due or self.closing.is_set():
                 break
 
     def _wake(self) -> None:

@@ -32,10 +32,10 @@ def offered(kind: str, incomplete: str) -> list[str]:
 def _known(kind: str) -> set[str]:
     with opened(load(Settings)) as engine:
         queue = QueueReader(engine)
-        routes = [worker["routes"] or {} for worker in queue.workers() if worker["alive"]]
-        subjects = [row["subject"].partition(":") for row in queue.pauses()]
+        routes = [worker.routes or {} for worker in queue.workers() if worker.alive]
+        subjects = [pause.subject.partition(":") for pause in queue.pauses()]
         paused = {name for subject_kind, _, name in subjects if subject_kind == kind}
         if kind == "route":
             return paused.union(*routes)
-        tried = {row["server"] for row in queue.servers()}
+        tried = {row["server"] for row in queue.read("servers")}
         return paused.union(tried, *(servers for known in routes for servers in known.values()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.errors import command, explained
+from commands.errors import command
 
 if TYPE_CHECKING:
     from relay.report.filters import Filter
@@ -21,7 +21,7 @@ queue = typer.Typer(rich_markup_mode=None)
 
 
 def _states(incomplete: str) -> list[str]:
-    from relay.db.schema import State
+    from relay.queue.states import State
 
     return [state for state in State if state.startswith(incomplete)]
 
@@ -79,7 +79,7 @@ def _filter(
     ] = None,
 ) -> "Filter":
     """The filter that the options mean; raises BadParameter."""
-    from relay.db.schema import State
+    from relay.queue.states import State
     from relay.report.filters import Filter, bracketed
     from relay.routes import parse_server
     from relay.settings import seconds
@@ -108,18 +108,17 @@ def _filter(
     )
 
 
-def filtered(function: Callable[..., int]) -> Callable[..., None]:
-    """Give a command the options of `_filter`. The function gets the Filter as its first argument
-    and returns an exit status."""
+def filtered(function: Callable[..., int]) -> Callable[..., int]:
+    """Give a command the options of `_filter`. The function gets the Filter as its first
+    argument."""
     options = inspect.signature(_filter).parameters
     own = list(inspect.signature(function).parameters.values())[1:]
     parameters = [*options.values(), *own]
 
     @functools.wraps(function)
-    def run(**values: Any) -> None:
-        with explained():
-            filter_ = _filter(**{name: values.pop(name) for name in options})
-            raise typer.Exit(function(filter_, **values))
+    def run(**values: Any) -> int:
+        filter_ = _filter(**{name: values.pop(name) for name in options})
+        return function(filter_, **values)
 
     vars(run)["__signature__"] = inspect.Signature(parameters)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -151,7 +150,7 @@ Yes = Annotated[
 ]
 
 
-@queue.command("list")
+@command(queue, "list")
 @filtered
 def list_(
     filter_: "Filter",
@@ -211,7 +210,7 @@ def stats(watch: Watch = None, json_lines: Json = False) -> int:
     return watched(watch, lambda: show_stats(json_lines=json_lines))
 
 
-@queue.command()
+@command(queue)
 @filtered
 def retry(
     filter_: "Filter",
@@ -224,10 +223,18 @@ def retry(
     json_lines: Json = False,
 ) -> int:
     """Try deferred deliveries now, whenever they are due."""
-    from commands.ops.modify import ChangeRequest, change
+    from commands.ops.modify import change
 
-    request = ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
-    return change("reroute" if reroute else "retry", filter_, request)
+    return change(
+        "reroute" if reroute else "retry",
+        filter_,
+        everything=everything,
+        dry_run=dry_run,
+        yes=yes,
+        reason=reason,
+        limit=limit,
+        json_lines=json_lines,
+    )
 
 
 def _operation(name: str, help_: str) -> None:
@@ -242,12 +249,21 @@ def _operation(name: str, help_: str) -> None:
         limit: Limit = None,
         json_lines: Json = False,
     ) -> int:
-        from commands.ops.modify import ChangeRequest, change
+        from commands.ops.modify import change
 
-        request = ChangeRequest(everything, dry_run, yes, reason, json_lines, limit)
-        return change(name, filter_, request)
+        return change(
+            name,
+            filter_,
+            everything=everything,
+            dry_run=dry_run,
+            yes=yes,
+            reason=reason,
+            limit=limit,
+            json_lines=json_lines,
+        )
 
-    queue.command(name, help=help_)(filtered(run))
+    run.__doc__ = help_
+    command(queue, name)(filtered(run))
 
 
 _operation(

@@ -9,11 +9,14 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from redis import Redis, RedisError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -25,15 +28,14 @@ from qmqp.probe import probe
 from reception.policy import client_networks
 from relay.db import engine as database
 from relay.db import schema
+from relay.hints import QUEUES
 from relay.log import escaped, first_line
 from relay.report.queries import QueueReader
 from relay.routes import Routes, Server
 from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
 from relay.spool.store import file_system
 
-if TYPE_CHECKING:
-    from redis import Redis
-
+type Verdict = Literal["ok", "warn", "fail", "away"]
 TIMEOUT = 5.0  # seconds for a connection, and for a reply
 SHOWN = 5  # files in the text about many
 
@@ -44,7 +46,7 @@ class CheckResult:
     of reach, which has an exit status of its own."""
 
     what: str
-    verdict: Literal["ok", "warn", "fail", "away"]
+    verdict: Verdict
     words: str
     remedy: str = ""
 
@@ -80,10 +82,14 @@ def check_all() -> Iterator[CheckResult]:
     yield _broker(settings)
     yield from check_routes(routes)
     servers = [server for route in routes.all() for server in route.servers]
-    yield from asyncio.run(_servers(list(dict.fromkeys(servers))))
+    yield from asyncio.run(_servers(dict.fromkeys(servers)))
     if not servers:
-        words = "no server is configured, so mail is accepted and waits (a demo has its own server)"
-        yield CheckResult("QMQP server", "warn", words, "set RELAY_QMQP_SERVERS")
+        yield CheckResult(
+            "QMQP server",
+            "warn",
+            "no server is configured, so mail is accepted and waits (a demo has its own server)",
+            "set RELAY_QMQP_SERVERS",
+        )
 
 
 def _database(settings: Settings) -> Iterator[CheckResult]:
@@ -91,16 +97,14 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
     try:
         with opened(settings) as engine:
             with database.reading(engine) as connection:
-                revision = connection.execute(
-                    text("SELECT version_num FROM alembic_version")
-                ).scalar()
+                revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
             faults, spool_id = database.check_durable(engine), QueueReader(engine).spool_id()
     except database.DatabaseError as error:
         yield CheckResult("database", "away", str(error))
         return
     except SQLAlchemyError as error:
         words = first_line(getattr(error, "orig", error))
-        verdict: Literal["warn", "fail", "away"] = "away"
+        verdict: Verdict = "away"
         remedy = "start the database, or correct RELAY_DATABASE_URL"
         if "alembic_version" in words:
             verdict, remedy = "fail", "run `qmqp-relay migrate`"
@@ -110,15 +114,18 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
         words = f"the schema is at {revision}, this program needs {schema.REVISION}"
         yield CheckResult("database", "fail", words, "run `qmqp-relay migrate`")
     elif faults:
-        verdict = "warn" if settings.unsafe_durability else "fail"
-        words = f"a power failure can lose mail: {', '.join(faults)}"
-        yield CheckResult("database", verdict, words, "change these settings of the database")
+        yield CheckResult(
+            "database",
+            "warn" if settings.unsafe_durability else "fail",
+            f"a power failure can lose mail: {', '.join(faults)}",
+            "change these settings of the database",
+        )
     else:
         yield CheckResult("database", "ok", f"{url} at revision {revision}, durable")
     yield CheckResult("spool", *_spool(settings, spool_id))
 
 
-def _spool(settings: Settings, known: str | None) -> tuple[Literal["ok", "warn", "fail"], str, str]:
+def _spool(settings: Settings, known: str | None) -> tuple[Verdict, str, str]:
     """Verdict, words and remedy. `known` is the identity of the spool that the database names."""
     directory = settings.spool_dir
     marker = directory / "spool-id"
@@ -151,16 +158,17 @@ def _file_modes(settings: Settings) -> Iterator[CheckResult]:
                 exposed.append(str(file))
     if exposed:
         more = " ..." if len(exposed) > SHOWN else ""
-        words = f"other users have access to: {', '.join(exposed[:SHOWN])}{more}"
-        remedy = f"run chmod -R o-rwx {directory}, and the same for files elsewhere"
-        yield CheckResult("files", "warn", words, remedy)
+        yield CheckResult(
+            "files",
+            "warn",
+            f"other users have access to: {', '.join(exposed[:SHOWN])}{more}",
+            f"run chmod -R o-rwx {directory}, and the same for files elsewhere",
+        )
     elif directory.is_dir():
         yield CheckResult("files", "ok", "other users have no access")
 
 
 def _broker(settings: Settings) -> CheckResult:
-    from redis import RedisError
-
     url = redacted(_broker_url(settings))
     try:
         _redis(settings).ping()
@@ -172,10 +180,6 @@ def _broker(settings: Settings) -> CheckResult:
 
 def broker_lists(settings: Settings) -> dict[str, int]:
     """How many hints wait at the broker, by list; empty when the broker is out of reach."""
-    from redis import RedisError
-
-    from relay.hints import QUEUES
-
     try:
         client = _redis(settings)
         return {name: int(client.llen(f"qmqp-relay:{name}")) for name in QUEUES}
@@ -187,11 +191,7 @@ def _broker_url(settings: Settings) -> str:
     return valkey.url(settings) or settings.broker_url
 
 
-def _redis(settings: Settings) -> "Redis":
-    from redis import Redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
+def _redis(settings: Settings) -> Redis:
     url = _broker_url(settings).replace("redis+socket://", "unix://")
     return Redis.from_url(url, socket_timeout=TIMEOUT, retry=Retry(NoBackoff(), 0))
 
@@ -204,7 +204,7 @@ def check_routes(routes: Routes) -> Iterator[CheckResult]:
         yield CheckResult(f"route {route.name}", "ok", f"{recipients} -> {servers}")
 
 
-async def _servers(servers: Sequence[Server]) -> list[CheckResult]:
+async def _servers(servers: Iterable[Server]) -> list[CheckResult]:
     """All servers at once: a Postfix that refuses us replies only after a second
     (qmqpd_error_delay)."""
     return await asyncio.gather(*map(_server, servers))

@@ -21,20 +21,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
-from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, say
+from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
 from commands.ops.check import broker_lists
 from commands.ops.modify import actor
 from commands.ops.show import mounted_spool, opened
 from commands.output import counted, span, write
 from relay.db.engine import reading, writing
-from relay.db.schema import FINAL, NEEDS_BODY, UNFINISHED, words
-from relay.db.sql import Statements
+from relay.db.sql import Queries
 from relay.hints import WINDOW
 from relay.ids import dashed
-from relay.queue.audit import CHUNK, FIRST, PICKED, THESE, AuditEntry
+from relay.queue.audit import CHUNK, FIRST, AuditEntry, keys_of
 from relay.queue.rescue import Rescuer
+from relay.queue.states import UNFINISHED
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
 from relay.spool.orphans import REMOVAL_GRACE, OrphanFile, OrphanScanner
@@ -42,8 +42,9 @@ from relay.spool.store import BodyUnsendable, Spool, SpoolError
 
 VERY_LATE = 4 * 3600.0  # seconds that a delivery may wait for a connection while others are sent
 BATCH = 500
+MAX_ROWS = 10_000  # that one check reports
 SHOWN = 5  # ids in the text about many rows
-BY_FSCK = "held by fsck: "
+wait = time.sleep  # living workers renew their leases meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +59,14 @@ class Inconsistency:
 
 
 class RowCheck(NamedTuple):
-    """Deliveries (as d) that no statement of the relay creates.
-
-    They are repaired by the assignments in `sets`, or by recording their attempt as uncertain with
-    the text `uncertain`.
-    """
+    """Rows that no statement of the relay creates: the names of the statements that find and repair
+    them. `uncertain`: the repair finds and locks the deliveries, and their attempts are recorded as
+    uncertain with this text."""
 
     what: str
-    where: str
+    find: str
     remedy: str
-    sets: str = ""
+    repair: str = ""
     uncertain: str = ""
 
 
@@ -76,82 +75,59 @@ _COLUMNS = {
     "REPAIRED": lambda row: row["repaired"],
     "DETAILS": lambda row: f"{row['words']}; {row['remedy']}",
 }
-_WORKER = "EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker{})"
-_NO_RECIPIENT = """NOT EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = d.queue_id
-    AND r.delivery = d.number)"""
 _ROW_CHECKS = (
+    RowCheck("no due time", "find_no_due_time", "make it due now", "repair_no_due_time"),
     RowCheck(
-        "no due time", "due_at IS NULL AND state IN ('queued', 'deferred')",
-        "make it due now", "due_at = @now",
+        "useless due time", "find_useless_due_time", "clear the time", "repair_useless_due_time"
     ),
     RowCheck(
-        "useless due time",
-        "due_at IS NOT NULL AND state IN ('held', 'split', 'delivered', 'dropped')",
-        "clear the time", "due_at = NULL",
+        "no finish time",
+        "find_no_finish_time",
+        "set it to now, so that the row is kept no longer than others",
+        "repair_no_finish_time",
     ),
     RowCheck(
-        "no finish time", f"finished_at IS NULL AND state IN ({words(FINAL)})",
-        "set it to now, so that the row is kept no longer than others", "finished_at = @now",
-    ),
-    RowCheck(
-        "delivery without recipient", f"state = 'held' AND {_NO_RECIPIENT}",
+        "delivery without recipient",
+        "find_held_without_recipient",
         "it is held: restore the rows of its recipients from a backup, and release it",
     ),
     RowCheck(
-        "delivery without recipient", f"state IN ('queued', 'deferred') AND {_NO_RECIPIENT}",
+        "delivery without recipient",
+        "find_without_recipient",
         "hold it",
-        f"""-- event: fsck
-        state = 'held', due_at = NULL, last_reply = '{BY_FSCK}it has no recipient',
-        reason_source = 'operator'""",
+        "repair_without_recipient",
     ),
     RowCheck(
         "delivery without message",
-        f"{NEEDS_BODY} AND NOT EXISTS (SELECT 1 FROM messages m WHERE m.id = d.queue_id)",
+        "find_without_message",
         "restore the row of its message from a backup",
     ),
     RowCheck(
         "sent by an ended worker",
-        f"d.state = 'sending' AND {_WORKER.format(' AND w.ended_at < @ago(:late)')}",
-        "record it as uncertain", uncertain="the worker stopped while it was sending",
+        "find_sent_by_ended_worker",
+        "record it as uncertain",
+        "repair_sent_by_ended_worker",
+        uncertain="the worker stopped while it was sending",
     ),
     RowCheck(
-        "sent by an unknown worker", f"d.state = 'sending' AND NOT {_WORKER.format('')}",
-        "record it as uncertain", uncertain="the worker that was sending it is not known",
+        "sent by an unknown worker",
+        "find_sent_by_unknown_worker",
+        "record it as uncertain",
+        "repair_sent_by_unknown_worker",
+        uncertain="the worker that was sending it is not known",
     ),
-)  # fmt: skip
-_UNASSIGNED = """SELECT r.queue_id, r.delivery FROM recipients r
-    LEFT JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
-    WHERE d.number IS NULL"""
-_ASSIGN = f"""-- event: fsck
-    INSERT INTO deliveries (queue_id, number, route, state, expires_at, last_reply, reason_source)
-    SELECT DISTINCT s.queue_id, s.delivery, 'default', 'held', @later(:lifetime),
-        '{BY_FSCK}it had no delivery', 'operator'
-    FROM ({_UNASSIGNED}) s WHERE true ORDER BY s.queue_id, s.delivery LIMIT :most
-    ON CONFLICT DO NOTHING RETURNING queue_id, number"""
-_WITHOUT_RECIPIENTS = """SELECT @hex(m.id) FROM messages m
-    WHERE NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = m.id)
-    AND NOT EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = m.id) ORDER BY m.id LIMIT 10000"""
-_NEEDED_BODIES = f"""SELECT m.id, m.size, min(d.state), max(d.state)
-    FROM deliveries d JOIN messages m ON m.id = d.queue_id
-    WHERE d.state IN ({words(UNFINISHED)}) AND m.id > @id(:after)
-    GROUP BY m.id, m.size ORDER BY m.id LIMIT {BATCH}"""
-_BODY_NEEDED = f"SELECT 1 FROM deliveries WHERE queue_id = @id(:id) AND {NEEDS_BODY}"
-_HOLD = f"""-- event: fsck
-    UPDATE deliveries AS d SET state = 'held', due_at = NULL, last_outcome = 'unsendable',
-    last_reply = :reply, reason_source = 'operator' {THESE}"""
-_EXPIRED_LEASES = """SELECT @hex(w.id), w.host, w.pid, CAST(w.lease_expires_at AS text),
-    @since(w.lease_expires_at),
-    (SELECT count(*) FROM deliveries d WHERE d.state = 'sending' AND d.worker = w.id)
-    FROM workers w
-    WHERE w.ended_at IS NULL AND w.lease_expires_at < @ago(:long)"""
-_ALIVE = "SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at > @now"
-# A queued delivery may wait for a free connection while others are sent, and an operator may have
-# paused its route.
-_OVERDUE = """SELECT state, count(*), @since(min(due_at)) FROM deliveries WHERE due_at < @ago(:late)
-    AND NOT EXISTS (SELECT 1 FROM pauses p WHERE p.subject = 'route:' || route)
-    AND (state <> 'queued' OR due_at < @ago(:very_late)
-        OR NOT EXISTS (SELECT 1 FROM attempts WHERE finished_at > @ago(:late)))
-    GROUP BY state ORDER BY state"""
+    RowCheck(
+        "recipient without delivery",
+        "find_recipient_without_delivery",
+        "give it a delivery, which is held",
+        "repair_recipient_without_delivery",
+    ),
+    RowCheck(
+        "message without recipients",
+        "find_message_without_recipients",
+        "restore the rows of its recipients and deliveries from a backup; its body is kept",
+    ),
+)
 
 
 class Fsck:
@@ -163,8 +139,12 @@ class Fsck:
         self._spool = spool
         self._rescuer = Rescuer(engine, settings)
         self._orphans = OrphanScanner(engine, spool)
-        self._sql = Statements(
-            engine, late=REMOVAL_GRACE, very_late=VERY_LATE, lifetime=settings.queue_lifetime
+        self._queries = Queries(
+            engine,
+            __name__,
+            late=REMOVAL_GRACE,
+            very_late=VERY_LATE,
+            lifetime=settings.queue_lifetime,
         )
 
     def findings(self) -> Iterator[Inconsistency]:
@@ -176,67 +156,28 @@ class Fsck:
         yield from self._overdue()
         yield from self._broker()
 
-    def _all(self, sql: str, **parameters: Any) -> list[Any]:
+    def _all(self, name: str, **parameters: Any) -> list[Any]:
         with reading(self._engine) as connection:
-            return list(self._sql.run(connection, sql, **parameters))
+            return list(self._queries.run(connection, name, **parameters))
 
     def _entry(self, reason: str, filter_shown: str = "") -> AuditEntry:
-        return AuditEntry(
-            self._engine,
-            self._sql,
-            actor=actor(),
-            verb="fsck",
-            reason=reason,
-            filter_shown=filter_shown,
-        )
-
-    def _change(
-        self,
-        entry: AuditEntry,
-        where: str,
-        change: Callable[[Connection, str], object],
-        **parameters: Any,
-    ) -> bool:
-        """Change deliveries (as d) and record it, a transaction for each chunk; False if there were
-        none."""
-        return sum(len(rows) for rows in entry.through(where, change, **parameters)) > 0
+        return AuditEntry(self._engine, actor(), "fsck", reason, filter_shown)
 
     def _rows(self) -> Iterator[Inconsistency]:
         """Rows that no statement of the relay creates."""
         for check in _ROW_CHECKS:
-            sql = f"SELECT d.queue_id, d.number FROM deliveries d WHERE {check.where} LIMIT 10000"
-            if rows := self._all(sql):
-                repair = None
-                if check.sets or check.uncertain:
-                    change = partial(self._repair_rows, check)
-                    repair = partial(self._change, self._entry(check.what), check.where, change)
+            if rows := self._all(check.find, most=MAX_ROWS):
+                repair = partial(self._repair_rows, check) if check.repair else None
                 yield Inconsistency(check.what, _listed(rows), check.remedy, repair)
-        if rows := self._all(f"{_UNASSIGNED} LIMIT 10000"):
-            what, remedy = "recipient without delivery", "give it a delivery, which is held"
-            yield Inconsistency(what, _listed(rows), remedy, self._assign_recipients)
-        if rows := self._all(_WITHOUT_RECIPIENTS):
-            ids = _shortened([row[0] for row in rows])
-            remedy = (
-                "restore the rows of its recipients and deliveries from a backup; its body is kept"
-            )
-            yield Inconsistency(
-                "message without recipients", f"{len(rows)} messages: {ids}", remedy
-            )
 
-    def _repair_rows(self, check: RowCheck, connection: Connection, keys: str) -> None:
-        if check.sets:
-            sql = f"UPDATE deliveries AS d SET {check.sets} {THESE}"
-            self._sql.run(connection, sql, keys=keys)
-        else:
-            these = f"(d.queue_id, d.number) IN ({PICKED})"
-            self._rescuer.mark_uncertain(connection, these, check.uncertain, keys=keys)
-
-    def _assign_recipients(self) -> bool:
-        """Create held deliveries for recipients that have none."""
-        entry, repaired = self._entry("recipient without delivery"), 0
+    def _repair_rows(self, check: RowCheck) -> bool:
+        """Repair the rows and record it, a transaction for each chunk; False if there were none."""
+        entry, repaired = self._entry(check.what), 0
         while True:
             with writing(self._engine) as connection:
-                rows = self._sql.run(connection, _ASSIGN, most=CHUNK).all()
+                rows = self._queries.run(connection, check.repair, most=CHUNK).all()
+                if rows and check.uncertain:
+                    self._rescuer.mark_uncertain(connection, keys_of(rows), check.uncertain)
                 entry.note_rows(connection, rows)
             repaired += len(rows)
             if len(rows) < CHUNK:
@@ -274,17 +215,16 @@ class Fsck:
         again.
         """
         after = FIRST
-        while rows := self._all(_NEEDED_BODIES, after=after):
-            for key, size, *states in rows:
+        while rows := self._all("needed_bodies", after=after, most=BATCH):
+            for key, size, held in rows:
                 name = str(key).replace("-", "")
                 if (
                     self._fault(name, size)
-                    and self._all(_BODY_NEEDED, id=dashed(name))
+                    and self._all("body_needed", id=str(key))[0][0]
                     and (fault := self._fault(name, size))
                 ):
-                    missing = name in fault
-                    held = states == ["held", "held"]
                     remedy = "put the file back and release it, or drop it" if held else "hold it"
+                    missing = name in fault
                     yield Inconsistency(
                         "body missing" if missing else "body of another size",
                         fault if missing else f"{name}: {fault}",
@@ -310,17 +250,15 @@ class Fsck:
     def _hold(self, name: str, size: int) -> bool:
         if not (fault := self._fault(name, size)):
             return False
-
-        def change(connection: Connection, keys: str) -> None:
-            reply = f"{BY_FSCK}{fault}; put the file back and release it, or drop it"
-            self._sql.run(connection, _HOLD, keys=keys, reply=reply)
-
-        where = "d.queue_id = @id(:id) AND d.state IN ('queued', 'deferred')"
-        return self._change(self._entry(fault, f"--id {name}"), where, change, id=dashed(name))
+        reply = f"held by fsck: {fault}; put the file back and release it, or drop it"
+        with writing(self._engine) as connection:
+            rows = self._queries.run(connection, "hold", id=dashed(name), reply=reply).all()
+            self._entry(fault, f"--id {name}").note_rows(connection, rows)
+        return bool(rows)
 
     def _workers(self) -> Iterator[Inconsistency]:
         """Workers whose lease expired long ago, and is not renewed during another LEASE."""
-        rows = self._all(_EXPIRED_LEASES, long=3 * self._settings.lease)
+        rows = self._all("dead_workers", long=3 * self._settings.lease)
         if not rows:
             return
         say(f"the lease of a worker expired; checking again in {span(self._settings.lease)}")
@@ -340,11 +278,11 @@ class Fsck:
 
     def _overdue(self) -> Iterator[Inconsistency]:
         """Deliveries that a worker should have handled long ago."""
-        ((alive,),) = self._all(_ALIVE)
-        remedy = f"{alive} workers are alive: read their logs"
-        if not alive:
-            remedy = "no worker is alive: start one"
-        for state, count, age in self._all(_OVERDUE):
+        ((alive,),) = self._all("workers_alive")
+        remedy = "no worker is alive: start one"
+        if alive:
+            remedy = f"{alive} workers are alive: read their logs"
+        for state, count, age in self._all("overdue"):
             what = "overdue" if state in UNFINISHED else "DSN pending"
             yield Inconsistency(what, f"{count} {state}, for {span(age)}", remedy)
 
@@ -359,18 +297,11 @@ class Fsck:
                 yield Inconsistency("broker", f"{length} hints in {name}", remedy)
 
 
-def wait(seconds: float) -> None:
-    """Give living workers the time to renew their leases."""
-    time.sleep(seconds)
-
-
-def _shortened(ids: list[str]) -> str:
-    return ", ".join(ids[:SHOWN]) + (" ..." if len(ids) > SHOWN else "")
-
-
 def _listed(rows: list[Any]) -> str:
-    ids = [f"{str(key).replace('-', '')}.{number}" for key, number in rows]
-    return f"{counted(len(ids))}: {_shortened(ids)}"
+    """The number of rows, and the first keys of deliveries or ids of messages."""
+    ids = [".".join([str(key).replace("-", ""), *map(str, number)]) for key, *number in rows]
+    many = counted(len(ids)) if len(rows[0]) > 1 else f"{len(ids)} messages"
+    return f"{many}: {', '.join(ids[:SHOWN])}{' ...' if len(ids) > SHOWN else ''}"
 
 
 def run(*, repair: bool, json_lines: bool) -> int:
@@ -395,8 +326,7 @@ def run(*, repair: bool, json_lines: bool) -> int:
         spool = mounted_spool(settings, QueueReader(engine))
         if spool is None:
             where = f"the spool of this database is not mounted in {settings.spool_dir}"
-            say(f"{where}: run this command where it is mounted")
-            return OUT_OF_REACH
+            raise CommandError(OUT_OF_REACH, f"{where}: run this command where it is mounted")
         write(rows(Fsck(settings, engine, spool)), _COLUMNS, json_lines=json_lines)
     if not json_lines:
         text = f"{counts.total()} found, {counts['yes']} repaired"

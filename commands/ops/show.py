@@ -10,15 +10,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from datetime import datetime
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 from sqlalchemy import Engine
 
-from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, explanation, say
+from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, explanation, say
 from commands.ops import explain
 from commands.output import (
     Columns,
@@ -27,6 +26,7 @@ from commands.output import (
     as_json,
     counted,
     cut,
+    due,
     folded,
     plain,
     size,
@@ -36,9 +36,11 @@ from commands.output import (
     write_lines,
 )
 from relay.db import engine as database
-from relay.db.schema import UNFINISHED, Outcome
+from relay.queue.outcome import Outcome
+from relay.queue.states import UNFINISHED
 from relay.report.filters import Filter
 from relay.report.queries import NoSuchMessage, QueueReader
+from relay.report.rows import DsnRow, MessageRow
 from relay.report.statistics import AGES, Statistics
 from relay.settings import Settings, load
 from relay.spool.store import BodyUnsendable, Spool
@@ -48,17 +50,12 @@ POSSIBLY_DELIVERED = (Outcome.UNCERTAIN, Outcome.MALFORMED)
 MAX_WORKERS = 50  # that a table shows
 
 
-def _due(when: datetime) -> str:
-    text = ago(when)
-    return text if text.startswith("in ") else f"{text} late"
-
-
 _CELLS: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("sender", "recipient"), lambda address: cut(address, 28)),
     **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-ID_DIGITS:])),
     **dict.fromkeys(("size", "bytes", "bytes_sent"), size),
     **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
-    "next_at": _due, "started_at": stamp, "oldest_seconds": span, "seconds": "{:.3f}s".format,
+    "next_at": due, "started_at": stamp, "oldest_seconds": span, "seconds": "{:.3f}s".format,
 }  # fmt: skip
 
 
@@ -76,7 +73,7 @@ def _columns(headings: str) -> Columns:
     return {heading.replace("_", " "): _cell(name or heading.lower()) for heading, name in pairs}
 
 
-def _circuit(row: Row) -> str:
+def circuit_of(row: Row) -> str:
     """Why nothing is sent to a server now; empty when it is sent to."""
     if row["paused_at"]:
         return f"paused for {ago(row['paused_at'])}"
@@ -101,11 +98,11 @@ _WORKERS: Columns = {
     "LEASE": lambda row: ago(row["lease_expires_at"]) if row["alive"] else "expired",
     **_columns("SENDING"),
 }
-_OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
+OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
     **_columns("SERVER TRIES=attempts LAST=last_at"),
-    "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in _OUTCOMES if row[name]),
-    "NOW": _circuit,
+    "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in OUTCOMES if row[name]),
+    "NOW": circuit_of,
 }
 _SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")
 _PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
@@ -197,102 +194,124 @@ def list_queue(filter_: Filter, *, everything: bool, limit: int | None, json_lin
     return NOTHING_MATCHED
 
 
-def find_message(text: str) -> dict[str, Any]:
-    """`message_with_reasons` from the database that the settings name."""
+@dataclass(frozen=True, slots=True)
+class MessageReport:
+    """A message, its file (`file_size` in bytes, None without a file), the DSNs about it and the
+    reasons for the states of its deliveries."""
+
+    message: MessageRow
+    file: Path
+    file_size: int | None
+    spool_is_mounted: bool
+    dsns: Sequence[DsnRow]
+    why: list[dict[str, Any]]
+
+    def as_row(self) -> Row:
+        """The row for --json."""
+        return asdict(self.message) | {
+            "file": str(self.file),
+            "file_size": self.file_size,
+            "spool_at_hand": self.spool_is_mounted,
+            "why": self.why,
+        }
+
+
+def find_message(text: str) -> MessageReport:
+    """`report_on` in the database that the settings name."""
     settings = load(Settings)
     with opened(settings) as engine:
-        return message_with_reasons(QueueReader(engine), settings, text)
+        return report_on(QueueReader(engine), settings, text)
 
 
-def message_with_reasons(queue: QueueReader, settings: Settings, text: str) -> dict[str, Any]:
-    """A message with its rows, its file and the reasons for its states; raises NoSuchMessage."""
+def report_on(queue: QueueReader, settings: Settings, text: str) -> MessageReport:
+    """Everything about the message whose id is or ends in this text; raises NoSuchMessage."""
     message = queue.message(queue.resolve(text))
     if message is None:
         raise NoSuchMessage("the message was removed a moment ago")
     spool, file_size = mounted_spool(settings, queue), None
+    file = Spool(settings.spool_dir).path(message.queue_id)
     with contextlib.suppress(OSError):
-        file_size = spool.path(message["queue_id"]).stat().st_size if spool else None
-    facts = explain.gather(queue, message["queue_id"], settings)
-    return message | {
-        "file": str(Spool(settings.spool_dir).path(message["queue_id"])),
-        "file_size": file_size,
-        "spool_at_hand": spool is not None,
-        "why": [
-            {"delivery": row["number"], "state": row["state"], "why": reason}
-            for row, reason in explain.sentences(message, facts)
-        ],
-    }
+        file_size = file.stat().st_size if spool else None
+    facts = explain.gather(queue, message, settings)
+    why = [
+        {"delivery": row.number, "state": row.state, "why": reason}
+        for row, reason in explain.sentences(facts)
+    ]
+    return MessageReport(message, file, file_size, spool is not None, facts.dsns, why)
 
 
 def show_message(text: str, *, json_lines: bool) -> int:
     """Print everything about one message; the exit status."""
-    message = find_message(text)
+    report = find_message(text)
     if json_lines:
-        typer.echo(as_json(message))
+        typer.echo(as_json(report.as_row()))
         return DONE
-    for name, value in described(message):
+    for name, value in described(report):
         typer.echo(f"{name:>12}: {_wrapped(plain(value), 14).lstrip()}")
     typer.echo()
-    write(message["attempts"], _ATTEMPTS)
+    write(map(asdict, report.message.attempts), _ATTEMPTS)
     return DONE
 
 
-def described(message: dict[str, Any]) -> list[tuple[str, str]]:
+def described(report: MessageReport) -> list[tuple[str, str]]:
     """The message for people, in order: (name, text)."""
-    lines = [*_envelope(message)]
-    for row in message["recipients"]:
-        dsn = "".join(f", {name.upper()}={row[name]}" for name in ("notify", "orcpt") if row[name])
-        lines.append(("recipient", f"{row['address']}, delivery {row['delivery']}{dsn}"))
-    for row in message["deliveries"]:
-        origin = f", split from delivery {row['parent']}" if row["parent"] else ""
-        finished = f" {stamp(row['finished_at'])}" if row["finished_at"] else ""
-        worker = f" by worker {row['worker'][-ID_DIGITS:]}" if row["worker"] else ""
-        route = f"route {row['route']}{origin}, expires {stamp(row['expires_at'])}"
-        lines.append((f"delivery {row['number']}", f"{row['state']}{finished}{worker}, {route}"))
-    lines += [("why", row["why"]) for row in message["why"]]
+    message = report.message
+    lines = [*_envelope(report)]
+    for to in message.recipients:
+        dsn = f", NOTIFY={to.notify}" if to.notify else ""
+        dsn += f", ORCPT={to.orcpt}" if to.orcpt else ""
+        lines.append(("recipient", f"{to.address}, delivery {to.delivery}{dsn}"))
+    for row in message.deliveries:
+        origin = f", split from delivery {row.parent}" if row.parent else ""
+        finished = f" {stamp(row.finished_at)}" if row.finished_at else ""
+        worker = f" by worker {row.worker[-ID_DIGITS:]}" if row.worker else ""
+        route = f"route {row.route}{origin}, expires {stamp(row.expires_at)}"
+        lines.append((f"delivery {row.number}", f"{row.state}{finished}{worker}, {route}"))
+    lines += [("why", row["why"]) for row in report.why]
     servers = {
-        row["server"] or "any server"
-        for row in message["attempts"]
-        if row["outcome"] in POSSIBLY_DELIVERED
+        attempt.server or "any server"
+        for attempt in message.attempts
+        if attempt.outcome in POSSIBLY_DELIVERED
     }
     if servers:
-        keys = " or ".join(filter(None, (message["queue_id"], message["header_message_id"])))
+        keys = " or ".join(filter(None, (message.queue_id, message.header_message_id)))
         text = f"possibly delivered to {', '.join(sorted(servers))}: search there for {keys}"
         lines.append(("duplicate", text))
     return lines
 
 
-def _envelope(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _envelope(report: MessageReport) -> Iterator[tuple[str, str]]:
     """What smtpd recorded of the message, without what is empty: (name, text)."""
-    file = f"{message['file_size']} bytes"
-    if not message["spool_at_hand"]:
+    message = report.message
+    file = f"{report.file_size} bytes"
+    if not report.spool_is_mounted:
         file = "the spool is not mounted here"
-    elif message["file_size"] is None:
-        needed = any(row["state"] in UNFINISHED for row in message["deliveries"])
+    elif report.file_size is None:
+        needed = any(row.state in UNFINISHED for row in message.deliveries)
         file = "missing" if needed else "removed"
-    user = f" as {message['auth_user']}" if message["auth_user"] else ""
-    client = f"{message['client_address'] or 'here'} ({message['helo']}) by {message['protocol']}"
-    received = message["received_at"]
+    user = f" as {message.auth_user}" if message.auth_user else ""
+    client = f"{message.client_address or 'here'} ({message.helo}) by {message.protocol}"
+    received = message.received_at
     values = {
-        "id": message["queue_id"],
-        "sender": message["sender"] or "<>",
+        "id": message.queue_id,
+        "sender": message.sender or "<>",
         "received": f"{stamp(received)} ({ago(received)} ago) from {client}{user}",
-        "size": f"{message['size']} bytes",
-        "Message-ID": message["header_message_id"],
-        "BODY": message["body_type"],
-        "RET": message["ret"],
-        "ENVID": message["envid"],
-        "DSN of": message["dsn_of"] and explain.about(message),
-        "file": f"{message['file']}, {file}",
+        "size": f"{message.size} bytes",
+        "Message-ID": message.header_message_id,
+        "BODY": message.body_type,
+        "RET": message.ret,
+        "ENVID": message.envid,
+        "DSN of": message.dsn_of and explain.about(message),
+        "file": f"{report.file}, {file}",
     }
     return ((name, value) for name, value in values.items() if value)
 
 
 def show_why(text: str, *, json_lines: bool) -> int:
     """Print why a message is in its state, a sentence for each delivery; the exit status."""
-    message = find_message(text)
-    for row in message["why"]:
-        line = as_json({"queue_id": message["queue_id"], **row})
+    report = find_message(text)
+    for row in report.why:
+        line = as_json({"queue_id": report.message.queue_id, **row})
         typer.echo(line if json_lines else _wrapped(plain(row["why"])))
     return DONE
 
@@ -302,22 +321,21 @@ def _wrapped(text: str, indent: int = 0) -> str:
     return folded(text, indent, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text
 
 
-def show_body(text: str, *, header_only: bool) -> int:
+def show_body(end: str, *, header_only: bool) -> int:
     """Print the stored message or its header: unchanged, but escaped on a terminal; the exit
     status."""
     settings = load(Settings)
     with opened(settings) as engine:
         queue = QueueReader(engine)
-        message, spool = queue.message(queue.resolve(text)), mounted_spool(settings, queue)
+        message, spool = queue.message(queue.resolve(end)), mounted_spool(settings, queue)
     if message is None or spool is None:
-        say(f"the spool of this database is not mounted in {settings.spool_dir}")
-        return OUT_OF_REACH
+        text = f"the spool of this database is not mounted in {settings.spool_dir}"
+        raise CommandError(OUT_OF_REACH, text)
     try:
-        handle = spool.open(message["queue_id"], message["size"])
+        handle = spool.open(message.queue_id, message.size)
     except BodyUnsendable as error:
-        states = sorted({row["state"] for row in message["deliveries"]})
-        say(f"{error}; its deliveries are {', '.join(states)}")
-        return NOTHING_MATCHED
+        states = ", ".join(sorted({row.state for row in message.deliveries}))
+        raise CommandError(NOTHING_MATCHED, f"{error}; its deliveries are {states}") from None
     with os.fdopen(handle, "rb") as body:
         for line in body:
             if header_only and line == b"\n":
@@ -334,17 +352,22 @@ def show_stats(*, json_lines: bool) -> int:
     """Print counts, ages, workers, servers, pauses and rates; the exit status."""
     with opened(load(Settings)) as engine:
         queue = QueueReader(engine)
-        statistics = Statistics(queue)
-        workers = [row for row in queue.workers() if row["ended_at"] is None]
+        statistics = Statistics(engine)
+        workers = [asdict(row) for row in queue.workers() if row.ended_at is None]
         parts: tuple[tuple[str, str, Sequence[Row], Columns], ...] = (
-            ("queue", "queue", queue.summary(), _SUMMARY),
+            ("queue", "queue", queue.read("summary"), _SUMMARY),
             ("age", "unfinished recipients by age and domain", statistics.ages(), _AGES),
             ("worker", "workers", workers, _WORKERS),
-            ("server", "servers", queue.servers(), _SERVERS),
-            ("pause", "pauses", queue.pauses(), _PAUSES),
+            ("server", "servers", queue.read("servers"), _SERVERS),
+            ("pause", "pauses", [asdict(row) for row in queue.pauses()], _PAUSES),
             ("received", "received messages", [statistics.received()], _RECEIVED),
-            ("rate", "tries of the last hour", statistics.rates(), _RATES),
-            ("slowest", "slowest tries of the last hour", statistics.slowest(), _SLOWEST),
+            ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
+            (
+                "slowest",
+                "slowest tries of the last hour",
+                statistics.read("slowest", most=5),
+                _SLOWEST,
+            ),
         )
     for kind, heading, rows, columns in parts:
         if not json_lines:

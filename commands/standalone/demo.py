@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from base64 import encodebytes
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -50,6 +49,11 @@ MESSAGES = (
     ("deferred", "me@example.com", ("defer-2@example.org",), ("delivered", 3)),
     ("refused", "me@example.com", ("reject@example.org",), ("bounced", 1)),
 )
+# The texts of the messages that say more than hello. No two lines of the large one are equal.
+TEXTS = {
+    "8-bit, dots": b".\r\n..\r\n.dot\r\n" + bytes(range(128, 256)) + b"\r\n",
+    "25 MB": b"".join(b"%076d\r\n" % number for number in range(LARGE // 78 - 1)),
+}
 
 
 def run() -> int:
@@ -58,19 +62,19 @@ def run() -> int:
         prefix="qmqp-relay-demo-", ignore_cleanup_errors=True
     ) as scratch:
         log, port = Path(scratch, "log"), free_port()
-        environ = {
+        others = {
             name: value for name, value in os.environ.items() if not name.startswith("RELAY_")
-        } | SETTINGS
-        environ |= {
-            "RELAY_STATE_DIR": scratch,
-            "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
-            "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, "-P", "-m", "commands.cli.main", "up", "--demo"]
         with log.open("wb") as output:
             up = subprocess.Popen(
-                command,
-                env=environ,
+                [sys.executable, "-P", "-m", "commands.cli.main", "up", "--demo"],
+                env=others
+                | SETTINGS
+                | {
+                    "RELAY_STATE_DIR": scratch,
+                    "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
+                    "PYTHONPATH": str(ROOT),
+                },
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -103,7 +107,11 @@ def _play(port: int, state_dir: Path) -> Iterator[str]:
             return
         time.sleep(0.1)
     typer.echo(f"{time.monotonic() - began:5.1f}s  the relay runs in {state_dir}")
-    bodies = {name: _body(name) for name, *_ in MESSAGES}
+    bodies = {
+        name: f"From: me@example.com\r\nSubject: {name}\r\n\r\n".encode()
+        + TEXTS.get(name, b"Hello.\r\n")
+        for name, *_ in MESSAGES
+    }
     for name, sender, recipients, _ in MESSAGES:
         with smtplib.SMTP("127.0.0.1", port, "demo.example.com", timeout=60) as client:
             client.sendmail(sender, recipients, bodies[name], ["BODY=8BITMIME"])
@@ -141,14 +149,3 @@ def _watch(
         time.sleep(0.05)
     engine.dispose()
     return actual
-
-
-def _body(name: str) -> bytes:
-    """The message of that name."""
-    head = f"From: me@example.com\r\nSubject: {name}\r\n\r\n".encode()
-    if name == "8-bit, dots":
-        return head + b".\r\n..\r\n.dot\r\n" + bytes(range(128, 256)) + b"\r\n"
-    if name != "25 MB":
-        return head + b"Hello.\r\n"
-    lines = encodebytes(os.urandom(LARGE * 57 // 78)).replace(b"\n", b"\r\n")
-    return head + lines[: (LARGE - len(head)) // 78 * 78]

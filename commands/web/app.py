@@ -11,6 +11,7 @@ name that it has pointed to this machine.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import socket
@@ -28,21 +29,22 @@ from sqlalchemy import Engine
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from commands.errors import DONE, OUT_OF_REACH, say
-from commands.ops.show import described, message_with_reasons, opened
-from commands.output import ago, cut, plain, size, span, stamp
+from commands.errors import DONE, OUT_OF_REACH, CommandError
+from commands.ops.show import OUTCOMES, described, opened, report_on
+from commands.output import ago, cut, due, plain, size, span, stamp
 from commands.web import charts
 from commands.web.timeline import timeline
 from relay.db.engine import is_outage
-from relay.db.schema import UNFINISHED, State
 from relay.log import first_line, get_logger
+from relay.queue.states import UNFINISHED, State
 from relay.report.filters import Filter, bracketed
-from relay.report.queries import NoSuchMessage, QueueReader, Row
+from relay.report.queries import NoSuchMessage, QueueReader
+from relay.report.rows import Row
 from relay.report.statistics import Statistics
 from relay.settings import Settings
 
@@ -62,7 +64,6 @@ HEADERS = {
     "cache-control": "no-store",
 }
 FIELDS = ("id", "sender", "recipient", "header_message_id", "state", "reply")
-OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 
 
 class TimedProtocol(H11Protocol):
@@ -92,19 +93,14 @@ class TimedProtocol(H11Protocol):
         self._timer = self.loop.call_later(UNFINISHED_TIMEOUT, self._on_timeout)
 
     def _on_timeout(self) -> None:
-        if self._answering():
+        # The client waits for us when its request is complete and its answer is not: the database
+        # has time limits of its own. There is no cycle before the first request.
+        cycle = self.cycle
+        complete = cycle is not None and not cycle.more_body  # type: ignore[redundant-expr]
+        if complete and not cycle.response_complete and not self.flow.write_paused:
             self._restart_timer()
         else:
             self.transport.abort()
-
-    def _answering(self) -> bool:
-        """Whether the client waits for us: the request is complete, and the database has time
-        limits of its own."""
-        cycle = self.cycle
-        # None before the first request.
-        if cycle is None or cycle.more_body:  # type: ignore[redundant-expr]
-            return False
-        return not cycle.response_complete and not self.flow.write_paused
 
 
 class Guard:
@@ -157,6 +153,7 @@ class Pages:
     """The pages; one object for each process."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
         self._queue = QueueReader(engine)
         self._settings = settings
         self._templates = Environment(
@@ -193,14 +190,14 @@ class Pages:
         return self._page("overview.html", **self._overview)
 
     def _read_overview(self) -> dict[str, Any]:
-        summary = self._queue.summary()
+        summary = self._queue.read("summary")
         order = {str(state): n for n, state in enumerate(State)}
         counts = {
             state: sum(row["deliveries"] for row in summary if row["state"] == state)
             for state in State
         }
         waiting = [row for row in summary if row["state"] in UNFINISHED]
-        now, steps = Statistics(self._queue).history(STEP * STEPS, STEP)
+        now, steps = Statistics(self._engine).history(STEP * STEPS, STEP)
         return {
             "summary": sorted(summary, key=lambda row: (order[row["state"]], row["route"])),
             "counts": {
@@ -208,8 +205,8 @@ class Pages:
             },
             "oldest": max((row["oldest_seconds"] for row in waiting), default=None),
             "overdue": sum(row["overdue"] for row in waiting),
-            "servers": self._queue.servers(),
-            "workers": [row for row in self._queue.workers() if row["ended_at"] is None],
+            "servers": self._queue.read("servers"),
+            "workers": [row for row in self._queue.workers() if row.ended_at is None],
             "pauses": self._queue.pauses(),
             "rate": charts.rate(now, steps, STEP, STEPS),
             "latency": charts.latency(now, steps, STEP, STEPS),
@@ -284,33 +281,32 @@ class Pages:
     def message(self, request: Request) -> Response:
         """Everything about one message."""
         try:
-            message = message_with_reasons(
-                self._queue, self._settings, request.path_params["queue_id"]
-            )
+            report = report_on(self._queue, self._settings, request.path_params["queue_id"])
         except NoSuchMessage as error:
             raise HTTPException(404, str(error)) from None
         lines = [
             (name, text)
-            for name, text in described(message)
+            for name, text in described(report)
             if name not in ("id", "why") and not name.startswith("delivery")
         ]
-        dsns = self._queue.dsns(message["queue_id"])
-        events = timeline(message, dsns, self._queue.actions_on(message["queue_id"]))
-        return self._page("message.html", message=message, lines=lines, timeline=events)
-
-    def style(self, _request: Request) -> Response:
-        """The one style sheet."""
-        return Response((PAGES / "style.css").read_text(), media_type="text/css")
+        actions = self._queue.actions_on(report.message.queue_id)
+        return self._page(
+            "message.html",
+            message=report.message,
+            why=report.why,
+            lines=lines,
+            timeline=timeline(report.message, report.dsns, actions),
+        )
 
     def failed(self, _request: Request, error: Exception) -> Response:
         """The page for an error. It says of a fault of our own only that it is in the log."""
-        if isinstance(error, HTTPException):
-            return self._page("failed.html", status=error.status_code, words=error.detail)
-        if is_outage(error):
-            words = "The database does not answer in time. Run `qmqp-relay check`."
-            return self._page("failed.html", status=503, words=words)
+        status = 500
         words = "This page failed. Read the log of `qmqp-relay web`. No mail is affected."
-        return self._page("failed.html", status=500, words=words)
+        if isinstance(error, HTTPException):
+            status, words = error.status_code, error.detail
+        elif is_outage(error):
+            status, words = 503, "The database does not answer in time. Run `qmqp-relay check`."
+        return self._page("failed.html", status=status, words=words)
 
     def _page(self, name: str, *, status: int = 200, **values: Any) -> Response:
         text = self._templates.get_template(name).render(
@@ -322,11 +318,6 @@ class Pages:
 def _received(queue_id: str) -> str:
     """The time in a queue id (UUIDv7: its first 48 bits are milliseconds)."""
     return stamp(datetime.fromtimestamp(int(queue_id[:12], 16) / 1000, UTC))
-
-
-def due(when: datetime | None) -> str:
-    """How long until then, or how late it is."""
-    return ago(when) + (" late" if when is not None and when < datetime.now(UTC) else "")
 
 
 def unbroken(text: str) -> Markup:
@@ -347,25 +338,20 @@ def address(text: str) -> Markup:
     return Markup(re.sub(r"[@.]", r"<wbr>\g<0>", unbroken(text)))  # noqa: S704 - it was escaped
 
 
-def application(engine: Engine, settings: Settings) -> ASGIApp:
-    """The ASGI application."""
+def server(engine: Engine, settings: Settings) -> uvicorn.Server:
+    """The server of the pages; its `run` takes the listening sockets."""
     pages = Pages(engine, settings)
     app = Starlette(
         routes=[
             Route("/", pages.overview),
             Route("/search", pages.search),
             Route("/message/{queue_id}", pages.message),
-            Route("/style.css", pages.style),
+            Route("/style.css", lambda _request: FileResponse(PAGES / "style.css")),
         ],
         exception_handlers={HTTPException: pages.failed, Exception: pages.failed},
     )
-    return Guard(app, settings.hostname)
-
-
-def server(engine: Engine, settings: Settings) -> uvicorn.Server:
-    """The server; its `run` takes the listening sockets."""
     config = uvicorn.Config(
-        application(engine, settings),
+        Guard(app, settings.hostname),
         http=TimedProtocol,
         ws="none",
         lifespan="off",
@@ -386,13 +372,11 @@ def run(settings: Settings) -> int:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             sockets.append(socket.create_server((host, port), family=family))
         except OSError as error:
-            say(f"RELAY_WEB_LISTEN: cannot listen on {host}:{port}: {error.strerror}")
-            return OUT_OF_REACH
+            text = f"RELAY_WEB_LISTEN: cannot listen on {host}:{port}: {error.strerror}"
+            raise CommandError(OUT_OF_REACH, text) from None
     with opened(settings) as engine:
         for host, port in settings.web_listen:
-            log.info("web", host=host, port=port)
-        try:
+            log.info("web pages served", host=host, port=port)
+        with contextlib.suppress(KeyboardInterrupt):
             server(engine, settings).run(sockets)
-        except KeyboardInterrupt:
-            return DONE
     return DONE

@@ -6,6 +6,7 @@ name, after and before. Every view goes first, because none may name what is ren
 One index on `due_at` held every state and every route together: a claim for one route walked through the mail of all
 others that was due before, and a look for stuck transfers through everything overdue. Now each state that something
 looks for has an index of its own. A row is in one of them at a time, so a change of state costs what it did before.
+Queued mail that was never claimed lies apart from retries in its index, so that either is found by its time.
 """
 
 import importlib
@@ -51,6 +52,11 @@ ADDED = {
         "TEXT",
         "why its sender gets no DSN: rate, postmaster or address; empty: no such reason",
     ),
+    # NULL for what waits during the upgrade: a migration does not know DELAY_WARNING.
+    "deliveries.warn_at": (
+        "{instant}",
+        "when the sender is warned that it is late; empty: never, or it was done",
+    ),
     "deliveries.reason_source": (
         "TEXT",
         "where last_reply comes from: server, relay or operator",
@@ -63,10 +69,11 @@ REASON_SOURCE = """UPDATE deliveries SET reason_source = CASE
         WHEN last_outcome IN ('delivered', 'deferred', 'rejected') THEN 'server' ELSE 'relay' END
     WHERE last_reply IS NOT NULL"""
 INDEXES = {
-    "deliveries_queued": "(route, due_at) WHERE state = 'queued'",
+    "deliveries_queued": "(route, (CAST(claim_count > 0 AS integer)), due_at) WHERE state = 'queued'",
     "deliveries_sending": "(worker, due_at) WHERE state = 'sending'",
     "deliveries_deferred": "(due_at) WHERE state = 'deferred'",
     "deliveries_waiting": "(waiting_for, due_at) WHERE state = 'deferred' AND waiting_for IS NOT NULL",
+    "deliveries_unwarned": "(warn_at, queue_id) WHERE warn_at IS NOT NULL AND state IN ('queued', 'sending', 'deferred')",
     "deliveries_owing": "(due_at) WHERE state IN ('bounced', 'expired') AND due_at IS NOT NULL",
 }
 BEFORE = {"deliveries_due_at": "(due_at) WHERE due_at IS NOT NULL"}
@@ -96,16 +103,17 @@ def upgrade() -> None:
     if postgresql:
         _rename_not_null(connection)
     _rename_outcome(connection, "accepted", "delivered")
+    instant = "TIMESTAMP WITH TIME ZONE" if postgresql else "BIGINT"
     for column, (kind, comment) in ADDED.items():
         table, name = column.split(".")
-        connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
+        connection.exec_driver_sql(
+            f"ALTER TABLE {table} ADD COLUMN {name} {kind.format(instant=instant)}"
+        )
         if postgresql:
             connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
     connection.exec_driver_sql(REASON_SOURCE)
     _replace(connection, BEFORE, INDEXES)
-    connection.exec_driver_sql(
-        DSN_LIMITS.format(instant="TIMESTAMP WITH TIME ZONE" if postgresql else "BIGINT")
-    )
+    connection.exec_driver_sql(DSN_LIMITS.format(instant=instant))
     for subject, comment in DSN_LIMITS_ABOUT.items() if postgresql else ():
         connection.exec_driver_sql(f"COMMENT ON {subject} IS '{comment}'")
     if (

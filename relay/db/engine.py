@@ -14,7 +14,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,10 @@ STATEMENT_TIMEOUT = 30
 
 class TooLate(Exception):
     """Nothing was written: the connection or the turn to write came after the time to begin."""
+
+
+class WrongSchema(Exception):
+    """The database has no schema, or that of another version; the text says what to do."""
 
 
 class DatabaseError(Exception):
@@ -176,7 +180,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
 def is_outage(error: BaseException) -> bool:
     """Whether the database is at fault and not the data: the same statement may succeed later."""
     if not isinstance(error, DBAPIError):
-        return isinstance(error, sqlalchemy.exc.TimeoutError | OSError | TooLate)
+        return isinstance(error, sqlalchemy.exc.TimeoutError | OSError | TooLate | WrongSchema)
     if state := getattr(error.orig, "sqlstate", None):
         # 08: connection, 25: read-only, as a standby is, 40: deadlock, 42: not our schema, 53: out
         # of resources, 55: a lock, 57: cancelled or shutting down, 58: its disk. psycopg's classes
@@ -229,27 +233,39 @@ def lacks_schema(error: DBAPIError) -> bool:
     return str(error.orig).startswith(("no such table", "no such column"))
 
 
-def wait_until_ready(engine: Engine) -> None:
-    """Wait until the database answers and has our schema. Services may start in any order."""
-    reported = ""
+def check_schema(engine: Engine) -> None:
+    """Raise WrongSchema unless the database has the schema of this program."""
+    try:
+        with reading(engine) as connection:
+            query = "SELECT version_num FROM alembic_version"
+            revision = connection.exec_driver_sql(query).scalar()
+    except DBAPIError as error:
+        if lacks_schema(error):
+            raise WrongSchema("no schema yet: run `qmqp-relay migrate`") from None
+        raise
+    if revision != REVISION:
+        raise WrongSchema(
+            f"schema revision is {revision}, this program needs {REVISION}: run `qmqp-relay migrate`"
+        )
+
+
+def retry_until_available[Answer](
+    ask: Callable[[], Answer], patience: float = float("inf")
+) -> Answer:
+    """Call `ask` until no outage of the database interrupts it, or for `patience` seconds. Raises
+    its other errors, and that of an outage which lasts longer."""
+    give_up_at, reported = time.monotonic() + patience, ""
     while True:
         try:
-            with reading(engine) as connection:
-                revision = connection.exec_driver_sql(
-                    "SELECT version_num FROM alembic_version"
-                ).scalar()
-            if revision == REVISION:
-                return
-            reason = f"schema revision is {revision}, this program needs {REVISION}: run `qmqp-relay migrate`"
-        except DBAPIError as error:
-            missing = "alembic_version" in str(error.orig)
-            reason = (
-                "no schema yet: run `qmqp-relay migrate`" if missing else first_line(error.orig)
-            )
+            return ask()
+        except Exception as error:
+            if not is_outage(error) or time.monotonic() >= give_up_at:
+                raise
+            reason = first_line(getattr(error, "orig", error))
         if reason != reported:
             log.warning("waiting for the database", reason=reason)
             reported = reason
-        time.sleep(1.0)
+        time.sleep(0.5)
 
 
 def migrate(url: str, patience: float = 0.0) -> str:
@@ -260,7 +276,7 @@ def migrate(url: str, patience: float = 0.0) -> str:
     engine = connect(url, pool=1)
     try:
         if engine.dialect.name != "sqlite":
-            _wait_until_there(engine, time.monotonic() + patience)
+            retry_until_available(lambda: engine.connect().close(), patience)
     finally:
         engine.dispose()
     config = alembic_config(url)
@@ -268,21 +284,6 @@ def migrate(url: str, patience: float = 0.0) -> str:
 
     command.upgrade(config, "head")
     return REVISION
-
-
-def _wait_until_there(engine: Engine, deadline: float) -> None:
-    reported = False
-    while True:
-        try:
-            with reading(engine):
-                return
-        except DBAPIError as error:
-            if not is_outage(error) or time.monotonic() >= deadline:
-                raise
-            if not reported:
-                log.warning("waiting for the database", reason=first_line(error.orig))
-            reported = True
-        time.sleep(0.5)
 
 
 def alembic_config(url: str) -> "Config":

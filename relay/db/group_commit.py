@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from relay.db.engine import committed_nothing, is_outage
@@ -29,18 +30,14 @@ class CommitUnknown(Exception):
     stay."""
 
 
+@dataclass(slots=True, eq=False)
 class PendingItem[Item]:
     """An item without a result. `done` takes the result; after `deadline` (monotonic) the owner
     cannot wait any longer."""
 
-    __slots__ = ("deadline", "done", "item")
-
-    def __init__(
-        self, item: Item, done: Callable[[Any], None], deadline: float | None = None
-    ) -> None:
-        self.item = item
-        self.done = done
-        self.deadline = deadline
+    item: Item
+    done: Callable[[Any], None]
+    deadline: float | None = None
 
 
 type Answers[Item] = list[tuple[PendingItem[Item], Any]]
@@ -93,7 +90,9 @@ class GroupCommitter[Item, Result]:
             except Exception as error:
                 if not is_outage(error):
                     return self._row_by_row(batch, error, doubt=doubt)
-                self._log_outage(error)
+                if not self.stuck:
+                    log.error("database away", reason=first_line(error))
+                self.stuck = True
                 doubt = doubt or not committed_nothing(error)
                 fault = CommitUnknown() if doubt else error
             else:
@@ -118,11 +117,6 @@ class GroupCommitter[Item, Result]:
             log.error("row refused by the database", reason=first_line(error))
             return [(batch[0], error)]
         return [answer for pending in batch for answer in self.settle([pending], doubt=doubt)]
-
-    def _log_outage(self, error: Exception) -> None:
-        if not self.stuck:
-            log.error("database away", reason=first_line(error))
-        self.stuck = True
 
 
 class CommitThread[Item, Result]:

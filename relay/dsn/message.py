@@ -19,7 +19,8 @@ from email.utils import format_datetime
 from enum import StrEnum
 
 from relay.log import escaped
-from relay.queue.states import Outcome, ReasonSource
+from relay.queue.outcome import Outcome
+from relay.queue.states import ReasonSource
 
 _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 _XTEXT_HEX = re.compile(r"\+([0-9A-F]{2})")
@@ -33,6 +34,9 @@ _TEXT = "text/plain; charset=us-ascii"
 _STATUS_PART = "message/delivery-status"
 _HEADERS = "text/rfc822-headers"
 _LONGEST_LINE = 900  # of a header, well below RFC 5322's 998
+# An address cannot be folded, so this is the longest that a line can hold whole: RFC 5322 has 998
+# characters for it and its < >. QMQP has up to 999 octets.
+_LONGEST_PATH = 995
 _ATOMS = re.compile(r"[\w!#$%&'*+/=?^`{|}~-]+(\.[\w!#$%&'*+/=?^`{|}~-]+)*", re.ASCII)
 
 
@@ -67,23 +71,26 @@ class Withheld(StrEnum):
 
 
 _REDUCED = {
-    Enclosure.HEADER: "Only its header is returned: a mail server refused this notice with the whole message.",
-    Enclosure.NONE: "Your message is not returned: a mail server refused this notice with its header.",
+    Enclosure.HEADER: "Only its header is returned: a mail server refused this notice with the"
+    " whole message.",
+    Enclosure.NONE: "Your message is not returned: a mail server refused this notice with its"
+    " header.",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One recipient that a DSN reports, and the last state of its delivery.
+    """A recipient, and the last state of its delivery.
 
-    `reply`: the last server's reply, or the relay's or an operator's reason, as `reason_source` says;
-    `outcome`: of the last attempt, None before the first; `possibly_delivered`: a server may have
-    accepted the message.
+    `kind`: what a DSN reports (None: nothing); `reply`: the last server's reply, or the relay's or
+    an operator's reason, as `reason_source` says; `outcome`: of the last attempt, None before the
+    first; `possibly_delivered`: a server may have accepted the message; `number`: of the delivery;
+    `warned`: the sender has had a delay warning.
     """
 
     address: str
     orcpt: str | None
-    kind: Kind
+    kind: Kind | None
     reply: str
     server: str | None
     attempted_at: datetime | None
@@ -91,6 +98,9 @@ class Failure:
     outcome: str | None
     reason_source: str | None
     possibly_delivered: bool = False
+    number: int = 1
+    notify: str | None = None
+    warned: bool = False
 
     @property
     def server_reply(self) -> str:
@@ -105,13 +115,28 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """The message that a DSN is about."""
+    """The message that a DSN is about.
+
+    `size`: of its body, in bytes; `client_trusted`: whether the policy trusts the client that sent
+    it (None: no policy, or a row of an older version); `dsn_content`, `dsn_of`: what it encloses,
+    and the message that it is about, if it is a DSN itself.
+    """
 
     id: str
     sender: str
     received_at: datetime
     header_message_id: str | None
     envid: str | None
+    size: int = 0
+    ret: str | None = None
+    client_trusted: bool | None = None
+    dsn_content: str | None = None
+    dsn_of: str | None = None
+
+    @property
+    def from_stranger(self) -> bool:
+        """Whether the policy does not trust the client that sent it."""
+        return self.client_trusted is not None and not self.client_trusted
 
 
 def unxtext(text: str) -> str:
@@ -120,7 +145,7 @@ def unxtext(text: str) -> str:
     return escaped(decoded.encode("latin-1", "replace"), _LONGEST_LINE)
 
 
-def status_of(kind: Kind, reply: str) -> str:
+def status_of(kind: Kind | None, reply: str) -> str:
     """The enhanced status code (RFC 3463): the server's own if its class fits, else X.0.0."""
     if kind is Kind.EXPIRED:
         return "5.4.7"
@@ -130,12 +155,19 @@ def status_of(kind: Kind, reply: str) -> str:
 
 
 def quoted(address: str) -> str:
-    """An address as an RFC 5321 path; a stored local part, as QMQP's, has no quotes."""
-    address = escaped(address, _LONGEST_LINE)
-    local, at, domain = address.rpartition("@")
-    if not at or _ATOMS.fullmatch(local):
-        return address
-    return '"' + re.sub(r'(["\\])', r"\\\1", local) + '"@' + domain
+    """An address as an RFC 5321 path; a stored local part, as QMQP's, has no quotes. A path of more
+    than _LONGEST_PATH characters is cut."""
+    local, at, domain = escaped(address, _LONGEST_PATH).rpartition("@")
+    if at and not _ATOMS.fullmatch(local):
+        local = '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
+    return escaped(local + at + domain, _LONGEST_PATH)
+
+
+def _addressed(field: str, address: str) -> str:
+    """A field that ends in an address, folded before it if it does not fit into one line."""
+    path = quoted(address)
+    gap = " " if len(field) + len(path) < _LONGEST_PATH else "\n "
+    return field + gap + path
 
 
 def compose(
@@ -151,8 +183,8 @@ def compose(
 ) -> bytes:
     """The whole DSN, lines ending in LF.
 
-    `content`: the original (or, unless `full`, its header); None if it cannot be read. `left_out`: a
-    sentence that says which part of the original is missing, and why.
+    `content`: the original (or, unless `full`, its header); None if it cannot be read. `left_out`:
+    a sentence that says which part of the original is missing, and why.
     """
     delayed = all(failure.kind is Kind.DELAYED for failure in failures)
     text = _text(hostname, original, failures, left_out, delayed=delayed)
@@ -168,20 +200,20 @@ def compose(
     elif all(failure.possibly_delivered for failure in failures):
         subject = "Mail that may not have been delivered"
     date = format_datetime(now)
-    lines = [
+    message_id = original.header_message_id
+    head = _lines(
         f"Received: by {hostname} (qmqp-relay) id {dsn_id};\n\t{date}",
         f"Date: {date}",
         f"From: Mail Delivery System <MAILER-DAEMON@{hostname}>",
-        f"To: {quoted(original.sender)}",
+        _addressed("To:", original.sender),
         f"Subject: {subject}",
         f"Message-ID: <{dsn_id}@{hostname}>",
+        message_id and f"References: {escaped(message_id, _LONGEST_LINE)}",
         "Auto-Submitted: auto-replied",
         "MIME-Version: 1.0",
         f'Content-Type: multipart/report; report-type=delivery-status;\n\tboundary="=_{dsn_id}"',
-    ]
-    if original.header_message_id:
-        lines.insert(6, f"References: {escaped(original.header_message_id, _LONGEST_LINE)}")
-    head = "\n".join(lines) + ("" if content is None or content.isascii() else _8BIT)
+    )
+    head += "" if content is None or content.isascii() else _8BIT
     head += "\n\nThis is a MIME-encapsulated message.\n"
     return _joined(dsn_id, head.encode("ascii"), parts)
 
@@ -223,7 +255,10 @@ def _text(
     """The part for people."""
     opening = "Your message could not be delivered to the recipients below"
     if delayed:
-        opening = "Your message could not be delivered yet. It is still being retried; you need not send it again."
+        opening = (
+            "Your message could not be delivered yet. It is still being retried; you need not send"
+            " it again."
+        )
     elif any(failure.possibly_delivered for failure in failures):
         opening += ", or the relay cannot know whether it was. It will not be tried again for them."
     else:
@@ -267,35 +302,42 @@ def _why(failure: Failure) -> str:
         )
     if failure.kind is Kind.DELAYED:
         return f"Retried until {format_datetime(failure.expires_at)}. {last}"
-    return f"{'No server confirmed it' if failure.possibly_delivered else 'It could not be delivered'} in time. {last}"
+    what = "No server confirmed it" if failure.possibly_delivered else "It could not be delivered"
+    return f"{what} in time. {last}"
 
 
 def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> str:
     """The part for programs (RFC 3464 2): a group about the message, and one about each
     recipient."""
-    about = [
-        f"Reporting-MTA: dns; {hostname}",
-        f"Arrival-Date: {format_datetime(original.received_at)}",
+    envid = original.envid and unxtext(original.envid)
+    groups = [
+        _lines(
+            envid and f"Original-Envelope-Id: {envid}",
+            f"Reporting-MTA: dns; {hostname}",
+            f"Arrival-Date: {format_datetime(original.received_at)}",
+        )
     ]
-    if original.envid:
-        about.insert(0, f"Original-Envelope-Id: {unxtext(original.envid)}")
-    groups = ["\n".join(about)]
     for failure in failures:
-        lines = [f"Final-Recipient: rfc822; {quoted(failure.address)}"]
-        if failure.orcpt and ";" in failure.orcpt:
-            kind, _, address = failure.orcpt.partition(";")
-            lines.insert(0, f"Original-Recipient: {escaped(kind, 64)}; {unxtext(address)}")
-        lines.append(f"Action: {'delayed' if failure.kind is Kind.DELAYED else 'failed'}")
-        lines.append(f"Status: {status_of(failure.kind, failure.reply)}")
-        if failure.server and not failure.server.startswith("unix:"):
-            lines.append(f"Remote-MTA: dns; {failure.server.rpartition(':')[0]}")
-        if failure.server_reply:
-            lines.append(
-                f"Diagnostic-Code: x-qmqp; {escaped(failure.server_reply, _LONGEST_LINE - 50)}"
+        delayed = failure.kind is Kind.DELAYED
+        kind, given, address = (failure.orcpt or "").partition(";")
+        server = failure.server or "unix:"
+        reply = escaped(failure.server_reply, _LONGEST_LINE - 50)
+        attempted_at = failure.attempted_at
+        groups.append(
+            _lines(
+                given and f"Original-Recipient: {escaped(kind, 64)}; {unxtext(address)}",
+                _addressed("Final-Recipient: rfc822;", failure.address),
+                f"Action: {'delayed' if delayed else 'failed'}",
+                f"Status: {status_of(failure.kind, failure.reply)}",
+                not server.startswith("unix:") and f"Remote-MTA: dns; {server.rpartition(':')[0]}",
+                reply and f"Diagnostic-Code: x-qmqp; {reply}",
+                attempted_at and f"Last-Attempt-Date: {format_datetime(attempted_at)}",
+                delayed and f"Will-Retry-Until: {format_datetime(failure.expires_at)}",
             )
-        if failure.attempted_at:
-            lines.append(f"Last-Attempt-Date: {format_datetime(failure.attempted_at)}")
-        if failure.kind is Kind.DELAYED:
-            lines.append(f"Will-Retry-Until: {format_datetime(failure.expires_at)}")
-        groups.append("\n".join(lines))
+        )
     return "\n\n".join(groups) + "\n"
+
+
+def _lines(*lines: object) -> str:
+    """Those of the values that are text and not empty, as lines."""
+    return "\n".join(line for line in lines if isinstance(line, str) and line)

@@ -1,7 +1,7 @@
 """Acceptance: the statement that makes the relay responsible for a message.
 
-One statement inserts the messages, recipients and deliveries of a batch (on SQLite three statements
-in one transaction). The bodies are synced before it begins. After its COMMIT smtpd may say 250.
+One statement (`accept` in the SQL files) inserts the messages, recipients and deliveries of a batch.
+On SQLite it is three statements in one transaction. The bodies are synced before it begins. After its COMMIT smtpd may say 250.
 
 What must stay true: every insert says ON CONFLICT DO NOTHING and the relay chooses every key. After
 a COMMIT of unknown outcome the same batch runs again: the repeat waits for the first transaction
@@ -11,13 +11,13 @@ and then changes nothing.
 import json
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 
 from relay.db.engine import TooLate, writing_once
 from relay.db.schema import LONGEST_INDEXED
-from relay.db.sql import dialect_of
+from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.log import escaped
 
@@ -55,40 +55,16 @@ class NewMessage(NamedTuple):
     dsn_content: str | None = None
 
 
-_MESSAGE_COLUMNS = (
-    "sender text, size bigint, client_address text, helo text, protocol text, auth_user text,"
-    " header_message_id text, body_type text, ret text, envid text, dsn_of uuid, client_trusted boolean,"
-    " dsn_content text"
-)
-_MESSAGE_NAMES = ", ".join(column.split()[0] for column in _MESSAGE_COLUMNS.split(","))
-
-_INSERTS = (
-    f"""INSERT INTO messages (id, received_at, {_MESSAGE_NAMES})
-    SELECT id, @now, {_MESSAGE_NAMES} FROM @rows(:messages; id uuid, {_MESSAGE_COLUMNS}) WHERE true
-    ON CONFLICT DO NOTHING""",
-    """INSERT INTO recipients (queue_id, position, address, delivery, notify, orcpt)
-    SELECT queue_id, position, address, delivery, notify, orcpt FROM @rows(:recipients; queue_id uuid, position int,
-        address text, delivery int, notify text, orcpt text) WHERE true
-    ON CONFLICT DO NOTHING""",
-    """-- event: accepted
-    INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
-    SELECT queue_id, number, route, 'queued', @later(:grace), @later(:lifetime)
-    FROM @rows(:deliveries; queue_id uuid, number int, route text) WHERE true
-    ON CONFLICT DO NOTHING""",
-)
-
-
 class Acceptor:
-    """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs."""
+    """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs. `delay_warning`: after
+    so many seconds the sender is warned; None: never."""
 
-    def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
-        dialect = dialect_of(engine)
-        self._engine, self._lifetime, self._grace = engine, lifetime, grace
-        if dialect.postgresql:
-            one = f"WITH m AS ({_INSERTS[0]}), r AS ({_INSERTS[1]}) {_INSERTS[2]}"
-            self._statements = [text(dialect(one))]
-        else:
-            self._statements = [text(dialect(part)) for part in _INSERTS]
+    def __init__(
+        self, engine: Engine, *, lifetime: float, grace: float, delay_warning: float | None = None
+    ) -> None:
+        self._engine = engine
+        self._delay_warning = delay_warning
+        self._queries = Queries(engine, __name__, lifetime=lifetime, grace=grace)
 
     def commit(self, messages: Sequence[NewMessage], begin_by: float = float("inf")) -> list[None]:
         """Insert a batch of messages in one transaction; raises the database's errors.
@@ -104,40 +80,50 @@ class Acceptor:
 
     def insert(self, connection: Connection, messages: Sequence[NewMessage]) -> None:
         """Insert messages in the caller's transaction."""
-        parameters = self._parameters(messages)
-        for statement in self._statements:
-            connection.execute(statement, parameters)
-
-    def _parameters(self, messages: Sequence[NewMessage]) -> dict[str, object]:
         rows: list[dict[str, object]] = []
         recipients: list[dict[str, object]] = []
         deliveries: list[dict[str, object]] = []
         for message in messages:
-            key = dashed(message.id)
-            rows.append(_message_row(key, message))
+            key, header_id = dashed(message.id), message.header_message_id
+            rows.append({
+                "id": key, "sender": message.sender, "size": message.size,
+                "client_address": message.client_address, "helo": escaped(message.helo, 255),
+                "protocol": message.protocol, "auth_user": message.auth_user,
+                "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
+                "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
+                "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
+                "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
+            })  # fmt: skip
             numbers: dict[str, int] = {}
-            for position, recipient in enumerate(message.recipients, 1):
-                number = numbers.setdefault(recipient.route, len(numbers) + 1)
-                recipients.append({
-                    "queue_id": key, "position": position, "address": recipient.address, "delivery": number,
+            recipients += [
+                {
+                    "queue_id": key, "position": position, "address": recipient.address,
+                    "delivery": numbers.setdefault(recipient.route, len(numbers) + 1),
                     "notify": recipient.notify, "orcpt": recipient.orcpt,
-                })  # fmt: skip
-            deliveries += [
-                {"queue_id": key, "number": n, "route": route} for route, n in numbers.items()
-            ]
-        return {
-            "messages": json.dumps(rows), "recipients": json.dumps(recipients), "deliveries": json.dumps(deliveries),
-            "grace": self._grace, "lifetime": self._lifetime,
-        }  # fmt: skip
+                }
+                for position, recipient in enumerate(message.recipients, 1)
+            ]  # fmt: skip
+            late = _routes_to_warn_of(message) if self._delay_warning is not None else ()
+            for route, number in numbers.items():
+                delivery: dict[str, Any] = {"queue_id": key, "number": number, "route": route}
+                if route in late:
+                    delivery["warn_after"] = self._delay_warning
+                deliveries.append(delivery)
+        self._queries.run(
+            connection,
+            "accept",
+            messages=json.dumps(rows),
+            recipients=json.dumps(recipients),
+            deliveries=json.dumps(deliveries),
+        )
 
 
-def _message_row(key: str, message: NewMessage) -> dict[str, object]:
-    header_id = message.header_message_id
+def _routes_to_warn_of(message: NewMessage) -> set[str]:
+    """The routes of recipients about whom the sender wants a delay warning (RFC 3461 4.1)."""
+    if message.sender in ("", "#@[]"):
+        return set()
     return {
-        "id": key, "sender": message.sender, "size": message.size, "client_address": message.client_address,
-        "helo": escaped(message.helo, 255), "protocol": message.protocol, "auth_user": message.auth_user,
-        "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
-        "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
-        "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
-        "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
-    }  # fmt: skip
+        recipient.route
+        for recipient in message.recipients
+        if recipient.notify is None or "DELAY" in recipient.notify.upper()
+    }

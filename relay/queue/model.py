@@ -6,10 +6,12 @@ renews its lease (`Renewal`). It gets the claims, the state that a delivery has 
 together.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from relay.db.schema import Outcome, State
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,7 @@ class Claim:
     received_ago: float
 
 
-@dataclass(slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One try at one server; `attempt_index` counts from 1 within the claim, times are seconds
     before now."""
 
@@ -60,16 +61,20 @@ class Completion:
     tries: list[Attempt] = field(default_factory=list)
     waiting_for: str | None = None  # the delivery becomes due when this works again
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """The key of the delivery."""
+        return self.queue_id, self.number
+
 
 @dataclass(slots=True)
 class ClaimRequest:
     """Claim at most `room` deliveries of each route, of these messages or (ids None) of what is
-    overdue. `together` limits sets of routes that share servers."""
+    overdue."""
 
     worker: str
     ids: Sequence[str] | None
     room: Mapping[str, int]
-    together: Sequence[tuple[Collection[str], int]] = ()
 
 
 @dataclass(slots=True)

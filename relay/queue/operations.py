@@ -1,7 +1,8 @@
 """What operators do to the queue: retry, hold, release, bounce, drop, reroute, pause and resume.
 
-An operation goes through the deliveries that a filter matches in chunks, each with its record
-(`relay.queue.audit`). A delivery in flight is not changed under its worker: the operation becomes
+An operation goes through the deliveries that a filter matches in key order, a chunk with its record
+(`relay.queue.audit`) a transaction, so that it never blocks the workers for long and never
+deadlocks with them. A delivery in flight is not changed under its worker: the operation becomes
 its `pending_operation`, which takes effect after every outcome except a K. `release` cancels a
 pending hold.
 
@@ -10,18 +11,19 @@ changed something has a row in `audit`; a filter on recipients selects the whole
 carries them.
 """
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 
 from relay.db.engine import reading, writing
-from relay.db.schema import DSN_PENDING, words
-from relay.db.sql import Statements
+from relay.db.schema import words
+from relay.db.sql import Queries
 from relay.log import escaped
-from relay.queue.audit import PICKED, THESE, AuditEntry
+from relay.queue.audit import CHUNK, FIRST, AuditEntry, keys_of
 from relay.queue.split import Splitter
 from relay.queue.states import TRANSITIONS, State
 from relay.report.filters import Filter
@@ -31,82 +33,53 @@ from relay.spool.retention import deletable_bodies
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What an operator may do to deliveries. `name` is also the event of the transition.
+    """What an operator may do to deliveries. `name` is also the event of the transition, and the
+    statement.
 
-    `takes`: the states that it applies to; `state`: the state after it; `sets`: SQL expressions by
-    column. `wanted`: the pending operation that a delivery gets which is being sent; `cancels`: the
-    pending operation that it loses.
+    `takes`: the states that it applies to; `state`: the state after it. `wanted`: the pending
+    operation that a delivery gets which is being sent; `cancels`: the pending operation that it
+    loses.
     """
 
     name: str
     takes: tuple[State, ...]
     state: State
-    sets: dict[str, str]
     wanted: str | None = None
     cancels: str | None = None
 
 
-def _operation(
-    name: str, sets: dict[str, str], wanted: str | None = None, cancels: str | None = None
-) -> Operation:
+def _operation(name: str, cancels: str | None = None) -> Operation:
     """An operation that takes each delivery along the rows of its name in `TRANSITIONS`."""
     rows = [row for row in TRANSITIONS if row.event == name]
     takes = tuple(row.before for row in rows if row.before)
-    return Operation(name, takes, rows[0].after, sets, wanted, cancels)
+    return Operation(name, takes, rows[0].after, None if cancels else name, cancels)
 
 
-_REASON = {"last_reply": ":why", "reason_source": "'operator'"}
 OPERATIONS = {
-    operation.name: operation
-    for operation in (
-        _operation("retry", {"due_at": "@now", "backoff_step": "0"}, "retry"),
-        _operation("hold", {"due_at": "NULL"} | _REASON, "hold"),
-        _operation(
-            "release",
-            {"due_at": "@now", "backoff_step": "0", "crash_count": "0"},
-            cancels="hold",
-        ),
-        _operation(
-            "bounce",
-            {
-                "due_at": DSN_PENDING,
-                "finished_at": "@now",
-                "last_outcome": "coalesce(d.last_outcome, 'rejected')",
-            }
-            | _REASON,
-            "bounce",
-        ),
-        _operation("drop", {"due_at": "NULL", "finished_at": "@now"} | _REASON, "drop"),
-    )
+    "retry": _operation("retry"),
+    "hold": _operation("hold"),
+    "release": _operation("release", cancels="hold"),
+    "bounce": _operation("bounce"),
+    "drop": _operation("drop"),
 }
-# A route is chosen when a message is accepted. This chooses again, with the routes of today. What
-# is not held is tried at once.
-REROUTE = Operation(
-    "reroute",
-    (State.QUEUED, State.DEFERRED, State.HELD),
-    State.QUEUED,
-    {
-        "state": "CASE WHEN d.state = 'held' THEN d.state ELSE 'queued' END",
-        "due_at": "CASE WHEN d.state <> 'held' THEN @now END",
-        "backoff_step": "0",
-    },
-)
+# A route is chosen when a message is accepted. This chooses again, with the routes of today.
+REROUTE = Operation("reroute", (State.QUEUED, State.DEFERRED, State.HELD), State.QUEUED)
 
 
 class QueueOperations:
-    """The operations of an operator on the queue."""
+    """The operations of an operator on the queue. `notices`: BOUNCES is not off."""
 
     def __init__(self, engine: Engine, *, notices: bool) -> None:
-        self._engine, self._queue = engine, QueueReader(engine)
-        self._sql = Statements(engine, notices=notices)
-        self._splitter = Splitter(self._sql)
+        self._engine = engine
+        self._queries = Queries(engine, __name__, notices=notices)
+        self._splitter = Splitter(engine, notices=notices)
 
     def matching(self, operation: Operation, wanted: Filter) -> Counter[str]:
         """How many deliveries the operation would change, by state. It changes nothing."""
-        where, parameters = _condition(operation, wanted)
+        where, parameters = self._condition(operation, wanted)
         sql = f"SELECT d.state, count(*) FROM deliveries d WHERE {where} GROUP BY d.state"
         with reading(self._engine) as connection:
-            return Counter(dict(self._sql.run(connection, sql, **parameters).all()))
+            return Counter(dict(connection.execute(text(sql), parameters).all()))
 
     def touched(
         self, operation: Operation, wanted: Filter, *, limit: int | None = None
@@ -116,16 +89,15 @@ class QueueOperations:
 
         `limit`: those of the oldest so many deliveries.
         """
-        where, parameters = _condition(operation, wanted)
+        where, parameters = self._condition(operation, wanted)
         if limit is not None:
-            oldest = f"SELECT d.queue_id, d.number FROM deliveries d WHERE {where} ORDER BY 1, 2 LIMIT :limit"
-            where, parameters = (
-                f"(d.queue_id, d.number) IN ({oldest})",
-                parameters | {"limit": limit},
-            )
-        return self._queue.select(
-            f"""SELECT v.* FROM mail_history v WHERE EXISTS (SELECT 1 FROM deliveries d WHERE
-                d.queue_id = v.queue_uuid AND d.number = v.delivery AND {where}) ORDER BY v.queue_uuid, v.position""",
+            parameters["limit"] = limit
+            where = f"""(d.queue_id, d.number) IN (SELECT d.queue_id, d.number FROM deliveries d
+                WHERE {where} ORDER BY 1, 2 LIMIT :limit)"""
+        return QueueReader(self._engine).select(
+            f"""SELECT v.* FROM mail_history v WHERE EXISTS (SELECT 1 FROM deliveries d
+                WHERE d.queue_id = v.queue_uuid AND d.number = v.delivery AND {where})
+            ORDER BY v.queue_uuid, v.position""",
             parameters,
         )
 
@@ -133,21 +105,19 @@ class QueueOperations:
         self, operation: Operation, wanted: Filter, *, actor: str, reason: str,
         route_for: Callable[[str], str] | None = None, limit: int | None = None,
     ) -> tuple[Counter[str], list[str]]:  # fmt: skip
-        """Change the deliveries; their number by the state before, and the ids of messages whose body
-        can be deleted.
+        """Change the deliveries; their number by the state before, and the ids of messages whose
+        body can be deleted.
 
         `route_for` gives each delivery the route that its recipients have today, or divides it if
         they have several. `limit`: at most so many deliveries, the oldest first.
         """
-        all_touched: Counter[str] = Counter()
-        free: list[str] = []
-        chunks = self.in_chunks(
-            operation, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit
+        chunks = list(
+            self.in_chunks(
+                operation, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit
+            )
         )
-        for touched, ids in chunks:
-            all_touched.update(touched)
-            free += ids
-        return all_touched, free
+        touched = sum((counts for counts, _ in chunks), Counter[str]())
+        return touched, [queue_id for _, ids in chunks for queue_id in ids]
 
     def in_chunks(
         self, operation: Operation, wanted: Filter, *, actor: str, reason: str,
@@ -155,114 +125,121 @@ class QueueOperations:
     ) -> Iterator[tuple[Counter[str], list[str]]]:  # fmt: skip
         """Change the deliveries as `apply` does, chunk by chunk; the result of each after its
         COMMIT."""
-        where, parameters = _condition(operation, wanted)
-        change, why = (
-            f"-- event: {operation.name}\nUPDATE deliveries AS d SET {_sets(operation)} {THESE}",
-            _reason(operation, actor, reason),
-        )
-
-        def do(connection: Connection, keys: str) -> None:
-            self._sql.run(connection, change, keys=keys, why=why)
-            if route_for:
-                self._reroute(connection, keys, route_for)
-
+        where, parameters = self._condition(operation, wanted)
+        why = _reason(operation, actor, reason)
         shown = wanted.shown() if limit is None else f"{wanted.shown()} --limit {limit}".lstrip()
-        entry = AuditEntry(
-            self._engine,
-            self._sql,
-            actor=actor,
-            verb=operation.name,
-            reason=reason,
-            filter_shown=shown,
-        )
-        for rows in entry.through(where, do, limit=limit, **parameters):
-            ended = {queue_id for queue_id, _, was in rows if was != State.SENDING}
-            free = (
-                deletable_bodies(self._engine, self._sql, ended)
-                if operation.state in (State.DROPPED, State.BOUNCED)
-                else []
-            )
-            yield Counter(was for _, _, was in rows), free
+        entry = AuditEntry(self._engine, actor, operation.name, reason, shown)
+        parameters |= {"after": FIRST, "number": 0}
+        left = sys.maxsize if limit is None else limit
+        while left > 0:
+            parameters["most"] = min(CHUNK, left)
+            with writing(self._engine) as connection:
+                locked, rows = self._lock(connection, where, parameters)
+                if rows:
+                    self._change(connection, operation, keys_of(rows), why)
+                    if route_for:
+                        self._reroute(connection, rows, route_for)
+                    entry.note_rows(connection, rows)
+            if rows:
+                free: list[str] = []
+                if operation.state in (State.DROPPED, State.BOUNCED):
+                    ended = {str(key) for key, _, state in rows if state != State.SENDING}
+                    free = deletable_bodies(self._engine, (key.replace("-", "") for key in ended))
+                yield Counter(state for _, _, state in rows), free
+            left -= len(rows)
+            if len(locked) < parameters["most"]:
+                return
+            parameters |= {"after": str(locked[-1][0]), "number": locked[-1][1]}
+
+    def _lock(
+        self, connection: Connection, where: str, parameters: dict[str, Any]
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Lock the next chunk in key order; its rows (id, number, state), and those of them that
+        still match now that no other transaction can change them.
+
+        After FOR UPDATE has waited for a row, PostgreSQL tests the condition again, but only the
+        row itself is new: a view over the same row shows the old values (PostgreSQL manual, 13.2.1,
+        EvalPlanQual). The next statement of the transaction sees the new values. On SQLite the
+        transaction is the only writer from its beginning, so no row can have changed.
+        """
+        picked = f"""SELECT d.queue_id, d.number, d.state FROM deliveries d
+            WHERE {where} AND (d.queue_id, d.number) > (:after, :number)
+            ORDER BY d.queue_id, d.number LIMIT :most"""
+        if self._engine.dialect.name == "sqlite":
+            rows = connection.execute(text(picked), parameters).all()
+            return rows, rows
+        locked = connection.execute(text(f"{picked} FOR UPDATE OF d"), parameters).all()
+        matching = f"""SELECT d.queue_id, d.number, d.state FROM deliveries d
+            JOIN json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
+            ON d.queue_id = x.queue_id AND d.number = x.number
+            WHERE {where} ORDER BY d.queue_id, d.number"""
+        again = parameters | {"keys": keys_of(locked)}
+        return locked, connection.execute(text(matching), again).all()
+
+    def _change(self, connection: Connection, operation: Operation, keys: str, why: str) -> None:
+        if operation.wanted:
+            asked = {"operation": operation.wanted, "why": why}
+            self._queries.run(connection, "request", keys=keys, **asked)
+        elif operation.cancels:
+            self._queries.run(connection, "cancel_request", keys=keys)
+        self._queries.run(connection, operation.name, keys=keys, why=why)
 
     def pause(self, subject: str, *, actor: str, reason: str) -> bool:
         """Send nothing to `route:NAME` or `server:NAME` until `resume`; False if it is paused
         already."""
-        with writing(self._engine) as connection:
-            sql = """INSERT INTO pauses (subject, since, actor, reason) VALUES (:subject, @now, :actor, :reason)
-                ON CONFLICT DO NOTHING"""
-            done = bool(
-                self._sql.run(connection, sql, subject=subject, actor=actor, reason=reason).rowcount
-            )
-            if done:
-                entry = AuditEntry(
-                    self._engine, self._sql, actor=actor, verb=f"pause {subject}", reason=reason
-                )
-                entry.note(connection, 1)
-        return done
+        return self._switch("pause", subject, actor, reason)
 
     def resume(self, subject: str, *, actor: str, reason: str) -> bool:
         """End a pause; False if there was none."""
+        return self._switch("resume", subject, actor, reason)
+
+    def _switch(self, verb: str, subject: str, actor: str, reason: str) -> bool:
         with writing(self._engine) as connection:
-            sql = "DELETE FROM pauses WHERE subject = :subject"
-            done = bool(self._sql.run(connection, sql, subject=subject).rowcount)
+            parameters = {"subject": subject, "actor": actor, "reason": reason}
+            done = bool(self._queries.run(connection, verb, **parameters).rowcount)
             if done:
-                entry = AuditEntry(
-                    self._engine, self._sql, actor=actor, verb=f"resume {subject}", reason=reason
-                )
-                entry.note(connection, 1)
+                AuditEntry(self._engine, actor, f"{verb} {subject}", reason).note(connection, 1)
         return done
 
-    def _reroute(self, connection: Connection, keys: str, route_for: Callable[[str], str]) -> None:
+    def _reroute(
+        self, connection: Connection, rows: Sequence[Any], route_for: Callable[[str], str]
+    ) -> None:
         """Give these deliveries, which the caller has locked, the routes that their recipients have
         today."""
-        addressed = """SELECT position, address FROM recipients WHERE queue_id = @id(:id) AND delivery = :number
-            ORDER BY position"""
-        for queue_id, number in self._sql.run(connection, PICKED, keys=keys).all():
+        for key, number, _ in rows:
             ways: dict[str, list[int]] = {}
-            for position, address in self._sql.run(
-                connection, addressed, id=str(queue_id), number=number
-            ):
+            for position, address in self._splitter.recipients(
+                connection, str(key), number
+            ).items():
                 ways.setdefault(route_for(address), []).append(position)
             if ways:
-                self._splitter.divide(connection, str(queue_id), number, ways)
+                self._splitter.divide(connection, str(key), number, ways)
 
+    def _condition(self, operation: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
+        """The condition for deliveries (as d) that a filter matches and the operation applies to.
 
-def _condition(operation: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
-    """The condition for deliveries (as d) that a filter matches and the operation applies to."""
-    where, parameters = wanted.where()
-    takes = f"d.state IN ({words(operation.takes)})"
-    if operation.wanted or operation.cancels:
-        pending = f" AND d.pending_operation = '{operation.cancels}'" if operation.cancels else ""
-        takes = f"({takes} OR d.state = 'sending'{pending})"
-    by_id = (
-        " AND d.queue_id = @id(:id)" if wanted.id is not None else ""
-    )  # without it SQLite scans every delivery
-    meant = f"""{takes} AND EXISTS (
-        SELECT 1 FROM mail_history h WHERE h.queue_uuid = d.queue_id AND h.delivery = d.number AND {where}){by_id}"""
-    return meant, parameters
+        What a filter matches is known at run time only, so this is put together here and does not
+        stand in a file.
+        """
+        where, parameters = wanted.where(self._engine.dialect.name)
+        takes = f"d.state IN ({words(operation.takes)})"
+        if operation.wanted:
+            takes = f"({takes} OR d.state = 'sending')"
+        elif operation.cancels:
+            asked = f"d.pending_operation = '{operation.cancels}'"
+            takes = f"({takes} OR d.state = 'sending' AND {asked})"
+        # Without it SQLite scans every delivery.
+        by_id = "AND d.queue_id = :id" if wanted.id is not None else ""
+        return (
+            f"""{takes} {by_id} AND EXISTS (SELECT 1 FROM mail_history h
+            WHERE h.queue_uuid = d.queue_id AND h.delivery = d.number
+            AND {where})""",
+            parameters,
+        )
 
 
 def _reason(operation: Operation, actor: str, reason: str) -> str:
-    """The reason in `last_reply`. The DSN of a bounce quotes it, so it does not name the operator."""
+    """The reason in `last_reply`. The DSN of a bounce quotes it, so it names no operator."""
     by = "an operator" if operation.state is State.BOUNCED else actor
     done = "retried" if operation.state is State.QUEUED else operation.state
     return escaped(f"{done} by {by}" + (f": {reason}" if reason else ""))
-
-
-def _sets(operation: Operation) -> str:
-    """The SET list. A delivery in flight only gets or loses its pending operation."""
-    values = {"state": f"'{operation.state}'"} | operation.sets
-    if not (operation.wanted or operation.cancels):
-        return ", ".join(f"{column} = {value}" for column, value in values.items())
-    pending = (
-        {"pending_operation": f"'{operation.wanted}'", "pending_reason": ":why"}
-        if operation.wanted
-        else {}
-    )
-    kept = {column: f"d.{column}" for column in values} | {
-        c: pending.get(c, "NULL") for c in ("pending_operation", "pending_reason")
-    }
-    return ", ".join(
-        f"{column} = CASE WHEN d.state = 'sending' THEN {while_sending} ELSE {values.get(column, 'NULL')} END"
-        for column, while_sending in kept.items()
-    )

@@ -1,6 +1,6 @@
 """The outcomes of an attempt as `attempts.outcome` and `deliveries.last_outcome` store them.
 
-The client of a QMQP server reports how a request ended (`qmqp.result.SendOutcome`); the worker
+The client of a QMQP server reports how a request ended (`qmqp.client.SendOutcome`); the worker
 records the same word. One outcome is the relay's own: `unsendable`, for a message that was not sent
 because its body or its envelope cannot be. What must stay true: `Outcome(...)` takes every
 `SendOutcome` (a test compares both).

@@ -11,9 +11,10 @@ every state (`LATE_K`), and no event leads away from `delivered`.
 """
 
 from enum import Enum, StrEnum, auto
+from functools import cache
 from typing import NamedTuple
 
-from relay.queue.outcome import Outcome as Outcome
+from relay.queue.outcome import Outcome
 
 
 class State(StrEnum):
@@ -133,6 +134,7 @@ TRANSITIONS = tuple(
 )
 
 
+@cache
 def successors(state: State) -> frozenset[State]:
     """The states that an event leads to from this one; a late K is no row, and not among them."""
     return frozenset(row.after for row in TRANSITIONS if row.before is state)

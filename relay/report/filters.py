@@ -1,16 +1,48 @@
 """The filter of deliveries that every command uses, to list them and to change them.
 
-A `Filter` becomes a condition over the columns of `mail_history`; all values are parameters.
+A `Filter` becomes a condition over the columns of `mail_history`. Which fields are given is known
+only when a command runs, so this SQL is made in Python and not read from a file; all values are
+parameters. `SPELLINGS` is all that differs between the databases in it.
 """
 
 import re
 import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from relay.db.schema import State, words
 from relay.ids import dashed
+from relay.queue.states import State
+
+
+class Spelling(NamedTuple):
+    """How a database writes what a listing needs."""
+
+    like: str  # LIKE that ignores case
+    at_least: str  # >= by bytes, as the indexes of addresses compare
+    below: str  # < by bytes
+    time: str  # a time of a view as text in the form of RFC 3339
+
+
+SPELLINGS = {
+    "postgresql": Spelling(
+        "ILIKE",
+        "~>=~",
+        "~<~",
+        r"""to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24\:MI\:SS.MS"+00\:00"')""",
+    ),
+    "sqlite": Spelling("LIKE", ">=", "<", r"replace({}, ' ', 'T') || '+00\:00'"),
+}
+# The column of `mail_history` for each field of a filter that is one text.
+_COLUMNS = {
+    "sender": "sender",
+    "recipient": "recipient",
+    "route": "route",
+    "server": "server",
+    "header_message_id": "header_message_id",
+    "id": "queue_uuid",
+    "reply": "reason",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,38 +63,36 @@ class Filter:
     reply: str | None = None  # a part of the last reply
     header_message_id: str | None = None
 
-    def where(self) -> tuple[str, dict[str, Any]]:
-        """The condition over the columns of `mail_history`, and its parameters."""
-        parts: list[str] = []
-        parameters: dict[str, Any] = {}
-        if self.states:
-            parts.append(
-                f"state IN ({words(tuple(map(State, self.states)))})"
-            )  # literals: a plan may depend on them
-        for column in ("sender", "recipient", "route", "server", "header_message_id"):
-            value: str | None = getattr(self, column)
+    def where(self, database: str) -> tuple[str, dict[str, Any]]:
+        """The condition over the columns of `mail_history` for `postgresql` or `sqlite`, and its
+        parameters."""
+        spelling = SPELLINGS[database]
+        parts, parameters = ["1 = 1"], dict[str, Any]()
+        if self.states:  # literals: a plan may depend on them
+            states = ", ".join(f"'{State(state)}'" for state in self.states)
+            parts.append(f"state IN ({states})")
+        if self.older_than is not None:
+            parts.append("queue_uuid < :oldest")
+            parameters["oldest"] = id_at(self.older_than)
+        for field, column in _COLUMNS.items():
+            value: str | None = getattr(self, field)
             if value is None:
                 continue
-            if "*" in value:
-                parts.append(f"{column} @like :{column} ESCAPE '\\'")
-                parameters[column] = _like(value)
-            elif column in ("sender", "recipient"):
-                where, more = address_is(column, value)
-                parts.append(where)
-                parameters |= more
+            if "*" in value or field == "reply":
+                part = f"{column} {spelling.like} :{field} ESCAPE '\\'"
+                value = _like(f"*{value}*" if field == "reply" else value)
+            elif field in ("sender", "recipient"):
+                part = (
+                    f"{column} {spelling.at_least} :{field}_from"
+                    f" AND {column} {spelling.below} :{field}_to"
+                    f" AND lower({column}) = lower(:{field})"
+                )
+                value, parameters[f"{field}_from"], parameters[f"{field}_to"] = spelled(value)
             else:
-                parts.append(f"{column} = :{column}")
-                parameters[column] = value
-        if self.reply is not None:
-            parts.append("reason @like :reply ESCAPE '\\'")
-            parameters["reply"] = _like(f"*{self.reply}*")
-        if self.older_than is not None:
-            parts.append("queue_uuid < @id(:oldest)")
-            parameters["oldest"] = id_at(self.older_than)
-        if self.id is not None:
-            parts.append("queue_uuid = @id(:id)")
-            parameters["id"] = dashed(self.id)
-        return " AND ".join(parts) or "1 = 1", parameters
+                part = f"{column} = :{field}"
+            parts.append(part)
+            parameters[field] = dashed(value) if field == "id" else value
+        return " AND ".join(parts), parameters
 
     def is_history(self) -> bool:
         """Whether it covers finished mail too: a message or a state is meant whether or not it is
@@ -76,28 +106,22 @@ class Filter:
             value = getattr(self, name)
             if value is not None:
                 option = name.removeprefix("header_").replace("_", "-")
-                options.append(
-                    f"--{option} {shlex.quote(f'{value:g}s' if name == 'older_than' else value)}"
-                )
+                text = f"{value:g}s" if name == "older_than" else value
+                options.append(f"--{option} {shlex.quote(text)}")
         return " ".join(options)
 
 
-def address_is(column: str, address: str) -> tuple[str, dict[str, str]]:
-    """The condition that a column is this address, with a case-insensitive domain; its parameters.
+def spelled(address: str) -> tuple[str, str, str]:
+    """The address, and between which texts an index on its bytes has all spellings of its domain.
 
-    In an index on the column's bytes all spellings of a domain are neighbours, after the local part
-    and its @.
+    They are neighbours after the local part and its @, next to which comes A. An address without @
+    has one spelling.
     """
     if "@" not in address:
-        return f"{column} = :{column}", {column: "" if address == "<>" else address}
+        address = "" if address == "<>" else address
+        return address, address, f"{address}\x01"
     local = address[: address.rfind("@")]
-    parameters = {
-        column: address,
-        f"{column}_from": f"{local}@",
-        f"{column}_to": f"{local}A",
-    }  # A comes next to @
-    among = f"{column} @at_least :{column}_from AND {column} @below :{column}_to"
-    return f"{among} AND lower({column}) = lower(:{column})", parameters
+    return address, f"{local}@", f"{local}A"
 
 
 def bracketed(header_message_id: str) -> str:

@@ -17,25 +17,25 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy import Engine
 
 from relay.db.engine import reading
-from relay.db.sql import Statements
+from relay.db.sql import Queries
 from relay.ids import dashed
-from relay.spool.retention import body_deletable
 from relay.spool.store import Spool
 
 MIN_ORPHAN_AGE = 3600.0  # a younger file may belong to a message that is being accepted (seconds)
 REMOVAL_GRACE = 900.0  # a worker that finished a delivery has removed its body by then (seconds)
 BATCH = 500
 
-_FILES = f"""SELECT @hex(x.queue_id), EXISTS (SELECT 1 FROM messages m WHERE m.id = x.queue_id)
-        OR EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = x.queue_id)
-        OR EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = x.queue_id),
-    {body_deletable("x.queue_id")} AND NOT EXISTS (
-        SELECT 1 FROM deliveries d WHERE d.queue_id = x.queue_id AND d.finished_at > @ago(:grace))
-    FROM @rows(:ids; queue_id uuid)"""
+
+class FileState(NamedTuple):
+    """Whether the database has a row of a file's message, and whether the body may be deleted."""
+
+    row: bool
+    deletable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class OrphanScanner:
     def __init__(self, engine: Engine, spool: Spool) -> None:
         self._engine = engine
         self._spool = spool
-        self._sql = Statements(engine, grace=REMOVAL_GRACE)
+        self._queries = Queries(engine, __name__, grace=REMOVAL_GRACE)
 
     def scan(self, stopping: threading.Event | None = None) -> Iterator[OrphanFile]:
         """Every orphan of the spool; a statement for each BATCH of files."""
@@ -70,19 +70,21 @@ class OrphanScanner:
             if stopping is not None and stopping.is_set():
                 return
             states = self._states(name for name, _ in batch)
-            newest = self._newest_age()
+            newest = self._seconds("newest_age")  # infinite without messages
             for name, age in batch:
                 row, deletable = states[name]
-                if (deletable or not row) and (path := self._spool.path(name)).exists():
+                path = self._spool.path(name)
+                if (deletable or not row) and path.exists():
                     yield OrphanFile(name, path, age, row, newest < age)
 
     def remove(self, orphan: OrphanFile) -> bool:
         """Remove a body that no delivery needs; False if one needs it now, or the body is gone."""
-        return self._states([orphan.name])[orphan.name][1] and self._spool.remove(orphan.name)
+        deletable = self._states([orphan.name])[orphan.name].deletable
+        return deletable and self._spool.remove(orphan.name)
 
     def move_to_orphans(self, orphan: OrphanFile) -> bool:
         """Move a file without a message to `orphans/`; False if it has a message now."""
-        if self._states([orphan.name])[orphan.name][0]:
+        if self._states([orphan.name])[orphan.name].row:
             return False
         self._spool.move_to_orphans(orphan.name)
         return True
@@ -102,22 +104,16 @@ class OrphanScanner:
 
     def now(self) -> float:
         """The earlier of the file system's time and the database's (seconds since 1970)."""
-        with reading(self._engine) as connection:
-            micros = int(self._sql.run(connection, "SELECT @micros(@now)").scalar())
-        return min(self._spool.clock(), micros / 1e6)
+        return min(self._spool.clock(), self._seconds("clock"))
 
-    def _states(self, names: Iterable[str]) -> dict[str, tuple[bool, bool]]:
-        """For each id: whether its message has a row, and whether its body may be deleted."""
-        rows = json.dumps([{"queue_id": dashed(name)} for name in names])
+    def _states(self, names: Iterable[str]) -> dict[str, FileState]:
+        """The state of each file, by id."""
+        ids = json.dumps([dashed(name) for name in names])
         with reading(self._engine) as connection:
-            return {
-                row[0]: (bool(row[1]), bool(row[2]))
-                for row in self._sql.run(connection, _FILES, ids=rows)
-            }
+            rows = self._queries.run(connection, "file_states", ids=ids)
+            return {name: FileState(bool(row), bool(free)) for name, row, free in rows}
 
-    def _newest_age(self) -> float:
-        """Seconds since the newest message was received; infinite without messages."""
+    def _seconds(self, name: str) -> float:
         with reading(self._engine) as connection:
-            newest = "SELECT @since(received_at) FROM messages ORDER BY id DESC LIMIT 1"
-            age = self._sql.run(connection, newest).scalar()
-        return float("inf") if age is None else float(age)
+            value = self._queries.run(connection, name).scalar()
+        return float("inf") if value is None else float(value)

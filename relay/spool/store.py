@@ -21,10 +21,10 @@ from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from relay.db.engine import writing
-from relay.db.sql import dialect_of
+from relay.db.sql import Queries
 from relay.ids import dashed, new_id
 
 SYNC_EVERY = 8 << 20
@@ -375,11 +375,9 @@ class Spool:
     def prepare(self, engine: Engine, *, unsafe: bool = False) -> None:
         """Make or check the directory, and that it is the one that this database knows; raises
         SpoolError. The identity of a new spool is recorded in the database."""
-        spell = dialect_of(engine)
+        queries = Queries(engine, __name__)
         with writing(engine) as connection:
-            if spell.postgresql:  # services start together; writers of SQLite take turns anyway
-                connection.execute(text("LOCK TABLE spool IN EXCLUSIVE MODE"))
-            known = connection.execute(text(spell("SELECT @hex(id) FROM spool"))).scalar()
+            known = queries.run(connection, "lock_identity").scalar()
             try:
                 if known is None:  # else the path may be a bare mount point, which must stay empty
                     self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -388,10 +386,7 @@ class Spool:
                 self._check_usable(unsafe=unsafe)
                 if known is None:
                     self._identity = self._identity or self._write_identity()
-                    connection.execute(
-                        text(spell("INSERT INTO spool (id, created_at) VALUES (:id, @now)")),
-                        {"id": dashed(self._identity)},
-                    )
+                    queries.run(connection, "insert_identity", id=dashed(self._identity))
             except OSError as error:
                 mount = (
                     "; this database has a spool: mount it. Nothing was touched" if known else ""

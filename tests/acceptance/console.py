@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from commands.web import app as web
-from relay.db.schema import Outcome, State
 from relay.dsn.generator import DsnGenerator
 from relay.queue.operations import OPERATIONS, QueueOperations
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.settings import Settings, load
 from relay.spool.store import Spool

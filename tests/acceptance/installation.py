@@ -22,8 +22,8 @@ from sqlalchemy import text
 
 from qmqp.sink import Sink
 from relay.db.engine import connect, reading
-from relay.db.sql import dialect_of
 from tests.acceptance.stack import ROOT, STARTING, relay_environ
+from tests.dialect import dialect_of
 from tests.postfix import program
 from tests.services import Broker, ServiceError, end, free_port, spawn, temporary_directory
 from tests.waiting import until
@@ -140,7 +140,7 @@ class Installation:
     # Queries
 
     def rows(self, sql: str, **parameters: Any) -> list[Any]:
-        """The rows of a SELECT (macros of `relay.db.sql.Dialect` work)."""
+        """The rows of a SELECT (macros of `tests.dialect` work)."""
         with reading(self.database) as connection:
             return list(connection.execute(text(self.dialect(sql)), parameters).all())
 

@@ -15,9 +15,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from relay.db.engine import reading
-from relay.db.schema import UNFINISHED, State
 from relay.ids import dashed
 from relay.metrics import QueueMetrics as Collected
+from relay.queue.states import UNFINISHED, State
 from relay.spool.store import Spool
 from tests.acceptance.console import (
     HOSTILE,

@@ -105,11 +105,9 @@ class SlowReader:
 
     slow_now: bool = False
 
-    def opening(self) -> Answer | None:
-        return Answer(read_size=1024, read_pause=0.2) if self.slow_now else None
-
-    def answer(self, recipients: object, digest: str) -> Answer | None:
-        return None
+    def __call__(self, recipients: object, digest: str) -> Answer | None:
+        opened = recipients is None
+        return Answer(read_size=1024, read_pause=0.2) if self.slow_now and opened else None
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from relay.db.schema import Outcome
 from relay.ids import dashed, new_id
+from relay.queue.outcome import Outcome
 from relay.report.queries import QueueReader
 from relay.report.statistics import Statistics
 from relay.spool.store import Spool
@@ -67,10 +67,10 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
 ) -> None:
     _, browser = at_the_page
 
-    def broken(_queue: QueueReader) -> Any:
+    def broken(_statistics: Statistics, *_spans: int) -> Any:
         raise RuntimeError("something inside")
 
-    monkeypatch.setattr(QueueReader, "summary", broken)
+    monkeypatch.setattr(Statistics, "history", broken)
     with capture_logs() as logged:
         page = browser.get("/")
     assert page.status == 500
@@ -157,7 +157,7 @@ def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[QueueHarness
             "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'delivered',"
             " '', 1)", id=queue_id, attempt_index=attempt_index, ago=ago, w=dashed(queue.worker),
         )  # fmt: skip
-    now, rows = Statistics(QueueReader(queue.database)).history(21_600, 300)
+    now, rows = Statistics(queue.database).history(21_600, 300)
     assert now.tzinfo is not None
     assert [(row["step"], row["tries"]) for row in rows] == [(0, 3), (1, 1), (70, 1)]
     assert {round(row["seconds"], 2) for row in rows} == {0.5}

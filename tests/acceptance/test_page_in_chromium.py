@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from relay.db.schema import Outcome
+from relay.queue.outcome import Outcome
 from relay.spool.store import Spool
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
 from tests.integration.harness import opened

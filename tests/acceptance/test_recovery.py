@@ -50,7 +50,7 @@ def accept(relay: Installation, count: int) -> None:
 
 def sweep(relay: Installation, worker: subprocess.Popen[Any]) -> None:
     """Wait until a worker has swept twice, so that a whole sweep began after now."""
-    heartbeat = relay.directory / "var" / f"worker-{worker.pid}.tick"
+    heartbeat = relay.directory / "var" / f"worker-{worker.pid}.heartbeat"
     for _ in range(2):
         last = heartbeat.stat().st_mtime_ns
         until(lambda last=last: heartbeat.stat().st_mtime_ns > last)  # type: ignore[misc]

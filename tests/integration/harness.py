@@ -15,7 +15,6 @@ from typing import Any
 from sqlalchemy import text
 
 from relay.db.engine import connect, reading, writing
-from relay.db.sql import dialect_of
 from relay.ids import dashed, new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.claim import WorkerQueue
@@ -26,6 +25,7 @@ from relay.queue.states import State
 from relay.routes import Routes
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
+from tests.dialect import dialect_of
 from tests.state_guard import unguarded
 from worker.circuit_breaker import ServerPool
 from worker.engine import Engine
@@ -64,7 +64,10 @@ class QueueHarness:
         self.database = connect(database_url, hot=True, pool=8)
         self.dialect = dialect_of(self.database)
         self.acceptor = Acceptor(
-            self.database, lifetime=self.settings.queue_lifetime, grace=self.settings.grace
+            self.database,
+            lifetime=self.settings.queue_lifetime,
+            grace=self.settings.grace,
+            delay_warning=self.settings.delay_warning,
         )
         self.worker_queue = self.another_worker_queue()
         self.rescuer = Rescuer(self.database, self.settings)
@@ -211,7 +214,8 @@ class QueueHarness:
         if self.dialect.postgresql:
             earlier = "- :s * interval '1 second'"
         statements = [
-            f"""UPDATE deliveries SET due_at = due_at {earlier}, expires_at = expires_at {earlier}
+            f"""UPDATE deliveries SET due_at = due_at {earlier}, expires_at = expires_at {earlier},
+            warn_at = warn_at {earlier}
                 {chosen if only else ""}"""
         ]
         if not only:

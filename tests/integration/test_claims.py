@@ -25,7 +25,8 @@ from relay.queue.model import (
     CompletionResult,
     Renewal,
 )
-from relay.queue.states import Outcome, State, successors
+from relay.queue.outcome import Outcome
+from relay.queue.states import State, successors
 from tests.integration.harness import OUTCOME_POLICY, PLENTY, QueueHarness, opened
 from tests.waiting import until
 
@@ -397,7 +398,8 @@ def test_only_queued_is_claimed_and_only_deferred_wakes_up(queue: QueueHarness) 
             f"UPDATE deliveries SET state = :state, due_at = @ago(1), worker = {worker} WHERE queue_id = @id(:id)",
             state=state, id=queue_id,
         )  # fmt: skip
-        assert queue.rescuer.requeue_due(10) == [queue_id] * (state is State.DEFERRED)
+        due = {"default": [queue_id]} if state is State.DEFERRED else {}
+        assert queue.rescuer.requeue_due(10) == due
         queue.pass_time(10)
         assert len(queue.claim() + queue.claim(queue_id)) == (
             state in (State.QUEUED, State.DEFERRED)
@@ -444,7 +446,7 @@ def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_queue: Qu
     reached, go_on = threading.Event(), threading.Event()
 
     def pause(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement.startswith("UPDATE workers SET lease_expires_at") and not reached.is_set():
+        if "UPDATE workers SET lease_expires_at" in statement and not reached.is_set():
             reached.set()
             assert go_on.wait(20)
 

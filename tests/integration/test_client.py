@@ -18,7 +18,7 @@ import pytest
 import uvloop
 
 from qmqp import body as body_module
-from qmqp import connection, resolver
+from qmqp import connection
 from qmqp.client import (
     BodyChanged,
     BodyFault,
@@ -29,7 +29,7 @@ from qmqp.client import (
 )
 from qmqp.request import Request
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.db.schema import Outcome
+from relay.queue.outcome import Outcome
 
 QUICK = Timeouts(connect=0.3, io=0.3, reply=0.3, session=5)
 SILENCE = Answer(raw=b"", end="stay")
@@ -469,10 +469,10 @@ def resolving(answer: Callable[..., Any]) -> Iterator[None]:
             else answer(host, port)
         )
 
-    resolver.cache.clear()
+    connection.lookups.clear()
     with patch.object(socket, "getaddrinfo", getaddrinfo):
         yield
-    resolver.cache.clear()
+    connection.lookups.clear()
 
 
 def test_B23_connection_refused(run, hello):
@@ -555,7 +555,7 @@ def test_a_name_is_asked_for_again_after_a_while_and_at_once_after_a_failure(
     with running_sink() as sink, resolving(getaddrinfo):
         assert run(outcomes(4)) == [SendOutcome.UNREACHABLE, *[SendOutcome.DELIVERED] * 3]
         assert len(asked) == 2
-        monkeypatch.setattr(resolver, "CACHE_TTL", 0.0)
+        monkeypatch.setattr(connection, "CACHE_TTL", 0.0)
         run(outcomes(2))
         assert len(asked) == 4
 

@@ -20,10 +20,11 @@ from qmqp.sink import running_sink
 from reception.spooler import Spooler
 from reception.spooler_protocol import BatchReply, FrameDecoder, StoreRequest
 from relay.db.engine import reading
-from relay.db.schema import Outcome, State
 from relay.hints import FRESH, Hints, celery_app
 from relay.ids import new_id
 from relay.queue.model import Attempt, ClaimRequest, Completion
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.settings import Settings, load
 from relay.spool.store import Spool
 from tests.integration.harness import EngineHarness, QueueHarness, new_message
@@ -32,8 +33,8 @@ from tests.waiting import until
 
 ROUNDS = (1, 64)
 INTAKE = {"postgresql": 1, "sqlite": 3}
-CLAIM = {"postgresql": 1, "sqlite": 2}
-RECORD = {"postgresql": 1, "sqlite": 3}
+CLAIM = {"postgresql": 1, "sqlite": 1}
+RECORD = {"postgresql": 1, "sqlite": 2}
 """Statements a round on each database, BEGIN and COMMIT not counted."""
 
 

@@ -21,16 +21,17 @@ from relay.db import engine as database
 from relay.db.engine import (
     DatabaseError,
     check_durable,
+    check_schema,
     committed_nothing,
     connect,
     is_outage,
     reading,
+    retry_until_available,
     writing,
 )
 from relay.db.schema import REVISION
-from relay.db.sql import Dialect, Statements
 from relay.ids import dashed, new_id
-from relay.startup import retry_until_available
+from tests.dialect import dialect_of
 from tests.services import Postgres
 from tests.waiting import until
 
@@ -42,32 +43,29 @@ def engine(clean_url: str) -> Iterator[Engine]:
     engine.dispose()
 
 
-def ask(engine: Engine, sql: str, **given: Any) -> Any:
-    """The one row that a SELECT with macros finds."""
-    with reading(engine) as connection:
-        return Statements(engine).run(connection, sql, **given).one()
+NOW = {"postgresql": "now()", "sqlite": "(SELECT now FROM clock)"}
 
 
-def micros(engine: Engine, moment: Any) -> float:
-    """A time as the database gives it, in seconds since 1970."""
-    return float(moment / 1e6 if engine.dialect.name == "sqlite" else moment.timestamp())
-
-
-# --- macros
+# --- the clock, and rows in a parameter
 # -----------------------------------------------------------------------------------------------
 
 
 def test_now_is_the_time(engine: Engine) -> None:
+    kind = engine.dialect.name
     for _ in range(50):
         before = time.time()
-        (now,) = ask(engine, "SELECT @now")
-        assert before - 0.002 <= micros(engine, now) <= time.time() + 0.002
+        with reading(engine) as connection:
+            now: Any = connection.exec_driver_sql(f"SELECT {NOW[kind]}").scalar()
+        seconds = now / 1e6 if kind == "sqlite" else now.timestamp()
+        assert before - 0.002 <= seconds <= time.time() + 0.002
 
 
 def test_the_sqlite_clock_is_exact_to_the_millisecond_at_any_time(sqlite_url: str) -> None:
     engine = connect(sqlite_url)
-    now = Dialect("sqlite").macros["now"]("")
     with reading(engine) as connection:
+        view = connection.exec_driver_sql("SELECT sql FROM sqlite_master WHERE name = 'clock'")
+        select = str(view.scalar()).partition(" AS\n")[2]
+        assert "'now'" in select
         for moment in (
             0,
             1,
@@ -82,46 +80,9 @@ def test_the_sqlite_clock_is_exact_to_the_millisecond_at_any_time(sqlite_url: st
                 datetime.fromtimestamp(moment // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.")
                 + f"{moment % 1000:03d}"
             )
-            found = connection.execute(
-                text(f"SELECT {now.replace("'now'", ':at')}"), {"at": spelt}
-            ).scalar()
+            found = connection.execute(text(select.replace("'now'", ":at")), {"at": spelt}).scalar()
             assert found == moment * 1000
     engine.dispose()
-
-
-def test_moments_from_now(engine: Engine) -> None:
-    row = ask(
-        engine,
-        "SELECT @now AS now, @later(:s) AS later, @ago(:s) AS ago, @later(0.25) AS soon, @since(@ago(90)) AS since,"
-        " @micros(@now) AS micros",
-        s=90.5,
-    )
-    now = micros(engine, row.now)
-    assert micros(engine, row.later) - now == pytest.approx(90.5, abs=1e-6)
-    assert now - micros(engine, row.ago) == pytest.approx(90.5, abs=1e-6)
-    assert micros(engine, row.soon) - now == pytest.approx(0.25, abs=1e-6)
-    assert float(row.since) == pytest.approx(90, abs=0.01)
-    assert int(row.micros) / 1e6 == pytest.approx(now, abs=1e-6)
-
-
-def test_when_is_for_people(engine: Engine) -> None:
-    shown, now = ask(engine, "SELECT @when(@now), @now")
-    if isinstance(shown, str):
-        shown = datetime.fromisoformat(shown).replace(tzinfo=UTC)
-    assert shown.timestamp() == pytest.approx(micros(engine, now), abs=0.001)
-
-
-def test_ids_go_in_and_come_out(engine: Engine) -> None:
-    worker = new_id()
-    with writing(engine) as connection:
-        Statements(engine).run(
-            connection,
-            "INSERT INTO spool (id, created_at) VALUES (@id(:id), @now)",
-            id=dashed(worker),
-        )
-    assert ask(engine, "SELECT @hex(id) FROM spool WHERE id = @id(:id)", id=dashed(worker)) == (
-        worker,
-    )
 
 
 def test_rows_bring_every_kind_of_value(engine: Engine) -> None:
@@ -135,46 +96,12 @@ def test_rows_bring_every_kind_of_value(engine: Engine) -> None:
         },
         {"id": dashed(new_id()), "n": -1, "big": 0, "x": 1e-6, "t": None},
     ]
+    rows = dialect_of(engine)("@rows(:sent; id uuid, n int, big bigint, x float8, t text)")
+    query = text(f"SELECT CAST(id AS text) AS id, n, big, x, t FROM {rows}")
     with reading(engine) as connection:
-        columns = "id uuid, n int, big bigint, x float8, t text"
-        sql = f"SELECT CAST(id AS text) AS id, n, big, x, t FROM @rows(:sent; {columns})"
-        found = Statements(engine).run(connection, sql, sent=json.dumps(sent)).mappings().all()
+        found = connection.execute(query, {"sent": json.dumps(sent)}).mappings().all()
         assert [dict(row) for row in found] == sent
-        assert Statements(engine).run(connection, sql, sent="[]").all() == []
-
-
-def test_locks(engine: Engine) -> None:
-    with writing(engine) as connection:
-        statements = Statements(engine)
-        statements.run(
-            connection,
-            "INSERT INTO spool (id, created_at) VALUES (@id(:id), @now)",
-            id=dashed(new_id()),
-        )
-    with writing(engine) as connection:
-        assert (
-            len(statements.run(connection, "SELECT id FROM spool d ORDER BY id @locked(d)").all())
-            == 1
-        )
-        if engine.dialect.name == "postgresql":
-            with writing(engine) as other:
-                assert statements.run(other, "SELECT id FROM spool @skip_locked").all() == []
-        else:
-            assert len(statements.run(connection, "SELECT id FROM spool @skip_locked").all()) == 1
-
-
-def test_every_macro_is_spelt_for_both_and_nested_ones_too() -> None:
-    assert Dialect("sqlite").macros.keys() == Dialect("postgresql").macros.keys()
-    assert "now()" in Dialect("postgresql")("SELECT @since(@ago((1 + (2))))")
-    assert Dialect("postgresql")("sender IN ('', '#@[]')") == "sender IN ('', '#@[]')"
-    with pytest.raises(KeyError):
-        Dialect("sqlite")("SELECT @nonsense")
-
-
-def test_common_parameters(engine: Engine) -> None:
-    with reading(engine) as connection:
-        sql = "SELECT CAST(:a AS int) + CAST(:b AS int)"
-        assert Statements(engine, a=1, b=2).run(connection, sql, b=5).scalar() == 6
+        assert connection.execute(query, {"sent": "[]"}).all() == []
 
 
 # --- outages
@@ -278,11 +205,15 @@ def test_a_statement_may_take_as_long_as_the_engine_says(clean_postgres_url: str
     engine.dispose()
 
 
+def wait_for_schema(engine: Engine) -> None:
+    retry_until_available(lambda: check_schema(engine))
+
+
 def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: Path) -> None:
     """No process gives up when the database starts or is migrated later."""
     url = f"sqlite:///{tmp_path}/late.db"
     engine = connect(url)
-    waiting = threading.Thread(target=database.wait_until_ready, args=(engine,))
+    waiting = threading.Thread(target=wait_for_schema, args=(engine,))
     waiting.start()
     assert waiting.is_alive()
     assert database.migrate(url) == REVISION
@@ -290,7 +221,7 @@ def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: P
     assert not waiting.is_alive()
     with writing(engine) as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'older'")
-    waiting = threading.Thread(target=database.wait_until_ready, args=(engine,))
+    waiting = threading.Thread(target=wait_for_schema, args=(engine,))
     waiting.start()
     with writing(engine) as connection:
         connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{REVISION}'")
@@ -429,7 +360,7 @@ def test_a_thread_waits_for_its_turn_to_write(sqlite_url: str) -> None:
 
 
 def test_a_transaction_that_fails_is_rolled_back_and_lets_the_next_one_in(engine: Engine) -> None:
-    insert = text(Dialect(engine.dialect.name)("INSERT INTO spool VALUES (@id(:id), @now)"))
+    insert = text(dialect_of(engine)("INSERT INTO spool VALUES (@id(:id), @now)"))
     with pytest.raises(DBAPIError), writing(engine) as connection:
         connection.execute(insert, [{"id": "11111111-1111-7111-8111-111111111111"}] * 2)
     with writing(engine) as connection:

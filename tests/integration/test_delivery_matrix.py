@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmqp.sink import Answer, MagicRecipients, Rule, Sink
-from relay.db.schema import Outcome, State
 from relay.queue.model import Claim, Completion
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.routes import Route, Server
 from relay.settings import WorkerSettings, load
 from worker.circuit_breaker import ServerPool
@@ -150,7 +151,7 @@ async def _carried(
     os.ftruncate(handle, case.size)
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
     claim = Claim("01" * 16, 1, 1, "r", "a@example.com", case.size, recipients, 0, 0, 0.0)
-    config = TransferConfig.of(SETTINGS, pool, lambda worker: case.may_commit)
+    config = TransferConfig(SETTINGS, pool, lambda worker: case.may_commit)
     transfer = DeliveryTask(claim, "02" * 16, handle, Route("r", servers), config)
     os.ftruncate(handle, case.size - case.cut)
     run = asyncio.create_task(transfer.run())

@@ -2,7 +2,6 @@
 worker is killed, and no other."""
 
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -16,13 +15,14 @@ import pytest
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import OperationalError
 
-from relay.db.schema import NEEDS_BODY, Outcome, State
 from relay.dsn.generator import GATHER, LONGEST_RETURNED, PUT_OFF, DsnGenerator
 from relay.dsn.message import compose
 from relay.ids import new_id
 from relay.queue.accept import NewMessage, NewRecipient
 from relay.queue.model import Attempt, Claim, CompletionResult
 from relay.queue.operations import OPERATIONS, QueueOperations
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, opened
@@ -95,9 +95,13 @@ class DsnHarness:
         return any(row["due_at"] is not None for row in self.queue.rows(sql, id=queue_id))
 
     def age(self, queue_id: str, seconds: float = 5 * HOUR) -> None:
-        """Sets its arrival to that many seconds ago."""
+        """Sets its arrival to that many seconds ago, and what depends on it."""
         aged = "UPDATE messages SET received_at = @ago(:s) WHERE id = @id(:id)"
         self.queue.change(aged, s=seconds, id=queue_id)
+        if self.queue.settings.delay_warning is not None:
+            warn = """UPDATE deliveries SET warn_at = @later(:s)
+                WHERE queue_id = @id(:id) AND warn_at IS NOT NULL"""
+            self.queue.change(warn, s=self.queue.settings.delay_warning - seconds, id=queue_id)
 
     def whole(self, dsn: str) -> bool:
         """Whether a DSN's file has the size of its row."""
@@ -204,7 +208,8 @@ def test_parts_of_an_uncertain_delivery_may_have_been_delivered(post: DsnHarness
 def test_original_stays_until_its_dsn_is_generated(post: DsnHarness) -> None:
     queue_id = post.accept()
     post.fail(queue_id)
-    needed = f"SELECT 1 FROM deliveries WHERE queue_id = @id(:id) AND {NEEDS_BODY}"
+    needed = """SELECT 1 FROM deliveries WHERE queue_id = @id(:id)
+        AND (state IN ('queued', 'sending', 'deferred', 'held') OR due_at IS NOT NULL)"""
     assert post.queue.rows(needed, id=queue_id)
     assert post.has_body(queue_id)
     (dsn,) = post.generator.generate(10)
@@ -1009,72 +1014,48 @@ def test_warning_reports_the_waiting_recipients_and_is_not_repeated_after_a_spli
     assert late.generator.warn(10) == [] == late.another().warn(10)
 
 
-def test_long_queue_is_scanned_in_parts(late: DsnHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relay.dsn.generator.LATE_CHECKS", 3)
+def test_a_call_warns_of_a_bounded_number_of_deliveries(late: DsnHarness) -> None:
     ids = [late.accept() for _ in range(10)]
-    same = "UPDATE deliveries SET due_at = @later(600) WHERE queue_id IN (SELECT queue_id FROM deliveries LIMIT 5)"
-    late.queue.change(same)  # as one statement makes them
     for queue_id in ids[1:]:
         late.age(queue_id)
-    made = [late.generator.warn(2) for _ in range(8)]
-    assert max(map(len, made)) <= 2
-    assert sum(map(len, made)) == 9
+    assert [len(late.generator.warn(2)) for _ in range(6)] == [2, 2, 2, 2, 1, 0]
     late.age(ids[0])
-    assert sum(len(generator.warn(2)) for generator in [late.another()] for _ in range(5)) == 1
+    assert len(late.another().warn(2)) == 1
     assert [len(late.dsns(queue_id)) for queue_id in ids] == [1] * 10
 
 
-def test_scan_for_late_mail_reads_indexes_and_no_table(
-    late: DsnHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("relay.dsn.generator.LATE_CHECKS", 1)  # every state is entered twice
-    seen: list[tuple[str, Any]] = []
-
-    def see(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
-        seen.append((statement, parameters))
-
-    deferred, sending, _ = (late.accept() for _ in range(3))
-    late.fail(deferred, Outcome.DEFERRED)
-    late.queue.claim(sending)
-    event.listen(late.queue.database, "before_cursor_execute", see)
-    for _ in range(4):
-        late.generator.warn(10)
-    event.remove(late.queue.database, "before_cursor_execute", see)
-    scans = [
-        (sql, parameters) for sql, parameters in seen if "due_at, queue_id, number LIMIT" in sql
-    ]
-    explain = "EXPLAIN" if late.queue.dialect.postgresql else "EXPLAIN QUERY PLAN"
-    with late.queue.database.connect() as connection:
-        plans = [
-            connection.exec_driver_sql(f"{explain} {sql}", parameters).all()
-            for sql, parameters in scans
-        ]
-    indexes = [re.findall("deliveries_(?!key)[a-z]+", str(plan)) for plan in plans]
-    states = ("deferred", "queued", "sending")
-    assert indexes == [[f"deliveries_{state}"] for state in states for _ in range(2)]
-    assert not re.search("Seq Scan|SCAN (deliveries|[mor]) ?'", str(plans))
-
-
-def test_scan_pauses_until_mail_can_be_late(
-    late: DsnHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = [late.accept() for _ in range(2)]
-    late.fail(ids[0], Outcome.DEFERRED)
-    late.age(ids[0], 3.5 * HOUR)
-    looked: list[str] = []
-
-    def see(_: Any, __: Any, statement: str, *___: Any) -> None:
-        looked.extend(["look"] * statement.startswith("SELECT"))
-
-    event.listen(late.queue.database, "before_cursor_execute", see)
+def test_parts_of_a_delivery_are_late_when_it_would_have_been(late: DsnHarness) -> None:
+    queue_id = late.accept(*(f"{n}@example.org" for n in "pq"))
+    late.fail(queue_id, state=State.SPLIT)
     assert late.generator.warn(10) == []
-    assert len(looked) == 3, "one look at each state"
+    late.age(queue_id)
+    (warning,) = late.generator.warn(10)
+    assert late.reported(warning) == [(f"{n}@example.org", "delayed") for n in "pq"]
     assert late.generator.warn(10) == []
-    assert len(looked) == 3
-    late.age(ids[0])
-    now = time.monotonic()
-    monkeypatch.setattr("relay.dsn.generator.time.monotonic", lambda: now + 0.5 * HOUR)
+
+
+def test_part_of_a_delivery_whose_sender_was_warned_is_marked(late: DsnHarness) -> None:
+    queue_id = late.accept(*(f"{n}@example.org" for n in "pq"))
+    late.age(queue_id)
     assert len(late.generator.warn(10)) == 1
+    late.fail(queue_id, state=State.SPLIT)
+    pieces = late.queue.rows("SELECT warn_at, warned_at FROM deliveries WHERE parent IS NOT NULL")
+    assert [(row["warn_at"], row["warned_at"] is None) for row in pieces] == [(None, False)] * 2
+
+
+def test_delivery_that_was_locked_during_the_warning_is_not_warned_of_again(
+    clean_postgres_url: str, spool: Spool
+) -> None:
+    with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
+        post = DsnHarness(queue, spool)
+        queue_id = post.accept("x@example.org", "bulk:y@example.org")
+        post.age(queue_id)
+        with queue.database.connect() as busy:
+            busy.execute(text("SELECT 1 FROM deliveries WHERE number = 1 FOR UPDATE"))
+            assert len(post.generator.warn(10)) == 1
+        assert queue.delivery(queue_id)["warn_at"] is not None
+        assert post.generator.warn(10) == []
+        assert queue.delivery(queue_id)["warn_at"] is None
 
 
 @pytest.mark.parametrize(("settings", "given"), [

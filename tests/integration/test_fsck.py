@@ -12,10 +12,10 @@ from commands.ops import fsck
 from commands.ops.check import broker_lists
 from commands.ops.fsck import Fsck, Inconsistency
 from relay.db.engine import writing
-from relay.db.schema import Outcome
 from relay.hints import QUEUES, celery_app
 from relay.ids import dashed, new_id
 from relay.queue import audit
+from relay.queue.outcome import Outcome
 from relay.settings import Settings, load
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
@@ -167,15 +167,15 @@ def test_a_body_of_a_delivery_that_finishes_meanwhile_is_no_inconsistency(
     queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = stored(queue, spool)
-    fault = Fsck._fault
+    open_body = Spool.open
 
-    def delivered_meanwhile(self: Fsck, name: str, size: int) -> str:
+    def delivered_meanwhile(self: Spool, name: str, size: int) -> int:
         if queue.state(queue_id) == "queued":
             queue.complete(queue.claim(queue_id)[0], Outcome.DELIVERED)
             spool.remove(queue_id)
-        return fault(self, name, size)
+        return open_body(self, name, size)
 
-    monkeypatch.setattr(Fsck, "_fault", delivered_meanwhile)
+    monkeypatch.setattr(Spool, "open", delivered_meanwhile)
     assert fsck_rows(typed, "--repair") == []
 
 
@@ -330,8 +330,7 @@ def test_an_expired_worker_is_recorded(queue: QueueHarness, spool: Spool, typed:
 def test_many_rows_are_repaired_in_chunks(
     queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    for module in (audit, fsck):
-        monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(fsck, "CHUNK", 2)
     chunks, note = list[int](), audit.AuditEntry.note
 
     def noting(self: audit.AuditEntry, connection: Connection, matched: int, *keys: str) -> None:

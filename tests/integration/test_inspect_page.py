@@ -6,8 +6,10 @@ from pathlib import Path
 from sqlalchemy import inspect
 
 from migrations.tables import VIEW_COLUMNS
+from migrations.views import VIEWS
 from relay.db import engine as database
-from relay.db.schema import VIEWS, Outcome, State
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 
 PAGE = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
 

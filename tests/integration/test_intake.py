@@ -13,9 +13,9 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from relay.db.engine import TooLate
 from relay.db.group_commit import CommitThread, CommitUnknown
-from relay.db.schema import Outcome
 from relay.ids import new_id
 from relay.queue.accept import NewMessage
+from relay.queue.outcome import Outcome
 from tests.integration.harness import QueueHarness, new_message, opened
 from tests.services import Postgres
 from tests.waiting import until

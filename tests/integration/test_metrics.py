@@ -8,13 +8,14 @@ from sqlalchemy import text
 
 from relay import metrics
 from relay.db import engine as database
-from relay.db.schema import Outcome, State
 from relay.ids import dashed, new_id
 from relay.metrics import QueueMetrics
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.claim import WorkerQueue
 from relay.queue.model import Attempt, ClaimRequest, Completion
 from relay.queue.operations import QueueOperations
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.settings import WorkerSettings
 from relay.spool.store import Spool
 from tests.services import Postgres

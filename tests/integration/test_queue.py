@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from relay.db.schema import Outcome, State
 from relay.ids import dashed, new_id
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.report.queries import NoSuchMessage, QueueReader
 from tests.integration.harness import QueueHarness, new_message
@@ -152,28 +153,28 @@ def test_message_has_recipients_deliveries_and_attempts(
     queue.complete(queue.claim(queue_id)[0], Outcome.REJECTED)
     message = reader.message(queue_id)
     assert message is not None
-    assert [row["address"] for row in message["recipients"]] == [
+    assert [row.address for row in message.recipients] == [
         "x@example.org",
         "y@example.org",
         "z@example.org",
     ]
-    assert [(row["number"], row["state"], row["claim_count"]) for row in message["deliveries"]] == [
+    assert [(row.number, row.state, row.claim_count) for row in message.deliveries] == [
         (1, "bounced", 2), (2, "queued", 0)
     ]  # fmt: skip
-    assert [(row["claim"], row["outcome"], row["worker"]) for row in message["attempts"]] == [
+    assert [(row.claim, row.outcome, row.worker) for row in message.attempts] == [
         (1, "deferred", queue.worker), (2, "rejected", queue.worker)
     ]  # fmt: skip
-    assert message["attempts"][0]["started_at"].tzinfo is UTC
+    assert message.attempts[0].started_at.tzinfo is UTC
     assert reader.message("f" * 32) is None
 
 
 def test_summary_and_servers_count_the_queue(queue: QueueHarness, reader: QueueReader) -> None:
-    assert (reader.summary(), reader.servers()) == ([], [])
+    assert (reader.read("summary"), reader.read("servers")) == ([], [])
     queue.accept("x@example.org", "bulk:y@example.org")
     (late,) = queue.claim(queue.accept())
     queue.complete(late, Outcome.UNCERTAIN)
     queue.pass_time(60, only=[late.queue_id])
-    summary = {(row["state"], row["route"]): row for row in reader.summary()}
+    summary = {(row["state"], row["route"]): row for row in reader.read("summary")}
     assert {key: (row["deliveries"], row["bytes"], row["overdue"]) for key, row in summary.items()} == {
         ("deferred", "default"): (1, 100, 1), ("queued", "bulk"): (1, 100, 0), ("queued", "default"): (1, 100, 0),
     }  # fmt: skip
@@ -181,7 +182,7 @@ def test_summary_and_servers_count_the_queue(queue: QueueHarness, reader: QueueR
         0 <= row["oldest_seconds"] < 60 and row["oldest_at"].tzinfo is UTC
         for row in summary.values()
     )
-    (server,) = reader.servers()
+    (server,) = reader.read("servers")
     assert (server["attempts"], server["uncertain"], server["delivered"], server["bytes_sent"]) == (
         1,
         1,
@@ -195,13 +196,13 @@ def test_workers_are_listed(queue: QueueHarness, reader: QueueReader) -> None:
     gone = queue.register_worker()
     queue.worker_queue.retire(gone)
     (alive, ended) = reader.workers()
-    assert (alive["id"], bool(alive["alive"]), alive["sending"], alive["ended_at"]) == (
+    assert (alive.id, alive.alive, alive.sending, alive.ended_at) == (
         queue.worker,
         True,
         2,
         None,
     )
-    assert (ended["id"], bool(ended["alive"]), ended["end_reason"]) == (gone, False, "stopped")
+    assert (ended.id, ended.alive, ended.end_reason) == (gone, False, "stopped")
 
 
 def test_filter_is_shown_as_options() -> None:

@@ -24,7 +24,8 @@ from relay.hints import celery_app
 from relay.ids import dashed
 from relay.queue.model import Claim, Command, CommandResult
 from relay.queue.operations import OPERATIONS, QueueOperations
-from relay.queue.states import UNFINISHED, Outcome, State, successors
+from relay.queue.outcome import Outcome
+from relay.queue.states import UNFINISHED, State, successors
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.harness import EngineHarness, QueueHarness
@@ -565,9 +566,9 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
     )
     found = {(row["state"], row["last_outcome"]): row["n"] for row in counts}
     assert found[("deferred", "uncertain")] == copies
-    assert queue.rescuer.requeue_due(BATCH) == [], "not before UNCERTAIN_DELAY"
+    assert queue.rescuer.requeue_due(BATCH) == {}, "not before UNCERTAIN_DELAY"
     queue.pass_time(100)
-    assert len(queue.rescuer.requeue_due(BATCH)) == BATCH, "a batch at a time"
+    assert len(queue.rescuer.requeue_due(BATCH)["default"]) == BATCH, "a batch at a time"
     assert len(queue.claim(room={"default": 50}, worker=queue.register_worker())) <= 50
 
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from commands.cli.main import main
 from migrations.tables import metadata
+from migrations.views import VIEWS
 from relay.db.engine import alembic_config, migrate
-from relay.db.schema import VIEWS
 from tests.conftest import Databases
 from tests.integration.test_inspect_page import PAGE
 

@@ -16,12 +16,12 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
 from relay.db.engine import is_outage, writing
-from relay.db.schema import Outcome, State
-from relay.db.sql import Statements
 from relay.ids import dashed
 from relay.queue.model import Claim, CompletionResult
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
+from relay.queue.outcome import Outcome
 from relay.queue.split import LARGEST, Splitter
+from relay.queue.states import State
 from relay.report.filters import Filter
 from tests.integration.harness import QueueHarness
 
@@ -207,7 +207,7 @@ def test_halves_may_be_cut_at_the_same_time(postgres_queue: QueueHarness) -> Non
     (whole,) = queue.claim(queue_id)
     refuse(queue, whole, server)
     first, second = queue.claim(queue_id)
-    elsewhere = Splitter(Statements(queue.database, notices=True))
+    elsewhere = Splitter(queue.database, notices=True)
     with writing(queue.database) as connection:  # another worker is in the middle of its round
         assert elsewhere.cut(connection, dashed(queue_id), first.number, "no")
         refuse(queue, second, server)
@@ -368,7 +368,7 @@ def test_numbers_of_halves_are_unique(postgres_queue: QueueHarness) -> None:
     queue = postgres_queue
     queue_id = queue.accept(*addresses(4), *(f"bulk:{n}@{n}.test" for n in range(5)))
     (claim,) = queue.claim(queue_id)
-    elsewhere = Splitter(Statements(queue.database, notices=True))
+    elsewhere = Splitter(queue.database, notices=True)
     with writing(queue.database) as connection:
         lock(connection, queue_id, 2)
         elsewhere.divide(connection, dashed(queue_id), 2, {str(n): [5 + n] for n in range(5)})
@@ -416,6 +416,24 @@ def test_a_list_with_too_many_recipients_is_cut_until_the_server_takes_it(
     assert became(queue, queue_id) == dict.fromkeys(names, "delivered")
     assert server.accepted == Counter(names), "each once"
     assert (len(family(queue, queue_id)) > LARGEST) == (most < 100)
+
+
+@pytest.mark.parametrize("cut_first", [True, False])
+def test_body_stays_for_the_children_when_another_delivery_ends_in_the_batch(
+    queue: QueueHarness, cut_first: bool
+) -> None:
+    queue_id = queue.accept(*addresses(2), "bulk:x@example.org")
+    claims = {claim.route: claim for claim in queue.claim(queue_id, room={"default": 9, "bulk": 9})}
+    batch = [
+        queue.completion(claims["default"], Outcome.REJECTED, state=State.SPLIT),
+        queue.completion(claims["bulk"], Outcome.DELIVERED),
+    ]
+    results = queue.worker_queue.commit(batch if cut_first else batch[::-1])
+    assert {
+        (result.state, result.body_deletable)
+        for result in results
+        if isinstance(result, CompletionResult)
+    } == {(State.SPLIT, False), (State.DELIVERED, False)}
 
 
 def test_a_single_recipient_that_is_too_many_bounces(queue: QueueHarness) -> None:

@@ -26,13 +26,14 @@ from sqlalchemy import text
 
 from migrations.tables import metadata
 from relay.db.engine import writing
-from relay.db.schema import FINAL, UNFINISHED, Outcome, State
 from relay.dsn.generator import DsnGenerator
 from relay.dsn.message import POSSIBLY_DELIVERED
 from relay.ids import new_id
 from relay.queue import rescue
 from relay.queue.model import Claim, ClaimRequest, Command, Completion, CompletionResult, Renewal
 from relay.queue.operations import OPERATIONS, REROUTE, Operation, QueueOperations
+from relay.queue.outcome import Outcome
+from relay.queue.states import FINAL, UNFINISHED, State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from tests.integration.harness import OUTCOME_POLICY, QueueHarness, new_message
@@ -503,7 +504,7 @@ class History(RuleBasedStateMachine):
         ids = self.harness.rescuer.requeue_due(limit)
         woken = [key for key in due if self._row(key)["state"] == "queued"]
         assert len(woken) == min(limit, len(due))
-        assert set(ids) == {queue_id for queue_id, _ in woken}
+        assert {queue_id for some in ids.values() for queue_id in some} == {m for m, _ in woken}
         for key in woken:
             assert all(due[key] <= other + NEAR for left, other in due.items() if left not in woken)
             self.queue[key].state, self.queue[key].due = State.QUEUED, self.clock + GRACE
@@ -967,9 +968,7 @@ def harness(
     clean_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[QueueHarness]:
     monkeypatch.setattr("relay.dsn.generator.GATHER", GATHER)
-    monkeypatch.setattr(
-        rescue, "_IN_FLIGHT", rescue._IN_FLIGHT.replace("@chance", "0")
-    )  # the model knows when each is due
+    monkeypatch.setattr(rescue, "JITTER", 0.0)  # the model knows when each is due
     made = QueueHarness(
         clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,
         uncertain_delay=UNCERTAIN_DELAY, poison_limit=POISON, **VARIANTS[request.param],

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from relay.db.schema import Outcome, State
 from relay.dsn.generator import DsnGenerator
 from relay.queue.model import Claim
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, opened
 
@@ -33,10 +34,10 @@ def lose_worker(queue: QueueHarness, worker: str = "") -> int | None:
 
 def test_deliveries_are_requeued_in_due_order(queue: QueueHarness) -> None:
     ids = deferred(queue, 5)
-    assert set(queue.rescuer.requeue_due(2)) == set(ids[:2])
+    assert set(queue.rescuer.requeue_due(2)["default"]) == set(ids[:2])
     assert queue.states_of(ids) == ["queued"] * 2 + ["deferred"] * 3
-    assert set(queue.rescuer.requeue_due(10)) == set(ids[2:4]), "the last is not due yet"
-    assert queue.rescuer.requeue_due(10) == []
+    assert set(queue.rescuer.requeue_due(10)["default"]) == set(ids[2:4]), "the last is not due yet"
+    assert queue.rescuer.requeue_due(10) == {}
     row = queue.delivery(ids[0])
     assert row["due_in"] == pytest.approx(queue.settings.grace, abs=4), (
         "its hint has GRACE to arrive"
@@ -44,12 +45,12 @@ def test_deliveries_are_requeued_in_due_order(queue: QueueHarness) -> None:
     assert row["backoff_step"] == 2
 
 
-def test_deliveries_of_one_message_are_hinted_once(queue: QueueHarness) -> None:
+def test_deliveries_of_one_message_are_hinted_by_route(queue: QueueHarness) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org")
     for claim in queue.claim(queue_id, room={"default": 1, "bulk": 1}):
         queue.complete(claim, Outcome.DEFERRED)
     queue.pass_time(60)
-    assert queue.rescuer.requeue_due(10) == [queue_id]
+    assert queue.rescuer.requeue_due(10) == {"default": [queue_id], "bulk": [queue_id]}
     assert {queue.state(queue_id, 1), queue.state(queue_id, 2)} == {"queued"}
 
 
@@ -61,7 +62,7 @@ def test_two_sweepers_share_due_deliveries(queue: QueueHarness) -> None:
         barrier.wait(10)
         woken: list[str] = []
         while queue.rows("SELECT 1 FROM deliveries WHERE state = 'deferred' AND due_at <= @now"):
-            woken += queue.rescuer.requeue_due(3)
+            woken += queue.rescuer.requeue_due(3).get("default", [])
         return woken
 
     with ThreadPoolExecutor(2) as pool:
@@ -264,7 +265,7 @@ def test_a_delivery_deferred_beyond_the_longest_wait_is_due(queue: QueueHarness)
     ids = deferred(queue, 3)
     queue.pass_time(-BACK, only=ids[1:])
     assert queue.rescuer.bring_near(10, LONGEST, ["default"]) == 2
-    assert set(queue.rescuer.requeue_due(10)) == set(ids)
+    assert set(queue.rescuer.requeue_due(10)["default"]) == set(ids)
 
 
 def test_a_wait_that_may_be_is_kept(queue: QueueHarness) -> None:

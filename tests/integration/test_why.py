@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from relay.db.schema import Outcome
 from relay.dsn.generator import DsnGenerator
+from relay.queue.outcome import Outcome
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
 from tests.integration.typed import Typed, typed_at

@@ -132,7 +132,7 @@ def test_hints_are_delivered_and_sigterm_ends_the_worker(
         assert services.end(worker) == 0
     assert sink.count == len(ids)
     assert home.mail.rows("SELECT end_reason FROM workers") == [{"end_reason": "stopped"}]
-    assert list(home.mail.settings.state_dir.glob("*.tick")) == []
+    assert list(home.mail.settings.state_dir.glob("*.heartbeat")) == []
 
 
 def test_mail_is_delivered_without_a_broker(processes: Any) -> None:

@@ -1,6 +1,7 @@
 """Capacity: never more than the connections, shared by the routes, and returned."""
 
 from collections import Counter
+from collections.abc import Mapping
 from random import Random
 
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from relay.queue.model import Claim
 from relay.routes import Route, Routes, parse_server
 from worker.circuit_breaker import ConnectionSlot, ServerPool
-from worker.producer import Capacity
+from worker.producer import Capacity, Slots
 
 A, B, C = parse_server("a.example"), parse_server("b.example"), parse_server("c.example")
 ROUTES = ("one", "two", "default")
@@ -26,36 +27,42 @@ def claims(name: str, count: int) -> list[Claim]:
     ]
 
 
+def counts(reserved: Mapping[str, Slots]) -> dict[str, int]:
+    return {name: len(slots) for name, slots in reserved.items()}
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
 def test_no_more_is_reserved_than_is_free(most: int, slots: int, connections: int) -> None:
     capacity, _ = opened(
         Route("one", (A,)), Route("two", (B,)), slots=slots, connections=connections
     )
-    first = capacity.reserve(("one", "two"), most, overdue=True)
-    assert sum(first.values()) <= min(most, connections)
+    first = Counter(counts(capacity.reserve(("one", "two"), most, overdue=True)))
+    assert first.total() <= min(most, connections)
     assert all(count <= slots for count in first.values())
-    second, shared = capacity.reserve_any(1000, capacity.free)
-    assert shared == []
-    assert capacity.busy == sum(first.values()) + sum(second.values()) <= connections
-    assert all(first.get(name, 0) + second.get(name, 0) <= slots for name in ("one", "two"))
+    second = Counter(counts(capacity.reserve(("one", "two"), 1000)))
+    assert capacity.busy == first.total() + second.total() <= connections
+    assert all(first[name] + second[name] <= slots for name in ("one", "two"))
 
 
 def test_every_route_gets_a_share() -> None:
     capacity, _ = opened(Route("one", (A,)), Route("two", (B,)), connections=10)
-    shares = capacity.reserve(ROUTES, 10, overdue=True)  # `default` has no server: its mail is told
-    assert set(shares) == {"one", "two", "default"}
+    shares = counts(capacity.reserve(ROUTES, 10, overdue=True))
+    assert set(shares) == {"one", "two", "default"}  # `default` has no server: its mail is told
     assert max(shares.values()) <= 4
 
 
 def test_unused_capacity_is_returned() -> None:
     capacity, servers = opened(Route("one", (A,)))
-    reserved, _ = capacity.reserve_any(8, capacity.free)
-    assert reserved == {"one": 8}
-    capacity.settle(reserved, claims("one", 3))
-    assert capacity.busy == 3
-    assert capacity.reserve(["one"], 100) == {"one": 7}  # ten slots, three of them reserved
-    servers.take(Route("one", (A,)))
-    capacity.slot_taken("one")
+    reserved = capacity.reserve(ROUTES, 8)
+    assert counts(reserved) == {"one": 8}
+    held = capacity.settle(reserved, claims("one", 3))
+    assert capacity.busy == len(held) == 3
+    again = capacity.reserve(["one"], 100)
+    assert counts(again) == {"one": 7}  # ten slots, three of them reserved
+    assert servers.take(Route("one", (A,))) is None
+    assert held[0] is not None
+    held[0].release()
+    assert servers.take(Route("one", (A,))) is not None
     capacity.ended()
     assert capacity.busy == 9
 
@@ -65,9 +72,12 @@ def test_routes_with_all_servers_down_get_a_batch_from_polls_only() -> None:
     for _ in range(3):
         servers.record_failure(A, "refused")
     assert capacity.all_servers_down("one")
-    assert capacity.reserve_any(100, capacity.free) == ({}, [])
+    assert capacity.reserve(ROUTES, 100) == {}
     assert capacity.reserve(["one"], 100) == {}
-    assert capacity.reserve(ROUTES, 5, overdue=True).keys() <= {"one", "default"}
+    polled = capacity.reserve(ROUTES, 100, overdue=True)
+    assert polled == {"one": [None] * 5, "default": [None] * 5}
+    assert capacity.settle(polled, claims("one", 2)) == [None, None]
+    assert capacity.busy == 2
 
 
 def test_a_paused_route_has_no_capacity() -> None:
@@ -79,55 +89,73 @@ def test_a_paused_route_has_no_capacity() -> None:
 def test_routes_that_share_a_server_share_its_slots() -> None:
     alike = [Route(f"r{n}", (A,)) for n in range(8)]
     capacity, servers = opened(*alike, Route("more", (A, B)), slots=4, connections=128)
-    hinted, shared = capacity.reserve_any(64, capacity.free)
-    assert hinted == {route.name: 4 for route in alike} | {"more": 8}
-    assert dict(shared) == {
-        frozenset(route.name for route in alike): 4, frozenset(hinted): 8
-    }  # fmt: skip
-    assert capacity.reserve(hinted, 128, overdue=True) == {}, "the hints have reserved everything"
-    capacity.settle(hinted, claims("r0", 3))
-    polled = capacity.reserve(hinted, 128, overdue=True)
-    assert sum(polled.values()) <= 5
+    names = [route.name for route in alike] + ["more"]
+    hinted = capacity.reserve(names, 64)
+    assert sum(counts(hinted).values()) == 8
+    assert capacity.reserve(names, 128, overdue=True) == {}, "the hints have reserved everything"
+    assert capacity.settle(hinted, ()) == []
+    slots = capacity.settle(capacity.reserve(["r0"], 3), claims("r0", 3))
+    polled = counts(capacity.reserve(names, 128, overdue=True))
+    assert sum(polled.values()) == 5
     assert sum(count for name, count in polled.items() if name != "more") <= 1
-    for claim in claims("r0", 3):
-        assert servers.take(alike[0]), claim
-        capacity.slot_taken("r0")
-    capacity.settle(polled, ())
-    assert capacity.reserve_any(1, capacity.free) == ({route.name: 1 for route in alike} | {"more": 1}, [
-        (frozenset(route.name for route in alike), 1), (frozenset(hinted), 5),
-    ])  # fmt: skip
+    for slot in slots:
+        assert slot is not None
+        slot.release()
+        assert servers.take(alike[0])
+    assert capacity.reserve(names, 128, overdue=True) == {}
+
+
+def test_a_probe_is_reserved_once_and_does_not_count_as_a_probe_yet() -> None:
+    now = 1000.0
+    servers = ServerPool(10, clock=lambda: now, draw=lambda: 1.0)
+    one = Route("one", (A,))
+    capacity = Capacity(Routes([one]), servers, 16, 5)
+    for _ in range(3):
+        servers.record_failure(A, "refused")
+    now += 1.0
+    reserved = capacity.reserve(["one"], 100)
+    assert counts(reserved) == {"one": 1}
+    assert capacity.reserve(["one"], 100, overdue=True) == {}
+    assert not servers.circuit_open(A.name), "nothing is sent yet"
+    assert not capacity.closed("one"), "other hints wait and are not dropped"
+    assert servers.wake_limits([one]) == {"one": 1}, "the sweeper may wake a delivery for it"
+    (slot,) = capacity.settle(reserved, claims("one", 1))
+    assert slot is not None
+    slot.release()
+    assert servers.take(one)
+    assert servers.circuit_open(A.name)
 
 
 @given(st.integers(0, 2**32))
 def test_every_claim_finds_a_slot(seed: int) -> None:
-    """For random routes that share all of their servers, some or none, and random claims."""
+    """For random routes that share any of their servers, and random claims."""
     chance = Random(seed)
-    lists = chance.choices([(A,), (B,), (A, B), (C,), (A, B, C)], k=chance.randint(1, 6))
-    limits = [chance.choice([None, 1, 3]) if len(one) == 1 else None for one in lists]
+    lists = chance.choices(
+        [(A,), (B,), (A, B), (B, A), (B, C), (C,), (A, B, C)], k=chance.randint(1, 6)
+    )
+    limits = [chance.choice([None, 1, 3]) for _ in lists]
     routes = {f"r{n}": Route(f"r{n}", one, connections=limits[n]) for n, one in enumerate(lists)}
     capacity, servers = opened(*routes.values(), slots=4, connections=20)
     held: list[ConnectionSlot] = []
     for _ in range(6):
-        hinted, shared = capacity.reserve_any(chance.randint(1, 9), capacity.free)
-        claimed: Counter[str] = Counter()
-        for name, most in hinted.items():
-            left = [
-                slots - sum(claimed[other] for other in group)
-                for group, slots in shared
-                if name in group
+        requests = [
+            capacity.reserve(routes, chance.randint(1, 20)),
+            capacity.reserve(routes, 20, overdue=True),
+        ]
+        claimed: list[tuple[Claim, ConnectionSlot | None]] = []
+        for reserved in requests:
+            found = [
+                claim
+                for name, most in counts(reserved).items()
+                for claim in claims(name, chance.randint(0, most))
             ]
-            claimed[name] = chance.randint(0, max(0, min([most, *left])))
-        polled = capacity.reserve(routes, 20, overdue=True)
-        taken = {name: chance.randint(0, most) for name, most in polled.items()}
-        for reserved, got in ((hinted, Counter(claimed)), (polled, taken)):
-            capacity.settle(
-                reserved, [claim for name, count in got.items() for claim in claims(name, count)]
-            )
-            claimed.update(taken if got is taken else {})
-        for name in sorted(claimed.elements(), key=lambda name: len(routes[name].servers)):
-            slot = servers.take(routes[name])
-            assert slot is not None, (name, claimed)
-            capacity.slot_taken(name)
+            claimed += zip(found, capacity.settle(reserved, found), strict=True)
+        chance.shuffle(claimed)
+        for claim, reserved_slot in claimed:
+            assert reserved_slot is not None
+            reserved_slot.release()
+            slot = servers.take(routes[claim.route])
+            assert slot is not None, (claim.route, claimed)
             held.append(slot)
         while held and chance.random() < 0.7:
             held.pop(chance.randrange(len(held))).release()

@@ -327,6 +327,24 @@ def test_long_replies_are_bounded() -> None:
     assert max(map(len, wire.splitlines())) < 998
 
 
+@pytest.mark.parametrize("length", [900, 970, 995, 996, 999])
+def test_address_is_whole_as_far_as_a_line_can_hold_it(length: int) -> None:
+    domain = ".".join(["d" * 60] * 4)
+    address = "x" * (length - len(domain) - 1) + "@" + domain
+    path = address if length < 996 else address[:992] + "..."
+    wire = written(replace(FAILED, address=address), original=replace(ORIGINAL, sender=address))
+    assert max(map(len, wire.splitlines())) <= 998
+    head = wire.partition(b"\n\n")[0].replace(b"\n ", b" ").decode()
+    assert f"\nTo: {path}\n" in head
+    assert re.sub(r"\s+", " ", groups(wire)[1]["Final-Recipient"]) == f"rfc822; {path}"
+    assert f"\n<{path}>\n" in words(wire)
+
+
+def test_quotes_do_not_make_a_line_too_long() -> None:
+    wire = written(replace(FAILED, address='"' * 900 + "@example.org"))
+    assert max(map(len, wire.splitlines())) <= 998
+
+
 @pytest.mark.parametrize(("server", "remote"), [
     ("[::1]:628", "dns; [::1]"), ("unix:/run/qmqpd", None), (None, None), ("10.0.0.1:629", "dns; 10.0.0.1"),
 ])  # fmt: skip

@@ -6,7 +6,7 @@ from worker.producer import HintBatch, HintQueue
 def filled(**queues: int) -> tuple[HintQueue, dict[str, HintBatch]]:
     hints, batches = HintQueue(), {}
     for queue, count in queues.items():
-        batches[queue] = HintBatch(count)
+        batches[queue] = HintBatch()
         hints.add(batches[queue], [f"{queue}{n}" for n in range(count)], queue)
     return hints, batches
 
@@ -42,10 +42,17 @@ def test_dropping_hints_ends_all_batches() -> None:
     assert hints.batches == set()
 
 
-def test_an_empty_batch_has_ended() -> None:
-    assert HintBatch(0).wait(0)
-
-
 def test_an_unknown_queue_counts_as_fresh_mail() -> None:
     hints, _ = filled(other=1)
     assert hints.take(1)[0][0] == "other0"
+
+
+def test_a_batch_in_several_queues_ends_with_its_last_hint() -> None:
+    batch, queues = HintBatch(), [HintQueue() for _ in range(2)]
+    for hints in queues:
+        hints.add(batch, ["a"], "fresh")
+        assert not batch.wait(0)
+    queues[0].use(queues[0].take(1))
+    assert not batch.wait(0)
+    queues[1].use(queues[1].take(1))
+    assert batch.wait(0)

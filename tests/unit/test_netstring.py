@@ -144,8 +144,3 @@ def test_A16_a_stream_that_ends_before_the_status_is_no_reply(wire):
     parser = ReplyParser()
     assert parser.feed(wire) is None
     assert parser.eof() is None
-
-
-def test_a_length_is_read_from_the_middle_of_a_buffer():
-    assert read_length(b"3:foo,10:abc", 6) == (10, 9)
-    assert read_length(b"3:foo,", 6) is None

@@ -2,7 +2,8 @@
 
 import pytest
 
-from relay.queue.states import Outcome, State
+from relay.queue.outcome import Outcome
+from relay.queue.states import State
 from relay.settings import WorkerSettings, load, unwanted
 from worker.delivery import ABOUT_AN_ADDRESS, next_state
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qmqp.netstring import FormatError, NetstringError, SizeError, encode, length_of
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
-from qmqp.request import MAX_ADDRESS, BadAddress, NoRecipients, Request, RequestParser
+from qmqp.request import MAX_ADDRESS, Request, RequestParser
 
 NO_SUCH_ADDRESS = b"sorry, I can't accept addresses like that (#5.1.3)"
 ADDRESSES = st.binary(min_size=1, max_size=60).filter(
@@ -74,7 +74,7 @@ def test_the_outer_length_is_exact_where_digits_change(size):
 
 
 def test_B27_no_recipients():
-    with pytest.raises(NoRecipients):
+    with pytest.raises(ValueError, match="needs a recipient"):
         Request(1, b"s@x", [])
 
 
@@ -86,14 +86,14 @@ def test_B28_the_null_sender():
     "address", [b"a\0b@c", b"a\nb@c", b"a\rb@c", b"<a@b>", b"a" * (MAX_ADDRESS + 1), b"a@b\n"]
 )
 def test_B29_addresses_that_a_server_would_misread(address):
-    with pytest.raises(BadAddress):
+    with pytest.raises(ValueError, match="trusted with the sender"):
         Request(1, address, [b"r@y"])
-    with pytest.raises(BadAddress):
+    with pytest.raises(ValueError, match="trusted with the recipient"):
         Request(1, b"s@x", [b"r@y", address])
 
 
 def test_B29_an_empty_recipient():
-    with pytest.raises(BadAddress):
+    with pytest.raises(ValueError, match="trusted with the recipient"):
         Request(1, b"s@x", [b""])
 
 
@@ -146,12 +146,7 @@ def test_a_request_cut_in_any_way_reads_the_same(body, sender, recipients, data)
     reading = Reading()
     assert reading.feed(*pieces(wire, cuts))
     parser = reading.parser
-    assert (reading.body, parser.sender, parser.recipients, parser.extra) == (
-        body,
-        sender,
-        recipients,
-        0,
-    )
+    assert (reading.body, parser.sender, parser.recipients) == (body, sender, recipients)
     assert parser.size == len(body)
 
 
@@ -163,10 +158,10 @@ def test_a_request_byte_by_byte():
     assert reading.body == b"hello\n"
 
 
-def test_bytes_after_a_request_are_counted():
+def test_bytes_after_a_request_change_nothing():
     reading = Reading()
-    assert reading.feed(wire_of(b"", b"", b"r@y") + b"12:", b"more")
-    assert reading.parser.extra == 7
+    assert reading.feed(wire_of(b"hello", b"", b"r@y") + b"12:", b"more")
+    assert (reading.body, reading.parser.recipients) == (b"hello", [b"r@y"])
 
 
 @pytest.mark.parametrize(
@@ -348,5 +343,5 @@ def test_a_reply_without_its_comma_is_malformed():
     ("address", "shown"), [(b"a\r\xffb@x", r"a\\r\\xffb@x"), (b"<a@x", "<a@x"), (b"", "<>")]
 )
 def test_the_error_shows_the_address_without_python_quoting(address: bytes, shown: str) -> None:
-    with pytest.raises(BadAddress, match=rf"^no server can be trusted with the recipient {shown}$"):
+    with pytest.raises(ValueError, match=rf"^no server can be trusted with the recipient {shown}$"):
         Request(1, b"a@example.com", [address])

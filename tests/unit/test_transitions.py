@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 
 from migrations.tables import deliveries
-from relay.db.schema import NEEDS_BODY, words
+from relay.db.schema import words
 from relay.queue.operations import OPERATIONS
+from relay.queue.outcome import Outcome
 from relay.queue.states import (
     FINAL,
     LATE_K,
     OUTCOME_POLICY,
     TRANSITIONS,
     UNFINISHED,
-    Outcome,
     State,
     successors,
 )
 
 ROOT = Path(__file__).parents[2]
+ROOMS = ("relay", "worker", "reception", "smtpd", "commands", "migrations")
 # An assignment of a state, or the CASE that computes it, up to the next column.
 _ASSIGNS = re.compile(
     r"SET state = |\bstate = '(?:held|deferred)', due_at|INSERT INTO deliveries|END AS final"
@@ -71,15 +72,30 @@ def test_values_are_their_names_in_lower_case() -> None:
     assert [str(outcome) for outcome in Outcome] == [outcome.name.lower() for outcome in Outcome]
     assert [str(state) for state in State] == [state.name.lower() for state in State]
     assert words(("a", "b")) == "'a', 'b'"
-    for state in State:
-        assert (f"'{state}'" in NEEDS_BODY) == (state in UNFINISHED)
+
+
+def test_sql_files_name_states_that_exist() -> None:
+    """SQL has the states as text."""
+    texts = [file.read_text() for room in ROOMS for file in (ROOT / room).rglob("*.sql")]
+    compared = [
+        set(re.findall(r"'(\w+)'", values))
+        for text in texts
+        for values in re.findall(r"\bstate (?:NOT )?(?:IN|=|<>) (\([^)]*\)|'\w+')", text)
+    ]
+    assert len(compared) > 30
+    assert set().union(*compared) <= set(State)
 
 
 def _statements() -> dict[str, str]:
-    """Every string of the program that writes a state, by file and line; `{}` stands for a value
-    that is put in."""
+    """Every statement of the program that writes a state, by file and line or name: of SQL files,
+    and strings in Python, where `{}` stands for a value that is put in."""
     found = {}
-    for room in ("relay", "worker", "reception", "smtpd", "commands"):
+    for room in ROOMS:
+        for file in (ROOT / room).rglob("*.sql"):
+            _, *parts = re.split(r"^-- name: (\w+)$", file.read_text(), flags=re.M)
+            for name, text in zip(parts[::2], parts[1::2], strict=True):
+                if _ASSIGNS.search(text):
+                    found[f"{file.relative_to(ROOT)}:{name}"] = text
         for file in (ROOT / room).rglob("*.py"):
             tree = ast.parse(file.read_text())
             inner = {
@@ -129,12 +145,23 @@ def _events(text: str) -> set[str]:
 
 def _written(text: str) -> set[str]:
     """The states that stand as literals where a statement assigns `state`."""
-    if case := re.search(r"CASE (.*?) END AS final", text, re.DOTALL):
-        return set(re.findall(r"(?:THEN|ELSE) '(\w+)'", case[1]))
-    if "INSERT INTO deliveries" in text:
-        chosen = text.partition("SELECT")[2].partition("FROM")[0]
-        return set(re.findall(r"'(\w+)'", chosen)) - {"default", "operator"}
-    return set(re.findall(r"\bstate = '(\w+)'", text.partition("WHERE")[0]))
+    cases = re.findall(r"-- event: [^\n]*\n\s*CASE (.*?) END AS final", text, re.DOTALL)
+    cases += re.findall(r"SET state = CASE (.*?) END", text, re.DOTALL)
+    written = {state for case in cases for state in re.findall(r"(?:THEN|ELSE) '(\w+)'", case)}
+    for chosen in re.findall(r"INSERT INTO deliveries.*?SELECT(.*?)FROM", text, re.DOTALL):
+        written |= set(re.findall(r"'(\w+)'", chosen)) - {"default", "operator"}
+    for assignments in re.findall(r"\bSET (.*?)(?:\bWHERE\b|\bFROM\b|$)", text, re.DOTALL):
+        written |= set(re.findall(r"^state = '(\w+)'", assignments))
+    return written
+
+
+def test_a_statement_names_the_same_events_for_both_databases() -> None:
+    events: dict[str, list[set[str]]] = {}
+    for where, text in STATEMENTS.items():
+        if where.partition(":")[0].endswith(".sql"):
+            events.setdefault(re.sub(r"\.\w+\.sql", "", where), []).append(_events(text))
+    assert events
+    assert [name for name, both in events.items() if len(both) != 2 or both[0] != both[1]] == []
 
 
 def _diagram() -> str:

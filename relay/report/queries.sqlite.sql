@@ -1,0 +1,157 @@
+-- What operators read of the queue. Times of tables are whole microseconds since 1970, those of
+-- views are text; a queue id is shown as 32 hex digits.
+
+-- name: view_definition
+-- The SELECT of a view, so that a listing can put conditions inside of it.
+SELECT substr(sql, instr(sql, 'SELECT')) AS definition
+FROM sqlite_schema
+WHERE type = 'view' AND name = :view;
+
+-- name: listed_columns
+-- Only the names of the columns are read.
+SELECT * FROM mail_queue LIMIT 0;
+
+-- name: queue_ids
+-- The ids that end in some digits. For a whole id both bounds are that id, so the primary key finds
+-- it.
+SELECT replace(id, '-', '') AS id
+FROM messages
+WHERE id BETWEEN :least AND :greatest AND replace(id, '-', '') LIKE '%' || :digits
+ORDER BY id
+LIMIT 5;
+
+-- name: message
+SELECT replace(id, '-', '') AS queue_id, sender, size, received_at, client_address, helo, protocol,
+       auth_user, header_message_id, body_type, ret, envid, replace(dsn_of, '-', '') AS dsn_of,
+       dsn_content
+FROM messages
+WHERE id = :id;
+
+-- name: recipients
+SELECT position, address, delivery, notify, orcpt
+FROM recipients
+WHERE queue_id = :id
+ORDER BY position;
+
+-- name: deliveries
+SELECT number, parent, route, state, due_at, expires_at, claim_count,
+       replace(worker, '-', '') AS worker, backoff_step, crash_count, pending_operation,
+       last_outcome, last_reply, reason_source, last_server, dsn_withheld, finished_at
+FROM deliveries
+WHERE queue_id = :id
+ORDER BY number;
+
+-- name: attempts
+SELECT delivery, claim, attempt_index, replace(worker, '-', '') AS worker, server, started_at,
+       finished_at, outcome, reply, bytes_sent
+FROM attempts
+WHERE queue_id = :id
+ORDER BY delivery, claim, attempt_index;
+
+-- name: summary
+-- Counts, bytes and oldest by state and route.
+SELECT * FROM queue_summary ORDER BY state, route;
+
+-- name: servers
+-- Outcomes by server in the last hour.
+SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
+       bytes_sent, last_at, circuit_open_workers, circuit_open_reason, paused_at
+FROM server_health
+ORDER BY server;
+
+-- name: dsns
+-- The DSNs about a message with their delivery. They are found by their recipient, which has an
+-- index.
+SELECT replace(n.id, '-', '') AS queue_id, n.received_at, n.dsn_content, d.state, d.due_at,
+       d.finished_at, d.last_outcome, d.last_reply, d.reason_source, d.last_server
+FROM messages m
+JOIN recipients r ON r.address = m.sender
+JOIN messages n ON n.id = r.queue_id
+JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
+WHERE m.id = :id AND n.dsn_of = m.id
+ORDER BY n.id;
+
+-- name: actions
+-- The actions of operators on the deliveries of a message, and those on its routes and servers
+-- while it was unfinished, which have no delivery.
+WITH d AS (
+    SELECT route, state, finished_at FROM deliveries WHERE queue_id = :id
+), s AS (
+    SELECT 'route:' || route AS subject FROM d
+    UNION
+    SELECT 'server:' || server FROM attempts WHERE queue_id = :id AND server IS NOT NULL
+), x AS (
+    SELECT t.delivery, a.*
+    FROM audit_deliveries t
+    JOIN audit a ON a.id = t.action
+    WHERE t.queue_id = :id
+    UNION ALL
+    SELECT NULL, a.*
+    FROM audit a
+    WHERE a.verb IN (SELECT 'pause ' || subject FROM s UNION SELECT 'resume ' || subject FROM s)
+      AND a.at > (SELECT received_at FROM messages WHERE id = :id)
+      AND a.at < (
+          SELECT max(CASE WHEN state IN ('queued', 'sending', 'deferred', 'held')
+                          THEN (SELECT now FROM clock) ELSE finished_at END)
+          FROM d
+      )
+)
+SELECT delivery, at AS acted_at, actor, verb, reason, filter FROM x ORDER BY at, id, delivery;
+
+-- name: spool_id
+SELECT replace(id, '-', '') AS id FROM spool;
+
+-- name: pauses
+SELECT subject, since AS since_at, actor, reason FROM pauses ORDER BY subject;
+
+-- name: workers
+-- All workers that have not ended, then the last that have.
+SELECT replace(w.id, '-', '') AS id, w.host, w.pid, w.started_at, w.lease_expires_at, w.ended_at,
+       w.end_reason,
+       w.ended_at IS NULL AND w.lease_expires_at > (SELECT now FROM clock) AS alive,
+       coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes
+FROM workers w
+LEFT JOIN (
+    SELECT worker, count(*) AS sending FROM deliveries WHERE state = 'sending' GROUP BY worker
+) d ON d.worker = w.id
+WHERE w.ended_at IS NULL
+   OR w.id IN (
+       SELECT id FROM workers WHERE ended_at IS NOT NULL ORDER BY started_at DESC LIMIT :most
+   )
+ORDER BY w.ended_at IS NOT NULL, w.started_at DESC, w.id DESC;
+
+-- name: open_circuits
+-- The open circuits of workers that are alive.
+SELECT replace(c.worker, '-', '') AS worker, c.server, c.why
+FROM open_circuits c
+JOIN workers w ON w.id = c.worker
+WHERE w.ended_at IS NULL AND w.lease_expires_at > (SELECT now FROM clock)
+ORDER BY c.server, c.worker;
+
+-- name: count_from_sender
+-- How many messages a sender has, counted up to a limit. The range is that of the index.
+SELECT count(*) AS count
+FROM (
+    SELECT 1
+    FROM messages
+    WHERE sender >= :address_from AND sender < :address_to AND lower(sender) = lower(:address)
+    LIMIT :most
+);
+
+-- name: count_to_recipient
+-- The same for a recipient.
+SELECT count(*) AS count
+FROM (
+    SELECT 1
+    FROM recipients
+    WHERE address >= :address_from AND address < :address_to AND lower(address) = lower(:address)
+    LIMIT :most
+);
+
+-- name: message_below
+-- The id of the message so many messages older than this one.
+SELECT replace(id, '-', '') AS id
+FROM messages
+WHERE id <= :after
+ORDER BY messages.id DESC
+LIMIT 1 OFFSET :skip;

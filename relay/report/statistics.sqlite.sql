@@ -1,0 +1,67 @@
+-- Questions about the queue as a whole. An attempt with the index 0 was never made: it stands for a
+-- transfer that was lost with its worker. Times are microseconds.
+
+-- name: rates
+-- Attempts of the last hour by outcome.
+SELECT outcome, count(*) AS last_hour,
+       count(*) FILTER (WHERE finished_at > (SELECT now FROM clock) - 60 * 1000000) AS last_minute,
+       sum(bytes_sent) AS bytes_sent, avg(finished_at - started_at) / 1e6 AS seconds
+FROM attempts
+WHERE finished_at > (SELECT now FROM clock) - 3600 * 1000000 AND attempt_index > 0
+GROUP BY outcome
+ORDER BY outcome;
+
+-- name: slowest
+-- The longest attempts of the last hour.
+SELECT replace(queue_id, '-', '') AS queue_id, server, outcome, bytes_sent, reply,
+       (finished_at - started_at) / 1e6 AS seconds
+FROM attempts
+WHERE finished_at > (SELECT now FROM clock) - 3600 * 1000000 AND attempt_index > 0
+ORDER BY seconds DESC
+LIMIT :most;
+
+-- name: ages
+-- Unfinished mail by the domain of the recipient, the part after the last @, and by age: an id
+-- begins with the time, so each age is an id. The domains after the first :most are one row.
+WITH d AS (
+    SELECT lower(substr(recipient, length(rtrim(recipient, replace(recipient, '@', ''))) + 1))
+               AS domain,
+           count(*) AS waiting,
+           count(*) FILTER (WHERE queue_uuid >= :under_5m) AS under_5m,
+           count(*) FILTER (WHERE queue_uuid < :under_5m AND queue_uuid >= :under_20m) AS under_20m,
+           count(*) FILTER (WHERE queue_uuid < :under_20m AND queue_uuid >= :under_1h) AS under_1h,
+           count(*) FILTER (WHERE queue_uuid < :under_1h AND queue_uuid >= :under_4h) AS under_4h,
+           count(*) FILTER (WHERE queue_uuid < :under_4h AND queue_uuid >= :under_1d) AS under_1d,
+           count(*) FILTER (WHERE queue_uuid < :under_1d) AS older
+    FROM mail_queue
+    GROUP BY 1
+), ranked AS (
+    SELECT d.*, row_number() OVER (ORDER BY waiting DESC, domain) AS place FROM d
+)
+SELECT CASE WHEN place <= :most THEN domain END AS domain, count(*) AS domains,
+       sum(waiting) AS waiting, sum(under_5m) AS under_5m, sum(under_20m) AS under_20m,
+       sum(under_1h) AS under_1h, sum(under_4h) AS under_4h, sum(under_1d) AS under_1d,
+       sum(older) AS older
+FROM ranked
+GROUP BY 1, CASE WHEN place <= :most THEN place END
+ORDER BY min(place);
+
+-- name: received
+-- Accepted messages, without DSNs. `:since` is an id, which the primary key finds; it is older than
+-- an hour, because ids begin with the time of smtpd's clock, which may differ.
+SELECT count(*) FILTER (WHERE received_at > (SELECT now FROM clock) - 60 * 1000000) AS last_minute,
+       count(*) AS last_hour, coalesce(sum(size), 0) AS bytes
+FROM messages
+WHERE id >= :since AND received_at > (SELECT now FROM clock) - 3600 * 1000000 AND dsn_of IS NULL;
+
+-- name: history
+-- Attempts by outcome in steps of time; step 0 is the newest.
+SELECT ((SELECT now FROM clock) - finished_at) / (:step * 1000000) AS step, outcome,
+       count(*) AS tries, avg(finished_at - started_at) / 1e6 AS seconds
+FROM attempts
+WHERE finished_at > (SELECT now FROM clock) - :seconds * 1000000 AND attempt_index > 0
+GROUP BY 1, 2
+ORDER BY 1, 2;
+
+-- name: now
+SELECT now AS now_at FROM clock;

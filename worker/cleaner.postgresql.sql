@@ -1,0 +1,41 @@
+-- What the cleaner removes, on PostgreSQL.
+
+-- name: finished_messages
+-- Messages of which nothing is needed any more, and that were finished `:retention` seconds ago.
+-- Ids begin with their time, so `:bound` makes an index scan.
+SELECT replace(CAST(m.id AS text), '-', '') AS queue_id FROM messages m
+WHERE m.id < :bound AND m.received_at < now() - :retention * interval '1 second'
+    AND EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = m.id)
+    AND NOT EXISTS (
+        SELECT 1 FROM deliveries d WHERE d.queue_id = m.id
+        AND (d.state IN ('queued', 'sending', 'deferred', 'held') OR d.due_at IS NOT NULL
+            OR d.finished_at >= now() - :retention * interval '1 second'))
+    AND NOT EXISTS (
+        SELECT 1 FROM recipients r
+        LEFT JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
+        WHERE r.queue_id = m.id AND d.number IS NULL)
+ORDER BY m.id LIMIT :most;
+
+-- name: delete_messages
+-- The row of the message is the last: it is how the others are found.
+DELETE FROM attempts WHERE queue_id IN (
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json)));
+DELETE FROM audit_deliveries WHERE queue_id IN (
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json)));
+DELETE FROM recipients WHERE queue_id IN (
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json)));
+DELETE FROM deliveries WHERE queue_id IN (
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json)));
+DELETE FROM messages WHERE id IN (
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json)));
+
+-- name: delete_ended
+-- What ended workers and limits of DSNs leave behind.
+DELETE FROM open_circuits
+WHERE worker IN (SELECT id FROM workers WHERE ended_at IS NOT NULL);
+DELETE FROM dsn_limits WHERE last_at < now() - :limits * interval '1 second';
+DELETE FROM workers WHERE ended_at < now() - :retention * interval '1 second';
+
+-- name: lock
+-- The session has the lock until it ends.
+SELECT pg_try_advisory_lock(:key) AS locked;
