@@ -121,9 +121,10 @@ class Reception:
         self._on_backpressure = on_backpressure
         self._claim = client.claim(int(envelope.parameters.get(b"SIZE", "0")))
         self._started = self._ended = time.monotonic()
-        hostname, now = receiver.settings.hostname, date(int(time.time()))
-        self._blocks = [received_field(envelope, client.address, hostname, self.id, now)]
-        self.in_memory = len(self._blocks[0])  # octets that are not written yet
+        now = date(int(time.time()))
+        trace = received_field(envelope, client.address, receiver.settings.hostname, self.id, now)
+        self._blocks = [trace]
+        self.in_memory = len(trace)  # octets that are not written yet
         self._stream: asyncio.Task[None] | None = None  # of a large message
         self._has_descriptor = False  # the stream may open the body
         self._changed = asyncio.Event()  # the stream has something to do
@@ -208,7 +209,8 @@ class Reception:
         self._on_backpressure()
 
     async def _write_blocks(self) -> None:
-        blocks, finish = self._blocks, self.deadline is not None
+        finish = self.deadline is not None
+        blocks = self._blocks
         self._blocks = []
         size = sum(map(len, blocks))
 

@@ -252,8 +252,9 @@ class SmtpConnection(asyncio.Protocol):
             self._refuse(refusal)
             return
         self._admitted = self.client
-        # A session that has not started refuses input that came before the banner.
-        if not _has_input(connection):
+        # A session that has not started refuses input that came before the banner. FIONREAD says
+        # how many octets wait, and reads none.
+        if fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4)) == bytes(4):
             self.session.start()
             transport.write(self.session.replies())
 
@@ -411,9 +412,3 @@ class SmtpConnection(asyncio.Protocol):
         else:
             self._extend()
             self.transport.resume_reading()
-
-
-def _has_input(connection: socket.socket) -> bool:
-    """Whether the client has sent something; nothing is read."""
-    available = fcntl.ioctl(connection.fileno(), termios.FIONREAD, b"\0\0\0\0")
-    return available != b"\0\0\0\0"

@@ -242,7 +242,7 @@ def test_C6_empty_header_only_body_only_blank_first_line(wire: bytes, text: byte
 def test_C7_content_ends_with_a_line_end(wire: bytes) -> None:
     content, text, rest = decode([wire + b"\r\n.\r\n"])
     assert rest is not None
-    assert content.fault is not None or text.endswith(b"\n")
+    assert content.fault is not None or text.endswith(b"\n") or content.octets == 0
 
 
 @pytest.mark.parametrize(
