@@ -116,7 +116,7 @@ class DsnHarness:
 
 
 @pytest.fixture
-def post(queue: QueueHarness, spool: Spool) -> DsnHarness:
+def harness(queue: QueueHarness, spool: Spool) -> DsnHarness:
     return DsnHarness(queue, spool)
 
 
@@ -134,34 +134,34 @@ def with_settings(clean_url: str, spool: Spool) -> Iterator[Any]:
         context.__exit__(None, None, None)
 
 
-def test_dsn_is_generated_once_and_is_a_message_like_any_other(post: DsnHarness) -> None:
-    queue_id = post.accept(header_message_id="<1@client>")
-    post.fail(queue_id)
-    assert post.pending(queue_id)
-    (dsn,) = post.generator.generate(10)
-    assert post.generator.generate(10) == [] == post.another().generate(10)
-    assert post.dsns() == [dsn]
-    assert not post.pending(queue_id)
-    (row,) = post.queue.rows("SELECT * FROM messages WHERE id = @id(:id)", id=dsn)
+def test_dsn_is_generated_once_and_is_a_message_like_any_other(harness: DsnHarness) -> None:
+    queue_id = harness.accept(header_message_id="<1@client>")
+    harness.fail(queue_id)
+    assert harness.pending(queue_id)
+    (dsn,) = harness.generator.generate(10)
+    assert harness.generator.generate(10) == [] == harness.another().generate(10)
+    assert harness.dsns() == [dsn]
+    assert not harness.pending(queue_id)
+    (row,) = harness.queue.rows("SELECT * FROM messages WHERE id = @id(:id)", id=dsn)
     assert (row["sender"], row["protocol"], row["size"]) == (
         "",
         "NOTICE",
-        post.spool.path(dsn).stat().st_size,
+        harness.spool.path(dsn).stat().st_size,
     )
-    (claim,) = post.queue.claim(dsn)
+    (claim,) = harness.queue.claim(dsn)
     assert (claim.sender, claim.recipients, claim.size) == ("", ("a@example.com",), row["size"])
-    assert post.text(dsn)["To"] == "a@example.com"
-    assert post.reported(dsn) == [("b@example.org", "failed")]
+    assert harness.text(dsn)["To"] == "a@example.com"
+    assert harness.reported(dsn) == [("b@example.org", "failed")]
 
 
-def test_expired_message_is_reported(post: DsnHarness) -> None:
-    queue_id = post.accept()
-    claims = post.queue.claim(queue_id)
-    post.queue.pass_time(2000)
-    post.queue.complete(claims[0], Outcome.DEFERRED)
-    assert post.queue.state(queue_id) == "expired"
-    (dsn,) = post.generator.generate(10)
-    assert "5.4.7" in post.spool.path(dsn).read_text()
+def test_expired_message_is_reported(harness: DsnHarness) -> None:
+    queue_id = harness.accept()
+    claims = harness.queue.claim(queue_id)
+    harness.queue.pass_time(2000)
+    harness.queue.complete(claims[0], Outcome.DEFERRED)
+    assert harness.queue.state(queue_id) == "expired"
+    (dsn,) = harness.generator.generate(10)
+    assert "5.4.7" in harness.spool.path(dsn).read_text()
 
 
 @pytest.mark.parametrize(("outcome", "sent", "doubt"), [
@@ -169,70 +169,70 @@ def test_expired_message_is_reported(post: DsnHarness) -> None:
     (Outcome.DEFERRED, 2 * len(BODY), False),
 ])  # fmt: skip
 def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
-    post: DsnHarness, outcome: Outcome, sent: int, doubt: bool
+    harness: DsnHarness, outcome: Outcome, sent: int, doubt: bool
 ) -> None:
-    queue_id = post.accept()
-    (claim,) = post.queue.claim(queue_id)
-    post.queue.pass_time(2000)
+    queue_id = harness.accept()
+    (claim,) = harness.queue.claim(queue_id)
+    harness.queue.pass_time(2000)
     tried = Attempt(1, "mx.example.net:628", outcome, "words", sent, 0.5, 0.1)
-    post.queue.complete(claim, outcome, reply="words", tries=[tried])
-    assert post.queue.state(queue_id) == "expired"
-    (dsn,) = post.generator.generate(10)
-    words = " ".join(post.spool.path(dsn).read_text().split())
+    harness.queue.complete(claim, outcome, reply="words", tries=[tried])
+    assert harness.queue.state(queue_id) == "expired"
+    (dsn,) = harness.generator.generate(10)
+    words = " ".join(harness.spool.path(dsn).read_text().split())
     assert ("It may have been delivered all the same" in words) == doubt
     assert ("It could not be delivered in time" in words) == (not doubt)
     assert ("Diagnostic-Code: x-qmqp; words" in words) == (outcome is Outcome.DEFERRED)
 
 
-def test_parts_of_an_uncertain_delivery_may_have_been_delivered(post: DsnHarness) -> None:
-    queue_id = post.accept("x@example.org", "y@example.org", "bulk:z@example.org")
+def test_parts_of_an_uncertain_delivery_may_have_been_delivered(harness: DsnHarness) -> None:
+    queue_id = harness.accept("x@example.org", "y@example.org", "bulk:z@example.org")
     for outcome, state in ((Outcome.UNCERTAIN, State.DEFERRED), (Outcome.REJECTED, State.SPLIT)):
-        for claim in post.queue.claim(queue_id, room=ROOM):
+        for claim in harness.queue.claim(queue_id, room=ROOM):
             mine = claim.route == "default"
-            post.queue.complete(
+            harness.queue.complete(
                 claim,
                 outcome if mine else Outcome.DEFERRED,
                 state=state if mine else State.DEFERRED,
             )
-        post.queue.pass_time(500)
-        post.queue.rescuer.requeue_due(10)
-    post.queue.pass_time(2000)
+        harness.queue.pass_time(500)
+        harness.queue.rescuer.requeue_due(10)
+    harness.queue.pass_time(2000)
     for _ in range(2):  # the halves, and what waits for another route
-        post.fail(queue_id, Outcome.DEFERRED)
-    (dsn,) = post.generator.generate(10)
-    assert len(post.reported(dsn)) == 3
-    words = " ".join(post.spool.path(dsn).read_text().split())
+        harness.fail(queue_id, Outcome.DEFERRED)
+    (dsn,) = harness.generator.generate(10)
+    assert len(harness.reported(dsn)) == 3
+    words = " ".join(harness.spool.path(dsn).read_text().split())
     assert words.count("It may have been delivered all the same") == 2
 
 
-def test_original_stays_until_its_dsn_is_generated(post: DsnHarness) -> None:
-    queue_id = post.accept()
-    post.fail(queue_id)
+def test_original_stays_until_its_dsn_is_generated(harness: DsnHarness) -> None:
+    queue_id = harness.accept()
+    harness.fail(queue_id)
     needed = """SELECT 1 FROM deliveries WHERE queue_id = @id(:id)
         AND (state IN ('queued', 'sending', 'deferred', 'held') OR due_at IS NOT NULL)"""
-    assert post.queue.rows(needed, id=queue_id)
-    assert post.has_body(queue_id)
-    (dsn,) = post.generator.generate(10)
-    assert BODY in post.spool.path(dsn).read_bytes()
-    assert not post.has_body(queue_id)
-    assert not post.queue.rows(needed, id=queue_id)
+    assert harness.queue.rows(needed, id=queue_id)
+    assert harness.has_body(queue_id)
+    (dsn,) = harness.generator.generate(10)
+    assert BODY in harness.spool.path(dsn).read_bytes()
+    assert not harness.has_body(queue_id)
+    assert not harness.queue.rows(needed, id=queue_id)
 
 
-def test_original_stays_while_another_delivery_needs_it(post: DsnHarness) -> None:
-    queue_id = post.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.queue.complete(first, Outcome.REJECTED)
-    post.queue.complete(second, Outcome.DEFERRED, delay=1e6)
-    assert len(post.generator.generate(10)) == 1
-    assert post.has_body(queue_id)
+def test_original_stays_while_another_delivery_needs_it(harness: DsnHarness) -> None:
+    queue_id = harness.accept("x@example.org", "bulk:y@example.org")
+    first, second = sorted(harness.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    harness.queue.complete(first, Outcome.REJECTED)
+    harness.queue.complete(second, Outcome.DEFERRED, delay=1e6)
+    assert len(harness.generator.generate(10)) == 1
+    assert harness.has_body(queue_id)
 
 
 def test_original_is_removed_when_its_last_deliveries_end_together(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(clean_postgres_url) as queue:
-        post = DsnHarness(queue, spool)
-        queue_id = post.accept("x@example.org", "bulk:y@example.org")
+        harness = DsnHarness(queue, spool)
+        queue_id = harness.accept("x@example.org", "bulk:y@example.org")
         first, second = sorted(queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
         queue.complete(first, Outcome.REJECTED)
         queue.pass_time(GATHER + 5)
@@ -251,11 +251,11 @@ def test_original_is_removed_when_its_last_deliveries_end_together(
 
         monkeypatch.setattr(spool, "store", note_it)
         event.listen(queue.database, "commit", deliver)  # just before the COMMIT that clears due_at
-        assert len(post.generator.generate(10)) == 1
+        assert len(harness.generator.generate(10)) == 1
         assert met == [CompletionResult(State.DELIVERED, body_deletable=False)], (
             "it does not see due_at being cleared"
         )
-        assert not post.has_body(queue_id)
+        assert not harness.has_body(queue_id)
 
 
 class GeneratorKilled(BaseException):
@@ -264,30 +264,33 @@ class GeneratorKilled(BaseException):
 
 @pytest.mark.parametrize("half", [True, False])
 def test_kill_before_commit_leaves_an_orphan_and_the_next_worker_generates_the_dsn(
-    post: DsnHarness, monkeypatch: pytest.MonkeyPatch, half: bool
+    harness: DsnHarness, monkeypatch: pytest.MonkeyPatch, half: bool
 ) -> None:
-    queue_id = post.accept()
-    post.fail(queue_id)
-    store = post.spool.store
+    queue_id = harness.accept()
+    harness.fail(queue_id)
+    store = harness.spool.store
 
     def killed(dsn: str, parts: Any) -> int:
         store(dsn, [b"half"] if half else parts)
         raise GeneratorKilled
 
     with monkeypatch.context() as patch:
-        patch.setattr(post.spool, "store", killed)
+        patch.setattr(harness.spool, "store", killed)
         with pytest.raises(GeneratorKilled):
-            post.generator.generate(10)
-    assert post.pending(queue_id)
-    assert post.has_body(queue_id)
-    assert post.dsns() == []
-    (left,) = post.files() - {queue_id}
-    (dsn,) = post.another().generate(10)
-    assert post.reported(dsn) == [("b@example.org", "failed")]
-    assert post.whole(dsn)
-    os.utime(post.spool.path(left), (time.time() - 40 * HOUR,) * 2)
-    assert Cleaner(post.queue.settings, post.queue.database, post.spool).clean_spool() == (0, 1)
-    assert post.files() == {dsn}
+            harness.generator.generate(10)
+    assert harness.pending(queue_id)
+    assert harness.has_body(queue_id)
+    assert harness.dsns() == []
+    (left,) = harness.files() - {queue_id}
+    (dsn,) = harness.another().generate(10)
+    assert harness.reported(dsn) == [("b@example.org", "failed")]
+    assert harness.whole(dsn)
+    os.utime(harness.spool.path(left), (time.time() - 40 * HOUR,) * 2)
+    assert Cleaner(harness.queue.settings, harness.queue.database, harness.spool).clean_spool() == (
+        0,
+        1,
+    )
+    assert harness.files() == {dsn}
 
 
 # Where a sweeper may stand still for so long that PostgreSQL ends its session.
@@ -299,13 +302,13 @@ def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     with opened(clean_postgres_url) as queue, opened(clean_postgres_url) as theirs:
-        post, other = DsnHarness(queue, spool), DsnHarness(theirs, Spool(spool.directory))
-        queue_id = post.accept()
-        post.fail(queue_id)
+        harness, other = DsnHarness(queue, spool), DsnHarness(theirs, Spool(spool.directory))
+        queue_id = harness.accept()
+        harness.fail(queue_id)
         made: list[str] = []
 
         def stall(*_: Any) -> None:
-            if not made and len(post.files()) > (at in ("commit", "store")):
+            if not made and len(harness.files()) > (at in ("commit", "store")):
                 ended = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()
                     AND datname = current_database() AND state = 'idle in transaction'"""
                 assert theirs.rows(ended), "its session ends, and its locks"
@@ -328,49 +331,49 @@ def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
             name = at.rpartition(" ")[2]
             monkeypatch.setattr(spool, name, stalling(getattr(spool, name), first=at != "store"))
         with pytest.raises(OperationalError):
-            post.generator.generate(10)
-        assert post.dsns() == made
-        assert post.whole(made[0])
-        assert not post.pending(queue_id)
-        left = post.files() - set(made)
+            harness.generator.generate(10)
+        assert harness.dsns() == made
+        assert harness.whole(made[0])
+        assert not harness.pending(queue_id)
+        left = harness.files() - set(made)
         assert len(left) == (at == "commit"), "only where it cannot know whether it has committed"
 
 
 def test_uncertain_commit_leaves_the_file(
-    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
+    harness: DsnHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue_id = post.accept()
-    post.fail(queue_id)
+    queue_id = harness.accept()
+    harness.fail(queue_id)
 
     def breaks(_: Connection) -> None:
-        if len(post.files()) > 1:
+        if len(harness.files()) > 1:
             raise RuntimeError("stands for a connection that breaks in the COMMIT")
 
-    event.listen(post.queue.database, "commit", breaks)
-    assert post.generator.generate(10) == []
-    event.remove(post.queue.database, "commit", breaks)
-    assert len(post.files() - {queue_id}) == 1
-    (dsn,) = post.another().generate(10)
-    assert post.whole(dsn)
-    assert post.dsns() == [dsn]
+    event.listen(harness.queue.database, "commit", breaks)
+    assert harness.generator.generate(10) == []
+    event.remove(harness.queue.database, "commit", breaks)
+    assert len(harness.files() - {queue_id}) == 1
+    (dsn,) = harness.another().generate(10)
+    assert harness.whole(dsn)
+    assert harness.dsns() == [dsn]
 
 
 def test_kill_after_commit_leaves_one_dsn_and_the_original_body(
-    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
+    harness: DsnHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue_id = post.accept()
-    post.fail(queue_id)
-    monkeypatch.setattr(post.spool, "remove", lambda queue_id: False)
-    (dsn,) = post.generator.generate(10)
-    assert post.another().generate(10) == []
-    assert post.dsns() == [dsn]
-    assert post.has_body(queue_id)
+    queue_id = harness.accept()
+    harness.fail(queue_id)
+    monkeypatch.setattr(harness.spool, "remove", lambda queue_id: False)
+    (dsn,) = harness.generator.generate(10)
+    assert harness.another().generate(10) == []
+    assert harness.dsns() == [dsn]
+    assert harness.has_body(queue_id)
 
 
-def test_two_generators_generate_each_dsn_once(post: DsnHarness) -> None:
-    ids = [post.accept("x@example.org", "bulk:y@example.org") for _ in range(15)]
+def test_two_generators_generate_each_dsn_once(harness: DsnHarness) -> None:
+    ids = [harness.accept("x@example.org", "bulk:y@example.org") for _ in range(15)]
     for queue_id in ids:
-        post.fail(queue_id)
+        harness.fail(queue_id)
     barrier = threading.Barrier(2)
 
     def generate(generator: DsnGenerator) -> list[str]:
@@ -379,12 +382,14 @@ def test_two_generators_generate_each_dsn_once(post: DsnHarness) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         made = [
-            dsn for part in pool.map(generate, (post.generator, post.another())) for dsn in part
+            dsn
+            for part in pool.map(generate, (harness.generator, harness.another()))
+            for dsn in part
         ]
-    made += post.generator.generate(50)
-    assert sorted(made) == post.dsns()
+    made += harness.generator.generate(50)
+    assert sorted(made) == harness.dsns()
     for queue_id in ids:
-        told = [address for dsn in post.dsns(queue_id) for address, _ in post.reported(dsn)]
+        told = [address for dsn in harness.dsns(queue_id) for address, _ in harness.reported(dsn)]
         assert sorted(told) == ["x@example.org", "y@example.org"], (
             "each recipient in exactly one dsn"
         )
@@ -394,15 +399,15 @@ def test_second_generator_skips_locked_messages(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(clean_postgres_url) as queue:
-        post = DsnHarness(queue, spool)
-        queue_id = post.accept()
-        post.fail(queue_id)
+        harness = DsnHarness(queue, spool)
+        queue_id = harness.accept()
+        harness.fail(queue_id)
         meanwhile: list[list[str]] = []
 
         def other() -> None:
             if not meanwhile:
                 meanwhile.append([])
-                meanwhile[0] = post.another().generate(10)
+                meanwhile[0] = harness.another().generate(10)
 
         store = spool.store
 
@@ -411,18 +416,18 @@ def test_second_generator_skips_locked_messages(
             return store(dsn, parts)
 
         monkeypatch.setattr(spool, "store", store_after_other)
-        (dsn,) = post.generator.generate(10)
+        (dsn,) = harness.generator.generate(10)
         assert meanwhile == [[]], "it did not wait, and had nothing to do"
-        assert post.dsns() == [dsn]
+        assert harness.dsns() == [dsn]
 
 
 def test_two_generators_warn_once_and_report_locked_deliveries(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
-        post = DsnHarness(queue, spool)
-        queue_id = post.accept("x@example.org", "bulk:y@example.org")
-        post.age(queue_id)
+        harness = DsnHarness(queue, spool)
+        queue_id = harness.accept("x@example.org", "bulk:y@example.org")
+        harness.age(queue_id)
         busy = queue.database.connect()  # a worker that records something of the first
         busy.execute(text("SELECT 1 FROM deliveries WHERE number = 1 FOR UPDATE"))
         meanwhile: list[list[str]] = []
@@ -432,123 +437,125 @@ def test_two_generators_warn_once_and_report_locked_deliveries(
             busy.close()
             if not meanwhile:
                 meanwhile.append([])
-                meanwhile[0] = post.another().warn(10)
+                meanwhile[0] = harness.another().warn(10)
             return store(dsn, parts)
 
         monkeypatch.setattr(spool, "store", store_after_other)
-        (warning,) = post.generator.warn(10)
+        (warning,) = harness.generator.warn(10)
         assert meanwhile == [[]]
-        assert post.reported(warning) == [
+        assert harness.reported(warning) == [
             ("x@example.org", "delayed"),
             ("y@example.org", "delayed"),
         ]
-        assert post.another().warn(10) == []
-        assert post.dsns(queue_id) == [warning]
+        assert harness.another().warn(10) == []
+        assert harness.dsns(queue_id) == [warning]
 
 
 def test_message_that_is_locked_is_warned_of_in_the_next_round(
     clean_postgres_url: str, spool: Spool
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
-        post = DsnHarness(queue, spool)
-        queue_id = post.accept()
-        post.age(queue_id)
+        harness = DsnHarness(queue, spool)
+        queue_id = harness.accept()
+        harness.age(queue_id)
         with queue.database.connect() as busy:
             busy.execute(text("SELECT 1 FROM deliveries FOR UPDATE"))
-            assert post.generator.warn(10) == []
-        assert len(post.generator.warn(10)) == 1
+            assert harness.generator.warn(10) == []
+        assert len(harness.generator.warn(10)) == 1
 
 
-def test_deliveries_of_one_message_share_a_dsn(post: DsnHarness) -> None:
-    queue_id = post.accept("x@example.org", "bulk:y@example.org", "other:z@example.org")
-    one, two, three = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.queue.complete(one, Outcome.REJECTED)
-    assert post.generator.generate(10) == [], "the others are about to be decided"
-    post.queue.complete(two, Outcome.DELIVERED)
-    post.queue.complete(three, Outcome.REJECTED)
-    (dsn,) = post.generator.generate(10)
-    assert post.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
+def test_deliveries_of_one_message_share_a_dsn(harness: DsnHarness) -> None:
+    queue_id = harness.accept("x@example.org", "bulk:y@example.org", "other:z@example.org")
+    one, two, three = sorted(
+        harness.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number
+    )
+    harness.queue.complete(one, Outcome.REJECTED)
+    assert harness.generator.generate(10) == [], "the others are about to be decided"
+    harness.queue.complete(two, Outcome.DELIVERED)
+    harness.queue.complete(three, Outcome.REJECTED)
+    (dsn,) = harness.generator.generate(10)
+    assert harness.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
 
 
-def test_dsn_waits_for_other_deliveries_only_for_a_moment(post: DsnHarness) -> None:
-    queue_id = post.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.queue.complete(first, Outcome.REJECTED)
-    post.queue.pass_time(GATHER + 5)
-    (early,) = post.generator.generate(10)
-    assert post.reported(early) == [("x@example.org", "failed")]
-    assert post.has_body(queue_id)
-    post.queue.complete(second, Outcome.REJECTED)
-    (late,) = post.generator.generate(10)
+def test_dsn_waits_for_other_deliveries_only_for_a_moment(harness: DsnHarness) -> None:
+    queue_id = harness.accept("x@example.org", "bulk:y@example.org")
+    first, second = sorted(harness.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    harness.queue.complete(first, Outcome.REJECTED)
+    harness.queue.pass_time(GATHER + 5)
+    (early,) = harness.generator.generate(10)
+    assert harness.reported(early) == [("x@example.org", "failed")]
+    assert harness.has_body(queue_id)
+    harness.queue.complete(second, Outcome.REJECTED)
+    (late,) = harness.generator.generate(10)
     assert late != early
-    assert post.reported(late) == [("y@example.org", "failed")]
+    assert harness.reported(late) == [("y@example.org", "failed")]
 
 
 @pytest.mark.parametrize("sender", ["", "#@[]"])
-def test_null_sender_gets_no_dsn(post: DsnHarness, sender: str) -> None:
-    queue_id = post.accept(sender=sender)
-    post.fail(queue_id)
-    assert not post.pending(queue_id)
-    assert post.generator.generate(10) == []
+def test_null_sender_gets_no_dsn(harness: DsnHarness, sender: str) -> None:
+    queue_id = harness.accept(sender=sender)
+    harness.fail(queue_id)
+    assert not harness.pending(queue_id)
+    assert harness.generator.generate(10) == []
     # ... not even if due_at is set in the database for some reason.
-    post.queue.change("UPDATE deliveries SET due_at = @ago(100)")
-    assert post.generator.generate(10) == []
-    assert not post.pending(queue_id)
-    assert post.dsns() == []
+    harness.queue.change("UPDATE deliveries SET due_at = @ago(100)")
+    assert harness.generator.generate(10) == []
+    assert not harness.pending(queue_id)
+    assert harness.dsns() == []
 
 
 # --- a DSN that is refused
 # --------------------------------------------------------------------------------
 
 
-def enclosed(post: DsnHarness, dsn: str) -> tuple[str, str | None]:
+def enclosed(harness: DsnHarness, dsn: str) -> tuple[str, str | None]:
     """`dsn_content` of a DSN, and the type of its third part."""
-    (row,) = post.queue.rows("SELECT dsn_content FROM messages WHERE id = @id(:id)", id=dsn)
-    parts = list(post.text(dsn).iter_parts())
+    (row,) = harness.queue.rows("SELECT dsn_content FROM messages WHERE id = @id(:id)", id=dsn)
+    parts = list(harness.text(dsn).iter_parts())
     return row["dsn_content"], parts[2].get_content_type() if len(parts) > 2 else None
 
 
 def test_refused_dsn_is_built_again_with_less_of_the_original(
-    post: DsnHarness, capsys: pytest.CaptureFixture[str]
+    harness: DsnHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = post.accept("x@example.org", header_message_id="<1@client>", envid="an-id")
-    post.fail(original, reply="5.1.1 unknown")
-    (full,) = post.generator.generate(10)
-    assert not post.has_body(original), "what is made again comes from the dsn itself"
+    original = harness.accept("x@example.org", header_message_id="<1@client>", envid="an-id")
+    harness.fail(original, reply="5.1.1 unknown")
+    (full,) = harness.generator.generate(10)
+    assert not harness.has_body(original), "what is made again comes from the dsn itself"
     chain = [full]
     for content in (("header", "text/rfc822-headers"), ("none", None)):
         refused = chain[-1]
-        post.fail(refused, reply="550 5.7.1 your message has a virus")
-        assert post.has_body(refused)
-        assert post.pending(refused)
-        (dsn,) = post.generator.generate(10)
+        harness.fail(refused, reply="550 5.7.1 your message has a virus")
+        assert harness.has_body(refused)
+        assert harness.pending(refused)
+        (dsn,) = harness.generator.generate(10)
         chain.append(dsn)
-        assert post.generator.generate(10) == [] == post.another().generate(10)
-        assert not post.has_body(refused)
-        assert not post.pending(refused)
-        assert post.dsns(original) == chain
-        assert enclosed(post, dsn) == content
-        (row,) = post.queue.rows("SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
+        assert harness.generator.generate(10) == [] == harness.another().generate(10)
+        assert not harness.has_body(refused)
+        assert not harness.pending(refused)
+        assert harness.dsns(original) == chain
+        assert enclosed(harness, dsn) == content
+        (row,) = harness.queue.rows("SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
                                   " r.queue_id = m.id WHERE m.id = @id(:id)", id=dsn)  # fmt: skip
         assert (row["sender"], row["address"], row["notify"]) == ("", "a@example.com", "NEVER")
-        assert post.whole(dsn)
-        named = f"<{dsn}@{post.queue.settings.hostname}>"
-        assert post.text(dsn)["Message-ID"] == row["header_message_id"] == named
-        assert post.text(dsn)["References"] == "<1@client>"
-        assert post.reported(dsn) == [("x@example.org", "failed")]
-        wire = post.spool.path(dsn).read_bytes()
+        assert harness.whole(dsn)
+        named = f"<{dsn}@{harness.queue.settings.hostname}>"
+        assert harness.text(dsn)["Message-ID"] == row["header_message_id"] == named
+        assert harness.text(dsn)["References"] == "<1@client>"
+        assert harness.reported(dsn) == [("x@example.org", "failed")]
+        wire = harness.spool.path(dsn).read_bytes()
         assert b"Original-Envelope-Id: an-id" in wire
         assert b"Diagnostic-Code: x-qmqp; 5.1.1 unknown" in wire
         assert b"x" * 61 not in wire
         assert refused.encode() not in wire
         assert (b"Subject: original" in wire) == (content[1] is not None)
         assert b"a mail server refused this notice with" in b" ".join(wire.split())
-    post.fail(chain[-1], reply="550 not this one either")
-    assert post.pending(chain[-1]), "so that the log reports it"
-    assert post.generator.generate(10) == []
-    assert not post.pending(chain[-1])
-    assert not post.has_body(chain[-1])
-    assert len(post.dsns()) == 3
+    harness.fail(chain[-1], reply="550 not this one either")
+    assert harness.pending(chain[-1]), "so that the log reports it"
+    assert harness.generator.generate(10) == []
+    assert not harness.pending(chain[-1])
+    assert not harness.has_body(chain[-1])
+    assert len(harness.dsns()) == 3
     assert capsys.readouterr().out.count("dsn given up") == 1
 
 
@@ -563,62 +570,62 @@ def test_refused_warning_is_built_again_without_the_header(late: DsnHarness) -> 
     assert late.generator.warn(10) == []
 
 
-def test_rebuilt_dsn_without_8_bit_content_is_7_bit(post: DsnHarness) -> None:
-    post.fail(post.accept(body=BODY + b"\xff\n"))
-    (full,) = post.generator.generate(10)
-    post.fail(full)
-    (header,) = post.generator.generate(10)
-    (row,) = post.queue.rows("SELECT body_type FROM messages WHERE id = @id(:id)", id=header)
+def test_rebuilt_dsn_without_8_bit_content_is_7_bit(harness: DsnHarness) -> None:
+    harness.fail(harness.accept(body=BODY + b"\xff\n"))
+    (full,) = harness.generator.generate(10)
+    harness.fail(full)
+    (header,) = harness.generator.generate(10)
+    (row,) = harness.queue.rows("SELECT body_type FROM messages WHERE id = @id(:id)", id=header)
     assert row["body_type"] == "7BIT"
-    assert post.text(header)["Content-Transfer-Encoding"] is None
+    assert harness.text(header)["Content-Transfer-Encoding"] is None
 
 
 @pytest.mark.parametrize("how", ["expired", "by an operator", "about us", "of an older version"])
 def test_dsn_that_failed_for_another_reason_is_not_built_again(
-    post: DsnHarness, how: str, capsys: pytest.CaptureFixture[str]
+    harness: DsnHarness, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    post.fail(post.accept())
-    (dsn,) = post.generator.generate(10)
+    harness.fail(harness.accept())
+    (dsn,) = harness.generator.generate(10)
     match how:
         case "expired":
-            (claim,) = post.queue.claim(dsn)
-            post.queue.pass_time(2000)
-            post.queue.complete(claim, Outcome.DEFERRED)
+            (claim,) = harness.queue.claim(dsn)
+            harness.queue.pass_time(2000)
+            harness.queue.complete(claim, Outcome.DEFERRED)
         case "by an operator":
-            operations = QueueOperations(post.queue.database, notices=True)
+            operations = QueueOperations(harness.queue.database, notices=True)
             operations.apply(OPERATIONS["bounce"], Filter(id=dsn), actor="me", reason="")
         case "about us":
-            post.fail(dsn, reply=US)
+            harness.fail(dsn, reply=US)
         case _:
-            post.queue.change("UPDATE messages SET dsn_content = NULL")
-            post.fail(dsn)
-    assert post.generator.generate(10) == []
-    assert post.queue.state(dsn) == {"expired": "expired", "about us": "deferred"}.get(
+            harness.queue.change("UPDATE messages SET dsn_content = NULL")
+            harness.fail(dsn)
+    assert harness.generator.generate(10) == []
+    assert harness.queue.state(dsn) == {"expired": "expired", "about us": "deferred"}.get(
         how, "bounced"
     )
-    assert not post.pending(dsn)
+    assert not harness.pending(dsn)
     given_up = capsys.readouterr().out.count("dsn given up")
     assert given_up == (how in ("expired", "by an operator"))
 
 
 def test_refused_dsn_without_a_body_is_given_up(
-    post: DsnHarness, capsys: pytest.CaptureFixture[str]
+    harness: DsnHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    post.fail(post.accept())
-    (dsn,) = post.generator.generate(10)
-    post.fail(dsn)
-    post.spool.path(dsn).unlink()
-    assert post.generator.generate(10) == []
-    assert not post.pending(dsn)
+    harness.fail(harness.accept())
+    (dsn,) = harness.generator.generate(10)
+    harness.fail(dsn)
+    harness.spool.path(dsn).unlink()
+    assert harness.generator.generate(10) == []
+    assert not harness.pending(dsn)
     assert capsys.readouterr().out.count("dsn given up") == 1
 
 
 def test_disk_error_leaves_the_refused_dsn_pending(
-    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
+    harness: DsnHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    post.fail(post.accept())
-    (dsn,) = post.generator.generate(10)
-    post.fail(dsn)
+    harness.fail(harness.accept())
+    (dsn,) = harness.generator.generate(10)
+    harness.fail(dsn)
 
     def fails(*_: Any) -> int:
         raise OSError(5, "Input/output error")
@@ -626,113 +633,115 @@ def test_disk_error_leaves_the_refused_dsn_pending(
     with monkeypatch.context() as patched:
         patched.setattr(Spool, "open", fails)
         with pytest.raises(OSError, match="Input/output"):
-            post.generator.generate(10)
-    assert post.pending(dsn)
-    assert len(post.another().generate(10)) == 1
+            harness.generator.generate(10)
+    assert harness.pending(dsn)
+    assert len(harness.another().generate(10)) == 1
 
 
-def test_refused_dsn_and_its_successor_change_in_one_transaction(post: DsnHarness) -> None:
-    post.fail(post.accept())
-    (dsn,) = post.generator.generate(10)
-    post.fail(dsn)
+def test_refused_dsn_and_its_successor_change_in_one_transaction(harness: DsnHarness) -> None:
+    harness.fail(harness.accept())
+    (dsn,) = harness.generator.generate(10)
+    harness.fail(dsn)
 
     def fails(_: Any, __: Any, statement: str, *___: Any) -> None:
         if "SET due_at = NULL" in statement:
             raise ValueError("stands for a kill")
 
-    event.listen(post.queue.database, "before_cursor_execute", fails)
-    assert post.generator.generate(10) == []
-    event.remove(post.queue.database, "before_cursor_execute", fails)
-    assert post.pending(dsn)
-    assert (post.dsns(), post.files()) == ([dsn], {dsn})
-    (again,) = post.another().generate(10)
-    assert post.files() == {again}
+    event.listen(harness.queue.database, "before_cursor_execute", fails)
+    assert harness.generator.generate(10) == []
+    event.remove(harness.queue.database, "before_cursor_execute", fails)
+    assert harness.pending(dsn)
+    assert (harness.dsns(), harness.files()) == ([dsn], {dsn})
+    (again,) = harness.another().generate(10)
+    assert harness.files() == {again}
 
 
 # --- mail of untrusted clients
 # ---------------------------------------------------------------------------------------
 
 
-def test_dsn_about_mail_of_an_untrusted_client_encloses_the_header_alone(post: DsnHarness) -> None:
+def test_dsn_about_mail_of_an_untrusted_client_encloses_the_header_alone(
+    harness: DsnHarness,
+) -> None:
     """Otherwise the client could send a text to a victim by naming it as the sender."""
-    ids = [post.accept(sender=f"a{trusted}@example.com", ret="FULL", client_trusted=trusted)
+    ids = [harness.accept(sender=f"a{trusted}@example.com", ret="FULL", client_trusted=trusted)
            for trusted in (False, True, None)]  # fmt: skip
     for queue_id in ids:
-        post.fail(queue_id)
-    dsns = post.generator.generate(10)
-    kinds = {post.text(n)["To"]: enclosed(post, n) for n in dsns}
+        harness.fail(queue_id)
+    dsns = harness.generator.generate(10)
+    kinds = {harness.text(n)["To"]: enclosed(harness, n) for n in dsns}
     full = ("full", "message/rfc822")
     assert kinds == {"aFalse@example.com": ("header", "text/rfc822-headers"), "aTrue@example.com": full,
                      "aNone@example.com": full}  # fmt: skip
-    assert [b"x" * 61 in post.spool.path(n).read_bytes() for n in dsns] == [False, True, True]
+    assert [b"x" * 61 in harness.spool.path(n).read_bytes() for n in dsns] == [False, True, True]
 
 
 def test_sender_gets_one_dsn_a_minute_about_mail_of_untrusted_clients(
-    post: DsnHarness, capsys: pytest.CaptureFixture[str]
+    harness: DsnHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ids = [post.accept(sender=sender, client_trusted=trusted) for sender, trusted in [
+    ids = [harness.accept(sender=sender, client_trusted=trusted) for sender, trusted in [
         ("a@example.com", False), ("A@example.com", False), ("a@example.com", True), ("b@example.com", False),
     ]]  # fmt: skip
     for queue_id in ids:
-        post.fail(queue_id)
-    made = post.generator.generate(10)
-    assert [len(post.dsns(queue_id)) for queue_id in ids] == [1, 0, 1, 1]
+        harness.fail(queue_id)
+    made = harness.generator.generate(10)
+    assert [len(harness.dsns(queue_id)) for queue_id in ids] == [1, 0, 1, 1]
     assert len(made) == 3
-    assert not any(post.pending(queue_id) or post.has_body(queue_id) for queue_id in ids)
-    withheld = [post.queue.delivery(queue_id)["dsn_withheld"] for queue_id in ids]
+    assert not any(harness.pending(queue_id) or harness.has_body(queue_id) for queue_id in ids)
+    withheld = [harness.queue.delivery(queue_id)["dsn_withheld"] for queue_id in ids]
     assert withheld == [None, "rate", None, None]
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "dsn withheld" in line)
     assert ids[1] in line
-    post.queue.change("UPDATE dsn_limits SET last_at = @ago(61)")
-    later = post.accept(client_trusted=False)
-    post.fail(later)
-    assert len(post.another().generate(10)) == 1
+    harness.queue.change("UPDATE dsn_limits SET last_at = @ago(61)")
+    later = harness.accept(client_trusted=False)
+    harness.fail(later)
+    assert len(harness.another().generate(10)) == 1
 
 
-def test_clock_set_back_withholds_no_dsn(post: DsnHarness) -> None:
-    post.fail(post.accept(client_trusted=False))
-    assert len(post.generator.generate(10)) == 1
-    post.queue.change("UPDATE dsn_limits SET last_at = @later(7200)")
-    post.fail(post.accept(client_trusted=False))
-    assert len(post.generator.generate(10)) == 1
+def test_clock_set_back_withholds_no_dsn(harness: DsnHarness) -> None:
+    harness.fail(harness.accept(client_trusted=False))
+    assert len(harness.generator.generate(10)) == 1
+    harness.queue.change("UPDATE dsn_limits SET last_at = @later(7200)")
+    harness.fail(harness.accept(client_trusted=False))
+    assert len(harness.generator.generate(10)) == 1
 
 
 def test_limit_holds_for_all_generators_together(clean_postgres_url: str, spool: Spool) -> None:
     """The second waits for the COMMIT of the first, and then sees that a DSN was generated a moment
     ago."""
     with opened(clean_postgres_url) as queue:
-        post = DsnHarness(queue, spool)
-        ids = [post.accept(client_trusted=False) for _ in range(8)]
+        harness = DsnHarness(queue, spool)
+        ids = [harness.accept(client_trusted=False) for _ in range(8)]
         for queue_id in ids:
-            post.fail(queue_id)
-        sweepers = [post.another() for _ in range(4)]
+            harness.fail(queue_id)
+        sweepers = [harness.another() for _ in range(4)]
         with ThreadPoolExecutor(4) as threads:
             made = list(threads.map(lambda sweeper: sweeper.generate(10), sweepers))
         assert sum(map(len, made)) == 1
-        assert not any(map(post.pending, ids))
+        assert not any(map(harness.pending, ids))
 
 
-def test_untrusted_client_gets_no_dsn_about_mail_to_our_postmaster(post: DsnHarness) -> None:
-    ours = f"Postmaster@{post.queue.settings.hostname}"
+def test_untrusted_client_gets_no_dsn_about_mail_to_our_postmaster(harness: DsnHarness) -> None:
+    ours = f"Postmaster@{harness.queue.settings.hostname}"
     alone, mixed, trusted = (
-        post.accept(ours, sender="a1@example.com", client_trusted=False),
-        post.accept(
+        harness.accept(ours, sender="a1@example.com", client_trusted=False),
+        harness.accept(
             "postmaster", "b@example.org", ours, sender="a2@example.com", client_trusted=False
         ),
-        post.accept(ours, sender="a3@example.com", client_trusted=True),
+        harness.accept(ours, sender="a3@example.com", client_trusted=True),
     )
     for queue_id in (alone, mixed, trusted):
-        post.fail(queue_id)
-    made = post.generator.generate(10)
-    assert {post.text(dsn)["To"]: post.reported(dsn) for dsn in made} == {
+        harness.fail(queue_id)
+    made = harness.generator.generate(10)
+    assert {harness.text(dsn)["To"]: harness.reported(dsn) for dsn in made} == {
         "a2@example.com": [("b@example.org", "failed")], "a3@example.com": [(ours, "failed")],
     }  # fmt: skip
-    assert [post.queue.delivery(one)["dsn_withheld"] for one in (alone, mixed, trusted)] == [
+    assert [harness.queue.delivery(one)["dsn_withheld"] for one in (alone, mixed, trusted)] == [
         "postmaster",
         None,
         None,
     ]
-    assert not any(map(post.pending, (alone, mixed, trusted)))
+    assert not any(map(harness.pending, (alone, mixed, trusted)))
 
 
 def test_warning_about_mail_of_an_untrusted_client_counts_for_the_limit(late: DsnHarness) -> None:
@@ -746,23 +755,23 @@ def test_warning_about_mail_of_an_untrusted_client_counts_for_the_limit(late: Ds
     assert late.queue.delivery(ids[0])["dsn_withheld"] == "rate"
 
 
-def test_cleaner_removes_limits_that_are_over(post: DsnHarness) -> None:
+def test_cleaner_removes_limits_that_are_over(harness: DsnHarness) -> None:
     for sender in ("a@example.com", "b@example.com"):
-        post.fail(post.accept(sender=sender, client_trusted=False))
-    assert len(post.generator.generate(10)) == 2
-    post.queue.change(
+        harness.fail(harness.accept(sender=sender, client_trusted=False))
+    assert len(harness.generator.generate(10)) == 2
+    harness.queue.change(
         "UPDATE dsn_limits SET last_at = @ago(1000) WHERE sender = :old", old="a@example.com"
     )
-    Cleaner(post.queue.settings, post.queue.database, post.spool).clean()
-    assert post.queue.rows("SELECT sender FROM dsn_limits") == [{"sender": "b@example.com"}]
+    Cleaner(harness.queue.settings, harness.queue.database, harness.spool).clean()
+    assert harness.queue.rows("SELECT sender FROM dsn_limits") == [{"sender": "b@example.com"}]
 
 
 def test_without_bounces_no_dsn_is_pending(with_settings: Any) -> None:
-    post = with_settings(bounces="off")
-    queue_id = post.accept()
-    post.fail(queue_id)
-    assert not post.pending(queue_id)
-    assert post.generator.generate(10) == []
+    harness = with_settings(bounces="off")
+    queue_id = harness.accept()
+    harness.fail(queue_id)
+    assert not harness.pending(queue_id)
+    assert harness.generator.generate(10) == []
 
 
 @pytest.mark.parametrize(("notify", "told"), [
@@ -770,21 +779,21 @@ def test_without_bounces_no_dsn_is_pending(with_settings: Any) -> None:
     ("DELAY", False), ("SUCCESS", False),
 ])  # fmt: skip
 def test_NOTIFY_decides_whether_a_dsn_is_generated(
-    post: DsnHarness, notify: str | None, told: bool
+    harness: DsnHarness, notify: str | None, told: bool
 ) -> None:
-    queue_id = post.accept(notify=notify)
-    post.fail(queue_id)
-    assert len(post.generator.generate(10)) == told
-    assert not post.pending(queue_id)
-    assert not post.has_body(queue_id)
+    queue_id = harness.accept(notify=notify)
+    harness.fail(queue_id)
+    assert len(harness.generator.generate(10)) == told
+    assert not harness.pending(queue_id)
+    assert not harness.has_body(queue_id)
 
 
-def test_NOTIFY_is_for_each_recipient(post: DsnHarness) -> None:
-    queue_id = post.accept("x@example.org", "y@example.org", "z@example.org")
-    post.queue.change("UPDATE recipients SET notify = 'NEVER' WHERE position = 2")
-    post.fail(queue_id)
-    (dsn,) = post.generator.generate(10)
-    assert post.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
+def test_NOTIFY_is_for_each_recipient(harness: DsnHarness) -> None:
+    queue_id = harness.accept("x@example.org", "y@example.org", "z@example.org")
+    harness.queue.change("UPDATE recipients SET notify = 'NEVER' WHERE position = 2")
+    harness.fail(queue_id)
+    (dsn,) = harness.generator.generate(10)
+    assert harness.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
 
 
 @pytest.mark.parametrize(("ret", "body", "kind"), [
@@ -793,43 +802,43 @@ def test_NOTIFY_is_for_each_recipient(post: DsnHarness) -> None:
     ("HDRS", b"X-Long: " + b"x" * 100 + b"\n" + b"X: y\n" * LONGEST_RETURNED, "text/rfc822-headers"),
 ])  # fmt: skip
 def test_RET_decides_what_a_dsn_encloses(
-    post: DsnHarness, ret: str | None, body: bytes, kind: str
+    harness: DsnHarness, ret: str | None, body: bytes, kind: str
 ) -> None:
-    queue_id = post.accept(ret=ret, body=body)
-    post.fail(queue_id)
-    (dsn,) = post.generator.generate(10)
-    last = list(post.text(dsn).iter_parts())[-1]
+    queue_id = harness.accept(ret=ret, body=body)
+    harness.fail(queue_id)
+    (dsn,) = harness.generator.generate(10)
+    last = list(harness.text(dsn).iter_parts())[-1]
     assert last.get_content_type() == kind
-    wire = post.spool.path(dsn).read_bytes()
+    wire = harness.spool.path(dsn).read_bytes()
     assert (body in wire) == (kind == "message/rfc822")
     assert body.split(b"\n")[0] in wire
     assert len(wire) < LONGEST_RETURNED + 5000
 
 
-def test_ENVID_and_ORCPT_are_in_the_dsn(post: DsnHarness) -> None:
-    queue_id = post.accept(envid="an+2Did", orcpt="rfc822;first+40example.org")
-    post.fail(queue_id)
-    (dsn,) = post.generator.generate(10)
-    wire = post.spool.path(dsn).read_text()
+def test_ENVID_and_ORCPT_are_in_the_dsn(harness: DsnHarness) -> None:
+    queue_id = harness.accept(envid="an+2Did", orcpt="rfc822;first+40example.org")
+    harness.fail(queue_id)
+    (dsn,) = harness.generator.generate(10)
+    wire = harness.spool.path(dsn).read_text()
     assert "\nOriginal-Envelope-Id: an-id\n" in wire
     assert "\nOriginal-Recipient: rfc822; first@example.org\n" in wire
 
 
-def test_original_that_is_missing_or_truncated_is_not_returned(post: DsnHarness) -> None:
-    gone, cut = post.accept(), post.accept()
+def test_original_that_is_missing_or_truncated_is_not_returned(harness: DsnHarness) -> None:
+    gone, cut = harness.accept(), harness.accept()
     for queue_id in (gone, cut):
-        post.fail(queue_id)
-    post.spool.path(gone).unlink()
-    os.truncate(post.spool.path(cut), 5)
-    dsns = post.generator.generate(10)
-    assert [len(list(post.text(dsn).iter_parts())) for dsn in dsns] == [2, 2]
+        harness.fail(queue_id)
+    harness.spool.path(gone).unlink()
+    os.truncate(harness.spool.path(cut), 5)
+    dsns = harness.generator.generate(10)
+    assert [len(list(harness.text(dsn).iter_parts())) for dsn in dsns] == [2, 2]
 
 
-def test_8_bit_original_is_declared(post: DsnHarness) -> None:
+def test_8_bit_original_is_declared(harness: DsnHarness) -> None:
     for body in (BODY, BODY + b"\xff\n"):
-        post.fail(post.accept(body=body))
-    plain, eight = post.generator.generate(10)
-    types = post.queue.rows(
+        harness.fail(harness.accept(body=body))
+    plain, eight = harness.generator.generate(10)
+    types = harness.queue.rows(
         "SELECT @hex(id) AS id, body_type FROM messages WHERE dsn_of IS NOT NULL"
     )
     assert {row["id"]: row["body_type"] for row in types} == {plain: "7BIT", eight: "8BITMIME"}
@@ -843,68 +852,68 @@ US = "Error: relay.example[192.0.2.1] is not authorized to use this service"
 
 
 def test_delivery_that_was_refused_because_of_the_relay_is_deferred_without_a_dsn(
-    post: DsnHarness,
+    harness: DsnHarness,
 ) -> None:
-    queue_id = post.accept()
-    (claim,) = post.fail(queue_id, reply=US)
-    assert post.generator.generate(10) == []
-    row = post.queue.delivery(queue_id)
+    queue_id = harness.accept()
+    (claim,) = harness.fail(queue_id, reply=US)
+    assert harness.generator.generate(10) == []
+    row = harness.queue.delivery(queue_id)
     assert (row["state"], row["finished_at"]) == ("deferred", None)
     assert row["due_in"] == pytest.approx(GATHER, abs=20)
-    assert post.has_body(queue_id)
-    post.queue.pass_time(100)
-    post.queue.rescuer.requeue_due(10)
-    (again,) = post.queue.claim(queue_id)
+    assert harness.has_body(queue_id)
+    harness.queue.pass_time(100)
+    harness.queue.rescuer.requeue_due(10)
+    (again,) = harness.queue.claim(queue_id)
     assert (again.claim, again.recipients) == (2, claim.recipients)
-    assert post.queue.complete(again, Outcome.DELIVERED).state is State.DELIVERED
+    assert harness.queue.complete(again, Outcome.DELIVERED).state is State.DELIVERED
 
 
-def test_only_deliveries_refused_because_of_the_relay_are_deferred(post: DsnHarness) -> None:
-    queue_id = post.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(post.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
-    post.queue.complete(first, Outcome.REJECTED, reply=US)
-    post.queue.complete(second, Outcome.REJECTED)
-    made = post.generator.generate(10) + post.generator.generate(10)
-    assert [post.reported(dsn) for dsn in made] == [[("y@example.org", "failed")]]
-    assert post.queue.state(queue_id, 1) == "deferred"
+def test_only_deliveries_refused_because_of_the_relay_are_deferred(harness: DsnHarness) -> None:
+    queue_id = harness.accept("x@example.org", "bulk:y@example.org")
+    first, second = sorted(harness.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    harness.queue.complete(first, Outcome.REJECTED, reply=US)
+    harness.queue.complete(second, Outcome.REJECTED)
+    made = harness.generator.generate(10) + harness.generator.generate(10)
+    assert [harness.reported(dsn) for dsn in made] == [[("y@example.org", "failed")]]
+    assert harness.queue.state(queue_id, 1) == "deferred"
 
 
-def test_delivery_that_expired_unauthorized_is_reported(post: DsnHarness) -> None:
-    queue_id = post.accept()
-    (claim,) = post.queue.claim(queue_id)
-    post.queue.pass_time(2000)
-    post.queue.complete(claim, Outcome.REJECTED, state=State.DEFERRED, reply=US)
-    assert post.queue.state(queue_id) == "expired"
-    (dsn,) = post.generator.generate(10)
-    assert post.reported(dsn) == [("b@example.org", "failed")]
-    assert not post.pending(queue_id)
+def test_delivery_that_expired_unauthorized_is_reported(harness: DsnHarness) -> None:
+    queue_id = harness.accept()
+    (claim,) = harness.queue.claim(queue_id)
+    harness.queue.pass_time(2000)
+    harness.queue.complete(claim, Outcome.REJECTED, state=State.DEFERRED, reply=US)
+    assert harness.queue.state(queue_id) == "expired"
+    (dsn,) = harness.generator.generate(10)
+    assert harness.reported(dsn) == [("b@example.org", "failed")]
+    assert not harness.pending(queue_id)
 
 
-def test_bounce_by_an_operator_is_not_reported_as_a_reply(post: DsnHarness) -> None:
-    queue_id = post.accept()
-    post.fail(queue_id, Outcome.DEFERRED, reply=US)
-    QueueOperations(post.queue.database, notices=True).apply(
+def test_bounce_by_an_operator_is_not_reported_as_a_reply(harness: DsnHarness) -> None:
+    queue_id = harness.accept()
+    harness.fail(queue_id, Outcome.DEFERRED, reply=US)
+    QueueOperations(harness.queue.database, notices=True).apply(
         OPERATIONS["bounce"],
         Filter(id=queue_id),
         actor="me",
         reason="spam run, not authorized to use this service",
     )
-    (dsn,) = post.generator.generate(10)
-    words = " ".join(post.spool.path(dsn).read_text().split())
+    (dsn,) = harness.generator.generate(10)
+    words = " ".join(harness.spool.path(dsn).read_text().split())
     assert "It was sent back by an operator of this relay: spam run, not authorized" in words
     assert "refused" not in words
     assert "Diagnostic-Code" not in words
 
 
-def test_reported_bounce_is_not_reclassified(post: DsnHarness) -> None:
-    queue_id = post.accept()
-    post.fail(queue_id)
-    assert len(post.generator.generate(10)) == 1
-    post.queue.change(
+def test_reported_bounce_is_not_reclassified(harness: DsnHarness) -> None:
+    queue_id = harness.accept()
+    harness.fail(queue_id)
+    assert len(harness.generator.generate(10)) == 1
+    harness.queue.change(
         "UPDATE deliveries SET last_reply = :us WHERE queue_id = @id(:id)", us=US, id=queue_id
     )
-    assert post.generator.generate(10) == []
-    assert post.queue.state(queue_id) == "bounced"
+    assert harness.generator.generate(10) == []
+    assert harness.queue.state(queue_id) == "bounced"
 
 
 # --- warnings
@@ -914,8 +923,8 @@ def test_reported_bounce_is_not_reclassified(post: DsnHarness) -> None:
 @pytest.fixture
 def late(with_settings: Any) -> DsnHarness:
     """A queue whose mail is late after four hours."""
-    post: DsnHarness = with_settings(delay_warning=4 * HOUR)
-    return post
+    harness: DsnHarness = with_settings(delay_warning=4 * HOUR)
+    return harness
 
 
 def test_delay_is_reported_once(late: DsnHarness) -> None:
@@ -1047,14 +1056,14 @@ def test_delivery_that_was_locked_during_the_warning_is_not_warned_of_again(
     clean_postgres_url: str, spool: Spool
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
-        post = DsnHarness(queue, spool)
-        queue_id = post.accept("x@example.org", "bulk:y@example.org")
-        post.age(queue_id)
+        harness = DsnHarness(queue, spool)
+        queue_id = harness.accept("x@example.org", "bulk:y@example.org")
+        harness.age(queue_id)
         with queue.database.connect() as busy:
             busy.execute(text("SELECT 1 FROM deliveries WHERE number = 1 FOR UPDATE"))
-            assert len(post.generator.warn(10)) == 1
+            assert len(harness.generator.warn(10)) == 1
         assert queue.delivery(queue_id)["warn_at"] is not None
-        assert post.generator.warn(10) == []
+        assert harness.generator.warn(10) == []
         assert queue.delivery(queue_id)["warn_at"] is None
 
 
@@ -1065,12 +1074,12 @@ def test_delivery_that_was_locked_during_the_warning_is_not_warned_of_again(
 def test_delay_is_not_reported_where_no_warning_is_wanted(
     with_settings: Any, settings: dict[str, Any], given: dict[str, Any]
 ) -> None:
-    post = with_settings(**({"delay_warning": 4 * HOUR} | settings))
-    queue_id = post.accept(**given)
-    post.fail(queue_id, Outcome.DEFERRED)
-    post.age(queue_id)
-    assert post.generator.warn(10) == []
-    assert post.dsns() == []
+    harness = with_settings(**({"delay_warning": 4 * HOUR} | settings))
+    queue_id = harness.accept(**given)
+    harness.fail(queue_id, Outcome.DEFERRED)
+    harness.age(queue_id)
+    assert harness.generator.warn(10) == []
+    assert harness.dsns() == []
 
 
 # --- failures
@@ -1078,12 +1087,12 @@ def test_delay_is_not_reported_where_no_warning_is_wanted(
 
 
 def test_original_that_cannot_be_read_is_not_returned(
-    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
+    harness: DsnHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad, good = post.accept(), post.accept()
+    bad, good = harness.accept(), harness.accept()
     for queue_id in (bad, good):
-        post.fail(queue_id)
-    opens = post.spool.open
+        harness.fail(queue_id)
+    opens = harness.spool.open
 
     def fails(queue_id: str, size: int) -> int:
         handle = opens(queue_id, size)
@@ -1092,10 +1101,10 @@ def test_original_that_cannot_be_read_is_not_returned(
             os.close(unreadable)
         return handle
 
-    monkeypatch.setattr(post.spool, "open", fails)
-    first, second = post.generator.generate(10)
-    assert [len(list(post.text(dsn).iter_parts())) for dsn in (first, second)] == [2, 3]
-    assert "could not be read" in " ".join(post.spool.path(first).read_text().split())
+    monkeypatch.setattr(harness.spool, "open", fails)
+    first, second = harness.generator.generate(10)
+    assert [len(list(harness.text(dsn).iter_parts())) for dsn in (first, second)] == [2, 3]
+    assert "could not be read" in " ".join(harness.spool.path(first).read_text().split())
 
 
 def test_message_that_fails_delays_no_other(
@@ -1126,37 +1135,37 @@ def test_message_that_fails_delays_no_other(
     assert len(late.generator.warn(2)) == 1
 
 
-def test_pending_dsn_without_recipients_is_cleared(post: DsnHarness) -> None:
-    queue_id = post.accept()
-    post.fail(queue_id)
-    post.queue.change("DELETE FROM recipients")
-    assert post.generator.generate(10) == []
-    assert not post.pending(queue_id)
+def test_pending_dsn_without_recipients_is_cleared(harness: DsnHarness) -> None:
+    queue_id = harness.accept()
+    harness.fail(queue_id)
+    harness.queue.change("DELETE FROM recipients")
+    assert harness.generator.generate(10) == []
+    assert not harness.pending(queue_id)
 
 
 def test_full_spool_leaves_the_dsn_pending(
-    post: DsnHarness, monkeypatch: pytest.MonkeyPatch
+    harness: DsnHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue_id = post.accept()
-    post.fail(queue_id)
+    queue_id = harness.accept()
+    harness.fail(queue_id)
 
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(post.spool, "store", full)
+        patch.setattr(harness.spool, "store", full)
         with pytest.raises(OSError, match="No space"):
-            post.generator.generate(10)
-    assert post.pending(queue_id)
-    assert post.has_body(queue_id)
-    assert len(post.another().generate(10)) == 1
+            harness.generator.generate(10)
+    assert harness.pending(queue_id)
+    assert harness.has_body(queue_id)
+    assert len(harness.another().generate(10)) == 1
 
 
-def test_due_at_and_the_dsn_change_in_one_transaction(post: DsnHarness) -> None:
+def test_due_at_and_the_dsn_change_in_one_transaction(harness: DsnHarness) -> None:
     """A fault at any statement of it leaves either nothing or everything."""
     for at in range(1, 40):
-        queue_id = post.accept()
-        post.fail(queue_id)
+        queue_id = harness.accept()
+        harness.fail(queue_id)
         counted = [0]
 
         def fault(*_: Any, at: int = at, counted: list[int] = counted) -> None:
@@ -1164,19 +1173,19 @@ def test_due_at_and_the_dsn_change_in_one_transaction(post: DsnHarness) -> None:
             if counted[0] == at:
                 raise RuntimeError("stands for a connection that breaks")
 
-        event.listen(post.queue.database, "before_cursor_execute", fault)
+        event.listen(harness.queue.database, "before_cursor_execute", fault)
         try:
-            finished = len(post.another().generate(10)) == 1
+            finished = len(harness.another().generate(10)) == 1
         except RuntimeError:
             finished = False
         finally:
-            event.remove(post.queue.database, "before_cursor_execute", fault)
-        assert len(post.dsns(queue_id)) == (not post.pending(queue_id))
+            event.remove(harness.queue.database, "before_cursor_execute", fault)
+        assert len(harness.dsns(queue_id)) == (not harness.pending(queue_id))
         if finished:
             return
-        assert post.has_body(queue_id)
-        if post.dsns(queue_id):  # after the COMMIT: the body stays for housekeeping
+        assert harness.has_body(queue_id)
+        if harness.dsns(queue_id):  # after the COMMIT: the body stays for housekeeping
             continue
-        assert post.files() <= {queue_id, *post.dsns()}
-        assert len(post.another().generate(10)) == 1
+        assert harness.files() <= {queue_id, *harness.dsns()}
+        assert len(harness.another().generate(10)) == 1
     raise AssertionError("it never came through")
