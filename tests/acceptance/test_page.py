@@ -137,6 +137,20 @@ def test_timeline_shows_operations(
     ]
 
 
+def test_link_of_a_dsn_leads_to_the_original(
+    at_the_page: tuple[QueueHarness, Browser],
+) -> None:
+    queue, browser = at_the_page
+    original = queue.accept()
+    for content, text in ((None, original), ("header", f"{original} and encloses its header")):
+        dsn = queue.accept(sender="", dsn_of=original, dsn_content=content)
+        page = browser.get(f"/message/{dsn}")
+        link = re.search(r'<dt>DSN of</dt><dd><a href="([^"]*)"><code>([^<]*)</code>', page.text)
+        assert link is not None
+        assert link[2] == text
+        assert browser.get(link[1].replace(" ", "%20")).status == 200
+
+
 def test_counts_are_labelled(at_the_page: tuple[QueueHarness, Browser]) -> None:
     queue, browser = at_the_page
     queue.accept("a@example.org", "b@example.org", "c@example.org")
