@@ -100,7 +100,8 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
                 revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
             faults, spool_id = database.check_durable(engine), QueueReader(engine).spool_id()
     except database.DatabaseError as error:
-        yield CheckResult("database", "away", str(error))
+        remedy = "correct RELAY_DATABASE_URL, or run `qmqp-relay migrate`"
+        yield CheckResult("database", "fail", str(error), remedy)
         return
     except SQLAlchemyError as error:
         words = first_line(getattr(error, "orig", error))

@@ -39,7 +39,7 @@ from relay.db import engine as database
 from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED
 from relay.report.filters import Filter
-from relay.report.queries import NoSuchMessage, QueueReader
+from relay.report.queries import QueueReader
 from relay.report.rows import DsnRow, MessageRow
 from relay.report.statistics import AGES, Statistics
 from relay.settings import Settings, load
@@ -211,7 +211,7 @@ class MessageReport:
         return asdict(self.message) | {
             "file": str(self.file),
             "file_size": self.file_size,
-            "spool_at_hand": self.spool_is_mounted,
+            "spool_mounted": self.spool_is_mounted,
             "why": self.why,
         }
 
@@ -226,8 +226,6 @@ def find_message(text: str) -> MessageReport:
 def report_on(queue: QueueReader, settings: Settings, text: str) -> MessageReport:
     """Everything about the message whose id is or ends in this text; raises NoSuchMessage."""
     message = queue.message(queue.resolve(text))
-    if message is None:
-        raise NoSuchMessage("the message was removed a moment ago")
     spool, file_size = mounted_spool(settings, queue), None
     file = Spool(settings.spool_dir).path(message.queue_id)
     with contextlib.suppress(OSError):
@@ -328,7 +326,7 @@ def show_body(end: str, *, header_only: bool) -> int:
     with opened(settings) as engine:
         queue = QueueReader(engine)
         message, spool = queue.message(queue.resolve(end)), mounted_spool(settings, queue)
-    if message is None or spool is None:
+    if spool is None:
         text = f"the spool of this database is not mounted in {settings.spool_dir}"
         raise CommandError(OUT_OF_REACH, text)
     try:

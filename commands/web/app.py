@@ -34,7 +34,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from commands.errors import DONE, OUT_OF_REACH, CommandError
+from commands.errors import DONE, WRONG_USE, CommandError
 from commands.ops.show import OUTCOMES, described, opened, report_on
 from commands.output import ago, cut, due, plain, size, span, stamp
 from commands.web import charts
@@ -373,7 +373,7 @@ def run(settings: Settings) -> int:
             sockets.append(socket.create_server((host, port), family=family))
         except OSError as error:
             text = f"RELAY_WEB_LISTEN: cannot listen on {host}:{port}: {error.strerror}"
-            raise CommandError(OUT_OF_REACH, text) from None
+            raise CommandError(WRONG_USE, text) from None
     with opened(settings) as engine:
         for host, port in settings.web_listen:
             log.info("web pages served", host=host, port=port)

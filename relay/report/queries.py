@@ -244,12 +244,12 @@ class QueueReader(Reader):
             raise NoSuchMessage(f"more than one id ends in {digits}: {', '.join(ids)}")
         return ids[0]
 
-    def message(self, queue_id: str) -> MessageRow | None:
-        """One message with its recipients, deliveries and attempts; None if the id is unknown."""
+    def message(self, queue_id: str) -> MessageRow:
+        """One message with its recipients, deliveries and attempts; raises NoSuchMessage."""
         key = dashed(queue_id)
         rows = self.read("message", id=key)
         if not rows:
-            return None
+            raise NoSuchMessage("the message was removed a moment ago")
         return MessageRow(
             **rows[0],
             recipients=[RecipientRow(**row) for row in self.read("recipients", id=key)],

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import stat
 from pathlib import Path
 
@@ -209,6 +210,14 @@ def test_wrong_use_is_named(
     )  # in this process: a dozen starts of Python would take a while
     assert refused.exit_code == 2, refused.output
     assert text in refused.output
+
+
+def test_web_refuses_a_taken_port(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused = command("web", STATE_DIR=str(tmp_path), WEB_LISTEN=address)
+    assert refused.returncode == 2
+    assert f"RELAY_WEB_LISTEN: cannot listen on {address}: Address already in use" in refused.stderr
 
 
 def test_migrate_twice(tmp_path: Path) -> None:

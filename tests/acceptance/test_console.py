@@ -291,7 +291,7 @@ def test_show(console: Console) -> None:
     for words in (uncertain, duplicate, "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
         assert words in shown
     (whole,) = lines(console.typed("show", uncertain, "--json"))
-    assert (whole["file_size"], whole["spool_at_hand"]) == (100, True)
+    assert (whole["file_size"], whole["spool_mounted"]) == (100, True)
     assert [(row["outcome"], row["bytes_sent"]) for row in whole["attempts"]] == [("uncertain", 90)]
     sending = console.scenario.ids["sending"][0]
     assert f"by worker {console.queue.worker[-12:]}" in console.typed("show", sending).stdout

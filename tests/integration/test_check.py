@@ -12,7 +12,7 @@ from qmqp.sink import running_sink
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
 from tests.integration.test_probe import speaking
-from tests.integration.typed import typed_at
+from tests.integration.typed import lines, typed_at
 from tests.postfix import Postfix
 
 
@@ -58,3 +58,17 @@ def test_servers_that_refuse_us_or_are_out_of_reach_fail(
     assert "closed before anything was sent" in verdicts[names[2]][1]
     assert "no QMQP reply" in verdicts[names[3]][1]
     assert "Connection refused" in verdicts[names[4]][1]
+
+
+@pytest.mark.parametrize("url", ["mysql://x/y", "sqlite:////nowhere/relay.db"])
+def test_unusable_database_url_fails_with_a_remedy(
+    queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    typed = typed_at(queue, spool, monkeypatch)
+    monkeypatch.setenv("RELAY_DATABASE_URL", url)
+    rows = lines(typed("check", "--json", status=None))
+    (database,) = (row for row in rows if row["what"] == "database")
+    assert (database["verdict"], "correct RELAY_DATABASE_URL" in database["remedy"]) == (
+        "fail",
+        True,
+    )

@@ -18,6 +18,7 @@ from relay.queue import operations as verbs
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.report.filters import Filter
+from relay.report.queries import QueueReader
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, new_message
 from tests.integration.test_cost_of_a_message import counted
@@ -387,6 +388,14 @@ def test_where_the_spool_is_not_mounted_bodies_stay(
     assert "not mounted" in typed("body", queue_id, status=3).stderr
     assert "not mounted" in typed("show", queue_id).stdout
     assert "not mounted" in typed("fsck", status=3).stderr
+
+
+@pytest.mark.parametrize("command", ["show", "why", "headers", "body"])
+def test_message_removed_while_a_command_starts_is_not_found(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(QueueReader, "resolve", lambda _reader, _end: "f" * 32)
+    assert "the message was removed a moment ago" in typed(command, "ffff", status=1).stderr
 
 
 def test_rerouting(

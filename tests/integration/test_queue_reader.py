@@ -152,7 +152,6 @@ def test_message_has_recipients_deliveries_and_attempts(
     queue.rescuer.requeue_due(10)
     queue.complete(queue.claim(queue_id)[0], Outcome.REJECTED)
     message = reader.message(queue_id)
-    assert message is not None
     assert [row.address for row in message.recipients] == [
         "x@example.org",
         "y@example.org",
@@ -165,7 +164,8 @@ def test_message_has_recipients_deliveries_and_attempts(
         (1, "deferred", queue.worker), (2, "rejected", queue.worker)
     ]  # fmt: skip
     assert message.attempts[0].started_at.tzinfo is UTC
-    assert reader.message("f" * 32) is None
+    with pytest.raises(NoSuchMessage):
+        reader.message("f" * 32)
 
 
 def test_summary_and_servers_count_the_queue(queue: QueueHarness, reader: QueueReader) -> None:
