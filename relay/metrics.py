@@ -26,8 +26,8 @@ from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading
 from relay.db.sql import Queries
-from relay.listener import listen
 from relay.log import get_logger
+from relay.metrics_server import listen
 from relay.queue.states import UNFINISHED
 from relay.settings import Settings
 from relay.spool.store import Spool

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from relay import listener, metrics
+from relay import metrics, metrics_server
 from relay.db import engine as database
 from relay.metrics import QueueMetrics, serve
 from relay.settings import Settings
@@ -120,22 +120,22 @@ def test_metrics_are_served_on_the_first_free_address(queue: QueueMetrics, free_
 
 
 def test_unfinished_requests_are_bounded_and_closed(monkeypatch: pytest.MonkeyPatch, free_port):
-    monkeypatch.setattr(listener, "TIMEOUT", 3.0)
+    monkeypatch.setattr(metrics_server, "TIMEOUT", 3.0)
     before, port = threading.active_count(), free_port()
     stop = serve(Settings(metrics_listen=(("127.0.0.1", port),)))
     with ExitStack() as stack:
         stack.callback(stop)
         clients = [
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
-            for _ in range(3 * listener.THREADS)
+            for _ in range(3 * metrics_server.THREADS)
         ]
-        for client in clients[: listener.THREADS : 2]:
+        for client in clients[: metrics_server.THREADS : 2]:
             client.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
         server_reply = [client.recv(100) for client in reversed(clients)]
-        assert threading.active_count() <= before + 1 + listener.THREADS
-        assert [one[:12] for one in server_reply] == [b"HTTP/1.0 503"] * 2 * listener.THREADS + [
-            b""
-        ] * listener.THREADS
+        assert threading.active_count() <= before + 1 + metrics_server.THREADS
+        assert [one[:12] for one in server_reply] == [
+            b"HTTP/1.0 503"
+        ] * 2 * metrics_server.THREADS + [b""] * metrics_server.THREADS
         until(lambda: threading.active_count() == before + 1)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             assert b"relay_accept_seconds_count" in answer.read()
