@@ -72,7 +72,7 @@ class SpoolerClient(asyncio.Protocol):
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-        self._observe = metrics.rounds("intake")
+        self._observe = metrics.group_commit("accept")
 
     async def start(self) -> None:
         """Starts a spooler and waits for it. Raises SpoolerError if it ends instead."""

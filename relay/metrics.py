@@ -40,7 +40,7 @@ _QUICK = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30,
 _LONG = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 7200, 43200, 172800)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they would add a series for each counter
-SESSIONS = Counter("relay_smtp_sessions", "SMTP connections taken")
+SESSIONS = Counter("relay_smtp_sessions", "accepted SMTP connections")
 SESSIONS_OPEN = Gauge("relay_smtp_sessions_open", "SMTP connections open now")
 REFUSALS = Counter(
     "relay_smtp_refusals", "commands and messages refused, by code and enhanced code", ["reply"]
@@ -49,23 +49,26 @@ RECEIVED_BYTES = Counter("relay_received_bytes", "bytes of the bodies of accepte
 ACCEPT_SECONDS = Histogram(
     "relay_accept_seconds", "from the end of a message to its 250", buckets=_QUICK
 )
-ROUND_SIZE = Histogram(
-    "relay_round_size", "rows committed at once", ["writer"], buckets=[2**n for n in range(10)]
+GROUP_COMMIT_SIZE = Histogram(
+    "relay_group_commit_size",
+    "rows committed in one transaction",
+    ["writer"],
+    buckets=[2**n for n in range(10)],
 )
-ROUND_SECONDS = Histogram(
-    "relay_round_seconds", "seconds that their commit took", ["writer"], buckets=_QUICK
+GROUP_COMMIT_SECONDS = Histogram(
+    "relay_group_commit_seconds", "duration of this transaction", ["writer"], buckets=_QUICK
 )
 SPOOLER_RESTARTS = Counter("relay_spooler_restarts", "spoolers that died and were restarted")
 HINTS = Counter("relay_hints", "hints published", ["queue"])
 HINTS_REFUSED = Counter(
-    "relay_hints_refused", "entries of the broker's lists that are no hints", ["queue"]
+    "relay_hints_refused", "entries of the broker's lists that are not hints", ["queue"]
 )
 ATTEMPTS = Counter("relay_attempts", "attempts at a server", ["server", "outcome"])
 SENT_BYTES = Counter("relay_sent_bytes", "bytes of QMQP requests sent")
 DELIVERY_SECONDS = Histogram(
     "relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG
 )
-TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers under way in this worker")
+TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers in progress in this worker")
 CIRCUIT_OPENED = Counter(
     "relay_circuit_opened", "times that the circuit of a server opened", ["server", "why"]
 )
@@ -77,9 +80,9 @@ attempts, hints = cache(ATTEMPTS.labels), cache(HINTS.labels)
 
 
 @cache
-def rounds(writer: str) -> Callable[[int, float], None]:
+def group_commit(writer: str) -> Callable[[int, float], None]:
     """A function that observes a group commit of this writer: rows, seconds."""
-    size, seconds = ROUND_SIZE.labels(writer), ROUND_SECONDS.labels(writer)
+    size, seconds = GROUP_COMMIT_SIZE.labels(writer), GROUP_COMMIT_SECONDS.labels(writer)
 
     def observe(rows: int, took: float) -> None:
         size.observe(rows)
@@ -192,7 +195,7 @@ class QueueMetrics(Collector):
                 "state",
             ),
             _gauge("dsns_pending", "failed deliveries whose DSN is not generated yet", pending),
-            _gauge("workers_alive", "workers whose lease has not run out", totals.workers),
+            _gauge("workers_alive", "workers whose lease has not expired", totals.workers),
             _gauge(
                 "paused", "routes and servers that are paused", dict.fromkeys(paused, 1), "subject"
             ),

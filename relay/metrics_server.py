@@ -1,8 +1,9 @@
 """The HTTP server of the metrics, with a limit on its threads and on the time of a request.
 
 Each request has a thread. A request that is not finished after TIMEOUT seconds, from its first byte
-to the last byte of the response, is closed. While THREADS requests are open, others get 503. Without
-these limits a peer that opens connections and sends nothing would start a thread for each of them.
+to the last byte of the response, is closed. While THREADS requests are open, others get 503.
+Without these limits a peer that opens connections and sends nothing would start a thread for each
+of them.
 """
 
 import socket
@@ -54,7 +55,8 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Close requests that are past their deadline; called between requests, and twice a second."""
+        """Close requests that are past their deadline; called after each request, and twice a
+        second."""
         now = time.monotonic()
         for request, deadline in self._deadlines.copy().items():
             if now > deadline:
@@ -63,7 +65,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The peer has disconnected, or took too long."""
-        log.debug("metrics not taken", reason=first_line(sys.exception()))
+        log.debug("scrape aborted", reason=first_line(sys.exception()))
 
 
 def listen(host: str, port: int) -> WSGIServer:

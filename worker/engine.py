@@ -73,7 +73,7 @@ class Engine:
             post=self._loop.call_soon_threadsafe,
             largest=512,
             gather=GATHER,
-            observe=metrics.rounds("outcomes"),
+            observe=metrics.group_commit("outcomes"),
         )
         self.lease = Lease(queue, settings.lease, self._renew)
         self.producer = Producer(settings, routes, self.servers, self._request)

@@ -80,9 +80,7 @@ class Child:
                 return
             early = time.monotonic() - started < MIN_UPTIME
             pause = min(max(pause * 2, MIN_PAUSE), MAX_PAUSE) if early else MIN_PAUSE
-            log.error(
-                "child died, starting it again", child=self.name, status=status, seconds=pause
-            )
+            log.error("child restarted", child=self.name, status=status, seconds=pause)
             await asyncio.sleep(pause)
 
     async def stop(self) -> None:
@@ -91,7 +89,7 @@ class Child:
         try:
             await asyncio.wait_for(self.wait(), self.stop_timeout)
         except TimeoutError:
-            log.error("child did not stop, killing it", child=self.name, seconds=self.stop_timeout)
+            log.error("child killed", child=self.name, seconds=self.stop_timeout)
             self.signal(signal.SIGKILL)
             await self.wait()
 

@@ -121,20 +121,21 @@ class Stack:
     async def _announce(self) -> None:
         address = self.smtpd.smtp_listen[0]
         if not await _until(lambda: smtp_answers(*_reachable(*address)), 60):
-            log.error("smtpd does not answer yet", address=format_address(*address))
+            log.error("smtpd not ready", address=format_address(*address))
         typer.echo(banner(self))
 
     async def _start_valkey(self, tasks: asyncio.TaskGroup) -> None:
         program = valkey.program()
         if program is None:
-            log.warning("no valkey-server or redis-server found: delivering without a broker")
+            hint = "install valkey-server or redis-server; without it mail is some seconds late"
+            log.warning("broker not installed", hint=hint)
             return
         state_dir = self.smtpd.state_dir
         command = valkey.command(program, state_dir)
         tasks.create_task(self._child("valkey", stop_timeout=5, program=command).keep())
         if not await _until(lambda: valkey.answers(state_dir), 10):
             log_file = str(state_dir / "valkey.log")
-            log.error("valkey does not answer; going on without it", log=log_file)
+            log.error("valkey not ready", log=log_file)
 
 
 async def _require(child: Child) -> None:
@@ -147,7 +148,9 @@ async def _require(child: Child) -> None:
 
 
 def run(*, demo: bool) -> int:
-    """Run the relay until a signal stops it; the exit status. Raises CommandError or SettingsError."""
+    """Run the relay until a signal stops it; the exit status.
+
+    Raises CommandError or SettingsError."""
     smtpd, worker = load(SmtpdSettings), load(WorkerSettings)
     configure(smtpd)
     with _locked(smtpd.state_dir):
@@ -164,7 +167,11 @@ async def _supervise(stack: Stack) -> None:
         nonlocal first
         if not first:
             first = time.monotonic()
-            log.warning("stopping; a second signal kills", drain_timeout=stack.worker.drain_timeout)
+            log.warning(
+                "stopping children",
+                drain_timeout=stack.worker.drain_timeout,
+                hint="a second signal kills them",
+            )
             running.cancel()
         elif time.monotonic() > first + ONE_SIGNAL:
             stack.kill()
@@ -212,7 +219,8 @@ def _locked(state_dir: Path) -> Iterator[None]:
 def _refuse_taken(addresses: Iterable[tuple[str, int]], setting: str) -> None:
     """Raise CommandError for an address that cannot be listened on."""
     for host, port in addresses:
-        deadline = time.monotonic() + 1  # the children of an `up` killed just now are still dying
+        # The children of an `up` that was just killed may not have ended yet.
+        deadline = time.monotonic() + 1
         while error := _bind_error(host, port):
             taken = error.errno == errno.EADDRINUSE
             if taken and time.monotonic() < deadline:
@@ -285,7 +293,7 @@ def banner(stack: Stack) -> str:
         servers = f"{stack.sink_address}, a test server that keeps mail in {dump}"
         demo = (
             "The recipient decides what the test server does: defer-2@ (or any number) is\n"
-            "deferred twice and then accepted, reject@ is refused, slow@ is accepted late,\n"
+            "deferred twice and then accepted, reject@ is rejected, slow@ is accepted late,\n"
             "drop-reply@ gets no reply, and any other is accepted.\n"
         )
     facts = {

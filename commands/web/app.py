@@ -135,7 +135,7 @@ class Guard:
         except Exception as error:
             if is_outage(error):
                 log.warning(
-                    "page not answered", reason=first_line(getattr(error, "orig", None) or error)
+                    "page unavailable", reason=first_line(getattr(error, "orig", None) or error)
                 )
             else:
                 log.exception("page failed")

@@ -38,7 +38,7 @@ def test_mail_is_delivered_after_every_process_was_killed(start_up: StartUp) -> 
         pid = up.child(name) or up.child(f"{name}-server") or up.child("redis-server")
         assert pid, name
         os.kill(pid, signal.SIGKILL)
-    until(lambda: up.log_text().count("starting it again") >= 3, 10, what=up.log_text)
+    until(lambda: up.log_text().count("child restarted") >= 3, 10, what=up.log_text)
     until(lambda: _listens(up.port), STARTING, what=up.log_text)
     up.send("me@example.org")
     up.until_state("me@example.org", "delivered")
@@ -128,7 +128,7 @@ def test_a_child_that_refuses_its_settings_ends_up(tmp_path: Path) -> None:
         "cannot run here, so it is not started again; the reason is above"
         in refused.stderr.splitlines()[-1]
     )
-    assert "child died" not in refused.stdout + refused.stderr
+    assert "child restarted" not in refused.stdout + refused.stderr
     assert processes_of(tmp_path / "var") == []
 
 

@@ -47,13 +47,13 @@ def test_refusal_is_counted_by_its_codes(reply: str, label: str):
 
 def test_children_are_bound_once():
     assert metrics.attempts("mx:628", "delivered") is metrics.attempts("mx:628", "delivered")
-    assert metrics.rounds("intake") is metrics.rounds("intake")
+    assert metrics.group_commit("accept") is metrics.group_commit("accept")
 
 
-def test_round_is_observed_by_size_and_seconds():
-    metrics.rounds("test")(7, 0.25)
-    assert sample("relay_round_size_sum", writer="test") == 7
-    assert sample("relay_round_seconds_sum", writer="test") == 0.25
+def test_group_commit_is_observed_by_size_and_seconds():
+    metrics.group_commit("test")(7, 0.25)
+    assert sample("relay_group_commit_size_sum", writer="test") == 7
+    assert sample("relay_group_commit_seconds_sum", writer="test") == 0.25
 
 
 @pytest.fixture
