@@ -44,27 +44,31 @@ REFUSAL_DELAY = 1.5
 
 type Verdict = tuple[bool | None, str, str]  # allowed, family, and both in words
 
-_REFUSED = (False, "postfix", "it does not let us in (in Postfix: qmqpd_authorized_clients)")
+_REFUSED = (
+    False,
+    "postfix",
+    "it does not authorize this client (in Postfix: qmqpd_authorized_clients)",
+)
 # Status and text of a reply, and what they show. The first row holds.
 _REPLIES: tuple[tuple[bytes, bytes, Verdict], ...] = (
     (b"KZD", b"not authorized", _REFUSED),
     (b"KZD", b"not authorised", _REFUSED),
-    (b"K", b"", (None, "other", "it accepted what was no message: do not send mail there")),
-    (b"D", b"netstring", (True, "postfix", "it rejects what is no request (D), as Postfix does")),
-    (b"D", b"", (True, "other", "it rejects what is no request (D)")),
+    (b"K", b"", (None, "other", "it accepted an invalid request: do not send mail there")),
+    (b"D", b"netstring", (True, "postfix", "it replies D to an invalid request, as Postfix does")),
+    (b"D", b"", (True, "other", "it replies D to an invalid request")),
     (b"Z", b"netstring format error",
-     (True, "postfix", "it defers what is no request (Z), as Postfix does with soft_bounce")),
+     (True, "postfix", "it replies Z to an invalid request, as Postfix does with soft_bounce")),
     (b"Z", b"compressed data",
-     (True, "qmail-ldap", "it takes what is no length for compressed data, as qmail-ldap does")),
-    (b"Z", b"", (True, "mailfront", "it defers what is no request (Z), as mailfront does")),
+     (True, "qmail-ldap", "it treats an invalid length as compressed data, as qmail-ldap does")),
+    (b"Z", b"", (True, "mailfront", "it replies Z to an invalid request, as mailfront does")),
 )  # fmt: skip
 # The same for a server without a reply: whether it was asked, and whether it has closed.
 _SILENCES: dict[tuple[bool, bool], Verdict] = {
     (False, True): (None, "other", "it closed before anything was sent, as tcpserver does to a "
                     "client that is not allowed"),
     (True, True): (True, "qmail",
-                   "it closed without a word on what is no request, as qmail-qmqpd does"),
-    (True, False): (None, "other", "it said nothing and kept the connection open, which no known "
+                   "it closed without a reply to an invalid request, as qmail-qmqpd does"),
+    (True, False): (None, "other", "it sent nothing and kept the connection open, which no known "
                     "QMQP server does"),
 }  # fmt: skip
 
@@ -99,7 +103,7 @@ async def probe(
         verdict = _classify(received, asked=asked)
         result = ProbeResult(True, *verdict, received or b"", seconds)
     except UnicodeError:
-        return ProbeResult(False, None, "none", "no connection: that is no host name")
+        return ProbeResult(False, None, "none", "no connection: that is not a host name")
     except OSError as error:
         known = error.errno is not None and error.errno > 0
         reason = os.strerror(error.errno or 0) if known else error.strerror or str(error)
@@ -108,7 +112,7 @@ async def probe(
         with suppress(OSError):
             received, _, _ = await _ask(server, {_NO_MESSAGE: reply})
         if received == _QRELAY_REPLY:
-            words = "it says D to a netstring that holds no message, as qrelay does"
+            words = "it replies D to a netstring without a message, as qrelay does"
             return replace(result, family="qrelay", words=words, said=_QRELAY_REPLY)
     return result
 
@@ -163,8 +167,8 @@ def _classify(received: bytes | None, *, asked: bool) -> Verdict:
     except MalformedReply:
         reply = None
     if reply is None:
-        first = "" if asked else ": it spoke first, as SMTP and SSH servers do"
-        return None, "other", f"what it said is no QMQP reply{first}"
+        first = "" if asked else ": it sent text first, as SMTP and SSH servers do"
+        return None, "other", f"it did not send a QMQP reply{first}"
     return next(
         verdict
         for statuses, text, verdict in _REPLIES

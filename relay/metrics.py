@@ -119,8 +119,8 @@ def _gauge(name: str, text: str, value: float | Mapping[str, float], label: str 
 
 
 class QueueMetrics(Collector):
-    """The queue in the database, the free space of the spool, the broker's lists (`lists` must return
-    at once)."""
+    """The queue in the database, the free space of the spool, the broker's lists (`lists` must
+    return at once)."""
 
     def __init__(
         self, engine: Engine, spool: Spool, lists: Callable[[], Mapping[str, float]] = dict

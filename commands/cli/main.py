@@ -94,14 +94,14 @@ def sink(
     listen: Annotated[str, typer.Option(help="host:port or unix:/path.")] = "127.0.0.1:6280",
     dump: Annotated[Path | None, typer.Option(help="Keep every message in this directory.")] = None,
     preset: Annotated[
-        str, typer.Option(help="Answer a bad request as strict, qmail or postfix would.")
+        str, typer.Option(help="Reply to a bad request as strict, qmail or postfix does.")
     ] = "strict",
     delay: Annotated[
         float, typer.Option(help="Accept every message, after this many seconds.")
     ] = 0.0,
 ) -> int:
     """Run a QMQP server for tests. The recipient's address decides whether it accepts, defers,
-    refuses or breaks off."""
+    rejects or breaks off."""
     from qmqp.sink import PRESETS, Answer, MagicRecipients, Rule, Sink
     from relay.routes import parse_server
 

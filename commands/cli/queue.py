@@ -38,7 +38,7 @@ def _names(kind: str) -> Callable[[str], list[str]]:
 Route = Annotated[
     str | None, typer.Option(help="Name of the route.", autocompletion=_names("route"))
 ]
-_ID_HELP = "A queue id, or a unique end of one."
+_ID_HELP = "A queue id, or its last digits if they are unique."
 
 
 def _filter(
@@ -60,7 +60,7 @@ def _filter(
     server: Annotated[
         str | None,
         typer.Option(
-            help="Server of the last try: host, host:port, [v6]:port, unix:/path.",
+            help="Server of the last attempt: host, host:port, [v6]:port, unix:/path.",
             autocompletion=_names("server"),
         ),
     ] = None,
@@ -72,7 +72,7 @@ def _filter(
         typer.Option("--message-id", help="Message-ID of the header, with or without <>."),
     ] = None,
     reply: Annotated[
-        str | None, typer.Option(help="A part of the server's reply to the last try.")
+        str | None, typer.Option(help="A part of the server's reply to the last attempt.")
     ] = None,
     positional_id: Annotated[
         str | None, typer.Argument(metavar="ID", help="The same as --id.")
@@ -126,7 +126,7 @@ def filtered(function: Callable[..., int]) -> Callable[..., int]:
 
 
 Id = Annotated[str, typer.Argument(metavar="ID", help=_ID_HELP)]
-Json = Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for each line.")]
 Watch = Annotated[
     float | None,
     typer.Option(min=0.2, metavar="SECONDS", help="Repeat at this interval until Ctrl-C."),
@@ -135,7 +135,7 @@ Reason = Annotated[
     str, typer.Option(help="Why you do it. It is recorded with your name and the time.")
 ]
 Everything = Annotated[
-    bool, typer.Option("--all", help="Every delivery: required when no filter is given.")
+    bool, typer.Option("--all", help="Change all deliveries. Required if there is no filter.")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show which deliveries would change, and change nothing.")
@@ -172,7 +172,7 @@ def list_(
 
 @command(queue)
 def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
-    """Show everything about a message. Envelope, deliveries, and every try with its reply."""
+    """Show everything about a message: envelope, deliveries, and every attempt with its reply."""
     from commands.ops.show import show_message, watched
 
     return watched(watch, lambda: show_message(queue_id, json_lines=json_lines))
@@ -204,7 +204,7 @@ def body(queue_id: Id) -> int:
 
 @command(queue)
 def stats(watch: Watch = None, json_lines: Json = False) -> int:
-    """Count the queue by state and age. Also shows workers, servers, rates and slow tries."""
+    """Count the queue by state and age. Also shows workers, servers, rates and slow attempts."""
     from commands.ops.show import show_stats, watched
 
     return watched(watch, lambda: show_stats(json_lines=json_lines))
@@ -222,7 +222,7 @@ def retry(
     limit: Limit = None,
     json_lines: Json = False,
 ) -> int:
-    """Try deferred deliveries now, whenever they are due."""
+    """Retry deferred deliveries now, before they are due."""
     from commands.ops.modify import change
 
     return change(
@@ -269,9 +269,9 @@ def _operation(name: str, help_: str) -> None:
 _operation(
     "hold",
     "Keep queued and deferred deliveries until they are released. A delivery that is being sent is"
-    " held after its try.",
+    " held after this attempt.",
 )
-_operation("release", "Queue held deliveries.")
+_operation("release", "Make held deliveries queued again.")
 _operation("bounce", "Give up deliveries, and tell the senders. The text of --reason is sent too.")
 _operation("drop", "Give up deliveries without telling the senders.")
 

@@ -158,7 +158,7 @@ def _sending(row: DeliveryRow, facts: Facts) -> str:
 def _deferred(row: DeliveryRow, facts: Facts) -> str:
     text = f"deferred until {stamp(row.due_at)} ({ago(row.due_at)})"
     if _seconds_since(row.due_at) >= 0:
-        text = f"deferred, and due for {ago(row.due_at)}"
+        text = f"deferred, and overdue for {ago(row.due_at)}"
     text += f", because {_last(row)} (try {row.claim_count})"
     if cause := _obstacle(row.route, facts):
         text += f"; now {cause}"
@@ -174,7 +174,7 @@ def _held(row: DeliveryRow, facts: Facts) -> str:
     if row.last_outcome == Outcome.UNSENDABLE:
         advice = "put the file back and release it, or drop it"
         if not all(map(can_carry, [*_addresses(row, facts), facts.message.sender])):
-            advice = "release it: what can be sent is sent, and the rest bounces"
+            advice = "release it: recipients that can be sent are sent, the others bounce"
         return f"held because it cannot be sent: {row.last_reply or ''}; {advice}"
     if row.crash_count > 1:
         return f"held because {row.crash_count} workers in a row ended while they were sending it"
@@ -189,7 +189,7 @@ def _sender_is_told(row: DeliveryRow, facts: Facts) -> str:
     message = facts.message
     if row.due_at is not None:
         if message.dsn_content:
-            return "a worker replaces it with a DSN that encloses less, or gives up"
+            return "a worker replaces it with a smaller DSN, or gives up"
         generated = "a worker generates it" if facts.living else "no worker is alive to generate it"
         return f"its DSN has been pending for {ago(row.due_at)}, and {generated}"
     if row.dsn_withheld:
@@ -215,10 +215,10 @@ def _dsn(dsn: DsnRow) -> str:
 
 def _after(dsn: DeliveryRow | DsnRow, content: str | None) -> str:
     """What followed when a DSN had failed (relay/dsn/generator.py)."""
-    refused = dsn.state == State.BOUNCED and dsn.last_outcome == Outcome.REJECTED
+    rejected = dsn.state == State.BOUNCED and dsn.last_outcome == Outcome.REJECTED
     reducible = content in (Enclosure.FULL, Enclosure.HEADER)
-    if refused and reducible and dsn.reason_source == ReasonSource.SERVER:
-        return "a DSN that encloses less replaced it"
+    if rejected and reducible and dsn.reason_source == ReasonSource.SERVER:
+        return "a smaller DSN replaced it"
     return "no other DSN replaces it: the sender of the original is not told by it"
 
 
@@ -235,7 +235,7 @@ _WITHHELD: dict[str, str] = {
 }
 _OUTCOMES: dict[str | None, str] = {
     Outcome.DEFERRED: "{server} deferred it: {reply}",
-    Outcome.REJECTED: "{server} refused it: {reply}",
+    Outcome.REJECTED: "{server} rejected it: {reply}",
     Outcome.INTERRUPTED: "the transfer to {server} broke off: {reply}",
     Outcome.UNCERTAIN: "it is unknown whether {server} accepted it: {reply}",
     Outcome.MALFORMED: "it is unknown whether {server} accepted it, its reply is invalid: {reply}",
@@ -247,8 +247,6 @@ def _last(row: DeliveryRow | DsnRow) -> str:
     reply = row.last_reply or "no reply"
     if row.reason_source == ReasonSource.OPERATOR:
         return reply
-    if row.last_outcome == Outcome.UNREACHABLE and reply.startswith("no connection: "):
-        return f"no server accepted a connection: {reply.removeprefix('no connection: ')}"
     text = _OUTCOMES.get(row.last_outcome, "{reply}")
     return text.format(server=row.last_server or "a server", reply=reply)
 
@@ -260,7 +258,9 @@ def _obstacle(route: str, facts: Facts) -> str:
     causes = [_obstacle_at(server, facts) for server in facts.routes.get(route, ())]
     cause = " and ".join(causes) if all(causes) else ""
     if route not in facts.routes:
-        cause = f"no worker knows a route {route}: `retry --reroute` gives the mail another"
+        cause = (
+            f"no worker has route {route}; `retry --reroute` moves the mail to its route of today"
+        )
     elif not causes:
         cause = f"no QMQP server is configured for route {route} (RELAY_QMQP_SERVERS)"
     if not facts.living:
@@ -282,7 +282,7 @@ def _obstacle_at(server: str, facts: Facts) -> str:
     if not reasons or knowing - reasons.keys():
         return ""
     reason = max(reasons.values())
-    return f"the circuit to server {server} is open: it is tried again within a minute ({reason})"
+    return f"the circuit of server {server} is open: it is tried again within a minute ({reason})"
 
 
 def _pause(subject: str, facts: Facts) -> str:

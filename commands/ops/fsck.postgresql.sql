@@ -206,7 +206,7 @@ SET
 WHERE queue_id = CAST(:id AS uuid) AND state IN ('queued', 'deferred')
 RETURNING queue_id, number;
 
--- name: dead_workers
+-- name: expired_workers
 -- Workers whose lease expired long ago.
 SELECT replace(CAST(w.id AS text), '-', '') AS worker, w.host, w.pid,
        CAST(w.lease_expires_at AS text) AS until,

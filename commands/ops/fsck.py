@@ -149,7 +149,7 @@ class Fsck:
 
     def findings(self) -> Iterator[Inconsistency]:
         """Every inconsistency, as soon as it is found."""
-        yield from self._rows()  # first: a repaired row may need a file that looks superfluous
+        yield from self._rows()  # first: a repaired row may need a file that seems unneeded
         yield from self._files()
         yield from self._bodies()
         yield from self._workers()
@@ -258,7 +258,7 @@ class Fsck:
 
     def _workers(self) -> Iterator[Inconsistency]:
         """Workers whose lease expired long ago, and is not renewed during another LEASE."""
-        rows = self._all("dead_workers", long=3 * self._settings.lease)
+        rows = self._all("expired_workers", long=3 * self._settings.lease)
         if not rows:
             return
         say(f"the lease of a worker expired; checking again in {span(self._settings.lease)}")
@@ -269,11 +269,11 @@ class Fsck:
                 text = f"{worker} ({host} {pid}), lease expired {span(age)} ago, {counted(count)}"
                 repair = partial(self._expire_worker, worker, until)
                 yield Inconsistency(
-                    "dead worker", text, "record its deliveries as uncertain", repair
+                    "expired worker", text, "record its deliveries as uncertain", repair
                 )
 
     def _expire_worker(self, worker: str, until: str) -> bool:
-        entry = self._entry(f"dead worker {worker}")
+        entry = self._entry(f"expired worker {worker}")
         return self._rescuer.expire_worker(worker, until, entry.note_rows) is not None
 
     def _overdue(self) -> Iterator[Inconsistency]:

@@ -201,7 +201,7 @@ SET
 WHERE queue_id = :id AND state IN ('queued', 'deferred')
 RETURNING queue_id, number;
 
--- name: dead_workers
+-- name: expired_workers
 -- Workers whose lease expired long ago.
 SELECT replace(w.id, '-', '') AS worker, w.host, w.pid,
        CAST(w.lease_expires_at AS text) AS until,

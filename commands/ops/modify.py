@@ -51,7 +51,7 @@ def change(
     exit status."""
     settings = load(Settings)
     if not filter_.shown() and not everything:
-        raise CommandError(WRONG_USE, f"{name} everything? Give a filter, or --all")
+        raise CommandError(WRONG_USE, "no filter: add one, or --all")
     with opened(settings) as engine:
         queue, operation = QueueReader(engine), OPERATIONS.get(name, REROUTE)
         operations = QueueOperations(engine, notices=settings.bounces == "dsn")
@@ -59,7 +59,9 @@ def change(
         matched = operations.matching(operation, filter_)
         if not matched:
             states = " or ".join(operation.takes)
-            raise CommandError(NOTHING_MATCHED, f"no delivery to {name}: it takes what is {states}")
+            raise CommandError(
+                NOTHING_MATCHED, f"nothing to {name}: it applies to {states} deliveries"
+            )
         oldest = "" if limit is None or limit >= matched.total() else f"the oldest {limit} of "
         summary = f"{name} {oldest}{_counts(matched)}"
         if dry_run:
@@ -93,9 +95,9 @@ def change(
         text = as_json(row | {"bodies_removed": removed})
     typer.echo(text)
     if sending := changed[State.SENDING]:
-        after = "they are no longer held after this try"
+        after = "they are no longer held after this attempt"
         if operation.wanted:
-            after = f"{name} follows after this try, unless the server accepts"
+            after = f"{name} follows after this attempt, unless the server accepts"
         say(f"{sending} being sent: {after}")
     if interrupted:
         total = counted(matched.total())

@@ -47,7 +47,7 @@ MESSAGES = (
     ),
     ("null sender", "", ("bounces@example.org",), ("delivered", 1)),
     ("deferred", "me@example.com", ("defer-2@example.org",), ("delivered", 3)),
-    ("refused", "me@example.com", ("reject@example.org",), ("bounced", 1)),
+    ("rejected", "me@example.com", ("reject@example.org",), ("bounced", 1)),
 )
 # The texts of the messages that say more than hello. No two lines of the large one are equal.
 TEXTS = {

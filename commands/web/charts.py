@@ -41,7 +41,7 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Hour:
-    """The numbers of one hour: tries by kind, and mean seconds of those that delivered."""
+    """The numbers of one hour: attempts by kind, and mean seconds of those that delivered."""
 
     begin: str
     end: str
@@ -50,7 +50,7 @@ class Hour:
 
 
 def rate(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
-    """Tries a minute by kind of outcome."""
+    """Attempts per minute by kind of outcome."""
     by_step: dict[int, dict[str, int]] = {}
     for row in rows:
         tries = by_step.setdefault(row["step"], dict.fromkeys(KINDS, 0))
@@ -72,12 +72,12 @@ def rate(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
     sums = {kind: sum(tries[kind] for tries in by_step.values()) for kind in KINDS}
     keys = [(kind, f"{count} {kind}") for kind, count in sums.items() if count]
     marks = [(_y(part / 2), f"{highest * part / 2:g}") for part in (0, 1, 2)]
-    return Graph("Tries a minute", keys, marks, _hours(now, step * steps), drawn)
+    return Graph("Attempts per minute", keys, marks, _hours(now, step * steps), drawn)
 
 
 def latency(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
-    """Mean seconds of a try that delivered, from connection to reply, on a logarithmic scale from
-    1 ms to 1000 s."""
+    """Mean seconds of an attempt that delivered, from connection to reply, on a logarithmic scale
+    from 1 ms to 1000 s."""
     means = {row["step"]: row["seconds"] for row in rows if row["outcome"] == "delivered"}
     points = {
         ago: (round(_x(ago, steps) + 40 / steps, 2), _y(_log(seconds)))

@@ -5,7 +5,7 @@ is known only when a command runs. Its rows are streamed, so that a list of a hu
 is never held in memory.
 
 What must stay true: reading changes nothing and locks nothing; times are aware datetimes on both
-databases; an id may be given with or without dashes, or as any unique end of it.
+databases; an id may be given with or without dashes, or as its last digits if they are unique.
 """
 
 import json
@@ -73,8 +73,8 @@ def _moment(value: datetime | str | int) -> datetime:
 
 
 class Reader:
-    """Reads by the statements of the module in which its subclass is. Those that need no Python, such
-    as `servers`, are only read by their name."""
+    """Reads by the statements of the module in which its subclass is. Those that need no Python,
+    such as `servers`, are only read by their name."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -90,9 +90,16 @@ class QueueReader(Reader):
     """Reads the queue for operators."""
 
     def rows(
-        self, wanted: Filter, *, limit: int | None = None, finished: bool = False, newest: bool = False,
-        after: tuple[str, int] | None = None, down_to: str | None = None, columns: str = "*",
-    ) -> Iterator[Row]:  # fmt: skip
+        self,
+        filter_: Filter,
+        *,
+        limit: int | None = None,
+        finished: bool = False,
+        newest: bool = False,
+        after: tuple[str, int] | None = None,
+        down_to: str | None = None,
+        columns: str = "*",
+    ) -> Iterator[Row]:
         """Rows of `mail_queue` (or of `mail_history`), one for each recipient, oldest first or
         `newest`; many are streamed.
 
@@ -100,28 +107,37 @@ class QueueReader(Reader):
         are older than this id. `columns`: read these alone.
         """
         sql, parameters = self.listing(
-            columns, wanted, limit, finished, newest=newest, after=after, down_to=down_to
+            columns, filter_, limit, finished, newest=newest, after=after, down_to=down_to
         )
         if limit is None or limit > _FEW or down_to is not None:
             yield from self.select(sql, parameters)
             return
-        # PostgreSQL plans a cursor as if a tenth of its rows were wanted. Where few rows match, it
+        # PostgreSQL plans a cursor as if a tenth of its rows were filter_. Where few rows match, it
         # would scan all messages.
         with reading(self._engine) as connection:
             rows = list(as_rows(connection.execute(text(sql), parameters)))
         yield from rows
 
     def listing(
-        self, columns: str, wanted: Filter, limit: int | None, finished: bool, *, newest: bool = False,
-        after: tuple[str, int] | None = None, down_to: str | None = None,
-    ) -> tuple[str, dict[str, Any]]:  # fmt: skip
+        self,
+        columns: str,
+        filter_: Filter,
+        limit: int | None,
+        finished: bool,
+        *,
+        newest: bool = False,
+        after: tuple[str, int] | None = None,
+        down_to: str | None = None,
+    ) -> tuple[str, dict[str, Any]]:
         """The statement that reads these columns as `rows` does, and its parameters."""
         database = self._engine.dialect.name
-        where, parameters = wanted.where(database)
-        view = "mail_history" if finished or wanted.is_history() else "mail_queue"
+        where, parameters = filter_.where(database)
+        view = "mail_history" if finished or filter_.is_history() else "mail_queue"
         behind, order = ("<", "DESC") if newest else (">", "ASC")
         if after is not None:
-            where += f" AND queue_uuid {behind}= :after AND (queue_uuid, position) {behind} (:after, :position)"
+            # The first condition is for the index.
+            where += f" AND queue_uuid {behind}= :after"
+            where += f" AND (queue_uuid, position) {behind} (:after, :position)"
             parameters |= {"after": dashed(after[0]), "position": after[1]}
         if down_to is not None:
             where += " AND queue_uuid >= :down_to"
@@ -131,9 +147,10 @@ class QueueReader(Reader):
             inner = self._definition(view)
             more = "AND" if "WHERE" in inner else "WHERE"
             view = f"({inner} {more} r.queue_id {behind}= :after AND m.id {behind}= :after) AS v"
-        elif database == "sqlite" and not self.few(wanted):
-            view = f"({_in_order(self._definition(view), wanted)})"
-        sql = f"SELECT {columns} FROM {view} WHERE {where} ORDER BY queue_uuid {order}, position {order}"
+        elif database == "sqlite" and not self.few(filter_):
+            view = f"({_in_order(self._definition(view), filter_)})"
+        sql = f"SELECT {columns} FROM {view} WHERE {where}"
+        sql += f" ORDER BY queue_uuid {order}, position {order}"
         if limit is None:
             return sql, parameters
         return f"{sql} LIMIT :most", parameters | {"most": limit}
@@ -144,7 +161,7 @@ class QueueReader(Reader):
 
     def lines(
         self,
-        wanted: Filter,
+        filter_: Filter,
         *,
         limit: int | None = None,
         finished: bool = False,
@@ -169,7 +186,7 @@ class QueueReader(Reader):
             line = f"CAST((SELECT row_to_json(o) FROM (SELECT {row}) AS o) AS text)"
         else:
             line = f"json_object({', '.join(f"'{name}', {value}" for name, value in named)})"
-        sql, parameters = self.listing(line, wanted, limit, finished)
+        sql, parameters = self.listing(line, filter_, limit, finished)
         if database == "postgresql":
             yield from batched(self._copied(sql, parameters), 1000)
         else:
@@ -189,15 +206,15 @@ class QueueReader(Reader):
                 for (value,) in copy.rows():
                     yield value
 
-    def few(self, wanted: Filter) -> bool:
+    def few(self, filter_: Filter) -> bool:
         """Whether an index finds the rows, and they are few."""
-        if wanted.id is not None or "*" not in (wanted.header_message_id or "*"):
+        if filter_.id is not None or "*" not in (filter_.header_message_id or "*"):
             return True
         return any(
             address is not None and "*" not in address and self._count(name, address) < _FEW
             for name, address in (
-                ("count_from_sender", wanted.sender),
-                ("count_to_recipient", wanted.recipient),
+                ("count_from_sender", filter_.sender),
+                ("count_to_recipient", filter_.recipient),
             )
         )
 
@@ -206,10 +223,10 @@ class QueueReader(Reader):
         rows = self.read(name, address=whole, address_from=least, address_to=beyond, most=_FEW)
         return int(rows[0]["count"])
 
-    def horizon(self, wanted: Filter, after: tuple[str, int] | None = None) -> str | None:
+    def horizon(self, filter_: Filter, after: tuple[str, int] | None = None) -> str | None:
         """The queue id down to which to scan SCAN_LIMIT messages; None where an index finds what
         is meant."""
-        if self.few(wanted) or (wanted.states and set(wanted.states) <= set(UNFINISHED)):
+        if self.few(filter_) or (filter_.states and set(filter_.states) <= set(UNFINISHED)):
             return None
         newest = dashed(after[0] if after else _LAST_ID)
         rows = self.read("message_below", after=newest, skip=SCAN_LIMIT)
@@ -228,7 +245,8 @@ class QueueReader(Reader):
                 yield result
 
     def resolve(self, end: str) -> str:
-        """The queue id that is or ends in this text, with or without dashes; raises NoSuchMessage."""
+        """The queue id that is or ends in this text, with or without dashes; raises
+        NoSuchMessage."""
         digits = end.replace("-", "").lower()
         if not re.fullmatch(r"[0-9a-f]{4,32}", digits):
             raise NoSuchMessage(
@@ -286,13 +304,13 @@ class QueueReader(Reader):
         return [WorkerRow(**row) for row in rows]
 
 
-def _in_order(view: str, wanted: Filter) -> str:
+def _in_order(view: str, filter_: Filter) -> str:
     """A view that SQLite reads from the deliveries on, all or those of an index: its planner would
     choose worse."""
     view = view.replace("JOIN", "CROSS JOIN")
-    if wanted.states == (State.HELD,):
+    if filter_.states == (State.HELD,):
         return f"{view} WHERE d.state = 'held'"  # SQLite does not see that IN means the same
-    if wanted.states == (State.SENDING,):  # few; other states may have many
+    if filter_.states == (State.SENDING,):  # few; other states may have many
         indexed = view.replace("deliveries d", "deliveries d INDEXED BY deliveries_sending")
         return f"{indexed} WHERE d.state = 'sending'"
     return view

@@ -256,10 +256,10 @@ def test_why_explains_every_state(console: Console) -> None:
         "held": r"held (by .*here|because it cannot be sent: no body).* It stays until an operator releases, bounces or drops it",
         "delivered": r"delivered \w+ ago to qmqp\.example\.net:628 \(try 1\): its words",
         "dropped": r"dropped by .*here: .*, \w+ ago; no DSN is sent",
-        "deferred": r"deferred(, and due for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\)\. If it still fails"
+        "deferred": r"deferred(, and overdue for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\)\. If it still fails"
         r" after [-:0-9 ]+ it expires, (and the sender is told|without a DSN)",
         "expired": r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its DSN|the send)",
-        "bounced": r"bounced \w+ ago, because qmqp\.example\.net:628 refused it: 550 5\.1\.1 .*; (its DSN|the sender)",
+        "bounced": r"bounced \w+ ago, because qmqp\.example\.net:628 rejected it: 550 5\.1\.1 .*; (its DSN|the sender)",
     }
     for state, sentences in told.items():
         for sentence in sentences:

@@ -56,7 +56,7 @@ def test_servers_that_refuse_us_or_are_out_of_reach_fail(
     assert "accepts connections from this machine (postfix)" in verdicts[names[0]][1]
     assert "is not authorized to use this service" in verdicts[names[1]][1]
     assert "closed before anything was sent" in verdicts[names[2]][1]
-    assert "no QMQP reply" in verdicts[names[3]][1]
+    assert "did not send a QMQP reply" in verdicts[names[3]][1]
     assert "Connection refused" in verdicts[names[4]][1]
 
 

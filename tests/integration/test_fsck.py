@@ -208,7 +208,7 @@ def test_a_worker_is_expired_only_if_its_lease_stays_expired(
         queue.renew()
 
     monkeypatch.setattr(fsck, "wait", wait)
-    assert_repairable(typed, "dead worker")
+    assert_repairable(typed, "expired worker")
     assert set(waits) == {60.0}
     assert queue.states_of([queue_id, other]) == ["deferred", "sending"]
     assert queue.numbered_attempts(queue_id) == [(1, 0, "uncertain")]
@@ -313,9 +313,9 @@ def test_an_expired_worker_is_recorded(queue: QueueHarness, spool: Spool, typed:
     queue.claim(queue_id, worker=(dead := queue.register_worker()))
     queue.request_operation(queue_id, "hold")
     queue.change("UPDATE workers SET lease_expires_at = @ago(1000) WHERE id = @id(:id)", id=dead)
-    assert fsck_rows(typed, "--repair") == [("dead worker", "yes")]
+    assert fsck_rows(typed, "--repair") == [("expired worker", "yes")]
     assert [row["reason"] for row in queue.rows("SELECT reason FROM audit")] == [
-        f"dead worker {dead}"
+        f"expired worker {dead}"
     ]
     assert (
         len(queue.rows("SELECT 1 FROM audit_deliveries WHERE queue_id = @id(:id)", id=queue_id))

@@ -128,7 +128,7 @@ def test_release_takes_back_a_hold_that_was_only_wanted(queue: QueueHarness, typ
     typed("drop", dropped.queue_id)
     done = typed("release", "--all")
     assert "release: 1 delivery (1 sending)" in done.stdout
-    assert "1 being sent: they are no longer held after this try" in done.stderr
+    assert "1 being sent: they are no longer held after this attempt" in done.stderr
     rows = [queue.delivery(claim.queue_id) for claim in (held, dropped)]
     assert [(row["state"], row["pending_operation"]) for row in rows] == [
         ("sending", None),
@@ -285,7 +285,7 @@ def test_nothing_is_done_to_everything_by_mistake(queue: QueueHarness, typed: Ty
     queue_id = queue.accept()
     assert "--all" in typed("drop", "--yes", status=2).stderr
     assert queue.state(queue_id) == "queued"
-    assert "it takes what is held" in typed("release", "--all", status=1).stderr
+    assert "it applies to held deliveries" in typed("release", "--all", status=1).stderr
     assert "no message" in typed("drop", "--id", "ffffffff", status=1).stderr
     typed("hold", queue_id[-12:])
     typed("drop", "--id", queue_id[-12:])
@@ -343,7 +343,7 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
         spool.store(queue_id, [BODY])
         queue.complete(queue.claim(queue_id)[0], outcome, reply=words)
         assert queue.delivery(queue_id)["reason_source"] == "server"
-    assert f"refused it: {reply}" in typed("why", bounced).stdout
+    assert f"rejected it: {reply}" in typed("why", bounced).stdout
     queue.change(
         "UPDATE deliveries SET expires_at = @ago(1) WHERE queue_id = @id(:id)", id=greylisted
     )

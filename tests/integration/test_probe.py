@@ -191,7 +191,7 @@ def test_a_silent_server_is_of_no_known_family() -> None:
     with speaking(b"") as (port, server_reply):
         found = ask(port, reply=0.2)
     assert (found.reachable, found.allowed, found.family) == (True, None, "other")
-    assert "said nothing" in found.words
+    assert "sent nothing" in found.words
     assert b"".join(server_reply).removesuffix(b"reset") == b"x" * 10, (
         "not one byte that could begin a request"
     )
@@ -210,14 +210,14 @@ def test_a_server_of_another_protocol(banner: bytes) -> None:
         "other",
         banner,
     )
-    assert "no QMQP reply" in found.words
+    assert "did not send a QMQP reply" in found.words
 
 
 def test_a_K_to_no_message_is_of_no_known_family() -> None:
     with speaking(b"", then=b"3:KOk,") as (port, _):
         found = ask(port)
     assert (found.allowed, found.family) == (None, "other")
-    assert "accepted what was no message" in found.words
+    assert "accepted an invalid request" in found.words
 
 
 def test_a_server_that_closes_at_once() -> None:

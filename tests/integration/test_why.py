@@ -42,7 +42,7 @@ def test_a_paused_server_is_named_with_actor_and_reason(queue: QueueHarness, typ
     both = why(typed, queue_id)
     assert f"server {ONE} is paused" in both
     assert (
-        f" and the circuit to server {TWO} is open: it is tried again within a minute (no connection: Conn"
+        f" and the circuit of server {TWO} is open: it is tried again within a minute (no connection: Conn"
         in both
     )
     third = queue.register_worker()
@@ -62,8 +62,9 @@ def test_why_explains_a_route(queue: QueueHarness, typed: Typed) -> None:
         "no QMQP server is configured for route default (RELAY_QMQP_SERVERS)."
     )
     queue.rescuer.publish_routes(queue.worker, {"bulk": [ONE]})
-    assert "no worker knows a route default: `retry --reroute` gives the mail another" in why(
-        typed, queue_id
+    assert (
+        "no worker has route default; `retry --reroute` moves the mail to its route of today"
+        in why(typed, queue_id)
     )
     typed("pause", "--server", "192.0.2.99")
     queue.change("UPDATE workers SET lease_expires_at = @ago(1)")
@@ -86,7 +87,7 @@ def test_the_start_of_a_transfer_is_that_of_its_worker(queue: QueueHarness, type
     [
         (
             "no connection: 127.0.0.1:6280 Connection refused",
-            "no server accepted a connection: 127.0.0.1:6280 Connection",
+            "because no connection: 127.0.0.1:6280 Connection",
         ),
         (
             "the circuit of mx:628 is open: 450 go away",
@@ -110,7 +111,7 @@ def test_why_explains_an_envelope_that_no_server_accepts(queue: QueueHarness, ty
     queue_id = queue.accept("x\n@example.org")
     reply = "no request can be made of it: no server can be trusted with the recipient <x"
     queue.complete(queue.claim(queue_id)[0], Outcome.UNSENDABLE, reply=reply)
-    advice = "release it: what can be sent is sent, and the rest bounces. It stays"
+    advice = "release it: recipients that can be sent are sent, the others bounce. It stays"
     assert f"it cannot be sent: {reply}; {advice}" in why(typed, queue_id)
 
 
@@ -127,22 +128,22 @@ def test_why_explains_a_dsn_and_its_message(
     refused(queue, queue_id)
     (full,) = generator.generate(5)
     assert why(typed, queue_id).endswith(
-        f"refused it: 550 go away; the sender is told by {full}, which is queued."
+        f"rejected it: 550 go away; the sender is told by {full}, which is queued."
     )
     assert f"DSN of: {queue_id} and encloses the whole message\n" in typed("show", full).stdout
     assert why(typed, full).endswith(
         f"; it is a DSN about {queue_id} and encloses the whole message."
     )
     refused(queue, full, "no viruses")
-    pending = "; a worker replaces it with a DSN that encloses less, or gives up; it is a DSN about"
+    pending = "; a worker replaces it with a smaller DSN, or gives up; it is a DSN about"
     assert pending in why(typed, full)
     (header,) = generator.generate(5)
-    again = f"DSN {full} is bounced, because qmqp.example.net:628 refused it: no viruses, and a DSN that encloses less"
+    again = f"DSN {full} is bounced, because qmqp.example.net:628 rejected it: no viruses, and a smaller DSN"
     again += " replaced it"
     assert why(typed, queue_id).endswith(
         f"{again}; the sender is told by {header}, which is queued."
     )
-    assert "; a DSN that encloses less replaced it; it is a DSN about" in why(typed, full)
+    assert "; a smaller DSN replaced it; it is a DSN about" in why(typed, full)
     refused(queue, header)
     (none,) = generator.generate(5)
     assert f"; it is a DSN about {queue_id} and encloses nothing of it." in why(typed, none)
@@ -163,9 +164,9 @@ def test_a_dsn_that_failed_and_is_not_replaced(
     assert generator.generate(5) == []
     not_replaced = "no other DSN replaces it: the sender of the original is not told by it"
     assert why(typed, queue_id).endswith(
-        f"DSN {dsn} is bounced, because qmqp.example.net:628 refused it: no bounces, and {not_replaced}."
+        f"DSN {dsn} is bounced, because qmqp.example.net:628 rejected it: no bounces, and {not_replaced}."
     )
-    assert f"refused it: no bounces; {not_replaced}; it is a DSN about {queue_id}" in why(
+    assert f"rejected it: no bounces; {not_replaced}; it is a DSN about {queue_id}" in why(
         typed, dsn
     )
 
@@ -186,5 +187,5 @@ def test_why_explains_a_missing_dsn(
     refused(queue, queue_id)
     assert generator.generate(5) == []
     assert why(typed, queue_id).endswith(
-        f"refused it: 550 go away; the sender is not told: {words}."
+        f"rejected it: 550 go away; the sender is not told: {words}."
     )
