@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain, islice
-from typing import Any
 
-type Row = Mapping[str, Any]
+from relay.report.rows import Row
+
 type Columns = Mapping[str, Callable[[Row], str]]
 SAMPLE = 200
 OPTIONAL = ("SIZE", "SENDER")  # columns that a narrow terminal omits, in this order

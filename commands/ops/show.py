@@ -21,7 +21,6 @@ from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, e
 from commands.ops import explain
 from commands.output import (
     Columns,
-    Row,
     ago,
     as_json,
     counted,
@@ -40,7 +39,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
-from relay.report.rows import DsnRow, MessageRow
+from relay.report.rows import DsnRow, MessageRow, Row
 from relay.report.statistics import AGES, Statistics
 from relay.settings import Settings, load
 from relay.spool.store import BodyUnsendable, Spool

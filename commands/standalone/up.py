@@ -282,10 +282,8 @@ def _short(path: str | Path) -> str:
 
 def banner(stack: Stack) -> str:
     """What listens where, and which commands to try."""
-    url, database = (
-        format_address(*_reachable(*stack.smtpd.smtp_listen[0])),
-        stack.smtpd.database_url,
-    )
+    url = format_address(*_reachable(*stack.smtpd.smtp_listen[0]))
+    database = stack.smtpd.database_url
     servers = " ".join(stack.worker.qmqp_servers)
     demo = ""
     if stack.sink_address:

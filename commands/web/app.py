@@ -255,9 +255,8 @@ class Pages:
         not ours."""
         if not after:
             return None
-        row = re.fullmatch(
-            r"([0-9a-f]{32})\.([0-9]{1,9})", after
-        )  # a position is an integer of 32 bits
+        # A position is an integer of 32 bits.
+        row = re.fullmatch(r"([0-9a-f]{32})\.([0-9]{1,9})", after)
         if row is None:
             raise ValueError("this link to older mail is not complete")
         return self._queue.resolve(row[1]), int(row[2])

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from commands.output import Row
+from relay.report.rows import Row
 
 HEIGHT, TOP, BOTTOM = 180, 8, 22
 KINDS = {  # of outcomes, in the order of the bars from the axis up

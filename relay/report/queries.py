@@ -47,7 +47,7 @@ class NoSuchMessage(LookupError):
     """No message, or more than one, has an id like that."""
 
 
-def as_rows(result: CursorResult[Any]) -> Iterator[Row]:
+def as_rows(result: CursorResult[Any]) -> Iterator[dict[str, Any]]:
     """Rows of either database with times (`..._at`) as aware datetimes and ids as text."""
     names = tuple(result.keys())
     times = [name for name in names if name.endswith("_at")]
@@ -169,8 +169,8 @@ class QueueReader(Reader):
     ) -> Iterator[Sequence[str]]:
         """The same rows as lines in batches: the names of the columns, then values, between tabs.
 
-        `objects`: each line is a JSON object, without a line of names. The database makes the lines:
-        in Python each column costs more than finding the row.
+        `objects`: each line is a JSON object, without a line of names. The database makes the
+        lines: in Python each column costs more than finding the row.
         """
         with reading(self._engine) as connection:
             names = tuple(self._queries.run(connection, "listed_columns").keys())
@@ -232,7 +232,7 @@ class QueueReader(Reader):
         rows = self.read("message_below", after=newest, skip=SCAN_LIMIT)
         return str(rows[0]["id"]) if rows else None
 
-    def select(self, sql: str, parameters: dict[str, Any]) -> Iterator[Row]:
+    def select(self, sql: str, parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Rows of a query, streamed."""
         with self._streamed(sql, parameters) as result:
             yield from as_rows(result)
@@ -298,10 +298,17 @@ class QueueReader(Reader):
 
     def workers(self) -> list[WorkerRow]:
         """Workers: first all that have not ended, then the last that have."""
-        rows = self.read("workers", most=ENDED_WORKERS)
-        for row in rows:  # SQLite has neither booleans nor JSON
-            row |= {"alive": bool(row["alive"]), "routes": json.loads(row["routes"] or "null")}
-        return [WorkerRow(**row) for row in rows]
+        return [
+            # SQLite has neither booleans nor JSON.
+            WorkerRow(
+                **{
+                    **row,
+                    "alive": bool(row["alive"]),
+                    "routes": json.loads(row["routes"] or "null"),
+                }
+            )
+            for row in self.read("workers", most=ENDED_WORKERS)
+        ]
 
 
 def _in_order(view: str, filter_: Filter) -> str:

@@ -4,6 +4,7 @@ The fields stand in the order of the statement's columns, and in JSON too. Times
 datetimes, ids are 32 hex digits, sizes are bytes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -126,5 +127,5 @@ class PauseRow:
     reason: str
 
 
-type Row = dict[str, Any]
+type Row = Mapping[str, Any]
 """A row that is passed on as it is, to a table or as JSON."""

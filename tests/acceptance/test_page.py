@@ -116,7 +116,7 @@ def test_timeline_shows_operations(
         ("hold", 1), ("hold", 2), ("pause route:other", None), ("resume route:other", None), ("release", 2),
         ("pause server:qmqp.example.net:628", None),
     ]  # fmt: skip
-    assert found[0] | {"acted_at": None} == {
+    assert {**found[0], "acted_at": None} == {
         "delivery": 1, "acted_at": None, "actor": "ops@mx-1", "verb": "hold", "reason": "the customer <b>asked</b>",
         "filter": "--sender x",
     }  # fmt: skip

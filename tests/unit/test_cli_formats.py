@@ -8,7 +8,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from commands import output
-from commands.output import Columns, Row, ago, cut, size, span, write
+from commands.output import Columns, ago, cut, size, span, write
+from relay.report.rows import Row
 
 COLUMNS: Columns = {"NAME": lambda row: str(row["name"])[:3], "AGE": lambda row: ago(row["at"])}
 ROWS: list[Row] = [
