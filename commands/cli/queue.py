@@ -172,7 +172,8 @@ def list_(
 
 @command(queue)
 def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
-    """Show everything about a message: envelope, deliveries, and every attempt with its reply."""
+    """Show everything about a message. Prints envelope, deliveries, and every attempt with its
+    reply."""
     from commands.ops.show import show_message, watched
 
     return watched(watch, lambda: show_message(queue_id, json_lines=json_lines))
@@ -204,7 +205,7 @@ def body(queue_id: Id) -> int:
 
 @command(queue)
 def stats(watch: Watch = None, json_lines: Json = False) -> int:
-    """Count the queue by state and age. Also shows workers, servers, rates and slow attempts."""
+    """Count the queue by state and age. Also prints workers, servers, rates and slow attempts."""
     from commands.ops.show import show_stats, watched
 
     return watched(watch, lambda: show_stats(json_lines=json_lines))
