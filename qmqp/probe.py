@@ -42,7 +42,7 @@ _READ_SIZE = 4096
 # first (qmqpd_error_delay).
 REFUSAL_DELAY = 1.5
 
-type Verdict = tuple[bool | None, str, str]  # allowed, family, and both in words
+type Verdict = tuple[bool | None, str, str]  # allowed, family, and both as a sentence
 
 _REFUSED = (
     False,
@@ -112,8 +112,8 @@ async def probe(
         with suppress(OSError):
             received, _, _ = await _ask(server, {_NO_MESSAGE: reply})
         if received == _QRELAY_REPLY:
-            words = "it replies D to a netstring without a message, as qrelay does"
-            return replace(result, family="qrelay", words=words, said=_QRELAY_REPLY)
+            text = "it replies D to a netstring without a message, as qrelay does"
+            return replace(result, family="qrelay", words=text, said=_QRELAY_REPLY)
     return result
 
 
@@ -123,7 +123,7 @@ async def _ask(
     """Send one text after the other, and wait for so many seconds after each, until the server
     replies or closes.
 
-    Returns what it said (b"": it closed, None: it did neither), whether a text that is not empty
+    Returns its bytes (b"": it closed, None: it did neither), whether a text that is not empty
     was sent, and the seconds until it was connected."""
     host, port, path, seconds = server
     started = monotonic()

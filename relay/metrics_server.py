@@ -72,7 +72,7 @@ def listen(host: str, port: int) -> WSGIServer:
     """Serve the metrics on an address (an empty host: every IPv4 address); raises OSError if it is
     in use."""
     host = host or "0.0.0.0"  # noqa: S104  (an empty host in RELAY_METRICS_LISTEN means every address)
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    server = make_server(str(found[0][4][0]), port, make_wsgi_app(), _Server, _Handler)
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    server = make_server(str(addresses[0][4][0]), port, make_wsgi_app(), _Server, _Handler)
     threading.Thread(target=server.serve_forever, name="metrics listener", daemon=True).start()
     return server

@@ -104,16 +104,16 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
         yield CheckResult("database", "fail", str(error), remedy)
         return
     except SQLAlchemyError as error:
-        words = first_line(getattr(error, "orig", error))
+        fault = first_line(getattr(error, "orig", error))
         verdict: Verdict = "away"
         remedy = "start the database, or correct RELAY_DATABASE_URL"
-        if "alembic_version" in words:
+        if "alembic_version" in fault:
             verdict, remedy = "fail", "run `qmqp-relay migrate`"
-        yield CheckResult("database", verdict, f"{url}: {words}", remedy)
+        yield CheckResult("database", verdict, f"{url}: {fault}", remedy)
         return
     if revision != schema.REVISION:
-        words = f"the schema is at {revision}, this program needs {schema.REVISION}"
-        yield CheckResult("database", "fail", words, "run `qmqp-relay migrate`")
+        fault = f"the schema is at {revision}, this program needs {schema.REVISION}"
+        yield CheckResult("database", "fail", fault, "run `qmqp-relay migrate`")
     elif faults:
         yield CheckResult(
             "database",
@@ -127,13 +127,13 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
 
 
 def _spool(settings: Settings, known: str | None) -> tuple[Verdict, str, str]:
-    """Verdict, words and remedy. `known` is the identity of the spool that the database names."""
+    """Verdict, text and remedy. `known` is the identity of the spool that the database names."""
     directory = settings.spool_dir
     marker = directory / "spool-id"
     identity = marker.read_text().strip() if os.access(marker, os.R_OK) else None
     if identity != known:
-        words = f"{directory} is spool {identity}, the database belongs to spool {known}"
-        return "fail", words, "set RELAY_SPOOL_DIR to the spool of this database"
+        text = f"{directory} is spool {identity}, the database belongs to spool {known}"
+        return "fail", text, "set RELAY_SPOOL_DIR to the spool of this database"
     if not known:
         return "ok", f"{directory}: smtpd or the worker will create it", ""
     if not os.access(directory, os.W_OK | os.X_OK):

@@ -162,10 +162,10 @@ def _deferred(row: DeliveryRow, facts: Facts) -> str:
     text += f", because {_last(row)} (try {row.claim_count})"
     if cause := _obstacle(row.route, facts):
         text += f"; now {cause}"
-    told = "without a DSN"
+    report = "without a DSN"
     if facts.message.sender and facts.sends_dsns:
-        told = "and the sender is told"
-    return f"{text}. If it still fails after {stamp(row.expires_at)} it expires, {told}"
+        report = "and the sender is told"
+    return f"{text}. If it still fails after {stamp(row.expires_at)} it expires, {report}"
 
 
 def _held(row: DeliveryRow, facts: Facts) -> str:

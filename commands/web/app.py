@@ -300,12 +300,12 @@ class Pages:
     def failed(self, _request: Request, error: Exception) -> Response:
         """The page for an error. It says of a fault of our own only that it is in the log."""
         status = 500
-        words = "This page failed. Read the log of `qmqp-relay web`. No mail is affected."
+        text = "This page failed. Read the log of `qmqp-relay web`. No mail is affected."
         if isinstance(error, HTTPException):
-            status, words = error.status_code, error.detail
+            status, text = error.status_code, error.detail
         elif is_outage(error):
-            status, words = 503, "The database does not answer in time. Run `qmqp-relay check`."
-        return self._page("failed.html", status=status, words=words)
+            status, text = 503, "The database does not answer in time. Run `qmqp-relay check`."
+        return self._page("failed.html", status=status, text=text)
 
     def _page(self, name: str, *, status: int = 200, **values: Any) -> Response:
         text = self._templates.get_template(name).render(

@@ -89,8 +89,8 @@ def latency(now: datetime, rows: Iterable[Row], step: int, steps: int) -> Graph:
     ]
     lines = [(*points[ago + 1], *points[ago]) for ago in sorted(means) if ago + 1 in means]
     marks = [
-        (_y(_log(seconds)), words)
-        for seconds, words in ((0.001, "1 ms"), (0.1, "0.1 s"), (10, "10 s"), (1000, "1000 s"))
+        (_y(_log(seconds)), text)
+        for seconds, text in ((0.001, "1 ms"), (0.1, "0.1 s"), (10, "10 s"), (1000, "1000 s"))
     ]
     keys = [("delivered", f"lately {means[min(means)]:.3f} s")] if means else []
     return Graph(
