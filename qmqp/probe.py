@@ -56,21 +56,36 @@ _REPLIES: tuple[tuple[bytes, bytes, Verdict], ...] = (
     (b"K", b"", (None, "other", "it accepted an invalid request: do not send mail there")),
     (b"D", b"netstring", (True, "postfix", "it replies D to an invalid request, as Postfix does")),
     (b"D", b"", (True, "other", "it replies D to an invalid request")),
-    (b"Z", b"netstring format error",
-     (True, "postfix", "it replies Z to an invalid request, as Postfix does with soft_bounce")),
-    (b"Z", b"compressed data",
-     (True, "qmail-ldap", "it treats an invalid length as compressed data, as qmail-ldap does")),
+    (
+        b"Z",
+        b"netstring format error",
+        (True, "postfix", "it replies Z to an invalid request, as Postfix does with soft_bounce"),
+    ),
+    (
+        b"Z",
+        b"compressed data",
+        (True, "qmail-ldap", "it treats an invalid length as compressed data, as qmail-ldap does"),
+    ),
     (b"Z", b"", (True, "mailfront", "it replies Z to an invalid request, as mailfront does")),
-)  # fmt: skip
+)
 # The same for a server without a reply: whether it was asked, and whether it has closed.
 _SILENCES: dict[tuple[bool, bool], Verdict] = {
-    (False, True): (None, "other", "it closed before anything was sent, as tcpserver does to a "
-                    "client that is not allowed"),
-    (True, True): (True, "qmail",
-                   "it closed without a reply to an invalid request, as qmail-qmqpd does"),
-    (True, False): (None, "other", "it sent nothing and kept the connection open, which no known "
-                    "QMQP server does"),
-}  # fmt: skip
+    (False, True): (
+        None,
+        "other",
+        "it closed before anything was sent, as tcpserver does to a client that is not allowed",
+    ),
+    (True, True): (
+        True,
+        "qmail",
+        "it closed without a reply to an invalid request, as qmail-qmqpd does",
+    ),
+    (True, False): (
+        None,
+        "other",
+        "it sent nothing and kept the connection open, which no known QMQP server does",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,11 @@ _CELLS: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-ID_DIGITS:])),
     **dict.fromkeys(("size", "bytes", "bytes_sent"), size),
     **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
-    "next_at": due, "started_at": stamp, "oldest_seconds": span, "seconds": "{:.3f}s".format,
-}  # fmt: skip
+    "next_at": due,
+    "started_at": stamp,
+    "oldest_seconds": span,
+    "seconds": "{:.3f}s".format,
+}
 
 
 def _cell(name: str) -> Callable[[Row], str]:

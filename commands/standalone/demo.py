@@ -62,19 +62,17 @@ def run() -> int:
         prefix="qmqp-relay-demo-", ignore_cleanup_errors=True
     ) as scratch:
         log, port = Path(scratch, "log"), free_port()
-        others = {
-            name: value for name, value in os.environ.items() if not name.startswith("RELAY_")
+        environ = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RELAY_")},
+            **SETTINGS,
+            "RELAY_STATE_DIR": scratch,
+            "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
+            "PYTHONPATH": str(ROOT),
         }
         with log.open("wb") as output:
             up = subprocess.Popen(
                 [sys.executable, "-P", "-m", "commands.cli.main", "up", "--demo"],
-                env=others
-                | SETTINGS
-                | {
-                    "RELAY_STATE_DIR": scratch,
-                    "RELAY_SMTP_LISTEN": f"127.0.0.1:{port}",
-                    "PYTHONPATH": str(ROOT),
-                },
+                env=environ,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,

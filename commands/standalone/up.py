@@ -304,15 +304,18 @@ def banner(stack: Stack) -> str:
     if database.startswith("sqlite:///"):
         path = _short(database.removeprefix("sqlite:///"))
         commands.append(f'{_short(sys.executable)} -m sqlite3 {path} "select * from mail_queue"')
-    return "\n".join([
-        "",
-        "qmqp-relay is up" + (": DEMO, no mail leaves this machine" if stack.sink_address else ""),
-        *(f"  {name:9} {value}" for name, value in facts.items()),
-        f"{demo}Send a message (--crlf gives curl's text the line ends of SMTP):",
-        f"  curl --crlf smtp://{url} --mail-from me@example.com --mail-rcpt you@example.org"
-        " -T README.md",
-        "See its state:",
-        *(f"  {command}" for command in commands),
-        "Press Ctrl-C to stop.",
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "",
+            "qmqp-relay is up"
+            + (": DEMO, no mail leaves this machine" if stack.sink_address else ""),
+            *(f"  {name:9} {value}" for name, value in facts.items()),
+            f"{demo}Send a message (--crlf gives curl's text the line ends of SMTP):",
+            f"  curl --crlf smtp://{url} --mail-from me@example.com --mail-rcpt you@example.org"
+            " -T README.md",
+            "See its state:",
+            *(f"  {command}" for command in commands),
+            "Press Ctrl-C to stop.",
+            "",
+        ]
+    )

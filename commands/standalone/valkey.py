@@ -67,10 +67,18 @@ def command(program: str, state_dir: Path) -> list[str]:
             " shorter path"
         )
     options = {
-        "port": "0", "unixsocket": str(path), "unixsocketperm": "600", "dir": str(state_dir),
-        "save": "", "appendonly": "no", "maxmemory": "64mb", "maxmemory-policy": "noeviction",
-        "daemonize": "no", "logfile": str(state_dir / "valkey.log"), "loglevel": "warning",
-    }  # fmt: skip
+        "port": "0",
+        "unixsocket": str(path),
+        "unixsocketperm": "600",
+        "dir": str(state_dir),
+        "save": "",
+        "appendonly": "no",
+        "maxmemory": "64mb",
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+        "logfile": str(state_dir / "valkey.log"),
+        "loglevel": "warning",
+    }
     return [program, *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
