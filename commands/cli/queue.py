@@ -108,12 +108,12 @@ def _filter(
     )
 
 
-def filtered(function: Callable[..., int]) -> Callable[..., int]:
-    """Give a command the options of `_filter`. The function gets the Filter as its first
-    argument."""
+def filtered(function: Callable[..., int], *omitted: str) -> Callable[..., int]:
+    """Give a command the options of `_filter`, and its own without the omitted ones. The function
+    gets the Filter as its first argument."""
     options = inspect.signature(_filter).parameters
     own = list(inspect.signature(function).parameters.values())[1:]
-    parameters = [*options.values(), *own]
+    parameters = [*options.values(), *(one for one in own if one.name not in omitted)]
 
     @functools.wraps(function)
     def run(**values: Any) -> int:
@@ -211,35 +211,8 @@ def stats(watch: Watch = None, json_lines: Json = False) -> int:
     return watched(watch, lambda: show_stats(json_lines=json_lines))
 
 
-@command(queue)
-@filtered
-def retry(
-    filter_: "Filter",
-    everything: Everything = False,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    reason: Reason = "",
-    reroute: Reroute = False,
-    limit: Limit = None,
-    json_lines: Json = False,
-) -> int:
-    """Retry deferred deliveries now, before they are due."""
-    from commands.ops.modify import change
-
-    return change(
-        "reroute" if reroute else "retry",
-        filter_,
-        everything=everything,
-        dry_run=dry_run,
-        yes=yes,
-        reason=reason,
-        limit=limit,
-        json_lines=json_lines,
-    )
-
-
-def _operation(name: str, help_: str) -> None:
-    """Add the command for an operation of `relay.queue.operations.OPERATIONS`."""
+def _operation(name: str, help_: str, *omitted: str) -> None:
+    """Add the command for an operation of `relay.queue.operations`, without the omitted options."""
 
     def run(
         filter_: "Filter",
@@ -247,13 +220,14 @@ def _operation(name: str, help_: str) -> None:
         dry_run: DryRun = False,
         yes: Yes = False,
         reason: Reason = "",
+        reroute: Reroute = False,
         limit: Limit = None,
         json_lines: Json = False,
     ) -> int:
         from commands.ops.modify import change
 
         return change(
-            name,
+            "reroute" if reroute else name,
             filter_,
             everything=everything,
             dry_run=dry_run,
@@ -264,17 +238,18 @@ def _operation(name: str, help_: str) -> None:
         )
 
     run.__doc__ = help_
-    command(queue, name)(filtered(run))
+    command(queue, name)(filtered(run, *omitted))
 
 
-_operation(
-    "hold",
-    "Keep queued and deferred deliveries until they are released. A delivery that is being sent is"
-    " held after this attempt.",
-)
-_operation("release", "Make held deliveries queued again.")
-_operation("bounce", "Give up deliveries, and tell the senders. The text of --reason is sent too.")
-_operation("drop", "Give up deliveries without telling the senders.")
+_operation("retry", "Retry deferred deliveries now, before they are due.")
+for _name, _help in {
+    "hold": "Keep queued and deferred deliveries until they are released. A delivery that is being"
+    " sent is held after this attempt.",
+    "release": "Make held deliveries queued again.",
+    "bounce": "Give up deliveries, and tell the senders. The text of --reason is sent too.",
+    "drop": "Give up deliveries without telling the senders.",
+}.items():
+    _operation(_name, _help, "reroute")
 
 Server = Annotated[
     str | None,
