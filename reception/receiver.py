@@ -265,7 +265,7 @@ class Reception:
         now = time.monotonic()
         metrics.RECEIVED_BYTES.inc(self._size)
         metrics.ACCEPT_SECONDS.observe(now - self._ended)
-        late = {} if self._reply else {"told": False}
+        late = {} if self._reply else {"reply_sent": False}
         self._send(f"250 2.0.0 Ok: queued as {self.id}")
         log.info(
             "accepted",
@@ -281,7 +281,7 @@ class Reception:
     def _refuse(self, error: Exception) -> None:
         if self._reply:  # else the client has gone, or has had its reply
             reason = str(error) or type(error).__name__
-            log.error("not accepted", id=self.id, client=self._client.address, reason=reason)
+            log.error("message not stored", id=self.id, client=self._client.address, reason=reason)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         self._send("452 4.3.1 Insufficient system storage" if full else _LOCAL_FAULT)
 

@@ -53,8 +53,7 @@ READ_DELAY = 0.01
 """Seconds from a tick to the check of deadlines: the loop reads in between what has arrived."""
 MIN_RATE = 500
 """Octets a second of content from an untrusted client, on average over RATE_WINDOW. Without it, 5
-octets in five minutes would hold a connection and the space of a message for years. Modems of 1990
-were faster."""
+octets in five minutes would hold a connection and the space of a message for years."""
 RATE_WINDOW = 60.0  # seconds
 
 _STOPPING = "421 4.3.2 Service is stopping"

@@ -33,12 +33,12 @@ FREE_COMMANDS = 100
 """Commands of an untrusted client without an accepted message, after which each one costs TARPIT.
 
 Postfix' smtpd_junk_command_limit is 100. Only an accepted message resets the count, as in Postfix;
-RSET does not, because a client could repeat it for ever. Recipients of the open transaction do not
+RSET does not, because a client could repeat it forever. Recipients of the open transaction do not
 count: a server must accept at least 100 (RFC 5321, 4.5.3.1.8), and MAX_RECIPIENTS may be more."""
 COMMAND_LIMIT = 200  # of these, after which the connection is closed
 TARPIT = 1.0  # seconds
 ENDLESS = 1 << 20
-"""Octets of a line, or of content that is not stored, after which its end is not awaited."""
+"""Octets of a line, or of content that is not stored, after which the connection is closed."""
 
 _OK = "250 2.0.0 Ok"
 _TOO_LONG = "500 5.5.2 Line too long"
@@ -50,7 +50,7 @@ _TLS_HANDSHAKE = b"\x16\x03"
 
 @dataclass(frozen=True, slots=True)
 class MailStarted:
-    """The client was told to send its message."""
+    """The client got 354 and may send its message."""
 
     envelope: Envelope
 
