@@ -100,12 +100,18 @@ class RelayQueue:
         self.queue.commit(
             [
                 Completion(
-                    self.worker, claim.queue_id, claim.number, claim.claim, State.DELIVERED,
-                    Outcome.DELIVERED, "ok", tries=[attempt],
+                    self.worker,
+                    claim.queue_id,
+                    claim.number,
+                    claim.claim,
+                    State.DELIVERED,
+                    Outcome.DELIVERED,
+                    "ok",
+                    tries=[attempt],
                 )
                 for claim in claims
             ]
-        )  # fmt: skip
+        )
         completed = time.perf_counter()
         self.samples["accepted a second"].append(ROUND / (accepted - began))
         self.samples["claimed and completed a second"].append(ROUND / (completed - accepted))

@@ -1,12 +1,12 @@
 """Fixtures that every test may use: real databases, a real broker, a spool, and children that end
 with their test.
 
-    database_url    a freshly migrated database of its own, once on SQLite and once on PostgreSQL
-    sqlite_url, postgres_url    the same on that one alone
-    postgres        the PostgreSQL server, for faults: stop, kill, pause; it is put right again after the test
+    database_url    a new migrated database, once on SQLite and once on PostgreSQL
+    sqlite_url, postgres_url    a new migrated database of that kind
+    postgres        the PostgreSQL server, for faults: stop, kill, pause; repaired after the test
     broker          a Valkey of its own, for faults as well; `broker_url` is its URL
-    spool           an empty `Spool` with an identity; `spool.prepare(engine)` marries it to a database
-    spawn           start a command; what still runs when the test ends is killed
+    spool           an empty `Spool` with an identity; `spool.prepare(engine)` binds a database
+    spawn           starts a command; a command that still runs when the test ends is killed
 
 RELAY_TEST_POSTGRES_URL names a PostgreSQL to use in place of our own (a superuser's URL; databases
 named relay_test_* are made and dropped in it). RELAY_TESTS_NO_SKIP=1 makes a skipped test a failed

@@ -32,7 +32,8 @@ SERVER = "qmqp.example.net:628"
 
 @dataclass(slots=True)
 class Scenario:
-    """The created mail: recipients by the state of their delivery, ids by state, and other counts."""
+    """The created mail: recipients by the state of their delivery, ids by state, and other
+    counts."""
 
     recipients: Counter[str] = field(default_factory=Counter)
     ids: dict[str, list[str]] = field(default_factory=dict)

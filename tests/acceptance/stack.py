@@ -39,8 +39,12 @@ def command(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `qmqp-relay WORDS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "commands.cli.main", *words],
-        env=relay_environ(**settings), capture_output=True, text=True, timeout=STARTING, check=False,
-    )  # fmt: skip
+        env=relay_environ(**settings),
+        capture_output=True,
+        text=True,
+        timeout=STARTING,
+        check=False,
+    )
 
 
 def processes_of(state_dir: Path) -> list[int]:
@@ -88,8 +92,11 @@ class Up:
         with self.log.open("w") as log:
             self.process = spawn(
                 [sys.executable, "-m", "commands.cli.main", "up", *self.options],
-                env=relay_environ(**self.settings), stdout=log, stderr=log, cwd=ROOT,
-            )  # fmt: skip
+                env=relay_environ(**self.settings),
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+            )
 
     def start(self) -> None:
         """Start it and wait for the banner."""

@@ -38,8 +38,18 @@ CASES: list[Case] = [
     ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20"}, [6], [4]),
     ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20", PAUSED: "1x20"}, [], [6]),
     # smtpd alone is scraped, and has no transfers of its own.
-    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "2x20", "relay_transfers_open": "0x20"}, [], [6]),
-    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20", "relay_transfers_open": "0x20"}, [6], []),
+    (
+        "RelayQueueIsNotTaken",
+        {OVERDUE: "3x20", SENDING: "2x20", "relay_transfers_open": "0x20"},
+        [],
+        [6],
+    ),
+    (
+        "RelayQueueIsNotTaken",
+        {OVERDUE: "3x20", SENDING: "0x20", "relay_transfers_open": "0x20"},
+        [6],
+        [],
+    ),
     ("RelayHasNoWorkers", {"relay_workers_alive": "2x5 0x20"}, [9], [7]),
     ("RelayUncertain", {"relay_uncertain_attempts": "0x5 1x20"}, [8], [6]),
     ("RelayHeld", {'relay_deliveries{state="held"}': "0x5 1x30"}, [22], [20]),
@@ -47,13 +57,23 @@ CASES: list[Case] = [
     ("RelayDatabaseIsAway", {UP + '{job="a"}': "1x20", UP + '{job="b"}': "1x5 0x15"}, [8], [6]),
     ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
     ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
-    ("RelayBrokerListGrows", {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"}, [12], [10]),
+    (
+        "RelayBrokerListGrows",
+        {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"},
+        [12],
+        [10],
+    ),
     ("RelayCircuitOpen", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
     # The series of a worker begins with its first refusal.
     ("RelayUnauthorized", {RESTS % "unauthorized": "_x30 1x60"}, [31], [29, 60]),
-    ("RelaySlowToAccept", {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"}, [12], [5]),
+    (
+        "RelaySlowToAccept",
+        {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"},
+        [12],
+        [5],
+    ),
     ("RelaySlowToAccept", {ACCEPT % "0.1": "0+9x60", ACCEPT % "+Inf": "0+9x60"}, [], [30]),
-]  # fmt: skip
+]
 
 
 def promtool(*words: str | Path) -> str:

@@ -141,9 +141,28 @@ BAD = {
     "QMQP_SERVERS": ("mail.example.com:port", "write host, host:port"),
     "LEASE": ("soon", "write 30s"),
 }
-READING = ["up", "smtpd", "worker", "migrate", "check", "list", "show x", "why x", "headers x", "body x", "stats",
-           "retry --all", "hold --all", "release --all", "bounce --all", "drop --all", "pause --route x",
-           "resume --route x", "fsck", "web"]  # fmt: skip
+READING = [
+    "up",
+    "smtpd",
+    "worker",
+    "migrate",
+    "check",
+    "list",
+    "show x",
+    "why x",
+    "headers x",
+    "body x",
+    "stats",
+    "retry --all",
+    "hold --all",
+    "release --all",
+    "bounce --all",
+    "drop --all",
+    "pause --route x",
+    "resume --route x",
+    "fsck",
+    "web",
+]
 
 
 @pytest.mark.parametrize("words", READING)

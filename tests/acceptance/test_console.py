@@ -87,8 +87,14 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
             row["queue_id"] for row in lines(console.typed("list", "--state", state, "--json"))
         } == set(ids)
 
-    deliveries = Counter({row["state"]: row["n"] for row in console.queue.rows(
-        "SELECT state, count(*) AS n FROM deliveries GROUP BY state")})  # fmt: skip
+    deliveries = Counter(
+        {
+            row["state"]: row["n"]
+            for row in console.queue.rows(
+                "SELECT state, count(*) AS n FROM deliveries GROUP BY state"
+            )
+        }
+    )
     stats = lines(console.typed("stats", "--json"))
     told: Counter[str] = Counter()
     for row in stats:
@@ -167,9 +173,11 @@ def test_the_twenty_questions_are_answered(console: Console) -> None:
     ids = {state: set(some) for state, some in created.ids.items()}
     unfinished = sorted(i for state in UNFINISHED for i in created.ids[state])
     named = {
-        "you@example.org": "many2@example.org", "news@example.com": "sender1@example.com",
-        "<4711@app.example.com>": "<7@example.com>", "019ab3f0-c1d2-7a31-b1f3-a44be53c7f10": dashed(created.possibly_delivered[0]),
-    }  # fmt: skip
+        "you@example.org": "many2@example.org",
+        "news@example.com": "sender1@example.com",
+        "<4711@app.example.com>": "<7@example.com>",
+        "019ab3f0-c1d2-7a31-b1f3-a44be53c7f10": dashed(created.possibly_delivered[0]),
+    }
 
     def ask(query: str) -> list[tuple[Any, ...]]:
         for example, ours in named.items():
@@ -251,15 +259,29 @@ def test_why_explains_every_state(console: Console) -> None:
         for state, ids in console.scenario.ids.items()
     }
     words = {
-        "queued": r"queued(: a worker claims it when a hint arrives|, and overdue for [\w ]+: 1 worker is busy)",
+        "queued": (
+            r"queued(: a worker claims it when a hint arrives|, and overdue for [\w ]+: 1 worker"
+            r" is busy)"
+        ),
         "sending": r"being sent by worker \w{12} \(host 1\)",
-        "held": r"held (by .*here|because it cannot be sent: no body).* It stays until an operator releases, bounces or drops it",
+        "held": (
+            r"held (by .*here|because it cannot be sent: no body).* It stays until an operator"
+            r" releases, bounces or drops it"
+        ),
         "delivered": r"delivered \w+ ago to qmqp\.example\.net:628 \(try 1\): its words",
         "dropped": r"dropped by .*here: .*, \w+ ago; no DSN is sent",
-        "deferred": r"deferred(, and due for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\)\. If it still fails"
-        r" after [-:0-9 ]+ it expires, (and the sender is told|without a DSN)",
-        "expired": r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its DSN|the send)",
-        "bounced": r"bounced \w+ ago, because qmqp\.example\.net:628 refused it: 550 5\.1\.1 .*; (its DSN|the sender)",
+        "deferred": (
+            r"deferred(, and due for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\)\. If it"
+            r" still fails after [-:0-9 ]+ it expires, (and the sender is told|without a DSN)"
+        ),
+        "expired": (
+            r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its"
+            r" DSN|the send)"
+        ),
+        "bounced": (
+            r"bounced \w+ ago, because qmqp\.example\.net:628 refused it: 550 5\.1\.1 .*; (its"
+            r" DSN|the sender)"
+        ),
     }
     for state, sentences in told.items():
         for sentence in sentences:
@@ -287,7 +309,10 @@ def test_show(console: Console) -> None:
     (header_id,) = console.queue.rows(
         "SELECT header_message_id AS h FROM messages WHERE id = @id(:id)", id=uncertain
     )
-    duplicate = f" duplicate: possibly delivered to qmqp.example.net:628: search there for {uncertain} or {header_id['h']}\n"
+    duplicate = (
+        f" duplicate: possibly delivered to qmqp.example.net:628: search there for {uncertain} or"
+        f" {header_id['h']}\n"
+    )
     for words in (uncertain, duplicate, "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
         assert words in shown
     (whole,) = lines(console.typed("show", uncertain, "--json"))
@@ -318,12 +343,17 @@ def test_pages(console: Console) -> None:
     uncertain = created.ids["queued"][0]
     assert "DSN of" in browser.get(f"/message/{uncertain}").words
     for path, words in {
-        f"/search?id={created.ids['held'][0][-12:]}": "1", "/search?sender=unknown@example.com": "No mail matches",
-        "/search?id=zz": "is not a queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
+        f"/search?id={created.ids['held'][0][-12:]}": "1",
+        "/search?sender=unknown@example.com": "No mail matches",
+        "/search?id=zz": "is not a queue id",
+        "/search?state=lost": "there is no state",
+        "/search?after=x.y": "",
         f"/search?id={dashed(created.ids['sending'][0])}": "sending",
-        "/search?sender=%3C%3E": "queued", "/search?reply=greylisted": "451 4.7.1", "/search?header_message_id=7@example.com":
-        "sender7@example.com", "/search?recipient=many2@*": "many2@example.org",
-    }.items():  # fmt: skip
+        "/search?sender=%3C%3E": "queued",
+        "/search?reply=greylisted": "451 4.7.1",
+        "/search?header_message_id=7@example.com": "sender7@example.com",
+        "/search?recipient=many2@*": "many2@example.org",
+    }.items():
         page = browser.get(path)
         assert page.status == 200, path
         assert words in page.words, path

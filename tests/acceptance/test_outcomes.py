@@ -36,16 +36,27 @@ def scene(
     with running_sink(MagicRecipients()) as sink, running_sink(forget) as forgetful:
         dead, late = free_port(), free_port()
         routes = tmp_path_factory.mktemp("routes") / "routes.toml"
-        servers = {"sink": [sink.port], "second": [dead, sink.port], "lost": [forgetful.port, sink.port],
-                   "late": [late]}  # fmt: skip
-        routes.write_text("".join(
-            f'[{name}]\nrecipients = ["{name}.test"]\nservers = {[f"127.0.0.1:{port}" for port in ports]}\n'
-            for name, ports in servers.items()
-        ))  # fmt: skip
+        servers = {
+            "sink": [sink.port],
+            "second": [dead, sink.port],
+            "lost": [forgetful.port, sink.port],
+            "late": [late],
+        }
+        routes.write_text(
+            "".join(
+                f'[{name}]\nrecipients = ["{name}.test"]\nservers ='
+                f" {[f'127.0.0.1:{port}' for port in ports]}\n"
+                for name, ports in servers.items()
+            )
+        )
         relay = install(
-            "postgresql", ROUTES=str(routes), RETRY_MIN="200ms", RETRY_MAX="400ms", UNCERTAIN_DELAY="500ms",
+            "postgresql",
+            ROUTES=str(routes),
+            RETRY_MIN="200ms",
+            RETRY_MAX="400ms",
+            UNCERTAIN_DELAY="500ms",
             LEASE="4s",
-        )  # fmt: skip
+        )
         worker = relay.worker(wait=False)
         relay.smtpd()
         relay.until_registered(worker)
@@ -99,8 +110,9 @@ def test_a_lost_reply_is_uncertain_and_never_failed_over(scene: RoutedInstallati
     relay.send("once@lost.test")
     relay.until_state("once@lost.test", "delivered")
     assert [(who, what) for who, what, _ in relay.attempts("once@lost.test")] == [
-        (server, "uncertain"), (server, "delivered")
-    ]  # fmt: skip
+        (server, "uncertain"),
+        (server, "delivered"),
+    ]
     assert scene.forgetful.count == 2
     assert not [one for one in list(scene.sink.received) if b"once@lost.test" in one.recipients]
 

@@ -87,9 +87,15 @@ def did(
     """A row of `actions`, and what it touched."""
     action = new_id()
     queue.change(
-        "INSERT INTO audit VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x', :matched)",
-        id=action, ago=seconds_ago, actor="ops@mx-1", verb=verb, reason=reason, matched=len(touched),
-    )  # fmt: skip
+        "INSERT INTO audit VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x',"
+        " :matched)",
+        id=action,
+        ago=seconds_ago,
+        actor="ops@mx-1",
+        verb=verb,
+        reason=reason,
+        matched=len(touched),
+    )
     for queue_id, number in touched:
         sql = "INSERT INTO audit_deliveries VALUES (@id(:id), :number, @id(:action))"
         queue.change(sql, id=queue_id, number=number, action=dashed(action))
@@ -113,24 +119,43 @@ def test_timeline_shows_operations(
     did(queue, "pause server:qmqp.example.net:628", "it was tried there", 400)
     found = QueueReader(queue.database).actions_on(mine)
     assert [(row["verb"], row["delivery"]) for row in found] == [
-        ("hold", 1), ("hold", 2), ("pause route:other", None), ("resume route:other", None), ("release", 2),
+        ("hold", 1),
+        ("hold", 2),
+        ("pause route:other", None),
+        ("resume route:other", None),
+        ("release", 2),
         ("pause server:qmqp.example.net:628", None),
-    ]  # fmt: skip
+    ]
     assert found[0] | {"acted_at": None} == {
-        "delivery": 1, "acted_at": None, "actor": "ops@mx-1", "verb": "hold", "reason": "the customer <b>asked</b>",
+        "delivery": 1,
+        "acted_at": None,
+        "actor": "ops@mx-1",
+        "verb": "hold",
+        "reason": "the customer <b>asked</b>",
         "filter": "--sender x",
-    }  # fmt: skip
+    }
     shown = browser.get(f"/message/{mine}").words
-    places = [shown.index(words) for words in (
-        "accepted from", "hold delivery 1 by ops@mx-1: the customer <b>asked</b>", "hold delivery 2",
-        "pause route:other by ops@mx-1: maintenance", "resume route:other by ops@mx-1", "release delivery 2",
-        "pause server:qmqp.example.net:628", "deferred delivery 1, try 1",
-    )]  # fmt: skip
+    places = [
+        shown.index(words)
+        for words in (
+            "accepted from",
+            "hold delivery 1 by ops@mx-1: the customer <b>asked</b>",
+            "hold delivery 2",
+            "pause route:other by ops@mx-1: maintenance",
+            "resume route:other by ops@mx-1",
+            "release delivery 2",
+            "pause server:qmqp.example.net:628",
+            "deferred delivery 1, try 1",
+        )
+    ]
     assert places == sorted(places)
     for words in ("before it came", "not its way", "not ours"):
         assert words not in shown
-    queue.change("UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
-                  " queue_id = @id(:id)", id=mine)  # fmt: skip
+    queue.change(
+        "UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
+        " queue_id = @id(:id)",
+        id=mine,
+    )
     assert [row["verb"] for row in QueueReader(queue.database).actions_on(mine)][-2:] == [
         "resume route:other",
         "release",
@@ -154,9 +179,14 @@ def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[QueueHarness
     queue_id = queue.accept()
     for attempt_index, ago in enumerate((1, 150, 298, 302, 21_000), 1):
         queue.change(
-            "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'delivered',"
-            " '', 1)", id=queue_id, attempt_index=attempt_index, ago=ago, w=dashed(queue.worker),
-        )  # fmt: skip
+            "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago"
+            " + 0.5), @ago(:ago), 'delivered',"
+            " '', 1)",
+            id=queue_id,
+            attempt_index=attempt_index,
+            ago=ago,
+            w=dashed(queue.worker),
+        )
     now, rows = Statistics(queue.database).history(21_600, 300)
     assert now.tzinfo is not None
     assert [(row["step"], row["tries"]) for row in rows] == [(0, 3), (1, 1), (70, 1)]

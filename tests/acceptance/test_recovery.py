@@ -58,7 +58,10 @@ def sweep(relay: Installation, worker: subprocess.Popen[Any]) -> None:
 
 def span(relay: Installation) -> float:
     """The seconds from the first success to the last."""
-    sql = "SELECT @micros(max(finished_at)) - @micros(min(finished_at)) FROM attempts WHERE outcome = 'delivered'"
+    sql = (
+        "SELECT @micros(max(finished_at)) - @micros(min(finished_at)) FROM attempts WHERE outcome"
+        " = 'delivered'"
+    )
     return float(relay.rows(sql)[0][0]) / 1e6
 
 

@@ -19,7 +19,10 @@ from tests.services import ServiceError, temporary_directory
 from tests.waiting import until
 
 MANY = 2000
-LETTER = b"From: me@example.com\nTo: you@sink.test\nSubject: client\n\n.one dot\n..two dots\n.\nThe end.\n"
+LETTER = (
+    b"From: me@example.com\nTo: you@sink.test\nSubject: client\n\n.one dot\n..two dots\n.\n"
+    b"The end.\n"
+)
 
 
 class CountingSink(QmqpSink):
@@ -152,8 +155,20 @@ def test_clients_talk_to_it_without_complaint(
     address = f"127.0.0.1:{relay.port}"
     match client:
         case "curl":
-            run(["curl", "-sS", "--crlf", f"smtp://{address}", "--mail-from", "me@example.com", "--mail-rcpt",
-                 recipient, "-T", str(letter)])  # fmt: skip
+            run(
+                [
+                    "curl",
+                    "-sS",
+                    "--crlf",
+                    f"smtp://{address}",
+                    "--mail-from",
+                    "me@example.com",
+                    "--mail-rcpt",
+                    recipient,
+                    "-T",
+                    str(letter),
+                ]
+            )
         case "swaks":
             output = run(
                 [

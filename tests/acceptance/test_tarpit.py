@@ -35,10 +35,17 @@ def test_a_server_that_never_replies_delays_no_other_mail(
         servers = ["127.0.0.1:{good.port}"]
     """)
     relay = install(
-        "sqlite", QMQP_SERVERS=f"127.0.0.1:{port}", ROUTES=str(routes), SERVER_CONNECTIONS=str(CONNECTIONS),
-        WORKER_CONNECTIONS="10", UNCERTAIN_DELAY="500ms", RETRY_MIN="200ms", RETRY_MAX="400ms", BATCH_SIZE="8",
+        "sqlite",
+        QMQP_SERVERS=f"127.0.0.1:{port}",
+        ROUTES=str(routes),
+        SERVER_CONNECTIONS=str(CONNECTIONS),
+        WORKER_CONNECTIONS="10",
+        UNCERTAIN_DELAY="500ms",
+        RETRY_MIN="200ms",
+        RETRY_MAX="400ms",
+        BATCH_SIZE="8",
         LEASE="4s",
-    )  # fmt: skip
+    )
     worker = relay.worker(wait=False)
     relay.smtpd()
     relay.until_registered(worker)

@@ -62,16 +62,28 @@ def counts(queue: QueueHarness) -> list[int]:
 def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
     about = queue.accept()
     message = new_message(
-        "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
-        header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", dsn_of=about,
-        client_trusted=False, dsn_content="header",
-    )  # fmt: skip
+        "Zoe@example.org",
+        "bulk:adam@example.org",
+        "mia@example.org",
+        sender="",
+        auth_user="user",
+        header_message_id="<1@x>",
+        body_type="8BITMIME",
+        ret="HDRS",
+        envid="QQ+3D",
+        dsn_of=about,
+        client_trusted=False,
+        dsn_content="header",
+    )
     message.recipients[0] = message.recipients[0]._replace(
         notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org"
     )
     queue.acceptor.commit([message])
-    (row,) = queue.rows("SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
-                         " WHERE id = @id(:id)", id=message.id)  # fmt: skip
+    (row,) = queue.rows(
+        "SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
+        " WHERE id = @id(:id)",
+        id=message.id,
+    )
     assert (row["sender"], row["size"], row["client_address"], row["helo"]) == (
         "",
         100,

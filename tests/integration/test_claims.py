@@ -180,8 +180,11 @@ def test_every_outcome_is_recorded(queue: QueueHarness) -> None:
 
 def test_a_dsn_is_pending_for_a_real_sender_only(clean_url: str) -> None:
     for bounces, sender, owed in (
-        ("dsn", "a@example.com", True), ("dsn", "", False), ("dsn", "#@[]", False), ("off", "a@example.com", False)
-    ):  # fmt: skip
+        ("dsn", "a@example.com", True),
+        ("dsn", "", False),
+        ("dsn", "#@[]", False),
+        ("off", "a@example.com", False),
+    ):
         with opened(clean_url, bounces=bounces) as queue:
             queue_id = queue.accept(sender=sender)
             recorded = queue.complete(queue.claim(queue_id)[0], Outcome.REJECTED)
@@ -261,8 +264,10 @@ def test_a_late_k_beats_every_state(queue: QueueHarness) -> None:
         queue.change(
             f"""UPDATE deliveries SET state = :state, worker = @id(:worker), claim_count = 2,
             due_at = {"@now" if due else "NULL"} WHERE queue_id = @id(:id)""",
-            state=state, worker=another if state is State.SENDING else None, id=queue_id,
-        )  # fmt: skip
+            state=state,
+            worker=another if state is State.SENDING else None,
+            id=queue_id,
+        )
         assert queue.complete(claim, Outcome.DELIVERED) == CompletionResult(
             State.DELIVERED, body_deletable=True
         )
@@ -395,9 +400,11 @@ def test_only_queued_is_claimed_and_only_deferred_wakes_up(queue: QueueHarness) 
         queue_id = queue.accept()
         worker = "(SELECT id FROM workers)" if state is State.SENDING else "NULL"
         queue.change(
-            f"UPDATE deliveries SET state = :state, due_at = @ago(1), worker = {worker} WHERE queue_id = @id(:id)",
-            state=state, id=queue_id,
-        )  # fmt: skip
+            f"UPDATE deliveries SET state = :state, due_at = @ago(1), worker = {worker} WHERE"
+            " queue_id = @id(:id)",
+            state=state,
+            id=queue_id,
+        )
         due = {"default": [queue_id]} if state is State.DEFERRED else {}
         assert queue.rescuer.requeue_due(10) == due
         queue.pass_time(10)
@@ -591,8 +598,11 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(
             )
             mine = [claim for result in results if isinstance(result, list) for claim in result]
             if turn % 5 == 0:
-                queue.change("UPDATE deliveries SET state = 'deferred', due_at = @now WHERE state = 'queued'"
-                              " AND queue_id = @id(:id)", id=ids[turn % len(ids)])  # fmt: skip
+                queue.change(
+                    "UPDATE deliveries SET state = 'deferred', due_at = @now WHERE state = 'queued'"
+                    " AND queue_id = @id(:id)",
+                    id=ids[turn % len(ids)],
+                )
                 queue.rescuer.requeue_due(3)
                 queue.rescuer.expire_stuck_transfers()
                 queue.rescuer.rescue_unowned()

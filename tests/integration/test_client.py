@@ -756,9 +756,13 @@ def test_B34_B35_a_body_of_another_size_closes_before_the_commit_point(
     request = Request(size, b"s@x", [b"r@y"])
     with running_sink() as sink:
         transfer = ClientConnection(
-            host="127.0.0.1", port=sink.port, request=request, fd=body(size + difference), block_size=BLOCK,
+            host="127.0.0.1",
+            port=sink.port,
+            request=request,
+            fd=body(size + difference),
+            block_size=BLOCK,
             may_commit=may_commit,
-        )  # fmt: skip
+        )
         with pytest.raises(BodyChanged, match=f"{size + difference} bytes where {size}"):
             run(transfer.run())
         assert sink.wait_for_fault(5)

@@ -17,7 +17,10 @@ from qmqp.sink import running_sink
 from tests.postfix import QmqpSink
 from tests.services import ServiceError, end, spawn
 
-HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
+HEADER = (
+    b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id:"
+    b" <1@x.test>\n"
+)
 
 type Deliver = Callable[..., Result]
 
@@ -151,12 +154,21 @@ def exchange(port: int, data: bytes) -> bytes:
 ENVELOPE = b"8:s@x.test,8:r@y.test,"
 
 
-@pytest.mark.parametrize(("wire", "times"), [
-    (b"99:" + encode(HEADER) + ENVELOPE + b",", 1),
-    (encode(encode(HEADER) + ENVELOPE) * 2, 1),
-    (encode(encode(HEADER) + b"8:s@x.test,"), 0),
-    (encode(encode(HEADER) + ENVELOPE)[:-1], 0),
-], ids=["ignores the outer length", "ignores a second request", "wants a recipient", "wants its end"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wire", "times"),
+    [
+        (b"99:" + encode(HEADER) + ENVELOPE + b",", 1),
+        (encode(encode(HEADER) + ENVELOPE) * 2, 1),
+        (encode(encode(HEADER) + b"8:s@x.test,"), 0),
+        (encode(encode(HEADER) + ENVELOPE)[:-1], 0),
+    ],
+    ids=[
+        "ignores the outer length",
+        "ignores a second request",
+        "wants a recipient",
+        "wants its end",
+    ],
+)
 def test_what_the_reference_says_about_the_framing_of_postfix(postfix, wire, times):
     assert exchange(postfix.port, wire).count(b"KOk: queued as ") == times
 

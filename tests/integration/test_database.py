@@ -313,11 +313,14 @@ def test_sqlite_writers_of_several_processes_do_not_stall(sqlite_url: str) -> No
     waits for long."""
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, sqlite_url], cwd=Path(__file__).parents[2],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", WRITER, sqlite_url],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for _ in range(4)
-    ]  # fmt: skip
+    ]
     for writer in writers:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"

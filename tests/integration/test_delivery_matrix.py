@@ -26,16 +26,26 @@ from worker.delivery import DeliveryTask, TransferConfig
 PAGE = Path(__file__).parents[2] / "docs" / "delivery.md"
 BEGIN, END = "<!-- made by tests/integration/test_delivery_matrix.py: begin -->", "<!-- end -->"
 SETTINGS = load(
-    WorkerSettings, retry_min=10.0, retry_max=20.0, uncertain_delay=1000.0, connect_timeout=0.5, io_timeout=1.0,
-    reply_timeout=1.5, session_timeout=30.0, block_size=65536,
-)  # fmt: skip
+    WorkerSettings,
+    retry_min=10.0,
+    retry_max=20.0,
+    uncertain_delay=1000.0,
+    connect_timeout=0.5,
+    io_timeout=1.0,
+    reply_timeout=1.5,
+    session_timeout=30.0,
+    block_size=65536,
+)
 SMALL, BIG = 100, 12_000_000  # the kernel's buffers hold the one and not the other
 US = b"Error: relay.example[192.0.2.1] is not authorized to use this service"
 NOBODY = b"sorry, no mailbox here by that name (#5.1.1)"
 CONNECTING, WAITING, BODY, LAST, REPLY = (
-    "connecting", "connected, before the first byte is read", "in the body",
-    "at the commit point", "after the commit point",
-)  # fmt: skip
+    "connecting",
+    "connected, before the first byte is read",
+    "in the body",
+    "at the commit point",
+    "after the commit point",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +250,10 @@ async def _table(directory: Path) -> str:
             return await _row(case, number, directory)
 
     rows = await asyncio.gather(*(row(case, number) for number, case in enumerate(CASES)))
-    head = "| phase | fault | outcome | state | next | a failure of the server |\n|---|---|---|---|---|---|"
+    head = (
+        "| phase | fault | outcome | state | next | a failure of the server |\n"
+        "|---|---|---|---|---|---|"
+    )
     return "\n".join([head, *rows])
 
 
@@ -261,8 +274,11 @@ def in_page(begin: str, found: str) -> None:
 
 def test_only_faults_after_the_commit_point_are_uncertain_and_none_of_them_fails_over() -> None:
     """Rules that the table must keep."""
-    rows = [re.split(r" *\| *", line)[1:-1] for line in PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()
-            if line.startswith(("| connect", "| in the", "| at the", "| after"))]  # fmt: skip
+    rows = [
+        re.split(r" *\| *", line)[1:-1]
+        for line in PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()
+        if line.startswith(("| connect", "| in the", "| at the", "| after"))
+    ]
     assert len(rows) == len(CASES)
     for phase, fault, outcome, state, following, _ in rows:
         after = phase == REPLY

@@ -15,7 +15,10 @@ from tests.postfix import Postfix
 from tests.waiting import until
 from worker.circuit_breaker import ServerPool
 
-HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
+HEADER = (
+    b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id:"
+    b" <1@x.test>\n"
+)
 
 type Open = Callable[..., EngineHarness]
 
@@ -114,9 +117,13 @@ def test_the_next_server_gets_the_mail_when_one_does_not_authorize(
     assert mail.attempts(second) == [(opened, "delivered")]
 
 
-@pytest.mark.parametrize(("subject", "state", "words"), [
-    (b"refuse", "bounced", "go away"), (b"later", "deferred", "not now"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("subject", "state", "words"),
+    [
+        (b"refuse", "bounced", "go away"),
+        (b"later", "deferred", "not now"),
+    ],
+)
 def test_header_checks_bounce_or_defer(
     harness_with: Open, postfix: Postfix, subject: bytes, state: str, words: str
 ) -> None:
@@ -166,12 +173,15 @@ def test_soft_bounce_makes_each_D_a_Z(harness_with: Open, postfix: Postfix) -> N
     assert mail.attempts(queue_id) == [(f"127.0.0.1:{postfix.soft_port}", "deferred")]
 
 
-@pytest.mark.parametrize(("request_", "words"), [
-    (b"GET / HTTP/1.0\r\n\r\n", b"netstring format error while receiving QMQP packet header"),
-    (encode(b"x:hello"), b"netstring format error while receiving message"),
-    (encode(b"5:hello;"), b"netstring format error while receiving message"),
-    (encode(encode(b"hello\n") + encode(b"s@x.test")), b"no recipients specified"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (b"GET / HTTP/1.0\r\n\r\n", b"netstring format error while receiving QMQP packet header"),
+        (encode(b"x:hello"), b"netstring format error while receiving message"),
+        (encode(b"5:hello;"), b"netstring format error while receiving message"),
+        (encode(encode(b"hello\n") + encode(b"s@x.test")), b"no recipients specified"),
+    ],
+)
 def test_postfix_rejects_a_broken_frame_and_names_it(
     postfix: Postfix, request_: bytes, words: bytes
 ) -> None:

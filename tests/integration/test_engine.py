@@ -259,8 +259,14 @@ def test_a_Z_is_recorded_rather_than_an_unreachable_server(
             mail = harness_with(*servers, retry_min=100.0, retry_max=200.0)
             queue_id = mail.accept()
             with mail.working():
-                until(partial(mail.rows, "SELECT 1 FROM deliveries WHERE queue_id = :id AND claim_count = 1"
-                              " AND state = 'deferred'", id=queue_id))  # fmt: skip
+                until(
+                    partial(
+                        mail.rows,
+                        "SELECT 1 FROM deliveries WHERE queue_id = :id AND claim_count = 1"
+                        " AND state = 'deferred'",
+                        id=queue_id,
+                    )
+                )
             found = mail.delivery(queue_id)
             assert {outcome for _, outcome in mail.attempts(queue_id)} == {
                 "unreachable",
@@ -289,8 +295,8 @@ def test_a_Z_waits_although_the_next_server_has_no_slot(harness_with: Open) -> N
 def test_a_server_that_closes_before_it_reads_is_unreachable(
     harness_with: Open, sink: Sink
 ) -> None:
-    """As tcpserver does where its rules deny. From the second time on the worker knows it before the
-    commit point."""
+    """As tcpserver does where its rules deny. From the second time on the worker knows it before
+    the commit point."""
     with denying() as port:
         mail = harness_with(port, grace=60.0, uncertain_delay=1000.0)
         first, second = mail.accept(), mail.accept()

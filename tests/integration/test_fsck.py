@@ -298,7 +298,8 @@ def test_repairs_are_recorded(queue: QueueHarness, spool: Spool, typed: Typed) -
     assert queue.rows("SELECT * FROM audit") == []
     assert {repaired for _, repaired in fsck_rows(typed, "--repair")} == {"yes"}
     sql = """SELECT a.reason, a.filter, a.matched, @hex(t.queue_id) AS id FROM audit a
-        LEFT JOIN audit_deliveries t ON t.action = a.id WHERE a.verb = 'fsck' AND a.actor LIKE '%@%' ORDER BY a.id"""
+        LEFT JOIN audit_deliveries t ON t.action = a.id WHERE a.verb = 'fsck'
+        AND a.actor LIKE '%@%' ORDER BY a.id"""
     assert [tuple(row.values()) for row in queue.rows(sql)] == [
         ("sent by an unknown worker", "", 1, unknown),
         ("recipient without delivery", "", 1, lost),
@@ -373,7 +374,10 @@ def test_impossible_rows_are_repaired(
     stored(queue, spool)
     with writing(queue.database) as connection:  # no statement of ours gets past the constraints
         loosen = (
-            "ALTER TABLE deliveries DROP CONSTRAINT IF EXISTS deliveries_due_where_the_state_needs_it"
+            (
+                "ALTER TABLE deliveries DROP CONSTRAINT IF EXISTS"
+                " deliveries_due_where_the_state_needs_it"
+            )
             if queue.dialect.postgresql
             else "PRAGMA ignore_check_constraints = ON"
         )

@@ -196,10 +196,13 @@ def test_limits_and_filters_mean_the_same_in_every_output(
     queue.accept("a@example.org", header_message_id="<1@example.com>")
     queue.accept("b@example.org", header_message_id="<2@example.com>", sender="")
     for words, expected in {
-        ("--message-id", "2@example.com"): ["b@example.org"], ("--message-id", "<1@example.com>"): ["a@example.org"],
-        ("--message-id", "*@example.com"): ["a@example.org", "b@example.org"], ("--sender", ""): ["b@example.org"],
-        ("--limit", "1"): ["a@example.org"], ("--sender", "<>"): ["b@example.org"],
-    }.items():  # fmt: skip
+        ("--message-id", "2@example.com"): ["b@example.org"],
+        ("--message-id", "<1@example.com>"): ["a@example.org"],
+        ("--message-id", "*@example.com"): ["a@example.org", "b@example.org"],
+        ("--sender", ""): ["b@example.org"],
+        ("--limit", "1"): ["a@example.org"],
+        ("--sender", "<>"): ["b@example.org"],
+    }.items():
         assert [row["recipient"] for row in lines(typed("list", "--json", *words))] == expected
     dry = typed("hold", "--message-id", "2@example.com", "--dry-run", "--json")
     assert [row["recipient"] for row in lines(dry)] == ["b@example.org"]
@@ -216,9 +219,14 @@ def test_domain_of_an_address_is_case_insensitive(queue: QueueHarness, typed: Ty
         queue.accept(address, sender=address)
     twice = ["You@Example.ORG", "You@example.org"]
     for spelt, expected in {
-        "You@EXAMPLE.org": twice, "You@example.org": twice, "you@Example.org": ["you@example.org"],
-        "YOU@example.org": [], "a@b@example.ORG": ["a@b@Example.org"], "@example.org": [], "You": [],
-    }.items():  # fmt: skip
+        "You@EXAMPLE.org": twice,
+        "You@example.org": twice,
+        "you@Example.org": ["you@example.org"],
+        "YOU@example.org": [],
+        "a@b@example.ORG": ["a@b@Example.org"],
+        "@example.org": [],
+        "You": [],
+    }.items():
         for option in ("--recipient", "--sender"):
             rows = lines(typed("list", "--json", option, spelt, status=0 if expected else 1))
             assert [row["recipient"] for row in rows] == expected, spelt

@@ -31,7 +31,8 @@ from tests.services import Postgres
 NUMBERS = itertools.count(1)
 # Everything about a PostgreSQL schema that a statement can make, a line each.
 CATALOG = """
-SELECT format('%s.%s %s %s default %s: %s', c.relname, a.attname, format_type(a.atttypid, a.atttypmod),
+SELECT format('%s.%s %s %s default %s: %s', c.relname, a.attname,
+              format_type(a.atttypid, a.atttypmod),
               CASE WHEN a.attnotnull THEN 'not null' END, pg_get_expr(d.adbin, d.adrelid),
               col_description(c.oid, a.attnum))
 FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -116,9 +117,10 @@ def test_alembic_finds_nothing_to_do(database_url: str) -> None:
     engine = connect(database_url)
     with reading(engine) as connection:
         options = {
-            "compare_type": True, "compare_server_default": True,
+            "compare_type": True,
+            "compare_server_default": True,
             "include_name": lambda name, kind, _: kind != "table" or name != "alembic_version",
-        }  # fmt: skip
+        }
         assert (
             compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
         )

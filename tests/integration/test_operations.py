@@ -162,7 +162,8 @@ def test_operations_run_in_batches_and_miss_no_delivery(
         18,
     )
     noted = """SELECT t.queue_id, t.delivery FROM audit_deliveries t JOIN audit a ON a.id = t.action
-        JOIN deliveries d ON d.queue_id = t.queue_id AND d.number = t.delivery AND d.state = 'held'"""
+        JOIN deliveries d ON d.queue_id = t.queue_id AND d.number = t.delivery
+        AND d.state = 'held'"""
     assert len(queue.rows(noted)) == len(queue.rows("SELECT * FROM audit_deliveries")) == 18
 
 
@@ -215,14 +216,38 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness
 # An operation, its filter, the state that a delivery is in, and what another session makes of it
 # meanwhile.
 MEANWHILE = {
-    "drop what was released": ("drop", Filter(states=("held",)), State.HELD, "state = 'queued', due_at = @now"),
-    "bounce what was released": ("bounce", Filter(states=("held",)), State.HELD, "state = 'queued', due_at = @now"),
-    "hold what was retried": ("hold", Filter(states=("deferred",)), State.DEFERRED, "state = 'queued', due_at = @now"),
-    "retry what another server had": ("retry", Filter(server="qmqp.example.net:628"), State.DEFERRED,
-                                      "last_server = 'other.example.net:628'"),
-    "release what has another reason": ("release", Filter(reply="first"), State.HELD, "last_reply = 'second'"),
+    "drop what was released": (
+        "drop",
+        Filter(states=("held",)),
+        State.HELD,
+        "state = 'queued', due_at = @now",
+    ),
+    "bounce what was released": (
+        "bounce",
+        Filter(states=("held",)),
+        State.HELD,
+        "state = 'queued', due_at = @now",
+    ),
+    "hold what was retried": (
+        "hold",
+        Filter(states=("deferred",)),
+        State.DEFERRED,
+        "state = 'queued', due_at = @now",
+    ),
+    "retry what another server had": (
+        "retry",
+        Filter(server="qmqp.example.net:628"),
+        State.DEFERRED,
+        "last_server = 'other.example.net:628'",
+    ),
+    "release what has another reason": (
+        "release",
+        Filter(reply="first"),
+        State.HELD,
+        "last_reply = 'second'",
+    ),
     "drop what was rerouted": ("drop", Filter(route="default"), State.QUEUED, "route = 'other'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MEANWHILE)
@@ -407,9 +432,11 @@ def test_rerouting(
         i: (queue.delivery(i)["route"], queue.state(i)) for i in (queued, deferred, held, delivered)
     }
     assert found == {
-        queued: ("default", "queued"), deferred: ("old", "split"), held: ("default", "held"),
+        queued: ("default", "queued"),
+        deferred: ("old", "split"),
+        held: ("default", "held"),
         delivered: ("default", "delivered"),
-    }  # fmt: skip
+    }
     pieces = [queue.delivery(deferred, number) for number in (2, 3)]
     assert [(piece["route"], piece["state"]) for piece in pieces] == [
         ("com", "queued"),
@@ -443,9 +470,9 @@ def test_pauses(queue: QueueHarness, typed: Typed) -> None:
     )
     typed("pause", "--server", "192.0.2.7:628", status=1)
     assert not typed("pause", "--route", "default", "--reason", "disk swap").stderr
-    assert {row["subject"] for row in lines(typed("stats", "--json")) if row["kind"] == "pause"} == {
-        "route:default", "server:192.0.2.7:628"
-    }  # fmt: skip
+    assert {
+        row["subject"] for row in lines(typed("stats", "--json")) if row["kind"] == "pause"
+    } == {"route:default", "server:192.0.2.7:628"}
     paused = r"because route default is paused until `resume` \(by \S+@\S+ \d+s ago: disk swap\)\.$"
     assert re.search(paused, typed("why", queue_id).stdout)
     typed("resume", "--route", "default")
@@ -454,5 +481,7 @@ def test_pauses(queue: QueueHarness, typed: Typed) -> None:
     for wrong in ((), ("--route", "x", "--server", "y"), ("--server", "host:port")):
         typed("pause", *wrong, status=2)
     assert [row["verb"] for row in queue.rows("SELECT verb FROM audit ORDER BY id")] == [
-        "pause server:192.0.2.7:628", "pause route:default", "resume route:default"
-    ]  # fmt: skip
+        "pause server:192.0.2.7:628",
+        "pause route:default",
+        "resume route:default",
+    ]

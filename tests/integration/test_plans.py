@@ -44,8 +44,9 @@ def crowded(queue: QueueHarness) -> QueueHarness:
         queue.change(
             f"""UPDATE deliveries SET state = '{state}', due_at = {due}, claim_count = 1
             WHERE queue_id >= @id(:id) AND queue_id <= @id(:last)""",
-            id=first, last=f"{last[:8]}-{last[8:12]}-{last[12:16]}-{last[16:20]}-{last[20:]}",
-        )  # fmt: skip
+            id=first,
+            last=f"{last[:8]}-{last[8:12]}-{last[12:16]}-{last[16:20]}-{last[20:]}",
+        )
     queue.change("UPDATE deliveries SET warn_at = @later(3600)")
     queue.change("ANALYZE")
     return queue
@@ -93,7 +94,9 @@ def _scans_of_postgresql(connection: Connection, words: str, parameters: Any) ->
             "Rows Removed by Index Recheck", 0
         )
         if in_vain * node.get("Actual Loops", 1) > FEW:
-            yield f"{in_vain} rows in vain, {node['Node Type']} {node.get('Index Name', '')}: {words}"
+            yield (
+                f"{in_vain} rows in vain, {node['Node Type']} {node.get('Index Name', '')}: {words}"
+            )
     if (pages := made["Plan"]["Shared Hit Blocks"] + made["Plan"]["Shared Read Blocks"]) > PAGES:
         yield f"{pages} pages: {words}"
 

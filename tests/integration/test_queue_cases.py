@@ -102,7 +102,8 @@ def test_B11_hostile_replies_are_escaped_everywhere(harness_with: Open) -> None:
 
 def became(mail: EngineHarness, queue_id: str) -> dict[str, str]:
     """The state of each recipient."""
-    sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d ON d.queue_id = r.queue_id
+    sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d
+        ON d.queue_id = r.queue_id
         AND d.number = r.delivery WHERE r.queue_id = :id"""
     return {row["address"]: row["state"] for row in mail.rows(sql, id=queue_id)}
 
@@ -394,7 +395,8 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None
             connection.execute(
                 text(
                     queue.dialect(
-                        "UPDATE deliveries SET pending_operation = pending_operation WHERE number = 1"
+                        "UPDATE deliveries SET pending_operation = pending_operation WHERE"
+                        " number = 1"
                     )
                 )
             )
@@ -447,9 +449,13 @@ def test_D7_mail_from_the_null_sender_makes_no_dsn(queue: QueueHarness, sender: 
     assert row["last_reply"] == "its words", "a dead letter that `list --state bounced` shows"
 
 
-@pytest.mark.parametrize(("words", "states"), [
-    (b"go away (#5.7.1)", {"bounced"}), (b"no such mailbox (#5.1.1)", {"split", "bounced"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "states"),
+    [
+        (b"go away (#5.7.1)", {"bounced"}),
+        (b"no such mailbox (#5.1.1)", {"split", "bounced"}),
+    ],
+)
 def test_D8_a_d_for_many(harness_with: Open, words: bytes, states: set[str]) -> None:
     with running_sink(Rule(Answer(b"D", words))) as sink:
         mail = harness_with(sink)
@@ -484,8 +490,9 @@ def test_D9_the_guard_of_the_tests_refuses_unknown_transitions(
         worker = "(SELECT id FROM workers)" if before is State.SENDING else "NULL"
         queue.change(
             f"UPDATE deliveries SET state = :state, worker = {worker} WHERE queue_id = @id(:id)",
-            state=before, id=queue_id,
-        )  # fmt: skip
+            state=before,
+            id=queue_id,
+        )
         change = "UPDATE deliveries SET state = :state, worker = NULL WHERE queue_id = @id(:id)"
         parameters = {"state": after, "id": dashed(queue_id)}
         named = after is before or after in successors(before)
@@ -503,10 +510,12 @@ def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -
             worker = "(SELECT min(CAST(id AS text)) FROM workers)"
             worker = f"CAST({worker} AS uuid)" if queue.dialect.postgresql else worker
             queue.change(
-                f"""UPDATE deliveries SET state = :state, worker = {worker if state is State.SENDING else "NULL"}
+                f"""UPDATE deliveries SET state = :state,
+                worker = {worker if state is State.SENDING else "NULL"}
                 WHERE queue_id = @id(:id)""",
-                state=state, id=queue_id,
-            )  # fmt: skip
+                state=state,
+                id=queue_id,
+            )
             touched, _ = operations.apply(operation, Filter(id=queue_id), actor="me", reason="test")
             after = State(queue.state(queue_id))
             if state is State.SENDING:
@@ -547,7 +556,10 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
         "('00000000-0000-7000-8000-' || lpad(to_hex(s.n), 12, '0'))::uuid",
     )
     numbers = (
-        f"(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {copies}) SELECT n FROM s) AS s",
+        (
+            f"(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {copies})"
+            " SELECT n FROM s) AS s"
+        ),
         f"generate_series(1, {copies}) AS s(n)",
     )
     one = queue.dialect.postgresql
@@ -556,8 +568,10 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
         SELECT {key[one]}, 'a', 1, @now, '', '', '' FROM {numbers[one]}"""
     )
     queue.change(
-        f"""INSERT INTO deliveries (queue_id, number, route, state, worker, claim_count, due_at, expires_at)
-        SELECT {key[one]}, 1, 'default', 'sending', @id(:dead), 1, @later(9000), @later(100000) FROM {numbers[one]}""",
+        f"""INSERT INTO deliveries (queue_id, number, route, state, worker, claim_count, due_at,
+        expires_at)
+        SELECT {key[one]}, 1, 'default', 'sending', @id(:dead), 1, @later(9000), @later(100000)
+        FROM {numbers[one]}""",
         dead=dead,
     )
     lose_worker(queue, queue.worker)

@@ -52,7 +52,8 @@ def cluster(postgres_databases: Databases) -> Iterator[Cluster]:
     with psycopg.connect(plain, autocommit=True) as administrator:
         found = Cluster(url, administrator)
         found.do(
-            f"ALTER ROLE {ROLE} RENAME TO {ROLE}_away; CREATE ROLE bob LOGIN; CREATE ROLE keeper LOGIN"
+            f"ALTER ROLE {ROLE} RENAME TO {ROLE}_away; CREATE ROLE bob LOGIN; CREATE ROLE"
+            " keeper LOGIN"
         )
         found.do("GRANT CREATE ON SCHEMA public TO keeper")
         yield found
@@ -73,8 +74,12 @@ def test_migration_makes_a_role_that_only_reads(
     with psycopg.connect(cluster.login("ann").replace("+psycopg", ""), autocommit=True) as ann:
         for name in (*VIEWS, *metadata.tables):
             assert ann.execute(f"SELECT count(*) FROM {name}".encode()).fetchone() is not None
-        for change in ("DELETE FROM pauses", "UPDATE deliveries SET pending_operation = 'drop'", "CREATE TABLE mine (x int)",
-                       "INSERT INTO spool VALUES (gen_random_uuid(), now())"):  # fmt: skip
+        for change in (
+            "DELETE FROM pauses",
+            "UPDATE deliveries SET pending_operation = 'drop'",
+            "CREATE TABLE mine (x int)",
+            "INSERT INTO spool VALUES (gen_random_uuid(), now())",
+        ):
             with pytest.raises(InsufficientPrivilege):
                 ann.execute(change.encode())
     monkeypatch.setenv("RELAY_DATABASE_URL", cluster.login("bob"))

@@ -234,8 +234,11 @@ def test_a_dump_holds_messages_and_envelopes(tmp_path: Path):
             assert sink.wait_for(number, 5)
             assert sink.wait_for_fault(5)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "00000001.eml", "00000001.json", "00000002.eml", "00000002.json",
-    ]  # fmt: skip
+        "00000001.eml",
+        "00000001.json",
+        "00000002.eml",
+        "00000002.json",
+    ]
     assert (tmp_path / "00000002.eml").read_bytes() == b"hello 2\n"
     envelope = json.loads((tmp_path / "00000002.json").read_text())
     assert envelope == {

@@ -308,11 +308,17 @@ MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
 @pytest.mark.parametrize(
     ("beginning", "kept"),
     [
-        (b"\tby bank.example with ESMTP\nSubject: x\n", b"\n\tby bank.example with ESMTP\nSubject: x\n"),
+        (
+            b"\tby bank.example with ESMTP\nSubject: x\n",
+            b"\n\tby bank.example with ESMTP\nSubject: x\n",
+        ),
         (b" \n", b"\n \n"),
         (b" ", b"\n "),
-        (MAILBOX_LINES + b"Subject: x\n\nFrom\n", b"X-Mailbox-Line: From ann Mon Jan  1\n"
-         b"X-Mailbox-Line: >From bob remote from c\nSubject: x\n\nFrom\n"),
+        (
+            MAILBOX_LINES + b"Subject: x\n\nFrom\n",
+            b"X-Mailbox-Line: From ann Mon Jan  1\n"
+            b"X-Mailbox-Line: >From bob remote from c\nSubject: x\n\nFrom\n",
+        ),
         (b">>From x\n", b"X-Mailbox-Line: >>From x\n"),
         (b"From: a@b\n\nFrom x\n", b"From: a@b\n\nFrom x\n"),
         (b"From\n", b"From\n"),
@@ -320,7 +326,7 @@ MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
         (b"X: y\n folded\n", b"X: y\n folded\n"),
         (b"\n indented\n", b"\n indented\n"),
     ],
-)  # fmt: skip
+)
 def test_the_first_line_of_the_content_never_continues_the_trace_field(
     run: Callable[..., ServerHarness], beginning: bytes, kept: bytes, size: int
 ) -> None:
@@ -777,7 +783,8 @@ def test_unfinished_messages_of_strangers_leave_space_for_trusted_clients(
         client = stack.enter_context(talking(running))
         client.expect(b"220")
         client.send(
-            b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=900000\r\nRCPT TO:<b@example.org>\r\nDATA\r\n"
+            b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=900000\r\nRCPT"
+            b" TO:<b@example.org>\r\nDATA\r\n"
         )
         client.expect(b"250", b"250", b"250", b"354")
         client.send(b"x" * 900_000 + b"\r\n.\r\n")
@@ -1074,9 +1081,15 @@ class Program:
     """smtpd as a process, on a real database."""
 
     def __init__(
-        self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int,
-        *, descriptors: int = 0, **settings: str
-    ) -> None:  # fmt: skip
+        self,
+        directory: Path,
+        database_url: str,
+        spawn: Callable[..., subprocess.Popen[Any]],
+        port: int,
+        *,
+        descriptors: int = 0,
+        **settings: str,
+    ) -> None:
         self.port, self.log = port, directory / "log"
         environment = {
             "PATH": "/usr/bin:/bin",
@@ -1227,8 +1240,13 @@ def test_without_free_descriptors_clients_wait_and_are_not_dropped(
     free_port: Callable[[], int],
 ) -> None:
     program = Program(
-        tmp_path, database_url, spawn, free_port(), descriptors=160, max_connections_per_client="1000"
-    )  # fmt: skip
+        tmp_path,
+        database_url,
+        spawn,
+        free_port(),
+        descriptors=160,
+        max_connections_per_client="1000",
+    )
     [warning] = program.events("RLIMIT_NOFILE too low for RELAY_MAX_CONNECTIONS")
     assert (warning["limit"], warning["max_connections"]) == (160, 1000)
     with ExitStack() as stack:

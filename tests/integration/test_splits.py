@@ -89,7 +89,10 @@ def became(queue: QueueHarness, queue_id: str) -> dict[str, str]:
 
 
 def family(queue: QueueHarness, queue_id: str) -> list[dict[str, Any]]:
-    sql = "SELECT number, parent, state, due_at FROM deliveries WHERE queue_id = @id(:id) ORDER BY number"
+    sql = (
+        "SELECT number, parent, state, due_at FROM deliveries WHERE queue_id = @id(:id) ORDER"
+        " BY number"
+    )
     return [dict(row) for row in queue.rows(sql, id=queue_id)]
 
 
@@ -114,8 +117,10 @@ def test_a_split_is_a_parent_and_two_children_that_are_due_now(queue: QueueHarne
     recorded = queue.complete(claim, Outcome.REJECTED, state=State.SPLIT)
     assert recorded == CompletionResult(State.SPLIT, body_deletable=False)
     assert [(row["number"], row["parent"], row["state"]) for row in family(queue, queue_id)] == [
-        (1, None, "split"), (2, 1, "queued"), (3, 1, "queued"),
-    ]  # fmt: skip
+        (1, None, "split"),
+        (2, 1, "queued"),
+        (3, 1, "queued"),
+    ]
     parent, child = queue.delivery(queue_id, 1), queue.delivery(queue_id, 2)
     assert (parent["due_at"], parent["finished_at"]) == (None, None)
     assert child["due_in"] <= 0
@@ -260,7 +265,10 @@ def test_a_late_K_waits_for_no_relatives_either_and_loses_none(
 
 
 def lock(connection: Connection, queue_id: str, number: int) -> None:
-    sql = "SELECT 1 FROM deliveries WHERE queue_id = CAST(:id AS uuid) AND number = :number FOR UPDATE"
+    sql = (
+        "SELECT 1 FROM deliveries WHERE queue_id = CAST(:id AS uuid) AND number = :number"
+        " FOR UPDATE"
+    )
     assert connection.execute(text(sql), {"id": dashed(queue_id), "number": number}).first()
 
 
@@ -283,7 +291,8 @@ def reroute(queue: QueueHarness, route: str = "bulk") -> int:
 def ways(queue: QueueHarness, queue_id: str) -> dict[str, tuple[int, str, str]]:
     """Number, state and route of each recipient's delivery."""
     sql = """SELECT r.address, d.number, d.state, d.route FROM recipients r JOIN deliveries d
-        ON d.queue_id = r.queue_id AND d.number = r.delivery WHERE r.queue_id = @id(:id) ORDER BY r.position"""
+        ON d.queue_id = r.queue_id AND d.number = r.delivery WHERE r.queue_id = @id(:id)
+        ORDER BY r.position"""
     return {
         row["address"]: (row["number"], row["state"], row["route"])
         for row in queue.rows(sql, id=queue_id)
@@ -305,9 +314,12 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     assert reroute(queue) == 1
     found = ways(queue, queue_id)
     assert {address: (state, route) for address, (_, state, route) in found.items()} == {
-        "0@a.test": ("queued", "a"), "1@b.test": ("queued", "b"), "2@a.test": ("queued", "a"),
-        "3@c.test": ("queued", "c"), "z@d.test": ("queued", "default"),
-    }  # fmt: skip
+        "0@a.test": ("queued", "a"),
+        "1@b.test": ("queued", "b"),
+        "2@a.test": ("queued", "a"),
+        "3@c.test": ("queued", "c"),
+        "z@d.test": ("queued", "default"),
+    }
     assert found["0@a.test"][0] == found["2@a.test"][0], "one request for one route"
     assert len({number for number, _, _ in found.values()}) == 4
     piece = queue.delivery(queue_id, found["1@b.test"][0])
@@ -319,8 +331,11 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     assert ways(queue, queue_id) == found
     claims = queue.claim(queue_id, room=dict.fromkeys(["a", "b", "c", "default"], 9))
     assert sorted(claim.recipients for claim in claims) == [
-        ("0@a.test", "2@a.test"), ("1@b.test",), ("3@c.test",), ("z@d.test",)
-    ]  # fmt: skip
+        ("0@a.test", "2@a.test"),
+        ("1@b.test",),
+        ("3@c.test",),
+        ("z@d.test",),
+    ]
 
 
 def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
@@ -491,9 +506,11 @@ def test_pieces_expire_with_the_message(queue: QueueHarness) -> None:
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
-)  # fmt: skip
+)
 @given(data=st.data())
 def test_every_recipient_ends_once_whoever_is_bad(queue: QueueHarness, data: st.DataObject) -> None:
     names = addresses(data.draw(st.integers(2, 24)))

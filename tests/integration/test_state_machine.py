@@ -74,9 +74,11 @@ WAITING = (State.QUEUED, State.SENDING, State.DEFERRED)
 SENDERS = ["a@example.com", "a@example.com", "", "#@[]"]
 # The DSNs that it asks for.
 NOTIFY: dict[str | None, frozenset[str]] = {
-    None: frozenset({"failure", "delay"}), "FAILURE": frozenset({"failure"}), "DELAY": frozenset({"delay"}),
+    None: frozenset({"failure", "delay"}),
+    "FAILURE": frozenset({"failure"}),
+    "DELAY": frozenset({"delay"}),
     "NEVER": frozenset(),
-}  # fmt: skip
+}
 SAME = "user unknown (#5.1.1)"  # what servers say again and again
 BY_OPERATOR = "an operator did that"
 # Everything else happens in both.
@@ -88,12 +90,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 HAPPENINGS = [
     what
     for what, often in {
-        "work": 10, "accept": 6, "wait": 3, "wake": 3, "crash": 2, "wake_up_late": 3, "operate": 3, "generate": 4,
-        "reroute": 1, "warn": 3,
-        "register_worker": 1, "expire_worker": 1, "expire_one_that_renewed": 1, "expire_stuck_transfers": 1, "rescue_unowned": 1,
+        "work": 10,
+        "accept": 6,
+        "wait": 3,
+        "wake": 3,
+        "crash": 2,
+        "wake_up_late": 3,
+        "operate": 3,
+        "generate": 4,
+        "reroute": 1,
+        "warn": 3,
+        "register_worker": 1,
+        "expire_worker": 1,
+        "expire_one_that_renewed": 1,
+        "expire_stuck_transfers": 1,
+        "rescue_unowned": 1,
     }.items()
     for _ in range(often)
-]  # fmt: skip
+]
 # What a history consists of is Hypothesis' to choose and to shrink; the details are mere chance.
 CHANCE = st.randoms(use_true_random=True)
 
@@ -211,9 +225,10 @@ class History(RuleBasedStateMachine):
         """The model's side of every change that ends a transfer or is an operator's."""
         owed = delivery.sender not in SENDERS[2:] or delivery.encloses is not None
         due = {
-            State.QUEUED: self.clock + GRACE, State.BOUNCED: self.clock if owed else None,
+            State.QUEUED: self.clock + GRACE,
+            State.BOUNCED: self.clock if owed else None,
             State.EXPIRED: self.clock if owed else None,
-        }  # fmt: skip
+        }
         delivery.state, delivery.due, delivery.worker, delivery.pending = (
             state,
             due.get(state),
@@ -226,7 +241,7 @@ class History(RuleBasedStateMachine):
         getattr(self, what)(chance)
 
     # --- mail
-    # -------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def accept(self, chance: Random) -> None:
         """A message is accepted, perhaps committed twice because the first COMMIT is unknown."""
@@ -268,7 +283,8 @@ class History(RuleBasedStateMachine):
         self.leases[worker] = self.clock + LEASE
 
     def work(self, chance: Random) -> None:
-        """One round of a worker, dead or alive: outcomes, a renewal, requests; perhaps committed twice."""
+        """One round of a worker, dead or alive: outcomes, a renewal, requests; perhaps committed
+        twice."""
         worker = chance.choice(list(self.leases))
         mine = [transfer for transfer in self.transfers if transfer.worker == worker]
         ends = sample_of(chance, mine, 0.4)
@@ -348,7 +364,7 @@ class History(RuleBasedStateMachine):
             words = f"client not allowed, {words}"
         return self.harness.completion(
             transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=words
-        )  # fmt: skip
+        )
 
     def _recorded(self, completions: list[tuple[Transfer, Completion, Any]]) -> None:
         """The model's side of a round of outcomes: what each does, then halves, then what a late K
@@ -419,10 +435,13 @@ class History(RuleBasedStateMachine):
             return False
         for sibling, other in list(self.queue.items()):
             if (
-                sibling[0] == key[0] and sibling != key and other.parent == delivery.parent and other.route == delivery.route
+                sibling[0] == key[0]
+                and sibling != key
+                and other.parent == delivery.parent
+                and other.route == delivery.route
                 and other.state in (State.SPLIT, State.BOUNCED)
                 and (other.outcome, other.reply) == ("rejected", delivery.reply)
-            ):  # fmt: skip
+            ):
                 for left in self._offspring(sibling):
                     if left.state in (State.QUEUED, State.DEFERRED):
                         self._end(left, State.BOUNCED)
@@ -456,10 +475,15 @@ class History(RuleBasedStateMachine):
         assert len(got) == len(claims)
         for route, room in request.room.items():
             fit = {
-                key: delivery for key, delivery in self.queue.items()
-                if delivery.route == route and delivery.state is State.QUEUED and delivery.due is not None
-                and (key[0] in request.ids if request.ids is not None else delivery.due <= self.clock)
-            }  # fmt: skip
+                key: delivery
+                for key, delivery in self.queue.items()
+                if delivery.route == route
+                and delivery.state is State.QUEUED
+                and delivery.due is not None
+                and (
+                    key[0] in request.ids if request.ids is not None else delivery.due <= self.clock
+                )
+            }
             mine = [key for key in got if self.queue[key].route == route]
             assert set(mine) <= set(fit)
             assert len(mine) == min(room, len(fit)), (
@@ -483,8 +507,10 @@ class History(RuleBasedStateMachine):
             delivery.claims += 1
             assert (claim.claim, claim.crash_count) == (delivery.claims, delivery.crash_count)
             assert (claim.recipients, claim.sender, claim.route) == (
-                delivery.recipients, delivery.sender, delivery.route,
-            )  # fmt: skip
+                delivery.recipients,
+                delivery.sender,
+                delivery.route,
+            )
             delivery.state, delivery.worker, delivery.pending = State.SENDING, request.worker, None
             delivery.due = self.clock + 2 * (SESSION + LEASE)
             took = chance.random() < 0.5
@@ -498,9 +524,12 @@ class History(RuleBasedStateMachine):
         """A sweeper wakes what is due."""
         limit = limit or chance.choice([1, 2, 100])
         due = {
-            key: delivery.due for key, delivery in self.queue.items()
-            if delivery.state is State.DEFERRED and delivery.due is not None and delivery.due <= self.clock
-        }  # fmt: skip
+            key: delivery.due
+            for key, delivery in self.queue.items()
+            if delivery.state is State.DEFERRED
+            and delivery.due is not None
+            and delivery.due <= self.clock
+        }
         ids = self.harness.rescuer.requeue_due(limit)
         woken = [key for key in due if self._row(key)["state"] == "queued"]
         assert len(woken) == min(limit, len(due))
@@ -605,9 +634,12 @@ class History(RuleBasedStateMachine):
             return
         queue_id, today = chance.choice(list(self.queue))[0], dict[str, str]()
         touched, _ = self.operations.apply(
-            REROUTE, Filter(id=queue_id), actor="tester", reason="",
+            REROUTE,
+            Filter(id=queue_id),
+            actor="tester",
+            reason="",
             route_for=lambda address: today.setdefault(address, chance.choice(ROUTES)),
-        )  # fmt: skip
+        )
         met = {
             key: d
             for key, d in self.queue.items()
@@ -743,9 +775,15 @@ class History(RuleBasedStateMachine):
     def _add_dsn(self, dsn: str, about: str, names: list[str], content: str) -> None:
         sender = next(d.sender for key, d in self.queue.items() if key[0] == about)
         self.queue[dsn, 1] = Delivery(
-            "", "default", (sender,), self.clock + GRACE, self.clock + LIFETIME, about=about, names=tuple(names),
+            "",
+            "default",
+            (sender,),
+            self.clock + GRACE,
+            self.clock + LIFETIME,
+            about=about,
+            names=tuple(names),
             encloses=content,
-        )  # fmt: skip
+        )
 
     def _pending_dsns(self) -> dict[str, dict[Key, Delivery]]:
         """The pending DSNs by message; not while another of its deliveries may soon fail too."""
@@ -758,9 +796,11 @@ class History(RuleBasedStateMachine):
         }
         late = self.clock - GATHER
         return {
-            queue_id: mine for queue_id, mine in pending_dsns.items()
-            if queue_id not in about_to_be_decided or any((d.due or 0.0) <= late for d in mine.values())
-        }  # fmt: skip
+            queue_id: mine
+            for queue_id, mine in pending_dsns.items()
+            if queue_id not in about_to_be_decided
+            or any((d.due or 0.0) <= late for d in mine.values())
+        }
 
     def _is_pending(self, key: Key) -> bool:
         row = self._row(key)
@@ -807,9 +847,10 @@ class History(RuleBasedStateMachine):
             return []
         expected = (list(failed.names), less, True)
         dsn = next(
-            dsn for dsn, (names, _, content, again) in self._unknown(failed.about).items()
+            dsn
+            for dsn, (names, _, content, again) in self._unknown(failed.about).items()
             if (names, content, again) == expected
-        )  # fmt: skip
+        )
         self._add_dsn(dsn, failed.about, list(failed.names), less)
         return [dsn]
 
@@ -834,8 +875,8 @@ class History(RuleBasedStateMachine):
         self.leases |= dict.fromkeys(alive, self.clock + LEASE)
 
     def crash(self, chance: Random) -> None:
-        """A worker with something under way does not renew its lease for so long that it expires; the
-        others are well."""
+        """A worker with something under way does not renew its lease for so long that it expires;
+        the others are well."""
         busy = [t.worker for t in self.transfers if self.leases[t.worker] is not None]
         if busy:
             worker = chance.choice(busy)
@@ -891,7 +932,10 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        sql = "SELECT d.*, @hex(d.queue_id) AS id, @hex(d.worker) AS who, -@since(d.due_at) AS due_in FROM deliveries d"
+        sql = (
+            "SELECT d.*, @hex(d.queue_id) AS id, @hex(d.worker) AS who, -@since(d.due_at) AS"
+            " due_in FROM deliveries d"
+        )
         rows = {(row["id"], row["number"]): row for row in self.harness.rows(sql)}
         assert rows.keys() == self.queue.keys()
         for key, row in rows.items():
@@ -927,7 +971,10 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_recipient_is_somewhere_once(self) -> None:
-        sql = "SELECT @hex(queue_id) AS id, delivery, address FROM recipients ORDER BY queue_id, position"
+        sql = (
+            "SELECT @hex(queue_id) AS id, delivery, address FROM recipients ORDER BY queue_id,"
+            " position"
+        )
         found: dict[Key, list[str]] = {key: [] for key in self.queue}
         for row in self.harness.rows(sql):
             found[row["id"], row["delivery"]].append(row["address"])
@@ -970,9 +1017,15 @@ def harness(
     monkeypatch.setattr("relay.dsn.generator.GATHER", GATHER)
     monkeypatch.setattr(rescue, "JITTER", 0.0)  # the model knows when each is due
     made = QueueHarness(
-        clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,
-        uncertain_delay=UNCERTAIN_DELAY, poison_limit=POISON, **VARIANTS[request.param],
-    )  # fmt: skip
+        clean_url,
+        grace=GRACE,
+        lease=LEASE,
+        session_timeout=SESSION,
+        queue_lifetime=LIFETIME,
+        uncertain_delay=UNCERTAIN_DELAY,
+        poison_limit=POISON,
+        **VARIANTS[request.param],
+    )
     yield made
     made.database.dispose()
 

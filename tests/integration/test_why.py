@@ -42,9 +42,9 @@ def test_a_paused_server_is_named_with_actor_and_reason(queue: QueueHarness, typ
     both = why(typed, queue_id)
     assert f"server {ONE} is paused" in both
     assert (
-        f" and the circuit to server {TWO} is open: it is tried again within a minute (no connection: Conn"
-        in both
-    )
+        f" and the circuit to server {TWO} is open: it is tried again within a minute (no"
+        " connection: Conn"
+    ) in both
     third = queue.register_worker()
     queue.rescuer.publish_routes(third, {"default": [TWO]})
     assert "circuit" not in why(typed, queue_id), "a worker that knows it would send there"
@@ -137,7 +137,10 @@ def test_why_explains_a_dsn_and_its_message(
     pending = "; a worker replaces it with a DSN that encloses less, or gives up; it is a DSN about"
     assert pending in why(typed, full)
     (header,) = generator.generate(5)
-    again = f"DSN {full} is bounced, because qmqp.example.net:628 refused it: no viruses, and a DSN that encloses less"
+    again = (
+        f"DSN {full} is bounced, because qmqp.example.net:628 refused it: no viruses, and a DSN"
+        " that encloses less"
+    )
     again += " replaced it"
     assert why(typed, queue_id).endswith(
         f"{again}; the sender is told by {header}, which is queued."
@@ -163,18 +166,33 @@ def test_a_dsn_that_failed_and_is_not_replaced(
     assert generator.generate(5) == []
     not_replaced = "no other DSN replaces it: the sender of the original is not told by it"
     assert why(typed, queue_id).endswith(
-        f"DSN {dsn} is bounced, because qmqp.example.net:628 refused it: no bounces, and {not_replaced}."
+        f"DSN {dsn} is bounced, because qmqp.example.net:628 refused it: no bounces, and"
+        f" {not_replaced}."
     )
     assert f"refused it: no bounces; {not_replaced}; it is a DSN about {queue_id}" in why(
         typed, dsn
     )
 
 
-@pytest.mark.parametrize(("recipient", "sender", "words"), [
-    ("postmaster", "a@example.com", "the mail came from an untrusted client and was for our own postmaster"),
-    ("b@example.org", "<a@example.com", "no mail server accepts its address"),
-    ("b@example.org", "a@example.com", "less than a minute before, a DSN about mail from an untrusted client was sent to this address"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recipient", "sender", "words"),
+    [
+        (
+            "postmaster",
+            "a@example.com",
+            "the mail came from an untrusted client and was for our own postmaster",
+        ),
+        ("b@example.org", "<a@example.com", "no mail server accepts its address"),
+        (
+            "b@example.org",
+            "a@example.com",
+            (
+                "less than a minute before, a DSN about mail from an untrusted client was sent to"
+                " this address"
+            ),
+        ),
+    ],
+)
 def test_why_explains_a_missing_dsn(
     queue: QueueHarness, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
 ) -> None:

@@ -37,11 +37,18 @@ from tests.services import Postgres
 from tests.waiting import stands_still, until
 
 BEGIN = "<!-- made by tests/integration/test_worker_matrix.py: begin -->"
-HEAD = "| fault | phase | attempts recorded | state | next | accepted twice |\n|---|---|---|---|---|---|"
+HEAD = (
+    "| fault | phase | attempts recorded | state | next | accepted twice |\n"
+    "|---|---|---|---|---|---|"
+)
 UNCLAIMED, CONNECTING, MIDDLE, WAITING, ANSWERED, LATE = (
-    "before its claim is committed", "connecting", "in the body", "after the last byte, before the reply",
-    "after the reply (K), before its record", "after the last byte; K comes within DRAIN_TIMEOUT",
-)  # fmt: skip
+    "before its claim is committed",
+    "connecting",
+    "in the body",
+    "after the last byte, before the reply",
+    "after the reply (K), before its record",
+    "after the last byte; K comes within DRAIN_TIMEOUT",
+)
 PHASES = (UNCLAIMED, CONNECTING, MIDDLE, WAITING, LATE, ANSWERED)
 LEASE = 4  # seconds
 LONG = b"Subject: long\n\n" + bytes(
@@ -177,9 +184,11 @@ def line(
     recorded = ", ".join(f"`{outcome}`" for _, outcome in tries) or "none"
     assert delivery["state"] != "deferred" or delivery["last_outcome"] == "uncertain"
     following = {
-        "queued": "any worker sends it", "delivered": "the body is removed", "held": "an operator decides",
+        "queued": "any worker sends it",
+        "delivered": "the body is removed",
+        "held": "an operator decides",
         "deferred": "again after UNCERTAIN_DELAY",
-    }[delivery["state"]]  # fmt: skip
+    }[delivery["state"]]
     assert times < 2 or "`uncertain`" in recorded, "no double is hidden"
     twice = {1: "no", 2: "yes", 0: "-"}[times]
     return f"| {fault} | {phase} | {recorded} | `{delivery['state']}` | {following} | {twice} |"
@@ -191,9 +200,12 @@ def delivered_by_another(mail: EngineHarness) -> Counter[str]:
     with running_sink() as good:
         routes = write_routes(mail.settings.state_dir / "good.toml", {})
         other = EngineHarness(
-            str(mail.settings.database_url), mail.spool, mail.settings.state_dir,
-            qmqp_servers=(f"127.0.0.1:{good.port}",), routes=routes,
-        )  # fmt: skip
+            str(mail.settings.database_url),
+            mail.spool,
+            mail.settings.state_dir,
+            qmqp_servers=(f"127.0.0.1:{good.port}",),
+            routes=routes,
+        )
         with other.working():
             other.change(
                 "UPDATE deliveries SET due_at = @now, state = 'queued' WHERE state = 'deferred'"
@@ -241,9 +253,13 @@ def scene(
         ports = {phase: gate.port for phase, gate in gates.items()} | {CONNECTING: port}
         routes = write_routes(directory / "routes.toml", ports)
         mail = EngineHarness(
-            database_url, Spool(directory / "spool"), directory, routes=routes, broker_url="redis://127.0.0.1:1/0",
+            database_url,
+            Spool(directory / "spool"),
+            directory,
+            routes=routes,
+            broker_url="redis://127.0.0.1:1/0",
             uncertain_delay=900.0,
-        )  # fmt: skip
+        )
         stack.callback(mail.close)
         processes = WorkerProcesses(mail, spawn, directory / "worker.log")
         patience = {
@@ -279,8 +295,8 @@ def stopped(scene: WorkerInEveryPhase) -> list[str]:
 
 
 def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
-    """The worker is stopped until another has expired it. When it runs again, the reply that it waits
-    for has arrived."""
+    """The worker is stopped until another has expired it. When it runs again, the reply that it
+    waits for has arrived."""
     with scene.in_every_phase():
         scene.worker.send_signal(signal.SIGSTOP)
         until(lambda: stands_still(scene.worker.pid))
@@ -321,8 +337,10 @@ def with_files(mail: EngineHarness, sink: Sink) -> list[str]:
         return os.open("/proc/self/mem", os.O_RDONLY)  # nothing is mapped at its beginning: EIO
 
     faults: list[tuple[int, str, Callable[[str, int], int]]] = [
-        (errno.EIO, "opening", unopened), (errno.EMFILE, "opening", unopened), (errno.EIO, "in the body", unreadable),
-    ]  # fmt: skip
+        (errno.EIO, "opening", unopened),
+        (errno.EMFILE, "opening", unopened),
+        (errno.EIO, "in the body", unreadable),
+    ]
     for code, where, failing in faults:
         queue_id, before = mail.accept(), sink.count
         with pytest.MonkeyPatch.context() as patch:
@@ -356,9 +374,14 @@ def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path
 
 
 def test_the_matrix_of_failing_workers_is_that_of_the_page(
-    sqlite_url: str, sqlite_template: Path, postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path,
+    sqlite_url: str,
+    sqlite_template: Path,
+    postgres: Postgres,
+    postgres_url: str,
+    spool: Spool,
+    tmp_path: Path,
     spawn: Callable[..., Any],
-) -> None:  # fmt: skip
+) -> None:
     def played(faulty: Callable[[WorkerInEveryPhase], list[str]], *more: str) -> list[str]:
         url = copied(sqlite_template, tmp_path / f"{faulty.__name__}-database")
         with scene(url, tmp_path / faulty.__name__, spawn, *more) as one:

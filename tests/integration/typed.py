@@ -17,9 +17,11 @@ type Typed = Callable[..., Result]
 def typed_at(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
     """`typed("list", "--json")` runs a command on the harness's database and this spool."""
     settings = {
-        "STATE_DIR": str(spool.directory.parent), "SPOOL_DIR": str(spool.directory), "UNSAFE_DURABILITY": "1",
+        "STATE_DIR": str(spool.directory.parent),
+        "SPOOL_DIR": str(spool.directory),
+        "UNSAFE_DURABILITY": "1",
         "DATABASE_URL": queue.database.url.render_as_string(hide_password=False),
-    }  # fmt: skip
+    }
     for name, value in settings.items():
         monkeypatch.setenv(f"RELAY_{name}", value)
     spool.prepare(queue.database, unsafe=True)

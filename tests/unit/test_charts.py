@@ -73,6 +73,11 @@ def test_hours_sum_tries_and_average_seconds() -> None:
     ]
     hours = charts.hourly(NOW, rows, 300, 72)
     assert [(sum(hour.tries.values()), hour.seconds) for hour in hours] == [
-        (4, 1.75), (5, None), (0, None), (0, None), (0, None), (7, None)
-    ]  # fmt: skip
+        (4, 1.75),
+        (5, None),
+        (0, None),
+        (0, None),
+        (0, None),
+        (7, None),
+    ]
     assert hours[0].begin[3:] == hours[0].end[3:] == "34"

@@ -23,9 +23,16 @@ NOW = datetime(2026, 11, 22, 17, 0, 0, tzinfo=UTC)
 ID, ABOUT = "01a20439a5b371daae4d9cd848026382", "01a20439a5b371daae4d9cd848026111"
 ORIGINAL = Original(ABOUT, "a@example.com", NOW - timedelta(hours=1), "<1@client.example>", None)
 FAILED = Failure(
-    "b@example.org", None, Kind.BOUNCED, "no mailbox here by that name (#5.1.1)", "mx.example.net:628",
-    NOW - timedelta(minutes=1), NOW + timedelta(days=4), "rejected", ReasonSource.SERVER,
-)  # fmt: skip
+    "b@example.org",
+    None,
+    Kind.BOUNCED,
+    "no mailbox here by that name (#5.1.1)",
+    "mx.example.net:628",
+    NOW - timedelta(minutes=1),
+    NOW + timedelta(days=4),
+    "rejected",
+    ReasonSource.SERVER,
+)
 CONTENT = b"Received: by here\nSubject: hello\nFrom: a@example.com\n\nbody\n.\n--=_not-a-boundary\n"
 
 
@@ -160,17 +167,30 @@ def test_possibly_delivered_is_not_called_undelivered(kind: Kind) -> None:
         assert parsed(both)["Subject"] == "Undelivered mail returned to sender"
 
 
-@pytest.mark.parametrize(("outcome", "reply", "source", "expected"), [
-    ("deferred", "busy", "server", "The last reply was: busy"),
-    ("rejected", "not you", "server", "The last reply was: not you"),
-    ("deferred", "held by greylist", "server", "The last reply was: held by greylist"),
-    ("unreachable", "ECONNREFUSED (refused)", "relay", "The last attempt failed: ECONNREFUSED (refused)"),
-    ("malformed", "no QMQP reply: 220 mx", "relay", "The last attempt failed: no QMQP reply: 220 mx"),
-    ("interrupted", "", "relay", "The last attempt failed."),
-    ("deferred", "held by ann@host: looks odd", "operator", "The last attempt failed."),
-    (None, "held by ann@host: looks odd", "operator", "It has not been tried yet."),
-    (None, "", None, "It has not been tried yet."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("outcome", "reply", "source", "expected"),
+    [
+        ("deferred", "busy", "server", "The last reply was: busy"),
+        ("rejected", "not you", "server", "The last reply was: not you"),
+        ("deferred", "held by greylist", "server", "The last reply was: held by greylist"),
+        (
+            "unreachable",
+            "ECONNREFUSED (refused)",
+            "relay",
+            "The last attempt failed: ECONNREFUSED (refused)",
+        ),
+        (
+            "malformed",
+            "no QMQP reply: 220 mx",
+            "relay",
+            "The last attempt failed: no QMQP reply: 220 mx",
+        ),
+        ("interrupted", "", "relay", "The last attempt failed."),
+        ("deferred", "held by ann@host: looks odd", "operator", "The last attempt failed."),
+        (None, "held by ann@host: looks odd", "operator", "It has not been tried yet."),
+        (None, "", None, "It has not been tried yet."),
+    ],
+)
 def test_only_a_reply_of_a_server_is_a_diagnostic_code(
     outcome: str | None, reply: str, source: str | None, expected: str
 ) -> None:
@@ -182,11 +202,18 @@ def test_only_a_reply_of_a_server_is_a_diagnostic_code(
     assert "ann" not in words(wire)
 
 
-@pytest.mark.parametrize(("outcome", "reply", "expected"), [
-    ("rejected", "bounced by an operator: spam run", "It was sent back by an operator of this relay: spam run"),
-    ("uncertain", "bounced by an operator", "It was sent back by an operator of this relay."),
-    ("rejected", "", "The mail server refused it and gave no reason."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("outcome", "reply", "expected"),
+    [
+        (
+            "rejected",
+            "bounced by an operator: spam run",
+            "It was sent back by an operator of this relay: spam run",
+        ),
+        ("uncertain", "bounced by an operator", "It was sent back by an operator of this relay."),
+        ("rejected", "", "The mail server refused it and gave no reason."),
+    ],
+)
 def test_bounce_by_an_operator_is_not_attributed_to_a_server(
     outcome: str, reply: str, expected: str
 ) -> None:
@@ -260,26 +287,44 @@ def test_8_bit_original_is_declared_and_unchanged() -> None:
     assert parsed(written())["Content-Transfer-Encoding"] is None
 
 
-@pytest.mark.parametrize(("kind", "reply", "status"), [
-    (Kind.BOUNCED, "5.1.1 unknown", "5.1.1"), (Kind.BOUNCED, "sorry (#5.7.1)", "5.7.1"),
-    (Kind.BOUNCED, "Error: 5.007.010 padded", "5.7.10"), (Kind.BOUNCED, "go away", "5.0.0"),
-    (Kind.BOUNCED, "4.2.2 in a D", "5.0.0"), (Kind.BOUNCED, "by 10.5.1.1 and 1.5.1.1", "5.0.0"),
-    (Kind.BOUNCED, "4.2.2 first, then 5.2.2", "5.2.2"), (Kind.DELAYED, "5.1.1 in a Z", "4.0.0"),
-    (Kind.DELAYED, "busy # 4.3.2", "4.3.2"), (Kind.EXPIRED, "5.1.1", "5.4.7"), (Kind.BOUNCED, "", "5.0.0"),
-    (Kind.BOUNCED, "5.1.1234", "5.0.0"),
-    (Kind.BOUNCED, "550 5.1.1. No such user", "5.1.1"), (Kind.BOUNCED, "no mail from 192.5.1.10", "5.0.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "reply", "status"),
+    [
+        (Kind.BOUNCED, "5.1.1 unknown", "5.1.1"),
+        (Kind.BOUNCED, "sorry (#5.7.1)", "5.7.1"),
+        (Kind.BOUNCED, "Error: 5.007.010 padded", "5.7.10"),
+        (Kind.BOUNCED, "go away", "5.0.0"),
+        (Kind.BOUNCED, "4.2.2 in a D", "5.0.0"),
+        (Kind.BOUNCED, "by 10.5.1.1 and 1.5.1.1", "5.0.0"),
+        (Kind.BOUNCED, "4.2.2 first, then 5.2.2", "5.2.2"),
+        (Kind.DELAYED, "5.1.1 in a Z", "4.0.0"),
+        (Kind.DELAYED, "busy # 4.3.2", "4.3.2"),
+        (Kind.EXPIRED, "5.1.1", "5.4.7"),
+        (Kind.BOUNCED, "", "5.0.0"),
+        (Kind.BOUNCED, "5.1.1234", "5.0.0"),
+        (Kind.BOUNCED, "550 5.1.1. No such user", "5.1.1"),
+        (Kind.BOUNCED, "no mail from 192.5.1.10", "5.0.0"),
+    ],
+)
 def test_the_servers_status_code_is_kept_if_its_class_fits(
     kind: Kind, reply: str, status: str
 ) -> None:
     assert status_of(kind, reply) == status
 
 
-@pytest.mark.parametrize(("address", "path"), [
-    ("b@example.org", "b@example.org"), ("a b@example.org", '"a b"@example.org'), ("a@b@c", '"a@b"@c'),
-    ('q"u\\o@c', '"q\\"u\\\\o"@c'), (".dot@c", '".dot"@c'), ("x+y=z@c", "x+y=z@c"), ("postmaster", "postmaster"),
-    ("b\n@c", '"b\\\\n"@c'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("b@example.org", "b@example.org"),
+        ("a b@example.org", '"a b"@example.org'),
+        ("a@b@c", '"a@b"@c'),
+        ('q"u\\o@c', '"q\\"u\\\\o"@c'),
+        (".dot@c", '".dot"@c'),
+        ("x+y=z@c", "x+y=z@c"),
+        ("postmaster", "postmaster"),
+        ("b\n@c", '"b\\\\n"@c'),
+    ],
+)
 def test_addresses_are_quoted(address: str, path: str) -> None:
     assert quoted(address) == path
 
@@ -345,9 +390,15 @@ def test_quotes_do_not_make_a_line_too_long() -> None:
     assert max(map(len, wire.splitlines())) <= 998
 
 
-@pytest.mark.parametrize(("server", "remote"), [
-    ("[::1]:628", "dns; [::1]"), ("unix:/run/qmqpd", None), (None, None), ("10.0.0.1:629", "dns; 10.0.0.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("server", "remote"),
+    [
+        ("[::1]:628", "dns; [::1]"),
+        ("unix:/run/qmqpd", None),
+        (None, None),
+        ("10.0.0.1:629", "dns; 10.0.0.1"),
+    ],
+)
 def test_server_is_named_if_it_has_a_host_name(server: str | None, remote: str | None) -> None:
     assert groups(written(replace(FAILED, server=server)))[1].get("Remote-MTA") == remote
 

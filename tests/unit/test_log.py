@@ -124,10 +124,19 @@ def test_console_format_is_not_json(said: Callable[[], str]) -> None:
     assert not line.startswith("{")
 
 
-@pytest.mark.parametrize(("raw", "text"), [
-    (b"250 ok", "250 ok"), (b"a\nb", r"a\nb"), (b"\x1b[31mred", r"\x1b[31mred"), (b"\xff\x00", r"\xff\x00"),
-    ("é", r"\xc3\xa9"), ("\udcff", r"\xff"), ("", ""), ("back\\slash", "back\\slash"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"250 ok", "250 ok"),
+        (b"a\nb", r"a\nb"),
+        (b"\x1b[31mred", r"\x1b[31mred"),
+        (b"\xff\x00", r"\xff\x00"),
+        ("é", r"\xc3\xa9"),
+        ("\udcff", r"\xff"),
+        ("", ""),
+        ("back\\slash", "back\\slash"),
+    ],
+)
 def test_escaped_is_printable_ascii(raw: bytes | str, text: str) -> None:
     assert escaped(raw) == text
 

@@ -224,17 +224,28 @@ def test_route_has_its_own_backoff() -> None:
 
 
 def sized(*sizes: str) -> Routes:
-    return Routes(parse_routes("\n".join(
-        f'[r{n}]\nrecipients = ["{n}.example"]\nservers = ["a"]\n' + (f'max_size = "{size}"' if size else "")
-        for n, size in enumerate(sizes)
-    )))  # fmt: skip
+    return Routes(
+        parse_routes(
+            "\n".join(
+                f'[r{n}]\nrecipients = ["{n}.example"]\nservers = ["a"]\n'
+                + (f'max_size = "{size}"' if size else "")
+                for n, size in enumerate(sizes)
+            )
+        )
+    )
 
 
-@pytest.mark.parametrize(("sizes", "offered"), [
-    ((), 25 << 20), (("", ""), 25 << 20), (("100M",), 25 << 20),
-    (("10M", "20M", ""), (10 << 20) - (10 << 20) // 20 - 4096),
-    (("25M",), (25 << 20) - (25 << 20) // 20 - 4096), (("1K",), 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sizes", "offered"),
+    [
+        ((), 25 << 20),
+        (("", ""), 25 << 20),
+        (("100M",), 25 << 20),
+        (("10M", "20M", ""), (10 << 20) - (10 << 20) // 20 - 4096),
+        (("25M",), (25 << 20) - (25 << 20) // 20 - 4096),
+        (("1K",), 1),
+    ],
+)
 def test_size_offered_is_the_smallest_limit_with_head_room(
     sizes: tuple[str, ...], offered: int
 ) -> None:
@@ -255,8 +266,8 @@ def test_head_room_holds_the_trace_field_and_a_long_envelope() -> None:
 
 def test_check_shows_routes_and_servers_in_order(file: Path, write: Write) -> None:
     write(
-        ONE
-        + '[two]\nrecipients = ["*.two.example", "x@y"]\nservers = ["b.example:629", "unix:/run/q"]\n'
+        ONE + '[two]\nrecipients = ["*.two.example", "x@y"]\nservers = ["b.example:629",'
+        ' "unix:/run/q"]\n'
     )
     said = {finding.what: finding.words for finding in check.check_routes(loaded(file))}
     assert said == {
