@@ -204,16 +204,13 @@ class SinkProcess:
 
 @contextmanager
 def sink(kind: str, directory: Path, delay: float = 0.0) -> Iterator[SinkProcess]:
-    """A `qmqp-sink` or `smtp-sink`.
-
-    Postfix' tools are used where they are installed, because they cost least; with a `delay`
-    (seconds) always our own sink.
-    """
+    """A `qmqp-sink` or `smtp-sink`. Postfix' tools are used where they are installed, because they
+    cost least; with a `delay` (seconds) always the relay's sink."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     command = [sys.executable, "-m", "bench.sink", address, str(delay)]
     if (tool := find_program(kind)) and not delay:
-        # As root, smtp-sink must be told which user to become.
+        # As root, smtp-sink needs the name of the user to become.
         user = ["-u", "nobody"] if kind == "smtp-sink" and os.geteuid() == 0 else []
         command = [tool, "-c", *user, address, "1000"]
     counter = directory / f"{kind}-{port}.count"

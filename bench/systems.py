@@ -193,7 +193,8 @@ class RelaySystem:
             self._start("worker", log, partial(_registered, waits_for), self._workers)
 
     def flush(self) -> None:
-        """Write out what a later write-back would otherwise add to a measurement."""
+        """Write dirty pages to the disk, so that a later write-back is not part of a
+        measurement."""
         # Without a transaction, which a checkpoint of SQLite would wait for.
         with closing(self._engine.raw_connection()) as connection:
             connection.cursor().execute(_CHECKPOINT[self._kind])

@@ -41,7 +41,7 @@ from tests.services import Broker, Postgres
 hypothesis_settings.register_profile("relay", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("relay")
 
-# Hundreds of processes are started: compiling our code anew in each would be a fifth of the time
+# Hundreds of processes are started: compiling the code in each would be a fifth of the time
 # that tests take.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -79,8 +79,8 @@ def logs_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def umask_as_it_was() -> Iterator[None]:
-    """A command that runs in this process changes it; programs of other users must be able to read
-    what is made."""
+    """A command that runs in this process changes the umask; programs of other users must be able
+    to read the created files."""
     before = os.umask(0o022)
     os.umask(before)
     yield
@@ -104,7 +104,7 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Postgres]:
-    """Our own PostgreSQL, one for the session, started at first use."""
+    """A PostgreSQL of the tests, one for the session, started at first use."""
     server = Postgres()
     server.start()
     yield server
@@ -120,7 +120,7 @@ def postgres(postgres_server: Postgres) -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def postgres_maintenance_url(request: pytest.FixtureRequest) -> str:
-    """Where databases are made: the server that RELAY_TEST_POSTGRES_URL names, else our own."""
+    """The server of the databases: that of RELAY_TEST_POSTGRES_URL, else the one of the tests."""
     if given := os.environ.get("RELAY_TEST_POSTGRES_URL"):
         return (
             make_url(given)

@@ -90,8 +90,8 @@ def program(name: str) -> str:
 
 
 class QmqpSink(ServerProcess):
-    """`qmqp-sink`: takes everything and says `3:KOk,`. What load is measured against; `port` on the
-    loopback."""
+    """`qmqp-sink`: accepts everything and replies `3:KOk,`. Loads are measured with it; it listens
+    on `port` of the loopback."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)

@@ -1,4 +1,4 @@
-"""The relay as people start it. Processes that run when the test, or its module, ends are killed.
+"""The relay as processes of its own. Processes that run when the test, or its module, ends are killed.
 
 start_up    `qmqp-relay up` in the directory of the test
 install     smtpd and workers on "sqlite" or "postgresql", for the tests of a module to share

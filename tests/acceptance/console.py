@@ -143,14 +143,14 @@ def questions(database: str) -> list[list[str]]:
 
 @dataclass(slots=True)
 class Page:
-    """An answer: its status, its headers, its text, and the words that a person sees."""
+    """A response: its status, headers and text, and the visible text."""
 
     status: int
     headers: dict[str, str]
     text: str
 
     @property
-    def words(self) -> str:
+    def visible_text(self) -> str:
         text = re.sub(r"<wbr>|</?span[^>]*>", "", self.text)  # they separate no words
         return unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)))
 

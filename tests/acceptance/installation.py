@@ -63,11 +63,11 @@ class Installation:
 
     # Processes
 
-    def begin(self, *words: str, **settings: str) -> subprocess.Popen[Any]:
-        """Start `python -m WORDS`."""
+    def begin(self, *arguments: str, **settings: str) -> subprocess.Popen[Any]:
+        """Start `python -m ARGUMENTS`."""
         with self.log.open("ab") as log:
             child = spawn(
-                [sys.executable, "-m", *words],
+                [sys.executable, "-m", *arguments],
                 env=relay_environ(**{**self.settings, **settings}),
                 stdout=log,
                 stderr=log,
@@ -224,7 +224,7 @@ def smtp_source(
 
 
 def installed(name: str) -> str:
-    """The path of a program that is not ours; the test is skipped if it is not installed."""
+    """The path of a foreign program; the test is skipped if it is not installed."""
     try:
         return program(name)
     except ServiceError as error:
@@ -235,10 +235,10 @@ def submit(client: smtplib.SMTP, *recipients: str, sender: str, body: bytes) -> 
     """One transaction with a body in LF form; the queue id. AssertionError for anything but 250."""
     client.ehlo_or_helo_if_needed()
     text = body.replace(b"\n", b"\r\n")
-    for code, words in (client.mail(sender), *map(client.rcpt, recipients), client.data(text)):
-        assert code == 250, words
-    queued = QUEUED_AS.search(words)
-    assert queued, words
+    for code, reply in (client.mail(sender), *map(client.rcpt, recipients), client.data(text)):
+        assert code == 250, reply
+    queued = QUEUED_AS.search(reply)
+    assert queued, reply
     return queued[1].decode()
 
 

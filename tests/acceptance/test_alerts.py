@@ -76,11 +76,11 @@ CASES: list[Case] = [
 ]
 
 
-def promtool(*words: str | Path) -> str:
+def promtool(*arguments: str | Path) -> str:
     program = shutil.which("promtool")
     if program is None:
         pytest.skip("no promtool on PATH (Debian: package prometheus)")
-    result = subprocess.run([program, *words], capture_output=True, text=True, check=False)
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -94,7 +94,7 @@ def test_an_alert_fires_only_when_it_should(case: Case, tmp_path: Path):
     alert, series, fires, silent = case
     firing = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
     expected = [(minute, [{"value": 1}]) for minute in fires] + [(minute, []) for minute in silent]
-    told = {
+    cases = {
         "rule_files": [str(RULES)],
         "tests": [
             {
@@ -109,7 +109,7 @@ def test_an_alert_fires_only_when_it_should(case: Case, tmp_path: Path):
             }
         ],
     }
-    (tmp_path / "test.yml").write_text(json.dumps(told))  # YAML, too
+    (tmp_path / "test.yml").write_text(json.dumps(cases))  # YAML, too
     promtool("test", "rules", tmp_path / "test.yml")
 
 
@@ -126,7 +126,7 @@ def test_promtool_accepts_the_scrape_configuration_of_the_guide(tmp_path: Path):
     assert "SUCCESS" in promtool("check", "config", tmp_path / "prometheus.yml")
 
 
-def test_the_guide_says_what_to_do_for_every_alert():
+def test_the_guide_has_a_remedy_for_every_alert():
     assert [alert for alert in re.findall(r"alert: (\w+)", TEXT) if alert not in GUIDE] == []
 
 
@@ -137,8 +137,8 @@ def test_rules_and_guide_name_metrics_that_exist(sqlite_url: str, tmp_path: Path
     found = {metric.name for registry in (REGISTRY, queue) for metric in registry.collect()}
     engine.dispose()
     named, listed = (
-        {re.sub("_(total|bucket)$", "", name) for name in re.findall(r"\brelay_[a-z_]+", words)}
-        for words in (TEXT, "".join(re.findall(r"^\| `relay_.*?\|", GUIDE, re.MULTILINE)))
+        {re.sub("_(total|bucket)$", "", name) for name in re.findall(r"\brelay_[a-z_]+", part)}
+        for part in (TEXT, "".join(re.findall(r"^\| `relay_.*?\|", GUIDE, re.MULTILINE)))
     )
     assert named <= found
     assert listed == {name for name in found if name.startswith("relay_")}

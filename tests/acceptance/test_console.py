@@ -49,7 +49,7 @@ class Console:
 def console(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Console]:
-    """One for the module: nothing in it changes what another test looks at."""
+    """One scenario for the module: no test changes rows that another test reads."""
     directory = tmp_path_factory.mktemp("console")
     with ExitStack() as stack:
         if request.param == "sqlite":
@@ -96,10 +96,10 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
         }
     )
     stats = lines(console.typed("stats", "--json"))
-    told: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for row in stats:
-        told[row.get("state", "")] += row["deliveries"] if row["kind"] == "queue" else 0
-    assert +told == deliveries
+        counts[row.get("state", "")] += row["deliveries"] if row["kind"] == "queue" else 0
+    assert +counts == deliveries
     assert sum(row["waiting"] for row in stats if row["kind"] == "age") == sum(unfinished.values())
     assert sum(row["under_5m"] for row in stats if row["kind"] == "age") == sum(unfinished.values())
     (tries,) = console.queue.rows("SELECT count(*) AS n FROM attempts")
@@ -141,7 +141,7 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
 
     before = ages()
     stats = [row for row in lines(console.typed("stats", "--json")) if row["kind"] == "queue"]
-    overview = console.browser.get("/").words
+    overview = console.browser.get("/").visible_text
     registry = CollectorRegistry()
     registry.register(Collected(console.queue.database, console.spool))
     by_metric = {
@@ -155,8 +155,8 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
     )
     assert {row["state"]: row["at"] for row in by_sql if row["at"]} == oldest
     for state in UNFINISHED:
-        told = max(row["oldest_seconds"] for row in stats if row["state"] == state)
-        assert before[state] <= told <= after[state]
+        age = max(row["oldest_seconds"] for row in stats if row["state"] == state)
+        assert before[state] <= age <= after[state]
         assert before[state] <= (by_metric[state] or 0) <= after[state]
     by_state: Counter[str] = Counter()
     for row in stats:
@@ -168,7 +168,7 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
 
 
 def test_the_twenty_questions_are_answered(console: Console) -> None:
-    """docs/inspect.md asks them; the scenario has the answers."""
+    """The questions are those of docs/inspect.md; the scenario has the answers."""
     created, recipients = console.scenario, console.scenario.recipients
     ids = {state: set(some) for state, some in created.ids.items()}
     unfinished = sorted(i for state in UNFINISHED for i in created.ids[state])
@@ -254,11 +254,11 @@ def ids_on(browser: Browser, path: str) -> list[str]:
 
 def test_why_explains_every_state(console: Console) -> None:
     created = console.scenario
-    told = {
+    sentences_of = {
         state: [line for i in ids for line in console.typed("why", i).stdout.splitlines()]
         for state, ids in console.scenario.ids.items()
     }
-    words = {
+    patterns = {
         "queued": (
             r"queued(: a worker claims it when a hint arrives|, and overdue for [\w ]+: 1 worker"
             r" is busy)"
@@ -283,18 +283,24 @@ def test_why_explains_every_state(console: Console) -> None:
             r" DSN|the sender)"
         ),
     }
-    for state, sentences in told.items():
+    for state, sentences in sentences_of.items():
         for sentence in sentences:
-            assert re.search(f": ({words[state]}).*\\.$", sentence), sentence
+            assert re.search(f": ({patterns[state]}).*\\.$", sentence), sentence
     assert (
-        sum("has been pending for" in sentence for sentence in told["bounced"] + told["expired"])
+        sum(
+            "has been pending for" in sentence
+            for sentence in sentences_of["bounced"] + sentences_of["expired"]
+        )
         == console.scenario.dsns_pending
     )
-    assert sum("it is unknown whether" in sentence for sentence in told["deferred"]) == len(
+    assert sum("it is unknown whether" in sentence for sentence in sentences_of["deferred"]) == len(
         console.scenario.possibly_delivered
     )
     assert (
-        sum("the sender is told by" in sentence for sentence in told["bounced"] + told["expired"])
+        sum(
+            "the sender is told by" in sentence
+            for sentence in sentences_of["bounced"] + sentences_of["expired"]
+        )
         == created.dsns
     )
 
@@ -313,8 +319,8 @@ def test_show(console: Console) -> None:
         f" duplicate: possibly delivered to qmqp.example.net:628: search there for {uncertain} or"
         f" {header_id['h']}\n"
     )
-    for words in (uncertain, duplicate, "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
-        assert words in shown
+    for expected in (uncertain, duplicate, "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
+        assert expected in shown
     (whole,) = lines(console.typed("show", uncertain, "--json"))
     assert (whole["file_size"], whole["spool_at_hand"]) == (100, True)
     assert [(row["outcome"], row["bytes_sent"]) for row in whole["attempts"]] == [("uncertain", 90)]
@@ -337,12 +343,12 @@ def test_pages(console: Console) -> None:
     for state, ids in created.ids.items():
         page = browser.get(f"/message/{ids[0]}")
         assert page.status == 200
-        assert ids[0] in page.words
-        assert state in page.words
-        assert "accepted from" in page.words
+        assert ids[0] in page.visible_text
+        assert state in page.visible_text
+        assert "accepted from" in page.visible_text
     uncertain = created.ids["queued"][0]
-    assert "DSN of" in browser.get(f"/message/{uncertain}").words
-    for path, words in {
+    assert "DSN of" in browser.get(f"/message/{uncertain}").visible_text
+    for path, expected in {
         f"/search?id={created.ids['held'][0][-12:]}": "1",
         "/search?sender=unknown@example.com": "No mail matches",
         "/search?id=zz": "is not a queue id",
@@ -356,9 +362,9 @@ def test_pages(console: Console) -> None:
     }.items():
         page = browser.get(path)
         assert page.status == 200, path
-        assert words in page.words, path
+        assert expected in page.visible_text, path
     assert browser.get(f"/message/{'f' * 32}").status == 404
-    assert "no message has an id" in browser.get(f"/message/{'f' * 32}").words
+    assert "no message has an id" in browser.get(f"/message/{'f' * 32}").visible_text
     assert browser.get("/message/..%2F..%2Fetc").status == 404
     assert browser.get("/nothing").status == 404
 
@@ -374,8 +380,8 @@ def test_pages_with_older_mail_continue_by_key(
     assert len(twice) == 2, "two messages have more than one recipient"
     monkeypatch.setattr("relay.report.queries.SCAN_LIMIT", 5)
     assert ids_on(console.browser, "/search") == ids
-    oldest = "/search?reply=busy"  # nothing newer has these words
-    assert "No mail received since" in console.browser.get(oldest).words
+    oldest = "/search?reply=busy"  # no newer mail has this text
+    assert "No mail received since" in console.browser.get(oldest).visible_text
     assert set(ids_on(console.browser, oldest)) == set(console.scenario.ids["expired"])
 
 
@@ -436,16 +442,16 @@ def test_an_empty_relay_and_one_without_database(
         typed_at(queue, spool, monkeypatch)
         queue.worker_queue.retire(queue.worker)
         with browsing(queue) as browser:
-            overview = browser.get("/").words
-            for words in (
+            overview = browser.get("/").visible_text
+            for expected in (
                 "No mail waits",
                 "No mail was received yet",
                 "No worker is alive",
                 "No server was tried",
             ):
-                assert words in overview
-            assert "No mail matches" in browser.get("/search").words
+                assert expected in overview
+            assert "No mail matches" in browser.get("/search").visible_text
             queue.change("ALTER TABLE messages RENAME TO elsewhere")
             page = browser.get("/search")
-            assert (page.status, "does not answer" in page.words) == (503, True)
+            assert (page.status, "does not answer" in page.visible_text) == (503, True)
             assert "messages" not in page.text, "what the database said is for the log"

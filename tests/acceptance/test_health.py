@@ -44,10 +44,10 @@ def server(*says: bytes, stays: bool = False) -> Iterator[str]:
         def serve() -> None:
             client, _ = listener.accept()
             with client:
-                for number, words in enumerate(says):
+                for number, text in enumerate(says):
                     if number and not client.recv(100):
                         return
-                    client.sendall(words)
+                    client.sendall(text)
                 if stays:
                     done.wait(30)
 

@@ -76,12 +76,12 @@ def test_z_then_k(scene: RoutedInstallation) -> None:
 
 
 def test_d_bounces_with_the_reply_of_the_server_and_a_dsn(scene: RoutedInstallation) -> None:
-    relay, words = scene.relay, "Error: no such mailbox: reject@sink.test"
+    relay, reply = scene.relay, "Error: no such mailbox: reject@sink.test"
     queue_id = relay.send("reject@sink.test", sender="author@sink.test")
     bounced = relay.until_state("reject@sink.test", "bounced")
-    assert (bounced.reason, bounced.attempts) == (words, 1)
+    assert (bounced.reason, bounced.attempts) == (reply, 1)
     assert relay.attempts("reject@sink.test") == [
-        (f"127.0.0.1:{scene.sink.port}", "rejected", words)
+        (f"127.0.0.1:{scene.sink.port}", "rejected", reply)
     ]
     until(
         lambda: relay.rows("SELECT 1 FROM mail_history WHERE dsn_of = :id", id=queue_id),
@@ -89,9 +89,7 @@ def test_d_bounces_with_the_reply_of_the_server_and_a_dsn(scene: RoutedInstallat
     )
     dsn = relay.until_state("author@sink.test", "delivered")
     assert (dsn.sender, dsn.dsn_of) == ("", queue_id)
-    assert (
-        relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0
-    )  # nothing is owed any more
+    assert relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0  # no DSN is pending
 
 
 def test_the_second_server_when_the_first_is_dead(scene: RoutedInstallation) -> None:

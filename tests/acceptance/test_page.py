@@ -39,12 +39,12 @@ def test_an_incomplete_link_to_older_mail_is_explained(
     behind = [f"{queue_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
     for after in (*behind, queue_id, f"{queue_id[-8:]}.1", ".", "x.y", "%00"):
         page = browser.get(f"/search?after={after}")
-        assert (page.status, "this link to older mail is not complete" in page.words) == (
+        assert (page.status, "this link to older mail is not complete" in page.visible_text) == (
             200,
             True,
         ), after
-    assert "no message has an id" in browser.get(f"/search?after={new_id()}.1").words
-    assert "There is no older mail" in browser.get(f"/search?after={queue_id}.1").words
+    assert "no message has an id" in browser.get(f"/search?after={new_id()}.1").visible_text
+    assert "There is no older mail" in browser.get(f"/search?after={queue_id}.1").visible_text
     assert browser.get(f"/search?after={queue_id}.999999999").status == 200
 
 
@@ -55,14 +55,14 @@ def test_a_zero_byte_is_no_outage(at_the_page: tuple[QueueHarness, Browser], nam
     _, browser = at_the_page
     for value in ("%00", "a%00b@example.com", "*%00"):
         page = browser.get(f"/search?{name}={value}")
-        assert (page.status, "no mail has a zero byte in this field" in page.words) == (
+        assert (page.status, "no mail has a zero byte in this field" in page.visible_text) == (
             200,
             True,
         ), value
     assert browser.get("/message/%00").status == 404
 
 
-def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
+def test_an_internal_error_is_a_page_and_a_line_of_the_log(
     at_the_page: tuple[QueueHarness, Browser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, browser = at_the_page
@@ -74,7 +74,7 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
     with capture_logs() as logged:
         page = browser.get("/")
     assert page.status == 500
-    assert "This page failed" in page.words
+    assert "This page failed" in page.visible_text
     assert "inside" not in page.text
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     assert [(line["event"], line["log_level"]) for line in logged] == [("page failed", "error")]
@@ -84,7 +84,7 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
 def did(
     queue: QueueHarness, verb: str, reason: str, seconds_ago: float, *touched: tuple[str, int]
 ) -> None:
-    """A row of `actions`, and what it touched."""
+    """A row of `audit`, and the deliveries that the operation changed."""
     action = new_id()
     queue.change(
         "INSERT INTO audit VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x',"
@@ -134,10 +134,10 @@ def test_timeline_shows_operations(
         "reason": "the customer <b>asked</b>",
         "filter": "--sender x",
     }
-    shown = browser.get(f"/message/{mine}").words
+    shown = browser.get(f"/message/{mine}").visible_text
     places = [
-        shown.index(words)
-        for words in (
+        shown.index(expected)
+        for expected in (
             "accepted from",
             "hold delivery 1 by ops@mx-1: the customer <b>asked</b>",
             "hold delivery 2",
@@ -149,8 +149,8 @@ def test_timeline_shows_operations(
         )
     ]
     assert places == sorted(places)
-    for words in ("before it came", "not its way", "not ours"):
-        assert words not in shown
+    for expected in ("before it came", "not its way", "not ours"):
+        assert expected not in shown
     queue.change(
         "UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
         " queue_id = @id(:id)",
@@ -166,10 +166,12 @@ def test_counts_are_labelled(at_the_page: tuple[QueueHarness, Browser]) -> None:
     queue, browser = at_the_page
     queue.accept("a@example.org", "b@example.org", "c@example.org")
     overview = browser.get("/")
-    assert "Deliveries by state" in overview.words
+    assert "Deliveries by state" in overview.visible_text
     assert re.search(r"<b>1</b> <span class=\"state queued\">", overview.text)
-    assert "3 recipients, newest first" in browser.get("/search?state=queued").words
-    assert "1 recipient, newest first" in browser.get("/search?recipient=a@example.org").words
+    assert "3 recipients, newest first" in browser.get("/search?state=queued").visible_text
+    assert (
+        "1 recipient, newest first" in browser.get("/search?recipient=a@example.org").visible_text
+    )
 
 
 def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[QueueHarness, Browser]) -> None:

@@ -26,8 +26,7 @@ PEOPLE = (
     "some-body@a-sub-domain.of-a.example.org",
 )
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-# Words whose colour stands out from what is behind them by less than WCAG 2.1 asks for (section
-# 1.4.3): their text.
+# The text of elements whose contrast is less than WCAG 2.1 requires (section 1.4.3).
 FAINT = """(() => {
     const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255)
         .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
@@ -187,9 +186,9 @@ def test_page_fits_the_screen_and_shows_its_content(
         "/nothing": "Not found",
         "/search?id=zz": "is not a queue id",
     } | {f"/message/{ids[-1]}": state for state, ids in created.ids.items()}
-    for path, words in shown.items():
+    for path, expected in shown.items():
         chromium.look(browser.root + path, width, scheme)
-        assert words in chromium.tells("document.body.innerText"), path
+        assert expected in chromium.tells("document.body.innerText"), path
         assert chromium.tells("document.documentElement.scrollWidth") <= width, (
             f"{path} runs out of the screen"
         )

@@ -97,9 +97,7 @@ def test_a_worker_sends_what_others_deferred_when_a_server_works(
         assert span(relay) < PROMPT
 
 
-def test_the_first_mail_of_a_relay_whose_server_comes_a_moment_later(
-    install: Install, port: int
-) -> None:
+def test_mail_is_delivered_when_the_first_server_starts_later(install: Install, port: int) -> None:
     relay = install(
         "sqlite", QMQP_SERVERS=f"127.0.0.1:{port}", RETRY_MIN="30s", RETRY_MAX="1h"
     )  # the defaults

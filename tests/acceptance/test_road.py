@@ -76,8 +76,8 @@ def relay(
     sink: Sink,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Installation:
-    """On PostgreSQL, with `example.org` going to qmqp-sink, `postfix.test` to qmqpd and `sink.test`
-    to our own sink."""
+    """On PostgreSQL. Mail for `example.org` goes to qmqp-sink, for `postfix.test` to qmqpd, and for
+    `sink.test` to the relay's sink."""
     routes = tmp_path_factory.mktemp("routes") / "routes.toml"
     routes.write_text(f"""
         [qmqpd]
@@ -146,7 +146,7 @@ def test_a_real_qmqpd(relay: Installation, qmqpd: Postfix | None) -> None:
 
 
 @pytest.mark.parametrize("client", ["curl", "smtplib", "swaks"])
-def test_clients_talk_to_it_without_complaint(
+def test_clients_use_it_without_an_error(
     relay: Installation, sink: Sink, tmp_path: Path, client: str
 ) -> None:
     recipient = f"{client}@sink.test"

@@ -66,7 +66,7 @@ def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(
 
 
 def paste(word: str, up: Up, directory: Path) -> None:
-    """Run the line of the banner that has this word, as a person would."""
+    """Run the line of the banner that contains this word."""
     line = next(
         line for line in up.log_text().splitlines() if line.startswith("  ") and f"{word} " in line
     )

@@ -1,8 +1,8 @@
 """Harnesses of the queue and of a worker: one database, without SMTP, Celery or processes.
 
-`QueueHarness` does by hand what smtpd, workers, sweepers and operators do to the database.
-`EngineHarness` has a spool too, and runs a worker's engine. Time does not pass by waiting:
-`QueueHarness.pass_time` moves the times in the database back.
+`QueueHarness` runs the statements of smtpd, workers, sweepers and operators. `EngineHarness` has a
+spool too, and runs a worker's engine. Time does not pass by waiting: `QueueHarness.pass_time` moves
+the times in the database back.
 """
 
 import json

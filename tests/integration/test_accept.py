@@ -22,8 +22,7 @@ from tests.waiting import until
 
 
 class AcceptHarness:
-    """A writer of messages, and what it answered: the first answer to each id; a second one is an
-    error."""
+    """A writer of messages, and its results by id. A second result for an id is an error."""
 
     def __init__(self, queue: QueueHarness) -> None:
         self.answers: dict[str, Any] = {}
@@ -132,7 +131,7 @@ def test_a_message_that_is_committed_twice_is_accepted_once(queue: QueueHarness)
     assert counts(queue) == [4, 7, 7]
 
 
-def test_bytes_from_peers_cannot_break_the_round(queue: QueueHarness) -> None:
+def test_bytes_from_peers_cannot_break_the_transaction(queue: QueueHarness) -> None:
     long = "<" + "x" * 5000 + "@x>"
     queue.acceptor.commit([new_message(helo="nul\0 and \udcff and é", header_message_id=long)])
     (row,) = queue.rows("SELECT helo, header_message_id FROM messages")
@@ -213,7 +212,8 @@ def test_an_unknown_commit_is_settled_by_the_same_statement(
 
 
 def test_an_unknown_commit_whose_transaction_still_runs(postgres_queue: QueueHarness) -> None:
-    """The repeat waits for the first transaction to end, and then does what is right either way."""
+    """The repeat waits for the end of the first transaction, and then stores the message once in
+    either case."""
     queue = postgres_queue
     kept, undone = new_message(), new_message()
     for message, keep in ((kept, True), (undone, False)):

@@ -169,11 +169,11 @@ ENVELOPE = b"8:s@x.test,8:r@y.test,"
         "wants its end",
     ],
 )
-def test_what_the_reference_says_about_the_framing_of_postfix(postfix, wire, times):
+def test_framing_of_postfix_is_that_of_the_reference(postfix, wire, times):
     assert exchange(postfix.port, wire).count(b"KOk: queued as ") == times
 
 
-def test_B29_what_the_reference_says_about_addresses_and_line_ends_in_postfix(postfix):
+def test_B29_addresses_and_line_ends_in_postfix_are_those_of_the_reference(postfix):
     body, recipient = HEADER.replace(b"\n", b"\r\n") + b"\r\nNo: header\r\n", b"r@y.test\0q@z.test"
     server_reply = exchange(
         postfix.port, encode(encode(body) + encode(b"s@x.test") + encode(recipient))

@@ -44,8 +44,8 @@ def counted(engine: Engine) -> Iterator[Counter[str]]:
     is its own commit."""
     counts = Counter[str]()
 
-    def statement(connection: Connection, _cursor: object, words: str, *_: object) -> None:
-        counts["statements"] += not words.startswith("BEGIN")
+    def statement(connection: Connection, _cursor: object, sql: str, *_: object) -> None:
+        counts["statements"] += not sql.startswith("BEGIN")
         counts["commits"] += (
             connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
         )

@@ -50,7 +50,7 @@ CONNECTING, WAITING, BODY, LAST, REPLY = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A fault in a phase: how the server answers, or what else goes wrong."""
+    """A fault in a phase: the behaviour of the server, or another fault."""
 
     phase: str
     fault: str
@@ -177,7 +177,7 @@ async def _carried(
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    """Let the loop turn until it is so; no time passes but what the other tasks take."""
+    """Run the loop until the condition is true; no time passes except for the other tasks."""
     async with asyncio.timeout(10):
         while not condition():
             turned = asyncio.Event()
@@ -187,38 +187,38 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server) -> str:
     """The text of the column `next`."""
-    words = []
+    steps = []
     if len(spare.tries) > 1:
         assert (spare.state, [one.outcome for one in spare.tries][1]) == (
             State.DELIVERED,
             Outcome.DELIVERED,
         )
-        words.append("the next server at once; if none is left,")
+        steps.append("the next server at once; if none is left,")
     else:
         assert spare.state is alone.state
     match alone.state:
         case State.DELIVERED:
-            words.append("the body is removed")
+            steps.append("the body is removed")
         case State.BOUNCED:
-            words.append("a DSN to the sender")
+            steps.append("a DSN to the sender")
         case State.SPLIT:
-            words.append("each half is sent again at once")
+            steps.append("each half is sent again at once")
         case State.HELD:
-            words.append("an operator decides")
+            steps.append("an operator decides")
         case State.QUEUED:
-            words.append("any worker may send it at once")
+            steps.append("any worker may send it at once")
         case _ if alone.delay >= SETTINGS.uncertain_delay:
-            words.append("again after UNCERTAIN_DELAY, never another server at once")
+            steps.append("again after UNCERTAIN_DELAY, never another server at once")
         case _:
-            words.append(
+            steps.append(
                 "again after a backoff"
                 if alone.backoff_step
                 else "again after RETRY_MIN; the wait does not grow"
             )
             assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max
     if pool.state(server).breaker.open_until is not None:
-        words.append("(the circuit of the server opens)")
-    return " ".join(words)
+        steps.append("(the circuit of the server opens)")
+    return " ".join(steps)
 
 
 async def _row(case: Case, number: int, directory: Path) -> str:
@@ -262,8 +262,8 @@ def test_the_matrix_of_faults_and_phases_is_that_of_the_page(tmp_path: Path) -> 
 
 
 def in_page(begin: str, found: str) -> None:
-    """The table that stands behind this mark is the one that was found; or it is made so, if that
-    is asked for."""
+    """Assert that the table after this mark of the page is the measured one; or write it there, on
+    request."""
     before, rest = PAGE.read_text().split(begin)
     table, after = rest.split(END, 1)
     if os.environ.get("RELAY_TESTS_WRITE"):

@@ -98,7 +98,7 @@ class DsnHarness:
         return any(row["due_at"] is not None for row in self.queue.rows(sql, id=queue_id))
 
     def age(self, queue_id: str, seconds: float = 5 * HOUR) -> None:
-        """Sets its arrival to that many seconds ago, and what depends on it."""
+        """Moves the arrival of a message so many seconds back, and the times that depend on it."""
         aged = "UPDATE messages SET received_at = @ago(:s) WHERE id = @id(:id)"
         self.queue.change(aged, s=seconds, id=queue_id)
         if self.queue.settings.delay_warning is not None:
@@ -186,10 +186,10 @@ def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
     harness.queue.complete(claim, outcome, reply="words", tries=[tried])
     assert harness.queue.state(queue_id) == "expired"
     (dsn,) = harness.generator.generate(10)
-    words = " ".join(harness.spool.path(dsn).read_text().split())
-    assert ("It may have been delivered all the same" in words) == doubt
-    assert ("It could not be delivered in time" in words) == (not doubt)
-    assert ("Diagnostic-Code: x-qmqp; words" in words) == (outcome is Outcome.DEFERRED)
+    report = " ".join(harness.spool.path(dsn).read_text().split())
+    assert ("It may have been delivered all the same" in report) == doubt
+    assert ("It could not be delivered in time" in report) == (not doubt)
+    assert ("Diagnostic-Code: x-qmqp; words" in report) == (outcome is Outcome.DEFERRED)
 
 
 def test_parts_of_an_uncertain_delivery_may_have_been_delivered(harness: DsnHarness) -> None:
@@ -209,8 +209,8 @@ def test_parts_of_an_uncertain_delivery_may_have_been_delivered(harness: DsnHarn
         harness.fail(queue_id, Outcome.DEFERRED)
     (dsn,) = harness.generator.generate(10)
     assert len(harness.reported(dsn)) == 3
-    words = " ".join(harness.spool.path(dsn).read_text().split())
-    assert words.count("It may have been delivered all the same") == 2
+    report = " ".join(harness.spool.path(dsn).read_text().split())
+    assert report.count("It may have been delivered all the same") == 2
 
 
 def test_original_stays_until_its_dsn_is_generated(harness: DsnHarness) -> None:
@@ -306,7 +306,7 @@ STALLS = ("open", "before store", "store", "commit")
 
 
 @pytest.mark.parametrize("at", STALLS)
-def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
+def test_stalled_generator_does_not_change_the_dsn_of_the_next_one(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     with opened(clean_postgres_url) as queue, opened(clean_postgres_url) as theirs:
@@ -398,8 +398,10 @@ def test_two_generators_generate_each_dsn_once(harness: DsnHarness) -> None:
     made += harness.generator.generate(50)
     assert sorted(made) == harness.dsns()
     for queue_id in ids:
-        told = [address for dsn in harness.dsns(queue_id) for address, _ in harness.reported(dsn)]
-        assert sorted(told) == ["x@example.org", "y@example.org"], (
+        reported = [
+            address for dsn in harness.dsns(queue_id) for address, _ in harness.reported(dsn)
+        ]
+        assert sorted(reported) == ["x@example.org", "y@example.org"], (
             "each recipient in exactly one dsn"
         )
 
@@ -460,7 +462,7 @@ def test_two_generators_warn_once_and_report_locked_deliveries(
         assert harness.dsns(queue_id) == [warning]
 
 
-def test_message_that_is_locked_is_warned_of_in_the_next_round(
+def test_message_that_is_locked_is_warned_of_in_the_next_call(
     clean_postgres_url: str, spool: Spool
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
@@ -799,7 +801,7 @@ def test_without_bounces_no_dsn_is_pending(with_settings: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("notify", "told"),
+    ("notify", "sent"),
     [
         (None, True),
         ("FAILURE", True),
@@ -811,11 +813,11 @@ def test_without_bounces_no_dsn_is_pending(with_settings: Any) -> None:
     ],
 )
 def test_NOTIFY_decides_whether_a_dsn_is_generated(
-    harness: DsnHarness, notify: str | None, told: bool
+    harness: DsnHarness, notify: str | None, sent: bool
 ) -> None:
     queue_id = harness.accept(notify=notify)
     harness.fail(queue_id)
-    assert len(harness.generator.generate(10)) == told
+    assert len(harness.generator.generate(10)) == sent
     assert not harness.pending(queue_id)
     assert not harness.has_body(queue_id)
 
@@ -940,10 +942,10 @@ def test_bounce_by_an_operator_is_not_reported_as_a_reply(harness: DsnHarness) -
         reason="spam run, not authorized to use this service",
     )
     (dsn,) = harness.generator.generate(10)
-    words = " ".join(harness.spool.path(dsn).read_text().split())
-    assert "It was sent back by an operator of this relay: spam run, not authorized" in words
-    assert "refused" not in words
-    assert "Diagnostic-Code" not in words
+    report = " ".join(harness.spool.path(dsn).read_text().split())
+    assert "It was sent back by an operator of this relay: spam run, not authorized" in report
+    assert "refused" not in report
+    assert "Diagnostic-Code" not in report
 
 
 def test_reported_bounce_is_not_reclassified(harness: DsnHarness) -> None:
@@ -1120,7 +1122,7 @@ def test_delivery_that_was_locked_during_the_warning_is_not_warned_of_again(
         ({}, {"sender": "#@[]"}),
     ],
 )
-def test_delay_is_not_reported_where_no_warning_is_wanted(
+def test_delay_is_not_reported_while_warnings_are_off(
     with_settings: Any, settings: dict[str, Any], given: dict[str, Any]
 ) -> None:
     harness = with_settings(**({"delay_warning": 4 * HOUR} | settings))

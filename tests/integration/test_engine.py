@@ -75,7 +75,7 @@ def test_a_hint_is_enough_to_deliver(harness_with: Open, sink: Sink) -> None:
     assert not mail.spool.path(queue_id).exists()
 
 
-def test_hints_find_capacity_for_any_route(harness_with: Open, sink: Sink, tmp_path: Path) -> None:
+def test_hints_get_capacity_of_any_route(harness_with: Open, sink: Sink, tmp_path: Path) -> None:
     mail = harness_with(
         sink, grace=60.0, routes=two_more_routes(tmp_path, sink)
     )  # nothing is overdue within the test
@@ -326,7 +326,7 @@ def denying() -> Iterator[int]:
         thread.join()
 
 
-def test_uncertain_mail_is_held_if_the_setting_says_so(harness_with: Open) -> None:
+def test_uncertain_mail_is_held_by_setting(harness_with: Open) -> None:
     with answering(Answer(raw=b"7:garbage,")) as sink:
         mail = harness_with(sink, uncertain="hold")
         queue_id = mail.accept()

@@ -96,21 +96,21 @@ def test_operations_report_deliveries_that_are_being_sent(
 def test_actor_and_reason_of_a_pending_operation_are_kept(
     queue: QueueHarness, typed: Typed, verb: str, end: str
 ) -> None:
-    """The words are those that a waiting delivery gets."""
+    """The reason is the same as that of a waiting delivery."""
     waiting, (claim,) = queue.accept(), queue.claim(queue.accept())
     typed(verb, "--all", "--yes", "--reason", "they moved")
-    words = queue.delivery(waiting)["last_reply"]
+    text = queue.delivery(waiting)["last_reply"]
     row = queue.delivery(claim.queue_id)
-    assert (row["last_reply"], row["pending_reason"]) == (None, words)
+    assert (row["last_reply"], row["pending_reason"]) == (None, text)
     if end == "recorded":
         queue.complete(claim, Outcome.DEFERRED)
     else:
         queue.pass_time(400)
         queue.expire_worker(queue.worker)
     row = queue.delivery(claim.queue_id)
-    assert (row["last_reply"], row["pending_reason"]) == (words, None)
-    assert words.endswith(": they moved")
-    assert words in typed("why", claim.queue_id).stdout
+    assert (row["last_reply"], row["pending_reason"]) == (text, None)
+    assert text.endswith(": they moved")
+    assert text in typed("why", claim.queue_id).stdout
 
 
 def test_a_pending_retry_keeps_the_reply_of_the_server(queue: QueueHarness, typed: Typed) -> None:
@@ -121,7 +121,7 @@ def test_a_pending_retry_keeps_the_reply_of_the_server(queue: QueueHarness, type
     assert (row["state"], row["last_reply"], row["pending_reason"]) == ("queued", "its words", None)
 
 
-def test_release_takes_back_a_hold_that_was_only_wanted(queue: QueueHarness, typed: Typed) -> None:
+def test_release_cancels_a_pending_hold(queue: QueueHarness, typed: Typed) -> None:
     (held,), (dropped,) = queue.claim(queue.accept()), queue.claim(queue.accept())
     typed("hold", held.queue_id)
     typed("drop", dropped.queue_id)
@@ -199,7 +199,7 @@ def test_an_interrupted_operation_is_in_the_audit(
 
 
 def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness) -> None:
-    """Whose body is free is one more question, asked when the chunk is committed."""
+    """One more statement reads the deletable bodies after the COMMIT of the chunk."""
     counts = list[int]()
     for size in (1, 20):
         for _ in range(size):
@@ -286,7 +286,7 @@ def _waits(queue: QueueHarness) -> bool:
     waiting = (
         line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" in line
     )
-    return any("FLOCK" in words and str(os.getpid()) in words for words in waiting)
+    return any("FLOCK" in line and str(os.getpid()) in line for line in waiting)
 
 
 def test_more_than_one_needs_a_yes(
@@ -305,7 +305,7 @@ def test_more_than_one_needs_a_yes(
     assert queue.states_of(ids) == ["dropped", "dropped"]
 
 
-def test_nothing_is_done_to_everything_by_mistake(queue: QueueHarness, typed: Typed) -> None:
+def test_operations_need_a_filter_or_all(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept()
     assert "--all" in typed("drop", "--yes", status=2).stderr
     assert queue.state(queue_id) == "queued"
@@ -316,7 +316,9 @@ def test_nothing_is_done_to_everything_by_mistake(queue: QueueHarness, typed: Ty
     assert queue.state(queue_id) == "dropped"
 
 
-def test_a_dry_run_shows_whom_it_would_touch(queue: QueueHarness, typed: Typed) -> None:
+def test_a_dry_run_shows_the_recipients_that_it_would_change(
+    queue: QueueHarness, typed: Typed
+) -> None:
     queue_id = queue.accept("a@example.org", "b@example.org", "bulk:c@example.org")
     done = typed("hold", "--recipient", "b@example.org", "--dry-run", "--json")
     assert [row["recipient"] for row in lines(done)] == ["a@example.org", "b@example.org"], (
@@ -359,15 +361,15 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
 ) -> None:
     generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")
     bounced, greylisted = queue.accept(), queue.accept("c@example.org")
-    reply = "bounced by an operator: x"
-    for queue_id, outcome, words in (
-        (bounced, Outcome.REJECTED, reply),
+    rejection = "bounced by an operator: x"
+    for queue_id, outcome, reply in (
+        (bounced, Outcome.REJECTED, rejection),
         (greylisted, Outcome.DEFERRED, "held by greylist for 300 seconds"),
     ):
         spool.store(queue_id, [BODY])
-        queue.complete(queue.claim(queue_id)[0], outcome, reply=words)
+        queue.complete(queue.claim(queue_id)[0], outcome, reply=reply)
         assert queue.delivery(queue_id)["reason_source"] == "server"
-    assert f"refused it: {reply}" in typed("why", bounced).stdout
+    assert f"refused it: {rejection}" in typed("why", bounced).stdout
     queue.change(
         "UPDATE deliveries SET expires_at = @ago(1) WHERE queue_id = @id(:id)", id=greylisted
     )
@@ -377,28 +379,30 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     queue.pass_time(100)
     texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
     assert len(texts) == 2
-    assert sum(f"The mail server refused it: {reply}" in text for text in texts) == 1
-    assert sum(f"Diagnostic-Code: x-qmqp; {reply}" in text for text in texts) == 1
+    assert sum(f"The mail server refused it: {rejection}" in text for text in texts) == 1
+    assert sum(f"Diagnostic-Code: x-qmqp; {rejection}" in text for text in texts) == 1
     assert sum("Diagnostic-Code: x-qmqp; held by greylist" in text for text in texts) == 1
 
 
 def test_bodies_are_removed_when_no_delivery_needs_them(
     queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    kept, told, null, split = (
+    kept, pending, null, split = (
         queue.accept("a@example.org", "bulk:b@example.org"),
         queue.accept("a@example.org"),
         queue.accept("a@example.org", sender=""),
         queue.accept("c@example.org", "bulk:c@example.org"),
     )
-    for queue_id in (kept, told, null, split):
+    for queue_id in (kept, pending, null, split):
         spool.store(queue_id, [BODY])
     typed("drop", "--id", kept, "--recipient", "a@example.org")
-    typed("bounce", "--id", told)
+    typed("bounce", "--id", pending)
     typed("bounce", "--id", null)
     assert "2 bodies" not in typed("drop", "--id", split, "--yes").stdout
     there = {name for name, _ in spool.ids()}
-    assert there == {kept, told}, "another delivery needs the one, a notice that is owed the other"
+    assert there == {kept, pending}, (
+        "another delivery needs the one, a notice that is owed the other"
+    )
 
 
 def test_where_the_spool_is_not_mounted_bodies_stay(

@@ -30,8 +30,8 @@ def ask(port: int = 0, path: str | None = None, reply: float = 5.0) -> ProbeResu
     return asyncio.run(probe(host="127.0.0.1", port=port, path=path, connect=5.0, reply=reply))
 
 
-def typed(*words: str) -> Result:
-    done = CliRunner().invoke(main, ["probe", *words])
+def typed(*arguments: str) -> Result:
+    done = CliRunner().invoke(main, ["probe", *arguments])
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done
@@ -71,7 +71,7 @@ def speaking(
 @pytest.mark.parametrize(
     ("preset", "family"), [("strict", "postfix"), ("postfix", "postfix"), ("qmail", "qmail")]
 )
-def test_the_presets_of_the_sink_are_told_apart(preset: str, family: str) -> None:
+def test_the_presets_of_the_sink_are_distinguished(preset: str, family: str) -> None:
     with running_sink(preset=preset) as sink:
         found = ask(sink.port)
         assert (found.reachable, found.allowed, found.family) == (True, True, family), found
@@ -240,7 +240,7 @@ def test_a_server_that_closes_at_once() -> None:
     )
 
 
-def test_a_long_answer_is_cut() -> None:
+def test_a_long_reply_is_cut() -> None:
     with speaking(b"y" * 100_000) as (port, _):
         assert len(ask(port, reply=0.5).said) <= 8192
 
@@ -276,7 +276,7 @@ def test_a_qmail_of_before_2022_takes_any_byte_for_a_digit() -> None:
     assert server_reply == b"x" * 10
 
 
-def test_nothing_listens() -> None:
+def test_a_port_without_a_listener_is_out_of_reach() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         found = ask(taken.getsockname()[1])

@@ -56,12 +56,12 @@ def lose_worker(queue: QueueHarness, worker: str) -> None:
 
 
 def wake(queue: QueueHarness, seconds: float = 100.0) -> None:
-    """The time of what is deferred comes."""
+    """Deferred deliveries become due."""
     queue.pass_time(seconds)
     queue.rescuer.requeue_due(100)
 
 
-# --- B: cases of the client that only a queue can tell
+# --- B: cases of the client that only a queue shows
 # ------------------------------------------------------
 
 
@@ -179,7 +179,7 @@ def test_a_sender_that_cannot_be_sent_bounces_without_a_dsn(
     assert capsys.readouterr().out.count("dsn withheld") == 1
 
 
-def test_a_message_whose_recipients_are_missing_is_held_for_a_person(harness_with: Open) -> None:
+def test_a_message_whose_recipients_are_missing_is_held(harness_with: Open) -> None:
     with running_sink() as sink:
         mail = harness_with(sink)
         queue_id = mail.accept()
@@ -194,8 +194,8 @@ def test_a_message_whose_recipients_are_missing_is_held_for_a_person(harness_wit
 def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(
     harness_with: Open, body: bytes
 ) -> None:
-    """Its size is what we know of it; a file system that changes bytes must be asked by its own
-    checksums."""
+    """The relay knows only the size of a body; changed bytes are found by checksums of the file
+    system."""
     with running_sink() as sink:
         mail = harness_with(sink)
         queue_id = mail.accept()
@@ -333,7 +333,7 @@ def test_D2_a_hint_for_an_unknown_or_finished_delivery(harness_with: Open) -> No
     assert mail.attempts(done) == [(f"127.0.0.1:{sink.port}", "delivered")]
 
 
-def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(queue: QueueHarness) -> None:
+def test_D3_a_repeated_hint_sends_nothing_again(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     (claim,) = queue.claim(queue_id)
     for _ in range(3):  # whatever its visibility timeout makes of a session that takes an hour
@@ -352,7 +352,7 @@ def test_D3_no_task_waits_for_its_session() -> None:
 
 
 @pytest.mark.parametrize("ending", ["vanished", "stopped"])
-def test_D4_deliveries_of_a_lost_worker(queue: QueueHarness, ending: str) -> None:
+def test_D4_deliveries_of_an_expired_worker(queue: QueueHarness, ending: str) -> None:
     (claim,) = queue.claim(queue.accept())
     if ending == "vanished":
         lose_worker(queue, queue.worker)
@@ -450,14 +450,14 @@ def test_D7_mail_from_the_null_sender_makes_no_dsn(queue: QueueHarness, sender: 
 
 
 @pytest.mark.parametrize(
-    ("words", "states"),
+    ("reply_text", "states"),
     [
         (b"go away (#5.7.1)", {"bounced"}),
         (b"no such mailbox (#5.1.1)", {"split", "bounced"}),
     ],
 )
-def test_D8_a_d_for_many(harness_with: Open, words: bytes, states: set[str]) -> None:
-    with running_sink(Rule(Answer(b"D", words))) as sink:
+def test_D8_a_d_for_many(harness_with: Open, reply_text: bytes, states: set[str]) -> None:
+    with running_sink(Rule(Answer(b"D", reply_text))) as sink:
         mail = harness_with(sink)
         mail.accept("x@example.org", "y@example.org", "z@example.org")
         with mail.working():
@@ -519,7 +519,7 @@ def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -
             touched, _ = operations.apply(operation, Filter(id=queue_id), actor="me", reason="test")
             after = State(queue.state(queue_id))
             if state is State.SENDING:
-                assert after is State.SENDING, "only told what is wanted"
+                assert after is State.SENDING, "only a pending operation is stored"
                 assert queue.delivery(queue_id)["pending_operation"] == (
                     operation.wanted if touched else None
                 )

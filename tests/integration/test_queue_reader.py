@@ -133,13 +133,13 @@ def test_id_is_found_by_any_unique_end(queue: QueueHarness, reader: QueueReader)
         reader.resolve(queue_id[-4:])
     assert queue_id in str(caught.value)
     assert similar in str(caught.value)
-    for text, words in (
+    for text, expected in (
         ("f" * 32, "no message"),
         ("ffff", "no message"),
         ("abc", "not a queue id"),
         ("%", "not a queue id"),
     ):
-        with pytest.raises(NoSuchMessage, match=words):
+        with pytest.raises(NoSuchMessage, match=expected):
             reader.resolve(text)
 
 

@@ -83,8 +83,8 @@ def test_migration_makes_a_role_that_only_reads(
             with pytest.raises(InsufficientPrivilege):
                 ann.execute(change.encode())
     monkeypatch.setenv("RELAY_DATABASE_URL", cluster.login("bob"))
-    for words, status in {("list",): 1, ("stats",): 0, ("show", "f" * 32): 1}.items():
-        assert CliRunner().invoke(main, words).exit_code == status
+    for arguments, status in {("list",): 1, ("stats",): 0, ("show", "f" * 32): 1}.items():
+        assert CliRunner().invoke(main, arguments).exit_code == status
     assert CliRunner().invoke(main, ["pause", "--route", "default"]).exit_code != 0
 
 

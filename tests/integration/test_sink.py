@@ -26,7 +26,7 @@ def wire_of(*recipients: bytes, body: bytes = b"hello\n", sender: bytes = b"s@x.
 
 
 def talk(sink: Sink, *pieces: bytes, then_end: bool = False) -> bytes | None:
-    """Send pieces and read to the end; None if that was a reset."""
+    """Send the blocks and read to the end; None if the connection was reset."""
     with socket.create_connection(("127.0.0.1", sink.port), timeout=10) as peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server_reply = b""

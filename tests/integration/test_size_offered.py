@@ -108,8 +108,8 @@ def postfix(request: pytest.FixtureRequest) -> Iterator[Postfix]:
 
 @pytest.mark.parametrize("width", [20, 40, 60, 76, 998])
 def test_Postfix_takes_what_is_offered(postfix: Postfix, deliver: Deliver, width: int) -> None:
-    """It counts more than we do, by the line and by the recipient; what it calls too large
-    bounces."""
+    """Postfix counts more octets than the relay, for each line and recipient; a message above its
+    limit bounces."""
     offered = offered_size(1 << 40, Routes([Route("r", (), max_size=postfix.size_limit)]))
     line = b"x" * width + b"\n"
     body = HEADER + b"\n" + line * ((offered - len(HEADER) - 1) // len(line))

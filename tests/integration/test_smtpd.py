@@ -289,7 +289,7 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., ServerHarn
         ("strip", ("127.0.0.1",), b"250"),
     ],
 )
-def test_cr_cr_lf_is_refused_or_stripped_as_the_setting_says(
+def test_cr_cr_lf_is_refused_or_stripped_by_setting(
     run: Callable[..., ServerHarness], setting: str, networks: tuple[str, ...], reply: bytes
 ) -> None:
     running = run(bare_cr=setting, client_networks=networks, recipient_domains=("example.org",))
@@ -370,7 +370,7 @@ def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., ServerHarn
     assert [one.address for one in message.recipients] == ["root@relay.example"]
 
 
-def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., ServerHarness]) -> None:
+def test_an_untrusted_client_must_write_the_domain(run: Callable[..., ServerHarness]) -> None:
     running = run(client_networks=(), recipient_domains=("relay.example",))
     with talking(running) as client:
         client.expect(b"220")
@@ -740,8 +740,8 @@ def test_C26_a_silent_client_gets_421(run: Callable[..., ServerHarness]) -> None
 
 
 def has_read(connection: SmtpConnection, client: RawClient) -> bool:
-    """Whether nothing that the client has sent is still in a buffer of the kernel. `octets` of the
-    connection is no measure of it: it begins anew whenever the disk is slow."""
+    """Whether no byte of the client is still in a buffer of the kernel. `octets` of the connection
+    does not show that: it is reset whenever the disk is slow."""
     unsent = fcntl.ioctl(client.socket.fileno(), termios.TIOCOUTQ, bytes(4))
     unread = fcntl.ioctl(
         connection.transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4)
@@ -753,7 +753,7 @@ STRANGER = "127.0.0.2"
 CLOSED = {"client_networks": ("127.0.0.1",), "recipient_domains": ("example.org",)}
 
 
-def test_unfinished_messages_of_strangers_leave_space_for_trusted_clients(
+def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_clients(
     run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run(**CLOSED)
@@ -917,7 +917,7 @@ def test_a_late_clock_tick_ends_no_session(
         seen.append("tick")
         tick(server)
 
-    def looked(server: SmtpServer, now: float) -> None:
+    def checked(server: SmtpServer, now: float) -> None:
         look(server, now)
         if "stopped" not in seen:
             seen.append("stopped")
@@ -926,7 +926,7 @@ def test_a_late_clock_tick_ends_no_session(
             seen.append("look")
 
     monkeypatch.setattr(SmtpServer, "tick", ticked)
-    monkeypatch.setattr(SmtpServer, "check_deadlines", looked)
+    monkeypatch.setattr(SmtpServer, "check_deadlines", checked)
     until(lambda: "look" in seen)
     assert seen[seen.index("stopped") + 1 :][:2] == ["tick", "tick"], "the first one was late"
 
@@ -1012,7 +1012,7 @@ def test_C19_input_before_the_banner_is_refused(run: Callable[..., ServerHarness
         assert client.closed()
 
 
-def test_C28_a_stranger_cannot_relay(run: Callable[..., ServerHarness]) -> None:
+def test_C28_an_untrusted_client_cannot_relay(run: Callable[..., ServerHarness]) -> None:
     running = run(client_networks=("192.0.2.0/24",), recipient_domains=("ours.example",))
     with smtplib.SMTP(running.host, running.port) as client:
         with pytest.raises(smtplib.SMTPRecipientsRefused) as caught:

@@ -33,14 +33,14 @@ def addresses(count: int) -> list[str]:
 
 
 class RefusingServer:
-    """Refuses whatever has a bad recipient, in the words that `words` gives for it."""
+    """Refuses whatever has a bad recipient, with the text of `reply_for`."""
 
     def __init__(
         self,
         bad: set[str],
-        words: Callable[[str], str] = lambda address: f"no {address} here (#5.1.1)",
+        reply_for: Callable[[str], str] = lambda address: f"no {address} here (#5.1.1)",
     ) -> None:
-        self.bad, self.words = bad, words
+        self.bad, self.reply_for = bad, reply_for
         self.sends = 0
         self.accepted: Counter[str] = Counter()
 
@@ -48,7 +48,7 @@ class RefusingServer:
         self.sends += 1
         for address in claim.recipients:
             if address in self.bad:
-                return self.words(address)
+                return self.reply_for(address)
         self.accepted.update(claim.recipients)
         return None
 
@@ -133,7 +133,7 @@ def test_a_split_is_a_parent_and_two_children_that_are_due_now(queue: QueueHarne
     assert halves == [tuple(addresses(5)[:3]), tuple(addresses(5)[3:])]
 
 
-def test_a_record_that_is_repeated_cuts_once(queue: QueueHarness) -> None:
+def test_a_repeated_completion_splits_once(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(6))
     (claim,) = queue.claim(queue_id)
     note = queue.completion(claim, Outcome.REJECTED, state=State.SPLIT)
@@ -206,7 +206,7 @@ def test_three_sends_do_whichever_half_is_refused_last(queue: QueueHarness, coun
         assert became(queue, queue_id) == dict.fromkeys(names, "bounced")
 
 
-def test_halves_may_be_cut_at_the_same_time(postgres_queue: QueueHarness) -> None:
+def test_halves_may_be_split_at_the_same_time(postgres_queue: QueueHarness) -> None:
     queue, names = postgres_queue, addresses(8)
     queue_id, server = queue.accept(*names), RefusingServer({names[0], names[7]})
     (whole,) = queue.claim(queue_id)
@@ -222,7 +222,7 @@ def test_halves_may_be_cut_at_the_same_time(postgres_queue: QueueHarness) -> Non
     assert server.accepted == Counter(names[1:7])
 
 
-def test_a_round_waits_for_no_relatives(postgres_queue: QueueHarness) -> None:
+def test_a_commit_waits_for_no_lock_of_the_same_message(postgres_queue: QueueHarness) -> None:
     """It has locked its own in key order: if it waited for more, two rounds could wait for each
     other."""
     queue, names = postgres_queue, addresses(3)
@@ -244,7 +244,7 @@ def test_a_round_waits_for_no_relatives(postgres_queue: QueueHarness) -> None:
     assert [claim.number for claim in queue.claim(queue_id)] == [4]
 
 
-def test_a_late_K_waits_for_no_relatives_either_and_loses_none(
+def test_a_late_K_waits_for_no_such_lock_and_loses_no_part(
     postgres_queue: QueueHarness,
 ) -> None:
     queue = postgres_queue
@@ -352,7 +352,7 @@ def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
     assert len(queue.claim(queue_id, room={"a": 1, "b": 1})) == 2
 
 
-def test_pieces_by_route_are_cut_like_any_other(queue: QueueHarness) -> None:
+def test_parts_by_route_are_split_like_any_other(queue: QueueHarness) -> None:
     """Also when both get the same reply: halves on two routes are not compared."""
     queue_id = queue.accept(*(f"bulk:{n}@{'ab'[n % 2]}.test" for n in range(12)))
     reroute(queue)
@@ -405,20 +405,20 @@ def test_halves_refused_with_other_replies_are_split_further(queue: QueueHarness
     assert [name for name, state in states.items() if state == "bounced"] == [names[0], names[7]]
 
 
-def test_two_recipients_who_are_both_bad_bounce_both(queue: QueueHarness) -> None:
+def test_two_bad_recipients_bounce(queue: QueueHarness) -> None:
     names = addresses(2)
-    for words in (lambda address: f"no {address} (#5.1.1)", lambda _: "same (#5.1.1)"):
-        queue_id, server = queue.accept(*names), RefusingServer(set(names), words)
+    for reply_for in (lambda address: f"no {address} (#5.1.1)", lambda _: "same (#5.1.1)"):
+        queue_id, server = queue.accept(*names), RefusingServer(set(names), reply_for)
         deliver(queue, queue_id, server)
         assert became(queue, queue_id) == dict.fromkeys(names, "bounced")
         assert server.sends == 3
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])
-def test_a_list_with_too_many_recipients_is_cut_until_the_server_takes_it(
+def test_a_list_with_too_many_recipients_is_split_until_the_server_accepts_it(
     queue: QueueHarness, most: int
 ) -> None:
-    """Every half is refused in the same words, and there are more pieces than LARGEST."""
+    """Every half is rejected with the same text, and there are more parts than LARGEST."""
     names = addresses(150)
     queue_id, server = queue.accept(*names), RefusingServer(set())
 
@@ -459,7 +459,7 @@ def test_a_single_recipient_that_is_too_many_bounces(queue: QueueHarness) -> Non
     assert server.sends == 5
 
 
-def test_no_more_than_so_many_pieces(queue: QueueHarness) -> None:
+def test_a_message_is_split_into_a_bounded_number_of_parts(queue: QueueHarness) -> None:
     names = addresses(300)
     queue_id, server = queue.accept(*names), RefusingServer(set(names[::2]))
     deliver(queue, queue_id, server)
@@ -481,7 +481,7 @@ def test_other_routes_keep_their_recipients(queue: QueueHarness) -> None:
     assert [name for name, state in states.items() if state != "delivered"] == ["0@example.org"]
 
 
-def test_a_bounce_of_a_piece_owes_a_real_sender_only(queue: QueueHarness) -> None:
+def test_a_bounce_of_a_part_has_a_pending_dsn_for_a_real_sender_only(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4), sender="")
     deliver(queue, queue_id, RefusingServer({"1@example.org"}))
     assert all(row["due_at"] is None for row in family(queue, queue_id))
@@ -495,7 +495,7 @@ def test_a_pending_operation_comes_before_a_split(queue: QueueHarness) -> None:
     assert len(family(queue, queue_id)) == 1
 
 
-def test_pieces_expire_with_the_message(queue: QueueHarness) -> None:
+def test_parts_expire_with_the_message(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4))
     (claim,) = queue.claim(queue_id)
     queue.complete(claim, Outcome.REJECTED, state=State.SPLIT)
@@ -512,7 +512,9 @@ def test_pieces_expire_with_the_message(queue: QueueHarness) -> None:
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )
 @given(data=st.data())
-def test_every_recipient_ends_once_whoever_is_bad(queue: QueueHarness, data: st.DataObject) -> None:
+def test_every_recipient_ends_once_for_any_bad_recipients(
+    queue: QueueHarness, data: st.DataObject
+) -> None:
     names = addresses(data.draw(st.integers(2, 24)))
     bad = set(data.draw(st.lists(st.sampled_from(names), max_size=4, unique=True)))
     queue_id, server = queue.accept(*names), RefusingServer(bad)

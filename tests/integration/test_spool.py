@@ -282,7 +282,7 @@ def test_body_is_read_while_it_is_removed(spool: Spool) -> None:
     assert not spool.remove(queue_id)
 
 
-def test_missing_body_and_wrong_size_are_told_apart(spool: Spool) -> None:
+def test_missing_body_and_wrong_size_are_distinguished(spool: Spool) -> None:
     queue_id = new_id()
     with pytest.raises(BodyMissing, match=queue_id):
         spool.open(queue_id, 5)

@@ -117,8 +117,8 @@ def sample_of[T](chance: Random, these: Sequence[T], share: float) -> list[T]:
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing is caught, nothing is cleaned up, the database rolls back what
-    was not committed."""
+    """Acts as kill -9: no code catches it, nothing is cleaned up, and the database rolls back the
+    transaction."""
 
 
 class KilledSpool(Spool):
@@ -159,9 +159,9 @@ class Delivery:
     k: bool = False
     taken: int = 0  # how often the server really took it
     uncertain: set[int] = field(default_factory=set)  # claims of unknown outcome
-    outcome: str | None = None  # of the last try, and the words that stand there
+    outcome: str | None = None  # of the last attempt, and its text
     reply: str = ""
-    about: str = ""  # of a DSN: the message, whom it names, and what it encloses
+    about: str = ""  # of a DSN: the message, its recipients, and the enclosed content
     names: tuple[str, ...] = ()
     encloses: str | None = None
 
@@ -173,7 +173,7 @@ class Delivery:
 
 @dataclass
 class Transfer:
-    """A claim under way in a worker, or in one that was declared dead and does not know."""
+    """An open claim of a worker, or of one whose lease has expired without its knowledge."""
 
     worker: str
     claim: Claim
@@ -185,7 +185,7 @@ class Transfer:
 
 
 class History(RuleBasedStateMachine):
-    """`happens` is one thing after the other; the invariants are looked at after each."""
+    """`happens` is one event after the other; the invariants are checked after each of them."""
 
     harness: QueueHarness
     spool: Spool
@@ -283,7 +283,7 @@ class History(RuleBasedStateMachine):
         self.leases[worker] = self.clock + LEASE
 
     def work(self, chance: Random) -> None:
-        """One round of a worker, dead or alive: outcomes, a renewal, requests; perhaps committed
+        """One commit of a worker, expired or not: outcomes, a renewal, requests; perhaps committed
         twice."""
         worker = chance.choice(list(self.leases))
         mine = [transfer for transfer in self.transfers if transfer.worker == worker]
@@ -339,8 +339,8 @@ class History(RuleBasedStateMachine):
         return any(delivery.state in UNFINISHED or delivery.due is not None for delivery in mine)
 
     def _report(self, transfer: Transfer, chance: Random, *, last: bool) -> Completion:
-        """What a worker says of a transfer, which must fit what really happened; `last`: and ends
-        it."""
+        """The completion of a transfer, which must agree with the real event; `last`: it ends the
+        transfer."""
         self.transfers.remove(transfer)
         delivery = self.queue[transfer.key]
         outcome = chance.choice(TOOK if transfer.took else NOT_TOOK)
@@ -359,16 +359,16 @@ class History(RuleBasedStateMachine):
         if outcome is Outcome.UNCERTAIN:
             delivery.uncertain.add(transfer.claim.claim)
             state = State.HELD if self.hold else state
-        words = SAME if half else chance.choice([SAME, f"reply {next(self.said)}"])
+        reply = SAME if half else chance.choice([SAME, f"reply {next(self.said)}"])
         if outcome is Outcome.REJECTED and not half and chance.random() < 0.2:
-            words = f"client not allowed, {words}"
+            reply = f"client not allowed, {reply}"
         return self.harness.completion(
-            transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=words
+            transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=reply
         )
 
     def _recorded(self, completions: list[tuple[Transfer, Completion, Any]]) -> None:
-        """The model's side of a round of outcomes: what each does, then halves, then what a late K
-        does to them."""
+        """The model of a commit of outcomes: the effect of each, then the halves, then the effect
+        of a late K on them."""
         cuts, late = [], []
         for transfer, record, _ in completions:
             delivery, accepted = self.queue[transfer.key], record.outcome is Outcome.DELIVERED
@@ -408,7 +408,7 @@ class History(RuleBasedStateMachine):
         return state
 
     def _taken(self, key: Key) -> None:
-        """A late K holds for what the delivery was cut into since."""
+        """A late K counts for the parts that the delivery was split into since."""
         for delivery in self._offspring(key):
             if delivery.state not in (State.DELIVERED, State.SPLIT):
                 self._end(delivery, State.DELIVERED)
@@ -429,8 +429,8 @@ class History(RuleBasedStateMachine):
         delivery.recipients = ()
 
     def _both_refused(self, key: Key, delivery: Delivery) -> bool:
-        """Whether the other first half was refused in the same words, the same way; then what is
-        left bounces."""
+        """Whether the other first half was rejected with the same text; then the remaining parts
+        bounce."""
         if delivery.parent is None or self.queue[key[0], delivery.parent].parent is not None:
             return False
         for sibling, other in list(self.queue.items()):
@@ -455,12 +455,12 @@ class History(RuleBasedStateMachine):
         return [d for k, child in children for d in (child, *self._offspring(k))]
 
     def _line(self, key: Key) -> list[Key]:
-        """A delivery and what it was cut from."""
+        """A delivery and its ancestors."""
         parent = self.queue[key].parent
         return [key] if parent is None else [key, *self._line((key[0], parent))]
 
     def _claim_requests(self, worker: str, chance: Random) -> list[ClaimRequest]:
-        """A hint, a look at what is overdue, both or none."""
+        """A hint, a poll for overdue mail, both or neither."""
         requests = []
         for hinted in chance.choice([(), (True,), (False,), (True, False)]):
             room = {route: chance.randint(0, 6) for route in ROUTES}
@@ -521,7 +521,7 @@ class History(RuleBasedStateMachine):
     # ---------------------------------------------------------------------------------------------
 
     def wake(self, chance: Random, limit: int = 0) -> None:
-        """A sweeper wakes what is due."""
+        """A sweeper requeues due deliveries."""
         limit = limit or chance.choice([1, 2, 100])
         due = {
             key: delivery.due
@@ -551,7 +551,7 @@ class History(RuleBasedStateMachine):
             assert lost == self._lost(lambda d, worker=worker: d.worker == worker)
 
     def expire_one_that_renewed(self, _: Random) -> None:
-        """A sweeper looks, the worker renews, the sweeper comes too late."""
+        """A sweeper reads the leases, the worker renews its own, and the sweeper is too late."""
         for worker, until in self.harness.rescuer.expired_leases()[:1]:
             assert self.worker_queue.commit([Renewal(worker)]) == [True]
             self.leases[worker] = self.clock + LEASE
@@ -675,7 +675,7 @@ class History(RuleBasedStateMachine):
             delivery.recipients, delivery.claims = (), delivery.claims + 1
 
     def generate(self, chance: Random, last: str | None = None) -> None:
-        """A sweeper tells senders; it may be killed between body and COMMIT, or after that."""
+        """A sweeper generates DSNs; it may be killed between body and COMMIT, or after that."""
         last = chance.choice(["", "", "store", "remove"]) if last is None else last
         most, pending_dsns = chance.choice([1, 2, 100]), self._pending_dsns()
         made = self._made(last, lambda generator: generator.generate(most))
@@ -708,7 +708,7 @@ class History(RuleBasedStateMachine):
             return None
 
     def warn(self, chance: Random, last: str | None = None) -> None:
-        """A sweeper tells senders of late mail; it may be killed between body and COMMIT."""
+        """A sweeper generates delay warnings; it may be killed between body and COMMIT."""
         last = chance.choice(["", "", "store"]) if last is None else last
         most, late = chance.choice([1, 2, 100]), self._late()
         made = self._made(last, lambda generator: generator.warn(most))
@@ -741,8 +741,8 @@ class History(RuleBasedStateMachine):
         return {queue_id: sorted(waiting) for queue_id, waiting in late.items() if waiting}
 
     def _new_notices(self, queue_id: str) -> dict[str, tuple[list[str], int]]:
-        """Notices about a message that the model does not have yet: whom they name, and how often
-        in doubt."""
+        """The DSNs about a message that the model does not have yet: their recipients, and how many
+        of these are possibly delivered."""
         new: dict[str, tuple[list[str], int]] = {}
         for dsn, (names, uncertain, content, again) in self._unknown(queue_id).items():
             if not again:
@@ -751,8 +751,8 @@ class History(RuleBasedStateMachine):
         return new
 
     def _unknown(self, queue_id: str) -> dict[str, tuple[list[str], int, str, bool]]:
-        """All of them: whom they name, how often in doubt, what they enclose, and whether another
-        one was refused."""
+        """All DSNs: their recipients, how many of these are possibly delivered, the enclosed
+        content, and whether another DSN was rejected."""
         found: dict[str, tuple[list[str], int, str, bool]] = {}
         for row in self.harness.rows(
             "SELECT @hex(id) AS id, size, dsn_content FROM messages WHERE dsn_of = @id(:id)",
@@ -763,12 +763,12 @@ class History(RuleBasedStateMachine):
             text = self.spool.path(row["id"]).read_text()
             assert row["size"] == len(text)
             names = sorted(re.findall("^Final-Recipient: rfc822; (.*)$", text, re.MULTILINE))
-            words = " ".join(text.split())
+            flat = " ".join(text.split())
             found[row["id"]] = (
                 names,
-                words.count(POSSIBLY_DELIVERED),
+                flat.count(POSSIBLY_DELIVERED),
                 row["dsn_content"],
-                "refused this notice" in words,
+                "refused this notice" in flat,
             )
         return found
 
@@ -855,8 +855,8 @@ class History(RuleBasedStateMachine):
         return [dsn]
 
     def wait(self, chance: Random) -> None:
-        """Time passes; now and then so much that the workers would be taken for dead if they did
-        not renew."""
+        """Time passes; sometimes so much that the leases expire if the workers do not renew
+        them."""
         self._pass(
             chance.choice([1, 1, 2, 3, 6]) * STEP, alive=sample_of(chance, self._alive(), 0.9)
         )
@@ -982,8 +982,8 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_sender_gets_one_dsn(self) -> None:
-        """Of each recipient that failed, in one DSN, unless the sender wants none; of a DSN
-        never. Those that are made in the place of a refused one do not count."""
+        """Each failed recipient is in one DSN, unless the sender gets none; a DSN is never
+        reported. DSNs that replace a rejected one do not count."""
         for (queue_id, _), delivery in self.queue.items():
             for address in delivery.recipients:
                 settled = delivery.state in FAILED and delivery.due is None

@@ -196,7 +196,7 @@ NAMES = {
 STATEMENTS = [pytest.param(module, name, id=f"{module}:{name}") for module, name in sorted(NAMES)]
 
 
-def test_statements_are_found() -> None:
+def test_there_are_statements() -> None:
     assert len(STATEMENTS) > 20
     assert all(databases == set(DATABASES) for databases in FILES.values()), FILES
 
@@ -310,7 +310,8 @@ def test_a_statement_gives_the_same_on_both_databases(
 
 
 def _run(connection: Connection, module: str, name: str, database: str) -> Any:
-    """Run the statements of a name; what the last one gives: columns and rows, or their number."""
+    """Run the statements of a name; the result of the last one: columns and rows, or their
+    number."""
     examples = EXAMPLES | OWN_EXAMPLES.get(module, {})
     result: Any = None
     statements = named_statements(module, database)

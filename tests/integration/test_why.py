@@ -1,4 +1,5 @@
-"""`why` names one cause, from what the workers have published, whatever its own settings are."""
+"""`why` names one cause. It reads the routes that the workers have published, not its own
+settings."""
 
 import re
 
@@ -33,8 +34,10 @@ def test_a_paused_server_is_named_with_actor_and_reason(queue: QueueHarness, typ
     queue_id = overdue(queue)
     queue.rescuer.publish_routes(queue.worker, {"default": [ONE]})
     typed("pause", "--server", ONE, "--reason", "new disk")
-    words = rf"b@example\.org: queued, and not sent because server {ONE} is paused until `resume` "
-    assert re.fullmatch(words + r"\(by \S+@\S+ \d+s ago: new disk\)\.", why(typed, queue_id))
+    expected = (
+        rf"b@example\.org: queued, and not sent because server {ONE} is paused until `resume` "
+    )
+    assert re.fullmatch(expected + r"\(by \S+@\S+ \d+s ago: new disk\)\.", why(typed, queue_id))
     other = queue.register_worker()
     queue.rescuer.publish_routes(other, {"default": [ONE, TWO]})
     assert "paused" not in why(typed, queue_id), "another worker has another server"
@@ -82,7 +85,7 @@ def test_the_start_of_a_transfer_is_that_of_its_worker(queue: QueueHarness, type
 
 
 @pytest.mark.parametrize(
-    ("reply", "words"),
+    ("reply", "expected"),
     [
         (
             "no connection: 127.0.0.1:6280 Connection refused",
@@ -99,11 +102,11 @@ def test_the_start_of_a_transfer_is_that_of_its_worker(queue: QueueHarness, type
     ],
 )
 def test_no_connection_is_named_once(
-    queue: QueueHarness, typed: Typed, reply: str, words: str
+    queue: QueueHarness, typed: Typed, reply: str, expected: str
 ) -> None:
     queue_id = queue.accept()
     queue.complete(queue.claim(queue_id)[0], Outcome.UNREACHABLE, reply=reply, server=None)
-    assert f"{words}" in why(typed, queue_id)
+    assert f"{expected}" in why(typed, queue_id)
 
 
 def test_why_explains_an_envelope_that_no_server_accepts(queue: QueueHarness, typed: Typed) -> None:
@@ -175,7 +178,7 @@ def test_a_dsn_that_failed_and_is_not_replaced(
 
 
 @pytest.mark.parametrize(
-    ("recipient", "sender", "words"),
+    ("recipient", "sender", "expected"),
     [
         (
             "postmaster",
@@ -194,7 +197,7 @@ def test_a_dsn_that_failed_and_is_not_replaced(
     ],
 )
 def test_why_explains_a_missing_dsn(
-    queue: QueueHarness, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
+    queue: QueueHarness, spool: Spool, typed: Typed, recipient: str, sender: str, expected: str
 ) -> None:
     generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")
     before = queue.accept(client_trusted=False)
@@ -204,5 +207,5 @@ def test_why_explains_a_missing_dsn(
     refused(queue, queue_id)
     assert generator.generate(5) == []
     assert why(typed, queue_id).endswith(
-        f"refused it: 550 go away; the sender is not told: {words}."
+        f"refused it: 550 go away; the sender is not told: {expected}."
     )

@@ -198,7 +198,7 @@ def test_B39_deliveries_of_a_killed_worker_are_uncertain_and_retried(
 
 
 @pytest.mark.parametrize(
-    ("options", "given", "words"),
+    ("options", "given", "expected"),
     [
         (("--pool", "solo"), {}, "only the threads pool"),
         ((), {"QMQP_SERVERS": "no:such:port"}, "bad QMQP server"),
@@ -211,16 +211,16 @@ def test_B39_deliveries_of_a_killed_worker_are_uncertain_and_retried(
     ],
 )
 def test_a_setup_that_cannot_work_is_refused_in_one_line(
-    processes: Any, options: tuple[str, ...], given: dict[str, str], words: str
+    processes: Any, options: tuple[str, ...], given: dict[str, str], expected: str
 ) -> None:
     home = processes(1, "redis://127.0.0.1:1/0")
     worker = home.start(*WORKER, *options, **given)
     assert worker.wait(30) != 0
-    assert words in home.said().strip().splitlines()[-1]
+    assert expected in home.said().strip().splitlines()[-1]
 
 
 def test_a_defect_at_startup_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Celery only logs what a signal's receiver raises: such a worker would take hints and send
+    """Celery only logs an exception of a signal's receiver: such a worker would take hints and send
     nothing."""
     process = object.__new__(WorkerProcess)
     process.settings, process.app = load(WorkerSettings), Celery(set_as_current=False)

@@ -129,7 +129,7 @@ class WorkerInEveryPhase:
 
     @contextmanager
     def in_every_phase(self) -> Iterator[None]:
-        """While this lasts nothing is committed but what the test does."""
+        """Inside this context only the test commits."""
         gates = {phase: gate for phase, gate in self.gates.items() if phase != UNCLAIMED}
         for phase in (CONNECTING, *gates):
             self.begin(phase)
@@ -140,13 +140,13 @@ class WorkerInEveryPhase:
             self.gates[ANSWERED].open.set()
             until(
                 lambda: self.said("delivered"), what=self.processes.said
-            )  # told, and not recorded
+            )  # logged, and not recorded
             self.ids[UNCLAIMED] = self.mail.accept(f"b@{place(UNCLAIMED)}.test", has_lock=True)
             until(lambda: waits_for_its_turn(self.worker.pid))
             yield
 
     def rows(self, fault: str) -> list[str]:
-        """A line for each phase: what the database says now, and the duplicates in the end."""
+        """A line for each phase: the state in the database now, and the duplicates at the end."""
         found = {
             phase: (self.mail.attempts(i), self.mail.delivery(i)) for phase, i in self.ids.items()
         }
@@ -170,8 +170,8 @@ def place(phase: str) -> str:
 
 
 def waits_for_its_turn(pid: int) -> bool:
-    found = [words.split() for words in Path("/proc/locks").read_text().splitlines()]
-    return any(words[1] == "->" and words[5] == str(pid) for words in found)
+    found = [fields.split() for fields in Path("/proc/locks").read_text().splitlines()]
+    return any(fields[1] == "->" and fields[5] == str(pid) for fields in found)
 
 
 def line(
@@ -195,8 +195,8 @@ def line(
 
 
 def delivered_by_another(mail: EngineHarness) -> Counter[str]:
-    """Let another worker send what is left, to a server that takes everything; what that got, by
-    message."""
+    """Another worker sends the remaining mail to a server that accepts everything; the received
+    requests, by message."""
     with running_sink() as good:
         routes = write_routes(mail.settings.state_dir / "good.toml", {})
         other = EngineHarness(

@@ -26,12 +26,12 @@ def typed_at(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(f"RELAY_{name}", value)
     spool.prepare(queue.database, unsafe=True)
 
-    def typed(*words: str, status: int | None = 0, answer: str | None = None) -> Result:
-        result = CliRunner().invoke(main, words, input=answer)
+    def typed(*arguments: str, status: int | None = 0, answer: str | None = None) -> Result:
+        result = CliRunner().invoke(main, arguments, input=answer)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert status is None or result.exit_code == status, (
-            f"{words}: {result.exit_code} {result.output}"
+            f"{arguments}: {result.exit_code} {result.output}"
         )
         return result
 

@@ -49,8 +49,8 @@ def test_every_setting_reaches_the_containers_or_is_fixed_there():
             default = re.fullmatch(rf"\$\{{{name}:-(.*)\}}", value)
             settled[name] = default[1] if default else "fixed"
     assert passed | set(settled) == names()
-    told = re.findall(r"^# .*\. Compose: (.*)\n#(RELAY_[A-Z_]+)=", EXAMPLE, re.MULTILINE)
-    assert {name: mark for mark, name in told} == settled
+    marked = re.findall(r"^# .*\. Compose: (.*)\n#(RELAY_[A-Z_]+)=", EXAMPLE, re.MULTILINE)
+    assert {name: mark for mark, name in marked} == settled
 
 
 def test_variables_of_compose_are_in_the_example_with_their_defaults():
@@ -86,7 +86,7 @@ def test_compose_1_29_can_read_it_and_services_can_be_scaled(newer: str):
     assert newer not in CODE
 
 
-def test_nothing_newer_stands_at_the_top_and_secrets_are_files():
+def test_top_level_has_no_newer_keys_and_secrets_are_files():
     assert [name for name in TOP if not name.startswith("x-")] == ["services", "secrets", "volumes"]
     assert {name: fields(secret) for name, secret in fields(TOP["secrets"]).items()} == {
         file.name: {"file": f"${{SECRETS_DIR:-./compose}}/{file.name}"}

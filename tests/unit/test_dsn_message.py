@@ -65,7 +65,7 @@ def groups(wire: bytes) -> list[dict[str, str]]:
     return [dict(group.items()) for group in found if group.items()]
 
 
-def words(wire: bytes) -> str:
+def text_of(wire: bytes) -> str:
     return str(parts(wire)[0].get_content())
 
 
@@ -90,8 +90,8 @@ def test_report_has_three_parts_and_is_marked_as_automatic() -> None:
     assert wire.startswith(b"Received: ")
 
 
-def test_text_for_people_names_recipient_reason_and_queue_id() -> None:
-    text = words(written())
+def test_text_part_names_recipient_reason_and_queue_id() -> None:
+    text = text_of(written())
     assert "could not be delivered" in text
     assert "<b@example.org>" in text
     assert "no mailbox here by that name (#5.1.1)" in text
@@ -123,14 +123,14 @@ def test_delay_is_not_reported_as_a_failure() -> None:
     assert (recipient["Action"], recipient["Status"]) == ("delayed", "4.3.2")
     assert recipient["Will-Retry-Until"] == "Thu, 26 Nov 2026 17:00:00 +0000"
     assert parsed(wire)["Subject"].startswith("Delayed")
-    assert "need not send it again" in " ".join(words(wire).split())
+    assert "need not send it again" in " ".join(text_of(wire).split())
 
 
 def test_expired_message_quotes_the_last_reply() -> None:
     wire = written(replace(FAILED, kind=Kind.EXPIRED, reply="busy (#4.3.2)", outcome="deferred"))
     assert groups(wire)[1]["Status"] == "5.4.7"
     assert groups(wire)[1]["Diagnostic-Code"] == "x-qmqp; busy (#4.3.2)"
-    expected = " ".join(words(wire).split())
+    expected = " ".join(text_of(wire).split())
     assert "It could not be delivered in time. The last reply was: busy (#4.3.2)" in expected
     assert "may have arrived" not in expected
 
@@ -153,7 +153,7 @@ def test_possibly_delivered_is_not_called_undelivered(kind: Kind) -> None:
     if kind is Kind.BOUNCED:
         doubtful = earlier = bounced
     wire = written(doubtful, earlier)
-    expected = " ".join(words(wire).split())
+    expected = " ".join(text_of(wire).split())
     assert expected.count("It may have been delivered all the same") == 2
     assert ["Diagnostic-Code" in group for group in groups(wire)[1:]] == [
         False,
@@ -198,8 +198,8 @@ def test_only_a_reply_of_a_server_is_a_diagnostic_code(
     wire = written(failure)
     diagnostic = f"x-qmqp; {reply}" if source == "server" else None
     assert groups(wire)[1].get("Diagnostic-Code") == diagnostic
-    assert expected in " ".join(words(wire).split())
-    assert "ann" not in words(wire)
+    assert expected in " ".join(text_of(wire).split())
+    assert "ann" not in text_of(wire)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ def test_bounce_by_an_operator_is_not_attributed_to_a_server(
 ) -> None:
     source = ReasonSource.OPERATOR if reply else ReasonSource.SERVER
     wire = written(replace(FAILED, outcome=outcome, reply=reply, reason_source=source))
-    assert expected in " ".join(words(wire).split())
+    assert expected in " ".join(text_of(wire).split())
     assert "Diagnostic-Code" not in groups(wire)[1]
 
 
 def test_a_server_that_replies_like_an_operator_is_a_server() -> None:
     reply = "bounced by an operator: x"
     wire = written(replace(FAILED, outcome="rejected", reply=reply))
-    assert f"The mail server refused it: {reply}" in " ".join(words(wire).split())
+    assert f"The mail server refused it: {reply}" in " ".join(text_of(wire).split())
     assert groups(wire)[1]["Diagnostic-Code"] == f"x-qmqp; {reply}"
 
 
@@ -234,7 +234,7 @@ def test_left_out_content_is_explained() -> None:
     wire = compose(
         ID, "relay.example", NOW, ORIGINAL, [FAILED], None, full=True, left_out="It is too long."
     )
-    assert "\nIt is too long.\n" in words(wire)
+    assert "\nIt is too long.\n" in text_of(wire)
 
 
 def test_several_recipients_share_a_dsn() -> None:
@@ -244,7 +244,7 @@ def test_several_recipients_share_a_dsn() -> None:
     assert [group["Final-Recipient"] for group in groups(wire)[1:]] == [
         f"rfc822; {n}@example.org" for n in range(50)
     ]
-    assert all(f"why {n}" in words(wire) for n in range(50))
+    assert all(f"why {n}" in text_of(wire) for n in range(50))
 
 
 def test_ENVID_and_ORCPT_are_decoded() -> None:
@@ -363,7 +363,7 @@ def test_C30_hostile_values_add_no_line_and_no_field(
     assert re.findall(rb"(?m)^--=_.*$", wire.replace(CONTENT, b"")) == [
         b"--=_" + ID.encode()
     ] * 3 + [b"--=_" + ID.encode() + b"--"]
-    assert all(len(line) <= 998 for line in words(wire).splitlines())
+    assert all(len(line) <= 998 for line in text_of(wire).splitlines())
 
 
 def test_long_replies_are_bounded() -> None:
@@ -382,7 +382,7 @@ def test_address_is_whole_as_far_as_a_line_can_hold_it(length: int) -> None:
     head = wire.partition(b"\n\n")[0].replace(b"\n ", b" ").decode()
     assert f"\nTo: {path}\n" in head
     assert re.sub(r"\s+", " ", groups(wire)[1]["Final-Recipient"]) == f"rfc822; {path}"
-    assert f"\n<{path}>\n" in words(wire)
+    assert f"\n<{path}>\n" in text_of(wire)
 
 
 def test_quotes_do_not_make_a_line_too_long() -> None:
@@ -410,4 +410,4 @@ def test_unknown_fields_are_left_out() -> None:
     )
     assert not {"Last-Attempt-Date", "Diagnostic-Code"} & set(groups(wire)[1])
     assert parsed(wire)["References"] is None
-    assert "gave no reason" in words(wire)
+    assert "gave no reason" in text_of(wire)

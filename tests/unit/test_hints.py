@@ -1,4 +1,4 @@
-"""Which entries of a broker's list are hints, and what they contain."""
+"""Which entries of a broker's list are hints, and their contents."""
 
 import base64
 import gzip
@@ -25,7 +25,7 @@ def with_body(text: bytes) -> bytes:
     return entry(lambda made: made.update(body=base64.b64encode(text).decode()))
 
 
-def test_ids_are_taken_and_nothing_else() -> None:
+def test_only_ids_are_read_from_a_hint() -> None:
     said: dict[str, Any] = {
         "eta": "2099-01-01T00:00:00",
         "expires": "soon",

@@ -50,7 +50,7 @@ def test_children_are_bound_once():
     assert metrics.rounds("intake") is metrics.rounds("intake")
 
 
-def test_round_is_observed_by_size_and_seconds():
+def test_group_commit_is_observed_by_size_and_seconds():
     metrics.rounds("test")(7, 0.25)
     assert sample("relay_round_size_sum", writer="test") == 7
     assert sample("relay_round_seconds_sum", writer="test") == 0.25
@@ -80,10 +80,10 @@ def test_missing_spool_leaves_the_other_parts(tmp_path: Path):
 
 
 def test_silent_database_delays_no_scrape(queue: QueueMetrics, monkeypatch: pytest.MonkeyPatch):
-    looks, go_on = [], threading.Event()
+    collected, go_on = [], threading.Event()
 
     def silent() -> list[Metric]:
-        looks.append(1)
+        collected.append(1)
         go_on.wait(30)
         return [GaugeMetricFamily("relay_database_up", "", 1)]
 
@@ -91,11 +91,11 @@ def test_silent_database_delays_no_scrape(queue: QueueMetrics, monkeypatch: pyte
     monkeypatch.setattr(queue, "_database", silent)
     assert "relay_database_up 0.0" in scraped(queue)
     assert "relay_database_up 0.0" in scraped(queue)
-    assert len(looks) == 1, "one look at a time"
+    assert len(collected) == 1, "one look at a time"
     go_on.set()
     monkeypatch.setattr(metrics, "SCRAPE_TIMEOUT", 10.0)
     assert "relay_database_up 1.0" in scraped(queue), "what came late is there for the next"
-    assert len(looks) == 1, "and good for a while"
+    assert len(collected) == 1, "and good for a while"
 
 
 def test_metrics_are_off_by_default():

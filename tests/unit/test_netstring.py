@@ -146,7 +146,7 @@ def test_A15_digits_without_end_fail_at_the_tenth():
 
 
 @pytest.mark.parametrize("wire", [b"0", b"1", b"12", b""])
-def test_A16_the_beginning_of_a_length_asks_for_more(wire):
+def test_A16_the_beginning_of_a_length_needs_more_bytes(wire):
     assert read_length(wire) is None
 
 

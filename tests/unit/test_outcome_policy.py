@@ -1,4 +1,4 @@
-"""What an outcome leads to, row by row of the table in the design."""
+"""The next state of each outcome, row by row of the table in the design."""
 
 import pytest
 

@@ -141,7 +141,7 @@ def test_default_route_in_the_file_keeps_the_servers_of_the_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
         ("x = 1", "x: a route is a table"),
         ("[a]\nservers = ['s']", "[a] recipients: write at least one"),
@@ -153,8 +153,11 @@ def test_default_route_in_the_file_keeps_the_servers_of_the_settings() -> None:
             "[a] connections = 0: Input should be greater than 0",
         ),
         *(
-            (f"[a]\nrecipients = ['r']\nservers = ['s']\n{key} = {value}", f"[a] {key} = {words}")
-            for key, value, words in (
+            (
+                f"[a]\nrecipients = ['r']\nservers = ['s']\n{key} = {value}",
+                f"[a] {key} = {expected}",
+            )
+            for key, value, expected in (
                 ("connections", "true", "True: Input should be a valid integer"),
                 ("connections", "2.5", "2.5: Input should be a valid integer"),
                 ("retry_min", "-5", "-5: Input should be greater than 0"),
@@ -187,12 +190,12 @@ def test_default_route_in_the_file_keeps_the_servers_of_the_settings() -> None:
         ("[a", "Expected ']'"),
     ],
 )
-def test_error_in_a_file_names_route_and_key(text: str, words: str, file: Path) -> None:
+def test_error_in_a_file_names_route_and_key(text: str, expected: str, file: Path) -> None:
     file.write_text(text)
     with pytest.raises(ValueError) as caught:
         Routes.load(load(Settings, routes=file))
     assert str(caught.value).startswith(f"RELAY_ROUTES: {file}: ")
-    assert words in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_changed_file_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

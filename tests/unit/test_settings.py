@@ -141,7 +141,7 @@ def test_any_text_parses_or_raises_value_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "role", "words"),
+    ("name", "value", "role", "expected"),
     [
         ("RELAY_LEASE", "soon", WorkerSettings, "is not a duration"),
         ("RELAY_LEASE", "0", WorkerSettings, "greater than 0"),
@@ -160,14 +160,14 @@ def test_any_text_parses_or_raises_value_error(text: str) -> None:
     ],
 )
 def test_error_names_the_bad_value(
-    environment: pytest.MonkeyPatch, name: str, value: str, role: type[Settings], words: str
+    environment: pytest.MonkeyPatch, name: str, value: str, role: type[Settings], expected: str
 ) -> None:
     environment.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
         load(role)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{name} = {value!r}: ")
-    assert words in line
+    assert expected in line
 
 
 def test_every_bad_value_has_a_line_in_the_error(environment: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_every_role_refuses_the_same_settings(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "expected"),
     [
         (
             "CLIENT_NETWORKS",
@@ -255,14 +255,14 @@ def test_every_role_refuses_the_same_settings(
     ],
 )
 def test_error_says_what_to_write(
-    environment: pytest.MonkeyPatch, name: str, value: str, words: str
+    environment: pytest.MonkeyPatch, name: str, value: str, expected: str
 ) -> None:
     environment.setenv(f"RELAY_{name}", value)
     with pytest.raises(SettingsError) as caught:
         load(Settings)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"RELAY_{name} = {value!r}: ")
-    assert words in line
+    assert expected in line
 
 
 @pytest.mark.parametrize("blank", [", ", " ", ",,", "\t", "\r\n", " \n"])
@@ -296,7 +296,7 @@ def test_secret_is_read_from_a_file(environment: pytest.MonkeyPatch, tmp_path: P
 
 def test_unreadable_file_is_named(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for path, words in (
+    for path, expected in (
         (tmp_path / "missing", "No such file"),
         (tmp_path, "directory"),
         (tmp_path / "binary", "text"),
@@ -305,7 +305,7 @@ def test_unreadable_file_is_named(environment: pytest.MonkeyPatch, tmp_path: Pat
         with pytest.raises(SettingsError) as caught:
             load(Settings)
         assert str(caught.value).startswith(f"RELAY_DATABASE_URL_FILE: cannot read {path}: ")
-        assert words in str(caught.value)
+        assert expected in str(caught.value)
 
 
 def test_setting_whose_name_ends_in_file_is_not_a_file(environment: pytest.MonkeyPatch) -> None:

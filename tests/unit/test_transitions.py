@@ -122,7 +122,7 @@ def _statements() -> dict[str, str]:
 STATEMENTS = _statements()
 
 
-def test_the_statements_that_write_a_state_are_found() -> None:
+def test_there_are_statements_that_write_a_state() -> None:
     assert len(STATEMENTS) >= 14
     named = {name for text in STATEMENTS.values() for name in _events(text)}
     assert named | set(OPERATIONS) | {"reroute"} == {row.event for row in TRANSITIONS} | {LATE_K}
