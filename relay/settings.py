@@ -359,13 +359,13 @@ def unauthorized_pattern(settings: Settings) -> re.Pattern[str]:
     no patterns.
 
     A server that does not authorize the relay answers with the same D as for a bad recipient:
-    Postfix says "host[ip] is not authorized to use this service".
+    Postfix replies "host[ip] is not authorized to use this service".
     """
     return re.compile("|".join(settings.unauthorized_replies) or r"(?!)", re.IGNORECASE)
 
 
 def unknown_names(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The unknown RELAY_ variables, each with the most similar known one, '' if none is similar."""
+    """The unknown RELAY_ variables, each with the most similar setting, or ''."""
     known = names() | {f"{name}_FILE" for name in names()}
     return {
         name: "".join(difflib.get_close_matches(name, known, 1))
