@@ -60,15 +60,17 @@ FROM c JOIN messages m ON m.id = c.queue_id;
 -- name: claim_overdue
 -- Claims overdue deliveries of a route, the longest due first. :fresh of them were never claimed
 -- and :retries were, so that neither kind waits for all of the other; what one kind leaves goes to
--- the other. The index has each kind by `due_at`.
+-- the other. The index has each kind by `due_at`. What is locked and not taken stays `queued`.
 WITH fresh AS MATERIALIZED (
     SELECT queue_id, number, due_at FROM deliveries
-    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route AND due_at <= now()
+    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route
+        AND due_at <= now()
     ORDER BY due_at LIMIT :free
     FOR UPDATE SKIP LOCKED
 ), retries AS MATERIALIZED (
     SELECT queue_id, number, due_at FROM deliveries
-    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1 AND route = :route AND due_at <= now()
+    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1 AND route = :route
+        AND due_at <= now()
     ORDER BY due_at LIMIT :free
     FOR UPDATE SKIP LOCKED
 ), p AS MATERIALIZED (

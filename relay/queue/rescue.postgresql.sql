@@ -62,7 +62,8 @@ UPDATE deliveries d
 -- event: worker lost, pending operation
 SET state = x.final,
     due_at = CASE
-        WHEN x.final = 'deferred' THEN now() + :delay * (1 + :jitter * random()) * interval '1 second'
+        WHEN x.final = 'deferred'
+            THEN now() + :delay * (1 + :jitter * random()) * interval '1 second'
         WHEN x.final = 'queued' THEN now() + :grace * interval '1 second'
         WHEN x.final IN ('bounced', 'expired') AND :notices AND (
             SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
@@ -148,10 +149,12 @@ WITH w AS MATERIALIZED (
     LIMIT (
         SELECT :most - count(*) FROM (
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route AND due_at <= now()
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route
+                AND due_at <= now()
             UNION ALL
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1 AND route = :route AND due_at <= now()
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1 AND route = :route
+                AND due_at <= now()
             LIMIT :most) AS overdue)
     FOR UPDATE SKIP LOCKED
 ), p AS MATERIALIZED (

@@ -6,8 +6,8 @@ SELECT position, address FROM recipients
 WHERE queue_id = :id AND delivery = :number ORDER BY position;
 
 -- name: family
--- Children are numbered as in a heap, behind the deliveries that were accepted: no two deliveries of
--- a message have a child of the same number.
+-- Children are numbered as in a heap, behind the deliveries that were accepted: no two deliveries
+-- of a message have a child of the same number.
 SELECT d.parent,
     (SELECT p.parent FROM deliveries p WHERE p.queue_id = d.queue_id AND p.number = d.parent)
         AS grandparent,

@@ -53,7 +53,8 @@ ORDER BY delivery, claim, attempt_index;
 SELECT * FROM queue_summary ORDER BY state, route;
 
 -- name: servers
--- Outcomes by server in the last hour. A sum of bigint is numeric, which becomes a Decimal in Python.
+-- Outcomes by server in the last hour. A sum of bigint is numeric, which becomes a Decimal in
+-- Python.
 SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
        CAST(bytes_sent AS bigint) AS bytes_sent, last_at, circuit_open_workers,
        circuit_open_reason, paused_at
