@@ -46,7 +46,7 @@ hypothesis_settings.load_profile("relay")
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# What the developer's shell says to their own relay is nothing to the tests', nor to what they
+# Settings of a relay in the developer's shell must not reach the tests, nor the programs that they
 # spawn.
 for _name in [
     name for name in os.environ if name.startswith("RELAY_") and not name.startswith("RELAY_TEST")

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-PATIENCE = 5.0  # seconds between the polite signal and SIGKILL
+PATIENCE = 5.0  # seconds between the first signal and SIGKILL
 
 
 def tell_group(pid: int, number: int) -> bool:

@@ -381,7 +381,7 @@ def postgres_programs(scratch: Path) -> Path:
 class Postgres(ServerProcess):
     """A PostgreSQL with a cluster of its own and fsync on: committed rows survive `kill`."""
 
-    polite = signal.SIGINT  # "fast": roll back, disconnect everybody, checkpoint
+    polite = signal.SIGINT  # "fast": roll back, disconnect all clients, checkpoint
 
     def __init__(self, directory: Path | None = None) -> None:
         self._user = _postgres_user()
@@ -427,7 +427,7 @@ class Postgres(ServerProcess):
 
     def _answers(self) -> bool:
         # The last line of its pid file says "ready" once it takes connections; the first is its
-        # pid, which tells a file that a crash left from the new one.
+        # pid, which distinguishes it from a file that a crash left.
         try:
             lines = (self._data / "postmaster.pid").read_text().split()
         except FileNotFoundError:

@@ -151,7 +151,7 @@ class Page:
 
     @property
     def visible_text(self) -> str:
-        text = re.sub(r"<wbr>|</?span[^>]*>", "", self.text)  # they separate no words
+        text = re.sub(r"<wbr>|</?span[^>]*>", "", self.text)  # they are inside words
         return unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)))
 
 

@@ -201,7 +201,7 @@ def test_memory_stays_flat_while_sixteen_of_a_hundred_megabytes_pass(
     """All sixteen at once, first through smtpd, then, as it stood still until then, through the
     worker."""
     worker, smtpd = relay.children
-    for n in range(AT_ONCE):  # the processes allocate what any mail needs
+    for n in range(AT_ONCE):  # the processes allocate the memory of any mail
         relay.send(f"warm-{n}@vast.test")
     relay.until_all_delivered()
     wire = on_the_wire(content(100 * MB, header=True))

@@ -136,7 +136,7 @@ def test_a_file_that_is_no_database_is_a_sentence(
     assert result.stderr == "qmqp-relay: database: file is not a database; run `qmqp-relay check`\n"
 
 
-# For each command that reads settings, one of the other roles' as well.
+# Bad settings of every role, for each command that reads settings.
 BAD = {
     "CLIENT_NETWORKS": ("10.0.0.1/8", "write 10.0.0.0/8"),
     "RECIPIENT_DOMAINS": ("@example.org", "write example.org"),

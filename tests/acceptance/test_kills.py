@@ -271,7 +271,7 @@ def test_accepted_mail_survives_a_killed_database(scene: KillScenario, postgres:
         feeder.until_accepted(50)
         postgres.kill()
         postgres.start()
-        scene.relay.database.dispose()  # our own connections are broken too
+        scene.relay.database.dispose()  # the connections of the test are broken too
         feeder.until_accepted(50)
         scene.finish(feeder, orphans=True)
 

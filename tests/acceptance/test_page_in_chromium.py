@@ -42,8 +42,8 @@ FAINT = """(() => {
         .map(e => e.className + ': ' + e.innerText.slice(0, 40)) })()"""
 
 
-# What does not fit: boxes with more in them than they show, and what stands beyond the right edge
-# of the screen.
+# Elements that do not fit: boxes that hide a part of their content, and elements beyond the right
+# edge of the screen.
 HIDDEN = """[...document.querySelectorAll('main *')]
     .filter(e => e.clientWidth && !e.closest('input, select'))
     .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline'
@@ -300,5 +300,5 @@ def test_tiles_stand_in_columns(chromium: Chromium, seen: tuple[Scenario, Browse
         )
         assert len({round(left) for left, *_ in boxes}) == (3 if width == 360 else 9)
     assert chromium.tells("document.querySelector('.tile:has(.split)').href") is None, (
-        "it has no recipients to look for"
+        "it has no recipients to search for"
     )

@@ -18,9 +18,8 @@ from tests.waiting import until
 MANY = 80
 DATABASES = ("sqlite", "postgresql")
 PROMPT = 5.0  # seconds
-RESTART_TIMEOUT = (
-    8.0  # until the first is sent: a rest of 3 s at most, a sweep, and a machine that is busy
-)
+# Seconds until the first is sent: an open circuit of 3 s at most, a sweep, and a busy machine.
+RESTART_TIMEOUT = 8.0
 SLOW = {"RETRY_MIN": "3m", "RETRY_MAX": "1h", "GRACE": "5s"}
 
 

@@ -54,7 +54,7 @@ def test_a_server_that_never_replies_delays_no_other_mail(
     ]
 
     with running_sink(Rule(Answer(raw=b"", end="stay")), port=port) as tarpit:
-        for recipient in recipients:  # all mixed: before what need not wait stands what must
+        for recipient in recipients:  # in turns: mail that must wait is before mail that need not
             relay.send(recipient)
 
         def stuck(domain: bytes) -> int:

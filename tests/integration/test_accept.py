@@ -158,7 +158,7 @@ def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(
     answers = AcceptHarness(postgres_queue).take(nul, good, long)
     assert answers[good.id] is None
     assert isinstance(answers[nul.id], DBAPIError)
-    assert isinstance(answers[long.id], DBAPIError), "longer than an index takes"
+    assert isinstance(answers[long.id], DBAPIError), "too long for an index"
     assert counts(postgres_queue) == [1, 1, 1]
 
 

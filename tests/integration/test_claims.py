@@ -71,7 +71,7 @@ def test_a_claim_brings_the_envelope_and_belongs_to_one_worker(queue: QueueHarne
     )
     far = 2 * (queue.settings.session_timeout + queue.settings.lease)
     assert row["due_in"] == pytest.approx(far, abs=30), (
-        "only a stuck transfer is looked at while it is being sent"
+        "only a stuck transfer is read while it is being sent"
     )
     assert queue.claim(queue_id) == [] == queue.claim(queue_id, worker=queue.register_worker())
 
@@ -201,7 +201,7 @@ def test_expiry_is_decided_only_when_a_try_has_failed(queue: QueueHarness) -> No
     claims = {claim.queue_id: claim for claim in queue.claim()}
     assert len(claims) == 5
     assert queue.complete(claims[failed], Outcome.DEFERRED).state is State.EXPIRED
-    assert queue.delivery(failed)["due_in"] is not None, "the sender is told"
+    assert queue.delivery(failed)["due_in"] is not None, "a DSN is pending"
     assert queue.complete(claims[taken], Outcome.DELIVERED).state is State.DELIVERED
     assert (
         queue.complete(claims[stopped], Outcome.INTERRUPTED, state=State.QUEUED).state

@@ -33,7 +33,7 @@ from relay.queue.outcome import Outcome
 
 QUICK = Timeouts(connect=0.3, io=0.3, reply=0.3, session=5)
 SILENCE = Answer(raw=b"", end="stay")
-LARGE = 12_000_000  # more than two kernels keep between them
+LARGE = 12_000_000  # more than the buffers of both kernels hold
 
 type Run = Callable[[Coroutine[Any, Any, Any]], Any]
 type Body = Callable[[bytes | int], int]

@@ -54,7 +54,7 @@ class Case:
 
     phase: str
     fault: str
-    answer: Answer | str = ""  # or how there is no server
+    answer: Answer | str = ""  # or the reason why no server is reached
     size: int = SMALL
     recipients: int = 1
     cut: int = 0  # so many bytes of the body file are missing
@@ -286,7 +286,7 @@ def test_only_faults_after_the_commit_point_are_uncertain_and_none_of_them_fails
             assert outcome not in ("`uncertain`", "`delivered`"), fault
             assert state != "`delivered`", fault
             assert "UNCERTAIN_DELAY" not in following, fault
-        else:  # only a reply that says that nothing was accepted lets another server have it
+        else:  # only after a reply that accepts nothing another server gets it
             assert ("next server at once" in following) == (
                 fault in ("Z", "D: the relay is not authorized")
             ), fault

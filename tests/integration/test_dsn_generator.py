@@ -1235,7 +1235,7 @@ def test_due_at_and_the_dsn_change_in_one_transaction(harness: DsnHarness) -> No
         if finished:
             return
         assert harness.has_body(queue_id)
-        if harness.dsns(queue_id):  # after the COMMIT: the body stays for housekeeping
+        if harness.dsns(queue_id):  # after the COMMIT: the body stays for the cleaner
             continue
         assert harness.files() <= {queue_id, *harness.dsns()}
         assert len(harness.another().generate(10)) == 1

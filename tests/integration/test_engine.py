@@ -51,7 +51,7 @@ def dead_port() -> Iterator[int]:
     with socket.socket() as taken:
         taken.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # so that a sink may take it over
+        )  # so that a sink may listen there
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
 

@@ -16,7 +16,7 @@ ONE, TWO = "127.0.0.1:6280", "[::1]:628"
 
 @pytest.fixture
 def typed(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
-    monkeypatch.setenv("RELAY_QMQP_SERVERS", "192.0.2.99")  # not what the workers know
+    monkeypatch.setenv("RELAY_QMQP_SERVERS", "192.0.2.99")  # other routes than those of the workers
     return typed_at(queue, spool, monkeypatch)
 
 

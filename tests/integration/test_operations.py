@@ -213,8 +213,8 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness
     assert counts[0] == counts[1] == 6
 
 
-# An operation, its filter, the state that a delivery is in, and what another session makes of it
-# meanwhile.
+# An operation, its filter, the state that a delivery is in, and the state that another session
+# changes it to meanwhile.
 MEANWHILE = {
     "drop what was released": (
         "drop",
@@ -400,9 +400,7 @@ def test_bodies_are_removed_when_no_delivery_needs_them(
     typed("bounce", "--id", null)
     assert "2 bodies" not in typed("drop", "--id", split, "--yes").stdout
     there = {name for name, _ in spool.ids()}
-    assert there == {kept, pending}, (
-        "another delivery needs the one, a notice that is owed the other"
-    )
+    assert there == {kept, pending}, "one is needed by another delivery, the other by a pending DSN"
 
 
 def test_where_the_spool_is_not_mounted_bodies_stay(

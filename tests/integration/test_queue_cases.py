@@ -316,7 +316,7 @@ def test_D1_one_task_delivered_twice_at_once(queue: QueueHarness) -> None:
             for claims in pool.map(task, (queue.register_worker(), queue.register_worker()))
             for claim in claims
         ]
-    both += queue.claim(*ids)  # what each left to the other
+    both += queue.claim(*ids)  # the messages that each of them left to the other
     assert sorted(claim.queue_id for claim in both) == sorted(ids)
     assert {claim.claim for claim in both} == {1}
 
@@ -336,7 +336,9 @@ def test_D2_a_hint_for_an_unknown_or_finished_delivery(harness_with: Open) -> No
 def test_D3_a_repeated_hint_sends_nothing_again(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     (claim,) = queue.claim(queue_id)
-    for _ in range(3):  # whatever its visibility timeout makes of a session that takes an hour
+    for _ in range(
+        3
+    ):  # a visibility timeout does not repeat the task of a session that takes an hour
         queue.pass_time(1200)
         assert queue.renew()
         assert queue.claim(queue_id, worker=queue.register_worker()) == []
@@ -542,7 +544,7 @@ def test_D12_a_body_that_cannot_be_removed_is_not_sent_again(
             until(lambda: mail.state(queue_id) == "delivered")
             assert engine.offer([queue_id]).wait(10)
         assert sink.count == 1
-    assert mail.spool.path(queue_id).exists()  # housekeeping finds it (test_sweeper.py)
+    assert mail.spool.path(queue_id).exists()  # the cleaner finds it (test_sweeper.py)
 
 
 def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(

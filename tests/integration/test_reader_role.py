@@ -102,4 +102,4 @@ def test_existing_role_is_used_and_outlives_a_schema(cluster: Cluster) -> None:
     assert cluster.may_look(ROLE)
     command.downgrade(alembic_config(cluster.login("keeper")), "0001")
     assert not cluster.may_look(ROLE)
-    cluster.do(f"DROP ROLE {ROLE}")  # nothing here knows it any more
+    cluster.do(f"DROP ROLE {ROLE}")  # no object of this database refers to it any more

@@ -523,7 +523,7 @@ def test_C21_a_client_disconnects_before_its_message_is_committed(
         second.send(b"second\r\n.\r\n")
         until(
             lambda: len(running.bodies()) == 2
-        )  # one is being committed, one is stored: no more is taken
+        )  # one is committed, one is stored: no more are read
         third.begin()
         third.send(b"third\r\n.\r\n")
         third.close()
@@ -894,7 +894,7 @@ def test_input_that_has_arrived_is_read_before_a_deadline_counts(
             connection.deadline = 0.0
             overdue.set()
             sent.wait(10)
-            server.next_tick = math.inf  # this machine may be as slow as it likes
+            server.next_tick = math.inf  # the machine may be slow
         tick(server)
 
     with talking(running) as client:
@@ -1151,7 +1151,7 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     program.send("b@example.org", "c@example.org")
     for process in (program.process.pid, *program.spoolers()):
         assert "Umask:\t0077\n" in Path(f"/proc/{process}/status").read_text(), (
-            "whatever is made is ours alone"
+            "only the own user may read new files"
         )
     engine = create_engine(database_url)
     with engine.connect() as connection:
@@ -1259,7 +1259,7 @@ def test_without_free_descriptors_clients_wait_and_are_not_dropped(
             b"x\r\n" * 200_000 + b".\r\n"
         )  # there are descriptors left for a large message
         clients[0].expect(b"250 2.0.0 Ok: queued")
-        for client in clients[1:]:  # all in turn, as those before them leave
+        for client in clients[1:]:  # one after the other, as earlier ones end
             client.expect(b"220")
             client.say(b"QUIT", b"221")
             client.close()

@@ -171,7 +171,7 @@ def test_both_first_halves_refused_with_the_same_reply_bounce_all(
     assert server.accepted == Counter()
     states = Counter(row["state"] for row in family(queue, queue_id))
     assert states == {"split": 2, "bounced": 3}, (
-        "the first half was cut before the second was heard of"
+        "the first half was split before the second was completed"
     )
     assert all(
         (row["due_at"] is not None) == (row["state"] == "bounced")
@@ -213,7 +213,7 @@ def test_halves_may_be_split_at_the_same_time(postgres_queue: QueueHarness) -> N
     refuse(queue, whole, server)
     first, second = queue.claim(queue_id)
     elsewhere = Splitter(queue.database, notices=True)
-    with writing(queue.database) as connection:  # another worker is in the middle of its round
+    with writing(queue.database) as connection:  # another worker is in its transaction
         assert elsewhere.cut(connection, dashed(queue_id), first.number, "no")
         refuse(queue, second, server)
     assert [row["number"] for row in family(queue, queue_id)] == [1, 2, 3, 4, 5, 6, 7]
@@ -521,7 +521,7 @@ def test_every_recipient_ends_once_for_any_bad_recipients(
     deliver(queue, queue_id, server, one_by_one=data.draw(st.booleans()))
     states = became(queue, queue_id)
     assert states == {name: "bounced" if name in bad else "delivered" for name in names}, (
-        "few pieces, distinct words"
+        "few parts, distinct texts"
     )
     assert server.accepted == Counter(set(names) - bad)
     assert server.sends <= LARGEST

@@ -298,7 +298,7 @@ def test_missing_spool_is_not_a_missing_body(spool: Spool) -> None:
     spool.store(queue_id, [b"hello"])
     spool.directory.rename(spool.directory.with_name("elsewhere"))
     for absent in (True, False):
-        os.close(spool.open(queue_id, 5))  # what is there is there
+        os.close(spool.open(queue_id, 5))  # an existing body
         with pytest.raises(OSError) as caught:
             spool.open(new_id(), 5)
         assert caught.value.errno == errno.ENOENT

@@ -72,21 +72,21 @@ ROUTES = ("default", "bulk")
 FAILED = (State.BOUNCED, State.EXPIRED)
 WAITING = (State.QUEUED, State.SENDING, State.DEFERRED)
 SENDERS = ["a@example.com", "a@example.com", "", "#@[]"]
-# The DSNs that it asks for.
+# The DSNs that it requests.
 NOTIFY: dict[str | None, frozenset[str]] = {
     None: frozenset({"failure", "delay"}),
     "FAILURE": frozenset({"failure"}),
     "DELAY": frozenset({"delay"}),
     "NEVER": frozenset(),
 }
-SAME = "user unknown (#5.1.1)"  # what servers say again and again
+SAME = "user unknown (#5.1.1)"  # replies that servers repeat
 BY_OPERATOR = "an operator did that"
 # Everything else happens in both.
 VARIANTS: dict[str, dict[str, Any]] = {
     "warnings": {"delay_warning": WARNING},
     "hold": {"uncertain": "hold"},
 }
-# What happens, and how often for each time that the others do.
+# Events, and their relative frequency.
 HAPPENINGS = [
     what
     for what, often in {
@@ -108,7 +108,7 @@ HAPPENINGS = [
     }.items()
     for _ in range(often)
 ]
-# What a history consists of is Hypothesis' to choose and to shrink; the details are mere chance.
+# Hypothesis chooses and shrinks the events of a history; the details are random.
 CHANCE = st.randoms(use_true_random=True)
 
 
@@ -157,7 +157,7 @@ class Delivery:
     crash_count: int = 0
     pending: str | None = None
     k: bool = False
-    taken: int = 0  # how often the server really took it
+    taken: int = 0  # how often the server really accepted it
     uncertain: set[int] = field(default_factory=set)  # claims of unknown outcome
     outcome: str | None = None  # of the last attempt, and its text
     reply: str = ""
@@ -206,7 +206,7 @@ class History(RuleBasedStateMachine):
         self.received: dict[str, float] = {}
         self.notify: dict[
             tuple[str, str], frozenset[str]
-        ] = {}  # by message and address: what its sender asked for
+        ] = {}  # by message and address: the DSNs that its sender requested
         self.reported: Counter[tuple[str, str]] = (
             Counter()
         )  # by message and address: DSNs that name it
@@ -346,7 +346,7 @@ class History(RuleBasedStateMachine):
         outcome = chance.choice(TOOK if transfer.took else NOT_TOOK)
         half = (
             delivery.parent is not None and chance.random() < 0.7
-        )  # refused as its sibling may be
+        )  # rejected, as its sibling may be
         if last or (half and not transfer.took):
             outcome = Outcome.DELIVERED if transfer.took else Outcome.REJECTED
         state = OUTCOME_POLICY[outcome]
@@ -384,7 +384,7 @@ class History(RuleBasedStateMachine):
             delivery.outcome = record.outcome
             if (
                 record.outcome is not Outcome.UNREACHABLE
-            ):  # else nothing was sent that a worker could have died of
+            ):  # else nothing was sent at which a worker could have crashed
                 delivery.crash_count = 0
         for key in cuts:
             self._cut(key, self.queue[key])

@@ -232,7 +232,7 @@ def test_a_worker_that_renews_in_between_is_not_expired(scene: SweeperHarness) -
     scene.watch(scene.mail.settings.lease - 1)
     scene.mail.change(
         "UPDATE workers SET lease_expires_at = @ago(0.5) WHERE id = :id", id=slow
-    )  # another lease, run out as well
+    )  # another expired lease
     scene.watch(2)
     assert scene.mail.state(queue_id) == "sending"
 
@@ -253,7 +253,7 @@ def test_an_outage_of_the_database_expires_no_worker(
         "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due
     )
     scene.sweeper.sweep()
-    assert scene.mail.state(due) == "deferred"  # our own engine has not renewed yet
+    assert scene.mail.state(due) == "deferred"  # the engine of the test has not renewed yet
     scene.engine.lease.renewed_at = scene.clock.now
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "queued"

@@ -140,7 +140,7 @@ def test_hints_are_delivered_and_sigterm_ends_the_worker(
         until(lambda: home.mail.states() == {"delivered"}, 30, what=home.said)
         hints.close()
         assert "Umask:\t0077\n" in Path(f"/proc/{worker.pid}/status").read_text(), (
-            "whatever it makes is ours alone"
+            "only the own user may read new files"
         )
         assert services.end(worker) == 0
     assert sink.count == len(ids)

@@ -302,7 +302,7 @@ def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
         until(lambda: stands_still(scene.worker.pid))
     expire_worker(scene.mail)
     scene.gates[WAITING].open.set()
-    threading.Event().wait(0.8 * LEASE)  # its own clock has to see that it is late
+    threading.Event().wait(0.8 * LEASE)  # it is late by its own clock
     scene.worker.send_signal(signal.SIGCONT)
     for phase in (WAITING, ANSWERED, UNCLAIMED):
         until_it_is(scene.mail, scene.ids[phase], "delivered")
@@ -313,7 +313,7 @@ def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
     return scene.rows("the worker loses its lease, and continues")
 
 
-# What is at fault is the machine
+# The fault is on the machine
 
 
 def with_files(mail: EngineHarness, sink: Sink) -> list[str]:

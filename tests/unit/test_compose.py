@@ -15,7 +15,7 @@ CODE = "\n".join(
 )
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
-# What the image settles for all its containers; the spool is below STATE_DIR.
+# The settings that the image fixes for all its containers; the spool is below STATE_DIR.
 IN_THE_IMAGE = {"RELAY_STATE_DIR", "RELAY_SPOOL_DIR", "RELAY_SMTP_LISTEN"}
 
 

@@ -137,7 +137,7 @@ def test_change_counts_when_it_is_stable(file: Path) -> None:
     written("")
     assert after(1.0) == ("one", DEFAULT)
     written("# the routes of th")
-    assert after(1.0) == ("one", DEFAULT), "it changes while we look"
+    assert after(1.0) == ("one", DEFAULT), "it changes during a poll"
     written(ONE + ONE.replace("one", "two"))
     assert [after(0.5) for _ in range(3)] == [("one", DEFAULT)] * 3
     assert after(0.5) == ("one", "two", DEFAULT), "a second after it was first seen like this"

@@ -139,7 +139,7 @@ DATA = b"DATA\r\n"
             (b"RCPT TO:<a@denied>\r\n", b"554 5.7.1"),
             (DATA, b"554 5.5.1"),
         ],
-        # what may come at any time
+        # commands that are valid at any time
         [
             (b"NOOP\r\n", b"250 2.0.0"),
             (b"noop with words\r\n", b"250 2.0.0"),

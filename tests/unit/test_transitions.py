@@ -48,7 +48,7 @@ def test_final_states_stay_unless_a_bounce_is_reclassified() -> None:
     assert {state: successors(state) for state in FINAL if successors(state)} == {
         State.BOUNCED: {State.DEFERRED}
     }
-    assert successors(State.SPLIT) == {State.BOUNCED}, "in the transaction that could not cut it"
+    assert successors(State.SPLIT) == {State.BOUNCED}, "in the transaction that could not split it"
 
 
 def test_every_unfinished_state_leads_to_a_final_one() -> None:
