@@ -48,26 +48,43 @@ def scale_of(base: Scale, **changes: int | None) -> Scale:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="A few minutes: one run of each part, small loads.")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="A minute: every part runs; its figures mean nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few minutes: one run of each part, small loads.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A minute: every part runs; its figures mean nothing.")
+    ] = False,
     parts: Annotated[str, typer.Option(help="Some of the parts.")] = PART_NAMES,
     systems: Annotated[str, typer.Option(help="Some of the systems.")] = SYSTEMS,
-    runs: Annotated[int | None, typer.Option(help="How often each part is run on each system.")] = None,
+    runs: Annotated[
+        int | None, typer.Option(help="How often each part is run on each system.")
+    ] = None,
     messages: Annotated[int | None, typer.Option(help="Messages of a load.")] = None,
     sessions: Annotated[int | None, typer.Option(help="SMTP sessions at once.")] = None,
     size: Annotated[int | None, typer.Option(help="Bytes of a message.")] = None,
-    singles: Annotated[int | None, typer.Option(help="Messages one at a time, for latency.")] = None,
+    singles: Annotated[
+        int | None, typer.Option(help="Messages one at a time, for latency.")
+    ] = None,
     large: Annotated[int | None, typer.Option(help="Messages of 20 MB.")] = None,
-    directory: Annotated[Path, typer.Option(help="A directory on the disk to use.")] = Path("/var/tmp"),
+    directory: Annotated[Path, typer.Option(help="A directory on the disk to use.")] = Path(
+        "/var/tmp"
+    ),
     results: Annotated[Path, typer.Option(help="Where the JSON file and the plot go.")] = RESULTS,
-    no_postfix_log: Annotated[bool, typer.Option("--no-postfix-log", help="Let Postfix write no log.")] = False,
-) -> None:  # fmt: skip
+    no_postfix_log: Annotated[
+        bool, typer.Option("--no-postfix-log", help="Let Postfix write no log.")
+    ] = False,
+) -> None:
     """Measure the relay, beside Postfix."""
     part_names, system_names = chosen(parts, PART_NAMES), chosen(systems, SYSTEMS)
     scale = scale_of(
-        SMOKE if smoke else QUICK if quick else Scale(), runs=runs, messages=messages,
-        sessions=sessions, size=size, singles=singles, large=large,
-    )  # fmt: skip
+        SMOKE if smoke else QUICK if quick else Scale(),
+        runs=runs,
+        messages=messages,
+        sessions=sessions,
+        size=size,
+        singles=singles,
+        large=large,
+    )
     began = time.monotonic()
     measured = []
     # All files of the run are below one directory, which is removed after the last measurement.
@@ -92,8 +109,10 @@ def main(
         about |= {
             "source, sinks": "Postfix' tools" if find_program("smtp-source") else "our own",
             "command": "python -m bench " + " ".join(sys.argv[1:]),
-            "scale": ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(scale).items()),
-        }  # fmt: skip
+            "scale": ", ".join(
+                f"{key} {value}" for key, value in dataclasses.asdict(scale).items()
+            ),
+        }
         print("\n".join(f"  {key:<38}{value}" for key, value in about.items()), flush=True)
         results.mkdir(parents=True, exist_ok=True)
         file = results / f"{about['when'].replace(':', '')}.json"

@@ -32,14 +32,27 @@ def send(
     message was not accepted.
     """
     command = [
-        sys.executable, "-m", "bench.load",
+        sys.executable,
+        "-m",
+        "bench.load",
         *map(str, (port, messages, size, sessions, int(reuse))),
-    ]  # fmt: skip
+    ]
     if tool := find_program("smtp-source"):
         command = [
-            tool, "-s", str(sessions), "-m", str(messages), "-l", str(size), *["-d"] * reuse,
-            "-f", SENDER, "-t", RECIPIENT, f"127.0.0.1:{port}",
-        ]  # fmt: skip
+            tool,
+            "-s",
+            str(sessions),
+            "-m",
+            str(messages),
+            "-l",
+            str(size),
+            *["-d"] * reuse,
+            "-f",
+            SENDER,
+            "-t",
+            RECIPIENT,
+            f"127.0.0.1:{port}",
+        ]
     cpu = children_cpu_seconds()
     began = time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True)

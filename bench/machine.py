@@ -83,7 +83,7 @@ def wait_until_idle(directory: Path, timeout: float) -> bool:
 
 
 def _output(*command: str) -> str:
-    """What a command says about this source or machine; without it, `unknown`."""
+    """The output of a command about this source or machine; `unknown` if it cannot be run."""
     with suppress(OSError):
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         return result.stdout.strip() or "unknown"

@@ -17,10 +17,20 @@ from relay.db.engine import connect, reading
 
 _MIDDLE = "SELECT CAST(id AS text) FROM messages ORDER BY id DESC LIMIT 1 OFFSET {}"
 SEARCHES = (
-    "sender=sender77@example.com", "sender=*77@example.com", "recipient=recipient5000@d53.example.org",
-    "recipient=*@d53.example.org", "header_message_id=5000@client.example.com", "reply=greylisted", "reply=never+said",
-    "state=deferred", "state=delivered", "state=bounced", "state=held", "state=expired", "state=deferred&reply=never",
-)  # fmt: skip
+    "sender=sender77@example.com",
+    "sender=*77@example.com",
+    "recipient=recipient5000@d53.example.org",
+    "recipient=*@d53.example.org",
+    "header_message_id=5000@client.example.com",
+    "reply=greylisted",
+    "reply=never+said",
+    "state=deferred",
+    "state=delivered",
+    "state=bounced",
+    "state=held",
+    "state=expired",
+    "state=deferred&reply=never",
+)
 
 
 def fetch(url: str) -> float:
@@ -47,8 +57,10 @@ def measure(name: str, url: str, rows: int, runs: int) -> None:
     address = f"127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as state_dir:
         environ = clean_environment() | {
-            "RELAY_DATABASE_URL": url, "RELAY_WEB_LISTEN": address, "RELAY_STATE_DIR": state_dir,
-        }  # fmt: skip
+            "RELAY_DATABASE_URL": url,
+            "RELAY_WEB_LISTEN": address,
+            "RELAY_STATE_DIR": state_dir,
+        }
         log = Path(state_dir, "web.log")
         with running((*RELAY, "web"), log, lambda: listens(port), env=environ):
             for path in ("", *searches, f"message/{queue_id}"):

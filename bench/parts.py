@@ -54,9 +54,17 @@ QUICK = Scale(
     messages=1000, large=3, singles=40, connections=(1, 100), slow=500, runs=1, disk_timeout=3.0
 )
 SMOKE = Scale(
-    messages=100, large=1, large_size=2_000_000, singles=10, connections=(1, 10), slow=100, volume=2_000_000,
-    runs=1, disk_timeout=0.1, overdue=0.1,
-)  # fmt: skip
+    messages=100,
+    large=1,
+    large_size=2_000_000,
+    singles=10,
+    connections=(1, 10),
+    slow=100,
+    volume=2_000_000,
+    runs=1,
+    disk_timeout=0.1,
+    overdue=0.1,
+)
 
 
 @dataclass(slots=True)
@@ -94,9 +102,12 @@ class Run:
     ) -> tuple[float, float, float]:
         """As `load.send`; the defaults are those of the scale."""
         return send(
-            self.system.smtp_port, messages, size or self.scale.size,
-            sessions=sessions or self.scale.sessions, reuse=reuse,
-        )  # fmt: skip
+            self.system.smtp_port,
+            messages,
+            size or self.scale.size,
+            sessions=sessions or self.scale.sessions,
+            reuse=reuse,
+        )
 
     def fill_queue(self, *load: int, **how: Any) -> float:
         """Send messages that are not delivered until `system.release`; return the seconds that it
@@ -217,9 +228,30 @@ def _memory(run: Run) -> Figures:
 PARTS = (
     Part("load", "a connection a message", "messages a second", partial(_load, reuse=False)),
     Part("reuse", "connections kept", "messages a second", partial(_load, reuse=True)),
-    Part("two", "two workers, as load", "messages a second", partial(_load, reuse=False), workers=(2,)),
+    Part(
+        "two",
+        "two workers, as load",
+        "messages a second",
+        partial(_load, reuse=False),
+        workers=(2,),
+    ),
     Part("large", "messages of 20 MB", "MB a second", _large),
-    Part("latency", "one message at a time, on an idle system", "ms", _latency, more_is_better=False),
-    Part("slow", "to a server that takes 100 ms", "messages a second", _slow, workers=(1, 2), slow=True),
-    Part("memory", "resident, sum of PSS: smtpd, spooler, worker; all of Postfix", "MiB", _memory, more_is_better=False),
-)  # fmt: skip
+    Part(
+        "latency", "one message at a time, on an idle system", "ms", _latency, more_is_better=False
+    ),
+    Part(
+        "slow",
+        "to a server that takes 100 ms",
+        "messages a second",
+        _slow,
+        workers=(1, 2),
+        slow=True,
+    ),
+    Part(
+        "memory",
+        "resident, sum of PSS: smtpd, spooler, worker; all of Postfix",
+        "MiB",
+        _memory,
+        more_is_better=False,
+    ),
+)

@@ -22,13 +22,15 @@ from bench.results import COST, ROLES, without_failures
 # Title, and the parts of the panel with the prefix of their figures' names.
 _PANELS = {
     "messages a second": {
-        "load": "a connection a message: ", "reuse": "kept connections: ", "two": "two workers: ",
+        "load": "a connection a message: ",
+        "reuse": "kept connections: ",
+        "two": "two workers: ",
     },
     "messages a second to a server that takes 100 ms": {"slow": ""},
     "MB a second, messages of 20 MB": {"large": ""},
     "ms, one message at a time (less is better)": {"latency": ""},
     "MiB resident, sum of PSS (less is better)": {"memory": ""},
-}  # fmt: skip
+}
 _COST = "CPU a message, microseconds (a connection a message)"
 
 type Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # by name and system
@@ -53,9 +55,12 @@ def draw(document: Mapping[str, Any], file: Path) -> None:
         return
     heights = [1 + len(figures) for figures in panels.values()]
     figure, grid = pyplot.subplots(
-        len(panels), figsize=(11, 0.7 * sum(heights)), height_ratios=heights, squeeze=False,
+        len(panels),
+        figsize=(11, 0.7 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     for axes, (title, figures) in zip(grid.flat, panels.items(), strict=True):
         _draw_panel(axes, figures)
         axes.set_title(title, loc="left")

@@ -31,8 +31,8 @@ _prctl = ctypes.CDLL(None).prctl
 def wait(
     condition: Callable[[], bool], what: str, *, timeout: float = 60.0, pause: float = 0.004
 ) -> float:
-    """Wait for the condition; return the time (time.perf_counter). Raises TimeoutError after `timeout`
-    seconds."""
+    """Wait for the condition; return the time (time.perf_counter). Raises TimeoutError after
+    `timeout` seconds."""
     limit = time.perf_counter() + timeout
     while not condition():
         if time.perf_counter() > limit:
@@ -57,9 +57,14 @@ def running(
     """
     with log.open("wb") as output:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-            preexec_fn=partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGTERM), **options,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGTERM),
+            **options,
+        )
     try:
         wait(lambda: ready() or child.poll() is not None, f"{command} is ready, see {log}")
         if child.poll() is not None:
@@ -107,9 +112,20 @@ def broker(directory: Path) -> Iterator[tuple[int, str, str]]:
     version = subprocess.check_output([program, "--version"], text=True)
     path = directory / "broker.sock"
     command = [
-        program, "--port", "0", "--unixsocket", path, "--unixsocketperm", "600", "--dir", directory,
-        "--save", "", "--appendonly", "no",
-    ]  # fmt: skip
+        program,
+        "--port",
+        "0",
+        "--unixsocket",
+        path,
+        "--unixsocketperm",
+        "600",
+        "--dir",
+        directory,
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+    ]
     with running(command, directory / "broker.log", path.exists) as child:
         yield child.pid, f"redis+socket://{path}", " ".join(version.split()[:3])
 
@@ -132,12 +148,31 @@ def postgresql(directory: Path) -> Iterator[tuple[int, str]]:
     programs = package / "pginstall" / "bin"
     data = directory / "data"
     initdb = (
-        programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale",
-    )  # fmt: skip
+        programs / "initdb",
+        "-D",
+        data,
+        "-U",
+        "postgres",
+        "-A",
+        "trust",
+        "-E",
+        "UTF8",
+        "--no-locale",
+    )
     subprocess.run(initdb, check=True, capture_output=True, **options)
     command = (
-        programs / "postgres", "-D", data, "-k", directory, "-h", "", "-N", "200", "-B", "32MB",
-    )  # fmt: skip
+        programs / "postgres",
+        "-D",
+        data,
+        "-k",
+        directory,
+        "-h",
+        "",
+        "-N",
+        "200",
+        "-B",
+        "32MB",
+    )
     pid_file = data / "postmaster.pid"
     with running(
         command,
@@ -169,16 +204,13 @@ class SinkProcess:
 
 @contextmanager
 def sink(kind: str, directory: Path, delay: float = 0.0) -> Iterator[SinkProcess]:
-    """A `qmqp-sink` or `smtp-sink`.
-
-    Postfix' tools are used where they are installed, because they cost least; with a `delay`
-    (seconds) always our own sink.
-    """
+    """A `qmqp-sink` or `smtp-sink`. Postfix' tools are used where they are installed, because they
+    cost least; with a `delay` (seconds) always the relay's sink."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     command = [sys.executable, "-m", "bench.sink", address, str(delay)]
     if (tool := find_program(kind)) and not delay:
-        # As root, smtp-sink must be told which user to become.
+        # As root, smtp-sink needs the name of the user to become.
         user = ["-u", "nobody"] if kind == "smtp-sink" and os.geteuid() == 0 else []
         command = [tool, "-c", *user, address, "1000"]
     counter = directory / f"{kind}-{port}.count"

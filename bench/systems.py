@@ -32,10 +32,14 @@ _DURABILITY = {
     "postgresql": {
         name: f"SHOW {name}"
         for name in (
-            "server_version", "fsync", "synchronous_commit", "full_page_writes", "wal_sync_method",
+            "server_version",
+            "fsync",
+            "synchronous_commit",
+            "full_page_writes",
+            "wal_sync_method",
         )
     },
-}  # fmt: skip
+}
 _CHECKPOINT = {"sqlite": "PRAGMA wal_checkpoint(PASSIVE)", "postgresql": "CHECKPOINT"}
 # All deliveries that are not finished, each part by an index of its own.
 _UNFINISHED = """SELECT 1 FROM deliveries WHERE state = 'queued'
@@ -125,11 +129,16 @@ class RelaySystem:
             for slow in (False, True)
         }
         self._environment = services.clean_environment() | {
-            "PYTHONPATH": str(services.ROOT), "RELAY_STATE_DIR": str(self.directory), "RELAY_DATABASE_URL": url,
-            "RELAY_BROKER_URL": broker_url, "RELAY_SMTP_LISTEN": f"127.0.0.1:{self.smtp_port}",
-            "RELAY_HOSTNAME": "relay.example.net", "RELAY_MAX_CONNECTIONS_PER_CLIENT": "1000",
-            "RELAY_LOG_FORMAT": "json", "RELAY_SERVER_CONNECTIONS": str(CONCURRENCY),
-        }  # fmt: skip
+            "PYTHONPATH": str(services.ROOT),
+            "RELAY_STATE_DIR": str(self.directory),
+            "RELAY_DATABASE_URL": url,
+            "RELAY_BROKER_URL": broker_url,
+            "RELAY_SMTP_LISTEN": f"127.0.0.1:{self.smtp_port}",
+            "RELAY_HOSTNAME": "relay.example.net",
+            "RELAY_MAX_CONNECTIONS_PER_CLIENT": "1000",
+            "RELAY_LOG_FORMAT": "json",
+            "RELAY_SERVER_CONNECTIONS": str(CONCURRENCY),
+        }
         self._log_numbers = itertools.count(1)
         self._start("smtpd", self.directory / "smtpd.log", lambda: listens(self.smtp_port), stack)
         self._workers = stack.enter_context(ExitStack())
@@ -184,7 +193,8 @@ class RelaySystem:
             self._start("worker", log, partial(_registered, waits_for), self._workers)
 
     def flush(self) -> None:
-        """Write out what a later write-back would otherwise add to a measurement."""
+        """Write dirty pages to the disk, so that a later write-back is not part of a
+        measurement."""
         # Without a transaction, which a checkpoint of SQLite would wait for.
         with closing(self._engine.raw_connection()) as connection:
             connection.cursor().execute(_CHECKPOINT[self._kind])

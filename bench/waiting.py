@@ -34,7 +34,7 @@ from relay.spool.store import Spool
 
 ROUND = 32
 ROUTES = ("default", "dead")
-BLOCK = 10  # idle turns between two looks at the CPU time, which has ticks of 10 ms
+BLOCK = 10  # idle turns between two readings of the CPU time, which has ticks of 10 ms
 
 
 class RelayQueue:
@@ -61,7 +61,7 @@ class RelayQueue:
         self.samples: defaultdict[str, list[float]] = defaultdict(list)
 
     def turn(self) -> None:
-        """Ask what an idle worker asks in a second."""
+        """Run the statements that an idle worker runs in a second."""
         self.rescuer.paused()
         self.rescuer.bring_near(2048, 5400.0, ROUTES)
         self.rescuer.requeue_due(256)
@@ -100,12 +100,18 @@ class RelayQueue:
         self.queue.commit(
             [
                 Completion(
-                    self.worker, claim.queue_id, claim.number, claim.claim, State.DELIVERED,
-                    Outcome.DELIVERED, "ok", tries=[attempt],
+                    self.worker,
+                    claim.queue_id,
+                    claim.number,
+                    claim.claim,
+                    State.DELIVERED,
+                    Outcome.DELIVERED,
+                    "ok",
+                    tries=[attempt],
                 )
                 for claim in claims
             ]
-        )  # fmt: skip
+        )
         completed = time.perf_counter()
         self.samples["accepted a second"].append(ROUND / (accepted - began))
         self.samples["claimed and completed a second"].append(ROUND / (completed - accepted))

@@ -41,8 +41,9 @@ def command[**P](
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
             from relay.settings import unknown_names
 
-            for warning in unknown_names() if warn else ():
-                say(warning)
+            for name, nearest in unknown_names().items() if warn else ():
+                hint = f"; did you mean {nearest}?" if nearest else ""
+                say(f"ignoring {name}, which is not a setting{hint}")
             try:
                 status = function(*args, **kwargs)
             except typer.BadParameter:

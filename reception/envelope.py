@@ -1,6 +1,7 @@
-"""The envelope of a message, and the refusal of a part of it: the terms that every door shares.
+"""The envelope of a message, and the refusal of a part of it: the terms that all front ends share.
 
-A door parses its protocol into these classes, `policy` judges them, and `receiver` stores them.
+A front end parses its protocol into these classes, `policy` decides about them, and `receiver`
+stores them.
 """
 
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field, replace
 class Refused(Exception):
     """A command, a sender or a recipient is refused.
 
-    Its text is the reply without its line end: code, enhanced code (RFC 3463) and words.
+    Its text is the reply without its line end: code, enhanced code (RFC 3463) and text.
     """
 
 

@@ -91,10 +91,10 @@ class ClientPolicy:
         if not self.trusted and not self.policy.serves(recipient):
             raise Refused("554 5.7.1 Relay access denied")
         # `victim%evil.test@allowed.test` is mail to evil.test for a server that knows the percent
-        # hack; `!` and a quoted @ are other spellings of it. Postfix refuses them to strangers
-        # (`allow_untrusted_routing = no`), but its qmqpd trusts its clients and sends such mail
-        # out, so the relay must decide. Address literals need no rule, because they are domains.
-        # Source routes were dropped (RFC 5321, app. C).
+        # hack; `!` and a quoted @ are other spellings of it. Postfix refuses them from untrusted
+        # clients (`allow_untrusted_routing = no`), but its qmqpd trusts its clients and sends such
+        # mail out, so the relay must decide. Address literals need no rule, because they are
+        # domains. Source routes were dropped (RFC 5321, app. C).
         routing_allowed = self.trusted or self.policy.settings.allow_untrusted_routing
         if not routing_allowed and not set("@%!").isdisjoint(recipient.local):
             raise Refused("550 5.7.1 A local part with @, % or ! is not accepted from your address")

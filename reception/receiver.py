@@ -5,9 +5,10 @@ larger one streams to its file in threads, a block at a time and in order, while
 stops reading if too much waits in memory; the spooler then commits its row.
 
 What must stay true: 250 follows the sync of the body and the COMMIT of the row. A body is removed
-only when no row can name it: if the COMMIT is unknown, the client gets 451 and the body stays. Our
-faults are temporary for the client (452 without space, else 451). Octets are claimed from the free
-space before they are written. A reception lives on the loop; at most one thread has its body.
+only when no row can name it: if the COMMIT is unknown, the client gets 451 and the body stays. A
+fault of the relay is temporary for the client (452 without space, else 451). Octets are claimed
+from the free space before they are written. A reception lives on the loop; at most one thread has
+its body.
 """
 
 import asyncio
@@ -85,8 +86,8 @@ class DiskThreads:
 
 @dataclass(slots=True)
 class Receiver:
-    """What receptions share. `descriptors` are those of large messages; receptions wait for one,
-    first come first served."""
+    """The parts that receptions share. `descriptors` are those of large messages; receptions wait
+    for one, first come first served."""
 
     spool: Spool
     spooler: SpoolerClient
@@ -167,7 +168,8 @@ class Reception:
         self.cancel()
 
     def cancel(self) -> None:
-        """No reply is wanted any more. The message is cancelled if it is not committed yet."""
+        """The client needs no reply any more. The message is cancelled if it is not committed
+        yet."""
         self._reply = None
         if self._request:
             self._receiver.spooler.cancel(self._request)
@@ -265,7 +267,7 @@ class Reception:
         now = time.monotonic()
         metrics.RECEIVED_BYTES.inc(self._size)
         metrics.ACCEPT_SECONDS.observe(now - self._ended)
-        late = {} if self._reply else {"told": False}
+        late = {} if self._reply else {"reply_sent": False}
         self._send(f"250 2.0.0 Ok: queued as {self.id}")
         log.info(
             "accepted",
@@ -281,7 +283,7 @@ class Reception:
     def _refuse(self, error: Exception) -> None:
         if self._reply:  # else the client has gone, or has had its reply
             reason = str(error) or type(error).__name__
-            log.error("not accepted", id=self.id, client=self._client.address, reason=reason)
+            log.error("message not stored", id=self.id, client=self._client.address, reason=reason)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         self._send("452 4.3.1 Insufficient system storage" if full else _LOCAL_FAULT)
 
@@ -291,7 +293,7 @@ class Reception:
             reply(text)
 
     def _discard(self) -> None:
-        """Gives back the claim, and removes the file of a message that streamed."""
+        """Ends the claim, and removes the file of a message that streamed."""
         self._claim.end()
         if self._body is not None:
             self._receiver.threads.run(self._remove)

@@ -1,4 +1,4 @@
-"""Free space on the spool's file system, and what unfinished messages claim of it.
+"""Free space on the spool's file system, and the claims of unfinished messages.
 
 `statvfs` is called at most once a second. Between two calls the free space is what the last one
 measured, less every octet that was claimed and was not in a file at that time. A finished message

@@ -54,7 +54,7 @@ class Batch:
 
 
 class Spooler:
-    """Serves the requests that come over `channel`.
+    """Serves the requests that arrive on `channel`.
 
     `commit` is what `GroupCommitter` runs; it takes at most `commit_timeout` seconds.
     """
@@ -96,7 +96,8 @@ class Spooler:
             committer.join()
 
     def _read(self, *, gather: bool) -> bool:
-        """Reads what has come, and waits until there is something; False at the end."""
+        """Reads the requests that have arrived, and waits for one if there are none; False at the
+        end."""
         if gather and len(self._requests) < MAX_BATCH:
             time.sleep(GATHER_TIME)
         while len(self._requests) < MAX_BATCH:
@@ -184,8 +185,8 @@ class Spooler:
 
 
 def main() -> None:
-    """The process: its settings come on standard input; its arguments are the descriptors of the
-    socket and of the spool directory."""
+    """The process: it reads its settings from standard input; its arguments are the descriptors of
+    the socket and of the spool directory."""
     for number in (signal.SIGINT, signal.SIGTERM):  # only the end of the channel ends it
         signal.signal(number, signal.SIG_IGN)
     fields, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our smtpd)

@@ -1,4 +1,4 @@
-"""The spooler's client: the event loop hands messages in and learns when they are stored.
+"""The spooler's client: the event loop passes messages on and gets the results.
 
 `store` makes a request of a message. Requests go to the spooler (reception/spooler.py) while it
 reads; the others wait here, where they can be cancelled. A reply brings the results of a whole
@@ -106,7 +106,7 @@ class SpoolerClient(asyncio.Protocol):
                 self._process.cancel()
 
     async def close(self, seconds: float) -> None:
-        """Lets the spooler finish what it has, for at most so many `seconds`."""
+        """Lets the spooler finish its requests, for at most so many `seconds`."""
         self._closing = True
         for number in [*self._unsent]:
             self._resolve(number, Cancelled())

@@ -1,5 +1,5 @@
 """The durable state of the relay, and what its two halves must agree on.
 
-`smtpd` writes what it accepted here, `worker` takes it from here and records what became of it.
-Neither knows the other: the tables, the body files and the hints are all they share.
+`smtpd` stores accepted mail here. `worker` sends it and records the outcome. Neither imports the
+other: they share only the tables, the body files and the hints.
 """

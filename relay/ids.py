@@ -1,4 +1,4 @@
-"""Queue ids: UUIDv7, made here because Python before 3.14 and PostgreSQL before 18 do not make them.
+"""Queue ids: UUIDv7, made here because Python before 3.14 and PostgreSQL before 18 cannot.
 
 In Python, file names, logs, replies and hints an id is 32 lower-case hex digits; only the database
 has dashes in it. Ids sort by time, so new rows go to the end of every index.

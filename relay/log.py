@@ -30,7 +30,7 @@ and a peer may send such words."""
 
 
 class _Logger:
-    """structlog's logger, made for the first event: commands that log nothing start a tenth sooner."""
+    """structlog's logger, made at the first event: commands that log nothing start sooner."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -65,7 +65,7 @@ def escaped(data: bytes | str, longest: int = 500) -> str:
 
 
 def first_line(error: BaseException | None) -> str:
-    """The first line of an error's text, bounded; SQLAlchemy puts statement and parameters below it."""
+    """The first line of an error's text, bounded; SQLAlchemy puts the statement below it."""
     # `redacted` needs the `@` behind a password, so the text is cut after it.
     return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 

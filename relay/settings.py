@@ -155,7 +155,7 @@ Duration = Annotated[float, from_text(seconds), Field(gt=0)]
 Span = Annotated[float, from_text(seconds), Field(ge=0)]
 Size = Annotated[int, from_text(size), Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
-Words = Annotated[tuple[str, ...], NoDecode, _WORDS]
+Texts = Annotated[tuple[str, ...], NoDecode, _WORDS]
 Listens = Annotated[
     tuple[Annotated[tuple[str, int], from_text(parse_listen)], ...], NoDecode, _WORDS
 ]
@@ -217,7 +217,7 @@ class Settings(BaseSettings):
         default_factory=lambda data: f"redis+socket://{data['state_dir']}/broker.sock"
     )
     spool_dir: AbsolutePath = Field(default_factory=lambda data: data["state_dir"] / "spool")
-    qmqp_servers: Words = ()
+    qmqp_servers: Texts = ()
     routes: Path | None = None
     hostname: Hostname = Field(default_factory=socket.gethostname, validate_default=True)
 
@@ -285,7 +285,7 @@ class WorkerSettings(Settings):
     retry_max: Duration = 3600.0
     uncertain: Literal["retry", "hold"] = "retry"
     uncertain_delay: Span = 900.0
-    poison_limit: Annotated[int, Field(ge=3)] = 5  # a delivery is sent alone from the third time on
+    poison_limit: Annotated[int, Field(ge=3)] = 5  # the quarantine begins after two crashes
     remote_control: bool = False
 
     @model_validator(mode="after")
@@ -354,26 +354,24 @@ def _line(detail: Mapping[str, Any]) -> str:
     return f"{name}{'' if 'URL' in name else f' = {value!r}'}: {reason(detail)}"
 
 
-def unwanted(settings: Settings) -> re.Pattern[str]:
+def unauthorized_pattern(settings: Settings) -> re.Pattern[str]:
     """A pattern for replies about this relay and not about the mail; matches nothing if there are
     no patterns.
 
     A server that does not authorize the relay answers with the same D as for a bad recipient:
-    Postfix says "host[ip] is not authorized to use this service".
+    Postfix replies "host[ip] is not authorized to use this service".
     """
     return re.compile("|".join(settings.unauthorized_replies) or r"(?!)", re.IGNORECASE)
 
 
-def unknown_names(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """A warning for each unknown RELAY_ variable, with the most similar known one."""
+def unknown_names(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The unknown RELAY_ variables, each with the most similar setting, or ''."""
     known = names() | {f"{name}_FILE" for name in names()}
-    warnings = []
-    for name in sorted(environ.keys() - known):
-        if name.startswith(PREFIX) and not name.startswith("RELAY_TEST"):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            warnings.append(f"ignoring {name}, which is not a setting{hint}")
-    return warnings
+    return {
+        name: "".join(difflib.get_close_matches(name, known, 1))
+        for name in sorted(environ.keys() - known)
+        if name.startswith(PREFIX) and not name.startswith("RELAY_TEST")
+    }
 
 
 def redacted(text: str) -> str:

@@ -1,5 +1,5 @@
-"""Startup of smtpd and worker: the database is reachable and durable, the schema is current, and the
-spool is the right one.
+"""Startup of smtpd and worker: the database is reachable and durable, the schema is current, and
+the spool is the right one.
 
 An outage does not end a start: services start in any order, for example after a reboot.
 """
@@ -28,8 +28,8 @@ class DurableState:
 
 def ready(settings: Settings) -> DurableState:
     """Wait for the database, then check it and the spool; raises DatabaseError or SpoolError."""
-    for warning in unknown_names():
-        log.warning(warning)
+    for name, nearest in unknown_names().items():
+        log.warning("unknown setting", name=name, nearest=nearest)
     os.umask(0o077)  # commands do this too; a worker that `celery` starts is not one
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = database.connect(settings.database_url, hot=True)
@@ -41,8 +41,8 @@ def _checked(settings: Settings, engine: Engine) -> DurableState:
     faults = [] if settings.unsafe_durability else database.check_durable(engine)
     if faults:
         raise database.DatabaseError(
-            f"{redacted(settings.database_url)} would lose mail at a power cut: {', '.join(faults)};"
-            " turn it on, or set RELAY_UNSAFE_DURABILITY=1 for a test"
+            f"{redacted(settings.database_url)} would lose mail at a power failure:"
+            f" {', '.join(faults)}; turn it on, or set RELAY_UNSAFE_DURABILITY=1 for a test"
         )
     spool = Spool(settings.spool_dir)
     spool.prepare(engine, unsafe=settings.unsafe_durability)

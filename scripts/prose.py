@@ -19,7 +19,7 @@ PAGES = ("*.md", "docs/*.md", "docs/decisions/*.md")
 
 # The checks of proselint that are off here. Each has its reason; a new one needs a reason too.
 OFF = {
-    "typography.symbols.curly_quotes",  # pages are ASCII, so that their text can be typed and grepped
+    "typography.symbols.curly_quotes",  # pages are ASCII, so that they can be typed and grepped
     "typography.symbols.ellipsis",  # the same
     "typography.symbols.multiplication",  # the same
     "typography.diacritical_marks",  # the command `resume` and the verb are not a résumé
@@ -63,9 +63,8 @@ def main(names: list[str]) -> int:
             result = finding.check_result
             if not cuts_a_word(prose.content, result.span[1]):
                 line, column = finding.pos
-                print(
-                    f"{path}:{line}:{column}: {result.check_path}: {' '.join(result.message.split())}"
-                )
+                text = " ".join(result.message.split())
+                print(f"{path}:{line}:{column}: {result.check_path}: {text}")
                 count += 1
     return 1 if count else 0
 

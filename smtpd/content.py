@@ -1,4 +1,4 @@
-"""The decoder of what follows DATA: from dotted CRLF lines to the LF text that QMQP carries.
+"""The decoder of content: from dotted CRLF lines to the LF text that QMQP carries.
 
 A block is searched and translated whole, in C, never line by line. Bytes that may begin the end
 (`CR LF . CR LF`, cut anywhere) wait in a carry of at most four bytes for the next block. The carry

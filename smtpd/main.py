@@ -41,7 +41,7 @@ def offered_size(limit: int, routes: Routes) -> int:
 def run(settings: SmtpdSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status.
 
-    Raises SettingsError, SpoolerError, and what `ready` raises.
+    Raises SettingsError, SpoolerError, and the errors of `ready`.
     """
     policy = Policy(settings)
     routes = Routes.load(settings)

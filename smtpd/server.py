@@ -6,7 +6,7 @@ deadlines of all connections, so that no connection needs a timer.
 
 What must stay true: a deadline counts only after the input that had arrived by then was read.
 Timers run before sockets, so a process that was stopped would find every deadline passed, and would
-send 451 for messages that are stored. Reading stops while the client does not read our replies,
+send 451 for messages that are stored. Reading stops while the client does not read its replies,
 while the disk is behind with its message, and while too much input waits behind a message.
 """
 
@@ -43,7 +43,7 @@ from smtpd.session import (
 LISTEN_BACKLOG = 1024
 """Connections that wait to be accepted."""
 INPUT_LIMIT = 64 * 1024
-"""Octets that a client may send behind a message whose reply is due."""
+"""Octets that a client may send after a message whose reply is due."""
 LINGER_TIMEOUT = 10.0
 """Seconds for the last reply to leave."""
 LATE_TICK = 1.0
@@ -53,8 +53,7 @@ READ_DELAY = 0.01
 """Seconds from a tick to the check of deadlines: the loop reads in between what has arrived."""
 MIN_RATE = 500
 """Octets a second of content from an untrusted client, on average over RATE_WINDOW. Without it, 5
-octets in five minutes would hold a connection and the space of a message for years. Modems of 1990
-were faster."""
+octets in five minutes would hold a connection and the space of a message for years."""
 RATE_WINDOW = 60.0  # seconds
 
 _STOPPING = "421 4.3.2 Service is stopping"
@@ -64,7 +63,8 @@ log = get_logger(__name__)
 
 @dataclass(slots=True)
 class SmtpServer:
-    """What connections share. `size_limit` is called every second, because routes may change it.
+    """The state that connections share. `size_limit` is called every second, because routes may
+    change it.
 
     A connection whose descriptor is `last_descriptor` or higher pauses accepting.
     """
@@ -209,7 +209,7 @@ class SmtpServer:
         self.greeting = Greeting(self.settings.hostname, self.size_limit())
 
     def check_deadlines(self, now: float) -> None:
-        """Ends what was overdue at the tick, `now`, and still is."""
+        """Ends connections and requests that were overdue at the tick, `now`, and still are."""
         for connection in tuple(self.connections):
             connection.check_deadlines(now)
         self.receiver.spooler.check_deadlines(now)
@@ -233,7 +233,7 @@ class SmtpConnection(asyncio.Protocol):
         self.transport = transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         server = self._server
-        # Without a peer the client has gone already.
+        # Without a peer the client has already closed the connection.
         self.client = server.policy.client(peer[0] if peer else "::")
         server.connections.add(self)
         metrics.SESSIONS.inc()
@@ -288,7 +288,7 @@ class SmtpConnection(asyncio.Protocol):
         self._throttle()
 
     def check_deadlines(self, now: float) -> None:
-        """Ends what takes too long: the last reply, our reply to a message, the client."""
+        """Ends a last reply, a reply to a message, or a client that takes too long."""
         if self.session.closed:
             if now > self.deadline:
                 self.transport.abort()

@@ -33,12 +33,12 @@ FREE_COMMANDS = 100
 """Commands of an untrusted client without an accepted message, after which each one costs TARPIT.
 
 Postfix' smtpd_junk_command_limit is 100. Only an accepted message resets the count, as in Postfix;
-RSET does not, because a client could repeat it for ever. Recipients of the open transaction do not
+RSET does not, because a client could repeat it forever. Recipients of the open transaction do not
 count: a server must accept at least 100 (RFC 5321, 4.5.3.1.8), and MAX_RECIPIENTS may be more."""
 COMMAND_LIMIT = 200  # of these, after which the connection is closed
 TARPIT = 1.0  # seconds
 ENDLESS = 1 << 20
-"""Octets of a line, or of content that is not stored, after which its end is not awaited."""
+"""Octets of a line, or of content that is not stored, after which the connection is closed."""
 
 _OK = "250 2.0.0 Ok"
 _TOO_LONG = "500 5.5.2 Line too long"
@@ -50,7 +50,7 @@ _TLS_HANDSHAKE = b"\x16\x03"
 
 @dataclass(frozen=True, slots=True)
 class MailStarted:
-    """The client was told to send its message."""
+    """The client got 354 and may send its message."""
 
     envelope: Envelope
 
@@ -94,7 +94,7 @@ class SessionState(IntEnum):
 
 
 class Greeting(NamedTuple):
-    """What a session tells its client about this host."""
+    """The facts about this host that a session sends."""
 
     hostname: str
     max_message_size: int
@@ -103,7 +103,7 @@ class Greeting(NamedTuple):
 class Session:
     """One connection's dialogue.
 
-    Call `start`, then `receive` and `reply`; after each send `replies`, then look at `closed`.
+    Call `start`, then `receive` and `reply`; after each send `replies`, then check `closed`.
     `pause` is the seconds after which `resume` is due (0: in the next turn of the loop), or None;
     input waits until then. The driver sets `halted` while the client does not read.
     """
@@ -163,12 +163,12 @@ class Session:
         return self._advance()
 
     def refuse_content(self) -> None:
-        """The message cannot be stored, which `reply` will say. Its content is read to the end, or
-        to ENDLESS."""
+        """The message cannot be stored; `reply` brings the reason. Its content is read to the end,
+        or to ENDLESS."""
         self._unwanted = True
 
     def reply(self, reply: str) -> list[Event]:
-        """Answers the message after `DataComplete`, and goes on with the input behind it."""
+        """Replies to the message after `DataComplete`, and continues with the input after it."""
         if self.state is not SessionState.AWAIT_REPLY:
             raise RuntimeError("no reply is due")
         self.state = SessionState.READY
@@ -431,4 +431,4 @@ COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
     b"HELP": ("214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
     **dict.fromkeys(_HTTP_METHODS, (Session._http,) * 4),
 }
-"""What a command does in each state, or its reply there."""
+"""The method of a command in each state, or its reply."""

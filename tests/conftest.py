@@ -1,12 +1,12 @@
 """Fixtures that every test may use: real databases, a real broker, a spool, and children that end
 with their test.
 
-    database_url    a freshly migrated database of its own, once on SQLite and once on PostgreSQL
-    sqlite_url, postgres_url    the same on that one alone
-    postgres        the PostgreSQL server, for faults: stop, kill, pause; it is put right again after the test
+    database_url    a new migrated database, once on SQLite and once on PostgreSQL
+    sqlite_url, postgres_url    a new migrated database of that kind
+    postgres        the PostgreSQL server, for faults: stop, kill, pause; repaired after the test
     broker          a Valkey of its own, for faults as well; `broker_url` is its URL
-    spool           an empty `Spool` with an identity; `spool.prepare(engine)` marries it to a database
-    spawn           start a command; what still runs when the test ends is killed
+    spool           an empty `Spool` with an identity; `spool.prepare(engine)` binds a database
+    spawn           starts a command; a command that still runs when the test ends is killed
 
 RELAY_TEST_POSTGRES_URL names a PostgreSQL to use in place of our own (a superuser's URL; databases
 named relay_test_* are made and dropped in it). RELAY_TESTS_NO_SKIP=1 makes a skipped test a failed
@@ -41,12 +41,12 @@ from tests.services import Broker, Postgres
 hypothesis_settings.register_profile("relay", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("relay")
 
-# Hundreds of processes are started: compiling our code anew in each would be a fifth of the time
+# Hundreds of processes are started: compiling the code in each would be a fifth of the time
 # that tests take.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# What the developer's shell says to their own relay is nothing to the tests', nor to what they
+# Settings of a relay in the developer's shell must not reach the tests, nor the programs that they
 # spawn.
 for _name in [
     name for name in os.environ if name.startswith("RELAY_") and not name.startswith("RELAY_TEST")
@@ -79,8 +79,8 @@ def logs_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def umask_as_it_was() -> Iterator[None]:
-    """A command that runs in this process changes it; programs of other users must be able to read
-    what is made."""
+    """A command that runs in this process changes the umask; programs of other users must be able
+    to read the created files."""
     before = os.umask(0o022)
     os.umask(before)
     yield
@@ -104,7 +104,7 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Postgres]:
-    """Our own PostgreSQL, one for the session, started at first use."""
+    """A PostgreSQL of the tests, one for the session, started at first use."""
     server = Postgres()
     server.start()
     yield server
@@ -120,7 +120,7 @@ def postgres(postgres_server: Postgres) -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def postgres_maintenance_url(request: pytest.FixtureRequest) -> str:
-    """Where databases are made: the server that RELAY_TEST_POSTGRES_URL names, else our own."""
+    """The server of the databases: that of RELAY_TEST_POSTGRES_URL, else the one of the tests."""
     if given := os.environ.get("RELAY_TEST_POSTGRES_URL"):
         return (
             make_url(given)

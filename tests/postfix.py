@@ -35,7 +35,8 @@ message_size_limit = {size_limit}
 qmqpd_authorized_clients = 127.0.0.1
 qmqpd_error_delay = 0
 in_flow_delay = 0
-header_checks = regexp:{{ {{/^Subject: refuse/ REJECT go away}} {{/^Subject: later/ REJECT 4.7.1 not now}} }}
+header_checks = regexp:{{ {{/^Subject: refuse/ REJECT go away}}
+  {{/^Subject: later/ REJECT 4.7.1 not now}} }}
 body_checks = regexp:{{ {{/^Subject: refuse/ REJECT not even enclosed}} }}
 """
 
@@ -89,8 +90,8 @@ def program(name: str) -> str:
 
 
 class QmqpSink(ServerProcess):
-    """`qmqp-sink`: takes everything and says `3:KOk,`. What load is measured against; `port` on the
-    loopback."""
+    """`qmqp-sink`: accepts everything and replies `3:KOk,`. Loads are measured with it; it listens
+    on `port` of the loopback."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -127,8 +128,22 @@ class Postfix(ServerProcess):
         daemons = Path(program("master")).parent
         queue = self.directory / "queue"
         self.directory.chmod(0o755)
-        for name in ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "maildrop", "pid",
-                     "private", "public", "saved", "trace"):  # fmt: skip
+        for name in (
+            "active",
+            "bounce",
+            "corrupt",
+            "defer",
+            "deferred",
+            "flush",
+            "hold",
+            "incoming",
+            "maildrop",
+            "pid",
+            "private",
+            "public",
+            "saved",
+            "trace",
+        ):
             self._make(queue / name, 0o700)
         os.chown(queue, 0, 0)
         os.chown(queue / "pid", 0, 0)

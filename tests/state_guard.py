@@ -23,7 +23,8 @@ _REFUSED = f"""NEW.state <> OLD.state AND (OLD.state || ' ' || NEW.state) NOT IN
 _SQLITE = f"""CREATE TRIGGER state_guard AFTER UPDATE OF state ON deliveries WHEN {_REFUSED}
     BEGIN SELECT RAISE(ABORT, 'TRANSITIONS does not name this change of state'); END"""
 _POSTGRESQL = (
-    f"""CREATE FUNCTION state_guard() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF {_REFUSED} THEN
+    f"""CREATE FUNCTION state_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN IF {_REFUSED} THEN
     RAISE EXCEPTION 'TRANSITIONS does not name this change of state: % to %', OLD.state, NEW.state;
     END IF; RETURN NULL; END $$""",
     """CREATE TRIGGER state_guard AFTER UPDATE OF state ON deliveries FOR EACH ROW

@@ -22,12 +22,10 @@ class SetClock:
 def until[T](
     condition: Callable[[], T], timeout: float = 10.0, *, what: str | Callable[[], str] = ""
 ) -> T:
-    """Look at `condition()` until it is true, and give back what it was.
-
-    `timeout` is in seconds; AssertionError after it, with `what` (text, or a function making it
-    then) and the last value seen. The condition is looked at once more after the deadline, so that
-    a slow machine gets a fair last look.
-    """
+    """Call `condition()` until its result is true, and return the result. After `timeout` seconds
+    raises AssertionError with `what` (text, or a function that makes it then) and the last result.
+    The condition is called once more after the deadline, so that a slow machine gets a last
+    chance."""
     deadline = time.monotonic() + timeout
     pause = threading.Event()
     while True:
@@ -36,10 +34,10 @@ def until[T](
         if seen:
             return seen
         if late:
-            words = (
+            description = (
                 what() if callable(what) else what or getattr(condition, "__name__", "condition")
             )
-            raise AssertionError(f"not so after {timeout:g} s: {words} (last seen: {seen!r})")
+            raise AssertionError(f"not so after {timeout:g} s: {description} (last seen: {seen!r})")
         pause.wait(0.02)
 
 

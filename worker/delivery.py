@@ -28,7 +28,7 @@ from relay.queue.outcome import NO_REQUEST, Outcome
 from relay.queue.split import TOO_MANY_RECIPIENTS, can_carry
 from relay.queue.states import OUTCOME_POLICY, State, Wait
 from relay.routes import NO_SERVER, Route, Server
-from relay.settings import WorkerSettings, unwanted
+from relay.settings import WorkerSettings, unauthorized_pattern
 from worker.backoff import delay, jitter
 from worker.circuit_breaker import ConnectionSlot, ServerPool
 
@@ -117,7 +117,7 @@ class TransferConfig:
         self.settings = settings
         self.servers = servers
         self.may_commit = may_commit
-        self.unauthorized = unwanted(settings)
+        self.unauthorized = unauthorized_pattern(settings)
         self.timeouts = client.Timeouts(
             connect=settings.connect_timeout,
             io=settings.io_timeout,

@@ -37,7 +37,7 @@ from relay.queue.accept import Acceptor, NewMessage, NewRecipient
 from relay.queue.outcome import Outcome
 from relay.queue.split import can_carry
 from relay.queue.states import ReasonSource
-from relay.settings import Settings, unwanted
+from relay.settings import Settings, unauthorized_pattern
 from relay.spool.retention import deletable_bodies
 from relay.spool.store import BodyUnsendable, Spool
 
@@ -80,7 +80,7 @@ class DsnGenerator:
         self._refused = refused
         self._queries = Queries(engine, __name__, gather=GATHER, limit=LIMIT)
         self._postmaster = {"postmaster", f"postmaster@{settings.hostname}".lower()}
-        self._unauthorized = unwanted(settings)
+        self._unauthorized = unauthorized_pattern(settings)
         self._acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
         # Messages that failed here, each with the time of its next try (`time.monotonic`).
         self._put_off: dict[str, float] = {}

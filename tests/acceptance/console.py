@@ -32,7 +32,8 @@ SERVER = "qmqp.example.net:628"
 
 @dataclass(slots=True)
 class Scenario:
-    """The created mail: recipients by the state of their delivery, ids by state, and other counts."""
+    """The created mail: recipients by the state of their delivery, ids by state, and other
+    counts."""
 
     recipients: Counter[str] = field(default_factory=Counter)
     ids: dict[str, list[str]] = field(default_factory=dict)
@@ -142,15 +143,15 @@ def questions(database: str) -> list[list[str]]:
 
 @dataclass(slots=True)
 class Page:
-    """An answer: its status, its headers, its text, and the words that a person sees."""
+    """A response: its status, headers and text, and the visible text."""
 
     status: int
     headers: dict[str, str]
     text: str
 
     @property
-    def words(self) -> str:
-        text = re.sub(r"<wbr>|</?span[^>]*>", "", self.text)  # they separate no words
+    def visible_text(self) -> str:
+        text = re.sub(r"<wbr>|</?span[^>]*>", "", self.text)  # they are inside words
         return unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)))
 
 

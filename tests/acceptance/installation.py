@@ -43,9 +43,13 @@ class Installation:
         self.dialect = dialect_of(self.database)
         self.spool = directory / "var" / "spool"
         self.settings = {
-            "STATE_DIR": str(directory / "var"), "DATABASE_URL": database_url, "BROKER_URL": self.broker.url,
-            "SMTP_LISTEN": f"127.0.0.1:{self.port}", "HOSTNAME": "relay.example.com", **settings,
-        }  # fmt: skip
+            "STATE_DIR": str(directory / "var"),
+            "DATABASE_URL": database_url,
+            "BROKER_URL": self.broker.url,
+            "SMTP_LISTEN": f"127.0.0.1:{self.port}",
+            "HOSTNAME": "relay.example.com",
+            **settings,
+        }
         self.log = directory / "log"
         self.children: list[subprocess.Popen[Any]] = []
 
@@ -59,13 +63,16 @@ class Installation:
 
     # Processes
 
-    def begin(self, *words: str, **settings: str) -> subprocess.Popen[Any]:
-        """Start `python -m WORDS`."""
+    def begin(self, *arguments: str, **settings: str) -> subprocess.Popen[Any]:
+        """Start `python -m ARGUMENTS`."""
         with self.log.open("ab") as log:
             child = spawn(
-                [sys.executable, "-m", *words], env=relay_environ(**{**self.settings, **settings}),
-                stdout=log, stderr=log, cwd=ROOT,
-            )  # fmt: skip
+                [sys.executable, "-m", *arguments],
+                env=relay_environ(**{**self.settings, **settings}),
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+            )
         self.children.append(child)
         return child
 
@@ -107,7 +114,8 @@ class Installation:
         return end(child, number)
 
     def log_text(self) -> str:
-        """The processes that ended, and the last lines of the log without those about each message."""
+        """The processes that ended, and the last lines of the log without those about each
+        message."""
         ended = [
             f"{child!r} (pid {child.pid})" for child in self.children if child.poll() is not None
         ]
@@ -157,8 +165,10 @@ class Installation:
 
     def attempts(self, recipient: str) -> list[tuple[str | None, str, str]]:
         """Server, outcome and reply of each try for a recipient, in order."""
-        sql = """SELECT a.server, a.outcome, a.reply FROM attempts a JOIN recipients r ON r.queue_id = a.queue_id
-            AND r.delivery = a.delivery WHERE r.address = :r ORDER BY a.queue_id, a.claim, a.attempt_index"""
+        sql = """SELECT a.server, a.outcome, a.reply FROM attempts a JOIN recipients r
+            ON r.queue_id = a.queue_id
+            AND r.delivery = a.delivery WHERE r.address = :r ORDER BY a.queue_id, a.claim,
+            a.attempt_index"""
         return [tuple(row) for row in self.rows(sql, r=recipient)]
 
     def until_state(self, recipient: str, state: str, timeout: float = 30.0) -> Any:
@@ -214,7 +224,7 @@ def smtp_source(
 
 
 def installed(name: str) -> str:
-    """The path of a program that is not ours; the test is skipped if it is not installed."""
+    """The path of a foreign program; the test is skipped if it is not installed."""
     try:
         return program(name)
     except ServiceError as error:
@@ -225,17 +235,17 @@ def submit(client: smtplib.SMTP, *recipients: str, sender: str, body: bytes) -> 
     """One transaction with a body in LF form; the queue id. AssertionError for anything but 250."""
     client.ehlo_or_helo_if_needed()
     text = body.replace(b"\n", b"\r\n")
-    for code, words in (client.mail(sender), *map(client.rcpt, recipients), client.data(text)):
-        assert code == 250, words
-    queued = QUEUED_AS.search(words)
-    assert queued, words
+    for code, reply in (client.mail(sender), *map(client.rcpt, recipients), client.data(text)):
+        assert code == 250, reply
+    queued = QUEUED_AS.search(reply)
+    assert queued, reply
     return queued[1].decode()
 
 
 class Feeder:
     """SMTP clients that send all the time, each message to a recipient of its own, and note which
-    were accepted. A message whose connection broke is not sent again: it may arrive or not, but never
-    twice."""
+    were accepted. A message whose connection broke is not sent again: it may arrive or not, but
+    never twice."""
 
     def __init__(self, port: int, clients: int = 4, *, name: str = "") -> None:
         self.accepted: set[str] = set()
@@ -294,8 +304,8 @@ def accepted_by(*sinks: Sink) -> Counter[str]:
 
 
 def assert_none_lost(installation: Installation, accepted: Iterable[str], *sinks: Sink) -> None:
-    """Assert that no accepted message is lost, and that a server accepted a message twice only after
-    an uncertain attempt."""
+    """Assert that no accepted message is lost, and that a server accepted a message twice only
+    after an uncertain attempt."""
     received = accepted_by(*sinks)
     lost = set(accepted) - received.keys()
     assert not lost, f"accepted with 250 and never accepted by a server: {sorted(lost)[:10]}"

@@ -1,5 +1,4 @@
-"""`qmqp-relay` as people start it, in a process of its own, and the processes that it leaves
-running."""
+"""`qmqp-relay` as a process of its own, and the processes that it leaves running."""
 
 import os
 import re
@@ -25,7 +24,7 @@ QUICK = {
 
 
 def relay_environ(**settings: str) -> dict[str, str]:
-    """The environment of a command: ours without its RELAY_ names, and these settings."""
+    """The environment of a command: that of the tests without RELAY_ names, and these settings."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
     return (
         plain
@@ -35,12 +34,16 @@ def relay_environ(**settings: str) -> dict[str, str]:
     )
 
 
-def command(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run `qmqp-relay WORDS` to its end."""
+def command(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run `qmqp-relay ARGUMENTS` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "commands.cli.main", *words],
-        env=relay_environ(**settings), capture_output=True, text=True, timeout=STARTING, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "commands.cli.main", *arguments],
+        env=relay_environ(**settings),
+        capture_output=True,
+        text=True,
+        timeout=STARTING,
+        check=False,
+    )
 
 
 def processes_of(state_dir: Path) -> list[int]:
@@ -88,8 +91,11 @@ class Up:
         with self.log.open("w") as log:
             self.process = spawn(
                 [sys.executable, "-m", "commands.cli.main", "up", *self.options],
-                env=relay_environ(**self.settings), stdout=log, stderr=log, cwd=ROOT,
-            )  # fmt: skip
+                env=relay_environ(**self.settings),
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+            )
 
     def start(self) -> None:
         """Start it and wait for the banner."""
@@ -121,9 +127,9 @@ class Up:
 
     def child(self, name: str) -> int | None:
         """The pid of the child whose program or command is `name`."""
-        for pid, words in _running(self.state_dir).items():
-            program = words[0].split(b" ")[0]  # Valkey writes more into its title
-            if name.encode() in words or program.endswith(b"/" + name.encode()):
+        for pid, argv in _running(self.state_dir).items():
+            program = argv[0].split(b" ")[0]  # Valkey writes more into its title
+            if name.encode() in argv or program.endswith(b"/" + name.encode()):
                 return pid
         return None
 
@@ -136,10 +142,10 @@ class Up:
             assert client.mail(sender)[0] == 250
             for recipient in recipients:
                 assert client.rcpt(recipient)[0] == 250
-            code, words = client.data(body)
-        assert code == 250, words
-        queued = re.search(rb"queued as ([0-9a-f]{32})", words)
-        assert queued, words
+            code, reply = client.data(body)
+        assert code == 250, reply
+        queued = re.search(rb"queued as ([0-9a-f]{32})", reply)
+        assert queued, reply
         return queued[1].decode()
 
     def states(self) -> dict[str, str]:

@@ -38,8 +38,18 @@ CASES: list[Case] = [
     ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20"}, [6], [4]),
     ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20", PAUSED: "1x20"}, [], [6]),
     # smtpd alone is scraped, and has no transfers of its own.
-    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "2x20", "relay_transfers_open": "0x20"}, [], [6]),
-    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20", "relay_transfers_open": "0x20"}, [6], []),
+    (
+        "RelayQueueIsNotTaken",
+        {OVERDUE: "3x20", SENDING: "2x20", "relay_transfers_open": "0x20"},
+        [],
+        [6],
+    ),
+    (
+        "RelayQueueIsNotTaken",
+        {OVERDUE: "3x20", SENDING: "0x20", "relay_transfers_open": "0x20"},
+        [6],
+        [],
+    ),
     ("RelayHasNoWorkers", {"relay_workers_alive": "2x5 0x20"}, [9], [7]),
     ("RelayUncertain", {"relay_uncertain_attempts": "0x5 1x20"}, [8], [6]),
     ("RelayHeld", {'relay_deliveries{state="held"}': "0x5 1x30"}, [22], [20]),
@@ -47,20 +57,30 @@ CASES: list[Case] = [
     ("RelayDatabaseIsAway", {UP + '{job="a"}': "1x20", UP + '{job="b"}': "1x5 0x15"}, [8], [6]),
     ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
     ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
-    ("RelayBrokerListGrows", {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"}, [12], [10]),
+    (
+        "RelayBrokerListGrows",
+        {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"},
+        [12],
+        [10],
+    ),
     ("RelayCircuitOpen", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
     # The series of a worker begins with its first refusal.
     ("RelayUnauthorized", {RESTS % "unauthorized": "_x30 1x60"}, [31], [29, 60]),
-    ("RelaySlowToAccept", {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"}, [12], [5]),
+    (
+        "RelaySlowToAccept",
+        {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"},
+        [12],
+        [5],
+    ),
     ("RelaySlowToAccept", {ACCEPT % "0.1": "0+9x60", ACCEPT % "+Inf": "0+9x60"}, [], [30]),
-]  # fmt: skip
+]
 
 
-def promtool(*words: str | Path) -> str:
+def promtool(*arguments: str | Path) -> str:
     program = shutil.which("promtool")
     if program is None:
         pytest.skip("no promtool on PATH (Debian: package prometheus)")
-    result = subprocess.run([program, *words], capture_output=True, text=True, check=False)
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -74,7 +94,7 @@ def test_an_alert_fires_only_when_it_should(case: Case, tmp_path: Path):
     alert, series, fires, silent = case
     firing = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
     expected = [(minute, [{"value": 1}]) for minute in fires] + [(minute, []) for minute in silent]
-    told = {
+    cases = {
         "rule_files": [str(RULES)],
         "tests": [
             {
@@ -89,7 +109,7 @@ def test_an_alert_fires_only_when_it_should(case: Case, tmp_path: Path):
             }
         ],
     }
-    (tmp_path / "test.yml").write_text(json.dumps(told))  # YAML, too
+    (tmp_path / "test.yml").write_text(json.dumps(cases))  # YAML, too
     promtool("test", "rules", tmp_path / "test.yml")
 
 
@@ -106,7 +126,7 @@ def test_promtool_accepts_the_scrape_configuration_of_the_guide(tmp_path: Path):
     assert "SUCCESS" in promtool("check", "config", tmp_path / "prometheus.yml")
 
 
-def test_the_guide_says_what_to_do_for_every_alert():
+def test_the_guide_has_a_remedy_for_every_alert():
     assert [alert for alert in re.findall(r"alert: (\w+)", TEXT) if alert not in GUIDE] == []
 
 
@@ -117,8 +137,8 @@ def test_rules_and_guide_name_metrics_that_exist(sqlite_url: str, tmp_path: Path
     found = {metric.name for registry in (REGISTRY, queue) for metric in registry.collect()}
     engine.dispose()
     named, listed = (
-        {re.sub("_(total|bucket)$", "", name) for name in re.findall(r"\brelay_[a-z_]+", words)}
-        for words in (TEXT, "".join(re.findall(r"^\| `relay_.*?\|", GUIDE, re.MULTILINE)))
+        {re.sub("_(total|bucket)$", "", name) for name in re.findall(r"\brelay_[a-z_]+", part)}
+        for part in (TEXT, "".join(re.findall(r"^\| `relay_.*?\|", GUIDE, re.MULTILINE)))
     )
     assert named <= found
     assert listed == {name for name in found if name.startswith("relay_")}

@@ -35,8 +35,12 @@ def server() -> Iterator[QmqpSink]:
 @pytest.fixture(scope="module")
 def accepting(request: pytest.FixtureRequest, install: Install, server: QmqpSink) -> Installation:
     """smtpd alone."""
-    relay = install(request.param, QMQP_SERVERS=f"127.0.0.1:{server.port}", GRACE=f"{GRACE:g}s",
-                    SERVER_CONNECTIONS=str(CONNECTIONS))  # fmt: skip
+    relay = install(
+        request.param,
+        QMQP_SERVERS=f"127.0.0.1:{server.port}",
+        GRACE=f"{GRACE:g}s",
+        SERVER_CONNECTIONS=str(CONNECTIONS),
+    )
     relay.smtpd()
     return relay
 
@@ -95,11 +99,13 @@ def test_all_is_delivered_without_hints(
     relay.until_all_delivered()
     tries = relay.rows(
         """SELECT @micros(a.started_at) AS started, @micros(a.finished_at) AS finished,
-            CASE WHEN w.started_at > m.received_at THEN @micros(w.started_at) ELSE @micros(m.received_at) END AS ready
+            CASE WHEN w.started_at > m.received_at THEN @micros(w.started_at)
+            ELSE @micros(m.received_at) END AS ready
         FROM attempts a JOIN workers w ON w.id = a.worker JOIN messages m ON m.id = a.queue_id
-        WHERE w.pid = :pid AND a.claim = 1 AND a.attempt_index = 1 AND a.outcome = 'delivered' ORDER BY a.started_at""",
+        WHERE w.pid = :pid AND a.claim = 1 AND a.attempt_index = 1 AND a.outcome = 'delivered'
+        ORDER BY a.started_at""",
         pid=worker.pid,
-    )  # fmt: skip
+    )
     assert len(tries) == 2 * HALF
     # The first tries find a free connection; each later one needs that another has ended.
     freed = [0] * CONNECTIONS + sorted(one.finished for one in tries)

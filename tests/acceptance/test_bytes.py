@@ -26,9 +26,11 @@ BLOCK = 64 << 10  # of smtpd, and RELAY_BLOCK_SIZE
 MB = 1 << 20
 GROWTH = 32 * MB
 AT_ONCE = 16
-TRACE = re.compile(rb"\AReceived: from client\.example\.com \(\[127\.0\.0\.1\]\)\n"
-                   rb"\tby relay\.example\.com with ESMTP id ([0-9a-f]{32})\n"
-                   rb"\tfor <[^>]+>; [A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n")  # fmt: skip
+TRACE = re.compile(
+    rb"\AReceived: from client\.example\.com \(\[127\.0\.0\.1\]\)\n"
+    rb"\tby relay\.example\.com with ESMTP id ([0-9a-f]{32})\n"
+    rb"\tfor <[^>]+>; [A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n"
+)
 HEADER = (
     b"From: me@example.com\nReceived: from elsewhere by example.com\nSubject: =?utf-8?q?bytes?=\n\n"
 )
@@ -199,7 +201,7 @@ def test_memory_stays_flat_while_sixteen_of_a_hundred_megabytes_pass(
     """All sixteen at once, first through smtpd, then, as it stood still until then, through the
     worker."""
     worker, smtpd = relay.children
-    for n in range(AT_ONCE):  # the processes allocate what any mail needs
+    for n in range(AT_ONCE):  # the processes allocate the memory of any mail
         relay.send(f"warm-{n}@vast.test")
     relay.until_all_delivered()
     wire = on_the_wire(content(100 * MB, header=True))
@@ -239,7 +241,9 @@ def together(relay: Installation) -> int:
     tries = relay.rows(
         """SELECT @micros(a.started_at), @micros(a.finished_at) FROM attempts a
         JOIN messages m ON m.id = a.queue_id WHERE m.size > :least AND a.outcome = 'delivered'
-        AND EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = m.id AND r.address LIKE :whose)""",
-        least=100 * MB, whose="vast-%",
-    )  # fmt: skip
+        AND EXISTS (SELECT 1 FROM recipients r WHERE r.queue_id = m.id
+        AND r.address LIKE :whose)""",
+        least=100 * MB,
+        whose="vast-%",
+    )
     return sum(started <= min(ended for _, ended in tries) for started, _ in tries)

@@ -15,7 +15,7 @@ from tests.acceptance.stack import StartUp, command
 from tests.services import free_port
 
 
-def test_looking_at_a_relay(start_up: StartUp, tmp_path: Path) -> None:
+def test_commands_show_the_mail_of_a_relay(start_up: StartUp, tmp_path: Path) -> None:
     up = start_up("--demo")
     var = str(up.state_dir)
     address = f"{'long' * 12}@{'sub.' * 8}example.com"
@@ -76,22 +76,24 @@ def test_looking_at_a_relay(start_up: StartUp, tmp_path: Path) -> None:
     assert up.end(signal.SIGINT) == 0
 
 
-@pytest.mark.parametrize("words", [("list",), ("show", "abcdef"), ("stats",), ("check",)])
-def test_where_nothing_was_started_nothing_is_made(tmp_path: Path, words: tuple[str, ...]) -> None:
-    looked = command(*words, STATE_DIR=str(tmp_path / "var"))
-    assert looked.returncode in {2, 3}
-    assert "there is no database" in looked.stdout + looked.stderr
-    assert "Traceback" not in looked.stderr
+@pytest.mark.parametrize("arguments", [("list",), ("show", "abcdef"), ("stats",), ("check",)])
+def test_commands_create_nothing_before_the_first_start(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    result = command(*arguments, STATE_DIR=str(tmp_path / "var"))
+    assert result.returncode in {2, 3}
+    assert "there is no database" in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "var").exists()
 
 
 def test_a_database_out_of_reach(tmp_path: Path) -> None:
     url = f"postgresql://relay:secret@127.0.0.1:{free_port()}/relay"
-    looked = command("list", STATE_DIR=str(tmp_path), DATABASE_URL=url)
-    assert looked.returncode == 3
+    result = command("list", STATE_DIR=str(tmp_path), DATABASE_URL=url)
+    assert result.returncode == 3
     checked = command("check", "--json", STATE_DIR=str(tmp_path), DATABASE_URL=url)
     assert checked.returncode == 3
-    for text in (looked.stderr, checked.stdout, checked.stderr):
+    for text in (result.stderr, checked.stdout, checked.stderr):
         assert "secret" not in text
         assert "Traceback" not in text
 
@@ -122,18 +124,20 @@ def test_files_are_private_and_check_names_those_that_are_not(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [("migrate",), ("list",), ("why", "abcdef"), ("retry", "--all"), ("pause", "--route", "x")],
 )
-def test_a_file_that_is_no_database_is_a_sentence(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_a_file_that_is_no_database_is_a_sentence(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
     file = tmp_path / "m.txt"
     file.write_text("this is text " * 100)
-    looked = command(*words, STATE_DIR=str(tmp_path), DATABASE_URL=f"sqlite:///{file}")
-    assert looked.returncode == 3
-    assert looked.stderr == "qmqp-relay: database: file is not a database; run `qmqp-relay check`\n"
+    result = command(*arguments, STATE_DIR=str(tmp_path), DATABASE_URL=f"sqlite:///{file}")
+    assert result.returncode == 3
+    assert result.stderr == "qmqp-relay: database: file is not a database; run `qmqp-relay check`\n"
 
 
-# For each command that reads settings, one of the other roles' as well.
+# Bad settings of every role, for each command that reads settings.
 BAD = {
     "CLIENT_NETWORKS": ("10.0.0.1/8", "write 10.0.0.0/8"),
     "RECIPIENT_DOMAINS": ("@example.org", "write example.org"),
@@ -142,20 +146,39 @@ BAD = {
     "QMQP_SERVERS": ("mail.example.com:port", "write host, host:port"),
     "LEASE": ("soon", "write 30s"),
 }
-READING = ["up", "smtpd", "worker", "migrate", "check", "list", "show x", "why x", "headers x", "body x", "stats",
-           "retry --all", "hold --all", "release --all", "bounce --all", "drop --all", "pause --route x",
-           "resume --route x", "fsck", "web"]  # fmt: skip
+READING = [
+    "up",
+    "smtpd",
+    "worker",
+    "migrate",
+    "check",
+    "list",
+    "show x",
+    "why x",
+    "headers x",
+    "body x",
+    "stats",
+    "retry --all",
+    "hold --all",
+    "release --all",
+    "bounce --all",
+    "drop --all",
+    "pause --route x",
+    "resume --route x",
+    "fsck",
+    "web",
+]
 
 
-@pytest.mark.parametrize("words", READING)
+@pytest.mark.parametrize("arguments", READING)
 def test_every_command_refuses_a_setting_that_one_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
 ) -> None:
     monkeypatch.setenv("RELAY_STATE_DIR", str(tmp_path / "var"))
     for name, (value, remedy) in BAD.items():
         with monkeypatch.context() as given:
             given.setenv(f"RELAY_{name}", value)
-            refused = CliRunner().invoke(main, words.split())
+            refused = CliRunner().invoke(main, arguments.split())
         assert refused.exit_code == 2, refused.output
         assert f"RELAY_{name}" in refused.output
         assert remedy in refused.output
@@ -163,7 +186,7 @@ def test_every_command_refuses_a_setting_that_one_refuses(
 
 
 @pytest.mark.parametrize(
-    ("words", "settings", "text"),
+    ("arguments", "settings", "text"),
     [
         (("up",), {"SMTP_LISTEN": "nonsense"}, "RELAY_SMTP_LISTEN"),
         (("up",), {"RETRY_MIN": "soon"}, "RELAY_RETRY_MIN"),
@@ -196,7 +219,7 @@ def test_every_command_refuses_a_setting_that_one_refuses(
 def test_wrong_use_is_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    words: tuple[str, ...],
+    arguments: tuple[str, ...],
     settings: dict[str, str],
     text: str,
 ) -> None:
@@ -206,7 +229,7 @@ def test_wrong_use_is_named(
         "relay.log.configure", lambda _settings: None
     )  # to a stream that ends with this test
     refused = CliRunner().invoke(
-        main, words
+        main, arguments
     )  # in this process: a dozen starts of Python would take a while
     assert refused.exit_code == 2, refused.output
     assert text in refused.output

@@ -49,7 +49,7 @@ class Console:
 def console(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Console]:
-    """One for the module: nothing in it changes what another test looks at."""
+    """One scenario for the module: no test changes rows that another test reads."""
     directory = tmp_path_factory.mktemp("console")
     with ExitStack() as stack:
         if request.param == "sqlite":
@@ -87,13 +87,19 @@ def test_every_interface_shows_the_same_numbers(console: Console) -> None:
             row["queue_id"] for row in lines(console.typed("list", "--state", state, "--json"))
         } == set(ids)
 
-    deliveries = Counter({row["state"]: row["n"] for row in console.queue.rows(
-        "SELECT state, count(*) AS n FROM deliveries GROUP BY state")})  # fmt: skip
+    deliveries = Counter(
+        {
+            row["state"]: row["n"]
+            for row in console.queue.rows(
+                "SELECT state, count(*) AS n FROM deliveries GROUP BY state"
+            )
+        }
+    )
     stats = lines(console.typed("stats", "--json"))
-    told: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for row in stats:
-        told[row.get("state", "")] += row["deliveries"] if row["kind"] == "queue" else 0
-    assert +told == deliveries
+        counts[row.get("state", "")] += row["deliveries"] if row["kind"] == "queue" else 0
+    assert +counts == deliveries
     assert sum(row["waiting"] for row in stats if row["kind"] == "age") == sum(unfinished.values())
     assert sum(row["under_5m"] for row in stats if row["kind"] == "age") == sum(unfinished.values())
     (tries,) = console.queue.rows("SELECT count(*) AS n FROM attempts")
@@ -135,7 +141,7 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
 
     before = ages()
     stats = [row for row in lines(console.typed("stats", "--json")) if row["kind"] == "queue"]
-    overview = console.browser.get("/").words
+    overview = console.browser.get("/").visible_text
     registry = CollectorRegistry()
     registry.register(Collected(console.queue.database, console.spool))
     by_metric = {
@@ -149,8 +155,8 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
     )
     assert {row["state"]: row["at"] for row in by_sql if row["at"]} == oldest
     for state in UNFINISHED:
-        told = max(row["oldest_seconds"] for row in stats if row["state"] == state)
-        assert before[state] <= told <= after[state]
+        age = max(row["oldest_seconds"] for row in stats if row["state"] == state)
+        assert before[state] <= age <= after[state]
         assert before[state] <= (by_metric[state] or 0) <= after[state]
     by_state: Counter[str] = Counter()
     for row in stats:
@@ -162,14 +168,16 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
 
 
 def test_the_twenty_questions_are_answered(console: Console) -> None:
-    """docs/inspect.md asks them; the scenario has the answers."""
+    """The questions are those of docs/inspect.md; the scenario has the answers."""
     created, recipients = console.scenario, console.scenario.recipients
     ids = {state: set(some) for state, some in created.ids.items()}
     unfinished = sorted(i for state in UNFINISHED for i in created.ids[state])
     named = {
-        "you@example.org": "many2@example.org", "news@example.com": "sender1@example.com",
-        "<4711@app.example.com>": "<7@example.com>", "019ab3f0-c1d2-7a31-b1f3-a44be53c7f10": dashed(created.possibly_delivered[0]),
-    }  # fmt: skip
+        "you@example.org": "many2@example.org",
+        "news@example.com": "sender1@example.com",
+        "<4711@app.example.com>": "<7@example.com>",
+        "019ab3f0-c1d2-7a31-b1f3-a44be53c7f10": dashed(created.possibly_delivered[0]),
+    }
 
     def ask(query: str) -> list[tuple[Any, ...]]:
         for example, ours in named.items():
@@ -246,33 +254,53 @@ def ids_on(browser: Browser, path: str) -> list[str]:
 
 def test_why_explains_every_state(console: Console) -> None:
     created = console.scenario
-    told = {
+    sentences_of = {
         state: [line for i in ids for line in console.typed("why", i).stdout.splitlines()]
         for state, ids in console.scenario.ids.items()
     }
-    words = {
-        "queued": r"queued(: a worker claims it when a hint arrives|, and overdue for [\w ]+: 1 worker is busy)",
+    patterns = {
+        "queued": (
+            r"queued(: a worker claims it when a hint arrives|, and overdue for [\w ]+: 1 worker"
+            r" is busy)"
+        ),
         "sending": r"being sent by worker \w{12} \(host 1\)",
-        "held": r"held (by .*here|because it cannot be sent: no body).* It stays until an operator releases, bounces or drops it",
+        "held": (
+            r"held (by .*here|because it cannot be sent: no body).* It stays until an operator"
+            r" releases, bounces or drops it"
+        ),
         "delivered": r"delivered \w+ ago to qmqp\.example\.net:628 \(try 1\): its words",
         "dropped": r"dropped by .*here: .*, \w+ ago; no DSN is sent",
-        "deferred": r"deferred(, and overdue for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\)\. If it still fails"
-        r" after [-:0-9 ]+ it expires, (and the sender is told|without a DSN)",
-        "expired": r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its DSN|the send)",
-        "bounced": r"bounced \w+ ago, because qmqp\.example\.net:628 rejected it: 550 5\.1\.1 .*; (its DSN|the sender)",
+        "deferred": (
+            r"deferred(, and overdue for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\)\."
+            r" If it still fails after [-:0-9 ]+ it expires, (and the sender is told|without a DSN)"
+        ),
+        "expired": (
+            r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its"
+            r" DSN|the send)"
+        ),
+        "bounced": (
+            r"bounced \w+ ago, because qmqp\.example\.net:628 rejected it: 550 5\.1\.1 .*; (its"
+            r" DSN|the sender)"
+        ),
     }
-    for state, sentences in told.items():
+    for state, sentences in sentences_of.items():
         for sentence in sentences:
-            assert re.search(f": ({words[state]}).*\\.$", sentence), sentence
+            assert re.search(f": ({patterns[state]}).*\\.$", sentence), sentence
     assert (
-        sum("has been pending for" in sentence for sentence in told["bounced"] + told["expired"])
+        sum(
+            "has been pending for" in sentence
+            for sentence in sentences_of["bounced"] + sentences_of["expired"]
+        )
         == console.scenario.dsns_pending
     )
-    assert sum("it is unknown whether" in sentence for sentence in told["deferred"]) == len(
+    assert sum("it is unknown whether" in sentence for sentence in sentences_of["deferred"]) == len(
         console.scenario.possibly_delivered
     )
     assert (
-        sum("the sender is told by" in sentence for sentence in told["bounced"] + told["expired"])
+        sum(
+            "the sender is told by" in sentence
+            for sentence in sentences_of["bounced"] + sentences_of["expired"]
+        )
         == created.dsns
     )
 
@@ -287,9 +315,12 @@ def test_show(console: Console) -> None:
     (header_id,) = console.queue.rows(
         "SELECT header_message_id AS h FROM messages WHERE id = @id(:id)", id=uncertain
     )
-    duplicate = f" duplicate: possibly delivered to qmqp.example.net:628: search there for {uncertain} or {header_id['h']}\n"
-    for words in (uncertain, duplicate, "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
-        assert words in shown
+    duplicate = (
+        f" duplicate: possibly delivered to qmqp.example.net:628: search there for {uncertain} or"
+        f" {header_id['h']}\n"
+    )
+    for expected in (uncertain, duplicate, "100 bytes", "192.0.2.1 (client.example.com) by ESMTP"):
+        assert expected in shown
     (whole,) = lines(console.typed("show", uncertain, "--json"))
     assert (whole["file_size"], whole["spool_mounted"]) == (100, True)
     assert [(row["outcome"], row["bytes_sent"]) for row in whole["attempts"]] == [("uncertain", 90)]
@@ -312,23 +343,28 @@ def test_pages(console: Console) -> None:
     for state, ids in created.ids.items():
         page = browser.get(f"/message/{ids[0]}")
         assert page.status == 200
-        assert ids[0] in page.words
-        assert state in page.words
-        assert "accepted from" in page.words
+        assert ids[0] in page.visible_text
+        assert state in page.visible_text
+        assert "accepted from" in page.visible_text
     uncertain = created.ids["queued"][0]
-    assert "DSN of" in browser.get(f"/message/{uncertain}").words
-    for path, words in {
-        f"/search?id={created.ids['held'][0][-12:]}": "1", "/search?sender=unknown@example.com": "No mail matches",
-        "/search?id=zz": "is not a queue id", "/search?state=lost": "there is no state", "/search?after=x.y": "",
+    assert "DSN of" in browser.get(f"/message/{uncertain}").visible_text
+    for path, expected in {
+        f"/search?id={created.ids['held'][0][-12:]}": "1",
+        "/search?sender=unknown@example.com": "No mail matches",
+        "/search?id=zz": "is not a queue id",
+        "/search?state=lost": "there is no state",
+        "/search?after=x.y": "",
         f"/search?id={dashed(created.ids['sending'][0])}": "sending",
-        "/search?sender=%3C%3E": "queued", "/search?reply=greylisted": "451 4.7.1", "/search?header_message_id=7@example.com":
-        "sender7@example.com", "/search?recipient=many2@*": "many2@example.org",
-    }.items():  # fmt: skip
+        "/search?sender=%3C%3E": "queued",
+        "/search?reply=greylisted": "451 4.7.1",
+        "/search?header_message_id=7@example.com": "sender7@example.com",
+        "/search?recipient=many2@*": "many2@example.org",
+    }.items():
         page = browser.get(path)
         assert page.status == 200, path
-        assert words in page.words, path
+        assert expected in page.visible_text, path
     assert browser.get(f"/message/{'f' * 32}").status == 404
-    assert "no message has an id" in browser.get(f"/message/{'f' * 32}").words
+    assert "no message has an id" in browser.get(f"/message/{'f' * 32}").visible_text
     assert browser.get("/message/..%2F..%2Fetc").status == 404
     assert browser.get("/nothing").status == 404
 
@@ -344,8 +380,8 @@ def test_pages_with_older_mail_continue_by_key(
     assert len(twice) == 2, "two messages have more than one recipient"
     monkeypatch.setattr("relay.report.queries.SCAN_LIMIT", 5)
     assert ids_on(console.browser, "/search") == ids
-    oldest = "/search?reply=busy"  # nothing newer has these words
-    assert "No mail received since" in console.browser.get(oldest).words
+    oldest = "/search?reply=busy"  # no newer mail has this text
+    assert "No mail received since" in console.browser.get(oldest).visible_text
     assert set(ids_on(console.browser, oldest)) == set(console.scenario.ids["expired"])
 
 
@@ -406,16 +442,16 @@ def test_an_empty_relay_and_one_without_database(
         typed_at(queue, spool, monkeypatch)
         queue.worker_queue.retire(queue.worker)
         with browsing(queue) as browser:
-            overview = browser.get("/").words
-            for words in (
+            overview = browser.get("/").visible_text
+            for expected in (
                 "No mail waits",
                 "No mail was received yet",
                 "No worker is alive",
                 "No server was tried",
             ):
-                assert words in overview
-            assert "No mail matches" in browser.get("/search").words
+                assert expected in overview
+            assert "No mail matches" in browser.get("/search").visible_text
             queue.change("ALTER TABLE messages RENAME TO elsewhere")
             page = browser.get("/search")
-            assert (page.status, "does not answer" in page.words) == (503, True)
+            assert (page.status, "does not answer" in page.visible_text) == (503, True)
             assert "messages" not in page.text, "what the database said is for the log"

@@ -26,8 +26,12 @@ def check(role: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """The check in an interpreter with only the standard library."""
     return subprocess.run(
         [sys.executable, "-I", "-S", SCRIPT, role],
-        env={"PATH": os.environ["PATH"], **environ}, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        env={"PATH": os.environ["PATH"], **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @contextmanager
@@ -40,10 +44,10 @@ def server(*says: bytes, stays: bool = False) -> Iterator[str]:
         def serve() -> None:
             client, _ = listener.accept()
             with client:
-                for number, words in enumerate(says):
+                for number, text in enumerate(says):
                     if number and not client.recv(100):
                         return
-                    client.sendall(words)
+                    client.sendall(text)
                 if stays:
                     done.wait(30)
 
@@ -55,7 +59,7 @@ def server(*says: bytes, stays: bool = False) -> Iterator[str]:
 
 
 # --- smtp
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("banner", [b"220 mx ESMTP\r\n", b"220-mx\r\n220 at your service\r\n"])
@@ -138,7 +142,7 @@ def test_the_real_smtpd_is_healthy_and_logs_no_client(
 
 
 # --- worker
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("age", "status"), [(0, 0), (50, 0), (70, 1), (-30, 0), (-70, 1)])

@@ -33,9 +33,14 @@ from tests.waiting import stands_still, until
 
 LEASE = 2.0
 SETTINGS = {
-    "LEASE": f"{LEASE:g}s", "GRACE": "1s", "UNCERTAIN_DELAY": "1s", "RETRY_MIN": "200ms", "RETRY_MAX": "400ms",
-    "DRAIN_TIMEOUT": "3s", "ACCEPT_DEADLINE": "5s",
-}  # fmt: skip
+    "LEASE": f"{LEASE:g}s",
+    "GRACE": "1s",
+    "UNCERTAIN_DELAY": "1s",
+    "RETRY_MIN": "200ms",
+    "RETRY_MAX": "400ms",
+    "DRAIN_TIMEOUT": "3s",
+    "ACCEPT_DEADLINE": "5s",
+}
 LONG = (
     b"Subject: long\n\n" + (b"z" * 990 + b"\n") * 12_000
 )  # more than the kernel buffers for a peer that does not read
@@ -64,7 +69,8 @@ class KillScenario:
         until(lambda: self.slow.connections > connections, 20, what=self.relay.log_text)
         self.reader.slow_now = False  # for the next connection
         pid = self.relay.rows(
-            "SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker WHERE d.route = 'long'"
+            "SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker WHERE d.route"
+            " = 'long'"
         )[0][0]
         return next(worker for worker in self.workers if worker.pid == pid)
 
@@ -85,9 +91,14 @@ class KillScenario:
         until(lambda: not relay.count("d.state <> 'delivered'"), 60, what=relay.unfinished)
         assert_none_lost(relay, self.accepted, self.sink, self.slow)
         known = {row[0] for row in relay.rows("SELECT @hex(id) FROM messages")}
-        of_killed = {row[0] for row in relay.rows(
-            "SELECT @hex(a.queue_id) FROM attempts a JOIN workers w ON w.id = a.worker WHERE w.pid = :pid", pid=killed
-        )}  # fmt: skip
+        of_killed = {
+            row[0]
+            for row in relay.rows(
+                "SELECT @hex(a.queue_id) FROM attempts a JOIN workers w ON w.id = a.worker WHERE"
+                " w.pid = :pid",
+                pid=killed,
+            )
+        }
 
         def remaining() -> set[str]:
             return {body.name for body in relay.bodies()} - of_killed - self.ignored
@@ -135,7 +146,8 @@ def scene(
 
 def until_expired(relay: Installation, pid: int) -> float:
     """Wait until the worker of that process is expired; the seconds since its last renewal."""
-    sql = """SELECT @micros(ended_at) - @micros(lease_expires_at) FROM workers WHERE pid = :pid AND end_reason = 'vanished'"""
+    sql = """SELECT @micros(ended_at) - @micros(lease_expires_at) FROM workers WHERE pid = :pid
+        AND end_reason = 'vanished'"""
     late = until(lambda: relay.rows(sql, pid=pid), 30, what=relay.log_text)[0][0]
     return float(late) / 1_000_000 + LEASE
 
@@ -159,10 +171,13 @@ def stop_outside_transactions(relay: Installation, worker: subprocess.Popen[Any]
 def writing(relay: Installation) -> bool:
     """Whether a transaction is open."""
     if relay.database.dialect.name == "postgresql":
-        return bool(relay.rows(
-            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            " AND xact_start IS NOT NULL"
-        ))  # fmt: skip
+        return bool(
+            relay.rows(
+                "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <>"
+                " pg_backend_pid()"
+                " AND xact_start IS NOT NULL"
+            )
+        )
     with (relay.directory / "relay.db.lock").open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,8 +215,8 @@ def test_a_worker_that_sleeps_past_its_lease_sends_nothing_twice(scene: KillScen
         scene.finish(feeder)
     outcomes = [what for _, what, _ in scene.relay.attempts("still@long.test")]
     assert outcomes.count("uncertain") == outcomes.count("delivered") == 1
-    # It was stopped before its commit point, and did not pass that point after it woke up without its
-    # lease.
+    # It was stopped before its commit point, and did not pass that point after it woke up without
+    # its lease.
     assert accepted_by(scene.slow)["still@long.test"] == 1
 
 
@@ -256,7 +271,7 @@ def test_accepted_mail_survives_a_killed_database(scene: KillScenario, postgres:
         feeder.until_accepted(50)
         postgres.kill()
         postgres.start()
-        scene.relay.database.dispose()  # our own connections are broken too
+        scene.relay.database.dispose()  # the connections of the test are broken too
         feeder.until_accepted(50)
         scene.finish(feeder, orphans=True)
 

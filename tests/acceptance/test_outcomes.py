@@ -36,16 +36,27 @@ def scene(
     with running_sink(MagicRecipients()) as sink, running_sink(forget) as forgetful:
         dead, late = free_port(), free_port()
         routes = tmp_path_factory.mktemp("routes") / "routes.toml"
-        servers = {"sink": [sink.port], "second": [dead, sink.port], "lost": [forgetful.port, sink.port],
-                   "late": [late]}  # fmt: skip
-        routes.write_text("".join(
-            f'[{name}]\nrecipients = ["{name}.test"]\nservers = {[f"127.0.0.1:{port}" for port in ports]}\n'
-            for name, ports in servers.items()
-        ))  # fmt: skip
+        servers = {
+            "sink": [sink.port],
+            "second": [dead, sink.port],
+            "lost": [forgetful.port, sink.port],
+            "late": [late],
+        }
+        routes.write_text(
+            "".join(
+                f'[{name}]\nrecipients = ["{name}.test"]\nservers ='
+                f" {[f'127.0.0.1:{port}' for port in ports]}\n"
+                for name, ports in servers.items()
+            )
+        )
         relay = install(
-            "postgresql", ROUTES=str(routes), RETRY_MIN="200ms", RETRY_MAX="400ms", UNCERTAIN_DELAY="500ms",
+            "postgresql",
+            ROUTES=str(routes),
+            RETRY_MIN="200ms",
+            RETRY_MAX="400ms",
+            UNCERTAIN_DELAY="500ms",
             LEASE="4s",
-        )  # fmt: skip
+        )
         worker = relay.worker(wait=False)
         relay.smtpd()
         relay.until_registered(worker)
@@ -65,12 +76,12 @@ def test_z_then_k(scene: RoutedInstallation) -> None:
 
 
 def test_d_bounces_with_the_reply_of_the_server_and_a_dsn(scene: RoutedInstallation) -> None:
-    relay, words = scene.relay, "Error: no such mailbox: reject@sink.test"
+    relay, reply = scene.relay, "Error: no such mailbox: reject@sink.test"
     queue_id = relay.send("reject@sink.test", sender="author@sink.test")
     bounced = relay.until_state("reject@sink.test", "bounced")
-    assert (bounced.reason, bounced.attempts) == (words, 1)
+    assert (bounced.reason, bounced.attempts) == (reply, 1)
     assert relay.attempts("reject@sink.test") == [
-        (f"127.0.0.1:{scene.sink.port}", "rejected", words)
+        (f"127.0.0.1:{scene.sink.port}", "rejected", reply)
     ]
     until(
         lambda: relay.rows("SELECT 1 FROM mail_history WHERE dsn_of = :id", id=queue_id),
@@ -78,9 +89,7 @@ def test_d_bounces_with_the_reply_of_the_server_and_a_dsn(scene: RoutedInstallat
     )
     dsn = relay.until_state("author@sink.test", "delivered")
     assert (dsn.sender, dsn.dsn_of) == ("", queue_id)
-    assert (
-        relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0
-    )  # nothing is owed any more
+    assert relay.count("d.state = 'bounced' AND d.due_at IS NOT NULL") == 0  # no DSN is pending
 
 
 def test_the_second_server_when_the_first_is_dead(scene: RoutedInstallation) -> None:
@@ -99,8 +108,9 @@ def test_a_lost_reply_is_uncertain_and_never_failed_over(scene: RoutedInstallati
     relay.send("once@lost.test")
     relay.until_state("once@lost.test", "delivered")
     assert [(who, what) for who, what, _ in relay.attempts("once@lost.test")] == [
-        (server, "uncertain"), (server, "delivered")
-    ]  # fmt: skip
+        (server, "uncertain"),
+        (server, "delivered"),
+    ]
     assert scene.forgetful.count == 2
     assert not [one for one in list(scene.sink.received) if b"once@lost.test" in one.recipients]
 

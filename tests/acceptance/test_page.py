@@ -39,12 +39,12 @@ def test_an_incomplete_link_to_older_mail_is_explained(
     behind = [f"{queue_id}.{position}" for position in ("9" * 23, "-1", "%D9%A3", "1.2", "")]
     for after in (*behind, queue_id, f"{queue_id[-8:]}.1", ".", "x.y", "%00"):
         page = browser.get(f"/search?after={after}")
-        assert (page.status, "this link to older mail is not complete" in page.words) == (
+        assert (page.status, "this link to older mail is not complete" in page.visible_text) == (
             200,
             True,
         ), after
-    assert "no message has an id" in browser.get(f"/search?after={new_id()}.1").words
-    assert "There is no older mail" in browser.get(f"/search?after={queue_id}.1").words
+    assert "no message has an id" in browser.get(f"/search?after={new_id()}.1").visible_text
+    assert "There is no older mail" in browser.get(f"/search?after={queue_id}.1").visible_text
     assert browser.get(f"/search?after={queue_id}.999999999").status == 200
 
 
@@ -55,14 +55,14 @@ def test_a_zero_byte_is_no_outage(at_the_page: tuple[QueueHarness, Browser], nam
     _, browser = at_the_page
     for value in ("%00", "a%00b@example.com", "*%00"):
         page = browser.get(f"/search?{name}={value}")
-        assert (page.status, "no mail has a zero byte in this field" in page.words) == (
+        assert (page.status, "no mail has a zero byte in this field" in page.visible_text) == (
             200,
             True,
         ), value
     assert browser.get("/message/%00").status == 404
 
 
-def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
+def test_an_internal_error_is_a_page_and_a_line_of_the_log(
     at_the_page: tuple[QueueHarness, Browser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, browser = at_the_page
@@ -74,7 +74,7 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
     with capture_logs() as logged:
         page = browser.get("/")
     assert page.status == 500
-    assert "This page failed" in page.words
+    assert "This page failed" in page.visible_text
     assert "inside" not in page.text
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     assert [(line["event"], line["log_level"]) for line in logged] == [("page failed", "error")]
@@ -84,12 +84,18 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
 def did(
     queue: QueueHarness, verb: str, reason: str, seconds_ago: float, *touched: tuple[str, int]
 ) -> None:
-    """A row of `actions`, and what it touched."""
+    """A row of `audit`, and the deliveries that the operation changed."""
     action = new_id()
     queue.change(
-        "INSERT INTO audit VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x', :matched)",
-        id=action, ago=seconds_ago, actor="ops@mx-1", verb=verb, reason=reason, matched=len(touched),
-    )  # fmt: skip
+        "INSERT INTO audit VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x',"
+        " :matched)",
+        id=action,
+        ago=seconds_ago,
+        actor="ops@mx-1",
+        verb=verb,
+        reason=reason,
+        matched=len(touched),
+    )
     for queue_id, number in touched:
         sql = "INSERT INTO audit_deliveries VALUES (@id(:id), :number, @id(:action))"
         queue.change(sql, id=queue_id, number=number, action=dashed(action))
@@ -113,24 +119,43 @@ def test_timeline_shows_operations(
     did(queue, "pause server:qmqp.example.net:628", "it was tried there", 400)
     found = QueueReader(queue.database).actions_on(mine)
     assert [(row["verb"], row["delivery"]) for row in found] == [
-        ("hold", 1), ("hold", 2), ("pause route:other", None), ("resume route:other", None), ("release", 2),
+        ("hold", 1),
+        ("hold", 2),
+        ("pause route:other", None),
+        ("resume route:other", None),
+        ("release", 2),
         ("pause server:qmqp.example.net:628", None),
-    ]  # fmt: skip
+    ]
     assert {**found[0], "acted_at": None} == {
-        "delivery": 1, "acted_at": None, "actor": "ops@mx-1", "verb": "hold", "reason": "the customer <b>asked</b>",
+        "delivery": 1,
+        "acted_at": None,
+        "actor": "ops@mx-1",
+        "verb": "hold",
+        "reason": "the customer <b>asked</b>",
         "filter": "--sender x",
-    }  # fmt: skip
-    shown = browser.get(f"/message/{mine}").words
-    places = [shown.index(words) for words in (
-        "accepted from", "hold delivery 1 by ops@mx-1: the customer <b>asked</b>", "hold delivery 2",
-        "pause route:other by ops@mx-1: maintenance", "resume route:other by ops@mx-1", "release delivery 2",
-        "pause server:qmqp.example.net:628", "deferred delivery 1, try 1",
-    )]  # fmt: skip
+    }
+    shown = browser.get(f"/message/{mine}").visible_text
+    places = [
+        shown.index(expected)
+        for expected in (
+            "accepted from",
+            "hold delivery 1 by ops@mx-1: the customer <b>asked</b>",
+            "hold delivery 2",
+            "pause route:other by ops@mx-1: maintenance",
+            "resume route:other by ops@mx-1",
+            "release delivery 2",
+            "pause server:qmqp.example.net:628",
+            "deferred delivery 1, try 1",
+        )
+    ]
     assert places == sorted(places)
-    for words in ("before it came", "not its way", "not ours"):
-        assert words not in shown
-    queue.change("UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
-                  " queue_id = @id(:id)", id=mine)  # fmt: skip
+    for expected in ("before it came", "not its way", "not ours"):
+        assert expected not in shown
+    queue.change(
+        "UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
+        " queue_id = @id(:id)",
+        id=mine,
+    )
     assert [row["verb"] for row in QueueReader(queue.database).actions_on(mine)][-2:] == [
         "resume route:other",
         "release",
@@ -155,10 +180,12 @@ def test_counts_are_labelled(at_the_page: tuple[QueueHarness, Browser]) -> None:
     queue, browser = at_the_page
     queue.accept("a@example.org", "b@example.org", "c@example.org")
     overview = browser.get("/")
-    assert "Deliveries by state" in overview.words
+    assert "Deliveries by state" in overview.visible_text
     assert re.search(r"<b>1</b> <span class=\"state queued\">", overview.text)
-    assert "3 recipients, newest first" in browser.get("/search?state=queued").words
-    assert "1 recipient, newest first" in browser.get("/search?recipient=a@example.org").words
+    assert "3 recipients, newest first" in browser.get("/search?state=queued").visible_text
+    assert (
+        "1 recipient, newest first" in browser.get("/search?recipient=a@example.org").visible_text
+    )
 
 
 def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[QueueHarness, Browser]) -> None:
@@ -168,9 +195,14 @@ def test_the_newest_bar_is_as_long_as_the_others(at_the_page: tuple[QueueHarness
     queue_id = queue.accept()
     for attempt_index, ago in enumerate((1, 150, 298, 302, 21_000), 1):
         queue.change(
-            "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago + 0.5), @ago(:ago), 'delivered',"
-            " '', 1)", id=queue_id, attempt_index=attempt_index, ago=ago, w=dashed(queue.worker),
-        )  # fmt: skip
+            "INSERT INTO attempts VALUES (@id(:id), 1, 1, :attempt_index, @id(:w), 's', @ago(:ago"
+            " + 0.5), @ago(:ago), 'delivered',"
+            " '', 1)",
+            id=queue_id,
+            attempt_index=attempt_index,
+            ago=ago,
+            w=dashed(queue.worker),
+        )
     now, rows = Statistics(queue.database).history(21_600, 300)
     assert now.tzinfo is not None
     assert [(row["step"], row["tries"]) for row in rows] == [(0, 3), (1, 1), (70, 1)]

@@ -17,36 +17,46 @@ from tests.integration.harness import opened
 from tests.integration.typed import typed_at
 from tests.services import end, spawn
 
-REPLY = "451 4.7.1 <somebody-else@mail-cluster-west.example.net>: greylisted by policy-daemon-2, see http://x.example/a-b"
+REPLY = (
+    "451 4.7.1 <somebody-else@mail-cluster-west.example.net>: greylisted by policy-daemon-2, see"
+    " http://x.example/a-b"
+)
 PEOPLE = (
     "firstname.lastname-billing@mail-cluster-west.example.com",
     "some-body@a-sub-domain.of-a.example.org",
 )
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-# Words whose colour stands out from what is behind them by less than WCAG 2.1 asks for (section
-# 1.4.3): their text.
+# The text of elements whose contrast is less than WCAG 2.1 requires (section 1.4.3).
 FAINT = """(() => {
     const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255)
-        .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126*r + 0.7152*g + 0.0722*b }
+        .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        return 0.2126*r + 0.7152*g + 0.0722*b }
     const behind = e => { const c = getComputedStyle(e).backgroundColor;
         return c == 'rgba(0, 0, 0, 0)' ? behind(e.parentElement) : c }
-    return [...document.querySelectorAll('main *, nav *')].filter(e => e.innerText?.trim() && !e.closest('svg'))
-        .filter(e => { const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
-            return (a + 0.05) / (b + 0.05) < 4.5 }).map(e => e.className + ': ' + e.innerText.slice(0, 40)) })()"""
+    return [...document.querySelectorAll('main *, nav *')]
+        .filter(e => e.innerText?.trim() && !e.closest('svg'))
+        .filter(e => {
+            const both = [light(getComputedStyle(e).color), light(behind(e))]
+            const [a, b] = both.sort((x, y) => y - x)
+            return (a + 0.05) / (b + 0.05) < 4.5 })
+        .map(e => e.className + ': ' + e.innerText.slice(0, 40)) })()"""
 
 
-# What does not fit: boxes with more in them than they show, and what stands beyond the right edge
-# of the screen.
-HIDDEN = """[...document.querySelectorAll('main *')].filter(e => e.clientWidth && !e.closest('input, select'))
+# Elements that do not fit: boxes that hide a part of their content, and elements beyond the right
+# edge of the screen.
+HIDDEN = """[...document.querySelectorAll('main *')]
+    .filter(e => e.clientWidth && !e.closest('input, select'))
     .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline'
         || e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < 0)
     .map(e => e.tagName + '.' + e.className.toString() + ': ' + e.textContent.slice(0, 40))"""
 # Lines that end at a hyphen within a word.
 TORN = """(() => { const found = [], range = document.createRange()
-    const at = (n, i) => { range.setStart(n, i); range.setEnd(n, i + 1); return range.getBoundingClientRect().top }
+    const at = (n, i) => { range.setStart(n, i); range.setEnd(n, i + 1)
+        return range.getBoundingClientRect().top }
     for (const e of document.querySelectorAll('main th, main td, main p, main dd, main .words')) {
         const all = [], walk = document.createTreeWalker(e, NodeFilter.SHOW_TEXT)
-        while (walk.nextNode()) for (let i = 0; i < walk.currentNode.data.length; i++) all.push([walk.currentNode, i])
+        while (walk.nextNode())
+            for (let i = 0; i < walk.currentNode.data.length; i++) all.push([walk.currentNode, i])
         all.forEach(([n, i], k) => { const [m, j] = all[k + 1] ?? [null, 0]
             if (n.data[i] == '-' && m && /\\S/.test(m.data[j]) && at(m, j) > at(n, i) + 5)
                 found.push(e.textContent.slice(0, 60)) }) }
@@ -68,8 +78,10 @@ class Chromium:
         options.append(f"--user-data-dir={directory}")
         self.child = spawn(
             ["bash", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{answers}', program, *options],
-            pass_fds=(theirs, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            pass_fds=(theirs, answers),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(theirs)
         os.close(answers)
         self._read, self._number, self._session = b"", 0, {}
@@ -149,8 +161,11 @@ def seen(
         usual = queue.accept(PEOPLE[1], sender=PEOPLE[0])
         queue.complete(queue.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
         created.add("deferred", usual)
-        queue.change("INSERT INTO open_circuits VALUES (@id(:id), 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
-            id=queue.worker)  # fmt: skip
+        queue.change(
+            "INSERT INTO open_circuits VALUES (@id(:id),"
+            " 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
+            id=queue.worker,
+        )
         with browsing(queue) as browser:
             yield created, browser
 
@@ -164,12 +179,16 @@ def test_page_fits_the_screen_and_shows_its_content(
 ) -> None:
     created, browser = seen
     shown = {
-        "/": "The oldest unfinished message", "/search": HOSTILE[-9:], f"/search?sender={LONG}": "sub.example.com",
-        "/search?sender=unknown": "No mail matches", "/nothing": "Not found", "/search?id=zz": "is not a queue id",
-    } | {f"/message/{ids[-1]}": state for state, ids in created.ids.items()}  # fmt: skip
-    for path, words in shown.items():
+        "/": "The oldest unfinished message",
+        "/search": HOSTILE[-9:],
+        f"/search?sender={LONG}": "sub.example.com",
+        "/search?sender=unknown": "No mail matches",
+        "/nothing": "Not found",
+        "/search?id=zz": "is not a queue id",
+    } | {f"/message/{ids[-1]}": state for state, ids in created.ids.items()}
+    for path, expected in shown.items():
         chromium.look(browser.root + path, width, scheme)
-        assert words in chromium.tells("document.body.innerText"), path
+        assert expected in chromium.tells("document.body.innerText"), path
         assert chromium.tells("document.documentElement.scrollWidth") <= width, (
             f"{path} runs out of the screen"
         )
@@ -239,9 +258,10 @@ def test_graphs_can_be_read(
 ) -> None:
     _, browser = seen
     chromium.look(f"{browser.root}/", width, scheme)
-    texts = chromium.tells("""[...document.querySelectorAll('svg text')].map(e => [e.getBoundingClientRect(), e])
-        .map(([box, e]) => [box.left, box.right, box.height, parseFloat(getComputedStyle(e).fontSize)
-            * e.ownerSVGElement.getScreenCTM().a])""")
+    texts = chromium.tells("""[...document.querySelectorAll('svg text')]
+        .map(e => [e.getBoundingClientRect(), e])
+        .map(([box, e]) => [box.left, box.right, box.height,
+            parseFloat(getComputedStyle(e).fontSize) * e.ownerSVGElement.getScreenCTM().a])""")
     assert len(texts) >= 7 + 2 * 4, "both axes of both graphs"
     for left, right, _, pixels in texts:
         assert 0 <= left < right <= width
@@ -253,12 +273,14 @@ def test_graphs_can_be_read(
     )
     assert len(set(fills)) == 4, "each kind has a colour or a pattern of its own"
     assert sum("url(" in fill for fill in fills) > 0
-    shades = """(() => { const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+    shades = """(() => { const light = c => {
+            const v = c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
             .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
             return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2] }
         const paper = light(getComputedStyle(document.body).backgroundColor)
-        return [...document.querySelectorAll('svg text, svg rect[class], circle')].map(e => getComputedStyle(e).fill)
-            .map(light).map(c => (Math.max(c, paper) + 0.05) / (Math.min(c, paper) + 0.05)) })()"""
+        return [...document.querySelectorAll('svg text, svg rect[class], circle')]
+            .map(e => getComputedStyle(e).fill).map(light)
+            .map(c => (Math.max(c, paper) + 0.05) / (Math.min(c, paper) + 0.05)) })()"""
     assert min(chromium.tells(shades)) >= 4.5
 
 
@@ -266,8 +288,10 @@ def test_tiles_stand_in_columns(chromium: Chromium, seen: tuple[Scenario, Browse
     _, browser = seen
     for width in (360, 1280):
         chromium.look(f"{browser.root}/", width, "light")
-        boxes = chromium.tells("[...document.querySelectorAll('.tile')].map(e => e.getBoundingClientRect())"
-                               ".map(({left, width, height}) => [left, width, height])")  # fmt: skip
+        boxes = chromium.tells(
+            "[...document.querySelectorAll('.tile')].map(e => e.getBoundingClientRect())"
+            ".map(({left, width, height}) => [left, width, height])"
+        )
         assert len(boxes) == 9
         assert (
             len({round(wide) for _, wide, _ in boxes})
@@ -276,5 +300,5 @@ def test_tiles_stand_in_columns(chromium: Chromium, seen: tuple[Scenario, Browse
         )
         assert len({round(left) for left, *_ in boxes}) == (3 if width == 360 else 9)
     assert chromium.tells("document.querySelector('.tile:has(.split)').href") is None, (
-        "it has no recipients to look for"
+        "it has no recipients to search for"
     )

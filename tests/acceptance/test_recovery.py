@@ -18,9 +18,8 @@ from tests.waiting import until
 MANY = 80
 DATABASES = ("sqlite", "postgresql")
 PROMPT = 5.0  # seconds
-RESTART_TIMEOUT = (
-    8.0  # until the first is sent: a rest of 3 s at most, a sweep, and a machine that is busy
-)
+# Seconds until the first is sent: an open circuit of 3 s at most, a sweep, and a busy machine.
+RESTART_TIMEOUT = 8.0
 SLOW = {"RETRY_MIN": "3m", "RETRY_MAX": "1h", "GRACE": "5s"}
 
 
@@ -58,7 +57,10 @@ def sweep(relay: Installation, worker: subprocess.Popen[Any]) -> None:
 
 def span(relay: Installation) -> float:
     """The seconds from the first success to the last."""
-    sql = "SELECT @micros(max(finished_at)) - @micros(min(finished_at)) FROM attempts WHERE outcome = 'delivered'"
+    sql = (
+        "SELECT @micros(max(finished_at)) - @micros(min(finished_at)) FROM attempts WHERE outcome"
+        " = 'delivered'"
+    )
     return float(relay.rows(sql)[0][0]) / 1e6
 
 
@@ -94,9 +96,7 @@ def test_a_worker_sends_what_others_deferred_when_a_server_works(
         assert span(relay) < PROMPT
 
 
-def test_the_first_mail_of_a_relay_whose_server_comes_a_moment_later(
-    install: Install, port: int
-) -> None:
+def test_mail_is_delivered_when_the_first_server_starts_later(install: Install, port: int) -> None:
     relay = install(
         "sqlite", QMQP_SERVERS=f"127.0.0.1:{port}", RETRY_MIN="30s", RETRY_MAX="1h"
     )  # the defaults

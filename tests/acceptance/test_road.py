@@ -19,7 +19,10 @@ from tests.services import ServiceError, temporary_directory
 from tests.waiting import until
 
 MANY = 2000
-LETTER = b"From: me@example.com\nTo: you@sink.test\nSubject: client\n\n.one dot\n..two dots\n.\nThe end.\n"
+LETTER = (
+    b"From: me@example.com\nTo: you@sink.test\nSubject: client\n\n.one dot\n..two dots\n.\n"
+    b"The end.\n"
+)
 
 
 class CountingSink(QmqpSink):
@@ -73,8 +76,8 @@ def relay(
     sink: Sink,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Installation:
-    """On PostgreSQL, with `example.org` going to qmqp-sink, `postfix.test` to qmqpd and `sink.test`
-    to our own sink."""
+    """On PostgreSQL. Mail for `example.org` goes to qmqp-sink, for `postfix.test` to qmqpd, and for
+    `sink.test` to the relay's sink."""
     routes = tmp_path_factory.mktemp("routes") / "routes.toml"
     routes.write_text(f"""
         [qmqpd]
@@ -143,7 +146,7 @@ def test_a_real_qmqpd(relay: Installation, qmqpd: Postfix | None) -> None:
 
 
 @pytest.mark.parametrize("client", ["curl", "smtplib", "swaks"])
-def test_clients_talk_to_it_without_complaint(
+def test_clients_use_it_without_an_error(
     relay: Installation, sink: Sink, tmp_path: Path, client: str
 ) -> None:
     recipient = f"{client}@sink.test"
@@ -152,8 +155,20 @@ def test_clients_talk_to_it_without_complaint(
     address = f"127.0.0.1:{relay.port}"
     match client:
         case "curl":
-            run(["curl", "-sS", "--crlf", f"smtp://{address}", "--mail-from", "me@example.com", "--mail-rcpt",
-                 recipient, "-T", str(letter)])  # fmt: skip
+            run(
+                [
+                    "curl",
+                    "-sS",
+                    "--crlf",
+                    f"smtp://{address}",
+                    "--mail-from",
+                    "me@example.com",
+                    "--mail-rcpt",
+                    recipient,
+                    "-T",
+                    str(letter),
+                ]
+            )
         case "swaks":
             output = run(
                 [

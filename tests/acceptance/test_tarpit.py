@@ -35,10 +35,17 @@ def test_a_server_that_never_replies_delays_no_other_mail(
         servers = ["127.0.0.1:{good.port}"]
     """)
     relay = install(
-        "sqlite", QMQP_SERVERS=f"127.0.0.1:{port}", ROUTES=str(routes), SERVER_CONNECTIONS=str(CONNECTIONS),
-        WORKER_CONNECTIONS="10", UNCERTAIN_DELAY="500ms", RETRY_MIN="200ms", RETRY_MAX="400ms", BATCH_SIZE="8",
+        "sqlite",
+        QMQP_SERVERS=f"127.0.0.1:{port}",
+        ROUTES=str(routes),
+        SERVER_CONNECTIONS=str(CONNECTIONS),
+        WORKER_CONNECTIONS="10",
+        UNCERTAIN_DELAY="500ms",
+        RETRY_MIN="200ms",
+        RETRY_MAX="400ms",
+        BATCH_SIZE="8",
         LEASE="4s",
-    )  # fmt: skip
+    )
     worker = relay.worker(wait=False)
     relay.smtpd()
     relay.until_registered(worker)
@@ -47,7 +54,7 @@ def test_a_server_that_never_replies_delays_no_other_mail(
     ]
 
     with running_sink(Rule(Answer(raw=b"", end="stay")), port=port) as tarpit:
-        for recipient in recipients:  # all mixed: before what need not wait stands what must
+        for recipient in recipients:  # in turns: mail that must wait is before mail that need not
             relay.send(recipient)
 
         def stuck(domain: bytes) -> int:

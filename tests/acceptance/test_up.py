@@ -66,7 +66,7 @@ def test_the_lines_of_the_banner_can_be_pasted_however_long_the_path(
 
 
 def paste(word: str, up: Up, directory: Path) -> None:
-    """Run the line of the banner that has this word, as a person would."""
+    """Run the line of the banner that contains this word."""
     line = next(
         line for line in up.log_text().splitlines() if line.startswith("  ") and f"{word} " in line
     )
@@ -199,7 +199,7 @@ def test_a_second_ctrl_c_kills(start_up: StartUp) -> None:
                 what=up.log_text,
             )
             assert up.running
-            # Within half a second a signal counts as the same one, so ask until it is another.
+            # Within half a second a signal counts as the same one, so send it until it is another.
             until(lambda: _interrupted(up.pid) or not up.running, 10, what=up.log_text)
     assert up.end(signal.SIGCONT) == 0
     assert processes_of(up.state_dir) == []

@@ -79,7 +79,8 @@ def postgres_queue(clean_postgres_url: str) -> Iterator[QueueHarness]:
 
 @dataclass
 class ModuleDatabases:
-    """The module's databases, databases when the first test asks, and what drops them."""
+    """The databases of the module, created for the first test that uses them, and the stack that
+    drops them."""
 
     urls: dict[str, str]
     stack: ExitStack

@@ -1,8 +1,8 @@
 """Harnesses of the queue and of a worker: one database, without SMTP, Celery or processes.
 
-`QueueHarness` does by hand what smtpd, workers, sweepers and operators do to the database.
-`EngineHarness` has a spool too, and runs a worker's engine. Time does not pass by waiting:
-`QueueHarness.pass_time` moves the times in the database back.
+`QueueHarness` runs the statements of smtpd, workers, sweepers and operators. `EngineHarness` has a
+spool too, and runs a worker's engine. Time does not pass by waiting: `QueueHarness.pass_time` moves
+the times in the database back.
 """
 
 import json
@@ -33,11 +33,15 @@ from worker.engine import Engine
 BODY = b"Subject: test\n\nhello\n"
 PLENTY = {"default": 1000}
 OUTCOME_POLICY = {
-    Outcome.DELIVERED: State.DELIVERED, Outcome.DEFERRED: State.DEFERRED,
-    Outcome.REJECTED: State.BOUNCED, Outcome.UNREACHABLE: State.DEFERRED,
-    Outcome.INTERRUPTED: State.DEFERRED, Outcome.UNCERTAIN: State.DEFERRED,
-    Outcome.MALFORMED: State.DEFERRED, Outcome.UNSENDABLE: State.HELD,
-}  # fmt: skip
+    Outcome.DELIVERED: State.DELIVERED,
+    Outcome.DEFERRED: State.DEFERRED,
+    Outcome.REJECTED: State.BOUNCED,
+    Outcome.UNREACHABLE: State.DEFERRED,
+    Outcome.INTERRUPTED: State.DEFERRED,
+    Outcome.UNCERTAIN: State.DEFERRED,
+    Outcome.MALFORMED: State.DEFERRED,
+    Outcome.UNSENDABLE: State.HELD,
+}
 
 
 def new_message(
@@ -119,9 +123,12 @@ class QueueHarness:
         """The completion of a claim: one attempt with this outcome, and the state that follows."""
         attempt = Attempt(1, "qmqp.example.net:628", outcome, "its words", 90, 0.5, 0.1)
         values: dict[str, Any] = {
-            "state": OUTCOME_POLICY[outcome], "reply": attempt.reply, "server": attempt.server,
-            "delay": 30.0, "tries": [attempt],
-        }  # fmt: skip
+            "state": OUTCOME_POLICY[outcome],
+            "reply": attempt.reply,
+            "server": attempt.server,
+            "delay": 30.0,
+            "tries": [attempt],
+        }
         fence = (worker or self.worker, claim.queue_id, claim.number, claim.claim)
         return Completion(*fence, outcome=outcome, **(values | more))
 
@@ -231,11 +238,18 @@ class EngineHarness(QueueHarness):
 
     def __init__(self, database_url: str, spool: Spool, directory: Path, **given: Any) -> None:
         quick: dict[str, Any] = {
-            "lease": 20.0, "grace": 0.2, "retry_min": 0.05, "retry_max": 0.2,
-            "uncertain_delay": 0.1, "connect_timeout": 5.0, "reply_timeout": 5.0,
-            "drain_timeout": 5.0, "queue_lifetime": 5 * 86400.0, "state_dir": directory,
+            "lease": 20.0,
+            "grace": 0.2,
+            "retry_min": 0.05,
+            "retry_max": 0.2,
+            "uncertain_delay": 0.1,
+            "connect_timeout": 5.0,
+            "reply_timeout": 5.0,
+            "drain_timeout": 5.0,
+            "queue_lifetime": 5 * 86400.0,
+            "state_dir": directory,
             "spool_dir": spool.directory,
-        }  # fmt: skip
+        }
         super().__init__(database_url, registered=False, **(quick | given))
         self.spool = spool
         self.spool.prepare(self.database, unsafe=True)
@@ -257,8 +271,10 @@ class EngineHarness(QueueHarness):
             self.spool.store(queue_id, [body])
         message = new_message(
             *(f"{route_for(address)}:{address}" for address in addresses or ("b@example.org",)),
-            queue_id=queue_id, size=len(body), **more,
-        )  # fmt: skip
+            queue_id=queue_id,
+            size=len(body),
+            **more,
+        )
         if has_lock:
             with self.database.begin() as connection:
                 self.acceptor.insert(connection, [message])

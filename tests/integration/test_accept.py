@@ -22,8 +22,7 @@ from tests.waiting import until
 
 
 class AcceptHarness:
-    """A writer of messages, and what it answered: the first answer to each id; a second one is an
-    error."""
+    """A writer of messages, and its results by id. A second result for an id is an error."""
 
     def __init__(self, queue: QueueHarness) -> None:
         self.answers: dict[str, Any] = {}
@@ -62,16 +61,28 @@ def counts(queue: QueueHarness) -> list[int]:
 def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
     about = queue.accept()
     message = new_message(
-        "Zoe@example.org", "bulk:adam@example.org", "mia@example.org", sender="", auth_user="user",
-        header_message_id="<1@x>", body_type="8BITMIME", ret="HDRS", envid="QQ+3D", dsn_of=about,
-        client_trusted=False, dsn_content="header",
-    )  # fmt: skip
+        "Zoe@example.org",
+        "bulk:adam@example.org",
+        "mia@example.org",
+        sender="",
+        auth_user="user",
+        header_message_id="<1@x>",
+        body_type="8BITMIME",
+        ret="HDRS",
+        envid="QQ+3D",
+        dsn_of=about,
+        client_trusted=False,
+        dsn_content="header",
+    )
     message.recipients[0] = message.recipients[0]._replace(
         notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org"
     )
     queue.acceptor.commit([message])
-    (row,) = queue.rows("SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
-                         " WHERE id = @id(:id)", id=message.id)  # fmt: skip
+    (row,) = queue.rows(
+        "SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
+        " WHERE id = @id(:id)",
+        id=message.id,
+    )
     assert (row["sender"], row["size"], row["client_address"], row["helo"]) == (
         "",
         100,
@@ -120,7 +131,7 @@ def test_a_message_that_is_committed_twice_is_accepted_once(queue: QueueHarness)
     assert counts(queue) == [4, 7, 7]
 
 
-def test_bytes_from_peers_cannot_break_the_round(queue: QueueHarness) -> None:
+def test_bytes_from_peers_cannot_break_the_transaction(queue: QueueHarness) -> None:
     long = "<" + "x" * 5000 + "@x>"
     queue.acceptor.commit([new_message(helo="nul\0 and \udcff and é", header_message_id=long)])
     (row,) = queue.rows("SELECT helo, header_message_id FROM messages")
@@ -147,7 +158,7 @@ def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(
     answers = AcceptHarness(postgres_queue).take(nul, good, long)
     assert answers[good.id] is None
     assert isinstance(answers[nul.id], DBAPIError)
-    assert isinstance(answers[long.id], DBAPIError), "longer than an index takes"
+    assert isinstance(answers[long.id], DBAPIError), "too long for an index"
     assert counts(postgres_queue) == [1, 1, 1]
 
 
@@ -201,7 +212,8 @@ def test_an_unknown_commit_is_settled_by_the_same_statement(
 
 
 def test_an_unknown_commit_whose_transaction_still_runs(postgres_queue: QueueHarness) -> None:
-    """The repeat waits for the first transaction to end, and then does what is right either way."""
+    """The repeat waits for the end of the first transaction, and then stores the message once in
+    either case."""
     queue = postgres_queue
     kept, undone = new_message(), new_message()
     for message, keep in ((kept, True), (undone, False)):

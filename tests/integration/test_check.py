@@ -1,5 +1,5 @@
-"""What `check` says about QMQP servers: a server that accepts a connection may still refuse our
-mail."""
+"""`check` and QMQP servers: a server that accepts a connection may still reject the mail of the
+relay."""
 
 import json
 import socket
@@ -32,7 +32,7 @@ def verdicts_on(
     }
 
 
-def test_servers_that_refuse_us_or_are_out_of_reach_fail(
+def test_servers_that_do_not_authorize_the_relay_or_are_out_of_reach_fail(
     queue: QueueHarness,
     spool: Spool,
     postfix: Postfix,

@@ -71,7 +71,7 @@ def test_a_claim_brings_the_envelope_and_belongs_to_one_worker(queue: QueueHarne
     )
     far = 2 * (queue.settings.session_timeout + queue.settings.lease)
     assert row["due_in"] == pytest.approx(far, abs=30), (
-        "only a stuck transfer is looked at while it is being sent"
+        "only a stuck transfer is read while it is being sent"
     )
     assert queue.claim(queue_id) == [] == queue.claim(queue_id, worker=queue.register_worker())
 
@@ -92,7 +92,7 @@ def test_claims_are_numbered(queue: QueueHarness) -> None:
     assert [claim for claim, _, _ in queue.numbered_attempts(queue_id)] == [1, 2, 3]
 
 
-def test_room_is_per_route(queue: QueueHarness) -> None:
+def test_capacity_is_per_route(queue: QueueHarness) -> None:
     ids = [
         queue.accept("bulk:x@example.org", "y@example.org", "bulk:z@example.org") for _ in range(5)
     ]
@@ -115,7 +115,7 @@ def test_overdue_means_a_lost_hint_and_the_longest_due_come_first(queue: QueueHa
     assert {claim.queue_id for claim in queue.claim()} == {ids[1], ids[0]}
 
 
-def test_everything_is_claimed_once_by_workers_in_a_hurry(queue: QueueHarness) -> None:
+def test_everything_is_claimed_once_by_concurrent_workers(queue: QueueHarness) -> None:
     ids = [queue.accept("x@example.org", "bulk:y@example.org") for _ in range(40)]
     queue.pass_time(10, only=ids[::2])
     room = {"default": 7, "bulk": 3}
@@ -180,8 +180,11 @@ def test_every_outcome_is_recorded(queue: QueueHarness) -> None:
 
 def test_a_dsn_is_pending_for_a_real_sender_only(clean_url: str) -> None:
     for bounces, sender, owed in (
-        ("dsn", "a@example.com", True), ("dsn", "", False), ("dsn", "#@[]", False), ("off", "a@example.com", False)
-    ):  # fmt: skip
+        ("dsn", "a@example.com", True),
+        ("dsn", "", False),
+        ("dsn", "#@[]", False),
+        ("off", "a@example.com", False),
+    ):
         with opened(clean_url, bounces=bounces) as queue:
             queue_id = queue.accept(sender=sender)
             recorded = queue.complete(queue.claim(queue_id)[0], Outcome.REJECTED)
@@ -198,7 +201,7 @@ def test_expiry_is_decided_only_when_a_try_has_failed(queue: QueueHarness) -> No
     claims = {claim.queue_id: claim for claim in queue.claim()}
     assert len(claims) == 5
     assert queue.complete(claims[failed], Outcome.DEFERRED).state is State.EXPIRED
-    assert queue.delivery(failed)["due_in"] is not None, "the sender is told"
+    assert queue.delivery(failed)["due_in"] is not None, "a DSN is pending"
     assert queue.complete(claims[taken], Outcome.DELIVERED).state is State.DELIVERED
     assert (
         queue.complete(claims[stopped], Outcome.INTERRUPTED, state=State.QUEUED).state
@@ -234,7 +237,7 @@ def test_every_outcome_but_k_applies_a_pending_operation(queue: QueueHarness) ->
 
 
 def test_no_message_is_read_for_a_delivery_without_a_dsn(queue: QueueHarness) -> None:
-    """Its row says to whom a DSN would go, and nothing else that a record needs."""
+    """A completion reads the row of the message only for the sender of a DSN."""
     (one,), (two,) = (
         queue.claim(queue.accept()),
         queue.claim(queue.accept(), worker=(lost := queue.register_worker())),
@@ -261,8 +264,10 @@ def test_a_late_k_beats_every_state(queue: QueueHarness) -> None:
         queue.change(
             f"""UPDATE deliveries SET state = :state, worker = @id(:worker), claim_count = 2,
             due_at = {"@now" if due else "NULL"} WHERE queue_id = @id(:id)""",
-            state=state, worker=another if state is State.SENDING else None, id=queue_id,
-        )  # fmt: skip
+            state=state,
+            worker=another if state is State.SENDING else None,
+            id=queue_id,
+        )
         assert queue.complete(claim, Outcome.DELIVERED) == CompletionResult(
             State.DELIVERED, body_deletable=True
         )
@@ -353,7 +358,7 @@ def test_a_completion_that_is_committed_twice_counts_once(queue: QueueHarness) -
     assert queue.numbered_attempts(queue_id) == [(1, 1, "deferred")]
 
 
-def test_the_body_is_free_when_the_last_delivery_is_done(queue: QueueHarness) -> None:
+def test_the_body_is_deletable_when_the_last_delivery_ends(queue: QueueHarness) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org", "slow:z@example.org")
     room = {"default": 9, "bulk": 9, "slow": 9}
     first, second, third = sorted(queue.claim(queue_id, room=room), key=lambda claim: claim.number)
@@ -370,7 +375,9 @@ def test_the_body_is_free_when_the_last_delivery_is_done(queue: QueueHarness) ->
     assert queue.complete(again, Outcome.DELIVERED).body_deletable
 
 
-def test_last_deliveries_recorded_in_one_round_free_the_body(queue: QueueHarness) -> None:
+def test_the_body_is_deletable_when_one_commit_records_its_last_deliveries(
+    queue: QueueHarness,
+) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org")
     claims = queue.claim(queue_id, room={"default": 9, "bulk": 9})
     results = queue.worker_queue.commit(
@@ -395,9 +402,11 @@ def test_only_queued_is_claimed_and_only_deferred_wakes_up(queue: QueueHarness) 
         queue_id = queue.accept()
         worker = "(SELECT id FROM workers)" if state is State.SENDING else "NULL"
         queue.change(
-            f"UPDATE deliveries SET state = :state, due_at = @ago(1), worker = {worker} WHERE queue_id = @id(:id)",
-            state=state, id=queue_id,
-        )  # fmt: skip
+            f"UPDATE deliveries SET state = :state, due_at = @ago(1), worker = {worker} WHERE"
+            " queue_id = @id(:id)",
+            state=state,
+            id=queue_id,
+        )
         due = {"default": [queue_id]} if state is State.DEFERRED else {}
         assert queue.rescuer.requeue_due(10) == due
         queue.pass_time(10)
@@ -421,7 +430,7 @@ def test_a_lease_is_renewed_while_its_worker_is_not_declared_dead(queue: QueueHa
     assert not queue.renew("0" * 32)
 
 
-def test_a_worker_with_something_in_flight_is_not_signed_off(queue: QueueHarness) -> None:
+def test_a_worker_with_open_transfers_is_not_retired(queue: QueueHarness) -> None:
     (claim,) = queue.claim(queue.accept())
     queue.worker_queue.retire(queue.worker)
     assert queue.renew()
@@ -436,9 +445,11 @@ def test_a_worker_may_be_registered_twice(queue: QueueHarness) -> None:
     assert len(queue.rows("SELECT id FROM workers")) == 1
 
 
-def test_a_burial_and_a_renewal_with_outcomes_do_not_deadlock(postgres_queue: QueueHarness) -> None:
-    """Both want the worker's row and its deliveries; the second waits, and then reads what
-    it lost."""
+def test_an_expiry_and_a_renewal_with_outcomes_do_not_deadlock(
+    postgres_queue: QueueHarness,
+) -> None:
+    """Both lock the worker's row and its deliveries. The second one waits, and then sees the
+    changes of the first."""
     queue = postgres_queue
     claims = queue.claim(*(queue.accept() for _ in range(3)))
     queue.pass_time(100)
@@ -562,7 +573,7 @@ def test_completions_of_an_unknown_commit_are_recorded_once(
 # ------------------------------------------------------------------------------------
 
 
-def test_three_hundred_rounds_from_four_threads_never_deadlock(
+def test_three_hundred_commits_from_four_threads_never_deadlock(
     postgres_queue: QueueHarness,
 ) -> None:
     """Claims, outcomes, late outcomes of others, sweeps and burials over the same few rows."""
@@ -591,8 +602,11 @@ def test_three_hundred_rounds_from_four_threads_never_deadlock(
             )
             mine = [claim for result in results if isinstance(result, list) for claim in result]
             if turn % 5 == 0:
-                queue.change("UPDATE deliveries SET state = 'deferred', due_at = @now WHERE state = 'queued'"
-                              " AND queue_id = @id(:id)", id=ids[turn % len(ids)])  # fmt: skip
+                queue.change(
+                    "UPDATE deliveries SET state = 'deferred', due_at = @now WHERE state = 'queued'"
+                    " AND queue_id = @id(:id)",
+                    id=ids[turn % len(ids)],
+                )
                 queue.rescuer.requeue_due(3)
                 queue.rescuer.expire_stuck_transfers()
                 queue.rescuer.rescue_unowned()

@@ -33,7 +33,7 @@ from relay.queue.outcome import Outcome
 
 QUICK = Timeouts(connect=0.3, io=0.3, reply=0.3, session=5)
 SILENCE = Answer(raw=b"", end="stay")
-LARGE = 12_000_000  # more than two kernels keep between them
+LARGE = 12_000_000  # more than the buffers of both kernels hold
 
 type Run = Callable[[Coroutine[Any, Any, Any]], Any]
 type Body = Callable[[bytes | int], int]
@@ -219,8 +219,8 @@ def test_B16_a_D_before_the_reset_that_breaks_the_writing(deliver, attempt):
 
 
 @pytest.mark.parametrize("attempt", range(5))
-def test_B16_the_reply_is_found_when_the_write_is_what_fails(run, body, monkeypatch, attempt):
-    """The server has spoken and gone before the client looks: the first thing it meets is a failing
+def test_B16_the_reply_is_read_when_the_write_fails(run, body, monkeypatch, attempt):
+    """The server has replied and closed before the client reads: the first error is that of a
     write."""
     listener = socket.create_server(("127.0.0.1", 0))
     refused = threading.Event()
@@ -377,7 +377,7 @@ async def stopped(
 
 
 def test_a_reply_that_has_arrived_wins_over_a_timer(run, body):
-    """libuv runs timers before it looks at its sockets."""
+    """libuv runs timers before it polls its sockets."""
     request = Request(6, b"s@x.test", [b"r@y.test"])
     with running_sink(Rule(Answer(b"K", b"Ok", delay=0.1))) as sink:
         sending = send(
@@ -388,7 +388,7 @@ def test_a_reply_that_has_arrived_wins_over_a_timer(run, body):
 
 
 def test_a_reply_wins_over_a_timer_that_is_late_by_more_than_a_second(run, body):
-    """The process was stopped: what the server sent meanwhile may still be on its way."""
+    """The process was stopped: bytes that the server sent meanwhile may still be in transit."""
     request = Request(6, b"s@x.test", [b"r@y.test"])
     with running_sink(Rule(Answer(b"K", b"Ok", delay=2.0))) as sink:
         sending = send(
@@ -445,7 +445,7 @@ def free_port() -> int:
 
 
 async def send_by_name(found: list[tuple[Any, Any]] | Exception, options: dict[str, Any]) -> Result:
-    """Send to a name that resolves to `found`."""
+    """Send to a name that resolves to the addresses `found`."""
 
     def getaddrinfo(*_: object) -> list[tuple[Any, ...]]:
         if isinstance(found, Exception):
@@ -484,7 +484,7 @@ def test_B23_connection_refused(run, hello):
     )
 
 
-def test_B23_no_answer(run, hello, deaf_port):
+def test_B23_no_reply(run, hello, deaf_port):
     result = run(send(host="127.0.0.1", port=deaf_port, **hello))
     assert (
         result.text
@@ -500,7 +500,7 @@ def test_B23_no_way_there(run, hello):
 
 
 @pytest.mark.parametrize("code", [socket.EAI_NONAME, socket.EAI_AGAIN])
-def test_B23_a_name_that_is_not_found(run, hello, code):
+def test_B23_an_unknown_name(run, hello, code):
     result = run(send_by_name(socket.gaierror(code, "no such name"), hello))
     assert (result.outcome, result.text) == (
         SendOutcome.UNREACHABLE,
@@ -535,7 +535,7 @@ def test_B23_a_name_server_that_does_not_answer_holds_up_no_other_name(run, hell
     assert asked == ["mx.example.com", "good.example.com"]
 
 
-def test_a_name_is_asked_for_again_after_a_while_and_at_once_after_a_failure(
+def test_a_name_is_resolved_again_after_a_while_and_at_once_after_a_failure(
     run, hello, monkeypatch
 ):
     asked = list[str]()
@@ -756,9 +756,13 @@ def test_B34_B35_a_body_of_another_size_closes_before_the_commit_point(
     request = Request(size, b"s@x", [b"r@y"])
     with running_sink() as sink:
         transfer = ClientConnection(
-            host="127.0.0.1", port=sink.port, request=request, fd=body(size + difference), block_size=BLOCK,
+            host="127.0.0.1",
+            port=sink.port,
+            request=request,
+            fd=body(size + difference),
+            block_size=BLOCK,
             may_commit=may_commit,
-        )  # fmt: skip
+        )
         with pytest.raises(BodyChanged, match=f"{size + difference} bytes where {size}"):
             run(transfer.run())
         assert sink.wait_for_fault(5)
@@ -813,7 +817,7 @@ def test_B38_not_allowed_to_commit(deliver):
         )
 
 
-def test_B38_commit_is_asked_once_and_last(run, hello):
+def test_B38_may_commit_is_called_once_and_last(run, hello):
     seen: list[tuple[bool, int]] = []
 
     def may_commit() -> bool:

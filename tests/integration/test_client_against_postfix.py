@@ -17,7 +17,10 @@ from qmqp.sink import running_sink
 from tests.postfix import QmqpSink
 from tests.services import ServiceError, end, spawn
 
-HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
+HEADER = (
+    b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id:"
+    b" <1@x.test>\n"
+)
 
 type Deliver = Callable[..., Result]
 
@@ -151,17 +154,26 @@ def exchange(port: int, data: bytes) -> bytes:
 ENVELOPE = b"8:s@x.test,8:r@y.test,"
 
 
-@pytest.mark.parametrize(("wire", "times"), [
-    (b"99:" + encode(HEADER) + ENVELOPE + b",", 1),
-    (encode(encode(HEADER) + ENVELOPE) * 2, 1),
-    (encode(encode(HEADER) + b"8:s@x.test,"), 0),
-    (encode(encode(HEADER) + ENVELOPE)[:-1], 0),
-], ids=["ignores the outer length", "ignores a second request", "wants a recipient", "wants its end"])  # fmt: skip
-def test_what_the_reference_says_about_the_framing_of_postfix(postfix, wire, times):
+@pytest.mark.parametrize(
+    ("wire", "times"),
+    [
+        (b"99:" + encode(HEADER) + ENVELOPE + b",", 1),
+        (encode(encode(HEADER) + ENVELOPE) * 2, 1),
+        (encode(encode(HEADER) + b"8:s@x.test,"), 0),
+        (encode(encode(HEADER) + ENVELOPE)[:-1], 0),
+    ],
+    ids=[
+        "ignores the outer length",
+        "ignores a second request",
+        "wants a recipient",
+        "wants its end",
+    ],
+)
+def test_framing_of_postfix_is_that_of_the_reference(postfix, wire, times):
     assert exchange(postfix.port, wire).count(b"KOk: queued as ") == times
 
 
-def test_B29_what_the_reference_says_about_addresses_and_line_ends_in_postfix(postfix):
+def test_B29_addresses_and_line_ends_in_postfix_are_those_of_the_reference(postfix):
     body, recipient = HEADER.replace(b"\n", b"\r\n") + b"\r\nNo: header\r\n", b"r@y.test\0q@z.test"
     server_reply = exchange(
         postfix.port, encode(encode(body) + encode(b"s@x.test") + encode(recipient))

@@ -44,8 +44,8 @@ def counted(engine: Engine) -> Iterator[Counter[str]]:
     is its own commit."""
     counts = Counter[str]()
 
-    def statement(connection: Connection, _cursor: object, words: str, *_: object) -> None:
-        counts["statements"] += not words.startswith("BEGIN")
+    def statement(connection: Connection, _cursor: object, sql: str, *_: object) -> None:
+        counts["statements"] += not sql.startswith("BEGIN")
         counts["commits"] += (
             connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
         )
@@ -141,8 +141,10 @@ def test_failures_cost_no_more_statements_than_successes(queue: QueueHarness) ->
         queue.worker_queue.commit(records)
     assert counts == {"statements": RECORD[kind(queue)], "commits": 1}
     assert set(queue.states_of(claim.queue_id for claim in claims)) == {
-        State.DELIVERED, State.DEFERRED, State.BOUNCED
-    }  # fmt: skip
+        State.DELIVERED,
+        State.DEFERRED,
+        State.BOUNCED,
+    }
 
 
 @pytest.mark.parametrize("size", ROUNDS)
@@ -197,7 +199,10 @@ def scans(queue: QueueHarness) -> dict[str, int]:
     """How often each table was read from end to end."""
     with reading(queue.database) as connection:
         connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
-    sql = "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname IN ('messages', 'recipients', 'deliveries')"
+    sql = (
+        "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname IN ('messages',"
+        " 'recipients', 'deliveries')"
+    )
     with reading(queue.database) as connection:
         return {row.relname: row.seq_scan for row in connection.exec_driver_sql(sql)}
 

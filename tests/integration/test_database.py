@@ -121,7 +121,7 @@ def test_bad_data_is_no_outage(engine: Engine) -> None:
     assert not is_outage(failure(engine, twice, id=dashed(new_id()), at=None))
     assert not is_outage(ValueError("ours"))
     assert is_outage(failure(engine, "SELECT * FROM no_such_table")), (
-        "nor is a schema that is not ours the row's fault"
+        "a schema of another version is no fault of the row"
     )
 
 
@@ -130,7 +130,7 @@ def test_values_that_postgresql_refuses_are_no_outage(clean_postgres_url: str) -
     sender = "INSERT INTO messages SELECT CAST(:id AS uuid), :sender, 1, now(), '', '', ''"
     long = "".join(new_id() for _ in range(1000))  # nothing that compresses
     assert not is_outage(failure(engine, sender, id=dashed(new_id()), sender=long)), (
-        "longer than an index takes"
+        "too long for an index"
     )
     assert not is_outage(failure(engine, sender, id="no uuid", sender=""))
     assert not is_outage(
@@ -199,7 +199,7 @@ def test_a_file_that_reads_as_malformed_is_no_fault_of_the_row(tmp_path: Path) -
     engine.dispose()
 
 
-def test_a_statement_may_take_as_long_as_the_engine_says(clean_postgres_url: str) -> None:
+def test_a_statement_may_take_the_time_of_its_engine(clean_postgres_url: str) -> None:
     engine = connect(clean_postgres_url, hot=True, timeout=0.05)
     assert "statement timeout" in str(failure(engine, "SELECT pg_sleep(20)"))
     engine.dispose()
@@ -231,7 +231,8 @@ def test_waiting_for_the_database_and_its_schema(postgres: Postgres, tmp_path: P
 
 
 def test_start_within_an_outage_waits_for_its_end(postgres: Postgres, postgres_url: str) -> None:
-    """The database answered a moment ago; it is asked again until it does so once more."""
+    """An outage begins after a successful statement: the statement is tried again until it
+    succeeds."""
     engine = connect(postgres_url)
     asked = 0
 
@@ -256,7 +257,7 @@ def test_start_within_an_outage_waits_for_its_end(postgres: Postgres, postgres_u
 # ------------------------------------------------------------------------------
 
 
-def test_our_databases_keep_their_word(engine: Engine) -> None:
+def test_databases_of_the_tests_are_durable(engine: Engine) -> None:
     assert check_durable(engine) == []
 
 
@@ -275,7 +276,7 @@ def test_a_database_that_is_not_durable_is_refused(postgres: Postgres, sqlite_ur
     engine.dispose()
 
 
-def test_urls() -> None:
+def test_url_gets_the_driver_of_the_relay() -> None:
     assert database.normalized("postgresql://u:p@h/d").drivername == "postgresql+psycopg"
     assert database.normalized("postgresql+psycopg2://h/d").drivername == "postgresql+psycopg"
     assert database.normalized("sqlite:////var/lib/relay.db").database == "/var/lib/relay.db"
@@ -313,11 +314,14 @@ def test_sqlite_writers_of_several_processes_do_not_stall(sqlite_url: str) -> No
     waits for long."""
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, sqlite_url], cwd=Path(__file__).parents[2],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", WRITER, sqlite_url],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for _ in range(4)
-    ]  # fmt: skip
+    ]
     for writer in writers:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"

@@ -26,25 +26,35 @@ from worker.delivery import DeliveryTask, TransferConfig
 PAGE = Path(__file__).parents[2] / "docs" / "delivery.md"
 BEGIN, END = "<!-- made by tests/integration/test_delivery_matrix.py: begin -->", "<!-- end -->"
 SETTINGS = load(
-    WorkerSettings, retry_min=10.0, retry_max=20.0, uncertain_delay=1000.0, connect_timeout=0.5, io_timeout=1.0,
-    reply_timeout=1.5, session_timeout=30.0, block_size=65536,
-)  # fmt: skip
+    WorkerSettings,
+    retry_min=10.0,
+    retry_max=20.0,
+    uncertain_delay=1000.0,
+    connect_timeout=0.5,
+    io_timeout=1.0,
+    reply_timeout=1.5,
+    session_timeout=30.0,
+    block_size=65536,
+)
 SMALL, BIG = 100, 12_000_000  # the kernel's buffers hold the one and not the other
 US = b"Error: relay.example[192.0.2.1] is not authorized to use this service"
 NOBODY = b"sorry, no mailbox here by that name (#5.1.1)"
 CONNECTING, WAITING, BODY, LAST, REPLY = (
-    "connecting", "connected, before the first byte is read", "in the body",
-    "at the commit point", "after the commit point",
-)  # fmt: skip
+    "connecting",
+    "connected, before the first byte is read",
+    "in the body",
+    "at the commit point",
+    "after the commit point",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A fault in a phase: how the server answers, or what else goes wrong."""
+    """A fault in a phase: the behaviour of the server, or another fault."""
 
     phase: str
     fault: str
-    answer: Answer | str = ""  # or how there is no server
+    answer: Answer | str = ""  # or the reason why no server is reached
     size: int = SMALL
     recipients: int = 1
     cut: int = 0  # so many bytes of the body file are missing
@@ -167,7 +177,7 @@ async def _carried(
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    """Let the loop turn until it is so; no time passes but what the other tasks take."""
+    """Run the loop until the condition is true; no time passes except for the other tasks."""
     async with asyncio.timeout(10):
         while not condition():
             turned = asyncio.Event()
@@ -177,38 +187,38 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server) -> str:
     """The text of the column `next`."""
-    words = []
+    steps = []
     if len(spare.tries) > 1:
         assert (spare.state, [one.outcome for one in spare.tries][1]) == (
             State.DELIVERED,
             Outcome.DELIVERED,
         )
-        words.append("the next server at once; if none is left,")
+        steps.append("the next server at once; if none is left,")
     else:
         assert spare.state is alone.state
     match alone.state:
         case State.DELIVERED:
-            words.append("the body is removed")
+            steps.append("the body is removed")
         case State.BOUNCED:
-            words.append("a DSN to the sender")
+            steps.append("a DSN to the sender")
         case State.SPLIT:
-            words.append("each half is sent again at once")
+            steps.append("each half is sent again at once")
         case State.HELD:
-            words.append("an operator decides")
+            steps.append("an operator decides")
         case State.QUEUED:
-            words.append("any worker may send it at once")
+            steps.append("any worker may send it at once")
         case _ if alone.delay >= SETTINGS.uncertain_delay:
-            words.append("again after UNCERTAIN_DELAY, never another server at once")
+            steps.append("again after UNCERTAIN_DELAY, never another server at once")
         case _:
-            words.append(
+            steps.append(
                 "again after a backoff"
                 if alone.backoff_step
                 else "again after RETRY_MIN; the wait does not grow"
             )
             assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max
     if pool.state(server).breaker.open_until is not None:
-        words.append("(the circuit of the server opens)")
-    return " ".join(words)
+        steps.append("(the circuit of the server opens)")
+    return " ".join(steps)
 
 
 async def _row(case: Case, number: int, directory: Path) -> str:
@@ -240,7 +250,10 @@ async def _table(directory: Path) -> str:
             return await _row(case, number, directory)
 
     rows = await asyncio.gather(*(row(case, number) for number, case in enumerate(CASES)))
-    head = "| phase | fault | outcome | state | next | a failure of the server |\n|---|---|---|---|---|---|"
+    head = (
+        "| phase | fault | outcome | state | next | a failure of the server |\n"
+        "|---|---|---|---|---|---|"
+    )
     return "\n".join([head, *rows])
 
 
@@ -249,8 +262,8 @@ def test_the_matrix_of_faults_and_phases_is_that_of_the_page(tmp_path: Path) -> 
 
 
 def in_page(begin: str, found: str) -> None:
-    """The table that stands behind this mark is the one that was found; or it is made so, if that
-    is asked for."""
+    """Assert that the table after this mark of the page is the measured one; or write it there, on
+    request."""
     before, rest = PAGE.read_text().split(begin)
     table, after = rest.split(END, 1)
     if os.environ.get("RELAY_TESTS_WRITE"):
@@ -261,8 +274,11 @@ def in_page(begin: str, found: str) -> None:
 
 def test_only_faults_after_the_commit_point_are_uncertain_and_none_of_them_fails_over() -> None:
     """Rules that the table must keep."""
-    rows = [re.split(r" *\| *", line)[1:-1] for line in PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()
-            if line.startswith(("| connect", "| in the", "| at the", "| after"))]  # fmt: skip
+    rows = [
+        re.split(r" *\| *", line)[1:-1]
+        for line in PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()
+        if line.startswith(("| connect", "| in the", "| at the", "| after"))
+    ]
     assert len(rows) == len(CASES)
     for phase, fault, outcome, state, following, _ in rows:
         after = phase == REPLY
@@ -270,7 +286,7 @@ def test_only_faults_after_the_commit_point_are_uncertain_and_none_of_them_fails
             assert outcome not in ("`uncertain`", "`delivered`"), fault
             assert state != "`delivered`", fault
             assert "UNCERTAIN_DELAY" not in following, fault
-        else:  # only a reply that says that nothing was accepted lets another server have it
+        else:  # only after a reply that accepts nothing another server gets it
             assert ("next server at once" in following) == (
                 fault in ("Z", "D: the relay is not authorized")
             ), fault

@@ -15,7 +15,10 @@ from tests.postfix import Postfix
 from tests.waiting import until
 from worker.circuit_breaker import ServerPool
 
-HEADER = b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id: <1@x.test>\n"
+HEADER = (
+    b"From: <s@x.test>\nTo: <r@y.test>\nDate: Sun, 22 Nov 2026 15:00:00 +0000\nMessage-Id:"
+    b" <1@x.test>\n"
+)
 
 type Open = Callable[..., EngineHarness]
 
@@ -58,9 +61,9 @@ def test_a_delivery_is_queued_there_under_the_id_that_it_names(
 ) -> None:
     mail = harness_with(postfix.port)
     queue_id = mail.accept("r@y.test", body=HEADER + b"Subject: hello\n\nhello\n")
-    words = become(mail, queue_id, "delivered")
-    assert words.startswith("Ok: queued as ")
-    assert b"Subject: hello" in postfix.queued(words.split()[-1])
+    reply = become(mail, queue_id, "delivered")
+    assert reply.startswith("Ok: queued as ")
+    assert b"Subject: hello" in postfix.queued(reply.split()[-1])
 
 
 @pytest.mark.parametrize("size", [250_000, 20_000_000])
@@ -71,8 +74,8 @@ def test_an_oversize_message_bounces_with_the_reply(
     queue_id = mail.accept(
         "r@y.test", "q@y.test", body=HEADER + b"\n" + b"x" * 70 + b"\n" + bytes(size)
     )
-    words = become(mail, queue_id, "bounced")
-    assert "length exceeds storage limit" in words
+    reply = become(mail, queue_id, "bounced")
+    assert "length exceeds storage limit" in reply
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["rejected"]
     text = dsn_about(mail, queue_id)
     assert "length exceeds storage limit" in " ".join(text.split())
@@ -114,17 +117,21 @@ def test_the_next_server_gets_the_mail_when_one_does_not_authorize(
     assert mail.attempts(second) == [(opened, "delivered")]
 
 
-@pytest.mark.parametrize(("subject", "state", "words"), [
-    (b"refuse", "bounced", "go away"), (b"later", "deferred", "not now"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("subject", "state", "expected"),
+    [
+        (b"refuse", "bounced", "go away"),
+        (b"later", "deferred", "not now"),
+    ],
+)
 def test_header_checks_bounce_or_defer(
-    harness_with: Open, postfix: Postfix, subject: bytes, state: str, words: str
+    harness_with: Open, postfix: Postfix, subject: bytes, state: str, expected: str
 ) -> None:
     mail = harness_with(postfix.port)
     queue_id = mail.accept(
         "r@y.test", "q@y.test", body=HEADER + b"Subject: " + subject + b"\n\nhello\n"
     )
-    assert words in become(mail, queue_id, state)
+    assert expected in become(mail, queue_id, state)
     assert mail.delivery(queue_id)["last_outcome"] == (
         "rejected" if state == "bounced" else "deferred"
     )
@@ -136,8 +143,8 @@ def test_header_checks_bounce_or_defer(
 def test_a_dsn_refused_for_its_enclosure_arrives_without_it(
     harness_with: Open, postfix: Postfix
 ) -> None:
-    """header_checks are nested_header_checks too, so that Postfix refuses the bounce for the words
-    of the original; body_checks read the header that a second DSN encloses."""
+    """header_checks are nested_header_checks too, so that Postfix rejects the DSN for the text of
+    the original; body_checks read the header that a second DSN encloses."""
     mail = harness_with(postfix.port)
     original = mail.accept(
         "r@y.test", body=HEADER + b"Subject: refuse\n\nhello\n", sender="s@x.test"
@@ -166,14 +173,17 @@ def test_soft_bounce_makes_each_D_a_Z(harness_with: Open, postfix: Postfix) -> N
     assert mail.attempts(queue_id) == [(f"127.0.0.1:{postfix.soft_port}", "deferred")]
 
 
-@pytest.mark.parametrize(("request_", "words"), [
-    (b"GET / HTTP/1.0\r\n\r\n", b"netstring format error while receiving QMQP packet header"),
-    (encode(b"x:hello"), b"netstring format error while receiving message"),
-    (encode(b"5:hello;"), b"netstring format error while receiving message"),
-    (encode(encode(b"hello\n") + encode(b"s@x.test")), b"no recipients specified"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (b"GET / HTTP/1.0\r\n\r\n", b"netstring format error while receiving QMQP packet header"),
+        (encode(b"x:hello"), b"netstring format error while receiving message"),
+        (encode(b"5:hello;"), b"netstring format error while receiving message"),
+        (encode(encode(b"hello\n") + encode(b"s@x.test")), b"no recipients specified"),
+    ],
+)
 def test_postfix_rejects_a_broken_frame_and_names_it(
-    postfix: Postfix, request_: bytes, words: bytes
+    postfix: Postfix, request_: bytes, expected: bytes
 ) -> None:
     """The client never sends such bytes. If its framing broke, the reply would say so, and the DSN
     would quote it."""
@@ -186,4 +196,4 @@ def test_postfix_rejects_a_broken_frame_and_names_it(
             assert data, "it closed without a reply"
             reply = parser.feed(data)
     assert reply.status == b"D"
-    assert words in reply.text
+    assert expected in reply.text

@@ -91,11 +91,14 @@ class DsnHarness:
         return [(g["Final-Recipient"].removeprefix("rfc822; "), g["Action"]) for g in groups if g]
 
     def pending(self, queue_id: str) -> bool:
-        sql = "SELECT due_at FROM deliveries WHERE queue_id = @id(:id) AND state IN ('bounced', 'expired')"
+        sql = (
+            "SELECT due_at FROM deliveries WHERE queue_id = @id(:id) AND state IN ('bounced',"
+            " 'expired')"
+        )
         return any(row["due_at"] is not None for row in self.queue.rows(sql, id=queue_id))
 
     def age(self, queue_id: str, seconds: float = 5 * HOUR) -> None:
-        """Sets its arrival to that many seconds ago, and what depends on it."""
+        """Moves the arrival of a message so many seconds back, and the times that depend on it."""
         aged = "UPDATE messages SET received_at = @ago(:s) WHERE id = @id(:id)"
         self.queue.change(aged, s=seconds, id=queue_id)
         if self.queue.settings.delay_warning is not None:
@@ -164,10 +167,15 @@ def test_expired_message_is_reported(harness: DsnHarness) -> None:
     assert "5.4.7" in harness.spool.path(dsn).read_text()
 
 
-@pytest.mark.parametrize(("outcome", "sent", "doubt"), [
-    (Outcome.UNCERTAIN, 0, True), (Outcome.MALFORMED, 2 * len(BODY), True), (Outcome.MALFORMED, 3, False),
-    (Outcome.DEFERRED, 2 * len(BODY), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("outcome", "sent", "doubt"),
+    [
+        (Outcome.UNCERTAIN, 0, True),
+        (Outcome.MALFORMED, 2 * len(BODY), True),
+        (Outcome.MALFORMED, 3, False),
+        (Outcome.DEFERRED, 2 * len(BODY), False),
+    ],
+)
 def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
     harness: DsnHarness, outcome: Outcome, sent: int, doubt: bool
 ) -> None:
@@ -178,10 +186,10 @@ def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
     harness.queue.complete(claim, outcome, reply="words", tries=[tried])
     assert harness.queue.state(queue_id) == "expired"
     (dsn,) = harness.generator.generate(10)
-    words = " ".join(harness.spool.path(dsn).read_text().split())
-    assert ("It may have been delivered all the same" in words) == doubt
-    assert ("It could not be delivered in time" in words) == (not doubt)
-    assert ("Diagnostic-Code: x-qmqp; words" in words) == (outcome is Outcome.DEFERRED)
+    report = " ".join(harness.spool.path(dsn).read_text().split())
+    assert ("It may have been delivered all the same" in report) == doubt
+    assert ("It could not be delivered in time" in report) == (not doubt)
+    assert ("Diagnostic-Code: x-qmqp; words" in report) == (outcome is Outcome.DEFERRED)
 
 
 def test_parts_of_an_uncertain_delivery_may_have_been_delivered(harness: DsnHarness) -> None:
@@ -201,8 +209,8 @@ def test_parts_of_an_uncertain_delivery_may_have_been_delivered(harness: DsnHarn
         harness.fail(queue_id, Outcome.DEFERRED)
     (dsn,) = harness.generator.generate(10)
     assert len(harness.reported(dsn)) == 3
-    words = " ".join(harness.spool.path(dsn).read_text().split())
-    assert words.count("It may have been delivered all the same") == 2
+    report = " ".join(harness.spool.path(dsn).read_text().split())
+    assert report.count("It may have been delivered all the same") == 2
 
 
 def test_original_stays_until_its_dsn_is_generated(harness: DsnHarness) -> None:
@@ -298,7 +306,7 @@ STALLS = ("open", "before store", "store", "commit")
 
 
 @pytest.mark.parametrize("at", STALLS)
-def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
+def test_stalled_generator_does_not_change_the_dsn_of_the_next_one(
     clean_postgres_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     with opened(clean_postgres_url) as queue, opened(clean_postgres_url) as theirs:
@@ -309,7 +317,8 @@ def test_stalled_generator_leaves_the_dsn_of_the_next_one_alone(
 
         def stall(*_: Any) -> None:
             if not made and len(harness.files()) > (at in ("commit", "store")):
-                ended = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()
+                ended = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                    WHERE pid <> pg_backend_pid()
                     AND datname = current_database() AND state = 'idle in transaction'"""
                 assert theirs.rows(ended), "its session ends, and its locks"
                 made.extend(until(lambda: other.generator.generate(10)))
@@ -389,8 +398,10 @@ def test_two_generators_generate_each_dsn_once(harness: DsnHarness) -> None:
     made += harness.generator.generate(50)
     assert sorted(made) == harness.dsns()
     for queue_id in ids:
-        told = [address for dsn in harness.dsns(queue_id) for address, _ in harness.reported(dsn)]
-        assert sorted(told) == ["x@example.org", "y@example.org"], (
+        reported = [
+            address for dsn in harness.dsns(queue_id) for address, _ in harness.reported(dsn)
+        ]
+        assert sorted(reported) == ["x@example.org", "y@example.org"], (
             "each recipient in exactly one dsn"
         )
 
@@ -451,7 +462,7 @@ def test_two_generators_warn_once_and_report_locked_deliveries(
         assert harness.dsns(queue_id) == [warning]
 
 
-def test_message_that_is_locked_is_warned_of_in_the_next_round(
+def test_message_that_is_locked_is_warned_of_in_the_next_call(
     clean_postgres_url: str, spool: Spool
 ) -> None:
     with opened(clean_postgres_url, delay_warning=4 * HOUR) as queue:
@@ -535,8 +546,11 @@ def test_refused_dsn_is_built_again_with_less_of_the_original(
         assert not harness.pending(refused)
         assert harness.dsns(original) == chain
         assert enclosed(harness, dsn) == content
-        (row,) = harness.queue.rows("SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
-                                  " r.queue_id = m.id WHERE m.id = @id(:id)", id=dsn)  # fmt: skip
+        (row,) = harness.queue.rows(
+            "SELECT m.*, r.address, r.notify FROM messages m JOIN recipients r ON"
+            " r.queue_id = m.id WHERE m.id = @id(:id)",
+            id=dsn,
+        )
         assert (row["sender"], row["address"], row["notify"]) == ("", "a@example.com", "NEVER")
         assert harness.whole(dsn)
         named = f"<{dsn}@{harness.queue.settings.hostname}>"
@@ -664,24 +678,35 @@ def test_dsn_about_mail_of_an_untrusted_client_encloses_the_header_alone(
     harness: DsnHarness,
 ) -> None:
     """Otherwise the client could send a text to a victim by naming it as the sender."""
-    ids = [harness.accept(sender=f"a{trusted}@example.com", ret="FULL", client_trusted=trusted)
-           for trusted in (False, True, None)]  # fmt: skip
+    ids = [
+        harness.accept(sender=f"a{trusted}@example.com", ret="FULL", client_trusted=trusted)
+        for trusted in (False, True, None)
+    ]
     for queue_id in ids:
         harness.fail(queue_id)
     dsns = harness.generator.generate(10)
     kinds = {harness.text(n)["To"]: enclosed(harness, n) for n in dsns}
     full = ("full", "message/rfc822")
-    assert kinds == {"aFalse@example.com": ("header", "text/rfc822-headers"), "aTrue@example.com": full,
-                     "aNone@example.com": full}  # fmt: skip
+    assert kinds == {
+        "aFalse@example.com": ("header", "text/rfc822-headers"),
+        "aTrue@example.com": full,
+        "aNone@example.com": full,
+    }
     assert [b"x" * 61 in harness.spool.path(n).read_bytes() for n in dsns] == [False, True, True]
 
 
 def test_sender_gets_one_dsn_a_minute_about_mail_of_untrusted_clients(
     harness: DsnHarness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ids = [harness.accept(sender=sender, client_trusted=trusted) for sender, trusted in [
-        ("a@example.com", False), ("A@example.com", False), ("a@example.com", True), ("b@example.com", False),
-    ]]  # fmt: skip
+    ids = [
+        harness.accept(sender=sender, client_trusted=trusted)
+        for sender, trusted in [
+            ("a@example.com", False),
+            ("A@example.com", False),
+            ("a@example.com", True),
+            ("b@example.com", False),
+        ]
+    ]
     for queue_id in ids:
         harness.fail(queue_id)
     made = harness.generator.generate(10)
@@ -734,8 +759,9 @@ def test_untrusted_client_gets_no_dsn_about_mail_to_our_postmaster(harness: DsnH
         harness.fail(queue_id)
     made = harness.generator.generate(10)
     assert {harness.text(dsn)["To"]: harness.reported(dsn) for dsn in made} == {
-        "a2@example.com": [("b@example.org", "failed")], "a3@example.com": [(ours, "failed")],
-    }  # fmt: skip
+        "a2@example.com": [("b@example.org", "failed")],
+        "a3@example.com": [(ours, "failed")],
+    }
     assert [harness.queue.delivery(one)["dsn_withheld"] for one in (alone, mixed, trusted)] == [
         "postmaster",
         None,
@@ -774,16 +800,24 @@ def test_without_bounces_no_dsn_is_pending(with_settings: Any) -> None:
     assert harness.generator.generate(10) == []
 
 
-@pytest.mark.parametrize(("notify", "told"), [
-    (None, True), ("FAILURE", True), ("SUCCESS,FAILURE", True), ("failure,delay", True), ("NEVER", False),
-    ("DELAY", False), ("SUCCESS", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("notify", "sent"),
+    [
+        (None, True),
+        ("FAILURE", True),
+        ("SUCCESS,FAILURE", True),
+        ("failure,delay", True),
+        ("NEVER", False),
+        ("DELAY", False),
+        ("SUCCESS", False),
+    ],
+)
 def test_NOTIFY_decides_whether_a_dsn_is_generated(
-    harness: DsnHarness, notify: str | None, told: bool
+    harness: DsnHarness, notify: str | None, sent: bool
 ) -> None:
     queue_id = harness.accept(notify=notify)
     harness.fail(queue_id)
-    assert len(harness.generator.generate(10)) == told
+    assert len(harness.generator.generate(10)) == sent
     assert not harness.pending(queue_id)
     assert not harness.has_body(queue_id)
 
@@ -796,11 +830,20 @@ def test_NOTIFY_is_for_each_recipient(harness: DsnHarness) -> None:
     assert harness.reported(dsn) == [("x@example.org", "failed"), ("z@example.org", "failed")]
 
 
-@pytest.mark.parametrize(("ret", "body", "kind"), [
-    (None, BODY, "message/rfc822"), ("FULL", BODY, "message/rfc822"), ("HDRS", BODY, "text/rfc822-headers"),
-    (None, BODY + b"x" * LONGEST_RETURNED, "text/rfc822-headers"),
-    ("HDRS", b"X-Long: " + b"x" * 100 + b"\n" + b"X: y\n" * LONGEST_RETURNED, "text/rfc822-headers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ret", "body", "kind"),
+    [
+        (None, BODY, "message/rfc822"),
+        ("FULL", BODY, "message/rfc822"),
+        ("HDRS", BODY, "text/rfc822-headers"),
+        (None, BODY + b"x" * LONGEST_RETURNED, "text/rfc822-headers"),
+        (
+            "HDRS",
+            b"X-Long: " + b"x" * 100 + b"\n" + b"X: y\n" * LONGEST_RETURNED,
+            "text/rfc822-headers",
+        ),
+    ],
+)
 def test_RET_decides_what_a_dsn_encloses(
     harness: DsnHarness, ret: str | None, body: bytes, kind: str
 ) -> None:
@@ -899,10 +942,10 @@ def test_bounce_by_an_operator_is_not_reported_as_a_reply(harness: DsnHarness) -
         reason="spam run, not authorized to use this service",
     )
     (dsn,) = harness.generator.generate(10)
-    words = " ".join(harness.spool.path(dsn).read_text().split())
-    assert "It was sent back by an operator of this relay: spam run, not authorized" in words
-    assert "refused" not in words
-    assert "Diagnostic-Code" not in words
+    report = " ".join(harness.spool.path(dsn).read_text().split())
+    assert "It was sent back by an operator of this relay: spam run, not authorized" in report
+    assert "refused" not in report
+    assert "Diagnostic-Code" not in report
 
 
 def test_reported_bounce_is_not_reclassified(harness: DsnHarness) -> None:
@@ -1067,11 +1110,19 @@ def test_delivery_that_was_locked_during_the_warning_is_not_warned_of_again(
         assert queue.delivery(queue_id)["warn_at"] is None
 
 
-@pytest.mark.parametrize(("settings", "given"), [
-    ({"delay_warning": None}, {}), ({"delay_warning": 6 * HOUR}, {}), ({"bounces": "off"}, {}),
-    ({}, {"notify": "NEVER"}), ({}, {"notify": "FAILURE"}), ({}, {"sender": ""}), ({}, {"sender": "#@[]"}),
-])  # fmt: skip
-def test_delay_is_not_reported_where_no_warning_is_wanted(
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ({"delay_warning": None}, {}),
+        ({"delay_warning": 6 * HOUR}, {}),
+        ({"bounces": "off"}, {}),
+        ({}, {"notify": "NEVER"}),
+        ({}, {"notify": "FAILURE"}),
+        ({}, {"sender": ""}),
+        ({}, {"sender": "#@[]"}),
+    ],
+)
+def test_delay_is_not_reported_while_warnings_are_off(
     with_settings: Any, settings: dict[str, Any], given: dict[str, Any]
 ) -> None:
     harness = with_settings(**({"delay_warning": 4 * HOUR} | settings))
@@ -1184,7 +1235,7 @@ def test_due_at_and_the_dsn_change_in_one_transaction(harness: DsnHarness) -> No
         if finished:
             return
         assert harness.has_body(queue_id)
-        if harness.dsns(queue_id):  # after the COMMIT: the body stays for housekeeping
+        if harness.dsns(queue_id):  # after the COMMIT: the body stays for the cleaner
             continue
         assert harness.files() <= {queue_id, *harness.dsns()}
         assert len(harness.another().generate(10)) == 1

@@ -51,7 +51,7 @@ def dead_port() -> Iterator[int]:
     with socket.socket() as taken:
         taken.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # so that a sink may take it over
+        )  # so that a sink may listen there
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
 
@@ -75,7 +75,7 @@ def test_a_hint_is_enough_to_deliver(harness_with: Open, sink: Sink) -> None:
     assert not mail.spool.path(queue_id).exists()
 
 
-def test_hints_find_capacity_for_any_route(harness_with: Open, sink: Sink, tmp_path: Path) -> None:
+def test_hints_get_capacity_of_any_route(harness_with: Open, sink: Sink, tmp_path: Path) -> None:
     mail = harness_with(
         sink, grace=60.0, routes=two_more_routes(tmp_path, sink)
     )  # nothing is overdue within the test
@@ -259,8 +259,14 @@ def test_a_Z_is_recorded_rather_than_an_unreachable_server(
             mail = harness_with(*servers, retry_min=100.0, retry_max=200.0)
             queue_id = mail.accept()
             with mail.working():
-                until(partial(mail.rows, "SELECT 1 FROM deliveries WHERE queue_id = :id AND claim_count = 1"
-                              " AND state = 'deferred'", id=queue_id))  # fmt: skip
+                until(
+                    partial(
+                        mail.rows,
+                        "SELECT 1 FROM deliveries WHERE queue_id = :id AND claim_count = 1"
+                        " AND state = 'deferred'",
+                        id=queue_id,
+                    )
+                )
             found = mail.delivery(queue_id)
             assert {outcome for _, outcome in mail.attempts(queue_id)} == {
                 "unreachable",
@@ -289,8 +295,8 @@ def test_a_Z_waits_although_the_next_server_has_no_slot(harness_with: Open) -> N
 def test_a_server_that_closes_before_it_reads_is_unreachable(
     harness_with: Open, sink: Sink
 ) -> None:
-    """As tcpserver does where its rules deny. From the second time on the worker knows it before the
-    commit point."""
+    """As tcpserver does where its rules deny. From the second time on the worker knows it before
+    the commit point."""
     with denying() as port:
         mail = harness_with(port, grace=60.0, uncertain_delay=1000.0)
         first, second = mail.accept(), mail.accept()
@@ -320,7 +326,7 @@ def denying() -> Iterator[int]:
         thread.join()
 
 
-def test_uncertain_mail_is_held_if_the_setting_says_so(harness_with: Open) -> None:
+def test_uncertain_mail_is_held_by_setting(harness_with: Open) -> None:
     with answering(Answer(raw=b"7:garbage,")) as sink:
         mail = harness_with(sink, uncertain="hold")
         queue_id = mail.accept()

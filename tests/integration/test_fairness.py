@@ -88,7 +88,10 @@ _KEY = {
 }
 _NUMBERS = {
     "postgresql": "generate_series(1, :many) AS s(n)",
-    "sqlite": "(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < :many) SELECT n FROM s) AS s",
+    "sqlite": (
+        "(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < :many) SELECT n"
+        " FROM s) AS s"
+    ),
 }
 
 
@@ -101,12 +104,15 @@ def fill(queue: QueueHarness) -> None:
     """
     name = queue.database.dialect.name
     key, numbers = _KEY[name].format(n="s.n"), _NUMBERS[name]
-    messages = """INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol)
-        SELECT {key}, 'a', 1, @now, '', '', '' FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
+    messages = """INSERT INTO messages (id, sender, size, received_at, client_address, helo,
+        protocol)
+        SELECT {key}, 'a', 1, @now, '', '', '' FROM {numbers}
+        WHERE s.n * 7919 % :many >= :many - :looked_at"""
     recipients = """INSERT INTO recipients (queue_id, position, address, delivery)
         SELECT {key}, 1, 'b', 1 FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
     deliveries = """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
-        SELECT {key}, 1, 'default', 'deferred', @ago(1 + s.n * 7919 % :many * 0.1), @later(100000) FROM {numbers}"""
+        SELECT {key}, 1, 'default', 'deferred', @ago(1 + s.n * 7919 % :many * 0.1), @later(100000)
+        FROM {numbers}"""
     with writing(queue.database) as connection:
         for sql in (messages, recipients, deliveries):
             given = {"many": MANY} | ({"looked_at": BATCH * BATCHES} if ":looked_at" in sql else {})
@@ -147,14 +153,20 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(
         assert queue.complete(one, Outcome.DELIVERED).state is State.DELIVERED
     left = queue.rows("SELECT state, count(*) AS n FROM deliveries GROUP BY state")
     assert {row["state"]: row["n"] for row in left} == {
-        "deferred": MANY - BATCH * BATCHES, "queued": BATCH * BATCHES - 50, "delivered": 50, "sending": 1,
-    }  # fmt: skip
+        "deferred": MANY - BATCH * BATCHES,
+        "queued": BATCH * BATCHES - 50,
+        "delivered": 50,
+        "sending": 1,
+    }
     assert time.monotonic() - began < 10
 
 
 def overdue(queue: QueueHarness, claims: int) -> None:
     """All of them are queued, overdue, and were claimed so often."""
-    sql = "UPDATE deliveries SET state = 'queued', claim_count = :claim_count WHERE state = 'deferred'"
+    sql = (
+        "UPDATE deliveries SET state = 'queued', claim_count = :claim_count WHERE state ="
+        " 'deferred'"
+    )
     assert queue.change(sql, claim_count=claims) == MANY
     if queue.dialect.postgresql:
         queue.change("ANALYZE")
@@ -171,8 +183,12 @@ def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(
 
     def one_more() -> str:
         queue_id = queue.accept()
-        queue.change("UPDATE deliveries SET due_at = @now, claim_count = :claim_count WHERE queue_id = @id(:id)",
-                      id=queue_id, **other)  # fmt: skip
+        queue.change(
+            "UPDATE deliveries SET due_at = @now, claim_count = :claim_count WHERE queue_id ="
+            " @id(:id)",
+            id=queue_id,
+            **other,
+        )
         return queue_id
 
     for _ in range(3):
@@ -343,9 +359,12 @@ def test_D14_a_delivery_is_held_at_the_poison_limit(clean_sqlite_url: str) -> No
 def routes_to(sink: Sink, directory: Path, count: int, more: str = "") -> Path:
     """A file of routes r0, r1, ... that all go to one server."""
     file = directory / "routes.toml"
-    file.write_text("".join(
-        f'[r{n}]\nrecipients = ["r{n}.test"]\nservers = ["127.0.0.1:{sink.port}"]\n{more}' for n in range(count)
-    ))  # fmt: skip
+    file.write_text(
+        "".join(
+            f'[r{n}]\nrecipients = ["r{n}.test"]\nservers = ["127.0.0.1:{sink.port}"]\n{more}'
+            for n in range(count)
+        )
+    )
     return file
 
 
@@ -492,14 +511,16 @@ def beside(harness_with: Open, tmp_path: Path) -> Callable[..., EngineHarness]:
 def latencies(mail: EngineHarness) -> list[float]:
     """Seconds from the acceptance of each message to the reply of its server."""
     rows = mail.rows(
-        """SELECT (@micros(d.finished_at) - @micros(m.received_at)) / 1000000.0 AS s FROM deliveries d
+        """SELECT (@micros(d.finished_at) - @micros(m.received_at)) / 1000000.0 AS s
+        FROM deliveries d
         JOIN messages m ON m.id = d.queue_id WHERE d.state = 'delivered'"""
     )
     return [float(row["s"]) for row in rows]
 
 
 def test_an_idle_route_takes_no_hints_from_another(beside: Callable[..., EngineHarness]) -> None:
-    """If a hint is lost the mail waits for the overdue poll after GRACE, which is ten minutes away."""
+    """If a hint is lost the mail waits for the overdue poll after GRACE, which is ten minutes
+    away."""
     with running_sink() as sink, running_sink() as idle:
         mail = beside(sink, idle.port)
         with mail.working() as engine:

@@ -1,4 +1,4 @@
-"""fsck on both databases: it finds what is wrong, repairs it only with --repair, and finds nothing
+"""fsck on both databases: it reports faults, repairs them only with --repair, and reports nothing
 in a healthy relay."""
 
 import os
@@ -48,9 +48,9 @@ def orphan(spool: Spool, seconds: float = OLD) -> Path:
     return aged(spool.path(name), seconds)
 
 
-def fsck_rows(typed: Typed, *words: str) -> list[tuple[str, str]]:
+def fsck_rows(typed: Typed, *arguments: str) -> list[tuple[str, str]]:
     """The inconsistencies that fsck reports, and whether each was repaired."""
-    done = typed("fsck", "--json", *words, status=None)
+    done = typed("fsck", "--json", *arguments, status=None)
     rows = [(row["found"], row["repaired"]) for row in lines(done)]
     assert done.exit_code == any(repaired != "yes" for _, repaired in rows)
     return rows
@@ -179,7 +179,7 @@ def test_a_body_of_a_delivery_that_finishes_meanwhile_is_no_inconsistency(
     assert fsck_rows(typed, "--repair") == []
 
 
-def test_a_spool_that_changes_meanwhile_holds_nothing(
+def test_a_spool_that_changes_meanwhile_holds_no_mail(
     queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = queue.accept()
@@ -256,7 +256,9 @@ def test_recipients_without_a_delivery_are_held(
     assert queue.state(queue_id, 2) == "held"
     queue.change("DELETE FROM recipients WHERE delivery = 1")
     assert fsck_rows(typed, "--repair") == [("delivery without recipient", "yes")]
-    assert queue.state(queue_id) == "held", "no sender is told of mail that ends unseen"
+    assert queue.state(queue_id) == "held", (
+        "fsck ends no delivery, so that no failure stays unreported"
+    )
     assert fsck_rows(typed, "--repair") == [("delivery without recipient", "-")], (
         "until an operator decides"
     )
@@ -298,7 +300,8 @@ def test_repairs_are_recorded(queue: QueueHarness, spool: Spool, typed: Typed) -
     assert queue.rows("SELECT * FROM audit") == []
     assert {repaired for _, repaired in fsck_rows(typed, "--repair")} == {"yes"}
     sql = """SELECT a.reason, a.filter, a.matched, @hex(t.queue_id) AS id FROM audit a
-        LEFT JOIN audit_deliveries t ON t.action = a.id WHERE a.verb = 'fsck' AND a.actor LIKE '%@%' ORDER BY a.id"""
+        LEFT JOIN audit_deliveries t ON t.action = a.id WHERE a.verb = 'fsck'
+        AND a.actor LIKE '%@%' ORDER BY a.id"""
     assert [tuple(row.values()) for row in queue.rows(sql)] == [
         ("sent by an unknown worker", "", 1, unknown),
         ("recipient without delivery", "", 1, lost),
@@ -371,9 +374,14 @@ def test_impossible_rows_are_repaired(
     queue: QueueHarness, spool: Spool, typed: Typed, change: str, what: str
 ) -> None:
     stored(queue, spool)
-    with writing(queue.database) as connection:  # no statement of ours gets past the constraints
+    with writing(
+        queue.database
+    ) as connection:  # no statement of the relay gets past the constraints
         loosen = (
-            "ALTER TABLE deliveries DROP CONSTRAINT IF EXISTS deliveries_due_where_the_state_needs_it"
+            (
+                "ALTER TABLE deliveries DROP CONSTRAINT IF EXISTS"
+                " deliveries_due_where_the_state_needs_it"
+            )
             if queue.dialect.postgresql
             else "PRAGMA ignore_check_constraints = ON"
         )
@@ -406,9 +414,7 @@ def test_the_lists_at_the_broker_are_counted(broker_url: str) -> None:
     )
 
 
-def test_ids_are_printed_as_people_see_them(
-    queue: QueueHarness, spool: Spool, typed: Typed
-) -> None:
+def test_ids_are_printed_without_dashes(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
     queue_id = queue.accept()
     assert queue_id in typed("fsck", status=1).stdout
     assert dashed(queue_id) not in typed("fsck", status=1).stdout

@@ -27,16 +27,16 @@ def test_columns(database_url: str):
     engine = database.connect(database_url)
     for view in VIEWS:
         given = [column["name"] for column in inspect(engine).get_columns(view)]
-        told = first_column("`mail_queue`" if view == "mail_history" else f"`{view}`")
-        assert sorted(told) == sorted(given), view
+        listed = first_column("`mail_queue`" if view == "mail_history" else f"`{view}`")
+        assert sorted(listed) == sorted(given), view
     engine.dispose()
 
 
-def test_the_page_and_the_schema_say_the_same_of_each_column():
+def test_the_page_describes_each_column_as_the_schema_does():
     for view, columns in VIEW_COLUMNS.items():
         title = "`mail_queue`" if view == "mail_history" else f"`{view}`"
-        told = re.findall(r"^\| `(\w+)` \| (.*) \|$", section(title), re.MULTILINE)
-        assert told == list(columns.items()), view
+        listed = re.findall(r"^\| `(\w+)` \| (.*) \|$", section(title), re.MULTILINE)
+        assert listed == list(columns.items()), view
 
 
 def test_states_and_outcomes():

@@ -137,8 +137,8 @@ def test_postgresql_starts_a_page_where_the_last_one_ended(clean_postgres_url: s
     assert len(begins) == 3, "in each of the three tables"
 
 
-def test_page_that_an_index_finds_uses_no_cursor(queue: QueueHarness) -> None:
-    """PostgreSQL would plan it as if a tenth of its rows were wanted."""
+def test_page_that_an_index_orders_uses_no_cursor(queue: QueueHarness) -> None:
+    """PostgreSQL plans a cursor for a tenth of its rows."""
     queue_id, streamed = queue.accept(), list[bool]()
 
     def note(
@@ -195,12 +195,15 @@ def test_limits_and_filters_mean_the_same_in_every_output(
 ) -> None:
     queue.accept("a@example.org", header_message_id="<1@example.com>")
     queue.accept("b@example.org", header_message_id="<2@example.com>", sender="")
-    for words, expected in {
-        ("--message-id", "2@example.com"): ["b@example.org"], ("--message-id", "<1@example.com>"): ["a@example.org"],
-        ("--message-id", "*@example.com"): ["a@example.org", "b@example.org"], ("--sender", ""): ["b@example.org"],
-        ("--limit", "1"): ["a@example.org"], ("--sender", "<>"): ["b@example.org"],
-    }.items():  # fmt: skip
-        assert [row["recipient"] for row in lines(typed("list", "--json", *words))] == expected
+    for arguments, expected in {
+        ("--message-id", "2@example.com"): ["b@example.org"],
+        ("--message-id", "<1@example.com>"): ["a@example.org"],
+        ("--message-id", "*@example.com"): ["a@example.org", "b@example.org"],
+        ("--sender", ""): ["b@example.org"],
+        ("--limit", "1"): ["a@example.org"],
+        ("--sender", "<>"): ["b@example.org"],
+    }.items():
+        assert [row["recipient"] for row in lines(typed("list", "--json", *arguments))] == expected
     dry = typed("hold", "--message-id", "2@example.com", "--dry-run", "--json")
     assert [row["recipient"] for row in lines(dry)] == ["b@example.org"]
 
@@ -216,9 +219,14 @@ def test_domain_of_an_address_is_case_insensitive(queue: QueueHarness, typed: Ty
         queue.accept(address, sender=address)
     twice = ["You@Example.ORG", "You@example.org"]
     for spelt, expected in {
-        "You@EXAMPLE.org": twice, "You@example.org": twice, "you@Example.org": ["you@example.org"],
-        "YOU@example.org": [], "a@b@example.ORG": ["a@b@Example.org"], "@example.org": [], "You": [],
-    }.items():  # fmt: skip
+        "You@EXAMPLE.org": twice,
+        "You@example.org": twice,
+        "you@Example.org": ["you@example.org"],
+        "YOU@example.org": [],
+        "a@b@example.ORG": ["a@b@Example.org"],
+        "@example.org": [],
+        "You": [],
+    }.items():
         for option in ("--recipient", "--sender"):
             rows = lines(typed("list", "--json", option, spelt, status=0 if expected else 1))
             assert [row["recipient"] for row in rows] == expected, spelt
@@ -257,13 +265,13 @@ def test_server_filter_takes_the_spelling_of_pause(queue: QueueHarness, typed: T
     assert "bad QMQP server" in typed("list", "--server", "host:port", status=2).output
 
 
-def test_filter_by_message_finds_finished_mail(queue: QueueHarness, typed: Typed) -> None:
+def test_filter_by_message_lists_finished_mail(queue: QueueHarness, typed: Typed) -> None:
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     assert typed("list", "--all", status=1).stderr == "qmqp-relay: no mail is kept\n"
     queue_id = queue.accept(header_message_id="<1@example.com>")
     queue.complete(queue.claim(queue_id)[0], Outcome.DELIVERED)
-    for words in ((queue_id,), ("--id", queue_id[-12:]), ("--message-id", "1@example.com")):
-        assert [row["state"] for row in lines(typed("list", "--json", *words))] == ["delivered"]
+    for arguments in ((queue_id,), ("--id", queue_id[-12:]), ("--message-id", "1@example.com")):
+        assert [row["state"] for row in lines(typed("list", "--json", *arguments))] == ["delivered"]
     assert typed("list", status=1).stderr == "qmqp-relay: the queue is empty\n"
     hint = typed("list", "--recipient", "b@example.org", status=1).stderr
     assert hint == "qmqp-relay: no unfinished mail matches; try --all\n"
@@ -285,15 +293,15 @@ def test_database_without_tables_is_explained(
         )  # where databases are made; it has no tables itself
     monkeypatch.setenv("RELAY_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("RELAY_DATABASE_URL", url)
-    for words in (
+    for arguments in (
         ["list"],
         ["stats"],
         ["show", "abcdef"],
         ["hold", "--all"],
         ["pause", "--route", "x"],
     ):
-        done = CliRunner().invoke(main, words)
-        assert done.exit_code == 3, words
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 3, arguments
         assert (
             done.stderr
             == "qmqp-relay: the database has no tables of this version: run `qmqp-relay migrate`\n"
@@ -347,17 +355,17 @@ def test_a_queue_fits_the_terminal(
 
 
 def test_watch_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[float] = []
+    pauses: list[float] = []
 
     def pause(seconds: float) -> None:
-        looks.append(seconds)
-        if len(looks) == 3:
+        pauses.append(seconds)
+        if len(pauses) == 3:
             raise KeyboardInterrupt
 
     assert show.watched(2.0, lambda: 1, pause) == 1
-    assert looks == [2.0, 2.0, 2.0]
+    assert pauses == [2.0, 2.0, 2.0]
     assert show.watched(None, lambda: 0, pause) == 0
-    assert len(looks) == 3
+    assert len(pauses) == 3
 
 
 def test_an_outage_does_not_end_a_watch(
@@ -366,14 +374,14 @@ def test_an_outage_does_not_end_a_watch(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    queue_id, looks = queue.accept(), list[float]()
+    queue_id, pauses = queue.accept(), list[float]()
 
     def pause(seconds: float) -> None:
-        looks.append(seconds)
+        pauses.append(seconds)
         monkeypatch.setenv(
-            "RELAY_DATABASE_URL", "postgresql://127.0.0.1:1/x" if len(looks) == 1 else url
+            "RELAY_DATABASE_URL", "postgresql://127.0.0.1:1/x" if len(pauses) == 1 else url
         )
-        if len(looks) == 3:
+        if len(pauses) == 3:
             raise KeyboardInterrupt
 
     url = os.environ["RELAY_DATABASE_URL"]
@@ -498,14 +506,14 @@ def test_lines_equal_rows(queue: QueueHarness, wanted: Filter) -> None:
     rows = list(reader.rows(wanted))
     head, *listed = [line for lines in reader.lines(wanted) for line in lines]
     assert [line.split("\t")[: len(rows[0])] for line in listed] == [
-        ["" if value is None else told(value) for value in row.values()] for row in rows
+        ["" if value is None else formatted(value) for value in row.values()] for row in rows
     ]
     assert head.split("\t") == list(rows[0])
     objects = [json.loads(line) for lines in reader.lines(wanted, objects=True) for line in lines]
-    assert [[told(value) for value in one.values()] for one in objects] == [
-        [told(v) for v in row.values()] for row in rows
+    assert [[formatted(value) for value in one.values()] for one in objects] == [
+        [formatted(v) for v in row.values()] for row in rows
     ]
 
 
-def told(value: object) -> str:
+def formatted(value: object) -> str:
     return value.isoformat(timespec="milliseconds") if isinstance(value, datetime) else str(value)

@@ -50,11 +50,22 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
         (State.HELD, Outcome.UNSENDABLE, 0.0),
         (State.BOUNCED, Outcome.REJECTED, 0.0),
     ]
-    worker_queue.commit([
-        Completion(worker, claim.queue_id, claim.number, claim.claim, state, outcome, "words", delay=delay,
-               tries=[Attempt(1, "mx:628", outcome, "words", 9, 2.0, 1.0)])
-        for claim, (state, outcome, delay) in zip(claims[:4], wanted, strict=True)
-    ])  # fmt: skip
+    worker_queue.commit(
+        [
+            Completion(
+                worker,
+                claim.queue_id,
+                claim.number,
+                claim.claim,
+                state,
+                outcome,
+                "words",
+                delay=delay,
+                tries=[Attempt(1, "mx:628", outcome, "words", 9, 2.0, 1.0)],
+            )
+            for claim, (state, outcome, delay) in zip(claims[:4], wanted, strict=True)
+        ]
+    )
     with database.writing(engine) as connection:
         earlier = (
             "received_at - interval '1 hour'"

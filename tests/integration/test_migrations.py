@@ -1,5 +1,5 @@
-"""Migrations make what `migrations/tables.py` describes, on both databases, and several processes
-may migrate at the same time."""
+"""Migrations create the schema that `migrations/tables.py` describes, on both databases, and
+several processes may migrate at the same time."""
 
 import itertools
 import os
@@ -31,7 +31,8 @@ from tests.services import Postgres
 NUMBERS = itertools.count(1)
 # Everything about a PostgreSQL schema that a statement can make, a line each.
 CATALOG = """
-SELECT format('%s.%s %s %s default %s: %s', c.relname, a.attname, format_type(a.atttypid, a.atttypmod),
+SELECT format('%s.%s %s %s default %s: %s', c.relname, a.attname,
+              format_type(a.atttypid, a.atttypmod),
               CASE WHEN a.attnotnull THEN 'not null' END, pg_get_expr(d.adbin, d.adrelid),
               col_description(c.oid, a.attnum))
 FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -112,20 +113,21 @@ def test_migrations_make_what_the_schema_describes(
 # SQLAlchemy cannot read expressions of an index back from SQLite; the test above compares its text.
 @pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expression-based index")
 @pytest.mark.filterwarnings("ignore:autogenerate skipping metadata-specified expression-based")
-def test_alembic_finds_nothing_to_do(database_url: str) -> None:
+def test_alembic_reports_no_difference(database_url: str) -> None:
     engine = connect(database_url)
     with reading(engine) as connection:
         options = {
-            "compare_type": True, "compare_server_default": True,
+            "compare_type": True,
+            "compare_server_default": True,
             "include_name": lambda name, kind, _: kind != "table" or name != "alembic_version",
-        }  # fmt: skip
+        }
         assert (
             compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
         )
     engine.dispose()
 
 
-def test_there_and_back_again(kind: str, new_url: Callable[[str], str]) -> None:
+def test_downgrade_and_upgrade_restore_the_schema(kind: str, new_url: Callable[[str], str]) -> None:
     url = new_url(kind)
     empty = dump(url) if kind == "postgresql" else []
     migrate(url)
@@ -149,7 +151,7 @@ def test_the_database_has_its_revision(database_url: str) -> None:
 
 
 def test_several_that_migrate_at_once_take_turns(kind: str, new_url: Callable[[str], str]) -> None:
-    """Two replicas that start together: one migrates, the other finds it done."""
+    """Two replicas start together: one migrates, and the other one has nothing to do."""
     url, other = new_url(kind), new_url(kind)
     migrate(other)
     command = [
@@ -166,9 +168,7 @@ def test_several_that_migrate_at_once_take_turns(kind: str, new_url: Callable[[s
     assert dump(url) == dump(other)
 
 
-def test_a_database_that_is_away_is_waited_for_if_that_is_wanted(
-    postgres: Postgres, postgres_url: str
-) -> None:
+def test_migrate_waits_for_a_database_on_request(postgres: Postgres, postgres_url: str) -> None:
     postgres.kill()
     with pytest.raises(OperationalError):
         migrate(postgres_url)
@@ -195,9 +195,9 @@ def test_tables_and_columns_are_explained(postgres_url: str) -> None:
     with reading(engine) as connection:
         for table in metadata.tables.values():
             assert table.comment
-            told = comments(connection, table.name)
-            assert told == {column.name: column.comment for column in table.columns}
-            assert all(told.values()), table.name
+            meanings = comments(connection, table.name)
+            assert meanings == {column.name: column.comment for column in table.columns}
+            assert all(meanings.values()), table.name
         for view in VIEWS:
             described = connection.execute(
                 text(f"SELECT obj_description(CAST('{view}' AS regclass))")

@@ -97,21 +97,21 @@ def test_operations_report_deliveries_that_are_being_sent(
 def test_actor_and_reason_of_a_pending_operation_are_kept(
     queue: QueueHarness, typed: Typed, verb: str, end: str
 ) -> None:
-    """The words are those that a waiting delivery gets."""
+    """The reason is the same as that of a waiting delivery."""
     waiting, (claim,) = queue.accept(), queue.claim(queue.accept())
     typed(verb, "--all", "--yes", "--reason", "they moved")
-    words = queue.delivery(waiting)["last_reply"]
+    text = queue.delivery(waiting)["last_reply"]
     row = queue.delivery(claim.queue_id)
-    assert (row["last_reply"], row["pending_reason"]) == (None, words)
+    assert (row["last_reply"], row["pending_reason"]) == (None, text)
     if end == "recorded":
         queue.complete(claim, Outcome.DEFERRED)
     else:
         queue.pass_time(400)
         queue.expire_worker(queue.worker)
     row = queue.delivery(claim.queue_id)
-    assert (row["last_reply"], row["pending_reason"]) == (words, None)
-    assert words.endswith(": they moved")
-    assert words in typed("why", claim.queue_id).stdout
+    assert (row["last_reply"], row["pending_reason"]) == (text, None)
+    assert text.endswith(": they moved")
+    assert text in typed("why", claim.queue_id).stdout
 
 
 def test_a_pending_retry_keeps_the_reply_of_the_server(queue: QueueHarness, typed: Typed) -> None:
@@ -122,7 +122,7 @@ def test_a_pending_retry_keeps_the_reply_of_the_server(queue: QueueHarness, type
     assert (row["state"], row["last_reply"], row["pending_reason"]) == ("queued", "its words", None)
 
 
-def test_release_takes_back_a_hold_that_was_only_wanted(queue: QueueHarness, typed: Typed) -> None:
+def test_release_cancels_a_pending_hold(queue: QueueHarness, typed: Typed) -> None:
     (held,), (dropped,) = queue.claim(queue.accept()), queue.claim(queue.accept())
     typed("hold", held.queue_id)
     typed("drop", dropped.queue_id)
@@ -163,7 +163,8 @@ def test_operations_run_in_batches_and_miss_no_delivery(
         18,
     )
     noted = """SELECT t.queue_id, t.delivery FROM audit_deliveries t JOIN audit a ON a.id = t.action
-        JOIN deliveries d ON d.queue_id = t.queue_id AND d.number = t.delivery AND d.state = 'held'"""
+        JOIN deliveries d ON d.queue_id = t.queue_id AND d.number = t.delivery
+        AND d.state = 'held'"""
     assert len(queue.rows(noted)) == len(queue.rows("SELECT * FROM audit_deliveries")) == 18
 
 
@@ -199,7 +200,7 @@ def test_an_interrupted_operation_is_in_the_audit(
 
 
 def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness) -> None:
-    """Whose body is free is one more question, asked when the chunk is committed."""
+    """One more statement reads the deletable bodies after the COMMIT of the chunk."""
     counts = list[int]()
     for size in (1, 20):
         for _ in range(size):
@@ -213,17 +214,41 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness
     assert counts[0] == counts[1] == 6
 
 
-# An operation, its filter, the state that a delivery is in, and what another session makes of it
-# meanwhile.
+# An operation, its filter, the state that a delivery is in, and the state that another session
+# changes it to meanwhile.
 MEANWHILE = {
-    "drop what was released": ("drop", Filter(states=("held",)), State.HELD, "state = 'queued', due_at = @now"),
-    "bounce what was released": ("bounce", Filter(states=("held",)), State.HELD, "state = 'queued', due_at = @now"),
-    "hold what was retried": ("hold", Filter(states=("deferred",)), State.DEFERRED, "state = 'queued', due_at = @now"),
-    "retry what another server had": ("retry", Filter(server="qmqp.example.net:628"), State.DEFERRED,
-                                      "last_server = 'other.example.net:628'"),
-    "release what has another reason": ("release", Filter(reply="first"), State.HELD, "last_reply = 'second'"),
+    "drop what was released": (
+        "drop",
+        Filter(states=("held",)),
+        State.HELD,
+        "state = 'queued', due_at = @now",
+    ),
+    "bounce what was released": (
+        "bounce",
+        Filter(states=("held",)),
+        State.HELD,
+        "state = 'queued', due_at = @now",
+    ),
+    "hold what was retried": (
+        "hold",
+        Filter(states=("deferred",)),
+        State.DEFERRED,
+        "state = 'queued', due_at = @now",
+    ),
+    "retry what another server had": (
+        "retry",
+        Filter(server="qmqp.example.net:628"),
+        State.DEFERRED,
+        "last_server = 'other.example.net:628'",
+    ),
+    "release what has another reason": (
+        "release",
+        Filter(reply="first"),
+        State.HELD,
+        "last_reply = 'second'",
+    ),
     "drop what was rerouted": ("drop", Filter(route="default"), State.QUEUED, "route = 'other'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MEANWHILE)
@@ -262,7 +287,7 @@ def _waits(queue: QueueHarness) -> bool:
     waiting = (
         line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" in line
     )
-    return any("FLOCK" in words and str(os.getpid()) in words for words in waiting)
+    return any("FLOCK" in line and str(os.getpid()) in line for line in waiting)
 
 
 def test_more_than_one_needs_a_yes(
@@ -281,7 +306,7 @@ def test_more_than_one_needs_a_yes(
     assert queue.states_of(ids) == ["dropped", "dropped"]
 
 
-def test_nothing_is_done_to_everything_by_mistake(queue: QueueHarness, typed: Typed) -> None:
+def test_operations_need_a_filter_or_all(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept()
     assert "--all" in typed("drop", "--yes", status=2).stderr
     assert queue.state(queue_id) == "queued"
@@ -292,7 +317,9 @@ def test_nothing_is_done_to_everything_by_mistake(queue: QueueHarness, typed: Ty
     assert queue.state(queue_id) == "dropped"
 
 
-def test_a_dry_run_shows_whom_it_would_touch(queue: QueueHarness, typed: Typed) -> None:
+def test_a_dry_run_shows_the_recipients_that_it_would_change(
+    queue: QueueHarness, typed: Typed
+) -> None:
     queue_id = queue.accept("a@example.org", "b@example.org", "bulk:c@example.org")
     done = typed("hold", "--recipient", "b@example.org", "--dry-run", "--json")
     assert [row["recipient"] for row in lines(done)] == ["a@example.org", "b@example.org"], (
@@ -335,15 +362,15 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
 ) -> None:
     generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")
     bounced, greylisted = queue.accept(), queue.accept("c@example.org")
-    reply = "bounced by an operator: x"
-    for queue_id, outcome, words in (
-        (bounced, Outcome.REJECTED, reply),
+    rejection = "bounced by an operator: x"
+    for queue_id, outcome, reply in (
+        (bounced, Outcome.REJECTED, rejection),
         (greylisted, Outcome.DEFERRED, "held by greylist for 300 seconds"),
     ):
         spool.store(queue_id, [BODY])
-        queue.complete(queue.claim(queue_id)[0], outcome, reply=words)
+        queue.complete(queue.claim(queue_id)[0], outcome, reply=reply)
         assert queue.delivery(queue_id)["reason_source"] == "server"
-    assert f"rejected it: {reply}" in typed("why", bounced).stdout
+    assert f"rejected it: {rejection}" in typed("why", bounced).stdout
     queue.change(
         "UPDATE deliveries SET expires_at = @ago(1) WHERE queue_id = @id(:id)", id=greylisted
     )
@@ -353,28 +380,28 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     queue.pass_time(100)
     texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
     assert len(texts) == 2
-    assert sum(f"The mail server refused it: {reply}" in text for text in texts) == 1
-    assert sum(f"Diagnostic-Code: x-qmqp; {reply}" in text for text in texts) == 1
+    assert sum(f"The mail server refused it: {rejection}" in text for text in texts) == 1
+    assert sum(f"Diagnostic-Code: x-qmqp; {rejection}" in text for text in texts) == 1
     assert sum("Diagnostic-Code: x-qmqp; held by greylist" in text for text in texts) == 1
 
 
 def test_bodies_are_removed_when_no_delivery_needs_them(
     queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    kept, told, null, split = (
+    kept, pending, null, split = (
         queue.accept("a@example.org", "bulk:b@example.org"),
         queue.accept("a@example.org"),
         queue.accept("a@example.org", sender=""),
         queue.accept("c@example.org", "bulk:c@example.org"),
     )
-    for queue_id in (kept, told, null, split):
+    for queue_id in (kept, pending, null, split):
         spool.store(queue_id, [BODY])
     typed("drop", "--id", kept, "--recipient", "a@example.org")
-    typed("bounce", "--id", told)
+    typed("bounce", "--id", pending)
     typed("bounce", "--id", null)
     assert "2 bodies" not in typed("drop", "--id", split, "--yes").stdout
     there = {name for name, _ in spool.ids()}
-    assert there == {kept, told}, "another delivery needs the one, a notice that is owed the other"
+    assert there == {kept, pending}, "one is needed by another delivery, the other by a pending DSN"
 
 
 def test_where_the_spool_is_not_mounted_bodies_stay(
@@ -416,9 +443,11 @@ def test_rerouting(
         i: (queue.delivery(i)["route"], queue.state(i)) for i in (queued, deferred, held, delivered)
     }
     assert found == {
-        queued: ("default", "queued"), deferred: ("old", "split"), held: ("default", "held"),
+        queued: ("default", "queued"),
+        deferred: ("old", "split"),
+        held: ("default", "held"),
         delivered: ("default", "delivered"),
-    }  # fmt: skip
+    }
     pieces = [queue.delivery(deferred, number) for number in (2, 3)]
     assert [(piece["route"], piece["state"]) for piece in pieces] == [
         ("com", "queued"),
@@ -452,9 +481,9 @@ def test_pauses(queue: QueueHarness, typed: Typed) -> None:
     )
     typed("pause", "--server", "192.0.2.7:628", status=1)
     assert not typed("pause", "--route", "default", "--reason", "disk swap").stderr
-    assert {row["subject"] for row in lines(typed("stats", "--json")) if row["kind"] == "pause"} == {
-        "route:default", "server:192.0.2.7:628"
-    }  # fmt: skip
+    assert {
+        row["subject"] for row in lines(typed("stats", "--json")) if row["kind"] == "pause"
+    } == {"route:default", "server:192.0.2.7:628"}
     paused = r"because route default is paused until `resume` \(by \S+@\S+ \d+s ago: disk swap\)\.$"
     assert re.search(paused, typed("why", queue_id).stdout)
     typed("resume", "--route", "default")
@@ -463,5 +492,7 @@ def test_pauses(queue: QueueHarness, typed: Typed) -> None:
     for wrong in ((), ("--route", "x", "--server", "y"), ("--server", "host:port")):
         typed("pause", *wrong, status=2)
     assert [row["verb"] for row in queue.rows("SELECT verb FROM audit ORDER BY id")] == [
-        "pause server:192.0.2.7:628", "pause route:default", "resume route:default"
-    ]  # fmt: skip
+        "pause server:192.0.2.7:628",
+        "pause route:default",
+        "resume route:default",
+    ]

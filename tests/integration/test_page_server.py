@@ -61,7 +61,7 @@ def test_a_request_that_is_not_finished_ends(port: int, begun: bytes, answer: by
         assert bool(server_reply) == bool(answer)
 
 
-def test_a_hundred_of_them_do_not_shut_the_page_for_long(port: int) -> None:
+def test_a_hundred_unfinished_requests_do_not_block_the_page_for_long(port: int) -> None:
     with ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(b"GET / HT")

@@ -23,7 +23,7 @@ from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, new_message
 
 WAITING = 1500  # rows of each kind
-FEW = 40  # rows that a statement about one message may look at in vain
+FEW = 40  # rows that a statement about one message may read in vain
 PAGES = 200
 STEPS = 6000
 IDLE = {"idle": 10}
@@ -31,8 +31,8 @@ IDLE = {"idle": 10}
 
 @pytest.fixture
 def crowded(queue: QueueHarness) -> QueueHarness:
-    """Beside `idle`, a route without mail: overdue mail of a dead server, retries far ahead, a long
-    history."""
+    """Overdue mail of a server that is down, retries far in the future, a long history, and `idle`,
+    a route without mail."""
     overdue, ahead, done = (
         [new_message(f"dead:{n}@example.org") for n in range(WAITING)] for _ in range(3)
     )
@@ -44,8 +44,9 @@ def crowded(queue: QueueHarness) -> QueueHarness:
         queue.change(
             f"""UPDATE deliveries SET state = '{state}', due_at = {due}, claim_count = 1
             WHERE queue_id >= @id(:id) AND queue_id <= @id(:last)""",
-            id=first, last=f"{last[:8]}-{last[8:12]}-{last[12:16]}-{last[16:20]}-{last[20:]}",
-        )  # fmt: skip
+            id=first,
+            last=f"{last[:8]}-{last[8:12]}-{last[12:16]}-{last[16:20]}-{last[20:]}",
+        )
     queue.change("UPDATE deliveries SET warn_at = @later(3600)")
     queue.change("ANALYZE")
     return queue
@@ -56,15 +57,15 @@ def server_reply(queue: QueueHarness) -> Iterator[list[tuple[str, Any]]]:
     """The statements that run meanwhile, with their parameters."""
     statements: list[tuple[str, Any]] = []
 
-    def hear(
-        _connection: Connection, _cursor: object, words: str, parameters: Any, *_: object
+    def record(
+        _connection: Connection, _cursor: object, sql: str, parameters: Any, *_: object
     ) -> None:
-        if not words.startswith("BEGIN"):
-            statements.append((words, parameters))
+        if not sql.startswith("BEGIN"):
+            statements.append((sql, parameters))
 
-    event.listen(queue.database, "before_cursor_execute", hear)
+    event.listen(queue.database, "before_cursor_execute", record)
     yield statements
-    event.remove(queue.database, "before_cursor_execute", hear)
+    event.remove(queue.database, "before_cursor_execute", record)
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -77,15 +78,15 @@ def scans(queue: QueueHarness, statements: list[tuple[str, Any]]) -> list[str]:
     """The scans in those statements, whose cost grows with the queue."""
     found: list[str] = []
     with queue.database.connect() as connection:
-        for words, parameters in statements:
+        for sql, parameters in statements:
             scans_of = _scans_of_postgresql if queue.dialect.postgresql else _scans_of_sqlite
-            found += scans_of(connection, words, parameters)
+            found += scans_of(connection, sql, parameters)
             connection.rollback()
     return found
 
 
-def _scans_of_postgresql(connection: Connection, words: str, parameters: Any) -> Iterator[str]:
-    explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {words}"
+def _scans_of_postgresql(connection: Connection, sql: str, parameters: Any) -> Iterator[str]:
+    explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}"
     (made,) = connection.exec_driver_sql(explain, parameters).scalar_one()
     made = made if isinstance(made, dict) else json.loads(made)
     for node in nodes(made["Plan"]):
@@ -93,22 +94,24 @@ def _scans_of_postgresql(connection: Connection, words: str, parameters: Any) ->
             "Rows Removed by Index Recheck", 0
         )
         if in_vain * node.get("Actual Loops", 1) > FEW:
-            yield f"{in_vain} rows in vain, {node['Node Type']} {node.get('Index Name', '')}: {words}"
+            yield (
+                f"{in_vain} rows in vain, {node['Node Type']} {node.get('Index Name', '')}: {sql}"
+            )
     if (pages := made["Plan"]["Shared Hit Blocks"] + made["Plan"]["Shared Read Blocks"]) > PAGES:
-        yield f"{pages} pages: {words}"
+        yield f"{pages} pages: {sql}"
 
 
-def _scans_of_sqlite(connection: Connection, words: str, parameters: Any) -> Iterator[str]:
+def _scans_of_sqlite(connection: Connection, sql: str, parameters: Any) -> Iterator[str]:
     database: Any = connection.connection.driver_connection
     steps: list[int] = []
     database.set_progress_handler(lambda: steps.append(100), 100)
-    connection.exec_driver_sql(words, parameters).close()
+    connection.exec_driver_sql(sql, parameters).close()
     database.set_progress_handler(None, 0)
     if sum(steps) > STEPS:
-        yield f"{sum(steps)} steps: {words}"
+        yield f"{sum(steps)} steps: {sql}"
 
 
-def test_the_road_of_a_message_walks_through_nothing(crowded: QueueHarness) -> None:
+def test_statements_of_a_message_scan_nothing(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         queue_id = crowded.accept("idle:b@example.org")
         (claim,) = crowded.claim(queue_id, room=IDLE)
@@ -169,7 +172,7 @@ def test_statements_on_waiting_mail_do_not_read_the_history(crowded: QueueHarnes
         assert crowded.rescuer.unknown_routes(["idle"]) == ["dead"]
         list(metrics.QueueMetrics(crowded.database, cast(Any, None)).collect())
     with crowded.database.connect() as connection:
-        for words, parameters in statements:
+        for sql, parameters in statements:
             explain = "EXPLAIN" if crowded.dialect.postgresql else "EXPLAIN QUERY PLAN"
-            plan = str(connection.exec_driver_sql(f"{explain} {words}", parameters).all())
+            plan = str(connection.exec_driver_sql(f"{explain} {sql}", parameters).all())
             assert not re.search(r"Seq Scan on deliveries|SCAN deliveries(?! USING)", plan), plan

@@ -30,8 +30,8 @@ def ask(port: int = 0, path: str | None = None, reply: float = 5.0) -> ProbeResu
     return asyncio.run(probe(host="127.0.0.1", port=port, path=path, connect=5.0, reply=reply))
 
 
-def typed(*words: str) -> Result:
-    done = CliRunner().invoke(main, ["probe", *words])
+def typed(*arguments: str) -> Result:
+    done = CliRunner().invoke(main, ["probe", *arguments])
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done
@@ -41,8 +41,8 @@ def typed(*words: str) -> Result:
 def speaking(
     first: bytes, *, then: bytes | None = None, close: bool = False
 ) -> Iterator[tuple[int, list[bytes]]]:
-    """A server that sends `first` to each client, and `then` after each read; its port, and the bytes
-    that it read."""
+    """A server that sends `first` to each client, and `then` after each read; its port, and the
+    bytes that it read."""
     server_reply: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
@@ -71,7 +71,7 @@ def speaking(
 @pytest.mark.parametrize(
     ("preset", "family"), [("strict", "postfix"), ("postfix", "postfix"), ("qmail", "qmail")]
 )
-def test_the_presets_of_the_sink_are_told_apart(preset: str, family: str) -> None:
+def test_the_presets_of_the_sink_are_distinguished(preset: str, family: str) -> None:
     with running_sink(preset=preset) as sink:
         found = ask(sink.port)
         assert (found.reachable, found.allowed, found.family) == (True, True, family), found
@@ -99,8 +99,8 @@ def netstring(text: bytes) -> bytes:
 
 @contextmanager
 def serving(answer: Callable[[bytes], bytes | None]) -> Iterator[int]:
-    """A server that passes all bytes so far to `answer`, and closes with its result once that is not
-    None; its port."""
+    """A server that passes all bytes so far to `answer`, and closes with its result once that is
+    not None; its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
 
@@ -148,9 +148,14 @@ def mailfront(server_reply: bytes) -> bytes | None:
     return netstring(b"ZInvalid wrapper netstring") if server_reply else None
 
 
-@pytest.mark.parametrize(("server", "family"), [
-    (qmail_ldap, "qmail-ldap"), (qrelay, "qrelay"), (mailfront, "mailfront"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("server", "family"),
+    [
+        (qmail_ldap, "qmail-ldap"),
+        (qrelay, "qrelay"),
+        (mailfront, "mailfront"),
+    ],
+)
 def test_families_with_replies_of_their_own(
     server: Callable[[bytes], bytes | None], family: str
 ) -> None:
@@ -197,10 +202,16 @@ def test_a_silent_server_is_of_no_known_family() -> None:
     )
 
 
-@pytest.mark.parametrize("banner", [
-    b"220 mx.example.org ESMTP\r\n", b"SSH-2.0-OpenSSH_9.2p1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"2:hi,",
-    b"0:,",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "banner",
+    [
+        b"220 mx.example.org ESMTP\r\n",
+        b"SSH-2.0-OpenSSH_9.2p1\r\n",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"2:hi,",
+        b"0:,",
+    ],
+)
 def test_a_server_of_another_protocol(banner: bytes) -> None:
     with speaking(banner) as (port, _):
         found = ask(port, reply=0.5)
@@ -229,7 +240,7 @@ def test_a_server_that_closes_at_once() -> None:
     )
 
 
-def test_a_long_answer_is_cut() -> None:
+def test_a_long_reply_is_cut() -> None:
     with speaking(b"y" * 100_000) as (port, _):
         assert len(ask(port, reply=0.5).said) <= 8192
 
@@ -265,7 +276,7 @@ def test_a_qmail_of_before_2022_takes_any_byte_for_a_digit() -> None:
     assert server_reply == b"x" * 10
 
 
-def test_nothing_listens() -> None:
+def test_a_port_without_a_listener_is_out_of_reach() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         found = ask(taken.getsockname()[1])
@@ -311,6 +322,8 @@ def test_bytes_of_a_server_are_escaped() -> None:
 def test_a_late_refusal_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """qmqpd_error_delay: Postfix refuses after a second."""
     monkeypatch.setattr(module, "REFUSAL_DELAY", 1.5)
-    with running_sink(Rule(Answer(b"D", b"Error: x is not authorized to use this service", at=0, delay=0.5)),
-                      preset=Preset()) as sink:  # fmt: skip
+    with running_sink(
+        Rule(Answer(b"D", b"Error: x is not authorized to use this service", at=0, delay=0.5)),
+        preset=Preset(),
+    ) as sink:
         assert ask(sink.port).allowed is False

@@ -56,12 +56,12 @@ def lose_worker(queue: QueueHarness, worker: str) -> None:
 
 
 def wake(queue: QueueHarness, seconds: float = 100.0) -> None:
-    """The time of what is deferred comes."""
+    """Deferred deliveries become due."""
     queue.pass_time(seconds)
     queue.rescuer.requeue_due(100)
 
 
-# --- B: cases of the client that only a queue can tell
+# --- B: cases of the client that only a queue shows
 # ------------------------------------------------------
 
 
@@ -102,7 +102,8 @@ def test_B11_hostile_replies_are_escaped_everywhere(harness_with: Open) -> None:
 
 def became(mail: EngineHarness, queue_id: str) -> dict[str, str]:
     """The state of each recipient."""
-    sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d ON d.queue_id = r.queue_id
+    sql = """SELECT r.address, d.state FROM recipients r JOIN deliveries d
+        ON d.queue_id = r.queue_id
         AND d.number = r.delivery WHERE r.queue_id = :id"""
     return {row["address"]: row["state"] for row in mail.rows(sql, id=queue_id)}
 
@@ -178,7 +179,7 @@ def test_a_sender_that_cannot_be_sent_bounces_without_a_dsn(
     assert capsys.readouterr().out.count("dsn withheld") == 1
 
 
-def test_a_message_whose_recipients_are_missing_is_held_for_a_person(harness_with: Open) -> None:
+def test_a_message_whose_recipients_are_missing_is_held(harness_with: Open) -> None:
     with running_sink() as sink:
         mail = harness_with(sink)
         queue_id = mail.accept()
@@ -193,8 +194,8 @@ def test_a_message_whose_recipients_are_missing_is_held_for_a_person(harness_wit
 def test_B37_a_body_of_another_size_than_was_stored_is_put_aside_and_not_sent(
     harness_with: Open, body: bytes
 ) -> None:
-    """Its size is what we know of it; a file system that changes bytes must be asked by its own
-    checksums."""
+    """The relay knows only the size of a body; changed bytes are found by checksums of the file
+    system."""
     with running_sink() as sink:
         mail = harness_with(sink)
         queue_id = mail.accept()
@@ -315,7 +316,7 @@ def test_D1_one_task_delivered_twice_at_once(queue: QueueHarness) -> None:
             for claims in pool.map(task, (queue.register_worker(), queue.register_worker()))
             for claim in claims
         ]
-    both += queue.claim(*ids)  # what each left to the other
+    both += queue.claim(*ids)  # the messages that each of them left to the other
     assert sorted(claim.queue_id for claim in both) == sorted(ids)
     assert {claim.claim for claim in both} == {1}
 
@@ -332,10 +333,12 @@ def test_D2_a_hint_for_an_unknown_or_finished_delivery(harness_with: Open) -> No
     assert mail.attempts(done) == [(f"127.0.0.1:{sink.port}", "delivered")]
 
 
-def test_D3_a_hint_that_the_broker_gives_again_sends_nothing_again(queue: QueueHarness) -> None:
+def test_D3_a_repeated_hint_sends_nothing_again(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     (claim,) = queue.claim(queue_id)
-    for _ in range(3):  # whatever its visibility timeout makes of a session that takes an hour
+    for _ in range(
+        3
+    ):  # a visibility timeout does not repeat the task of a session that takes an hour
         queue.pass_time(1200)
         assert queue.renew()
         assert queue.claim(queue_id, worker=queue.register_worker()) == []
@@ -351,7 +354,7 @@ def test_D3_no_task_waits_for_its_session() -> None:
 
 
 @pytest.mark.parametrize("ending", ["vanished", "stopped"])
-def test_D4_deliveries_of_a_lost_worker(queue: QueueHarness, ending: str) -> None:
+def test_D4_deliveries_of_an_expired_worker(queue: QueueHarness, ending: str) -> None:
     (claim,) = queue.claim(queue.accept())
     if ending == "vanished":
         lose_worker(queue, queue.worker)
@@ -394,7 +397,8 @@ def test_D6_a_k_waits_for_a_database_that_is_locked(queue: QueueHarness) -> None
             connection.execute(
                 text(
                     queue.dialect(
-                        "UPDATE deliveries SET pending_operation = pending_operation WHERE number = 1"
+                        "UPDATE deliveries SET pending_operation = pending_operation WHERE"
+                        " number = 1"
                     )
                 )
             )
@@ -447,11 +451,15 @@ def test_D7_mail_from_the_null_sender_makes_no_dsn(queue: QueueHarness, sender: 
     assert row["last_reply"] == "its words", "a dead letter that `list --state bounced` shows"
 
 
-@pytest.mark.parametrize(("words", "states"), [
-    (b"go away (#5.7.1)", {"bounced"}), (b"no such mailbox (#5.1.1)", {"split", "bounced"}),
-])  # fmt: skip
-def test_D8_a_d_for_many(harness_with: Open, words: bytes, states: set[str]) -> None:
-    with running_sink(Rule(Answer(b"D", words))) as sink:
+@pytest.mark.parametrize(
+    ("reply_text", "states"),
+    [
+        (b"go away (#5.7.1)", {"bounced"}),
+        (b"no such mailbox (#5.1.1)", {"split", "bounced"}),
+    ],
+)
+def test_D8_a_d_for_many(harness_with: Open, reply_text: bytes, states: set[str]) -> None:
+    with running_sink(Rule(Answer(b"D", reply_text))) as sink:
         mail = harness_with(sink)
         mail.accept("x@example.org", "y@example.org", "z@example.org")
         with mail.working():
@@ -484,8 +492,9 @@ def test_D9_the_guard_of_the_tests_refuses_unknown_transitions(
         worker = "(SELECT id FROM workers)" if before is State.SENDING else "NULL"
         queue.change(
             f"UPDATE deliveries SET state = :state, worker = {worker} WHERE queue_id = @id(:id)",
-            state=before, id=queue_id,
-        )  # fmt: skip
+            state=before,
+            id=queue_id,
+        )
         change = "UPDATE deliveries SET state = :state, worker = NULL WHERE queue_id = @id(:id)"
         parameters = {"state": after, "id": dashed(queue_id)}
         named = after is before or after in successors(before)
@@ -503,14 +512,16 @@ def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -
             worker = "(SELECT min(CAST(id AS text)) FROM workers)"
             worker = f"CAST({worker} AS uuid)" if queue.dialect.postgresql else worker
             queue.change(
-                f"""UPDATE deliveries SET state = :state, worker = {worker if state is State.SENDING else "NULL"}
+                f"""UPDATE deliveries SET state = :state,
+                worker = {worker if state is State.SENDING else "NULL"}
                 WHERE queue_id = @id(:id)""",
-                state=state, id=queue_id,
-            )  # fmt: skip
+                state=state,
+                id=queue_id,
+            )
             touched, _ = operations.apply(operation, Filter(id=queue_id), actor="me", reason="test")
             after = State(queue.state(queue_id))
             if state is State.SENDING:
-                assert after is State.SENDING, "only told what is wanted"
+                assert after is State.SENDING, "only a pending operation is stored"
                 assert queue.delivery(queue_id)["pending_operation"] == (
                     operation.wanted if touched else None
                 )
@@ -533,7 +544,7 @@ def test_D12_a_body_that_cannot_be_removed_is_not_sent_again(
             until(lambda: mail.state(queue_id) == "delivered")
             assert engine.offer([queue_id]).wait(10)
         assert sink.count == 1
-    assert mail.spool.path(queue_id).exists()  # housekeeping finds it (test_sweeper.py)
+    assert mail.spool.path(queue_id).exists()  # the cleaner finds it (test_sweeper.py)
 
 
 def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
@@ -547,7 +558,10 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
         "('00000000-0000-7000-8000-' || lpad(to_hex(s.n), 12, '0'))::uuid",
     )
     numbers = (
-        f"(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {copies}) SELECT n FROM s) AS s",
+        (
+            f"(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {copies})"
+            " SELECT n FROM s) AS s"
+        ),
         f"generate_series(1, {copies}) AS s(n)",
     )
     one = queue.dialect.postgresql
@@ -556,8 +570,10 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
         SELECT {key[one]}, 'a', 1, @now, '', '', '' FROM {numbers[one]}"""
     )
     queue.change(
-        f"""INSERT INTO deliveries (queue_id, number, route, state, worker, claim_count, due_at, expires_at)
-        SELECT {key[one]}, 1, 'default', 'sending', @id(:dead), 1, @later(9000), @later(100000) FROM {numbers[one]}""",
+        f"""INSERT INTO deliveries (queue_id, number, route, state, worker, claim_count, due_at,
+        expires_at)
+        SELECT {key[one]}, 1, 'default', 'sending', @id(:dead), 1, @later(9000), @later(100000)
+        FROM {numbers[one]}""",
         dead=dead,
     )
     lose_worker(queue, queue.worker)

@@ -133,13 +133,13 @@ def test_id_is_found_by_any_unique_end(queue: QueueHarness, reader: QueueReader)
         reader.resolve(queue_id[-4:])
     assert queue_id in str(caught.value)
     assert similar in str(caught.value)
-    for text, words in (
+    for text, expected in (
         ("f" * 32, "no message"),
         ("ffff", "no message"),
         ("abc", "not a queue id"),
         ("%", "not a queue id"),
     ):
-        with pytest.raises(NoSuchMessage, match=words):
+        with pytest.raises(NoSuchMessage, match=expected):
             reader.resolve(text)
 
 
@@ -158,11 +158,13 @@ def test_message_has_recipients_deliveries_and_attempts(
         "z@example.org",
     ]
     assert [(row.number, row.state, row.claim_count) for row in message.deliveries] == [
-        (1, "bounced", 2), (2, "queued", 0)
-    ]  # fmt: skip
+        (1, "bounced", 2),
+        (2, "queued", 0),
+    ]
     assert [(row.claim, row.outcome, row.worker) for row in message.attempts] == [
-        (1, "deferred", queue.worker), (2, "rejected", queue.worker)
-    ]  # fmt: skip
+        (1, "deferred", queue.worker),
+        (2, "rejected", queue.worker),
+    ]
     assert message.attempts[0].started_at.tzinfo is UTC
     with pytest.raises(NoSuchMessage):
         reader.message("f" * 32)
@@ -175,9 +177,13 @@ def test_summary_and_servers_count_the_queue(queue: QueueHarness, reader: QueueR
     queue.complete(late, Outcome.UNCERTAIN)
     queue.pass_time(60, only=[late.queue_id])
     summary = {(row["state"], row["route"]): row for row in reader.read("summary")}
-    assert {key: (row["deliveries"], row["bytes"], row["overdue"]) for key, row in summary.items()} == {
-        ("deferred", "default"): (1, 100, 1), ("queued", "bulk"): (1, 100, 0), ("queued", "default"): (1, 100, 0),
-    }  # fmt: skip
+    assert {
+        key: (row["deliveries"], row["bytes"], row["overdue"]) for key, row in summary.items()
+    } == {
+        ("deferred", "default"): (1, 100, 1),
+        ("queued", "bulk"): (1, 100, 0),
+        ("queued", "default"): (1, 100, 0),
+    }
     assert all(
         0 <= row["oldest_seconds"] < 60 and row["oldest_at"].tzinfo is UTC
         for row in summary.values()

@@ -52,7 +52,8 @@ def cluster(postgres_databases: Databases) -> Iterator[Cluster]:
     with psycopg.connect(plain, autocommit=True) as administrator:
         found = Cluster(url, administrator)
         found.do(
-            f"ALTER ROLE {ROLE} RENAME TO {ROLE}_away; CREATE ROLE bob LOGIN; CREATE ROLE keeper LOGIN"
+            f"ALTER ROLE {ROLE} RENAME TO {ROLE}_away; CREATE ROLE bob LOGIN; CREATE ROLE"
+            " keeper LOGIN"
         )
         found.do("GRANT CREATE ON SCHEMA public TO keeper")
         yield found
@@ -73,13 +74,17 @@ def test_migration_makes_a_role_that_only_reads(
     with psycopg.connect(cluster.login("ann").replace("+psycopg", ""), autocommit=True) as ann:
         for name in (*VIEWS, *metadata.tables):
             assert ann.execute(f"SELECT count(*) FROM {name}".encode()).fetchone() is not None
-        for change in ("DELETE FROM pauses", "UPDATE deliveries SET pending_operation = 'drop'", "CREATE TABLE mine (x int)",
-                       "INSERT INTO spool VALUES (gen_random_uuid(), now())"):  # fmt: skip
+        for change in (
+            "DELETE FROM pauses",
+            "UPDATE deliveries SET pending_operation = 'drop'",
+            "CREATE TABLE mine (x int)",
+            "INSERT INTO spool VALUES (gen_random_uuid(), now())",
+        ):
             with pytest.raises(InsufficientPrivilege):
                 ann.execute(change.encode())
     monkeypatch.setenv("RELAY_DATABASE_URL", cluster.login("bob"))
-    for words, status in {("list",): 1, ("stats",): 0, ("show", "f" * 32): 1}.items():
-        assert CliRunner().invoke(main, words).exit_code == status
+    for arguments, status in {("list",): 1, ("stats",): 0, ("show", "f" * 32): 1}.items():
+        assert CliRunner().invoke(main, arguments).exit_code == status
     assert CliRunner().invoke(main, ["pause", "--route", "default"]).exit_code != 0
 
 
@@ -97,4 +102,4 @@ def test_existing_role_is_used_and_outlives_a_schema(cluster: Cluster) -> None:
     assert cluster.may_look(ROLE)
     command.downgrade(alembic_config(cluster.login("keeper")), "0001")
     assert not cluster.may_look(ROLE)
-    cluster.do(f"DROP ROLE {ROLE}")  # nothing here knows it any more
+    cluster.do(f"DROP ROLE {ROLE}")  # no object of this database refers to it any more

@@ -1,5 +1,5 @@
-"""The rescuer on both databases: due deliveries are requeued, lost workers expire, and what they
-were sending becomes uncertain."""
+"""The rescuer on both databases: due deliveries are requeued, the leases of lost workers expire,
+and the deliveries of these workers become uncertain."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +71,7 @@ def test_two_sweepers_share_due_deliveries(queue: QueueHarness) -> None:
     assert sorted(woken) == sorted(ids[:-1]), "each by one of them"
 
 
-def test_a_worker_that_is_alive_is_not_buried(queue: QueueHarness) -> None:
+def test_a_living_worker_is_not_expired(queue: QueueHarness) -> None:
     (claim,) = queue.claim(queue.accept())
     assert queue.rescuer.expired_leases() == []
     queue.pass_time(61)
@@ -83,7 +83,7 @@ def test_a_worker_that_is_alive_is_not_buried(queue: QueueHarness) -> None:
     assert queue.state(claim.queue_id) == "sending"
 
 
-def test_deliveries_of_a_lost_worker_are_uncertain(queue: QueueHarness) -> None:
+def test_deliveries_of_an_expired_worker_are_uncertain(queue: QueueHarness) -> None:
     kept = queue.register_worker()
     (theirs,) = queue.claim(queue.accept(), worker=kept)
     (claim,) = queue.claim(queue.accept())
@@ -114,7 +114,7 @@ def test_deliveries_of_a_lost_worker_are_uncertain(queue: QueueHarness) -> None:
     assert endings == {queue.worker: "vanished", kept: None}
 
 
-def test_deliveries_of_a_lost_worker_do_not_come_due_at_once(queue: QueueHarness) -> None:
+def test_deliveries_of_an_expired_worker_do_not_become_due_at_once(queue: QueueHarness) -> None:
     claims = queue.claim(*[queue.accept() for _ in range(20)])
     lose_worker(queue)
     assert len({queue.delivery(claim.queue_id)["due_at"] for claim in claims}) > 10
@@ -146,7 +146,7 @@ def test_a_poison_message_is_held(clean_url: str) -> None:
         assert queue.delivery(queue_id)["due_at"] is None
 
 
-def test_an_outcome_ends_the_count_of_lost_workers(queue: QueueHarness) -> None:
+def test_an_outcome_resets_the_count_of_crashes(queue: QueueHarness) -> None:
     queue_id = queue.accept()
     queue.claim(queue_id)
     lose_worker(queue)
@@ -157,7 +157,7 @@ def test_an_outcome_ends_the_count_of_lost_workers(queue: QueueHarness) -> None:
     assert queue.delivery(queue_id)["crash_count"] == 0
 
 
-def test_uncertain_is_held_where_the_operator_wants_to_look(clean_url: str) -> None:
+def test_uncertain_deliveries_are_held_if_the_setting_says_so(clean_url: str) -> None:
     with opened(clean_url, uncertain="hold") as queue:
         queue_id = queue.accept()
         queue.claim(queue_id)
@@ -231,7 +231,7 @@ def test_deliveries_of_an_ended_worker_are_rescued(queue: QueueHarness) -> None:
     assert queue.rescuer.rescue_unowned() == 0
 
 
-def test_a_burial_and_a_late_k_at_the_same_time(queue: QueueHarness) -> None:
+def test_an_expiry_and_a_late_k_at_the_same_time(queue: QueueHarness) -> None:
     """In either order there is one truth: delivered."""
     claims: list[Claim] = queue.claim(*(queue.accept() for _ in range(20)))
     queue.pass_time(61)
@@ -268,7 +268,7 @@ def test_a_delivery_deferred_beyond_the_longest_wait_is_due(queue: QueueHarness)
     assert set(queue.rescuer.requeue_due(10)["default"]) == set(ids)
 
 
-def test_a_wait_that_may_be_is_kept(queue: QueueHarness) -> None:
+def test_a_short_wait_is_not_changed(queue: QueueHarness) -> None:
     (queue_id,) = deferred(queue, 1)
     queue.pass_time(60 - LONGEST, only=[queue_id])
     queued, (sending,) = queue.accept(), queue.claim(queue.accept())

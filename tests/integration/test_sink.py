@@ -26,7 +26,7 @@ def wire_of(*recipients: bytes, body: bytes = b"hello\n", sender: bytes = b"s@x.
 
 
 def talk(sink: Sink, *pieces: bytes, then_end: bool = False) -> bytes | None:
-    """Send pieces and read to the end; None if that was a reset."""
+    """Send the blocks and read to the end; None if the connection was reset."""
     with socket.create_connection(("127.0.0.1", sink.port), timeout=10) as peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server_reply = b""
@@ -234,8 +234,11 @@ def test_a_dump_holds_messages_and_envelopes(tmp_path: Path):
             assert sink.wait_for(number, 5)
             assert sink.wait_for_fault(5)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "00000001.eml", "00000001.json", "00000002.eml", "00000002.json",
-    ]  # fmt: skip
+        "00000001.eml",
+        "00000001.json",
+        "00000002.eml",
+        "00000002.json",
+    ]
     assert (tmp_path / "00000002.eml").read_bytes() == b"hello 2\n"
     envelope = json.loads((tmp_path / "00000002.json").read_text())
     assert envelope == {

@@ -50,9 +50,13 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / "routes.toml"
     file.write_text(ROUTE % "1M")
     settings = load(
-        SmtpdSettings, routes=file, spool_dir=tmp_path, max_message_size=1 << 30, hostname="relay.example",
+        SmtpdSettings,
+        routes=file,
+        spool_dir=tmp_path,
+        max_message_size=1 << 30,
+        hostname="relay.example",
         smtp_timeout=60.0,
-    )  # fmt: skip
+    )
     routes = Routes.load(settings)
     offered = offered_size(settings.max_message_size, routes)
     assert offered == (1 << 20) - (1 << 20) // 20 - 4096
@@ -61,9 +65,12 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         policy = Policy(settings)
         receiver = SimpleNamespace(spooler=SpoolerClient(never, lambda _ids, _route: None))
         server = SmtpServer(
-            asyncio.get_running_loop(), settings, cast(Any, receiver), policy,
+            asyncio.get_running_loop(),
+            settings,
+            cast(Any, receiver),
+            policy,
             lambda: offered_size(settings.max_message_size, routes),
-        )  # fmt: skip
+        )
         [(_, port)] = await server.listen([("127.0.0.1", 0)])
         hello, big, fits = await say(
             port,
@@ -101,8 +108,8 @@ def postfix(request: pytest.FixtureRequest) -> Iterator[Postfix]:
 
 @pytest.mark.parametrize("width", [20, 40, 60, 76, 998])
 def test_Postfix_takes_what_is_offered(postfix: Postfix, deliver: Deliver, width: int) -> None:
-    """It counts more than we do, by the line and by the recipient; what it calls too large
-    bounces."""
+    """Postfix counts more octets than the relay, for each line and recipient; a message above its
+    limit bounces."""
     offered = offered_size(1 << 40, Routes([Route("r", (), max_size=postfix.size_limit)]))
     line = b"x" * width + b"\n"
     body = HEADER + b"\n" + line * ((offered - len(HEADER) - 1) // len(line))

@@ -289,7 +289,7 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., ServerHarn
         ("strip", ("127.0.0.1",), b"250"),
     ],
 )
-def test_cr_cr_lf_is_refused_or_stripped_as_the_setting_says(
+def test_cr_cr_lf_is_refused_or_stripped_by_setting(
     run: Callable[..., ServerHarness], setting: str, networks: tuple[str, ...], reply: bytes
 ) -> None:
     running = run(bare_cr=setting, client_networks=networks, recipient_domains=("example.org",))
@@ -308,11 +308,17 @@ MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
 @pytest.mark.parametrize(
     ("beginning", "kept"),
     [
-        (b"\tby bank.example with ESMTP\nSubject: x\n", b"\n\tby bank.example with ESMTP\nSubject: x\n"),
+        (
+            b"\tby bank.example with ESMTP\nSubject: x\n",
+            b"\n\tby bank.example with ESMTP\nSubject: x\n",
+        ),
         (b" \n", b"\n \n"),
         (b" ", b"\n "),
-        (MAILBOX_LINES + b"Subject: x\n\nFrom\n", b"X-Mailbox-Line: From ann Mon Jan  1\n"
-         b"X-Mailbox-Line: >From bob remote from c\nSubject: x\n\nFrom\n"),
+        (
+            MAILBOX_LINES + b"Subject: x\n\nFrom\n",
+            b"X-Mailbox-Line: From ann Mon Jan  1\n"
+            b"X-Mailbox-Line: >From bob remote from c\nSubject: x\n\nFrom\n",
+        ),
         (b">>From x\n", b"X-Mailbox-Line: >>From x\n"),
         (b"From: a@b\n\nFrom x\n", b"From: a@b\n\nFrom x\n"),
         (b"From\n", b"From\n"),
@@ -320,7 +326,7 @@ MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
         (b"X: y\n folded\n", b"X: y\n folded\n"),
         (b"\n indented\n", b"\n indented\n"),
     ],
-)  # fmt: skip
+)
 def test_the_first_line_of_the_content_never_continues_the_trace_field(
     run: Callable[..., ServerHarness], beginning: bytes, kept: bytes, size: int
 ) -> None:
@@ -364,7 +370,7 @@ def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., ServerHarn
     assert [one.address for one in message.recipients] == ["root@relay.example"]
 
 
-def test_a_stranger_may_not_leave_the_domain_out(run: Callable[..., ServerHarness]) -> None:
+def test_an_untrusted_client_must_write_the_domain(run: Callable[..., ServerHarness]) -> None:
     running = run(client_networks=(), recipient_domains=("relay.example",))
     with talking(running) as client:
         client.expect(b"220")
@@ -517,7 +523,7 @@ def test_C21_a_client_disconnects_before_its_message_is_committed(
         second.send(b"second\r\n.\r\n")
         until(
             lambda: len(running.bodies()) == 2
-        )  # one is being committed, one is stored: no more is taken
+        )  # one is committed, one is stored: no more are read
         third.begin()
         third.send(b"third\r\n.\r\n")
         third.close()
@@ -734,8 +740,8 @@ def test_C26_a_silent_client_gets_421(run: Callable[..., ServerHarness]) -> None
 
 
 def has_read(connection: SmtpConnection, client: RawClient) -> bool:
-    """Whether nothing that the client has sent is still in a buffer of the kernel. `octets` of the
-    connection is no measure of it: it begins anew whenever the disk is slow."""
+    """Whether no byte of the client is still in a buffer of the kernel. `octets` of the connection
+    does not show that: it is reset whenever the disk is slow."""
     unsent = fcntl.ioctl(client.socket.fileno(), termios.TIOCOUTQ, bytes(4))
     unread = fcntl.ioctl(
         connection.transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4)
@@ -747,7 +753,7 @@ STRANGER = "127.0.0.2"
 CLOSED = {"client_networks": ("127.0.0.1",), "recipient_domains": ("example.org",)}
 
 
-def test_unfinished_messages_of_strangers_leave_space_for_trusted_clients(
+def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_clients(
     run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run(**CLOSED)
@@ -777,7 +783,8 @@ def test_unfinished_messages_of_strangers_leave_space_for_trusted_clients(
         client = stack.enter_context(talking(running))
         client.expect(b"220")
         client.send(
-            b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=900000\r\nRCPT TO:<b@example.org>\r\nDATA\r\n"
+            b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=900000\r\nRCPT"
+            b" TO:<b@example.org>\r\nDATA\r\n"
         )
         client.expect(b"250", b"250", b"250", b"354")
         client.send(b"x" * 900_000 + b"\r\n.\r\n")
@@ -887,7 +894,7 @@ def test_input_that_has_arrived_is_read_before_a_deadline_counts(
             connection.deadline = 0.0
             overdue.set()
             sent.wait(10)
-            server.next_tick = math.inf  # this machine may be as slow as it likes
+            server.next_tick = math.inf  # the machine may be slow
         tick(server)
 
     with talking(running) as client:
@@ -910,7 +917,7 @@ def test_a_late_clock_tick_ends_no_session(
         seen.append("tick")
         tick(server)
 
-    def looked(server: SmtpServer, now: float) -> None:
+    def checked(server: SmtpServer, now: float) -> None:
         look(server, now)
         if "stopped" not in seen:
             seen.append("stopped")
@@ -919,7 +926,7 @@ def test_a_late_clock_tick_ends_no_session(
             seen.append("look")
 
     monkeypatch.setattr(SmtpServer, "tick", ticked)
-    monkeypatch.setattr(SmtpServer, "check_deadlines", looked)
+    monkeypatch.setattr(SmtpServer, "check_deadlines", checked)
     until(lambda: "look" in seen)
     assert seen[seen.index("stopped") + 1 :][:2] == ["tick", "tick"], "the first one was late"
 
@@ -1005,7 +1012,7 @@ def test_C19_input_before_the_banner_is_refused(run: Callable[..., ServerHarness
         assert client.closed()
 
 
-def test_C28_a_stranger_cannot_relay(run: Callable[..., ServerHarness]) -> None:
+def test_C28_an_untrusted_client_cannot_relay(run: Callable[..., ServerHarness]) -> None:
     running = run(client_networks=("192.0.2.0/24",), recipient_domains=("ours.example",))
     with smtplib.SMTP(running.host, running.port) as client:
         with pytest.raises(smtplib.SMTPRecipientsRefused) as caught:
@@ -1074,9 +1081,15 @@ class Program:
     """smtpd as a process, on a real database."""
 
     def __init__(
-        self, directory: Path, database_url: str, spawn: Callable[..., subprocess.Popen[Any]], port: int,
-        *, descriptors: int = 0, **settings: str
-    ) -> None:  # fmt: skip
+        self,
+        directory: Path,
+        database_url: str,
+        spawn: Callable[..., subprocess.Popen[Any]],
+        port: int,
+        *,
+        descriptors: int = 0,
+        **settings: str,
+    ) -> None:
         self.port, self.log = port, directory / "log"
         environment = {
             "PATH": "/usr/bin:/bin",
@@ -1138,7 +1151,7 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     program.send("b@example.org", "c@example.org")
     for process in (program.process.pid, *program.spoolers()):
         assert "Umask:\t0077\n" in Path(f"/proc/{process}/status").read_text(), (
-            "whatever is made is ours alone"
+            "only the own user may read new files"
         )
     engine = create_engine(database_url)
     with engine.connect() as connection:
@@ -1227,8 +1240,13 @@ def test_without_free_descriptors_clients_wait_and_are_not_dropped(
     free_port: Callable[[], int],
 ) -> None:
     program = Program(
-        tmp_path, database_url, spawn, free_port(), descriptors=160, max_connections_per_client="1000"
-    )  # fmt: skip
+        tmp_path,
+        database_url,
+        spawn,
+        free_port(),
+        descriptors=160,
+        max_connections_per_client="1000",
+    )
     [warning] = program.events("RLIMIT_NOFILE too low for RELAY_MAX_CONNECTIONS")
     assert (warning["limit"], warning["max_connections"]) == (160, 1000)
     with ExitStack() as stack:
@@ -1241,7 +1259,7 @@ def test_without_free_descriptors_clients_wait_and_are_not_dropped(
             b"x\r\n" * 200_000 + b".\r\n"
         )  # there are descriptors left for a large message
         clients[0].expect(b"250 2.0.0 Ok: queued")
-        for client in clients[1:]:  # all in turn, as those before them leave
+        for client in clients[1:]:  # one after the other, as earlier ones end
             client.expect(b"220")
             client.say(b"QUIT", b"221")
             client.close()

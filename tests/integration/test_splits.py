@@ -33,14 +33,14 @@ def addresses(count: int) -> list[str]:
 
 
 class RefusingServer:
-    """Refuses whatever has a bad recipient, in the words that `words` gives for it."""
+    """Refuses whatever has a bad recipient, with the text of `reply_for`."""
 
     def __init__(
         self,
         bad: set[str],
-        words: Callable[[str], str] = lambda address: f"no {address} here (#5.1.1)",
+        reply_for: Callable[[str], str] = lambda address: f"no {address} here (#5.1.1)",
     ) -> None:
-        self.bad, self.words = bad, words
+        self.bad, self.reply_for = bad, reply_for
         self.sends = 0
         self.accepted: Counter[str] = Counter()
 
@@ -48,7 +48,7 @@ class RefusingServer:
         self.sends += 1
         for address in claim.recipients:
             if address in self.bad:
-                return self.words(address)
+                return self.reply_for(address)
         self.accepted.update(claim.recipients)
         return None
 
@@ -89,7 +89,10 @@ def became(queue: QueueHarness, queue_id: str) -> dict[str, str]:
 
 
 def family(queue: QueueHarness, queue_id: str) -> list[dict[str, Any]]:
-    sql = "SELECT number, parent, state, due_at FROM deliveries WHERE queue_id = @id(:id) ORDER BY number"
+    sql = (
+        "SELECT number, parent, state, due_at FROM deliveries WHERE queue_id = @id(:id) ORDER"
+        " BY number"
+    )
     return [dict(row) for row in queue.rows(sql, id=queue_id)]
 
 
@@ -114,8 +117,10 @@ def test_a_split_is_a_parent_and_two_children_that_are_due_now(queue: QueueHarne
     recorded = queue.complete(claim, Outcome.REJECTED, state=State.SPLIT)
     assert recorded == CompletionResult(State.SPLIT, body_deletable=False)
     assert [(row["number"], row["parent"], row["state"]) for row in family(queue, queue_id)] == [
-        (1, None, "split"), (2, 1, "queued"), (3, 1, "queued"),
-    ]  # fmt: skip
+        (1, None, "split"),
+        (2, 1, "queued"),
+        (3, 1, "queued"),
+    ]
     parent, child = queue.delivery(queue_id, 1), queue.delivery(queue_id, 2)
     assert (parent["due_at"], parent["finished_at"]) == (None, None)
     assert child["due_in"] <= 0
@@ -128,7 +133,7 @@ def test_a_split_is_a_parent_and_two_children_that_are_due_now(queue: QueueHarne
     assert halves == [tuple(addresses(5)[:3]), tuple(addresses(5)[3:])]
 
 
-def test_a_record_that_is_repeated_cuts_once(queue: QueueHarness) -> None:
+def test_a_repeated_completion_splits_once(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(6))
     (claim,) = queue.claim(queue_id)
     note = queue.completion(claim, Outcome.REJECTED, state=State.SPLIT)
@@ -166,7 +171,7 @@ def test_both_first_halves_refused_with_the_same_reply_bounce_all(
     assert server.accepted == Counter()
     states = Counter(row["state"] for row in family(queue, queue_id))
     assert states == {"split": 2, "bounced": 3}, (
-        "the first half was cut before the second was heard of"
+        "the first half was split before the second was completed"
     )
     assert all(
         (row["due_at"] is not None) == (row["state"] == "bounced")
@@ -201,14 +206,14 @@ def test_three_sends_do_whichever_half_is_refused_last(queue: QueueHarness, coun
         assert became(queue, queue_id) == dict.fromkeys(names, "bounced")
 
 
-def test_halves_may_be_cut_at_the_same_time(postgres_queue: QueueHarness) -> None:
+def test_halves_may_be_split_at_the_same_time(postgres_queue: QueueHarness) -> None:
     queue, names = postgres_queue, addresses(8)
     queue_id, server = queue.accept(*names), RefusingServer({names[0], names[7]})
     (whole,) = queue.claim(queue_id)
     refuse(queue, whole, server)
     first, second = queue.claim(queue_id)
     elsewhere = Splitter(queue.database, notices=True)
-    with writing(queue.database) as connection:  # another worker is in the middle of its round
+    with writing(queue.database) as connection:  # another worker is in its transaction
         assert elsewhere.cut(connection, dashed(queue_id), first.number, "no")
         refuse(queue, second, server)
     assert [row["number"] for row in family(queue, queue_id)] == [1, 2, 3, 4, 5, 6, 7]
@@ -217,7 +222,7 @@ def test_halves_may_be_cut_at_the_same_time(postgres_queue: QueueHarness) -> Non
     assert server.accepted == Counter(names[1:7])
 
 
-def test_a_round_waits_for_no_relatives(postgres_queue: QueueHarness) -> None:
+def test_a_commit_waits_for_no_lock_of_the_same_message(postgres_queue: QueueHarness) -> None:
     """It has locked its own in key order: if it waited for more, two rounds could wait for each
     other."""
     queue, names = postgres_queue, addresses(3)
@@ -239,7 +244,7 @@ def test_a_round_waits_for_no_relatives(postgres_queue: QueueHarness) -> None:
     assert [claim.number for claim in queue.claim(queue_id)] == [4]
 
 
-def test_a_late_K_waits_for_no_relatives_either_and_loses_none(
+def test_a_late_K_waits_for_no_such_lock_and_loses_no_part(
     postgres_queue: QueueHarness,
 ) -> None:
     queue = postgres_queue
@@ -260,7 +265,10 @@ def test_a_late_K_waits_for_no_relatives_either_and_loses_none(
 
 
 def lock(connection: Connection, queue_id: str, number: int) -> None:
-    sql = "SELECT 1 FROM deliveries WHERE queue_id = CAST(:id AS uuid) AND number = :number FOR UPDATE"
+    sql = (
+        "SELECT 1 FROM deliveries WHERE queue_id = CAST(:id AS uuid) AND number = :number"
+        " FOR UPDATE"
+    )
     assert connection.execute(text(sql), {"id": dashed(queue_id), "number": number}).first()
 
 
@@ -283,7 +291,8 @@ def reroute(queue: QueueHarness, route: str = "bulk") -> int:
 def ways(queue: QueueHarness, queue_id: str) -> dict[str, tuple[int, str, str]]:
     """Number, state and route of each recipient's delivery."""
     sql = """SELECT r.address, d.number, d.state, d.route FROM recipients r JOIN deliveries d
-        ON d.queue_id = r.queue_id AND d.number = r.delivery WHERE r.queue_id = @id(:id) ORDER BY r.position"""
+        ON d.queue_id = r.queue_id AND d.number = r.delivery WHERE r.queue_id = @id(:id)
+        ORDER BY r.position"""
     return {
         row["address"]: (row["number"], row["state"], row["route"])
         for row in queue.rows(sql, id=queue_id)
@@ -305,9 +314,12 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     assert reroute(queue) == 1
     found = ways(queue, queue_id)
     assert {address: (state, route) for address, (_, state, route) in found.items()} == {
-        "0@a.test": ("queued", "a"), "1@b.test": ("queued", "b"), "2@a.test": ("queued", "a"),
-        "3@c.test": ("queued", "c"), "z@d.test": ("queued", "default"),
-    }  # fmt: skip
+        "0@a.test": ("queued", "a"),
+        "1@b.test": ("queued", "b"),
+        "2@a.test": ("queued", "a"),
+        "3@c.test": ("queued", "c"),
+        "z@d.test": ("queued", "default"),
+    }
     assert found["0@a.test"][0] == found["2@a.test"][0], "one request for one route"
     assert len({number for number, _, _ in found.values()}) == 4
     piece = queue.delivery(queue_id, found["1@b.test"][0])
@@ -319,8 +331,11 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     assert ways(queue, queue_id) == found
     claims = queue.claim(queue_id, room=dict.fromkeys(["a", "b", "c", "default"], 9))
     assert sorted(claim.recipients for claim in claims) == [
-        ("0@a.test", "2@a.test"), ("1@b.test",), ("3@c.test",), ("z@d.test",)
-    ]  # fmt: skip
+        ("0@a.test", "2@a.test"),
+        ("1@b.test",),
+        ("3@c.test",),
+        ("z@d.test",),
+    ]
 
 
 def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
@@ -337,7 +352,7 @@ def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
     assert len(queue.claim(queue_id, room={"a": 1, "b": 1})) == 2
 
 
-def test_pieces_by_route_are_cut_like_any_other(queue: QueueHarness) -> None:
+def test_parts_by_route_are_split_like_any_other(queue: QueueHarness) -> None:
     """Also when both get the same reply: halves on two routes are not compared."""
     queue_id = queue.accept(*(f"bulk:{n}@{'ab'[n % 2]}.test" for n in range(12)))
     reroute(queue)
@@ -390,20 +405,20 @@ def test_halves_refused_with_other_replies_are_split_further(queue: QueueHarness
     assert [name for name, state in states.items() if state == "bounced"] == [names[0], names[7]]
 
 
-def test_two_recipients_who_are_both_bad_bounce_both(queue: QueueHarness) -> None:
+def test_two_bad_recipients_bounce(queue: QueueHarness) -> None:
     names = addresses(2)
-    for words in (lambda address: f"no {address} (#5.1.1)", lambda _: "same (#5.1.1)"):
-        queue_id, server = queue.accept(*names), RefusingServer(set(names), words)
+    for reply_for in (lambda address: f"no {address} (#5.1.1)", lambda _: "same (#5.1.1)"):
+        queue_id, server = queue.accept(*names), RefusingServer(set(names), reply_for)
         deliver(queue, queue_id, server)
         assert became(queue, queue_id) == dict.fromkeys(names, "bounced")
         assert server.sends == 3
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])
-def test_a_list_with_too_many_recipients_is_cut_until_the_server_takes_it(
+def test_a_list_with_too_many_recipients_is_split_until_the_server_accepts_it(
     queue: QueueHarness, most: int
 ) -> None:
-    """Every half is refused in the same words, and there are more pieces than LARGEST."""
+    """Every half is rejected with the same text, and there are more parts than LARGEST."""
     names = addresses(150)
     queue_id, server = queue.accept(*names), RefusingServer(set())
 
@@ -444,7 +459,7 @@ def test_a_single_recipient_that_is_too_many_bounces(queue: QueueHarness) -> Non
     assert server.sends == 5
 
 
-def test_no_more_than_so_many_pieces(queue: QueueHarness) -> None:
+def test_a_message_is_split_into_a_bounded_number_of_parts(queue: QueueHarness) -> None:
     names = addresses(300)
     queue_id, server = queue.accept(*names), RefusingServer(set(names[::2]))
     deliver(queue, queue_id, server)
@@ -466,7 +481,7 @@ def test_other_routes_keep_their_recipients(queue: QueueHarness) -> None:
     assert [name for name, state in states.items() if state != "delivered"] == ["0@example.org"]
 
 
-def test_a_bounce_of_a_piece_owes_a_real_sender_only(queue: QueueHarness) -> None:
+def test_a_bounce_of_a_part_has_a_pending_dsn_for_a_real_sender_only(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4), sender="")
     deliver(queue, queue_id, RefusingServer({"1@example.org"}))
     assert all(row["due_at"] is None for row in family(queue, queue_id))
@@ -480,7 +495,7 @@ def test_a_pending_operation_comes_before_a_split(queue: QueueHarness) -> None:
     assert len(family(queue, queue_id)) == 1
 
 
-def test_pieces_expire_with_the_message(queue: QueueHarness) -> None:
+def test_parts_expire_with_the_message(queue: QueueHarness) -> None:
     queue_id = queue.accept(*addresses(4))
     (claim,) = queue.claim(queue_id)
     queue.complete(claim, Outcome.REJECTED, state=State.SPLIT)
@@ -491,18 +506,22 @@ def test_pieces_expire_with_the_message(queue: QueueHarness) -> None:
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
-)  # fmt: skip
+)
 @given(data=st.data())
-def test_every_recipient_ends_once_whoever_is_bad(queue: QueueHarness, data: st.DataObject) -> None:
+def test_every_recipient_ends_once_for_any_bad_recipients(
+    queue: QueueHarness, data: st.DataObject
+) -> None:
     names = addresses(data.draw(st.integers(2, 24)))
     bad = set(data.draw(st.lists(st.sampled_from(names), max_size=4, unique=True)))
     queue_id, server = queue.accept(*names), RefusingServer(bad)
     deliver(queue, queue_id, server, one_by_one=data.draw(st.booleans()))
     states = became(queue, queue_id)
     assert states == {name: "bounced" if name in bad else "delivered" for name in names}, (
-        "few pieces, distinct words"
+        "few parts, distinct texts"
     )
     assert server.accepted == Counter(set(names) - bad)
     assert server.sends <= LARGEST

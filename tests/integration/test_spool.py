@@ -282,7 +282,7 @@ def test_body_is_read_while_it_is_removed(spool: Spool) -> None:
     assert not spool.remove(queue_id)
 
 
-def test_missing_body_and_wrong_size_are_told_apart(spool: Spool) -> None:
+def test_missing_body_and_wrong_size_are_distinguished(spool: Spool) -> None:
     queue_id = new_id()
     with pytest.raises(BodyMissing, match=queue_id):
         spool.open(queue_id, 5)
@@ -298,7 +298,7 @@ def test_missing_spool_is_not_a_missing_body(spool: Spool) -> None:
     spool.store(queue_id, [b"hello"])
     spool.directory.rename(spool.directory.with_name("elsewhere"))
     for absent in (True, False):
-        os.close(spool.open(queue_id, 5))  # what is there is there
+        os.close(spool.open(queue_id, 5))  # an existing body
         with pytest.raises(OSError) as caught:
             spool.open(new_id(), 5)
         assert caught.value.errno == errno.ENOENT

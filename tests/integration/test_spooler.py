@@ -181,7 +181,9 @@ def test_only_an_unknown_commit_keeps_its_body(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_unexpected_error_of_the_committer_ends_the_spooler(harness: SpoolerHarness) -> None:
-    harness.fault = MemoryError()  # `GroupCommitter` blames the row, so this is a result
+    harness.fault = (
+        MemoryError()
+    )  # `GroupCommitter` treats it as a fault of the row, so this is a result
     refused = harness.request()
     harness.entered.wait(10)
     harness.fault = SystemExit()

@@ -72,29 +72,43 @@ ROUTES = ("default", "bulk")
 FAILED = (State.BOUNCED, State.EXPIRED)
 WAITING = (State.QUEUED, State.SENDING, State.DEFERRED)
 SENDERS = ["a@example.com", "a@example.com", "", "#@[]"]
-# The DSNs that it asks for.
+# The DSNs that it requests.
 NOTIFY: dict[str | None, frozenset[str]] = {
-    None: frozenset({"failure", "delay"}), "FAILURE": frozenset({"failure"}), "DELAY": frozenset({"delay"}),
+    None: frozenset({"failure", "delay"}),
+    "FAILURE": frozenset({"failure"}),
+    "DELAY": frozenset({"delay"}),
     "NEVER": frozenset(),
-}  # fmt: skip
-SAME = "user unknown (#5.1.1)"  # what servers say again and again
+}
+SAME = "user unknown (#5.1.1)"  # replies that servers repeat
 BY_OPERATOR = "an operator did that"
 # Everything else happens in both.
 VARIANTS: dict[str, dict[str, Any]] = {
     "warnings": {"delay_warning": WARNING},
     "hold": {"uncertain": "hold"},
 }
-# What happens, and how often for each time that the others do.
+# Events, and their relative frequency.
 HAPPENINGS = [
     what
     for what, often in {
-        "work": 10, "accept": 6, "wait": 3, "wake": 3, "crash": 2, "wake_up_late": 3, "operate": 3, "generate": 4,
-        "reroute": 1, "warn": 3,
-        "register_worker": 1, "expire_worker": 1, "expire_one_that_renewed": 1, "expire_stuck_transfers": 1, "rescue_unowned": 1,
+        "work": 10,
+        "accept": 6,
+        "wait": 3,
+        "wake": 3,
+        "crash": 2,
+        "wake_up_late": 3,
+        "operate": 3,
+        "generate": 4,
+        "reroute": 1,
+        "warn": 3,
+        "register_worker": 1,
+        "expire_worker": 1,
+        "expire_one_that_renewed": 1,
+        "expire_stuck_transfers": 1,
+        "rescue_unowned": 1,
     }.items()
     for _ in range(often)
-]  # fmt: skip
-# What a history consists of is Hypothesis' to choose and to shrink; the details are mere chance.
+]
+# Hypothesis chooses and shrinks the events of a history; the details are random.
 CHANCE = st.randoms(use_true_random=True)
 
 
@@ -103,8 +117,8 @@ def sample_of[T](chance: Random, these: Sequence[T], share: float) -> list[T]:
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing is caught, nothing is cleaned up, the database rolls back what
-    was not committed."""
+    """Acts as kill -9: no code catches it, nothing is cleaned up, and the database rolls back the
+    transaction."""
 
 
 class KilledSpool(Spool):
@@ -143,11 +157,11 @@ class Delivery:
     crash_count: int = 0
     pending: str | None = None
     k: bool = False
-    taken: int = 0  # how often the server really took it
+    taken: int = 0  # how often the server really accepted it
     uncertain: set[int] = field(default_factory=set)  # claims of unknown outcome
-    outcome: str | None = None  # of the last try, and the words that stand there
+    outcome: str | None = None  # of the last attempt, and its text
     reply: str = ""
-    about: str = ""  # of a DSN: the message, whom it names, and what it encloses
+    about: str = ""  # of a DSN: the message, its recipients, and the enclosed content
     names: tuple[str, ...] = ()
     encloses: str | None = None
 
@@ -159,7 +173,7 @@ class Delivery:
 
 @dataclass
 class Transfer:
-    """A claim under way in a worker, or in one that was declared dead and does not know."""
+    """An open claim of a worker, or of one whose lease has expired without its knowledge."""
 
     worker: str
     claim: Claim
@@ -171,7 +185,7 @@ class Transfer:
 
 
 class History(RuleBasedStateMachine):
-    """`happens` is one thing after the other; the invariants are looked at after each."""
+    """`happens` is one event after the other; the invariants are checked after each of them."""
 
     harness: QueueHarness
     spool: Spool
@@ -192,7 +206,7 @@ class History(RuleBasedStateMachine):
         self.received: dict[str, float] = {}
         self.notify: dict[
             tuple[str, str], frozenset[str]
-        ] = {}  # by message and address: what its sender asked for
+        ] = {}  # by message and address: the DSNs that its sender requested
         self.reported: Counter[tuple[str, str]] = (
             Counter()
         )  # by message and address: DSNs that name it
@@ -211,9 +225,10 @@ class History(RuleBasedStateMachine):
         """The model's side of every change that ends a transfer or is an operator's."""
         owed = delivery.sender not in SENDERS[2:] or delivery.encloses is not None
         due = {
-            State.QUEUED: self.clock + GRACE, State.BOUNCED: self.clock if owed else None,
+            State.QUEUED: self.clock + GRACE,
+            State.BOUNCED: self.clock if owed else None,
             State.EXPIRED: self.clock if owed else None,
-        }  # fmt: skip
+        }
         delivery.state, delivery.due, delivery.worker, delivery.pending = (
             state,
             due.get(state),
@@ -226,7 +241,7 @@ class History(RuleBasedStateMachine):
         getattr(self, what)(chance)
 
     # --- mail
-    # -------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def accept(self, chance: Random) -> None:
         """A message is accepted, perhaps committed twice because the first COMMIT is unknown."""
@@ -268,7 +283,8 @@ class History(RuleBasedStateMachine):
         self.leases[worker] = self.clock + LEASE
 
     def work(self, chance: Random) -> None:
-        """One round of a worker, dead or alive: outcomes, a renewal, requests; perhaps committed twice."""
+        """One commit of a worker, expired or not: outcomes, a renewal, requests; perhaps committed
+        twice."""
         worker = chance.choice(list(self.leases))
         mine = [transfer for transfer in self.transfers if transfer.worker == worker]
         ends = sample_of(chance, mine, 0.4)
@@ -323,14 +339,14 @@ class History(RuleBasedStateMachine):
         return any(delivery.state in UNFINISHED or delivery.due is not None for delivery in mine)
 
     def _report(self, transfer: Transfer, chance: Random, *, last: bool) -> Completion:
-        """What a worker says of a transfer, which must fit what really happened; `last`: and ends
-        it."""
+        """The completion of a transfer, which must agree with the real event; `last`: it ends the
+        transfer."""
         self.transfers.remove(transfer)
         delivery = self.queue[transfer.key]
         outcome = chance.choice(TOOK if transfer.took else NOT_TOOK)
         half = (
             delivery.parent is not None and chance.random() < 0.7
-        )  # refused as its sibling may be
+        )  # rejected, as its sibling may be
         if last or (half and not transfer.took):
             outcome = Outcome.DELIVERED if transfer.took else Outcome.REJECTED
         state = OUTCOME_POLICY[outcome]
@@ -343,16 +359,16 @@ class History(RuleBasedStateMachine):
         if outcome is Outcome.UNCERTAIN:
             delivery.uncertain.add(transfer.claim.claim)
             state = State.HELD if self.hold else state
-        words = SAME if half else chance.choice([SAME, f"reply {next(self.said)}"])
+        reply = SAME if half else chance.choice([SAME, f"reply {next(self.said)}"])
         if outcome is Outcome.REJECTED and not half and chance.random() < 0.2:
-            words = f"client not allowed, {words}"
+            reply = f"client not allowed, {reply}"
         return self.harness.completion(
-            transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=words
-        )  # fmt: skip
+            transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=reply
+        )
 
     def _recorded(self, completions: list[tuple[Transfer, Completion, Any]]) -> None:
-        """The model's side of a round of outcomes: what each does, then halves, then what a late K
-        does to them."""
+        """The model of a commit of outcomes: the effect of each, then the halves, then the effect
+        of a late K on them."""
         cuts, late = [], []
         for transfer, record, _ in completions:
             delivery, accepted = self.queue[transfer.key], record.outcome is Outcome.DELIVERED
@@ -368,7 +384,7 @@ class History(RuleBasedStateMachine):
             delivery.outcome = record.outcome
             if (
                 record.outcome is not Outcome.UNREACHABLE
-            ):  # else nothing was sent that a worker could have died of
+            ):  # else nothing was sent at which a worker could have crashed
                 delivery.crash_count = 0
         for key in cuts:
             self._cut(key, self.queue[key])
@@ -392,7 +408,7 @@ class History(RuleBasedStateMachine):
         return state
 
     def _taken(self, key: Key) -> None:
-        """A late K holds for what the delivery was cut into since."""
+        """A late K counts for the parts that the delivery was split into since."""
         for delivery in self._offspring(key):
             if delivery.state not in (State.DELIVERED, State.SPLIT):
                 self._end(delivery, State.DELIVERED)
@@ -413,16 +429,19 @@ class History(RuleBasedStateMachine):
         delivery.recipients = ()
 
     def _both_refused(self, key: Key, delivery: Delivery) -> bool:
-        """Whether the other first half was refused in the same words, the same way; then what is
-        left bounces."""
+        """Whether the other first half was rejected with the same text; then the remaining parts
+        bounce."""
         if delivery.parent is None or self.queue[key[0], delivery.parent].parent is not None:
             return False
         for sibling, other in list(self.queue.items()):
             if (
-                sibling[0] == key[0] and sibling != key and other.parent == delivery.parent and other.route == delivery.route
+                sibling[0] == key[0]
+                and sibling != key
+                and other.parent == delivery.parent
+                and other.route == delivery.route
                 and other.state in (State.SPLIT, State.BOUNCED)
                 and (other.outcome, other.reply) == ("rejected", delivery.reply)
-            ):  # fmt: skip
+            ):
                 for left in self._offspring(sibling):
                     if left.state in (State.QUEUED, State.DEFERRED):
                         self._end(left, State.BOUNCED)
@@ -436,12 +455,12 @@ class History(RuleBasedStateMachine):
         return [d for k, child in children for d in (child, *self._offspring(k))]
 
     def _line(self, key: Key) -> list[Key]:
-        """A delivery and what it was cut from."""
+        """A delivery and its ancestors."""
         parent = self.queue[key].parent
         return [key] if parent is None else [key, *self._line((key[0], parent))]
 
     def _claim_requests(self, worker: str, chance: Random) -> list[ClaimRequest]:
-        """A hint, a look at what is overdue, both or none."""
+        """A hint, a poll for overdue mail, both or neither."""
         requests = []
         for hinted in chance.choice([(), (True,), (False,), (True, False)]):
             room = {route: chance.randint(0, 6) for route in ROUTES}
@@ -456,10 +475,15 @@ class History(RuleBasedStateMachine):
         assert len(got) == len(claims)
         for route, room in request.room.items():
             fit = {
-                key: delivery for key, delivery in self.queue.items()
-                if delivery.route == route and delivery.state is State.QUEUED and delivery.due is not None
-                and (key[0] in request.ids if request.ids is not None else delivery.due <= self.clock)
-            }  # fmt: skip
+                key: delivery
+                for key, delivery in self.queue.items()
+                if delivery.route == route
+                and delivery.state is State.QUEUED
+                and delivery.due is not None
+                and (
+                    key[0] in request.ids if request.ids is not None else delivery.due <= self.clock
+                )
+            }
             mine = [key for key in got if self.queue[key].route == route]
             assert set(mine) <= set(fit)
             assert len(mine) == min(room, len(fit)), (
@@ -483,8 +507,10 @@ class History(RuleBasedStateMachine):
             delivery.claims += 1
             assert (claim.claim, claim.crash_count) == (delivery.claims, delivery.crash_count)
             assert (claim.recipients, claim.sender, claim.route) == (
-                delivery.recipients, delivery.sender, delivery.route,
-            )  # fmt: skip
+                delivery.recipients,
+                delivery.sender,
+                delivery.route,
+            )
             delivery.state, delivery.worker, delivery.pending = State.SENDING, request.worker, None
             delivery.due = self.clock + 2 * (SESSION + LEASE)
             took = chance.random() < 0.5
@@ -495,12 +521,15 @@ class History(RuleBasedStateMachine):
     # ---------------------------------------------------------------------------------------------
 
     def wake(self, chance: Random, limit: int = 0) -> None:
-        """A sweeper wakes what is due."""
+        """A sweeper requeues due deliveries."""
         limit = limit or chance.choice([1, 2, 100])
         due = {
-            key: delivery.due for key, delivery in self.queue.items()
-            if delivery.state is State.DEFERRED and delivery.due is not None and delivery.due <= self.clock
-        }  # fmt: skip
+            key: delivery.due
+            for key, delivery in self.queue.items()
+            if delivery.state is State.DEFERRED
+            and delivery.due is not None
+            and delivery.due <= self.clock
+        }
         ids = self.harness.rescuer.requeue_due(limit)
         woken = [key for key in due if self._row(key)["state"] == "queued"]
         assert len(woken) == min(limit, len(due))
@@ -522,7 +551,7 @@ class History(RuleBasedStateMachine):
             assert lost == self._lost(lambda d, worker=worker: d.worker == worker)
 
     def expire_one_that_renewed(self, _: Random) -> None:
-        """A sweeper looks, the worker renews, the sweeper comes too late."""
+        """A sweeper reads the leases, the worker renews its own, and the sweeper is too late."""
         for worker, until in self.harness.rescuer.expired_leases()[:1]:
             assert self.worker_queue.commit([Renewal(worker)]) == [True]
             self.leases[worker] = self.clock + LEASE
@@ -605,9 +634,12 @@ class History(RuleBasedStateMachine):
             return
         queue_id, today = chance.choice(list(self.queue))[0], dict[str, str]()
         touched, _ = self.operations.apply(
-            REROUTE, Filter(id=queue_id), actor="tester", reason="",
+            REROUTE,
+            Filter(id=queue_id),
+            actor="tester",
+            reason="",
             route_for=lambda address: today.setdefault(address, chance.choice(ROUTES)),
-        )  # fmt: skip
+        )
         met = {
             key: d
             for key, d in self.queue.items()
@@ -643,7 +675,7 @@ class History(RuleBasedStateMachine):
             delivery.recipients, delivery.claims = (), delivery.claims + 1
 
     def generate(self, chance: Random, last: str | None = None) -> None:
-        """A sweeper tells senders; it may be killed between body and COMMIT, or after that."""
+        """A sweeper generates DSNs; it may be killed between body and COMMIT, or after that."""
         last = chance.choice(["", "", "store", "remove"]) if last is None else last
         most, pending_dsns = chance.choice([1, 2, 100]), self._pending_dsns()
         made = self._made(last, lambda generator: generator.generate(most))
@@ -676,7 +708,7 @@ class History(RuleBasedStateMachine):
             return None
 
     def warn(self, chance: Random, last: str | None = None) -> None:
-        """A sweeper tells senders of late mail; it may be killed between body and COMMIT."""
+        """A sweeper generates delay warnings; it may be killed between body and COMMIT."""
         last = chance.choice(["", "", "store"]) if last is None else last
         most, late = chance.choice([1, 2, 100]), self._late()
         made = self._made(last, lambda generator: generator.warn(most))
@@ -709,8 +741,8 @@ class History(RuleBasedStateMachine):
         return {queue_id: sorted(waiting) for queue_id, waiting in late.items() if waiting}
 
     def _new_notices(self, queue_id: str) -> dict[str, tuple[list[str], int]]:
-        """Notices about a message that the model does not have yet: whom they name, and how often
-        in doubt."""
+        """The DSNs about a message that the model does not have yet: their recipients, and how many
+        of these are possibly delivered."""
         new: dict[str, tuple[list[str], int]] = {}
         for dsn, (names, uncertain, content, again) in self._unknown(queue_id).items():
             if not again:
@@ -719,8 +751,8 @@ class History(RuleBasedStateMachine):
         return new
 
     def _unknown(self, queue_id: str) -> dict[str, tuple[list[str], int, str, bool]]:
-        """All of them: whom they name, how often in doubt, what they enclose, and whether another
-        one was refused."""
+        """All DSNs: their recipients, how many of these are possibly delivered, the enclosed
+        content, and whether another DSN was rejected."""
         found: dict[str, tuple[list[str], int, str, bool]] = {}
         for row in self.harness.rows(
             "SELECT @hex(id) AS id, size, dsn_content FROM messages WHERE dsn_of = @id(:id)",
@@ -731,21 +763,27 @@ class History(RuleBasedStateMachine):
             text = self.spool.path(row["id"]).read_text()
             assert row["size"] == len(text)
             names = sorted(re.findall("^Final-Recipient: rfc822; (.*)$", text, re.MULTILINE))
-            words = " ".join(text.split())
+            flat = " ".join(text.split())
             found[row["id"]] = (
                 names,
-                words.count(POSSIBLY_DELIVERED),
+                flat.count(POSSIBLY_DELIVERED),
                 row["dsn_content"],
-                "refused this notice" in words,
+                "refused this notice" in flat,
             )
         return found
 
     def _add_dsn(self, dsn: str, about: str, names: list[str], content: str) -> None:
         sender = next(d.sender for key, d in self.queue.items() if key[0] == about)
         self.queue[dsn, 1] = Delivery(
-            "", "default", (sender,), self.clock + GRACE, self.clock + LIFETIME, about=about, names=tuple(names),
+            "",
+            "default",
+            (sender,),
+            self.clock + GRACE,
+            self.clock + LIFETIME,
+            about=about,
+            names=tuple(names),
             encloses=content,
-        )  # fmt: skip
+        )
 
     def _pending_dsns(self) -> dict[str, dict[Key, Delivery]]:
         """The pending DSNs by message; not while another of its deliveries may soon fail too."""
@@ -758,9 +796,11 @@ class History(RuleBasedStateMachine):
         }
         late = self.clock - GATHER
         return {
-            queue_id: mine for queue_id, mine in pending_dsns.items()
-            if queue_id not in about_to_be_decided or any((d.due or 0.0) <= late for d in mine.values())
-        }  # fmt: skip
+            queue_id: mine
+            for queue_id, mine in pending_dsns.items()
+            if queue_id not in about_to_be_decided
+            or any((d.due or 0.0) <= late for d in mine.values())
+        }
 
     def _is_pending(self, key: Key) -> bool:
         row = self._row(key)
@@ -807,15 +847,16 @@ class History(RuleBasedStateMachine):
             return []
         expected = (list(failed.names), less, True)
         dsn = next(
-            dsn for dsn, (names, _, content, again) in self._unknown(failed.about).items()
+            dsn
+            for dsn, (names, _, content, again) in self._unknown(failed.about).items()
             if (names, content, again) == expected
-        )  # fmt: skip
+        )
         self._add_dsn(dsn, failed.about, list(failed.names), less)
         return [dsn]
 
     def wait(self, chance: Random) -> None:
-        """Time passes; now and then so much that the workers would be taken for dead if they did
-        not renew."""
+        """Time passes; sometimes so much that the leases expire if the workers do not renew
+        them."""
         self._pass(
             chance.choice([1, 1, 2, 3, 6]) * STEP, alive=sample_of(chance, self._alive(), 0.9)
         )
@@ -834,8 +875,8 @@ class History(RuleBasedStateMachine):
         self.leases |= dict.fromkeys(alive, self.clock + LEASE)
 
     def crash(self, chance: Random) -> None:
-        """A worker with something under way does not renew its lease for so long that it expires; the
-        others are well."""
+        """A worker with something under way does not renew its lease for so long that it expires;
+        the others are well."""
         busy = [t.worker for t in self.transfers if self.leases[t.worker] is not None]
         if busy:
             worker = chance.choice(busy)
@@ -891,7 +932,10 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        sql = "SELECT d.*, @hex(d.queue_id) AS id, @hex(d.worker) AS who, -@since(d.due_at) AS due_in FROM deliveries d"
+        sql = (
+            "SELECT d.*, @hex(d.queue_id) AS id, @hex(d.worker) AS who, -@since(d.due_at) AS"
+            " due_in FROM deliveries d"
+        )
         rows = {(row["id"], row["number"]): row for row in self.harness.rows(sql)}
         assert rows.keys() == self.queue.keys()
         for key, row in rows.items():
@@ -927,7 +971,10 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_recipient_is_somewhere_once(self) -> None:
-        sql = "SELECT @hex(queue_id) AS id, delivery, address FROM recipients ORDER BY queue_id, position"
+        sql = (
+            "SELECT @hex(queue_id) AS id, delivery, address FROM recipients ORDER BY queue_id,"
+            " position"
+        )
         found: dict[Key, list[str]] = {key: [] for key in self.queue}
         for row in self.harness.rows(sql):
             found[row["id"], row["delivery"]].append(row["address"])
@@ -935,8 +982,8 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_sender_gets_one_dsn(self) -> None:
-        """Of each recipient that failed, in one DSN, unless the sender wants none; of a DSN
-        never. Those that are made in the place of a refused one do not count."""
+        """Each failed recipient is in one DSN, unless the sender gets none; a DSN is never
+        reported. DSNs that replace a rejected one do not count."""
         for (queue_id, _), delivery in self.queue.items():
             for address in delivery.recipients:
                 settled = delivery.state in FAILED and delivery.due is None
@@ -970,9 +1017,15 @@ def harness(
     monkeypatch.setattr("relay.dsn.generator.GATHER", GATHER)
     monkeypatch.setattr(rescue, "JITTER", 0.0)  # the model knows when each is due
     made = QueueHarness(
-        clean_url, grace=GRACE, lease=LEASE, session_timeout=SESSION, queue_lifetime=LIFETIME,
-        uncertain_delay=UNCERTAIN_DELAY, poison_limit=POISON, **VARIANTS[request.param],
-    )  # fmt: skip
+        clean_url,
+        grace=GRACE,
+        lease=LEASE,
+        session_timeout=SESSION,
+        queue_lifetime=LIFETIME,
+        uncertain_delay=UNCERTAIN_DELAY,
+        poison_limit=POISON,
+        **VARIANTS[request.param],
+    )
     yield made
     made.database.dispose()
 

@@ -63,8 +63,16 @@ EXAMPLES: dict[str, Any] = {
     "circuits": json.dumps({"192.0.2.1:628": "refused"}),
     "claim_seconds": 1000,
     "completions": rows(
-        worker=WORKER, number=1, claim=1, state="deferred", delay=5.0, backoff_step=1,
-        outcome="deferred", reply="Zlater", server="192.0.2.1:628", waiting_for=None,
+        worker=WORKER,
+        number=1,
+        claim=1,
+        state="deferred",
+        delay=5.0,
+        backoff_step=1,
+        outcome="deferred",
+        reply="Zlater",
+        server="192.0.2.1:628",
+        waiting_for=None,
     ),
     "delay": 10.0,
     "digits": SENDING[-12:],
@@ -93,10 +101,19 @@ EXAMPLES: dict[str, Any] = {
     "long": 180.0,
     "longest": 3600.0,
     "matched": 3,
-    "messages": json.dumps([
-        {"id": "00000000-0000-7000-8000-0000000000ff", "sender": "a@example.com", "size": 9,
-         "client_address": "192.0.2.1", "helo": "x", "protocol": "ESMTP", "client_trusted": True}
-    ]),
+    "messages": json.dumps(
+        [
+            {
+                "id": "00000000-0000-7000-8000-0000000000ff",
+                "sender": "a@example.com",
+                "size": 9,
+                "client_address": "192.0.2.1",
+                "helo": "x",
+                "protocol": "ESMTP",
+                "client_trusted": True,
+            }
+        ]
+    ),
     "most": 100,
     "notices": True,
     "number": 1,
@@ -123,8 +140,16 @@ EXAMPLES: dict[str, Any] = {
     "step": 300,
     "subject": "route:default",
     "tries": rows(
-        worker=WORKER, delivery=1, claim=9, attempt_index=1, server="192.0.2.1:628",
-        outcome="deferred", reply="Zlater", bytes_sent=9, started_ago=2.0, finished_ago=1.0,
+        worker=WORKER,
+        delivery=1,
+        claim=9,
+        attempt_index=1,
+        server="192.0.2.1:628",
+        outcome="deferred",
+        reply="Zlater",
+        bytes_sent=9,
+        started_ago=2.0,
+        finished_ago=1.0,
     ),
     "under_1d": IDS[1],
     "under_1h": IDS[3],
@@ -140,7 +165,7 @@ EXAMPLES: dict[str, Any] = {
     "withheld": "rate",
     "worker": WORKER,
     "workers": json.dumps([WORKER]),
-}  # fmt: skip
+}
 # Statements whose rows are SQL text of the database's own.
 OWN_TEXT = {("relay.report.queries", "view_definition")}
 # By module, where a name means something else than elsewhere.
@@ -171,7 +196,7 @@ NAMES = {
 STATEMENTS = [pytest.param(module, name, id=f"{module}:{name}") for module, name in sorted(NAMES)]
 
 
-def test_statements_are_found() -> None:
+def test_there_are_statements() -> None:
     assert len(STATEMENTS) > 20
     assert all(databases == set(DATABASES) for databases in FILES.values()), FILES
 
@@ -285,7 +310,8 @@ def test_a_statement_gives_the_same_on_both_databases(
 
 
 def _run(connection: Connection, module: str, name: str, database: str) -> Any:
-    """Run the statements of a name; what the last one gives: columns and rows, or their number."""
+    """Run the statements of a name; the result of the last one: columns and rows, or their
+    number."""
     examples = EXAMPLES | OWN_EXAMPLES.get(module, {})
     result: Any = None
     statements = named_statements(module, database)

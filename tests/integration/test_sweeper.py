@@ -161,7 +161,10 @@ def test_mail_that_waits_for_a_route_is_woken_in_due_order_up_to_the_limit(
     scene: SweeperHarness,
 ) -> None:
     ids = [scene.mail.accept() for _ in range(5)]
-    defer = "UPDATE deliveries SET state = 'deferred', due_at = @later(:wait), waiting_for = :what WHERE queue_id = :id"
+    defer = (
+        "UPDATE deliveries SET state = 'deferred', due_at = @later(:wait), waiting_for = :what"
+        " WHERE queue_id = :id"
+    )
     for queue_id, wait in zip(ids, (50, 30, 40, 20, 10), strict=True):
         what = "route:default" if queue_id != ids[4] else None
         scene.mail.change(defer, wait=wait, what=what, id=queue_id)
@@ -229,7 +232,7 @@ def test_a_worker_that_renews_in_between_is_not_expired(scene: SweeperHarness) -
     scene.watch(scene.mail.settings.lease - 1)
     scene.mail.change(
         "UPDATE workers SET lease_expires_at = @ago(0.5) WHERE id = :id", id=slow
-    )  # another lease, run out as well
+    )  # another expired lease
     scene.watch(2)
     assert scene.mail.state(queue_id) == "sending"
 
@@ -250,7 +253,7 @@ def test_an_outage_of_the_database_expires_no_worker(
         "UPDATE deliveries SET state = 'deferred', due_at = @ago(1) WHERE queue_id = :id", id=due
     )
     scene.sweeper.sweep()
-    assert scene.mail.state(due) == "deferred"  # our own engine has not renewed yet
+    assert scene.mail.state(due) == "deferred"  # the engine of the test has not renewed yet
     scene.engine.lease.renewed_at = scene.clock.now
     scene.sweeper.sweep()
     assert scene.mail.state(due) == "queued"
@@ -264,7 +267,10 @@ def test_server_health_shows_open_circuits_and_pauses(scene: SweeperHarness) -> 
     QueueOperations(scene.mail.database, notices=True).pause(
         "server:other:628", actor="me", reason=""
     )
-    shown = "SELECT server, attempts, circuit_open_workers AS by, circuit_open_reason AS why, paused_at FROM server_health"
+    shown = (
+        "SELECT server, attempts, circuit_open_workers AS by, circuit_open_reason AS why,"
+        " paused_at FROM server_health"
+    )
 
     def health() -> dict[str, tuple[object, ...]]:
         scene.sweeper.sweep()
@@ -313,7 +319,8 @@ def test_a_worker_publishes_its_routes_and_how_long_a_claim_lasts(scene: Sweeper
 def test_a_pending_dsn_is_generated_and_its_hint_published(scene: SweeperHarness) -> None:
     queue_id = scene.mail.accept()
     scene.mail.change(
-        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
+        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1)"
+        " WHERE true"
     )
     scene.sweeper.sweep()
     (notice,) = scene.hints.offered
@@ -326,7 +333,8 @@ def test_a_full_spool_delays_only_dsns(
 ) -> None:
     owing = scene.mail.accept()
     scene.mail.change(
-        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1) WHERE true"
+        "UPDATE deliveries SET state = 'bounced', due_at = @ago(1), finished_at = @ago(1)"
+        " WHERE true"
     )
     due = scene.mail.accept()
     monkeypatch.setattr(scene.mail.spool, "store", lambda queue_id, parts: 1 / 0)
@@ -404,9 +412,11 @@ def finished(mail: EngineHarness) -> Callable[..., str]:
         mail.spool.path(old).parent.mkdir(exist_ok=True)
         mail.spool.path(queue_id).rename(mail.spool.path(old))
         mail.change(
-            "UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @ago(:age) WHERE queue_id = :id",
-            id=old, age=age,
-        )  # fmt: skip
+            "UPDATE deliveries SET state = 'delivered', due_at = NULL, finished_at = @ago(:age)"
+            " WHERE queue_id = :id",
+            id=old,
+            age=age,
+        )
         mail.change("UPDATE messages SET received_at = @ago(:age) WHERE id = :id", id=old, age=age)
         return old
 

@@ -38,10 +38,17 @@ class WorkerProcesses:
     def environment(self, **given: Any) -> dict[str, str]:
         settings = self.mail.settings
         relay = {
-            "STATE_DIR": settings.state_dir, "DATABASE_URL": settings.database_url, "SPOOL_DIR": settings.spool_dir,
-            "QMQP_SERVERS": ",".join(settings.qmqp_servers), "BROKER_URL": settings.broker_url, "GRACE": "300ms",
-            "LEASE": "2s", "DRAIN_TIMEOUT": "2s", "UNSAFE_DURABILITY": "1", "LOG_FORMAT": "json",
-        }  # fmt: skip
+            "STATE_DIR": settings.state_dir,
+            "DATABASE_URL": settings.database_url,
+            "SPOOL_DIR": settings.spool_dir,
+            "QMQP_SERVERS": ",".join(settings.qmqp_servers),
+            "BROKER_URL": settings.broker_url,
+            "GRACE": "300ms",
+            "LEASE": "2s",
+            "DRAIN_TIMEOUT": "2s",
+            "UNSAFE_DURABILITY": "1",
+            "LOG_FORMAT": "json",
+        }
         ours = {f"RELAY_{name}": str(value) for name, value in {**relay, **given}.items()}
         return {**{n: v for n, v in os.environ.items() if not n.startswith("RELAY_")}, **ours}
 
@@ -86,10 +93,13 @@ def test_an_unauthorized_reply_from_before_the_setting_opens_the_circuit(
         at = processes(sink.port, "redis://127.0.0.1:1/0")
         queue_id = at.mail.accept()
         at.mail.change(
-            """UPDATE deliveries SET state = 'bounced', due_at = @ago(60), finished_at = @now, last_outcome =
-                'rejected', last_reply = 'you shall not pass', reason_source = 'server', last_server = :server WHERE queue_id = :id""",
-            id=queue_id, server=f"127.0.0.1:{sink.port}",
-        )  # fmt: skip
+            """UPDATE deliveries SET state = 'bounced', due_at = @ago(60), finished_at = @now,
+                last_outcome =
+                'rejected', last_reply = 'you shall not pass', reason_source = 'server',
+                last_server = :server WHERE queue_id = :id""",
+            id=queue_id,
+            server=f"127.0.0.1:{sink.port}",
+        )
         worker = at.start(UNAUTHORIZED_REPLIES="shall not pass")
         until(lambda: at.mail.state(queue_id) == "deferred", 30, what=at.said)
         until(lambda: "circuit opened" in at.said(), what=at.said)
@@ -103,7 +113,10 @@ def test_importing_the_application_needs_nothing(tmp_path: Path) -> None:
         "RELAY_STATE_DIR": str(tmp_path / "none"),
         "RELAY_BROKER_URL": "redis://127.0.0.1:1/0",
     }
-    program = "import threading, worker.app as a; print(sorted(a.app.tasks)[-1], threading.active_count())"
+    program = (
+        "import threading, worker.app as a; print(sorted(a.app.tasks)[-1],"
+        " threading.active_count())"
+    )
     found = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
@@ -127,7 +140,7 @@ def test_hints_are_delivered_and_sigterm_ends_the_worker(
         until(lambda: home.mail.states() == {"delivered"}, 30, what=home.said)
         hints.close()
         assert "Umask:\t0077\n" in Path(f"/proc/{worker.pid}/status").read_text(), (
-            "whatever it makes is ours alone"
+            "only the own user may read new files"
         )
         assert services.end(worker) == 0
     assert sink.count == len(ids)
@@ -185,7 +198,7 @@ def test_B39_deliveries_of_a_killed_worker_are_uncertain_and_retried(
 
 
 @pytest.mark.parametrize(
-    ("options", "given", "words"),
+    ("options", "given", "expected"),
     [
         (("--pool", "solo"), {}, "only the threads pool"),
         ((), {"QMQP_SERVERS": "no:such:port"}, "bad QMQP server"),
@@ -198,16 +211,16 @@ def test_B39_deliveries_of_a_killed_worker_are_uncertain_and_retried(
     ],
 )
 def test_a_setup_that_cannot_work_is_refused_in_one_line(
-    processes: Any, options: tuple[str, ...], given: dict[str, str], words: str
+    processes: Any, options: tuple[str, ...], given: dict[str, str], expected: str
 ) -> None:
     home = processes(1, "redis://127.0.0.1:1/0")
     worker = home.start(*WORKER, *options, **given)
     assert worker.wait(30) != 0
-    assert words in home.said().strip().splitlines()[-1]
+    assert expected in home.said().strip().splitlines()[-1]
 
 
 def test_a_defect_at_startup_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Celery only logs what a signal's receiver raises: such a worker would take hints and send
+    """Celery only logs an exception of a signal's receiver: such a worker would take hints and send
     nothing."""
     process = object.__new__(WorkerProcess)
     process.settings, process.app = load(WorkerSettings), Celery(set_as_current=False)

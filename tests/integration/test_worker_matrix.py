@@ -37,11 +37,18 @@ from tests.services import Postgres
 from tests.waiting import stands_still, until
 
 BEGIN = "<!-- made by tests/integration/test_worker_matrix.py: begin -->"
-HEAD = "| fault | phase | attempts recorded | state | next | accepted twice |\n|---|---|---|---|---|---|"
+HEAD = (
+    "| fault | phase | attempts recorded | state | next | accepted twice |\n"
+    "|---|---|---|---|---|---|"
+)
 UNCLAIMED, CONNECTING, MIDDLE, WAITING, ANSWERED, LATE = (
-    "before its claim is committed", "connecting", "in the body", "after the last byte, before the reply",
-    "after the reply (K), before its record", "after the last byte; K comes within DRAIN_TIMEOUT",
-)  # fmt: skip
+    "before its claim is committed",
+    "connecting",
+    "in the body",
+    "after the last byte, before the reply",
+    "after the reply (K), before its record",
+    "after the last byte; K comes within DRAIN_TIMEOUT",
+)
 PHASES = (UNCLAIMED, CONNECTING, MIDDLE, WAITING, LATE, ANSWERED)
 LEASE = 4  # seconds
 LONG = b"Subject: long\n\n" + bytes(
@@ -122,7 +129,7 @@ class WorkerInEveryPhase:
 
     @contextmanager
     def in_every_phase(self) -> Iterator[None]:
-        """While this lasts nothing is committed but what the test does."""
+        """Inside this context only the test commits."""
         gates = {phase: gate for phase, gate in self.gates.items() if phase != UNCLAIMED}
         for phase in (CONNECTING, *gates):
             self.begin(phase)
@@ -133,13 +140,13 @@ class WorkerInEveryPhase:
             self.gates[ANSWERED].open.set()
             until(
                 lambda: self.said("delivered"), what=self.processes.said
-            )  # told, and not recorded
+            )  # logged, and not recorded
             self.ids[UNCLAIMED] = self.mail.accept(f"b@{place(UNCLAIMED)}.test", has_lock=True)
             until(lambda: waits_for_its_turn(self.worker.pid))
             yield
 
     def rows(self, fault: str) -> list[str]:
-        """A line for each phase: what the database says now, and the duplicates in the end."""
+        """A line for each phase: the state in the database now, and the duplicates at the end."""
         found = {
             phase: (self.mail.attempts(i), self.mail.delivery(i)) for phase, i in self.ids.items()
         }
@@ -163,8 +170,8 @@ def place(phase: str) -> str:
 
 
 def waits_for_its_turn(pid: int) -> bool:
-    found = [words.split() for words in Path("/proc/locks").read_text().splitlines()]
-    return any(words[1] == "->" and words[5] == str(pid) for words in found)
+    found = [fields.split() for fields in Path("/proc/locks").read_text().splitlines()]
+    return any(fields[1] == "->" and fields[5] == str(pid) for fields in found)
 
 
 def line(
@@ -177,23 +184,28 @@ def line(
     recorded = ", ".join(f"`{outcome}`" for _, outcome in tries) or "none"
     assert delivery["state"] != "deferred" or delivery["last_outcome"] == "uncertain"
     following = {
-        "queued": "any worker sends it", "delivered": "the body is removed", "held": "an operator decides",
+        "queued": "any worker sends it",
+        "delivered": "the body is removed",
+        "held": "an operator decides",
         "deferred": "again after UNCERTAIN_DELAY",
-    }[delivery["state"]]  # fmt: skip
+    }[delivery["state"]]
     assert times < 2 or "`uncertain`" in recorded, "no double is hidden"
     twice = {1: "no", 2: "yes", 0: "-"}[times]
     return f"| {fault} | {phase} | {recorded} | `{delivery['state']}` | {following} | {twice} |"
 
 
 def delivered_by_another(mail: EngineHarness) -> Counter[str]:
-    """Let another worker send what is left, to a server that takes everything; what that got, by
-    message."""
+    """Another worker sends the remaining mail to a server that accepts everything; the received
+    requests, by message."""
     with running_sink() as good:
         routes = write_routes(mail.settings.state_dir / "good.toml", {})
         other = EngineHarness(
-            str(mail.settings.database_url), mail.spool, mail.settings.state_dir,
-            qmqp_servers=(f"127.0.0.1:{good.port}",), routes=routes,
-        )  # fmt: skip
+            str(mail.settings.database_url),
+            mail.spool,
+            mail.settings.state_dir,
+            qmqp_servers=(f"127.0.0.1:{good.port}",),
+            routes=routes,
+        )
         with other.working():
             other.change(
                 "UPDATE deliveries SET due_at = @now, state = 'queued' WHERE state = 'deferred'"
@@ -241,9 +253,13 @@ def scene(
         ports = {phase: gate.port for phase, gate in gates.items()} | {CONNECTING: port}
         routes = write_routes(directory / "routes.toml", ports)
         mail = EngineHarness(
-            database_url, Spool(directory / "spool"), directory, routes=routes, broker_url="redis://127.0.0.1:1/0",
+            database_url,
+            Spool(directory / "spool"),
+            directory,
+            routes=routes,
+            broker_url="redis://127.0.0.1:1/0",
             uncertain_delay=900.0,
-        )  # fmt: skip
+        )
         stack.callback(mail.close)
         processes = WorkerProcesses(mail, spawn, directory / "worker.log")
         patience = {
@@ -279,14 +295,14 @@ def stopped(scene: WorkerInEveryPhase) -> list[str]:
 
 
 def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
-    """The worker is stopped until another has expired it. When it runs again, the reply that it waits
-    for has arrived."""
+    """The worker is stopped until another has expired it. When it runs again, the reply that it
+    waits for has arrived."""
     with scene.in_every_phase():
         scene.worker.send_signal(signal.SIGSTOP)
         until(lambda: stands_still(scene.worker.pid))
     expire_worker(scene.mail)
     scene.gates[WAITING].open.set()
-    threading.Event().wait(0.8 * LEASE)  # its own clock has to see that it is late
+    threading.Event().wait(0.8 * LEASE)  # it is late by its own clock
     scene.worker.send_signal(signal.SIGCONT)
     for phase in (WAITING, ANSWERED, UNCLAIMED):
         until_it_is(scene.mail, scene.ids[phase], "delivered")
@@ -297,7 +313,7 @@ def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
     return scene.rows("the worker loses its lease, and continues")
 
 
-# What is at fault is the machine
+# The fault is on the machine
 
 
 def with_files(mail: EngineHarness, sink: Sink) -> list[str]:
@@ -321,8 +337,10 @@ def with_files(mail: EngineHarness, sink: Sink) -> list[str]:
         return os.open("/proc/self/mem", os.O_RDONLY)  # nothing is mapped at its beginning: EIO
 
     faults: list[tuple[int, str, Callable[[str, int], int]]] = [
-        (errno.EIO, "opening", unopened), (errno.EMFILE, "opening", unopened), (errno.EIO, "in the body", unreadable),
-    ]  # fmt: skip
+        (errno.EIO, "opening", unopened),
+        (errno.EMFILE, "opening", unopened),
+        (errno.EIO, "in the body", unreadable),
+    ]
     for code, where, failing in faults:
         queue_id, before = mail.accept(), sink.count
         with pytest.MonkeyPatch.context() as patch:
@@ -356,9 +374,14 @@ def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path
 
 
 def test_the_matrix_of_failing_workers_is_that_of_the_page(
-    sqlite_url: str, sqlite_template: Path, postgres: Postgres, postgres_url: str, spool: Spool, tmp_path: Path,
+    sqlite_url: str,
+    sqlite_template: Path,
+    postgres: Postgres,
+    postgres_url: str,
+    spool: Spool,
+    tmp_path: Path,
     spawn: Callable[..., Any],
-) -> None:  # fmt: skip
+) -> None:
     def played(faulty: Callable[[WorkerInEveryPhase], list[str]], *more: str) -> list[str]:
         url = copied(sqlite_template, tmp_path / f"{faulty.__name__}-database")
         with scene(url, tmp_path / faulty.__name__, spawn, *more) as one:

@@ -17,19 +17,21 @@ type Typed = Callable[..., Result]
 def typed_at(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
     """`typed("list", "--json")` runs a command on the harness's database and this spool."""
     settings = {
-        "STATE_DIR": str(spool.directory.parent), "SPOOL_DIR": str(spool.directory), "UNSAFE_DURABILITY": "1",
+        "STATE_DIR": str(spool.directory.parent),
+        "SPOOL_DIR": str(spool.directory),
+        "UNSAFE_DURABILITY": "1",
         "DATABASE_URL": queue.database.url.render_as_string(hide_password=False),
-    }  # fmt: skip
+    }
     for name, value in settings.items():
         monkeypatch.setenv(f"RELAY_{name}", value)
     spool.prepare(queue.database, unsafe=True)
 
-    def typed(*words: str, status: int | None = 0, answer: str | None = None) -> Result:
-        result = CliRunner().invoke(main, words, input=answer)
+    def typed(*arguments: str, status: int | None = 0, answer: str | None = None) -> Result:
+        result = CliRunner().invoke(main, arguments, input=answer)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert status is None or result.exit_code == status, (
-            f"{words}: {result.exit_code} {result.output}"
+            f"{arguments}: {result.exit_code} {result.output}"
         )
         return result
 

@@ -1,4 +1,4 @@
-"""Paths and parameters by the grammar of RFC 5321, and what is refused."""
+"""Paths and parameters by the grammar of RFC 5321, and the refused ones."""
 
 import re
 

@@ -47,7 +47,11 @@ def test_no_more_is_reserved_than_is_free(most: int, slots: int, connections: in
 def test_every_route_gets_a_share() -> None:
     capacity, _ = opened(Route("one", (A,)), Route("two", (B,)), connections=10)
     shares = counts(capacity.reserve(ROUTES, 10, overdue=True))
-    assert set(shares) == {"one", "two", "default"}  # `default` has no server: its mail is told
+    assert set(shares) == {
+        "one",
+        "two",
+        "default",
+    }  # `default` has no server: its mail gets a reason
     assert max(shares.values()) <= 4
 
 
@@ -127,7 +131,7 @@ def test_a_probe_is_reserved_once_and_does_not_count_as_a_probe_yet() -> None:
 
 
 @given(st.integers(0, 2**32))
-def test_every_claim_finds_a_slot(seed: int) -> None:
+def test_every_claim_gets_a_slot(seed: int) -> None:
     """For random routes that share any of their servers, and random claims."""
     chance = Random(seed)
     lists = chance.choices(

@@ -19,7 +19,7 @@ def test_a_steady_rate_is_level_up_to_now() -> None:
     assert len(bars) == 72
     assert len({(y, high) for _, _, y, _, high in bars}) == 1
     assert 98 < bars[-1][1] + bars[-1][3] <= 100, "the newest ends at the right edge"
-    assert [words for _, words in graph.marks] == ["0", "5", "10"]
+    assert [text for _, text in graph.marks] == ["0", "5", "10"]
     assert graph.keys == [("delivered", "3600 delivered")]
 
 
@@ -30,11 +30,9 @@ def test_a_bar_has_a_text_and_stands_on_the_axis() -> None:
         row(0, "rejected", 3),
         row(0, "malformed", 4),
     ]
-    ((words, bars),) = charts.rate(NOW, rows, 300, 72).steps
+    ((text, bars),) = charts.rate(NOW, rows, 300, 72).steps
     clock = NOW.astimezone()
-    assert (
-        words == f"{clock:%H}:29 to {clock:%H}:34: 2 delivered, 1 deferred, 3 failed, 4 uncertain"
-    )
+    assert text == f"{clock:%H}:29 to {clock:%H}:34: 2 delivered, 1 deferred, 3 failed, 4 uncertain"
     assert [kind for kind, *_ in bars] == list(charts.KINDS)
     floor = float(charts.HEIGHT - charts.BOTTOM)
     for _, _, y, _, high in bars:
@@ -44,7 +42,7 @@ def test_a_bar_has_a_text_and_stands_on_the_axis() -> None:
 
 def test_hours_are_marked_where_they_begin() -> None:
     hours = charts.rate(NOW, [], 300, 72).hours
-    assert [words[3:] for _, words in hours] == ["00"] * len(hours)
+    assert [text[3:] for _, text in hours] == ["00"] * len(hours)
     assert 5 <= len(hours) <= 6
     gaps = {round(a - b, 1) for (a, _), (b, _) in pairwise(hours)}
     assert gaps == {16.7}
@@ -73,6 +71,11 @@ def test_hours_sum_tries_and_average_seconds() -> None:
     ]
     hours = charts.hourly(NOW, rows, 300, 72)
     assert [(sum(hour.tries.values()), hour.seconds) for hour in hours] == [
-        (4, 1.75), (5, None), (0, None), (0, None), (0, None), (7, None)
-    ]  # fmt: skip
+        (4, 1.75),
+        (5, None),
+        (0, None),
+        (0, None),
+        (0, None),
+        (7, None),
+    ]
     assert hours[0].begin[3:] == hours[0].end[3:] == "34"

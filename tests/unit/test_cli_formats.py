@@ -110,7 +110,7 @@ def test_markup_in_a_reply_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "[red]x[/]" in terminal.getvalue()
 
 
-def test_nothing_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_rows_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert write([], COLUMNS) == 0
     assert write([], COLUMNS, json_lines=True) == 0
     assert capsys.readouterr().out == ""
@@ -126,7 +126,7 @@ def test_rows_are_printed_as_they_come(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "shown"),
+    ("text", "shown"),
     [
         ("short", ["    short"]),
         ("sixteen columns!", ["    sixteen columns!"]),
@@ -137,8 +137,8 @@ def test_rows_are_printed_as_they_come(capsys: pytest.CaptureFixture[str]) -> No
         ("", ["    "]),
     ],
 )
-def test_text_is_folded_between_words(words: str, shown: list[str]) -> None:
-    assert output.folded(words, 4, 20).split("\n") == shown
+def test_text_is_folded_between_words(text: str, shown: list[str]) -> None:
+    assert output.folded(text, 4, 20).split("\n") == shown
 
 
 def test_the_last_column_stays_on_the_line_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ CODE = "\n".join(
 )
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
-# What the image settles for all its containers; the spool is below STATE_DIR.
+# The settings that the image fixes for all its containers; the spool is below STATE_DIR.
 IN_THE_IMAGE = {"RELAY_STATE_DIR", "RELAY_SPOOL_DIR", "RELAY_SMTP_LISTEN"}
 
 
@@ -49,8 +49,8 @@ def test_every_setting_reaches_the_containers_or_is_fixed_there():
             default = re.fullmatch(rf"\$\{{{name}:-(.*)\}}", value)
             settled[name] = default[1] if default else "fixed"
     assert passed | set(settled) == names()
-    told = re.findall(r"^# .*\. Compose: (.*)\n#(RELAY_[A-Z_]+)=", EXAMPLE, re.MULTILINE)
-    assert {name: mark for mark, name in told} == settled
+    marked = re.findall(r"^# .*\. Compose: (.*)\n#(RELAY_[A-Z_]+)=", EXAMPLE, re.MULTILINE)
+    assert {name: mark for mark, name in marked} == settled
 
 
 def test_variables_of_compose_are_in_the_example_with_their_defaults():
@@ -68,14 +68,25 @@ def test_nothing_is_passed_that_is_no_setting():
 
 
 @pytest.mark.parametrize(
-    "newer", ["container_name:", "start_interval:", "required:", "restart: true", "include:", "develop:", "!reset",
-              "env_file:", "pull_policy:", "version:"],
-)  # fmt: skip
+    "newer",
+    [
+        "container_name:",
+        "start_interval:",
+        "required:",
+        "restart: true",
+        "include:",
+        "develop:",
+        "!reset",
+        "env_file:",
+        "pull_policy:",
+        "version:",
+    ],
+)
 def test_compose_1_29_can_read_it_and_services_can_be_scaled(newer: str):
     assert newer not in CODE
 
 
-def test_nothing_newer_stands_at_the_top_and_secrets_are_files():
+def test_top_level_has_no_newer_keys_and_secrets_are_files():
     assert [name for name in TOP if not name.startswith("x-")] == ["services", "secrets", "volumes"]
     assert {name: fields(secret) for name, secret in fields(TOP["secrets"]).items()} == {
         file.name: {"file": f"${{SECRETS_DIR:-./compose}}/{file.name}"}
@@ -117,9 +128,9 @@ def test_services_may_write_nothing_but_volumes_and_may_do_nothing_else():
     assert "cap_add" not in CODE
     assert set(OURS) == {"migrate", "smtpd", "worker", "sink", "web"}
     assert {SERVICES[name]["init"] for name in OURS} == {"true"}
-    assert {name: service["tmpfs"] for name, service in SERVICES.items()} == dict.fromkeys(SERVICES, "/tmp") | {
-        "redis": "/data", "page-login": "[/tmp, /var/lib/postgresql/data]"
-    }  # fmt: skip
+    assert {name: service["tmpfs"] for name, service in SERVICES.items()} == dict.fromkeys(
+        SERVICES, "/tmp"
+    ) | {"redis": "/data", "page-login": "[/tmp, /var/lib/postgresql/data]"}
 
 
 def test_no_service_is_started_by_root():
@@ -129,8 +140,11 @@ def test_no_service_is_started_by_root():
 
 
 def test_memory_and_processes_of_the_database_and_of_the_broker_are_bounded():
-    bounds = {name: (service["mem_limit"], service["pids_limit"]) for name, service in SERVICES.items()
-              if "mem_limit" in service}  # fmt: skip
+    bounds = {
+        name: (service["mem_limit"], service["pids_limit"])
+        for name, service in SERVICES.items()
+        if "mem_limit" in service
+    }
     assert bounds == {"postgres": ("${POSTGRES_MEMORY:-2g}", "200"), "redis": ("256m", "100")}
 
 
@@ -184,10 +198,13 @@ def test_services_depend_on_started_services_only():
 def test_the_default_passwords_are_the_same_in_both_files():
     said = {file.name: file.read_text().strip() for file in (ROOT / "compose").iterdir()}
     assert said == {
-        "database-password": "relay", "database-url": "postgresql://relay:relay@postgres/relay",
-        "redis-conf": "requirepass relay", "broker-url": "redis://:relay@redis:6379/0",
-        "page-password": "page", "page-url": "postgresql://page:page@postgres/relay",
-    }  # fmt: skip
+        "database-password": "relay",
+        "database-url": "postgresql://relay:relay@postgres/relay",
+        "redis-conf": "requirepass relay",
+        "broker-url": "redis://:relay@redis:6379/0",
+        "page-password": "page",
+        "page-url": "postgresql://page:page@postgres/relay",
+    }
 
 
 def test_the_example_names_the_files_with_passwords():

@@ -211,7 +211,7 @@ def test_C4_exactly_one_leading_dot_is_removed() -> None:
         assert (text, rest, content.fault) == (b".\nx\n..\nx.\n.x\n", b"", None)
 
 
-def test_C5_the_end_is_found_however_it_is_cut() -> None:
+def test_C5_the_end_is_recognized_however_it_is_cut() -> None:
     wire = b"a\r\n.\r\nRSET\r\n"
     for length in range(1, 4):
         for places in itertools.combinations(range(1, len(wire)), length):

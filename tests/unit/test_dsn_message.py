@@ -23,9 +23,16 @@ NOW = datetime(2026, 11, 22, 17, 0, 0, tzinfo=UTC)
 ID, ABOUT = "01a20439a5b371daae4d9cd848026382", "01a20439a5b371daae4d9cd848026111"
 ORIGINAL = Original(ABOUT, "a@example.com", NOW - timedelta(hours=1), "<1@client.example>", None)
 FAILED = Failure(
-    "b@example.org", None, Kind.BOUNCED, "no mailbox here by that name (#5.1.1)", "mx.example.net:628",
-    NOW - timedelta(minutes=1), NOW + timedelta(days=4), "rejected", ReasonSource.SERVER,
-)  # fmt: skip
+    "b@example.org",
+    None,
+    Kind.BOUNCED,
+    "no mailbox here by that name (#5.1.1)",
+    "mx.example.net:628",
+    NOW - timedelta(minutes=1),
+    NOW + timedelta(days=4),
+    "rejected",
+    ReasonSource.SERVER,
+)
 CONTENT = b"Received: by here\nSubject: hello\nFrom: a@example.com\n\nbody\n.\n--=_not-a-boundary\n"
 
 
@@ -58,7 +65,7 @@ def groups(wire: bytes) -> list[dict[str, str]]:
     return [dict(group.items()) for group in found if group.items()]
 
 
-def words(wire: bytes) -> str:
+def text_of(wire: bytes) -> str:
     return str(parts(wire)[0].get_content())
 
 
@@ -83,8 +90,8 @@ def test_report_has_three_parts_and_is_marked_as_automatic() -> None:
     assert wire.startswith(b"Received: ")
 
 
-def test_text_for_people_names_recipient_reason_and_queue_id() -> None:
-    text = words(written())
+def test_text_part_names_recipient_reason_and_queue_id() -> None:
+    text = text_of(written())
     assert "could not be delivered" in text
     assert "<b@example.org>" in text
     assert "no mailbox here by that name (#5.1.1)" in text
@@ -116,14 +123,14 @@ def test_delay_is_not_reported_as_a_failure() -> None:
     assert (recipient["Action"], recipient["Status"]) == ("delayed", "4.3.2")
     assert recipient["Will-Retry-Until"] == "Thu, 26 Nov 2026 17:00:00 +0000"
     assert parsed(wire)["Subject"].startswith("Delayed")
-    assert "need not send it again" in " ".join(words(wire).split())
+    assert "need not send it again" in " ".join(text_of(wire).split())
 
 
 def test_expired_message_quotes_the_last_reply() -> None:
     wire = written(replace(FAILED, kind=Kind.EXPIRED, reply="busy (#4.3.2)", outcome="deferred"))
     assert groups(wire)[1]["Status"] == "5.4.7"
     assert groups(wire)[1]["Diagnostic-Code"] == "x-qmqp; busy (#4.3.2)"
-    expected = " ".join(words(wire).split())
+    expected = " ".join(text_of(wire).split())
     assert "It could not be delivered in time. The last reply was: busy (#4.3.2)" in expected
     assert "may have arrived" not in expected
 
@@ -146,7 +153,7 @@ def test_possibly_delivered_is_not_called_undelivered(kind: Kind) -> None:
     if kind is Kind.BOUNCED:
         doubtful = earlier = bounced
     wire = written(doubtful, earlier)
-    expected = " ".join(words(wire).split())
+    expected = " ".join(text_of(wire).split())
     assert expected.count("It may have been delivered all the same") == 2
     assert ["Diagnostic-Code" in group for group in groups(wire)[1:]] == [
         False,
@@ -160,17 +167,30 @@ def test_possibly_delivered_is_not_called_undelivered(kind: Kind) -> None:
         assert parsed(both)["Subject"] == "Undelivered mail returned to sender"
 
 
-@pytest.mark.parametrize(("outcome", "reply", "source", "expected"), [
-    ("deferred", "busy", "server", "The last reply was: busy"),
-    ("rejected", "not you", "server", "The last reply was: not you"),
-    ("deferred", "held by greylist", "server", "The last reply was: held by greylist"),
-    ("unreachable", "ECONNREFUSED (refused)", "relay", "The last attempt failed: ECONNREFUSED (refused)"),
-    ("malformed", "no QMQP reply: 220 mx", "relay", "The last attempt failed: no QMQP reply: 220 mx"),
-    ("interrupted", "", "relay", "The last attempt failed."),
-    ("deferred", "held by ann@host: looks odd", "operator", "The last attempt failed."),
-    (None, "held by ann@host: looks odd", "operator", "It has not been tried yet."),
-    (None, "", None, "It has not been tried yet."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("outcome", "reply", "source", "expected"),
+    [
+        ("deferred", "busy", "server", "The last reply was: busy"),
+        ("rejected", "not you", "server", "The last reply was: not you"),
+        ("deferred", "held by greylist", "server", "The last reply was: held by greylist"),
+        (
+            "unreachable",
+            "ECONNREFUSED (refused)",
+            "relay",
+            "The last attempt failed: ECONNREFUSED (refused)",
+        ),
+        (
+            "malformed",
+            "no QMQP reply: 220 mx",
+            "relay",
+            "The last attempt failed: no QMQP reply: 220 mx",
+        ),
+        ("interrupted", "", "relay", "The last attempt failed."),
+        ("deferred", "held by ann@host: looks odd", "operator", "The last attempt failed."),
+        (None, "held by ann@host: looks odd", "operator", "It has not been tried yet."),
+        (None, "", None, "It has not been tried yet."),
+    ],
+)
 def test_only_a_reply_of_a_server_is_a_diagnostic_code(
     outcome: str | None, reply: str, source: str | None, expected: str
 ) -> None:
@@ -178,28 +198,35 @@ def test_only_a_reply_of_a_server_is_a_diagnostic_code(
     wire = written(failure)
     diagnostic = f"x-qmqp; {reply}" if source == "server" else None
     assert groups(wire)[1].get("Diagnostic-Code") == diagnostic
-    assert expected in " ".join(words(wire).split())
-    assert "ann" not in words(wire)
+    assert expected in " ".join(text_of(wire).split())
+    assert "ann" not in text_of(wire)
 
 
-@pytest.mark.parametrize(("outcome", "reply", "expected"), [
-    ("rejected", "bounced by an operator: spam run", "It was sent back by an operator of this relay: spam run"),
-    ("uncertain", "bounced by an operator", "It was sent back by an operator of this relay."),
-    ("rejected", "", "The mail server refused it and gave no reason."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("outcome", "reply", "expected"),
+    [
+        (
+            "rejected",
+            "bounced by an operator: spam run",
+            "It was sent back by an operator of this relay: spam run",
+        ),
+        ("uncertain", "bounced by an operator", "It was sent back by an operator of this relay."),
+        ("rejected", "", "The mail server refused it and gave no reason."),
+    ],
+)
 def test_bounce_by_an_operator_is_not_attributed_to_a_server(
     outcome: str, reply: str, expected: str
 ) -> None:
     source = ReasonSource.OPERATOR if reply else ReasonSource.SERVER
     wire = written(replace(FAILED, outcome=outcome, reply=reply, reason_source=source))
-    assert expected in " ".join(words(wire).split())
+    assert expected in " ".join(text_of(wire).split())
     assert "Diagnostic-Code" not in groups(wire)[1]
 
 
 def test_a_server_that_replies_like_an_operator_is_a_server() -> None:
     reply = "bounced by an operator: x"
     wire = written(replace(FAILED, outcome="rejected", reply=reply))
-    assert f"The mail server refused it: {reply}" in " ".join(words(wire).split())
+    assert f"The mail server refused it: {reply}" in " ".join(text_of(wire).split())
     assert groups(wire)[1]["Diagnostic-Code"] == f"x-qmqp; {reply}"
 
 
@@ -207,7 +234,7 @@ def test_left_out_content_is_explained() -> None:
     wire = compose(
         ID, "relay.example", NOW, ORIGINAL, [FAILED], None, full=True, left_out="It is too long."
     )
-    assert "\nIt is too long.\n" in words(wire)
+    assert "\nIt is too long.\n" in text_of(wire)
 
 
 def test_several_recipients_share_a_dsn() -> None:
@@ -217,7 +244,7 @@ def test_several_recipients_share_a_dsn() -> None:
     assert [group["Final-Recipient"] for group in groups(wire)[1:]] == [
         f"rfc822; {n}@example.org" for n in range(50)
     ]
-    assert all(f"why {n}" in words(wire) for n in range(50))
+    assert all(f"why {n}" in text_of(wire) for n in range(50))
 
 
 def test_ENVID_and_ORCPT_are_decoded() -> None:
@@ -260,26 +287,44 @@ def test_8_bit_original_is_declared_and_unchanged() -> None:
     assert parsed(written())["Content-Transfer-Encoding"] is None
 
 
-@pytest.mark.parametrize(("kind", "reply", "status"), [
-    (Kind.BOUNCED, "5.1.1 unknown", "5.1.1"), (Kind.BOUNCED, "sorry (#5.7.1)", "5.7.1"),
-    (Kind.BOUNCED, "Error: 5.007.010 padded", "5.7.10"), (Kind.BOUNCED, "go away", "5.0.0"),
-    (Kind.BOUNCED, "4.2.2 in a D", "5.0.0"), (Kind.BOUNCED, "by 10.5.1.1 and 1.5.1.1", "5.0.0"),
-    (Kind.BOUNCED, "4.2.2 first, then 5.2.2", "5.2.2"), (Kind.DELAYED, "5.1.1 in a Z", "4.0.0"),
-    (Kind.DELAYED, "busy # 4.3.2", "4.3.2"), (Kind.EXPIRED, "5.1.1", "5.4.7"), (Kind.BOUNCED, "", "5.0.0"),
-    (Kind.BOUNCED, "5.1.1234", "5.0.0"),
-    (Kind.BOUNCED, "550 5.1.1. No such user", "5.1.1"), (Kind.BOUNCED, "no mail from 192.5.1.10", "5.0.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "reply", "status"),
+    [
+        (Kind.BOUNCED, "5.1.1 unknown", "5.1.1"),
+        (Kind.BOUNCED, "sorry (#5.7.1)", "5.7.1"),
+        (Kind.BOUNCED, "Error: 5.007.010 padded", "5.7.10"),
+        (Kind.BOUNCED, "go away", "5.0.0"),
+        (Kind.BOUNCED, "4.2.2 in a D", "5.0.0"),
+        (Kind.BOUNCED, "by 10.5.1.1 and 1.5.1.1", "5.0.0"),
+        (Kind.BOUNCED, "4.2.2 first, then 5.2.2", "5.2.2"),
+        (Kind.DELAYED, "5.1.1 in a Z", "4.0.0"),
+        (Kind.DELAYED, "busy # 4.3.2", "4.3.2"),
+        (Kind.EXPIRED, "5.1.1", "5.4.7"),
+        (Kind.BOUNCED, "", "5.0.0"),
+        (Kind.BOUNCED, "5.1.1234", "5.0.0"),
+        (Kind.BOUNCED, "550 5.1.1. No such user", "5.1.1"),
+        (Kind.BOUNCED, "no mail from 192.5.1.10", "5.0.0"),
+    ],
+)
 def test_the_servers_status_code_is_kept_if_its_class_fits(
     kind: Kind, reply: str, status: str
 ) -> None:
     assert status_of(kind, reply) == status
 
 
-@pytest.mark.parametrize(("address", "path"), [
-    ("b@example.org", "b@example.org"), ("a b@example.org", '"a b"@example.org'), ("a@b@c", '"a@b"@c'),
-    ('q"u\\o@c', '"q\\"u\\\\o"@c'), (".dot@c", '".dot"@c'), ("x+y=z@c", "x+y=z@c"), ("postmaster", "postmaster"),
-    ("b\n@c", '"b\\\\n"@c'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("b@example.org", "b@example.org"),
+        ("a b@example.org", '"a b"@example.org'),
+        ("a@b@c", '"a@b"@c'),
+        ('q"u\\o@c', '"q\\"u\\\\o"@c'),
+        (".dot@c", '".dot"@c'),
+        ("x+y=z@c", "x+y=z@c"),
+        ("postmaster", "postmaster"),
+        ("b\n@c", '"b\\\\n"@c'),
+    ],
+)
 def test_addresses_are_quoted(address: str, path: str) -> None:
     assert quoted(address) == path
 
@@ -318,7 +363,7 @@ def test_C30_hostile_values_add_no_line_and_no_field(
     assert re.findall(rb"(?m)^--=_.*$", wire.replace(CONTENT, b"")) == [
         b"--=_" + ID.encode()
     ] * 3 + [b"--=_" + ID.encode() + b"--"]
-    assert all(len(line) <= 998 for line in words(wire).splitlines())
+    assert all(len(line) <= 998 for line in text_of(wire).splitlines())
 
 
 def test_long_replies_are_bounded() -> None:
@@ -337,7 +382,7 @@ def test_address_is_whole_as_far_as_a_line_can_hold_it(length: int) -> None:
     head = wire.partition(b"\n\n")[0].replace(b"\n ", b" ").decode()
     assert f"\nTo: {path}\n" in head
     assert re.sub(r"\s+", " ", groups(wire)[1]["Final-Recipient"]) == f"rfc822; {path}"
-    assert f"\n<{path}>\n" in words(wire)
+    assert f"\n<{path}>\n" in text_of(wire)
 
 
 def test_quotes_do_not_make_a_line_too_long() -> None:
@@ -345,9 +390,15 @@ def test_quotes_do_not_make_a_line_too_long() -> None:
     assert max(map(len, wire.splitlines())) <= 998
 
 
-@pytest.mark.parametrize(("server", "remote"), [
-    ("[::1]:628", "dns; [::1]"), ("unix:/run/qmqpd", None), (None, None), ("10.0.0.1:629", "dns; 10.0.0.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("server", "remote"),
+    [
+        ("[::1]:628", "dns; [::1]"),
+        ("unix:/run/qmqpd", None),
+        (None, None),
+        ("10.0.0.1:629", "dns; 10.0.0.1"),
+    ],
+)
 def test_server_is_named_if_it_has_a_host_name(server: str | None, remote: str | None) -> None:
     assert groups(written(replace(FAILED, server=server)))[1].get("Remote-MTA") == remote
 
@@ -359,4 +410,4 @@ def test_unknown_fields_are_left_out() -> None:
     )
     assert not {"Last-Attempt-Date", "Diagnostic-Code"} & set(groups(wire)[1])
     assert parsed(wire)["References"] is None
-    assert "gave no reason" in words(wire)
+    assert "gave no reason" in text_of(wire)

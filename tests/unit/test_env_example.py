@@ -31,6 +31,4 @@ def test_every_setting_has_one_line_of_explanation(name: str):
     place = next(n for n, line in enumerate(LINES) if line.startswith(f"#{name}="))
     assert re.fullmatch(r"# \S.*\.( (Like|Compose:) \S.*)?", LINES[place - 1])
     assert not LINES[place - 2].startswith("# ") or LINES[place - 2].startswith("# ---")
-    assert all(
-        len(line) <= 120 for line in LINES if line.startswith("# ")
-    )  # a default is as long as it is
+    assert all(len(line) <= 120 for line in LINES if line.startswith("# "))  # a default may be long

@@ -61,7 +61,8 @@ def member_names(node: ast.AST) -> list[str]:
 
 @cache
 def names(path: Path) -> frozenset[str]:
-    """The names that a module defines; members of classes and columns of tables with the name before."""
+    """The names that a module defines; members of classes and columns of tables with the name
+    before."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         for name in target_names(node):

@@ -94,7 +94,7 @@ def test_items_that_gather_within_a_commit_are_the_next_batch(
     assert database.rounds == [["first"], [0, 1, 2, 3, 4]]
 
 
-def test_all_answers_of_a_round_are_one_post(harness: CommitHarness) -> None:
+def test_all_results_of_a_commit_reach_the_loop_in_one_call(harness: CommitHarness) -> None:
     for n in range(100):
         harness.put(n)
     harness.writer.start()
@@ -103,13 +103,13 @@ def test_all_answers_of_a_round_are_one_post(harness: CommitHarness) -> None:
 
 
 def test_batches_are_bounded_and_observed(database: Database) -> None:
-    told: list[int] = []
-    harness = CommitHarness(database, largest=4, observe=lambda size, seconds: told.append(size))
+    sizes: list[int] = []
+    harness = CommitHarness(database, largest=4, observe=lambda size, seconds: sizes.append(size))
     for n in range(10):
         harness.put(n)
     harness.writer.start()
     assert list(harness.finish()) == list(range(10))
-    assert [len(round_) for round_ in database.rounds] == told == [4, 4, 2]
+    assert [len(round_) for round_ in database.rounds] == sizes == [4, 4, 2]
 
 
 def test_one_bad_row_fails_alone(harness: CommitHarness, database: Database) -> None:
@@ -141,7 +141,7 @@ def test_an_error_without_a_text_does_not_end_the_thread(
     assert harness.wait()["next"] == "next done"
 
 
-def test_a_round_is_run_again_whole_until_the_database_is_back(
+def test_a_transaction_is_run_again_whole_until_the_database_is_back(
     harness: CommitHarness, database: Database
 ) -> None:
     tries: list[list[Any]] = []
@@ -227,7 +227,7 @@ def test_a_database_that_comes_back_while_we_close_gets_everything(
     assert harness.wait() == {"outcome": "outcome done"}
 
 
-def test_an_answer_that_fails_takes_no_other_with_it(harness: CommitHarness) -> None:
+def test_a_callback_that_fails_does_not_affect_the_others(harness: CommitHarness) -> None:
     """A caller that is gone must not leave the rest of the round without its 250."""
 
     def gone(_: Any) -> None:
@@ -240,7 +240,7 @@ def test_an_answer_that_fails_takes_no_other_with_it(harness: CommitHarness) -> 
     assert harness.wait() == {"before": "before done", "after": "after done"}
 
 
-def test_every_item_is_answered_once_under_load(database: Database) -> None:
+def test_every_item_gets_one_result_under_load(database: Database) -> None:
     harness = CommitHarness(database, largest=16)
     broken = iter(range(1000))
 

@@ -1,4 +1,4 @@
-"""Which entries of a broker's list are hints, and what they contain."""
+"""Which entries of a broker's list are hints, and their contents."""
 
 import base64
 import gzip
@@ -25,7 +25,7 @@ def with_body(text: bytes) -> bytes:
     return entry(lambda made: made.update(body=base64.b64encode(text).decode()))
 
 
-def test_ids_are_taken_and_nothing_else() -> None:
+def test_only_ids_are_read_from_a_hint() -> None:
     said: dict[str, Any] = {
         "eta": "2099-01-01T00:00:00",
         "expires": "soon",
@@ -45,14 +45,32 @@ def test_ids_are_taken_and_nothing_else() -> None:
         pytest.param(b"\xff\xfe\x00", id="no text"),
         pytest.param(b"", id="nothing"),
         pytest.param(b"[" * 8000, id="deep"),
-        *(pytest.param(text, id=text.decode()) for text in (
-            b"null", b"7", b'"x"', b"[]", b"{}", b'{"headers": [], "properties": {}}',
-            b'{"headers": {"task": "deliver"}, "properties": 1}',
-        )),
-        pytest.param(entry(lambda made: made["headers"].update(task="celery.backend_cleanup")), id="another task"),
-        pytest.param(entry(lambda made: made["headers"].update(compression="gzip")), id="compressed"),
-        pytest.param(entry(lambda made: made.update({"content-type": "application/x-python-serialize"})), id="pickle"),
-        pytest.param(entry(lambda made: made["properties"].update(body_encoding=None)), id="bare body"),
+        *(
+            pytest.param(text, id=text.decode())
+            for text in (
+                b"null",
+                b"7",
+                b'"x"',
+                b"[]",
+                b"{}",
+                b'{"headers": [], "properties": {}}',
+                b'{"headers": {"task": "deliver"}, "properties": 1}',
+            )
+        ),
+        pytest.param(
+            entry(lambda made: made["headers"].update(task="celery.backend_cleanup")),
+            id="another task",
+        ),
+        pytest.param(
+            entry(lambda made: made["headers"].update(compression="gzip")), id="compressed"
+        ),
+        pytest.param(
+            entry(lambda made: made.update({"content-type": "application/x-python-serialize"})),
+            id="pickle",
+        ),
+        pytest.param(
+            entry(lambda made: made["properties"].update(body_encoding=None)), id="bare body"
+        ),
         pytest.param(entry(lambda made: made.update(body="*")), id="no base64"),
         pytest.param(entry(lambda made: made.update(body=None)), id="no body"),
         pytest.param(with_body(b"{}"), id="no arguments"),
@@ -67,7 +85,7 @@ def test_ids_are_taken_and_nothing_else() -> None:
         pytest.param(entry(ids=IDS * 2), id="more than a batch"),
         pytest.param(b" " * 20_000 + entry(), id="huge"),
     ],
-)  # fmt: skip
+)
 def test_everything_else_is_refused(bad: bytes) -> None:
     with pytest.raises(NoHint):
         hinted(bad, 5)

@@ -17,7 +17,7 @@ from tests.scaling import growth
 
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    """Returns what was written to standard error since the last call."""
+    """Returns the text that was written to standard error since the last call."""
     return lambda: capsys.readouterr().err
 
 
@@ -39,7 +39,7 @@ def test_event_is_a_line_of_json_with_its_fields(said: Callable[[], str]) -> Non
     }
 
 
-def test_records_of_other_libraries_become_the_same_lines(said: Callable[[], str]) -> None:
+def test_records_of_other_libraries_have_the_same_form(said: Callable[[], str]) -> None:
     configure(load(Settings))
     logging.getLogger("celery.worker").warning("connection %s", "lost")
     logging.getLogger("celery.worker").info("chatter")
@@ -93,7 +93,7 @@ def test_addresses_are_redacted(said: Callable[[], str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "shown"),
+    ("reply", "shown"),
     [
         ("a@b@c.example", "...@c.example"),
         ("@c.example", "@c.example"),
@@ -102,8 +102,8 @@ def test_addresses_are_redacted(said: Callable[[], str]) -> None:
         ("<a-b@c>,d@e", "<...@c>,...@e"),
     ],
 )
-def test_odd_addresses_are_redacted(words: str, shown: str) -> None:
-    assert redact_addresses(None, "info", {"reply": words}) == {"reply": shown}
+def test_odd_addresses_are_redacted(reply: str, shown: str) -> None:
+    assert redact_addresses(None, "info", {"reply": reply}) == {"reply": shown}
 
 
 @pytest.mark.parametrize("piece", ["a", "a@", '"', '"a', 'a"@', "a "])
@@ -124,10 +124,19 @@ def test_console_format_is_not_json(said: Callable[[], str]) -> None:
     assert not line.startswith("{")
 
 
-@pytest.mark.parametrize(("raw", "text"), [
-    (b"250 ok", "250 ok"), (b"a\nb", r"a\nb"), (b"\x1b[31mred", r"\x1b[31mred"), (b"\xff\x00", r"\xff\x00"),
-    ("é", r"\xc3\xa9"), ("\udcff", r"\xff"), ("", ""), ("back\\slash", "back\\slash"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"250 ok", "250 ok"),
+        (b"a\nb", r"a\nb"),
+        (b"\x1b[31mred", r"\x1b[31mred"),
+        (b"\xff\x00", r"\xff\x00"),
+        ("é", r"\xc3\xa9"),
+        ("\udcff", r"\xff"),
+        ("", ""),
+        ("back\\slash", "back\\slash"),
+    ],
+)
 def test_escaped_is_printable_ascii(raw: bytes | str, text: str) -> None:
     assert escaped(raw) == text
 

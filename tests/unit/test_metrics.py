@@ -80,10 +80,10 @@ def test_missing_spool_leaves_the_other_parts(tmp_path: Path):
 
 
 def test_silent_database_delays_no_scrape(queue: QueueMetrics, monkeypatch: pytest.MonkeyPatch):
-    looks, go_on = [], threading.Event()
+    collected, go_on = [], threading.Event()
 
     def silent() -> list[Metric]:
-        looks.append(1)
+        collected.append(1)
         go_on.wait(30)
         return [GaugeMetricFamily("relay_database_up", "", 1)]
 
@@ -91,11 +91,11 @@ def test_silent_database_delays_no_scrape(queue: QueueMetrics, monkeypatch: pyte
     monkeypatch.setattr(queue, "_database", silent)
     assert "relay_database_up 0.0" in scraped(queue)
     assert "relay_database_up 0.0" in scraped(queue)
-    assert len(looks) == 1, "one look at a time"
+    assert len(collected) == 1, "one collection at a time"
     go_on.set()
     monkeypatch.setattr(metrics, "SCRAPE_TIMEOUT", 10.0)
     assert "relay_database_up 1.0" in scraped(queue), "what came late is there for the next"
-    assert len(looks) == 1, "and good for a while"
+    assert len(collected) == 1, "its result counts for a while"
 
 
 def test_metrics_are_off_by_default():

@@ -80,10 +80,21 @@ def test_A8_a_leading_zero_is_refused(wire):
         read_length(wire)
 
 
-@pytest.mark.parametrize("wire", [
-    b"+3:foo,", b"-3:foo,", b"-0:,", b" 3:foo,", b"3 :foo,", b"0x3:foo,", b"1e0:f,", b"1.0:f,", b"1_0:f,",
-    "٣:foo,".encode(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"+3:foo,",
+        b"-3:foo,",
+        b"-0:,",
+        b" 3:foo,",
+        b"3 :foo,",
+        b"0x3:foo,",
+        b"1e0:f,",
+        b"1.0:f,",
+        b"1_0:f,",
+        "٣:foo,".encode(),
+    ],
+)
 def test_A9_text_that_int_accepts_is_no_length(wire):
     with pytest.raises(FormatError):
         read_length(wire)
@@ -135,7 +146,7 @@ def test_A15_digits_without_end_fail_at_the_tenth():
 
 
 @pytest.mark.parametrize("wire", [b"0", b"1", b"12", b""])
-def test_A16_the_beginning_of_a_length_asks_for_more(wire):
+def test_A16_the_beginning_of_a_length_needs_more_bytes(wire):
     assert read_length(wire) is None
 
 

@@ -1,10 +1,10 @@
-"""What an outcome leads to, row by row of the table in the design."""
+"""The next state of each outcome, row by row of the table in the design."""
 
 import pytest
 
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
-from relay.settings import WorkerSettings, load, unwanted
+from relay.settings import WorkerSettings, load, unauthorized_pattern
 from worker.delivery import ABOUT_AN_ADDRESS, next_state
 
 SETTINGS = load(
@@ -68,7 +68,7 @@ def test_an_unauthorized_relay_defers_the_mail() -> None:
     ],
 )
 def test_which_rejections_are_about_this_relay(reply: str, unauthorized: bool) -> None:
-    assert bool(unwanted(load(WorkerSettings)).search(reply)) is unauthorized
+    assert bool(unauthorized_pattern(load(WorkerSettings)).search(reply)) is unauthorized
 
 
 @pytest.mark.parametrize(
@@ -89,4 +89,4 @@ def test_which_rejections_may_be_about_one_recipient(reply: str, about_one: bool
 
 def test_without_patterns_no_rejection_is_about_this_relay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELAY_UNAUTHORIZED_REPLIES", ";")
-    assert not unwanted(load(WorkerSettings)).search("client not allowed")
+    assert not unauthorized_pattern(load(WorkerSettings)).search("client not allowed")

@@ -61,8 +61,8 @@ def test_C28_closed_by_default(tmp_path: Path) -> None:
     ],
 )
 def test_client_networks(tmp_path: Path, networks: str, peer: str, trusted: bool) -> None:
-    words = tuple(networks.replace(",", " ").split())
-    assert client(tmp_path, peer, client_networks=words).trusted is trusted
+    entries = tuple(networks.replace(",", " ").split())
+    assert client(tmp_path, peer, client_networks=entries).trusted is trusted
 
 
 def test_an_ipv4_mapped_address_is_shown_as_ipv4(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_discarded_message_is_free_at_once_and_a_finished_one_at_the_next_meas
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, space = FakeDisk(monkeypatch, 4000), FreeSpace(tmp_path)
-    for _ in range(5):  # claims that begin and end do not add up until the next look
+    for _ in range(5):  # claims that begin and end do not add up until the next measurement
         claimed(space, 3000, "").end()
         assert space.has(4000)
     kept = claimed(space, 2000, "")

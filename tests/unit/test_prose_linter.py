@@ -1,4 +1,5 @@
-"""scripts/prose.py: its findings, their positions, and what it does not read."""
+"""scripts/prose.py: its findings, their positions, and the parts of a page that it does not
+read."""
 
 import subprocess
 import sys

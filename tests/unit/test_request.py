@@ -131,7 +131,7 @@ def test_B33_a_message_of_more_than_4_gib_has_an_exact_length():
     assert request.length == length_of(length_of(size) + 12)
 
 
-# What a strict server reads
+# The request as a strict server reads it
 
 
 @given(

@@ -13,25 +13,45 @@ from relay.routes import DEFAULT, Route, Routes, Server, parse_routes, parse_ser
 from relay.settings import Settings, load
 
 
-@pytest.mark.parametrize(("text", "server"), [
-    ("qmqp.example.net", Server("qmqp.example.net:628", "qmqp.example.net", 628)),
-    ("10.0.0.5:1628", Server("10.0.0.5:1628", "10.0.0.5", 1628)),
-    ("[::1]", Server("[::1]:628", "::1", 628)),
-    ("[2001:db8::25]:629", Server("[2001:db8::25]:629", "2001:db8::25", 629)),
-    ("[fe80::1%eth0]:628", Server("[fe80::1%eth0]:628", "fe80::1%eth0", 628)),
-    ("my_host", Server("my_host:628", "my_host", 628)),
-    ("host.", Server("host.:628", "host.", 628)),
-    ("unix:/run/qmqpd", Server("unix:/run/qmqpd", None, 0, "/run/qmqpd")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "server"),
+    [
+        ("qmqp.example.net", Server("qmqp.example.net:628", "qmqp.example.net", 628)),
+        ("10.0.0.5:1628", Server("10.0.0.5:1628", "10.0.0.5", 1628)),
+        ("[::1]", Server("[::1]:628", "::1", 628)),
+        ("[2001:db8::25]:629", Server("[2001:db8::25]:629", "2001:db8::25", 629)),
+        ("[fe80::1%eth0]:628", Server("[fe80::1%eth0]:628", "fe80::1%eth0", 628)),
+        ("my_host", Server("my_host:628", "my_host", 628)),
+        ("host.", Server("host.:628", "host.", 628)),
+        ("unix:/run/qmqpd", Server("unix:/run/qmqpd", None, 0, "/run/qmqpd")),
+    ],
+)
 def test_B26_server_is_parsed(text: str, server: Server) -> None:
     assert parse_server(text) == server
     assert parse_server(server.name) == server, "what is shown can be written"
 
 
-@pytest.mark.parametrize("text", [
-    "", "host:", "host:0", "host:65536", "host:x", "::1", "[::1", "[::1]:", "host name", "-host", "unix:run", "unix:",
-    "host:25:26", "http://host", "[host]:628", "ho/st",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "host:",
+        "host:0",
+        "host:65536",
+        "host:x",
+        "::1",
+        "[::1",
+        "[::1]:",
+        "host name",
+        "-host",
+        "unix:run",
+        "unix:",
+        "host:25:26",
+        "http://host",
+        "[host]:628",
+        "ho/st",
+    ],
+)
 def test_B26_invalid_server_is_named(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_server(text)
@@ -93,11 +113,21 @@ def test_file_of_routes_is_read(file: Path) -> None:
     assert routes.max_size() == 10 << 20
 
 
-@pytest.mark.parametrize(("address", "name"), [
-    ("x@lists.example.org", "lists"), ("X@LISTS.Example.ORG", "lists"), ("x@sub.lists.example.org", "second"),
-    ("x@a.example.net", "lists"), ("x@example.net", DEFAULT), ("news@example.com", "lists"),
-    ("old-news@example.com", DEFAULT), ("a@b@lists.example.org", "lists"), ("postmaster", DEFAULT), ("", DEFAULT),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("x@lists.example.org", "lists"),
+        ("X@LISTS.Example.ORG", "lists"),
+        ("x@sub.lists.example.org", "second"),
+        ("x@a.example.net", "lists"),
+        ("x@example.net", DEFAULT),
+        ("news@example.com", "lists"),
+        ("old-news@example.com", DEFAULT),
+        ("a@b@lists.example.org", "lists"),
+        ("postmaster", DEFAULT),
+        ("", DEFAULT),
+    ],
+)
 def test_first_matching_route_takes_the_recipient(file: Path, address: str, name: str) -> None:
     assert Routes.load(load(Settings, routes=file)).route_for(address) == name
 
@@ -110,34 +140,62 @@ def test_default_route_in_the_file_keeps_the_servers_of_the_settings() -> None:
     assert (route.servers, route.connections, route.bisect) == ((parse_server("a"),), 3, False)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("x = 1", "x: a route is a table"),
-    ("[a]\nservers = ['s']", "[a] recipients: write at least one"),
-    ("[a]\nrecipients = ['r']", "[a] servers: write at least one"),
-    ("[a]\nrecipients = 'r'\nservers = ['s']", "[a] recipients = 'r': must be a list"),
-    ("[a]\nrecipients = ['r']\nservers = ['s:0']", "[a] servers = ['s:0']: bad port"),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nconnections = 0", "[a] connections = 0: Input should be greater than 0"),
-    *((f"[a]\nrecipients = ['r']\nservers = ['s']\n{key} = {value}", f"[a] {key} = {words}") for key, value, words in (
-        ("connections", "true", "True: Input should be a valid integer"), ("connections", "2.5", "2.5: Input should be a valid integer"),
-        ("retry_min", "-5", "-5: Input should be greater than 0"), ("retry_min", "0", "0: Input should be greater than 0"),
-        ("retry_max", "inf", "inf: Input should be a finite number"), ("retry_max", "nan", "nan: Input should be a finite number"),
-        ("retry_min", "true", "True: Input should be a valid number"), ("retry_max", "[1]", "[1]: Input should be a valid number"),
-        ("max_size", "0", "0: Input should be greater than 0"), ("max_size", "-1", "-1: Input should be greater than 0"),
-        ("max_size", "'0K'", "'0K': Input should be greater than 0"), ("max_size", "1.5", "1.5: Input should be a valid integer"),
-        ("max_size", "false", "False: Input should be a valid integer"), ("max_size", "'big'", "'big': is not a size: write"),
-    )),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = 'soon'", "[a] retry_min = 'soon': is not a duration"),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = '2h'\nretry_max = '1h'", "[a] retry_max: must not"),
-    ("[a]\nrecipients = ['r']\nservers = ['s']\nbisect = 'on'", "[a] bisect = 'on': must be off or address"),
-    ("[a]\ncolour = 'red'", "[a] colour: no such key"),
-    ("[a", "Expected ']'"),
-])  # fmt: skip
-def test_error_in_a_file_names_route_and_key(text: str, words: str, file: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1", "x: a route is a table"),
+        ("[a]\nservers = ['s']", "[a] recipients: write at least one"),
+        ("[a]\nrecipients = ['r']", "[a] servers: write at least one"),
+        ("[a]\nrecipients = 'r'\nservers = ['s']", "[a] recipients = 'r': must be a list"),
+        ("[a]\nrecipients = ['r']\nservers = ['s:0']", "[a] servers = ['s:0']: bad port"),
+        (
+            "[a]\nrecipients = ['r']\nservers = ['s']\nconnections = 0",
+            "[a] connections = 0: Input should be greater than 0",
+        ),
+        *(
+            (
+                f"[a]\nrecipients = ['r']\nservers = ['s']\n{key} = {value}",
+                f"[a] {key} = {expected}",
+            )
+            for key, value, expected in (
+                ("connections", "true", "True: Input should be a valid integer"),
+                ("connections", "2.5", "2.5: Input should be a valid integer"),
+                ("retry_min", "-5", "-5: Input should be greater than 0"),
+                ("retry_min", "0", "0: Input should be greater than 0"),
+                ("retry_max", "inf", "inf: Input should be a finite number"),
+                ("retry_max", "nan", "nan: Input should be a finite number"),
+                ("retry_min", "true", "True: Input should be a valid number"),
+                ("retry_max", "[1]", "[1]: Input should be a valid number"),
+                ("max_size", "0", "0: Input should be greater than 0"),
+                ("max_size", "-1", "-1: Input should be greater than 0"),
+                ("max_size", "'0K'", "'0K': Input should be greater than 0"),
+                ("max_size", "1.5", "1.5: Input should be a valid integer"),
+                ("max_size", "false", "False: Input should be a valid integer"),
+                ("max_size", "'big'", "'big': is not a size: write"),
+            )
+        ),
+        (
+            "[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = 'soon'",
+            "[a] retry_min = 'soon': is not a duration",
+        ),
+        (
+            "[a]\nrecipients = ['r']\nservers = ['s']\nretry_min = '2h'\nretry_max = '1h'",
+            "[a] retry_max: must not",
+        ),
+        (
+            "[a]\nrecipients = ['r']\nservers = ['s']\nbisect = 'on'",
+            "[a] bisect = 'on': must be off or address",
+        ),
+        ("[a]\ncolour = 'red'", "[a] colour: no such key"),
+        ("[a", "Expected ']'"),
+    ],
+)
+def test_error_in_a_file_names_route_and_key(text: str, expected: str, file: Path) -> None:
     file.write_text(text)
     with pytest.raises(ValueError) as caught:
         Routes.load(load(Settings, routes=file))
     assert str(caught.value).startswith(f"RELAY_ROUTES: {file}: ")
-    assert words in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_changed_file_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_change_counts_when_it_is_stable(file: Path) -> None:
     written("")
     assert after(1.0) == ("one", DEFAULT)
     written("# the routes of th")
-    assert after(1.0) == ("one", DEFAULT), "it changes while we look"
+    assert after(1.0) == ("one", DEFAULT), "it changes during a poll"
     written(ONE + ONE.replace("one", "two"))
     assert [after(0.5) for _ in range(3)] == [("one", DEFAULT)] * 3
     assert after(0.5) == ("one", "two", DEFAULT), "a second after it was first seen like this"
@@ -224,17 +224,28 @@ def test_route_has_its_own_backoff() -> None:
 
 
 def sized(*sizes: str) -> Routes:
-    return Routes(parse_routes("\n".join(
-        f'[r{n}]\nrecipients = ["{n}.example"]\nservers = ["a"]\n' + (f'max_size = "{size}"' if size else "")
-        for n, size in enumerate(sizes)
-    )))  # fmt: skip
+    return Routes(
+        parse_routes(
+            "\n".join(
+                f'[r{n}]\nrecipients = ["{n}.example"]\nservers = ["a"]\n'
+                + (f'max_size = "{size}"' if size else "")
+                for n, size in enumerate(sizes)
+            )
+        )
+    )
 
 
-@pytest.mark.parametrize(("sizes", "offered"), [
-    ((), 25 << 20), (("", ""), 25 << 20), (("100M",), 25 << 20),
-    (("10M", "20M", ""), (10 << 20) - (10 << 20) // 20 - 4096),
-    (("25M",), (25 << 20) - (25 << 20) // 20 - 4096), (("1K",), 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sizes", "offered"),
+    [
+        ((), 25 << 20),
+        (("", ""), 25 << 20),
+        (("100M",), 25 << 20),
+        (("10M", "20M", ""), (10 << 20) - (10 << 20) // 20 - 4096),
+        (("25M",), (25 << 20) - (25 << 20) // 20 - 4096),
+        (("1K",), 1),
+    ],
+)
 def test_size_offered_is_the_smallest_limit_with_head_room(
     sizes: tuple[str, ...], offered: int
 ) -> None:
@@ -255,8 +266,8 @@ def test_head_room_holds_the_trace_field_and_a_long_envelope() -> None:
 
 def test_check_shows_routes_and_servers_in_order(file: Path, write: Write) -> None:
     write(
-        ONE
-        + '[two]\nrecipients = ["*.two.example", "x@y"]\nservers = ["b.example:629", "unix:/run/q"]\n'
+        ONE + '[two]\nrecipients = ["*.two.example", "x@y"]\nservers = ["b.example:629",'
+        ' "unix:/run/q"]\n'
     )
     said = {finding.what: finding.words for finding in check.check_routes(loaded(file))}
     assert said == {

@@ -139,7 +139,7 @@ DATA = b"DATA\r\n"
             (b"RCPT TO:<a@denied>\r\n", b"554 5.7.1"),
             (DATA, b"554 5.5.1"),
         ],
-        # what may come at any time
+        # commands that are valid at any time
         [
             (b"NOOP\r\n", b"250 2.0.0"),
             (b"noop with words\r\n", b"250 2.0.0"),
@@ -245,7 +245,7 @@ def test_helo_is_plain_smtp() -> None:
     assert dialogue.events_of(MailStarted)[0].envelope.protocol == "SMTP"
 
 
-def test_a_message_that_asks_for_smtputf8_came_by_utf8smtp() -> None:
+def test_a_message_with_smtputf8_was_received_by_utf8smtp() -> None:
     dialogue = Dialogue()
     dialogue.send(
         EHLO, b"MAIL FROM:<a@b> SMTPUTF8\r\n", RCPT, DATA, "Subject: \xfc\r\n.\r\n".encode()
@@ -266,7 +266,7 @@ def test_C19_a_pipelined_group_is_answered_in_one_piece() -> None:
     assert codes(replies) == [b"250 2.1.0", b"250 2.1.5", b"554 5.7.1", b"250 2.1.5", b"354 End"]
 
 
-def test_C19_commands_behind_a_message_wait_for_its_answer() -> None:
+def test_C19_commands_behind_a_message_wait_for_its_reply() -> None:
     dialogue = Dialogue()
     dialogue.send(EHLO, MAIL + RCPT + DATA)
     assert dialogue.send(b"x\r\n.\r\n" + MAIL + RCPT) == b""
@@ -383,7 +383,7 @@ def test_C2_C12_rejected_content_is_read_to_its_end(content: bytes, code: bytes)
     assert codes(dialogue.send(MAIL)) == [b"250 2.1.0"]
 
 
-def test_bare_crs_are_stripped_where_the_rules_say_so() -> None:
+def test_bare_crs_are_stripped_by_policy() -> None:
     dialogue = Dialogue(trusted=True)
     dialogue.send(EHLO, MAIL + RCPT + DATA, b"a\r\r\n.\r\r\nb\r\n.\r\n")
     assert dialogue.waiting

@@ -48,7 +48,7 @@ def test_final_states_stay_unless_a_bounce_is_reclassified() -> None:
     assert {state: successors(state) for state in FINAL if successors(state)} == {
         State.BOUNCED: {State.DEFERRED}
     }
-    assert successors(State.SPLIT) == {State.BOUNCED}, "in the transaction that could not cut it"
+    assert successors(State.SPLIT) == {State.BOUNCED}, "in the transaction that could not split it"
 
 
 def test_every_unfinished_state_leads_to_a_final_one() -> None:
@@ -122,7 +122,7 @@ def _statements() -> dict[str, str]:
 STATEMENTS = _statements()
 
 
-def test_the_statements_that_write_a_state_are_found() -> None:
+def test_there_are_statements_that_write_a_state() -> None:
     assert len(STATEMENTS) >= 14
     named = {name for text in STATEMENTS.values() for name in _events(text)}
     assert named | set(OPERATIONS) | {"reroute"} == {row.event for row in TRANSITIONS} | {LATE_K}

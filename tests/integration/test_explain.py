@@ -1,4 +1,5 @@
-"""`why` names one cause, from what the workers have published, whatever its own settings are."""
+"""`why` names one cause. It reads the routes that the workers have published, not its own
+settings."""
 
 import re
 
@@ -15,7 +16,7 @@ ONE, TWO = "127.0.0.1:6280", "[::1]:628"
 
 @pytest.fixture
 def typed(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Typed:
-    monkeypatch.setenv("RELAY_QMQP_SERVERS", "192.0.2.99")  # not what the workers know
+    monkeypatch.setenv("RELAY_QMQP_SERVERS", "192.0.2.99")  # other routes than those of the workers
     return typed_at(queue, spool, monkeypatch)
 
 
@@ -33,8 +34,10 @@ def test_a_paused_server_is_named_with_actor_and_reason(queue: QueueHarness, typ
     queue_id = overdue(queue)
     queue.rescuer.publish_routes(queue.worker, {"default": [ONE]})
     typed("pause", "--server", ONE, "--reason", "new disk")
-    words = rf"b@example\.org: queued, and not sent because server {ONE} is paused until `resume` "
-    assert re.fullmatch(words + r"\(by \S+@\S+ \d+s ago: new disk\)\.", why(typed, queue_id))
+    expected = (
+        rf"b@example\.org: queued, and not sent because server {ONE} is paused until `resume` "
+    )
+    assert re.fullmatch(expected + r"\(by \S+@\S+ \d+s ago: new disk\)\.", why(typed, queue_id))
     other = queue.register_worker()
     queue.rescuer.publish_routes(other, {"default": [ONE, TWO]})
     assert "paused" not in why(typed, queue_id), "another worker has another server"
@@ -42,9 +45,9 @@ def test_a_paused_server_is_named_with_actor_and_reason(queue: QueueHarness, typ
     both = why(typed, queue_id)
     assert f"server {ONE} is paused" in both
     assert (
-        f" and the circuit of server {TWO} is open: it is tried again within a minute (no connection: Conn"
-        in both
-    )
+        f" and the circuit of server {TWO} is open: it is tried again within a minute (no"
+        " connection: Conn"
+    ) in both
     third = queue.register_worker()
     queue.rescuer.publish_routes(third, {"default": [TWO]})
     assert "circuit" not in why(typed, queue_id), "a worker that knows it would send there"
@@ -83,7 +86,7 @@ def test_the_start_of_a_transfer_is_that_of_its_worker(queue: QueueHarness, type
 
 
 @pytest.mark.parametrize(
-    ("reply", "words"),
+    ("reply", "expected"),
     [
         (
             "no connection: 127.0.0.1:6280 Connection refused",
@@ -100,11 +103,11 @@ def test_the_start_of_a_transfer_is_that_of_its_worker(queue: QueueHarness, type
     ],
 )
 def test_no_connection_is_named_once(
-    queue: QueueHarness, typed: Typed, reply: str, words: str
+    queue: QueueHarness, typed: Typed, reply: str, expected: str
 ) -> None:
     queue_id = queue.accept()
     queue.complete(queue.claim(queue_id)[0], Outcome.UNREACHABLE, reply=reply, server=None)
-    assert f"{words}" in why(typed, queue_id)
+    assert f"{expected}" in why(typed, queue_id)
 
 
 def test_why_explains_an_envelope_that_no_server_accepts(queue: QueueHarness, typed: Typed) -> None:
@@ -138,7 +141,10 @@ def test_why_explains_a_dsn_and_its_message(
     pending = "; a worker replaces it with a smaller DSN, or gives up; it is a DSN about"
     assert pending in why(typed, full)
     (header,) = generator.generate(5)
-    again = f"DSN {full} is bounced, because qmqp.example.net:628 rejected it: no viruses, and a smaller DSN"
+    again = (
+        f"DSN {full} is bounced, because qmqp.example.net:628 rejected it: no viruses, and a"
+        " smaller DSN"
+    )
     again += " replaced it"
     assert why(typed, queue_id).endswith(
         f"{again}; the sender is told by {header}, which is queued."
@@ -164,20 +170,35 @@ def test_a_dsn_that_failed_and_is_not_replaced(
     assert generator.generate(5) == []
     not_replaced = "no other DSN replaces it: the sender of the original is not told by it"
     assert why(typed, queue_id).endswith(
-        f"DSN {dsn} is bounced, because qmqp.example.net:628 rejected it: no bounces, and {not_replaced}."
+        f"DSN {dsn} is bounced, because qmqp.example.net:628 rejected it: no bounces, and"
+        f" {not_replaced}."
     )
     assert f"rejected it: no bounces; {not_replaced}; it is a DSN about {queue_id}" in why(
         typed, dsn
     )
 
 
-@pytest.mark.parametrize(("recipient", "sender", "words"), [
-    ("postmaster", "a@example.com", "the mail came from an untrusted client and was for our own postmaster"),
-    ("b@example.org", "<a@example.com", "no mail server accepts its address"),
-    ("b@example.org", "a@example.com", "less than a minute before, a DSN about mail from an untrusted client was sent to this address"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recipient", "sender", "expected"),
+    [
+        (
+            "postmaster",
+            "a@example.com",
+            "the mail came from an untrusted client and was for our own postmaster",
+        ),
+        ("b@example.org", "<a@example.com", "no mail server accepts its address"),
+        (
+            "b@example.org",
+            "a@example.com",
+            (
+                "less than a minute before, a DSN about mail from an untrusted client was sent to"
+                " this address"
+            ),
+        ),
+    ],
+)
 def test_why_explains_a_missing_dsn(
-    queue: QueueHarness, spool: Spool, typed: Typed, recipient: str, sender: str, words: str
+    queue: QueueHarness, spool: Spool, typed: Typed, recipient: str, sender: str, expected: str
 ) -> None:
     generator = DsnGenerator(queue.database, spool, queue.settings, lambda address: "default")
     before = queue.accept(client_trusted=False)
@@ -187,5 +208,5 @@ def test_why_explains_a_missing_dsn(
     refused(queue, queue_id)
     assert generator.generate(5) == []
     assert why(typed, queue_id).endswith(
-        f"rejected it: 550 go away; the sender is not told: {words}."
+        f"rejected it: 550 go away; the sender is not told: {expected}."
     )
