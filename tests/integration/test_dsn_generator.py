@@ -145,7 +145,7 @@ def test_dsn_is_generated_once_and_is_a_message_like_any_other(harness: DsnHarne
     (row,) = harness.queue.rows("SELECT * FROM messages WHERE id = @id(:id)", id=dsn)
     assert (row["sender"], row["protocol"], row["size"]) == (
         "",
-        "NOTICE",
+        "DSN",
         harness.spool.path(dsn).stat().st_size,
     )
     (claim,) = harness.queue.claim(dsn)
@@ -549,7 +549,7 @@ def test_refused_dsn_is_built_again_with_less_of_the_original(
         assert b"x" * 61 not in wire
         assert refused.encode() not in wire
         assert (b"Subject: original" in wire) == (content[1] is not None)
-        assert b"a mail server refused this notice with" in b" ".join(wire.split())
+        assert b"a mail server rejected this report with" in b" ".join(wire.split())
     harness.fail(chain[-1], reply="550 not this one either")
     assert harness.pending(chain[-1]), "so that the log reports it"
     assert harness.generator.generate(10) == []
@@ -900,7 +900,7 @@ def test_bounce_by_an_operator_is_not_reported_as_a_reply(harness: DsnHarness) -
     )
     (dsn,) = harness.generator.generate(10)
     words = " ".join(harness.spool.path(dsn).read_text().split())
-    assert "It was sent back by an operator of this relay: spam run, not authorized" in words
+    assert "An operator of this relay bounced it: spam run, not authorized" in words
     assert "refused" not in words
     assert "Diagnostic-Code" not in words
 

@@ -352,7 +352,7 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     queue.pass_time(100)
     texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
     assert len(texts) == 2
-    assert sum(f"The mail server refused it: {reply}" in text for text in texts) == 1
+    assert sum(f"The mail server rejected it: {reply}" in text for text in texts) == 1
     assert sum(f"Diagnostic-Code: x-qmqp; {reply}" in text for text in texts) == 1
     assert sum("Diagnostic-Code: x-qmqp; held by greylist" in text for text in texts) == 1
 

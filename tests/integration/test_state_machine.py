@@ -736,7 +736,7 @@ class History(RuleBasedStateMachine):
                 names,
                 words.count(POSSIBLY_DELIVERED),
                 row["dsn_content"],
-                "refused this notice" in words,
+                "rejected this report" in words,
             )
         return found
 
