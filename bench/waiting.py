@@ -101,7 +101,7 @@ class RelayQueue:
             [
                 Completion(
                     self.worker, claim.queue_id, claim.number, claim.claim, State.DELIVERED,
-                    Outcome.DELIVERED, "ok", tries=[attempt],
+                    Outcome.DELIVERED, "ok", attempts=[attempt],
                 )
                 for claim in claims
             ]

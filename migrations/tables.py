@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import UUID
 
-from relay.db.schema import words
+from relay.db.schema import literals
 from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED, State
 
@@ -174,7 +174,7 @@ deliveries = Table(
     ),
     Column("reason_source", Text, comment="source of last_reply: server, relay or operator"),
     PrimaryKeyConstraint("queue_id", "number"),
-    CheckConstraint(f"state IN ({words(State)})", name="state"),
+    CheckConstraint(f"state IN ({literals(State)})", name="state"),
     CheckConstraint(
         "due_at IS NOT NULL OR state NOT IN ('queued', 'sending', 'deferred')",
         name="due_where_the_state_needs_it",
@@ -191,9 +191,9 @@ deliveries = Table(
         "warn_at",
         "queue_id",
     ),
-    _some("owing", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
+    _some("dsn_pending", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
     _some("held", "state = 'held'", "queue_id"),
-    _some("finished", f"state NOT IN ({words(UNFINISHED)})", "state", "route"),
+    _some("finished", f"state NOT IN ({literals(UNFINISHED)})", "state", "route"),
     comment="the queue: a row is one QMQP request",
     postgresql_with={
         "fillfactor": 80,
@@ -235,7 +235,7 @@ attempts = Table(
         "bytes_sent", BigInteger, nullable=False, comment="how many bytes of the request were sent"
     ),
     PrimaryKeyConstraint("queue_id", "delivery", "claim", "attempt_index"),
-    CheckConstraint(f"outcome IN ({words(Outcome)})", name="outcome"),
+    CheckConstraint(f"outcome IN ({literals(Outcome)})", name="outcome"),
     Index("attempts_finished_at", "finished_at", postgresql_using="brin"),
     comment="attempts, each at one server",
 )
@@ -259,7 +259,7 @@ workers = Table(
         comment="end of the lease; the worker renews it",
     ),
     Column("ended_at", Instant, comment="when it stopped, or was expired by another worker"),
-    Column("end_reason", Text, comment="stopped, or vanished: its lease expired"),
+    Column("end_reason", Text, comment="stopped or expired"),
     Column("claim_seconds", Integer, comment="seconds from a claim to the due_at of the delivery"),
     Column(
         "routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"
@@ -270,11 +270,11 @@ workers = Table(
 audit = Table(
     "audit",
     metadata,
-    Column("id", Id, primary_key=True, comment="UUIDv7; audit_deliveries.action refers to it"),
+    Column("id", Id, primary_key=True, comment="UUIDv7; audit_deliveries.audit_id refers to it"),
     Column("at", Instant, nullable=False, comment="when the operation ran"),
     Column("actor", Text, nullable=False, comment="the operator, as user@host"),
     Column(
-        "verb",
+        "operation",
         Text,
         nullable=False,
         comment="the operation, such as retry; for pause and resume also the subject",
@@ -290,8 +290,8 @@ audit_deliveries = Table(
     metadata,
     Column("queue_id", Id, nullable=False, comment="the message of the delivery"),
     Column("delivery", Integer, nullable=False, comment="number of the delivery"),
-    Column("action", Id, nullable=False, comment="the row of audit"),
-    PrimaryKeyConstraint("queue_id", "delivery", "action"),
+    Column("audit_id", Id, nullable=False, comment="the row of audit"),
+    PrimaryKeyConstraint("queue_id", "delivery", "audit_id"),
     comment="the deliveries that an operation changed",
 )
 

@@ -10,7 +10,7 @@ DROP VIEW IF EXISTS clock;
 
 -- name: create_views
 -- SQLite has no type for times, and no function for the time in microseconds: statements read it
--- from this view. Inside of a statement the time stands still. `now` is a whole number of
+-- from this view. Within a statement the time does not change. `now` is a whole number of
 -- milliseconds inside of a Julian day; rounding gets it back exactly.
 CREATE VIEW clock AS
 SELECT CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) * 1000 AS now;

@@ -41,7 +41,7 @@ def _checked(settings: Settings, engine: Engine) -> DurableState:
     faults = [] if settings.unsafe_durability else database.check_durable(engine)
     if faults:
         raise database.DatabaseError(
-            f"{redacted(settings.database_url)} would lose mail at a power cut: {', '.join(faults)};"
+            f"{redacted(settings.database_url)} would lose mail at a power failure: {', '.join(faults)};"
             " turn it on, or set RELAY_UNSAFE_DURABILITY=1 for a test"
         )
     spool = Spool(settings.spool_dir)

@@ -54,7 +54,7 @@ def change(
         raise CommandError(WRONG_USE, f"{name} everything? Give a filter, or --all")
     with opened(settings) as engine:
         queue, operation = QueueReader(engine), OPERATIONS.get(name, REROUTE)
-        operations = QueueOperations(engine, notices=settings.bounces == "dsn")
+        operations = QueueOperations(engine, sends_dsns=settings.bounces == "dsn")
         filter_ = resolved(queue, filter_)
         matched = operations.matching(operation, filter_)
         if not matched:
@@ -63,7 +63,7 @@ def change(
         oldest = "" if limit is None or limit >= matched.total() else f"the oldest {limit} of "
         summary = f"{name} {oldest}{_counts(matched)}"
         if dry_run:
-            rows = operations.touched(operation, filter_, limit=limit)
+            rows = operations.matching_rows(operation, filter_, limit=limit)
             write(rows, COLUMNS, json_lines=json_lines)
             say(f"would {summary}")
             return DONE
@@ -94,7 +94,7 @@ def change(
     typer.echo(text)
     if sending := changed[State.SENDING]:
         after = "they are no longer held after this try"
-        if operation.wanted:
+        if operation.pending:
             after = f"{name} follows after this try, unless the server accepts"
         say(f"{sending} being sent: {after}")
     if interrupted:
@@ -122,7 +122,7 @@ def pause(
         raise CommandError(WRONG_USE, str(error)) from None
     verb, after = ("resume", "resumed") if resume else ("pause", "paused")
     with opened(settings) as engine:
-        operations = QueueOperations(engine, notices=False)
+        operations = QueueOperations(engine, sends_dsns=False)
         known = _subjects(settings, QueueReader(engine))
         operation = operations.resume if resume else operations.pause
         done = operation(subject, actor=actor(), reason=reason)

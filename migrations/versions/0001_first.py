@@ -71,7 +71,7 @@ POSTGRESQL = [
     "COMMENT ON COLUMN deliveries.number IS 'from 1 within the message'",
     "COMMENT ON COLUMN deliveries.parent IS 'the delivery that was split into this one'",
     "COMMENT ON COLUMN deliveries.route IS 'name of the route; its servers are looked up at each attempt'",
-    "COMMENT ON COLUMN deliveries.due_at IS 'when somebody must look again; empty when nobody need'",
+    "COMMENT ON COLUMN deliveries.due_at IS 'when it needs attention; empty if it needs none'",
     "COMMENT ON COLUMN deliveries.expires_at IS 'a try that fails after this is the last'",
     "COMMENT ON COLUMN deliveries.worker IS 'who is sending it'",
     "COMMENT ON COLUMN deliveries.claims IS 'times it was claimed; numbers the tries'",

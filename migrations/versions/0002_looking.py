@@ -158,7 +158,7 @@ COLUMNS = {
     "actions.reason": "why, as the operator gave it",
     "actions.filter": "to which deliveries, as options of the command",
     "actions.matched": "how many deliveries it touched",
-    "rests.worker": "who leaves it alone",
+    "rests.worker": "the worker that sends it nothing",
     "rests.server": "which, as the settings name it",
     "rests.why": "the server''s words, or ours, when it failed last",
     "deliveries.wanted_why": "who asked for what is wanted, and why",

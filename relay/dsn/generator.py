@@ -61,8 +61,8 @@ type Build = Callable[[Connection, str, set[int], Original, list[Failure]], dict
 class DsnGenerator:
     """Generates DSNs and delay warnings. Used by one thread.
 
-    `unauthorized` is called with the server's name and reply for each D that was about this relay and
-    not about the mail.
+    `unauthorized` is called with the server's name and reply for each D that was about this relay
+    and not about the mail.
     """
 
     def __init__(

@@ -122,12 +122,6 @@ class Failure:
             ReasonSource.RELAY,
         )
 
-    @property
-    def status(self) -> str:
-        """The enhanced status code. Only a server's reply has one, and the relay's reason for an
-        envelope that cannot be sent: an operator may write any number into a reason."""
-        return status_of(self.kind, self.reply if self.unsendable else self.server_reply)
-
 
 @dataclass(frozen=True, slots=True)
 class Original:
@@ -339,12 +333,17 @@ def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> s
         server = failure.server or "unix:"
         reply = escaped(failure.server_reply, _LONGEST_LINE - 50)
         attempted_at = failure.attempted_at
+        # The relay's reason for an envelope that cannot be sent has a status. An operator may write
+        # any number into a reason.
+        status = status_of(
+            failure.kind, failure.reply if failure.unsendable else failure.server_reply
+        )
         groups.append(
             _lines(
                 given and f"Original-Recipient: {escaped(kind, 64)}; {unxtext(address)}",
                 _addressed("Final-Recipient: rfc822;", failure.address),
                 f"Action: {'delayed' if delayed else 'failed'}",
-                f"Status: {failure.status}",
+                f"Status: {status}",
                 not server.startswith("unix:") and f"Remote-MTA: dns; {server.rpartition(':')[0]}",
                 reply and f"Diagnostic-Code: x-qmqp; {reply}",
                 attempted_at and f"Last-Attempt-Date: {format_datetime(attempted_at)}",

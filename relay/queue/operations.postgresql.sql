@@ -42,7 +42,7 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 UPDATE deliveries AS d
 SET state = 'bounced', finished_at = now(), last_outcome = coalesce(d.last_outcome, 'rejected'),
     last_reply = :why, reason_source = 'operator',
-    due_at = CASE WHEN :notices AND (
+    due_at = CASE WHEN :sends_dsns AND (
         SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
         FROM messages m WHERE m.id = d.queue_id) THEN now() END
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)

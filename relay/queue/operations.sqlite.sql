@@ -50,7 +50,7 @@ UPDATE deliveries AS d
 SET state = 'bounced', finished_at = (SELECT now FROM clock),
     last_outcome = coalesce(d.last_outcome, 'rejected'), last_reply = :why,
     reason_source = 'operator',
-    due_at = CASE WHEN :notices AND (
+    due_at = CASE WHEN :sends_dsns AND (
         SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
         FROM messages m WHERE m.id = d.queue_id) THEN (SELECT now FROM clock) END
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number

@@ -12,7 +12,7 @@ WHERE ended_at IS NULL
 
 -- name: expire_worker
 -- Fails if the worker has renewed its lease since it was seen.
-UPDATE workers SET ended_at = now(), end_reason = 'vanished'
+UPDATE workers SET ended_at = now(), end_reason = 'expired'
 WHERE id = :worker AND ended_at IS NULL AND CAST(lease_expires_at AS text) = :until;
 
 -- name: sending_by_worker
@@ -62,9 +62,10 @@ UPDATE deliveries d
 -- event: worker lost, pending operation
 SET state = x.final,
     due_at = CASE
-        WHEN x.final = 'deferred' THEN now() + :delay * (1 + :jitter * random()) * interval '1 second'
+        WHEN x.final = 'deferred'
+            THEN now() + :delay * (1 + :jitter * random()) * interval '1 second'
         WHEN x.final = 'queued' THEN now() + :grace * interval '1 second'
-        WHEN x.final IN ('bounced', 'expired') AND :notices AND (
+        WHEN x.final IN ('bounced', 'expired') AND :sends_dsns AND (
             SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
             FROM messages m WHERE m.id = d.queue_id) THEN now() END,
     finished_at = CASE WHEN x.final IN ('bounced', 'expired', 'dropped') THEN now() END,
@@ -148,10 +149,12 @@ WITH w AS MATERIALIZED (
     LIMIT (
         SELECT :most - count(*) FROM (
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route AND due_at <= now()
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0
+                AND route = :route AND due_at <= now()
             UNION ALL
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1 AND route = :route AND due_at <= now()
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1
+                AND route = :route AND due_at <= now()
             LIMIT :most) AS overdue)
     FOR UPDATE SKIP LOCKED
 ), p AS MATERIALIZED (

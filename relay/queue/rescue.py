@@ -1,4 +1,5 @@
-"""What a sweeper does to the queue: wake what is due, and end what expired workers were sending.
+"""What a sweeper does to the queue: requeue due deliveries, and make the deliveries of expired
+workers uncertain.
 
 Workers sweep side by side: each takes rows that are not locked, in bounded batches, longest due
 first. A worker is expired when a sweeper has seen the same lease run out for long enough by its own
@@ -26,7 +27,7 @@ JITTER = 0.5  # a retry of an uncertain delivery waits longer by up to this shar
 SLACK = 60.0  # seconds that slow statements and commits may add to a wait
 # The statements that find lost deliveries, and what their attempts say.
 _LOST = {
-    "sending_by_worker": "the worker vanished while it was sending",
+    "sending_by_worker": "the lease of the worker expired while it was sending",
     "sending_too_long": "the transfer took longer than any session may",
     "sending_unowned": "the worker stopped while it was sending",
 }
@@ -42,7 +43,7 @@ class Rescuer:
             engine,
             __name__,
             grace=settings.grace,
-            notices=settings.bounces == "dsn",
+            sends_dsns=settings.bounces == "dsn",
             delay=settings.uncertain_delay,
             jitter=JITTER,
             hold=settings.uncertain == "hold",
@@ -95,7 +96,7 @@ class Rescuer:
             return len(self._rescue(connection, "sending_unowned"))
 
     def publish_open_circuits(self, worker: str, circuits: Mapping[str, str]) -> None:
-        """Publish the open circuits of a worker, by server, with their reasons (`server_health`)."""
+        """Publish the open circuits of a worker: the reason by server (`server_health`)."""
         self._publish("publish_open_circuits", worker, circuits=json.dumps(dict(circuits)))
 
     def publish_routes(self, worker: str, routes: Mapping[str, Sequence[str]]) -> None:
@@ -119,7 +120,7 @@ class Rescuer:
         """Make due what was written before the clock was set back; the number of deliveries.
 
         `longest`: the most seconds that a deferred delivery waits. `routes`: those whose queued
-        mail is looked at, by name, because their index leads with it.
+        mail is checked, by name, because their index leads with it.
         """
         given = {"most": limit, "longest": longest, "routes": json.dumps(list(routes))}
         with writing(self._engine) as connection:
@@ -153,11 +154,11 @@ class Rescuer:
         return by_route
 
     def mark_uncertain(self, connection: Connection, keys: str, why: str) -> None:
-        """Make deliveries in flight `uncertain`; `keys` is JSON: a list of queue_id and number."""
+        """Make deliveries in flight `uncertain`; `keys`: JSON, a list of queue_id and number."""
         self._queries.run(connection, "mark_uncertain", keys=keys, why=why)
 
     def _rescue(self, connection: Connection, which: str, **parameters: Any) -> Sequence[Any]:
-        """Make `uncertain` what a statement of `_LOST` finds and locks; its rows, which are keys."""
+        """Make the deliveries `uncertain` that a statement of `_LOST` locks; their keys."""
         lost: Sequence[Any] = self._queries.run(connection, which, **parameters).all()
         if lost:
             keys = [{"queue_id": str(queue_id), "number": number} for queue_id, number in lost]

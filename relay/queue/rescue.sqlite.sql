@@ -13,7 +13,7 @@ WHERE ended_at IS NULL
 
 -- name: expire_worker
 -- Fails if the worker has renewed its lease since it was seen.
-UPDATE workers SET ended_at = (SELECT now FROM clock), end_reason = 'vanished'
+UPDATE workers SET ended_at = (SELECT now FROM clock), end_reason = 'expired'
 WHERE id = :worker AND ended_at IS NULL AND CAST(lease_expires_at AS text) = :until;
 
 -- name: sending_by_worker
@@ -51,7 +51,7 @@ SET state = x.final,
         WHEN x.final = 'deferred' THEN (SELECT now FROM clock)
             + CAST(:delay * (1000000 + :jitter * abs(random() % 1000000)) AS INTEGER)
         WHEN x.final = 'queued' THEN (SELECT now FROM clock) + CAST(:grace * 1000000 AS INTEGER)
-        WHEN x.final IN ('bounced', 'expired') AND :notices AND (
+        WHEN x.final IN ('bounced', 'expired') AND :sends_dsns AND (
             SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
             FROM messages m WHERE m.id = deliveries.queue_id) THEN (SELECT now FROM clock) END,
     finished_at = CASE WHEN x.final IN ('bounced', 'expired', 'dropped')

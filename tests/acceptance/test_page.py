@@ -84,7 +84,7 @@ def test_a_fault_of_ours_is_a_page_and_a_line_of_the_log(
 def did(
     queue: QueueHarness, verb: str, reason: str, seconds_ago: float, *touched: tuple[str, int]
 ) -> None:
-    """A row of `actions`, and what it touched."""
+    """A row of `audit`, and the deliveries that it changed."""
     action = new_id()
     queue.change(
         "INSERT INTO audit VALUES (@id(:id), @ago(:ago), :actor, :verb, :reason, '--sender x', :matched)",
@@ -111,13 +111,13 @@ def test_timeline_shows_operations(
     did(queue, "release", "", 600, (mine, 2))
     did(queue, "drop", "not ours", 500, (other, 1))
     did(queue, "pause server:qmqp.example.net:628", "it was tried there", 400)
-    found = QueueReader(queue.database).actions_on(mine)
-    assert [(row["verb"], row["delivery"]) for row in found] == [
+    found = QueueReader(queue.database).operations_on(mine)
+    assert [(row["operation"], row["delivery"]) for row in found] == [
         ("hold", 1), ("hold", 2), ("pause route:other", None), ("resume route:other", None), ("release", 2),
         ("pause server:qmqp.example.net:628", None),
     ]  # fmt: skip
     assert found[0] | {"acted_at": None} == {
-        "delivery": 1, "acted_at": None, "actor": "ops@mx-1", "verb": "hold", "reason": "the customer <b>asked</b>",
+        "delivery": 1, "acted_at": None, "actor": "ops@mx-1", "operation": "hold", "reason": "the customer <b>asked</b>",
         "filter": "--sender x",
     }  # fmt: skip
     shown = browser.get(f"/message/{mine}").words
@@ -131,7 +131,7 @@ def test_timeline_shows_operations(
         assert words not in shown
     queue.change("UPDATE deliveries SET state = 'dropped', due_at = NULL, finished_at = @ago(650) WHERE"
                   " queue_id = @id(:id)", id=mine)  # fmt: skip
-    assert [row["verb"] for row in QueueReader(queue.database).actions_on(mine)][-2:] == [
+    assert [row["operation"] for row in QueueReader(queue.database).operations_on(mine)][-2:] == [
         "resume route:other",
         "release",
     ]

@@ -102,13 +102,13 @@ class QueueHarness:
         self,
         *ids: str,
         worker: str = "",
-        room: Mapping[str, int] = PLENTY,
+        capacity: Mapping[str, int] = PLENTY,
         worker_queue: WorkerQueue | None = None,
     ) -> list[Claim]:
-        """Claim deliveries of these messages, or overdue ones without any; `room`: at most so many
+        """Claim deliveries of these messages, or overdue ones without any; `capacity`: at most so many
         of each route."""
         (claims,) = (worker_queue or self.worker_queue).commit(
-            [ClaimRequest(worker or self.worker, list(ids) or None, room)]
+            [ClaimRequest(worker or self.worker, list(ids) or None, capacity)]
         )
         assert isinstance(claims, list)
         return claims
@@ -120,7 +120,7 @@ class QueueHarness:
         attempt = Attempt(1, "qmqp.example.net:628", outcome, "its words", 90, 0.5, 0.1)
         values: dict[str, Any] = {
             "state": OUTCOME_POLICY[outcome], "reply": attempt.reply, "server": attempt.server,
-            "delay": 30.0, "tries": [attempt],
+            "delay": 30.0, "attempts": [attempt],
         }  # fmt: skip
         fence = (worker or self.worker, claim.queue_id, claim.number, claim.claim)
         return Completion(*fence, outcome=outcome, **(values | more))

@@ -98,7 +98,7 @@ EXAMPLES: dict[str, Any] = {
          "client_address": "192.0.2.1", "helo": "x", "protocol": "ESMTP", "client_trusted": True}
     ]),
     "most": 100,
-    "notices": True,
+    "sends_dsns": True,
     "number": 1,
     "numbers": json.dumps([1]),
     "parent": 1,
@@ -122,7 +122,7 @@ EXAMPLES: dict[str, Any] = {
     "slack": 60.0,
     "step": 300,
     "subject": "route:default",
-    "tries": rows(
+    "attempts": rows(
         worker=WORKER, delivery=1, claim=9, attempt_index=1, server="192.0.2.1:628",
         outcome="deferred", reply="Zlater", bytes_sent=9, started_ago=2.0, finished_ago=1.0,
     ),
@@ -132,7 +132,7 @@ EXAMPLES: dict[str, Any] = {
     "under_4h": IDS[2],
     "under_5m": IDS[5],
     "until": "never",
-    "verb": "hold",
+    "operation": "hold",
     "warned": True,
     "very_late": 3600.0,
     "view": "mail_queue",
