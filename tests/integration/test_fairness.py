@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.db.engine import writing
 from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
@@ -107,10 +105,9 @@ def fill(queue: QueueHarness) -> None:
         SELECT {key}, 1, 'b', 1 FROM {numbers} WHERE s.n * 7919 % :many >= :many - :looked_at"""
     deliveries = """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
         SELECT {key}, 1, 'default', 'deferred', @ago(1 + s.n * 7919 % :many * 0.1), @later(100000) FROM {numbers}"""
-    with writing(queue.database) as connection:
-        for sql in (messages, recipients, deliveries):
-            given = {"many": MANY} | ({"looked_at": BATCH * BATCHES} if ":looked_at" in sql else {})
-            connection.execute(text(queue.dialect(sql.format(key=key, numbers=numbers))), given)
+    for sql in (messages, recipients, deliveries):
+        given = {"many": MANY} | ({"looked_at": BATCH * BATCHES} if ":looked_at" in sql else {})
+        queue.change(sql.format(key=key, numbers=numbers), **given)
     if name == "postgresql":
         queue.change("ANALYZE")
 
