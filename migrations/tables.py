@@ -145,7 +145,9 @@ deliveries = Table(
         server_default="0",
         comment="how many workers in a row were lost while sending it",
     ),
-    Column("pending_operation", Text, comment="what an operator asked for while it was being sent"),
+    Column(
+        "pending_operation", Text, comment="operation that was requested while it was being sent"
+    ),
     Column("last_outcome", Text, comment="outcome of the last attempt"),
     Column(
         "last_reply",
@@ -155,7 +157,7 @@ deliveries = Table(
     ),
     Column("last_server", Text, comment="server of the last attempt"),
     Column("finished_at", Instant, comment="when it became final; empty while it is not"),
-    Column("pending_reason", Text, comment="who asked for pending_operation, and why"),
+    Column("pending_reason", Text, comment="who requested pending_operation, and why"),
     Column("warned_at", Instant, comment="when a delay warning was generated"),
     Column(
         "waiting_for",
@@ -180,7 +182,7 @@ deliveries = Table(
         name="due_where_the_state_needs_it",
     ),
     CheckConstraint("(worker IS NOT NULL) = (state = 'sending')", name="worker_while_sending"),
-    # Retries and what was never claimed lie apart, each by `due_at`: a poll takes some of either.
+    # Retries and mail that was never claimed lie apart, each by `due_at`: a poll takes some of either.
     _some("queued", "state = 'queued'", "route", "(CAST(claim_count > 0 AS integer))", "due_at"),
     _some("sending", "state = 'sending'", "worker", "due_at"),
     _some("deferred", "state = 'deferred'", "due_at"),
@@ -358,7 +360,7 @@ _RECIPIENT_COLUMNS: dict[str, str] = {
     "expires_at": "an attempt that fails after this is the last",
     "finished_at": "when it became final; empty while it is not",
     "worker": "the worker that is sending it",
-    "pending_operation": "what an operator asked for while it is being sent",
+    "pending_operation": "operation that was requested while it is being sent",
     "client_address": "address of the SMTP client",
     "helo": "name that the client gave in HELO or EHLO",
     "protocol": "RFC 3848 keyword, such as ESMTP",

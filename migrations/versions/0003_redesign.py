@@ -1,8 +1,8 @@
-"""The field's own names, what a delivery waits for, and indexes that do not grow with what waits.
+"""Common names, the reason why a delivery waits, and indexes that do not grow with waiting mail.
 
 `TABLES`, `COLUMNS` and `VALUES` are renamed. `ADDED`: the new columns with their types. `INDEXES`:
 the indexes of `deliveries` by name, after and before. The views are dropped first, because they
-name what is renamed; `migrations.views` creates them anew, and writes all comments.
+name renamed tables and columns; `migrations.views` creates them anew, and writes all comments.
 
 One index on `due_at` held every state and every route together: a claim for one route scanned the
 mail of all routes that was due earlier, and the search for stuck transfers scanned everything
@@ -198,7 +198,7 @@ def _rename_not_null(connection: Connection) -> None:
 
 
 def _replace(connection: Connection, old: Mapping[str, str], new: Mapping[str, str]) -> None:
-    for name, what in new.items():
-        connection.exec_driver_sql(f"CREATE INDEX {name} ON deliveries {what}")
+    for name, definition in new.items():
+        connection.exec_driver_sql(f"CREATE INDEX {name} ON deliveries {definition}")
     for name in old:
         connection.exec_driver_sql(f"DROP INDEX {name}")

@@ -26,7 +26,7 @@ _LONGEST_PAUSE = 2.0
 
 
 class CommitUnknown(Exception):
-    """The database did not confirm the COMMIT in time. The row may exist, so what it needs must
+    """The database did not confirm the COMMIT in time. The row may exist, so its body must
     stay."""
 
 
@@ -171,7 +171,7 @@ class CommitThread[Item, Result]:
                 self._changed.notify()
 
     def close(self, timeout: float) -> bool:
-        """Commit what has gathered and stop; False if that took longer than `timeout` seconds.
+        """Commit the gathered items and stop; False if that took longer than `timeout` seconds.
 
         During an outage it tries again for half of that time.
         """

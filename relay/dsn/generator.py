@@ -250,22 +250,7 @@ class DsnGenerator:
             self._change(connection, "withhold", original.id, unreported, withheld=withheld)
         if not reported:
             return {}
-        # The sender expects the whole message, unless it asked for less (RET=HDRS, RFC 3461 4.3).
-        whole = kind is not Kind.DELAYED and original.ret != "HDRS"
-        too_long = whole and original.size > LONGEST_RETURNED
-        enclosure = Enclosure.HEADER
-        if whole and not too_long and not original.from_untrusted_client:
-            enclosure = Enclosure.FULL
-        content = self._content(original, enclosure)
-        left_out = ""
-        if content is None:
-            enclosure = Enclosure.NONE
-            left_out = "Your message could not be read again, and is not returned."
-        elif too_long:
-            left_out = (
-                "Only its header is returned: the message is longer than"
-                f" {LONGEST_RETURNED:,} bytes."
-            )
+        enclosure, content, left_out = self._enclosed(original, kind)
         text = compose(
             dsn_id,
             self._settings.hostname,
@@ -278,6 +263,27 @@ class DsnGenerator:
         )
         self._insert(connection, dsn_id, text, original.sender, original.id, enclosure)
         return {"about": original.id, "recipients": len(reported), "kind": str(kind)}
+
+    def _enclosed(self, original: Original, kind: Kind) -> tuple[Enclosure, bytes | None, str]:
+        """The part of the original that a DSN encloses, its bytes (None if it cannot be read), and
+        a sentence that says what is missing and why."""
+        # The sender expects the whole message, unless it asked for less (RET=HDRS, RFC 3461 4.3).
+        whole = kind is not Kind.DELAYED and original.ret != "HDRS"
+        too_long = whole and original.size > LONGEST_RETURNED
+        enclosure = Enclosure.HEADER
+        if whole and not too_long and not original.from_untrusted_client:
+            enclosure = Enclosure.FULL
+        content = self._content(original, enclosure)
+        if content is None:
+            text = "Your message could not be read again, and is not returned."
+            return Enclosure.NONE, None, text
+        if too_long:
+            text = (
+                "Only its header is returned: the message is longer than"
+                f" {LONGEST_RETURNED:,} bytes."
+            )
+            return enclosure, content, text
+        return enclosure, content, ""
 
     def _rebuild(
         self,
@@ -357,9 +363,9 @@ class DsnGenerator:
         self._queries.run(connection, name, id=dashed(queue_id), numbers=listed, **more)
 
 
-def _wants(original: Original, recipient: Failure, what: str) -> bool:
+def _wants(original: Original, recipient: Failure, event: str) -> bool:
     """Whether the sender asked for DSNs of this kind about this recipient (RFC 3461 4.1)."""
-    asked = recipient.notify is None or what in recipient.notify.upper().split(",")
+    asked = recipient.notify is None or event in recipient.notify.upper().split(",")
     return asked and original.sender not in ("", "#@[]")
 
 

@@ -57,7 +57,7 @@ class NewMessage(NamedTuple):
 
 
 class Acceptor:
-    """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs. `delay_warning`: after
+    """Accepts messages; a `group_commit.GroupCommitter` runs `commit`. `delay_warning`: after
     so many seconds the sender is warned; None: never."""
 
     def __init__(

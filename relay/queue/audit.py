@@ -2,7 +2,7 @@
 
 An operation changes deliveries chunk by chunk. The first chunk inserts the row of `audit`, later
 chunks raise its `matched`, and each delivery gets a row in `audit_deliveries`. An operation that is
-interrupted has recorded what it did.
+interrupted has recorded its changes.
 
 What must stay true: an operator's change and its record are one transaction.
 """

@@ -1,9 +1,9 @@
 """A worker's side of the queue: claim, complete, renew.
 
-One statement serves many rows (`WorkerQueue.commit` is what a `group_commit.CommitThread` runs). A
-claim changes `queued` to `sending`, raises `claim_count` and returns the envelope. It takes what
-hints name, or what is overdue: what a worker should have claimed by now. A completion inserts the
-attempts of a claim and moves its delivery to the next state. The statements are in
+One statement serves many rows (a `group_commit.CommitThread` runs `WorkerQueue.commit`). A claim
+changes `queued` to `sending`, raises `claim_count` and returns the envelope. It takes deliveries
+that hints name, or overdue ones: a worker should have claimed these by now. A completion inserts
+the attempts of a claim and moves its delivery to the next state. The statements are in
 `claim.postgresql.sql` and `claim.sqlite.sql`.
 
 What must stay true:
@@ -46,7 +46,7 @@ _WITHOUT_DSN = (State.DELIVERED, State.DROPPED)
 
 
 class _Recorded(NamedTuple):
-    """What the database has of a delivery: `claim` is the number of its last claim."""
+    """The row of a delivery: `claim` is the number of its last claim."""
 
     claim: int
     state: State
@@ -215,9 +215,7 @@ class WorkerQueue:
         split = {
             r.key: r
             for r in completions
-            if r.state is State.SPLIT
-            and (row := after.get(r.key))
-            and (row.claim, row.state) == (r.claim, State.SPLIT)
+            if r.state is State.SPLIT and after.get(r.key, _NO_ROW)[:2] == (r.claim, State.SPLIT)
         }
         for completion in split.values():
             self._split(connection, completion)
@@ -238,7 +236,7 @@ class WorkerQueue:
     def _rows(
         self, connection: Connection, name: str, **lists: list[dict[str, Any]]
     ) -> dict[Key, _Recorded]:
-        """What a statement gives for deliveries; its parameters are lists of rows."""
+        """The result of a statement by delivery; its parameters are lists of rows."""
         parameters = {parameter: json.dumps(rows) for parameter, rows in lists.items()}
         found = self._queries.run(connection, name, **parameters)
         return {(queue_id, number): _Recorded(*row) for queue_id, number, *row in found}

@@ -57,8 +57,8 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
 
 -- name: claim_overdue
 -- Claims overdue deliveries of a route, the longest due first. :fresh of them were never claimed
--- and :retries were, so that neither kind waits for all of the other; what one kind leaves goes to
--- the other. The index has each kind by `due_at`.
+-- and :retries were, so that neither kind waits for all of the other; slots that one kind leaves
+-- free go to the other. The index has each kind by `due_at`.
 WITH fresh AS MATERIALIZED (
     SELECT queue_id, number, due_at FROM deliveries
     WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route
@@ -172,7 +172,7 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, state,
     ) AS body_deletable;
 
 -- name: recorded_states
--- What became of deliveries that a completion did not change, or that were split after it.
+-- The states of deliveries that a completion did not change, or that were split after it.
 SELECT replace(d.queue_id, '-', '') AS queue_id, d.number, d.claim_count, d.state,
     NOT EXISTS (
         SELECT 1 FROM deliveries o

@@ -1,6 +1,6 @@
 """Commands of a worker to the queue, and their results (`relay.queue.claim` executes them).
 
-A worker asks for deliveries (`ClaimRequest`), reports what became of a claim (`Completion`) and
+A worker asks for deliveries (`ClaimRequest`), reports the outcome of a claim (`Completion`) and
 renews its lease (`Renewal`). It gets the claims, the state that a delivery has now
 (`CompletionResult`), or whether it still holds its lease. Commands wait in a batch and are executed
 together.
@@ -48,7 +48,7 @@ class Attempt(NamedTuple):
 
 @dataclass(slots=True)
 class Completion:
-    """What became of a claim: the next state of the delivery, due after `delay` seconds."""
+    """The outcome of a claim: the next state of the delivery, due after `delay` seconds."""
 
     worker: str
     queue_id: str
@@ -71,8 +71,8 @@ class Completion:
 
 @dataclass(slots=True)
 class ClaimRequest:
-    """Claim at most `capacity` deliveries of each route, of these messages or (ids None) of what is
-    overdue."""
+    """Claim at most `capacity` deliveries of each route, of these messages or (ids None) overdue
+    ones."""
 
     worker: str
     ids: Sequence[str] | None

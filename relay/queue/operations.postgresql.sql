@@ -1,5 +1,5 @@
 -- Operations of an operator on PostgreSQL. `:keys` names the deliveries of a chunk; the caller has
--- locked them. What is being sent gets or loses a pending operation and does not change otherwise.
+-- locked them. A delivery that is being sent only gets or loses a pending operation.
 
 -- name: retry
 UPDATE deliveries AS d SET pending_operation = 'retry', pending_reason = :why
@@ -62,8 +62,8 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state IN ('queued', 'deferred', 'held');
 
 -- name: reroute
--- A route is chosen when a message is accepted. This comes before a choice among the routes of
--- today: what is not held is tried at once.
+-- A route is chosen when a message is accepted. This statement runs before a new choice among the
+-- routes of today: a delivery that is not held is tried at once.
 -- event: reroute
 UPDATE deliveries AS d
 SET state = 'queued', due_at = now(), backoff_step = 0

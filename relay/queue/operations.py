@@ -1,4 +1,4 @@
-"""What operators do to the queue: retry, hold, release, bounce, drop, reroute, pause and resume.
+"""The operations on the queue: retry, hold, release, bounce, drop, reroute, pause and resume.
 
 An operation goes through the deliveries that a filter matches in key order, a chunk with its record
 (`relay.queue.audit`) a transaction, so that it never blocks the workers for long and never
@@ -33,7 +33,7 @@ from relay.spool.retention import deletable_bodies
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What an operator may do to deliveries. `name` is also the event of the transition, and the
+    """An operation on deliveries. `name` is also the event of the transition, and the
     statement.
 
     `takes`: the states that it applies to; `state`: the state after it. A delivery that is being
@@ -216,8 +216,8 @@ class QueueOperations:
     def _condition(self, operation: Operation, filter_: Filter) -> tuple[str, dict[str, Any]]:
         """The condition for deliveries (as d) that a filter matches and the operation applies to.
 
-        What a filter matches is known at run time only, so this is put together here and does not
-        stand in a file.
+        A filter is known at run time only, so this is put together here and does not stand in a
+        file.
         """
         where, parameters = filter_.where(self._engine.dialect.name)
         takes = f"d.state IN ({literals(operation.takes)})"

@@ -2,8 +2,8 @@
 -- rows that another transaction has locked, or waits for them in key order.
 
 -- name: expired_leases
--- No lease is longer than half of what its worker gives itself for a claim. One that ends later was
--- written before the clock was set back.
+-- No lease is longer than half of the time that its worker has for a claim. A lease that ends later
+-- was written before the clock was set back.
 SELECT replace(CAST(id AS text), '-', '') AS worker, CAST(lease_expires_at AS text) AS until
 FROM workers
 WHERE ended_at IS NULL
@@ -28,7 +28,7 @@ ORDER BY queue_id, number
 FOR UPDATE;
 
 -- name: sending_unowned
--- What a worker was sending that has ended.
+-- Deliveries that are being sent by a worker that has ended.
 SELECT queue_id, number FROM deliveries d
 WHERE state = 'sending'
     AND EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)
@@ -122,7 +122,7 @@ UPDATE deliveries d SET due_at = now()
 FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number;
 
 -- name: bring_near_sending
--- What is being sent gets the time of a new claim, because its worker may live.
+-- A delivery that is being sent gets the time of a new claim, because its worker may live.
 WITH p AS MATERIALIZED (
     SELECT queue_id, number FROM deliveries
     WHERE state = 'sending' AND due_at > now() + (:far + :slack) * interval '1 second'

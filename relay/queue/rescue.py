@@ -1,4 +1,4 @@
-"""What a sweeper does to the queue: requeue due deliveries, and make the deliveries of expired
+"""The operations of a sweeper: requeue due deliveries, and make the deliveries of expired
 workers uncertain.
 
 Workers sweep side by side: each takes rows that are not locked, in bounded batches, longest due
@@ -25,7 +25,7 @@ from relay.settings import WorkerSettings
 
 JITTER = 0.5  # a retry of an uncertain delivery waits longer by up to this share
 SLACK = 60.0  # seconds that slow statements and commits may add to a wait
-# The statements that find lost deliveries, and what their attempts say.
+# The statements that find lost deliveries, and the replies of their attempts.
 _LOST = {
     "sending_by_worker": "the lease of the worker expired while it was sending",
     "sending_too_long": "the transfer took longer than any session may",
@@ -69,7 +69,7 @@ class Rescuer:
         until: str,
         note: Callable[[Connection, Sequence[Any]], object] | None = None,
     ) -> int | None:
-        """End a worker and make what it was sending `uncertain`; None if it renewed its lease.
+        """End a worker and make its deliveries `uncertain`; None if it renewed its lease.
 
         `note` is called in the same transaction, with the keys of the deliveries.
         """
@@ -91,7 +91,7 @@ class Rescuer:
             return len(self._rescue(connection, "sending_too_long"))
 
     def rescue_unowned(self) -> int:
-        """Make `uncertain` what a worker was sending that has ended; the number of deliveries."""
+        """Make deliveries of ended workers `uncertain`; the number of deliveries."""
         with writing(self._engine) as connection:
             return len(self._rescue(connection, "sending_unowned"))
 
@@ -117,7 +117,7 @@ class Rescuer:
             return sorted(waiting.difference(known, *map(json.loads, others)))
 
     def bring_near(self, limit: int, longest: float, routes: Sequence[str]) -> int:
-        """Make due what was written before the clock was set back; the number of deliveries.
+        """Make rows due that were written before the clock was set back; the number of deliveries.
 
         `longest`: the most seconds that a deferred delivery waits. `routes`: those whose queued
         mail is checked, by name, because their index leads with it.
@@ -139,7 +139,7 @@ class Rescuer:
         connection takes it; how many deliveries that were.
 
         `most` is how much of the route may be overdue at a time: mail becomes due as connections
-        take it, and what the server does not get stays deferred.
+        take it, and mail that the server does not get stays deferred.
         """
         with writing(self._engine) as connection:
             return len(self._queries.run(connection, "wake", route=route, most=most).all())

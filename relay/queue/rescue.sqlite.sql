@@ -3,8 +3,8 @@
 -- would choose another.
 
 -- name: expired_leases
--- No lease is longer than half of what its worker gives itself for a claim. One that ends later was
--- written before the clock was set back.
+-- No lease is longer than half of the time that its worker has for a claim. A lease that ends later
+-- was written before the clock was set back.
 SELECT replace(id, '-', '') AS worker, CAST(lease_expires_at AS text) AS until
 FROM workers
 WHERE ended_at IS NULL
@@ -27,7 +27,7 @@ WHERE state = 'sending' AND due_at <= (SELECT now FROM clock)
 ORDER BY queue_id, number;
 
 -- name: sending_unowned
--- What a worker was sending that has ended.
+-- Deliveries that are being sent by a worker that has ended.
 SELECT queue_id, number FROM deliveries AS d INDEXED BY deliveries_sending
 WHERE state = 'sending'
     AND EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)
@@ -118,7 +118,7 @@ WHERE (queue_id, number) IN (
     LIMIT :most);
 
 -- name: bring_near_sending
--- What is being sent gets the time of a new claim, because its worker may live.
+-- A delivery that is being sent gets the time of a new claim, because its worker may live.
 UPDATE deliveries SET due_at = (SELECT now FROM clock) + CAST(:far * 1000000 AS INTEGER)
 WHERE (queue_id, number) IN (
     SELECT queue_id, number FROM deliveries

@@ -60,7 +60,7 @@ UNFINISHED = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD)
 FINAL = (State.DELIVERED, State.BOUNCED, State.EXPIRED, State.DROPPED)
 _WAITING = (State.QUEUED, State.DEFERRED, State.HELD)
 
-# What an operation makes of a delivery: the event of a delivery that waits, or the pending
+# The state after an operation: the event of a delivery that waits, or the pending
 # operation of one that is being sent. A release only ends a pending hold.
 PENDING_STATES = {
     "retry": State.QUEUED,
@@ -68,7 +68,7 @@ PENDING_STATES = {
     "bounce": State.BOUNCED,
     "drop": State.DROPPED,
 }
-# The next state of a delivery after an attempt, and what the wait depends on.
+# The next state of a delivery after an attempt, and the kind of its wait.
 OUTCOME_POLICY: dict[Outcome, tuple[State, Wait]] = {
     Outcome.DELIVERED: (State.DELIVERED, Wait.NONE),
     Outcome.DEFERRED: (State.DEFERRED, Wait.BACKOFF),
@@ -89,7 +89,7 @@ TRANSITIONS = tuple(
         # A worker claims a delivery, or gives back a claim that it may not know of.
         ("claimed", (State.QUEUED,), (State.SENDING,)),
         ("claim returned", (State.SENDING,), (State.QUEUED,)),
-        # A worker records what became of its claim.
+        # A worker records the outcome of its claim.
         (
             "completed",
             (State.SENDING,),
