@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Engine
 from relay.db.engine import reading, writing
 from relay.db.sql import Queries
 from relay.ids import dashed
+from relay.queue.audit import keys_of
 from relay.queue.claim import longest_claim
 from relay.settings import WorkerSettings
 
@@ -122,17 +123,17 @@ class Rescuer:
         `longest`: the most seconds that a deferred delivery waits. `routes`: those whose queued
         mail is checked, by name, because their index leads with it.
         """
-        given = {"most": limit, "longest": longest, "routes": json.dumps(list(routes))}
+        parameters = {"most": limit, "longest": longest, "routes": json.dumps(list(routes))}
         with writing(self._engine) as connection:
             return sum(
-                self._queries.run(connection, name, **given).rowcount for name in _BRING_NEAR
+                self._queries.run(connection, name, **parameters).rowcount for name in _BRING_NEAR
             )
 
     def waiting(self, routes: Iterable[str]) -> list[str]:
         """Those of the routes that deferred mail waits for."""
         with reading(self._engine) as connection:
-            given = json.dumps(list(routes))
-            return list(self._queries.run(connection, "waiting_routes", routes=given).scalars())
+            listed = json.dumps(list(routes))
+            return list(self._queries.run(connection, "waiting_routes", routes=listed).scalars())
 
     def wake(self, route: str, most: int) -> int:
         """Make mail that waits for a route `queued` and overdue, so that any worker with a free
@@ -161,8 +162,7 @@ class Rescuer:
         """Make the deliveries `uncertain` that a statement of `_LOST` locks; their keys."""
         lost: Sequence[Any] = self._queries.run(connection, which, **parameters).all()
         if lost:
-            keys = [{"queue_id": str(queue_id), "number": number} for queue_id, number in lost]
-            self.mark_uncertain(connection, json.dumps(keys), _LOST[which])
+            self.mark_uncertain(connection, keys_of(lost), _LOST[which])
         return lost
 
     def _publish(self, name: str, worker: str, **parameters: str) -> None:

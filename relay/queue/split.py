@@ -118,8 +118,7 @@ class Splitter:
 
     def recipients(self, connection: Connection, key: str, number: int) -> dict[int, str]:
         """The recipients of a delivery: the address by position, in order."""
-        rows = self._queries.run(connection, "recipients", id=key, number=number)
-        return dict(rows.all())
+        return dict(self._queries.run(connection, "recipients", id=key, number=number).all())
 
     def _family(self, connection: Connection, key: str, number: int) -> Family:
         return Family(*self._queries.run(connection, "family", id=key, number=number).one())
