@@ -39,12 +39,22 @@ def describe(directory: Path) -> dict[str, str]:
         "processor": f"{os.cpu_count()} x {model[1] if model else platform.processor()}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
-        "disk": _output("findmnt", "-no", "FSTYPE,OPTIONS", "-T", str(directory)),
+        "disk": _disk(directory),
         "load before": load_average(),
         "Python": platform.python_version(),
         "SQLite": sqlite3.sqlite_version,
         "packages": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
     }
+
+
+def _disk(directory: Path) -> str:
+    """The file system and its options. On an ext4 without a journal files are expensive to create
+    for some minutes after others were removed (docs/performance.md), so the facts say that."""
+    disk = _output("findmnt", "-no", "FSTYPE,OPTIONS", "-T", str(directory))
+    device = directory.stat().st_dev
+    name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
+    journal = any(Path("/proc/fs/jbd2").glob(f"{name}-*"))
+    return disk if journal or not disk.startswith("ext4") else f"{disk}, no journal"
 
 
 def load_average() -> str:

@@ -60,7 +60,8 @@ FROM c JOIN messages m ON m.id = c.queue_id;
 -- name: claim_overdue
 -- Claims overdue deliveries of a route, the longest due first. :fresh of them were never claimed
 -- and :retries were, so that neither kind waits for all of the other; slots that one kind leaves
--- free go to the other. The index has each kind by `due_at`.
+-- free go to the other. The index has each kind by `due_at`. A row that is locked and not claimed
+-- stays `queued`.
 WITH fresh AS MATERIALIZED (
     SELECT queue_id, number, due_at FROM deliveries
     WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0
