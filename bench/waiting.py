@@ -107,7 +107,7 @@ class RelayQueue:
                     State.DELIVERED,
                     Outcome.DELIVERED,
                     "ok",
-                    tries=[attempt],
+                    attempts=[attempt],
                 )
                 for claim in claims
             ]

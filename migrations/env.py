@@ -1,8 +1,8 @@
-"""How Alembic meets the database: one connection, one lock, one transaction a migration.
+"""Runs migrations: one connection, one lock, one transaction for each migration.
 
-Two that migrate at once take turns: an advisory lock on PostgreSQL, the writers' `flock` on SQLite.
-A migration that cannot get its table lock in a few seconds gives up rather than queue in front of
-everybody else.
+Two migrations at the same time take turns: by an advisory lock on PostgreSQL, by the writers'
+`flock` on SQLite. A migration that does not get its table lock within a few seconds fails, so that
+other transactions do not wait behind it.
 """
 
 from alembic import context

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import UUID
 
-from relay.db.schema import words
+from relay.db.schema import literals
 from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED, State
 
@@ -145,7 +145,9 @@ deliveries = Table(
         server_default="0",
         comment="how many workers in a row were lost while sending it",
     ),
-    Column("pending_operation", Text, comment="what an operator asked for while it was being sent"),
+    Column(
+        "pending_operation", Text, comment="operation that was requested while it was being sent"
+    ),
     Column("last_outcome", Text, comment="outcome of the last attempt"),
     Column(
         "last_reply",
@@ -155,7 +157,7 @@ deliveries = Table(
     ),
     Column("last_server", Text, comment="server of the last attempt"),
     Column("finished_at", Instant, comment="when it became final; empty while it is not"),
-    Column("pending_reason", Text, comment="who asked for pending_operation, and why"),
+    Column("pending_reason", Text, comment="who requested pending_operation, and why"),
     Column("warned_at", Instant, comment="when a delay warning was generated"),
     Column(
         "waiting_for",
@@ -174,13 +176,14 @@ deliveries = Table(
     ),
     Column("reason_source", Text, comment="source of last_reply: server, relay or operator"),
     PrimaryKeyConstraint("queue_id", "number"),
-    CheckConstraint(f"state IN ({words(State)})", name="state"),
+    CheckConstraint(f"state IN ({literals(State)})", name="state"),
     CheckConstraint(
         "due_at IS NOT NULL OR state NOT IN ('queued', 'sending', 'deferred')",
         name="due_where_the_state_needs_it",
     ),
     CheckConstraint("(worker IS NOT NULL) = (state = 'sending')", name="worker_while_sending"),
-    # Retries and what was never claimed lie apart, each by `due_at`: a poll takes some of either.
+    # Retries and mail that was never claimed lie apart, each by `due_at`: a poll takes some of
+    # either.
     _some("queued", "state = 'queued'", "route", "(CAST(claim_count > 0 AS integer))", "due_at"),
     _some("sending", "state = 'sending'", "worker", "due_at"),
     _some("deferred", "state = 'deferred'", "due_at"),
@@ -191,9 +194,9 @@ deliveries = Table(
         "warn_at",
         "queue_id",
     ),
-    _some("owing", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
+    _some("dsn_pending", "state IN ('bounced', 'expired') AND due_at IS NOT NULL", "due_at"),
     _some("held", "state = 'held'", "queue_id"),
-    _some("finished", f"state NOT IN ({words(UNFINISHED)})", "state", "route"),
+    _some("finished", f"state NOT IN ({literals(UNFINISHED)})", "state", "route"),
     comment="the queue: a row is one QMQP request",
     postgresql_with={
         "fillfactor": 80,
@@ -235,7 +238,7 @@ attempts = Table(
         "bytes_sent", BigInteger, nullable=False, comment="how many bytes of the request were sent"
     ),
     PrimaryKeyConstraint("queue_id", "delivery", "claim", "attempt_index"),
-    CheckConstraint(f"outcome IN ({words(Outcome)})", name="outcome"),
+    CheckConstraint(f"outcome IN ({literals(Outcome)})", name="outcome"),
     Index("attempts_finished_at", "finished_at", postgresql_using="brin"),
     comment="attempts, each at one server",
 )
@@ -259,7 +262,7 @@ workers = Table(
         comment="end of the lease; the worker renews it",
     ),
     Column("ended_at", Instant, comment="when it stopped, or was expired by another worker"),
-    Column("end_reason", Text, comment="stopped, or vanished: its lease expired"),
+    Column("end_reason", Text, comment="stopped or expired"),
     Column("claim_seconds", Integer, comment="seconds from a claim to the due_at of the delivery"),
     Column(
         "routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"
@@ -270,11 +273,11 @@ workers = Table(
 audit = Table(
     "audit",
     metadata,
-    Column("id", Id, primary_key=True, comment="UUIDv7; audit_deliveries.action refers to it"),
+    Column("id", Id, primary_key=True, comment="UUIDv7; audit_deliveries.audit_id refers to it"),
     Column("at", Instant, nullable=False, comment="when the operation ran"),
     Column("actor", Text, nullable=False, comment="the operator, as user@host"),
     Column(
-        "verb",
+        "operation",
         Text,
         nullable=False,
         comment="the operation, such as retry; for pause and resume also the subject",
@@ -290,8 +293,8 @@ audit_deliveries = Table(
     metadata,
     Column("queue_id", Id, nullable=False, comment="the message of the delivery"),
     Column("delivery", Integer, nullable=False, comment="number of the delivery"),
-    Column("action", Id, nullable=False, comment="the row of audit"),
-    PrimaryKeyConstraint("queue_id", "delivery", "action"),
+    Column("audit_id", Id, nullable=False, comment="the row of audit"),
+    PrimaryKeyConstraint("queue_id", "delivery", "audit_id"),
     comment="the deliveries that an operation changed",
 )
 
@@ -358,7 +361,7 @@ _RECIPIENT_COLUMNS: dict[str, str] = {
     "expires_at": "an attempt that fails after this is the last",
     "finished_at": "when it became final; empty while it is not",
     "worker": "the worker that is sending it",
-    "pending_operation": "what an operator asked for while it is being sent",
+    "pending_operation": "operation that was requested while it is being sent",
     "client_address": "address of the SMTP client",
     "helo": "name that the client gave in HELO or EHLO",
     "protocol": "RFC 3848 keyword, such as ESMTP",

@@ -33,7 +33,7 @@ SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.queue_id AS que
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
 JOIN messages m ON m.id = d.queue_id;
--- Two halves: what is finished is only counted, or a long history would be looked up message by
+-- Two halves: finished mail is only counted, or a long history would be looked up message by
 -- message.
 CREATE VIEW queue_summary AS
 SELECT d.state, d.route, count(*) AS deliveries, CAST(sum(m.size) AS bigint) AS bytes,

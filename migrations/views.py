@@ -13,8 +13,8 @@ from relay.db.sql import Queries
 
 READER = "qmqp_relay_reader"
 VIEWS = {
-    "mail_queue": "what is unfinished: a row a recipient",
-    "mail_history": "all mail, finished as well: a row a recipient",
+    "mail_queue": "unfinished mail: one row for each recipient",
+    "mail_history": "all mail, also finished: one row for each recipient",
     "queue_summary": "deliveries by state and route",
     "server_health": "attempts of the last hour by server",
 }

@@ -10,7 +10,7 @@ DROP VIEW IF EXISTS clock;
 
 -- name: create_views
 -- SQLite has no type for times, and no function for the time in microseconds: statements read it
--- from this view. Inside of a statement the time stands still. `now` is a whole number of
+-- from this view. Within a statement the time does not change. `now` is a whole number of
 -- milliseconds inside of a Julian day; rounding gets it back exactly.
 CREATE VIEW clock AS
 SELECT CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) * 1000 AS now;
@@ -51,7 +51,7 @@ SELECT replace(d.queue_id, '-', '') AS queue_id, d.queue_id AS queue_uuid,
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
 JOIN messages m ON m.id = d.queue_id;
--- Two halves: what is finished is only counted, or a long history would be looked up message by
+-- Two halves: finished mail is only counted, or a long history would be looked up message by
 -- message.
 CREATE VIEW queue_summary AS
 SELECT d.state, d.route, count(*) AS deliveries, CAST(sum(m.size) AS bigint) AS bytes,

@@ -165,7 +165,7 @@ class Spooler:
                 row.done(_TOO_LATE)
             else:
                 in_time.append(row)
-        deliver_results(self._committer.settle(in_time))
+        deliver_results(self._committer.commit(in_time))
         self._reply(batch.results, time.monotonic() - started)
 
     def _resolve(self, request: StoreRequest, batch: Batch, result: Exception | None) -> None:

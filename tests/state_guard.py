@@ -1,7 +1,8 @@
-"""A trigger that refuses every change of `deliveries.state` that `TRANSITIONS` does not name.
+"""Triggers that refuse every change and every first value of `deliveries.state` that `TRANSITIONS`
+does not name.
 
-The fixtures install it in the template databases, so the whole suite checks the table. A test that
-writes other rows, as a fault or an older version would, does so in `unguarded`.
+The fixtures install them in the template databases, so the whole suite checks the table. A test
+that writes other rows, as a fault or an older version would, does so in `unguarded`.
 """
 
 import sqlite3
@@ -14,29 +15,34 @@ from sqlalchemy import Connection
 from relay.db.engine import connect, writing
 from relay.queue.states import TRANSITIONS, State
 
-_NAMED = ", ".join(sorted({f"'{row.before} {row.after}'" for row in TRANSITIONS if row.before}))
-# A K is recorded with the delivery that it answers; it also holds for what that was cut into.
+_CHANGES = ", ".join(sorted({f"'{row.before} {row.after}'" for row in TRANSITIONS if row.before}))
+_FIRST = ", ".join(sorted({f"'{row.after}'" for row in TRANSITIONS if row.before is None}))
+# A K is recorded with the delivery that it answers; it also holds for what that was split into.
 _RECORDED_K = f"""(NEW.state = '{State.DELIVERED}' AND EXISTS (SELECT 1 FROM deliveries k
     WHERE k.queue_id = NEW.queue_id AND k.last_outcome = 'delivered'))"""
-_REFUSED = f"""NEW.state <> OLD.state AND (OLD.state || ' ' || NEW.state) NOT IN ({_NAMED})
-    AND NOT {_RECORDED_K}"""
-_SQLITE = f"""CREATE TRIGGER state_guard AFTER UPDATE OF state ON deliveries WHEN {_REFUSED}
+# What each trigger refuses, by the name and the event of the trigger.
+_REFUSED = {
+    ("state_guard", "UPDATE OF state"): f"""NEW.state <> OLD.state
+        AND (OLD.state || ' ' || NEW.state) NOT IN ({_CHANGES}) AND NOT {_RECORDED_K}""",
+    ("state_guard_insert", "INSERT"): f"NEW.state NOT IN ({_FIRST})",
+}
+_SQLITE = """CREATE TRIGGER {name} AFTER {event} ON deliveries WHEN {refused}
     BEGIN SELECT RAISE(ABORT, 'TRANSITIONS does not name this change of state'); END"""
-_POSTGRESQL = (
-    f"""CREATE FUNCTION state_guard() RETURNS trigger LANGUAGE plpgsql AS $$
-    BEGIN IF {_REFUSED} THEN
-    RAISE EXCEPTION 'TRANSITIONS does not name this change of state: % to %', OLD.state, NEW.state;
-    END IF; RETURN NULL; END $$""",
-    """CREATE TRIGGER state_guard AFTER UPDATE OF state ON deliveries FOR EACH ROW
-    EXECUTE FUNCTION state_guard()""",
-)
+_POSTGRESQL = """CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF {refused} THEN
+        RAISE EXCEPTION 'TRANSITIONS does not name this change of state: % of % to %',
+            TG_OP, NEW.queue_id, NEW.state;
+    END IF; RETURN NULL; END $$;
+    CREATE TRIGGER {name} AFTER {event} ON deliveries FOR EACH ROW EXECUTE FUNCTION {name}()"""
 
 
 def install(url: str) -> None:
-    """Create the trigger in a migrated database."""
+    """Create the triggers in a migrated database."""
     engine = connect(url, pool=1)
+    sql = _SQLITE if engine.dialect.name == "sqlite" else _POSTGRESQL
     with writing(engine) as connection:
-        for statement in (_SQLITE,) if engine.dialect.name == "sqlite" else _POSTGRESQL:
+        for (name, event), refused in _REFUSED.items():
+            statement = sql.format(name=name, event=event, refused=refused)
             connection.connection.cursor().execute(statement)
     engine.dispose()
 

@@ -95,7 +95,7 @@ class WorkerProcess:
         )
         queue = WorkerQueue(state.engine, settings)
         rescuer = Rescuer(state.engine, settings)
-        operations = QueueOperations(state.engine, notices=settings.bounces == "dsn")
+        operations = QueueOperations(state.engine, sends_dsns=settings.bounces == "dsn")
         not_authorized = partial(_report_unauthorized, servers)
         generator = DsnGenerator(
             state.engine, state.spool, settings, routes.route_for, not_authorized

@@ -126,7 +126,7 @@ class TransferConfig:
         )
 
 
-class _Try(NamedTuple):
+class _Attempt(NamedTuple):
     """One try at one server; times are monotonic."""
 
     server: str
@@ -154,7 +154,7 @@ class DeliveryTask:
     _connection: client.ClientConnection | None = field(default=None, init=False)
     _aborted: bool = field(default=False, init=False)
     _tried: set[str] = field(default_factory=set, init=False)
-    _tries: list[_Try] = field(default_factory=list, init=False)
+    _attempts: list[_Attempt] = field(default_factory=list, init=False)
 
     @property
     def committed(self) -> bool:
@@ -307,7 +307,9 @@ class DeliveryTask:
 
     def _record(self, server: Server, outcome: Outcome, reply: str, started: float) -> None:
         sent = self.bytes_sent
-        self._tries.append(_Try(server.name, outcome, reply, sent, started, time.monotonic()))
+        self._attempts.append(
+            _Attempt(server.name, outcome, reply, sent, started, time.monotonic())
+        )
         metrics.attempts(server.name, outcome).inc()
         metrics.SENT_BYTES.inc(sent)
 
@@ -352,8 +354,10 @@ class DeliveryTask:
         outcome, reply = Outcome.UNREACHABLE, self.config.servers.open_reason(self.route)
         if not self.route.servers:
             reply = NO_SERVER
-        elif self._tries:  # the one that tells most; of equal ones the last
-            best = max(reversed(self._tries), key=lambda tried: _FAILOVER.index(tried.outcome))
+        elif self._attempts:  # the one that tells most; of equal ones the last
+            best = max(
+                reversed(self._attempts), key=lambda attempt: _FAILOVER.index(attempt.outcome)
+            )
             server, outcome, reply = best.server, best.outcome, best.reply
         down = self.config.servers.down(self.route, self._tried)
         if outcome not in _ABOUT_THE_MAIL and not down:
@@ -386,7 +390,7 @@ class DeliveryTask:
             committed=committed,
             unauthorized=unauthorized,
         )
-        reply = reply or (self._tries[-1].reply if self._tries else "")
+        reply = reply or (self._attempts[-1].reply if self._attempts else "")
         return self._completion(state, outcome, reply, server, wait, step)
 
     def _completion(
@@ -406,7 +410,7 @@ class DeliveryTask:
                 n, one.server, one.outcome, one.reply, one.bytes_sent,
                 now - one.started, now - one.finished,
             )
-            for n, one in enumerate(self._tries, 1)
+            for n, one in enumerate(self._attempts, 1)
         ]  # fmt: skip
         return Completion(
             self.worker, claim.queue_id, claim.number, claim.claim, state, outcome, reply, server,
@@ -431,7 +435,7 @@ def log_outcome(task: DeliveryTask, completion: Completion) -> None:
         server=completion.server,
         reply=completion.reply,
         ms=round(seconds * 1000),
-        bytes=sum(attempt.bytes_sent for attempt in completion.tries),
-        tries=len(completion.tries),
+        bytes=sum(attempt.bytes_sent for attempt in completion.attempts),
+        tries=len(completion.attempts),
         **again,
     )

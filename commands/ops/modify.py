@@ -54,7 +54,7 @@ def change(
         raise CommandError(WRONG_USE, "no filter: add one, or --all")
     with opened(settings) as engine:
         queue, operation = QueueReader(engine), OPERATIONS.get(name, REROUTE)
-        operations = QueueOperations(engine, notices=settings.bounces == "dsn")
+        operations = QueueOperations(engine, sends_dsns=settings.bounces == "dsn")
         filter_ = resolved(queue, filter_)
         matched = operations.matching(operation, filter_)
         if not matched:
@@ -65,7 +65,7 @@ def change(
         oldest = "" if limit is None or limit >= matched.total() else f"the oldest {limit} of "
         summary = f"{name} {oldest}{_counts(matched)}"
         if dry_run:
-            rows = operations.touched(operation, filter_, limit=limit)
+            rows = operations.matching_rows(operation, filter_, limit=limit)
             write(rows, COLUMNS, json_lines=json_lines)
             say(f"would {summary}")
             return DONE
@@ -96,7 +96,7 @@ def change(
     typer.echo(text)
     if sending := changed[State.SENDING]:
         after = "they are no longer held after this attempt"
-        if operation.wanted:
+        if operation.pending:
             after = f"{name} follows after this attempt, unless the server accepts"
         say(f"{sending} being sent: {after}")
     if interrupted:
@@ -124,7 +124,7 @@ def pause(
         raise CommandError(WRONG_USE, str(error)) from None
     verb, after = ("resume", "resumed") if resume else ("pause", "paused")
     with opened(settings) as engine:
-        operations = QueueOperations(engine, notices=False)
+        operations = QueueOperations(engine, sends_dsns=False)
         known = _subjects(settings, QueueReader(engine))
         operation = operations.resume if resume else operations.pause
         done = operation(subject, actor=actor(), reason=reason)

@@ -288,13 +288,13 @@ class Pages:
             for name, text in described(report)
             if name not in ("id", "why") and not name.startswith("delivery")
         ]
-        actions = self._queue.actions_on(report.message.queue_id)
+        operations = self._queue.operations_on(report.message.queue_id)
         return self._page(
             "message.html",
             message=report.message,
             why=report.why,
             lines=lines,
-            timeline=timeline(report.message, report.dsns, actions),
+            timeline=timeline(report.message, report.dsns, operations),
         )
 
     def failed(self, _request: Request, error: Exception) -> Response:

@@ -9,7 +9,7 @@ from relay.report.rows import DsnRow, MessageRow, Row
 
 
 def timeline(
-    message: MessageRow, dsns: Sequence[DsnRow], actions: Sequence[Row]
+    message: MessageRow, dsns: Sequence[DsnRow], operations: Sequence[Row]
 ) -> list[tuple[datetime, str, str]]:
     """What happened to a message, in order: (time, class of the style sheet, text)."""
     events = []
@@ -31,11 +31,11 @@ def timeline(
         (dsn.received_at, "DSN", f"DSN {dsn.queue_id} to the sender is generated ({dsn.state} now)")
         for dsn in dsns
     ]
-    for action in actions:
-        verb, _, subject = action["verb"].partition(" ")
-        reason = f": {action['reason']}" if action["reason"] else ""
-        text = f"{subject or f'delivery {action["delivery"]}'} by {action['actor']}{reason}"
-        events.append((action["acted_at"], verb, text))
+    for operation in operations:
+        name, _, subject = operation["operation"].partition(" ")
+        reason = f": {operation['reason']}" if operation["reason"] else ""
+        text = f"{subject or f'delivery {operation["delivery"]}'} by {operation['actor']}{reason}"
+        events.append((operation["acted_at"], name, text))
     events.sort(key=lambda event: event[0])
     client = message.client_address or "this relay"
     return [(message.received_at, "received", f"accepted from {client}"), *events]

@@ -1,12 +1,14 @@
-"""The field's own names, what a delivery waits for, and indexes that do not grow with what waits.
+"""Common names, the reason why a delivery waits, and indexes that do not grow with waiting mail.
 
-`TABLES` and `COLUMNS` are renamed. `ADDED`: a column a row, with its comment. `INDEXES`: the indexes of `deliveries` by
-name, after and before. Every view goes first, because none may name what is renamed; `migrations.views` makes them anew.
+`TABLES`, `COLUMNS` and `VALUES` are renamed. `ADDED`: the new columns with their types. `INDEXES`:
+the indexes of `deliveries` by name, after and before. The views are dropped first, because they
+name renamed tables and columns; `migrations.views` creates them anew, and writes all comments.
 
-One index on `due_at` held every state and every route together: a claim for one route walked through the mail of all
-others that was due before, and a look for stuck transfers through everything overdue. Now each state that something
-looks for has an index of its own. A row is in one of them at a time, so a change of state costs what it did before.
-Queued mail that was never claimed lies apart from retries in its index, so that either is found by its time.
+One index on `due_at` held every state and every route together: a claim for one route scanned the
+mail of all routes that was due earlier, and the search for stuck transfers scanned everything
+overdue. Now each state that is searched has an index of its own. A row is in one of them at a time,
+so a change of state costs what it did before. Queued mail that was never claimed lies apart from
+retries in its index, so that either is found by its time.
 """
 
 import importlib
@@ -35,59 +37,51 @@ COLUMNS = {
         "wanted_why": "pending_reason",
     },
     "attempts": {"message_id": "queue_id", "hop": "attempt_index"},
-    "audit_deliveries": {"message_id": "queue_id"},
+    "audit": {"verb": "operation"},
+    "audit_deliveries": {"message_id": "queue_id", "action": "audit_id"},
     "workers": {"until": "lease_expires_at", "ending": "end_reason"},
 }
-ADDED = {
-    "deliveries.waiting_for": (
-        "TEXT",
-        "route:NAME: it becomes due when a server of that route answers",
-    ),
-    "messages.client_trusted": (
-        "BOOLEAN",
-        "whether the client is in CLIENT_NETWORKS; empty: one of our own, or older",
-    ),
-    "messages.dsn_content": ("TEXT", "what a DSN encloses of the original: full, header or none"),
-    "deliveries.dsn_withheld": (
-        "TEXT",
-        "why its sender gets no DSN: rate, postmaster or address; empty: no such reason",
-    ),
-    # NULL for what waits during the upgrade: a migration does not know DELAY_WARNING.
-    "deliveries.warn_at": (
-        "{instant}",
-        "when the sender is warned that it is late; empty: never, or it was done",
-    ),
-    "deliveries.reason_source": (
-        "TEXT",
-        "where last_reply comes from: server, relay or operator",
-    ),
+# Old and new values of columns. A K is `delivered`: `accepted` is left for what smtpd answers with
+# 250. A worker whose lease ran out is expired.
+VALUES = {
+    "deliveries.last_outcome": ("accepted", "delivered"),
+    "workers.end_reason": ("vanished", "expired"),
+    "messages.protocol": ("NOTICE", "DSN"),
 }
-# Before this column the beginning of `last_reply` was all that told.
+ADDED = {
+    "deliveries.waiting_for": "TEXT",
+    "messages.client_trusted": "BOOLEAN",
+    "messages.dsn_content": "TEXT",
+    "deliveries.dsn_withheld": "TEXT",
+    # NULL for mail that waits during the upgrade: a migration does not know DELAY_WARNING.
+    "deliveries.warn_at": "{instant}",
+    "deliveries.reason_source": "TEXT",
+}
+# Before this column only the beginning of `last_reply` showed the source.
 REASON_SOURCE = """UPDATE deliveries SET reason_source = CASE
-        WHEN substr(last_reply, 1, 11) IN ('bounced by ', 'dropped by ') OR substr(last_reply, 1, 8) = 'held by '
-            THEN 'operator'
+        WHEN substr(last_reply, 1, 11) IN ('bounced by ', 'dropped by ')
+            OR substr(last_reply, 1, 8) = 'held by ' THEN 'operator'
         WHEN last_outcome IN ('delivered', 'deferred', 'rejected') THEN 'server' ELSE 'relay' END
     WHERE last_reply IS NOT NULL"""
 INDEXES = {
-    "deliveries_queued": "(route, (CAST(claim_count > 0 AS integer)), due_at) WHERE state = 'queued'",
+    "deliveries_queued": "(route, (CAST(claim_count > 0 AS integer)), due_at)"
+    " WHERE state = 'queued'",
     "deliveries_sending": "(worker, due_at) WHERE state = 'sending'",
     "deliveries_deferred": "(due_at) WHERE state = 'deferred'",
-    "deliveries_waiting": "(waiting_for, due_at) WHERE state = 'deferred' AND waiting_for IS NOT NULL",
-    "deliveries_unwarned": "(warn_at, queue_id) WHERE warn_at IS NOT NULL AND state IN ('queued', 'sending', 'deferred')",
-    "deliveries_owing": "(due_at) WHERE state IN ('bounced', 'expired') AND due_at IS NOT NULL",
+    "deliveries_waiting": "(waiting_for, due_at)"
+    " WHERE state = 'deferred' AND waiting_for IS NOT NULL",
+    "deliveries_unwarned": "(warn_at, queue_id)"
+    " WHERE warn_at IS NOT NULL AND state IN ('queued', 'sending', 'deferred')",
+    "deliveries_dsn_pending": "(due_at)"
+    " WHERE state IN ('bounced', 'expired') AND due_at IS NOT NULL",
 }
 BEFORE = {"deliveries_due_at": "(due_at) WHERE due_at IS NOT NULL"}
-ROLE = "qmqp_relay_reader"  # may look at every table; 0002 says why it may not be there
+ROLE = "qmqp_relay_reader"  # may read every table; it may be missing (see 0002)
 DSN_LIMITS = """CREATE TABLE dsn_limits (
     sender TEXT NOT NULL,
     last_at {instant} NOT NULL,
     CONSTRAINT dsn_limits_key PRIMARY KEY (sender)
 )"""
-DSN_LIMITS_ABOUT = {
-    "TABLE dsn_limits": "senders that got a DSN about mail from an untrusted client in the last minute",
-    "COLUMN dsn_limits.sender": "envelope sender of the original",
-    "COLUMN dsn_limits.last_at": "when the last such DSN was made",
-}
 
 
 def upgrade() -> None:
@@ -102,20 +96,18 @@ def upgrade() -> None:
             connection.exec_driver_sql(f"ALTER TABLE {table} RENAME COLUMN {old} TO {new}")
     if postgresql:
         _rename_not_null(connection)
+    for column, (old, new) in VALUES.items():
+        _rename_value(connection, column, old, new)
     _rename_outcome(connection, "accepted", "delivered")
     instant = "TIMESTAMP WITH TIME ZONE" if postgresql else "BIGINT"
-    for column, (kind, comment) in ADDED.items():
+    for column, kind in ADDED.items():
         table, name = column.split(".")
         connection.exec_driver_sql(
             f"ALTER TABLE {table} ADD COLUMN {name} {kind.format(instant=instant)}"
         )
-        if postgresql:
-            connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
     connection.exec_driver_sql(REASON_SOURCE)
     _replace(connection, BEFORE, INDEXES)
     connection.exec_driver_sql(DSN_LIMITS.format(instant=instant))
-    for subject, comment in DSN_LIMITS_ABOUT.items() if postgresql else ():
-        connection.exec_driver_sql(f"COMMENT ON {subject} IS '{comment}'")
     if (
         postgresql
         and connection.exec_driver_sql(f"SELECT 1 FROM pg_roles WHERE rolname = '{ROLE}'").scalar()
@@ -127,6 +119,8 @@ def downgrade() -> None:
     """Take them away, put the index, the names and the views back."""
     connection = op.get_bind()
     drop_views(connection)
+    for column, (old, new) in VALUES.items():
+        _rename_value(connection, column, new, old)
     _rename_outcome(connection, "delivered", "accepted")
     _replace(connection, INDEXES, BEFORE)
     connection.exec_driver_sql("DROP TABLE dsn_limits")
@@ -157,11 +151,13 @@ def _rename_table(connection: Connection, old: str, new: str) -> None:
     connection.exec_driver_sql(f"DROP TABLE {old}")
 
 
+def _rename_value(connection: Connection, column: str, old: str, new: str) -> None:
+    table, name = column.split(".")
+    connection.exec_driver_sql(f"UPDATE {table} SET {name} = '{new}' WHERE {name} = '{old}'")
+
+
 def _rename_outcome(connection: Connection, old: str, new: str) -> None:
-    """A K is `delivered`: the word `accepted` is left for what smtpd answers with 250."""
-    connection.exec_driver_sql(
-        f"UPDATE deliveries SET last_outcome = '{new}' WHERE last_outcome = '{old}'"
-    )
+    """Rename an outcome of attempts, whose constraint names all outcomes."""
     if connection.dialect.name == "postgresql":
         (check,) = connection.exec_driver_sql(
             "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'attempts_outcome'"
@@ -173,7 +169,8 @@ def _rename_outcome(connection: Connection, old: str, new: str) -> None:
             f"ALTER TABLE attempts ADD CONSTRAINT attempts_outcome {changed}"
         )
         return
-    find = "SELECT sql FROM sqlite_master WHERE tbl_name = 'attempts' AND sql IS NOT NULL ORDER BY type DESC"
+    find = """SELECT sql FROM sqlite_master WHERE tbl_name = 'attempts' AND sql IS NOT NULL
+        ORDER BY type DESC"""
     table, *indexes = connection.exec_driver_sql(find).scalars().all()
     connection.exec_driver_sql("ALTER TABLE attempts RENAME TO attempts_before")
     connection.exec_driver_sql(str(table).replace(f"'{old}'", f"'{new}'"))
@@ -201,7 +198,7 @@ def _rename_not_null(connection: Connection) -> None:
 
 
 def _replace(connection: Connection, old: Mapping[str, str], new: Mapping[str, str]) -> None:
-    for name, what in new.items():
-        connection.exec_driver_sql(f"CREATE INDEX {name} ON deliveries {what}")
+    for name, definition in new.items():
+        connection.exec_driver_sql(f"CREATE INDEX {name} ON deliveries {definition}")
     for name in old:
         connection.exec_driver_sql(f"DROP INDEX {name}")

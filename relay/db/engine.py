@@ -1,4 +1,4 @@
-"""The database: engines, transactions, outages and migrations (`relay.db.sql` has our SQL).
+"""The database: engines, transactions, outages and migrations (`relay.db.sql` loads SQL).
 
 `writing()` is a write transaction. On SQLite it first takes an exclusive `flock` on a file beside
 the database and then BEGIN IMMEDIATE: four writers that meet in SQLite's own busy handler stall
@@ -50,7 +50,10 @@ class DatabaseError(Exception):
 
 
 def normalized(url: str) -> URL:
-    """The URL with our driver. Raises DatabaseError for a database that is not supported."""
+    """The URL with the driver of the relay.
+
+    Raises DatabaseError for a database that is not supported.
+    """
     try:
         parsed = make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):  # for example a port that is not a number
@@ -101,7 +104,8 @@ def connect(
 def _prepare_postgresql(timeout: float, connection: Any, _record: Any) -> None:
     milliseconds = max(1, int(timeout * 1000))  # 0 would be no limit
     connection.execute(
-        f"SELECT set_config('jit', 'off', false), set_config('statement_timeout', '{milliseconds}ms', false),"
+        "SELECT set_config('jit', 'off', false),"
+        f" set_config('statement_timeout', '{milliseconds}ms', false),"
         " set_config('idle_in_transaction_session_timeout', '60s', false)"
     )
     connection.commit()
@@ -111,8 +115,10 @@ def _prepare_hot(connection: Any, _record: Any) -> None:
     # psycopg prepares plans while a table is empty; they would still scan it when it is full. And
     # a process that is stopped within a transaction must not lock its rows for as long as a lease.
     connection.execute(
-        "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_hashjoin', 'off', false),"
-        " set_config('enable_mergejoin', 'off', false), set_config('idle_in_transaction_session_timeout', '15s', false)"
+        "SELECT set_config('enable_seqscan', 'off', false),"
+        " set_config('enable_hashjoin', 'off', false),"
+        " set_config('enable_mergejoin', 'off', false),"
+        " set_config('idle_in_transaction_session_timeout', '15s', false)"
     )
     connection.commit()
 
@@ -188,10 +194,11 @@ def is_outage(error: BaseException) -> bool:
         return state[:2] in {"08", "25", "40", "42", "53", "55", "57", "58"}
     # SQLite reports a malformed file also while a disk fails or loses power. The rows to be written
     # are not at fault, and are kept until the file can be read again.
+    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
     return (
         error.connection_invalidated
         or isinstance(error, OperationalError | InterfaceError)
-        or is_no_database(error)
+        or code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
     )
 
 
@@ -220,12 +227,6 @@ def committed_nothing(error: BaseException) -> bool:
     return isinstance(error, sqlalchemy.exc.TimeoutError | TooLate)
 
 
-def is_no_database(error: DBAPIError) -> bool:
-    """Whether the file is not an SQLite database, or is broken."""
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
-
-
 def lacks_schema(error: DBAPIError) -> bool:
     """Whether a table or a column of this version does not exist."""
     if state := getattr(error.orig, "sqlstate", None):
@@ -245,16 +246,15 @@ def check_schema(engine: Engine) -> None:
         raise
     if revision != REVISION:
         raise WrongSchema(
-            f"schema revision is {revision}, this program needs {REVISION}: run `qmqp-relay migrate`"
+            f"schema revision is {revision}, this program needs {REVISION}:"
+            " run `qmqp-relay migrate`"
         )
 
 
-def retry_until_available[Answer](
-    ask: Callable[[], Answer], patience: float = float("inf")
-) -> Answer:
-    """Call `ask` until no outage of the database interrupts it, or for `patience` seconds. Raises
+def retry_until_available[Answer](ask: Callable[[], Answer], wait: float = float("inf")) -> Answer:
+    """Call `ask` until no outage of the database interrupts it, or for `wait` seconds. Raises
     its other errors, and that of an outage which lasts longer."""
-    give_up_at, reported = time.monotonic() + patience, ""
+    give_up_at, reported = time.monotonic() + wait, ""
     while True:
         try:
             return ask()
@@ -268,15 +268,15 @@ def retry_until_available[Answer](
         time.sleep(0.5)
 
 
-def migrate(url: str, patience: float = 0.0) -> str:
+def migrate(url: str, wait: float = 0.0) -> str:
     """Migrate the schema to the newest revision and return that; a second caller waits.
 
-    During an outage it tries again for `patience` seconds, then raises the error.
+    During an outage it tries again for `wait` seconds, then raises the error.
     """
     engine = connect(url, pool=1)
     try:
         if engine.dialect.name != "sqlite":
-            retry_until_available(lambda: engine.connect().close(), patience)
+            retry_until_available(lambda: engine.connect().close(), wait)
     finally:
         engine.dispose()
     config = alembic_config(url)
@@ -305,19 +305,20 @@ def check_durable(engine: Engine) -> list[str]:
                 for p in ("journal_mode", "synchronous")
             }
             durable: dict[str, set[Any]] = {
-                "journal_mode": {"wal", "delete", "truncate", "persist"}, "synchronous": {2, 3}
-            }  # fmt: skip
+                "journal_mode": {"wal", "delete", "truncate", "persist"},
+                "synchronous": {2, 3},
+            }
             return [
                 f"SQLite {name} is {value}"
                 for name, value in settings.items()
                 if value not in durable[name]
             ]
         rows = connection.exec_driver_sql(
-            "SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes')"
+            "SELECT name, setting FROM pg_settings"
+            " WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes')"
         )
         return [f"PostgreSQL {name} is {setting}" for name, setting in rows if setting == "off"]
 
 
-logging.getLogger("sqlalchemy.pool").setLevel(
-    logging.CRITICAL
-)  # it logs outages that we log ourselves
+# The pool logs outages, which the relay logs too.
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)

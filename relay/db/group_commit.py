@@ -26,7 +26,7 @@ _LONGEST_PAUSE = 2.0
 
 
 class CommitUnknown(Exception):
-    """The database did not confirm the COMMIT in time. The row may exist, so what it needs must
+    """The database did not confirm the COMMIT in time. The row may exist, so its body must
     stay."""
 
 
@@ -49,7 +49,7 @@ def deliver_results[Item](answers: Answers[Item]) -> None:
         try:
             pending.done(result)
         except Exception:  # the other owners still wait for their results
-            log.exception("answer not taken")
+            log.exception("result not delivered")
 
 
 class GroupCommitter[Item, Result]:
@@ -73,11 +73,13 @@ class GroupCommitter[Item, Result]:
         self._expired = expired
         self.stuck = False  # the database is away
 
-    def settle(self, batch: list[PendingItem[Item]], *, doubt: bool = False) -> Answers[Item]:
+    def commit(
+        self, batch: list[PendingItem[Item]], *, commit_unknown: bool = False
+    ) -> Answers[Item]:
         """Commit a batch. For each item: its result, the error of its row or of the outage, or
         CommitUnknown.
 
-        `doubt`: an earlier try may have committed it.
+        `commit_unknown`: an earlier attempt may have committed it.
         """
         pause = _PAUSE
         while batch:
@@ -89,12 +91,12 @@ class GroupCommitter[Item, Result]:
                 results = self._commit([pending.item for pending in batch], begin_by)
             except Exception as error:
                 if not is_outage(error):
-                    return self._row_by_row(batch, error, doubt=doubt)
+                    return self._row_by_row(batch, error, commit_unknown=commit_unknown)
                 if not self.stuck:
                     log.error("database away", reason=first_line(error))
                 self.stuck = True
-                doubt = doubt or not committed_nothing(error)
-                fault = CommitUnknown() if doubt else error
+                commit_unknown = commit_unknown or not committed_nothing(error)
+                fault = CommitUnknown() if commit_unknown else error
             else:
                 self.stuck = False
                 return list(zip(batch, results, strict=True))
@@ -111,12 +113,16 @@ class GroupCommitter[Item, Result]:
         return []
 
     def _row_by_row(
-        self, batch: list[PendingItem[Item]], error: Exception, *, doubt: bool
+        self, batch: list[PendingItem[Item]], error: Exception, *, commit_unknown: bool
     ) -> Answers[Item]:
         if len(batch) == 1:
             log.error("row refused by the database", reason=first_line(error))
             return [(batch[0], error)]
-        return [answer for pending in batch for answer in self.settle([pending], doubt=doubt)]
+        return [
+            answer
+            for pending in batch
+            for answer in self.commit([pending], commit_unknown=commit_unknown)
+        ]
 
 
 class CommitThread[Item, Result]:
@@ -165,7 +171,7 @@ class CommitThread[Item, Result]:
                 self._changed.notify()
 
     def close(self, timeout: float) -> bool:
-        """Commit what has gathered and stop; False if that took longer than `timeout` seconds.
+        """Commit the gathered items and stop; False if that took longer than `timeout` seconds.
 
         During an outage it tries again for half of that time.
         """
@@ -180,7 +186,7 @@ class CommitThread[Item, Result]:
         while taken := self._take(self._gather if busy else 0.0):
             busy = len(taken) > 1
             started = time.monotonic()
-            answers = self.committer.settle(taken)
+            answers = self.committer.commit(taken)
             if self._observe:
                 self._observe(len(taken), time.monotonic() - started)
             self._answer(answers)

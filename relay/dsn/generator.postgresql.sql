@@ -50,7 +50,7 @@ FROM messages m WHERE m.id = :id;
 -- name: recipients
 -- Every recipient of a message with its delivery. `kind`: what a DSN would report now. A server may
 -- have accepted a delivery if it was uncertain, or one of which it is a part; after a malformed
--- reply `bytes_sent` tells whether the whole request had been sent.
+-- reply `bytes_sent` shows whether the whole request had been sent.
 WITH RECURSIVE uncertain(number) AS (
     SELECT d.number FROM deliveries d JOIN messages m ON m.id = d.queue_id
     WHERE d.queue_id = :id AND (d.last_outcome = 'uncertain' OR EXISTS (

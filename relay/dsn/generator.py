@@ -61,8 +61,8 @@ type Build = Callable[[Connection, str, set[int], Original, list[Failure]], dict
 class DsnGenerator:
     """Generates DSNs and delay warnings. Used by one thread.
 
-    `refused` is called with the server's name and reply for each D that was about this relay and
-    not about the mail.
+    `unauthorized` is called with the server's name and reply for each D that was about this relay
+    and not about the mail.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class DsnGenerator:
         spool: Spool,
         settings: Settings,
         route_for: Callable[[str], str],
-        refused: Callable[[str, str], None] = lambda server, reply: None,
+        unauthorized: Callable[[str, str], None] = lambda server, reply: None,
     ) -> None:
         self._engine = engine
         self._spool = spool
         self._settings = settings
         self._route_for = route_for
-        self._refused = refused
+        self._report_unauthorized = unauthorized
         self._queries = Queries(engine, __name__, gather=GATHER, limit=LIMIT)
         self._postmaster = {"postmaster", f"postmaster@{settings.hostname}".lower()}
         self._unauthorized = unauthorized_pattern(settings)
@@ -200,12 +200,12 @@ class DsnGenerator:
     ) -> tuple[Sequence[Failure], Withheld | None]:
         """The recipients that a DSN may report to the sender now, and why the others are left out.
 
-        Every client may write to our own postmaster (RFC 5321 4.5.1), so a stranger gets no DSN
-        about that.
+        Every client may write to the relay's own postmaster (RFC 5321 4.5.1), so an untrusted
+        client gets no DSN about that.
         """
         if not can_carry(original.sender):
             return [], Withheld.ADDRESS
-        if not original.from_stranger:
+        if not original.from_untrusted_client:
             return recipients, None
         reported = [one for one in recipients if one.address.lower() not in self._postmaster]
         if not reported:
@@ -223,14 +223,14 @@ class DsnGenerator:
         about_us = {
             one.number: one
             for one in failed
-            if _is_refused(one) and self._unauthorized.search(one.reply)
+            if _is_rejected(one) and self._unauthorized.search(one.reply)
         }
         if about_us:
             self._change(connection, "reclassify", original.id, about_us)
         for _, one in sorted(about_us.items()):
             log.critical("unauthorized reply reclassified", id=original.id, reply=one.reply)
             if one.server:
-                self._refused(one.server, one.reply)
+                self._report_unauthorized(one.server, one.reply)
         return bool(about_us)
 
     def _build(
@@ -250,22 +250,7 @@ class DsnGenerator:
             self._change(connection, "withhold", original.id, unreported, withheld=withheld)
         if not reported:
             return {}
-        # The sender expects the whole message, unless it asked for less (RET=HDRS, RFC 3461 4.3).
-        whole = kind is not Kind.DELAYED and original.ret != "HDRS"
-        too_long = whole and original.size > LONGEST_RETURNED
-        enclosure = Enclosure.HEADER
-        if whole and not too_long and not original.from_stranger:
-            enclosure = Enclosure.FULL
-        content = self._content(original, enclosure)
-        left_out = ""
-        if content is None:
-            enclosure = Enclosure.NONE
-            left_out = "Your message could not be read again, and is not returned."
-        elif too_long:
-            left_out = (
-                "Only its header is returned: the message is longer than"
-                f" {LONGEST_RETURNED:,} bytes."
-            )
+        enclosure, content, left_out = self._enclosed(original, kind)
         text = compose(
             dsn_id,
             self._settings.hostname,
@@ -279,6 +264,27 @@ class DsnGenerator:
         self._insert(connection, dsn_id, text, original.sender, original.id, enclosure)
         return {"about": original.id, "recipients": len(reported), "kind": str(kind)}
 
+    def _enclosed(self, original: Original, kind: Kind) -> tuple[Enclosure, bytes | None, str]:
+        """The part of the original that a DSN encloses, its bytes (None if it cannot be read), and
+        a sentence that says what is missing and why."""
+        # The sender expects the whole message, unless it asked for less (RET=HDRS, RFC 3461 4.3).
+        whole = kind is not Kind.DELAYED and original.ret != "HDRS"
+        too_long = whole and original.size > LONGEST_RETURNED
+        enclosure = Enclosure.HEADER
+        if whole and not too_long and not original.from_untrusted_client:
+            enclosure = Enclosure.FULL
+        content = self._content(original, enclosure)
+        if content is None:
+            text = "Your message could not be read again, and is not returned."
+            return Enclosure.NONE, None, text
+        if too_long:
+            text = (
+                "Only its header is returned: the message is longer than"
+                f" {LONGEST_RETURNED:,} bytes."
+            )
+            return enclosure, content, text
+        return enclosure, content, ""
+
     def _rebuild(
         self,
         connection: Connection,
@@ -289,19 +295,19 @@ class DsnGenerator:
     ) -> dict[str, Any]:
         """Build a DSN again after it failed.
 
-        A server may have refused it for the part of the original that it encloses (header_checks,
+        A server may have rejected it for the part of the original that it encloses (header_checks,
         body_checks, a virus filter), so it is built again with less of that. If nothing is left to
         leave out, or it failed for another reason, it is given up.
         """
         text = None
         about = str(failed.dsn_of)
         less = enclosed.less
-        if _is_refused(failure) and less:
+        if _is_rejected(failure) and less:
             try:
                 with os.fdopen(self._spool.open(failed.id, failed.size), "rb") as body:
                     text = reduced(body.read(), failed.id, dsn_id, less)
             except BodyUnsendable as error:  # an error of the disk is raised, and tried again later
-                log.warning("refused dsn not readable", id=failed.id, reason=str(error))
+                log.warning("rejected dsn not readable", id=failed.id, reason=str(error))
         if text is None or less is None:
             log.error("dsn given up", id=failed.id, about=about, reply=failure.reply)
             return {}
@@ -326,7 +332,7 @@ class DsnGenerator:
             [NewRecipient(address, notify="NEVER", route=self._route_for(address))],
             "",
             self._settings.hostname,
-            "NOTICE",
+            "DSN",
             header_message_id=f"<{dsn_id}@{self._settings.hostname}>",
             dsn_of=about,
             body_type="7BIT" if text.isascii() else "8BITMIME",
@@ -357,13 +363,13 @@ class DsnGenerator:
         self._queries.run(connection, name, id=dashed(queue_id), numbers=listed, **more)
 
 
-def _wants(original: Original, recipient: Failure, what: str) -> bool:
+def _wants(original: Original, recipient: Failure, event: str) -> bool:
     """Whether the sender asked for DSNs of this kind about this recipient (RFC 3461 4.1)."""
-    asked = recipient.notify is None or what in recipient.notify.upper().split(",")
+    asked = recipient.notify is None or event in recipient.notify.upper().split(",")
     return asked and original.sender not in ("", "#@[]")
 
 
-def _is_refused(failure: Failure) -> bool:
+def _is_rejected(failure: Failure) -> bool:
     """Whether it bounced because a server replied D; not an operator, and not an address that
     cannot be sent."""
     found = (failure.kind, failure.outcome, failure.reason_source)

@@ -6,8 +6,9 @@ the original, which has left the spool by then. The MIME structure is written he
 `email.message`, because its generator changes bare CRs of the original.
 
 What must stay true: a server's reply is quoted as printable ASCII in bounded lines and can add no
-line and no field; only a server's reply becomes a `Diagnostic-Code`; an operator is never named; a
-message that may have been delivered is not called undelivered.
+line and no field; only a server's reply becomes a `Diagnostic-Code`, and no reason of an operator
+gives a status; an operator is never named; a message that may have been delivered is not called
+undelivered.
 """
 
 import re
@@ -57,8 +58,8 @@ class Enclosure(StrEnum):
 
     @property
     def less(self) -> "Enclosure | None":
-        """The part that the next DSN encloses after a server refused this one; None if nothing is
-        left to leave out."""
+        """The part that the next DSN encloses after a server rejected this one; None if nothing
+        is left to leave out."""
         return {Enclosure.FULL: Enclosure.HEADER, Enclosure.HEADER: Enclosure.NONE}.get(self)
 
 
@@ -71,10 +72,10 @@ class Withheld(StrEnum):
 
 
 _REDUCED = {
-    Enclosure.HEADER: "Only its header is returned: a mail server refused this notice with the"
-    " whole message.",
-    Enclosure.NONE: "Your message is not returned: a mail server refused this notice with its"
-    " header.",
+    Enclosure.HEADER: "Only its header is returned, because a mail server rejected this report"
+    " with the whole message.",
+    Enclosure.NONE: "Your message is not returned, because a mail server rejected this report"
+    " with its header.",
 }
 
 
@@ -112,6 +113,15 @@ class Failure:
         """Whether an operator bounced it, and not a server."""
         return self.kind is Kind.BOUNCED and self.reason_source == ReasonSource.OPERATOR
 
+    @property
+    def unsendable(self) -> bool:
+        """Whether it bounced because QMQP cannot carry its envelope."""
+        return (self.kind, self.outcome, self.reason_source) == (
+            Kind.BOUNCED,
+            Outcome.UNSENDABLE,
+            ReasonSource.RELAY,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Original:
@@ -134,7 +144,7 @@ class Original:
     dsn_of: str | None = None
 
     @property
-    def from_stranger(self) -> bool:
+    def from_untrusted_client(self) -> bool:
         """Whether the policy does not trust the client that sent it."""
         return self.client_trusted is not None and not self.client_trusted
 
@@ -146,7 +156,7 @@ def unxtext(text: str) -> str:
 
 
 def status_of(kind: Kind | None, reply: str) -> str:
-    """The enhanced status code (RFC 3463): the server's own if its class fits, else X.0.0."""
+    """The enhanced status code (RFC 3463): that of the reply if its class fits, else X.0.0."""
     if kind is Kind.EXPIRED:
         return "5.4.7"
     class_ = "5" if kind is Kind.BOUNCED else "4"
@@ -283,14 +293,14 @@ def _why(failure: Failure) -> str:
     server_reply, ours = escaped(failure.server_reply, 1000), escaped(failure.reply, 1000)
     if failure.bounced_by_operator:
         reason = ours.removeprefix(BY_OPERATOR) or "."
-        return f"It was sent back by an operator of this relay{reason}"
-    if failure.kind is Kind.BOUNCED and failure.outcome == Outcome.UNSENDABLE:
+        return f"An operator of this relay bounced it{reason}"
+    if failure.unsendable:
         return "It was not sent: no mail server can be given this address."
     if failure.kind is Kind.BOUNCED:
         return (
-            f"The mail server refused it: {server_reply}"
+            f"The mail server rejected it: {server_reply}"
             if server_reply
-            else "The mail server refused it and gave no reason."
+            else "The mail server rejected it and gave no reason."
         )
     if server_reply:
         last = f"The last reply was: {server_reply}"
@@ -323,12 +333,17 @@ def _report(hostname: str, original: Original, failures: Sequence[Failure]) -> s
         server = failure.server or "unix:"
         reply = escaped(failure.server_reply, _LONGEST_LINE - 50)
         attempted_at = failure.attempted_at
+        # The relay's reason for an envelope that cannot be sent has a status. An operator may write
+        # any number into a reason.
+        status = status_of(
+            failure.kind, failure.reply if failure.unsendable else failure.server_reply
+        )
         groups.append(
             _lines(
                 given and f"Original-Recipient: {escaped(kind, 64)}; {unxtext(address)}",
                 _addressed("Final-Recipient: rfc822;", failure.address),
                 f"Action: {'delayed' if delayed else 'failed'}",
-                f"Status: {status_of(failure.kind, failure.reply)}",
+                f"Status: {status}",
                 not server.startswith("unix:") and f"Remote-MTA: dns; {server.rpartition(':')[0]}",
                 reply and f"Diagnostic-Code: x-qmqp; {reply}",
                 attempted_at and f"Last-Attempt-Date: {format_datetime(attempted_at)}",

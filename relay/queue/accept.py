@@ -1,7 +1,8 @@
 """Acceptance: the statement that makes the relay responsible for a message.
 
-One statement (`accept` in the SQL files) inserts the messages, recipients and deliveries of a batch.
-On SQLite it is three statements in one transaction. The bodies are synced before it begins. After its COMMIT smtpd may say 250.
+One statement (`accept` in the SQL files) inserts the messages, recipients and deliveries of a
+batch. On SQLite it is three statements in one transaction. The bodies are synced before it begins.
+After its COMMIT smtpd may say 250.
 
 What must stay true: every insert says ON CONFLICT DO NOTHING and the relay chooses every key. After
 a COMMIT of unknown outcome the same batch runs again: the repeat waits for the first transaction
@@ -56,7 +57,7 @@ class NewMessage(NamedTuple):
 
 
 class Acceptor:
-    """Accepts messages; `commit` is what `group_commit.GroupCommitter` runs. `delay_warning`: after
+    """Accepts messages; a `group_commit.GroupCommitter` runs `commit`. `delay_warning`: after
     so many seconds the sender is warned; None: never."""
 
     def __init__(
@@ -85,24 +86,36 @@ class Acceptor:
         deliveries: list[dict[str, object]] = []
         for message in messages:
             key, header_id = dashed(message.id), message.header_message_id
-            rows.append({
-                "id": key, "sender": message.sender, "size": message.size,
-                "client_address": message.client_address, "helo": escaped(message.helo, 255),
-                "protocol": message.protocol, "auth_user": message.auth_user,
-                "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
-                "body_type": message.body_type, "ret": message.ret, "envid": message.envid,
-                "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
-                "client_trusted": message.client_trusted, "dsn_content": message.dsn_content,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "id": key,
+                    "sender": message.sender,
+                    "size": message.size,
+                    "client_address": message.client_address,
+                    "helo": escaped(message.helo, 255),
+                    "protocol": message.protocol,
+                    "auth_user": message.auth_user,
+                    "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
+                    "body_type": message.body_type,
+                    "ret": message.ret,
+                    "envid": message.envid,
+                    "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
+                    "client_trusted": message.client_trusted,
+                    "dsn_content": message.dsn_content,
+                }
+            )
             numbers: dict[str, int] = {}
             recipients += [
                 {
-                    "queue_id": key, "position": position, "address": recipient.address,
+                    "queue_id": key,
+                    "position": position,
+                    "address": recipient.address,
                     "delivery": numbers.setdefault(recipient.route, len(numbers) + 1),
-                    "notify": recipient.notify, "orcpt": recipient.orcpt,
+                    "notify": recipient.notify,
+                    "orcpt": recipient.orcpt,
                 }
                 for position, recipient in enumerate(message.recipients, 1)
-            ]  # fmt: skip
+            ]
             late = _routes_to_warn_of(message) if self._delay_warning is not None else ()
             for route, number in numbers.items():
                 delivery: dict[str, Any] = {"queue_id": key, "number": number, "route": route}

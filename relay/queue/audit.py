@@ -2,7 +2,7 @@
 
 An operation changes deliveries chunk by chunk. The first chunk inserts the row of `audit`, later
 chunks raise its `matched`, and each delivery gets a row in `audit_deliveries`. An operation that is
-interrupted has recorded what it did.
+interrupted has recorded its changes.
 
 What must stay true: an operator's change and its record are one transaction.
 """
@@ -28,19 +28,19 @@ class AuditEntry:
 
     engine: Engine
     actor: str
-    verb: str
+    operation: str
     reason: str
     filter_shown: str = ""
-    action: str = field(default_factory=lambda: dashed(new_id()))
+    id: str = field(default_factory=lambda: dashed(new_id()))
 
     def note(self, connection: Connection, matched: int, keys: str = "[]") -> None:
         """Record that `matched` deliveries were changed, and their keys."""
         Queries(self.engine, __name__).run(
             connection,
             "record",
-            action=self.action,
+            id=self.id,
             actor=self.actor,
-            verb=self.verb,
+            operation=self.operation,
             reason=self.reason,
             filter=self.filter_shown,
             matched=matched,

@@ -59,18 +59,19 @@ FROM c JOIN messages m ON m.id = c.queue_id;
 
 -- name: claim_overdue
 -- Claims overdue deliveries of a route, the longest due first. :fresh of them were never claimed
--- and :retries were, so that neither kind waits for all of the other; what one kind leaves goes to
--- the other. The index has each kind by `due_at`. What is locked and not taken stays `queued`.
+-- and :retries were, so that neither kind waits for all of the other; slots that one kind leaves
+-- free go to the other. The index has each kind by `due_at`. A row that is locked and not claimed
+-- stays `queued`.
 WITH fresh AS MATERIALIZED (
     SELECT queue_id, number, due_at FROM deliveries
-    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route
-        AND due_at <= now()
+    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0
+        AND route = :route AND due_at <= now()
     ORDER BY due_at LIMIT :free
     FOR UPDATE SKIP LOCKED
 ), retries AS MATERIALIZED (
     SELECT queue_id, number, due_at FROM deliveries
-    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1 AND route = :route
-        AND due_at <= now()
+    WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1
+        AND route = :route AND due_at <= now()
     ORDER BY due_at LIMIT :free
     FOR UPDATE SKIP LOCKED
 ), p AS MATERIALIZED (
@@ -131,7 +132,7 @@ WITH p AS MATERIALIZED (
     SELECT queue_id, delivery, claim, attempt_index, worker, server,
         now() - started_ago * interval '1 second', now() - finished_ago * interval '1 second',
         outcome, reply, bytes_sent
-    FROM json_to_recordset(CAST(:tries AS json)) AS x(
+    FROM json_to_recordset(CAST(:attempts AS json)) AS x(
         queue_id uuid, delivery int, claim int, attempt_index int, worker uuid, server text,
         started_ago float8, finished_ago float8, outcome text, reply text, bytes_sent bigint)
     ON CONFLICT DO NOTHING
@@ -142,7 +143,7 @@ SET state = p.final,
     due_at = CASE
         WHEN p.final = 'deferred' THEN now() + p.delay * interval '1 second'
         WHEN p.final = 'queued' THEN now() + :grace * interval '1 second'
-        WHEN p.final IN ('bounced', 'expired') AND :notices AND (
+        WHEN p.final IN ('bounced', 'expired') AND :sends_dsns AND (
             SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
             FROM messages m WHERE m.id = d.queue_id) THEN now() END,
     finished_at = CASE
@@ -173,7 +174,7 @@ RETURNING replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.number, d.cl
     ) AS body_deletable;
 
 -- name: recorded_states
--- What became of deliveries that a completion did not change, or that were cut after it.
+-- The states of deliveries that a completion did not change, or that were split after it.
 SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.number, d.claim_count, d.state,
     NOT EXISTS (
         SELECT 1 FROM deliveries o
@@ -183,12 +184,12 @@ SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.number, d.claim
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
     JOIN deliveries d ON d.queue_id = x.queue_id AND d.number = x.number;
 
--- name: refuse_cut
--- A refused delivery that cannot be cut bounces.
+-- name: bounce_unsplittable
+-- A rejected delivery that cannot be split bounces.
 UPDATE deliveries d
--- event: cut refused
+-- event: split rejected
 SET state = 'bounced', finished_at = now(),
-    due_at = CASE WHEN :notices AND (
+    due_at = CASE WHEN :sends_dsns AND (
         SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
         FROM messages m WHERE m.id = d.queue_id) THEN now() END
 WHERE queue_id = :id AND number = :number AND state = 'split';

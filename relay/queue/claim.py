@@ -1,9 +1,9 @@
 """A worker's side of the queue: claim, complete, renew.
 
-One statement serves many rows (`WorkerQueue.commit` is what a `group_commit.CommitThread` runs). A
-claim changes `queued` to `sending`, raises `claim_count` and returns the envelope. It takes what
-hints name, or what is overdue: what a worker should have claimed by now. A completion inserts the
-attempts of a claim and moves its delivery to the next state. The statements are in
+One statement serves many rows (a `group_commit.CommitThread` runs `WorkerQueue.commit`). A claim
+changes `queued` to `sending`, raises `claim_count` and returns the envelope. It takes deliveries
+that hints name, or overdue ones: a worker should have claimed these by now. A completion inserts
+the attempts of a claim and moves its delivery to the next state. The statements are in
 `claim.postgresql.sql` and `claim.sqlite.sql`.
 
 What must stay true:
@@ -46,7 +46,7 @@ _WITHOUT_DSN = (State.DELIVERED, State.DROPPED)
 
 
 class _Recorded(NamedTuple):
-    """What the database has of a delivery: `claim` is the number of its last claim."""
+    """The row of a delivery: `claim` is the number of its last claim."""
 
     claim: int
     state: State
@@ -67,16 +67,16 @@ class WorkerQueue:
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
         self._engine = engine
         self._far = longest_claim(settings)
-        notices = settings.bounces == "dsn"
+        sends_dsns = settings.bounces == "dsn"
         self._queries = Queries(
             engine,
             __name__,
             grace=settings.grace,
             lease=settings.lease,
-            notices=notices,
+            sends_dsns=sends_dsns,
             far=self._far,
         )
-        self._splitter = Splitter(engine, notices=notices)
+        self._splitter = Splitter(engine, sends_dsns=sends_dsns)
         # Claims without a completion, by key; the value is the number of the claim.
         self._held: dict[Key, int] = {}
         self._commit_unknown = False
@@ -170,7 +170,7 @@ class WorkerQueue:
 
     def _claim(self, connection: Connection, request: ClaimRequest) -> list[Claim]:
         claims: list[Claim] = []
-        for route, free in request.room.items():
+        for route, free in request.capacity.items():
             parameters = {"worker": dashed(request.worker), "route": route, "free": free}
             if request.ids is not None:
                 ids = json.dumps([dashed(queue_id) for queue_id in request.ids])
@@ -189,66 +189,66 @@ class WorkerQueue:
     ) -> list[CompletionResult]:
         # A K beats the completion of another claim of the same delivery, also in one batch: an
         # UPDATE may match a row only once.
-        taken = {r.key for r in completions if r.outcome is Outcome.DELIVERED}
+        delivered = {r.key for r in completions if r.outcome is Outcome.DELIVERED}
         after = self._rows(
             connection,
             "complete",
             completions=[
                 _completion_row(r)
                 for r in completions
-                if r.outcome is Outcome.DELIVERED or r.key not in taken
+                if r.outcome is Outcome.DELIVERED or r.key not in delivered
             ],
-            tries=[
+            attempts=[
                 {
-                    "worker": dashed(r.worker), "queue_id": dashed(r.queue_id),
-                    "delivery": r.number, "claim": r.claim, "attempt_index": one.attempt_index,
-                    "server": one.server, "started_ago": one.started_ago,
-                    "finished_ago": one.finished_ago, "outcome": one.outcome, "reply": one.reply,
-                    "bytes_sent": one.bytes_sent,
+                    "worker": dashed(r.worker),
+                    "queue_id": dashed(r.queue_id),
+                    "delivery": r.number,
+                    "claim": r.claim,
+                    **attempt._asdict(),
                 }
                 for r in completions
-                for one in r.tries
+                for attempt in r.attempts
             ],
-        )  # fmt: skip
+        )
         if missing := {r.key for r in completions} - after.keys():
             after |= self._rows(connection, "recorded_states", keys=_keys(missing))
         split = {
             r.key: r
             for r in completions
-            if r.state is State.SPLIT
-            and (row := after.get(r.key))
-            and (row.claim, row.state) == (r.claim, State.SPLIT)
+            if r.state is State.SPLIT and after.get(r.key, _NO_ROW)[:2] == (r.claim, State.SPLIT)
         }
         for completion in split.values():
-            self._cut(connection, completion)
+            self._split(connection, completion)
         if split:
             # Another delivery of the message, completed in this batch, did not see the children:
             # its row may say that the body can be deleted.
-            cut = {queue_id for queue_id, _ in split}
-            again = [key for key in after if key[0] in cut]
+            messages = {queue_id for queue_id, _ in split}
+            again = [key for key in after if key[0] in messages]
             after |= self._rows(connection, "recorded_states", keys=_keys(again))
         for completion in completions:
             row = after.get(completion.key, _NO_ROW)
             if row.claim > completion.claim and completion.outcome is Outcome.DELIVERED:
-                self._splitter.taken(connection, dashed(completion.queue_id), completion.number)
+                self._splitter.mark_parts_delivered(
+                    connection, dashed(completion.queue_id), completion.number
+                )
         return [_result(r, after.get(r.key, _NO_ROW)) for r in completions]
 
     def _rows(
         self, connection: Connection, name: str, **lists: list[dict[str, Any]]
     ) -> dict[Key, _Recorded]:
-        """What a statement gives for deliveries; its parameters are lists of rows."""
+        """The result of a statement by delivery; its parameters are lists of rows."""
         parameters = {parameter: json.dumps(rows) for parameter, rows in lists.items()}
         found = self._queries.run(connection, name, **parameters)
         return {(queue_id, number): _Recorded(*row) for queue_id, number, *row in found}
 
-    def _cut(self, connection: Connection, completion: Completion) -> None:
-        """Cut in two what was just completed as `split` (or see that it was done); what cannot be
-        cut bounces."""
+    def _split(self, connection: Connection, completion: Completion) -> None:
+        """Split a delivery that was just completed as `split` (or see that it was done); one that
+        cannot be split bounces."""
         key, number = dashed(completion.queue_id), completion.number
         if completion.outcome is Outcome.UNSENDABLE:
-            self._splitter.part(connection, key, number)
-        elif not self._splitter.cut(connection, key, number, completion.reply):
-            self._queries.run(connection, "refuse_cut", id=key, number=number)
+            self._splitter.split_unsendable(connection, key, number)
+        elif not self._splitter.split_in_half(connection, key, number, completion.reply):
+            self._queries.run(connection, "bounce_unsplittable", id=key, number=number)
 
 
 def _claim(row: Any) -> Claim:
@@ -275,9 +275,15 @@ def _completion_row(completion: Completion) -> dict[str, Any]:
     if completion.state is State.DELIVERED and completion.outcome is not Outcome.DELIVERED:
         raise ValueError(f"{completion.outcome} is no reason for delivered")
     return {
-        "worker": dashed(completion.worker), "queue_id": dashed(completion.queue_id),
-        "number": completion.number, "claim": completion.claim, "state": completion.state,
-        "delay": completion.delay, "backoff_step": completion.backoff_step,
-        "outcome": completion.outcome, "reply": completion.reply, "server": completion.server,
+        "worker": dashed(completion.worker),
+        "queue_id": dashed(completion.queue_id),
+        "number": completion.number,
+        "claim": completion.claim,
+        "state": completion.state,
+        "delay": completion.delay,
+        "backoff_step": completion.backoff_step,
+        "outcome": completion.outcome,
+        "reply": completion.reply,
+        "server": completion.server,
         "waiting_for": completion.waiting_for,
-    }  # fmt: skip
+    }

@@ -57,8 +57,8 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
 
 -- name: claim_overdue
 -- Claims overdue deliveries of a route, the longest due first. :fresh of them were never claimed
--- and :retries were, so that neither kind waits for all of the other; what one kind leaves goes to
--- the other. The index has each kind by `due_at`.
+-- and :retries were, so that neither kind waits for all of the other; slots that one kind leaves
+-- free go to the other. The index has each kind by `due_at`.
 WITH fresh AS MATERIALIZED (
     SELECT queue_id, number, due_at FROM deliveries
     WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route
@@ -111,7 +111,7 @@ SELECT value ->> '$.queue_id', value ->> '$.delivery', value ->> '$.claim',
     (SELECT now FROM clock) - CAST((value ->> '$.started_ago') * 1000000 AS INTEGER),
     (SELECT now FROM clock) - CAST((value ->> '$.finished_ago') * 1000000 AS INTEGER),
     value ->> '$.outcome', value ->> '$.reply', value ->> '$.bytes_sent'
-FROM json_each(:tries) WHERE true
+FROM json_each(:attempts) WHERE true
 ON CONFLICT DO NOTHING;
 WITH x AS MATERIALIZED (
     SELECT value ->> '$.worker' AS worker, value ->> '$.queue_id' AS queue_id,
@@ -142,7 +142,7 @@ SET state = p.final,
         WHEN p.final = 'deferred'
             THEN (SELECT now FROM clock) + CAST(p.delay * 1000000 AS INTEGER)
         WHEN p.final = 'queued' THEN (SELECT now FROM clock) + CAST(:grace * 1000000 AS INTEGER)
-        WHEN p.final IN ('bounced', 'expired') AND :notices AND (
+        WHEN p.final IN ('bounced', 'expired') AND :sends_dsns AND (
             SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
             FROM messages m WHERE m.id = deliveries.queue_id) THEN (SELECT now FROM clock) END,
     finished_at = CASE WHEN p.final IN ('delivered', 'bounced', 'expired', 'dropped')
@@ -172,7 +172,7 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, state,
     ) AS body_deletable;
 
 -- name: recorded_states
--- What became of deliveries that a completion did not change, or that were cut after it.
+-- The states of deliveries that a completion did not change, or that were split after it.
 SELECT replace(d.queue_id, '-', '') AS queue_id, d.number, d.claim_count, d.state,
     NOT EXISTS (
         SELECT 1 FROM deliveries o
@@ -182,12 +182,12 @@ SELECT replace(d.queue_id, '-', '') AS queue_id, d.number, d.claim_count, d.stat
 FROM json_each(:keys)
     JOIN deliveries d ON d.queue_id = value ->> '$.queue_id' AND d.number = value ->> '$.number';
 
--- name: refuse_cut
--- A refused delivery that cannot be cut bounces.
+-- name: bounce_unsplittable
+-- A rejected delivery that cannot be split bounces.
 UPDATE deliveries
--- event: cut refused
+-- event: split rejected
 SET state = 'bounced', finished_at = (SELECT now FROM clock),
-    due_at = CASE WHEN :notices AND (
+    due_at = CASE WHEN :sends_dsns AND (
         SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
         FROM messages m WHERE m.id = deliveries.queue_id) THEN (SELECT now FROM clock) END
 WHERE queue_id = :id AND number = :number AND state = 'split';

@@ -1,6 +1,6 @@
 """Commands of a worker to the queue, and their results (`relay.queue.claim` executes them).
 
-A worker asks for deliveries (`ClaimRequest`), reports what became of a claim (`Completion`) and
+A worker asks for deliveries (`ClaimRequest`), reports the outcome of a claim (`Completion`) and
 renews its lease (`Renewal`). It gets the claims, the state that a delivery has now
 (`CompletionResult`), or whether it still holds its lease. Commands wait in a batch and are executed
 together.
@@ -32,8 +32,10 @@ class Claim:
 
 
 class Attempt(NamedTuple):
-    """One try at one server; `attempt_index` counts from 1 within the claim, times are seconds
-    before now."""
+    """One attempt at one server, as a row of `attempts`.
+
+    `attempt_index` counts from 1 within the claim; times are seconds before now.
+    """
 
     attempt_index: int
     server: str
@@ -46,7 +48,7 @@ class Attempt(NamedTuple):
 
 @dataclass(slots=True)
 class Completion:
-    """What became of a claim: the next state of the delivery, due after `delay` seconds."""
+    """The outcome of a claim: the next state of the delivery, due after `delay` seconds."""
 
     worker: str
     queue_id: str
@@ -58,7 +60,7 @@ class Completion:
     server: str | None = None
     delay: float = 0.0
     backoff_step: int = 0
-    tries: list[Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
     waiting_for: str | None = None  # the delivery becomes due when this works again
 
     @property
@@ -69,12 +71,12 @@ class Completion:
 
 @dataclass(slots=True)
 class ClaimRequest:
-    """Claim at most `room` deliveries of each route, of these messages or (ids None) of what is
-    overdue."""
+    """Claim at most `capacity` deliveries of each route, of these messages or (ids None) overdue
+    ones."""
 
     worker: str
     ids: Sequence[str] | None
-    room: Mapping[str, int]
+    capacity: Mapping[str, int]
 
 
 @dataclass(slots=True)

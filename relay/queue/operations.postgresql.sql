@@ -1,5 +1,5 @@
 -- Operations of an operator on PostgreSQL. `:keys` names the deliveries of a chunk; the caller has
--- locked them. What is being sent gets or loses a pending operation and does not change otherwise.
+-- locked them. A delivery that is being sent only gets or loses a pending operation.
 
 -- name: retry
 UPDATE deliveries AS d SET pending_operation = 'retry', pending_reason = :why
@@ -42,7 +42,7 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 UPDATE deliveries AS d
 SET state = 'bounced', finished_at = now(), last_outcome = coalesce(d.last_outcome, 'rejected'),
     last_reply = :why, reason_source = 'operator',
-    due_at = CASE WHEN :notices AND (
+    due_at = CASE WHEN :sends_dsns AND (
         SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
         FROM messages m WHERE m.id = d.queue_id) THEN now() END
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
@@ -62,8 +62,8 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state IN ('queued', 'deferred', 'held');
 
 -- name: reroute
--- A route is chosen when a message is accepted. This comes before a choice among the routes of
--- today: what is not held is tried at once.
+-- A route is chosen when a message is accepted. This statement runs before a new choice among the
+-- routes of today: a delivery that is not held is tried at once.
 -- event: reroute
 UPDATE deliveries AS d
 SET state = 'queued', due_at = now(), backoff_step = 0

@@ -1,4 +1,4 @@
-"""What operators do to the queue: retry, hold, release, bounce, drop, reroute, pause and resume.
+"""The operations on the queue: retry, hold, release, bounce, drop, reroute, pause and resume.
 
 An operation goes through the deliveries that a filter matches in key order, a chunk with its record
 (`relay.queue.audit`) a transaction, so that it never blocks the workers for long and never
@@ -20,12 +20,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 
 from relay.db.engine import reading, writing
-from relay.db.schema import words
+from relay.db.schema import literals
 from relay.db.sql import Queries
 from relay.log import escaped
 from relay.queue.audit import CHUNK, FIRST, AuditEntry, keys_of
 from relay.queue.split import Splitter
-from relay.queue.states import TRANSITIONS, State
+from relay.queue.states import PENDING_STATES, TRANSITIONS, State
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 from relay.spool.retention import deletable_bodies
@@ -33,63 +33,57 @@ from relay.spool.retention import deletable_bodies
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What an operator may do to deliveries. `name` is also the event of the transition, and the
+    """An operation on deliveries. `name` is also the event of the transition, and the
     statement.
 
-    `takes`: the states that it applies to; `state`: the state after it. `wanted`: the pending
-    operation that a delivery gets which is being sent; `cancels`: the pending operation that it
-    loses.
+    `takes`: the states that it applies to; `state`: the state after it. A delivery that is being
+    sent gets the pending operation `pending`, or loses the pending operation `cancels`.
     """
 
     name: str
     takes: tuple[State, ...]
     state: State
-    wanted: str | None = None
+    pending: str | None = None
     cancels: str | None = None
 
 
-def _operation(name: str, cancels: str | None = None) -> Operation:
-    """An operation that takes each delivery along the rows of its name in `TRANSITIONS`."""
-    rows = [row for row in TRANSITIONS if row.event == name]
-    takes = tuple(row.before for row in rows if row.before)
-    return Operation(name, takes, rows[0].after, None if cancels else name, cancels)
+def _takes(event: str) -> tuple[State, ...]:
+    return tuple(row.before for row in TRANSITIONS if row.event == event and row.before)
 
 
 OPERATIONS = {
-    "retry": _operation("retry"),
-    "hold": _operation("hold"),
-    "release": _operation("release", cancels="hold"),
-    "bounce": _operation("bounce"),
-    "drop": _operation("drop"),
+    name: Operation(name, _takes(name), state, pending=name)
+    for name, state in PENDING_STATES.items()
 }
+OPERATIONS["release"] = Operation("release", _takes("release"), State.QUEUED, cancels="hold")
 # A route is chosen when a message is accepted. This chooses again, with the routes of today.
 REROUTE = Operation("reroute", (State.QUEUED, State.DEFERRED, State.HELD), State.QUEUED)
 
 
 class QueueOperations:
-    """The operations of an operator on the queue. `notices`: BOUNCES is not off."""
+    """The operations of an operator on the queue. `sends_dsns`: BOUNCES is not off."""
 
-    def __init__(self, engine: Engine, *, notices: bool) -> None:
+    def __init__(self, engine: Engine, *, sends_dsns: bool) -> None:
         self._engine = engine
-        self._queries = Queries(engine, __name__, notices=notices)
-        self._splitter = Splitter(engine, notices=notices)
+        self._queries = Queries(engine, __name__, sends_dsns=sends_dsns)
+        self._splitter = Splitter(engine, sends_dsns=sends_dsns)
 
-    def matching(self, operation: Operation, wanted: Filter) -> Counter[str]:
+    def matching(self, operation: Operation, filter_: Filter) -> Counter[str]:
         """How many deliveries the operation would change, by state. It changes nothing."""
-        where, parameters = self._condition(operation, wanted)
+        where, parameters = self._condition(operation, filter_)
         sql = f"SELECT d.state, count(*) FROM deliveries d WHERE {where} GROUP BY d.state"
         with reading(self._engine) as connection:
             return Counter(dict(connection.execute(text(sql), parameters).all()))
 
-    def touched(
-        self, operation: Operation, wanted: Filter, *, limit: int | None = None
+    def matching_rows(
+        self, operation: Operation, filter_: Filter, *, limit: int | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Rows of `mail_history` that the operation would touch, all recipients of a delivery among
-        them; streamed.
+        """Rows of `mail_history` that the operation would change, with all recipients of each
+        delivery; streamed.
 
         `limit`: those of the oldest so many deliveries.
         """
-        where, parameters = self._condition(operation, wanted)
+        where, parameters = self._condition(operation, filter_)
         if limit is not None:
             parameters["limit"] = limit
             where = f"""(d.queue_id, d.number) IN (SELECT d.queue_id, d.number FROM deliveries d
@@ -102,9 +96,15 @@ class QueueOperations:
         )
 
     def apply(
-        self, operation: Operation, wanted: Filter, *, actor: str, reason: str,
-        route_for: Callable[[str], str] | None = None, limit: int | None = None,
-    ) -> tuple[Counter[str], list[str]]:  # fmt: skip
+        self,
+        operation: Operation,
+        filter_: Filter,
+        *,
+        actor: str,
+        reason: str,
+        route_for: Callable[[str], str] | None = None,
+        limit: int | None = None,
+    ) -> tuple[Counter[str], list[str]]:
         """Change the deliveries; their number by the state before, and the ids of messages whose
         body can be deleted.
 
@@ -113,21 +113,27 @@ class QueueOperations:
         """
         chunks = list(
             self.in_chunks(
-                operation, wanted, actor=actor, reason=reason, route_for=route_for, limit=limit
+                operation, filter_, actor=actor, reason=reason, route_for=route_for, limit=limit
             )
         )
-        touched = sum((counts for counts, _ in chunks), Counter[str]())
-        return touched, [queue_id for _, ids in chunks for queue_id in ids]
+        changed = sum((counts for counts, _ in chunks), Counter[str]())
+        return changed, [queue_id for _, ids in chunks for queue_id in ids]
 
     def in_chunks(
-        self, operation: Operation, wanted: Filter, *, actor: str, reason: str,
-        route_for: Callable[[str], str] | None = None, limit: int | None = None,
-    ) -> Iterator[tuple[Counter[str], list[str]]]:  # fmt: skip
+        self,
+        operation: Operation,
+        filter_: Filter,
+        *,
+        actor: str,
+        reason: str,
+        route_for: Callable[[str], str] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[tuple[Counter[str], list[str]]]:
         """Change the deliveries as `apply` does, chunk by chunk; the result of each after its
         COMMIT."""
-        where, parameters = self._condition(operation, wanted)
+        where, parameters = self._condition(operation, filter_)
         why = _reason(operation, actor, reason)
-        shown = wanted.shown() if limit is None else f"{wanted.shown()} --limit {limit}".lstrip()
+        shown = filter_.shown() if limit is None else f"{filter_.shown()} --limit {limit}".lstrip()
         entry = AuditEntry(self._engine, actor, operation.name, reason, shown)
         parameters |= {"after": FIRST, "number": 0}
         left = sys.maxsize if limit is None else limit
@@ -207,21 +213,21 @@ class QueueOperations:
             if ways:
                 self._splitter.divide(connection, str(key), number, ways)
 
-    def _condition(self, operation: Operation, wanted: Filter) -> tuple[str, dict[str, Any]]:
+    def _condition(self, operation: Operation, filter_: Filter) -> tuple[str, dict[str, Any]]:
         """The condition for deliveries (as d) that a filter matches and the operation applies to.
 
-        What a filter matches is known at run time only, so this is put together here and does not
-        stand in a file.
+        A filter is known at run time only, so this is put together here and does not stand in a
+        file.
         """
-        where, parameters = wanted.where(self._engine.dialect.name)
-        takes = f"d.state IN ({words(operation.takes)})"
-        if operation.wanted:
+        where, parameters = filter_.where(self._engine.dialect.name)
+        takes = f"d.state IN ({literals(operation.takes)})"
+        if operation.pending:
             takes = f"({takes} OR d.state = 'sending')"
         elif operation.cancels:
-            asked = f"d.pending_operation = '{operation.cancels}'"
-            takes = f"({takes} OR d.state = 'sending' AND {asked})"
+            pending = f"d.pending_operation = '{operation.cancels}'"
+            takes = f"({takes} OR d.state = 'sending' AND {pending})"
         # Without it SQLite scans every delivery.
-        by_id = "AND d.queue_id = :id" if wanted.id is not None else ""
+        by_id = "AND d.queue_id = :id" if filter_.id is not None else ""
         return (
             f"""{takes} {by_id} AND EXISTS (SELECT 1 FROM mail_history h
             WHERE h.queue_uuid = d.queue_id AND h.delivery = d.number

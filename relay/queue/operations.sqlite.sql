@@ -1,5 +1,5 @@
--- Operations of an operator on SQLite. `:keys` names the deliveries of a chunk. What is being sent
--- gets or loses a pending operation and does not change otherwise.
+-- Operations of an operator on SQLite. `:keys` names the deliveries of a chunk. A delivery
+-- that is being sent only gets or loses a pending operation.
 
 -- name: retry
 UPDATE deliveries AS d SET pending_operation = 'retry', pending_reason = :why
@@ -50,7 +50,7 @@ UPDATE deliveries AS d
 SET state = 'bounced', finished_at = (SELECT now FROM clock),
     last_outcome = coalesce(d.last_outcome, 'rejected'), last_reply = :why,
     reason_source = 'operator',
-    due_at = CASE WHEN :notices AND (
+    due_at = CASE WHEN :sends_dsns AND (
         SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
         FROM messages m WHERE m.id = d.queue_id) THEN (SELECT now FROM clock) END
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
@@ -73,8 +73,8 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state IN ('queued', 'deferred', 'held');
 
 -- name: reroute
--- A route is chosen when a message is accepted. This comes before a choice among the routes of
--- today: what is not held is tried at once.
+-- A route is chosen when a message is accepted. This statement runs before a new choice among the
+-- routes of today: a delivery that is not held is tried at once.
 -- event: reroute
 UPDATE deliveries AS d
 SET state = 'queued', due_at = (SELECT now FROM clock), backoff_step = 0

@@ -8,7 +8,7 @@ because its body or its envelope cannot be. What must stay true: `Outcome(...)` 
 
 from enum import StrEnum
 
-NO_REQUEST = "no request can be made of it"
+NO_REQUEST = "QMQP cannot carry the envelope"
 """The reason of an envelope that cannot be sent begins with this text."""
 
 

@@ -2,8 +2,8 @@
 -- rows that another transaction has locked, or waits for them in key order.
 
 -- name: expired_leases
--- No lease is longer than half of what its worker gives itself for a claim. One that ends later was
--- written before the clock was set back.
+-- No lease is longer than half of the time that its worker has for a claim. A lease that ends later
+-- was written before the clock was set back.
 SELECT replace(CAST(id AS text), '-', '') AS worker, CAST(lease_expires_at AS text) AS until
 FROM workers
 WHERE ended_at IS NULL
@@ -12,7 +12,7 @@ WHERE ended_at IS NULL
 
 -- name: expire_worker
 -- Fails if the worker has renewed its lease since it was seen.
-UPDATE workers SET ended_at = now(), end_reason = 'vanished'
+UPDATE workers SET ended_at = now(), end_reason = 'expired'
 WHERE id = :worker AND ended_at IS NULL AND CAST(lease_expires_at AS text) = :until;
 
 -- name: sending_by_worker
@@ -28,7 +28,7 @@ ORDER BY queue_id, number
 FOR UPDATE;
 
 -- name: sending_unowned
--- What a worker was sending that has ended.
+-- Deliveries that are being sent by a worker that has ended.
 SELECT queue_id, number FROM deliveries d
 WHERE state = 'sending'
     AND EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)
@@ -65,7 +65,7 @@ SET state = x.final,
         WHEN x.final = 'deferred'
             THEN now() + :delay * (1 + :jitter * random()) * interval '1 second'
         WHEN x.final = 'queued' THEN now() + :grace * interval '1 second'
-        WHEN x.final IN ('bounced', 'expired') AND :notices AND (
+        WHEN x.final IN ('bounced', 'expired') AND :sends_dsns AND (
             SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
             FROM messages m WHERE m.id = d.queue_id) THEN now() END,
     finished_at = CASE WHEN x.final IN ('bounced', 'expired', 'dropped') THEN now() END,
@@ -122,7 +122,7 @@ UPDATE deliveries d SET due_at = now()
 FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number;
 
 -- name: bring_near_sending
--- What is being sent gets the time of a new claim, because its worker may live.
+-- A delivery that is being sent gets the time of a new claim, because its worker may live.
 WITH p AS MATERIALIZED (
     SELECT queue_id, number FROM deliveries
     WHERE state = 'sending' AND due_at > now() + (:far + :slack) * interval '1 second'
@@ -149,12 +149,12 @@ WITH w AS MATERIALIZED (
     LIMIT (
         SELECT :most - count(*) FROM (
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route
-                AND due_at <= now()
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0
+                AND route = :route AND due_at <= now()
             UNION ALL
             SELECT 1 FROM deliveries
-            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1 AND route = :route
-                AND due_at <= now()
+            WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 1
+                AND route = :route AND due_at <= now()
             LIMIT :most) AS overdue)
     FOR UPDATE SKIP LOCKED
 ), p AS MATERIALIZED (

@@ -1,4 +1,5 @@
-"""What a sweeper does to the queue: wake what is due, and end what expired workers were sending.
+"""The operations of a sweeper: requeue due deliveries, and make the deliveries of expired
+workers uncertain.
 
 Workers sweep side by side: each takes rows that are not locked, in bounded batches, longest due
 first. A worker is expired when a sweeper has seen the same lease run out for long enough by its own
@@ -19,14 +20,15 @@ from sqlalchemy import Connection, Engine
 from relay.db.engine import reading, writing
 from relay.db.sql import Queries
 from relay.ids import dashed
+from relay.queue.audit import keys_of
 from relay.queue.claim import longest_claim
 from relay.settings import WorkerSettings
 
 JITTER = 0.5  # a retry of an uncertain delivery waits longer by up to this share
 SLACK = 60.0  # seconds that slow statements and commits may add to a wait
-# The statements that find lost deliveries, and what their attempts say.
+# The statements that find lost deliveries, and the replies of their attempts.
 _LOST = {
-    "sending_by_worker": "the worker vanished while it was sending",
+    "sending_by_worker": "the lease of the worker expired while it was sending",
     "sending_too_long": "the transfer took longer than any session may",
     "sending_unowned": "the worker stopped while it was sending",
 }
@@ -42,7 +44,7 @@ class Rescuer:
             engine,
             __name__,
             grace=settings.grace,
-            notices=settings.bounces == "dsn",
+            sends_dsns=settings.bounces == "dsn",
             delay=settings.uncertain_delay,
             jitter=JITTER,
             hold=settings.uncertain == "hold",
@@ -68,7 +70,7 @@ class Rescuer:
         until: str,
         note: Callable[[Connection, Sequence[Any]], object] | None = None,
     ) -> int | None:
-        """End a worker and make what it was sending `uncertain`; None if it renewed its lease.
+        """End a worker and make its deliveries `uncertain`; None if it renewed its lease.
 
         `note` is called in the same transaction, with the keys of the deliveries.
         """
@@ -90,12 +92,12 @@ class Rescuer:
             return len(self._rescue(connection, "sending_too_long"))
 
     def rescue_unowned(self) -> int:
-        """Make `uncertain` what a worker was sending that has ended; the number of deliveries."""
+        """Make deliveries of ended workers `uncertain`; the number of deliveries."""
         with writing(self._engine) as connection:
             return len(self._rescue(connection, "sending_unowned"))
 
     def publish_open_circuits(self, worker: str, circuits: Mapping[str, str]) -> None:
-        """Publish the open circuits of a worker, by server, with their reasons (`server_health`)."""
+        """Publish the open circuits of a worker: the reason by server (`server_health`)."""
         self._publish("publish_open_circuits", worker, circuits=json.dumps(dict(circuits)))
 
     def publish_routes(self, worker: str, routes: Mapping[str, Sequence[str]]) -> None:
@@ -116,29 +118,29 @@ class Rescuer:
             return sorted(waiting.difference(known, *map(json.loads, others)))
 
     def bring_near(self, limit: int, longest: float, routes: Sequence[str]) -> int:
-        """Make due what was written before the clock was set back; the number of deliveries.
+        """Make rows due that were written before the clock was set back; the number of deliveries.
 
         `longest`: the most seconds that a deferred delivery waits. `routes`: those whose queued
-        mail is looked at, by name, because their index leads with it.
+        mail is checked, by name, because their index leads with it.
         """
-        given = {"most": limit, "longest": longest, "routes": json.dumps(list(routes))}
+        parameters = {"most": limit, "longest": longest, "routes": json.dumps(list(routes))}
         with writing(self._engine) as connection:
             return sum(
-                self._queries.run(connection, name, **given).rowcount for name in _BRING_NEAR
+                self._queries.run(connection, name, **parameters).rowcount for name in _BRING_NEAR
             )
 
     def waiting(self, routes: Iterable[str]) -> list[str]:
         """Those of the routes that deferred mail waits for."""
         with reading(self._engine) as connection:
-            given = json.dumps(list(routes))
-            return list(self._queries.run(connection, "waiting_routes", routes=given).scalars())
+            listed = json.dumps(list(routes))
+            return list(self._queries.run(connection, "waiting_routes", routes=listed).scalars())
 
     def wake(self, route: str, most: int) -> int:
         """Make mail that waits for a route `queued` and overdue, so that any worker with a free
         connection takes it; how many deliveries that were.
 
         `most` is how much of the route may be overdue at a time: mail becomes due as connections
-        take it, and what the server does not get stays deferred.
+        take it, and mail that the server does not get stays deferred.
         """
         with writing(self._engine) as connection:
             return len(self._queries.run(connection, "wake", route=route, most=most).all())
@@ -153,15 +155,14 @@ class Rescuer:
         return by_route
 
     def mark_uncertain(self, connection: Connection, keys: str, why: str) -> None:
-        """Make deliveries in flight `uncertain`; `keys` is JSON: a list of queue_id and number."""
+        """Make deliveries in flight `uncertain`; `keys`: JSON, a list of queue_id and number."""
         self._queries.run(connection, "mark_uncertain", keys=keys, why=why)
 
     def _rescue(self, connection: Connection, which: str, **parameters: Any) -> Sequence[Any]:
-        """Make `uncertain` what a statement of `_LOST` finds and locks; its rows, which are keys."""
+        """Make the deliveries `uncertain` that a statement of `_LOST` locks; their keys."""
         lost: Sequence[Any] = self._queries.run(connection, which, **parameters).all()
         if lost:
-            keys = [{"queue_id": str(queue_id), "number": number} for queue_id, number in lost]
-            self.mark_uncertain(connection, json.dumps(keys), _LOST[which])
+            self.mark_uncertain(connection, keys_of(lost), _LOST[which])
         return lost
 
     def _publish(self, name: str, worker: str, **parameters: str) -> None:

@@ -3,8 +3,8 @@
 -- would choose another.
 
 -- name: expired_leases
--- No lease is longer than half of what its worker gives itself for a claim. One that ends later was
--- written before the clock was set back.
+-- No lease is longer than half of the time that its worker has for a claim. A lease that ends later
+-- was written before the clock was set back.
 SELECT replace(id, '-', '') AS worker, CAST(lease_expires_at AS text) AS until
 FROM workers
 WHERE ended_at IS NULL
@@ -13,7 +13,7 @@ WHERE ended_at IS NULL
 
 -- name: expire_worker
 -- Fails if the worker has renewed its lease since it was seen.
-UPDATE workers SET ended_at = (SELECT now FROM clock), end_reason = 'vanished'
+UPDATE workers SET ended_at = (SELECT now FROM clock), end_reason = 'expired'
 WHERE id = :worker AND ended_at IS NULL AND CAST(lease_expires_at AS text) = :until;
 
 -- name: sending_by_worker
@@ -27,7 +27,7 @@ WHERE state = 'sending' AND due_at <= (SELECT now FROM clock)
 ORDER BY queue_id, number;
 
 -- name: sending_unowned
--- What a worker was sending that has ended.
+-- Deliveries that are being sent by a worker that has ended.
 SELECT queue_id, number FROM deliveries AS d INDEXED BY deliveries_sending
 WHERE state = 'sending'
     AND EXISTS (SELECT 1 FROM workers w WHERE w.id = d.worker AND w.ended_at IS NOT NULL)
@@ -51,7 +51,7 @@ SET state = x.final,
         WHEN x.final = 'deferred' THEN (SELECT now FROM clock)
             + CAST(:delay * (1000000 + :jitter * abs(random() % 1000000)) AS INTEGER)
         WHEN x.final = 'queued' THEN (SELECT now FROM clock) + CAST(:grace * 1000000 AS INTEGER)
-        WHEN x.final IN ('bounced', 'expired') AND :notices AND (
+        WHEN x.final IN ('bounced', 'expired') AND :sends_dsns AND (
             SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
             FROM messages m WHERE m.id = deliveries.queue_id) THEN (SELECT now FROM clock) END,
     finished_at = CASE WHEN x.final IN ('bounced', 'expired', 'dropped')
@@ -118,7 +118,7 @@ WHERE (queue_id, number) IN (
     LIMIT :most);
 
 -- name: bring_near_sending
--- What is being sent gets the time of a new claim, because its worker may live.
+-- A delivery that is being sent gets the time of a new claim, because its worker may live.
 UPDATE deliveries SET due_at = (SELECT now FROM clock) + CAST(:far * 1000000 AS INTEGER)
 WHERE (queue_id, number) IN (
     SELECT queue_id, number FROM deliveries

@@ -1,5 +1,5 @@
--- Bisection on PostgreSQL. `:id` is the message, `:number` the delivery that is cut; the caller has
--- locked it.
+-- Bisection on PostgreSQL. `:id` is the message, `:number` the delivery that is split; the caller
+-- has locked it.
 
 -- name: recipients
 SELECT position, address FROM recipients
@@ -11,12 +11,12 @@ WHERE queue_id = :id AND delivery = :number ORDER BY position;
 SELECT d.parent,
     (SELECT p.parent FROM deliveries p WHERE p.queue_id = d.queue_id AND p.number = d.parent)
         AS grandparent,
-    (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id) AS pieces,
+    (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id) AS parts,
     (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id AND o.parent IS NULL)
         + 2 * d.number - 1 AS first_child
 FROM deliveries d WHERE d.queue_id = :id AND d.number = :number;
 
--- name: sibling_refused_alike
+-- name: sibling_rejected_alike
 -- Two routes are two servers, which may use the same text.
 SELECT s.number FROM deliveries d
 JOIN deliveries s ON s.queue_id = d.queue_id AND s.parent = d.parent AND s.number <> d.number
@@ -55,8 +55,8 @@ SELECT d.queue_id, :child, d.number, :route, d.state, d.due_at, d.expires_at, d.
         SELECT 1 FROM recipients r WHERE r.queue_id = d.queue_id AND r.delivery = :child
         AND (r.notify IS NULL OR upper(r.notify) LIKE '%DELAY%')) THEN d.warn_at END
 FROM deliveries d WHERE d.queue_id = :id AND d.number = :number;
-INSERT INTO audit_deliveries (queue_id, delivery, action)
-SELECT queue_id, :child, action FROM audit_deliveries WHERE queue_id = :id AND delivery = :number
+INSERT INTO audit_deliveries (queue_id, delivery, audit_id)
+SELECT queue_id, :child, audit_id FROM audit_deliveries WHERE queue_id = :id AND delivery = :number
 ON CONFLICT DO NOTHING;
 
 -- name: set_route
@@ -87,8 +87,8 @@ SET state = 'delivered', due_at = NULL, finished_at = now(), worker = NULL,
 FROM p WHERE d.queue_id = :id AND d.number = p.number;
 
 -- name: bounce_descendants
--- A worker that has locked one of them sends it, or has sent it: that costs one send.
--- event: sibling refused
+-- A part that a worker has locked is sent all the same.
+-- event: sibling rejected
 WITH p AS MATERIALIZED (
     SELECT number FROM deliveries
     WHERE queue_id = :id AND state IN ('queued', 'deferred') AND number IN (
@@ -102,7 +102,7 @@ WITH p AS MATERIALIZED (
 UPDATE deliveries d
 SET state = 'bounced', finished_at = now(), last_outcome = 'rejected', last_reply = :reply,
     reason_source = 'server',
-    due_at = CASE WHEN :notices AND (
+    due_at = CASE WHEN :sends_dsns AND (
         SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
         FROM messages m WHERE m.id = d.queue_id) THEN now() END
 FROM p WHERE d.queue_id = :id AND d.number = p.number;

@@ -1,5 +1,5 @@
--- Bisection on SQLite. `:id` is the message, `:number` the delivery that is cut; the transaction is
--- the only writer.
+-- Bisection on SQLite. `:id` is the message, `:number` the delivery that is split; the transaction
+-- is the only writer.
 
 -- name: recipients
 SELECT position, address FROM recipients
@@ -11,12 +11,12 @@ WHERE queue_id = :id AND delivery = :number ORDER BY position;
 SELECT d.parent,
     (SELECT p.parent FROM deliveries p WHERE p.queue_id = d.queue_id AND p.number = d.parent)
         AS grandparent,
-    (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id) AS pieces,
+    (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id) AS parts,
     (SELECT count(*) FROM deliveries o WHERE o.queue_id = d.queue_id AND o.parent IS NULL)
         + 2 * d.number - 1 AS first_child
 FROM deliveries d WHERE d.queue_id = :id AND d.number = :number;
 
--- name: sibling_refused_alike
+-- name: sibling_rejected_alike
 -- Two routes are two servers, which may use the same text.
 SELECT s.number FROM deliveries d
 JOIN deliveries s ON s.queue_id = d.queue_id AND s.parent = d.parent AND s.number <> d.number
@@ -54,8 +54,8 @@ SELECT d.queue_id, :child, d.number, :route, d.state, d.due_at, d.expires_at, d.
         SELECT 1 FROM recipients r WHERE r.queue_id = d.queue_id AND r.delivery = :child
         AND (r.notify IS NULL OR upper(r.notify) LIKE '%DELAY%')) THEN d.warn_at END
 FROM deliveries d WHERE d.queue_id = :id AND d.number = :number;
-INSERT INTO audit_deliveries (queue_id, delivery, action)
-SELECT queue_id, :child, action FROM audit_deliveries WHERE queue_id = :id AND delivery = :number
+INSERT INTO audit_deliveries (queue_id, delivery, audit_id)
+SELECT queue_id, :child, audit_id FROM audit_deliveries WHERE queue_id = :id AND delivery = :number
 ON CONFLICT DO NOTHING;
 
 -- name: set_route
@@ -81,11 +81,11 @@ WHERE queue_id = :id AND state NOT IN ('delivered', 'split') AND number IN (
     SELECT number FROM line);
 
 -- name: bounce_descendants
--- event: sibling refused
+-- event: sibling rejected
 UPDATE deliveries
 SET state = 'bounced', finished_at = (SELECT now FROM clock), last_outcome = 'rejected',
     last_reply = :reply, reason_source = 'server',
-    due_at = CASE WHEN :notices AND (
+    due_at = CASE WHEN :sends_dsns AND (
         SELECT m.sender NOT IN ('', '#@[]') OR m.dsn_content IS NOT NULL
         FROM messages m WHERE m.id = :id) THEN (SELECT now FROM clock) END
 WHERE queue_id = :id AND state IN ('queued', 'deferred') AND number IN (

@@ -36,7 +36,7 @@ class Wait(Enum):
 
     NONE = auto()
     BACKOFF = auto()  # longer every time
-    SERVER = auto()  # for a server; the mail is not at fault, so it never grows
+    SERVER = auto()  # for a server; it never grows, because the cause is not the mail
     UNCERTAIN = auto()  # long enough for a duplicate to be seen downstream
 
 
@@ -45,7 +45,7 @@ class ReasonSource(StrEnum):
 
     SERVER = "server"
     RELAY = "relay"
-    OPERATOR = "operator"
+    OPERATOR = "operator"  # an operator, or a command that an operator ran
 
 
 class Transition(NamedTuple):
@@ -60,7 +60,15 @@ UNFINISHED = (State.QUEUED, State.SENDING, State.DEFERRED, State.HELD)
 FINAL = (State.DELIVERED, State.BOUNCED, State.EXPIRED, State.DROPPED)
 _WAITING = (State.QUEUED, State.DEFERRED, State.HELD)
 
-# The next state of a delivery after an attempt, and what the wait depends on.
+# The state after an operation: the event of a delivery that waits, or the pending
+# operation of one that is being sent. A release only ends a pending hold.
+PENDING_STATES = {
+    "retry": State.QUEUED,
+    "hold": State.HELD,
+    "bounce": State.BOUNCED,
+    "drop": State.DROPPED,
+}
+# The next state of a delivery after an attempt, and the kind of its wait.
 OUTCOME_POLICY: dict[Outcome, tuple[State, Wait]] = {
     Outcome.DELIVERED: (State.DELIVERED, Wait.NONE),
     Outcome.DEFERRED: (State.DEFERRED, Wait.BACKOFF),
@@ -81,7 +89,7 @@ TRANSITIONS = tuple(
         # A worker claims a delivery, or gives back a claim that it may not know of.
         ("claimed", (State.QUEUED,), (State.SENDING,)),
         ("claim returned", (State.SENDING,), (State.QUEUED,)),
-        # A worker records what became of its claim.
+        # A worker records the outcome of its claim.
         (
             "completed",
             (State.SENDING,),
@@ -95,11 +103,11 @@ TRANSITIONS = tuple(
                 State.SPLIT,
             ),
         ),
-        # An operator asked for it while the delivery was being sent.
+        # An operator requested it while the delivery was being sent.
         (
             "pending operation",
             (State.SENDING,),
-            (State.QUEUED, State.HELD, State.DROPPED, State.BOUNCED),
+            tuple(PENDING_STATES.values()),
         ),
         # The worker died, or its transfer took too long.
         (
@@ -107,25 +115,27 @@ TRANSITIONS = tuple(
             (State.SENDING,),
             (State.DEFERRED, State.HELD, State.EXPIRED),
         ),
-        # A refused delivery is cut: the children are inserted in the same transaction. What cannot
-        # be cut bounces there, and so does what is left of a sibling that was refused alike.
+        # A rejected delivery is split: the children are inserted in the same transaction. A
+        # delivery that cannot be split bounces there, and so do the remaining parts of a sibling
+        # that was rejected with the same text.
         ("child inserted", (None,), (State.QUEUED,)),
-        ("cut refused", (State.SPLIT,), (State.BOUNCED,)),
-        ("sibling refused", (State.QUEUED, State.DEFERRED), (State.BOUNCED,)),
-        # A sweeper wakes what is due, or what waits for a route that works again.
+        ("split rejected", (State.SPLIT,), (State.BOUNCED,)),
+        ("sibling rejected", (State.QUEUED, State.DEFERRED), (State.BOUNCED,)),
+        # A sweeper requeues due deliveries, and deliveries that wait for a route that works again.
         ("due", (State.DEFERRED,), (State.QUEUED,)),
         ("route available", (State.DEFERRED,), (State.QUEUED,)),
-        # A server refused the relay, not the mail.
+        # A server did not authorize the relay; the D was not about the mail.
         ("reclassified", (State.BOUNCED,), (State.DEFERRED,)),
-        # An operator changes what is not being sent.
-        ("retry", (State.DEFERRED,), (State.QUEUED,)),
-        ("hold", (State.QUEUED, State.DEFERRED), (State.HELD,)),
+        # An operator changes a delivery that is not being sent.
+        ("retry", (State.DEFERRED,), (PENDING_STATES["retry"],)),
+        ("hold", (State.QUEUED, State.DEFERRED), (PENDING_STATES["hold"],)),
         ("release", (State.HELD,), (State.QUEUED,)),
-        ("bounce", _WAITING, (State.BOUNCED,)),
-        ("drop", _WAITING, (State.DROPPED,)),
+        ("bounce", _WAITING, (PENDING_STATES["bounce"],)),
+        ("drop", _WAITING, (PENDING_STATES["drop"],)),
         ("reroute", (State.DEFERRED,), (State.QUEUED,)),
-        ("divided by route", _WAITING, (State.SPLIT,)),
-        ("divided by route", (None,), _WAITING),
+        # A rerouted delivery is queued or held before it is divided.
+        ("divided by route", (State.QUEUED, State.HELD), (State.SPLIT,)),
+        ("divided by route", (None,), (State.QUEUED, State.HELD)),
         ("fsck", (State.QUEUED, State.DEFERRED), (State.HELD,)),
         ("fsck", (None,), (State.HELD,)),
     )

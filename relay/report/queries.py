@@ -279,13 +279,13 @@ class QueueReader(Reader):
         """The DSNs about a message, oldest first."""
         return [DsnRow(**row) for row in self.read("dsns", id=dashed(queue_id))]
 
-    def actions_on(self, queue_id: str) -> list[Row]:
-        """The actions of operators on a message, oldest first: `delivery`, `acted_at`, `actor`,
-        `verb`, `reason`, `filter`.
+    def operations_on(self, queue_id: str) -> list[Row]:
+        """The operations on a message, oldest first: `delivery`, `acted_at`, `actor`,
+        `operation`, `reason`, `filter`.
 
-        Actions on its routes and servers while it was unfinished have no `delivery`.
+        Operations on its routes and servers while it was unfinished have no `delivery`.
         """
-        return self.read("actions", id=dashed(queue_id))
+        return self.read("operations", id=dashed(queue_id))
 
     def spool_id(self) -> str | None:
         """The identity of the spool in this database; None before smtpd or a worker has run."""

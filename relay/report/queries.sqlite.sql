@@ -71,8 +71,8 @@ JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
 WHERE m.id = :id AND n.dsn_of = m.id
 ORDER BY n.id;
 
--- name: actions
--- The actions of operators on the deliveries of a message, and those on its routes and servers
+-- name: operations
+-- The operations on the deliveries of a message, and those on its routes and servers
 -- while it was unfinished, which have no delivery.
 WITH d AS (
     SELECT route, state, finished_at FROM deliveries WHERE queue_id = :id
@@ -83,12 +83,13 @@ WITH d AS (
 ), x AS (
     SELECT t.delivery, a.*
     FROM audit_deliveries t
-    JOIN audit a ON a.id = t.action
+    JOIN audit a ON a.id = t.audit_id
     WHERE t.queue_id = :id
     UNION ALL
     SELECT NULL, a.*
     FROM audit a
-    WHERE a.verb IN (SELECT 'pause ' || subject FROM s UNION SELECT 'resume ' || subject FROM s)
+    WHERE a.operation IN (
+              SELECT 'pause ' || subject FROM s UNION SELECT 'resume ' || subject FROM s)
       AND a.at > (SELECT received_at FROM messages WHERE id = :id)
       AND a.at < (
           SELECT max(CASE WHEN state IN ('queued', 'sending', 'deferred', 'held')
@@ -96,7 +97,7 @@ WITH d AS (
           FROM d
       )
 )
-SELECT delivery, at AS acted_at, actor, verb, reason, filter FROM x ORDER BY at, id, delivery;
+SELECT delivery, at AS acted_at, actor, operation, reason, filter FROM x ORDER BY at, id, delivery;
 
 -- name: spool_id
 SELECT replace(id, '-', '') AS id FROM spool;

@@ -2,9 +2,8 @@
 
 A crash between an outcome and the removal of its body leaves the first kind. A crash before the
 COMMIT that inserts a message, or the loss of its rows, leaves the second. The cleaner and `fsck`
-use one scanner for both. An age is the smaller of two, by the database's clock and by the file
-system's: either clock may have been set, and the clock of this process may be that of a machine
-that wrote none of the files.
+use one scanner for both. Two clocks measure an age, the database's and the file system's, and the
+smaller age counts, because either clock may be wrong. The clock of this process is not used.
 
 What must stay true: each file is checked again before it is touched; a file without a row is never
 removed but moved to `orphans/`. `newer_row_exists` is False in a database that was restored from a

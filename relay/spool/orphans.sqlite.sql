@@ -2,7 +2,7 @@
 
 -- name: file_states
 -- For each id: whether any row has it, and whether the body may be deleted. A worker removes the
--- body of what it finished within `:grace` seconds.
+-- body of a message that it finished within `:grace` seconds.
 SELECT replace(x.queue_id, '-', '') AS queue_id,
     EXISTS (SELECT 1 FROM messages m WHERE m.id = x.queue_id)
     OR EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = x.queue_id)

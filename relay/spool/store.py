@@ -1,4 +1,4 @@
-"""The spool: one file for each message body, exactly the bytes that QMQP carries, lines ending in LF.
+"""The spool: one file for each message body, with the bytes that QMQP carries (LF line ends).
 
 A file is named by the queue id and stands in a directory that is named by the id's first eight hex
 digits, so that the arrivals of about a minute share one. The spool's identity stands in `spool-id`
@@ -6,8 +6,8 @@ and in the table `spool`; a worker that finds another identity stops, because ev
 lost. All calls work relative to a descriptor of the directory, because a path whose file system was
 unmounted names the bare mount point.
 
-What must stay true: a body that returned from `store` or `finish` survives a power cut; one that
-failed leaves nothing behind; a synced file is never changed.
+What must stay true: a body that returned from `store` or `finish` survives a power failure; one
+that failed leaves nothing behind; a synced file is never changed.
 """
 
 import errno
@@ -43,15 +43,7 @@ class SpoolError(Exception):
 
 
 class BodyUnsendable(Exception):
-    """The body can never be sent as it is."""
-
-
-class BodyMissing(BodyUnsendable):
-    """There is no file."""
-
-
-class BodyWrongSize(BodyUnsendable):
-    """The file's size is not that of the row."""
+    """The body can never be sent as it is: the file is missing, or has not the size of the row."""
 
 
 @contextmanager
@@ -301,8 +293,8 @@ class Spool:
             if actual == size:
                 return handle
             os.close(handle)
-            raise BodyWrongSize(f"the body file has {actual} bytes, not {size}")
-        raise BodyMissing(f"no body file {queue_id}")
+            raise BodyUnsendable(f"the body file has {actual} bytes, not {size}")
+        raise BodyUnsendable(f"no body file {queue_id}")
 
     def _names(self, queue_id: str) -> tuple[str, str]:
         """The possible names of a body: its row may have appeared after its file was moved to
@@ -409,7 +401,7 @@ class Spool:
             raise SpoolError(f"{setting} is not writable by this user")
         if not unsafe and (kind := file_system(self.directory)) in _VOLATILE:
             raise SpoolError(
-                f"{setting} is on {kind}, which loses mail at a power cut;"
+                f"{setting} is on {kind}, which loses mail at a power failure;"
                 " choose a disk, or set RELAY_UNSAFE_DURABILITY=1 for a test"
             )
 

@@ -50,7 +50,7 @@ class Scenario:
 
 def scenario(queue: QueueHarness, spool: Spool) -> Scenario:
     """Create it in an empty queue."""
-    created, operations = Scenario(), QueueOperations(queue.database, notices=True)
+    created, operations = Scenario(), QueueOperations(queue.database, sends_dsns=True)
     numbers = iter(range(1, 100))
 
     def accept(*addresses: str, **more: object) -> str:

@@ -147,7 +147,7 @@ def scene(
 def until_expired(relay: Installation, pid: int) -> float:
     """Wait until the worker of that process is expired; the seconds since its last renewal."""
     sql = """SELECT @micros(ended_at) - @micros(lease_expires_at) FROM workers WHERE pid = :pid
-        AND end_reason = 'vanished'"""
+        AND end_reason = 'expired'"""
     late = until(lambda: relay.rows(sql, pid=pid), 30, what=relay.log_text)[0][0]
     return float(late) / 1_000_000 + LEASE
 

@@ -117,8 +117,8 @@ def test_timeline_shows_operations(
     did(queue, "release", "", 600, (mine, 2))
     did(queue, "drop", "not ours", 500, (other, 1))
     did(queue, "pause server:qmqp.example.net:628", "it was tried there", 400)
-    found = QueueReader(queue.database).actions_on(mine)
-    assert [(row["verb"], row["delivery"]) for row in found] == [
+    found = QueueReader(queue.database).operations_on(mine)
+    assert [(row["operation"], row["delivery"]) for row in found] == [
         ("hold", 1),
         ("hold", 2),
         ("pause route:other", None),
@@ -130,7 +130,7 @@ def test_timeline_shows_operations(
         "delivery": 1,
         "acted_at": None,
         "actor": "ops@mx-1",
-        "verb": "hold",
+        "operation": "hold",
         "reason": "the customer <b>asked</b>",
         "filter": "--sender x",
     }
@@ -156,7 +156,7 @@ def test_timeline_shows_operations(
         " queue_id = @id(:id)",
         id=mine,
     )
-    assert [row["verb"] for row in QueueReader(queue.database).actions_on(mine)][-2:] == [
+    assert [row["operation"] for row in QueueReader(queue.database).operations_on(mine)][-2:] == [
         "resume route:other",
         "release",
     ]

@@ -106,13 +106,13 @@ class QueueHarness:
         self,
         *ids: str,
         worker: str = "",
-        room: Mapping[str, int] = PLENTY,
+        capacity: Mapping[str, int] = PLENTY,
         worker_queue: WorkerQueue | None = None,
     ) -> list[Claim]:
-        """Claim deliveries of these messages, or overdue ones without any; `room`: at most so many
-        of each route."""
+        """Claim deliveries of these messages, or overdue ones without any; at most `capacity` of
+        each route."""
         (claims,) = (worker_queue or self.worker_queue).commit(
-            [ClaimRequest(worker or self.worker, list(ids) or None, room)]
+            [ClaimRequest(worker or self.worker, list(ids) or None, capacity)]
         )
         assert isinstance(claims, list)
         return claims
@@ -127,7 +127,7 @@ class QueueHarness:
             "reply": attempt.reply,
             "server": attempt.server,
             "delay": 30.0,
-            "tries": [attempt],
+            "attempts": [attempt],
         }
         fence = (worker or self.worker, claim.queue_id, claim.number, claim.claim)
         return Completion(*fence, outcome=outcome, **(values | more))

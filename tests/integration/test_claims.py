@@ -96,14 +96,14 @@ def test_capacity_is_per_route(queue: QueueHarness) -> None:
     ids = [
         queue.accept("bulk:x@example.org", "y@example.org", "bulk:z@example.org") for _ in range(5)
     ]
-    claims = queue.claim(*ids, room={"bulk": 3, "default": 2, "full": 0, "other": 9})
+    claims = queue.claim(*ids, capacity={"bulk": 3, "default": 2, "full": 0, "other": 9})
     assert Counter(claim.route for claim in claims) == {"bulk": 3, "default": 2}
     assert {claim.recipients for claim in claims} == {
         ("x@example.org", "z@example.org"),
         ("y@example.org",),
     }
-    assert queue.claim(*ids, room={}) == []
-    assert len(queue.claim(*ids, room={"bulk": 99, "default": 99})) == 5
+    assert queue.claim(*ids, capacity={}) == []
+    assert len(queue.claim(*ids, capacity={"bulk": 99, "default": 99})) == 5
 
 
 def test_overdue_means_a_lost_hint_and_the_longest_due_come_first(queue: QueueHarness) -> None:
@@ -111,21 +111,21 @@ def test_overdue_means_a_lost_hint_and_the_longest_due_come_first(queue: QueueHa
     assert queue.claim() == [], "their hints may still come"
     for n, queue_id in enumerate(ids):
         queue.pass_time(10 + n, only=[queue_id])
-    assert {claim.queue_id for claim in queue.claim(room={"default": 2})} == {ids[3], ids[2]}
+    assert {claim.queue_id for claim in queue.claim(capacity={"default": 2})} == {ids[3], ids[2]}
     assert {claim.queue_id for claim in queue.claim()} == {ids[1], ids[0]}
 
 
 def test_everything_is_claimed_once_by_concurrent_workers(queue: QueueHarness) -> None:
     ids = [queue.accept("x@example.org", "bulk:y@example.org") for _ in range(40)]
     queue.pass_time(10, only=ids[::2])
-    room = {"default": 7, "bulk": 3}
+    capacity = {"default": 7, "bulk": 3}
 
     def work(_: int) -> list[Claim]:
         worker_queue, worker = queue.another_worker_queue(), queue.register_worker()
         claims: list[Claim] = []
         while True:
             round_: list[CommandResult] = worker_queue.commit(
-                [ClaimRequest(worker, ids, room), ClaimRequest(worker, None, room)]
+                [ClaimRequest(worker, ids, capacity), ClaimRequest(worker, None, capacity)]
             )
             new = [claim for result in round_ if isinstance(result, list) for claim in result]
             if not new and not queue.rows("SELECT 1 FROM deliveries WHERE state = 'queued'"):
@@ -315,7 +315,7 @@ def test_a_late_k_of_a_split_delivery_counts_for_all_its_recipients(
     assert (
         queue.complete(half, Outcome.REJECTED, worker=other, state=State.SPLIT).state is State.SPLIT
     )
-    (kept,) = queue.claim(queue_id, room={"default": 1})
+    (kept,) = queue.claim(queue_id, capacity={"default": 1})
     assert queue.complete(first, Outcome.DELIVERED).state is State.DELIVERED
     assert sorted(row["state"] for row in queue.rows("SELECT state FROM deliveries")) == [
         "delivered"
@@ -329,7 +329,7 @@ def test_a_completion_without_the_claim_changes_nothing(queue: QueueHarness) -> 
     for outcome in NOT_K:
         queue_id = queue.accept()
         (old,) = queue.claim(queue_id)
-        queue.complete(old, Outcome.INTERRUPTED, state=State.QUEUED, tries=[])
+        queue.complete(old, Outcome.INTERRUPTED, state=State.QUEUED, attempts=[])
         (new,) = queue.claim(queue_id, worker=other)
         (before,) = queue.rows("SELECT * FROM deliveries WHERE queue_id = @id(:id)", id=queue_id)
         assert queue.complete(old, outcome) == CompletionResult(None, body_deletable=False), (
@@ -360,14 +360,16 @@ def test_a_completion_that_is_committed_twice_counts_once(queue: QueueHarness) -
 
 def test_the_body_is_deletable_when_the_last_delivery_ends(queue: QueueHarness) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org", "slow:z@example.org")
-    room = {"default": 9, "bulk": 9, "slow": 9}
-    first, second, third = sorted(queue.claim(queue_id, room=room), key=lambda claim: claim.number)
+    capacity = {"default": 9, "bulk": 9, "slow": 9}
+    first, second, third = sorted(
+        queue.claim(queue_id, capacity=capacity), key=lambda claim: claim.number
+    )
     assert not queue.complete(first, Outcome.DELIVERED).body_deletable
     assert not queue.complete(second, Outcome.REJECTED).body_deletable
     assert not queue.complete(third, Outcome.DEFERRED).body_deletable
     queue.pass_time(60)
     queue.rescuer.requeue_due(10)
-    (again,) = queue.claim(queue_id, room=room)
+    (again,) = queue.claim(queue_id, capacity=capacity)
     assert not queue.complete(again, Outcome.DELIVERED).body_deletable, (
         "a DSN is pending for the second"
     )
@@ -379,7 +381,7 @@ def test_the_body_is_deletable_when_one_commit_records_its_last_deliveries(
     queue: QueueHarness,
 ) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org")
-    claims = queue.claim(queue_id, room={"default": 9, "bulk": 9})
+    claims = queue.claim(queue_id, capacity={"default": 9, "bulk": 9})
     results = queue.worker_queue.commit(
         [queue.completion(claim, Outcome.DELIVERED) for claim in claims]
     )
@@ -579,7 +581,7 @@ def test_three_hundred_commits_from_four_threads_never_deadlock(
     """Claims, outcomes, late outcomes of others, sweeps and burials over the same few rows."""
     queue = postgres_queue
     ids = [queue.accept("x@example.org", "bulk:y@example.org") for _ in range(12)]
-    room = {"default": 6, "bulk": 6}
+    capacity = {"default": 6, "bulk": 6}
 
     def work(n: int) -> int:
         worker_queue, worker = queue.another_worker_queue(), queue.register_worker()
@@ -595,9 +597,9 @@ def test_three_hundred_commits_from_four_threads_never_deadlock(
             results = worker_queue.commit(
                 [
                     *notes,
-                    ClaimRequest(worker, hints, room),
+                    ClaimRequest(worker, hints, capacity),
                     Renewal(worker),
-                    ClaimRequest(worker, None, room),
+                    ClaimRequest(worker, None, capacity),
                 ]
             )
             mine = [claim for result in results if isinstance(result, list) for claim in result]
@@ -625,7 +627,7 @@ def test_body_is_deletable_when_the_last_two_deliveries_finish_at_once(
     queue, other = postgres_queue, postgres_queue.another_worker_queue()
     queue_id = queue.accept("x@example.org", "bulk:y@example.org")
     first, second = sorted(
-        queue.claim(queue_id, room={"default": 1, "bulk": 1}), key=lambda claim: claim.number
+        queue.claim(queue_id, capacity={"default": 1, "bulk": 1}), key=lambda claim: claim.number
     )
     met: list[CompletionResult] = []
 

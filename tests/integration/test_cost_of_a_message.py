@@ -135,7 +135,7 @@ def test_failures_cost_no_more_statements_than_successes(queue: QueueHarness) ->
         for attempt_index in (1, 2, 3)
     ]
     records = [
-        queue.completion(claim, outcomes[n % 4], tries=tries) for n, claim in enumerate(claims)
+        queue.completion(claim, outcomes[n % 4], attempts=tries) for n, claim in enumerate(claims)
     ]
     with counted(queue.database) as counts:
         queue.worker_queue.commit(records)

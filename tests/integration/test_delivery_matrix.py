@@ -188,8 +188,8 @@ async def _until(condition: Callable[[], bool]) -> None:
 def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server) -> str:
     """The text of the column `next`."""
     steps = []
-    if len(spare.tries) > 1:
-        assert (spare.state, [one.outcome for one in spare.tries][1]) == (
+    if len(spare.attempts) > 1:
+        assert (spare.state, [one.outcome for one in spare.attempts][1]) == (
             State.DELIVERED,
             Outcome.DELIVERED,
         )
@@ -233,11 +233,11 @@ async def _row(case: Case, number: int, directory: Path) -> str:
             _carried(case, (server, _server(good.port)), other, directory / f"{number}-spare"),
         )
         failed = pool.state(server).breaker.failures
-        assert good.count == (1 if len(spare.tries) > 1 else 0)
+        assert good.count == (1 if len(spare.attempts) > 1 else 0)
         with suppress(IndexError):
-            assert alone.tries[0].server == server.name
+            assert alone.attempts[0].server == server.name
         blamed = "yes" if failed else "no"
-        tried = alone.tries[-1].outcome if alone.tries else alone.outcome
+        tried = alone.attempts[-1].outcome if alone.attempts else alone.outcome
         then = _next(alone, spare, pool, server)
         return f"| {case.phase} | {case.fault} | `{tried}` | `{alone.state}` | {then} | {blamed} |"
 

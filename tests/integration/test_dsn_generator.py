@@ -65,7 +65,7 @@ class DsnHarness:
 
     def fail(self, queue_id: str, outcome: Outcome = Outcome.REJECTED, **more: Any) -> list[Claim]:
         """Every queued delivery of it ends with this outcome."""
-        claims = self.queue.claim(queue_id, room=ROOM)
+        claims = self.queue.claim(queue_id, capacity=ROOM)
         for claim in claims:
             self.queue.complete(claim, outcome, **more)
         return claims
@@ -148,7 +148,7 @@ def test_dsn_is_generated_once_and_is_a_message_like_any_other(harness: DsnHarne
     (row,) = harness.queue.rows("SELECT * FROM messages WHERE id = @id(:id)", id=dsn)
     assert (row["sender"], row["protocol"], row["size"]) == (
         "",
-        "NOTICE",
+        "DSN",
         harness.spool.path(dsn).stat().st_size,
     )
     (claim,) = harness.queue.claim(dsn)
@@ -183,7 +183,7 @@ def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
     (claim,) = harness.queue.claim(queue_id)
     harness.queue.pass_time(2000)
     tried = Attempt(1, "mx.example.net:628", outcome, "words", sent, 0.5, 0.1)
-    harness.queue.complete(claim, outcome, reply="words", tries=[tried])
+    harness.queue.complete(claim, outcome, reply="words", attempts=[tried])
     assert harness.queue.state(queue_id) == "expired"
     (dsn,) = harness.generator.generate(10)
     report = " ".join(harness.spool.path(dsn).read_text().split())
@@ -195,7 +195,7 @@ def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
 def test_parts_of_an_uncertain_delivery_may_have_been_delivered(harness: DsnHarness) -> None:
     queue_id = harness.accept("x@example.org", "y@example.org", "bulk:z@example.org")
     for outcome, state in ((Outcome.UNCERTAIN, State.DEFERRED), (Outcome.REJECTED, State.SPLIT)):
-        for claim in harness.queue.claim(queue_id, room=ROOM):
+        for claim in harness.queue.claim(queue_id, capacity=ROOM):
             mine = claim.route == "default"
             harness.queue.complete(
                 claim,
@@ -228,7 +228,9 @@ def test_original_stays_until_its_dsn_is_generated(harness: DsnHarness) -> None:
 
 def test_original_stays_while_another_delivery_needs_it(harness: DsnHarness) -> None:
     queue_id = harness.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(harness.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    first, second = sorted(
+        harness.queue.claim(queue_id, capacity=ROOM), key=lambda claim: claim.number
+    )
     harness.queue.complete(first, Outcome.REJECTED)
     harness.queue.complete(second, Outcome.DEFERRED, delay=1e6)
     assert len(harness.generator.generate(10)) == 1
@@ -241,7 +243,7 @@ def test_original_is_removed_when_its_last_deliveries_end_together(
     with opened(clean_postgres_url) as queue:
         harness = DsnHarness(queue, spool)
         queue_id = harness.accept("x@example.org", "bulk:y@example.org")
-        first, second = sorted(queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+        first, second = sorted(queue.claim(queue_id, capacity=ROOM), key=lambda claim: claim.number)
         queue.complete(first, Outcome.REJECTED)
         queue.pass_time(GATHER + 5)
         met: list[CompletionResult] = []
@@ -478,7 +480,7 @@ def test_message_that_is_locked_is_warned_of_in_the_next_call(
 def test_deliveries_of_one_message_share_a_dsn(harness: DsnHarness) -> None:
     queue_id = harness.accept("x@example.org", "bulk:y@example.org", "other:z@example.org")
     one, two, three = sorted(
-        harness.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number
+        harness.queue.claim(queue_id, capacity=ROOM), key=lambda claim: claim.number
     )
     harness.queue.complete(one, Outcome.REJECTED)
     assert harness.generator.generate(10) == [], "the others are about to be decided"
@@ -490,7 +492,9 @@ def test_deliveries_of_one_message_share_a_dsn(harness: DsnHarness) -> None:
 
 def test_dsn_waits_for_other_deliveries_only_for_a_moment(harness: DsnHarness) -> None:
     queue_id = harness.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(harness.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    first, second = sorted(
+        harness.queue.claim(queue_id, capacity=ROOM), key=lambda claim: claim.number
+    )
     harness.queue.complete(first, Outcome.REJECTED)
     harness.queue.pass_time(GATHER + 5)
     (early,) = harness.generator.generate(10)
@@ -563,7 +567,7 @@ def test_refused_dsn_is_built_again_with_less_of_the_original(
         assert b"x" * 61 not in wire
         assert refused.encode() not in wire
         assert (b"Subject: original" in wire) == (content[1] is not None)
-        assert b"a mail server refused this notice with" in b" ".join(wire.split())
+        assert b"a mail server rejected this report with" in b" ".join(wire.split())
     harness.fail(chain[-1], reply="550 not this one either")
     assert harness.pending(chain[-1]), "so that the log reports it"
     assert harness.generator.generate(10) == []
@@ -606,7 +610,7 @@ def test_dsn_that_failed_for_another_reason_is_not_built_again(
             harness.queue.pass_time(2000)
             harness.queue.complete(claim, Outcome.DEFERRED)
         case "by an operator":
-            operations = QueueOperations(harness.queue.database, notices=True)
+            operations = QueueOperations(harness.queue.database, sends_dsns=True)
             operations.apply(OPERATIONS["bounce"], Filter(id=dsn), actor="me", reason="")
         case "about us":
             harness.fail(dsn, reply=US)
@@ -913,7 +917,9 @@ def test_delivery_that_was_refused_because_of_the_relay_is_deferred_without_a_ds
 
 def test_only_deliveries_refused_because_of_the_relay_are_deferred(harness: DsnHarness) -> None:
     queue_id = harness.accept("x@example.org", "bulk:y@example.org")
-    first, second = sorted(harness.queue.claim(queue_id, room=ROOM), key=lambda claim: claim.number)
+    first, second = sorted(
+        harness.queue.claim(queue_id, capacity=ROOM), key=lambda claim: claim.number
+    )
     harness.queue.complete(first, Outcome.REJECTED, reply=US)
     harness.queue.complete(second, Outcome.REJECTED)
     made = harness.generator.generate(10) + harness.generator.generate(10)
@@ -935,7 +941,7 @@ def test_delivery_that_expired_unauthorized_is_reported(harness: DsnHarness) -> 
 def test_bounce_by_an_operator_is_not_reported_as_a_reply(harness: DsnHarness) -> None:
     queue_id = harness.accept()
     harness.fail(queue_id, Outcome.DEFERRED, reply=US)
-    QueueOperations(harness.queue.database, notices=True).apply(
+    QueueOperations(harness.queue.database, sends_dsns=True).apply(
         OPERATIONS["bounce"],
         Filter(id=queue_id),
         actor="me",
@@ -943,7 +949,7 @@ def test_bounce_by_an_operator_is_not_reported_as_a_reply(harness: DsnHarness) -
     )
     (dsn,) = harness.generator.generate(10)
     report = " ".join(harness.spool.path(dsn).read_text().split())
-    assert "It was sent back by an operator of this relay: spam run, not authorized" in report
+    assert "An operator of this relay bounced it: spam run, not authorized" in report
     assert "refused" not in report
     assert "Diagnostic-Code" not in report
 
@@ -1041,7 +1047,7 @@ def test_lateness_does_not_depend_on_the_clock_of_a_worker(
 def test_held_mail_is_warned_of_after_its_release(late: DsnHarness) -> None:
     queue_id = late.accept()
     late.age(queue_id)
-    operations = QueueOperations(late.queue.database, notices=True)
+    operations = QueueOperations(late.queue.database, sends_dsns=True)
     operations.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="ann@host", reason="looks odd")
     assert late.another().warn(10) == []
     operations.apply(OPERATIONS["release"], Filter(id=queue_id), actor="ann@host", reason="")
@@ -1054,7 +1060,7 @@ def test_warning_reports_the_waiting_recipients_and_is_not_repeated_after_a_spli
 ) -> None:
     queue_id = late.accept(*(f"{n}@example.org" for n in "pqrs"), "bulk:done@example.org")
     late.queue.change("UPDATE recipients SET notify = 'FAILURE' WHERE position = 2")
-    claims = {claim.route: claim for claim in late.queue.claim(queue_id, room=ROOM)}
+    claims = {claim.route: claim for claim in late.queue.claim(queue_id, capacity=ROOM)}
     late.queue.complete(claims["bulk"], Outcome.DELIVERED)
     late.age(queue_id)
     (warning,) = late.generator.warn(10)

@@ -546,7 +546,7 @@ def test_an_expired_worker_registers_under_another_id(harness_with: Open, sink: 
     mail = harness_with(sink, lease=0.4)
     with mail.working() as engine:
         first = engine.lease.worker
-        mail.change("UPDATE workers SET ended_at = @now, end_reason = 'vanished'")
+        mail.change("UPDATE workers SET ended_at = @now, end_reason = 'expired'")
         until(lambda: engine.lease.worker not in ("", first))
         queue_id = mail.accept()
         until(lambda: mail.state(queue_id) == "delivered")

@@ -112,7 +112,7 @@ def test_no_connection_is_named_once(
 
 def test_why_explains_an_envelope_that_no_server_accepts(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept("x\n@example.org")
-    reply = "no request can be made of it: no server can be trusted with the recipient <x"
+    reply = "QMQP cannot carry the envelope: no server can be trusted with the recipient <x"
     queue.complete(queue.claim(queue_id)[0], Outcome.UNSENDABLE, reply=reply)
     advice = "release it: recipients that can be sent are sent, the others bounce. It stays"
     assert f"it cannot be sent: {reply}; {advice}" in why(typed, queue_id)

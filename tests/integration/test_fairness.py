@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from qmqp.sink import Answer, Rule, Sink, running_sink
-from relay.db.engine import writing
 from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
@@ -113,10 +111,9 @@ def fill(queue: QueueHarness) -> None:
     deliveries = """INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)
         SELECT {key}, 1, 'default', 'deferred', @ago(1 + s.n * 7919 % :many * 0.1), @later(100000)
         FROM {numbers}"""
-    with writing(queue.database) as connection:
-        for sql in (messages, recipients, deliveries):
-            given = {"many": MANY} | ({"looked_at": BATCH * BATCHES} if ":looked_at" in sql else {})
-            connection.execute(text(queue.dialect(sql.format(key=key, numbers=numbers))), given)
+    for sql in (messages, recipients, deliveries):
+        given = {"many": MANY} | ({"looked_at": BATCH * BATCHES} if ":looked_at" in sql else {})
+        queue.change(sql.format(key=key, numbers=numbers), **given)
     if name == "postgresql":
         queue.change("ANALYZE")
 
@@ -147,7 +144,7 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(
     (claim,) = queue.claim(fresh)
     assert claim.queue_id == fresh, "fresh mail waits for none of them"
     queue.pass_time(queue.settings.grace + 1)
-    taken = queue.claim(room={"default": 50})
+    taken = queue.claim(capacity={"default": 50})
     assert len(taken) == 50, "as many as there are connections"
     for one in taken:
         assert queue.complete(one, Outcome.DELIVERED).state is State.DELIVERED
@@ -193,7 +190,7 @@ def test_D11_without_hints_neither_kind_waits_for_all_of_the_other(
 
     for _ in range(3):
         queue_id = one_more()
-        claims = queue.claim(room={"default": 4})
+        claims = queue.claim(capacity={"default": 4})
         assert len(claims) == 4, "the backlog fills what the other kind leaves"
         assert queue_id in [claim.queue_id for claim in claims]
 
@@ -347,7 +344,7 @@ def test_D14_a_delivery_is_held_at_the_poison_limit(clean_sqlite_url: str) -> No
         queue.pass_time(100)
         queue.rescuer.requeue_due(10)
     assert states == [(0, "deferred"), (1, "deferred"), (2, "deferred"), (3, "held")]
-    assert "vanished" in queue.delivery(queue_id)["last_reply"]
+    assert "expired" in queue.delivery(queue_id)["last_reply"]
     assert queue.claim(queue_id, worker=queue.register_worker()) == []
     queue.database.dispose()
 
@@ -414,7 +411,7 @@ def test_a_route_with_a_limit_gets_its_share_of_a_busy_server(
 def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(harness_with: Open) -> None:
     with running_sink() as first, running_sink() as second:
         mail = harness_with(first, second)
-        operations = QueueOperations(mail.database, notices=True)
+        operations = QueueOperations(mail.database, sends_dsns=True)
 
         def apply_pauses(engine: Any) -> None:
             engine.servers.pauses = mail.rescuer.paused()  # as the sweeper does at each turn
@@ -448,7 +445,10 @@ def test_servers_and_routes_are_paused_and_resumed_while_mail_flows(harness_with
             apply_pauses(engine)
             engine.offer([mail.accept()])
             assert first.wait_for(1, 10)
-    said = [row["verb"].split()[0] for row in mail.rows("SELECT verb FROM audit ORDER BY at, id")]
+    said = [
+        row["operation"].split()[0]
+        for row in mail.rows("SELECT operation FROM audit ORDER BY at, id")
+    ]
     assert said == ["pause", "pause", "resume", "resume"], (
         "an operation that changes nothing is not recorded"
     )

@@ -72,7 +72,7 @@ def test_a_busy_relay_has_no_inconsistency(queue: QueueHarness, spool: Spool, ty
         Outcome.UNREACHABLE,
     ):
         queue_id = stored(queue, spool, "a@example.org", "bulk:b@example.org")
-        queue.complete(queue.claim(queue_id, room={"default": 1})[0], outcome)
+        queue.complete(queue.claim(queue_id, capacity={"default": 1})[0], outcome)
         aged(spool.path(queue_id))
     stored(queue, spool)
     queue.claim(stored(queue, spool))
@@ -131,7 +131,7 @@ def test_a_body_whose_delivery_is_missing_stays(
         stored(queue, spool),
         stored(queue, spool, "a@example.org", "bulk:b@example.org"),
     )
-    queue.complete(queue.claim(beside, room={"default": 1})[0], Outcome.DELIVERED)
+    queue.complete(queue.claim(beside, capacity={"default": 1})[0], Outcome.DELIVERED)
     queue.change("DELETE FROM deliveries WHERE state = 'queued'")
     earlier = (
         "finished_at - interval '1 hour'"
@@ -300,7 +300,7 @@ def test_repairs_are_recorded(queue: QueueHarness, spool: Spool, typed: Typed) -
     assert queue.rows("SELECT * FROM audit") == []
     assert {repaired for _, repaired in fsck_rows(typed, "--repair")} == {"yes"}
     sql = """SELECT a.reason, a.filter, a.matched, @hex(t.queue_id) AS id FROM audit a
-        LEFT JOIN audit_deliveries t ON t.action = a.id WHERE a.verb = 'fsck'
+        LEFT JOIN audit_deliveries t ON t.audit_id = a.id WHERE a.operation = 'fsck'
         AND a.actor LIKE '%@%' ORDER BY a.id"""
     assert [tuple(row.values()) for row in queue.rows(sql)] == [
         ("sent by an unknown worker", "", 1, unknown),

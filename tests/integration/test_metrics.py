@@ -61,7 +61,7 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
                 outcome,
                 "words",
                 delay=delay,
-                tries=[Attempt(1, "mx:628", outcome, "words", 9, 2.0, 1.0)],
+                attempts=[Attempt(1, "mx:628", outcome, "words", 9, 2.0, 1.0)],
             )
             for claim, (state, outcome, delay) in zip(claims[:4], wanted, strict=True)
         ]
@@ -76,7 +76,7 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
             text(f"UPDATE messages SET received_at = {earlier} WHERE id = :id"),
             {"id": dashed(ids[0])},
         )
-    operations = QueueOperations(engine, notices=True)
+    operations = QueueOperations(engine, sends_dsns=True)
     for subject in ("server:mx:628", "route:gone", "route:default"):
         operations.pause(subject, actor="me", reason="")
     operations.resume("route:gone", actor="me", reason="")

@@ -140,6 +140,36 @@ def test_downgrade_and_upgrade_restore_the_schema(kind: str, new_url: Callable[[
     assert dump(url) == there
 
 
+def test_values_of_older_versions_are_renamed(kind: str, new_url: Callable[[str], str]) -> None:
+    url = new_url(kind)
+    command.upgrade(alembic_config(url), "0002")
+    at, row = (
+        ("now()", "00000000-0000-7000-8000-000000000001") if kind == "postgresql" else (0, "x")
+    )
+    engine = connect(url)
+    with writing(engine) as connection:
+        for statement in (
+            f"""INSERT INTO workers (id, host, pid, started_at, until, ended_at, ending)
+            VALUES ('{row}', 'host', 1, {at}, {at}, {at}, 'vanished')""",
+            f"""INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol)
+            VALUES ('{row}', '', 1, {at}, '', 'relay', 'NOTICE')""",
+            f"INSERT INTO actions VALUES ('{row}', {at}, 'me', 'hold', 'why', '--all', 1)",
+            f"INSERT INTO touched VALUES ('{row}', 1, '{row}')",
+        ):
+            connection.exec_driver_sql(statement)
+    migrate(url)
+    query = """SELECT end_reason, protocol, operation, CAST(audit_id AS text)
+        FROM workers, messages, audit JOIN audit_deliveries ON audit_id = audit.id"""
+    with reading(engine) as connection:
+        assert connection.exec_driver_sql(query).all() == [("expired", "DSN", "hold", row)]
+    command.downgrade(alembic_config(url), "0002")
+    query = """SELECT ending, protocol, verb
+        FROM workers, messages, actions JOIN touched ON action = actions.id"""
+    with reading(engine) as connection:
+        assert connection.exec_driver_sql(query).all() == [("vanished", "NOTICE", "hold")]
+    engine.dispose()
+
+
 def test_the_program_knows_the_newest_revision() -> None:
     assert ScriptDirectory.from_config(alembic_config("sqlite:///x")).get_heads() == [REVISION]
 

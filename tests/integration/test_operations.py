@@ -93,7 +93,7 @@ def test_operations_report_deliveries_that_are_being_sent(
 
 
 @pytest.mark.parametrize("verb", ["hold", "drop", "bounce"])
-@pytest.mark.parametrize("end", ["recorded", "vanished"])
+@pytest.mark.parametrize("end", ["recorded", "expired"])
 def test_actor_and_reason_of_a_pending_operation_are_kept(
     queue: QueueHarness, typed: Typed, verb: str, end: str
 ) -> None:
@@ -146,7 +146,7 @@ def test_operations_run_in_batches_and_miss_no_delivery(
     monkeypatch.setattr(verbs, "CHUNK", 4)
     queue.acceptor.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
     other = queue.accept("other@example.com")
-    touched, free = verbs.QueueOperations(queue.database, notices=True).apply(
+    touched, free = verbs.QueueOperations(queue.database, sends_dsns=True).apply(
         verbs.OPERATIONS["hold"],
         Filter(recipient="*@example.org"),
         actor="me@here",
@@ -154,7 +154,7 @@ def test_operations_run_in_batches_and_miss_no_delivery(
     )
     assert (dict(touched), free) == ({"queued": 18}, [])
     assert queue.state(other) == "queued"
-    (action,) = queue.rows("SELECT actor, verb, reason, filter, matched FROM audit")
+    (action,) = queue.rows("SELECT actor, operation, reason, filter, matched FROM audit")
     assert tuple(action.values()) == (
         "me@here",
         "hold",
@@ -162,7 +162,8 @@ def test_operations_run_in_batches_and_miss_no_delivery(
         "--recipient '*@example.org'",
         18,
     )
-    noted = """SELECT t.queue_id, t.delivery FROM audit_deliveries t JOIN audit a ON a.id = t.action
+    noted = """SELECT t.queue_id, t.delivery FROM audit_deliveries t JOIN audit a
+        ON a.id = t.audit_id
         JOIN deliveries d ON d.queue_id = t.queue_id AND d.number = t.delivery
         AND d.state = 'held'"""
     assert len(queue.rows(noted)) == len(queue.rows("SELECT * FROM audit_deliveries")) == 18
@@ -206,7 +207,7 @@ def test_a_chunk_costs_the_same_statements_whatever_its_size(queue: QueueHarness
         for _ in range(size):
             queue.accept(sender="")
         with counted(queue.database) as count:
-            _, free = verbs.QueueOperations(queue.database, notices=True).apply(
+            _, free = verbs.QueueOperations(queue.database, sends_dsns=True).apply(
                 verbs.OPERATIONS["drop"], Filter(), actor="me@here", reason=""
             )
         assert len(free) == size
@@ -258,7 +259,7 @@ def test_the_whole_filter_counts_when_the_row_is_locked(queue: QueueHarness, cas
     name, wanted, state, change = MEANWHILE[case]
     ids = sorted(one_in(queue, state) for _ in range(3))
     queue.change("UPDATE deliveries SET last_reply = 'first'")
-    operations = verbs.QueueOperations(queue.database, notices=True)
+    operations = verbs.QueueOperations(queue.database, sends_dsns=True)
     with ThreadPoolExecutor(1) as another, writing(queue.database) as connection:
         of_the_oldest = "WHERE queue_id = @id(:id)"
         sql = f"UPDATE deliveries SET {change} {of_the_oldest} RETURNING *"
@@ -339,9 +340,9 @@ def test_audit_has_actor_operation_and_reason(queue: QueueHarness, typed: Typed)
         "were": {"queued": 1},
         "bodies_removed": 0,
     }
-    (action,) = queue.rows("SELECT actor, verb, reason, filter, matched FROM audit")
+    (action,) = queue.rows("SELECT actor, operation, reason, filter, matched FROM audit")
     assert "@" in action["actor"]
-    assert (action["verb"], action["reason"], action["matched"]) == ("hold", "it's\nspam", 1)
+    assert (action["operation"], action["reason"], action["matched"]) == ("hold", "it's\nspam", 1)
     assert action["filter"] == f"--id {queue_id}"
     held_by = queue.delivery(queue_id)["last_reply"]
     assert held_by == f"held by {action['actor']}: it's\\nspam"
@@ -380,7 +381,7 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     queue.pass_time(100)
     texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
     assert len(texts) == 2
-    assert sum(f"The mail server refused it: {rejection}" in text for text in texts) == 1
+    assert sum(f"The mail server rejected it: {rejection}" in text for text in texts) == 1
     assert sum(f"Diagnostic-Code: x-qmqp; {rejection}" in text for text in texts) == 1
     assert sum("Diagnostic-Code: x-qmqp; held by greylist" in text for text in texts) == 1
 
@@ -433,7 +434,7 @@ def test_rerouting(
         queue.accept("old:b@example.com", "old:c@example.org"),
         one_in(queue, State.HELD, "old:d@x.org"),
     )
-    (claim,) = queue.claim(deferred, room={"old": 1})
+    (claim,) = queue.claim(deferred, capacity={"old": 1})
     queue.complete(claim, Outcome.DEFERRED)
     routes = spool.directory / "routes.toml"
     routes.write_text('[com]\nrecipients = ["*@example.com"]\nservers = ["a"]\n')
@@ -453,7 +454,7 @@ def test_rerouting(
         ("com", "queued"),
         ("default", "queued"),
     ]
-    assert queue.rows("SELECT verb FROM audit")[0]["verb"] == "reroute"
+    assert queue.rows("SELECT operation FROM audit")[0]["operation"] == "reroute"
 
 
 def test_a_limit_takes_the_oldest(
@@ -491,7 +492,7 @@ def test_pauses(queue: QueueHarness, typed: Typed) -> None:
     assert again == [{"verb": "resume", "subject": "route:default", "done": False}]
     for wrong in ((), ("--route", "x", "--server", "y"), ("--server", "host:port")):
         typed("pause", *wrong, status=2)
-    assert [row["verb"] for row in queue.rows("SELECT verb FROM audit ORDER BY id")] == [
+    assert [row["operation"] for row in queue.rows("SELECT operation FROM audit ORDER BY id")] == [
         "pause server:192.0.2.7:628",
         "pause route:default",
         "resume route:default",

@@ -114,11 +114,11 @@ def _scans_of_sqlite(connection: Connection, sql: str, parameters: Any) -> Itera
 def test_statements_of_a_message_scan_nothing(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         queue_id = crowded.accept("idle:b@example.org")
-        (claim,) = crowded.claim(queue_id, room=IDLE)
+        (claim,) = crowded.claim(queue_id, capacity=IDLE)
         crowded.complete(claim, Outcome.DEFERRED)
         crowded.pass_time(60, only=[queue_id])
         assert crowded.rescuer.requeue_due(10) == {"idle": [queue_id]}
-        (claim,) = crowded.claim(queue_id, room=IDLE)
+        (claim,) = crowded.claim(queue_id, capacity=IDLE)
         crowded.complete(claim, Outcome.DELIVERED)
         crowded.renew()
     assert len(statements) > 5
@@ -128,7 +128,7 @@ def test_statements_of_a_message_scan_nothing(crowded: QueueHarness) -> None:
 def test_a_poll_of_a_route_without_mail_scans_nothing(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         for _ in range(2):
-            assert crowded.claim(room=IDLE) == []
+            assert crowded.claim(capacity=IDLE) == []
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
@@ -137,7 +137,7 @@ def test_a_poll_of_a_route_with_much_mail_reads_only_what_it_may_claim(
 ) -> None:
     with server_reply(crowded) as statements:
         for _ in range(2):  # a claim itself touches some 20 pages
-            assert len(crowded.claim(room={"dead": 5})) == 5
+            assert len(crowded.claim(capacity={"dead": 5})) == 5
     assert not (found := scans(crowded, statements)), "\n".join(found)
 
 
@@ -149,7 +149,7 @@ def test_an_idle_sweep_scans_nothing(crowded: QueueHarness, tmp_path: Path) -> N
         Rescuer(crowded.database, settings),
         DsnGenerator(crowded.database, spool, settings, lambda _: "idle"),
     )
-    assert len(crowded.claim(crowded.accept("idle:b@example.org"), room=IDLE)) == 1
+    assert len(crowded.claim(crowded.accept("idle:b@example.org"), capacity=IDLE)) == 1
     with server_reply(crowded) as statements:
         rescuer.paused()
         assert rescuer.bring_near(10, 3600.0, ["dead", "idle"]) == 0

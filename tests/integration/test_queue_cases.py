@@ -130,7 +130,7 @@ def test_B29_an_address_that_a_server_would_misread_bounces_alone(
     bounced = "SELECT last_outcome, last_reply FROM deliveries WHERE state = 'bounced'"
     (row,) = mail.rows(bounced)
     assert row["last_outcome"] == "unsendable"
-    assert row["last_reply"].startswith("no request can be made of it (#5.1.3): ")
+    assert row["last_reply"].startswith("QMQP cannot carry the envelope (#5.1.3): ")
     (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
@@ -174,7 +174,7 @@ def test_a_sender_that_cannot_be_sent_bounces_without_a_dsn(
     assert generator.generate(5) == [] == generator.generate(5)
     row = mail.delivery(queue_id)
     assert (row["due_at"], row["dsn_withheld"]) == (None, "address")
-    assert row["last_reply"].startswith("no request can be made of it (#5.1.7): ")
+    assert row["last_reply"].startswith("QMQP cannot carry the envelope (#5.1.7): ")
     assert not mail.spool.path(queue_id).exists()
     assert capsys.readouterr().out.count("dsn withheld") == 1
 
@@ -353,10 +353,10 @@ def test_D3_no_task_waits_for_its_session() -> None:
     assert not conf.task_acks_late
 
 
-@pytest.mark.parametrize("ending", ["vanished", "stopped"])
+@pytest.mark.parametrize("ending", ["expired", "stopped"])
 def test_D4_deliveries_of_an_expired_worker(queue: QueueHarness, ending: str) -> None:
     (claim,) = queue.claim(queue.accept())
-    if ending == "vanished":
+    if ending == "expired":
         lose_worker(queue, queue.worker)
     else:
         queue.change("UPDATE workers SET ended_at = @now, end_reason = 'stopped'")
@@ -505,7 +505,7 @@ def test_D9_the_guard_of_the_tests_refuses_unknown_transitions(
 
 
 def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -> None:
-    operations = QueueOperations(queue.database, notices=True)
+    operations = QueueOperations(queue.database, sends_dsns=True)
     for operation in OPERATIONS.values():
         for state in State:
             queue_id = queue.accept()
@@ -523,7 +523,7 @@ def test_D9_operations_make_only_transitions_of_the_table(queue: QueueHarness) -
             if state is State.SENDING:
                 assert after is State.SENDING, "only a pending operation is stored"
                 assert queue.delivery(queue_id)["pending_operation"] == (
-                    operation.wanted if touched else None
+                    operation.pending if touched else None
                 )
             elif touched:
                 assert after in successors(state) | {state}
@@ -585,7 +585,7 @@ def test_D13_thousands_that_were_being_sent_come_back_in_bounded_batches(
     assert queue.rescuer.requeue_due(BATCH) == {}, "not before UNCERTAIN_DELAY"
     queue.pass_time(100)
     assert len(queue.rescuer.requeue_due(BATCH)["default"]) == BATCH, "a batch at a time"
-    assert len(queue.claim(room={"default": 50}, worker=queue.register_worker())) <= 50
+    assert len(queue.claim(capacity={"default": 50}, worker=queue.register_worker())) <= 50
 
 
 def test_D14_tries_are_counted_before_they_begin(queue: QueueHarness) -> None:
@@ -599,3 +599,33 @@ def test_D14_tries_are_counted_before_they_begin(queue: QueueHarness) -> None:
         lose_worker(queue, worker)
         assert queue.state(queue_id) == ("held" if n == queue.settings.poison_limit else "deferred")
         wake(queue)
+
+
+@pytest.mark.parametrize(
+    ("sql", "refused"),
+    [
+        ("UPDATE deliveries SET state = 'held', due_at = NULL", False),
+        ("UPDATE deliveries SET state = 'split', due_at = NULL", False),
+        ("UPDATE deliveries SET state = 'deferred'", True),
+        ("UPDATE deliveries SET state = 'delivered', due_at = NULL", True),
+        (
+            "INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)"
+            " SELECT queue_id, 2, route, 'held', NULL, expires_at FROM deliveries",
+            False,
+        ),
+        (
+            "INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at)"
+            " SELECT queue_id, 2, route, 'deferred', due_at, expires_at FROM deliveries",
+            True,
+        ),
+    ],
+)
+def test_the_guard_refuses_what_the_table_does_not_name(
+    queue: QueueHarness, sql: str, refused: bool
+) -> None:
+    queue.accept()
+    expected = (
+        pytest.raises(DBAPIError, match="TRANSITIONS does not name") if refused else nullcontext()
+    )
+    with expected, writing(queue.database) as connection:
+        connection.execute(text(sql))

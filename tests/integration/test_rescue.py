@@ -47,7 +47,7 @@ def test_deliveries_are_requeued_in_due_order(queue: QueueHarness) -> None:
 
 def test_deliveries_of_one_message_are_hinted_by_route(queue: QueueHarness) -> None:
     queue_id = queue.accept("x@example.org", "bulk:y@example.org")
-    for claim in queue.claim(queue_id, room={"default": 1, "bulk": 1}):
+    for claim in queue.claim(queue_id, capacity={"default": 1, "bulk": 1}):
         queue.complete(claim, Outcome.DEFERRED)
     queue.pass_time(60)
     assert queue.rescuer.requeue_due(10) == {"default": [queue_id], "bulk": [queue_id]}
@@ -103,7 +103,7 @@ def test_deliveries_of_an_expired_worker_are_uncertain(queue: QueueHarness) -> N
     assert (
         queue.settings.uncertain_delay - 10 < row["due_in"] <= 1.5 * queue.settings.uncertain_delay
     )
-    assert "vanished" in row["last_reply"]
+    assert "expired" in row["last_reply"]
     assert queue.numbered_attempts(claim.queue_id) == [(1, 0, "uncertain")]
     assert queue.state(theirs.queue_id) == "sending"
     assert queue.state(waiting) == "queued"
@@ -111,7 +111,7 @@ def test_deliveries_of_an_expired_worker_are_uncertain(queue: QueueHarness) -> N
         str(row["id"]).replace("-", ""): row["end_reason"]
         for row in queue.rows("SELECT id, end_reason FROM workers")
     }
-    assert endings == {queue.worker: "vanished", kept: None}
+    assert endings == {queue.worker: "expired", kept: None}
 
 
 def test_deliveries_of_an_expired_worker_do_not_become_due_at_once(queue: QueueHarness) -> None:
@@ -127,7 +127,7 @@ def test_no_connection_is_no_proof_that_a_message_is_harmless(queue: QueueHarnes
     queue.pass_time(100)
     queue.rescuer.requeue_due(10)
     (claim,) = queue.claim(queue_id, worker=(worker := queue.register_worker()))
-    queue.complete(claim, Outcome.UNREACHABLE, worker=worker, tries=[], server=None)
+    queue.complete(claim, Outcome.UNREACHABLE, worker=worker, attempts=[], server=None)
     assert queue.delivery(queue_id)["crash_count"] == 1
 
 
@@ -280,10 +280,10 @@ def test_a_short_wait_is_not_changed(queue: QueueHarness) -> None:
 def test_queued_mail_without_a_hint_is_claimed(queue: QueueHarness) -> None:
     near, far = queue.accept("x@example.org"), queue.accept("bulk:y@example.org")
     queue.pass_time(-BACK, only=[near, far])
-    room = {"default": 5, "bulk": 5}
-    assert queue.claim(room=room) == []
+    capacity = {"default": 5, "bulk": 5}
+    assert queue.claim(capacity=capacity) == []
     assert queue.rescuer.bring_near(10, LONGEST, ["default", "bulk"]) == 2
-    assert {claim.queue_id for claim in queue.claim(room=room)} == {near, far}
+    assert {claim.queue_id for claim in queue.claim(capacity=capacity)} == {near, far}
 
 
 def test_a_transfer_under_way_keeps_its_claim_and_gets_the_time_of_a_new_one(

@@ -57,8 +57,8 @@ def deliver(
     queue: QueueHarness, queue_id: str, server: RefusingServer, *, one_by_one: bool = False
 ) -> None:
     """Send until nothing is left to be sent."""
-    room = {"default": 1} if one_by_one else PLENTY
-    while claims := queue.claim(queue_id, room=room):
+    capacity = {"default": 1} if one_by_one else PLENTY
+    while claims := queue.claim(queue_id, capacity=capacity):
         for claim in claims:
             if refuse(queue, claim, server) is None:
                 assert queue.complete(claim, Outcome.DELIVERED).state is State.DELIVERED
@@ -212,9 +212,9 @@ def test_halves_may_be_split_at_the_same_time(postgres_queue: QueueHarness) -> N
     (whole,) = queue.claim(queue_id)
     refuse(queue, whole, server)
     first, second = queue.claim(queue_id)
-    elsewhere = Splitter(queue.database, notices=True)
+    elsewhere = Splitter(queue.database, sends_dsns=True)
     with writing(queue.database) as connection:  # another worker is in its transaction
-        assert elsewhere.cut(connection, dashed(queue_id), first.number, "no")
+        assert elsewhere.split_in_half(connection, dashed(queue_id), first.number, "no")
         refuse(queue, second, server)
     assert [row["number"] for row in family(queue, queue_id)] == [1, 2, 3, 4, 5, 6, 7]
     queue.complete(first, Outcome.REJECTED, state=State.SPLIT)
@@ -282,7 +282,7 @@ def way(address: str) -> str:
 
 
 def reroute(queue: QueueHarness, route: str = "bulk") -> int:
-    operations = QueueOperations(queue.database, notices=True)
+    operations = QueueOperations(queue.database, sends_dsns=True)
     return operations.apply(REROUTE, Filter(route=route), actor="me", reason="", route_for=way)[
         0
     ].total()
@@ -304,7 +304,7 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
 ) -> None:
     """All would follow the first to servers that know nothing of the others, and bounce them."""
     queue_id = queue.accept(*(f"bulk:{n}@{'abac'[n]}.test" for n in range(4)), "default:z@d.test")
-    (claim,) = queue.claim(queue_id, room={"bulk": 1})
+    (claim,) = queue.claim(queue_id, capacity={"bulk": 1})
     queue.complete(claim, Outcome.DEFERRED, backoff_step=3)
     queue.change(
         "UPDATE deliveries SET crash_count = 2 WHERE queue_id = @id(:id) AND route = 'bulk'",
@@ -329,7 +329,7 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     assert (queue.state(queue_id), queue.delivery(queue_id)["due_at"]) == ("split", None)
     assert reroute(queue) == reroute(queue, "a") - 1 == 0, "there is nothing left to divide"
     assert ways(queue, queue_id) == found
-    claims = queue.claim(queue_id, room=dict.fromkeys(["a", "b", "c", "default"], 9))
+    claims = queue.claim(queue_id, capacity=dict.fromkeys(["a", "b", "c", "default"], 9))
     assert sorted(claim.recipients for claim in claims) == [
         ("0@a.test", "2@a.test"),
         ("1@b.test",),
@@ -340,7 +340,7 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
 
 def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
     queue_id = queue.accept("bulk:x@a.test", "bulk:y@b.test")
-    operations = QueueOperations(queue.database, notices=True)
+    operations = QueueOperations(queue.database, sends_dsns=True)
     operations.apply(OPERATIONS["hold"], Filter(id=queue_id), actor="me", reason="a look")
     assert reroute(queue) == 1
     assert [(state, route) for _, state, route in ways(queue, queue_id).values()] == [
@@ -349,7 +349,7 @@ def test_a_held_delivery_is_split_and_stays_held(queue: QueueHarness) -> None:
     ]
     assert "a look" in queue.delivery(queue_id, 2)["last_reply"]
     operations.apply(OPERATIONS["release"], Filter(id=queue_id), actor="me", reason="")
-    assert len(queue.claim(queue_id, room={"a": 1, "b": 1})) == 2
+    assert len(queue.claim(queue_id, capacity={"a": 1, "b": 1})) == 2
 
 
 def test_parts_by_route_are_split_like_any_other(queue: QueueHarness) -> None:
@@ -357,7 +357,7 @@ def test_parts_by_route_are_split_like_any_other(queue: QueueHarness) -> None:
     queue_id = queue.accept(*(f"bulk:{n}@{'ab'[n % 2]}.test" for n in range(12)))
     reroute(queue)
     server = RefusingServer({"0@a.test", "1@b.test"}, lambda _: "no such mailbox (#5.1.1)")
-    while claims := queue.claim(queue_id, room={"a": 1, "b": 1}):
+    while claims := queue.claim(queue_id, capacity={"a": 1, "b": 1}):
         for claim in claims:
             if refuse(queue, claim, server) is None:
                 queue.complete(claim, Outcome.DELIVERED)
@@ -368,13 +368,13 @@ def test_parts_by_route_are_split_like_any_other(queue: QueueHarness) -> None:
 
 def test_a_late_K_counts_for_a_delivery_that_was_split(queue: QueueHarness) -> None:
     queue_id = queue.accept("bulk:x@a.test", "bulk:y@b.test")
-    (old,) = queue.claim(queue_id, room={"bulk": 1})
+    (old,) = queue.claim(queue_id, capacity={"bulk": 1})
     queue.complete(old, Outcome.UNCERTAIN)
     reroute(queue)
     assert queue.complete(old, Outcome.DEFERRED).state is None, "the whole was split"
     assert queue.complete(old, Outcome.DELIVERED).state is State.DELIVERED
     assert [row["state"] for row in family(queue, queue_id)] == ["delivered"] * 3
-    assert queue.claim(queue_id, room={"a": 1, "b": 1}) == [], "never again after a K"
+    assert queue.claim(queue_id, capacity={"a": 1, "b": 1}) == [], "never again after a K"
 
 
 def test_numbers_of_halves_are_unique(postgres_queue: QueueHarness) -> None:
@@ -383,7 +383,7 @@ def test_numbers_of_halves_are_unique(postgres_queue: QueueHarness) -> None:
     queue = postgres_queue
     queue_id = queue.accept(*addresses(4), *(f"bulk:{n}@{n}.test" for n in range(5)))
     (claim,) = queue.claim(queue_id)
-    elsewhere = Splitter(queue.database, notices=True)
+    elsewhere = Splitter(queue.database, sends_dsns=True)
     with writing(queue.database) as connection:
         lock(connection, queue_id, 2)
         elsewhere.divide(connection, dashed(queue_id), 2, {str(n): [5 + n] for n in range(5)})
@@ -438,7 +438,9 @@ def test_body_stays_for_the_children_when_another_delivery_ends_in_the_batch(
     queue: QueueHarness, cut_first: bool
 ) -> None:
     queue_id = queue.accept(*addresses(2), "bulk:x@example.org")
-    claims = {claim.route: claim for claim in queue.claim(queue_id, room={"default": 9, "bulk": 9})}
+    claims = {
+        claim.route: claim for claim in queue.claim(queue_id, capacity={"default": 9, "bulk": 9})
+    }
     batch = [
         queue.completion(claims["default"], Outcome.REJECTED, state=State.SPLIT),
         queue.completion(claims["bulk"], Outcome.DELIVERED),
@@ -473,7 +475,9 @@ def test_a_message_is_split_into_a_bounded_number_of_parts(queue: QueueHarness) 
 
 def test_other_routes_keep_their_recipients(queue: QueueHarness) -> None:
     queue_id = queue.accept("bulk:x@example.org", *addresses(4), "bulk:y@example.org")
-    claims = {claim.route: claim for claim in queue.claim(queue_id, room={"default": 9, "bulk": 9})}
+    claims = {
+        claim.route: claim for claim in queue.claim(queue_id, capacity={"default": 9, "bulk": 9})
+    }
     queue.complete(claims["default"], Outcome.REJECTED, state=State.SPLIT)
     assert queue.complete(claims["bulk"], Outcome.DELIVERED).state is State.DELIVERED
     deliver(queue, queue_id, RefusingServer({"0@example.org"}))

@@ -20,7 +20,7 @@ from sqlalchemy import Engine, text
 from relay.db.engine import connect, reading
 from relay.ids import new_id
 from relay.spool import store
-from relay.spool.store import BodyMissing, BodyWrongSize, Spool, SpoolError, file_system
+from relay.spool.store import BodyUnsendable, Spool, SpoolError, file_system
 
 LIMIT = 1 << 20
 
@@ -261,9 +261,9 @@ def test_failures_leak_no_descriptor(spool: Spool) -> None:
     for _ in range(5):
         queue_id = new_id()
         spool.store(queue_id, [b"x"])
-        with pytest.raises(BodyWrongSize):
+        with pytest.raises(BodyUnsendable, match="the body file has"):
             spool.open(queue_id, 2)
-        with pytest.raises(BodyMissing):
+        with pytest.raises(BodyUnsendable, match="no body file"):
             spool.open(new_id(), 2)
     assert open_files() == before
 
@@ -284,11 +284,11 @@ def test_body_is_read_while_it_is_removed(spool: Spool) -> None:
 
 def test_missing_body_and_wrong_size_are_distinguished(spool: Spool) -> None:
     queue_id = new_id()
-    with pytest.raises(BodyMissing, match=queue_id):
+    with pytest.raises(BodyUnsendable, match=f"no body file {queue_id}"):
         spool.open(queue_id, 5)
     spool.store(queue_id, [b"hello"])
     for size in (4, 6, 0):
-        with pytest.raises(BodyWrongSize, match="5 bytes"):
+        with pytest.raises(BodyUnsendable, match="has 5 bytes"):
             spool.open(queue_id, size)
 
 
@@ -367,7 +367,7 @@ def test_body_in_orphans_is_opened_and_removed(spool: Spool) -> None:
     assert not spool.path(queue_id).exists()
     os.close(spool.open(queue_id, 5))
     assert spool.remove(queue_id)
-    with pytest.raises(BodyMissing):
+    with pytest.raises(BodyUnsendable, match="no body file"):
         spool.open(queue_id, 5)
 
 

@@ -193,7 +193,7 @@ class History(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._empty()
-        self.operations = QueueOperations(self.harness.database, notices=True)
+        self.operations = QueueOperations(self.harness.database, sends_dsns=True)
         self.clock = 0.0
         self.queue: dict[Key, Delivery] = {}
         self.transfers: list[Transfer] = []
@@ -463,17 +463,17 @@ class History(RuleBasedStateMachine):
         """A hint, a poll for overdue mail, both or neither."""
         requests = []
         for hinted in chance.choice([(), (True,), (False,), (True, False)]):
-            room = {route: chance.randint(0, 6) for route in ROUTES}
+            capacity = {route: chance.randint(0, 6) for route in ROUTES}
             known = dict.fromkeys(queue_id for queue_id, _ in self.queue)
             ids = ["0" * 32, *sample_of(chance, list(known), 0.7)] if hinted else None
-            requests.append(ClaimRequest(worker, ids, room))
+            requests.append(ClaimRequest(worker, ids, capacity))
         return requests
 
     def _claimed(self, request: ClaimRequest, claims: Any, chance: Random) -> None:
         assert isinstance(claims, list)
         got = {(claim.queue_id, claim.number): claim for claim in claims}
         assert len(got) == len(claims)
-        for route, room in request.room.items():
+        for route, capacity in request.capacity.items():
             fit = {
                 key: delivery
                 for key, delivery in self.queue.items()
@@ -486,7 +486,7 @@ class History(RuleBasedStateMachine):
             }
             mine = [key for key in got if self.queue[key].route == route]
             assert set(mine) <= set(fit)
-            assert len(mine) == min(room, len(fit)), (
+            assert len(mine) == min(capacity, len(fit)), (
                 "all there is, and no more than there is room for"
             )
             if request.ids is None and mine:
@@ -614,7 +614,7 @@ class History(RuleBasedStateMachine):
         assert touched.total() == len(met)
         for delivery in met:
             if delivery.state is State.SENDING:
-                delivery.pending = operation.wanted
+                delivery.pending = operation.pending
                 continue
             self._end(delivery, operation.state)
             if operation.state is State.QUEUED:
@@ -768,7 +768,7 @@ class History(RuleBasedStateMachine):
                 names,
                 flat.count(POSSIBLY_DELIVERED),
                 row["dsn_content"],
-                "refused this notice" in flat,
+                "rejected this report" in flat,
             )
         return found
 
@@ -1032,7 +1032,7 @@ def harness(
 
 def _reported(operation: Operation, pending: str | None) -> bool:
     """Whether an operation reports a delivery that is being sent."""
-    return operation.wanted is not None or (
+    return operation.pending is not None or (
         operation.cancels is not None and pending == operation.cancels
     )
 

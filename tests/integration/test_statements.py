@@ -115,7 +115,7 @@ EXAMPLES: dict[str, Any] = {
         ]
     ),
     "most": 100,
-    "notices": True,
+    "sends_dsns": True,
     "number": 1,
     "numbers": json.dumps([1]),
     "parent": 1,
@@ -139,7 +139,7 @@ EXAMPLES: dict[str, Any] = {
     "slack": 60.0,
     "step": 300,
     "subject": "route:default",
-    "tries": rows(
+    "attempts": rows(
         worker=WORKER,
         delivery=1,
         claim=9,
@@ -157,7 +157,7 @@ EXAMPLES: dict[str, Any] = {
     "under_4h": IDS[2],
     "under_5m": IDS[5],
     "until": "never",
-    "verb": "hold",
+    "operation": "hold",
     "warned": True,
     "very_late": 3600.0,
     "view": "mail_queue",

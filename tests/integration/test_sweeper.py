@@ -264,7 +264,7 @@ def test_an_outage_of_the_database_expires_no_worker(
 
 def test_server_health_shows_open_circuits_and_pauses(scene: SweeperHarness) -> None:
     servers, mx = scene.engine.servers, parse_server("mx.example.net")
-    QueueOperations(scene.mail.database, notices=True).pause(
+    QueueOperations(scene.mail.database, sends_dsns=True).pause(
         "server:other:628", actor="me", reason=""
     )
     shown = (
@@ -575,7 +575,9 @@ def test_only_one_worker_cleans_at_a_time(mail: EngineHarness, cleaner: Cleaner)
 
 
 def rerouting(mail: EngineHarness, routes: Routes, clock: Callable[[], float]) -> Rerouter:
-    return Rerouter(mail.rescuer, QueueOperations(mail.database, notices=True), routes, clock=clock)
+    return Rerouter(
+        mail.rescuer, QueueOperations(mail.database, sends_dsns=True), routes, clock=clock
+    )
 
 
 def test_mail_of_a_gone_route_is_rerouted(mail: EngineHarness) -> None:
@@ -590,7 +592,7 @@ def test_mail_of_a_gone_route_is_rerouted(mail: EngineHarness) -> None:
     assert mail.rows("SELECT route FROM deliveries WHERE queue_id = @id(:id)", id=queue_id) == [
         {"route": "default"}
     ]
-    assert [row["verb"] for row in mail.rows("SELECT verb FROM audit")] == ["reroute"]
+    assert [row["operation"] for row in mail.rows("SELECT operation FROM audit")] == ["reroute"]
     assert rerouter.turn() == 0
 
 

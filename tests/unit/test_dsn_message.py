@@ -208,10 +208,10 @@ def test_only_a_reply_of_a_server_is_a_diagnostic_code(
         (
             "rejected",
             "bounced by an operator: spam run",
-            "It was sent back by an operator of this relay: spam run",
+            "An operator of this relay bounced it: spam run",
         ),
-        ("uncertain", "bounced by an operator", "It was sent back by an operator of this relay."),
-        ("rejected", "", "The mail server refused it and gave no reason."),
+        ("uncertain", "bounced by an operator", "An operator of this relay bounced it."),
+        ("rejected", "", "The mail server rejected it and gave no reason."),
     ],
 )
 def test_bounce_by_an_operator_is_not_attributed_to_a_server(
@@ -223,10 +223,30 @@ def test_bounce_by_an_operator_is_not_attributed_to_a_server(
     assert "Diagnostic-Code" not in groups(wire)[1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "outcome", "source", "status"),
+    [
+        (Kind.BOUNCED, "rejected", ReasonSource.SERVER, "5.7.1"),
+        (Kind.BOUNCED, "unsendable", ReasonSource.RELAY, "5.7.1"),
+        (Kind.BOUNCED, "rejected", ReasonSource.OPERATOR, "5.0.0"),
+        (Kind.BOUNCED, "unsendable", ReasonSource.OPERATOR, "5.0.0"),
+        (Kind.DELAYED, "deferred", ReasonSource.SERVER, "4.7.1"),
+        (Kind.DELAYED, "deferred", ReasonSource.OPERATOR, "4.0.0"),
+        (Kind.DELAYED, "malformed", ReasonSource.RELAY, "4.0.0"),
+    ],
+)
+def test_no_reason_of_an_operator_gives_a_status(
+    kind: Kind, outcome: str, source: ReasonSource, status: str
+) -> None:
+    reply = "bounced by an operator: see 5.7.1 and 4.7.1"
+    failure = replace(FAILED, kind=kind, outcome=outcome, reply=reply, reason_source=source)
+    assert groups(written(failure))[1]["Status"] == status
+
+
 def test_a_server_that_replies_like_an_operator_is_a_server() -> None:
     reply = "bounced by an operator: x"
     wire = written(replace(FAILED, outcome="rejected", reply=reply))
-    assert f"The mail server refused it: {reply}" in " ".join(text_of(wire).split())
+    assert f"The mail server rejected it: {reply}" in " ".join(text_of(wire).split())
     assert groups(wire)[1]["Diagnostic-Code"] == f"x-qmqp; {reply}"
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from migrations.tables import deliveries
-from relay.db.schema import words
+from relay.db.schema import literals
 from relay.queue.operations import OPERATIONS
 from relay.queue.outcome import Outcome
 from relay.queue.states import (
     FINAL,
     LATE_K,
     OUTCOME_POLICY,
+    PENDING_STATES,
     TRANSITIONS,
     UNFINISHED,
     State,
@@ -60,7 +61,18 @@ def test_every_unfinished_state_leads_to_a_final_one() -> None:
 
 def test_operations_on_a_delivery_in_flight_lead_from_sending() -> None:
     pending = {row.after for row in TRANSITIONS if row.event == "pending operation"}
-    assert {operation.state for operation in OPERATIONS.values() if operation.wanted} == pending
+    assert {operation.state for operation in OPERATIONS.values() if operation.pending} == pending
+
+
+@pytest.mark.parametrize("where", ["claim", "rescue"])
+@pytest.mark.parametrize("database", ["postgresql", "sqlite"])
+def test_a_pending_operation_leads_to_the_state_that_the_table_names(
+    where: str, database: str
+) -> None:
+    text = (ROOT / f"relay/queue/{where}.{database}.sql").read_text()
+    named = dict(re.findall(r"pending_operation = '(\w+)' THEN '(\w+)'", text))
+    (named["retry"],) = re.findall(r"pending_operation IS NOT NULL THEN '(\w+)'", text)
+    assert named == PENDING_STATES
 
 
 def test_every_outcome_has_a_next_state_that_the_table_names() -> None:
@@ -71,7 +83,7 @@ def test_every_outcome_has_a_next_state_that_the_table_names() -> None:
 def test_values_are_their_names_in_lower_case() -> None:
     assert [str(outcome) for outcome in Outcome] == [outcome.name.lower() for outcome in Outcome]
     assert [str(state) for state in State] == [state.name.lower() for state in State]
-    assert words(("a", "b")) == "'a', 'b'"
+    assert literals(("a", "b")) == "'a', 'b'"
 
 
 def test_sql_files_name_states_that_exist() -> None:
