@@ -4,6 +4,8 @@ A route tries its servers in the order of its list and passes over those that ha
 paused or have an open circuit. Failures in a row open the circuit of a server for a time that
 doubles up to a minute; then one transfer probes it and closes the circuit or opens it for longer.
 Any whole reply is a success, also Z or D: the circuit is about the server and not about the mail.
+A server to which no connection came about and for which mail waits is probed by connections alone
+(`worker.prober`), and gets its transfer when one of them came about.
 
 What must stay true: a slot is released exactly once; no I/O, and no clock but the one given. All of
 it belongs to the engine's loop, but the sweeper's thread sets `pauses` and `awaited` and reports
@@ -13,7 +15,7 @@ failures, so no state may be half done in between.
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from relay.routes import Route, Server
@@ -22,7 +24,7 @@ FAILURES_TO_OPEN = 3
 OPEN_MIN = 1.0  # seconds
 OPEN_MAX = 60.0  # seconds
 # Mail must be on its way within 5 s of the return of its server; a sweep and a poll take 1 s each.
-MAX_PROBE_DELAY = 3.0
+MAX_PROBE_INTERVAL = 3.0  # seconds between the beginnings of two connection probes
 MAX_WOKEN = 1024  # deliveries of a route that may be due and not claimed yet
 WORKING_TIME = 5.0  # seconds for which a whole reply proves that a server works
 MIN_HOLD_BACK = 0.01  # seconds
@@ -36,8 +38,10 @@ class CircuitBreaker:
     failures: int = 0
     trips: int = 0  # how often the circuit opened
     open_until: float | None = None  # None: closed
-    awaited_until: float = 0.0  # takes the place of `open_until` while mail waits for the server
     unauthorized: bool = False
+    unreachable: bool = False  # no connection came about at the last failure
+    connected: bool = False  # a connection probe came about after that
+    probe_at: float = 0.0  # no connection probe begins before
     reason: str = ""
     closed_after: float = 0.0  # seconds after which it last closed a connection without a reply
     replied_at: float = float("-inf")
@@ -98,7 +102,7 @@ class ServerPool:
         self._backoff = backoff
         self._states: dict[str, ServerState] = {}
         self.pauses: frozenset[str] = frozenset()  # `route:NAME` and `server:NAME`
-        self.awaited: frozenset[str] = frozenset()  # the names of servers that mail waits for
+        self.awaited: Mapping[str, Server] = {}  # the servers that mail waits for, by name
 
     # Slots
 
@@ -165,21 +169,24 @@ class ServerPool:
 
     def wake_limits(self, routes: Collection[Route]) -> dict[str, int]:
         """How many deferred deliveries of each route may be made due now: many where a server
-        works, one where a server may be probed. From now on these servers are probed sooner.
-        Thread-safe."""
-        self.awaited = frozenset(server.name for route in routes for server in route.servers)
+        works, one where a server may be tried. From now on these servers are probed by connections
+        while they cannot be reached. Thread-safe."""
+        routes = [route for route in routes if not self.paused(route)]
+        self.awaited = {server.name: server for route in routes for server in route.servers}
         limits = {
             route.name: MAX_WOKEN if self.works(route) else int(self._may_try(route))
             for route in routes
-            if not self.paused(route)
         }
         return {name: limit for name, limit in limits.items() if limit}
 
     def _may_try(self, route: Route) -> bool:
         # A poll reserves every slot for a moment; it must not hide from the sweeper that a server
-        # may be probed.
+        # may be tried. A server that cannot be reached is not tried before its circuit opens,
+        # either: each try would be a claim.
         return any(
-            self.free(server, route) or self.state(server).reserved for server in route.servers
+            (self.free(server, route) or self.state(server).reserved)
+            and not self._needs_connection(server.name, self.state(server).breaker)
+            for server in route.servers
         )
 
     def open_reason(self, route: Route) -> str:
@@ -204,25 +211,35 @@ class ServerPool:
         return was_open
 
     def record_failure(
-        self, server: Server, reason: str, *, unauthorized: bool = False
+        self,
+        server: Server,
+        reason: str,
+        *,
+        unauthorized: bool = False,
+        unreachable: bool = False,
     ) -> float | None:
-        """No connection, or no whole reply, or (`unauthorized`) a D about this relay.
+        """No connection (`unreachable`), or no whole reply, or (`unauthorized`) a D about this
+        relay.
 
         Returns the seconds for which this opened the circuit. None if it did not: a failure while
         the circuit is open comes from a transfer that began earlier and proves nothing new.
 
         A server that does not authorize this relay opens its circuit at once, and for longer than
-        any mail waits that it refused as often, so that this mail goes to the next server.
+        the backoff of the mail that it rejected, so that the retry goes to the next server. A
+        server that fails after a connection probe came about gets mail after this time only: it
+        accepts connections, so further probes would prove nothing.
         """
         breaker = self.state(server).breaker
         breaker.failures += 1
         breaker.reason = reason
         now = self._clock()
         changed = unauthorized and not breaker.unauthorized
-        if breaker.open_until is not None:
-            if now < self._probe_at(server.name, breaker) and not changed:
-                return None
-        elif breaker.failures < FAILURES_TO_OPEN and not unauthorized:
+        is_open = breaker.open_until is not None
+        if is_open and not changed and not self._may_transfer(server.name, breaker):
+            return None
+        breaker.unreachable = unreachable and not breaker.connected
+        breaker.connected = False
+        if not is_open and breaker.failures < FAILURES_TO_OPEN and not unauthorized:
             return None
         if changed:
             breaker.trips = 0
@@ -230,13 +247,11 @@ class ServerPool:
         share = self._draw() / 2
         if unauthorized:
             least, most = self._backoff
-            seconds = awaited = min(most, 2 * least * doublings) * (1 + share)
+            seconds = min(most, 2 * least * doublings) * (1 + share)
         else:
             seconds = min(OPEN_MAX, OPEN_MIN * doublings) * (0.5 + share)
-            awaited = min(seconds, MAX_PROBE_DELAY * (0.5 + share))
         breaker.trips += 1
         breaker.unauthorized = unauthorized
-        breaker.awaited_until = now + awaited
         breaker.open_until = now + seconds
         return seconds
 
@@ -257,6 +272,31 @@ class ServerPool:
         after = self.state(server).breaker.closed_after
         return min(MAX_HOLD_BACK, MIN_HOLD_BACK + 2 * after) if after else 0.0
 
+    def closed(self, server: Server) -> bool:
+        """Whether the circuit of the server is closed. One that may be probed is not."""
+        return self.state(server).breaker.open_until is None
+
+    # Connection probes
+
+    def take_probes(self) -> list[Server]:
+        """The servers to which a connection probe is to begin now. Each comes again after the next
+        interval."""
+        now, servers = self._clock(), []
+        for name, server in self.awaited.items():
+            breaker = self.state(server).breaker
+            due = self._needs_connection(name, breaker) and now >= breaker.probe_at
+            if due and not self._paused(server):
+                breaker.probe_at = now + MAX_PROBE_INTERVAL * (0.5 + self._draw() / 2)
+                servers.append(server)
+        return servers
+
+    def record_connection(self, server: Server) -> None:
+        """A connection probe came about, so the server may get a transfer."""
+        breaker = self.state(server).breaker
+        breaker.connected = breaker.unreachable
+
+    # For operators
+
     def circuit_open(self, name: str) -> bool:
         """Whether the circuit of the server of that name is open: until it may be probed, and while
         it is probed. Without traffic an open circuit counts as closed after its time.
@@ -264,7 +304,7 @@ class ServerPool:
         state = self._states.get(name)
         if state is None or state.breaker.open_until is None:
             return False
-        return state.probing or self._clock() < self._probe_at(name, state.breaker)
+        return not self._may_probe(name, state)
 
     def open_circuits(self) -> dict[str, str]:
         """The servers with an open circuit, and why. Forgets idle servers that are in no route.
@@ -289,7 +329,15 @@ class ServerPool:
         return state.breaker.open_until is not None and not self._may_probe(server.name, state)
 
     def _may_probe(self, name: str, state: ServerState) -> bool:
-        return not state.probing and self._clock() >= self._probe_at(name, state.breaker)
+        return not state.probing and self._may_transfer(name, state.breaker)
 
-    def _probe_at(self, name: str, breaker: CircuitBreaker) -> float:
-        return breaker.awaited_until if name in self.awaited else breaker.open_until or 0.0
+    def _may_transfer(self, name: str, breaker: CircuitBreaker) -> bool:
+        """Whether an open circuit allows a transfer."""
+        if breaker.connected:
+            return True
+        passed = self._clock() >= (breaker.open_until or 0.0)
+        return passed and not self._needs_connection(name, breaker)
+
+    def _needs_connection(self, name: str, breaker: CircuitBreaker) -> bool:
+        """Whether a connection probe must come about before the next transfer."""
+        return name in self.awaited and breaker.unreachable and not breaker.connected

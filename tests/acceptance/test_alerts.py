@@ -49,6 +49,7 @@ CASES: list[Case] = [
     ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
     ("RelayBrokerListGrows", {'relay_broker_list_length{queue="fresh"}': "150x5 151x20"}, [12], [10]),
     ("RelayCircuitOpen", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
+    ("RelayCircuitOpen", {'relay_connection_probes_total{server="mx:628"}': "0x5 20+20x40"}, [12], [5]),
     # The series of a worker begins with its first refusal.
     ("RelayUnauthorized", {RESTS % "unauthorized": "_x30 1x60"}, [31], [29, 60]),
     ("RelaySlowToAccept", {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"}, [12], [5]),
