@@ -49,13 +49,12 @@ from worker.rerouter import Rerouter
 from worker.sweeper import Sweeper
 
 log = get_logger(__name__)
-CONCURRENCY = 4  # tasks only wait; WORKER_CONNECTIONS limits sending
 WRONG_USE = 2  # the exit status of a command for a bad setting (commands.errors)
 CELERY_TIME = 3.0  # seconds for Celery to end by itself after the drain
 OPTIONS = (
-    "--quiet", "worker", "--pool", "threads", "--concurrency", str(CONCURRENCY),
-    "--queues", ",".join(QUEUES), "--without-gossip", "--without-mingle",
-)  # fmt: skip
+    *("--quiet", "worker", "--pool", "threads", "--queues", ",".join(QUEUES)),
+    *("--without-gossip", "--without-mingle"),
+)
 
 
 class WorkerProcess:
@@ -74,7 +73,8 @@ class WorkerProcess:
         signals.worker_shutdown.connect(self.on_shutdown, weak=False)
 
     def deliver(self, ids: dict[str, list[str]], queue: str) -> None:
-        """Offer messages, by route, to the engine; returns when their hints were used."""
+        """Offer messages, by route, to the engine; returns when the claim requests with them
+        were answered, or they were dropped."""
         if self.engine is not None:
             for batch in [self.engine.offer(some, queue, route) for route, some in ids.items()]:
                 batch.wait()
@@ -183,7 +183,7 @@ def _refuse(reason: str) -> NoReturn:
 
 def _leave(reason: str, status: int = 1) -> None:
     """End the process without waiting for other threads."""
-    log.warning("leaving", reason=reason)
+    log.warning("forced exit", reason=reason)
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)

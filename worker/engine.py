@@ -30,7 +30,7 @@ from relay.queue.model import (
     CompletionResult,
     Renewal,
 )
-from relay.routes import NO_SERVER, Route, Routes
+from relay.routes import Route, Routes
 from relay.settings import WorkerSettings
 from relay.spool.store import BodyUnsendable, Spool
 from relay.startup import new_loop
@@ -97,7 +97,7 @@ class Engine:
         row."""
         for route in self.routes.all():
             if not route.servers:
-                log.warning(NO_SERVER, route=route.name)
+                log.warning("no server configured", route=route.name, setting="RELAY_QMQP_SERVERS")
         self._commands.start()
         self._thread.start()
 

@@ -49,7 +49,9 @@ class Prober:
                     server.host or "", server.port, server.path, deadline, Wakeup()
                 )
             except Unreachable as error:
-                report_failure(self._servers, server, str(error), unreachable=True)
+                # A transfer that began earlier may have succeeded meanwhile.
+                if self._servers.state(server).breaker.unreachable:
+                    report_failure(self._servers, server, str(error), unreachable=True)
             else:
                 connection.close()
                 self._servers.record_connection(server)

@@ -18,9 +18,8 @@ from tests.waiting import until
 MANY = 80
 DATABASES = ("sqlite", "postgresql")
 PROMPT = 5.0  # seconds
-RESTART_TIMEOUT = (
-    8.0  # until the first is sent: a rest of 3 s at most, a sweep, and a machine that is busy
-)
+# Until the first is sent: 3 s to the next connection probe, a sweep, and a machine that is busy.
+RESTART_TIMEOUT = 8.0
 SLOW = {"RETRY_MIN": "3m", "RETRY_MAX": "1h", "GRACE": "5s"}
 
 
@@ -63,7 +62,8 @@ def events(relay: Installation, event: str) -> int:
 
 def span(relay: Installation) -> float:
     """The seconds from the first success to the last."""
-    sql = "SELECT @micros(max(finished_at)) - @micros(min(finished_at)) FROM attempts WHERE outcome = 'delivered'"
+    sql = """SELECT @micros(max(finished_at)) - @micros(min(finished_at)) FROM attempts
+        WHERE outcome = 'delivered'"""
     return float(relay.rows(sql)[0][0]) / 1e6
 
 

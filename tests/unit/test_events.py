@@ -9,7 +9,7 @@ LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
 # Events that are no literal where they are logged: states and outcomes of deliveries, and warnings
 # about settings.
 SPOKEN = {
-    "no QMQP server configured (RELAY_QMQP_SERVERS)", "ignoring RELAY_...", "requeued", "uncertain", "malformed",
+    "ignoring RELAY_...", "requeued", "uncertain", "malformed",
     "delivered", "deferred", "bounced", "expired", "held", "split", "dropped", "queued",
 }  # fmt: skip
 
