@@ -19,7 +19,6 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 from celery import Celery, Task, signals
@@ -96,9 +95,14 @@ class WorkerProcess:
         queue = WorkerQueue(state.engine, settings)
         rescuer = Rescuer(state.engine, settings)
         operations = QueueOperations(state.engine, notices=settings.bounces == "dsn")
-        not_authorized = partial(_report_unauthorized, servers)
         generator = DsnGenerator(
-            state.engine, state.spool, settings, routes.route_for, not_authorized
+            state.engine,
+            state.spool,
+            settings,
+            routes.route_for,
+            lambda name, reply: report_failure(
+                servers, parse_server(name), reply, unauthorized=True
+            ),
         )
         servers.pauses = retry_until_available(rescuer.paused)
         self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
@@ -169,10 +173,6 @@ class WorkerProcess:
         if self.engine is not None:
             self._stop_requested.set()
             self._drained.wait()
-
-
-def _report_unauthorized(servers: ServerPool, name: str, reply: str) -> None:
-    report_failure(servers, parse_server(name), reply, unauthorized=True)
 
 
 def _refuse(reason: str) -> NoReturn:

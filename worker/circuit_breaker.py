@@ -2,7 +2,7 @@
 
 A route tries its servers in the order of its list and passes over those that have no free slot, are
 paused or have an open circuit. Failures in a row open the circuit of a server for a time that
-doubles up to a minute; then one transfer probes it and closes the circuit or opens it for longer.
+doubles up to a minute; then one transfer tests it and closes the circuit or opens it for longer.
 Any whole reply is a success, also Z or D: the circuit is about the server and not about the mail.
 A server to which no connection came about and for which mail waits is probed by connections alone
 (`worker.prober`), and gets its transfer when one of them came about.
@@ -53,20 +53,20 @@ class ServerState:
 
     used: Counter[str] = field(default_factory=Counter)  # slots by route, the reserved ones too
     reserved: int = 0
-    probing: bool = False
+    testing: bool = False
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
 
 
 @dataclass(slots=True)
 class ConnectionSlot:
     """The right to open one connection to `server`, until it is released. `reserved`: for a
-    delivery that is not claimed yet; `probe`: the circuit of the server is open."""
+    delivery that is not claimed yet; `test`: the circuit of the server is open."""
 
     server: Server
     route: str
     state: ServerState
     reserved: bool
-    probe: bool
+    test: bool
     _held: bool = True
 
     def release(self) -> None:
@@ -75,8 +75,8 @@ class ConnectionSlot:
             self._held = False
             self.state.used[self.route] -= 1
             self.state.reserved -= self.reserved
-            if self.probe:
-                self.state.probing = False
+            if self.test:
+                self.state.testing = False
 
 
 class ServerPool:
@@ -108,7 +108,7 @@ class ServerPool:
 
     def free(self, server: Server, route: Route | None = None) -> int:
         """How many more connections to a server may be opened now, by this route or by a route
-        without a limit of its own. One while the server may be probed, none while its circuit is
+        without a limit of its own. One while the server may be tested, none while its circuit is
         open."""
         if self._paused(server):
             return 0
@@ -117,7 +117,7 @@ class ServerPool:
         if route is not None and route.connections is not None:
             slots = min(slots, route.connections - state.used[route.name])
         if state.breaker.open_until is not None:
-            slots = min(slots, self._may_probe(server.name, state) - state.reserved)
+            slots = min(slots, self._may_test(server.name, state) - state.reserved)
         return max(0, slots)
 
     def capacity(self, route: Route) -> int:
@@ -134,11 +134,11 @@ class ServerPool:
         for server in route.servers:
             if server.name not in tried and self.free(server, route):
                 state = self.state(server)
-                probe = state.breaker.open_until is not None and not reserve
+                test = state.breaker.open_until is not None and not reserve
                 state.used[route.name] += 1
                 state.reserved += reserve
-                state.probing = state.probing or probe
-                return ConnectionSlot(server, route.name, state, reserve, probe)
+                state.testing = state.testing or test
+                return ConnectionSlot(server, route.name, state, reserve, test)
         return None
 
     # What a route can expect
@@ -227,7 +227,7 @@ class ServerPool:
         A server that does not authorize this relay opens its circuit at once, and for longer than
         the backoff of the mail that it rejected, so that the retry goes to the next server. A
         server that fails after a connection probe came about gets mail after this time only: it
-        accepts connections, so further probes would prove nothing.
+        accepts connections, so more connections would prove nothing.
         """
         breaker = self.state(server).breaker
         breaker.failures += 1
@@ -273,7 +273,7 @@ class ServerPool:
         return min(MAX_HOLD_BACK, MIN_HOLD_BACK + 2 * after) if after else 0.0
 
     def closed(self, server: Server) -> bool:
-        """Whether the circuit of the server is closed. One that may be probed is not."""
+        """Whether the circuit of the server is closed. One that may be tested is not."""
         return self.state(server).breaker.open_until is None
 
     # Connection probes
@@ -298,13 +298,13 @@ class ServerPool:
     # For operators
 
     def circuit_open(self, name: str) -> bool:
-        """Whether the circuit of the server of that name is open: until it may be probed, and while
-        it is probed. Without traffic an open circuit counts as closed after its time.
+        """Whether the circuit of the server of that name is open: until it may be tested, and while
+        it is tested. Without traffic an open circuit counts as closed after its time.
         Thread-safe."""
         state = self._states.get(name)
         if state is None or state.breaker.open_until is None:
             return False
-        return not self._may_probe(name, state)
+        return not self._may_test(name, state)
 
     def open_circuits(self) -> dict[str, str]:
         """The servers with an open circuit, and why. Forgets idle servers that are in no route.
@@ -326,10 +326,10 @@ class ServerPool:
 
     def _blocked(self, server: Server) -> bool:
         state = self.state(server)
-        return state.breaker.open_until is not None and not self._may_probe(server.name, state)
+        return state.breaker.open_until is not None and not self._may_test(server.name, state)
 
-    def _may_probe(self, name: str, state: ServerState) -> bool:
-        return not state.probing and self._may_transfer(name, state.breaker)
+    def _may_test(self, name: str, state: ServerState) -> bool:
+        return not state.testing and self._may_transfer(name, state.breaker)
 
     def _may_transfer(self, name: str, breaker: CircuitBreaker) -> bool:
         """Whether an open circuit allows a transfer."""

@@ -258,9 +258,9 @@ class DeliveryTask:
         """What the result of a try means; None if the next server is to be tried."""
         server, outcome = slot.server, self._outcome(slot.server, result)
         reply = escaped(result.text, LONGEST_TEXT)
-        # A server that is away is probed about once a minute while other servers of the route get
-        # the mail. Such a probe proves nothing about its message, and is not recorded.
-        if not (slot.probe and outcome is Outcome.UNREACHABLE):
+        # A server that is away is tested about once a minute while other servers of the route get
+        # the mail. Such a test proves nothing about its message, and is not recorded.
+        if not (slot.test and outcome is Outcome.UNREACHABLE):
             self._record(server, outcome, reply, started)
         if result.ours:
             return self.requeued()

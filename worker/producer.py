@@ -149,11 +149,6 @@ class Capacity:
         """A claim ended."""
         self.busy -= 1
 
-    def all_servers_down(self, name: str) -> bool:
-        """Whether every server of a route that is not paused has an open circuit."""
-        route = self._routes.get(name)
-        return route is not None and self._servers.down(route)
-
     def closed(self, name: str) -> bool:
         """Whether hints are useless: the route is gone, paused, or all its servers are down."""
         route = self._routes.get(name)
@@ -272,7 +267,7 @@ class Producer:
         found = Counter(claim.route for claim in claims)
         later = time.monotonic() + min(POLL_INTERVAL, self._settings.grace)
         for name, most in counts.items():
-            more = found[name] >= most and not self.capacity.all_servers_down(name)
+            more = found[name] >= most and not self.capacity.closed(name)
             self._poll_at[name] = 0.0 if more else later
         return self.capacity.release_unclaimed(reserved, claims)
 

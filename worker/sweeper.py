@@ -161,7 +161,7 @@ class Sweeper(PeriodicThread):
 
     def _wake(self) -> None:
         """Make due what waits only for a route that works again, and the oldest delivery of a route
-        that may be probed.
+        that may be tried.
 
         Any worker that sees a route work wakes its mail, even if another worker deferred it: where
         all mail of a route is deferred nothing else would be sent there.

@@ -71,7 +71,7 @@ def test_routes_with_all_servers_down_get_a_batch_from_polls_only() -> None:
     capacity, servers = opened(Route("one", (A,)))
     for _ in range(3):
         servers.record_failure(A, "refused")
-    assert capacity.all_servers_down("one")
+    assert capacity.closed("one")
     assert capacity.reserve(ROUTES, 100) == {}
     assert capacity.reserve(["one"], 100) == {}
     polled = capacity.reserve(ROUTES, 100, overdue=True)
