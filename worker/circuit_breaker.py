@@ -151,7 +151,7 @@ class ServerPool:
         """Whether all servers of the route but those `tried` have an open circuit; none is only
         full or paused, and neither is the route."""
         return not self.paused(route) and all(
-            self._blocked(server) and not self._paused(server)
+            self.circuit_open(server.name) and not self._paused(server)
             for server in route.servers
             if server.name not in tried
         )
@@ -323,10 +323,6 @@ class ServerPool:
 
     def _paused(self, server: Server) -> bool:
         return bool(self.pauses) and f"server:{server.name}" in self.pauses
-
-    def _blocked(self, server: Server) -> bool:
-        state = self.state(server)
-        return state.breaker.open_until is not None and not self._may_test(server.name, state)
 
     def _may_test(self, name: str, state: ServerState) -> bool:
         return not state.testing and self._may_transfer(name, state.breaker)
