@@ -315,7 +315,7 @@ class DeliveryTask:
         if outcome is Outcome.UNREACHABLE and servers.closed(server):
             host = server.host or server.path
             log.warning("connect failed", host=host, port=server.port, reason=reply)
-        # A server that closes before it reads is no such one: the connection came about.
+        # A server that closes before it reads has accepted the connection.
         unreachable = result.outcome is client.SendOutcome.UNREACHABLE
         report_failure(servers, server, reply, unauthorized=unauthorized, unreachable=unreachable)
 
