@@ -26,11 +26,11 @@ log = get_logger(__name__)
 TASK = "deliver"
 FRESH, RETRY = "fresh", "retry"
 QUEUES = (FRESH, RETRY)
-# While the list is longer than this (Celery messages) no hint is published: workers poll SQL.
+# No hint is published while the list is longer than this (in Celery messages): workers poll SQL.
 WINDOW = 200
-# A hint takes milliseconds of Celery, whatever its size. So a busy publisher waits PACE_EACH seconds
-# for each message of its last hint, at most PACE; below some 200 messages a second it does not
-# wait.
+# A hint takes milliseconds of Celery, whatever its size. So a busy publisher waits PACE_EACH
+# seconds for each message of its last hint, at most PACE; below some 200 messages a second it does
+# not wait.
 PACE, PACE_EACH = 0.1, 0.005
 _LENGTH_INTERVAL = 1.0
 
@@ -50,15 +50,13 @@ def celery_app(settings: Settings) -> Celery:
         task_create_missing_queues=False,
         task_acks_late=False,
         worker_pool="threads",
-        worker_concurrency=4,
+        worker_concurrency=4,  # tasks only wait; WORKER_CONNECTIONS limits sending
         # Not worker_disable_prefetch: with early ack nothing wakes the consumer when a task ends.
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_disable_rate_limits=True,
         worker_send_task_events=False,
-        worker_cancel_long_running_tasks_on_connection_loss=False,
-        broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
             "global_keyprefix": "qmqp-relay:",
@@ -95,8 +93,8 @@ class Hints:
         self._thread.start()
 
     def offer(self, ids: Iterable[str], route: str = "") -> None:
-        """Queue a hint for these messages of a route (empty: unknown), unless the broker is away or the
-        list is full; never blocks, any thread."""
+        """Queue a hint for these messages of a route (empty: unknown), unless the broker is away or
+        the list is full; never blocks, any thread."""
         if self.away or self.full:
             return
         with self._changed:
@@ -161,8 +159,8 @@ class Hints:
                     )
 
     def _take(self) -> list[tuple[str, str]]:
-        """Up to a batch of routes and ids; none after _LENGTH_INTERVAL, so that the list is measured
-        again."""
+        """Up to a batch of routes and ids; none after _LENGTH_INTERVAL, so that the list is
+        measured again."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing, _LENGTH_INTERVAL)
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch))]

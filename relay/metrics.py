@@ -72,6 +72,11 @@ TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers in progress in this wo
 CIRCUIT_OPENED = Counter(
     "relay_circuit_opened", "times that the circuit of a server opened", ["server", "why"]
 )
+CONNECTION_PROBES = Counter(
+    "relay_connection_probes",
+    "connections begun only to find out whether a server is back",
+    ["server"],
+)
 CIRCUIT_OPEN = Gauge(
     "relay_circuit_open", "1 while the circuit of a server is open in this worker", ["server"]
 )

@@ -3,8 +3,8 @@
 A delivery gets the name of its route when it is accepted; the servers of the route are looked up at
 each attempt, so a change of the settings reaches queued mail. QMQP_SERVERS are the servers of the
 route `default`, which takes what no other route takes. ROUTES names a TOML file with the other
-routes (`Route` has the keys; docs/delivery.md has an example). The first route whose pattern matches
-takes the recipient.
+routes (`Route` has the keys; docs/delivery.md has an example). The first route whose pattern
+matches takes the recipient.
 
 What must stay true: a file that cannot be used changes nothing. Half a TOML file is often valid, so
 a change counts when the file has stayed the same for STABLE_FOR, by this process' clock.
@@ -242,7 +242,7 @@ class Routes:
         try:
             routes = parse_routes(path.read_text())
         except (ValueError, OSError) as error:
-            log.error("routes not changed", file=str(path), reason=str(error))
+            log.error("routes file rejected", file=str(path), reason=str(error))
         else:
             if _stamp(path) != stamp:
                 return  # it is being written

@@ -19,7 +19,6 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 from celery import Celery, Task, signals
@@ -49,13 +48,12 @@ from worker.rerouter import Rerouter
 from worker.sweeper import Sweeper
 
 log = get_logger(__name__)
-CONCURRENCY = 4  # tasks only wait; WORKER_CONNECTIONS limits sending
 WRONG_USE = 2  # the exit status of a command for a bad setting (commands.errors)
 CELERY_TIME = 3.0  # seconds for Celery to end by itself after the drain
 OPTIONS = (
-    "--quiet", "worker", "--pool", "threads", "--concurrency", str(CONCURRENCY),
-    "--queues", ",".join(QUEUES), "--without-gossip", "--without-mingle",
-)  # fmt: skip
+    *("--quiet", "worker", "--pool", "threads", "--queues", ",".join(QUEUES)),
+    *("--without-gossip", "--without-mingle"),
+)
 
 
 class WorkerProcess:
@@ -74,7 +72,8 @@ class WorkerProcess:
         signals.worker_shutdown.connect(self.on_shutdown, weak=False)
 
     def deliver(self, ids: dict[str, list[str]], queue: str) -> None:
-        """Offer messages, by route, to the engine; returns when their hints were used."""
+        """Offer messages, by route, to the engine; returns when the claim requests with them
+        were answered, or they were dropped."""
         if self.engine is not None:
             for batch in [self.engine.offer(some, queue, route) for route, some in ids.items()]:
                 batch.wait()
@@ -96,9 +95,14 @@ class WorkerProcess:
         queue = WorkerQueue(state.engine, settings)
         rescuer = Rescuer(state.engine, settings)
         operations = QueueOperations(state.engine, sends_dsns=settings.bounces == "dsn")
-        not_authorized = partial(_report_unauthorized, servers)
         generator = DsnGenerator(
-            state.engine, state.spool, settings, routes.route_for, not_authorized
+            state.engine,
+            state.spool,
+            settings,
+            routes.route_for,
+            lambda name, reply: report_failure(
+                servers, parse_server(name), reply, unauthorized=True
+            ),
         )
         servers.pauses = retry_until_available(rescuer.paused)
         self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
@@ -171,10 +175,6 @@ class WorkerProcess:
             self._drained.wait()
 
 
-def _report_unauthorized(servers: ServerPool, name: str, reply: str) -> None:
-    report_failure(servers, parse_server(name), reply, unauthorized=True)
-
-
 def _refuse(reason: str) -> NoReturn:
     """End the process for a fault that another start would meet again; `up` knows the status."""
     sys.stderr.write(f"qmqp-relay worker: {reason}\n")
@@ -183,7 +183,7 @@ def _refuse(reason: str) -> NoReturn:
 
 def _leave(reason: str, status: int = 1) -> None:
     """End the process without waiting for other threads."""
-    log.warning("leaving", reason=reason)
+    log.warning("forced exit", reason=reason)
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)

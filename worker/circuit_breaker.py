@@ -2,8 +2,10 @@
 
 A route tries its servers in the order of its list and passes over those that have no free slot, are
 paused or have an open circuit. Failures in a row open the circuit of a server for a time that
-doubles up to a minute; then one transfer probes it and closes the circuit or opens it for longer.
+doubles up to a minute; then one transfer tests it and closes the circuit or opens it for longer.
 Any whole reply is a success, also Z or D: the circuit is about the server and not about the mail.
+A server to which no connection came about and for which mail waits is probed by connections alone
+(`worker.prober`), and gets its transfer when one of them came about.
 
 What must stay true: a slot is released exactly once; no I/O, and no clock but the one given. All of
 it belongs to the engine's loop, but the sweeper's thread sets `pauses` and `awaited` and reports
@@ -13,7 +15,7 @@ failures, so no state may be half done in between.
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from relay.routes import Route, Server
@@ -22,7 +24,7 @@ FAILURES_TO_OPEN = 3
 OPEN_MIN = 1.0  # seconds
 OPEN_MAX = 60.0  # seconds
 # Mail must be on its way within 5 s of the return of its server; a sweep and a poll take 1 s each.
-MAX_PROBE_DELAY = 3.0
+MAX_PROBE_INTERVAL = 3.0  # seconds between the beginnings of two connection probes
 MAX_WOKEN = 1024  # deliveries of a route that may be due and not claimed yet
 WORKING_TIME = 5.0  # seconds for which a whole reply proves that a server works
 MIN_HOLD_BACK = 0.01  # seconds
@@ -36,8 +38,10 @@ class CircuitBreaker:
     failures: int = 0
     trips: int = 0  # how often the circuit opened
     open_until: float | None = None  # None: closed
-    awaited_until: float = 0.0  # takes the place of `open_until` while mail waits for the server
     unauthorized: bool = False
+    unreachable: bool = False  # no connection came about at the last failure
+    connected: bool = False  # a connection probe came about after that
+    probe_at: float = 0.0  # no connection probe begins before
     reason: str = ""
     closed_after: float = 0.0  # seconds after which it last closed a connection without a reply
     replied_at: float = float("-inf")
@@ -49,20 +53,20 @@ class ServerState:
 
     used: Counter[str] = field(default_factory=Counter)  # slots by route, the reserved ones too
     reserved: int = 0
-    probing: bool = False
+    testing: bool = False
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
 
 
 @dataclass(slots=True)
 class ConnectionSlot:
     """The right to open one connection to `server`, until it is released. `reserved`: for a
-    delivery that is not claimed yet; `probe`: the circuit of the server is open."""
+    delivery that is not claimed yet; `test`: the circuit of the server is open."""
 
     server: Server
     route: str
     state: ServerState
     reserved: bool
-    probe: bool
+    test: bool
     _held: bool = True
 
     def release(self) -> None:
@@ -71,8 +75,8 @@ class ConnectionSlot:
             self._held = False
             self.state.used[self.route] -= 1
             self.state.reserved -= self.reserved
-            if self.probe:
-                self.state.probing = False
+            if self.test:
+                self.state.testing = False
 
 
 class ServerPool:
@@ -98,13 +102,13 @@ class ServerPool:
         self._backoff = backoff
         self._states: dict[str, ServerState] = {}
         self.pauses: frozenset[str] = frozenset()  # `route:NAME` and `server:NAME`
-        self.awaited: frozenset[str] = frozenset()  # the names of servers that mail waits for
+        self.awaited: Mapping[str, Server] = {}  # the servers that mail waits for, by name
 
     # Slots
 
     def free(self, server: Server, route: Route | None = None) -> int:
         """How many more connections to a server may be opened now, by this route or by a route
-        without a limit of its own. One while the server may be probed, none while its circuit is
+        without a limit of its own. One while the server may be tested, none while its circuit is
         open."""
         if self._paused(server):
             return 0
@@ -113,7 +117,7 @@ class ServerPool:
         if route is not None and route.connections is not None:
             slots = min(slots, route.connections - state.used[route.name])
         if state.breaker.open_until is not None:
-            slots = min(slots, self._may_probe(server.name, state) - state.reserved)
+            slots = min(slots, self._may_test(server.name, state) - state.reserved)
         return max(0, slots)
 
     def capacity(self, route: Route) -> int:
@@ -130,11 +134,11 @@ class ServerPool:
         for server in route.servers:
             if server.name not in tried and self.free(server, route):
                 state = self.state(server)
-                probe = state.breaker.open_until is not None and not reserve
+                test = state.breaker.open_until is not None and not reserve
                 state.used[route.name] += 1
                 state.reserved += reserve
-                state.probing = state.probing or probe
-                return ConnectionSlot(server, route.name, state, reserve, probe)
+                state.testing = state.testing or test
+                return ConnectionSlot(server, route.name, state, reserve, test)
         return None
 
     # What a route can expect
@@ -147,7 +151,7 @@ class ServerPool:
         """Whether all servers of the route but those `tried` have an open circuit; none is only
         full or paused, and neither is the route."""
         return not self.paused(route) and all(
-            self._blocked(server) and not self._paused(server)
+            self.circuit_open(server.name) and not self._paused(server)
             for server in route.servers
             if server.name not in tried
         )
@@ -165,21 +169,24 @@ class ServerPool:
 
     def wake_limits(self, routes: Collection[Route]) -> dict[str, int]:
         """How many deferred deliveries of each route may be made due now: many where a server
-        works, one where a server may be probed. From now on these servers are probed sooner.
-        Thread-safe."""
-        self.awaited = frozenset(server.name for route in routes for server in route.servers)
+        works, one where a server may be tried. From now on these servers are probed by connections
+        while they cannot be reached. Thread-safe."""
+        routes = [route for route in routes if not self.paused(route)]
+        self.awaited = {server.name: server for route in routes for server in route.servers}
         limits = {
             route.name: MAX_WOKEN if self.works(route) else int(self._may_try(route))
             for route in routes
-            if not self.paused(route)
         }
         return {name: limit for name, limit in limits.items() if limit}
 
     def _may_try(self, route: Route) -> bool:
         # A poll reserves every slot for a moment; it must not hide from the sweeper that a server
-        # may be probed.
+        # may be tried. A server that cannot be reached is not tried before its circuit opens,
+        # either: each try would be a claim.
         return any(
-            self.free(server, route) or self.state(server).reserved for server in route.servers
+            (self.free(server, route) or self.state(server).reserved)
+            and not self._needs_connection(server.name, self.state(server).breaker)
+            for server in route.servers
         )
 
     def open_reason(self, route: Route) -> str:
@@ -204,25 +211,35 @@ class ServerPool:
         return was_open
 
     def record_failure(
-        self, server: Server, reason: str, *, unauthorized: bool = False
+        self,
+        server: Server,
+        reason: str,
+        *,
+        unauthorized: bool = False,
+        unreachable: bool = False,
     ) -> float | None:
-        """No connection, or no whole reply, or (`unauthorized`) a D about this relay.
+        """No connection (`unreachable`), or no whole reply, or (`unauthorized`) a D about this
+        relay.
 
         Returns the seconds for which this opened the circuit. None if it did not: a failure while
         the circuit is open comes from a transfer that began earlier and proves nothing new.
 
         A server that does not authorize this relay opens its circuit at once, and for longer than
-        any mail waits that it refused as often, so that this mail goes to the next server.
+        the backoff of the mail that it rejected, so that the retry goes to the next server. A
+        server that fails after a connection probe came about gets mail after this time only: it
+        accepts connections, so more connections would prove nothing.
         """
         breaker = self.state(server).breaker
         breaker.failures += 1
         breaker.reason = reason
         now = self._clock()
         changed = unauthorized and not breaker.unauthorized
-        if breaker.open_until is not None:
-            if now < self._probe_at(server.name, breaker) and not changed:
-                return None
-        elif breaker.failures < FAILURES_TO_OPEN and not unauthorized:
+        is_open = breaker.open_until is not None
+        if is_open and not changed and not self._may_transfer(server.name, breaker):
+            return None
+        breaker.unreachable = unreachable and not breaker.connected
+        breaker.connected = False
+        if not is_open and breaker.failures < FAILURES_TO_OPEN and not unauthorized:
             return None
         if changed:
             breaker.trips = 0
@@ -230,13 +247,11 @@ class ServerPool:
         share = self._draw() / 2
         if unauthorized:
             least, most = self._backoff
-            seconds = awaited = min(most, 2 * least * doublings) * (1 + share)
+            seconds = min(most, 2 * least * doublings) * (1 + share)
         else:
             seconds = min(OPEN_MAX, OPEN_MIN * doublings) * (0.5 + share)
-            awaited = min(seconds, MAX_PROBE_DELAY * (0.5 + share))
         breaker.trips += 1
         breaker.unauthorized = unauthorized
-        breaker.awaited_until = now + awaited
         breaker.open_until = now + seconds
         return seconds
 
@@ -257,14 +272,39 @@ class ServerPool:
         after = self.state(server).breaker.closed_after
         return min(MAX_HOLD_BACK, MIN_HOLD_BACK + 2 * after) if after else 0.0
 
+    def closed(self, server: Server) -> bool:
+        """Whether the circuit of the server is closed. One that may be tested is not."""
+        return self.state(server).breaker.open_until is None
+
+    # Connection probes
+
+    def take_probes(self) -> list[Server]:
+        """The servers to which a connection probe is to begin now. Each comes again after the next
+        interval."""
+        now, servers = self._clock(), []
+        for name, server in self.awaited.items():
+            breaker = self.state(server).breaker
+            due = self._needs_connection(name, breaker) and now >= breaker.probe_at
+            if due and not self._paused(server):
+                breaker.probe_at = now + MAX_PROBE_INTERVAL * (0.5 + self._draw() / 2)
+                servers.append(server)
+        return servers
+
+    def record_connection(self, server: Server) -> None:
+        """A connection probe came about, so the server may get a transfer."""
+        breaker = self.state(server).breaker
+        breaker.connected = breaker.unreachable
+
+    # For operators
+
     def circuit_open(self, name: str) -> bool:
-        """Whether the circuit of the server of that name is open: until it may be probed, and while
-        it is probed. Without traffic an open circuit counts as closed after its time.
+        """Whether the circuit of the server of that name is open: until it may be tested, and while
+        it is tested. Without traffic an open circuit counts as closed after its time.
         Thread-safe."""
         state = self._states.get(name)
         if state is None or state.breaker.open_until is None:
             return False
-        return state.probing or self._clock() < self._probe_at(name, state.breaker)
+        return not self._may_test(name, state)
 
     def open_circuits(self) -> dict[str, str]:
         """The servers with an open circuit, and why. Forgets idle servers that are in no route.
@@ -284,12 +324,16 @@ class ServerPool:
     def _paused(self, server: Server) -> bool:
         return bool(self.pauses) and f"server:{server.name}" in self.pauses
 
-    def _blocked(self, server: Server) -> bool:
-        state = self.state(server)
-        return state.breaker.open_until is not None and not self._may_probe(server.name, state)
+    def _may_test(self, name: str, state: ServerState) -> bool:
+        return not state.testing and self._may_transfer(name, state.breaker)
 
-    def _may_probe(self, name: str, state: ServerState) -> bool:
-        return not state.probing and self._clock() >= self._probe_at(name, state.breaker)
+    def _may_transfer(self, name: str, breaker: CircuitBreaker) -> bool:
+        """Whether an open circuit allows a transfer."""
+        if breaker.connected:
+            return True
+        passed = self._clock() >= (breaker.open_until or 0.0)
+        return passed and not self._needs_connection(name, breaker)
 
-    def _probe_at(self, name: str, breaker: CircuitBreaker) -> float:
-        return breaker.awaited_until if name in self.awaited else breaker.open_until or 0.0
+    def _needs_connection(self, name: str, breaker: CircuitBreaker) -> bool:
+        """Whether a connection probe must come about before the next transfer."""
+        return name in self.awaited and breaker.unreachable and not breaker.connected

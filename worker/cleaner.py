@@ -2,7 +2,8 @@
 
 Every ten minutes it removes the rows of messages that have been finished for RETENTION, and every
 six hours it scans the spool (`relay.spool.orphans`) for deletable bodies and for files without a
-row, which may be all that is left of a message whose rows were lost: these go to `orphans/`.
+row. A file without a row is moved to `orphans/`, because it may belong to a message whose rows were
+lost.
 
 What must stay true: nothing without a row is touched before it is ORPHAN_MOVE_AGE old and some row
 is newer; only files with names that the relay gives are touched; the body is removed before the
@@ -65,7 +66,7 @@ class Cleaner(PeriodicThread):
     def exclusive(self) -> Iterator[bool]:
         """Whether this worker has the lock: an advisory one on PostgreSQL, else a file's."""
         if self._engine.dialect.name != "postgresql":
-            with Path(f"{self._engine.url.database}.housekeeping").open("ab") as file:
+            with Path(f"{self._engine.url.database}.cleaner").open("ab") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:

@@ -75,14 +75,28 @@ def entry_of(ids: dict[str, list[str]], queue: str) -> bytes:
     """A new entry for these ids, as Celery writes it."""
     task_id = uuid()
     headers = {
-        "lang": "py", "task": TASK, "id": task_id, "root_id": task_id, "parent_id": None,
-        "group": None, "eta": None, "expires": None, "retries": 0, "timelimit": [None, None],
-        "argsrepr": "", "kwargsrepr": "{}", "origin": "",
-    }  # fmt: skip
+        "lang": "py",
+        "task": TASK,
+        "id": task_id,
+        "root_id": task_id,
+        "parent_id": None,
+        "group": None,
+        "eta": None,
+        "expires": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "argsrepr": "",
+        "kwargsrepr": "{}",
+        "origin": "",
+    }
     properties = {
-        "correlation_id": task_id, "delivery_mode": 2, "delivery_tag": uuid(), "priority": 0,
-        "body_encoding": "base64", "delivery_info": {"exchange": "", "routing_key": queue},
-    }  # fmt: skip
+        "correlation_id": task_id,
+        "delivery_mode": 2,
+        "delivery_tag": uuid(),
+        "priority": 0,
+        "body_encoding": "base64",
+        "delivery_info": {"exchange": "", "routing_key": queue},
+    }
     message = {
         "body": base64.b64encode(json.dumps([[ids], {}, {}]).encode()).decode(),
         "content-encoding": "utf-8",

@@ -95,15 +95,27 @@ def longest_wait(settings: WorkerSettings, routes: Iterable[Route]) -> float:
     return jitter(max(waits), draw=lambda: 1.0)
 
 
-def report_failure(servers: ServerPool, server: Server, reply: str, *, unauthorized: bool) -> None:
-    """Record, count and log that a server failed or (`unauthorized`) does not authorize us."""
-    name = server.name
+def report_failure(
+    servers: ServerPool,
+    server: Server,
+    reply: str,
+    *,
+    unauthorized: bool = False,
+    unreachable: bool = False,
+) -> None:
+    """Record, count and log that a server failed: without a connection (`unreachable`), or because
+    it does not authorize the relay (`unauthorized`)."""
+    name, closed = server.name, servers.closed(server)
     if unauthorized:
         log.critical("relay not authorized", server=name, reply=reply)
-    seconds = servers.record_failure(server, reply, unauthorized=unauthorized)
-    if seconds is not None:
-        metrics.CIRCUIT_OPENED.labels(name, "unauthorized" if unauthorized else "failing").inc()
-        metrics.CIRCUIT_OPEN.labels(name).set_function(partial(servers.circuit_open, name))
+    seconds = servers.record_failure(
+        server, reply, unauthorized=unauthorized, unreachable=unreachable
+    )
+    if seconds is None:
+        return
+    metrics.CIRCUIT_OPENED.labels(name, "unauthorized" if unauthorized else "failing").inc()
+    metrics.CIRCUIT_OPEN.labels(name).set_function(partial(servers.circuit_open, name))
+    if closed:
         log.warning("circuit opened", server=name, seconds=round(seconds, 1), reason=reply)
 
 
@@ -246,15 +258,14 @@ class DeliveryTask:
         """What the result of a try means; None if the next server is to be tried."""
         server, outcome = slot.server, self._outcome(slot.server, result)
         reply = escaped(result.text, LONGEST_TEXT)
-        # While mail waits for a server that is away, it is probed every few seconds. Such a probe
-        # proves nothing about the message that it sends, and a row for each would make tens of
-        # thousands a day.
-        if not (slot.probe and outcome is Outcome.UNREACHABLE):
+        # A server that is away is tested about once a minute while other servers of the route get
+        # the mail. Such a test proves nothing about its message, and is not recorded.
+        if not (slot.test and outcome is Outcome.UNREACHABLE):
             self._record(server, outcome, reply, started)
         if result.ours:
             return self.requeued()
         unauthorized = outcome is Outcome.REJECTED and bool(self.config.unauthorized.search(reply))
-        self._report_health(server, outcome, reply, unauthorized)
+        self._report_health(server, result, outcome, reply, unauthorized)
         if (
             unauthorized
             or outcome is Outcome.DEFERRED
@@ -289,17 +300,24 @@ class DeliveryTask:
         return bool(too_many or ABOUT_AN_ADDRESS.search(result.text))
 
     def _report_health(
-        self, server: Server, outcome: Outcome, reply: str, unauthorized: bool
+        self,
+        server: Server,
+        result: client.Result,
+        outcome: Outcome,
+        reply: str,
+        unauthorized: bool,
     ) -> None:
         servers = self.config.servers
         if outcome in _WHOLE_REPLY and not unauthorized:
             if servers.record_success(server):
                 log.info("circuit closed", server=server.name)
             return
-        if outcome is Outcome.UNREACHABLE:
+        if outcome is Outcome.UNREACHABLE and servers.closed(server):
             host = server.host or server.path
             log.warning("connect failed", host=host, port=server.port, reason=reply)
-        report_failure(servers, server, reply, unauthorized=unauthorized)
+        # A server that closes before it reads has accepted the connection.
+        unreachable = result.outcome is client.SendOutcome.UNREACHABLE
+        report_failure(servers, server, reply, unauthorized=unauthorized, unreachable=unreachable)
 
     def _broken_off(self) -> Outcome:
         """The outcome of a try that ended without a result."""

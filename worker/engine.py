@@ -30,7 +30,7 @@ from relay.queue.model import (
     CompletionResult,
     Renewal,
 )
-from relay.routes import NO_SERVER, Route, Routes
+from relay.routes import Route, Routes
 from relay.settings import WorkerSettings
 from relay.spool.store import BodyUnsendable, Spool
 from relay.startup import new_loop
@@ -38,6 +38,7 @@ from worker.body_io import BodyIo, Opened
 from worker.circuit_breaker import ConnectionSlot, ServerPool
 from worker.delivery import DeliveryTask, TransferConfig, log_outcome
 from worker.lease import Lease
+from worker.prober import Prober
 from worker.producer import ClaimsHandler, HintBatch, Producer, Slots
 from worker.quarantine import MIN_CRASHES, Quarantine
 
@@ -80,6 +81,7 @@ class Engine:
         self._bodies = BodyIo(self._loop, spool)
         self._config = TransferConfig(settings, self.servers, self.lease.may_commit)
         self._quarantine = Quarantine(self._send, self._complete)
+        self._prober = Prober(self.servers, settings.connect_timeout)
         self._active: dict[DeliveryTask, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
         self._unrecorded = 0  # completions that are not committed yet
@@ -95,7 +97,7 @@ class Engine:
         row."""
         for route in self.routes.all():
             if not route.servers:
-                log.warning(NO_SERVER, route=route.name)
+                log.warning("no server configured", route=route.name, setting="RELAY_QMQP_SERVERS")
         self._commands.start()
         self._thread.start()
 
@@ -152,6 +154,8 @@ class Engine:
             self.producer.extend_waits(elapsed)
         self.producer.drop_hints(unless_moved_since=now - self._settings.grace)
         self._quarantine.check_timeout(now, self._active)
+        if not self._stopping:
+            self._prober.start_due()
         self._poll()
         self._loop.call_later(min(0.25, self._settings.lease / 8), self._tick)
 
@@ -282,6 +286,7 @@ class Engine:
         self._stopping = True
         self.producer.drop_hints()
         self._quarantine.release(DeliveryTask.requeued)
+        self._prober.close()
         await asyncio.sleep(0)  # tasks that were just created must run before they can be aborted
         self._abort_all()
         log.info("draining", waiting=len(self._active), seconds=seconds)

@@ -24,7 +24,7 @@ class PeriodicThread(threading.Thread):
             try:
                 self.turn()
             except Exception as error:
-                log.warning("task put off", task=self.name, reason=first_line(error))
+                log.warning("task failed", task=self.name, reason=first_line(error))
 
     def close(self) -> None:
         """End after the current turn."""

@@ -31,8 +31,8 @@ type ClaimsHandler = Callable[[Sequence[Claim]], Slots]
 
 
 class HintBatch(threading.Event):
-    """The hints of one task. It is set, and the task ends, when each of them has become part of a
-    claim request or was dropped."""
+    """The hints of one task. It is set, and the task ends, when the claim requests with their ids
+    were answered, or the ids were dropped."""
 
     left = 0
 
@@ -68,7 +68,7 @@ class HintQueue:
         return taken
 
     def use(self, hints: Iterable[Hint]) -> None:
-        """The claim request with these hints was answered."""
+        """The claim request with these ids was answered."""
         for _, batch in hints:
             batch.left -= 1
             if not batch.left:
@@ -116,7 +116,8 @@ class Capacity:
         """Reserve slots for at most so many deliveries of these routes in all.
 
         The free connections are divided equally among the routes that have capacity. Their order is
-        random, because the first gets all slots of a shared server. `settle` takes the result.
+        random, because the first gets all slots of a shared server. `release_unclaimed` takes the
+        result.
         """
         routes = [
             route
@@ -135,7 +136,7 @@ class Capacity:
         self.busy += sum(map(len, reserved.values()))
         return reserved
 
-    def settle(self, reserved: Mapping[str, Slots], claims: Iterable[Claim]) -> Slots:
+    def release_unclaimed(self, reserved: Mapping[str, Slots], claims: Iterable[Claim]) -> Slots:
         """A claim request was answered: the slots of its claims. The others are released."""
         slots = [reserved[claim.route].pop() for claim in claims]
         for unused in itertools.chain.from_iterable(reserved.values()):
@@ -147,11 +148,6 @@ class Capacity:
     def ended(self) -> None:
         """A claim ended."""
         self.busy -= 1
-
-    def all_servers_down(self, name: str) -> bool:
-        """Whether every server of a route that is not paused has an open circuit."""
-        route = self._routes.get(name)
-        return route is not None and self._servers.down(route)
 
     def closed(self, name: str) -> bool:
         """Whether hints are useless: the route is gone, paused, or all its servers are down."""
@@ -248,7 +244,7 @@ class Producer:
     ) -> Slots:
         hints.requested = False
         hints.use(taken)
-        return self.capacity.settle(reserved, claims)
+        return self.capacity.release_unclaimed(reserved, claims)
 
     def _poll(self, worker: str, now: float) -> bool:
         if self._polling:
@@ -271,9 +267,9 @@ class Producer:
         found = Counter(claim.route for claim in claims)
         later = time.monotonic() + min(POLL_INTERVAL, self._settings.grace)
         for name, most in counts.items():
-            more = found[name] >= most and not self.capacity.all_servers_down(name)
+            more = found[name] >= most and not self.capacity.closed(name)
             self._poll_at[name] = 0.0 if more else later
-        return self.capacity.settle(reserved, claims)
+        return self.capacity.release_unclaimed(reserved, claims)
 
 
 def _counts(reserved: Mapping[str, Slots]) -> dict[str, int]:

@@ -63,7 +63,7 @@ class Quarantine:
         if self._waiting:
             task = self._exclusive = self._waiting.popleft()
             log.warning(
-                "sent exclusively", id=task.claim.queue_id, crash_count=task.claim.crash_count
+                "exclusive sending", id=task.claim.queue_id, crash_count=task.claim.crash_count
             )
             self._send(task)
 

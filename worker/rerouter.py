@@ -66,12 +66,12 @@ class Rerouter(PeriodicThread):
         return rerouted
 
     def _reroute(self, route: str) -> int:
-        touched, _ = self._operations.apply(
+        changed, _ = self._operations.apply(
             REROUTE,
             Filter(route=route),
             actor="worker",
             reason=f"the route {route} is gone",
             route_for=self._routes.route_for,
         )
-        log.warning("rerouted", route=route, deliveries=touched.total())
-        return touched.total()
+        log.warning("rerouted", route=route, deliveries=changed.total())
+        return changed.total()

@@ -54,8 +54,8 @@ class LeaseMonitor:
         self._seconds.clear()
 
     def observe(self, expired: Sequence[tuple[str, str]], own: str) -> list[tuple[str, str]]:
-        """Those of the expired leases (worker, end) that have been seen for a LEASE; never our own
-        worker's."""
+        """Those of the expired leases (worker, end) that have been seen for a LEASE; never this
+        worker's own."""
         now = self._clock()
         elapsed = min(now - self._observed_at, self._lease / 4)
         self._observed_at = now
@@ -125,7 +125,7 @@ class Sweeper(PeriodicThread):
             self._expire_workers(lease.worker)
         except Exception as error:
             if self._away_at is None:
-                log.warning("not swept", reason=first_line(error))
+                log.warning("sweep failed", reason=first_line(error))
             self._away_at = self._clock()
             self._monitor.reset()
         else:
@@ -161,7 +161,7 @@ class Sweeper(PeriodicThread):
 
     def _wake(self) -> None:
         """Make due what waits only for a route that works again, and the oldest delivery of a route
-        that may be probed.
+        that may be tried.
 
         Any worker that sees a route work wakes its mail, even if another worker deferred it: where
         all mail of a route is deferred nothing else would be sent there.
@@ -189,7 +189,7 @@ class Sweeper(PeriodicThread):
             try:
                 self._hints.offer(generate(BATCH))
             except Exception as error:
-                log.error("notices put off", reason=first_line(error))
+                log.error("dsns not generated", reason=first_line(error))
 
     def touch_heartbeat(self) -> None:
         """Touch the heartbeat file if the engine's loop runs."""

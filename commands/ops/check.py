@@ -151,7 +151,7 @@ def _file_modes(settings: Settings) -> Iterator[CheckResult]:
     files = {*directory.glob("*"), settings.spool_dir, *settings.spool_dir.glob("*")}
     if settings.database_url.startswith("sqlite:///"):
         path = settings.database_url.removeprefix("sqlite:///")
-        files |= {Path(path + end) for end in ("", "-wal", "-shm", ".lock", ".housekeeping")}
+        files |= {Path(path + end) for end in ("", "-wal", "-shm", ".lock", ".cleaner")}
     exposed = list[str]()
     for file in sorted(files):
         with contextlib.suppress(OSError):

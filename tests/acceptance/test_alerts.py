@@ -64,6 +64,12 @@ CASES: list[Case] = [
         [10],
     ),
     ("RelayCircuitOpen", {RESTS % "failing": "0x5 1+1x40"}, [12], [7]),
+    (
+        "RelayCircuitOpen",
+        {'relay_connection_probes_total{server="mx:628"}': "0x5 20+20x40"},
+        [12],
+        [5],
+    ),
     # The series of a worker begins with its first refusal.
     ("RelayUnauthorized", {RESTS % "unauthorized": "_x30 1x60"}, [31], [29, 60]),
     (

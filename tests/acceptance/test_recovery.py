@@ -18,7 +18,7 @@ from tests.waiting import until
 MANY = 80
 DATABASES = ("sqlite", "postgresql")
 PROMPT = 5.0  # seconds
-# Seconds until the first is sent: an open circuit of 3 s at most, a sweep, and a busy machine.
+# Seconds until the first is sent: 3 s to the next connection probe, a sweep, and a busy machine.
 RESTART_TIMEOUT = 8.0
 SLOW = {"RETRY_MIN": "3m", "RETRY_MAX": "1h", "GRACE": "5s"}
 
@@ -55,12 +55,15 @@ def sweep(relay: Installation, worker: subprocess.Popen[Any]) -> None:
         until(lambda last=last: heartbeat.stat().st_mtime_ns > last)  # type: ignore[misc]
 
 
+def events(relay: Installation, event: str) -> int:
+    """How often an event was logged."""
+    return relay.log.read_text().count(f'"event": "{event}"')
+
+
 def span(relay: Installation) -> float:
     """The seconds from the first success to the last."""
-    sql = (
-        "SELECT @micros(max(finished_at)) - @micros(min(finished_at)) FROM attempts WHERE outcome"
-        " = 'delivered'"
-    )
+    sql = """SELECT @micros(max(finished_at)) - @micros(min(finished_at)) FROM attempts
+        WHERE outcome = 'delivered'"""
     return float(relay.rows(sql)[0][0]) / 1e6
 
 
@@ -79,6 +82,30 @@ def test_all_that_waits_for_a_server_is_sent_when_it_returns(
         relay.until_all_delivered()
         assert span(relay) < PROMPT
         assert sink.count == MANY
+
+
+def test_a_server_that_is_away_is_probed_without_claims_and_log_lines(
+    install: Install, port: int
+) -> None:
+    relay = install("sqlite", QMQP_SERVERS=f"127.0.0.1:{port}", **SLOW)
+    relay.smtpd()
+    worker = relay.worker()
+    accept(relay, 1)
+    until(lambda: events(relay, "circuit opened"), what=relay.log_text)
+    for _ in range(4):
+        sweep(relay, worker)
+    assert relay.count("d.claim_count > 2") == 0
+    assert events(relay, "circuit opened") == 1
+    assert events(relay, "connect failed") <= 2
+    for _ in range(5):
+        relay.send("b@example.org")
+    until(lambda: relay.count("d.waiting_for = 'route:default'") == 6, 30, what=relay.log_text)
+    with running_sink(port=port) as sink:
+        until(lambda: sink.count > 0, RESTART_TIMEOUT, what=relay.log_text)
+        relay.until_all_delivered()
+        assert span(relay) < PROMPT
+    assert relay.count("d.claim_count > 3") == 0
+    assert events(relay, "circuit opened") == 1
 
 
 def test_a_worker_sends_what_others_deferred_when_a_server_works(

@@ -59,7 +59,7 @@ def test_unused_capacity_is_returned() -> None:
     capacity, servers = opened(Route("one", (A,)))
     reserved = capacity.reserve(ROUTES, 8)
     assert counts(reserved) == {"one": 8}
-    held = capacity.settle(reserved, claims("one", 3))
+    held = capacity.release_unclaimed(reserved, claims("one", 3))
     assert capacity.busy == len(held) == 3
     again = capacity.reserve(["one"], 100)
     assert counts(again) == {"one": 7}  # ten slots, three of them reserved
@@ -75,12 +75,12 @@ def test_routes_with_all_servers_down_get_a_batch_from_polls_only() -> None:
     capacity, servers = opened(Route("one", (A,)))
     for _ in range(3):
         servers.record_failure(A, "refused")
-    assert capacity.all_servers_down("one")
+    assert capacity.closed("one")
     assert capacity.reserve(ROUTES, 100) == {}
     assert capacity.reserve(["one"], 100) == {}
     polled = capacity.reserve(ROUTES, 100, overdue=True)
     assert polled == {"one": [None] * 5, "default": [None] * 5}
-    assert capacity.settle(polled, claims("one", 2)) == [None, None]
+    assert capacity.release_unclaimed(polled, claims("one", 2)) == [None, None]
     assert capacity.busy == 2
 
 
@@ -97,8 +97,8 @@ def test_routes_that_share_a_server_share_its_slots() -> None:
     hinted = capacity.reserve(names, 64)
     assert sum(counts(hinted).values()) == 8
     assert capacity.reserve(names, 128, overdue=True) == {}, "the hints have reserved everything"
-    assert capacity.settle(hinted, ()) == []
-    slots = capacity.settle(capacity.reserve(["r0"], 3), claims("r0", 3))
+    assert capacity.release_unclaimed(hinted, ()) == []
+    slots = capacity.release_unclaimed(capacity.reserve(["r0"], 3), claims("r0", 3))
     polled = counts(capacity.reserve(names, 128, overdue=True))
     assert sum(polled.values()) == 5
     assert sum(count for name, count in polled.items() if name != "more") <= 1
@@ -123,7 +123,7 @@ def test_a_probe_is_reserved_once_and_does_not_count_as_a_probe_yet() -> None:
     assert not servers.circuit_open(A.name), "nothing is sent yet"
     assert not capacity.closed("one"), "other hints wait and are not dropped"
     assert servers.wake_limits([one]) == {"one": 1}, "the sweeper may wake a delivery for it"
-    (slot,) = capacity.settle(reserved, claims("one", 1))
+    (slot,) = capacity.release_unclaimed(reserved, claims("one", 1))
     assert slot is not None
     slot.release()
     assert servers.take(one)
@@ -153,7 +153,7 @@ def test_every_claim_gets_a_slot(seed: int) -> None:
                 for name, most in counts(reserved).items()
                 for claim in claims(name, chance.randint(0, most))
             ]
-            claimed += zip(found, capacity.settle(reserved, found), strict=True)
+            claimed += zip(found, capacity.release_unclaimed(reserved, found), strict=True)
         chance.shuffle(claimed)
         for claim, reserved_slot in claimed:
             assert reserved_slot is not None

@@ -7,7 +7,7 @@ from tests.waiting import SetClock
 from worker.backoff import delay
 from worker.circuit_breaker import (
     FAILURES_TO_OPEN,
-    MAX_PROBE_DELAY,
+    MAX_PROBE_INTERVAL,
     OPEN_MAX,
     WORKING_TIME,
     ConnectionSlot,
@@ -120,7 +120,7 @@ def test_an_unauthorized_relay_opens_the_circuit_for_longer_than_the_refused_mai
 ) -> None:
     least, most = 30.0, 300.0
     servers = ServerPool(2, clock=clock, draw=lambda: 0.0, backoff=(least, most))
-    servers.awaited = frozenset({A.name})
+    servers.awaited = {A.name: A}
     opened: float | None = None
     for step in range(6):
         opened = servers.record_failure(A, "not authorized", unauthorized=True)
@@ -146,25 +146,95 @@ def test_a_failing_server_that_becomes_unauthorized_opens_for_the_full_time(
     assert trip(servers, 1) == 1.0, "an ordinary failure again"
 
 
-def test_an_awaited_server_is_probed_every_few_seconds(
+def wait_for(servers: ServerPool, route: Route = ONE) -> dict[str, int]:
+    """What a sweep does while mail waits for the route."""
+    return servers.wake_limits([route])
+
+
+def lose(servers: ServerPool, times: int = FAILURES_TO_OPEN) -> None:
+    """Fail without a connection."""
+    for _ in range(times):
+        servers.record_failure(A, "refused", unreachable=True)
+
+
+def test_a_server_that_mail_waits_for_needs_a_connection_before_a_transfer(
     servers: ServerPool, clock: SetClock
 ) -> None:
-    for _ in range(10):
-        trip(servers)
+    assert wait_for(servers) == {"one": 1}, "a server that this worker has not met"
+    lose(servers)
+    for _ in range(20):
         clock.now += OPEN_MAX
-    trip(servers)
-    clock.now += MAX_PROBE_DELAY
-    assert (servers.free(A), servers.circuit_open(A.name), servers.down(ONE)) == (0, True, True)
-    servers.awaited = frozenset({A.name})
-    assert (servers.free(A), servers.circuit_open(A.name), servers.down(ONE)) == (1, False, False)
-    probe = servers.take(ONE)
-    assert probe is not None
-    assert servers.record_failure(A, "refused") == OPEN_MAX
-    probe.release()
-    assert servers.free(A) == 0
-    clock.now += MAX_PROBE_DELAY
+        assert wait_for(servers) == {}
+        assert (servers.free(A), servers.down(ONE), servers.circuit_open(A.name)) == (0, True, True)
+        assert servers.take_probes() == [A]
+        assert servers.record_failure(A, "refused", unreachable=True) is None
+    servers.record_connection(A)
+    assert (servers.free(A), servers.down(ONE), servers.circuit_open(A.name)) == (1, False, False)
+    assert wait_for(servers) == {"one": 1}
+    assert servers.take_probes() == []
+
+
+def test_mail_is_not_woken_for_an_unreachable_server_before_its_circuit_opens(
+    servers: ServerPool,
+) -> None:
+    """Each try would be a claim. The connection probes count until the circuit opens."""
+    lose(servers, 1)
+    assert (wait_for(servers), servers.take_probes()) == ({}, [A])
+    assert servers.closed(A)
+    lose(servers, FAILURES_TO_OPEN - 1)
+    assert not servers.closed(A)
+
+
+def test_connection_probes_are_a_few_seconds_apart(servers: ServerPool, clock: SetClock) -> None:
+    lose(servers)
+    assert servers.take_probes() == [], "no mail waits"
+    wait_for(servers)
+    assert servers.take_probes() == [A]
+    clock.now += MAX_PROBE_INTERVAL - 0.1
+    assert servers.take_probes() == []
+    clock.now += 0.1
+    servers.pauses = frozenset({f"server:{A.name}"})
+    assert servers.take_probes() == []
+    servers.pauses = frozenset()
+    assert servers.take_probes() == [A]
+    assert MAX_PROBE_INTERVAL < 5
+
+
+def test_without_waiting_mail_an_unreachable_server_is_tried_after_its_time(
+    servers: ServerPool, clock: SetClock
+) -> None:
+    lose(servers)
+    clock.now += 1.0
     assert servers.free(A) == 1
-    assert MAX_PROBE_DELAY < 5
+
+
+def test_a_failure_after_a_connection_probe_opens_the_circuit_for_longer_each_time(
+    servers: ServerPool, clock: SetClock
+) -> None:
+    """Also if no connection came about: the server accepted the one of the probe."""
+    lose(servers)
+    wait_for(servers)
+    servers.record_connection(A)
+    times = [servers.record_failure(A, "refused", unreachable=True) or 0.0]
+    for _ in range(3):
+        wait_for(servers)
+        assert (servers.take_probes(), servers.free(A)) == ([], 0)
+        clock.now += times[-1]
+        assert servers.free(A) == 1
+        times.append(servers.record_failure(A, "reset") or 0.0)
+    assert times == [2.0, 4.0, 8.0, 16.0]
+
+
+def test_a_server_that_closes_connections_gets_mail_after_its_time_only(
+    servers: ServerPool, clock: SetClock
+) -> None:
+    assert trip(servers) == 1.0
+    wait_for(servers)
+    assert (servers.take_probes(), servers.free(A)) == ([], 0)
+    clock.now += 1.0
+    assert servers.free(A) == 1
+    assert servers.record_failure(A, "refused", unreachable=True) == 2.0
+    assert servers.take_probes() == [A], "now it is away"
 
 
 def test_a_server_works_while_its_last_reply_is_recent(

@@ -8,7 +8,6 @@ ROOT = Path(__file__).parents[2]
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
 # Events that are no literal where they are logged: states and outcomes of deliveries.
 SPOKEN = {
-    "no QMQP server configured (RELAY_QMQP_SERVERS)",
     "requeued",
     "uncertain",
     "malformed",

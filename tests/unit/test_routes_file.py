@@ -91,7 +91,7 @@ def test_mistake_changes_nothing_and_is_logged_once(
     for _ in range(3):
         assert routes.names() == ("one", DEFAULT)
     said = capsys.readouterr()
-    assert (said.out + said.err).count("routes not changed") == 1
+    assert (said.out + said.err).count("routes file rejected") == 1
     assert "[two] servers = 5: must be a list of texts" in said.out + said.err
     write(ONE)
     assert routes.names() == ("one", DEFAULT)
