@@ -1,4 +1,5 @@
-"""The relay as processes of its own. Processes that run when the test, or its module, ends are killed.
+"""The relay as processes of its own. Those that still run at the end of the test, or of its
+module, are killed.
 
 start_up    `qmqp-relay up` in the directory of the test
 install     smtpd and workers on "sqlite" or "postgresql", for the tests of a module to share
