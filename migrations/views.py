@@ -2,8 +2,8 @@
 has been reached.
 
 A migration that changes a table drops the views first. `views.postgresql.sql` and
-`views.sqlite.sql` have their statements, `migrations.tables` what tables and columns mean. What must
-stay true: the role that only reads may read each of them.
+`views.sqlite.sql` have their statements, `migrations.tables` what tables and columns mean. What
+must stay true: the role that only reads may read each of them.
 """
 
 from sqlalchemy import Connection

@@ -2,10 +2,11 @@
 
 A route tries its servers in the order of its list and passes over those that have no free slot, are
 paused or have an open circuit. Failures in a row open the circuit of a server for a time that
-doubles up to a minute; then one transfer tests it and closes the circuit or opens it for longer.
-Any whole reply is a success, also Z or D: the circuit is about the server and not about the mail.
-A server to which no connection came about and for which mail waits is probed by connections alone
-(`worker.prober`), and gets its transfer when one of them came about.
+doubles up to a minute, or to a few seconds while mail waits for the server. Then one transfer tests
+it and closes the circuit or opens it for longer. Any whole reply is a success, also Z or D: the
+circuit is about the server and not about the mail. A server to which no connection came about and
+for which mail waits is probed by connections alone (`worker.prober`), and gets its transfer when
+one of them came about.
 
 What must stay true: a slot is released exactly once; no I/O, and no clock but the one given. All of
 it belongs to the engine's loop, but the sweeper's thread sets `pauses` and `awaited` and reports
@@ -24,7 +25,9 @@ FAILURES_TO_OPEN = 3
 OPEN_MIN = 1.0  # seconds
 OPEN_MAX = 60.0  # seconds
 # Mail must be on its way within 5 s of the return of its server; a sweep and a poll take 1 s each.
-MAX_PROBE_INTERVAL = 3.0  # seconds between the beginnings of two connection probes
+# So this is the most seconds between the beginnings of two connection probes, and the longest that
+# a circuit stays open while mail waits for a server that accepts connections and then fails.
+MAX_PROBE_INTERVAL = 3.0
 MAX_WOKEN = 1024  # deliveries of a route that may be due and not claimed yet
 WORKING_TIME = 5.0  # seconds for which a whole reply proves that a server works
 MIN_HOLD_BACK = 0.01  # seconds
@@ -227,7 +230,8 @@ class ServerPool:
         A server that does not authorize this relay opens its circuit at once, and for longer than
         the backoff of the mail that it rejected, so that the retry goes to the next server. A
         server that fails after a connection probe came about gets mail after this time only: it
-        accepts connections, so more connections would prove nothing.
+        accepts connections, so more connections would prove nothing. While mail waits for it, that
+        is after a few seconds.
         """
         breaker = self.state(server).breaker
         breaker.failures += 1
@@ -249,7 +253,8 @@ class ServerPool:
             least, most = self._backoff
             seconds = min(most, 2 * least * doublings) * (1 + share)
         else:
-            seconds = min(OPEN_MAX, OPEN_MIN * doublings) * (0.5 + share)
+            most = MAX_PROBE_INTERVAL if server.name in self.awaited else OPEN_MAX
+            seconds = min(most, OPEN_MIN * doublings) * (0.5 + share)
         breaker.trips += 1
         breaker.unauthorized = unauthorized
         breaker.open_until = now + seconds
