@@ -37,6 +37,7 @@ from relay.db.group_commit import CommitUnknown, GroupCommitter, PendingItem, de
 from relay.log import configure, first_line
 from relay.queue.accept import Acceptor, NewMessage
 from relay.spool.store import Spool
+from relay.startup import freeze_memory
 
 MAX_BATCH = 64  # messages
 GATHER_TIME = 0.004
@@ -205,6 +206,7 @@ def main() -> None:
     )
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         spool = Spool(settings.spool_dir, int(sys.argv[2]))
+        freeze_memory()
         Spooler(channel, spool, acceptor.commit, commit_timeout=timeout).run()
     engine.dispose()
 

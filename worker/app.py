@@ -10,7 +10,6 @@ SIGTERM drains. A thread waits for it from the start and ends the process if Cel
 silent broker can block Celery for minutes.
 """
 
-import gc
 import logging
 import os
 import signal
@@ -37,7 +36,7 @@ from relay.queue.rescue import Rescuer
 from relay.routes import Routes, parse_server
 from relay.settings import SettingsError, WorkerSettings, load
 from relay.spool.store import SpoolError
-from relay.startup import ready
+from relay.startup import freeze_memory, ready
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
@@ -123,10 +122,7 @@ class WorkerProcess:
         threading.Thread(
             target=self._drain, args=(self.engine, parts), name="end", daemon=True
         ).start()
-        # What exists now lives as long as the process. To visit it at each full collection takes
-        # 7 % of the engine's CPU.
-        gc.collect()
-        gc.freeze()
+        freeze_memory()
 
     def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints]) -> None:
         self._stop_requested.wait()
