@@ -111,6 +111,17 @@ def _scans_of_sqlite(connection: Connection, sql: str, parameters: Any) -> Itera
         yield f"{sum(steps)} steps: {sql}"
 
 
+def test_statements_of_a_message_scan_nothing_before_the_first_analyze(queue: QueueHarness) -> None:
+    """Without statistics PostgreSQL may find it cheaper to join the whole queue with a few ids."""
+    waiting = [new_message(f"dead:{n}@example.org") for n in range(WAITING)]
+    queue.acceptor.commit(waiting)
+    with server_reply(queue) as statements:
+        queue_id = queue.accept("idle:b@example.org")
+        (claim,) = queue.claim(queue_id, capacity=IDLE)
+        queue.complete(claim, Outcome.DELIVERED)
+    assert not (found := scans(queue, statements)), "\n".join(found)
+
+
 def test_statements_of_a_message_scan_nothing(crowded: QueueHarness) -> None:
     with server_reply(crowded) as statements:
         queue_id = crowded.accept("idle:b@example.org")
