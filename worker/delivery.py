@@ -425,15 +425,29 @@ class DeliveryTask:
             step = claim.backoff_step
         attempts = [
             Attempt(
-                n, one.server, one.outcome, one.reply, one.bytes_sent,
-                now - one.started, now - one.finished,
+                n,
+                one.server,
+                one.outcome,
+                one.reply,
+                one.bytes_sent,
+                now - one.started,
+                now - one.finished,
             )
             for n, one in enumerate(self._attempts, 1)
-        ]  # fmt: skip
+        ]
         return Completion(
-            self.worker, claim.queue_id, claim.number, claim.claim, state, outcome, reply, server,
-            delay, step, attempts,
-        )  # fmt: skip
+            self.worker,
+            claim.queue_id,
+            claim.number,
+            claim.claim,
+            state,
+            outcome,
+            reply,
+            server,
+            delay,
+            step,
+            attempts,
+        )
 
 
 def log_outcome(task: DeliveryTask, completion: Completion) -> None:
