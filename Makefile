@@ -39,7 +39,7 @@ test: ## run all tests: SQLite, PostgreSQL, a real broker (TESTS=path to choose)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
 
-soak: ## test the queue against its model: a thousand histories for each database (EXAMPLES=n; an hour)
+soak: ## test the queue against its model: a thousand histories for each database (EXAMPLES=n; ten minutes)
 	@scripts/setup dev
 	@RELAY_TESTS_EXAMPLES=$(EXAMPLES) exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --timeout $(SOAK_TIMEOUT) \
 	  tests/integration/test_state_machine.py

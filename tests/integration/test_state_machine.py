@@ -360,7 +360,8 @@ class History(RuleBasedStateMachine):
             delivery.uncertain.add(transfer.claim.claim)
             state = State.HELD if self.hold else state
         reply = SAME if half else chance.choice([SAME, f"reply {next(self.said)}"])
-        if outcome is Outcome.REJECTED and not half and chance.random() < 0.2:
+        # A server that does not authorize the relay does not work, and its mail has no end.
+        if outcome is Outcome.REJECTED and not half and not last and chance.random() < 0.2:
             reply = f"client not allowed, {reply}"
         return self.harness.completion(
             transfer.claim, outcome, worker=transfer.worker, state=state, delay=DELAY, reply=reply
