@@ -74,7 +74,7 @@ def test_a_server_that_does_not_answer_is_probed_for_the_connect_timeout_and_onc
 
     async def never(*arguments: object) -> None:
         begun.append(arguments)
-        await asyncio.sleep(60)
+        await asyncio.Event().wait()
 
     monkeypatch.setattr("worker.prober.connect", never)
 
