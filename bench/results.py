@@ -108,10 +108,5 @@ def _cell(result: PartResult, name: str, system: str) -> str:
     return f"{_number(statistics.median(values))}{spread}{better}"
 
 
-def _cost(result: PartResult, name: str, system: str) -> str:
-    values = without_failures(result.figures[name].get(system, []))
-    return f"{statistics.median(values):.0f}" if values else "-"
-
-
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
