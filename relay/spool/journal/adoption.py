@@ -1,0 +1,113 @@
+"""Takes over the segments of a spooler that has ended, so that their mail gets its rows.
+
+A free lock proves on a local file system that the owner's process has ended. On a network file
+system a lock may be lost while its owner lives, so there only segments of this machine's name are
+adopted by themselves; `fsck --adopt` adopts the others by an operator's order.
+
+What must stay true: an adopter renames the segment before it reads it, and an owner compares the
+name after each sync. So either the adopter reads the batch, or its owner's clients hear no 250. An
+error of a lock is no adoption.
+"""
+
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+
+from relay.log import get_logger
+from relay.spool.journal.directory import (
+    ADOPTED,
+    COPY,
+    NEW,
+    OWNED,
+    JournalDirectory,
+    SegmentFile,
+)
+from relay.spool.journal.format import FormatError, SegmentHeader, VoidedBatch
+from relay.spool.journal.scan import first_void, read_header
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedSegment:
+    """A segment that this process owns now. Closing `file` releases it."""
+
+    header: SegmentHeader
+    file: SegmentFile
+
+
+def adopt(
+    directory: JournalDirectory, *, skip: set[str], local: bool = True
+) -> list[AdoptedSegment]:
+    """Adopt every segment that has no owner, oldest first, but those whose ids are in `skip`.
+
+    `local`: the file system belongs to this machine alone. Raises OSError; what was adopted until
+    then is released.
+    """
+    _remove_unfinished(directory)
+    adopted = []
+    try:
+        for segment, name in directory.segments(OWNED, ADOPTED):
+            if segment not in skip and (one := adopt_one(directory, name, local=local)):
+                adopted.append(one)
+    except OSError:
+        for one in adopted:
+            one.file.close()
+        raise
+    return adopted
+
+
+def adopt_one(
+    directory: JournalDirectory, name: str, *, local: bool, forced: bool = False
+) -> AdoptedSegment | None:
+    """Adopt one segment by its name; None if it has an owner, or is not readable. `forced`: an
+    operator says that its owner has ended."""
+    try:
+        file = directory.open(name, write=True)
+    except FileNotFoundError:  # another process was faster
+        return None
+    try:
+        header = read_header(file)
+        ours = local or forced or header.host == socket.gethostname()
+        if ours and (file.lock() or forced):
+            if name.endswith(OWNED):
+                directory.rename(name, header.segment + ADOPTED)
+                directory.sync()
+            if forced or directory.leads_to(header.segment + ADOPTED, file):
+                return AdoptedSegment(header, file)
+    except FormatError as error:
+        log.error("segment unreadable", name=name, reason=str(error))
+    except FileNotFoundError:
+        pass
+    except OSError:
+        file.close()
+        raise
+    file.close()
+    return None
+
+
+def voided_batches(directory: JournalDirectory) -> set[VoidedBatch]:
+    """Every batch that some segment declares void. Raises OSError."""
+    voids = set()
+    for _, name in directory.segments(OWNED, ADOPTED, COPY):
+        with suppress(FileNotFoundError, FormatError):
+            file = directory.open(name)
+            try:
+                void = first_void(file, read_header(file))
+            finally:
+                file.close()
+            if void is not None:
+                voids.add(void)
+    return voids
+
+
+def _remove_unfinished(directory: JournalDirectory) -> None:
+    """Remove files that were never finished and whose maker has ended."""
+    for _, name in directory.segments(NEW):
+        with suppress(FileNotFoundError):
+            file = directory.open(name, write=True)
+            try:
+                if file.lock():
+                    directory.unlink(name)
+            finally:
+                file.close()

@@ -1,0 +1,142 @@
+"""The files of the journal: the only code of it that talks to the file system.
+
+Segments stand in `journal/` of the spool. Their names are `<id>.new` until the header is synced,
+`<id>.segment` while a spooler owns them, `<id>.adopted` after another one has taken them over, and
+`<id>.copy` if compaction made them. An owner holds a lock (flock) on its file. The kernel releases
+it when the process ends, however it ends. No child process inherits the descriptor.
+
+All calls work relative to a descriptor of the spool, as in `relay.spool.store`.
+"""
+
+import fcntl
+import os
+import stat
+import weakref
+from collections.abc import Buffer, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import PurePath
+
+NEW, OWNED, ADOPTED, COPY = ".new", ".segment", ".adopted", ".copy"
+DIRECTORY = "journal"
+_ZEROS = bytes(1 << 20)
+
+
+class SegmentFile:
+    """An open segment. Closing it, or losing the last reference to it, releases its lock."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self.close = weakref.finalize(self, os.close, handle)
+
+    def fill(self, start: int, size: int) -> None:
+        """Write zeros from `start` up to `size`, and sync everything. Later writes then change no
+        metadata of the file system, which makes their syncs cheap."""
+        while start < size:
+            start += os.pwrite(self._handle, _ZEROS[: size - start], start)
+        os.fsync(self._handle)
+
+    def write(self, parts: Sequence[Buffer], position: int) -> int:
+        """Write in one call; the octets that were written, which may be fewer."""
+        return os.pwritev(self._handle, parts, position)
+
+    def sync(self) -> None:
+        """Wait until everything is on the disk."""
+        os.fdatasync(self._handle)
+
+    def read(self, size: int, position: int) -> bytes:
+        """Up to `size` octets."""
+        return os.pread(self._handle, size, position)
+
+    def size(self) -> int:
+        """The size of the file."""
+        return os.fstat(self._handle).st_size
+
+    def unlinked(self) -> bool:
+        """Whether the file has no name any more."""
+        return os.fstat(self._handle).st_nlink == 0
+
+    def lock(self) -> bool:
+        """Take the lock; False if another process has it. Raises OSError for any other reason."""
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def status(self) -> os.stat_result:
+        """Device and inode tell whether a name still leads to this file."""
+        return os.fstat(self._handle)
+
+
+class JournalDirectory:
+    """The directory `journal/` of a spool; `spool` is a descriptor of the spool's directory."""
+
+    def __init__(self, spool: int) -> None:
+        self._spool = spool
+
+    def make(self) -> None:
+        """Make the directory if it is missing."""
+        with suppress(FileExistsError):
+            os.mkdir(DIRECTORY, 0o700, dir_fd=self._spool)
+            os.fsync(self._spool)
+
+    def names(self) -> list[str]:
+        """The names in the directory, sorted: by id, which is by age. Empty without a directory."""
+        try:
+            with self._opened() as handle, os.scandir(handle) as entries:
+                return sorted(entry.name for entry in entries)
+        except FileNotFoundError:
+            return []
+
+    def segments(self, *suffixes: str) -> Iterator[tuple[str, str]]:
+        """The id and the name of each segment that has one of these suffixes, oldest first."""
+        for name in self.names():
+            path = PurePath(name)
+            if path.suffix in suffixes:
+                yield path.stem, name
+
+    def create(self, name: str) -> SegmentFile:
+        """Make a new file, and lock it."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        file = SegmentFile(os.open(self._path(name), flags, 0o600, dir_fd=self._spool))
+        if not file.lock():
+            file.close()
+            raise BlockingIOError(f"{name} was locked by another process when it was made")
+        return file
+
+    def open(self, name: str, *, write: bool = False) -> SegmentFile:
+        """Open a file; raises FileNotFoundError and other OSErrors."""
+        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC
+        return SegmentFile(os.open(self._path(name), flags, dir_fd=self._spool))
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file; `sync` makes that durable."""
+        os.rename(self._path(old), self._path(new), src_dir_fd=self._spool, dst_dir_fd=self._spool)
+
+    def unlink(self, name: str) -> None:
+        """Remove a file; `sync` makes that durable."""
+        os.unlink(self._path(name), dir_fd=self._spool)
+
+    def sync(self) -> None:
+        """Make the names durable."""
+        with self._opened() as handle:
+            os.fsync(handle)
+
+    def leads_to(self, name: str, file: SegmentFile) -> bool:
+        """Whether a name is still that of this open file."""
+        try:
+            status = os.stat(self._path(name), dir_fd=self._spool, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(status.st_mode) and os.path.samestat(status, file.status())
+
+    def _path(self, name: str) -> str:
+        return f"{DIRECTORY}/{name}"
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        handle = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._spool)
+        try:
+            yield handle
+        finally:
+            os.close(handle)

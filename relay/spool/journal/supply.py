@@ -1,0 +1,78 @@
+"""Makes segments ahead of need, in a thread: one is always ready.
+
+A segment is filled with zeros and synced before its name says that it may be written, so a crash
+leaves at most a `.new` file, which the next owner removes. What must stay true: a failure is told
+to the one who takes the next segment, and the next `take` tries again.
+"""
+
+import socket
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+
+from relay.ids import new_id
+from relay.spool.journal.directory import NEW, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.format import SEGMENT_SIZE, SegmentHeader, encode_segment_header
+
+
+def make_segment(
+    directory: JournalDirectory, spool: str, *, size: int = SEGMENT_SIZE
+) -> tuple[str, SegmentFile]:
+    """A new segment, filled, synced and locked, under its final name; raises OSError."""
+    segment = new_id()
+    header = SegmentHeader(segment, spool, int(time.time() * 1_000_000), socket.gethostname())
+    file = directory.create(segment + NEW)
+    try:
+        file.fill(file.write([encode_segment_header(header)], 0), size)
+        directory.rename(segment + NEW, segment + OWNED)
+        directory.sync()
+    except OSError:
+        file.close()
+        for name in (segment + NEW, segment + OWNED):
+            with suppress(OSError):
+                directory.unlink(name)
+        raise
+    return segment, file
+
+
+class SegmentSupply:
+    """`take` may wait for the disk. `spool` is the spool's identity."""
+
+    def __init__(
+        self, directory: JournalDirectory, spool: str, *, size: int = SEGMENT_SIZE
+    ) -> None:
+        self._directory, self._spool, self._size = directory, spool, size
+        self._next: Future[tuple[str, SegmentFile]] | None = None
+
+    def prepare(self) -> None:
+        """Begin to make the next segment."""
+        future: Future[tuple[str, SegmentFile]] = Future()
+        self._next = future
+        threading.Thread(
+            target=self._make, args=(future,), name="segment-supply", daemon=True
+        ).start()
+
+    def take(self) -> tuple[str, SegmentFile]:
+        """The next segment; raises OSError."""
+        if self._next is None:
+            self.prepare()
+        assert self._next is not None
+        future, self._next = self._next, None
+        result = future.result()
+        self.prepare()
+        return result
+
+    def close(self) -> None:
+        """Remove the segment that nobody took."""
+        if self._next is not None:
+            with suppress(OSError):
+                segment, file = self._next.result()
+                self._directory.unlink(segment + OWNED)
+                file.close()
+
+    def _make(self, future: "Future[tuple[str, SegmentFile]]") -> None:
+        try:
+            future.set_result(make_segment(self._directory, self._spool, size=self._size))
+        except BaseException as error:
+            future.set_exception(error)
