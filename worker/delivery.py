@@ -339,7 +339,7 @@ class DeliveryTask:
 
     def postponed(self) -> Completion:
         """Nothing was decided: deferred, for longer each time."""
-        settings, step = self.config.settings, self.claim.backoff_step
+        settings, step = self.config.settings, self.claim.deferrals
         state, wait, step = next_state(Outcome.DEFERRED, settings, step, route=self.route)
         return self._completion(state, delay=wait, step=step)
 
@@ -403,7 +403,7 @@ class DeliveryTask:
         state, wait, step = next_state(
             outcome,
             self.config.settings,
-            self.claim.backoff_step,
+            self.claim.deferrals,
             route=self.route,
             committed=committed,
             unauthorized=unauthorized,
@@ -422,7 +422,7 @@ class DeliveryTask:
     ) -> Completion:
         claim, now = self.claim, time.monotonic()
         if step is None:
-            step = claim.backoff_step
+            step = claim.deferrals
         attempts = [
             Attempt(
                 n,

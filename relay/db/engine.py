@@ -41,6 +41,11 @@ class TooLate(Exception):
     """Nothing was written: the connection or the turn to write came after the time to begin."""
 
 
+class OlderDatabase(Exception):
+    """The database was restored from a backup and lacks what was committed since
+    (`relay.spool.mark`)."""
+
+
 class WrongSchema(Exception):
     """The database has no schema, or that of another version; the text says what to do."""
 
@@ -186,7 +191,9 @@ def reading(engine: Engine) -> Iterator[Connection]:
 def is_outage(error: BaseException) -> bool:
     """Whether the database is at fault and not the data: the same statement may succeed later."""
     if not isinstance(error, DBAPIError):
-        return isinstance(error, sqlalchemy.exc.TimeoutError | OSError | TooLate | WrongSchema)
+        return isinstance(
+            error, sqlalchemy.exc.TimeoutError | OSError | TooLate | WrongSchema | OlderDatabase
+        )
     if state := getattr(error.orig, "sqlstate", None):
         # 08: connection, 25: read-only, as a standby is, 40: deadlock, 42: not our schema, 53: out
         # of resources, 55: a lock, 57: cancelled or shutting down, 58: its disk. psycopg's classes

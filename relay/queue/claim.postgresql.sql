@@ -48,13 +48,13 @@ WITH p AS MATERIALIZED (
         pending_operation = NULL, pending_reason = NULL, waiting_for = NULL,
         due_at = now() + :far * interval '1 second'
     FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number
-    RETURNING d.queue_id, d.number, d.claim_count, d.route, d.backoff_step, d.crash_count
+    RETURNING d.queue_id, d.number, d.claim_count, d.route, d.deferrals, d.crash_count
 )
 SELECT replace(CAST(c.queue_id AS text), '-', '') AS queue_id, c.number, c.claim_count, c.route,
     m.sender, m.size,
     (SELECT array_agg(r.address ORDER BY r.position) FROM recipients r
      WHERE r.queue_id = c.queue_id AND r.delivery = c.number) AS recipients,
-    c.backoff_step, c.crash_count,
+    c.deferrals, c.crash_count,
     CAST(extract(epoch FROM now() - m.received_at) AS float8) AS received_ago
 FROM c JOIN messages m ON m.id = c.queue_id;
 
@@ -92,13 +92,13 @@ WITH fresh AS MATERIALIZED (
         pending_operation = NULL, pending_reason = NULL, waiting_for = NULL,
         due_at = now() + :far * interval '1 second'
     FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number
-    RETURNING d.queue_id, d.number, d.claim_count, d.route, d.backoff_step, d.crash_count
+    RETURNING d.queue_id, d.number, d.claim_count, d.route, d.deferrals, d.crash_count
 )
 SELECT replace(CAST(c.queue_id AS text), '-', '') AS queue_id, c.number, c.claim_count, c.route,
     m.sender, m.size,
     (SELECT array_agg(r.address ORDER BY r.position) FROM recipients r
      WHERE r.queue_id = c.queue_id AND r.delivery = c.number) AS recipients,
-    c.backoff_step, c.crash_count,
+    c.deferrals, c.crash_count,
     CAST(extract(epoch FROM now() - m.received_at) AS float8) AS received_ago
 FROM c JOIN messages m ON m.id = c.queue_id;
 
@@ -109,7 +109,7 @@ FROM c JOIN messages m ON m.id = c.queue_id;
 -- is pending if there is a sender, or if the message was a DSN, which may be made again with less.
 -- The last column: whether the body can be deleted, by this row and the other rows before it.
 WITH p AS MATERIALIZED (
-    SELECT d.queue_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server,
+    SELECT d.queue_id, d.number, x.delay, x.deferrals, x.outcome, x.reply, x.server,
         x.waiting_for,
         -- event: completed, pending operation, late K
         CASE WHEN x.outcome = 'delivered' THEN 'delivered'
@@ -121,7 +121,7 @@ WITH p AS MATERIALIZED (
              ELSE x.state END AS final
     FROM json_to_recordset(CAST(:completions AS json)) AS x(
             worker uuid, queue_id uuid, number int, claim int, state text, delay float8,
-            backoff_step int, outcome text, reply text, server text, waiting_for text)
+            deferrals int, outcome text, reply text, server text, waiting_for text)
         JOIN deliveries d ON d.queue_id = x.queue_id AND d.number = x.number
     WHERE (d.state = 'sending' AND d.worker = x.worker AND d.claim_count = x.claim)
         OR (x.outcome = 'delivered' AND d.state <> 'delivered')
@@ -152,7 +152,7 @@ SET state = p.final,
     worker = NULL, pending_operation = NULL, pending_reason = NULL,
     crash_count = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable'
         THEN d.crash_count ELSE 0 END,
-    backoff_step = p.backoff_step,
+    deferrals = p.deferrals,
     last_outcome = coalesce(p.outcome, d.last_outcome),
     last_reply = CASE
         WHEN d.pending_operation IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'

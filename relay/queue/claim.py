@@ -281,7 +281,7 @@ def _completion_row(completion: Completion) -> dict[str, Any]:
         "claim": completion.claim,
         "state": completion.state,
         "delay": completion.delay,
-        "backoff_step": completion.backoff_step,
+        "deferrals": completion.deferrals,
         "outcome": completion.outcome,
         "reply": completion.reply,
         "server": completion.server,

@@ -51,7 +51,7 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
         SELECT r.address FROM recipients r
         WHERE r.queue_id = deliveries.queue_id AND r.delivery = deliveries.number
         ORDER BY r.position)) AS recipients,
-    backoff_step, crash_count,
+    deferrals, crash_count,
     (SELECT (now - m.received_at) / 1000000.0 FROM clock, messages m
      WHERE m.id = deliveries.queue_id) AS received_ago;
 
@@ -93,7 +93,7 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
         SELECT r.address FROM recipients r
         WHERE r.queue_id = deliveries.queue_id AND r.delivery = deliveries.number
         ORDER BY r.position)) AS recipients,
-    backoff_step, crash_count,
+    deferrals, crash_count,
     (SELECT (now - m.received_at) / 1000000.0 FROM clock, messages m
      WHERE m.id = deliveries.queue_id) AS received_ago;
 
@@ -116,12 +116,12 @@ ON CONFLICT DO NOTHING;
 WITH x AS MATERIALIZED (
     SELECT value ->> '$.worker' AS worker, value ->> '$.queue_id' AS queue_id,
         value ->> '$.number' AS number, value ->> '$.claim' AS claim, value ->> '$.state' AS state,
-        value ->> '$.delay' AS delay, value ->> '$.backoff_step' AS backoff_step,
+        value ->> '$.delay' AS delay, value ->> '$.deferrals' AS deferrals,
         value ->> '$.outcome' AS outcome, value ->> '$.reply' AS reply,
         value ->> '$.server' AS server, value ->> '$.waiting_for' AS waiting_for
     FROM json_each(:completions)
 ), p AS MATERIALIZED (
-    SELECT d.queue_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server,
+    SELECT d.queue_id, d.number, x.delay, x.deferrals, x.outcome, x.reply, x.server,
         x.waiting_for,
         -- event: completed, pending operation, late K
         CASE WHEN x.outcome = 'delivered' THEN 'delivered'
@@ -150,7 +150,7 @@ SET state = p.final,
     worker = NULL, pending_operation = NULL, pending_reason = NULL,
     crash_count = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable'
         THEN crash_count ELSE 0 END,
-    backoff_step = p.backoff_step,
+    deferrals = p.deferrals,
     last_outcome = coalesce(p.outcome, last_outcome),
     last_reply = CASE
         WHEN pending_operation IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'

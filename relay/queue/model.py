@@ -26,7 +26,7 @@ class Claim:
     sender: str
     size: int
     recipients: tuple[str, ...]
-    backoff_step: int
+    deferrals: int
     crash_count: int
     received_ago: float
 
@@ -59,7 +59,7 @@ class Completion:
     reply: str
     server: str | None = None
     delay: float = 0.0
-    backoff_step: int = 0
+    deferrals: int = 0
     attempts: list[Attempt] = field(default_factory=list)
     waiting_for: str | None = None  # the delivery becomes due when this works again
 

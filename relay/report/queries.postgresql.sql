@@ -34,7 +34,7 @@ ORDER BY position;
 
 -- name: deliveries
 SELECT number, parent, route, state, due_at, expires_at, claim_count,
-       replace(CAST(worker AS text), '-', '') AS worker, backoff_step, crash_count,
+       replace(CAST(worker AS text), '-', '') AS worker, deferrals, crash_count,
        pending_operation, last_outcome, last_reply, reason_source, last_server, dsn_withheld,
        finished_at
 FROM deliveries

@@ -35,7 +35,7 @@ ORDER BY position;
 
 -- name: deliveries
 SELECT number, parent, route, state, due_at, expires_at, claim_count,
-       replace(worker, '-', '') AS worker, backoff_step, crash_count, pending_operation,
+       replace(worker, '-', '') AS worker, deferrals, crash_count, pending_operation,
        last_outcome, last_reply, reason_source, last_server, dsn_withheld, finished_at
 FROM deliveries
 WHERE queue_id = :id

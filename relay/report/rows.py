@@ -33,7 +33,7 @@ class DeliveryRow:
     expires_at: datetime
     claim_count: int
     worker: str | None
-    backoff_step: int
+    deferrals: int
     crash_count: int
     pending_operation: str | None
     last_outcome: str | None

@@ -26,12 +26,15 @@ from sqlalchemy import Engine
 from relay.db.engine import writing
 from relay.db.sql import Queries
 from relay.ids import dashed, new_id
+from relay.spool.journal.directory import DIRECTORY, JournalDirectory
 
 SYNC_EVERY = 8 << 20
 _DIRECTORY_DIGITS = 8
 _DIRECTORY_NAME = re.compile(rf"[0-9a-f]{{{_DIRECTORY_DIGITS}}}")
 _FILE_NAME = re.compile(r"[0-9a-f]{32}")
 _VOLATILE = {"tmpfs", "ramfs"}
+NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "9p"}
+"""File systems that several machines may share, where a lost lock does not prove a death."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _IDENTITY = "spool-id"
@@ -139,6 +142,21 @@ class Spool:
         self._opening = threading.Lock()
         if handle is not None:
             self._hold(handle)
+
+    @classmethod
+    def known(cls, directory: Path, *, unsafe: bool = False) -> "Spool | None":
+        """The spool of a directory that has been used before; None for any other directory.
+
+        Raises SpoolError if it cannot be used.
+        """
+        spool = cls(directory)
+        try:
+            if not spool.identity or DIRECTORY not in os.listdir(spool.handle):
+                return None
+        except OSError:
+            return None
+        spool._check_usable(unsafe=unsafe)
+        return spool
 
     @property
     def handle(self) -> int:
@@ -379,6 +397,7 @@ class Spool:
                 if known is None:
                     self._identity = self._identity or self._write_identity()
                     queries.run(connection, "insert_identity", id=dashed(self._identity))
+                JournalDirectory(self.handle).make()
             except OSError as error:
                 mount = (
                     "; this database has a spool: mount it. Nothing was touched" if known else ""

@@ -212,7 +212,7 @@ def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server
         case _:
             steps.append(
                 "again after a backoff"
-                if alone.backoff_step
+                if alone.deferrals
                 else "again after RETRY_MIN; the wait does not grow"
             )
             assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max

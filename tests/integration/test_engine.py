@@ -272,7 +272,7 @@ def test_a_Z_is_recorded_rather_than_an_unreachable_server(
                 "unreachable",
                 "deferred",
             }
-            assert (found["last_outcome"], found["last_reply"], found["backoff_step"]) == (
+            assert (found["last_outcome"], found["last_reply"], found["deferrals"]) == (
                 "deferred",
                 "busy",
                 1,
