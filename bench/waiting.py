@@ -89,7 +89,7 @@ class RelayQueue:
             for _ in range(ROUND)
         ]
         began = time.perf_counter()
-        self.acceptor.commit(messages)
+        self.insert(messages)
         accepted = time.perf_counter()
         (claims,) = self.queue.commit(
             [ClaimRequest(self.worker, [message.id for message in messages], {"default": ROUND})]

@@ -77,7 +77,7 @@ def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
     message.recipients[0] = message.recipients[0]._replace(
         notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org"
     )
-    queue.acceptor.commit([message])
+    queue.insert([message])
     (row,) = queue.rows(
         "SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
         " WHERE id = @id(:id)",
@@ -122,10 +122,10 @@ def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
 
 def test_a_message_that_is_committed_twice_is_accepted_once(queue: QueueHarness) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
-    queue.acceptor.commit(messages)
+    queue.insert(messages)
     queue.complete(queue.claim(messages[0].id)[0], Outcome.DELIVERED)
     before = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
-    queue.acceptor.commit([*messages, new_message()])
+    queue.insert([*messages, new_message()])
     after = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
     assert after[:-1] == before, "also what is finished stays so"
     assert counts(queue) == [4, 7, 7]
@@ -133,7 +133,7 @@ def test_a_message_that_is_committed_twice_is_accepted_once(queue: QueueHarness)
 
 def test_bytes_from_peers_cannot_break_the_transaction(queue: QueueHarness) -> None:
     long = "<" + "x" * 5000 + "@x>"
-    queue.acceptor.commit([new_message(helo="nul\0 and \udcff and é", header_message_id=long)])
+    queue.insert([new_message(helo="nul\0 and \udcff and é", header_message_id=long)])
     (row,) = queue.rows("SELECT helo, header_message_id FROM messages")
     assert row["helo"] == r"nul\x00 and \xff and \xc3\xa9"
     assert len(row["header_message_id"]) == 1000
@@ -166,7 +166,7 @@ def test_all_of_a_message_or_nothing(queue: QueueHarness) -> None:
     message = new_message("x@example.org", "y@example.org")
     message.recipients[1] = message.recipients[1]._replace(route=None)  # type: ignore[arg-type]
     with pytest.raises(DBAPIError):
-        queue.acceptor.commit([message])
+        queue.insert([message])
     assert counts(queue) == [0, 0, 0]
 
 
@@ -283,5 +283,5 @@ def test_a_refusal_of_a_read_only_database_is_certain(
 
 def test_nothing_is_written_when_the_turn_comes_too_late(queue: QueueHarness) -> None:
     with pytest.raises(TooLate):
-        queue.acceptor.commit([new_message()], time.monotonic() - 1)
+        queue.insert([new_message()], time.monotonic() - 1)
     assert counts(queue) == [0, 0, 0]

@@ -82,7 +82,7 @@ def kind(queue: QueueHarness) -> str:
 
 def accepted(queue: QueueHarness, count: int) -> list[str]:
     messages = [new_message() for _ in range(count)]
-    queue.acceptor.commit(messages)
+    queue.insert(messages)
     return [message.id for message in messages]
 
 
@@ -90,7 +90,7 @@ def accepted(queue: QueueHarness, count: int) -> list[str]:
 def test_cost_of_accepting(queue: QueueHarness, size: int) -> None:
     messages = [new_message("b@example.org", "c@example.org") for _ in range(size)]
     with counted(queue.database) as counts:
-        queue.acceptor.commit(messages)
+        queue.insert(messages)
     assert counts == {"statements": INTAKE[kind(queue)], "commits": 1}
 
 

@@ -98,11 +98,14 @@ class JournalDirectory:
     def create(self, name: str) -> SegmentFile:
         """Make a new file, and lock it."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        file = SegmentFile(os.open(self._path(name), flags, 0o600, dir_fd=self._spool))
-        if not file.lock():
+        while True:
+            file = SegmentFile(os.open(self._path(name), flags, 0o600, dir_fd=self._spool))
+            # Before it was locked another process may have taken it for a leftover.
+            if file.lock() and self.leads_to(name, file):
+                return file
             file.close()
-            raise BlockingIOError(f"{name} was locked by another process when it was made")
-        return file
+            with suppress(FileNotFoundError):
+                self.unlink(name)
 
     def open(self, name: str, *, write: bool = False) -> SegmentFile:
         """Open a file; raises FileNotFoundError and other OSErrors."""
