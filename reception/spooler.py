@@ -38,7 +38,7 @@ from relay.queue.accept import Acceptor, EncodedMessage
 from relay.spool.journal.directory import JournalDirectory
 from relay.spool.journal.format import SEGMENT_SIZE, JournalRecord, RecordKind
 from relay.spool.journal.supply import SegmentSupply
-from relay.spool.journal.writer import AppendFailed, AppendUnknown, JournalWriter
+from relay.spool.journal.writer import AppendUnknown, JournalWriter
 from relay.spool.mark import SpoolMark
 from relay.spool.store import NETWORK, Spool, file_system
 from relay.startup import freeze_memory
@@ -69,7 +69,7 @@ class Spooler:
         local: bool = True,
         segment_size: int = SEGMENT_SIZE,
     ) -> None:
-        self._channel = channel
+        self._channel, self._spool = channel, spool
         self._limit, self._reply_lag, self._mark = limit, reply_lag, mark
         directory = JournalDirectory(spool.handle)
         directory.make()
@@ -139,13 +139,11 @@ class Spooler:
             for request in requests
         ]
         try:
+            self._spool.checked_handle()
             appended = self._writer.append(records, mark=self._mark.known)
-        except AppendFailed as error:
-            fault = Fault(str(error), error.errno or errno.EIO)
-            self._reply([(request.number, fault) for request in requests])
-            return
-        except AppendUnknown as error:
-            fault = Fault(str(error), unknown=True)
+        except (OSError, AppendUnknown) as error:
+            number = (error.errno or errno.EIO) if isinstance(error, OSError) else 0
+            fault = Fault(str(error), number, unknown=isinstance(error, AppendUnknown))
             self._reply([(request.number, fault) for request in requests])
             return
         batch = WrittenBatch(

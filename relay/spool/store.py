@@ -185,7 +185,7 @@ class Spool:
             self._handle = os.dup(handle)
             weakref.finalize(self, os.close, self._handle).atexit = False
 
-    def _checked_handle(self) -> int:
+    def checked_handle(self) -> int:
         """The descriptor; raises OSError unless the path still leads to this spool, where readers
         will look for a body.
 
@@ -234,7 +234,7 @@ class Spool:
         parallel or not. Each directory is synced once, after its first file.
         """
         try:
-            root = self._checked_handle()
+            root = self.checked_handle()
         except OSError as error:
             return [error] * len(bodies)
         sync_directory = cache(self._sync_directory)
@@ -257,7 +257,7 @@ class Spool:
 
     def create(self, queue_id: str) -> BodyWriter:
         """Start a body; raises OSError (FileExistsError for an id that has one)."""
-        return self._create(self._checked_handle(), queue_id, self._sync_directory)
+        return self._create(self.checked_handle(), queue_id, self._sync_directory)
 
     def _create(
         self, root: int, queue_id: str, sync_directory: Callable[[str], OSError | None]
@@ -298,7 +298,7 @@ class Spool:
         try:
             return self._open(queue_id, size)
         except BodyUnsendable:
-            self._check_identity(self._checked_handle())
+            self._check_identity(self.checked_handle())
         return self._open(queue_id, size)
 
     def _open(self, queue_id: str, size: int) -> int:
