@@ -44,6 +44,7 @@ from worker.delivery import report_failure
 from worker.engine import RECORDING_TIME, Engine
 from worker.periodic import PeriodicThread
 from worker.rerouter import Rerouter
+from worker.segment_cleaner import SegmentCleaner
 from worker.sweeper import Sweeper
 
 log = get_logger(__name__)
@@ -109,6 +110,7 @@ class WorkerProcess:
         parts = (
             Sweeper(settings, rescuer, generator, self.engine, hints),
             Cleaner(settings, state.engine, state.spool),
+            SegmentCleaner(settings, state.engine, state.spool),
             Rerouter(rescuer, operations, routes),
             hints,
         )

@@ -657,8 +657,16 @@ def test_above_the_limit_of_the_journal_451(run: Callable[..., ServerHarness]) -
         (errno.EROFS, b"451 4.3.0"),
     ],
 )
-@pytest.mark.parametrize("size", [100, 3 * BLOCK])
-@pytest.mark.parametrize("call", ["write", "sync", "create"])
+@pytest.mark.parametrize(
+    ("call", "size"),
+    [
+        ("write", 100),
+        ("sync", 100),
+        ("create", 3 * BLOCK),
+        ("append", 3 * BLOCK),
+        ("finish", 3 * BLOCK),
+    ],
+)
 def test_C22_disk_faults_are_temporary_and_store_nothing(
     run: Callable[..., ServerHarness],
     monkeypatch: pytest.MonkeyPatch,
@@ -668,32 +676,18 @@ def test_C22_disk_faults_are_temporary_and_store_nothing(
     size: int,
 ) -> None:
     """A small message meets the fault in its segment, and a large one in its file."""
-    large = size > BLOCK
     running = run()
-    failures = iter([True])
-    target: tuple[Any, str] = {
-        ("write", False): (SegmentFile, "write"),
-        ("sync", False): (SegmentFile, "sync"),
-        ("create", False): (JournalDirectory, "create"),
-        ("write", True): (BodyWriter, "append"),
-        ("sync", True): (BodyWriter, "finish"),
-        ("create", True): (Spool, "create"),
-    }[call, large]
-    real = getattr(*target)
+    owner: Any = {"create": Spool, "write": SegmentFile, "sync": SegmentFile}.get(call, BodyWriter)
+    real, failures = getattr(owner, call), iter([True])
 
     def failing(*arguments: Any, **more: Any) -> Any:
-        if call == "create" or next(failures, False):
+        if next(failures, False):
             raise OSError(number, "of the disk /secret/path")
         return real(*arguments, **more)
 
     with talking(running) as client:
         client.begin()
-        if (call, large) == ("create", False):  # the segment in use and the next one are there
-            until(lambda: not [*running.spool.directory.glob("journal/*.new")])
-            monkeypatch.setattr(SegmentFile, "write", lambda *_: 0)
-            number, reply = errno.ENOSPC, b"452 4.3.1"
-        else:
-            monkeypatch.setattr(*target, failing)
+        monkeypatch.setattr(owner, call, failing)
         client.send(b"x" * size + b"\r\n.\r\n")
         found = client.reply()
         assert found.startswith(reply)
@@ -808,10 +802,10 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
         until(lambda: any(one.reading_paused for one in tuple(running.server.connections)))
         small.begin()
         small.say(b"x\r\n.", b"250")
-        assert len(running.bodies()) == 2
+        assert len(running.bodies()) == 1
         first.say(b".", b"250")
         second.expect(b"250")
-    assert [len(stored(running, one)) for one in running.database.messages] == [
+    assert [len(stored(running, one)) for one in running.messages(3)] == [
         2,
         3_996_000,
         3_996_000,
@@ -886,7 +880,7 @@ def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_client
             sorted(stranger.reply()[:9] for stranger in strangers)
             == [b"250 2.0.0"] * 3 + [b"452 4.3.1"] * 5
         )
-    assert len(running.database.messages) == 4
+    running.messages(4)
     until(lambda: len(running.bodies()) == 4)
 
 
@@ -1245,9 +1239,13 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
             "only the own user may read new files"
         )
     engine = create_engine(database_url)
-    with engine.connect() as connection:
-        assert connection.execute(text("SELECT count(*) FROM recipients")).scalar() == 2
-        assert connection.execute(text("SELECT state FROM deliveries")).scalar() == "queued"
+
+    def rows() -> list[Any]:
+        query = "SELECT state FROM deliveries JOIN recipients USING (queue_id)"
+        with engine.connect() as connection:
+            return [*connection.execute(text(query)).scalars()]
+
+    assert until(rows) == ["queued", "queued"]
     engine.dispose()
     [accepted] = program.events("accepted")
     assert (accepted["sender"], accepted["recipients"], accepted["client"]) == (
@@ -1259,7 +1257,7 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     assert program.process.wait(20) == 0
 
 
-def test_a_killed_spooler_is_replaced_and_every_client_gets_a_reply(
+def test_the_clients_of_a_killed_spooler_hear_nothing_and_it_is_replaced(
     program: Program,
 ) -> None:
     [spooler] = until(program.spoolers)
@@ -1269,7 +1267,7 @@ def test_a_killed_spooler_is_replaced_and_every_client_gets_a_reply(
         client.send(b"x\r\n.\r\n")
         client.send(b"NOOP\r\n")  # when this is read, the spooler has the message
         os.kill(spooler, signal.SIGKILL)
-        client.expect(b"451 4.3.0", b"250 2.0.0")
+        assert client.closed(), "the message may be in the journal"
     until(lambda: program.spoolers() not in ([], [spooler]))
     program.send("b@example.org")
     assert len(program.events("spooler restarted")) == len(program.events("accepted")) == 1
@@ -1357,28 +1355,25 @@ def test_without_free_descriptors_clients_wait_and_are_not_dropped(
     until(lambda: program.events("accepting resumed"))
 
 
-def test_a_message_that_got_451_is_not_committed(
+def test_a_locked_database_costs_no_250(
     database_url: str,
     tmp_path: Path,
     spawn: Callable[..., subprocess.Popen[Any]],
     free_port: Callable[[], int],
 ) -> None:
-    """A lock is held for longer than the deadline, but not as long as the statement timeout."""
-    program = Program(tmp_path, database_url, spawn, free_port(), ACCEPT_DEADLINE="2s")
+    program = Program(tmp_path, database_url, spawn, free_port())
     engine = connect(database_url)
     with writing(engine) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("LOCK TABLE messages IN EXCLUSIVE MODE"))
-        with pytest.raises(smtplib.SMTPDataError) as caught:
-            program.send("refused@example.org")
-        assert caught.value.smtp_code == 451
-    program.send("taken@example.org")  # the one committer has finished the first message
-    with reading(engine) as connection:
-        assert connection.execute(text("SELECT address FROM recipients")).scalars().all() == [
-            "taken@example.org"
-        ]
+        program.send("taken@example.org")
+
+    def addresses() -> list[str]:
+        with reading(engine) as connection:
+            return [*connection.execute(text("SELECT address FROM recipients")).scalars()]
+
+    assert until(addresses) == ["taken@example.org"]
     engine.dispose()
-    assert len([*(tmp_path / "state" / "spool").glob("*/*")]) == 1
 
 
 MAY_MOUNT = bool(
@@ -1410,9 +1405,11 @@ def test_a_spool_that_is_unmounted_below_the_program_is_451_until_it_is_back(
         with mounted("--bind", str(disk), str(place)):
             program.send("b@example.org")
             program.send("b@example.org", lines=BLOCK)
-            ids = {event["id"] for event in program.events("accepted")}
-            assert len(ids) == 3
-            assert {path.name for path in disk.glob("*/*")} == ids
+            small, large = dict[str, Any](), dict[str, Any]()
+            for event in program.events("accepted"):
+                (large if event["size"] > BLOCK else small)[event["id"]] = event
+            assert (len(small), len(large)) == (2, 1)
+            assert {path.name for path in disk.glob("????????/*")} == {*large}
         program.process.kill()
 
 
