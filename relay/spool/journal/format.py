@@ -227,14 +227,23 @@ def decode_batch_header(segment: bytes, position: int, octets: Buffer) -> BatchH
     if _CRC.unpack_from(view, _BATCH.size) != (checksum(segment, position, fields),):
         raise FormatError("the header of a batch is damaged")
     _, length, count, mark, written_at, kind = _BATCH.unpack(fields)
-    return BatchHeader(length, count, mark, written_at, BatchKind(kind))
+    return BatchHeader(length, count, mark, written_at, _known(BatchKind, kind))
+
+
+def _known[Kind: (BatchKind, RecordKind)](kinds: type[Kind], number: int) -> Kind:
+    try:
+        return kinds(number)
+    except ValueError:
+        raise FormatError(f"kind {number}, which this version cannot read") from None
 
 
 def decode_void(segment: bytes, position: int, batch: Buffer) -> VoidedBatch:
     """The batch that a VOID batch names. Raises FormatError."""
-    payload = memoryview(batch)[BATCH_HEADER:][: _VOID.size]
-    (crc,) = _CRC.unpack_from(memoryview(batch), BATCH_HEADER + _VOID.size)
-    if crc != checksum(segment, position + BATCH_HEADER, payload):
+    view = memoryview(batch)[BATCH_HEADER : BATCH_HEADER + _VOID.size + _CRC.size]
+    if len(view) < _VOID.size + _CRC.size:
+        raise FormatError("a void batch is cut off")
+    payload = view[: _VOID.size]
+    if _CRC.unpack_from(view, _VOID.size) != (checksum(segment, position + BATCH_HEADER, payload),):
         raise FormatError("a void batch is damaged")
     voided, at = _VOID.unpack(payload)
     return VoidedBatch(voided.hex(), at)
@@ -258,7 +267,7 @@ def decode_record(
     if verify_body and not verifies(segment, position + body_at, view[body_at:end]):
         raise FormatError(f"the body of {queue_id.hex()} is damaged")
     return JournalRecord(
-        RecordKind(kind),
+        _known(RecordKind, kind),
         queue_id.hex(),
         bytes(view[RECORD_HEADER:body_at]),
         body,
