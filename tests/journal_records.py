@@ -11,7 +11,7 @@ from pathlib import Path
 
 from relay.ids import new_id
 from relay.spool.journal.directory import JournalDirectory, SegmentFile
-from relay.spool.journal.format import BLOCK, JournalRecord, RecordKind, SegmentHeader
+from relay.spool.journal.format import BLOCK, JournalRecord, RecordKind
 from relay.spool.journal.scan import Damage, ScannedBatch, read_header, scan
 from relay.spool.journal.supply import make_segment
 from relay.spool.journal.writer import JournalWriter
@@ -65,11 +65,6 @@ def new_writer(
         directory, supply, on_retired=retired.add, segment_size=size, clock=time.time
     )
     return writer, retired
-
-
-def header_of(file: SegmentFile) -> SegmentHeader:
-    """The header of an open segment."""
-    return read_header(file)
 
 
 def content(octets: Iterable[ScannedBatch | Damage]) -> tuple[list[JournalRecord], list[Damage]]:
