@@ -114,13 +114,16 @@ def test_a_void_batch_decodes_to_what_was_encoded(
     assert decode_void(key, position, octets) == VoidedBatch(voided, at)
 
 
-def test_every_flipped_bit_of_a_segment_header_is_detected() -> None:
-    block = encode_segment_header(SegmentHeader("ab" * 16, "cd" * 16, 5, "host"))
-    used = len(block.rstrip(b"\0"))
-    for at in range(used):
+def test_every_flipped_bit_of_both_segment_headers_is_detected() -> None:
+    header = SegmentHeader("ab" * 16, "cd" * 16, 5, "host")
+    block = encode_segment_header(header)
+    half = BLOCK // 2
+    for at in range(len(block[:half].rstrip(b"\0"))):
         for bit in range(8):
+            assert decode_segment_header(flipped(block, at, bit)) == header
+            assert decode_segment_header(flipped(block, half + at, bit)) == header
             with pytest.raises(FormatError):
-                decode_segment_header(flipped(block, at, bit))
+                decode_segment_header(flipped(flipped(block, at, bit), half + at, bit))
 
 
 def test_every_flipped_bit_of_a_batch_header_is_detected() -> None:
@@ -193,7 +196,7 @@ def test_octets_that_are_cut_off_are_a_format_error() -> None:
     for size in range(BATCH_HEADER + 28):
         with pytest.raises(FormatError):
             decode_void(SEGMENT, BLOCK, void[:size])
-    for size in range(len(block.rstrip(b"\0"))):
+    for size in range(len(block[: BLOCK // 2].rstrip(b"\0"))):
         with pytest.raises(FormatError):
             decode_segment_header(block[:size])
     assert not verifies(SEGMENT, body, b"abc")
@@ -220,7 +223,7 @@ def test_kinds_of_a_later_version_are_a_format_error() -> None:
 
 def test_a_format_of_a_later_version_is_named() -> None:
     block = bytearray(encode_segment_header(SegmentHeader("ab" * 16, "cd" * 16, 5, "host")))
-    block[8] = 2
+    block[8] = block[BLOCK // 2 + 8] = 2
     with pytest.raises(FormatError, match="format 2"):
         decode_segment_header(bytes(block))
     with pytest.raises(FormatError, match="no segment"):

@@ -13,6 +13,7 @@ that verifies proves that everything before it was synced. A synced block is nev
 import struct
 import zlib
 from collections.abc import Buffer, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -26,6 +27,8 @@ _SEGMENT = struct.Struct("<8sI16s16sQB64s")
 _HOST_SIZE = 64
 _SEGMENT_MAGIC = b"QMQPjrnl"
 _FORMAT = 1
+_SECOND_HEADER = BLOCK // 2
+_HEADERS = (0, _SECOND_HEADER)
 _BATCH = struct.Struct("<4sIIQQB")
 _BATCH_MAGIC = b"BTCH"
 _RECORD = struct.Struct("<BB16sII")
@@ -134,7 +137,11 @@ def checksum(segment: bytes, position: int, *parts: Buffer) -> int:
 
 
 def encode_segment_header(header: SegmentHeader) -> bytes:
-    """The first block of a segment."""
+    """The first block of a segment. It holds the header twice: without it nobody adopts."""
+    return b"".join(_encode_header_copy(header, at).ljust(_SECOND_HEADER, b"\0") for at in _HEADERS)
+
+
+def _encode_header_copy(header: SegmentHeader, position: int) -> bytes:
     segment = bytes.fromhex(header.segment)
     fields = _SEGMENT.pack(
         _SEGMENT_MAGIC,
@@ -145,18 +152,28 @@ def encode_segment_header(header: SegmentHeader) -> bytes:
         header.copy,
         header.host.encode()[:_HOST_SIZE],
     )
-    return (fields + _CRC.pack(checksum(segment, 0, fields))).ljust(BLOCK, b"\0")
+    return fields + _CRC.pack(checksum(segment, position, fields))
 
 
 def decode_segment_header(block: bytes) -> SegmentHeader:
     """Raises FormatError; the text is for the operator."""
-    fields = block[: _SEGMENT.size]
-    if len(block) < _SEGMENT.size + _CRC.size or not fields.startswith(_SEGMENT_MAGIC):
+    try:
+        return _decode_header_copy(block, 0)
+    except FormatError:
+        with suppress(FormatError):
+            return _decode_header_copy(block, _SECOND_HEADER)
+        raise
+
+
+def _decode_header_copy(block: bytes, position: int) -> SegmentHeader:
+    fields = block[position : position + _SEGMENT.size]
+    if len(block) < position + _SEGMENT.size + _CRC.size or not fields.startswith(_SEGMENT_MAGIC):
         raise FormatError("no segment of a journal")
     _, version, segment, spool, created_at, copy, host = _SEGMENT.unpack(fields)
     if version != _FORMAT:
         raise FormatError(f"format {version}, which this version of the relay cannot read")
-    if _CRC.unpack_from(block, _SEGMENT.size) != (checksum(segment, 0, fields),):
+    crc = checksum(segment, position, fields)
+    if _CRC.unpack_from(block, position + _SEGMENT.size) != (crc,):
         raise FormatError("the header is damaged")
     name = host.rstrip(b"\0").decode(errors="replace")
     return SegmentHeader(segment.hex(), spool.hex(), created_at, name, bool(copy))
