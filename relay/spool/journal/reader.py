@@ -6,7 +6,7 @@ closed by `close_unlinked`, or its space would never come back.
 
 import threading
 
-from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.directory import JournalDirectory, SegmentFile
 from relay.spool.journal.format import CHECKSUM_SIZE, Place, verifies
 
 
@@ -47,12 +47,8 @@ class JournalReader:
 
     def _open(self, segment: str) -> SegmentFile:
         """The file of a segment, under any of its names."""
-        for _ in range(2):  # a rename between two tries cannot hide it twice
-            for suffix in (OWNED, ADOPTED, COPY):
-                try:
-                    file = self._directory.open(segment + suffix)
-                except FileNotFoundError:
-                    continue
-                with self._lock:
-                    return self._files.setdefault(segment, file)
-        raise WrongBody(f"segment {segment} is missing")
+        file = self._directory.open_segment(segment)
+        if file is None:
+            raise WrongBody(f"segment {segment} is missing")
+        with self._lock:
+            return self._files.setdefault(segment, file)
