@@ -126,9 +126,8 @@ class JournalCommitter:
         *,
         local: bool = True,
     ) -> None:
-        self.mark = mark
         self._spool = spool
-        self._acceptor, self._engine = acceptor, engine
+        self._acceptor, self._engine, self._mark = acceptor, engine, mark
         self._directory, self._writer, self._local = directory, writer, local
         self._changed = threading.Condition()
         self._segments: dict[str, OpenSegment] = {}
@@ -211,12 +210,14 @@ class JournalCommitter:
 
     def close(self, timeout: float) -> None:
         """Ends the thread; it makes the rows of what is written, within so many seconds and if the
-        database is there."""
+        database is there. What has no rows then is left to the next spooler."""
         with self._changed:
             self._closing, self._give_up_at = True, time.monotonic() + timeout
             self._changed.notify()
         if self._thread is not None:
             self._thread.join(timeout + 1.0)
+        for segment in [*self._segments.values()]:
+            self._release(segment)
 
     def _run(self) -> None:
         pause = _PAUSE
@@ -247,7 +248,7 @@ class JournalCommitter:
         if chunk is not None:
             self._commit(chunk)
             if now >= self._mark_at:
-                self.mark.advance(self._engine)
+                self._mark.advance(self._engine)
                 self._mark_at = now + MARK_INTERVAL
         with self._changed:
             if self._closing and (chunk is None or now >= self._give_up_at):

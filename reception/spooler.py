@@ -21,6 +21,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from sqlalchemy import Engine
+
 from reception.committer import JournalCommitter, WrittenBatch
 from reception.spooler_protocol import (
     VERSION,
@@ -34,9 +36,9 @@ from relay.db import engine as database
 from relay.log import configure
 from relay.queue.accept import Acceptor, EncodedMessage
 from relay.spool.journal.directory import JournalDirectory
-from relay.spool.journal.format import JournalRecord, RecordKind
+from relay.spool.journal.format import SEGMENT_SIZE, JournalRecord, RecordKind
 from relay.spool.journal.supply import SegmentSupply
-from relay.spool.journal.writer import AppendFailed, AppendUnknown, JournalWriter
+from relay.spool.journal.writer import AppendUnknown, JournalWriter
 from relay.spool.mark import SpoolMark
 from relay.spool.store import NETWORK, Spool, file_system
 from relay.startup import freeze_memory
@@ -50,19 +52,34 @@ DRAIN = 5.0
 
 
 class Spooler:
-    """Serves the requests that arrive on `channel`. `limit`: so many octets may wait for rows."""
+    """Serves the requests that arrive on `channel`. `limit`: so many octets may wait for rows;
+    `reply_lag`: while fewer messages wait for rows, replies do not; `local`: no other machine has
+    the spool's file system."""
 
     def __init__(
         self,
         channel: socket.socket,
-        writer: JournalWriter,
-        committer: JournalCommitter,
+        spool: Spool,
+        acceptor: Acceptor,
+        engine: Engine,
+        mark: SpoolMark,
         *,
         limit: int = 1 << 30,
         reply_lag: int = REPLY_LAG,
+        local: bool = True,
+        segment_size: int = SEGMENT_SIZE,
     ) -> None:
-        self._channel, self._writer, self._committer = channel, writer, committer
-        self._limit, self._reply_lag = limit, reply_lag
+        self._channel, self._spool = channel, spool
+        self._limit, self._reply_lag, self._mark = limit, reply_lag, mark
+        directory = JournalDirectory(spool.handle)
+        directory.make()
+        self._supply = SegmentSupply(directory, spool.identity, size=segment_size)
+        self._writer = JournalWriter(
+            directory, self._supply, on_retired=self._retire, segment_size=segment_size
+        )
+        self._committer = JournalCommitter(
+            acceptor, engine, directory, mark, self._writer, spool.identity, local=local
+        )
         self._decoder = FrameDecoder()
         self._requests: list[StoreRequest] = []  # read, and not stored yet
         self._sending = threading.Lock()
@@ -82,6 +99,10 @@ class Spooler:
         finally:
             self._writer.retire()
             self._committer.close(DRAIN)
+            self._supply.close()
+
+    def _retire(self, segment: str, orderly: bool) -> None:
+        self._committer.retire(segment, orderly=orderly)
 
     def _read(self) -> bool:
         """Reads the requests that have arrived; waits for one if there are none, or until a reply
@@ -118,13 +139,11 @@ class Spooler:
             for request in requests
         ]
         try:
-            appended = self._writer.append(records, mark=self._committer.mark.known)
-        except AppendFailed as error:
-            fault = Fault(str(error), error.errno or errno.EIO)
-            self._reply([(request.number, fault) for request in requests])
-            return
-        except AppendUnknown as error:
-            fault = Fault(str(error), unknown=True)
+            self._spool.checked_handle()
+            appended = self._writer.append(records, mark=self._mark.known)
+        except (OSError, AppendUnknown) as error:
+            number = (error.errno or errno.EIO) if isinstance(error, OSError) else 0
+            fault = Fault(str(error), number, unknown=isinstance(error, AppendUnknown))
             self._reply([(request.number, fault) for request in requests])
             return
         batch = WrittenBatch(
@@ -182,24 +201,15 @@ def main() -> None:
     engine = database.connect(settings.database_url, hot=True)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         spool = Spool(settings.spool_dir, int(sys.argv[2]))
-        directory = JournalDirectory(spool.handle)
-        directory.make()
         mark = SpoolMark(spool.handle, spool.identity)
         mark.guard(engine)
         acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
-        supply = SegmentSupply(directory, spool.identity)
-        writer = JournalWriter(
-            directory,
-            supply,
-            on_retired=lambda segment, orderly: committer.retire(segment, orderly=orderly),
-        )
         local = file_system(settings.spool_dir) not in NETWORK
-        committer = JournalCommitter(
-            acceptor, engine, directory, mark, writer, spool.identity, local=local
+        spooler = Spooler(
+            channel, spool, acceptor, engine, mark, limit=settings.journal_limit, local=local
         )
         freeze_memory()
-        Spooler(channel, writer, committer, limit=settings.journal_limit).run()
-        supply.close()
+        spooler.run()
     engine.dispose()
 
 

@@ -45,6 +45,7 @@ from worker.delivery import report_failure
 from worker.engine import RECORDING_TIME, Engine
 from worker.periodic import PeriodicThread
 from worker.rerouter import Rerouter
+from worker.segment_cleaner import SegmentCleaner
 from worker.spool_keeper import SpoolKeeper
 from worker.sweeper import Sweeper
 
@@ -114,6 +115,7 @@ class WorkerProcess:
         parts = (
             Sweeper(settings, rescuer, generator, self.engine, hints),
             Cleaner(settings, state.engine, state.spool),
+            SegmentCleaner(settings, state.engine, state.spool),
             Rerouter(rescuer, operations, routes),
             SpoolKeeper(state.engine, state.spool, mark),
             hints,

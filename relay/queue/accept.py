@@ -162,7 +162,7 @@ class Acceptor:
         start of the span nor behind it.
         """
         with writing_once(self._engine) as connection:
-            moved = self._insert(connection, messages, span, age=age)
+            moved = self.insert_batch(connection, messages, span, age=age)
         if not moved and not self.is_committed(span):
             raise PositionMoved(f"segment {span.segment} at {span.start}")
 
@@ -177,7 +177,7 @@ class Acceptor:
         encoded = [
             EncodedMessage(encode(message, delay_warning=delay_warning)) for message in messages
         ]
-        self._insert(connection, encoded)
+        self.insert_batch(connection, encoded)
 
     def commit_each(
         self, messages: Sequence[EncodedMessage], span: SegmentSpan, *, age: float = 0.0
@@ -185,7 +185,7 @@ class Acceptor:
         """As `commit`, for a batch that the database refused: one message at a time. A message that
         is refused alone gets escaped rows that are held."""
         with writing(self._engine) as connection:
-            if self._insert(connection, [], span):
+            if self.insert_batch(connection, [], span):
                 for message in messages:
                     self._insert_or_hold(connection, message, span.segment, age)
                 return
@@ -199,7 +199,7 @@ class Acceptor:
         for _ in range(2):
             try:
                 with connection.begin_nested():
-                    self._insert(
+                    self.insert_batch(
                         connection, [message], segment=segment, age=age, hold_reason=reason
                     )
                 return
@@ -247,7 +247,7 @@ class Acceptor:
         position, sealed = self.position(span.segment)
         return sealed or (position is not None and position >= span.end)
 
-    def _insert(
+    def insert_batch(
         self,
         connection: Connection,
         messages: Sequence[EncodedMessage],
@@ -257,7 +257,10 @@ class Acceptor:
         age: float = 0.0,
         hold_reason: str | None = None,
     ) -> bool:
-        """Whether the position of the span was moved."""
+        """Insert messages in the caller's transaction, which arrived `age` seconds ago: those of a
+        span of a segment, whose position must stand at the start of the span; or those of a
+        `segment` (None: their bodies are files). With a `hold_reason` they are held. Returns
+        whether the position of the span was moved."""
         lines = [message.rows.decode().split("\n") for message in messages]
         rows = ",".join(
             f'{{"position":{"null" if message.position is None else message.position},{line[0][1:]}'

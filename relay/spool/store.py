@@ -191,7 +191,7 @@ class Spool:
             self._handle = os.dup(handle)
             weakref.finalize(self, os.close, self._handle).atexit = False
 
-    def _checked_handle(self) -> int:
+    def checked_handle(self) -> int:
         """The descriptor; raises OSError unless the path still leads to this spool, where readers
         will look for a body.
 
@@ -237,7 +237,7 @@ class Spool:
 
     def create(self, queue_id: str) -> BodyWriter:
         """Start a body file; raises OSError (FileExistsError for an id that has one)."""
-        root = self._checked_handle()
+        root = self.checked_handle()
         directory, name = queue_id[:_DIRECTORY_DIGITS], self._name(queue_id)
         while True:
             if self._synced != directory:  # another process may have made it and not synced it
@@ -275,7 +275,7 @@ class Spool:
 
     def check(self) -> None:
         """Raise OSError unless this is the right spool and its path leads to it."""
-        self._check_identity(self._checked_handle())
+        self._check_identity(self.checked_handle())
 
     def _open(self, queue_id: str, size: int) -> BodyFile:
         for name in self._names(queue_id):

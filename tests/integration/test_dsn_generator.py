@@ -60,7 +60,7 @@ class DsnHarness:
         message = NewMessage(
             queue_id, sender, len(body), recipients, "192.0.2.1", "client", "ESMTP", **given
         )
-        self.queue.acceptor.commit([message])
+        self.queue.insert([message])
         return queue_id
 
     def fail(self, queue_id: str, outcome: Outcome = Outcome.REJECTED, **more: Any) -> list[Claim]:

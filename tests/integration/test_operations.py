@@ -144,7 +144,7 @@ def test_operations_run_in_batches_and_miss_no_delivery(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verbs, "CHUNK", 4)
-    queue.acceptor.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
+    queue.insert([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
     other = queue.accept("other@example.com")
     touched, free = verbs.QueueOperations(queue.database, sends_dsns=True).apply(
         verbs.OPERATIONS["hold"],
@@ -461,7 +461,7 @@ def test_a_limit_takes_the_oldest(
     queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verbs, "CHUNK", 2)
-    queue.acceptor.commit([new_message("x@example.org", "y@example.org") for _ in range(6)])
+    queue.insert([new_message("x@example.org", "y@example.org") for _ in range(6)])
     ids = sorted({row["queue_id"] for row in lines(typed("list", "--json"))})
     dry = typed("hold", "--all", "--limit", "3", "--dry-run", "--json")
     assert [row["queue_id"] for row in lines(dry)] == [i for i in ids[:3] for _ in range(2)]

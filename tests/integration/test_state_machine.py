@@ -262,7 +262,7 @@ class History(RuleBasedStateMachine):
             )
         self.received[queue_id] = self.clock
         for _ in range(chance.randint(1, 2)):
-            self.harness.acceptor.commit([message])
+            self.harness.insert([message])
         for number, route in enumerate(dict.fromkeys(routes), 1):
             mine = tuple(
                 address for address, way in zip(addresses, routes, strict=True) if way == route

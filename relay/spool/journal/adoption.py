@@ -12,6 +12,7 @@ error of a lock is no adoption.
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from relay.log import get_logger
 from relay.spool.journal.directory import (
@@ -41,39 +42,46 @@ def adopt(
 ) -> list[AdoptedSegment]:
     """Adopt every segment that has no owner, oldest first, but those whose ids are in `skip`.
 
-    `local`: the file system belongs to this machine alone. Raises OSError; what was adopted until
-    then is released.
+    `local`: the file system belongs to this machine alone. One segment that cannot be read does not
+    keep the others; raises OSError if the directory cannot be read.
     """
     _remove_unfinished(directory)
     adopted = []
-    try:
-        for segment, name in directory.segments(OWNED, ADOPTED):
-            if segment not in skip and (one := adopt_one(directory, name, local=local)):
+    for segment, name in directory.segments(OWNED, ADOPTED):
+        if segment in skip:
+            continue
+        try:
+            if one := adopt_one(directory, name, local=local):
                 adopted.append(one)
-    except OSError:
-        for one in adopted:
-            one.file.close()
-        raise
+        except OSError as error:
+            log.error("segment unreadable", name=name, reason=str(error))
     return adopted
 
 
 def adopt_one(
     directory: JournalDirectory, name: str, *, local: bool, forced: bool = False
 ) -> AdoptedSegment | None:
-    """Adopt one segment by its name; None if it has an owner, or is not readable. `forced`: an
-    operator says that its owner has ended."""
+    """Adopt one segment by its name; None if it has an owner, or is none. `forced`: an operator
+    says that its owner has ended. Raises OSError.
+
+    The owner may have ended between its write and its sync, so the segment is synced before anybody
+    reads it: rows never refer to octets that a power failure may take away.
+    """
     try:
         file = directory.open(name, write=True)
     except FileNotFoundError:  # another process was faster
         return None
     try:
         header = read_header(file)
+        if header.segment != PurePath(name).stem:
+            raise FormatError(f"the file has the header of segment {header.segment}")
         ours = local or forced or header.host == socket.gethostname()
         if ours and (file.lock() or forced):
             if name.endswith(OWNED):
                 directory.rename(name, header.segment + ADOPTED)
                 directory.sync()
-            if forced or directory.leads_to(header.segment + ADOPTED, file):
+            if directory.leads_to(header.segment + ADOPTED, file):
+                file.sync()
                 return AdoptedSegment(header, file)
     except FormatError as error:
         log.error("segment unreadable", name=name, reason=str(error))
@@ -87,13 +95,20 @@ def adopt_one(
 
 
 def voided_batches(directory: JournalDirectory) -> set[VoidedBatch]:
-    """Every batch that some segment declares void. Raises OSError."""
+    """Every batch that some segment declares void. Raises OSError.
+
+    Call it after the adoption: an owner that is alive declares a batch void and then looks whether
+    the segment still has its name.
+    """
     voids = set()
-    for _, name in directory.segments(OWNED, ADOPTED, COPY):
-        with suppress(FileNotFoundError, FormatError):
-            file = directory.open(name)
+    # A segment that is renamed while the directory is read may be missing. None is renamed twice.
+    for segment in {
+        segment for _ in range(2) for segment, _ in directory.segments(OWNED, ADOPTED, COPY)
+    }:
+        if file := directory.open_segment(segment):
             try:
-                void = first_void(file, read_header(file))
+                # The name is as good as the header, which may be damaged: checksums contain the id.
+                void = first_void(file, SegmentHeader(segment, "", 0, ""))
             finally:
                 file.close()
             if void is not None:
@@ -104,7 +119,7 @@ def voided_batches(directory: JournalDirectory) -> set[VoidedBatch]:
 def _remove_unfinished(directory: JournalDirectory) -> None:
     """Remove files that were never finished and whose maker has ended."""
     for _, name in directory.segments(NEW):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it only takes room
             file = directory.open(name, write=True)
             try:
                 if file.lock():

@@ -10,6 +10,7 @@ All calls work relative to a descriptor of the spool, as in `relay.spool.store`.
 
 import fcntl
 import os
+import re
 import stat
 import weakref
 from collections.abc import Buffer, Iterator, Sequence
@@ -18,6 +19,7 @@ from pathlib import PurePath
 
 NEW, OWNED, ADOPTED, COPY = ".new", ".segment", ".adopted", ".copy"
 DIRECTORY = "journal"
+_ID = re.compile("[0-9a-f]{32}")
 _ZEROS = bytes(1 << 20)
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read only what is in the page cache
 
@@ -86,10 +88,11 @@ class JournalDirectory:
         self._spool = spool
 
     def make(self) -> None:
-        """Make the directory if it is missing."""
+        """Make the directory if it is missing, and make its name durable: the process that made it
+        may have ended before it could."""
         with suppress(FileExistsError):
             os.mkdir(DIRECTORY, 0o700, dir_fd=self._spool)
-            os.fsync(self._spool)
+        os.fsync(self._spool)
 
     def names(self) -> list[str]:
         """The names in the directory, sorted: by id, which is by age. Empty without a directory."""
@@ -100,25 +103,36 @@ class JournalDirectory:
             return []
 
     def segments(self, *suffixes: str) -> Iterator[tuple[str, str]]:
-        """The id and the name of each segment that has one of these suffixes, oldest first."""
+        """The id and the name of each segment that has one of these suffixes, oldest first. Other
+        names are not the journal's."""
         for name in self.names():
             path = PurePath(name)
-            if path.suffix in suffixes:
+            if path.suffix in suffixes and _ID.fullmatch(path.stem):
                 yield path.stem, name
 
     def create(self, name: str) -> SegmentFile:
         """Make a new file, and lock it."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        file = SegmentFile(os.open(self._path(name), flags, 0o600, dir_fd=self._spool))
-        if not file.lock():
+        while True:
+            file = SegmentFile(os.open(self._path(name), flags, 0o600, dir_fd=self._spool))
+            # Before it was locked another process may have taken it for a leftover.
+            if file.lock() and self.leads_to(name, file):
+                return file
             file.close()
-            raise BlockingIOError(f"{name} was locked by another process when it was made")
-        return file
+            with suppress(FileNotFoundError):
+                self.unlink(name)
 
     def open(self, name: str, *, write: bool = False) -> SegmentFile:
         """Open a file; raises FileNotFoundError and other OSErrors."""
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC
         return SegmentFile(os.open(self._path(name), flags, dir_fd=self._spool))
+
+    def open_segment(self, segment: str) -> SegmentFile | None:
+        """Open a segment to read it, under any of its names; None if it has none."""
+        for suffix in (OWNED, ADOPTED, COPY):  # in the order in which it may be renamed
+            with suppress(FileNotFoundError):
+                return self.open(segment + suffix)
+        return None
 
     def rename(self, old: str, new: str) -> None:
         """Rename a file; `sync` makes that durable."""

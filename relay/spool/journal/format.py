@@ -13,6 +13,7 @@ that verifies proves that everything before it was synced. A synced block is nev
 import struct
 import zlib
 from collections.abc import Buffer, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -26,6 +27,8 @@ _SEGMENT = struct.Struct("<8sI16s16sQB64s")
 _HOST_SIZE = 64
 _SEGMENT_MAGIC = b"QMQPjrnl"
 _FORMAT = 1
+_SECOND_HEADER = BLOCK // 2
+_HEADERS = (0, _SECOND_HEADER)
 _BATCH = struct.Struct("<4sIIQQB")
 _BATCH_MAGIC = b"BTCH"
 _RECORD = struct.Struct("<BB16sII")
@@ -86,13 +89,14 @@ class VoidedBatch(NamedTuple):
 class JournalRecord:
     """One message: its envelope as `relay.queue.accept` encodes it, and its body (b"" if LARGE).
 
-    `position` is the body's, and `end` that behind the record.
+    `start` is the position of the record, `position` the body's, and `end` that behind the record.
     """
 
     kind: RecordKind
     queue_id: str
     envelope: bytes
     body: Buffer
+    start: int = 0
     position: int = 0
     end: int = 0
 
@@ -134,7 +138,11 @@ def checksum(segment: bytes, position: int, *parts: Buffer) -> int:
 
 
 def encode_segment_header(header: SegmentHeader) -> bytes:
-    """The first block of a segment."""
+    """The first block of a segment. It holds the header twice: without it nobody adopts."""
+    return b"".join(_encode_header_copy(header, at).ljust(_SECOND_HEADER, b"\0") for at in _HEADERS)
+
+
+def _encode_header_copy(header: SegmentHeader, position: int) -> bytes:
     segment = bytes.fromhex(header.segment)
     fields = _SEGMENT.pack(
         _SEGMENT_MAGIC,
@@ -145,18 +153,28 @@ def encode_segment_header(header: SegmentHeader) -> bytes:
         header.copy,
         header.host.encode()[:_HOST_SIZE],
     )
-    return (fields + _CRC.pack(checksum(segment, 0, fields))).ljust(BLOCK, b"\0")
+    return fields + _CRC.pack(checksum(segment, position, fields))
 
 
 def decode_segment_header(block: bytes) -> SegmentHeader:
     """Raises FormatError; the text is for the operator."""
-    fields = block[: _SEGMENT.size]
-    if len(block) < _SEGMENT.size + _CRC.size or not fields.startswith(_SEGMENT_MAGIC):
+    try:
+        return _decode_header_copy(block, 0)
+    except FormatError:
+        with suppress(FormatError):
+            return _decode_header_copy(block, _SECOND_HEADER)
+        raise
+
+
+def _decode_header_copy(block: bytes, position: int) -> SegmentHeader:
+    fields = block[position : position + _SEGMENT.size]
+    if len(block) < position + _SEGMENT.size + _CRC.size or not fields.startswith(_SEGMENT_MAGIC):
         raise FormatError("no segment of a journal")
     _, version, segment, spool, created_at, copy, host = _SEGMENT.unpack(fields)
     if version != _FORMAT:
         raise FormatError(f"format {version}, which this version of the relay cannot read")
-    if _CRC.unpack_from(block, _SEGMENT.size) != (checksum(segment, 0, fields),):
+    crc = checksum(segment, position, fields)
+    if _CRC.unpack_from(block, position + _SEGMENT.size) != (crc,):
         raise FormatError("the header is damaged")
     name = host.rstrip(b"\0").decode(errors="replace")
     return SegmentHeader(segment.hex(), spool.hex(), created_at, name, bool(copy))
@@ -227,14 +245,23 @@ def decode_batch_header(segment: bytes, position: int, octets: Buffer) -> BatchH
     if _CRC.unpack_from(view, _BATCH.size) != (checksum(segment, position, fields),):
         raise FormatError("the header of a batch is damaged")
     _, length, count, mark, written_at, kind = _BATCH.unpack(fields)
-    return BatchHeader(length, count, mark, written_at, BatchKind(kind))
+    return BatchHeader(length, count, mark, written_at, _known(BatchKind, kind))
+
+
+def _known[Kind: (BatchKind, RecordKind)](kinds: type[Kind], number: int) -> Kind:
+    try:
+        return kinds(number)
+    except ValueError:
+        raise FormatError(f"kind {number}, which this version cannot read") from None
 
 
 def decode_void(segment: bytes, position: int, batch: Buffer) -> VoidedBatch:
     """The batch that a VOID batch names. Raises FormatError."""
-    payload = memoryview(batch)[BATCH_HEADER:][: _VOID.size]
-    (crc,) = _CRC.unpack_from(memoryview(batch), BATCH_HEADER + _VOID.size)
-    if crc != checksum(segment, position + BATCH_HEADER, payload):
+    view = memoryview(batch)[BATCH_HEADER : BATCH_HEADER + _VOID.size + _CRC.size]
+    if len(view) < _VOID.size + _CRC.size:
+        raise FormatError("a void batch is cut off")
+    payload = view[: _VOID.size]
+    if _CRC.unpack_from(view, _VOID.size) != (checksum(segment, position + BATCH_HEADER, payload),):
         raise FormatError("a void batch is damaged")
     voided, at = _VOID.unpack(payload)
     return VoidedBatch(voided.hex(), at)
@@ -258,10 +285,11 @@ def decode_record(
     if verify_body and not verifies(segment, position + body_at, view[body_at:end]):
         raise FormatError(f"the body of {queue_id.hex()} is damaged")
     return JournalRecord(
-        RecordKind(kind),
+        _known(RecordKind, kind),
         queue_id.hex(),
         bytes(view[RECORD_HEADER:body_at]),
         body,
+        position,
         position + body_at,
         position + end,
     )

@@ -7,7 +7,7 @@ MAX_OPEN are open.
 
 import threading
 
-from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.directory import JournalDirectory, SegmentFile
 from relay.spool.journal.format import CHECKSUM_SIZE, Place, verifies
 
 MAX_OPEN = 64
@@ -58,17 +58,13 @@ class JournalReader:
 
     def _open(self, segment: str) -> SegmentFile:
         """The file of a segment, under any of its names."""
-        for _ in range(2):  # a rename between two tries cannot hide it twice
-            for suffix in (OWNED, ADOPTED, COPY):
-                try:
-                    file = self._directory.open(segment + suffix)
-                except FileNotFoundError:
-                    continue
-                with self._lock:
-                    if len(self._files) >= MAX_OPEN:  # a thread that reads it keeps it open
-                        del self._files[next(iter(self._files))]
-                    return self._files.setdefault(segment, file)
-        raise WrongBody(f"segment {segment} is missing")
+        file = self._directory.open_segment(segment)
+        if file is None:
+            raise WrongBody(f"segment {segment} is missing")
+        with self._lock:
+            if len(self._files) >= MAX_OPEN:  # a thread that reads it keeps it open
+                del self._files[next(iter(self._files))]
+            return self._files.setdefault(segment, file)
 
 
 def _verifies(place: Place, octets: bytes) -> bool:

@@ -4,6 +4,9 @@ A batch that does not verify is either a torn tail, the batch that was being wri
 failed, or corruption. A batch is written only after the one before it was synced, so a later batch
 that verifies proves that the damage is corruption. Reading then goes on at that batch.
 
+A header costs only what it describes: behind a damaged one the octets are searched for the next
+record that verifies. Its checksum knows segment and position, so a body cannot imitate one.
+
 What must stay true: every record that verifies is found, whatever is damaged around it.
 """
 
@@ -15,10 +18,12 @@ from relay.spool.journal.directory import SegmentFile
 from relay.spool.journal.format import (
     BATCH_HEADER,
     BLOCK,
+    ENVELOPE_VERSION,
     BatchHeader,
     BatchKind,
     FormatError,
     JournalRecord,
+    RecordKind,
     SegmentHeader,
     VoidedBatch,
     aligned,
@@ -30,6 +35,7 @@ from relay.spool.journal.format import (
 )
 
 _CHUNK = 1 << 20
+_KINDS = frozenset(RecordKind)
 
 
 class Damage(NamedTuple):
@@ -60,15 +66,18 @@ def read_header(file: SegmentFile) -> SegmentHeader:
 
 
 def first_void(file: SegmentFile, header: SegmentHeader) -> VoidedBatch | None:
-    """The batch of another segment that this segment declares void. It can only stand first."""
-    segment = bytes.fromhex(header.segment)
-    block = file.read(BLOCK, BLOCK)
+    """The batch of another segment that this segment declares void. It can only stand first. A
+    damaged header of its batch does not hide it. Raises OSError."""
+    segment, block = bytes.fromhex(header.segment), file.read(BLOCK, BLOCK)
     try:
-        if decode_batch_header(segment, BLOCK, block).kind is BatchKind.VOID:
-            return decode_void(segment, BLOCK, block)
+        if decode_batch_header(segment, BLOCK, block).kind is not BatchKind.VOID:
+            return None
     except FormatError:
         pass
-    return None
+    try:
+        return decode_void(segment, BLOCK, block)
+    except FormatError:
+        return None
 
 
 def scan(
@@ -79,73 +88,95 @@ def scan(
     *,
     verify_bodies: bool = True,
 ) -> Iterator[ScannedBatch | Damage]:
-    """The batches of a segment from a batch's position on, up to `end`, in order. Damage between
-    two batches comes by itself; damage inside of a batch stands in the batch. Raises OSError."""
-    segment = bytes.fromhex(header.segment)
-    limit = file.size() if end is None else end
-    position = start
+    """The batches of a segment from a batch's position on, up to `end`, in order.
+
+    Damage inside of a batch stands in the batch, other damage comes by itself. A batch whose header
+    is damaged comes with the records that were found, and may contain the ones behind it whose
+    headers are damaged too. Raises OSError.
+    """
+    segment, size = bytes.fromhex(header.segment), file.size()
+    limit = size if end is None else min(end, size)
+    position, written_at = start, header.created_at
     while position < limit:
         try:
             batch = decode_batch_header(segment, position, file.read(BLOCK, position))
         except FormatError as error:
-            found = _next_batch(file, segment, position + BLOCK, limit)
-            if found is not None:
-                yield Damage(position, found, str(error), torn=False)
-            elif any(file.read(BLOCK, position)):  # zeros: nothing was ever written here
-                yield Damage(position, limit, str(error), torn=True)
-            position = limit if found is None else found
+            found = _next_batch(file, segment, position + BLOCK, size)
+            behind = min(found or size, limit)
+            octets = file.read(behind - position, position)
+            if found or octets.count(0) != len(octets):  # else nothing was ever written here
+                damage = Damage(position, behind, str(error), torn=found is None)
+                yield _headless_batch(segment, octets, damage, written_at, verify=verify_bodies)
+            position = behind
             continue
-        behind = min(batch.next_position(position), aligned(limit))
+        behind = aligned(min(batch.next_position(position), limit))
         octets = file.read(batch.length, position)
         if batch.kind is BatchKind.VOID:
-            yield _void_batch(segment, position, behind, batch, octets)
+            found_void, bad = _void_of(segment, position, octets)
+            records: list[JournalRecord] = []
         else:
-            yield _record_batch(
-                file, segment, position, behind, limit, batch, octets, verify_bodies=verify_bodies
-            )
-        position = behind
+            found_void = None
+            records, bad = _records(segment, position, octets, batch.length, verify=verify_bodies)
+        torn = bool(bad) and _next_batch(file, segment, behind, size) is None
+        damages = [Damage(*where, torn) for where in bad]
+        yield ScannedBatch(position, behind, batch, records, found_void, damages)
+        position, written_at = behind, batch.written_at
 
 
-def _void_batch(
-    segment: bytes, position: int, end: int, header: BatchHeader, octets: bytes
-) -> ScannedBatch:
+def _void_of(
+    segment: bytes, position: int, octets: bytes
+) -> tuple[VoidedBatch | None, list[tuple[int, int, str]]]:
     try:
-        void = decode_void(segment, position, octets)
+        return decode_void(segment, position, octets), []
     except FormatError as error:
-        torn = Damage(position, end, str(error), torn=True)
-        return ScannedBatch(position, end, header, [], None, [torn])
-    return ScannedBatch(position, end, header, [], void, [])
+        return None, [(position, position + BLOCK, str(error))]
 
 
-def _record_batch(
-    file: SegmentFile,
-    segment: bytes,
-    position: int,
-    end: int,
-    limit: int,
-    header: BatchHeader,
-    octets: bytes,
-    *,
-    verify_bodies: bool,
-) -> ScannedBatch:
+def _headless_batch(
+    segment: bytes, octets: bytes, damage: Damage, written_at: int, *, verify: bool
+) -> ScannedBatch | Damage:
+    """The records of a batch whose header is damaged. Its time is that of the batch before it."""
+    position, end, reason, torn = damage
+    records, bad = _records(segment, position, octets, len(octets), verify=verify)
+    if not records:
+        return damage
+    header = BatchHeader(end - position, len(records), 0, written_at, BatchKind.RECORDS)
+    damages = [Damage(position, position + BATCH_HEADER, reason, torn)]
+    for start, stop, why in bad:
+        if any(octets[start - position : stop - position]):
+            damages.append(Damage(start, stop, why, torn))
+    return ScannedBatch(position, end, header, records, None, damages)
+
+
+def _records(
+    segment: bytes, position: int, octets: bytes, length: int, *, verify: bool
+) -> tuple[list[JournalRecord], list[tuple[int, int, str]]]:
+    """The records of a batch, and start, end and reason of what is damaged."""
     view = memoryview(octets)
     records: list[JournalRecord] = []
     bad: list[tuple[int, int, str]] = []
     at = BATCH_HEADER
-    for _ in range(header.records):
+    while at < length:
         try:
-            record = decode_record(segment, position + at, view[at:], verify_body=verify_bodies)
-            records.append(record)
-            at = record.end - position
+            record = decode_record(segment, position + at, view[at:], verify_body=verify)
         except FormatError as error:
             size = record_size(segment, position + at, view[at:])
-            bad.append((position + at, position + at + size if size else end, str(error)))
-            if not size:  # nothing tells where the next record begins
-                break
-            at += size
-    torn = bool(bad) and _next_batch(file, segment, end, limit) is None
-    damages = [Damage(start, stop, reason, torn) for start, stop, reason in bad]
-    return ScannedBatch(position, end, header, records, None, damages)
+            behind = at + size if size else _next_record(segment, position, octets, at + 1)
+            bad.append((position + at, position + min(behind, length), str(error)))
+            at = behind
+        else:
+            records.append(record)
+            at = record.end - position
+    return records, bad
+
+
+def _next_record(segment: bytes, position: int, octets: bytes, at: int) -> int:
+    """Where the next record that verifies begins in the octets of a batch; their end if none."""
+    view = memoryview(octets)
+    while (at := octets.find(bytes([ENVELOPE_VERSION]), at + 1)) > 0:
+        if octets[at - 1] in _KINDS and record_size(segment, position + at - 1, view[at - 1 :]):
+            return at - 1
+    return len(octets)
 
 
 def _next_batch(file: SegmentFile, segment: bytes, position: int, limit: int) -> int | None:

@@ -5,6 +5,7 @@ leaves at most a `.new` file, which the next owner removes. What must stay true:
 to the one who takes the next segment, and the next `take` tries again.
 """
 
+import errno
 import socket
 import threading
 import time
@@ -13,7 +14,12 @@ from contextlib import suppress
 
 from relay.ids import new_id
 from relay.spool.journal.directory import NEW, OWNED, JournalDirectory, SegmentFile
-from relay.spool.journal.format import SEGMENT_SIZE, SegmentHeader, encode_segment_header
+from relay.spool.journal.format import (
+    BLOCK,
+    SEGMENT_SIZE,
+    SegmentHeader,
+    encode_segment_header,
+)
 
 
 def make_segment(
@@ -24,7 +30,9 @@ def make_segment(
     header = SegmentHeader(segment, spool, int(time.time() * 1_000_000), socket.gethostname())
     file = directory.create(segment + NEW)
     try:
-        file.fill(file.write([encode_segment_header(header)], 0), size)
+        if file.write([encode_segment_header(header)], 0) != BLOCK:
+            raise OSError(errno.ENOSPC, "a short write")
+        file.fill(BLOCK, size)
         directory.rename(segment + NEW, segment + OWNED)
         directory.sync()
     except OSError:
@@ -49,9 +57,13 @@ class SegmentSupply:
         """Begin to make the next segment."""
         future: Future[tuple[str, SegmentFile]] = Future()
         self._next = future
-        threading.Thread(
+        thread = threading.Thread(
             target=self._make, args=(future,), name="segment-supply", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no thread left
+            future.set_exception(OSError(errno.EAGAIN, str(error)))
 
     def take(self) -> tuple[str, SegmentFile]:
         """The next segment; raises OSError."""

@@ -155,6 +155,10 @@ class JournalWriter:
             void = encode_void(segment, self.position, failed, mark=mark, written_at=written_at)
             self._write([void], self.position + BLOCK)
             self._start = self.position
+            # An adopter renames first and reads the voids then, so it sees this one if the name is
+            # still there. Otherwise it may have made rows of the batch already.
+            if not self._directory.leads_to(failed.segment + OWNED, self.files[failed.segment]):
+                raise AppendUnknown("another process has adopted the segment of the void batch")
         except (OSError, AppendUnknown) as second:
             if self.segment:
                 self.retire(orderly=False)

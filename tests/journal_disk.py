@@ -1,0 +1,343 @@
+"""A simulated disk with the methods of `JournalDirectory` and `SegmentFile`, for crashes.
+
+Everything is in memory. A file has octets in the page cache and octets on the disk, in sectors. A
+killed process loses its locks; a power cut also loses what was not synced: each sector may be kept,
+lost or torn, and each change of a name may be kept or lost, in any combination. A sync that fails
+leaves any sectors on the disk and calls all of them clean, as the kernel does.
+
+Every call is a step. `Interruptions` says what happens at some steps: the call fails, the process
+is killed, or it is paused while others work.
+"""
+
+import errno
+import random
+import weakref
+from collections.abc import Buffer, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from relay.spool.journal.directory import JournalDirectory, SegmentFile
+
+SECTOR = 512
+
+
+class Interruption(Enum):
+    """What happens at a step. SHORT: a write ends early (other calls fail). LOST is for databases:
+    the transaction is committed, and nobody hears it."""
+
+    FAIL = "fail"
+    SHORT = "short"
+    KILL = "kill"
+    PAUSE = "pause"
+    LOST = "lost"
+
+
+class PowerCut(Enum):
+    """What becomes of the octets and names that were not synced."""
+
+    LOSES_ALL = "loses all"
+    KEEPS_ALL = "keeps all"
+    ANY = "any"
+
+
+class ProcessKilled(BaseException):
+    """The simulated process ends here."""
+
+
+@dataclass(eq=False)
+class SimulatedInode:
+    """A file. `links` counts its names; `holder` has its lock."""
+
+    cache: bytearray = field(default_factory=bytearray)
+    disk: bytearray = field(default_factory=bytearray)
+    dirty: set[int] = field(default_factory=set)
+    links: int = 0
+    holder: "OpenFile | None" = None
+
+    def write(self, octets: bytes, position: int) -> None:
+        """Into the page cache."""
+        end = position + len(octets)
+        self.cache.extend(bytes(max(0, end - len(self.cache))))
+        self.cache[position:end] = octets
+        self.dirty.update(range(position // SECTOR, -(-end // SECTOR)))
+
+    def reach_disk(self, sector: int, *, octets: int = SECTOR) -> None:
+        """The first octets of a sector reach the disk."""
+        start = sector * SECTOR
+        end = min(start + octets, len(self.cache))
+        self.disk.extend(bytes(max(0, end - len(self.disk))))
+        self.disk[start:end] = self.cache[start:end]
+
+    def sync(self) -> None:
+        """Everything reaches the disk."""
+        for sector in self.dirty:
+            self.reach_disk(sector)
+        self.dirty.clear()
+
+    def lose_power(self, cut: PowerCut, chance: random.Random) -> None:
+        """Only the disk is left."""
+        for sector in sorted(self.dirty):
+            if cut is PowerCut.KEEPS_ALL:
+                self.reach_disk(sector)
+            elif cut is PowerCut.ANY:
+                self.reach_disk(sector, octets=chance.choice([0, 0, SECTOR, SECTOR, 100]))
+        self.dirty.clear()
+        self.cache = bytearray(self.disk)
+        self.holder = None
+
+
+@dataclass(eq=False)
+class OpenFile:
+    """An open file description: it has the lock, and lives until it is closed."""
+
+    inode: SimulatedInode
+    process: "SimulatedProcess"
+
+    def release(self, fd: int = -1) -> None:
+        """Closing releases the lock."""
+        self.process.files.discard(self)
+        if self.inode.holder is self:
+            self.inode.holder = None
+
+
+@dataclass(eq=False)
+class SimulatedProcess:
+    """An operating system's process. `when_paused` runs while it is stopped."""
+
+    disk: "SimulatedDisk"
+    alive: bool = True
+    files: set[OpenFile] = field(default_factory=set)
+    plan: dict[int, Interruption] = field(default_factory=dict)
+    steps: int = 0
+    when_paused: Callable[[], None] = lambda: None
+    sync_failed: bool = False
+
+    def expect(
+        self, plan: Mapping[int, Interruption], when_paused: Callable[[], None] = lambda: None
+    ) -> None:
+        """What happens at the next steps, by their number."""
+        self.plan, self.steps, self.when_paused = dict(plan), 0, when_paused
+
+    def step(self) -> Interruption | None:
+        """Before each call; FAIL, SHORT and LOST are the caller's to carry out."""
+        if not self.alive:
+            raise ProcessKilled
+        now = self.plan.pop(self.steps, None)
+        self.steps += 1
+        if now is Interruption.KILL:
+            self.kill()
+            raise ProcessKilled
+        if now is Interruption.PAUSE:
+            self.when_paused()
+            if not self.alive:
+                raise ProcessKilled
+            return None
+        return now
+
+    def fail(self) -> None:
+        """A step that fails, or not, and has no other effects then."""
+        if self.step() in (Interruption.FAIL, Interruption.SHORT):
+            raise OSError(errno.EIO, "simulated failure")
+
+    def lose_locks(self) -> None:
+        """A server of a network file system forgets the locks of a process that is silent."""
+        for file in self.files:
+            if file.inode.holder is file:
+                file.inode.holder = None
+
+    def kill(self) -> None:
+        """The page cache survives."""
+        self.alive = False
+        for file in [*self.files]:
+            file.release()
+
+
+@dataclass(frozen=True)
+class NameChange:
+    """One call that changed the directory: `removed` and `added` are names."""
+
+    removed: str | None
+    added: str | None
+    inode: SimulatedInode
+
+    def apply(self, names: dict[str, SimulatedInode]) -> None:
+        """To a directory in which earlier changes may be missing."""
+        if self.removed and names.get(self.removed) is self.inode:
+            del names[self.removed]
+        if self.added:
+            names[self.added] = self.inode
+
+
+class SimulatedDisk:
+    """One journal directory, its files, and the file with the mark of the database."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, SimulatedInode] = {}
+        self.durable: dict[str, SimulatedInode] = {}
+        self.pending: list[NameChange] = []
+        self.processes: list[SimulatedProcess] = []
+        self.mark = 0
+        self.durable_mark = 0
+        self.chance = random.Random(0)
+
+    def start_process(self) -> SimulatedProcess:
+        """A new process."""
+        process = SimulatedProcess(self)
+        self.processes.append(process)
+        return process
+
+    def change(self, change: NameChange) -> None:
+        """Change a name; a sync makes that durable."""
+        replaced = self.names.get(change.added) if change.added else None
+        if replaced is not None:
+            replaced.links -= 1
+        if change.removed:
+            del self.names[change.removed]
+            change.inode.links -= 1
+        if change.added:
+            self.names[change.added] = change.inode
+            change.inode.links += 1
+        self.pending.append(change)
+
+    def sync_names(self) -> None:
+        """All names are durable."""
+        self.durable = dict(self.names)
+        self.pending.clear()
+
+    def lose_power(self, cut: PowerCut, seed: int) -> None:
+        """All processes end, and what was not synced is kept, lost or torn."""
+        chance = random.Random(seed)
+        for process in self.processes:
+            process.kill()
+        for change in self.pending:
+            if cut is PowerCut.KEEPS_ALL or (cut is PowerCut.ANY and chance.random() < 0.5):
+                change.apply(self.durable)
+        inodes = {*self.names.values(), *self.durable.values()}
+        self.names = dict(self.durable)
+        self.pending.clear()
+        for inode in sorted(inodes, key=id):
+            inode.lose_power(cut, random.Random(seed))
+            inode.links = sum(each is inode for each in self.names.values())
+        if cut is PowerCut.LOSES_ALL or (cut is PowerCut.ANY and chance.random() < 0.5):
+            self.mark = self.durable_mark
+        self.durable_mark = self.mark
+
+
+class SimulatedFile(SegmentFile):
+    """An open segment."""
+
+    def __init__(self, process: SimulatedProcess, inode: SimulatedInode) -> None:
+        self._process, self._inode = process, inode
+        self._open = OpenFile(inode, process)
+        process.files.add(self._open)
+        self.close = weakref.finalize(self, self._open.release, -1)
+        self.close.atexit = False
+
+    @property
+    def inode(self) -> SimulatedInode:
+        """For `SimulatedDirectory.leads_to`."""
+        return self._inode
+
+    def fill(self, start: int, size: int) -> None:
+        self._process.fail()
+        self._inode.write(bytes(size - start), start)
+        self.sync()
+
+    def write(self, parts: Sequence[Buffer], position: int) -> int:
+        octets, chance = b"".join(bytes(part) for part in parts), self._process.disk.chance
+        some = octets[: chance.randrange(len(octets) + 1)]
+        try:
+            now = self._process.step()
+        except ProcessKilled:
+            self._inode.write(some, position)
+            raise
+        if now in (Interruption.FAIL, Interruption.SHORT):
+            self._inode.write(some, position)
+            if now is Interruption.SHORT:
+                return min(len(some), len(octets) - 1)
+            raise OSError(errno.EIO, "simulated failure")
+        self._inode.write(octets, position)
+        return len(octets)
+
+    def sync(self) -> None:
+        if self._process.step() in (Interruption.FAIL, Interruption.SHORT):
+            self._process.sync_failed = True
+            for sector in sorted(self._inode.dirty):
+                if self._process.disk.chance.random() < 0.5:
+                    self._inode.reach_disk(sector)
+            self._inode.dirty.clear()
+            raise OSError(errno.EIO, "simulated failure")
+        self._inode.sync()
+
+    def read(self, size: int, position: int) -> bytes:
+        self._process.fail()
+        return bytes(self._inode.cache[position : position + size])
+
+    def size(self) -> int:
+        return len(self._inode.cache)
+
+    def unlinked(self) -> bool:
+        return self._inode.links == 0
+
+    def lock(self) -> bool:
+        self._process.fail()
+        if self._inode.holder not in (None, self._open):
+            return False
+        self._inode.holder = self._open
+        return True
+
+    def status(self) -> Any:
+        raise NotImplementedError("leads_to compares the inodes")
+
+
+class SimulatedDirectory(JournalDirectory):
+    """The directory as one process sees it."""
+
+    def __init__(self, process: SimulatedProcess) -> None:
+        self._process, self._disk = process, process.disk
+
+    def make(self) -> None:
+        pass
+
+    def names(self) -> list[str]:
+        self._process.fail()
+        return sorted(self._disk.names)
+
+    def create(self, name: str) -> SegmentFile:
+        self._process.fail()
+        if name in self._disk.names:
+            raise FileExistsError(name)
+        inode = SimulatedInode()
+        self._disk.change(NameChange(None, name, inode))
+        file = SimulatedFile(self._process, inode)
+        if not file.lock():
+            raise BlockingIOError(name)
+        return file
+
+    def open(self, name: str, *, write: bool = False) -> SegmentFile:
+        self._process.fail()
+        return SimulatedFile(self._process, self._inode(name))
+
+    def rename(self, old: str, new: str) -> None:
+        self._process.fail()
+        self._disk.change(NameChange(old, new, self._inode(old)))
+
+    def unlink(self, name: str) -> None:
+        self._process.fail()
+        self._disk.change(NameChange(name, None, self._inode(name)))
+
+    def sync(self) -> None:
+        self._process.fail()
+        self._disk.sync_names()
+
+    def leads_to(self, name: str, file: SegmentFile) -> bool:
+        self._process.fail()
+        assert isinstance(file, SimulatedFile)
+        return self._disk.names.get(name) is file.inode
+
+    def _inode(self, name: str) -> SimulatedInode:
+        try:
+            return self._disk.names[name]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, name) from None
