@@ -131,6 +131,8 @@ class Reception:
         self._changed = asyncio.Event()  # the stream has something to do
         self._body: BodyWriter | None = None  # of the stream
         self._size = 0
+        self._recipients: list[NewRecipient] = []  # known when the message has ended
+        self._rows = b""  # as the file of a large message has them
         self._header_message_id: str | None = None
         self._request = 0  # the number of the request to the spooler
 
@@ -153,6 +155,10 @@ class Reception:
         self._ended = time.monotonic()
         self.deadline = self._ended + self._receiver.settings.accept_deadline
         self._header_message_id = header_message_id
+        self._recipients = [
+            NewRecipient(one.address, one.notify, one.orcpt, self._receiver.route_for(one.address))
+            for one in self._envelope.recipients
+        ]
         if self.error is not None:
             self._refuse(self.error)
         elif self._stream is not None:
@@ -224,7 +230,10 @@ class Reception:
         def write() -> int:
             self._body = self._body or self._receiver.spool.create(self.id)
             self._body.append(b"".join(blocks))
-            return self._body.finish() if finish else 0
+            if not finish:
+                return 0
+            self._rows = self._encode(self._body.size)
+            return self._body.finish(self._rows)
 
         self._size = await self._receiver.threads.run(write)
         self._claim.store(size)
@@ -236,19 +245,14 @@ class Reception:
         if len(self._blocks) > 1 and self._blocks[1][0] in b" \t>F":
             self._blocks[1:] = [separate(b"".join(self._blocks[1:]))]
 
-    def _spool(self, body: list[bytes] | None) -> None:
-        """Has the spooler store the message; `body` is None if its file is synced."""
-        self._blocks = []
+    def _encode(self, size: int) -> bytes:
+        """The rows of the message, whose body has so many octets."""
         envelope = self._envelope
-        recipients = [
-            NewRecipient(one.address, one.notify, one.orcpt, self._receiver.route_for(one.address))
-            for one in envelope.recipients
-        ]
         message = NewMessage(
             self.id,
             envelope.sender,
-            self._size,
-            recipients,
+            size,
+            self._recipients,
             self._client.address,
             envelope.helo,
             envelope.protocol,
@@ -258,8 +262,13 @@ class Reception:
             envid=envelope.parameters.get(b"ENVID"),
             client_trusted=self._client.trusted,
         )
-        routes = tuple(dict.fromkeys(recipient.route for recipient in recipients))
-        rows = encode(message, delay_warning=self._receiver.settings.delay_warning)
+        return encode(message, delay_warning=self._receiver.settings.delay_warning)
+
+    def _spool(self, body: list[bytes] | None) -> None:
+        """Has the spooler store the message; `body` is None if its file is synced."""
+        self._blocks = []
+        rows = self._rows or self._encode(self._size)
+        routes = tuple(dict.fromkeys(recipient.route for recipient in self._recipients))
         self._request = self._receiver.spooler.store(
             self.id, rows, routes, self._size, body, self._spooled
         )
