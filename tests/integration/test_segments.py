@@ -118,6 +118,7 @@ def test_one_message_in_a_thousand_that_is_deferred_costs_no_more_than_its_share
     assert copy.endswith(COPY)
     used = (harness.spool.directory / "journal" / copy).stat().st_size
     assert used <= 4 * 3 * SIZE
+    assert harness.store.usage() == (1, 3 * SIZE)
     assert [harness.read(queue_id) for queue_id in waiting] == [harness.body(0)] * 3
     harness.queue.change("UPDATE deliveries SET state = 'queued' WHERE state = 'deferred'")
     harness.finish(*waiting)
