@@ -40,7 +40,7 @@ WITH s AS (
         now() + (:lifetime - :age) * interval '1 second',
         now() + (warn_after - :age) * interval '1 second',
         CAST(:hold_reason AS text),
-        CASE WHEN CAST(:hold_reason AS text) IS NOT NULL THEN 'relay' END
+        CAST(:hold_source AS text)
     FROM json_to_recordset(CAST(:deliveries AS json)) AS x(
         queue_id uuid, number int, route text, warn_after float8)
     WHERE CAST(:start AS bigint) IS NULL OR EXISTS (SELECT 1 FROM s)

@@ -21,6 +21,7 @@ from relay.db.schema import LONGEST_INDEXED
 from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.log import escaped, first_line, get_logger
+from relay.queue.states import ReasonSource
 
 log = get_logger(__name__)
 
@@ -278,6 +279,7 @@ class Acceptor:
             end=span.end if span else None,
             age=age,
             hold_reason=hold_reason,
+            hold_source=ReasonSource.RELAY if hold_reason else None,
         )
         return bool(moved.all())
 

@@ -35,7 +35,7 @@ SELECT value ->> '$.queue_id', value ->> '$.number', value ->> '$.route',
         THEN (SELECT now FROM clock) + CAST(:grace * 1000000 AS INTEGER) END,
     (SELECT now FROM clock) + CAST((:lifetime - :age) * 1000000 AS INTEGER),
     (SELECT now FROM clock) + CAST((value ->> '$.warn_after' - :age) * 1000000 AS INTEGER),
-    :hold_reason, CASE WHEN :hold_reason IS NOT NULL THEN 'relay' END
+    :hold_reason, :hold_source
 FROM json_each(:deliveries)
 WHERE :start IS NULL
     OR EXISTS (SELECT 1 FROM segments WHERE id = :segment AND committed_to = :start)

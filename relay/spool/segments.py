@@ -97,6 +97,13 @@ class SegmentStore:
             self._looked_at(due.id, live, sparse=live < SPARSE * size)
         return CleaningTurn(removed, self._compact(sparse))
 
+    def usage(self) -> tuple[int, int]:
+        """How many sealed segments there are, and the bytes in them that deliveries needed when
+        they were looked at last."""
+        with reading(self._engine) as connection:
+            row = self._queries.run(connection, "total_live").one()
+        return row.segments, int(row.live)
+
     def remove_unused_copies(self) -> int:
         """Remove copies without a row that no message points to: a compaction was interrupted. The
         number of them."""

@@ -227,18 +227,6 @@ def scans(queue: QueueHarness) -> dict[str, int]:
         return {row.relname: row.seq_scan for row in connection.exec_driver_sql(sql)}
 
 
-@pytest.mark.parametrize("size", ROUNDS)
-def test_body_files_are_synced_once_each_with_their_directory(
-    spool: Spool, syncs: Counter[str], size: int
-) -> None:
-    spool.store(first := new_id(), [b"the directory is made by the first\n"])
-    syncs.clear()
-    ids = [f"{first[:16]}{number:016x}" for number in range(size)]
-    for one in ids:
-        assert spool.store(one, [b"Subject: test\n", b"\nhello\n"]) == 21
-    assert syncs == {"fdatasync": size, "fsync": size}
-
-
 def _neighbour(queue_id: str) -> str:
     """Another id whose body lies in the same directory."""
     return queue_id[:-1] + ("0" if queue_id[-1] != "0" else "1")
