@@ -30,7 +30,9 @@ from relay.spool.journal.format import JournalRecord, RecordKind
 from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.writer import AppendFailed, AppendUnknown
 from tests.journal_disk import (
+    CALLS,
     Interruption,
+    Plan,
     PowerCut,
     ProcessKilled,
     SimulatedDirectory,
@@ -52,10 +54,22 @@ from tests.journal_model import (
 EXAMPLES = int(os.environ.get("RELAY_TESTS_EXAMPLES", "100"))  # histories; `make soak`
 SPOOLERS = 3
 numbers = st.integers(0, 5)
-plans = st.dictionaries(st.integers(0, 14), st.sampled_from(Interruption), max_size=3)
-short_plans = st.one_of(
-    st.just({}), st.dictionaries(st.integers(0, 9), st.sampled_from(Interruption), max_size=2)
+interruptions = st.sampled_from(Interruption)
+
+
+def plans(*calls: str, most: int = 3) -> st.SearchStrategy[Plan]:
+    """What interrupts some of these calls."""
+    steps = st.tuples(st.sampled_from(calls), st.integers(0, 2))
+    return st.dictionaries(steps, interruptions, max_size=most)
+
+
+append_plans = st.one_of(
+    plans("write", "sync", "leads_to"),
+    plans("write", "sync", "leads_to", "create", "fill", "rename", "sync_names"),
 )
+commit_plans = plans("transaction", "mark", "leads_to", "read", "unlink")
+adopt_plans = plans("transaction", "mark", "names", "open", "lock", "rename", "sync_names", "sync")
+work_plans = plans(*CALLS, most=2)
 
 
 class JournalHistory(RuleBasedStateMachine):
@@ -123,7 +137,7 @@ class JournalHistory(RuleBasedStateMachine):
     def run(
         self,
         process: SimulatedProcess,
-        plan: dict[int, Interruption],
+        plan: Plan,
         work: Callable[[], object],
         *,
         deep: bool = False,
@@ -189,7 +203,7 @@ class JournalHistory(RuleBasedStateMachine):
     @rule(
         number=numbers,
         sizes=st.lists(st.integers(0, 9000), min_size=1, max_size=3),
-        plan=plans,
+        plan=append_plans,
         late=st.booleans(),
         deep=st.booleans(),
     )
@@ -197,7 +211,7 @@ class JournalHistory(RuleBasedStateMachine):
         self,
         number: int,
         sizes: Sequence[int],
-        plan: dict[int, Interruption],
+        plan: Plan,
         late: bool,
         deep: bool,
     ) -> None:
@@ -221,16 +235,14 @@ class JournalHistory(RuleBasedStateMachine):
         self.bodies[queue_id] = body
         return JournalRecord(RecordKind.MESSAGE, queue_id, b"envelope " + queue_id.encode(), body)
 
-    @rule(number=numbers, plan=plans, from_memory=st.booleans(), deep=st.booleans())
-    def commit(
-        self, number: int, plan: dict[int, Interruption], from_memory: bool, deep: bool
-    ) -> None:
+    @rule(number=numbers, plan=commit_plans, from_memory=st.booleans(), deep=st.booleans())
+    def commit(self, number: int, plan: Plan, from_memory: bool, deep: bool) -> None:
         spooler = self._living(number)
         self.run(spooler.process, plan, lambda: spooler.commit(from_memory=from_memory), deep=deep)
         self._reply()
 
-    @rule(number=numbers, plan=plans, deep=st.booleans())
-    def adopt(self, number: int, plan: dict[int, Interruption], deep: bool) -> None:
+    @rule(number=numbers, plan=adopt_plans, deep=st.booleans())
+    def adopt(self, number: int, plan: Plan, deep: bool) -> None:
         spooler = self._living(number)
         self.run(spooler.process, plan, spooler.adopt, deep=deep)
 
@@ -316,16 +328,16 @@ class JournalHistory(RuleBasedStateMachine):
                 if not row.needed:
                     del self.database.messages[queue_id]
 
-    @rule(plan=short_plans)
-    def remove(self, plan: dict[int, Interruption]) -> None:
+    @rule(plan=work_plans)
+    def remove(self, plan: Plan) -> None:
         process = self.disk.start_process()
         session = DatabaseSession(self.database, process)
         directory = SimulatedDirectory(process)
         self.run(process, plan, lambda: remove_segments(directory, session))
         process.kill()
 
-    @rule(plan=plans)
-    def compact(self, plan: dict[int, Interruption]) -> None:
+    @rule(plan=work_plans)
+    def compact(self, plan: Plan) -> None:
         process = self.disk.start_process()
         session = DatabaseSession(self.database, process)
         directory = SimulatedDirectory(process)
