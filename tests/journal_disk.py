@@ -266,7 +266,7 @@ class SimulatedFile(SegmentFile):
 
     def write(self, parts: Sequence[Buffer], position: int) -> int:
         octets, chance = b"".join(bytes(part) for part in parts), self._process.disk.chance
-        some = octets[: chance.randrange(len(octets) + 1)]
+        some = octets[: chance.choice([0, chance.randrange(len(octets) + 1), len(octets)])]
         try:
             now = self._process.step("write")
         except ProcessKilled:
@@ -283,8 +283,12 @@ class SimulatedFile(SegmentFile):
     def sync(self) -> None:
         if self._process.step("sync") in (Interruption.FAIL, Interruption.SHORT):
             self._process.sync_failed = True
+            chance = self._process.disk.chance
+            share = chance.choice(
+                [0.0, 0.5, 1.0]
+            )  # of the sectors that reach the disk all the same
             for sector in sorted(self._inode.dirty):
-                if self._process.disk.chance.random() < 0.5:
+                if chance.random() < share:
                     self._inode.reach_disk(sector)
             self._inode.dirty.clear()
             raise OSError(errno.EIO, "simulated failure")

@@ -23,7 +23,7 @@ from relay.spool.journal.format import (
     encode_batch,
     encode_segment_header,
 )
-from relay.spool.journal.reader import JournalReader
+from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.scan import ScannedBatch, first_void, read_header, scan
 from relay.spool.journal.supply import make_segment
 from relay.spool.journal.writer import AppendedBatch, JournalWriter
@@ -103,7 +103,7 @@ class DatabaseSession:
 
     def __init__(self, database: ModelDatabase, process: SimulatedProcess) -> None:
         self.database, self.process, self.disk = database, process, process.disk
-        self.known = max(self.disk.mark, highest_mark(SimulatedDirectory(process)))
+        self.known = self.disk.mark
 
     def run[T](self, statement: Callable[[ModelDatabase], T]) -> T:
         """One transaction, and the mark behind it. Raises DatabaseAway."""
@@ -344,16 +344,17 @@ def seal(database: ModelDatabase, segment: str, end: int) -> None:
         row.sealed, row.committed_to = True, end
 
 
-def highest_mark(directory: JournalDirectory) -> int:
-    """The highest mark that a batch carries."""
-    highest = 0
+def learn_mark(disk: SimulatedDisk) -> None:
+    """The first process after a power cut reads the marks that the batches carry, because the file
+    with the mark may be an older one."""
+    process = disk.start_process()
+    directory = SimulatedDirectory(process)
     for segment, _ in directory.segments(OWNED, ADOPTED):
         if file := directory.open_segment(segment):
             for item in scan(file, SegmentHeader(segment, SPOOL, 0, "")):
                 if isinstance(item, ScannedBatch):
-                    highest = max(highest, item.header.mark)
-            file.close()
-    return highest
+                    disk.mark = max(disk.mark, item.header.mark)
+    process.kill()
 
 
 # Removal and compaction
@@ -391,8 +392,8 @@ def unlink_segment(directory: JournalDirectory, segment: str) -> bool:
 
 
 def compact(directory: JournalDirectory, session: DatabaseSession, new: str) -> None:
-    """Copy what is needed of all sealed segments into a new one. Raises DatabaseAway, OSError and
-    WrongBody."""
+    """Copy what is needed of all sealed segments into a new one. Raises DatabaseAway and
+    OSError."""
 
     def survivors(database: ModelDatabase) -> dict[str, ModelMessage]:
         return {
@@ -421,8 +422,11 @@ def write_copy(
         size += row.size + 100
         if size > SEGMENT_SIZE:
             break
+        try:
+            body = reader.read(row.place, row.size)
+        except WrongBody:  # an older database may need what was removed
+            continue
         envelope = envelope_of(directory, row.place.segment, queue_id)
-        body = reader.read(row.place, row.size)
         records.append(JournalRecord(envelope.kind, queue_id, envelope.envelope, body))
     if not records:
         return {}
@@ -477,15 +481,15 @@ def rebuild(disk: SimulatedDisk, database: ModelDatabase) -> None:
     voids = voided_batches(directory)
     found: dict[str, ModelMessage] = {}
     segments: dict[str, int] = {}
-    for segment, _ in directory.segments(OWNED, ADOPTED, COPY):
-        file = directory.open_segment(segment)
-        assert file is not None
+    for segment, name in directory.segments(OWNED, ADOPTED, COPY):
+        file = directory.open(name, write=True)
+        file.sync()  # its owner may have ended before its sync
         limit = voided_position(voids, segment)
         for item in scan(file, SegmentHeader(segment, SPOOL, 0, ""), end=limit):
             if isinstance(item, ScannedBatch):
                 found |= rows_of(segment, item.records)
         segments[segment] = file.size()
-    mark = max(disk.mark, highest_mark(directory), database.mark) + 1
+    mark = max(disk.mark, database.mark) + 1
     for segment, end in segments.items():
         database.segments[segment] = ModelSegmentRow(end, sealed=True)
     for row in database.messages.values():

@@ -46,7 +46,7 @@ from tests.journal_model import (
     ModelSpooler,
     TwiceInserted,
     compact,
-    highest_mark,
+    learn_mark,
     rebuild,
     remove_segments,
 )
@@ -80,7 +80,7 @@ class JournalHistory(RuleBasedStateMachine):
         self.disk = SimulatedDisk()
         self.database = ModelDatabase(self.inserted)
         self.spoolers: list[ModelSpooler] = []
-        self.backups: list[ModelDatabase] = []
+        self.backups: list[tuple[ModelDatabase, set[str]]] = []  # and which rows had come
         self.bodies: dict[str, bytes] = {}
         self.accepted: set[str] = set()  # the client heard 250
         self.refused: set[str] = set()  # the client heard 451
@@ -108,13 +108,9 @@ class JournalHistory(RuleBasedStateMachine):
             self.observer = self.disk.start_process()
         return SimulatedDirectory(self.observer)
 
-    def spool_mark(self) -> int:
-        """The highest mark that the spool shows."""
-        return max(self.disk.mark, highest_mark(self.look()))
-
     def older(self) -> bool:
         """Whether the spool tells that the database was restored."""
-        return self.database.mark < self.spool_mark()
+        return self.database.mark < self.disk.mark
 
     @invariant()
     def bodies_are_readable(self) -> None:
@@ -202,7 +198,7 @@ class JournalHistory(RuleBasedStateMachine):
 
     @rule(
         number=numbers,
-        sizes=st.lists(st.integers(0, 9000), min_size=1, max_size=3),
+        sizes=st.lists(st.sampled_from([0, 10, 300, 3000, 9000]), min_size=1, max_size=3),
         plan=append_plans,
         late=st.booleans(),
         deep=st.booleans(),
@@ -267,6 +263,7 @@ class JournalHistory(RuleBasedStateMachine):
     @rule(cut=st.sampled_from(PowerCut), seed=st.integers(0, 1000))
     def cut_power(self, cut: PowerCut, seed: int) -> None:
         self.disk.lose_power(cut, seed)
+        learn_mark(self.disk)
         self._reply()
         self._reconsider()
 
@@ -274,22 +271,22 @@ class JournalHistory(RuleBasedStateMachine):
 
     @rule()
     def back_up(self) -> None:
-        self.backups.append(self.database.snapshot())
+        self.backups.append((self.database.snapshot(), {*self.rows}))
 
     @precondition(lambda self: self.backups)
     @rule(number=numbers)
     def restore(self, number: int) -> None:
         """The database is as it was. What this spool had meanwhile comes on hold, if the spool can
         tell."""
-        backup = self.backups[number % len(self.backups)]
-        self.forgotten |= {*self.database.messages} - {*backup.messages}
+        backup, rows = self.backups[number % len(self.backups)]
+        self.forgotten |= self.rows - rows
         self.database.restore(backup)
         self._reconsider()
 
     def _reconsider(self) -> None:
         """A restored database whose mark the spool does not miss is as good as the lost one."""
         if not self.older():
-            self.rows -= self.forgotten - {*self.database.messages}
+            self.rows -= self.forgotten
             self.forgotten.clear()
 
     @precondition(lambda self: self.older())
@@ -384,6 +381,7 @@ def counted_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("counted_ids")
 def test_no_crash_loses_a_message_or_makes_it_come_twice() -> None:
+    # To have a failing history made shorter, which takes minutes, take `phases` away.
     checks: Sequence[HealthCheck] = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         JournalHistory,
@@ -391,7 +389,8 @@ def test_no_crash_loses_a_message_or_makes_it_come_twice() -> None:
             max_examples=EXAMPLES,
             stateful_step_count=40,
             deadline=None,
-            phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+            phases=[Phase.reuse, Phase.generate],
+            report_multiple_bugs=False,
             suppress_health_check=checks,
         ),
     )
