@@ -20,6 +20,7 @@ from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 from relay.spool.store import Spool
+from tests.bodies import body_in
 from tests.integration.harness import QueueHarness, new_message
 from tests.integration.test_cost_of_a_message import counted
 from tests.integration.typed import Typed, lines, typed_at
@@ -379,7 +380,7 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     (claim,) = queue.claim(greylisted)
     queue.complete(claim, Outcome.DEFERRED, reply="held by greylist for 300 seconds")
     queue.pass_time(100)
-    texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
+    texts = [" ".join(body_in(spool.path(dsn)).decode().split()) for dsn in generator.generate(10)]
     assert len(texts) == 2
     assert sum(f"The mail server rejected it: {rejection}" in text for text in texts) == 1
     assert sum(f"Diagnostic-Code: x-qmqp; {rejection}" in text for text in texts) == 1

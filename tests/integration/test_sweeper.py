@@ -551,7 +551,7 @@ def test_a_moved_body_with_a_row_is_not_purged_and_can_be_sent(mail: EngineHarne
     queue_id = mail.accept()
     mail.spool.move_to_orphans(queue_id)
     cleaner.clean_spool()
-    os.close(mail.spool.open(queue_id, len(BODY)))
+    mail.spool.open(queue_id, len(BODY)).close()
 
 
 def test_only_directories_of_bodies_are_removed(mail: EngineHarness, cleaner: Cleaner) -> None:
