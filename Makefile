@@ -11,7 +11,7 @@ BIN := .venv/bin
 # A test waits more than it computes, so three at once are right for two cores. Example: make test TESTS="tests/unit -x"
 TESTS ?= tests
 PYTEST_WORKERS ?= 3
-# For `make soak`: the number of histories for each database and variant, and the most seconds for each of its four tests.
+# For `make soak`: the number of histories for each database and variant, and for the journal; the most seconds for a test.
 EXAMPLES ?= 1000
 SOAK_TIMEOUT ?= 14400
 
@@ -39,10 +39,10 @@ test: ## run all tests: SQLite, PostgreSQL, a real broker (TESTS=path to choose)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
 
-soak: ## test the queue against its model: a thousand histories for each database (EXAMPLES=n; ten minutes)
+soak: ## test queue and journal against their models: a thousand histories each (EXAMPLES=n; ten minutes)
 	@scripts/setup dev
 	@RELAY_TESTS_EXAMPLES=$(EXAMPLES) exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --timeout $(SOAK_TIMEOUT) \
-	  tests/integration/test_state_machine.py
+	  tests/integration/test_state_machine.py tests/unit/test_journal_crashes.py
 
 coverage: ## run the tests and report their branch coverage (TESTS=path to choose)
 	@scripts/setup dev

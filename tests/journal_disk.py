@@ -5,13 +5,14 @@ killed process loses its locks; a power cut also loses what was not synced: each
 lost or torn, and each change of a name may be kept or lost, in any combination. A sync that fails
 leaves any sectors on the disk and calls all of them clean, as the kernel does.
 
-Every call is a step. `Interruptions` says what happens at some steps: the call fails, the process
-is killed, or it is paused while others work.
+Every call is a step. A plan says what happens at some steps: the call fails, the process is killed,
+or it is paused while others work.
 """
 
 import errno
 import random
 import weakref
+from collections import Counter
 from collections.abc import Buffer, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -31,6 +32,27 @@ class Interruption(Enum):
     KILL = "kill"
     PAUSE = "pause"
     LOST = "lost"
+
+
+type Plan = Mapping[tuple[str, int], Interruption]
+"""What happens at the n-th call of a name."""
+CALLS = (
+    "write",
+    "sync",
+    "leads_to",
+    "rename",
+    "sync_names",
+    "fill",
+    "create",
+    "open",
+    "lock",
+    "unlink",
+    "names",
+    "read",
+    "transaction",
+    "mark",
+)
+"""The names of the calls."""
 
 
 class PowerCut(Enum):
@@ -108,23 +130,21 @@ class SimulatedProcess:
     disk: "SimulatedDisk"
     alive: bool = True
     files: set[OpenFile] = field(default_factory=set)
-    plan: dict[int, Interruption] = field(default_factory=dict)
-    steps: int = 0
+    plan: dict[tuple[str, int], Interruption] = field(default_factory=dict)
+    steps: Counter[str] = field(default_factory=Counter)
     when_paused: Callable[[], None] = lambda: None
     sync_failed: bool = False
 
-    def expect(
-        self, plan: Mapping[int, Interruption], when_paused: Callable[[], None] = lambda: None
-    ) -> None:
-        """What happens at the next steps, by their number."""
-        self.plan, self.steps, self.when_paused = dict(plan), 0, when_paused
+    def expect(self, plan: Plan, when_paused: Callable[[], None] = lambda: None) -> None:
+        """What happens at the next steps."""
+        self.plan, self.steps, self.when_paused = dict(plan), Counter(), when_paused
 
-    def step(self) -> Interruption | None:
+    def step(self, call: str) -> Interruption | None:
         """Before each call; FAIL, SHORT and LOST are the caller's to carry out."""
         if not self.alive:
             raise ProcessKilled
-        now = self.plan.pop(self.steps, None)
-        self.steps += 1
+        now = self.plan.pop((call, self.steps[call]), None)
+        self.steps[call] += 1
         if now is Interruption.KILL:
             self.kill()
             raise ProcessKilled
@@ -135,9 +155,9 @@ class SimulatedProcess:
             return None
         return now
 
-    def fail(self) -> None:
+    def fail(self, call: str) -> None:
         """A step that fails, or not, and has no other effects then."""
-        if self.step() in (Interruption.FAIL, Interruption.SHORT):
+        if self.step(call) in (Interruption.FAIL, Interruption.SHORT):
             raise OSError(errno.EIO, "simulated failure")
 
     def lose_locks(self) -> None:
@@ -240,15 +260,15 @@ class SimulatedFile(SegmentFile):
         return self._inode
 
     def fill(self, start: int, size: int) -> None:
-        self._process.fail()
+        self._process.fail("fill")
         self._inode.write(bytes(size - start), start)
         self.sync()
 
     def write(self, parts: Sequence[Buffer], position: int) -> int:
         octets, chance = b"".join(bytes(part) for part in parts), self._process.disk.chance
-        some = octets[: chance.randrange(len(octets) + 1)]
+        some = octets[: chance.choice([0, chance.randrange(len(octets) + 1), len(octets)])]
         try:
-            now = self._process.step()
+            now = self._process.step("write")
         except ProcessKilled:
             self._inode.write(some, position)
             raise
@@ -261,17 +281,21 @@ class SimulatedFile(SegmentFile):
         return len(octets)
 
     def sync(self) -> None:
-        if self._process.step() in (Interruption.FAIL, Interruption.SHORT):
+        if self._process.step("sync") in (Interruption.FAIL, Interruption.SHORT):
             self._process.sync_failed = True
+            chance = self._process.disk.chance
+            share = chance.choice(
+                [0.0, 0.5, 1.0]
+            )  # of the sectors that reach the disk all the same
             for sector in sorted(self._inode.dirty):
-                if self._process.disk.chance.random() < 0.5:
+                if chance.random() < share:
                     self._inode.reach_disk(sector)
             self._inode.dirty.clear()
             raise OSError(errno.EIO, "simulated failure")
         self._inode.sync()
 
     def read(self, size: int, position: int) -> bytes:
-        self._process.fail()
+        self._process.fail("read")
         return bytes(self._inode.cache[position : position + size])
 
     def size(self) -> int:
@@ -281,7 +305,7 @@ class SimulatedFile(SegmentFile):
         return self._inode.links == 0
 
     def lock(self) -> bool:
-        self._process.fail()
+        self._process.fail("lock")
         if self._inode.holder not in (None, self._open):
             return False
         self._inode.holder = self._open
@@ -301,11 +325,11 @@ class SimulatedDirectory(JournalDirectory):
         pass
 
     def names(self) -> list[str]:
-        self._process.fail()
+        self._process.fail("names")
         return sorted(self._disk.names)
 
     def create(self, name: str) -> SegmentFile:
-        self._process.fail()
+        self._process.fail("create")
         if name in self._disk.names:
             raise FileExistsError(name)
         inode = SimulatedInode()
@@ -316,23 +340,23 @@ class SimulatedDirectory(JournalDirectory):
         return file
 
     def open(self, name: str, *, write: bool = False) -> SegmentFile:
-        self._process.fail()
+        self._process.fail("open")
         return SimulatedFile(self._process, self._inode(name))
 
     def rename(self, old: str, new: str) -> None:
-        self._process.fail()
+        self._process.fail("rename")
         self._disk.change(NameChange(old, new, self._inode(old)))
 
     def unlink(self, name: str) -> None:
-        self._process.fail()
+        self._process.fail("unlink")
         self._disk.change(NameChange(name, None, self._inode(name)))
 
     def sync(self) -> None:
-        self._process.fail()
+        self._process.fail("sync_names")
         self._disk.sync_names()
 
     def leads_to(self, name: str, file: SegmentFile) -> bool:
-        self._process.fail()
+        self._process.fail("leads_to")
         assert isinstance(file, SimulatedFile)
         return self._disk.names.get(name) is file.inode
 

@@ -23,7 +23,7 @@ from relay.spool.journal.format import (
     encode_batch,
     encode_segment_header,
 )
-from relay.spool.journal.reader import JournalReader
+from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.scan import ScannedBatch, first_void, read_header, scan
 from relay.spool.journal.supply import make_segment
 from relay.spool.journal.writer import AppendedBatch, JournalWriter
@@ -46,7 +46,7 @@ class TwiceInserted(AssertionError):
 
 
 @dataclass
-class MessageRow:
+class ModelMessage:
     """`needed`: a delivery needs the body. `held`: only an operator lets it go on."""
 
     place: Place
@@ -56,7 +56,7 @@ class MessageRow:
 
 
 @dataclass
-class SegmentRow:
+class ModelSegmentRow:
     """A row of the table segments."""
 
     committed_to: int
@@ -68,8 +68,8 @@ class ModelDatabase:
     """What a COMMIT made durable. `on_insert` is told of every new row, before its COMMIT."""
 
     on_insert: Callable[[str, bool], None]
-    messages: dict[str, MessageRow] = field(default_factory=dict)
-    segments: dict[str, SegmentRow] = field(default_factory=dict)
+    messages: dict[str, ModelMessage] = field(default_factory=dict)
+    segments: dict[str, ModelSegmentRow] = field(default_factory=dict)
     mark: int = 0
 
     def snapshot(self) -> "ModelDatabase":
@@ -83,7 +83,7 @@ class ModelDatabase:
         made = backup.snapshot()
         self.messages, self.segments, self.mark = made.messages, made.segments, made.mark
 
-    def insert(self, queue_id: str, row: MessageRow) -> None:
+    def insert(self, queue_id: str, row: ModelMessage) -> None:
         """ON CONFLICT DO NOTHING."""
         if queue_id not in self.messages:
             self.on_insert(queue_id, row.held)
@@ -103,11 +103,11 @@ class DatabaseSession:
 
     def __init__(self, database: ModelDatabase, process: SimulatedProcess) -> None:
         self.database, self.process, self.disk = database, process, process.disk
-        self.known = max(self.disk.mark, highest_mark(SimulatedDirectory(process)))
+        self.known = self.disk.mark
 
     def run[T](self, statement: Callable[[ModelDatabase], T]) -> T:
         """One transaction, and the mark behind it. Raises DatabaseAway."""
-        now = self.process.step()
+        now = self.process.step("transaction")
         if now in (Interruption.FAIL, Interruption.SHORT):
             raise DatabaseAway("no connection")
         self.known = max(self.known, self.disk.mark)
@@ -118,7 +118,7 @@ class DatabaseSession:
         if now is Interruption.LOST:
             raise DatabaseAway("the reply to COMMIT was lost")
         mark = self.database.mark
-        if self.process.step() is None:  # else the file keeps an older mark
+        if self.process.step("mark") is None:  # else the file keeps an older mark
             self.known = self.disk.mark = max(self.disk.mark, mark)
         return result
 
@@ -132,6 +132,7 @@ class ModelSegment:
     file: SegmentFile
     committed: int
     end: int
+    ours: bool = True
     opened: bool = False
     retired: bool = False
     orderly: bool = True
@@ -227,7 +228,7 @@ class ModelSpooler:
             end = batch.end
             for record, position in zip(records, batch.positions, strict=True):
                 place = Place(segment.id, position)
-                rows[record.queue_id] = MessageRow(place, len(memoryview(record.body)))
+                rows[record.queue_id] = ModelMessage(place, len(memoryview(record.body)))
         else:
             limit = min(filter(None, (segment.voided_at, end)))
             for item in scan(segment.file, read_header(segment.file), start, limit):
@@ -243,14 +244,16 @@ class ModelSpooler:
         """Insert the row of a segment. Its name is compared behind that: if the segment was adopted
         and removed meanwhile, its row would come back, and its messages too."""
         self.session.run(
-            lambda database: database.segments.setdefault(segment.id, SegmentRow(segment.committed))
+            lambda database: database.segments.setdefault(
+                segment.id, ModelSegmentRow(segment.committed)
+            )
         )
         if not self.directory.leads_to(segment.name, segment.file):
             raise PositionElsewhere(segment.id)
         segment.opened = True
 
     def _accept(
-        self, segment: ModelSegment, start: int, end: int, rows: dict[str, MessageRow]
+        self, segment: ModelSegment, start: int, end: int, rows: dict[str, ModelMessage]
     ) -> None:
         """Rows and position in one transaction; PositionElsewhere if another process moved it."""
 
@@ -278,8 +281,10 @@ class ModelSpooler:
 
     def _release(self, segment: ModelSegment) -> None:
         self.segments.pop(segment.id, None)
-        self.writer.close_segment(segment.id)
-        segment.file.close()
+        if segment.ours:
+            self.writer.close_segment(segment.id)
+        else:
+            segment.file.close()
 
     def adopt(self, *, forced: str | None = None) -> None:
         """Take over what has no owner; `forced`: one segment by an operator's order. Raises
@@ -306,8 +311,17 @@ class ModelSpooler:
             adopted.file.close()
             return
         start = row.committed_to if row else BLOCK
-        one = ModelSegment(segment, segment + ADOPTED, adopted.file, start, start, row is not None)
-        one.retired, one.voided_at = True, voided_at
+        one = ModelSegment(
+            segment,
+            segment + ADOPTED,
+            adopted.file,
+            start,
+            start,
+            ours=False,
+            opened=row is not None,
+            retired=True,
+            voided_at=voided_at,
+        )
         for item in scan(adopted.file, adopted.header, end=voided_at):
             if isinstance(item, ScannedBatch):
                 one.end = max(one.end, item.end)
@@ -315,10 +329,10 @@ class ModelSpooler:
         self.segments[segment] = one
 
 
-def rows_of(segment: str, records: Iterable[JournalRecord]) -> dict[str, MessageRow]:
+def rows_of(segment: str, records: Iterable[JournalRecord]) -> dict[str, ModelMessage]:
     """The rows of records that stand in a segment."""
     return {
-        record.queue_id: MessageRow(Place(segment, record.position), len(memoryview(record.body)))
+        record.queue_id: ModelMessage(Place(segment, record.position), len(memoryview(record.body)))
         for record in records
     }
 
@@ -330,16 +344,17 @@ def seal(database: ModelDatabase, segment: str, end: int) -> None:
         row.sealed, row.committed_to = True, end
 
 
-def highest_mark(directory: JournalDirectory) -> int:
-    """The highest mark that a batch carries."""
-    highest = 0
+def learn_mark(disk: SimulatedDisk) -> None:
+    """The first process after a power cut reads the marks that the batches carry, because the file
+    with the mark may be an older one."""
+    process = disk.start_process()
+    directory = SimulatedDirectory(process)
     for segment, _ in directory.segments(OWNED, ADOPTED):
         if file := directory.open_segment(segment):
             for item in scan(file, SegmentHeader(segment, SPOOL, 0, "")):
                 if isinstance(item, ScannedBatch):
-                    highest = max(highest, item.header.mark)
-            file.close()
-    return highest
+                    disk.mark = max(disk.mark, item.header.mark)
+    process.kill()
 
 
 # Removal and compaction
@@ -377,10 +392,10 @@ def unlink_segment(directory: JournalDirectory, segment: str) -> bool:
 
 
 def compact(directory: JournalDirectory, session: DatabaseSession, new: str) -> None:
-    """Copy what is needed of all sealed segments into a new one. Raises DatabaseAway, OSError and
-    WrongBody."""
+    """Copy what is needed of all sealed segments into a new one. Raises DatabaseAway and
+    OSError."""
 
-    def survivors(database: ModelDatabase) -> dict[str, MessageRow]:
+    def survivors(database: ModelDatabase) -> dict[str, ModelMessage]:
         return {
             queue_id: copy.copy(row)
             for queue_id, row in sorted(database.messages.items())
@@ -399,7 +414,7 @@ def compact(directory: JournalDirectory, session: DatabaseSession, new: str) -> 
 
 
 def write_copy(
-    directory: JournalDirectory, new: str, rows: dict[str, MessageRow]
+    directory: JournalDirectory, new: str, rows: dict[str, ModelMessage]
 ) -> dict[str, Place]:
     """A copy segment with these bodies, as many as it has room for; their places."""
     reader, records, size = JournalReader(directory), list[JournalRecord](), 3 * BLOCK
@@ -407,8 +422,11 @@ def write_copy(
         size += row.size + 100
         if size > SEGMENT_SIZE:
             break
+        try:
+            body = reader.read(row.place, row.size)
+        except WrongBody:  # an older database may need what was removed
+            continue
         envelope = envelope_of(directory, row.place.segment, queue_id)
-        body = reader.read(row.place, row.size)
         records.append(JournalRecord(envelope.kind, queue_id, envelope.envelope, body))
     if not records:
         return {}
@@ -442,10 +460,10 @@ def envelope_of(directory: JournalDirectory, segment: str, queue_id: str) -> Jou
 
 
 def move_rows(
-    database: ModelDatabase, new: str, old: dict[str, MessageRow], places: dict[str, Place]
+    database: ModelDatabase, new: str, old: dict[str, ModelMessage], places: dict[str, Place]
 ) -> None:
     """Rows that are still where they were get their new places."""
-    database.segments.setdefault(new, SegmentRow(SEGMENT_SIZE, sealed=True))
+    database.segments.setdefault(new, ModelSegmentRow(SEGMENT_SIZE, sealed=True))
     for queue_id, place in places.items():
         row = database.messages.get(queue_id)
         if row is not None and row.needed and row.place == old[queue_id].place:
@@ -461,19 +479,19 @@ def rebuild(disk: SimulatedDisk, database: ModelDatabase) -> None:
     process = disk.start_process()
     directory = SimulatedDirectory(process)
     voids = voided_batches(directory)
-    found: dict[str, MessageRow] = {}
+    found: dict[str, ModelMessage] = {}
     segments: dict[str, int] = {}
-    for segment, _ in directory.segments(OWNED, ADOPTED, COPY):
-        file = directory.open_segment(segment)
-        assert file is not None
+    for segment, name in directory.segments(OWNED, ADOPTED, COPY):
+        file = directory.open(name, write=True)
+        file.sync()  # its owner may have ended before its sync
         limit = voided_position(voids, segment)
         for item in scan(file, SegmentHeader(segment, SPOOL, 0, ""), end=limit):
             if isinstance(item, ScannedBatch):
                 found |= rows_of(segment, item.records)
         segments[segment] = file.size()
-    mark = max(disk.mark, highest_mark(directory), database.mark) + 1
+    mark = max(disk.mark, database.mark) + 1
     for segment, end in segments.items():
-        database.segments[segment] = SegmentRow(end, sealed=True)
+        database.segments[segment] = ModelSegmentRow(end, sealed=True)
     for row in database.messages.values():
         row.held = True
     for queue_id, row in found.items():

@@ -250,11 +250,7 @@ class SegmentStore:
     @contextmanager
     def _opened(self, segment: str) -> Iterator[SegmentFile | None]:
         """A segment's file; None if it is gone."""
-        file = None
-        for suffix in (OWNED, ADOPTED, COPY):
-            with suppress(FileNotFoundError):
-                file = self._directory.open(segment + suffix)
-                break
+        file = self._directory.open_segment(segment)
         try:
             yield file
         finally:

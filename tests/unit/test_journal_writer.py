@@ -316,6 +316,47 @@ def test_a_retired_segment_keeps_its_lock_until_it_is_closed(directory: JournalD
     assert other.lock()
 
 
+def test_a_segment_that_was_closed_is_not_written_again(directory: JournalDirectory) -> None:
+    """The rows of the segment were made by another process, so this one let it go."""
+    writer, retired = new_writer(directory)
+    first = writer.append([message()])
+    writer.close_segment(first.segment)
+    assert writer.append([message()]).segment != first.segment
+    assert not retired
+
+
+class ClosingFile(SegmentFile):
+    """Another thread closes the segment while it is being written."""
+
+    writer: JournalWriter
+
+    def write(self, parts: Sequence[Any], position: int) -> int:
+        self.writer.close_segment(self.writer.segment)
+        return super().write(parts, position)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_segment_stays_open_until_its_write_has_ended(
+    broken: BrokenDirectory, fails: bool
+) -> None:
+    writer, _ = new_writer(broken)
+    first = writer.append([message()])
+    file = ClosingFile(os.dup(writer.files[first.segment]._handle))  # noqa: SLF001
+    file.writer = writer
+    writer.files[first.segment] = writer._file = file  # noqa: SLF001
+    record = message()
+    if fails:
+        file.sync = BrokenFile(os.dup(file._handle), broken).sync  # type: ignore[method-assign]  # noqa: SLF001
+        broken.plan = {"sync": [0]}
+        with pytest.raises(AppendFailed):
+            writer.append([record])
+        assert voided_batches(broken) == {VoidedBatch(first.segment, first.end)}
+    else:
+        writer.append([record])
+        assert record.queue_id in found_ids(broken, first.segment)
+    assert writer.append([message()]).segment != first.segment
+
+
 # Supply
 
 

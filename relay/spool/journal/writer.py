@@ -79,6 +79,7 @@ class JournalWriter:
         self._size = segment_size
         self._clock = clock
         self.segment = ""  # none yet
+        self._file: SegmentFile | None = None  # of that segment; stays open while it is written to
         self.position = 0
         self._start = 0  # of the segment's first records
         self.files: dict[str, SegmentFile] = {}  # of the segments that this process owns
@@ -86,27 +87,30 @@ class JournalWriter:
     def append(self, records: Sequence[JournalRecord], *, mark: int = 0) -> AppendedBatch:
         """Write and sync records together. Raises AppendFailed (its errno is the cause) and
         AppendUnknown."""
+        if self.segment not in self.files:  # it was closed because another process adopted it
+            self.segment = ""
         if not self.segment or not (batch := self._encode(records, mark))[2] <= self._size:
             self._rotate()
             batch = self._encode(records, mark)
             if batch[2] > self._size:
                 raise AppendFailed(errno.EFBIG, "a batch that is larger than a segment")
         parts, positions, end = batch
-        segment, start = self.segment, self.position
+        segment, start, file = self.segment, self.position, self._file
+        assert file is not None
         try:
-            self._write(parts, end)
+            self._write(file, parts, end)
         except OSError as error:
-            self._void(VoidedBatch(segment, start), error, mark)
+            self._void(VoidedBatch(segment, start), file, error, mark)
         return AppendedBatch(segment, start, end, positions, start == self._start)
 
     def close_segment(self, segment: str) -> None:
-        """Close the file of a retired segment, which releases its lock."""
-        if file := self.files.pop(segment, None):
-            file.close()
+        """Close the file of a segment, which releases its lock, but not before a write to it that
+        goes on has ended."""
+        self.files.pop(segment, None)
 
     def retire(self, *, orderly: bool = True) -> None:
         """Write no more to the current segment."""
-        segment, self.segment = self.segment, ""
+        segment, self.segment, self._file = self.segment, "", None
         if segment:
             self._on_retired(segment, orderly)
 
@@ -127,15 +131,14 @@ class JournalWriter:
             raise AppendFailed(error.errno, f"no new segment: {error.strerror}") from error
 
     def _open_next(self) -> None:
-        self.segment, file = self._supply.take()
-        self.files[self.segment] = file
+        self.segment, self._file = self._supply.take()
+        self.files[self.segment] = self._file
         self.position = self._start = BLOCK
 
-    def _write(self, parts: Sequence[Buffer], end: int) -> None:
+    def _write(self, file: SegmentFile, parts: Sequence[Buffer], end: int) -> None:
         """Write and sync at the current position; raises OSError, and AppendUnknown when another
         process has adopted the segment."""
-        file, size = self.files[self.segment], end - self.position
-        if file.write(parts, self.position) != size:
+        if file.write(parts, self.position) != end - self.position:
             raise OSError(errno.ENOSPC, "a short write")
         file.sync()
         if not self._directory.leads_to(self.segment + OWNED, file):
@@ -144,20 +147,23 @@ class JournalWriter:
             raise AppendUnknown("another process has adopted the segment")
         self.position = end
 
-    def _void(self, failed: VoidedBatch, error: OSError, mark: int) -> None:
+    def _void(
+        self, failed: VoidedBatch, failed_file: SegmentFile, error: OSError, mark: int
+    ) -> None:
         """Declare a batch void; always raises."""
         log.critical("journal write failed", segment=failed.segment, reason=str(error))
         self.segment = ""
         try:
             self._open_next()
+            assert self._file is not None
             written_at = int(self._clock() * 1_000_000)
             segment = bytes.fromhex(self.segment)
             void = encode_void(segment, self.position, failed, mark=mark, written_at=written_at)
-            self._write([void], self.position + BLOCK)
+            self._write(self._file, [void], self.position + BLOCK)
             self._start = self.position
             # An adopter renames first and reads the voids then, so it sees this one if the name is
             # still there. Otherwise it may have made rows of the batch already.
-            if not self._directory.leads_to(failed.segment + OWNED, self.files[failed.segment]):
+            if not self._directory.leads_to(failed.segment + OWNED, failed_file):
                 raise AppendUnknown("another process has adopted the segment of the void batch")
         except (OSError, AppendUnknown) as second:
             if self.segment:
