@@ -20,7 +20,7 @@ from sqlalchemy import Engine, make_url
 
 from bench import history
 from bench.machine import cpu_seconds
-from relay.db.engine import connect, migrate
+from relay.db.engine import connect, migrate, writing
 from relay.dsn.generator import DsnGenerator
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, NewMessage, NewRecipient
@@ -51,8 +51,8 @@ class RelayQueue:
             self.engine,
             lifetime=settings.queue_lifetime,
             grace=settings.grace,
-            delay_warning=settings.delay_warning,
         )
+        self.delay_warning = settings.delay_warning
         self.queue = WorkerQueue(self.engine, settings)
         self.rescuer = Rescuer(self.engine, settings)
         self.generator = DsnGenerator(self.engine, spool, settings, lambda _: "default")
@@ -89,7 +89,8 @@ class RelayQueue:
             for _ in range(ROUND)
         ]
         began = time.perf_counter()
-        self.acceptor.commit(messages)
+        with writing(self.engine) as connection:
+            self.acceptor.insert(connection, messages, delay_warning=self.delay_warning)
         accepted = time.perf_counter()
         (claims,) = self.queue.commit(
             [ClaimRequest(self.worker, [message.id for message in messages], {"default": ROUND})]

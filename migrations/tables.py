@@ -79,9 +79,11 @@ messages = Table(
         comment="how much of the original a DSN encloses: full, header or none;"
         " empty for other mail",
     ),
+    Column("segment", Id, comment="segment of the journal that has the body; empty: a file has it"),
+    Column("position", BigInteger, comment="where the body begins in the segment"),
     Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
-    comment="accepted messages; rows are never changed",
+    comment="accepted messages; nothing in a row changes but the place of its body",
 )
 
 recipients = Table(
@@ -132,7 +134,7 @@ deliveries = Table(
         comment="how often it was claimed; the number of the last claim",
     ),
     Column(
-        "backoff_step",
+        "deferrals",
         Integer,
         nullable=False,
         server_default="0",
@@ -331,11 +333,43 @@ dsn_limits = Table(
     comment="senders that got a DSN about mail from an untrusted client in the last minute",
 )
 
+segments = Table(
+    "segments",
+    metadata,
+    Column("id", Id, primary_key=True, comment="UUIDv7; also in the name of the file"),
+    Column(
+        "committed_to",
+        BigInteger,
+        nullable=False,
+        comment="position up to which the messages of the segment have their rows",
+    ),
+    Column("sealed_at", Instant, comment="when its last message had its row; empty: in use"),
+    Column("messages", BigInteger, comment="how many messages it has; empty until it is sealed"),
+    Column("least_id", Id, comment="the least queue id in it; empty: not known"),
+    Column("greatest_id", Id, comment="the greatest queue id in it"),
+    Column(
+        "live_bytes",
+        BigInteger,
+        comment="bytes in it that deliveries needed at the last look; empty: not looked at yet",
+    ),
+    Column("checked_at", Instant, comment="when a cleaner looked last"),
+    Column("sparse_since", Instant, comment="since when little of it is needed"),
+    comment="segments of the journal that have files",
+)
+
 spool = Table(
     "spool",
     metadata,
     Column("id", Id, primary_key=True, comment="also written in the spool directory, as spool-id"),
     Column("created_at", Instant, nullable=False, comment="when it was created"),
+    Column(
+        "mark",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="rises while the relay works; the spool has the highest one, so that it notices"
+        " a database that was restored from a backup",
+    ),
     comment="the one spool directory that this database knows",
 )
 

@@ -1,14 +1,14 @@
 """Sends one request to one server and reports exactly how it ended.
 
-    connection = ClientConnection(host="192.0.2.1", fd=body, request=Request(size, sender,
+    connection = ClientConnection(host="192.0.2.1", body=body, request=Request(size, sender,
     recipients)) result = await connection.run()
 
 A `ClientConnection` connects, writes, reads the reply, and returns a `Result`. It uses a socket
 rather than a transport, because a transport hides three facts: how many bytes the kernel has taken
 (the commit point), that the next write is the last one, and what lies in the receive buffer when a
 write fails. The header is written with the first block of the body, and the end of the body with
-the envelope; a request that fits into a block is one write. After each block the event loop has a
-turn, so that a large message does not delay the others.
+the envelope; a request whose body is in memory, or fits into a block, is one write. After each
+block the event loop has a turn, so that a large message does not delay the others.
 
 What must stay true (the rules and their sources: see the package).
 
@@ -36,15 +36,18 @@ from time import monotonic
 from typing import NamedTuple
 
 from qmqp import LONGEST_SESSION, PORT
-from qmqp.body import BodyChanged, BodyFault, BodyReader
+from qmqp.body import Body, BodyChanged, BodyDamaged, BodyFault, BodyFile, BodyReader
 from qmqp.connection import Stopped, Unreachable, Wakeup, connect, describe
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
 from qmqp.request import Request
 
 __all__ = [
     "BLOCK_SIZE",
+    "Body",
     "BodyChanged",
+    "BodyDamaged",
     "BodyFault",
+    "BodyFile",
     "ClientConnection",
     "Result",
     "SendOutcome",
@@ -137,8 +140,8 @@ class ReplyLost(Exception):
 # No slots: a default that is not changed stays in the class and need not be set.
 @dataclass(eq=False, kw_only=True)
 class ClientConnection:
-    """One connection that sends `request`, and its body from the start of the file `fd`, to `host`
-    and `port` or to the Unix socket `path`, in blocks of `block_size` bytes.
+    """One connection that sends `request` with `body` to `host` and `port` or to the Unix socket
+    `path`; a file in blocks of `block_size` bytes. The body has the size that the request says.
 
     `may_commit` is called immediately before a write that holds the last byte; False ends the
     transfer. `hold_back`: the last byte leaves no sooner than so many seconds after the connection
@@ -146,7 +149,7 @@ class ClientConnection:
     """
 
     request: Request
-    fd: int
+    body: Body
     host: str | None = None
     port: int = PORT
     path: str | None = None
@@ -214,18 +217,26 @@ class ClientConnection:
 
     async def _write(self) -> None:
         """Write until the last byte has left. Raises WriteEnded, ReplyLost, Stopped."""
-        body = BodyReader(self.fd, self.request.size, self.block_size)
         parts: list[bytes | memoryview] = [self.request.head]
-        while not self.committed:
+        if isinstance(self.body, BodyFile):
+            await self._write_blocks(BodyReader(self.body, self.block_size), parts)
+        else:
+            parts.append(self.body)
+        parts.append(self.request.tail)
+        if self.hold_back:
+            await self._hold_back(parts)
+        if self.bytes_sent:  # the last chance to see an early reply
+            self._readable = True
+        await self._push(parts, last=True)
+
+    async def _write_blocks(self, body: BodyReader, parts: list[bytes | memoryview]) -> None:
+        """Write the parts and the body, but for its last block, which is then what `parts` has."""
+        while True:
             view = body.cached()
             parts.append(await self._read_block(body) if view is None else view)
             if body.whole:
-                parts.append(self.request.tail)
-                if self.hold_back:
-                    await self._hold_back(parts)
-                if self.bytes_sent:  # the last chance to see an early reply
-                    self._readable = True
-            await self._push(parts, last=body.whole)
+                return
+            await self._push(parts, last=False)
 
     async def _hold_back(self, parts: list[bytes | memoryview]) -> None:
         """Write all but the last byte, and wait until it may follow."""

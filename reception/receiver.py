@@ -1,12 +1,12 @@
-"""The receiver: turns a transaction into a stored message, a committed row, and then a 250.
+"""The receiver: turns a transaction into a message in the journal, and then a 250.
 
-A message of less than a block goes whole to the spooler, which syncs and commits many at once. A
-larger one streams to its file in threads, a block at a time and in order, while its connection
-stops reading if too much waits in memory; the spooler then commits its row.
+A message of less than a block goes whole to the spooler, which appends many to the journal at once.
+A larger one streams to its file in threads, a block at a time and in order, while its connection
+stops reading if too much waits in memory; the spooler then records it in the journal.
 
-What must stay true: 250 follows the sync of the body and the COMMIT of the row. A body is removed
-only when no row can name it: if the COMMIT is unknown, the client gets 451 and the body stays. A
-fault of the relay is temporary for the client (452 without space, else 451). Octets are claimed
+What must stay true: 250 follows the sync. Once the spooler has a message there is 250 or a closed
+connection, unless the spooler says that nothing was stored; a client that has gone changes nothing.
+A fault of the relay is temporary for the client (452 without space, else 451). Octets are claimed
 from the free space before they are written. A reception lives on the loop; at most one thread has
 its body.
 """
@@ -24,13 +24,12 @@ from typing import Any
 from reception.envelope import Envelope
 from reception.policy import ClientPolicy
 from reception.spooler_client import SpoolerClient
-from reception.spooler_protocol import Cancelled
+from reception.spooler_protocol import Fault
 from reception.trace import date, received_field, separate
 from relay import metrics
-from relay.db.group_commit import CommitUnknown
 from relay.ids import new_id
-from relay.log import get_logger
-from relay.queue.accept import NewMessage, NewRecipient
+from relay.log import first_line, get_logger
+from relay.queue.accept import NewMessage, NewRecipient, encode
 from relay.settings import SmtpdSettings
 from relay.spool.store import BodyWriter, Spool
 
@@ -100,8 +99,9 @@ class Receiver:
 class Reception:
     """One message that arrives from `client`. Its public methods are called on the loop.
 
-    `reply` is called once after `complete` with the text of the reply, unless `cancel` came first.
-    `on_backpressure` is called when `in_memory` has fallen.
+    `reply` is called once after `complete`, unless `cancel` came first: with the text of the reply,
+    or with None to close the connection without one. `on_backpressure` is called when `in_memory`
+    has fallen.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Reception:
         receiver: Receiver,
         envelope: Envelope,
         client: ClientPolicy,
-        reply: Callable[[str], None],
+        reply: Callable[[str | None], None],
         on_backpressure: Callable[[], None],
     ) -> None:
         self.id = new_id()
@@ -118,7 +118,7 @@ class Reception:
         self._receiver = receiver
         self._envelope = envelope
         self._client = client
-        self._reply: Callable[[str], None] | None = reply
+        self._reply: Callable[[str | None], None] | None = reply
         self._on_backpressure = on_backpressure
         self._claim = client.claim(int(envelope.parameters.get(b"SIZE", "0")))
         self._started = self._ended = time.monotonic()
@@ -131,6 +131,8 @@ class Reception:
         self._changed = asyncio.Event()  # the stream has something to do
         self._body: BodyWriter | None = None  # of the stream
         self._size = 0
+        self._recipients: list[NewRecipient] = []  # known when the message has ended
+        self._rows = b""  # as the file of a large message has them
         self._header_message_id: str | None = None
         self._request = 0  # the number of the request to the spooler
 
@@ -153,6 +155,10 @@ class Reception:
         self._ended = time.monotonic()
         self.deadline = self._ended + self._receiver.settings.accept_deadline
         self._header_message_id = header_message_id
+        self._recipients = [
+            NewRecipient(one.address, one.notify, one.orcpt, self._receiver.route_for(one.address))
+            for one in self._envelope.recipients
+        ]
         if self.error is not None:
             self._refuse(self.error)
         elif self._stream is not None:
@@ -163,18 +169,23 @@ class Reception:
             self._spool(self._blocks)
 
     def expire(self) -> None:
-        """The deadline has passed."""
-        self._refuse(TimeoutError("RELAY_ACCEPT_DEADLINE passed"))
-        self.cancel()
+        """The deadline has passed. A message that the spooler has may be stored, so its client
+        hears nothing."""
+        late = "RELAY_ACCEPT_DEADLINE passed"
+        if not self._request:
+            self._refuse(TimeoutError(late))
+            self._stop(TimeoutError(late))
+        elif self._receiver.spooler.withdraw(self._request):
+            self._spooled(Fault(late))
+        else:
+            self._log_fault(late)
+            self._send(None)
 
     def cancel(self) -> None:
-        """The client needs no reply any more. The message is cancelled if it is not committed
-        yet."""
+        """The client needs no reply any more. A message that has ended is stored all the same."""
         self._reply = None
-        if self._request:
-            self._receiver.spooler.cancel(self._request)
-        else:
-            self._stop(Cancelled())
+        if not self._request and self.deadline is None:
+            self._stop(ConnectionError("the client has gone"))
 
     def _stop(self, error: Exception) -> None:
         """Nothing more is stored. The stream discards the body as soon as no thread has it."""
@@ -219,7 +230,10 @@ class Reception:
         def write() -> int:
             self._body = self._body or self._receiver.spool.create(self.id)
             self._body.append(b"".join(blocks))
-            return self._body.finish() if finish else 0
+            if not finish:
+                return 0
+            self._rows = self._encode(self._body.size)
+            return self._body.finish(self._rows)
 
         self._size = await self._receiver.threads.run(write)
         self._claim.store(size)
@@ -231,20 +245,14 @@ class Reception:
         if len(self._blocks) > 1 and self._blocks[1][0] in b" \t>F":
             self._blocks[1:] = [separate(b"".join(self._blocks[1:]))]
 
-    def _spool(self, body: list[bytes] | None) -> None:
-        """Has the spooler store and commit the message; `body` is None if its file is synced."""
-        assert self.deadline is not None
-        self._blocks = []
+    def _encode(self, size: int) -> bytes:
+        """The rows of the message, whose body has so many octets."""
         envelope = self._envelope
-        recipients = [
-            NewRecipient(one.address, one.notify, one.orcpt, self._receiver.route_for(one.address))
-            for one in envelope.recipients
-        ]
         message = NewMessage(
             self.id,
             envelope.sender,
-            self._size,
-            recipients,
+            size,
+            self._recipients,
             self._client.address,
             envelope.helo,
             envelope.protocol,
@@ -254,15 +262,28 @@ class Reception:
             envid=envelope.parameters.get(b"ENVID"),
             client_trusted=self._client.trusted,
         )
-        self._request = self._receiver.spooler.store(message, body, self.deadline, self._spooled)
+        return encode(message, delay_warning=self._receiver.settings.delay_warning)
 
-    def _spooled(self, result: Exception | None) -> None:
+    def _spool(self, body: list[bytes] | None) -> None:
+        """Has the spooler store the message; `body` is None if its file is synced."""
+        self._blocks = []
+        rows = self._rows or self._encode(self._size)
+        routes = tuple(dict.fromkeys(recipient.route for recipient in self._recipients))
+        self._request = self._receiver.spooler.store(
+            self.id, rows, routes, self._size, body, self._spooled
+        )
+
+    def _spooled(self, fault: Fault | None) -> None:
         """The spooler has answered."""
-        self._claim.end(kept=result is None or isinstance(result, CommitUnknown))
-        if result is not None:
-            if not isinstance(result, CommitUnknown):
+        unknown = fault is not None and fault.unknown
+        self._claim.end(kept=fault is None or unknown)
+        if fault is not None:
+            if unknown:
+                self._log_fault(fault.reason)
+                self._send(None)
+            else:
                 self._discard()
-            self._refuse(result)
+                self._refuse(OSError(fault.number, fault.reason))
             return
         now = time.monotonic()
         metrics.RECEIVED_BYTES.inc(self._size)
@@ -280,14 +301,16 @@ class Reception:
             **late,
         )
 
-    def _refuse(self, error: Exception) -> None:
+    def _log_fault(self, reason: str) -> None:
         if self._reply:  # else the client has gone, or has had its reply
-            reason = str(error) or type(error).__name__
             log.error("message not stored", id=self.id, client=self._client.address, reason=reason)
+
+    def _refuse(self, error: Exception) -> None:
+        self._log_fault(first_line(error))
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         self._send("452 4.3.1 Insufficient system storage" if full else _LOCAL_FAULT)
 
-    def _send(self, text: str) -> None:
+    def _send(self, text: str | None) -> None:
         reply, self._reply = self._reply, None
         if reply is not None:
             reply(text)

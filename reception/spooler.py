@@ -1,15 +1,16 @@
-"""The spooler: the process that writes and syncs small bodies, and commits every row.
+"""The spooler: the process that writes the journal and makes the rows.
 
-Storing is all system calls, each of which gives up the interpreter's lock and waits for it again;
-beside a busy event loop that costs more than the calls. The spooler reads the requests that are
-there (a batch) and syncs their bodies together; a thread commits their rows in one transaction and
-sends one reply. One batch is committed and one waits. Requests not read yet can be cancelled.
+The main thread reads the requests that are there (a batch), appends them to the journal, and
+replies. The committer (reception/committer.py) makes their rows. A reply follows the sync while
+less than REPLY_LAG messages wait for their rows; otherwise it waits for them, for at most a second.
+When a second was once not enough, replies follow the sync until no row is missing.
 
-What must stay true: every request gets one result; a row is committed after its body is synced, and
-never without smtpd or later than its client's 451; a message that is not stored leaves no body. An
-unexpected error ends the process, and smtpd starts another. It also ends when smtpd does.
+What must stay true: a message is stored when its batch is synced, and nothing takes that back. A
+request gets one result. A batch whose fate is unknown gets the result that tells smtpd to close the
+connections. The process ends when smtpd does; what has no rows by then is replayed.
 """
 
+import errno
 import pickle
 import select
 import signal
@@ -17,172 +18,175 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
-from queue import SimpleQueue
 
+from sqlalchemy import Engine
+
+from reception.committer import JournalCommitter, WrittenBatch
 from reception.spooler_protocol import (
-    FIELDS,
-    BatchReply,
-    Cancelled,
+    VERSION,
+    Fault,
     FrameDecoder,
-    RowRefused,
+    SpoolerReply,
     StoreRequest,
     frame,
 )
 from relay.db import engine as database
-from relay.db.group_commit import CommitUnknown, GroupCommitter, PendingItem, deliver_results
-from relay.log import configure, first_line
-from relay.queue.accept import Acceptor, NewMessage
-from relay.spool.store import Spool
+from relay.log import configure
+from relay.queue.accept import Acceptor, EncodedMessage
+from relay.spool.journal.directory import JournalDirectory
+from relay.spool.journal.format import SEGMENT_SIZE, JournalRecord, RecordKind
+from relay.spool.journal.supply import SegmentSupply
+from relay.spool.journal.writer import AppendUnknown, JournalWriter
+from relay.spool.mark import SpoolMark
+from relay.spool.store import NETWORK, Spool, file_system
 from relay.startup import freeze_memory
 
 MAX_BATCH = 64  # messages
-GATHER_TIME = 0.004
-"""Seconds in which requests may gather while there are many. A row in a batch of eight costs half
-of what it costs in a batch of four."""
-_TOO_LATE = database.TooLate("no time was left before RELAY_ACCEPT_DEADLINE")
-
-
-@dataclass(slots=True)
-class Batch:
-    """Rows to be committed, and the results that are known already."""
-
-    rows: list[PendingItem[NewMessage]] = field(default_factory=list)
-    results: list[tuple[int, Exception | None]] = field(default_factory=list)
+REPLY_LAG = 1024  # messages
+REPLY_WAIT = 1.0
+"""Seconds that a reply waits for the rows of its message."""
+DRAIN = 5.0
+"""Seconds for the rows of the last messages when smtpd stops."""
 
 
 class Spooler:
-    """Serves the requests that arrive on `channel`.
-
-    `commit` is what `GroupCommitter` runs; it takes at most `commit_timeout` seconds.
-    """
+    """Serves the requests that arrive on `channel`. `limit`: so many octets may wait for rows;
+    `reply_lag`: while fewer messages wait for rows, replies do not; `local`: no other machine has
+    the spool's file system."""
 
     def __init__(
         self,
         channel: socket.socket,
         spool: Spool,
-        commit: Callable[[Sequence[NewMessage], float], Sequence[None]],
+        acceptor: Acceptor,
+        engine: Engine,
+        mark: SpoolMark,
         *,
-        commit_timeout: float = 0.0,
+        limit: int = 1 << 30,
+        reply_lag: int = REPLY_LAG,
+        local: bool = True,
+        segment_size: int = SEGMENT_SIZE,
     ) -> None:
-        self._channel = channel
-        self._spool = spool
-        self._commit_timeout = commit_timeout
-        self._committer = GroupCommitter(commit, wait=self._wait, expired=deliver_results)
+        self._channel, self._spool = channel, spool
+        self._limit, self._reply_lag, self._mark = limit, reply_lag, mark
+        directory = JournalDirectory(spool.handle)
+        directory.make()
+        self._supply = SegmentSupply(directory, spool.identity, size=segment_size)
+        self._writer = JournalWriter(
+            directory, self._supply, on_retired=self._retire, segment_size=segment_size
+        )
+        self._committer = JournalCommitter(
+            acceptor, engine, directory, mark, self._writer, spool.identity, local=local
+        )
         self._decoder = FrameDecoder()
-        self._requests: dict[int, StoreRequest] = {}  # read, and in no batch yet
-        self._batch = Batch()  # the next one
-        self._batches = SimpleQueue[Batch | None]()
-        self._may_queue = threading.Semaphore(1)  # no batch waits for the committer
-        self._failed = False  # the committer
-        self._peer = select.poll()
-        self._peer.register(channel, select.POLLRDHUP)
+        self._requests: list[StoreRequest] = []  # read, and not stored yet
+        self._sending = threading.Lock()
+        self._readable = select.poll()
+        self._readable.register(channel, select.POLLIN)
 
     def run(self) -> None:
-        """Serves until smtpd closes its end, or until an unexpected error."""
-        committer = threading.Thread(target=self._commit_batches, name="committer")
-        committer.start()
-        taken = 0
+        """Serves until smtpd closes its end."""
+        self._committer.start(self._committed)
         try:
-            self._reply([], 0.0)
-            while self._may_queue.acquire() and not self._failed and self._read(gather=taken > 1):
-                numbers = [*self._requests][:MAX_BATCH]
-                taken = len(numbers)
-                self._batches.put(self._store([self._requests.pop(number) for number in numbers]))
+            self._reply([])
+            while self._read():
+                batch, self._requests = self._requests[:MAX_BATCH], self._requests[MAX_BATCH:]
+                if batch:
+                    self._store(batch)
+                self._answer(self._committer.overdue(time.monotonic() - REPLY_WAIT))
         finally:
-            self._batches.put(None)
-            committer.join()
+            self._writer.retire()
+            self._committer.close(DRAIN)
+            self._supply.close()
 
-    def _read(self, *, gather: bool) -> bool:
-        """Reads the requests that have arrived, and waits for one if there are none; False at the
-        end."""
-        if gather and len(self._requests) < MAX_BATCH:
-            time.sleep(GATHER_TIME)
+    def _retire(self, segment: str, orderly: bool) -> None:
+        self._committer.retire(segment, orderly=orderly)
+
+    def _read(self) -> bool:
+        """Reads the requests that have arrived; waits for one if there are none, or until a reply
+        is due. False at the end."""
         while len(self._requests) < MAX_BATCH:
-            idle = not self._requests and not self._batch.results
-            try:
-                data = self._channel.recv(1 << 20, 0 if idle else socket.MSG_DONTWAIT)
-            except BlockingIOError:
+            timeout: float | None = 0.0
+            if not self._requests:
+                timeout = REPLY_WAIT / 4 * 1000 if self._committer.replies_wait else None
+            if not self._readable.poll(timeout):
                 break
+            try:
+                data = self._channel.recv(1 << 20)
             except ConnectionResetError:
                 data = b""
             if not data:
-                return not idle
-            for number, *values in self._decoder.feed(data):
-                if values:
-                    self._requests[number] = StoreRequest.decode(number, *values)
-                elif cancelled := self._requests.pop(number, None):
-                    self._resolve(cancelled, self._batch, Cancelled())
+                return bool(self._requests)
+            self._requests += [StoreRequest(*values) for values in self._decoder.feed(data)]
         return True
 
-    def _store(self, requests: list[StoreRequest]) -> Batch:
-        """Syncs the bodies of a batch."""
-        batch, self._batch = self._batch, Batch()
-        small = [(one.number, one.message.id, one.body) for one in requests if one.body]
-        stored = self._spool.store_all([(queue_id, body) for _, queue_id, body in small])
-        faults = {
-            number: result
-            for (number, _, _), result in zip(small, stored, strict=True)
-            if isinstance(result, OSError)
-        }
-        batch.results += faults.items()
-        batch.rows += [
-            PendingItem(
-                request.message,
-                partial(self._resolve, request, batch),
-                # The latest moment to begin a transaction that ends before the client's 451.
-                request.deadline - self._commit_timeout,
+    def _store(self, requests: Sequence[StoreRequest]) -> None:
+        """Appends a batch, and replies if it need not wait for the rows."""
+        lag = self._committer.lag()
+        if lag.octets + sum(request.size for request in requests) > self._limit:
+            fault = Fault("RELAY_JOURNAL_LIMIT: too much waits for the database")
+            self._reply([(request.number, fault) for request in requests])
+            return
+        records = [
+            JournalRecord(
+                RecordKind.LARGE if request.body is None else RecordKind.MESSAGE,
+                request.queue_id,
+                request.rows,
+                b"".join(request.body or ()),
             )
             for request in requests
-            if request.number not in faults
         ]
-        return batch
-
-    def _commit_batches(self) -> None:
         try:
-            while (batch := self._batches.get()) is not None:
-                self._may_queue.release()
-                self._commit(batch)
-        except BaseException:
-            self._failed = True
-            self._channel.shutdown(socket.SHUT_RDWR)  # `run` may wait for requests
-            self._may_queue.release()
-            raise
+            self._spool.checked_handle()
+            appended = self._writer.append(records, mark=self._mark.known)
+        except (OSError, AppendUnknown) as error:
+            number = (error.errno or errno.EIO) if isinstance(error, OSError) else 0
+            fault = Fault(str(error), number, unknown=isinstance(error, AppendUnknown))
+            self._reply([(request.number, fault) for request in requests])
+            return
+        batch = WrittenBatch(
+            appended.segment,
+            appended.start,
+            appended.end,
+            [
+                EncodedMessage(request.rows, None if request.body is None else position)
+                for request, position in zip(requests, appended.positions, strict=True)
+            ],
+            [(request.queue_id, request.routes) for request in requests],
+            sum(request.size for request in requests),
+            [request.number for request in requests],
+        )
+        wait = lag.messages >= self._reply_lag
+        if self._committer.put(batch, wait=wait):
+            return
+        self._answer([batch])
 
-    def _commit(self, batch: Batch) -> None:
-        """Commits a batch and sends its results."""
-        started = time.monotonic()
-        # Without smtpd, or after 451, the client sends the message again. A row that is committed
-        # now would be a second copy.
-        orphaned = any(events & select.POLLHUP for _, events in self._peer.poll(0))
-        in_time: list[PendingItem[NewMessage]] = []
-        for row in batch.rows:
-            if orphaned:
-                row.done(Cancelled())
-            elif row.deadline is not None and row.deadline <= started:
-                row.done(_TOO_LATE)
-            else:
-                in_time.append(row)
-        deliver_results(self._committer.commit(in_time))
-        self._reply(batch.results, time.monotonic() - started)
+    def _answer(self, batches: Sequence[WrittenBatch]) -> None:
+        if batches:
+            self._reply([(number, None) for batch in batches for number in batch.numbers])
 
-    def _resolve(self, request: StoreRequest, batch: Batch, result: Exception | None) -> None:
-        if result is not None and not isinstance(result, CommitUnknown):
-            self._spool.remove(request.message.id)
-            if not isinstance(result, Cancelled):
-                result = RowRefused(first_line(result))
-        batch.results.append((request.number, result))
+    def _committed(
+        self, batches: Sequence[WrittenBatch], ids: dict[str, list[str]], count: int, seconds: float
+    ) -> None:
+        """The rows of some messages are committed, and these batches still need a reply."""
+        self._reply(
+            [(number, None) for batch in batches for number in batch.numbers], ids, count, seconds
+        )
 
-    def _reply(self, results: list[tuple[int, Exception | None]], seconds: float) -> None:
-        with suppress(OSError):  # smtpd has ended; the next read ends this process
-            self._channel.sendall(frame(BatchReply(results, seconds)))
-
-    def _wait(self, seconds: float) -> bool:
-        """Waits before the database is tried again; False when smtpd has closed its end."""
-        return not self._peer.poll(seconds * 1000)
+    def _reply(
+        self,
+        results: list[tuple[int, Fault | None]],
+        committed: dict[str, list[str]] | None = None,
+        count: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        lag = self._committer.lag()
+        reply = SpoolerReply(results, committed or {}, count, seconds, lag)
+        # smtpd may have ended; the next read ends this process.
+        with self._sending, suppress(OSError):
+            self._channel.sendall(frame(reply))
 
 
 def main() -> None:
@@ -190,24 +194,22 @@ def main() -> None:
     the socket and of the spool directory."""
     for number in (signal.SIGINT, signal.SIGTERM):  # only the end of the channel ends it
         signal.signal(number, signal.SIG_IGN)
-    fields, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our smtpd)
-    if fields != FIELDS:
+    version, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our smtpd)
+    if version != VERSION:
         sys.exit("this program was replaced while it ran: start smtpd again")
     configure(settings)
-    # A transaction that begins in time must have ended when its client gets 451. A quarter of that
-    # time is enough for one statement, and leaves three to wait for a database that is away.
-    timeout = min(database.STATEMENT_TIMEOUT, settings.accept_deadline / 4)
-    engine = database.connect(settings.database_url, hot=True, timeout=timeout)
-    acceptor = Acceptor(
-        engine,
-        lifetime=settings.queue_lifetime,
-        grace=settings.grace,
-        delay_warning=settings.delay_warning,
-    )
+    engine = database.connect(settings.database_url, hot=True)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         spool = Spool(settings.spool_dir, int(sys.argv[2]))
+        mark = SpoolMark(spool.handle, spool.identity)
+        mark.guard(engine)
+        acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
+        local = file_system(settings.spool_dir) not in NETWORK
+        spooler = Spooler(
+            channel, spool, acceptor, engine, mark, limit=settings.journal_limit, local=local
+        )
         freeze_memory()
-        Spooler(channel, spool, acceptor.commit, commit_timeout=timeout).run()
+        spooler.run()
     engine.dispose()
 
 

@@ -1,13 +1,13 @@
 """The spooler's client: the event loop passes messages on and gets the results.
 
 `store` makes a request of a message. Requests go to the spooler (reception/spooler.py) while it
-reads; the others wait here, where they can be cancelled. A reply brings the results of a whole
-batch. A spooler that dies, or is far too late with a reply, is replaced.
+reads; the others wait here, where they can be withdrawn. A reply brings results, and the ids whose
+rows have been made, which become hints. A spooler that dies, or is far too late with a reply, is
+replaced; the new one finds in the journal what the old one wrote.
 
-What must stay true: every request gets one result: None when the message is safe, `Cancelled` when
-nothing was stored, `CommitUnknown` when the spooler died over it, else the error. The hint follows
-the result, so clients do not wait for it. While the spooler reads nothing, memory holds no more
-than the messages that clients wait for.
+What must stay true: every request gets one result: None when the message is stored, or a Fault. If
+the spooler died over a request, the message may be stored, and the Fault says so. While the spooler
+reads nothing, memory holds no more than the messages that clients wait for.
 """
 
 import asyncio
@@ -19,21 +19,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from reception.spooler_protocol import (
-    FIELDS,
-    BatchReply,
-    Cancelled,
+    VERSION,
+    Fault,
     FrameDecoder,
+    Lag,
+    SpoolerReply,
     StoreRequest,
-    cancellation,
+    frame,
 )
 from relay import metrics
-from relay.db.group_commit import CommitUnknown, PendingItem, deliver_results
 from relay.log import first_line, get_logger
-from relay.queue.accept import NewMessage
 from relay.settings import SmtpdSettings
 from relay.spool.store import Spool
 
@@ -42,27 +42,40 @@ RESTART_DELAY = 1.0
 """Seconds before a spooler is restarted that ran for less than MIN_UPTIME."""
 MIN_UPTIME = 10.0  # seconds
 HANG_TIMEOUT = 60.0
-"""Seconds past the deadline of a request after which its missing result proves that the spooler
-hangs."""
+"""Seconds past RELAY_ACCEPT_DEADLINE after which a missing result proves that the spooler hangs."""
 
 type Launch = Callable[[socket.socket], Coroutine[Any, Any, object]]
-type Done = Callable[[Exception | None], None]
+type Done = Callable[[Fault | None], None]
 
 
 class SpoolerError(Exception):
     """The first spooler has not started."""
 
 
+@dataclass(slots=True)
+class _PendingRequest:
+    """A request without a result."""
+
+    queue_id: str
+    done: Done
+    made: float = field(default_factory=time.monotonic)
+
+
 class SpoolerClient(asyncio.Protocol):
     """Belongs to the loop. `launch` runs a spooler on its end of a socket until the spooler ends,
-    and ends it when cancelled. `on_stored` gets the ids of stored messages, and their route."""
+    and ends it when cancelled. `on_committed` gets the ids whose rows have been made, and their
+    route; a result takes `deadline` seconds at most, or the spooler hangs."""
 
-    def __init__(self, launch: Launch, on_stored: Callable[[list[str], str], None]) -> None:
+    def __init__(
+        self, launch: Launch, on_committed: Callable[[list[str], str], None], deadline: float
+    ) -> None:
         self._launch = launch
-        self._on_stored = on_stored
+        self._on_committed = on_committed
+        self._hang_after = deadline + HANG_TIMEOUT
+        self.lag = Lag()
         self._numbers = itertools.count(1)
         # Requests without a result, in the order of `store`.
-        self._pending: dict[int, PendingItem[NewMessage]] = {}
+        self._pending: dict[int, _PendingRequest] = {}
         self._unsent: dict[int, bytes] = {}  # frames of those that no spooler has
         self.transport: asyncio.Transport | None = None
         self._writable = False  # the spooler has started and reads
@@ -80,36 +93,42 @@ class SpoolerClient(asyncio.Protocol):
         await self._started
 
     def store(
-        self, message: NewMessage, body: list[bytes] | None, deadline: float, done: Done
+        self,
+        queue_id: str,
+        rows: bytes,
+        routes: tuple[str, ...],
+        size: int,
+        body: list[bytes] | None,
+        done: Done,
     ) -> int:
-        """Requests to store a message; `body` is None if its file is synced. `done` gets the
-        result. Returns the number of the request."""
+        """Requests to store a message (`StoreRequest` says what of it). `done` gets the result.
+        Returns the number of the request."""
         number = next(self._numbers)
-        self._pending[number] = PendingItem(message, done, deadline)
-        self._unsent[number] = StoreRequest(number, message, body, deadline).encode()
+        self._pending[number] = _PendingRequest(queue_id, done)
+        self._unsent[number] = frame(StoreRequest(number, queue_id, rows, routes, size, body))
         self._send()
         return number
 
-    def cancel(self, number: int) -> None:
-        """Cancels a request if it is not too late for that."""
-        if self._unsent.pop(number, None) is not None:
-            asyncio.get_running_loop().call_soon(self._resolve, number, Cancelled())
-        elif self.transport is not None:
-            self.transport.write(cancellation(number))
+    def withdraw(self, number: int) -> bool:
+        """Takes a request back; False if a spooler has it."""
+        withdrawn = self._unsent.pop(number, None) is not None
+        if withdrawn:
+            del self._pending[number]
+        return withdrawn
 
     def check_deadlines(self, now: float) -> None:
-        """Ends a spooler that hangs. Its clients have had 451; a new spooler may work."""
+        """Ends a spooler that hangs. Its clients have no reply any more; a new one may work."""
         for number, oldest in itertools.islice(self._pending.items(), 1):
-            late = oldest.deadline is not None and now > oldest.deadline + HANG_TIMEOUT
+            late = now > oldest.made + self._hang_after
             if late and self._process is not None and number not in self._unsent:
-                log.error("spooler hung", id=oldest.item.id)
+                log.error("spooler hung", id=oldest.queue_id)
                 self._process.cancel()
 
     async def close(self, seconds: float) -> None:
         """Lets the spooler finish its requests, for at most so many `seconds`."""
         self._closing = True
         for number in [*self._unsent]:
-            self._resolve(number, Cancelled())
+            self._resolve(number, Fault("smtpd stops"))
         if self.transport is not None:
             self.transport.write_eof()
         if self._task is not None:
@@ -119,23 +138,19 @@ class SpoolerClient(asyncio.Protocol):
             await asyncio.wait([self._task], timeout=1.0)
 
     def data_received(self, data: bytes) -> None:
-        reply: BatchReply
-        for reply in self._decoder.feed(data):
-            if not reply.results:  # the spooler has started
+        for values in self._decoder.feed(data):
+            reply = SpoolerReply(*values)
+            self.lag = Lag(*reply.lag)
+            if not self._started.done():  # the first reply
+                self._started.set_result(None)
+            if not self._writable:
                 self.resume_writing()
-                if not self._started.done():
-                    self._started.set_result(None)
-            stored = [self._pending[number] for number, result in reply.results if result is None]
-            for number, result in reply.results:
-                self._resolve(number, result)
-            if stored:
-                self._observe(len(stored), reply.seconds)
-            ids: dict[str, dict[str, None]] = {}  # of each route, once and in order
-            for message in (request.item for request in stored):
-                for recipient in message.recipients:
-                    ids.setdefault(recipient.route, {})[message.id] = None
-            for route, stored_ids in ids.items():
-                self._on_stored([*stored_ids], route)
+            for number, fault in reply.results:
+                self._resolve(number, Fault(*fault) if fault else None)
+            if reply.messages:
+                self._observe(reply.messages, reply.seconds)
+            for route, ids in reply.committed.items():
+                self._on_committed(ids, route)
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -148,18 +163,21 @@ class SpoolerClient(asyncio.Protocol):
         self.transport = None
         self._writable = False
         for number in [number for number in self._pending if number not in self._unsent]:
-            self._resolve(number, CommitUnknown())
+            self._resolve(number, Fault("the spooler has died", unknown=True))
         self._disconnected.set()
 
     def _send(self) -> None:
         while self._unsent and self._writable and self.transport is not None:
             self.transport.write(self._unsent.pop(next(iter(self._unsent))))
 
-    def _resolve(self, number: int, result: Exception | None) -> None:
+    def _resolve(self, number: int, result: Fault | None) -> None:
         self._unsent.pop(number, None)
         request = self._pending.pop(number, None)
         if request is not None:
-            deliver_results([(request, result)])
+            try:
+                request.done(result)
+            except Exception:  # the other clients still wait for their results
+                log.exception("result not delivered")
 
     async def _supervise(self) -> None:
         """Runs one spooler after another until `close`."""
@@ -213,7 +231,7 @@ def launcher(settings: SmtpdSettings, spool: Spool) -> Launch:
                 start_new_session=True,
             )
         try:
-            await process.communicate(pickle.dumps((FIELDS, settings)))
+            await process.communicate(pickle.dumps((VERSION, settings)))
         finally:
             if process.returncode is None:
                 process.kill()

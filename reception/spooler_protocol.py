@@ -1,72 +1,61 @@
 """The protocol between smtpd and its spooler: requests one way, replies the other, in frames.
 
-A frame is a length (four bytes in this machine's order) and a pickle. Pickle is safe here: both
-ends are this program, on a socket pair that no other process has.
+A frame is a length (four bytes in this machine's order) and a pickle of plain values. Pickle is
+safe here: both ends are this program, on a socket pair that no other process has.
 """
 
 import pickle
 import struct
 from typing import Any, NamedTuple
 
-from relay.queue.accept import NewMessage, NewRecipient
-
+VERSION = 2
+"""A spooler of another version refuses to start."""
 _LENGTH = struct.Struct("=I")
-FIELDS = (NewMessage._fields, NewRecipient._fields)
-"""What the tuples of a request mean. A spooler of another version refuses to start."""
 
 
 class StoreRequest(NamedTuple):
-    """Asks to store a message before `deadline` (monotonic), and its body unless that is synced
-    already (None)."""
+    """Asks to store a message: its id, its rows (`relay.queue.accept.encode`), its routes, the size
+    of its body, and the body (None if it is in a file that is synced)."""
 
     number: int
-    message: NewMessage
+    queue_id: str
+    rows: bytes
+    routes: tuple[str, ...]
+    size: int
     body: list[bytes] | None
-    deadline: float
-
-    def encode(self) -> bytes:
-        """The frame of this request. Plain tuples pickle ten times as fast as named ones."""
-        recipients = [tuple(recipient) for recipient in self.message.recipients]
-        fields = (*self.message[:3], recipients, *self.message[4:])
-        return frame((self.number, fields, self.body, self.deadline))
-
-    @classmethod
-    def decode(
-        cls, number: int, fields: tuple[Any, ...], body: list[bytes] | None, deadline: float
-    ) -> "StoreRequest":
-        """The request whose frame held these values."""
-        queue_id, sender, size, rows, *rest = fields
-        recipients = [NewRecipient(*row) for row in rows]
-        return cls(number, NewMessage(queue_id, sender, size, recipients, *rest), body, deadline)
 
 
-def cancellation(number: int) -> bytes:
-    """The frame that cancels the request of this number."""
-    return frame((number,))
+class Fault(NamedTuple):
+    """Why a message was not stored. `number` is the error's (0: none); `unknown`: it may be stored,
+    so its client must hear nothing."""
+
+    reason: str
+    number: int = 0
+    unknown: bool = False
 
 
-class BatchReply(NamedTuple):
-    """The results of a batch by the requests' numbers (None: stored), and the seconds that its
-    COMMIT took.
+class Lag(NamedTuple):
+    """What is in the journal and has no rows yet. `seconds` is the age of the oldest of it."""
 
-    The first reply of a spooler has no results: the spooler has started.
-    """
+    messages: int = 0
+    octets: int = 0
+    seconds: float = 0.0
 
-    results: list[tuple[int, Exception | None]]
+
+class SpoolerReply(NamedTuple):
+    """`results` by the requests' numbers (None: stored), and the ids by route whose rows have just
+    been committed, in so many `seconds`. The first reply of a spooler is empty: it has started."""
+
+    results: list[tuple[int, Fault | None]]
+    committed: dict[str, list[str]]
+    messages: int
     seconds: float
+    lag: Lag
 
 
-class Cancelled(Exception):
-    """The request was cancelled in time: nothing was stored."""
-
-
-class RowRefused(Exception):
-    """The database refused the row or was away. The body was removed."""
-
-
-def frame(value: object) -> bytes:
-    """A value as it crosses the socket."""
-    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+def frame(value: tuple[Any, ...]) -> bytes:
+    """A value as it crosses the socket. Plain tuples pickle ten times as fast as named ones."""
+    data = pickle.dumps((*value,), pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(data)) + data
 
 
@@ -81,10 +70,12 @@ class FrameDecoder:
         buffer = self._buffer
         buffer += data
         values: list[Any] = []
-        while len(buffer) >= _LENGTH.size:
-            end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
+        at = 0
+        while len(buffer) - at >= _LENGTH.size:
+            end = at + _LENGTH.size + _LENGTH.unpack_from(buffer, at)[0]
             if len(buffer) < end:
                 break
-            values.append(pickle.loads(buffer[_LENGTH.size : end]))  # noqa: S301  (see above)
-            del buffer[:end]
+            values.append(pickle.loads(buffer[at + _LENGTH.size : end]))  # noqa: S301  (see above)
+            at = end
+        del buffer[:at]
         return values

@@ -58,6 +58,11 @@ GROUP_COMMIT_SIZE = Histogram(
 GROUP_COMMIT_SECONDS = Histogram(
     "relay_group_commit_seconds", "duration of this transaction", ["writer"], buckets=_QUICK
 )
+JOURNAL_LAG_MESSAGES = Gauge(
+    "relay_journal_lag_messages", "accepted messages in the journal that have no rows yet"
+)
+JOURNAL_LAG_BYTES = Gauge("relay_journal_lag_bytes", "bytes of their bodies")
+JOURNAL_LAG_SECONDS = Gauge("relay_journal_lag_seconds", "age of the oldest of them")
 SPOOLER_RESTARTS = Counter("relay_spooler_restarts", "spoolers that died and were restarted")
 HINTS = Counter("relay_hints", "hints published", ["queue"])
 HINTS_REFUSED = Counter(

@@ -269,6 +269,7 @@ class SmtpdSettings(Settings):
     max_connections_per_client: Count = 50
     smtp_timeout: Duration = 300.0
     accept_deadline: Duration = 60.0
+    journal_limit: Size = 1 << 30
 
 
 class WorkerSettings(Settings):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import Engine
 
 from relay.db import engine as database
-from relay.log import get_logger
+from relay.log import first_line, get_logger
 from relay.settings import Settings, redacted, unknown_names
 from relay.spool.store import Spool
 
@@ -27,13 +27,26 @@ class DurableState:
     spool: Spool
 
 
-def ready(settings: Settings) -> DurableState:
-    """Wait for the database, then check it and the spool; raises DatabaseError or SpoolError."""
+def ready(settings: Settings, *, accepts: bool = False) -> DurableState:
+    """Check the database and the spool; raises DatabaseError or SpoolError.
+
+    Waits for the database, unless the process only `accepts` mail and the spool is known: the
+    journal takes mail without a database, and its committer checks the database later
+    (`relay.spool.mark`).
+    """
     for name, nearest in unknown_names().items():
         log.warning("unknown setting", name=name, nearest=nearest)
     os.umask(0o077)  # commands do this too; a worker that `celery` starts is not one
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = database.connect(settings.database_url, hot=True)
+    if accepts and (spool := Spool.known(settings.spool_dir, unsafe=settings.unsafe_durability)):
+        try:
+            return _checked(settings, engine)
+        except Exception as error:
+            if not database.is_outage(error):
+                raise
+            log.warning("accepting without the database", reason=first_line(error))
+            return DurableState(engine, spool)
     return database.retry_until_available(lambda: _checked(settings, engine))
 
 

@@ -1,8 +1,9 @@
 """The smtpd process: starts its parts in order and stops them in order.
 
-smtpd listens when settings, routes, database and spool are in order and the spooler has started. To
-stop, it accepts no connections, sends 421 to idle sessions, lets transactions finish for at most
-RELAY_DRAIN_TIMEOUT, lets the spooler finish, and ends.
+smtpd listens when settings, routes, database and spool are in order and the spooler has started. It
+does not wait for a database that is away if its spool is known. To stop, it accepts no connections,
+sends 421 to idle sessions, lets transactions finish for at most RELAY_DRAIN_TIMEOUT, lets the
+spooler finish, and ends.
 """
 
 import asyncio
@@ -45,7 +46,7 @@ def run(settings: SmtpdSettings) -> int:
     """
     policy = Policy(settings)
     routes = Routes.load(settings)
-    state = ready(settings)
+    state = ready(settings, accepts=True)
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(_serve(settings, policy, routes, state))
     state.engine.dispose()
@@ -60,7 +61,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
-    spooler = SpoolerClient(launcher(settings, state.spool), hints.offer)
+    spooler = SpoolerClient(launcher(settings, state.spool), hints.offer, settings.accept_deadline)
     threads = DiskThreads(THREADS)
     last_descriptor, bodies = reserve_descriptors(settings.max_connections)
     receiver = Receiver(
@@ -74,6 +75,9 @@ async def _serve(
     hints.start()
     log.info("listening", addresses=[format_address(*address) for address in addresses])
     metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))
+    metrics.JOURNAL_LAG_MESSAGES.set_function(lambda: spooler.lag.messages)
+    metrics.JOURNAL_LAG_BYTES.set_function(lambda: spooler.lag.octets)
+    metrics.JOURNAL_LAG_SECONDS.set_function(lambda: spooler.lag.seconds)
     queue = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
     stop_metrics = metrics.serve(settings, queue)
     await stop.wait()

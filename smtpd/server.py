@@ -383,7 +383,13 @@ class SmtpConnection(asyncio.Protocol):
             if self.reading_paused or self.reception is not None or session.pause is not None:
                 self._throttle()
 
-    def _reply(self, reply: str) -> None:
+    def _reply(self, reply: str | None) -> None:
+        """The reply to a message; None closes the connection without one."""
+        if reply is None:
+            self.reception = None
+            self.session.close()
+            self.transport.abort()
+            return
         if not reply.startswith("2"):
             metrics.refused(reply)
         self.reception = None

@@ -35,6 +35,7 @@ from relay.queue.operations import QueueOperations
 from relay.queue.rescue import Rescuer
 from relay.routes import Routes, parse_server
 from relay.settings import SettingsError, WorkerSettings, load
+from relay.spool.mark import SpoolMark
 from relay.spool.store import SpoolError
 from relay.startup import freeze_memory, ready
 from worker.circuit_breaker import ServerPool
@@ -44,6 +45,8 @@ from worker.delivery import report_failure
 from worker.engine import RECORDING_TIME, Engine
 from worker.periodic import PeriodicThread
 from worker.rerouter import Rerouter
+from worker.segment_cleaner import SegmentCleaner
+from worker.spool_keeper import SpoolKeeper
 from worker.sweeper import Sweeper
 
 log = get_logger(__name__)
@@ -86,6 +89,9 @@ class WorkerProcess:
             state = ready(settings)
         except (SettingsError, DatabaseError, SpoolError) as error:
             _refuse(str(error))
+        mark = SpoolMark(state.spool.handle, state.spool.identity)
+        mark.guard(state.engine)
+        state.engine.dispose()  # the connections that were opened before the guard
         servers = ServerPool(
             settings.server_connections,
             routed=lambda: {server.name for route in routes.all() for server in route.servers},
@@ -109,7 +115,9 @@ class WorkerProcess:
         parts = (
             Sweeper(settings, rescuer, generator, self.engine, hints),
             Cleaner(settings, state.engine, state.spool),
+            SegmentCleaner(settings, state.engine, state.spool),
             Rerouter(rescuer, operations, routes),
+            SpoolKeeper(state.engine, state.spool, mark),
             hints,
         )
         # Celery installs its own handler later. A SIGTERM before that would make uncertain what the

@@ -38,6 +38,27 @@ BATCH = 500
 LOCK_KEY = 7_126_280_001  # of the advisory lock; any number that nothing else uses
 
 
+@contextmanager
+def exclusive(engine: Engine, key: int, name: str) -> Iterator[bool]:
+    """Whether this process has a lock that one process of a database can have: an advisory one on
+    PostgreSQL, else a file's."""
+    if engine.dialect.name != "postgresql":
+        with Path(f"{engine.url.database}.{name}").open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+            else:
+                yield True
+        return
+    with engine.connect() as connection:
+        connection.detach()  # the session ends here, and with it the lock
+        locked = bool(Queries(engine, __name__).run(connection, "lock", key=key).scalar())
+        # The session keeps the lock; an open transaction would keep dead rows.
+        connection.commit()
+        yield locked
+
+
 class Cleaner(PeriodicThread):
     """`clean` and `clean_spool` are one turn each. The first turn comes early."""
 
@@ -55,31 +76,12 @@ class Cleaner(PeriodicThread):
     def turn(self) -> None:
         """Clean what is due, if no other worker does."""
         self.interval = INTERVAL
-        with self.exclusive() as exclusive:
-            if exclusive:
+        with exclusive(self._engine, LOCK_KEY, "cleaner") as locked:
+            if locked:
                 self.clean()
-            if exclusive and time.monotonic() >= self._spool_at:
+            if locked and time.monotonic() >= self._spool_at:
                 self.clean_spool()
                 self._spool_at = time.monotonic() + SPOOL_INTERVAL
-
-    @contextmanager
-    def exclusive(self) -> Iterator[bool]:
-        """Whether this worker has the lock: an advisory one on PostgreSQL, else a file's."""
-        if self._engine.dialect.name != "postgresql":
-            with Path(f"{self._engine.url.database}.cleaner").open("ab") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    yield False
-                else:
-                    yield True
-            return
-        with self._engine.connect() as connection:
-            connection.detach()  # the session ends here, and with it the lock
-            locked = bool(self._queries.run(connection, "lock", key=LOCK_KEY).scalar())
-            # The session keeps the lock; an open transaction would keep dead rows.
-            connection.commit()
-            yield locked
 
     def clean(self) -> int:
         """Remove the rows and bodies of messages that were finished RETENTION ago; how many."""

@@ -9,7 +9,6 @@ a commit point; only a whole D bounces; no local fault (a body, an error of this
 counts against the mail; only `next_state` reads `OUTCOME_POLICY`.
 """
 
-import os
 import re
 import time
 from asyncio import CancelledError
@@ -19,6 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from qmqp import client
+from qmqp.body import Body, BodyFile
 from qmqp.request import Request
 from relay import metrics
 from relay.db.schema import LONGEST_TEXT
@@ -151,14 +151,14 @@ class _Attempt(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class DeliveryTask:
-    """One claim, and its open body as a file descriptor (-1: none), which is closed at the end.
+    """One claim, and its body; a file is closed at the end.
 
     `slot`: the one that was reserved for it, then that of its present connection.
     """
 
     claim: Claim
     worker: str
-    body: int
+    body: Body
     route: Route
     config: TransferConfig
     slot: ConnectionSlot | None = None
@@ -188,12 +188,13 @@ class DeliveryTask:
         """Close the body and release the slot. May be called again."""
         if self.slot is not None:
             self.slot.release()
-        if self.body >= 0:
-            os.close(self.body)
-            self.body = -1
+        if isinstance(self.body, BodyFile):
+            self.body.close()
+        self.body = b""
 
     async def run(self) -> Completion:
-        """Send to one server after the other. Raises OSError for a local fault."""
+        """Send to one server after the other. Raises client.BodyDamaged, and OSError for another
+        local fault."""
         try:
             return await self._send()
         except client.BodyChanged as error:
@@ -230,7 +231,7 @@ class DeliveryTask:
             port=server.port,
             path=server.path,
             request=request,
-            fd=self.body,
+            body=self.body,
             block_size=self.config.settings.block_size,
             timeouts=self.config.timeouts,
             may_commit=self._may_commit,
@@ -339,7 +340,7 @@ class DeliveryTask:
 
     def postponed(self) -> Completion:
         """Nothing was decided: deferred, for longer each time."""
-        settings, step = self.config.settings, self.claim.backoff_step
+        settings, step = self.config.settings, self.claim.deferrals
         state, wait, step = next_state(Outcome.DEFERRED, settings, step, route=self.route)
         return self._completion(state, delay=wait, step=step)
 
@@ -351,6 +352,10 @@ class DeliveryTask:
     def unsendable(self, reason: str) -> Completion:
         """It can never be sent as it is: held until an operator decides."""
         return self._completion(State.HELD, Outcome.UNSENDABLE, reason)
+
+    def recheck(self, reason: str, delay: float) -> Completion:
+        """The body does not verify: it is read again after `delay` seconds."""
+        return self._completion(State.DEFERRED, Outcome.UNSENDABLE, reason, delay=delay)
 
     def _no_request(self, error: ValueError) -> Completion:
         """The envelope cannot be sent, and waiting does not change an address. It bounces, or is
@@ -403,7 +408,7 @@ class DeliveryTask:
         state, wait, step = next_state(
             outcome,
             self.config.settings,
-            self.claim.backoff_step,
+            self.claim.deferrals,
             route=self.route,
             committed=committed,
             unauthorized=unauthorized,
@@ -422,7 +427,7 @@ class DeliveryTask:
     ) -> Completion:
         claim, now = self.claim, time.monotonic()
         if step is None:
-            step = claim.backoff_step
+            step = claim.deferrals
         attempts = [
             Attempt(
                 n,
@@ -447,6 +452,7 @@ class DeliveryTask:
             delay,
             step,
             attempts,
+            in_journal=claim.place is not None,
         )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
+from qmqp.body import Body, BodyDamaged
 from relay import metrics
 from relay.db.group_commit import CommitThread
 from relay.log import first_line, get_logger
@@ -32,10 +33,13 @@ from relay.queue.model import (
 )
 from relay.routes import Route, Routes
 from relay.settings import WorkerSettings
+from relay.spool.bodies import Bodies, BodyMisplaced
+from relay.spool.journal.format import Place
 from relay.spool.store import BodyUnsendable, Spool
 from relay.startup import new_loop
 from worker.body_io import BodyIo, Opened
 from worker.circuit_breaker import ConnectionSlot, ServerPool
+from worker.damaged_bodies import RECHECK, DamagedBodies
 from worker.delivery import DeliveryTask, TransferConfig, log_outcome
 from worker.lease import Lease
 from worker.prober import Prober
@@ -78,7 +82,8 @@ class Engine:
         )
         self.lease = Lease(queue, settings.lease, self._renew)
         self.producer = Producer(settings, routes, self.servers, self._request)
-        self._bodies = BodyIo(self._loop, spool)
+        self._bodies = BodyIo(self._loop, spool, Bodies(spool, queue.engine))
+        self._damaged_bodies = DamagedBodies()
         self._config = TransferConfig(settings, self.servers, self.lease.may_commit)
         self._quarantine = Quarantine(self._send, self._complete)
         self._prober = Prober(self.servers, settings.connect_timeout)
@@ -202,25 +207,24 @@ class Engine:
         claims = result if isinstance(result, list) else []
         slots = handler(claims)
         if claims:
-            opened = partial(self._opened, worker, claims, slots)
-            self._bodies.open(claims).add_done_callback(opened)
+            self._bodies.open(claims, partial(self._opened, worker, claims, slots))
         self._poll()
 
-    def _opened(
-        self, worker: str, claims: Sequence[Claim], slots: Slots, opened: asyncio.Future[Opened]
-    ) -> None:
-        for claim, slot, body in zip(claims, slots, opened.result(), strict=True):
+    def _opened(self, worker: str, claims: Sequence[Claim], slots: Slots, opened: Opened) -> None:
+        for claim, slot, body in zip(claims, slots, opened, strict=True):
             self._start(claim, worker, slot, body)
         self._poll()
 
     def _start(
-        self, claim: Claim, worker: str, slot: ConnectionSlot | None, body: int | Exception
+        self, claim: Claim, worker: str, slot: ConnectionSlot | None, body: Body | Exception
     ) -> None:
-        """Send a claim whose body was opened: `body` is a file descriptor or the error."""
-        fd = body if isinstance(body, int) else -1
+        """Send a claim whose body was opened: `body` may be the error instead."""
+        content = b"" if isinstance(body, Exception) else body
         route = self.routes.get(claim.route) or Route(claim.route, ())  # it is gone
-        task = DeliveryTask(claim, worker, fd, route, self._config, slot)
-        if isinstance(body, BodyUnsendable):
+        task = DeliveryTask(claim, worker, content, route, self._config, slot)
+        if isinstance(body, BodyMisplaced):
+            self._complete(task, self._damaged(task, str(body), body.place))
+        elif isinstance(body, BodyUnsendable):
             log.critical("body unsendable", id=claim.queue_id, reason=str(body))
             self._complete(task, task.unsendable(str(body)))
         elif isinstance(body, Exception):
@@ -233,6 +237,13 @@ class Engine:
         else:
             self._faults = 0
             self._send(task)
+
+    def _damaged(self, task: DeliveryTask, reason: str, place: Place | None) -> Completion:
+        """The body does not verify: read it again later, and hold the delivery the second time."""
+        queue_id = task.claim.queue_id
+        held = self._damaged_bodies.confirmed(queue_id, place)
+        log.critical("body damaged", id=queue_id, held=held, reason=reason)
+        return task.unsendable(reason) if held else task.recheck(reason, RECHECK)
 
     def _pause_claiming(self, claim: Claim, error: Exception) -> None:
         """A local fault: claim nothing for a time that doubles with each fault in a row."""
@@ -247,6 +258,8 @@ class Engine:
     async def _run_delivery(self, task: DeliveryTask) -> None:
         try:
             completion = await task.run()
+        except BodyDamaged as error:
+            completion = self._damaged(task, str(error.strerror), task.claim.place)
         except OSError as error:
             self._pause_claiming(task.claim, error)
             completion = task.requeued()

@@ -13,7 +13,6 @@ expired, unchanged, twice, LEASE apart.
 """
 
 import errno
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,6 +36,8 @@ from relay.queue.rescue import Rescuer
 from relay.queue.states import UNFINISHED
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
+from relay.spool.bodies import Bodies
+from relay.spool.journal.format import Place
 from relay.spool.orphans import REMOVAL_GRACE, OrphanFile, OrphanScanner
 from relay.spool.store import BodyUnsendable, Spool, SpoolError
 
@@ -137,6 +138,7 @@ class Fsck:
         self._settings = settings
         self._engine = engine
         self._spool = spool
+        self._body_store = Bodies(spool, engine)
         self._rescuer = Rescuer(engine, settings)
         self._orphans = OrphanScanner(engine, spool)
         self._queries = Queries(
@@ -209,35 +211,37 @@ class Fsck:
         return True
 
     def _bodies(self) -> Iterator[Inconsistency]:
-        """Unfinished deliveries whose body is missing or of another size.
+        """Unfinished deliveries whose body is missing, damaged or of another size.
 
         A worker may finish the delivery after the query, so the row and then the file are read
         again.
         """
         after = FIRST
         while rows := self._all("needed_bodies", after=after, most=BATCH):
-            for key, size, held in rows:
+            for key, size, held, segment, position in rows:
                 name = str(key).replace("-", "")
+                place = Place(segment, position) if segment else None
                 if (
-                    self._fault(name, size)
+                    self._fault(name, size, place)
                     and self._all("body_needed", id=str(key))[0][0]
-                    and (fault := self._fault(name, size))
+                    and (fault := self._fault(name, size, place))
                 ):
                     remedy = "put the file back and release it, or drop it" if held else "hold it"
                     missing = name in fault
+                    what = "body damaged" if place else "body of another size"
                     yield Inconsistency(
-                        "body missing" if missing else "body of another size",
+                        "body missing" if missing else what,
                         fault if missing else f"{name}: {fault}",
                         remedy,
-                        None if held else partial(self._hold, name, size),
+                        None if held else partial(self._hold, name, size, place),
                     )
             after = str(rows[-1][0])
 
-    def _fault(self, name: str, size: int) -> str:
+    def _fault(self, name: str, size: int, place: Place | None) -> str:
         """What is wrong with a body; empty if nothing is. Raises SpoolError if the spool itself has
         changed."""
         try:
-            os.close(self._spool.open(name, size))
+            self._body_store.stream(name, size, place).close()
         except BodyUnsendable as error:
             return str(error)
         except OSError as error:
@@ -247,8 +251,8 @@ class Fsck:
             raise
         return ""
 
-    def _hold(self, name: str, size: int) -> bool:
-        if not (fault := self._fault(name, size)):
+    def _hold(self, name: str, size: int, place: Place | None) -> bool:
+        if not (fault := self._fault(name, size, place)):
             return False
         reply = f"held by fsck: {fault}; put the file back and release it, or drop it"
         with writing(self._engine) as connection:

@@ -176,12 +176,14 @@ ORDER BY m.id
 LIMIT :most;
 
 -- name: needed_bodies
--- The next messages that have unfinished deliveries, and whether all of these are held.
-SELECT m.id, m.size, min(d.state) = 'held' AND max(d.state) = 'held' AS held
+-- The next messages that have unfinished deliveries, whether all of these are held, and the place
+-- of the body in the journal (empty: a file).
+SELECT m.id, m.size, min(d.state) = 'held' AND max(d.state) = 'held' AS held,
+    replace(m.segment, '-', '') AS segment, m.position
 FROM deliveries d
 JOIN messages m ON m.id = d.queue_id
 WHERE d.state IN ('queued', 'sending', 'deferred', 'held') AND m.id > :after
-GROUP BY m.id, m.size
+GROUP BY m.id, m.size, m.segment, m.position
 ORDER BY m.id
 LIMIT :most;
 

@@ -5,7 +5,6 @@ What must stay true: reading takes no lock, changes nothing, and creates no data
 """
 
 import contextlib
-import os
 import shutil
 import sys
 import time
@@ -42,6 +41,9 @@ from relay.report.queries import QueueReader
 from relay.report.rows import DsnRow, MessageRow, Row
 from relay.report.statistics import AGES, Statistics
 from relay.settings import Settings, load
+from relay.spool.bodies import Bodies
+from relay.spool.journal.directory import DIRECTORY, OWNED
+from relay.spool.journal.format import Place
 from relay.spool.store import BodyUnsendable, Spool
 
 ID_DIGITS = 12  # a table shows the end of an id: these digits are random, and find the message
@@ -198,12 +200,14 @@ def list_queue(filter_: Filter, *, everything: bool, limit: int | None, json_lin
 
 @dataclass(frozen=True, slots=True)
 class MessageReport:
-    """A message, its file (`file_size` in bytes, None without a file), the DSNs about it and the
-    reasons for the states of its deliveries."""
+    """A message, the file that has its body (its own, or a segment of the journal), the DSNs about
+    it and the reasons for the states of its deliveries. `file_size`: octets of the body in the
+    file; None if it cannot be read, and `fault` says why."""
 
     message: MessageRow
     file: Path
     file_size: int | None
+    fault: str
     spool_is_mounted: bool
     dsns: Sequence[DsnRow]
     why: list[dict[str, Any]]
@@ -228,16 +232,36 @@ def find_message(text: str) -> MessageReport:
 def report_on(queue: QueueReader, settings: Settings, text: str) -> MessageReport:
     """Everything about the message whose id is or ends in this text; raises NoSuchMessage."""
     message = queue.message(queue.resolve(text))
-    spool, file_size = mounted_spool(settings, queue), None
-    file = Spool(settings.spool_dir).path(message.queue_id)
-    with contextlib.suppress(OSError):
-        file_size = file.stat().st_size if spool else None
+    spool, file_size, fault = mounted_spool(settings, queue), None, ""
+    if spool:
+        try:
+            Bodies(spool, queue.engine).stream(
+                message.queue_id, message.size, _place(message)
+            ).close()
+            file_size = message.size
+        except (BodyUnsendable, OSError) as error:
+            fault = str(error)
     facts = explain.gather(queue, message, settings)
     why = [
         {"delivery": row.number, "state": row.state, "why": reason}
         for row, reason in explain.sentences(facts)
     ]
-    return MessageReport(message, file, file_size, spool is not None, facts.dsns, why)
+    file = _file(Spool(settings.spool_dir), message)
+    return MessageReport(message, file, file_size, fault, spool is not None, facts.dsns, why)
+
+
+def _place(message: MessageRow) -> Place | None:
+    if message.segment is None or message.position is None:
+        return None
+    return Place(message.segment, message.position)
+
+
+def _file(spool: Spool, message: MessageRow) -> Path:
+    """The path of the file that has the body, whether it exists or not."""
+    if message.segment is None:
+        return spool.path(message.queue_id)
+    journal = spool.directory / DIRECTORY
+    return next(journal.glob(f"{message.segment}.*"), journal / f"{message.segment}{OWNED}")
 
 
 def show_message(text: str, *, json_lines: bool) -> int:
@@ -288,7 +312,10 @@ def _envelope(report: MessageReport) -> Iterator[tuple[str, str]]:
         file = "the spool is not mounted here"
     elif report.file_size is None:
         needed = any(row.state in UNFINISHED for row in message.deliveries)
-        file = "missing" if needed else "removed"
+        exists = needed and report.file.exists()
+        file = report.fault if exists else "missing" if needed else "removed"
+    if message.segment is not None:
+        file = f"at {message.position}, {file}"
     user = f" as {message.auth_user}" if message.auth_user else ""
     client = f"{message.client_address or 'here'} ({message.helo}) by {message.protocol}"
     received = message.received_at
@@ -331,12 +358,13 @@ def show_body(end: str, *, header_only: bool) -> int:
     if spool is None:
         text = f"the spool of this database is not mounted in {settings.spool_dir}"
         raise CommandError(OUT_OF_REACH, text)
-    try:
-        handle = spool.open(message.queue_id, message.size)
-    except BodyUnsendable as error:
-        states = ", ".join(sorted({row.state for row in message.deliveries}))
-        raise CommandError(NOTHING_MATCHED, f"{error}; its deliveries are {states}") from None
-    with os.fdopen(handle, "rb") as body:
+    with opened(settings) as engine:
+        try:
+            body = Bodies(spool, engine).stream(message.queue_id, message.size, _place(message))
+        except BodyUnsendable as error:
+            states = ", ".join(sorted({row.state for row in message.deliveries}))
+            raise CommandError(NOTHING_MATCHED, f"{error}; its deliveries are {states}") from None
+    with body:
         for line in body:
             if header_only and line == b"\n":
                 break

@@ -8,7 +8,6 @@ What must stay true: no transaction stays open while the relay waits for a netwo
 that could lose a commit is refused (`check_durable`).
 """
 
-import errno
 import fcntl
 import logging
 import os
@@ -37,8 +36,9 @@ OLDEST_SQLITE = (3, 38)
 STATEMENT_TIMEOUT = 30
 
 
-class TooLate(Exception):
-    """Nothing was written: the connection or the turn to write came after the time to begin."""
+class OlderDatabase(Exception):
+    """The database was restored from a backup and lacks what was committed since
+    (`relay.spool.mark`)."""
 
 
 class WrongSchema(Exception):
@@ -186,7 +186,9 @@ def reading(engine: Engine) -> Iterator[Connection]:
 def is_outage(error: BaseException) -> bool:
     """Whether the database is at fault and not the data: the same statement may succeed later."""
     if not isinstance(error, DBAPIError):
-        return isinstance(error, sqlalchemy.exc.TimeoutError | OSError | TooLate | WrongSchema)
+        return isinstance(
+            error, sqlalchemy.exc.TimeoutError | OSError | WrongSchema | OlderDatabase
+        )
     if state := getattr(error.orig, "sqlstate", None):
         # 08: connection, 25: read-only, as a standby is, 40: deadlock, 42: not our schema, 53: out
         # of resources, 55: a lock, 57: cancelled or shutting down, 58: its disk. psycopg's classes
@@ -200,31 +202,6 @@ def is_outage(error: BaseException) -> bool:
         or isinstance(error, OperationalError | InterfaceError)
         or code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
     )
-
-
-def committed_nothing(error: BaseException) -> bool:
-    """Whether an outage certainly came before the COMMIT was sent.
-
-    PostgreSQL undoes the transaction with an ERROR; a FATAL may follow a COMMIT. Without a
-    connection no statement ran, but a connection that breaks leaves everything open. SQLite opens,
-    locks and refuses to write before it commits.
-    """
-    if isinstance(error, DBAPIError):
-        code = getattr(error.orig, "sqlite_errorcode", None)
-        if code is not None:
-            return code & 0xFF in (
-                sqlite3.SQLITE_READONLY,
-                sqlite3.SQLITE_CANTOPEN,
-                sqlite3.SQLITE_BUSY,
-            )
-        if getattr(error.orig, "sqlstate", None):
-            return (
-                getattr(getattr(error.orig, "diag", None), "severity_nonlocalized", None) == "ERROR"
-            )
-        return error.statement is None and not error.connection_invalidated
-    if isinstance(error, OSError):
-        return error.errno == errno.EROFS  # the lock file
-    return isinstance(error, sqlalchemy.exc.TimeoutError | TooLate)
 
 
 def lacks_schema(error: DBAPIError) -> bool:

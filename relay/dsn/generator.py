@@ -12,7 +12,6 @@ to the null sender; a message that fails here delays no other message.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -33,11 +32,13 @@ from relay.dsn.message import (
 )
 from relay.ids import dashed, new_id
 from relay.log import first_line, get_logger
-from relay.queue.accept import Acceptor, NewMessage, NewRecipient
+from relay.queue.accept import Acceptor, NewMessage, NewRecipient, encode
 from relay.queue.outcome import Outcome
 from relay.queue.split import can_carry
 from relay.queue.states import ReasonSource
 from relay.settings import Settings, unauthorized_pattern
+from relay.spool.bodies import Bodies
+from relay.spool.journal.format import Place
 from relay.spool.retention import deletable_bodies
 from relay.spool.store import BodyUnsendable, Spool
 
@@ -75,6 +76,7 @@ class DsnGenerator:
     ) -> None:
         self._engine = engine
         self._spool = spool
+        self._bodies = Bodies(spool, engine)
         self._settings = settings
         self._route_for = route_for
         self._report_unauthorized = unauthorized
@@ -145,8 +147,10 @@ class DsnGenerator:
     def _read(self, connection: Connection, queue_id: str) -> tuple[Original, list[Failure]]:
         """A message, and each of its recipients with the delivery that it has now."""
         key = dashed(queue_id)
-        row = self._queries.run(connection, "original", id=key).mappings().one()
-        original = Original(**{**row, "received_at": _utc(row["received_at"])})
+        row = {**self._queries.run(connection, "original", id=key).mappings().one()}
+        segment, position = row.pop("segment"), row.pop("position")
+        place = Place(segment, position) if segment else None
+        original = Original(**{**row, "received_at": _utc(row["received_at"]), "place": place})
         recipients = []
         for row in self._queries.run(connection, "recipients", id=key).mappings():
             kind = Kind(row["kind"]) if row["kind"] else None
@@ -304,7 +308,7 @@ class DsnGenerator:
         less = enclosed.less
         if _is_rejected(failure) and less:
             try:
-                with os.fdopen(self._spool.open(failed.id, failed.size), "rb") as body:
+                with self._bodies.stream(failed.id, failed.size, failed.place) as body:
                     text = reduced(body.read(), failed.id, dsn_id, less)
             except BodyUnsendable as error:  # an error of the disk is raised, and tried again later
                 log.warning("rejected dsn not readable", id=failed.id, reason=str(error))
@@ -323,12 +327,11 @@ class DsnGenerator:
         about: str,
         content: Enclosure,
     ) -> None:
-        """Write the body, then insert the message in the caller's transaction."""
-        size = self._spool.store(dsn_id, [text])
+        """Store the body with its envelope, then insert the message in the caller's transaction."""
         message = NewMessage(
             dsn_id,
             "",
-            size,
+            len(text),
             [NewRecipient(address, notify="NEVER", route=self._route_for(address))],
             "",
             self._settings.hostname,
@@ -338,12 +341,13 @@ class DsnGenerator:
             body_type="7BIT" if text.isascii() else "8BITMIME",
             dsn_content=content,
         )
+        self._spool.store(dsn_id, [text], encode(message))
         self._acceptor.insert(connection, [message])
 
     def _content(self, original: Original, enclosure: Enclosure) -> bytes | None:
         """The original or its header, at most LONGEST_RETURNED bytes; None if it cannot be read."""
         try:
-            with os.fdopen(self._spool.open(original.id, original.size), "rb") as body:
+            with self._bodies.stream(original.id, original.size, original.place) as body:
                 text = body.read(LONGEST_RETURNED)
         except (BodyUnsendable, OSError) as error:
             log.warning("original not returned", id=original.id, reason=str(error))

@@ -22,6 +22,7 @@ from enum import StrEnum
 from relay.log import escaped
 from relay.queue.outcome import Outcome
 from relay.queue.states import ReasonSource
+from relay.spool.journal.format import Place
 
 _STATUS = re.compile(r"(?<![\d.])(?:#\s?)?([245])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 _XTEXT_HEX = re.compile(r"\+([0-9A-F]{2})")
@@ -129,7 +130,8 @@ class Original:
 
     `size`: of its body, in bytes; `client_trusted`: whether the policy trusts the client that sent
     it (None: no policy, or a row of an older version); `dsn_content`, `dsn_of`: what it encloses,
-    and the message that it is about, if it is a DSN itself.
+    and the message that it is about, if it is a DSN itself; `place`: that of its body in the
+    journal (None: a file).
     """
 
     id: str
@@ -142,6 +144,7 @@ class Original:
     client_trusted: bool | None = None
     dsn_content: str | None = None
     dsn_of: str | None = None
+    place: Place | None = None
 
     @property
     def from_untrusted_client(self) -> bool:

@@ -1,29 +1,65 @@
 -- Acceptance (relay/queue/accept.py).
 
 -- name: accept
--- Inserts the messages, recipients and deliveries of a batch. The relay chooses every key, so the
--- same batch may run again and then changes nothing.
-WITH m AS (
+-- Inserts the messages, recipients and deliveries of a batch, and moves the segment's position over
+-- them. Nothing is inserted unless the position was :start, so nothing comes twice; without :start
+-- there is no such condition. The relay chooses every key. Returns a row if the position was moved.
+WITH s AS (
+    UPDATE segments SET committed_to = :end
+    WHERE id = CAST(:segment AS uuid) AND committed_to = CAST(:start AS bigint)
+    RETURNING id
+), m AS (
     INSERT INTO messages (id, received_at, sender, size, client_address, helo, protocol, auth_user,
-        header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content)
-    SELECT id, now(), sender, size, client_address, helo, protocol, auth_user,
-        header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content
+        header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content, segment,
+        position)
+    SELECT id, now() - :age * interval '1 second', sender, size, client_address, helo, protocol,
+        auth_user, header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content,
+        CASE WHEN position IS NOT NULL THEN CAST(:segment AS uuid) END, position
     FROM json_to_recordset(CAST(:messages AS json)) AS x(
         id uuid, sender text, size bigint, client_address text, helo text, protocol text,
         auth_user text, header_message_id text, body_type text, ret text, envid text, dsn_of uuid,
-        client_trusted boolean, dsn_content text)
+        client_trusted boolean, dsn_content text, position bigint)
+    WHERE CAST(:start AS bigint) IS NULL OR EXISTS (SELECT 1 FROM s)
     ON CONFLICT DO NOTHING
 ), r AS (
     INSERT INTO recipients (queue_id, position, address, delivery, notify, orcpt)
     SELECT queue_id, position, address, delivery, notify, orcpt
     FROM json_to_recordset(CAST(:recipients AS json)) AS x(
         queue_id uuid, position int, address text, delivery int, notify text, orcpt text)
+    WHERE CAST(:start AS bigint) IS NULL OR EXISTS (SELECT 1 FROM s)
+    ON CONFLICT DO NOTHING
+), d AS (
+    -- event: accepted
+    -- event: accepted on hold
+    INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, warn_at,
+        last_reply, reason_source)
+    SELECT queue_id, number, route,
+        CASE WHEN CAST(:hold_reason AS text) IS NULL THEN 'queued' ELSE 'held' END,
+        CASE WHEN CAST(:hold_reason AS text) IS NULL
+            THEN now() + :grace * interval '1 second' END,
+        now() + (:lifetime - :age) * interval '1 second',
+        now() + (warn_after - :age) * interval '1 second',
+        CAST(:hold_reason AS text),
+        CAST(:hold_source AS text)
+    FROM json_to_recordset(CAST(:deliveries AS json)) AS x(
+        queue_id uuid, number int, route text, warn_after float8)
+    WHERE CAST(:start AS bigint) IS NULL OR EXISTS (SELECT 1 FROM s)
     ON CONFLICT DO NOTHING
 )
--- event: accepted
-INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, warn_at)
-SELECT queue_id, number, route, 'queued', now() + :grace * interval '1 second',
-    now() + :lifetime * interval '1 second', now() + warn_after * interval '1 second'
-FROM json_to_recordset(CAST(:deliveries AS json)) AS x(
-    queue_id uuid, number int, route text, warn_after float8)
-ON CONFLICT DO NOTHING;
+SELECT id FROM s;
+
+-- name: open_segment
+INSERT INTO segments (id, committed_to) VALUES (:segment, :start) ON CONFLICT DO NOTHING;
+
+-- name: seal_segment
+-- A segment that is sealed is read and removed, and never written or replayed.
+UPDATE segments SET sealed_at = now(), committed_to = :end, messages = :count,
+    least_id = :least, greatest_id = :greatest
+WHERE id = :segment AND sealed_at IS NULL;
+
+-- name: committed_to
+-- Up to where the messages of a segment have their rows, and whether it is sealed.
+SELECT committed_to, sealed_at IS NOT NULL AS sealed FROM segments WHERE id = :segment;
+
+-- name: sealed_segments
+SELECT replace(CAST(id AS text), '-', '') AS id FROM segments WHERE sealed_at IS NOT NULL;

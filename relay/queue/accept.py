@@ -1,26 +1,29 @@
-"""Acceptance: the statement that makes the relay responsible for a message.
+"""Acceptance: the statement that makes the rows of messages.
 
-One statement (`accept` in the SQL files) inserts the messages, recipients and deliveries of a
-batch. On SQLite it is three statements in one transaction. The bodies are synced before it begins.
-After its COMMIT smtpd may say 250.
+`encode` turns a message into its rows, as JSON, once. The journal keeps these octets as the
+envelope of the message, and `accept` in the SQL files reads them, so a replay needs no other code.
+One statement inserts a batch and moves `segments.committed_to` over it (on SQLite four statements
+in one transaction).
 
-What must stay true: every insert says ON CONFLICT DO NOTHING and the relay chooses every key. After
-a COMMIT of unknown outcome the same batch runs again: the repeat waits for the first transaction
-and then changes nothing.
+What must stay true: the rows of a batch and the position behind it are one COMMIT, and a batch
+counts only if the position stood at its start. So a batch may run again after a COMMIT of unknown
+outcome, and another process may replay the same segment: no row comes twice.
 """
 
 import json
-import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine
 
-from relay.db.engine import TooLate, writing_once
+from relay.db.engine import is_outage, reading, writing, writing_once
 from relay.db.schema import LONGEST_INDEXED
 from relay.db.sql import Queries
 from relay.ids import dashed
-from relay.log import escaped
+from relay.log import escaped, first_line, get_logger
+from relay.queue.states import ReasonSource
+
+log = get_logger(__name__)
 
 
 class NewRecipient(NamedTuple):
@@ -56,79 +59,229 @@ class NewMessage(NamedTuple):
     dsn_content: str | None = None
 
 
-class Acceptor:
-    """Accepts messages; a `group_commit.GroupCommitter` runs `commit`. `delay_warning`: after
-    so many seconds the sender is warned; None: never."""
+class EncodedMessage(NamedTuple):
+    """A message as `accept` reads it. `position`: where its body begins in the segment of the
+    batch; None if a file has it."""
 
-    def __init__(
-        self, engine: Engine, *, lifetime: float, grace: float, delay_warning: float | None = None
-    ) -> None:
+    rows: bytes
+    position: int | None = None
+
+
+class SegmentSpan(NamedTuple):
+    """The octets of a segment whose messages a transaction inserts."""
+
+    segment: str
+    start: int
+    end: int
+
+
+class PositionMoved(Exception):
+    """The segment's position is not where this process left it: another process replays it."""
+
+
+def encode(message: NewMessage, *, delay_warning: float | None = None) -> bytes:
+    """The rows of a message: three lines of JSON (the message, its recipients, its deliveries).
+
+    `delay_warning`: after so many seconds the sender is warned; None: never. A line holds the
+    objects of an array without its brackets.
+    """
+    key, header_id = dashed(message.id), message.header_message_id
+    row = {
+        "id": key,
+        "sender": message.sender,
+        "size": message.size,
+        "client_address": message.client_address,
+        "helo": escaped(message.helo, 255),
+        "protocol": message.protocol,
+        "auth_user": message.auth_user,
+        "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
+        "body_type": message.body_type,
+        "ret": message.ret,
+        "envid": message.envid,
+        "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
+        "client_trusted": message.client_trusted,
+        "dsn_content": message.dsn_content,
+    }
+    numbers: dict[str, int] = {}
+    recipients = [
+        {
+            "queue_id": key,
+            "position": position,
+            "address": recipient.address,
+            "delivery": numbers.setdefault(recipient.route, len(numbers) + 1),
+            "notify": recipient.notify,
+            "orcpt": recipient.orcpt,
+        }
+        for position, recipient in enumerate(message.recipients, 1)
+    ]
+    late = _routes_to_warn_of(message) if delay_warning is not None else ()
+    deliveries = [
+        {"queue_id": key, "number": number, "route": route}
+        | ({"warn_after": delay_warning} if route in late else {})
+        for route, number in numbers.items()
+    ]
+    lines = (json.dumps([row])[1:-1], json.dumps(recipients)[1:-1], json.dumps(deliveries)[1:-1])
+    return "\n".join(lines).encode()
+
+
+def routes_of(rows: bytes) -> tuple[str, ...]:
+    """The routes of a message that is encoded."""
+    deliveries = rows.rpartition(b"\n")[2]
+    return tuple(one["route"] for one in json.loads(b"[%b]" % deliveries))
+
+
+def _escape_rows(rows: bytes) -> bytes:
+    """The same rows in printable ASCII, and short enough for every index."""
+    lines = (json.loads(f"[{line}]") for line in rows.decode().split("\n"))
+    escaped_lines = (
+        [
+            {
+                key: escaped(value, LONGEST_INDEXED) if isinstance(value, str) else value
+                for key, value in row.items()
+            }
+            for row in line
+        ]
+        for line in lines
+    )
+    return "\n".join(json.dumps(line)[1:-1] for line in escaped_lines).encode()
+
+
+class Acceptor:
+    """Inserts messages. The deliveries of a message expire `lifetime` seconds after its arrival,
+    and any worker may claim them after `grace` seconds."""
+
+    def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
         self._engine = engine
-        self._delay_warning = delay_warning
         self._queries = Queries(engine, __name__, lifetime=lifetime, grace=grace)
 
-    def commit(self, messages: Sequence[NewMessage], begin_by: float = float("inf")) -> list[None]:
-        """Insert a batch of messages in one transaction; raises the database's errors.
+    def commit(
+        self, messages: Sequence[EncodedMessage], span: SegmentSpan, *, age: float = 0.0
+    ) -> None:
+        """Insert messages that arrived `age` seconds ago, in one transaction.
 
-        Raises TooLate if a connection and the turn to write come only after `begin_by`
-        (monotonic).
+        Raises the database's errors, and PositionMoved if the segment's position was neither at the
+        start of the span nor behind it.
         """
         with writing_once(self._engine) as connection:
-            if time.monotonic() > begin_by:
-                raise TooLate("no connection or no turn to write in time")
-            self.insert(connection, messages)
-        return [None] * len(messages)
+            moved = self.insert_batch(connection, messages, span, age=age)
+        if not moved and not self.is_committed(span):
+            raise PositionMoved(f"segment {span.segment} at {span.start}")
 
-    def insert(self, connection: Connection, messages: Sequence[NewMessage]) -> None:
-        """Insert messages in the caller's transaction."""
-        rows: list[dict[str, object]] = []
-        recipients: list[dict[str, object]] = []
-        deliveries: list[dict[str, object]] = []
-        for message in messages:
-            key, header_id = dashed(message.id), message.header_message_id
-            rows.append(
-                {
-                    "id": key,
-                    "sender": message.sender,
-                    "size": message.size,
-                    "client_address": message.client_address,
-                    "helo": escaped(message.helo, 255),
-                    "protocol": message.protocol,
-                    "auth_user": message.auth_user,
-                    "header_message_id": escaped(header_id, LONGEST_INDEXED) if header_id else None,
-                    "body_type": message.body_type,
-                    "ret": message.ret,
-                    "envid": message.envid,
-                    "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
-                    "client_trusted": message.client_trusted,
-                    "dsn_content": message.dsn_content,
-                }
+    def insert(
+        self,
+        connection: Connection,
+        messages: Sequence[NewMessage],
+        *,
+        delay_warning: float | None = None,
+    ) -> None:
+        """Insert messages whose bodies are files, in the caller's transaction."""
+        encoded = [
+            EncodedMessage(encode(message, delay_warning=delay_warning)) for message in messages
+        ]
+        self.insert_batch(connection, encoded)
+
+    def commit_each(
+        self, messages: Sequence[EncodedMessage], span: SegmentSpan, *, age: float = 0.0
+    ) -> None:
+        """As `commit`, for a batch that the database refused: one message at a time. A message that
+        is refused alone gets escaped rows that are held."""
+        with writing(self._engine) as connection:
+            if self.insert_batch(connection, [], span):
+                for message in messages:
+                    self._insert_or_hold(connection, message, span.segment, age)
+                return
+        if not self.is_committed(span):
+            raise PositionMoved(f"segment {span.segment} at {span.start}")
+
+    def _insert_or_hold(
+        self, connection: Connection, message: EncodedMessage, segment: str, age: float
+    ) -> None:
+        reason = None
+        for _ in range(2):
+            try:
+                with connection.begin_nested():
+                    self.insert_batch(
+                        connection, [message], segment=segment, age=age, hold_reason=reason
+                    )
+                return
+            except Exception as error:
+                if is_outage(error):
+                    raise
+                reason = f"refused by the database: {first_line(error)}"
+                log.critical("message refused by the database", rows=message.rows, reason=reason)
+                message = message._replace(rows=_escape_rows(message.rows))
+
+    def open_segment(self, segment: str, start: int) -> None:
+        """Insert the row of a segment whose messages begin at `start`, unless it is there."""
+        with writing(self._engine) as connection:
+            self._queries.run(connection, "open_segment", segment=dashed(segment), start=start)
+
+    def seal_segment(self, segment: str, end: int, count: int, least: str, greatest: str) -> None:
+        """Every message of the segment has its rows, and nothing more is written to it."""
+        with writing(self._engine) as connection:
+            self._queries.run(
+                connection,
+                "seal_segment",
+                segment=dashed(segment),
+                end=end,
+                count=count,
+                least=dashed(least) if least else None,
+                greatest=dashed(greatest) if greatest else None,
             )
-            numbers: dict[str, int] = {}
-            recipients += [
-                {
-                    "queue_id": key,
-                    "position": position,
-                    "address": recipient.address,
-                    "delivery": numbers.setdefault(recipient.route, len(numbers) + 1),
-                    "notify": recipient.notify,
-                    "orcpt": recipient.orcpt,
-                }
-                for position, recipient in enumerate(message.recipients, 1)
-            ]
-            late = _routes_to_warn_of(message) if self._delay_warning is not None else ()
-            for route, number in numbers.items():
-                delivery: dict[str, Any] = {"queue_id": key, "number": number, "route": route}
-                if route in late:
-                    delivery["warn_after"] = self._delay_warning
-                deliveries.append(delivery)
-        self._queries.run(
+
+    def sealed_segments(self) -> set[str]:
+        """The segments that need no replay."""
+        with reading(self._engine) as connection:
+            return {*self._queries.run(connection, "sealed_segments").scalars()}
+
+    def position(self, segment: str) -> tuple[int | None, bool]:
+        """Up to where the messages of a segment have their rows (None: the segment has no row), and
+        whether it is sealed."""
+        with reading(self._engine) as connection:
+            row = self._queries.run(
+                connection, "committed_to", segment=dashed(segment)
+            ).one_or_none()
+        return (row.committed_to, bool(row.sealed)) if row else (None, False)
+
+    def is_committed(self, span: SegmentSpan) -> bool:
+        """Whether the messages of a span have their rows."""
+        position, sealed = self.position(span.segment)
+        return sealed or (position is not None and position >= span.end)
+
+    def insert_batch(
+        self,
+        connection: Connection,
+        messages: Sequence[EncodedMessage],
+        span: SegmentSpan | None = None,
+        *,
+        segment: str | None = None,
+        age: float = 0.0,
+        hold_reason: str | None = None,
+    ) -> bool:
+        """Insert messages in the caller's transaction, which arrived `age` seconds ago: those of a
+        span of a segment, whose position must stand at the start of the span; or those of a
+        `segment` (None: their bodies are files). With a `hold_reason` they are held. Returns
+        whether the position of the span was moved."""
+        lines = [message.rows.decode().split("\n") for message in messages]
+        rows = ",".join(
+            f'{{"position":{"null" if message.position is None else message.position},{line[0][1:]}'
+            for message, line in zip(messages, lines, strict=True)
+        )
+        at = span.segment if span else segment
+        moved = self._queries.run(
             connection,
             "accept",
-            messages=json.dumps(rows),
-            recipients=json.dumps(recipients),
-            deliveries=json.dumps(deliveries),
+            messages=f"[{rows}]",
+            recipients=f"[{','.join(line[1] for line in lines if line[1])}]",
+            deliveries=f"[{','.join(line[2] for line in lines if line[2])}]",
+            segment=dashed(at) if at else None,
+            start=span.start if span else None,
+            end=span.end if span else None,
+            age=age,
+            hold_reason=hold_reason,
+            hold_source=ReasonSource.RELAY if hold_reason else None,
         )
+        return bool(moved.all())
 
 
 def _routes_to_warn_of(message: NewMessage) -> set[str]:

@@ -48,14 +48,15 @@ WITH p AS MATERIALIZED (
         pending_operation = NULL, pending_reason = NULL, waiting_for = NULL,
         due_at = now() + :far * interval '1 second'
     FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number
-    RETURNING d.queue_id, d.number, d.claim_count, d.route, d.backoff_step, d.crash_count
+    RETURNING d.queue_id, d.number, d.claim_count, d.route, d.deferrals, d.crash_count
 )
 SELECT replace(CAST(c.queue_id AS text), '-', '') AS queue_id, c.number, c.claim_count, c.route,
     m.sender, m.size,
     (SELECT array_agg(r.address ORDER BY r.position) FROM recipients r
      WHERE r.queue_id = c.queue_id AND r.delivery = c.number) AS recipients,
-    c.backoff_step, c.crash_count,
-    CAST(extract(epoch FROM now() - m.received_at) AS float8) AS received_ago
+    c.deferrals, c.crash_count,
+    CAST(extract(epoch FROM now() - m.received_at) AS float8) AS received_ago,
+    replace(CAST(m.segment AS text), '-', '') AS segment, m.position
 FROM c JOIN messages m ON m.id = c.queue_id;
 
 -- name: claim_overdue
@@ -92,14 +93,15 @@ WITH fresh AS MATERIALIZED (
         pending_operation = NULL, pending_reason = NULL, waiting_for = NULL,
         due_at = now() + :far * interval '1 second'
     FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number
-    RETURNING d.queue_id, d.number, d.claim_count, d.route, d.backoff_step, d.crash_count
+    RETURNING d.queue_id, d.number, d.claim_count, d.route, d.deferrals, d.crash_count
 )
 SELECT replace(CAST(c.queue_id AS text), '-', '') AS queue_id, c.number, c.claim_count, c.route,
     m.sender, m.size,
     (SELECT array_agg(r.address ORDER BY r.position) FROM recipients r
      WHERE r.queue_id = c.queue_id AND r.delivery = c.number) AS recipients,
-    c.backoff_step, c.crash_count,
-    CAST(extract(epoch FROM now() - m.received_at) AS float8) AS received_ago
+    c.deferrals, c.crash_count,
+    CAST(extract(epoch FROM now() - m.received_at) AS float8) AS received_ago,
+    replace(CAST(m.segment AS text), '-', '') AS segment, m.position
 FROM c JOIN messages m ON m.id = c.queue_id;
 
 -- name: complete
@@ -107,21 +109,25 @@ FROM c JOIN messages m ON m.id = c.queue_id;
 -- number, except that a K makes the delivery `delivered` from any state. When a pending operation
 -- takes effect, the reason is the operator's, because the server replied to something else. A DSN
 -- is pending if there is a sender, or if the message was a DSN, which may be made again with less.
--- The last column: whether the body can be deleted, by this row and the other rows before it.
+-- A delivery whose body does not verify is this relay's fault, so it never expires for that.
+-- The last column: whether the body can be deleted, by this row and the other rows before it. For a
+-- body in the journal that is not asked, because a segment is removed as a whole.
 WITH p AS MATERIALIZED (
-    SELECT d.queue_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server,
-        x.waiting_for,
+    SELECT d.queue_id, d.number, x.delay, x.deferrals, x.outcome, x.reply, x.server,
+        x.waiting_for, x.in_journal,
         -- event: completed, pending operation, late K
         CASE WHEN x.outcome = 'delivered' THEN 'delivered'
              WHEN d.pending_operation = 'hold' THEN 'held'
              WHEN d.pending_operation = 'drop' THEN 'dropped'
              WHEN d.pending_operation = 'bounce' THEN 'bounced'
              WHEN d.pending_operation IS NOT NULL THEN 'queued'
-             WHEN x.state = 'deferred' AND d.expires_at <= now() THEN 'expired'
+             WHEN x.state = 'deferred' AND d.expires_at <= now()
+                 AND coalesce(x.outcome, '') <> 'unsendable' THEN 'expired'
              ELSE x.state END AS final
     FROM json_to_recordset(CAST(:completions AS json)) AS x(
             worker uuid, queue_id uuid, number int, claim int, state text, delay float8,
-            backoff_step int, outcome text, reply text, server text, waiting_for text)
+            deferrals int, outcome text, reply text, server text, waiting_for text,
+            in_journal boolean)
         JOIN deliveries d ON d.queue_id = x.queue_id AND d.number = x.number
     WHERE (d.state = 'sending' AND d.worker = x.worker AND d.claim_count = x.claim)
         OR (x.outcome = 'delivered' AND d.state <> 'delivered')
@@ -152,7 +158,7 @@ SET state = p.final,
     worker = NULL, pending_operation = NULL, pending_reason = NULL,
     crash_count = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable'
         THEN d.crash_count ELSE 0 END,
-    backoff_step = p.backoff_step,
+    deferrals = p.deferrals,
     last_outcome = coalesce(p.outcome, d.last_outcome),
     last_reply = CASE
         WHEN d.pending_operation IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'
@@ -167,12 +173,14 @@ SET state = p.final,
     waiting_for = CASE WHEN p.final = 'deferred' THEN p.waiting_for END
 FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number
 RETURNING replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.number, d.claim_count, d.state,
-    d.state NOT IN ('queued', 'sending', 'deferred', 'held') AND d.due_at IS NULL
-    AND NOT EXISTS (
-        SELECT 1 FROM deliveries o
-        WHERE o.queue_id = d.queue_id AND o.number <> d.number
-            AND (o.state IN ('queued', 'sending', 'deferred', 'held') OR o.due_at IS NOT NULL)
-    ) AS body_deletable;
+    CASE WHEN NOT p.in_journal AND d.state NOT IN ('queued', 'sending', 'deferred', 'held')
+            AND d.due_at IS NULL
+        THEN NOT EXISTS (
+            SELECT 1 FROM deliveries o
+            WHERE o.queue_id = d.queue_id AND o.number <> d.number
+                AND (o.state IN ('queued', 'sending', 'deferred', 'held')
+                    OR o.due_at IS NOT NULL))
+        ELSE false END AS body_deletable;
 
 -- name: recorded_states
 -- The states of deliveries that a completion did not change, or that were split after it.

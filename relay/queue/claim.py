@@ -38,6 +38,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.split import Splitter
 from relay.queue.states import State, successors
 from relay.settings import WorkerSettings
+from relay.spool.journal.format import Place
 from relay.spool.retention import deletable_bodies
 
 type Key = tuple[str, int]
@@ -65,7 +66,7 @@ class WorkerQueue:
     """The queue as one worker process uses it. One thread calls `commit`."""
 
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
-        self._engine = engine
+        self.engine = engine
         self._far = longest_claim(settings)
         sends_dsns = settings.bounces == "dsn"
         self._queries = Queries(
@@ -86,7 +87,7 @@ class WorkerQueue:
 
     def register(self, worker: str, host: str, pid: int) -> None:
         """Register a worker with a new lease and the longest time that it takes for a claim."""
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             self._queries.run(
                 connection,
                 "register_worker",
@@ -98,7 +99,7 @@ class WorkerQueue:
 
     def retire(self, worker: str) -> None:
         """End a worker that stops in order. One that still holds claims stays for a sweeper."""
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             self._queries.run(connection, "retire_worker", worker=dashed(worker))
 
     def commit(self, items: Sequence[Command]) -> list[CommandResult]:
@@ -110,7 +111,7 @@ class WorkerQueue:
         completions = [item for item in items if isinstance(item, Completion)]
         requests = [item for item in items if isinstance(item, ClaimRequest)]
         commit_unknown, self._commit_unknown = self._commit_unknown, True
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             # `Rescuer.expire_worker` locks the worker first and then its deliveries, as here.
             renewed = {
                 worker: self._queries.run(connection, "renew_lease", worker=dashed(worker)).rowcount
@@ -146,8 +147,12 @@ class WorkerQueue:
         Two transactions that finish the last two deliveries of a message cannot see each other.
         """
         pairs = list(zip(completions, results, strict=True))
-        unsure = {c.queue_id for c, r in pairs if r.state in _WITHOUT_DSN and not r.body_deletable}
-        deletable = set(deletable_bodies(self._engine, unsure))
+        unsure = {
+            c.queue_id
+            for c, r in pairs
+            if r.state in _WITHOUT_DSN and not r.body_deletable and not c.in_journal
+        }
+        deletable = set(deletable_bodies(self.engine, unsure))
         return [
             replace(r, body_deletable=True)
             if c.queue_id in deletable and r.state in _WITHOUT_DSN
@@ -253,8 +258,10 @@ class WorkerQueue:
 
 def _claim(row: Any) -> Claim:
     """A row of a claim; SQLite has no arrays, so there the recipients are JSON."""
-    columns, listed = list(row), row.recipients
+    *columns, segment, position = row
+    listed = row.recipients
     columns[6] = tuple(json.loads(listed) if isinstance(listed, str) else listed or ())
+    columns.append(Place(segment, position) if segment else None)
     return Claim(*columns)
 
 
@@ -265,7 +272,8 @@ def _keys(keys: Iterable[Key]) -> list[dict[str, Any]]:
 def _result(completion: Completion, row: _Recorded) -> CompletionResult:
     """A K holds for every claim; another state only for the claim that made it."""
     if row.claim == completion.claim or row.state == State.DELIVERED:
-        return CompletionResult(State(row.state), bool(row.body_deletable))
+        deletable = bool(row.body_deletable) and not completion.in_journal
+        return CompletionResult(State(row.state), deletable)
     return CompletionResult(None, body_deletable=False)
 
 
@@ -281,9 +289,10 @@ def _completion_row(completion: Completion) -> dict[str, Any]:
         "claim": completion.claim,
         "state": completion.state,
         "delay": completion.delay,
-        "backoff_step": completion.backoff_step,
+        "deferrals": completion.deferrals,
         "outcome": completion.outcome,
         "reply": completion.reply,
         "server": completion.server,
         "waiting_for": completion.waiting_for,
+        "in_journal": completion.in_journal,
     }

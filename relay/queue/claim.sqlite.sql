@@ -51,9 +51,12 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
         SELECT r.address FROM recipients r
         WHERE r.queue_id = deliveries.queue_id AND r.delivery = deliveries.number
         ORDER BY r.position)) AS recipients,
-    backoff_step, crash_count,
+    deferrals, crash_count,
     (SELECT (now - m.received_at) / 1000000.0 FROM clock, messages m
-     WHERE m.id = deliveries.queue_id) AS received_ago;
+     WHERE m.id = deliveries.queue_id) AS received_ago,
+    (SELECT replace(m.segment, '-', '') FROM messages m
+     WHERE m.id = deliveries.queue_id) AS segment,
+    (SELECT m.position FROM messages m WHERE m.id = deliveries.queue_id) AS position;
 
 -- name: claim_overdue
 -- Claims overdue deliveries of a route, the longest due first. :fresh of them were never claimed
@@ -93,17 +96,22 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
         SELECT r.address FROM recipients r
         WHERE r.queue_id = deliveries.queue_id AND r.delivery = deliveries.number
         ORDER BY r.position)) AS recipients,
-    backoff_step, crash_count,
+    deferrals, crash_count,
     (SELECT (now - m.received_at) / 1000000.0 FROM clock, messages m
-     WHERE m.id = deliveries.queue_id) AS received_ago;
+     WHERE m.id = deliveries.queue_id) AS received_ago,
+    (SELECT replace(m.segment, '-', '') FROM messages m
+     WHERE m.id = deliveries.queue_id) AS segment,
+    (SELECT m.position FROM messages m WHERE m.id = deliveries.queue_id) AS position;
 
 -- name: complete
 -- Records attempts and the next state of each claim. A completion is fenced by worker and claim
 -- number, except that a K makes the delivery `delivered` from any state. When a pending operation
 -- takes effect, the reason is the operator's, because the server replied to something else. A DSN
 -- is pending if there is a sender, or if the message was a DSN, which may be made again with less.
+-- A delivery whose body does not verify is this relay's fault, so it never expires for that.
 -- The last column: whether the body can be deleted, by the rows as they are after each change. (It
--- asks the table, because SQLite 3.40 answers `due_at IS NULL` wrongly in RETURNING.)
+-- asks the table, because SQLite 3.40 answers `due_at IS NULL` wrongly in RETURNING.) For a body in
+-- the journal that is not asked, because a segment is removed as a whole.
 INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at,
     finished_at, outcome, reply, bytes_sent)
 SELECT value ->> '$.queue_id', value ->> '$.delivery', value ->> '$.claim',
@@ -116,12 +124,12 @@ ON CONFLICT DO NOTHING;
 WITH x AS MATERIALIZED (
     SELECT value ->> '$.worker' AS worker, value ->> '$.queue_id' AS queue_id,
         value ->> '$.number' AS number, value ->> '$.claim' AS claim, value ->> '$.state' AS state,
-        value ->> '$.delay' AS delay, value ->> '$.backoff_step' AS backoff_step,
+        value ->> '$.delay' AS delay, value ->> '$.deferrals' AS deferrals,
         value ->> '$.outcome' AS outcome, value ->> '$.reply' AS reply,
         value ->> '$.server' AS server, value ->> '$.waiting_for' AS waiting_for
     FROM json_each(:completions)
 ), p AS MATERIALIZED (
-    SELECT d.queue_id, d.number, x.delay, x.backoff_step, x.outcome, x.reply, x.server,
+    SELECT d.queue_id, d.number, x.delay, x.deferrals, x.outcome, x.reply, x.server,
         x.waiting_for,
         -- event: completed, pending operation, late K
         CASE WHEN x.outcome = 'delivered' THEN 'delivered'
@@ -129,7 +137,8 @@ WITH x AS MATERIALIZED (
              WHEN d.pending_operation = 'drop' THEN 'dropped'
              WHEN d.pending_operation = 'bounce' THEN 'bounced'
              WHEN d.pending_operation IS NOT NULL THEN 'queued'
-             WHEN x.state = 'deferred' AND d.expires_at <= (SELECT now FROM clock) THEN 'expired'
+             WHEN x.state = 'deferred' AND d.expires_at <= (SELECT now FROM clock)
+                 AND coalesce(x.outcome, '') <> 'unsendable' THEN 'expired'
              ELSE x.state END AS final
     FROM x JOIN deliveries d ON d.queue_id = x.queue_id AND d.number = x.number
     WHERE (d.state = 'sending' AND d.worker = x.worker AND d.claim_count = x.claim)
@@ -150,7 +159,7 @@ SET state = p.final,
     worker = NULL, pending_operation = NULL, pending_reason = NULL,
     crash_count = CASE WHEN coalesce(p.outcome, 'unreachable') = 'unreachable'
         THEN crash_count ELSE 0 END,
-    backoff_step = p.backoff_step,
+    deferrals = p.deferrals,
     last_outcome = coalesce(p.outcome, last_outcome),
     last_reply = CASE
         WHEN pending_operation IN ('hold', 'drop', 'bounce') AND p.final <> 'delivered'
@@ -165,11 +174,15 @@ SET state = p.final,
     waiting_for = CASE WHEN p.final = 'deferred' THEN p.waiting_for END
 FROM p WHERE deliveries.queue_id = p.queue_id AND deliveries.number = p.number
 RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, state,
-    NOT EXISTS (
-        SELECT 1 FROM deliveries o
-        WHERE o.queue_id = deliveries.queue_id
-            AND (o.state IN ('queued', 'sending', 'deferred', 'held') OR o.due_at IS NOT NULL)
-    ) AS body_deletable;
+    CASE WHEN queue_id IN (
+            SELECT value ->> '$.queue_id' FROM json_each(:completions)
+            WHERE NOT value ->> '$.in_journal')
+        THEN NOT EXISTS (
+            SELECT 1 FROM deliveries o
+            WHERE o.queue_id = deliveries.queue_id
+                AND (o.state IN ('queued', 'sending', 'deferred', 'held')
+                    OR o.due_at IS NOT NULL))
+        ELSE 0 END AS body_deletable;
 
 -- name: recorded_states
 -- The states of deliveries that a completion did not change, or that were split after it.

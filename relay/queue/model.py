@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
+from relay.spool.journal.format import Place
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A delivery that this worker may send, with its envelope. `claim` is the number of the claim;
-    `received_ago` is in seconds."""
+    `received_ago` is in seconds; `place` is that of the body in the journal (None: a file)."""
 
     queue_id: str
     number: int
@@ -26,9 +27,10 @@ class Claim:
     sender: str
     size: int
     recipients: tuple[str, ...]
-    backoff_step: int
+    deferrals: int
     crash_count: int
     received_ago: float
+    place: Place | None = None
 
 
 class Attempt(NamedTuple):
@@ -48,7 +50,11 @@ class Attempt(NamedTuple):
 
 @dataclass(slots=True)
 class Completion:
-    """The outcome of a claim: the next state of the delivery, due after `delay` seconds."""
+    """The outcome of a claim: the next state of the delivery, due after `delay` seconds.
+
+    `in_journal`: a body there is not deleted by itself, so the database need not say whether it can
+    be.
+    """
 
     worker: str
     queue_id: str
@@ -59,9 +65,10 @@ class Completion:
     reply: str
     server: str | None = None
     delay: float = 0.0
-    backoff_step: int = 0
+    deferrals: int = 0
     attempts: list[Attempt] = field(default_factory=list)
     waiting_for: str | None = None  # the delivery becomes due when this works again
+    in_journal: bool = False
 
     @property
     def key(self) -> tuple[str, int]:

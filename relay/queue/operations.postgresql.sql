@@ -6,7 +6,7 @@ UPDATE deliveries AS d SET pending_operation = 'retry', pending_reason = :why
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
 WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: retry
-UPDATE deliveries AS d SET state = 'queued', due_at = now(), backoff_step = 0
+UPDATE deliveries AS d SET state = 'queued', due_at = now(), deferrals = 0
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
 WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state = 'deferred';
@@ -28,7 +28,7 @@ FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
 WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: release
 UPDATE deliveries AS d
-SET state = 'queued', due_at = now(), backoff_step = 0, crash_count = 0
+SET state = 'queued', due_at = now(), deferrals = 0, crash_count = 0
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
 WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state = 'held';
@@ -66,11 +66,11 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
 -- routes of today: a delivery that is not held is tried at once.
 -- event: reroute
 UPDATE deliveries AS d
-SET state = 'queued', due_at = now(), backoff_step = 0
+SET state = 'queued', due_at = now(), deferrals = 0
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
 WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state IN ('queued', 'deferred');
-UPDATE deliveries AS d SET backoff_step = 0
+UPDATE deliveries AS d SET deferrals = 0
 FROM json_to_recordset(CAST(:keys AS json)) AS x(queue_id uuid, number int)
 WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'held';
 

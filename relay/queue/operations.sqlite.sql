@@ -7,7 +7,7 @@ FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
 WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: retry
-UPDATE deliveries AS d SET state = 'queued', due_at = (SELECT now FROM clock), backoff_step = 0
+UPDATE deliveries AS d SET state = 'queued', due_at = (SELECT now FROM clock), deferrals = 0
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
 WHERE d.queue_id = x.queue_id AND d.number = x.number
@@ -33,7 +33,7 @@ FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
 WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'sending';
 -- event: release
 UPDATE deliveries AS d
-SET state = 'queued', due_at = (SELECT now FROM clock), backoff_step = 0, crash_count = 0
+SET state = 'queued', due_at = (SELECT now FROM clock), deferrals = 0, crash_count = 0
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
 WHERE d.queue_id = x.queue_id AND d.number = x.number
@@ -77,12 +77,12 @@ WHERE d.queue_id = x.queue_id AND d.number = x.number
 -- routes of today: a delivery that is not held is tried at once.
 -- event: reroute
 UPDATE deliveries AS d
-SET state = 'queued', due_at = (SELECT now FROM clock), backoff_step = 0
+SET state = 'queued', due_at = (SELECT now FROM clock), deferrals = 0
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
 WHERE d.queue_id = x.queue_id AND d.number = x.number
     AND d.state IN ('queued', 'deferred');
-UPDATE deliveries AS d SET backoff_step = 0
+UPDATE deliveries AS d SET deferrals = 0
 FROM (SELECT value ->> '$.queue_id' AS queue_id, value ->> '$.number' AS number
     FROM json_each(:keys)) AS x
 WHERE d.queue_id = x.queue_id AND d.number = x.number AND d.state = 'held';

@@ -84,8 +84,9 @@ LATE_K = "late K"
 TRANSITIONS = tuple(
     Transition(event, before, after)
     for event, sources, targets in (
-        # smtpd and the DSN generator insert a message.
+        # smtpd and the DSN generator insert a message, or `fsck --rebuild` does, which holds it.
         ("accepted", (None,), (State.QUEUED,)),
+        ("accepted on hold", (None,), (State.HELD,)),
         # A worker claims a delivery, or gives back a claim that it may not know of.
         ("claimed", (State.QUEUED,), (State.SENDING,)),
         ("claim returned", (State.SENDING,), (State.QUEUED,)),

@@ -22,7 +22,8 @@ LIMIT 5;
 -- name: message
 SELECT replace(CAST(id AS text), '-', '') AS queue_id, sender, size, received_at, client_address,
        helo, protocol, auth_user, header_message_id, body_type, ret, envid,
-       replace(CAST(dsn_of AS text), '-', '') AS dsn_of, dsn_content
+       replace(CAST(dsn_of AS text), '-', '') AS dsn_of, dsn_content,
+       replace(CAST(segment AS text), '-', '') AS segment, position
 FROM messages
 WHERE id = CAST(:id AS uuid);
 
@@ -34,7 +35,7 @@ ORDER BY position;
 
 -- name: deliveries
 SELECT number, parent, route, state, due_at, expires_at, claim_count,
-       replace(CAST(worker AS text), '-', '') AS worker, backoff_step, crash_count,
+       replace(CAST(worker AS text), '-', '') AS worker, deferrals, crash_count,
        pending_operation, last_outcome, last_reply, reason_source, last_server, dsn_withheld,
        finished_at
 FROM deliveries

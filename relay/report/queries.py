@@ -77,12 +77,12 @@ class Reader:
     such as `servers`, are only read by their name."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
         self._queries = Queries(engine, type(self).__module__)
 
     def read(self, name: str, **parameters: Any) -> list[Row]:
         """All rows of a named statement."""
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             return list(as_rows(self._queries.run(connection, name, **parameters)))
 
 
@@ -114,7 +114,7 @@ class QueueReader(Reader):
             return
         # PostgreSQL plans a cursor as if a tenth of its rows were filter_. Where few rows match, it
         # would scan all messages.
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             rows = list(as_rows(connection.execute(text(sql), parameters)))
         yield from rows
 
@@ -130,7 +130,7 @@ class QueueReader(Reader):
         down_to: str | None = None,
     ) -> tuple[str, dict[str, Any]]:
         """The statement that reads these columns as `rows` does, and its parameters."""
-        database = self._engine.dialect.name
+        database = self.engine.dialect.name
         where, parameters = filter_.where(database)
         view = "mail_history" if finished or filter_.is_history() else "mail_queue"
         behind, order = ("<", "DESC") if newest else (">", "ASC")
@@ -156,7 +156,7 @@ class QueueReader(Reader):
         return f"{sql} LIMIT :most", parameters | {"most": limit}
 
     def _definition(self, view: str) -> str:
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             return str(self._queries.run(connection, "view_definition", view=view).scalar())
 
     def lines(
@@ -172,9 +172,9 @@ class QueueReader(Reader):
         `objects`: each line is a JSON object, without a line of names. The database makes the
         lines: in Python each column costs more than finding the row.
         """
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             names = tuple(self._queries.run(connection, "listed_columns").keys())
-        database = self._engine.dialect.name
+        database = self.engine.dialect.name
         time = SPELLINGS[database].time
         values = [time.format(name) if name.endswith("_at") else name for name in names]
         named = list(zip(names, values, strict=True))
@@ -196,7 +196,7 @@ class QueueReader(Reader):
     def _copied(self, sql: str, parameters: dict[str, Any]) -> Iterator[str]:
         """The only column of a query, streamed by COPY: the server goes on while we work, where a
         cursor waits for each batch to be asked for."""
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             # COPY is one statement, so the limit for statements would end it.
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{LIST_TIMEOUT}s'")
             query = f"COPY ({text(sql).compile(dialect=connection.dialect)}) TO STDOUT"
@@ -239,7 +239,7 @@ class QueueReader(Reader):
 
     @contextmanager
     def _streamed(self, sql: str, parameters: dict[str, Any]) -> Iterator[CursorResult[Any]]:
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             streaming = connection.execution_options(stream_results=True, max_row_buffer=1000)
             with streaming.execute(text(sql), parameters) as result:
                 yield result

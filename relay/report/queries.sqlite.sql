@@ -23,7 +23,8 @@ LIMIT 5;
 -- name: message
 SELECT replace(id, '-', '') AS queue_id, sender, size, received_at, client_address, helo, protocol,
        auth_user, header_message_id, body_type, ret, envid, replace(dsn_of, '-', '') AS dsn_of,
-       dsn_content
+       dsn_content,
+       replace(segment, '-', '') AS segment, position
 FROM messages
 WHERE id = :id;
 
@@ -35,7 +36,7 @@ ORDER BY position;
 
 -- name: deliveries
 SELECT number, parent, route, state, due_at, expires_at, claim_count,
-       replace(worker, '-', '') AS worker, backoff_step, crash_count, pending_operation,
+       replace(worker, '-', '') AS worker, deferrals, crash_count, pending_operation,
        last_outcome, last_reply, reason_source, last_server, dsn_withheld, finished_at
 FROM deliveries
 WHERE queue_id = :id

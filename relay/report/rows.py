@@ -33,7 +33,7 @@ class DeliveryRow:
     expires_at: datetime
     claim_count: int
     worker: str | None
-    backoff_step: int
+    deferrals: int
     crash_count: int
     pending_operation: str | None
     last_outcome: str | None
@@ -62,7 +62,8 @@ class AttemptRow:
 
 @dataclass(frozen=True, slots=True)
 class MessageRow:
-    """A message with what belongs to it, each in the order of its numbers."""
+    """A message with what belongs to it, each in the order of its numbers. `segment` and
+    `position` are the place of its body in the journal; None if a file has it."""
 
     queue_id: str
     sender: str
@@ -78,6 +79,8 @@ class MessageRow:
     envid: str | None
     dsn_of: str | None
     dsn_content: str | None
+    segment: str | None
+    position: int | None
     recipients: list[RecipientRow]
     deliveries: list[DeliveryRow]
     attempts: list[AttemptRow]

@@ -1,10 +1,11 @@
-"""The spool: one file for each message body, with the bytes that QMQP carries (LF line ends).
+"""The spool: the directory of the journal, and of the bodies that have files of their own.
 
-A file is named by the queue id and stands in a directory that is named by the id's first eight hex
-digits, so that the arrivals of about a minute share one. The spool's identity stands in `spool-id`
-and in the table `spool`; a worker that finds another identity stops, because every body would look
-lost. All calls work relative to a descriptor of the directory, because a path whose file system was
-unmounted names the bare mount point.
+Large bodies and DSNs have such files: the bytes that QMQP carries (LF line ends), then a trailer
+(`relay.spool.trailer`). A file is named by the queue id and stands in a directory that is named by
+the id's first eight hex digits, so that the arrivals of about a minute share one. The spool's
+identity stands in `spool-id` and in the table `spool`; a worker that finds another identity stops,
+because every body would look lost. All calls work relative to a descriptor of the directory,
+because a path whose file system was unmounted names the bare mount point.
 
 What must stay true: a body that returned from `store` or `finish` survives a power failure; one
 that failed leaves nothing behind; a synced file is never changed.
@@ -16,22 +17,29 @@ import re
 import stat
 import threading
 import weakref
+import zlib
 from collections.abc import Buffer, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from sqlalchemy import Engine
 
+from qmqp.body import BodyFile
 from relay.db.engine import writing
 from relay.db.sql import Queries
 from relay.ids import dashed, new_id
+from relay.spool.journal.directory import DIRECTORY, JournalDirectory
+from relay.spool.journal.reader import JournalReader
+from relay.spool.trailer import encode_trailer, read_trailer
 
 SYNC_EVERY = 8 << 20
 _DIRECTORY_DIGITS = 8
 _DIRECTORY_NAME = re.compile(rf"[0-9a-f]{{{_DIRECTORY_DIGITS}}}")
 _FILE_NAME = re.compile(r"[0-9a-f]{32}")
 _VOLATILE = {"tmpfs", "ramfs"}
+NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "9p"}
+"""File systems that several machines may share, where a lost lock does not prove a death."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _IDENTITY = "spool-id"
@@ -43,7 +51,7 @@ class SpoolError(Exception):
 
 
 class BodyUnsendable(Exception):
-    """The body can never be sent as it is: the file is missing, or has not the size of the row."""
+    """The body cannot be sent as it is: it is missing, damaged, or has not the size of the row."""
 
 
 @contextmanager
@@ -66,49 +74,45 @@ def _identity_in(root: int) -> str:
 
 
 class BodyWriter:
-    """A body that is being written. Calls block; one caller at a time.
+    """A body file that is being written. Calls block; one caller at a time.
 
-    `sync_directory` syncs the directory of the file; it returns the error, if there is one.
+    `sync_directory` syncs the directory of the file; it raises OSError.
     """
 
     def __init__(
-        self, root: int, name: str, handle: int, sync_directory: Callable[[str], OSError | None]
+        self, root: int, name: str, handle: int, sync_directory: Callable[[str], None]
     ) -> None:
         self._root = root
         self._name = name
         self._handle = handle
         self._sync_directory = sync_directory
         self._unsynced = 0
+        self._checksum = 0
         self.size = 0
 
     def append(self, data: Buffer) -> None:
-        """Write more; raises OSError, and then the file is gone."""
+        """Write more of the body; raises OSError, and then the file is gone."""
         try:
-            rest = memoryview(data)
-            self.size += len(rest)
-            self._unsynced += len(rest)
-            while rest:
-                rest = rest[os.write(self._handle, rest) :]
+            self._write(data)
+            self.size += len(memoryview(data))
+            self._unsynced += len(memoryview(data))
+            self._checksum = zlib.crc32(data, self._checksum)
             if self._unsynced >= SYNC_EVERY:
                 os.fdatasync(self._handle)
                 # The next reader is the worker: free the page cache while the rest arrives.
-                self.begin_sync()
+                os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
                 self._unsynced = 0
         except OSError:
             self.discard()
             raise
 
-    def begin_sync(self) -> None:
-        """Make the kernel begin to write, without waiting for it."""
-        os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def finish(self) -> int:
-        """Sync file and directory, and close; the size in bytes. Raises OSError, and then the file
-        is gone."""
+    def finish(self, envelope: bytes) -> int:
+        """Write the trailer with the envelope, sync file and directory, and close; the size of the
+        body. Raises OSError, and then the file is gone."""
         try:
+            self._write(encode_trailer(self.size, self._checksum, envelope))
             os.fdatasync(self._handle)
-            if error := self._sync_directory(os.path.dirname(self._name)):
-                raise error
+            self._sync_directory(os.path.dirname(self._name))
         except OSError:
             self.discard()
             raise
@@ -121,6 +125,11 @@ class BodyWriter:
             self._close()
             with suppress(OSError):  # the cleaner removes it later
                 os.unlink(self._name, dir_fd=self._root)
+
+    def _write(self, data: Buffer) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._handle, rest) :]
 
     def _close(self) -> None:
         """An error of `close` tells nothing new: the file is synced, or is going to be removed."""
@@ -139,6 +148,21 @@ class Spool:
         self._opening = threading.Lock()
         if handle is not None:
             self._hold(handle)
+
+    @classmethod
+    def known(cls, directory: Path, *, unsafe: bool = False) -> "Spool | None":
+        """The spool of a directory that has been used before; None for any other directory.
+
+        Raises SpoolError if it cannot be used.
+        """
+        spool = cls(directory)
+        try:
+            if not spool.identity or DIRECTORY not in os.listdir(spool.handle):
+                return None
+        except OSError:
+            return None
+        spool._check_usable(unsafe=unsafe)
+        return spool
 
     @property
     def handle(self) -> int:
@@ -167,7 +191,7 @@ class Spool:
             self._handle = os.dup(handle)
             weakref.finalize(self, os.close, self._handle).atexit = False
 
-    def _checked_handle(self) -> int:
+    def checked_handle(self) -> int:
         """The descriptor; raises OSError unless the path still leads to this spool, where readers
         will look for a body.
 
@@ -192,58 +216,28 @@ class Spool:
                 str(self.directory),
             )
 
+    @cached_property
+    def segments(self) -> JournalReader:
+        """Reads the bodies in the journal."""
+        return JournalReader(JournalDirectory(self.handle))
+
     def path(self, queue_id: str) -> Path:
-        """The path of the body of a message."""
+        """The path of the body file of a message."""
         return self.directory / self._name(queue_id)
 
     def _name(self, queue_id: str) -> str:
         return f"{queue_id[:_DIRECTORY_DIGITS]}/{queue_id}"
 
-    def store(self, queue_id: str, parts: Sequence[bytes]) -> int:
-        """Create, write and sync a small body; its size in bytes. Raises OSError, and then nothing
-        is left of it."""
-        (result,) = self.store_all([(queue_id, parts)])
-        if isinstance(result, OSError):
-            raise result
-        return result
-
-    def store_all(self, bodies: Sequence[tuple[str, Sequence[bytes]]]) -> list[int | OSError]:
-        """Create, write and sync small bodies together; the size of each, or the error that left
-        nothing of it.
-
-        The kernel begins to write all of them before the first sync waits, so one commit of the
-        file system's journal does for many. This takes half of the CPU of a sync at a time, in
-        parallel or not. Each directory is synced once, after its first file.
-        """
-        try:
-            root = self._checked_handle()
-        except OSError as error:
-            return [error] * len(bodies)
-        sync_directory = cache(self._sync_directory)
-        written: list[BodyWriter | OSError] = []
-        for queue_id, parts in bodies:
-            try:
-                body = self._create(root, queue_id, sync_directory)
-                body.append(b"".join(parts))
-                body.begin_sync()
-                written.append(body)
-            except OSError as error:
-                written.append(error)
-        results: list[int | OSError] = []
-        for one in written:
-            try:
-                results.append(one.finish() if isinstance(one, BodyWriter) else one)
-            except OSError as error:
-                results.append(error)
-        return results
+    def store(self, queue_id: str, parts: Sequence[bytes], envelope: bytes = b"") -> int:
+        """Create, write and sync a body file; the size of the body. `envelope` is what
+        `fsck --rebuild` makes its rows from. Raises OSError, and then nothing is left of it."""
+        body = self.create(queue_id)
+        body.append(b"".join(parts))
+        return body.finish(envelope)
 
     def create(self, queue_id: str) -> BodyWriter:
-        """Start a body; raises OSError (FileExistsError for an id that has one)."""
-        return self._create(self._checked_handle(), queue_id, self._sync_directory)
-
-    def _create(
-        self, root: int, queue_id: str, sync_directory: Callable[[str], OSError | None]
-    ) -> BodyWriter:
+        """Start a body file; raises OSError (FileExistsError for an id that has one)."""
+        root = self.checked_handle()
         directory, name = queue_id[:_DIRECTORY_DIGITS], self._name(queue_id)
         while True:
             if self._synced != directory:  # another process may have made it and not synced it
@@ -252,27 +246,23 @@ class Spool:
                 os.fsync(root)
                 self._synced = directory
             try:
-                return BodyWriter(
-                    root, name, os.open(name, _NEW, 0o600, dir_fd=root), sync_directory
-                )
+                handle = os.open(name, _NEW, 0o600, dir_fd=root)
             except FileNotFoundError:
                 if not self._synced:
                     raise
                 self._synced = ""  # the cleaner has removed it since
+            else:
+                return BodyWriter(root, name, handle, self._sync_directory)
 
-    def _sync_directory(self, name: str) -> OSError | None:
-        """Sync a directory of bodies; the error, if there is one. An error is not a matter for
-        another try, because the kernel reports it once."""
-        try:
-            with _opened(name, self.handle) as handle:
-                os.fsync(handle)
-        except OSError as error:
-            return error
-        return None
+    def _sync_directory(self, name: str) -> None:
+        """Sync a directory of bodies. An error is not a matter for another try, because the kernel
+        reports it once."""
+        with _opened(name, self.handle) as handle:
+            os.fsync(handle)
 
-    def open(self, queue_id: str, size: int) -> int:
-        """A read-only file descriptor; raises BodyUnsendable, or OSError if the fault is not the
-        body's.
+    def open(self, queue_id: str, size: int) -> BodyFile:
+        """The body of a message that has a file, opened for reading; raises BodyUnsendable, or
+        OSError if the fault is not the body's.
 
         After a fault the identity of the directory is checked, and the body is opened again: the
         directory may have been mounted in between.
@@ -280,20 +270,24 @@ class Spool:
         try:
             return self._open(queue_id, size)
         except BodyUnsendable:
-            self._check_identity(self._checked_handle())
+            self.check()
         return self._open(queue_id, size)
 
-    def _open(self, queue_id: str, size: int) -> int:
+    def check(self) -> None:
+        """Raise OSError unless this is the right spool and its path leads to it."""
+        self._check_identity(self.checked_handle())
+
+    def _open(self, queue_id: str, size: int) -> BodyFile:
         for name in self._names(queue_id):
             try:
                 handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.handle)
             except FileNotFoundError:
                 continue
-            actual = os.fstat(handle).st_size
-            if actual == size:
-                return handle
-            os.close(handle)
-            raise BodyUnsendable(f"the body file has {actual} bytes, not {size}")
+            try:
+                return _checked(handle, size)
+            except BaseException:
+                os.close(handle)
+                raise
         raise BodyUnsendable(f"no body file {queue_id}")
 
     def _names(self, queue_id: str) -> tuple[str, str]:
@@ -379,6 +373,8 @@ class Spool:
                 if known is None:
                     self._identity = self._identity or self._write_identity()
                     queries.run(connection, "insert_identity", id=dashed(self._identity))
+                if known in (None, self._identity):
+                    JournalDirectory(self.handle).make()
             except OSError as error:
                 mount = (
                     "; this database has a spool: mount it. Nothing was touched" if known else ""
@@ -417,6 +413,19 @@ class Spool:
         os.replace(temporary, _IDENTITY, src_dir_fd=root, dst_dir_fd=root)
         os.fsync(root)
         return identity
+
+
+def _checked(handle: int, size: int) -> BodyFile:
+    """The body of `size` octets that an open file holds; raises BodyUnsendable. A file of an
+    earlier version has no trailer."""
+    actual = os.fstat(handle).st_size
+    if actual == size:
+        return BodyFile(handle, size)
+    trailer = read_trailer(handle)
+    if trailer is None or trailer.size != size:
+        found = actual if trailer is None else trailer.size
+        raise BodyUnsendable(f"the body file has {found} bytes, not {size}")
+    return BodyFile(handle, size, trailer.checksum)
 
 
 def file_system(directory: Path) -> str:

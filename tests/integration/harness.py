@@ -71,7 +71,6 @@ class QueueHarness:
             self.database,
             lifetime=self.settings.queue_lifetime,
             grace=self.settings.grace,
-            delay_warning=self.settings.delay_warning,
         )
         self.worker_queue = self.another_worker_queue()
         self.rescuer = Rescuer(self.database, self.settings)
@@ -99,8 +98,13 @@ class QueueHarness:
     def accept(self, *addresses: str, **more: Any) -> str:
         """Accept `new_message`; its queue id."""
         message = new_message(*addresses, **more)
-        self.acceptor.commit([message])
+        self.insert([message])
         return message.id
+
+    def insert(self, messages: Sequence[NewMessage]) -> None:
+        """Accept messages whose bodies are files."""
+        with writing(self.database) as connection:
+            self.acceptor.insert(connection, messages, delay_warning=self.settings.delay_warning)
 
     def claim(
         self,
@@ -277,9 +281,11 @@ class EngineHarness(QueueHarness):
         )
         if has_lock:
             with self.database.begin() as connection:
-                self.acceptor.insert(connection, [message])
+                self.acceptor.insert(
+                    connection, [message], delay_warning=self.settings.delay_warning
+                )
         else:
-            self.acceptor.commit([message])
+            self.insert([message])
         return queue_id
 
     def engine(self, *, servers: ServerPool | None = None) -> Engine:

@@ -1,8 +1,7 @@
-"""Acceptance on both databases: all of a message or nothing, once however often it is committed,
-and a bad row fails alone."""
+"""Acceptance on both databases: all of a message or nothing, and once however often it is
+committed."""
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,43 +10,41 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from relay.db.engine import TooLate
-from relay.db.group_commit import CommitThread, CommitUnknown
 from relay.ids import new_id
-from relay.queue.accept import NewMessage
+from relay.queue.accept import (
+    Acceptor,
+    EncodedMessage,
+    NewMessage,
+    SegmentSpan,
+    encode,
+    routes_of,
+)
 from relay.queue.outcome import Outcome
-from tests.integration.harness import QueueHarness, new_message, opened
-from tests.services import Postgres
+from tests.integration.harness import QueueHarness, new_message
 from tests.waiting import until
 
 
-class AcceptHarness:
-    """A writer of messages, and its results by id. A second result for an id is an error."""
+class JournalHarness:
+    """A segment of a journal, without a file, whose messages an acceptor commits."""
 
     def __init__(self, queue: QueueHarness) -> None:
-        self.answers: dict[str, Any] = {}
-        self.rounds: list[int] = []
-        self.writer: CommitThread[NewMessage, None] = CommitThread(
-            "test",
-            queue.acceptor.commit,
-            post=lambda call: call(),
-            observe=lambda n, _: self.rounds.append(n),
-        )
+        self.acceptor = Acceptor(queue.database, lifetime=1000.0, grace=5.0)
+        self.segment, self.end = new_id(), 4096
+        self.acceptor.open_segment(self.segment, self.end)
 
-    def put(self, message: NewMessage, deadline: float | None = None) -> None:
-        def done(answer: Exception | None) -> None:
-            assert message.id not in self.answers
-            self.answers[message.id] = answer
+    def batch(self, *messages: NewMessage) -> tuple[list[EncodedMessage], SegmentSpan]:
+        """What `commit` takes for messages that were appended now."""
+        encoded = [
+            EncodedMessage(encode(message), self.end + n) for n, message in enumerate(messages, 1)
+        ]
+        span = SegmentSpan(self.segment, self.end, self.end + 4096)
+        self.end = span.end
+        return encoded, span
 
-        self.writer.put(message, done, deadline)
 
-    def take(self, *messages: NewMessage) -> dict[str, Any]:
-        """Put these in one round and wait for the answers."""
-        for message in messages:
-            self.put(message)
-        self.writer.start()
-        assert self.writer.close(30)
-        return self.answers
+@pytest.fixture
+def journal(queue: QueueHarness) -> JournalHarness:
+    return JournalHarness(queue)
 
 
 def counts(queue: QueueHarness) -> list[int]:
@@ -77,7 +74,7 @@ def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
     message.recipients[0] = message.recipients[0]._replace(
         notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org"
     )
-    queue.acceptor.commit([message])
+    queue.insert([message])
     (row,) = queue.rows(
         "SELECT m.*, @since(received_at) AS ago, @hex(dsn_of) AS about FROM messages m"
         " WHERE id = @id(:id)",
@@ -120,53 +117,85 @@ def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
     assert first["expires_in"] == pytest.approx(queue.settings.queue_lifetime, abs=30)
 
 
-def test_a_message_that_is_committed_twice_is_accepted_once(queue: QueueHarness) -> None:
+def test_a_message_of_the_journal_has_its_place_and_its_age(
+    queue: QueueHarness, journal: JournalHarness
+) -> None:
+    messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(2)]
+    journal.acceptor.commit(*journal.batch(*messages), age=100.0)
+    rows = queue.rows(
+        "SELECT @hex(segment) AS segment, position, @since(received_at) AS ago"
+        " FROM messages ORDER BY position"
+    )
+    assert [(row["segment"], row["position"]) for row in rows] == [
+        (journal.segment, 4097),
+        (journal.segment, 4098),
+    ]
+    assert all(100 <= row["ago"] < 160 for row in rows)
+    delivery = queue.delivery(messages[0].id)
+    assert delivery["expires_in"] == pytest.approx(900, abs=30), "its lifetime runs since then"
+    assert delivery["due_in"] == pytest.approx(5, abs=4)
+
+
+def test_a_message_that_is_committed_twice_is_accepted_once(
+    queue: QueueHarness, journal: JournalHarness
+) -> None:
     messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
-    queue.acceptor.commit(messages)
+    batch = journal.batch(*messages)
+    journal.acceptor.commit(*batch)
     queue.complete(queue.claim(messages[0].id)[0], Outcome.DELIVERED)
     before = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
-    queue.acceptor.commit([*messages, new_message()])
+    journal.acceptor.commit(*batch)
+    journal.acceptor.commit(*journal.batch(new_message()))
     after = queue.rows("SELECT * FROM deliveries ORDER BY queue_id, number")
     assert after[:-1] == before, "also what is finished stays so"
     assert counts(queue) == [4, 7, 7]
 
 
+def test_the_routes_of_an_encoded_message() -> None:
+    message = new_message("x@example.org", "bulk:y@example.org", "z@example.org")
+    assert routes_of(encode(message)) == ("default", "bulk")
+
+
 def test_bytes_from_peers_cannot_break_the_transaction(queue: QueueHarness) -> None:
     long = "<" + "x" * 5000 + "@x>"
-    queue.acceptor.commit([new_message(helo="nul\0 and \udcff and é", header_message_id=long)])
+    queue.insert([new_message(helo="nul\0 and \udcff and é", header_message_id=long)])
     (row,) = queue.rows("SELECT helo, header_message_id FROM messages")
     assert row["helo"] == r"nul\x00 and \xff and \xc3\xa9"
     assert len(row["header_message_id"]) == 1000
 
 
-def test_one_bad_row_fails_alone(queue: QueueHarness) -> None:
-    good = [new_message() for _ in range(4)]
-    bad = new_message()._replace(sender=None)  # type: ignore[arg-type]
-    harness = AcceptHarness(queue)
-    answers = harness.take(*good[:2], bad, *good[2:])
-    assert [answers[m.id] for m in good] == [None] * 4
-    assert isinstance(answers[bad.id], DBAPIError)
-    assert harness.rounds == [5]
-    assert counts(queue) == [4, 4, 4]
-
-
-def test_values_that_only_postgresql_refuses_fail_alone_and_at_once(
-    postgres_queue: QueueHarness,
+def test_a_row_that_the_database_refuses_is_held_and_the_others_are_not(
+    queue: QueueHarness, journal: JournalHarness
 ) -> None:
-    good, nul = new_message(), new_message(sender="nul\0")
-    long = new_message(sender="".join(new_id() for _ in range(1000)))  # nothing that compresses
-    answers = AcceptHarness(postgres_queue).take(nul, good, long)
-    assert answers[good.id] is None
-    assert isinstance(answers[nul.id], DBAPIError)
-    assert isinstance(answers[long.id], DBAPIError), "too long for an index"
-    assert counts(postgres_queue) == [1, 1, 1]
+    """Its client has heard 250, so it must not be lost."""
+    long = "".join(new_id() for _ in range(1000))  # nothing that compresses
+    senders = ["good@x", "nul\0", long]
+    messages = [new_message(sender=sender) for sender in senders]
+    batch = journal.batch(*messages)
+    if queue.dialect.postgresql:
+        with pytest.raises(DBAPIError):
+            journal.acceptor.commit(*batch)
+        assert counts(queue) == [0, 0, 0]
+    journal.acceptor.commit_each(*batch)
+    assert counts(queue) == [3, 3, 3]
+    rows = queue.rows(
+        "SELECT m.sender, d.state, d.last_reply FROM messages m"
+        " JOIN deliveries d ON d.queue_id = m.id"
+    )
+    held = {row["sender"]: row["last_reply"] for row in rows if row["state"] == "held"}
+    assert [row["sender"] for row in rows if row["state"] == "queued"][:1] == ["good@x"]
+    if queue.dialect.postgresql:
+        assert {*held} == {r"nul\x00", long[:997] + "..."}
+        assert all("refused by the database" in reason for reason in held.values())
+    journal.acceptor.commit_each(*batch)
+    assert counts(queue) == [3, 3, 3]
 
 
 def test_all_of_a_message_or_nothing(queue: QueueHarness) -> None:
     message = new_message("x@example.org", "y@example.org")
     message.recipients[1] = message.recipients[1]._replace(route=None)  # type: ignore[arg-type]
     with pytest.raises(DBAPIError):
-        queue.acceptor.commit([message])
+        queue.insert([message])
     assert counts(queue) == [0, 0, 0]
 
 
@@ -204,84 +233,32 @@ def killed(queue: QueueHarness, *, after: bool) -> Iterator[None]:
 def test_an_unknown_commit_is_settled_by_the_same_statement(
     postgres_queue: QueueHarness, after: bool
 ) -> None:
-    messages = [new_message("x@example.org", "bulk:y@example.org") for _ in range(3)]
-    with killed(postgres_queue, after=after):
-        answers = AcceptHarness(postgres_queue).take(*messages)
-    assert answers == dict.fromkeys((m.id for m in messages), None)
+    journal = JournalHarness(postgres_queue)
+    batch = journal.batch(*[new_message("x@example.org", "bulk:y@example.org") for _ in range(3)])
+    with killed(postgres_queue, after=after), pytest.raises(OperationalError):
+        journal.acceptor.commit(*batch)
+    assert counts(postgres_queue) == ([3, 6, 6] if after else [0, 0, 0])
+    journal.acceptor.commit(*batch)
     assert counts(postgres_queue) == [3, 6, 6]
 
 
 def test_an_unknown_commit_whose_transaction_still_runs(postgres_queue: QueueHarness) -> None:
     """The repeat waits for the end of the first transaction, and then stores the message once in
     either case."""
-    queue = postgres_queue
-    kept, undone = new_message(), new_message()
-    for message, keep in ((kept, True), (undone, False)):
+    queue, journal = postgres_queue, JournalHarness(postgres_queue)
+    for keep in (True, False):
+        batch = journal.batch(new_message())
         first = queue.database.connect()
         first.begin()
-        queue.acceptor.insert(first, [message])
-        again = threading.Thread(target=queue.acceptor.commit, args=([message],))
+        moved = text("UPDATE segments SET committed_to = :end WHERE id = CAST(:id AS uuid)")
+        if keep:  # the whole statement, still without its COMMIT
+            journal.acceptor.insert_batch(first, *batch)
+        else:
+            first.execute(moved, {"end": batch[1].end, "id": journal.segment})
+        again = threading.Thread(target=journal.acceptor.commit, args=batch)
         again.start()
         until(lambda: queue.rows("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
         first.commit() if keep else first.rollback()
         first.close()
         again.join(20)
     assert counts(queue) == [2, 2, 2]
-
-
-def test_messages_wait_while_the_database_is_away(
-    postgres: Postgres, clean_postgres_url: str
-) -> None:
-    with opened(clean_postgres_url) as queue:
-        harness = AcceptHarness(queue)
-        postgres.stop()
-        harness.writer.start()
-        patient, hurried = new_message(), new_message()
-        harness.put(patient)
-        harness.put(hurried, deadline=0.0)
-        until(lambda: harness.answers)
-        assert isinstance(harness.answers[hurried.id], CommitUnknown)
-        assert harness.writer.committer.stuck
-        assert list(harness.answers) == [hurried.id]
-        postgres.start()
-        until(lambda: patient.id in harness.answers)
-        assert harness.answers[patient.id] is None
-        until(lambda: not harness.writer.committer.stuck)
-        assert harness.writer.close(10)
-
-
-def test_a_refusal_of_a_read_only_database_is_certain(
-    queue: QueueHarness,
-) -> None:
-    """No try came to a COMMIT, so its body need not stay."""
-    sql = (
-        "SET default_transaction_read_only = {}"
-        if queue.dialect.postgresql
-        else "PRAGMA query_only = {}"
-    )
-    mode = ["on"]
-
-    def prepare(connection: Any, *_: Any) -> None:
-        connection.execute(sql.format(mode[0]))
-        connection.commit()
-
-    queue.database.dispose()
-    event.listen(queue.database, "checkout", prepare)
-    harness = AcceptHarness(queue)
-    harness.writer.start()
-    patient, hurried = new_message(), new_message()
-    harness.put(patient)
-    harness.put(hurried, deadline=0.0)
-    until(lambda: harness.answers)
-    assert list(harness.answers) == [hurried.id]
-    assert isinstance(harness.answers[hurried.id], DBAPIError)
-    mode[0] = "off"
-    until(lambda: patient.id in harness.answers)
-    assert harness.writer.close(10)
-    assert [row["id"] for row in queue.rows("SELECT @hex(id) AS id FROM messages")] == [patient.id]
-
-
-def test_nothing_is_written_when_the_turn_comes_too_late(queue: QueueHarness) -> None:
-    with pytest.raises(TooLate):
-        queue.acceptor.commit([new_message()], time.monotonic() - 1)
-    assert counts(queue) == [0, 0, 0]

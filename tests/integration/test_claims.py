@@ -55,7 +55,7 @@ def test_a_claim_brings_the_envelope_and_belongs_to_one_worker(queue: QueueHarne
     queue_id = queue.accept(*recipients, sender="sender@example.com")
     (claim,) = queue.claim(queue_id)
     assert (claim.queue_id, claim.number, claim.claim, claim.route) == (queue_id, 1, 1, "default")
-    assert (claim.sender, claim.size, claim.crash_count, claim.backoff_step) == (
+    assert (claim.sender, claim.size, claim.crash_count, claim.deferrals) == (
         "sender@example.com",
         100,
         0,
@@ -143,10 +143,10 @@ def test_everything_is_claimed_once_by_concurrent_workers(queue: QueueHarness) -
 def test_every_outcome_is_recorded(queue: QueueHarness) -> None:
     for outcome in Outcome:
         queue_id, state = queue.accept(), OUTCOME_POLICY[outcome]
-        recorded = queue.complete(queue.claim(queue_id)[0], outcome, backoff_step=3)
+        recorded = queue.complete(queue.claim(queue_id)[0], outcome, deferrals=3)
         assert recorded == CompletionResult(state, body_deletable=state is State.DELIVERED)
         row = queue.delivery(queue_id)
-        assert (row["state"], row["worker"], row["pending_operation"], row["backoff_step"]) == (
+        assert (row["state"], row["worker"], row["pending_operation"], row["deferrals"]) == (
             state,
             None,
             None,

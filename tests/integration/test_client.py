@@ -9,6 +9,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from struct import pack
 from typing import Any
@@ -22,6 +23,7 @@ from qmqp import connection
 from qmqp.client import (
     BodyChanged,
     BodyFault,
+    BodyFile,
     ClientConnection,
     Result,
     SendOutcome,
@@ -36,7 +38,7 @@ SILENCE = Answer(raw=b"", end="stay")
 LARGE = 12_000_000  # more than the buffers of both kernels hold
 
 type Run = Callable[[Coroutine[Any, Any, Any]], Any]
-type Body = Callable[[bytes | int], int]
+type MakeBody = Callable[[bytes | int], BodyFile]
 
 
 async def send(**options: Any) -> Result:
@@ -52,18 +54,18 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 
 
 @pytest.fixture
-def body(tmp_path: Path) -> Iterator[Body]:
+def body(tmp_path: Path) -> Iterator[MakeBody]:
     """Make an open file that holds some bytes, or as many zeros as a number says."""
     opened: list[int] = []
     names = itertools.count()
 
-    def make(data: bytes | int) -> int:
+    def make(data: bytes | int) -> BodyFile:
         path = tmp_path / f"body-{next(names)}"
         path.write_bytes(data if isinstance(data, bytes) else b"")
         if isinstance(data, int):
             os.truncate(path, data)
         opened.append(os.open(path, os.O_RDONLY))
-        return opened[-1]
+        return BodyFile(opened[-1], path.stat().st_size)
 
     yield make
     for fd in opened:
@@ -71,7 +73,7 @@ def body(tmp_path: Path) -> Iterator[Body]:
 
 
 @pytest.fixture
-def deliver(run: Run, body: Body) -> Callable[..., Result]:
+def deliver(run: Run, body: MakeBody) -> Callable[..., Result]:
     """Send a message to a sink; return the result."""
 
     def deliver(sink: Sink, data: bytes | int = b"hello\n", **options: Any) -> Result:
@@ -79,7 +81,7 @@ def deliver(run: Run, body: Body) -> Callable[..., Result]:
         request = options.pop("request", None) or Request(size, b"s@x.test", [b"r@y.test"])
         options.setdefault("timeouts", QUICK)
         result: Result = run(
-            send(host="127.0.0.1", port=sink.port, request=request, fd=body(data), **options)
+            send(host="127.0.0.1", port=sink.port, request=request, body=body(data), **options)
         )
         return result
 
@@ -241,9 +243,9 @@ def test_B16_the_reply_is_read_when_the_write_fails(run, body, monkeypatch, atte
     thread = threading.Thread(target=refuse)
     thread.start()
     with listener:
-        fd, request = body(200_000), Request(200_000, b"s@x", [b"r@y"])
+        content, request = body(200_000), Request(200_000, b"s@x", [b"r@y"])
         address = listener.getsockname()
-        result = run(send(host=address[0], port=address[1], request=request, fd=fd))
+        result = run(send(host=address[0], port=address[1], request=request, body=content))
         thread.join(10)
     assert result[:3] == (SendOutcome.REJECTED, b"too large", False)
 
@@ -381,7 +383,7 @@ def test_a_reply_that_has_arrived_wins_over_a_timer(run, body):
     request = Request(6, b"s@x.test", [b"r@y.test"])
     with running_sink(Rule(Answer(b"K", b"Ok", delay=0.1))) as sink:
         sending = send(
-            host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK
+            host="127.0.0.1", port=sink.port, request=request, body=body(b"hello\n"), timeouts=QUICK
         )
         result = run(stopped(sending, sink, 0.6))
     assert (result.outcome, result.text) == (SendOutcome.DELIVERED, b"Ok")
@@ -392,7 +394,7 @@ def test_a_reply_wins_over_a_timer_that_is_late_by_more_than_a_second(run, body)
     request = Request(6, b"s@x.test", [b"r@y.test"])
     with running_sink(Rule(Answer(b"K", b"Ok", delay=2.0))) as sink:
         sending = send(
-            host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"), timeouts=QUICK
+            host="127.0.0.1", port=sink.port, request=request, body=body(b"hello\n"), timeouts=QUICK
         )
         result = run(stopped(sending, sink, 1.6))
     assert (result.outcome, result.text) == (SendOutcome.DELIVERED, b"Ok")
@@ -401,7 +403,7 @@ def test_a_reply_wins_over_a_timer_that_is_late_by_more_than_a_second(run, body)
 def test_a_reply_that_has_arrived_wins_over_the_end_of_a_drain(run, body):
     request = Request(6, b"s@x.test", [b"r@y.test"])
     with running_sink(Rule(Answer(b"K", b"Ok", delay=0.1))) as sink:
-        sending = send(host="127.0.0.1", port=sink.port, request=request, fd=body(b"hello\n"))
+        sending = send(host="127.0.0.1", port=sink.port, request=request, body=body(b"hello\n"))
         assert run(stopped(sending, sink, 0.3, cancel=True)).outcome is SendOutcome.DELIVERED
 
 
@@ -417,10 +419,10 @@ def test_a_phase_may_be_longer_than_the_one_before(deliver):
 
 
 @pytest.fixture
-def hello(body: Body) -> dict[str, Any]:
+def hello(body: MakeBody) -> dict[str, Any]:
     return {
         "request": Request(6, b"s@x.test", [b"r@y.test"]),
-        "fd": body(b"hello\n"),
+        "body": body(b"hello\n"),
         "timeouts": QUICK,
     }
 
@@ -759,7 +761,7 @@ def test_B34_B35_a_body_of_another_size_closes_before_the_commit_point(
             host="127.0.0.1",
             port=sink.port,
             request=request,
-            fd=body(size + difference),
+            body=replace(body(size + difference), size=size),
             block_size=BLOCK,
             may_commit=may_commit,
         )
@@ -773,7 +775,14 @@ def test_B36_a_body_that_cannot_be_read(run, tmp_path):
     fd = os.open(tmp_path / "body", os.O_CREAT | os.O_WRONLY)
     try:
         with running_sink() as sink, pytest.raises(BodyFault, match="EBADF") as caught:
-            run(send(host="127.0.0.1", port=sink.port, request=Request(5, b"", [b"r@y"]), fd=fd))
+            run(
+                send(
+                    host="127.0.0.1",
+                    port=sink.port,
+                    request=Request(5, b"", [b"r@y"]),
+                    body=BodyFile(fd, 5),
+                )
+            )
     finally:
         os.close(fd)
     assert caught.value.errno == errno.EBADF
@@ -844,7 +853,7 @@ def test_an_exception_of_may_commit_is_raised(deliver):
 def test_B38_stopped_in_the_body(run, body):
     async def scenario(port: int) -> tuple[Result, bool]:
         transfer = ClientConnection(
-            host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE)
+            host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), body=body(LARGE)
         )
         asyncio.get_running_loop().call_later(0.1, transfer.abort)
         result = await transfer.run()
@@ -902,7 +911,7 @@ def test_B38_cancelled_in_the_body(run, body, monkeypatch, in_thread):
 
     async def scenario(port: int) -> bool:
         transfer = ClientConnection(
-            host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), fd=body(LARGE)
+            host="127.0.0.1", port=port, request=Request(LARGE, b"", [b"r@y"]), body=body(LARGE)
         )
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from qmqp.body import BodyFile
 from qmqp.client import ClientConnection, Result, SendOutcome, Timeouts
 from qmqp.netstring import encode
 from qmqp.request import Request
@@ -59,7 +60,7 @@ def deliver(tmp_path: Path) -> Deliver:
                     host="127.0.0.1",
                     port=port,
                     request=request,
-                    fd=fd,
+                    body=BodyFile(fd, len(data)),
                     block_size=block_size,
                     timeouts=Timeouts(reply=20),
                 ).run()

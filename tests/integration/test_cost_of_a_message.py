@@ -4,7 +4,6 @@ These counts do not depend on the machine, as times do. A batch costs the same n
 whatever its size, so a change that turns one statement a batch into one a message fails here.
 """
 
-import math
 import os
 import socket
 import threading
@@ -18,21 +17,23 @@ from sqlalchemy import Connection, Engine, event
 
 from qmqp.sink import running_sink
 from reception.spooler import Spooler
-from reception.spooler_protocol import BatchReply, FrameDecoder, StoreRequest
+from reception.spooler_protocol import FrameDecoder, SpoolerReply, StoreRequest, frame
 from relay.db.engine import reading
 from relay.hints import FRESH, Hints, celery_app
 from relay.ids import new_id
+from relay.queue.accept import NewMessage, encode
 from relay.queue.model import Attempt, ClaimRequest, Completion
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.settings import Settings, load
+from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 from tests.integration.harness import EngineHarness, QueueHarness, new_message
 from tests.services import Broker
 from tests.waiting import until
 
 ROUNDS = (1, 64)
-INTAKE = {"postgresql": 1, "sqlite": 3}
+ACCEPT = {"postgresql": 1, "sqlite": 4}
 CLAIM = {"postgresql": 1, "sqlite": 1}
 RECORD = {"postgresql": 1, "sqlite": 2}
 """Statements a round on each database, BEGIN and COMMIT not counted."""
@@ -82,7 +83,7 @@ def kind(queue: QueueHarness) -> str:
 
 def accepted(queue: QueueHarness, count: int) -> list[str]:
     messages = [new_message() for _ in range(count)]
-    queue.acceptor.commit(messages)
+    queue.insert(messages)
     return [message.id for message in messages]
 
 
@@ -90,8 +91,8 @@ def accepted(queue: QueueHarness, count: int) -> list[str]:
 def test_cost_of_accepting(queue: QueueHarness, size: int) -> None:
     messages = [new_message("b@example.org", "c@example.org") for _ in range(size)]
     with counted(queue.database) as counts:
-        queue.acceptor.commit(messages)
-    assert counts == {"statements": INTAKE[kind(queue)], "commits": 1}
+        queue.insert(messages)
+    assert counts == {"statements": ACCEPT[kind(queue)], "commits": 1}
 
 
 @pytest.mark.parametrize("size", ROUNDS)
@@ -149,29 +150,48 @@ def test_failures_cost_no_more_statements_than_successes(queue: QueueHarness) ->
 
 @pytest.mark.parametrize("size", ROUNDS)
 def test_a_spooler_syncs_and_commits_a_batch_as_one(
-    queue: QueueHarness, spool: Spool, syncs: Counter[str], size: int
+    queue: QueueHarness,
+    spool: Spool,
+    syncs: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
 ) -> None:
-    """As in production: requests come over a socket, bodies are synced and rows committed, and one
-    reply goes back."""
-    spool.store(first := new_id(), [b"the directory is made by the first\n"])
-    syncs.clear()
+    """As in production: requests come over a socket, are appended and synced together, and one
+    COMMIT makes their rows. The first batch opens the segment and raises the mark, which each
+    second does, so the second batch is counted."""
+    monkeypatch.setattr("reception.committer.MARK_INTERVAL", 1e9)
+    spool.prepare(queue.database, unsafe=True)
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
-    messages = [new_message(queue_id=f"{first[:16]}{number:016x}") for number in range(size)]
-    body = [b"Subject: test\n", b"\nhello\n"]
-    requests = [StoreRequest(n, message, body, math.inf) for n, message in enumerate(messages)]
-    ours.sendall(b"".join(request.encode() for request in requests))
-    with counted(queue.database) as counts, theirs:
-        spooler = threading.Thread(target=Spooler(theirs, spool, queue.acceptor.commit).run)
-        spooler.start()
-        replies, frames = list[BatchReply](), FrameDecoder()
-        while sum(len(reply.results) for reply in replies) < size:
-            replies += frames.feed(ours.recv(1 << 16))
-        ours.close()
-        spooler.join(10)
-    assert [len(reply.results) for reply in replies] == [0, size]
-    assert counts == {"statements": INTAKE[kind(queue)], "commits": 1}
-    assert syncs == {"fdatasync": size, "fsync": 1}
+    mark = SpoolMark(spool.handle, spool.identity)
+    spooler = Spooler(theirs, spool, queue.acceptor, queue.database, mark, segment_size=4 << 20)
+    thread = threading.Thread(target=spooler.run)
+    thread.start()
+    frames, messages = FrameDecoder(), [new_message() for _ in range(size + 1)]
+
+    def store(batch: list[NewMessage]) -> None:
+        requests = [
+            StoreRequest(n, one.id, encode(one), ("default",), 20, [b"Subject: test\n", b"\nhi\n"])
+            for n, one in enumerate(batch)
+        ]
+        ours.sendall(b"".join(map(frame, requests)))
+        results = rows = 0
+        while results < len(batch) or rows < len(batch):
+            for values in frames.feed(ours.recv(1 << 16)):
+                reply = SpoolerReply(*values)
+                results, rows = results + len(reply.results), rows + reply.messages
+
+    store(messages[:1])
+    until(lambda: syncs["fsync"] >= 4)  # two segments and their names
+    until(lambda: mark.known)
+    syncs.clear()
+    with counted(queue.database) as counts:
+        store(messages[1:])
+    ours.close()
+    thread.join(10)
+    theirs.close()
+    assert counts == {"statements": ACCEPT[kind(queue)], "commits": 1}
+    assert syncs["fdatasync"] == 1
 
 
 def test_hot_statements_scan_no_table_however_it_grows(postgres_url: str) -> None:
@@ -207,19 +227,6 @@ def scans(queue: QueueHarness) -> dict[str, int]:
         return {row.relname: row.seq_scan for row in connection.exec_driver_sql(sql)}
 
 
-@pytest.mark.parametrize("size", ROUNDS)
-def test_bodies_are_synced_once_each_and_their_directory_once(
-    spool: Spool, syncs: Counter[str], size: int
-) -> None:
-    spool.store(first := new_id(), [b"the directory is made by the first\n"])
-    syncs.clear()
-    ids = [f"{first[:16]}{number:016x}" for number in range(size)]
-    assert (
-        spool.store_all([(one, [b"Subject: test\n", b"\nhello\n"]) for one in ids]) == [21] * size
-    )
-    assert syncs == {"fdatasync": size, "fsync": 1}
-
-
 def _neighbour(queue_id: str) -> str:
     """Another id whose body lies in the same directory."""
     return queue_id[:-1] + ("0" if queue_id[-1] != "0" else "1")
@@ -231,7 +238,7 @@ def test_a_streamed_body_is_synced_every_8_mib(spool: Spool, syncs: Counter[str]
     body = spool.create(_neighbour(first))
     for _ in range(20 * 16):
         body.append(bytes(1 << 16))
-    body.finish()
+    body.finish(b"")
     assert syncs == {"fdatasync": 20 // 8 + 1, "fsync": 1}
 
 

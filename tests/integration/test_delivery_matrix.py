@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmqp.body import BodyFile
 from qmqp.sink import Answer, MagicRecipients, Rule, Sink
 from relay.queue.model import Claim, Completion
 from relay.queue.outcome import Outcome
@@ -162,7 +163,9 @@ async def _carried(
     recipients = tuple(f"{n}@example.org" for n in range(case.recipients))
     claim = Claim("01" * 16, 1, 1, "r", "a@example.com", case.size, recipients, 0, 0, 0.0)
     config = TransferConfig(SETTINGS, pool, lambda worker: case.may_commit)
-    transfer = DeliveryTask(claim, "02" * 16, handle, Route("r", servers), config)
+    transfer = DeliveryTask(
+        claim, "02" * 16, BodyFile(handle, case.size), Route("r", servers), config
+    )
     os.ftruncate(handle, case.size - case.cut)
     run = asyncio.create_task(transfer.run())
     if case.stop_when:
@@ -212,7 +215,7 @@ def _next(alone: Completion, spare: Completion, pool: ServerPool, server: Server
         case _:
             steps.append(
                 "again after a backoff"
-                if alone.backoff_step
+                if alone.deferrals
                 else "again after RETRY_MIN; the wait does not grow"
             )
             assert SETTINGS.retry_min <= alone.delay <= SETTINGS.retry_max

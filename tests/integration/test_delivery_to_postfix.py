@@ -10,6 +10,7 @@ from qmqp.netstring import encode
 from qmqp.reply import ReplyParser
 from relay.dsn.generator import DsnGenerator
 from relay.spool.store import Spool
+from tests.bodies import body_in
 from tests.integration.harness import EngineHarness
 from tests.postfix import Postfix
 from tests.waiting import until
@@ -53,7 +54,7 @@ def dsn_about(mail: EngineHarness, queue_id: str) -> str:
     (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(10)
-    return mail.spool.path(dsn).read_text()
+    return body_in(mail.spool.path(dsn)).decode()
 
 
 def test_a_delivery_is_queued_there_under_the_id_that_it_names(

@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import OperationalError
 
+from qmqp.body import BodyFile
 from relay.dsn.generator import GATHER, LONGEST_RETURNED, PUT_OFF, DsnGenerator
 from relay.dsn.message import compose
 from relay.ids import new_id
@@ -25,6 +26,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
+from tests.bodies import body_in
 from tests.integration.harness import QueueHarness, opened
 from tests.waiting import until
 from worker.cleaner import Cleaner
@@ -60,7 +62,7 @@ class DsnHarness:
         message = NewMessage(
             queue_id, sender, len(body), recipients, "192.0.2.1", "client", "ESMTP", **given
         )
-        self.queue.acceptor.commit([message])
+        self.queue.insert([message])
         return queue_id
 
     def fail(self, queue_id: str, outcome: Outcome = Outcome.REJECTED, **more: Any) -> list[Claim]:
@@ -82,7 +84,7 @@ class DsnHarness:
         ]
 
     def text(self, dsn: str) -> EmailMessage:
-        return message_from_bytes(self.spool.path(dsn).read_bytes(), policy=policy.default)
+        return message_from_bytes(body_in(self.spool.path(dsn)), policy=policy.default)
 
     def reported(self, dsn: str) -> list[tuple[str, str]]:
         """Recipient and action of each group of a DSN."""
@@ -109,7 +111,7 @@ class DsnHarness:
     def whole(self, dsn: str) -> bool:
         """Whether a DSN's file has the size of its row."""
         (row,) = self.queue.rows("SELECT size FROM messages WHERE id = @id(:id)", id=dsn)
-        return self.spool.path(dsn).stat().st_size == int(row["size"])
+        return len(body_in(self.spool.path(dsn))) == int(row["size"])
 
     def files(self) -> set[str]:
         return {name for name, _ in self.spool.ids()}
@@ -149,7 +151,7 @@ def test_dsn_is_generated_once_and_is_a_message_like_any_other(harness: DsnHarne
     assert (row["sender"], row["protocol"], row["size"]) == (
         "",
         "DSN",
-        harness.spool.path(dsn).stat().st_size,
+        len(body_in(harness.spool.path(dsn))),
     )
     (claim,) = harness.queue.claim(dsn)
     assert (claim.sender, claim.recipients, claim.size) == ("", ("a@example.com",), row["size"])
@@ -164,7 +166,7 @@ def test_expired_message_is_reported(harness: DsnHarness) -> None:
     harness.queue.complete(claims[0], Outcome.DEFERRED)
     assert harness.queue.state(queue_id) == "expired"
     (dsn,) = harness.generator.generate(10)
-    assert "5.4.7" in harness.spool.path(dsn).read_text()
+    assert "5.4.7" in body_in(harness.spool.path(dsn)).decode()
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_expired_delivery_may_have_been_delivered_after_an_uncertain_attempt(
     harness.queue.complete(claim, outcome, reply="words", attempts=[tried])
     assert harness.queue.state(queue_id) == "expired"
     (dsn,) = harness.generator.generate(10)
-    report = " ".join(harness.spool.path(dsn).read_text().split())
+    report = " ".join(body_in(harness.spool.path(dsn)).decode().split())
     assert ("It may have been delivered all the same" in report) == doubt
     assert ("It could not be delivered in time" in report) == (not doubt)
     assert ("Diagnostic-Code: x-qmqp; words" in report) == (outcome is Outcome.DEFERRED)
@@ -209,7 +211,7 @@ def test_parts_of_an_uncertain_delivery_may_have_been_delivered(harness: DsnHarn
         harness.fail(queue_id, Outcome.DEFERRED)
     (dsn,) = harness.generator.generate(10)
     assert len(harness.reported(dsn)) == 3
-    report = " ".join(harness.spool.path(dsn).read_text().split())
+    report = " ".join(body_in(harness.spool.path(dsn)).decode().split())
     assert report.count("It may have been delivered all the same") == 2
 
 
@@ -221,7 +223,7 @@ def test_original_stays_until_its_dsn_is_generated(harness: DsnHarness) -> None:
     assert harness.queue.rows(needed, id=queue_id)
     assert harness.has_body(queue_id)
     (dsn,) = harness.generator.generate(10)
-    assert BODY in harness.spool.path(dsn).read_bytes()
+    assert BODY in body_in(harness.spool.path(dsn))
     assert not harness.has_body(queue_id)
     assert not harness.queue.rows(needed, id=queue_id)
 
@@ -250,9 +252,9 @@ def test_original_is_removed_when_its_last_deliveries_end_together(
         stored: list[str] = []
         store = spool.store
 
-        def note_it(dsn: str, parts: Any) -> int:
+        def note_it(dsn: str, parts: Any, envelope: bytes) -> int:
             stored.append(dsn)
-            return store(dsn, parts)
+            return store(dsn, parts, envelope)
 
         def deliver(_: Connection) -> None:
             if not met and stored:
@@ -280,7 +282,7 @@ def test_kill_before_commit_leaves_an_orphan_and_the_next_worker_generates_the_d
     harness.fail(queue_id)
     store = harness.spool.store
 
-    def killed(dsn: str, parts: Any) -> int:
+    def killed(dsn: str, parts: Any, _envelope: bytes) -> int:
         store(dsn, [b"half"] if half else parts)
         raise GeneratorKilled
 
@@ -424,9 +426,9 @@ def test_second_generator_skips_locked_messages(
 
         store = spool.store
 
-        def store_after_other(dsn: str, parts: Any) -> int:
+        def store_after_other(dsn: str, parts: Any, envelope: bytes) -> int:
             other()
-            return store(dsn, parts)
+            return store(dsn, parts, envelope)
 
         monkeypatch.setattr(spool, "store", store_after_other)
         (dsn,) = harness.generator.generate(10)
@@ -446,12 +448,12 @@ def test_two_generators_warn_once_and_report_locked_deliveries(
         meanwhile: list[list[str]] = []
         store = spool.store
 
-        def store_after_other(dsn: str, parts: Any) -> int:
+        def store_after_other(dsn: str, parts: Any, envelope: bytes) -> int:
             busy.close()
             if not meanwhile:
                 meanwhile.append([])
                 meanwhile[0] = harness.another().warn(10)
-            return store(dsn, parts)
+            return store(dsn, parts, envelope)
 
         monkeypatch.setattr(spool, "store", store_after_other)
         (warning,) = harness.generator.warn(10)
@@ -561,7 +563,7 @@ def test_refused_dsn_is_built_again_with_less_of_the_original(
         assert harness.text(dsn)["Message-ID"] == row["header_message_id"] == named
         assert harness.text(dsn)["References"] == "<1@client>"
         assert harness.reported(dsn) == [("x@example.org", "failed")]
-        wire = harness.spool.path(dsn).read_bytes()
+        wire = body_in(harness.spool.path(dsn))
         assert b"Original-Envelope-Id: an-id" in wire
         assert b"Diagnostic-Code: x-qmqp; 5.1.1 unknown" in wire
         assert b"x" * 61 not in wire
@@ -696,7 +698,7 @@ def test_dsn_about_mail_of_an_untrusted_client_encloses_the_header_alone(
         "aTrue@example.com": full,
         "aNone@example.com": full,
     }
-    assert [b"x" * 61 in harness.spool.path(n).read_bytes() for n in dsns] == [False, True, True]
+    assert [b"x" * 61 in body_in(harness.spool.path(n)) for n in dsns] == [False, True, True]
 
 
 def test_sender_gets_one_dsn_a_minute_about_mail_of_untrusted_clients(
@@ -856,7 +858,7 @@ def test_RET_decides_what_a_dsn_encloses(
     (dsn,) = harness.generator.generate(10)
     last = list(harness.text(dsn).iter_parts())[-1]
     assert last.get_content_type() == kind
-    wire = harness.spool.path(dsn).read_bytes()
+    wire = body_in(harness.spool.path(dsn))
     assert (body in wire) == (kind == "message/rfc822")
     assert body.split(b"\n")[0] in wire
     assert len(wire) < LONGEST_RETURNED + 5000
@@ -866,7 +868,7 @@ def test_ENVID_and_ORCPT_are_in_the_dsn(harness: DsnHarness) -> None:
     queue_id = harness.accept(envid="an+2Did", orcpt="rfc822;first+40example.org")
     harness.fail(queue_id)
     (dsn,) = harness.generator.generate(10)
-    wire = harness.spool.path(dsn).read_text()
+    wire = body_in(harness.spool.path(dsn)).decode()
     assert "\nOriginal-Envelope-Id: an-id\n" in wire
     assert "\nOriginal-Recipient: rfc822; first@example.org\n" in wire
 
@@ -948,7 +950,7 @@ def test_bounce_by_an_operator_is_not_reported_as_a_reply(harness: DsnHarness) -
         reason="spam run, not authorized to use this service",
     )
     (dsn,) = harness.generator.generate(10)
-    report = " ".join(harness.spool.path(dsn).read_text().split())
+    report = " ".join(body_in(harness.spool.path(dsn)).decode().split())
     assert "An operator of this relay bounced it: spam run, not authorized" in report
     assert "refused" not in report
     assert "Diagnostic-Code" not in report
@@ -1017,7 +1019,7 @@ def test_delivery_that_is_being_sent_can_be_late(late: DsnHarness) -> None:
 def test_delivery_without_attempts_can_be_late(late: DsnHarness) -> None:
     late.age(late.accept())
     (warning,) = late.generator.warn(10)
-    assert "has not been tried yet" in " ".join(late.spool.path(warning).read_text().split())
+    assert "has not been tried yet" in " ".join(body_in(late.spool.path(warning)).decode().split())
 
 
 def test_kill_between_retry_and_warning_loses_no_warning(late: DsnHarness) -> None:
@@ -1052,7 +1054,7 @@ def test_held_mail_is_warned_of_after_its_release(late: DsnHarness) -> None:
     assert late.another().warn(10) == []
     operations.apply(OPERATIONS["release"], Filter(id=queue_id), actor="ann@host", reason="")
     (warning,) = late.generator.warn(10)
-    assert "ann@host" not in late.spool.path(warning).read_text()
+    assert "ann@host" not in body_in(late.spool.path(warning)).decode()
 
 
 def test_warning_reports_the_waiting_recipients_and_is_not_repeated_after_a_split(
@@ -1151,17 +1153,17 @@ def test_original_that_cannot_be_read_is_not_returned(
         harness.fail(queue_id)
     opens = harness.spool.open
 
-    def fails(queue_id: str, size: int) -> int:
-        handle = opens(queue_id, size)
+    def fails(queue_id: str, size: int) -> BodyFile:
+        body = opens(queue_id, size)
         if queue_id == bad:
-            os.dup2(unreadable := os.open("/proc/self/mem", os.O_RDONLY), handle)  # EIO
+            os.dup2(unreadable := os.open("/proc/self/mem", os.O_RDONLY), body.fd)  # EIO
             os.close(unreadable)
-        return handle
+        return body
 
     monkeypatch.setattr(harness.spool, "open", fails)
     first, second = harness.generator.generate(10)
     assert [len(list(harness.text(dsn).iter_parts())) for dsn in (first, second)] == [2, 3]
-    assert "could not be read" in " ".join(harness.spool.path(first).read_text().split())
+    assert "could not be read" in " ".join(body_in(harness.spool.path(first)).decode().split())
 
 
 def test_message_that_fails_delays_no_other(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
+from qmqp.body import BodyFile
 from qmqp.reply import ReplyParser
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.routes import NO_SERVER
@@ -272,7 +273,7 @@ def test_a_Z_is_recorded_rather_than_an_unreachable_server(
                 "unreachable",
                 "deferred",
             }
-            assert (found["last_outcome"], found["last_reply"], found["backoff_step"]) == (
+            assert (found["last_outcome"], found["last_reply"], found["deferrals"]) == (
                 "deferred",
                 "busy",
                 1,
@@ -445,7 +446,7 @@ def test_no_commit_point_is_passed_without_a_fresh_lease(
     engine = mail.engine()
     look_up = mail.spool.open
 
-    def stall(queue_id: str, size: int) -> int:
+    def stall(queue_id: str, size: int) -> BodyFile:
         engine.lease.renewed_at = float("-inf")  # as if no renewal had succeeded for a LEASE
         return look_up(queue_id, size)
 

@@ -202,7 +202,7 @@ def test_without_hints_a_single_connection_is_shared_by_fresh_mail_and_retries(
         mail = harness_with(sink, grace=0.2, worker_connections=1, batch_size=1)
         for _ in range(60):
             mail.accept("r@example.org")
-        mail.change("UPDATE deliveries SET claim_count = 3, backoff_step = 3, due_at = @ago(5)")
+        mail.change("UPDATE deliveries SET claim_count = 3, deferrals = 3, due_at = @ago(5)")
         fresh = [mail.accept("f@example.org") for _ in range(5)]
         mail.change("UPDATE deliveries SET due_at = @now WHERE claim_count = 0")
         with mail.working():

@@ -54,7 +54,7 @@ def test_long_queue_takes_one_statement_and_little_memory(
     queue: QueueHarness, statements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     addresses = [f"recipient{n}@example.org" for n in range(100)]
-    queue.acceptor.commit([new_message(*addresses) for _ in range(50)])
+    queue.insert([new_message(*addresses) for _ in range(50)])
     statements.clear()
 
     class Nowhere(io.StringIO):
@@ -79,7 +79,7 @@ def test_long_queue_takes_one_statement_and_little_memory(
 
 def test_pages_do_not_depend_on_the_plan(queue: QueueHarness) -> None:
     reader = QueueReader(queue.database)
-    queue.acceptor.commit(
+    queue.insert(
         [new_message("a@example.org", "b@example.org") for _ in range(1001)]
     )  # many: another plan
     everything = [(row["queue_id"], row["position"]) for row in reader.rows(Filter())]
@@ -441,9 +441,7 @@ def test_stored_control_characters_are_escaped_on_a_terminal(
 def test_stats_counts_the_rows_that_it_leaves_out(
     queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue.acceptor.commit(
-        [new_message(f"a@d{n}.example.org", f"b@d{n}.example.org") for n in range(23)]
-    )
+    queue.insert([new_message(f"a@d{n}.example.org", f"b@d{n}.example.org") for n in range(23)])
     queue.accept("c@d7.example.org")
     stats = lines(typed("stats", "--json"))
     ages = [row for row in stats if row["kind"] == "age"]

@@ -38,7 +38,8 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
     settings = WorkerSettings(database_url=database_url, grace=0.001)
     engine = database.connect(database_url, hot=True)
     ids = sorted(new_id() for _ in range(6))
-    Acceptor(engine, lifetime=1e6, grace=1000).commit([message(i) for i in ids])
+    with database.writing(engine) as connection:
+        Acceptor(engine, lifetime=1e6, grace=1000).insert(connection, [message(i) for i in ids])
     worker = new_id()
     worker_queue = WorkerQueue(engine, settings)
     worker_queue.register(worker, "host", 1)

@@ -20,6 +20,7 @@ from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 from relay.spool.store import Spool
+from tests.bodies import body_in
 from tests.integration.harness import QueueHarness, new_message
 from tests.integration.test_cost_of_a_message import counted
 from tests.integration.typed import Typed, lines, typed_at
@@ -144,7 +145,7 @@ def test_operations_run_in_batches_and_miss_no_delivery(
     queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verbs, "CHUNK", 4)
-    queue.acceptor.commit([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
+    queue.insert([new_message("x@example.org", "bulk:y@example.org") for _ in range(9)])
     other = queue.accept("other@example.com")
     touched, free = verbs.QueueOperations(queue.database, sends_dsns=True).apply(
         verbs.OPERATIONS["hold"],
@@ -379,7 +380,7 @@ def test_the_reply_of_a_server_never_counts_as_an_operators_reason(
     (claim,) = queue.claim(greylisted)
     queue.complete(claim, Outcome.DEFERRED, reply="held by greylist for 300 seconds")
     queue.pass_time(100)
-    texts = [" ".join(spool.path(dsn).read_text().split()) for dsn in generator.generate(10)]
+    texts = [" ".join(body_in(spool.path(dsn)).decode().split()) for dsn in generator.generate(10)]
     assert len(texts) == 2
     assert sum(f"The mail server rejected it: {rejection}" in text for text in texts) == 1
     assert sum(f"Diagnostic-Code: x-qmqp; {rejection}" in text for text in texts) == 1
@@ -461,7 +462,7 @@ def test_a_limit_takes_the_oldest(
     queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verbs, "CHUNK", 2)
-    queue.acceptor.commit([new_message("x@example.org", "y@example.org") for _ in range(6)])
+    queue.insert([new_message("x@example.org", "y@example.org") for _ in range(6)])
     ids = sorted({row["queue_id"] for row in lines(typed("list", "--json"))})
     dry = typed("hold", "--all", "--limit", "3", "--dry-run", "--json")
     assert [row["queue_id"] for row in lines(dry)] == [i for i in ids[:3] for _ in range(2)]

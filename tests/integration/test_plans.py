@@ -39,7 +39,7 @@ def crowded(queue: QueueHarness) -> QueueHarness:
         [new_message(f"dead:{n}@example.org") for n in range(WAITING)] for _ in range(3)
     )
     for messages in (overdue, ahead, done):
-        queue.acceptor.commit(messages)
+        queue.insert(messages)
     queue.change("UPDATE deliveries SET due_at = @ago(3600 * (1 + @chance))")
     for messages, state, due in ((ahead, "deferred", "@later(3000)"), (done, "delivered", "NULL")):
         first, last = messages[0].id, messages[-1].id
@@ -116,7 +116,7 @@ def _scans_of_sqlite(connection: Connection, sql: str, parameters: Any) -> Itera
 def test_statements_of_a_message_scan_nothing_before_the_first_analyze(queue: QueueHarness) -> None:
     """Without statistics PostgreSQL may find it cheaper to join the whole queue with a few ids."""
     waiting = [new_message(f"dead:{n}@example.org") for n in range(WAITING)]
-    queue.acceptor.commit(waiting)
+    queue.insert(waiting)
     with server_reply(queue) as statements:
         queue_id = queue.accept("idle:b@example.org")
         (claim,) = queue.claim(queue_id, capacity=IDLE)

@@ -28,6 +28,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED, State, successors
 from relay.report.filters import Filter
 from relay.spool.store import Spool
+from tests.bodies import body_in
 from tests.integration.harness import EngineHarness, QueueHarness
 from tests.waiting import until
 from worker.sweeper import BATCH
@@ -95,7 +96,7 @@ def test_B11_hostile_replies_are_escaped_everywhere(harness_with: Open) -> None:
     (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
-    lines = mail.spool.path(dsn).read_bytes().split(b"\n")
+    lines = body_in(mail.spool.path(dsn)).split(b"\n")
     assert not any(line.startswith(b"From: forged") for line in lines)
     assert all(32 <= byte < 127 or byte == 9 for line in lines for byte in line)
 
@@ -134,7 +135,7 @@ def test_B29_an_address_that_a_server_would_misread_bounces_alone(
     (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
-    wire = mail.spool.path(dsn).read_text()
+    wire = body_in(mail.spool.path(dsn)).decode()
     assert wire.count("Final-Recipient") == wire.count("\nStatus: 5.1.3\n") == 1
     assert "It was not sent: no mail server can be given this address." in " ".join(wire.split())
     assert "Diagnostic-Code" not in wire
@@ -243,7 +244,7 @@ def test_B41_a_server_that_never_replies(harness_with: Open) -> None:
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
     assert "connection closed by the server after the commit point" in " ".join(
-        mail.spool.path(dsn).read_text().split()
+        body_in(mail.spool.path(dsn)).decode().split()
     )
 
 
@@ -294,7 +295,7 @@ def test_B44_busy_for_ever(harness_with: Open) -> None:
     (dsn,) = DsnGenerator(
         mail.database, mail.spool, mail.settings, lambda address: "default"
     ).generate(5)
-    assert "busy for ever" in mail.spool.path(dsn).read_text()
+    assert "busy for ever" in body_in(mail.spool.path(dsn)).decode()
 
 
 # --- D: queue, worker, SQL

@@ -60,7 +60,7 @@ def test_every_filter_selects_its_rows(queue: QueueHarness, reader: QueueReader)
 
 def test_older_than_filters_by_age(queue: QueueHarness, reader: QueueReader) -> None:
     old = f"{int((datetime.now(UTC).timestamp() - 7200) * 1000):012x}7" + "0" * 19
-    queue.acceptor.commit([new_message(queue_id=old)])
+    queue.insert([new_message(queue_id=old)])
     young = queue.accept()
     assert found(reader, older_than=3600.0) == [old]
     assert found(reader, older_than=0.0) in ([old], [old, young])
@@ -102,9 +102,7 @@ def test_row_has_the_columns_of_the_view(queue: QueueHarness, reader: QueueReade
 
 
 def test_long_queue_is_streamed(queue: QueueHarness, reader: QueueReader) -> None:
-    queue.acceptor.commit(
-        [new_message(*(f"r{n}@example.org" for n in range(10))) for _ in range(300)]
-    )
+    queue.insert([new_message(*(f"r{n}@example.org" for n in range(10))) for _ in range(300)])
     rows = reader.rows(Filter())
     first = list(itertools.islice(rows, 5))
     assert [row["position"] for row in first] == [1, 2, 3, 4, 5]
@@ -120,7 +118,7 @@ def test_long_queue_is_streamed(queue: QueueHarness, reader: QueueReader) -> Non
 def test_id_is_found_by_any_unique_end(queue: QueueHarness, reader: QueueReader) -> None:
     queue_id = queue.accept()
     similar = queue_id[:10] + "0000" + queue_id[14:]
-    queue.acceptor.commit([new_message(queue_id=similar)])
+    queue.insert([new_message(queue_id=similar)])
     for text in (
         queue_id,
         queue_id.upper(),

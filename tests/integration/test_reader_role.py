@@ -78,7 +78,7 @@ def test_migration_makes_a_role_that_only_reads(
             "DELETE FROM pauses",
             "UPDATE deliveries SET pending_operation = 'drop'",
             "CREATE TABLE mine (x int)",
-            "INSERT INTO spool VALUES (gen_random_uuid(), now())",
+            "INSERT INTO spool (id, created_at) VALUES (gen_random_uuid(), now())",
         ):
             with pytest.raises(InsufficientPrivilege):
                 ann.execute(change.encode())

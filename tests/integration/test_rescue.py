@@ -20,7 +20,7 @@ def deferred(queue: QueueHarness, count: int) -> list[str]:
     minute."""
     ids = [queue.accept() for _ in range(count)]
     for claim in queue.claim(*ids):
-        queue.complete(claim, Outcome.DEFERRED, backoff_step=2)
+        queue.complete(claim, Outcome.DEFERRED, deferrals=2)
     for n, queue_id in enumerate(ids):
         queue.pass_time(60 * (count - n - 1), only=[queue_id])
     return ids
@@ -42,7 +42,7 @@ def test_deliveries_are_requeued_in_due_order(queue: QueueHarness) -> None:
     assert row["due_in"] == pytest.approx(queue.settings.grace, abs=4), (
         "its hint has GRACE to arrive"
     )
-    assert row["backoff_step"] == 2
+    assert row["deferrals"] == 2
 
 
 def test_deliveries_of_one_message_are_hinted_by_route(queue: QueueHarness) -> None:

@@ -63,7 +63,7 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     async def scenario() -> None:
         policy = Policy(settings)
-        receiver = SimpleNamespace(spooler=SpoolerClient(never, lambda _ids, _route: None))
+        receiver = SimpleNamespace(spooler=SpoolerClient(never, lambda _ids, _route: None, 60.0))
         server = SmtpServer(
             asyncio.get_running_loop(),
             settings,

@@ -27,7 +27,7 @@ from email.message import EmailMessage
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import uvloop
@@ -39,8 +39,11 @@ from reception.space import MIN_FREE
 from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
 from relay.db.engine import connect, reading, writing
-from relay.queue.accept import NewMessage
+from relay.queue.accept import EncodedMessage, NewMessage, NewRecipient, SegmentSpan
 from relay.settings import SettingsError, SmtpdSettings, load
+from relay.spool.journal.directory import JournalDirectory, SegmentFile
+from relay.spool.journal.format import Place
+from relay.spool.journal.reader import JournalReader
 from relay.spool.store import BodyWriter, Spool
 from smtpd.server import LATE_TICK, SmtpConnection, SmtpServer
 from smtpd.session import ENDLESS
@@ -50,22 +53,61 @@ from tests.waiting import stands_still, until
 
 
 class FakeDatabase:
-    """Commits to a list. While `gate` is closed a COMMIT waits; `error` is raised by it."""
+    """An acceptor whose rows are a list. While `gate` is closed a COMMIT waits; `error` is raised
+    by it. `known`: it is the database of the spool, and never older."""
+
+    known = 0
 
     def __init__(self) -> None:
         self.messages: list[NewMessage] = []
+        self.places: dict[str, Place | None] = {}
         self.gate = threading.Event()
         self.gate.set()
-        self.taken = threading.Event()
         self.error: Exception | None = None
 
-    def commit(self, messages: Sequence[NewMessage], _begin_by: float) -> list[None]:
-        self.taken.set()
+    def commit(
+        self, messages: Sequence[EncodedMessage], span: SegmentSpan, *, age: float = 0.0
+    ) -> None:
+        assert age >= 0
         self.gate.wait(20)
         if self.error is not None:
             raise self.error
-        self.messages.extend(messages)
-        return [None] * len(messages)
+        for encoded in messages:
+            message = decoded(encoded.rows)
+            self.messages.append(message)
+            at = encoded.position
+            self.places[message.id] = None if at is None else Place(span.segment, at)
+
+    def advance(self, _: object) -> None:
+        """The mark."""
+
+    def open_segment(self, *_: object) -> None:
+        """Its row."""
+
+    def seal_segment(self, *_: object) -> None:
+        """Its row."""
+
+    def sealed_segments(self) -> set[str]:
+        return set()
+
+
+def decoded(rows: bytes) -> NewMessage:
+    """The message of which these are the rows."""
+    (message,), recipients, deliveries = (
+        json.loads(f"[{line}]") for line in rows.decode().split("\n")
+    )
+    routes = {one["number"]: one["route"] for one in deliveries}
+    fields = {name: value for name, value in message.items() if name in NewMessage._fields}
+    return NewMessage(
+        **fields
+        | {
+            "id": message["id"].replace("-", ""),
+            "recipients": [
+                NewRecipient(one["address"], one["notify"], one["orcpt"], routes[one["delivery"]])
+                for one in recipients
+            ],
+        }
+    )
 
 
 class ServerHarness:
@@ -88,7 +130,11 @@ class ServerHarness:
         self.loop.close()
 
     async def _serve(self) -> None:
-        self.spooler = SpoolerClient(self._keep, lambda ids, _route: self.hints.extend(ids))
+        self.spooler = SpoolerClient(
+            self._keep,
+            lambda ids, _route: self.hints.extend(ids),
+            self.settings.accept_deadline,
+        )
         await self.spooler.start()
         self.receiver = Receiver(
             self.spool,
@@ -115,10 +161,18 @@ class ServerHarness:
         await self.server.stop(0.0)
 
     async def _keep(self, channel: socket.socket) -> None:
+        database: Any = self.database
         with channel:
-            await self.loop.run_in_executor(
-                None, Spooler(channel, self.spool, self.database.commit).run
+            spooler = Spooler(
+                channel,
+                self.spool,
+                database,
+                database,
+                database,
+                limit=self.settings.journal_limit,
+                segment_size=8 << 20,
             )
+            await self.loop.run_in_executor(None, spooler.run)
 
     def ask_to_stop(self, drain: float) -> None:
         self.drain = drain
@@ -133,7 +187,14 @@ class ServerHarness:
         assert (space.claimed, space.stored, space.untrusted) == (0, 0, 0), "every claim ended"
 
     def bodies(self) -> list[str]:
-        return [path.name for path in self.spool.directory.glob("*/*")]
+        """The files of large messages."""
+        return [path.name for path in self.spool.directory.glob("*/*") if len(path.name) == 32]
+
+    def messages(self, count: int) -> list[NewMessage]:
+        """The messages, once so many have rows."""
+        until(lambda: len(self.database.messages) >= count)
+        assert len(self.database.messages) == count
+        return self.database.messages
 
     def client(self, source: str = "127.0.0.1") -> "RawClient":
         return RawClient(self.host, self.port, source)
@@ -221,9 +282,16 @@ TRACE = re.compile(
 )
 
 
+def body_of(running: ServerHarness, message: NewMessage) -> bytes:
+    place = running.database.places[message.id]
+    if place is None:
+        return running.spool.path(message.id).read_bytes()
+    return JournalReader(JournalDirectory(running.spool.handle)).read(place, message.size)
+
+
 def stored(running: ServerHarness, message: NewMessage) -> bytes:
     """The body without its trace field, which is checked."""
-    body = running.spool.path(message.id).read_bytes()
+    body = body_of(running, message)
     assert message.size == len(body)
     trace = TRACE.match(body)
     assert trace is not None, body[:300]
@@ -250,7 +318,7 @@ def test_C1_C6_bytes_are_stored_as_they_were_sent(
         client.send(wire[1000:])
         reply = client.reply()
         client.say(b"QUIT", b"221 2.0.0")
-    [message] = running.database.messages
+    [message] = running.messages(1)
     assert reply == b"250 2.0.0 Ok: queued as %b\r\n" % message.id.encode()
     assert stored(running, message) == body
     assert running.hints == [message.id]
@@ -268,7 +336,7 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., ServerHarn
             mail_options=["BODY=8BITMIME", "RET=FULL", "ENVID=x+2B"],
             rcpt_options=["NOTIFY=SUCCESS"],
         )
-    [message] = running.database.messages
+    [message] = running.messages(1)
     assert [one.address for one in message.recipients] == ["b c@example.org", "d@example.org"]
     assert {one.notify for one in message.recipients} == {"SUCCESS"}
     assert (message.sender, message.helo, message.protocol) == (
@@ -339,7 +407,7 @@ def test_the_first_line_of_the_content_never_continues_the_trace_field(
             client.send(wire[at : at + 1])
         client.send(wire[8:])
         client.expect(b"250")
-    [message] = running.database.messages
+    [message] = running.messages(1)
     assert stored(running, message) == kept + rest
 
 
@@ -351,9 +419,9 @@ def test_a_long_recipient_is_accepted_and_omitted_from_the_trace_field(
     with talking(running) as client:
         client.begin(long)
         client.say(b".", b"250")
-    [message] = running.database.messages
+    [message] = running.messages(1)
     assert message.recipients[0].address.encode() == long
-    trace = running.spool.path(message.id).read_bytes()
+    trace = body_of(running, message)
     assert b" for " not in trace
     assert max(map(len, trace.split(b"\n"))) <= 998
 
@@ -365,7 +433,7 @@ def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., ServerHarn
         client.say(b"HELO app_1", b"250")
         client.send(b"MAIL FROM:<cron@app_1>\r\nRCPT TO:<root>\r\nDATA\r\n.\r\n")
         client.expect(b"250", b"250", b"354", b"250")
-    [message] = running.database.messages
+    [message] = running.messages(1)
     assert message.sender == "cron@app_1"
     assert [one.address for one in message.recipients] == ["root@relay.example"]
 
@@ -400,10 +468,10 @@ def test_a_header_in_utf_8_passes_and_an_address_does_not(
                 "j\xfcrgen@example.com", ["b@example.org"], mail.as_bytes(), mail_options=options
             )
         assert refused.value.smtp_code == 553
-    [message] = running.database.messages
+    [message] = running.messages(1)
     assert (message.protocol, message.body_type) == ("UTF8SMTP", "8BITMIME")
     body = stored(running, message)
-    assert b"with UTF8SMTP id" in running.spool.path(message.id).read_bytes()
+    assert b"with UTF8SMTP id" in body_of(running, message)
     assert (
         "From: J\xfcrgen <a@example.com>\nTo: b@example.org\nSubject: Gr\xfc\xdfe \u2603\n".encode()
         in body
@@ -433,11 +501,10 @@ def test_a_utf_8_header_from_postfix_sendmail_arrives(
     running = run()
     content = "Subject: Gr\xfc\xdfe \u2603\nMessage-ID: <m@i>\n\nhello\n".encode()
     postfix_client(running.port).sendmail("a@example.com", "b@example.org", content)
-    until(lambda: running.database.messages, 20)
-    [message] = running.database.messages
+    [message] = running.messages(1)
     assert (message.sender, message.recipients[0].address) == ("a@example.com", "b@example.org")
     assert (message.protocol, message.header_message_id) == ("UTF8SMTP", "<m@i>")
-    assert "Subject: Gr\xfc\xdfe \u2603\n".encode() in running.spool.path(message.id).read_bytes()
+    assert "Subject: Gr\xfc\xdfe \u2603\n".encode() in body_of(running, message)
 
 
 def test_the_trace_field_omits_several_recipients_and_escapes_the_client(
@@ -450,8 +517,8 @@ def test_the_trace_field_omits_several_recipients_and_escapes_the_client(
         client.send(b'MAIL FROM:<>\r\nRCPT TO:<"b c"@d>\r\nDATA\r\n')
         client.expect(b"250", b"250", b"354")
         client.say(b".", b"250")
-    [message] = running.database.messages
-    body = running.spool.path(message.id).read_bytes()
+    [message] = running.messages(1)
+    body = body_of(running, message)
     assert body.startswith(
         b"Received: from evil?host? ([127.0.0.1])\n\tby relay.example with SMTP id "
     )
@@ -510,63 +577,75 @@ def test_C20_a_client_that_disconnects_in_its_message_leaves_no_body(
     assert running.database.messages == []
 
 
-def test_C21_a_client_disconnects_before_its_message_is_committed(
-    run: Callable[..., ServerHarness],
+def test_C21_a_client_that_disconnects_after_its_message_changes_nothing(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
-    running.database.gate.clear()
-    with talking(running) as first, talking(running) as second, talking(running) as third:
-        first.begin()
-        first.send(b"first\r\n.\r\n")
-        assert running.database.taken.wait(10)
-        second.begin()
-        second.send(b"second\r\n.\r\n")
-        until(
-            lambda: len(running.bodies()) == 2
-        )  # one is committed, one is stored: no more are read
-        third.begin()
-        third.send(b"third\r\n.\r\n")
-        third.close()
-        until(lambda: len(running.server.connections) == 2)
-        running.database.gate.set()
-        first.expect(b"250 2.0.0")
-        second.expect(b"250 2.0.0")
-    assert [stored(running, message) for message in running.database.messages] == [
-        b"first\n",
-        b"second\n",
-    ]
-    assert len(running.bodies()) == 2
+    gate, sync = threading.Event(), SegmentFile.sync
 
+    def slow(file: SegmentFile) -> None:
+        gate.wait(20)
+        sync(file)
 
-def test_C23_after_the_deadline_451_and_only_an_unknown_commit_keeps_its_body(
-    run: Callable[..., ServerHarness],
-) -> None:
-    running = run(accept_deadline=0.5)
-    running.database.gate.clear()
+    monkeypatch.setattr(SegmentFile, "sync", slow)
     with talking(running) as first, talking(running) as second:
         first.begin()
         first.send(b"first\r\n.\r\n")
-        assert running.database.taken.wait(10)
         second.begin()
-        second.send(b"second\r\n.\r\nNOOP\r\n")
-        second.expect(b"451 4.3.0", b"250 2.0.0")
-        first.expect(b"451 4.3.0")
-        running.database.gate.set()
-        until(lambda: len(running.bodies()) == 1)
-    [message] = running.database.messages
+        second.send(b"second\r\n.\r\n")
+        until(lambda: [one.reception for one in running.server.connections].count(None) == 0)
+        second.close()
+        until(lambda: len(running.server.connections) == 1)
+        gate.set()
+        first.expect(b"250 2.0.0")
+    kept = sorted(stored(running, message) for message in running.messages(2))
+    assert kept == [b"first\n", b"second\n"]
+
+
+def test_C23_after_the_deadline_the_connection_closes_without_a_reply(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message may be in the journal, so there is neither a 250 nor an error."""
+    running = run(accept_deadline=0.5)
+    gate, sync = threading.Event(), SegmentFile.sync
+
+    def slow(file: SegmentFile) -> None:
+        gate.wait(20)
+        sync(file)
+
+    monkeypatch.setattr(SegmentFile, "sync", slow)
+    with talking(running) as client:
+        client.begin()
+        client.send(b"first\r\n.\r\n")
+        assert client.closed()
+    gate.set()
+    [message] = running.messages(1)
     assert stored(running, message) == b"first\n"
 
 
-def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(
-    run: Callable[..., ServerHarness],
-) -> None:
+def test_C23_a_database_that_hangs_costs_no_250(run: Callable[..., ServerHarness]) -> None:
     running = run()
-    running.database.error = ValueError("secret reason")
+    running.database.gate.clear()
     with talking(running) as client:
         client.begin()
-        client.say(b"x\r\n.", b"451 4.3.0 Cannot take the message now")
-        client.say(b"NOOP", b"250")
-    until(lambda: not running.bodies())
+        client.say(b"x\r\n.", b"250 2.0.0")
+    assert running.database.messages == []
+    running.database.gate.set()
+    assert len(running.messages(1)) == 1
+
+
+def test_above_the_limit_of_the_journal_451(run: Callable[..., ServerHarness]) -> None:
+    running = run(journal_limit=1000)
+    running.database.gate.clear()
+    with talking(running) as client:
+        client.begin()
+        client.say(b"x" * 500 + b"\r\n.", b"250 2.0.0")
+        client.say(b"MAIL FROM:<a@example.com>", b"250")
+        client.say(b"RCPT TO:<b@example.org>", b"250")
+        client.say(b"DATA", b"354")
+        client.say(b"x" * 500 + b"\r\n.", b"451 4.3.0 Cannot take the message now")
+    running.database.gate.set()
+    assert len(running.messages(1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -578,9 +657,17 @@ def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(
         (errno.EROFS, b"451 4.3.0"),
     ],
 )
-@pytest.mark.parametrize("size", [100, 3 * BLOCK])
-@pytest.mark.parametrize("call", ["write", "fdatasync", "create"])
-def test_C22_disk_faults_are_temporary_and_leave_no_body(
+@pytest.mark.parametrize(
+    ("call", "size"),
+    [
+        ("write", 100),
+        ("sync", 100),
+        ("create", 3 * BLOCK),
+        ("append", 3 * BLOCK),
+        ("finish", 3 * BLOCK),
+    ],
+)
+def test_C22_disk_faults_are_temporary_and_store_nothing(
     run: Callable[..., ServerHarness],
     monkeypatch: pytest.MonkeyPatch,
     number: int,
@@ -588,21 +675,19 @@ def test_C22_disk_faults_are_temporary_and_leave_no_body(
     call: str,
     size: int,
 ) -> None:
-    def fail(*_: object) -> NoReturn:
-        raise OSError(number, "of the disk /secret/path")
-
+    """A small message meets the fault in its segment, and a large one in its file."""
     running = run()
-    real = os.open
+    owner: Any = {"create": Spool, "write": SegmentFile, "sync": SegmentFile}.get(call, BodyWriter)
+    real, failures = getattr(owner, call), iter([True])
 
-    def create(path: str, flags: int, *arguments: Any, **more: Any) -> int:
-        return fail() if flags & os.O_EXCL else real(path, flags, *arguments, **more)
+    def failing(*arguments: Any, **more: Any) -> Any:
+        if next(failures, False):
+            raise OSError(number, "of the disk /secret/path")
+        return real(*arguments, **more)
 
-    if call == "create":
-        monkeypatch.setattr("relay.spool.store.os.open", create)
-    else:
-        monkeypatch.setattr(f"relay.spool.store.os.{call}", fail)
     with talking(running) as client:
         client.begin()
+        monkeypatch.setattr(owner, call, failing)
         client.send(b"x" * size + b"\r\n.\r\n")
         found = client.reply()
         assert found.startswith(reply)
@@ -639,7 +724,7 @@ def test_a_slow_disk_pauses_reading_so_memory_stays_bounded(
         gate.set()
         client.expect(b"250 2.0.0")
         sender.join()
-    [message] = running.database.messages
+    [message] = running.messages(1)
     assert len(stored(running, message)) == size // 1000 * 999
 
 
@@ -717,10 +802,10 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
         until(lambda: any(one.reading_paused for one in tuple(running.server.connections)))
         small.begin()
         small.say(b"x\r\n.", b"250")
-        assert len(running.bodies()) == 2
+        assert len(running.bodies()) == 1
         first.say(b".", b"250")
         second.expect(b"250")
-    assert [len(stored(running, one)) for one in running.database.messages] == [
+    assert [len(stored(running, one)) for one in running.messages(3)] == [
         2,
         3_996_000,
         3_996_000,
@@ -795,7 +880,7 @@ def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_client
             sorted(stranger.reply()[:9] for stranger in strangers)
             == [b"250 2.0.0"] * 3 + [b"452 4.3.1"] * 5
         )
-    assert len(running.database.messages) == 4
+    running.messages(4)
     until(lambda: len(running.bodies()) == 4)
 
 
@@ -1154,9 +1239,13 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
             "only the own user may read new files"
         )
     engine = create_engine(database_url)
-    with engine.connect() as connection:
-        assert connection.execute(text("SELECT count(*) FROM recipients")).scalar() == 2
-        assert connection.execute(text("SELECT state FROM deliveries")).scalar() == "queued"
+
+    def rows() -> list[Any]:
+        query = "SELECT state FROM deliveries JOIN recipients USING (queue_id)"
+        with engine.connect() as connection:
+            return [*connection.execute(text(query)).scalars()]
+
+    assert until(rows) == ["queued", "queued"]
     engine.dispose()
     [accepted] = program.events("accepted")
     assert (accepted["sender"], accepted["recipients"], accepted["client"]) == (
@@ -1168,7 +1257,7 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
     assert program.process.wait(20) == 0
 
 
-def test_a_killed_spooler_is_replaced_and_every_client_gets_a_reply(
+def test_the_clients_of_a_killed_spooler_hear_nothing_and_it_is_replaced(
     program: Program,
 ) -> None:
     [spooler] = until(program.spoolers)
@@ -1178,7 +1267,7 @@ def test_a_killed_spooler_is_replaced_and_every_client_gets_a_reply(
         client.send(b"x\r\n.\r\n")
         client.send(b"NOOP\r\n")  # when this is read, the spooler has the message
         os.kill(spooler, signal.SIGKILL)
-        client.expect(b"451 4.3.0", b"250 2.0.0")
+        assert client.closed(), "the message may be in the journal"
     until(lambda: program.spoolers() not in ([], [spooler]))
     program.send("b@example.org")
     assert len(program.events("spooler restarted")) == len(program.events("accepted")) == 1
@@ -1266,28 +1355,25 @@ def test_without_free_descriptors_clients_wait_and_are_not_dropped(
     until(lambda: program.events("accepting resumed"))
 
 
-def test_a_message_that_got_451_is_not_committed(
+def test_a_locked_database_costs_no_250(
     database_url: str,
     tmp_path: Path,
     spawn: Callable[..., subprocess.Popen[Any]],
     free_port: Callable[[], int],
 ) -> None:
-    """A lock is held for longer than the deadline, but not as long as the statement timeout."""
-    program = Program(tmp_path, database_url, spawn, free_port(), ACCEPT_DEADLINE="2s")
+    program = Program(tmp_path, database_url, spawn, free_port())
     engine = connect(database_url)
     with writing(engine) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("LOCK TABLE messages IN EXCLUSIVE MODE"))
-        with pytest.raises(smtplib.SMTPDataError) as caught:
-            program.send("refused@example.org")
-        assert caught.value.smtp_code == 451
-    program.send("taken@example.org")  # the one committer has finished the first message
-    with reading(engine) as connection:
-        assert connection.execute(text("SELECT address FROM recipients")).scalars().all() == [
-            "taken@example.org"
-        ]
+        program.send("taken@example.org")
+
+    def addresses() -> list[str]:
+        with reading(engine) as connection:
+            return [*connection.execute(text("SELECT address FROM recipients")).scalars()]
+
+    assert until(addresses) == ["taken@example.org"]
     engine.dispose()
-    assert len([*(tmp_path / "state" / "spool").glob("*/*")]) == 1
 
 
 MAY_MOUNT = bool(
@@ -1319,9 +1405,11 @@ def test_a_spool_that_is_unmounted_below_the_program_is_451_until_it_is_back(
         with mounted("--bind", str(disk), str(place)):
             program.send("b@example.org")
             program.send("b@example.org", lines=BLOCK)
-            ids = {event["id"] for event in program.events("accepted")}
-            assert len(ids) == 3
-            assert {path.name for path in disk.glob("*/*")} == ids
+            small, large = dict[str, Any](), dict[str, Any]()
+            for event in program.events("accepted"):
+                (large if event["size"] > BLOCK else small)[event["id"]] = event
+            assert (len(small), len(large)) == (2, 1)
+            assert {path.name for path in disk.glob("????????/*")} == {*large}
         program.process.kill()
 
 

@@ -124,7 +124,7 @@ def test_a_split_is_a_parent_and_two_children_that_are_due_now(queue: QueueHarne
     parent, child = queue.delivery(queue_id, 1), queue.delivery(queue_id, 2)
     assert (parent["due_at"], parent["finished_at"]) == (None, None)
     assert child["due_in"] <= 0
-    assert (child["route"], child["expires_at"], child["backoff_step"]) == (
+    assert (child["route"], child["expires_at"], child["deferrals"]) == (
         "default",
         parent["expires_at"],
         0,
@@ -305,7 +305,7 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     """All would follow the first to servers that know nothing of the others, and bounce them."""
     queue_id = queue.accept(*(f"bulk:{n}@{'abac'[n]}.test" for n in range(4)), "default:z@d.test")
     (claim,) = queue.claim(queue_id, capacity={"bulk": 1})
-    queue.complete(claim, Outcome.DEFERRED, backoff_step=3)
+    queue.complete(claim, Outcome.DEFERRED, deferrals=3)
     queue.change(
         "UPDATE deliveries SET crash_count = 2 WHERE queue_id = @id(:id) AND route = 'bulk'",
         id=queue_id,
@@ -325,7 +325,7 @@ def test_recipients_whose_routes_differ_today_go_on_in_deliveries_of_their_own(
     piece = queue.delivery(queue_id, found["1@b.test"][0])
     kept = ("expires_at", "crash_count", "last_outcome", "last_reply", "last_server")
     assert [piece[column] for column in kept] == [whole[column] for column in kept]
-    assert (piece["claim_count"], piece["backoff_step"], piece["due_in"] <= 0) == (0, 0, True)
+    assert (piece["claim_count"], piece["deferrals"], piece["due_in"] <= 0) == (0, 0, True)
     assert (queue.state(queue_id), queue.delivery(queue_id)["due_at"]) == ("split", None)
     assert reroute(queue) == reroute(queue, "a") - 1 == 0, "there is nothing left to divide"
     assert ways(queue, queue_id) == found

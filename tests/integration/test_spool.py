@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from relay.db.engine import connect, reading
 from relay.ids import new_id
 from relay.spool import store
 from relay.spool.store import BodyUnsendable, Spool, SpoolError, file_system
+from relay.spool.trailer import FIXED_SIZE, encode_trailer, read_envelope, read_trailer
+from tests.bodies import body_in
 
 LIMIT = 1 << 20
 
@@ -83,7 +86,7 @@ def test_stored_body_is_synced_with_its_directory(spool: Spool, synced: list[str
     queue_id = new_id()
     assert spool.store(queue_id, [b"Received: x\n", b"Subject: y\n", b"\nbody\n"]) == 29
     path = spool.path(queue_id)
-    assert path.read_bytes() == b"Received: x\nSubject: y\n\nbody\n"
+    assert body_in(path) == b"Received: x\nSubject: y\n\nbody\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert synced.index(str(path)) < synced.index(str(path.parent)), (
@@ -116,9 +119,9 @@ def test_large_body_is_synced_while_it_arrives(
         body.append(b"x" * 400)
         sizes.append(synced.count(path))
     assert sizes == [0, 0, 1, 1, 1]
-    assert body.size == 2000 == body.finish()
+    assert body.size == 2000 == body.finish(b"")
     assert synced[-2:] == [path, str(spool.path(queue_id).parent)]
-    assert spool.path(queue_id).stat().st_size == 2000
+    assert len(body_in(spool.path(queue_id))) == 2000
 
 
 def test_discarded_body_is_removed(spool: Spool) -> None:
@@ -132,7 +135,7 @@ def test_discarded_body_is_removed(spool: Spool) -> None:
 def test_empty_body_is_stored(spool: Spool) -> None:
     queue_id = new_id()
     assert spool.store(queue_id, [b""]) == 0
-    os.close(spool.open(queue_id, 0))
+    spool.open(queue_id, 0).close()
 
 
 def test_queue_id_has_one_body(spool: Spool) -> None:
@@ -140,14 +143,14 @@ def test_queue_id_has_one_body(spool: Spool) -> None:
     spool.store(queue_id, [b"first"])
     with pytest.raises(FileExistsError):
         spool.store(queue_id, [b"second"])
-    assert spool.path(queue_id).read_bytes() == b"first"
+    assert body_in(spool.path(queue_id)) == b"first"
 
 
 def test_many_threads_store_concurrently(spool: Spool) -> None:
     ids = [new_id() for _ in range(200)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda i: spool.store(i, [i.encode()]), ids))
-    assert [spool.path(i).read_text() for i in ids] == ids
+    assert [body_in(spool.path(i)).decode() for i in ids] == ids
     assert {name for name, _ in spool.ids()} == set(ids)
 
 
@@ -218,7 +221,7 @@ def test_body_whose_sync_fails_is_removed(
     body = spool.create(new_id())
     body.append(b"x")
     with pytest.raises(OSError):
-        body.finish()
+        body.finish(b"")
     assert files(spool) == before
 
 
@@ -275,10 +278,10 @@ def test_failures_leak_no_descriptor(spool: Spool) -> None:
 def test_body_is_read_while_it_is_removed(spool: Spool) -> None:
     queue_id = new_id()
     spool.store(queue_id, [b"hello"])
-    handle = spool.open(queue_id, 5)
-    assert os.read(handle, 10) == b"hello"
+    body = spool.open(queue_id, 5)
+    assert os.read(body.fd, 5) == b"hello"
     assert spool.remove(queue_id), "also while it is open"
-    os.close(handle)
+    body.close()
     assert not spool.remove(queue_id)
 
 
@@ -298,7 +301,7 @@ def test_missing_spool_is_not_a_missing_body(spool: Spool) -> None:
     spool.store(queue_id, [b"hello"])
     spool.directory.rename(spool.directory.with_name("elsewhere"))
     for absent in (True, False):
-        os.close(spool.open(queue_id, 5))  # an existing body
+        spool.open(queue_id, 5).close()  # an existing body
         with pytest.raises(OSError) as caught:
             spool.open(new_id(), 5)
         assert caught.value.errno == errno.ENOENT
@@ -325,8 +328,8 @@ def test_nothing_is_stored_in_a_bare_mount_point(spool: Spool, tmp_path: Path) -
     spool.store(first := new_id(), [b"hello"])
     spool.directory.rename(tmp_path / "elsewhere")
     for absent in (True, False):
-        (result,) = spool.store_all([(new_id(), [b"lost"])])
-        assert isinstance(result, FileNotFoundError)
+        with pytest.raises(FileNotFoundError):
+            spool.store(new_id(), [b"lost"])
         with pytest.raises(FileNotFoundError):
             spool.create(new_id())
         if absent:
@@ -357,7 +360,7 @@ def test_body_is_opened_again_after_the_identity_was_checked(spool: Spool, tmp_p
     Spool(tmp_path / "again").store(queue_id, [b"hello"])
     spool.directory.rename(tmp_path / "before")
     (tmp_path / "again").rename(spool.directory)
-    os.close(spool.open(queue_id, 5))
+    spool.open(queue_id, 5).close()
 
 
 def test_body_in_orphans_is_opened_and_removed(spool: Spool) -> None:
@@ -365,10 +368,76 @@ def test_body_in_orphans_is_opened_and_removed(spool: Spool) -> None:
     spool.store(queue_id := new_id(), [b"hello"])
     spool.move_to_orphans(queue_id)
     assert not spool.path(queue_id).exists()
-    os.close(spool.open(queue_id, 5))
+    spool.open(queue_id, 5).close()
     assert spool.remove(queue_id)
     with pytest.raises(BodyUnsendable, match="no body file"):
         spool.open(queue_id, 5)
+
+
+# --- trailers
+# ----------------------------------------------------------------------------------------------
+
+
+def test_body_file_ends_with_its_envelope_and_checksums(spool: Spool, synced: list[str]) -> None:
+    queue_id, envelope = new_id(), b'{"id": 1}\n\n'
+    body = spool.create(queue_id)
+    body.append(b"hel")
+    body.append(b"lo")
+    assert body.finish(envelope) == 5
+    path = spool.path(queue_id)
+    assert path.stat().st_size == 5 + len(envelope) + FIXED_SIZE
+    with path.open("rb") as file:
+        trailer = read_trailer(file.fileno())
+        assert trailer is not None
+        assert (trailer.size, trailer.checksum) == (5, zlib.crc32(b"hello"))
+        assert read_envelope(file.fileno(), trailer) == envelope
+    opened = spool.open(queue_id, 5)
+    opened.close()
+    assert (opened.size, opened.checksum) == (5, zlib.crc32(b"hello"))
+
+
+def test_file_of_an_earlier_version_has_no_trailer(spool: Spool) -> None:
+    queue_id = new_id()
+    spool.path(queue_id).parent.mkdir()
+    spool.path(queue_id).write_bytes(b"hello")
+    opened = spool.open(queue_id, 5)
+    opened.close()
+    assert (opened.size, opened.checksum) == (5, None)
+
+
+@pytest.mark.parametrize("at", range(-FIXED_SIZE, 0))
+def test_damaged_trailer_is_no_trailer(spool: Spool, at: int) -> None:
+    queue_id = new_id()
+    spool.store(queue_id, [b"hello"], b"envelope")
+    path = spool.path(queue_id)
+    octets = bytearray(path.read_bytes())
+    octets[at] ^= 1
+    path.write_bytes(octets)
+    with path.open("rb") as file:
+        assert read_trailer(file.fileno()) is None
+    with pytest.raises(BodyUnsendable, match=f"the body file has {len(octets)} bytes, not 5"):
+        spool.open(queue_id, 5)
+
+
+def test_damaged_envelope_is_not_returned(spool: Spool) -> None:
+    queue_id = new_id()
+    spool.store(queue_id, [b"hello"], b"envelope")
+    path = spool.path(queue_id)
+    path.write_bytes(path.read_bytes().replace(b"envelope", b"envelopf"))
+    with path.open("rb") as file:
+        trailer = read_trailer(file.fileno())
+        assert trailer is not None
+        assert read_envelope(file.fileno(), trailer) is None
+
+
+def test_trailer_counts_only_at_the_end_of_a_file_of_its_size(tmp_path: Path) -> None:
+    """A body that ends as a trailer does is no trailer."""
+    trailer = encode_trailer(5, zlib.crc32(b"hello"), b"")
+    for content, valid in ((b"hello" + trailer, True), (b"hell" + trailer, False), (b"", False)):
+        path = tmp_path / "body"
+        path.write_bytes(content)
+        with path.open("rb") as file:
+            assert (read_trailer(file.fileno()) is not None) == valid
 
 
 # --- the right directory
@@ -391,7 +460,7 @@ def test_new_spool_gets_an_identity(engine: Engine, tmp_path: Path, synced: list
     assert str(spool.directory) in synced
     spool.prepare(engine, unsafe=True)
     assert known(engine) == [identity]
-    assert sorted(path.name for path in spool.directory.iterdir()) == ["spool-id"]
+    assert sorted(path.name for path in spool.directory.iterdir()) == ["journal", "spool-id"]
 
 
 def test_other_spool_is_refused_and_not_touched(engine: Engine, tmp_path: Path) -> None:

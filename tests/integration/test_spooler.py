@@ -1,333 +1,400 @@
-"""The spooler and its client: whatever crashes, hangs or is late, every request gets one result and
-no row is committed twice."""
+"""The spooler on a real journal and both databases: what it confirms is stored, every request gets
+one result, and every stored message gets its rows once."""
 
-import asyncio
-import math
+import errno
+import os
 import socket
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
+import reception.committer
+import reception.spooler
 from reception.spooler import Spooler
-from reception.spooler_client import HANG_TIMEOUT, Launch, SpoolerClient, SpoolerError
-from reception.spooler_protocol import (
-    BatchReply,
-    Cancelled,
-    FrameDecoder,
-    RowRefused,
-    StoreRequest,
-    cancellation,
-    frame,
-)
-from relay.db.group_commit import CommitUnknown
+from reception.spooler_protocol import Fault, FrameDecoder, SpoolerReply, StoreRequest, frame
 from relay.ids import new_id
-from relay.queue.accept import NewMessage, NewRecipient
+from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved, SegmentSpan, encode
+from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.format import Place
+from relay.spool.journal.reader import JournalReader
+from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
+from tests.integration.harness import QueueHarness, new_message
 from tests.waiting import until
 
+BODY = b"Subject: x\n\ntext\n"
+SEGMENT = 1 << 20
 
-def new_message() -> NewMessage:
-    return NewMessage(
-        new_id(), "a@example.com", 4, [NewRecipient("b@example.org")], "::1", "client", "ESMTP"
-    )
+
+class GatedAcceptor(Acceptor):
+    """An acceptor whose database can be away (`gate` is closed) or refuse (`fault`)."""
+
+    def __init__(self, queue: QueueHarness) -> None:
+        super().__init__(queue.database, lifetime=1000.0, grace=5.0)
+        self.gate, self.entered = threading.Event(), threading.Event()
+        self.gate.set()
+        self.fault: Exception | None = None
+        self.batches: list[int] = []
+
+    def commit(self, messages: Any, span: SegmentSpan, *, age: float = 0.0) -> None:
+        self.entered.set()
+        assert self.gate.wait(20)
+        if self.fault is not None:
+            raise self.fault
+        super().commit(messages, span, age=age)
+        self.batches.append(len(messages))
 
 
 class SpoolerHarness:
-    """A spooler in a thread, whose database is a list, and our end of its channel."""
+    """A spooler in a thread, and our end of its channel."""
 
-    def __init__(self, spool: Spool) -> None:
+    def __init__(self, queue: QueueHarness, spool: Spool, **options: Any) -> None:
         self.ours, self.theirs = socket.socketpair()
         self.ours.settimeout(10)
-        self.spool = spool
-        self.committed: list[str] = []
-        self.gate, self.entered = threading.Event(), threading.Event()
-        self.gate.set()
-        self.fault: BaseException | None = None
-        self.frames, self.replies = FrameDecoder(), list[BatchReply]()
-        self.numbers = iter(range(1, 100))
+        self.queue, self.spool = queue, spool
+        self.acceptor = GatedAcceptor(queue)
+        mark = SpoolMark(spool.handle, spool.identity)
+        self.spooler = Spooler(
+            self.theirs,
+            spool,
+            self.acceptor,
+            queue.database,
+            mark,
+            **({"segment_size": SEGMENT} | options),
+        )
+        self.frames, self.replies = FrameDecoder(), list[SpoolerReply]()
+        self.numbers = iter(range(1, 100_000))
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
+        self.receive()
 
     def _run(self) -> None:
         with self.theirs:
-            Spooler(self.theirs, self.spool, self._commit).run()
+            self.spooler.run()
 
-    def _commit(self, messages: Sequence[NewMessage], _begin_by: float) -> list[None]:
-        self.entered.set()
-        assert self.gate.wait(10)
-        if self.fault is not None:
-            raise self.fault
-        self.committed += [message.id for message in messages]
-        return [None] * len(messages)
-
-    def request(self, *, body: bool = True, deadline: float = math.inf) -> StoreRequest:
-        """Send a request; without a `body` its file is synced already."""
-        message = new_message()
-        if not body:
-            self.spool.store(message.id, [b"text"])
-        request = StoreRequest(next(self.numbers), message, [b"text"] if body else None, deadline)
-        self.ours.sendall(request.encode())
+    def request(self, *addresses: str, body: bytes | None = BODY, **more: Any) -> StoreRequest:
+        """Send a request; a body of None says that its file is synced."""
+        size = len(BODY) if body is None else len(body)
+        message = new_message(*addresses, size=size, **more)
+        routes = tuple({recipient.route: None for recipient in message.recipients})
+        parts = None if body is None else [body[:5], body[5:]]
+        number = next(self.numbers)
+        request = StoreRequest(number, message.id, encode(message), routes, size, parts)
+        self.ours.sendall(frame(request))
         return request
 
-    def cancel(self, request: StoreRequest) -> None:
-        self.ours.sendall(cancellation(request.number))
+    def receive(self) -> None:
+        """Wait for at least one more reply."""
+        replies = self.frames.feed(self.ours.recv(1 << 16))
+        self.replies += [SpoolerReply(*values) for values in replies]
 
-    def busy(self) -> list[StoreRequest]:
-        """One request that is being committed, and one whose body is synced. No other is read."""
-        self.gate.clear()
-        first = self.request()
-        assert self.entered.wait(10)
-        second = self.request()
-        until(lambda: self.bodies() == 2)
-        return [first, second]
-
-    def bodies(self) -> int:
-        return len([*self.spool.ids()])
-
-    def results(self) -> dict[int, Any]:
-        """All results until the spooler closes its end."""
-        with suppress(ConnectionResetError):
-            while data := self.ours.recv(1 << 16):
-                self.replies += self.frames.feed(data)
+    def results(self) -> dict[int, Fault | None]:
         results = [result for reply in self.replies for result in reply.results]
         assert len(results) == len(dict(results)), "two results for a request"
-        return dict(results)
+        return {number: Fault(*fault) if fault else None for number, fault in results}
 
-    def ended(self) -> bool:
-        self._thread.join(10)
-        return not self._thread.is_alive()
+    def result(self, request: StoreRequest) -> Fault | None:
+        while request.number not in self.results():
+            self.receive()
+        return self.results()[request.number]
 
-    def close(self) -> None:
-        self.gate.set()
+    def committed(self) -> list[str]:
+        """The ids whose rows were announced, in order."""
+        return [i for reply in self.replies for ids in reply.committed.values() for i in ids]
+
+    def wait_for_rows(self, *requests: StoreRequest) -> None:
+        while not {request.queue_id for request in requests} <= {*self.committed()}:
+            self.receive()
+
+    def finish(self) -> None:
+        """smtpd closes its end, and takes what still comes."""
+        self.ours.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionResetError):
+            while data := self.ours.recv(1 << 16):
+                self.replies += [SpoolerReply(*values) for values in self.frames.feed(data)]
+        self.end()
+
+    def end(self) -> None:
         self.ours.close()
-        assert self.ended()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
 
 
-@pytest.fixture
-def harness(spool: Spool) -> Iterator[SpoolerHarness]:
-    harness = SpoolerHarness(spool)
+@contextmanager
+def spooler(queue: QueueHarness, spool: Spool, **options: Any) -> Iterator[SpoolerHarness]:
+    harness = SpoolerHarness(queue, spool, **options)
     yield harness
-    harness.close()
-
-
-def test_at_the_end_requests_are_stored_and_cancelled_requests_get_cancelled(
-    harness: SpoolerHarness,
-) -> None:
-    kept = harness.busy()
-    streamed, small = harness.request(body=False), harness.request()
-    harness.cancel(streamed)
-    harness.cancel(small)
-    harness.ours.shutdown(socket.SHUT_WR)
-    harness.gate.set()
-    results = harness.results()
-    assert [results[request.number] for request in kept] == [None, None]
-    assert {type(results[request.number]) for request in (streamed, small)} == {Cancelled}
-    assert (harness.bodies(), len(harness.committed)) == (2, 2)
-    assert harness.ended()
-
-
-def test_a_request_past_its_deadline_is_neither_committed_nor_stored(
-    harness: SpoolerHarness,
-) -> None:
-    harness.gate.clear()
-    first = harness.request()
-    assert harness.entered.wait(10)
-    soon = time.monotonic() + 0.3
-    waits = harness.request(deadline=soon)
-    until(lambda: harness.bodies() == 2)
-    unread = harness.request(deadline=soon)
-    until(lambda: time.monotonic() > soon)
-    harness.gate.set()
-    harness.ours.shutdown(socket.SHUT_WR)
-    results = harness.results()
-    assert results[first.number] is None
-    assert {type(results[request.number]) for request in (waits, unread)} == {RowRefused}
-    assert (harness.bodies(), len(harness.committed)) == (1, 1)
-
-
-def test_without_smtpd_no_further_batch_is_committed(harness: SpoolerHarness) -> None:
-    first, _ = harness.busy()
-    harness.request()
-    harness.ours.close()  # like a killed smtpd, whose clients send again
-    harness.gate.set()
-    assert harness.ended()
-    assert harness.committed == [first.message.id]
-    assert harness.bodies() == 1
-
-
-@pytest.mark.parametrize(
-    ("fault", "error", "bodies"),
-    [
-        (OperationalError(None, None, ConnectionRefusedError()), RowRefused, 0),
-        (OperationalError("INSERT", {}, ConnectionResetError()), CommitUnknown, 1),
-    ],
-)
-def test_only_an_unknown_commit_keeps_its_body(
-    harness: SpoolerHarness, fault: Exception, error: type, bodies: int
-) -> None:
-    harness.fault = fault
-    request = harness.request(deadline=time.monotonic() + 0.2)
-    until(harness.entered.is_set)
-    until(lambda: harness.bodies() == bodies)
-    harness.ours.shutdown(socket.SHUT_WR)
-    assert type(harness.results()[request.number]) is error
-    assert (harness.bodies(), harness.committed) == (bodies, [])
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_unexpected_error_of_the_committer_ends_the_spooler(harness: SpoolerHarness) -> None:
-    harness.fault = (
-        MemoryError()
-    )  # `GroupCommitter` treats it as a fault of the row, so this is a result
-    refused = harness.request()
-    harness.entered.wait(10)
-    harness.fault = SystemExit()
-    harness.request()
-    assert harness.ended()
-    assert str(harness.results()[refused.number]) == "MemoryError"
-
-
-class ClientHarness:
-    """A client on a loop. Each launch of a spooler runs the next one of `launches`."""
-
-    def __init__(self, *launches: Launch) -> None:
-        self.launches, self.stored, self.results = list(launches), list[str](), list[Any]()
-        self.spooler = SpoolerClient(self._launch, lambda ids, _route: self.stored.extend(ids))
-        self._changed = asyncio.Event()
-
-    async def _launch(self, channel: socket.socket) -> object:
-        return await self.launches.pop(0)(channel)
-
-    def store(self, body: bytes = b"text", deadline: float = 1e9) -> int:
-        return self.spooler.store(new_message(), [body], deadline, self._done)
-
-    def _done(self, result: Exception | None) -> None:
-        self.results.append(result)
-        self._changed.set()
-
-    async def wait_for(self, count: int) -> list[Any]:
-        async with asyncio.timeout(10):
-            while len(self.results) < count:
-                self._changed.clear()
-                await self._changed.wait()
-        return self.results
-
-
-def working(spool: Spool) -> Launch:
-    async def launch(channel: socket.socket) -> object:
-        with channel:
-            spooler = Spooler(channel, spool, lambda messages, _: [None] * len(messages))
-            await asyncio.to_thread(spooler.run)
-        return 0
-
-    return launch
-
-
-async def hanging(channel: socket.socket) -> object:
-    """It starts and never sends a result."""
-    with channel:
-        channel.sendall(frame(BatchReply([], 0.0)))
-        return await asyncio.Event().wait()
-
-
-async def dying(channel: socket.socket) -> object:
-    """It starts, reads a request, and dies."""
-    with channel:
-        channel.sendall(frame(BatchReply([], 0.0)))
-        channel.setblocking(False)
-        await asyncio.get_running_loop().sock_recv(channel, 1 << 16)
-    return -9
-
-
-async def failing(_: socket.socket) -> object:
-    raise BlockingIOError(11, "no process to spare")
+    harness.acceptor.gate.set()
+    harness.end()
 
 
 @pytest.fixture
-def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reception.spooler_client.RESTART_DELAY", 0.05)
+def bound(queue: QueueHarness, spool: Spool) -> Spool:
+    spool.prepare(queue.database, unsafe=True)
+    return spool
 
 
-def test_start_raises_if_the_first_spooler_cannot_start() -> None:
-    async def run() -> None:
-        with pytest.raises(SpoolerError, match="no process to spare"):
-            await ClientHarness(failing).spooler.start()
-
-    asyncio.run(run())
+@pytest.fixture
+def harness(queue: QueueHarness, bound: Spool) -> Iterator[SpoolerHarness]:
+    with spooler(queue, bound) as harness:
+        yield harness
 
 
-@pytest.mark.usefixtures("no_delay")
-def test_the_next_spooler_takes_the_requests_that_waited(spool: Spool) -> None:
-    async def run() -> None:
-        client = ClientHarness(dying, failing, failing, working(spool))
-        await client.spooler.start()
-        client.store()
-        assert [type(result) for result in await client.wait_for(1)] == [CommitUnknown]
-        client.store()  # the next two launches fail
-        assert (await client.wait_for(2))[1:] == [None]
-        assert len(client.stored) == 1
-        await client.spooler.close(10)
-
-    asyncio.run(run())
+def places(queue: QueueHarness) -> dict[str, Place | None]:
+    rows = queue.rows("SELECT @hex(id) AS id, @hex(segment) AS segment, position FROM messages")
+    return {
+        row["id"]: Place(row["segment"], row["position"]) if row["segment"] else None
+        for row in rows
+    }
 
 
-@pytest.mark.usefixtures("no_delay")
-def test_a_spooler_that_hangs_is_replaced(spool: Spool) -> None:
-    async def run() -> None:
-        client = ClientHarness(hanging, working(spool))
-        await client.spooler.start()
-        client.store(deadline=100.0)
-        client.spooler.check_deadlines(100.0 + HANG_TIMEOUT - 1)
-        await asyncio.sleep(0)
-        assert client.results == []
-        client.spooler.check_deadlines(100.0 + HANG_TIMEOUT + 1)
-        assert [type(result) for result in await client.wait_for(1)] == [CommitUnknown]
-        client.store()
-        assert (await client.wait_for(2))[1:] == [None]
-        await client.spooler.close(10)
-
-    asyncio.run(run())
+def body_of(harness: SpoolerHarness, queue_id: str, size: int = len(BODY)) -> bytes:
+    place = places(harness.queue)[queue_id]
+    assert place is not None
+    return JournalReader(JournalDirectory(harness.spool.handle)).read(place, size)
 
 
-def test_while_the_spooler_does_not_read_requests_can_be_cancelled_and_memory_is_bounded() -> None:
-    async def run() -> None:
-        client = ClientHarness(hanging)
-        await client.spooler.start()
-        transport = client.spooler.transport
-        assert transport is not None
-        requests = [client.store(bytes(1 << 20)) for _ in range(8)]
-        await asyncio.sleep(0)
-        requests += [client.store(bytes(1 << 20)) for _ in range(50)]
-        held = transport.get_write_buffer_size()
-        for request in requests[8:]:
-            client.spooler.cancel(request)
-        assert [type(result) for result in await client.wait_for(50)] == [Cancelled] * 50
-        assert transport.get_write_buffer_size() <= held <= 8 * (1 << 20) + 4096
-        await client.spooler.close(0.1)
-        assert len(await client.wait_for(58)) == 58
-
-    asyncio.run(run())
+def test_a_stored_message_has_its_rows_and_its_body(harness: SpoolerHarness) -> None:
+    request = harness.request("b@example.org", "bulk:c@example.org")
+    assert harness.result(request) is None
+    harness.wait_for_rows(request)
+    assert body_of(harness, request.queue_id) == BODY
+    assert [row["state"] for row in harness.queue.rows("SELECT state FROM deliveries")] == [
+        "queued",
+        "queued",
+    ]
+    (announced,) = [reply.committed for reply in harness.replies if reply.committed]
+    assert announced == {"default": [request.queue_id], "bulk": [request.queue_id]}
 
 
-def test_every_result_is_delivered_although_one_callback_raises(spool: Spool) -> None:
-    async def run() -> None:
-        client = ClientHarness(working(spool))
-        await client.spooler.start()
+def test_a_large_message_has_no_place_in_the_journal(harness: SpoolerHarness) -> None:
+    request = harness.request(body=None)
+    harness.wait_for_rows(request)
+    assert places(harness.queue) == {request.queue_id: None}
 
-        def raising(_: Exception | None) -> None:
-            raise RuntimeError("gone")
 
-        client.spooler.store(new_message(), [b"text"], 1e9, raising)
-        client.store()
-        assert await client.wait_for(1) == [None]
-        await client.spooler.close(10)
+def test_the_reply_follows_the_sync_and_not_the_database(harness: SpoolerHarness) -> None:
+    harness.acceptor.gate.clear()
+    request = harness.request()
+    assert harness.result(request) is None
+    assert places(harness.queue) == {}
+    assert harness.replies[-1].lag.messages == 1
+    harness.acceptor.gate.set()
+    harness.wait_for_rows(request)
+    assert harness.replies[-1].lag == (0, 0, 0.0)
 
-    asyncio.run(run())
+
+def test_a_reply_waits_for_its_rows_once_and_then_follows_the_sync(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.spooler, "REPLY_WAIT", 0.4)
+    with spooler(queue, bound, reply_lag=0) as harness:
+        quick = harness.request()
+        harness.wait_for_rows(quick)
+        (both,) = [reply for reply in harness.replies if reply.committed]
+        assert both.results == [(quick.number, None)], "one reply says both"
+        harness.acceptor.gate.clear()
+        first = harness.request()
+        assert harness.acceptor.entered.wait(10)
+        assert harness.result(first) is None, "after the wait, without rows"
+        monkeypatch.setattr(reception.spooler, "REPLY_WAIT", 1e6)
+        assert harness.result(harness.request()) is None, "at once: the database does not keep up"
+        assert len(places(queue)) == 1
+        harness.acceptor.gate.set()
+        until(lambda: len(places(queue)) == 3)
+
+
+def test_above_the_limit_nothing_is_stored(queue: QueueHarness, bound: Spool) -> None:
+    with spooler(queue, bound, limit=5 * len(BODY)) as harness:
+        harness.acceptor.gate.clear()
+        for _ in range(5):
+            assert harness.result(harness.request()) is None
+        refused = harness.request()
+        fault = harness.result(refused)
+        assert fault is not None
+        assert "RELAY_JOURNAL_LIMIT" in fault.reason
+        assert not fault.unknown
+        harness.acceptor.gate.set()
+        until(lambda: len(places(queue)) == 5)
+        assert harness.result(harness.request()) is None
+    assert refused.queue_id not in places(queue)
+
+
+def test_an_outage_of_any_length_costs_no_memory_and_no_order(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.committer, "MAX_HELD", 4)
+    monkeypatch.setattr(reception.committer, "MAX_ROWS", 16)
+    with spooler(queue, bound, segment_size=1 << 17) as harness:
+        harness.acceptor.fault = OperationalError("COMMIT", {}, ConnectionResetError())
+        requests = []
+        for _ in range(40):  # over several segments
+            requests.append(harness.request(body=bytes(10_000)))
+            assert harness.result(requests[-1]) is None
+        assert places(queue) == {}
+        harness.acceptor.fault = None
+        later = harness.request()
+        harness.wait_for_rows(*requests, later)
+        assert harness.committed() == [request.queue_id for request in (*requests, later)]
+        assert max(harness.acceptor.batches) > 4, "large batches"
+        for request in requests:
+            assert body_of(harness, request.queue_id, 10_000) == bytes(10_000)
+
+
+def test_the_next_spooler_makes_the_rows_of_one_that_died(
+    queue: QueueHarness, bound: Spool
+) -> None:
+    first = SpoolerHarness(queue, bound)
+    first.acceptor.fault = OperationalError("COMMIT", {}, ConnectionResetError())
+    requests = [first.request(), first.request("bulk:c@example.org")]
+    assert [first.result(request) for request in requests] == [None, None]
+    first.finish()  # it gives up, as the database is away
+    assert places(queue) == {}
+    with spooler(queue, bound) as second:
+        second.wait_for_rows(*requests)
+        assert [body_of(second, request.queue_id) for request in requests] == [BODY, BODY]
+        sealed = "SELECT @hex(id) AS id FROM segments WHERE sealed_at IS NOT NULL"
+        (segment,) = until(lambda: queue.rows(sealed))
+        assert segment["id"] + ADOPTED in JournalDirectory(bound.handle).names()
+    assert queue.rows("SELECT count(*) AS n FROM deliveries") == [{"n": 2}]
+
+
+def test_a_replay_gives_the_time_of_arrival(queue: QueueHarness, bound: Spool) -> None:
+    first = SpoolerHarness(queue, bound)
+    first.acceptor.fault = OperationalError("COMMIT", {}, ConnectionResetError())
+    request = first.request()
+    assert first.result(request) is None
+    first.finish()
+    until(lambda: _age_of_segments(bound) > 0.5)
+    with spooler(queue, bound) as second:
+        second.wait_for_rows(request)
+    (row,) = queue.rows("SELECT @since(received_at) AS ago FROM messages")
+    assert row["ago"] >= 0.5
+
+
+def _age_of_segments(spool: Spool) -> float:
+    import time
+
+    directory = spool.directory / "journal"
+    return time.time() - max(path.stat().st_mtime for path in directory.glob(f"*{OWNED}"))
+
+
+def test_at_the_end_rows_are_made_and_the_segment_is_sealed(
+    queue: QueueHarness, bound: Spool
+) -> None:
+    harness = SpoolerHarness(queue, bound)
+    requests = [harness.request() for _ in range(3)]
+    for request in requests:
+        assert harness.result(request) is None
+    harness.finish()
+    assert {*places(queue)} == {request.queue_id for request in requests}
+    (segment,) = queue.rows(
+        "SELECT @hex(id) AS id, messages, @hex(least_id) AS least FROM segments"
+        " WHERE sealed_at IS NOT NULL"
+    )
+    assert (segment["messages"], segment["least"]) == (3, min(r.queue_id for r in requests))
+    names = JournalDirectory(bound.handle).names()
+    assert [name for name in names if name.endswith(OWNED)] == [segment["id"] + OWNED], (
+        "the segment that was made ahead is gone"
+    )
+
+
+def test_segments_without_a_message_do_not_stay(queue: QueueHarness, bound: Spool) -> None:
+    for _ in range(2):
+        SpoolerHarness(queue, bound).finish()
+    assert [n for n in JournalDirectory(bound.handle).names() if n != "mark"] == []
+
+
+@pytest.mark.parametrize("call", ["write", "sync"])
+def test_a_failed_write_is_told_and_never_replayed(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    with spooler(queue, bound) as harness:
+        before = harness.request()
+        assert harness.result(before) is None
+        once = iter([True])
+        original = getattr(SegmentFile, call)
+
+        def failing(file: SegmentFile, *arguments: Any) -> Any:
+            if next(once, False):
+                if call == "sync":
+                    original(file)  # it is on the disk all the same
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(file, *arguments)
+
+        monkeypatch.setattr(SegmentFile, call, failing)
+        refused = harness.request()
+        fault = harness.result(refused)
+        assert fault is not None
+        assert (fault.number, fault.unknown) == (errno.ENOSPC, False)
+        after = harness.request()
+        assert harness.result(after) is None
+    with spooler(queue, bound):
+        until(lambda: {before.queue_id, after.queue_id} <= {*places(queue)})
+    assert refused.queue_id not in places(queue)
+
+
+def test_a_batch_whose_fate_is_unknown_is_told_so(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = SegmentFile.sync
+    with spooler(queue, bound) as harness:
+        calls = iter([True, True])  # the batch, and the batch that would declare it void
+
+        def failing(file: SegmentFile) -> None:
+            if next(calls, False):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            original(file)
+
+        monkeypatch.setattr(SegmentFile, "sync", failing)
+        lost = harness.request()
+        fault = harness.result(lost)
+        assert fault is not None
+        assert fault.unknown
+        after = harness.request()
+        assert harness.result(after) is None
+        harness.wait_for_rows(after)
+
+
+def test_rows_that_the_database_refuses_are_held(queue: QueueHarness, bound: Spool) -> None:
+    with spooler(queue, bound) as harness:
+        harness.acceptor.gate.clear()
+        good = [harness.request()]
+        assert harness.acceptor.entered.wait(10)
+        bad = harness.request(sender="nul\0" if queue.dialect.postgresql else None)
+        good.append(harness.request())
+        harness.acceptor.gate.set()
+        until(lambda: len(places(queue)) == 3 or not queue.dialect.postgresql)
+        harness.wait_for_rows(*good)
+    states = {
+        row["id"]: (row["state"], row["reason_source"])
+        for row in queue.rows("SELECT @hex(queue_id) AS id, state, reason_source FROM deliveries")
+    }
+    assert [states[request.queue_id] for request in good] == [("queued", None)] * 2
+    if queue.dialect.postgresql:
+        assert states[bad.queue_id] == ("held", "relay")
+
+
+def test_two_replays_of_a_segment_cannot_both_make_rows(queue: QueueHarness) -> None:
+    acceptor = Acceptor(queue.database, lifetime=1000.0, grace=5.0)
+    segment = new_id()
+    acceptor.open_segment(segment, 4096)
+    first, second = (EncodedMessage(encode(new_message()), 5000) for _ in range(2))
+    acceptor.commit([first], SegmentSpan(segment, 4096, 8192))
+    acceptor.commit([first], SegmentSpan(segment, 4096, 8192))  # the COMMIT was in doubt
+    acceptor.commit([second], SegmentSpan(segment, 8192, 16384))
+    with pytest.raises(PositionMoved):
+        acceptor.commit([first], SegmentSpan(segment, 8192, 20480))
+    with pytest.raises(PositionMoved):
+        acceptor.commit_each([first], SegmentSpan(segment, 8192, 20480))
+    queue.change("DELETE FROM messages")  # retention
+    acceptor.commit([first], SegmentSpan(segment, 4096, 8192))
+    assert places(queue) == {}
 
 
 def test_frames_may_be_cut_anywhere() -> None:
@@ -337,3 +404,19 @@ def test_frames_may_be_cut_anywhere() -> None:
     for n in range(len(data)):
         values += decoder.feed(data[n : n + 1])
     assert values == [(n, b"x" * n) for n in range(40)]
+
+
+def test_a_database_that_was_restored_is_refused(
+    queue: QueueHarness, bound: Spool, tmp_path: Path
+) -> None:
+    mark = SpoolMark(bound.handle, bound.identity)
+    mark.guard(queue.database)
+    assert mark.advance(queue.database) == 1
+    queue.database.dispose()
+    assert queue.rows("SELECT mark FROM spool") == [{"mark": 1}]
+    queue.change("UPDATE spool SET mark = 0")
+    queue.database.dispose()
+    again = SpoolMark(bound.handle, bound.identity)
+    assert again.known == 1
+    with pytest.raises(Exception, match="fsck --rebuild"):
+        queue.rows("SELECT mark FROM spool")

@@ -36,6 +36,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import FINAL, UNFINISHED, State
 from relay.report.filters import Filter
 from relay.spool.store import Spool
+from tests.bodies import body_in
 from tests.integration.harness import OUTCOME_POLICY, QueueHarness, new_message
 
 type Key = tuple[str, int]
@@ -129,11 +130,11 @@ class KilledSpool(Spool):
         super().__init__(directory)
         self._last = last
 
-    def store(self, queue_id: str, parts: Sequence[bytes]) -> int:
+    def store(self, queue_id: str, parts: Sequence[bytes], envelope: bytes = b"") -> int:
         if self._last == "store":
             super().store(queue_id, [b"half"])
             raise Killed
-        return super().store(queue_id, parts)
+        return super().store(queue_id, parts, envelope)
 
     def remove(self, queue_id: str) -> bool:
         if self._last == "remove" and self.path(queue_id).exists():
@@ -262,7 +263,7 @@ class History(RuleBasedStateMachine):
             )
         self.received[queue_id] = self.clock
         for _ in range(chance.randint(1, 2)):
-            self.harness.acceptor.commit([message])
+            self.harness.insert([message])
         for number, route in enumerate(dict.fromkeys(routes), 1):
             mine = tuple(
                 address for address, way in zip(addresses, routes, strict=True) if way == route
@@ -774,7 +775,7 @@ class History(RuleBasedStateMachine):
         ):
             if (row["id"], 1) in self.queue:
                 continue
-            text = self.spool.path(row["id"]).read_text()
+            text = body_in(self.spool.path(row["id"])).decode()
             assert row["size"] == len(text)
             names = sorted(re.findall("^Final-Recipient: rfc822; (.*)$", text, re.MULTILINE))
             flat = " ".join(text.split())

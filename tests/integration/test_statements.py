@@ -43,6 +43,7 @@ ONE_DATABASE = {("worker.cleaner", "lock")}
 IDS = [f"00000000-0000-7000-8000-{n:012x}" for n in range(2 * len(State))]
 WORKER = "00000000-0000-7000-8000-0000000000f0"
 ACTION = "00000000-0000-7000-8000-0000000000f1"
+SEGMENT = "00000000-0000-7000-8000-0000000000f2"
 SENDING = IDS[2 * list(State).index(State.SENDING)]
 
 
@@ -53,6 +54,18 @@ def rows(**columns: Any) -> str:
 
 EXAMPLES: dict[str, Any] = {
     "action": ACTION,
+    "age": 3.0,
+    "count": 7,
+    "end": 8192,
+    "hold_reason": None,
+    "hold_source": None,
+    "live": 5,
+    "sparse": True,
+    "oldest": IDS[0],
+    "records": json.dumps([{"id": queue_id, "position": 5000} for queue_id in IDS]),
+    "moves": json.dumps([{"id": IDS[0], "old_segment": SEGMENT, "old_position": 1, "position": 2}]),
+    "segment": SEGMENT,
+    "start": 4096,
     "address": "A@example.com",
     "address_from": "a@",
     "address_to": "aA",
@@ -68,7 +81,7 @@ EXAMPLES: dict[str, Any] = {
         claim=1,
         state="deferred",
         delay=5.0,
-        backoff_step=1,
+        deferrals=1,
         outcome="deferred",
         reply="Zlater",
         server="192.0.2.1:628",
@@ -111,6 +124,7 @@ EXAMPLES: dict[str, Any] = {
                 "helo": "x",
                 "protocol": "ESMTP",
                 "client_trusted": True,
+                "position": 5000,
             }
         ]
     ),
@@ -253,6 +267,8 @@ def _fill(engine: Engine, connection: Connection, after: str) -> None:
     )
     run("INSERT INTO pauses VALUES ('route:other', after(0), 'me', 'why')")
     run("INSERT INTO open_circuits VALUES (:worker, 'mx:628', 'why')", worker=WORKER)
+    run("INSERT INTO spool (id, created_at) VALUES (:id, after(-100))", id=SEGMENT)
+    run("INSERT INTO segments (id, committed_to) VALUES (:id, 4096)", id=SEGMENT)
     run("INSERT INTO dsn_limits VALUES ('a@example.com', after(-100))")
     run(
         "INSERT INTO audit VALUES (:action, after(0), 'me', 'hold', 'why', '--all', 1)",

@@ -21,7 +21,7 @@ from relay.spool.store import Spool
 from tests.integration.harness import BODY, EngineHarness
 from tests.waiting import SetClock, until
 from worker.circuit_breaker import ServerPool
-from worker.cleaner import ORPHAN_MOVE_AGE, Cleaner
+from worker.cleaner import ORPHAN_MOVE_AGE, Cleaner, exclusive
 from worker.lease import Lease
 from worker.rerouter import CHECK_INTERVAL, MIN_GONE, SCAN_INTERVAL, Rerouter
 from worker.sweeper import LeaseMonitor, Sweeper, heartbeat_file
@@ -551,7 +551,7 @@ def test_a_moved_body_with_a_row_is_not_purged_and_can_be_sent(mail: EngineHarne
     queue_id = mail.accept()
     mail.spool.move_to_orphans(queue_id)
     cleaner.clean_spool()
-    os.close(mail.spool.open(queue_id, len(BODY)))
+    mail.spool.open(queue_id, len(BODY)).close()
 
 
 def test_only_directories_of_bodies_are_removed(mail: EngineHarness, cleaner: Cleaner) -> None:
@@ -563,11 +563,13 @@ def test_only_directories_of_bodies_are_removed(mail: EngineHarness, cleaner: Cl
     assert [ours.exists(), theirs.exists()] == [False, True]
 
 
-def test_only_one_worker_cleans_at_a_time(mail: EngineHarness, cleaner: Cleaner) -> None:
-    other = Cleaner(mail.settings, mail.database, mail.spool)
-    with cleaner.exclusive() as first, other.exclusive() as second:
-        assert (first, second) == (True, False)
-    with other.exclusive() as second:
+def test_only_one_worker_cleans_at_a_time(mail: EngineHarness) -> None:
+    with exclusive(mail.database, 1, "test") as first:
+        with exclusive(mail.database, 1, "test") as second:
+            assert (first, second) == (True, False)
+        with exclusive(mail.database, 2, "other") as other:
+            assert other
+    with exclusive(mail.database, 1, "test") as second:
         assert second
 
 

@@ -1,15 +1,14 @@
-"""Group commit: no item is lost or answered twice, a bad row fails alone, and items may expire."""
+"""Group commit: no item is lost or answered twice, and a bad row fails alone."""
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from relay.db.group_commit import CommitThread, CommitUnknown
+from relay.db.group_commit import CommitThread
 from tests.waiting import until
 
 
@@ -157,29 +156,7 @@ def test_a_transaction_is_run_again_whole_until_the_database_is_back(
     harness.writer.start()
     assert harness.wait() == {n: f"{n} done" for n in range(3)}
     assert tries == [[0, 1, 2]] * 3
-    assert not harness.writer.committer.stuck
-
-
-def test_an_item_expires_and_the_others_wait(harness: CommitHarness, database: Database) -> None:
-    database.fault = away
-    harness.put("patient")
-    harness.put("hurried", deadline=time.monotonic())
-    harness.put("less", deadline=time.monotonic() + 600)
-    harness.writer.start()
-    answers = harness.wait()
-    assert list(answers) == ["hurried"]
-    assert isinstance(answers["hurried"], CommitUnknown)
-    assert harness.writer.committer.stuck
-    database.fault = lambda items: None
-    assert harness.wait()["patient"] == "patient done"
-    assert harness.answers["less"] == "less done"
-    assert database.rounds == [["patient", "less"]]
-
-
-def test_a_deadline_does_not_cancel_what_can_be_committed(harness: CommitHarness) -> None:
-    harness.put("late", deadline=time.monotonic() - 1)
-    harness.writer.start()
-    assert harness.wait() == {"late": "late done"}
+    assert not harness.writer.database_away
 
 
 def test_close_commits_waiting_items(harness: CommitHarness) -> None:
@@ -199,9 +176,9 @@ def test_closing_while_the_database_is_away_gives_up_in_the_end(
     database.fault = away
     harness.put("never")
     harness.writer.start()
-    until(lambda: harness.writer.committer.stuck)
+    until(lambda: harness.writer.database_away)
     assert harness.writer.close(0.5)
-    assert isinstance(harness.wait()["never"], CommitUnknown)
+    assert isinstance(harness.wait()["never"], OperationalError)
 
 
 def test_a_database_that_comes_back_while_we_close_gets_everything(
@@ -211,7 +188,7 @@ def test_a_database_that_comes_back_while_we_close_gets_everything(
     database.fault = away
     harness.put("outcome")
     harness.writer.start()
-    until(lambda: harness.writer.committer.stuck)
+    until(lambda: harness.writer.database_away)
     closing = threading.Thread(target=harness.writer.close, args=(20,))
     closing.start()
     seen, failures = threading.Event(), iter((True, True))

@@ -21,6 +21,7 @@ NEW, OWNED, ADOPTED, COPY = ".new", ".segment", ".adopted", ".copy"
 DIRECTORY = "journal"
 _ID = re.compile("[0-9a-f]{32}")
 _ZEROS = bytes(1 << 20)
+_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read only what is in the page cache
 
 
 class SegmentFile:
@@ -48,6 +49,16 @@ class SegmentFile:
     def read(self, size: int, position: int) -> bytes:
         """Up to `size` octets."""
         return os.pread(self._handle, size, position)
+
+    def read_cached(self, size: int, position: int) -> bytes | None:
+        """So many octets from the page cache; None if they are not all there, or if this file
+        system cannot tell. Does not wait for the disk."""
+        buffer = bytearray(size)
+        try:
+            count = os.preadv(self._handle, (buffer,), position, _NOWAIT) if _NOWAIT else 0
+        except OSError:
+            return None
+        return bytes(buffer) if count == size else None
 
     def size(self) -> int:
         """The size of the file."""
@@ -102,11 +113,14 @@ class JournalDirectory:
     def create(self, name: str) -> SegmentFile:
         """Make a new file, and lock it."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        file = SegmentFile(os.open(self._path(name), flags, 0o600, dir_fd=self._spool))
-        if not file.lock():
+        while True:
+            file = SegmentFile(os.open(self._path(name), flags, 0o600, dir_fd=self._spool))
+            # Before it was locked another process may have taken it for a leftover.
+            if file.lock() and self.leads_to(name, file):
+                return file
             file.close()
-            raise BlockingIOError(f"{name} was locked by another process when it was made")
-        return file
+            with suppress(FileNotFoundError):
+                self.unlink(name)
 
     def open(self, name: str, *, write: bool = False) -> SegmentFile:
         """Open a file; raises FileNotFoundError and other OSErrors."""

@@ -89,13 +89,14 @@ class VoidedBatch(NamedTuple):
 class JournalRecord:
     """One message: its envelope as `relay.queue.accept` encodes it, and its body (b"" if LARGE).
 
-    `position` is the body's, and `end` that behind the record.
+    `start` is the position of the record, `position` the body's, and `end` that behind the record.
     """
 
     kind: RecordKind
     queue_id: str
     envelope: bytes
     body: Buffer
+    start: int = 0
     position: int = 0
     end: int = 0
 
@@ -288,6 +289,7 @@ def decode_record(
         queue_id.hex(),
         bytes(view[RECORD_HEADER:body_at]),
         body,
+        position,
         position + body_at,
         position + end,
     )

@@ -1,0 +1,91 @@
+"""The mark: a number by which the spool notices a database that was restored from a backup.
+
+`spool.mark` rises by one at most once a second while mail is accepted, and every ten seconds while
+a worker runs. After the COMMIT the new value is written to `journal/mark` in the spool, and batches
+of the journal carry it. A database whose mark is below that of the spool has lost what was
+committed since: its queue may hold mail that was delivered. Connections to it are refused, which
+the relay takes for an outage: smtpd accepts mail into the journal, and workers claim nothing, until
+`qmqp-relay fsck --rebuild` has held what is in doubt.
+
+What must stay true: the file is written after the COMMIT and never before it, so that a COMMIT that
+fails raises no alarm. A lost or older file only weakens the check.
+"""
+
+import os
+import threading
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from sqlalchemy import Engine, event
+
+from relay.db.engine import OlderDatabase, writing
+from relay.db.sql import Queries
+from relay.log import get_logger
+from relay.spool.journal.directory import DIRECTORY
+
+log = get_logger(__name__)
+_NAME = f"{DIRECTORY}/mark"
+_SELECT = "SELECT replace(CAST(id AS text), '-', ''), mark FROM spool"
+
+
+class SpoolMark:
+    """The mark of one spool, as one process knows it; `spool` is a descriptor of its directory, and
+    `identity` is what is written there."""
+
+    def __init__(self, spool: int, identity: str) -> None:
+        self._spool = spool
+        self._identity = identity
+        self._lock = threading.Lock()
+        self.known = self._read()
+
+    def guard(self, engine: Engine) -> None:
+        """Refuse new connections of this engine to an older database (OlderDatabase)."""
+        event.listen(engine, "connect", self._check)
+
+    def advance(self, engine: Engine) -> int:
+        """Raise the mark by one; the new value. Raises the database's errors."""
+        with writing(engine) as connection:
+            mark = int(Queries(engine, __name__).run(connection, "advance").scalar() or 0)
+        self.learn(mark)
+        return mark
+
+    def learn(self, mark: int) -> None:
+        """A mark that the database had; the spool keeps the highest."""
+        with self._lock:
+            if mark > self.known:
+                self.known = mark
+                with suppress(OSError):  # a full disk: the next second tries again
+                    self._write(mark)
+
+    def _check(self, connection: Any, _record: Any) -> None:
+        known = self.known  # before the query: another thread may raise it meanwhile
+        row = connection.execute(_SELECT).fetchone()
+        with suppress(AttributeError):  # sqlite3 has begun no transaction
+            connection.commit()
+        if row is not None and row[0] != self._identity:
+            log.critical("database of another spool", spool=self._identity, known=row[0])
+            raise OlderDatabase(
+                f"the database knows the spool {row[0]}, and this one is {self._identity}:"
+                " mount the right one; nothing was touched"
+            )
+        if row is not None and row[1] < known:
+            log.critical("database older than the spool", mark=row[1], known=known)
+            raise OlderDatabase(
+                "the database is older than the spool: it was restored from a backup. Run"
+                " `qmqp-relay fsck --rebuild`, which holds what may have been delivered since"
+            )
+
+    def _read(self) -> int:
+        try:
+            with open(_NAME, "rb", opener=partial(os.open, dir_fd=self._spool)) as file:
+                return int(file.read(32))
+        except (FileNotFoundError, ValueError):  # none yet, or cut off by a power failure
+            return 0
+
+    def _write(self, mark: int) -> None:
+        temporary = f"{_NAME}.{os.getpid()}"
+        opener = partial(os.open, mode=0o600, dir_fd=self._spool)
+        with open(temporary, "wb", opener=opener) as file:
+            file.write(b"%d\n" % mark)
+        os.replace(temporary, _NAME, src_dir_fd=self._spool, dst_dir_fd=self._spool)

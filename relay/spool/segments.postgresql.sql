@@ -1,0 +1,80 @@
+-- Segments that may be removed or compacted (relay/spool/segments.py), on PostgreSQL.
+
+-- name: due_segments
+-- Sealed segments to look at, the oldest first: soon after they were sealed, and the older they are
+-- the more seldom, but every :longest seconds.
+SELECT replace(CAST(id AS text), '-', '') AS id, messages,
+    replace(CAST(least_id AS text), '-', '') AS least,
+    replace(CAST(greatest_id AS text), '-', '') AS greatest,
+    CAST(extract(epoch FROM now() - sparse_since) AS float8) AS sparse
+FROM segments
+WHERE sealed_at IS NOT NULL
+    AND (checked_at IS NULL
+        OR checked_at < now() - least(CAST(:longest AS float8),
+            extract(epoch FROM now() - sealed_at) / 8) * interval '1 second')
+ORDER BY sealed_at LIMIT :most;
+
+-- name: unfinished_between
+-- How many messages of a segment have rows, and whether any delivery between the least and the
+-- greatest id of it is unfinished. Deliveries of other segments may be among them.
+SELECT
+    (SELECT count(*) FROM messages
+     WHERE id BETWEEN :least AND :greatest AND segment = :segment) AS messages,
+    EXISTS (SELECT 1 FROM deliveries WHERE queue_id BETWEEN :least AND :greatest
+        AND (state IN ('queued', 'sending', 'deferred', 'held') OR due_at IS NOT NULL))
+    OR EXISTS (SELECT 1 FROM recipients r
+        LEFT JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
+        WHERE r.queue_id BETWEEN :least AND :greatest AND d.number IS NULL) AS unfinished;
+
+-- name: needs
+-- Of the records in `:records` those that a delivery needs, and those without a row that are
+-- younger than :retention, whose rows may have been lost.
+SELECT replace(CAST(x.id AS text), '-', '') AS id, x.position
+FROM json_to_recordset(CAST(:records AS json)) AS x(id uuid, position bigint)
+LEFT JOIN messages m ON m.id = x.id
+WHERE CASE WHEN m.id IS NULL THEN x.id > CAST(:oldest AS uuid)
+    ELSE m.segment = CAST(:segment AS uuid) AND m.position = x.position
+        AND (NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = m.id)
+            OR EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = m.id
+                AND (d.state IN ('queued', 'sending', 'deferred', 'held')
+                    OR d.due_at IS NOT NULL))
+            OR EXISTS (SELECT 1 FROM recipients r
+                LEFT JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
+                WHERE r.queue_id = m.id AND d.number IS NULL))
+    END;
+
+-- name: now
+-- Seconds since 1970.
+SELECT CAST(extract(epoch FROM now()) AS float8) AS seconds;
+
+-- name: looked_at
+UPDATE segments SET checked_at = now(), live_bytes = :live,
+    sparse_since = CASE WHEN :sparse THEN coalesce(sparse_since, now()) END
+WHERE id = :segment;
+
+-- name: delete_segment
+DELETE FROM segments WHERE id = :segment;
+
+-- name: insert_copy
+INSERT INTO segments (id, committed_to, sealed_at, messages, live_bytes, checked_at)
+VALUES (:segment, :end, now(), :count, :live, now());
+
+-- name: move_bodies
+-- Bodies that were copied; one that is not at its old place any more stays where it is.
+UPDATE messages m SET segment = :segment, position = x.position
+FROM json_to_recordset(CAST(:moves AS json)) AS x(
+    id uuid, old_segment uuid, old_position bigint, position bigint)
+WHERE m.id = x.id AND m.segment = x.old_segment AND m.position = x.old_position;
+
+-- name: recheck
+UPDATE segments SET checked_at = NULL
+WHERE id = ANY (ARRAY(
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json))));
+
+-- name: known_segments
+SELECT replace(CAST(id AS text), '-', '') AS id FROM segments;
+
+-- name: total_live
+-- Bytes of bodies that deliveries need, as last seen, in sealed segments.
+SELECT count(*) AS segments, coalesce(sum(live_bytes), 0) AS live FROM segments
+WHERE sealed_at IS NOT NULL;

@@ -1,0 +1,32 @@
+"""Remembers which bodies did not verify, because one look proves too little to stop a message.
+
+Memory, a cable or a network file system can give wrong octets once. So a delivery whose body does
+not verify is deferred for RECHECK seconds, and held only if the body at the same place does not
+verify then either. Each worker trusts its own look: with many workers a damaged body may be read a
+few times more. Belongs to the engine's loop.
+"""
+
+import time
+
+from relay.spool.journal.format import Place
+
+RECHECK = 60.0  # seconds
+_FORGET = 3600.0  # seconds
+
+
+class DamagedBodies:
+    """The bodies that did not verify in the last hour."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[Place | None, float]] = {}
+
+    def confirmed(self, queue_id: str, place: Place | None) -> bool:
+        """Note that a body does not verify at its place (None: in its file); whether it was so at
+        least RECHECK seconds ago."""
+        now = time.monotonic()
+        known = self._seen.get(queue_id)
+        if known is not None and known[0] == place:
+            return now - known[1] >= RECHECK
+        self._seen = {other: seen for other, seen in self._seen.items() if now - seen[1] < _FORGET}
+        self._seen[queue_id] = place, now
+        return False
