@@ -138,6 +138,7 @@ class SimulatedProcess:
     def expect(self, plan: Plan, when_paused: Callable[[], None] = lambda: None) -> None:
         """What happens at the next steps."""
         self.plan, self.steps, self.when_paused = dict(plan), Counter(), when_paused
+        self.sync_failed = False
 
     def step(self, call: str) -> Interruption | None:
         """Before each call; FAIL, SHORT and LOST are the caller's to carry out."""
@@ -262,7 +263,7 @@ class SimulatedFile(SegmentFile):
     def fill(self, start: int, size: int) -> None:
         self._process.fail("fill")
         self._inode.write(bytes(size - start), start)
-        self.sync()
+        self._inode.sync()
 
     def write(self, parts: Sequence[Buffer], position: int) -> int:
         octets, chance = b"".join(bytes(part) for part in parts), self._process.disk.chance

@@ -89,7 +89,7 @@ class JournalHistory(RuleBasedStateMachine):
         self.forgotten: set[str] = set()  # had one before the database was restored
         self.done: set[str] = set()  # delivered at least once
         self.rebuilding = False
-        self.sync_failed = False
+        self.uncertain: set[str] = set()  # their sync may have failed
         self.observer = self.disk.start_process()
 
     # What is checked
@@ -120,7 +120,7 @@ class JournalHistory(RuleBasedStateMachine):
         reader = JournalReader(self.look())
         for queue_id, row in self.database.messages.items():
             # A client that heard nothing sends again, so a body whose sync failed may be missing.
-            certain = queue_id in self.accepted or not self.sync_failed
+            certain = queue_id in self.accepted or queue_id not in self.uncertain
             if row.needed and certain and queue_id not in self.done:
                 try:
                     body = reader.read(row.place, row.size)
@@ -138,19 +138,21 @@ class JournalHistory(RuleBasedStateMachine):
         *,
         deep: bool = False,
     ) -> bool:
-        """Whether the work ended well. A pause lets others take everything over; `deep`: and then
-        deliver and remove it."""
+        """Whether the work ended well. A pause lets others take everything over. `deep`: what has
+        rows is delivered and removed during the pause, and after a failure."""
         process.expect(plan, lambda: self._meanwhile(process, deep=deep))
         try:
             work()
-        except (ProcessKilled, DatabaseAway, AppendUnknown):
-            return False
         except AppendFailed:
             raise
-        except OSError:
+        except (ProcessKilled, DatabaseAway, AppendUnknown, OSError):
+            if deep:
+                self._deliver([*self.database.messages])
+                self._purge()
             return False
         finally:
-            self.sync_failed = self.sync_failed or process.sync_failed
+            if process.sync_failed:
+                self.uncertain |= {*self.bodies} - self.accepted
             process.expect({})
         return True
 
@@ -202,6 +204,7 @@ class JournalHistory(RuleBasedStateMachine):
         plan=append_plans,
         late=st.booleans(),
         deep=st.booleans(),
+        dies=st.sampled_from([False, False, True]),
     )
     def append(
         self,
@@ -210,20 +213,25 @@ class JournalHistory(RuleBasedStateMachine):
         plan: Plan,
         late: bool,
         deep: bool,
+        dies: bool,
     ) -> None:
-        """`late`: the reply goes out at the sync, because the database does not keep up."""
+        """`late`: the reply goes out at the sync, because the database does not keep up. `dies`:
+        the process is killed behind it."""
         spooler = self._living(number)
         records = [self._message(size) for size in sizes]
         try:
             stored = self.run(spooler.process, plan, lambda: spooler.append(records), deep=deep)
         except AppendFailed:
+            stored = False
             self.refused.update(record.queue_id for record in records)
             assert not self.refused & {*self.database.messages}
-            return
         if stored and late:
             self.accepted.update(record.queue_id for record in records)
         elif stored:
             self.waiting |= {record.queue_id: spooler for record in records}
+        if dies:
+            spooler.process.kill()
+            self._reply()
 
     def _message(self, size: int) -> JournalRecord:
         queue_id = f"{len(self.bodies) + (1 << 100):032x}"
