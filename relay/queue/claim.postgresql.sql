@@ -110,11 +110,11 @@ FROM c JOIN messages m ON m.id = c.queue_id;
 -- takes effect, the reason is the operator's, because the server replied to something else. A DSN
 -- is pending if there is a sender, or if the message was a DSN, which may be made again with less.
 -- A delivery whose body does not verify is this relay's fault, so it never expires for that.
--- The last column: whether the body can be deleted, by this row and the other rows before it. For a
--- body in the journal that is not asked, because a segment is removed as a whole.
+-- The last column: whether the body can be deleted, by this row and the other rows before it. It
+-- is asked for the messages in :files only, because a segment is removed as a whole.
 WITH p AS MATERIALIZED (
     SELECT d.queue_id, d.number, x.delay, x.deferrals, x.outcome, x.reply, x.server,
-        x.waiting_for, x.in_journal,
+        x.waiting_for,
         -- event: completed, pending operation, late K
         CASE WHEN x.outcome = 'delivered' THEN 'delivered'
              WHEN d.pending_operation = 'hold' THEN 'held'
@@ -126,8 +126,7 @@ WITH p AS MATERIALIZED (
              ELSE x.state END AS final
     FROM json_to_recordset(CAST(:completions AS json)) AS x(
             worker uuid, queue_id uuid, number int, claim int, state text, delay float8,
-            deferrals int, outcome text, reply text, server text, waiting_for text,
-            in_journal boolean)
+            deferrals int, outcome text, reply text, server text, waiting_for text)
         JOIN deliveries d ON d.queue_id = x.queue_id AND d.number = x.number
     WHERE (d.state = 'sending' AND d.worker = x.worker AND d.claim_count = x.claim)
         OR (x.outcome = 'delivered' AND d.state <> 'delivered')
@@ -173,7 +172,9 @@ SET state = p.final,
     waiting_for = CASE WHEN p.final = 'deferred' THEN p.waiting_for END
 FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number
 RETURNING replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.number, d.claim_count, d.state,
-    CASE WHEN NOT p.in_journal AND d.state NOT IN ('queued', 'sending', 'deferred', 'held')
+    CASE WHEN d.queue_id = ANY (ARRAY(
+                SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:files AS json))))
+            AND d.state NOT IN ('queued', 'sending', 'deferred', 'held')
             AND d.due_at IS NULL
         THEN NOT EXISTS (
             SELECT 1 FROM deliveries o

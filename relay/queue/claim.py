@@ -198,6 +198,7 @@ class WorkerQueue:
         after = self._rows(
             connection,
             "complete",
+            files=[dashed(r.queue_id) for r in completions if not r.in_journal],
             completions=[
                 _completion_row(r)
                 for r in completions
@@ -238,9 +239,7 @@ class WorkerQueue:
                 )
         return [_result(r, after.get(r.key, _NO_ROW)) for r in completions]
 
-    def _rows(
-        self, connection: Connection, name: str, **lists: list[dict[str, Any]]
-    ) -> dict[Key, _Recorded]:
+    def _rows(self, connection: Connection, name: str, **lists: list[Any]) -> dict[Key, _Recorded]:
         """The result of a statement by delivery; its parameters are lists of rows."""
         parameters = {parameter: json.dumps(rows) for parameter, rows in lists.items()}
         found = self._queries.run(connection, name, **parameters)
@@ -294,5 +293,4 @@ def _completion_row(completion: Completion) -> dict[str, Any]:
         "reply": completion.reply,
         "server": completion.server,
         "waiting_for": completion.waiting_for,
-        "in_journal": completion.in_journal,
     }

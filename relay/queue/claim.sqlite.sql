@@ -110,8 +110,8 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
 -- is pending if there is a sender, or if the message was a DSN, which may be made again with less.
 -- A delivery whose body does not verify is this relay's fault, so it never expires for that.
 -- The last column: whether the body can be deleted, by the rows as they are after each change. (It
--- asks the table, because SQLite 3.40 answers `due_at IS NULL` wrongly in RETURNING.) For a body in
--- the journal that is not asked, because a segment is removed as a whole.
+-- asks the table, because SQLite 3.40 answers `due_at IS NULL` wrongly in RETURNING.) It is
+-- asked for the messages in :files only, because a segment is removed as a whole.
 INSERT INTO attempts (queue_id, delivery, claim, attempt_index, worker, server, started_at,
     finished_at, outcome, reply, bytes_sent)
 SELECT value ->> '$.queue_id', value ->> '$.delivery', value ->> '$.claim',
@@ -174,9 +174,7 @@ SET state = p.final,
     waiting_for = CASE WHEN p.final = 'deferred' THEN p.waiting_for END
 FROM p WHERE deliveries.queue_id = p.queue_id AND deliveries.number = p.number
 RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, state,
-    CASE WHEN queue_id IN (
-            SELECT value ->> '$.queue_id' FROM json_each(:completions)
-            WHERE NOT value ->> '$.in_journal')
+    CASE WHEN queue_id IN (SELECT value FROM json_each(:files))
         THEN NOT EXISTS (
             SELECT 1 FROM deliveries o
             WHERE o.queue_id = deliveries.queue_id

@@ -91,6 +91,7 @@ EXAMPLES: dict[str, Any] = {
     "digits": SENDING[-12:],
     "deliveries": rows(number=9, route="default"),
     "far": 1000.0,
+    "files": json.dumps(IDS),
     "filter": "--state held",
     "free": 100,
     "fresh": 50,
