@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 from structlog.testing import capture_logs
 
-from relay.spool.journal import supply
+from relay.spool.journal import copying, supply
 from relay.spool.journal.directory import COPY, NEW
 from relay.spool.journal.format import JournalRecord, RecordKind
 from relay.spool.journal.reader import JournalReader, WrongBody
@@ -204,7 +204,7 @@ class JournalHistory(RuleBasedStateMachine):
         plan=append_plans,
         late=st.booleans(),
         deep=st.booleans(),
-        dies=st.sampled_from([False, False, True]),
+        after=st.sampled_from(["lives", "dies", "is replaced"]),
     )
     def append(
         self,
@@ -213,10 +213,10 @@ class JournalHistory(RuleBasedStateMachine):
         plan: Plan,
         late: bool,
         deep: bool,
-        dies: bool,
+        after: str,
     ) -> None:
-        """`late`: the reply goes out at the sync, because the database does not keep up. `dies`:
-        the process is killed behind it."""
+        """`late`: the reply goes out at the sync, because the database does not keep up. `after`:
+        the process may be killed then, and another one may make its rows."""
         spooler = self._living(number)
         records = [self._message(size) for size in sizes]
         try:
@@ -229,9 +229,13 @@ class JournalHistory(RuleBasedStateMachine):
             self.accepted.update(record.queue_id for record in records)
         elif stored:
             self.waiting |= {record.queue_id: spooler for record in records}
-        if dies:
+        if after != "lives":
             spooler.process.kill()
             self._reply()
+        if after == "is replaced":
+            other = self._living(0)
+            self.run(other.process, {}, other.adopt)
+            self.run(other.process, {}, other.commit)
 
     def _message(self, size: int) -> JournalRecord:
         queue_id = f"{len(self.bodies) + (1 << 100):032x}"
@@ -346,8 +350,7 @@ class JournalHistory(RuleBasedStateMachine):
         process = self.disk.start_process()
         session = DatabaseSession(self.database, process)
         directory = SimulatedDirectory(process)
-        new = f"{len(self.disk.processes) + (1 << 90):032x}"
-        self.run(process, plan, lambda: compact(directory, session, new))
+        self.run(process, plan, lambda: compact(directory, session))
         process.kill()
 
     # The end
@@ -382,7 +385,8 @@ class JournalHistory(RuleBasedStateMachine):
 def counted_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ids without chance, so that a history can be repeated."""
     numbers = iter(range(1, 1 << 60))
-    monkeypatch.setattr(supply, "new_id", lambda: f"{next(numbers):032x}")
+    for module in (copying, supply):
+        monkeypatch.setattr(module, "new_id", lambda: f"{next(numbers):032x}")
     with capture_logs():
         yield
 
