@@ -157,11 +157,10 @@ class Installation:
         return int(self.rows(f"SELECT count(*) FROM deliveries d WHERE {where}")[0][0])
 
     def to(self, recipient: str) -> Any:
-        """The row of `mail_history` of a recipient (`%` matches anything); the last row if
-        there are several."""
-        return self.rows(
-            "SELECT * FROM mail_history WHERE recipient LIKE :r ORDER BY queue_id", r=recipient
-        )[-1]
+        """The row of `mail_history` of a recipient (`%` matches anything), once it is there; the
+        last row if there are several."""
+        sql = "SELECT * FROM mail_history WHERE recipient LIKE :r ORDER BY queue_id"
+        return until(lambda: self.rows(sql, r=recipient))[-1]
 
     def attempts(self, recipient: str) -> list[tuple[str | None, str, str]]:
         """Server, outcome and reply of each try for a recipient, in order."""

@@ -21,7 +21,7 @@ from tests.integration.harness import BODY, EngineHarness, new_message
 SEGMENT_SIZE = 1 << 20
 
 
-class JournalHarness(EngineHarness):
+class JournalWorkerHarness(EngineHarness):
     """An `EngineHarness` that is also a spooler."""
 
     def __init__(self, database_url: str, spool: Spool, directory: Path, **given: Any) -> None:

@@ -25,7 +25,7 @@ from relay.spool.mark import SpoolMark
 from relay.spool.store import BodyUnsendable, Spool
 from relay.spool.trailer import FIXED_SIZE
 from tests.integration.harness import BODY
-from tests.integration.journal_harness import JournalHarness
+from tests.integration.journal_harness import JournalWorkerHarness
 from tests.waiting import until
 from worker import damaged_bodies, engine
 from worker.spool_keeper import SpoolKeeper
@@ -41,9 +41,11 @@ def sink() -> Iterator[Sink]:
 
 
 @pytest.fixture
-def mail(clean_url: str, spool: Spool, tmp_path: Path, sink: Sink) -> Iterator[JournalHarness]:
+def mail(
+    clean_url: str, spool: Spool, tmp_path: Path, sink: Sink
+) -> Iterator[JournalWorkerHarness]:
     servers = (f"127.0.0.1:{sink.port}",)
-    harness = JournalHarness(clean_url, spool, tmp_path, qmqp_servers=servers)
+    harness = JournalWorkerHarness(clean_url, spool, tmp_path, qmqp_servers=servers)
     yield harness
     harness.close()
 
@@ -56,7 +58,7 @@ def quick_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def statements(mail: JournalHarness) -> Iterator[list[str]]:
+def statements(mail: JournalWorkerHarness) -> Iterator[list[str]]:
     """The names of the statements that run meanwhile."""
     names: list[str] = []
 
@@ -69,17 +71,17 @@ def statements(mail: JournalHarness) -> Iterator[list[str]]:
     event.remove(mail.database, "before_cursor_execute", note)
 
 
-def bodies(mail: JournalHarness) -> Bodies:
+def bodies(mail: JournalWorkerHarness) -> Bodies:
     return Bodies(mail.spool, mail.database)
 
 
-def swept(mail: JournalHarness, *ids: str) -> list[str]:
+def swept(mail: JournalWorkerHarness, *ids: str) -> list[str]:
     """The states of deliveries, after those that are due were requeued as a sweeper does."""
     mail.rescuer.requeue_due(10)
     return mail.states_of(ids)
 
 
-def test_claim_has_the_place_of_the_body(mail: JournalHarness) -> None:
+def test_claim_has_the_place_of_the_body(mail: JournalWorkerHarness) -> None:
     assert mail.worker
     first, second = mail.accept_all(BODY, b"other")
     (file,) = [mail.accept()]
@@ -97,7 +99,7 @@ def test_claim_has_the_place_of_the_body(mail: JournalHarness) -> None:
 
 
 def test_bodies_of_the_journal_and_of_files_are_sent_unchanged(
-    mail: JournalHarness, sink: Sink
+    mail: JournalWorkerHarness, sink: Sink
 ) -> None:
     contents = [BODY, b"", b"x" * 65_535, b"\r\n.\r\n" * 1000]
     ids = mail.accept_all(*contents)
@@ -113,7 +115,7 @@ def test_bodies_of_the_journal_and_of_files_are_sent_unchanged(
     assert mail.segment_path(ids[0]).exists()
 
 
-def test_cached_body_is_read_without_a_thread(mail: JournalHarness) -> None:
+def test_cached_body_is_read_without_a_thread(mail: JournalWorkerHarness) -> None:
     queue_id = mail.accept_one()
     place, reader = mail.place(queue_id), bodies(mail)
     assert reader.cached(len(BODY), place) is None, "its segment is not open"
@@ -124,7 +126,7 @@ def test_cached_body_is_read_without_a_thread(mail: JournalHarness) -> None:
     assert reader.cached(len(BODY), place) is None
 
 
-def test_body_that_was_moved_is_read_at_its_new_place(mail: JournalHarness) -> None:
+def test_body_that_was_moved_is_read_at_its_new_place(mail: JournalWorkerHarness) -> None:
     """Compaction moves a body between the claim and the read."""
     queue_id = mail.accept_one()
     old, reader = mail.place(queue_id), bodies(mail)
@@ -132,7 +134,7 @@ def test_body_that_was_moved_is_read_at_its_new_place(mail: JournalHarness) -> N
     assert reader.open(queue_id, len(BODY), old) == BODY
 
 
-def test_open_segment_is_read_after_it_was_adopted_or_unlinked(mail: JournalHarness) -> None:
+def test_open_segment_is_read_after_it_was_adopted_or_unlinked(mail: JournalWorkerHarness) -> None:
     queue_id = mail.accept_one()
     place, reader, path = mail.place(queue_id), bodies(mail), mail.segment_path(queue_id)
     path.rename(path.with_suffix(ADOPTED))
@@ -144,7 +146,9 @@ def test_open_segment_is_read_after_it_was_adopted_or_unlinked(mail: JournalHarn
         reader.open(queue_id, len(BODY), place)
 
 
-def test_spool_keeper_closes_unlinked_segments_and_raises_the_mark(mail: JournalHarness) -> None:
+def test_spool_keeper_closes_unlinked_segments_and_raises_the_mark(
+    mail: JournalWorkerHarness,
+) -> None:
     queue_id = mail.accept_one()
     path = mail.segment_path(queue_id)
     bodies(mail).open(queue_id, len(BODY), mail.place(queue_id))
@@ -168,7 +172,7 @@ def deleted_files() -> list[str]:
 
 
 def test_few_segments_are_open_at_a_time(
-    mail: JournalHarness, monkeypatch: pytest.MonkeyPatch
+    mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.spool.journal.reader.MAX_OPEN", 1)
     first, second = mail.accept_all(BODY, BODY)
@@ -181,7 +185,7 @@ def test_few_segments_are_open_at_a_time(
 
 
 def test_damaged_body_is_deferred_and_then_held(
-    mail: JournalHarness, sink: Sink, quick_recheck: None
+    mail: JournalWorkerHarness, sink: Sink, quick_recheck: None
 ) -> None:
     bad, good = mail.accept_all(BODY, b"good")
     mail.flip(bad)
@@ -197,7 +201,9 @@ def test_damaged_body_is_deferred_and_then_held(
     assert [got.size for got in sink.received] == [4]
 
 
-def test_damaged_body_is_sent_when_it_verifies_again(mail: JournalHarness, sink: Sink) -> None:
+def test_damaged_body_is_sent_when_it_verifies_again(
+    mail: JournalWorkerHarness, sink: Sink
+) -> None:
     """A minute must pass before the second look."""
     queue_id = mail.accept_one()
     mail.flip(queue_id)
@@ -212,7 +218,9 @@ def test_damaged_body_is_sent_when_it_verifies_again(mail: JournalHarness, sink:
     assert mail.numbered_attempts(queue_id) == [(2, 1, "delivered")]
 
 
-def test_second_look_within_the_minute_proves_nothing(mail: JournalHarness, sink: Sink) -> None:
+def test_second_look_within_the_minute_proves_nothing(
+    mail: JournalWorkerHarness, sink: Sink
+) -> None:
     queue_id = mail.accept_one()
     mail.flip(queue_id)
     with mail.working():
@@ -225,7 +233,7 @@ def test_second_look_within_the_minute_proves_nothing(mail: JournalHarness, sink
 
 
 def test_damage_at_another_place_is_another_first_look(
-    mail: JournalHarness, quick_recheck: None
+    mail: JournalWorkerHarness, quick_recheck: None
 ) -> None:
     seen = damaged_bodies.DamagedBodies()
     queue_id = mail.accept_one()
@@ -236,7 +244,7 @@ def test_damage_at_another_place_is_another_first_look(
     assert not seen.confirmed(new_id(), place)
 
 
-def test_damaged_body_never_expires(mail: JournalHarness, quick_recheck: None) -> None:
+def test_damaged_body_never_expires(mail: JournalWorkerHarness, quick_recheck: None) -> None:
     """A fault of this machine must not become a bounce."""
     queue_id = mail.accept_one()
     mail.flip(queue_id)
@@ -246,7 +254,7 @@ def test_damaged_body_never_expires(mail: JournalHarness, quick_recheck: None) -
 
 
 def test_missing_segment_holds_its_mail_and_no_other(
-    mail: JournalHarness, sink: Sink, quick_recheck: None
+    mail: JournalWorkerHarness, sink: Sink, quick_recheck: None
 ) -> None:
     lost = mail.accept_one()
     path = mail.segment_path(lost)
@@ -257,7 +265,7 @@ def test_missing_segment_holds_its_mail_and_no_other(
     assert mail.delivery(lost)["last_reply"] == f"segment {path.stem} is missing"
 
 
-def test_replaced_spool_is_not_a_damaged_body(mail: JournalHarness, tmp_path: Path) -> None:
+def test_replaced_spool_is_not_a_damaged_body(mail: JournalWorkerHarness, tmp_path: Path) -> None:
     queue_id = mail.accept_one()
     place, reader = mail.place(queue_id), bodies(mail)
     mail.flip(queue_id)
@@ -270,7 +278,7 @@ def test_replaced_spool_is_not_a_damaged_body(mail: JournalHarness, tmp_path: Pa
 
 
 def test_fault_of_the_disk_is_not_the_mails(
-    mail: JournalHarness, monkeypatch: pytest.MonkeyPatch
+    mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue_id = mail.accept_one()
 
@@ -294,7 +302,7 @@ def test_fault_of_the_disk_is_not_the_mails(
 
 
 def test_damaged_large_body_closes_before_the_commit_point(
-    mail: JournalHarness, sink: Sink, quick_recheck: None
+    mail: JournalWorkerHarness, sink: Sink, quick_recheck: None
 ) -> None:
     queue_id = mail.accept(body=b"x" * LARGE)
     path = mail.spool.path(queue_id)
@@ -309,7 +317,7 @@ def test_damaged_large_body_closes_before_the_commit_point(
     assert (row["last_outcome"], "checksum" in row["last_reply"]) == ("unsendable", True)
 
 
-def test_large_body_is_read_without_its_trailer(mail: JournalHarness) -> None:
+def test_large_body_is_read_without_its_trailer(mail: JournalWorkerHarness) -> None:
     queue_id, reader = new_id(), bodies(mail)
     mail.spool.store(queue_id, [b"first\nlast"], b"envelope")
     assert mail.spool.path(queue_id).stat().st_size == 10 + 8 + FIXED_SIZE
@@ -326,7 +334,7 @@ def test_large_body_is_read_without_its_trailer(mail: JournalHarness) -> None:
 
 
 def test_outcome_of_a_journal_body_never_asks_whether_it_can_be_deleted(
-    mail: JournalHarness,
+    mail: JournalWorkerHarness,
 ) -> None:
     assert mail.worker
     recipients = ("one:b@example.org", "two:c@example.org")
@@ -346,7 +354,7 @@ def test_outcome_of_a_journal_body_never_asks_whether_it_can_be_deleted(
 # A restored database
 
 
-def test_restored_database_is_not_claimed_from(mail: JournalHarness, sink: Sink) -> None:
+def test_restored_database_is_not_claimed_from(mail: JournalWorkerHarness, sink: Sink) -> None:
     mark = SpoolMark(mail.spool.handle, mail.spool.identity)
     mark.advance(mail.database)
     mark.advance(mail.database)

@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from qmqp.body import BodyFile
 from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.engine import write_lock
 from relay.spool.store import Spool
@@ -330,13 +331,14 @@ def with_files(mail: EngineHarness, sink: Sink) -> list[str]:
     ):
         lines.append(line(fault, "opening", mail.attempts(queue_id), mail.delivery(queue_id), 0))
 
-    def unopened(queue_id: str, size: int) -> int:
+    def unopened(queue_id: str, size: int) -> BodyFile:
         raise OSError(code, os.strerror(code))
 
-    def unreadable(queue_id: str, size: int) -> int:
-        return os.open("/proc/self/mem", os.O_RDONLY)  # nothing is mapped at its beginning: EIO
+    def unreadable(queue_id: str, size: int) -> BodyFile:
+        # Nothing is mapped at the beginning of this file: EIO.
+        return BodyFile(os.open("/proc/self/mem", os.O_RDONLY), size)
 
-    faults: list[tuple[int, str, Callable[[str, int], int]]] = [
+    faults: list[tuple[int, str, Callable[[str, int], BodyFile]]] = [
         (errno.EIO, "opening", unopened),
         (errno.EMFILE, "opening", unopened),
         (errno.EIO, "in the body", unreadable),
