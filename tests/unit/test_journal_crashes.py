@@ -67,7 +67,12 @@ append_plans = st.one_of(
     plans("write", "sync", "leads_to"),
     plans("write", "sync", "leads_to", "create", "fill", "rename", "sync_names"),
 )
-commit_plans = plans("transaction", "mark", "leads_to", "read", "unlink")
+commit_plans = st.one_of(
+    plans("transaction", "mark", "leads_to", "read", "unlink"),
+    st.dictionaries(
+        st.tuples(st.just("transaction"), st.integers(0, 1)), interruptions, min_size=1, max_size=1
+    ),
+)
 adopt_plans = plans("transaction", "mark", "names", "open", "lock", "rename", "sync_names", "sync")
 work_plans = plans(*CALLS, most=2)
 
@@ -248,6 +253,13 @@ class JournalHistory(RuleBasedStateMachine):
         spooler = self._living(number)
         self.run(spooler.process, plan, lambda: spooler.commit(from_memory=from_memory), deep=deep)
         self._reply()
+
+    @rule(number=numbers, plan=commit_plans, from_memory=st.booleans())
+    def store(self, number: int, plan: Plan, from_memory: bool) -> None:
+        """The usual way of a message, with an interruption of the transaction and a second try."""
+        self.append(number, [10], {}, late=False, deep=False, after="lives")
+        self.commit(number, plan, from_memory, deep=True)
+        self.commit(number, {}, from_memory, deep=False)
 
     @rule(number=numbers, plan=adopt_plans, deep=st.booleans())
     def adopt(self, number: int, plan: Plan, deep: bool) -> None:
