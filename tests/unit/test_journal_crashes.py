@@ -418,3 +418,21 @@ def test_no_crash_loses_a_message_or_makes_it_come_twice() -> None:
             suppress_health_check=checks,
         ),
     )
+
+
+@pytest.mark.usefixtures("counted_ids")
+def test_a_void_outlives_the_segment_of_its_batch() -> None:
+    """A rebuild reads the segment again, whose first message still waits. Random histories seldom
+    come here."""
+    history = JournalHistory()
+    history.back_up()
+    history.append(0, [10], {}, late=False, deep=False, after="lives")
+    history.commit(0, {}, from_memory=True, deep=False)
+    failed = {("sync", 0): Interruption.FAIL}
+    history.append(0, [10], failed, late=False, deep=False, after="is replaced")
+    assert len(history.refused) == 1
+    history.remove({})
+    history.restore(0)
+    history.rebuild()
+    assert len(history.database.messages) == 1
+    history.teardown()
