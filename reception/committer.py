@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from sqlalchemy import Engine
@@ -190,8 +191,10 @@ class JournalCommitter:
         """Nothing more is written to a segment. Not `orderly`: it may hold more than was told."""
         with self._changed:
             one = self._segments.get(segment)
-            if one is None:  # it has no message
-                file = self._writer.files[segment]
+            if one is None:  # it has no message, or another process has it
+                file = self._writer.files.get(segment)
+                if file is None:
+                    return
                 one = OpenSegment(segment, segment + OWNED, file, BLOCK, BLOCK)
                 self._segments[segment] = one
             one.retired, one.orderly = True, orderly
@@ -345,10 +348,8 @@ class JournalCommitter:
         started = time.monotonic()
         segment = chunk.segment
         span = SegmentSpan(segment.id, chunk.start, chunk.end)
-        if not segment.opened:
-            self._acceptor.open_segment(segment.id, chunk.start)
-            segment.opened = True
         try:
+            self._open_row(segment, chunk.start)
             self._acceptor.commit(chunk.messages, span, age=chunk.age)
         except PositionMoved as error:
             log.critical("segment replayed by another process", reason=str(error))
@@ -367,6 +368,15 @@ class JournalCommitter:
                 ids.setdefault(route, []).append(queue_id)
         replies = self._advance(segment, chunk)
         self._committed(replies, ids, len(chunk.messages), time.monotonic() - started)
+
+    def _open_row(self, segment: OpenSegment, start: int) -> None:
+        """Inserts the row of a segment that has none. Raises PositionMoved if another process took
+        the segment: it may have removed segment and row, and its messages would come twice."""
+        if not segment.opened:
+            self._acceptor.open_segment(segment.id, start)
+            if not self._directory.leads_to(segment.name, segment.file):
+                raise PositionMoved(f"segment {segment.id} was adopted")
+            segment.opened = True
 
     def _advance(self, segment: OpenSegment, chunk: _Chunk) -> list[WrittenBatch]:
         """The rows of a chunk are made; the batches whose replies waited for that."""
@@ -398,10 +408,14 @@ class JournalCommitter:
     def _seal(self, segment: OpenSegment) -> None:
         if not segment.opened:
             if not segment.count and first_void(segment.file, read_header(segment.file)) is None:
-                self._directory.unlink(segment.name)  # nothing was ever written to it
+                with suppress(FileNotFoundError):  # another process adopted it
+                    self._directory.unlink(segment.name)  # nothing was ever written to it
                 self._directory.sync()
                 return
-            self._acceptor.open_segment(segment.id, segment.end)
+            try:
+                self._open_row(segment, segment.end)
+            except PositionMoved:
+                return
         self._acceptor.seal_segment(
             segment.id, segment.end, segment.count, segment.least, segment.greatest
         )

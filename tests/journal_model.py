@@ -13,15 +13,14 @@ from functools import partial
 from itertools import count
 
 from relay.spool.journal.adoption import AdoptedSegment, adopt, adopt_one, voided_batches
-from relay.spool.journal.directory import ADOPTED, COPY, NEW, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.copying import write_copy
+from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
 from relay.spool.journal.format import (
     BLOCK,
     JournalRecord,
     Place,
     SegmentHeader,
     VoidedBatch,
-    encode_batch,
-    encode_segment_header,
 )
 from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.scan import ScannedBatch, first_void, read_header, scan
@@ -391,7 +390,7 @@ def unlink_segment(directory: JournalDirectory, segment: str) -> bool:
     return True
 
 
-def compact(directory: JournalDirectory, session: DatabaseSession, new: str) -> None:
+def compact(directory: JournalDirectory, session: DatabaseSession) -> None:
     """Copy what is needed of all sealed segments into a new one. Raises DatabaseAway and
     OSError."""
 
@@ -403,8 +402,8 @@ def compact(directory: JournalDirectory, session: DatabaseSession, new: str) -> 
         }
 
     rows = session.run(survivors)
-    places = write_copy(directory, new, rows)
-    if not places:
+    new, places = copy_bodies(directory, rows)
+    if not new:
         return
     session.run(lambda database: move_rows(database, new, rows, places))
     # A database that is older than this must be noticed, whatever happens: it has the old places.
@@ -413,15 +412,12 @@ def compact(directory: JournalDirectory, session: DatabaseSession, new: str) -> 
     remove_segments(directory, session)
 
 
-def write_copy(
-    directory: JournalDirectory, new: str, rows: dict[str, ModelMessage]
-) -> dict[str, Place]:
-    """A copy segment with these bodies, as many as it has room for; their places."""
-    reader, records, size = JournalReader(directory), list[JournalRecord](), 3 * BLOCK
+def copy_bodies(
+    directory: JournalDirectory, rows: dict[str, ModelMessage]
+) -> tuple[str, dict[str, Place]]:
+    """A copy segment with these bodies: its id, and their places; no id if there are none."""
+    reader, records = JournalReader(directory), list[JournalRecord]()
     for queue_id, row in rows.items():
-        size += row.size + 100
-        if size > SEGMENT_SIZE:
-            break
         try:
             body = reader.read(row.place, row.size)
         except WrongBody:  # an older database may need what was removed
@@ -429,16 +425,9 @@ def write_copy(
         envelope = envelope_of(directory, row.place.segment, queue_id)
         records.append(JournalRecord(envelope.kind, queue_id, envelope.envelope, body))
     if not records:
-        return {}
-    file = directory.create(new + NEW)
-    header = SegmentHeader(new, SPOOL, 0, "", copy=True)
-    parts, positions, end = encode_batch(bytes.fromhex(new), BLOCK, records, mark=0, written_at=0)
-    if file.write([encode_segment_header(header), *parts], 0) != end:
-        raise OSError("a short write")
-    file.sync()
-    directory.rename(new + NEW, new + COPY)
-    directory.sync()
-    return {
+        return "", {}
+    new, positions, _ = write_copy(directory, SPOOL, records)
+    return new, {
         record.queue_id: Place(new, position)
         for record, position in zip(records, positions, strict=True)
     }

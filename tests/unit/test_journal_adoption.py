@@ -53,6 +53,7 @@ def test_a_segment_without_an_owner_is_adopted_and_locked(directory: JournalDire
     writer, _ = new_writer(directory)
     records = [message(), message()]
     segment = writer.append(records).segment
+    writer.retire()
     writer.close_segment(segment)
     (one,) = adopt(directory, skip=set())
     assert one.header.segment == segment

@@ -15,7 +15,7 @@ from relay.spool.journal.reader import JournalReader, WrongBody
 from tests.journal_records import SMALL, message, new_writer, open_journal
 
 
-class StoredBody:
+class BodyInSegment:
     """One body in a segment of its own, and a reader."""
 
     def __init__(self, path: Path, size: int = 3000) -> None:
@@ -41,8 +41,8 @@ class StoredBody:
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> StoredBody:
-    return StoredBody(tmp_path)
+def stored(tmp_path: Path) -> BodyInSegment:
+    return BodyInSegment(tmp_path)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
@@ -58,7 +58,7 @@ def test_every_body_is_read_by_its_place(tmp_path: Path, sizes: list[int]) -> No
         assert body == record.body
 
 
-def test_a_body_is_read_under_each_name_of_its_segment(stored: StoredBody) -> None:
+def test_a_body_is_read_under_each_name_of_its_segment(stored: BodyInSegment) -> None:
     assert stored.read() == stored.body
     for name in (ADOPTED, COPY):
         (old,) = stored.directory.names()
@@ -71,13 +71,13 @@ def test_a_body_is_read_under_each_name_of_its_segment(stored: StoredBody) -> No
 @pytest.mark.parametrize(
     ("shift", "size"), [(0, 2999), (0, 3001), (1, 3000), (-1, 3000), (BLOCK, 3000), (0, 1 << 20)]
 )
-def test_a_wrong_place_gives_no_body(stored: StoredBody, shift: int, size: int) -> None:
+def test_a_wrong_place_gives_no_body(stored: BodyInSegment, shift: int, size: int) -> None:
     with pytest.raises(WrongBody):
         stored.reader.read(Place(stored.segment, stored.place.position + shift), size)
 
 
 def test_every_damaged_octet_of_a_body_is_detected(tmp_path: Path) -> None:
-    stored = StoredBody(tmp_path, size=200)
+    stored = BodyInSegment(tmp_path, size=200)
     for at in range(stored.place.position, stored.place.position + 204):
         stored.flip(at)
         with pytest.raises(WrongBody, match="damaged"):
@@ -86,14 +86,14 @@ def test_every_damaged_octet_of_a_body_is_detected(tmp_path: Path) -> None:
     assert stored.read() == stored.body
 
 
-def test_damage_outside_of_a_body_does_not_matter(stored: StoredBody) -> None:
+def test_damage_outside_of_a_body_does_not_matter(stored: BodyInSegment) -> None:
     start, end = stored.place.position, stored.place.position + 3004
     for at in (0, BLOCK, start - 1, end):
         stored.flip(at)
         assert stored.read() == stored.body
 
 
-def test_a_missing_segment_gives_no_body(stored: StoredBody) -> None:
+def test_a_missing_segment_gives_no_body(stored: BodyInSegment) -> None:
     missing = new_id()
     with pytest.raises(WrongBody, match="missing"):
         stored.reader.read(Place(missing, BLOCK), 10)
@@ -102,7 +102,7 @@ def test_a_missing_segment_gives_no_body(stored: StoredBody) -> None:
         stored.read()
 
 
-def test_a_segment_that_was_removed_is_read_until_it_is_closed(stored: StoredBody) -> None:
+def test_a_segment_that_was_removed_is_read_until_it_is_closed(stored: BodyInSegment) -> None:
     assert stored.read() == stored.body
     stored.path.unlink()
     assert stored.read() == stored.body
@@ -115,7 +115,7 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
-def test_closing_what_was_removed_gives_the_descriptor_back(stored: StoredBody) -> None:
+def test_closing_what_was_removed_gives_the_descriptor_back(stored: BodyInSegment) -> None:
     before = open_descriptors()
     stored.read()
     stored.read()
@@ -127,7 +127,9 @@ def test_closing_what_was_removed_gives_the_descriptor_back(stored: StoredBody) 
     assert open_descriptors() == before
 
 
-def test_a_segment_that_another_file_replaced_is_read_after_reopening(stored: StoredBody) -> None:
+def test_a_segment_that_another_file_replaced_is_read_after_reopening(
+    stored: BodyInSegment,
+) -> None:
     """An operator puts a copy from a backup in the place of a damaged segment."""
     octets = stored.path.read_bytes()
     stored.flip(stored.place.position)
@@ -141,7 +143,7 @@ def test_a_segment_that_another_file_replaced_is_read_after_reopening(stored: St
     assert stored.read() == stored.body
 
 
-def test_a_segment_of_another_id_under_the_name_never_verifies(stored: StoredBody) -> None:
+def test_a_segment_of_another_id_under_the_name_never_verifies(stored: BodyInSegment) -> None:
     other = new_id()
     (stored.path.parent / (other + OWNED)).write_bytes(stored.path.read_bytes())
     with pytest.raises(WrongBody, match="damaged"):
@@ -158,21 +160,21 @@ class BusyDirectory(JournalDirectory):
 
 
 def test_a_rename_between_two_tries_does_not_hide_a_segment(
-    stored: StoredBody, tmp_path: Path
+    stored: BodyInSegment, tmp_path: Path
 ) -> None:
     busy = JournalReader(BusyDirectory(os.open(tmp_path, os.O_RDONLY)))
     assert busy.read(stored.place, len(stored.body)) == stored.body
     assert stored.directory.names() == [stored.segment + ADOPTED]
 
 
-def test_an_error_of_the_file_system_is_no_wrong_body(stored: StoredBody) -> None:
+def test_an_error_of_the_file_system_is_no_wrong_body(stored: BodyInSegment) -> None:
     stored.path.unlink()
     stored.path.mkdir()
     with pytest.raises(OSError):
         stored.read()
 
 
-def test_threads_read_while_others_reopen(stored: StoredBody) -> None:
+def test_threads_read_while_others_reopen(stored: BodyInSegment) -> None:
     def read(turn: int) -> bool:
         if turn % 3 == 0:
             stored.reader.reopen(stored.segment)

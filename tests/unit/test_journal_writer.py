@@ -343,7 +343,7 @@ def test_a_segment_stays_open_until_its_write_has_ended(
     first = writer.append([message()])
     file = ClosingFile(os.dup(writer.files[first.segment]._handle))  # noqa: SLF001
     file.writer = writer
-    writer.files[first.segment] = writer._file = file  # noqa: SLF001
+    writer.files[first.segment] = file
     record = message()
     if fails:
         file.sync = BrokenFile(os.dup(file._handle), broken).sync  # type: ignore[method-assign]  # noqa: SLF001

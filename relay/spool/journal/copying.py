@@ -4,6 +4,7 @@ A copy is as large as its records need. It gets its name when it is synced. Its 
 already, so it is read and rebuilt from, and never replayed.
 """
 
+import errno
 import socket
 import time
 from collections.abc import Sequence
@@ -32,13 +33,10 @@ def write_copy(
     )
     file = directory.create(segment + NEW)
     try:
-        file.fill(file.write([encode_segment_header(header)], 0), end)
-        at = BLOCK
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                written = file.write([view], at)
-                view, at = view[written:], at + written
+        file.fill(0, end)
+        octets = [encode_segment_header(header), *parts]
+        if file.write([b"".join(octets)], 0) != end:
+            raise OSError(errno.ENOSPC, "a short write")
         file.sync()
         directory.rename(segment + NEW, segment + COPY)
         directory.sync()

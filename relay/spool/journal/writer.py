@@ -79,7 +79,6 @@ class JournalWriter:
         self._size = segment_size
         self._clock = clock
         self.segment = ""  # none yet
-        self._file: SegmentFile | None = None  # of that segment; stays open while it is written to
         self.position = 0
         self._start = 0  # of the segment's first records
         self.files: dict[str, SegmentFile] = {}  # of the segments that this process owns
@@ -87,16 +86,16 @@ class JournalWriter:
     def append(self, records: Sequence[JournalRecord], *, mark: int = 0) -> AppendedBatch:
         """Write and sync records together. Raises AppendFailed (its errno is the cause) and
         AppendUnknown."""
-        if self.segment not in self.files:  # it was closed because another process adopted it
+        file = self.files.get(self.segment)  # stays open while it is written to
+        if file is None:  # it was closed because another process adopted it
             self.segment = ""
-        if not self.segment or not (batch := self._encode(records, mark))[2] <= self._size:
-            self._rotate()
+        if file is None or not (batch := self._encode(records, mark))[2] <= self._size:
+            file = self._rotate()
             batch = self._encode(records, mark)
             if batch[2] > self._size:
                 raise AppendFailed(errno.EFBIG, "a batch that is larger than a segment")
         parts, positions, end = batch
-        segment, start, file = self.segment, self.position, self._file
-        assert file is not None
+        segment, start = self.segment, self.position
         try:
             self._write(file, parts, end)
         except OSError as error:
@@ -106,11 +105,13 @@ class JournalWriter:
     def close_segment(self, segment: str) -> None:
         """Close the file of a segment, which releases its lock, but not before a write to it that
         goes on has ended."""
-        self.files.pop(segment, None)
+        file = self.files.pop(segment, None)
+        if file is not None and segment != self.segment:
+            file.close()
 
     def retire(self, *, orderly: bool = True) -> None:
         """Write no more to the current segment."""
-        segment, self.segment, self._file = self.segment, "", None
+        segment, self.segment = self.segment, ""
         if segment:
             self._on_retired(segment, orderly)
 
@@ -122,18 +123,19 @@ class JournalWriter:
             bytes.fromhex(self.segment), self.position, records, mark=mark, written_at=written_at
         )
 
-    def _rotate(self) -> None:
+    def _rotate(self) -> SegmentFile:
         """Begin a new segment; raises AppendFailed if there is none."""
         self.retire()
         try:
-            self._open_next()
+            return self._open_next()
         except OSError as error:
             raise AppendFailed(error.errno, f"no new segment: {error.strerror}") from error
 
-    def _open_next(self) -> None:
-        self.segment, self._file = self._supply.take()
-        self.files[self.segment] = self._file
+    def _open_next(self) -> SegmentFile:
+        self.segment, file = self._supply.take()
+        self.files[self.segment] = file
         self.position = self._start = BLOCK
+        return file
 
     def _write(self, file: SegmentFile, parts: Sequence[Buffer], end: int) -> None:
         """Write and sync at the current position; raises OSError, and AppendUnknown when another
@@ -154,12 +156,11 @@ class JournalWriter:
         log.critical("journal write failed", segment=failed.segment, reason=str(error))
         self.segment = ""
         try:
-            self._open_next()
-            assert self._file is not None
+            file = self._open_next()
             written_at = int(self._clock() * 1_000_000)
             segment = bytes.fromhex(self.segment)
             void = encode_void(segment, self.position, failed, mark=mark, written_at=written_at)
-            self._write(self._file, [void], self.position + BLOCK)
+            self._write(file, [void], self.position + BLOCK)
             self._start = self.position
             # An adopter renames first and reads the voids then, so it sees this one if the name is
             # still there. Otherwise it may have made rows of the batch already.

@@ -1,0 +1,133 @@
+"""A committer whose segments another process adopts, replays and removes while it sleeps."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from reception.committer import JournalCommitter, WrittenBatch
+from relay.queue.accept import EncodedMessage, encode
+from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
+from relay.spool.journal.format import JournalRecord, RecordKind
+from relay.spool.journal.supply import make_segment
+from relay.spool.journal.writer import AppendUnknown, JournalWriter
+from relay.spool.mark import SpoolMark
+from relay.spool.store import Spool
+from tests.integration.harness import QueueHarness, new_message
+from tests.journal_records import SMALL, DirectSupply, message
+from tests.waiting import until
+
+BODY = b"Subject: x\n\ntext\n"
+
+
+class SleepyOwner:
+    """A writer and its committer, which has not yet run."""
+
+    def __init__(self, queue: QueueHarness, spool: Spool) -> None:
+        self.directory = JournalDirectory(spool.handle)
+        self.directory.make()
+        self.writer = JournalWriter(
+            self.directory,
+            DirectSupply(self.directory),
+            on_retired=lambda segment, orderly: self.committer.retire(segment, orderly=orderly),
+            segment_size=SMALL,
+        )
+        self.committer = JournalCommitter(
+            queue.acceptor,
+            queue.database,
+            self.directory,
+            SpoolMark(spool.handle, spool.identity),
+            self.writer,
+            spool.identity,
+        )
+        self.committed = threading.Event()
+
+    def append(self) -> str:
+        """Write a message and give it to the committer; its segment."""
+        one = new_message(size=len(BODY))
+        rows = encode(one)
+        batch = self.writer.append([JournalRecord(RecordKind.MESSAGE, one.id, rows, BODY)])
+        messages = [EncodedMessage(rows, batch.positions[0])]
+        hints: list[tuple[str, tuple[str, ...]]] = [(one.id, ("default",))]
+        written = WrittenBatch(batch.segment, batch.start, batch.end, messages, hints, len(BODY))
+        self.committer.put(written, wait=False)
+        return batch.segment
+
+    def take_away(self, segment: str, *, removed: bool) -> None:
+        """Another process adopts the segment; and it may have removed it, and its row."""
+        self.directory.rename(segment + OWNED, segment + ADOPTED)
+        if removed:
+            self.directory.unlink(segment + ADOPTED)
+
+    def wake_up(self) -> None:
+        self.committer.start(lambda *_: self.committed.set())
+        until(lambda: self.committer.lag().messages == 0)
+
+
+@pytest.fixture
+def queue(database_url: str) -> Iterator[QueueHarness]:
+    made = QueueHarness(database_url, registered=False)
+    yield made
+    made.database.dispose()
+
+
+@pytest.fixture
+def owner(queue: QueueHarness, spool: Spool) -> Iterator[SleepyOwner]:
+    made = SleepyOwner(queue, spool)
+    yield made
+    made.committer.close(5.0)
+
+
+def count(queue: QueueHarness) -> int:
+    return len(queue.rows("SELECT id FROM messages"))
+
+
+def test_messages_of_a_removed_segment_do_not_come_twice(
+    owner: SleepyOwner, queue: QueueHarness
+) -> None:
+    owner.take_away(owner.append(), removed=True)
+    owner.wake_up()
+    assert count(queue) == 0
+    assert not owner.committed.is_set()
+
+
+def test_a_message_of_an_own_segment_gets_its_row(owner: SleepyOwner, queue: QueueHarness) -> None:
+    owner.append()
+    owner.wake_up()
+    assert count(queue) == 1
+    assert owner.committed.is_set()
+
+
+def test_an_empty_segment_that_was_adopted_does_not_stop_the_committer(
+    owner: SleepyOwner, queue: QueueHarness
+) -> None:
+    segment, file = make_segment(owner.directory, "ab" * 16, size=SMALL)
+    owner.writer.segment, owner.writer.files = segment, {segment: file}
+    owner.writer.retire()
+    owner.take_away(segment, removed=True)
+    owner.append()
+    owner.wake_up()
+    assert count(queue) == 1
+
+
+def test_a_writer_may_retire_a_segment_that_was_released(
+    owner: SleepyOwner, queue: QueueHarness
+) -> None:
+    """The committer lets a segment go while the writer writes to it."""
+    segment = owner.append()
+    owner.take_away(segment, removed=True)
+    file = owner.writer.files[segment]
+    owner.wake_up()
+    assert segment not in owner.writer.files
+    owner.writer.files[segment] = file  # the writer looked before
+    sync = file.sync
+
+    def release_and_sync() -> None:
+        owner.writer.close_segment(segment)
+        sync()
+
+    file.sync = release_and_sync  # type: ignore[method-assign]
+    with pytest.raises(AppendUnknown):
+        owner.writer.append([message()])
+    owner.append()
+    until(lambda: count(queue) == 1)
