@@ -29,9 +29,9 @@ from relay.queue.accept import (
     SegmentSpan,
     routes_of,
 )
-from relay.spool.journal.adoption import AdoptedSegment, adopt, voided_batches
+from relay.spool.journal.adoption import AdoptedSegment, adopt, voided_batches, voided_from
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
-from relay.spool.journal.format import BLOCK, VoidedBatch
+from relay.spool.journal.format import BLOCK
 from relay.spool.journal.scan import Damage, ScannedBatch, first_void, read_header, scan
 from relay.spool.journal.writer import JournalWriter
 from relay.spool.mark import SpoolMark
@@ -72,7 +72,7 @@ class WrittenBatch:
 class OpenSegment:
     """A segment that this process owns. Its messages have rows up to `committed` and are written up
     to `end`; `retired`: nothing more is written to it; `orderly`: what lies behind `end` does not
-    count."""
+    count; nor does anything from `void_from` on."""
 
     id: str
     name: str
@@ -83,7 +83,7 @@ class OpenSegment:
     opened: bool = False  # it has a row
     retired: bool = False
     orderly: bool = True
-    voids: frozenset[VoidedBatch] = frozenset()
+    void_from: float = float("inf")
     count: int = 0
     least: str = ""
     greatest: str = ""
@@ -328,7 +328,7 @@ class JournalCommitter:
                     break
             for damage in item.damages:
                 _log_damage(segment.id, damage)
-            if VoidedBatch(segment.id, item.position) in segment.voids:
+            if segment.void_from <= item.position:
                 continue
             written_at = written_at or item.header.written_at
             for record in item.records:
@@ -436,13 +436,13 @@ class JournalCommitter:
         skip = self._acceptor.sealed_segments() | {*self._segments}
         try:
             adopted = adopt(self._directory, skip=skip, local=self._local)
-            voids = frozenset(voided_batches(self._directory)) if adopted else frozenset()
+            voids = voided_batches(self._directory) if adopted else set()
             for one in adopted:
-                self._take_over(one, voids)
+                self._take_over(one, voided_from(voids, one.header.segment))
         except OSError as error:
             log.error("segments not adopted", reason=str(error))
 
-    def _take_over(self, adopted: AdoptedSegment, voids: frozenset[VoidedBatch]) -> None:
+    def _take_over(self, adopted: AdoptedSegment, void_from: float) -> None:
         header, file = adopted.header, adopted.file
         if header.spool != self._spool:
             log.error("segment of another spool", segment=header.segment, spool=header.spool)
@@ -461,11 +461,11 @@ class JournalCommitter:
             ours=False,
             opened=position is not None,
             retired=True,
-            voids=voids,
+            void_from=void_from,
         )
         for item in scan(file, header, verify_bodies=False):
             if isinstance(item, ScannedBatch) and item.void is None:
-                if VoidedBatch(segment.id, item.position) not in voids and item.records:
+                if item.position < void_from and item.records:
                     size = sum(len(memoryview(record.body)) for record in item.records)
                     pending = item.position >= segment.committed
                     segment.add([r.queue_id for r in item.records], size, pending=pending)

@@ -24,7 +24,7 @@ from typing import Any
 from reception.envelope import Envelope
 from reception.policy import ClientPolicy
 from reception.spooler_client import SpoolerClient
-from reception.spooler_protocol import Fault
+from reception.spooler_protocol import StoreFault
 from reception.trace import date, received_field, separate
 from relay import metrics
 from relay.ids import new_id
@@ -176,7 +176,7 @@ class Reception:
             self._refuse(TimeoutError(late))
             self._stop(TimeoutError(late))
         elif self._receiver.spooler.withdraw(self._request):
-            self._spooled(Fault(late))
+            self._spooled(StoreFault(late))
         else:
             self._log_fault(late)
             self._send(None)
@@ -273,7 +273,7 @@ class Reception:
             self.id, rows, routes, self._size, body, self._spooled
         )
 
-    def _spooled(self, fault: Fault | None) -> None:
+    def _spooled(self, fault: StoreFault | None) -> None:
         """The spooler has answered."""
         unknown = fault is not None and fault.unknown
         self._claim.end(kept=fault is None or unknown)

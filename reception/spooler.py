@@ -26,9 +26,9 @@ from sqlalchemy import Engine
 from reception.committer import JournalCommitter, WrittenBatch
 from reception.spooler_protocol import (
     VERSION,
-    Fault,
     FrameDecoder,
     SpoolerReply,
+    StoreFault,
     StoreRequest,
     frame,
 )
@@ -126,7 +126,7 @@ class Spooler:
         """Appends a batch, and replies if it need not wait for the rows."""
         lag = self._committer.lag()
         if lag.octets + sum(request.size for request in requests) > self._limit:
-            fault = Fault("RELAY_JOURNAL_LIMIT: too much waits for the database")
+            fault = StoreFault("RELAY_JOURNAL_LIMIT: too much waits for the database")
             self._reply([(request.number, fault) for request in requests])
             return
         records = [
@@ -143,7 +143,7 @@ class Spooler:
             appended = self._writer.append(records, mark=self._mark.known)
         except (OSError, AppendUnknown) as error:
             number = (error.errno or errno.EIO) if isinstance(error, OSError) else 0
-            fault = Fault(str(error), number, unknown=isinstance(error, AppendUnknown))
+            fault = StoreFault(str(error), number, unknown=isinstance(error, AppendUnknown))
             self._reply([(request.number, fault) for request in requests])
             return
         batch = WrittenBatch(
@@ -177,7 +177,7 @@ class Spooler:
 
     def _reply(
         self,
-        results: list[tuple[int, Fault | None]],
+        results: list[tuple[int, StoreFault | None]],
         committed: dict[str, list[str]] | None = None,
         count: int = 0,
         seconds: float = 0.0,

@@ -5,9 +5,9 @@ reads; the others wait here, where they can be withdrawn. A reply brings results
 rows have been made, which become hints. A spooler that dies, or is far too late with a reply, is
 replaced; the new one finds in the journal what the old one wrote.
 
-What must stay true: every request gets one result: None when the message is stored, or a Fault. If
-the spooler died over a request, the message may be stored, and the Fault says so. While the spooler
-reads nothing, memory holds no more than the messages that clients wait for.
+What must stay true: every request gets one result: None when the message is stored, or a
+StoreFault. If the spooler died over a request, the message may be stored, and the StoreFault says
+so. While the spooler reads nothing, memory holds no more than the messages that clients wait for.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ from typing import Any
 
 from reception.spooler_protocol import (
     VERSION,
-    Fault,
     FrameDecoder,
     Lag,
     SpoolerReply,
+    StoreFault,
     StoreRequest,
     frame,
 )
@@ -45,7 +45,7 @@ HANG_TIMEOUT = 60.0
 """Seconds past RELAY_ACCEPT_DEADLINE after which a missing result proves that the spooler hangs."""
 
 type Launch = Callable[[socket.socket], Coroutine[Any, Any, object]]
-type Done = Callable[[Fault | None], None]
+type Done = Callable[[StoreFault | None], None]
 
 
 class SpoolerError(Exception):
@@ -128,7 +128,7 @@ class SpoolerClient(asyncio.Protocol):
         """Lets the spooler finish its requests, for at most so many `seconds`."""
         self._closing = True
         for number in [*self._unsent]:
-            self._resolve(number, Fault("smtpd stops"))
+            self._resolve(number, StoreFault("smtpd stops"))
         if self.transport is not None:
             self.transport.write_eof()
         if self._task is not None:
@@ -146,7 +146,7 @@ class SpoolerClient(asyncio.Protocol):
             if not self._writable:
                 self.resume_writing()
             for number, fault in reply.results:
-                self._resolve(number, Fault(*fault) if fault else None)
+                self._resolve(number, StoreFault(*fault) if fault else None)
             if reply.messages:
                 self._observe(reply.messages, reply.seconds)
             for route, ids in reply.committed.items():
@@ -163,14 +163,14 @@ class SpoolerClient(asyncio.Protocol):
         self.transport = None
         self._writable = False
         for number in [number for number in self._pending if number not in self._unsent]:
-            self._resolve(number, Fault("the spooler has died", unknown=True))
+            self._resolve(number, StoreFault("the spooler has died", unknown=True))
         self._disconnected.set()
 
     def _send(self) -> None:
         while self._unsent and self._writable and self.transport is not None:
             self.transport.write(self._unsent.pop(next(iter(self._unsent))))
 
-    def _resolve(self, number: int, result: Fault | None) -> None:
+    def _resolve(self, number: int, result: StoreFault | None) -> None:
         self._unsent.pop(number, None)
         request = self._pending.pop(number, None)
         if request is not None:

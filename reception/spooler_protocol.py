@@ -25,7 +25,7 @@ class StoreRequest(NamedTuple):
     body: list[bytes] | None
 
 
-class Fault(NamedTuple):
+class StoreFault(NamedTuple):
     """Why a message was not stored. `number` is the error's (0: none); `unknown`: it may be stored,
     so its client must hear nothing."""
 
@@ -46,7 +46,7 @@ class SpoolerReply(NamedTuple):
     """`results` by the requests' numbers (None: stored), and the ids by route whose rows have just
     been committed, in so many `seconds`. The first reply of a spooler is empty: it has started."""
 
-    results: list[tuple[int, Fault | None]]
+    results: list[tuple[int, StoreFault | None]]
     committed: dict[str, list[str]]
     messages: int
     seconds: float

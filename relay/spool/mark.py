@@ -8,7 +8,8 @@ the relay takes for an outage: smtpd accepts mail into the journal, and workers 
 `qmqp-relay fsck --rebuild` has held what is in doubt.
 
 What must stay true: the file is written after the COMMIT and never before it, so that a COMMIT that
-fails raises no alarm. A lost or older file only weakens the check.
+fails raises no alarm. A lost or older file only weakens the check. It is synced, because segments
+are removed by what the database says.
 """
 
 import os
@@ -59,7 +60,8 @@ class SpoolMark:
                     self._write(mark)
 
     def _check(self, connection: Any, _record: Any) -> None:
-        known = self.known  # before the query: another thread may raise it meanwhile
+        # Before the query: others may raise it meanwhile, this process or another one.
+        known = max(self.known, self._read())
         row = connection.execute(_SELECT).fetchone()
         with suppress(AttributeError):  # sqlite3 has begun no transaction
             connection.commit()
@@ -88,4 +90,6 @@ class SpoolMark:
         opener = partial(os.open, mode=0o600, dir_fd=self._spool)
         with open(temporary, "wb", opener=opener) as file:
             file.write(b"%d\n" % mark)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, _NAME, src_dir_fd=self._spool, dst_dir_fd=self._spool)

@@ -28,8 +28,14 @@ from relay.ids import dashed
 from relay.log import get_logger
 from relay.spool.journal.copying import write_copy
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
-from relay.spool.journal.format import CHECKSUM_SIZE, FormatError, JournalRecord, decode_record
-from relay.spool.journal.scan import first_void, read_header, scan_ids
+from relay.spool.journal.format import (
+    CHECKSUM_SIZE,
+    JournalFormatError,
+    JournalRecord,
+    SegmentHeader,
+    decode_record,
+)
+from relay.spool.journal.scan import first_void, scan_ids
 
 log = get_logger(__name__)
 LOOKS = 64  # segments in a turn
@@ -40,7 +46,7 @@ COPY_SIZE = 8 << 20
 """Bytes of bodies that one turn copies at most, which bounds the rate of compaction."""
 
 
-class StoredBody(NamedTuple):
+class LiveBody(NamedTuple):
     """A body in a segment: its message, its place, its record, and its size."""
 
     queue_id: str
@@ -80,7 +86,7 @@ class SegmentStore:
     def turn(self) -> CleaningTurn:
         """Look at the segments that are due. Raises OSError and the database's errors; the next
         turn goes on."""
-        removed, sparse = 0, dict[str, list[StoredBody]]()
+        removed, sparse = 0, dict[str, list[LiveBody]]()
         for due in self._due():
             if self._all_finished(due):
                 removed += self._remove(due.id)
@@ -136,17 +142,17 @@ class SegmentStore:
             ).one()
         return row.messages == due.messages and not row.unfinished
 
-    def _needed(self, segment: str, file: SegmentFile, *, missing: bool = True) -> list[StoredBody]:
+    def _needed(self, segment: str, file: SegmentFile, *, missing: bool = True) -> list[LiveBody]:
         """The bodies of a segment that deliveries need. `missing`: also those whose rows may have
         been lost."""
         bodies = {
-            (record.queue_id, record.position): StoredBody(
+            (record.queue_id, record.position): LiveBody(
                 record.queue_id,
                 record.position,
                 record.start,
                 len(memoryview(record.body)),
             )
-            for record in scan_ids(file, read_header(file))
+            for record in scan_ids(file, SegmentHeader(segment, "", 0, ""))
             if record.in_journal
         }
         records = [{"id": dashed(one), "position": position} for one, position in bodies]
@@ -171,7 +177,7 @@ class SegmentStore:
     def _remove(self, segment: str) -> bool:
         """Remove a segment, unless it declares a batch void whose segment is still there."""
         with self._opened(segment) as file:
-            if file is not None and self._must_outlive(file):
+            if file is not None and self._must_outlive(segment, file):
                 self._looked_at(segment, 0, sparse=False)
                 return False
         for suffix in (OWNED, ADOPTED, COPY):
@@ -182,15 +188,22 @@ class SegmentStore:
             self._queries.run(connection, "delete_segment", segment=dashed(segment))
         return True
 
-    def _must_outlive(self, file: SegmentFile) -> bool:
-        void = first_void(file, read_header(file))
-        return void is not None and void.segment in {
-            segment for segment, _ in self._directory.segments(OWNED, ADOPTED)
-        }
+    def _must_outlive(self, segment: str, file: SegmentFile) -> bool:
+        """Whether the batch that a segment declares void is still there."""
+        # Checksums contain the id of the segment, so its name is enough.
+        void = first_void(file, SegmentHeader(segment, "", 0, ""))
+        if void is None:
+            return False
+        voided = self._directory.open_segment(void.segment)
+        if voided is not None:
+            voided.close()
+            return True
+        self._directory.sync()  # its removal must be durable first
+        return False
 
-    def _compact(self, sparse: dict[str, list[StoredBody]]) -> int:
+    def _compact(self, sparse: dict[str, list[LiveBody]]) -> int:
         """Copy what is needed of some segments; the number of bodies."""
-        chosen, size = list[tuple[str, StoredBody]](), 0
+        chosen, size = list[tuple[str, LiveBody]](), 0
         for segment, bodies in sparse.items():
             size += sum(body.size for body in bodies)
             if chosen and size > COPY_SIZE:
@@ -231,8 +244,8 @@ class SegmentStore:
         return len(records)
 
     def _read(
-        self, bodies: Iterable[tuple[str, StoredBody]]
-    ) -> Iterator[tuple[str, StoredBody, JournalRecord]]:
+        self, bodies: Iterable[tuple[str, LiveBody]]
+    ) -> Iterator[tuple[str, LiveBody, JournalRecord]]:
         """The records of bodies. One that does not verify stays where it is."""
         for segment, body in bodies:
             with self._opened(segment) as file:
@@ -242,7 +255,7 @@ class SegmentStore:
                 octets = file.read(length, body.record)
                 try:
                     record = decode_record(bytes.fromhex(segment), body.record, octets)
-                except FormatError as error:
+                except JournalFormatError as error:
                     log.error("body not copied", id=body.queue_id, reason=str(error))
                     continue
             yield segment, body, record

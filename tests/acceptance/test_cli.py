@@ -49,7 +49,6 @@ def test_commands_show_the_mail_of_a_relay(start_up: StartUp, tmp_path: Path) ->
         "delivered",
         "delivered",
         "Ok: queued as",
-        "removed",
     ):
         assert word in shown.stdout
     whole = json.loads(command("show", deferred, "--json", STATE_DIR=var).stdout)

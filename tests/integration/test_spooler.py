@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 import reception.committer
 import reception.spooler
 from reception.spooler import Spooler
-from reception.spooler_protocol import Fault, FrameDecoder, SpoolerReply, StoreRequest, frame
+from reception.spooler_protocol import FrameDecoder, SpoolerReply, StoreFault, StoreRequest, frame
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved, SegmentSpan, encode
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
@@ -93,12 +93,12 @@ class SpoolerHarness:
         replies = self.frames.feed(self.ours.recv(1 << 16))
         self.replies += [SpoolerReply(*values) for values in replies]
 
-    def results(self) -> dict[int, Fault | None]:
+    def results(self) -> dict[int, StoreFault | None]:
         results = [result for reply in self.replies for result in reply.results]
         assert len(results) == len(dict(results)), "two results for a request"
-        return {number: Fault(*fault) if fault else None for number, fault in results}
+        return {number: StoreFault(*fault) if fault else None for number, fault in results}
 
-    def result(self, request: StoreRequest) -> Fault | None:
+    def result(self, request: StoreRequest) -> StoreFault | None:
         while request.number not in self.results():
             self.receive()
         return self.results()[request.number]

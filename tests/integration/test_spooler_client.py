@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from reception.spooler_client import HANG_TIMEOUT, Launch, SpoolerClient, SpoolerError
-from reception.spooler_protocol import Fault, FrameDecoder, Lag, SpoolerReply, StoreRequest, frame
+from reception.spooler_protocol import (
+    FrameDecoder,
+    Lag,
+    SpoolerReply,
+    StoreFault,
+    StoreRequest,
+    frame,
+)
 from relay.ids import new_id
 
 DEADLINE = 60.0
@@ -33,7 +40,7 @@ class ClientHarness:
             new_id(), b"{}", ("default",), len(body), [body], done or self._done
         )
 
-    def _done(self, result: Fault | None) -> None:
+    def _done(self, result: StoreFault | None) -> None:
         self.results.append(result)
         self._changed.set()
 
@@ -153,7 +160,7 @@ def test_every_result_is_delivered_although_one_callback_raises() -> None:
         client = ClientHarness(working)
         await client.spooler.start()
 
-        def raising(_: Fault | None) -> None:
+        def raising(_: StoreFault | None) -> None:
             raise RuntimeError("gone")
 
         client.store(done=raising)

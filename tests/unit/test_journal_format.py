@@ -13,7 +13,7 @@ from relay.spool.journal.format import (
     BATCH_HEADER,
     BLOCK,
     BatchKind,
-    FormatError,
+    JournalFormatError,
     JournalRecord,
     RecordKind,
     SegmentHeader,
@@ -122,7 +122,7 @@ def test_every_flipped_bit_of_both_segment_headers_is_detected() -> None:
         for bit in range(8):
             assert decode_segment_header(flipped(block, at, bit)) == header
             assert decode_segment_header(flipped(block, half + at, bit)) == header
-            with pytest.raises(FormatError):
+            with pytest.raises(JournalFormatError):
                 decode_segment_header(flipped(flipped(block, at, bit), half + at, bit))
 
 
@@ -130,7 +130,7 @@ def test_every_flipped_bit_of_a_batch_header_is_detected() -> None:
     octets, _ = encoded(JournalRecord(RecordKind.MESSAGE, "ab" * 16, b"envelope", b"body"))
     for at in range(BATCH_HEADER):
         for bit in range(8):
-            with pytest.raises(FormatError):
+            with pytest.raises(JournalFormatError):
                 decode_batch_header(SEGMENT, BLOCK, flipped(octets, at, bit))
 
 
@@ -141,7 +141,7 @@ def test_every_flipped_bit_of_a_record_is_detected() -> None:
     for at in range(BATCH_HEADER, end - BLOCK):
         for bit in range(8):
             damaged = flipped(octets, at, bit)[BATCH_HEADER:]
-            with pytest.raises(FormatError):
+            with pytest.raises(JournalFormatError):
                 decode_record(SEGMENT, start, damaged)
             # A damaged body leaves the size, so that the next record is found.
             assert bool(record_size(SEGMENT, start, damaged)) == (at >= body - BLOCK)
@@ -153,7 +153,7 @@ def test_every_flipped_bit_of_a_void_batch_is_detected() -> None:
         for bit in range(8):
             damaged = flipped(octets, at, bit)
             decode = decode_batch_header if at < BATCH_HEADER else decode_void
-            with pytest.raises(FormatError):
+            with pytest.raises(JournalFormatError):
                 decode(SEGMENT, BLOCK, damaged)
 
 
@@ -165,13 +165,13 @@ def test_the_right_octets_in_the_wrong_place_never_verify(segment: bytes, positi
     octets, body = encoded(JournalRecord(RecordKind.MESSAGE, "ab" * 16, b"envelope", b"body"))
     void = encode_void(SEGMENT, BLOCK, VoidedBatch("ab" * 16, 8192), mark=1, written_at=2)
     moved = body - BLOCK + position
-    with pytest.raises(FormatError):
+    with pytest.raises(JournalFormatError):
         decode_batch_header(segment, position, octets)
-    with pytest.raises(FormatError):
+    with pytest.raises(JournalFormatError):
         decode_record(segment, position + BATCH_HEADER, octets[BATCH_HEADER:])
-    with pytest.raises(FormatError):
+    with pytest.raises(JournalFormatError):
         decode_batch_header(segment, position, void)
-    with pytest.raises(FormatError):
+    with pytest.raises(JournalFormatError):
         decode_void(segment, position, void)
     assert verifies(SEGMENT, body, octets[body - BLOCK : body - BLOCK + 8])
     assert not verifies(segment, moved, octets[body - BLOCK : body - BLOCK + 8])
@@ -179,7 +179,7 @@ def test_the_right_octets_in_the_wrong_place_never_verify(segment: bytes, positi
 
 def test_a_header_of_another_segment_never_verifies() -> None:
     block = encode_segment_header(SegmentHeader("ab" * 16, "cd" * 16, 5, "host"))
-    with pytest.raises(FormatError):
+    with pytest.raises(JournalFormatError):
         decode_segment_header(block.replace(b"\xab" * 16, b"\xac" * 16))
 
 
@@ -188,16 +188,16 @@ def test_octets_that_are_cut_off_are_a_format_error() -> None:
     void = encode_void(SEGMENT, BLOCK, VoidedBatch("ab" * 16, 8192), mark=1, written_at=2)
     block = encode_segment_header(SegmentHeader("ab" * 16, "cd" * 16, 5, "host"))
     for size in range(BATCH_HEADER):
-        with pytest.raises(FormatError):
+        with pytest.raises(JournalFormatError):
             decode_batch_header(SEGMENT, BLOCK, octets[:size])
     for size in range(BATCH_HEADER, body - BLOCK + 8):
-        with pytest.raises(FormatError):
+        with pytest.raises(JournalFormatError):
             decode_record(SEGMENT, BLOCK + BATCH_HEADER, octets[BATCH_HEADER:size])
     for size in range(BATCH_HEADER + 28):
-        with pytest.raises(FormatError):
+        with pytest.raises(JournalFormatError):
             decode_void(SEGMENT, BLOCK, void[:size])
     for size in range(len(block[: BLOCK // 2].rstrip(b"\0"))):
-        with pytest.raises(FormatError):
+        with pytest.raises(JournalFormatError):
             decode_segment_header(block[:size])
     assert not verifies(SEGMENT, body, b"abc")
 
@@ -210,23 +210,23 @@ def sealed(fields: bytes, position: int, rest: bytes = b"") -> bytes:
 
 def test_kinds_of_a_later_version_are_a_format_error() -> None:
     batch = sealed(struct.pack("<4sIIQQB", b"BTCH", 100, 1, 0, 0, 9), BLOCK)
-    with pytest.raises(FormatError, match="kind 9"):
+    with pytest.raises(JournalFormatError, match="kind 9"):
         decode_batch_header(SEGMENT, BLOCK, batch)
     start = BLOCK + BATCH_HEADER
     record = sealed(struct.pack("<BB16sII", 9, 1, b"i" * 16, 0, 0), start)
-    with pytest.raises(FormatError, match="kind 9"):
+    with pytest.raises(JournalFormatError, match="kind 9"):
         decode_record(SEGMENT, start, record + bytes(100), verify_body=False)
     later = sealed(struct.pack("<BB16sII", 1, 2, b"i" * 16, 0, 0), start)
-    with pytest.raises(FormatError, match="version 2"):
+    with pytest.raises(JournalFormatError, match="version 2"):
         decode_record(SEGMENT, start, later + bytes(100), verify_body=False)
 
 
 def test_a_format_of_a_later_version_is_named() -> None:
     block = bytearray(encode_segment_header(SegmentHeader("ab" * 16, "cd" * 16, 5, "host")))
     block[8] = block[BLOCK // 2 + 8] = 2
-    with pytest.raises(FormatError, match="format 2"):
+    with pytest.raises(JournalFormatError, match="format 2"):
         decode_segment_header(bytes(block))
-    with pytest.raises(FormatError, match="no segment"):
+    with pytest.raises(JournalFormatError, match="no segment"):
         decode_segment_header(bytes(BLOCK))
 
 

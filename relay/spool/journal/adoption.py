@@ -10,6 +10,7 @@ error of a lock is no adoption.
 """
 
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -23,7 +24,7 @@ from relay.spool.journal.directory import (
     JournalDirectory,
     SegmentFile,
 )
-from relay.spool.journal.format import FormatError, SegmentHeader, VoidedBatch
+from relay.spool.journal.format import JournalFormatError, SegmentHeader, VoidedBatch
 from relay.spool.journal.scan import first_void, read_header
 
 log = get_logger(__name__)
@@ -74,7 +75,7 @@ def adopt_one(
     try:
         header = read_header(file)
         if header.segment != PurePath(name).stem:
-            raise FormatError(f"the file has the header of segment {header.segment}")
+            raise JournalFormatError(f"the file has the header of segment {header.segment}")
         ours = local or forced or header.host == socket.gethostname()
         if ours and (file.lock() or forced):
             if name.endswith(OWNED):
@@ -83,7 +84,7 @@ def adopt_one(
             if directory.leads_to(header.segment + ADOPTED, file):
                 file.sync()
                 return AdoptedSegment(header, file)
-    except FormatError as error:
+    except JournalFormatError as error:
         log.error("segment unreadable", name=name, reason=str(error))
     except FileNotFoundError:
         pass
@@ -114,6 +115,12 @@ def voided_batches(directory: JournalDirectory) -> set[VoidedBatch]:
             if void is not None:
                 voids.add(void)
     return voids
+
+
+def voided_from(voids: Iterable[VoidedBatch], segment: str) -> float:
+    """From where on nothing of a segment counts: a segment that failed is never written again. The
+    batch itself may seem to begin earlier, if headers before it are damaged."""
+    return min((void.position for void in voids if void.segment == segment), default=float("inf"))
 
 
 def _remove_unfinished(directory: JournalDirectory) -> None:

@@ -40,7 +40,7 @@ RECORD_OVERHEAD = RECORD_HEADER + _CRC.size
 CHECKSUM_SIZE = _CRC.size
 
 
-class FormatError(ValueError):
+class JournalFormatError(ValueError):
     """These octets are not what should stand here: they were never written whole, or are spoilt."""
 
 
@@ -157,11 +157,11 @@ def _encode_header_copy(header: SegmentHeader, position: int) -> bytes:
 
 
 def decode_segment_header(block: bytes) -> SegmentHeader:
-    """Raises FormatError; the text is for the operator."""
+    """Raises JournalFormatError; the text is for the operator."""
     try:
         return _decode_header_copy(block, 0)
-    except FormatError:
-        with suppress(FormatError):
+    except JournalFormatError:
+        with suppress(JournalFormatError):
             return _decode_header_copy(block, _SECOND_HEADER)
         raise
 
@@ -169,13 +169,13 @@ def decode_segment_header(block: bytes) -> SegmentHeader:
 def _decode_header_copy(block: bytes, position: int) -> SegmentHeader:
     fields = block[position : position + _SEGMENT.size]
     if len(block) < position + _SEGMENT.size + _CRC.size or not fields.startswith(_SEGMENT_MAGIC):
-        raise FormatError("no segment of a journal")
+        raise JournalFormatError("no segment of a journal")
     _, version, segment, spool, created_at, copy, host = _SEGMENT.unpack(fields)
     if version != _FORMAT:
-        raise FormatError(f"format {version}, which this version of the relay cannot read")
+        raise JournalFormatError(f"format {version}, which this version of the relay cannot read")
     crc = checksum(segment, position, fields)
     if _CRC.unpack_from(block, position + _SEGMENT.size) != (crc,):
-        raise FormatError("the header is damaged")
+        raise JournalFormatError("the header is damaged")
     name = host.rstrip(b"\0").decode(errors="replace")
     return SegmentHeader(segment.hex(), spool.hex(), created_at, name, bool(copy))
 
@@ -237,13 +237,13 @@ def _encode_batch_header(segment: bytes, position: int, header: BatchHeader) -> 
 
 
 def decode_batch_header(segment: bytes, position: int, octets: Buffer) -> BatchHeader:
-    """Raises FormatError."""
+    """Raises JournalFormatError."""
     view = memoryview(octets)
     if len(view) < BATCH_HEADER or view[: len(_BATCH_MAGIC)] != _BATCH_MAGIC:
-        raise FormatError("no batch")
+        raise JournalFormatError("no batch")
     fields = view[: _BATCH.size]
     if _CRC.unpack_from(view, _BATCH.size) != (checksum(segment, position, fields),):
-        raise FormatError("the header of a batch is damaged")
+        raise JournalFormatError("the header of a batch is damaged")
     _, length, count, mark, written_at, kind = _BATCH.unpack(fields)
     return BatchHeader(length, count, mark, written_at, _known(BatchKind, kind))
 
@@ -252,17 +252,17 @@ def _known[Kind: (BatchKind, RecordKind)](kinds: type[Kind], number: int) -> Kin
     try:
         return kinds(number)
     except ValueError:
-        raise FormatError(f"kind {number}, which this version cannot read") from None
+        raise JournalFormatError(f"kind {number}, which this version cannot read") from None
 
 
 def decode_void(segment: bytes, position: int, batch: Buffer) -> VoidedBatch:
-    """The batch that a VOID batch names. Raises FormatError."""
+    """The batch that a VOID batch names. Raises JournalFormatError."""
     view = memoryview(batch)[BATCH_HEADER : BATCH_HEADER + _VOID.size + _CRC.size]
     if len(view) < _VOID.size + _CRC.size:
-        raise FormatError("a void batch is cut off")
+        raise JournalFormatError("a void batch is cut off")
     payload = view[: _VOID.size]
     if _CRC.unpack_from(view, _VOID.size) != (checksum(segment, position + BATCH_HEADER, payload),):
-        raise FormatError("a void batch is damaged")
+        raise JournalFormatError("a void batch is damaged")
     voided, at = _VOID.unpack(payload)
     return VoidedBatch(voided.hex(), at)
 
@@ -272,18 +272,18 @@ def decode_record(
 ) -> JournalRecord:
     """The record that stands at `position` and begins `octets`.
 
-    Raises FormatError. `verify_body=False` leaves the body's checksum to the reader of the body.
+    Raises JournalFormatError. `verify_body=False` leaves the body's checksum to its reader.
     """
     view = memoryview(octets)
     kind, version, queue_id, body_at, size = _record_header(segment, position, view)
     if version != ENVELOPE_VERSION:
-        raise FormatError(f"envelope version {version}, which this version cannot read")
+        raise JournalFormatError(f"envelope version {version}, which this version cannot read")
     end = body_at + size + CHECKSUM_SIZE
     if end > len(view):
-        raise FormatError(f"the body of {queue_id.hex()} is cut off")
+        raise JournalFormatError(f"the body of {queue_id.hex()} is cut off")
     body = view[body_at : body_at + size]
     if verify_body and not verifies(segment, position + body_at, view[body_at:end]):
-        raise FormatError(f"the body of {queue_id.hex()} is damaged")
+        raise JournalFormatError(f"the body of {queue_id.hex()} is damaged")
     return JournalRecord(
         _known(RecordKind, kind),
         queue_id.hex(),
@@ -300,14 +300,14 @@ def _record_header(
 ) -> tuple[int, int, bytes, int, int]:
     """Kind, version, queue id, where the body begins in `view`, and its size."""
     if len(view) < RECORD_OVERHEAD:
-        raise FormatError("no record")
+        raise JournalFormatError("no record")
     fields = view[: _RECORD.size]
     kind, version, queue_id, envelope_size, size = _RECORD.unpack(fields)
     body_at = RECORD_HEADER + envelope_size
     envelope = view[RECORD_HEADER:body_at]
     crc = checksum(segment, position, fields, envelope)
     if _CRC.unpack_from(view, _RECORD.size) != (crc,):
-        raise FormatError("the header or the envelope of a record is damaged")
+        raise JournalFormatError("the header or the envelope of a record is damaged")
     return kind, version, queue_id, body_at, size
 
 
@@ -315,7 +315,7 @@ def record_size(segment: bytes, position: int, octets: Buffer) -> int:
     """The size of a record whose body may be damaged; 0 if its header is."""
     try:
         *_, body_at, size = _record_header(segment, position, memoryview(octets))
-    except FormatError:
+    except JournalFormatError:
         return 0
     return body_at + size + CHECKSUM_SIZE
 

@@ -21,7 +21,7 @@ from relay.spool.journal.format import (
     ENVELOPE_VERSION,
     BatchHeader,
     BatchKind,
-    FormatError,
+    JournalFormatError,
     JournalRecord,
     RecordKind,
     SegmentHeader,
@@ -61,7 +61,7 @@ class ScannedBatch:
 
 
 def read_header(file: SegmentFile) -> SegmentHeader:
-    """The header of a segment. Raises FormatError, and OSError."""
+    """The header of a segment. Raises JournalFormatError, and OSError."""
     return decode_segment_header(file.read(BLOCK, 0))
 
 
@@ -72,11 +72,11 @@ def first_void(file: SegmentFile, header: SegmentHeader) -> VoidedBatch | None:
     try:
         if decode_batch_header(segment, BLOCK, block).kind is not BatchKind.VOID:
             return None
-    except FormatError:
+    except JournalFormatError:
         pass
     try:
         return decode_void(segment, BLOCK, block)
-    except FormatError:
+    except JournalFormatError:
         return None
 
 
@@ -100,7 +100,7 @@ def scan(
     while position < limit:
         try:
             batch = decode_batch_header(segment, position, file.read(BLOCK, position))
-        except FormatError as error:
+        except JournalFormatError as error:
             found = _next_batch(file, segment, position + BLOCK, size)
             behind = min(found or size, limit)
             octets = file.read(behind - position, position)
@@ -128,7 +128,7 @@ def _void_of(
 ) -> tuple[VoidedBatch | None, list[tuple[int, int, str]]]:
     try:
         return decode_void(segment, position, octets), []
-    except FormatError as error:
+    except JournalFormatError as error:
         return None, [(position, position + BLOCK, str(error))]
 
 
@@ -159,7 +159,7 @@ def _records(
     while at < length:
         try:
             record = decode_record(segment, position + at, view[at:], verify_body=verify)
-        except FormatError as error:
+        except JournalFormatError as error:
             size = record_size(segment, position + at, view[at:])
             behind = at + size if size else _next_record(segment, position, octets, at + 1)
             bad.append((position + at, position + min(behind, length), str(error)))
@@ -188,7 +188,7 @@ def _next_batch(file: SegmentFile, segment: bytes, position: int, limit: int) ->
         for at in range(0, len(chunk), BLOCK):
             try:
                 decode_batch_header(segment, position + at, chunk[at : at + BLOCK])
-            except FormatError:
+            except JournalFormatError:
                 continue
             return position + at
         position += aligned(len(chunk))
