@@ -17,9 +17,10 @@ import typer
 
 from bench import machine, plot
 from bench.parts import PARTS, QUICK, SMOKE, Scale, System
+from bench.postfix import PostfixSystem, missing
 from bench.results import measure, table
 from bench.services import find_program
-from bench.systems import PostfixSystem, RelaySystem, missing
+from bench.systems import RelaySystem
 
 RESULTS = Path(__file__).parent / "results"
 PART_NAMES = ",".join(part.name for part in PARTS)

@@ -15,8 +15,9 @@ from typing import Any
 
 from bench.load import connect, deliver, send, text_of
 from bench.machine import cpu_seconds, each_process, machine_cpu_seconds, wait_until_idle
+from bench.postfix import PostfixSystem
 from bench.services import wait
-from bench.systems import PostfixSystem, RelaySystem
+from bench.systems import RelaySystem
 
 PAUSE = 0.1  # seconds between two single messages, so that the system is idle
 MIN_VOLUME = 240.0  # MB; less is sent in about a second, too short for a rate
