@@ -9,22 +9,25 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bench import machine, plot
+from bench import machine, nullmailer, plot, postfix
+from bench.nullmailer import NullmailerSystem
 from bench.parts import PARTS, QUICK, SMOKE, Scale, System
-from bench.postfix import PostfixSystem, missing
+from bench.postfix import PostfixSystem
 from bench.results import measure, table
 from bench.services import find_program
 from bench.systems import RelaySystem
 
 RESULTS = Path(__file__).parent / "results"
 PART_NAMES = ",".join(part.name for part in PARTS)
-SYSTEMS = "postgresql,sqlite,postfix"
+SYSTEMS = "postgresql,sqlite,postfix"  # without being asked, nothing is downloaded
+KNOWN_SYSTEMS = f"{SYSTEMS},nullmailer"
 
 
 def chosen(text: str, known: str) -> list[str]:
@@ -48,6 +51,24 @@ def scale_of(base: Scale, **changes: int | None) -> Scale:
     return dataclasses.replace(base, connections=connections, **given)
 
 
+def started(names: list[str], top: Path, stack: ExitStack, *, postfix_log: bool) -> list[System]:
+    """The systems of these names, started in directories below `top`. Says which cannot run here,
+    and why."""
+    systems: list[System] = [
+        RelaySystem(kind, top, stack) for kind in ("postgresql", "sqlite") if kind in names
+    ]
+    peers: dict[str, tuple[Callable[[], str], Callable[[], System]]] = {
+        "postfix": (postfix.missing, lambda: PostfixSystem(top, stack, log=postfix_log)),
+        "nullmailer": (nullmailer.missing, lambda: NullmailerSystem(top, stack)),
+    }
+    for name, (missing, start) in peers.items():
+        if name in names and (reason := missing()):
+            print(f"without {name}: {reason}")
+        elif name in names:
+            systems.append(start())
+    return systems
+
+
 def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few minutes: one run of each part, small loads.")
@@ -56,7 +77,7 @@ def main(
         bool, typer.Option("--smoke", help="A minute: every part runs; its figures mean nothing.")
     ] = False,
     parts: Annotated[str, typer.Option(help="Some of the parts.")] = PART_NAMES,
-    systems: Annotated[str, typer.Option(help="Some of the systems.")] = SYSTEMS,
+    systems: Annotated[str, typer.Option(help=f"Some of {KNOWN_SYSTEMS}.")] = SYSTEMS,
     runs: Annotated[
         int | None, typer.Option(help="How often each part is run on each system.")
     ] = None,
@@ -76,7 +97,7 @@ def main(
     ] = False,
 ) -> None:
     """Measure the relay, beside Postfix."""
-    part_names, system_names = chosen(parts, PART_NAMES), chosen(systems, SYSTEMS)
+    part_names, system_names = chosen(parts, PART_NAMES), chosen(systems, KNOWN_SYSTEMS)
     scale = scale_of(
         SMOKE if smoke else QUICK if quick else Scale(),
         runs=runs,
@@ -96,15 +117,7 @@ def main(
         top = Path(name)
         top.chmod(0o755)  # other users run PostgreSQL and Postfix
         about = machine.describe(top)
-        running: list[System] = [
-            RelaySystem(kind, top, stack)
-            for kind in ("postgresql", "sqlite")
-            if kind in system_names
-        ]
-        if "postfix" in system_names and (reason := missing()):
-            print(f"without Postfix: {reason}")
-        elif "postfix" in system_names:
-            running.append(PostfixSystem(top, stack, log=not no_postfix_log))
+        running = started(system_names, top, stack, postfix_log=not no_postfix_log)
         for system in running:
             about |= {f"{system.name}: {name}": value for name, value in system.facts.items()}
         about |= {

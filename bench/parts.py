@@ -9,21 +9,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from bench.load import connect, deliver, send, text_of
 from bench.machine import cpu_seconds, each_process, machine_cpu_seconds, wait_until_idle
+from bench.nullmailer import NullmailerSystem
 from bench.postfix import PostfixSystem
 from bench.services import wait
-from bench.systems import RelaySystem
+from bench.systems import Arrangement, RelaySystem
 
 PAUSE = 0.1  # seconds between two single messages, so that the system is idle
 MIN_VOLUME = 240.0  # MB; less is sent in about a second, too short for a rate
 NO_RATIO = " (too little for a ratio)"
 
-type System = RelaySystem | PostfixSystem
+type System = RelaySystem | PostfixSystem | NullmailerSystem
 type Figures = dict[str, float]
 
 
@@ -70,12 +71,12 @@ SMOKE = Scale(
 
 @dataclass(slots=True)
 class Run:
-    """One run of a part on a system with so many workers. `busy`: the disk was not idle within
+    """One run of a part on a system. `busy`: the disk was not idle within
     `scale.disk_timeout`."""
 
     system: System
     scale: Scale
-    workers: int = 1
+    arrangement: Arrangement = field(default_factory=Arrangement)
     busy: bool = False
 
     def prepare(self) -> int:
@@ -129,15 +130,14 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Part:
     """`run` returns the figures of one run in `unit`; those named "CPU ..." are microseconds a
-    message. It is called once for each number of `workers`; `slow`: with the slow server."""
+    message. It is called once for each of the `arrangements`."""
 
     name: str
     title: str
     unit: str
     run: Callable[[Run], Figures]
     more_is_better: bool = True
-    workers: tuple[int, ...] = (1,)
-    slow: bool = False
+    arrangements: tuple[Arrangement, ...] = (Arrangement(),)
 
 
 def _load(run: Run, *, reuse: bool) -> Figures:
@@ -200,7 +200,8 @@ def _slow(run: Run) -> Figures:
     low = run.wait_for(before + run.scale.slow // 10)
     first = run.system.sink.count()
     high = run.wait_for(before + run.scale.slow * 9 // 10)
-    return {f"workers: {run.workers}": (run.system.sink.count() - first) / (high - low)}
+    name = f"workers: {run.arrangement.workers}, connections: {run.arrangement.connections}"
+    return {name: (run.system.sink.count() - first) / (high - low)}
 
 
 def _memory(run: Run) -> Figures:
@@ -234,7 +235,7 @@ PARTS = (
         "two workers, as load",
         "messages a second",
         partial(_load, reuse=False),
-        workers=(2,),
+        arrangements=(Arrangement(workers=2),),
     ),
     Part("large", "messages of 20 MB", "MB a second", _large),
     Part(
@@ -245,8 +246,11 @@ PARTS = (
         "to a server that takes 100 ms",
         "messages a second",
         _slow,
-        workers=(1, 2),
-        slow=True,
+        arrangements=(
+            Arrangement(slow=True),
+            Arrangement(workers=2, slow=True),
+            Arrangement(connections=200, slow=True),
+        ),
     ),
     Part(
         "memory",

@@ -18,7 +18,7 @@ from pathlib import Path
 from bench import services
 from bench.machine import each_process
 from bench.services import find_program, free_port, listens, running
-from bench.systems import CONCURRENCY
+from bench.systems import CONCURRENCY, Arrangement
 
 _MAIN = """
 compatibility_level = 3.6
@@ -115,8 +115,8 @@ class PostfixSystem:
             "Postfix": f"{_setting('mail_version')}, fsync of each queue file before the 250"
         }
 
-    def arrange(self, workers: int, *, slow: bool) -> bool:
-        return workers == 1 and not slow
+    def arrange(self, arrangement: Arrangement) -> bool:
+        return arrangement == Arrangement()
 
     def empty(self) -> bool:
         queue = self.directory / "queue"

@@ -44,9 +44,8 @@ def measure(part: Part, systems: Sequence[System], scale: Scale) -> PartResult:
             run = Run(system, scale)
             figures: Figures = {}
             try:
-                for workers in part.workers:
-                    run.workers = workers
-                    if system.arrange(workers, slow=part.slow):
+                for run.arrangement in part.arrangements:
+                    if system.arrange(run.arrangement):
                         figures |= part.run(run)
             except Exception as error:  # any fault of this run: the others keep their figures
                 failure = f"run {turn + 1}, {system.name}: {type(error).__name__}: {error}"

@@ -1,12 +1,13 @@
 """The relay as it is measured: everything between an SMTP port and a sink.
 
-It has a database and a broker of its own, smtpd, workers and QMQP sinks. `postfix` has the same
-methods.
+It has a database and a broker of its own, smtpd, workers and QMQP sinks. The peers beside it are in
+`postfix` and `nullmailer`, and have the same methods.
 """
 
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,16 @@ UNION ALL SELECT 1 FROM deliveries WHERE state = 'sending'
 UNION ALL SELECT 1 FROM deliveries WHERE state = 'deferred'
 UNION ALL SELECT 1 FROM deliveries WHERE state IN ('bounced', 'expired') AND due_at IS NOT NULL
 LIMIT 1"""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Deliver with so many workers, and each of them on so many connections at once, to the fast
+    sink or to the slow one."""
+
+    workers: int = 1
+    connections: int = CONCURRENCY
+    slow: bool = False
 
 
 class RelaySystem:
@@ -74,12 +85,11 @@ class RelaySystem:
             "RELAY_HOSTNAME": "relay.example.net",
             "RELAY_MAX_CONNECTIONS_PER_CLIENT": "1000",
             "RELAY_LOG_FORMAT": "json",
-            "RELAY_SERVER_CONNECTIONS": str(CONCURRENCY),
         }
         self._log_numbers = itertools.count(1)
         self._start("smtpd", self.directory / "smtpd.log", lambda: listens(self.smtp_port), stack)
         self._workers = stack.enter_context(ExitStack())
-        self._arranged = (0, False)
+        self._arranged = Arrangement(workers=0)
         with reading(self._engine) as connection:
             settings = [
                 f"{name} {connection.exec_driver_sql(statement).scalar()}"
@@ -96,14 +106,18 @@ class RelaySystem:
         child = running(command, log, ready, env=self._environment, cwd=services.ROOT)
         self.roles.setdefault(role, []).append(stack.enter_context(child).pid)
 
-    def arrange(self, workers: int, *, slow: bool) -> bool:
-        """Deliver with so many workers to the fast or the slow sink; False: not supported."""
-        if self._arranged != (workers, slow):
+    def arrange(self, arrangement: Arrangement) -> bool:
+        """Deliver in this way from now on; False: not supported."""
+        if self._arranged != arrangement:
             self.hold()
-            self._arranged = (workers, slow)
-            self.sink = self._sinks[slow]
+            self._arranged = arrangement
+            self.sink = self._sinks[arrangement.slow]
             self.roles["sink"] = [self.sink.pid]
-            self._environment["RELAY_QMQP_SERVERS"] = f"127.0.0.1:{self.sink.port}"
+            self._environment |= {
+                "RELAY_QMQP_SERVERS": f"127.0.0.1:{self.sink.port}",
+                "RELAY_SERVER_CONNECTIONS": str(arrangement.connections),
+                "RELAY_WORKER_CONNECTIONS": str(max(128, arrangement.connections)),
+            }
             self.release()
         return True
 
@@ -122,7 +136,7 @@ class RelaySystem:
         """Deliver again."""
         logs = [
             self.directory / f"worker-{next(self._log_numbers)}.log"
-            for _ in range(self._arranged[0])
+            for _ in range(self._arranged.workers)
         ]
         for log in logs:
             # They start at the same time: the last one is ready when all are.

@@ -7,6 +7,9 @@ from typing import Any, cast
 from bench import plot
 from bench.parts import NO_RATIO, Part, Run, Scale
 from bench.results import PEER, PartResult, measure, table
+from bench.systems import Arrangement
+
+TWO = (Arrangement(), Arrangement(workers=2))
 
 
 class PreparedSystem:
@@ -15,8 +18,8 @@ class PreparedSystem:
     def __init__(self, name: str, directory: Path, *runs: float | Exception) -> None:
         self.name, self.directory, self.runs = name, directory, list(runs)
 
-    def arrange(self, workers: int, *, slow: bool) -> bool:
-        return workers == 1 and not slow
+    def arrange(self, arrangement: Arrangement) -> bool:
+        return arrangement.workers == 1
 
 
 def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted") -> PartResult:
@@ -27,7 +30,7 @@ def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted")
             raise figure
         return {name: figure}
 
-    part = Part("load", "words", "unit", run, more_is_better, workers=(1, 2))
+    part = Part("load", "words", "unit", run, more_is_better, arrangements=TWO)
     return measure(part, list(systems), Scale(runs=3, disk_timeout=0.0))
 
 
