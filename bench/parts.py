@@ -45,7 +45,7 @@ class Scale:
     large_size: int = 20_000_000
     singles: int = 300
     connections: tuple[int, ...] = (1, 50, 200, 1000)
-    slow: int = 1500
+    slow: int = 4000
     volume: int = 80_000_000
     runs: int = 5
     disk_timeout: float = 20.0
@@ -53,7 +53,7 @@ class Scale:
 
 
 QUICK = Scale(
-    messages=1000, large=3, singles=40, connections=(1, 100), slow=500, runs=1, disk_timeout=3.0
+    messages=1000, large=3, singles=40, connections=(1, 100), slow=1000, runs=1, disk_timeout=3.0
 )
 SMOKE = Scale(
     messages=100,

@@ -1,10 +1,12 @@
 """The evaluation of a benchmark: turns, ratios, failures. `.ci/bench` runs its measurements."""
 
 import dataclasses
+import socket
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from bench import plot
+from bench import plot, services
 from bench.parts import NO_RATIO, Part, Run, Scale
 from bench.results import PEER, PartResult, measure, table
 from bench.systems import Arrangement
@@ -90,3 +92,18 @@ def test_table_file_and_plot_accept_failed_runs(tmp_path: Path):
     assert all(
         unit in drawn for unit in ("messages a second", "MB a second", "ms, one", "MiB resident")
     )
+
+
+def is_counted(sink: services.SinkProcess, count: int) -> bool:
+    return sink.count() == count
+
+
+def test_the_slow_sink_replies_to_each_request_and_counts_it(tmp_path: Path):
+    with services.sink("qmqp-sink", tmp_path, delay=0.001) as sink:
+        for count in (1, 2):
+            with socket.create_connection(("127.0.0.1", sink.port), timeout=30) as client:
+                for part in (b"1", b"0:", b"x" * 10, b","):
+                    client.sendall(part)
+                assert client.recv(100) == b"3:Kok,"
+                assert client.recv(100) == b""
+            services.wait(partial(is_counted, sink, count), "counted", timeout=30)
