@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from bench import plot, services
-from bench.parts import NO_RATIO, Part, Run, Scale
+from bench.parts import NO_RATIO, Part, Run, Scale, percentiles
 from bench.results import PEER, PartResult, measure, table
 from bench.systems import Arrangement
 
@@ -92,6 +94,11 @@ def test_table_file_and_plot_accept_failed_runs(tmp_path: Path):
     assert all(
         unit in drawn for unit in ("messages a second", "MB a second", "ms, one", "MiB resident")
     )
+
+
+def test_percentiles_of_seconds_are_milliseconds():
+    figures = percentiles("to 250", [number / 1000 for number in range(101)])
+    assert figures == pytest.approx({"to 250, p50": 50, "to 250, p95": 95, "to 250, p99": 99})
 
 
 def is_counted(sink: services.SinkProcess, count: int) -> bool:
