@@ -6,25 +6,32 @@ The exit status is 1 if a run failed.
 import dataclasses
 import json
 import resource
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bench import loop_disk as loop
 from bench import machine, nullmailer, plot, postfix
 from bench.nullmailer import NullmailerSystem
-from bench.parts import PARTS, QUICK, SMOKE, Scale, System
+from bench.parts import PARTS, QUICK, SMOKE, Part, Scale, System
 from bench.postfix import PostfixSystem
 from bench.results import measure, table
 from bench.services import find_program
 from bench.systems import RelaySystem
+from relay.settings import size as size_in_bytes
 
 RESULTS = Path(__file__).parent / "results"
+SLOW_FILES = """
+WARNING: the figures will be too low. Files are expensive on an ext4 without a journal. Name another
+disk with --directory, or use --loop-disk 8G (docs/performance.md, "A file system without a
+journal").""".replace("\n", " ")
 PART_NAMES = ",".join(part.name for part in PARTS)
 SYSTEMS = "postgresql,sqlite,postfix"  # without being asked, nothing is downloaded
 KNOWN_SYSTEMS = f"{SYSTEMS},nullmailer"
@@ -69,6 +76,26 @@ def started(names: list[str], top: Path, stack: ExitStack, *, postfix_log: bool)
     return systems
 
 
+def measure_parts(
+    parts: Sequence[Part],
+    systems: Sequence[System],
+    scale: Scale,
+    about: dict[str, str],
+    file: Path,
+) -> bool:
+    """Measure, print and write the parts; whether a run failed."""
+    measured = []
+    for part in parts:
+        measured.append(measure(part, systems, scale))
+        print(table(measured[-1], [system.name for system in systems]), flush=True)
+        # After each part, because a later one may fail or be interrupted.
+        about["load after"] = machine.load_average()
+        document = {"about": about, "parts": [dataclasses.asdict(result) for result in measured]}
+        file.write_text(json.dumps(document, indent=1) + "\n")
+        plot.draw(document, file.with_suffix(".svg"))
+    return any(result.failures for result in measured)
+
+
 def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few minutes: one run of each part, small loads.")
@@ -91,6 +118,14 @@ def main(
     directory: Annotated[Path, typer.Option(help="A directory on the disk to use.")] = Path(
         "/var/tmp"
     ),
+    loop_disk: Annotated[
+        int | None,
+        typer.Option(
+            help="Make an ext4 of this size there for the run, with a journal (root).",
+            parser=size_in_bytes,
+            metavar="SIZE",
+        ),
+    ] = None,
     results: Annotated[Path, typer.Option(help="Where the JSON file and the plot go.")] = RESULTS,
     no_postfix_log: Annotated[
         bool, typer.Option("--no-postfix-log", help="Let Postfix write no log.")
@@ -107,11 +142,16 @@ def main(
         singles=singles,
         large=large,
     )
+    if loop_disk and (reason := loop.missing()):
+        raise typer.BadParameter(f"--loop-disk: {reason}")
     began = time.monotonic()
-    measured = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # removes all files too
+    directory = directory.resolve()
+    disk = loop.mounted(directory, loop_disk) if loop_disk else nullcontext(directory)
     # All files of the run are below one directory, which is removed after the last measurement.
     with (
-        tempfile.TemporaryDirectory(prefix="bench-", dir=directory.resolve()) as name,
+        disk as place,
+        tempfile.TemporaryDirectory(prefix="bench-", dir=place) as name,
         ExitStack() as stack,
     ):
         top = Path(name)
@@ -128,23 +168,14 @@ def main(
             ),
         }
         print("\n".join(f"  {key:<38}{value}" for key, value in about.items()), flush=True)
+        if about["disk"].endswith(machine.NO_JOURNAL):
+            print(SLOW_FILES)
         results.mkdir(parents=True, exist_ok=True)
         file = results / f"{about['when'].replace(':', '')}.json"
-        for part in PARTS:
-            if part.name not in part_names:
-                continue
-            measured.append(measure(part, running, scale))
-            print(table(measured[-1], [system.name for system in running]), flush=True)
-            # After each part, because a later one may fail or be interrupted.
-            about["load after"] = machine.load_average()
-            document = {
-                "about": about,
-                "parts": [dataclasses.asdict(result) for result in measured],
-            }
-            file.write_text(json.dumps(document, indent=1) + "\n")
-            plot.draw(document, file.with_suffix(".svg"))
+        parts_to_run = [part for part in PARTS if part.name in part_names]
+        failed = measure_parts(parts_to_run, running, scale, about, file)
     print(f"\n{file}\n{file.with_suffix('.svg')}\n{time.monotonic() - began:.0f} s")
-    sys.exit(any(result.failures for result in measured))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
