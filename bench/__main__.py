@@ -17,8 +17,9 @@ from typing import Annotated
 
 import typer
 
+from bench import ledger, machine, nullmailer, plot, postfix
 from bench import loop_disk as loop
-from bench import machine, nullmailer, plot, postfix
+from bench.ledger import LEDGER
 from bench.nullmailer import NullmailerSystem
 from bench.parts import PARTS, QUICK, SMOKE, Part, Scale, System
 from bench.postfix import PostfixSystem
@@ -32,7 +33,7 @@ SLOW_FILES = """
 WARNING: the figures will be too low. Files are expensive on an ext4 without a journal. Name another
 disk with --directory, or use --loop-disk 8G (docs/performance.md, "A file system without a
 journal").""".replace("\n", " ")
-PART_NAMES = ",".join(part.name for part in PARTS)
+PART_NAMES = ",".join(part.name for part in (*PARTS, LEDGER))
 SYSTEMS = "postgresql,sqlite,postfix"  # without being asked, nothing is downloaded
 KNOWN_SYSTEMS = f"{SYSTEMS},nullmailer"
 
@@ -77,15 +78,14 @@ def started(names: list[str], top: Path, stack: ExitStack, *, postfix_log: bool)
 
 
 def measure_parts(
-    parts: Sequence[Part],
-    systems: Sequence[System],
+    plan: Sequence[tuple[Part, Sequence[System]]],
     scale: Scale,
     about: dict[str, str],
     file: Path,
 ) -> bool:
-    """Measure, print and write the parts; whether a run failed."""
+    """Measure parts on systems, print and write the results; whether a run failed."""
     measured = []
-    for part in parts:
+    for part, systems in plan:
         measured.append(measure(part, systems, scale))
         print(table(measured[-1], [system.name for system in systems]), flush=True)
         # After each part, because a later one may fail or be interrupted.
@@ -157,7 +157,13 @@ def main(
         top = Path(name)
         top.chmod(0o755)  # other users run PostgreSQL and Postfix
         about = machine.describe(top)
-        running = started(system_names, top, stack, postfix_log=not no_postfix_log)
+        mail_parts = [part for part in PARTS if part.name in part_names]
+        running = (
+            started(system_names, top, stack, postfix_log=not no_postfix_log) if mail_parts else []
+        )
+        plan = [(part, running) for part in mail_parts]
+        if LEDGER.name in part_names:
+            plan.append((LEDGER, ledger.started(system_names, top, stack)))
         for system in running:
             about |= {f"{system.name}: {name}": value for name, value in system.facts.items()}
         about |= {
@@ -172,8 +178,7 @@ def main(
             print(SLOW_FILES)
         results.mkdir(parents=True, exist_ok=True)
         file = results / f"{about['when'].replace(':', '')}.json"
-        parts_to_run = [part for part in PARTS if part.name in part_names]
-        failed = measure_parts(parts_to_run, running, scale, about, file)
+        failed = measure_parts(plan, scale, about, file)
     print(f"\n{file}\n{file.with_suffix('.svg')}\n{time.monotonic() - began:.0f} s")
     sys.exit(failed)
 

@@ -32,8 +32,8 @@ type Figures = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The size of the loads: numbers of messages, of large ones, of single ones, and of deliveries
-    to the slow server.
+    """The size of the loads: numbers of messages, of large ones, of single ones, of deliveries to
+    the slow server, and of jobs.
 
     `connections`: how many are open while memory is measured; `volume`: bytes that pass meanwhile,
     so what does not fit into it at once is not measured. `disk_timeout`: seconds to wait for an
@@ -49,6 +49,7 @@ class Scale:
     singles: int = 300
     connections: tuple[int, ...] = (20, 100, 500)
     slow: int = 4000
+    jobs: int = 8000
     volume: int = 2_000_000_000
     runs: int = 5
     disk_timeout: float = 20.0
@@ -61,6 +62,7 @@ QUICK = Scale(
     singles=40,
     connections=(20, 100),
     slow=1000,
+    jobs=2000,
     volume=400_000_000,
     runs=1,
     disk_timeout=3.0,
@@ -72,6 +74,7 @@ SMOKE = Scale(
     singles=10,
     connections=(1, 10),
     slow=100,
+    jobs=64,
     volume=20_000_000,
     runs=1,
     disk_timeout=0.1,

@@ -82,8 +82,8 @@ def table(result: PartResult, systems: Sequence[str]) -> str:
     and highest run, and the ratio to Postfix."""
     title = f"{result.name}: {result.words} ({result.unit}; x: times better than {PEER})"
     rows = {name: name for name in result.figures if not name.startswith(COST)}
-    costs = {f"  {role}": name for role in ROLES if (name := f"{COST}{role}") in result.figures}
-    heading = {"CPU, us a message:": ""} if costs else {}
+    costs = {f"  {name.removeprefix(COST)}": name for name in result.figures if name not in rows}
+    heading = {"CPU, us a message or job:": ""} if costs else {}
     lines = [f"\n{title}", _line("", systems)]
     for head, name in (rows | heading | costs).items():
         lines.append(_line(head, [_cell(result, name, system) for system in systems]))
@@ -92,7 +92,7 @@ def table(result: PartResult, systems: Sequence[str]) -> str:
 
 
 def _line(head: str, cells: Sequence[str]) -> str:
-    return f"  {head:<32}" + "".join(f"{cell:>34}" for cell in cells)
+    return f"  {head:<44}" + "".join(f"{cell:>34}" for cell in cells)
 
 
 def _cell(result: PartResult, name: str, system: str) -> str:
