@@ -115,6 +115,7 @@ def main(
         int | None, typer.Option(help="Messages one at a time, for latency.")
     ] = None,
     large: Annotated[int | None, typer.Option(help="Messages of 20 MB.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Jobs of a figure of the ledger.")] = None,
     directory: Annotated[Path, typer.Option(help="A directory on the disk to use.")] = Path(
         "/var/tmp"
     ),
@@ -141,6 +142,7 @@ def main(
         size=size,
         singles=singles,
         large=large,
+        jobs=jobs,
     )
     if loop_disk and (reason := loop.missing()):
         raise typer.BadParameter(f"--loop-disk: {reason}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.services import find_program
+from bench.services import find_program, not_installed
 
 _BLOCK = bytes(1 << 20)
 # All inode tables and the journal are written now, not by the kernel during the measurements.
@@ -21,9 +21,8 @@ _MKFS = ("mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journ
 
 def missing() -> str:
     """The reason why there can be no loop disk here; empty if there can."""
-    needed = ("mkfs.ext4", "mount", "umount")
-    if absent := [name for name in needed if find_program(name) is None]:
-        return f"not installed: {', '.join(absent)}"
+    if reason := not_installed("mkfs.ext4", "mount", "umount"):
+        return reason
     return "" if os.geteuid() == 0 else "only root may mount"
 
 

@@ -25,7 +25,10 @@ import psutil
 
 from bench.services import ROOT
 
-_PACKAGES = ("celery", "kombu", "redis", "sqlalchemy", "psycopg", "uvloop", "structlog")
+_PACKAGES = (
+    *("celery", "kombu", "redis", "sqlalchemy", "psycopg", "uvloop", "structlog"),
+    *("procrastinate", "pgqueuer", "asyncpg"),
+)
 NO_JOURNAL = ", no journal"  # the end of the fact about the disk
 IDLE = 0.4  # seconds without any transfer
 

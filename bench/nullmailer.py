@@ -19,7 +19,7 @@ from pathlib import Path
 from shutil import copy
 
 from bench import services
-from bench.services import find_program, free_port, listens, running
+from bench.services import find_program, free_port, listens, not_installed, running
 from bench.systems import Arrangement
 
 _PACKAGES = ("nullmailer", "ucspi-tcp")
@@ -33,8 +33,8 @@ _SPOOL = "var/spool/nullmailer"
 
 def missing() -> str:
     """The reason why nullmailer cannot be measured here; empty if it can."""
-    if absent := [name for name in ("apt-get", "dpkg", "chroot") if find_program(name) is None]:
-        return f"not installed: {', '.join(absent)}"
+    if reason := not_installed("apt-get", "dpkg", "ldd", "chroot"):
+        return reason
     if subprocess.run([*_DOWNLOAD, "--print-uris"], capture_output=True, check=False).returncode:
         return f"apt-get does not know {' and '.join(_PACKAGES)}; apt-get update may help"
     return "" if os.geteuid() == 0 else "only root may use chroot"

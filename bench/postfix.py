@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench import services
 from bench.machine import each_process
-from bench.services import find_program, free_port, listens, running
+from bench.services import find_program, free_port, listens, not_installed, running
 from bench.systems import CONCURRENCY, Arrangement
 
 _MAIN = """
@@ -77,9 +77,8 @@ _QUEUES = ("incoming", "active", "deferred", "maildrop")
 
 def missing() -> str:
     """The reason why Postfix cannot be measured here; empty if it can."""
-    needed = ("postfix", "postconf", "smtp-source", "smtp-sink")
-    if absent := [name for name in needed if find_program(name) is None]:
-        return f"not installed: {', '.join(absent)}"
+    if reason := not_installed("postfix", "postconf", "smtp-source", "smtp-sink"):
+        return reason
     return "" if os.geteuid() == 0 else "Postfix must be started by root"
 
 

@@ -106,6 +106,12 @@ def find_program(name: str) -> str | None:
     )
 
 
+def not_installed(*programs: str) -> str:
+    """A sentence that names the programs that are not installed; empty if all are."""
+    absent = [name for name in programs if find_program(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
 @contextmanager
 def broker(directory: Path) -> Iterator[tuple[int, str, str]]:
     """A Valkey or Redis in `directory` that keeps nothing on disk, as `qmqp-relay up` runs it: its
