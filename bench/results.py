@@ -80,7 +80,9 @@ def _ratios(by_system: dict[str, Values], *, more_is_better: bool) -> Figures:
 def table(result: PartResult, systems: Sequence[str]) -> str:
     """A part as a table: a line for each figure, a column for each system; the median, the lowest
     and highest run, and the ratio to Postfix."""
-    title = f"{result.name}: {result.words} ({result.unit}; x: times better than {PEER})"
+    ratios = any(result.times_better_than_postfix.values())
+    explained = f"; x: times better than {PEER}" if ratios else ""
+    title = f"{result.name}: {result.words} ({result.unit}{explained})"
     rows = {name: name for name in result.figures if not name.startswith(COST)}
     costs = {f"  {name.removeprefix(COST)}": name for name in result.figures if name not in rows}
     heading = {"CPU, us a message or job:": ""} if costs else {}
