@@ -65,6 +65,12 @@ CASES = (
         "everything stopped past leases", process_faults.stop_everything, LATER | LOST, quick=()
     ),
     FaultCase("database away", database_faults.stop_database, AWAY, full=POSTGRESQL),
+    FaultCase(
+        "database back last",
+        database_faults.start_without_database,
+        LATER | LOST,
+        full=POSTGRESQL,
+    ),
     FaultCase("database locked", database_faults.lock_database, AWAY, quick=SQLITE, full=SQLITE),
     FaultCase(
         "cut at random bytes", database_faults.cut_at_random_bytes, AWAY, _PROXY, full=POSTGRESQL
@@ -89,6 +95,14 @@ CASES = (
         quick=(),
     ),
     FaultCase("syncs fail", disk_faults.fail_syncs, LATER | LOST, _SHIM, quick=BOTH),
+    FaultCase(
+        "SQLite's syncs fail",
+        disk_faults.fail_syncs_of_sqlite,
+        LATER | LOST,
+        _SHIM,
+        quick=(),
+        full=SQLITE,
+    ),
     FaultCase("reads fail", disk_faults.fail_reads, LATER | LOST, _SHIM),
     FaultCase("short writes", disk_faults.shorten_writes, needs=_SHIM, quick=()),
     FaultCase("power cut", disk_faults.cut_power, LATER | LOST, _DISK, quick=BOTH),

@@ -1,12 +1,15 @@
 """Faults of the database: away, read-only, without connections, and connections that break."""
 
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 
 import psycopg
 
+from tests.faults.books import JOURNAL
 from tests.faults.missed import FaultMissed
+from tests.faults.process_faults import STEP
 from tests.faults.proxy import CutMode
 from tests.faults.site import DATABASE, LEASE, FaultSite
 from tests.faults.traffic import MailTraffic
@@ -23,6 +26,22 @@ def stop_database(site: FaultSite, traffic: MailTraffic) -> None:
         site.wait(2 * LEASE)
     finally:
         site.postgres.start()
+
+
+def start_without_database(site: FaultSite, traffic: MailTraffic) -> None:
+    """Everything ends, and the database comes back last. With the journal smtpd does not wait for
+    it."""
+    assert site.postgres is not None
+    site.kill()
+    with ThreadPoolExecutor() as pool:
+        others = [one for one in site.programs if one is not site.postgres]
+        starting = [pool.submit(program.start) for program in others]
+        site.wait(2 * LEASE)
+        if JOURNAL:
+            traffic.until_accepted(STEP)
+        site.postgres.start()
+        for program in starting:
+            program.result()
 
 
 def lock_database(site: FaultSite, traffic: MailTraffic) -> None:

@@ -64,11 +64,13 @@ def fail_calls(
     sync: int = 0,
     read: int = 0,
     short: bool = False,
+    database: bool = False,
 ) -> None:
-    """Let each third call on the spool fail."""
+    """Let each third call on the spool fail, or on the files of SQLite."""
     assert site.shim is not None
     before = site.shim.hits
-    with site.shim.disk(write=write, sync=sync, read=read, short=short):
+    prefix = site.directory / "database" if database else None
+    with site.shim.disk(write=write, sync=sync, read=read, short=short, prefix=prefix):
         traffic.until_tried(TRIES, 120)
     if site.shim.hits == before:
         raise FaultMissed("no call has failed")
@@ -78,6 +80,7 @@ fail_writes = partial(fail_calls, write=errno.EIO)
 fail_writes_without_space = partial(fail_calls, write=errno.ENOSPC)
 fail_syncs = partial(fail_calls, sync=errno.EIO)
 fail_reads = partial(fail_calls, read=errno.EIO)
+fail_syncs_of_sqlite = partial(fail_calls, sync=errno.EIO, database=True)
 shorten_writes = partial(fail_calls, short=True)
 
 

@@ -55,13 +55,23 @@ class FaultShim:
 
     @contextmanager
     def disk(
-        self, *, write: int = 0, sync: int = 0, read: int = 0, short: bool = False
+        self,
+        *,
+        write: int = 0,
+        sync: int = 0,
+        read: int = 0,
+        short: bool = False,
+        prefix: Path | None = None,
     ) -> Iterator[None]:
-        """Fail each third of these calls with an errno, as long as the block runs."""
+        """Fail each third of these calls with an errno, as long as the block runs; below another
+        `prefix` if one is given."""
+        usual = self._prefix
+        self._prefix = os.fsencode(prefix) if prefix else usual
         self._set(write, sync, read, short=short)
         try:
             yield
         finally:
+            self._prefix = usual
             self._set()
 
     def step_clock(self, seconds: float) -> None:
