@@ -1,7 +1,7 @@
 """`python -m tests.faults`: the fault matrix.
 
 Each trial is a process of its own, in a mount namespace of its own where this machine allows that,
-so a trial that hangs can be ended. Two run at a time, because a trial waits more than it computes.
+so a trial that hangs can be ended. Three run at a time, because a trial waits more than it computes.
 No trial begins that might not end within MINUTES; such a trial counts as failed, because its books
 are unknown. The exit status is 1 unless all books balance.
 """
@@ -120,7 +120,7 @@ def main(
     cases: Annotated[str, typer.Option(help="Some faults, between commas; no page.")] = "",
     databases: Annotated[str, typer.Option(help="Some databases.")] = "postgresql,sqlite",
     seed: Annotated[str, typer.Option(help="That of an earlier run.")] = "",
-    jobs: Annotated[int, typer.Option(help="Trials at a time.")] = 2,
+    jobs: Annotated[int, typer.Option(help="Trials at a time.")] = 3,
     minutes: Annotated[float, typer.Option(help="The limit of the quick matrix.")] = 20.0,
 ) -> None:
     """Run the fault matrix, and write its table into docs/reliability.md."""

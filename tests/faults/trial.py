@@ -96,6 +96,8 @@ def run_phases(case: FaultCase, site: FaultSite, result: TrialResult) -> None:
 def close_books(site: FaultSite, mails: Sequence[SentMail], result: TrialResult) -> None:
     """Wait until everything is final, and balance."""
     site.settle(mails, SETTLING)
+    ended = [program.directory.name for program in site.programs if not program.running]
+    result.problems += [f"{name} has ended by itself" for name in ended]
     result.books = balance(mails, site.evidence())
     result.problems += result.books.complaints
     if result.books.stuck or result.books.lost:
