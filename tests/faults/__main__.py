@@ -1,7 +1,8 @@
 """`python -m tests.faults`: the fault matrix.
 
 Each trial is a process of its own, in a mount namespace of its own where this machine allows that,
-so a trial that hangs can be ended. Three run at a time, because a trial waits more than it computes.
+so a trial that hangs can be ended. Three run at a time, because a trial waits more than it
+computes.
 No trial begins that might not end within MINUTES; such a trial counts as failed, because its books
 are unknown. The exit status is 1 unless all books balance.
 """
