@@ -31,7 +31,7 @@ from typing import Any, Literal
 from qmqp import LONGEST_SESSION
 from qmqp.connection import RESET_ON_CLOSE
 from qmqp.netstring import MAX_LENGTH, NetstringError, SizeError, encode
-from qmqp.request import RequestParser
+from qmqp.reader import RequestParser
 
 _READ_SIZE = 65536
 

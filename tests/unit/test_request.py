@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmqp.netstring import FormatError, NetstringError, SizeError, encode, length_of
+from qmqp.reader import RequestParser
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
-from qmqp.request import MAX_ADDRESS, Request, RequestParser
+from qmqp.request import MAX_ADDRESS, Request
 
 NO_SUCH_ADDRESS = b"sorry, I can't accept addresses like that (#5.1.3)"
 ADDRESSES = st.binary(min_size=1, max_size=60).filter(
