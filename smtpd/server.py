@@ -24,21 +24,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
+from reception.events import DataComplete, DataReceived, Event, MailStarted, Refusal
 from reception.policy import ClientPolicy, Policy
 from reception.receiver import MAX_BUFFERED, Receiver, Reception
 from relay import metrics
 from relay.log import get_logger
 from relay.settings import SettingsError, SmtpdSettings, format_address
-from smtpd.session import (
-    DataComplete,
-    DataReceived,
-    Event,
-    Greeting,
-    MailStarted,
-    Refusal,
-    Session,
-    SessionState,
-)
+from smtpd.session import Greeting, Session, SessionState
 
 LISTEN_BACKLOG = 1024
 """Connections that wait to be accepted."""
