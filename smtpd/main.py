@@ -11,6 +11,7 @@ from functools import partial
 
 from reception.policy import Policy
 from reception.receiver import THREADS, DiskThreads, Receiver
+from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
 from relay import metrics
 from relay.hints import FRESH, Hints, celery_app
@@ -19,7 +20,7 @@ from relay.routes import Routes
 from relay.settings import SmtpdSettings, format_address
 from relay.startup import DurableState, freeze_memory, new_loop, ready
 from smtpd.descriptors import reserve_descriptors
-from smtpd.server import SmtpServer
+from smtpd.server import SmtpConnection
 
 log = get_logger(__name__)
 
@@ -67,10 +68,11 @@ async def _serve(
         state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
-    server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor)
+    server = FrontEnd(loop, settings, receiver, size_limit, last_descriptor)
+    smtp = Door("smtp", "RELAY_SMTP_LISTEN", policy, SmtpConnection)
     await spooler.start()
     freeze_memory()
-    addresses = await server.listen(settings.smtp_listen)
+    addresses = await server.listen(smtp, settings.smtp_listen)
     hints.start()
     log.info("listening", addresses=[format_address(*address) for address in addresses])
     metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))

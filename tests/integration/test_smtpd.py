@@ -27,7 +27,7 @@ from email.message import EmailMessage
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import pytest
 import uvloop
@@ -35,6 +35,7 @@ from sqlalchemy import create_engine, text
 
 from reception.policy import Policy
 from reception.receiver import BLOCK, MAX_BUFFERED, DiskThreads, Receiver
+from reception.server import LATE_TICK, Door, FrontEnd
 from reception.space import MIN_FREE
 from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
@@ -42,7 +43,7 @@ from relay.db.engine import connect, reading, writing
 from relay.queue.accept import NewMessage
 from relay.settings import SettingsError, SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
-from smtpd.server import LATE_TICK, SmtpConnection, SmtpServer
+from smtpd.server import SmtpConnection
 from smtpd.session import ENDLESS
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
@@ -98,14 +99,12 @@ class ServerHarness:
             DiskThreads(4),
             asyncio.Semaphore(self.bodies_at_once),
         )
-        self.server = SmtpServer(
-            self.loop,
-            self.settings,
-            self.receiver,
-            Policy(self.settings),
-            lambda: self.settings.max_message_size,
+        self.server = FrontEnd(
+            self.loop, self.settings, self.receiver, lambda: self.settings.max_message_size
         )
-        [(self.host, self.port)] = await self.server.listen([("127.0.0.1", 0)])
+        self.policy = Policy(self.settings)
+        self.door = Door("smtp", "RELAY_SMTP_LISTEN", self.policy, SmtpConnection)
+        [(self.host, self.port)] = await self.server.listen(self.door, [("127.0.0.1", 0)])
         self._ready.set()
         await self._stop.wait()
         await self.server.stop(self.drain)
@@ -129,8 +128,12 @@ class ServerHarness:
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()
-        space = self.server.policy.space
+        space = self.policy.space
         assert (space.claimed, space.stored, space.untrusted) == (0, 0, 0), "every claim ended"
+
+    @property
+    def connections(self) -> set[SmtpConnection]:
+        return cast(set[SmtpConnection], self.server.connections)
 
     def bodies(self) -> list[str]:
         return [path.name for path in self.spool.directory.glob("*/*")]
@@ -506,7 +509,7 @@ def test_C20_a_client_that_disconnects_in_its_message_leaves_no_body(
         client.begin()
         client.send(b"x" * 3 * BLOCK)
         until(running.bodies)
-    until(lambda: not running.bodies() and not running.server.connections)
+    until(lambda: not running.bodies() and not running.connections)
     assert running.database.messages == []
 
 
@@ -527,7 +530,7 @@ def test_C21_a_client_disconnects_before_its_message_is_committed(
         third.begin()
         third.send(b"third\r\n.\r\n")
         third.close()
-        until(lambda: len(running.server.connections) == 2)
+        until(lambda: len(running.connections) == 2)
         running.database.gate.set()
         first.expect(b"250 2.0.0")
         second.expect(b"250 2.0.0")
@@ -631,7 +634,7 @@ def test_a_slow_disk_pauses_reading_so_memory_stays_bounded(
             target=client.send, args=((b"x" * 998 + b"\r\n") * (size // 1000) + b".\r\n",)
         )
         sender.start()
-        [connection] = running.server.connections
+        [connection] = running.connections
         until(lambda: connection.reading_paused)
         reception = connection.reception
         assert reception is not None
@@ -651,8 +654,8 @@ def test_C26_limits_on_connections(run: Callable[..., ServerHarness]) -> None:
         with talking(running) as three:
             three.expect(b"421 4.7.0")
             assert three.closed()
-        until(lambda: len(running.server.connections) == 2)
-    until(lambda: not running.server.connections and not running.server.clients)
+        until(lambda: len(running.connections) == 2)
+    until(lambda: not running.connections and not running.server.clients)
 
 
 def test_C26_over_all_connections(run: Callable[..., ServerHarness]) -> None:
@@ -685,7 +688,7 @@ def test_C26_a_quarter_of_the_connections_is_reserved_for_trusted_clients(
 
 def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., ServerHarness]) -> None:
     running = run(max_connections_per_client=2)
-    server, client = running.server, running.server.policy.client
+    server, client = running.server, running.policy.client
     let_in = [client("2001:db8::1"), client("2001:db8::2"), client("2001:db8:0:1::1")]
     assert server.admit(let_in[0]) is server.admit(let_in[1]) is None
     assert (server.admit(client("2001:db8:0:0:ffff::3")) or "").startswith("421 4.7.0")
@@ -703,18 +706,18 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
         first.begin()
         first.send(content)
         until(running.bodies)
-        others = {one for one in tuple(running.server.connections) if one.reception}
+        others = {one for one in tuple(running.connections) if one.reception}
         gone.begin()
-        [connection] = {one for one in tuple(running.server.connections) if one.reception} - others
+        [connection] = {one for one in tuple(running.connections) if one.reception} - others
         gone.send(content[: 3 * BLOCK])
         until(partial(has_read, connection, gone))
         gone.close()
-        until(lambda: connection not in running.server.connections)
+        until(lambda: connection not in running.connections)
         second.begin()
         sender = threading.Thread(target=second.send, args=(content + b".\r\n",))
         sender.start()
         stack.callback(sender.join)
-        until(lambda: any(one.reading_paused for one in tuple(running.server.connections)))
+        until(lambda: any(one.reading_paused for one in tuple(running.connections)))
         small.begin()
         small.say(b"x\r\n.", b"250")
         assert len(running.bodies()) == 2
@@ -736,7 +739,7 @@ def test_C26_a_silent_client_gets_421(run: Callable[..., ServerHarness]) -> None
         silent.expect(b"220", b"421 4.4.2")
         assert silent.closed()
         halfway.expect(b"421 4.4.2")
-    until(lambda: not running.server.connections and not running.bodies())
+    until(lambda: not running.connections and not running.bodies())
 
 
 def has_read(connection: SmtpConnection, client: RawClient) -> bool:
@@ -771,11 +774,11 @@ def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_client
         for n, stranger in enumerate(strangers, 1):
             stranger.begin()
             [connection] = [
-                one for one in running.server.connections if one.client.address == f"127.0.1.{n}"
+                one for one in running.connections if one.client.address == f"127.0.1.{n}"
             ]
             stranger.send((b"x" * 998 + b"\r\n") * 800)
             until(partial(has_read, connection, stranger))
-        assert running.server.policy.space.untrusted <= capacity * 3 / 4, "all of them"
+        assert running.policy.space.untrusted <= capacity * 3 / 4, "all of them"
         again = stack.enter_context(talking(running, "127.0.1.1"))
         again.expect(b"220")
         again.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=300000\r\n")
@@ -856,7 +859,7 @@ def test_C26_a_transaction_has_a_time_limit(run: Callable[..., ServerHarness]) -
         idle.say(b"EHLO x", b"250")
         for _ in range(3):  # each transaction has its own time
             idle.say(b"MAIL FROM:<a@b.example>", b"250")
-            [connection] = running.server.connections
+            [connection] = running.connections
             envelope = connection.session.envelope
             assert envelope is not None
             assert envelope.started > time.monotonic() - 0.4
@@ -872,7 +875,7 @@ def test_C26_an_untrusted_client_must_send_at_the_minimum_rate(
     running = run(**CLOSED)
     with talking(running, source) as client:
         client.begin()
-        [connection] = running.server.connections
+        [connection] = running.connections
         client.send(b"x" * 100)
         if source == STRANGER:
             client.expect(b"421 4.4.2 Message comes too slowly")
@@ -886,10 +889,10 @@ def test_input_that_has_arrived_is_read_before_a_deadline_counts(
     run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
-    overdue, sent, tick = threading.Event(), threading.Event(), SmtpServer.tick
+    overdue, sent, tick = threading.Event(), threading.Event(), FrontEnd.tick
 
-    def ticked(server: SmtpServer) -> None:
-        [connection] = server.connections
+    def ticked(server: FrontEnd) -> None:
+        [connection] = running.connections
         if not overdue.is_set():
             connection.deadline = 0.0
             overdue.set()
@@ -899,7 +902,7 @@ def test_input_that_has_arrived_is_read_before_a_deadline_counts(
 
     with talking(running) as client:
         client.expect(b"220")
-        monkeypatch.setattr(SmtpServer, "tick", ticked)
+        monkeypatch.setattr(FrontEnd, "tick", ticked)
         assert overdue.wait(10)
         client.send(b"NOOP\r\n")
         sent.set()
@@ -911,13 +914,13 @@ def test_a_late_clock_tick_ends_no_session(
 ) -> None:
     run(smtp_timeout=2.0)
     seen: list[str] = []
-    tick, look = SmtpServer.tick, SmtpServer.check_deadlines
+    tick, look = FrontEnd.tick, FrontEnd.check_deadlines
 
-    def ticked(server: SmtpServer) -> None:
+    def ticked(server: FrontEnd) -> None:
         seen.append("tick")
         tick(server)
 
-    def checked(server: SmtpServer, now: float) -> None:
+    def checked(server: FrontEnd, now: float) -> None:
         look(server, now)
         if "stopped" not in seen:
             seen.append("stopped")
@@ -925,8 +928,8 @@ def test_a_late_clock_tick_ends_no_session(
         else:
             seen.append("look")
 
-    monkeypatch.setattr(SmtpServer, "tick", ticked)
-    monkeypatch.setattr(SmtpServer, "check_deadlines", checked)
+    monkeypatch.setattr(FrontEnd, "tick", ticked)
+    monkeypatch.setattr(FrontEnd, "check_deadlines", checked)
     until(lambda: "look" in seen)
     assert seen[seen.index("stopped") + 1 :][:2] == ["tick", "tick"], "the first one was late"
 
@@ -941,7 +944,7 @@ def test_C26_a_client_that_never_reads_is_aborted(
         client.socket.settimeout(0.2)
         with pytest.raises(OSError):
             client.send(b"HELP\r\n" * 20_000_000)
-        until(lambda: not running.server.connections)
+        until(lambda: not running.connections)
 
 
 FLOOD = """
@@ -969,7 +972,7 @@ def test_a_flood_of_commands_does_not_delay_other_clients(
     assert flood.stdout is not None
     assert flood.stdout.readline() == b"flooding\n"
     until(
-        lambda: sum(one.session.lines > 10_000 for one in tuple(running.server.connections)) == 4,
+        lambda: sum(one.session.lines > 10_000 for one in tuple(running.connections)) == 4,
         60,
     )
     for _ in range(5):
@@ -986,7 +989,7 @@ def test_unread_replies_exceed_the_buffer_by_at_most_one_turn(
     running = run()
     with talking(running) as client:
         client.expect(b"220")
-        [connection] = running.server.connections
+        [connection] = running.connections
         client.socket.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.send(b"EHLO client.example\r\n" * 5_000_000)
@@ -1061,7 +1064,7 @@ def test_stopping_does_not_wait_for_ever(run: Callable[..., ServerHarness]) -> N
 def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., ServerHarness]) -> None:
     running = run()
     listening = asyncio.run_coroutine_threadsafe(
-        running.server.listen([(running.host, running.port)]), running.loop
+        running.server.listen(running.door, [(running.host, running.port)]), running.loop
     )
     with pytest.raises(SettingsError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
         listening.result(10)
