@@ -20,12 +20,16 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from reception.policy import ClientPolicy, Policy
 from reception.receiver import Receiver
+from relay import metrics
 from relay.log import get_logger
 from relay.settings import SettingsError, SmtpdSettings, format_address
+
+if TYPE_CHECKING:
+    from reception.connection import MailConnection
 
 LISTEN_BACKLOG = 1024
 """Connections that wait to be accepted."""
@@ -39,19 +43,6 @@ STOPPING = "421 4.3.2 Service is stopping"
 log = get_logger(__name__)
 
 
-class Served(Protocol):
-    """A connection as the front end sees it."""
-
-    def check_deadlines(self, now: float) -> None:
-        """Ends what was overdue at `now`."""
-
-    def restart_rate(self, now: float) -> None:
-        """Begins a new window for the least rate of content."""
-
-    def stop(self, *, idle: bool = False) -> None:
-        """Ends the connection, with `idle` only if no transaction is open."""
-
-
 @dataclass(frozen=True, slots=True)
 class Door:
     """The way in by one protocol. `setting` has its addresses; `connection` serves a client."""
@@ -59,7 +50,7 @@ class Door:
     name: str
     setting: str
     policy: Policy
-    connection: "Callable[[FrontEnd, Door], asyncio.BaseProtocol]"
+    connection: "Callable[[FrontEnd, Door], MailConnection]"
 
 
 @dataclass(slots=True)
@@ -75,7 +66,7 @@ class FrontEnd:
     receiver: Receiver
     size_limit: Callable[[], int]
     last_descriptor: float = math.inf
-    connections: set[Served] = field(default_factory=set)
+    connections: "set[MailConnection]" = field(default_factory=set)
     clients: Counter[str] = field(default_factory=Counter)  # admitted connections by network
     admitted: int = 0
     untrusted: int = 0  # of the admitted ones
@@ -151,7 +142,14 @@ class FrontEnd:
         self.count(client, 1)
         return None
 
-    def remove(self, connection: Served, admitted: ClientPolicy | None) -> None:
+    def add(self, connection: "MailConnection", door: Door) -> None:
+        """A connection has begun."""
+        self.connections.add(connection)
+        metrics.SESSIONS.inc()
+
+    def remove(
+        self, connection: "MailConnection", door: Door, admitted: ClientPolicy | None
+    ) -> None:
         """A connection has ended; `admitted` is its client if it was counted."""
         if admitted is not None:
             self.count(admitted, -1)

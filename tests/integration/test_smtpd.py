@@ -937,7 +937,7 @@ def test_a_late_clock_tick_ends_no_session(
 def test_C26_a_client_that_never_reads_is_aborted(
     run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smtpd.server.LINGER_TIMEOUT", 0.1)
+    monkeypatch.setattr("reception.connection.LINGER_TIMEOUT", 0.1)
     running = run(smtp_timeout=0.4)
     with talking(running) as client:
         client.expect(b"220")
