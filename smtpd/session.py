@@ -357,7 +357,7 @@ class Session:
                 self._refuse(content.fault.value)
             else:
                 self.state = SessionState.AWAIT_REPLY
-                self._events.append(DataComplete(content.header_message_id))
+                self._events.append(DataComplete(content.header.message_id))
         elif self._wasted > ENDLESS:
             # Reading keeps the client in step, but must end.
             self._refuse_and_close(content.fault.value if content.fault else _NOT_TAKEN)
