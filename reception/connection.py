@@ -176,9 +176,13 @@ class MailConnection(asyncio.Protocol, ABC):
                     self.reception.complete(event.header_message_id)
                 case Refusal(reply):
                     self._cancel()
-                    metrics.refused(reply)
+                    metrics.refused(reply, self._door.name)
                     log.info(
-                        "refused", client=self.client.address, code=int(reply[:3]), reason=reply[4:]
+                        "refused",
+                        door=self._door.name,
+                        client=self.client.address,
+                        code=int(reply[:3]),
+                        reason=reply[4:],
                     )
         replies = session.replies()
         if replies:
@@ -194,7 +198,7 @@ class MailConnection(asyncio.Protocol, ABC):
 
     def _reply(self, reply: str) -> None:
         if not reply.startswith("2"):
-            metrics.refused(reply)
+            metrics.refused(reply, self._door.name)
         self.reception = None
         self._extend()
         self._handle(self.session.reply(reply))

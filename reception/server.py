@@ -67,6 +67,7 @@ class FrontEnd:
     size_limit: Callable[[], int]
     last_descriptor: float = math.inf
     connections: "set[MailConnection]" = field(default_factory=set)
+    sessions: Counter[str] = field(default_factory=Counter)  # connections by the name of their door
     clients: Counter[str] = field(default_factory=Counter)  # admitted connections by network
     admitted: int = 0
     untrusted: int = 0  # of the admitted ones
@@ -145,7 +146,8 @@ class FrontEnd:
     def add(self, connection: "MailConnection", door: Door) -> None:
         """A connection has begun."""
         self.connections.add(connection)
-        metrics.SESSIONS.inc()
+        self.sessions[door.name] += 1
+        metrics.sessions(door.name).inc()
 
     def remove(
         self, connection: "MailConnection", door: Door, admitted: ClientPolicy | None
@@ -154,6 +156,7 @@ class FrontEnd:
         if admitted is not None:
             self.count(admitted, -1)
         self.connections.discard(connection)
+        self.sessions[door.name] -= 1
         if self.stopping and not self.connections:
             self._empty.set()
 

@@ -75,7 +75,7 @@ async def _serve(
     addresses = await server.listen(smtp, settings.smtp_listen)
     hints.start()
     log.info("listening", addresses=[format_address(*address) for address in addresses])
-    metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))
+    metrics.SESSIONS_OPEN.labels("smtp").set_function(lambda: server.sessions["smtp"])
     queue = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
     stop_metrics = metrics.serve(settings, queue)
     await stop.wait()
